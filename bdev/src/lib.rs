@@ -1,0 +1,1 @@
+//! Block devices: one trait, a channel per thread, modules, configuration, RPC.

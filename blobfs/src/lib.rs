@@ -1,0 +1,1 @@
+//! Blobstore in SPDK's format, and the file system on it.

@@ -1,0 +1,1 @@
+//! RocksDB on Pumice: the Env plugin, the embedding API.

@@ -1,0 +1,1 @@
+//! NVMe driver: spec types, DMA memory, transports, controller, queue pairs.
