@@ -1,1 +1,3 @@
 //! NVMe driver: spec types, DMA memory, transports, controller, queue pairs.
+
+pub mod dma;

@@ -1,0 +1,156 @@
+//! Buddy bookkeeping over the regions: which blocks of which power of two are free.
+//!
+//! It runs behind the size classes' lists, so clarity comes before speed here.
+
+use std::collections::BTreeSet;
+
+/// log2 of the smallest block.
+pub(super) const MIN_SHIFT: u32 = 9;
+/// log2 of the largest block.
+pub(super) const MAX_SHIFT: u32 = 28;
+/// How many sizes there are.
+pub(super) const CLASSES: usize = (MAX_SHIFT - MIN_SHIFT + 1) as usize;
+
+/// The class (0 = 512 bytes) that holds `len` bytes; `len` is 1 to `1 << MAX_SHIFT`.
+pub(super) fn class_of(len: usize) -> usize {
+    let shift = len.next_power_of_two().trailing_zeros().max(MIN_SHIFT);
+    (shift - MIN_SHIFT) as usize
+}
+
+/// Length in bytes of a class's blocks.
+pub(super) fn class_len(class: usize) -> usize {
+    1 << (class + MIN_SHIFT as usize)
+}
+
+/// A block's place: slot of its region in the arena's list, offset in the region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Place {
+    pub slot: u32,
+    pub offset: u32,
+}
+
+/// The free blocks.
+#[derive(Debug, Default)]
+pub(super) struct Buddy {
+    free: [BTreeSet<Place>; CLASSES],
+    region_lens: Vec<usize>,
+    free_bytes: usize,
+}
+
+impl Buddy {
+    /// Adds a region of `len` bytes, all free; its slot is the number of regions before it.
+    pub fn add_region(&mut self, len: usize) {
+        let slot = u32::try_from(self.region_lens.len()).expect("few regions");
+        self.region_lens.push(len);
+        let mut at = 0usize;
+        // A region need not be a power of two: cut it into the largest aligned blocks.
+        while at < len {
+            let fits = (len - at).ilog2();
+            let aligned = if at == 0 {
+                MAX_SHIFT
+            } else {
+                at.trailing_zeros()
+            };
+            let shift = fits.min(aligned).min(MAX_SHIFT);
+            let offset = u32::try_from(at).expect("regions are below 4 GiB");
+            self.free[(shift - MIN_SHIFT) as usize].insert(Place { slot, offset });
+            at += 1 << shift;
+        }
+        self.free_bytes += len;
+    }
+
+    /// Takes a block of `class`, splitting a larger one if need be.
+    pub fn take(&mut self, class: usize) -> Option<Place> {
+        let from = (class..CLASSES).find(|&c| !self.free[c].is_empty())?;
+        let place = self.free[from].pop_first()?;
+        for c in (class..from).rev() {
+            let half = u32::try_from(class_len(c)).expect("blocks are below 4 GiB");
+            self.free[c].insert(Place {
+                slot: place.slot,
+                offset: place.offset + half,
+            });
+        }
+        self.free_bytes -= class_len(class);
+        Some(place)
+    }
+
+    /// Gives a block back and joins it with its free buddies.
+    pub fn give(&mut self, place: Place, class: usize) {
+        self.free_bytes += class_len(class);
+        let region_len = self.region_lens[place.slot as usize];
+        let mut offset = place.offset;
+        let mut c = class;
+        while c + 1 < CLASSES {
+            let len = u32::try_from(class_len(c)).expect("blocks are below 4 GiB");
+            let buddy = Place {
+                slot: place.slot,
+                offset: offset ^ len,
+            };
+            if (offset & !len) as usize + 2 * len as usize > region_len
+                || !self.free[c].remove(&buddy)
+            {
+                break;
+            }
+            offset &= !len;
+            c += 1;
+        }
+        let fresh = self.free[c].insert(Place {
+            slot: place.slot,
+            offset,
+        });
+        assert!(fresh, "a DMA block was given back twice");
+    }
+
+    /// Bytes that are free here.
+    pub fn free_bytes(&self) -> usize {
+        self.free_bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_are_powers_of_two_from_512() {
+        assert_eq!(class_of(1), 0);
+        assert_eq!(class_of(512), 0);
+        assert_eq!(class_of(513), 1);
+        assert_eq!(class_of(4096), 3);
+        assert_eq!(class_len(class_of(4097)), 8192);
+    }
+
+    #[test]
+    fn blocks_never_overlap_and_rejoin() {
+        let mut buddy = Buddy::default();
+        buddy.add_region(2 << 20);
+        buddy.add_region(6 << 20);
+        let mut seed = 0x9e37_79b9_u64;
+        let mut live: Vec<(Place, usize)> = Vec::new();
+        for _ in 0..20_000 {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let pick = (seed >> 33) as usize;
+            if pick.is_multiple_of(3) && !live.is_empty() {
+                let (p, c) = live.swap_remove(pick % live.len());
+                buddy.give(p, c);
+            } else if let Some(p) = buddy.take(pick % 12) {
+                let c = pick % 12;
+                let (a, b) = (p.offset as usize, p.offset as usize + class_len(c));
+                for (q, d) in &live {
+                    let (x, y) = (q.offset as usize, q.offset as usize + class_len(*d));
+                    assert!(p.slot != q.slot || b <= x || y <= a);
+                }
+                live.push((p, c));
+            }
+        }
+        for (p, c) in live {
+            buddy.give(p, c);
+        }
+        assert_eq!(buddy.free_bytes(), 8 << 20);
+        // Everything joined again: the largest blocks are to be had.
+        assert!(buddy.take(class_of(4 << 20)).is_some());
+        assert!(buddy.take(class_of(2 << 20)).is_some());
+        assert!(buddy.take(class_of(2 << 20)).is_some());
+        assert!(buddy.take(0).is_none());
+    }
+}
