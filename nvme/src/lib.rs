@@ -1,3 +1,4 @@
 //! NVMe driver: spec types, DMA memory, transports, controller, queue pairs.
 
 pub mod dma;
+pub mod transport;

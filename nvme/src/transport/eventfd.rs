@@ -1,0 +1,103 @@
+//! Event counters that interrupts and notices come through.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::Duration;
+
+/// A non-blocking Linux eventfd.
+#[derive(Debug)]
+pub struct EventFd(OwnedFd);
+
+impl EventFd {
+    /// A new counter at zero.
+    pub fn new() -> io::Result<EventFd> {
+        // SAFETY: no pointers are involved.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel just gave us this descriptor.
+        Ok(EventFd(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Adds one. Does not block; a full counter stays full, which wakes as well.
+    pub fn signal(&self) {
+        let one = 1u64.to_ne_bytes();
+        // SAFETY: eight readable bytes. The only failure is a full counter (EAGAIN).
+        unsafe { libc::write(self.0.as_raw_fd(), one.as_ptr().cast(), 8) };
+    }
+
+    /// Sets the counter to zero and says what it was.
+    pub fn drain(&self) -> u64 {
+        let mut value = [0u8; 8];
+        // SAFETY: eight writable bytes.
+        let n = unsafe { libc::read(self.0.as_raw_fd(), value.as_mut_ptr().cast(), 8) };
+        if n == 8 { u64::from_ne_bytes(value) } else { 0 }
+    }
+
+    /// Sleeps until the counter is not zero or the time is over; says which. The counter is
+    /// left as it is.
+    pub fn wait(&self, timeout: Duration) -> bool {
+        wait_readable(&[self.as_fd()], Some(timeout)) & 1 != 0
+    }
+}
+
+impl AsFd for EventFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Sleeps until one of at most 32 descriptors is readable (bit n of the result: descriptor n),
+/// or the time is over (0). An interrupted sleep counts as over.
+pub(crate) fn wait_readable(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> u32 {
+    assert!(fds.len() <= 32);
+    let mut polls: Vec<libc::pollfd> = fds
+        .iter()
+        .map(|fd| libc::pollfd {
+            fd: fd.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        })
+        .collect();
+    let spec = timeout.map(|t| libc::timespec {
+        tv_sec: libc::time_t::try_from(t.as_secs().min(1 << 30)).unwrap_or(1 << 30),
+        tv_nsec: libc::c_long::from(t.subsec_nanos()),
+    });
+    let spec_ptr = spec.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: `polls` is a valid array of its length, `spec_ptr` null or a timespec that lives
+    // to the end of the function, no signal mask is given.
+    let n = unsafe {
+        libc::ppoll(
+            polls.as_mut_ptr(),
+            polls.len() as libc::nfds_t,
+            spec_ptr,
+            std::ptr::null(),
+        )
+    };
+    if n <= 0 {
+        return 0;
+    }
+    polls
+        .iter()
+        .enumerate()
+        .filter(|(_, p)| p.revents != 0)
+        .fold(0, |bits, (n, _)| bits | (1 << n))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_and_wakes() {
+        let event = EventFd::new().unwrap();
+        assert!(!event.wait(Duration::ZERO));
+        event.signal();
+        event.signal();
+        assert!(event.wait(Duration::from_secs(5)));
+        assert_eq!(event.drain(), 2);
+        assert_eq!(event.drain(), 0);
+    }
+}

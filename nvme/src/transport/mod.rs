@@ -1,0 +1,209 @@
+//! How the driver reaches a controller.
+//!
+//! [`Transport`] is the seam: everything above it (controller, queue pairs) is the same code
+//! whether the controller is a PCIe function, another process or a thread of this one, and
+//! contains no `unsafe`. A transport offers
+//!
+//! | part | how |
+//! | --- | --- |
+//! | registers | [`Transport::read32`] … [`Transport::write64`]: checked accesses to BAR 0, may be messages |
+//! | doorbells | [`Transport::doorbell`]: a [`Doorbell`], one store where the page is mapped |
+//! | DMA | [`Transport::addresses`]: where the device sees each byte of the arena; the transport registers itself as a [`DmaMapper`](crate::dma::DmaMapper) |
+//! | interrupts | [`Transport::enable_interrupts`]: one [`EventFd`] per vector |
+//! | reset | [`Transport::reset`]: function level reset |
+//! | removal, errors | [`Transport::is_gone`], [`Transport::events`], [`Transport::take_event`] |
+//! | controller memory | [`Transport::map_memory`]: a CMB as atomics |
+//!
+//! What a transport may assume of the driver: queue memory, PRP lists and data come from
+//! [`dma`](crate::dma) and lie inside one region each; no register outside BAR 0 is touched;
+//! `enable_interrupts` is called at most once between resets, before any I/O queue exists.
+
+use std::fmt;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use crate::dma::{AddressTable, DmaError};
+
+mod eventfd;
+mod iova;
+mod mmio;
+mod open;
+mod uri;
+
+pub use eventfd::EventFd;
+pub use iova::IovaSpace;
+pub use mmio::{Doorbell, Kick, MmioMap};
+pub use open::open_transport;
+pub use uri::{NvmeUri, parse_size};
+
+/// Why a transport could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TransportError {
+    /// The device is not there any more.
+    #[error("{device}: the controller was removed")]
+    Removed {
+        /// The device.
+        device: String,
+    },
+    /// Somebody else has the device.
+    #[error("{device} is in use: {detail}")]
+    InUse {
+        /// The device.
+        device: String,
+        /// By whom, or how to find out.
+        detail: String,
+    },
+    /// The device or this system cannot do it; the text names the remedy if there is one.
+    #[error("{device}: {what}")]
+    Unsupported {
+        /// The device.
+        device: String,
+        /// What is missing.
+        what: String,
+    },
+    /// A register, memory or vector outside what the device has.
+    #[error("{device}: {what} {offset:#x} is outside the device's {limit:#x}")]
+    OutOfRange {
+        /// The device.
+        device: String,
+        /// What was addressed.
+        what: &'static str,
+        /// Where.
+        offset: u64,
+        /// The end.
+        limit: u64,
+    },
+    /// The other side did not answer in time.
+    #[error("{device}: no answer to {what} within {timeout_ms} ms")]
+    Timeout {
+        /// The device.
+        device: String,
+        /// The request.
+        what: String,
+        /// How long was waited.
+        timeout_ms: u64,
+    },
+    /// The other side broke the transport's protocol.
+    #[error("{device}: {detail}")]
+    Protocol {
+        /// The device.
+        device: String,
+        /// What was wrong.
+        detail: String,
+    },
+    /// A system call failed.
+    #[error("{device}: {what}: {source}")]
+    Io {
+        /// The device.
+        device: String,
+        /// The call and its object.
+        what: String,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// Memory could not be made reachable for the device.
+    #[error(transparent)]
+    Dma(#[from] DmaError),
+    /// The URI does not name a device.
+    #[error("'{uri}': {detail}")]
+    Uri {
+        /// What was given.
+        uri: String,
+        /// What is wrong with it and what would be right.
+        detail: String,
+    },
+}
+
+/// Something that happened to the device, not to a command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TransportEvent {
+    /// Somebody (the kernel's unbind, a hot-unplug button) wants the device back. The driver
+    /// ends what is in flight and calls [`Transport::detach`].
+    RemovalRequested,
+    /// The device is gone.
+    Removed,
+    /// The bus or the transport reports an error (AER, a broken socket); a reset may mend it.
+    Error(String),
+}
+
+/// A way to one controller. Shared by the controller and its queue pairs; every method may be
+/// called from any thread.
+pub trait Transport: Send + Sync + fmt::Debug {
+    /// The device for logs and errors: `0000:00:03.0`, `/run/vfio-user`, `soft-0`.
+    fn name(&self) -> &str;
+
+    /// Which kind of transport: `vfio`, `uio`, `vfio-user`, `soft`.
+    fn kind(&self) -> &'static str;
+
+    /// Reads the 32-bit register at `offset` of BAR 0. All ones when the device is gone.
+    fn read32(&self, offset: u32) -> Result<u32, TransportError>;
+
+    /// Reads the 64-bit register at `offset` of BAR 0, in one access where the device takes
+    /// one, else low half first.
+    fn read64(&self, offset: u32) -> Result<u64, TransportError>;
+
+    /// Writes the 32-bit register at `offset` of BAR 0.
+    fn write32(&self, offset: u32, value: u32) -> Result<(), TransportError>;
+
+    /// Writes the 64-bit register at `offset` of BAR 0 in one access (CMBMSC wants that).
+    fn write64(&self, offset: u32, value: u64) -> Result<(), TransportError>;
+
+    /// The doorbell register at `offset` of BAR 0, for as long as the caller likes: ringing it
+    /// after the device is gone or detached does nothing.
+    fn doorbell(&self, offset: u32) -> Result<Doorbell, TransportError>;
+
+    /// Whether ringing a doorbell is a message to somebody and costs far more than a store, so
+    /// that shadow doorbells pay.
+    fn doorbells_are_messages(&self) -> bool {
+        false
+    }
+
+    /// Where the device sees the arena's memory. The transport keeps it up to date from its
+    /// own [`DmaMapper`](crate::dma::DmaMapper).
+    fn addresses(&self) -> &Arc<AddressTable>;
+
+    /// Whether device addresses are physical addresses (no IOMMU). Then only 2 MiB pieces are
+    /// contiguous and nothing stops a wrong address: the driver is the only guard.
+    fn physical_addresses(&self) -> bool {
+        false
+    }
+
+    /// Enables up to `want` interrupt vectors and returns their eventfds, vector 0 first;
+    /// fewer when the device has fewer, none when it can only be polled. On removal the
+    /// transport signals all of them, so that no sleeper is left behind.
+    fn enable_interrupts(&self, want: u16) -> Result<Vec<Arc<EventFd>>, TransportError>;
+
+    /// Function level reset (or what comes nearest). Afterwards the controller is disabled,
+    /// its queues are gone, bus mastering is on; interrupts have to be enabled again. Blocks.
+    fn reset(&self) -> Result<(), TransportError>;
+
+    /// Whether the device is known to be gone (or detached). A load; may be called per I/O.
+    fn is_gone(&self) -> bool;
+
+    /// Becomes readable when [`take_event`](Self::take_event) has something; `None` when the
+    /// transport has no such events.
+    fn events(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// The next event, if any. Does not block.
+    fn take_event(&self) -> Option<TransportEvent> {
+        None
+    }
+
+    /// Lets go of the device: DMA is off when it returns, the kernel or the other process has
+    /// it back. Register reads then give all ones, doorbells go nowhere, `is_gone` is true.
+    /// A second call does nothing.
+    fn detach(&self);
+
+    /// Maps `len` bytes at `offset` of BAR `bar` (controller memory buffer).
+    fn map_memory(&self, bar: u8, offset: u64, len: usize) -> Result<MmioMap, TransportError> {
+        let _ = (bar, offset, len);
+        Err(TransportError::Unsupported {
+            device: self.name().to_owned(),
+            what: "the transport cannot map controller memory".into(),
+        })
+    }
+}
