@@ -1,1 +1,19 @@
 //! Block devices: one trait, a channel per thread, modules, configuration, RPC.
+
+mod device;
+mod error;
+mod executor;
+
+pub mod malloc;
+pub mod null;
+mod op;
+mod queue;
+mod uri;
+pub mod uuid;
+
+pub use device::{BlockDevice, DeviceInfo, IoChannel};
+pub use error::{BdevError, IoError, IoErrorKind};
+pub use executor::{AsyncChannel, Io, IoOutcome, join_all};
+pub use op::{CompareAndWrite, Completion, Op, OpKind, OpSet, SubmitError, ZoneAction};
+pub use pumice_nvme::dma::{DmaBuf, DmaError, DmaSlice};
+pub use uri::{open, parse_size};

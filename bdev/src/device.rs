@@ -1,0 +1,203 @@
+//! The two traits that a module implements, and what a device says of itself.
+
+use std::os::fd::RawFd;
+use std::time::Duration;
+
+use crate::error::{BdevError, IoError, IoErrorKind};
+use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
+
+/// What a device is. Fixed for the life of the [`BlockDevice`].
+#[derive(Debug, Clone)]
+pub struct DeviceInfo {
+    /// Its name, unique in a registry.
+    pub name: String,
+    /// Other names it answers to.
+    pub aliases: Vec<String>,
+    /// What it is, for people: "Malloc disk", "File", the model number of an NVMe namespace.
+    pub product: String,
+    /// The module that made it: "malloc", "file", "nvme", …
+    pub module: &'static str,
+    /// Its identity.
+    pub uuid: [u8; 16],
+    /// Bytes per block: a power of two, at least 512.
+    pub block_size: u32,
+    /// Capacity in blocks.
+    pub num_blocks: u64,
+    /// Volatile write cache: a completed write is durable only after a flush, or with FUA.
+    pub write_cache: bool,
+    /// A write of at most so many blocks is never torn by a power cut.
+    pub atomic_unit_blocks: u32,
+    /// I/O that does not cross a multiple of this is faster; 0: no such boundary.
+    pub optimal_io_boundary_blocks: u32,
+    /// Longest read, write, compare; 0: unlimited.
+    pub max_io_blocks: u32,
+    /// Addresses of buffers must be multiples of this. [`crate::DmaBuf`] always satisfies 512.
+    pub buf_align: u32,
+    /// Operations it supports.
+    pub ops: OpSet,
+    /// Whether what is written can be read back (false: `null`).
+    pub keeps_data: bool,
+    /// Whether unmapped blocks read as zeroes.
+    pub unmap_zeroes: bool,
+}
+
+impl DeviceInfo {
+    /// A device with the usual properties: no volatile cache, one block atomic, no limits.
+    pub fn new(name: &str, module: &'static str, block_size: u32, num_blocks: u64) -> DeviceInfo {
+        DeviceInfo {
+            name: name.to_owned(),
+            aliases: Vec::new(),
+            product: String::new(),
+            module,
+            uuid: [0; 16],
+            block_size,
+            num_blocks,
+            write_cache: false,
+            atomic_unit_blocks: 1,
+            optimal_io_boundary_blocks: 0,
+            max_io_blocks: 0,
+            buf_align: 1,
+            ops: OpSet::BASIC,
+            keeps_data: true,
+            unmap_zeroes: false,
+        }
+    }
+
+    /// Capacity in bytes.
+    pub fn len_bytes(&self) -> u64 {
+        self.num_blocks.saturating_mul(u64::from(self.block_size))
+    }
+
+    /// An error of this device.
+    pub fn error(&self, op: &Op, kind: IoErrorKind, detail: impl Into<String>) -> Box<IoError> {
+        IoError::new(&self.name, self.block_size, op, kind, detail)
+    }
+
+    /// Whether the device can do `op`: supported, inside the device, aligned, not too long. A
+    /// module calls this first in [`IoChannel::submit`]; what passes, it can rely on.
+    #[inline]
+    pub fn check(&self, op: &Op) -> Result<(), Box<IoError>> {
+        // The common cases first, without a table: whole blocks inside the device.
+        let mask = u64::from(self.block_size) - 1;
+        let (lba, len) = match op {
+            Op::Read { lba, buf } => (*lba, buf.len() as u64),
+            Op::Write { lba, data, .. } => (*lba, data.len() as u64),
+            _ => return self.check_slow(op),
+        };
+        let blocks = len >> self.block_size.trailing_zeros();
+        let fits = lba < self.num_blocks && blocks <= self.num_blocks - lba;
+        let short = self.max_io_blocks == 0 || blocks <= u64::from(self.max_io_blocks);
+        if len & mask == 0 && len != 0 && fits && short && self.ops.has(op.kind()) && !op.fua() {
+            return Ok(());
+        }
+        self.check_slow(op)
+    }
+
+    #[cold]
+    fn check_slow(&self, op: &Op) -> Result<(), Box<IoError>> {
+        let kind = op.kind();
+        if !self.ops.has(kind) || (op.fua() && !self.ops.has(OpKind::Fua)) {
+            let what = if self.ops.has(kind) {
+                "force unit access"
+            } else {
+                kind.name()
+            };
+            let detail = format!("{what}; it supports {:?}", self.ops);
+            return Err(self.error(op, IoErrorKind::Unsupported, detail));
+        }
+        if matches!(kind, OpKind::Flush | OpKind::Reset | OpKind::Abort) {
+            return Ok(());
+        }
+        let bs = u64::from(self.block_size);
+        let len = op.len_bytes(self.block_size);
+        let aligned = |n: usize| n != 0 && (n as u64).is_multiple_of(bs);
+        let whole = match op {
+            Op::ReadV { bufs, .. } => !bufs.is_empty() && bufs.iter().all(|b| aligned(b.len())),
+            Op::WriteV { data, .. } => !data.is_empty() && data.iter().all(|d| aligned(d.len())),
+            Op::CompareAndWrite(c) => aligned(c.write.len()) && c.compare.len() == c.write.len(),
+            _ => len != 0 && len.is_multiple_of(bs),
+        };
+        if !whole {
+            let detail = format!("lengths must be non-zero multiples of {bs} bytes");
+            return Err(self.error(op, IoErrorKind::Misaligned, detail));
+        }
+        let inside = |lba: u64| lba < self.num_blocks && len / bs <= self.num_blocks - lba;
+        let src_inside = match op {
+            Op::Copy { src_lba, .. } => inside(*src_lba),
+            _ => true,
+        };
+        if !inside(op.lba()) || !src_inside {
+            let detail = format!("the device has {} blocks of {bs} bytes", self.num_blocks);
+            return Err(self.error(op, IoErrorKind::OutOfRange, detail));
+        }
+        if let Op::Copy {
+            src_lba,
+            dst_lba,
+            len_blocks,
+        } = op
+            && src_lba.abs_diff(*dst_lba) < *len_blocks
+        {
+            return Err(self.error(op, IoErrorKind::OutOfRange, "the ranges of a copy overlap"));
+        }
+        let max = if kind == OpKind::CompareAndWrite {
+            self.atomic_unit_blocks
+        } else {
+            self.max_io_blocks
+        };
+        let transfers = !matches!(kind, OpKind::WriteZeroes | OpKind::Unmap | OpKind::Copy);
+        if max != 0 && transfers && len / bs > u64::from(max) {
+            let detail = format!("at most {max} blocks of {bs} bytes in one {kind}");
+            return Err(self.error(op, IoErrorKind::TooLong, detail));
+        }
+        Ok(())
+    }
+}
+
+/// A block device: shared by threads, each of which does I/O through a channel of its own.
+pub trait BlockDevice: Send + Sync + std::fmt::Debug {
+    /// What it is.
+    fn info(&self) -> &DeviceInfo;
+
+    /// A channel for one thread. May block (NVMe: creates a queue pair).
+    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError>;
+
+    /// Facts about the device that only its module knows, for `bdev_get_bdevs`'
+    /// `driver_specific`.
+    fn driver_specific(&self) -> serde_json::Value {
+        serde_json::Value::Object(serde_json::Map::new())
+    }
+}
+
+/// The way of one thread to a device. Dropping it with operations in flight blocks until the
+/// device is done with their buffers, or keeps these alive until it is.
+pub trait IoChannel: Send {
+    /// Takes an operation. Never blocks. `tag` comes back with the completion; tags of operations
+    /// in flight on a channel must differ.
+    ///
+    /// # Errors
+    /// [`SubmitError::Busy`] when the queue is full, [`SubmitError::Refused`] when the operation
+    /// cannot be done; both give the operation back, and nothing of it will complete.
+    fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError>;
+
+    /// Hands what was submitted to the device (rings doorbells, enters the ring), then moves what
+    /// has completed into `out`. Never blocks. Returns how many were added.
+    fn poll(&mut self, out: &mut Vec<Completion>) -> usize;
+
+    /// Hands what was submitted to the device, then returns when a completion may be there, after
+    /// a bounded spin and then asleep, or when `timeout` is over, or at once if nothing is in
+    /// flight.
+    ///
+    /// # Errors
+    /// When sleeping itself fails; completions may still be polled for.
+    fn wait(&mut self, timeout: Duration) -> Result<(), BdevError>;
+
+    /// Operations submitted and not yet handed back.
+    fn in_flight(&self) -> usize;
+
+    /// A descriptor that polls readable when a completion may be there, for event loops and for
+    /// devices that wait for several channels at once. What was submitted must have been handed to
+    /// the device by [`IoChannel::poll`] before.
+    fn event_fd(&self) -> Option<RawFd> {
+        None
+    }
+}

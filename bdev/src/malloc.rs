@@ -1,0 +1,360 @@
+//! `malloc`: a block device in ordinary memory.
+//!
+//! Memory is taken as it is written and given back as it is unmapped, so a large device costs
+//! what is in it. Reads of what was never written give zeroes. It is gone with the process.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::RwLock;
+
+use crate::device::{BlockDevice, DeviceInfo, IoChannel};
+use crate::error::{BdevError, IoError, IoErrorKind};
+use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
+use crate::queue::{Completed, refuse};
+use crate::uri::{Uri, size_in_rest};
+use crate::uuid;
+
+/// Smallest piece of memory that is taken at a time.
+const STRIPE_MIN: u64 = 256 << 10;
+/// At most so many pieces, so that the table of a large device stays small.
+const STRIPES_MAX: u64 = 1 << 16;
+
+/// How to make a [`Malloc`] device.
+#[derive(Debug, Clone)]
+pub struct MallocOptions {
+    /// Name; `None`: the next free `MallocN`.
+    pub name: Option<String>,
+    /// Bytes per block: a power of two from 512 to 65536.
+    pub block_size: u32,
+    /// Capacity in blocks.
+    pub num_blocks: u64,
+    /// Identity; `None`: a random one.
+    pub uuid: Option<[u8; 16]>,
+    /// I/O that does not cross a multiple of this many blocks is preferred; 0: none.
+    pub optimal_io_boundary_blocks: u32,
+}
+
+impl Default for MallocOptions {
+    fn default() -> Self {
+        MallocOptions {
+            name: None,
+            block_size: 512,
+            num_blocks: 0,
+            uuid: None,
+            optimal_io_boundary_blocks: 0,
+        }
+    }
+}
+
+/// A block device in memory.
+#[derive(Debug, Clone)]
+pub struct Malloc {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    info: DeviceInfo,
+    memory: Memory,
+}
+
+/// A sparse array of bytes, in stripes with a lock each.
+struct Memory {
+    stripe_shift: u32,
+    stripes: Vec<RwLock<Option<Box<[u8]>>>>,
+}
+
+impl std::fmt::Debug for Memory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} stripes of {} bytes",
+            self.stripes.len(),
+            1_u64 << self.stripe_shift
+        )
+    }
+}
+
+impl Malloc {
+    /// Makes the device.
+    ///
+    /// # Errors
+    /// A block size that is no power of two from 512 to 65536, no blocks at all.
+    pub fn new(options: &MallocOptions) -> Result<Malloc, BdevError> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let name = options
+            .name
+            .clone()
+            .unwrap_or_else(|| format!("Malloc{}", NEXT.fetch_add(1, Ordering::Relaxed)));
+        check_geometry(&name, options.block_size, options.num_blocks)?;
+        let mut info = DeviceInfo::new(&name, "malloc", options.block_size, options.num_blocks);
+        "Malloc disk".clone_into(&mut info.product);
+        info.uuid = options.uuid.unwrap_or_else(uuid::random);
+        info.optimal_io_boundary_blocks = options.optimal_io_boundary_blocks;
+        info.unmap_zeroes = true;
+        info.ops = OpSet::BASIC
+            .with(OpKind::Unmap)
+            .with(OpKind::Compare)
+            .with(OpKind::CompareAndWrite)
+            .with(OpKind::Copy)
+            .with(OpKind::Abort);
+        let memory = Memory::new(info.len_bytes());
+        Ok(Malloc {
+            shared: Arc::new(Shared { info, memory }),
+        })
+    }
+}
+
+/// The geometry that every module demands.
+pub(crate) fn check_geometry(
+    name: &str,
+    block_size: u32,
+    num_blocks: u64,
+) -> Result<(), BdevError> {
+    let invalid = |reason: String| {
+        Err(BdevError::InvalidOption {
+            name: format!("{name}: block_size"),
+            reason,
+        })
+    };
+    if !block_size.is_power_of_two() || !(512..=65536).contains(&block_size) {
+        return invalid(format!(
+            "{block_size} is not a block size: use a power of two from 512 to 65536"
+        ));
+    }
+    if num_blocks == 0
+        || num_blocks
+            .checked_mul(u64::from(block_size))
+            .is_none_or(|n| n > 1 << 60)
+    {
+        return Err(BdevError::InvalidOption {
+            name: format!("{name}: size"),
+            reason: format!(
+                "{num_blocks} blocks of {block_size} bytes: a device has at least one block and at \
+                 most 1 EiB"
+            ),
+        });
+    }
+    Ok(())
+}
+
+impl Memory {
+    fn new(len: u64) -> Memory {
+        let stripe = (len / STRIPES_MAX).next_power_of_two().max(STRIPE_MIN);
+        let n = usize::try_from(len.div_ceil(stripe)).unwrap_or(usize::MAX);
+        let mut stripes = Vec::with_capacity(n);
+        stripes.resize_with(n, || RwLock::new(None));
+        Memory {
+            stripe_shift: stripe.trailing_zeros(),
+            stripes,
+        }
+    }
+
+    /// Calls `f(stripe, first byte in it, range of the caller's bytes)` for each piece of
+    /// `[offset, offset + len)`.
+    #[inline]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "bounded by the stripe and by `len`"
+    )]
+    fn pieces(&self, offset: u64, len: u64, mut f: impl FnMut(usize, usize, usize, usize)) {
+        let stripe_len = 1_u64 << self.stripe_shift;
+        let mut done = 0;
+        while done < len {
+            let at = offset + done;
+            let within = at & (stripe_len - 1);
+            let n = (stripe_len - within).min(len - done);
+            f(
+                (at >> self.stripe_shift) as usize,
+                within as usize,
+                done as usize,
+                n as usize,
+            );
+            done += n;
+        }
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) {
+        self.pieces(offset, out.len() as u64, |stripe, at, done, n| {
+            let out = &mut out[done..done + n];
+            match &*self.stripes[stripe].read() {
+                Some(bytes) => out.copy_from_slice(&bytes[at..at + n]),
+                None => out.fill(0),
+            }
+        });
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.pieces(offset, data.len() as u64, |stripe, at, done, n| {
+            let mut guard = self.stripes[stripe].write();
+            let bytes = guard.get_or_insert_with(|| self.fresh());
+            bytes[at..at + n].copy_from_slice(&data[done..done + n]);
+        });
+    }
+
+    fn fresh(&self) -> Box<[u8]> {
+        vec![0; 1 << self.stripe_shift].into_boxed_slice()
+    }
+
+    fn zero(&self, offset: u64, len: u64) {
+        self.pieces(offset, len, |stripe, at, _, n| {
+            let mut guard = self.stripes[stripe].write();
+            if n == 1 << self.stripe_shift {
+                *guard = None;
+            } else if let Some(bytes) = &mut *guard {
+                bytes[at..at + n].fill(0);
+            }
+        });
+    }
+
+    /// Offset of the first difference with `data`.
+    fn differs(&self, offset: u64, data: &[u8]) -> Option<u64> {
+        let mut found = None;
+        self.pieces(offset, data.len() as u64, |stripe, at, done, n| {
+            if found.is_some() {
+                return;
+            }
+            let data = &data[done..done + n];
+            let guard = self.stripes[stripe].read();
+            let diff = match &*guard {
+                Some(bytes) => bytes[at..at + n].iter().zip(data).position(|(a, b)| a != b),
+                None => data.iter().position(|b| *b != 0),
+            };
+            found = diff.map(|d| (done + d) as u64);
+        });
+        found
+    }
+
+    /// Compare and write of bytes that lie in one stripe, as one step.
+    fn compare_and_write(&self, offset: u64, compare: &[u8], write: &[u8]) -> Result<(), u64> {
+        let mut result = Ok(());
+        self.pieces(offset, write.len() as u64, |stripe, at, done, n| {
+            let mut guard = self.stripes[stripe].write();
+            let bytes = guard.get_or_insert_with(|| self.fresh());
+            let here = &mut bytes[at..at + n];
+            let same = here
+                .iter()
+                .zip(&compare[done..done + n])
+                .position(|(a, b)| a != b);
+            match same {
+                Some(diff) => result = Err((done + diff) as u64),
+                None => here.copy_from_slice(&write[done..done + n]),
+            }
+        });
+        result
+    }
+
+    fn copy(&self, src: u64, dst: u64, len: u64) {
+        const PIECE: usize = 64 << 10;
+        let mut piece = vec![0; PIECE.min(usize::try_from(len).unwrap_or(PIECE))];
+        let mut done = 0;
+        while done < len {
+            let n = piece
+                .len()
+                .min(usize::try_from(len - done).unwrap_or(PIECE));
+            self.read(src + done, &mut piece[..n]);
+            self.write(dst + done, &piece[..n]);
+            done += n as u64;
+        }
+    }
+}
+
+impl BlockDevice for Malloc {
+    fn info(&self) -> &DeviceInfo {
+        &self.shared.info
+    }
+
+    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
+        Ok(Box::new(MallocChannel {
+            shared: Arc::clone(&self.shared),
+            done: Completed::default(),
+        }))
+    }
+}
+
+struct MallocChannel {
+    shared: Arc<Shared>,
+    done: Completed,
+}
+
+impl MallocChannel {
+    fn execute(&self, op: &mut Op) -> Result<(), Box<IoError>> {
+        let Shared { info, memory } = &*self.shared;
+        let bs = u64::from(info.block_size);
+        let at = op.lba() * bs;
+        let len = op.len_bytes(info.block_size);
+        match op {
+            Op::Read { buf, .. } => memory.read(at, buf),
+            Op::ReadV { bufs, .. } => {
+                let mut at = at;
+                for buf in bufs {
+                    memory.read(at, buf);
+                    at += buf.len() as u64;
+                }
+            }
+            Op::Write { data, .. } => memory.write(at, data),
+            Op::WriteV { data, .. } => {
+                let mut at = at;
+                for data in data {
+                    memory.write(at, data);
+                    at += data.len() as u64;
+                }
+            }
+            Op::WriteZeroes { .. } | Op::Unmap { .. } => memory.zero(at, len),
+            Op::Compare { data, .. } => {
+                if let Some(offset_bytes) = memory.differs(at, data) {
+                    return Err(info.error(op, IoErrorKind::Miscompare { offset_bytes }, ""));
+                }
+            }
+            Op::CompareAndWrite(c) => {
+                let result = memory.compare_and_write(at, &c.compare, &c.write);
+                if let Err(offset_bytes) = result {
+                    return Err(info.error(op, IoErrorKind::Miscompare { offset_bytes }, ""));
+                }
+            }
+            Op::Copy { src_lba, .. } => memory.copy(*src_lba * bs, at, len),
+            Op::Flush | Op::Reset | Op::Abort { .. } | Op::Zone { .. } => {}
+        }
+        Ok(())
+    }
+}
+
+impl IoChannel for MallocChannel {
+    fn submit(&mut self, tag: u64, mut op: Op) -> Result<(), SubmitError> {
+        if self.done.is_full() {
+            return Err(SubmitError::Busy(op));
+        }
+        if let Err(e) = self.shared.info.check(&op) {
+            return refuse(op, e);
+        }
+        let result = self.execute(&mut op);
+        self.done.push(tag, op, result);
+        Ok(())
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        self.done.drain_into(out)
+    }
+
+    fn wait(&mut self, _timeout: Duration) -> Result<(), BdevError> {
+        Ok(())
+    }
+
+    fn in_flight(&self) -> usize {
+        self.done.len()
+    }
+}
+
+pub(crate) fn open_uri(uri: &mut Uri<'_>) -> Result<Arc<dyn BlockDevice>, BdevError> {
+    let block_size = uri.number("block_size")?.unwrap_or(512);
+    let options = MallocOptions {
+        name: uri.option("name"),
+        block_size,
+        num_blocks: size_in_rest(uri, block_size)?,
+        ..MallocOptions::default()
+    };
+    uri.finish()?;
+    Ok(Arc::new(Malloc::new(&options)?))
+}

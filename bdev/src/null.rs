@@ -1,0 +1,99 @@
+//! `null`: a block device that does nothing, for measuring what is above it.
+//!
+//! Writes vanish; a read leaves its buffer as it was.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::device::{BlockDevice, DeviceInfo, IoChannel};
+use crate::error::BdevError;
+use crate::malloc::check_geometry;
+use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
+use crate::queue::{Completed, refuse};
+use crate::uri::{Uri, size_in_rest};
+use crate::uuid;
+
+/// A block device that does nothing.
+#[derive(Debug, Clone)]
+pub struct Null {
+    info: Arc<DeviceInfo>,
+}
+
+impl Null {
+    /// Makes the device; `name` `None`: the next free `NullN`.
+    ///
+    /// # Errors
+    /// A block size that is no power of two from 512 to 65536, no blocks at all.
+    pub fn new(
+        name: Option<String>,
+        block_size: u32,
+        num_blocks: u64,
+        uuid: Option<[u8; 16]>,
+    ) -> Result<Null, BdevError> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let name = name.unwrap_or_else(|| format!("Null{}", NEXT.fetch_add(1, Ordering::Relaxed)));
+        check_geometry(&name, block_size, num_blocks)?;
+        let mut info = DeviceInfo::new(&name, "null", block_size, num_blocks);
+        "Null disk".clone_into(&mut info.product);
+        info.uuid = uuid.unwrap_or_else(uuid::random);
+        info.keeps_data = false;
+        info.ops = OpSet::BASIC.with(OpKind::Unmap).with(OpKind::Abort);
+        Ok(Null {
+            info: Arc::new(info),
+        })
+    }
+}
+
+impl BlockDevice for Null {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
+        Ok(Box::new(NullChannel {
+            info: Arc::clone(&self.info),
+            done: Completed::default(),
+        }))
+    }
+}
+
+struct NullChannel {
+    info: Arc<DeviceInfo>,
+    done: Completed,
+}
+
+impl IoChannel for NullChannel {
+    #[inline]
+    fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
+        if self.done.is_full() {
+            return Err(SubmitError::Busy(op));
+        }
+        if let Err(e) = self.info.check(&op) {
+            return refuse(op, e);
+        }
+        self.done.push(tag, op, Ok(()));
+        Ok(())
+    }
+
+    #[inline]
+    fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        self.done.drain_into(out)
+    }
+
+    fn wait(&mut self, _timeout: Duration) -> Result<(), BdevError> {
+        Ok(())
+    }
+
+    fn in_flight(&self) -> usize {
+        self.done.len()
+    }
+}
+
+pub(crate) fn open_uri(uri: &mut Uri<'_>) -> Result<Arc<dyn BlockDevice>, BdevError> {
+    let block_size = uri.number("block_size")?.unwrap_or(512);
+    let name = uri.option("name");
+    let num_blocks = size_in_rest(uri, block_size)?;
+    uri.finish()?;
+    Ok(Arc::new(Null::new(name, block_size, num_blocks, None)?))
+}

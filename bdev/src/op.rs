@@ -1,0 +1,365 @@
+//! Operations, the sets of them that a device supports, and how they come back.
+
+use std::fmt;
+
+use crate::error::IoError;
+use crate::{DmaBuf, DmaSlice};
+
+/// One I/O operation. Buffers move into it and come back with its [`Completion`].
+///
+/// Lengths of data are those of the buffers and must be multiples of the block size; addresses
+/// (`lba`) and `len_blocks` count the device's blocks.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Op {
+    /// Fill `buf` from the device.
+    Read {
+        /// First block.
+        lba: u64,
+        /// Where the data goes.
+        buf: DmaBuf,
+    },
+    /// Fill several buffers from consecutive blocks. Each is a multiple of the block size.
+    ReadV {
+        /// First block.
+        lba: u64,
+        /// Where the data goes, in order.
+        bufs: Vec<DmaBuf>,
+    },
+    /// Write `data`.
+    Write {
+        /// First block.
+        lba: u64,
+        /// What is written.
+        data: DmaSlice,
+        /// Force unit access: durable when it completes, whatever the device caches.
+        fua: bool,
+    },
+    /// Write several slices to consecutive blocks. Each is a multiple of the block size.
+    WriteV {
+        /// First block.
+        lba: u64,
+        /// What is written, in order.
+        data: Vec<DmaSlice>,
+        /// Force unit access.
+        fua: bool,
+    },
+    /// Make durable every write that completed before this was submitted.
+    Flush,
+    /// Make the blocks read as zeroes.
+    WriteZeroes {
+        /// First block.
+        lba: u64,
+        /// How many.
+        len_blocks: u64,
+        /// Force unit access.
+        fua: bool,
+    },
+    /// The blocks' contents are no longer needed; what they read as is up to the device.
+    Unmap {
+        /// First block.
+        lba: u64,
+        /// How many.
+        len_blocks: u64,
+    },
+    /// Compare the device's blocks with `data`; a difference is [`crate::IoErrorKind::Miscompare`].
+    Compare {
+        /// First block.
+        lba: u64,
+        /// What should be there.
+        data: DmaSlice,
+    },
+    /// Compare, and write if equal, as one atomic step (at most the atomic unit).
+    CompareAndWrite(Box<CompareAndWrite>),
+    /// Copy blocks inside the device. The ranges must not overlap.
+    Copy {
+        /// First block read.
+        src_lba: u64,
+        /// First block written.
+        dst_lba: u64,
+        /// How many.
+        len_blocks: u64,
+    },
+    /// Reset the device: everything in flight on this channel ends, with success or
+    /// [`crate::IoErrorKind::Aborted`], before the reset completes.
+    Reset,
+    /// Try to end the operation that was submitted on this channel with `tag`. The operation still
+    /// completes on its own, once; success of the abort says only that the device was asked.
+    Abort {
+        /// Tag of the operation.
+        tag: u64,
+    },
+    /// Commands of zoned devices. Declared so that their numbers are taken; every module refuses
+    /// them as unsupported.
+    Zone {
+        /// First block of the zone.
+        lba: u64,
+        /// What to do with it.
+        action: ZoneAction,
+    },
+}
+
+/// Operands of [`Op::CompareAndWrite`].
+#[derive(Debug)]
+pub struct CompareAndWrite {
+    /// First block.
+    pub lba: u64,
+    /// What should be there.
+    pub compare: DmaSlice,
+    /// What is written if it is; of the same length.
+    pub write: DmaSlice,
+    /// Force unit access for the write.
+    pub fua: bool,
+}
+
+/// Zone commands (NVM Express Zoned Namespace Command Set 1.1, sections 3.4.1 and 3.4.3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ZoneAction {
+    /// Close the zone.
+    Close,
+    /// Finish the zone.
+    Finish,
+    /// Open the zone.
+    Open,
+    /// Reset the zone's write pointer.
+    Reset,
+    /// Take the zone offline.
+    Offline,
+    /// Report zones.
+    Report,
+}
+
+/// The kind of an [`Op`], without its operands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum OpKind {
+    /// [`Op::Read`] and [`Op::ReadV`].
+    Read,
+    /// [`Op::Write`] and [`Op::WriteV`].
+    Write,
+    /// [`Op::Flush`].
+    Flush,
+    /// [`Op::WriteZeroes`].
+    WriteZeroes,
+    /// [`Op::Unmap`].
+    Unmap,
+    /// [`Op::Compare`].
+    Compare,
+    /// [`Op::CompareAndWrite`].
+    CompareAndWrite,
+    /// [`Op::Copy`].
+    Copy,
+    /// [`Op::Reset`].
+    Reset,
+    /// [`Op::Abort`].
+    Abort,
+    /// [`Op::Zone`].
+    Zone,
+    /// Not an operation of its own: writes take `fua`.
+    Fua,
+}
+
+impl OpKind {
+    /// Every kind, in order of its number.
+    pub const ALL: [OpKind; 12] = [
+        OpKind::Read,
+        OpKind::Write,
+        OpKind::Flush,
+        OpKind::WriteZeroes,
+        OpKind::Unmap,
+        OpKind::Compare,
+        OpKind::CompareAndWrite,
+        OpKind::Copy,
+        OpKind::Reset,
+        OpKind::Abort,
+        OpKind::Zone,
+        OpKind::Fua,
+    ];
+
+    /// The name used in logs, statistics and the configuration.
+    pub const fn name(self) -> &'static str {
+        match self {
+            OpKind::Read => "read",
+            OpKind::Write => "write",
+            OpKind::Flush => "flush",
+            OpKind::WriteZeroes => "write_zeroes",
+            OpKind::Unmap => "unmap",
+            OpKind::Compare => "compare",
+            OpKind::CompareAndWrite => "compare_and_write",
+            OpKind::Copy => "copy",
+            OpKind::Reset => "reset",
+            OpKind::Abort => "abort",
+            OpKind::Zone => "zone",
+            OpKind::Fua => "fua",
+        }
+    }
+}
+
+impl fmt::Display for OpKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A set of [`OpKind`]s.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub struct OpSet(u16);
+
+impl OpSet {
+    /// The empty set.
+    pub const NONE: OpSet = OpSet(0);
+    /// What every writable device has: read, write, FUA, flush, write zeroes, reset.
+    pub const BASIC: OpSet = OpSet::NONE
+        .with(OpKind::Read)
+        .with(OpKind::Write)
+        .with(OpKind::Flush)
+        .with(OpKind::WriteZeroes)
+        .with(OpKind::Fua)
+        .with(OpKind::Reset);
+
+    /// This set and `kind`.
+    pub const fn with(self, kind: OpKind) -> OpSet {
+        OpSet(self.0 | 1 << kind as u16)
+    }
+
+    /// This set without `kind`.
+    pub const fn without(self, kind: OpKind) -> OpSet {
+        OpSet(self.0 & !(1 << kind as u16))
+    }
+
+    /// What is in both.
+    pub const fn intersection(self, other: OpSet) -> OpSet {
+        OpSet(self.0 & other.0)
+    }
+
+    /// Whether `kind` is in it.
+    pub const fn has(self, kind: OpKind) -> bool {
+        self.0 & 1 << kind as u16 != 0
+    }
+
+    /// Its members, in order.
+    pub fn iter(self) -> impl Iterator<Item = OpKind> {
+        OpKind::ALL.into_iter().filter(move |k| self.has(*k))
+    }
+}
+
+impl fmt::Debug for OpSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.iter()).finish()
+    }
+}
+
+impl Op {
+    /// Its kind.
+    pub const fn kind(&self) -> OpKind {
+        match self {
+            Op::Read { .. } | Op::ReadV { .. } => OpKind::Read,
+            Op::Write { .. } | Op::WriteV { .. } => OpKind::Write,
+            Op::Flush => OpKind::Flush,
+            Op::WriteZeroes { .. } => OpKind::WriteZeroes,
+            Op::Unmap { .. } => OpKind::Unmap,
+            Op::Compare { .. } => OpKind::Compare,
+            Op::CompareAndWrite(_) => OpKind::CompareAndWrite,
+            Op::Copy { .. } => OpKind::Copy,
+            Op::Reset => OpKind::Reset,
+            Op::Abort { .. } => OpKind::Abort,
+            Op::Zone { .. } => OpKind::Zone,
+        }
+    }
+
+    /// First block it touches (of a copy: the first written); 0 where it has none.
+    pub fn lba(&self) -> u64 {
+        match self {
+            Op::Read { lba, .. }
+            | Op::ReadV { lba, .. }
+            | Op::Write { lba, .. }
+            | Op::WriteV { lba, .. }
+            | Op::WriteZeroes { lba, .. }
+            | Op::Unmap { lba, .. }
+            | Op::Compare { lba, .. }
+            | Op::Zone { lba, .. } => *lba,
+            Op::CompareAndWrite(c) => c.lba,
+            Op::Copy { dst_lba, .. } => *dst_lba,
+            Op::Flush | Op::Reset | Op::Abort { .. } => 0,
+        }
+    }
+
+    /// Bytes of the device that it touches; saturating.
+    pub fn len_bytes(&self, block_size: u32) -> u64 {
+        match self {
+            Op::Read { buf, .. } => buf.len() as u64,
+            Op::ReadV { bufs, .. } => bufs.iter().map(|b| b.len() as u64).sum(),
+            Op::Write { data, .. } | Op::Compare { data, .. } => data.len() as u64,
+            Op::WriteV { data, .. } => data.iter().map(|d| d.len() as u64).sum(),
+            Op::WriteZeroes { len_blocks, .. }
+            | Op::Unmap { len_blocks, .. }
+            | Op::Copy { len_blocks, .. } => len_blocks.saturating_mul(u64::from(block_size)),
+            Op::CompareAndWrite(c) => c.write.len() as u64,
+            Op::Flush | Op::Reset | Op::Abort { .. } | Op::Zone { .. } => 0,
+        }
+    }
+
+    /// Whether it asks for force unit access.
+    pub fn fua(&self) -> bool {
+        match self {
+            Op::Write { fua, .. } | Op::WriteV { fua, .. } | Op::WriteZeroes { fua, .. } => *fua,
+            Op::CompareAndWrite(c) => c.fua,
+            _ => false,
+        }
+    }
+
+    /// The same operation `delta` blocks further on (wrapping: callers add an offset that the
+    /// device's size bounds).
+    pub(crate) fn shift(&mut self, delta: u64) {
+        match self {
+            Op::Read { lba, .. }
+            | Op::ReadV { lba, .. }
+            | Op::Write { lba, .. }
+            | Op::WriteV { lba, .. }
+            | Op::WriteZeroes { lba, .. }
+            | Op::Unmap { lba, .. }
+            | Op::Compare { lba, .. }
+            | Op::Zone { lba, .. } => *lba = lba.wrapping_add(delta),
+            Op::CompareAndWrite(c) => c.lba = c.lba.wrapping_add(delta),
+            Op::Copy {
+                src_lba, dst_lba, ..
+            } => {
+                *src_lba = src_lba.wrapping_add(delta);
+                *dst_lba = dst_lba.wrapping_add(delta);
+            }
+            Op::Flush | Op::Reset | Op::Abort { .. } => {}
+        }
+    }
+}
+
+/// An operation that has ended, whole, with its buffers.
+#[derive(Debug)]
+pub struct Completion {
+    /// The submitter's tag.
+    pub tag: u64,
+    /// The operation as it was submitted.
+    pub op: Op,
+    /// How it ended.
+    pub result: Result<(), Box<IoError>>,
+}
+
+/// A submission that the channel did not take. The operation comes back.
+#[derive(Debug)]
+pub enum SubmitError {
+    /// The queue is full: poll, then submit again.
+    Busy(Op),
+    /// The operation can never be done: out of range, misaligned, unsupported, device gone.
+    Refused(Op, Box<IoError>),
+}
+
+impl fmt::Display for SubmitError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SubmitError::Busy(op) => write!(f, "queue full: {} not submitted", op.kind()),
+            SubmitError::Refused(_, e) => write!(f, "{e}"),
+        }
+    }
+}
+
+impl std::error::Error for SubmitError {}

@@ -1,0 +1,50 @@
+//! The completion queue of channels whose operations end as soon as they are submitted.
+
+use crate::error::IoError;
+use crate::op::{Completion, Op, SubmitError};
+
+/// At most so many completions wait to be polled for; then the channel is busy.
+const DEPTH: usize = 4096;
+
+/// Completions that wait for [`crate::IoChannel::poll`].
+#[derive(Debug, Default)]
+pub(crate) struct Completed {
+    queue: Vec<Completion>,
+}
+
+impl Completed {
+    #[inline]
+    pub(crate) fn is_full(&self) -> bool {
+        self.queue.len() >= DEPTH
+    }
+
+    #[inline]
+    pub(crate) fn push(&mut self, tag: u64, op: Op, result: Result<(), Box<IoError>>) {
+        self.queue.push(Completion { tag, op, result });
+    }
+
+    #[inline]
+    pub(crate) fn drain_into(&mut self, out: &mut Vec<Completion>) -> usize {
+        let n = self.queue.len();
+        if n == 0 {
+            return 0;
+        }
+        if out.is_empty() && out.capacity() >= n {
+            std::mem::swap(&mut self.queue, out);
+        } else {
+            out.append(&mut self.queue);
+        }
+        n
+    }
+
+    #[inline]
+    pub(crate) fn len(&self) -> usize {
+        self.queue.len()
+    }
+}
+
+/// What every `submit` does with an operation that [`crate::DeviceInfo::check`] refuses.
+#[inline]
+pub(crate) fn refuse(op: Op, e: Box<IoError>) -> Result<(), SubmitError> {
+    Err(SubmitError::Refused(op, e))
+}
