@@ -172,3 +172,19 @@ fn threads_allocate_and_free_each_others_buffers() {
         drop(tx);
     });
 }
+
+#[test]
+fn threads_that_empty_a_new_region_grow_another() {
+    // Large buffers, two to a region at first: threads take from each other's new regions.
+    let threads: Vec<_> = (0..8)
+        .map(|_| {
+            std::thread::spawn(|| {
+                let held: Vec<DmaBuf> = (0..24).map(|_| DmaBuf::new(1 << 20).unwrap()).collect();
+                assert!(held.iter().all(|b| b.len() == 1 << 20));
+            })
+        })
+        .collect();
+    for thread in threads {
+        thread.join().expect("every thread gets its buffers");
+    }
+}

@@ -206,12 +206,14 @@ fn take_slow(class: usize) -> Result<Block, DmaError> {
             arena.collect();
             arena.refill(class, want, &mut got);
         }
-        if got.is_empty() {
+        // Threads that find the class lists empty take from a new region without the growth
+        // lock, so one region need not be enough.
+        while got.is_empty() {
             arena.grow(&mut growth, class_len(class))?;
             arena.refill(class, want, &mut got);
         }
     }
-    let block = got.pop().expect("a region was added that holds the block");
+    let block = got.pop().expect("the loop ends with a block or an error");
     if !got.is_empty() {
         let kept = CACHE.try_with(|c| c.borrow_mut().0[class].append(&mut got));
         if kept.is_err() {
