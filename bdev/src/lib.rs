@@ -4,6 +4,7 @@ mod device;
 mod error;
 mod executor;
 
+pub mod file;
 pub mod malloc;
 pub mod null;
 mod op;

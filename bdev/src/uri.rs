@@ -188,6 +188,7 @@ pub fn open(uri: &str) -> Result<Arc<dyn BlockDevice>, BdevError> {
     match uri.scheme {
         "malloc" => crate::malloc::open_uri(&mut uri),
         "null" => crate::null::open_uri(&mut uri),
+        "file" => crate::file::open_uri(&mut uri),
         other => Err(uri.invalid(format!("unknown scheme `{other}`; one of {SCHEMES}"))),
     }
 }

@@ -1,0 +1,195 @@
+//! What the kernel knows of a path: its kind, who uses it, what it can do.
+
+use std::fs::{self, File, Metadata};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use super::sys;
+
+/// How the range of an unmap is given back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Discard {
+    /// `fallocate(PUNCH_HOLE)`: reads as zeroes afterwards.
+    PunchHole,
+    /// `BLKDISCARD`: contents unspecified afterwards.
+    Ioctl,
+    /// The device cannot.
+    None,
+}
+
+/// What a backing file or device is like.
+#[derive(Debug, Clone)]
+pub(super) struct Backing {
+    pub(super) is_block_device: bool,
+    pub(super) len: u64,
+    /// Smallest unit of direct I/O, in bytes; of a file where the kernel does not say: 512.
+    pub(super) sector: u32,
+    pub(super) write_cache: bool,
+    pub(super) discard: Discard,
+    pub(super) product: String,
+}
+
+pub(super) fn is_block_device(meta: &Metadata) -> bool {
+    meta.file_type().is_block_device()
+}
+
+/// Major and minor number of a device number, as in sys/sysmacros.h.
+pub(super) fn split_dev(dev: u64) -> (u32, u32) {
+    (libc::major(dev), libc::minor(dev))
+}
+
+pub(super) fn backing(file: &File, meta: &Metadata) -> io::Result<Backing> {
+    if !is_block_device(meta) {
+        return Ok(Backing {
+            is_block_device: false,
+            len: meta.len(),
+            sector: 512,
+            write_cache: true,
+            discard: Discard::PunchHole,
+            product: "Image file".to_owned(),
+        });
+    }
+    let (major, minor) = split_dev(meta.rdev());
+    let sys = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+    // A partition has no queue of its own: its parent's.
+    let queue = if sys.join("queue").exists() {
+        sys.join("queue")
+    } else {
+        sys.join("../queue")
+    };
+    let text = |name: &str| fs::read_to_string(queue.join(name)).unwrap_or_default();
+    let number = |name: &str| text(name).trim().parse::<u64>().unwrap_or(0);
+    let discard = if number("write_zeroes_max_bytes") > 0 && number("discard_max_bytes") > 0 {
+        Discard::PunchHole
+    } else if number("discard_max_bytes") > 0 {
+        Discard::Ioctl
+    } else {
+        Discard::None
+    };
+    let model = fs::read_to_string(sys.join("device/model")).unwrap_or_default();
+    let product = match model.trim() {
+        "" if sys.join("loop").exists() => "Loop device".to_owned(),
+        "" => "Block device".to_owned(),
+        model => model.to_owned(),
+    };
+    Ok(Backing {
+        is_block_device: true,
+        len: sys::block_device_len(file)?,
+        sector: sys::sector_size(file)?,
+        // Where sysfs does not say, a cache is assumed: flushes are then sent.
+        write_cache: text("write_cache").trim() != "write through",
+        discard,
+        product,
+    })
+}
+
+/// The process that holds a `flock` lock on the inode, by /proc/locks. `Some(0)`: somebody whom
+/// this process cannot see, or who is gone.
+pub(super) fn lock_owner(meta: &Metadata) -> Option<u32> {
+    let (major, minor) = split_dev(meta.dev());
+    let inode = format!("{major:02x}:{minor:02x}:{}", meta.ino());
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    locks.lines().find_map(|line| {
+        // "3: FLOCK  ADVISORY  WRITE 1234 fe:00:131 0 EOF"
+        let mut words = line.split_whitespace().skip(1);
+        if words.next()? != "FLOCK" {
+            return None;
+        }
+        let pid = words.nth(2)?;
+        (words.next()? == inode).then(|| pid.parse().unwrap_or(0))
+    })
+}
+
+/// Whether the process has ended, or is just ending: its last writes may still be on their way.
+pub(super) fn is_gone(pid: u32) -> bool {
+    if pid == 0 {
+        return true;
+    }
+    match fs::read_to_string(format!("/proc/{pid}/stat")) {
+        // The state follows the command, which is in parentheses and may hold anything.
+        Ok(stat) => stat
+            .rsplit_once(") ")
+            .is_some_and(|(_, rest)| rest.starts_with(['Z', 'X'])),
+        Err(e) => e.kind() == io::ErrorKind::NotFound,
+    }
+}
+
+/// Why a block device must be left alone: mounted, swapped on, part of another device.
+pub(super) fn block_device_user(meta: &Metadata) -> Option<String> {
+    let (major, minor) = split_dev(meta.rdev());
+    let sys = fs::canonicalize(format!("/sys/dev/block/{major}:{minor}")).ok();
+    // The device itself and its partitions.
+    let mut numbers = vec![format!("{major}:{minor}")];
+    let mut holders = Vec::new();
+    if let Some(sys) = &sys {
+        let mut folders = vec![sys.clone()];
+        folders.extend(subfolders(sys).filter(|p| p.join("partition").exists()));
+        for folder in folders {
+            if let Ok(dev) = fs::read_to_string(folder.join("dev")) {
+                numbers.push(dev.trim().to_owned());
+            }
+            holders.extend(
+                subfolders(&folder.join("holders"))
+                    .filter_map(|p| p.file_name().map(|n| n.to_string_lossy().into_owned())),
+            );
+        }
+    }
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    for line in mounts.lines() {
+        let words: Vec<&str> = line.split(' ').collect();
+        if let [_, _, number, _, at, ..] = words[..]
+            && numbers.iter().any(|n| n == number)
+        {
+            return Some(format!("mounted at {at}; unmount it first (umount {at})"));
+        }
+    }
+    if let Some(holder) = holders.first() {
+        return Some(format!("part of /dev/{holder}; take that apart first"));
+    }
+    let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
+    for path in swaps
+        .lines()
+        .skip(1)
+        .filter_map(|l| l.split_whitespace().next())
+    {
+        if fs::metadata(path).is_ok_and(|m| m.rdev() == meta.rdev() && is_block_device(&m)) {
+            return Some(format!("used as swap; run swapoff {path} first"));
+        }
+    }
+    None
+}
+
+fn subfolders(path: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    fs::read_dir(path)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|e| e.path())
+}
+
+/// The loop devices that have this file behind them.
+pub(super) fn loop_devices_on(meta: &Metadata) -> Vec<PathBuf> {
+    subfolders(Path::new("/sys/block"))
+        .filter(|block| {
+            backing_of_loop(block).is_some_and(|path| {
+                fs::metadata(path).is_ok_and(|m| (m.dev(), m.ino()) == (meta.dev(), meta.ino()))
+            })
+        })
+        .filter_map(|block| Some(Path::new("/dev").join(block.file_name()?)))
+        .collect()
+}
+
+/// The file behind a loop device, where `sys` is its folder in sysfs.
+fn backing_of_loop(sys: &Path) -> Option<PathBuf> {
+    let text = fs::read_to_string(sys.join("loop/backing_file")).ok()?;
+    Some(PathBuf::from(text.trim_end_matches('\n')))
+}
+
+/// The process that has locked the file behind a loop device.
+pub(super) fn loop_backing_owner(meta: &Metadata) -> Option<(PathBuf, u32)> {
+    let (major, minor) = split_dev(meta.rdev());
+    let path = backing_of_loop(Path::new(&format!("/sys/dev/block/{major}:{minor}")))?;
+    let owner = lock_owner(&fs::metadata(&path).ok()?)?;
+    Some((path, owner))
+}

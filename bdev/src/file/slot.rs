@@ -1,0 +1,130 @@
+//! One operation on its way: which system call comes next, and what its result means.
+
+use super::{Shared, Zeroing};
+use crate::error::{IoError, IoErrorKind};
+use crate::file::probe::Discard;
+use crate::op::Op;
+
+/// `EAGAIN` and `EINTR` are tried again so many times.
+const TRIES: u32 = 64;
+
+/// The call that an operation needs next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Read or write what is left, `Slot::done` bytes in.
+    Transfer,
+    /// Zero what is left.
+    Zero(Zeroing),
+    /// `fallocate(PUNCH_HOLE)`.
+    Punch,
+    /// `BLKDISCARD`.
+    Discard,
+    /// `fdatasync`.
+    Sync,
+}
+
+/// An operation in flight.
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) tag: u64,
+    pub(super) op: Op,
+    pub(super) step: Step,
+    /// Bytes already transferred.
+    pub(super) done: u64,
+    /// Bytes in all.
+    pub(super) len: u64,
+    /// Byte offset in the file.
+    pub(super) offset: u64,
+    /// Whether a sync follows the rest.
+    sync_after: bool,
+    tries: u32,
+}
+
+impl Slot {
+    /// `dsync`: whether writes carry `RWF_DSYNC`, so that FUA needs no sync behind them.
+    pub(super) fn new(tag: u64, op: Op, shared: &Shared, dsync: bool) -> Slot {
+        let bs = shared.info.block_size;
+        let step = match &op {
+            Op::WriteZeroes { .. } => Step::Zero(shared.zeroing()),
+            Op::Unmap { .. } if shared.discard == Discard::Ioctl => Step::Discard,
+            Op::Unmap { .. } => Step::Punch,
+            Op::Flush => Step::Sync,
+            _ => Step::Transfer,
+        };
+        Slot {
+            tag,
+            step,
+            done: 0,
+            len: op.len_bytes(bs),
+            offset: op.lba() * u64::from(bs),
+            sync_after: op.fua() && !(dsync && step == Step::Transfer),
+            tries: 0,
+            op,
+        }
+    }
+
+    /// Takes the result of the call (bytes, or an errno). `None`: there is another one to do.
+    pub(super) fn advance(
+        &mut self,
+        result: Result<u32, i32>,
+        shared: &Shared,
+    ) -> Option<Result<(), Box<IoError>>> {
+        let n = match result {
+            Ok(n) => u64::from(n),
+            Err(libc::EAGAIN | libc::EINTR) if self.tries < TRIES => {
+                self.tries += 1;
+                return None;
+            }
+            Err(errno) => return self.failed(errno, shared),
+        };
+        match self.step {
+            Step::Sync => return Some(Ok(())),
+            Step::Transfer | Step::Zero(Zeroing::Write) => {
+                self.done += n;
+                if self.done < self.len {
+                    let unit = if shared.direct {
+                        shared.info.block_size
+                    } else {
+                        1
+                    };
+                    if n == 0 || !self.done.is_multiple_of(u64::from(unit)) {
+                        return Some(Err(self.short(shared)));
+                    }
+                    return None;
+                }
+            }
+            Step::Zero(_) | Step::Punch | Step::Discard => self.done = self.len,
+        }
+        if self.sync_after {
+            self.step = Step::Sync;
+            return None;
+        }
+        Some(Ok(()))
+    }
+
+    fn failed(&mut self, errno: i32, shared: &Shared) -> Option<Result<(), Box<IoError>>> {
+        if let Step::Zero(method) = self.step
+            && method != Zeroing::Write
+            && matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)
+        {
+            self.step = Step::Zero(shared.zeroing_refused(method));
+            return None;
+        }
+        let mut detail = std::io::Error::from_raw_os_error(errno).to_string();
+        if self.step == Step::Sync {
+            detail = format!("fdatasync: {detail}");
+        }
+        Some(Err(shared.info.error(
+            &self.op,
+            IoErrorKind::from_errno(errno),
+            detail,
+        )))
+    }
+
+    fn short(&self, shared: &Shared) -> Box<IoError> {
+        let kind = IoErrorKind::Short {
+            done_bytes: self.done,
+        };
+        shared.info.error(&self.op, kind, shared.shrunk())
+    }
+}

@@ -1,0 +1,105 @@
+//! The system calls that the `file` module needs and the standard library does not have.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// `BLKDISCARD`, `BLKGETSIZE64`, `BLKSSZGET` (linux/fs.h).
+const BLKDISCARD: libc::c_ulong = 0x1277;
+const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
+const BLKSSZGET: libc::c_ulong = 0x1268;
+
+fn check(ret: libc::c_int) -> io::Result<()> {
+    if ret < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Tries to take a `flock` lock on the open file; `WouldBlock` when another has it.
+pub(super) fn try_flock(file: &File, exclusive: bool) -> io::Result<()> {
+    let how = if exclusive {
+        libc::LOCK_EX
+    } else {
+        libc::LOCK_SH
+    };
+    // SAFETY: the descriptor is open for the whole call.
+    check(unsafe { libc::flock(file.as_raw_fd(), how | libc::LOCK_NB) })
+}
+
+/// Gives the lock back at once, even while a ring still holds the open file.
+pub(super) fn unlock(file: &File) {
+    // SAFETY: the descriptor is open for the whole call.
+    unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_UN) };
+}
+
+/// Capacity of a block device in bytes.
+pub(super) fn block_device_len(file: &File) -> io::Result<u64> {
+    let mut len = 0_u64;
+    // SAFETY: BLKGETSIZE64 stores one u64 at the address, which is valid for writes.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &raw mut len) })?;
+    Ok(len)
+}
+
+/// Logical sector size of a block device in bytes.
+pub(super) fn sector_size(file: &File) -> io::Result<u32> {
+    let mut size: libc::c_int = 0;
+    // SAFETY: BLKSSZGET stores one int at the address, which is valid for writes.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), BLKSSZGET, &raw mut size) })?;
+    u32::try_from(size).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
+}
+
+/// Discards a range of a block device. Blocks.
+pub(super) fn discard(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let range = [offset, len];
+    // SAFETY: BLKDISCARD reads two u64 from the address.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), BLKDISCARD, range.as_ptr()) })
+}
+
+/// `fallocate(2)`. May block.
+pub(super) fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()> {
+    let to = |n: u64| i64::try_from(n).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG));
+    let (offset, len) = (to(offset)?, to(len)?);
+    // SAFETY: the descriptor is open for the whole call.
+    check(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) })
+}
+
+/// What direct I/O on the file needs: alignment of memory and of offsets, in bytes (statx,
+/// Linux 6.1). `None` where the kernel does not say; zeroes where it is not supported.
+pub(super) fn direct_alignment(file: &File) -> Option<(u32, u32)> {
+    // SAFETY: statx is a plain structure for which all zeroes are valid.
+    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: an empty path with AT_EMPTY_PATH names the descriptor, which is open; `stat` is
+    // valid for writes.
+    let ret = unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &raw mut stat,
+        )
+    };
+    (ret == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0)
+        .then_some((stat.stx_dio_mem_align, stat.stx_dio_offset_align))
+}
+
+/// An eventfd.
+pub(super) fn eventfd() -> io::Result<File> {
+    // SAFETY: no memory is involved.
+    let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
+    check(fd)?;
+    // SAFETY: the descriptor was just made and belongs to nobody else.
+    Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+/// Takes `O_DIRECT` off the open file.
+pub(super) fn clear_direct(file: &File) -> io::Result<()> {
+    // SAFETY: the descriptor is open for both calls, which take and give plain numbers.
+    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    check(flags)?;
+    // SAFETY: as above.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags & !libc::O_DIRECT) })
+}

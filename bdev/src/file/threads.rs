@@ -1,0 +1,258 @@
+//! The channel where io_uring is refused: a few threads that call `pread` and `pwrite`.
+//!
+//! A single operation that is waited for runs on the waiting thread, which costs no hand-off.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use super::slot::{Slot, Step};
+use super::{Shared, Zeroing, sys};
+use crate::device::IoChannel;
+use crate::error::{BdevError, IoError};
+use crate::op::{Completion, Op, SubmitError};
+use crate::queue::refuse;
+
+/// Threads per channel: the depth that a device sees.
+const THREADS: usize = 4;
+/// Operations in flight on a channel.
+const DEPTH: usize = 256;
+
+pub(super) struct ThreadChannel {
+    pool: Arc<Pool>,
+    /// Submitted and not yet handed to the threads.
+    queued: VecDeque<Slot>,
+    resets: Vec<(u64, Op)>,
+    threads: Vec<JoinHandle<()>>,
+    /// With the threads, or done and not yet reaped.
+    running: usize,
+}
+
+struct Pool {
+    shared: Arc<Shared>,
+    work: Mutex<Work>,
+    start: Condvar,
+    finish: Condvar,
+}
+
+#[derive(Default)]
+struct Work {
+    todo: VecDeque<Slot>,
+    done: Vec<Completion>,
+    stop: bool,
+}
+
+impl Pool {
+    fn lock(&self) -> MutexGuard<'_, Work> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn serve(&self) {
+        let mut work = self.lock();
+        loop {
+            if let Some(slot) = work.todo.pop_front() {
+                drop(work);
+                let completion = run(&self.shared, slot);
+                work = self.lock();
+                work.done.push(completion);
+                self.finish.notify_one();
+            } else if work.stop {
+                return;
+            } else {
+                work = self
+                    .start
+                    .wait(work)
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    }
+}
+
+/// Does the whole operation. Blocks.
+fn run(shared: &Shared, mut slot: Slot) -> Completion {
+    loop {
+        let result = call(shared, &mut slot).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
+        let result = result.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        if let Some(result) = slot.advance(result, shared) {
+            return Completion {
+                tag: slot.tag,
+                op: slot.op,
+                result,
+            };
+        }
+    }
+}
+
+fn call(shared: &Shared, slot: &mut Slot) -> io::Result<usize> {
+    let file = &shared.file;
+    let (at, left) = (slot.offset + slot.done, slot.len - slot.done);
+    let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    let zero = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+    match slot.step {
+        Step::Sync => file.sync_data().map(|()| 0),
+        Step::Zero(Zeroing::ZeroRange) => sys::fallocate(file, zero, at, left).map(|()| 0),
+        Step::Zero(Zeroing::PunchHole) | Step::Punch => {
+            sys::fallocate(file, punch, at, left).map(|()| 0)
+        }
+        Step::Discard => sys::discard(file, at, left).map(|()| 0),
+        Step::Zero(Zeroing::Write) => {
+            let zeroes = shared.zeroes().map_err(io::Error::other)?;
+            let n = usize::try_from(left)
+                .unwrap_or(usize::MAX)
+                .min(zeroes.len());
+            file.write_at(&zeroes[..n], at)
+        }
+        Step::Transfer => transfer(file, slot, at),
+    }
+}
+
+fn transfer(file: &std::fs::File, slot: &mut Slot, at: u64) -> io::Result<usize> {
+    let mut skip = usize::try_from(slot.done).unwrap_or(usize::MAX);
+    match &mut slot.op {
+        Op::Read { buf, .. } => file.read_at(&mut buf[skip..], at),
+        Op::Write { data, .. } => file.write_at(&data[skip..], at),
+        // One part per call: the state machine comes back for the next.
+        Op::ReadV { bufs, .. } => {
+            let mut parts = bufs.iter_mut();
+            let part = parts.find(|b| {
+                let here = skip < b.len();
+                skip -= if here { 0 } else { b.len() };
+                here
+            });
+            part.map_or(Ok(0), |b| file.read_at(&mut b[skip..], at))
+        }
+        Op::WriteV { data, .. } => {
+            let mut parts = data.iter();
+            let part = parts.find(|d| {
+                let here = skip < d.len();
+                skip -= if here { 0 } else { d.len() };
+                here
+            });
+            part.map_or(Ok(0), |d| file.write_at(&d[skip..], at))
+        }
+        _ => Ok(0),
+    }
+}
+
+impl ThreadChannel {
+    pub(super) fn new(shared: Arc<Shared>) -> io::Result<ThreadChannel> {
+        let pool = Arc::new(Pool {
+            shared,
+            work: Mutex::default(),
+            start: Condvar::new(),
+            finish: Condvar::new(),
+        });
+        let mut channel = ThreadChannel {
+            pool: Arc::clone(&pool),
+            queued: VecDeque::new(),
+            resets: Vec::new(),
+            threads: Vec::new(),
+            running: 0,
+        };
+        for _ in 0..THREADS {
+            let pool = Arc::clone(&pool);
+            let builder = thread::Builder::new().name("bdev-file".to_owned());
+            channel.threads.push(builder.spawn(move || pool.serve())?);
+        }
+        Ok(channel)
+    }
+
+    fn check(&self, op: &Op) -> Result<(), Box<IoError>> {
+        self.pool.shared.info.check(op)?;
+        super::ring::check_buffers(&self.pool.shared, op)
+    }
+}
+
+impl IoChannel for ThreadChannel {
+    fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
+        if let Err(e) = self.check(&op) {
+            return refuse(op, e);
+        }
+        if self.in_flight() >= DEPTH || !self.resets.is_empty() {
+            return Err(SubmitError::Busy(op));
+        }
+        match op {
+            Op::Reset => self.resets.push((tag, op)),
+            // What a thread has begun cannot be called back.
+            Op::Abort { .. } => {
+                self.running += 1;
+                self.pool.lock().done.push(Completion {
+                    tag,
+                    op,
+                    result: Ok(()),
+                });
+            }
+            op => self
+                .queued
+                .push_back(Slot::new(tag, op, &self.pool.shared, false)),
+        }
+        Ok(())
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        let mut work = self.pool.lock();
+        if !self.queued.is_empty() {
+            self.running += self.queued.len();
+            work.todo.extend(self.queued.drain(..));
+            self.pool.start.notify_all();
+        }
+        let mut n = work.done.len();
+        out.append(&mut work.done);
+        drop(work);
+        self.running -= n;
+        if self.running == 0 {
+            n += self.resets.len();
+            let ended = self.resets.drain(..);
+            out.extend(ended.map(|(tag, op)| Completion {
+                tag,
+                op,
+                result: Ok(()),
+            }));
+        }
+        n
+    }
+
+    fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
+        if self.running == 0 && self.queued.len() == 1 {
+            let slot = self.queued.pop_front();
+            if let Some(slot) = slot {
+                let completion = run(&self.pool.shared, slot);
+                self.running += 1;
+                self.pool.lock().done.push(completion);
+            }
+            return Ok(());
+        }
+        let mut work = self.pool.lock();
+        if !self.queued.is_empty() {
+            self.running += self.queued.len();
+            work.todo.extend(self.queued.drain(..));
+            self.pool.start.notify_all();
+        }
+        if work.done.is_empty() && self.running > 0 {
+            let woken = self.pool.finish.wait_timeout(work, timeout);
+            drop(woken.unwrap_or_else(PoisonError::into_inner));
+        }
+        Ok(())
+    }
+
+    fn in_flight(&self) -> usize {
+        self.queued.len() + self.running + self.resets.len()
+    }
+}
+
+impl Drop for ThreadChannel {
+    fn drop(&mut self) {
+        // What was submitted is done first.
+        let mut work = self.pool.lock();
+        work.todo.extend(self.queued.drain(..));
+        work.stop = true;
+        drop(work);
+        self.pool.start.notify_all();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
