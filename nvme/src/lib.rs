@@ -1,4 +1,5 @@
 //! NVMe driver: spec types, DMA memory, transports, controller, queue pairs.
 
 pub mod dma;
+pub mod spec;
 pub mod transport;
