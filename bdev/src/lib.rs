@@ -1,5 +1,6 @@
 //! Block devices: one trait, a channel per thread, modules, configuration, RPC.
 
+pub mod crashsim;
 mod device;
 mod error;
 mod executor;
