@@ -1,0 +1,184 @@
+//! The boots: which devices, which mode, which steps.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::Error;
+use crate::image::Base;
+use crate::qemu::{Boot, Iommu, Outcome};
+
+/// One boot with its steps.
+pub struct Scenario {
+    /// For the command line.
+    pub name: &'static str,
+    /// What it shows.
+    pub about: &'static str,
+    iommu: Iommu,
+    mode: &'static str,
+    huge_pages: u32,
+    disks: &'static [Disk],
+    /// Devices, in QEMU's words. `BLKDEBUG` stands for the fault file of this boot.
+    devices: &'static [&'static str],
+    steps: &'static str,
+    timeout_s: u64,
+}
+
+/// A backing store of a namespace.
+enum Disk {
+    /// A sparse file: node name and MiB.
+    File(&'static str, u64),
+    /// Reads zeroes, forgets writes: node name, bytes, and latency in ns.
+    Null(&'static str, u64, u64),
+    /// A sparse file behind fault rules in `blkdebug`'s words: node name, MiB, rules.
+    Faulty(&'static str, u64, &'static str),
+}
+
+/// Slots on bus 0, which the steps name as `$(slot N)`.
+const MULTI: &[&str] = &[
+    // One controller with all kinds of namespaces.
+    "nvme,id=n0,addr=0x8,serial=multi,max_ioqpairs=8,msix_qsize=9,mdts=5,cmb_size_mb=16",
+    "nvme-ns,bus=n0,drive=d1,nsid=1,logical_block_size=512",
+    "nvme-ns,bus=n0,drive=d2,nsid=2,logical_block_size=4096,physical_block_size=4096",
+    "nvme-ns,bus=n0,drive=d3,nsid=3,logical_block_size=4096,physical_block_size=4096,ms=8,pi=1,pil=0,mset=0",
+    "nvme-ns,bus=n0,drive=d4,nsid=4,logical_block_size=4096,physical_block_size=4096,zoned=on,zoned.zone_size=4M,zoned.zone_capacity=3M,zoned.max_open=4,zoned.max_active=8",
+    "nvme-ns,bus=n0,drive=d5,nsid=5",
+    // One whose reads, writes and flushes fail where the rules say.
+    "nvme,id=n1,addr=0x9,serial=faulty,max_ioqpairs=4,msix_qsize=5",
+    "nvme-ns,bus=n1,drive=d6,nsid=1,logical_block_size=512",
+    // One that can be pulled.
+    "pcie-root-port,id=rp0,addr=0xa,slot=1,chassis=1",
+    "nvme,id=n2,bus=rp0,serial=pulled,max_ioqpairs=4,msix_qsize=5",
+    "nvme-ns,bus=n2,drive=d7,nsid=1,logical_block_size=4096,physical_block_size=4096",
+    // One that is slow enough for commands to be in flight when something happens.
+    "nvme,id=n3,addr=0xb,serial=slow,max_ioqpairs=4,msix_qsize=5",
+    "nvme-ns,bus=n3,drive=d8,nsid=1,logical_block_size=4096,physical_block_size=4096",
+];
+
+const MULTI_DISKS: &[Disk] = &[
+    Disk::File("d1", 256),
+    Disk::File("d2", 256),
+    Disk::File("d3", 64),
+    Disk::File("d4", 64),
+    Disk::Null("d5", 4 << 30, 0),
+    Disk::Faulty("d6", 64, FAULTS),
+    Disk::File("d7", 256),
+    Disk::Null("d8", 256 << 20, 50_000_000),
+];
+
+/// Sectors are of 512 bytes.
+const FAULTS: &str = r#"
+[inject-error]
+event = "none"
+iotype = "read"
+errno = "5"
+sector = "2048"
+once = "off"
+
+[inject-error]
+event = "none"
+iotype = "write"
+errno = "5"
+sector = "4096"
+once = "off"
+"#;
+
+/// Every scenario, in the order in which they run.
+pub fn all() -> Vec<Scenario> {
+    vec![Scenario {
+        name: "intel",
+        about: "vfio-pci behind VT-d: the whole suite, faults, reset, removal",
+        iommu: Iommu::Intel,
+        mode: "vfio",
+        huge_pages: 0,
+        disks: MULTI_DISKS,
+        devices: MULTI,
+        steps: include_str!("../guest/vfio.sh"),
+        timeout_s: 240,
+    }]
+}
+
+impl Scenario {
+    /// Boots it and runs its steps, or `steps` in their place.
+    pub fn boot(
+        &self,
+        base: &Base,
+        bin: &Path,
+        steps: Option<&str>,
+        verbose: bool,
+        timeout: Option<Duration>,
+    ) -> Result<Outcome, Error> {
+        let work = tempfile::Builder::new()
+            .prefix("pumice-rig.")
+            .tempdir()
+            .map_err(|e| Error::Other(format!("no directory for temporary files: {e}")))?;
+        let mut devices = Vec::new();
+        for disk in self.disks {
+            devices.push("-blockdev".to_owned());
+            devices.push(disk.argument(work.path())?);
+        }
+        for device in self.devices {
+            devices.push("-device".to_owned());
+            devices.push((*device).to_owned());
+        }
+        let initrd = work.path().join("initrd");
+        base.initramfs(steps.unwrap_or(self.steps), &programs(bin)?, &initrd)?;
+        Boot {
+            kernel: &base.kernel,
+            initrd: &initrd,
+            work: work.path(),
+            iommu: self.iommu,
+            mode: self.mode,
+            huge_pages: self.huge_pages,
+            memory_mib: 512,
+            devices: &devices,
+            timeout: timeout.unwrap_or(Duration::from_secs(self.timeout_s)),
+            verbose,
+        }
+        .run()
+    }
+}
+
+/// Every program in the directory goes to the guest's `/bin`.
+fn programs(bin: &Path) -> Result<Vec<PathBuf>, Error> {
+    let found = ["nvme-suite", "pumice", "pumice-rig"]
+        .iter()
+        .map(|name| bin.join(name))
+        .filter(|path| path.is_file())
+        .collect::<Vec<_>>();
+    if found.is_empty() {
+        return Err(Error::Other(format!(
+            "{} holds none of the guest's programs; rig/run builds them",
+            bin.display()
+        )));
+    }
+    Ok(found)
+}
+
+impl Disk {
+    fn argument(&self, work: &Path) -> Result<String, Error> {
+        let file = |node: &str, mib: u64| -> Result<PathBuf, Error> {
+            let path = work.join(format!("{node}.img"));
+            let file = std::fs::File::create(&path).map_err(|e| Error::at(&path, e))?;
+            file.set_len(mib << 20).map_err(|e| Error::at(&path, e))?;
+            Ok(path)
+        };
+        Ok(match self {
+            Disk::File(node, mib) => format!(
+                "driver=file,filename={},node-name={node},discard=unmap",
+                file(node, *mib)?.display()
+            ),
+            Disk::Null(node, bytes, latency_ns) => format!(
+                "driver=null-co,size={bytes},node-name={node},read-zeroes=on,latency-ns={latency_ns}"
+            ),
+            Disk::Faulty(node, mib, rules) => {
+                let config = work.join(format!("{node}.faults"));
+                std::fs::write(&config, rules).map_err(|e| Error::at(&config, e))?;
+                format!(
+                    "driver=blkdebug,config={},node-name={node},image.driver=file,image.filename={},image.discard=unmap",
+                    config.display(),
+                    file(node, *mib)?.display()
+                )
+            }
+        })
+    }
+}
