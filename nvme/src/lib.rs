@@ -2,4 +2,5 @@
 
 pub mod dma;
 pub mod spec;
+pub mod pci;
 pub mod transport;

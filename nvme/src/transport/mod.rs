@@ -26,15 +26,21 @@ use crate::dma::{AddressTable, DmaError};
 
 mod eventfd;
 mod iova;
+mod mapping;
 mod mmio;
 mod open;
+mod registers;
+mod uio;
 mod uri;
+mod vfio;
 
 pub use eventfd::EventFd;
 pub use iova::IovaSpace;
 pub use mmio::{Doorbell, Kick, MmioMap};
 pub use open::open_transport;
+pub use uio::Uio;
 pub use uri::{NvmeUri, parse_size};
+pub use vfio::Vfio;
 
 /// Why a transport could not do what was asked.
 #[derive(Debug, thiserror::Error)]

@@ -1,0 +1,159 @@
+//! The arena's regions in the address space of the device.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use vfio_ioctls::{VfioContainer, VfioError};
+
+use super::sys;
+use crate::dma::{
+    AddressTable, CHUNK_LEN, DmaError, DmaMapper, Region, RegionId, memlock, physical_chunks,
+};
+use crate::transport::IovaSpace;
+
+/// How device addresses come about.
+pub(super) enum Space {
+    /// An IOMMU translates; mappings are made in the container.
+    Iommu(Arc<VfioContainer>),
+    /// The device sees physical addresses.
+    Physical,
+}
+
+/// The mapper of one device.
+pub(crate) struct DeviceSpace {
+    device: String,
+    space: Space,
+    table: Arc<AddressTable>,
+    state: Mutex<Mapped>,
+}
+
+struct Mapped {
+    iova: IovaSpace,
+    regions: HashMap<RegionId, u64>,
+    bytes: usize,
+}
+
+impl DeviceSpace {
+    /// Behind an IOMMU, inside its windows.
+    pub(super) fn behind_iommu(device: &str, container: Arc<VfioContainer>, iova: IovaSpace) -> Self {
+        Self::new(device, Space::Iommu(container), iova)
+    }
+
+    /// Without an IOMMU.
+    pub(crate) fn physical(device: &str) -> Self {
+        Self::new(device, Space::Physical, IovaSpace::new(Vec::new()))
+    }
+
+    fn new(device: &str, space: Space, iova: IovaSpace) -> Self {
+        DeviceSpace {
+            device: device.to_owned(),
+            space,
+            table: Arc::new(AddressTable::new()),
+            state: Mutex::new(Mapped {
+                iova,
+                regions: HashMap::new(),
+                bytes: 0,
+            }),
+        }
+    }
+
+    pub(crate) fn table(&self) -> &Arc<AddressTable> {
+        &self.table
+    }
+
+    fn map_iommu(&self, container: &Arc<VfioContainer>, region: &Region) -> Result<(), DmaError> {
+        let mut state = self.state.lock();
+        let iova = state
+            .iova
+            .take(region.len() as u64, CHUNK_LEN as u64)
+            .ok_or_else(|| DmaError::NoIova {
+                device: self.device.clone(),
+                len: region.len(),
+                windows: state.iova.describe(),
+            })?;
+        if let Err(error) = sys::map(container, region, iova) {
+            state.iova.give(iova);
+            let used = state.regions.len();
+            return Err(self.explain(container, region, &error, used, state.bytes));
+        }
+        tracing::debug!(device = self.device, len = region.len(), iova = format_args!("{iova:#x}"), "region mapped for DMA");
+        state.regions.insert(region.id(), iova);
+        state.bytes += region.len();
+        self.table.set_region(region, iova);
+        Ok(())
+    }
+
+    /// The kernel gives ENOSPC when `dma_entry_limit` is used up and ENOMEM when the memlock
+    /// limit is (Linux `drivers/vfio/vfio_iommu_type1.c`).
+    fn explain(
+        &self,
+        container: &Arc<VfioContainer>,
+        region: &Region,
+        error: &VfioError,
+        used: usize,
+        mapped: usize,
+    ) -> DmaError {
+        let device = self.device.clone();
+        let source = match error {
+            VfioError::IommuDmaMap(errno) => io::Error::from_raw_os_error(errno.errno()),
+            other => io::Error::other(other.to_string()),
+        };
+        match source.raw_os_error() {
+            Some(libc::ENOSPC) => {
+                let left = sys::iommu_info(&**container)
+                    .ok()
+                    .and_then(|info| info.mappings_left)
+                    .and_then(|n| usize::try_from(n).ok());
+                DmaError::NoMappings {
+                    device,
+                    used,
+                    limit: used + left.unwrap_or(0),
+                }
+            }
+            Some(libc::ENOMEM | libc::EDQUOT) => DmaError::Pin {
+                device,
+                len: region.len(),
+                mapped,
+                memlock: memlock(),
+                source,
+            },
+            _ => DmaError::Map {
+                device,
+                len: region.len(),
+                reason: format!("VFIO_IOMMU_MAP_DMA: {source}"),
+            },
+        }
+    }
+}
+
+impl DmaMapper for DeviceSpace {
+    fn map(&self, region: &Region) -> Result<(), DmaError> {
+        match &self.space {
+            Space::Iommu(container) => self.map_iommu(container, region),
+            Space::Physical => {
+                for (n, address) in physical_chunks(region)?.into_iter().enumerate() {
+                    self.table.set_chunk(region.id(), n, address);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn unmap(&self, region: &Region) {
+        self.table.clear_region(region);
+        let mut state = self.state.lock();
+        let Some(iova) = state.regions.remove(&region.id()) else {
+            return;
+        };
+        state.bytes -= region.len();
+        state.iova.give(iova);
+        if let Space::Iommu(container) = &self.space
+            && let Err(error) = container.vfio_dma_unmap(iova, region.len())
+        {
+            // Closing the container takes the mapping away in any case.
+            tracing::warn!(device = self.device, %error, iova = format_args!("{iova:#x}"), "DMA mapping not taken back");
+        }
+    }
+}

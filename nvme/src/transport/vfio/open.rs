@@ -1,0 +1,206 @@
+//! From an address to open descriptors, with errors that say what to do.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use vfio_ioctls::{VfioContainer, VfioError};
+
+use super::sys::{self, OpenError};
+use crate::pci::{Function, Group, Host, PciAddress, PciError};
+use crate::transport::TransportError;
+
+/// An open function. Fields are dropped in order: the device before its group and container.
+pub(super) struct Handle {
+    device: OwnedFd,
+    _group: File,
+    container: Container,
+}
+
+/// The address space that the group is in.
+pub(super) enum Container {
+    /// Translated by a TYPE1v2 IOMMU.
+    Iommu(Arc<VfioContainer>),
+    /// Not translated.
+    NoIommu(File),
+}
+
+impl Handle {
+    /// The container, where there is an IOMMU behind it.
+    pub(super) fn iommu(&self) -> Option<&Arc<VfioContainer>> {
+        match &self.container {
+            Container::Iommu(container) => Some(container),
+            Container::NoIommu(_) => None,
+        }
+    }
+}
+
+impl AsFd for Handle {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.device.as_fd()
+    }
+}
+
+/// Opens the function. Waits for nothing; fails when somebody else has its group.
+///
+/// Group and device are opened here and not by `vfio_ioctls::VfioDevice`, which panics when it
+/// is dropped after the function was unplugged (it looks its group up in sysfs again).
+pub(super) fn open(host: &Host, address: PciAddress) -> Result<Handle, TransportError> {
+    let device = address.to_string();
+    let function = host.nvme_function(address).map_err(|e| pci_error(&device, e))?;
+    let group = usable_group(host, &function)?;
+    let node = group.node();
+    let container = if group.no_iommu {
+        let file = File::options().read(true).write(true).open("/dev/vfio/vfio");
+        Container::NoIommu(file.map_err(|e| explain_io(&device, "/dev/vfio/vfio", e))?)
+    } else {
+        let container = VfioContainer::new(None).map_err(|e| explain(&device, e))?;
+        Container::Iommu(Arc::new(container))
+    };
+    let group = File::options()
+        .read(true)
+        .write(true)
+        .open(&node)
+        .map_err(|e| explain_io(&device, &node, e))?;
+    let opened = match &container {
+        Container::Iommu(c) => sys::open_device(&**c, sys::TYPE1V2, &group, &device),
+        Container::NoIommu(c) => sys::open_device(c, sys::NO_IOMMU, &group, &device),
+    };
+    Ok(Handle {
+        device: opened.map_err(|e| explain_step(&device, &node, e))?,
+        _group: group,
+        container,
+    })
+}
+
+/// Why a step from group to device failed.
+fn explain_step(device: &str, node: &str, error: OpenError) -> TransportError {
+    match error {
+        OpenError::NotViable => unsupported(
+            device,
+            format!("{node} is not viable: another function of the group is bound to a driver of the kernel; see: pumice doctor"),
+        ),
+        OpenError::Step("VFIO_SET_IOMMU", e) if e.raw_os_error() == Some(libc::EPERM) => unsupported(
+            device,
+            "the platform cannot isolate interrupts (no interrupt remapping), which VFIO wants: turn it on in the firmware, or accept the risk with vfio_iommu_type1 allow_unsafe_interrupts=1".to_owned(),
+        ),
+        OpenError::Step(what, source) => TransportError::Io {
+            device: device.to_owned(),
+            what: format!("{what} on {node}"),
+            source,
+        },
+    }
+}
+
+fn pci_error(device: &str, error: PciError) -> TransportError {
+    match error {
+        PciError::Io { path, source } => TransportError::Io {
+            device: device.to_owned(),
+            what: path.display().to_string(),
+            source,
+        },
+        other => unsupported(device, strip(&other.to_string(), device)),
+    }
+}
+
+/// The device's name is in front of every error already.
+fn strip(text: &str, device: &str) -> String {
+    text.strip_prefix(device)
+        .and_then(|t| t.strip_prefix(": "))
+        .unwrap_or(text)
+        .to_owned()
+}
+
+fn unsupported(device: &str, what: String) -> TransportError {
+    TransportError::Unsupported {
+        device: device.to_owned(),
+        what,
+    }
+}
+
+/// The group, when driver and neighbours allow its use.
+fn usable_group(host: &Host, function: &Function) -> Result<Group, TransportError> {
+    let device = function.address.to_string();
+    if function.driver.as_deref() != Some("vfio-pci") {
+        let driver = function.driver.as_deref().unwrap_or("no driver");
+        return Err(unsupported(
+            &device,
+            format!("its kernel driver is {driver}, not vfio-pci; give it to Pumice with: pumice setup bind {device}"),
+        ));
+    }
+    let Some(group) = function.group.clone() else {
+        return Err(unsupported(
+            &device,
+            "it has no IOMMU group: turn the IOMMU on (firmware set-up, and intel_iommu=on on the kernel's command line), then see: pumice doctor".to_owned(),
+        ));
+    };
+    let rivals = host.group_rivals(function);
+    if !rivals.is_empty() {
+        let list: Vec<String> = rivals.iter().map(|(a, d)| format!("{a} ({d})")).collect();
+        return Err(unsupported(
+            &device,
+            format!(
+                "IOMMU group {} also holds {}, which the kernel drives; a group is given away as a whole: unbind them too",
+                group.id,
+                list.join(", ")
+            ),
+        ));
+    }
+    Ok(group)
+}
+
+fn explain(device: &str, error: VfioError) -> TransportError {
+    match error {
+        VfioError::OpenContainer(source) => explain_io(device, "/dev/vfio/vfio", source),
+        VfioError::VfioExtension => unsupported(
+            device,
+            "the kernel has no TYPE1v2 IOMMU for VFIO: modprobe vfio_iommu_type1".to_owned(),
+        ),
+        other => unsupported(device, other.to_string()),
+    }
+}
+
+fn explain_io(device: &str, node: &str, source: io::Error) -> TransportError {
+    match source.raw_os_error() {
+        Some(libc::EBUSY) => TransportError::InUse {
+            device: device.to_owned(),
+            detail: match holder(Path::new(node)) {
+                Some((pid, name)) => format!("process {pid} ({name}) has {node} open"),
+                None => format!("another process has {node} open (fuser -v {node} tells which)"),
+            },
+        },
+        Some(libc::EACCES | libc::EPERM) => unsupported(
+            device,
+            format!("no permission for {node}: run as root, or hand the node over with: pumice setup bind {device} --user $USER"),
+        ),
+        Some(libc::ENOENT | libc::ENODEV) => unsupported(
+            device,
+            format!("{node} is not there: modprobe vfio-pci, and see: pumice doctor"),
+        ),
+        _ => TransportError::Io {
+            device: device.to_owned(),
+            what: node.to_owned(),
+            source,
+        },
+    }
+}
+
+/// Which process has a file open, as far as `/proc` shows.
+fn holder(node: &Path) -> Option<(u32, String)> {
+    for entry in std::fs::read_dir("/proc").ok()?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else {
+            continue;
+        };
+        let fds = std::fs::read_dir(entry.path().join("fd")).into_iter().flatten();
+        let has_it = fds
+            .flatten()
+            .any(|fd| std::fs::read_link(fd.path()).is_ok_and(|target| target == node));
+        if has_it {
+            let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+            return Some((pid, name.trim().to_owned()));
+        }
+    }
+    None
+}

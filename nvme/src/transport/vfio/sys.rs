@@ -1,0 +1,215 @@
+//! System calls of VFIO (Linux `include/uapi/linux/vfio.h`).
+#![allow(unsafe_code)]
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use vfio_bindings::bindings::vfio as api;
+use vfio_ioctls::{VfioContainer, VfioError};
+
+use super::info::{IommuInfo, RegionInfo, iommu_info_len, region_info_len, u32_at};
+use crate::dma::Region;
+
+/// `_IO(VFIO_TYPE, VFIO_BASE + n)`.
+const fn request(n: u32) -> libc::c_ulong {
+    ((api::VFIO_TYPE as u32) << 8 | (api::VFIO_BASE + n)) as libc::c_ulong
+}
+
+const SET_IOMMU: libc::c_ulong = request(2);
+const GROUP_GET_STATUS: libc::c_ulong = request(3);
+const GROUP_SET_CONTAINER: libc::c_ulong = request(4);
+const GROUP_GET_DEVICE_FD: libc::c_ulong = request(6);
+const DEVICE_GET_INFO: libc::c_ulong = request(7);
+const DEVICE_GET_REGION_INFO: libc::c_ulong = request(8);
+const DEVICE_GET_IRQ_INFO: libc::c_ulong = request(9);
+const DEVICE_SET_IRQS: libc::c_ulong = request(10);
+const DEVICE_RESET: libc::c_ulong = request(11);
+const IOMMU_GET_INFO: libc::c_ulong = request(12);
+
+/// No structure of these calls is anywhere near as long.
+const MAX_INFO: usize = 64 << 10;
+
+/// # Safety
+/// `argument` must be what `request` wants: a pointer to a structure that is valid for what the
+/// kernel reads and writes, or a number.
+unsafe fn ioctl(fd: RawFd, request: libc::c_ulong, argument: libc::c_ulong) -> io::Result<libc::c_int> {
+    // SAFETY: the caller vouches for the argument; a descriptor of the wrong kind is an error.
+    let result = unsafe { libc::ioctl(fd, request, argument) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+/// A call with a structure that begins with its own length (`argsz`), to which the kernel writes
+/// how long it would like it to be.
+fn sized_info(fd: RawFd, nr: libc::c_ulong, head: &[u32], fixed_len: usize) -> io::Result<Vec<u8>> {
+    let mut len = fixed_len;
+    loop {
+        let mut words = vec![0u64; len.div_ceil(8)];
+        let mut start = vec![u32::try_from(len).map_err(|_| io::ErrorKind::InvalidData)?];
+        start.extend_from_slice(head);
+        for (n, pair) in start.chunks(2).enumerate() {
+            let low = u64::from(pair[0]);
+            let high = u64::from(pair.get(1).copied().unwrap_or(0));
+            words[n] = if cfg!(target_endian = "little") { low | high << 32 } else { low << 32 | high };
+        }
+        // SAFETY: `words` is 8-aligned and holds `len` bytes, which is what argsz says; the
+        // kernel reads and writes no further.
+        unsafe { ioctl(fd, nr, words.as_mut_ptr().addr() as libc::c_ulong) }?;
+        let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
+        bytes.truncate(len);
+        let wanted = u32_at(&bytes, 0).and_then(|n| usize::try_from(n).ok()).unwrap_or(0);
+        if wanted <= len {
+            return Ok(bytes);
+        }
+        if wanted > MAX_INFO {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        len = wanted;
+    }
+}
+
+fn malformed() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer is malformed")
+}
+
+/// What the container's IOMMU offers.
+pub(super) fn iommu_info(container: &impl AsRawFd) -> io::Result<IommuInfo> {
+    let bytes = sized_info(container.as_raw_fd(), IOMMU_GET_INFO, &[0], iommu_info_len())?;
+    IommuInfo::parse(&bytes).ok_or_else(malformed)
+}
+
+/// Whether the function can be reset.
+pub(super) fn can_reset(device: BorrowedFd<'_>) -> io::Result<bool> {
+    let bytes = sized_info(device.as_raw_fd(), DEVICE_GET_INFO, &[0], 16)?;
+    let flags = u32_at(&bytes, 4).ok_or_else(malformed)?;
+    Ok(flags & api::VFIO_DEVICE_FLAGS_RESET != 0)
+}
+
+/// One region.
+pub(super) fn region_info(device: BorrowedFd<'_>, index: u32) -> io::Result<RegionInfo> {
+    let bytes = sized_info(
+        device.as_raw_fd(),
+        DEVICE_GET_REGION_INFO,
+        &[0, index],
+        region_info_len(),
+    )?;
+    RegionInfo::parse(&bytes).ok_or_else(malformed)
+}
+
+/// How many interrupts of a kind there are.
+pub(super) fn irq_count(device: BorrowedFd<'_>, index: u32) -> io::Result<u32> {
+    let bytes = sized_info(device.as_raw_fd(), DEVICE_GET_IRQ_INFO, &[0, index], 16)?;
+    u32_at(&bytes, 12).ok_or_else(malformed)
+}
+
+/// Lets interrupts `0..events.len()` of a kind signal these eventfds; with none, the kind is
+/// switched off.
+pub(super) fn set_irqs(device: BorrowedFd<'_>, index: u32, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let count = u32::try_from(events.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    let data = if events.is_empty() {
+        api::VFIO_IRQ_SET_DATA_NONE
+    } else {
+        api::VFIO_IRQ_SET_DATA_EVENTFD
+    };
+    let argsz = 20 + 4 * count;
+    // argsz, flags, index, start, count, then the descriptors.
+    let mut words = vec![argsz, data | api::VFIO_IRQ_SET_ACTION_TRIGGER, index, 0, count];
+    for event in events {
+        words.push(event.as_raw_fd().cast_unsigned());
+    }
+    // SAFETY: `words` holds the argsz bytes that the kernel reads; descriptors are borrowed for
+    // the call and the kernel takes references of its own.
+    unsafe { ioctl(device.as_raw_fd(), DEVICE_SET_IRQS, words.as_ptr().addr() as libc::c_ulong) }?;
+    Ok(())
+}
+
+/// Resets the function.
+pub(super) fn reset(device: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: the call has no argument.
+    unsafe { ioctl(device.as_raw_fd(), DEVICE_RESET, 0) }?;
+    Ok(())
+}
+
+/// `VFIO_TYPE1v2_IOMMU`.
+pub(super) const TYPE1V2: u32 = api::VFIO_TYPE1v2_IOMMU;
+/// `VFIO_NOIOMMU_IOMMU`.
+pub(super) const NO_IOMMU: u32 = api::VFIO_NOIOMMU_IOMMU;
+
+/// Which step from a group to a device failed.
+#[derive(Debug)]
+pub(super) enum OpenError {
+    /// Not all of the group's functions are given away.
+    NotViable,
+    /// A call, by name.
+    Step(&'static str, io::Error),
+}
+
+/// Puts the group into the container, chooses the kind of IOMMU and opens the function. The
+/// three are to be closed in the order device, group, container.
+pub(super) fn open_device(
+    container: &impl AsRawFd,
+    iommu: u32,
+    group: &File,
+    address: &str,
+) -> Result<OwnedFd, OpenError> {
+    let step = |name| move |e| OpenError::Step(name, e);
+    let (container, group) = (container.as_raw_fd(), group.as_raw_fd());
+    let status = sized_info(group, GROUP_GET_STATUS, &[0], 8).map_err(step("VFIO_GROUP_GET_STATUS"))?;
+    if u32_at(&status, 4).unwrap_or(0) & api::VFIO_GROUP_FLAGS_VIABLE == 0 {
+        return Err(OpenError::NotViable);
+    }
+    let name = CString::new(address).map_err(|e| OpenError::Step("address", e.into()))?;
+    // SAFETY: the argument points to a descriptor's number.
+    unsafe { ioctl(group, GROUP_SET_CONTAINER, std::ptr::from_ref(&container).addr() as libc::c_ulong) }
+        .map_err(step("VFIO_GROUP_SET_CONTAINER"))?;
+    // SAFETY: a number as the argument.
+    unsafe { ioctl(container, SET_IOMMU, libc::c_ulong::from(iommu)) }.map_err(step("VFIO_SET_IOMMU"))?;
+    // SAFETY: the argument points to a NUL-terminated string.
+    let device = unsafe { ioctl(group, GROUP_GET_DEVICE_FD, name.as_ptr().addr() as libc::c_ulong) }
+        .map_err(step("VFIO_GROUP_GET_DEVICE_FD"))?;
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(device) })
+}
+
+/// Maps a region of the arena at `iova`.
+pub(super) fn map(container: &VfioContainer, region: &Region, iova: u64) -> Result<(), VfioError> {
+    let base = region.ptr(0).as_ptr();
+    // SAFETY: the region's memory is mapped for the life of the process, and what is in it is
+    // accessed by its buffers' owners only while no command of a device names it, or as atomics.
+    unsafe { container.vfio_dma_map(iova, region.len(), base) }
+}
+
+/// An epoll that is readable while one of the eventfds is: one descriptor to wait on.
+pub(crate) fn any_readable(events: &[BorrowedFd<'_>]) -> io::Result<OwnedFd> {
+    // SAFETY: no pointers are involved.
+    let raw = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
+    if raw < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just gave us this descriptor.
+    let epoll = unsafe { OwnedFd::from_raw_fd(raw) };
+    for event in events {
+        let mut interest = libc::epoll_event {
+            events: libc::EPOLLIN.cast_unsigned(),
+            u64: 0,
+        };
+        // SAFETY: both descriptors are open, `interest` lives through the call.
+        let result = unsafe {
+            libc::epoll_ctl(
+                epoll.as_fd().as_raw_fd(),
+                libc::EPOLL_CTL_ADD,
+                event.as_raw_fd(),
+                &raw mut interest,
+            )
+        };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(epoll)
+}
