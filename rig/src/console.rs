@@ -61,9 +61,7 @@ fn test(rest: &str) -> Option<Line<'_>> {
 /// Whether a line of QEMU's own error output tells of a DMA transfer that the IOMMU refused.
 /// QEMU's NVMe controller completes such a command with success, so nothing else would show it.
 pub fn is_dma_fault(stderr_line: &str) -> bool {
-    let told_by_iommu = ["vtd_", "amdvi_"]
-        .iter()
-        .any(|p| stderr_line.contains(p));
+    let told_by_iommu = ["vtd_", "amdvi_"].iter().any(|p| stderr_line.contains(p));
     // A guest that reads the queue of the IOMMU while it is being disabled is not a DMA fault.
     told_by_iommu && !stderr_line.contains("_init")
 }

@@ -55,12 +55,7 @@ impl Base {
     }
 
     /// The initramfs of one boot: the base, `steps` as `/steps.sh`, and programs in `/bin`.
-    pub fn initramfs(
-        &self,
-        steps: &str,
-        programs: &[PathBuf],
-        out: &Path,
-    ) -> Result<(), Error> {
+    pub fn initramfs(&self, steps: &str, programs: &[PathBuf], out: &Path) -> Result<(), Error> {
         let mut bytes = std::fs::read(&self.root).map_err(|e| Error::at(&self.root, e))?;
         let mut archive = Archive::default();
         archive.file("steps.sh", 0o644, steps.as_bytes().to_vec());
@@ -73,7 +68,9 @@ impl Base {
                     program.display()
                 )));
             }
-            let name = program.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+            let name = program
+                .file_name()
+                .map_or_else(String::new, |n| n.to_string_lossy().into_owned());
             archive.file(&format!("bin/{name}"), 0o755, data);
         }
         archive.write(&mut bytes).map_err(|e| Error::at(out, e))?;

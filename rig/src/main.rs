@@ -68,7 +68,10 @@ pub fn run_filter(program: &Path, args: &[&str], input: &[u8]) -> Result<Vec<u8>
 }
 
 #[derive(Parser)]
-#[command(name = "pumice-rig", about = "Runs the NVMe driver's suite in a VM, under real VFIO")]
+#[command(
+    name = "pumice-rig",
+    about = "Runs the NVMe driver's suite in a VM, under real VFIO"
+)]
 struct Cli {
     #[command(subcommand)]
     command: Cmd,
@@ -156,7 +159,11 @@ fn fetch_all() -> Result<u8, Error> {
     }
     let cache = fetch::cache_dir();
     let parts = fetch::parts(&cache)?;
-    println!("{} and busybox-static in {}", parts.kernel_name, cache.display());
+    println!(
+        "{} and busybox-static in {}",
+        parts.kernel_name,
+        cache.display()
+    );
     Ok(0)
 }
 
@@ -238,7 +245,11 @@ fn run(
             Verdict::Failed(broken.join("; "))
         };
         tally.count(scenario.name, "boot to power-off without a fault", &whole);
-        println!("        {}: {:.1} s", scenario.name, outcome.wall.as_secs_f64());
+        println!(
+            "        {}: {:.1} s",
+            scenario.name,
+            outcome.wall.as_secs_f64()
+        );
         let failed = !broken.is_empty()
             || outcome
                 .tests

@@ -222,7 +222,9 @@ impl Follower {
             Line::Host(words) => {
                 let words = words.to_owned();
                 if let Err(e) = self.host(&words) {
-                    self.outcome.faults.push(format!("host request {words}: {e}"));
+                    self.outcome
+                        .faults
+                        .push(format!("host request {words}: {e}"));
                 }
             }
             Line::Kernel(message) => self.outcome.faults.push(message.to_owned()),
@@ -251,9 +253,10 @@ impl Follower {
 
     fn finish(mut self) -> Outcome {
         if let Some(name) = self.current.take() {
-            self.outcome
-                .tests
-                .push((name, Verdict::Failed("the guest ended in the middle".into())));
+            self.outcome.tests.push((
+                name,
+                Verdict::Failed("the guest ended in the middle".into()),
+            ));
         }
         if self.outcome.exit.is_none() && self.outcome.broken.is_none() {
             self.outcome.broken = Some("the guest died without a verdict".into());

@@ -44,7 +44,8 @@ impl Monitor {
         self.reader
             .read_line(&mut line)
             .map_err(|e| Error::Other(format!("QEMU's monitor: {e}")))?;
-        serde_json::from_str(&line).map_err(|e| Error::Other(format!("QEMU's monitor: {e}: {line}")))
+        serde_json::from_str(&line)
+            .map_err(|e| Error::Other(format!("QEMU's monitor: {e}: {line}")))
     }
 
     /// Runs one command and waits for its answer; events in between are passed over.

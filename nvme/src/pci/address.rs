@@ -14,7 +14,9 @@ pub struct PciAddress {
 
 /// A text that is no PCI address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no PCI address: write domain:bus:device.function in hexadecimal, as 0000:01:00.0 (lspci -D shows them)")]
+#[error(
+    "{0:?} is no PCI address: write domain:bus:device.function in hexadecimal, as 0000:01:00.0 (lspci -D shows them)"
+)]
 pub struct ParseAddressError(pub String);
 
 impl FromStr for PciAddress {
@@ -63,7 +65,18 @@ mod tests {
         assert_eq!(show("0000:5E:00.0").as_deref(), Ok("0000:5e:00.0"));
         assert_eq!(show("01:1f.7").as_deref(), Ok("0000:01:1f.7"));
         assert_eq!(show("10000:e1:00.0").as_deref(), Ok("10000:e1:00.0"));
-        for bad in ["", "01", "01:00", "01:20.0", "01:00.8", "x:00.0", "0:0:0:0.0", "+1:00.0", "../x:00.0", "1.0"] {
+        for bad in [
+            "",
+            "01",
+            "01:00",
+            "01:20.0",
+            "01:00.8",
+            "x:00.0",
+            "0:0:0:0.0",
+            "+1:00.0",
+            "../x:00.0",
+            "1.0",
+        ] {
             assert!(bad.parse::<PciAddress>().is_err(), "{bad}");
         }
     }

@@ -160,7 +160,11 @@ mod tests {
         let msix = space.msix().expect("read").expect("there");
         assert_eq!(
             msix,
-            MsixCapability { control_offset: 0x82, vectors: 32, enabled: true }
+            MsixCapability {
+                control_offset: 0x82,
+                vectors: 32,
+                enabled: true
+            }
         );
         space.set_msix(msix, false).expect("written");
         assert_eq!(space.read_u16(0x82).expect("read"), 0x001f);

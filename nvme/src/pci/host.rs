@@ -19,7 +19,9 @@ pub enum PciError {
         source: io::Error,
     },
     /// There is no such function.
-    #[error("{0}: no such PCI function (lspci -D lists them); if it was removed, echo 1 > /sys/bus/pci/rescan")]
+    #[error(
+        "{0}: no such PCI function (lspci -D lists them); if it was removed, echo 1 > /sys/bus/pci/rescan"
+    )]
     NoFunction(PciAddress),
     /// It is something else than an NVMe controller.
     #[error("{address}: class {class:#08x} is no NVMe controller (0x010802)")]
@@ -30,7 +32,9 @@ pub enum PciError {
         class: u32,
     },
     /// The driver did not take the function.
-    #[error("{address}: the kernel's driver {driver} did not take the function (now: {now}); dmesg tells why")]
+    #[error(
+        "{address}: the kernel's driver {driver} did not take the function (now: {now}); dmesg tells why"
+    )]
     NotBound {
         /// The function.
         address: PciAddress,
@@ -227,7 +231,10 @@ impl Host {
         if function.is_nvme() {
             Ok(function)
         } else {
-            Err(PciError::NotNvme { address, class: function.class })
+            Err(PciError::NotNvme {
+                address,
+                class: function.class,
+            })
         }
     }
 
@@ -277,7 +284,10 @@ impl Host {
 }
 
 fn is_harmless_driver(driver: &str) -> bool {
-    matches!(driver, "vfio-pci" | "pcieport" | "pci-stub" | "shpchp" | "uio_pci_generic")
+    matches!(
+        driver,
+        "vfio-pci" | "pcieport" | "pci-stub" | "shpchp" | "uio_pci_generic"
+    )
 }
 
 pub(super) fn names(dir: &Path) -> Vec<String> {

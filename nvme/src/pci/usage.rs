@@ -125,7 +125,9 @@ pub(super) fn uses(host: &Host, devices: &[String]) -> Vec<Use> {
         holders(host, device, &parts, &mut found);
         processes(host, &parts, &mut found);
         if found.is_empty() && is_claimed(host, device) {
-            found.push(Use::Claimed { device: device.clone() });
+            found.push(Use::Claimed {
+                device: device.clone(),
+            });
         }
     }
     found
@@ -147,8 +149,7 @@ fn mounts(host: &Host, parts: &[(String, String)], found: &mut Vec<Use>) {
             .position(|f| *f == "-")
             .and_then(|dash| fields.get(dash + 2));
         let hit = parts.iter().find(|(name, have)| {
-            have == number
-                || source.and_then(|s| s.strip_prefix("/dev/")) == Some(name.as_str())
+            have == number || source.and_then(|s| s.strip_prefix("/dev/")) == Some(name.as_str())
         });
         if let Some((name, _)) = hit {
             found.push(Use::Mounted {
@@ -171,7 +172,9 @@ fn swaps(host: &Host, parts: &[(String, String)], found: &mut Vec<Use>) {
             .iter()
             .find(|(name, _)| file.strip_prefix("/dev/") == Some(name.as_str()))
         {
-            found.push(Use::Swap { device: name.clone() });
+            found.push(Use::Swap {
+                device: name.clone(),
+            });
         }
     }
 }
@@ -192,7 +195,10 @@ fn holders(host: &Host, device: &str, parts: &[(String, String)], found: &mut Ve
                 Some(volume) => format!("{holder} ({volume})"),
                 None => holder,
             };
-            found.push(Use::Held { device: name.clone(), holder });
+            found.push(Use::Held {
+                device: name.clone(),
+                holder,
+            });
         }
     }
 }

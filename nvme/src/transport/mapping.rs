@@ -29,7 +29,11 @@ unsafe impl Sync for DeviceMapping {}
 
 impl DeviceMapping {
     /// Maps `len` bytes at `offset` of the file, both multiples of the page size.
-    pub(crate) fn new(fd: BorrowedFd<'_>, offset: u64, len: usize) -> io::Result<Arc<DeviceMapping>> {
+    pub(crate) fn new(
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+    ) -> io::Result<Arc<DeviceMapping>> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
         let offset = libc::off_t::try_from(offset).map_err(|_| invalid())?;
         if len == 0 {
@@ -129,7 +133,8 @@ mod tests {
     fn retired_pages_read_as_ones_and_leave_the_file() {
         let file = tempfile::tempfile().expect("a temporary file");
         file.set_len(8192).expect("sized");
-        file.write_all_at(&7u32.to_le_bytes(), 4096).expect("written");
+        file.write_all_at(&7u32.to_le_bytes(), 4096)
+            .expect("written");
         let mapping = DeviceMapping::new(file.as_fd(), 4096, 4096).expect("mapped");
         let mmio = mapping.mmio();
         let word = mmio.word32(0).expect("inside");

@@ -18,10 +18,7 @@ pub fn open_transport(uri: &NvmeUri) -> Result<Arc<dyn Transport>, TransportErro
 
 /// A PCIe function: by the kernel driver that it is bound to.
 fn open_function(uri: &NvmeUri) -> Result<Arc<dyn Transport>, TransportError> {
-    let address: PciAddress = uri
-        .address
-        .parse()
-        .map_err(|e| uri.error(format!("{e}")))?;
+    let address: PciAddress = uri.address.parse().map_err(|e| uri.error(format!("{e}")))?;
     let driver = Host::new()
         .function(address)
         .map_err(|e| uri.error(e.to_string()))?

@@ -212,7 +212,10 @@ impl Transport for Uio {
                 },
             })?;
         } else {
-            tracing::debug!(device = self.name, "no function level reset; the controller is reset by CC.EN alone");
+            tracing::debug!(
+                device = self.name,
+                "no function level reset; the controller is reset by CC.EN alone"
+            );
         }
         device
             .enable()
@@ -237,7 +240,11 @@ impl Transport for Uio {
                 tracing::error!(device = self.name, %error, "controller memory stays mapped");
             }
         }
-        tracing::info!(device = self.name, fd = device.config.as_raw_fd(), "let go of");
+        tracing::info!(
+            device = self.name,
+            fd = device.config.as_raw_fd(),
+            "let go of"
+        );
     }
 
     fn map_memory(&self, bar: u8, offset: u64, len: usize) -> Result<MmioMap, TransportError> {

@@ -37,7 +37,11 @@ struct Mapped {
 
 impl DeviceSpace {
     /// Behind an IOMMU, inside its windows.
-    pub(super) fn behind_iommu(device: &str, container: Arc<VfioContainer>, iova: IovaSpace) -> Self {
+    pub(super) fn behind_iommu(
+        device: &str,
+        container: Arc<VfioContainer>,
+        iova: IovaSpace,
+    ) -> Self {
         Self::new(device, Space::Iommu(container), iova)
     }
 
@@ -78,7 +82,12 @@ impl DeviceSpace {
             let used = state.regions.len();
             return Err(self.explain(container, region, &error, used, state.bytes));
         }
-        tracing::debug!(device = self.device, len = region.len(), iova = format_args!("{iova:#x}"), "region mapped for DMA");
+        tracing::debug!(
+            device = self.device,
+            len = region.len(),
+            iova = format_args!("{iova:#x}"),
+            "region mapped for DMA"
+        );
         state.regions.insert(region.id(), iova);
         state.bytes += region.len();
         self.table.set_region(region, iova);

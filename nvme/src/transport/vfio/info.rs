@@ -235,7 +235,12 @@ mod tests {
             RegionInfo::parse(&region(0x7)).expect("whole").mappable,
             [(0, 0x2000)]
         );
-        assert!(RegionInfo::parse(&region(0x3)).expect("whole").mappable.is_empty());
+        assert!(
+            RegionInfo::parse(&region(0x3))
+                .expect("whole")
+                .mappable
+                .is_empty()
+        );
     }
 
     proptest! {

@@ -233,7 +233,12 @@ fn device_space(name: &str, handle: &Handle) -> Result<DeviceSpace, TransportErr
         source,
     })?;
     let iova = IovaSpace::new(info.windows);
-    tracing::debug!(device = name, windows = iova.describe(), mappings = info.mappings_left, "I/O address space");
+    tracing::debug!(
+        device = name,
+        windows = iova.describe(),
+        mappings = info.mappings_left,
+        "I/O address space"
+    );
     Ok(DeviceSpace::behind_iommu(name, Arc::clone(container), iova))
 }
 
@@ -277,8 +282,11 @@ impl Transport for Vfio {
     fn enable_interrupts(&self, want: u16) -> Result<Vec<Arc<EventFd>>, TransportError> {
         let device = self.device.read();
         let device = device.as_ref().ok_or_else(|| self.removed())?;
-        let have = sys::irq_count(device.handle.as_fd(), MSIX).map_err(self.io("MSI-X information"))?;
-        let count = want.min(MAX_VECTORS).min(u16::try_from(have).unwrap_or(u16::MAX));
+        let have =
+            sys::irq_count(device.handle.as_fd(), MSIX).map_err(self.io("MSI-X information"))?;
+        let count = want
+            .min(MAX_VECTORS)
+            .min(u16::try_from(have).unwrap_or(u16::MAX));
         if count == 0 {
             return Ok(Vec::new());
         }
@@ -307,7 +315,10 @@ impl Transport for Vfio {
         if device.can_reset {
             sys::reset(device.handle.as_fd()).map_err(self.io("VFIO_DEVICE_RESET"))?;
         } else {
-            tracing::debug!(device = self.name, "no function level reset; the controller is reset by CC.EN alone");
+            tracing::debug!(
+                device = self.name,
+                "no function level reset; the controller is reset by CC.EN alone"
+            );
         }
         device.enable().map_err(self.io("PCI command register"))
     }

@@ -49,11 +49,16 @@ impl AsFd for Handle {
 /// is dropped after the function was unplugged (it looks its group up in sysfs again).
 pub(super) fn open(host: &Host, address: PciAddress) -> Result<Handle, TransportError> {
     let device = address.to_string();
-    let function = host.nvme_function(address).map_err(|e| pci_error(&device, e))?;
+    let function = host
+        .nvme_function(address)
+        .map_err(|e| pci_error(&device, e))?;
     let group = usable_group(host, &function)?;
     let node = group.node();
     let container = if group.no_iommu {
-        let file = File::options().read(true).write(true).open("/dev/vfio/vfio");
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/vfio/vfio");
         Container::NoIommu(file.map_err(|e| explain_io(&device, "/dev/vfio/vfio", e))?)
     } else {
         let container = VfioContainer::new(None).map_err(|e| explain(&device, e))?;
@@ -127,7 +132,9 @@ fn usable_group(host: &Host, function: &Function) -> Result<Group, TransportErro
         let driver = function.driver.as_deref().unwrap_or("no driver");
         return Err(unsupported(
             &device,
-            format!("its kernel driver is {driver}, not vfio-pci; give it to Pumice with: pumice setup bind {device}"),
+            format!(
+                "its kernel driver is {driver}, not vfio-pci; give it to Pumice with: pumice setup bind {device}"
+            ),
         ));
     }
     let Some(group) = function.group.clone() else {
@@ -173,7 +180,9 @@ fn explain_io(device: &str, node: &str, source: io::Error) -> TransportError {
         },
         Some(libc::EACCES | libc::EPERM) => unsupported(
             device,
-            format!("no permission for {node}: run as root, or hand the node over with: pumice setup bind {device} --user $USER"),
+            format!(
+                "no permission for {node}: run as root, or hand the node over with: pumice setup bind {device} --user $USER"
+            ),
         ),
         Some(libc::ENOENT | libc::ENODEV) => unsupported(
             device,
@@ -190,10 +199,16 @@ fn explain_io(device: &str, node: &str, source: io::Error) -> TransportError {
 /// Which process has a file open, as far as `/proc` shows.
 fn holder(node: &Path) -> Option<(u32, String)> {
     for entry in std::fs::read_dir("/proc").ok()?.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else {
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|n| n.parse::<u32>().ok())
+        else {
             continue;
         };
-        let fds = std::fs::read_dir(entry.path().join("fd")).into_iter().flatten();
+        let fds = std::fs::read_dir(entry.path().join("fd"))
+            .into_iter()
+            .flatten();
         let has_it = fds
             .flatten()
             .any(|fd| std::fs::read_link(fd.path()).is_ok_and(|target| target == node));

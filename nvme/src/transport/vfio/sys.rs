@@ -34,7 +34,11 @@ const MAX_INFO: usize = 64 << 10;
 /// # Safety
 /// `argument` must be what `request` wants: a pointer to a structure that is valid for what the
 /// kernel reads and writes, or a number.
-unsafe fn ioctl(fd: RawFd, request: libc::c_ulong, argument: libc::c_ulong) -> io::Result<libc::c_int> {
+unsafe fn ioctl(
+    fd: RawFd,
+    request: libc::c_ulong,
+    argument: libc::c_ulong,
+) -> io::Result<libc::c_int> {
     // SAFETY: the caller vouches for the argument; a descriptor of the wrong kind is an error.
     let result = unsafe { libc::ioctl(fd, request, argument) };
     if result < 0 {
@@ -55,14 +59,20 @@ fn sized_info(fd: RawFd, nr: libc::c_ulong, head: &[u32], fixed_len: usize) -> i
         for (n, pair) in start.chunks(2).enumerate() {
             let low = u64::from(pair[0]);
             let high = u64::from(pair.get(1).copied().unwrap_or(0));
-            words[n] = if cfg!(target_endian = "little") { low | high << 32 } else { low << 32 | high };
+            words[n] = if cfg!(target_endian = "little") {
+                low | high << 32
+            } else {
+                low << 32 | high
+            };
         }
         // SAFETY: `words` is 8-aligned and holds `len` bytes, which is what argsz says; the
         // kernel reads and writes no further.
         unsafe { ioctl(fd, nr, words.as_mut_ptr().addr() as libc::c_ulong) }?;
         let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
         bytes.truncate(len);
-        let wanted = u32_at(&bytes, 0).and_then(|n| usize::try_from(n).ok()).unwrap_or(0);
+        let wanted = u32_at(&bytes, 0)
+            .and_then(|n| usize::try_from(n).ok())
+            .unwrap_or(0);
         if wanted <= len {
             return Ok(bytes);
         }
@@ -74,12 +84,20 @@ fn sized_info(fd: RawFd, nr: libc::c_ulong, head: &[u32], fixed_len: usize) -> i
 }
 
 fn malformed() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer is malformed")
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        "the kernel's answer is malformed",
+    )
 }
 
 /// What the container's IOMMU offers.
 pub(super) fn iommu_info(container: &impl AsRawFd) -> io::Result<IommuInfo> {
-    let bytes = sized_info(container.as_raw_fd(), IOMMU_GET_INFO, &[0], iommu_info_len())?;
+    let bytes = sized_info(
+        container.as_raw_fd(),
+        IOMMU_GET_INFO,
+        &[0],
+        iommu_info_len(),
+    )?;
     IommuInfo::parse(&bytes).ok_or_else(malformed)
 }
 
@@ -109,7 +127,11 @@ pub(super) fn irq_count(device: BorrowedFd<'_>, index: u32) -> io::Result<u32> {
 
 /// Lets interrupts `0..events.len()` of a kind signal these eventfds; with none, the kind is
 /// switched off.
-pub(super) fn set_irqs(device: BorrowedFd<'_>, index: u32, events: &[BorrowedFd<'_>]) -> io::Result<()> {
+pub(super) fn set_irqs(
+    device: BorrowedFd<'_>,
+    index: u32,
+    events: &[BorrowedFd<'_>],
+) -> io::Result<()> {
     let count = u32::try_from(events.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
     let data = if events.is_empty() {
         api::VFIO_IRQ_SET_DATA_NONE
@@ -118,13 +140,25 @@ pub(super) fn set_irqs(device: BorrowedFd<'_>, index: u32, events: &[BorrowedFd<
     };
     let argsz = 20 + 4 * count;
     // argsz, flags, index, start, count, then the descriptors.
-    let mut words = vec![argsz, data | api::VFIO_IRQ_SET_ACTION_TRIGGER, index, 0, count];
+    let mut words = vec![
+        argsz,
+        data | api::VFIO_IRQ_SET_ACTION_TRIGGER,
+        index,
+        0,
+        count,
+    ];
     for event in events {
         words.push(event.as_raw_fd().cast_unsigned());
     }
     // SAFETY: `words` holds the argsz bytes that the kernel reads; descriptors are borrowed for
     // the call and the kernel takes references of its own.
-    unsafe { ioctl(device.as_raw_fd(), DEVICE_SET_IRQS, words.as_ptr().addr() as libc::c_ulong) }?;
+    unsafe {
+        ioctl(
+            device.as_raw_fd(),
+            DEVICE_SET_IRQS,
+            words.as_ptr().addr() as libc::c_ulong,
+        )
+    }?;
     Ok(())
 }
 
@@ -159,19 +193,33 @@ pub(super) fn open_device(
 ) -> Result<OwnedFd, OpenError> {
     let step = |name| move |e| OpenError::Step(name, e);
     let (container, group) = (container.as_raw_fd(), group.as_raw_fd());
-    let status = sized_info(group, GROUP_GET_STATUS, &[0], 8).map_err(step("VFIO_GROUP_GET_STATUS"))?;
+    let status =
+        sized_info(group, GROUP_GET_STATUS, &[0], 8).map_err(step("VFIO_GROUP_GET_STATUS"))?;
     if u32_at(&status, 4).unwrap_or(0) & api::VFIO_GROUP_FLAGS_VIABLE == 0 {
         return Err(OpenError::NotViable);
     }
     let name = CString::new(address).map_err(|e| OpenError::Step("address", e.into()))?;
     // SAFETY: the argument points to a descriptor's number.
-    unsafe { ioctl(group, GROUP_SET_CONTAINER, std::ptr::from_ref(&container).addr() as libc::c_ulong) }
-        .map_err(step("VFIO_GROUP_SET_CONTAINER"))?;
+    unsafe {
+        ioctl(
+            group,
+            GROUP_SET_CONTAINER,
+            std::ptr::from_ref(&container).addr() as libc::c_ulong,
+        )
+    }
+    .map_err(step("VFIO_GROUP_SET_CONTAINER"))?;
     // SAFETY: a number as the argument.
-    unsafe { ioctl(container, SET_IOMMU, libc::c_ulong::from(iommu)) }.map_err(step("VFIO_SET_IOMMU"))?;
+    unsafe { ioctl(container, SET_IOMMU, libc::c_ulong::from(iommu)) }
+        .map_err(step("VFIO_SET_IOMMU"))?;
     // SAFETY: the argument points to a NUL-terminated string.
-    let device = unsafe { ioctl(group, GROUP_GET_DEVICE_FD, name.as_ptr().addr() as libc::c_ulong) }
-        .map_err(step("VFIO_GROUP_GET_DEVICE_FD"))?;
+    let device = unsafe {
+        ioctl(
+            group,
+            GROUP_GET_DEVICE_FD,
+            name.as_ptr().addr() as libc::c_ulong,
+        )
+    }
+    .map_err(step("VFIO_GROUP_GET_DEVICE_FD"))?;
     // SAFETY: the kernel just gave us this descriptor.
     Ok(unsafe { OwnedFd::from_raw_fd(device) })
 }
