@@ -150,7 +150,7 @@ impl Boot<'_> {
             match events.recv_timeout(left) {
                 Ok(Event::Closed) => open -= 1,
                 Ok(Event::Console(line)) => follower.console(line),
-                Ok(Event::Stderr(line)) => follower.stderr(line),
+                Ok(Event::Stderr(line)) => follower.stderr(&line),
                 Err(_) => {
                     follower.outcome.broken =
                         Some(format!("no end after {} s", self.timeout.as_secs()));
@@ -234,9 +234,9 @@ impl Follower {
         self.log(line);
     }
 
-    fn stderr(&mut self, line: String) {
-        if console::is_dma_fault(&line) {
-            self.outcome.faults.push(line.clone());
+    fn stderr(&mut self, line: &str) {
+        if console::is_dma_fault(line) {
+            self.outcome.faults.push(line.to_owned());
         }
         self.log(format!("qemu: {line}"));
     }

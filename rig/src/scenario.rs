@@ -17,7 +17,7 @@ pub struct Scenario {
     mode: &'static str,
     huge_pages: u32,
     disks: &'static [Disk],
-    /// Devices, in QEMU's words. `BLKDEBUG` stands for the fault file of this boot.
+    /// Devices, in QEMU's words.
     devices: &'static [&'static str],
     steps: &'static str,
     timeout_s: u64,
@@ -82,19 +82,82 @@ sector = "4096"
 once = "off"
 "#;
 
+/// A controller with virtual functions; its namespace is shared among them.
+const VIRTUAL: &[&str] = &[
+    "pcie-root-port,id=rp0,addr=0xa,slot=1,chassis=1",
+    "nvme-subsys,id=sub0,nqn=sub0",
+    "nvme,id=pf,bus=rp0,serial=virtual,subsys=sub0,max_ioqpairs=6,msix_qsize=8,sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=4",
+    "nvme-ns,drive=d1,bus=pf,nsid=1,shared=on",
+];
+
+/// A plain controller with a namespace of each block size.
+const PLAIN: &[&str] = &[
+    "nvme,id=n0,addr=0x8,serial=plain,max_ioqpairs=8,msix_qsize=9,mdts=5",
+    "nvme-ns,bus=n0,drive=d1,nsid=1,logical_block_size=512",
+    "nvme-ns,bus=n0,drive=d2,nsid=2,logical_block_size=4096,physical_block_size=4096",
+];
+
+const PLAIN_DISKS: &[Disk] = &[Disk::File("d1", 256), Disk::File("d2", 256)];
+
 /// Every scenario, in the order in which they run.
 pub fn all() -> Vec<Scenario> {
-    vec![Scenario {
-        name: "intel",
-        about: "vfio-pci behind VT-d: the whole suite, faults, reset, removal",
-        iommu: Iommu::Intel,
-        mode: "vfio",
-        huge_pages: 0,
-        disks: MULTI_DISKS,
-        devices: MULTI,
-        steps: include_str!("../guest/vfio.sh"),
-        timeout_s: 240,
-    }]
+    vec![
+        Scenario {
+            name: "intel",
+            about: "vfio-pci behind VT-d: all kinds of namespaces, faults, reset, removal",
+            iommu: Iommu::Intel,
+            mode: "vfio",
+            huge_pages: 0,
+            disks: MULTI_DISKS,
+            devices: MULTI,
+            steps: include_str!("../guest/vfio.sh"),
+            timeout_s: 300,
+        },
+        Scenario {
+            name: "amd",
+            about: "vfio-pci behind AMD-Vi",
+            iommu: Iommu::Amd,
+            mode: "vfio",
+            huge_pages: 0,
+            disks: PLAIN_DISKS,
+            devices: PLAIN,
+            steps: include_str!("../guest/plain.sh"),
+            timeout_s: 180,
+        },
+        Scenario {
+            name: "uio",
+            about: "uio_pci_generic without an IOMMU: huge pages, physical addresses, polling",
+            iommu: Iommu::None,
+            mode: "uio",
+            huge_pages: 80,
+            disks: PLAIN_DISKS,
+            devices: PLAIN,
+            steps: include_str!("../guest/plain.sh"),
+            timeout_s: 180,
+        },
+        Scenario {
+            name: "sriov",
+            about: "a virtual function under vfio-pci, its physical one under the kernel's driver",
+            iommu: Iommu::Intel,
+            mode: "none",
+            huge_pages: 0,
+            disks: &[Disk::File("d1", 256)],
+            devices: VIRTUAL,
+            steps: include_str!("../guest/sriov.sh"),
+            timeout_s: 180,
+        },
+        Scenario {
+            name: "setup",
+            about: "pumice setup and doctor on the kernel's driver: mounts, swap, bind, unbind",
+            iommu: Iommu::Intel,
+            mode: "kernel",
+            huge_pages: 0,
+            disks: PLAIN_DISKS,
+            devices: PLAIN,
+            steps: include_str!("../guest/setup.sh"),
+            timeout_s: 180,
+        },
+    ]
 }
 
 impl Scenario {

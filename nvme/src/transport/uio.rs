@@ -262,7 +262,7 @@ impl Transport for Uio {
             .map_err(|e| io_error(&self.name, &path.display().to_string(), e))?
             .len();
         let end = offset.checked_add(len as u64).filter(|end| *end <= limit);
-        if len == 0 || end.is_none() || offset % 4096 != 0 {
+        if len == 0 || end.is_none() || !offset.is_multiple_of(4096) {
             return Err(TransportError::OutOfRange {
                 device: self.name.clone(),
                 what: "controller memory",

@@ -376,7 +376,7 @@ impl Transport for Vfio {
             limit: region.map_or(0, |r| r.size),
         };
         let region = region.ok_or_else(out_of_range)?;
-        if len == 0 || !region.can_map(offset, len as u64) || offset % 4096 != 0 {
+        if len == 0 || !region.can_map(offset, len as u64) || !offset.is_multiple_of(4096) {
             return Err(out_of_range());
         }
         let at = region.offset + offset;
