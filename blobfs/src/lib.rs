@@ -1,1 +1,3 @@
 //! Blobstore in SPDK's format, and the file system on it.
+
+pub mod blobstore;

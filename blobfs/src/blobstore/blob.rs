@@ -1,0 +1,239 @@
+//! Handles of open blobs.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+
+use super::Blobstore;
+use super::error::Error;
+use super::extents::ExtentMap;
+use super::format::BlobId;
+use super::gate::Gate;
+use super::meta::{BlobMeta, ClearMethod, Parent};
+use super::ops::ClusterInit;
+use super::view::View;
+
+/// Name and new value of an xattr; `None`: removed.
+type PendingXattr = (Box<[u8]>, Option<Arc<[u8]>>);
+
+/// The part of an open blob that all its handles share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub id: BlobId,
+    pub gate: Gate,
+    pub view: ArcSwap<View>,
+    pub meta: ArcSwap<BlobMeta>,
+    /// Changes of xattrs that wait for [`Blob::sync_md`].
+    pending: Mutex<Vec<PendingXattr>>,
+    has_pending: AtomicBool,
+}
+
+impl Shared {
+    pub fn new(meta: Arc<BlobMeta>, view: View) -> Shared {
+        Shared {
+            id: meta.id,
+            gate: Gate::default(),
+            view: ArcSwap::from_pointee(view),
+            meta: ArcSwap::new(meta),
+            pending: Mutex::default(),
+            has_pending: AtomicBool::new(false),
+        }
+    }
+}
+
+/// An open blob. Cheap to clone; the blob is closed when the last handle is dropped. May be used from any
+/// thread.
+#[derive(Debug, Clone)]
+pub struct Blob {
+    pub(crate) store: Blobstore,
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl Blob {
+    /// Its id.
+    #[must_use]
+    pub fn id(&self) -> BlobId {
+        self.shared.id
+    }
+
+    /// The store that it is in.
+    #[must_use]
+    pub fn store(&self) -> &Blobstore {
+        &self.store
+    }
+
+    /// Its size in clusters.
+    #[must_use]
+    pub fn num_clusters(&self) -> u64 {
+        self.shared.view.load().num_clusters()
+    }
+
+    /// Its size in bytes.
+    #[must_use]
+    pub fn len_bytes(&self) -> u64 {
+        self.num_clusters() * self.store.cluster_size()
+    }
+
+    /// How many clusters it holds itself.
+    #[must_use]
+    pub fn num_allocated(&self) -> u64 {
+        self.extents().num_allocated()
+    }
+
+    /// Where its own clusters are: a snapshot, read without a lock. A resize makes a new one; entries of
+    /// this one change when a thin blob gets a cluster.
+    #[must_use]
+    pub fn extents(&self) -> Arc<ExtentMap> {
+        Arc::clone(&self.shared.view.load().maps[0])
+    }
+
+    /// May clusters be unallocated?
+    #[must_use]
+    pub fn is_thin(&self) -> bool {
+        self.shared.meta.load().flags.thin()
+    }
+
+    /// Is its data read-only?
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.shared.meta.load().flags.data_read_only()
+    }
+
+    /// Where unallocated clusters are read from.
+    #[must_use]
+    pub fn parent(&self) -> Parent {
+        self.shared.meta.load().parent()
+    }
+
+    /// What happens to clusters that it gives back.
+    #[must_use]
+    pub fn clear_method(&self) -> ClearMethod {
+        self.shared.meta.load().clear_method()
+    }
+
+    /// The value of an xattr, with changes that are not durable yet.
+    #[must_use]
+    pub fn xattr(&self, name: &str) -> Option<Vec<u8>> {
+        if self.shared.has_pending.load(Ordering::Acquire) {
+            let pending = self.shared.pending.lock();
+            if let Some((_, value)) = pending
+                .iter()
+                .rev()
+                .find(|(pending, _)| **pending == *name.as_bytes())
+            {
+                return value.as_ref().map(|value| value.to_vec());
+            }
+        }
+        self.shared
+            .meta
+            .load()
+            .xattr(name.as_bytes())
+            .map(|value| value.to_vec())
+    }
+
+    /// The names of its xattrs, with changes that are not durable yet. Bytes that are no UTF-8 are replaced.
+    #[must_use]
+    pub fn xattr_names(&self) -> Vec<String> {
+        self.xattrs()
+            .iter()
+            .map(|(name, _)| String::from_utf8_lossy(name).into_owned())
+            .collect()
+    }
+
+    /// Its xattrs, with changes that are not durable yet.
+    #[must_use]
+    pub fn xattrs(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
+        let mut meta = (**self.shared.meta.load()).clone();
+        for (name, value) in self.shared.pending.lock().iter() {
+            match value {
+                Some(value) => super::meta::set(&mut meta.xattrs, name, value),
+                None => meta.xattrs.retain(|xattr| *xattr.name != **name),
+            }
+        }
+        meta.xattrs
+            .into_iter()
+            .map(|xattr| (xattr.name.to_vec(), xattr.value.to_vec()))
+            .collect()
+    }
+
+    /// Sets an xattr, in memory; [`Blob::sync_md`] makes it durable.
+    ///
+    /// # Errors
+    /// A name or value that cannot be stored, a read-only blob.
+    pub fn set_xattr(&self, name: &str, value: &[u8]) -> Result<(), Error> {
+        super::ops::check_xattr(name.as_bytes(), value)?;
+        self.pend(name, Some(value.into()))
+    }
+
+    /// Removes an xattr, in memory; [`Blob::sync_md`] makes it durable.
+    ///
+    /// # Errors
+    /// There is no such xattr, a read-only blob.
+    pub fn remove_xattr(&self, name: &str) -> Result<(), Error> {
+        if self.xattr(name).is_none() {
+            return Err(Error::invalid(format!(
+                "blob {} has no xattr `{name}`",
+                self.id()
+            )));
+        }
+        self.pend(name, None)
+    }
+
+    fn pend(&self, name: &str, value: Option<Arc<[u8]>>) -> Result<(), Error> {
+        if self.shared.meta.load().flags.md_read_only() {
+            return Err(Error::ReadOnly(self.id()));
+        }
+        self.shared
+            .pending
+            .lock()
+            .push((name.as_bytes().into(), value));
+        self.shared.has_pending.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Makes changed xattrs durable. Blocks.
+    ///
+    /// # Errors
+    /// No metadata pages left, I/O errors; the changes then wait on.
+    pub fn sync_md(&self) -> Result<(), Error> {
+        let changes: Vec<_> = self.shared.pending.lock().clone();
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let mut transaction = self.store.transaction();
+        for (name, value) in &changes {
+            match value {
+                Some(value) => transaction.set_xattr_bytes(self, name, value),
+                None => transaction.remove_xattr_bytes(self, name),
+            }
+        }
+        transaction.commit()?;
+        let mut pending = self.shared.pending.lock();
+        pending.drain(..changes.len());
+        self.shared
+            .has_pending
+            .store(!pending.is_empty(), Ordering::Release);
+        Ok(())
+    }
+
+    /// Changes its size; durable on return. New clusters of a thick blob read as zeroes. Blocks; waits for
+    /// I/O in flight if it shrinks.
+    ///
+    /// # Errors
+    /// No space, a read-only blob, I/O errors.
+    pub fn resize(&self, num_clusters: u64) -> Result<(), Error> {
+        self.resize_with(num_clusters, ClusterInit::Zeroes)
+    }
+
+    /// As [`Blob::resize`], with a choice of what new clusters hold.
+    ///
+    /// # Errors
+    /// As [`Blob::resize`].
+    pub fn resize_with(&self, num_clusters: u64, init: ClusterInit) -> Result<(), Error> {
+        let mut transaction = self.store.transaction();
+        transaction.resize_with(self, num_clusters, init);
+        transaction.commit().map(drop)
+    }
+}

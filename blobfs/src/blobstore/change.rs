@@ -1,0 +1,445 @@
+//! Changes of metadata: staged in memory, written through [`records`](super::records), then published.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use pumice_bdev::Op;
+
+use super::error::Error;
+use super::extents::ExtentMap;
+use super::format::{
+    BlobId, BlobRecord, EXTENTS_PER_PAGE, Page, encode_blob, encode_extent_page, seal_chain,
+};
+use super::meta::{BlobMeta, ClearMethod, Parent, Trailing};
+use super::records::{self, Failure, Record};
+use super::state::{Slot, State};
+
+/// What a staged change does to the map of a blob.
+#[derive(Debug)]
+pub(crate) enum MapChange {
+    /// Nothing, or the map came with its extent pages from another blob.
+    None,
+    /// The blob has a new map; extent pages that differ are written afresh.
+    Replaced,
+    /// Some entries change: (index, cluster), in order of index.
+    Patch(Vec<(u64, u32)>),
+}
+
+/// The next version of a blob.
+#[derive(Debug)]
+pub(crate) struct Staged {
+    pub meta: BlobMeta,
+    pub map: MapChange,
+    /// Something besides the map changes.
+    pub other: bool,
+    /// The version that is on disk.
+    pub old: Option<Arc<BlobMeta>>,
+}
+
+/// A change in the making: commit it or roll it back.
+#[derive(Debug, Default)]
+#[must_use = "what it has taken has to be given back: commit or roll back"]
+pub(crate) struct Change {
+    pub staged: Vec<Staged>,
+    pub deleted: Vec<Arc<BlobMeta>>,
+    /// Puts content into newly taken clusters.
+    pub prepare: Vec<Op>,
+    /// Clusters to release when the change is durable.
+    pub freed_clusters: Vec<(u32, ClearMethod)>,
+    /// Metadata pages to release when the change is durable.
+    pub freed_pages: Vec<u32>,
+    /// The super block has changed.
+    pub super_block: bool,
+    taken_clusters: Vec<u32>,
+    taken_pages: Vec<u32>,
+}
+
+impl State {
+    /// Begins a change, if the store takes any.
+    pub fn begin(&self) -> Result<Change, Error> {
+        if self.unloaded {
+            return Err(Error::Unloaded);
+        }
+        match &self.stopped {
+            Some(reason) => Err(Error::Stopped(reason.clone())),
+            None => Ok(Change::default()),
+        }
+    }
+
+    /// The staged version of a blob; the current one if there is none yet.
+    pub fn stage<'c>(&self, change: &'c mut Change, id: BlobId) -> Result<&'c mut Staged, Error> {
+        let found = change.staged.iter().position(|staged| staged.meta.id == id);
+        let index = match found {
+            Some(index) => index,
+            None => {
+                let old = Arc::clone(self.meta(id)?);
+                let staged = Staged {
+                    meta: (*old).clone(),
+                    map: MapChange::None,
+                    other: false,
+                    old: Some(old),
+                };
+                change.staged.push(staged);
+                change.staged.len() - 1
+            }
+        };
+        Ok(&mut change.staged[index])
+    }
+
+    /// Takes a cluster.
+    pub fn take_cluster(&mut self, change: &mut Change) -> Result<u32, Error> {
+        let cluster = self
+            .clusters
+            .take(self.geo.first_data_cluster)
+            .ok_or_else(|| self.no_space(1))?;
+        change.taken_clusters.push(cluster);
+        Ok(cluster)
+    }
+
+    /// The error of a store that is full.
+    pub fn no_space(&self, needed: u64) -> Error {
+        let total = u64::from(self.geo.total_clusters - self.geo.first_data_cluster);
+        Error::NoSpace {
+            needed,
+            free: u64::from(self.clusters.free()),
+            total,
+        }
+    }
+
+    /// Takes a metadata page. Page 0 can only be a root: as an extent page it would not be recognised.
+    pub fn take_page(&mut self, change: &mut Change, root: bool) -> Result<u32, Error> {
+        let page = self
+            .pages
+            .take(u32::from(!root))
+            .ok_or_else(|| Error::NoMdPages {
+                needed: 1,
+                free: u64::from(self.pages.free()),
+                total: u64::from(self.pages.len()),
+            })?;
+        change.taken_pages.push(page);
+        Ok(page)
+    }
+
+    /// Gives back what a change has taken.
+    pub fn rollback(&mut self, change: Change) {
+        for cluster in change.taken_clusters {
+            self.clusters.clear(cluster);
+        }
+        for page in change.taken_pages {
+            self.pages.clear(page);
+        }
+    }
+
+    /// Makes a change durable, then visible. On an error everything is as it was, unless the device failed
+    /// at a commit point: then the store takes no more changes.
+    pub fn commit(&mut self, mut change: Change) -> Result<(), Error> {
+        let records = match self.records(&mut change) {
+            Ok(records) => records,
+            Err(error) => {
+                self.rollback(change);
+                return Err(error);
+            }
+        };
+        match records::apply(&mut self.io, &self.geo, records) {
+            Ok(()) => {
+                self.publish(change);
+                Ok(())
+            }
+            Err(Failure::Before(error)) => {
+                self.rollback(change);
+                Err(error)
+            }
+            Err(Failure::Torn(error)) => {
+                tracing::error!(%error, "a metadata write failed; the store takes no more changes");
+                self.stopped = Some(error.to_string());
+                Err(error)
+            }
+        }
+    }
+
+    /// Lays out the pages of all staged blobs and lists what is to be written.
+    fn records(&mut self, change: &mut Change) -> Result<Vec<Record>, Error> {
+        let mut records = Vec::with_capacity(1);
+        if !self.dirty || change.super_block {
+            self.sb.clean = 0.into();
+            records.push(Record::SuperBlock(Box::new(self.sb.encode())));
+        }
+        let mut staged = std::mem::take(&mut change.staged);
+        let result = staged
+            .iter_mut()
+            .try_for_each(|staged| self.lay_out(change, staged, &mut records));
+        change.staged = staged;
+        result?;
+        records.extend(change.prepare.drain(..).map(Record::Prepare));
+        for meta in &change.deleted {
+            records.push(Record::EraseRoot { index: meta.root() });
+        }
+        records.extend(
+            change
+                .freed_pages
+                .iter()
+                .map(|index| Record::Erase { index: *index }),
+        );
+        for meta in &change.deleted {
+            change.freed_pages.push(meta.root());
+        }
+        change
+            .freed_clusters
+            .retain(|(cluster, _)| !self.shared_clusters.contains(cluster));
+        change
+            .freed_clusters
+            .sort_unstable_by_key(|(cluster, _)| *cluster);
+        self.clear_records(&change.freed_clusters, &mut records)?;
+        Ok(records)
+    }
+
+    fn clear_records(
+        &self,
+        freed: &[(u32, ClearMethod)],
+        records: &mut Vec<Record>,
+    ) -> Result<(), Error> {
+        for run in freed.chunk_by(|a, b| a.0 + 1 == b.0 && a.1 == b.1) {
+            let (first, method) = run[0];
+            let lba = self.geo.cluster_lba(first);
+            let blocks = run.len() as u64 * self.geo.cluster_blocks();
+            let ops = match method {
+                ClearMethod::None => continue,
+                ClearMethod::Default | ClearMethod::Unmap => self.io.unmaps(lba, blocks),
+                ClearMethod::WriteZeroes => self.io.zeroes(lba, blocks)?,
+            };
+            records.extend(ops.into_iter().map(Record::Clear));
+        }
+        Ok(())
+    }
+
+    fn lay_out(
+        &mut self,
+        change: &mut Change,
+        staged: &mut Staged,
+        records: &mut Vec<Record>,
+    ) -> Result<(), Error> {
+        if let MapChange::Patch(patches) = &staged.map
+            && let Some(record) = self.in_place(staged, patches)
+        {
+            records.push(record);
+            return Ok(());
+        }
+        if staged.meta.table {
+            self.lay_out_extent_pages(change, staged, records)?;
+        }
+        let trailing = std::mem::take(&mut staged.meta.trailing);
+        let Trailing { pages, clusters } = trailing;
+        change.freed_pages.extend(
+            pages
+                .into_iter()
+                .filter(|page| !self.shared_pages.contains(page)),
+        );
+        let method = staged.meta.clear_method();
+        change
+            .freed_clusters
+            .extend(clusters.into_iter().map(|cluster| (cluster, method)));
+
+        let patches = match &staged.map {
+            MapChange::Patch(patches) => &patches[..],
+            _ => &[],
+        };
+        let record: BlobRecord = staged.meta.record(patches);
+        let mut pages = encode_blob(&record);
+        let old_chain = std::mem::take(&mut staged.meta.chain);
+        for _ in 1..pages.len() {
+            staged.meta.chain.push(self.take_page(change, false)?);
+        }
+        change.freed_pages.extend(old_chain);
+        seal_chain(&mut pages, &staged.meta.chain);
+        let mut pages = pages.into_iter();
+        let root = pages.next().expect("a blob has a root");
+        records.extend(
+            pages
+                .zip(&staged.meta.chain)
+                .map(|(page, index)| Record::Fresh {
+                    index: *index,
+                    page,
+                }),
+        );
+        records.push(Record::Commit {
+            index: staged.meta.root(),
+            page: root,
+        });
+        Ok(())
+    }
+
+    /// The record of a change that touches entries of one extent page and nothing else: rewritten in
+    /// place, that page is the commit point.
+    fn in_place(&self, staged: &Staged, patches: &[(u64, u32)]) -> Option<Record> {
+        let per_page = EXTENTS_PER_PAGE as u64;
+        let number = u32::try_from(patches.first()?.0 / per_page).ok()?;
+        let one = patches
+            .iter()
+            .all(|(index, _)| index / per_page == u64::from(number));
+        if staged.other
+            || !one
+            || staged.old.is_none()
+            || staged.meta.trailing != Trailing::default()
+        {
+            return None;
+        }
+        let index = *staged
+            .meta
+            .extent_pages
+            .get(&number)
+            .filter(|page| !self.shared_pages.contains(page))?;
+        Some(Record::Commit {
+            index,
+            page: patched_page(&staged.meta, number, patches),
+        })
+    }
+
+    /// Writes the extent pages that have changed to fresh md pages.
+    fn lay_out_extent_pages(
+        &mut self,
+        change: &mut Change,
+        staged: &mut Staged,
+        records: &mut Vec<Record>,
+    ) -> Result<(), Error> {
+        let per_page = EXTENTS_PER_PAGE as u64;
+        let number_of =
+            |index: u64| u32::try_from(index / per_page).expect("at most 2^32 clusters");
+        let mut fresh: BTreeMap<u32, Box<Page>> = BTreeMap::new();
+        let mut dropped = Vec::new();
+        match &staged.map {
+            MapChange::None => return Ok(()),
+            MapChange::Patch(patches) => {
+                for group in patches.chunk_by(|a, b| number_of(a.0) == number_of(b.0)) {
+                    let number = number_of(group[0].0);
+                    fresh.insert(number, patched_page(&staged.meta, number, group));
+                }
+            }
+            MapChange::Replaced => {
+                let map = &staged.meta.map;
+                let mut numbers: Vec<u32> =
+                    map.allocated().map(|(index, _)| number_of(index)).collect();
+                numbers.dedup();
+                let old_map = staged.old.as_ref().map(|old| Arc::clone(&old.map));
+                for number in &numbers {
+                    let entries = map.page(*number);
+                    let unchanged = staged.meta.extent_pages.contains_key(number)
+                        && old_map
+                            .as_ref()
+                            .is_some_and(|old| old.page(*number) == entries);
+                    if !unchanged {
+                        let start = *number * u32::try_from(EXTENTS_PER_PAGE).expect("512");
+                        fresh.insert(*number, encode_extent_page(staged.meta.id, start, &entries));
+                    }
+                }
+                let gone = staged
+                    .meta
+                    .extent_pages
+                    .keys()
+                    .filter(|number| numbers.binary_search(number).is_err());
+                dropped = gone.copied().collect();
+            }
+        }
+        for number in dropped {
+            let page = staged.meta.extent_pages.remove(&number);
+            change
+                .freed_pages
+                .extend(page.filter(|page| !self.shared_pages.contains(page)));
+        }
+        for (number, page) in fresh {
+            let index = self.take_page(change, false)?;
+            let old = staged.meta.extent_pages.insert(number, index);
+            change
+                .freed_pages
+                .extend(old.filter(|page| !self.shared_pages.contains(page)));
+            records.push(Record::Fresh { index, page });
+        }
+        Ok(())
+    }
+
+    /// The change is durable: makes it visible and releases what it frees.
+    fn publish(&mut self, change: Change) {
+        self.dirty = true;
+        let mut rebuild = Vec::new();
+        for staged in change.staged {
+            let Staged {
+                meta,
+                map,
+                other: _,
+                old,
+            } = staged;
+            if let MapChange::Patch(patches) = &map {
+                for (index, cluster) in patches {
+                    meta.map.set(*index, *cluster);
+                }
+            }
+            let (id, root, parent) = (meta.id, meta.root(), meta.parent());
+            let old_parent = old.as_ref().map_or(Parent::None, |old| old.parent());
+            let same_view = old.as_ref().is_some_and(|old| {
+                Arc::ptr_eq(&old.map, &meta.map) && old_parent == parent && old.flags == meta.flags
+            });
+            if parent != old_parent {
+                if let Parent::Snapshot(old_parent) = old_parent {
+                    self.remove_child(old_parent, id);
+                }
+                if let Parent::Snapshot(parent) = parent {
+                    self.children.entry(parent).or_default().insert(id);
+                }
+            }
+            if !same_view {
+                rebuild.push(id);
+            }
+            let meta = Arc::new(meta);
+            let slot = self
+                .blobs
+                .entry(root)
+                .or_insert_with(|| Slot::new(Arc::clone(&meta)));
+            slot.meta = Arc::clone(&meta);
+            if let Some(shared) = slot.handle.upgrade() {
+                shared.meta.store(meta);
+            }
+        }
+        for meta in change.deleted {
+            self.blobs.remove(&meta.root());
+            if let Parent::Snapshot(parent) = meta.parent() {
+                self.remove_child(parent, meta.id);
+            }
+        }
+        for id in rebuild {
+            self.rebuild_views(id);
+        }
+        for page in change.freed_pages {
+            self.pages.clear(page);
+        }
+        for (cluster, _) in change.freed_clusters {
+            self.clusters.clear(cluster);
+        }
+    }
+
+    fn remove_child(&mut self, parent: BlobId, child: BlobId) {
+        if let Some(children) = self.children.get_mut(&parent) {
+            children.remove(&child);
+            if children.is_empty() {
+                self.children.remove(&parent);
+            }
+        }
+    }
+}
+
+fn patched_page(meta: &BlobMeta, number: u32, patches: &[(u64, u32)]) -> Box<Page> {
+    let start = u64::from(number) * EXTENTS_PER_PAGE as u64;
+    let mut entries = meta.map.page(number);
+    for (index, cluster) in patches {
+        let at = usize::try_from(index - start).expect("within the page");
+        entries[at] = *cluster;
+    }
+    encode_extent_page(
+        meta.id,
+        u32::try_from(start).expect("at most 2^32 clusters"),
+        &entries,
+    )
+}
+
+/// An empty map for a blob of this store.
+pub(crate) fn empty_map(state: &State, num_clusters: u64, expected: u64) -> ExtentMap {
+    ExtentMap::new(num_clusters, expected, state.geo.cluster_blocks())
+}

@@ -1,0 +1,265 @@
+//! Where the clusters of a blob are: [`ExtentMap`], read without a lock.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::format::{EXTENTS_PER_PAGE, Run};
+
+/// Entries of a node of a sparse map.
+const NODE: usize = 512;
+/// Clusters under one entry of a sparse map's top.
+const TOP_SPAN: usize = NODE * NODE;
+/// Maps up to this size are dense whatever they hold.
+const DENSE_MAX: usize = 4096;
+
+type Leaf = Box<[AtomicU32]>;
+type Node = Box<[OnceLock<Leaf>]>;
+
+/// Cluster of a blob → cluster of the store, 0 where there is none.
+///
+/// Readers take no lock. A resize makes a new map; a cluster that a thin blob gets, or gives back, is
+/// changed in place. A huge thin blob takes memory only for what it holds.
+#[derive(Debug)]
+pub struct ExtentMap {
+    num_clusters: usize,
+    blocks_per_cluster: u64,
+    repr: Repr,
+}
+
+#[derive(Debug)]
+enum Repr {
+    Dense(Box<[AtomicU32]>),
+    Sparse(Box<[OnceLock<Node>]>),
+}
+
+fn atoms(len: usize) -> Box<[AtomicU32]> {
+    (0..len).map(|_| AtomicU32::new(0)).collect()
+}
+
+impl ExtentMap {
+    /// A map of unallocated clusters that is going to hold about `expected` allocated ones.
+    pub(crate) fn new(num_clusters: u64, expected: u64, blocks_per_cluster: u64) -> ExtentMap {
+        let num_clusters = usize::try_from(num_clusters).expect("at most 2^32 clusters");
+        let dense = num_clusters <= DENSE_MAX || num_clusters as u64 / 4 <= expected;
+        let repr = if dense {
+            Repr::Dense(atoms(num_clusters))
+        } else {
+            Repr::Sparse(
+                (0..num_clusters.div_ceil(TOP_SPAN))
+                    .map(|_| OnceLock::new())
+                    .collect(),
+            )
+        };
+        ExtentMap {
+            num_clusters,
+            blocks_per_cluster,
+            repr,
+        }
+    }
+
+    /// Clusters of the blob.
+    #[must_use]
+    pub fn num_clusters(&self) -> u64 {
+        self.num_clusters as u64
+    }
+
+    /// The cluster of the store that is cluster `index` of the blob.
+    #[inline]
+    #[must_use]
+    pub fn cluster(&self, index: u64) -> Option<u32> {
+        let index = usize::try_from(index).ok()?;
+        match self.get(index) {
+            0 => None,
+            cluster => Some(cluster),
+        }
+    }
+
+    /// The first device block of cluster `index` of the blob, or `None` if it is not allocated (or lies
+    /// past the end).
+    #[inline]
+    #[must_use]
+    pub fn lba(&self, index: u64) -> Option<u64> {
+        self.cluster(index)
+            .map(|cluster| u64::from(cluster) * self.blocks_per_cluster)
+    }
+
+    #[inline]
+    fn get(&self, index: usize) -> u32 {
+        match &self.repr {
+            Repr::Dense(entries) => entries
+                .get(index)
+                .map_or(0, |entry| entry.load(Ordering::Acquire)),
+            Repr::Sparse(top) => {
+                let node = top.get(index / TOP_SPAN).and_then(OnceLock::get);
+                let leaf = node.and_then(|node| node[index % TOP_SPAN / NODE].get());
+                leaf.map_or(0, |leaf| leaf[index % NODE].load(Ordering::Acquire))
+            }
+        }
+    }
+
+    /// Changes an entry; 0 for unallocated.
+    pub(crate) fn set(&self, index: u64, cluster: u32) {
+        let index = usize::try_from(index).expect("at most 2^32 clusters");
+        assert!(
+            index < self.num_clusters,
+            "cluster {index} of {}",
+            self.num_clusters
+        );
+        match &self.repr {
+            Repr::Dense(entries) => entries[index].store(cluster, Ordering::Release),
+            Repr::Sparse(top) => {
+                let node = top[index / TOP_SPAN]
+                    .get_or_init(|| (0..NODE).map(|_| OnceLock::new()).collect());
+                let leaf = node[index % TOP_SPAN / NODE].get_or_init(|| atoms(NODE));
+                leaf[index % NODE].store(cluster, Ordering::Release);
+            }
+        }
+    }
+
+    /// The allocated clusters, in order: (index in the blob, cluster of the store).
+    pub fn allocated(&self) -> impl Iterator<Item = (u64, u32)> + '_ {
+        let dense: &[AtomicU32] = match &self.repr {
+            Repr::Dense(entries) => entries,
+            Repr::Sparse(_) => &[],
+        };
+        let top: &[OnceLock<Node>] = match &self.repr {
+            Repr::Dense(_) => &[],
+            Repr::Sparse(top) => top,
+        };
+        let leaves = top
+            .iter()
+            .enumerate()
+            .filter_map(|(i, node)| Some((i * TOP_SPAN, node.get()?)));
+        let leaves = leaves.flat_map(|(at, node)| {
+            node.iter()
+                .enumerate()
+                .filter_map(move |(i, leaf)| Some((at + i * NODE, &leaf.get()?[..])))
+        });
+        std::iter::once((0, dense))
+            .chain(leaves)
+            .flat_map(|(at, leaf)| {
+                leaf.iter().enumerate().filter_map(move |(i, entry)| {
+                    let cluster = entry.load(Ordering::Acquire);
+                    (cluster != 0).then_some(((at + i) as u64, cluster))
+                })
+            })
+    }
+
+    /// How many clusters are allocated.
+    #[must_use]
+    pub fn num_allocated(&self) -> u64 {
+        self.allocated().count() as u64
+    }
+
+    /// The same clusters in a map of another size; what lies past its end is left out.
+    pub(crate) fn resized(&self, num_clusters: u64, expected: u64) -> ExtentMap {
+        let map = ExtentMap::new(num_clusters, expected, self.blocks_per_cluster);
+        for (index, cluster) in self
+            .allocated()
+            .take_while(|(index, _)| *index < num_clusters)
+        {
+            map.set(index, cluster);
+        }
+        map
+    }
+
+    /// The entries of extent page `number`, as many as it has to have.
+    pub(crate) fn page(&self, number: u32) -> Vec<u32> {
+        let start = number as usize * EXTENTS_PER_PAGE;
+        let end = self.num_clusters.min(start + EXTENTS_PER_PAGE);
+        (start..end).map(|index| self.get(index)).collect()
+    }
+
+    /// How many extent pages the blob has.
+    pub(crate) fn num_pages(&self) -> u32 {
+        u32::try_from(self.num_clusters.div_ceil(EXTENTS_PER_PAGE)).expect("at most 2^32 clusters")
+    }
+
+    /// The clusters as runs, with `patches` (index, cluster) put over them.
+    pub(crate) fn runs(&self, patches: &[(u64, u32)]) -> Vec<Run> {
+        let mut entries: std::collections::BTreeMap<u64, u32> = std::collections::BTreeMap::new();
+        let mut runs: Vec<Run> = Vec::new();
+        let mut at = 0;
+        entries.extend(patches.iter().copied());
+        let mut patched: Vec<(u64, u32)> = self
+            .allocated()
+            .filter(|(index, _)| !entries.contains_key(index))
+            .collect();
+        patched.extend(entries.into_iter().filter(|(_, cluster)| *cluster != 0));
+        patched.sort_unstable();
+        let gap = |runs: &mut Vec<Run>, len: u64| {
+            if len != 0 {
+                runs.push(Run {
+                    cluster: 0,
+                    len: u32::try_from(len).expect("at most 2^32 clusters"),
+                });
+            }
+        };
+        for (index, cluster) in patched {
+            gap(&mut runs, index - at);
+            at = index + 1;
+            match runs.last_mut() {
+                Some(run)
+                    if run.cluster != 0
+                        && u64::from(run.cluster) + u64::from(run.len) == u64::from(cluster) =>
+                {
+                    run.len += 1;
+                }
+                _ => runs.push(Run { cluster, len: 1 }),
+            }
+        }
+        gap(&mut runs, self.num_clusters() - at);
+        runs
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dense_and_sparse_agree() {
+        for n in [0u64, 1, 511, 512, 513, 4096, 5000, 300_000] {
+            let sparse = ExtentMap::new(n, 0, 8);
+            let dense = ExtentMap::new(n, n, 8);
+            for index in (0..n).filter(|i| i % 7 == 3 || (1000..1100).contains(i)) {
+                let cluster = u32::try_from(index + 1).unwrap();
+                sparse.set(index, cluster);
+                dense.set(index, cluster);
+            }
+            assert!(sparse.allocated().eq(dense.allocated()), "{n}");
+            assert_eq!(sparse.runs(&[]), dense.runs(&[]));
+            assert_eq!(
+                sparse
+                    .runs(&[])
+                    .iter()
+                    .map(|r| u64::from(r.len))
+                    .sum::<u64>(),
+                n
+            );
+            for page in 0..sparse.num_pages() {
+                assert_eq!(sparse.page(page), dense.page(page));
+            }
+            assert_eq!(sparse.lba(3), (n > 3).then_some(32));
+            assert_eq!(sparse.lba(n), None);
+            assert!(
+                sparse
+                    .resized(n / 2, 0)
+                    .allocated()
+                    .eq(dense.allocated().take_while(|(i, _)| *i < n / 2))
+            );
+        }
+    }
+
+    #[test]
+    fn a_huge_thin_map_is_small() {
+        let map = ExtentMap::new(u64::from(u32::MAX), 0, 8);
+        map.set(u64::from(u32::MAX) - 1, 9);
+        assert_eq!(
+            map.allocated().collect::<Vec<_>>(),
+            [(u64::from(u32::MAX) - 1, 9)]
+        );
+        assert_eq!(map.page(map.num_pages() - 1).last(), Some(&9));
+        assert_eq!(map.runs(&[(5, 7), (6, 8)]).len(), 4);
+    }
+}

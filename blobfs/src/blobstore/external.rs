@@ -1,0 +1,86 @@
+//! External snapshots: devices outside of the store, below thin blobs.
+
+use std::sync::Arc;
+
+use pumice_bdev::{BdevError, BlockDevice, DmaBuf};
+
+use super::channels::Channels;
+use super::error::Error;
+use super::format::BlobId;
+
+/// Opens the external snapshot that a blob names by the bytes given.
+pub type OpenExternal = Arc<dyn ExternalOpener>;
+
+/// See [`OpenExternal`]. Implemented by every closure of this form.
+pub trait ExternalOpener: Send + Sync {
+    /// Opens the snapshot `ext_id` for `blob`.
+    fn open(&self, blob: BlobId, ext_id: &[u8]) -> Result<Arc<dyn BlockDevice>, BdevError>;
+}
+
+impl<F> ExternalOpener for F
+where
+    F: Fn(BlobId, &[u8]) -> Result<Arc<dyn BlockDevice>, BdevError> + Send + Sync,
+{
+    fn open(&self, blob: BlobId, ext_id: &[u8]) -> Result<Arc<dyn BlockDevice>, BdevError> {
+        self(blob, ext_id)
+    }
+}
+
+impl std::fmt::Debug for dyn ExternalOpener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ExternalOpener")
+    }
+}
+
+/// An open external snapshot.
+#[derive(Debug)]
+pub(crate) struct External {
+    dev: Arc<dyn BlockDevice>,
+    channels: Channels,
+}
+
+impl External {
+    pub fn new(dev: Arc<dyn BlockDevice>) -> External {
+        External {
+            channels: Channels::new(Arc::clone(&dev)),
+            dev,
+        }
+    }
+
+    /// Its size in bytes.
+    pub fn len_bytes(&self) -> u64 {
+        self.dev.info().len_bytes()
+    }
+
+    /// Fills `out` with what lies at `offset`, zeroes past the end. Blocks: the caller's channel is another
+    /// device's.
+    pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), Error> {
+        let info = self.dev.info();
+        let block = u64::from(info.block_size);
+        let inside = out
+            .len()
+            .min(usize::try_from(self.len_bytes().saturating_sub(offset)).unwrap_or(usize::MAX));
+        let (out, past) = out.split_at_mut(inside);
+        past.fill(0);
+        let limit = if info.max_io_blocks == 0 {
+            1 << 20
+        } else {
+            (u64::from(info.max_io_blocks) * block).min(1 << 20)
+        };
+        let channel = self.channels.get()?;
+        let mut done = 0;
+        while done < out.len() {
+            let at = offset + done as u64;
+            let first = at / block;
+            let skip = usize::try_from(at % block).expect("less than a block");
+            let end = (offset + out.len() as u64).div_ceil(block) * block;
+            let len = (end - first * block).min(limit);
+            let buf = DmaBuf::new(usize::try_from(len).expect("at most 1 MiB"))?;
+            let buf = channel.block_on(channel.read(first, buf))?;
+            let now = (buf.len() - skip).min(out.len() - done);
+            out[done..done + now].copy_from_slice(&buf[skip..skip + now]);
+            done += now;
+        }
+        Ok(())
+    }
+}

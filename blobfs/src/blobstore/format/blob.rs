@@ -1,0 +1,679 @@
+//! A blob's chain of metadata pages: flags, xattrs and where its clusters are.
+
+use std::sync::Arc;
+
+use super::page::{
+    DESCRIPTOR_HEADER_LEN, DESCRIPTORS_AT, NEXT_AT, TYPE_EXTENT_PAGE, TYPE_EXTENT_RLE,
+    TYPE_EXTENT_TABLE, TYPE_FLAGS, TYPE_XATTR, TYPE_XATTR_INTERNAL, check_crc, words,
+};
+use super::{
+    BlobId, DESCRIPTORS_LEN, Descriptor, Descriptors, EXTENTS_PER_PAGE, INVALID_PAGE,
+    MAX_XATTR_LEN, PAGE_SIZE, Page, PageHeader, PageProblem, seal,
+};
+
+/// The three flag words of a blob.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Flags {
+    /// An unknown bit: the blob must not be opened.
+    pub invalid: u64,
+    /// An unknown bit: the blob is read-only.
+    pub data_ro: u64,
+    /// An unknown bit: the blob's metadata is read-only. Bits 0 and 1 hold the clear method.
+    pub md_ro: u64,
+}
+
+impl Flags {
+    /// `invalid`: clusters may be unallocated.
+    pub const THIN: u64 = 1;
+    /// `invalid`: the blob has internal xattrs.
+    pub const INTERNAL_XATTRS: u64 = 2;
+    /// `invalid`: extent table and extent pages instead of run-length extents.
+    pub const EXTENT_TABLE: u64 = 4;
+    /// `invalid`: clone of an external snapshot.
+    pub const EXTERNAL_CLONE: u64 = 8;
+    /// `data_ro`: nothing of the blob may be changed.
+    pub const READ_ONLY: u64 = 1;
+    /// `md_ro`: the bits of the clear method.
+    pub const CLEAR_METHOD: u64 = 3;
+
+    const KNOWN_INVALID: u64 =
+        Self::THIN | Self::INTERNAL_XATTRS | Self::EXTENT_TABLE | Self::EXTERNAL_CLONE;
+
+    /// Bits of `invalid` that are not known: the blob must not be opened if there are any.
+    #[must_use]
+    pub fn unknown_invalid(&self) -> u64 {
+        self.invalid & !Self::KNOWN_INVALID
+    }
+
+    /// Is the blob thin-provisioned?
+    #[must_use]
+    pub fn thin(&self) -> bool {
+        self.invalid & Self::THIN != 0
+    }
+
+    /// May the blob's data be written?
+    #[must_use]
+    pub fn data_read_only(&self) -> bool {
+        self.data_ro != 0
+    }
+
+    /// May the blob's metadata be changed?
+    #[must_use]
+    pub fn md_read_only(&self) -> bool {
+        self.data_ro != 0 || self.md_ro & !Self::CLEAR_METHOD != 0
+    }
+}
+
+/// A name and a value, both bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Xattr {
+    /// Without a NUL.
+    pub name: Arc<[u8]>,
+    /// May be empty.
+    pub value: Arc<[u8]>,
+}
+
+/// A run of consecutive clusters of a blob.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// First cluster of the store, 0 for an unallocated run.
+    pub cluster: u32,
+    /// Clusters.
+    pub len: u32,
+}
+
+/// An entry of an extent table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TableEntry {
+    /// The md page of an extent page, 0 for a run of unallocated ones.
+    pub page: u32,
+    /// How many extent pages the entry stands for; 1 if `page` is not 0.
+    pub count: u32,
+}
+
+/// Where a blob's clusters are, as its chain says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MapRecord {
+    /// Run-length extents.
+    Rle(Vec<Run>),
+    /// An extent table; the clusters stand in the extent pages.
+    Table {
+        /// Clusters of the blob, as the table says. A crash may leave it unequal to what the pages hold.
+        num_clusters: u64,
+        /// The extent pages, in order.
+        entries: Vec<TableEntry>,
+    },
+}
+
+/// What the chain of a blob says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlobRecord {
+    /// Its id.
+    pub id: BlobId,
+    /// Its flags.
+    pub flags: Flags,
+    /// The user's xattrs.
+    pub xattrs: Vec<Xattr>,
+    /// The store's own xattrs.
+    pub internal: Vec<Xattr>,
+    /// Its clusters.
+    pub map: MapRecord,
+}
+
+/// Reads a blob page by page, from the root on.
+#[derive(Debug)]
+pub struct BlobReader {
+    id: BlobId,
+    flags: Flags,
+    xattrs: Vec<Xattr>,
+    internal: Vec<Xattr>,
+    runs: Vec<Run>,
+    table: Option<(u64, Vec<TableEntry>)>,
+    clusters: u64,
+    sequence: u32,
+}
+
+impl BlobReader {
+    /// A reader for blob `id` before its root.
+    #[must_use]
+    pub fn new(id: BlobId) -> BlobReader {
+        let (xattrs, internal, runs) = (Vec::new(), Vec::new(), Vec::new());
+        BlobReader {
+            id,
+            flags: Flags::default(),
+            xattrs,
+            internal,
+            runs,
+            table: None,
+            clusters: 0,
+            sequence: 0,
+        }
+    }
+
+    /// How many pages were read.
+    #[must_use]
+    pub fn pages(&self) -> u32 {
+        self.sequence
+    }
+
+    /// Takes in the next page of the chain: CRC, id, sequence number and descriptors are checked. Gives the
+    /// index of the page after it, if there is one.
+    pub fn page(&mut self, page: &Page) -> Result<Option<u32>, PageProblem> {
+        check_crc(page)?;
+        let header = PageHeader::read(page);
+        if header.id != self.id {
+            return Err(PageProblem::Id {
+                expected: self.id,
+                found: header.id,
+            });
+        }
+        if header.sequence != self.sequence {
+            return Err(PageProblem::Sequence {
+                expected: self.sequence,
+                found: header.sequence,
+            });
+        }
+        for descriptor in Descriptors::new(page) {
+            self.descriptor(descriptor?)?;
+        }
+        self.sequence += 1;
+        Ok((header.next != INVALID_PAGE).then_some(header.next))
+    }
+
+    /// What was read, when the chain is at its end.
+    #[must_use]
+    pub fn finish(self) -> BlobRecord {
+        let map = match self.table {
+            Some((num_clusters, entries)) => MapRecord::Table {
+                num_clusters,
+                entries,
+            },
+            None => MapRecord::Rle(self.runs),
+        };
+        BlobRecord {
+            id: self.id,
+            flags: self.flags,
+            xattrs: self.xattrs,
+            internal: self.internal,
+            map,
+        }
+    }
+
+    fn descriptor(&mut self, descriptor: Descriptor<'_>) -> Result<(), PageProblem> {
+        let Descriptor { offset, kind, body } = descriptor;
+        let bad_length = || PageProblem::BodyLength {
+            offset,
+            kind,
+            len: body.len(),
+        };
+        match kind {
+            TYPE_FLAGS => {
+                let mut fields = body
+                    .chunks_exact(8)
+                    .map(|b| u64::from_le_bytes(b.try_into().expect("eight bytes")));
+                let (3, 0) = (fields.len(), body.len() % 8) else {
+                    return Err(bad_length());
+                };
+                let mut field = || fields.next().expect("three fields");
+                self.flags = Flags {
+                    invalid: field(),
+                    data_ro: field(),
+                    md_ro: field(),
+                };
+            }
+            TYPE_XATTR => self.xattrs.push(read_xattr(offset, body)?),
+            TYPE_XATTR_INTERNAL => self.internal.push(read_xattr(offset, body)?),
+            TYPE_EXTENT_RLE => {
+                if self.table.is_some() {
+                    return Err(PageProblem::RleAndTable);
+                }
+                if body.is_empty() || body.len() % 8 != 0 {
+                    return Err(bad_length());
+                }
+                for (cluster, len) in pairs(body) {
+                    self.count(len)?;
+                    if len != 0 {
+                        self.runs.push(Run { cluster, len });
+                    }
+                }
+            }
+            TYPE_EXTENT_TABLE => {
+                if !self.runs.is_empty() {
+                    return Err(PageProblem::RleAndTable);
+                }
+                let (head, rest) = body.split_at_checked(8).ok_or_else(bad_length)?;
+                if rest.len() % 8 != 0 {
+                    return Err(bad_length());
+                }
+                let num_clusters = u64::from_le_bytes(head.try_into().expect("eight bytes"));
+                if num_clusters > u64::from(u32::MAX) {
+                    return Err(PageProblem::TooManyClusters);
+                }
+                let (first, entries) = self.table.get_or_insert_with(|| (num_clusters, Vec::new()));
+                if *first != num_clusters {
+                    return Err(PageProblem::TableSizes {
+                        first: *first,
+                        second: num_clusters,
+                    });
+                }
+                for (page, count) in pairs(rest) {
+                    if page != 0 && count != 1 {
+                        return Err(PageProblem::TableCount { page, count });
+                    }
+                    entries.push(TableEntry { page, count });
+                    self.clusters += u64::from(count) * EXTENTS_PER_PAGE as u64;
+                    // The last page may be a short one.
+                    if self.clusters >= u64::from(u32::MAX) + EXTENTS_PER_PAGE as u64 {
+                        return Err(PageProblem::TooManyClusters);
+                    }
+                }
+            }
+            TYPE_EXTENT_PAGE => return Err(PageProblem::UnexpectedExtentPage),
+            // A feature that forbids opening the blob would have set a flag.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, clusters: u32) -> Result<(), PageProblem> {
+        self.clusters += u64::from(clusters);
+        if self.clusters > u64::from(u32::MAX) {
+            Err(PageProblem::TooManyClusters)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+fn pairs(body: &[u8]) -> impl Iterator<Item = (u32, u32)> + '_ {
+    body.chunks_exact(8).map(|pair| {
+        let mut fields = words(pair);
+        (
+            fields.next().expect("two words"),
+            fields.next().expect("two words"),
+        )
+    })
+}
+
+fn read_xattr(offset: usize, body: &[u8]) -> Result<Xattr, PageProblem> {
+    let parse = || {
+        let (head, rest) = body.split_at_checked(4)?;
+        let name_len = u16::from_le_bytes([head[0], head[1]]);
+        let value_len = u16::from_le_bytes([head[2], head[3]]);
+        Some((name_len, value_len, rest))
+    };
+    let kind = TYPE_XATTR;
+    let (name_len, value_len, rest) = parse().ok_or(PageProblem::BodyLength {
+        offset,
+        kind,
+        len: body.len(),
+    })?;
+    let bad = || PageProblem::Xattr {
+        offset,
+        name_len,
+        value_len,
+        len: body.len(),
+    };
+    let (name, value) = rest
+        .split_at_checked(usize::from(name_len))
+        .ok_or_else(bad)?;
+    if name.is_empty() || name.contains(&0) || value.len() != usize::from(value_len) {
+        return Err(bad());
+    }
+    Ok(Xattr {
+        name: name.into(),
+        value: value.into(),
+    })
+}
+
+/// Fills pages one after another; the last is always the one that is open.
+struct ChainWriter {
+    id: BlobId,
+    pages: Vec<Box<Page>>,
+    used: usize,
+}
+
+impl ChainWriter {
+    fn new(id: BlobId) -> ChainWriter {
+        let mut writer = ChainWriter {
+            id,
+            pages: Vec::with_capacity(1),
+            used: 0,
+        };
+        writer.new_page();
+        writer
+    }
+
+    fn new_page(&mut self) {
+        let mut page = Box::new([0; PAGE_SIZE]);
+        let sequence = u32::try_from(self.pages.len()).expect("fewer pages than a region can have");
+        PageHeader {
+            id: self.id,
+            sequence,
+            next: INVALID_PAGE,
+        }
+        .write(&mut page);
+        self.pages.push(page);
+        self.used = 0;
+    }
+
+    fn room(&self) -> usize {
+        DESCRIPTORS_LEN - self.used
+    }
+
+    /// The body of a new descriptor of the open page, which must have the room.
+    fn descriptor(&mut self, kind: u8, len: usize) -> &mut [u8] {
+        let page = self.pages.last_mut().expect("there is always an open page");
+        let area = &mut page[DESCRIPTORS_AT..NEXT_AT][self.used..][..DESCRIPTOR_HEADER_LEN + len];
+        self.used += area.len();
+        area[0] = kind;
+        area[1..5].copy_from_slice(
+            &u32::try_from(len)
+                .expect("shorter than a page")
+                .to_le_bytes(),
+        );
+        &mut area[DESCRIPTOR_HEADER_LEN..]
+    }
+
+    fn xattr(&mut self, kind: u8, xattr: &Xattr) {
+        let len = 4 + xattr.name.len() + xattr.value.len();
+        assert!(
+            xattr.name.len() + xattr.value.len() <= MAX_XATTR_LEN,
+            "checked when the xattr was set"
+        );
+        if self.room() < DESCRIPTOR_HEADER_LEN + len {
+            self.new_page();
+        }
+        let body = self.descriptor(kind, len);
+        let (name_len, value_len) = (xattr.name.len() as u64, xattr.value.len() as u64);
+        body[..2].copy_from_slice(&name_len.to_le_bytes()[..2]);
+        body[2..4].copy_from_slice(&value_len.to_le_bytes()[..2]);
+        body[4..4 + xattr.name.len()].copy_from_slice(&xattr.name);
+        body[4 + xattr.name.len()..].copy_from_slice(&xattr.value);
+    }
+
+    /// Writes pairs of words in as many descriptors as are needed, each but the first in a page of its own,
+    /// each behind `head`.
+    fn pairs(&mut self, kind: u8, head: &[u8], mut pairs: &[(u32, u32)], even_if_empty: bool) {
+        let mut first = even_if_empty;
+        while first || !pairs.is_empty() {
+            first = false;
+            let overhead = DESCRIPTOR_HEADER_LEN + head.len();
+            let fit = self.room().saturating_sub(overhead) / 8;
+            if self.room() < overhead || (fit == 0 && !pairs.is_empty()) {
+                self.new_page();
+                first = even_if_empty && pairs.is_empty();
+                continue;
+            }
+            let (now, later) = pairs.split_at(fit.min(pairs.len()));
+            pairs = later;
+            let body = self.descriptor(kind, head.len() + 8 * now.len());
+            body[..head.len()].copy_from_slice(head);
+            for (place, (a, b)) in body[head.len()..].chunks_exact_mut(8).zip(now) {
+                place[..4].copy_from_slice(&a.to_le_bytes());
+                place[4..].copy_from_slice(&b.to_le_bytes());
+            }
+        }
+    }
+}
+
+/// Encodes a blob's chain: flags, xattrs, internal xattrs, clusters, in the order in which SPDK writes
+/// them. The pages still want [`seal_chain`], which tells them where they will lie.
+#[must_use]
+pub fn encode_blob(record: &BlobRecord) -> Vec<Box<Page>> {
+    let mut writer = ChainWriter::new(record.id);
+    let flags = writer.descriptor(TYPE_FLAGS, 24);
+    flags[..8].copy_from_slice(&record.flags.invalid.to_le_bytes());
+    flags[8..16].copy_from_slice(&record.flags.data_ro.to_le_bytes());
+    flags[16..].copy_from_slice(&record.flags.md_ro.to_le_bytes());
+    for xattr in &record.xattrs {
+        writer.xattr(TYPE_XATTR, xattr);
+    }
+    for xattr in &record.internal {
+        writer.xattr(TYPE_XATTR_INTERNAL, xattr);
+    }
+    match &record.map {
+        MapRecord::Rle(runs) => {
+            let runs: Vec<_> = runs.iter().map(|run| (run.cluster, run.len)).collect();
+            writer.pairs(TYPE_EXTENT_RLE, &[], &runs, false);
+        }
+        MapRecord::Table {
+            num_clusters,
+            entries,
+        } => {
+            let entries: Vec<_> = entries
+                .iter()
+                .map(|entry| (entry.page, entry.count))
+                .collect();
+            writer.pairs(
+                TYPE_EXTENT_TABLE,
+                &num_clusters.to_le_bytes(),
+                &entries,
+                true,
+            );
+        }
+    }
+    writer.pages
+}
+
+/// Links the pages of a chain (`chain`: the indices of the second, the third …) and seals them.
+pub fn seal_chain(pages: &mut [Box<Page>], chain: &[u32]) {
+    assert_eq!(
+        pages.len(),
+        chain.len() + 1,
+        "each page but the root needs an index"
+    );
+    for (number, page) in pages.iter_mut().enumerate() {
+        let next = chain.get(number).copied().unwrap_or(INVALID_PAGE);
+        page[NEXT_AT..NEXT_AT + 4].copy_from_slice(&next.to_le_bytes());
+        seal(page);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn xattr(name: &str, len: usize) -> Xattr {
+        Xattr {
+            name: name.as_bytes().into(),
+            value: vec![len.to_le_bytes()[0]; len].into(),
+        }
+    }
+
+    fn round_trip(record: &BlobRecord) -> Vec<Box<Page>> {
+        let mut pages = encode_blob(record);
+        let chain: Vec<u32> = (100..).take(pages.len() - 1).collect();
+        seal_chain(&mut pages, &chain);
+        let mut reader = BlobReader::new(record.id);
+        for (number, page) in pages.iter().enumerate() {
+            assert_eq!(reader.page(page).unwrap(), chain.get(number).copied());
+        }
+        assert_eq!(&reader.finish(), record);
+        pages
+    }
+
+    fn record(map: MapRecord, xattrs: Vec<Xattr>) -> BlobRecord {
+        let flags = Flags {
+            invalid: Flags::EXTENT_TABLE | Flags::THIN,
+            data_ro: 0,
+            md_ro: 2,
+        };
+        BlobRecord {
+            id: BlobId::from_page(7),
+            flags,
+            xattrs,
+            internal: vec![xattr("SNAP", 8)],
+            map,
+        }
+    }
+
+    fn table(n: u32) -> MapRecord {
+        let entry = |page: u32| TableEntry {
+            page,
+            count: if page == 0 { 3 } else { 1 },
+        };
+        let entries = (0..n)
+            .map(|i| entry(if i % 5 == 4 { 0 } else { i + 1 }))
+            .collect();
+        MapRecord::Table {
+            num_clusters: 12345,
+            entries,
+        }
+    }
+
+    #[test]
+    fn blobs_round_trip() {
+        assert_eq!(round_trip(&record(table(0), vec![])).len(), 1);
+        assert_eq!(
+            round_trip(&record(table(400), vec![xattr("name", 6)])).len(),
+            1
+        );
+        assert_eq!(round_trip(&record(table(2000), vec![])).len(), 4);
+        let big = vec![
+            xattr("big0", 3500),
+            xattr("big1", 3500),
+            xattr("empty", 0),
+            xattr("max", MAX_XATTR_LEN - 3),
+        ];
+        assert_eq!(round_trip(&record(table(1), big.clone())).len(), 4);
+        let runs = (1..1000).map(|i| Run { cluster: i, len: 1 }).collect();
+        assert_eq!(round_trip(&record(MapRecord::Rle(runs), big)).len(), 5);
+        assert_eq!(round_trip(&record(MapRecord::Rle(vec![]), vec![])).len(), 1);
+    }
+
+    #[test]
+    fn table_in_a_nearly_full_page() {
+        // Whatever the room that is left in the page, the table starts here or in the next.
+        for len in 3960..=MAX_XATTR_LEN - 2 {
+            for n in [0, 1, 2, 600] {
+                let mut r = record(table(n), vec![xattr("xx", len)]);
+                r.internal.clear();
+                round_trip(&r);
+            }
+        }
+    }
+
+    #[test]
+    fn an_empty_table_is_written_and_an_empty_rle_is_not() {
+        let kinds = |map| {
+            let pages = round_trip(&record(map, vec![]));
+            Descriptors::new(&pages[0])
+                .map(|d| d.unwrap().kind)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            kinds(table(0)),
+            [TYPE_FLAGS, TYPE_XATTR_INTERNAL, TYPE_EXTENT_TABLE]
+        );
+        assert_eq!(
+            kinds(MapRecord::Rle(vec![])),
+            [TYPE_FLAGS, TYPE_XATTR_INTERNAL]
+        );
+    }
+
+    /// A root page with these descriptors.
+    fn page_of(descriptors: &[(u8, &[u8])]) -> Box<Page> {
+        let mut writer = ChainWriter::new(BlobId::from_page(7));
+        for (kind, body) in descriptors {
+            writer.descriptor(*kind, body.len()).copy_from_slice(body);
+        }
+        seal_chain(&mut writer.pages, &[]);
+        writer.pages.remove(0)
+    }
+
+    #[test]
+    fn refusals() {
+        let read = |descriptors: &[(u8, &[u8])]| {
+            BlobReader::new(BlobId::from_page(7)).page(&page_of(descriptors))
+        };
+        let words = |words: &[u32]| {
+            words
+                .iter()
+                .flat_map(|w| w.to_le_bytes())
+                .collect::<Vec<u8>>()
+        };
+        assert!(
+            read(&[(200, &[1, 2, 3])]).is_ok(),
+            "unknown types are skipped"
+        );
+        assert!(matches!(
+            read(&[(TYPE_FLAGS, &[0; 23])]),
+            Err(PageProblem::BodyLength { .. })
+        ));
+        assert!(
+            read(&[(TYPE_FLAGS, &[16; 24])]).is_ok(),
+            "unknown flags forbid opening, not reading"
+        );
+        assert_eq!(
+            Flags {
+                invalid: 0x13,
+                data_ro: 0,
+                md_ro: 0
+            }
+            .unknown_invalid(),
+            0x10
+        );
+        assert!(matches!(
+            read(&[(TYPE_XATTR, &[1, 0, 1, 0, b'n'])]),
+            Err(PageProblem::Xattr { .. })
+        ));
+        assert!(matches!(
+            read(&[(TYPE_XATTR, &[1, 0])]),
+            Err(PageProblem::BodyLength { .. })
+        ));
+        assert!(matches!(
+            read(&[(TYPE_EXTENT_RLE, &words(&[1, 2, 3]))]),
+            Err(PageProblem::BodyLength { .. })
+        ));
+        assert!(matches!(
+            read(&[(TYPE_EXTENT_RLE, &words(&[0, u32::MAX, 0, u32::MAX]))]),
+            Err(PageProblem::TooManyClusters)
+        ));
+        let table = words(&[600, 0, 4, 1, 5, 1]);
+        assert!(read(&[(TYPE_EXTENT_TABLE, &table)]).is_ok());
+        assert!(matches!(
+            read(&[
+                (TYPE_EXTENT_RLE, &words(&[1, 1])),
+                (TYPE_EXTENT_TABLE, &table)
+            ]),
+            Err(PageProblem::RleAndTable)
+        ));
+        assert!(matches!(
+            read(&[
+                (TYPE_EXTENT_TABLE, &table),
+                (TYPE_EXTENT_TABLE, &words(&[601, 0]))
+            ]),
+            Err(PageProblem::TableSizes {
+                first: 600,
+                second: 601
+            })
+        ));
+        assert!(matches!(
+            read(&[(TYPE_EXTENT_TABLE, &words(&[1024, 0, 4, 2]))]),
+            Err(PageProblem::TableCount { page: 4, count: 2 })
+        ));
+        assert!(matches!(
+            read(&[(TYPE_EXTENT_TABLE, &words(&[1024, 0, 0, u32::MAX]))]),
+            Err(PageProblem::TooManyClusters)
+        ));
+        assert!(matches!(
+            read(&[(TYPE_EXTENT_PAGE, &words(&[0, 1]))]),
+            Err(PageProblem::UnexpectedExtentPage)
+        ));
+        let page = page_of(&[]);
+        assert!(matches!(
+            BlobReader::new(BlobId::from_page(8)).page(&page),
+            Err(PageProblem::Id { .. })
+        ));
+        let mut reader = BlobReader::new(BlobId::from_page(7));
+        reader.page(&page).unwrap();
+        assert!(matches!(
+            reader.page(&page),
+            Err(PageProblem::Sequence {
+                expected: 1,
+                found: 0
+            })
+        ));
+    }
+}

@@ -1,0 +1,73 @@
+//! The on-disk format: super block, masks, metadata pages and their descriptors.
+//!
+//! Pure encoding and decoding, no I/O. Decoding is total: any bytes give a value or a typed error that
+//! names the place, in memory bounded by the size of the input. The format is that of SPDK's blobstore,
+//! versions 1 to 3; `docs/format.md` describes it.
+
+mod blob;
+mod id;
+mod mask;
+mod page;
+mod super_block;
+
+pub use blob::{
+    BlobReader, BlobRecord, Flags, MapRecord, Run, TableEntry, Xattr, encode_blob, seal_chain,
+};
+pub use id::{BlobId, ParseBlobIdError};
+pub use mask::{MASK_HEADER_LEN, MaskError, MaskKind, decode_mask, encode_mask, mask_pages};
+pub use page::{
+    Descriptor, Descriptors, ExtentPage, PageError, PageHeader, PageProblem, decode_extent_page,
+    encode_extent_page,
+};
+pub use super_block::{BsType, RawSuperBlock, SuperBlock, SuperBlockError};
+
+/// Bytes of a metadata page, of the super block, and the unit of the positions in the super block.
+pub const PAGE_SIZE: usize = 4096;
+/// [`PAGE_SIZE`] for arithmetic on device offsets.
+pub const PAGE_SIZE_U64: u64 = 4096;
+/// `next` of the last page of a chain.
+pub const INVALID_PAGE: u32 = u32::MAX;
+/// Clusters that a full extent page describes.
+pub const EXTENTS_PER_PAGE: usize = 512;
+/// Bytes of a metadata page that hold descriptors.
+pub const DESCRIPTORS_LEN: usize = 4072;
+/// Largest body of one descriptor: it has to fit a page with its own header.
+pub const MAX_DESCRIPTOR_BODY: usize = DESCRIPTORS_LEN - 5;
+/// Largest sum of the lengths of an xattr's name and value.
+pub const MAX_XATTR_LEN: usize = MAX_DESCRIPTOR_BODY - 4;
+
+/// One metadata page in memory.
+pub type Page = [u8; PAGE_SIZE];
+
+/// CRC-32C of a page without its last four bytes, as stored in them.
+#[must_use]
+pub fn page_crc(page: &Page) -> u32 {
+    crc32c::crc32c(&page[..PAGE_SIZE - 4])
+}
+
+/// The CRC that a page carries.
+#[must_use]
+pub fn stored_crc(page: &Page) -> u32 {
+    let mut bytes = [0; 4];
+    bytes.copy_from_slice(&page[PAGE_SIZE - 4..]);
+    u32::from_le_bytes(bytes)
+}
+
+/// Writes the CRC of the page into its last four bytes.
+pub fn seal(page: &mut Page) {
+    let crc = page_crc(page);
+    page[PAGE_SIZE - 4..].copy_from_slice(&crc.to_le_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn crc_is_castagnoli() {
+        assert_eq!(crc32c::crc32c(b"123456789"), 0xE306_9283);
+        let mut page = [7; PAGE_SIZE];
+        seal(&mut page);
+        assert_eq!(stored_crc(&page), page_crc(&page));
+    }
+}

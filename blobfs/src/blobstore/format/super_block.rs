@@ -1,0 +1,288 @@
+//! The super block: page 0 of the device.
+
+use std::fmt;
+use std::str::FromStr;
+
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::{BlobId, PAGE_SIZE, Page, page_crc, seal};
+
+const SIGNATURE: [u8; 8] = *b"SPDKBLOB";
+/// The version that is written.
+const VERSION: u32 = 3;
+
+/// The super block as it lies on disk. Positions and lengths are in pages of 4096 bytes.
+#[derive(Clone, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+#[expect(
+    missing_docs,
+    reason = "the fields carry the names of the format's description, docs/format.md"
+)]
+pub struct RawSuperBlock {
+    pub signature: [u8; 8],
+    pub version: U32,
+    pub length: U32,
+    pub clean: U32,
+    pub super_blob: U64,
+    pub cluster_size: U32,
+    pub used_page_mask_start: U32,
+    pub used_page_mask_len: U32,
+    pub used_cluster_mask_start: U32,
+    pub used_cluster_mask_len: U32,
+    pub md_start: U32,
+    pub md_len: U32,
+    pub bstype: [u8; 16],
+    pub used_blobid_mask_start: U32,
+    pub used_blobid_mask_len: U32,
+    pub size: U64,
+    pub io_unit_size: U32,
+    pub md_page_size: U32,
+    pub reserved: [u8; 3996],
+    pub crc: U32,
+}
+
+const _: () = assert!(size_of::<RawSuperBlock>() == PAGE_SIZE);
+const _: () = assert!(std::mem::offset_of!(RawSuperBlock, super_blob) == 20);
+const _: () = assert!(std::mem::offset_of!(RawSuperBlock, bstype) == 56);
+const _: () = assert!(std::mem::offset_of!(RawSuperBlock, size) == 80);
+const _: () = assert!(std::mem::offset_of!(RawSuperBlock, reserved) == 96);
+
+/// What a store is used for: sixteen bytes of zero-padded text. All zero: any.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub struct BsType(pub [u8; 16]);
+
+impl BsType {
+    /// No particular use.
+    pub const NONE: BsType = BsType([0; 16]);
+    /// Holds a BlobFS file system.
+    pub const BLOBFS: BsType = BsType(*b"BLOBFS\0\0\0\0\0\0\0\0\0\0");
+    /// Holds logical volumes.
+    pub const LVOLSTORE: BsType = BsType(*b"LVOLSTORE\0\0\0\0\0\0\0");
+}
+
+impl fmt::Display for BsType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let end = self
+            .0
+            .iter()
+            .rposition(|byte| *byte != 0)
+            .map_or(0, |last| last + 1);
+        write!(f, "{}", self.0[..end].escape_ascii())
+    }
+}
+
+impl fmt::Debug for BsType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "BsType({self})")
+    }
+}
+
+impl FromStr for BsType {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<BsType, String> {
+        let mut bytes = [0; 16];
+        let place = bytes.get_mut(..text.len());
+        let place = place.ok_or_else(|| {
+            format!(
+                "a blobstore type has at most 16 bytes, `{text}` has {}",
+                text.len()
+            )
+        })?;
+        place.copy_from_slice(text.as_bytes());
+        Ok(BsType(bytes))
+    }
+}
+
+/// Why bytes are no super block that can be loaded.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SuperBlockError {
+    /// The signature is not there: most likely no blobstore.
+    #[error("no blobstore signature at byte 0 (found \"{}\")", .0.escape_ascii())]
+    Signature([u8; 8]),
+    /// A version outside 1 to 3.
+    #[error("blobstore version {0:#x}; versions 1 to 3 can be loaded")]
+    Version(u32),
+    /// The checksum does not fit the bytes.
+    #[error("super block: crc {stored:#010x} is stored, {computed:#010x} computed")]
+    Crc {
+        /// What the last four bytes say.
+        stored: u32,
+        /// What the others give.
+        computed: u32,
+    },
+    /// The length field.
+    #[error("super block: length {0}, must be 4096")]
+    Length(u32),
+}
+
+/// A super block whose signature, version, length and CRC are right. What it says is not checked against
+/// a device yet.
+#[derive(Clone)]
+pub struct SuperBlock {
+    raw: Box<RawSuperBlock>,
+}
+
+impl SuperBlock {
+    /// An empty version-3 super block; the caller fills in the rest.
+    #[must_use]
+    pub fn new() -> SuperBlock {
+        let mut raw =
+            Box::new(RawSuperBlock::read_from_bytes(&[0; PAGE_SIZE]).expect("sizes are equal"));
+        raw.signature = SIGNATURE;
+        raw.version = VERSION.into();
+        raw.length = 4096.into();
+        raw.super_blob = BlobId::INVALID.0.into();
+        SuperBlock { raw }
+    }
+
+    /// Checks signature, version, length and CRC, in this order.
+    pub fn decode(page: &Page) -> Result<SuperBlock, SuperBlockError> {
+        let raw = Box::new(RawSuperBlock::read_from_bytes(page).expect("sizes are equal"));
+        if raw.signature != SIGNATURE {
+            return Err(SuperBlockError::Signature(raw.signature));
+        }
+        if !(1..=VERSION).contains(&raw.version.get()) {
+            return Err(SuperBlockError::Version(raw.version.get()));
+        }
+        let (stored, computed) = (raw.crc.get(), page_crc(page));
+        if stored != computed {
+            return Err(SuperBlockError::Crc { stored, computed });
+        }
+        if raw.length.get() != 4096 {
+            return Err(SuperBlockError::Length(raw.length.get()));
+        }
+        Ok(SuperBlock { raw })
+    }
+
+    /// The bytes, reserved ones as they were read, with a fresh CRC.
+    #[must_use]
+    pub fn encode(&self) -> Page {
+        let mut page = [0; PAGE_SIZE];
+        page.copy_from_slice(self.raw.as_bytes());
+        seal(&mut page);
+        page
+    }
+
+    /// Was the store unloaded in order? Only then are the masks valid.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.raw.clean.get() != 0
+    }
+
+    /// The type of the store.
+    #[must_use]
+    pub fn bstype(&self) -> BsType {
+        BsType(self.raw.bstype)
+    }
+
+    /// The application's super blob, if set.
+    #[must_use]
+    pub fn super_blob(&self) -> Option<BlobId> {
+        let id = BlobId(self.raw.super_blob.get());
+        (id != BlobId::INVALID).then_some(id)
+    }
+}
+
+impl Default for SuperBlock {
+    fn default() -> Self {
+        SuperBlock::new()
+    }
+}
+
+impl std::ops::Deref for SuperBlock {
+    type Target = RawSuperBlock;
+    fn deref(&self) -> &RawSuperBlock {
+        &self.raw
+    }
+}
+
+impl std::ops::DerefMut for SuperBlock {
+    fn deref_mut(&mut self) -> &mut RawSuperBlock {
+        &mut self.raw
+    }
+}
+
+impl fmt::Debug for SuperBlock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SuperBlock")
+            .field("version", &self.version.get())
+            .field("clean", &self.clean.get())
+            .field("super_blob", &self.super_blob())
+            .field("cluster_size", &self.cluster_size.get())
+            .field(
+                "used_page_mask",
+                &(
+                    self.used_page_mask_start.get(),
+                    self.used_page_mask_len.get(),
+                ),
+            )
+            .field(
+                "used_cluster_mask",
+                &(
+                    self.used_cluster_mask_start.get(),
+                    self.used_cluster_mask_len.get(),
+                ),
+            )
+            .field(
+                "used_blobid_mask",
+                &(
+                    self.used_blobid_mask_start.get(),
+                    self.used_blobid_mask_len.get(),
+                ),
+            )
+            .field("md", &(self.md_start.get(), self.md_len.get()))
+            .field("bstype", &self.bstype())
+            .field("size", &self.size.get())
+            .field("io_unit_size", &self.io_unit_size.get())
+            .field("md_page_size", &self.md_page_size.get())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn round_trip_keeps_reserved_bytes() {
+        let mut sb = SuperBlock::new();
+        sb.cluster_size = (1 << 20).into();
+        sb.bstype = BsType::BLOBFS.0;
+        sb.reserved[100] = 0x5a;
+        let again = SuperBlock::decode(&sb.encode()).unwrap();
+        assert_eq!(again.encode(), sb.encode());
+        assert_eq!(again.reserved[100], 0x5a);
+        assert_eq!(again.bstype().to_string(), "BLOBFS");
+        assert_eq!(again.super_blob(), None);
+    }
+
+    #[test]
+    fn refusals() {
+        let mut page = SuperBlock::new().encode();
+        page[100] ^= 1;
+        assert!(matches!(
+            SuperBlock::decode(&page),
+            Err(SuperBlockError::Crc { .. })
+        ));
+        for version in [0, 4, 0x8000_0003] {
+            let mut sb = SuperBlock::new();
+            sb.version = version.into();
+            assert_eq!(
+                SuperBlock::decode(&sb.encode()).unwrap_err(),
+                SuperBlockError::Version(version)
+            );
+        }
+        assert!(matches!(
+            SuperBlock::decode(&[0; PAGE_SIZE]),
+            Err(SuperBlockError::Signature(_))
+        ));
+        let mut sb = SuperBlock::new();
+        sb.length = 512.into();
+        assert_eq!(
+            SuperBlock::decode(&sb.encode()).unwrap_err(),
+            SuperBlockError::Length(512)
+        );
+    }
+}

@@ -1,0 +1,187 @@
+//! Where things lie on the device, from a checked super block.
+
+use pumice_bdev::DeviceInfo;
+
+use super::error::Error;
+use super::format::{PAGE_SIZE_U64, SuperBlock, mask_pages};
+
+/// Sizes and positions, all checked against the device.
+#[derive(Debug, Clone)]
+pub(crate) struct Geometry {
+    /// Device block.
+    pub block_size: u64,
+    /// Bytes of a cluster.
+    pub cluster_size: u64,
+    /// Bytes of an io unit.
+    pub io_unit_size: u32,
+    /// Clusters of the store, those of the metadata included.
+    pub total_clusters: u32,
+    /// First cluster that holds no metadata.
+    pub first_data_cluster: u32,
+    /// First page of the metadata region.
+    pub md_start: u32,
+    /// Pages of the metadata region.
+    pub md_len: u32,
+}
+
+/// A region of the device in pages.
+struct Region(&'static str, u64, u64);
+
+impl Geometry {
+    /// Checks what `sb` says against itself and the device.
+    pub fn new(sb: &SuperBlock, info: &DeviceInfo) -> Result<Geometry, Error> {
+        let bad = |reason: String| Error::Geometry {
+            device: info.name.clone(),
+            reason,
+        };
+        let block_size = u64::from(info.block_size);
+        let dev_bytes = info.len_bytes();
+        if !PAGE_SIZE_U64.is_multiple_of(block_size) {
+            return Err(bad(format!(
+                "device blocks of {block_size} bytes; 512 to 4096 can be used"
+            )));
+        }
+        let io_unit_size = if sb.io_unit_size.get() == 0 {
+            4096
+        } else {
+            sb.io_unit_size.get()
+        };
+        if !io_unit_size.is_power_of_two() || !(512..=65536).contains(&io_unit_size) {
+            return Err(bad(format!("io units of {io_unit_size} bytes")));
+        }
+        if u64::from(io_unit_size) < block_size {
+            return Err(bad(format!(
+                "io units of {io_unit_size} bytes are smaller than the device's blocks of {block_size}; \
+                 use the image on a device with {io_unit_size}-byte blocks"
+            )));
+        }
+        let md_page_size = sb.md_page_size.get();
+        if md_page_size != 0 && u64::from(md_page_size) != PAGE_SIZE_U64 {
+            return Err(bad(format!(
+                "metadata pages of {md_page_size} bytes; only 4096 is supported"
+            )));
+        }
+        let cluster_size = u64::from(sb.cluster_size.get());
+        if cluster_size == 0
+            || !cluster_size.is_multiple_of(PAGE_SIZE_U64.max(u64::from(io_unit_size)))
+        {
+            return Err(bad(format!(
+                "clusters of {cluster_size} bytes, must be a multiple of 4096"
+            )));
+        }
+        let size = if sb.size.get() == 0 {
+            dev_bytes
+        } else {
+            sb.size.get()
+        };
+        if size > dev_bytes {
+            return Err(bad(format!(
+                "the store has {size} bytes, the device {dev_bytes}; use the whole device that it was made on"
+            )));
+        }
+        let total_clusters = u32::try_from(size / cluster_size).map_err(|_| {
+            bad(format!(
+                "{} clusters, more than 2^32 - 1",
+                size / cluster_size
+            ))
+        })?;
+        let (md_start, md_len) = (sb.md_start.get(), sb.md_len.get());
+        let clusters_mask = u64::from(sb.used_cluster_mask_len.get());
+        let mut regions = vec![
+            Region("super block", 0, 1),
+            Region(
+                "page mask",
+                sb.used_page_mask_start.get().into(),
+                sb.used_page_mask_len.get().into(),
+            ),
+            Region(
+                "cluster mask",
+                sb.used_cluster_mask_start.get().into(),
+                clusters_mask,
+            ),
+            Region("metadata region", md_start.into(), md_len.into()),
+        ];
+        if sb.used_blobid_mask_len.get() != 0 {
+            let start = sb.used_blobid_mask_start.get().into();
+            regions.push(Region(
+                "blobid mask",
+                start,
+                sb.used_blobid_mask_len.get().into(),
+            ));
+        }
+        for (name, bits, pages) in [
+            ("page mask", md_len, sb.used_page_mask_len.get()),
+            (
+                "cluster mask",
+                total_clusters,
+                sb.used_cluster_mask_len.get(),
+            ),
+            ("blobid mask", md_len, sb.used_blobid_mask_len.get()),
+        ] {
+            let absent = name == "blobid mask" && pages == 0;
+            if !absent && u64::from(pages) < mask_pages(bits.into()) {
+                return Err(bad(format!("{name} of {pages} pages for {bits} bits")));
+            }
+        }
+        regions.sort_by_key(|region| region.1);
+        for pair in regions.windows(2) {
+            if pair[0].1 + pair[0].2 > pair[1].1 {
+                return Err(bad(format!("{} and {} overlap", pair[0].0, pair[1].0)));
+            }
+        }
+        let md_end = (u64::from(md_start) + u64::from(md_len)) * PAGE_SIZE_U64;
+        let meta_end = regions
+            .iter()
+            .map(|region| region.1 + region.2)
+            .max()
+            .unwrap_or(0)
+            * PAGE_SIZE_U64;
+        if md_len == 0 || meta_end > size || meta_end > md_end {
+            return Err(bad(format!(
+                "metadata up to byte {meta_end}, metadata region {md_start}+{md_len} pages, {size} bytes in all"
+            )));
+        }
+        let first_data_cluster = u32::try_from(md_end.div_ceil(cluster_size))
+            .ok()
+            .filter(|first| *first <= total_clusters)
+            .ok_or_else(|| {
+                bad(format!(
+                    "the metadata takes more than the {total_clusters} clusters"
+                ))
+            })?;
+        Ok(Geometry {
+            block_size,
+            cluster_size,
+            io_unit_size,
+            total_clusters,
+            first_data_cluster,
+            md_start,
+            md_len,
+        })
+    }
+
+    /// First block of a page of the device.
+    pub fn page_lba(&self, page: u64) -> u64 {
+        page * (PAGE_SIZE_U64 / self.block_size)
+    }
+
+    /// First block of a metadata page, by its index in the region.
+    pub fn md_lba(&self, index: u32) -> u64 {
+        self.page_lba(u64::from(self.md_start) + u64::from(index))
+    }
+
+    /// First block of a cluster.
+    pub fn cluster_lba(&self, cluster: u32) -> u64 {
+        u64::from(cluster) * self.cluster_blocks()
+    }
+
+    /// Blocks of a cluster.
+    pub fn cluster_blocks(&self) -> u64 {
+        self.cluster_size / self.block_size
+    }
+
+    /// Is this the number of a cluster that may belong to a blob?
+    pub fn is_data_cluster(&self, cluster: u64) -> bool {
+        cluster >= u64::from(self.first_data_cluster) && cluster < u64::from(self.total_clusters)
+    }
+}

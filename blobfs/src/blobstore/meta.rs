@@ -1,0 +1,211 @@
+//! What the store knows of a blob.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::extents::ExtentMap;
+use super::format::{BlobId, BlobRecord, Flags, MapRecord, TableEntry, Xattr};
+
+/// Internal xattr: the id of the parent snapshot.
+pub(crate) const SNAP: &[u8] = b"SNAP";
+/// Internal xattr: the id of the blob of which this is a snapshot in the making.
+pub(crate) const SNAPTMP: &[u8] = b"SNAPTMP";
+/// Internal xattr: the id of the clone that takes over this snapshot's clusters.
+pub(crate) const SNAPRM: &[u8] = b"SNAPRM";
+/// Internal xattr: the id of the external snapshot.
+pub(crate) const EXTSNAP: &[u8] = b"EXTSNAP";
+
+/// What happens to clusters that a blob gives back. Stored with the blob.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ClearMethod {
+    /// Unmapped, if the device can.
+    #[default]
+    Default,
+    /// Left as they are.
+    None,
+    /// Unmapped, if the device can.
+    Unmap,
+    /// Overwritten with zeroes.
+    WriteZeroes,
+}
+
+impl ClearMethod {
+    pub(crate) fn from_flags(md_ro: u64) -> ClearMethod {
+        match md_ro & Flags::CLEAR_METHOD {
+            1 => ClearMethod::None,
+            2 => ClearMethod::Unmap,
+            3 => ClearMethod::WriteZeroes,
+            _ => ClearMethod::Default,
+        }
+    }
+
+    pub(crate) fn to_flags(self) -> u64 {
+        match self {
+            ClearMethod::Default => 0,
+            ClearMethod::None => 1,
+            ClearMethod::Unmap => 2,
+            ClearMethod::WriteZeroes => 3,
+        }
+    }
+}
+
+/// Where a blob's unallocated clusters are read from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Parent {
+    /// Nowhere: they read as zeroes.
+    None,
+    /// A snapshot in the same store.
+    Snapshot(BlobId),
+    /// A device outside of the store, by the id with which the application finds it.
+    External(Arc<[u8]>),
+}
+
+/// A blob as it stands on disk. Never changed in place (but see [`ExtentMap`]): a change makes a new one.
+#[derive(Debug, Clone)]
+pub(crate) struct BlobMeta {
+    pub id: BlobId,
+    pub flags: Flags,
+    pub xattrs: Vec<Xattr>,
+    pub internal: Vec<Xattr>,
+    /// Extent table, or run-length extents.
+    pub table: bool,
+    /// Md pages of the chain after the root.
+    pub chain: Vec<u32>,
+    /// Number of the extent page in the blob → its md page.
+    pub extent_pages: BTreeMap<u32, u32>,
+    pub map: Arc<ExtentMap>,
+    /// Extent pages and clusters behind the end of the blob that the table still names (a shrink that was
+    /// cut short). They are released when the blob is written next.
+    pub trailing: Trailing,
+}
+
+/// See [`BlobMeta::trailing`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Trailing {
+    pub pages: Vec<u32>,
+    pub clusters: Vec<u32>,
+}
+
+impl BlobMeta {
+    /// The root page.
+    pub fn root(&self) -> u32 {
+        self.id.page().expect("the id of a blob in the store")
+    }
+
+    pub fn clear_method(&self) -> ClearMethod {
+        ClearMethod::from_flags(self.flags.md_ro)
+    }
+
+    pub fn xattr(&self, name: &[u8]) -> Option<&Arc<[u8]>> {
+        self.xattrs
+            .iter()
+            .find(|xattr| *xattr.name == *name)
+            .map(|xattr| &xattr.value)
+    }
+
+    pub fn internal(&self, name: &[u8]) -> Option<&Arc<[u8]>> {
+        self.internal
+            .iter()
+            .find(|xattr| *xattr.name == *name)
+            .map(|xattr| &xattr.value)
+    }
+
+    /// A blob id in an internal xattr.
+    pub fn internal_id(&self, name: &[u8]) -> Option<BlobId> {
+        let value = self.internal(name)?;
+        Some(BlobId(u64::from_le_bytes((**value).try_into().ok()?)))
+    }
+
+    pub fn set_internal(&mut self, name: &[u8], value: &[u8]) {
+        set(&mut self.internal, name, value);
+        self.flags.invalid |= Flags::INTERNAL_XATTRS;
+    }
+
+    pub fn remove_internal(&mut self, name: &[u8]) {
+        self.internal.retain(|xattr| *xattr.name != *name);
+        if self.internal.is_empty() {
+            self.flags.invalid &= !Flags::INTERNAL_XATTRS;
+        }
+    }
+
+    /// Where unallocated clusters are read from. Only thin blobs have a parent.
+    pub fn parent(&self) -> Parent {
+        if !self.flags.thin() {
+            return Parent::None;
+        }
+        if self.flags.invalid & Flags::EXTERNAL_CLONE != 0 {
+            return Parent::External(
+                self.internal(EXTSNAP)
+                    .cloned()
+                    .unwrap_or_else(|| Arc::from([])),
+            );
+        }
+        match self.internal(SNAP) {
+            None => Parent::None,
+            Some(_) => Parent::Snapshot(self.internal_id(SNAP).unwrap_or(BlobId::INVALID)),
+        }
+    }
+
+    pub fn set_parent(&mut self, parent: &Parent) {
+        self.remove_internal(SNAP);
+        self.remove_internal(EXTSNAP);
+        self.flags.invalid &= !Flags::EXTERNAL_CLONE;
+        match parent {
+            Parent::None => {}
+            Parent::Snapshot(id) => {
+                self.set_internal(SNAP, &id.0.to_le_bytes());
+                self.flags.invalid |= Flags::THIN;
+            }
+            Parent::External(id) => {
+                self.set_internal(EXTSNAP, id);
+                self.flags.invalid |= Flags::THIN | Flags::EXTERNAL_CLONE;
+            }
+        }
+    }
+
+    /// What is written on disk; `patches` lie over the map.
+    pub fn record(&self, patches: &[(u64, u32)]) -> BlobRecord {
+        let map = if self.table {
+            let mut entries = Vec::with_capacity(self.extent_pages.len());
+            let mut at = 0;
+            let gap = |entries: &mut Vec<TableEntry>, count: u32| {
+                if count != 0 {
+                    entries.push(TableEntry { page: 0, count });
+                }
+            };
+            for (number, page) in &self.extent_pages {
+                gap(&mut entries, number - at);
+                entries.push(TableEntry {
+                    page: *page,
+                    count: 1,
+                });
+                at = number + 1;
+            }
+            gap(&mut entries, self.map.num_pages() - at);
+            MapRecord::Table {
+                num_clusters: self.map.num_clusters(),
+                entries,
+            }
+        } else {
+            MapRecord::Rle(self.map.runs(patches))
+        };
+        BlobRecord {
+            id: self.id,
+            flags: self.flags,
+            xattrs: self.xattrs.clone(),
+            internal: self.internal.clone(),
+            map,
+        }
+    }
+}
+
+/// Sets or replaces an xattr.
+pub(crate) fn set(xattrs: &mut Vec<Xattr>, name: &[u8], value: &[u8]) {
+    match xattrs.iter_mut().find(|xattr| *xattr.name == *name) {
+        Some(xattr) => xattr.value = value.into(),
+        None => xattrs.push(Xattr {
+            name: name.into(),
+            value: value.into(),
+        }),
+    }
+}

@@ -1,0 +1,46 @@
+//! A blobstore in SPDK's format: blobs of clusters on a block device, thin or thick, with xattrs,
+//! snapshots and clones.
+//!
+//! [`Blobstore`] is the store, [`Blob`] an open blob. Metadata operations block, run one at a time and are
+//! durable on return; every change goes through one list of records that is applied in an order in which a
+//! crash leaves the old or the new state. Data goes over per-thread channels
+//! ([`Blobstore::with_channel`]) and takes no lock that threads share.
+//!
+//! Everything on disk is data: damaged metadata is an error that names the blob and the page, and the other
+//! blobs load.
+
+mod alloc;
+mod blob;
+mod change;
+mod channels;
+mod error;
+mod extents;
+mod external;
+pub mod format;
+mod gate;
+mod geometry;
+mod io;
+mod mdio;
+
+mod meta;
+mod ops;
+mod records;
+mod scan;
+
+mod state;
+mod store;
+mod thin;
+mod transaction;
+mod view;
+
+pub(crate) use change::Change;
+
+pub use blob::Blob;
+pub use error::Error;
+pub use extents::ExtentMap;
+pub use external::{ExternalOpener, OpenExternal};
+pub use format::{BlobId, BsType};
+pub use meta::{ClearMethod, Parent};
+pub use ops::{ClusterInit, CreateOptions};
+pub use store::{Blobstore, InitOptions, LoadOptions, Usage};
+pub use transaction::{BlobRef, Committed, Target, Transaction};

@@ -1,0 +1,253 @@
+//! The elementary changes: create, resize, xattrs, delete.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::change::{Change, MapChange, Staged, empty_map};
+use super::error::Error;
+use super::format::{BlobId, Flags, MAX_XATTR_LEN, Xattr};
+use super::meta::{self, BlobMeta, ClearMethod, Parent, Trailing};
+use super::state::State;
+
+/// What newly mapped clusters hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ClusterInit {
+    /// Zeroes, durably so before the clusters belong to the blob.
+    #[default]
+    Zeroes,
+    /// Whatever was there. The caller promises that nobody reads a byte that was not written before.
+    CallerWrites,
+}
+
+/// How a blob is made.
+#[derive(Debug, Clone)]
+pub struct CreateOptions {
+    /// Size in clusters.
+    pub num_clusters: u64,
+    /// Clusters are taken when they are first written.
+    pub thin: bool,
+    /// Xattrs from the start.
+    pub xattrs: Vec<(String, Vec<u8>)>,
+    /// What happens to clusters that the blob gives back.
+    pub clear_method: ClearMethod,
+    /// What the clusters of a thick blob hold.
+    pub init: ClusterInit,
+    /// Extent table, as new blobs have it, or run-length extents as in old stores.
+    pub extent_table: bool,
+    /// Makes a clone of an external snapshot, which the application finds by these bytes. The blob is thin.
+    pub external_snapshot: Option<Vec<u8>>,
+}
+
+impl Default for CreateOptions {
+    fn default() -> CreateOptions {
+        CreateOptions {
+            num_clusters: 0,
+            thin: false,
+            xattrs: Vec::new(),
+            clear_method: ClearMethod::Default,
+            init: ClusterInit::Zeroes,
+            extent_table: true,
+            external_snapshot: None,
+        }
+    }
+}
+
+/// Can this be stored as an xattr?
+pub(crate) fn check_xattr(name: &[u8], value: &[u8]) -> Result<(), Error> {
+    if name.is_empty() || name.contains(&0) {
+        let text = format!(
+            "xattr name \"{}\": must not be empty or hold a NUL",
+            name.escape_ascii()
+        );
+        return Err(Error::InvalidInput(text));
+    }
+    if name.len() + value.len() > MAX_XATTR_LEN {
+        let (name, len) = (name.escape_ascii(), name.len() + value.len());
+        return Err(Error::InvalidInput(format!(
+            "xattr `{name}`: name and value have {len} bytes, at most {MAX_XATTR_LEN}"
+        )));
+    }
+    Ok(())
+}
+
+impl State {
+    /// Stages a new blob.
+    pub fn create(&mut self, change: &mut Change, opts: &CreateOptions) -> Result<BlobId, Error> {
+        let mut xattrs: Vec<Xattr> = Vec::with_capacity(opts.xattrs.len());
+        for (name, value) in &opts.xattrs {
+            check_xattr(name.as_bytes(), value)?;
+            meta::set(&mut xattrs, name.as_bytes(), value);
+        }
+        let id = BlobId::from_page(self.take_page(change, true)?);
+        let mut flags = Flags {
+            invalid: 0,
+            data_ro: 0,
+            md_ro: opts.clear_method.to_flags(),
+        };
+        if opts.thin {
+            flags.invalid |= Flags::THIN;
+        }
+        if opts.extent_table {
+            flags.invalid |= Flags::EXTENT_TABLE;
+        }
+        let mut meta = BlobMeta {
+            id,
+            flags,
+            xattrs,
+            internal: Vec::new(),
+            table: opts.extent_table,
+            chain: Vec::new(),
+            extent_pages: BTreeMap::new(),
+            map: Arc::new(empty_map(self, 0, 0)),
+            trailing: Trailing::default(),
+        };
+        if let Some(ext_id) = &opts.external_snapshot {
+            check_xattr(meta::EXTSNAP, ext_id)?;
+            meta.set_parent(&Parent::External(ext_id[..].into()));
+        }
+        change.staged.push(Staged {
+            meta,
+            map: MapChange::None,
+            other: true,
+            old: None,
+        });
+        self.resize(change, id, opts.num_clusters, opts.init)?;
+        Ok(id)
+    }
+
+    /// Stages a new size.
+    pub fn resize(
+        &mut self,
+        change: &mut Change,
+        id: BlobId,
+        size: u64,
+        init: ClusterInit,
+    ) -> Result<(), Error> {
+        if size > u64::from(u32::MAX) {
+            return Err(Error::invalid(format!(
+                "a blob of {size} clusters; at most 2^32 - 1"
+            )));
+        }
+        let staged = self.stage(change, id)?;
+        let (meta, thin) = (&staged.meta, staged.meta.flags.thin());
+        let (old_size, method) = (meta.map.num_clusters(), meta.clear_method());
+        if size == old_size {
+            return Ok(());
+        }
+        let old_map = Arc::clone(&meta.map);
+        let new = if thin {
+            0
+        } else {
+            size.saturating_sub(old_size)
+        };
+        if new > u64::from(self.clusters.free()) {
+            return Err(self.no_space(new));
+        }
+        let map = old_map.resized(size, old_map.num_allocated() + new);
+        let mut taken = Vec::new();
+        for index in old_size..old_size + new {
+            let cluster = self.take_cluster(change)?;
+            map.set(index, cluster);
+            taken.push(cluster);
+        }
+        if init == ClusterInit::Zeroes {
+            for run in taken.chunk_by(|a, b| a + 1 == *b) {
+                let blocks = run.len() as u64 * self.geo.cluster_blocks();
+                change
+                    .prepare
+                    .extend(self.io.zeroes(self.geo.cluster_lba(run[0]), blocks)?);
+            }
+        }
+        let cut = old_map.allocated().filter(|(index, _)| *index >= size);
+        change
+            .freed_clusters
+            .extend(cut.map(|(_, cluster)| (cluster, method)));
+        let staged = self.stage(change, id)?;
+        staged.meta.map = Arc::new(map);
+        staged.map = MapChange::Replaced;
+        staged.other = true;
+        Ok(())
+    }
+
+    /// Stages an xattr; `None` removes it.
+    pub fn set_xattr(
+        &self,
+        change: &mut Change,
+        id: BlobId,
+        name: &[u8],
+        value: Option<&[u8]>,
+    ) -> Result<(), Error> {
+        let staged = self.stage(change, id)?;
+        match value {
+            Some(value) => {
+                check_xattr(name, value)?;
+                meta::set(&mut staged.meta.xattrs, name, value);
+            }
+            None => {
+                let before = staged.meta.xattrs.len();
+                staged.meta.xattrs.retain(|xattr| *xattr.name != *name);
+                if staged.meta.xattrs.len() == before {
+                    return Err(Error::invalid(format!(
+                        "blob {id} has no xattr `{}`",
+                        name.escape_ascii()
+                    )));
+                }
+            }
+        }
+        staged.other = true;
+        Ok(())
+    }
+
+    /// Stages the deletion of a blob that nobody has open and that is nobody's parent.
+    pub fn delete(&self, change: &mut Change, id: BlobId) -> Result<(), Error> {
+        let meta = Arc::clone(self.meta(id)?);
+        if self.shared(id).is_some() {
+            return Err(Error::Busy(format!(
+                "blob {id} is open; close it before deleting it"
+            )));
+        }
+        if let Some(children) = self.children.get(&id) {
+            let names: Vec<String> = children.iter().map(ToString::to_string).collect();
+            return Err(Error::Busy(format!(
+                "blob {id} is the parent of {}; delete or inflate them first",
+                names.join(", ")
+            )));
+        }
+        if change.deleted.iter().any(|deleted| deleted.id == id)
+            || change.staged.iter().any(|s| s.meta.id == id)
+        {
+            return Err(Error::invalid(format!(
+                "blob {id} is already part of this change"
+            )));
+        }
+        let method = meta.clear_method();
+        let clusters = meta
+            .map
+            .allocated()
+            .map(|(_, cluster)| cluster)
+            .chain(meta.trailing.clusters.iter().copied());
+        change
+            .freed_clusters
+            .extend(clusters.map(|cluster| (cluster, method)));
+        let extent_pages = meta.extent_pages.values().chain(&meta.trailing.pages);
+        change
+            .freed_pages
+            .extend(extent_pages.filter(|page| !self.shared_pages.contains(page)));
+        change.freed_pages.extend(&meta.chain);
+        change.deleted.push(meta);
+        Ok(())
+    }
+
+    /// May the blob's metadata be changed?
+    pub fn check_writable(&self, id: BlobId) -> Result<(), Error> {
+        let meta = self.meta(id)?;
+        if meta.flags.unknown_invalid() != 0 {
+            self.ancestry(id)?;
+        }
+        if meta.flags.md_read_only() {
+            Err(Error::ReadOnly(id))
+        } else {
+            Ok(())
+        }
+    }
+}

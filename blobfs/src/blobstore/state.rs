@@ -1,0 +1,221 @@
+//! The store's metadata in memory, behind one lock.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::{Arc, Weak};
+
+use super::alloc::Bitmap;
+use super::blob::Shared;
+use super::error::Error;
+use super::external::{External, OpenExternal};
+use super::format::{BlobId, PageError, SuperBlock};
+use super::gate::Closed;
+use super::geometry::Geometry;
+use super::mdio::MdIo;
+use super::meta::{BlobMeta, Parent};
+use super::view::View;
+
+/// A blob of the store.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    pub meta: Arc<BlobMeta>,
+    /// Alive while the blob is open.
+    pub handle: Weak<Shared>,
+}
+
+impl Slot {
+    pub fn new(meta: Arc<BlobMeta>) -> Slot {
+        Slot {
+            meta,
+            handle: Weak::new(),
+        }
+    }
+}
+
+/// All metadata. Whoever changes it holds the lock, I/O included.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub sb: SuperBlock,
+    pub geo: Geometry,
+    pub io: MdIo,
+    /// The super block on disk says clean = 0.
+    pub dirty: bool,
+    pub unloaded: bool,
+    /// Why no more changes are taken.
+    pub stopped: Option<String>,
+    pub pages: Bitmap,
+    pub clusters: Bitmap,
+    /// By root page.
+    pub blobs: BTreeMap<u32, Slot>,
+    pub damaged: BTreeMap<u32, PageError>,
+    /// Snapshot → the blobs whose parent it is.
+    pub children: HashMap<BlobId, BTreeSet<BlobId>>,
+    /// Claimed by more than one blob: never released.
+    pub shared_clusters: HashSet<u32>,
+    /// As `shared_clusters`, extent pages.
+    pub shared_pages: HashSet<u32>,
+    pub open_external: Option<OpenExternal>,
+    pub externals: HashMap<Arc<[u8]>, Weak<External>>,
+}
+
+impl State {
+    /// What is known of a blob.
+    pub fn meta(&self, id: BlobId) -> Result<&Arc<BlobMeta>, Error> {
+        let root = id.page().ok_or(Error::NoSuchBlob(id))?;
+        if let Some(slot) = self.blobs.get(&root) {
+            return Ok(&slot.meta);
+        }
+        match self.damaged.get(&root) {
+            Some(error) => Err(Error::Damaged {
+                blob: id,
+                source: error.clone(),
+            }),
+            None => Err(Error::NoSuchBlob(id)),
+        }
+    }
+
+    /// The open blob, if it is open.
+    pub fn shared(&self, id: BlobId) -> Option<Arc<Shared>> {
+        self.blobs.get(&id.page()?)?.handle.upgrade()
+    }
+
+    /// The blob and its ancestors, itself first; or why it cannot be read.
+    pub fn ancestry(&self, id: BlobId) -> Result<(Vec<Arc<BlobMeta>>, Parent), Error> {
+        let mut line = vec![Arc::clone(self.meta(id)?)];
+        loop {
+            let last = line.last().expect("begins with one");
+            if last.flags.unknown_invalid() != 0 {
+                let reason = format!(
+                    "{} has unknown invalid_flags {:#x}: it was written by a newer version",
+                    last.id,
+                    last.flags.unknown_invalid()
+                );
+                return Err(Error::CannotOpen { blob: id, reason });
+            }
+            let parent = match last.parent() {
+                Parent::Snapshot(parent) => parent,
+                end => return Ok((line, end)),
+            };
+            let next = self.meta(parent).map_err(|error| Error::CannotOpen {
+                blob: id,
+                reason: format!("its snapshot {parent} cannot be used: {error}"),
+            })?;
+            if line.len() > self.blobs.len() {
+                return Err(Error::CannotOpen {
+                    blob: id,
+                    reason: "its snapshots form a loop".to_owned(),
+                });
+            }
+            line.push(Arc::clone(next));
+        }
+    }
+
+    /// What the data path needs of a blob.
+    pub fn view(&mut self, id: BlobId) -> Result<View, Error> {
+        let (line, end) = self.ancestry(id)?;
+        let external = match end {
+            Parent::External(ext_id) => Some(self.external(id, &ext_id)?),
+            _ => None,
+        };
+        let read_only = line[0].flags.data_read_only();
+        let maps = line.iter().map(|meta| Arc::clone(&meta.map)).collect();
+        Ok(View {
+            maps,
+            external,
+            read_only,
+        })
+    }
+
+    fn external(&mut self, blob: BlobId, ext_id: &Arc<[u8]>) -> Result<Arc<External>, Error> {
+        if let Some(external) = self.externals.get(ext_id).and_then(Weak::upgrade) {
+            return Ok(external);
+        }
+        let open = self.open_external.as_ref().ok_or_else(|| Error::CannotOpen {
+            blob,
+            reason: "it is a clone of an external snapshot, and no way to open one was given at load".to_owned(),
+        })?;
+        let dev = open.open(blob, ext_id).map_err(|error| Error::CannotOpen {
+            blob,
+            reason: format!(
+                "its external snapshot \"{}\": {error}",
+                ext_id.escape_ascii()
+            ),
+        })?;
+        let external = Arc::new(External::new(dev));
+        self.externals
+            .retain(|_, external| external.strong_count() > 0);
+        self.externals
+            .insert(Arc::clone(ext_id), Arc::downgrade(&external));
+        Ok(external)
+    }
+
+    /// Descendants of a blob, and the blob itself.
+    pub fn family(&self, id: BlobId) -> Vec<BlobId> {
+        let mut family = vec![id];
+        let mut seen: HashSet<BlobId> = HashSet::from([id]);
+        let mut at = 0;
+        while at < family.len() {
+            let children = self
+                .children
+                .get(&family[at])
+                .into_iter()
+                .flatten()
+                .copied();
+            family.extend(
+                children
+                    .filter(|child| seen.insert(*child))
+                    .collect::<Vec<_>>(),
+            );
+            at += 1;
+        }
+        family
+    }
+
+    /// Gives the open blobs among `id` and its descendants new views.
+    pub fn rebuild_views(&mut self, id: BlobId) {
+        for member in self.family(id) {
+            let Some(shared) = self.shared(member) else {
+                continue;
+            };
+            match self.view(member) {
+                Ok(view) => shared.view.store(Arc::new(view)),
+                Err(error) => {
+                    tracing::error!(blob = %member, %error, "an open blob can no longer be followed");
+                }
+            }
+        }
+    }
+
+    /// The open blobs whose I/O may pass through `id`'s clusters.
+    pub fn open_family(&self, id: BlobId) -> Vec<Arc<Shared>> {
+        self.family(id)
+            .into_iter()
+            .filter_map(|member| self.shared(member))
+            .collect()
+    }
+
+    /// Rebuilds the index of children from the parents.
+    pub fn index_children(&mut self) {
+        self.children.clear();
+        for slot in self.blobs.values() {
+            if let Parent::Snapshot(parent) = slot.meta.parent() {
+                self.children
+                    .entry(parent)
+                    .or_default()
+                    .insert(slot.meta.id);
+            }
+        }
+    }
+}
+
+/// Closes the gates of blobs, in a fixed order.
+pub(crate) fn freeze(blobs: &[Arc<Shared>]) -> Result<Vec<Closed<'_>>, Error> {
+    blobs
+        .iter()
+        .map(|shared| {
+            shared.gate.close().ok_or_else(|| {
+                let text = "I/O to blob {id} does not come to an end; drive or await it before this operation";
+                Error::Busy(text.replace("{id}", &shared.id.to_string()))
+            })
+        })
+        .collect()
+}

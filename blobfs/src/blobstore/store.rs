@@ -1,0 +1,613 @@
+//! The blobstore: making, loading, unloading, and what can be asked of it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf};
+
+use super::alloc::Bitmap;
+use super::blob::{Blob, Shared};
+use super::channels::Channels;
+use super::error::Error;
+use super::external::OpenExternal;
+use super::format::{
+    BlobId, BsType, MaskKind, PAGE_SIZE, PAGE_SIZE_U64, Page, PageError, SuperBlock, decode_mask,
+    encode_mask, mask_pages,
+};
+use super::geometry::Geometry;
+use super::mdio::{MdIo, dma};
+use super::meta::ClearMethod;
+use super::ops::CreateOptions;
+use super::scan::{Roots, Scan, scan};
+use super::state::{Slot, State};
+use super::transaction::Transaction;
+
+/// How a store is made.
+#[derive(Debug, Clone)]
+pub struct InitOptions {
+    /// Bytes of a cluster, a multiple of 4096.
+    pub cluster_size: u32,
+    /// Pages of the metadata region; by default one per cluster.
+    pub md_pages: Option<u32>,
+    /// What the store is used for.
+    pub bstype: BsType,
+    /// What happens to the device's data.
+    pub clear_method: ClearMethod,
+    /// Opens external snapshots.
+    pub open_external: Option<OpenExternal>,
+}
+
+impl Default for InitOptions {
+    fn default() -> InitOptions {
+        InitOptions {
+            cluster_size: 1 << 20,
+            md_pages: None,
+            bstype: BsType::NONE,
+            clear_method: ClearMethod::Default,
+            open_external: None,
+        }
+    }
+}
+
+/// How a store is loaded.
+#[derive(Debug, Clone, Default)]
+pub struct LoadOptions {
+    /// The type that it must have; `None`: any.
+    pub bstype: Option<BsType>,
+    /// Opens external snapshots. Without it their clones cannot be opened.
+    pub open_external: Option<OpenExternal>,
+    /// Loads without ever writing: snapshots that a crash left half made stay as they are, and no change
+    /// is taken.
+    pub read_only: bool,
+}
+
+/// Counts of clusters or metadata pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// All.
+    pub total: u64,
+    /// In use.
+    pub used: u64,
+}
+
+/// A blobstore: blobs of clusters on a block device, in SPDK's format. Cheap to clone; all clones are the
+/// same store. Metadata operations block and may be called from any thread; one runs at a time.
+///
+/// Dropping the last clone without [`Blobstore::unload`] loses nothing that was durable, but the next load
+/// has to scan the metadata.
+#[derive(Debug, Clone)]
+pub struct Blobstore {
+    pub(crate) inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub dev: Arc<dyn BlockDevice>,
+    pub channels: Channels,
+    pub cluster_size: u64,
+    pub io_unit_size: u32,
+    pub block_size: u64,
+    pub max_io_blocks: u64,
+    pub bstype: BsType,
+    pub state: Mutex<State>,
+}
+
+impl Blobstore {
+    /// Makes an empty store on the device, over whatever it holds, and loads it. Blocks.
+    ///
+    /// A crash on the way leaves a device without a store.
+    ///
+    /// # Errors
+    /// Sizes that do not fit the device, I/O errors.
+    pub fn init(dev: Arc<dyn BlockDevice>, opts: &InitOptions) -> Result<Blobstore, Error> {
+        let info = dev.info();
+        let mut io = MdIo::new(&dev)?;
+        let sb = lay_out(info.len_bytes(), info.block_size, opts)?;
+        let geo = Geometry::new(&sb, info)?;
+        if geo.first_data_cluster >= geo.total_clusters {
+            return Err(Error::invalid(format!(
+                "{}: too small: {} clusters of {} bytes, of which the metadata takes {}",
+                info.name, geo.total_clusters, geo.cluster_size, geo.first_data_cluster
+            )));
+        }
+        // No old store any more, then no old metadata, then the new store.
+        let no_super = io.zeroes(0, geo.page_lba(1))?;
+        io.run_durable(no_super)?;
+        let data = geo.cluster_lba(geo.first_data_cluster);
+        match opts.clear_method {
+            ClearMethod::None => {}
+            ClearMethod::Default | ClearMethod::Unmap => {
+                let ops = io.unmaps(data, info.num_blocks - data);
+                io.run(ops)?;
+            }
+            ClearMethod::WriteZeroes => {
+                let ops = io.zeroes(data, info.num_blocks - data)?;
+                io.run(ops)?;
+            }
+        }
+        let metadata = io.zeroes(geo.page_lba(1), geo.md_lba(geo.md_len - 1))?;
+        io.run_durable(metadata)?;
+        let write = io.writes(0, &sb.encode())?;
+        io.run_durable(write)?;
+        let scan = Scan::empty(&geo);
+        Ok(Blobstore::with_state(
+            dev,
+            io,
+            sb,
+            geo,
+            scan,
+            true,
+            opts.open_external.clone(),
+        ))
+    }
+
+    /// Loads a store: by its masks if it was unloaded in order, else by a scan of its metadata. Writes
+    /// nothing, unless a crash left a snapshot half made or half removed. A blob with damaged metadata is
+    /// set aside ([`Blobstore::damaged`]), the others load. Blocks.
+    ///
+    /// # Errors
+    /// No store there, another type, figures that do not fit the device, I/O errors.
+    pub fn load(dev: Arc<dyn BlockDevice>, opts: &LoadOptions) -> Result<Blobstore, Error> {
+        let info = dev.info();
+        let name = || info.name.clone();
+        if info.len_bytes() < PAGE_SIZE_U64 {
+            let reason = format!(
+                "a device of {} bytes is too small for a blobstore",
+                info.len_bytes()
+            );
+            return Err(Error::Geometry {
+                device: name(),
+                reason,
+            });
+        }
+        let mut io = MdIo::new(&dev)?;
+        let len = PAGE_SIZE.max(info.block_size as usize);
+        let buf: DmaBuf = io.read(0, len)?;
+        let page: &Page = buf[..PAGE_SIZE].try_into().expect("a page");
+        let sb = SuperBlock::decode(page).map_err(|source| Error::SuperBlock {
+            device: name(),
+            source,
+        })?;
+        if let Some(wanted) = opts.bstype
+            && wanted != sb.bstype()
+        {
+            return Err(Error::WrongType {
+                device: name(),
+                found: sb.bstype(),
+                wanted,
+            });
+        }
+        let geo = Geometry::new(&sb, info)?;
+        let masks = if sb.is_clean() {
+            Masks::read(&mut io, &geo, &sb)?
+        } else {
+            None
+        };
+        let mut scan = match &masks {
+            Some(masks) => scan(&mut io, &geo, &Roots::Mask(&masks.blobids))?,
+            None => {
+                tracing::info!(
+                    device = info.name,
+                    "not unloaded in order: scanning the metadata"
+                );
+                scan(&mut io, &geo, &Roots::Scan)?
+            }
+        };
+        if let Some(masks) = &masks {
+            scan.trust(masks);
+        } else if !scan.damaged.is_empty()
+            && let Some(masks) = Masks::read(&mut io, &geo, &sb)?
+        {
+            // What the damaged blobs hold is not known; older masks know some of it.
+            scan.clusters.merge(masks.clusters.words());
+        }
+        let dirty = !sb.is_clean();
+        let store =
+            Blobstore::with_state(dev, io, sb, geo, scan, dirty, opts.open_external.clone());
+        if opts.read_only {
+            store.inner.state.lock().stopped = Some("the store was loaded read-only".to_owned());
+        }
+        Ok(store)
+    }
+
+    fn with_state(
+        dev: Arc<dyn BlockDevice>,
+        io: MdIo,
+        sb: SuperBlock,
+        geo: Geometry,
+        scan: Scan,
+        dirty: bool,
+        open_external: Option<OpenExternal>,
+    ) -> Blobstore {
+        let (cluster_size, io_unit_size, block_size) =
+            (geo.cluster_size, geo.io_unit_size, geo.block_size);
+        let bstype = sb.bstype();
+        let blobs = scan
+            .blobs
+            .into_iter()
+            .map(|(root, meta)| (root, Slot::new(Arc::new(meta))));
+        let max_io_blocks = match dev.info().max_io_blocks {
+            0 => u64::MAX,
+            limit => limit.into(),
+        };
+        let mut state = State {
+            sb,
+            geo,
+            io,
+            dirty,
+            unloaded: false,
+            stopped: None,
+            pages: scan.pages,
+            clusters: scan.clusters,
+            blobs: blobs.collect::<BTreeMap<_, _>>(),
+            damaged: scan.damaged,
+            children: HashMap::new(),
+            shared_clusters: scan.shared_clusters,
+            shared_pages: scan.shared_pages,
+            open_external,
+            externals: HashMap::new(),
+        };
+        state.index_children();
+        let channels = Channels::new(Arc::clone(&dev));
+        let state = Mutex::new(state);
+        let inner = Inner {
+            dev,
+            channels,
+            cluster_size,
+            io_unit_size,
+            block_size,
+            max_io_blocks,
+            bstype,
+            state,
+        };
+        Blobstore {
+            inner: Arc::new(inner),
+        }
+    }
+
+    /// Ends the use of the store in order: writes the masks, then marks it clean. Writes nothing if nothing
+    /// has changed since a clean load. Blocks.
+    ///
+    /// # Errors
+    /// Blobs are open, I/O errors. The store then stays loaded.
+    pub fn unload(&self) -> Result<(), Error> {
+        let mut state = self.inner.state.lock();
+        if state.unloaded {
+            return Err(Error::Unloaded);
+        }
+        let open = state
+            .blobs
+            .values()
+            .find(|slot| slot.handle.strong_count() > 0);
+        if let Some(slot) = open {
+            return Err(Error::Busy(format!(
+                "blob {} is open; close all blobs before unloading",
+                slot.meta.id
+            )));
+        }
+        if state.dirty && state.stopped.is_none() {
+            state.write_masks()?;
+        }
+        state.unloaded = true;
+        self.inner.channels.close();
+        Ok(())
+    }
+
+    /// Creates a blob; durable on return. Blocks.
+    ///
+    /// # Errors
+    /// No space, no metadata pages, options that cannot be, I/O errors.
+    pub fn create(&self, opts: &CreateOptions) -> Result<BlobId, Error> {
+        let mut transaction = self.transaction();
+        let blob = transaction.create(opts.clone());
+        Ok(transaction.commit()?.id(blob))
+    }
+
+    /// Opens a blob; counted, so it may be open more than once.
+    ///
+    /// # Errors
+    /// No such blob, damaged metadata, a parent that is not there.
+    pub fn open(&self, id: BlobId) -> Result<Blob, Error> {
+        let mut state = self.inner.state.lock();
+        if state.unloaded {
+            return Err(Error::Unloaded);
+        }
+        let shared = match state.shared(id) {
+            Some(shared) => shared,
+            None => {
+                let view = state.view(id)?;
+                let meta = Arc::clone(state.meta(id)?);
+                let shared = Arc::new(Shared::new(meta, view));
+                let root = id.page().expect("it has metadata");
+                let slot = state.blobs.get_mut(&root).expect("it has metadata");
+                slot.handle = Arc::downgrade(&shared);
+                shared
+            }
+        };
+        Ok(Blob {
+            store: self.clone(),
+            shared,
+        })
+    }
+
+    /// The blobs, in order of their ids; without those that were set aside.
+    #[must_use]
+    pub fn blobs(&self) -> Vec<BlobId> {
+        self.inner
+            .state
+            .lock()
+            .blobs
+            .values()
+            .map(|slot| slot.meta.id)
+            .collect()
+    }
+
+    /// Blobs that were set aside because their metadata is damaged, and why.
+    #[must_use]
+    pub fn damaged(&self) -> Vec<(BlobId, PageError)> {
+        let state = self.inner.state.lock();
+        state
+            .damaged
+            .iter()
+            .map(|(root, error)| (BlobId::from_page(*root), error.clone()))
+            .collect()
+    }
+
+    /// Bytes of a cluster.
+    #[must_use]
+    pub fn cluster_size(&self) -> u64 {
+        self.inner.cluster_size
+    }
+
+    /// Bytes of an io unit, the smallest read or write that SPDK does on this store.
+    #[must_use]
+    pub fn io_unit_size(&self) -> u32 {
+        self.inner.io_unit_size
+    }
+
+    /// What the store is used for.
+    #[must_use]
+    pub fn bstype(&self) -> BsType {
+        self.inner.bstype
+    }
+
+    /// Clusters that blobs can have in all.
+    #[must_use]
+    pub fn total_clusters(&self) -> u64 {
+        let state = self.inner.state.lock();
+        u64::from(state.geo.total_clusters - state.geo.first_data_cluster)
+    }
+
+    /// Clusters that nobody has.
+    #[must_use]
+    pub fn free_clusters(&self) -> u64 {
+        u64::from(self.inner.state.lock().clusters.free())
+    }
+
+    /// Metadata pages.
+    #[must_use]
+    pub fn md_pages(&self) -> Usage {
+        let state = self.inner.state.lock();
+        Usage {
+            total: state.pages.len().into(),
+            used: state.pages.used().into(),
+        }
+    }
+
+    /// The super block as it stands in memory.
+    #[must_use]
+    pub fn super_block(&self) -> SuperBlock {
+        self.inner.state.lock().sb.clone()
+    }
+
+    /// The application's super blob.
+    #[must_use]
+    pub fn super_blob(&self) -> Option<BlobId> {
+        self.inner.state.lock().sb.super_blob()
+    }
+
+    /// Sets the application's super blob; durable on return. Blocks.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn set_super_blob(&self, id: Option<BlobId>) -> Result<(), Error> {
+        let mut state = self.inner.state.lock();
+        let mut change = state.begin()?;
+        change.super_block = true;
+        let old = std::mem::replace(
+            &mut state.sb.super_blob,
+            id.unwrap_or(BlobId::INVALID).0.into(),
+        );
+        state
+            .commit(change)
+            .inspect_err(|_| state.sb.super_blob = old)
+    }
+
+    /// A list of changes for one commit.
+    pub fn transaction(&self) -> Transaction {
+        Transaction::new(self.clone())
+    }
+
+    /// This thread's channel to the device, made at the first use.
+    ///
+    /// # Errors
+    /// The device gives no channel, the store is unloaded.
+    pub fn channel(&self) -> Result<AsyncChannel, Error> {
+        self.inner.channels.get()
+    }
+
+    /// Calls `f` with this thread's channel to the device.
+    ///
+    /// # Errors
+    /// As [`Blobstore::channel`].
+    pub fn with_channel<R>(&self, f: impl FnOnce(&AsyncChannel) -> R) -> Result<R, Error> {
+        Ok(f(&self.channel()?))
+    }
+
+    /// The device below.
+    #[must_use]
+    pub fn device(&self) -> &Arc<dyn BlockDevice> {
+        &self.inner.dev
+    }
+}
+
+impl State {
+    /// Writes the masks and marks the store clean.
+    fn write_masks(&mut self) -> Result<(), Error> {
+        // Data and metadata that are in a volatile cache come before the mark.
+        self.io.flush()?;
+        let mut blobids = Bitmap::new(self.geo.md_len);
+        for root in self.blobs.keys().chain(self.damaged.keys()) {
+            blobids.set(*root);
+        }
+        let sb = &self.sb;
+        let mut masks = vec![
+            (
+                sb.used_page_mask_start,
+                encode_mask(MaskKind::Pages, self.pages.len(), self.pages.words()),
+            ),
+            (
+                sb.used_cluster_mask_start,
+                encode_mask(
+                    MaskKind::Clusters,
+                    self.clusters.len(),
+                    self.clusters.words(),
+                ),
+            ),
+        ];
+        if sb.used_blobid_mask_len.get() != 0 {
+            let mask = encode_mask(MaskKind::BlobIds, blobids.len(), blobids.words());
+            masks.push((sb.used_blobid_mask_start, mask));
+        }
+        let mut ops = Vec::new();
+        for (start, mask) in masks {
+            ops.extend(
+                self.io
+                    .writes(self.geo.page_lba(start.get().into()), &mask)?,
+            );
+        }
+        self.io.run_durable(ops)?;
+        let mut sb = self.sb.clone();
+        sb.clean = 1.into();
+        let data = dma(&sb.encode())?;
+        self.io.run_durable(vec![pumice_bdev::Op::Write {
+            lba: 0,
+            data,
+            fua: false,
+        }])?;
+        self.sb = sb;
+        self.dirty = false;
+        Ok(())
+    }
+}
+
+/// The masks of a store that was unloaded in order.
+pub(crate) struct Masks {
+    pub pages: Vec<u64>,
+    pub clusters: Bitmap,
+    pub blobids: Vec<u64>,
+}
+
+impl Masks {
+    /// Reads the masks. `None` if one is absent or is not a mask: the metadata has to be scanned.
+    pub fn read(io: &mut MdIo, geo: &Geometry, sb: &SuperBlock) -> Result<Option<Masks>, Error> {
+        if sb.used_blobid_mask_len.get() == 0 {
+            return Ok(None);
+        }
+        let mut read = |start: u32, kind: MaskKind, bits: u32| {
+            let mut bytes = Vec::new();
+            let mut page = u64::from(start);
+            let end = page + mask_pages(bits.into());
+            let step = (io.max_io_blocks() * geo.block_size / PAGE_SIZE_U64).max(1);
+            while page < end {
+                let now = step.min(end - page);
+                let len = usize::try_from(now * PAGE_SIZE_U64).expect("at most 1 MiB");
+                bytes.extend_from_slice(&io.read(geo.page_lba(page), len)?);
+                page += now;
+            }
+            Ok::<_, Error>(decode_mask(&bytes, kind, bits))
+        };
+        let pages = read(sb.used_page_mask_start.get(), MaskKind::Pages, geo.md_len)?;
+        let clusters = read(
+            sb.used_cluster_mask_start.get(),
+            MaskKind::Clusters,
+            geo.total_clusters,
+        )?;
+        let blobids = read(
+            sb.used_blobid_mask_start.get(),
+            MaskKind::BlobIds,
+            geo.md_len,
+        )?;
+        match (pages, clusters, blobids) {
+            (Ok(pages), Ok(clusters), Ok(blobids)) => {
+                let mut map = Bitmap::new(geo.total_clusters);
+                map.merge(&clusters);
+                Ok(Some(Masks {
+                    pages,
+                    clusters: map,
+                    blobids,
+                }))
+            }
+            (Err(error), _, _) | (_, Err(error), _) | (_, _, Err(error)) => {
+                tracing::warn!(%error, "a mask cannot be used; scanning the metadata");
+                Ok(None)
+            }
+        }
+    }
+}
+
+impl Scan {
+    /// What the masks of a clean store call used is not given to anybody, even if no blob names it.
+    fn trust(&mut self, masks: &Masks) {
+        self.pages.merge(&masks.pages);
+        self.clusters.merge(masks.clusters.words());
+    }
+}
+
+/// The super block of a new store.
+fn lay_out(size: u64, block_size: u32, opts: &InitOptions) -> Result<SuperBlock, Error> {
+    let cluster_size = opts.cluster_size;
+    if cluster_size < 4096 || !cluster_size.is_multiple_of(4096) {
+        return Err(Error::invalid(format!(
+            "cluster size {cluster_size}: must be a multiple of 4096 bytes"
+        )));
+    }
+    let clusters = u32::try_from(size / u64::from(cluster_size))
+        .map_err(|_| Error::invalid("more than 2^32 - 1 clusters; choose a larger cluster size"))?;
+    let md_len = opts.md_pages.unwrap_or(clusters).max(1);
+    let pages = |bits: u32| u32::try_from(mask_pages(bits.into())).expect("at most 2^17 pages");
+    let mut sb = SuperBlock::new();
+    let md_mask = pages(md_len);
+    let cluster_mask = pages(clusters);
+    let mut at = 1;
+    sb.used_page_mask_start = at.into();
+    sb.used_page_mask_len = md_mask.into();
+    at += md_mask;
+    sb.used_cluster_mask_start = at.into();
+    sb.used_cluster_mask_len = cluster_mask.into();
+    at += cluster_mask.max(md_mask);
+    sb.used_blobid_mask_start = at.into();
+    sb.used_blobid_mask_len = md_mask.into();
+    at += md_mask;
+    sb.md_start = at.into();
+    sb.md_len = md_len.into();
+    sb.cluster_size = cluster_size.into();
+    sb.bstype = opts.bstype.0;
+    sb.size = size.into();
+    sb.io_unit_size = block_size.into();
+    sb.md_page_size = 4096.into();
+    Ok(sb)
+}
+
+impl Blobstore {
+    /// Deletes a blob that is not open; durable on return. Blocks.
+    ///
+    /// # Errors
+    /// The blob is open or has clones, I/O errors.
+    pub fn delete(&self, id: BlobId) -> Result<(), Error> {
+        let mut transaction = self.transaction();
+        transaction.delete(id);
+        transaction.commit().map(drop)
+    }
+}

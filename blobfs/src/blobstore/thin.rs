@@ -1,0 +1,204 @@
+//! Clusters of thin blobs: taken at the first write, given back by unmap.
+
+use std::ops::Range;
+
+use pumice_bdev::{DmaBuf, DmaSlice, Op};
+
+use super::Blobstore;
+use super::blob::Blob;
+use super::change::{Change, MapChange};
+use super::error::Error;
+use super::format::BlobId;
+use super::mdio::MdIo;
+use super::state::{State, freeze};
+use super::view::{Source, View};
+
+/// What a newly taken cluster holds before it belongs to the blob.
+#[derive(Debug)]
+pub(crate) enum Fill {
+    /// What the blob reads there now: its parent's bytes, or zeroes.
+    Backing,
+    /// Zeroes.
+    Zeroes,
+    /// These bytes, a whole cluster.
+    Data(DmaSlice),
+}
+
+impl Blobstore {
+    /// Gives a thin blob a cluster of its own at `index`, unless it has one. Durable on return.
+    pub(crate) fn allocate(&self, blob: &Blob, index: u64, fill: Fill) -> Result<(), Error> {
+        let mut state = self.inner.state.lock();
+        let view = blob.shared.view.load_full();
+        if view.read_only {
+            return Err(Error::ReadOnly(blob.id()));
+        }
+        if index >= view.num_clusters() {
+            let (offset, size) = (
+                index * self.cluster_size(),
+                view.num_clusters() * self.cluster_size(),
+            );
+            return Err(Error::OutOfRange {
+                blob: blob.id(),
+                offset,
+                len: self.cluster_size(),
+                size,
+            });
+        }
+        if view.maps[0].cluster(index).is_some() {
+            return Ok(());
+        }
+        let mut change = state.begin()?;
+        match state.allocate(&mut change, blob.id(), &view, index, fill) {
+            Ok(()) => state.commit(change),
+            Err(error) => {
+                state.rollback(change);
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes back the clusters of a thin blob without a parent. With a parent, or if the clusters are
+    /// shared, nothing happens: the parent's bytes would show.
+    pub(crate) fn release(&self, blob: &Blob, range: Range<u64>) -> Result<(), Error> {
+        let mut state = self.inner.state.lock();
+        let id = blob.id();
+        if blob.shared.view.load().has_backing() || state.children.contains_key(&id) {
+            return Ok(());
+        }
+        let meta = std::sync::Arc::clone(state.meta(id)?);
+        let own: Vec<(u64, u32)> = meta
+            .map
+            .allocated()
+            .filter(|(index, _)| range.contains(index))
+            .collect();
+        if own.is_empty() {
+            return Ok(());
+        }
+        let mut change = state.begin()?;
+        let method = meta.clear_method();
+        change
+            .freed_clusters
+            .extend(own.iter().map(|(_, cluster)| (*cluster, method)));
+        let staged = state.stage(&mut change, id)?;
+        staged.map = MapChange::Patch(own.iter().map(|(index, _)| (*index, 0)).collect());
+        let open = state.open_family(id);
+        match freeze(&open) {
+            Ok(_frozen) => state.commit(change),
+            Err(error) => {
+                state.rollback(change);
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes durable whatever was written and has completed, on all threads. Blocks.
+    ///
+    /// # Errors
+    /// Device errors.
+    pub fn flush(&self) -> Result<(), Error> {
+        if !self.inner.dev.info().write_cache {
+            return Ok(());
+        }
+        let ch = self.channel()?;
+        Ok(ch.block_on(ch.flush())?)
+    }
+}
+
+impl State {
+    /// Stages one more cluster of a thin blob.
+    fn allocate(
+        &mut self,
+        change: &mut Change,
+        id: BlobId,
+        view: &View,
+        index: u64,
+        fill: Fill,
+    ) -> Result<(), Error> {
+        let cluster = self.take_cluster(change)?;
+        let lba = self.geo.cluster_lba(cluster);
+        let blocks = self.geo.cluster_blocks();
+        let ops = match fill {
+            Fill::Zeroes => self.io.zeroes(lba, blocks)?,
+            Fill::Data(data) => write_slices(&self.io, self.geo.block_size, lba, &data),
+            Fill::Backing => self.copy_of(view.parent_source(index), view, index, lba)?,
+        };
+        change.prepare.extend(ops);
+        let staged = self.stage(change, id)?;
+        match &mut staged.map {
+            MapChange::Patch(patches) => patches.push((index, cluster)),
+            other => *other = MapChange::Patch(vec![(index, cluster)]),
+        }
+        Ok(())
+    }
+
+    /// Operations that put at `lba` what a cluster of a blob shows through from below.
+    pub fn copy_of(
+        &mut self,
+        source: Source,
+        view: &View,
+        index: u64,
+        lba: u64,
+    ) -> Result<Vec<Op>, Error> {
+        let blocks = self.geo.cluster_blocks();
+        match source {
+            Source::Zeroes => self.io.zeroes(lba, blocks),
+            Source::Cluster(cluster) if self.io.can_copy() => {
+                let src_lba = self.geo.cluster_lba(cluster);
+                Ok(vec![Op::Copy {
+                    src_lba,
+                    dst_lba: lba,
+                    len_blocks: blocks,
+                }])
+            }
+            Source::Cluster(cluster) => {
+                let step = self.io.max_io_blocks().min(blocks);
+                let from = self.geo.cluster_lba(cluster);
+                let mut ops = Vec::new();
+                let mut at = 0;
+                while at < blocks {
+                    let now = step.min(blocks - at);
+                    let len = usize::try_from(now * self.geo.block_size).expect("at most 1 MiB");
+                    let data = self.io.read(from + at, len)?.freeze();
+                    ops.push(Op::Write {
+                        lba: lba + at,
+                        data,
+                        fua: false,
+                    });
+                    at += now;
+                }
+                Ok(ops)
+            }
+            Source::External => {
+                let external = view
+                    .external
+                    .as_ref()
+                    .expect("a source in the external snapshot");
+                let mut buf = DmaBuf::new(
+                    usize::try_from(self.geo.cluster_size).expect("clusters fit memory"),
+                )?;
+                external.read(index * self.geo.cluster_size, &mut buf)?;
+                Ok(write_slices(
+                    &self.io,
+                    self.geo.block_size,
+                    lba,
+                    &buf.freeze(),
+                ))
+            }
+        }
+    }
+}
+
+/// Operations that write `data` at `lba`.
+fn write_slices(io: &MdIo, block_size: u64, lba: u64, data: &DmaSlice) -> Vec<Op> {
+    let step = usize::try_from(io.max_io_blocks() * block_size).expect("at most 1 MiB");
+    let starts = (0..data.len()).step_by(step);
+    let op = |start: usize| {
+        let slice = data.slice(start..data.len().min(start + step));
+        Op::Write {
+            lba: lba + start as u64 / block_size,
+            data: slice,
+            fua: false,
+        }
+    };
+    starts.map(op).collect()
+}
