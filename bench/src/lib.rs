@@ -1,1 +1,4 @@
 //! What the benchmark programs share.
+
+#[cfg(feature = "db")]
+pub mod db_bench;

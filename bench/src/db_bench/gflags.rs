@@ -1,0 +1,441 @@
+//! A command line in the style of gflags, as RocksDB's `db_bench` takes it.
+//!
+//! `--name=value`, `-name=value`, `--name value`, `--switch`, `--noswitch`; a dash and an underscore
+//! in a name are the same; `--flagfile=PATH` reads more flags, one a line. The flags of a program are
+//! one struct made by the [`flags!`](crate::flags) macro, so that a flag has a type, a default and a
+//! line of help in one place.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+/// What a flag's value can be: parsed from text, shown in `--help`.
+pub trait FlagValue: Sized {
+    /// The word for the type in help and errors.
+    const KIND: &'static str;
+    /// Reads the text after `=`.
+    ///
+    /// # Errors
+    /// What was expected, for the message.
+    fn parse(text: &str) -> Result<Self, String>;
+    /// The value as `--help` shows it.
+    fn show(&self) -> String;
+}
+
+macro_rules! integer_flag {
+    ($($t:ty),*) => {$(
+        impl FlagValue for $t {
+            const KIND: &'static str = stringify!($t);
+            fn parse(text: &str) -> Result<Self, String> {
+                let parsed = match text.strip_prefix("0x") {
+                    Some(hex) => <$t>::from_str_radix(hex, 16),
+                    None => text.parse::<$t>(),
+                };
+                parsed.map_err(|_| format!("a number from {} to {}", <$t>::MIN, <$t>::MAX))
+            }
+            fn show(&self) -> String { self.to_string() }
+        }
+    )*};
+}
+integer_flag!(i32, i64, u32, u64);
+
+impl FlagValue for f64 {
+    const KIND: &'static str = "double";
+    fn parse(text: &str) -> Result<Self, String> {
+        match text.parse::<f64>() {
+            Ok(v) if v.is_finite() => Ok(v),
+            _ => Err("a finite number".to_owned()),
+        }
+    }
+    fn show(&self) -> String {
+        self.to_string()
+    }
+}
+
+impl FlagValue for bool {
+    const KIND: &'static str = "bool";
+    fn parse(text: &str) -> Result<Self, String> {
+        match text.to_ascii_lowercase().as_str() {
+            "1" | "t" | "true" | "y" | "yes" => Ok(true),
+            "0" | "f" | "false" | "n" | "no" => Ok(false),
+            _ => Err("true or false".to_owned()),
+        }
+    }
+    fn show(&self) -> String {
+        self.to_string()
+    }
+}
+
+impl FlagValue for String {
+    const KIND: &'static str = "string";
+    fn parse(text: &str) -> Result<Self, String> {
+        Ok(text.to_owned())
+    }
+    fn show(&self) -> String {
+        format!("\"{self}\"")
+    }
+}
+
+/// One flag, for help and suggestions.
+#[derive(Debug, Clone)]
+pub struct FlagInfo {
+    /// Name with underscores.
+    pub name: &'static str,
+    /// Type as [`FlagValue::KIND`] gives it.
+    pub kind: &'static str,
+    /// Default as text.
+    pub default: String,
+    /// One line of help.
+    pub help: &'static str,
+}
+
+/// A struct of flags, made by the [`flags!`](crate::flags) macro.
+pub trait FlagSet: Default {
+    /// Every flag in the order of its definition.
+    fn table() -> Vec<FlagInfo>;
+    /// Sets a flag by name.
+    ///
+    /// # Errors
+    /// What was expected, when the text is no value of the flag's type; the name must be in the table.
+    fn set(&mut self, name: &str, text: &str) -> Result<(), String>;
+    /// Every flag's value as text, in the order of the table.
+    fn values(&self) -> Vec<(&'static str, String)>;
+}
+
+/// What is wrong with a command line. The text says what to do next.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum FlagError {
+    /// No such flag.
+    #[error("unknown flag --{name}{hint}")]
+    Unknown {
+        /// As given.
+        name: String,
+        /// Nearest flag, or why it is not there.
+        hint: String,
+    },
+    /// The value does not parse.
+    #[error("--{name}={value}: expected {expected}")]
+    Value {
+        /// The flag.
+        name: String,
+        /// As given.
+        value: String,
+        /// What would have been right.
+        expected: String,
+    },
+    /// A flag at the end that needs a value.
+    #[error("--{name} needs a value: --{name}=<{kind}>")]
+    Missing {
+        /// The flag.
+        name: String,
+        /// Its type.
+        kind: &'static str,
+    },
+    /// A word that is no flag.
+    #[error("'{0}' is no flag; flags start with -- (see --help)")]
+    Stray(String),
+    /// The flag file cannot be read.
+    #[error("--flagfile={path}: {cause}")]
+    File {
+        /// As given.
+        path: String,
+        /// The system's words.
+        cause: String,
+    },
+}
+
+/// What came of a command line.
+#[derive(Debug)]
+pub enum Parsed<F> {
+    /// Flags to run with, and the names of those given.
+    Run(F, Vec<String>),
+    /// `--help` was asked for.
+    Help,
+    /// `--version` was asked for.
+    Version,
+}
+
+/// Parses `args` (without the program's name). `refused` names flags that the reader may know from
+/// elsewhere, with the reason for their absence.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn parse<F: FlagSet>(
+    args: impl IntoIterator<Item = String>,
+    refused: &[(&str, &str)],
+) -> Result<Parsed<F>, FlagError> {
+    let table = F::table();
+    let mut flags = F::default();
+    let mut given = Vec::new();
+    let mut queue: Vec<String> = args.into_iter().collect();
+    queue.reverse();
+    let mut files_left = 16_u32;
+    while let Some(arg) = queue.pop() {
+        let Some(body) = arg.strip_prefix("--").or_else(|| arg.strip_prefix('-')) else {
+            return Err(FlagError::Stray(arg));
+        };
+        let (raw_name, value) = match body.split_once('=') {
+            Some((n, v)) => (n, Some(v.to_owned())),
+            None => (body, None),
+        };
+        let name = raw_name.replace('-', "_");
+        match name.as_str() {
+            "" => return Err(FlagError::Stray(arg)),
+            "help" | "h" => return Ok(Parsed::Help),
+            "version" => return Ok(Parsed::Version),
+            "flagfile" => {
+                let path = value
+                    .or_else(|| queue.pop())
+                    .ok_or(FlagError::Missing { name, kind: "path" })?;
+                if files_left == 0 {
+                    let cause = "too many flag files, or one that names itself".to_owned();
+                    return Err(FlagError::File { path, cause });
+                }
+                files_left -= 1;
+                let mut more = read_flagfile(Path::new(&path))
+                    .map_err(|cause| FlagError::File { path, cause })?;
+                more.reverse();
+                queue.append(&mut more);
+                continue;
+            }
+            _ => {}
+        }
+        if let Some(info) = table.iter().find(|f| f.name == name) {
+            let text = match value {
+                Some(v) => v,
+                None if info.kind == bool::KIND => "true".to_owned(),
+                None => queue.pop().ok_or(FlagError::Missing {
+                    name: name.clone(),
+                    kind: info.kind,
+                })?,
+            };
+            flags
+                .set(info.name, &text)
+                .map_err(|expected| FlagError::Value {
+                    name: name.clone(),
+                    value: text.clone(),
+                    expected,
+                })?;
+            given.push(name);
+            continue;
+        }
+        let negated = name.strip_prefix("no").filter(|_| value.is_none());
+        let switch = negated.and_then(|n| {
+            let n = n.strip_prefix('_').unwrap_or(n);
+            table.iter().find(|f| f.name == n && f.kind == bool::KIND)
+        });
+        if let Some(info) = switch {
+            let done = flags.set(info.name, "false");
+            debug_assert!(done.is_ok(), "false is a bool");
+            given.push(info.name.to_owned());
+            continue;
+        }
+        let hint = match refused.iter().find(|(n, _)| *n == name) {
+            Some((_, why)) => format!(": {why}"),
+            None => nearest(&name, table.iter().map(|f| f.name))
+                .map_or(" (see --help)".to_owned(), |n| {
+                    format!("; did you mean --{n}?")
+                }),
+        };
+        return Err(FlagError::Unknown { name, hint });
+    }
+    Ok(Parsed::Run(flags, given))
+}
+
+fn read_flagfile(path: &Path) -> Result<Vec<String>, String> {
+    let text = std::fs::read_to_string(path).map_err(|e| e.to_string())?;
+    let lines = text.lines().map(str::trim);
+    Ok(lines
+        .filter(|l| !l.is_empty() && !l.starts_with('#'))
+        .map(str::to_owned)
+        .collect())
+}
+
+/// The help page.
+#[must_use]
+pub fn help<F: FlagSet>(intro: &str) -> String {
+    let mut out = format!("{intro}\n\nFlags:\n");
+    for f in F::table() {
+        let _ = writeln!(
+            out,
+            "  --{} ({})\n      type: {}  default: {}",
+            f.name, f.help, f.kind, f.default
+        );
+    }
+    out
+}
+
+/// The name in `known` that is closest to `name`, if any is close enough to be meant.
+pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let limit = (name.len() / 3).max(1) + 1;
+    known
+        .map(|k| {
+            let d = distance(name, k);
+            let contained = k.starts_with(name) || name.starts_with(k);
+            (if contained { d.min(limit) } else { d }, k)
+        })
+        .filter(|(d, _)| *d <= limit)
+        .min_by_key(|(d, k)| (*d, k.len()))
+        .map(|(_, k)| k)
+}
+
+/// Edits (insert, delete, replace, swap of neighbours) from `a` to `b`.
+fn distance(a: &str, b: &str) -> usize {
+    let (a, b) = (a.as_bytes(), b.as_bytes());
+    let mut before: Vec<usize> = Vec::new();
+    let mut last: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.iter().enumerate() {
+        let mut row = vec![i + 1];
+        for (j, cb) in b.iter().enumerate() {
+            let mut d = (last[j] + usize::from(ca != cb))
+                .min(last[j + 1] + 1)
+                .min(row[j] + 1);
+            if i > 0 && j > 0 && *ca == b[j - 1] && a[i - 1] == *cb {
+                d = d.min(before[j - 1] + 1);
+            }
+            row.push(d);
+        }
+        before = std::mem::replace(&mut last, row);
+    }
+    last[b.len()]
+}
+
+/// Makes a struct of flags: `name: type = default, "help";`.
+#[macro_export]
+macro_rules! flags {
+    ($(#[$meta:meta])* $struct:ident { $($name:ident : $t:ty = $default:expr, $help:literal;)* }) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone, PartialEq)]
+        pub struct $struct {
+            $(#[doc = $help] pub $name: $t,)*
+        }
+        impl Default for $struct {
+            fn default() -> Self {
+                Self { $($name: <$t>::from($default),)* }
+            }
+        }
+        impl $crate::db_bench::gflags::FlagSet for $struct {
+            fn table() -> Vec<$crate::db_bench::gflags::FlagInfo> {
+                use $crate::db_bench::gflags::{FlagInfo, FlagValue};
+                let d = Self::default();
+                vec![$(FlagInfo {
+                    name: stringify!($name),
+                    kind: <$t as FlagValue>::KIND,
+                    default: d.$name.show(),
+                    help: $help,
+                },)*]
+            }
+            fn set(&mut self, name: &str, text: &str) -> Result<(), String> {
+                use $crate::db_bench::gflags::FlagValue;
+                match name {
+                    $(stringify!($name) => { self.$name = <$t as FlagValue>::parse(text)?; })*
+                    _ => return Err("a flag of the table".to_owned()),
+                }
+                Ok(())
+            }
+            fn values(&self) -> Vec<(&'static str, String)> {
+                use $crate::db_bench::gflags::FlagValue;
+                vec![$((stringify!($name), self.$name.show()),)*]
+            }
+        }
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    flags! {
+        /// Flags for the tests.
+        T {
+            num: i64 = 1_000_000, "how many";
+            sync: bool = false, "sync";
+            db: String = "", "path";
+            compression_ratio: f64 = 0.5, "ratio";
+            use_existing_db: bool = false, "keep";
+        }
+    }
+
+    fn run(args: &[&str]) -> Result<T, FlagError> {
+        match parse::<T>(
+            args.iter().map(|s| (*s).to_owned()),
+            &[("gone", "not here")],
+        )? {
+            Parsed::Run(t, _) => Ok(t),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn every_spelling_of_a_value() {
+        for a in [
+            &["--num=5"][..],
+            &["-num=5"],
+            &["--num", "5"],
+            &["-num", "0x5"],
+        ] {
+            assert_eq!(run(a).unwrap().num, 5, "{a:?}");
+        }
+        assert_eq!(
+            run(&["--compression-ratio=0.25"])
+                .unwrap()
+                .compression_ratio,
+            0.25
+        );
+        assert_eq!(run(&["--db="]).unwrap().db, "");
+        assert_eq!(run(&["--db=/a=b"]).unwrap().db, "/a=b");
+    }
+
+    #[test]
+    fn every_spelling_of_a_switch() {
+        for a in ["--sync", "-sync", "--sync=1", "--sync=true", "--sync=yes"] {
+            assert!(run(&[a]).unwrap().sync, "{a}");
+        }
+        for a in ["--nosync", "-nosync", "--sync=0", "--sync=false"] {
+            assert!(!run(&["--sync", a]).unwrap().sync, "{a}");
+        }
+        assert!(
+            !run(&["--use-existing-db", "--no-use-existing-db"])
+                .unwrap()
+                .use_existing_db
+        );
+    }
+
+    #[test]
+    fn errors_say_what_to_do() {
+        let say = |a: &[&str]| run(a).unwrap_err().to_string();
+        assert_eq!(
+            say(&["--use_existing_bd"]),
+            "unknown flag --use_existing_bd; did you mean --use_existing_db?"
+        );
+        assert_eq!(say(&["--gone=1"]), "unknown flag --gone: not here");
+        assert_eq!(say(&["--zzzzzz"]), "unknown flag --zzzzzz (see --help)");
+        assert!(say(&["--num=many"]).contains("expected a number from"));
+        assert!(say(&["--num=99999999999999999999"]).contains("expected a number"));
+        assert!(say(&["--sync=maybe"]).contains("true or false"));
+        assert!(say(&["--compression_ratio=nan"]).contains("finite"));
+        assert_eq!(say(&["--num"]), "--num needs a value: --num=<i64>");
+        assert!(say(&["fillseq"]).contains("is no flag"));
+        assert!(say(&["--flagfile=/nowhere/at/all"]).starts_with("--flagfile=/nowhere/at/all: "));
+    }
+
+    #[test]
+    fn a_flag_file_is_read_in_place_and_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("flags");
+        std::fs::write(&path, "# a comment\n--num=7\n\n  --sync\n").unwrap();
+        let arg = format!("--flagfile={}", path.display());
+        let t = run(&["--num=1", &arg]).unwrap();
+        assert_eq!((t.num, t.sync), (7, true));
+        assert_eq!(run(&[&arg, "--num=9"]).unwrap().num, 9);
+        std::fs::write(&path, &arg).unwrap();
+        assert!(run(&[&arg]).unwrap_err().to_string().contains("itself"));
+    }
+
+    #[test]
+    fn help_lists_every_flag() {
+        let page = help::<T>("intro");
+        for f in T::table() {
+            assert!(page.contains(&format!("--{} (", f.name)), "{}", f.name);
+        }
+    }
+}

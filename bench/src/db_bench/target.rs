@@ -1,0 +1,254 @@
+//! The file system below RocksDB: the kernel's, RocksDB's memory env, or ours.
+
+use std::path::{Path, PathBuf};
+
+use rocksdb::Env;
+use serde::Serialize;
+
+use super::flags::Flags;
+use super::ours::Ours;
+use super::report::IoCount;
+
+/// What a completed write is worth.
+#[derive(Debug, Clone, Serialize, PartialEq, Eq)]
+pub struct Durability {
+    /// In words.
+    pub words: String,
+    /// A synced write survives power loss.
+    pub sync_is_durable: bool,
+    /// The device may hold completed writes in a cache of its own that loses power: a sync has to
+    /// flush it. `None` when that is not known.
+    pub write_cache: Option<bool>,
+}
+
+/// A file system ready for a database.
+pub struct Target {
+    env: Env,
+    db: String,
+    words: String,
+    durability: Durability,
+    ours: Option<Ours>,
+    // A directory of the kernel's that RocksDB's crate wants to exist, removed at the end.
+    _host_dir: Option<tempfile::TempDir>,
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str(&self.words)
+    }
+}
+
+impl Target {
+    /// Makes ready what `--env` asks for.
+    ///
+    /// # Errors
+    /// In words for the user.
+    pub fn open(f: &Flags) -> Result<Self, String> {
+        match f.env.as_str() {
+            "kernel" => kernel(f),
+            "mem" => mem(f),
+            _ => ours(f),
+        }
+    }
+
+    /// The env for RocksDB's options.
+    #[must_use]
+    pub fn env(&self) -> Env {
+        self.env.clone()
+    }
+
+    /// The database's directory in it.
+    #[must_use]
+    pub fn db(&self) -> &str {
+        &self.db
+    }
+
+    /// What a completed write is worth.
+    #[must_use]
+    pub fn durability(&self) -> &Durability {
+        &self.durability
+    }
+
+    /// Device operations so far, where they can be counted.
+    #[must_use]
+    pub fn io(&self) -> Option<IoCount> {
+        self.ours.as_ref().map(Ours::io)
+    }
+
+    /// Ends it in order. The database must be closed.
+    ///
+    /// # Errors
+    /// In words for the user.
+    pub fn close(self) -> Result<(), String> {
+        let Self { env, ours, .. } = self;
+        drop(env);
+        ours.map_or(Ok(()), Ours::close)
+    }
+}
+
+fn kernel(f: &Flags) -> Result<Target, String> {
+    let db = if f.db.is_empty() {
+        std::env::temp_dir().join("dbbench")
+    } else {
+        PathBuf::from(&f.db)
+    };
+    let fail = |e: &dyn std::fmt::Display| format!("--db={}: {e}", db.display());
+    std::fs::create_dir_all(&db).map_err(|e| fail(&e))?;
+    let mount = Mount::of(&db).map_err(|e| fail(&e))?;
+    let device = mount.write_cache();
+    let memory = matches!(mount.kind.as_str(), "tmpfs" | "ramfs");
+    let words = if memory {
+        "nothing survives power loss: the file system is memory".to_owned()
+    } else {
+        let sync = if f.use_fsync { "fsync" } else { "fdatasync" };
+        let cache = match device {
+            Some(true) => "the device has a volatile write cache, which the kernel flushes",
+            Some(false) => "the device has no volatile write cache",
+            None => "the device's write cache is not known",
+        };
+        format!(
+            "a synced write by {sync}; {cache}; other writes reach the device when the kernel writes them back"
+        )
+    };
+    Ok(Target {
+        env: Env::new().map_err(|e| e.to_string())?,
+        words: format!(
+            "kernel's {} on {} at {}",
+            mount.kind, mount.source, mount.point
+        ),
+        db: db.display().to_string(),
+        durability: Durability {
+            words,
+            sync_is_durable: !memory,
+            write_cache: device,
+        },
+        ours: None,
+        _host_dir: None,
+    })
+}
+
+fn mem(f: &Flags) -> Result<Target, String> {
+    if f.use_existing_db {
+        return Err(
+            "--use_existing_db with --env=mem: memory holds no database from before".to_owned(),
+        );
+    }
+    let dir = tempfile::tempdir().map_err(|e| format!("a temporary directory: {e}"))?;
+    let db = if f.db.is_empty() {
+        dir.path().display().to_string()
+    } else {
+        f.db.clone()
+    };
+    Ok(Target {
+        env: Env::mem_env().map_err(|e| e.to_string())?,
+        db,
+        words: "RocksDB's memory env".to_owned(),
+        durability: Durability {
+            words: "nothing survives the end of the process".to_owned(),
+            sync_is_durable: false,
+            write_cache: None,
+        },
+        ours: None,
+        _host_dir: Some(dir),
+    })
+}
+
+fn ours(f: &Flags) -> Result<Target, String> {
+    let ours = Ours::open(f)?;
+    Ok(Target {
+        env: ours.env(),
+        db: ours.db(f),
+        words: ours.to_string(),
+        durability: ours.durability(),
+        ours: Some(ours),
+        _host_dir: None,
+    })
+}
+
+/// Where a directory of the kernel's is mounted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mount {
+    /// `ext4`, `xfs`, `tmpfs`, …
+    pub kind: String,
+    /// The device, as mount names it.
+    pub source: String,
+    /// Where.
+    pub point: String,
+    /// `major:minor`.
+    pub device: String,
+}
+
+impl Mount {
+    /// The mount that holds `path`.
+    ///
+    /// # Errors
+    /// The path cannot be resolved, or no mount is listed for it.
+    pub fn of(path: &Path) -> std::io::Result<Self> {
+        let full = path.canonicalize()?;
+        let table = std::fs::read_to_string("/proc/self/mountinfo")?;
+        table
+            .lines()
+            .filter_map(Self::parse)
+            .filter(|m| full.starts_with(&m.point))
+            .max_by_key(|m| m.point.len())
+            .ok_or_else(|| std::io::Error::other("not in /proc/self/mountinfo"))
+    }
+
+    /// One line of mountinfo (proc(5)).
+    fn parse(line: &str) -> Option<Self> {
+        let (left, right) = line.split_once(" - ")?;
+        let left: Vec<&str> = left.split(' ').collect();
+        let mut right = right.split(' ');
+        Some(Self {
+            device: (*left.get(2)?).to_owned(),
+            point: left.get(4)?.replace("\\040", " "),
+            kind: right.next()?.to_owned(),
+            source: right.next()?.to_owned(),
+        })
+    }
+
+    /// Whether the block device has a volatile write cache, as the kernel knows it.
+    #[must_use]
+    pub fn write_cache(&self) -> Option<bool> {
+        let dir = Path::new("/sys/dev/block").join(&self.device);
+        // A partition has no queue of its own; its parent has.
+        let text = [
+            dir.join("queue/write_cache"),
+            dir.join("../queue/write_cache"),
+        ]
+        .iter()
+        .find_map(|p| std::fs::read_to_string(p).ok())?;
+        Some(text.trim() == "write back")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mountinfo_lines() {
+        let m = Mount::parse(
+            "36 35 98:0 /mnt1 /mnt\\040two rw,noatime master:1 - ext3 /dev/root rw,errors=continue",
+        );
+        let m = m.unwrap();
+        assert_eq!((m.kind.as_str(), m.source.as_str()), ("ext3", "/dev/root"));
+        assert_eq!((m.point.as_str(), m.device.as_str()), ("/mnt two", "98:0"));
+        assert!(Mount::parse("nonsense").is_none());
+        assert!(!Mount::of(Path::new("/")).unwrap().kind.is_empty());
+    }
+
+    #[test]
+    fn the_memory_env_says_that_nothing_lasts() {
+        let t = Target::open(&Flags {
+            env: "mem".into(),
+            ..Flags::default()
+        })
+        .unwrap();
+        assert!(!t.durability().sync_is_durable);
+        let dir = PathBuf::from(t.db());
+        assert!(dir.is_dir());
+        t.close().unwrap();
+        assert!(!dir.exists());
+    }
+}
