@@ -158,7 +158,7 @@ impl Host {
     }
 
     /// Names in a directory, in order; none when it is not there.
-    pub(super) fn names(&self, absolute: &str) -> Vec<String> {
+    pub fn names(&self, absolute: &str) -> Vec<String> {
         names(&self.path(absolute))
     }
 
@@ -253,6 +253,26 @@ impl Host {
             .filter_map(|a| Some((*a, self.function(*a).ok()?.driver?)))
             .filter(|(_, driver)| !is_harmless_driver(driver))
             .collect()
+    }
+
+    /// Processes that have a file of this path open: pid and name. Empty: none that `/proc`
+    /// shows to this process.
+    pub fn openers(&self, path: &str) -> Vec<(u32, String)> {
+        usage::openers(self, |target| target == path)
+            .into_iter()
+            .map(|(pid, name, _)| (pid, name))
+            .collect()
+    }
+
+    /// Takes the function from its driver and leaves it without one. Blocks while a process has
+    /// it open through VFIO.
+    pub fn unbind(&self, address: PciAddress) -> Result<(), PciError> {
+        let dir = Self::function_dir(address);
+        self.write(&format!("{dir}/driver_override"), "\n")?;
+        if self.function(address)?.driver.is_some() {
+            self.write(&format!("{dir}/driver/unbind"), &address.to_string())?;
+        }
+        Ok(())
     }
 
     /// Hands the function to `driver` (`None`: to whichever of the kernel's drivers matches it).

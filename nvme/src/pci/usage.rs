@@ -204,6 +204,23 @@ fn holders(host: &Host, device: &str, parts: &[(String, String)], found: &mut Ve
 }
 
 fn processes(host: &Host, parts: &[(String, String)], found: &mut Vec<Use>) {
+    let is_part = |target: &str| {
+        let name = target.strip_prefix("/dev/");
+        parts.iter().any(|(part, _)| Some(part.as_str()) == name)
+    };
+    for (pid, name, target) in openers(host, is_part) {
+        found.push(Use::Open {
+            device: target.trim_start_matches("/dev/").to_owned(),
+            pid,
+            name,
+        });
+    }
+}
+
+/// Processes that have a file open which `wanted` picks by its path: pid, name, path. As far as
+/// this process may look.
+pub(super) fn openers(host: &Host, wanted: impl Fn(&str) -> bool) -> Vec<(u32, String, String)> {
+    let mut found = Vec::new();
     for process in host.names("/proc") {
         let Ok(pid) = process.parse::<u32>() else {
             continue;
@@ -211,18 +228,15 @@ fn processes(host: &Host, parts: &[(String, String)], found: &mut Vec<Use>) {
         let fds = host.path(&format!("/proc/{pid}/fd"));
         let open = names(&fds).into_iter().find_map(|fd| {
             let target = fs::read_link(fds.join(fd)).ok()?;
-            let target = target.to_str()?.strip_prefix("/dev/")?.to_owned();
-            parts.iter().find(|(name, _)| *name == target)
+            let target = target.to_str()?;
+            wanted(target).then(|| target.to_owned())
         });
-        if let Some((name, _)) = open {
+        if let Some(target) = open {
             let comm = host.read(&format!("/proc/{pid}/comm")).ok().flatten();
-            found.push(Use::Open {
-                device: name.clone(),
-                pid,
-                name: comm.unwrap_or_else(|| "?".to_owned()),
-            });
+            found.push((pid, comm.unwrap_or_else(|| "?".to_owned()), target));
         }
     }
+    found
 }
 
 /// Opening a whole block device exclusively fails while anything holds it or a partition

@@ -33,6 +33,7 @@ mod registers;
 mod uio;
 mod uri;
 mod vfio;
+mod vfio_user;
 
 pub use eventfd::EventFd;
 pub use iova::IovaSpace;
@@ -41,6 +42,7 @@ pub use open::open_transport;
 pub use uio::Uio;
 pub use uri::{NvmeUri, parse_size};
 pub use vfio::Vfio;
+pub use vfio_user::VfioUser;
 
 /// Why a transport could not do what was asked.
 #[derive(Debug, thiserror::Error)]

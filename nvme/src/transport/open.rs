@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{NvmeUri, Transport, TransportError, Uio, Vfio, uio};
+use super::{NvmeUri, Transport, TransportError, Uio, Vfio, VfioUser, uio};
 use crate::pci::{Host, PciAddress};
 
 /// Opens the transport that a URI names. Blocks until the device is there and its registers
@@ -10,6 +10,7 @@ use crate::pci::{Host, PciAddress};
 pub fn open_transport(uri: &NvmeUri) -> Result<Arc<dyn Transport>, TransportError> {
     match uri.scheme.as_str() {
         "nvme" => open_function(uri),
+        "vfio-user" => Ok(VfioUser::open(uri)?),
         other => Err(uri.error(format!(
             "no transport '{other}'; there are nvme, vfio-user and soft"
         ))),

@@ -30,6 +30,7 @@ mod sys;
 pub(crate) use dma_space::DeviceSpace;
 use info::RegionInfo;
 use open::Handle;
+pub(crate) use sys::any_readable;
 
 const BAR0: u32 = 0;
 const BARS: u32 = 6;
@@ -122,7 +123,7 @@ impl Vfio {
 
         let request = EventFd::new().map_err(io("eventfd"))?;
         let error = EventFd::new().map_err(io("eventfd"))?;
-        let either = sys::any_readable(&[request.as_fd(), error.as_fd()]).map_err(io("epoll"))?;
+        let either = any_readable(&[request.as_fd(), error.as_fd()], None).map_err(io("epoll"))?;
         // Error notices exist on PCIe functions only, requests since Linux 4.0.
         for (index, event) in [(REQ, &request), (ERR, &error)] {
             if matches!(sys::irq_count(handle.as_fd(), index), Ok(n) if n > 0) {

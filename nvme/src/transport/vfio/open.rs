@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 use std::sync::Arc;
 
 use vfio_ioctls::{VfioContainer, VfioError};
@@ -173,7 +172,7 @@ fn explain_io(device: &str, node: &str, source: io::Error) -> TransportError {
     match source.raw_os_error() {
         Some(libc::EBUSY) => TransportError::InUse {
             device: device.to_owned(),
-            detail: match holder(Path::new(node)) {
+            detail: match Host::new().openers(node).into_iter().next() {
                 Some((pid, name)) => format!("process {pid} ({name}) has {node} open"),
                 None => format!("another process has {node} open (fuser -v {node} tells which)"),
             },
@@ -194,28 +193,4 @@ fn explain_io(device: &str, node: &str, source: io::Error) -> TransportError {
             source,
         },
     }
-}
-
-/// Which process has a file open, as far as `/proc` shows.
-fn holder(node: &Path) -> Option<(u32, String)> {
-    for entry in std::fs::read_dir("/proc").ok()?.flatten() {
-        let Some(pid) = entry
-            .file_name()
-            .to_str()
-            .and_then(|n| n.parse::<u32>().ok())
-        else {
-            continue;
-        };
-        let fds = std::fs::read_dir(entry.path().join("fd"))
-            .into_iter()
-            .flatten();
-        let has_it = fds
-            .flatten()
-            .any(|fd| std::fs::read_link(fd.path()).is_ok_and(|target| target == node));
-        if has_it {
-            let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-            return Some((pid, name.trim().to_owned()));
-        }
-    }
-    None
 }

@@ -4,7 +4,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use vfio_bindings::bindings::vfio as api;
 use vfio_ioctls::{VfioContainer, VfioError};
@@ -232,8 +232,12 @@ pub(super) fn map(container: &VfioContainer, region: &Region, iova: u64) -> Resu
     unsafe { container.vfio_dma_map(iova, region.len(), base) }
 }
 
-/// An epoll that is readable while one of the eventfds is: one descriptor to wait on.
-pub(crate) fn any_readable(events: &[BorrowedFd<'_>]) -> io::Result<OwnedFd> {
+/// An epoll that is readable while one of the eventfds is, or when the other side of `stream`
+/// has closed it: one descriptor to wait on.
+pub(crate) fn any_readable(
+    events: &[BorrowedFd<'_>],
+    stream: Option<BorrowedFd<'_>>,
+) -> io::Result<OwnedFd> {
     // SAFETY: no pointers are involved.
     let raw = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
     if raw < 0 {
@@ -241,17 +245,19 @@ pub(crate) fn any_readable(events: &[BorrowedFd<'_>]) -> io::Result<OwnedFd> {
     }
     // SAFETY: the kernel just gave us this descriptor.
     let epoll = unsafe { OwnedFd::from_raw_fd(raw) };
-    for event in events {
+    let readable = events.iter().map(|fd| (fd, libc::EPOLLIN));
+    let closed = stream.iter().map(|fd| (fd, libc::EPOLLRDHUP));
+    for (fd, interest) in readable.chain(closed) {
         let mut interest = libc::epoll_event {
-            events: libc::EPOLLIN.cast_unsigned(),
+            events: interest.cast_unsigned(),
             u64: 0,
         };
         // SAFETY: both descriptors are open, `interest` lives through the call.
         let result = unsafe {
             libc::epoll_ctl(
-                epoll.as_fd().as_raw_fd(),
+                epoll.as_raw_fd(),
                 libc::EPOLL_CTL_ADD,
-                event.as_raw_fd(),
+                fd.as_raw_fd(),
                 &raw mut interest,
             )
         };

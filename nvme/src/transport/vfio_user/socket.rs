@@ -1,0 +1,290 @@
+//! A Unix stream socket that carries file descriptors beside bytes.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use super::message::{HEADER_LEN, Header};
+use crate::transport::eventfd::wait_readable;
+
+/// Descriptors that one receive can take in.
+const MAX_FDS: usize = 64;
+
+/// One message, whole.
+#[derive(Debug)]
+pub(crate) struct Message {
+    pub header: Header,
+    pub body: Vec<u8>,
+    pub fds: Vec<OwnedFd>,
+}
+
+/// Sends a header with a body, and descriptors with the first byte. Blocks while the other side
+/// does not read, at most until the socket's write time-out.
+pub(crate) fn send(
+    socket: &UnixStream,
+    header: &Header,
+    body: &[u8],
+    fds: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    let mut bytes = header.encode().to_vec();
+    bytes.extend_from_slice(body);
+    let mut sent = 0;
+    while sent < bytes.len() {
+        let with = if sent == 0 { fds } else { &[] };
+        sent += send_some(socket, &bytes[sent..], with)?;
+    }
+    Ok(())
+}
+
+fn send_some(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
+    if fds.len() > MAX_FDS {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let raw: Vec<libc::c_int> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let mut control = Control::default();
+    let mut part = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    // SAFETY: a msghdr of zeroes is valid: no name, no parts, no control data.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    if !raw.is_empty() {
+        let len = size_of_val(&raw[..]);
+        let len32 = u32::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
+        message.msg_control = control.0.as_mut_ptr().cast();
+        // SAFETY: CMSG_SPACE and CMSG_LEN only compute.
+        message.msg_controllen = unsafe { libc::CMSG_SPACE(len32) } as usize;
+        // SAFETY: the control buffer is aligned and has room for MAX_FDS descriptors, so the
+        // first header lies inside it and its data has room for `len` bytes.
+        unsafe {
+            let head = libc::CMSG_FIRSTHDR(&raw const message);
+            (*head).cmsg_level = libc::SOL_SOCKET;
+            (*head).cmsg_type = libc::SCM_RIGHTS;
+            (*head).cmsg_len = libc::CMSG_LEN(len32) as usize;
+            std::ptr::copy_nonoverlapping(raw.as_ptr().cast::<u8>(), libc::CMSG_DATA(head), len);
+        }
+    }
+    loop {
+        // SAFETY: `message` and all that it points to live through the call; the kernel only
+        // reads from the bytes.
+        let n =
+            unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
+        if let Ok(n) = usize::try_from(n) {
+            return Ok(n);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+/// Room for a control message of [`MAX_FDS`] descriptors, aligned as its header wants it.
+struct Control([u64; (16 + 4 * MAX_FDS).div_ceil(8) + 2]);
+
+impl Default for Control {
+    fn default() -> Self {
+        Control([0; (16 + 4 * MAX_FDS).div_ceil(8) + 2])
+    }
+}
+
+/// Receives one message: the header first, then as much as it announces. `Ok(None)`: the other
+/// side has closed the socket between messages. `WouldBlock`: nothing came in time.
+/// `TimedOut`: it stopped in the middle, and the stream is of no use any more.
+pub(crate) fn receive(
+    socket: &UnixStream,
+    deadline: Option<Instant>,
+) -> io::Result<Option<Message>> {
+    let mut fds = Vec::new();
+    let mut head = [0u8; HEADER_LEN];
+    match fill(socket, &mut head, &mut fds, deadline)? {
+        0 => return Ok(None),
+        HEADER_LEN => {}
+        _ => return Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+    let header = Header::decode(&head).ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            "a message announces an impossible length",
+        )
+    })?;
+    let mut body = vec![0; header.body_len()];
+    match fill(socket, &mut body, &mut fds, deadline) {
+        Ok(n) if n == body.len() => {}
+        Ok(_) => return Err(io::ErrorKind::UnexpectedEof.into()),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Err(e) => return Err(e),
+    }
+    Ok(Some(Message { header, body, fds }))
+}
+
+/// Reads until `into` is full or the stream ends.
+fn fill(
+    socket: &UnixStream,
+    into: &mut [u8],
+    fds: &mut Vec<OwnedFd>,
+    deadline: Option<Instant>,
+) -> io::Result<usize> {
+    let mut have = 0;
+    while have < into.len() {
+        if let Some(deadline) = deadline {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let ready = wait_readable(&[socket.as_fd()], Some(left.max(Duration::from_micros(1))));
+            if ready == 0 {
+                if Instant::now() < deadline {
+                    continue;
+                }
+                let kind = if have == 0 {
+                    io::ErrorKind::WouldBlock
+                } else {
+                    io::ErrorKind::TimedOut
+                };
+                return Err(kind.into());
+            }
+        }
+        match receive_some(socket, &mut into[have..], fds) {
+            Ok(0) => return Ok(have),
+            Ok(n) => have += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(have)
+}
+
+fn receive_some(socket: &UnixStream, into: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
+    let mut control = Control::default();
+    let mut part = libc::iovec {
+        iov_base: into.as_mut_ptr().cast(),
+        iov_len: into.len(),
+    };
+    // SAFETY: a msghdr of zeroes is valid.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.0.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(&control.0);
+    // SAFETY: `message` describes writable memory that lives through the call.
+    let n = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) };
+    let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
+    // SAFETY: the kernel has written whole control messages of the length it left in
+    // `message`, which the CMSG macros stay inside.
+    let mut head = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
+    while !head.is_null() {
+        // SAFETY: `head` points to a control message inside `control`.
+        let (level, kind, len) =
+            unsafe { ((*head).cmsg_level, (*head).cmsg_type, (*head).cmsg_len) };
+        if level == libc::SOL_SOCKET && kind == libc::SCM_RIGHTS {
+            // SAFETY: CMSG_LEN only computes.
+            let data_len = len.saturating_sub(unsafe { libc::CMSG_LEN(0) } as usize);
+            for at in 0..data_len / size_of::<libc::c_int>() {
+                // SAFETY: the data of the message holds `data_len` bytes of descriptors.
+                let fd = unsafe {
+                    libc::CMSG_DATA(head)
+                        .cast::<libc::c_int>()
+                        .add(at)
+                        .read_unaligned()
+                };
+                if fd >= 0 {
+                    // SAFETY: the kernel has just installed this descriptor for us.
+                    fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
+                }
+            }
+        }
+        // SAFETY: as for CMSG_FIRSTHDR.
+        head = unsafe { libc::CMSG_NXTHDR(&raw const message, head) };
+    }
+    if fds.len() > MAX_FDS {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "a message carries too many descriptors",
+        ));
+    }
+    Ok(n)
+}
+
+/// Who serves the socket: the process that called listen(2), and its name.
+pub(crate) fn peer(socket: &UnixStream) -> Option<(i32, String)> {
+    let mut who = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
+    let mut len = u32::try_from(size_of::<libc::ucred>()).ok()?;
+    // SAFETY: `who` is writable and `len` says how long it is.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut who).cast(),
+            &raw mut len,
+        )
+    };
+    if result != 0 || who.pid <= 0 {
+        return None;
+    }
+    let name = std::fs::read_to_string(format!("/proc/{}/comm", who.pid)).unwrap_or_default();
+    Some((who.pid, name.trim().to_owned()))
+}
+
+/// Whether the other side has closed the socket. Does not block and takes no bytes.
+pub(crate) fn is_closed(socket: &UnixStream) -> bool {
+    let mut poll = libc::pollfd {
+        fd: socket.as_raw_fd(),
+        events: libc::POLLRDHUP,
+        revents: 0,
+    };
+    // SAFETY: one valid pollfd.
+    let n = unsafe { libc::poll(&raw mut poll, 1, 0) };
+    n == 1 && poll.revents & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::message::Command;
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn bytes_and_descriptors_arrive_together() {
+        let (a, b) = UnixStream::pair().expect("a pair");
+        let file = tempfile::tempfile().expect("a file");
+        file.write_all_at(b"hello", 0).expect("written");
+        let header = Header::request(3, Command::DmaMap, 5).expect("fits");
+        send(&a, &header, b"12345", &[file.as_fd(), file.as_fd()]).expect("sent");
+        let message = receive(&b, None).expect("received").expect("not closed");
+        assert_eq!((message.header, &message.body[..]), (header, &b"12345"[..]));
+        assert_eq!(message.fds.len(), 2);
+        let copy = std::fs::File::from(message.fds.into_iter().next_back().expect("two"));
+        let mut text = [0; 5];
+        copy.read_exact_at(&mut text, 0).expect("read");
+        assert_eq!(&text, b"hello");
+        assert!(!is_closed(&b));
+        drop(a);
+        assert!(is_closed(&b));
+        assert!(receive(&b, None).expect("no error").is_none());
+    }
+
+    #[test]
+    fn silence_and_half_messages_end() {
+        let (mut a, b) = UnixStream::pair().expect("a pair");
+        let soon = || Some(Instant::now() + Duration::from_millis(20));
+        let error = receive(&b, soon()).expect_err("nothing was sent");
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        let header = Header::request(3, Command::DmaMap, 5).expect("fits");
+        a.write_all(&header.encode()).expect("written");
+        let error = receive(&b, soon()).expect_err("half was sent");
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        a.write_all(&[0xff; 64]).expect("written");
+        let error = receive(&b, soon()).expect_err("an absurd length");
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+}

@@ -1,0 +1,97 @@
+//! The arena's regions, given to the other process by descriptor.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::client::Client;
+use crate::dma::{AddressTable, CHUNK_LEN, DmaError, DmaMapper, Region, RegionId};
+use crate::transport::{IovaSpace, TransportError};
+
+/// SPDK's controller takes so many.
+const MAX_REGIONS: usize = 64;
+
+/// Addresses that every controller of the kind can take.
+const TOP: u64 = (1 << 47) - 1;
+
+/// The mapper of one connection.
+pub(super) struct SharedSpace {
+    client: Arc<Client>,
+    table: Arc<AddressTable>,
+    state: Mutex<(IovaSpace, HashMap<RegionId, u64>)>,
+}
+
+impl SharedSpace {
+    pub(super) fn new(client: Arc<Client>) -> SharedSpace {
+        SharedSpace {
+            client,
+            table: Arc::new(AddressTable::new()),
+            state: Mutex::new((IovaSpace::new(vec![0..=TOP]), HashMap::new())),
+        }
+    }
+
+    pub(super) fn table(&self) -> &Arc<AddressTable> {
+        &self.table
+    }
+}
+
+impl DmaMapper for SharedSpace {
+    fn map(&self, region: &Region) -> Result<(), DmaError> {
+        let device = || self.client.device().to_owned();
+        if self.client.is_broken() {
+            // Nobody is left to use it; the other devices of the process need it nevertheless.
+            return Ok(());
+        }
+        let mut state = self.state.lock();
+        let (space, regions) = &mut *state;
+        if regions.len() >= MAX_REGIONS {
+            return Err(DmaError::Map {
+                device: device(),
+                len: region.len(),
+                reason: format!(
+                    "{MAX_REGIONS} regions are mapped and a vfio-user controller takes no more; let the arena use larger ones (ArenaOptions::region_min)"
+                ),
+            });
+        }
+        let len = region.len() as u64;
+        let address = space
+            .take(len, CHUNK_LEN as u64)
+            .ok_or_else(|| DmaError::NoIova {
+                device: device(),
+                len: region.len(),
+                windows: space.describe(),
+            })?;
+        if let Err(error) = self.client.dma_map(address, len, region.fd()) {
+            if !matches!(error, TransportError::Timeout { .. }) {
+                // After a time-out the other side may map it yet, so the address stays taken.
+                space.give(address);
+            }
+            return Err(DmaError::Map {
+                device: device(),
+                len: region.len(),
+                reason: error.to_string(),
+            });
+        }
+        regions.insert(region.id(), address);
+        self.table.set_region(region, address);
+        Ok(())
+    }
+
+    fn unmap(&self, region: &Region) {
+        self.table.clear_region(region);
+        let mut state = self.state.lock();
+        let Some(address) = state.1.remove(&region.id()) else {
+            return;
+        };
+        if self.client.is_broken() {
+            return;
+        }
+        match self.client.dma_unmap(address, region.len() as u64) {
+            Ok(()) => state.0.give(address),
+            Err(error) => {
+                tracing::warn!(device = self.client.device(), %error, "region not taken back; the end of the connection does it");
+            }
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! The client against a well-behaved other side and against others.
+
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::fake::{Fake, Fault};
+use super::message::Command;
+use super::{VfioUser, socket_path};
+use crate::dma::DmaBuf;
+use crate::transport::{Transport, TransportError, TransportEvent};
+
+const SOON: Duration = Duration::from_millis(200);
+
+fn connect(fake: &Fake) -> Result<Arc<VfioUser>, TransportError> {
+    VfioUser::connect_within(&fake.path(), SOON, SOON)
+}
+
+#[test]
+fn set_up_registers_doorbells_interrupts() {
+    let fake = Fake::start(None);
+    let buf = DmaBuf::zeroed(4096).expect("memory");
+    let device = connect(&fake).expect("connected");
+    {
+        let seen = fake.seen.lock();
+        assert_eq!(
+            seen.config[4..6],
+            [0x06, 0x04],
+            "bus master, memory, no INTx"
+        );
+        assert_eq!(
+            seen.config[0x87] & 0x80,
+            0,
+            "the stale MSI-X enable is cleared"
+        );
+        assert!(!seen.maps.is_empty());
+        assert!(
+            seen.maps
+                .iter()
+                .all(|(at, len, file)| at % 4096 == 0 && len <= file)
+        );
+    }
+    assert!(
+        device
+            .addresses()
+            .translate(buf.region(), buf.region_offset())
+            .is_some()
+    );
+    assert_eq!(device.read64(0).expect("CAP"), 0x0020_1e01_00ff);
+    device.write32(0x14, 0x0046_0001).expect("CC");
+    assert_eq!(device.read32(0x1c).expect("CSTS"), 1);
+    assert!(device.read32(0x2000).is_err() && device.read32(2).is_err());
+
+    assert!(!device.doorbells_are_messages());
+    let bell = device.doorbell(0x1008).expect("a doorbell");
+    bell.ring(7);
+    let mut word = [0; 4];
+    fake.bar.read_exact_at(&mut word, 0x1008).expect("read");
+    assert_eq!(word, 7u32.to_le_bytes());
+
+    let vectors = device.enable_interrupts(5).expect("interrupts");
+    assert_eq!(vectors.len(), 5);
+    {
+        let seen = fake.seen.lock();
+        assert_eq!(
+            (seen.vectors.len(), seen.most_fds),
+            (5, 3),
+            "in parts of max_msg_fds"
+        );
+        assert_eq!(seen.config[0x87] & 0x80, 0x80);
+    }
+    device.reset().expect("reset");
+    {
+        let seen = fake.seen.lock();
+        assert_eq!((seen.resets, seen.vectors.len()), (1, 0));
+        assert_eq!(seen.config[0x87] & 0x80, 0);
+    }
+    assert_eq!(device.read32(0x1c).expect("CSTS"), 0);
+    assert!(vectors.iter().all(|v| v.drain() > 0), "sleepers are woken");
+    assert!(device.enable_interrupts(64).expect("interrupts").len() == 8);
+
+    device.write32(0x14, 0x0046_0001).expect("CC");
+    device.detach();
+    device.detach();
+    bell.ring(9);
+    fake.bar.read_exact_at(&mut word, 0x1008).expect("read");
+    assert_eq!(word, 7u32.to_le_bytes(), "the doorbell is taken away");
+    assert_eq!(device.read32(0x1c).expect("all ones"), u32::MAX);
+    assert!(device.is_gone());
+    let seen = fake.seen.lock();
+    assert_eq!(seen.registers[0x14] & 1, 0, "the controller is off");
+    assert!(seen.maps.is_empty());
+}
+
+#[test]
+fn doorbells_without_a_page_are_messages() {
+    let fake = Fake::start(Some(Fault::NoDoorbells));
+    let device = connect(&fake).expect("connected");
+    assert!(device.doorbells_are_messages());
+    // The fake has registers up to 0x1000 only; the last of them serves as a doorbell.
+    device.doorbell(0xffc).expect("a doorbell").ring(5);
+    assert_eq!(fake.seen.lock().registers[0xffc], 5);
+}
+
+#[test]
+fn refusals_are_errors_not_success() {
+    let fake = Fake::start(Some(Fault::Refuse(Command::DmaMap, 22)));
+    let _buf = DmaBuf::zeroed(4096).expect("memory, so that there is a region to map");
+    let error = connect(&fake).expect_err("refused").to_string();
+    assert!(
+        error.contains("DMA_MAP") && error.contains("refused"),
+        "{error}"
+    );
+
+    let fake = Fake::start(Some(Fault::Refuse(Command::RegionRead, 5)));
+    let error = connect(&fake).expect_err("refused").to_string();
+    assert!(error.contains("REGION_READ"), "{error}");
+}
+
+#[test]
+fn refused_interrupts() {
+    let fake = Fake::start(Some(Fault::Refuse(Command::SetIrqs, 22)));
+    // Notices of errors and requests are done without; interrupts are not.
+    let device = connect(&fake).expect("connected");
+    let error = device
+        .enable_interrupts(2)
+        .expect_err("refused")
+        .to_string();
+    assert!(error.contains("DEVICE_SET_IRQS"), "{error}");
+}
+
+#[test]
+fn short_answers_do_not_hang() {
+    for command in [
+        Command::GetInfo,
+        Command::GetRegionInfo,
+        Command::GetIrqInfo,
+        Command::RegionRead,
+        Command::Version,
+    ] {
+        let fake = Fake::start(Some(Fault::Short(command)));
+        let started = Instant::now();
+        match connect(&fake) {
+            // Without notices of errors a device is still of use.
+            Ok(_) => assert_eq!(command, Command::GetIrqInfo),
+            Err(e) => assert!(e.to_string().contains("answer"), "{command:?}: {e}"),
+        }
+        assert!(started.elapsed() < Duration::from_secs(5), "{command:?}");
+    }
+}
+
+#[test]
+fn silence_names_the_request() {
+    let fake = Fake::start(Some(Fault::Silent(Command::GetInfo)));
+    let error = connect(&fake).expect_err("no answer");
+    assert!(
+        matches!(&error, TransportError::Timeout { what, .. } if what == "DEVICE_GET_INFO"),
+        "{error}"
+    );
+
+    let fake = Fake::start(Some(Fault::Half(Command::GetInfo)));
+    let error = connect(&fake).expect_err("half an answer");
+    assert!(matches!(&error, TransportError::Timeout { .. }), "{error}");
+}
+
+#[test]
+fn a_socket_that_another_client_holds() {
+    let dir = tempfile::tempdir().expect("a directory");
+    // It accepts nobody, as a server does that is busy with its one client.
+    let _listener = UnixListener::bind(dir.path().join("cntrl")).expect("bound");
+    let error = VfioUser::connect_within(dir.path(), SOON, SOON).expect_err("held");
+    let text = error.to_string();
+    assert!(matches!(error, TransportError::InUse { .. }), "{text}");
+    assert!(
+        text.contains("one client at a time") && text.contains(&std::process::id().to_string()),
+        "{text}"
+    );
+}
+
+#[test]
+fn nobody_there() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let error = VfioUser::connect(dir.path(), SOON)
+        .expect_err("nothing there")
+        .to_string();
+    assert!(error.contains("no such socket"), "{error}");
+    drop(UnixListener::bind(dir.path().join("cntrl")).expect("bound"));
+    let error = VfioUser::connect(dir.path(), SOON)
+        .expect_err("nobody listens")
+        .to_string();
+    assert!(error.contains("ended"), "{error}");
+    assert!(socket_path(dir.path()).ends_with("cntrl"));
+}
+
+#[test]
+fn the_other_side_ends() {
+    let fake = Fake::start(Some(Fault::HangUp(Command::Reset)));
+    let device = connect(&fake).expect("connected");
+    let vectors = device.enable_interrupts(2).expect("interrupts");
+    assert_eq!(device.take_event(), None);
+    let error = device.reset().expect_err("it hung up");
+    assert!(matches!(error, TransportError::Removed { .. }), "{error}");
+    assert_eq!(device.take_event(), Some(TransportEvent::Removed));
+    assert!(device.is_gone());
+    assert!(vectors.iter().all(|v| v.drain() > 0), "sleepers are woken");
+    assert_eq!(device.read32(0).expect("all ones"), u32::MAX);
+}
+
+#[test]
+fn strays_between_request_and_answer() {
+    let fake = Fake::start(Some(Fault::Chatty));
+    let device = connect(&fake).expect("connected");
+    assert_eq!(device.read64(0).expect("CAP"), 0x0020_1e01_00ff);
+}
+
+#[test]
+fn a_doorbell_page_behind_the_end_of_its_file() {
+    let fake = Fake::start(Some(Fault::ShortFile));
+    let error = connect(&fake).expect_err("refused").to_string();
+    assert!(error.contains("outside its file"), "{error}");
+}
