@@ -115,13 +115,23 @@ impl DeviceInfo {
             Op::ReadV { bufs, .. } => !bufs.is_empty() && bufs.iter().all(|b| aligned(b.len())),
             Op::WriteV { data, .. } => !data.is_empty() && data.iter().all(|d| aligned(d.len())),
             Op::CompareAndWrite(c) => aligned(c.write.len()) && c.compare.len() == c.write.len(),
+            Op::WriteZeroes { len_blocks, .. }
+            | Op::Unmap { len_blocks, .. }
+            | Op::Copy { len_blocks, .. } => *len_blocks != 0,
+            Op::Zone { .. } => true,
             _ => len != 0 && len.is_multiple_of(bs),
         };
         if !whole {
             let detail = format!("lengths must be non-zero multiples of {bs} bytes");
             return Err(self.error(op, IoErrorKind::Misaligned, detail));
         }
-        let inside = |lba: u64| lba < self.num_blocks && len / bs <= self.num_blocks - lba;
+        let blocks = match op {
+            Op::WriteZeroes { len_blocks, .. }
+            | Op::Unmap { len_blocks, .. }
+            | Op::Copy { len_blocks, .. } => *len_blocks,
+            _ => len / bs,
+        };
+        let inside = |lba: u64| lba < self.num_blocks && blocks <= self.num_blocks - lba;
         let src_inside = match op {
             Op::Copy { src_lba, .. } => inside(*src_lba),
             _ => true,
@@ -145,7 +155,7 @@ impl DeviceInfo {
             self.max_io_blocks
         };
         let transfers = !matches!(kind, OpKind::WriteZeroes | OpKind::Unmap | OpKind::Copy);
-        if max != 0 && transfers && len / bs > u64::from(max) {
+        if max != 0 && transfers && blocks > u64::from(max) {
             let detail = format!("at most {max} blocks of {bs} bytes in one {kind}");
             return Err(self.error(op, IoErrorKind::TooLong, detail));
         }

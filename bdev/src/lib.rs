@@ -1,15 +1,23 @@
 //! Block devices: one trait, a channel per thread, modules, configuration, RPC.
 
+pub mod conformance;
 pub mod crashsim;
+pub mod delay;
 mod device;
 mod error;
+pub mod error_inject;
 mod executor;
 
 pub mod file;
 pub mod malloc;
 pub mod null;
 mod op;
+pub mod passthru;
+mod pollfd;
 mod queue;
+pub mod raid0;
+mod slots;
+pub mod split;
 mod uri;
 pub mod uuid;
 

@@ -309,6 +309,21 @@ impl Op {
         }
     }
 
+    /// The tag that an abort is for.
+    pub(crate) fn abort_target(&self) -> Option<u64> {
+        match self {
+            Op::Abort { tag } => Some(*tag),
+            _ => None,
+        }
+    }
+
+    /// Gives an abort another target; nothing happens to other operations.
+    pub(crate) fn set_abort_target(&mut self, target: Option<u64>) {
+        if let (Op::Abort { tag }, Some(target)) = (self, target) {
+            *tag = target;
+        }
+    }
+
     /// The same operation `delta` blocks further on (wrapping: callers add an offset that the
     /// device's size bounds).
     pub(crate) fn shift(&mut self, delta: u64) {
@@ -351,6 +366,21 @@ pub enum SubmitError {
     Busy(Op),
     /// The operation can never be done: out of range, misaligned, unsupported, device gone.
     Refused(Op, Box<IoError>),
+}
+
+impl SubmitError {
+    /// The operation that was not taken.
+    pub fn into_op(self) -> Op {
+        match self {
+            SubmitError::Busy(op) | SubmitError::Refused(op, _) => op,
+        }
+    }
+
+    pub(crate) fn op_mut(&mut self) -> &mut Op {
+        match self {
+            SubmitError::Busy(op) | SubmitError::Refused(op, _) => op,
+        }
+    }
 }
 
 impl fmt::Display for SubmitError {

@@ -1,0 +1,246 @@
+//! `delay`: a device that takes its time, for seeing how what is above copes with a slow one.
+//!
+//! One operation in a hundred takes the tail latency, the others the mean; the time of the device
+//! below is part of it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::device::{BlockDevice, DeviceInfo, IoChannel};
+use crate::error::BdevError;
+use crate::op::{Completion, Op, OpKind, SubmitError};
+use crate::slots::Slots;
+
+/// Shorter sleeps are spun: the kernel would oversleep.
+const SPIN_MAX: Duration = Duration::from_micros(60);
+
+/// Latencies in microseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Latencies {
+    /// Of reads, mostly.
+    pub avg_read_us: u64,
+    /// Of one read in a hundred.
+    pub p99_read_us: u64,
+    /// Of writes and of all else that changes the device, mostly.
+    pub avg_write_us: u64,
+    /// Of one write in a hundred.
+    pub p99_write_us: u64,
+}
+
+/// A device with latencies of its own, which may be changed while it runs.
+#[derive(Debug)]
+pub struct Delay {
+    info: DeviceInfo,
+    base: Arc<dyn BlockDevice>,
+    latencies: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    avg_read_us: AtomicU64,
+    p99_read_us: AtomicU64,
+    avg_write_us: AtomicU64,
+    p99_write_us: AtomicU64,
+}
+
+impl Delay {
+    /// Puts the device `name` on top of `base`.
+    pub fn new(name: &str, base: Arc<dyn BlockDevice>, latencies: Latencies) -> Delay {
+        let mut info = base.info().clone();
+        name.clone_into(&mut info.name);
+        info.aliases.clear();
+        info.module = "delay";
+        "delay".clone_into(&mut info.product);
+        info.uuid = crate::uuid::derived(format!("{name} on {:?}", base.info().uuid).as_bytes());
+        let delay = Delay {
+            info,
+            base,
+            latencies: Arc::default(),
+        };
+        delay.set_latencies(latencies);
+        delay
+    }
+
+    /// Changes the latencies of what is submitted from now on.
+    pub fn set_latencies(&self, latencies: Latencies) {
+        let Shared {
+            avg_read_us,
+            p99_read_us,
+            avg_write_us,
+            p99_write_us,
+        } = &*self.latencies;
+        avg_read_us.store(latencies.avg_read_us, Ordering::Relaxed);
+        p99_read_us.store(latencies.p99_read_us, Ordering::Relaxed);
+        avg_write_us.store(latencies.avg_write_us, Ordering::Relaxed);
+        p99_write_us.store(latencies.p99_write_us, Ordering::Relaxed);
+    }
+
+    /// The latencies now.
+    pub fn latencies(&self) -> Latencies {
+        let Shared {
+            avg_read_us,
+            p99_read_us,
+            avg_write_us,
+            p99_write_us,
+        } = &*self.latencies;
+        Latencies {
+            avg_read_us: avg_read_us.load(Ordering::Relaxed),
+            p99_read_us: p99_read_us.load(Ordering::Relaxed),
+            avg_write_us: avg_write_us.load(Ordering::Relaxed),
+            p99_write_us: p99_write_us.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl BlockDevice for Delay {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
+        Ok(Box::new(DelayChannel {
+            base: self.base.open_channel()?,
+            latencies: Arc::clone(&self.latencies),
+            below: Slots::default(),
+            held: Vec::new(),
+            reaped: Vec::new(),
+            count: 0,
+        }))
+    }
+
+    fn driver_specific(&self) -> serde_json::Value {
+        let l = self.latencies();
+        serde_json::json!({ "delay": {
+            "name": self.info.name,
+            "base_bdev_name": self.base.info().name,
+            "avg_read_latency": l.avg_read_us,
+            "p99_read_latency": l.p99_read_us,
+            "avg_write_latency": l.avg_write_us,
+            "p99_write_latency": l.p99_write_us,
+        } })
+    }
+}
+
+struct DelayChannel {
+    base: Box<dyn IoChannel>,
+    latencies: Arc<Shared>,
+    /// With the device below.
+    below: Slots<Below>,
+    /// Done below, waiting for their time.
+    held: Vec<(Instant, Completion)>,
+    reaped: Vec<Completion>,
+    count: u64,
+}
+
+struct Below {
+    /// The submitter's.
+    tag: u64,
+    due: Instant,
+    /// Of an abort: the submitter's tag for what it aborts.
+    target: Option<u64>,
+}
+
+impl DelayChannel {
+    fn latency(&mut self, kind: OpKind) -> Duration {
+        let l = &self.latencies;
+        let (avg, p99) = match kind {
+            OpKind::Reset | OpKind::Abort => return Duration::ZERO,
+            OpKind::Read | OpKind::Compare => (&l.avg_read_us, &l.p99_read_us),
+            _ => (&l.avg_write_us, &l.p99_write_us),
+        };
+        self.count += 1;
+        let tail = self.count.is_multiple_of(100);
+        let us = if tail { p99 } else { avg }.load(Ordering::Relaxed);
+        Duration::from_micros(us)
+    }
+
+    fn reap(&mut self, out: &mut Vec<Completion>) -> usize {
+        let mut given = 0;
+        self.base.poll(&mut self.reaped);
+        let now = if self.reaped.is_empty() && self.held.is_empty() {
+            return 0;
+        } else {
+            Instant::now()
+        };
+        for mut completion in self.reaped.drain(..) {
+            let Some(Below { tag, due, target }) = self.below.remove(completion.tag) else {
+                continue;
+            };
+            completion.tag = tag;
+            completion.op.set_abort_target(target);
+            if let Op::Reset = completion.op {
+                // What was held had ended below: it goes before the reset.
+                given += self.held.len();
+                out.extend(self.held.drain(..).map(|(_, c)| c));
+            }
+            if due <= now {
+                out.push(completion);
+                given += 1;
+            } else {
+                self.held.push((due, completion));
+            }
+        }
+        let mut i = 0;
+        while let Some((due, _)) = self.held.get(i) {
+            if *due <= now {
+                out.push(self.held.swap_remove(i).1);
+                given += 1;
+            } else {
+                i += 1;
+            }
+        }
+        given
+    }
+}
+
+impl IoChannel for DelayChannel {
+    fn submit(&mut self, tag: u64, mut op: Op) -> Result<(), SubmitError> {
+        let due = Instant::now() + self.latency(op.kind());
+        let target = op.abort_target();
+        if let Some(target) = target {
+            let found = self.below.iter().find(|(_, b)| b.tag == target);
+            op.set_abort_target(Some(found.map_or(u64::MAX, |(below, _)| below)));
+        }
+        let below = self.below.insert(Below { tag, due, target });
+        let result = self.base.submit(below, op);
+        result.map_err(|mut e| {
+            self.below.remove(below);
+            e.op_mut().set_abort_target(target);
+            e
+        })
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        self.reap(out)
+    }
+
+    fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
+        let now = Instant::now();
+        let next = self
+            .held
+            .iter()
+            .map(|(due, _)| due.saturating_duration_since(now))
+            .min();
+        let sleep = next.map_or(timeout, |n| n.min(timeout));
+        if self.base.in_flight() > 0 {
+            // The base may be done at once and its operation be held then: poll finds out.
+            return self.base.wait(sleep);
+        }
+        if next.is_none() {
+            return Ok(());
+        }
+        if sleep > SPIN_MAX {
+            thread::sleep(sleep - SPIN_MAX);
+        }
+        while now.elapsed() < sleep {
+            std::hint::spin_loop();
+        }
+        Ok(())
+    }
+
+    fn in_flight(&self) -> usize {
+        self.below.len() + self.held.len()
+    }
+}

@@ -1,0 +1,421 @@
+//! `error`: a device that fails on demand: by kind of operation, count and place, with an error,
+//! with corrupt data, or by hanging until it is told to go on.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::device::{BlockDevice, DeviceInfo, IoChannel};
+use crate::error::{BdevError, IoErrorKind};
+use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
+use crate::slots::Slots;
+use crate::{DmaBuf, DmaSlice};
+
+/// How an operation fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// It completes with a media error, and the device below never sees it.
+    Fail,
+    /// It completes with [`IoErrorKind::NoMemory`], which says: try again.
+    NoMemory,
+    /// It does not complete until [`ErrorDevice::resume`], a reset or the device's removal.
+    Hang,
+    /// It is done, with one byte of its data changed: the byte at `offset` becomes `value`, or,
+    /// where it has that value, its complement.
+    Corrupt {
+        /// Byte in the operation's data; beyond its end nothing changes.
+        offset: u64,
+        /// What it becomes.
+        value: u8,
+    },
+}
+
+/// Which operations fail, how, and how many.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Injection {
+    /// The kind of operation; `None`: all but reset and abort.
+    pub op: Option<OpKind>,
+    /// What happens.
+    pub failure: Failure,
+    /// How many operations.
+    pub count: u64,
+    /// Only operations that touch these blocks: first block, number.
+    pub range: Option<(u64, u64)>,
+    /// Only while at least so many operations are in flight on the channel; 0: always.
+    pub queue_depth: usize,
+}
+
+/// A device that fails on demand.
+#[derive(Debug)]
+pub struct ErrorDevice {
+    info: Arc<DeviceInfo>,
+    base: Arc<dyn BlockDevice>,
+    faults: Arc<Faults>,
+}
+
+#[derive(Debug, Default)]
+struct Faults {
+    list: Mutex<Vec<Injection>>,
+    /// Length of `list`, so that the path without faults takes no lock.
+    armed: AtomicU64,
+    resumed: AtomicU64,
+}
+
+impl ErrorDevice {
+    /// Puts the device `name` (`None`: `EE_` and the base's name) on top of `base`.
+    pub fn new(name: Option<&str>, base: Arc<dyn BlockDevice>) -> ErrorDevice {
+        let mut info = base.info().clone();
+        info.name = name.map_or_else(|| format!("EE_{}", info.name), ToOwned::to_owned);
+        info.aliases.clear();
+        info.module = "error";
+        "Error Injection Disk".clone_into(&mut info.product);
+        let what = format!("{} on {:?}", info.name, base.info().uuid);
+        info.uuid = crate::uuid::derived(what.as_bytes());
+        info.ops = info.ops.with(OpKind::Reset).with(OpKind::Abort);
+        ErrorDevice {
+            info: Arc::new(info),
+            base,
+            faults: Arc::default(),
+        }
+    }
+
+    /// Adds a fault.
+    pub fn inject(&self, injection: Injection) {
+        let mut list = self.faults.list.lock();
+        list.push(injection);
+        self.faults
+            .armed
+            .store(list.len() as u64, Ordering::Release);
+    }
+
+    /// Takes all faults back; what hangs goes on hanging.
+    pub fn clear(&self) {
+        self.faults.list.lock().clear();
+        self.faults.armed.store(0, Ordering::Release);
+    }
+
+    /// Lets what hangs go on, as if it had been slow.
+    pub fn resume(&self) {
+        self.faults.resumed.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// The faults still armed.
+    pub fn injections(&self) -> Vec<Injection> {
+        self.faults.list.lock().clone()
+    }
+}
+
+impl Faults {
+    fn take(&self, op: &Op, block_size: u32, in_flight: usize) -> Option<Failure> {
+        if self.armed.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        let kind = op.kind();
+        let end = op.lba() + op.len_bytes(block_size) / u64::from(block_size);
+        let mut list = self.list.lock();
+        let i = list.iter().position(|f| {
+            let any = !matches!(kind, OpKind::Reset | OpKind::Abort);
+            f.op.map_or(any, |k| k == kind)
+                && in_flight + 1 >= f.queue_depth
+                && f.range
+                    .is_none_or(|(at, n)| op.lba() < at.saturating_add(n) && at < end)
+        })?;
+        let failure = list[i].failure;
+        list[i].count -= 1;
+        if list[i].count == 0 {
+            list.remove(i);
+            self.armed.store(list.len() as u64, Ordering::Release);
+        }
+        Some(failure)
+    }
+}
+
+impl BlockDevice for ErrorDevice {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
+        Ok(Box::new(ErrorChannel {
+            info: Arc::clone(&self.info),
+            base: self.base.open_channel()?,
+            base_ops: self.base.info().ops,
+            faults: Arc::clone(&self.faults),
+            resumed: self.faults.resumed.load(Ordering::Acquire),
+            below: Slots::default(),
+            hung: Vec::new(),
+            waiting: Vec::new(),
+            ended: Vec::new(),
+        }))
+    }
+
+    fn driver_specific(&self) -> serde_json::Value {
+        let base = &self.base.info().name;
+        serde_json::json!({ "error": { "name": self.info.name, "base_bdev": base } })
+    }
+}
+
+struct ErrorChannel {
+    info: Arc<DeviceInfo>,
+    base: Box<dyn IoChannel>,
+    base_ops: OpSet,
+    faults: Arc<Faults>,
+    resumed: u64,
+    below: Slots<Below>,
+    hung: Vec<(u64, Op)>,
+    /// Resumed, and not yet taken by the device below.
+    waiting: Vec<(u64, Op)>,
+    ended: Vec<Completion>,
+}
+
+struct Below {
+    tag: u64,
+    target: Option<u64>,
+    /// Of a corrupted write: what the submitter gave, and gets back.
+    original: Option<Op>,
+    /// Of a corrupted read: where and what.
+    corrupt: Option<(u64, u8)>,
+}
+
+impl ErrorChannel {
+    fn pass(&mut self, tag: u64, op: Op, corrupt: Option<(u64, u8)>) -> Result<(), SubmitError> {
+        let mut below = Below {
+            tag,
+            target: op.abort_target(),
+            original: None,
+            corrupt: None,
+        };
+        let mut op = op;
+        if let Some(target) = below.target {
+            let found = self.below.iter().find(|(_, b)| b.tag == target);
+            op.set_abort_target(Some(found.map_or(u64::MAX, |(i, _)| i)));
+        }
+        match (op.kind(), corrupt) {
+            (OpKind::Write, Some((at, value))) => match corrupted_write(&op, at, value) {
+                Ok(changed) => below.original = Some(std::mem::replace(&mut op, changed)),
+                Err(reason) => {
+                    let e = self.info.error(&op, IoErrorKind::NoMemory, reason);
+                    return Err(SubmitError::Refused(op, e));
+                }
+            },
+            _ => below.corrupt = corrupt,
+        }
+        let i = self.below.insert(below);
+        let result = self.base.submit(i, op);
+        result.map_err(|mut e| {
+            if let Some(below) = self.below.remove(i) {
+                e.op_mut().set_abort_target(below.target);
+                if let Some(original) = below.original {
+                    *e.op_mut() = original;
+                }
+            }
+            e
+        })
+    }
+
+    fn end(&mut self, tag: u64, op: Op, kind: IoErrorKind, why: &str) {
+        let e = self.info.error(&op, kind, why);
+        self.ended.push(Completion {
+            tag,
+            op,
+            result: Err(e),
+        });
+    }
+
+    /// Sends resumed operations down.
+    fn go_on(&mut self) {
+        let resumed = self.faults.resumed.load(Ordering::Acquire);
+        if resumed != self.resumed {
+            self.resumed = resumed;
+            self.waiting.append(&mut self.hung);
+        }
+        let mut waiting = std::mem::take(&mut self.waiting).into_iter();
+        for (tag, op) in waiting.by_ref() {
+            match self.pass(tag, op, None) {
+                Ok(()) => {}
+                Err(SubmitError::Busy(op)) => {
+                    self.waiting.push((tag, op));
+                    break;
+                }
+                Err(SubmitError::Refused(op, e)) => {
+                    self.ended.push(Completion {
+                        tag,
+                        op,
+                        result: Err(e),
+                    });
+                }
+            }
+        }
+        self.waiting.extend(waiting);
+    }
+}
+
+/// A copy of the write with one byte changed.
+fn corrupted_write(op: &Op, at: u64, value: u8) -> Result<Op, String> {
+    let (lba, fua) = (op.lba(), op.fua());
+    let parts: &[DmaSlice] = match op {
+        Op::Write { data, .. } => std::slice::from_ref(data),
+        Op::WriteV { data, .. } => data,
+        _ => &[],
+    };
+    let len = parts.iter().map(DmaSlice::len).sum();
+    let mut buf = DmaBuf::new(len).map_err(|e| e.to_string())?;
+    let mut done = 0;
+    for part in parts {
+        buf[done..done + part.len()].copy_from_slice(part);
+        done += part.len();
+    }
+    corrupt(&mut buf, at, value);
+    Ok(Op::Write {
+        lba,
+        data: buf.freeze(),
+        fua,
+    })
+}
+
+fn corrupt(bytes: &mut [u8], at: u64, value: u8) {
+    if let Some(byte) = usize::try_from(at).ok().and_then(|at| bytes.get_mut(at)) {
+        *byte = if *byte == value { !value } else { value };
+    }
+}
+
+impl IoChannel for ErrorChannel {
+    fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
+        if let Err(e) = self.info.check(&op) {
+            return crate::queue::refuse(op, e);
+        }
+        match &op {
+            Op::Reset => {
+                for (tag, op) in std::mem::take(&mut self.hung) {
+                    self.end(
+                        tag,
+                        op,
+                        IoErrorKind::Aborted,
+                        "it hung, and the device was reset",
+                    );
+                }
+                if !self.base_ops.has(OpKind::Reset) {
+                    self.ended.push(Completion {
+                        tag,
+                        op,
+                        result: Ok(()),
+                    });
+                    return Ok(());
+                }
+            }
+            Op::Abort { tag: target } => {
+                if let Some(i) = self.hung.iter().position(|(t, _)| t == target) {
+                    let (hung_tag, hung) = self.hung.swap_remove(i);
+                    self.end(
+                        hung_tag,
+                        hung,
+                        IoErrorKind::Aborted,
+                        "it hung, and was aborted",
+                    );
+                    self.ended.push(Completion {
+                        tag,
+                        op,
+                        result: Ok(()),
+                    });
+                    return Ok(());
+                }
+                // The device below may know no abort; then there is nothing to pass down.
+                if !self.base_ops.has(OpKind::Abort) {
+                    self.ended.push(Completion {
+                        tag,
+                        op,
+                        result: Ok(()),
+                    });
+                    return Ok(());
+                }
+            }
+            _ => {}
+        }
+        match self
+            .faults
+            .take(&op, self.info.block_size, self.in_flight())
+        {
+            None => self.pass(tag, op, None),
+            Some(Failure::Corrupt { offset, value }) => self.pass(tag, op, Some((offset, value))),
+            Some(Failure::Hang) => {
+                self.hung.push((tag, op));
+                Ok(())
+            }
+            Some(Failure::Fail) => {
+                self.end(tag, op, IoErrorKind::Media, "injected");
+                Ok(())
+            }
+            Some(Failure::NoMemory) => {
+                self.end(tag, op, IoErrorKind::NoMemory, "injected");
+                Ok(())
+            }
+        }
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        self.go_on();
+        let before = out.len();
+        // What hung ends before the reset that ended it.
+        out.append(&mut self.ended);
+        let from = out.len();
+        self.base.poll(out);
+        for completion in &mut out[from..] {
+            let Some(below) = self.below.remove(completion.tag) else {
+                continue;
+            };
+            completion.tag = below.tag;
+            completion.op.set_abort_target(below.target);
+            if let Some(original) = below.original {
+                completion.op = original;
+            }
+            if let (Some((at, value)), Ok(())) = (below.corrupt, &completion.result) {
+                let mut at = at;
+                match &mut completion.op {
+                    Op::Read { buf, .. } => corrupt(buf, at, value),
+                    Op::ReadV { bufs, .. } => {
+                        for buf in bufs {
+                            if at < buf.len() as u64 {
+                                corrupt(buf, at, value);
+                                break;
+                            }
+                            at -= buf.len() as u64;
+                        }
+                    }
+                    _ => {}
+                }
+            }
+        }
+        out.len() - before
+    }
+
+    fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
+        const STEP: Duration = Duration::from_millis(1);
+        let start = Instant::now();
+        while self.ended.is_empty()
+            && self.waiting.is_empty()
+            && self.faults.resumed.load(Ordering::Acquire) == self.resumed
+        {
+            let left = timeout.saturating_sub(start.elapsed());
+            if self.base.in_flight() > 0 {
+                let step = if self.hung.is_empty() {
+                    left
+                } else {
+                    left.min(STEP)
+                };
+                return self.base.wait(step);
+            }
+            if self.hung.is_empty() || left.is_zero() {
+                break;
+            }
+            thread::sleep(left.min(STEP));
+        }
+        Ok(())
+    }
+
+    fn in_flight(&self) -> usize {
+        self.below.len() + self.hung.len() + self.waiting.len() + self.ended.len()
+    }
+}

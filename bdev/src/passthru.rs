@@ -1,0 +1,75 @@
+//! `passthru`: a device that hands everything to the one below it.
+//!
+//! It is the template for a module of your own: take what you need of it and change what passes.
+//! The example `custom_bdev` walks through it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::device::{BlockDevice, DeviceInfo, IoChannel};
+use crate::error::BdevError;
+use crate::op::{Completion, Op, SubmitError};
+
+/// A device that is another one under a new name.
+#[derive(Debug)]
+pub struct Passthru {
+    info: DeviceInfo,
+    base: Arc<dyn BlockDevice>,
+}
+
+impl Passthru {
+    /// Puts the device `name` on top of `base`.
+    pub fn new(name: &str, base: Arc<dyn BlockDevice>) -> Passthru {
+        let mut info = base.info().clone();
+        name.clone_into(&mut info.name);
+        info.aliases.clear();
+        info.module = "passthru";
+        "passthru".clone_into(&mut info.product);
+        info.uuid = crate::uuid::derived(format!("{name} on {:?}", base.info().uuid).as_bytes());
+        Passthru { info, base }
+    }
+}
+
+impl BlockDevice for Passthru {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
+        Ok(Box::new(PassthruChannel {
+            base: self.base.open_channel()?,
+        }))
+    }
+
+    fn driver_specific(&self) -> serde_json::Value {
+        serde_json::json!({
+            "passthru": { "name": self.info.name, "base_bdev_name": self.base.info().name }
+        })
+    }
+}
+
+struct PassthruChannel {
+    base: Box<dyn IoChannel>,
+}
+
+impl IoChannel for PassthruChannel {
+    fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
+        self.base.submit(tag, op)
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        self.base.poll(out)
+    }
+
+    fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
+        self.base.wait(timeout)
+    }
+
+    fn in_flight(&self) -> usize {
+        self.base.in_flight()
+    }
+
+    fn event_fd(&self) -> Option<std::os::fd::RawFd> {
+        self.base.event_fd()
+    }
+}

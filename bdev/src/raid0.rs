@@ -1,0 +1,633 @@
+//! `raid0`: several devices striped into one, so that one database uses them all.
+//!
+//! Strip `s` lies on leg `s % n`, as its strip `s / n`. An operation inside one strip goes to its
+//! leg as it is; a longer one becomes one operation per leg, since what it takes of a leg is
+//! contiguous there. Nothing is redundant: a leg that is lost takes the device with it.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::device::{BlockDevice, DeviceInfo, IoChannel};
+use crate::error::{BdevError, IoError, IoErrorKind};
+use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
+use crate::pollfd;
+use crate::queue::refuse;
+use crate::slots::Slots;
+use crate::{DmaBuf, DmaSlice};
+
+/// Parts of a vector that a leg gets in one operation.
+const PARTS_MAX: u32 = 512;
+/// Operations in flight on a channel.
+const DEPTH: usize = 1024;
+
+/// Striped devices.
+#[derive(Debug)]
+pub struct Raid0 {
+    info: Arc<DeviceInfo>,
+    legs: Vec<Arc<dyn BlockDevice>>,
+    strip_blocks: u64,
+}
+
+impl Raid0 {
+    /// Stripes `legs` into the device `name`, in strips of `strip_kb` KiB.
+    ///
+    /// # Errors
+    /// No legs, legs of different block sizes or shorter than a strip, a strip size that is no
+    /// power of two or less than a block.
+    pub fn new(
+        name: &str,
+        legs: Vec<Arc<dyn BlockDevice>>,
+        strip_kb: u32,
+        uuid: Option<[u8; 16]>,
+    ) -> Result<Raid0, BdevError> {
+        let invalid = |what: &str, reason: String| {
+            Err(BdevError::InvalidOption {
+                name: format!("{name}: {what}"),
+                reason,
+            })
+        };
+        let Some(first) = legs.first() else {
+            return invalid("base_bdevs", "a raid0 needs at least one device".to_owned());
+        };
+        let bs = first.info().block_size;
+        if let Some(odd) = legs.iter().find(|l| l.info().block_size != bs) {
+            let (odd, first) = (odd.info(), first.info());
+            return invalid(
+                "base_bdevs",
+                format!(
+                    "`{}` has blocks of {} bytes, `{}` of {}",
+                    odd.name, odd.block_size, first.name, first.block_size
+                ),
+            );
+        }
+        let strip_bytes = u64::from(strip_kb) << 10;
+        if !strip_kb.is_power_of_two() || strip_bytes < u64::from(bs) {
+            return invalid(
+                "strip_size_kb",
+                format!("{strip_kb}: use a power of two, at least a block of {bs} bytes"),
+            );
+        }
+        let strip_blocks = strip_bytes / u64::from(bs);
+        let shortest = legs.iter().map(|l| l.info().num_blocks).min().unwrap_or(0);
+        let usable = shortest - shortest % strip_blocks;
+        if usable == 0 {
+            return invalid(
+                "base_bdevs",
+                format!("a device is shorter than {strip_kb} KiB"),
+            );
+        }
+        let num_blocks = usable.saturating_mul(legs.len() as u64);
+        let mut info = DeviceInfo::new(name, "raid", bs, num_blocks);
+        "Raid Volume".clone_into(&mut info.product);
+        info.uuid = uuid.unwrap_or_else(crate::uuid::random);
+        info.write_cache = legs.iter().any(|l| l.info().write_cache);
+        info.keeps_data = legs.iter().all(|l| l.info().keeps_data);
+        info.unmap_zeroes = legs.iter().all(|l| l.info().unmap_zeroes);
+        info.buf_align = legs.iter().map(|l| l.info().buf_align).max().unwrap_or(1);
+        let strip = u32::try_from(strip_blocks).unwrap_or(u32::MAX);
+        info.optimal_io_boundary_blocks = strip;
+        let limits = legs
+            .iter()
+            .map(|l| l.info().max_io_blocks)
+            .filter(|n| *n > 0);
+        info.max_io_blocks = limits
+            .min()
+            .unwrap_or(u32::MAX)
+            .min(strip.saturating_mul(PARTS_MAX));
+        let common = legs.iter().map(|l| l.info().ops);
+        info.ops = common
+            .reduce(OpSet::intersection)
+            .unwrap_or_default()
+            .without(OpKind::Copy);
+        Ok(Raid0 {
+            info: Arc::new(info),
+            legs,
+            strip_blocks,
+        })
+    }
+}
+
+impl BlockDevice for Raid0 {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
+        let legs: Result<Vec<_>, BdevError> = self
+            .legs
+            .iter()
+            .map(|leg| {
+                Ok(Leg {
+                    channel: leg.open_channel()?,
+                    backlog: VecDeque::new(),
+                })
+            })
+            .collect();
+        Ok(Box::new(RaidChannel {
+            info: Arc::clone(&self.info),
+            strip: self.strip_blocks,
+            legs: legs?,
+            parents: Slots::default(),
+            children: Slots::default(),
+            ended: Vec::new(),
+            reaped: Vec::new(),
+        }))
+    }
+
+    fn driver_specific(&self) -> serde_json::Value {
+        let legs: Vec<_> = self
+            .legs
+            .iter()
+            .map(|l| {
+                serde_json::json!({
+                    "name": l.info().name,
+                    "uuid": crate::uuid::format(&l.info().uuid),
+                    "is_configured": true,
+                    "data_offset": 0,
+                    "data_size": self.info.num_blocks / self.legs.len() as u64,
+                })
+            })
+            .collect();
+        serde_json::json!({ "raid": {
+            "name": self.info.name,
+            "uuid": crate::uuid::format(&self.info.uuid),
+            "strip_size_kb": self.strip_blocks * u64::from(self.info.block_size) / 1024,
+            "state": "online",
+            "raid_level": "raid0",
+            "superblock": false,
+            "num_base_bdevs": legs.len(),
+            "num_base_bdevs_discovered": legs.len(),
+            "num_base_bdevs_operational": legs.len(),
+            "base_bdevs_list": legs,
+        } })
+    }
+}
+
+struct Leg {
+    channel: Box<dyn IoChannel>,
+    /// What the leg was too busy to take.
+    backlog: VecDeque<(u64, Op)>,
+}
+
+struct RaidChannel {
+    info: Arc<DeviceInfo>,
+    strip: u64,
+    legs: Vec<Leg>,
+    parents: Slots<Parent>,
+    children: Slots<Child>,
+    ended: Vec<Completion>,
+    reaped: Vec<Completion>,
+}
+
+/// An operation of the submitter.
+struct Parent {
+    tag: u64,
+    /// `None` while its only child carries it.
+    op: Option<Op>,
+    left: usize,
+    error: Option<Box<IoError>>,
+}
+
+/// What one leg does of it.
+struct Child {
+    parent: u64,
+    leg: usize,
+    /// The whole operation, moved by so many blocks: it lies in one strip.
+    whole: Option<u64>,
+    /// Offsets in the parent's data, in bytes, and lengths: where the parts of the child belong.
+    parts: Vec<(usize, usize)>,
+}
+
+/// What an operation takes of one leg.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+struct Share {
+    lba: u64,
+    len_blocks: u64,
+    /// Offset in the operation and length, in blocks, of each strip or piece of one.
+    parts: Vec<(u64, u64)>,
+}
+
+/// Divides `len` blocks from `lba` among `n` legs.
+fn shares(lba: u64, len: u64, strip: u64, n: u64, with_parts: bool) -> Vec<Share> {
+    let mut shares = vec![Share::default(); usize::try_from(n).unwrap_or(0)];
+    let (first, last) = (lba / strip, (lba + len - 1) / strip);
+    if with_parts {
+        let mut at = lba;
+        while at < lba + len {
+            let s = at / strip;
+            let end = ((s + 1) * strip).min(lba + len);
+            let share = &mut shares[usize::try_from(s % n).unwrap_or(0)];
+            if share.len_blocks == 0 {
+                share.lba = s / n * strip + at % strip;
+            }
+            share.len_blocks += end - at;
+            share.parts.push((at - lba, end - at));
+            at = end;
+        }
+        return shares;
+    }
+    // Without the parts: by arithmetic, since an unmap may take millions of strips.
+    for (leg, share) in (0..n).zip(&mut shares) {
+        // First and last strip in [first, last] that lie on this leg.
+        let low = first + (leg + n - first % n) % n;
+        if low > last {
+            continue;
+        }
+        let high = last - (last % n + n - leg) % n;
+        let start = low / n * strip + if low == first { lba % strip } else { 0 };
+        let end = if high == last {
+            (lba + len - 1) % strip + 1
+        } else {
+            strip
+        };
+        share.lba = start;
+        share.len_blocks = high / n * strip + end - start;
+    }
+    shares
+}
+
+impl RaidChannel {
+    fn send(&mut self, leg: usize, child: Child, op: Op) {
+        let tag = self.children.insert(child);
+        let leg = &mut self.legs[leg];
+        if !leg.backlog.is_empty() {
+            leg.backlog.push_back((tag, op));
+            return;
+        }
+        match leg.channel.submit(tag, op) {
+            Ok(()) => {}
+            Err(SubmitError::Busy(op)) => leg.backlog.push_back((tag, op)),
+            Err(SubmitError::Refused(op, e)) => self.child_ended(tag, op, Err(e)),
+        }
+    }
+
+    fn child_ended(&mut self, tag: u64, op: Op, result: Result<(), Box<IoError>>) {
+        let Some(child) = self.children.remove(tag) else {
+            return;
+        };
+        let Some(parent) = self.parents.get_mut(child.parent) else {
+            return;
+        };
+        match child.whole {
+            Some(shift) => {
+                let mut op = op;
+                op.shift(shift.wrapping_neg());
+                parent.op = Some(op);
+            }
+            None => {
+                if let (Some(whole), Ok(())) = (&mut parent.op, &result) {
+                    copy_back(whole, &op, &child.parts);
+                }
+            }
+        }
+        if let Err(mut e) = result {
+            if let (IoErrorKind::Miscompare { offset_bytes }, [(at, _), ..]) =
+                (e.kind, &child.parts[..])
+            {
+                e.kind = IoErrorKind::Miscompare {
+                    offset_bytes: offset_bytes + *at as u64,
+                };
+            }
+            parent.error.get_or_insert(e);
+        }
+        parent.left -= 1;
+        if parent.left == 0
+            && let Some(Parent {
+                tag,
+                op: Some(op),
+                error,
+                ..
+            }) = self.parents.remove(child.parent)
+        {
+            let result = error.map_or(Ok(()), Err);
+            self.ended.push(Completion { tag, op, result });
+        }
+    }
+
+    fn divide(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
+        let bs = u64::from(self.info.block_size);
+        let (lba, len) = (op.lba(), op.len_bytes(self.info.block_size) / bs);
+        let n = self.legs.len() as u64;
+        let mut children = Vec::new();
+        match &op {
+            Op::Flush | Op::Reset => {
+                for leg in 0..self.legs.len() {
+                    let op = if matches!(op, Op::Flush) {
+                        Op::Flush
+                    } else {
+                        Op::Reset
+                    };
+                    children.push((leg, Vec::new(), op));
+                }
+            }
+            Op::Abort { tag: target } => {
+                let aborts: Vec<_> = self
+                    .children
+                    .iter()
+                    .filter(|(_, c)| {
+                        let parent = self.parents.iter().find(|(i, _)| *i == c.parent);
+                        parent.is_some_and(|(_, p)| p.tag == *target)
+                    })
+                    .map(|(tag, c)| (c.leg, Vec::new(), Op::Abort { tag }))
+                    .collect();
+                children = aborts;
+            }
+            _ => {
+                let data = !matches!(op, Op::WriteZeroes { .. } | Op::Unmap { .. });
+                for (leg, share) in shares(lba, len, self.strip, n, data)
+                    .into_iter()
+                    .enumerate()
+                {
+                    if share.len_blocks == 0 {
+                        continue;
+                    }
+                    match child_ops(&op, &share, bs) {
+                        Ok(ops) => {
+                            children.extend(ops.into_iter().map(|(parts, op)| (leg, parts, op)));
+                        }
+                        Err(reason) => {
+                            let e = self.info.error(&op, IoErrorKind::NoMemory, reason);
+                            return refuse(op, e);
+                        }
+                    }
+                }
+            }
+        }
+        if children.is_empty() {
+            self.ended.push(Completion {
+                tag,
+                op,
+                result: Ok(()),
+            });
+            return Ok(());
+        }
+        let left = children.len();
+        let parent = self.parents.insert(Parent {
+            tag,
+            op: Some(op),
+            left,
+            error: None,
+        });
+        for (leg, parts, op) in children {
+            self.send(
+                leg,
+                Child {
+                    parent,
+                    leg,
+                    whole: None,
+                    parts,
+                },
+                op,
+            );
+        }
+        Ok(())
+    }
+}
+
+type PartsAndOp = (Vec<(usize, usize)>, Op);
+
+/// The operations of one leg for its share of `op`.
+fn child_ops(op: &Op, share: &Share, bs: u64) -> Result<Vec<PartsAndOp>, String> {
+    let bytes = |(at, n): &(u64, u64)| {
+        let usize_of = |blocks: u64| usize::try_from(blocks * bs).unwrap_or(usize::MAX);
+        (usize_of(*at), usize_of(*n))
+    };
+    let parts: Vec<(usize, usize)> = share.parts.iter().map(bytes).collect();
+    let Share {
+        lba, len_blocks, ..
+    } = *share;
+    let one = |parts, op| Ok(vec![(parts, op)]);
+    match op {
+        Op::Read { .. } | Op::ReadV { .. } => {
+            let bufs: Result<Vec<_>, _> = parts.iter().map(|(_, len)| DmaBuf::new(*len)).collect();
+            one(
+                parts,
+                Op::ReadV {
+                    lba,
+                    bufs: bufs.map_err(|e| e.to_string())?,
+                },
+            )
+        }
+        Op::Write { data, fua, .. } => {
+            let data = parts
+                .iter()
+                .map(|(at, len)| data.slice(*at..at + len))
+                .collect();
+            one(
+                parts,
+                Op::WriteV {
+                    lba,
+                    data,
+                    fua: *fua,
+                },
+            )
+        }
+        Op::WriteV { data, fua, .. } => {
+            let data = parts
+                .iter()
+                .flat_map(|(at, len)| pick(data, *at, *len))
+                .collect();
+            one(
+                parts,
+                Op::WriteV {
+                    lba,
+                    data,
+                    fua: *fua,
+                },
+            )
+        }
+        Op::WriteZeroes { fua, .. } => one(
+            parts,
+            Op::WriteZeroes {
+                lba,
+                len_blocks,
+                fua: *fua,
+            },
+        ),
+        Op::Unmap { .. } => one(parts, Op::Unmap { lba, len_blocks }),
+        Op::Compare { data, .. } => {
+            // One per strip: a compare takes its data in one piece.
+            let mut lba = lba;
+            let compares = parts.into_iter().map(|(at, len)| {
+                let compare = Op::Compare {
+                    lba,
+                    data: data.slice(at..at + len),
+                };
+                lba += len as u64 / bs;
+                (vec![(at, len)], compare)
+            });
+            Ok(compares.collect())
+        }
+        op => Err(format!("{} over several strips", op.kind())),
+    }
+}
+
+/// The bytes `[at, at + len)` of `data`, as slices.
+fn pick(data: &[DmaSlice], at: usize, len: usize) -> Vec<DmaSlice> {
+    let mut picked = Vec::new();
+    let mut start = 0;
+    for slice in data {
+        let end = start + slice.len();
+        let (from, to) = (at.max(start), (at + len).min(end));
+        if from < to {
+            picked.push(slice.slice(from - start..to - start));
+        }
+        start = end;
+    }
+    picked
+}
+
+/// Moves what a leg has read to where it belongs in the whole.
+fn copy_back(whole: &mut Op, child: &Op, parts: &[(usize, usize)]) {
+    let Op::ReadV { bufs, .. } = child else {
+        return;
+    };
+    for (buf, (at, _)) in bufs.iter().zip(parts) {
+        match whole {
+            Op::Read { buf: target, .. } => target[*at..at + buf.len()].copy_from_slice(buf),
+            Op::ReadV { bufs: targets, .. } => {
+                let mut start = 0;
+                for target in targets {
+                    let end = start + target.len();
+                    let (from, to) = ((*at).max(start), (at + buf.len()).min(end));
+                    if from < to {
+                        target[from - start..to - start].copy_from_slice(&buf[from - at..to - at]);
+                    }
+                    start = end;
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+impl IoChannel for RaidChannel {
+    fn submit(&mut self, tag: u64, mut op: Op) -> Result<(), SubmitError> {
+        if let Err(e) = self.info.check(&op) {
+            return refuse(op, e);
+        }
+        if self.in_flight() >= DEPTH {
+            return Err(SubmitError::Busy(op));
+        }
+        let len = op.len_bytes(self.info.block_size) / u64::from(self.info.block_size);
+        let (lba, strip) = (op.lba(), self.strip);
+        if len == 0 || lba % strip + len > strip {
+            return self.divide(tag, op);
+        }
+        let (s, n) = (lba / strip, self.legs.len() as u64);
+        let shift = (s / n * strip + lba % strip).wrapping_sub(lba);
+        op.shift(shift);
+        let leg = usize::try_from(s % n).unwrap_or(0);
+        let parent = self.parents.insert(Parent {
+            tag,
+            op: None,
+            left: 1,
+            error: None,
+        });
+        self.send(
+            leg,
+            Child {
+                parent,
+                leg,
+                whole: Some(shift),
+                parts: Vec::new(),
+            },
+            op,
+        );
+        Ok(())
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        for i in 0..self.legs.len() {
+            let leg = &mut self.legs[i];
+            // `reaped` may hold what `wait` has found.
+            leg.channel.poll(&mut self.reaped);
+            while let Some((tag, op)) = leg.backlog.pop_front() {
+                match leg.channel.submit(tag, op) {
+                    Ok(()) => {}
+                    Err(SubmitError::Busy(op)) => {
+                        leg.backlog.push_front((tag, op));
+                        break;
+                    }
+                    Err(SubmitError::Refused(op, e)) => {
+                        self.reaped.push(Completion {
+                            tag,
+                            op,
+                            result: Err(e),
+                        });
+                    }
+                }
+            }
+            let mut reaped = std::mem::take(&mut self.reaped);
+            for Completion { tag, op, result } in reaped.drain(..) {
+                self.child_ended(tag, op, result);
+            }
+            self.reaped = reaped;
+        }
+        let n = self.ended.len();
+        out.append(&mut self.ended);
+        n
+    }
+
+    fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
+        if !self.ended.is_empty() {
+            return Ok(());
+        }
+        let mut busy: Vec<&mut Leg> = self
+            .legs
+            .iter_mut()
+            .filter(|l| l.channel.in_flight() > 0)
+            .collect();
+        if let [leg] = &mut busy[..] {
+            return leg.channel.wait(timeout);
+        }
+        let fds: Option<Vec<_>> = busy.iter().map(|l| l.channel.event_fd()).collect();
+        if let Some(fds) = fds {
+            if fds.is_empty() {
+                return Ok(());
+            }
+            // Handed to the devices first; a poll of the caller finds what is there already.
+            for leg in &mut busy {
+                leg.channel.poll(&mut self.reaped);
+            }
+            if !self.reaped.is_empty() {
+                return Ok(());
+            }
+            let waited = pollfd::wait_readable(&fds, timeout);
+            return waited.map_err(|e| BdevError::os(&self.info.name, "waiting for the legs", e));
+        }
+        // A leg without a descriptor: a little on each, in turn.
+        let step = (timeout / 4).min(Duration::from_micros(100));
+        busy.iter_mut().try_for_each(|leg| leg.channel.wait(step))
+    }
+
+    fn in_flight(&self) -> usize {
+        self.parents.len() + self.ended.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_by_arithmetic_and_by_parts_agree() {
+        for n in 1..5 {
+            for strip in [1, 4, 8] {
+                for lba in 0..40 {
+                    for len in 1..60 {
+                        let parts = shares(lba, len, strip, n, true);
+                        let whole = shares(lba, len, strip, n, false);
+                        let bare = parts.iter().map(|s| (s.lba, s.len_blocks));
+                        assert!(
+                            bare.eq(whole.iter().map(|s| (s.lba, s.len_blocks))),
+                            "n {n} strip {strip} lba {lba} len {len}: {parts:?} {whole:?}"
+                        );
+                        assert_eq!(parts.iter().map(|s| s.len_blocks).sum::<u64>(), len);
+                    }
+                }
+            }
+        }
+    }
+}

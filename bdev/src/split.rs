@@ -1,0 +1,141 @@
+//! `split`: one device cut into several of equal size, `Base` into `Basep0`, `Basep1`, ….
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::device::{BlockDevice, DeviceInfo, IoChannel};
+use crate::error::BdevError;
+use crate::op::{Completion, Op, SubmitError};
+use crate::queue::refuse;
+
+/// One part of a device.
+#[derive(Debug)]
+pub struct Split {
+    info: Arc<DeviceInfo>,
+    base: Arc<dyn BlockDevice>,
+    offset: u64,
+}
+
+impl Split {
+    /// Cuts `base` into `count` parts of `size_mb` MiB each, or of what there is divided equally.
+    ///
+    /// # Errors
+    /// No parts, parts without a block, more than the device holds.
+    pub fn new(
+        base: &Arc<dyn BlockDevice>,
+        count: u64,
+        size_mb: Option<u64>,
+    ) -> Result<Vec<Split>, BdevError> {
+        let info = base.info();
+        let bs = u64::from(info.block_size);
+        let invalid = |reason: String| {
+            Err(BdevError::InvalidOption {
+                name: format!("split of {}", info.name),
+                reason,
+            })
+        };
+        if count == 0 || count > 4096 {
+            return invalid(format!("{count} parts; there are 1 to 4096"));
+        }
+        let fair = info.num_blocks / count;
+        let blocks = match size_mb.filter(|mb| *mb > 0) {
+            Some(mb) => mb.saturating_mul(1 << 20) / bs,
+            None if info.optimal_io_boundary_blocks > 1 => {
+                let boundary = u64::from(info.optimal_io_boundary_blocks);
+                if fair >= boundary {
+                    fair - fair % boundary
+                } else {
+                    fair
+                }
+            }
+            None => fair,
+        };
+        if blocks == 0 || blocks > fair {
+            return invalid(format!(
+                "{count} parts of {blocks} blocks; the device has {}",
+                info.num_blocks
+            ));
+        }
+        let part = |i: u64| {
+            let mut info = base.info().clone();
+            info.name = format!("{}p{i}", info.name);
+            info.aliases.clear();
+            info.module = "split";
+            "Split Disk".clone_into(&mut info.product);
+            let what = format!("part {i} of {count} of {:?}", info.uuid);
+            info.uuid = crate::uuid::derived(what.as_bytes());
+            info.num_blocks = blocks;
+            Split {
+                info: Arc::new(info),
+                base: Arc::clone(base),
+                offset: i * blocks,
+            }
+        };
+        Ok((0..count).map(part).collect())
+    }
+}
+
+impl BlockDevice for Split {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
+        Ok(Box::new(SplitChannel {
+            info: Arc::clone(&self.info),
+            base: self.base.open_channel()?,
+            offset: self.offset,
+        }))
+    }
+
+    fn driver_specific(&self) -> serde_json::Value {
+        let base = &self.base.info().name;
+        serde_json::json!({ "split": { "base_bdev": base, "offset_blocks": self.offset } })
+    }
+}
+
+struct SplitChannel {
+    info: Arc<DeviceInfo>,
+    base: Box<dyn IoChannel>,
+    offset: u64,
+}
+
+impl IoChannel for SplitChannel {
+    fn submit(&mut self, tag: u64, mut op: Op) -> Result<(), SubmitError> {
+        if let Err(e) = self.info.check(&op) {
+            return refuse(op, e);
+        }
+        op.shift(self.offset);
+        self.base.submit(tag, op).map_err(|e| match e {
+            SubmitError::Busy(mut op) => {
+                op.shift(self.offset.wrapping_neg());
+                SubmitError::Busy(op)
+            }
+            SubmitError::Refused(mut op, e) => {
+                op.shift(self.offset.wrapping_neg());
+                SubmitError::Refused(op, e)
+            }
+        })
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        let before = out.len();
+        let n = self.base.poll(out);
+        for completion in &mut out[before..] {
+            completion.op.shift(self.offset.wrapping_neg());
+        }
+        n
+    }
+
+    fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
+        self.base.wait(timeout)
+    }
+
+    fn in_flight(&self) -> usize {
+        self.base.in_flight()
+    }
+
+    fn event_fd(&self) -> Option<std::os::fd::RawFd> {
+        self.base.event_fd()
+    }
+}

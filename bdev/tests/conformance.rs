@@ -1,0 +1,312 @@
+//! The conformance suite on every module, and on stacks of them.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use pumice_bdev::conformance::{self, ModelOptions};
+use pumice_bdev::crashsim::{CrashDevice, CrashImage, CrashOptions};
+use pumice_bdev::delay::{Delay, Latencies};
+use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice_bdev::file::{File, FileOptions};
+use pumice_bdev::malloc::{Malloc, MallocOptions};
+use pumice_bdev::passthru::Passthru;
+use pumice_bdev::raid0::Raid0;
+use pumice_bdev::split::Split;
+use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, IoErrorKind, Op, OpKind, open};
+
+fn malloc(size: &str) -> Arc<dyn BlockDevice> {
+    open(&format!("malloc://{size}")).unwrap()
+}
+
+#[test]
+fn malloc_conforms() {
+    conformance::run(&*malloc("8M"));
+    conformance::run(&*malloc("8M?block_size=4096"));
+    let odd = MallocOptions {
+        num_blocks: 3001,
+        ..MallocOptions::default()
+    };
+    conformance::run(&Malloc::new(&odd).unwrap());
+}
+
+#[test]
+fn null_conforms() {
+    conformance::run(&*open("null://1T").unwrap());
+}
+
+#[test]
+fn file_conforms() {
+    let dir = tempfile::tempdir_in(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap();
+    for (no_io_uring, buffered) in [(false, false), (false, true), (true, false)] {
+        let options = FileOptions {
+            path: dir.path().join("image"),
+            size: Some(8 << 20),
+            create: true,
+            no_io_uring,
+            buffered,
+            ..FileOptions::default()
+        };
+        conformance::run(&File::open(&options).unwrap());
+    }
+}
+
+#[test]
+fn crashsim_conforms() {
+    conformance::run(&CrashDevice::new(512, 8192, true, 1));
+    let in_order = CrashOptions {
+        reorder: false,
+        ..CrashOptions::default()
+    };
+    conformance::run(&CrashDevice::with_options(
+        &in_order,
+        CrashImage::zeroed(4 << 20),
+    ));
+}
+
+#[test]
+fn passthru_conforms() {
+    conformance::run(&Passthru::new("PT", malloc("8M")));
+}
+
+#[test]
+fn delay_conforms() {
+    conformance::run(&Delay::new("D", malloc("4M"), Latencies::default()));
+    let slow = Latencies {
+        avg_read_us: 20,
+        p99_read_us: 300,
+        avg_write_us: 10,
+        p99_write_us: 200,
+    };
+    conformance::run(&Delay::new("D", malloc("4M"), slow));
+}
+
+#[test]
+fn error_conforms_without_faults() {
+    conformance::run(&ErrorDevice::new(None, malloc("4M")));
+    let null = open("null://4M").unwrap();
+    conformance::run(&ErrorDevice::new(None, null));
+}
+
+#[test]
+fn split_conforms() {
+    for part in Split::new(&malloc("9M"), 3, None).unwrap() {
+        conformance::run(&part);
+    }
+}
+
+#[test]
+fn raid0_conforms() {
+    for n in [1, 2, 3] {
+        for strip_kb in [4, 64] {
+            let legs = (0..n).map(|_| malloc("4M")).collect();
+            conformance::run(&Raid0::new("R", legs, strip_kb, None).unwrap());
+        }
+    }
+}
+
+struct Stack {
+    dev: Arc<dyn BlockDevice>,
+    legs: Vec<Arc<ErrorDevice>>,
+}
+
+/// delay on raid0 on two error devices.
+fn stack(latencies: Latencies) -> Stack {
+    let legs: Vec<_> = (0..2)
+        .map(|_| Arc::new(ErrorDevice::new(None, malloc("4M"))))
+        .collect();
+    let bases = legs
+        .iter()
+        .map(|l| Arc::clone(l) as Arc<dyn BlockDevice>)
+        .collect();
+    let raid = Raid0::new("R", bases, 8, None).unwrap();
+    let dev = Arc::new(Delay::new("D", Arc::new(raid), latencies));
+    Stack { dev, legs }
+}
+
+#[test]
+fn a_stack_conforms() {
+    conformance::run(&*stack(Latencies::default()).dev);
+}
+
+#[test]
+fn a_stack_against_the_model_with_faults() {
+    for seed in 0..20 {
+        let latencies = Latencies {
+            avg_write_us: seed % 3 * 5,
+            ..Latencies::default()
+        };
+        let Stack { dev, legs } = stack(latencies);
+        let kinds = [
+            None,
+            Some(OpKind::Read),
+            Some(OpKind::Write),
+            Some(OpKind::WriteZeroes),
+        ];
+        for (i, leg) in legs.iter().enumerate() {
+            for (j, op) in kinds.into_iter().enumerate() {
+                let failure = if (i + j) % 2 == 0 {
+                    Failure::Fail
+                } else {
+                    Failure::NoMemory
+                };
+                let range = Some((seed * 37 + j as u64 * 100, 60));
+                leg.inject(Injection {
+                    op,
+                    failure,
+                    count: 5,
+                    range,
+                    queue_depth: 0,
+                });
+            }
+        }
+        let options = ModelOptions {
+            seed,
+            count: 600,
+            span_blocks: 6000,
+            depth: 16,
+            tolerate_errors: true,
+        };
+        conformance::against_model(&*dev, &options);
+    }
+}
+
+#[test]
+fn a_fault_hits_what_it_names_and_no_more() {
+    let dev = ErrorDevice::new(Some("E"), malloc("4M"));
+    let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    dev.inject(Injection {
+        op: Some(OpKind::Read),
+        failure: Failure::Fail,
+        count: 2,
+        range: Some((10, 5)),
+        queue_depth: 0,
+    });
+    let read = |lba| ch.block_on(ch.read(lba, DmaBuf::zeroed(1024).unwrap()));
+    assert!(read(0).is_ok());
+    assert!(read(15).is_ok());
+    let e = read(9).unwrap_err();
+    assert_eq!(e.kind, IoErrorKind::Media);
+    assert_eq!(
+        e.to_string(),
+        "E: read of 1024 bytes at LBA 9 (byte offset 4608): media error: injected"
+    );
+    assert!(read(14).is_err());
+    assert!(read(14).is_ok());
+    assert!(dev.injections().is_empty());
+}
+
+#[test]
+fn corrupt_data_both_ways() {
+    let dev = ErrorDevice::new(None, malloc("4M"));
+    let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    let corrupt = |op| Injection {
+        op: Some(op),
+        failure: Failure::Corrupt {
+            offset: 100,
+            value: 0xff,
+        },
+        count: 1,
+        range: None,
+        queue_depth: 0,
+    };
+    dev.inject(corrupt(OpKind::Write));
+    let data = DmaBuf::zeroed(512).unwrap().freeze();
+    let (op, result) = ch.block_on(ch.io(Op::Write {
+        lba: 0,
+        data,
+        fua: false,
+    }));
+    result.unwrap();
+    let Op::Write { data, .. } = op else {
+        panic!("{op:?}")
+    };
+    assert!(
+        data.iter().all(|b| *b == 0),
+        "the submitter's data is untouched"
+    );
+    let back = ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
+    assert_eq!(back.iter().position(|b| *b != 0), Some(100));
+    dev.inject(corrupt(OpKind::Read));
+    let back = ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
+    assert_eq!(back[100], 0, "0xff becomes its complement");
+}
+
+#[test]
+fn hang_resume_reset_abort() {
+    let dev = ErrorDevice::new(None, malloc("4M"));
+    let hang = Injection {
+        op: Some(OpKind::Read),
+        failure: Failure::Hang,
+        count: 1,
+        range: None,
+        queue_depth: 0,
+    };
+    let mut ch = dev.open_channel().unwrap();
+    let mut out = Vec::new();
+    let read = || Op::Read {
+        lba: 0,
+        buf: DmaBuf::new(512).unwrap(),
+    };
+    let wait = std::time::Duration::from_millis(3);
+
+    dev.inject(hang.clone());
+    ch.submit(1, read()).unwrap();
+    ch.wait(wait).unwrap();
+    assert_eq!(ch.poll(&mut out), 0);
+    dev.resume();
+    while ch.poll(&mut out) == 0 {
+        ch.wait(wait).unwrap();
+    }
+    assert!(out.pop().unwrap().result.is_ok());
+
+    for (tag, end) in [(2, Op::Reset), (3, Op::Abort { tag: 3 })] {
+        dev.inject(hang.clone());
+        ch.submit(tag, read()).unwrap();
+        assert_eq!(ch.poll(&mut out), 0);
+        ch.submit(99, end).unwrap();
+        while out.len() < 2 {
+            ch.poll(&mut out);
+        }
+        assert_eq!(out[0].tag, tag);
+        assert_eq!(
+            out[0].result.as_ref().unwrap_err().kind,
+            IoErrorKind::Aborted
+        );
+        assert_eq!(out[1].tag, 99);
+        out[1].result.as_ref().unwrap();
+        out.clear();
+    }
+}
+
+#[test]
+fn delays_are_kept() {
+    let slow = Latencies {
+        avg_read_us: 3000,
+        p99_read_us: 3000,
+        ..Latencies::default()
+    };
+    let dev = Delay::new("D", malloc("4M"), slow);
+    let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    let start = std::time::Instant::now();
+    ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
+    assert!(start.elapsed().as_micros() >= 3000);
+    dev.set_latencies(Latencies::default());
+    assert_eq!(dev.latencies(), Latencies::default());
+}
+
+#[test]
+fn what_cannot_be_stacked_says_why() {
+    let e = Raid0::new(
+        "R",
+        vec![malloc("1M"), malloc("1M?block_size=4096")],
+        64,
+        None,
+    );
+    assert!(e.unwrap_err().to_string().contains("4096"));
+    assert!(Raid0::new("R", vec![malloc("1M")], 3, None).is_err());
+    assert!(Raid0::new("R", vec![malloc("4K")], 64, None).is_err());
+    assert!(Raid0::new("R", Vec::new(), 64, None).is_err());
+    assert!(Split::new(&malloc("1M"), 0, None).is_err());
+    assert!(Split::new(&malloc("1M"), 2, Some(1)).is_err());
+    assert!(Split::new(&malloc("2M"), 2, Some(1)).is_ok());
+}
