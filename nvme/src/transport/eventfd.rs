@@ -3,11 +3,18 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::Duration;
 
 /// A non-blocking Linux eventfd.
+///
+/// A source in this process may use [`signal_if_armed`](Self::signal_if_armed) and so spare the
+/// system call while nobody sleeps; sources outside signal always.
 #[derive(Debug)]
-pub struct EventFd(OwnedFd);
+pub struct EventFd {
+    fd: OwnedFd,
+    armed: AtomicBool,
+}
 
 impl EventFd {
     /// A new counter at zero.
@@ -18,21 +25,41 @@ impl EventFd {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: the kernel just gave us this descriptor.
-        Ok(EventFd(unsafe { OwnedFd::from_raw_fd(fd) }))
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(EventFd {
+            fd,
+            armed: AtomicBool::new(true),
+        })
     }
 
     /// Adds one. Does not block; a full counter stays full, which wakes as well.
     pub fn signal(&self) {
         let one = 1u64.to_ne_bytes();
         // SAFETY: eight readable bytes. The only failure is a full counter (EAGAIN).
-        unsafe { libc::write(self.0.as_raw_fd(), one.as_ptr().cast(), 8) };
+        unsafe { libc::write(self.fd.as_raw_fd(), one.as_ptr().cast(), 8) };
+    }
+
+    /// Whether sources of this process shall signal; a new counter is armed.
+    pub fn arm(&self, on: bool) {
+        self.armed.store(on, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+    }
+
+    /// As [`signal`](Self::signal), unless the waiting side has disarmed the counter. What was
+    /// stored before is visible to a waiter that arms, looks and then sleeps.
+    #[inline]
+    pub fn signal_if_armed(&self) {
+        fence(Ordering::SeqCst);
+        if self.armed.load(Ordering::Relaxed) {
+            self.signal();
+        }
     }
 
     /// Sets the counter to zero and says what it was.
     pub fn drain(&self) -> u64 {
         let mut value = [0u8; 8];
         // SAFETY: eight writable bytes.
-        let n = unsafe { libc::read(self.0.as_raw_fd(), value.as_mut_ptr().cast(), 8) };
+        let n = unsafe { libc::read(self.fd.as_raw_fd(), value.as_mut_ptr().cast(), 8) };
         if n == 8 { u64::from_ne_bytes(value) } else { 0 }
     }
 
@@ -45,7 +72,7 @@ impl EventFd {
 
 impl AsFd for EventFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 

@@ -36,6 +36,7 @@ mod vfio;
 mod vfio_user;
 
 pub use eventfd::EventFd;
+pub(crate) use eventfd::wait_readable;
 pub use iova::IovaSpace;
 pub use mmio::{Doorbell, Kick, MmioMap};
 pub use open::open_transport;
@@ -180,7 +181,8 @@ pub trait Transport: Send + Sync + fmt::Debug {
 
     /// Enables up to `want` interrupt vectors and returns their eventfds, vector 0 first;
     /// fewer when the device has fewer, none when it can only be polled. On removal the
-    /// transport signals all of them, so that no sleeper is left behind.
+    /// transport signals all of them, so that no sleeper is left behind. After a
+    /// [`reset`](Self::reset) it is called again and returns the same eventfds.
     fn enable_interrupts(&self, want: u16) -> Result<Vec<Arc<EventFd>>, TransportError>;
 
     /// Function level reset (or what comes nearest). Afterwards the controller is disabled,

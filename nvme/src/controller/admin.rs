@@ -1,0 +1,348 @@
+//! The admin queue: commands from any thread, asynchronous events, aborts.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::{Core, Phase};
+use crate::dma::{DmaBuf, DmaShared};
+use crate::error::{IoErrorKind, NvmeError, millis};
+use crate::queue::{CompletionRing, ListArea, SubmissionRing, admin_prp};
+use crate::spec::{AdminOpcode, AsyncEvent, Command, Completion, decode};
+
+/// Entries of both admin queues.
+pub(super) const ADMIN_ENTRIES: u16 = 32;
+/// Asynchronous event requests kept outstanding.
+const EVENTS: usize = 4;
+const LIST_LEN: usize = 4096;
+
+#[derive(Debug)]
+enum SlotState {
+    Free,
+    /// Somebody waits for it.
+    Pending,
+    /// Nobody waits any more; its buffer stays until it ends.
+    Abandoned,
+    /// An asynchronous event request.
+    Event,
+    Done(Completion),
+    /// Ended by a reset.
+    Lost,
+}
+
+#[derive(Debug)]
+struct Slot {
+    state: SlotState,
+    command: Command,
+    data: Option<DmaBuf>,
+}
+
+/// The admin queue pair; behind the controller's lock.
+#[derive(Debug)]
+pub(super) struct AdminQueue {
+    rings: Option<(SubmissionRing, CompletionRing)>,
+    pub sq_mem: Arc<DmaShared>,
+    pub cq_mem: Arc<DmaShared>,
+    lists: DmaShared,
+    slots: Vec<Slot>,
+    /// Events that came in, for the keeper.
+    pub events: Vec<AsyncEvent>,
+}
+
+impl AdminQueue {
+    pub fn new() -> Result<AdminQueue, NvmeError> {
+        let entries = usize::from(ADMIN_ENTRIES);
+        Ok(AdminQueue {
+            rings: None,
+            sq_mem: Arc::new(DmaShared::zeroed(entries * 64)?),
+            cq_mem: Arc::new(DmaShared::zeroed((entries * 16).max(4096))?),
+            lists: DmaShared::zeroed(entries * LIST_LEN)?,
+            slots: (0..entries - 1)
+                .map(|n| Slot {
+                    state: SlotState::Free,
+                    command: Command {
+                        cid: u16::try_from(n).unwrap_or(0),
+                        ..Command::default()
+                    },
+                    data: None,
+                })
+                .collect(),
+            events: Vec::new(),
+        })
+    }
+
+    /// Starts over with fresh rings; the controller is disabled.
+    pub fn restart(&mut self, rings: (SubmissionRing, CompletionRing)) {
+        self.rings = Some(rings);
+    }
+
+    /// Ends everything that is outstanding; the device is quiet. Whoever waits is told.
+    pub fn lose_all(&mut self) {
+        for slot in &mut self.slots {
+            slot.state = match slot.state {
+                SlotState::Pending => SlotState::Lost,
+                SlotState::Done(c) => SlotState::Done(c),
+                SlotState::Lost => SlotState::Lost,
+                _ => SlotState::Free,
+            };
+            slot.data = None;
+        }
+        self.rings = None;
+    }
+}
+
+/// The slot number is the low part of an admin command's identifier, a sequence the high part.
+const SLOT_BITS: u32 = 5;
+
+impl Core {
+    /// Sends an admin command and waits for its completion, at most the admin time-out; then
+    /// the controller is reset. Any thread.
+    pub(super) fn admin(
+        &self,
+        command: Command,
+        data: Option<DmaBuf>,
+    ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
+        self.admin_at(None, command, data)
+    }
+
+    /// As [`admin`](Self::admin), but only while the controller's state word is `word`: a
+    /// command meant for the queues before a reset is not sent after it.
+    pub(super) fn admin_at(
+        &self,
+        word: Option<u64>,
+        command: Command,
+        data: Option<DmaBuf>,
+    ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
+        let start = Instant::now();
+        let timeout = self.options.admin_timeout;
+        let text = |c: &Command| decode::admin_command(c).to_string();
+        let unfinished = |what: &str| NvmeError::Unfinished {
+            device: self.name().to_owned(),
+            command: text(&command),
+            what: what.to_owned(),
+        };
+        let mut data = data;
+        let slot = loop {
+            let mut guard = self.admin.lock();
+            if word.is_some_and(|w| w != self.state.load(Ordering::Acquire)) {
+                return Err(unfinished("the controller was reset"));
+            }
+            match self.admin_send(&mut guard, command, &mut data, SlotState::Pending)? {
+                Some(slot) => break slot,
+                None => {
+                    self.admin_reap(&mut guard);
+                    self.admin_done
+                        .wait_for(&mut guard, Duration::from_millis(1));
+                }
+            }
+            if start.elapsed() > timeout {
+                return Err(unfinished("the admin queue stays full"));
+            }
+        };
+        let mut pause = Duration::from_micros(20);
+        loop {
+            let mut guard = self.admin.lock();
+            self.admin_reap(&mut guard);
+            let entry = &mut guard.slots[slot];
+            match entry.state {
+                SlotState::Done(completion) => {
+                    entry.state = SlotState::Free;
+                    let data = entry.data.take();
+                    let command = entry.command;
+                    drop(guard);
+                    self.admin_done.notify_all();
+                    let status = completion.status();
+                    if status.is_success() {
+                        tracing::trace!(
+                            device = self.name(),
+                            command = %text(&command),
+                            completion = %decode::completion(&completion),
+                            "admin"
+                        );
+                        return Ok((completion, data));
+                    }
+                    return Err(NvmeError::Status {
+                        device: self.name().to_owned(),
+                        command: text(&command),
+                        status,
+                    });
+                }
+                SlotState::Lost => {
+                    entry.state = SlotState::Free;
+                    drop(guard);
+                    return Err(match self.phase() {
+                        Phase::Removed => self.gone(IoErrorKind::Removed),
+                        Phase::Failed => self.gone(IoErrorKind::ControllerFailed),
+                        _ => unfinished("the controller was reset"),
+                    });
+                }
+                _ => {}
+            }
+            let waited = start.elapsed();
+            if waited > timeout || self.transport.is_gone() {
+                entry.state = SlotState::Abandoned;
+                drop(guard);
+                if self.transport.is_gone() {
+                    return Err(self.gone(IoErrorKind::Removed));
+                }
+                let what = format!("no completion within {} ms", millis(timeout));
+                self.request_reset(&format!("{}: {what}", text(&command)));
+                return Err(unfinished(&what));
+            }
+            if waited > Duration::from_micros(50) {
+                self.admin_done.wait_for(&mut guard, pause);
+                pause = (pause * 2).min(Duration::from_millis(1));
+            } else {
+                drop(guard);
+                std::hint::spin_loop();
+            }
+        }
+    }
+
+    /// Puts a command into the queue. `Ok(None)`: full. The data moves out of `data` when the
+    /// command was sent.
+    fn admin_send(
+        &self,
+        queue: &mut AdminQueue,
+        mut command: Command,
+        data: &mut Option<DmaBuf>,
+        state: SlotState,
+    ) -> Result<Option<usize>, NvmeError> {
+        if queue.rings.is_none() {
+            return Err(match self.phase() {
+                Phase::Removed => self.gone(IoErrorKind::Removed),
+                Phase::Failed => self.gone(IoErrorKind::ControllerFailed),
+                _ => NvmeError::Unfinished {
+                    device: self.name().to_owned(),
+                    command: decode::admin_command(&command).to_string(),
+                    what: "the controller is being reset".into(),
+                },
+            });
+        }
+        // Events may not take the last places.
+        let Some(slot) = queue
+            .slots
+            .iter()
+            .position(|s| matches!(s.state, SlotState::Free))
+        else {
+            return Ok(None);
+        };
+        if let Some(buf) = data {
+            let words = LIST_LEN / 8;
+            let list_offset = queue.lists.region_offset() + slot * LIST_LEN;
+            let list_address = self.table.translate(queue.lists.region(), list_offset);
+            let area = ListArea {
+                words: &queue.lists.as_u64()[slot * words..(slot + 1) * words],
+                address: list_address.map_or(0, |(address, _)| address),
+            };
+            let mapped = list_address.is_some()
+                && admin_prp(
+                    &mut command,
+                    &self.table,
+                    (&*buf).into(),
+                    self.page_shift,
+                    &area,
+                )
+                .is_ok();
+            if !mapped {
+                return Err(NvmeError::Protocol {
+                    device: self.name().to_owned(),
+                    detail: format!("{buf:?} is not mapped for the device or too long"),
+                });
+            }
+        }
+        let entry = &mut queue.slots[slot];
+        command.cid = entry.command.cid.wrapping_add(1 << SLOT_BITS);
+        if command.cid == u16::MAX {
+            command.cid = command.cid.wrapping_add(1 << SLOT_BITS);
+        }
+        entry.command = command;
+        entry.data = data.take();
+        entry.state = state;
+        if let Some((sq, _)) = &mut queue.rings {
+            sq.push(&command);
+            sq.ring();
+        }
+        Ok(Some(slot))
+    }
+
+    /// Takes the completions that are there.
+    pub(super) fn admin_reap(&self, queue: &mut AdminQueue) {
+        let mut reaped = false;
+        for _ in 0..ADMIN_ENTRIES {
+            let Some((_, cq)) = &mut queue.rings else {
+                break;
+            };
+            let Some(completion) = cq.pop() else { break };
+            cq.ack();
+            reaped = true;
+            let slot = usize::from(completion.cid & ((1 << SLOT_BITS) - 1));
+            let known = queue.slots.get(slot).is_some_and(|s| {
+                s.command.cid == completion.cid
+                    && matches!(
+                        s.state,
+                        SlotState::Pending | SlotState::Abandoned | SlotState::Event
+                    )
+            });
+            if !known || completion.sq_id != 0 {
+                self.request_reset(&format!(
+                    "impossible completion on the admin queue: {}",
+                    decode::completion(&completion)
+                ));
+                continue;
+            }
+            let entry = &mut queue.slots[slot];
+            match entry.state {
+                SlotState::Pending => entry.state = SlotState::Done(completion),
+                SlotState::Event => {
+                    entry.state = SlotState::Free;
+                    if completion.status().is_success() {
+                        queue.events.push(AsyncEvent(completion.dw0));
+                        self.wake.signal();
+                    }
+                }
+                _ => {
+                    entry.state = SlotState::Free;
+                    entry.data = None;
+                }
+            }
+        }
+        if reaped {
+            self.admin_done.notify_all();
+        }
+    }
+
+    /// Keeps asynchronous event requests outstanding (Base section 5.2).
+    pub(super) fn arm_events(&self) {
+        let Ok(info) = self.info() else { return };
+        let want = EVENTS.min(usize::from(info.identify.aerl_z) + 1);
+        let mut queue = self.admin.lock();
+        let have = queue
+            .slots
+            .iter()
+            .filter(|s| matches!(s.state, SlotState::Event))
+            .count();
+        for _ in have..want {
+            let command = Command::new(AdminOpcode::ASYNC_EVENT_REQUEST.0, 0);
+            let sent = self.admin_send(&mut queue, command, &mut None, SlotState::Event);
+            if !matches!(sent, Ok(Some(_))) {
+                break;
+            }
+        }
+    }
+
+    /// Sends an abort that nobody waits for; the aborted command's own completion tells.
+    pub(super) fn send_abort(&self, sqid: u16, cid: u16) {
+        let mut queue = self.admin.lock();
+        let command = Command::abort(sqid, cid);
+        if let Err(error) = self.admin_send(&mut queue, command, &mut None, SlotState::Abandoned) {
+            tracing::debug!(device = self.name(), %error, "abort not sent");
+        }
+    }
+
+    /// Ends what is outstanding on the admin queue; the device is quiet.
+    pub(super) fn admin_lose_all(&self) {
+        self.admin.lock().lose_all();
+        self.admin_done.notify_all();
+    }
+}

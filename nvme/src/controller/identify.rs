@@ -1,0 +1,348 @@
+//! Identify, features and the list of namespaces.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use zerocopy::FromBytes;
+
+use super::{Controller, Core, Info};
+use crate::dma::DmaBuf;
+use crate::error::NvmeError;
+use crate::namespace::{Limits, Namespace, Supports};
+use crate::spec::{
+    Cns, Command, FeatureId, IdentifyController, IdentifyNamespace, IdentifyNvmController,
+    NsDescriptor, Oncs, Reg, SOURCE_RANGES_MAX, Vs, ns_descriptors, ns_list,
+};
+
+/// Data of one command at most, whatever the controller allows: bounds the PRP list.
+pub(super) const TRANSFER_MAX: usize = 1 << 20;
+/// Namespaces that are looked at; more are named in the log and left alone.
+const NAMESPACES_MAX: usize = 1024;
+
+impl Core {
+    /// Identify, one page.
+    pub(super) fn identify_page(&self, cns: Cns, nsid: u32) -> Result<DmaBuf, NvmeError> {
+        let (_, data) = self.admin(Command::identify(cns, nsid), Some(DmaBuf::zeroed(4096)?))?;
+        data.ok_or_else(|| self.protocol("identify lost its buffer"))
+    }
+
+    pub(super) fn protocol(&self, detail: impl Into<String>) -> NvmeError {
+        NvmeError::Protocol {
+            device: self.name().to_owned(),
+            detail: detail.into(),
+        }
+    }
+
+    pub(super) fn identify_controller(&self) -> Result<(), NvmeError> {
+        let page = self.identify_page(Cns::CONTROLLER, 0)?;
+        let identify = IdentifyController::read_from_bytes(&page)
+            .map_err(|_| self.protocol("identify controller has a wrong length"))?;
+        let version = Vs::from(self.transport.read32(Reg::VS)?);
+        // SQES and CQES: required entry sizes of 64 and 16 bytes (Base figure 275).
+        let sizes = [
+            (identify.sqes, 6, "submission"),
+            (identify.cqes, 4, "completion"),
+        ];
+        for (field, want, what) in sizes {
+            if field & 15 > want || (field >> 4 != 0 && field >> 4 < want) {
+                return Err(self.protocol(format!(
+                    "{what} queue entries of 2^{want} bytes are not among what the controller \
+                     takes ({field:#04x})"
+                )));
+            }
+        }
+        let page_bytes = 1usize << self.page_shift;
+        let transfer_bytes = match identify.mdts {
+            0 => TRANSFER_MAX,
+            n => page_bytes
+                .checked_shl(u32::from(n))
+                .filter(|b| *b >= page_bytes)
+                .unwrap_or(TRANSFER_MAX)
+                .min(TRANSFER_MAX),
+        };
+        // Identify of the command set (CNS 06h) came with NVMe 2.0; older devices refuse it.
+        let nvm = if version.mjr() >= 2 {
+            self.identify_page(Cns::CSI_CONTROLLER, 0)
+                .ok()
+                .and_then(|p| IdentifyNvmController::read_from_bytes(&p).ok())
+                .map(Box::new)
+        } else {
+            None
+        };
+        let write_cache = identify.vwc & 1 != 0
+            && self
+                .feature_value(FeatureId::VOLATILE_WRITE_CACHE)
+                .is_none_or(|v| v & 1 != 0);
+        let info = Info {
+            // SGLS bits 1:0: 1 byte aligned, 2 dword aligned; buffers here are dword aligned.
+            sgl: self.options.sgl && matches!(identify.sgls.get() & 3, 1 | 2),
+            identify: Box::new(identify),
+            nvm,
+            version,
+            transfer_bytes,
+            write_cache,
+        };
+        *self.info.write() = Some(Arc::new(info));
+        Ok(())
+    }
+
+    fn feature_value(&self, feature: FeatureId) -> Option<u32> {
+        self.admin(Command::get_feature(feature, 0), None)
+            .ok()
+            .map(|(completion, _)| completion.dw0)
+    }
+
+    /// Weighted round robin, where asked for and there (Base section 5.27.1.1).
+    pub(super) fn configure_arbitration(&self) {
+        let Some(weights) = self.options.arbitration.filter(|_| self.cap.ams_wrr()) else {
+            return;
+        };
+        let z = |w: u16| u32::from(w.clamp(1, 256) - 1);
+        // Burst: no limit (7).
+        let value = 7 | z(weights.low) << 8 | z(weights.medium) << 16 | z(weights.high) << 24;
+        let command = Command::set_feature(FeatureId::ARBITRATION, 0, value, false);
+        if let Err(error) = self.admin(command, None) {
+            tracing::warn!(device = self.name(), %error, "arbitration weights not set");
+        }
+    }
+
+    /// Asks for the events that the driver understands (Base section 5.27.1.9): health and, if
+    /// the controller has it, namespace changes.
+    pub(super) fn configure_events(&self) {
+        let Ok(info) = self.info() else { return };
+        let value = 0x1f | (info.identify.oaes.get() & 1 << 8);
+        let command = Command::set_feature(FeatureId::ASYNC_EVENT_CONFIG, 0, value, false);
+        if let Err(error) = self.admin(command, None) {
+            tracing::debug!(device = self.name(), %error, "event configuration refused");
+        }
+    }
+
+    /// Finds the active namespaces anew.
+    pub(super) fn list_namespaces(&self) -> Result<(), NvmeError> {
+        let info = self.info()?;
+        let ids = self.namespace_ids(&info)?;
+        let mut found = BTreeMap::new();
+        for nsid in ids {
+            match self.identify_namespace(&info, nsid) {
+                Ok(Some(ns)) => {
+                    found.insert(nsid, Arc::new(ns));
+                }
+                Ok(None) => {}
+                // A namespace that cannot be identified does not take the others along.
+                Err(NvmeError::Status { status, .. }) => {
+                    tracing::warn!(device = self.name(), nsid, %status, "namespace not identified");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        *self.namespaces.write() = found;
+        Ok(())
+    }
+
+    fn namespace_ids(&self, info: &Info) -> Result<Vec<u32>, NvmeError> {
+        let mut ids = Vec::new();
+        let nn = info.identify.nn.get();
+        // Active namespace lists came with NVMe 1.1.
+        if (info.version.mjr(), info.version.mnr()) >= (1, 1) {
+            let mut after = 0;
+            loop {
+                let page = match self.identify_page(Cns::ACTIVE_NAMESPACES, after) {
+                    Ok(page) => page,
+                    Err(NvmeError::Status { .. }) if ids.is_empty() => break,
+                    Err(error) => return Err(error),
+                };
+                let list = ns_list(&page, after).ok_or_else(|| {
+                    self.protocol("the active namespace list is not in ascending order")
+                })?;
+                let full = list.len() == 1024;
+                ids.extend(&list);
+                match ids.last() {
+                    Some(&last) if full && ids.len() < NAMESPACES_MAX => after = last,
+                    _ => return Ok(ids),
+                }
+            }
+        }
+        let count = (nn as usize).min(NAMESPACES_MAX);
+        if count < nn as usize {
+            tracing::warn!(
+                device = self.name(),
+                nn,
+                "only the first {count} namespaces are used"
+            );
+        }
+        Ok((1..=u32::try_from(count).unwrap_or(0)).collect())
+    }
+
+    /// `None`: inactive.
+    fn identify_namespace(&self, info: &Info, nsid: u32) -> Result<Option<Namespace>, NvmeError> {
+        let page = self.identify_page(Cns::NAMESPACE, nsid)?;
+        let identify = IdentifyNamespace::read_from_bytes(&page)
+            .map_err(|_| self.protocol("identify namespace has a wrong length"))?;
+        if identify.nsze.get() == 0 {
+            return Ok(None);
+        }
+        let mut descriptors = Vec::new();
+        if (info.version.mjr(), info.version.mnr()) >= (1, 3)
+            && let Ok(page) = self.identify_page(Cns::NS_DESCRIPTORS, nsid)
+        {
+            descriptors = ns_descriptors(&page);
+        }
+        let unusable = unusable(
+            &identify,
+            &descriptors,
+            self.page_shift,
+            info.transfer_bytes,
+        );
+        if let Some(why) = &unusable {
+            tracing::warn!(device = self.name(), nsid, "namespace not usable: {why}");
+        }
+        let id = &info.identify;
+        let one_more = |z: u16| u32::from(z) + 1;
+        // NSFEAT bit 1: the namespace's own atomicity fields count.
+        let own = identify.nsfeat & 2 != 0;
+        let atomic = |own_z: u16, all_z: u16| {
+            if own {
+                one_more(own_z)
+            } else {
+                one_more(all_z)
+            }
+        };
+        Ok(Some(Namespace {
+            limits: limits(info, nsid, &identify, unusable.is_none(), self.page_shift),
+            atomic_blocks: atomic(identify.nawun_z.get(), id.awun_z.get()),
+            atomic_power_blocks: atomic(identify.nawupf_z.get(), id.awupf_z.get()),
+            write_cache: info.write_cache,
+            identify: Box::new(identify),
+            descriptors,
+            unusable,
+        }))
+    }
+}
+
+/// Why a namespace's format cannot be used.
+fn unusable(
+    identify: &IdentifyNamespace,
+    descriptors: &[NsDescriptor],
+    page_shift: u32,
+    transfer_bytes: usize,
+) -> Option<String> {
+    for d in descriptors {
+        if let NsDescriptor::Csi(csi @ 1..) = d {
+            return Some(format!("its command set is {csi}, not NVM"));
+        }
+    }
+    let format = identify.format();
+    if format.ms.get() != 0 {
+        return Some(format!(
+            "its format has {} bytes of metadata per block{}; format it to one without \
+             (`pumice nvme format --lbaf N`)",
+            format.ms.get(),
+            if identify.dps & 7 != 0 {
+                " (protection information)"
+            } else {
+                ""
+            }
+        ));
+    }
+    if !(9..=16).contains(&format.lbads) || (1usize << format.lbads) > transfer_bytes {
+        return Some(format!(
+            "its blocks have 2^{} bytes (pages: 2^{page_shift})",
+            format.lbads
+        ));
+    }
+    if identify.nsze.get() > u64::MAX >> format.lbads {
+        return Some(format!("its size, {} blocks, is absurd", identify.nsze));
+    }
+    None
+}
+
+fn limits(info: &Info, nsid: u32, ns: &IdentifyNamespace, usable: bool, page_shift: u32) -> Limits {
+    let shift = u32::from(ns.format().lbads.clamp(9, 16));
+    let oncs = info.identify.oncs.get();
+    let transfer = u32::try_from(info.transfer_bytes >> shift)
+        .unwrap_or(1)
+        .clamp(1, 65_536);
+    // Size limits of commands without data: powers of two of the smallest page, 0 for none
+    // given. Without the field, MDTS is what older hosts keep to.
+    let sized = |exponent: Option<u8>| match exponent {
+        None => transfer,
+        Some(0) => 65_536,
+        Some(n) => {
+            let bytes = 1u64
+                .checked_shl(page_shift + u32::from(n))
+                .unwrap_or(u64::MAX);
+            u32::try_from(bytes >> shift)
+                .unwrap_or(u32::MAX)
+                .clamp(1, 65_536)
+        }
+    };
+    let nvm = info.nvm.as_deref();
+    let or_max = |v: u32| if v == 0 { u32::MAX } else { v };
+    Limits {
+        nsid,
+        block_shift: shift,
+        num_blocks: ns.nsze.get(),
+        transfer_blocks: transfer,
+        boundary_blocks: u32::from(ns.noiob.get()),
+        zeroes_blocks: sized(nvm.map(|n| n.wzsl)),
+        verify_blocks: sized(nvm.map(|n| n.vsl)),
+        deallocate_blocks: nvm.map_or(u32::MAX, |n| or_max(n.dmrsl.get())),
+        deallocate_total_blocks: match nvm.map_or(0, |n| n.dmsl.get()) {
+            0 => u64::MAX,
+            n => n,
+        },
+        deallocate_ranges: match nvm.map_or(0, |n| n.dmrl) {
+            0 => 256,
+            n => u32::from(n),
+        },
+        copy_ranges: (u32::from(ns.msrc_z) + 1)
+            .min(u32::try_from(SOURCE_RANGES_MAX).unwrap_or(256)),
+        copy_range_blocks: or_max(u32::from(ns.mssrl.get())),
+        copy_blocks: or_max(ns.mcl.get()),
+        supports: Supports {
+            compare: oncs & Oncs::COMPARE != 0,
+            write_zeroes: oncs & Oncs::WRITE_ZEROES != 0,
+            deallocate: oncs & Oncs::DATASET_MANAGEMENT != 0,
+            verify: oncs & Oncs::VERIFY != 0,
+            // Descriptor format 0 must be among those supported, and the limits be given.
+            copy: oncs & Oncs::COPY != 0 && ns.mssrl.get() != 0 && ns.mcl.get() != 0,
+        },
+        usable,
+    }
+}
+
+impl Controller {
+    /// The controller's identify structure.
+    pub fn identify(&self) -> Result<IdentifyController, NvmeError> {
+        Ok((*self.core.info()?.identify).clone())
+    }
+
+    /// The active namespaces, in ascending order. They are listed at bring-up, after a reset,
+    /// and when the controller says that they changed.
+    pub fn namespaces(&self) -> Vec<Arc<Namespace>> {
+        self.core.namespaces.read().values().cloned().collect()
+    }
+
+    /// One namespace.
+    pub fn namespace(&self, nsid: u32) -> Result<Arc<Namespace>, NvmeError> {
+        let all = self.core.namespaces.read();
+        all.get(&nsid).cloned().ok_or_else(|| {
+            let known: Vec<String> = all.keys().map(u32::to_string).collect();
+            NvmeError::NoNamespace {
+                device: self.name().to_owned(),
+                nsid,
+                known: if known.is_empty() {
+                    "none".into()
+                } else {
+                    known.join(", ")
+                },
+            }
+        })
+    }
+
+    /// Lists the namespaces anew. Blocks for a few admin commands per namespace.
+    pub fn rescan(&self) -> Result<(), NvmeError> {
+        self.core.wait_live()?;
+        self.core.list_namespaces()
+    }
+}

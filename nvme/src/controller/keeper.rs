@@ -1,0 +1,175 @@
+//! The keeper: one thread per controller that sleeps until there is something to see to:
+//! asynchronous events, aborts, resets, removal. It is not on the path of any I/O.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::state::{self, Phase};
+use super::{ControllerEvent, Core};
+use crate::spec::{AsyncEvent, AsyncEventType, Csts, LogPage, Reg};
+use crate::transport::{TransportEvent, wait_readable};
+
+/// How often the status register is looked at.
+const TICK: Duration = Duration::from_secs(1);
+
+/// What queue pairs and callers want of the keeper.
+#[derive(Debug, Default)]
+pub(super) struct Requests {
+    pub stop: bool,
+    /// State word at the time of the request, reason.
+    reset: Option<(u64, String)>,
+    aborts: Vec<(u16, u16)>,
+}
+
+impl Core {
+    /// Asks for a reset of the controller as it is now. Does not block.
+    pub(crate) fn request_reset(&self, reason: &str) {
+        let word = self.state.load(Ordering::Acquire);
+        if state::phase(word) != Phase::Live {
+            return;
+        }
+        let mut requests = self.requests.lock();
+        if !matches!(&requests.reset, Some((w, _)) if *w == word) {
+            requests.reset = Some((word, reason.to_owned()));
+            self.wake.signal();
+        }
+    }
+
+    /// Asks for an Abort of a command. Does not block.
+    pub(crate) fn request_abort(&self, sqid: u16, cid: u16) {
+        let mut requests = self.requests.lock();
+        if requests.aborts.len() < 64 {
+            requests.aborts.push((sqid, cid));
+        }
+        drop(requests);
+        self.wake.signal();
+    }
+
+    fn keep(&self) {
+        loop {
+            self.wake.drain();
+            let (stop, reset, aborts) = {
+                let mut r = self.requests.lock();
+                (r.stop, r.reset.take(), std::mem::take(&mut r.aborts))
+            };
+            if stop {
+                return;
+            }
+            if let Some((word, reason)) = reset {
+                self.reset(word, &reason);
+            }
+            while let Some(event) = self.transport.take_event() {
+                self.transport_event(event);
+            }
+            if self.phase() == Phase::Live {
+                for (sqid, cid) in aborts {
+                    self.send_abort(sqid, cid);
+                }
+                self.async_events();
+                self.look_at_status();
+            }
+            self.rest();
+        }
+    }
+
+    fn rest(&self) {
+        let admin_interrupt = self.interrupts.read().first().cloned();
+        let mut fds: Vec<BorrowedFd<'_>> = vec![self.wake.as_fd()];
+        let live = self.phase() == Phase::Live;
+        if live {
+            fds.extend(admin_interrupt.as_ref().map(|i| i.as_fd()));
+            fds.extend(self.transport.events());
+        }
+        wait_readable(&fds, Some(TICK));
+        if let Some(interrupt) = &admin_interrupt {
+            interrupt.drain();
+        }
+    }
+
+    fn transport_event(&self, event: TransportEvent) {
+        match event {
+            TransportEvent::RemovalRequested => self.release(),
+            TransportEvent::Removed => self.removed(),
+            TransportEvent::Error(text) => {
+                tracing::warn!(device = self.name(), error = text, "transport error");
+                self.event(ControllerEvent::TransportError(text.clone()));
+                self.request_reset(&format!("transport error: {text}"));
+            }
+        }
+    }
+
+    fn look_at_status(&self) {
+        let word = self.state.load(Ordering::Acquire);
+        match self.transport.read32(Reg::CSTS) {
+            _ if self.transport.is_gone() => self.removed(),
+            Ok(u32::MAX) => self.removed(),
+            Ok(raw) if Csts::from(raw).cfs() => {
+                self.reset(word, &format!("fatal controller status (CSTS {raw:#x})"));
+            }
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(device = self.name(), %error, "status register not readable");
+            }
+        }
+    }
+
+    fn async_events(&self) {
+        let events = {
+            let mut queue = self.admin.lock();
+            self.admin_reap(&mut queue);
+            std::mem::take(&mut queue.events)
+        };
+        if events.is_empty() {
+            return;
+        }
+        for event in events {
+            self.async_event(event);
+        }
+        self.arm_events();
+    }
+
+    fn async_event(&self, event: AsyncEvent) {
+        tracing::warn!(device = self.name(), %event, "asynchronous event");
+        self.event(ControllerEvent::Async(event));
+        // Reading the page that the event names lets the controller report the next one.
+        let len = match LogPage(event.log_page()) {
+            LogPage::ERROR => 64,
+            LogPage::SMART | LogPage::FIRMWARE_SLOTS => 512,
+            LogPage::CHANGED_NAMESPACES => 4096,
+            _ => 0,
+        };
+        if len > 0
+            && let Err(error) = self.log_page(LogPage(event.log_page()), u32::MAX, len, false)
+        {
+            tracing::warn!(device = self.name(), %error, "log page of the event not read");
+        }
+        if event.kind() == AsyncEventType::NOTICE && event.info() == 0 {
+            match self.list_namespaces() {
+                Ok(()) => self.event(ControllerEvent::NamespacesChanged),
+                Err(error) => {
+                    tracing::warn!(device = self.name(), %error, "namespaces not listed");
+                }
+            }
+        }
+    }
+}
+
+/// Starts the keeper. `None` when the system has no thread for it; then events and removal go
+/// unnoticed, which is logged.
+pub(super) fn start(core: Arc<Core>) -> Option<JoinHandle<()>> {
+    let name: String = format!("nvme {}", core.name()).chars().take(15).collect();
+    let device = core.name().to_owned();
+    match std::thread::Builder::new()
+        .name(name)
+        .spawn(move || core.keep())
+    {
+        Ok(handle) => Some(handle),
+        Err(error) => {
+            tracing::error!(device, %error, "no keeper thread: resets and removal will not be handled");
+            None
+        }
+    }
+}

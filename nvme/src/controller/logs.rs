@@ -1,0 +1,129 @@
+//! Log pages, features, format.
+
+use zerocopy::FromBytes;
+
+use super::{Controller, Core};
+use crate::dma::DmaBuf;
+use crate::error::NvmeError;
+use crate::spec::{
+    Command, ErrorLogEntry, FeatureId, FirmwareSlotLog, FormatNvm, LogPage, Oacs, SmartLog,
+};
+
+/// All namespaces.
+const ALL: u32 = u32::MAX;
+
+impl Core {
+    pub(super) fn log_page(
+        &self,
+        page: LogPage,
+        nsid: u32,
+        len: usize,
+        retain: bool,
+    ) -> Result<DmaBuf, NvmeError> {
+        let bytes = u32::try_from(len).unwrap_or(0);
+        let command = Command::get_log(page, nsid, 0, bytes, retain);
+        let (_, data) = self.admin(command, Some(DmaBuf::zeroed(len)?))?;
+        data.ok_or_else(|| self.protocol("a log page lost its buffer"))
+    }
+}
+
+impl Controller {
+    /// The SMART / health log of the controller.
+    pub fn smart_log(&self) -> Result<SmartLog, NvmeError> {
+        self.core.wait_live()?;
+        let page = self.core.log_page(LogPage::SMART, ALL, 512, true)?;
+        SmartLog::read_from_bytes(&page).map_err(|_| self.core.protocol("SMART log length"))
+    }
+
+    /// The newest entries of the error log, at most `max` and at most what the controller
+    /// keeps; entries never used are left out.
+    pub fn error_log(&self, max: usize) -> Result<Vec<ErrorLogEntry>, NvmeError> {
+        self.core.wait_live()?;
+        let kept = usize::from(self.core.info()?.identify.elpe_z) + 1;
+        let len = kept.min(max.max(1)) * size_of::<ErrorLogEntry>();
+        let page = self.core.log_page(LogPage::ERROR, ALL, len, true)?;
+        Ok(page
+            .chunks_exact(size_of::<ErrorLogEntry>())
+            .filter_map(|c| ErrorLogEntry::read_from_bytes(c).ok())
+            .filter(|e| e.error_count.get() != 0)
+            .collect())
+    }
+
+    /// The firmware slots.
+    pub fn firmware_slots(&self) -> Result<FirmwareSlotLog, NvmeError> {
+        self.core.wait_live()?;
+        let page = self
+            .core
+            .log_page(LogPage::FIRMWARE_SLOTS, ALL, 512, true)?;
+        FirmwareSlotLog::read_from_bytes(&page)
+            .map_err(|_| self.core.protocol("firmware log length"))
+    }
+
+    /// A feature's current value (dword 0 of the completion).
+    pub fn feature(&self, feature: FeatureId, nsid: u32) -> Result<u32, NvmeError> {
+        let (done, _) = self.admin_command(Command::get_feature(feature, nsid), None)?;
+        Ok(done.dw0)
+    }
+
+    /// Sets a feature; with `save`, over power cycles.
+    pub fn set_feature(
+        &self,
+        feature: FeatureId,
+        nsid: u32,
+        value: u32,
+        save: bool,
+    ) -> Result<u32, NvmeError> {
+        let command = Command::set_feature(feature, nsid, value, save);
+        let (done, _) = self.admin_command(command, None)?;
+        Ok(done.dw0)
+    }
+
+    /// Whether there is a volatile write cache that is switched on, as found at bring-up or by
+    /// the last [`set_write_cache`](Self::set_write_cache).
+    pub fn write_cache(&self) -> bool {
+        self.core.info().is_ok_and(|i| i.write_cache)
+    }
+
+    /// Switches the volatile write cache and lists the namespaces anew, whose
+    /// [`write_cache`](crate::Namespace::write_cache) follows it. The state outlives a
+    /// controller reset only as far as the device keeps it; it is read again then.
+    pub fn set_write_cache(&self, on: bool) -> Result<(), NvmeError> {
+        let info = self.core.info()?;
+        if info.identify.vwc & 1 == 0 {
+            return Err(NvmeError::Unsupported {
+                device: self.name().to_owned(),
+                what: "the controller has no volatile write cache".into(),
+            });
+        }
+        self.set_feature(FeatureId::VOLATILE_WRITE_CACHE, 0, u32::from(on), false)?;
+        let now = self.feature(FeatureId::VOLATILE_WRITE_CACHE, 0)? & 1 != 0;
+        let mut info = (*info).clone();
+        info.write_cache = now;
+        *self.core.info.write() = Some(std::sync::Arc::new(info));
+        self.rescan()
+    }
+
+    /// Formats a namespace: all its data is lost. Blocks for as long as the device takes, at
+    /// most the admin time-out. Lists the namespaces anew.
+    pub fn format(&self, nsid: u32, format: FormatNvm) -> Result<(), NvmeError> {
+        let info = self.core.info()?;
+        if info.identify.oacs.get() & Oacs::FORMAT == 0 {
+            return Err(NvmeError::Unsupported {
+                device: self.name().to_owned(),
+                what: "the controller does not support Format NVM".into(),
+            });
+        }
+        let ns = self.namespace(nsid)?;
+        if format.lbaf > ns.identify.nlbaf_z {
+            return Err(NvmeError::Unsupported {
+                device: self.name().to_owned(),
+                what: format!(
+                    "namespace {nsid} has LBA formats 0 to {}, not {}",
+                    ns.identify.nlbaf_z, format.lbaf
+                ),
+            });
+        }
+        self.admin_command(Command::format(nsid, format), None)?;
+        self.rescan()
+    }
+}

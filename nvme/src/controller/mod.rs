@@ -1,0 +1,383 @@
+//! Controllers: bring-up, admin commands, namespaces, reset, removal.
+
+use std::any::Any;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, RwLock};
+
+use crate::dma::{AddressTable, DmaBuf, DmaShared};
+use crate::error::{IoErrorKind, NvmeError};
+use crate::namespace::Namespace;
+use crate::queue::QueueShared;
+use crate::spec::{
+    AsyncEvent, Cap, Command, Completion, IdentifyController, IdentifyNvmController, Status, Vs,
+};
+use crate::transport::{EventFd, Transport};
+
+mod admin;
+mod bringup;
+mod identify;
+mod keeper;
+mod logs;
+mod memory;
+mod queues;
+mod reset;
+pub(crate) mod state;
+
+use admin::AdminQueue;
+use keeper::Requests;
+use memory::ControllerMemory;
+pub use state::Phase;
+
+/// How a controller is brought up.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct ControllerOptions {
+    /// I/O queue pairs to ask the controller for.
+    pub queues: u16,
+    /// Interrupt vectors to ask the transport for; 0: poll only.
+    pub vectors: u16,
+    /// Use shadow doorbells where the controller offers them.
+    pub shadow_doorbells: bool,
+    /// Use SGLs where the controller offers them.
+    pub sgl: bool,
+    /// Weighted round robin between the queues' classes, where the controller offers it.
+    pub arbitration: Option<Weights>,
+    /// An admin command without completion for this long means a reset.
+    pub admin_timeout: Duration,
+}
+
+impl Default for ControllerOptions {
+    fn default() -> Self {
+        ControllerOptions {
+            queues: 64,
+            vectors: 65,
+            shadow_doorbells: true,
+            sgl: true,
+            arbitration: None,
+            admin_timeout: Duration::from_secs(20),
+        }
+    }
+}
+
+/// Weights of the arbitration's classes (Base section 5.27.1.1), commands per round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Weights {
+    /// High, 1 to 256.
+    pub high: u16,
+    /// Medium, 1 to 256.
+    pub medium: u16,
+    /// Low, 1 to 256.
+    pub low: u16,
+}
+
+/// Something that happened to a controller; see [`Controller::take_events`].
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum ControllerEvent {
+    /// The controller completed an asynchronous event request.
+    Async(AsyncEvent),
+    /// It was reset, for this reason.
+    Reset(String),
+    /// The namespaces were listed anew.
+    NamespacesChanged,
+    /// The bus or transport reported an error.
+    TransportError(String),
+    /// It is gone.
+    Removed,
+    /// It could not be reset and is given up.
+    Failed(String),
+}
+
+/// What the controller says of itself.
+#[derive(Debug, Clone)]
+pub(crate) struct Info {
+    pub identify: Box<IdentifyController>,
+    pub nvm: Option<Box<IdentifyNvmController>>,
+    pub version: Vs,
+    /// Bytes of a command's data at most.
+    pub transfer_bytes: usize,
+    pub sgl: bool,
+    pub write_cache: bool,
+}
+
+/// The part of a controller that its queue pairs and its keeper thread share.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub transport: Arc<dyn Transport>,
+    pub table: Arc<AddressTable>,
+    pub state: AtomicU64,
+    options: ControllerOptions,
+    cap: Cap,
+    /// log2 of the page size in use.
+    pub page_shift: u32,
+    admin: Mutex<AdminQueue>,
+    admin_done: Condvar,
+    info: RwLock<Option<Arc<Info>>>,
+    namespaces: RwLock<BTreeMap<u32, Arc<Namespace>>>,
+    interrupts: RwLock<Vec<Arc<EventFd>>>,
+    queues: Mutex<Registry>,
+    shadow: RwLock<Option<[Arc<DmaShared>; 2]>>,
+    memory: Mutex<Option<ControllerMemory>>,
+    requests: Mutex<Requests>,
+    wake: EventFd,
+    changed: Condvar,
+    changed_lock: Mutex<()>,
+    /// What the device may still touch until it is disabled.
+    graveyard: Mutex<Vec<Box<dyn Any + Send>>>,
+    events: Mutex<VecDeque<ControllerEvent>>,
+    failure: Mutex<Option<String>>,
+}
+
+#[derive(Debug, Default)]
+struct Registry {
+    queues: BTreeMap<u16, Arc<QueueShared>>,
+    limit: u16,
+}
+
+/// An NVMe controller, enabled. Shared by everything that uses it; when the last handle goes
+/// (queue pairs hold one), it is shut down and let go of.
+#[derive(Debug)]
+pub struct Controller {
+    pub(crate) core: Arc<Core>,
+    keeper: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// Events kept for `take_events` at most; older ones are dropped.
+const EVENTS_MAX: usize = 64;
+
+impl Core {
+    pub fn name(&self) -> &str {
+        self.transport.name()
+    }
+
+    pub fn phase(&self) -> Phase {
+        state::phase(self.state.load(Ordering::Acquire))
+    }
+
+    pub fn info(&self) -> Result<Arc<Info>, NvmeError> {
+        self.info.read().clone().ok_or_else(|| NvmeError::Protocol {
+            device: self.name().to_owned(),
+            detail: "the controller was not identified yet".into(),
+        })
+    }
+
+    fn event(&self, event: ControllerEvent) {
+        let mut events = self.events.lock();
+        if events.len() >= EVENTS_MAX {
+            events.pop_front();
+        }
+        events.push_back(event);
+    }
+
+    /// Why nothing can be done any more.
+    pub fn gone(&self, kind: IoErrorKind) -> NvmeError {
+        match kind {
+            IoErrorKind::Removed => NvmeError::Removed {
+                device: self.name().to_owned(),
+            },
+            _ => NvmeError::Failed {
+                device: self.name().to_owned(),
+                reason: self
+                    .failure
+                    .lock()
+                    .clone()
+                    .unwrap_or_else(|| "no reason noted".into()),
+            },
+        }
+    }
+
+    /// How long to wait before a command is sent again: Base section 3.3.3.2.1 (CRD), else
+    /// at once and then ever longer.
+    pub fn retry_delay(&self, status: Status, retries: u8) -> Duration {
+        if let n @ 1..=3 = status.crd()
+            && let Ok(info) = self.info()
+        {
+            let delay = info.identify.crdt[usize::from(n) - 1].get();
+            // Tenths of a second; nobody waits longer than ten for a retry.
+            return Duration::from_millis(u64::from(delay).min(100) * 100);
+        }
+        match retries {
+            0 => Duration::ZERO,
+            n => Duration::from_millis(1 << n.min(7)),
+        }
+    }
+
+    /// Blocks while a reset is under way, then says whether the controller is to be had.
+    fn wait_live(&self) -> Result<u64, NvmeError> {
+        loop {
+            let word = self.state.load(Ordering::Acquire);
+            match state::phase(word) {
+                Phase::Live => return Ok(word),
+                Phase::Failed => return Err(self.gone(IoErrorKind::ControllerFailed)),
+                Phase::Removed => return Err(self.gone(IoErrorKind::Removed)),
+                Phase::Resetting => {
+                    let mut guard = self.changed_lock.lock();
+                    if self.state.load(Ordering::Acquire) == word {
+                        self.changed
+                            .wait_for(&mut guard, Duration::from_millis(100));
+                    }
+                }
+            }
+        }
+    }
+
+    fn set_state(&self, word: u64) {
+        {
+            let _guard = self.changed_lock.lock();
+            self.state.store(word, Ordering::SeqCst);
+        }
+        self.changed.notify_all();
+    }
+}
+
+impl Controller {
+    /// Takes a transport, resets and enables the controller behind it and finds its namespaces.
+    /// Blocks; every wait is bounded by what the controller promises (CAP.TO).
+    pub fn new(
+        transport: Arc<dyn Transport>,
+        options: ControllerOptions,
+    ) -> Result<Arc<Controller>, NvmeError> {
+        let core = Arc::new(Core::bring_up(transport, options)?);
+        let keeper = keeper::start(Arc::clone(&core));
+        Ok(Arc::new(Controller {
+            core,
+            keeper: Mutex::new(keeper),
+        }))
+    }
+
+    /// The device for logs and errors.
+    pub fn name(&self) -> &str {
+        self.core.name()
+    }
+
+    /// The transport underneath.
+    pub fn transport(&self) -> &Arc<dyn Transport> {
+        &self.core.transport
+    }
+
+    /// What can be done at this moment.
+    pub fn phase(&self) -> Phase {
+        self.core.phase()
+    }
+
+    /// How many resets there were.
+    pub fn generation(&self) -> u64 {
+        state::generation(self.core.state.load(Ordering::Acquire))
+    }
+
+    /// The capabilities register.
+    pub fn capabilities(&self) -> Cap {
+        self.core.cap
+    }
+
+    /// The version register.
+    pub fn version(&self) -> Result<Vs, NvmeError> {
+        Ok(self.core.info()?.version)
+    }
+
+    /// Bytes of a single command's data at most (MDTS, and this driver's own bound of 1 MiB).
+    pub fn transfer_bytes(&self) -> Result<usize, NvmeError> {
+        Ok(self.core.info()?.transfer_bytes)
+    }
+
+    /// Whether shadow doorbells are in use.
+    pub fn shadow_doorbells(&self) -> bool {
+        self.core.shadow.read().is_some()
+    }
+
+    /// Whether data is pointed to by SGLs where they are shorter.
+    pub fn uses_sgl(&self) -> bool {
+        self.core.info().is_ok_and(|i| i.sgl)
+    }
+
+    /// I/O queue pairs that can exist.
+    pub fn queue_limit(&self) -> u16 {
+        self.core.queues.lock().limit
+    }
+
+    /// Interrupt vectors in use, admin's included.
+    pub fn interrupt_count(&self) -> usize {
+        self.core.interrupts.read().len()
+    }
+
+    /// What happened since the last call, oldest first; at most 64 are kept.
+    pub fn take_events(&self) -> Vec<ControllerEvent> {
+        self.core.events.lock().drain(..).collect()
+    }
+
+    /// An admin command of the caller's own making, with data to or from the device. Blocks.
+    /// The data pointer and the identifier are set here; nothing else is checked, so a command
+    /// that disturbs the driver (deleting its queues, formatting) does what it says.
+    ///
+    /// # Errors
+    /// A status other than success is [`NvmeError::Status`].
+    pub fn admin_command(
+        &self,
+        command: Command,
+        data: Option<DmaBuf>,
+    ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
+        let word = self.core.wait_live()?;
+        self.core.admin_at(Some(word), command, data)
+    }
+
+    /// Resets the controller. I/O in flight ends once with its own status, or is sent again, or
+    /// ends as aborted when its retries are used up. Blocks until the reset is over.
+    pub fn reset(&self) -> Result<(), NvmeError> {
+        let before = self.core.wait_live()?;
+        self.core.request_reset("asked for");
+        let start = Instant::now();
+        loop {
+            let word = self.core.wait_live()?;
+            if word != before {
+                return Ok(());
+            }
+            if start.elapsed() > Duration::from_secs(60) {
+                return Err(NvmeError::NotReady {
+                    device: self.name().to_owned(),
+                    what: "reset",
+                    timeout_ms: 60_000,
+                    csts: 0,
+                });
+            }
+            let mut guard = self.core.changed_lock.lock();
+            if self.core.state.load(Ordering::Acquire) == before {
+                self.core
+                    .changed
+                    .wait_for(&mut guard, Duration::from_millis(20));
+            }
+        }
+    }
+
+    /// Shuts the controller down (CC.SHN) so that its caches are safe, and lets go of the
+    /// device. Every queue pair's I/O ends. Blocks, bounded. Dropping the last handle does the
+    /// same without the report.
+    pub fn shutdown(&self) -> Result<(), NvmeError> {
+        self.stop_keeper();
+        self.core.shut_down()
+    }
+
+    fn stop_keeper(&self) {
+        let handle = self.keeper.lock().take();
+        if let Some(handle) = handle {
+            self.core.requests.lock().stop = true;
+            self.core.wake.signal();
+            if handle.join().is_err() {
+                tracing::error!(device = self.name(), "the keeper thread panicked");
+            }
+        }
+    }
+}
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        self.stop_keeper();
+        if let Err(error) = self.core.shut_down() {
+            tracing::warn!(device = self.name(), %error, "shutdown");
+        }
+    }
+}

@@ -1,0 +1,340 @@
+//! I/O queue pairs: how many, making them, deleting them.
+
+use std::any::Any;
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use hdrhistogram::Histogram;
+use parking_lot::Mutex;
+
+use super::state::{self, Phase};
+use super::{Controller, Core};
+use crate::dma::DmaShared;
+use crate::error::NvmeError;
+use crate::queue::{
+    Bank, Bell, CompletionRing, PointerStyle, QueueMem, QueueOptions, QueuePair, QueueShared,
+    QueueStats, Slot, SlotState, Spin, SubmissionRing, WHOLE, init_barrier,
+};
+use crate::spec::{AdminOpcode, Command, FeatureId, doorbell_offset};
+
+impl Core {
+    /// Set Features 07h: Base section 5.27.1.5. A controller may answer with more than it was
+    /// asked for, or with fewer.
+    pub(super) fn negotiate_queues(&self) -> Result<(), NvmeError> {
+        let want = u32::from(self.options.queues.max(1)) - 1;
+        let command =
+            Command::set_feature(FeatureId::NUMBER_OF_QUEUES, 0, want | want << 16, false);
+        let (done, _) = self.admin(command, None)?;
+        let granted = (done.dw0 & 0xffff).min(done.dw0 >> 16) + 1;
+        let limit = u16::try_from(granted.min(want + 1)).unwrap_or(1);
+        self.queues.lock().limit = limit;
+        Ok(())
+    }
+
+    /// Creates a queue pair's queues at the device, on the current completion memory.
+    /// With a state word, only while the controller is in that state.
+    pub(super) fn create_queues(
+        &self,
+        word: Option<u64>,
+        q: &QueueShared,
+        bank: usize,
+    ) -> Result<(), NvmeError> {
+        let create_cq = Command::create_cq(q.qid, q.cq_entries - 1, q.cq_address[bank], q.vector);
+        self.admin_at(word, create_cq, None)?;
+        let create_sq =
+            Command::create_sq(q.qid, q.sq_entries - 1, q.sq_address, q.qid, q.priority);
+        if let Err(error) = self.admin_at(word, create_sq, None) {
+            let undo = Command::delete_queue(AdminOpcode::DELETE_CQ, q.qid);
+            if let Err(undo) = self.admin_at(word, undo, None) {
+                tracing::warn!(device = self.name(), error = %undo, "completion queue not deleted");
+            }
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Deletes a queue pair's queues. True: the device does not touch their memory, nor that of
+    /// their commands, any more.
+    pub(crate) fn retire_queue(&self, q: &Arc<QueueShared>) -> bool {
+        // Out of the registry first: a reset does not create it again.
+        self.queues.lock().queues.remove(&q.qid);
+        let done = loop {
+            let Ok(word) = self.wait_live() else {
+                // Failed or removed: detached, so quiet.
+                break true;
+            };
+            if !q.bank.lock().created {
+                break true;
+            }
+            let delete = |op| self.admin_at(Some(word), Command::delete_queue(op, q.qid), None);
+            let deleted =
+                delete(AdminOpcode::DELETE_SQ).and_then(|_| delete(AdminOpcode::DELETE_CQ));
+            match deleted {
+                Ok(_) => break true,
+                // A reset in between has deleted them, as it has all queues.
+                Err(_) if self.state.load(Ordering::Acquire) != word => {
+                    if self.wait_live().is_ok() {
+                        break true;
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(device = self.name(), qid = q.qid, %error, "queues not deleted");
+                    break false;
+                }
+            }
+        };
+        if let (QueueMem::Controller(_, offset), true) = (&q.sq_mem, done) {
+            self.give_controller_memory(*offset, usize::from(q.sq_entries) * 64);
+        }
+        done
+    }
+
+    /// Keeps something until the device is certainly done with it.
+    pub(crate) fn bury(&self, what: Box<dyn Any + Send>) {
+        self.graveyard.lock().push(what);
+    }
+
+    fn address_of(&self, m: &DmaShared) -> Result<u64, NvmeError> {
+        self.table
+            .translate(m.region(), m.region_offset())
+            .map(|(address, _)| address)
+            .ok_or_else(|| self.protocol("queue memory is not mapped for the device"))
+    }
+}
+
+impl Controller {
+    /// Makes an I/O queue pair. Blocks for the admin commands.
+    ///
+    /// # Errors
+    /// [`NvmeError::NoQueues`] when the controller has no more.
+    pub fn queue_pair(self: &Arc<Self>, options: &QueueOptions) -> Result<QueuePair, NvmeError> {
+        init_barrier();
+        let core = &self.core;
+        let info = core.info()?;
+        let max = u32::from(core.cap.mqes_z()) + 1;
+        let depth = u32::from(options.depth.clamp(1, 4095)).min(max - 1);
+        let sq_entries = u16::try_from(depth + 1).unwrap_or(2).max(2);
+        let cq_wish = (2 * u32::from(sq_entries))
+            .min(max)
+            .min(u32::from(u16::MAX));
+        let cq_entries = u16::try_from(cq_wish).unwrap_or(2).max(2);
+        let depth = sq_entries - 1;
+
+        let list_len = list_len(info.transfer_bytes, core.page_shift);
+        let cq_mem = [(); 2]
+            .map(|()| DmaShared::zeroed((usize::from(cq_entries) * 16).next_multiple_of(4096)));
+        let [a, b] = cq_mem;
+        let cq_mem = [Arc::new(a?), Arc::new(b?)];
+        let lists = Arc::new(DmaShared::zeroed(usize::from(depth) * list_len)?);
+
+        let word = core.wait_live()?;
+        let shared = self.reserve(options, sq_entries, cq_entries, cq_mem)?;
+        // Doorbells before queues: nothing to undo when one is refused.
+        let bell = |completion, shadow| {
+            let offset = doorbell_offset(shared.qid, completion, core.cap.dstrd());
+            core.transport
+                .doorbell(offset)
+                .map(|b| Bell::new(b, shadow))
+        };
+        let (sq_shadow, cq_shadow) = core.shadows(shared.qid);
+        let bells = bell(false, sq_shadow).and_then(|sq| Ok((sq, bell(true, cq_shadow)?)));
+        let made = bells.map_err(NvmeError::from).and_then(|bells| {
+            match core.create_queues(Some(word), &shared, 0) {
+                Ok(()) => {
+                    shared.bank.lock().created = true;
+                    Ok(bells)
+                }
+                // A reset has begun: it creates the queues of everything in the registry, and
+                // the queue pair joins it there.
+                Err(_) if core.state.load(Ordering::Acquire) != word => Ok(bells),
+                Err(error) => Err(error),
+            }
+        });
+        match made {
+            Ok(bells) => self.assemble(options, shared, word, lists, list_len, bells),
+            Err(error) => {
+                core.queues.lock().queues.remove(&shared.qid);
+                // Whether the device has a queue there is not known for sure.
+                core.bury(Box::new(shared));
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes a free queue identifier, an interrupt vector and the submission queue's memory.
+    fn reserve(
+        &self,
+        options: &QueueOptions,
+        sq_entries: u16,
+        cq_entries: u16,
+        cq_mem: [Arc<DmaShared>; 2],
+    ) -> Result<Arc<QueueShared>, NvmeError> {
+        let core = &self.core;
+        let sq_len = usize::from(sq_entries) * 64;
+        let in_controller = if options.controller_memory {
+            core.take_controller_memory(sq_len)
+        } else {
+            None
+        };
+        let (sq_mem, sq_address) = match in_controller {
+            Some((map, offset, address)) => (QueueMem::Controller(map, offset), address),
+            None => {
+                let mem = Arc::new(DmaShared::zeroed(sq_len.next_multiple_of(4096))?);
+                let address = core.address_of(&mem)?;
+                (QueueMem::Host(mem), address)
+            }
+        };
+        let mut registry = core.queues.lock();
+        let limit = registry.limit;
+        let Some(qid) = (1..=limit).find(|q| !registry.queues.contains_key(q)) else {
+            if let QueueMem::Controller(_, offset) = sq_mem {
+                core.give_controller_memory(offset, sq_len);
+            }
+            return Err(NvmeError::NoQueues {
+                device: self.name().to_owned(),
+                limit,
+            });
+        };
+        let vectors = core.interrupts.read();
+        let interrupt = vectors
+            .get(usize::from(qid))
+            .filter(|_| options.interrupt)
+            .cloned();
+        drop(vectors);
+        if let Some(interrupt) = &interrupt {
+            interrupt.arm(false);
+        }
+        let shared = Arc::new(QueueShared {
+            qid,
+            sq_entries,
+            cq_entries,
+            vector: interrupt.as_ref().map(|_| qid),
+            interrupt,
+            priority: options.priority,
+            sq_mem,
+            sq_address,
+            cq_address: [core.address_of(&cq_mem[0])?, core.address_of(&cq_mem[1])?],
+            cq_mem,
+            ringing: AtomicBool::new(false),
+            bank: Mutex::new(Bank {
+                current: 0,
+                created: false,
+            }),
+        });
+        registry.queues.insert(qid, Arc::clone(&shared));
+        Ok(shared)
+    }
+
+    fn assemble(
+        self: &Arc<Self>,
+        options: &QueueOptions,
+        shared: Arc<QueueShared>,
+        word: u64,
+        lists: Arc<DmaShared>,
+        list_len: usize,
+        (sq_bell, cq_bell): (Bell, Bell),
+    ) -> Result<QueuePair, NvmeError> {
+        let core = Arc::clone(&self.core);
+        let depth = shared.sq_entries - 1;
+        let slot_bits = u32::from(depth.max(2) - 1).ilog2() + 1;
+        let mut slots = Vec::with_capacity(usize::from(depth));
+        for n in 0..depth {
+            let offset = lists.region_offset() + usize::from(n) * list_len;
+            let list_address = core
+                .table
+                .translate(lists.region(), offset)
+                .ok_or_else(|| core.protocol("list memory is not mapped for the device"))?
+                .0;
+            slots.push(Slot {
+                command: Command {
+                    cid: n,
+                    ..Command::default()
+                },
+                tag: 0,
+                io: None,
+                split: WHOLE,
+                state: SlotState::Free,
+                retries: 0,
+                deadline_ms: 0,
+                started_ns: 0,
+                list_address,
+            });
+        }
+        // Consumed entries that the controller has not heard of are room that it lacks: never
+        // so many that it cannot post a completion for everything in flight.
+        let spare = shared.cq_entries - 1 - depth.min(shared.cq_entries - 1);
+        let ack_at = spare.min(shared.cq_entries / 4).max(1);
+        let histogram = if options.histogram {
+            // One nanosecond to one minute, two significant digits.
+            Histogram::new_with_bounds(1, 60_000_000_000, 2)
+                .ok()
+                .map(Box::new)
+        } else {
+            None
+        };
+        let style = PointerStyle {
+            page_shift: core.page_shift,
+            sgl: core.info()?.sgl,
+        };
+        Ok(QueuePair {
+            sq: SubmissionRing::new(shared.sq_mem.clone(), shared.sq_entries, sq_bell),
+            cq: CompletionRing::new(
+                Arc::clone(&shared.cq_mem[0]),
+                shared.cq_entries,
+                ack_at,
+                cq_bell,
+            ),
+            table: Arc::clone(&core.table),
+            _controller: Arc::clone(self),
+            shared,
+            seen: word,
+            dead: None,
+            slots,
+            free: (0..depth).rev().collect(),
+            slot_bits,
+            lists,
+            list_words: list_len / 8,
+            style,
+            splits: Vec::new(),
+            free_splits: Vec::new(),
+            waiting_splits: VecDeque::new(),
+            retrying: VecDeque::new(),
+            backlog: Vec::new(),
+            options: options.clone(),
+            epoch: Instant::now(),
+            polls: 0,
+            next_tick_ms: 0,
+            histogram,
+            stats: QueueStats::default(),
+            spin: Spin::new(),
+            not_sync: PhantomData::<Cell<()>>,
+            core,
+        })
+    }
+}
+
+/// Bytes of a command's list area: PRP entries for the largest transfer, at least 32 ranges of
+/// Dataset Management. A power of two up to a page, so that it crosses none.
+fn list_len(transfer_bytes: usize, page_shift: u32) -> usize {
+    let entries = (transfer_bytes >> page_shift) + 1;
+    (entries * 8).next_power_of_two().clamp(512, 4096)
+}
+
+impl Core {
+    /// Stops every owner from ringing doorbells, as a first step of a reset or shutdown. The
+    /// state word must not be what the owners have seen when this returns.
+    pub(super) fn freeze_queues(&self, word: u64) {
+        self.set_state(state::word(state::generation(word) + 1, Phase::Resetting));
+        crate::queue::heavy_barrier();
+        let queues: Vec<_> = self.queues.lock().queues.values().cloned().collect();
+        for q in queues {
+            while q.ringing.load(Ordering::Acquire) {
+                std::thread::yield_now();
+            }
+        }
+    }
+}

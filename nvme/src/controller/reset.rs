@@ -1,0 +1,124 @@
+//! Controller reset with I/O in flight, failure, removal.
+
+use std::sync::atomic::Ordering;
+
+use super::state::{self, Phase};
+use super::{ControllerEvent, Core};
+use crate::error::NvmeError;
+
+impl Core {
+    /// Resets the controller if it is still in the state that the request was made in.
+    ///
+    /// Doorbells stop, the controller is disabled (which ends every queue and every transfer),
+    /// enabled, and given its queues again, each on its second completion memory. Owners see
+    /// the new state word and settle their commands, see `queue::recover`.
+    pub(super) fn reset(&self, word: u64, reason: &str) {
+        if self.state.load(Ordering::Acquire) != word || state::phase(word) != Phase::Live {
+            return;
+        }
+        tracing::warn!(device = self.name(), reason, "resetting the controller");
+        self.freeze_queues(word);
+        let generation = state::generation(word) + 1;
+        let mut result = self.start().and_then(|()| self.create_all());
+        if let Err(error) = &result
+            && !error.is_removed()
+            && !self.transport.is_gone()
+        {
+            tracing::warn!(device = self.name(), %error, "controller reset failed; resetting the function");
+            result = self
+                .transport
+                .reset()
+                .map_err(NvmeError::from)
+                .and_then(|()| {
+                    self.reenable_interrupts()?;
+                    self.start()
+                })
+                .and_then(|()| self.create_all());
+        }
+        match result {
+            Ok(()) => {
+                self.event(ControllerEvent::Reset(reason.to_owned()));
+                self.set_state(state::word(generation, Phase::Live));
+                self.arm_events();
+                self.wake_sleepers();
+            }
+            Err(error) if error.is_removed() || self.transport.is_gone() => self.removed(),
+            Err(error) => self.fail(&format!("{reason}; then: {error}")),
+        }
+    }
+
+    fn reenable_interrupts(&self) -> Result<(), NvmeError> {
+        let want = self.interrupts.read().len();
+        if want > 0 {
+            let want = u16::try_from(want).unwrap_or(u16::MAX);
+            self.transport.enable_interrupts(want)?;
+        }
+        Ok(())
+    }
+
+    fn create_all(&self) -> Result<(), NvmeError> {
+        let registry = self.queues.lock();
+        for q in registry.queues.values() {
+            let mut bank = q.bank.lock();
+            let next = 1 - bank.current;
+            q.cq_mem[next].clear();
+            bank.current = next;
+            bank.created = q.qid <= registry.limit;
+            if bank.created
+                && let Err(error) = self.create_queues(None, q, next)
+            {
+                bank.created = false;
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the controller up: DMA is off, then everybody is told.
+    pub(super) fn fail(&self, reason: &str) {
+        tracing::error!(device = self.name(), reason, "the controller failed");
+        *self.failure.lock() = Some(reason.to_owned());
+        self.event(ControllerEvent::Failed(reason.to_owned()));
+        self.end(Phase::Failed);
+    }
+
+    /// The controller is gone.
+    pub(super) fn removed(&self) {
+        tracing::warn!(device = self.name(), "the controller was removed");
+        self.event(ControllerEvent::Removed);
+        self.end(Phase::Removed);
+    }
+
+    fn end(&self, phase: Phase) {
+        let word = self.state.load(Ordering::Acquire);
+        if !matches!(state::phase(word), Phase::Live | Phase::Resetting) {
+            return;
+        }
+        if state::phase(word) == Phase::Live {
+            self.freeze_queues(word);
+        }
+        self.transport.detach();
+        self.set_state(state::word(state::generation(word) + 2, phase));
+        self.quiet();
+        self.wake_sleepers();
+    }
+
+    /// Somebody wants the device back: it is disabled if it still answers, then let go of.
+    pub(super) fn release(&self) {
+        let word = self.state.load(Ordering::Acquire);
+        if state::phase(word) == Phase::Live {
+            self.freeze_queues(word);
+            if let Err(error) = self.disable() {
+                tracing::debug!(device = self.name(), %error, "disable before removal");
+            }
+        }
+        self.removed();
+    }
+
+    /// Wakes every queue pair that sleeps on an interrupt.
+    pub(super) fn wake_sleepers(&self) {
+        for interrupt in self.interrupts.read().iter() {
+            interrupt.signal();
+        }
+    }
+}

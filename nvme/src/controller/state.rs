@@ -1,0 +1,40 @@
+//! The controller's state in one word, so that a queue pair checks it with one load.
+//!
+//! Low two bits: phase; the rest: generation, counted up by every reset. A queue pair's rings
+//! belong to the word under which its queues were created.
+
+/// What can be done with the controller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Commands are accepted.
+    Live,
+    /// A reset is under way.
+    Resetting,
+    /// A reset did not bring it back.
+    Failed,
+    /// It is gone.
+    Removed,
+}
+
+pub(crate) fn phase(word: u64) -> Phase {
+    match word & 3 {
+        0 => Phase::Live,
+        1 => Phase::Resetting,
+        2 => Phase::Failed,
+        _ => Phase::Removed,
+    }
+}
+
+pub(crate) fn generation(word: u64) -> u64 {
+    word >> 2
+}
+
+pub(crate) fn word(generation: u64, phase: Phase) -> u64 {
+    let bits = match phase {
+        Phase::Live => 0,
+        Phase::Resetting => 1,
+        Phase::Failed => 2,
+        Phase::Removed => 3,
+    };
+    generation << 2 | bits
+}

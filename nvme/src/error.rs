@@ -1,0 +1,260 @@
+//! Errors of the controller and its queue pairs.
+
+use std::time::Duration;
+
+use crate::dma::DmaError;
+use crate::io::Io;
+use crate::spec::{Command, Status, decode};
+use crate::transport::TransportError;
+
+/// Why a controller could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NvmeError {
+    /// The transport failed.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// Memory failed.
+    #[error(transparent)]
+    Dma(#[from] DmaError),
+    /// The controller did not reach a state in the time that it promised (CAP.TO).
+    #[error("{device}: {what} not within {timeout_ms} ms (CSTS {csts:#x})")]
+    NotReady {
+        /// The device.
+        device: String,
+        /// What was waited for.
+        what: &'static str,
+        /// The bound, in milliseconds.
+        timeout_ms: u64,
+        /// The status register at the end.
+        csts: u32,
+    },
+    /// The controller reports a fatal error (CSTS.CFS).
+    #[error("{device}: fatal controller status (CSTS {csts:#x}) while {what}")]
+    Fatal {
+        /// The device.
+        device: String,
+        /// What was going on.
+        what: &'static str,
+        /// The status register.
+        csts: u32,
+    },
+    /// The controller is gone.
+    #[error("{device}: the controller was removed")]
+    Removed {
+        /// The device.
+        device: String,
+    },
+    /// The controller could not be brought back by a reset.
+    #[error("{device}: the controller failed and is given up: {reason}")]
+    Failed {
+        /// The device.
+        device: String,
+        /// Why.
+        reason: String,
+    },
+    /// An admin command ended with an error status.
+    #[error("{device}: {command}: {status}")]
+    Status {
+        /// The device.
+        device: String,
+        /// The command in words.
+        command: String,
+        /// Its status.
+        status: Status,
+    },
+    /// An admin command did not end in time, or its queue was reset.
+    #[error("{device}: {command}: {what}")]
+    Unfinished {
+        /// The device.
+        device: String,
+        /// The command in words.
+        command: String,
+        /// What happened instead of a completion.
+        what: String,
+    },
+    /// The device says something that the specification rules out.
+    #[error("{device}: {detail}")]
+    Protocol {
+        /// The device.
+        device: String,
+        /// What it said.
+        detail: String,
+    },
+    /// The device does not offer it.
+    #[error("{device}: {what}")]
+    Unsupported {
+        /// The device.
+        device: String,
+        /// What is missing.
+        what: String,
+    },
+    /// There is no such namespace.
+    #[error("{device}: no namespace {nsid}; it has {known}")]
+    NoNamespace {
+        /// The device.
+        device: String,
+        /// The one asked for.
+        nsid: u32,
+        /// Those that there are.
+        known: String,
+    },
+    /// All I/O queues are in use.
+    #[error("{device}: all {limit} I/O queue pairs are in use; share one between threads")]
+    NoQueues {
+        /// The device.
+        device: String,
+        /// How many there are.
+        limit: u16,
+    },
+}
+
+impl NvmeError {
+    /// Whether the device is gone for good.
+    pub fn is_removed(&self) -> bool {
+        matches!(
+            self,
+            NvmeError::Removed { .. } | NvmeError::Transport(TransportError::Removed { .. })
+        )
+    }
+
+    /// The status, when a command was completed with one.
+    pub fn status(&self) -> Option<Status> {
+        match self {
+            NvmeError::Status { status, .. } => Some(*status),
+            _ => None,
+        }
+    }
+}
+
+/// What ended an I/O without success.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum IoErrorKind {
+    /// The controller completed the command with this status.
+    Status(Status),
+    /// The command did not end in time; it was aborted or its queue reset, and the retries are
+    /// used up. Whether a write landed is unknown.
+    Timeout,
+    /// The controller was reset under the command and the retries are used up. Whether a write
+    /// landed is unknown.
+    Aborted,
+    /// The controller was removed.
+    Removed,
+    /// The controller failed and could not be reset.
+    ControllerFailed,
+    /// A buffer is not mapped for the device.
+    NotMapped,
+}
+
+/// An I/O that failed.
+#[derive(Debug, Clone, thiserror::Error)]
+pub struct IoError {
+    /// The device.
+    pub device: String,
+    /// Queue.
+    pub qid: u16,
+    /// The command that failed first (of those that the I/O was split into).
+    pub command: Command,
+    /// What happened.
+    pub kind: IoErrorKind,
+    /// How often the command was sent again.
+    pub retries: u8,
+}
+
+impl std::fmt::Display for IoError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let command = decode::io_command(self.qid, &self.command);
+        write!(f, "{}: {command}: ", self.device)?;
+        match self.kind {
+            IoErrorKind::Status(status) => status.fmt(f)?,
+            IoErrorKind::Timeout => f.write_str("no completion in time")?,
+            IoErrorKind::Aborted => f.write_str("aborted by a controller reset")?,
+            IoErrorKind::Removed => f.write_str("the controller was removed")?,
+            IoErrorKind::ControllerFailed => f.write_str("the controller failed")?,
+            IoErrorKind::NotMapped => f.write_str("a buffer is not mapped for the device")?,
+        }
+        if self.retries > 0 {
+            write!(f, " (after {} retries)", self.retries)?;
+        }
+        Ok(())
+    }
+}
+
+/// Why an I/O was not accepted; it comes back with its buffers.
+#[derive(Debug)]
+pub enum SubmitError {
+    /// The queue is full, or the controller is being reset: poll and try again.
+    Busy(Io),
+    /// The I/O is wrong for this namespace and would never be accepted.
+    Invalid(Io, InvalidIo),
+    /// The controller is gone or failed.
+    Gone(Io, IoErrorKind),
+}
+
+impl SubmitError {
+    /// The I/O.
+    pub fn into_io(self) -> Io {
+        match self {
+            SubmitError::Busy(io) | SubmitError::Invalid(io, _) | SubmitError::Gone(io, _) => io,
+        }
+    }
+}
+
+impl std::fmt::Display for SubmitError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            SubmitError::Busy(_) => f.write_str("the queue is full or being reset"),
+            SubmitError::Invalid(_, why) => why.fmt(f),
+            SubmitError::Gone(_, kind) => write!(f, "the controller is gone ({kind:?})"),
+        }
+    }
+}
+
+impl std::error::Error for SubmitError {}
+
+/// What is wrong with an I/O.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum InvalidIo {
+    /// A length that is no multiple of the block size.
+    #[error("{len} bytes are no whole blocks of {block_size}")]
+    Length {
+        /// Bytes.
+        len: usize,
+        /// The namespace's block size.
+        block_size: u32,
+    },
+    /// Nothing to do.
+    #[error("an I/O of no blocks")]
+    Empty,
+    /// Beyond the end.
+    #[error("blocks {lba}+{blocks} are outside a namespace of {num_blocks} blocks")]
+    OutOfRange {
+        /// First block.
+        lba: u64,
+        /// Blocks.
+        blocks: u64,
+        /// The namespace's size.
+        num_blocks: u64,
+    },
+    /// The controller does not offer the command.
+    #[error("the controller does not support {0}")]
+    Unsupported(&'static str),
+    /// The namespace's format cannot be used.
+    #[error(
+        "namespace {0} has a format that this driver does not use; `pumice nvme id-ns` says which"
+    )]
+    Format(u32),
+    /// A buffer that starts at an odd address.
+    #[error("a buffer does not start at a multiple of four bytes")]
+    NotAligned,
+    /// A buffer is not reachable for the device.
+    #[error("a buffer is not mapped for the device")]
+    NotMapped,
+}
+
+/// How long something may take, as text for logs.
+pub(crate) fn millis(d: Duration) -> u64 {
+    u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,155 @@
+//! Namespaces: geometry and limits, ready for use.
+
+use crate::spec::{IdentifyNamespace, NsDescriptor};
+
+/// What a controller can do with a namespace's blocks, from ONCS and VWC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Supports {
+    /// Compare.
+    pub compare: bool,
+    /// Write zeroes.
+    pub write_zeroes: bool,
+    /// Dataset management (deallocate).
+    pub deallocate: bool,
+    /// Verify.
+    pub verify: bool,
+    /// Copy, descriptor format 0.
+    pub copy: bool,
+}
+
+/// Limits of one command, in blocks; a request beyond them is split.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Namespace.
+    pub nsid: u32,
+    /// log2 of the block size.
+    pub block_shift: u32,
+    /// Size of the namespace.
+    pub num_blocks: u64,
+    /// Blocks of a command with data (MDTS).
+    pub transfer_blocks: u32,
+    /// A command must not cross a multiple of this (NOIOB); 0: may.
+    pub boundary_blocks: u32,
+    /// Blocks of a write zeroes.
+    pub zeroes_blocks: u32,
+    /// Blocks of a verify.
+    pub verify_blocks: u32,
+    /// Blocks of a deallocated range.
+    pub deallocate_blocks: u32,
+    /// Blocks of all ranges of a deallocate command.
+    pub deallocate_total_blocks: u64,
+    /// Ranges of a deallocate command.
+    pub deallocate_ranges: u32,
+    /// Ranges of a copy.
+    pub copy_ranges: u32,
+    /// Blocks of a copy's range.
+    pub copy_range_blocks: u32,
+    /// Blocks of a copy.
+    pub copy_blocks: u32,
+    /// What there is.
+    pub supports: Supports,
+    /// The format can be used.
+    pub usable: bool,
+}
+
+/// A namespace as the driver uses it.
+#[derive(Debug, Clone)]
+pub struct Namespace {
+    pub(crate) limits: Limits,
+    pub(crate) identify: Box<IdentifyNamespace>,
+    pub(crate) descriptors: Vec<NsDescriptor>,
+    pub(crate) unusable: Option<String>,
+    pub(crate) write_cache: bool,
+    pub(crate) atomic_blocks: u32,
+    pub(crate) atomic_power_blocks: u32,
+}
+
+impl Namespace {
+    /// Namespace identifier.
+    pub fn nsid(&self) -> u32 {
+        self.limits.nsid
+    }
+
+    /// Block size in bytes.
+    pub fn block_size(&self) -> u32 {
+        1 << self.limits.block_shift
+    }
+
+    /// Size in blocks.
+    pub fn num_blocks(&self) -> u64 {
+        self.limits.num_blocks
+    }
+
+    /// Size in bytes.
+    pub fn len_bytes(&self) -> u64 {
+        self.limits.num_blocks << self.limits.block_shift
+    }
+
+    /// Limits of single commands.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// What there is beside read, write and flush.
+    pub fn supports(&self) -> Supports {
+        self.limits.supports
+    }
+
+    /// Whether the controller has a volatile write cache: then a completed write is durable
+    /// only after a flush, or when written with FUA.
+    pub fn write_cache(&self) -> bool {
+        self.write_cache
+    }
+
+    /// Blocks that are written as a whole, whatever happens beside (AWUN, NAWUN).
+    pub fn atomic_blocks(&self) -> u32 {
+        self.atomic_blocks
+    }
+
+    /// Blocks that are written as a whole even when power fails (AWUPF, NAWUPF).
+    pub fn atomic_power_blocks(&self) -> u32 {
+        self.atomic_power_blocks
+    }
+
+    /// Whether deallocated blocks read as zeroes (DLFEAT).
+    pub fn deallocated_reads_zero(&self) -> bool {
+        self.identify.dlfeat & 7 == 1
+    }
+
+    /// Whether Write Zeroes with deallocate is allowed (DLFEAT bit 3).
+    pub fn zeroes_may_deallocate(&self) -> bool {
+        self.identify.dlfeat & 8 != 0
+    }
+
+    /// Why I/O on this namespace is refused, if it is: block metadata, a block size out of
+    /// range, another command set.
+    pub fn unusable(&self) -> Option<&str> {
+        self.unusable.as_deref()
+    }
+
+    /// The identify structure.
+    pub fn identify(&self) -> &IdentifyNamespace {
+        &self.identify
+    }
+
+    /// The identification descriptors.
+    pub fn descriptors(&self) -> &[NsDescriptor] {
+        &self.descriptors
+    }
+
+    /// The best globally unique name: UUID, NGUID or EUI-64 (in the first eight bytes); zeroes
+    /// when the device has none.
+    pub fn uuid(&self) -> [u8; 16] {
+        for d in &self.descriptors {
+            if let NsDescriptor::Uuid(id) = d {
+                return *id;
+            }
+        }
+        if self.identify.nguid != [0; 16] {
+            return self.identify.nguid;
+        }
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&self.identify.eui64);
+        id
+    }
+}

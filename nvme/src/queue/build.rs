@@ -1,0 +1,367 @@
+//! From an I/O to commands: validation and splitting into what a command may carry.
+
+use super::data::{ListArea, NotMapped, PointerStyle, Segment, point_at_many};
+use crate::dma::AddressTable;
+use crate::error::InvalidIo;
+use crate::io::{BlockRange, Io};
+use crate::namespace::Limits;
+use crate::spec::{Command, IoFlags, IoOpcode};
+use std::sync::atomic::Ordering;
+
+/// What is left to do of an I/O that takes more than the plain case of one command.
+#[derive(Debug)]
+pub(crate) enum Work {
+    /// Consecutive blocks.
+    Blocks {
+        op: IoOpcode,
+        flags: IoFlags,
+        lba: u64,
+        left: u64,
+        /// Most blocks of a command.
+        max: u32,
+        /// Byte of the data that comes next; `None`: the command has no data.
+        pos: Option<usize>,
+    },
+    /// Ranges to deallocate: index of the next, blocks of it already done.
+    Deallocate { next: usize, done: u64 },
+    /// Ranges to copy: index of the next, blocks of it already done, destination.
+    Copy {
+        next: usize,
+        done: u64,
+        to: u64,
+        flags: IoFlags,
+    },
+}
+
+/// `blocks` from `lba` lie in the namespace and are not none.
+#[inline]
+pub(super) fn check_range(limits: &Limits, lba: u64, blocks: u64) -> Result<(), InvalidIo> {
+    if blocks == 0 {
+        return Err(InvalidIo::Empty);
+    }
+    match lba.checked_add(blocks) {
+        Some(end) if end <= limits.num_blocks => Ok(()),
+        _ => Err(InvalidIo::OutOfRange {
+            lba,
+            blocks,
+            num_blocks: limits.num_blocks,
+        }),
+    }
+}
+
+/// A buffer is whole blocks and starts at a multiple of four bytes; returns its blocks.
+#[inline]
+pub(super) fn check_segment(limits: &Limits, s: &Segment) -> Result<u64, InvalidIo> {
+    let mask = (1usize << limits.block_shift) - 1;
+    if s.len & mask != 0 {
+        return Err(InvalidIo::Length {
+            len: s.len,
+            block_size: 1 << limits.block_shift,
+        });
+    }
+    if s.offset & 3 != 0 {
+        return Err(InvalidIo::NotAligned);
+    }
+    Ok((s.len >> limits.block_shift) as u64)
+}
+
+fn check_all(limits: &Limits, segments: impl Iterator<Item = Segment>) -> Result<u64, InvalidIo> {
+    let mut blocks = 0;
+    for s in segments {
+        blocks += check_segment(limits, &s)?;
+    }
+    Ok(blocks)
+}
+
+fn check_ranges(limits: &Limits, ranges: &[BlockRange]) -> Result<u64, InvalidIo> {
+    let mut total = 0u64;
+    for r in ranges {
+        check_range(limits, r.lba, r.blocks)?;
+        total = total.saturating_add(r.blocks);
+    }
+    if ranges.is_empty() {
+        return Err(InvalidIo::Empty);
+    }
+    Ok(total)
+}
+
+/// Checks an I/O against its namespace and says what there is to do. Flush has no work: it is
+/// one plain command.
+pub(super) fn plan(limits: &Limits, io: &Io) -> Result<Option<Work>, InvalidIo> {
+    if !limits.usable {
+        return Err(InvalidIo::Format(limits.nsid));
+    }
+    let need = |have: bool, what| {
+        if have {
+            Ok(())
+        } else {
+            Err(InvalidIo::Unsupported(what))
+        }
+    };
+    let blocks = |op, lba, left, max, pos, flags| {
+        check_range(limits, lba, left)?;
+        Ok(Some(Work::Blocks {
+            op,
+            flags,
+            lba,
+            left,
+            max,
+            pos,
+        }))
+    };
+    let transfer = limits.transfer_blocks;
+    match io {
+        Io::Read { lba, buf } => {
+            let n = check_segment(limits, &buf.into())?;
+            blocks(IoOpcode::READ, *lba, n, transfer, Some(0), IoFlags::NONE)
+        }
+        Io::ReadV { lba, bufs } => {
+            let n = check_all(limits, bufs.iter().map(Segment::from))?;
+            blocks(IoOpcode::READ, *lba, n, transfer, Some(0), IoFlags::NONE)
+        }
+        Io::Write { lba, data, fua } => {
+            let n = check_segment(limits, &data.into())?;
+            blocks(
+                IoOpcode::WRITE,
+                *lba,
+                n,
+                transfer,
+                Some(0),
+                IoFlags::fua(*fua),
+            )
+        }
+        Io::WriteV { lba, data, fua } => {
+            let n = check_all(limits, data.iter().map(Segment::from))?;
+            blocks(
+                IoOpcode::WRITE,
+                *lba,
+                n,
+                transfer,
+                Some(0),
+                IoFlags::fua(*fua),
+            )
+        }
+        Io::Compare { lba, data } => {
+            need(limits.supports.compare, "compare")?;
+            let n = check_segment(limits, &data.into())?;
+            blocks(IoOpcode::COMPARE, *lba, n, transfer, Some(0), IoFlags::NONE)
+        }
+        Io::WriteZeroes {
+            lba,
+            blocks: n,
+            fua,
+            deallocate,
+        } => {
+            need(limits.supports.write_zeroes, "write zeroes")?;
+            let mut flags = IoFlags::fua(*fua);
+            if *deallocate {
+                flags = flags.with(IoFlags::DEALLOCATE);
+            }
+            blocks(
+                IoOpcode::WRITE_ZEROES,
+                *lba,
+                *n,
+                limits.zeroes_blocks,
+                None,
+                flags,
+            )
+        }
+        Io::Verify { lba, blocks: n } => {
+            need(limits.supports.verify, "verify")?;
+            blocks(
+                IoOpcode::VERIFY,
+                *lba,
+                *n,
+                limits.verify_blocks,
+                None,
+                IoFlags::NONE,
+            )
+        }
+        Io::Deallocate { ranges } => {
+            need(limits.supports.deallocate, "deallocate")?;
+            check_ranges(limits, ranges)?;
+            Ok(Some(Work::Deallocate { next: 0, done: 0 }))
+        }
+        Io::Copy { ranges, lba, fua } => {
+            need(limits.supports.copy, "copy")?;
+            let total = check_ranges(limits, ranges)?;
+            check_range(limits, *lba, total)?;
+            Ok(Some(Work::Copy {
+                next: 0,
+                done: 0,
+                to: *lba,
+                flags: IoFlags::fua(*fua),
+            }))
+        }
+        Io::Flush => Ok(None),
+    }
+}
+
+impl Work {
+    /// Whether every command has been made.
+    pub fn is_over(&self, io: &Io) -> bool {
+        match self {
+            Work::Blocks { left, .. } => *left == 0,
+            Work::Deallocate { next, .. } => match io {
+                Io::Deallocate { ranges } => *next >= ranges.len(),
+                _ => true,
+            },
+            Work::Copy { next, .. } => match io {
+                Io::Copy { ranges, .. } => *next >= ranges.len(),
+                _ => true,
+            },
+        }
+    }
+
+    /// Makes the next command; its data pointer or range list goes into the slot's area.
+    pub fn next_command(
+        &mut self,
+        limits: &Limits,
+        io: &Io,
+        table: &AddressTable,
+        style: PointerStyle,
+        area: &ListArea<'_>,
+    ) -> Result<Command, NotMapped> {
+        match self {
+            Work::Blocks {
+                op,
+                flags,
+                lba,
+                left,
+                max,
+                pos,
+            } => {
+                let mut n = (*left).min(u64::from(*max)).min(65_536);
+                if limits.boundary_blocks > 0 && pos.is_some() {
+                    let boundary = u64::from(limits.boundary_blocks);
+                    n = n.min(boundary - *lba % boundary);
+                }
+                let mut command = Command::new(op.0, limits.nsid);
+                if let Some(at) = pos {
+                    let want = usize::try_from(n).map_err(|_| NotMapped)? << limits.block_shift;
+                    let covered = point(&mut command, io, table, *at, want, style, area)?;
+                    let whole = covered >> limits.block_shift << limits.block_shift;
+                    if whole == 0 {
+                        return Err(NotMapped);
+                    }
+                    n = (whole >> limits.block_shift) as u64;
+                    *at += whole;
+                    if whole < covered {
+                        // The pointer must describe what the command transfers.
+                        point(&mut command, io, table, *at - whole, whole, style, area)?;
+                    }
+                }
+                command.set_lba(*lba);
+                let blocks_z = u32::try_from(n - 1).map_err(|_| NotMapped)?;
+                command.cdw12 = blocks_z | flags.0;
+                *lba += n;
+                *left -= n;
+                Ok(command)
+            }
+            Work::Deallocate { next, done } => {
+                let Io::Deallocate { ranges } = io else {
+                    return Err(NotMapped);
+                };
+                let room = (area.words.len() / 2)
+                    .min(limits.deallocate_ranges as usize)
+                    .min(256);
+                let mut total = 0u64;
+                let mut count = 0u32;
+                while (count as usize) < room.max(1) && *next < ranges.len() {
+                    let r = ranges[*next];
+                    let n = (r.blocks - *done)
+                        .min(u64::from(limits.deallocate_blocks))
+                        .min(limits.deallocate_total_blocks.saturating_sub(total));
+                    if n == 0 {
+                        break;
+                    }
+                    let at = count as usize * 2;
+                    // NVM figure 40: attributes, length, first block.
+                    area.words[at].store((n << 32).to_le(), Ordering::Relaxed);
+                    area.words[at + 1].store((r.lba + *done).to_le(), Ordering::Relaxed);
+                    count += 1;
+                    total += n;
+                    *done += n;
+                    if *done == r.blocks {
+                        *next += 1;
+                        *done = 0;
+                    }
+                }
+                let mut command = Command::deallocate(limits.nsid, count.max(1));
+                command.prp1 = area.address;
+                Ok(command)
+            }
+            Work::Copy {
+                next,
+                done,
+                to,
+                flags,
+            } => {
+                let Io::Copy { ranges, .. } = io else {
+                    return Err(NotMapped);
+                };
+                let room = (area.words.len() / 4)
+                    .min(limits.copy_ranges as usize)
+                    .min(256);
+                let start = *to;
+                let mut total = 0u64;
+                let mut count = 0u32;
+                while (count as usize) < room.max(1) && *next < ranges.len() {
+                    let r = ranges[*next];
+                    let n = (r.blocks - *done)
+                        .min(u64::from(limits.copy_range_blocks))
+                        .min(u64::from(limits.copy_blocks).saturating_sub(total))
+                        .min(65_536);
+                    if n == 0 {
+                        break;
+                    }
+                    let at = count as usize * 4;
+                    // NVM figure 31: reserved, first block, 0's based length, tags.
+                    for (i, word) in [0, r.lba + *done, n - 1, 0].into_iter().enumerate() {
+                        area.words[at + i].store(word.to_le(), Ordering::Relaxed);
+                    }
+                    count += 1;
+                    total += n;
+                    *done += n;
+                    if *done == r.blocks {
+                        *next += 1;
+                        *done = 0;
+                    }
+                }
+                *to += total;
+                let mut command = Command::copy(limits.nsid, start, count.max(1), *flags);
+                command.prp1 = area.address;
+                Ok(command)
+            }
+        }
+    }
+}
+
+fn point(
+    command: &mut Command,
+    io: &Io,
+    table: &AddressTable,
+    skip: usize,
+    want: usize,
+    style: PointerStyle,
+    area: &ListArea<'_>,
+) -> Result<usize, NotMapped> {
+    let one = |s: Segment| std::iter::once(s);
+    match io {
+        Io::Read { buf, .. } => {
+            point_at_many(command, table, one(buf.into()), skip, want, style, area)
+        }
+        Io::Write { data, .. } | Io::Compare { data, .. } => {
+            point_at_many(command, table, one(data.into()), skip, want, style, area)
+        }
+        Io::ReadV { bufs, .. } => {
+            let segments = bufs.iter().map(Segment::from);
+            point_at_many(command, table, segments, skip, want, style, area)
+        }
+        Io::WriteV { data, .. } => {
+            let segments = data.iter().map(Segment::from);
+            point_at_many(command, table, segments, skip, want, style, area)
+        }
+        _ => Err(NotMapped),
+    }
+}

@@ -1,0 +1,31 @@
+//! Queue pairs.
+//!
+//! A [`QueuePair`] belongs to one thread at a time (`Send`, not `Sync`). It takes [`Io`]s with
+//! a tag, never blocks, and hands them back from [`QueuePair::poll`]; [`QueuePair::wait`] spins
+//! for as long as that has paid lately and then sleeps on the queue's interrupt. [`AsyncQueue`]
+//! puts futures on top.
+//!
+//! [`Io`]: crate::Io
+
+mod asynch;
+mod barrier;
+mod build;
+mod data;
+mod pair;
+mod recover;
+mod ring;
+mod shared;
+mod split;
+mod stats;
+mod wait;
+
+pub use asynch::{AsyncError, AsyncQueue};
+pub use pair::{QueueOptions, QueuePair};
+pub use stats::QueueStats;
+
+pub(crate) use barrier::{heavy as heavy_barrier, init as init_barrier};
+pub(crate) use data::{ListArea, PointerStyle, admin_prp};
+pub(crate) use pair::{Slot, SlotState, WHOLE};
+pub(crate) use ring::{Bell, CompletionRing, QueueMem, Shadow, SubmissionRing};
+pub(crate) use shared::{Bank, QueueShared};
+pub(crate) use wait::Spin;

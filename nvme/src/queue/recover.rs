@@ -1,0 +1,183 @@
+//! Time-outs, and what a queue pair does after its controller was reset or went away.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::pair::{QueuePair, SlotState};
+use crate::controller::state::{self, Phase};
+use crate::error::{IoErrorKind, millis};
+use crate::spec::decode;
+
+impl QueuePair {
+    /// Brings the queue pair up to the controller's state. True: it can take commands.
+    #[cold]
+    pub(super) fn catch_up(&mut self) -> bool {
+        if self.dead.is_some() {
+            return false;
+        }
+        let word = self.core.state.load(Ordering::Acquire);
+        match state::phase(word) {
+            Phase::Resetting => false,
+            Phase::Live => {
+                self.rejoin(word);
+                self.dead.is_none()
+            }
+            Phase::Failed => {
+                self.give_up(IoErrorKind::ControllerFailed);
+                false
+            }
+            Phase::Removed => {
+                self.give_up(IoErrorKind::Removed);
+                false
+            }
+        }
+    }
+
+    /// The controller was reset and has created the queues anew. The old ones are gone with
+    /// whatever the device did with them, so buffers are ours again.
+    fn rejoin(&mut self, word: u64) {
+        let shared = std::sync::Arc::clone(&self.shared);
+        let bank = shared.bank.lock();
+        self.drain();
+        let (sq_shadow, cq_shadow) = self.core.shadows(shared.qid);
+        self.sq.restart(sq_shadow);
+        self.cq.restart(
+            std::sync::Arc::clone(&shared.cq_mem[bank.current]),
+            cq_shadow,
+        );
+        self.seen = word;
+        self.stats.resets += 1;
+        if !bank.created {
+            drop(bank);
+            self.give_up(IoErrorKind::ControllerFailed);
+            return;
+        }
+        for slot in 0..self.slots.len() {
+            let entry = &self.slots[slot];
+            let (state, retries) = (entry.state, entry.retries);
+            let slot = u16::try_from(slot).unwrap_or(u16::MAX);
+            match state {
+                SlotState::Free | SlotState::Retrying => {}
+                _ if retries < self.options.max_retries => self.retry(slot, Duration::ZERO),
+                SlotState::Overdue => self.finish_command(slot, Some(IoErrorKind::Timeout)),
+                SlotState::InFlight => self.finish_command(slot, Some(IoErrorKind::Aborted)),
+            }
+        }
+    }
+
+    /// Takes what the old completion queue still holds; nobody writes it any more.
+    fn drain(&mut self) {
+        let mut out = Vec::new();
+        for _ in 0..self.shared.cq_entries {
+            let Some(completion) = self.cq.pop() else {
+                break;
+            };
+            let slot = completion.cid & ((1 << self.slot_bits) - 1);
+            let ours = self.slots.get(usize::from(slot)).is_some_and(|s| {
+                s.command.cid == completion.cid
+                    && matches!(s.state, SlotState::InFlight | SlotState::Overdue)
+            });
+            // Something impossible may be why there was a reset: what comes behind it is not
+            // trusted either.
+            if !ours
+                || completion.sq_id != self.shared.qid
+                || completion.sq_head >= self.shared.sq_entries
+            {
+                break;
+            }
+            self.complete(&completion, &mut out);
+        }
+        self.backlog.append(&mut out);
+    }
+
+    /// Ends everything with an error. The device is quiet (disabled, detached or gone).
+    pub(super) fn give_up(&mut self, kind: IoErrorKind) {
+        let shared = std::sync::Arc::clone(&self.shared);
+        {
+            let _bank = shared.bank.lock();
+            self.drain();
+        }
+        self.dead = Some(kind);
+        self.retrying.clear();
+        for slot in 0..self.slots.len() {
+            if self.slots[slot].state != SlotState::Free {
+                let slot = u16::try_from(slot).unwrap_or(u16::MAX);
+                self.finish_command(slot, Some(kind));
+            }
+        }
+        self.fail_splits(kind);
+    }
+
+    /// Looks for commands that take too long. Cheap unless a tick is due.
+    pub(super) fn tick(&mut self) {
+        let now = millis(self.epoch.elapsed());
+        if now < self.next_tick_ms {
+            return;
+        }
+        let timeout = millis(self.options.timeout).max(1);
+        self.next_tick_ms = now + (timeout / 8).clamp(1, 1000);
+        if self.free.len() == self.slots.len() {
+            return;
+        }
+        for slot in 0..self.slots.len() {
+            let entry = &mut self.slots[slot];
+            if !matches!(entry.state, SlotState::InFlight | SlotState::Overdue) {
+                continue;
+            }
+            if entry.deadline_ms == 0 {
+                entry.deadline_ms = now + timeout;
+                continue;
+            }
+            if now < entry.deadline_ms {
+                continue;
+            }
+            let text = decode::io_command(self.shared.qid, &entry.command).to_string();
+            if entry.state == SlotState::InFlight {
+                entry.state = SlotState::Overdue;
+                // Half the time again for the abort to show.
+                entry.deadline_ms = now + (timeout / 2).max(1);
+                self.stats.timeouts += 1;
+                tracing::warn!(
+                    device = self.core.name(),
+                    command = %text,
+                    timeout_ms = timeout,
+                    "no completion in time; aborting"
+                );
+                self.core.request_abort(self.shared.qid, entry.command.cid);
+            } else {
+                entry.deadline_ms = now + timeout;
+                self.core
+                    .request_reset(&format!("{text}: neither completed nor aborted in time"));
+            }
+        }
+    }
+
+    /// Milliseconds until `tick` has something to do, for `wait`.
+    pub(super) fn until_tick(&self) -> Duration {
+        let now = millis(self.epoch.elapsed());
+        let mut wait = Duration::from_millis(self.next_tick_ms.saturating_sub(now));
+        if let Some((when, _)) = self.retrying.iter().min_by_key(|(when, _)| *when) {
+            wait = wait.min(when.saturating_duration_since(Instant::now()));
+        }
+        wait
+    }
+}
+
+impl Drop for QueuePair {
+    /// Deletes the queues. Blocks for the admin commands; buffers of commands in flight are
+    /// kept until the device is certainly done with them.
+    fn drop(&mut self) {
+        let core = std::sync::Arc::clone(&self.core);
+        if core.retire_queue(&self.shared) {
+            return;
+        }
+        let slots = std::mem::take(&mut self.slots);
+        let splits = std::mem::take(&mut self.splits);
+        core.bury(Box::new((
+            slots.into_iter().filter_map(|s| s.io).collect::<Vec<_>>(),
+            splits,
+            std::sync::Arc::clone(&self.lists),
+            std::sync::Arc::clone(&self.shared),
+        )));
+    }
+}

@@ -1,0 +1,249 @@
+//! The two rings of a queue pair and their doorbells.
+
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use crate::dma::DmaShared;
+use crate::spec::{Command, Completion};
+use crate::transport::{Doorbell, MmioMap};
+
+/// Where a queue's entries lie.
+#[derive(Debug, Clone)]
+pub(crate) enum QueueMem {
+    /// In the host's memory.
+    Host(Arc<DmaShared>),
+    /// In the controller's memory buffer, from this byte on.
+    Controller(MmioMap, usize),
+}
+
+/// A doorbell, with its shadow when the controller has taken a doorbell buffer.
+#[derive(Debug)]
+pub(crate) struct Bell {
+    mmio: Doorbell,
+    shadow: Option<Shadow>,
+    last: u16,
+    /// Writes to the register, for statistics.
+    pub rings: u64,
+}
+
+/// A queue's words in the shadow doorbell and event index pages (Base section 5.8, B.5).
+#[derive(Debug, Clone)]
+pub(crate) struct Shadow {
+    pub values: Arc<DmaShared>,
+    pub events: Arc<DmaShared>,
+    pub index: usize,
+}
+
+impl Bell {
+    pub fn new(mmio: Doorbell, shadow: Option<Shadow>) -> Bell {
+        Bell {
+            mmio,
+            shadow,
+            last: 0,
+            rings: 0,
+        }
+    }
+
+    /// Tells the controller a new tail or head.
+    #[inline]
+    pub fn ring(&mut self, value: u16) {
+        if let Some(shadow) = &self.shadow {
+            let old = std::mem::replace(&mut self.last, value);
+            let (Some(word), Some(event)) = (
+                shadow.values.as_u32().get(shadow.index),
+                shadow.events.as_u32().get(shadow.index),
+            ) else {
+                return;
+            };
+            word.store(u32::from(value).to_le(), Ordering::Release);
+            // The controller stores the event index, then looks at the shadow again; one of the
+            // two sees the other's store.
+            fence(Ordering::SeqCst);
+            let event = u32::from_le(event.load(Ordering::Relaxed));
+            if !needs_ring(event, value, old) {
+                return;
+            }
+        }
+        self.rings += 1;
+        self.mmio.ring(u32::from(value));
+    }
+}
+
+/// Whether moving from `old` to `new` passes the controller's event index. All ones is what a
+/// controller that polls writes for "never".
+fn needs_ring(event: u32, new: u16, old: u16) -> bool {
+    let Ok(event) = u16::try_from(event) else {
+        return false;
+    };
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
+
+/// A submission queue.
+#[derive(Debug)]
+pub(crate) struct SubmissionRing {
+    mem: QueueMem,
+    entries: u16,
+    tail: u16,
+    rung: u16,
+    bell: Bell,
+}
+
+impl SubmissionRing {
+    pub fn new(mem: QueueMem, entries: u16, bell: Bell) -> SubmissionRing {
+        SubmissionRing {
+            mem,
+            entries,
+            tail: 0,
+            rung: 0,
+            bell,
+        }
+    }
+
+    /// Writes an entry. The caller keeps fewer than `entries` commands in flight.
+    #[inline]
+    pub fn push(&mut self, command: &Command) {
+        let at = usize::from(self.tail) * 8;
+        let slots = match &self.mem {
+            QueueMem::Host(mem) => &mem.as_u64()[at..at + 8],
+            QueueMem::Controller(map, base) => &map.as_u64()[base / 8 + at..base / 8 + at + 8],
+        };
+        for (slot, word) in slots.iter().zip(command.words()) {
+            slot.store(word, Ordering::Relaxed);
+        }
+        self.tail = if self.tail + 1 == self.entries {
+            0
+        } else {
+            self.tail + 1
+        };
+    }
+
+    /// Whether entries were pushed that the controller was not told of.
+    #[inline]
+    pub fn is_dirty(&self) -> bool {
+        self.tail != self.rung
+    }
+
+    /// Tells the controller.
+    #[inline]
+    pub fn ring(&mut self) {
+        if self.is_dirty() {
+            self.rung = self.tail;
+            self.bell.ring(self.tail);
+        }
+    }
+
+    pub fn rings(&self) -> u64 {
+        self.bell.rings
+    }
+
+    /// Puts the ring and its doorbell back to the beginning, for a queue created anew.
+    pub fn restart(&mut self, shadow: Option<Shadow>) {
+        self.tail = 0;
+        self.rung = 0;
+        self.bell.last = 0;
+        self.bell.shadow = shadow;
+    }
+}
+
+/// A completion queue.
+#[derive(Debug)]
+pub(crate) struct CompletionRing {
+    mem: Arc<DmaShared>,
+    entries: u16,
+    head: u16,
+    phase: u64,
+    unacked: u16,
+    ack_at: u16,
+    bell: Bell,
+}
+
+impl CompletionRing {
+    /// A ring that tells the controller of consumed entries once `ack_at` have gathered.
+    pub fn new(mem: Arc<DmaShared>, entries: u16, ack_at: u16, bell: Bell) -> CompletionRing {
+        CompletionRing {
+            mem,
+            entries,
+            head: 0,
+            phase: 1,
+            unacked: 0,
+            ack_at: ack_at.max(1),
+            bell,
+        }
+    }
+
+    /// Whether the next entry is there.
+    #[inline]
+    pub fn is_ready(&self) -> bool {
+        let high = self.mem.as_u64()[usize::from(self.head) * 2 + 1].load(Ordering::Acquire);
+        u64::from_le(high) >> 48 & 1 == self.phase
+    }
+
+    /// Takes the next entry, if it is there.
+    #[inline]
+    pub fn pop(&mut self) -> Option<Completion> {
+        let at = usize::from(self.head) * 2;
+        let pair = &self.mem.as_u64()[at..at + 2];
+        // The phase tag is in the last word: what was loaded with it decides whether the first
+        // word is valid, so it is loaded first, with Acquire (Base section 3.3.3.2, "P").
+        let high = pair[1].load(Ordering::Acquire);
+        if u64::from_le(high) >> 48 & 1 != self.phase {
+            return None;
+        }
+        let low = pair[0].load(Ordering::Relaxed);
+        self.head += 1;
+        if self.head == self.entries {
+            self.head = 0;
+            self.phase ^= 1;
+        }
+        self.unacked += 1;
+        Some(Completion::from_words([low, high]))
+    }
+
+    /// Whether so many entries were consumed that the controller should hear of it.
+    #[inline]
+    pub fn wants_ack(&self) -> bool {
+        self.unacked >= self.ack_at
+    }
+
+    /// Whether the controller lags behind at all.
+    pub fn has_unacked(&self) -> bool {
+        self.unacked > 0
+    }
+
+    /// Tells the controller which entries are free again.
+    #[inline]
+    pub fn ack(&mut self) {
+        self.unacked = 0;
+        self.bell.ring(self.head);
+    }
+
+    pub fn rings(&self) -> u64 {
+        self.bell.rings
+    }
+
+    /// Starts over on (cleared) memory, for a queue created anew.
+    pub fn restart(&mut self, mem: Arc<DmaShared>, shadow: Option<Shadow>) {
+        self.mem = mem;
+        self.head = 0;
+        self.phase = 1;
+        self.unacked = 0;
+        self.bell.last = 0;
+        self.bell.shadow = shadow;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn event_index() {
+        assert!(needs_ring(0, 1, 0));
+        assert!(!needs_ring(5, 1, 0));
+        assert!(needs_ring(5, 6, 3));
+        assert!(!needs_ring(5, 5, 3));
+        // The ring wraps at its size, not at 65536.
+        assert!(needs_ring(31, 0, 31));
+        assert!(!needs_ring(u32::MAX, 0, 31));
+    }
+}

@@ -1,0 +1,189 @@
+//! I/Os of several commands.
+
+use super::build::Work;
+use super::data::ListArea;
+use super::pair::{QueuePair, SlotState};
+use crate::error::{IoError, IoErrorKind, SubmitError};
+use crate::io::{Io, IoDone};
+use crate::namespace::Limits;
+use crate::spec::{Command, IoOpcode};
+
+/// An I/O of which parts are in flight and parts are still to be sent.
+#[derive(Debug)]
+pub(crate) struct Split {
+    pub tag: u64,
+    pub io: Io,
+    pub limits: Limits,
+    pub(super) work: Work,
+    /// Commands that are not over.
+    pub outstanding: usize,
+    /// The first failure; nothing more is sent after it.
+    pub error: Option<Box<IoError>>,
+    /// In `waiting_splits`.
+    pub queued: bool,
+}
+
+impl Split {
+    fn has_more(&self) -> bool {
+        self.error.is_none() && !self.work.is_over(&self.io)
+    }
+}
+
+impl QueuePair {
+    /// Accepts an I/O that takes several commands, of which as many as there is room for are
+    /// sent now and the others by later polls.
+    pub(super) fn submit_split(
+        &mut self,
+        limits: &Limits,
+        tag: u64,
+        io: Io,
+        work: Work,
+    ) -> Result<(), SubmitError> {
+        // As many split I/Os as there are slots: a bound on memory.
+        if self.free_splits.is_empty() && self.splits.len() >= self.slots.len() {
+            return Err(SubmitError::Busy(io));
+        }
+        let split = Box::new(Split {
+            tag,
+            io,
+            limits: *limits,
+            work,
+            outstanding: 0,
+            error: None,
+            queued: false,
+        });
+        let index = match self.free_splits.pop() {
+            Some(index) => {
+                self.splits[index as usize] = Some(split);
+                index
+            }
+            None => {
+                let index = u32::try_from(self.splits.len()).unwrap_or(u32::MAX - 1);
+                self.splits.push(Some(split));
+                index
+            }
+        };
+        self.send_parts(index);
+        Ok(())
+    }
+
+    /// Sends commands of a split I/O while there are slots.
+    fn send_parts(&mut self, index: u32) {
+        let Some(Some(split)) = self.splits.get_mut(index as usize) else {
+            return;
+        };
+        let mut ready: smallvec::SmallVec<[(u16, Command); 8]> = smallvec::SmallVec::new();
+        while split.has_more() {
+            let Some(slot) = self.free.pop() else { break };
+            let at = usize::from(slot);
+            let area = ListArea {
+                words: &self.lists.as_u64()[at * self.list_words..(at + 1) * self.list_words],
+                address: self.slots[at].list_address,
+            };
+            let made =
+                split
+                    .work
+                    .next_command(&split.limits, &split.io, &self.table, self.style, &area);
+            match made {
+                Ok(command) => {
+                    split.outstanding += 1;
+                    ready.push((slot, command));
+                }
+                Err(super::data::NotMapped) => {
+                    self.free.push(slot);
+                    split.error = Some(Box::new(IoError {
+                        device: self.core.name().to_owned(),
+                        qid: self.shared.qid,
+                        command: Command::new(IoOpcode::READ.0, split.limits.nsid),
+                        kind: IoErrorKind::NotMapped,
+                        retries: 0,
+                    }));
+                }
+            }
+        }
+        let over = split.outstanding == 0 && !split.has_more();
+        if split.has_more() && !split.queued {
+            split.queued = true;
+            self.waiting_splits.push_back(index);
+        }
+        let tag = split.tag;
+        for (slot, command) in ready {
+            let entry = &mut self.slots[usize::from(slot)];
+            entry.tag = tag;
+            entry.io = None;
+            entry.split = index;
+            entry.retries = 0;
+            self.send(slot, command);
+        }
+        if over {
+            self.finish_split(index);
+        }
+    }
+
+    /// Sends on, for split I/Os that found no slot before.
+    pub(super) fn continue_splits(&mut self) {
+        for _ in 0..self.waiting_splits.len() {
+            if self.free.is_empty() {
+                break;
+            }
+            let Some(index) = self.waiting_splits.pop_front() else {
+                break;
+            };
+            if let Some(Some(split)) = self.splits.get_mut(index as usize) {
+                split.queued = false;
+            }
+            self.send_parts(index);
+        }
+    }
+
+    /// A command of a split I/O is over.
+    pub(super) fn finish_part(&mut self, index: u32, error: Option<Box<IoError>>) {
+        let Some(Some(split)) = self.splits.get_mut(index as usize) else {
+            return;
+        };
+        split.outstanding -= 1;
+        if split.error.is_none() {
+            split.error = error;
+        }
+        if split.outstanding == 0 && !split.has_more() {
+            self.finish_split(index);
+        }
+    }
+
+    fn finish_split(&mut self, index: u32) {
+        let Some(split) = self.splits.get_mut(index as usize).and_then(Option::take) else {
+            return;
+        };
+        if split.queued {
+            self.waiting_splits.retain(|&i| i != index);
+        }
+        self.free_splits.push(index);
+        self.backlog.push(IoDone {
+            tag: split.tag,
+            io: split.io,
+            result: split.error.map_or(Ok(()), Err),
+        });
+    }
+
+    /// Ends every split I/O with an error; no command is in flight any more.
+    pub(super) fn fail_splits(&mut self, kind: IoErrorKind) {
+        for index in 0..self.splits.len() {
+            let index = u32::try_from(index).unwrap_or(u32::MAX);
+            let Some(Some(split)) = self.splits.get_mut(index as usize) else {
+                continue;
+            };
+            debug_assert!(split.outstanding == 0);
+            if split.error.is_none() {
+                split.error = Some(Box::new(IoError {
+                    device: self.core.name().to_owned(),
+                    qid: self.shared.qid,
+                    command: Command::new(IoOpcode::READ.0, split.limits.nsid),
+                    kind,
+                    retries: 0,
+                }));
+            }
+            self.finish_split(index);
+        }
+        debug_assert!(self.slots.iter().all(|s| s.state == SlotState::Free));
+    }
+}

@@ -1,0 +1,22 @@
+//! Counts of a queue pair.
+
+/// What a queue pair has done so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct QueueStats {
+    /// Commands written to the submission queue, retries included.
+    pub commands: u64,
+    /// Completions consumed.
+    pub completions: u64,
+    /// Writes to the submission doorbell register.
+    pub sq_doorbells: u64,
+    /// Writes to the completion doorbell register.
+    pub cq_doorbells: u64,
+    /// Commands sent again.
+    pub retries: u64,
+    /// Commands that were not completed in time.
+    pub timeouts: u64,
+    /// Controller resets that this queue pair went through.
+    pub resets: u64,
+    /// Times that `wait` went to sleep.
+    pub sleeps: u64,
+}

@@ -1,0 +1,144 @@
+//! Waiting: spin while that pays, then sleep on the interrupt.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::pair::QueuePair;
+use crate::error::NvmeError;
+
+/// How long spinning has paid lately.
+#[derive(Debug)]
+pub(crate) struct Spin {
+    /// Moving average of how long waits took, in nanoseconds.
+    average_ns: u64,
+    waits: u32,
+}
+
+impl Spin {
+    pub fn new() -> Spin {
+        Spin {
+            average_ns: 5_000,
+            waits: 0,
+        }
+    }
+
+    /// How long to spin now: about twice the usual wait; hardly at all when waits are usually
+    /// longer than the bound; now and then the full bound, to notice that they became shorter.
+    fn budget(&mut self, max: Duration) -> Duration {
+        self.waits = self.waits.wrapping_add(1);
+        let max_ns = u64::try_from(max.as_nanos()).unwrap_or(u64::MAX);
+        if self.waits.is_multiple_of(64) {
+            return max;
+        }
+        if self.average_ns > max_ns {
+            return max / 16;
+        }
+        Duration::from_nanos((self.average_ns * 2 + 2_000).min(max_ns))
+    }
+
+    fn learn(&mut self, took: Duration) {
+        let took = u64::try_from(took.as_nanos())
+            .unwrap_or(u64::MAX)
+            .min(1_000_000_000);
+        self.average_ns = self.average_ns - self.average_ns / 8 + took / 8;
+    }
+}
+
+/// No sleep is longer, so that time-outs and a lost interrupt are noticed.
+const SLICE_MAX: Duration = Duration::from_millis(500);
+
+impl QueuePair {
+    /// Blocks until there may be something for [`poll`](Self::poll) to hand back or to do, or
+    /// until the time is over. Rings the doorbells first. Spins for a bounded time that follows
+    /// how long completions have taken, then sleeps on the queue's interrupt (or in naps, where
+    /// there is none). Returns at once when nothing is in flight.
+    ///
+    /// # Errors
+    /// When the controller is gone and everything has been handed back.
+    pub fn wait(&mut self, timeout: Duration) -> Result<(), NvmeError> {
+        if self.ready() {
+            return Ok(());
+        }
+        if let Some(kind) = self.dead {
+            return Err(self.core.gone(kind));
+        }
+        if self.sq.is_dirty() || self.cq.has_unacked() {
+            self.ring_all();
+        }
+        if self.free.len() == self.slots.len() && self.waiting_splits.is_empty() {
+            return Ok(());
+        }
+        let start = Instant::now();
+        let budget = self.spin.budget(self.options.spin_max).min(timeout);
+        loop {
+            for _ in 0..32 {
+                if self.ready() {
+                    self.spin.learn(start.elapsed());
+                    return Ok(());
+                }
+                std::hint::spin_loop();
+            }
+            if start.elapsed() >= budget {
+                break;
+            }
+        }
+        self.sleep(start, timeout);
+        self.spin.learn(start.elapsed());
+        Ok(())
+    }
+
+    /// Something is there for `poll`.
+    #[inline]
+    fn ready(&self) -> bool {
+        self.cq.is_ready()
+            || !self.backlog.is_empty()
+            || (self.dead.is_none() && self.state_changed())
+    }
+
+    fn state_changed(&self) -> bool {
+        let word = self.core.state.load(Ordering::Acquire);
+        word != self.seen
+            && crate::controller::state::phase(word) != crate::controller::state::Phase::Resetting
+    }
+
+    /// Rings, and acknowledges every consumed entry: before a sleep the controller must not
+    /// believe that the queue is fuller than it is.
+    fn ring_all(&mut self) {
+        self.ring();
+        self.shared.ringing.store(true, Ordering::Relaxed);
+        super::barrier::light();
+        if self.cq.has_unacked() && self.core.state.load(Ordering::Acquire) == self.seen {
+            self.cq.ack();
+        }
+        self.shared.ringing.store(false, Ordering::Release);
+    }
+
+    fn sleep(&mut self, start: Instant, timeout: Duration) {
+        let slice = timeout
+            .saturating_sub(start.elapsed())
+            .min(SLICE_MAX)
+            .min(self.until_tick().max(Duration::from_micros(50)));
+        if slice.is_zero() {
+            self.polls |= 0x3f;
+            return;
+        }
+        self.stats.sleeps += 1;
+        if let Some(interrupt) = self.shared.interrupt.clone() {
+            interrupt.arm(true);
+            interrupt.drain();
+            if !self.ready() {
+                interrupt.wait(slice);
+            }
+            interrupt.arm(false);
+        } else {
+            let end = Instant::now() + slice;
+            let mut nap = Duration::from_micros(20);
+            while !self.ready() && Instant::now() < end {
+                std::thread::sleep(nap);
+                nap = (nap * 2).min(Duration::from_millis(1));
+            }
+        }
+        // The next poll looks at the clock.
+        self.polls |= 0x3f;
+    }
+}
