@@ -2,14 +2,11 @@
 
 pub mod controller;
 pub mod dma;
-<<<<<<< HEAD
-pub mod pci;
-=======
 mod error;
 mod io;
 mod namespace;
+pub mod pci;
 pub mod queue;
->>>>>>> e421dcc (nvme: controllers and queue pairs)
 pub mod spec;
 pub mod transport;
 
