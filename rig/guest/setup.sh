@@ -1,4 +1,78 @@
-# The operator's tools on a controller that the kernel's driver has.
+# The operator's tools on controllers that the kernel's driver has: whatever is in use stays,
+# what is free goes and comes back, and its data with it.
 load ext4
+load vfio_iommu_type1
+load vfio_pci
 sleep 1
-step "status names the controller" sh -c "pumice setup status | grep $(slot 8)"
+A=$(slot 8)
+driver() { basename "$(readlink /sys/bus/pci/devices/$A/driver)"; }
+refuses() { # refuses WORD COMMAND...: it fails, says the word, and the driver stays
+	word=$1; shift
+	"$@" > /tmp/refusal 2>&1 && { cat /tmp/refusal; echo "was not refused"; return 1; }
+	cat /tmp/refusal
+	grep -q "$word" /tmp/refusal && [ "$(driver)" = nvme ]
+}
+status() {
+	pumice setup status && pumice setup status --json > /tmp/status && grep -q "\"$A\"" /tmp/status
+}
+mounted() {
+	mkfs.ext2 /dev/nvme0n1 > /dev/null && mkdir -p /mnt/fs && mount -t ext4 /dev/nvme0n1 /mnt/fs || return 1
+	echo hello > /mnt/fs/file
+	refuses "mounted at /mnt/fs" pumice setup bind $A && cat /mnt/fs/file && umount /mnt/fs
+}
+mounted_elsewhere() { # a mount that this process's table does not show
+	unshare -m sh -c 'mount -t ext4 /dev/nvme0n1 /mnt/fs && touch /tmp/there && sleep 6' &
+	while [ ! -e /tmp/there ]; do sleep 0.2; done
+	refuses "claimed" pumice setup bind $A; r=$?
+	wait
+	return $r
+}
+swap() {
+	mkswap /dev/nvme0n2 > /dev/null && swapon /dev/nvme0n2 || return 1
+	refuses "swap space" pumice setup bind $A && swapoff /dev/nvme0n2
+}
+opened() {
+	sleep 20 < /dev/nvme0n1 & p=$!
+	refuses "process $p" pumice setup bind $A; r=$?
+	kill $p
+	return $r
+}
+away_and_back() {
+	pumice setup bind $A && [ "$(driver)" = vfio-pci ] && [ ! -e /dev/nvme0n1 ] || return 1
+	pumice setup bind $A | grep already && pumice doctor $A && pumice setup unbind $A || return 1
+	[ "$(driver)" = nvme ] || return 1
+	sleep 1
+	mount -t ext4 /dev/nvme0n1 /mnt/fs && grep hello /mnt/fs/file && umount /mnt/fs
+}
+handed_over() {
+	echo 'db:x:998:997::/:/bin/sh' > /etc/passwd
+	pumice setup bind $A --user db || return 1
+	node=/dev/vfio/$(basename "$(readlink /sys/bus/pci/devices/$A/iommu_group)")
+	ls -ln $node | grep '998 *997'; r=$?
+	pumice setup unbind $A && return $r
+}
+busy() { # in use by another process: neither unbound nor waited for
+	pumice setup bind $A || return 1
+	node=/dev/vfio/$(basename "$(readlink /sys/bus/pci/devices/$A/iommu_group)")
+	sleep 20 <> $node & p=$!
+	sleep 0.5
+	pumice setup unbind $A > /tmp/refusal 2>&1; r=$?
+	cat /tmp/refusal
+	pumice doctor $A | grep "process $p" || r=0
+	kill $p; wait $p
+	[ $r != 0 ] && grep -q "process $p" /tmp/refusal && pumice setup unbind $A && [ "$(driver)" = nvme ]
+}
+pages() { pumice setup huge-pages 8 && [ $(cat /proc/sys/vm/nr_hugepages) = 8 ] && pumice setup huge-pages 0; }
+doctor() { # the controller is the kernel's: told so, with the command
+	pumice doctor $A; [ $? = 1 ] && pumice doctor $A --json | grep "setup bind $A"
+}
+step "status names the controllers" status
+step "a mounted file system stays" mounted
+step "a mount of another namespace stays" mounted_elsewhere
+step "swap space stays" swap
+step "an open device stays" opened
+step "doctor before" doctor
+step "to vfio-pci and back, data intact" away_and_back
+step "handed over to a user" handed_over
+step "in use by a process: not unbound" busy
+step "huge pages on demand" pages

@@ -1,5 +1,10 @@
 //! The `pumice` command: one subcommand per module.
 
+mod doctor;
+#[cfg(test)]
+mod fake_host;
+mod setup;
+
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -13,8 +18,14 @@ struct Cli {
 }
 
 #[derive(Subcommand)]
-enum Command {}
+enum Command {
+    Setup(setup::Setup),
+    Doctor(doctor::Doctor),
+}
 
 fn main() -> ExitCode {
-    match Cli::parse().command {}
+    match Cli::parse().command {
+        Command::Setup(args) => setup::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+    }
 }
