@@ -1,5 +1,6 @@
 //! Block devices: one trait, a channel per thread, modules, configuration, RPC.
 
+pub mod clock;
 pub mod conformance;
 pub mod crashsim;
 pub mod delay;
@@ -16,8 +17,10 @@ pub mod passthru;
 mod pollfd;
 mod queue;
 pub mod raid0;
+pub mod registry;
 mod slots;
 pub mod split;
+pub mod stats;
 mod uri;
 pub mod uuid;
 

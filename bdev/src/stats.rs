@@ -1,0 +1,224 @@
+//! Statistics: counters and latency histograms, written by one channel and read by anybody.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::op::OpKind;
+
+/// Each power of two of a latency is divided into so many buckets, as SPDK's histograms are
+/// (include/spdk/histogram_data.h), so that its scripts read ours.
+pub const BUCKET_SHIFT: u32 = 7;
+const RANGES: usize = 64 - BUCKET_SHIFT as usize + 1;
+/// Number of buckets.
+pub const BUCKETS: usize = RANGES << BUCKET_SHIFT;
+
+/// Counters of one kind of operation.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct OpStats {
+    /// Operations that ended.
+    pub ops: u64,
+    /// Bytes of those that succeeded.
+    pub bytes: u64,
+    /// Operations that failed.
+    pub errors: u64,
+    /// Sum of latencies, in ticks of [`crate::clock::Clock`].
+    pub latency_ticks: u64,
+    /// Shortest; 0 when there was none.
+    pub min_latency_ticks: u64,
+    /// Longest.
+    pub max_latency_ticks: u64,
+}
+
+impl OpStats {
+    fn add(&mut self, other: &OpStats) {
+        let mins = [self.min_latency_ticks, other.min_latency_ticks];
+        self.min_latency_ticks = mins.into_iter().filter(|m| *m > 0).min().unwrap_or(0);
+        self.max_latency_ticks = self.max_latency_ticks.max(other.max_latency_ticks);
+        self.ops += other.ops;
+        self.bytes += other.bytes;
+        self.errors += other.errors;
+        self.latency_ticks += other.latency_ticks;
+    }
+}
+
+/// Counters of a channel or of a device, by kind of operation.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stats {
+    kinds: [OpStats; OpKind::ALL.len()],
+}
+
+impl Stats {
+    /// Those of one kind.
+    pub fn of(&self, kind: OpKind) -> &OpStats {
+        &self.kinds[kind as usize]
+    }
+
+    /// Takes earlier counts off. Shortest and longest latencies stay.
+    pub(crate) fn subtract(&mut self, earlier: &Stats) {
+        for (a, b) in self.kinds.iter_mut().zip(&earlier.kinds) {
+            a.ops -= b.ops.min(a.ops);
+            a.bytes -= b.bytes.min(a.bytes);
+            a.errors -= b.errors.min(a.errors);
+            a.latency_ticks -= b.latency_ticks.min(a.latency_ticks);
+        }
+    }
+
+    /// Adds another's to these.
+    pub fn add(&mut self, other: &Stats) {
+        for (a, b) in self.kinds.iter_mut().zip(&other.kinds) {
+            a.add(b);
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Cell {
+    ops: AtomicU64,
+    bytes: AtomicU64,
+    errors: AtomicU64,
+    latency: AtomicU64,
+    min: AtomicU64,
+    max: AtomicU64,
+}
+
+/// The counters of a channel. One thread writes, so additions need no locked instruction.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(crate) struct ChannelStats {
+    kinds: [Cell; OpKind::ALL.len()],
+    histogram: OnceLock<Box<[AtomicU64]>>,
+    pub(crate) histogram_on: AtomicBool,
+}
+
+#[inline]
+fn bump(cell: &AtomicU64, by: u64) {
+    cell.store(
+        cell.load(Ordering::Relaxed).wrapping_add(by),
+        Ordering::Relaxed,
+    );
+}
+
+impl ChannelStats {
+    /// Counts an operation. Only from the channel's own thread.
+    #[inline]
+    pub(crate) fn record(&self, kind: OpKind, bytes: u64, ok: bool, latency: u64) {
+        let cell = &self.kinds[kind as usize];
+        bump(&cell.ops, 1);
+        if ok {
+            bump(&cell.bytes, bytes);
+        } else {
+            bump(&cell.errors, 1);
+        }
+        bump(&cell.latency, latency);
+        if latency > cell.max.load(Ordering::Relaxed) {
+            cell.max.store(latency, Ordering::Relaxed);
+        }
+        let min = cell.min.load(Ordering::Relaxed);
+        if latency < min || min == 0 {
+            cell.min.store(latency.max(1), Ordering::Relaxed);
+        }
+        if self.histogram_on.load(Ordering::Relaxed) {
+            self.tally(latency);
+        }
+    }
+
+    #[cold]
+    fn tally(&self, latency: u64) {
+        let fresh = || (0..BUCKETS).map(|_| AtomicU64::new(0)).collect();
+        if let Some(bucket) = self.histogram.get_or_init(fresh).get(bucket_of(latency)) {
+            bump(bucket, 1);
+        }
+    }
+
+    pub(crate) fn snapshot(&self) -> Stats {
+        let mut stats = Stats::default();
+        for (to, from) in stats.kinds.iter_mut().zip(&self.kinds) {
+            *to = OpStats {
+                ops: from.ops.load(Ordering::Relaxed),
+                bytes: from.bytes.load(Ordering::Relaxed),
+                errors: from.errors.load(Ordering::Relaxed),
+                latency_ticks: from.latency.load(Ordering::Relaxed),
+                min_latency_ticks: from.min.load(Ordering::Relaxed),
+                max_latency_ticks: from.max.load(Ordering::Relaxed),
+            };
+        }
+        stats
+    }
+
+    pub(crate) fn add_histogram_to(&self, buckets: &mut [u64]) {
+        for (to, from) in buckets
+            .iter_mut()
+            .zip(self.histogram.get().into_iter().flatten())
+        {
+            *to += from.load(Ordering::Relaxed);
+        }
+    }
+}
+
+/// The bucket of a latency.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "masked to the bucket's bits"
+)]
+fn bucket_of(latency: u64) -> usize {
+    let lsb = 64 - BUCKET_SHIFT;
+    let range = lsb.saturating_sub(latency.leading_zeros());
+    let shift = range.saturating_sub(1);
+    let mask = (1 << BUCKET_SHIFT) - 1;
+    ((range as usize) << BUCKET_SHIFT) + ((latency >> shift) as usize & mask)
+}
+
+/// Upper end of a bucket, in ticks.
+pub fn bucket_end(bucket: usize) -> u64 {
+    let range = bucket >> BUCKET_SHIFT;
+    let index = (bucket & ((1 << BUCKET_SHIFT) - 1)) as u64;
+    if range == 0 {
+        return index + 1;
+    }
+    let base = (index | 1 << BUCKET_SHIFT) + 1;
+    let end = u128::from(base) << (range - 1);
+    u64::try_from(end).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_hold_their_values() {
+        let mut last = 0;
+        for exponent in 0..64 {
+            for low in [0, 1, 5] {
+                let value = (1_u64 << exponent).saturating_add(low << exponent >> 4);
+                let bucket = bucket_of(value);
+                assert!(bucket < BUCKETS && bucket >= last, "{value}");
+                last = bucket;
+                assert!(
+                    value < bucket_end(bucket) || bucket_end(bucket) == u64::MAX,
+                    "{value}"
+                );
+                assert!(bucket == 0 || bucket_end(bucket - 1) <= value, "{value}");
+            }
+        }
+        assert_eq!(bucket_of(0), 0);
+    }
+
+    #[test]
+    fn counters_add_up() {
+        let a = ChannelStats::default();
+        a.record(OpKind::Read, 512, true, 10);
+        a.record(OpKind::Read, 512, false, 30);
+        let mut sum = a.snapshot();
+        sum.add(&a.snapshot());
+        let reads = *sum.of(OpKind::Read);
+        assert_eq!((reads.ops, reads.bytes, reads.errors), (4, 1024, 2));
+        assert_eq!(
+            (
+                reads.latency_ticks,
+                reads.min_latency_ticks,
+                reads.max_latency_ticks
+            ),
+            (80, 10, 30)
+        );
+    }
+}

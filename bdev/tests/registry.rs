@@ -1,0 +1,267 @@
+//! The registry: names, claims, statistics, time-outs, hot removal under load at every layer.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use pumice_bdev::delay::{Delay, Latencies};
+use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice_bdev::malloc::{Malloc, MallocOptions};
+use pumice_bdev::passthru::Passthru;
+use pumice_bdev::raid0::Raid0;
+use pumice_bdev::registry::{Event, Registry, TimeoutAction};
+use pumice_bdev::{
+    AsyncChannel, BdevError, BlockDevice, DmaBuf, IoErrorKind, Op, OpKind, SubmitError, conformance,
+};
+
+fn malloc(registry: &Registry, name: &str) {
+    let options = MallocOptions {
+        name: Some(name.to_owned()),
+        num_blocks: 8192,
+        ..MallocOptions::default()
+    };
+    registry
+        .register(Arc::new(Malloc::new(&options).unwrap()), Vec::new())
+        .unwrap();
+}
+
+fn claim(registry: &Registry, name: &str, by: &str) -> Arc<dyn BlockDevice> {
+    Arc::new(registry.claim(name, by).unwrap())
+}
+
+#[test]
+fn a_registered_device_conforms() {
+    let registry = Registry::new();
+    malloc(&registry, "M");
+    conformance::run(&*registry.open("M").unwrap());
+}
+
+#[test]
+fn names_aliases_uuids_uris() {
+    let registry = Registry::new();
+    let e = registry.open("M").unwrap_err().to_string();
+    assert_eq!(e, "no bdev `M`: no bdevs configured: pass --json or a URI");
+    malloc(&registry, "Malloc0");
+    let dev = registry.open("Malloc0").unwrap();
+    let uuid = pumice_bdev::uuid::format(&dev.info().uuid);
+    assert_eq!(registry.open(&uuid).unwrap().info().name, "Malloc0");
+    let e = registry.open("Malloc").unwrap_err().to_string();
+    assert_eq!(e, "no bdev `Malloc`; did you mean `Malloc0`?");
+    let other = registry.open("malloc://1M?name=Other").unwrap();
+    assert_eq!(other.info().name, "Other");
+    assert!(matches!(
+        registry.open("malloc://1M?name=Other"),
+        Err(BdevError::Exists { .. })
+    ));
+    assert_eq!(registry.names(), ["Malloc0", "Other"]);
+}
+
+#[test]
+fn a_claim_excludes_and_ends() {
+    let registry = Registry::new();
+    malloc(&registry, "M");
+    let claim = registry.claim("M", "passthru PT").unwrap();
+    let e = registry.open("M").unwrap_err().to_string();
+    assert_eq!(e, "bdev `M` is claimed by passthru PT");
+    assert!(registry.claim("M", "x").is_err());
+    assert_eq!(
+        registry.get("M").unwrap().claimed_by().as_deref(),
+        Some("passthru PT")
+    );
+    drop(claim);
+    registry.open("M").unwrap();
+}
+
+#[test]
+fn statistics_count() {
+    let registry = Registry::new();
+    malloc(&registry, "M");
+    let bdev = registry.get("M").unwrap();
+    bdev.enable_histogram(true);
+    let ch = AsyncChannel::new(bdev.open_channel().unwrap());
+    ch.block_on(async {
+        for i in 0..10 {
+            ch.write(i, DmaBuf::zeroed(512).unwrap().freeze(), false)
+                .await
+                .unwrap();
+        }
+        ch.read(0, DmaBuf::new(4096).unwrap()).await.unwrap();
+    });
+    let writes = *bdev.stats().of(OpKind::Write);
+    assert_eq!((writes.ops, writes.bytes, writes.errors), (10, 5120, 0));
+    assert!(writes.min_latency_ticks <= writes.max_latency_ticks && writes.latency_ticks > 0);
+    assert_eq!(bdev.channel_stats().len(), 1);
+    assert_eq!(bdev.histogram().unwrap().iter().sum::<u64>(), 11);
+    drop(ch);
+    assert_eq!(bdev.channel_stats().len(), 0);
+    assert_eq!(bdev.stats().of(OpKind::Read).bytes, 4096);
+    assert_eq!(bdev.histogram().unwrap().iter().sum::<u64>(), 11);
+    bdev.reset_stats();
+    assert_eq!(bdev.stats().of(OpKind::Read).ops, 0);
+}
+
+#[test]
+fn late_operations_are_aborted_or_reset() {
+    for action in [TimeoutAction::Abort, TimeoutAction::Reset] {
+        let registry = Registry::new();
+        malloc(&registry, "M");
+        let error = Arc::new(ErrorDevice::new(None, claim(&registry, "M", "error")));
+        registry
+            .register(Arc::clone(&error) as Arc<dyn BlockDevice>, vec!["M".into()])
+            .unwrap();
+        registry.set_timeout(Duration::from_millis(5), action);
+        error.inject(Injection {
+            op: None,
+            failure: Failure::Hang,
+            count: 1,
+            range: None,
+            queue_depth: 0,
+        });
+        let ch = AsyncChannel::new(registry.open("EE_M").unwrap().open_channel().unwrap());
+        let e = ch
+            .block_on(ch.read(0, DmaBuf::new(512).unwrap()))
+            .unwrap_err();
+        assert_eq!(e.kind, IoErrorKind::Aborted, "{action:?}: {e}");
+        ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
+        assert_eq!(ch.in_flight(), 0);
+    }
+}
+
+/// delay D on raid0 R on error devices E0, E1 on passthru P0, P1 on malloc M0, M1.
+fn tower(registry: &Registry) -> Vec<Arc<ErrorDevice>> {
+    let mut errors = Vec::new();
+    for i in 0..2 {
+        let [m, p, e] = ["M", "P", "E"].map(|n| format!("{n}{i}"));
+        malloc(registry, &m);
+        let pt = Passthru::new(&p, claim(registry, &m, &p));
+        registry.register(Arc::new(pt), vec![m]).unwrap();
+        let error = Arc::new(ErrorDevice::new(Some(&e), claim(registry, &p, &e)));
+        registry
+            .register(Arc::clone(&error) as Arc<dyn BlockDevice>, vec![p])
+            .unwrap();
+        errors.push(error);
+    }
+    let legs = vec![claim(registry, "E0", "R"), claim(registry, "E1", "R")];
+    let raid = Raid0::new("R", legs, 4, None).unwrap();
+    registry
+        .register(Arc::new(raid), vec!["E0".into(), "E1".into()])
+        .unwrap();
+    let slow = Latencies {
+        avg_read_us: 50,
+        p99_read_us: 500,
+        ..Latencies::default()
+    };
+    let delay = Delay::new("D", claim(registry, "R", "D"), slow);
+    registry
+        .register(Arc::new(delay), vec!["R".into()])
+        .unwrap();
+    errors
+}
+
+#[test]
+fn removal_under_load_at_every_layer() {
+    for (victim, order) in [
+        ("D", &["D"][..]),
+        ("R", &["D", "R"]),
+        ("E0", &["D", "R", "E0"]),
+        ("P1", &["D", "R", "E1", "P1"]),
+        ("M0", &["D", "R", "E0", "P0", "M0"]),
+    ] {
+        let registry = Registry::new();
+        let errors = tower(&registry);
+        let events = Arc::new(Mutex::new(Vec::new()));
+        let heard = Arc::clone(&events);
+        registry.listen(move |e| heard.lock().unwrap().push(e.clone()));
+        // Some operations hang below: the removal must end them too.
+        for error in &errors {
+            error.inject(Injection {
+                op: Some(OpKind::Read),
+                failure: Failure::Hang,
+                count: 3,
+                range: None,
+                queue_depth: 4,
+            });
+        }
+        let dev = registry.open("D").unwrap();
+        let (submitted, ended) = (AtomicU64::new(0), AtomicU64::new(0));
+        let started = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for t in 0..2_u64 {
+                let (dev, submitted, ended, started) = (&dev, &submitted, &ended, &started);
+                scope.spawn(move || {
+                    let mut ch = dev.open_channel().unwrap();
+                    let mut out = Vec::new();
+                    let (mut tag, mut refused) = (0, false);
+                    while !refused || ch.in_flight() > 0 {
+                        while !refused && ch.in_flight() < 16 {
+                            tag += 1;
+                            let lba = (tag * 7 + t) % 4000;
+                            let op = Op::Read {
+                                lba,
+                                buf: DmaBuf::new(1024).unwrap(),
+                            };
+                            match ch.submit(tag, op) {
+                                Ok(()) => {
+                                    submitted.fetch_add(1, Ordering::Relaxed);
+                                }
+                                Err(SubmitError::Busy(_)) => break,
+                                Err(SubmitError::Refused(_, e)) => {
+                                    assert_eq!(e.kind, IoErrorKind::Removed, "{e}");
+                                    refused = true;
+                                }
+                            }
+                        }
+                        ch.poll(&mut out);
+                        ended.fetch_add(out.len() as u64, Ordering::Relaxed);
+                        if !out.is_empty() {
+                            started.store(true, Ordering::Relaxed);
+                        }
+                        out.clear();
+                        ch.wait(Duration::from_millis(1)).unwrap();
+                    }
+                });
+            }
+            while !started.load(Ordering::Relaxed) {
+                std::thread::yield_now();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+            assert_eq!(registry.remove(victim).unwrap(), order, "{victim}");
+        });
+        assert_eq!(
+            submitted.load(Ordering::Relaxed),
+            ended.load(Ordering::Relaxed),
+            "{victim}"
+        );
+        let events: Vec<_> = events.lock().unwrap().clone();
+        let removed: Vec<_> = order
+            .iter()
+            .map(|n| Event::Removed((*n).to_owned()))
+            .collect();
+        assert_eq!(events, removed);
+        // What was below is free again, and a new device can take the name.
+        drop(dev);
+        malloc(&registry, victim);
+        registry.open(victim).unwrap();
+    }
+}
+
+#[test]
+fn a_removed_device_refuses_politely() {
+    let registry = Registry::new();
+    malloc(&registry, "M");
+    let dev = registry.open("M").unwrap();
+    let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    registry.remove("M").unwrap();
+    let e = ch
+        .block_on(ch.read(0, DmaBuf::new(512).unwrap()))
+        .unwrap_err();
+    assert_eq!(
+        e.to_string(),
+        "M: read of 512 bytes at LBA 0 (byte offset 0): device removed"
+    );
+    assert!(matches!(dev.open_channel(), Err(BdevError::Removed { .. })));
+    assert!(matches!(
+        registry.remove("M"),
+        Err(BdevError::NotFound { .. })
+    ));
+}
