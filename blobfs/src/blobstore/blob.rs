@@ -236,4 +236,12 @@ impl Blob {
         transaction.resize_with(self, num_clusters, init);
         transaction.commit().map(drop)
     }
+
+    /// Makes the blob read-only, for good. Waits for I/O in flight; durable on return.
+    ///
+    /// # Errors
+    /// I/O errors.
+    pub fn set_read_only(&self) -> Result<(), Error> {
+        self.store.set_read_only(self.id())
+    }
 }

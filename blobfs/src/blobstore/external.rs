@@ -13,7 +13,11 @@ pub type OpenExternal = Arc<dyn ExternalOpener>;
 
 /// See [`OpenExternal`]. Implemented by every closure of this form.
 pub trait ExternalOpener: Send + Sync {
-    /// Opens the snapshot `ext_id` for `blob`.
+    /// Opens the snapshot `ext_id` for `blob`. Is called with the metadata locked: it must not call the
+    /// blobstore.
+    ///
+    /// # Errors
+    /// Whatever the device's opening gives; the blob cannot be opened then.
     fn open(&self, blob: BlobId, ext_id: &[u8]) -> Result<Arc<dyn BlockDevice>, BdevError>;
 }
 

@@ -13,20 +13,23 @@ mod alloc;
 mod blob;
 mod change;
 mod channels;
+pub mod check;
 mod error;
 mod extents;
 mod external;
 pub mod format;
 mod gate;
 mod geometry;
+mod grow;
+mod inflate;
 mod io;
 mod mdio;
-
+mod mend;
 mod meta;
 mod ops;
 mod records;
 mod scan;
-
+mod snapshot;
 mod state;
 mod store;
 mod thin;

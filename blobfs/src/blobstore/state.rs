@@ -125,7 +125,8 @@ impl State {
         })
     }
 
-    fn external(&mut self, blob: BlobId, ext_id: &Arc<[u8]>) -> Result<Arc<External>, Error> {
+    /// The external snapshot of a blob, opened by the application if it is not open yet.
+    pub fn external(&mut self, blob: BlobId, ext_id: &Arc<[u8]>) -> Result<Arc<External>, Error> {
         if let Some(external) = self.externals.get(ext_id).and_then(Weak::upgrade) {
             return Ok(external);
         }

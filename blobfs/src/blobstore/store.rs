@@ -149,6 +149,22 @@ impl Blobstore {
     /// # Errors
     /// No store there, another type, figures that do not fit the device, I/O errors.
     pub fn load(dev: Arc<dyn BlockDevice>, opts: &LoadOptions) -> Result<Blobstore, Error> {
+        Blobstore::load_with(dev, opts, false)
+    }
+
+    /// Loads a store by a scan whatever its super block says; it is taken as not unloaded in order.
+    pub(crate) fn load_by_scan(
+        dev: Arc<dyn BlockDevice>,
+        opts: &LoadOptions,
+    ) -> Result<Blobstore, Error> {
+        Blobstore::load_with(dev, opts, true)
+    }
+
+    fn load_with(
+        dev: Arc<dyn BlockDevice>,
+        opts: &LoadOptions,
+        by_scan: bool,
+    ) -> Result<Blobstore, Error> {
         let info = dev.info();
         let name = || info.name.clone();
         if info.len_bytes() < PAGE_SIZE_U64 {
@@ -179,7 +195,7 @@ impl Blobstore {
             });
         }
         let geo = Geometry::new(&sb, info)?;
-        let masks = if sb.is_clean() {
+        let masks = if sb.is_clean() && !by_scan {
             Masks::read(&mut io, &geo, &sb)?
         } else {
             None
@@ -202,11 +218,13 @@ impl Blobstore {
             // What the damaged blobs hold is not known; older masks know some of it.
             scan.clusters.merge(masks.clusters.words());
         }
-        let dirty = !sb.is_clean();
+        let dirty = !sb.is_clean() || by_scan;
         let store =
             Blobstore::with_state(dev, io, sb, geo, scan, dirty, opts.open_external.clone());
         if opts.read_only {
             store.inner.state.lock().stopped = Some("the store was loaded read-only".to_owned());
+        } else {
+            store.inner.state.lock().mend()?;
         }
         Ok(store)
     }
@@ -598,16 +616,4 @@ fn lay_out(size: u64, block_size: u32, opts: &InitOptions) -> Result<SuperBlock,
     sb.io_unit_size = block_size.into();
     sb.md_page_size = 4096.into();
     Ok(sb)
-}
-
-impl Blobstore {
-    /// Deletes a blob that is not open; durable on return. Blocks.
-    ///
-    /// # Errors
-    /// The blob is open or has clones, I/O errors.
-    pub fn delete(&self, id: BlobId) -> Result<(), Error> {
-        let mut transaction = self.transaction();
-        transaction.delete(id);
-        transaction.commit().map(drop)
-    }
 }

@@ -1,0 +1,331 @@
+//! `fsck`: what is on the device, checked without writing.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::sync::Arc;
+
+use pumice_bdev::BlockDevice;
+
+use super::alloc::{Bitmap, iter_words};
+use super::error::Error;
+use super::format::{BlobId, PAGE_SIZE, Page, SuperBlock};
+use super::geometry::Geometry;
+use super::mdio::MdIo;
+use super::meta::{BlobMeta, Parent, SNAPRM, SNAPTMP, Trailing};
+use super::scan::{Roots, Scan, scan};
+use super::store::Masks;
+use super::{Blobstore, LoadOptions};
+
+/// How bad a finding is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    /// Legal: what a crash leaves, or what is merely worth knowing.
+    Note,
+    /// Wrong, and mended by a repair without losing anything.
+    Mendable,
+    /// Wrong; a repair leaves it as it is.
+    Error,
+}
+
+/// One thing that a check found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// How bad it is.
+    pub severity: Severity,
+    /// What it is and where.
+    pub text: String,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let severity = match self.severity {
+            Severity::Note => "note",
+            Severity::Mendable => "error (mendable)",
+            Severity::Error => "error",
+        };
+        write!(f, "{severity}: {}", self.text)
+    }
+}
+
+/// The result of a check.
+#[derive(Debug, Clone, Default)]
+pub struct Report {
+    /// What was found, in the order of the checks.
+    pub findings: Vec<Finding>,
+    /// Blobs that can be read.
+    pub blobs: u64,
+    /// Blobs that are snapshots of others.
+    pub snapshots: u64,
+    /// Clusters in use, those of the metadata included.
+    pub used_clusters: u64,
+    /// Clusters of the store.
+    pub total_clusters: u64,
+    /// Metadata pages in use.
+    pub used_pages: u64,
+    /// Pages of the metadata region.
+    pub total_pages: u64,
+    /// Was the store unloaded in order?
+    pub clean: bool,
+}
+
+impl Report {
+    /// The worst finding, or `None` if there is none but notes.
+    #[must_use]
+    pub fn worst(&self) -> Option<Severity> {
+        self.findings
+            .iter()
+            .map(|finding| finding.severity)
+            .max()
+            .filter(|worst| *worst != Severity::Note)
+    }
+
+    fn add(&mut self, severity: Severity, text: String) {
+        self.findings.push(Finding { severity, text });
+    }
+}
+
+/// Checks a store without writing: super block, masks against metadata, every page that blobs use, clusters
+/// with two owners, snapshot trees. What a crash may leave, of Pumice's or SPDK's own order of writing, is
+/// legal and gives notes.
+///
+/// # Errors
+/// There is no blobstore, its super block cannot be used, or the device fails.
+pub fn check(dev: &Arc<dyn BlockDevice>) -> Result<Report, Error> {
+    let info = dev.info();
+    let mut io = MdIo::new(dev)?;
+    let len = PAGE_SIZE.max(info.block_size as usize);
+    let buf = io.read(0, len)?;
+    let page: &Page = buf[..PAGE_SIZE].try_into().expect("a page");
+    let super_error = |source| Error::SuperBlock {
+        device: info.name.clone(),
+        source,
+    };
+    let sb = SuperBlock::decode(page).map_err(super_error)?;
+    let geo = Geometry::new(&sb, info)?;
+    let found = scan(&mut io, &geo, &Roots::Scan)?;
+    let masks = Masks::read(&mut io, &geo, &sb)?;
+    let mut report = Report {
+        blobs: found.blobs.len() as u64,
+        total_clusters: geo.total_clusters.into(),
+        total_pages: geo.md_len.into(),
+        used_clusters: found.clusters.used().into(),
+        used_pages: found.pages.used().into(),
+        clean: sb.is_clean(),
+        ..Report::default()
+    };
+    check_super(&mut report, &sb, &found, info.len_bytes(), &geo);
+    for (root, error) in &found.damaged {
+        report.add(
+            Severity::Error,
+            format!("blob {}: {error}", BlobId::from_page(*root)),
+        );
+    }
+    check_trees(&mut report, &found);
+    check_owners(&mut report, &found);
+    match (&masks, sb.is_clean()) {
+        (_, false) => report.add(
+            Severity::Note,
+            "the store was not unloaded in order; the next load scans the metadata and makes new masks".to_owned(),
+        ),
+        (None, true) if sb.used_blobid_mask_len.get() == 0 => {
+            report.add(Severity::Note, "an old store without a blobid mask: every load scans the metadata".to_owned());
+        }
+        (None, true) => report.add(Severity::Mendable, "the store is marked clean, but a mask is no mask".to_owned()),
+        (Some(masks), true) => check_masks(&mut report, masks, &found, &geo),
+    }
+    for meta in found.blobs.values() {
+        check_blob(&mut report, meta);
+    }
+    Ok(report)
+}
+
+/// Mends what a check calls mendable, and what a crash left half done: loads the store by a scan, completes
+/// or undoes snapshots, writes new masks, marks the store clean. Gives what was done. Blobs with damaged
+/// metadata, and clusters with several owners, stay as they are.
+///
+/// # Errors
+/// As [`Blobstore::load`] and [`Blobstore::unload`].
+pub fn repair(dev: &Arc<dyn BlockDevice>) -> Result<Vec<String>, Error> {
+    let before = check(dev)?;
+    let mut done = Vec::new();
+    let store = Blobstore::load_by_scan(Arc::clone(dev), &LoadOptions::default())?;
+    store.unload()?;
+    let after = check(dev)?;
+    for finding in &before.findings {
+        if !after.findings.contains(finding) {
+            done.push(format!("mended: {}", finding.text));
+        }
+    }
+    Ok(done)
+}
+
+fn check_super(report: &mut Report, sb: &SuperBlock, found: &Scan, dev_bytes: u64, geo: &Geometry) {
+    if let Some(id) = sb.super_blob()
+        && !id
+            .page()
+            .is_some_and(|root| found.blobs.contains_key(&root))
+    {
+        report.add(
+            Severity::Note,
+            format!("the super blob {id} does not exist"),
+        );
+    }
+    let unused = dev_bytes / geo.cluster_size - u64::from(geo.total_clusters);
+    if unused != 0 {
+        report.add(
+            Severity::Note,
+            format!("the device has {unused} clusters more than the store; it can grow"),
+        );
+    }
+}
+
+/// Parents exist, there are no loops, marks name blobs that exist.
+fn check_trees(report: &mut Report, found: &Scan) {
+    let mut parents: HashSet<BlobId> = HashSet::new();
+    for meta in found.blobs.values() {
+        let id = meta.id;
+        if meta.flags.unknown_invalid() != 0 {
+            let bits = meta.flags.unknown_invalid();
+            report.add(
+                Severity::Note,
+                format!("blob {id}: unknown invalid_flags {bits:#x}, it cannot be opened here"),
+            );
+        }
+        let Parent::Snapshot(parent) = meta.parent() else {
+            continue;
+        };
+        parents.insert(parent);
+        let get = |id: BlobId| id.page().and_then(|root| found.blobs.get(&root));
+        if get(parent).is_none() {
+            report.add(
+                Severity::Error,
+                format!("blob {id}: its snapshot {parent} does not exist or is damaged"),
+            );
+            continue;
+        }
+        let mut at = parent;
+        let mut steps = 0;
+        while let Some(Parent::Snapshot(next)) = get(at).map(BlobMeta::parent) {
+            (at, steps) = (next, steps + 1);
+            if steps > found.blobs.len() {
+                report.add(
+                    Severity::Error,
+                    format!("blob {id}: its snapshots form a loop"),
+                );
+                break;
+            }
+        }
+    }
+    report.snapshots = parents.len() as u64;
+    for meta in found.blobs.values() {
+        for (mark, doing) in [(SNAPTMP, "made"), (SNAPRM, "removed")] {
+            if let Some(named) = meta.internal_id(mark) {
+                let text = format!(
+                    "blob {}: a snapshot of {named} that was being {doing}; the next load ends it",
+                    meta.id
+                );
+                report.add(Severity::Note, text);
+            }
+        }
+    }
+}
+
+/// Clusters and extent pages with two owners are legal between a snapshot that is being made or removed and
+/// its blob.
+fn check_owners(report: &mut Report, found: &Scan) {
+    let pair = |meta: &BlobMeta| {
+        let named = meta
+            .internal_id(SNAPTMP)
+            .or_else(|| meta.internal_id(SNAPRM))?;
+        Some((meta.id, named))
+    };
+    let pairs: HashSet<(BlobId, BlobId)> = found
+        .blobs
+        .values()
+        .filter_map(pair)
+        .flat_map(|(a, b)| [(a, b), (b, a)])
+        .collect();
+    let mut clusters: HashMap<u32, Vec<BlobId>> = HashMap::new();
+    let mut pages: HashMap<u32, Vec<BlobId>> = HashMap::new();
+    for meta in found.blobs.values() {
+        let own = meta
+            .map
+            .allocated()
+            .map(|(_, cluster)| cluster)
+            .chain(meta.trailing.clusters.iter().copied());
+        for cluster in own.filter(|cluster| found.shared_clusters.contains(cluster)) {
+            clusters.entry(cluster).or_default().push(meta.id);
+        }
+        let own = meta.extent_pages.values().chain(&meta.trailing.pages);
+        for page in own.filter(|page| found.shared_pages.contains(page)) {
+            pages.entry(*page).or_default().push(meta.id);
+        }
+    }
+    for (what, owners) in [("cluster", clusters), ("extent page", pages)] {
+        let mut owners: Vec<(u32, Vec<BlobId>)> = owners.into_iter().collect();
+        owners.sort_unstable();
+        for (number, blobs) in owners {
+            let legal = matches!(blobs[..], [a, b] if pairs.contains(&(a, b)));
+            if !legal && blobs.len() > 1 {
+                let names: Vec<String> = blobs.iter().map(ToString::to_string).collect();
+                report.add(
+                    Severity::Error,
+                    format!("{what} {number} belongs to {}", names.join(" and ")),
+                );
+            } else if !legal {
+                let text = format!(
+                    "{what} {number} belongs to {} and to a damaged blob, or twice to it",
+                    blobs[0]
+                );
+                report.add(Severity::Error, text);
+            }
+        }
+    }
+}
+
+fn check_masks(report: &mut Report, masks: &Masks, found: &Scan, geo: &Geometry) {
+    let damaged = !found.damaged.is_empty();
+    let mut roots = Bitmap::new(geo.md_len);
+    for root in found.blobs.keys().chain(found.damaged.keys()) {
+        roots.set(*root);
+    }
+    let mut compare = |name: &str, mask: &[u64], found: &Bitmap| {
+        let only =
+            |a: &[u64], b: &[u64]| -> Vec<u64> { a.iter().zip(b).map(|(a, b)| a & !b).collect() };
+        let free = only(found.words(), mask);
+        let leaked = only(mask, found.words());
+        for (bits, text) in [
+            (free, "in use, but free in its mask"),
+            (leaked, "used in its mask, but by nobody"),
+        ] {
+            let list: Vec<u32> = iter_words(&bits).collect();
+            if !list.is_empty() {
+                let more = if list.len() > 8 { ", …" } else { "" };
+                let some: Vec<String> = list.iter().take(8).map(ToString::to_string).collect();
+                let text = format!("{} {name} {text}: {}{more}", list.len(), some.join(", "));
+                report.add(
+                    if damaged {
+                        Severity::Error
+                    } else {
+                        Severity::Mendable
+                    },
+                    text,
+                );
+            }
+        }
+    };
+    compare("metadata pages", &masks.pages, &found.pages);
+    compare("clusters", masks.clusters.words(), &found.clusters);
+    compare("blob ids", &masks.blobids, &roots);
+}
+
+fn check_blob(report: &mut Report, meta: &BlobMeta) {
+    if meta.trailing != Trailing::default() {
+        let n = meta.trailing.pages.len();
+        let text = format!(
+            "blob {}: {n} extent pages behind its end, left by a shrink that was cut short",
+            meta.id
+        );
+        report.add(Severity::Note, text);
+    }
+}
