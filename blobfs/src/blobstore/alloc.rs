@@ -36,10 +36,6 @@ impl Bitmap {
         &self.words
     }
 
-    pub fn get(&self, bit: u32) -> bool {
-        bit < self.len && self.words[bit as usize / 64] >> (bit % 64) & 1 != 0
-    }
-
     /// Marks a bit as used; tells whether it was free before.
     pub fn set(&mut self, bit: u32) -> bool {
         assert!(bit < self.len, "bit {bit} of {}", self.len);
@@ -107,6 +103,7 @@ impl Bitmap {
     }
 
     /// The bits that are used.
+    #[cfg(test)]
     pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
         iter_words(&self.words)
     }

@@ -8,12 +8,12 @@ use super::Blobstore;
 use super::blob::Blob;
 use super::change::{Change, MapChange};
 use super::error::Error;
-use super::format::{BlobId, EXTENTS_PER_PAGE, Flags};
-use super::meta::{BlobMeta, Parent};
+use super::format::{BlobId, Flags};
+use super::meta::{BlobMeta, ClearMethod, Parent};
 use super::ops::check_xattr;
 use super::state::{State, freeze};
 
-/// Clusters that one commit of an inflation copies; between two, other metadata operations have their turn.
+/// Clusters that are copied under one hold of the lock; then other metadata operations have their turn.
 const BATCH: usize = 32;
 
 /// Which clusters a blob gets of its own.
@@ -30,8 +30,7 @@ impl Blobstore {
     /// no parent. Durable on return. Blocks; other operations go on meanwhile.
     ///
     /// # Errors
-    /// Too few free clusters (found before anything is changed), a blob whose metadata is read-only, I/O
-    /// errors. What was copied before an I/O error stays with the blob, whose content is the same.
+    /// Too few free clusters, a blob whose metadata is read-only, I/O errors; the blob is as it was then.
     pub fn inflate(&self, id: BlobId) -> Result<(), Error> {
         self.detach(id, Which::All)
     }
@@ -45,47 +44,57 @@ impl Blobstore {
         self.detach(id, Which::Parents)
     }
 
+    /// Takes the clusters, fills them in batches, then changes the blob in one commit.
     fn detach(&self, id: BlobId, which: Which) -> Result<(), Error> {
         let blob = self.open(id)?;
-        {
-            let state = self.inner.state.lock();
-            state.check_writable(id)?;
-            if which == Which::Parents && state.meta(id)?.parent() == Parent::None {
-                return Err(Error::invalid(format!(
-                    "blob {id} has no parent to be decoupled from"
-                )));
-            }
-            if !state.meta(id)?.flags.thin() {
-                return Ok(());
-            }
-            let map = blob.extents();
-            // An inflation of a huge thin blob is refused without looking at every cluster.
-            let at_least = match which {
-                Which::All => map.num_clusters() - map.num_allocated(),
-                Which::Parents => 0,
-            };
-            if at_least > u64::from(state.clusters.free()) {
-                return Err(state.no_space(at_least));
-            }
-            let needed = missing(&blob, which, usize::MAX).len() as u64;
-            if needed > u64::from(state.clusters.free()) {
-                return Err(state.no_space(needed));
-            }
-            state.check_pages_for(&blob, which)?;
+        let mut state = self.inner.state.lock();
+        state.check_writable(id)?;
+        let meta = Arc::clone(state.meta(id)?);
+        if which == Which::Parents && meta.parent() == Parent::None {
+            return Err(Error::invalid(format!(
+                "blob {id} has no parent to be decoupled from"
+            )));
         }
-        loop {
+        if !meta.flags.thin() {
+            return Ok(());
+        }
+        // A huge thin blob is refused without a look at every cluster.
+        let at_least = match which {
+            Which::All => meta.map.num_clusters() - meta.map.num_allocated(),
+            Which::Parents => 0,
+        };
+        let free = u64::from(state.clusters.free());
+        if at_least > free {
+            return Err(state.no_space(at_least));
+        }
+        let indices = missing(&blob, which);
+        if indices.len() as u64 > free {
+            return Err(state.no_space(indices.len() as u64));
+        }
+        let mut change = state.begin()?;
+        let mut copies = Vec::with_capacity(indices.len());
+        for index in indices {
+            copies.push((index, state.take_cluster(&mut change)?));
+        }
+        drop(state);
+        for batch in copies.chunks(BATCH) {
             let mut state = self.inner.state.lock();
-            let next = missing(&blob, which, BATCH);
-            if next.is_empty() {
-                return state.cut_off(&blob, which);
+            if let Err(error) = state.copy_up(&blob, batch) {
+                state.rollback(change);
+                return Err(error);
             }
-            let mut change = state.begin()?;
-            match state.stage_own(&mut change, &blob, &next) {
-                Ok(()) => state.commit(change)?,
-                Err(error) => {
-                    state.rollback(change);
-                    return Err(error);
-                }
+        }
+        let mut state = self.inner.state.lock();
+        let open = state.open_family(id);
+        let result = freeze(&open).and_then(|frozen| {
+            state.stage_detached(&mut change, &blob, which, &copies)?;
+            Ok(frozen)
+        });
+        match result {
+            Ok(_frozen) => state.commit(change),
+            Err(error) => {
+                state.rollback(change);
+                Err(error)
             }
         }
     }
@@ -205,127 +214,92 @@ impl Blobstore {
     }
 }
 
-/// Clusters that a blob has to get, at most `limit`.
-fn missing(blob: &Blob, which: Which, limit: usize) -> Vec<u64> {
+/// Clusters that a blob has to get.
+fn missing(blob: &Blob, which: Which) -> Vec<u64> {
     let view = blob.shared.view.load();
     let own = &view.maps[0];
-    match which {
-        Which::All => (0..own.num_clusters())
-            .filter(|index| own.cluster(*index).is_none())
-            .take(limit)
-            .collect(),
-        Which::Parents => match view.maps.get(1) {
-            Some(parent) => {
-                let theirs = parent
-                    .allocated()
-                    .map(|(index, _)| index)
-                    .take_while(|index| *index < own.num_clusters());
-                theirs
-                    .filter(|index| own.cluster(*index).is_none())
-                    .take(limit)
-                    .collect()
-            }
-            // The parent is an external snapshot.
-            None => {
-                let ends = view
-                    .external
-                    .as_ref()
-                    .map_or(0, |ext| ext.len_bytes().div_ceil(blob.store.cluster_size()));
-                let all = 0..own.num_clusters().min(ends);
-                all.filter(|index| own.cluster(*index).is_none())
-                    .take(limit)
-                    .collect()
-            }
-        },
+    let lacks = |index: &u64| own.cluster(*index).is_none();
+    match (which, view.maps.get(1)) {
+        (Which::All, _) => (0..own.num_clusters()).filter(lacks).collect(),
+        (Which::Parents, Some(parent)) => {
+            let theirs = parent.allocated().map(|(index, _)| index);
+            theirs
+                .take_while(|index| *index < own.num_clusters())
+                .filter(lacks)
+                .collect()
+        }
+        // The parent is an external snapshot.
+        (Which::Parents, None) => {
+            let size = blob.store.cluster_size();
+            let end = view
+                .external
+                .as_ref()
+                .map_or(0, |ext| ext.len_bytes().div_ceil(size));
+            (0..own.num_clusters().min(end)).filter(lacks).collect()
+        }
     }
 }
 
 impl State {
-    /// Are there metadata pages for the extent pages that a blob will need?
-    fn check_pages_for(&self, blob: &Blob, which: Which) -> Result<(), Error> {
-        let meta = self.meta(blob.id())?;
-        if !meta.table {
-            return Ok(());
+    /// Fills clusters with what a blob reads there.
+    fn copy_up(&mut self, blob: &Blob, copies: &[(u64, u32)]) -> Result<(), Error> {
+        let view = blob.shared.view.load_full();
+        for (index, cluster) in copies {
+            let lba = self.geo.cluster_lba(*cluster);
+            let ops = self.copy_of(view.parent_source(*index), &view, *index, lba)?;
+            self.io.run(ops)?;
         }
-        let number = |index: &u64| {
-            u32::try_from(index / EXTENTS_PER_PAGE as u64).expect("at most 2^32 clusters")
-        };
-        let mut pages: Vec<u32> = missing(blob, which, usize::MAX)
-            .iter()
-            .map(number)
-            .collect();
-        pages.dedup();
-        let new = pages
-            .iter()
-            .filter(|number| !meta.extent_pages.contains_key(number))
-            .count() as u64;
-        // The table's chain is written anew beside the old one, with one extent page at most.
-        let chain = (meta.chain.len() as u64).max((meta.extent_pages.len() as u64 + new) / 500) + 2;
-        let (needed, free) = (new + chain, u64::from(self.pages.free()));
-        if new != 0 && needed > free {
-            return Err(Error::NoMdPages {
-                needed,
-                free,
-                total: self.pages.len().into(),
-            });
-        }
-        Ok(())
+        // Durable before the map that names them.
+        self.io.flush()
     }
 
-    /// Stages clusters of a blob's own with the contents that it reads there now.
-    fn stage_own(
+    /// Stages a blob with its copies and without its parent. Meanwhile it may have been written (then it
+    /// has clusters of its own there) and resized.
+    fn stage_detached(
         &mut self,
         change: &mut Change,
         blob: &Blob,
-        indices: &[u64],
+        which: Which,
+        copies: &[(u64, u32)],
     ) -> Result<(), Error> {
-        let view = blob.shared.view.load_full();
-        let mut patches = Vec::with_capacity(indices.len());
-        for index in indices {
-            let cluster = self.take_cluster(change)?;
-            let lba = self.geo.cluster_lba(cluster);
-            let ops = self.copy_of(view.parent_source(*index), &view, *index, lba)?;
-            // At once, so that no more than one cluster is in memory.
-            self.io.run(ops)?;
-            patches.push((*index, cluster));
-        }
-        // The copies have to be durable before the map that names them.
-        self.io.flush()?;
-        self.stage(change, blob.id())?.map = MapChange::Patch(patches);
-        Ok(())
-    }
-
-    /// The end of an inflation: the blob has what it needs, the link to the parent goes.
-    fn cut_off(&mut self, blob: &Blob, which: Which) -> Result<(), Error> {
         let id = blob.id();
-        let mut change = self.begin()?;
-        let parent = self.meta(id)?.parent();
-        let next = match (&parent, which) {
-            (Parent::Snapshot(parent), Which::Parents) => self.meta(*parent)?.parent(),
-            _ => Parent::None,
-        };
-        if let (Parent::Snapshot(parent), Which::Parents) = (&parent, which) {
-            let below = self.view(*parent)?;
-            let size = self.meta(*parent)?.map.num_clusters();
-            let map = self
-                .meta(id)?
-                .map
-                .resized(self.meta(id)?.map.num_clusters(), 0);
-            if let Err(error) = self.cover_tail(&mut change, &below, size, &map) {
-                self.rollback(change);
-                return Err(error);
+        let old = Arc::clone(self.meta(id)?);
+        let size = old.map.num_clusters();
+        let map = old
+            .map
+            .resized(size, old.map.num_allocated() + copies.len() as u64);
+        for (index, cluster) in copies {
+            if *index < size && map.cluster(*index).is_none() {
+                map.set(*index, *cluster);
+            } else {
+                change.freed_clusters.push((*cluster, ClearMethod::None));
             }
-            let staged = self.stage(&mut change, id)?;
-            staged.meta.map = Arc::new(map);
-            staged.map = MapChange::Replaced;
         }
-        let staged = self.stage(&mut change, id)?;
+        let grown: Vec<u64> = missing(blob, which)
+            .into_iter()
+            .filter(|index| map.cluster(*index).is_none())
+            .collect();
+        for index in grown {
+            let cluster = self.take_cluster(change)?;
+            self.copy_up(blob, &[(index, cluster)])?;
+            map.set(index, cluster);
+        }
+        let mut next = Parent::None;
+        if let (Parent::Snapshot(parent), Which::Parents) = (old.parent(), which) {
+            next = self.meta(parent)?.parent();
+            let below = self.view(parent)?;
+            let parent_size = self.meta(parent)?.map.num_clusters();
+            self.cover_tail(change, &below, parent_size, &map)?;
+        }
+        let staged = self.stage(change, id)?;
+        staged.meta.map = Arc::new(map);
+        staged.map = MapChange::Replaced;
+        staged.other = true;
         staged.meta.set_parent(&next);
         if which == Which::All {
             staged.meta.flags.invalid &= !Flags::THIN;
         }
-        staged.other = true;
-        self.commit_frozen(change, id)
+        Ok(())
     }
 
     /// Changes a blob's parent.

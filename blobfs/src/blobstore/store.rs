@@ -105,12 +105,6 @@ impl Blobstore {
         let mut io = MdIo::new(&dev)?;
         let sb = lay_out(info.len_bytes(), info.block_size, opts)?;
         let geo = Geometry::new(&sb, info)?;
-        if geo.first_data_cluster >= geo.total_clusters {
-            return Err(Error::invalid(format!(
-                "{}: too small: {} clusters of {} bytes, of which the metadata takes {}",
-                info.name, geo.total_clusters, geo.cluster_size, geo.first_data_cluster
-            )));
-        }
         // No old store any more, then no old metadata, then the new store.
         let no_super = io.zeroes(0, geo.page_lba(1))?;
         io.run_durable(no_super)?;
@@ -608,6 +602,14 @@ fn lay_out(size: u64, block_size: u32, opts: &InitOptions) -> Result<SuperBlock,
     sb.used_blobid_mask_start = at.into();
     sb.used_blobid_mask_len = md_mask.into();
     at += md_mask;
+    let md_clusters =
+        ((u64::from(at) + u64::from(md_len)) * PAGE_SIZE_U64).div_ceil(cluster_size.into());
+    if md_clusters >= u64::from(clusters) {
+        return Err(Error::invalid(format!(
+            "{size} bytes are {clusters} clusters of {cluster_size} bytes, and {md_len} metadata pages take \
+             {md_clusters}; use a larger device, larger clusters, or fewer metadata pages (md_pages)"
+        )));
+    }
     sb.md_start = at.into();
     sb.md_len = md_len.into();
     sb.cluster_size = cluster_size.into();

@@ -1,0 +1,366 @@
+//! Power cuts: for each operation of several steps, power is cut after every event on the device, with and
+//! without a volatile cache of which any part is lost. The store then opens, passes the check, and holds
+//! the old or the new state.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::*;
+use pumice_bdev::BlockDevice;
+use pumice_bdev::crashsim::{CrashDevice, CrashImage, CrashOptions, Unsettled};
+use pumice_blobfs::blobstore::check::{Severity, check};
+use pumice_blobfs::blobstore::{BlobId, Blobstore, CreateOptions, InitOptions, LoadOptions};
+use rand::prelude::*;
+
+const CLUSTER: u64 = 8192;
+
+fn device(image: CrashImage, write_cache: bool, seed: u64) -> CrashDevice {
+    // Metadata pages are written whole or not at all: a torn one is another protocol's business.
+    let options = CrashOptions {
+        block_size: 4096,
+        write_cache,
+        seed,
+        tear_bytes: 4096,
+        ..CrashOptions::default()
+    };
+    CrashDevice::with_options(&options, image)
+}
+
+fn load(dev: &CrashDevice) -> Blobstore {
+    Blobstore::load(Arc::new(dev.clone()), &LoadOptions::default()).unwrap()
+}
+
+/// Everything that can be seen of a store.
+fn describe(store: &Blobstore) -> Vec<String> {
+    assert_eq!(store.damaged(), []);
+    let mut lines = listing(store);
+    for id in store.blobs() {
+        lines.push(format!(
+            "{id} {:#x}",
+            crc32c::crc32c(&whole(&store.open(id).unwrap()))
+        ));
+    }
+    let clusters: u64 = store
+        .blobs()
+        .iter()
+        .map(|id| store.open(*id).unwrap().num_allocated())
+        .sum();
+    lines.push(format!(
+        "{} clusters, {:?}",
+        store.total_clusters(),
+        store.super_blob()
+    ));
+    assert_eq!(
+        store.free_clusters() + clusters,
+        store.total_clusters(),
+        "clusters without an owner"
+    );
+    lines
+}
+
+/// After a power cut: the store opens and passes the check, and is the same after an orderly unload.
+fn state_after(image: &CrashImage, allowed: &[&[String]], what: &str) {
+    let dev = device(image.clone(), false, 0);
+    let as_dyn: Arc<dyn BlockDevice> = Arc::new(dev.clone());
+    let report = check(&as_dyn).unwrap_or_else(|error| panic!("{what}: {error}"));
+    assert!(
+        report.findings.iter().all(|f| f.severity == Severity::Note),
+        "{what}: {:?}",
+        report.findings
+    );
+    let store = load(&dev);
+    let found = describe(&store);
+    if !allowed.contains(&&found[..]) {
+        panic!("{what}: neither old nor new:\nfound {found:#?}\nallowed {allowed:#?}");
+    }
+    // It can be used.
+    let id = store.create(&CreateOptions {
+        num_clusters: 1,
+        ..CreateOptions::default()
+    });
+    if let Ok(id) = id {
+        let blob = store.open(id).unwrap();
+        assert!(
+            whole(&blob).iter().all(|byte| *byte == 0),
+            "{what}: old bytes in a new blob"
+        );
+        drop(blob);
+        store.delete(id).unwrap();
+    }
+    store.unload().unwrap();
+    let report = check(&as_dyn).unwrap();
+    assert_eq!(report.worst(), None, "{what}: {:?}", report.findings);
+    assert_eq!(
+        describe(&load(&dev)),
+        found,
+        "{what}: after an orderly unload"
+    );
+}
+
+/// A small store with a few blobs of all kinds, a long extent table among them.
+fn setup(table: bool) -> (CrashImage, Vec<BlobId>) {
+    let dev = device(CrashImage::zeroed(4 << 20), false, 0);
+    let opts = InitOptions {
+        cluster_size: 8192,
+        md_pages: Some(80),
+        ..InitOptions::default()
+    };
+    let store = Blobstore::init(Arc::new(dev.clone()), &opts).unwrap();
+    let mut ids = Vec::new();
+    for (num_clusters, thin) in [(3, false), (6, true), (530, true), (2, false)] {
+        let xattrs = vec![
+            ("name".to_owned(), vec![b'x'; 40]),
+            ("big".to_owned(), vec![7; 2500]),
+        ];
+        let opts = CreateOptions {
+            num_clusters,
+            thin,
+            xattrs,
+            extent_table: table,
+            ..CreateOptions::default()
+        };
+        let id = store.create(&opts).unwrap();
+        let blob = store.open(id).unwrap();
+        write(&blob, 0, &[ids.len().to_le_bytes()[0] + 1; 4096]);
+        write(
+            &blob,
+            (num_clusters - 1) * CLUSTER,
+            &[ids.len().to_le_bytes()[0] + 11; 8192],
+        );
+        ids.push(id);
+    }
+    // A cluster that holds nothing but zeroes.
+    write(&store.open(ids[2]).unwrap(), 520 * CLUSTER, &[0; 4096]);
+    // A chain: snapshot a of blob 1, then b, then a clone of a.
+    let a = store.snapshot(ids[1], &[]).unwrap();
+    write(&store.open(ids[1]).unwrap(), 2 * CLUSTER, &[21; 4096]);
+    let b = store
+        .snapshot(ids[1], &[("big".to_owned(), vec![1; 3900])])
+        .unwrap();
+    write(&store.open(ids[1]).unwrap(), 3 * CLUSTER, &[22; 4096]);
+    ids.extend([a, b]);
+    store.unload().unwrap();
+    (dev.image(), ids)
+}
+
+/// Cuts power at every event of `op`.
+fn cut_everywhere(name: &str, op: impl Fn(&Blobstore, &[BlobId])) {
+    let mut states = 0;
+    for table in [true, false] {
+        let (base, ids) = setup(table);
+        for (write_cache, dirty) in [(false, false), (true, false), (true, true)] {
+            let dev = device(base.clone(), write_cache, 7);
+            let store = load(&dev);
+            if dirty {
+                store.set_super_blob(Some(ids[0])).unwrap();
+            }
+            let old = describe(&store);
+            let start = dev.len_events();
+            op(&store, &ids);
+            let new = if dev.image().to_vec()[16] == 1 {
+                old.clone()
+            } else {
+                describe(&store)
+            };
+            let mut rng = SmallRng::seed_from_u64(11);
+            let mut points = dev.crash_points();
+            while points.advance().is_some() {
+                if points.position() < start {
+                    continue;
+                }
+                let open = points.unsettled().len();
+                let rounds = if open == 0 { 1 } else { 2 + open.min(4) };
+                for round in 0..rounds {
+                    let mut choose = |_: &Unsettled| match round {
+                        0 => false,
+                        1 => true,
+                        _ => rng.random_bool(0.5),
+                    };
+                    let image = points.image(&mut choose);
+                    let what = format!(
+                        "{name}, table {table}, cache {write_cache}, dirty {dirty}, after event {} of {}, round {round}",
+                        points.position(),
+                        points.len_events()
+                    );
+                    state_after(&image, &[&old, &new], &what);
+                    states += 1;
+                }
+            }
+        }
+    }
+    println!("{name}: {states} states");
+    assert!(states > 10, "{name}: only {states} states");
+}
+
+#[test]
+fn create() {
+    cut_everywhere("create", |store, _| {
+        let xattrs = (0..4).map(|i| (format!("x{i}"), vec![i; 3000])).collect();
+        let opts = CreateOptions {
+            num_clusters: 5,
+            xattrs,
+            ..CreateOptions::default()
+        };
+        store.create(&opts).unwrap();
+    });
+}
+
+#[test]
+fn resize() {
+    // Thick and thin, within an extent page and over its end, up and down.
+    for (number, size) in [(0, 9), (0, 1), (2, 1030), (2, 513), (2, 400), (1, 2)] {
+        cut_everywhere("resize", |store, ids| {
+            store.open(ids[number]).unwrap().resize(size).unwrap()
+        });
+    }
+}
+
+#[test]
+fn first_write_to_a_thin_blob() {
+    // The content changes by the write itself, which is atomic here: one page, or one whole cluster.
+    cut_everywhere("write", |store, ids| {
+        let blob = store.open(ids[2]).unwrap();
+        let mut buf = pumice_bdev::DmaBuf::new(8192).unwrap();
+        buf.fill(0);
+        blob.write_at(515 * CLUSTER, buf.freeze(), true).unwrap();
+    });
+}
+
+#[test]
+fn copy_on_write() {
+    cut_everywhere("copy on write", |store, ids| {
+        // Writes what is there already: the cluster moves, the content stays.
+        let blob = store.open(ids[1]).unwrap();
+        let same = read(&blob, 5 * CLUSTER, 4096);
+        write(&blob, 5 * CLUSTER, &same);
+    });
+}
+
+#[test]
+fn snapshot() {
+    for number in 0..3 {
+        cut_everywhere("snapshot", |store, ids| {
+            store
+                .snapshot(ids[number], &[("of".to_owned(), vec![5; 3000])])
+                .unwrap();
+        });
+    }
+}
+
+#[test]
+fn delete_snapshot() {
+    cut_everywhere("delete the lower snapshot", |store, ids| {
+        store.delete(ids[4]).unwrap()
+    });
+    cut_everywhere("delete the upper snapshot", |store, ids| {
+        store.delete(ids[5]).unwrap()
+    });
+}
+
+#[test]
+fn delete() {
+    cut_everywhere("delete", |store, ids| store.delete(ids[2]).unwrap());
+}
+
+#[test]
+fn clone() {
+    cut_everywhere("clone", |store, ids| {
+        store
+            .clone_blob(ids[5], &[("big".to_owned(), vec![1; 4000])])
+            .unwrap();
+    });
+}
+
+#[test]
+fn inflate_and_decouple() {
+    cut_everywhere("inflate", |store, ids| store.inflate(ids[1]).unwrap());
+    cut_everywhere("decouple", |store, ids| store.decouple(ids[1]).unwrap());
+}
+
+#[test]
+fn unmap_of_whole_clusters() {
+    cut_everywhere("unmap", |store, ids| {
+        let blob = store.open(ids[2]).unwrap();
+        blob.unmap_at(520 * CLUSTER, CLUSTER).unwrap();
+        assert_eq!(blob.extents().lba(520), None);
+    });
+}
+
+#[test]
+fn set_parent_and_read_only() {
+    cut_everywhere("set parent", |store, ids| {
+        store.set_parent(ids[1], ids[4]).unwrap()
+    });
+    cut_everywhere("set read-only", |store, ids| {
+        store.open(ids[3]).unwrap().set_read_only().unwrap()
+    });
+}
+
+#[test]
+fn unload() {
+    cut_everywhere("unload", |store, _| {
+        store.set_super_blob(store.super_blob()).unwrap();
+        store.unload().unwrap();
+    });
+}
+
+#[test]
+fn grow() {
+    for write_cache in [false, true] {
+        let (base, _) = setup(true);
+        let mut bytes = base.to_vec();
+        bytes.resize(bytes.len() + (1 << 20), 0);
+        let dev = device(CrashImage::from_bytes(&bytes), write_cache, 7);
+        let store = load(&dev);
+        let old = describe(&store);
+        assert_eq!(store.grow().unwrap(), 128);
+        let new = describe(&store);
+        let mut points = dev.crash_points();
+        while points.advance().is_some() {
+            for all in [false, true] {
+                state_after(&points.image(&mut |_| all), &[&old, &new], "grow");
+            }
+        }
+    }
+}
+
+#[test]
+fn init() {
+    for write_cache in [false, true] {
+        let dev = device(
+            CrashImage::from_bytes(&setup(true).0.to_vec()),
+            write_cache,
+            7,
+        );
+        let opts = InitOptions {
+            cluster_size: 16384,
+            md_pages: Some(16),
+            ..InitOptions::default()
+        };
+        let new = describe(&Blobstore::init(Arc::new(dev.clone()), &opts).unwrap());
+        let (mut no_store, mut made) = (0, 0);
+        let mut rng = SmallRng::seed_from_u64(3);
+        let mut points = dev.crash_points();
+        while points.advance().is_some() {
+            for round in 0..4 {
+                let image = points.image(&mut |_| match round {
+                    0 => false,
+                    1 => true,
+                    _ => rng.random_bool(0.5),
+                });
+                let after = device(image.clone(), false, 0);
+                // The old store, none, or the new one, which is empty.
+                match Blobstore::load(Arc::new(after.clone()), &LoadOptions::default()) {
+                    Ok(store) if store.cluster_size() == 8192 => {}
+                    Ok(_) => {
+                        state_after(&image, &[&new], "init");
+                        made += 1;
+                    }
+                    Err(_) => no_store += 1,
+                }
+            }
+        }
+        assert!(no_store > 0 && made > 0);
+    }
+}
