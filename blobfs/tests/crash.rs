@@ -211,7 +211,7 @@ fn resize() {
     // Thick and thin, within an extent page and over its end, up and down.
     for (number, size) in [(0, 9), (0, 1), (2, 1030), (2, 513), (2, 400), (1, 2)] {
         cut_everywhere("resize", |store, ids| {
-            store.open(ids[number]).unwrap().resize(size).unwrap()
+            store.open(ids[number]).unwrap().resize(size).unwrap();
         });
     }
 }
@@ -251,10 +251,10 @@ fn snapshot() {
 #[test]
 fn delete_snapshot() {
     cut_everywhere("delete the lower snapshot", |store, ids| {
-        store.delete(ids[4]).unwrap()
+        store.delete(ids[4]).unwrap();
     });
     cut_everywhere("delete the upper snapshot", |store, ids| {
-        store.delete(ids[5]).unwrap()
+        store.delete(ids[5]).unwrap();
     });
 }
 
@@ -290,10 +290,10 @@ fn unmap_of_whole_clusters() {
 #[test]
 fn set_parent_and_read_only() {
     cut_everywhere("set parent", |store, ids| {
-        store.set_parent(ids[1], ids[4]).unwrap()
+        store.set_parent(ids[1], ids[4]).unwrap();
     });
     cut_everywhere("set read-only", |store, ids| {
-        store.open(ids[3]).unwrap().set_read_only().unwrap()
+        store.open(ids[3]).unwrap().set_read_only().unwrap();
     });
 }
 
