@@ -2,3 +2,5 @@
 
 #[cfg(feature = "db")]
 pub mod db_bench;
+#[cfg(feature = "db")]
+pub mod fscompare;

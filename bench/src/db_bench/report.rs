@@ -36,6 +36,10 @@ pub struct BenchResult {
     /// Times by kind of operation, with --histogram.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub latency: BTreeMap<&'static str, Summary>,
+    /// Microseconds of processor time per operation, of all threads of the process and of the kernel
+    /// on their behalf: steadier than time on a busy machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_us_per_op: Option<f64>,
     /// What the file system did during the benchmark, where it counts that.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub io: Option<IoCount>,
@@ -57,6 +61,8 @@ pub struct IoCount {
     pub write_bytes: u64,
     /// Flushes of the device's write cache.
     pub flushes: u64,
+    /// Counted at the kernel's block device: what others did there is in it.
+    pub whole_device: bool,
 }
 
 impl IoCount {
@@ -69,6 +75,7 @@ impl IoCount {
             writes: self.writes.saturating_sub(earlier.writes),
             write_bytes: self.write_bytes.saturating_sub(earlier.write_bytes),
             flushes: self.flushes.saturating_sub(earlier.flushes),
+            whole_device: self.whole_device,
         }
     }
 }
@@ -98,6 +105,7 @@ impl BenchResult {
                 .iter()
                 .map(|(k, h)| (k.word(), h.summary()))
                 .collect(),
+            cpu_us_per_op: None,
             io: None,
             histograms: count.histograms.into_iter().collect(),
         }
@@ -279,6 +287,19 @@ pub fn header(f: &Flags, info: &RunInfo) -> String {
     out
 }
 
+/// Processor time of this process so far, in seconds (proc(5): utime and stime in `/proc/self/stat`,
+/// hundredths of a second on Linux).
+#[must_use]
+pub fn cpu_seconds() -> Option<f64> {
+    let text = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The name, in brackets, may hold spaces.
+    let (_, fields) = text.rsplit_once(')')?;
+    let mut fields = fields.split_whitespace().skip(11);
+    let user: f64 = fields.next()?.parse().ok()?;
+    let system: f64 = fields.next()?.parse().ok()?;
+    Some((user + system) / 100.0)
+}
+
 /// "2 * AMD EPYC".
 #[must_use]
 pub fn cpu() -> String {
@@ -311,6 +332,7 @@ mod tests {
             message: String::new(),
             synced: false,
             latency: BTreeMap::new(),
+            cpu_us_per_op: None,
             io: None,
             histograms: Vec::new(),
         }

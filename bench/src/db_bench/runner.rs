@@ -236,6 +236,7 @@ impl Runner<'_> {
         let first_seed = self.threads_started;
         self.threads_started += threads as u64;
         let io_before = self.target.io();
+        let cpu_before = report::cpu_seconds();
         let outcomes: Vec<Result<Outcome, String>> = std::thread::scope(|s| {
             let watcher = progress.wanted().then(|| s.spawn(|| progress.watch()));
             let handles: Vec<_> = (0..threads)
@@ -259,6 +260,9 @@ impl Runner<'_> {
             outcomes
         });
         let io_after = self.target.io();
+        let cpu = cpu_before
+            .zip(report::cpu_seconds())
+            .map(|(before, after)| after - before);
         let mut counts = Vec::new();
         let mut phase = Phase::new();
         for outcome in outcomes {
@@ -273,6 +277,7 @@ impl Runner<'_> {
             count.message = format!("{ops} {}", count.message).trim().to_owned();
         }
         let mut result = BenchResult::new(&plan.name, count, timed.sync);
+        result.cpu_us_per_op = cpu.map(|s| s * 1e6 / result.operations as f64);
         result.io = io_before.zip(io_after).map(|(b, a)| a.since(b));
         Ok(result)
     }

@@ -28,6 +28,8 @@ pub struct Target {
     words: String,
     durability: Durability,
     ours: Option<Ours>,
+    /// The kernel's block device below.
+    mount: Option<Mount>,
     // A directory of the kernel's that RocksDB's crate wants to exist, removed at the end.
     _host_dir: Option<tempfile::TempDir>,
 }
@@ -72,7 +74,10 @@ impl Target {
     /// Device operations so far, where they can be counted.
     #[must_use]
     pub fn io(&self) -> Option<IoCount> {
-        self.ours.as_ref().map(Ours::io)
+        match &self.ours {
+            Some(o) => Some(o.io()),
+            None => self.mount.as_ref().and_then(Mount::io),
+        }
     }
 
     /// Ends it in order. The database must be closed.
@@ -123,6 +128,7 @@ fn kernel(f: &Flags) -> Result<Target, String> {
             write_cache: device,
         },
         ours: None,
+        mount: Some(mount),
         _host_dir: None,
     })
 }
@@ -149,6 +155,7 @@ fn mem(f: &Flags) -> Result<Target, String> {
             write_cache: None,
         },
         ours: None,
+        mount: None,
         _host_dir: Some(dir),
     })
 }
@@ -161,6 +168,7 @@ fn ours(f: &Flags) -> Result<Target, String> {
         words: ours.to_string(),
         durability: ours.durability(),
         ours: Some(ours),
+        mount: None,
         _host_dir: None,
     })
 }
@@ -204,6 +212,27 @@ impl Mount {
             point: left.get(4)?.replace("\\040", " "),
             kind: right.next()?.to_owned(),
             source: right.next()?.to_owned(),
+        })
+    }
+
+    /// What the block device did so far, whoever asked for it (kernel's
+    /// Documentation/block/stat.rst).
+    #[must_use]
+    pub fn io(&self) -> Option<IoCount> {
+        let file = Path::new("/sys/dev/block").join(&self.device).join("stat");
+        let text = std::fs::read_to_string(file).ok()?;
+        let n: Vec<u64> = text
+            .split_whitespace()
+            .map_while(|w| w.parse().ok())
+            .collect();
+        const SECTOR: u64 = 512;
+        Some(IoCount {
+            reads: *n.first()?,
+            read_bytes: n.get(2)? * SECTOR,
+            writes: *n.get(4)?,
+            write_bytes: n.get(6)? * SECTOR,
+            flushes: n.get(15).copied().unwrap_or(0),
+            whole_device: true,
         })
     }
 

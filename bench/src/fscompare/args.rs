@@ -1,0 +1,296 @@
+//! The command line of `fscompare`.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+
+use super::side::Side;
+
+/// Compares file systems under RocksDB on the same disk: each in turn, several rounds, the same
+/// options and memory. Prints medians, spread, ratios, and each file system's own cost: its time less
+/// that of RocksDB's memory env in the same round.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+pub struct Args {
+    /// Image file on the disk to compare on. Made and removed; one that exists needs --force and is
+    /// overwritten and kept. Default: a file in the temporary directory.
+    #[arg(long, conflicts_with = "device")]
+    pub image: Option<PathBuf>,
+
+    /// Block or loop device to compare on. Everything on it is lost, so --force is needed.
+    #[arg(long, requires = "force")]
+    pub device: Option<PathBuf>,
+
+    /// Bytes of the image file, for example 4G.
+    #[arg(long, default_value = "4G", value_parser = bytes)]
+    pub size: u64,
+
+    /// Existing directory of the kernel's file system for the side "host". Default: beside the image
+    /// file. Needs no root.
+    #[arg(long)]
+    pub kernel_dir: Option<PathBuf>,
+
+    /// Overwrite what the device or the image file holds.
+    #[arg(long)]
+    pub force: bool,
+
+    /// Sides, in order. host: the kernel's file system as it is, in --kernel-dir. ext4, xfs: made on
+    /// a loop device on the image file, or on --device (root). pumice: ours on the image file.
+    /// pumice-dev: ours on the same loop device or --device (root). mem: RocksDB's memory env, the
+    /// file system that costs nothing. Default: all that this user can run.
+    #[arg(long, value_delimiter = ',')]
+    pub sides: Vec<Side>,
+
+    /// Side that the others are compared with. Default: ext4, else host, else the first.
+    #[arg(long)]
+    pub baseline: Option<Side>,
+
+    /// Benchmarks of db_bench, separated by commas. A semicolon ends a process: caches are dropped,
+    /// the file system is mounted again and the next benchmarks find the database as it was left,
+    /// with cold caches.
+    #[arg(long, default_value = "fillseq,fillrandom,readrandom")]
+    pub benchmarks: String,
+
+    /// Rounds. Each side runs once in each.
+    #[arg(long, default_value_t = 5)]
+    pub rounds: u64,
+
+    /// Bound the memory of each run, page cache included, by a control group of this size (root).
+    /// Ours gets as page cache what is left of it after RocksDB's memtables and block cache. The
+    /// memory env is not bounded: its files are memory.
+    #[arg(long, value_parser = bytes)]
+    pub memory: Option<u64>,
+
+    /// Page cache of ours in bytes when --memory does not decide.
+    #[arg(long, default_value = "1G", value_parser = bytes)]
+    pub fs_cache_size: u64,
+
+    /// db_bench to run. Default: the one beside this program.
+    #[arg(long)]
+    pub db_bench: Option<PathBuf>,
+
+    /// Write the results for machines to this file ('-': standard output, the table then goes to
+    /// standard error).
+    #[arg(long)]
+    pub json: Option<String>,
+
+    /// Flags for db_bench on every side, after --.
+    #[arg(last = true)]
+    pub flags: Vec<String>,
+}
+
+/// What is to be done, decided.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Sides in order.
+    pub sides: Vec<Side>,
+    /// The one to compare with.
+    pub baseline: Side,
+    /// Benchmarks, one list for each process.
+    pub stages: Vec<String>,
+    /// Rounds.
+    pub rounds: u64,
+    /// The image file, unless a device is given.
+    pub image: Option<PathBuf>,
+    /// The device, when given.
+    pub device: Option<PathBuf>,
+    /// Bytes of the image file.
+    pub size: u64,
+    /// Directory of the side "host".
+    pub kernel_dir: PathBuf,
+    /// Overwrite what is there.
+    pub force: bool,
+    /// Bytes of the control group.
+    pub memory: Option<u64>,
+    /// Bytes of our page cache.
+    pub fs_cache_size: u64,
+    /// The program.
+    pub db_bench: PathBuf,
+    /// Its flags on every side.
+    pub flags: Vec<String>,
+}
+
+/// Bytes that RocksDB itself may take of a bounded memory: two memtables, the block cache, tables.
+const ROCKSDB_BYTES: u64 = 2 * (64 << 20) + (32 << 20) + (96 << 20);
+
+impl Plan {
+    /// Checks the command line against itself and this machine.
+    ///
+    /// # Errors
+    /// In words for the user.
+    pub fn new(a: &Args) -> Result<Self, String> {
+        let root = is_root();
+        let mut sides = a.sides.clone();
+        if sides.is_empty() {
+            sides = Side::ALL
+                .into_iter()
+                .filter(|s| (root || !s.needs_root()) && s.fits(a.device.is_some()))
+                .filter(|s| a.device.is_none() || a.kernel_dir.is_some() || *s != Side::Host)
+                .collect();
+        }
+        let mut seen = Vec::new();
+        for s in &sides {
+            if seen.contains(s) {
+                return Err(format!("--sides: {s} is there twice"));
+            }
+            seen.push(*s);
+            if s.needs_root() && !root {
+                return Err(format!(
+                    "--sides: {s} needs root, to make and mount a file system; without it compare host, pumice and mem"
+                ));
+            }
+            if !s.fits(a.device.is_some()) {
+                return Err(format!(
+                    "--sides: {s} is for an image file; with --device use pumice-dev"
+                ));
+            }
+        }
+        let find = |s: Side| sides.contains(&s).then_some(s);
+        let baseline = a
+            .baseline
+            .or_else(|| find(Side::Ext4))
+            .or_else(|| find(Side::Host))
+            .or_else(|| sides.first().copied())
+            .ok_or("--sides: nothing to run")?;
+        if !sides.contains(&baseline) {
+            return Err(format!("--baseline={baseline} is not among --sides"));
+        }
+        let stages: Vec<String> = a
+            .benchmarks
+            .split(';')
+            .map(|s| s.trim().to_owned())
+            .filter(|s| !s.is_empty())
+            .collect();
+        if stages.is_empty() || a.rounds == 0 {
+            return Err("--benchmarks and --rounds must leave something to run".to_owned());
+        }
+        let image = match (&a.device, &a.image) {
+            (Some(_), _) => None,
+            (None, Some(i)) => Some(i.clone()),
+            (None, None) => {
+                let name = format!("fscompare-{}.img", std::process::id());
+                Some(std::env::temp_dir().join(name))
+            }
+        };
+        let beside = image
+            .as_deref()
+            .and_then(|i| i.parent())
+            .map_or_else(std::env::temp_dir, std::path::Path::to_path_buf);
+        let fs_cache_size = match a.memory {
+            None => a.fs_cache_size,
+            Some(m) if m >= ROCKSDB_BYTES + (32 << 20) => m - ROCKSDB_BYTES,
+            Some(_) => {
+                let least = (ROCKSDB_BYTES >> 20) + 32;
+                return Err(format!(
+                    "--memory: RocksDB's memtables and block cache alone need more; give at least {least}M"
+                ));
+            }
+        };
+        Ok(Self {
+            baseline,
+            stages,
+            rounds: a.rounds,
+            image,
+            device: a.device.clone(),
+            size: a.size,
+            kernel_dir: a.kernel_dir.clone().unwrap_or(beside),
+            force: a.force,
+            memory: a.memory,
+            fs_cache_size,
+            db_bench: match &a.db_bench {
+                Some(p) => p.clone(),
+                None => std::env::current_exe()
+                    .map_err(|e| format!("this program's own path: {e}"))?
+                    .with_file_name("db_bench"),
+            },
+            flags: a.flags.clone(),
+            sides,
+        })
+    }
+}
+
+fn is_root() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    // "Uid: real effective saved filesystem" (proc(5)).
+    status
+        .lines()
+        .find_map(|l| l.strip_prefix("Uid:"))
+        .and_then(|l| l.split_whitespace().nth(1))
+        == Some("0")
+}
+
+/// `512M`, `4G`, `1048576`.
+fn bytes(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" | "B" => 0,
+        "K" | "KIB" => 10,
+        "M" | "MIB" => 20,
+        "G" | "GIB" => 30,
+        "T" | "TIB" => 40,
+        _ => return Err("expected bytes, or a number with K, M, G or T".to_owned()),
+    };
+    digits
+        .parse::<u64>()
+        .ok()
+        .and_then(|n| n.checked_mul(1 << shift))
+        .filter(|n| *n > 0)
+        .ok_or_else(|| "expected bytes, or a number with K, M, G or T".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(args: &[&str]) -> Result<Plan, String> {
+        let all = std::iter::once("fscompare").chain(args.iter().copied());
+        Plan::new(&Args::try_parse_from(all).map_err(|e| e.to_string())?)
+    }
+
+    #[test]
+    fn sizes_are_read() {
+        assert_eq!(bytes("4G"), Ok(4 << 30));
+        assert_eq!(bytes("512k"), Ok(512 << 10));
+        assert_eq!(bytes("10"), Ok(10));
+        for bad in ["", "G", "0", "4X", "-1", "99999999999T"] {
+            assert!(bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn stages_and_baseline() {
+        let p = plan(&[
+            "--sides=mem,host",
+            "--benchmarks=fillseq,compact; readrandom;",
+        ])
+        .unwrap();
+        assert_eq!(p.stages, ["fillseq,compact", "readrandom"]);
+        assert_eq!(p.baseline, Side::Host);
+        assert_eq!(plan(&["--sides=mem"]).unwrap().baseline, Side::Mem);
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        for (args, word) in [
+            (&["--sides=mem,mem"][..], "twice"),
+            (&["--sides=mem", "--baseline=host"], "not among"),
+            (&["--sides=mem", "--rounds=0"], "something to run"),
+            (&["--sides=mem", "--memory=100M"], "at least"),
+            (&["--device=/dev/loop7"], "--force"),
+            (&["--sides=floppy"], "possible values"),
+            (
+                &["--device=/dev/loop7", "--force", "--sides=pumice"],
+                "pumice-dev",
+            ),
+        ] {
+            let e = plan(args).unwrap_err();
+            assert!(e.contains(word), "{args:?}: {e}");
+        }
+    }
+
+    #[test]
+    fn our_cache_is_what_rocksdb_leaves() {
+        let p = plan(&["--sides=mem", "--memory=1G"]).unwrap();
+        assert_eq!(p.fs_cache_size, (1 << 30) - ROCKSDB_BYTES);
+    }
+}

@@ -1,0 +1,63 @@
+//! A bound on a run's memory that counts the page cache too: a control group.
+
+use std::path::{Path, PathBuf};
+
+/// A control group of this process's, removed at the end.
+#[derive(Debug)]
+pub struct Bound {
+    dir: PathBuf,
+}
+
+impl Bound {
+    /// A group that holds at most `bytes`, in version 2 or version 1 of the interface.
+    ///
+    /// # Errors
+    /// In words for the user.
+    pub fn new(bytes: u64) -> Result<Self, String> {
+        let name = format!("fscompare-{}", std::process::id());
+        let v2 = Path::new("/sys/fs/cgroup");
+        let (dir, file) = if v2.join("cgroup.controllers").exists() {
+            (v2.join(name), "memory.max")
+        } else {
+            (v2.join("memory").join(name), "memory.limit_in_bytes")
+        };
+        let fail = |e: std::io::Error| {
+            format!(
+                "--memory: control group {}: {e}; run as root, or without --memory",
+                dir.display()
+            )
+        };
+        std::fs::create_dir(&dir).map_err(fail)?;
+        let bound = Self { dir: dir.clone() };
+        std::fs::write(dir.join(file), bytes.to_string()).map_err(fail)?;
+        // Without swap the bound is one on memory; where swap is not accounted this is not there.
+        let _ = std::fs::write(dir.join("memory.swap.max"), "0");
+        Ok(bound)
+    }
+
+    /// A command line that moves itself into the group and becomes `program`; its arguments follow.
+    #[must_use]
+    pub fn wrap(&self, program: &Path) -> Vec<String> {
+        let procs = self.dir.join("cgroup.procs");
+        vec![
+            "sh".to_owned(),
+            "-c".to_owned(),
+            "echo $$ > \"$0\" && exec \"$@\"".to_owned(),
+            procs.display().to_string(),
+            program.display().to_string(),
+        ]
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        // The group of a process that just ended may be busy for a moment.
+        for _ in 0..20 {
+            if std::fs::remove_dir(&self.dir).is_ok() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        eprintln!("fscompare: control group {} is left", self.dir.display());
+    }
+}

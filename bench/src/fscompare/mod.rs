@@ -1,0 +1,83 @@
+//! `fscompare`: the same RocksDB on several file systems of the same disk, in turn.
+
+pub mod args;
+pub mod disk;
+pub mod memory;
+pub mod round;
+pub mod side;
+pub mod table;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use self::args::{Args, Plan};
+use self::disk::Disk;
+use self::round::Runner;
+use self::table::Comparison;
+
+/// Asked to stop, by Ctrl-C or SIGTERM.
+#[derive(Debug, Clone, Default)]
+pub struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// Set by SIGINT and SIGTERM from now on.
+    ///
+    /// # Errors
+    /// The handlers cannot be installed.
+    pub fn on_signals() -> Result<Self, String> {
+        let stop = Self::default();
+        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+            signal_hook::flag::register(signal, Arc::clone(&stop.0))
+                .map_err(|e| format!("signal {signal}: {e}"))?;
+        }
+        Ok(stop)
+    }
+
+    /// An error when it was asked for.
+    ///
+    /// # Errors
+    /// "interrupted".
+    pub fn check(&self) -> Result<(), String> {
+        if self.0.load(Ordering::Relaxed) {
+            return Err("interrupted; mounts, loop devices and files made here are removed".into());
+        }
+        Ok(())
+    }
+}
+
+/// Runs the whole comparison. Everything made for it is gone when this returns, also with an error.
+///
+/// # Errors
+/// In words for the user.
+pub fn run(args: &Args, stop: &Stop) -> Result<Comparison, String> {
+    let plan = Plan::new(args)?;
+    let disk = Disk::prepare(&plan, stop)?;
+    let runner = Runner::new(&plan, &disk, stop)?;
+    let mut comparison = Comparison::new(&plan);
+    let steps = plan.rounds * plan.sides.len() as u64;
+    let bar = ProgressBar::new(steps);
+    if let Ok(style) = ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg}") {
+        bar.set_style(style);
+    }
+    bar.enable_steady_tick(Duration::from_millis(500));
+    for round in 0..plan.rounds {
+        for at in 0..plan.sides.len() {
+            // Each round starts with another side, so that none is always first.
+            let turn = (at + usize::try_from(round).unwrap_or(0)) % plan.sides.len();
+            let side = plan.sides[turn];
+            stop.check()?;
+            bar.set_message(format!("round {} of {}: {side}", round + 1, plan.rounds));
+            if bar.is_hidden() {
+                eprintln!("round {} of {}: {side}", round + 1, plan.rounds);
+            }
+            let reports = runner.run(side)?;
+            comparison.add(side, reports);
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    Ok(comparison)
+}

@@ -1,0 +1,198 @@
+//! One side, once: file system made, database benchmarked, everything taken down.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::Stop;
+use super::args::Plan;
+use super::disk::{self, Disk, Mounted};
+use super::memory::Bound;
+use super::side::Side;
+
+/// Runs sides.
+#[derive(Debug)]
+pub struct Runner<'a> {
+    plan: &'a Plan,
+    disk: &'a Disk,
+    stop: &'a Stop,
+    bound: Option<Bound>,
+    scratch: tempfile::TempDir,
+}
+
+/// A process that does not outlive its value.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if matches!(self.0.try_wait(), Ok(None)) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+}
+
+impl<'a> Runner<'a> {
+    /// For this plan on this disk.
+    ///
+    /// # Errors
+    /// The memory cannot be bounded, or db_bench is not there.
+    pub fn new(plan: &'a Plan, disk: &'a Disk, stop: &'a Stop) -> Result<Self, String> {
+        if !plan.db_bench.is_file() {
+            return Err(format!(
+                "{} is not there; build it, or name it by --db-bench",
+                plan.db_bench.display()
+            ));
+        }
+        Ok(Self {
+            plan,
+            disk,
+            stop,
+            bound: plan.memory.map(Bound::new).transpose()?,
+            scratch: tempfile::tempdir().map_err(|e| format!("a temporary directory: {e}"))?,
+        })
+    }
+
+    /// One side through all stages; the reports of db_bench, one for each process.
+    ///
+    /// # Errors
+    /// In words for the user.
+    pub fn run(&self, side: Side) -> Result<Vec<Value>, String> {
+        disk::drop_caches()?;
+        let result = match side {
+            Side::Host => self.host(),
+            Side::Ext4 => self.made("ext4"),
+            Side::Xfs => self.made("xfs"),
+            Side::Pumice => self.ours(self.disk.image()),
+            Side::PumiceDev => self.ours(self.disk.device()),
+            // Memory does not outlive a process: all stages in one.
+            Side::Mem => self
+                .db_bench(side, &self.plan.stages.join(","), &["--env=mem".to_owned()])
+                .map(|r| vec![r]),
+        };
+        result.map_err(|e| format!("{side}: {e}"))
+    }
+
+    fn host(&self) -> Result<Vec<Value>, String> {
+        let dir = tempfile::Builder::new()
+            .prefix("fscompare-db-")
+            .tempdir_in(&self.plan.kernel_dir)
+            .map_err(|e| format!("a directory in {}: {e}", self.plan.kernel_dir.display()))?;
+        let mut reports = Vec::new();
+        for (n, stage) in self.plan.stages.iter().enumerate() {
+            if n > 0 {
+                disk::drop_caches()?;
+            }
+            reports.push(self.kernel(Side::Host, stage, dir.path(), n > 0)?);
+        }
+        Ok(reports)
+    }
+
+    fn made(&self, kind: &str) -> Result<Vec<Value>, String> {
+        let device = self.disk.device().ok_or("no device")?;
+        disk::mkfs(kind, device)?;
+        let side = if kind == "ext4" {
+            Side::Ext4
+        } else {
+            Side::Xfs
+        };
+        let mut reports = Vec::new();
+        for (n, stage) in self.plan.stages.iter().enumerate() {
+            let mounted = Mounted::at(device)?;
+            reports.push(self.kernel(side, stage, mounted.path(), n > 0)?);
+            drop(mounted);
+            disk::drop_caches()?;
+        }
+        Ok(reports)
+    }
+
+    fn kernel(&self, side: Side, stage: &str, dir: &Path, again: bool) -> Result<Value, String> {
+        let mut flags = vec![
+            "--env=kernel".to_owned(),
+            format!("--db={}", dir.join("db").display()),
+        ];
+        if again {
+            flags.push("--use_existing_db".to_owned());
+        }
+        self.db_bench(side, stage, &flags)
+    }
+
+    fn ours(&self, path: Option<&Path>) -> Result<Vec<Value>, String> {
+        let path = path.ok_or("no device")?;
+        let absolute = path
+            .canonicalize()
+            .map_err(|e| format!("{}: {e}", path.display()))?;
+        let mut reports = Vec::new();
+        for (n, stage) in self.plan.stages.iter().enumerate() {
+            if n > 0 {
+                disk::drop_caches()?;
+            }
+            let flags = [
+                format!("--device=file://{}", absolute.display()),
+                format!("--fs_cache_size={}", self.plan.fs_cache_size),
+                if n > 0 {
+                    "--use_existing_db".to_owned()
+                } else {
+                    "--force_format".to_owned()
+                },
+            ];
+            reports.push(self.db_bench(Side::Pumice, stage, &flags)?);
+        }
+        Ok(reports)
+    }
+
+    fn db_bench(&self, side: Side, stage: &str, own: &[String]) -> Result<Value, String> {
+        let json = self.scratch.path().join("report.json");
+        let log = self.scratch.path().join("log");
+        let _ = std::fs::remove_file(&json);
+        let mut command = match &self.bound {
+            Some(b) if side != Side::Mem => {
+                let words = b.wrap(&self.plan.db_bench);
+                let mut c = Command::new(&words[0]);
+                c.args(&words[1..]);
+                c
+            }
+            _ => Command::new(&self.plan.db_bench),
+        };
+        let out = File::create(&log).map_err(|e| format!("{}: {e}", log.display()))?;
+        let err = out.try_clone().map_err(|e| e.to_string())?;
+        command
+            .args(&self.plan.flags)
+            .args(own)
+            .arg(format!("--benchmarks={stage}"))
+            .arg(format!("--json={}", json.display()))
+            .arg("--progress_reports=false")
+            .stdin(Stdio::null())
+            .stdout(out)
+            .stderr(err);
+        let child = command
+            .spawn()
+            .map_err(|e| format!("{}: {e}", self.plan.db_bench.display()))?;
+        let mut running = Running(child);
+        let status = loop {
+            self.stop.check()?;
+            match running.0.try_wait() {
+                Ok(Some(s)) => break s,
+                Ok(None) => std::thread::sleep(Duration::from_millis(50)),
+                Err(e) => return Err(format!("db_bench: {e}")),
+            }
+        };
+        if !status.success() {
+            // On Ctrl-C the terminal tells both programs.
+            self.stop.check()?;
+            return Err(format!("db_bench {stage}: {status}\n{}", tail(&log)));
+        }
+        let text = std::fs::read_to_string(&json).map_err(|e| format!("db_bench's report: {e}"))?;
+        serde_json::from_str(&text).map_err(|e| format!("db_bench's report: {e}"))
+    }
+}
+
+/// The last lines of a log.
+fn tail(log: &PathBuf) -> String {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(8)..].join("\n")
+}

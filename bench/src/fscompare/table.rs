@@ -1,0 +1,373 @@
+//! The results side by side.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::args::Plan;
+use super::side::Side;
+use crate::db_bench::report::median;
+
+/// One side's runs of one benchmark.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Runs {
+    /// Microseconds per operation, one for each round.
+    pub micros_per_op: Vec<f64>,
+    /// Operations per second, one for each round.
+    pub ops_per_sec: Vec<f64>,
+    /// Processor time of the process per operation, one for each round.
+    pub cpu_us_per_op: Vec<f64>,
+    /// Every write was synced.
+    pub synced: bool,
+    /// Words of the last run, such as "(632 of 1000 found)".
+    pub message: String,
+    /// Device writes, read operations and flushes per operation, where they are counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub io_per_op: Option<IoPerOp>,
+}
+
+/// Device operations per operation of the benchmark; medians over the rounds.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct IoPerOp {
+    /// Reads.
+    pub reads: f64,
+    /// Writes.
+    pub writes: f64,
+    /// Bytes written.
+    pub write_bytes: f64,
+    /// Flushes.
+    pub flushes: f64,
+    /// Counted at the block device, with what others did there.
+    pub whole_device: bool,
+    #[serde(skip)]
+    all: [Vec<f64>; 4],
+}
+
+/// Everything that was measured.
+#[derive(Debug, Serialize)]
+pub struct Comparison {
+    sides: Vec<Side>,
+    baseline: Side,
+    /// What each side is, and what its completed writes are worth.
+    about: BTreeMap<Side, About>,
+    memory: Option<u64>,
+    fs_cache_size: u64,
+    flags: Vec<String>,
+    /// In the order of the run: the benchmark, then the sides.
+    benchmarks: Vec<(String, BTreeMap<Side, Runs>)>,
+    summary: Vec<Line>,
+}
+
+/// A side in words.
+#[derive(Debug, Clone, Serialize)]
+struct About {
+    file_system: String,
+    durability: String,
+}
+
+/// One line of the table.
+#[derive(Debug, Clone, Serialize)]
+pub struct Line {
+    /// The benchmark.
+    pub benchmark: String,
+    /// The side.
+    pub side: Side,
+    /// Median of microseconds per operation.
+    pub micros_per_op: f64,
+    /// Least and greatest.
+    pub spread: (f64, f64),
+    /// Median of the process's processor time per operation.
+    pub cpu_us_per_op: f64,
+    /// Median of operations per second.
+    pub ops_per_sec: f64,
+    /// Median over the rounds of this side's rate by the baseline's of the same round.
+    pub rate_to_baseline: Option<f64>,
+    /// Median over the rounds of the time less the memory env's of the same round.
+    pub own_cost_us: Option<f64>,
+    /// That by the baseline's own cost.
+    pub own_cost_to_baseline: Option<f64>,
+}
+
+impl Comparison {
+    /// Nothing measured yet.
+    #[must_use]
+    pub fn new(plan: &Plan) -> Self {
+        Self {
+            sides: plan.sides.clone(),
+            baseline: plan.baseline,
+            about: BTreeMap::new(),
+            memory: plan.memory,
+            fs_cache_size: plan.fs_cache_size,
+            flags: plan.flags.clone(),
+            benchmarks: Vec::new(),
+            summary: Vec::new(),
+        }
+    }
+
+    /// Adds one round of one side: the reports of its processes.
+    pub fn add(&mut self, side: Side, reports: Vec<Value>) {
+        let mut names: Vec<String> = Vec::new();
+        for report in reports {
+            let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
+            self.about.entry(side).or_insert_with(|| About {
+                file_system: text(&report["file_system"]),
+                durability: text(&report["durability"]["words"]),
+            });
+            for r in report["results"].as_array().into_iter().flatten() {
+                let mut name = text(&r["name"]);
+                // The same benchmark twice in a run is two lines.
+                let before = names.iter().filter(|n| **n == name).count();
+                names.push(name.clone());
+                if before > 0 {
+                    name = format!("{name}#{}", before + 1);
+                }
+                let at = match self.benchmarks.iter().position(|(n, _)| *n == name) {
+                    Some(at) => at,
+                    None => {
+                        self.benchmarks.push((name, BTreeMap::new()));
+                        self.benchmarks.len() - 1
+                    }
+                };
+                self.benchmarks[at].1.entry(side).or_default().add(r);
+            }
+        }
+        self.summary = self.lines();
+    }
+
+    /// The lines of the table.
+    #[must_use]
+    pub fn lines(&self) -> Vec<Line> {
+        let mut out = Vec::new();
+        for (benchmark, runs) in &self.benchmarks {
+            let mem = runs.get(&Side::Mem).map(|r| r.micros_per_op.as_slice());
+            let base = runs.get(&self.baseline);
+            let own = |r: &Runs| Some(median(&pairs(&r.micros_per_op, mem?, |a, b| a - b)));
+            let base_own = base.and_then(own);
+            for side in &self.sides {
+                let Some(r) = runs.get(side) else { continue };
+                let t = &r.micros_per_op;
+                let own_cost_us = own(r).filter(|_| *side != Side::Mem);
+                out.push(Line {
+                    benchmark: benchmark.clone(),
+                    side: *side,
+                    micros_per_op: median(t),
+                    spread: (
+                        t.iter().copied().fold(f64::INFINITY, f64::min),
+                        t.iter().copied().fold(0.0, f64::max),
+                    ),
+                    cpu_us_per_op: median(&r.cpu_us_per_op),
+                    ops_per_sec: median(&r.ops_per_sec),
+                    rate_to_baseline: base
+                        .map(|b| median(&pairs(&r.ops_per_sec, &b.ops_per_sec, |a, b| a / b))),
+                    own_cost_us,
+                    own_cost_to_baseline: own_cost_us
+                        .zip(base_own.filter(|b| *b > 0.0))
+                        .map(|(a, b)| a / b),
+                });
+            }
+        }
+        out
+    }
+
+    /// The table, with what each side is and how durable.
+    #[must_use]
+    pub fn render(&self) -> String {
+        let mut out = String::new();
+        let lines = self.lines();
+        for (benchmark, runs) in &self.benchmarks {
+            let synced = runs.values().any(|r| r.synced);
+            let rounds = runs.values().map(|r| r.micros_per_op.len()).max();
+            let _ = writeln!(
+                out,
+                "{benchmark}  ({} rounds; {})",
+                rounds.unwrap_or(0),
+                if synced {
+                    "every write synced"
+                } else {
+                    "writes not synced"
+                }
+            );
+            let _ = writeln!(
+                out,
+                "  {:<11} {:>12} {:>19} {:>9} {:>11} {:>9} {:>10} {:>9}",
+                "side",
+                "median µs/op",
+                "least – most",
+                "CPU µs/op",
+                "ops/s",
+                format!("× {}", self.baseline),
+                "own cost",
+                format!("of {}'s", self.baseline)
+            );
+            for l in lines.iter().filter(|l| l.benchmark == *benchmark) {
+                let opt = |v: Option<f64>, unit: &str| {
+                    v.map_or("–".to_owned(), |v| format!("{v:.2}{unit}"))
+                };
+                let _ = writeln!(
+                    out,
+                    "  {:<11} {:>12.3} {:>19} {:>9.3} {:>11.0} {:>9} {:>10} {:>9}",
+                    l.side.to_string(),
+                    l.micros_per_op,
+                    format!("{:.3} – {:.3}", l.spread.0, l.spread.1),
+                    l.cpu_us_per_op,
+                    l.ops_per_sec,
+                    opt(l.rate_to_baseline, ""),
+                    opt(l.own_cost_us, " µs"),
+                    opt(l.own_cost_to_baseline, "")
+                );
+            }
+            for side in &self.sides {
+                let Some(r) = runs.get(side) else { continue };
+                if !r.message.is_empty() {
+                    let _ = writeln!(out, "  {side}: {}", r.message);
+                }
+                if let Some(io) = &r.io_per_op {
+                    let _ = writeln!(
+                        out,
+                        "  {side}: per operation {:.3} device writes ({:.0} bytes), {:.3} reads, {:.3} flushes{}",
+                        io.writes,
+                        io.write_bytes,
+                        io.reads,
+                        io.flushes,
+                        if io.whole_device {
+                            " (of the whole block device)"
+                        } else {
+                            ""
+                        }
+                    );
+                }
+            }
+            out.push('\n');
+        }
+        out.push_str("Own cost: the time less the memory env's in the same round.\n");
+        match self.memory {
+            Some(m) => {
+                let _ = writeln!(
+                    out,
+                    "Memory: each run but mem in a control group of {} MiB, page cache included; ours uses {} MiB of it as its page cache.",
+                    m >> 20,
+                    self.fs_cache_size >> 20
+                );
+            }
+            None => {
+                let _ = writeln!(
+                    out,
+                    "Memory: the kernel's page cache is not bounded; ours is {} MiB.",
+                    self.fs_cache_size >> 20
+                );
+            }
+        }
+        for side in &self.sides {
+            if let Some(a) = self.about.get(side) {
+                let _ = writeln!(
+                    out,
+                    "{side}: {}. Durability: {}.",
+                    a.file_system, a.durability
+                );
+            }
+        }
+        out
+    }
+}
+
+impl Runs {
+    fn add(&mut self, r: &Value) {
+        let number = |v: &Value| v.as_f64().unwrap_or(f64::NAN);
+        self.micros_per_op.push(number(&r["micros_per_op"]));
+        self.ops_per_sec.push(number(&r["ops_per_sec"]));
+        self.cpu_us_per_op.push(number(&r["cpu_us_per_op"]));
+        self.synced = r["synced"].as_bool().unwrap_or(false);
+        let message = r["message"].as_str().unwrap_or_default();
+        message.clone_into(&mut self.message);
+        if r["io"].is_object() {
+            let whole_device = r["io"]["whole_device"].as_bool().unwrap_or(false);
+            let ops = number(&r["operations"]);
+            let io = self.io_per_op.get_or_insert_with(IoPerOp::default);
+            let names = ["reads", "writes", "write_bytes", "flushes"];
+            for (all, name) in io.all.iter_mut().zip(names) {
+                all.push(number(&r["io"][name]) / ops);
+            }
+            let [reads, writes, write_bytes, flushes] = &io.all;
+            io.whole_device = whole_device;
+            io.reads = median(reads);
+            io.writes = median(writes);
+            io.write_bytes = median(write_bytes);
+            io.flushes = median(flushes);
+        }
+    }
+}
+
+fn pairs(a: &[f64], b: &[f64], f: impl Fn(f64, f64) -> f64) -> Vec<f64> {
+    a.iter().zip(b).map(|(a, b)| f(*a, *b)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn comparison() -> Comparison {
+        let mut c = Comparison {
+            sides: vec![Side::Ext4, Side::Pumice, Side::Mem],
+            baseline: Side::Ext4,
+            about: BTreeMap::new(),
+            memory: None,
+            fs_cache_size: 1 << 30,
+            flags: Vec::new(),
+            benchmarks: Vec::new(),
+            summary: Vec::new(),
+        };
+        for noise in [0.0, 0.5, 5.0] {
+            for (side, us) in [(Side::Ext4, 4.0), (Side::Pumice, 2.0), (Side::Mem, 1.0)] {
+                let us = us + noise;
+                let report = json!({
+                    "file_system": "words", "durability": {"words": "w"},
+                    "results": [{"name": "fillseq", "micros_per_op": us, "ops_per_sec": 1e6 / us,
+                        "operations": 100, "synced": true,
+                        "io": {"reads": 0, "writes": 200, "write_bytes": 400, "flushes": 100}}],
+                });
+                c.add(side, vec![report]);
+            }
+        }
+        c
+    }
+
+    #[test]
+    fn own_cost_is_taken_round_by_round() {
+        let c = comparison();
+        let lines = c.lines();
+        let ours = lines.iter().find(|l| l.side == Side::Pumice).unwrap();
+        assert!((ours.own_cost_us.unwrap() - 1.0).abs() < 1e-9);
+        assert!((ours.own_cost_to_baseline.unwrap() - 1.0 / 3.0).abs() < 1e-9);
+        assert!((ours.rate_to_baseline.unwrap() - 4.5 / 2.5).abs() < 1e-9);
+        assert!((ours.micros_per_op - 2.5).abs() < 1e-9);
+        assert_eq!(ours.spread, (2.0, 7.0));
+        let mem = lines.iter().find(|l| l.side == Side::Mem).unwrap();
+        assert!(mem.own_cost_us.is_none());
+    }
+
+    #[test]
+    fn the_table_says_what_is_synced_and_counted() {
+        let text = comparison().render();
+        assert!(text.contains("every write synced"), "{text}");
+        assert!(
+            text.contains("pumice: per operation 2.000 device writes (4 bytes)"),
+            "{text}"
+        );
+        assert!(text.contains("1.00 µs"), "{text}");
+    }
+
+    #[test]
+    fn a_benchmark_run_twice_is_two_lines() {
+        let mut c = comparison();
+        c.benchmarks.clear();
+        let result =
+            |us: f64| json!({"name": "readrandom", "micros_per_op": us, "ops_per_sec": 1.0});
+        let report = json!({"results": [result(1.0), result(2.0)]});
+        c.add(Side::Mem, vec![report, json!({"results": [result(3.0)]})]);
+        let names: Vec<_> = c.lines().into_iter().map(|l| l.benchmark).collect();
+        assert_eq!(names, ["readrandom", "readrandom#2", "readrandom#3"]);
+    }
+}
