@@ -194,7 +194,14 @@ impl Deref for DmaSlice {
     type Target = [u8];
     #[inline]
     fn deref(&self) -> &[u8] {
-        &self.buf[self.start..self.start + self.len]
+        // Not by way of a reference to the whole buffer: its maker may still write what no view
+        // covers (an append buffer whose first blocks are already on their way).
+        // SAFETY: the view lies in the buffer, which `self.buf` keeps alive and initialised, and
+        // nobody writes to bytes that a view covers.
+        unsafe {
+            let base = self.buf.block.ptr.as_ptr();
+            std::slice::from_raw_parts(base.add(self.start), self.len)
+        }
     }
 }
 
