@@ -1,3 +1,4 @@
 //! Blobstore in SPDK's format, and the file system on it.
 
 pub mod blobstore;
+pub mod fs;

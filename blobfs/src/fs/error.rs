@@ -1,0 +1,225 @@
+//! Errors of the file system.
+
+use std::sync::Arc;
+
+use pumice_bdev::{BdevError, DmaError, IoError, IoErrorKind};
+
+/// What went wrong, with the path and the cause in the text. [`FsError::errno`] gives the
+/// number that a C caller expects.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum FsError {
+    /// No file or directory of that name.
+    #[error("{path}: no such file or directory")]
+    NotFound {
+        /// The path asked for.
+        path: String,
+    },
+    /// The name is taken.
+    #[error("{path}: exists already")]
+    Exists {
+        /// The path.
+        path: String,
+    },
+    /// A directory was needed.
+    #[error("{path}: not a directory")]
+    NotDir {
+        /// The path.
+        path: String,
+    },
+    /// A file was needed.
+    #[error("{path}: is a directory")]
+    IsDir {
+        /// The path.
+        path: String,
+    },
+    /// The directory still has entries.
+    #[error("{path}: directory not empty")]
+    NotEmpty {
+        /// The path.
+        path: String,
+    },
+    /// No clusters or metadata pages left. Nothing was changed.
+    #[error("{what}: no space left ({free_bytes} bytes free); delete files or use a larger device")]
+    NoSpace {
+        /// What needed the space.
+        what: String,
+        /// What is free.
+        free_bytes: u64,
+    },
+    /// The name is too long for the format.
+    #[error("{path}: name of {len} bytes; at most {max} with its directories")]
+    NameTooLong {
+        /// The path.
+        path: String,
+        /// Its length in bytes.
+        len: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// Another handle holds the lock.
+    #[error("{path}: locked by another user in this process")]
+    Locked {
+        /// The path.
+        path: String,
+    },
+    /// An argument that cannot be.
+    #[error("{what}: {reason}")]
+    InvalidInput {
+        /// The argument or the path.
+        what: String,
+        /// What is wrong and what would be right.
+        reason: String,
+    },
+    /// The file system is mounted read-only.
+    #[error("{path}: the file system is mounted read-only")]
+    ReadOnly {
+        /// What was to be changed.
+        path: String,
+    },
+    /// The device failed.
+    #[error("{context}: {source}")]
+    Io {
+        /// What was being done.
+        context: String,
+        /// The device's error.
+        source: Arc<IoError>,
+        /// Bytes that were accepted before may be lost.
+        data_loss: bool,
+    },
+    /// What is on the device contradicts itself.
+    #[error("blob {blob:#x}: {reason}; `pumice fsck` can say more")]
+    Corrupt {
+        /// The blob.
+        blob: u64,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Another process has the device.
+    #[error("{device}: in use by process {}; stop it first", .pid.map_or_else(|| "unknown".to_owned(), |p| p.to_string()))]
+    InUse {
+        /// The device.
+        device: String,
+        /// Its owner, where the kernel says.
+        pid: Option<u32>,
+    },
+    /// The device holds something else.
+    #[error("{device}: holds {found}; {hint}")]
+    Foreign {
+        /// The device.
+        device: String,
+        /// What was recognised.
+        found: String,
+        /// What to do.
+        hint: String,
+    },
+    /// The file system has been unmounted under this handle.
+    #[error("{path}: the file system has been unmounted")]
+    Unmounted {
+        /// What was asked for.
+        path: String,
+    },
+    /// No memory for buffers.
+    #[error("no buffer memory: {0}")]
+    NoMemory(Arc<DmaError>),
+    /// An error of the device as a whole.
+    #[error("{0}")]
+    Device(Arc<BdevError>),
+    /// The blobstore refused.
+    #[error("{context}: {source}")]
+    Store {
+        /// What was being done.
+        context: String,
+        /// The blobstore's error.
+        source: Arc<crate::blobstore::Error>,
+    },
+}
+
+/// Result with [`FsError`].
+pub type Result<T> = std::result::Result<T, FsError>;
+
+impl FsError {
+    /// The errno that a kernel file system would give.
+    pub fn errno(&self) -> i32 {
+        match self {
+            FsError::NotFound { .. } => libc::ENOENT,
+            FsError::Exists { .. } => libc::EEXIST,
+            FsError::NotDir { .. } => libc::ENOTDIR,
+            FsError::IsDir { .. } => libc::EISDIR,
+            FsError::NotEmpty { .. } => libc::ENOTEMPTY,
+            FsError::NoSpace { .. } => libc::ENOSPC,
+            FsError::NameTooLong { .. } => libc::ENAMETOOLONG,
+            FsError::Locked { .. } => libc::EAGAIN,
+            FsError::InvalidInput { .. } | FsError::Foreign { .. } => libc::EINVAL,
+            FsError::ReadOnly { .. } => libc::EROFS,
+            FsError::Io { source, .. } => match source.kind {
+                IoErrorKind::NoSpace => libc::ENOSPC,
+                IoErrorKind::ReadOnly => libc::EROFS,
+                _ => libc::EIO,
+            },
+            FsError::Corrupt { .. } => libc::EUCLEAN,
+            FsError::InUse { .. } => libc::EBUSY,
+            FsError::Unmounted { .. } => libc::EBADF,
+            FsError::NoMemory(_) => libc::ENOMEM,
+            FsError::Device(_) | FsError::Store { .. } => libc::EIO,
+        }
+    }
+
+    /// Whether the same call may succeed when tried again: after space has been freed, or a
+    /// passing fault of the device.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            FsError::NoSpace { .. } | FsError::NoMemory(_) => true,
+            FsError::Io { source, .. } => source.is_retryable(),
+            _ => false,
+        }
+    }
+
+    /// Whether bytes that a call had accepted may be lost.
+    pub fn is_data_loss(&self) -> bool {
+        matches!(
+            self,
+            FsError::Corrupt { .. }
+                | FsError::Io {
+                    data_loss: true,
+                    ..
+                }
+        )
+    }
+
+    pub(crate) fn not_found(path: &str) -> FsError {
+        FsError::NotFound {
+            path: path.to_owned(),
+        }
+    }
+
+    pub(crate) fn invalid(what: &str, reason: impl Into<String>) -> FsError {
+        FsError::InvalidInput {
+            what: what.to_owned(),
+            reason: reason.into(),
+        }
+    }
+
+    pub(crate) fn io(context: impl Into<String>, source: Box<IoError>) -> FsError {
+        FsError::Io {
+            context: context.into(),
+            source: Arc::from(source),
+            data_loss: false,
+        }
+    }
+}
+
+impl From<DmaError> for FsError {
+    fn from(e: DmaError) -> FsError {
+        FsError::NoMemory(Arc::new(e))
+    }
+}
+
+impl From<BdevError> for FsError {
+    fn from(e: BdevError) -> FsError {
+        match e {
+            BdevError::InUse { device, pid } => FsError::InUse { device, pid },
+            e => FsError::Device(Arc::new(e)),
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! Handles of open files.
+
+use std::ops::{Deref, Range};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+
+use super::ahead::{Pattern, ReadHandle};
+use super::core::Core;
+use super::error::Result;
+use super::frame::Frame;
+use super::inode::Inode;
+use super::options::Access;
+use super::read::ReadRequest;
+
+/// What the clones of a handle share.
+pub(crate) struct Open {
+    pub core: Arc<Core>,
+    pub ino: Arc<Inode>,
+    pattern: Pattern,
+    direct: AtomicBool,
+    access: AtomicU8,
+}
+
+impl Open {
+    pub fn is_direct(&self) -> bool {
+        self.direct.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.core.close(&self.ino);
+    }
+}
+
+const NORMAL: u8 = 0;
+const RANDOM: u8 = 1;
+const SEQUENTIAL: u8 = 2;
+
+/// An open file. Clones share one handle. It stays usable after the file has lost its name, until
+/// the last handle is dropped. May be used by many threads at once; appends are ordered by a lock
+/// of the file, reads take none.
+#[derive(Clone)]
+pub struct File {
+    open: Arc<Open>,
+}
+
+impl std::fmt::Debug for File {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "File({:?})", self.open.ino)
+    }
+}
+
+/// Bytes of a file in memory, kept there as long as this lives.
+pub struct Pinned {
+    frame: Arc<Frame>,
+    range: Range<usize>,
+}
+
+impl Deref for Pinned {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        self.frame.bytes.get(self.range.clone()).unwrap_or_default()
+    }
+}
+
+impl std::fmt::Debug for Pinned {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Pinned({} bytes)", self.range.len())
+    }
+}
+
+impl File {
+    pub(crate) fn new(core: Arc<Core>, ino: Arc<Inode>) -> File {
+        File {
+            open: Arc::new(Open {
+                core,
+                ino,
+                pattern: Pattern::new(),
+                direct: AtomicBool::new(false),
+                access: AtomicU8::new(NORMAL),
+            }),
+        }
+    }
+
+    fn ino(&self) -> &Arc<Inode> {
+        &self.open.ino
+    }
+
+    fn core(&self) -> &Core {
+        &self.open.core
+    }
+
+    /// Length in bytes: one atomic load.
+    #[inline]
+    #[expect(
+        clippy::len_without_is_empty,
+        reason = "the length of a file is no container's"
+    )]
+    pub fn len(&self) -> u64 {
+        self.open.ino.len()
+    }
+
+    /// Its path, or what stands for it when it has none any more.
+    pub fn path(&self) -> String {
+        self.ino().path()
+    }
+
+    /// The blob it is kept in.
+    pub fn blob_id(&self) -> crate::blobstore::BlobId {
+        self.ino().id
+    }
+
+    /// Whether both handles are of one file.
+    pub fn same_file(&self, other: &File) -> bool {
+        Arc::ptr_eq(self.ino(), other.ino())
+    }
+
+    /// Appends: a copy into the tail buffer, as a rule. Blocks when a full buffer is started and
+    /// more than the write-behind limit is on its way, and when clusters are allocated.
+    ///
+    /// # Errors
+    /// No space, and then the file is as it was; a device error while allocating.
+    #[inline]
+    pub fn append(&self, data: &[u8]) -> Result<()> {
+        self.open.core.append(&self.open.ino, data)
+    }
+
+    /// Writes at `off`; a gap past the end becomes zeroes. Bytes inside the file go to the device
+    /// before this returns (not durably), unless they are in the tail buffer.
+    ///
+    /// # Errors
+    /// As [`File::append`], and what the device says.
+    pub fn write_at(&self, off: u64, data: &[u8]) -> Result<()> {
+        self.core().write_at(self.ino(), off, data)
+    }
+
+    /// Reads at `off` into `buf`. Returns how much there was: less than `buf` has only at the end
+    /// of the file.
+    ///
+    /// # Errors
+    /// What the device says.
+    #[inline]
+    pub fn read_at(&self, off: u64, buf: &mut [u8]) -> Result<usize> {
+        let open = &*self.open;
+        let len = open.ino.len();
+        if off >= len {
+            return Ok(0);
+        }
+        let n = usize::try_from(len - off).map_or(buf.len(), |rest| rest.min(buf.len()));
+        let end = off + n as u64;
+        if open.ino.frames.copy(off, &mut buf[..n]) == n {
+            open.core.cache.count_hit();
+            if open.pattern.passed(end) {
+                open.core.ahead_of_hit(&open.ino, &open.pattern, end);
+            }
+            return Ok(n);
+        }
+        self.read_missed(off, buf, n)
+    }
+
+    #[cold]
+    fn read_missed(&self, off: u64, buf: &mut [u8], n: usize) -> Result<usize> {
+        let open = &*self.open;
+        let direct = open.is_direct();
+        let access = open.access.load(Ordering::Relaxed);
+        if !direct && access != RANDOM {
+            open.core
+                .ahead_of_miss(&open.ino, &open.pattern, off, n, access == SEQUENTIAL);
+        }
+        open.core.read_at(&open.ino, off, buf, !direct)
+    }
+
+    /// The bytes without a copy, if all of them are in one buffer in memory.
+    #[inline]
+    pub fn read_pinned(&self, off: u64, len: usize) -> Option<Pinned> {
+        let end = off.checked_add(len as u64)?;
+        if end > self.len() {
+            return None;
+        }
+        let frame = self.ino().frames.find(off)?;
+        let from = super::frame::split(off).1 - frame.start;
+        let range = from..from + len;
+        frame.bytes.get(range.clone())?;
+        self.core().cache.count_hit();
+        if self.open.pattern.passed(end) {
+            self.core()
+                .ahead_of_hit(self.ino(), &self.open.pattern, end);
+        }
+        Some(Pinned { frame, range })
+    }
+
+    /// Does several reads; what is not in memory is in flight together.
+    pub fn read_many(&self, requests: &mut [ReadRequest<'_>]) {
+        self.core()
+            .read_many(self.ino(), requests, !self.open.is_direct());
+    }
+
+    /// Starts a read and returns.
+    ///
+    /// # Errors
+    /// No memory for it, the file system was unmounted.
+    pub fn read_async(&self, off: u64, len: usize) -> Result<ReadHandle> {
+        ReadHandle::start(&self.open, off, len)
+    }
+
+    /// Sets the length; new bytes are zeroes. A shorter length is durable on return.
+    ///
+    /// # Errors
+    /// No space for a longer one, device errors; the file is then as it was.
+    pub fn truncate(&self, len: u64) -> Result<()> {
+        self.core().truncate(self.ino(), len)
+    }
+
+    /// Allocates space up to `off + len`, so that writes there cannot fail for want of it. The
+    /// length stays.
+    ///
+    /// # Errors
+    /// No space.
+    pub fn allocate(&self, off: u64, len: u64) -> Result<()> {
+        self.core().allocate(self.ino(), off, len)
+    }
+
+    /// Starts writing what has been appended, if that is worth a device write; durability is
+    /// [`File::sync`]'s. Costs next to nothing otherwise.
+    ///
+    /// # Errors
+    /// As [`File::append`].
+    #[inline]
+    pub fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Data and length are durable on return. Free if nothing has changed.
+    ///
+    /// # Errors
+    /// What the device says; the data stays in memory, and the next sync writes it again.
+    pub fn sync(&self) -> Result<()> {
+        self.core().sync(self.ino())
+    }
+
+    /// Starts writing the whole blocks of `[off, off + len)` and of what lies before, without
+    /// waiting for them.
+    ///
+    /// # Errors
+    /// As [`File::append`].
+    pub fn range_sync(&self, off: u64, len: u64) -> Result<()> {
+        self.core()
+            .start_write_behind(self.ino(), 1, off.saturating_add(len))
+    }
+
+    /// Starts reading a range into memory, and returns.
+    ///
+    /// # Errors
+    /// No memory for it.
+    pub fn prefetch(&self, off: u64, len: u64) -> Result<()> {
+        if self.open.is_direct() {
+            Ok(())
+        } else {
+            self.core().prefetch(self.ino(), off, len)
+        }
+    }
+
+    /// Drops what is in memory of a range and does not have to be.
+    pub fn invalidate(&self, off: u64, len: u64) {
+        let end = off.saturating_add(len).min(self.len());
+        self.ino().frames.drop_clean(off, end);
+    }
+
+    /// Says how the handle is going to be read.
+    pub fn advise(&self, access: Access) {
+        let value = match access {
+            Access::Normal | Access::WillNeed => NORMAL,
+            Access::Random => RANDOM,
+            Access::Sequential => SEQUENTIAL,
+            Access::DontNeed => {
+                self.invalidate(0, u64::MAX);
+                return;
+            }
+        };
+        self.open.access.store(value, Ordering::Relaxed);
+    }
+
+    /// Direct I/O for this handle: what it reads and writes does not stay in memory. What is
+    /// there is still used, so direct and buffered handles agree.
+    pub fn set_direct(&self, on: bool) {
+        self.open.direct.store(on, Ordering::Relaxed);
+        self.core().set_transient(self.ino(), on);
+    }
+
+    /// Space that the file takes, in bytes.
+    pub fn allocated(&self) -> u64 {
+        self.ino().tail.lock().allocated
+    }
+}

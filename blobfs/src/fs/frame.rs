@@ -1,0 +1,597 @@
+//! What a file has in memory: frames, found through a table that is read without a lock.
+//!
+//! A file is cut into regions of 1 MiB. A region is either one *whole* frame (its bytes were
+//! appended, and the append buffer became the cache) or up to 256 page slots that point to frames
+//! of one or more pages (its bytes were read). Readers follow `ArcSwap` pointers; whoever changes
+//! them holds [`FileCache::lock`], which no hit takes.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
+
+use arc_swap::ArcSwapOption;
+use parking_lot::Mutex;
+
+use super::cache::Cache;
+use super::fill::FillBuf;
+
+/// Granularity of the cache in bytes.
+pub(crate) const PAGE: usize = 4096;
+/// Bytes of a region, and of a full append buffer.
+pub(crate) const REGION: usize = 1 << 20;
+const PAGES: usize = REGION / PAGE;
+
+/// `n / REGION` and the rest.
+#[inline]
+pub(crate) fn split(off: u64) -> (usize, usize) {
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "64-bit targets; the rest is below 1 MiB"
+    )]
+    (
+        (off / REGION as u64) as usize,
+        (off % REGION as u64) as usize,
+    )
+}
+
+/// Consecutive bytes of one file inside one region.
+pub(crate) struct Frame {
+    /// The bytes.
+    pub bytes: Arc<FillBuf>,
+    /// Where they begin in the region; a multiple of the page size.
+    pub start: usize,
+    /// Which region of the file.
+    pub region: usize,
+    /// Device writes that must complete before the frame may be evicted, and one more while it
+    /// is appended to.
+    dirty: AtomicUsize,
+    /// Do not keep after the last write (direct I/O).
+    pub transient: std::sync::atomic::AtomicBool,
+    hot: [AtomicU64; PAGES / 64],
+    charge: AtomicUsize,
+    cache: Arc<Cache>,
+    owner: Weak<FileCache>,
+}
+
+impl Frame {
+    pub fn new(
+        owner: &Arc<FileCache>,
+        region: usize,
+        start: usize,
+        bytes: Arc<FillBuf>,
+        dirty: bool,
+    ) -> Arc<Frame> {
+        Arc::new(Frame {
+            bytes,
+            start,
+            region,
+            dirty: AtomicUsize::new(usize::from(dirty)),
+            transient: std::sync::atomic::AtomicBool::new(false),
+            hot: Default::default(),
+            charge: AtomicUsize::new(0),
+            cache: Arc::clone(&owner.cache),
+            owner: Arc::downgrade(owner),
+        })
+    }
+
+    /// Marks the page at `off` (in the region) as used since the clock last came by. Writes the
+    /// shared word only when the bit is not set yet.
+    #[inline]
+    fn touch(&self, off: usize) {
+        let page = off / PAGE;
+        let bit = 1u64 << (page % 64);
+        let word = &self.hot[page / 64];
+        if word.load(Ordering::Relaxed) & bit == 0 {
+            word.fetch_or(bit, Ordering::Relaxed);
+        }
+    }
+
+    /// Takes the marks away and returns them.
+    pub fn take_hot(&self) -> [u64; PAGES / 64] {
+        std::array::from_fn(|i| self.hot[i].swap(0, Ordering::Relaxed))
+    }
+
+    /// Whether it holds a whole region's buffer.
+    pub fn is_large(&self) -> bool {
+        self.bytes.cap() > 64 << 10
+    }
+
+    /// One more write must complete before the frame is clean.
+    pub fn hold_dirty(&self) {
+        self.dirty.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// One write less; the last one hands the frame to the cache.
+    pub fn release_dirty(self: &Arc<Self>) {
+        let before = self.dirty.fetch_sub(1, Ordering::AcqRel);
+        assert!(before > 0, "a clean frame was cleaned");
+        if before > 1 {
+            return;
+        }
+        if self.transient.load(Ordering::Relaxed) {
+            if let Some(owner) = self.owner.upgrade() {
+                owner.remove(self);
+            }
+        } else {
+            self.cache.admit(self);
+        }
+    }
+
+    pub fn is_dirty(&self) -> bool {
+        self.dirty.load(Ordering::Acquire) > 0
+    }
+
+    pub fn set_charge(&self, bytes: usize) -> usize {
+        self.charge.swap(bytes, Ordering::Relaxed)
+    }
+
+    pub fn owner(&self) -> Option<Arc<FileCache>> {
+        self.owner.upgrade()
+    }
+}
+
+impl Drop for Frame {
+    fn drop(&mut self) {
+        self.cache.uncharge(self.charge.load(Ordering::Relaxed));
+    }
+}
+
+#[derive(Default)]
+struct Region {
+    whole: ArcSwapOption<Frame>,
+    pages: OnceLock<Box<[ArcSwapOption<Frame>]>>,
+}
+
+const SEGMENTS: usize = 24;
+const SEGMENT0: usize = 8;
+
+/// The frames of one file.
+pub(crate) struct FileCache {
+    /// Segment k holds `8 << k` regions; allocated when first needed, never moved.
+    segments: [OnceLock<Box<[Region]>>; SEGMENTS],
+    /// Held by whoever changes the table.
+    lock: Mutex<()>,
+    /// Counts changes of existing bytes; a page read from the device is only installed if none
+    /// happened meanwhile.
+    generation: AtomicU64,
+    cache: Arc<Cache>,
+}
+
+fn segment_of(region: usize) -> (usize, usize) {
+    let n = region / SEGMENT0 + 1;
+    let k = n.ilog2() as usize;
+    (k, region - SEGMENT0 * ((1 << k) - 1))
+}
+
+impl FileCache {
+    pub fn new(cache: &Arc<Cache>) -> Arc<FileCache> {
+        Arc::new(FileCache {
+            segments: Default::default(),
+            lock: Mutex::new(()),
+            generation: AtomicU64::new(0),
+            cache: Arc::clone(cache),
+        })
+    }
+
+    #[inline]
+    fn region(&self, region: usize) -> Option<&Region> {
+        let (k, i) = segment_of(region);
+        self.segments.get(k)?.get()?.get(i)
+    }
+
+    fn region_or_new(&self, region: usize) -> &Region {
+        let (k, i) = segment_of(region);
+        let segment = self.segments[k]
+            .get_or_init(|| (0..SEGMENT0 << k).map(|_| Region::default()).collect());
+        &segment[i]
+    }
+
+    /// To be taken before a read from the device; see [`FileCache::install`].
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// Copies what is cached at `off` until the first byte that is not. Returns how much; sets the
+    /// marks of the pages touched.
+    #[inline]
+    pub fn copy(&self, off: u64, out: &mut [u8]) -> usize {
+        let mut done = 0;
+        while done < out.len() {
+            let n = self.copy_one(off + done as u64, &mut out[done..]);
+            if n == 0 {
+                break;
+            }
+            done += n;
+        }
+        done
+    }
+
+    #[inline]
+    fn copy_one(&self, off: u64, out: &mut [u8]) -> usize {
+        let (region_no, at) = split(off);
+        let Some(region) = self.region(region_no) else {
+            return 0;
+        };
+        let whole = region.whole.load();
+        if let Some(frame) = whole.as_deref() {
+            return copy_from(frame, at, out);
+        }
+        let Some(pages) = region.pages.get() else {
+            return 0;
+        };
+        match pages[at / PAGE].load().as_deref() {
+            Some(frame) => copy_from(frame, at, out),
+            None => 0,
+        }
+    }
+
+    /// The frame that holds the byte at `off`.
+    #[inline]
+    pub fn find(&self, off: u64) -> Option<Arc<Frame>> {
+        let (region_no, at) = split(off);
+        let region = self.region(region_no)?;
+        let frame = match region.whole.load_full() {
+            Some(frame) => frame,
+            None => region.pages.get()?[at / PAGE].load_full()?,
+        };
+        if at - frame.start >= frame.bytes.filled() {
+            return None;
+        }
+        frame.touch(at);
+        Some(frame)
+    }
+
+    /// The whole frame of a region.
+    pub fn whole(&self, region: usize) -> Option<Arc<Frame>> {
+        self.region(region)?.whole.load_full()
+    }
+
+    /// The first run of pages in `[from, to)` (byte offsets) that is not cached, as byte offsets
+    /// rounded to pages, not crossing a region.
+    pub fn first_missing(&self, from: u64, to: u64) -> Option<Range<u64>> {
+        let page = PAGE as u64;
+        let mut at = from / page * page;
+        let mut run: Option<Range<u64>> = None;
+        while at < to {
+            let (region_no, in_region) = split(at);
+            if let Some(r) = &run
+                && split(r.start).0 != region_no
+            {
+                return run;
+            }
+            let region = self.region(region_no);
+            let whole = region.and_then(|r| r.whole.load_full());
+            let (cached, step) = match (&whole, region.and_then(|r| r.pages.get())) {
+                (Some(frame), _) => {
+                    let end = frame.bytes.filled();
+                    if in_region < end {
+                        // The last page may be part filled: appended bytes beyond it do not exist.
+                        (true, (end.next_multiple_of(PAGE) - in_region) as u64)
+                    } else {
+                        (false, page)
+                    }
+                }
+                (None, Some(pages)) => (pages[in_region / PAGE].load().is_some(), page),
+                (None, None) => (false, page),
+            };
+            match (&mut run, cached) {
+                (Some(_), true) => return run,
+                (Some(r), false) => r.end = at + page,
+                (None, false) => run = Some(at..at + page),
+                (None, true) => {}
+            }
+            at += step;
+        }
+        run
+    }
+
+    /// Puts a frame of pages that was read from the device into the free slots it covers, unless
+    /// bytes of the file were changed since `generation` was taken. Hands it to the cache.
+    pub fn install(&self, generation: u64, frame: &Arc<Frame>) -> bool {
+        {
+            let _guard = self.lock.lock();
+            if self.generation.load(Ordering::Relaxed) != generation {
+                return false;
+            }
+            let region = self.region_or_new(frame.region);
+            if region.whole.load().is_some() {
+                return false;
+            }
+            let pages = region
+                .pages
+                .get_or_init(|| (0..PAGES).map(|_| ArcSwapOption::empty()).collect());
+            let first = frame.start / PAGE;
+            let count = frame.bytes.cap() / PAGE;
+            let mut used = false;
+            for slot in &pages[first..first + count] {
+                if slot.load().is_none() {
+                    slot.store(Some(Arc::clone(frame)));
+                    used = true;
+                }
+            }
+            if !used {
+                return false;
+            }
+        }
+        self.cache.admit(frame);
+        true
+    }
+
+    /// Makes `frame` the whole frame of its region; page slots of the region are emptied.
+    pub fn install_whole(&self, frame: &Arc<Frame>) {
+        let _guard = self.lock.lock();
+        self.generation.fetch_add(1, Ordering::Release);
+        let region = self.region_or_new(frame.region);
+        region.whole.store(Some(Arc::clone(frame)));
+        clear_pages(region);
+    }
+
+    /// Replaces the pages that `frame` covers, in a region without a whole frame.
+    pub fn replace_pages(&self, frame: &Arc<Frame>) {
+        let _guard = self.lock.lock();
+        self.generation.fetch_add(1, Ordering::Release);
+        let region = self.region_or_new(frame.region);
+        let pages = region
+            .pages
+            .get_or_init(|| (0..PAGES).map(|_| ArcSwapOption::empty()).collect());
+        let range = frame.start..frame.start + frame.bytes.cap();
+        for slot in pages {
+            // A frame that overlaps would show its old bytes through its other slots.
+            let overlaps = slot.load().as_ref().is_some_and(|old| {
+                old.start < range.end && range.start < old.start + old.bytes.cap()
+            });
+            if overlaps {
+                slot.store(None);
+            }
+        }
+        for slot in &pages[range.start / PAGE..range.end / PAGE] {
+            slot.store(Some(Arc::clone(frame)));
+        }
+    }
+
+    /// Forgets everything in regions from `first` on.
+    pub fn remove_from(&self, first: usize) {
+        let _guard = self.lock.lock();
+        self.generation.fetch_add(1, Ordering::Release);
+        for (k, segment) in self.segments.iter().enumerate() {
+            let Some(segment) = segment.get() else {
+                continue;
+            };
+            let base = SEGMENT0 * ((1 << k) - 1);
+            for region in segment.iter().skip(first.saturating_sub(base)) {
+                region.whole.store(None);
+                clear_pages(region);
+            }
+        }
+    }
+
+    /// Forgets clean frames that begin in `[from, to)`.
+    pub fn drop_clean(&self, from: u64, to: u64) {
+        let _guard = self.lock.lock();
+        let mut at = from / PAGE as u64 * PAGE as u64;
+        while at < to {
+            let (region_no, in_region) = split(at);
+            let Some(region) = self.region(region_no) else {
+                at += (REGION - in_region) as u64;
+                continue;
+            };
+            let clean = region.whole.load().as_ref().is_some_and(|f| !f.is_dirty());
+            if clean && in_region == 0 && to - at >= REGION as u64 {
+                region.whole.store(None);
+            }
+            if let Some(pages) = region.pages.get() {
+                let slot = &pages[in_region / PAGE];
+                if slot.load().as_ref().is_some_and(|f| !f.is_dirty()) {
+                    slot.store(None);
+                }
+                at += PAGE as u64;
+            } else {
+                at += (REGION - in_region) as u64;
+            }
+        }
+    }
+
+    /// Takes `frame` out of the table, wherever it still is.
+    pub fn remove(&self, frame: &Arc<Frame>) {
+        let _guard = self.lock.lock();
+        self.remove_locked(frame);
+    }
+
+    fn remove_locked(&self, frame: &Arc<Frame>) {
+        let Some(region) = self.region(frame.region) else {
+            return;
+        };
+        if region
+            .whole
+            .load()
+            .as_ref()
+            .is_some_and(|f| Arc::ptr_eq(f, frame))
+        {
+            region.whole.store(None);
+        }
+        if let Some(pages) = region.pages.get() {
+            let first = frame.start / PAGE;
+            let count = frame.bytes.cap().div_ceil(PAGE);
+            for slot in pages.iter().skip(first).take(count) {
+                if slot.load().as_ref().is_some_and(|f| Arc::ptr_eq(f, frame)) {
+                    slot.store(None);
+                }
+            }
+        }
+    }
+
+    /// Takes a whole frame out, but keeps copies of the pages in `hot`, as frames of their own.
+    /// Returns these; the caller hands them to the cache.
+    pub fn thin_out(
+        self: &Arc<Self>,
+        frame: &Arc<Frame>,
+        hot: [u64; PAGES / 64],
+    ) -> Vec<Arc<Frame>> {
+        let mut kept = Vec::new();
+        let is_hot = |page: usize| hot[page / 64] & (1 << (page % 64)) != 0;
+        let pages_filled = frame.bytes.filled() / PAGE;
+        let mut page = 0;
+        while page < pages_filled {
+            if !is_hot(page) {
+                page += 1;
+                continue;
+            }
+            let first = page;
+            while page < pages_filled && page - first < 4 && is_hot(page) {
+                page += 1;
+            }
+            let bytes = frame.bytes.get(first * PAGE..page * PAGE);
+            if let Some(bytes) = bytes
+                && let Ok(buf) = pumice_bdev::DmaBuf::copy_from(bytes)
+            {
+                let fill = Arc::new(FillBuf::from_buf(buf, bytes.len()));
+                kept.push(Frame::new(self, frame.region, first * PAGE, fill, false));
+            }
+        }
+        let _guard = self.lock.lock();
+        let region = self.region_or_new(frame.region);
+        if !region
+            .whole
+            .load()
+            .as_ref()
+            .is_some_and(|f| Arc::ptr_eq(f, frame))
+        {
+            return Vec::new();
+        }
+        let pages = region
+            .pages
+            .get_or_init(|| (0..PAGES).map(|_| ArcSwapOption::empty()).collect());
+        for f in &kept {
+            let at = f.start / PAGE;
+            for slot in &pages[at..at + f.bytes.cap() / PAGE] {
+                slot.store(Some(Arc::clone(f)));
+            }
+        }
+        region.whole.store(None);
+        kept
+    }
+}
+
+fn clear_pages(region: &Region) {
+    if let Some(pages) = region.pages.get() {
+        for slot in pages {
+            if slot.load().is_some() {
+                slot.store(None);
+            }
+        }
+    }
+}
+
+#[inline]
+fn copy_from(frame: &Frame, at: usize, out: &mut [u8]) -> usize {
+    let from = at - frame.start;
+    let filled = frame.bytes.filled();
+    if from >= filled {
+        return 0;
+    }
+    let n = out.len().min(filled - from);
+    let Some(bytes) = frame.bytes.get(from..from + n) else {
+        return 0;
+    };
+    out[..n].copy_from_slice(bytes);
+    frame.touch(at);
+    if n > PAGE {
+        frame.touch(at + n - 1);
+    }
+    n
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pumice_bdev::DmaBuf;
+
+    fn page_frame(fc: &Arc<FileCache>, off: u64, pages: usize, byte: u8) -> Arc<Frame> {
+        let mut buf = DmaBuf::new(pages * PAGE).unwrap();
+        buf.fill(byte);
+        let (region, start) = split(off);
+        let fill = Arc::new(FillBuf::from_buf(buf, pages * PAGE));
+        Frame::new(fc, region, start, fill, false)
+    }
+
+    #[test]
+    fn regions_have_a_place_each() {
+        let mut seen = std::collections::HashSet::new();
+        for r in 0..10_000 {
+            let (k, i) = segment_of(r);
+            assert!(i < SEGMENT0 << k);
+            assert!(seen.insert((k, i)));
+        }
+        assert_eq!(segment_of(7), (0, 7));
+        assert_eq!(segment_of(8), (1, 0));
+        assert_eq!(segment_of(24), (2, 0));
+    }
+
+    #[test]
+    fn pages_are_found_missed_and_replaced() {
+        let cache = Cache::new(64 << 20);
+        let fc = FileCache::new(&cache);
+        let off = 9 * REGION as u64 + 8192;
+        assert_eq!(fc.first_missing(off + 5, off + 10), Some(off..off + 4096));
+        assert!(fc.install(0, &page_frame(&fc, off, 2, 1)));
+        let mut out = [0u8; 6000];
+        assert_eq!(fc.copy(off + 3000, &mut out), 5192);
+        assert_eq!(fc.first_missing(off, off + 8192), None);
+        assert_eq!(
+            fc.first_missing(off, off + 12000),
+            Some(off + 8192..off + 12288)
+        );
+        assert_eq!(fc.first_missing(off - 4096, off + 1), Some(off - 4096..off));
+        fc.replace_pages(&page_frame(&fc, off + 4096, 1, 2));
+        let mut two = [0u8; 2];
+        assert_eq!(
+            fc.copy(off + 4095, &mut two),
+            0,
+            "the overlapped frame is gone as a whole"
+        );
+        assert_eq!(fc.copy(off + 4096, &mut two), 2);
+        assert_eq!(two, [2, 2]);
+        assert!(
+            !fc.install(0, &page_frame(&fc, off + 16384, 1, 9)),
+            "stale generation"
+        );
+        fc.remove_from(9);
+        assert_eq!(fc.copy(off, &mut two), 0);
+        assert_eq!(cache.used(), 0);
+    }
+
+    #[test]
+    fn a_miss_never_crosses_a_region() {
+        let fc = FileCache::new(&Cache::new(1 << 20));
+        let edge = REGION as u64;
+        assert_eq!(
+            fc.first_missing(edge - 1, edge + 1),
+            Some(edge - 4096..edge)
+        );
+        assert_eq!(fc.first_missing(edge, edge + 1), Some(edge..edge + 4096));
+    }
+
+    #[test]
+    fn a_whole_frame_hides_pages_and_thins_out() {
+        let cache = Cache::new(64 << 20);
+        let fc = FileCache::new(&cache);
+        assert!(fc.install(0, &page_frame(&fc, 0, 1, 1)));
+        let whole = page_frame(&fc, 0, PAGES, 2);
+        fc.install_whole(&whole);
+        cache.admit(&whole);
+        let mut b = [0u8; 1];
+        fc.copy(0, &mut b);
+        assert_eq!(b[0], 2);
+        whole.take_hot();
+        fc.copy(8192, &mut b);
+        let kept = fc.thin_out(&whole, whole.take_hot());
+        assert_eq!(kept.len(), 1);
+        for f in &kept {
+            cache.admit(f);
+        }
+        drop((kept, whole));
+        assert_eq!(cache.used(), PAGE as u64);
+        assert_eq!(fc.copy(8192, &mut b), 1);
+        assert_eq!(fc.copy(0, &mut b), 0);
+    }
+}

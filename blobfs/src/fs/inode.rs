@@ -1,0 +1,171 @@
+//! A file in memory.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+
+use super::cache::Cache;
+use super::error::{FsError, Result};
+use super::frame::FileCache;
+use super::pool::Ticket;
+use super::tail::Tail;
+use crate::blobstore::{Blob, BlobId, ExtentMap};
+
+/// Names of the xattrs of a file. Those with the prefix `pumice.` are ours, and SPDK ignores them.
+pub(crate) mod xattr {
+    /// The path, with a NUL.
+    pub const NAME: &str = "name";
+    /// Length in bytes, u64.
+    pub const LENGTH: &str = "length";
+    /// One byte; the file is gone as soon as nobody has it open.
+    pub const IS_DELETED: &str = "is_deleted";
+    /// Further names, each with a NUL.
+    pub const LINKS: &str = "pumice.links";
+    /// One byte; the blob marks a directory.
+    pub const DIR: &str = "pumice.dir";
+    /// u64; of two blobs with one name, the higher has it.
+    pub const SEQ: &str = "pumice.seq";
+    /// u64; the id of the blob from which this one took a name.
+    pub const REPLACES: &str = "pumice.replaces";
+    /// Two paths, each with a NUL: a rename of this directory that has to be finished.
+    pub const RENAME: &str = "pumice.rename";
+    /// u64; nanoseconds since 1970.
+    pub const MTIME: &str = "pumice.mtime";
+}
+
+/// Now, in nanoseconds since 1970.
+pub(crate) fn now_ns() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Reads in flight ahead of the reader.
+#[derive(Default)]
+pub(crate) struct Ahead {
+    pub runs: Vec<(std::ops::Range<u64>, Ticket)>,
+}
+
+/// A file, open or not. Fields without a lock of their own are written under `tail`.
+pub(crate) struct Inode {
+    pub id: BlobId,
+    /// The blob; taken out to delete it.
+    blob: Mutex<Option<Blob>>,
+    /// Where its clusters are.
+    pub extents: ArcSwap<ExtentMap>,
+    /// Unallocated clusters are possible: I/O that meets one goes through the blobstore.
+    pub thin: bool,
+    /// Why it cannot be written, if it cannot.
+    pub frozen: bool,
+    /// Length that readers see.
+    pub len: AtomicU64,
+    /// Length on the device.
+    pub durable_len: AtomicU64,
+    /// Sequence of the last write that a flush has to cover.
+    pub unflushed: AtomicU64,
+    pub frames: Arc<FileCache>,
+    /// The append lock.
+    pub tail: Mutex<Tail>,
+    /// One sync or truncation at a time. Taken before `tail`.
+    pub sync_lock: Mutex<()>,
+    /// Counts truncations: a read of the device that overlaps one is done again.
+    pub epoch: AtomicU64,
+    pub ahead: Mutex<Ahead>,
+    pub ahead_count: AtomicUsize,
+    /// Frames are not kept once written.
+    pub transient: AtomicBool,
+    /// Paths; the first is in the xattr `name`. Changed under the namespace's `ops`.
+    pub names: Mutex<Vec<String>>,
+    pub mtime_ns: AtomicU64,
+    /// Open handles.
+    pub opens: AtomicUsize,
+    /// Its last name is gone.
+    pub unlinked: AtomicBool,
+    /// Being deleted or replaced while nobody has it open: wait for `ops` and look again.
+    pub dying: AtomicBool,
+    /// The blob has been deleted, or somebody is at it.
+    pub reaped: AtomicBool,
+}
+
+impl Inode {
+    pub fn new(
+        blob: Blob,
+        len: u64,
+        names: Vec<String>,
+        mtime_ns: u64,
+        cache: &Arc<Cache>,
+    ) -> Arc<Inode> {
+        let allocated = blob.num_clusters() * blob.store().cluster_size();
+        Arc::new(Inode {
+            id: blob.id(),
+            extents: ArcSwap::new(blob.extents()),
+            thin: blob.is_thin(),
+            frozen: blob.is_read_only(),
+            len: AtomicU64::new(len),
+            durable_len: AtomicU64::new(len),
+            unflushed: AtomicU64::new(0),
+            frames: FileCache::new(cache),
+            tail: Mutex::new(Tail::new(len, allocated)),
+            sync_lock: Mutex::new(()),
+            epoch: AtomicU64::new(0),
+            ahead: Mutex::default(),
+            ahead_count: AtomicUsize::new(0),
+            transient: AtomicBool::new(false),
+            names: Mutex::new(names),
+            mtime_ns: AtomicU64::new(mtime_ns),
+            opens: AtomicUsize::new(0),
+            unlinked: AtomicBool::new(false),
+            dying: AtomicBool::new(false),
+            reaped: AtomicBool::new(false),
+            blob: Mutex::new(Some(blob)),
+        })
+    }
+
+    /// The blob, unless it has been deleted or the file system unmounted.
+    pub fn blob(&self) -> Result<Blob> {
+        self.blob
+            .lock()
+            .clone()
+            .ok_or_else(|| FsError::Unmounted { path: self.path() })
+    }
+
+    /// Closes the blob.
+    pub fn take_blob(&self) -> Option<Blob> {
+        self.blob.lock().take()
+    }
+
+    /// Puts the blob back after a deletion that failed.
+    pub fn put_blob(&self, blob: Blob) {
+        *self.blob.lock() = Some(blob);
+    }
+
+    /// Its path, for errors.
+    pub fn path(&self) -> String {
+        let names = self.names.lock();
+        names
+            .first()
+            .cloned()
+            .unwrap_or_else(|| format!("deleted file (blob {})", self.id))
+    }
+
+    #[inline]
+    pub fn len(&self) -> u64 {
+        self.len.load(Ordering::Acquire)
+    }
+}
+
+impl std::fmt::Debug for Inode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "Inode({} {}, {} bytes)",
+            self.id,
+            self.path(),
+            self.len()
+        )
+    }
+}

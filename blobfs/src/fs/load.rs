@@ -1,0 +1,492 @@
+//! Mounting: from the blobs' xattrs to the map of names; finishing what a crash cut short.
+//!
+//! Everything read here is data. A blob that cannot be a file is reported ([`Core::problems`]) and
+//! left alone; the others mount.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+
+use parking_lot::Mutex;
+use pumice_bdev::{BlockDevice, OpKind};
+
+use super::cache::Cache;
+use super::core::{Core, WriteCounters, store_error};
+use super::error::{FsError, Result};
+use super::inode::{Inode, xattr};
+use super::metered::Metered;
+use super::names::{Dir, Entry, Namespace, decode_names, encode_name, encode_names};
+use super::options::MountOptions;
+use super::path;
+use super::pool::IoPool;
+use crate::blobstore::{
+    Blob, BlobId, Blobstore, BsType, Error as StoreError, LoadOptions, Transaction,
+};
+
+/// A blob that says it is a file or a directory.
+struct Found {
+    id: BlobId,
+    names: Vec<String>,
+    /// Names were changed in memory and have to be written.
+    changed: bool,
+    len: u64,
+    is_dir: bool,
+    seq: u64,
+    replaces: Option<u64>,
+    rename: Option<(String, String)>,
+    mtime_ns: u64,
+}
+
+/// What the mount makes of the blobs.
+struct Loader {
+    store: Blobstore,
+    read_only: bool,
+    problems: Vec<String>,
+    found: Vec<Found>,
+}
+
+/// Opens the store and builds the file system on it.
+pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<Core> {
+    let info = dev.info().clone();
+    if info.block_size > 4096 {
+        return Err(FsError::invalid(
+            &info.name,
+            format!(
+                "blocks of {} bytes; BlobFS needs 512 to 4096",
+                info.block_size
+            ),
+        ));
+    }
+    let metered = Metered::new(Arc::clone(dev));
+    let counted: Arc<dyn BlockDevice> = Arc::clone(&metered) as Arc<dyn BlockDevice>;
+    let load = LoadOptions {
+        bstype: Some(BsType::BLOBFS),
+        read_only: opts.read_only,
+        ..LoadOptions::default()
+    };
+    let store = Blobstore::load(Arc::clone(&counted), &load).map_err(|e| refuse(dev, e))?;
+    let unclean = !store.super_block().is_clean();
+    let mut loader = Loader {
+        store: store.clone(),
+        read_only: opts.read_only,
+        problems: Vec::new(),
+        found: Vec::new(),
+    };
+    loader.read_blobs();
+    loader.finish_renames()?;
+    loader.resolve_names()?;
+    let cache = Cache::new(opts.cache_bytes);
+    let (map, seq) = loader.build(&cache, unclean);
+    for problem in &loader.problems {
+        tracing::warn!(device = info.name, "{problem}");
+    }
+    let io_unit = usize::try_from(store.io_unit_size())
+        .unwrap_or(4096)
+        .max(info.block_size as usize);
+    let max_io = match info.max_io_blocks {
+        0 => 8 << 20,
+        n => usize::try_from(u64::from(n) * u64::from(info.block_size))
+            .unwrap_or(usize::MAX)
+            .min(8 << 20),
+    };
+    Ok(Core {
+        pool: IoPool::new(&counted, opts.shared_channels)?,
+        cluster: store.cluster_size(),
+        store,
+        metered,
+        dev: counted,
+        cache,
+        writes: Arc::new(WriteCounters::default()),
+        flushed: AtomicU64::new(0),
+        flush_lock: Mutex::new(()),
+        names: Namespace::new(map, seq),
+        opts: opts.clone(),
+        mounted: AtomicBool::new(true),
+        block: io_unit,
+        block_size: u64::from(info.block_size),
+        // Pages are cached whole where an operation is not cut inside one.
+        max_io: if max_io >= 4096 {
+            max_io / 4096 * 4096
+        } else {
+            max_io
+        },
+        write_cache: info.write_cache,
+        fua: info.ops.has(OpKind::Fua),
+        problems: loader.problems,
+    })
+}
+
+/// Why there is nothing to mount, as well as can be said.
+fn refuse(dev: &Arc<dyn BlockDevice>, e: StoreError) -> FsError {
+    let device = dev.info().name.clone();
+    let hint = "make a file system with `pumice mkfs`".to_owned();
+    match e {
+        StoreError::WrongType { found, .. } => FsError::Foreign {
+            device,
+            found: format!("an SPDK blobstore of type \"{found}\""),
+            hint: "only one of type \"BLOBFS\" is a file system".to_owned(),
+        },
+        StoreError::SuperBlock { .. } => match super::probe::probe(dev) {
+            Ok(Some(found)) if !found.contains("BlobFS") => FsError::Foreign {
+                device,
+                found,
+                hint,
+            },
+            Ok(None) => FsError::Foreign {
+                device,
+                found: "no file system".to_owned(),
+                hint,
+            },
+            _ => store_error(device, e, 0),
+        },
+        e => store_error(device, e, 0),
+    }
+}
+
+fn u64_of(bytes: &[u8]) -> Option<u64> {
+    Some(u64::from_le_bytes(bytes.try_into().ok()?))
+}
+
+/// Whether a path is as we would write it, and not the root.
+fn is_normal(name: &str) -> bool {
+    name != "/" && path::normalise(name).is_ok_and(|n| n == name)
+}
+
+impl Loader {
+    fn problem(&mut self, id: BlobId, what: impl std::fmt::Display) {
+        self.problems.push(format!("blob {id}: {what}"));
+    }
+
+    fn read_blobs(&mut self) {
+        for (id, error) in self.store.damaged() {
+            self.problem(id, format!("damaged metadata, left alone: {error}"));
+        }
+        for id in self.store.blobs() {
+            match self.store.open(id) {
+                Ok(blob) => {
+                    if blob.xattr(xattr::IS_DELETED).is_some() {
+                        drop(blob);
+                        self.delete(id);
+                    } else {
+                        self.read_blob(&blob);
+                    }
+                }
+                Err(e) => self.problem(id, format!("cannot be opened, left alone: {e}")),
+            }
+        }
+    }
+
+    fn delete(&mut self, id: BlobId) {
+        if self.read_only {
+            return;
+        }
+        let mut tx = self.store.transaction();
+        tx.delete(id);
+        if let Err(e) = tx.commit() {
+            self.problem(
+                id,
+                format!("deleted while it was open, and cannot be removed: {e}"),
+            );
+        }
+    }
+
+    fn read_blob(&mut self, blob: &Blob) {
+        let id = blob.id();
+        let Some(raw) = blob.xattr(xattr::NAME) else {
+            self.problem(id, "has no name, so it is no file; left alone");
+            return;
+        };
+        let Some(len) = blob.xattr(xattr::LENGTH).as_deref().and_then(u64_of) else {
+            self.problem(id, "has no length of 8 bytes, so it is no file; left alone");
+            return;
+        };
+        let mut names = vec![self.first_name(id, &raw)];
+        if let Some(raw) = blob.xattr(xattr::LINKS) {
+            match decode_names(&raw) {
+                Some(links) if links.iter().all(|l| is_normal(l)) => names.extend(links),
+                _ => self.problem(
+                    id,
+                    "damaged list of hard links; only its first name is used",
+                ),
+            }
+        }
+        let is_dir = blob.xattr(xattr::DIR).is_some();
+        let size = blob
+            .num_clusters()
+            .saturating_mul(self.store.cluster_size());
+        if len > size {
+            self.problem(
+                id,
+                format!(
+                    "{}: length {len}, but only {size} bytes allocated: cut to that",
+                    names[0]
+                ),
+            );
+        }
+        let rename = blob.xattr(xattr::RENAME).and_then(|raw| {
+            let parsed = decode_names(&raw).and_then(|n| <[String; 2]>::try_from(n).ok());
+            match parsed {
+                Some([from, to]) if is_dir && is_normal(&from) && is_normal(&to) => {
+                    Some((from, to))
+                }
+                _ => {
+                    self.problem(id, "damaged record of a directory's rename; ignored");
+                    None
+                }
+            }
+        });
+        self.found.push(Found {
+            id,
+            names,
+            changed: false,
+            len: len.min(size),
+            is_dir,
+            seq: blob
+                .xattr(xattr::SEQ)
+                .as_deref()
+                .and_then(u64_of)
+                .unwrap_or(0),
+            replaces: blob.xattr(xattr::REPLACES).as_deref().and_then(u64_of),
+            rename,
+            mtime_ns: blob
+                .xattr(xattr::MTIME)
+                .as_deref()
+                .and_then(u64_of)
+                .unwrap_or(0),
+        });
+    }
+
+    /// The path in the xattr `name`, or one that stands for it.
+    fn first_name(&mut self, id: BlobId, raw: &[u8]) -> String {
+        let text = raw.strip_suffix(&[0]).unwrap_or(raw);
+        let stand_in = format!("/.pumice-blob-{id}");
+        match std::str::from_utf8(text) {
+            Ok(name) if is_normal(name) => name.to_owned(),
+            Ok(name) => match path::normalise(name) {
+                Ok(normal) if normal != "/" && !name.is_empty() => {
+                    self.problem(
+                        id,
+                        format!("name \"{}\" used as {normal}", name.escape_debug()),
+                    );
+                    normal
+                }
+                _ => {
+                    self.problem(
+                        id,
+                        format!(
+                            "unusable name \"{}\"; shown as {stand_in}",
+                            text.escape_ascii()
+                        ),
+                    );
+                    stand_in
+                }
+            },
+            Err(_) => {
+                self.problem(
+                    id,
+                    format!(
+                        "unusable name \"{}\"; shown as {stand_in}",
+                        text.escape_ascii()
+                    ),
+                );
+                stand_in
+            }
+        }
+    }
+
+    /// Rolls renames of directories forward whose intent is recorded.
+    fn finish_renames(&mut self) -> Result<()> {
+        let intents: Vec<(usize, String, String)> = self
+            .found
+            .iter()
+            .enumerate()
+            .filter_map(|(i, f)| f.rename.clone().map(|(from, to)| (i, from, to)))
+            .collect();
+        for (marker, from, to) in intents {
+            tracing::info!(from, to, "finishing the rename of a directory");
+            let (old, new) = (path::dir_prefix(&from), path::dir_prefix(&to));
+            let mut moved = Vec::new();
+            for (i, f) in self.found.iter_mut().enumerate() {
+                let mut any = false;
+                for name in &mut f.names {
+                    if let Some(rest) = name.strip_prefix(&old) {
+                        let renamed = format!("{new}{rest}");
+                        if renamed.len() <= path::NAME_MAX {
+                            *name = renamed;
+                            any = true;
+                        }
+                    }
+                }
+                if any && i != marker {
+                    moved.push(i);
+                }
+            }
+            // The directory that was there before had to be empty.
+            let id = self.found[marker].id;
+            let replaced = self
+                .found
+                .iter()
+                .position(|f| f.is_dir && f.id != id && f.names.first() == Some(&to));
+            self.found[marker].names = vec![to.clone()];
+            self.found[marker].rename = None;
+            if !self.read_only {
+                let mut tx = self.store.transaction();
+                for i in moved {
+                    self.stage(&mut tx, i)?;
+                }
+                tx.set_xattr(id, xattr::NAME, &encode_name(&to));
+                tx.remove_xattr(id, xattr::RENAME);
+                if let Some(i) = replaced {
+                    tx.delete(self.found[i].id);
+                }
+                tx.commit().map_err(|e| {
+                    store_error(format!("finishing the rename of {from} to {to}"), e, 0)
+                })?;
+            }
+            if let Some(i) = replaced {
+                // Blobs are named by position only inside this loop.
+                self.found[i].names.clear();
+            }
+        }
+        self.found.retain(|f| !f.names.is_empty());
+        Ok(())
+    }
+
+    fn stage(&self, tx: &mut Transaction, i: usize) -> Result<()> {
+        let f = &self.found[i];
+        tx.set_xattr(f.id, xattr::NAME, &encode_name(&f.names[0]));
+        let has_links = self
+            .store
+            .open(f.id)
+            .is_ok_and(|b| b.xattr(xattr::LINKS).is_some());
+        if f.names.len() > 1 {
+            tx.set_xattr(f.id, xattr::LINKS, &encode_names(&f.names[1..]));
+        } else if has_links {
+            tx.remove_xattr(f.id, xattr::LINKS);
+        }
+        Ok(())
+    }
+
+    /// Gives each name to one blob. Where a crash left a replacement half done, the replaced one
+    /// loses the name, and goes with its last; other duplicates are reported and shown under
+    /// names of their own.
+    fn resolve_names(&mut self) -> Result<()> {
+        let mut claims: HashMap<String, Vec<usize>> = HashMap::new();
+        for (i, f) in self.found.iter().enumerate() {
+            for name in &f.names {
+                claims.entry(name.clone()).or_default().push(i);
+            }
+        }
+        let mut contested: Vec<(String, Vec<usize>)> =
+            claims.into_iter().filter(|(_, c)| c.len() > 1).collect();
+        contested.sort();
+        for (name, mut claimants) in contested {
+            claimants.dedup();
+            claimants.sort_by_key(|i| {
+                std::cmp::Reverse((self.found[*i].seq, std::cmp::Reverse(self.found[*i].id)))
+            });
+            let winner = claimants[0];
+            let (winner_id, replaces) = (self.found[winner].id, self.found[winner].replaces);
+            for loser in claimants.into_iter().skip(1).filter(|i| *i != winner) {
+                let id = self.found[loser].id;
+                if replaces == Some(id.0) {
+                    self.found[loser].names.retain(|n| *n != name);
+                    self.found[loser].changed = true;
+                    continue;
+                }
+                let mut shown = format!("{name}~{id}");
+                if shown.len() > path::NAME_MAX {
+                    shown = format!("/.pumice-blob-{id}");
+                }
+                self.problem(
+                    id,
+                    format!(
+                        "has the name {name}, which blob {winner_id} has, too; shown as {shown}"
+                    ),
+                );
+                for n in self.found[loser].names.iter_mut().filter(|n| **n == name) {
+                    n.clone_from(&shown);
+                }
+            }
+        }
+        if !self.read_only {
+            for i in 0..self.found.len() {
+                if self.found[i].changed {
+                    let mut tx = self.store.transaction();
+                    if self.found[i].names.is_empty() {
+                        tx.delete(self.found[i].id);
+                    } else {
+                        self.stage(&mut tx, i)?;
+                    }
+                    let context = format!("blob {}: finishing a replacement", self.found[i].id);
+                    tx.commit().map_err(|e| store_error(context, e, 0))?;
+                }
+            }
+        }
+        self.found.retain(|f| !f.names.is_empty());
+        Ok(())
+    }
+
+    /// The map of names, and the greatest sequence number used.
+    fn build(&mut self, cache: &Arc<Cache>, unclean: bool) -> (BTreeMap<String, Entry>, u64) {
+        let mut map = BTreeMap::new();
+        let found = std::mem::take(&mut self.found);
+        let seq = found.iter().map(|f| f.seq).max().unwrap_or(0);
+        for f in found {
+            if f.is_dir {
+                let dir = Dir {
+                    marker: Mutex::new(Some(f.id)),
+                    mtime_ns: f.mtime_ns,
+                };
+                map.insert(f.names[0].clone(), Entry::Dir(Arc::new(dir)));
+                continue;
+            }
+            let blob = match self.store.open(f.id) {
+                Ok(blob) => blob,
+                Err(e) => {
+                    self.problem(
+                        f.id,
+                        format!("{}: cannot be opened, left alone: {e}", f.names[0]),
+                    );
+                    continue;
+                }
+            };
+            let ino = Inode::new(blob, f.len, f.names.clone(), f.mtime_ns, cache);
+            if unclean {
+                // What was held ahead when the crash came.
+                ino.tail.lock().grown = true;
+            }
+            for name in f.names {
+                map.insert(name, Entry::File(Arc::clone(&ino)));
+            }
+        }
+        self.imply_dirs(&mut map);
+        (map, seq)
+    }
+
+    /// Adds the directories that names imply.
+    fn imply_dirs(&mut self, map: &mut BTreeMap<String, Entry>) {
+        let names: Vec<String> = map.keys().cloned().collect();
+        for name in names {
+            let mut dir = path::parent(&name);
+            while dir != "/" {
+                match map.get(dir) {
+                    Some(Entry::Dir(_)) => break,
+                    Some(Entry::File(ino)) => {
+                        let id = ino.id;
+                        self.problem(id, format!("{dir} is a file, and yet there is {name}"));
+                        break;
+                    }
+                    None => {
+                        let implied = Dir {
+                            marker: Mutex::new(None),
+                            mtime_ns: 0,
+                        };
+                        map.insert(dir.to_owned(), Entry::Dir(Arc::new(implied)));
+                    }
+                }
+                dir = path::parent(dir);
+            }
+        }
+    }
+}

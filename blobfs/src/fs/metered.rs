@@ -1,0 +1,185 @@
+//! The device as the file system and its blobstore see it: the same, with every operation counted.
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crossbeam::utils::CachePadded;
+use pumice_bdev::{
+    BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, Op, OpKind, SubmitError,
+};
+
+/// What was sent to the device since the mount, metadata included.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct IoStats {
+    /// Read operations.
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Write operations.
+    pub writes: u64,
+    /// Of these, with force unit access.
+    pub fua_writes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// Flushes.
+    pub flushes: u64,
+    /// Write-zeroes operations.
+    pub write_zeroes: u64,
+    /// Unmaps.
+    pub unmaps: u64,
+}
+
+impl IoStats {
+    /// The difference to an earlier snapshot.
+    #[must_use]
+    pub fn since(&self, earlier: &IoStats) -> IoStats {
+        IoStats {
+            reads: self.reads - earlier.reads,
+            read_bytes: self.read_bytes - earlier.read_bytes,
+            writes: self.writes - earlier.writes,
+            fua_writes: self.fua_writes - earlier.fua_writes,
+            written_bytes: self.written_bytes - earlier.written_bytes,
+            flushes: self.flushes - earlier.flushes,
+            write_zeroes: self.write_zeroes - earlier.write_zeroes,
+            unmaps: self.unmaps - earlier.unmaps,
+        }
+    }
+}
+
+/// One channel's counters; only that channel adds to them, so nothing is contended.
+#[derive(Debug, Default)]
+struct Counters {
+    reads: AtomicU64,
+    read_bytes: AtomicU64,
+    writes: AtomicU64,
+    fua_writes: AtomicU64,
+    written_bytes: AtomicU64,
+    flushes: AtomicU64,
+    write_zeroes: AtomicU64,
+    unmaps: AtomicU64,
+}
+
+impl Counters {
+    fn add_to(&self, sum: &mut IoStats) {
+        let get = |c: &AtomicU64| c.load(Ordering::Relaxed);
+        sum.reads += get(&self.reads);
+        sum.read_bytes += get(&self.read_bytes);
+        sum.writes += get(&self.writes);
+        sum.fua_writes += get(&self.fua_writes);
+        sum.written_bytes += get(&self.written_bytes);
+        sum.flushes += get(&self.flushes);
+        sum.write_zeroes += get(&self.write_zeroes);
+        sum.unmaps += get(&self.unmaps);
+    }
+}
+
+#[derive(Debug, Default)]
+struct All {
+    live: Vec<Arc<CachePadded<Counters>>>,
+    /// Sums of channels that are gone.
+    past: IoStats,
+}
+
+/// A device that counts; see the module.
+#[derive(Debug)]
+pub(crate) struct Metered {
+    inner: Arc<dyn BlockDevice>,
+    all: parking_lot::Mutex<All>,
+}
+
+impl Metered {
+    pub fn new(inner: Arc<dyn BlockDevice>) -> Arc<Metered> {
+        Arc::new(Metered {
+            inner,
+            all: parking_lot::Mutex::default(),
+        })
+    }
+
+    pub fn stats(&self) -> IoStats {
+        let mut all = self.all.lock();
+        let mut past = all.past;
+        // A channel whose counters nobody else holds is gone.
+        all.live.retain(|c| {
+            let live = Arc::strong_count(c) > 1;
+            if !live {
+                c.add_to(&mut past);
+            }
+            live
+        });
+        all.past = past;
+        let mut sum = past;
+        for c in &all.live {
+            c.add_to(&mut sum);
+        }
+        sum
+    }
+}
+
+impl BlockDevice for Metered {
+    fn info(&self) -> &DeviceInfo {
+        self.inner.info()
+    }
+
+    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
+        let inner = self.inner.open_channel()?;
+        let counters = Arc::<CachePadded<Counters>>::default();
+        self.all.lock().live.push(Arc::clone(&counters));
+        let block_size = self.info().block_size;
+        Ok(Box::new(MeteredChannel {
+            inner,
+            counters,
+            block_size,
+        }))
+    }
+}
+
+struct MeteredChannel {
+    inner: Box<dyn IoChannel>,
+    counters: Arc<CachePadded<Counters>>,
+    block_size: u32,
+}
+
+impl IoChannel for MeteredChannel {
+    fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
+        let (kind, bytes, fua) = (op.kind(), op.len_bytes(self.block_size), op.fua());
+        self.inner.submit(tag, op)?;
+        // One writer: a plain add would do, but the sum is read by others.
+        let add = |c: &AtomicU64, n: u64| c.store(c.load(Ordering::Relaxed) + n, Ordering::Relaxed);
+        let c = &self.counters;
+        match kind {
+            OpKind::Read => {
+                add(&c.reads, 1);
+                add(&c.read_bytes, bytes);
+            }
+            OpKind::Write => {
+                add(&c.writes, 1);
+                add(&c.written_bytes, bytes);
+                add(&c.fua_writes, u64::from(fua));
+            }
+            OpKind::Flush => add(&c.flushes, 1),
+            OpKind::WriteZeroes => add(&c.write_zeroes, 1),
+            OpKind::Unmap => add(&c.unmaps, 1),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        self.inner.poll(out)
+    }
+
+    fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
+        self.inner.wait(timeout)
+    }
+
+    fn in_flight(&self) -> usize {
+        self.inner.in_flight()
+    }
+
+    fn event_fd(&self) -> Option<RawFd> {
+        self.inner.event_fd()
+    }
+}

@@ -1,0 +1,59 @@
+//! BlobFS: files, directories and links in an SPDK blobstore, with a page cache and write-behind.
+//!
+//! [`FileSystem`] is a mount, [`File`] a handle. All calls may come from any thread and may block on
+//! the device; the calling thread does its own I/O.
+//!
+//! # On disk
+//! As SPDK's BlobFS has it: a file is a blob with the xattrs `name` and `length`. Directories, links
+//! and what makes a rename atomic are xattrs with the prefix `pumice.`, which SPDK ignores; see
+//! `docs/blobfs.md`.
+//!
+//! # Durability
+//! Operations on names are durable on return, one after the other. Data is durable after
+//! [`File::sync`]; the length on the device only ever covers bytes that are durable. What was
+//! appended and not synced is lost with the process.
+//!
+//! # Locks
+//! In this order; a later one may be taken while an earlier one is held, never the other way round:
+//! 1. `Namespace::ops`: changes of names, held while they are made durable.
+//! 2. `Inode::sync_lock`: one sync or truncation of a file at a time.
+//! 3. `Inode::tail`, the append lock: appends, overwrites, allocation.
+//! 4. The blobstore's own.
+//! 5. `Core::flush_lock`: one flush of the device at a time.
+//! 6. Leaves, never held while the device is waited for: the map of names, `FileCache::lock`, the
+//!    cache's shards. And the shared channels' locks, held while their owner sleeps, in slices of a
+//!    millisecond.
+//!
+//! Reading takes none of 1 to 5: a hit takes no lock at all, a miss the leaves.
+
+mod ahead;
+mod cache;
+mod core;
+mod error;
+mod file;
+mod fill;
+mod frame;
+mod inode;
+mod load;
+mod metered;
+mod mount;
+mod names;
+mod ops;
+mod options;
+mod path;
+mod pool;
+mod probe;
+mod read;
+mod sync;
+mod tail;
+mod write;
+
+pub use ahead::ReadHandle;
+pub use cache::CacheStats;
+pub use error::{FsError, Result};
+pub use file::{File, Pinned};
+pub use metered::IoStats;
+pub use mount::{DirEntry, FileLock, FileSystem, Stat, StatFs};
+pub use options::{Access, FormatOptions, MountOptions, OpenOptions};
+pub use path::NAME_MAX;
+pub use read::ReadRequest;

@@ -1,0 +1,414 @@
+//! [`FileSystem`]: the mount and its operations by path.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use pumice_bdev::BlockDevice;
+
+use super::cache::CacheStats;
+use super::core::{Core, store_error};
+use super::error::{FsError, Result};
+use super::file::File;
+use super::inode::Inode;
+use super::metered::IoStats;
+use super::names::Entry;
+use super::options::{FormatOptions, MountOptions, OpenOptions};
+use super::{load, path, probe};
+use crate::blobstore::{BlobId, Blobstore, BsType, InitOptions};
+
+/// A mounted file system. Cheap to clone; when the last handle (of it, or of a file in it) is
+/// dropped without [`FileSystem::unmount`], it is unmounted as well as that can be done.
+#[derive(Clone)]
+pub struct FileSystem {
+    core: Arc<Core>,
+}
+
+impl std::fmt::Debug for FileSystem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.core.fmt(f)
+    }
+}
+
+/// What is known of a file or directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stat {
+    /// Length in bytes.
+    pub len: u64,
+    /// A directory.
+    pub is_dir: bool,
+    /// Last change; the epoch if it is not known.
+    pub mtime: SystemTime,
+    /// The blob; `None` for a directory that only names imply.
+    pub blob_id: Option<BlobId>,
+    /// Space taken, in bytes.
+    pub allocated: u64,
+    /// Names of the file.
+    pub links: usize,
+}
+
+/// An entry of a directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DirEntry {
+    /// The last component of its path.
+    pub name: String,
+    /// A directory.
+    pub is_dir: bool,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+/// Space and counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StatFs {
+    /// Bytes for files.
+    pub total: u64,
+    /// Bytes free.
+    pub free: u64,
+    /// Bytes of a cluster.
+    pub cluster: u64,
+    /// Files.
+    pub files: u64,
+    /// Metadata pages, and how many of them are used.
+    pub md_pages: u64,
+    /// Metadata pages used.
+    pub md_pages_used: u64,
+}
+
+/// An exclusive lock on a path; see [`FileSystem::lock`]. Dropping it unlocks.
+#[derive(Debug)]
+pub struct FileLock {
+    core: Arc<Core>,
+    file: Option<File>,
+    id: BlobId,
+}
+
+impl Drop for FileLock {
+    fn drop(&mut self) {
+        self.core.names.locked.lock().remove(&self.id.0);
+        self.file = None;
+    }
+}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        if self.mounted.load(Ordering::Acquire)
+            && let Err(error) = self.unmount()
+        {
+            tracing::error!(device = self.dev.info().name, %error, "the file system could not be unmounted in order");
+        }
+    }
+}
+
+impl FileSystem {
+    /// Makes an empty file system on the device. Blocks.
+    ///
+    /// # Errors
+    /// The device holds something that is recognised and `force` is not set; sizes that do not fit;
+    /// device errors.
+    pub fn format(dev: Arc<dyn BlockDevice>, opts: &FormatOptions) -> Result<()> {
+        let info = dev.info();
+        if info.block_size > 4096 {
+            let reason = format!(
+                "blocks of {} bytes; BlobFS needs 512 to 4096",
+                info.block_size
+            );
+            return Err(FsError::invalid(&info.name, reason));
+        }
+        if !opts.force
+            && let Some(found) = probe::probe(&dev)?
+        {
+            let hint = "nothing was changed; format over it with force (`--force`)".to_owned();
+            return Err(FsError::Foreign {
+                device: info.name.clone(),
+                found,
+                hint,
+            });
+        }
+        let name = info.name.clone();
+        let init = InitOptions {
+            cluster_size: opts.cluster_size,
+            md_pages: opts.md_pages,
+            bstype: BsType::BLOBFS,
+            ..InitOptions::default()
+        };
+        let store = Blobstore::init(dev, &init)
+            .map_err(|e| store_error(format!("{name}: format"), e, 0))?;
+        store
+            .unload()
+            .map_err(|e| store_error(format!("{name}: format"), e, 0))
+    }
+
+    /// Names what is on the device, if it is something known. Reads only. Blocks.
+    ///
+    /// # Errors
+    /// The device cannot be read.
+    pub fn probe(dev: &Arc<dyn BlockDevice>) -> Result<Option<String>> {
+        probe::probe(dev)
+    }
+
+    /// Mounts. Finishes what a crash has cut short; writes nothing if there is nothing to finish.
+    /// Blocks.
+    ///
+    /// # Errors
+    /// There is no file system, or something else; damaged global metadata; device errors.
+    #[expect(clippy::needless_pass_by_value, reason = "the mount owns the device")]
+    pub fn mount(dev: Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<FileSystem> {
+        Ok(FileSystem {
+            core: Arc::new(load::mount(&dev, opts)?),
+        })
+    }
+
+    /// Makes everything durable and ends the use of the device in order. Handles that are still
+    /// open give [`FsError::Unmounted`] from then on.
+    ///
+    /// # Errors
+    /// Device errors; the file system then stays mounted.
+    pub fn unmount(&self) -> Result<()> {
+        self.core.unmount()
+    }
+
+    /// What the mount found wrong and left alone, a line each.
+    pub fn problems(&self) -> &[String] {
+        &self.core.problems
+    }
+
+    /// Opens a file, or makes it, as `how` says. What is made is durable, and empty, on return.
+    ///
+    /// # Errors
+    /// [`FsError::NotFound`] also for a missing directory, [`FsError::IsDir`], [`FsError::Exists`],
+    /// [`FsError::NoSpace`], name errors.
+    pub fn open(&self, path: &str, how: OpenOptions) -> Result<File> {
+        let path = path::normalise(path)?;
+        let ino = self.core.open(&path, how)?;
+        let file = File::new(Arc::clone(&self.core), ino);
+        if how.truncate {
+            file.truncate(0)?;
+        }
+        Ok(file)
+    }
+
+    /// Removes a file's name. Durable on return.
+    ///
+    /// # Errors
+    /// [`FsError::NotFound`], [`FsError::IsDir`], device errors.
+    pub fn unlink(&self, path: &str) -> Result<()> {
+        self.core.unlink(&path::normalise(path)?)
+    }
+
+    /// Renames a file, replacing a file of the new name, or a directory, replacing an empty one.
+    /// One step, even across a crash. Durable on return.
+    ///
+    /// # Errors
+    /// [`FsError::NotFound`], [`FsError::IsDir`], [`FsError::NotDir`], [`FsError::NotEmpty`], name
+    /// and device errors.
+    pub fn rename(&self, from: &str, to: &str) -> Result<()> {
+        self.core
+            .rename(&path::normalise(from)?, &path::normalise(to)?)
+    }
+
+    /// Gives a file a further name. Durable on return.
+    ///
+    /// # Errors
+    /// [`FsError::NotFound`], [`FsError::Exists`], [`FsError::IsDir`], too many links, device errors.
+    pub fn link(&self, from: &str, to: &str) -> Result<()> {
+        self.core
+            .link(&path::normalise(from)?, &path::normalise(to)?)
+    }
+
+    /// How many names a file has.
+    ///
+    /// # Errors
+    /// As [`FileSystem::stat`].
+    pub fn num_links(&self, path: &str) -> Result<u64> {
+        Ok(self.stat(path)?.links as u64)
+    }
+
+    /// What is known of a path.
+    ///
+    /// # Errors
+    /// [`FsError::NotFound`], name errors.
+    pub fn stat(&self, path: &str) -> Result<Stat> {
+        let path = path::normalise(path)?;
+        self.core.check_mounted(|| path.clone())?;
+        if path == "/" {
+            let mtime = UNIX_EPOCH;
+            return Ok(Stat {
+                len: 0,
+                is_dir: true,
+                mtime,
+                blob_id: None,
+                allocated: 0,
+                links: 1,
+            });
+        }
+        match self.core.names.get(&path) {
+            Some(Entry::File(ino)) => Ok(file_stat(&ino)),
+            Some(Entry::Dir(dir)) => Ok(Stat {
+                len: 0,
+                is_dir: true,
+                mtime: UNIX_EPOCH + Duration::from_nanos(dir.mtime_ns),
+                blob_id: *dir.marker.lock(),
+                allocated: 0,
+                links: 1,
+            }),
+            None => Err(FsError::not_found(&path)),
+        }
+    }
+
+    /// Whether there is a file or directory.
+    ///
+    /// # Errors
+    /// Name errors, the file system was unmounted.
+    pub fn exists(&self, path: &str) -> Result<bool> {
+        match self.stat(path) {
+            Ok(_) => Ok(true),
+            Err(FsError::NotFound { .. }) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Makes a directory. Durable on return.
+    ///
+    /// # Errors
+    /// [`FsError::Exists`], [`FsError::NotFound`] for its parent, [`FsError::NoSpace`], device errors.
+    pub fn mkdir(&self, path: &str) -> Result<()> {
+        self.core.mkdir(&path::normalise(path)?)
+    }
+
+    /// Removes an empty directory. Durable on return.
+    ///
+    /// # Errors
+    /// [`FsError::NotEmpty`], [`FsError::NotFound`], [`FsError::NotDir`], device errors.
+    pub fn rmdir(&self, path: &str) -> Result<()> {
+        self.core.rmdir(&path::normalise(path)?)
+    }
+
+    /// The entries of a directory, in order of their names.
+    ///
+    /// # Errors
+    /// [`FsError::NotFound`], [`FsError::NotDir`].
+    pub fn list(&self, dir: &str) -> Result<Vec<DirEntry>> {
+        let dir = path::normalise(dir)?;
+        self.core.check_mounted(|| dir.clone())?;
+        self.core.names.check_dir(&dir)?;
+        let entry = |(p, e): (String, Entry)| {
+            let name = path::base(&p).to_owned();
+            match e {
+                Entry::File(ino) => DirEntry {
+                    name,
+                    is_dir: false,
+                    len: ino.len(),
+                },
+                Entry::Dir(_) => DirEntry {
+                    name,
+                    is_dir: true,
+                    len: 0,
+                },
+            }
+        };
+        Ok(self
+            .core
+            .names
+            .children(&dir)
+            .into_iter()
+            .map(entry)
+            .collect())
+    }
+
+    /// Makes the names in a directory durable: they are already.
+    ///
+    /// # Errors
+    /// As [`FileSystem::list`].
+    pub fn sync_dir(&self, dir: &str) -> Result<()> {
+        let dir = path::normalise(dir)?;
+        self.core.check_mounted(|| dir.clone())?;
+        self.core.names.check_dir(&dir)
+    }
+
+    /// Syncs every file.
+    ///
+    /// # Errors
+    /// The first file's that fails; the others are synced all the same.
+    pub fn sync(&self) -> Result<()> {
+        let mut result = Ok(());
+        for ino in self.core.names.inodes() {
+            result = result.and(self.core.sync(&ino));
+        }
+        result
+    }
+
+    /// Whether both paths are names of one file.
+    ///
+    /// # Errors
+    /// As [`FileSystem::stat`].
+    pub fn same_file(&self, a: &str, b: &str) -> Result<bool> {
+        let (a, b) = (path::normalise(a)?, path::normalise(b)?);
+        let (x, y) = (self.stat(&a)?, self.stat(&b)?);
+        Ok(a == b || (x.blob_id.is_some() && x.blob_id == y.blob_id))
+    }
+
+    /// Locks a path exclusively, making the file if there is none. Other processes are kept out by
+    /// the lock on the device.
+    ///
+    /// # Errors
+    /// [`FsError::Locked`] at once if it is locked; as [`FileSystem::open`].
+    pub fn lock(&self, path: &str) -> Result<FileLock> {
+        let file = self.open(path, OpenOptions::CREATE)?;
+        let id = file.blob_id();
+        if !self.core.names.locked.lock().insert(id.0) {
+            return Err(FsError::Locked {
+                path: path.to_owned(),
+            });
+        }
+        Ok(FileLock {
+            core: Arc::clone(&self.core),
+            file: Some(file),
+            id,
+        })
+    }
+
+    /// Space and counts.
+    pub fn statfs(&self) -> StatFs {
+        let store = &self.core.store;
+        let pages = store.md_pages();
+        let cluster = self.core.cluster;
+        let files = self.core.names.inodes().len() as u64;
+        StatFs {
+            total: store.total_clusters() * cluster,
+            free: store.free_clusters() * cluster,
+            cluster,
+            files,
+            md_pages: pages.total,
+            md_pages_used: pages.used,
+        }
+    }
+
+    /// Counters of the page cache.
+    pub fn cache_stats(&self) -> CacheStats {
+        self.core.cache.stats()
+    }
+
+    /// What was sent to the device since the mount.
+    pub fn io_stats(&self) -> IoStats {
+        self.core.metered.stats()
+    }
+
+    /// The blobstore below.
+    pub fn blobstore(&self) -> &Blobstore {
+        &self.core.store
+    }
+}
+
+fn file_stat(ino: &Inode) -> Stat {
+    Stat {
+        len: ino.len(),
+        is_dir: false,
+        mtime: UNIX_EPOCH + Duration::from_nanos(ino.mtime_ns.load(Ordering::Relaxed)),
+        blob_id: Some(ino.id),
+        allocated: ino.tail.lock().allocated,
+        links: ino.names.lock().len(),
+    }
+}

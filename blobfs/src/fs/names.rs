@@ -1,0 +1,207 @@
+//! Names in memory: a map from path to file or directory.
+//!
+//! Changes are serialised by [`Namespace::ops`], which is held while they are made durable; the
+//! map's own lock is held only to look or to change an entry, never during I/O.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
+
+use parking_lot::{Mutex, RwLock};
+
+use super::error::{FsError, Result};
+use super::inode::Inode;
+use super::path;
+use crate::blobstore::BlobId;
+
+/// A directory.
+pub(crate) struct Dir {
+    /// Its marker; `None` for one that only files' names imply.
+    pub marker: Mutex<Option<BlobId>>,
+    pub mtime_ns: u64,
+}
+
+/// What a path leads to.
+#[derive(Clone)]
+pub(crate) enum Entry {
+    File(Arc<Inode>),
+    Dir(Arc<Dir>),
+}
+
+/// What the holder of `ops` may use up.
+pub(crate) struct Ops {
+    /// The next value of the xattr `pumice.seq`.
+    pub seq: u64,
+}
+
+/// See the module.
+pub(crate) struct Namespace {
+    pub map: RwLock<BTreeMap<String, Entry>>,
+    pub ops: Mutex<Ops>,
+    /// Blobs of files that hold a lock (`LOCK`).
+    pub locked: Mutex<HashSet<u64>>,
+    /// Files without a name that are still open.
+    pub orphans: Mutex<HashMap<u64, Weak<Inode>>>,
+}
+
+impl Namespace {
+    pub fn new(map: BTreeMap<String, Entry>, seq: u64) -> Namespace {
+        Namespace {
+            map: RwLock::new(map),
+            ops: Mutex::new(Ops { seq }),
+            locked: Mutex::default(),
+            orphans: Mutex::default(),
+        }
+    }
+
+    /// What `path` leads to; the root is no entry.
+    pub fn get(&self, path: &str) -> Option<Entry> {
+        self.map.read().get(path).cloned()
+    }
+
+    /// The file at `path`, with one more handle counted, unless it is about to go.
+    pub fn open_file(&self, path: &str) -> Result<Option<Opened>> {
+        if path == "/" {
+            return Err(FsError::IsDir {
+                path: path.to_owned(),
+            });
+        }
+        let map = self.map.read();
+        match map.get(path) {
+            None => Ok(None),
+            Some(Entry::Dir(_)) => Err(FsError::IsDir {
+                path: path.to_owned(),
+            }),
+            Some(Entry::File(ino)) if ino.dying.load(Ordering::SeqCst) => Ok(Some(Opened::Dying)),
+            Some(Entry::File(ino)) => {
+                ino.opens.fetch_add(1, Ordering::SeqCst);
+                Ok(Some(Opened::File(Arc::clone(ino))))
+            }
+        }
+    }
+
+    /// Every file, once. Linear in their number.
+    pub fn inodes(&self) -> Vec<Arc<Inode>> {
+        let map = self.map.read();
+        let mut seen = HashSet::with_capacity(map.len());
+        map.values()
+            .filter_map(|e| match e {
+                Entry::File(ino) if seen.insert(ino.id.0) => Some(Arc::clone(ino)),
+                _ => None,
+            })
+            .collect()
+    }
+
+    /// Whether `dir` can have entries.
+    ///
+    /// # Errors
+    /// It does not exist, or is a file.
+    pub fn check_dir(&self, dir: &str) -> Result<()> {
+        if dir == "/" {
+            return Ok(());
+        }
+        match self.map.read().get(dir) {
+            Some(Entry::Dir(_)) => Ok(()),
+            Some(Entry::File(_)) => Err(FsError::NotDir {
+                path: dir.to_owned(),
+            }),
+            None => Err(FsError::not_found(dir)),
+        }
+    }
+
+    /// The entries directly in `dir`.
+    pub fn children(&self, dir: &str) -> Vec<(String, Entry)> {
+        let prefix = path::dir_prefix(dir);
+        self.below(&prefix)
+            .into_iter()
+            .filter(|(p, _)| !p[prefix.len()..].contains('/'))
+            .collect()
+    }
+
+    /// All entries whose path begins with `prefix`.
+    pub fn below(&self, prefix: &str) -> Vec<(String, Entry)> {
+        let map = self.map.read();
+        let from = std::ops::Bound::Excluded(prefix.to_owned());
+        map.range((from, std::ops::Bound::Unbounded))
+            .take_while(|(p, _)| p.starts_with(prefix))
+            .map(|(p, e)| (p.clone(), e.clone()))
+            .collect()
+    }
+
+    /// Whether anything is in `dir`.
+    pub fn is_empty_dir(&self, dir: &str) -> bool {
+        let prefix = path::dir_prefix(dir);
+        let map = self.map.read();
+        let from = std::ops::Bound::Excluded(prefix.clone());
+        !map.range((from, std::ops::Bound::Unbounded))
+            .next()
+            .is_some_and(|(p, _)| p.starts_with(&prefix))
+    }
+}
+
+/// See [`Namespace::open_file`].
+pub(crate) enum Opened {
+    File(Arc<Inode>),
+    /// Take the lock `ops` to wait for the end of it, and look again.
+    Dying,
+}
+
+/// A name as BlobFS stores it: with a NUL.
+pub(crate) fn encode_name(name: &str) -> Vec<u8> {
+    let mut bytes = name.as_bytes().to_vec();
+    bytes.push(0);
+    bytes
+}
+
+/// Several names as the xattrs hold them.
+pub(crate) fn encode_names<'a>(names: impl IntoIterator<Item = &'a String>) -> Vec<u8> {
+    names.into_iter().flat_map(|n| encode_name(n)).collect()
+}
+
+/// Takes names apart that [`encode_names`] made.
+pub(crate) fn decode_names(bytes: &[u8]) -> Option<Vec<String>> {
+    let bytes = bytes.strip_suffix(&[0])?;
+    bytes
+        .split(|b| *b == 0)
+        .map(|n| String::from_utf8(n.to_vec()).ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dir() -> Entry {
+        Entry::Dir(Arc::new(Dir {
+            marker: Mutex::new(None),
+            mtime_ns: 0,
+        }))
+    }
+
+    #[test]
+    fn children_are_direct_and_complete() {
+        let paths = ["/a", "/a-b", "/a.b", "/a/x", "/a/x/y", "/a/z", "/a0", "/b"];
+        let map = paths.iter().map(|p| ((*p).to_owned(), dir())).collect();
+        let names = Namespace::new(map, 1);
+        let list =
+            |d: &str| -> Vec<String> { names.children(d).into_iter().map(|(p, _)| p).collect() };
+        assert_eq!(list("/a"), ["/a/x", "/a/z"]);
+        assert_eq!(list("/"), ["/a", "/a-b", "/a.b", "/a0", "/b"]);
+        assert!(names.is_empty_dir("/b"));
+        assert!(!names.is_empty_dir("/a/x"));
+        assert_eq!(names.below("/a/").len(), 3);
+        assert!(names.check_dir("/").is_ok());
+        assert!(matches!(
+            names.check_dir("/c"),
+            Err(FsError::NotFound { .. })
+        ));
+    }
+
+    #[test]
+    fn names_survive() {
+        let names = vec!["/a".to_owned(), "/b/c".to_owned()];
+        assert_eq!(decode_names(&encode_names(&names)), Some(names));
+        assert_eq!(decode_names(b"/a"), None);
+        assert_eq!(decode_names(b"\xff\0"), None);
+    }
+}

@@ -1,0 +1,102 @@
+//! Options of formatting, mounting and opening.
+
+/// How a file system is made.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct FormatOptions {
+    /// Bytes of a cluster, the unit of allocation: a multiple of 4096.
+    pub cluster_size: u32,
+    /// Pages of the metadata region; each file needs at least two. By default one per cluster.
+    pub md_pages: Option<u32>,
+    /// Format over whatever the device holds.
+    pub force: bool,
+}
+
+impl Default for FormatOptions {
+    fn default() -> FormatOptions {
+        FormatOptions {
+            cluster_size: 1 << 20,
+            md_pages: None,
+            force: false,
+        }
+    }
+}
+
+/// How a file system is mounted.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct MountOptions {
+    /// Bound of the page cache in bytes. Unwritten data does not count.
+    pub cache_bytes: u64,
+    /// Nothing is ever written.
+    pub read_only: bool,
+    /// Bytes on their way to the device at which an appending thread waits.
+    pub write_behind_bytes: usize,
+    /// Channels that threads share for writes and read-ahead.
+    pub shared_channels: usize,
+    /// Longest read-ahead in bytes; 0: none.
+    pub read_ahead_bytes: usize,
+}
+
+impl Default for MountOptions {
+    fn default() -> MountOptions {
+        MountOptions {
+            cache_bytes: 256 << 20,
+            read_only: false,
+            write_behind_bytes: 32 << 20,
+            shared_channels: 4,
+            read_ahead_bytes: 1 << 20,
+        }
+    }
+}
+
+/// How a file is opened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// Make the file if there is none.
+    pub create: bool,
+    /// Cut it to length 0.
+    pub truncate: bool,
+    /// Make the file; an error if there is one.
+    pub exclusive: bool,
+    /// Make a new file; one of that name is replaced, in one step, and lives on for those who
+    /// have it open.
+    pub fresh: bool,
+}
+
+impl OpenOptions {
+    /// An existing file.
+    pub const READ: OpenOptions = OpenOptions {
+        create: false,
+        truncate: false,
+        exclusive: false,
+        fresh: false,
+    };
+    /// An existing file, or a new one.
+    pub const CREATE: OpenOptions = OpenOptions {
+        create: true,
+        ..OpenOptions::READ
+    };
+    /// A new file in place of whatever has the name.
+    pub const FRESH: OpenOptions = OpenOptions {
+        create: true,
+        fresh: true,
+        ..OpenOptions::READ
+    };
+}
+
+/// What a handle is going to be used for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Access {
+    /// Read-ahead when reads turn out to be sequential.
+    #[default]
+    Normal,
+    /// No read-ahead.
+    Random,
+    /// Read-ahead from the first read on.
+    Sequential,
+    /// As `Normal`; what is read should stay in memory.
+    WillNeed,
+    /// The contents need not stay in memory: drops clean cached pages.
+    DontNeed,
+}

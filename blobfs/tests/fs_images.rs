@@ -1,0 +1,215 @@
+//! BlobFS images that SPDK wrote: their files, and damage to them.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::*;
+use pumice_blobfs::blobstore::{Blobstore, CreateOptions, LoadOptions};
+use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, OpenOptions};
+use sha2::{Digest, Sha256};
+
+fn sum(fs: &FileSystem, path: &str) -> String {
+    let f = fs.open(path, OpenOptions::READ).unwrap();
+    let mut hash = Sha256::new();
+    let mut buf = vec![0; 77_777];
+    let mut at = 0;
+    loop {
+        let n = f.read_at(at, &mut buf).unwrap();
+        if n == 0 {
+            break;
+        }
+        hash.update(&buf[..n]);
+        at += n as u64;
+    }
+    assert_eq!(at, f.len());
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// (path, sum) of the files of an image.
+fn recorded(name: &str) -> Vec<(String, String)> {
+    let facts = facts(name);
+    let mut files = Vec::new();
+    for line in facts.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            [path, _, sum] if path.starts_with('/') && sum.len() == 64 => {
+                files.push((path.to_owned(), sum.to_owned()));
+            }
+            [sum, file] if sum.len() == 64 && !file.starts_with("0x") => {
+                files.push((format!("/{file}"), sum.to_owned()));
+            }
+            _ => {}
+        }
+    }
+    files.sort();
+    files
+}
+
+#[test]
+fn the_files_of_spdk_are_all_there() {
+    for name in ["small-blobfs-4096.img", "small-rdb-clean.img"] {
+        let bytes = image(name);
+        for block_size in [512, 4096] {
+            let dev = memory_with(&bytes, block_size);
+            let fs = FileSystem::mount(Arc::clone(&dev), &MountOptions::default()).unwrap();
+            assert_eq!(fs.problems(), [] as [String; 0]);
+            let expected = recorded(name);
+            assert!(expected.len() >= 7);
+            let found: Vec<(String, String)> = fs
+                .list("/")
+                .unwrap()
+                .into_iter()
+                .map(|e| (format!("/{}", e.name), sum(&fs, &format!("/{}", e.name))))
+                .collect();
+            assert_eq!(found, expected);
+            fs.unmount().unwrap();
+            assert!(
+                content(&dev) == bytes,
+                "a mount without a change writes nothing"
+            );
+        }
+    }
+}
+
+#[test]
+fn files_of_spdk_are_changed_and_remain_well_formed() {
+    let dev = memory_with(&image("small-blobfs-4096.img"), 4096);
+    let fs = FileSystem::mount(Arc::clone(&dev), &MountOptions::default()).unwrap();
+    let f = fs.open("/a.txt", OpenOptions::READ).unwrap();
+    let mut old = vec![0; 13];
+    f.read_at(0, &mut old).unwrap();
+    f.append(b"more").unwrap();
+    f.sync().unwrap();
+    drop(f);
+    fs.rename("/big20.bin", "/a.txt").unwrap();
+    fs.open("/new", OpenOptions::CREATE)
+        .unwrap()
+        .append(&[5; 3_000_000])
+        .unwrap();
+    fs.unlink("/renamed.bin").unwrap();
+    fs.unmount().unwrap();
+    drop(fs);
+    // As SPDK demands it of every blob of a BlobFS.
+    let store = Blobstore::load(Arc::clone(&dev), &LoadOptions::default()).unwrap();
+    assert_eq!(store.bstype().to_string(), "BLOBFS");
+    for id in store.blobs() {
+        let blob = store.open(id).unwrap();
+        let name = blob.xattr("name").unwrap();
+        assert!(name.starts_with(b"/") && name.ends_with(&[0]));
+        let len = u64::from_le_bytes(blob.xattr("length").unwrap().try_into().unwrap());
+        assert!(len <= blob.len_bytes());
+        assert_eq!(blob.num_allocated(), blob.num_clusters());
+        assert!(!blob.is_thin());
+        assert!(blob.xattr("is_deleted").is_none());
+    }
+    drop(store);
+    let fs = FileSystem::mount(dev, &MountOptions::default()).unwrap();
+    assert_eq!(
+        sum(&fs, "/a.txt"),
+        "014f7deaeb9d20d3fdd9648eb60d810b89563f6d161a84e03bdc757037534083"
+    );
+    assert!(!fs.exists("/big20.bin").unwrap() && !fs.exists("/renamed.bin").unwrap());
+    assert_eq!(fs.stat("/new").unwrap().len, 3_000_000);
+}
+
+/// Files with xattrs as given, in an otherwise ordinary BlobFS.
+fn with_blobs(blobs: &[&[(&str, &[u8])]]) -> FileSystem {
+    let dev = memory(32 << 20, 4096);
+    FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
+    let store = Blobstore::load(Arc::clone(&dev), &LoadOptions::default()).unwrap();
+    for xattrs in blobs {
+        let xattrs = xattrs
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), v.to_vec()))
+            .collect();
+        store
+            .create(&CreateOptions {
+                num_clusters: 1,
+                xattrs,
+                ..CreateOptions::default()
+            })
+            .unwrap();
+    }
+    store.unload().unwrap();
+    drop(store);
+    FileSystem::mount(dev, &MountOptions::default()).unwrap()
+}
+
+fn names(fs: &FileSystem) -> Vec<String> {
+    fs.list("/").unwrap().into_iter().map(|e| e.name).collect()
+}
+
+#[test]
+fn damage_is_reported_and_the_rest_mounts() {
+    let len: &[u8] = &7u64.to_le_bytes();
+    let huge: &[u8] = &u64::MAX.to_le_bytes();
+    let fs = with_blobs(&[
+        &[("name", b"/good\0"), ("length", len)],
+        &[("name", b"/no-nul"), ("length", len)],
+        &[("name", b"no-slash\0"), ("length", len)],
+        &[("name", b"/twice\0"), ("length", len)],
+        &[("name", b"/twice\0"), ("length", len)],
+        &[("name", b"/bad\xff\0"), ("length", len)],
+        &[("name", b"\0"), ("length", len)],
+        &[("name", b"/../up\0"), ("length", len)],
+        &[("name", b"/too-long\0"), ("length", huge)],
+        &[("name", b"/short-length\0"), ("length", &[1, 2, 3])],
+        &[("length", len)],
+        &[
+            ("name", b"/links\0"),
+            ("length", len),
+            ("pumice.links", b"/x"),
+        ],
+        &[
+            ("name", b"/intent\0"),
+            ("length", len),
+            ("pumice.dir", &[1]),
+            ("pumice.rename", b"/intent\0"),
+        ],
+        &[("name", b"/gone\0"), ("length", len), ("is_deleted", &[1])],
+        &[("name", b"/good/under-a-file\0"), ("length", len)],
+    ]);
+    let names = names(&fs);
+    for name in [
+        "good", "no-nul", "no-slash", "twice", "too-long", "links", "intent",
+    ] {
+        assert!(names.iter().any(|n| n == name), "{name}: {names:?}");
+    }
+    assert_eq!(names.iter().filter(|n| n.starts_with("twice~")).count(), 1);
+    assert_eq!(
+        names
+            .iter()
+            .filter(|n| n.starts_with(".pumice-blob-"))
+            .count(),
+        3
+    );
+    assert!(!names.iter().any(|n| n == "gone" || n == "short-length"));
+    assert_eq!(fs.stat("/too-long").unwrap().len, 1 << 20);
+    assert!(fs.exists("/good/under-a-file").unwrap());
+    assert_eq!(fs.problems().len(), 11, "{:#?}", fs.problems());
+}
+
+#[test]
+fn halves_of_a_replacement_are_put_together() {
+    let len: &[u8] = &7u64.to_le_bytes();
+    let id = |n: u64| ((1 << 32) | n).to_le_bytes();
+    // The ids: the first blob's root is page 0, and its extent page comes after.
+    let fs = with_blobs(&[
+        &[
+            ("name", b"/f\0"),
+            ("length", len),
+            ("pumice.seq", &3u64.to_le_bytes()),
+        ],
+        &[
+            ("name", b"/f\0"),
+            ("length", &9u64.to_le_bytes()),
+            ("pumice.seq", &4u64.to_le_bytes()),
+            ("pumice.replaces", &id(0)),
+        ],
+    ]);
+    assert_eq!(fs.problems(), [] as [String; 0]);
+    assert_eq!(names(&fs), ["f"]);
+    assert_eq!(fs.stat("/f").unwrap().len, 9);
+    assert_eq!(fs.blobstore().blobs().len(), 1);
+}
