@@ -5,8 +5,10 @@ pub mod dma;
 mod error;
 mod io;
 mod namespace;
+mod open;
 pub mod pci;
 pub mod queue;
+pub mod soft;
 pub mod spec;
 pub mod transport;
 
@@ -14,4 +16,5 @@ pub use controller::{Controller, ControllerEvent, ControllerOptions};
 pub use error::{InvalidIo, IoError, IoErrorKind, NvmeError, SubmitError};
 pub use io::{BlockRange, Io, IoDone};
 pub use namespace::{Limits, Namespace, Supports};
+pub use open::{Opened, open, open_with};
 pub use queue::{AsyncQueue, QueueOptions, QueuePair};

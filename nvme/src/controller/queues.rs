@@ -141,6 +141,10 @@ impl Controller {
                 .map(|b| Bell::new(b, shadow))
         };
         let (sq_shadow, cq_shadow) = core.shadows(shared.qid);
+        // The queue starts at 0, whatever an earlier queue of the number left there.
+        for shadow in sq_shadow.iter().chain(&cq_shadow) {
+            shadow.clear();
+        }
         let bells = bell(false, sq_shadow).and_then(|sq| Ok((sq, bell(true, cq_shadow)?)));
         let made = bells.map_err(NvmeError::from).and_then(|bells| {
             match core.create_queues(Some(word), &shared, 0) {

@@ -34,6 +34,17 @@ pub(crate) struct Shadow {
     pub index: usize,
 }
 
+impl Shadow {
+    /// Sets the queue's shadow doorbell and event index to 0; the queue does not exist.
+    pub fn clear(&self) {
+        for page in [&self.values, &self.events] {
+            if let Some(word) = page.as_u32().get(self.index) {
+                word.store(0, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
 impl Bell {
     pub fn new(mmio: Doorbell, shadow: Option<Shadow>) -> Bell {
         Bell {

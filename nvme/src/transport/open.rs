@@ -11,6 +11,7 @@ pub fn open_transport(uri: &NvmeUri) -> Result<Arc<dyn Transport>, TransportErro
     match uri.scheme.as_str() {
         "nvme" => open_function(uri),
         "vfio-user" => Ok(VfioUser::open(uri)?),
+        "soft" => crate::soft::open(uri),
         other => Err(uri.error(format!(
             "no transport '{other}'; there are nvme, vfio-user and soft"
         ))),

@@ -1,0 +1,86 @@
+//! From a URI to a controller.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+
+use crate::controller::{Controller, ControllerOptions, Phase};
+use crate::error::NvmeError;
+use crate::namespace::Namespace;
+use crate::transport::{NvmeUri, open_transport};
+
+/// What a URI led to.
+#[derive(Debug, Clone)]
+pub struct Opened {
+    /// The controller, enabled.
+    pub controller: Arc<Controller>,
+    /// The namespace that the URI names, if it does.
+    pub nsid: Option<u32>,
+}
+
+impl Opened {
+    /// The namespace that the URI names, or the only one that there is.
+    ///
+    /// # Errors
+    /// When there is none, or when there are several and the URI does not say which.
+    pub fn namespace(&self) -> Result<Arc<Namespace>, NvmeError> {
+        if let Some(nsid) = self.nsid {
+            return self.controller.namespace(nsid);
+        }
+        let mut all = self.controller.namespaces();
+        match all.len() {
+            1 => Ok(all.remove(0)),
+            0 => Err(NvmeError::Unsupported {
+                device: self.controller.name().to_owned(),
+                what: "the controller has no active namespace".into(),
+            }),
+            _ => {
+                let ids: Vec<String> = all.iter().map(|n| n.nsid().to_string()).collect();
+                Err(NvmeError::Unsupported {
+                    device: self.controller.name().to_owned(),
+                    what: format!(
+                        "there are namespaces {}; name one: …/{}",
+                        ids.join(", "),
+                        ids[0]
+                    ),
+                })
+            }
+        }
+    }
+}
+
+/// Controllers that are open, so that a second namespace of one does not open it again.
+static OPEN: Mutex<Option<HashMap<String, Weak<Controller>>>> = Mutex::new(None);
+
+/// Opens the controller that a URI names, with default options; see
+/// [`NvmeUri`](crate::transport::NvmeUri) for the forms. Blocks for bring-up.
+///
+/// A PCIe function or a vfio-user socket that this process has open already gives the same
+/// controller; every `soft:` URI makes a controller of its own.
+pub fn open(uri: &str) -> Result<Opened, NvmeError> {
+    open_with(uri, ControllerOptions::default())
+}
+
+/// As [`open`], with options; they count only when the controller is not open already.
+pub fn open_with(uri: &str, options: ControllerOptions) -> Result<Opened, NvmeError> {
+    let uri = NvmeUri::parse(uri)?;
+    let nsid = uri.nsid;
+    if uri.scheme == "soft" {
+        let controller = Controller::new(open_transport(&uri)?, options)?;
+        return Ok(Opened { controller, nsid });
+    }
+    let key = format!("{}://{}", uri.scheme, uri.address);
+    // Held over bring-up: two threads that open one device get one controller.
+    let mut guard = OPEN.lock();
+    let open = guard.get_or_insert_with(HashMap::new);
+    open.retain(|_, c| c.strong_count() > 0);
+    if let Some(controller) = open.get(&key).and_then(Weak::upgrade)
+        && matches!(controller.phase(), Phase::Live | Phase::Resetting)
+    {
+        return Ok(Opened { controller, nsid });
+    }
+    let controller = Controller::new(open_transport(&uri)?, options)?;
+    open.insert(key, Arc::downgrade(&controller));
+    Ok(Opened { controller, nsid })
+}
