@@ -65,6 +65,8 @@ pub(crate) struct Inode {
     pub len: AtomicU64,
     /// Length on the device.
     pub durable_len: AtomicU64,
+    /// About as much as has been handed to the device.
+    pub started: AtomicU64,
     /// Sequence of the last write that a flush has to cover.
     pub unflushed: AtomicU64,
     pub frames: Arc<FileCache>,
@@ -107,6 +109,7 @@ impl Inode {
             frozen: blob.is_read_only(),
             len: AtomicU64::new(len),
             durable_len: AtomicU64::new(len),
+            started: AtomicU64::new(len),
             unflushed: AtomicU64::new(0),
             frames: FileCache::new(cache),
             tail: Mutex::new(Tail::new(len, allocated)),

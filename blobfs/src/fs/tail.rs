@@ -329,6 +329,7 @@ impl Core {
             ticket: Mutex::new(None),
         });
         tail.submitted = upto;
+        ino.started.store(upto, Ordering::Relaxed);
         tail.pending.push(Arc::clone(&pending));
         self.send(ino, &pending)
     }
