@@ -1,5 +1,6 @@
 # The operator's tools on controllers that the kernel's driver has: whatever is in use stays,
 # what is free goes and comes back, and its data with it.
+load crc32c_generic
 load ext4
 load vfio_iommu_type1
 load vfio_pci
@@ -16,13 +17,14 @@ status() {
 	pumice setup status && pumice setup status --json > /tmp/status && grep -q "\"$A\"" /tmp/status
 }
 mounted() {
-	mkfs.ext2 /dev/nvme0n1 > /dev/null && mkdir -p /mnt/fs && mount -t ext4 /dev/nvme0n1 /mnt/fs || return 1
+	mke2fs /dev/nvme0n1 > /dev/null && mkdir -p /mnt/fs && mount -t ext4 /dev/nvme0n1 /mnt/fs || return 1
 	echo hello > /mnt/fs/file
 	refuses "mounted at /mnt/fs" pumice setup bind $A && cat /mnt/fs/file && umount /mnt/fs
 }
 mounted_elsewhere() { # a mount that this process's table does not show
-	unshare -m sh -c 'mount -t ext4 /dev/nvme0n1 /mnt/fs && touch /tmp/there && sleep 6' &
-	while [ ! -e /tmp/there ]; do sleep 0.2; done
+	unshare -m sh -c 'mount --make-rprivate /; mount -t ext4 /dev/nvme0n1 /mnt/fs && touch /tmp/there && sleep 6' &
+	for n in 1 2 3 4 5 6 7 8 9; do [ -e /tmp/there ] || sleep 0.5; done
+	[ -e /tmp/there ] || return 1
 	refuses "claimed" pumice setup bind $A; r=$?
 	wait
 	return $r
@@ -33,6 +35,7 @@ swap() {
 }
 opened() {
 	sleep 20 < /dev/nvme0n1 & p=$!
+	sleep 0.5
 	refuses "process $p" pumice setup bind $A; r=$?
 	kill $p
 	return $r
@@ -74,5 +77,5 @@ step "an open device stays" opened
 step "doctor before" doctor
 step "to vfio-pci and back, data intact" away_and_back
 step "handed over to a user" handed_over
-step "in use by a process: not unbound" busy
+step "not unbound while a process uses it" busy
 step "huge pages on demand" pages
