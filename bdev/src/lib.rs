@@ -1,6 +1,7 @@
 //! Block devices: one trait, a channel per thread, modules, configuration, RPC.
 
 pub mod clock;
+pub mod config;
 pub mod conformance;
 pub mod crashsim;
 pub mod delay;
@@ -10,7 +11,9 @@ pub mod error_inject;
 mod executor;
 
 pub mod file;
+pub mod logging;
 pub mod malloc;
+pub mod metrics;
 pub mod null;
 mod op;
 pub mod passthru;
@@ -18,6 +21,7 @@ mod pollfd;
 mod queue;
 pub mod raid0;
 pub mod registry;
+pub mod rpc;
 mod slots;
 pub mod split;
 pub mod stats;

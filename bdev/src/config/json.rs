@@ -29,7 +29,12 @@ pub(crate) const PARSE_ERROR: i64 = -32700;
 
 impl MethodError {
     pub(crate) fn new(code: i64, message: impl Into<String>) -> MethodError {
-        MethodError { code, message: message.into(), key: None, at: None }
+        MethodError {
+            code,
+            message: message.into(),
+            key: None,
+            at: None,
+        }
     }
 
     pub(crate) fn param(key: &str, reason: impl fmt::Display) -> MethodError {
@@ -96,7 +101,10 @@ pub struct Params<'a> {
 impl<'a> Params<'a> {
     /// From the `params` of a request; none at all is an empty object.
     pub(crate) fn new(raw: Option<&'a RawValue>) -> Result<Params<'a>, MethodError> {
-        let none = Params { members: Vec::new(), known: Vec::new() };
+        let none = Params {
+            members: Vec::new(),
+            known: Vec::new(),
+        };
         let Some(raw) = raw else { return Ok(none) };
         if raw.get() == "null" {
             return Ok(none);
@@ -113,13 +121,21 @@ impl<'a> Params<'a> {
                 return Err(MethodError::param(key, "given twice"));
             }
         }
-        Ok(Params { members, known: Vec::new() })
+        Ok(Params {
+            members,
+            known: Vec::new(),
+        })
     }
 
     /// The members as they are, for keeping.
     pub(crate) fn to_value(&self) -> serde_json::Value {
-        let parse = |raw: &RawValue| serde_json::from_str(raw.get()).unwrap_or_default();
-        self.members.iter().map(|(k, raw)| (k.clone(), parse(raw))).collect()
+        let parse = |raw: &RawValue| -> serde_json::Value {
+            serde_json::from_str(raw.get()).unwrap_or_default()
+        };
+        self.members
+            .iter()
+            .map(|(k, raw)| (k.clone(), parse(raw)))
+            .collect()
     }
 
     fn raw(&mut self, key: &'static str) -> Option<&'a RawValue> {
@@ -141,11 +157,16 @@ impl<'a> Params<'a> {
         key: &'static str,
         expected: &str,
     ) -> Result<Option<T>, MethodError> {
-        let Some(raw) = self.raw(key) else { return Ok(None) };
+        let Some(raw) = self.raw(key) else {
+            return Ok(None);
+        };
         let parsed = serde_json::from_str(raw.get());
         parsed.map(Some).map_err(|_| {
             let shown: String = raw.get().chars().take(60).collect();
-            self.error(key, format!("should be {expected}, not {} ({shown})", kind(raw)))
+            self.error(
+                key,
+                format!("should be {expected}, not {} ({shown})", kind(raw)),
+            )
         })
     }
 
@@ -196,9 +217,12 @@ impl<'a> Params<'a> {
     }
 
     pub(crate) fn opt_uuid(&mut self, key: &'static str) -> Result<Option<[u8; 16]>, MethodError> {
-        let Some(text) = self.opt_string(key)? else { return Ok(None) };
+        let Some(text) = self.opt_string(key)? else {
+            return Ok(None);
+        };
         let uuid = crate::uuid::parse(&text);
-        uuid.map(Some).ok_or_else(|| self.error(key, format!("`{text}` is no UUID")))
+        uuid.map(Some)
+            .ok_or_else(|| self.error(key, format!("`{text}` is no UUID")))
     }
 
     /// A parameter that only its neutral value fits: what it asks for is not there.
@@ -208,7 +232,9 @@ impl<'a> Params<'a> {
         neutral: &[&str],
         why: &str,
     ) -> Result<(), MethodError> {
-        let Some(raw) = self.raw(key) else { return Ok(()) };
+        let Some(raw) = self.raw(key) else {
+            return Ok(());
+        };
         if neutral.contains(&raw.get()) {
             return Ok(());
         }
@@ -222,8 +248,13 @@ impl<'a> Params<'a> {
 
     /// Refuses parameters that nobody asked for.
     pub(crate) fn finish(&self) -> Result<(), MethodError> {
-        let strange = self.members.iter().find(|(k, _)| !self.known.contains(&k.as_str()));
-        let Some((key, _)) = strange else { return Ok(()) };
+        let strange = self
+            .members
+            .iter()
+            .find(|(k, _)| !self.known.contains(&k.as_str()));
+        let Some((key, _)) = strange else {
+            return Ok(());
+        };
         let known: Vec<String> = self.known.iter().map(|k| (*k).to_owned()).collect();
         let hint = match crate::registry::nearest(key, &known) {
             Some(near) => format!("; did you mean `{near}`?"),
@@ -235,7 +266,10 @@ impl<'a> Params<'a> {
 
     /// Names of parameters that nobody asked for.
     pub(crate) fn unknown(&self) -> Vec<&str> {
-        let strange = self.members.iter().filter(|(k, _)| !self.known.contains(&k.as_str()));
+        let strange = self
+            .members
+            .iter()
+            .filter(|(k, _)| !self.known.contains(&k.as_str()));
         strange.map(|(k, _)| k.as_str()).collect()
     }
 }
@@ -263,7 +297,11 @@ pub(crate) fn without_comments(text: &str) -> String {
             (false, b'/', [b'*', ..]) => {
                 let end = rest.windows(2).skip(2).position(|w| w == b"*/");
                 let n = end.map_or(rest.len(), |n| n + 4);
-                out.extend(rest[..n].iter().map(|b| if *b == b'\n' { b'\n' } else { b' ' }));
+                out.extend(
+                    rest[..n]
+                        .iter()
+                        .map(|b| if *b == b'\n' { b'\n' } else { b' ' }),
+                );
                 rest = &rest[n..];
                 continue;
             }
@@ -306,7 +344,13 @@ mod tests {
         assert_eq!(params.string("name").unwrap(), "x");
         assert!(params.u64("n").unwrap_err().message.contains("`n`"));
         assert!(params.flag("flag").unwrap());
-        assert!(params.string("none").unwrap_err().message.contains("missing"));
+        assert!(
+            params
+                .string("none")
+                .unwrap_err()
+                .message
+                .contains("missing")
+        );
         assert!(params.finish().unwrap_err().message.contains("`odd`"));
         assert!(Params::new(Some(&serde_json::from_str::<Box<RawValue>>("3").unwrap())).is_err());
         let twice: Box<RawValue> = serde_json::from_str(r#"{"a":1,"a":2}"#).unwrap();

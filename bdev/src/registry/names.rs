@@ -12,7 +12,8 @@ pub fn nearest<'a>(wanted: &str, names: &'a [String]) -> Option<&'a str> {
         distance(&wanted, &name)
     };
     let best = names.iter().map(|n| (cost(n), n)).min_by_key(|(c, _)| *c)?;
-    let limit = (wanted.chars().count() / 3).max(1);
+    let len = wanted.chars().count();
+    let limit = (len / 3).max(if len < 4 { 1 } else { 2 });
     (best.0 <= limit).then_some(best.1.as_str())
 }
 

@@ -1,0 +1,159 @@
+//! What the methods act on: a registry, and what was made by which call.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+
+use super::json::{MethodError, Params};
+use crate::BlockDevice;
+use crate::delay::Delay;
+use crate::error::BdevError;
+use crate::error_inject::ErrorDevice;
+use crate::registry::Registry;
+
+/// A process's devices with the calls that made them: what configuration files and JSON-RPC drive.
+#[derive(Debug, Default)]
+pub struct App {
+    /// The devices.
+    pub registry: Registry,
+    pub(crate) state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    /// Calls that made devices, in order.
+    pub(crate) created: Vec<Created>,
+    /// Calls that set options, by method: the last one counts.
+    pub(crate) options: BTreeMap<String, Value>,
+    pub(crate) errors: BTreeMap<String, Arc<ErrorDevice>>,
+    pub(crate) delays: BTreeMap<String, Arc<Delay>>,
+    pub(crate) controllers: BTreeMap<String, super::nvme::Controller>,
+}
+
+/// A call and the devices that it made.
+#[derive(Debug, Clone)]
+pub(crate) struct Created {
+    pub(crate) method: &'static str,
+    pub(crate) params: Value,
+    pub(crate) bdevs: Vec<String>,
+}
+
+impl App {
+    /// With an empty registry.
+    pub fn new() -> App {
+        App::default()
+    }
+
+    /// Calls a method by name. `params` are as in JSON-RPC.
+    ///
+    /// # Errors
+    /// An unknown method, parameters that do not fit, whatever the method says.
+    pub fn call(&self, method: &str, params: &Value) -> Result<Value, MethodError> {
+        let text = params.to_string();
+        let raw = serde_json::from_str(&text).map_err(|e| MethodError::param("params", e))?;
+        self.call_raw(method, Some(raw))
+    }
+
+    pub(crate) fn call_raw(
+        &self,
+        method: &str,
+        params: Option<&serde_json::value::RawValue>,
+    ) -> Result<Value, MethodError> {
+        let Some(found) = super::methods::find(method) else {
+            return Err(super::methods::unknown(method));
+        };
+        let mut params = Params::new(params)?;
+        tracing::debug!(method, "call");
+        (found.run)(self, &mut params)
+    }
+
+    /// Notes which devices a call has made, for [`App::config`].
+    pub(crate) fn note(&self, method: &'static str, params: &Params<'_>, bdevs: &[String]) {
+        let mut params = params.to_value();
+        if let (Value::Object(map), [name]) = (&mut params, bdevs) {
+            // A name that was chosen here is written down, so that it is the same next time.
+            let names = ["bdev_malloc_create", "bdev_null_create"];
+            if names.contains(&method) {
+                map.insert("name".to_owned(), json!(name));
+            }
+        }
+        let bdevs = bdevs.to_vec();
+        self.state.lock().created.push(Created {
+            method,
+            params,
+            bdevs,
+        });
+    }
+
+    /// Removes a device and what stands on it; it must have been made by one of `methods`.
+    pub(crate) fn delete(&self, name: &str, module: &str) -> Result<Value, MethodError> {
+        let bdev = self
+            .registry
+            .get(name)
+            .ok_or_else(|| self.registry.not_found(name))?;
+        if bdev.info().module != module {
+            let message = format!(
+                "`{name}` is a {} bdev, not a {module} bdev",
+                bdev.info().module
+            );
+            return Err(MethodError::new(-i64::from(libc::ENODEV), message));
+        }
+        self.registry.remove(&bdev.info().name)?;
+        self.forget_removed();
+        Ok(json!(true))
+    }
+
+    pub(crate) fn forget_removed(&self) {
+        let mut state = self.state.lock();
+        let there = |name: &String| self.registry.get(name).is_some();
+        let State {
+            created,
+            errors,
+            delays,
+            ..
+        } = &mut *state;
+        created.retain(|c| c.bdevs.iter().any(there));
+        errors.retain(|name, _| there(name));
+        delays.retain(|name, _| there(name));
+    }
+
+    /// The configuration that makes these devices again, of the subsystem `bdev`.
+    pub fn bdev_config(&self) -> Vec<Value> {
+        self.forget_removed();
+        let state = self.state.lock();
+        let call = |method: &str, params: &Value| json!({ "method": method, "params": params });
+        let mut config: Vec<Value> = state
+            .options
+            .iter()
+            .map(|(method, params)| call(method, params))
+            .collect();
+        config.extend(state.created.iter().map(|c| call(c.method, &c.params)));
+        config.push(json!({ "method": "bdev_wait_for_examine" }));
+        config
+    }
+
+    /// The whole configuration, as a file.
+    pub fn config(&self) -> Value {
+        json!({ "subsystems": [{ "subsystem": "bdev", "config": self.bdev_config() }] })
+    }
+}
+
+impl From<BdevError> for MethodError {
+    fn from(e: BdevError) -> MethodError {
+        let errno = match &e {
+            BdevError::NotFound { .. } | BdevError::Removed { .. } => libc::ENODEV,
+            BdevError::Exists { .. } => libc::EEXIST,
+            BdevError::Claimed { .. } => libc::EPERM,
+            BdevError::InUse { .. } | BdevError::Unsafe { .. } => libc::EBUSY,
+            BdevError::NoSuchFile { .. } => libc::ENOENT,
+            BdevError::Unsupported { .. } => libc::ENOTSUP,
+            BdevError::Dma { .. } => libc::ENOMEM,
+            BdevError::Os { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            BdevError::Io(_) => libc::EIO,
+            _ => libc::EINVAL,
+        };
+        MethodError::new(-i64::from(errno), e.to_string())
+    }
+}

@@ -1,0 +1,460 @@
+//! Methods that make, change and remove devices.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use super::app::App;
+use super::json::{MethodError, Params};
+use crate::BlockDevice;
+use crate::delay::{Delay, Latencies};
+use crate::error_inject::{ErrorDevice, Failure, Injection};
+use crate::file::{File, FileOptions};
+use crate::malloc::{Malloc, MallocOptions};
+use crate::null::Null;
+use crate::op::OpKind;
+use crate::passthru::Passthru;
+use crate::raid0::Raid0;
+use crate::split::Split;
+
+type Answer = Result<Value, MethodError>;
+
+const NO_METADATA: &str = "devices with metadata or protection information are refused";
+
+/// Parameters about metadata, which only their neutral values fit.
+fn no_metadata(params: &mut Params<'_>) -> Result<(), MethodError> {
+    for key in ["md_size", "dif_type", "dif_pi_format"] {
+        params.neutral(key, &["0"], NO_METADATA)?;
+    }
+    params.ignore(&["md_interleave", "dif_is_head_of_md"]);
+    Ok(())
+}
+
+fn add(app: &App, dev: Arc<dyn BlockDevice>) -> Result<String, MethodError> {
+    Ok(app.registry.register(dev, Vec::new())?.info().name.clone())
+}
+
+pub(super) fn malloc_create(app: &App, params: &mut Params<'_>) -> Answer {
+    let options = MallocOptions {
+        name: params.opt_string("name")?,
+        num_blocks: params.u64("num_blocks")?,
+        block_size: params.u32("block_size")?,
+        uuid: params.opt_uuid("uuid")?,
+        optimal_io_boundary_blocks: params.opt_u32("optimal_io_boundary")?.unwrap_or(0),
+    };
+    params.ignore(&["physical_block_size"]);
+    no_metadata(params)?;
+    params.finish()?;
+    let name = add(app, Arc::new(Malloc::new(&options)?))?;
+    app.note("bdev_malloc_create", params, std::slice::from_ref(&name));
+    Ok(json!(name))
+}
+
+pub(super) fn malloc_delete(app: &App, params: &mut Params<'_>) -> Answer {
+    delete(app, params, "malloc")
+}
+
+pub(super) fn null_delete(app: &App, params: &mut Params<'_>) -> Answer {
+    delete(app, params, "null")
+}
+
+pub(super) fn file_delete(app: &App, params: &mut Params<'_>) -> Answer {
+    delete(app, params, "file")
+}
+
+pub(super) fn passthru_delete(app: &App, params: &mut Params<'_>) -> Answer {
+    delete(app, params, "passthru")
+}
+
+pub(super) fn delay_delete(app: &App, params: &mut Params<'_>) -> Answer {
+    delete(app, params, "delay")
+}
+
+pub(super) fn error_delete(app: &App, params: &mut Params<'_>) -> Answer {
+    delete(app, params, "error")
+}
+
+pub(super) fn raid_delete(app: &App, params: &mut Params<'_>) -> Answer {
+    params.ignore(&["clear_sb"]);
+    delete(app, params, "raid")
+}
+
+fn delete(app: &App, params: &mut Params<'_>, module: &str) -> Answer {
+    let name = params.string("name")?;
+    params.finish()?;
+    app.delete(&name, module)
+}
+
+pub(super) fn null_create(app: &App, params: &mut Params<'_>) -> Answer {
+    let name = Some(params.string("name")?);
+    let (num_blocks, block_size) = (params.u64("num_blocks")?, params.u32("block_size")?);
+    let uuid = params.opt_uuid("uuid")?;
+    params.ignore(&[
+        "physical_block_size",
+        "preferred_write_alignment",
+        "preferred_write_granularity",
+        "optimal_write_size",
+        "preferred_unmap_alignment",
+        "preferred_unmap_granularity",
+    ]);
+    no_metadata(params)?;
+    params.finish()?;
+    let name = add(
+        app,
+        Arc::new(Null::new(name, block_size, num_blocks, uuid)?),
+    )?;
+    app.note("bdev_null_create", params, std::slice::from_ref(&name));
+    Ok(json!(name))
+}
+
+pub(super) fn aio_create(app: &App, params: &mut Params<'_>) -> Answer {
+    file_create(app, params, "bdev_aio_create")
+}
+
+pub(super) fn uring_create(app: &App, params: &mut Params<'_>) -> Answer {
+    file_create(app, params, "bdev_uring_create")
+}
+
+fn file_create(app: &App, params: &mut Params<'_>, method: &'static str) -> Answer {
+    let name = params.string("name")?;
+    let filename = params.string("filename")?;
+    let block_size = params.opt_u32("block_size")?.filter(|bs| *bs > 0);
+    let uuid = params.opt_uuid("uuid")?;
+    let read_only = method == "bdev_aio_create" && params.flag("readonly")?;
+    if method == "bdev_aio_create" {
+        params.ignore(&["fallocate"]);
+    }
+    params.finish()?;
+    let options = FileOptions {
+        path: PathBuf::from(filename),
+        name: Some(name),
+        block_size,
+        read_only,
+        uuid,
+        ..FileOptions::default()
+    };
+    let name = add(app, Arc::new(File::open(&options)?))?;
+    app.note(method, params, std::slice::from_ref(&name));
+    Ok(json!(name))
+}
+
+/// Claims `base` for `name`, makes a device on it and adds that.
+fn stack(
+    app: &App,
+    name: &str,
+    base: &str,
+    make: impl FnOnce(Arc<dyn BlockDevice>) -> Arc<dyn BlockDevice>,
+) -> Result<String, MethodError> {
+    if app.registry.get(name).is_some() {
+        return Err(crate::BdevError::Exists {
+            name: name.to_owned(),
+        }
+        .into());
+    }
+    let claimed = app.registry.claim(base, name)?;
+    let below = vec![claimed.info().name.clone()];
+    let dev = make(Arc::new(claimed));
+    Ok(app.registry.register(dev, below)?.info().name.clone())
+}
+
+pub(super) fn passthru_create(app: &App, params: &mut Params<'_>) -> Answer {
+    let base = params.string("base_bdev_name")?;
+    let name = params.string("name")?;
+    params.ignore(&["uuid"]);
+    params.finish()?;
+    let name = stack(app, &name, &base, |base| {
+        Arc::new(Passthru::new(&name, base))
+    })?;
+    app.note("bdev_passthru_create", params, std::slice::from_ref(&name));
+    Ok(json!(name))
+}
+
+pub(super) fn delay_create(app: &App, params: &mut Params<'_>) -> Answer {
+    let base = params.string("base_bdev_name")?;
+    let name = params.string("name")?;
+    let latencies = Latencies {
+        avg_read_us: params.u64("avg_read_latency")?,
+        p99_read_us: params.u64("p99_read_latency")?,
+        avg_write_us: params.u64("avg_write_latency")?,
+        p99_write_us: params.u64("p99_write_latency")?,
+    };
+    params.ignore(&["uuid"]);
+    params.finish()?;
+    let mut made = None;
+    let name = stack(app, &name, &base, |base| {
+        let delay = Arc::new(Delay::new(&name, base, latencies));
+        made = Some(Arc::clone(&delay));
+        delay
+    })?;
+    if let Some(delay) = made {
+        app.state.lock().delays.insert(name.clone(), delay);
+    }
+    app.note("bdev_delay_create", params, std::slice::from_ref(&name));
+    Ok(json!(name))
+}
+
+pub(super) fn delay_update_latency(app: &App, params: &mut Params<'_>) -> Answer {
+    let name = params.string("delay_bdev_name")?;
+    let kind = params.string("latency_type")?;
+    let us = params.u64("latency_us")?;
+    params.finish()?;
+    let delay = app.state.lock().delays.get(&name).cloned();
+    let delay = delay.ok_or_else(|| app.registry.not_found(&name))?;
+    let mut latencies = delay.latencies();
+    match kind.as_str() {
+        "avg_read" => latencies.avg_read_us = us,
+        "p99_read" => latencies.p99_read_us = us,
+        "avg_write" => latencies.avg_write_us = us,
+        "p99_write" => latencies.p99_write_us = us,
+        _ => {
+            let known = "avg_read, p99_read, avg_write, p99_write";
+            return Err(params.error("latency_type", format!("`{kind}`: one of {known}")));
+        }
+    }
+    delay.set_latencies(latencies);
+    Ok(json!(true))
+}
+
+pub(super) fn error_create(app: &App, params: &mut Params<'_>) -> Answer {
+    let base = params.string("base_name")?;
+    params.ignore(&["uuid"]);
+    params.finish()?;
+    let wanted = format!("EE_{base}");
+    let mut made = None;
+    let name = stack(app, &wanted, &base, |base| {
+        let error = Arc::new(ErrorDevice::new(Some(&wanted), base));
+        made = Some(Arc::clone(&error));
+        error
+    })?;
+    if let Some(error) = made {
+        app.state.lock().errors.insert(name.clone(), error);
+    }
+    app.note("bdev_error_create", params, std::slice::from_ref(&name));
+    Ok(json!(name))
+}
+
+fn error_device(app: &App, name: &str) -> Result<Arc<ErrorDevice>, MethodError> {
+    let found = app.state.lock().errors.get(name).cloned();
+    if let Some(found) = found {
+        return Ok(found);
+    }
+    match app.registry.get(name) {
+        None => Err(app.registry.not_found(name).into()),
+        Some(_) => Err(MethodError::new(
+            -i64::from(libc::ENODEV),
+            format!("`{name}` is no error bdev; bdev_error_create puts one on it, `EE_{name}`"),
+        )),
+    }
+}
+
+pub(super) fn error_inject(app: &App, params: &mut Params<'_>) -> Answer {
+    let name = params.string("name")?;
+    let io_type = params.string("io_type")?;
+    let error_type = params.opt_string("error_type")?;
+    let count = params.opt_u64("num")?.unwrap_or(1);
+    let queue_depth = params.opt_u32("queue_depth")?.unwrap_or(0);
+    let offset = params.opt_u64("corrupt_offset")?.unwrap_or(0);
+    let value = params.opt_u32("corrupt_value")?.unwrap_or(0);
+    // Beyond SPDK's: only operations that touch these blocks.
+    let lba = params.opt_u64("lba")?;
+    let len_blocks = params.opt_u64("num_blocks")?;
+    params.finish()?;
+    let dev = error_device(app, &name)?;
+    if io_type == "clear" {
+        dev.clear();
+        return Ok(json!(true));
+    }
+    let op = match io_type.as_str() {
+        "all" => None,
+        other => {
+            let kind = OpKind::ALL
+                .into_iter()
+                .find(|k| k.name() == other && *k != OpKind::Fua);
+            let names: Vec<&str> = OpKind::ALL.iter().map(|k| k.name()).collect();
+            let unknown = || {
+                let known = names.join(", ");
+                params.error("io_type", format!("`{other}`: one of clear, all, {known}"))
+            };
+            Some(kind.ok_or_else(unknown)?)
+        }
+    };
+    let failure = match error_type.as_deref() {
+        Some("failure") => Failure::Fail,
+        Some("nomem") => Failure::NoMemory,
+        Some("pending") => Failure::Hang,
+        Some("corrupt_data") => {
+            let value = u8::try_from(value)
+                .map_err(|_| params.error("corrupt_value", format!("{value}: 0 to 255")))?;
+            Failure::Corrupt { offset, value }
+        }
+        other => {
+            let shown = other.unwrap_or("missing");
+            let known = "failure, pending, corrupt_data, nomem";
+            return Err(params.error("error_type", format!("`{shown}`: one of {known}")));
+        }
+    };
+    if count == 0 {
+        return Err(params.error("num", "0: how many operations shall fail?"));
+    }
+    let range = lba.map(|lba| (lba, len_blocks.unwrap_or(1)));
+    let queue_depth = usize::try_from(queue_depth).unwrap_or(usize::MAX);
+    dev.inject(Injection {
+        op,
+        failure,
+        count,
+        range,
+        queue_depth,
+    });
+    Ok(json!(true))
+}
+
+pub(super) fn error_resume(app: &App, params: &mut Params<'_>) -> Answer {
+    let name = params.string("name")?;
+    params.finish()?;
+    error_device(app, &name)?.resume();
+    Ok(json!(true))
+}
+
+pub(super) fn split_create(app: &App, params: &mut Params<'_>) -> Answer {
+    let base = params.string("base_bdev")?;
+    let count = params.u64("split_count")?;
+    let size_mb = params.opt_u64("split_size_mb")?;
+    params.finish()?;
+    let claimed: Arc<dyn BlockDevice> = Arc::new(app.registry.claim(&base, "split")?);
+    let below = claimed.info().name.clone();
+    let mut names = Vec::new();
+    for part in Split::new(&claimed, count, size_mb)? {
+        match app.registry.register(Arc::new(part), vec![below.clone()]) {
+            Ok(bdev) => names.push(bdev.info().name.clone()),
+            Err(e) => {
+                for name in names {
+                    let _ = app.registry.remove(&name);
+                }
+                return Err(e.into());
+            }
+        }
+    }
+    app.note("bdev_split_create", params, &names);
+    Ok(json!(names))
+}
+
+pub(super) fn split_delete(app: &App, params: &mut Params<'_>) -> Answer {
+    let base = params.string("base_bdev")?;
+    params.finish()?;
+    let base = app
+        .registry
+        .get(&base)
+        .ok_or_else(|| app.registry.not_found(&base))?;
+    let on_base = |b: &crate::registry::Bdev| {
+        b.info().module == "split" && b.below().contains(&base.info().name)
+    };
+    let parts: Vec<_> = app.registry.list().into_iter().filter(on_base).collect();
+    if parts.is_empty() {
+        let message = format!("`{}` is not split", base.info().name);
+        return Err(MethodError::new(-i64::from(libc::ENODEV), message));
+    }
+    for part in parts {
+        app.registry.remove(&part.info().name)?;
+    }
+    app.forget_removed();
+    Ok(json!(true))
+}
+
+pub(super) fn raid_create(app: &App, params: &mut Params<'_>) -> Answer {
+    let name = params.string("name")?;
+    let strip_kb = params.opt_u32("strip_size_kb")?.unwrap_or(64);
+    let level = params.string("raid_level")?;
+    // Names in one string, with spaces between, are how rpc.py's users may write them.
+    let bases = match params.opt_strings("base_bdevs") {
+        Ok(Some(bases)) => bases,
+        Ok(None) => return Err(MethodError::param("base_bdevs", "missing")),
+        Err(e) => match params.opt_string("base_bdevs") {
+            Ok(Some(text)) => text.split_whitespace().map(ToOwned::to_owned).collect(),
+            _ => return Err(e),
+        },
+    };
+    let uuid = params.opt_uuid("uuid")?;
+    params.neutral(
+        "superblock",
+        &["false"],
+        "the configuration says which devices belong to it",
+    )?;
+    params.finish()?;
+    if level != "raid0" && level != "0" {
+        let reason = format!("`{level}`: there is raid0");
+        return Err(params.error("raid_level", reason));
+    }
+    if app.registry.get(&name).is_some() {
+        return Err(crate::BdevError::Exists { name }.into());
+    }
+    let mut legs: Vec<Arc<dyn BlockDevice>> = Vec::new();
+    for base in &bases {
+        legs.push(Arc::new(app.registry.claim(base, &name)?));
+    }
+    let below = legs.iter().map(|l| l.info().name.clone()).collect();
+    let raid = Raid0::new(&name, legs, strip_kb, uuid)?;
+    app.registry.register(Arc::new(raid), below)?;
+    app.note("bdev_raid_create", params, std::slice::from_ref(&name));
+    Ok(json!(true))
+}
+
+/// Pools and caches of SPDK's block-device layer: buffers and slots are taken as needed here.
+pub(super) fn set_options(app: &App, params: &mut Params<'_>) -> Answer {
+    params.ignore(&[
+        "bdev_io_pool_size",
+        "bdev_io_cache_size",
+        "bdev_auto_examine",
+        "iobuf_small_cache_size",
+        "iobuf_large_cache_size",
+        "small_buf_pool_size",
+        "large_buf_pool_size",
+    ]);
+    params.finish()?;
+    let kept = params.to_value();
+    app.state
+        .lock()
+        .options
+        .insert("bdev_set_options".to_owned(), kept);
+    Ok(json!(true))
+}
+
+/// Options of modules that are not here, as `save_config` writes them in any case.
+pub(super) fn other_options(_: &App, params: &mut Params<'_>) -> Answer {
+    tracing::debug!(params = %params.to_value(), "options of a module that is not here: ignored");
+    Ok(json!(true))
+}
+
+/// Rate limits: none is what `save_config` writes; others are refused.
+pub(super) fn set_qos_limit(app: &App, params: &mut Params<'_>) -> Answer {
+    let name = params.string("name")?;
+    for key in [
+        "rw_ios_per_sec",
+        "rw_mbytes_per_sec",
+        "r_mbytes_per_sec",
+        "w_mbytes_per_sec",
+    ] {
+        params.neutral(key, &["0"], "there are no rate limits")?;
+    }
+    params.finish()?;
+    app.registry
+        .get(&name)
+        .ok_or_else(|| app.registry.not_found(&name))?;
+    Ok(json!(true))
+}
+
+/// Nothing is examined: what stands on a device is configured by name.
+pub(super) fn examine(app: &App, params: &mut Params<'_>) -> Answer {
+    let name = params.string("name")?;
+    params.finish()?;
+    app.registry
+        .get(&name)
+        .ok_or_else(|| app.registry.not_found(&name))?;
+    Ok(json!(true))
+}
+
+/// Every call has ended when it answers: there is nothing to wait for.
+pub(super) fn wait_for_examine(_: &App, params: &mut Params<'_>) -> Answer {
+    params.finish()?;
+    Ok(json!(true))
+}

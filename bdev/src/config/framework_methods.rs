@@ -1,0 +1,101 @@
+//! Methods about the process: configuration, methods, version, logging.
+
+use serde_json::{Value, json};
+
+use super::app::App;
+use super::json::{MethodError, Params};
+use super::methods::METHODS;
+use crate::logging;
+
+type Answer = Result<Value, MethodError>;
+
+pub(super) fn get_methods(_: &App, params: &mut Params<'_>) -> Answer {
+    params.ignore(&["current", "include_aliases"]);
+    params.finish()?;
+    Ok(METHODS.iter().map(|m| json!(m.name)).collect())
+}
+
+pub(super) fn get_version(_: &App, params: &mut Params<'_>) -> Answer {
+    params.finish()?;
+    let number = |text: &str| text.parse::<u64>().unwrap_or(0);
+    Ok(json!({
+        "version": concat!("Pumice ", env!("CARGO_PKG_VERSION")),
+        "fields": {
+            "major": number(env!("CARGO_PKG_VERSION_MAJOR")),
+            "minor": number(env!("CARGO_PKG_VERSION_MINOR")),
+            "patch": number(env!("CARGO_PKG_VERSION_PATCH")),
+            "suffix": "",
+        },
+    }))
+}
+
+pub(super) fn get_subsystems(_: &App, params: &mut Params<'_>) -> Answer {
+    params.finish()?;
+    Ok(json!([{ "subsystem": "bdev", "depends_on": [] }]))
+}
+
+pub(super) fn get_config(app: &App, params: &mut Params<'_>) -> Answer {
+    let name = params.string("name")?;
+    params.finish()?;
+    if name != "bdev" {
+        let message = format!("no subsystem `{name}`; there is `bdev`");
+        return Err(MethodError::new(-i64::from(libc::EINVAL), message));
+    }
+    Ok(app.bdev_config().into())
+}
+
+pub(super) fn save_config(app: &App, params: &mut Params<'_>) -> Answer {
+    params.finish()?;
+    Ok(app.config())
+}
+
+/// The process answers, so it has started.
+pub(super) fn ready(_: &App, params: &mut Params<'_>) -> Answer {
+    params.finish()?;
+    Ok(json!(true))
+}
+
+fn flag(params: &mut Params<'_>) -> Result<String, MethodError> {
+    let flag = params.string("flag")?;
+    params.finish()?;
+    if flag != "all" && !logging::COMPONENTS.iter().any(|(name, _)| *name == flag) {
+        let known: Vec<&str> = logging::COMPONENTS.iter().map(|(name, _)| *name).collect();
+        let reason = format!("`{flag}`: one of all, {}", known.join(", "));
+        return Err(params.error("flag", reason));
+    }
+    Ok(flag)
+}
+
+fn switch(params: &mut Params<'_>, on: bool) -> Answer {
+    let flag = flag(params)?;
+    logging::set_flag(&flag, on).map_err(|e| MethodError::new(-i64::from(libc::ENOTSUP), e))?;
+    Ok(json!(true))
+}
+
+pub(super) fn log_set_flag(_: &App, params: &mut Params<'_>) -> Answer {
+    switch(params, true)
+}
+
+pub(super) fn log_clear_flag(_: &App, params: &mut Params<'_>) -> Answer {
+    switch(params, false)
+}
+
+pub(super) fn log_get_flags(_: &App, params: &mut Params<'_>) -> Answer {
+    params.finish()?;
+    Ok(logging::flags()
+        .into_iter()
+        .map(|(name, on)| (name.to_owned(), json!(on)))
+        .collect())
+}
+
+pub(super) fn log_get_level(_: &App, params: &mut Params<'_>) -> Answer {
+    params.finish()?;
+    Ok(json!(logging::level()))
+}
+
+pub(super) fn log_set_level(_: &App, params: &mut Params<'_>) -> Answer {
+    let level = params.string("level")?;
+    params.finish()?;
+    logging::set_level(&level).map_err(|e| params.error("level", e))?;
+    Ok(json!(true))
+}

@@ -1,0 +1,122 @@
+//! A client: one call after another on a connection.
+
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::frame::{Frame, Scanner};
+
+/// An answer is at most so long.
+const ANSWER_MAX: usize = 64 << 20;
+
+/// A call that failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RpcError {
+    /// Nobody listens.
+    #[error("{path}: {source}; start a process with --rpc-socket {path}")]
+    Connect {
+        /// The socket.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The connection broke.
+    #[error("JSON-RPC: {0}")]
+    Io(#[from] io::Error),
+    /// The answer is none.
+    #[error("JSON-RPC: the answer is not what it should be: {0}")]
+    Answer(String),
+    /// The server says no.
+    #[error("{message} (code {code})")]
+    Failed {
+        /// Its code: -32768 to -32000 as in JSON-RPC 2.0, else a negative errno.
+        code: i64,
+        /// Its message.
+        message: String,
+    },
+}
+
+/// A connection to a JSON-RPC server.
+#[derive(Debug)]
+pub struct RpcClient {
+    stream: UnixStream,
+    id: u64,
+}
+
+impl RpcClient {
+    /// Connects to the socket `path`; calls then take at most `timeout`.
+    ///
+    /// # Errors
+    /// [`RpcError::Connect`].
+    pub fn connect(path: &Path, timeout: Duration) -> Result<RpcClient, RpcError> {
+        let failed = |source| RpcError::Connect {
+            path: path.display().to_string(),
+            source,
+        };
+        let stream = UnixStream::connect(path).map_err(failed)?;
+        stream.set_read_timeout(Some(timeout)).map_err(failed)?;
+        stream.set_write_timeout(Some(timeout)).map_err(failed)?;
+        Ok(RpcClient { stream, id: 0 })
+    }
+
+    /// Calls a method. Blocks until the answer is there.
+    ///
+    /// # Errors
+    /// The server's own error, or what went wrong on the way.
+    pub fn call(&mut self, method: &str, params: &Value) -> Result<Value, RpcError> {
+        self.id += 1;
+        let mut request = json!({ "jsonrpc": "2.0", "method": method, "id": self.id });
+        if let (Value::Object(map), false) = (&mut request, params.is_null()) {
+            map.insert("params".to_owned(), params.clone());
+        }
+        self.stream.write_all(request.to_string().as_bytes())?;
+        let mut answer = self.receive()?;
+        if let Some(e) = answer.get("error") {
+            let message = e["message"].as_str().unwrap_or("no message").to_owned();
+            return Err(RpcError::Failed {
+                code: e["code"].as_i64().unwrap_or(0),
+                message,
+            });
+        }
+        if answer["id"] != json!(self.id) {
+            return Err(RpcError::Answer(format!(
+                "id {} for {}",
+                answer["id"], self.id
+            )));
+        }
+        let result = answer.get_mut("result").map(Value::take);
+        result.ok_or_else(|| RpcError::Answer("neither `result` nor `error`".to_owned()))
+    }
+
+    fn receive(&mut self) -> Result<Value, RpcError> {
+        let mut buf = Vec::new();
+        let mut piece = [0; 16 << 10];
+        let mut scanner = Scanner::default();
+        loop {
+            match scanner.scan(&buf) {
+                Frame::Complete(end) => {
+                    let parsed = serde_json::from_slice(&buf[..end]);
+                    return parsed.map_err(|e| RpcError::Answer(e.to_string()));
+                }
+                Frame::Garbage => return Err(RpcError::Answer("not JSON".to_owned())),
+                Frame::Partial if buf.len() > ANSWER_MAX => {
+                    return Err(RpcError::Answer("too long".to_owned()));
+                }
+                Frame::Partial => {}
+            }
+            match self.stream.read(&mut piece)? {
+                0 => {
+                    return Err(RpcError::Answer(
+                        "the server closed the connection".to_owned(),
+                    ));
+                }
+                n => buf.extend_from_slice(&piece[..n]),
+            }
+        }
+    }
+}

@@ -1,0 +1,415 @@
+//! Configuration files, JSON-RPC over its socket, metrics.
+
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pumice_bdev::config::{self, App};
+use pumice_bdev::metrics::MetricsServer;
+use pumice_bdev::rpc::{RpcClient, RpcServer, ServerOptions};
+use pumice_bdev::{AsyncChannel, DmaBuf};
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use serde_json::{Value, json};
+
+fn error(text: &str) -> String {
+    config::load(&App::new(), "test.json", text)
+        .unwrap_err()
+        .to_string()
+}
+
+fn bdev_config(calls: &str) -> String {
+    format!("{{\"subsystems\":[{{\"subsystem\":\"bdev\",\n\"config\":[\n{calls}\n]}}]}}")
+}
+
+#[test]
+fn every_module_by_its_spdk_method() {
+    let dir = tempfile::tempdir_in(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap();
+    let image = dir.path().join("image");
+    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+    // In the order of SPDK's save_config: modules first, whatever they stand on.
+    let text = json!({ "subsystems": [
+        { "subsystem": "keyring", "config": [] },
+        { "subsystem": "iobuf", "config": [
+            { "method": "iobuf_set_options", "params": { "small_pool_count": 8192 } } ] },
+        { "subsystem": "sock", "config": null },
+        { "subsystem": "bdev", "config": [
+            { "method": "bdev_set_options",
+              "params": { "bdev_io_pool_size": 65535, "bdev_auto_examine": true } },
+            { "method": "bdev_raid_set_options", "params": { "process_window_size_kb": 1024 } },
+            { "method": "bdev_iscsi_set_options", "params": { "timeout_sec": 30 } },
+            { "method": "bdev_nvme_set_options", "params": {
+                "action_on_timeout": "none", "timeout_us": 0, "keep_alive_timeout_ms": 10000 } },
+            { "method": "bdev_nvme_set_hotplug", "params": { "period_us": 100000, "enable": false } },
+            { "method": "bdev_raid_create", "params": {
+                "name": "Raid", "uuid": "5a2a7b7e-3b7c-4ad2-9d5c-7b1f6c8d9e0f",
+                "strip_size_kb": 64, "raid_level": "raid0", "superblock": false,
+                "base_bdevs": ["Malloc1", "Malloc2"] } },
+            { "method": "bdev_delay_create", "params": {
+                "name": "Slow", "base_bdev_name": "Raid", "avg_read_latency": 1,
+                "p99_read_latency": 2, "avg_write_latency": 3, "p99_write_latency": 4 } },
+            { "method": "bdev_malloc_create", "params": {
+                "name": "Malloc0", "num_blocks": 65536, "block_size": 512,
+                "physical_block_size": 512, "optimal_io_boundary": 0, "md_size": 0, "dif_type": 0,
+                "dif_is_head_of_md": false, "dif_pi_format": 0,
+                "uuid": "0e6b3a1c-0a0b-4c0d-8e0f-101112131415" } },
+            { "method": "bdev_malloc_create",
+              "params": { "name": "Malloc1", "num_blocks": 4096, "block_size": 512 } },
+            { "method": "bdev_malloc_create",
+              "params": { "name": "Malloc2", "num_blocks": 4096, "block_size": 512 } },
+            { "method": "bdev_null_create",
+              "params": { "name": "Null0", "num_blocks": 1 << 30, "block_size": 4096 } },
+            { "method": "bdev_aio_create", "params": {
+                "name": "Aio0", "filename": image, "block_size": 512, "readonly": false } },
+            { "method": "bdev_error_create", "params": { "base_name": "Malloc0" } },
+            { "method": "bdev_passthru_create",
+              "params": { "name": "PT0", "base_bdev_name": "EE_Malloc0" } },
+            { "method": "bdev_split_create", "params": { "base_bdev": "Null0", "split_count": 4 } },
+            { "method": "bdev_wait_for_examine" },
+        ] },
+        { "subsystem": "nvmf", "config": [ { "method": "nvmf_set_config" } ] },
+    ] });
+    let app = App::new();
+    config::load(&app, "x", &serde_json::to_string_pretty(&text).unwrap()).unwrap();
+    let names = app.registry.names();
+    for name in [
+        "Malloc0",
+        "EE_Malloc0",
+        "PT0",
+        "Raid",
+        "Slow",
+        "Null0p3",
+        "Aio0",
+    ] {
+        assert!(names.iter().any(|n| n == name), "{name} in {names:?}");
+    }
+    assert_eq!(names.len(), 13);
+    let dev = app.registry.open("Slow").unwrap();
+    let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
+
+    // What is saved makes the same devices again.
+    drop((ch, dev));
+    let saved = app.config().to_string();
+    for name in app.registry.names() {
+        let _ = app.registry.remove(&name);
+    }
+    drop(app);
+    let again = App::new();
+    config::load(&again, "saved", &saved).unwrap();
+    assert_eq!(again.registry.names(), names);
+    let raid = again.registry.get("Raid").unwrap();
+    let uuid = pumice_bdev::uuid::format(&pumice_bdev::BlockDevice::info(&raid).uuid);
+    assert_eq!(uuid, "5a2a7b7e-3b7c-4ad2-9d5c-7b1f6c8d9e0f");
+}
+
+#[test]
+fn a_single_subsystem_with_comments() {
+    let text = "// written by a script\n{ \"subsystem\": \"bdev\", /* one */ \"config\": [ {\n\
+        \"method\": \"bdev_malloc_create\",\n\"params\": {\"num_blocks\": 64, \"block_size\": 512}}]}";
+    let app = App::new();
+    config::load(&app, "x", text).unwrap();
+    assert_eq!(app.registry.names().len(), 1);
+    assert_eq!(config::check_form("x", text), Ok(1));
+}
+
+#[test]
+fn errors_name_the_line_and_the_key() {
+    let call = |params: &str| {
+        bdev_config(&format!(
+            "{{ \"method\": \"bdev_malloc_create\",\n  \"params\": {{\n{params} }} }}"
+        ))
+    };
+    let e = error(&call("\"num_blocks\": 64,\n\"block_size\": \"big\""));
+    assert!(
+        e.starts_with("test.json:6: bdev_malloc_create: `block_size`"),
+        "{e}"
+    );
+    let e = error(&call(
+        "\"num_blocks\": 64, \"block_size\": 512,\n\"nmae\": \"x\"",
+    ));
+    assert!(
+        e.starts_with("test.json:6:") && e.contains("did you mean `name`"),
+        "{e}"
+    );
+    let e = error(&call("\"num_blocks\": 64"));
+    assert!(e.contains("`block_size`: missing"), "{e}");
+    let e = error(&call(
+        "\"num_blocks\": 64, \"block_size\": 512, \"md_size\": 8",
+    ));
+    assert!(e.contains("`md_size`: 8 is not supported"), "{e}");
+    let e = error(&bdev_config("{ \"method\": \"bdev_maloc_create\" }"));
+    assert!(
+        e.starts_with("test.json:3:") && e.contains("bdev_malloc_create"),
+        "{e}"
+    );
+    let e = error(&bdev_config(
+        "{ \"method\": \"bdev_passthru_create\", \"params\": {\"name\": \"P\", \"base_bdev_name\": \"M\"} }",
+    ));
+    assert!(e.contains("no bdev `M`"), "{e}");
+    assert!(error("{").starts_with("test.json:1: not JSON"));
+    assert!(error("{\n\n\"a\" 1}").starts_with("test.json:3: not JSON"));
+    assert!(error("[]").contains("should be an object"));
+    assert!(error("{}").contains("subsystems"));
+    assert!(error("{\"subsystems\":[{\"subsystem\":\"bdevs\"}]}").contains("`bdevs`"));
+    assert!(error(&bdev_config("{\"params\":{}}")).contains("`method`: missing"));
+}
+
+struct Served {
+    dir: tempfile::TempDir,
+    app: Arc<App>,
+    _server: RpcServer,
+}
+
+fn served(options: ServerOptions) -> Served {
+    let dir = tempfile::tempdir().unwrap();
+    let app = Arc::new(App::new());
+    let server = RpcServer::start(Arc::clone(&app), &dir.path().join("sock"), options).unwrap();
+    Served {
+        dir,
+        app,
+        _server: server,
+    }
+}
+
+impl Served {
+    fn path(&self) -> std::path::PathBuf {
+        self.dir.path().join("sock")
+    }
+
+    fn client(&self) -> RpcClient {
+        RpcClient::connect(&self.path(), Duration::from_secs(10)).unwrap()
+    }
+
+    /// Sends bytes as they are; what comes back until the server closes or is silent.
+    fn raw(&self, bytes: &[u8]) -> String {
+        let mut stream = UnixStream::connect(self.path()).unwrap();
+        let _ = stream.write_all(bytes);
+        let _ = stream.shutdown(std::net::Shutdown::Write);
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+}
+
+#[test]
+fn calls_over_the_socket() {
+    let served = served(ServerOptions::default());
+    let mode = std::fs::metadata(served.path())
+        .unwrap()
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let mut client = served.client();
+    let call = |c: &mut RpcClient, method: &str, params: Value| c.call(method, &params);
+    let params = json!({ "name": "M", "num_blocks": 2048, "block_size": 512 });
+    assert_eq!(
+        call(&mut client, "bdev_malloc_create", params.clone()).unwrap(),
+        "M"
+    );
+    let e = call(&mut client, "bdev_malloc_create", params)
+        .unwrap_err()
+        .to_string();
+    assert_eq!(e, "bdev `M` exists already (code -17)");
+    call(
+        &mut client,
+        "bdev_error_create",
+        json!({ "base_name": "M" }),
+    )
+    .unwrap();
+    let bdevs = call(&mut client, "bdev_get_bdevs", Value::Null).unwrap();
+    assert_eq!(bdevs.as_array().unwrap().len(), 2);
+    let m = call(&mut client, "bdev_get_bdevs", json!({ "name": "M" })).unwrap();
+    assert_eq!(m[0]["product_name"], "Malloc disk");
+    assert_eq!(m[0]["claimed"], true);
+    assert_eq!(m[0]["supported_io_types"]["unmap"], true);
+
+    let inject = json!({ "name": "EE_M", "io_type": "write", "error_type": "failure", "num": 1 });
+    call(&mut client, "bdev_error_inject_error", inject).unwrap();
+    let dev = served.app.registry.open("EE_M").unwrap();
+    let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    let data = DmaBuf::zeroed(512).unwrap().freeze();
+    ch.block_on(async {
+        assert!(ch.write(0, data.clone(), false).await.is_err());
+        assert!(ch.write(0, data, false).await.is_ok());
+    });
+    let stat = call(&mut client, "bdev_get_iostat", json!({ "name": "EE_M" })).unwrap();
+    assert_eq!(stat["bdevs"][0]["num_write_ops"], 2);
+    assert_eq!(stat["bdevs"][0]["bytes_written"], 512);
+    assert_eq!(stat["bdevs"][0]["io_error"]["write"], 1);
+    assert!(stat["tick_rate"].as_u64().unwrap() > 0);
+
+    let params = json!({ "name": "EE_M", "enable": true });
+    call(&mut client, "bdev_enable_histogram", params).unwrap();
+    ch.block_on(ch.flush()).unwrap();
+    let histogram = call(&mut client, "bdev_get_histogram", json!({ "name": "EE_M" })).unwrap();
+    assert_eq!(histogram["bucket_shift"], 7);
+
+    let methods = call(&mut client, "rpc_get_methods", json!({})).unwrap();
+    assert!(
+        methods
+            .as_array()
+            .unwrap()
+            .contains(&json!("framework_get_config"))
+    );
+    let config = call(
+        &mut client,
+        "framework_get_config",
+        json!({ "name": "bdev" }),
+    )
+    .unwrap();
+    assert_eq!(config[0]["method"], "bdev_malloc_create");
+    let saved = call(&mut client, "save_config", Value::Null).unwrap();
+    assert_eq!(saved["subsystems"][0]["subsystem"], "bdev");
+    call(&mut client, "bdev_malloc_delete", json!({ "name": "M" })).unwrap();
+    let bdevs = call(&mut client, "bdev_get_bdevs", Value::Null).unwrap();
+    assert_eq!(bdevs, json!([]));
+}
+
+#[test]
+fn bad_clients_hurt_nobody() {
+    let options = ServerOptions {
+        request_max: 4096,
+        clients_max: 8,
+        patience: Duration::from_millis(300),
+        ..ServerOptions::default()
+    };
+    let served = served(options);
+    assert!(served.raw(b"GET / HTTP/1.0\r\n\r\n").contains("-32700"));
+    assert!(served.raw(b"{]").contains("-32700"));
+    assert!(served.raw(&[b'{'; 100_000]).contains("-32600"));
+    assert!(served.raw(&[b'['; 3000]).is_empty());
+    assert!(served.raw("{\"a\":\"\u{fffd}".as_bytes()).is_empty());
+    let deep = format!("{}1{}", "[".repeat(2000), "]".repeat(2000));
+    assert!(served.raw(deep.as_bytes()).contains("-32"));
+    // Slow ones are let go; more than there is room for are turned away; others are served.
+    let mut slow: Vec<UnixStream> = Vec::new();
+    for _ in 0..7 {
+        let mut stream = UnixStream::connect(served.path()).unwrap();
+        stream.write_all(b"{\"jsonrpc\"").unwrap();
+        slow.push(stream);
+    }
+    served
+        .client()
+        .call("bdev_get_bdevs", &Value::Null)
+        .unwrap();
+    let mut answer = String::new();
+    slow.pop().unwrap().read_to_string(&mut answer).unwrap();
+    assert!(answer.contains("in time"), "{answer}");
+    served
+        .client()
+        .call("bdev_get_bdevs", &Value::Null)
+        .unwrap();
+}
+
+#[test]
+fn one_server_per_socket() {
+    let served = served(ServerOptions::default());
+    let second = RpcServer::start(
+        Arc::new(App::new()),
+        &served.path(),
+        ServerOptions::default(),
+    );
+    assert!(second.unwrap_err().to_string().contains("in use"));
+    served
+        .client()
+        .call("bdev_get_bdevs", &Value::Null)
+        .unwrap();
+    let path = served.path();
+    let file = served.dir.path().join("file");
+    std::fs::write(&file, "x").unwrap();
+    assert!(RpcServer::start(Arc::new(App::new()), &file, ServerOptions::default()).is_err());
+    drop(served);
+    let e = RpcClient::connect(&path, Duration::from_secs(1))
+        .unwrap_err()
+        .to_string();
+    assert!(e.contains("--rpc-socket"), "{e}");
+}
+
+#[test]
+fn metrics_on_a_loopback_port_and_a_socket() {
+    let app = App::new();
+    app.call(
+        "bdev_malloc_create",
+        &json!({ "name": "M\"", "num_blocks": 64, "block_size": 512 }),
+    )
+    .unwrap();
+    let dev = app.registry.open("M\"").unwrap();
+    let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
+    assert!(MetricsServer::start(app.registry.clone(), "0.0.0.0:0").is_err());
+    let server = MetricsServer::start(app.registry.clone(), "127.0.0.1:0").unwrap();
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", server.port().unwrap())).unwrap();
+    stream
+        .write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        .unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    assert!(text.starts_with("HTTP/1.0 200"));
+    assert!(
+        text.contains("pumice_bdev_ops_total{bdev=\"M\\\"\",op=\"read\"} 1\n"),
+        "{text}"
+    );
+    drop(server);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m");
+    let _server = MetricsServer::start(app.registry.clone(), path.to_str().unwrap()).unwrap();
+    let mut stream = UnixStream::connect(&path).unwrap();
+    stream.write_all(b"GET /x HTTP/1.0\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    assert!(text.starts_with("HTTP/1.0 404"));
+}
+
+/// A small, seeded relation of the fuzzers: damaged configurations and requests end in errors.
+#[test]
+fn damaged_input_is_an_error() {
+    let seed = 20_250_101;
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let good = bdev_config(
+        "{\"method\":\"bdev_malloc_create\",\"params\":{\"name\":\"M\",\"num_blocks\":64,\"block_size\":512}},\n\
+         {\"method\":\"bdev_error_create\",\"params\":{\"base_name\":\"M\"}},\n\
+         {\"method\":\"bdev_split_create\",\"params\":{\"base_bdev\":\"EE_M\",\"split_count\":2}}",
+    );
+    let request = r#"{"jsonrpc":"2.0","id":1,"method":"bdev_get_bdevs","params":{"name":"M"}}"#;
+    let odd: [&[u8]; 10] = [
+        b"{",
+        b"}",
+        b"\"",
+        b"null",
+        b"-1",
+        b"1e999",
+        b"18446744073709551616",
+        b"//",
+        b"\\u0000",
+        b"[[",
+    ];
+    for _ in 0..2000 {
+        for text in [&good, request] {
+            let mut bytes = text.as_bytes().to_vec();
+            for _ in 0..rng.random_range(1..4) {
+                let at = rng.random_range(0..bytes.len());
+                match rng.random_range(0..3) {
+                    0 => bytes[at] = rng.random(),
+                    1 => {
+                        bytes.remove(at);
+                    }
+                    _ => {
+                        let piece = odd[rng.random_range(0..odd.len())];
+                        bytes.splice(at..at, piece.iter().copied());
+                    }
+                }
+            }
+            let app = App::new();
+            let _ = pumice_bdev::rpc::handle(&app, &bytes);
+            if let Ok(text) = std::str::from_utf8(&bytes) {
+                // Nothing large: a damaged number may ask for anything.
+                let _ = config::check_form("fuzz", text);
+                let _ = config::load(&app, "fuzz", text);
+            }
+        }
+    }
+}
