@@ -1,5 +1,6 @@
 //! NVMe driver: spec types, DMA memory, transports, controller, queue pairs.
 
+pub mod conformance;
 pub mod controller;
 pub mod dma;
 mod error;

@@ -12,7 +12,7 @@ use hdrhistogram::Histogram;
 use super::barrier;
 use super::build::check_segment;
 use super::data::{ListArea, PointerStyle, Segment, point_at};
-use super::ring::{CompletionRing, SubmissionRing};
+use super::ring::{CompletionRing, QueueMem, SubmissionRing};
 use super::shared::QueueShared;
 use super::split::Split;
 use super::stats::QueueStats;
@@ -147,6 +147,11 @@ impl QueuePair {
     /// Commands that can be in flight.
     pub fn depth(&self) -> usize {
         self.slots.len()
+    }
+
+    /// Whether the submission queue lies in the controller's memory buffer.
+    pub fn in_controller_memory(&self) -> bool {
+        matches!(self.shared.sq_mem, QueueMem::Controller(..))
     }
 
     /// I/Os that were accepted and not handed back yet.

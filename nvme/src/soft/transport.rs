@@ -210,8 +210,9 @@ impl SoftController {
     /// decides block by block. The controller is gone; its media come back, for another one.
     pub fn power_cut(&self, mut survives: impl FnMut(u32, u64) -> bool) -> Vec<SoftNamespace> {
         self.0.stop();
-        self.0.shared.vanish(Some(TransportEvent::Removed));
+        // Before the driver hears of it: its detach would flush what it finds.
         let mut media = self.0.media.lock().take().unwrap_or_default();
+        self.0.shared.vanish(Some(TransportEvent::Removed));
         for (n, ns) in media.iter_mut().enumerate() {
             let nsid = u32::try_from(n + 1).unwrap_or(u32::MAX);
             if let Err(error) = ns.lose(|lba| survives(nsid, lba)) {

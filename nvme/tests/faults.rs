@@ -1,0 +1,602 @@
+//! Faults at the soft controller: errors, delays, lost and corrupt completions, fatal status,
+//! removal, power cut. Every I/O ends exactly once; nothing hangs.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pumice_nvme::dma::DmaBuf;
+use pumice_nvme::soft::{
+    Fault, FaultRule, MemoryBackend, SoftConfig, SoftController, SoftNamespace,
+};
+use pumice_nvme::spec::{AdminOpcode, AsyncEvent, AsyncEventType, IoOpcode, Status};
+use pumice_nvme::{
+    Controller, ControllerEvent, ControllerOptions, Io, IoDone, IoErrorKind, Namespace, NvmeError,
+    QueueOptions, QueuePair, SubmitError,
+};
+
+struct Rig {
+    soft: SoftController,
+    controller: Arc<Controller>,
+    ns: Arc<Namespace>,
+}
+
+fn disk() -> SoftNamespace {
+    SoftNamespace::new(Box::new(MemoryBackend::new(4 << 20)), 512)
+}
+
+fn rig_with(change: impl FnOnce(&mut SoftConfig, &mut ControllerOptions)) -> Rig {
+    let mut config = SoftConfig::new(vec![disk(), disk()]);
+    let mut options = ControllerOptions::default();
+    options.admin_timeout = Duration::from_secs(2);
+    change(&mut config, &mut options);
+    let soft = SoftController::new(config).unwrap();
+    let controller = Controller::new(soft.transport(), options).unwrap();
+    let ns = controller.namespace(1).unwrap();
+    Rig {
+        soft,
+        controller,
+        ns,
+    }
+}
+
+fn rig() -> Rig {
+    rig_with(|_, _| {})
+}
+
+fn queue(rig: &Rig, change: impl FnOnce(&mut QueueOptions)) -> QueuePair {
+    let mut options = QueueOptions::depth(16);
+    options.timeout = Duration::from_millis(100);
+    change(&mut options);
+    rig.controller.queue_pair(&options).unwrap()
+}
+
+fn read(lba: u64) -> Io {
+    Io::Read {
+        lba,
+        buf: DmaBuf::new(512).unwrap(),
+    }
+}
+
+fn write(lba: u64, byte: u8) -> Io {
+    let mut buf = DmaBuf::new(512).unwrap();
+    buf.fill(byte);
+    Io::Write {
+        lba,
+        data: buf.freeze(),
+        fua: false,
+    }
+}
+
+/// Polls until everything has ended; a hang is a failure.
+fn settle(q: &mut QueuePair) -> Vec<IoDone> {
+    let mut out = Vec::new();
+    let start = Instant::now();
+    while q.in_flight() > 0 {
+        if q.poll(&mut out) == 0 && q.wait(Duration::from_millis(100)).is_err() {
+            q.poll(&mut out);
+        }
+        assert!(
+            start.elapsed() < Duration::from_secs(20),
+            "{} hang",
+            q.in_flight()
+        );
+    }
+    let mut tags: Vec<u64> = out.iter().map(|d| d.tag).collect();
+    tags.sort_unstable();
+    tags.dedup();
+    assert_eq!(tags.len(), out.len(), "an I/O ended twice");
+    out
+}
+
+fn one(rig: &Rig, q: &mut QueuePair, io: Io) -> IoDone {
+    let mut io = io;
+    while let Err(error) = q.submit(&rig.ns, 1, io) {
+        // A reset may be under way.
+        assert!(matches!(error, SubmitError::Busy(_)), "{error}");
+        io = error.into_io();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    settle(q).pop().unwrap()
+}
+
+fn kind(done: &IoDone) -> IoErrorKind {
+    done.result.as_ref().unwrap_err().kind
+}
+
+#[test]
+fn do_not_retry_is_kept() {
+    let rig = rig();
+    let mut q = queue(&rig, |_| {});
+    rig.soft.faults().add(FaultRule::io(
+        IoOpcode::READ,
+        Fault::Status(Status::UNRECOVERED_READ.dnr()),
+    ));
+    let done = one(&rig, &mut q, read(5));
+    assert_eq!(
+        kind(&done),
+        IoErrorKind::Status(Status::UNRECOVERED_READ.dnr())
+    );
+    assert_eq!(rig.soft.faults().struck(), 1);
+    let text = done.result.unwrap_err().to_string();
+    assert!(
+        text.contains("READ sqid:1") && text.contains("lba:5 len:1"),
+        "{text}"
+    );
+    assert!(
+        text.contains("UNRECOVERED READ ERROR (02/81) dnr:1"),
+        "{text}"
+    );
+}
+
+#[test]
+fn retries_have_a_limit() {
+    let rig = rig();
+    let mut q = queue(&rig, |o| o.max_retries = 2);
+    rig.soft.faults().add(FaultRule::io(
+        IoOpcode::WRITE,
+        Fault::Status(Status::WRITE_FAULT),
+    ));
+    let done = one(&rig, &mut q, write(5, 1));
+    assert_eq!(kind(&done), IoErrorKind::Status(Status::WRITE_FAULT));
+    assert_eq!(rig.soft.faults().struck(), 3);
+    assert_eq!(done.result.unwrap_err().retries, 2);
+    rig.soft.faults().clear();
+    rig.soft
+        .faults()
+        .add(FaultRule::io(IoOpcode::WRITE, Fault::Status(Status::NAMESPACE_NOT_READY)).times(2));
+    assert!(one(&rig, &mut q, write(5, 2)).result.is_ok());
+    assert_eq!(q.stats().retries, 4);
+}
+
+#[test]
+fn faults_strike_only_what_they_name() {
+    let rig = rig();
+    let mut q = queue(&rig, |_| {});
+    let rule = FaultRule::any_io(Fault::Status(Status::INTERNAL.dnr()))
+        .namespace(1)
+        .blocks(10..20)
+        .after(1)
+        .times(1);
+    rig.soft.faults().add(rule);
+    let two = rig.controller.namespace(2).unwrap();
+    q.submit(&two, 1, read(15)).unwrap();
+    assert!(settle(&mut q)[0].result.is_ok());
+    assert!(one(&rig, &mut q, read(20)).result.is_ok());
+    assert!(one(&rig, &mut q, read(15)).result.is_ok());
+    assert!(one(&rig, &mut q, read(15)).result.is_err());
+    assert!(one(&rig, &mut q, read(15)).result.is_ok());
+}
+
+#[test]
+fn a_part_that_fails_fails_the_whole_once() {
+    let rig = rig();
+    let mut q = queue(&rig, |_| {});
+    rig.soft.faults().add(
+        FaultRule::io(
+            IoOpcode::READ,
+            Fault::Status(Status::UNRECOVERED_READ.dnr()),
+        )
+        .blocks(700..701),
+    );
+    let buf = DmaBuf::new(1 << 20).unwrap();
+    let done = one(&rig, &mut q, Io::Read { lba: 0, buf });
+    let error = done.result.unwrap_err();
+    assert!(error.command.lba() <= 700 && 700 < error.command.lba() + 256);
+    rig.soft.faults().clear();
+    assert!(one(&rig, &mut q, read(700)).result.is_ok());
+}
+
+#[test]
+fn a_delayed_command_is_aborted_and_sent_again() {
+    let rig = rig();
+    let mut q = queue(&rig, |_| {});
+    rig.soft
+        .faults()
+        .add(FaultRule::io(IoOpcode::READ, Fault::Delay(Duration::from_secs(60))).times(1));
+    assert!(one(&rig, &mut q, read(1)).result.is_ok());
+    let stats = q.stats();
+    assert_eq!((stats.timeouts, stats.resets), (1, 0), "{stats:?}");
+    rig.soft.faults().add(FaultRule::io(
+        IoOpcode::READ,
+        Fault::Delay(Duration::from_secs(60)),
+    ));
+    let mut q = queue(&rig, |o| o.max_retries = 0);
+    assert_eq!(kind(&one(&rig, &mut q, read(1))), IoErrorKind::Timeout);
+}
+
+#[test]
+fn a_lost_command_means_a_reset() {
+    for fault in [Fault::Drop, Fault::DropCompletion, Fault::WrongPhase] {
+        let rig = rig();
+        let mut q = queue(&rig, |_| {});
+        let mut bystander = queue(&rig, |_| {});
+        rig.soft
+            .faults()
+            .add(FaultRule::io(IoOpcode::WRITE, fault.clone()).times(1));
+        q.submit(&rig.ns, 1, write(9, 0xaa)).unwrap();
+        q.submit(&rig.ns, 2, read(1)).unwrap();
+        let done = settle(&mut q);
+        assert!(done.iter().all(|d| d.result.is_ok()), "{fault:?}: {done:?}");
+        assert!(q.stats().resets >= 1, "{fault:?}: {:?}", q.stats());
+        // The queue beside it goes on.
+        let done = one(&rig, &mut bystander, read(9));
+        let Io::Read { buf, .. } = done.io else {
+            panic!()
+        };
+        assert!(buf.iter().all(|b| *b == 0xaa));
+        let events = rig.controller.take_events();
+        assert!(
+            events
+                .iter()
+                .any(|e| matches!(e, ControllerEvent::Reset(_))),
+            "{events:?}"
+        );
+    }
+}
+
+#[test]
+fn impossible_completions_mean_a_reset_and_no_panic() {
+    let raws = [
+        [0, 0],
+        [u64::MAX, u64::MAX],
+        [0, 0xffff_0000_0001_0000 | 0xfff0_0000_0000],
+        [0, 0x0000_0003_0001_0000],
+    ];
+    let faults = raws.iter().map(|r| Fault::Raw(*r)).chain([Fault::WrongId]);
+    for fault in faults {
+        let rig = rig();
+        let mut q = queue(&rig, |_| {});
+        rig.soft
+            .faults()
+            .add(FaultRule::any_io(fault.clone()).times(1));
+        for tag in 0..8 {
+            q.submit(&rig.ns, tag, read(tag)).unwrap();
+        }
+        let done = settle(&mut q);
+        assert_eq!(done.len(), 8);
+        assert!(done.iter().all(|d| d.result.is_ok()), "{fault:?}: {done:?}");
+        assert_eq!(q.stats().resets, 1, "{fault:?}");
+    }
+}
+
+#[test]
+fn an_unknown_status_is_an_error() {
+    let rig = rig();
+    let mut q = queue(&rig, |o| o.max_retries = 1);
+    rig.soft
+        .faults()
+        .add(FaultRule::any_io(Fault::UnknownStatus));
+    let text = one(&rig, &mut q, read(1)).result.unwrap_err().to_string();
+    assert!(text.contains("UNKNOWN STATUS (03/ff)"), "{text}");
+}
+
+#[test]
+fn a_device_that_stays_broken_ends_every_io() {
+    let rig = rig();
+    let mut q = queue(&rig, |o| o.max_retries = 2);
+    rig.soft.faults().add(FaultRule::any_io(Fault::WrongId));
+    for tag in 0..8 {
+        q.submit(&rig.ns, tag, write(tag, 1)).unwrap();
+    }
+    let done = settle(&mut q);
+    assert_eq!(done.len(), 8);
+    assert!(done.iter().all(|d| kind(d) == IoErrorKind::Aborted));
+    rig.soft.faults().clear();
+    assert!(one(&rig, &mut q, read(1)).result.is_ok());
+}
+
+#[test]
+fn fatal_status_is_survived() {
+    let rig = rig();
+    let mut q = queue(&rig, |_| {});
+    rig.soft
+        .faults()
+        .add(FaultRule::any_io(Fault::Fatal).after(3).times(1));
+    for tag in 0..16 {
+        q.submit(&rig.ns, tag, write(tag, 7)).unwrap();
+    }
+    let done = settle(&mut q);
+    assert_eq!(done.len(), 16);
+    assert!(done.iter().all(|d| d.result.is_ok()), "{done:?}");
+    assert!(rig.controller.generation() > 1);
+}
+
+#[test]
+fn removal_ends_everything() {
+    for how in 0..3 {
+        let rig = rig();
+        let mut q = queue(&rig, |_| {});
+        let mut idle = queue(&rig, |_| {});
+        rig.soft
+            .faults()
+            .add(FaultRule::any_io(Fault::Drop).after(2));
+        for tag in 0..10 {
+            q.submit(&rig.ns, tag, read(tag)).unwrap();
+        }
+        let mut out = Vec::new();
+        q.poll(&mut out);
+        match how {
+            0 => rig.soft.unplug(),
+            1 => rig.soft.request_removal(),
+            _ => {
+                rig.soft.faults().clear();
+                rig.soft
+                    .faults()
+                    .add(FaultRule::any_io(Fault::Remove).times(1));
+                q.submit(&rig.ns, 99, read(0)).unwrap();
+            }
+        }
+        out.extend(settle(&mut q));
+        let removed = out
+            .iter()
+            .filter(|d| matches!(&d.result, Err(e) if e.kind == IoErrorKind::Removed))
+            .count();
+        assert!(removed >= 8, "{how}: {out:?}");
+        let refused = q.submit(&rig.ns, 1, read(0));
+        assert!(
+            matches!(refused, Err(SubmitError::Gone(_, IoErrorKind::Removed))),
+            "{refused:?}"
+        );
+        // A queue pair with nothing in flight notices, too.
+        let refused = idle.submit(&rig.ns, 1, read(0));
+        assert!(matches!(refused, Err(SubmitError::Gone(..))), "{refused:?}");
+        let error = rig.controller.smart_log().unwrap_err();
+        assert!(error.is_removed(), "{error}");
+        assert!(q.wait(Duration::from_secs(1)).is_err());
+    }
+}
+
+#[test]
+fn a_sleeper_is_woken_by_removal() {
+    let rig = rig();
+    let mut q = queue(&rig, |o| o.timeout = Duration::from_secs(60));
+    rig.soft.faults().add(FaultRule::any_io(Fault::Drop));
+    q.submit(&rig.ns, 1, read(0)).unwrap();
+    let soft = rig.soft.clone();
+    let start = Instant::now();
+    let thread = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        soft.unplug();
+    });
+    assert_eq!(kind(&settle(&mut q)[0]), IoErrorKind::Removed);
+    assert!(start.elapsed() < Duration::from_secs(5));
+    thread.join().unwrap();
+}
+
+/// An admin command ends with an error when a reset comes over it; then it is sent again.
+fn smart_log_again(rig: &Rig) {
+    for _ in 0..5 {
+        match rig.controller.smart_log() {
+            Ok(_) => return,
+            Err(NvmeError::Unfinished { .. }) => {}
+            Err(other) => panic!("{other}"),
+        }
+    }
+    panic!("no SMART log after five attempts");
+}
+
+#[test]
+fn admin_faults() {
+    let rig = rig();
+    rig.soft.faults().add(
+        FaultRule::admin(
+            AdminOpcode::GET_LOG_PAGE,
+            Fault::Status(Status::INVALID_LOG_PAGE.dnr()),
+        )
+        .times(1),
+    );
+    let error = rig.controller.smart_log().unwrap_err();
+    assert_eq!(
+        error.status().map(Status::code),
+        Some(Status::INVALID_LOG_PAGE)
+    );
+    // No completion: the controller is reset and serves again.
+    rig.soft
+        .faults()
+        .add(FaultRule::admin(AdminOpcode::GET_LOG_PAGE, Fault::Drop).times(1));
+    let error = rig.controller.smart_log().unwrap_err();
+    assert!(matches!(error, NvmeError::Unfinished { .. }), "{error}");
+    smart_log_again(&rig);
+    let mut q = queue(&rig, |_| {});
+    assert!(one(&rig, &mut q, read(3)).result.is_ok());
+    // A wrong identifier: the same.
+    rig.soft
+        .faults()
+        .add(FaultRule::admin(AdminOpcode::GET_LOG_PAGE, Fault::WrongId).times(1));
+    assert!(rig.controller.smart_log().is_err());
+    smart_log_again(&rig);
+}
+
+#[test]
+fn a_reset_that_fails_gives_the_controller_up() {
+    let rig = rig_with(|_, options| options.admin_timeout = Duration::from_millis(200));
+    let mut q = queue(&rig, |_| {});
+    rig.soft.faults().add(FaultRule::any_io(Fault::Drop));
+    rig.soft
+        .faults()
+        .add(FaultRule::admin(AdminOpcode::IDENTIFY, Fault::Drop));
+    for tag in 0..4 {
+        q.submit(&rig.ns, tag, read(tag)).unwrap();
+    }
+    let done = settle(&mut q);
+    assert_eq!(done.len(), 4);
+    assert!(
+        done.iter()
+            .all(|d| kind(d) == IoErrorKind::ControllerFailed),
+        "{done:?}"
+    );
+    let error = rig.controller.reset().unwrap_err().to_string();
+    assert!(error.contains("IDENTIFY"), "{error}");
+}
+
+#[test]
+fn bring_up_is_bounded() {
+    let mut config = SoftConfig::new(vec![disk()]);
+    config.timeout_500ms = 1;
+    config.ready_delay = Duration::from_secs(30);
+    let soft = SoftController::new(config).unwrap();
+    let start = Instant::now();
+    let error = Controller::new(soft.transport(), ControllerOptions::default()).unwrap_err();
+    assert!(matches!(error, NvmeError::NotReady { .. }), "{error}");
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn events_reach_the_caller() {
+    fn until(rig: &Rig, what: &str, seen: impl Fn(&ControllerEvent) -> bool) {
+        let start = Instant::now();
+        let mut all = Vec::new();
+        loop {
+            all.extend(rig.controller.take_events());
+            if all.iter().any(&seen) {
+                return;
+            }
+            assert!(start.elapsed() < Duration::from_secs(10), "{what}: {all:?}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+    let rig = rig();
+    for _ in 0..6 {
+        // More often than there are requests outstanding: each is armed again.
+        rig.soft
+            .report(AsyncEvent::new(AsyncEventType::HEALTH, 1, 2));
+        until(
+            &rig,
+            "health",
+            |e| matches!(e, ControllerEvent::Async(a) if a.kind() == AsyncEventType::HEALTH),
+        );
+    }
+    rig.soft.add_namespace(disk());
+    until(&rig, "namespace", |e| {
+        matches!(e, ControllerEvent::NamespacesChanged)
+    });
+    let three = rig.controller.namespace(3).unwrap();
+    let mut q = queue(&rig, |_| {});
+    q.submit(&three, 1, read(0)).unwrap();
+    assert!(settle(&mut q)[0].result.is_ok());
+    rig.soft.bus_error("a made-up bus error");
+    until(
+        &rig,
+        "reset",
+        |e| matches!(e, ControllerEvent::Reset(r) if r.contains("made-up")),
+    );
+}
+
+/// What was flushed or written with FUA is there after a power cut; what was only in the cache
+/// is there or not, block by block, as the medium pleases.
+#[test]
+fn power_cut_loses_exactly_the_cache() {
+    let rig = rig_with(|config, _| config.write_cache = true);
+    assert!(rig.ns.write_cache());
+    let mut q = queue(&rig, |_| {});
+    assert!(one(&rig, &mut q, write(1, 1)).result.is_ok());
+    assert!(one(&rig, &mut q, Io::Flush).result.is_ok());
+    assert!(one(&rig, &mut q, write(2, 2)).result.is_ok());
+    assert!(one(&rig, &mut q, write(3, 3)).result.is_ok());
+    assert!(one(&rig, &mut q, write(1, 9)).result.is_ok());
+    let mut data = DmaBuf::new(512).unwrap();
+    data.fill(4);
+    let fua = Io::Write {
+        lba: 4,
+        data: data.freeze(),
+        fua: true,
+    };
+    assert!(one(&rig, &mut q, fua).result.is_ok());
+    let media = rig.soft.power_cut(|nsid, lba| (nsid, lba) == (1, 3));
+    drop(q);
+    drop(rig);
+    let soft = SoftController::new(SoftConfig::new(media)).unwrap();
+    let controller = Controller::new(soft.transport(), ControllerOptions::default()).unwrap();
+    let ns = controller.namespace(1).unwrap();
+    let rig = Rig {
+        soft,
+        controller,
+        ns,
+    };
+    let mut q = queue(&rig, |_| {});
+    for (lba, want) in [(1, 1), (2, 0), (3, 3), (4, 4)] {
+        let Io::Read { buf, .. } = one(&rig, &mut q, read(lba)).io else {
+            panic!()
+        };
+        assert!(buf.iter().all(|b| *b == want), "block {lba}: {}", buf[0]);
+    }
+}
+
+/// Stale identifiers: a command that was aborted and completed late must not complete its
+/// successor in the slot.
+#[test]
+fn a_stale_completion_is_recognised() {
+    let rig = rig();
+    let mut q = queue(&rig, |o| o.max_retries = 8);
+    // Identifiers of the first use of each slot.
+    for tag in 0..16 {
+        q.submit(&rig.ns, tag, read(tag)).unwrap();
+    }
+    settle(&mut q);
+    let stale = [0u64, 1 << 16];
+    rig.soft
+        .faults()
+        .add(FaultRule::any_io(Fault::Raw(stale)).times(1));
+    let done = one(&rig, &mut q, read(0));
+    assert!(done.result.is_ok());
+    assert_eq!(q.stats().resets, 1, "a stale completion went unnoticed");
+}
+
+#[test]
+fn resets_storm_while_threads_work() {
+    let rig = rig();
+    let rig = &rig;
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..2u64)
+            .map(|t| {
+                scope.spawn(move || {
+                    let mut q = queue(rig, |o| {
+                        o.max_retries = 100;
+                        o.timeout = Duration::from_secs(10);
+                    });
+                    for round in 0..60u64 {
+                        let mut sent = 0;
+                        for n in 0..16 {
+                            let io = write(1000 * t + n, u8::try_from(round).unwrap());
+                            match q.submit(&rig.ns, n, io) {
+                                Ok(()) => sent += 1,
+                                Err(SubmitError::Busy(_)) => {}
+                                Err(other) => panic!("{other}"),
+                            }
+                        }
+                        let done = settle(&mut q);
+                        assert_eq!(done.len(), sent);
+                        assert!(done.iter().all(|d| d.result.is_ok()), "{done:?}");
+                    }
+                })
+            })
+            .collect();
+        while workers.iter().any(|w| !w.is_finished()) {
+            rig.controller.reset().unwrap();
+        }
+    });
+}
+
+#[test]
+fn format_changes_the_block_size() {
+    let rig = rig();
+    let format = pumice_nvme::spec::FormatNvm {
+        lbaf: 1,
+        secure_erase: 0,
+    };
+    rig.controller.format(1, format).unwrap();
+    let ns = rig.controller.namespace(1).unwrap();
+    assert_eq!((ns.block_size(), ns.num_blocks()), (4096, 1024));
+    let error = rig
+        .controller
+        .format(
+            1,
+            pumice_nvme::spec::FormatNvm {
+                lbaf: 9,
+                secure_erase: 0,
+            },
+        )
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("formats 0 to 1"), "{error}");
+}
