@@ -60,6 +60,9 @@ impl State {
         if self.unloaded {
             return Err(Error::Unloaded);
         }
+        if self.read_only {
+            return Err(Error::ReadOnlyStore);
+        }
         match &self.stopped {
             Some(reason) => Err(Error::Stopped(reason.clone())),
             None => Ok(Change::default()),

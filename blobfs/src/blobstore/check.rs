@@ -102,8 +102,12 @@ pub fn check(dev: &Arc<dyn BlockDevice>) -> Result<Report, Error> {
     };
     let sb = SuperBlock::decode(page).map_err(super_error)?;
     let geo = Geometry::new(&sb, info)?;
-    let found = scan(&mut io, &geo, &Roots::Scan)?;
     let masks = Masks::read(&mut io, &geo, &sb)?;
+    let listed = masks
+        .as_ref()
+        .filter(|_| sb.is_clean())
+        .map(|masks| &masks.blobids[..]);
+    let found = scan(&mut io, &geo, &Roots::Scan(listed))?;
     let mut report = Report {
         blobs: found.blobs.len() as u64,
         total_clusters: geo.total_clusters.into(),

@@ -113,6 +113,9 @@ pub enum Error {
     /// takes no more changes; reading goes on. Load it again to go on from what the device holds.
     #[error("the store stopped taking changes after an error: {0}; load it again")]
     Stopped(String),
+    /// The store was loaded read-only.
+    #[error("the blobstore was loaded read-only")]
+    ReadOnlyStore,
     /// The store was unloaded.
     #[error("the blobstore is unloaded")]
     Unloaded,

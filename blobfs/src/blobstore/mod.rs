@@ -14,6 +14,7 @@ mod blob;
 mod change;
 mod channels;
 pub mod check;
+pub mod dump;
 mod error;
 mod extents;
 mod external;

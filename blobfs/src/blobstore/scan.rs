@@ -27,8 +27,8 @@ const CLAIMS_PER_CLUSTER: u64 = 4;
 
 /// Which pages are roots.
 pub(crate) enum Roots<'a> {
-    /// Those that a scan of all pages shows to be.
-    Scan,
+    /// Those that a scan of all pages shows to be, and those of a mask, if there is one to be believed.
+    Scan(Option<&'a [u64]>),
     /// Those of a mask.
     Mask(&'a [u64]),
 }
@@ -103,8 +103,10 @@ impl Scan {
     ) -> Result<Vec<(BlobRecord, Vec<u32>)>, Error> {
         let mut found: Vec<(Partial, Option<u32>)> = Vec::new();
         let listed = |index: u32| match roots {
-            Roots::Scan => true,
-            Roots::Mask(words) => words[index as usize / 64] >> (index % 64) & 1 != 0,
+            Roots::Scan(None) => false,
+            Roots::Scan(Some(words)) | Roots::Mask(words) => {
+                words[index as usize / 64] >> (index % 64) & 1 != 0
+            }
         };
         let step = READ_PAGES as usize;
         let mut all = (0..geo.md_len)
@@ -112,19 +114,18 @@ impl Scan {
             .map(|start| start..geo.md_len.min(start.saturating_add(READ_PAGES)));
         let mut some;
         let first: &mut dyn Iterator<Item = Range<u32>> = match roots {
-            Roots::Scan => &mut all,
+            Roots::Scan(_) => &mut all,
             Roots::Mask(words) => {
                 some = ranges(iter_words(words));
                 &mut some
             }
         };
         read_pages(io, geo, first, |index, page| {
-            if !listed(index) {
-                return;
-            }
             let id = BlobId::from_page(index);
-            if matches!(roots, Roots::Scan) {
-                let Ok(page) = page else { return };
+            if !listed(index) {
+                let (Roots::Scan(_), Ok(page)) = (roots, &page) else {
+                    return;
+                };
                 let header = PageHeader::read(page);
                 if header.id != id || header.sequence != 0 || stored_crc(page) != page_crc(page) {
                     return;

@@ -40,6 +40,8 @@ pub(crate) struct State {
     /// The super block on disk says clean = 0.
     pub dirty: bool,
     pub unloaded: bool,
+    /// No change is taken.
+    pub read_only: bool,
     /// Why no more changes are taken.
     pub stopped: Option<String>,
     pub pages: Bitmap,

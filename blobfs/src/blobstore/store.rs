@@ -189,34 +189,36 @@ impl Blobstore {
             });
         }
         let geo = Geometry::new(&sb, info)?;
-        let masks = if sb.is_clean() && !by_scan {
+        let masks = if sb.is_clean() {
             Masks::read(&mut io, &geo, &sb)?
         } else {
             None
         };
-        let mut scan = match &masks {
-            Some(masks) => scan(&mut io, &geo, &Roots::Mask(&masks.blobids))?,
-            None => {
-                tracing::info!(
-                    device = info.name,
-                    "not unloaded in order: scanning the metadata"
-                );
-                scan(&mut io, &geo, &Roots::Scan)?
-            }
+        let blobids = masks.as_ref().map(|masks| &masks.blobids[..]);
+        let roots = match blobids {
+            Some(blobids) if !by_scan => Roots::Mask(blobids),
+            // A root that a valid mask names and that is damaged is not to be forgotten.
+            blobids => Roots::Scan(blobids),
         };
-        if let Some(masks) = &masks {
-            scan.trust(masks);
-        } else if !scan.damaged.is_empty()
-            && let Some(masks) = Masks::read(&mut io, &geo, &sb)?
-        {
-            // What the damaged blobs hold is not known; older masks know some of it.
-            scan.clusters.merge(masks.clusters.words());
+        if let Roots::Scan(_) = roots {
+            tracing::info!(device = info.name, "scanning all metadata");
+        }
+        let mut scan = scan(&mut io, &geo, &roots)?;
+        match (&roots, &masks) {
+            (Roots::Mask(_), Some(masks)) => scan.trust(masks),
+            _ if scan.damaged.is_empty() => {}
+            // What the damaged blobs hold is not known; masks, even old ones, know some of it.
+            _ => {
+                let masks = Masks::read(&mut io, &geo, &sb)?;
+                scan.clusters
+                    .merge(masks.as_ref().map_or(&[], |masks| masks.clusters.words()));
+            }
         }
         let dirty = !sb.is_clean() || by_scan;
         let store =
             Blobstore::with_state(dev, io, sb, geo, scan, dirty, opts.open_external.clone());
         if opts.read_only {
-            store.inner.state.lock().stopped = Some("the store was loaded read-only".to_owned());
+            store.inner.state.lock().read_only = true;
         } else {
             store.inner.state.lock().mend()?;
         }
@@ -249,6 +251,7 @@ impl Blobstore {
             io,
             dirty,
             unloaded: false,
+            read_only: false,
             stopped: None,
             pages: scan.pages,
             clusters: scan.clusters,
@@ -298,7 +301,7 @@ impl Blobstore {
                 slot.meta.id
             )));
         }
-        if state.dirty && state.stopped.is_none() {
+        if state.dirty && state.stopped.is_none() && !state.read_only {
             state.write_masks()?;
         }
         state.unloaded = true;

@@ -16,8 +16,9 @@ pub use blob::{
 pub use id::{BlobId, ParseBlobIdError};
 pub use mask::{MASK_HEADER_LEN, MaskError, MaskKind, decode_mask, encode_mask, mask_pages};
 pub use page::{
-    Descriptor, Descriptors, ExtentPage, PageError, PageHeader, PageProblem, decode_extent_page,
-    encode_extent_page,
+    Descriptor, Descriptors, ExtentPage, PageError, PageHeader, PageProblem, TYPE_EXTENT_PAGE,
+    TYPE_EXTENT_RLE, TYPE_EXTENT_TABLE, TYPE_FLAGS, TYPE_PADDING, TYPE_XATTR, TYPE_XATTR_INTERNAL,
+    decode_extent_page, encode_extent_page,
 };
 pub use super_block::{BsType, RawSuperBlock, SuperBlock, SuperBlockError};
 

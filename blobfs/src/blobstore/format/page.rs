@@ -8,13 +8,20 @@ use super::{
     stored_crc,
 };
 
-pub(super) const TYPE_PADDING: u8 = 0;
-pub(super) const TYPE_EXTENT_RLE: u8 = 1;
-pub(super) const TYPE_XATTR: u8 = 2;
-pub(super) const TYPE_FLAGS: u8 = 3;
-pub(super) const TYPE_XATTR_INTERNAL: u8 = 4;
-pub(super) const TYPE_EXTENT_TABLE: u8 = 5;
-pub(super) const TYPE_EXTENT_PAGE: u8 = 6;
+/// Type byte of a descriptor: nothing; with length 0 the end of the page.
+pub const TYPE_PADDING: u8 = 0;
+/// Type byte of a descriptor: run-length extents.
+pub const TYPE_EXTENT_RLE: u8 = 1;
+/// Type byte of a descriptor: an xattr.
+pub const TYPE_XATTR: u8 = 2;
+/// Type byte of a descriptor: the flags.
+pub const TYPE_FLAGS: u8 = 3;
+/// Type byte of a descriptor: an internal xattr.
+pub const TYPE_XATTR_INTERNAL: u8 = 4;
+/// Type byte of a descriptor: an extent table.
+pub const TYPE_EXTENT_TABLE: u8 = 5;
+/// Type byte of a descriptor: the clusters of an extent page.
+pub const TYPE_EXTENT_PAGE: u8 = 6;
 
 /// Offset of the descriptors in a page.
 pub(super) const DESCRIPTORS_AT: usize = 16;

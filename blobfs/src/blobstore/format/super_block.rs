@@ -13,7 +13,7 @@ const SIGNATURE: [u8; 8] = *b"SPDKBLOB";
 const VERSION: u32 = 3;
 
 /// The super block as it lies on disk. Positions and lengths are in pages of 4096 bytes.
-#[derive(Clone, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[derive(Debug, Clone, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 #[expect(
     missing_docs,

@@ -1,0 +1,190 @@
+//! What lies on a device, page by page, for people who look into a store. Nothing is taken for granted and
+//! nothing is written.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use pumice_bdev::{BlockDevice, DmaBuf, Op};
+use zerocopy::FromBytes;
+
+use super::alloc::iter_words;
+use super::error::Error;
+use super::format::{
+    MaskKind, PAGE_SIZE, PAGE_SIZE_U64, Page, RawSuperBlock, SuperBlock, decode_mask, mask_pages,
+};
+use super::geometry::Geometry;
+use super::mdio::MdIo;
+
+/// Pages read at once.
+const READ_PAGES: u32 = 256;
+
+/// A look at a device.
+#[derive(Debug)]
+pub struct Dump {
+    io: MdIo,
+    raw: Box<RawSuperBlock>,
+    geo: Result<Geometry, String>,
+}
+
+/// A mask as it lies on disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MaskDump {
+    /// "metadata pages", "clusters" or "blob ids".
+    pub name: &'static str,
+    /// First page on the device.
+    pub start: u32,
+    /// Pages.
+    pub len: u32,
+    /// The bits that are set, as ranges; or why this is no mask.
+    pub used: Result<Vec<Range<u32>>, String>,
+}
+
+impl Dump {
+    /// Reads the super block.
+    ///
+    /// # Errors
+    /// The device cannot be read, or has not even a page.
+    pub fn open(dev: &Arc<dyn BlockDevice>) -> Result<Dump, Error> {
+        let info = dev.info();
+        let mut io = MdIo::new(dev)?;
+        if info.len_bytes() < PAGE_SIZE_U64 {
+            let reason = format!(
+                "a device of {} bytes is too small for a blobstore",
+                info.len_bytes()
+            );
+            return Err(Error::Geometry {
+                device: info.name.clone(),
+                reason,
+            });
+        }
+        let buf = io.read(0, PAGE_SIZE.max(info.block_size as usize))?;
+        let page: &Page = buf[..PAGE_SIZE].try_into().expect("a page");
+        let raw = Box::new(RawSuperBlock::read_from_bytes(page).expect("sizes are equal"));
+        let geo = SuperBlock::decode(page).map_err(|error| error.to_string());
+        let geo = geo.and_then(|sb| Geometry::new(&sb, info).map_err(|error| error.to_string()));
+        Ok(Dump { io, raw, geo })
+    }
+
+    /// The super block, right or wrong.
+    #[must_use]
+    pub fn super_block(&self) -> &RawSuperBlock {
+        &self.raw
+    }
+
+    /// Why the super block cannot be used. Then there are no masks and no pages to see.
+    #[must_use]
+    pub fn problem(&self) -> Option<&str> {
+        self.geo.as_ref().err().map(String::as_str)
+    }
+
+    /// The masks; none if the super block cannot be used.
+    ///
+    /// # Errors
+    /// The device cannot be read.
+    pub fn masks(&mut self) -> Result<Vec<MaskDump>, Error> {
+        let Ok(geo) = self.geo.clone() else {
+            return Ok(Vec::new());
+        };
+        let raw = &self.raw;
+        let places = [
+            (
+                "metadata pages",
+                MaskKind::Pages,
+                raw.used_page_mask_start.get(),
+                raw.used_page_mask_len.get(),
+            ),
+            (
+                "clusters",
+                MaskKind::Clusters,
+                raw.used_cluster_mask_start.get(),
+                raw.used_cluster_mask_len.get(),
+            ),
+            (
+                "blob ids",
+                MaskKind::BlobIds,
+                raw.used_blobid_mask_start.get(),
+                raw.used_blobid_mask_len.get(),
+            ),
+        ];
+        let mut masks = Vec::new();
+        for (name, kind, start, len) in places {
+            let bits = if kind == MaskKind::Clusters {
+                geo.total_clusters
+            } else {
+                geo.md_len
+            };
+            let mut bytes = Vec::new();
+            let needed = mask_pages(bits.into()).min(len.into());
+            for page in 0..needed {
+                bytes.extend_from_slice(
+                    &self
+                        .io
+                        .read(geo.page_lba(u64::from(start) + page), PAGE_SIZE)?,
+                );
+            }
+            let used = if len == 0 {
+                Err("absent".to_owned())
+            } else {
+                Ok(())
+            };
+            let used = used
+                .and_then(|()| decode_mask(&bytes, kind, bits).map_err(|error| error.to_string()));
+            masks.push(MaskDump {
+                name,
+                start,
+                len,
+                used: used.map(|words| to_ranges(iter_words(&words))),
+            });
+        }
+        Ok(masks)
+    }
+
+    /// Hands every metadata page that is not all zero to `page`, with its index.
+    ///
+    /// # Errors
+    /// The device cannot be read.
+    pub fn pages(&mut self, mut page: impl FnMut(u32, &Page)) -> Result<(), Error> {
+        let Ok(geo) = self.geo.clone() else {
+            return Ok(());
+        };
+        let per_read = u32::try_from(self.io.max_io_blocks() * geo.block_size / PAGE_SIZE_U64)
+            .unwrap_or(READ_PAGES);
+        let step = per_read.clamp(1, READ_PAGES);
+        let mut first = 0;
+        while first < geo.md_len {
+            let count = step.min(geo.md_len - first);
+            let buf = DmaBuf::new(count as usize * PAGE_SIZE)?;
+            self.io.stream(
+                [Ok(Op::Read {
+                    lba: geo.md_lba(first),
+                    buf,
+                })],
+                |op, result| {
+                    result?;
+                    if let Op::Read { buf, .. } = op {
+                        for (bytes, index) in buf.chunks_exact(PAGE_SIZE).zip(first..) {
+                            if bytes.iter().any(|byte| *byte != 0) {
+                                page(index, bytes.try_into().expect("a page"));
+                            }
+                        }
+                    }
+                    Ok(())
+                },
+            )?;
+            first += count;
+        }
+        Ok(())
+    }
+}
+
+/// Sorted numbers as ranges.
+fn to_ranges(numbers: impl Iterator<Item = u32>) -> Vec<Range<u32>> {
+    let mut ranges: Vec<Range<u32>> = Vec::new();
+    for number in numbers {
+        match ranges.last_mut() {
+            Some(range) if range.end == number => range.end += 1,
+            _ => ranges.push(number..number + 1),
+        }
+    }
+    ranges
+}

@@ -1,0 +1,78 @@
+//! A first look at the blobstore: make a store, create a blob, give it a size, write, read back, delete.
+//!
+//! ```text
+//! cargo run --example hello_blob                                   # on 64 MiB of memory
+//! cargo run --example hello_blob -- 'file:///tmp/hello.img?size=64M&create=1'
+//! ```
+//! It overwrites whatever the device holds.
+
+use pumice_bdev::DmaBuf;
+use pumice_blobfs::blobstore::{Blobstore, CreateOptions, InitOptions};
+
+fn main() {
+    if let Err(error) = hello() {
+        eprintln!("hello_blob: {error}");
+        std::process::exit(1);
+    }
+}
+
+fn hello() -> Result<(), Box<dyn std::error::Error>> {
+    println!("entry");
+    let uri = std::env::args()
+        .nth(1)
+        .unwrap_or_else(|| "malloc://64M?block_size=4096".to_owned());
+    let dev = pumice_bdev::open(&uri)?;
+    println!(
+        "device: {} ({}, blocks of {} bytes)",
+        dev.info().name,
+        dev.info().product,
+        dev.info().block_size
+    );
+
+    // The store takes the whole device.
+    let store = Blobstore::init(dev, &InitOptions::default())?;
+    println!("init complete: clusters of {} bytes", store.cluster_size());
+
+    let id = store.create(&CreateOptions::default())?;
+    println!("blob created: id {id}");
+
+    let blob = store.open(id)?;
+    println!(
+        "blob open: the store has {} free clusters",
+        store.free_clusters()
+    );
+
+    // A new blob has no clusters; this one gets all that there are.
+    blob.resize(store.free_clusters())?;
+    println!(
+        "resized: the blob has {} used clusters",
+        blob.num_clusters()
+    );
+
+    blob.sync_md()?;
+    println!("sync complete");
+
+    // I/O goes through memory that the device can reach, in io units.
+    let unit = usize::try_from(store.io_unit_size())?;
+    let mut data = DmaBuf::new(unit)?;
+    data.fill(0x5a);
+    blob.write_at(0, data.freeze(), true)?;
+    println!("write complete: {unit} bytes");
+
+    let read = blob.read_at(0, DmaBuf::new(unit)?)?;
+    println!("read complete");
+    if read.iter().any(|byte| *byte != 0x5a) {
+        return Err("the data read is not the data written".into());
+    }
+    println!("read SUCCESS and data matches!");
+
+    // A blob is deleted when nobody has it open.
+    drop(blob);
+    store.delete(id)?;
+    println!("delete complete");
+
+    store.unload()?;
+    println!("unload complete");
+    println!("SUCCESS!");
+    Ok(())
+}

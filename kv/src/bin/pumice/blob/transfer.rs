@@ -1,0 +1,118 @@
+//! `pumice blob import` and `export`: contents of blobs from and to files.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::Path;
+
+use pumice_bdev::DmaBuf;
+use pumice_blobfs::blobstore::{BlobId, Blobstore, CreateOptions};
+
+use super::{BlobArgs, Result, with_store};
+
+/// Writes a file into a blob, `new` for a new one.
+pub fn import(
+    args: &BlobArgs,
+    uri: &str,
+    id: &str,
+    file: &Path,
+    thin: bool,
+    print_id: impl Fn(BlobId) -> io::Result<()>,
+) -> Result<()> {
+    let mut input: Box<dyn Read> = if file == Path::new("-") {
+        Box::new(io::stdin().lock())
+    } else {
+        Box::new(File::open(file).map_err(|error| format!("{}: {error}", file.display()))?)
+    };
+    let existing: Option<BlobId> = if id == "new" { None } else { Some(id.parse()?) };
+    let id = with_store(args, uri, |store| {
+        let id = match existing {
+            Some(id) => id,
+            None => store.create(&CreateOptions {
+                thin,
+                ..CreateOptions::default()
+            })?,
+        };
+        let result = fill(store, id, &mut *input, existing.is_none());
+        if result.is_err() && existing.is_none() {
+            store.delete(id)?;
+        }
+        result.map(|()| id)
+    })?;
+    if existing.is_none() {
+        print_id(id)?;
+    }
+    Ok(())
+}
+
+/// Writes what can be read into a blob, cluster by cluster; a new blob grows with it.
+fn fill(store: &Blobstore, id: BlobId, input: &mut dyn Read, grow: bool) -> Result<()> {
+    let blob = store.open(id)?;
+    let size = usize::try_from(store.cluster_size())?;
+    let mut offset = 0;
+    loop {
+        let mut buf = DmaBuf::zeroed(size)?;
+        let mut len = 0;
+        while len < size {
+            match input.read(&mut buf[len..])? {
+                0 => break,
+                n => len += n,
+            }
+        }
+        if len == 0 {
+            break;
+        }
+        if offset == blob.len_bytes() {
+            if !grow {
+                return Err(format!(
+                    "the file is longer than blob {id} ({} bytes); resize it first",
+                    blob.len_bytes()
+                )
+                .into());
+            }
+            // A few clusters at a time: each resize writes the metadata.
+            blob.resize((blob.num_clusters() * 2).max(1))
+                .or_else(|_| blob.resize(blob.num_clusters() + 1))?;
+        }
+        let zero = buf[..len].iter().all(|byte| *byte == 0);
+        if zero && blob.is_thin() {
+            blob.write_zeroes_at(offset, store.cluster_size())?;
+        } else {
+            // What lies in the last cluster behind the end of the file stays as it is.
+            let block = usize::try_from(store.device().info().block_size)?;
+            let whole = len.div_ceil(block) * block;
+            if whole != len && !grow {
+                let tail = offset + (whole - block) as u64;
+                let old = blob.read_at(tail, DmaBuf::new(block)?)?;
+                let keep = len - (whole - block);
+                buf[len..whole].copy_from_slice(&old[keep..]);
+            }
+            blob.write_at(offset, buf.freeze().slice(0..whole), false)?;
+        }
+        offset += size as u64;
+        if len < size {
+            break;
+        }
+    }
+    if grow {
+        blob.resize(offset / store.cluster_size())?;
+    }
+    store.flush()?;
+    Ok(())
+}
+
+/// Writes the whole content of a blob into a file.
+pub fn export(store: &Blobstore, id: BlobId, file: &Path) -> Result<()> {
+    let blob = store.open(id)?;
+    let mut out: Box<dyn Write> = if file == Path::new("-") {
+        Box::new(io::stdout().lock())
+    } else {
+        Box::new(File::create(file).map_err(|error| format!("{}: {error}", file.display()))?)
+    };
+    let mut buf = DmaBuf::new(usize::try_from(store.cluster_size())?)?;
+    for index in 0..blob.num_clusters() {
+        buf = blob.read_at(index * store.cluster_size(), buf)?;
+        out.write_all(&buf)?;
+    }
+    out.flush()?;
+    Ok(())
+}
