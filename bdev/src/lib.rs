@@ -15,6 +15,7 @@ pub mod logging;
 pub mod malloc;
 pub mod metrics;
 pub mod null;
+pub mod nvme;
 mod op;
 pub mod passthru;
 mod pollfd;

@@ -178,12 +178,18 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 /// | `file:///path?size=4G&block_size=512&create=1` | an image file, block device or loop device |
 /// | `malloc://1G?block_size=4096` | memory of this process |
 /// | `null://1T` | nothing: writes vanish, reads give whatever the buffer held |
+/// | `nvme://0000:5e:00.0/1` | namespace 1 of a PCIe function, through VFIO or uio |
+/// | `vfio-user:///path/to/socket` | a controller in another process |
+/// | `soft://memory?size=1G` | a controller in this process, over memory, nothing or a file |
 ///
 /// A plain path (`/dev/loop0`, `./image`) is a file.
 ///
 /// # Errors
 /// A URI that says nothing we know, and whatever the module says.
 pub fn open(uri: &str) -> Result<Arc<dyn BlockDevice>, BdevError> {
+    if let Some(("nvme" | "vfio-user" | "soft", _)) = uri.split_once("://") {
+        return crate::nvme::open_uri(uri);
+    }
     let mut uri = Uri::parse(uri)?;
     match uri.scheme {
         "malloc" => crate::malloc::open_uri(&mut uri),

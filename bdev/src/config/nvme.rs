@@ -1,50 +1,204 @@
 //! Methods of NVMe controllers.
 
+use std::sync::{Arc, Weak};
+use std::thread;
 use std::time::Duration;
 
+use pumice_nvme::controller::Phase;
 use serde_json::{Value, json};
 
 use super::app::App;
 use super::json::{MethodError, Params};
-use crate::registry::TimeoutAction;
+use crate::BlockDevice;
+use crate::registry::{Registry, TimeoutAction};
 
 type Answer = Result<Value, MethodError>;
+
+/// How often a controller without I/O is asked whether it is still there.
+const WATCH_EVERY: Duration = Duration::from_millis(250);
 
 /// An attached controller.
 #[derive(Debug)]
 pub(crate) struct Controller {
-    pub(crate) traddr: String,
+    trtype: String,
+    traddr: String,
+    bdevs: Vec<String>,
+    controller: Weak<pumice_nvme::Controller>,
 }
 
-pub(super) fn attach_controller(_: &App, params: &mut Params<'_>) -> Answer {
-    let _ = params.string("name")?;
-    Err(MethodError::new(
-        -i64::from(libc::ENOTSUP),
-        "no NVMe driver",
-    ))
+/// The URI of a transport address.
+fn uri_of(params: &Params<'_>, trtype: &str, traddr: &str) -> Result<String, MethodError> {
+    match trtype.to_ascii_lowercase().as_str() {
+        "pcie" => Ok(format!("nvme://{traddr}")),
+        "vfiouser" | "vfio-user" => Ok(format!("vfio-user://{traddr}")),
+        // In this process, for trying things out: `memory`, `null` or a path, with options.
+        "soft" => Ok(format!("soft://{traddr}")),
+        "tcp" | "rdma" | "fc" => {
+            let reason = format!("`{trtype}`: no NVMe over fabrics here; PCIe and VFIOUSER");
+            Err(params.error("trtype", reason))
+        }
+        _ => Err(params.error("trtype", format!("`{trtype}`: one of PCIe, VFIOUSER, SOFT"))),
+    }
+}
+
+pub(super) fn attach_controller(app: &App, params: &mut Params<'_>) -> Answer {
+    let name = params.string("name")?;
+    let trtype = params.string("trtype")?;
+    let traddr = params.string("traddr")?;
+    // Of fabrics, and of SPDK's pools: nothing here depends on them.
+    params.ignore(&[
+        "adrfam",
+        "trsvcid",
+        "priority",
+        "subnqn",
+        "hostnqn",
+        "hostaddr",
+        "hostsvcid",
+        "hdgst",
+        "ddgst",
+        "fabrics_connect_timeout_us",
+        "multipath",
+        "num_io_queues",
+        "ctrlr_loss_timeout_sec",
+        "reconnect_delay_sec",
+        "fast_io_fail_timeout_sec",
+        "psk",
+        "max_bdevs",
+        "dhchap_key",
+        "dhchap_ctrlr_key",
+        "allow_unrecognized_csi",
+    ]);
+    for key in ["prchk_reftag", "prchk_guard"] {
+        params.neutral(
+            key,
+            &["false"],
+            "namespaces with protection information are refused",
+        )?;
+    }
+    params.finish()?;
+    if app.state.lock().controllers.contains_key(&name) {
+        return Err(crate::BdevError::Exists { name }.into());
+    }
+    let uri = uri_of(params, &trtype, &traddr)?;
+    let (controller, devices) = crate::nvme::attach(&name, &uri)?;
+    let mut names: Vec<String> = Vec::new();
+    for device in devices {
+        match app.registry.register(device, Vec::new()) {
+            Ok(bdev) => names.push(bdev.info().name.clone()),
+            Err(e) => {
+                for name in names {
+                    let _ = app.registry.remove(&name);
+                }
+                return Err(e.into());
+            }
+        }
+    }
+    watch(
+        app.registry.clone(),
+        Arc::downgrade(&controller),
+        names.clone(),
+    );
+    let attached = Controller {
+        trtype,
+        traddr,
+        bdevs: names.clone(),
+        controller: Arc::downgrade(&controller),
+    };
+    app.state.lock().controllers.insert(name, attached);
+    app.note("bdev_nvme_attach_controller", params, &names);
+    Ok(json!(names))
+}
+
+/// Removes the devices of a controller that goes away while nobody does I/O on it.
+fn watch(registry: Registry, controller: Weak<pumice_nvme::Controller>, bdevs: Vec<String>) {
+    let watcher = move || {
+        while let Some(controller) = controller.upgrade() {
+            let phase = controller.phase();
+            drop(controller);
+            if matches!(phase, Phase::Removed | Phase::Failed) {
+                for name in &bdevs {
+                    if registry
+                        .get(name)
+                        .is_some_and(|b| b.info().module == "nvme")
+                    {
+                        let _ = registry.remove(name);
+                    }
+                }
+                return;
+            }
+            thread::sleep(WATCH_EVERY);
+        }
+    };
+    if let Err(error) = thread::Builder::new()
+        .name("nvme-watch".to_owned())
+        .spawn(watcher)
+    {
+        tracing::warn!(%error, "no thread to notice removals; I/O will");
+    }
 }
 
 pub(super) fn detach_controller(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.string("name")?;
-    let _ = (app, name);
-    Err(MethodError::new(-i64::from(libc::ENODEV), "no NVMe driver"))
+    params.ignore(&[
+        "trtype",
+        "traddr",
+        "adrfam",
+        "trsvcid",
+        "subnqn",
+        "hostaddr",
+        "hostsvcid",
+    ]);
+    params.finish()?;
+    let found = app.state.lock().controllers.remove(&name);
+    let Some(controller) = found else {
+        let known: Vec<String> = app.state.lock().controllers.keys().cloned().collect();
+        let message = format!("no controller `{name}`; attached are: {}", known.join(", "));
+        return Err(MethodError::new(-i64::from(libc::ENODEV), message));
+    };
+    for bdev in &controller.bdevs {
+        if app.registry.get(bdev).is_some() {
+            app.registry.remove(bdev)?;
+        }
+    }
+    app.forget_removed();
+    Ok(json!(true))
 }
 
 pub(super) fn get_controllers(app: &App, params: &mut Params<'_>) -> Answer {
-    params.ignore(&["name"]);
+    let wanted = params.opt_string("name")?;
     params.finish()?;
-    Ok(app
-        .state
-        .lock()
+    let state = app.state.lock();
+    let matching = state
         .controllers
         .iter()
-        .map(|(n, c)| json!({ "name": n, "traddr": c.traddr }))
-        .collect())
+        .filter(|(n, _)| wanted.as_ref().is_none_or(|w| w == *n));
+    let found: Vec<Value> = matching
+        .map(|(name, c)| {
+            let phase = c.controller.upgrade().map(|c| c.phase());
+            let word = match phase {
+                Some(Phase::Live) => "enabled",
+                Some(Phase::Resetting) => "resetting",
+                Some(Phase::Failed) => "failed",
+                _ => "removed",
+            };
+            let trid = json!({ "trtype": c.trtype, "traddr": c.traddr });
+            json!({ "name": name, "ctrlrs": [{ "state": word, "trid": trid, "cntlid": 0 }] })
+        })
+        .collect();
+    if let (Some(wanted), true) = (wanted, found.is_empty()) {
+        let message = format!("no controller `{wanted}`");
+        return Err(MethodError::new(-i64::from(libc::ENODEV), message));
+    }
+    Ok(found.into())
 }
 
 pub(super) fn set_hotplug(app: &App, params: &mut Params<'_>) -> Answer {
-    params.ignore(&["enable", "period_us"]);
+    let enable = params.flag("enable")?;
+    params.ignore(&["period_us"]);
     params.finish()?;
+    if enable {
+        return Err(params.error("enable", "true: controllers are attached by name only"));
+    }
     let kept = params.to_value();
     app.state
         .lock()

@@ -1,0 +1,259 @@
+//! `nvme`: namespaces of NVMe controllers, over PCIe (VFIO, uio), vfio-user or the soft
+//! controller; `Nvme0n1` is namespace 1 of the controller called `Nvme0`.
+//!
+//! A channel is a queue pair of its own. Where a controller has fewer than there are channels, the
+//! last one is shared by those that came late, behind a lock.
+
+mod channel;
+mod shared;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+use pumice_nvme::{Controller, Namespace, NvmeError, QueueOptions};
+use serde_json::json;
+
+use crate::device::{BlockDevice, DeviceInfo, IoChannel};
+use crate::error::BdevError;
+use crate::op::{OpKind, OpSet};
+use channel::NvmeChannel;
+use shared::{SharedChannel, SharedQueue};
+
+/// A namespace of a controller.
+#[derive(Debug)]
+pub struct Nvme {
+    info: Arc<DeviceInfo>,
+    queues: Arc<Queues>,
+    namespace: Arc<Namespace>,
+    uri: String,
+}
+
+/// The queue pairs of a controller, as its block devices use them.
+#[derive(Debug)]
+struct Queues {
+    controller: Arc<Controller>,
+    state: Mutex<QueueState>,
+}
+
+#[derive(Debug, Default)]
+struct QueueState {
+    /// Queue pairs that belong to one channel.
+    exclusive: usize,
+    shared: Weak<SharedQueue>,
+}
+
+/// A queue pair's place in the count; given back when dropped.
+#[derive(Debug)]
+struct Place(Arc<Queues>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.state.lock().exclusive -= 1;
+    }
+}
+
+impl From<NvmeError> for BdevError {
+    fn from(e: NvmeError) -> BdevError {
+        match e {
+            NvmeError::Removed { device } => BdevError::Removed { name: device },
+            e => {
+                let text = e.to_string();
+                let (device, reason) = text.split_once(": ").unwrap_or(("nvme", &text));
+                BdevError::Unsupported {
+                    device: device.to_owned(),
+                    reason: reason.to_owned(),
+                }
+            }
+        }
+    }
+}
+
+/// Opens the controller that a URI names and makes a device of each usable namespace (or of the
+/// one that the URI names), called `base` with `n` and the namespace's number. Blocks for bring-up.
+///
+/// # Errors
+/// What the driver says; a controller without a usable namespace.
+pub fn attach(base: &str, uri: &str) -> Result<(Arc<Controller>, Vec<Arc<Nvme>>), BdevError> {
+    let opened = pumice_nvme::open(uri)?;
+    let queues = Arc::new(Queues {
+        controller: Arc::clone(&opened.controller),
+        state: Mutex::default(),
+    });
+    let namespaces = match opened.nsid {
+        Some(_) => vec![opened.namespace()?],
+        None => opened.controller.namespaces(),
+    };
+    let mut devices = Vec::new();
+    let mut reasons = Vec::new();
+    for namespace in namespaces {
+        match namespace.unusable() {
+            Some(why) => {
+                tracing::warn!(
+                    bdev = base,
+                    nsid = namespace.nsid(),
+                    why,
+                    "namespace left out"
+                );
+                reasons.push(format!("namespace {}: {why}", namespace.nsid()));
+            }
+            None => devices.push(Arc::new(Nvme::new(base, &queues, namespace, uri)?)),
+        }
+    }
+    if devices.is_empty() {
+        let reason = match reasons.is_empty() {
+            true => "the controller has no active namespace".to_owned(),
+            false => reasons.join("; "),
+        };
+        return Err(BdevError::Unsupported {
+            device: uri.to_owned(),
+            reason,
+        });
+    }
+    Ok((opened.controller, devices))
+}
+
+/// Opens one namespace by URI: the one that it names, or the only one.
+pub(crate) fn open_uri(uri: &str) -> Result<Arc<dyn BlockDevice>, BdevError> {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let opened = pumice_nvme::open(uri)?;
+    let namespace = opened.namespace()?;
+    if let Some(why) = namespace.unusable() {
+        return Err(BdevError::Unsupported {
+            device: uri.to_owned(),
+            reason: why.to_owned(),
+        });
+    }
+    let queues = Arc::new(Queues {
+        controller: opened.controller,
+        state: Mutex::default(),
+    });
+    let base = format!("Nvme{}", NEXT.fetch_add(1, Ordering::Relaxed));
+    Ok(Arc::new(Nvme::new(&base, &queues, namespace, uri)?))
+}
+
+impl Nvme {
+    fn new(
+        base: &str,
+        queues: &Arc<Queues>,
+        namespace: Arc<Namespace>,
+        uri: &str,
+    ) -> Result<Nvme, BdevError> {
+        let name = format!("{base}n{}", namespace.nsid());
+        let (bs, blocks) = (namespace.block_size(), namespace.num_blocks());
+        crate::malloc::check_geometry(&name, bs, blocks)?;
+        let mut info = DeviceInfo::new(&name, "nvme", bs, blocks);
+        let identify = queues.controller.identify()?;
+        let model = String::from_utf8_lossy(&identify.mn).trim().to_owned();
+        info.product = if model.is_empty() {
+            "NVMe disk".to_owned()
+        } else {
+            model
+        };
+        info.uuid = namespace.uuid();
+        if info.uuid == [0; 16] {
+            let serial = String::from_utf8_lossy(&identify.sn);
+            info.uuid = crate::uuid::derived(format!("{serial}/{}", namespace.nsid()).as_bytes());
+        }
+        info.write_cache = namespace.write_cache();
+        info.atomic_unit_blocks = namespace.atomic_power_blocks().max(1);
+        info.optimal_io_boundary_blocks = namespace.limits().boundary_blocks;
+        info.buf_align = 4;
+        let supports = namespace.supports();
+        info.unmap_zeroes = namespace.deallocated_reads_zero();
+        info.ops = OpSet::NONE
+            .with(OpKind::Read)
+            .with(OpKind::Write)
+            .with(OpKind::Fua)
+            .with(OpKind::Flush)
+            .with(OpKind::Reset);
+        for (kind, there) in [
+            (OpKind::WriteZeroes, supports.write_zeroes),
+            (OpKind::Unmap, supports.deallocate),
+            (OpKind::Compare, supports.compare),
+            (OpKind::Copy, supports.copy),
+        ] {
+            if there {
+                info.ops = info.ops.with(kind);
+            }
+        }
+        let (queues, uri) = (Arc::clone(queues), uri.to_owned());
+        Ok(Nvme {
+            info: Arc::new(info),
+            queues,
+            namespace,
+            uri,
+        })
+    }
+
+    /// The controller.
+    pub fn controller(&self) -> &Arc<Controller> {
+        &self.queues.controller
+    }
+
+    /// The namespace.
+    pub fn namespace(&self) -> &Arc<Namespace> {
+        &self.namespace
+    }
+}
+
+impl BlockDevice for Nvme {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
+        let (info, ns) = (Arc::clone(&self.info), Arc::clone(&self.namespace));
+        let controller = &self.queues.controller;
+        let limit = usize::from(controller.queue_limit());
+        let mut state = self.queues.state.lock();
+        // The last one is kept for those that share.
+        if state.exclusive + 1 < limit.max(2) {
+            match controller.queue_pair(&QueueOptions::default()) {
+                Ok(pair) => {
+                    state.exclusive += 1;
+                    drop(state);
+                    let place = Place(Arc::clone(&self.queues));
+                    return Ok(Box::new(NvmeChannel::new(info, ns, pair, place)));
+                }
+                Err(NvmeError::NoQueues { .. }) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        let shared = match state.shared.upgrade() {
+            Some(shared) => shared,
+            None => {
+                let pair = controller.queue_pair(&QueueOptions::default())?;
+                let shared = Arc::new(SharedQueue::new(pair));
+                state.shared = Arc::downgrade(&shared);
+                let bdev = &self.info.name;
+                tracing::info!(
+                    bdev,
+                    limit,
+                    "channels share the controller's last queue pair"
+                );
+                shared
+            }
+        };
+        Ok(Box::new(SharedChannel::new(info, ns, shared)))
+    }
+
+    fn driver_specific(&self) -> serde_json::Value {
+        let c = &self.queues.controller;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+        let identify = c.identify().ok();
+        let of = |get: fn(&pumice_nvme::spec::IdentifyController) -> &[u8]| {
+            identify.as_ref().map_or_else(String::new, |i| text(get(i)))
+        };
+        json!({ "nvme": [{
+            "trid": { "uri": self.uri },
+            "ctrlr_data": {
+                "model_number": of(|i| &i.mn),
+                "serial_number": of(|i| &i.sn),
+                "firmware_revision": of(|i| &i.fr),
+            },
+            "ns_data": { "id": self.namespace.nsid() },
+            "queue_pairs_max": c.queue_limit(),
+        }] })
+    }
+}

@@ -1,0 +1,175 @@
+//! A queue pair that several channels share, behind a lock.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use pumice_nvme::{IoDone, Namespace, QueuePair};
+
+use super::channel::{Resetting, to_completion, to_io, to_refusal};
+use crate::device::{DeviceInfo, IoChannel};
+use crate::error::{BdevError, IoErrorKind};
+use crate::op::{Completion, Op, SubmitError};
+use crate::queue::refuse;
+use crate::slots::Slots;
+
+pub(super) struct SharedQueue {
+    inner: Mutex<Inner>,
+}
+
+impl std::fmt::Debug for SharedQueue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SharedQueue")
+    }
+}
+
+struct Inner {
+    pair: QueuePair,
+    /// Channel and its tag, of each operation in flight.
+    owners: Slots<(u64, u64)>,
+    /// What was reaped for others than who reaped it. A channel that is gone has no entry.
+    mail: BTreeMap<u64, Vec<IoDone>>,
+    done: Vec<IoDone>,
+    next_channel: u64,
+}
+
+impl SharedQueue {
+    pub(super) fn new(pair: QueuePair) -> SharedQueue {
+        SharedQueue {
+            inner: Mutex::new(Inner {
+                pair,
+                owners: Slots::default(),
+                mail: BTreeMap::new(),
+                done: Vec::new(),
+                next_channel: 0,
+            }),
+        }
+    }
+}
+
+impl Inner {
+    fn reap(&mut self) {
+        self.pair.poll(&mut self.done);
+        for mut done in self.done.drain(..) {
+            if let Some((channel, tag)) = self.owners.remove(done.tag)
+                && let Some(mail) = self.mail.get_mut(&channel)
+            {
+                done.tag = tag;
+                mail.push(done);
+            }
+        }
+    }
+}
+
+pub(super) struct SharedChannel {
+    info: Arc<DeviceInfo>,
+    ns: Arc<Namespace>,
+    shared: Arc<SharedQueue>,
+    id: u64,
+    in_flight: usize,
+    resets: Vec<Resetting>,
+}
+
+impl SharedChannel {
+    pub(super) fn new(
+        info: Arc<DeviceInfo>,
+        ns: Arc<Namespace>,
+        shared: Arc<SharedQueue>,
+    ) -> SharedChannel {
+        let mut inner = shared.inner.lock();
+        let id = inner.next_channel;
+        inner.next_channel += 1;
+        inner.mail.insert(id, Vec::new());
+        drop(inner);
+        SharedChannel {
+            info,
+            ns,
+            shared,
+            id,
+            in_flight: 0,
+            resets: Vec::new(),
+        }
+    }
+}
+
+impl IoChannel for SharedChannel {
+    fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
+        if let Err(e) = self.info.check(&op) {
+            return refuse(op, e);
+        }
+        if !self.resets.is_empty() {
+            return Err(SubmitError::Busy(op));
+        }
+        let mut inner = self.shared.inner.lock();
+        match to_io(op, &self.ns) {
+            Ok(io) => {
+                let slot = inner.owners.insert((self.id, tag));
+                if let Err(e) = inner.pair.submit(&self.ns, slot, io) {
+                    inner.owners.remove(slot);
+                    return Err(to_refusal(&self.info, e));
+                }
+            }
+            Err(op) => match Resetting::start(tag, inner.pair.controller()) {
+                Ok(reset) => self.resets.push(reset),
+                Err(e) => {
+                    let e = self.info.error(&op, IoErrorKind::NoMemory, e.to_string());
+                    return refuse(op, e);
+                }
+            },
+        }
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        let before = out.len();
+        let mut inner = self.shared.inner.lock();
+        inner.reap();
+        if let Some(mail) = inner.mail.get_mut(&self.id) {
+            out.extend(mail.drain(..).map(|done| to_completion(&self.info, done)));
+        }
+        drop(inner);
+        self.in_flight -= out.len() - before;
+        if self.in_flight == self.resets.len() {
+            for reset in self.resets.extract_if(.., |r| r.is_over()) {
+                out.push(reset.completion());
+                self.in_flight -= 1;
+            }
+        }
+        out.len() - before
+    }
+
+    fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
+        // Nobody may sleep with the lock held: short naps, longer as nothing comes.
+        let start = Instant::now();
+        let mut nap = Duration::from_micros(5);
+        while self.in_flight > 0 && start.elapsed() < timeout {
+            let mut inner = self.shared.inner.lock();
+            inner.reap();
+            let there = inner
+                .mail
+                .get(&self.id)
+                .is_some_and(|mail| !mail.is_empty());
+            drop(inner);
+            if there || self.resets.iter().any(Resetting::is_over) {
+                return Ok(());
+            }
+            thread::sleep(nap);
+            nap = (nap * 2).min(Duration::from_micros(200));
+        }
+        Ok(())
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+}
+
+impl Drop for SharedChannel {
+    fn drop(&mut self) {
+        // Operations of this channel stay, with their buffers, in the queue pair until they end.
+        self.shared.inner.lock().mail.remove(&self.id);
+    }
+}
