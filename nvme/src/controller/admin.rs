@@ -54,7 +54,7 @@ impl AdminQueue {
         let entries = usize::from(ADMIN_ENTRIES);
         Ok(AdminQueue {
             rings: None,
-            sq_mem: Arc::new(DmaShared::zeroed(entries * 64)?),
+            sq_mem: Arc::new(DmaShared::zeroed((entries * 64).max(4096))?),
             cq_mem: Arc::new(DmaShared::zeroed((entries * 16).max(4096))?),
             lists: DmaShared::zeroed(entries * LIST_LEN)?,
             slots: (0..entries - 1)
