@@ -1,2 +1,15 @@
-step "functions are bound" sh -c "ls -l /dev/vfio; ls /sys/kernel/iommu_groups"
-step "skipped" sh -c "echo because; exit 77"
+# All kinds of namespaces, and what happens to devices: see MULTI in src/scenario.rs.
+multi=nvme://$(slot 8)
+faulty=nvme://$(slot 9)/1
+slow=nvme://$(slot 11)/1
+t() { pumice-rig test "$@"; }
+step "metadata and zoned namespaces are refused" t namespaces $multi 1:512,2:4096,3:refused,4:refused,5:512
+step "verify, 512 B" t verify $multi/1 --no-shadow
+step "verify, 4096 B, shadow doorbells" t verify $multi/2
+step "verify, SGL" t verify $multi/2 --sgl --no-shadow
+step "verify, queue in controller memory" t verify $multi/2 --cmb --no-shadow
+step "verify, polling" t verify $multi/1 --poll
+step "sleep on the interrupt" t sleep $slow
+step "media errors" t media-errors $faulty 2048 4096
+step "reset under load" t reset $slow
+step "removal under load" t removal nvme://0000:01:00.0/1 n2

@@ -3,6 +3,7 @@
 
 mod console;
 mod cpio;
+mod device;
 mod fetch;
 mod guest;
 mod image;
@@ -114,6 +115,9 @@ enum Cmd {
         /// Commands for the guest's shell
         steps: String,
     },
+    /// Test the driver on a device (in the guest)
+    #[command(subcommand)]
+    Test(device::Test),
     /// What the guest's own scripts call
     #[command(subcommand, hide = true)]
     Guest(guest::Cmd),
@@ -142,6 +146,7 @@ fn main() -> ExitCode {
             timeout_s,
             steps,
         } => shell(&scenario, &bin, Duration::from_secs(timeout_s), &steps),
+        Cmd::Test(test) => return test.run(),
         Cmd::Guest(command) => return command.run(),
     };
     match result {

@@ -61,7 +61,7 @@ const MULTI_DISKS: &[Disk] = &[
     Disk::File("d4", 64),
     Disk::Null("d5", 4 << 30, 0),
     Disk::Faulty("d6", 64, FAULTS),
-    Disk::File("d7", 256),
+    Disk::Null("d7", 256 << 20, 30_000_000),
     Disk::Null("d8", 256 << 20, 50_000_000),
 ];
 
