@@ -4,7 +4,7 @@ load nvme
 sleep 1
 physical=$(functions | head -n 1)
 dev=/sys/bus/pci/devices/$physical
-admin() { pumice-rig guest admin /dev/nvme0 0x1c $1 $2; }
+admin() { pumice-rig guest admin /dev/nvme0 28 $1 $2; }
 virtual_functions() {
 	set -e
 	echo 0 > $dev/sriov_drivers_autoprobe

@@ -122,7 +122,11 @@ impl Engine {
     /// Sleeps until kicked, with the event indexes set so that the host does kick.
     fn sleep(&mut self) {
         let kick = Arc::clone(&self.shared.kick);
-        let mut timeout = Duration::from_secs(1);
+        let mut timeout = if self.config.served && self.cc.en() {
+            Duration::from_micros(50)
+        } else {
+            Duration::from_secs(1)
+        };
         let now = Instant::now();
         for late in &self.late {
             timeout = timeout.min(late.when.saturating_duration_since(now));

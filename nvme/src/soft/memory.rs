@@ -1,13 +1,17 @@
 //! The host's memory as the soft controller sees it: by device address.
 #![allow(unsafe_code)]
 
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 
 use crate::dma::{AddressTable, CHUNK_LEN, DmaError, DmaMapper, Region};
+use crate::transport::mapping::DeviceMapping;
 
 /// Where the arena's chunk 0 appears; not 0, so that a null address is an error.
 const IOVA_BASE: u64 = 0x10_0000_0000;
@@ -22,6 +26,21 @@ pub(super) struct DeviceMemory {
     /// The controller memory buffer and the device address that the host has given it.
     pub buffer: Arc<[AtomicU64]>,
     buffer_base: RwLock<Option<u64>>,
+    /// Memory of another process, when the controller is served to one.
+    foreign: RwLock<Foreign>,
+    has_foreign: AtomicBool,
+}
+
+#[derive(Default)]
+struct Foreign {
+    mapped: BTreeMap<u64, ForeignRegion>,
+    /// What was taken back: ordinary memory by now, kept for who still holds a reference.
+    retired: Vec<Arc<DeviceMapping>>,
+}
+
+struct ForeignRegion {
+    len: usize,
+    mapping: Arc<DeviceMapping>,
 }
 
 impl DeviceMemory {
@@ -33,6 +52,8 @@ impl DeviceMemory {
                 .collect(),
             buffer: (0..buffer_len / 8).map(|_| AtomicU64::new(0)).collect(),
             buffer_base: RwLock::new(None),
+            foreign: RwLock::new(Foreign::default()),
+            has_foreign: AtomicBool::new(false),
         }
     }
 
@@ -40,8 +61,61 @@ impl DeviceMemory {
         *self.buffer_base.write() = base;
     }
 
+    /// Makes `len` bytes at `offset` of another process's file the memory at `address`. The
+    /// caller has made sure that they lie inside the file.
+    pub fn add_foreign(
+        &self,
+        address: u64,
+        len: u64,
+        file: BorrowedFd<'_>,
+        offset: u64,
+    ) -> io::Result<()> {
+        let len = usize::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let mapping = DeviceMapping::new(file, offset, len)?;
+        let mut foreign = self.foreign.write();
+        foreign
+            .mapped
+            .insert(address, ForeignRegion { len, mapping });
+        self.has_foreign.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Takes it back: from here on the controller does not reach the file any more.
+    pub fn remove_foreign(&self, address: u64) {
+        let mut foreign = self.foreign.write();
+        let Some(region) = foreign.mapped.remove(&address) else {
+            return;
+        };
+        if let Err(error) = region.mapping.retire() {
+            tracing::error!(%error, "memory of a vfio-user client stays mapped");
+        }
+        foreign.retired.push(region.mapping);
+    }
+
+    /// Lets go of the address ranges of what was taken back; the controller is disabled.
+    pub fn forget_retired(&self) {
+        self.foreign.write().retired.clear();
+    }
+
+    fn find_foreign(&self, address: u64) -> Option<(NonNull<u8>, usize)> {
+        let foreign = self.foreign.read();
+        let (start, region) = foreign.mapped.range(..=address).next_back()?;
+        let at = usize::try_from(address - start).ok()?;
+        if at >= region.len {
+            return None;
+        }
+        // SAFETY: at < len, inside the mapping, which stays mapped (if only to ordinary memory)
+        // until the controller is disabled.
+        Some((unsafe { region.mapping.start().add(at) }, region.len - at))
+    }
+
     /// The memory at a device address and how much of it is contiguous from there.
     fn find(&self, address: u64) -> Option<(NonNull<u8>, usize)> {
+        if self.has_foreign.load(Ordering::Acquire)
+            && let Some(found) = self.find_foreign(address)
+        {
+            return Some(found);
+        }
         if address >= IOVA_BASE {
             let at = usize::try_from(address - IOVA_BASE).ok()?;
             if let Some(chunk) = self.chunks.get(at / CHUNK_LEN) {

@@ -48,11 +48,13 @@ mod io;
 mod media;
 mod memory;
 mod queues;
+mod server;
 mod transport;
 
 pub use backend::{Backend, FileBackend, MemoryBackend, NullBackend, Transfer};
 pub use fault::{Fault, FaultRule, Faults};
 pub use media::SoftNamespace;
+pub use server::SoftServer;
 pub use transport::{SoftController, SoftStats};
 
 /// What a soft controller shall be like.
@@ -85,6 +87,8 @@ pub struct SoftConfig {
     pub timeout_500ms: u8,
     /// How long the thread spins without work before it sleeps.
     pub spin: Duration,
+    /// Made to be served to another process, see [`SoftConfig::served`].
+    pub(crate) served: bool,
 }
 
 impl SoftConfig {
@@ -104,12 +108,29 @@ impl SoftConfig {
             ready_delay: Duration::ZERO,
             timeout_500ms: 10,
             spin: Duration::from_micros(100),
+            served: false,
         }
+    }
+
+    /// Registers that another process can map, for [`SoftServer`]. That process's doorbells wake
+    /// nobody, so the controller's thread looks at them every 50 µs when it has nothing to do.
+    #[must_use]
+    pub fn served(mut self) -> SoftConfig {
+        self.served = true;
+        self.vectors = server::VECTORS;
+        self.queues = self.queues.min(server::VECTORS - 1);
+        self.cmb_len = 0;
+        self
     }
 }
 
 /// Makes the soft controller that a `soft:` URI describes.
 pub fn open(uri: &NvmeUri) -> Result<Arc<dyn Transport>, TransportError> {
+    Ok(SoftController::new(config(uri)?)?.transport())
+}
+
+/// What a `soft:` URI describes.
+pub fn config(uri: &NvmeUri) -> Result<SoftConfig, TransportError> {
     uri.only(&[
         "size",
         "block_size",
@@ -174,6 +195,5 @@ pub fn open(uri: &NvmeUri) -> Result<Arc<dyn Transport>, TransportError> {
     config.shadow_doorbells = byte("shadow", 1)? != 0;
     config.sgl = byte("sgl", 1)? != 0;
     config.cmb_len = usize::try_from(uri.size("cmb", 0)?.min(64 << 20)).unwrap_or(0);
-    let soft = SoftController::new(config)?;
-    Ok(soft.transport())
+    Ok(config)
 }

@@ -2,6 +2,7 @@
 //! tests and tools hold.
 
 use std::fmt;
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -16,6 +17,7 @@ use super::memory::DeviceMemory;
 use super::{SoftConfig, identify};
 use crate::dma::{AddressTable, MapperGuard, register_mapper};
 use crate::spec::{AsyncEvent, Cap, Cc, Cmbloc, Cmbsz, Reg};
+use crate::transport::mapping::{DeviceMapping, shared_file};
 use crate::transport::{
     Doorbell, EventFd, Kick, MmioMap, Transport, TransportError, TransportEvent,
 };
@@ -57,6 +59,8 @@ impl Shared {
 struct SoftTransport {
     shared: Arc<Shared>,
     bar_len: usize,
+    /// The registers' file, when they are shared with another process.
+    register_file: Option<File>,
     engine: Mutex<Option<JoinHandle<Vec<SoftNamespace>>>>,
     media: Mutex<Option<Vec<SoftNamespace>>>,
     /// Last, so that the engine is gone before the memory is unmapped.
@@ -100,7 +104,19 @@ impl SoftController {
         }
         let bar_len =
             (Reg::DOORBELLS as usize + (usize::from(config.queues) + 1) * 8).next_multiple_of(4096);
-        let registers = MmioMap::from_words((0..bar_len / 8).map(|_| AtomicU64::new(0)).collect());
+        let shared = |source| TransportError::Io {
+            device: name.clone(),
+            what: "memory for shared registers".into(),
+            source,
+        };
+        let (registers, register_file) = if config.served {
+            let file = shared_file(bar_len).map_err(shared)?;
+            let mapping = DeviceMapping::new(file.as_fd(), 0, bar_len).map_err(shared)?;
+            (mapping.mmio(), Some(file))
+        } else {
+            let words = (0..bar_len / 8).map(|_| AtomicU64::new(0)).collect();
+            (MmioMap::from_words(words), None)
+        };
         let memory = Arc::new(DeviceMemory::new(config.cmb_len));
         let io = |source| TransportError::Io {
             device: name.clone(),
@@ -139,6 +155,7 @@ impl SoftController {
         Ok(SoftController(Arc::new(SoftTransport {
             shared,
             bar_len,
+            register_file,
             engine: Mutex::new(Some(handle)),
             media: Mutex::new(None),
             _mapping: mapping,
@@ -160,6 +177,23 @@ impl SoftController {
         SoftStats {
             commands: self.0.shared.commands.load(Ordering::Relaxed),
         }
+    }
+
+    /// The file of BAR 0, for the process that it is served to.
+    pub(super) fn register_file(&self) -> Option<BorrowedFd<'_>> {
+        self.0.register_file.as_ref().map(AsFd::as_fd)
+    }
+
+    pub(super) fn bar_len(&self) -> usize {
+        self.0.bar_len
+    }
+
+    pub(super) fn memory(&self) -> &DeviceMemory {
+        &self.0.shared.memory
+    }
+
+    pub(super) fn interrupts(&self) -> &[Arc<EventFd>] {
+        &self.0.shared.interrupts
     }
 
     fn order(&self, order: Order) {

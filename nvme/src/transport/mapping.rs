@@ -1,6 +1,7 @@
 //! A mapped BAR that can be taken away from under those who still hold its addresses.
 #![allow(unsafe_code)]
 
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -61,6 +62,11 @@ impl DeviceMapping {
         }))
     }
 
+    /// Where it begins; good as long as the object lives.
+    pub(crate) fn start(&self) -> NonNull<u8> {
+        self.base
+    }
+
     /// The mapping as registers.
     pub(crate) fn mmio(self: &Arc<Self>) -> MmioMap {
         // SAFETY: `base` is page aligned and `len` bytes from it stay mapped as long as `self`
@@ -105,14 +111,25 @@ impl Drop for DeviceMapping {
     }
 }
 
-fn file_of_ones(len: usize) -> io::Result<OwnedFd> {
+/// A file in memory of `len` zeroes, to be shared with another process.
+pub(crate) fn shared_file(len: usize) -> io::Result<std::fs::File> {
+    let file = memory_file(c"pumice-registers")?;
+    file.set_len(len as u64)?;
+    Ok(file)
+}
+
+fn memory_file(name: &CStr) -> io::Result<std::fs::File> {
     // SAFETY: the name is a NUL-terminated string.
-    let raw = unsafe { libc::memfd_create(c"pumice-gone".as_ptr(), libc::MFD_CLOEXEC) };
+    let raw = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
     if raw < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the kernel just gave us this descriptor.
-    let file = std::fs::File::from(unsafe { OwnedFd::from_raw_fd(raw) });
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) }.into())
+}
+
+fn file_of_ones(len: usize) -> io::Result<OwnedFd> {
+    let file = memory_file(c"pumice-gone")?;
     let page = [0xffu8; 4096];
     let mut at = 0;
     while at < len {

@@ -26,7 +26,7 @@ use crate::dma::{AddressTable, DmaError};
 
 mod eventfd;
 mod iova;
-mod mapping;
+pub(crate) mod mapping;
 mod mmio;
 mod open;
 mod registers;
@@ -44,6 +44,7 @@ pub use uio::Uio;
 pub use uri::{NvmeUri, parse_size};
 pub use vfio::Vfio;
 pub use vfio_user::VfioUser;
+pub(crate) use vfio_user::wire as vfio_user_wire;
 
 /// Why a transport could not do what was asked.
 #[derive(Debug, thiserror::Error)]

@@ -35,7 +35,6 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    #[cfg(test)]
     pub(crate) fn from_number(number: u16) -> Option<Command> {
         use Command::*;
         [

@@ -27,14 +27,21 @@ use crate::pci::{ConfigSpace, MsixCapability};
 mod client;
 #[cfg(test)]
 mod fake;
-pub(crate) mod message;
-pub(crate) mod socket;
+mod message;
+mod socket;
 mod space;
 #[cfg(test)]
 mod tests;
 
 use client::Client;
 use space::SharedSpace;
+
+/// What the serving side shares with the client.
+pub(crate) mod wire {
+    pub(crate) use super::super::vfio::info::{u32_at, u64_at};
+    pub(crate) use super::message::{Body, Command, DMA_READ_WRITE, REGION_ACCESS_LEN, version};
+    pub(crate) use super::socket::{Message, receive, send};
+}
 
 const BAR0: u32 = 0;
 const CONFIG: u32 = 7;
