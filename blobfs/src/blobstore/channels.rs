@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use pumice_bdev::{
-    AsyncChannel, BdevError, BlockDevice, Completion, IoChannel, IoErrorKind, Op, SubmitError,
+    AsyncChannel, BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, IoErrorKind, Op, SubmitError,
 };
 
 use super::error::Error;
@@ -83,7 +83,7 @@ impl Channels {
             leases.all.push(Arc::downgrade(&lease));
         }
         let channel = AsyncChannel::new(Box::new(Leased {
-            dev: Arc::clone(&self.dev),
+            info: self.dev.info().clone(),
             lease: Arc::clone(&lease),
         }));
         let cached = Cached {
@@ -114,17 +114,16 @@ impl Drop for Channels {
     }
 }
 
-/// The channel that the thread sees.
+/// The channel that the thread sees. It holds nothing of the device: it lives as long as its thread.
 struct Leased {
-    dev: Arc<dyn BlockDevice>,
+    info: DeviceInfo,
     lease: Lease,
 }
 
 impl Leased {
     fn closed(&self, op: Op) -> SubmitError {
         let error = self
-            .dev
-            .info()
+            .info
             .error(&op, IoErrorKind::Removed, "the blobstore was unloaded");
         SubmitError::Refused(op, error)
     }
