@@ -1,1 +1,83 @@
-//! RocksDB on Pumice: the Env plugin, the embedding API.
+//! RocksDB whose files live in a userspace file system.
+//!
+//! Every file of a database (log, tables, MANIFEST, `LOCK`, info log) is in BlobFS, on a device
+//! that this process drives itself: an NVMe controller, polled, past the kernel, or an image file,
+//! a block device, or memory. The kernel's file system never sees one.
+//!
+//! ```
+//! # let dir = tempfile::tempdir()?;
+//! # let image = dir.path().join("kv.img");
+//! # let image = image.display();
+//! // An image file of 1 GiB (sparse), made and formatted if it is not there.
+//! let db = pumice::Db::open(&format!("file://{image}?size=1G&create=1"))?;
+//!
+//! db.put(b"fruit", b"apple")?;
+//! assert_eq!(db.get(b"fruit")?.as_deref(), Some(&b"apple"[..]));
+//!
+//! let mut batch = pumice::rocksdb::WriteBatch::default();
+//! batch.put(b"fruit", b"pear");
+//! batch.put(b"root", b"carrot");
+//! let mut durable = pumice::rocksdb::WriteOptions::default();
+//! durable.set_sync(true);
+//! db.write_opt(batch, &durable)?;
+//!
+//! for item in db.iterator(pumice::rocksdb::IteratorMode::Start) {
+//!     let (key, value) = item?;
+//!     println!("{} {}", String::from_utf8_lossy(&key), String::from_utf8_lossy(&value));
+//! }
+//! db.close()?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # For users of the `rocksdb` crate
+//! [`env()`] is the one line that changes: the environment of the options. Everything else of the
+//! crate works as before, on files of ours. Open the database at `/` (see [`EnvOptions::root`] for
+//! why), and use this crate's re-export [`rocksdb`], which is the version that fits.
+//!
+//! ```
+//! # let device = "malloc://256M";
+//! let fs = pumice::mount(device, &pumice::MountOptions::new())?;
+//! let mut options = pumice::rocksdb::Options::default();
+//! options.create_if_missing(true);
+//! options.set_env(&pumice::env(&fs));
+//! let db = pumice::rocksdb::DB::open(&options, "/")?;
+//! db.put(b"key", b"value")?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Threads, blocking, durability
+//! Everything may be called from any thread, and blocks on the device's I/O. A write with
+//! `WriteOptions::set_sync(true)` is durable when it returns, whatever the device: by FUA or a
+//! flush. Without, it is in this process's memory until the file system writes it, and a crash of
+//! the process loses what was not synced.
+//!
+//! # Features
+//! `rocksdb` (default): the library above. Without it this package is only the `pumice` command,
+//! which builds in seconds.
+
+#[cfg(feature = "rocksdb")]
+mod db;
+#[cfg(feature = "rocksdb")]
+mod env;
+#[cfg(feature = "rocksdb")]
+mod error;
+#[cfg(feature = "rocksdb")]
+mod mount;
+#[cfg(feature = "rocksdb")]
+pub mod plugin;
+#[cfg(feature = "rocksdb")]
+mod uri;
+
+#[cfg(feature = "rocksdb")]
+pub use {
+    db::{Db, DbOptions, Rocks},
+    env::{EnvOptions, env},
+    error::Error,
+    mount::{MountOptions, mount, mount_device},
+    pumice_blobfs::fs::FileSystem,
+    uri::{env_from_uri, register_uri},
+};
+
+/// The `rocksdb` crate that this one extends, in the version that it is built for.
+#[cfg(feature = "rocksdb")]
+pub use rocksdb;

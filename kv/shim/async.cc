@@ -1,0 +1,118 @@
+#include "async.h"
+
+#include <memory>
+#include <new>
+#include <string>
+
+#include "status.h"
+
+namespace pumice {
+
+using rocksdb::FSReadRequest;
+using rocksdb::IODebugContext;
+using rocksdb::IOStatus;
+using rocksdb::Slice;
+
+namespace {
+
+// One read and the copy of its request: RocksDB's own may be gone before the data arrives.
+struct PendingRead {
+  const pumice_fs_ops* ops;
+  std::string name;
+  void* pending;  // null once settled
+  std::function<void(FSReadRequest&, void*)> cb;
+  void* cb_arg;
+  FSReadRequest req;
+  std::unique_ptr<char[]> own_scratch;  // when RocksDB brought none
+
+  ~PendingRead() {
+    if (pending != nullptr) {
+      ops->read_cancel(pending);
+    }
+  }
+
+  void Call() {
+    if (own_scratch) {
+      req.fs_scratch = rocksdb::FSAllocationPtr(
+          own_scratch.release(), [](void* p) { delete[] static_cast<char*>(p); });
+    }
+    cb(req, cb_arg);
+  }
+
+  void Finish() {
+    const int64_t got = ops->read_finish(pending, req.scratch, req.len);
+    pending = nullptr;
+    if (got >= 0) {
+      req.result = Slice(req.scratch, static_cast<size_t>(got));
+      req.status = IOStatus::OK();
+    } else {
+      req.result = Slice(req.scratch, 0);
+      req.status = LastFault(ops, {"reading", name}, nullptr);
+    }
+    Call();
+  }
+
+  void Abort() {
+    ops->read_cancel(pending);
+    pending = nullptr;
+    req.result = Slice(req.scratch, 0);
+    req.status = IOStatus::Aborted();
+    Call();
+  }
+};
+
+void Delete(void* handle) { delete static_cast<PendingRead*>(handle); }
+
+}  // namespace
+
+IOStatus StartRead(const Opened& at, FSReadRequest& req,
+                   std::function<void(FSReadRequest&, void*)> cb, void* cb_arg, void** io_handle,
+                   rocksdb::IOHandleDeleter* del_fn, IODebugContext* dbg) {
+  const pumice_fs_ops* ops = at.file.ops();
+  *io_handle = nullptr;
+  std::unique_ptr<PendingRead> read;
+  try {
+    read.reset(new PendingRead{ops, at.name, nullptr, std::move(cb), cb_arg, {}, nullptr});
+    read->req.offset = req.offset;
+    read->req.len = req.len;
+    read->req.scratch = req.scratch;
+    if (req.scratch == nullptr) {
+      read->own_scratch.reset(new char[req.len]);
+      read->req.scratch = read->own_scratch.get();
+    }
+    *del_fn = Delete;
+  } catch (const std::bad_alloc&) {
+    return IOStatus::IOError(IOStatus::kMemoryLimit);
+  }
+  const int64_t started = ops->read_start(at.file.get(), req.offset, req.len, &read->pending);
+  if (started < 0) {
+    *del_fn = nullptr;
+    return LastFault(ops, {"reading", at.name}, dbg);
+  }
+  PendingRead* handle = read.release();
+  *io_handle = handle;
+  if (started > 0) {
+    handle->Finish();
+  }
+  return IOStatus::OK();
+}
+
+void PollReads(std::vector<void*>& io_handles) {
+  for (void* handle : io_handles) {
+    auto* read = static_cast<PendingRead*>(handle);
+    if (read != nullptr && read->pending != nullptr) {
+      read->Finish();
+    }
+  }
+}
+
+void AbortReads(std::vector<void*>& io_handles) {
+  for (void* handle : io_handles) {
+    auto* read = static_cast<PendingRead*>(handle);
+    if (read != nullptr && read->pending != nullptr) {
+      read->Abort();
+    }
+  }
+}
+
+}  // namespace pumice

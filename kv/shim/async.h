@@ -1,0 +1,27 @@
+// Reads under way: ReadAsync, Poll and AbortIO.
+
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "readers.h"
+#include "rocksdb/file_system.h"
+
+namespace pumice {
+
+// Starts `req`. On success `*io_handle` is a read that Poll or AbortIO settles, or one settled
+// already, its callback run, when the data was in memory. On failure there is no handle and the
+// callback does not run.
+rocksdb::IOStatus StartRead(const Opened& at, rocksdb::FSReadRequest& req,
+                            std::function<void(rocksdb::FSReadRequest&, void*)> cb, void* cb_arg,
+                            void** io_handle, rocksdb::IOHandleDeleter* del_fn,
+                            rocksdb::IODebugContext* dbg);
+
+// Waits for each read that is not settled and runs its callback.
+void PollReads(std::vector<void*>& io_handles);
+
+// Gives up each read that is not settled; its callback runs with Aborted.
+void AbortReads(std::vector<void*>& io_handles);
+
+}  // namespace pumice

@@ -1,0 +1,99 @@
+// Files opened for reading.
+
+#pragma once
+
+#include <string>
+
+#include "pumice_fs.h"
+#include "rocksdb/file_system.h"
+
+namespace pumice {
+
+// A handle on a Rust file, released with its owner.
+class FileHandle {
+ public:
+  FileHandle(const pumice_fs_ops* ops, const void* file) : ops_(ops), file_(file) {}
+  FileHandle(FileHandle&& from) noexcept : ops_(from.ops_), file_(from.file_) {
+    from.file_ = nullptr;
+  }
+  FileHandle(const FileHandle&) = delete;
+  FileHandle& operator=(const FileHandle&) = delete;
+  FileHandle& operator=(FileHandle&&) = delete;
+  ~FileHandle() { Release(); }
+
+  void Release() {
+    if (file_ != nullptr) {
+      ops_->file_release(file_);
+      file_ = nullptr;
+    }
+  }
+  const pumice_fs_ops* ops() const { return ops_; }
+  const void* get() const { return file_; }
+
+ private:
+  const pumice_fs_ops* ops_;
+  const void* file_;
+};
+
+// How a file was opened: what the open functions of the file system hand to its files.
+struct Opened {
+  FileHandle file;
+  const void* mount;  // tells the files of one mount from another's; never followed
+  std::string name;
+  size_t alignment;
+  bool direct;
+};
+
+class SequentialFile final : public rocksdb::FSSequentialFile {
+ public:
+  explicit SequentialFile(Opened opened) : at_(std::move(opened)) {}
+
+  rocksdb::IOStatus Read(size_t n, const rocksdb::IOOptions& options, rocksdb::Slice* result,
+                         char* scratch, rocksdb::IODebugContext* dbg) override;
+  rocksdb::IOStatus Skip(uint64_t n) override;
+  rocksdb::IOStatus PositionedRead(uint64_t offset, size_t n, const rocksdb::IOOptions& options,
+                                   rocksdb::Slice* result, char* scratch,
+                                   rocksdb::IODebugContext* dbg) override;
+  rocksdb::IOStatus InvalidateCache(size_t offset, size_t length) override;
+  bool use_direct_io() const override { return at_.direct; }
+  size_t GetRequiredBufferAlignment() const override { return at_.alignment; }
+
+ private:
+  Opened at_;
+  uint64_t position_ = 0;
+};
+
+class RandomAccessFile final : public rocksdb::FSRandomAccessFile {
+ public:
+  explicit RandomAccessFile(Opened opened) : at_(std::move(opened)) {}
+
+  rocksdb::IOStatus Read(uint64_t offset, size_t n, const rocksdb::IOOptions& options,
+                         rocksdb::Slice* result, char* scratch,
+                         rocksdb::IODebugContext* dbg) const override;
+  rocksdb::IOStatus Prefetch(uint64_t offset, size_t n, const rocksdb::IOOptions& options,
+                             rocksdb::IODebugContext* dbg) override;
+  rocksdb::IOStatus MultiRead(rocksdb::FSReadRequest* reqs, size_t count,
+                              const rocksdb::IOOptions& options,
+                              rocksdb::IODebugContext* dbg) override;
+  rocksdb::IOStatus ReadAsync(rocksdb::FSReadRequest& req, const rocksdb::IOOptions& options,
+                              std::function<void(rocksdb::FSReadRequest&, void*)> cb, void* cb_arg,
+                              void** io_handle, rocksdb::IOHandleDeleter* del_fn,
+                              rocksdb::IODebugContext* dbg) override;
+  rocksdb::IOStatus GetFileSize(uint64_t* result) override;
+  rocksdb::IOStatus InvalidateCache(size_t offset, size_t length) override;
+  size_t GetUniqueId(char* id, size_t max_size) const override;
+  void Hint(AccessPattern pattern) override;
+  bool use_direct_io() const override { return at_.direct; }
+  size_t GetRequiredBufferAlignment() const override { return at_.alignment; }
+
+ private:
+  // Passes a read around the cache when RocksDB found the first answer damaged.
+  void DropIfAsked(const rocksdb::IOOptions& options, uint64_t offset, size_t n) const;
+
+  Opened at_;
+};
+
+// A file identifier as RocksDB wants it: unique on this mount, never the prefix of another.
+size_t UniqueId(uint64_t file_id, const void* mount, char* id, size_t max_size);
+
+}  // namespace pumice

@@ -1,0 +1,60 @@
+//! What can go wrong above the file system.
+
+use pumice_bdev::{BdevError, IoError};
+use pumice_blobfs::fs::FsError;
+
+/// A failure of mounting, opening or using a database.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The device could not be opened.
+    #[error("{uri}: {source}")]
+    Device {
+        /// As it was given.
+        uri: String,
+        /// Why.
+        source: BdevError,
+    },
+    /// The device could not be read when it was looked at.
+    #[error("{device}: {source}")]
+    Read {
+        /// The device.
+        device: String,
+        /// Why.
+        source: Box<IoError>,
+    },
+    /// The device is not formatted, and not empty either.
+    #[error(
+        "{device}: holds data, but no file system that Pumice knows; if nobody needs it, \
+         `pumice mkfs --force` makes one there"
+    )]
+    NotEmpty {
+        /// The device.
+        device: String,
+    },
+    /// No memory for buffers.
+    #[error("no buffer memory: {0}")]
+    Memory(String),
+    /// The file system's own.
+    #[error(transparent)]
+    FileSystem(#[from] FsError),
+    /// RocksDB's own, with the file system's cause in its text.
+    #[error(transparent)]
+    RocksDb(#[from] rocksdb::Error),
+    /// RocksDB's registry could not open a URI.
+    #[error("{uri}: {reason}")]
+    Uri {
+        /// As it was given.
+        uri: String,
+        /// RocksDB's text.
+        reason: String,
+    },
+    /// A path that no file can have.
+    #[error("path {path:?}: {reason}")]
+    Path {
+        /// As it was given.
+        path: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+}

@@ -1,0 +1,158 @@
+//! `blobfs://…`: file systems for RocksDB's own C++ tools, by URI.
+
+use std::sync::Mutex;
+
+use pumice_blobfs::fs::{FileSystem, FsError};
+
+use crate::plugin::{Fault, UriMount, env_from_uri as make_env_from_uri, register};
+use crate::{Error, MountOptions, mount};
+
+/// Teaches RocksDB in this process the URIs `blobfs://DEVICE[?…]`, where DEVICE is a path or a
+/// device URI: `blobfs:///tmp/kv.img`, `blobfs://malloc://1G`. So `--fs_uri` of its tools, and
+/// `FileSystem::CreateFromString`, find Pumice. Beside the device's own parameters there are
+/// `root=/dir` (the directory that becomes `/`) and `cache=SIZE`.
+///
+/// RocksDB takes a `=` for its own option syntax. There, write `:` for it (`?size:1G&create`) or
+/// the URI as `id={…}`.
+///
+/// What is mounted this way is unmounted when the process exits.
+pub fn register_uri() {
+    register::<BlobFsUri>();
+}
+
+/// The environment that RocksDB's registry gives for a URI, after [`register_uri`].
+///
+/// # Errors
+/// [`Error::Uri`] with RocksDB's text.
+pub fn env_from_uri(uri: &str) -> Result<rocksdb::Env, Error> {
+    register_uri();
+    make_env_from_uri(uri).map_err(|e| Error::Uri {
+        uri: uri.to_owned(),
+        reason: e.0,
+    })
+}
+
+/// What was mounted for C++ code, which keeps its environments for ever.
+static MOUNTED: Mutex<Vec<FileSystem>> = Mutex::new(Vec::new());
+
+struct BlobFsUri;
+
+/// The parts of a `blobfs://` URI.
+#[derive(Debug, PartialEq, Eq)]
+struct Parsed {
+    device: String,
+    root: String,
+    cache_bytes: Option<u64>,
+}
+
+fn parse(uri: &str) -> Result<Parsed, String> {
+    let rest = uri
+        .strip_prefix("blobfs://")
+        .ok_or("it does not begin with blobfs://")?;
+    let (place, query) = rest.split_once('?').unwrap_or((rest, ""));
+    if place.is_empty() {
+        return Err("the device is missing: blobfs:///path/to/image".to_owned());
+    }
+    let mut device = if place.contains("://") {
+        place.to_owned()
+    } else {
+        format!("file://{place}")
+    };
+    let (mut root, mut cache_bytes, mut joint) = ("/".to_owned(), None, '?');
+    for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
+        let (name, value) = parameter.split_once(['=', ':']).unwrap_or((parameter, "1"));
+        match name {
+            "root" => value.clone_into(&mut root),
+            "cache" => {
+                let bytes =
+                    pumice_bdev::parse_size(value).map_err(|e| format!("cache={value}: {e}"))?;
+                cache_bytes = Some(bytes);
+            }
+            _ => {
+                device.push(joint);
+                device.push_str(name);
+                device.push('=');
+                device.push_str(value);
+                joint = '&';
+            }
+        }
+    }
+    Ok(Parsed {
+        device,
+        root,
+        cache_bytes,
+    })
+}
+
+impl UriMount for BlobFsUri {
+    type Fs = FileSystem;
+
+    fn mount(uri: &str) -> Result<(FileSystem, String), Fault> {
+        let parsed = parse(uri).map_err(|e| Fault::new(libc::EINVAL, format!("{uri}: {e}")))?;
+        let mut options = MountOptions::new();
+        if let Some(bytes) = parsed.cache_bytes {
+            options = options.cache_bytes(bytes);
+        }
+        let fs = mount(&parsed.device, &options).map_err(|e| match e {
+            Error::FileSystem(e) => Fault::from(e),
+            other => Fault::new(libc::EIO, other.to_string()),
+        })?;
+        MOUNTED.lock().map_err(|_| poisoned())?.push(fs.clone());
+        Ok((fs, parsed.root))
+    }
+
+    fn at_exit() {
+        // Of a thread of its own, since the exiting one has lost its thread-local channels.
+        let unmount = std::thread::spawn(|| {
+            let mounted = MOUNTED.lock().map(|mut all| std::mem::take(&mut *all));
+            for fs in mounted.unwrap_or_default() {
+                match fs.unmount() {
+                    Ok(()) | Err(FsError::Unmounted { .. }) => {}
+                    Err(e) => tracing::error!("unmounting at exit: {e}"),
+                }
+            }
+        });
+        let _ = unmount.join();
+    }
+}
+
+fn poisoned() -> Fault {
+    Fault::new(libc::EIO, "another mount panicked in this process")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(device: &str, root: &str, cache_bytes: Option<u64>) -> Parsed {
+        Parsed {
+            device: device.into(),
+            root: root.into(),
+            cache_bytes,
+        }
+    }
+
+    #[test]
+    fn devices_and_parameters() {
+        for (uri, want) in [
+            (
+                "blobfs:///tmp/x.img",
+                parsed("file:///tmp/x.img", "/", None),
+            ),
+            (
+                "blobfs://file:///tmp/x.img",
+                parsed("file:///tmp/x.img", "/", None),
+            ),
+            ("blobfs://malloc://1G", parsed("malloc://1G", "/", None)),
+            (
+                "blobfs:///x?size:1G&root:/db&create&cache=64M",
+                parsed("file:///x?size=1G&create=1", "/db", Some(64 << 20)),
+            ),
+        ] {
+            assert_eq!(parse(uri).unwrap(), want, "{uri}");
+        }
+        assert!(parse("blobfs://").unwrap_err().contains("missing"));
+        assert!(parse("blobfs:///x?cache=lots").is_err());
+        assert!(parse("posix://").is_err());
+    }
+}

@@ -1,0 +1,51 @@
+//! What the integration tests share.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf};
+
+/// Bytes of a test image of the file system's crate, unpacked.
+pub fn image(name: &str) -> Vec<u8> {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("../blobfs/tests/images")
+        .join(format!("{name}.zst"));
+    let packed = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    zstd::decode_all(&packed[..]).unwrap()
+}
+
+/// A device in memory with these bytes.
+pub fn memory_with(bytes: &[u8], block_size: u32) -> Arc<dyn BlockDevice> {
+    let uri = format!("malloc://{}?block_size={block_size}", bytes.len());
+    let device = pumice_bdev::open(&uri).unwrap();
+    let channel = AsyncChannel::new(device.open_channel().unwrap());
+    for (chunk, i) in bytes.chunks(1 << 20).zip(0_u64..) {
+        if chunk.iter().any(|byte| *byte != 0) {
+            let mut buf = DmaBuf::new(chunk.len()).unwrap();
+            buf.copy_from_slice(chunk);
+            let lba = (i << 20) / u64::from(block_size);
+            channel
+                .block_on(channel.write(lba, buf.freeze(), false))
+                .unwrap();
+        }
+    }
+    device
+}
+
+pub fn key(n: u64) -> Vec<u8> {
+    format!("key{n:012}").into_bytes()
+}
+
+/// A value of about 100 bytes that only `n` has.
+pub fn value(n: u64) -> Vec<u8> {
+    let mut x = n.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(104);
+    while bytes.len() < 100 {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        bytes.extend_from_slice(&x.to_le_bytes());
+    }
+    bytes
+}

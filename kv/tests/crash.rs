@@ -1,0 +1,127 @@
+//! Power cuts: at every event of a small workload, whatever of the unflushed writes got through,
+//! the database opens and holds what was acknowledged.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{key, value};
+use pumice::rocksdb::{DBCompressionType, LogLevel, WriteOptions};
+use pumice::{DbOptions, MountOptions, mount_device};
+use pumice_bdev::BlockDevice;
+use pumice_bdev::crashsim::{CrashDevice, CrashImage};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+const BLOCK: u32 = 4096;
+const BLOCKS: u64 = 12 << 10;
+const PUTS: u64 = 60;
+
+/// A mark of a checkpoint of the workload, beside those of acknowledged keys.
+const FLUSHED: u64 = 1 << 32;
+
+fn options() -> DbOptions {
+    DbOptions::new().configure(|options| {
+        options.set_compression_type(DBCompressionType::None);
+        options.set_write_buffer_size(64 << 10);
+        options.set_manifest_preallocation_size(64 << 10);
+        options.set_log_level(LogLevel::Fatal);
+        options.set_keep_log_file_num(1);
+    })
+}
+
+fn mount_options() -> MountOptions {
+    MountOptions::new().cache_bytes(16 << 20)
+}
+
+/// Puts with sync, with tables written in between.
+fn workload(device: &Arc<CrashDevice>) {
+    let dynamic: Arc<dyn BlockDevice> = Arc::clone(device) as Arc<dyn BlockDevice>;
+    let fs = mount_device(&dynamic, &mount_options()).unwrap();
+    let db = options().open_in(&fs).unwrap();
+    device.mark(0);
+    let mut sync = WriteOptions::default();
+    sync.set_sync(true);
+    for n in 1..=PUTS {
+        db.put_opt(key(n), value(n), &sync).unwrap();
+        device.mark(n);
+        if n % 25 == 0 {
+            db.flush().unwrap();
+            device.mark(FLUSHED + n);
+        }
+    }
+    db.close().unwrap();
+    fs.unmount().unwrap();
+}
+
+/// Opens what is left and looks for keys 1 to `acknowledged`.
+fn check(image: CrashImage, acknowledged: u64, write_cache: bool, what: &str) {
+    let device: Arc<dyn BlockDevice> =
+        Arc::new(CrashDevice::from_image(BLOCK, image, write_cache, 7));
+    let fs =
+        mount_device(&device, &mount_options()).unwrap_or_else(|e| panic!("{what}: mounting: {e}"));
+    let db = options()
+        .open_in(&fs)
+        .unwrap_or_else(|e| panic!("{what}: opening: {e}"));
+    for n in 1..=acknowledged {
+        let got = db
+            .get(key(n))
+            .unwrap_or_else(|e| panic!("{what}: key {n}: {e}"));
+        assert_eq!(
+            got.as_deref(),
+            Some(&value(n)[..]),
+            "{what}: key {n} was acknowledged"
+        );
+    }
+    drop(db);
+    fs.unmount()
+        .unwrap_or_else(|e| panic!("{what}: unmounting: {e}"));
+}
+
+fn every_cut(write_cache: bool) {
+    let seed: u64 = std::env::var("PUMICE_SEED")
+        .ok()
+        .and_then(|s| s.parse().ok())
+        .unwrap_or(20_261_123);
+    println!("PUMICE_SEED={seed}");
+    let device = Arc::new(CrashDevice::new(BLOCK, BLOCKS, write_cache, seed));
+    workload(&device);
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut points = device.crash_points();
+    let (mut cuts, mut mounted) = (0, false);
+    while points.advance().is_some() {
+        let mut acknowledged = None;
+        for mark in points.marks() {
+            mounted = true;
+            if mark < FLUSHED {
+                acknowledged = Some(mark);
+            }
+        }
+        // Before the database was first there, formatting and creation may start over.
+        if !mounted {
+            continue;
+        }
+        let acknowledged = acknowledged.unwrap_or(0);
+        let likely = [0.0, 0.5, 1.0][cuts % 3];
+        let image = points.image(&mut |_piece| rng.random_bool(likely));
+        let what = format!(
+            "seed {seed}, cut after event {} of {}, pieces kept with {likely}",
+            points.position(),
+            points.len_events()
+        );
+        check(image, acknowledged, write_cache, &what);
+        cuts += 1;
+    }
+    assert!(cuts > 100, "only {cuts} cuts");
+    println!("{cuts} cuts, write cache {write_cache}");
+}
+
+#[test]
+fn power_cut_with_a_volatile_write_cache() {
+    every_cut(true);
+}
+
+#[test]
+fn power_cut_without_a_write_cache() {
+    every_cut(false);
+}
