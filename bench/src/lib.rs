@@ -4,3 +4,4 @@
 pub mod db_bench;
 #[cfg(feature = "db")]
 pub mod fscompare;
+pub mod nvmeperf;

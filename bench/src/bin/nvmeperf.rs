@@ -1,0 +1,171 @@
+//! Measures the NVMe driver on a namespace, through any transport.
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use pumice_bench::nvmeperf::report::Report;
+use pumice_bench::nvmeperf::worker::{self, Shared};
+use pumice_bench::nvmeperf::{Kind, Workload};
+use pumice_nvme::transport::parse_size;
+use pumice_nvme::{ControllerOptions, open_with};
+
+/// I/O on an NVMe namespace through the driver alone: rates, latencies, doorbells, instructions
+#[derive(Parser)]
+#[command(name = "nvmeperf", version)]
+struct Args {
+    /// Namespace: soft://null?size=1G, soft://memory, nvme://0000:00:03.0/1,
+    /// vfio-user:///run/cntrl/1
+    #[arg(default_value = "soft://null?size=1G")]
+    uri: String,
+    /// read, write, rw, randread, randwrite, randrw. Writes destroy what is on the namespace.
+    #[arg(short, long, default_value = "randread")]
+    workload: Kind,
+    /// Reads of a hundred I/Os, for rw and randrw
+    #[arg(short = 'm', long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=100))]
+    read_percent: u32,
+    /// Bytes of an I/O, as 4096 or 128K
+    #[arg(short = 'o', long, default_value = "4096")]
+    io_size: String,
+    /// I/Os in flight per queue pair
+    #[arg(short = 'q', long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=4095))]
+    depth: u16,
+    /// Queue pairs, each with a thread of its own
+    #[arg(short = 'c', long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    queues: u16,
+    /// Seconds
+    #[arg(short, long, default_value_t = 5.0)]
+    time: f64,
+    /// Stop each queue pair after so many I/Os, if that comes first
+    #[arg(short = 'n', long, default_value_t = 0)]
+    count: u64,
+    /// Sleep on interrupts when nothing is there, instead of polling on
+    #[arg(long)]
+    wait: bool,
+    /// Do not take times per I/O
+    #[arg(long)]
+    no_latency: bool,
+    /// Do not use SGLs
+    #[arg(long)]
+    no_sgl: bool,
+    /// Do not use shadow doorbells
+    #[arg(long)]
+    no_shadow: bool,
+    /// Seed of the random blocks
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("nvmeperf: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
+    let mut options = ControllerOptions::default();
+    options.sgl = !args.no_sgl;
+    options.shadow_doorbells = !args.no_shadow;
+    let opened = open_with(&args.uri, options)?;
+    let ns = opened.namespace()?;
+    let io_bytes = parse_size(&args.io_size)
+        .and_then(|n| usize::try_from(n).ok())
+        .filter(|n| *n > 0 && n.is_multiple_of(ns.block_size() as usize))
+        .ok_or_else(|| {
+            format!(
+                "I/O size {} is no multiple of the block size {}",
+                args.io_size,
+                ns.block_size()
+            )
+        })?;
+    if io_bytes as u64 > ns.len_bytes() {
+        return Err("the namespace is smaller than one I/O".into());
+    }
+    if !(args.time > 0.0 && args.time < 1e7) {
+        return Err("--time wants a number of seconds above 0".into());
+    }
+    let workload = Workload {
+        pattern: args.workload.pattern,
+        read_percent: args.workload.read_percent.unwrap_or(args.read_percent),
+        io_bytes,
+        depth: args.depth,
+        queues: args.queues,
+        wait: args.wait,
+        latency: !args.no_latency,
+        seed: args.seed,
+        count: args.count,
+    };
+    let shared = Shared {
+        controller: opened.controller,
+        ns,
+        workload,
+        stop: AtomicBool::new(false),
+        progress: AtomicU64::new(0),
+    };
+    let results = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..args.queues)
+            .map(|n| {
+                let shared = &shared;
+                scope.spawn(move || worker::run(shared, n))
+            })
+            .collect();
+        watch(&shared, Duration::from_secs_f64(args.time), &|| {
+            workers
+                .iter()
+                .any(std::thread::ScopedJoinHandle::is_finished)
+        });
+        shared.stop.store(true, Ordering::Relaxed);
+        workers
+            .into_iter()
+            .map(|w| w.join().unwrap_or_else(|_| Err("a worker panicked".into())))
+            .collect::<Result<Vec<_>, _>>()
+    })
+    .map_err(|e| e.to_string())?;
+    let report = Report::new(&shared.workload, &results);
+    if args.json {
+        println!("{:#}", report.json(&args.uri, &shared.workload));
+    } else {
+        print!("{}", report.table());
+    }
+    Ok(())
+}
+
+/// Waits for the end, with a line that shows how it goes when somebody looks.
+fn watch(shared: &Shared, time: Duration, done: &dyn Fn() -> bool) {
+    let start = Instant::now();
+    let bar = if std::io::stderr().is_terminal() {
+        ProgressBar::new(100)
+    } else {
+        ProgressBar::hidden()
+    };
+    if let Ok(style) = ProgressStyle::with_template("{bar:40} {percent}% {msg}") {
+        bar.set_style(style);
+    }
+    while start.elapsed() < time && !done() {
+        let left = time.saturating_sub(start.elapsed());
+        std::thread::sleep(left.min(Duration::from_millis(100)));
+        let ios = shared.progress.load(Ordering::Relaxed);
+        let seconds = start.elapsed().as_secs_f64();
+        #[expect(clippy::cast_precision_loss, reason = "a figure for reading")]
+        let rate = ios as f64 / seconds.max(1e-9);
+        bar.set_message(format!("{rate:.0} I/Os per second"));
+        let percent = seconds / time.as_secs_f64() * 100.0;
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "0 to 100"
+        )]
+        bar.set_position(percent.clamp(0.0, 100.0) as u64);
+    }
+    bar.finish_and_clear();
+}
