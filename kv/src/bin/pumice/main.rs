@@ -1,10 +1,13 @@
 //! The `pumice` command: one subcommand per module.
 
 mod blob;
+mod copy;
 mod doctor;
 #[cfg(test)]
 mod fake_host;
+mod files;
 mod fsck;
+mod mkfs;
 mod setup;
 
 use std::process::ExitCode;
@@ -25,6 +28,16 @@ enum Command {
     Doctor(doctor::Doctor),
     Blob(blob::BlobArgs),
     Fsck(fsck::Fsck),
+    Mkfs(mkfs::Mkfs),
+    Ls(files::Ls),
+    Cat(files::Cat),
+    Cp(copy::Cp),
+    Rm(files::Rm),
+    Mv(files::Mv),
+    Df(files::Df),
+    Stat(files::StatArgs),
+    Mkdir(files::Mkdir),
+    Rmdir(files::Rmdir),
 }
 
 fn main() -> ExitCode {
@@ -46,5 +59,15 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(&args),
         Command::Blob(args) => blob::run(&args),
         Command::Fsck(args) => fsck::run(&args),
+        Command::Mkfs(args) => mkfs::run(&args),
+        Command::Ls(args) => files::ls(&args),
+        Command::Cat(args) => files::cat(&args),
+        Command::Cp(args) => copy::cp(&args),
+        Command::Rm(args) => files::rm(&args),
+        Command::Mv(args) => files::mv(&args),
+        Command::Df(args) => files::df(&args),
+        Command::Stat(args) => files::stat(&args),
+        Command::Mkdir(args) => files::mkdir(&args),
+        Command::Rmdir(args) => files::rmdir(&args),
     }
 }

@@ -1,0 +1,326 @@
+//! `pumice cp`: between BlobFS and the kernel's file system, both ways, and within BlobFS.
+
+use std::fs::{self, File as KernelFile};
+use std::io::{ErrorKind, IsTerminal, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use pumice_blobfs::fs::{Access, FileSystem, OpenOptions};
+use serde_json::json;
+
+use crate::files::{CHUNK, Failure, fail, human, join, mounted, walk};
+
+/// Copy files into, out of, and within the file system
+///
+/// Paths in the file system begin with a colon, the others are the kernel's:
+/// `pumice cp disk.img :/db/CURRENT .` and `pumice cp disk.img -r backup :/db`.
+#[derive(Args)]
+pub struct Cp {
+    /// The device
+    uri: String,
+    /// What to copy
+    #[arg(required = true, num_args = 1..)]
+    from: Vec<String>,
+    /// Where to: a path for one file, or a directory
+    to: String,
+    /// Directories, with all that is in them
+    #[arg(short, long)]
+    recursive: bool,
+    /// Print JSON when done, and no progress
+    #[arg(long)]
+    json: bool,
+    /// No progress
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+/// A path, and whose.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Place {
+    Ours(String),
+    Kernel(PathBuf),
+}
+
+impl Place {
+    fn parse(text: &str) -> Place {
+        match text.strip_prefix(':') {
+            Some("") => Place::Ours("/".to_owned()),
+            Some(path) => Place::Ours(path.to_owned()),
+            None => Place::Kernel(PathBuf::from(text)),
+        }
+    }
+
+    fn base(&self) -> Result<String, Failure> {
+        let base = match self {
+            Place::Ours(p) => p
+                .trim_end_matches('/')
+                .rsplit('/')
+                .next()
+                .map(str::to_owned),
+            Place::Kernel(p) => match p.canonicalize() {
+                Ok(full) => full.file_name().map(|n| n.to_string_lossy().into_owned()),
+                Err(e) => return Err(kernel_error(p, &e)),
+            },
+        };
+        Ok(base.unwrap_or_default())
+    }
+
+    fn is_dir(&self, fs: &FileSystem) -> bool {
+        match self {
+            Place::Ours(p) => fs.stat(p).is_ok_and(|s| s.is_dir),
+            Place::Kernel(p) => p.is_dir(),
+        }
+    }
+
+    fn child(&self, name: &str) -> Place {
+        match self {
+            Place::Ours(p) => Place::Ours(join(p, name)),
+            Place::Kernel(p) => Place::Kernel(p.join(name)),
+        }
+    }
+}
+
+fn kernel_error(path: &Path, e: &std::io::Error) -> Failure {
+    Failure::from(format!("{}: {e}", path.display()))
+}
+
+/// One file or directory to be made.
+struct Job {
+    from: Place,
+    to: Place,
+    is_dir: bool,
+    len: u64,
+}
+
+/// Runs it.
+pub fn cp(args: &Cp) -> ExitCode {
+    let to = Place::parse(&args.to);
+    let read_only = matches!(to, Place::Kernel(_));
+    let result = mounted(&args.uri, read_only, |fs| copy(fs, args, &to));
+    match result {
+        Ok((files, bytes)) => {
+            if args.json {
+                println!("{:#}", json!({"files": files, "bytes": bytes}));
+            } else if !args.quiet {
+                eprintln!("{files} files, {}", human(bytes));
+            }
+            ExitCode::SUCCESS
+        }
+        Err(e) => fail("cp", &e),
+    }
+}
+
+fn copy(fs: &FileSystem, args: &Cp, to: &Place) -> Result<(u64, u64), Failure> {
+    let into = to.is_dir(fs);
+    if args.from.len() > 1 && !into {
+        return Err(Failure::from(format!("{}: not a directory", args.to)));
+    }
+    let mut jobs = Vec::new();
+    for text in &args.from {
+        let from = Place::parse(text);
+        if matches!((&from, to), (Place::Kernel(_), Place::Kernel(_))) {
+            let text = format!(
+                "{text}: neither path is in the file system; those begin with a colon, as :/db"
+            );
+            return Err(Failure::from(text));
+        }
+        let base = from.base()?;
+        let target = if into && !base.is_empty() {
+            to.child(&base)
+        } else {
+            to.clone()
+        };
+        plan(fs, &from, &target, args.recursive, &mut jobs)?;
+    }
+    let total = jobs.iter().map(|j| j.len).sum();
+    let bar = progress(total, args);
+    let mut files = 0;
+    for job in &jobs {
+        bar.set_message(match &job.to {
+            Place::Ours(p) => p.clone(),
+            Place::Kernel(p) => p.display().to_string(),
+        });
+        files += u64::from(!job.is_dir);
+        run_job(fs, job, &bar)?;
+    }
+    bar.finish_and_clear();
+    Ok((files, bar.position()))
+}
+
+fn progress(total: u64, args: &Cp) -> ProgressBar {
+    if args.quiet || args.json || !std::io::stderr().is_terminal() {
+        let bar = ProgressBar::hidden();
+        bar.set_length(total);
+        return bar;
+    }
+    let style = "{bar:30} {bytes:>10} of {total_bytes} {binary_bytes_per_sec:>12} {wide_msg}";
+    ProgressBar::new(total).with_style(
+        ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()),
+    )
+}
+
+fn plan(
+    fs: &FileSystem,
+    from: &Place,
+    to: &Place,
+    recursive: bool,
+    jobs: &mut Vec<Job>,
+) -> Result<(), Failure> {
+    let refuse = |name: String| {
+        Err(Failure::from(format!(
+            "{name}: is a directory; copy it with -r"
+        )))
+    };
+    match from {
+        Place::Ours(path) => {
+            let found = walk(fs, path)?;
+            if found[0].1 && !recursive {
+                return refuse(path.clone());
+            }
+            let root = path.trim_end_matches('/');
+            // What is in a directory that is copied into itself was listed before it grew.
+            for (p, is_dir) in found {
+                let rest = p[root.len().min(p.len())..].trim_start_matches('/');
+                let target = if rest.is_empty() {
+                    to.clone()
+                } else {
+                    to.child(rest)
+                };
+                let len = if is_dir { 0 } else { fs.stat(&p)?.len };
+                jobs.push(Job {
+                    from: Place::Ours(p),
+                    to: target,
+                    is_dir,
+                    len,
+                });
+            }
+        }
+        Place::Kernel(path) => {
+            let meta = fs::metadata(path).map_err(|e| kernel_error(path, &e))?;
+            let (is_dir, is_file) = (meta.is_dir(), meta.is_file());
+            if is_dir && !recursive {
+                return refuse(path.display().to_string());
+            }
+            if !is_dir && !is_file {
+                return Err(Failure::from(format!(
+                    "{}: neither file nor directory",
+                    path.display()
+                )));
+            }
+            let len = if is_file { meta.len() } else { 0 };
+            jobs.push(Job {
+                from: from.clone(),
+                to: to.clone(),
+                is_dir,
+                len,
+            });
+            if is_dir {
+                let entries = fs::read_dir(path).map_err(|e| kernel_error(path, &e))?;
+                let mut names = Vec::new();
+                for entry in entries {
+                    names.push(entry.map_err(|e| kernel_error(path, &e))?.file_name());
+                }
+                names.sort();
+                for name in names {
+                    let Some(name) = name.to_str() else {
+                        let text =
+                            format!("{}: {}: name is not UTF-8", path.display(), name.display());
+                        return Err(Failure::from(text));
+                    };
+                    plan(fs, &from.child(name), &to.child(name), recursive, jobs)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn run_job(fs: &FileSystem, job: &Job, bar: &ProgressBar) -> Result<(), Failure> {
+    match (&job.from, &job.to) {
+        (_, Place::Ours(to)) if job.is_dir => {
+            if fs.stat(to).is_ok_and(|s| s.is_dir) {
+                Ok(())
+            } else {
+                Ok(fs.mkdir(to)?)
+            }
+        }
+        (_, Place::Kernel(to)) if job.is_dir => match fs::create_dir(to) {
+            Err(e) if e.kind() == ErrorKind::AlreadyExists && to.is_dir() => Ok(()),
+            result => result.map_err(|e| kernel_error(to, &e)),
+        },
+        (Place::Kernel(from), Place::Ours(to)) => {
+            let mut source = KernelFile::open(from).map_err(|e| kernel_error(from, &e))?;
+            let target = fs.open(to, OpenOptions::FRESH)?;
+            let mut buf = vec![0; CHUNK];
+            loop {
+                let n = match source.read(&mut buf) {
+                    Ok(0) => break,
+                    Ok(n) => n,
+                    Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+                    Err(e) => return Err(kernel_error(from, &e)),
+                };
+                target.append(&buf[..n])?;
+                bar.inc(n as u64);
+            }
+            Ok(target.sync()?)
+        }
+        (Place::Ours(from), Place::Kernel(to)) => {
+            let mut target = KernelFile::create(to).map_err(|e| kernel_error(to, &e))?;
+            each_chunk(fs, from, bar, |bytes| {
+                target.write_all(bytes).map_err(|e| kernel_error(to, &e))
+            })?;
+            target.sync_all().map_err(|e| kernel_error(to, &e))
+        }
+        (Place::Ours(from), Place::Ours(to)) => {
+            if fs.exists(to)? && fs.same_file(from, to)? {
+                return Err(Failure::from(format!("{from} and {to} are the same file")));
+            }
+            let target = fs.open(to, OpenOptions::FRESH)?;
+            each_chunk(fs, from, bar, |bytes| Ok(target.append(bytes)?))?;
+            Ok(target.sync()?)
+        }
+        (Place::Kernel(from), Place::Kernel(_)) => Err(Failure::from(format!(
+            "{}: not in the file system",
+            from.display()
+        ))),
+    }
+}
+
+fn each_chunk(
+    fs: &FileSystem,
+    from: &str,
+    bar: &ProgressBar,
+    mut sink: impl FnMut(&[u8]) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let source = fs.open(from, OpenOptions::READ)?;
+    source.advise(Access::Sequential);
+    let mut buf = vec![0; CHUNK];
+    let mut at = 0;
+    loop {
+        let n = source.read_at(at, &mut buf)?;
+        if n == 0 {
+            return Ok(());
+        }
+        sink(&buf[..n])?;
+        at += n as u64;
+        bar.inc(n as u64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whose_path_it_is() {
+        assert_eq!(Place::parse(":/a/b"), Place::Ours("/a/b".to_owned()));
+        assert_eq!(Place::parse(":"), Place::Ours("/".to_owned()));
+        assert_eq!(Place::parse("a/b"), Place::Kernel(PathBuf::from("a/b")));
+        assert_eq!(
+            Place::Ours("/".to_owned()).child("x"),
+            Place::Ours("/x".to_owned())
+        );
+    }
+}

@@ -1,0 +1,166 @@
+//! `pumice mkfs`, `ls`, `cat`, `cp`, `rm`, `mv`, `df`, `stat`, as a user calls them.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn pumice(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_pumice"))
+        .args(args)
+        .output()
+        .unwrap()
+}
+
+fn ok(args: &[&str]) -> String {
+    let output = pumice(args);
+    assert!(
+        output.status.success(),
+        "{args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn fails(args: &[&str]) -> String {
+    let output = pumice(args);
+    assert_eq!(output.status.code(), Some(1), "{args:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+fn json(args: &[&str]) -> Value {
+    serde_json::from_str(&ok(args)).unwrap()
+}
+
+fn image(dir: &Path) -> String {
+    let uri = dir.join("disk.img").to_str().unwrap().to_owned();
+    ok(&["mkfs", &uri, "--size", "64M"]);
+    uri
+}
+
+#[test]
+fn making_and_refusing_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = dir.path().join("disk.img").to_str().unwrap().to_owned();
+    assert!(
+        fails(&["mkfs", &uri]).contains("size"),
+        "says how to make the image"
+    );
+    let made = json(&[
+        "mkfs",
+        &uri,
+        "--size",
+        "64M",
+        "--cluster-size",
+        "64K",
+        "--md-pages",
+        "300",
+        "--json",
+    ]);
+    assert_eq!(made["cluster_size"], 65536);
+    assert_eq!(made["md_pages"], 300);
+    let refused = fails(&["mkfs", &uri]);
+    assert!(
+        refused.contains("BlobFS") && refused.contains("--force"),
+        "{refused}"
+    );
+    ok(&["mkfs", &uri, "--force"]);
+    assert_eq!(json(&["df", &uri, "--json"])["cluster_size"], 1 << 20);
+    // Something of somebody else's.
+    let other = dir.path().join("other.img");
+    let mut bytes = vec![0u8; 8 << 20];
+    bytes[..4].copy_from_slice(b"XFSB");
+    std::fs::write(&other, &bytes).unwrap();
+    let refused = fails(&["mkfs", other.to_str().unwrap()]);
+    assert!(refused.contains("XFS"), "{refused}");
+    assert!(std::fs::read(&other).unwrap() == bytes);
+    assert!(fails(&["ls", other.to_str().unwrap()]).contains("XFS"));
+}
+
+#[test]
+fn files_go_in_and_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = image(dir.path());
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let big: Vec<u8> = (0..3_333_333u32).flat_map(u32::to_le_bytes).collect();
+    std::fs::create_dir_all(dir.path().join("in/sub/empty")).unwrap();
+    std::fs::write(dir.path().join("in/big"), &big).unwrap();
+    std::fs::write(dir.path().join("in/sub/small"), b"small").unwrap();
+    assert!(fails(&["cp", &uri, &at("in"), ":/"]).contains("-r"));
+    ok(&["cp", &uri, "-r", &at("in"), ":/db"]);
+    let names: Vec<String> = json(&["ls", &uri, "-R", "--json"])
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|e| e["path"].as_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(
+        names,
+        [
+            "/db",
+            "/db/big",
+            "/db/sub",
+            "/db/sub/empty",
+            "/db/sub/small"
+        ]
+    );
+    assert_eq!(
+        ok(&["cat", &uri, "/db/sub/small", "/db/sub/small"]),
+        "smallsmall"
+    );
+    let stat = json(&["stat", &uri, "/db/big", "--json"]);
+    assert_eq!(stat[0]["length"], big.len());
+    assert_eq!(stat[0]["type"], "file");
+    ok(&["mv", &uri, "/db/sub", "/sub"]);
+    ok(&["mv", &uri, "/db/big", "/sub"]);
+    ok(&["cp", &uri, ":/sub/big", ":/db/copy"]);
+    assert!(fails(&["cp", &uri, ":/db/copy", ":/db/copy"]).contains("same file"));
+    let copied = json(&["cp", &uri, "-r", "--json", ":/", &at("out")]);
+    assert_eq!(copied["files"], 3);
+    for name in ["out/sub/big", "out/db/copy"] {
+        assert!(
+            std::fs::read(dir.path().join(name)).unwrap() == big,
+            "{name}"
+        );
+    }
+    assert!(dir.path().join("out/sub/empty").is_dir());
+    ok(&["cp", &uri, ":/sub/small", &at("out")]);
+    assert_eq!(
+        std::fs::read(dir.path().join("out/small")).unwrap(),
+        b"small"
+    );
+    assert!(fails(&["cp", &uri, &at("in/big"), &at("x")]).contains("colon"));
+    assert!(fails(&["rm", &uri, "/sub"]).contains("-r"));
+    assert!(fails(&["rm", &uri, "/none"]).contains("no such file"));
+    ok(&["rm", &uri, "-f", "/none"]);
+    ok(&["mkdir", &uri, "-p", "/a/b/c"]);
+    assert!(fails(&["rmdir", &uri, "/a"]).contains("not empty"));
+    ok(&["rmdir", &uri, "/a/b/c", "/a/b", "/a"]);
+    ok(&["rm", &uri, "-r", "/sub", "/db"]);
+    assert_eq!(ok(&["ls", &uri]), "");
+    let df = json(&["df", &uri, "--json"]);
+    assert_eq!(
+        (&df["used_bytes"], &df["files"]),
+        (&Value::from(0), &Value::from(0))
+    );
+    // More than there is room for: said, and what was there is still good.
+    std::fs::write(dir.path().join("huge"), vec![1; 80 << 20]).unwrap();
+    ok(&["cp", &uri, &at("in/sub/small"), ":/small"]);
+    assert!(fails(&["cp", &uri, &at("huge"), ":/huge"]).contains("no space"));
+    assert_eq!(ok(&["cat", &uri, "/small"]), "small");
+}
+
+#[test]
+fn a_device_in_use_is_refused_with_its_owner() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = image(dir.path());
+    let held = pumice_bdev::open(&uri).unwrap();
+    let refused = fails(&["ls", &uri]);
+    assert!(
+        refused.contains(&std::process::id().to_string()),
+        "{refused}"
+    );
+    assert!(fails(&["mkfs", &uri, "--force"]).contains("in use"));
+    drop(held);
+    ok(&["ls", &uri]);
+}
