@@ -283,9 +283,9 @@ fn check(image: CrashImage, write_cache: bool, before: &State, after: &State, wh
     all.sort();
     for path in all.iter().rev() {
         if is_dir(path) {
-            fs.rmdir(path).unwrap()
+            fs.rmdir(path).unwrap();
         } else {
-            fs.unlink(path).unwrap()
+            fs.unlink(path).unwrap();
         }
     }
     let statfs = fs.statfs();

@@ -449,7 +449,7 @@ fn the_file_system_does_what_the_model_does() {
         run(seed, 400);
         return;
     }
-    for seed in 0..from_env("PUMICE_ROUNDS").unwrap_or(12) {
+    for seed in 0..from_env("PUMICE_ROUNDS").unwrap_or(6) {
         run(seed, 250);
     }
 }

@@ -12,7 +12,7 @@ use super::inode::{Inode, now_ns, xattr};
 use super::names::{Dir, Entry, Opened, Ops, encode_name, encode_names};
 use super::options::OpenOptions;
 use super::path;
-use crate::blobstore::{CreateOptions, Transaction};
+use crate::blobstore::{ClearMethod, CreateOptions, Transaction};
 
 /// Longest list of further names of a file, in bytes.
 const LINKS_MAX: usize = 3000;
@@ -94,7 +94,7 @@ impl Core {
         let mut tx = self.store.transaction();
         let new = tx.create(CreateOptions {
             xattrs,
-            ..CreateOptions::default()
+            ..self.create_options()
         });
         let loss = old
             .as_ref()
@@ -120,6 +120,19 @@ impl Core {
             .insert(path.to_owned(), Entry::File(Arc::clone(&ino)));
         self.settle_loss(old, loss, path);
         Ok(ino)
+    }
+
+    /// How blobs of files and directories are made.
+    fn create_options(&self) -> CreateOptions {
+        let clear_method = if self.opts.discard {
+            ClearMethod::Unmap
+        } else {
+            ClearMethod::None
+        };
+        CreateOptions {
+            clear_method,
+            ..CreateOptions::default()
+        }
     }
 
     /// The last handle of `ino` may be gone.
@@ -380,7 +393,7 @@ impl Core {
         let mut tx = self.store.transaction();
         let new = tx.create(CreateOptions {
             xattrs: marker_xattrs(path, mtime),
-            ..CreateOptions::default()
+            ..self.create_options()
         });
         let committed = tx
             .commit()
@@ -490,7 +503,7 @@ impl Core {
                 let mut tx = self.store.transaction();
                 let new = tx.create(CreateOptions {
                     xattrs,
-                    ..CreateOptions::default()
+                    ..self.create_options()
                 });
                 let id = tx.commit().map_err(fail)?.id(new);
                 *dir.marker.lock() = Some(id);

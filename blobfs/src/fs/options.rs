@@ -36,6 +36,10 @@ pub struct MountOptions {
     pub shared_channels: usize,
     /// Longest read-ahead in bytes; 0: none.
     pub read_ahead_bytes: usize,
+    /// Files made by this mount tell the device (TRIM, hole punching) when they give clusters
+    /// back. Off by default, as with the kernel's file systems: it makes deletion slower, and in
+    /// an image file the next write into the hole as well.
+    pub discard: bool,
 }
 
 impl Default for MountOptions {
@@ -46,6 +50,7 @@ impl Default for MountOptions {
             write_behind_bytes: 32 << 20,
             shared_channels: 4,
             read_ahead_bytes: 1 << 20,
+            discard: false,
         }
     }
 }

@@ -524,16 +524,27 @@ impl Core {
         Ok(())
     }
 
-    /// The last handle is gone: the tail goes to the device and becomes cache.
+    /// The last handle is gone: the tail goes to the device and becomes cache, and what was
+    /// allocated ahead goes back.
     pub fn seal(&self, ino: &Arc<Inode>) -> Result<()> {
         let mut tail = ino.tail.lock();
+        // Whoever deletes it took over, perhaps has its clusters already.
+        if ino.dying.load(Ordering::SeqCst) || ino.reaped.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        let sealed = self.seal_buffer(ino, &mut tail);
+        tail.reserved = false;
+        self.trim(ino, tail);
+        sealed
+    }
+
+    fn seal_buffer(&self, ino: &Arc<Inode>, tail: &mut Tail) -> Result<()> {
         let Some(frame) = tail.frame.clone() else {
             return Ok(());
         };
         let len = ino.len();
-        self.submit_upto(ino, &mut tail, len, false)?;
-        self.drop_buffer(&mut tail);
-        tail.reserved = false;
+        self.submit_upto(ino, tail, len, false)?;
+        self.drop_buffer(tail);
         tail.prune(ino);
         let filled = split(len).1;
         let oversized = frame.bytes.cap() >= 2 * filled.next_multiple_of(PAGE);
