@@ -507,6 +507,25 @@ fn reads_pinned_many_asynchronous_direct() {
 }
 
 #[test]
+fn a_log_that_nobody_reads_takes_no_cache() {
+    let dev = formatted(64 << 20, 4096);
+    let fs = mount(&dev);
+    let data = pattern(5, 9_000_000);
+    let write = |path: &str, access: Access| {
+        let f = fs.open(path, OpenOptions::CREATE).unwrap();
+        f.advise(access);
+        for piece in data.chunks(1000) {
+            f.append(piece).unwrap();
+        }
+        f.sync().unwrap();
+        fs.cache_stats().used_bytes
+    };
+    assert_eq!(write("/log", Access::NoReuse), 0);
+    assert_eq!(write("/table", Access::Normal), 8 << 20);
+    assert!(all(&fs.open("/log", OpenOptions::READ).unwrap()) == data);
+}
+
+#[test]
 fn a_sync_writes_what_it_must_and_no_more() {
     let dev = formatted(64 << 20, 4096);
     let fs = mount(&dev);

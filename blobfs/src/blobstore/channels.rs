@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use pumice_bdev::{
-    AsyncChannel, BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, IoErrorKind, Op, SubmitError,
+    AsyncChannel, BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, IoErrorKind, Op,
+    SubmitError,
 };
 
 use super::error::Error;

@@ -282,6 +282,10 @@ impl File {
                 self.invalidate(0, u64::MAX);
                 return;
             }
+            Access::NoReuse => {
+                self.core().set_transient(self.ino(), true);
+                return;
+            }
         };
         self.open.access.store(value, Ordering::Relaxed);
     }

@@ -104,4 +104,7 @@ pub enum Access {
     WillNeed,
     /// The contents need not stay in memory: drops clean cached pages.
     DontNeed,
+    /// For a writer: what is appended is not read soon (a write-ahead log), so its buffers are used
+    /// again as soon as they are on the device instead of becoming cache.
+    NoReuse,
 }

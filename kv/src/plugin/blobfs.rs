@@ -57,6 +57,10 @@ impl PluginFs for FileSystem {
         if how.direct {
             file.set_direct(true);
         }
+        if how.fresh && path.ends_with(".log") {
+            // A write-ahead log is read again only by recovery.
+            File::advise(&file, pumice_blobfs::fs::Access::NoReuse);
+        }
         Ok(file)
     }
 
