@@ -2,3 +2,4 @@
 plain=nvme://$(slot 8)
 step "verify, 512 B" pumice-rig test verify $plain/1 --sgl
 step "verify, 4096 B" pumice-rig test verify $plain/2
+suite "on all namespaces" $plain

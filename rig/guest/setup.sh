@@ -48,11 +48,21 @@ away_and_back() {
 	mount -t ext4 /dev/nvme0n1 /mnt/fs && grep hello /mnt/fs/file && umount /mnt/fs
 }
 handed_over() {
-	echo 'db:x:998:997::/:/bin/sh' > /etc/passwd
+	printf 'root:x:0:0::/root:/bin/sh\ndb:x:998:997::/:/bin/sh\n' > /etc/passwd
 	pumice setup bind $A --user db || return 1
 	node=/dev/vfio/$(basename "$(readlink /sys/bus/pci/devices/$A/iommu_group)")
 	ls -ln $node | grep '998 *997'; r=$?
 	pumice setup unbind $A && return $r
+}
+ordinary_user() { # with his own limit lifted he drives the device, with it the limit is named
+	pumice setup bind $A --user db || return 1
+	chmod 1777 /tmp
+	su db -c "pumice doctor $A && pumice-rig test verify nvme://$A/2" || return 1
+	ulimit -l 8192
+	su db -c "pumice doctor $A" | grep 'missing.*memlock' || return 1
+	su db -c "pumice-rig test verify nvme://$A/2" > /tmp/limited && return 1
+	cat /tmp/limited
+	grep 'memlock limit is .*ulimit -l unlimited' /tmp/limited && pumice setup unbind $A
 }
 busy() { # in use by another process: neither unbound nor waited for
 	pumice setup bind $A || return 1
@@ -77,5 +87,6 @@ step "an open device stays" opened
 step "doctor before" doctor
 step "to vfio-pci and back, data intact" away_and_back
 step "handed over to a user" handed_over
+step "driven by an ordinary user" ordinary_user
 step "not unbound while a process uses it" busy
 step "huge pages on demand" pages

@@ -25,4 +25,5 @@ virtual_functions() {
 step "virtual functions come up" virtual_functions
 virtual=$(functions | tail -n 1)
 step "verify on a virtual function" pumice-rig test verify nvme://$virtual/1
+suite "on a virtual function" nvme://$virtual
 step "physical function still works" dd if=/dev/nvme0n1 of=/dev/null bs=4096 count=16

@@ -9,6 +9,7 @@ step "verify, 4096 B, shadow doorbells" t verify $multi/2
 step "verify, SGL" t verify $multi/2 --sgl --no-shadow
 step "verify, queue in controller memory" t verify $multi/2 --cmb --no-shadow
 step "verify, polling" t verify $multi/1 --poll
+suite "on all namespaces" $multi
 step "sleep on the interrupt" t sleep $slow
 step "media errors" t media-errors $faulty 2048 4096
 step "reset under load" t reset $slow

@@ -38,7 +38,7 @@ pub fn missing_tools() -> Option<String> {
     ] {
         if which(tool).is_none() {
             return Some(format!(
-                "{tool} is not here: rig/setup --install (apt-get install --no-install-recommends {package})"
+                "{tool} is not here: scripts/setup --vm installs it (apt-get install --no-install-recommends {package})"
             ));
         }
     }
@@ -66,6 +66,32 @@ pub fn parts(cache: &Path) -> Result<Parts, Error> {
 
 /// The package that `linux-image-amd64` depends on; without package lists, one in the cache.
 fn kernel_package(cache: &Path) -> Result<String, Error> {
+    if let Some(name) = newest_kernel()? {
+        return Ok(name);
+    }
+    let kept = std::fs::read_dir(cache.join("unpacked"))
+        .into_iter()
+        .flatten()
+        .filter_map(|e| e.ok()?.file_name().into_string().ok())
+        .find(|name| name.starts_with("linux-image-"));
+    if let Some(name) = kept {
+        return Ok(name);
+    }
+    // A fresh container has no lists; fetching them needs root, which is there then.
+    let updated = quiet(Command::new("apt-get").args(["-qq", "update"]));
+    if let Some(name) = newest_kernel()? {
+        return Ok(name);
+    }
+    Err(Error::Other(format!(
+        "apt knows no linux-image-amd64: the rig wants Debian 12 or later and its package lists ({})",
+        match updated {
+            Ok(()) => "apt-get update did not help".to_owned(),
+            Err(e) => e.to_string(),
+        }
+    )))
+}
+
+fn newest_kernel() -> Result<Option<String>, Error> {
     let output = Command::new("apt-cache")
         .args(["depends", "linux-image-amd64"])
         .output()
@@ -73,21 +99,8 @@ fn kernel_package(cache: &Path) -> Result<String, Error> {
     let text = String::from_utf8_lossy(&output.stdout);
     let named = text
         .lines()
-        .find_map(|line| line.trim().strip_prefix("Depends: "))
-        .map(|name| name.trim().to_owned());
-    if let Some(name) = named {
-        return Ok(name);
-    }
-    std::fs::read_dir(cache.join("unpacked"))
-        .into_iter()
-        .flatten()
-        .filter_map(|e| e.ok()?.file_name().into_string().ok())
-        .find(|name| name.starts_with("linux-image-"))
-        .ok_or_else(|| {
-            Error::Other(
-                "apt knows no linux-image-amd64: run apt-get update, on Debian 12 or later".into(),
-            )
-        })
+        .find_map(|line| line.trim().strip_prefix("Depends: "));
+    Ok(named.map(|name| name.trim().to_owned()))
 }
 
 fn package(cache: &Path, name: &str) -> Result<PathBuf, Error> {

@@ -112,4 +112,54 @@ mod tests {
         assert_eq!(top.take(0x10000, 4096), Some(u64::MAX - 0xffff));
         assert_eq!(top.take(4096, 4096), None);
     }
+
+    use proptest::prelude::*;
+
+    fn any_windows() -> impl Strategy<Value = Vec<RangeInclusive<u64>>> {
+        let window = (0u64..1 << 40, 0u64..1 << 34).prop_map(|(at, len)| at..=at + len);
+        proptest::collection::vec(window, 0..4)
+    }
+
+    proptest! {
+        /// Against a plain list of what is taken: every range lies in a window, is aligned and
+        /// free, what is given back can be had again, and nothing is refused that would fit.
+        #[test]
+        fn as_a_list_would(
+            windows in any_windows(),
+            steps in proptest::collection::vec((any::<bool>(), 12u32..32, 1u64..1 << 32), 1..60),
+        ) {
+            let mut space = IovaSpace::new(windows.clone());
+            let mut taken: Vec<(u64, u64)> = Vec::new();
+            for (give, align_shift, len) in steps {
+                if give && !taken.is_empty() {
+                    let at = usize::try_from(len).unwrap_or(0) % taken.len();
+                    let (start, _) = taken.swap_remove(at);
+                    space.give(start);
+                    continue;
+                }
+                let (len, align) = (len.next_multiple_of(4096), 1u64 << align_shift);
+                let free = |start: u64| {
+                    let last = start + (len - 1);
+                    start >= 2 << 20
+                        && start.is_multiple_of(align)
+                        && windows.iter().any(|w| *w.start() <= start && last <= *w.end())
+                        && taken.iter().all(|(a, n)| last < *a || a + n <= start)
+                };
+                match space.take(len, align) {
+                    Some(start) => {
+                        prop_assert!(free(start), "{start:#x} + {len:#x}");
+                        taken.push((start, len));
+                    }
+                    None => {
+                        // A lowest free place begins at a window's start or behind something.
+                        let starts = windows.iter().map(|w| *w.start());
+                        let behind = taken.iter().map(|(a, n)| a + n);
+                        for start in starts.chain(behind).chain([2 << 20]) {
+                            prop_assert!(!free(start.next_multiple_of(align)), "{start:#x} was free");
+                        }
+                    }
+                }
+            }
+        }
+    }
 }
