@@ -4,6 +4,7 @@ load crc32c_generic
 load ext4
 load vfio_iommu_type1
 load vfio_pci
+load uio_pci_generic
 sleep 1
 A=$(slot 8)
 driver() { basename "$(readlink /sys/bus/pci/devices/$A/driver)"; }
@@ -47,6 +48,11 @@ away_and_back() {
 	sleep 1
 	mount -t ext4 /dev/nvme0n1 /mnt/fs && grep hello /mnt/fs/file && umount /mnt/fs
 }
+uio_and_back() {
+	pumice setup bind $A --driver uio && [ "$(driver)" = uio_pci_generic ] || return 1
+	pumice doctor $A && return 1 # no huge pages
+	pumice setup unbind $A && [ "$(driver)" = nvme ]
+}
 handed_over() {
 	printf 'root:x:0:0::/root:/bin/sh\ndb:x:998:997::/:/bin/sh\n' > /etc/passwd
 	pumice setup bind $A --user db || return 1
@@ -58,7 +64,7 @@ ordinary_user() { # with his own limit lifted he drives the device, with it the 
 	pumice setup bind $A --user db || return 1
 	chmod 1777 /tmp
 	su db -c "pumice doctor $A && pumice-rig test verify nvme://$A/2" || return 1
-	ulimit -l 8192
+	ulimit -l 1024
 	su db -c "pumice doctor $A" | grep 'missing.*memlock' || return 1
 	su db -c "pumice-rig test verify nvme://$A/2" > /tmp/limited && return 1
 	cat /tmp/limited
@@ -86,6 +92,7 @@ step "swap space stays" swap
 step "an open device stays" opened
 step "doctor before" doctor
 step "to vfio-pci and back, data intact" away_and_back
+step "to uio and back" uio_and_back
 step "handed over to a user" handed_over
 step "driven by an ordinary user" ordinary_user
 step "not unbound while a process uses it" busy

@@ -12,5 +12,13 @@ step "verify, polling" t verify $multi/1 --poll
 suite "on all namespaces" $multi
 step "sleep on the interrupt" t sleep $slow
 step "media errors" t media-errors $faulty 2048 4096
+in_use() { # a second process is told who has the device
+	t sleep $slow & p=$!
+	sleep 1
+	t verify $slow > /tmp/second && return 1
+	cat /tmp/second
+	wait $p && grep "in use: process $p " /tmp/second
+}
+step "one process at a time" in_use
 step "reset under load" t reset $slow
 step "removal under load" t removal nvme://0000:01:00.0/1 n2

@@ -59,7 +59,7 @@ const MULTI_DISKS: &[Disk] = &[
     Disk::File("d2", 256),
     Disk::File("d3", 64),
     Disk::File("d4", 64),
-    Disk::Null("d5", 4 << 30, 0),
+    Disk::File("d5", 64),
     Disk::Faulty("d6", 64, FAULTS),
     Disk::Null("d7", 256 << 20, 30_000_000),
     Disk::Null("d8", 256 << 20, 50_000_000),
@@ -111,7 +111,7 @@ pub fn all() -> Vec<Scenario> {
             disks: MULTI_DISKS,
             devices: MULTI,
             steps: include_str!("../guest/vfio.sh"),
-            timeout_s: 300,
+            timeout_s: 900,
         },
         Scenario {
             name: "amd",
@@ -122,7 +122,7 @@ pub fn all() -> Vec<Scenario> {
             disks: PLAIN_DISKS,
             devices: PLAIN,
             steps: include_str!("../guest/plain.sh"),
-            timeout_s: 180,
+            timeout_s: 600,
         },
         Scenario {
             name: "uio",
@@ -133,7 +133,7 @@ pub fn all() -> Vec<Scenario> {
             disks: PLAIN_DISKS,
             devices: PLAIN,
             steps: include_str!("../guest/plain.sh"),
-            timeout_s: 180,
+            timeout_s: 600,
         },
         Scenario {
             name: "sriov",
@@ -144,7 +144,7 @@ pub fn all() -> Vec<Scenario> {
             disks: &[Disk::File("d1", 256)],
             devices: VIRTUAL,
             steps: include_str!("../guest/sriov.sh"),
-            timeout_s: 180,
+            timeout_s: 600,
         },
         Scenario {
             name: "setup",
@@ -155,7 +155,7 @@ pub fn all() -> Vec<Scenario> {
             disks: PLAIN_DISKS,
             devices: PLAIN,
             steps: include_str!("../guest/setup.sh"),
-            timeout_s: 180,
+            timeout_s: 600,
         },
     ]
 }

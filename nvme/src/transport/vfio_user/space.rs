@@ -55,13 +55,14 @@ impl DmaMapper for SharedSpace {
             });
         }
         let len = region.len() as u64;
-        let address = space
-            .take(len, CHUNK_LEN as u64)
-            .ok_or_else(|| DmaError::NoIova {
-                device: device(),
-                len: region.len(),
-                windows: space.describe(),
-            })?;
+        // A gap behind each region: pieces of two can never look contiguous, since a queue or
+        // an SGL element has to lie inside one.
+        let gap = CHUNK_LEN as u64;
+        let address = space.take(len + gap, gap).ok_or_else(|| DmaError::NoIova {
+            device: device(),
+            len: region.len(),
+            windows: space.describe(),
+        })?;
         if let Err(error) = self.client.dma_map(address, len, region.fd()) {
             if !matches!(error, TransportError::Timeout { .. }) {
                 // After a time-out the other side may map it yet, so the address stays taken.
