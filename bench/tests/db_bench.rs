@@ -59,13 +59,89 @@ fn every_benchmark_runs_and_every_key_is_as_written() {
 }
 
 #[test]
+fn every_benchmark_runs_on_our_file_system() {
+    let names: Vec<&str> = BENCHMARKS.iter().map(|(n, _)| *n).collect();
+    // All in one run: each benchmark finds what the ones before have left.
+    let f = Flags {
+        reads: 500,
+        num: 3000,
+        device: "malloc://512M".into(),
+        ..small("pumice", &names.join(",verify,"))
+    };
+    let (report, text) = run(&f).unwrap();
+    let verified = report.results.iter().filter(|r| r.name == "verify");
+    for v in verified {
+        assert!(v.message.contains("every key as written"), "{text}");
+    }
+    let sync = one(&report, "fillsync");
+    let io = sync.io.unwrap();
+    // Three puts; each has to reach the device before it is acknowledged.
+    assert!(io.writes >= sync.operations, "{io:?}");
+}
+
+#[test]
+fn the_image_file_made_for_a_run_is_gone_afterwards() {
+    let dir = tempfile::tempdir().unwrap();
+    let f = Flags {
+        image_dir: dir.path().display().to_string(),
+        ..small(
+            "pumice",
+            "fillrandom,compact,fillsync,overwrite,verify,readrandom",
+        )
+    };
+    let (report, text) = run(&f).unwrap();
+    assert!(
+        text.contains("File system: Pumice's BlobFS on an image file in "),
+        "{text}"
+    );
+    assert!(report.info.durability.sync_is_durable);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_database_on_a_device_is_found_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk.img");
+    let device = format!("file://{}", image.display());
+    let on = |benchmarks: &str, size: &str| Flags {
+        device: device.clone() + size,
+        ..small("pumice", benchmarks)
+    };
+    run(&on("fillseq", "?size=512M&create=1")).unwrap();
+    let again = Flags {
+        use_existing_db: true,
+        ..on("readrandom,overwrite,verify", "")
+    };
+    let (report, _) = run(&again).unwrap();
+    assert_eq!(one(&report, "readrandom").found, Some((2000, 2000)));
+    let other = Flags {
+        db: "/elsewhere".into(),
+        ..again.clone()
+    };
+    let e = run(&other).unwrap_err();
+    assert!(e.contains("does not exist"), "{e}");
+    let read_only = Flags {
+        readonly: true,
+        ..again
+    };
+    let read_only = Flags {
+        benchmarks: "readseq,verify".into(),
+        ..read_only
+    };
+    let (report, _) = run(&read_only).unwrap();
+    assert_eq!(one(&report, "readseq").operations, 2000);
+    // A fresh run finds the file system and only replaces the database.
+    run(&on("fillrandom,verify", "")).unwrap();
+}
+
+#[test]
 fn several_threads_with_batches_and_overwrites() {
     let list = "fillseq,overwrite,deleterandom,updaterandom,readrandomwriterandom,readwhilewriting,multireadwhilewriting,seekrandomwhilewriting,verify,compact,verify";
-    for batch_size in [1_u64, 7] {
+    for (env, batch_size) in [("mem", 1_u64), ("mem", 7), ("pumice", 1)] {
         let f = Flags {
             threads: 3,
             batch_size: i64::try_from(batch_size).unwrap(),
-            ..small("mem", list)
+            ..small(env, list)
         };
         let (report, _) = run(&f).unwrap();
         let per_thread = 2000 / batch_size * batch_size;

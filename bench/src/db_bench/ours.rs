@@ -1,18 +1,49 @@
 //! Pumice's own file system below RocksDB.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use pumice_bdev::BlockDevice;
+use pumice_bdev::config::App;
+use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions};
 use rocksdb::Env;
 
 use super::flags::Flags;
 use super::report::IoCount;
+use super::runner::value_size;
 use super::target::Durability;
+
+/// Where a database is when `--db` says nothing.
+const DEFAULT_DB: &str = "/dbbench";
 
 /// A mounted file system of ours.
 #[derive(Debug)]
-pub enum Ours {}
+pub struct Ours {
+    fs: FileSystem,
+    device: Arc<dyn BlockDevice>,
+    name: String,
+    root: String,
+    cache_bytes: u64,
+    // The image file made for this run. It has no name, so that it is gone when the process is,
+    // however that ends.
+    _image: Option<File>,
+}
 
 impl std::fmt::Display for Ours {
-    fn fmt(&self, _out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match *self {}
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let info = self.device.info();
+        write!(
+            out,
+            "Pumice's BlobFS on {} ({}, blocks of {} bytes, {} MiB), page cache of {} MiB, database in {}",
+            self.name,
+            info.product,
+            info.block_size,
+            (info.num_blocks * u64::from(info.block_size)) >> 20,
+            self.cache_bytes >> 20,
+            self.root
+        )
     }
 }
 
@@ -21,32 +52,115 @@ impl Ours {
     ///
     /// # Errors
     /// In words for the user.
-    pub fn open(_f: &Flags) -> Result<Self, String> {
-        Err("--env=pumice: not in this build; use --env=kernel or --env=mem".to_owned())
+    pub fn open(f: &Flags) -> Result<Self, String> {
+        let mut image = None;
+        let (device, name) = if !f.spdk.is_empty() {
+            (configured(f)?, format!("{} of {}", f.spdk_bdev, f.spdk))
+        } else if f.device.is_empty() {
+            if f.use_existing_db {
+                return Err("--use_existing_db: name the --device that holds the database; without it an empty image file is made".to_owned());
+            }
+            let (file, uri, name) = make_image(f)?;
+            image = Some(file);
+            (open_device(&uri)?, name)
+        } else {
+            (open_device(&f.device)?, f.device.clone())
+        };
+        let fail = |e: &dyn std::fmt::Display| format!("{name}: {e}");
+        let there = FileSystem::probe(&device).map_err(|e| fail(&e))?;
+        let is_ours = there.as_deref().is_some_and(|t| t.contains("BlobFS"));
+        if f.force_format || (f.format && !is_ours) {
+            if f.use_existing_db && !is_ours {
+                let what = there.as_deref().unwrap_or("nothing known");
+                return Err(format!(
+                    "{name} holds {what}: --use_existing_db needs a file system of ours there"
+                ));
+            }
+            let mut how = FormatOptions::default();
+            if f.cluster_size > 0 {
+                how.cluster_size = u32::try_from(f.cluster_size)
+                    .map_err(|_| format!("--cluster_size={}: at most 4 GiB", f.cluster_size))?;
+            }
+            how.force = f.force_format;
+            FileSystem::format(Arc::clone(&device), &how).map_err(|e| {
+                let hint = if f.force_format {
+                    ""
+                } else {
+                    "; --force_format overwrites it"
+                };
+                format!("{name}: {e}{hint}")
+            })?;
+        }
+        let mut how = MountOptions::default();
+        how.cache_bytes = f.page_cache_bytes();
+        let fs = FileSystem::mount(Arc::clone(&device), &how).map_err(|e| fail(&e))?;
+        Ok(Self {
+            fs,
+            device,
+            name,
+            root: if f.db.is_empty() {
+                DEFAULT_DB.to_owned()
+            } else {
+                f.db.clone()
+            },
+            cache_bytes: how.cache_bytes,
+            _image: image,
+        })
     }
 
-    /// The env for RocksDB.
+    /// The env for RocksDB. The database's directory is its root.
     #[must_use]
     pub fn env(&self) -> Env {
-        match *self {}
+        pumice::EnvOptions::new()
+            .root(&self.root)
+            .build(self.fs.clone())
     }
 
-    /// The database's directory.
+    /// The database's directory in the env: its root, since RocksDB's crate makes the path that it
+    /// is given as a directory of the kernel's, and `/` is there already.
     #[must_use]
-    pub fn db(&self, _f: &Flags) -> String {
-        match *self {}
+    pub fn db(&self) -> String {
+        "/".to_owned()
     }
 
     /// What a completed write is worth.
     #[must_use]
     pub fn durability(&self) -> Durability {
-        match *self {}
+        let info = self.device.info();
+        let memory = ["malloc", "null"]
+            .iter()
+            .any(|m| self.name.starts_with(&format!("{m}://")));
+        let cache = if info.write_cache {
+            "the device has a volatile write cache: FUA or a flush"
+        } else {
+            "the device has no volatile write cache: a completed write"
+        };
+        let words = if memory {
+            "nothing survives the end of the process: the device is its memory".to_owned()
+        } else {
+            format!(
+                "a synced write when the device says so ({cache}); other writes when the file system writes them behind"
+            )
+        };
+        Durability {
+            words,
+            sync_is_durable: !memory,
+            write_cache: Some(info.write_cache),
+        }
     }
 
     /// Device operations so far.
     #[must_use]
     pub fn io(&self) -> IoCount {
-        match *self {}
+        let s = self.fs.io_stats();
+        IoCount {
+            reads: s.reads,
+            read_bytes: s.read_bytes,
+            writes: s.writes + s.write_zeroes,
+            write_bytes: s.written_bytes,
+            flushes: s.flushes,
+            whole_device: false,
+        }
     }
 
     /// Unmounts.
@@ -54,6 +168,144 @@ impl Ours {
     /// # Errors
     /// In words for the user.
     pub fn close(self) -> Result<(), String> {
-        match self {}
+        let Self { fs, name, .. } = self;
+        fs.unmount().map_err(|e| format!("{name}: unmount: {e}"))
+    }
+}
+
+fn open_device(uri: &str) -> Result<Arc<dyn BlockDevice>, String> {
+    pumice_bdev::open(uri).map_err(|e| e.to_string())
+}
+
+/// The device that an SPDK configuration names.
+fn configured(f: &Flags) -> Result<Arc<dyn BlockDevice>, String> {
+    let app = App::new();
+    pumice_bdev::config::load_file(&app, Path::new(&f.spdk)).map_err(|e| format!("--spdk: {e}"))?;
+    app.registry
+        .open(&f.spdk_bdev)
+        .map_err(|e| format!("--spdk_bdev={}: {e}", f.spdk_bdev))
+}
+
+/// An image file without a name, the URI that opens it, and what to call it.
+fn make_image(f: &Flags) -> Result<(File, String, String), String> {
+    let dir = if f.image_dir.is_empty() {
+        std::env::temp_dir()
+    } else {
+        f.image_dir.clone().into()
+    };
+    let size = if f.image_size > 0 {
+        f.image_size
+    } else {
+        likely_size(f)
+    };
+    let fail = |e: std::io::Error| format!("an image file in {}: {e}", dir.display());
+    let file = tempfile::tempfile_in(&dir).map_err(fail)?;
+    file.set_len(size).map_err(fail)?;
+    let uri = format!("file:///proc/self/fd/{}", file.as_raw_fd());
+    let name = format!("an image file in {}", dir.display());
+    Ok((file, uri, name))
+}
+
+/// Bytes that the benchmarks may need: everything that is written three times over (log, tables, and
+/// a compaction's output before its input goes), and room for small runs.
+fn likely_size(f: &Flags) -> u64 {
+    let entry = u64::from(f.key_size.unsigned_abs()) + value_size(f).average() as u64 + 16;
+    let threads = u64::from(f.threads.unsigned_abs());
+    let num = u64::try_from(f.num).unwrap_or(0);
+    let writes = f.writes_or_num().saturating_mul(threads).max(num);
+    // With a duration the number of writes is not known; half a million a second is more than any.
+    let timed = u64::from(f.duration.unsigned_abs())
+        .saturating_mul(500_000)
+        .min(100_000_000);
+    let raw = writes.max(timed).saturating_mul(entry);
+    let size = raw.saturating_mul(3).saturating_add(2 << 30);
+    size.next_multiple_of(1 << 20)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_has_room_for_what_is_written() {
+        let f = Flags::default();
+        assert!(likely_size(&f) >= (2 << 30) + 3 * 132_000_000);
+        let more = Flags { threads: 4, ..f };
+        assert!(likely_size(&more) >= (2 << 30) + 12 * 132_000_000);
+        assert_eq!(likely_size(&more) % (1 << 20), 0);
+    }
+
+    #[test]
+    fn a_database_from_before_needs_a_device() {
+        let f = Flags {
+            use_existing_db: true,
+            ..Flags::default()
+        };
+        assert!(Ours::open(&f).unwrap_err().contains("--device"));
+    }
+
+    #[test]
+    fn devices_come_from_an_spdk_configuration() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bdevs.json");
+        let config = r#"{ "subsystems": [ { "subsystem": "bdev", "config": [
+            { "method": "bdev_malloc_create",
+              "params": { "name": "Malloc0", "num_blocks": 131072, "block_size": 4096 } } ] } ] }"#;
+        std::fs::write(&path, config).unwrap();
+        let f = Flags {
+            spdk: path.display().to_string(),
+            spdk_bdev: "Malloc0".into(),
+            spdk_cache_size: 16,
+            ..Flags::default()
+        };
+        let ours = Ours::open(&f).unwrap();
+        let words = ours.to_string();
+        assert!(
+            words.contains("Malloc0") && words.contains("page cache of 16 MiB"),
+            "{words}"
+        );
+        ours.close().unwrap();
+        let other = Flags {
+            spdk_bdev: "Malloc1".into(),
+            ..f.clone()
+        };
+        assert!(Ours::open(&other).unwrap_err().contains("Malloc"));
+        let none = Flags {
+            spdk: "/nowhere/at/all.json".into(),
+            ..f
+        };
+        assert!(
+            Ours::open(&none)
+                .unwrap_err()
+                .contains("/nowhere/at/all.json")
+        );
+    }
+
+    #[test]
+    fn what_is_on_a_device_is_safe_unless_forced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.img");
+        let mut bytes = vec![0_u8; 64 << 20];
+        bytes[..4].copy_from_slice(b"XFSB");
+        std::fs::write(&path, &bytes).unwrap();
+        let f = Flags {
+            device: format!("file://{}", path.display()),
+            ..Flags::default()
+        };
+        let e = Ours::open(&f).unwrap_err();
+        assert!(e.contains("XFS") && e.contains("--force_format"), "{e}");
+        assert!(std::fs::read(&path).unwrap() == bytes, "nothing changed");
+        let existing = Flags {
+            use_existing_db: true,
+            format: false,
+            ..f.clone()
+        };
+        assert!(Ours::open(&existing).is_err());
+        let forced = Flags {
+            force_format: true,
+            ..f.clone()
+        };
+        Ours::open(&forced).unwrap().close().unwrap();
+        Ours::open(&f).unwrap().close().unwrap();
     }
 }

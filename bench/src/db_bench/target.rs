@@ -164,7 +164,7 @@ fn ours(f: &Flags) -> Result<Target, String> {
     let ours = Ours::open(f)?;
     Ok(Target {
         env: ours.env(),
-        db: ours.db(f),
+        db: ours.db(),
         words: ours.to_string(),
         durability: ours.durability(),
         ours: Some(ours),
