@@ -62,17 +62,17 @@ fn host_and_memory_without_root() {
 }
 
 #[test]
-fn ext4_on_a_loop_device() {
+fn ext4_and_ours_on_the_same_image() {
     if !can_mount() {
-        println!("skipped: ext4_on_a_loop_device: needs root and loop devices");
+        println!("skipped: ext4_and_ours_on_the_same_image: needs root and loop devices");
         return;
     }
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("disk.img");
     let out = fscompare(&[
-        "--sides=ext4,mem",
+        "--sides=ext4,pumice,pumice-dev,mem",
         "--rounds=1",
-        "--size=96M",
+        "--size=256M",
         "--benchmarks=fillsync;readseq",
     ])
     .arg("--image")
@@ -88,7 +88,12 @@ fn ext4_on_a_loop_device() {
         "{table}"
     );
     assert!(table.contains("every write synced"), "{table}");
-    assert!(table.contains("ext4: per operation "), "{table}");
+    for side in ["ext4", "pumice", "pumice-dev"] {
+        assert!(
+            table.contains(&format!("  {side}: per operation ")),
+            "{table}"
+        );
+    }
     assert!(!image.exists());
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::Stop;
 use super::args::Plan;
+use super::side::Side;
 
 /// Runs a system program; its words are the error.
 ///
@@ -34,10 +35,29 @@ pub fn system(program: &str, args: &[&str]) -> Result<String, String> {
 /// Where the sides live.
 #[derive(Debug)]
 pub struct Disk {
-    // In the order of taking apart: the loop device goes before its file.
-    _loop: Option<LoopDevice>,
     image: Option<Image>,
     device: Option<PathBuf>,
+}
+
+/// A device in use: the given one, or a loop device on the image file, detached at the end. It is
+/// attached for one side at a time: ours does not open an image file that is behind a loop device.
+#[derive(Debug)]
+pub enum InUse {
+    /// Given by `--device`.
+    Given(PathBuf),
+    /// On the image file.
+    Loop(LoopDevice),
+}
+
+impl InUse {
+    /// Its path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Given(p) => p,
+            Self::Loop(l) => &l.0,
+        }
+    }
 }
 
 impl Disk {
@@ -58,27 +78,21 @@ impl Disk {
             }
             refuse_mounted(device)?;
             return Ok(Self {
-                _loop: None,
                 image: None,
                 device: Some(device.clone()),
             });
         }
-        let mut disk = Self {
-            _loop: None,
-            image: None,
-            device: None,
-        };
-        let wants_loop = plan.sides.iter().any(|s| s.needs_device());
-        let wants_image = wants_loop || plan.sides.contains(&super::side::Side::Pumice);
-        if let (true, Some(path)) = (wants_image, &plan.image) {
-            disk.image = Some(Image::make(path, plan.size, plan.force, stop)?);
-            if wants_loop {
-                let made = LoopDevice::on(path)?;
-                disk.device = Some(made.0.clone());
-                disk._loop = Some(made);
+        let wanted = |s: &Side| s.needs_device() || *s == Side::Pumice;
+        let image = match &plan.image {
+            Some(path) if plan.sides.iter().any(wanted) => {
+                Some(Image::make(path, plan.size, plan.force, stop)?)
             }
-        }
-        Ok(disk)
+            _ => None,
+        };
+        Ok(Self {
+            image,
+            device: None,
+        })
     }
 
     /// The image file.
@@ -87,10 +101,16 @@ impl Disk {
         self.image.as_ref().map(|i| i.path.as_path())
     }
 
-    /// The loop or block device.
-    #[must_use]
-    pub fn device(&self) -> Option<&Path> {
-        self.device.as_deref()
+    /// The device, or a loop device on the image file.
+    ///
+    /// # Errors
+    /// What losetup said.
+    pub fn device(&self) -> Result<InUse, String> {
+        match (&self.device, &self.image) {
+            (Some(d), _) => Ok(InUse::Given(d.clone())),
+            (None, Some(i)) => LoopDevice::on(&i.path).map(InUse::Loop),
+            (None, None) => Err("neither an image file nor a device".to_owned()),
+        }
     }
 }
 
@@ -168,7 +188,7 @@ impl Image {
 
 /// A loop device on a file, with direct I/O so that nothing is cached twice.
 #[derive(Debug)]
-struct LoopDevice(PathBuf);
+pub struct LoopDevice(PathBuf);
 
 impl LoopDevice {
     fn on(path: &Path) -> Result<Self, String> {

@@ -66,8 +66,11 @@ impl<'a> Runner<'a> {
             Side::Host => self.host(),
             Side::Ext4 => self.made("ext4"),
             Side::Xfs => self.made("xfs"),
-            Side::Pumice => self.ours(self.disk.image()),
-            Side::PumiceDev => self.ours(self.disk.device()),
+            Side::Pumice => self.ours(self.disk.image().ok_or("no image file")?),
+            Side::PumiceDev => {
+                let device = self.disk.device()?;
+                self.ours(device.path())
+            }
             // Memory does not outlive a process: all stages in one.
             Side::Mem => self
                 .db_bench(side, &self.plan.stages.join(","), &["--env=mem".to_owned()])
@@ -92,7 +95,8 @@ impl<'a> Runner<'a> {
     }
 
     fn made(&self, kind: &str) -> Result<Vec<Value>, String> {
-        let device = self.disk.device().ok_or("no device")?;
+        let device = self.disk.device()?;
+        let device = device.path();
         disk::mkfs(kind, device)?;
         let side = if kind == "ext4" {
             Side::Ext4
@@ -120,8 +124,7 @@ impl<'a> Runner<'a> {
         self.db_bench(side, stage, &flags)
     }
 
-    fn ours(&self, path: Option<&Path>) -> Result<Vec<Value>, String> {
-        let path = path.ok_or("no device")?;
+    fn ours(&self, path: &Path) -> Result<Vec<Value>, String> {
         let absolute = path
             .canonicalize()
             .map_err(|e| format!("{}: {e}", path.display()))?;
