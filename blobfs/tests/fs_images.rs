@@ -194,6 +194,115 @@ fn damage_is_reported_and_the_rest_mounts() {
     assert_eq!(fs.problems().len(), 11, "{:#?}", fs.problems());
 }
 
+/// Whatever is in the xattrs: a mount finds what it can and never panics, and a second mount finds
+/// the same.
+#[test]
+fn nonsense_in_xattrs_is_no_panic() {
+    use rand::rngs::SmallRng;
+    use rand::{Rng, SeedableRng};
+    let long = format!("/{}\0", "n".repeat(300));
+    let names: Vec<&[u8]> = vec![
+        b"/a\0",
+        b"/a\0",
+        b"/d\0",
+        b"/d/x\0",
+        b"/d/e/y\0",
+        b"/a/b\0",
+        b"/\0",
+        b"",
+        b"\0",
+        b"/e",
+        b"//d//x/\0",
+        long.as_bytes(),
+        b"/.pumice-blob-0x100000000\0",
+        b"/a~0x100000002\0",
+        b"\xff\xfe",
+        b"/d/../d\0",
+    ];
+    let renames: Vec<&[u8]> = vec![
+        b"/d\0/f\0",
+        b"/d\0/d/in\0",
+        b"/f\0/d\0",
+        b"/d\0/a\0",
+        b"/d\0",
+        b"\0\0",
+        b"/d\0/f\0/g\0",
+        b"/d\0/d\0",
+        b"//\0/x\0",
+    ];
+    for seed in 0..80u64 {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let dev = memory(16 << 20, 4096);
+        FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
+        let store = Blobstore::load(Arc::clone(&dev), &LoadOptions::default()).unwrap();
+        for _ in 0..rng.random_range(1..9) {
+            let mut xattrs: Vec<(String, Vec<u8>)> = Vec::new();
+            let mut maybe = |chance: f64, name: &str, value: &[u8], rng: &mut SmallRng| {
+                if rng.random_bool(chance) {
+                    xattrs.push((name.to_owned(), value.to_vec()));
+                }
+            };
+            let pick =
+                |from: &[&[u8]], rng: &mut SmallRng| from[rng.random_range(0..from.len())].to_vec();
+            let name = pick(&names, &mut rng);
+            maybe(0.95, "name", &name, &mut rng);
+            let len = [0u64, 5, 1 << 20, u64::MAX][rng.random_range(0..4)].to_le_bytes();
+            let len = &len[..if rng.random_bool(0.9) { 8 } else { 3 }];
+            maybe(0.95, "length", len, &mut rng);
+            let mut links = pick(&names, &mut rng);
+            links.extend(pick(&names, &mut rng));
+            maybe(0.3, "pumice.links", &links, &mut rng);
+            maybe(0.3, "pumice.dir", &[1], &mut rng);
+            let rename = pick(&renames, &mut rng);
+            maybe(0.3, "pumice.rename", &rename, &mut rng);
+            let seq = rng.random_range(0..3u64).to_le_bytes();
+            maybe(0.5, "pumice.seq", &seq, &mut rng);
+            let replaces = ((1u64 << 32) + rng.random_range(0..12u64)).to_le_bytes();
+            maybe(0.5, "pumice.replaces", &replaces, &mut rng);
+            maybe(0.1, "is_deleted", &[1], &mut rng);
+            maybe(0.2, "pumice.mtime", &[0xff; 8], &mut rng);
+            let num_clusters = rng.random_range(0..3);
+            store
+                .create(&CreateOptions {
+                    num_clusters,
+                    xattrs,
+                    ..CreateOptions::default()
+                })
+                .unwrap();
+        }
+        store.unload().unwrap();
+        drop(store);
+        let look = || {
+            let fs = FileSystem::mount(Arc::clone(&dev), &MountOptions::default()).unwrap();
+            let mut found = Vec::new();
+            let mut dirs = vec!["/".to_owned()];
+            while let Some(dir) = dirs.pop() {
+                let Ok(entries) = fs.list(&dir) else { continue };
+                for e in entries {
+                    let path = format!("{}/{}", dir.trim_end_matches('/'), e.name);
+                    let stat = fs.stat(&path).unwrap();
+                    if e.is_dir {
+                        dirs.push(path.clone());
+                    } else {
+                        let mut out = vec![0; 100];
+                        let _ = fs
+                            .open(&path, OpenOptions::READ)
+                            .unwrap()
+                            .read_at(0, &mut out)
+                            .unwrap();
+                    }
+                    found.push((path, e.is_dir, stat.len));
+                }
+            }
+            fs.unmount().unwrap();
+            found.sort();
+            found
+        };
+        let first = look();
+        assert_eq!(first, look(), "seed {seed}");
+    }
+}
+
 #[test]
 fn halves_of_a_replacement_are_put_together() {
     let len: &[u8] = &7u64.to_le_bytes();

@@ -303,6 +303,16 @@ impl Loader {
             .filter_map(|(i, f)| f.rename.clone().map(|(from, to)| (i, from, to)))
             .collect();
         for (marker, from, to) in intents {
+            let id = self.found[marker].id;
+            self.found[marker].rename = None;
+            let inside = to.starts_with(&path::dir_prefix(&from));
+            if inside || from == to || self.found[marker].names != [from.clone()] {
+                self.problem(
+                    id,
+                    format!("record of a rename of {from} to {to} that cannot be; ignored"),
+                );
+                continue;
+            }
             tracing::info!(from, to, "finishing the rename of a directory");
             let (old, new) = (path::dir_prefix(&from), path::dir_prefix(&to));
             let mut moved = Vec::new();
@@ -322,13 +332,11 @@ impl Loader {
                 }
             }
             // The directory that was there before had to be empty.
-            let id = self.found[marker].id;
             let replaced = self
                 .found
                 .iter()
                 .position(|f| f.is_dir && f.id != id && f.names.first() == Some(&to));
             self.found[marker].names = vec![to.clone()];
-            self.found[marker].rename = None;
             if !self.read_only {
                 let mut tx = self.store.transaction();
                 for i in moved {
@@ -339,9 +347,7 @@ impl Loader {
                 if let Some(i) = replaced {
                     tx.delete(self.found[i].id);
                 }
-                tx.commit().map_err(|e| {
-                    store_error(format!("finishing the rename of {from} to {to}"), e, 0)
-                })?;
+                self.commit(id, tx, &format!("finishing the rename of {from} to {to}"))?;
             }
             if let Some(i) = replaced {
                 // Blobs are named by position only inside this loop.
@@ -350,6 +356,19 @@ impl Loader {
         }
         self.found.retain(|f| !f.names.is_empty());
         Ok(())
+    }
+
+    /// Commits. A device error fails the mount; what the blobstore refuses (a blob with clones,
+    /// say) is reported.
+    fn commit(&mut self, id: BlobId, tx: Transaction, what: &str) -> Result<()> {
+        match tx.commit() {
+            Ok(_) => Ok(()),
+            Err(e @ (StoreError::Io(_) | StoreError::Stopped(_))) => Err(store_error(what, e, 0)),
+            Err(e) => {
+                self.problem(id, format!("{what}: {e}"));
+                Ok(())
+            }
+        }
     }
 
     fn stage(&self, tx: &mut Transaction, i: usize) -> Result<()> {
@@ -418,8 +437,8 @@ impl Loader {
                     } else {
                         self.stage(&mut tx, i)?;
                     }
-                    let context = format!("blob {}: finishing a replacement", self.found[i].id);
-                    tx.commit().map_err(|e| store_error(context, e, 0))?;
+                    let id = self.found[i].id;
+                    self.commit(id, tx, "finishing a replacement")?;
                 }
             }
         }

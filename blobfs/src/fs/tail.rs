@@ -534,7 +534,13 @@ impl Core {
         }
         let sealed = self.seal_buffer(ino, &mut tail);
         tail.reserved = false;
-        self.trim(ino, tail);
+        // Less than that waits for an unmount, or for somebody who needs it: a log is deleted soon,
+        // and a table was allocated about as large as it has become.
+        let spare =
+            (tail.allocated / self.cluster).saturating_sub(ino.len().div_ceil(self.cluster));
+        if spare * self.cluster > tail.allocated / 4 {
+            self.trim(ino, tail);
+        }
         sealed
     }
 
