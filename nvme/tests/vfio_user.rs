@@ -4,11 +4,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pumice_nvme::conformance::{self, Verdict};
 use pumice_nvme::dma::DmaBuf;
 use pumice_nvme::soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace, SoftServer};
 use pumice_nvme::transport::{NvmeUri, TransportError, VfioUser};
 use pumice_nvme::{
-    Controller, ControllerEvent, ControllerOptions, Io, IoDone, QueueOptions, QueuePair,
+    Controller, ControllerEvent, ControllerOptions, Io, IoDone, QueueOptions, QueuePair, open_with,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -198,6 +199,22 @@ fn by_uri() {
     assert_eq!(NvmeUri::parse(&uri).expect("a URI").nsid, Some(1));
     let opened = pumice_nvme::open(&uri).expect("opened");
     assert_eq!(opened.namespace().expect("there").block_size(), 512);
+}
+
+/// The same suite as on every other transport.
+#[test]
+fn the_suite() {
+    let target = target();
+    let uri = format!("vfio-user://{}", target.path().display());
+    let open = |options| open_with(&uri, options).map(|o| o.controller);
+    let mut failures = Vec::new();
+    let summary = conformance::run(&open, "default/", 1, &mut |name, verdict, _: Duration| {
+        if let Verdict::Failed(what) = verdict {
+            failures.push(format!("{name}: {what}"));
+        }
+    });
+    assert!(failures.is_empty(), "{failures:#?}");
+    assert!(summary.passed > 20, "{summary:?}");
 }
 
 #[test]
