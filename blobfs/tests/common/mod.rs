@@ -30,8 +30,9 @@ pub fn memory(len: u64, block_size: u32) -> Arc<dyn BlockDevice> {
 pub fn memory_with(bytes: &[u8], block_size: u32) -> Arc<dyn BlockDevice> {
     let dev = memory(bytes.len() as u64, block_size);
     let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    let zeroes = vec![0; 1 << 20];
     for (chunk, i) in bytes.chunks(1 << 20).zip(0u64..) {
-        if chunk.iter().any(|byte| *byte != 0) {
+        if *chunk != zeroes[..chunk.len()] {
             let mut buf = DmaBuf::new(chunk.len()).unwrap();
             buf.copy_from_slice(chunk);
             let lba = (i << 20) / u64::from(block_size);

@@ -1,0 +1,636 @@
+//! States that other writers leave: SPDK's half-done snapshots and resizes, old versions, damage.
+
+mod common;
+
+use common::*;
+use pumice_blobfs::blobstore::check::{Severity, check};
+use pumice_blobfs::blobstore::format::{
+    BlobReader, BlobRecord, Flags, INVALID_PAGE, MapRecord, Page, PageHeader, PageProblem, Run,
+    SuperBlock, TableEntry, Xattr, decode_extent_page, encode_blob, encode_extent_page, seal,
+    seal_chain,
+};
+use pumice_blobfs::blobstore::{
+    Blob, BlobId, Blobstore, BsType, CreateOptions, Error, InitOptions, LoadOptions, Parent,
+};
+
+const CLUSTER: u64 = 16384;
+
+/// A store on disk, to be changed page by page.
+struct Image {
+    bytes: Vec<u8>,
+    md_start: usize,
+}
+
+impl Image {
+    /// What `make` leaves in a new store, not unloaded.
+    fn new(make: impl FnOnce(&Blobstore)) -> Image {
+        let dev = memory(32 << 20, 4096);
+        let opts = InitOptions {
+            cluster_size: 16384,
+            md_pages: Some(100),
+            ..InitOptions::default()
+        };
+        let store = Blobstore::init(dev.clone(), &opts).unwrap();
+        make(&store);
+        drop(store);
+        let bytes = content(&dev);
+        let md_start = u32::from_le_bytes(bytes[48..52].try_into().unwrap()) as usize;
+        Image { bytes, md_start }
+    }
+
+    fn page(&self, index: u32) -> Page {
+        self.bytes[(self.md_start + index as usize) * 4096..][..4096]
+            .try_into()
+            .unwrap()
+    }
+
+    fn put(&mut self, index: u32, mut page: Page) {
+        seal(&mut page);
+        self.bytes[(self.md_start + index as usize) * 4096..][..4096].copy_from_slice(&page);
+    }
+
+    fn super_block(&mut self, change: impl FnOnce(&mut SuperBlock)) {
+        let mut sb = SuperBlock::decode(self.bytes[..4096].try_into().unwrap()).unwrap();
+        change(&mut sb);
+        self.bytes[..4096].copy_from_slice(&sb.encode());
+    }
+
+    /// A blob of one page, as it stands.
+    fn record(&self, id: BlobId) -> BlobRecord {
+        let mut reader = BlobReader::new(id);
+        assert_eq!(reader.page(&self.page(id.page().unwrap())).unwrap(), None);
+        reader.finish()
+    }
+
+    fn put_record(&mut self, record: &BlobRecord) {
+        let mut pages = encode_blob(record);
+        seal_chain(&mut pages, &[]);
+        self.put(record.id.page().unwrap(), *pages[0]);
+    }
+
+    fn change(&mut self, id: BlobId, change: impl FnOnce(&mut BlobRecord)) {
+        let mut record = self.record(id);
+        change(&mut record);
+        self.put_record(&record);
+    }
+
+    fn load(&self) -> Blobstore {
+        self.try_load().unwrap()
+    }
+
+    fn try_load(&self) -> Result<Blobstore, Error> {
+        Blobstore::load(memory_with(&self.bytes, 4096), &LoadOptions::default())
+    }
+
+    /// The check accepts it as it stands; so it does what loading and unloading make of it.
+    fn check_legal(&self) {
+        let dev = memory_with(&self.bytes, 4096);
+        let report = check(&dev).unwrap();
+        assert_eq!(report.worst(), None, "{:?}", report.findings);
+        Blobstore::load(dev.clone(), &LoadOptions::default())
+            .unwrap()
+            .unload()
+            .unwrap();
+        let report = check(&dev).unwrap();
+        assert_eq!(report.worst(), None, "{:?}", report.findings);
+    }
+}
+
+fn create(store: &Blobstore, num_clusters: u64, thin: bool) -> Blob {
+    let opts = CreateOptions {
+        num_clusters,
+        thin,
+        ..CreateOptions::default()
+    };
+    store.open(store.create(&opts).unwrap()).unwrap()
+}
+
+fn mark(blob: &Blob, cluster: u64, byte: u8) {
+    write(blob, cluster * CLUSTER, &[byte; 4096]);
+}
+
+fn marks(blob: &Blob) -> Vec<u8> {
+    (0..blob.num_clusters())
+        .map(|cluster| read(blob, cluster * CLUSTER, 4096)[1])
+        .collect()
+}
+
+fn internal(name: &str, id: BlobId) -> Xattr {
+    Xattr {
+        name: name.as_bytes().into(),
+        value: id.0.to_le_bytes()[..].into(),
+    }
+}
+
+fn root(page: u32) -> BlobId {
+    BlobId::from_page(page)
+}
+
+/// Blob 0 with four clusters, its snapshot 2; the blob has written cluster 1 since.
+fn with_snapshot() -> (Image, BlobId, BlobId) {
+    let mut ids = (root(0), root(0));
+    let image = Image::new(|store| {
+        let blob = create(store, 4, true);
+        for cluster in 0..3 {
+            mark(&blob, cluster, 1);
+        }
+        let snapshot = store.snapshot(blob.id(), &[]).unwrap();
+        mark(&blob, 1, 2);
+        ids = (blob.id(), snapshot);
+    });
+    (image, ids.0, ids.1)
+}
+
+#[test]
+fn snapshot_cut_before_it_was_filled() {
+    // A new thin blob that says what it is going to be, and shares nothing yet.
+    let mut image = Image::new(|store| {
+        mark(&create(store, 4, false), 2, 7);
+        create(store, 4, true);
+    });
+    let tmp = root(2);
+    image.change(tmp, |record| {
+        record.flags.invalid |= Flags::INTERNAL_XATTRS;
+        record.internal.push(internal("SNAPTMP", root(0)));
+    });
+    image.check_legal();
+    let store = image.load();
+    assert_eq!(store.blobs(), [root(0)]);
+    assert_eq!(marks(&store.open(root(0)).unwrap()), [0, 0, 7, 0]);
+    assert_eq!(store.free_clusters(), store.total_clusters() - 4);
+}
+
+#[test]
+fn snapshot_cut_while_both_have_everything() {
+    // The snapshot names the clusters and the extent pages of the blob.
+    let mut image = Image::new(|store| {
+        mark(&create(store, 4, false), 2, 7);
+    });
+    let mut copy = image.record(root(0));
+    copy.id = root(40);
+    copy.flags.invalid |= Flags::INTERNAL_XATTRS | Flags::THIN;
+    copy.internal.push(internal("SNAPTMP", root(0)));
+    image.put_record(&copy);
+    image.check_legal();
+    let store = image.load();
+    assert_eq!(store.blobs(), [root(0)]);
+    assert_eq!(marks(&store.open(root(0)).unwrap()), [0, 0, 7, 0]);
+    assert_eq!(store.free_clusters(), store.total_clusters() - 4);
+    // The clusters are the blob's alone again: they come back.
+    store.delete(root(0)).unwrap();
+    assert_eq!(store.free_clusters(), store.total_clusters());
+    assert_eq!(store.md_pages().used, 0);
+}
+
+#[test]
+fn snapshot_cut_after_the_blob_had_become_its_clone() {
+    let (mut image, blob, snapshot) = with_snapshot();
+    image.change(snapshot, |record| {
+        record.flags.data_ro = 0;
+        record.flags.invalid |= Flags::INTERNAL_XATTRS;
+        record.internal.push(internal("SNAPTMP", blob));
+    });
+    image.check_legal();
+    let store = image.load();
+    assert_eq!(store.blobs(), [blob, snapshot]);
+    let kept = store.open(snapshot).unwrap();
+    assert!(kept.is_read_only());
+    assert_eq!(marks(&kept), [1, 1, 1, 0]);
+    assert_eq!(
+        store.open(blob).unwrap().parent(),
+        Parent::Snapshot(snapshot)
+    );
+    assert_eq!(marks(&store.open(blob).unwrap()), [1, 2, 1, 0]);
+}
+
+#[test]
+fn removal_cut_after_the_mark() {
+    let (mut image, blob, snapshot) = with_snapshot();
+    image.change(snapshot, |record| {
+        record.flags.invalid |= Flags::INTERNAL_XATTRS;
+        record.internal.push(internal("SNAPRM", blob));
+    });
+    image.check_legal();
+    let store = image.load();
+    assert_eq!(store.blobs(), [blob, snapshot]);
+    assert!(store.open(snapshot).unwrap().is_read_only());
+    assert_eq!(marks(&store.open(blob).unwrap()), [1, 2, 1, 0]);
+    store.delete(snapshot).unwrap();
+    assert_eq!(marks(&store.open(blob).unwrap()), [1, 2, 1, 0]);
+}
+
+#[test]
+fn removal_cut_after_the_clones_extent_pages() {
+    // SPDK rewrites the clone's extent pages in place before its root: both have the clusters, and the
+    // clone's parent is still the snapshot. Nothing that is written to the clone may reach the snapshot.
+    let (mut image, blob, snapshot) = with_snapshot();
+    image.change(snapshot, |record| {
+        record.flags.invalid |= Flags::INTERNAL_XATTRS;
+        record.internal.push(internal("SNAPRM", blob));
+    });
+    let page_of = |image: &Image, id| match image.record(id).map {
+        MapRecord::Table { entries, .. } => entries[0].page,
+        MapRecord::Rle(_) => panic!("an extent table was made"),
+    };
+    let theirs = decode_extent_page(&image.page(page_of(&image, snapshot)))
+        .unwrap()
+        .clusters;
+    let own = page_of(&image, blob);
+    let mut clusters = decode_extent_page(&image.page(own)).unwrap().clusters;
+    clusters[0] = theirs[0];
+    clusters[2] = theirs[2];
+    image.put(own, *encode_extent_page(blob, 0, &clusters));
+    image.check_legal();
+    let store = image.load();
+    assert_eq!(store.blobs(), [blob, snapshot]);
+    let clone = store.open(blob).unwrap();
+    assert_eq!(marks(&clone), [1, 2, 1, 0]);
+    mark(&clone, 0, 9);
+    assert_eq!(marks(&store.open(snapshot).unwrap()), [1, 1, 1, 0]);
+    assert_eq!(marks(&clone), [9, 2, 1, 0]);
+}
+
+#[test]
+fn removal_cut_after_the_clones_root() {
+    let (mut image, blob, snapshot) = with_snapshot();
+    // The clone names the snapshot's clusters and no parent any more.
+    let (theirs, own) = (image.record(snapshot), image.record(blob));
+    let (
+        MapRecord::Table {
+            entries: theirs, ..
+        },
+        MapRecord::Table { entries: own, .. },
+    ) = (theirs.map, own.map)
+    else {
+        panic!("extent tables were made");
+    };
+    let from = decode_extent_page(&image.page(theirs[0].page))
+        .unwrap()
+        .clusters;
+    let mut clusters = decode_extent_page(&image.page(own[0].page))
+        .unwrap()
+        .clusters;
+    clusters[0] = from[0];
+    clusters[2] = from[2];
+    image.put(own[0].page, *encode_extent_page(blob, 0, &clusters));
+    image.change(blob, |record| {
+        record.internal.clear();
+        record.flags.invalid &= !Flags::INTERNAL_XATTRS;
+    });
+    image.change(snapshot, |record| {
+        record.flags.invalid |= Flags::INTERNAL_XATTRS;
+        record.internal.push(internal("SNAPRM", blob));
+    });
+    image.check_legal();
+    let store = image.load();
+    assert_eq!(store.blobs(), [blob]);
+    assert_eq!(marks(&store.open(blob).unwrap()), [1, 2, 1, 0]);
+    assert_eq!(store.free_clusters(), store.total_clusters() - 3);
+    store.delete(blob).unwrap();
+    assert_eq!(store.free_clusters(), store.total_clusters());
+}
+
+#[test]
+fn a_mark_that_names_nobody_is_left_alone() {
+    let (mut image, blob, snapshot) = with_snapshot();
+    image.change(snapshot, |record| {
+        record.flags.invalid |= Flags::INTERNAL_XATTRS;
+        record.internal.push(internal("SNAPTMP", root(77)));
+    });
+    let before = image.record(snapshot);
+    let store = image.load();
+    assert_eq!(store.blobs(), [blob, snapshot]);
+    assert_eq!(marks(&store.open(blob).unwrap()), [1, 2, 1, 0]);
+    store.unload().unwrap();
+    let after = Image {
+        bytes: content(store.device()),
+        md_start: image.md_start,
+    };
+    assert_eq!(after.record(snapshot), before);
+}
+
+#[test]
+fn a_resize_that_spdk_has_not_finished() {
+    // Up: the extent page is full, the table still says less.
+    let make = |store: &Blobstore| drop(create(store, 500, false));
+    let mut image = Image::new(make);
+    let MapRecord::Table { entries, .. } = image.record(root(0)).map else {
+        panic!("a table")
+    };
+    let mut clusters = decode_extent_page(&image.page(entries[0].page))
+        .unwrap()
+        .clusters;
+    let last = *clusters.iter().max().unwrap();
+    clusters.extend(last + 1..=last + 12);
+    image.put(entries[0].page, *encode_extent_page(root(0), 0, &clusters));
+    image.check_legal();
+    let store = image.load();
+    assert_eq!(store.open(root(0)).unwrap().num_clusters(), 512);
+    assert_eq!(store.free_clusters(), store.total_clusters() - 512);
+
+    // Down: the last page that stays is short already, the table still names the one behind it.
+    let mut image = Image::new(|store| drop(create(store, 600, false)));
+    let MapRecord::Table { entries, .. } = image.record(root(0)).map else {
+        panic!("a table")
+    };
+    let clusters = decode_extent_page(&image.page(entries[0].page))
+        .unwrap()
+        .clusters;
+    image.put(
+        entries[0].page,
+        *encode_extent_page(root(0), 0, &clusters[..500]),
+    );
+    image.check_legal();
+    let store = image.load();
+    let blob = store.open(root(0)).unwrap();
+    assert_eq!(blob.num_clusters(), 500);
+    blob.resize(10).unwrap();
+    blob.resize(700).unwrap();
+    assert_eq!(whole(&blob).len() as u64, 700 * CLUSTER);
+    assert_eq!(store.free_clusters(), store.total_clusters() - 700);
+}
+
+#[test]
+fn tables_in_several_descriptors_and_foreign_ids() {
+    // 600 extent pages do not fit one metadata page.
+    let mut image = Image::new(|_| ());
+    let mut entries: Vec<TableEntry> = vec![TableEntry { page: 0, count: 1 }; 600];
+    entries[599] = TableEntry { page: 50, count: 1 };
+    image.put(50, *encode_extent_page(root(99), 599 * 512, &[0, 0, 40]));
+    let flags = Flags {
+        invalid: Flags::THIN | Flags::EXTENT_TABLE,
+        data_ro: 0,
+        md_ro: 0,
+    };
+    let (xattrs, internal) = (Vec::new(), Vec::new());
+    let map = MapRecord::Table {
+        num_clusters: 599 * 512 + 3,
+        entries,
+    };
+    let mut pages = encode_blob(&BlobRecord {
+        id: root(7),
+        flags,
+        xattrs,
+        internal,
+        map,
+    });
+    assert_eq!(pages.len(), 2);
+    seal_chain(&mut pages, &[20]);
+    image.put(7, *pages[0]);
+    image.put(20, *pages[1]);
+    image.check_legal();
+    let store = image.load();
+    let blob = store.open(root(7)).unwrap();
+    assert_eq!(blob.num_clusters(), 599 * 512 + 3);
+    assert_eq!(
+        blob.extents().allocated().collect::<Vec<_>>(),
+        [(599 * 512 + 2, 40)]
+    );
+}
+
+#[test]
+fn old_versions_load_and_stay_old() {
+    for version in [1u32, 2] {
+        let mut image = Image::new(|store| {
+            mark(&create(store, 3, false), 1, 5);
+        });
+        image.super_block(|sb| {
+            sb.version = version.into();
+            sb.used_blobid_mask_start = 0.into();
+            sb.used_blobid_mask_len = 0.into();
+            sb.size = 0.into();
+            sb.io_unit_size = 0.into();
+            sb.md_page_size = 0.into();
+            sb.bstype = BsType::NONE.0;
+            sb.reserved[7] = 0x77;
+            sb.clean = 1.into();
+        });
+        image.check_legal();
+        let store = image.load();
+        assert_eq!(store.io_unit_size(), 4096);
+        let blob = store.open(root(0)).unwrap();
+        assert_eq!(marks(&blob), [0, 5, 0]);
+        mark(&blob, 2, 6);
+        blob.resize(4).unwrap();
+        drop(blob);
+        let dev = store.device().clone();
+        store.unload().unwrap();
+        drop(store);
+        let bytes = content(&dev);
+        let sb = SuperBlock::decode(bytes[..4096].try_into().unwrap()).unwrap();
+        assert_eq!(
+            (sb.version.get(), sb.reserved[7], sb.clean.get()),
+            (version, 0x77, 1)
+        );
+        assert_eq!(
+            (
+                sb.size.get(),
+                sb.io_unit_size.get(),
+                sb.used_blobid_mask_len.get()
+            ),
+            (0, 0, 0)
+        );
+        let store = Blobstore::load(dev, &LoadOptions::default()).unwrap();
+        assert_eq!(marks(&store.open(root(0)).unwrap()), [0, 5, 6, 0]);
+    }
+}
+
+#[test]
+fn damaged_blobs_are_set_aside_and_the_rest_loads() {
+    type Damage = fn(&mut Image);
+    let cases: [(&str, Damage, fn(&PageProblem) -> bool); 8] = [
+        (
+            "an extent page with a wrong crc",
+            |image| image.bytes[(image.md_start + 1) * 4096 + 40] ^= 1,
+            |p| matches!(p, PageProblem::Crc { .. }),
+        ),
+        (
+            "an extent page outside of the region",
+            |image| {
+                image.change(root(0), |r| {
+                    r.map = MapRecord::Table {
+                        num_clusters: 3,
+                        entries: vec![TableEntry {
+                            page: 5000,
+                            count: 1,
+                        }],
+                    };
+                });
+            },
+            |p| matches!(p, PageProblem::PageIndex { .. }),
+        ),
+        (
+            "a cluster behind the end",
+            |image| image.put(1, *encode_extent_page(root(0), 0, &[1_000_000, 40, 41])),
+            |p| matches!(p, PageProblem::Cluster { .. }),
+        ),
+        (
+            "a cluster of the metadata",
+            |image| image.put(1, *encode_extent_page(root(0), 0, &[1, 40, 41])),
+            |p| matches!(p, PageProblem::Cluster { .. }),
+        ),
+        (
+            "a hole in a thick blob",
+            |image| image.put(1, *encode_extent_page(root(0), 0, &[39, 0, 41])),
+            |p| matches!(p, PageProblem::HoleInThick),
+        ),
+        (
+            "an extent page for other clusters",
+            |image| image.put(1, *encode_extent_page(root(0), 512, &[39, 40, 41])),
+            |p| matches!(p, PageProblem::ExtentPageStart { .. }),
+        ),
+        (
+            "a chain that ends in itself",
+            |image| {
+                let mut page = image.page(0);
+                let header = PageHeader::read(&page);
+                PageHeader { next: 0, ..header }.write(&mut page);
+                image.put(0, page);
+            },
+            |p| matches!(p, PageProblem::Loop),
+        ),
+        (
+            "runs without end",
+            |image| {
+                image.change(root(0), |r| {
+                    r.flags.invalid = 0;
+                    r.map = MapRecord::Rle(vec![Run {
+                        cluster: 60,
+                        len: u32::MAX - 1,
+                    }]);
+                });
+            },
+            |p| matches!(p, PageProblem::Cluster { .. } | PageProblem::Claimed(_)),
+        ),
+    ];
+    for (what, damage, expected) in cases {
+        let mut image = Image::new(|store| {
+            create(store, 3, false);
+            mark(&create(store, 3, false), 1, 5);
+        });
+        damage(&mut image);
+        let dev = memory_with(&image.bytes, 4096);
+        let report = check(&dev).unwrap();
+        assert_eq!(report.worst(), Some(Severity::Error), "{what}");
+        let store = Blobstore::load(dev, &LoadOptions::default()).unwrap();
+        let damaged = store.damaged();
+        assert_eq!(damaged.len(), 1, "{what}: {damaged:?}");
+        assert_eq!(damaged[0].0, root(0));
+        assert!(expected(&damaged[0].1.problem), "{what}: {}", damaged[0].1);
+        assert!(matches!(store.open(root(0)), Err(Error::Damaged { .. })));
+        assert!(matches!(store.delete(root(0)), Err(Error::Damaged { .. })));
+        assert_eq!(store.blobs(), [root(2)]);
+        assert_eq!(marks(&store.open(root(2)).unwrap()), [0, 5, 0], "{what}");
+        // Its pages are not given to others, and an unload does not lose it.
+        let new = create(&store, 2, false);
+        assert!(new.id() != root(0) && new.id() != root(2));
+        drop(new);
+        store.unload().unwrap();
+        let store = Blobstore::load(store.device().clone(), &LoadOptions::default()).unwrap();
+        assert_eq!(store.damaged().len(), 1, "{what}");
+    }
+}
+
+#[test]
+fn unknown_flags() {
+    let mut image = Image::new(|store| {
+        for _ in 0..3 {
+            create(store, 1, false);
+        }
+    });
+    image.change(root(0), |record| record.flags.invalid |= 1 << 20);
+    image.change(root(2), |record| record.flags.data_ro |= 1 << 20);
+    image.change(root(4), |record| record.flags.md_ro |= 1 << 20);
+    let store = image.load();
+    assert!(matches!(store.open(root(0)), Err(Error::CannotOpen { .. })));
+    assert!(matches!(
+        store.snapshot(root(0), &[]),
+        Err(Error::CannotOpen { .. })
+    ));
+    let blob = store.open(root(2)).unwrap();
+    assert!(blob.is_read_only());
+    assert!(matches!(blob.resize(5), Err(Error::ReadOnly(_))));
+    let blob = store.open(root(4)).unwrap();
+    mark(&blob, 0, 3);
+    assert!(matches!(blob.resize(5), Err(Error::ReadOnly(_))));
+    assert!(matches!(blob.set_xattr("a", b""), Err(Error::ReadOnly(_))));
+    // The clusters of what cannot be opened are not given to others.
+    assert_eq!(store.free_clusters(), store.total_clusters() - 3);
+}
+
+#[test]
+fn parents_that_are_not_there_and_loops() {
+    let (mut image, blob, snapshot) = with_snapshot();
+    image.change(blob, |record| {
+        record.internal = vec![internal("SNAP", root(70))]
+    });
+    let store = image.load();
+    assert!(matches!(store.open(blob), Err(Error::CannotOpen { .. })));
+    assert!(store.open(snapshot).is_ok());
+    image.change(blob, |record| {
+        record.internal = vec![internal("SNAP", snapshot)]
+    });
+    image.change(snapshot, |record| {
+        record.flags.invalid |= Flags::INTERNAL_XATTRS;
+        record.internal = vec![internal("SNAP", blob)];
+    });
+    let store = image.load();
+    assert!(matches!(store.open(blob), Err(Error::CannotOpen { .. })));
+    let report = check(store.device()).unwrap();
+    assert_eq!(report.worst(), Some(Severity::Error));
+}
+
+#[test]
+fn clusters_with_two_owners_are_found_and_never_given_away() {
+    let mut image = Image::new(|store| {
+        create(store, 2, false);
+        create(store, 2, false);
+    });
+    let first = decode_extent_page(&image.page(1)).unwrap().clusters;
+    image.put(3, *encode_extent_page(root(2), 0, &[first[0], first[1]]));
+    let store = image.load();
+    let report = check(store.device()).unwrap();
+    assert_eq!(report.worst(), Some(Severity::Error));
+    let free = store.free_clusters();
+    store.delete(root(0)).unwrap();
+    assert_eq!(store.free_clusters(), free, "the other blob still has them");
+}
+
+#[test]
+fn super_blocks_that_contradict_the_device() {
+    type Change = fn(&mut SuperBlock);
+    let changes: [(&str, Change); 9] = [
+        ("cluster size 0", |sb| sb.cluster_size = 0.into()),
+        ("cluster size 5000", |sb| sb.cluster_size = 5000.into()),
+        ("size of two devices", |sb| sb.size = (64u64 << 20).into()),
+        ("no metadata", |sb| sb.md_len = 0.into()),
+        ("metadata behind the end", |sb| {
+            sb.md_start = 1_000_000.into()
+        }),
+        ("more metadata than masks", |sb| {
+            sb.md_len = 40_000_000.into()
+        }),
+        ("a mask over the metadata", |sb| {
+            sb.used_page_mask_start = sb.md_start
+        }),
+        ("an odd io unit", |sb| sb.io_unit_size = 1000.into()),
+        ("another page size", |sb| sb.md_page_size = 8192.into()),
+    ];
+    for (what, change) in changes {
+        let mut image = Image::new(|_| ());
+        image.super_block(change);
+        assert!(
+            matches!(image.try_load(), Err(Error::Geometry { .. })),
+            "{what}"
+        );
+    }
+    let mut image = Image::new(|_| ());
+    let header = PageHeader {
+        id: root(0),
+        sequence: 0,
+        next: INVALID_PAGE,
+    };
+    assert_eq!(header.next, u32::MAX);
+    image.bytes[8] = 4;
+    assert!(matches!(image.try_load(), Err(Error::SuperBlock { .. })));
+}
