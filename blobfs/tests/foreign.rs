@@ -438,7 +438,8 @@ fn old_versions_load_and_stay_old() {
 #[test]
 fn damaged_blobs_are_set_aside_and_the_rest_loads() {
     type Damage = fn(&mut Image);
-    let cases: [(&str, Damage, fn(&PageProblem) -> bool); 8] = [
+    type Expected = fn(&PageProblem) -> bool;
+    let cases: [(&str, Damage, Expected); 8] = [
         (
             "an extent page with a wrong crc",
             |image| image.bytes[(image.md_start + 1) * 4096 + 40] ^= 1,
@@ -562,13 +563,13 @@ fn unknown_flags() {
 fn parents_that_are_not_there_and_loops() {
     let (mut image, blob, snapshot) = with_snapshot();
     image.change(blob, |record| {
-        record.internal = vec![internal("SNAP", root(70))]
+        record.internal = vec![internal("SNAP", root(70))];
     });
     let store = image.load();
     assert!(matches!(store.open(blob), Err(Error::CannotOpen { .. })));
     assert!(store.open(snapshot).is_ok());
     image.change(blob, |record| {
-        record.internal = vec![internal("SNAP", snapshot)]
+        record.internal = vec![internal("SNAP", snapshot)];
     });
     image.change(snapshot, |record| {
         record.flags.invalid |= Flags::INTERNAL_XATTRS;
@@ -605,13 +606,13 @@ fn super_blocks_that_contradict_the_device() {
         ("size of two devices", |sb| sb.size = (64u64 << 20).into()),
         ("no metadata", |sb| sb.md_len = 0.into()),
         ("metadata behind the end", |sb| {
-            sb.md_start = 1_000_000.into()
+            sb.md_start = 1_000_000.into();
         }),
         ("more metadata than masks", |sb| {
-            sb.md_len = 40_000_000.into()
+            sb.md_len = 40_000_000.into();
         }),
         ("a mask over the metadata", |sb| {
-            sb.used_page_mask_start = sb.md_start
+            sb.used_page_mask_start = sb.md_start;
         }),
         ("an odd io unit", |sb| sb.io_unit_size = 1000.into()),
         ("another page size", |sb| sb.md_page_size = 8192.into()),
