@@ -1,4 +1,4 @@
-//! NVMe driver: spec types, DMA memory, transports, controller, queue pairs.
+#![doc = include_str!("../README.md")]
 
 pub mod conformance;
 pub mod controller;

@@ -3,7 +3,7 @@
 use super::{Bench, Entry, Outcome, check, fail, skip};
 use crate::dma::DmaBuf;
 use crate::error::NvmeError;
-use crate::spec::{AdminOpcode, Cns, Command, FeatureId, Status, ascii};
+use crate::spec::{AdminOpcode, Cns, Command, FeatureId, LogPage, Status, ascii};
 
 pub(super) const TESTS: &[Entry] = &[
     ("identify", identify),
@@ -77,12 +77,20 @@ fn refused(b: &Bench) -> Outcome {
         Ok(_) => return fail("a reserved CNS value was accepted"),
         Err(other) => return Err(other.into()),
     }
-    // Deleting a queue that is not there.
-    let command = Command::delete_queue(AdminOpcode::DELETE_SQ, 0xfff0);
+    // What would take the driver's queues away is refused before it is sent.
+    let command = Command::delete_queue(AdminOpcode::DELETE_SQ, 1);
     match b.controller.admin_command(command, None) {
-        Err(NvmeError::Status { .. }) => Ok(()),
-        Ok(_) => fail("a queue that is not there was deleted"),
-        Err(other) => Err(other.into()),
+        Err(NvmeError::Unsupported { .. }) => {}
+        other => return fail(format!("deleting a queue: {other:?}")),
+    }
+    // So is data that does not fit its buffer.
+    let command = Command::get_log(LogPage::ERROR, u32::MAX, 0, 8192, true);
+    match b
+        .controller
+        .admin_command(command, Some(DmaBuf::zeroed(512)?))
+    {
+        Err(NvmeError::Unsupported { .. }) => Ok(()),
+        other => fail(format!("8 KiB into 512 bytes: {other:?}")),
     }
 }
 

@@ -16,6 +16,7 @@ use crate::queue::{QueueOptions, QueuePair};
 
 mod admin;
 mod commands;
+pub mod fuzz;
 mod load;
 mod model;
 mod queues;

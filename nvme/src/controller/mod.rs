@@ -24,6 +24,7 @@ mod identify;
 mod keeper;
 mod logs;
 mod memory;
+mod passthrough;
 mod queues;
 mod reset;
 pub(crate) mod state;
@@ -311,18 +312,21 @@ impl Controller {
     }
 
     /// An admin command of the caller's own making, with data to or from the device. Blocks.
-    /// The data pointer and the identifier are set here; nothing else is checked, so a command
-    /// that disturbs the driver (deleting its queues, formatting) does what it says.
+    /// The data pointer and the identifier are set here.
     ///
     /// # Errors
-    /// A status other than success is [`NvmeError::Status`].
+    /// A status other than success is [`NvmeError::Status`]. Refused are commands whose data
+    /// would not fit the buffer, and those that tell the device addresses (creating queues,
+    /// doorbell buffers) or take the driver's own queues away.
     pub fn admin_command(
         &self,
         command: Command,
         data: Option<DmaBuf>,
     ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
+        let (command, sent, back) = passthrough::prepare(self.name(), command, data)?;
         let word = self.core.wait_live()?;
-        self.core.admin_at(Some(word), command, data)
+        let (completion, data) = self.core.admin_at(Some(word), command, sent)?;
+        Ok((completion, passthrough::finish(data, back)))
     }
 
     /// Resets the controller. I/O in flight ends once with its own status, or is sent again, or

@@ -8,6 +8,7 @@ mod fake_host;
 mod files;
 mod fsck;
 mod mkfs;
+mod nvme;
 mod setup;
 
 use std::process::ExitCode;
@@ -38,6 +39,7 @@ enum Command {
     Stat(files::StatArgs),
     Mkdir(files::Mkdir),
     Rmdir(files::Rmdir),
+    Nvme(nvme::Nvme),
 }
 
 fn main() -> ExitCode {
@@ -69,5 +71,6 @@ fn main() -> ExitCode {
         Command::Stat(args) => files::stat(&args),
         Command::Mkdir(args) => files::mkdir(&args),
         Command::Rmdir(args) => files::rmdir(&args),
+        Command::Nvme(args) => nvme::run(&args),
     }
 }
