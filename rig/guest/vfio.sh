@@ -13,11 +13,11 @@ suite "on all namespaces" $multi
 step "sleep on the interrupt" t sleep $slow
 step "media errors" t media-errors $faulty 2048 4096
 in_use() { # a second process is told who has the device
-	t sleep $slow & p=$!
+	pumice-rig test sleep $slow & p=$!
 	sleep 1
 	t verify $slow > /tmp/second && return 1
 	cat /tmp/second
-	wait $p && grep "in use: process $p " /tmp/second
+	wait $p && grep "in use: process $p (pumice-rig) has /dev/vfio/" /tmp/second
 }
 step "one process at a time" in_use
 step "reset under load" t reset $slow
