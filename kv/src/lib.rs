@@ -81,3 +81,8 @@ pub use {
 /// The `rocksdb` crate that this one extends, in the version that it is built for.
 #[cfg(feature = "rocksdb")]
 pub use rocksdb;
+
+/// The README's examples, so that they compile and run.
+#[cfg(all(doctest, feature = "rocksdb"))]
+#[doc = include_str!("../../README.md")]
+mod readme {}
