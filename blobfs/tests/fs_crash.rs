@@ -154,6 +154,21 @@ impl Work {
         self.done();
     }
 
+    /// Removes or replaces a file that is open, writes on, and closes it.
+    fn orphan(&mut self, path: &str, replace: bool) {
+        let f = self.fs.open(path, OpenOptions::READ).unwrap();
+        if replace {
+            self.fresh(path);
+        } else {
+            self.unlink(path);
+        }
+        f.append(&[7; 200_000]).unwrap();
+        f.sync().unwrap();
+        self.done();
+        drop(f);
+        self.done();
+    }
+
     fn unlink(&mut self, path: &str) {
         self.fs.unlink(path).unwrap();
         self.now.remove(path);
@@ -205,7 +220,8 @@ fn workload(w: &mut Work) {
     w.dir("/cp");
     w.rename("/cp.tmp", "/cp");
     w.sync("/db/log");
-    w.unlink("/db/4.sst");
+    w.orphan("/db/1.sst", true);
+    w.orphan("/db/4.sst", false);
     w.unlink("/cp/a");
 }
 
