@@ -1,4 +1,87 @@
 //! Block devices: one trait, a channel per thread, modules, configuration, RPC.
+//!
+//! ```
+//! use pumice_bdev::{AsyncChannel, DmaBuf};
+//!
+//! let dev = pumice_bdev::open("malloc://64M?block_size=4096")?;
+//! let ch = AsyncChannel::new(dev.open_channel()?);
+//! ch.block_on(async {
+//!     let mut buf = DmaBuf::zeroed(4096).unwrap();
+//!     buf[..5].copy_from_slice(b"hello");
+//!     ch.write(7, buf.freeze(), true).await?;
+//!     let back = ch.read(7, DmaBuf::new(4096).unwrap()).await?;
+//!     assert_eq!(&back[..5], b"hello");
+//!     Ok::<(), Box<pumice_bdev::IoError>>(())
+//! })?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # The contract
+//!
+//! A [`BlockDevice`] is shared by threads; an [`IoChannel`] belongs to one thread at a time (it may
+//! be moved). [`conformance::run`] checks in one line what follows.
+//!
+//! **Geometry.** [`DeviceInfo::block_size`] is a power of two, at least 512. Addresses and
+//! `len_blocks` count blocks; lengths of data are those of the buffers and are whole blocks.
+//! [`DeviceInfo::max_io_blocks`] bounds one read, write or compare;
+//! [`DeviceInfo::optimal_io_boundary_blocks`] is what I/O had better not cross;
+//! [`DeviceInfo::buf_align`] is what the address of each buffer must be a multiple of.
+//!
+//! **Buffers** are owned: they move into an [`Op`] and come back with its [`Completion`], whole and
+//! whatever its result. A channel that is dropped with operations in flight waits for the device,
+//! or keeps the buffers until it is done.
+//!
+//! **Operations.** [`DeviceInfo::ops`] says which there are; others are refused as
+//! [`IoErrorKind::Unsupported`]. Zone commands are declared and refused by every module.
+//!
+//! | operation | meaning |
+//! | --- | --- |
+//! | read, write | one buffer or several, consecutive blocks |
+//! | flush | every write that had completed when it was submitted is durable when it completes |
+//! | FUA | of a write or write zeroes: durable when it completes |
+//! | write zeroes | the blocks read as zeroes |
+//! | unmap | the blocks' contents are given up; they read as zeroes if [`DeviceInfo::unmap_zeroes`] |
+//! | compare, compare-and-write | differences are [`IoErrorKind::Miscompare`]; the latter is atomic, for at most [`DeviceInfo::atomic_unit_blocks`] |
+//! | copy | inside the device; ranges that overlap are refused |
+//! | reset | everything in flight on the channel ends first |
+//! | abort | the device is asked; the operation still completes by itself, once |
+//!
+//! **Durability.** With [`DeviceInfo::write_cache`], a completed write is durable only after a flush
+//! or with FUA. A write of at most [`DeviceInfo::atomic_unit_blocks`] is not torn by a power cut.
+//!
+//! **Order.** There is none between operations in flight: those that overlap have undefined results.
+//! What is submitted after a completion was handed back sees that operation's effect, on any
+//! channel.
+//!
+//! **Flow.** [`IoChannel::submit`] and [`IoChannel::poll`] never block. A full queue gives the
+//! operation back as [`SubmitError::Busy`]; what can never be done, as [`SubmitError::Refused`], at
+//! once. Each operation that was taken completes once. [`IoChannel::wait`] spins briefly, then
+//! sleeps.
+//!
+//! **Errors** name the device, the operation, the place and the cause ([`IoError`]). An operation
+//! that failed, timed out or was aborted may have been done in part, or may still land.
+//!
+//! # Modules
+//!
+//! | module | device |
+//! | --- | --- |
+//! | [`malloc`] | memory of this process |
+//! | [`mod@null`] | nothing; for measuring |
+//! | [`mod@file`] | an image file, block or loop device, through io_uring |
+//! | [`nvme`] | a namespace of an NVMe controller: PCIe, vfio-user, soft |
+//! | [`passthru`] | another device; the template for a module of your own |
+//! | [`delay`] | another device, slower |
+//! | [`error_inject`] | another device, failing on demand |
+//! | [`split`] | a part of another device |
+//! | [`raid0`] | several devices, striped |
+//! | [`crashsim`] | memory that says what a power cut would have left |
+//!
+//! Modules that come (mirrors, encryption, partitions, logical volumes) stand beside these: a file
+//! or folder here, a row in `config/methods.rs`, a test that runs [`conformance::run`].
+//!
+//! Around them: the [`registry`] (names, claims, hot removal, statistics), [`config`] (SPDK's JSON
+//! files), [`rpc`] (JSON-RPC on a Unix socket), [`metrics`] (Prometheus), [`logging`] (levels by
+//! component; every I/O is a `tracing` span at trace level, target `pumice_bdev::io`).
 
 pub mod clock;
 pub mod config;

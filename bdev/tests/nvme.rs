@@ -1,9 +1,16 @@
 //! The nvme module over the soft controller.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use pumice_bdev::config::App;
-use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, conformance, open};
+use pumice_bdev::registry::Registry;
+use pumice_bdev::{
+    AsyncChannel, BlockDevice, DmaBuf, IoErrorKind, Op, SubmitError, conformance, open,
+};
+use pumice_nvme::soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace};
+use pumice_nvme::{Controller, ControllerOptions};
 use serde_json::json;
 
 #[test]
@@ -80,4 +87,62 @@ fn threads_share_a_device() {
             });
         }
     });
+}
+
+#[test]
+fn an_unplugged_function_takes_its_device_away_under_load() {
+    let backend = Box::new(MemoryBackend::new(4 << 20));
+    let config = SoftConfig::new(vec![SoftNamespace::new(backend, 512)]);
+    let soft = SoftController::new(config).unwrap();
+    let controller = Controller::new(soft.transport(), ControllerOptions::default()).unwrap();
+    let namespaces = controller.namespaces();
+    let devices = pumice_bdev::nvme::devices("N", &controller, namespaces, "soft").unwrap();
+    let registry = Registry::new();
+    for device in devices {
+        registry.register(device, Vec::new()).unwrap();
+    }
+    let dev = registry.open("Nn1").unwrap();
+    let (submitted, ended) = (AtomicU64::new(0), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            let (dev, submitted, ended) = (&dev, &submitted, &ended);
+            scope.spawn(move || {
+                let mut ch = dev.open_channel().unwrap();
+                let (mut tag, mut gone, mut out) = (0, false, Vec::new());
+                while !gone || ch.in_flight() > 0 {
+                    while !gone && ch.in_flight() < 16 {
+                        tag += 1;
+                        let op = Op::Read {
+                            lba: tag % 4000,
+                            buf: DmaBuf::new(512).unwrap(),
+                        };
+                        match ch.submit(tag, op) {
+                            Ok(()) => {
+                                submitted.fetch_add(1, Ordering::Relaxed);
+                            }
+                            Err(SubmitError::Busy(_)) => break,
+                            Err(SubmitError::Refused(_, e)) => {
+                                assert_eq!(e.kind, IoErrorKind::Removed, "{e}");
+                                gone = true;
+                            }
+                        }
+                    }
+                    ch.poll(&mut out);
+                    for c in out.drain(..) {
+                        ended.fetch_add(1, Ordering::Relaxed);
+                        gone |= c.result.is_err();
+                    }
+                    let _ = ch.wait(Duration::from_millis(1));
+                }
+            });
+        }
+        std::thread::sleep(Duration::from_millis(30));
+        soft.unplug();
+    });
+    assert_eq!(
+        submitted.load(Ordering::Relaxed),
+        ended.load(Ordering::Relaxed)
+    );
+    assert!(registry.names().is_empty(), "the name is gone");
+    registry.open("malloc://1M?name=Nn1").unwrap();
 }

@@ -76,14 +76,29 @@ impl From<NvmeError> for BdevError {
 /// What the driver says; a controller without a usable namespace.
 pub fn attach(base: &str, uri: &str) -> Result<(Arc<Controller>, Vec<Arc<Nvme>>), BdevError> {
     let opened = pumice_nvme::open(uri)?;
-    let queues = Arc::new(Queues {
-        controller: Arc::clone(&opened.controller),
-        state: Mutex::default(),
-    });
     let namespaces = match opened.nsid {
         Some(_) => vec![opened.namespace()?],
         None => opened.controller.namespaces(),
     };
+    let devices = devices(base, &opened.controller, namespaces, uri)?;
+    Ok((opened.controller, devices))
+}
+
+/// A device of each usable namespace among `namespaces` of a controller that is open. `uri` is what
+/// the devices say of where they are.
+///
+/// # Errors
+/// No usable namespace.
+pub fn devices(
+    base: &str,
+    controller: &Arc<Controller>,
+    namespaces: Vec<Arc<Namespace>>,
+    uri: &str,
+) -> Result<Vec<Arc<Nvme>>, BdevError> {
+    let queues = Arc::new(Queues {
+        controller: Arc::clone(controller),
+        state: Mutex::default(),
+    });
     let mut devices = Vec::new();
     let mut reasons = Vec::new();
     for namespace in namespaces {
@@ -110,7 +125,7 @@ pub fn attach(base: &str, uri: &str) -> Result<(Arc<Controller>, Vec<Arc<Nvme>>)
             reason,
         });
     }
-    Ok((opened.controller, devices))
+    Ok(devices)
 }
 
 /// Opens one namespace by URI: the one that it names, or the only one.

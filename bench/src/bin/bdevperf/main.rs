@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use pumice_bdev::BlockDevice;
 use pumice_bdev::config::{self, App};
 use pumice_bdev::metrics::MetricsServer;
 use pumice_bdev::registry::{Bdev, TimeoutAction};

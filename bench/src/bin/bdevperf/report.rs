@@ -78,6 +78,12 @@ pub fn table(settings: &Settings, outcomes: &[Outcome]) {
         "{:<24} {:>4} {:>10} {iops:>14.2} {mibps:>11.2}",
         "Total", "", ""
     );
+    for o in outcomes.iter().filter(|o| o.cpu_ns_per_io > 0.0) {
+        println!(
+            "{}: {:.1} ns of processor time per I/O",
+            o.bdev, o.cpu_ns_per_io
+        );
+    }
     if let Some(first) = outcomes.iter().map(|o| o.first_io).min() {
         println!(
             "First I/O {:.1} ms after the start",
@@ -128,6 +134,7 @@ pub fn json(settings: &Settings, outcomes: &[Outcome], cores: usize) -> Value {
                 "avg_latency_us": f.average_us,
                 "min_latency_us": f.min_us,
                 "max_latency_us": f.max_us,
+                "cpu_ns_per_io": o.cpu_ns_per_io,
                 "first_io_ms": o.first_io.as_secs_f64() * 1000.0,
             })
         })

@@ -1,6 +1,8 @@
 //! The `pumice` command: one subcommand per module.
 
+mod bdev;
 mod blob;
+mod config;
 mod copy;
 mod doctor;
 #[cfg(test)]
@@ -9,6 +11,7 @@ mod files;
 mod fsck;
 mod mkfs;
 mod nvme;
+mod rpc;
 mod setup;
 
 use std::process::ExitCode;
@@ -40,6 +43,9 @@ enum Command {
     Mkdir(files::Mkdir),
     Rmdir(files::Rmdir),
     Nvme(nvme::Nvme),
+    Bdev(bdev::Bdev),
+    Config(config::Config),
+    Rpc(rpc::Rpc),
 }
 
 fn main() -> ExitCode {
@@ -72,5 +78,8 @@ fn main() -> ExitCode {
         Command::Mkdir(args) => files::mkdir(&args),
         Command::Rmdir(args) => files::rmdir(&args),
         Command::Nvme(args) => nvme::run(&args),
+        Command::Bdev(args) => bdev::run(&args),
+        Command::Config(args) => config::run(&args),
+        Command::Rpc(args) => rpc::run(&args),
     }
 }
