@@ -105,9 +105,9 @@ fn an_unplugged_function_takes_its_device_away_under_load() {
     let (submitted, ended) = (AtomicU64::new(0), AtomicU64::new(0));
     std::thread::scope(|scope| {
         for _ in 0..2 {
-            let (dev, submitted, ended) = (&dev, &submitted, &ended);
+            let (submitted, ended) = (&submitted, &ended);
+            let mut ch = dev.open_channel().unwrap();
             scope.spawn(move || {
-                let mut ch = dev.open_channel().unwrap();
                 let (mut tag, mut gone, mut out) = (0, false, Vec::new());
                 while !gone || ch.in_flight() > 0 {
                     while !gone && ch.in_flight() < 16 {

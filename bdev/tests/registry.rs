@@ -187,9 +187,9 @@ fn removal_under_load_at_every_layer() {
         let started = AtomicBool::new(false);
         std::thread::scope(|scope| {
             for t in 0..2_u64 {
-                let (dev, submitted, ended, started) = (&dev, &submitted, &ended, &started);
+                let (submitted, ended, started) = (&submitted, &ended, &started);
+                let mut ch = dev.open_channel().unwrap();
                 scope.spawn(move || {
-                    let mut ch = dev.open_channel().unwrap();
                     let mut out = Vec::new();
                     let (mut tag, mut refused) = (0, false);
                     while !refused || ch.in_flight() > 0 {
