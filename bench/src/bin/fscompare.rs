@@ -3,26 +3,15 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use pumice_bench::fscompare::{self, Stop, args::Args};
+use pumice_bench::fscompare::{self, Stop, args::Args, table::Comparison};
 
 fn main() -> ExitCode {
     let args = Args::parse();
     let done = Stop::on_signals()
         .and_then(|stop| fscompare::run(&args, &stop))
         .and_then(|comparison| {
-            let table = comparison.render();
-            let Some(path) = &args.json else {
-                println!("{table}");
-                return Ok(());
-            };
-            let json = serde_json::to_string_pretty(&comparison).map_err(|e| e.to_string())?;
-            if path == "-" {
-                eprintln!("{table}");
-                println!("{json}");
-                return Ok(());
-            }
-            println!("{table}");
-            std::fs::write(path, json + "\n").map_err(|e| format!("--json={path}: {e}"))
+            show(&args, &comparison)?;
+            comparison.cut_short.map_or(Ok(()), Err)
         });
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -31,4 +20,20 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn show(args: &Args, comparison: &Comparison) -> Result<(), String> {
+    let table = comparison.render();
+    let Some(path) = &args.json else {
+        println!("{table}");
+        return Ok(());
+    };
+    let json = serde_json::to_string_pretty(comparison).map_err(|e| e.to_string())?;
+    if path == "-" {
+        eprintln!("{table}");
+        println!("{json}");
+        return Ok(());
+    }
+    println!("{table}");
+    std::fs::write(path, json + "\n").map_err(|e| format!("--json={path}: {e}"))
 }

@@ -63,18 +63,24 @@ pub fn run(args: &Args, stop: &Stop) -> Result<Comparison, String> {
         bar.set_style(style);
     }
     bar.enable_steady_tick(Duration::from_millis(500));
-    for round in 0..plan.rounds {
+    'rounds: for round in 0..plan.rounds {
         for at in 0..plan.sides.len() {
             // Each round starts with another side, so that none is always first.
             let turn = (at + usize::try_from(round).unwrap_or(0)) % plan.sides.len();
             let side = plan.sides[turn];
-            stop.check()?;
             bar.set_message(format!("round {} of {}: {side}", round + 1, plan.rounds));
             if bar.is_hidden() {
                 eprintln!("round {} of {}: {side}", round + 1, plan.rounds);
             }
-            let reports = runner.run(side)?;
-            comparison.add(side, reports);
+            match stop.check().and_then(|()| runner.run(side)) {
+                Ok(reports) => comparison.add(side, reports),
+                // What was measured before is worth having.
+                Err(e) if comparison.has_results() => {
+                    comparison.cut_short = Some(e);
+                    break 'rounds;
+                }
+                Err(e) => return Err(e),
+            }
             bar.inc(1);
         }
     }

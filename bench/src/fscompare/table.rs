@@ -58,6 +58,9 @@ pub struct Comparison {
     /// In the order of the run: the benchmark, then the sides.
     benchmarks: Vec<(String, BTreeMap<Side, Runs>)>,
     summary: Vec<Line>,
+    /// Why not every round was run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cut_short: Option<String>,
 }
 
 /// A side in words.
@@ -103,7 +106,14 @@ impl Comparison {
             flags: plan.flags.clone(),
             benchmarks: Vec::new(),
             summary: Vec::new(),
+            cut_short: None,
         }
+    }
+
+    /// Whether anything was measured.
+    #[must_use]
+    pub fn has_results(&self) -> bool {
+        !self.benchmarks.is_empty()
     }
 
     /// Adds one round of one side: the reports of its processes.
@@ -318,6 +328,7 @@ mod tests {
             flags: Vec::new(),
             benchmarks: Vec::new(),
             summary: Vec::new(),
+            cut_short: None,
         };
         for noise in [0.0, 0.5, 5.0] {
             for (side, us) in [(Side::Ext4, 4.0), (Side::Pumice, 2.0), (Side::Mem, 1.0)] {
