@@ -164,3 +164,19 @@ fn a_device_in_use_is_refused_with_its_owner() {
     drop(held);
     ok(&["ls", &uri]);
 }
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = image(dir.path());
+    ok(&["mkdir", &uri, "/a", "/b"]);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = Command::new(env!("CARGO_BIN_EXE_pumice"))
+        .args(["ls", &uri])
+        .stdout(writer)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+}

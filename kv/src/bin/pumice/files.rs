@@ -152,6 +152,16 @@ fn ended(command: &str, result: Outcome) -> ExitCode {
     }
 }
 
+/// Prints to standard output. A reader that has seen enough (`| head`) is no failure.
+fn print_all(text: &str) -> Outcome {
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Failure(format!("standard output: {e}")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Mounts, calls `f`, unmounts. What the mount found wrong goes to standard error.
 pub fn mounted<R>(
     uri: &str,
@@ -280,20 +290,20 @@ pub fn ls(args: &Ls) -> ExitCode {
     let result = mounted(&args.uri, true, list).map(|stats| {
         if args.json {
             let all: Vec<Value> = stats.iter().map(|(p, s)| as_json(p, s)).collect();
-            println!("{:#}", Value::Array(all));
-            return;
+            return print_all(&format!("{:#}\n", Value::Array(all)));
         }
         let width = stats
             .iter()
             .map(|(_, s)| s.len.to_string().len())
             .max()
             .unwrap_or(0);
-        for (path, s) in &stats {
+        let line = |(path, s): &(String, Stat)| {
             let end = if s.is_dir { "/" } else { "" };
-            println!("{:>width$}  {:19}  {path}{end}", s.len, date(s.mtime));
-        }
+            format!("{:>width$}  {:19}  {path}{end}\n", s.len, date(s.mtime))
+        };
+        print_all(&stats.iter().map(line).collect::<String>())
     });
-    ended("ls", result)
+    ended("ls", result.and_then(|printed| printed))
 }
 
 /// Runs `pumice cat`.
