@@ -25,7 +25,7 @@ pub type Rocks = DBWithThreadMode<MultiThreaded>;
 ///
 /// ```
 /// let dir = tempfile::tempdir()?;
-/// let device = format!("file://{}/kv.img?size=256M", dir.path().display());
+/// let device = format!("file://{}/kv.img?size=256M&create=1", dir.path().display());
 ///
 /// let db = pumice::Db::open(&device)?;
 /// db.put(b"fruit", b"apple")?;
@@ -47,7 +47,7 @@ pub struct Db {
 ///
 /// ```
 /// # let dir = tempfile::tempdir()?;
-/// # let device = format!("file://{}/kv.img?size=256M", dir.path().display());
+/// # let device = format!("file://{}/kv.img?size=256M&create=1", dir.path().display());
 /// use pumice::rocksdb::{Options, WriteOptions};
 ///
 /// let mut events = Options::default();

@@ -212,7 +212,7 @@ fn the_kernel_is_asked_for_no_file_but_the_image() {
         .collect();
     assert!(made.is_empty(), "{made:#?}");
     let database = [
-        "CURRENT", "MANIFEST", ".sst", ".log\"", "LOCK", "IDENTITY", "OPTIONS",
+        "CURRENT", "MANIFEST", ".sst", ".log\"", "/LOCK\"", "IDENTITY", "OPTIONS",
     ];
     let seen: Vec<&str> = text
         .lines()

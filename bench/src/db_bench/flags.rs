@@ -9,7 +9,7 @@ pub const DEFAULT_BENCHMARKS: &str = "fillseq,fillsync,fillrandom,overwrite,read
 crate::flags! {
     /// Everything that a run can be told.
     Flags {
-        benchmarks: String = DEFAULT_BENCHMARKS, "comma-separated benchmarks, run in this order; name[X3] repeats one three times, name[W1-X3] after one warm-up; see the list above";
+        benchmarks: String = DEFAULT_BENCHMARKS, "comma-separated benchmarks, run in this order; `name[X3]` repeats one three times, `name[W1-X3]` after one warm-up; see the list above";
         // The file system below.
         env: String = "pumice", "file system below RocksDB: pumice (ours, on --device), kernel (the directory --db of the kernel's file system), mem (RocksDB's own memory env)";
         device: String = "", "block device for --env=pumice as a URI, for example file:///path/disk.img?size=8G or malloc://2G; empty: an image file, made, formatted and removed";
