@@ -47,7 +47,7 @@ pub struct Args {
           value_parser = ["table", "json"])]
     pub format: String,
 
-    /// Cores, as a mask (0x3) or a list ([0,1]); threads are then bound to them
+    /// Cores, as a mask (0x3) or a list (`[0,1]`); threads are then bound to them
     #[arg(short = 'm', value_name = "MASK")]
     pub core_mask: Option<String>,
 
