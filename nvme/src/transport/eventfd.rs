@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::Duration;
 
@@ -30,6 +31,15 @@ impl EventFd {
             fd,
             armed: AtomicBool::new(true),
         })
+    }
+
+    /// The first `count` of those that there are, and as many new ones as are missing.
+    pub(crate) fn extend(have: &[Arc<EventFd>], count: usize) -> io::Result<Vec<Arc<EventFd>>> {
+        let mut all: Vec<Arc<EventFd>> = have.iter().take(count).cloned().collect();
+        while all.len() < count {
+            all.push(Arc::new(EventFd::new()?));
+        }
+        Ok(all)
     }
 
     /// Adds one. Does not block; a full counter stays full, which wakes as well.

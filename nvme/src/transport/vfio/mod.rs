@@ -291,14 +291,13 @@ impl Transport for Vfio {
         if count == 0 {
             return Ok(Vec::new());
         }
-        let mut events = Vec::new();
-        for _ in 0..count {
-            events.push(Arc::new(EventFd::new().map_err(self.io("eventfd"))?));
-        }
+        // After a reset the same ones: queue pairs sleep on them.
+        let mut vectors = self.vectors.lock();
+        let events = EventFd::extend(&vectors, usize::from(count)).map_err(self.io("eventfd"))?;
         let fds: Vec<BorrowedFd<'_>> = events.iter().map(|e| e.as_fd()).collect();
         sys::set_irqs(device.handle.as_fd(), MSIX, &fds)
             .map_err(self.io("VFIO_DEVICE_SET_IRQS (MSI-X)"))?;
-        *self.vectors.lock() = events.clone();
+        vectors.clone_from(&events);
         Ok(events)
     }
 
@@ -312,7 +311,6 @@ impl Transport for Vfio {
             tracing::warn!(device = self.name, %error, "MSI-X stays on through the reset");
         }
         self.wake_all();
-        self.vectors.lock().clear();
         if device.can_reset {
             sys::reset(device.handle.as_fd()).map_err(self.io("VFIO_DEVICE_RESET"))?;
         } else {

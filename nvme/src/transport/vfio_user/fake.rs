@@ -22,7 +22,7 @@ pub(super) enum Fault {
     Refuse(Command, u32),
     /// Answers a command with its header alone, without the error flag.
     Short(Command),
-    /// Answers a command with an error in a header alone.
+    /// Does not answer a command.
     Silent(Command),
     /// Closes the connection on a command.
     HangUp(Command),

@@ -391,17 +391,16 @@ impl Transport for VfioUser {
         let Some(msix) = config.find_msix()?.filter(|_| count > 0) else {
             return Ok(Vec::new());
         };
-        let mut events = Vec::new();
-        for _ in 0..count {
-            let event = EventFd::new().map_err(|e| self.client.io("eventfd", e))?;
-            events.push(Arc::new(event));
-        }
+        // After a reset the same ones: queue pairs sleep on them.
+        let mut vectors = self.vectors.lock();
+        let events = EventFd::extend(&vectors, usize::from(count))
+            .map_err(|e| self.client.io("eventfd", e))?;
         let fds: Vec<BorrowedFd<'_>> = events.iter().map(|e| e.as_fd()).collect();
         self.client.set_irqs(MSIX, &fds)?;
         config
             .set_msix(msix, true)
             .map_err(|e| self.client.io("enabling MSI-X", e))?;
-        *self.vectors.lock() = events.clone();
+        vectors.clone_from(&events);
         Ok(events)
     }
 
@@ -415,7 +414,6 @@ impl Transport for VfioUser {
                 tracing::debug!(device = self.name, %error, "eventfds stay with the controller");
             }
             self.wake_all();
-            self.vectors.lock().clear();
         }
         // Where a device reset does something, it does more than CC.EN; SPDK's does nothing.
         if self.can_reset {
