@@ -55,7 +55,14 @@ impl Base {
     }
 
     /// The initramfs of one boot: the base, `steps` as `/steps.sh`, and programs in `/bin`.
-    pub fn initramfs(&self, steps: &str, programs: &[PathBuf], out: &Path) -> Result<(), Error> {
+    /// `db_bench` goes there with the libraries that it names.
+    pub fn initramfs(
+        &self,
+        steps: &str,
+        programs: &[PathBuf],
+        db_bench: Option<&Path>,
+        out: &Path,
+    ) -> Result<(), Error> {
         let mut bytes = std::fs::read(&self.root).map_err(|e| Error::at(&self.root, e))?;
         let mut archive = Archive::default();
         archive.file("steps.sh", 0o644, steps.as_bytes().to_vec());
@@ -73,9 +80,60 @@ impl Base {
                 .map_or_else(String::new, |n| n.to_string_lossy().into_owned());
             archive.file(&format!("bin/{name}"), 0o755, data);
         }
+        if let Some(program) = db_bench.filter(|p| p.is_file()) {
+            archive.file("bin/db_bench", 0o755, stripped(program)?);
+            for library in libraries(program)? {
+                let data = std::fs::read(&library).map_err(|e| Error::at(&library, e))?;
+                archive.file(&library.to_string_lossy(), 0o755, data);
+            }
+        }
         archive.write(&mut bytes).map_err(|e| Error::at(out, e))?;
         std::fs::write(out, bytes).map_err(|e| Error::at(out, e))
     }
+}
+
+/// The program without what only a debugger reads, where binutils are there: the guest holds it
+/// in memory.
+fn stripped(program: &Path) -> Result<Vec<u8>, Error> {
+    let done = tempfile::NamedTempFile::new()
+        .ok()
+        .filter(|file| {
+            Command::new("strip")
+                .arg("-o")
+                .arg(file.path())
+                .arg(program)
+                .status()
+                .is_ok_and(|status| status.success())
+        })
+        .and_then(|file| std::fs::read(file.path()).ok())
+        .filter(|bytes| !bytes.is_empty());
+    match done {
+        Some(bytes) => Ok(bytes),
+        None => std::fs::read(program).map_err(|e| Error::at(program, e)),
+    }
+}
+
+/// The shared libraries that a program is loaded with, its loader included, as ldd(1) tells.
+fn libraries(program: &Path) -> Result<Vec<PathBuf>, Error> {
+    let output = Command::new("ldd")
+        .arg(program)
+        .output()
+        .map_err(|e| Error::at(Path::new("ldd"), e))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    if let Some(line) = text.lines().find(|line| line.contains("not found")) {
+        let line = line.trim();
+        return Err(Error::Other(format!("{}: {line}", program.display())));
+    }
+    Ok(loaded(&text))
+}
+
+/// The paths in ldd's lines: `libm.so.6 => /lib/x86_64-linux-gnu/libm.so.6 (0x…)`, and for the
+/// loader `/lib64/ld-linux-x86-64.so.2 (0x…)`.
+fn loaded(ldd: &str) -> Vec<PathBuf> {
+    ldd.lines()
+        .filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')))
+        .map(PathBuf::from)
+        .collect()
 }
 
 fn is_dynamic(elf: &[u8]) -> bool {
@@ -143,4 +201,21 @@ fn fingerprint(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::loaded;
+    use std::path::Path;
+
+    #[test]
+    fn what_ldd_says() {
+        let text = "\tlinux-vdso.so.1 (0x00007ffd5)\n\tlibm.so.6 => /lib/x86_64-linux-gnu/libm.so.6 (0x00007f1)\n\t/lib64/ld-linux-x86-64.so.2 (0x00007f2)\n";
+        let want = [
+            "/lib/x86_64-linux-gnu/libm.so.6",
+            "/lib64/ld-linux-x86-64.so.2",
+        ];
+        assert_eq!(loaded(text), want.map(Path::new));
+        assert!(loaded("\tstatically linked\n").is_empty());
+    }
 }

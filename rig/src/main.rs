@@ -21,6 +21,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 
 use console::Verdict;
+use scenario::Programs;
 
 /// What went wrong on the host side.
 #[derive(Debug)]
@@ -89,6 +90,9 @@ enum Cmd {
         /// Directory with the static guest binaries
         #[arg(long)]
         bin: PathBuf,
+        /// The database's benchmark, as it was built; scenarios that want it are skipped without
+        #[arg(long, default_value = "db_bench")]
+        db_bench: PathBuf,
         /// Name the scenarios and end
         #[arg(long)]
         list: bool,
@@ -109,6 +113,9 @@ enum Cmd {
         /// Directory with the static guest binaries
         #[arg(long)]
         bin: PathBuf,
+        /// The database's benchmark, as it was built; scenarios that want it are skipped without
+        #[arg(long, default_value = "db_bench")]
+        db_bench: PathBuf,
         /// Limit for the boot in seconds
         #[arg(long, default_value_t = 120)]
         timeout_s: u64,
@@ -135,17 +142,25 @@ fn main() -> ExitCode {
         Cmd::Run {
             scenarios,
             bin,
+            db_bench,
             verbose,
             logs,
             require,
             ..
-        } => run(&scenarios, &bin, verbose, logs.as_deref(), require),
+        } => {
+            let programs = Programs { bin, db_bench };
+            run(&scenarios, &programs, verbose, logs.as_deref(), require)
+        }
         Cmd::Shell {
             scenario,
             bin,
+            db_bench,
             timeout_s,
             steps,
-        } => shell(&scenario, &bin, Duration::from_secs(timeout_s), &steps),
+        } => {
+            let programs = Programs { bin, db_bench };
+            shell(&scenario, &programs, Duration::from_secs(timeout_s), &steps)
+        }
         Cmd::Test(test) => return test.run(),
         Cmd::Guest(command) => return command.run(),
     };
@@ -208,7 +223,7 @@ impl Tally {
 
 fn run(
     names: &[String],
-    bin: &Path,
+    programs: &Programs,
     verbose: bool,
     logs: Option<&Path>,
     require: bool,
@@ -232,7 +247,11 @@ fn run(
     };
     let base = image::Base::prepare(&parts, &fetch::cache_dir())?;
     for scenario in &chosen {
-        let outcome = scenario.boot(&base, bin, None, verbose, None)?;
+        if let Some(why) = scenario.lacks(programs) {
+            tally.count(scenario.name, "all", &Verdict::Skipped(why));
+            continue;
+        }
+        let outcome = scenario.boot(&base, programs, None, verbose, None)?;
         for (name, verdict) in &outcome.tests {
             tally.count(scenario.name, name, verdict);
         }
@@ -292,7 +311,7 @@ fn choose(names: &[String]) -> Result<Vec<scenario::Scenario>, Error> {
     Ok(all)
 }
 
-fn shell(name: &str, bin: &Path, timeout: Duration, steps: &str) -> Result<u8, Error> {
+fn shell(name: &str, programs: &Programs, timeout: Duration, steps: &str) -> Result<u8, Error> {
     if let Some(why) = fetch::missing_tools() {
         return Err(Error::Other(why));
     }
@@ -302,7 +321,7 @@ fn shell(name: &str, bin: &Path, timeout: Duration, steps: &str) -> Result<u8, E
     let Some(scenario) = chosen.first() else {
         return Ok(2);
     };
-    let outcome = scenario.boot(&base, bin, Some(steps), true, Some(timeout))?;
+    let outcome = scenario.boot(&base, programs, Some(steps), true, Some(timeout))?;
     for fault in &outcome.faults {
         eprintln!("pumice-rig: fault: {fault}");
     }

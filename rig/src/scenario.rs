@@ -21,6 +21,17 @@ pub struct Scenario {
     devices: &'static [&'static str],
     steps: &'static str,
     timeout_s: u64,
+    /// The steps run `db_bench`.
+    database: bool,
+}
+
+/// The programs that go to the guest.
+#[derive(Debug)]
+pub struct Programs {
+    /// Directory of the static ones.
+    pub bin: PathBuf,
+    /// `db_bench`, which may be linked dynamically and may not have been built.
+    pub db_bench: PathBuf,
 }
 
 /// A backing store of a namespace.
@@ -99,6 +110,9 @@ const PLAIN: &[&str] = &[
 
 const PLAIN_DISKS: &[Disk] = &[Disk::File("d1", 256), Disk::File("d2", 256)];
 
+/// Sparse: a database takes what it writes.
+const DATABASE_DISKS: &[Disk] = &[Disk::File("d1", 64), Disk::File("d2", 2048)];
+
 /// Every scenario, in the order in which they run.
 pub fn all() -> Vec<Scenario> {
     vec![
@@ -112,6 +126,7 @@ pub fn all() -> Vec<Scenario> {
             devices: MULTI,
             steps: include_str!("../guest/vfio.sh"),
             timeout_s: 900,
+            database: false,
         },
         Scenario {
             name: "amd",
@@ -123,6 +138,7 @@ pub fn all() -> Vec<Scenario> {
             devices: PLAIN,
             steps: include_str!("../guest/plain.sh"),
             timeout_s: 600,
+            database: false,
         },
         Scenario {
             name: "uio",
@@ -134,6 +150,7 @@ pub fn all() -> Vec<Scenario> {
             devices: PLAIN,
             steps: include_str!("../guest/plain.sh"),
             timeout_s: 600,
+            database: false,
         },
         Scenario {
             name: "sriov",
@@ -145,6 +162,7 @@ pub fn all() -> Vec<Scenario> {
             devices: VIRTUAL,
             steps: include_str!("../guest/sriov.sh"),
             timeout_s: 600,
+            database: false,
         },
         Scenario {
             name: "setup",
@@ -156,16 +174,39 @@ pub fn all() -> Vec<Scenario> {
             devices: PLAIN,
             steps: include_str!("../guest/setup.sh"),
             timeout_s: 600,
+            database: false,
+        },
+        Scenario {
+            name: "database",
+            about: "db_bench on the device: RocksDB under VFIO, filled, read, checked",
+            iommu: Iommu::Intel,
+            mode: "vfio",
+            huge_pages: 0,
+            disks: DATABASE_DISKS,
+            devices: PLAIN,
+            steps: include_str!("../guest/database.sh"),
+            timeout_s: 900,
+            database: true,
         },
     ]
 }
 
 impl Scenario {
+    /// Why it cannot run, if it cannot.
+    pub fn lacks(&self, programs: &Programs) -> Option<String> {
+        (self.database && !programs.db_bench.is_file()).then(|| {
+            format!(
+                "{} has not been built (cargo build --release -p pumice-bench --bin db_bench)",
+                programs.db_bench.display()
+            )
+        })
+    }
+
     /// Boots it and runs its steps, or `steps` in their place.
     pub fn boot(
         &self,
         base: &Base,
-        bin: &Path,
+        programs: &Programs,
         steps: Option<&str>,
         verbose: bool,
         timeout: Option<Duration>,
@@ -184,7 +225,13 @@ impl Scenario {
             devices.push((*device).to_owned());
         }
         let initrd = work.path().join("initrd");
-        base.initramfs(steps.unwrap_or(self.steps), &programs(bin)?, &initrd)?;
+        let db_bench = self.database.then_some(programs.db_bench.as_path());
+        base.initramfs(
+            steps.unwrap_or(self.steps),
+            &programs.guest()?,
+            db_bench,
+            &initrd,
+        )?;
         Boot {
             kernel: &base.kernel,
             initrd: &initrd,
@@ -192,7 +239,7 @@ impl Scenario {
             iommu: self.iommu,
             mode: self.mode,
             huge_pages: self.huge_pages,
-            memory_mib: 512,
+            memory_mib: if self.database { 1024 } else { 512 },
             devices: &devices,
             timeout: timeout.unwrap_or(Duration::from_secs(self.timeout_s)),
             verbose,
@@ -201,20 +248,22 @@ impl Scenario {
     }
 }
 
-/// Every program in the directory goes to the guest's `/bin`.
-fn programs(bin: &Path) -> Result<Vec<PathBuf>, Error> {
-    let found = ["nvme-suite", "pumice", "pumice-rig"]
-        .iter()
-        .map(|name| bin.join(name))
-        .filter(|path| path.is_file())
-        .collect::<Vec<_>>();
-    if found.is_empty() {
-        return Err(Error::Other(format!(
-            "{} holds none of the guest's programs; rig/run builds them",
-            bin.display()
-        )));
+impl Programs {
+    /// What goes to the guest's `/bin` in every scenario.
+    fn guest(&self) -> Result<Vec<PathBuf>, Error> {
+        let found = ["nvme-suite", "pumice", "pumice-rig"]
+            .iter()
+            .map(|name| self.bin.join(name))
+            .filter(|path| path.is_file())
+            .collect::<Vec<_>>();
+        if found.is_empty() {
+            return Err(Error::Other(format!(
+                "{} holds none of the guest's programs; rig/run builds them",
+                self.bin.display()
+            )));
+        }
+        Ok(found)
     }
-    Ok(found)
 }
 
 impl Disk {

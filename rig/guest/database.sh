@@ -1,0 +1,11 @@
+# RocksDB on the file system on the driver on the device: filled, read, every key checked; and
+# again by another process, which finds it on the device.
+device=nvme://$(slot 8)/2
+bench() {
+	db_bench --device=$device --num=20000 --value_size=100 --write_buffer_size=1048576 \
+		--compression_type=none --stats_interval_seconds=0 "$@"
+}
+step "the database fills and reads" bench --benchmarks=fillrandom,readrandom,verify
+step "it is there for the next process" bench --use_existing_db=1 --benchmarks=verify,readrandom
+step "synced writes" bench --use_existing_db=1 --sync=1 --num=200 --benchmarks=fillrandom
+step "the file system is whole" pumice fsck $device
