@@ -99,17 +99,26 @@ pub fn run(args: &Setup) -> ExitCode {
             addresses,
             driver,
             user,
-        }) => each(addresses, |a| {
-            bind(&host, a, *driver, user.as_deref(), addresses)
+        }) => check_all(&host, addresses, *driver).and_then(|()| {
+            each(addresses, args.json, |a| {
+                bind(&host, a, *driver, user.as_deref(), addresses)
+            })
         }),
-        Some(Action::Unbind { addresses }) => each(addresses, |a| unbind(&host, a)),
-        Some(Action::HugePages { count, node }) => {
-            huge_pages(&host, *count, *node).map(|text| println!("{text}"))
-        }
+        Some(Action::Unbind { addresses }) => each(addresses, args.json, |a| unbind(&host, a)),
+        Some(Action::HugePages { count, node }) => huge_pages(&host, *count, *node).map(|text| {
+            if args.json {
+                println!("{:#}", json!({ "huge_pages": huge_page_counts(&host) }));
+            } else {
+                println!("{text}");
+            }
+        }),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
+            if args.json {
+                println!("{:#}", json!({ "error": e.to_string() }));
+            }
             eprintln!("pumice setup: {e}");
             if let SetupError::Pci(PciError::Io { source, .. }) | SetupError::Io { source, .. } = &e
                 && source.kind() == std::io::ErrorKind::PermissionDenied
@@ -123,10 +132,31 @@ pub fn run(args: &Setup) -> ExitCode {
 
 fn each(
     addresses: &[PciAddress],
+    as_json: bool,
     action: impl Fn(PciAddress) -> Result<String, SetupError>,
 ) -> Result<(), SetupError> {
+    let mut done = Vec::new();
     for address in addresses {
-        println!("{}", action(*address)?);
+        let text = action(*address)?;
+        if as_json {
+            done.push(json!({ "address": address.to_string(), "result": text }));
+        } else {
+            println!("{text}");
+        }
+    }
+    if as_json {
+        println!("{:#}", json!({ "controllers": done }));
+    }
+    Ok(())
+}
+
+/// Of several controllers none is taken when one of them has to stay.
+fn check_all(host: &Host, addresses: &[PciAddress], way: Way) -> Result<(), SetupError> {
+    for address in addresses {
+        let function = host.nvme_function(*address)?;
+        if function.driver.as_deref() != Some(way.driver()) {
+            check_bind(host, &function, way, addresses)?;
+        }
     }
     Ok(())
 }
@@ -548,6 +578,19 @@ mod tests {
         let function = host.nvme_function(address(NVME)).expect("there");
         let both = [address(NVME), address("0000:02:00.0")];
         assert!(check_bind(&host, &function, Way::Vfio, &both).is_ok());
+    }
+
+    #[test]
+    fn of_several_none_goes_when_one_is_in_use() {
+        let fake = FakeHost::new();
+        fake.nvme(NVME, "nvme", Some(7));
+        fake.nvme("0000:02:00.0", "nvme", Some(8));
+        fake.block("0000:02:00.0", "nvme1", "nvme1n1", "259:4", &[]);
+        let both = [address(NVME), address("0000:02:00.0")];
+        assert!(check_all(&fake.host(), &both, Way::Vfio).is_ok());
+        fake.process(4711, "qemu", "/dev/nvme1n1");
+        let error = check_all(&fake.host(), &both, Way::Vfio).expect_err("in use");
+        assert!(error.to_string().contains("process 4711"), "{error}");
     }
 
     #[test]
