@@ -246,6 +246,11 @@ pub enum InvalidIo {
         "namespace {0} has a format that this driver does not use; `pumice nvme id-ns` says which"
     )]
     Format(u32),
+    /// The namespace is another controller's, or its format may have changed since.
+    #[error(
+        "namespace {0} is not this controller's or was formatted since; get it anew from the controller"
+    )]
+    Stale(u32),
     /// A buffer that starts at an odd address.
     #[error("a buffer does not start at a multiple of four bytes")]
     NotAligned,

@@ -1,5 +1,8 @@
 //! Namespaces: geometry and limits, ready for use.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use crate::spec::{IdentifyNamespace, NsDescriptor};
 
 /// What a controller can do with a namespace's blocks, from ONCS and VWC.
@@ -53,9 +56,14 @@ pub struct Limits {
 }
 
 /// A namespace as the driver uses it.
+///
+/// It is good for queue pairs of its own controller, and for as long as the namespace has the
+/// block size that is noted here: with another one the device would transfer more than an I/O's
+/// buffer holds. After a format it is to be had anew from the controller.
 #[derive(Debug, Clone)]
 pub struct Namespace {
     pub(crate) limits: Limits,
+    pub(crate) title: Title,
     pub(crate) identify: Box<IdentifyNamespace>,
     pub(crate) descriptors: Vec<NsDescriptor>,
     pub(crate) unusable: Option<String>,
@@ -64,7 +72,39 @@ pub struct Namespace {
     pub(crate) atomic_power_blocks: u32,
 }
 
+/// For which controller a namespace's format is known to be the one noted; shared by all
+/// handles of the namespace.
+#[derive(Debug, Clone)]
+pub(crate) struct Title(Arc<AtomicU64>);
+
+impl Title {
+    /// Good for the controller of this number, which is not 0.
+    pub fn of(controller: u64) -> Title {
+        Title(Arc::new(AtomicU64::new(controller)))
+    }
+
+    #[inline]
+    pub fn is_of(&self, controller: u64) -> bool {
+        self.0.load(Ordering::Relaxed) == controller
+    }
+
+    /// No I/O is accepted for the handles that share it.
+    pub fn withdraw(&self) {
+        self.0.store(0, Ordering::SeqCst);
+    }
+
+    pub fn restore(&self, controller: u64) {
+        self.0.store(controller, Ordering::SeqCst);
+    }
+}
+
 impl Namespace {
+    /// Whether commands made for the one mean the same bytes on the other.
+    pub(crate) fn same_format(&self, other: &Namespace) -> bool {
+        let format = |n: &Namespace| (n.limits.nsid, n.limits.block_shift, n.limits.usable);
+        format(self) == format(other)
+    }
+
     /// Namespace identifier.
     pub fn nsid(&self) -> u32 {
         self.limits.nsid

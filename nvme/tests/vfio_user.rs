@@ -6,13 +6,15 @@ use std::time::{Duration, Instant};
 
 use pumice_nvme::conformance::{self, Verdict};
 use pumice_nvme::dma::DmaBuf;
+use pumice_nvme::queue::QueueStats;
 use pumice_nvme::soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace, SoftServer};
 use pumice_nvme::transport::{NvmeUri, TransportError, VfioUser};
 use pumice_nvme::{
     Controller, ControllerEvent, ControllerOptions, Io, IoDone, QueueOptions, QueuePair, open_with,
 };
 
-const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long something may take that has to come, however slow the machine is.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 struct Target {
     dir: tempfile::TempDir,
@@ -38,7 +40,7 @@ impl Target {
     }
 
     fn connect(&self) -> Arc<Controller> {
-        let device = VfioUser::connect(&self.path(), TIMEOUT).expect("connected");
+        let device = VfioUser::connect(&self.path(), PATIENCE).expect("connected");
         Controller::new(device, ControllerOptions::default()).expect("enabled")
     }
 }
@@ -50,7 +52,7 @@ fn run(queue: &mut QueuePair, controller: &Controller, ios: Vec<Io>) -> Vec<IoDo
         queue.submit(&ns, tag, io).expect("accepted");
     }
     let mut done = Vec::new();
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + PATIENCE;
     while done.len() < total {
         assert!(
             Instant::now() < deadline,
@@ -67,7 +69,7 @@ fn run(queue: &mut QueuePair, controller: &Controller, ios: Vec<Io>) -> Vec<IoDo
     done
 }
 
-fn write_and_read(controller: &Arc<Controller>, options: &QueueOptions, seed: u8) {
+fn write_and_read(controller: &Arc<Controller>, options: &QueueOptions, seed: u8) -> QueueStats {
     let mut queue = controller.queue_pair(options).expect("a queue");
     let sizes = [512usize, 4096, 8192, 65536, 131_072, 300_032];
     let (mut lba, mut writes, mut reads) = (0, Vec::new(), Vec::new());
@@ -105,6 +107,7 @@ fn write_and_read(controller: &Arc<Controller>, options: &QueueOptions, seed: u8
             .all(|(b, i)| *b == n ^ i.to_le_bytes()[0] ^ i.to_le_bytes()[1]);
         assert!(good, "{} bytes differ", buf.len());
     }
+    queue.stats()
 }
 
 #[test]
@@ -125,14 +128,9 @@ fn sleeping_on_interrupts() {
     let controller = target.connect();
     let mut options = QueueOptions::depth(8);
     options.spin_max = Duration::ZERO;
-    let started = Instant::now();
-    write_and_read(&controller, &options, 3);
-    // Without interrupts each wait would last its 200 ms.
-    assert!(
-        started.elapsed() < Duration::from_secs(2),
-        "{:?}",
-        started.elapsed()
-    );
+    // On a busy machine an I/O may be over before its owner sleeps.
+    let woken = (0..200u8).any(|n| write_and_read(&controller, &options, n).interrupts > 0);
+    assert!(woken, "no interrupt ended a sleep");
 }
 
 #[test]
@@ -150,7 +148,7 @@ fn reset_between_ios() {
 fn a_second_client_is_told_who_holds_the_socket() {
     let target = target();
     let first = target.connect();
-    let error = VfioUser::connect(&target.path(), TIMEOUT).expect_err("held");
+    let error = VfioUser::connect(&target.path(), PATIENCE).expect_err("held");
     assert!(matches!(error, TransportError::InUse { .. }), "{error}");
     assert!(
         error.to_string().contains("one client at a time"),
@@ -170,7 +168,7 @@ fn the_target_goes_away() {
         .queue_pair(&QueueOptions::default())
         .expect("a queue");
     target.server.take();
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + PATIENCE;
     let ns = controller.namespace(1).expect("known");
     let mut done = Vec::new();
     loop {

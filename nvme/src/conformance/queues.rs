@@ -206,8 +206,8 @@ fn sleeping(b: &Bench) -> Outcome {
         }
     }
     check(out.len() == 100, || format!("{} ended", out.len()))?;
-    // A lost wake-up would show as half a second each.
-    check(start.elapsed() < Duration::from_secs(20), || {
+    // Each wake-up that is lost costs half a second.
+    check(start.elapsed() < Duration::from_secs(45), || {
         format!("100 I/Os took {:?} asleep", start.elapsed())
     })
 }

@@ -15,6 +15,8 @@ pub(super) const ADMIN_ENTRIES: u16 = 32;
 /// Asynchronous event requests kept outstanding.
 const EVENTS: usize = 4;
 const LIST_LEN: usize = 4096;
+/// A format with a secure erase takes minutes.
+const FORMAT_TIMEOUT: Duration = Duration::from_secs(600);
 
 #[derive(Debug)]
 enum SlotState {
@@ -114,7 +116,11 @@ impl Core {
         data: Option<DmaBuf>,
     ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
         let start = Instant::now();
-        let timeout = self.options.admin_timeout;
+        let timeout = match AdminOpcode(command.opcode) {
+            // It may erase the whole medium before it completes.
+            AdminOpcode::FORMAT_NVM => self.options.admin_timeout.max(FORMAT_TIMEOUT),
+            _ => self.options.admin_timeout,
+        };
         let text = |c: &Command| decode::admin_command(c).to_string();
         let unfinished = |what: &str| NvmeError::Unfinished {
             device: self.name().to_owned(),

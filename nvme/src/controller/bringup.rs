@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, RwLock};
@@ -15,6 +15,8 @@ use crate::error::{NvmeError, millis};
 use crate::queue::{Bell, CompletionRing, QueueMem, SubmissionRing};
 use crate::spec::{Cap, Cc, Crto, Csts, Reg, doorbell_offset};
 use crate::transport::{EventFd, Transport, TransportError};
+
+static NUMBER: AtomicU64 = AtomicU64::new(1);
 
 impl Core {
     /// Takes a controller from whatever state to enabled and identified.
@@ -57,6 +59,7 @@ impl Core {
             source,
         };
         let core = Core {
+            number: NUMBER.fetch_add(1, Ordering::Relaxed),
             table: Arc::clone(transport.addresses()),
             state: AtomicU64::new(state::word(0, Phase::Resetting)),
             options,
@@ -248,7 +251,7 @@ impl Core {
 
     /// Normal shutdown (Base section 3.6.1), then disable and let go.
     pub(super) fn shut_down(&self) -> Result<(), NvmeError> {
-        let word = self.state.load(std::sync::atomic::Ordering::Acquire);
+        let word = self.state.load(Ordering::Acquire);
         if state::phase(word) != Phase::Live {
             self.transport.detach();
             return Ok(());

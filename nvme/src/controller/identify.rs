@@ -8,7 +8,7 @@ use zerocopy::FromBytes;
 use super::{Controller, Core, Info};
 use crate::dma::DmaBuf;
 use crate::error::NvmeError;
-use crate::namespace::{Limits, Namespace, Supports};
+use crate::namespace::{Limits, Namespace, Supports, Title};
 use crate::spec::{
     Cns, Command, FeatureId, IdentifyController, IdentifyNamespace, IdentifyNvmController,
     NsDescriptor, Oncs, Reg, SOURCE_RANGES_MAX, Vs, ns_descriptors, ns_list,
@@ -135,7 +135,18 @@ impl Core {
                 Err(error) => return Err(error),
             }
         }
-        *self.namespaces.write() = found;
+        let mut known = self.namespaces.write();
+        for (nsid, before) in known.iter() {
+            match found.get_mut(nsid).and_then(Arc::get_mut) {
+                // Handles stay good over a reset or a rescan.
+                Some(now) if now.same_format(before) => {
+                    now.title = before.title.clone();
+                    now.title.restore(self.number);
+                }
+                _ => before.title.withdraw(),
+            }
+        }
+        *known = found;
         Ok(())
     }
 
@@ -209,6 +220,7 @@ impl Core {
         };
         Ok(Some(Namespace {
             limits: limits(info, nsid, &identify, unusable.is_none(), self.page_shift),
+            title: Title::of(self.number),
             atomic_blocks: atomic(identify.nawun_z.get(), id.awun_z.get()),
             atomic_power_blocks: atomic(identify.nawupf_z.get(), id.awupf_z.get()),
             write_cache: info.write_cache,

@@ -25,6 +25,34 @@ impl Core {
         let (_, data) = self.admin(command, Some(DmaBuf::zeroed(len)?))?;
         data.ok_or_else(|| self.protocol("a log page lost its buffer"))
     }
+
+    /// Runs what may change namespaces' block sizes: no command that was made for the old ones
+    /// may reach the device afterwards, since it would transfer more than its buffer holds.
+    pub(super) fn reformat<T>(
+        &self,
+        run: impl FnOnce() -> Result<T, NvmeError>,
+    ) -> Result<T, NvmeError> {
+        // Handles first, then the queue pairs: who makes one now finds the handles withdrawn.
+        // All namespaces, since a controller may format all at once (FNA bit 0).
+        for ns in self.namespaces.read().values() {
+            ns.title.withdraw();
+        }
+        let open = self.queues.lock().queues.len();
+        let result = if open == 0 {
+            run()
+        } else {
+            Err(NvmeError::Unsupported {
+                device: self.name().to_owned(),
+                what: format!(
+                    "there are {open} I/O queue pairs, whose commands are made for the present \
+                     format; drop them, then format"
+                ),
+            })
+        };
+        let listed = self.list_namespaces();
+        let done = result?;
+        listed.map(|()| done)
+    }
 }
 
 impl Controller {
@@ -104,7 +132,11 @@ impl Controller {
     }
 
     /// Formats a namespace: all its data is lost. Blocks for as long as the device takes, at
-    /// most the admin time-out. Lists the namespaces anew.
+    /// most ten minutes (or the admin time-out, if that is longer). Lists the namespaces anew; what was got from
+    /// [`namespace`](Self::namespace) before is good no longer if the block size has changed.
+    ///
+    /// # Errors
+    /// Refused while there are queue pairs: their commands are made for the old block size.
     pub fn format(&self, nsid: u32, format: FormatNvm) -> Result<(), NvmeError> {
         let info = self.core.info()?;
         if info.identify.oacs.get() & Oacs::FORMAT == 0 {
@@ -124,6 +156,6 @@ impl Controller {
             });
         }
         self.admin_command(Command::format(nsid, format), None)?;
-        self.rescan()
+        Ok(())
     }
 }

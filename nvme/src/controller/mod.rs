@@ -14,7 +14,8 @@ use crate::error::{IoErrorKind, NvmeError};
 use crate::namespace::Namespace;
 use crate::queue::QueueShared;
 use crate::spec::{
-    AsyncEvent, Cap, Command, Completion, IdentifyController, IdentifyNvmController, Status, Vs,
+    AdminOpcode, AsyncEvent, Cap, Command, Completion, IdentifyController, IdentifyNvmController,
+    Status, Vs,
 };
 use crate::transport::{EventFd, Transport};
 
@@ -48,7 +49,8 @@ pub struct ControllerOptions {
     pub sgl: bool,
     /// Weighted round robin between the queues' classes, where the controller offers it.
     pub arbitration: Option<Weights>,
-    /// An admin command without completion for this long means a reset.
+    /// An admin command without completion for this long means a reset. Format NVM is given ten
+    /// minutes at the least.
     pub admin_timeout: Duration,
 }
 
@@ -109,6 +111,8 @@ pub(crate) struct Info {
 /// The part of a controller that its queue pairs and its keeper thread share.
 #[derive(Debug)]
 pub(crate) struct Core {
+    /// Tells controllers of this process apart; never 0.
+    pub number: u64,
     pub transport: Arc<dyn Transport>,
     pub table: Arc<AddressTable>,
     pub state: AtomicU64,
@@ -317,15 +321,27 @@ impl Controller {
     /// # Errors
     /// A status other than success is [`NvmeError::Status`]. Refused are commands whose data
     /// would not fit the buffer, and those that tell the device addresses (creating queues,
-    /// doorbell buffers) or take the driver's own queues away.
+    /// doorbell buffers) or take the driver's own queues away; and Format NVM while there are
+    /// queue pairs, see [`format`](Self::format).
     pub fn admin_command(
         &self,
         command: Command,
         data: Option<DmaBuf>,
     ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
         let (command, sent, back) = passthrough::prepare(self.name(), command, data)?;
-        let word = self.core.wait_live()?;
-        let (completion, data) = self.core.admin_at(Some(word), command, sent)?;
+        let send = || {
+            let word = self.core.wait_live()?;
+            self.core.admin_at(Some(word), command, sent)
+        };
+        let (completion, data) = match AdminOpcode(command.opcode) {
+            AdminOpcode::FORMAT_NVM => self.core.reformat(send)?,
+            AdminOpcode::NS_MANAGEMENT | AdminOpcode::NS_ATTACHMENT => {
+                let done = send()?;
+                self.core.list_namespaces()?;
+                done
+            }
+            _ => send()?,
+        };
         Ok((completion, passthrough::finish(data, back)))
     }
 

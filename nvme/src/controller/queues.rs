@@ -131,41 +131,54 @@ impl Controller {
         let cq_mem = [Arc::new(a?), Arc::new(b?)];
         let lists = Arc::new(DmaShared::zeroed(usize::from(depth) * list_len)?);
 
-        let word = core.wait_live()?;
         let shared = self.reserve(options, sq_entries, cq_entries, cq_mem)?;
-        // Doorbells before queues: nothing to undo when one is refused.
-        let bell = |completion, shadow| {
-            let offset = doorbell_offset(shared.qid, completion, core.cap.dstrd());
-            core.transport
-                .doorbell(offset)
-                .map(|b| Bell::new(b, shadow))
-        };
-        let (sq_shadow, cq_shadow) = core.shadows(shared.qid);
-        // The queue starts at 0, whatever an earlier queue of the number left there.
-        for shadow in sq_shadow.iter().chain(&cq_shadow) {
-            shadow.clear();
-        }
-        let bells = bell(false, sq_shadow).and_then(|sq| Ok((sq, bell(true, cq_shadow)?)));
-        let made = bells.map_err(NvmeError::from).and_then(|bells| {
-            match core.create_queues(Some(word), &shared, 0) {
-                Ok(()) => {
-                    shared.bank.lock().created = true;
-                    Ok(bells)
-                }
-                // A reset has begun: it creates the queues of everything in the registry, and
-                // the queue pair joins it there.
-                Err(_) if core.state.load(Ordering::Acquire) != word => Ok(bells),
-                Err(error) => Err(error),
-            }
-        });
-        match made {
-            Ok(bells) => self.assemble(options, shared, word, lists, list_len, bells),
+        match self.bring_to_life(&shared) {
+            Ok((word, bells)) => self.assemble(options, shared, word, lists, list_len, bells),
             Err(error) => {
                 core.queues.lock().queues.remove(&shared.qid);
                 // Whether the device has a queue there is not known for sure.
                 core.bury(Box::new(shared));
                 Err(error)
             }
+        }
+    }
+
+    /// Creates the queues of a pair that is in the registry, or lets a reset that comes over it
+    /// do so. Returns the state word under which its rings are at the beginning.
+    fn bring_to_life(&self, shared: &Arc<QueueShared>) -> Result<(u64, (Bell, Bell)), NvmeError> {
+        let core = &self.core;
+        let bell = |completion, shadow| {
+            let offset = doorbell_offset(shared.qid, completion, core.cap.dstrd());
+            core.transport
+                .doorbell(offset)
+                .map(|b| Bell::new(b, shadow))
+        };
+        loop {
+            let word = core.wait_live()?;
+            let bank = *shared.bank.lock();
+            let (sq_shadow, cq_shadow) = core.shadows(shared.qid);
+            if !bank.created {
+                // The queue starts at 0, whatever an earlier queue of the number left there.
+                for shadow in sq_shadow.iter().chain(&cq_shadow) {
+                    shadow.clear();
+                }
+            }
+            // Doorbells before queues: nothing to undo when one is refused.
+            let bells = (bell(false, sq_shadow)?, bell(true, cq_shadow)?);
+            let made = if bank.created {
+                Ok(())
+            } else {
+                core.create_queues(Some(word), shared, bank.current)
+            };
+            // Held, so that a reset that begins now decides after this.
+            let mut now = shared.bank.lock();
+            if core.state.load(Ordering::Acquire) == word {
+                made?;
+                now.created = true;
+                return Ok((word, bells));
+            }
+            // A reset came over it. Either it has found the pair in the registry and created
+            // the queues, or it was past the registry already and they are still to be made.
         }
     }
 
@@ -243,6 +256,8 @@ impl Controller {
         (sq_bell, cq_bell): (Bell, Bell),
     ) -> Result<QueuePair, NvmeError> {
         let core = Arc::clone(&self.core);
+        // When a reset has come over it meanwhile, the word tells, and the pair catches up.
+        let current = shared.bank.lock().current;
         let depth = shared.sq_entries - 1;
         let slot_bits = u32::from(depth.max(2) - 1).ilog2() + 1;
         let mut slots = Vec::with_capacity(usize::from(depth));
@@ -287,7 +302,7 @@ impl Controller {
         Ok(QueuePair {
             sq: SubmissionRing::new(shared.sq_mem.clone(), shared.sq_entries, sq_bell),
             cq: CompletionRing::new(
-                Arc::clone(&shared.cq_mem[0]),
+                Arc::clone(&shared.cq_mem[current]),
                 shared.cq_entries,
                 ack_at,
                 cq_bell,
@@ -316,6 +331,7 @@ impl Controller {
             stats: QueueStats::default(),
             spin: Spin::new(),
             not_sync: PhantomData::<Cell<()>>,
+            owner: core.number,
             core,
         })
     }

@@ -19,7 +19,7 @@ use super::stats::QueueStats;
 use super::wait::Spin;
 use crate::controller::{Controller, Core};
 use crate::dma::{AddressTable, DmaShared};
-use crate::error::{IoError, IoErrorKind, SubmitError};
+use crate::error::{InvalidIo, IoError, IoErrorKind, SubmitError};
 use crate::io::{Io, IoDone};
 use crate::namespace::{Limits, Namespace};
 use crate::spec::{Command, Completion, IoFlags, IoOpcode, QueuePriority, Status, decode};
@@ -108,6 +108,8 @@ pub(crate) struct Slot {
 #[derive(Debug)]
 pub struct QueuePair {
     pub(crate) core: Arc<Core>,
+    /// The controller's number.
+    pub(crate) owner: u64,
     /// Keeps the controller enabled.
     pub(crate) _controller: Arc<Controller>,
     pub(crate) shared: Arc<QueueShared>,
@@ -195,10 +197,13 @@ impl QueuePair {
                 None => SubmitError::Busy(io),
             });
         }
+        let limits = &ns.limits;
+        if !ns.title.is_of(self.owner) {
+            return Err(SubmitError::Invalid(io, InvalidIo::Stale(limits.nsid)));
+        }
         let Some(&slot) = self.free.last() else {
             return Err(SubmitError::Busy(io));
         };
-        let limits = &ns.limits;
         let (op, lba, segment, flags) = match &io {
             Io::Read { lba, buf } => (IoOpcode::READ, *lba, Segment::from(buf), IoFlags::NONE),
             Io::Write { lba, data, fua } => (
@@ -251,8 +256,11 @@ impl QueuePair {
     #[inline]
     pub fn poll(&mut self, out: &mut Vec<IoDone>) -> usize {
         let before = out.len();
-        if self.core.state.load(Ordering::Acquire) != self.seen {
-            self.catch_up();
+        if self.core.state.load(Ordering::Acquire) != self.seen && !self.catch_up() {
+            // The completion memory may be a later generation's by now; what it still holds of
+            // ours is taken when the reset is over.
+            out.append(&mut self.backlog);
+            return out.len() - before;
         }
         if self.sq.is_dirty() || self.cq.wants_ack() {
             self.ring();
@@ -296,10 +304,11 @@ impl QueuePair {
         self.shared.ringing.store(true, Ordering::Relaxed);
         barrier::light();
         if self.core.state.load(Ordering::Acquire) == self.seen {
-            self.sq.ring();
+            // Room for completions before there is more to complete.
             if self.cq.wants_ack() {
                 self.cq.ack();
             }
+            self.sq.ring();
         }
         self.shared.ringing.store(false, Ordering::Release);
     }

@@ -19,4 +19,6 @@ pub struct QueueStats {
     pub resets: u64,
     /// Times that `wait` went to sleep.
     pub sleeps: u64,
+    /// Sleeps that an interrupt ended.
+    pub interrupts: u64,
 }

@@ -126,8 +126,8 @@ impl QueuePair {
         if let Some(interrupt) = self.shared.interrupt.clone() {
             interrupt.arm(true);
             interrupt.drain();
-            if !self.ready() {
-                interrupt.wait(slice);
+            if !self.ready() && interrupt.wait(slice) {
+                self.stats.interrupts += 1;
             }
             interrupt.arm(false);
         } else {
