@@ -29,9 +29,7 @@ impl<'a> Uri<'a> {
         };
         let (scheme, tail) = match text.split_once("://") {
             Some(parts) => parts,
-            None if text.starts_with('/') || text.starts_with("./") || text.starts_with("../") => {
-                ("file", text)
-            }
+            None if is_path(text) => ("file", text),
             None => {
                 return Err(invalid(format!("not a device URI; one of {SCHEMES}")));
             }
@@ -119,6 +117,13 @@ impl<'a> Uri<'a> {
     }
 }
 
+/// Whether a text without a scheme is the path of a file rather than the name of a device: it has
+/// a slash or a dot in it before its options.
+pub(crate) fn is_path(text: &str) -> bool {
+    let place = text.split_once('?').map_or(text, |(place, _)| place);
+    !place.contains("://") && place.contains(['/', '.'])
+}
+
 fn percent_decode(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
@@ -182,7 +187,7 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 /// | `vfio-user:///path/to/socket` | a controller in another process |
 /// | `soft://memory?size=1G` | a controller in this process, over memory, nothing or a file |
 ///
-/// A plain path (`/dev/loop0`, `./image`) is a file.
+/// A plain path (`/dev/loop0`, `disk.img`: it has a slash or a dot) is a file.
 ///
 /// # Errors
 /// A URI that says nothing we know, and whatever the module says.
@@ -246,6 +251,22 @@ mod tests {
         assert!(error("malloc://1G?block_size=512&block_size=512").contains("twice"));
         assert!(error("malloc://1%zzG").contains("percent"));
         assert!(error("malloc://1000").contains("whole blocks"));
+    }
+
+    #[test]
+    fn a_plain_path_is_a_file() {
+        for path in [
+            "/dev/loop0",
+            "./image",
+            "../image",
+            "disk.img",
+            "disk.img?size=1M",
+        ] {
+            assert_eq!(Uri::parse(path).unwrap().scheme, "file", "{path}");
+        }
+        for name in ["Malloc0", "Nvme0n1", "disk?block_size=5.12"] {
+            assert!(Uri::parse(name).is_err(), "{name}");
+        }
     }
 
     #[test]

@@ -211,7 +211,7 @@ impl Registry {
                 None => Ok(Arc::new(bdev)),
             };
         }
-        if name.contains("://") || name.starts_with('/') {
+        if name.contains("://") || crate::uri::is_path(name) {
             let dev = crate::open(name)?;
             return Ok(Arc::new(self.register(dev, Vec::new())?));
         }
