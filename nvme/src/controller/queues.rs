@@ -323,6 +323,7 @@ impl Controller {
             waiting_splits: VecDeque::new(),
             retrying: VecDeque::new(),
             backlog: Vec::new(),
+            spans: Vec::new(),
             options: options.clone(),
             epoch: Instant::now(),
             polls: 0,

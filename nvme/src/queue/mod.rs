@@ -7,6 +7,7 @@
 //!
 //! [`Io`]: crate::Io
 
+mod abort;
 mod asynch;
 mod barrier;
 mod build;
@@ -17,6 +18,7 @@ mod ring;
 mod shared;
 mod split;
 mod stats;
+mod trace;
 mod wait;
 
 pub use asynch::{AsyncError, AsyncQueue};

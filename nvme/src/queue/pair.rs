@@ -83,6 +83,9 @@ pub(crate) enum SlotState {
     Retrying,
 }
 
+/// As a number of retries: there shall be no more.
+pub(crate) const NO_RETRY: u8 = u8::MAX;
+
 /// No split.
 pub(crate) const WHOLE: u32 = u32::MAX;
 
@@ -130,6 +133,8 @@ pub struct QueuePair {
     pub(crate) waiting_splits: VecDeque<u32>,
     pub(crate) retrying: VecDeque<(Instant, u16)>,
     pub(crate) backlog: Vec<IoDone>,
+    /// Who submitted what is in the slots, while commands are logged.
+    pub(crate) spans: Vec<Option<tracing::Span>>,
     pub(crate) options: QueueOptions,
     pub(crate) epoch: Instant,
     pub(crate) polls: u32,
@@ -249,6 +254,9 @@ impl QueuePair {
         }
         self.stats.commands += 1;
         self.sq.push(&entry.command);
+        if super::trace::is_on() {
+            self.trace_command(slot);
+        }
     }
 
     /// Rings the doorbells for what was submitted, and hands back what has ended. Never blocks.
@@ -331,6 +339,9 @@ impl QueuePair {
             return self.impossible(c);
         }
         self.stats.completions += 1;
+        if !self.spans.is_empty() {
+            self.trace_completion(slot, c);
+        }
         let entry = &mut self.slots[usize::from(slot)];
         if c.status().is_success()
             && entry.split == WHOLE
@@ -462,7 +473,11 @@ impl QueuePair {
                 qid: self.shared.qid,
                 command: entry.command,
                 kind,
-                retries: entry.retries,
+                retries: if entry.retries == NO_RETRY {
+                    0
+                } else {
+                    entry.retries
+                },
             })
         });
         self.release(slot);

@@ -1,0 +1,47 @@
+//! Ending an I/O before its time, because the caller asks.
+
+use super::pair::{NO_RETRY, QueuePair, SlotState};
+use crate::error::{IoError, IoErrorKind};
+use crate::spec::{Command, IoOpcode};
+
+impl QueuePair {
+    /// Asks the controller to abort the I/O that was submitted with `tag` (Base section 5.1), and
+    /// sends nothing of it again. Never blocks. The I/O still ends by itself, once, with success
+    /// or as aborted. Returns whether it was in flight.
+    pub fn abort(&mut self, tag: u64) -> bool {
+        let mut found = false;
+        for index in 0..self.slots.len() {
+            let entry = &mut self.slots[index];
+            if entry.tag != tag {
+                continue;
+            }
+            match entry.state {
+                SlotState::Free => continue,
+                SlotState::InFlight | SlotState::Overdue => {
+                    entry.retries = NO_RETRY;
+                    self.core.request_abort(self.shared.qid, entry.command.cid);
+                }
+                SlotState::Retrying => {
+                    let slot = u16::try_from(index).unwrap_or(u16::MAX);
+                    self.retrying.retain(|(_, s)| *s != slot);
+                    self.finish_command(slot, Some(IoErrorKind::Aborted));
+                }
+            }
+            found = true;
+        }
+        // Of an I/O in several commands, those that were not sent yet are not sent any more.
+        for split in self.splits.iter_mut().flatten().filter(|s| s.tag == tag) {
+            found = true;
+            split.error.get_or_insert_with(|| {
+                Box::new(IoError {
+                    device: self.core.name().to_owned(),
+                    qid: self.shared.qid,
+                    command: Command::new(IoOpcode::READ.0, split.limits.nsid),
+                    kind: IoErrorKind::Aborted,
+                    retries: 0,
+                })
+            });
+        }
+        found
+    }
+}
