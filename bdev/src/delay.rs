@@ -63,6 +63,13 @@ impl Delay {
         delay
     }
 
+    /// With an identity of its own, in place of the one derived from the name and the base.
+    #[must_use]
+    pub fn with_uuid(mut self, uuid: [u8; 16]) -> Delay {
+        self.info.uuid = uuid;
+        self
+    }
+
     /// Changes the latencies of what is submitted from now on.
     pub fn set_latencies(&self, latencies: Latencies) {
         let Shared {
@@ -106,7 +113,8 @@ impl BlockDevice for Delay {
             below: Slots::default(),
             held: Vec::new(),
             reaped: Vec::new(),
-            count: 0,
+            reads: 0,
+            writes: 0,
         }))
     }
 
@@ -131,7 +139,9 @@ struct DelayChannel {
     /// Done below, waiting for their time.
     held: Vec<(Instant, Completion)>,
     reaped: Vec<Completion>,
-    count: u64,
+    /// Operations so far, of either kind: each has its own tail, however they alternate.
+    reads: u64,
+    writes: u64,
 }
 
 struct Below {
@@ -145,13 +155,13 @@ struct Below {
 impl DelayChannel {
     fn latency(&mut self, kind: OpKind) -> Duration {
         let l = &self.latencies;
-        let (avg, p99) = match kind {
+        let (avg, p99, count) = match kind {
             OpKind::Reset | OpKind::Abort => return Duration::ZERO,
-            OpKind::Read | OpKind::Compare => (&l.avg_read_us, &l.p99_read_us),
-            _ => (&l.avg_write_us, &l.p99_write_us),
+            OpKind::Read | OpKind::Compare => (&l.avg_read_us, &l.p99_read_us, &mut self.reads),
+            _ => (&l.avg_write_us, &l.p99_write_us, &mut self.writes),
         };
-        self.count += 1;
-        let tail = self.count.is_multiple_of(100);
+        *count += 1;
+        let tail = count.is_multiple_of(100);
         let us = if tail { p99 } else { avg }.load(Ordering::Relaxed);
         Duration::from_micros(us)
     }
@@ -197,6 +207,7 @@ impl DelayChannel {
 
 impl IoChannel for DelayChannel {
     fn submit(&mut self, tag: u64, mut op: Op) -> Result<(), SubmitError> {
+        let counts = (self.reads, self.writes);
         let due = Instant::now() + self.latency(op.kind());
         let target = op.abort_target();
         if let Some(target) = target {
@@ -207,6 +218,8 @@ impl IoChannel for DelayChannel {
         let result = self.base.submit(below, op);
         result.map_err(|mut e| {
             self.below.remove(below);
+            // It comes again, and its turn for the tail with it.
+            (self.reads, self.writes) = counts;
             e.op_mut().set_abort_target(target);
             e
         })

@@ -23,12 +23,12 @@ pub enum Failure {
     NoMemory,
     /// It does not complete until [`ErrorDevice::resume`], a reset or the device's removal.
     Hang,
-    /// It is done, with one byte of its data changed: the byte at `offset` becomes `value`, or,
-    /// where it has that value, its complement.
+    /// A read or write is done, with one byte of its data changed: the one at `offset`, by
+    /// exclusive or with `value`. Other operations it leaves alone.
     Corrupt {
         /// Byte in the operation's data; beyond its end nothing changes.
         offset: u64,
-        /// What it becomes.
+        /// The bits that change; with 0 nothing does.
         value: u8,
     },
 }
@@ -82,19 +82,32 @@ impl ErrorDevice {
         }
     }
 
-    /// Adds a fault.
+    /// With an identity of its own, in place of the one derived from the name and the base.
+    #[must_use]
+    pub fn with_uuid(mut self, uuid: [u8; 16]) -> ErrorDevice {
+        Arc::make_mut(&mut self.info).uuid = uuid;
+        self
+    }
+
+    /// Adds a fault. A count of 0 adds none.
     pub fn inject(&self, injection: Injection) {
-        let mut list = self.faults.list.lock();
-        list.push(injection);
-        self.faults
-            .armed
-            .store(list.len() as u64, Ordering::Release);
+        self.faults.change(|list| list.push(injection));
+    }
+
+    /// Adds a fault in place of those of the same kind of operation and the same blocks; with a
+    /// count of 0 these are only taken back. `None` as the kind replaces those of every kind.
+    pub fn replace(&self, injection: Injection) {
+        self.faults.change(|list| {
+            list.retain(|old| {
+                old.range != injection.range || (injection.op.is_some() && old.op != injection.op)
+            });
+            list.push(injection);
+        });
     }
 
     /// Takes all faults back; what hangs goes on hanging.
     pub fn clear(&self) {
-        self.faults.list.lock().clear();
-        self.faults.armed.store(0, Ordering::Release);
+        self.faults.change(Vec::clear);
     }
 
     /// Lets what hangs go on, as if it had been slow.
@@ -108,28 +121,61 @@ impl ErrorDevice {
     }
 }
 
+impl Injection {
+    fn is_for(&self, op: &Op, block_size: u32, in_flight: usize) -> bool {
+        let kind = op.kind();
+        let of_kind = match self.op {
+            Some(wanted) => wanted == kind,
+            None => !matches!(kind, OpKind::Reset | OpKind::Abort),
+        };
+        let can = match self.failure {
+            Failure::Corrupt { .. } => matches!(kind, OpKind::Read | OpKind::Write),
+            _ => true,
+        };
+        let blocks = op.len_bytes(block_size) / u64::from(block_size);
+        let touches = |(at, n): (u64, u64)| {
+            let meets = |lba: u64| lba < at.saturating_add(n) && at < lba.saturating_add(blocks);
+            let source = match op {
+                Op::Copy { src_lba, .. } => meets(*src_lba),
+                _ => false,
+            };
+            source || meets(op.lba())
+        };
+        of_kind && can && in_flight + 1 >= self.queue_depth && self.range.is_none_or(touches)
+    }
+}
+
 impl Faults {
-    fn take(&self, op: &Op, block_size: u32, in_flight: usize) -> Option<Failure> {
+    fn change(&self, change: impl FnOnce(&mut Vec<Injection>)) {
+        let mut list = self.list.lock();
+        change(&mut list);
+        list.retain(|f| f.count > 0);
+        self.armed.store(list.len() as u64, Ordering::Release);
+    }
+
+    fn take(&self, op: &Op, block_size: u32, in_flight: usize) -> Option<Injection> {
         if self.armed.load(Ordering::Acquire) == 0 {
             return None;
         }
-        let kind = op.kind();
-        let end = op.lba() + op.len_bytes(block_size) / u64::from(block_size);
-        let mut list = self.list.lock();
-        let i = list.iter().position(|f| {
-            let any = !matches!(kind, OpKind::Reset | OpKind::Abort);
-            f.op.map_or(any, |k| k == kind)
-                && in_flight + 1 >= f.queue_depth
-                && f.range
-                    .is_none_or(|(at, n)| op.lba() < at.saturating_add(n) && at < end)
-        })?;
-        let failure = list[i].failure;
-        list[i].count -= 1;
-        if list[i].count == 0 {
-            list.remove(i);
-            self.armed.store(list.len() as u64, Ordering::Release);
-        }
-        Some(failure)
+        let mut taken = None;
+        self.change(|list| {
+            if let Some(f) = list
+                .iter_mut()
+                .find(|f| f.is_for(op, block_size, in_flight))
+            {
+                f.count -= 1;
+                taken = Some(Injection {
+                    count: 1,
+                    ..f.clone()
+                });
+            }
+        });
+        taken
+    }
+
+    /// For an operation that was not taken below: it will come again.
+    fn give_back(&self, taken: Injection) {
+        self.change(|list| list.insert(0, taken));
     }
 }
 
@@ -154,7 +200,7 @@ impl BlockDevice for ErrorDevice {
 
     fn driver_specific(&self) -> serde_json::Value {
         let base = &self.base.info().name;
-        serde_json::json!({ "error": { "name": self.info.name, "base_bdev": base } })
+        serde_json::json!({ "error_disk": { "base_bdev": base } })
     }
 }
 
@@ -278,7 +324,7 @@ fn corrupted_write(op: &Op, at: u64, value: u8) -> Result<Op, String> {
 
 fn corrupt(bytes: &mut [u8], at: u64, value: u8) {
     if let Some(byte) = usize::try_from(at).ok().and_then(|at| bytes.get_mut(at)) {
-        *byte = if *byte == value { !value } else { value };
+        *byte ^= value;
     }
 }
 
@@ -334,25 +380,23 @@ impl IoChannel for ErrorChannel {
             }
             _ => {}
         }
-        match self
-            .faults
-            .take(&op, self.info.block_size, self.in_flight())
-        {
-            None => self.pass(tag, op, None),
-            Some(Failure::Corrupt { offset, value }) => self.pass(tag, op, Some((offset, value))),
-            Some(Failure::Hang) => {
-                self.hung.push((tag, op));
-                Ok(())
+        let in_flight = self.in_flight();
+        let Some(taken) = self.faults.take(&op, self.info.block_size, in_flight) else {
+            return self.pass(tag, op, None);
+        };
+        match taken.failure {
+            Failure::Corrupt { offset, value } => {
+                let result = self.pass(tag, op, Some((offset, value)));
+                if let Err(SubmitError::Busy(_)) = &result {
+                    self.faults.give_back(taken);
+                }
+                return result;
             }
-            Some(Failure::Fail) => {
-                self.end(tag, op, IoErrorKind::Media, "injected");
-                Ok(())
-            }
-            Some(Failure::NoMemory) => {
-                self.end(tag, op, IoErrorKind::NoMemory, "injected");
-                Ok(())
-            }
+            Failure::Hang => self.hung.push((tag, op)),
+            Failure::Fail => self.end(tag, op, IoErrorKind::Media, "injected"),
+            Failure::NoMemory => self.end(tag, op, IoErrorKind::NoMemory, "injected"),
         }
+        Ok(())
     }
 
     fn poll(&mut self, out: &mut Vec<Completion>) -> usize {

@@ -111,6 +111,7 @@ pub mod split;
 pub mod stats;
 mod uri;
 pub mod uuid;
+mod zeroed;
 
 pub use device::{BlockDevice, DeviceInfo, IoChannel};
 pub use error::{BdevError, IoError, IoErrorKind};

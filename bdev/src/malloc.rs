@@ -15,6 +15,7 @@ use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
 use crate::queue::{Completed, refuse};
 use crate::uri::{Uri, size_in_rest};
 use crate::uuid;
+use crate::zeroed;
 
 /// Smallest piece of memory that is taken at a time.
 const STRIPE_MIN: u64 = 256 << 10;
@@ -140,6 +141,21 @@ pub(crate) fn check_geometry(
     Ok(())
 }
 
+/// There is no memory for a piece of the device.
+#[derive(Debug, Clone, Copy)]
+struct OutOfMemory;
+
+impl OutOfMemory {
+    #[cold]
+    fn error(self, info: &DeviceInfo, memory: &Memory, op: &Op) -> Box<IoError> {
+        let detail = format!(
+            "the process gets no {} bytes more; make the device smaller, or unmap",
+            1_u64 << memory.stripe_shift
+        );
+        info.error(op, IoErrorKind::NoSpace, detail)
+    }
+}
+
 impl Memory {
     fn new(len: u64) -> Memory {
         let stripe = (len / STRIPES_MAX).next_power_of_two().max(STRIPE_MIN);
@@ -186,16 +202,31 @@ impl Memory {
         });
     }
 
-    fn write(&self, offset: u64, data: &[u8]) {
+    fn write(&self, offset: u64, data: &[u8]) -> Result<(), OutOfMemory> {
+        let mut result = Ok(());
         self.pieces(offset, data.len() as u64, |stripe, at, done, n| {
             let mut guard = self.stripes[stripe].write();
-            let bytes = guard.get_or_insert_with(|| self.fresh());
-            bytes[at..at + n].copy_from_slice(&data[done..done + n]);
+            match self.bytes_of(&mut guard) {
+                Ok(bytes) => bytes[at..at + n].copy_from_slice(&data[done..done + n]),
+                Err(e) => result = Err(e),
+            }
         });
+        result
     }
 
-    fn fresh(&self) -> Box<[u8]> {
-        vec![0; 1 << self.stripe_shift].into_boxed_slice()
+    /// The bytes of a stripe, which are taken now if there are none yet.
+    #[inline]
+    fn bytes_of<'a>(&self, stripe: &'a mut Option<Box<[u8]>>) -> Result<&'a mut [u8], OutOfMemory> {
+        if stripe.is_none() {
+            *stripe = Some(self.fresh()?);
+        }
+        stripe.as_deref_mut().ok_or(OutOfMemory)
+    }
+
+    /// Zeroes for a stripe. A stripe of a device near the largest may be more than there is.
+    #[cold]
+    fn fresh(&self) -> Result<Box<[u8]>, OutOfMemory> {
+        zeroed::bytes(1 << self.stripe_shift).ok_or(OutOfMemory)
     }
 
     fn zero(&self, offset: u64, len: u64) {
@@ -228,25 +259,37 @@ impl Memory {
     }
 
     /// Compare and write of bytes that lie in one stripe, as one step.
-    fn compare_and_write(&self, offset: u64, compare: &[u8], write: &[u8]) -> Result<(), u64> {
-        let mut result = Ok(());
+    /// `Ok(Err(offset))`: they differ.
+    fn compare_and_write(
+        &self,
+        offset: u64,
+        compare: &[u8],
+        write: &[u8],
+    ) -> Result<Result<(), u64>, OutOfMemory> {
+        let mut result = Ok(Ok(()));
         self.pieces(offset, write.len() as u64, |stripe, at, done, n| {
             let mut guard = self.stripes[stripe].write();
-            let bytes = guard.get_or_insert_with(|| self.fresh());
+            let bytes = match self.bytes_of(&mut guard) {
+                Ok(bytes) => bytes,
+                Err(e) => {
+                    result = Err(e);
+                    return;
+                }
+            };
             let here = &mut bytes[at..at + n];
             let same = here
                 .iter()
                 .zip(&compare[done..done + n])
                 .position(|(a, b)| a != b);
             match same {
-                Some(diff) => result = Err((done + diff) as u64),
+                Some(diff) => result = Ok(Err((done + diff) as u64)),
                 None => here.copy_from_slice(&write[done..done + n]),
             }
         });
         result
     }
 
-    fn copy(&self, src: u64, dst: u64, len: u64) {
+    fn copy(&self, src: u64, dst: u64, len: u64) -> Result<(), OutOfMemory> {
         const PIECE: usize = 64 << 10;
         let mut piece = vec![0; PIECE.min(usize::try_from(len).unwrap_or(PIECE))];
         let mut done = 0;
@@ -255,9 +298,10 @@ impl Memory {
                 .len()
                 .min(usize::try_from(len - done).unwrap_or(PIECE));
             self.read(src + done, &mut piece[..n]);
-            self.write(dst + done, &piece[..n]);
+            self.write(dst + done, &piece[..n])?;
             done += n as u64;
         }
+        Ok(())
     }
 }
 
@@ -294,12 +338,20 @@ impl MallocChannel {
                     at += buf.len() as u64;
                 }
             }
-            Op::Write { data, .. } => memory.write(at, data),
+            Op::Write { data, .. } => {
+                if let Err(e) = memory.write(at, data) {
+                    return Err(e.error(info, memory, op));
+                }
+            }
             Op::WriteV { data, .. } => {
                 let mut at = at;
-                for data in data {
-                    memory.write(at, data);
+                let mut written = Ok(());
+                for data in &*data {
+                    written = written.and(memory.write(at, data));
                     at += data.len() as u64;
+                }
+                if let Err(e) = written {
+                    return Err(e.error(info, memory, op));
                 }
             }
             Op::WriteZeroes { .. } | Op::Unmap { .. } => memory.zero(at, len),
@@ -308,13 +360,18 @@ impl MallocChannel {
                     return Err(info.error(op, IoErrorKind::Miscompare { offset_bytes }, ""));
                 }
             }
-            Op::CompareAndWrite(c) => {
-                let result = memory.compare_and_write(at, &c.compare, &c.write);
-                if let Err(offset_bytes) = result {
+            Op::CompareAndWrite(c) => match memory.compare_and_write(at, &c.compare, &c.write) {
+                Ok(Ok(())) => {}
+                Ok(Err(offset_bytes)) => {
                     return Err(info.error(op, IoErrorKind::Miscompare { offset_bytes }, ""));
                 }
+                Err(e) => return Err(e.error(info, memory, op)),
+            },
+            Op::Copy { src_lba, .. } => {
+                if let Err(e) = memory.copy(*src_lba * bs, at, len) {
+                    return Err(e.error(info, memory, op));
+                }
             }
-            Op::Copy { src_lba, .. } => memory.copy(*src_lba * bs, at, len),
             Op::Flush | Op::Reset | Op::Abort { .. } | Op::Zone { .. } => {}
         }
         Ok(())

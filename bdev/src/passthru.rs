@@ -28,6 +28,13 @@ impl Passthru {
         info.uuid = crate::uuid::derived(format!("{name} on {:?}", base.info().uuid).as_bytes());
         Passthru { info, base }
     }
+
+    /// With an identity of its own, in place of the one derived from the name and the base.
+    #[must_use]
+    pub fn with_uuid(mut self, uuid: [u8; 16]) -> Passthru {
+        self.info.uuid = uuid;
+        self
+    }
 }
 
 impl BlockDevice for Passthru {

@@ -34,7 +34,7 @@ impl Raid0 {
     ///
     /// # Errors
     /// No legs, legs of different block sizes or shorter than a strip, a strip size that is no
-    /// power of two or less than a block.
+    /// power of two or less than a block, more than 1 EiB in all.
     pub fn new(
         name: &str,
         legs: Vec<Arc<dyn BlockDevice>>,
@@ -78,6 +78,7 @@ impl Raid0 {
             );
         }
         let num_blocks = usable.saturating_mul(legs.len() as u64);
+        crate::malloc::check_geometry(name, bs, num_blocks)?;
         let mut info = DeviceInfo::new(name, "raid", bs, num_blocks);
         "Raid Volume".clone_into(&mut info.product);
         info.uuid = uuid.unwrap_or_else(crate::uuid::random);

@@ -228,7 +228,57 @@ fn corrupt_data_both_ways() {
     assert_eq!(back.iter().position(|b| *b != 0), Some(100));
     dev.inject(corrupt(OpKind::Read));
     let back = ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
-    assert_eq!(back[100], 0, "0xff becomes its complement");
+    assert_eq!(back[100], 0, "0xff with 0xff");
+    // What has no data is left alone, and left in the list.
+    dev.inject(Injection {
+        op: None,
+        ..corrupt(OpKind::Read)
+    });
+    ch.block_on(ch.flush()).unwrap();
+    assert_eq!(dev.injections().len(), 1);
+}
+
+#[test]
+fn a_fault_in_place_of_another() {
+    let dev = ErrorDevice::new(None, malloc("4M"));
+    let of = |op, count| Injection {
+        op,
+        failure: Failure::Fail,
+        count,
+        range: None,
+        queue_depth: 0,
+    };
+    dev.replace(of(Some(OpKind::Read), 3));
+    dev.replace(of(Some(OpKind::Write), 2));
+    dev.replace(of(Some(OpKind::Read), 1));
+    assert_eq!(dev.injections().len(), 2);
+    dev.replace(of(Some(OpKind::Write), 0));
+    assert_eq!(dev.injections(), [of(Some(OpKind::Read), 1)]);
+    dev.replace(of(None, 5));
+    assert_eq!(dev.injections(), [of(None, 5)]);
+    dev.inject(of(None, 0));
+    dev.replace(of(None, 0));
+    assert!(dev.injections().is_empty());
+    let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
+}
+
+#[test]
+fn a_device_larger_than_memory_fails_its_writes_and_lives_on() {
+    // A piece of it is a terabyte: more than the machine has, less than it can address.
+    let dev = open("malloc://65536T").unwrap();
+    let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    let data = || DmaBuf::zeroed(512).unwrap().freeze();
+    match ch.block_on(ch.write(7, data(), false)) {
+        // A kernel that promises any amount.
+        Ok(()) => {}
+        Err(e) => {
+            assert_eq!(e.kind, IoErrorKind::NoSpace);
+            assert!(e.to_string().contains("make the device smaller"), "{e}");
+        }
+    }
+    let back = ch.block_on(ch.read(7, DmaBuf::new(512).unwrap())).unwrap();
+    assert!(back.iter().all(|b| *b == 0));
 }
 
 #[test]
@@ -295,6 +345,30 @@ fn delays_are_kept() {
 }
 
 #[test]
+fn reads_and_writes_have_each_their_tail() {
+    // Strictly in turn, which must not give one of them all the tails.
+    let tails = Latencies {
+        p99_read_us: 2000,
+        p99_write_us: 3000,
+        ..Latencies::default()
+    };
+    let dev = Delay::new("D", malloc("4M"), tails);
+    let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    let (mut reads, mut writes) = (0, 0);
+    for _ in 0..100 {
+        let start = std::time::Instant::now();
+        ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
+        reads += start.elapsed().as_micros();
+        let start = std::time::Instant::now();
+        let data = DmaBuf::zeroed(512).unwrap().freeze();
+        ch.block_on(ch.write(0, data, false)).unwrap();
+        writes += start.elapsed().as_micros();
+    }
+    assert!(reads >= 2000, "{reads}");
+    assert!(writes >= 3000, "{writes}");
+}
+
+#[test]
 fn what_cannot_be_stacked_says_why() {
     let e = Raid0::new(
         "R",
@@ -305,6 +379,12 @@ fn what_cannot_be_stacked_says_why() {
     assert!(e.unwrap_err().to_string().contains("4096"));
     assert!(Raid0::new("R", vec![malloc("1M")], 3, None).is_err());
     assert!(Raid0::new("R", vec![malloc("4K")], 64, None).is_err());
+    // Together they would have more bytes than a device can count.
+    let huge = || open("null://1024P").unwrap();
+    assert!(Raid0::new("R", vec![huge()], 64, None).is_ok());
+    let legs = (0..16).map(|_| huge()).collect();
+    let e = Raid0::new("R", legs, 64, None).unwrap_err();
+    assert!(e.to_string().contains("at most 1 EiB"), "{e}");
     assert!(Raid0::new("R", Vec::new(), 64, None).is_err());
     assert!(Split::new(&malloc("1M"), 0, None).is_err());
     assert!(Split::new(&malloc("1M"), 2, Some(1)).is_err());

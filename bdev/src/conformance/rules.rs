@@ -34,6 +34,8 @@ fn lengths(dev: &dyn BlockDevice) -> Vec<u64> {
         boundary + 1,
         mega,
     ];
+    // The longest that it takes, where that is no more than a test should write.
+    lengths.extend(Some(max).filter(|n| *n <= 16 * mega));
     lengths.retain(|n| *n > 0 && *n <= max && *n <= info.num_blocks);
     lengths.sort_unstable();
     lengths.dedup();
@@ -172,6 +174,37 @@ pub(super) fn refusals(dev: &dyn BlockDevice) {
         .into_iter()
         .filter(|(kind, _)| !info.ops.has(*kind));
     wrong.extend(unsupported.map(|(_, op)| (op, IoErrorKind::Unsupported)));
+    let longest = u64::from(info.max_io_blocks);
+    if longest > 0 && longest < info.num_blocks && longest <= (16 << 20) / bs as u64 {
+        let len = blocks(dev, longest) + bs;
+        wrong.push((read(0, len), IoErrorKind::TooLong));
+        if info.ops.has(OpKind::Write) {
+            let data = vec![pattern(bs, 1), pattern(len - bs, 2)];
+            let fua = info.ops.has(OpKind::Fua);
+            let op = Op::WriteV { lba: 0, data, fua };
+            wrong.push((op, IoErrorKind::TooLong));
+        }
+    }
+    if info.ops.has(OpKind::CompareAndWrite) {
+        let len = (info.atomic_unit_blocks as usize + 1) * bs;
+        if (len / bs) as u64 <= info.num_blocks {
+            let op = Op::CompareAndWrite(Box::new(CompareAndWrite {
+                lba: 0,
+                compare: pattern(len, 1),
+                write: pattern(len, 1),
+                fua: false,
+            }));
+            wrong.push((op, IoErrorKind::TooLong));
+        }
+    }
+    if info.ops.has(OpKind::Write) && !info.ops.has(OpKind::Fua) {
+        let op = Op::Write {
+            lba: 0,
+            data: pattern(bs, 1),
+            fua: true,
+        };
+        wrong.push((op, IoErrorKind::Unsupported));
+    }
     for (op, kind) in wrong {
         let text = format!("{op:?}");
         match d.submit(op) {

@@ -78,7 +78,13 @@ impl Slot {
             Err(errno) => return self.failed(errno, shared),
         };
         match self.step {
-            Step::Sync => return Some(Ok(())),
+            // What lay beyond the end of a file that shrank is gone: nothing there is durable.
+            Step::Sync => {
+                return Some(match shared.shrunk() {
+                    why if why.is_empty() => Ok(()),
+                    why => Err(shared.info.error(&self.op, IoErrorKind::Media, why)),
+                });
+            }
             Step::Transfer | Step::Zero(Zeroing::Write) => {
                 self.done += n;
                 if self.done < self.len {

@@ -1,0 +1,232 @@
+//! What was promised durable is there after a power cut, through every device that stands on
+//! others: flushes reach every base, and force unit access goes down with its write.
+
+use std::sync::Arc;
+
+use pumice_bdev::crashsim::{CrashDevice, CrashImage};
+use pumice_bdev::delay::{Delay, Latencies};
+use pumice_bdev::error_inject::ErrorDevice;
+use pumice_bdev::passthru::Passthru;
+use pumice_bdev::raid0::Raid0;
+use pumice_bdev::registry::Registry;
+use pumice_bdev::split::Split;
+use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, DmaSlice, Op};
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+const BS: usize = 512;
+/// Blocks of each simulated disk.
+const DISK: u64 = 256;
+
+type Dev = Arc<dyn BlockDevice>;
+/// Builds a device on simulated disks.
+type Build = fn(&[Dev]) -> Dev;
+
+fn stacks() -> Vec<(&'static str, usize, Build)> {
+    vec![
+        ("passthru", 1, |d| {
+            Arc::new(Passthru::new("P", d[0].clone()))
+        }),
+        ("delay", 1, |d| {
+            let slow = Latencies {
+                avg_write_us: 3,
+                p99_write_us: 50,
+                ..Latencies::default()
+            };
+            Arc::new(Delay::new("D", d[0].clone(), slow))
+        }),
+        ("error", 1, |d| {
+            Arc::new(ErrorDevice::new(None, d[0].clone()))
+        }),
+        ("split", 1, |d| {
+            let mut parts = Split::new(&d[0], 2, None).unwrap();
+            Arc::new(parts.swap_remove(1))
+        }),
+        ("raid0", 3, |d| {
+            Arc::new(Raid0::new("R", d.to_vec(), 4, None).unwrap())
+        }),
+        ("a registered raid0", 2, |d| {
+            let registry = Registry::new();
+            let mut legs: Vec<Dev> = Vec::new();
+            let mut below = Vec::new();
+            for (i, disk) in d.iter().enumerate() {
+                let name = format!("leg{i}");
+                let leg = Passthru::new(&name, disk.clone());
+                registry.register(Arc::new(leg), Vec::new()).unwrap();
+                legs.push(Arc::new(registry.claim(&name, "R").unwrap()));
+                below.push(name);
+            }
+            let raid = Raid0::new("R", legs, 8, None).unwrap();
+            Arc::new(registry.register(Arc::new(raid), below).unwrap())
+        }),
+        ("delay on raid0 on error", 2, |d| {
+            let error = |d: &Dev| Arc::new(ErrorDevice::new(None, d.clone())) as Dev;
+            let raid = Raid0::new("R", d.iter().map(error).collect(), 4, None).unwrap();
+            Arc::new(Delay::new("D", Arc::new(raid), Latencies::default()))
+        }),
+    ]
+}
+
+fn blocks(n: u64, byte: u8) -> DmaSlice {
+    let mut buf = DmaBuf::new(usize::try_from(n).unwrap() * BS).unwrap();
+    buf.fill(byte);
+    buf.freeze()
+}
+
+/// The first byte of each block.
+fn contents(dev: &Dev) -> Vec<u8> {
+    let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    let len = usize::try_from(dev.info().len_bytes()).unwrap();
+    let back = ch.block_on(ch.read(0, DmaBuf::new(len).unwrap())).unwrap();
+    back.chunks(BS).map(|block| block[0]).collect()
+}
+
+/// What is there after power was cut now, with all or nothing of what the caches held.
+fn after_a_cut(disks: &[Arc<CrashDevice>], build: Build, keep: bool) -> Vec<u8> {
+    let reopened: Vec<Dev> = disks
+        .iter()
+        .map(|d| {
+            let image: CrashImage = d.image_after(d.len_events(), &mut |_| keep);
+            Arc::new(CrashDevice::from_image(512, image, true, 1)) as Dev
+        })
+        .collect();
+    contents(&build(&reopened))
+}
+
+#[test]
+fn flushes_and_fua_pass_through_every_device() {
+    for (name, n_disks, build) in stacks() {
+        let seed = 7;
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let disks: Vec<Arc<CrashDevice>> = (0..n_disks)
+            .map(|i| Arc::new(CrashDevice::new(512, DISK, true, i as u64)))
+            .collect();
+        let bases: Vec<Dev> = disks.iter().map(|d| d.clone() as Dev).collect();
+        let dev = build(&bases);
+        assert!(dev.info().write_cache, "{name}: the cache below is its own");
+        let span = dev.info().num_blocks;
+        let at = |lba: u64| usize::try_from(lba).unwrap();
+        let (mut latest, mut durable) = (vec![0; at(span)], vec![0; at(span)]);
+        let channels = [0, 1].map(|_| AsyncChannel::new(dev.open_channel().unwrap()));
+        for step in 0..400 {
+            let what = format!("{name}, seed {seed}, step {step}");
+            // A flush on one channel covers what the other has completed.
+            let ch = &channels[rng.random_range(0..2)];
+            let len = rng.random_range(1..=40.min(span));
+            let lba = rng.random_range(0..=span - len);
+            let fua = rng.random_ratio(1, 3);
+            let byte = rng.random();
+            let op = match rng.random_range(0..8) {
+                0 => Op::Flush,
+                1 => Op::WriteZeroes {
+                    lba,
+                    len_blocks: len,
+                    fua,
+                },
+                2 => {
+                    let data = (0..len).map(|_| blocks(1, byte)).collect();
+                    Op::WriteV { lba, data, fua }
+                }
+                _ => Op::Write {
+                    lba,
+                    data: blocks(len, byte),
+                    fua,
+                },
+            };
+            let flush = matches!(op, Op::Flush);
+            let byte = if matches!(op, Op::WriteZeroes { .. }) {
+                0
+            } else {
+                byte
+            };
+            ch.block_on(ch.io(op)).1.unwrap();
+            if flush {
+                durable.clone_from(&latest);
+            } else {
+                latest[at(lba)..at(lba + len)].fill(byte);
+                if fua {
+                    durable[at(lba)..at(lba + len)].fill(byte);
+                }
+            }
+            if step % 10 == 9 {
+                assert!(after_a_cut(&disks, build, false) == durable, "{what}: lost");
+                assert!(after_a_cut(&disks, build, true) == latest, "{what}: kept");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_a_base_cannot_do_durably_is_not_promised_above() {
+    // A base without FUA: nothing that stands on it takes a write with it.
+    let disk = || Arc::new(CrashDevice::new(512, DISK, true, 1)) as Dev;
+    let mut info = disk().info().clone();
+    info.ops = info.ops.without(pumice_bdev::OpKind::Fua);
+    for (name, n_disks, build) in stacks() {
+        let bases: Vec<Dev> = (0..n_disks)
+            .map(|_| {
+                Arc::new(NoFua {
+                    info: info.clone(),
+                    base: disk(),
+                }) as Dev
+            })
+            .collect();
+        let dev = build(&bases);
+        let ch = AsyncChannel::new(dev.open_channel().unwrap());
+        let (_, result) = ch.block_on(ch.io(Op::Write {
+            lba: 0,
+            data: blocks(20, 1),
+            fua: true,
+        }));
+        let e = result.expect_err(name);
+        assert_eq!(e.kind, pumice_bdev::IoErrorKind::Unsupported, "{name}: {e}");
+        ch.block_on(ch.write(0, blocks(20, 1), false)).unwrap();
+        ch.block_on(ch.flush()).unwrap();
+    }
+}
+
+/// A device that says it has no FUA, and has none.
+#[derive(Debug)]
+struct NoFua {
+    info: pumice_bdev::DeviceInfo,
+    base: Dev,
+}
+
+impl BlockDevice for NoFua {
+    fn info(&self) -> &pumice_bdev::DeviceInfo {
+        &self.info
+    }
+
+    fn open_channel(&self) -> Result<Box<dyn pumice_bdev::IoChannel>, pumice_bdev::BdevError> {
+        Ok(Box::new(NoFuaChannel {
+            info: self.info.clone(),
+            base: self.base.open_channel()?,
+        }))
+    }
+}
+
+struct NoFuaChannel {
+    info: pumice_bdev::DeviceInfo,
+    base: Box<dyn pumice_bdev::IoChannel>,
+}
+
+impl pumice_bdev::IoChannel for NoFuaChannel {
+    fn submit(&mut self, tag: u64, op: Op) -> Result<(), pumice_bdev::SubmitError> {
+        match self.info.check(&op) {
+            Ok(()) => self.base.submit(tag, op),
+            Err(e) => Err(pumice_bdev::SubmitError::Refused(op, e)),
+        }
+    }
+
+    fn poll(&mut self, out: &mut Vec<pumice_bdev::Completion>) -> usize {
+        self.base.poll(out)
+    }
+
+    fn wait(&mut self, timeout: std::time::Duration) -> Result<(), pumice_bdev::BdevError> {
+        self.base.wait(timeout)
+    }
+
+    fn in_flight(&self) -> usize {
+        self.base.in_flight()
+    }
+}
