@@ -1,6 +1,8 @@
 //! Log levels per component, as with SPDK's `-L`: set at the start or over JSON-RPC.
+//!
+//! A component that is switched on logs everything; `name=level` gives it a level of its own.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
 use std::sync::OnceLock;
 
@@ -16,7 +18,9 @@ pub const COMPONENTS: &[(&str, &str)] = &[
     ("bdev_io", "pumice_bdev::io"),
     ("bdev_file", "pumice_bdev::file"),
     ("rpc", "pumice_bdev::rpc"),
+    ("config", "pumice_bdev::config"),
     ("nvme", "pumice_nvme"),
+    ("nvme_io", "pumice_nvme::io"),
     ("blobfs", "pumice_blobfs"),
     ("kv", "pumice"),
 ];
@@ -34,8 +38,8 @@ const LEVELS: &[(&str, LevelFilter)] = &[
 
 struct State {
     level: &'static str,
-    /// Components that log everything.
-    flags: BTreeSet<&'static str>,
+    /// Components with a level of their own.
+    flags: BTreeMap<&'static str, LevelFilter>,
     handle: Option<reload::Handle<Targets, Registry>>,
 }
 
@@ -45,7 +49,7 @@ fn state() -> &'static Mutex<State> {
     STATE.get_or_init(|| {
         Mutex::new(State {
             level: "WARNING",
-            flags: BTreeSet::new(),
+            flags: BTreeMap::new(),
             handle: None,
         })
     })
@@ -56,10 +60,14 @@ fn targets(state: &State) -> Targets {
         .iter()
         .find(|(n, _)| *n == state.level)
         .map_or(LevelFilter::WARN, |l| l.1);
-    let mut targets = Targets::new().with_default(level);
-    for flag in &state.flags {
+    // A target holds for every name that begins like it: `pumice` would for the crates below, too.
+    let crates = COMPONENTS.iter().map(|(_, target)| *target);
+    let crates = crates.filter(|target| !target.contains("::"));
+    let targets = crates.map(|target| (target, level));
+    let mut targets: Targets = targets.collect::<Targets>().with_default(level);
+    for (flag, level) in &state.flags {
         if let Some((_, target)) = COMPONENTS.iter().find(|(n, _)| n == flag) {
-            targets = targets.with_target(*target, LevelFilter::TRACE);
+            targets = targets.with_target(*target, *level);
         }
     }
     targets
@@ -72,7 +80,8 @@ fn apply(state: &State) -> Result<(), String> {
     handle.reload(targets(state)).map_err(|e| e.to_string())
 }
 
-/// Logs to standard error at `level`, and everything of the components `flags` (as with `-L`).
+/// Logs to standard error at `level`, and of the components `flags` (as with `-L`) everything, or
+/// what `component=level` says.
 ///
 /// # Errors
 /// Unknown names. Where a subscriber is installed already, it stays.
@@ -109,9 +118,21 @@ fn level_named(level: &str) -> Result<&'static str, String> {
     })
 }
 
+fn filter_named(level: &str) -> Result<LevelFilter, String> {
+    let name = level_named(level)?;
+    let found = LEVELS.iter().find(|(n, _)| *n == name);
+    Ok(found.map_or(LevelFilter::WARN, |l| l.1))
+}
+
 fn insert_flag(state: &mut State, flag: &str) -> Result<(), String> {
+    let (flag, level) = match flag.split_once('=') {
+        Some((flag, level)) => (flag, filter_named(level)?),
+        None => (flag, LevelFilter::TRACE),
+    };
     if flag == "all" {
-        state.flags.extend(COMPONENTS.iter().map(|(n, _)| *n));
+        state
+            .flags
+            .extend(COMPONENTS.iter().map(|(n, _)| (*n, level)));
         return Ok(());
     }
     let Some((name, _)) = COMPONENTS.iter().find(|(n, _)| *n == flag) else {
@@ -121,7 +142,7 @@ fn insert_flag(state: &mut State, flag: &str) -> Result<(), String> {
             known.join(", ")
         ));
     };
-    state.flags.insert(name);
+    state.flags.insert(name, level);
     Ok(())
 }
 
@@ -140,7 +161,8 @@ pub fn set_level(level: &str) -> Result<(), String> {
     apply(&state)
 }
 
-/// Switches a component, or `all`, to log everything or not.
+/// Switches a component, or `all`, to log everything (or as `component=level` says), or back to
+/// the level of the others.
 ///
 /// # Errors
 /// An unknown component, a process with logging of its own.
@@ -161,6 +183,65 @@ pub fn flags() -> Vec<(&'static str, bool)> {
     let state = state().lock();
     COMPONENTS
         .iter()
-        .map(|(name, _)| (*name, state.flags.contains(name)))
+        .map(|(name, _)| (*name, state.flags.contains_key(name)))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tracing::Level;
+
+    fn with(level: &'static str, flags: &[&str]) -> Targets {
+        let mut state = State {
+            level,
+            flags: BTreeMap::new(),
+            handle: None,
+        };
+        for flag in flags {
+            insert_flag(&mut state, flag).unwrap();
+        }
+        targets(&state)
+    }
+
+    #[test]
+    fn a_component_has_a_level_of_its_own() {
+        let t = with("WARNING", &["nvme=debug", "bdev_io"]);
+        assert!(t.would_enable("pumice_nvme::queue", &Level::DEBUG));
+        assert!(!t.would_enable("pumice_nvme::queue", &Level::TRACE));
+        assert!(t.would_enable("pumice_bdev::io", &Level::TRACE));
+        assert!(!t.would_enable("pumice_bdev::raid0", &Level::INFO));
+        assert!(t.would_enable("pumice_bdev::raid0", &Level::WARN));
+    }
+
+    #[test]
+    fn the_crate_whose_name_begins_all_others_is_one_component() {
+        let t = with("ERROR", &["kv"]);
+        assert!(t.would_enable("pumice::db", &Level::TRACE));
+        assert!(!t.would_enable("pumice_bdev::io", &Level::WARN));
+        assert!(!t.would_enable("pumice_blobfs", &Level::WARN));
+        let all = with("ERROR", &["all=info", "nvme"]);
+        assert!(all.would_enable("pumice_bdev::io", &Level::INFO));
+        assert!(!all.would_enable("pumice_bdev::io", &Level::DEBUG));
+        assert!(all.would_enable("pumice_nvme", &Level::TRACE));
+    }
+
+    #[test]
+    fn wrong_names_say_which_are_right() {
+        let mut state = State {
+            level: "WARNING",
+            flags: BTreeMap::new(),
+            handle: None,
+        };
+        assert!(
+            insert_flag(&mut state, "nmve")
+                .unwrap_err()
+                .contains("nvme")
+        );
+        assert!(
+            insert_flag(&mut state, "nvme=loud")
+                .unwrap_err()
+                .contains("DEBUG")
+        );
+    }
 }

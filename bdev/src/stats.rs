@@ -1,7 +1,7 @@
 //! Statistics: counters and latency histograms, written by one channel and read by anybody.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use crate::op::OpKind;
 
@@ -53,6 +53,13 @@ impl Stats {
         &self.kinds[kind as usize]
     }
 
+    /// Forgets the shortest and longest latencies.
+    pub(crate) fn clear_extremes(&mut self) {
+        for kind in &mut self.kinds {
+            (kind.min_latency_ticks, kind.max_latency_ticks) = (0, 0);
+        }
+    }
+
     /// Takes earlier counts off. Shortest and longest latencies stay.
     pub(crate) fn subtract(&mut self, earlier: &Stats) {
         for (a, b) in self.kinds.iter_mut().zip(&earlier.kinds) {
@@ -82,13 +89,19 @@ struct Cell {
 }
 
 /// The counters of a channel. One thread writes, so additions need no locked instruction.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 #[repr(align(128))]
 pub(crate) struct ChannelStats {
     kinds: [Cell; OpKind::ALL.len()],
     histogram: OnceLock<Box<[AtomicU64]>>,
-    pub(crate) histogram_on: AtomicBool,
+    histogram_on: AtomicBool,
+    /// The kind of operation that it counts, as a number; `ALL_KINDS`: all.
+    histogram_kind: AtomicU8,
+    /// The channel's number, unique on its device.
+    pub(crate) id: u64,
 }
+
+const ALL_KINDS: u8 = u8::MAX;
 
 #[inline]
 fn bump(cell: &AtomicU64, by: u64) {
@@ -99,6 +112,37 @@ fn bump(cell: &AtomicU64, by: u64) {
 }
 
 impl ChannelStats {
+    pub(crate) fn new(id: u64) -> ChannelStats {
+        ChannelStats {
+            kinds: Default::default(),
+            histogram: OnceLock::new(),
+            histogram_on: AtomicBool::new(false),
+            histogram_kind: AtomicU8::new(ALL_KINDS),
+            id,
+        }
+    }
+
+    /// Switches the histogram, which is empty when it comes on.
+    pub(crate) fn set_histogram(&self, on: bool, only: Option<OpKind>) {
+        let kind = only.map_or(ALL_KINDS, |k| k as u8);
+        self.histogram_kind.store(kind, Ordering::Relaxed);
+        if on && !self.histogram_on.load(Ordering::Relaxed) {
+            for bucket in self.histogram.get().into_iter().flatten() {
+                bucket.store(0, Ordering::Relaxed);
+            }
+        }
+        self.histogram_on.store(on, Ordering::Relaxed);
+    }
+
+    /// Forgets the shortest and longest latencies. From any thread: the channel's own at worst
+    /// counts one operation less, or keeps one that ends just now.
+    pub(crate) fn clear_extremes(&self) {
+        for cell in &self.kinds {
+            cell.min.store(0, Ordering::Relaxed);
+            cell.max.store(0, Ordering::Relaxed);
+        }
+    }
+
     /// Counts an operation. Only from the channel's own thread.
     #[inline]
     pub(crate) fn record(&self, kind: OpKind, bytes: u64, ok: bool, latency: u64) {
@@ -118,12 +162,16 @@ impl ChannelStats {
             cell.min.store(latency.max(1), Ordering::Relaxed);
         }
         if self.histogram_on.load(Ordering::Relaxed) {
-            self.tally(latency);
+            self.tally(kind, latency);
         }
     }
 
     #[cold]
-    fn tally(&self, latency: u64) {
+    fn tally(&self, kind: OpKind, latency: u64) {
+        let only = self.histogram_kind.load(Ordering::Relaxed);
+        if only != ALL_KINDS && only != kind as u8 {
+            return;
+        }
         let fresh = || (0..BUCKETS).map(|_| AtomicU64::new(0)).collect();
         if let Some(bucket) = self.histogram.get_or_init(fresh).get(bucket_of(latency)) {
             bump(bucket, 1);
@@ -205,7 +253,7 @@ mod tests {
 
     #[test]
     fn counters_add_up() {
-        let a = ChannelStats::default();
+        let a = ChannelStats::new(1);
         a.record(OpKind::Read, 512, true, 10);
         a.record(OpKind::Read, 512, false, 30);
         let mut sum = a.snapshot();

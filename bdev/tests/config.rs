@@ -158,6 +158,224 @@ fn errors_name_the_line_and_the_key() {
     assert!(error(&bdev_config("{\"params\":{}}")).contains("`method`: missing"));
 }
 
+#[test]
+fn answers_have_spdks_shapes() {
+    let app = App::new();
+    let call = |method: &str, params: Value| {
+        let answer = app.call(method, &params);
+        answer.unwrap_or_else(|e| panic!("{method}: {e}"))
+    };
+    let error = |method: &str, params: Value| {
+        let answer = app.call(method, &params);
+        answer.expect_err(method).message
+    };
+    let malloc = json!({ "name": "M", "num_blocks": 8192, "block_size": 512 });
+    assert_eq!(call("bdev_malloc_create", malloc), "M");
+    assert_eq!(call("bdev_error_create", json!({ "base_name": "M" })), true);
+    let uuid = "0e6b3a1c-0a0b-4c0d-8e0f-101112131415";
+    let params = json!({ "name": "PT", "base_bdev_name": "EE_M", "uuid": uuid });
+    assert_eq!(call("bdev_passthru_create", params), "PT");
+    let params = json!({ "base_bdev": "PT", "split_count": 9, "split_size_mb": 1 });
+    // As many as there is room for.
+    let parts = json!(["PTp0", "PTp1", "PTp2", "PTp3"]);
+    assert_eq!(call("bdev_split_create", params), parts);
+    let get = |name: &str| call("bdev_get_bdevs", json!({ "name": name }))[0].clone();
+    let pt = get("PT");
+    assert_eq!(
+        (&pt["uuid"], &pt["aliases"]),
+        (&json!(uuid), &json!([uuid]))
+    );
+    assert_eq!(
+        (&pt["claimed"], &pt["claim_type"]),
+        (&json!(true), &json!("exclusive_write"))
+    );
+    assert_eq!(get(uuid)["name"], "PT");
+    assert_eq!(
+        get("EE_M")["driver_specific"],
+        json!({ "error_disk": { "base_bdev": "M" } })
+    );
+    let split = json!({ "split": { "base_bdev": "PT", "offset_blocks": 2048 } });
+    assert_eq!(get("PTp1")["driver_specific"], split);
+    assert!(get("PTp1").get("claim_type").is_none());
+
+    // A device that comes while somebody waits for it.
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| get_late(&app));
+        std::thread::sleep(Duration::from_millis(20));
+        let late = json!({ "name": "Late", "num_blocks": 64, "block_size": 512 });
+        call("bdev_null_create", late);
+        assert_eq!(waiting.join().unwrap()[0]["name"], "Late");
+    });
+    fn get_late(app: &App) -> Value {
+        let params = json!({ "name": "Late", "timeout": 60_000 });
+        app.call("bdev_get_bdevs", &params).unwrap()
+    }
+    error("bdev_get_bdevs", json!({ "name": "Never", "timeout": 1 }));
+
+    // Statistics, by device and by channel; a reset resets.
+    let ch = AsyncChannel::new(app.registry.open("PTp0").unwrap().open_channel().unwrap());
+    ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
+    let stat = call("bdev_get_iostat", json!({ "names": ["PTp0", "M"] }));
+    assert_eq!(stat["bdevs"][0]["name"], "PTp0");
+    assert_eq!(stat["bdevs"][1]["num_read_ops"], 1);
+    let per_channel = json!({ "name": "PTp0", "per_channel": true });
+    let stat = call("bdev_get_iostat", per_channel);
+    assert_eq!(stat["name"], "PTp0");
+    assert!(stat["channels"][0]["thread_id"].is_u64());
+    assert_eq!(stat["channels"][0]["bytes_read"], 512);
+    assert!(error("bdev_get_iostat", json!({ "per_channel": true })).contains("name"));
+    let maxmin = json!({ "name": "PTp0", "reset_mode": "maxmin" });
+    let before = call("bdev_get_iostat", maxmin)["bdevs"][0].clone();
+    assert!(before["max_read_latency_ticks"].as_u64() > Some(0));
+    let after = call("bdev_get_iostat", json!({ "name": "PTp0" }))["bdevs"][0].clone();
+    assert_eq!(
+        (&after["max_read_latency_ticks"], &after["num_read_ops"]),
+        (&json!(0), &json!(1))
+    );
+    assert_eq!(
+        call(
+            "bdev_reset_iostat",
+            json!({ "name": "PTp0", "mode": "all" })
+        ),
+        true
+    );
+    let after = call("bdev_get_iostat", json!({ "name": "PTp0" }))["bdevs"][0].clone();
+    assert_eq!(
+        (&after["num_read_ops"], &after["bytes_read"]),
+        (&json!(0), &json!(0))
+    );
+    assert!(error("bdev_reset_iostat", json!({ "mode": "some" })).contains("maxmin"));
+    let opc = json!({ "name": "PTp0", "enable": true, "opc": "reads" });
+    assert!(error("bdev_enable_histogram", opc).contains("one of read"));
+
+    // Injection as rpc.py asks for it.
+    let inject = |io_type: &str, error_type: &str, rest: Value| {
+        let mut params = json!({ "name": "EE_M", "io_type": io_type, "error_type": error_type });
+        if let (Value::Object(to), Value::Object(from)) = (&mut params, rest) {
+            to.extend(from);
+        }
+        app.call("bdev_error_inject_error", &params)
+    };
+    let read = || ch.block_on(ch.read(0, DmaBuf::zeroed(512).unwrap()));
+    inject("read", "failure", json!({ "num": 1000 })).unwrap();
+    assert!(read().is_err());
+    inject("read", "failure", json!({ "num": 0 })).unwrap();
+    assert!(read().is_ok());
+    inject(
+        "read",
+        "corrupt_data",
+        json!({ "corrupt_offset": 3, "corrupt_value": 5 }),
+    )
+    .unwrap();
+    assert_eq!(read().unwrap()[..5], [0, 0, 0, 5, 0]);
+    assert!(inject("read", "corrupt_data", json!({})).is_err());
+    inject("all", "failure", json!({ "num": 9 })).unwrap();
+    inject("clear", "failure", json!({})).unwrap();
+    assert!(read().is_ok());
+
+    let all = call("rpc_get_methods", json!({}));
+    let now = call("rpc_get_methods", json!({ "current": true }));
+    let start = json!("framework_start_init");
+    assert!(all.as_array().unwrap().contains(&start));
+    assert!(!now.as_array().unwrap().contains(&start));
+}
+
+#[test]
+fn what_was_chosen_at_random_is_saved() {
+    let app = App::new();
+    for (method, params) in [
+        (
+            "bdev_malloc_create",
+            json!({ "num_blocks": 4096, "block_size": 512 }),
+        ),
+        (
+            "bdev_malloc_create",
+            json!({ "name": "B", "num_blocks": 4096, "block_size": 512 }),
+        ),
+        (
+            "bdev_null_create",
+            json!({ "name": "N", "num_blocks": 8, "block_size": 512 }),
+        ),
+    ] {
+        app.call(method, &params).unwrap();
+    }
+    let first = app.registry.names()[1].clone();
+    let raid = json!({ "name": "R", "raid_level": "raid0", "strip_size_kb": 4,
+                       "base_bdevs": [first, "B"] });
+    app.call("bdev_raid_create", &raid).unwrap();
+    let delay = json!({ "name": "D", "base_bdev_name": "R", "avg_read_latency": 1,
+                        "p99_read_latency": 1, "avg_write_latency": 1, "p99_write_latency": 1 });
+    app.call("bdev_delay_create", &delay).unwrap();
+    let update = json!({ "delay_bdev_name": "D", "latency_type": "p99_read", "latency_us": 77 });
+    app.call("bdev_delay_update_latency", &update).unwrap();
+    let shown = |app: &App| -> Vec<(Value, Value, Value)> {
+        let bdevs = app.call("bdev_get_bdevs", &json!({})).unwrap();
+        let of = |b: &Value| {
+            let latency = b["driver_specific"]["delay"]["p99_read_latency"].clone();
+            (b["name"].clone(), b["uuid"].clone(), latency)
+        };
+        bdevs.as_array().unwrap().iter().map(of).collect()
+    };
+    let before = shown(&app);
+    assert!(before.iter().any(|b| b.2 == 77));
+    let again = App::new();
+    config::load(&again, "saved", &app.config().to_string()).unwrap();
+    assert_eq!(shown(&again), before);
+}
+
+#[test]
+fn a_check_finds_what_loading_would() {
+    let check = |calls: &str| config::check_form("c", &bdev_config(calls)).unwrap_err();
+    let e = check(
+        r#"{"method":"bdev_malloc_create","params":{"nmae":"x","num_blocks":8,"block_size":512}}"#,
+    );
+    assert_eq!((e.line, e.key.as_deref()), (3, Some("nmae")));
+    let e = check(r#"{"method":"bdev_null_create","params":{"name":"x","num_blocks":8}}"#);
+    assert!(e.message.contains("`block_size`: missing"), "{e}");
+    let e = check(
+        r#"{"method":"bdev_nvme_attach_controller","params":{"name":"N","trtype":"TCP","traddr":"x"}}"#,
+    );
+    assert_eq!(e.key.as_deref(), Some("trtype"));
+    let e = check(r#"{"method":"bdev_nvme_set_options","params":{"timeout_su":1}}"#);
+    assert!(e.message.contains("did you mean `timeout_us`"), "{e}");
+    let e = check(
+        r#"{"method":"bdev_raid_create","params":{"name":"R","raid_level":"raid5","base_bdevs":[]}}"#,
+    );
+    assert_eq!(e.key.as_deref(), Some("raid_level"));
+    // Who stands on whom, in any order.
+    let malloc = |name: &str| {
+        let params = json!({ "name": name, "num_blocks": 8, "block_size": 512 });
+        json!({ "method": "bdev_malloc_create", "params": params }).to_string()
+    };
+    let pt = |name: &str, base: &str| {
+        let params = json!({ "name": name, "base_bdev_name": base });
+        json!({ "method": "bdev_passthru_create", "params": params }).to_string()
+    };
+    let e = check(&[pt("P", "Maloc0"), malloc("Malloc0")].join(",\n"));
+    assert_eq!((e.line, e.key.as_deref()), (3, Some("base_bdev_name")));
+    assert!(e.message.contains("did you mean `Malloc0`"), "{e}");
+    let e = check(&[pt("P", "M"), malloc("M"), pt("Q", "M")].join(",\n"));
+    assert!(e.line == 5 && e.message.contains("taken by `P`"), "{e}");
+    let e = check(&[malloc("M"), malloc("M")].join(",\n"));
+    assert!(e.line == 4 && e.message.contains("already"), "{e}");
+    let nvme = r#"{"method":"bdev_nvme_attach_controller","params":{"name":"Nvme0","trtype":"PCIe","traddr":"0000:5e:00.0"}}"#;
+    let split = r#"{"method":"bdev_split_create","params":{"base_bdev":"P","split_count":2}}"#;
+    let good = [
+        split.to_owned(),
+        pt("P", "Nvme0n1"),
+        pt("Q", "Pp1"),
+        nvme.to_owned(),
+    ];
+    assert_eq!(
+        config::check_form("c", &bdev_config(&good.join(","))),
+        Ok(4)
+    );
+    // Options of versions to come are kept.
+    let later = r#"{"method":"bdev_nvme_set_options","params":{"an_option_of_the_future":1}}"#;
+    assert_eq!(config::check_form("c", &bdev_config(later)), Ok(1));
+    config::load(&App::new(), "c", &bdev_config(later)).unwrap();
+}
+
 struct Served {
     dir: tempfile::TempDir,
     app: Arc<App>,
@@ -247,6 +465,7 @@ fn calls_over_the_socket() {
     ch.block_on(ch.flush()).unwrap();
     let histogram = call(&mut client, "bdev_get_histogram", json!({ "name": "EE_M" })).unwrap();
     assert_eq!(histogram["bucket_shift"], 7);
+    assert_eq!(histogram["max_range"], 57);
 
     let methods = call(&mut client, "rpc_get_methods", json!({})).unwrap();
     assert!(

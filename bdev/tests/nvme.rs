@@ -5,11 +5,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use pumice_bdev::config::App;
-use pumice_bdev::registry::Registry;
+use pumice_bdev::registry::{Registry, TimeoutAction};
 use pumice_bdev::{
     AsyncChannel, BlockDevice, DmaBuf, IoErrorKind, Op, SubmitError, conformance, open,
 };
-use pumice_nvme::soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace};
+use pumice_nvme::soft::{
+    Fault, FaultRule, MemoryBackend, SoftConfig, SoftController, SoftNamespace,
+};
+use pumice_nvme::spec::IoOpcode;
 use pumice_nvme::{Controller, ControllerOptions};
 use serde_json::json;
 
@@ -145,4 +148,98 @@ fn an_unplugged_function_takes_its_device_away_under_load() {
     );
     assert!(registry.names().is_empty(), "the name is gone");
     registry.open("malloc://1M?name=Nn1").unwrap();
+}
+
+/// A namespace on a soft controller whose faults the test sets.
+fn soft() -> (SoftController, Arc<dyn BlockDevice>) {
+    let backend = Box::new(MemoryBackend::new(4 << 20));
+    let config = SoftConfig::new(vec![SoftNamespace::new(backend, 512)]);
+    let soft = SoftController::new(config).unwrap();
+    let controller = Controller::new(soft.transport(), ControllerOptions::default()).unwrap();
+    let namespaces = controller.namespaces();
+    let mut devices = pumice_bdev::nvme::devices("N", &controller, namespaces, "soft").unwrap();
+    (soft, devices.remove(0))
+}
+
+#[test]
+fn a_late_operation_is_aborted_at_the_controller() {
+    let (soft, dev) = soft();
+    let registry = Registry::new();
+    registry.register(dev, Vec::new()).unwrap();
+    soft.faults()
+        .add(FaultRule::io(IoOpcode::READ, Fault::Delay(Duration::from_secs(600))).times(1));
+    registry.set_timeout(Duration::from_millis(10), TimeoutAction::Abort);
+    let ch = AsyncChannel::new(registry.open("Nn1").unwrap().open_channel().unwrap());
+    let read = || ch.block_on(ch.read(0, DmaBuf::new(512).unwrap()));
+    let e = read().unwrap_err();
+    assert_eq!(e.kind, IoErrorKind::Aborted, "{e}");
+    read().unwrap();
+    assert_eq!(ch.in_flight(), 0);
+}
+
+#[test]
+fn an_abort_of_one_leaves_the_others() {
+    let (soft, dev) = soft();
+    let mut ch = dev.open_channel().unwrap();
+    soft.faults()
+        .add(FaultRule::io(IoOpcode::WRITE, Fault::Delay(Duration::from_secs(600))).times(1));
+    let write = |lba| Op::Write {
+        lba,
+        data: DmaBuf::zeroed(512).unwrap().freeze(),
+        fua: false,
+    };
+    let read = |lba| Op::Read {
+        lba,
+        buf: DmaBuf::new(512).unwrap(),
+    };
+    ch.submit(7, write(1)).unwrap();
+    ch.submit(8, read(2)).unwrap();
+    let mut out = Vec::new();
+    ch.poll(&mut out);
+    ch.submit(9, Op::Abort { tag: 7 }).unwrap();
+    ch.submit(10, Op::Abort { tag: 4711 }).unwrap();
+    while out.len() < 4 {
+        ch.poll(&mut out);
+        ch.wait(Duration::from_millis(5)).unwrap();
+    }
+    for c in &out {
+        match (c.tag, &c.result) {
+            (7, Err(e)) => assert_eq!(e.kind, IoErrorKind::Aborted, "{e}"),
+            (7, Ok(())) => panic!("the write was aborted"),
+            (_, result) => assert!(result.is_ok(), "{result:?}"),
+        }
+    }
+    assert_eq!(ch.in_flight(), 0);
+}
+
+#[test]
+fn what_is_told_of_a_namespace_has_spdks_shape() {
+    let app = App::new();
+    let params = json!({ "name": "Nvme0", "trtype": "soft", "traddr": "memory?size=4M" });
+    app.call("bdev_nvme_attach_controller", &params).unwrap();
+    let bdevs = app.call("bdev_get_bdevs", &json!({ "name": "Nvme0n1" }));
+    let specific = bdevs.unwrap()[0]["driver_specific"].clone();
+    assert_eq!(specific["mp_policy"], "active_passive");
+    let path = &specific["nvme"][0];
+    let trid = json!({ "trtype": "SOFT", "traddr": "memory?size=4M" });
+    assert_eq!(path["trid"], trid);
+    assert_eq!(path["ns_data"], json!({ "id": 1, "can_share": false }));
+    assert!(path["vs"]["nvme_version"].is_string());
+    let data = &path["ctrlr_data"];
+    for key in [
+        "vendor_id",
+        "model_number",
+        "serial_number",
+        "firmware_revision",
+        "subnqn",
+    ] {
+        assert!(data[key].is_string(), "{key}: {data}");
+    }
+    for key in ["security", "format", "firmware", "ns_manage"] {
+        assert!(data["oacs"][key].is_u64(), "{key}: {data}");
+    }
+    assert!(data["cntlid"].is_u64() && data["multi_ctrlr"].is_boolean());
+    let list = app.call("bdev_nvme_get_controllers", &json!({})).unwrap();
+    assert_eq!(list[0]["ctrlrs"][0]["trid"], trid);
+    assert_eq!(list[0]["ctrlrs"][0]["cntlid"], data["cntlid"]);
 }

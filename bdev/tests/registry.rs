@@ -77,7 +77,7 @@ fn statistics_count() {
     let registry = Registry::new();
     malloc(&registry, "M");
     let bdev = registry.get("M").unwrap();
-    bdev.enable_histogram(true);
+    bdev.enable_histogram(true, None);
     let ch = AsyncChannel::new(bdev.open_channel().unwrap());
     ch.block_on(async {
         for i in 0..10 {
@@ -98,6 +98,68 @@ fn statistics_count() {
     assert_eq!(bdev.histogram().unwrap().iter().sum::<u64>(), 11);
     bdev.reset_stats();
     assert_eq!(bdev.stats().of(OpKind::Read).ops, 0);
+    assert_eq!(bdev.stats().of(OpKind::Read).max_latency_ticks, 0);
+}
+
+#[test]
+fn histograms_by_channel_and_by_kind() {
+    let registry = Registry::new();
+    malloc(&registry, "M");
+    let bdev = registry.get("M").unwrap();
+    assert!(bdev.histogram().is_none() && bdev.channel_histograms().is_empty());
+    let open = || AsyncChannel::new(bdev.open_channel().unwrap());
+    let (a, b) = (open(), open());
+    let read = |ch: &AsyncChannel| ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
+    let write = |ch: &AsyncChannel| {
+        let data = DmaBuf::zeroed(512).unwrap().freeze();
+        ch.block_on(ch.write(0, data, false)).unwrap();
+    };
+    let counts = || -> Vec<u64> {
+        let all = bdev.channel_histograms();
+        all.iter().map(|(_, h)| h.iter().sum()).collect()
+    };
+    bdev.enable_histogram(true, None);
+    read(&a);
+    write(&a);
+    read(&b);
+    assert_eq!(counts(), [2, 1]);
+    let ids: Vec<u64> = bdev
+        .channel_histograms()
+        .iter()
+        .map(|(id, _)| *id)
+        .collect();
+    let of_stats: Vec<u64> = bdev.channel_stats().iter().map(|(id, _)| *id).collect();
+    assert_eq!(ids, of_stats);
+    // Of one kind only, and from nothing.
+    bdev.enable_histogram(true, Some(OpKind::Write));
+    read(&a);
+    write(&b);
+    assert_eq!(counts(), [0, 1]);
+    drop(b);
+    assert_eq!(bdev.histogram().unwrap().iter().sum::<u64>(), 1);
+    bdev.enable_histogram(false, None);
+    bdev.enable_histogram(true, None);
+    assert_eq!(bdev.histogram().unwrap().iter().sum::<u64>(), 0);
+}
+
+#[test]
+fn a_listener_may_use_the_registry() {
+    let registry = Registry::new();
+    let (inner, names) = (registry.clone(), Arc::new(Mutex::new(Vec::new())));
+    let seen = Arc::clone(&names);
+    registry.listen(move |event| {
+        if let Event::Removed(name) = event {
+            seen.lock().unwrap().push(inner.names());
+            // A spare takes the place.
+            if name == "M" {
+                malloc(&inner, "Spare");
+            }
+        }
+    });
+    malloc(&registry, "M");
+    registry.remove("M").unwrap();
+    assert_eq!(registry.names(), ["Spare"]);
+    assert_eq!(*names.lock().unwrap(), [Vec::<String>::new()]);
 }
 
 #[test]

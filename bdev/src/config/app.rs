@@ -73,10 +73,17 @@ impl App {
     pub(crate) fn note(&self, method: &'static str, params: &Params<'_>, bdevs: &[String]) {
         let mut params = params.to_value();
         if let (Value::Object(map), [name]) = (&mut params, bdevs) {
-            // A name that was chosen here is written down, so that it is the same next time.
-            let names = ["bdev_malloc_create", "bdev_null_create"];
-            if names.contains(&method) {
+            // A name or an identity that was chosen here is written down, so that it is the same
+            // next time.
+            if method == "bdev_malloc_create" {
                 map.insert("name".to_owned(), json!(name));
+            }
+            let random = ["bdev_malloc_create", "bdev_null_create", "bdev_raid_create"];
+            if random.contains(&method)
+                && let Some(bdev) = self.registry.get(name)
+            {
+                let uuid = crate::uuid::format(&bdev.info().uuid);
+                map.insert("uuid".to_owned(), json!(uuid));
             }
         }
         let bdevs = bdevs.to_vec();

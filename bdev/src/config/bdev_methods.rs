@@ -31,13 +31,23 @@ fn no_metadata(params: &mut Params<'_>) -> Result<(), MethodError> {
     Ok(())
 }
 
+/// The first of `base` and a number that no device has.
+fn free_name(app: &App, base: &str) -> Option<String> {
+    let mut names = (0_u64..).map(|i| format!("{base}{i}"));
+    names.find(|name| app.registry.get(name).is_none())
+}
+
 fn add(app: &App, dev: Arc<dyn BlockDevice>) -> Result<String, MethodError> {
     Ok(app.registry.register(dev, Vec::new())?.info().name.clone())
 }
 
 pub(super) fn malloc_create(app: &App, params: &mut Params<'_>) -> Answer {
+    let name = params.opt_string("name")?;
+    if name.as_deref() == Some("") {
+        return Err(params.error("name", "empty"));
+    }
     let options = MallocOptions {
-        name: params.opt_string("name")?,
+        name: name.or_else(|| free_name(app, "Malloc")),
         num_blocks: params.u64("num_blocks")?,
         block_size: params.u32("block_size")?,
         uuid: params.opt_uuid("uuid")?,
@@ -161,10 +171,14 @@ fn stack(
 pub(super) fn passthru_create(app: &App, params: &mut Params<'_>) -> Answer {
     let base = params.string("base_bdev_name")?;
     let name = params.string("name")?;
-    params.ignore(&["uuid"]);
+    let uuid = params.opt_uuid("uuid")?;
     params.finish()?;
     let name = stack(app, &name, &base, |base| {
-        Arc::new(Passthru::new(&name, base))
+        let passthru = Passthru::new(&name, base);
+        Arc::new(match uuid {
+            Some(uuid) => passthru.with_uuid(uuid),
+            None => passthru,
+        })
     })?;
     app.note("bdev_passthru_create", params, std::slice::from_ref(&name));
     Ok(json!(name))
@@ -179,11 +193,15 @@ pub(super) fn delay_create(app: &App, params: &mut Params<'_>) -> Answer {
         avg_write_us: params.u64("avg_write_latency")?,
         p99_write_us: params.u64("p99_write_latency")?,
     };
-    params.ignore(&["uuid"]);
+    let uuid = params.opt_uuid("uuid")?;
     params.finish()?;
     let mut made = None;
     let name = stack(app, &name, &base, |base| {
-        let delay = Arc::new(Delay::new(&name, base, latencies));
+        let delay = Delay::new(&name, base, latencies);
+        let delay = Arc::new(match uuid {
+            Some(uuid) => delay.with_uuid(uuid),
+            None => delay,
+        });
         made = Some(Arc::clone(&delay));
         delay
     })?;
@@ -198,32 +216,54 @@ pub(super) fn delay_update_latency(app: &App, params: &mut Params<'_>) -> Answer
     let name = params.string("delay_bdev_name")?;
     let kind = params.string("latency_type")?;
     let us = params.u64("latency_us")?;
-    params.finish()?;
-    let delay = app.state.lock().delays.get(&name).cloned();
-    let delay = delay.ok_or_else(|| app.registry.not_found(&name))?;
-    let mut latencies = delay.latencies();
-    match kind.as_str() {
-        "avg_read" => latencies.avg_read_us = us,
-        "p99_read" => latencies.p99_read_us = us,
-        "avg_write" => latencies.avg_write_us = us,
-        "p99_write" => latencies.p99_write_us = us,
+    let which: fn(&mut Latencies) -> &mut u64 = match kind.as_str() {
+        "avg_read" => |l| &mut l.avg_read_us,
+        "p99_read" => |l| &mut l.p99_read_us,
+        "avg_write" => |l| &mut l.avg_write_us,
+        "p99_write" => |l| &mut l.p99_write_us,
         _ => {
             let known = "avg_read, p99_read, avg_write, p99_write";
             return Err(params.error("latency_type", format!("`{kind}`: one of {known}")));
         }
-    }
+    };
+    params.finish()?;
+    let mut state = app.state.lock();
+    let Some(delay) = state.delays.get(&name).cloned() else {
+        drop(state);
+        return Err(match app.registry.get(&name) {
+            None => app.registry.not_found(&name).into(),
+            Some(_) => MethodError::new(
+                -i64::from(libc::ENODEV),
+                format!("`{name}` is no delay bdev; bdev_delay_create puts one on it"),
+            ),
+        });
+    };
+    let mut latencies = delay.latencies();
+    *which(&mut latencies) = us;
     delay.set_latencies(latencies);
+    // What is saved is how it is now.
+    let made =
+        |c: &&mut super::app::Created| c.method == "bdev_delay_create" && c.bdevs.contains(&name);
+    if let Some(created) = state.created.iter_mut().find(made)
+        && let Value::Object(map) = &mut created.params
+    {
+        map.insert(format!("{kind}_latency"), json!(us));
+    }
     Ok(json!(true))
 }
 
 pub(super) fn error_create(app: &App, params: &mut Params<'_>) -> Answer {
     let base = params.string("base_name")?;
-    params.ignore(&["uuid"]);
+    let uuid = params.opt_uuid("uuid")?;
     params.finish()?;
     let wanted = format!("EE_{base}");
     let mut made = None;
     let name = stack(app, &wanted, &base, |base| {
-        let error = Arc::new(ErrorDevice::new(Some(&wanted), base));
+        let error = ErrorDevice::new(Some(&wanted), base);
+        let error = Arc::new(match uuid {
+            Some(uuid) => error.with_uuid(uuid),
+            None => error,
+        });
         made = Some(Arc::clone(&error));
         error
     })?;
@@ -231,7 +271,8 @@ pub(super) fn error_create(app: &App, params: &mut Params<'_>) -> Answer {
         app.state.lock().errors.insert(name.clone(), error);
     }
     app.note("bdev_error_create", params, std::slice::from_ref(&name));
-    Ok(json!(name))
+    // Not the name: the device's is known.
+    Ok(json!(true))
 }
 
 fn error_device(app: &App, name: &str) -> Result<Arc<ErrorDevice>, MethodError> {
@@ -253,20 +294,14 @@ pub(super) fn error_inject(app: &App, params: &mut Params<'_>) -> Answer {
     let io_type = params.string("io_type")?;
     let error_type = params.opt_string("error_type")?;
     let count = params.opt_u64("num")?.unwrap_or(1);
-    let queue_depth = params.opt_u32("queue_depth")?.unwrap_or(0);
+    let queue_depth = params.opt_u64("queue_depth")?.unwrap_or(0);
     let offset = params.opt_u64("corrupt_offset")?.unwrap_or(0);
     let value = params.opt_u32("corrupt_value")?.unwrap_or(0);
     // Beyond SPDK's: only operations that touch these blocks.
     let lba = params.opt_u64("lba")?;
     let len_blocks = params.opt_u64("num_blocks")?;
-    params.finish()?;
-    let dev = error_device(app, &name)?;
-    if io_type == "clear" {
-        dev.clear();
-        return Ok(json!(true));
-    }
     let op = match io_type.as_str() {
-        "all" => None,
+        "all" | "clear" => None,
         other => {
             let kind = OpKind::ALL
                 .into_iter()
@@ -280,12 +315,16 @@ pub(super) fn error_inject(app: &App, params: &mut Params<'_>) -> Answer {
         }
     };
     let failure = match error_type.as_deref() {
+        None if io_type == "clear" => Failure::Fail,
         Some("failure") => Failure::Fail,
         Some("nomem") => Failure::NoMemory,
         Some("pending") => Failure::Hang,
         Some("corrupt_data") => {
-            let value = u8::try_from(value)
-                .map_err(|_| params.error("corrupt_value", format!("{value}: 0 to 255")))?;
+            let value = u8::try_from(value).unwrap_or(0);
+            if value == 0 {
+                let reason = "1 to 255: the bits of the byte that change";
+                return Err(params.error("corrupt_value", reason));
+            }
             Failure::Corrupt { offset, value }
         }
         other => {
@@ -294,12 +333,16 @@ pub(super) fn error_inject(app: &App, params: &mut Params<'_>) -> Answer {
             return Err(params.error("error_type", format!("`{shown}`: one of {known}")));
         }
     };
-    if count == 0 {
-        return Err(params.error("num", "0: how many operations shall fail?"));
+    params.finish()?;
+    let dev = error_device(app, &name)?;
+    if io_type == "clear" {
+        dev.clear();
+        return Ok(json!(true));
     }
     let range = lba.map(|lba| (lba, len_blocks.unwrap_or(1)));
     let queue_depth = usize::try_from(queue_depth).unwrap_or(usize::MAX);
-    dev.inject(Injection {
+    // As in SPDK: in place of what was injected for such operations; `num` 0 takes it back.
+    dev.replace(Injection {
         op,
         failure,
         count,
@@ -323,6 +366,20 @@ pub(super) fn split_create(app: &App, params: &mut Params<'_>) -> Answer {
     params.finish()?;
     let claimed: Arc<dyn BlockDevice> = Arc::new(app.registry.claim(&base, "split")?);
     let below = claimed.info().name.clone();
+    // Parts of a given size: as many as there is room for, as SPDK does it.
+    let room = match size_mb {
+        Some(mb) if mb > 0 => claimed.info().len_bytes() / mb.saturating_mul(1 << 20),
+        _ => count,
+    };
+    if room < count && room > 0 {
+        tracing::warn!(
+            bdev = below,
+            wanted = count,
+            made = room,
+            "fewer parts than asked for"
+        );
+    }
+    let count = if room > 0 { count.min(room) } else { count };
     let mut names = Vec::new();
     for part in Split::new(&claimed, count, size_mb)? {
         match app.registry.register(Arc::new(part), vec![below.clone()]) {
@@ -380,11 +437,11 @@ pub(super) fn raid_create(app: &App, params: &mut Params<'_>) -> Answer {
         &["false"],
         "the configuration says which devices belong to it",
     )?;
-    params.finish()?;
     if level != "raid0" && level != "0" {
         let reason = format!("`{level}`: there is raid0");
         return Err(params.error("raid_level", reason));
     }
+    params.finish()?;
     if app.registry.get(&name).is_some() {
         return Err(crate::BdevError::Exists { name }.into());
     }

@@ -10,9 +10,14 @@ use crate::logging;
 type Answer = Result<Value, MethodError>;
 
 pub(super) fn get_methods(_: &App, params: &mut Params<'_>) -> Answer {
-    params.ignore(&["current", "include_aliases"]);
+    // Those of now: what a process calls to get started has been called.
+    let current = params.flag("current")?;
+    params.ignore(&["include_aliases"]);
     params.finish()?;
-    Ok(METHODS.iter().map(|m| json!(m.name)).collect())
+    let listed = METHODS
+        .iter()
+        .filter(|m| !current || m.name != "framework_start_init");
+    Ok(listed.map(|m| json!(m.name)).collect())
 }
 
 pub(super) fn get_version(_: &App, params: &mut Params<'_>) -> Answer {

@@ -26,6 +26,8 @@ pub(crate) const METHOD_NOT_FOUND: i64 = -32601;
 pub(crate) const INVALID_REQUEST: i64 = -32600;
 /// Not JSON.
 pub(crate) const PARSE_ERROR: i64 = -32700;
+/// No error: parameters that were only to be looked at are good. Never seen by a client.
+pub(crate) const CHECKED: i64 = i64::MIN;
 
 impl MethodError {
     pub(crate) fn new(code: i64, message: impl Into<String>) -> MethodError {
@@ -96,6 +98,8 @@ pub(crate) fn kind(raw: &RawValue) -> &'static str {
 pub struct Params<'a> {
     members: Vec<(String, &'a RawValue)>,
     known: Vec<&'static str>,
+    /// The call ends at [`Params::finish`], before it does anything.
+    only_check: bool,
 }
 
 impl<'a> Params<'a> {
@@ -104,6 +108,7 @@ impl<'a> Params<'a> {
         let none = Params {
             members: Vec::new(),
             known: Vec::new(),
+            only_check: false,
         };
         let Some(raw) = raw else { return Ok(none) };
         if raw.get() == "null" {
@@ -121,9 +126,15 @@ impl<'a> Params<'a> {
                 return Err(MethodError::param(key, "given twice"));
             }
         }
+        Ok(Params { members, ..none })
+    }
+
+    /// The same, for a call that shall end with [`CHECKED`] instead of doing something.
+    pub(crate) fn only_check(raw: Option<&'a RawValue>) -> Result<Params<'a>, MethodError> {
+        let params = Params::new(raw)?;
         Ok(Params {
-            members,
-            known: Vec::new(),
+            only_check: true,
+            ..params
         })
     }
 
@@ -246,14 +257,14 @@ impl<'a> Params<'a> {
         self.known.extend_from_slice(keys);
     }
 
-    /// Refuses parameters that nobody asked for.
+    /// Refuses parameters that nobody asked for. A method calls it before it does anything.
     pub(crate) fn finish(&self) -> Result<(), MethodError> {
         let strange = self
             .members
             .iter()
             .find(|(k, _)| !self.known.contains(&k.as_str()));
         let Some((key, _)) = strange else {
-            return Ok(());
+            return self.done();
         };
         let known: Vec<String> = self.known.iter().map(|k| (*k).to_owned()).collect();
         let hint = match crate::registry::nearest(key, &known) {
@@ -264,13 +275,30 @@ impl<'a> Params<'a> {
         Err(self.error(key, format!("unknown parameter{hint}")))
     }
 
-    /// Names of parameters that nobody asked for.
-    pub(crate) fn unknown(&self) -> Vec<&str> {
-        let strange = self
-            .members
-            .iter()
-            .filter(|(k, _)| !self.known.contains(&k.as_str()));
-        strange.map(|(k, _)| k.as_str()).collect()
+    /// Like [`Params::finish`], for options of which later versions have more: refused is only
+    /// what looks like a slip in one that is known; the others are returned.
+    pub(crate) fn finish_open(&self) -> Result<Vec<&str>, MethodError> {
+        let known: Vec<String> = self.known.iter().map(|k| (*k).to_owned()).collect();
+        let mut others = Vec::new();
+        for (key, _) in &self.members {
+            if self.known.contains(&key.as_str()) {
+                continue;
+            }
+            if let Some(near) = crate::registry::nearest(key, &known) {
+                let reason = format!("unknown parameter; did you mean `{near}`?");
+                return Err(self.error(key, reason));
+            }
+            others.push(key.as_str());
+        }
+        self.done()?;
+        Ok(others)
+    }
+
+    fn done(&self) -> Result<(), MethodError> {
+        if self.only_check {
+            return Err(MethodError::new(CHECKED, "checked"));
+        }
+        Ok(())
     }
 }
 

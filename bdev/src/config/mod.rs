@@ -13,6 +13,7 @@
 
 mod app;
 mod bdev_methods;
+mod check;
 mod framework_methods;
 pub(crate) mod json;
 mod methods;
@@ -25,6 +26,7 @@ use serde_json::value::RawValue;
 
 use crate::error::BdevError;
 pub use app::App;
+pub use check::check_form;
 pub use json::MethodError;
 use json::{Object, line_of, without_comments};
 
@@ -196,23 +198,6 @@ fn is_waiting(call: &Call<'_>, e: &MethodError) -> bool {
 fn blame(text: &Text<'_>, call: &Call<'_>, e: MethodError) -> ConfigError {
     let address = e.at.unwrap_or(call.at.get().as_ptr().addr());
     text.error_at(address, e.key, format!("{}: {}", call.method, e.message))
-}
-
-/// Checks a configuration without doing any of it: its form, and that the methods exist.
-///
-/// # Errors
-/// The first thing that is wrong.
-pub fn check_form(file: &str, text: &str) -> Result<usize, ConfigError> {
-    let clean = without_comments(text);
-    let text = Text { file, text: &clean };
-    let calls = parse(&text)?;
-    for call in &calls {
-        if methods::find(&call.method).is_none() {
-            return Err(blame(&text, call, methods::unknown(&call.method)));
-        }
-        json::Params::new(call.params).map_err(|e| blame(&text, call, e))?;
-    }
-    Ok(calls.len())
 }
 
 fn parse<'a>(text: &Text<'a>) -> Result<Vec<Call<'a>>, ConfigError> {

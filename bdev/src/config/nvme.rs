@@ -20,19 +20,23 @@ const WATCH_EVERY: Duration = Duration::from_millis(250);
 /// An attached controller.
 #[derive(Debug)]
 pub(crate) struct Controller {
-    trtype: String,
+    trtype: &'static str,
     traddr: String,
     bdevs: Vec<String>,
     controller: Weak<pumice_nvme::Controller>,
 }
 
-/// The URI of a transport address.
-fn uri_of(params: &Params<'_>, trtype: &str, traddr: &str) -> Result<String, MethodError> {
+/// A transport by its name, in SPDK's spelling, and the URI of an address of it.
+fn transport(
+    params: &Params<'_>,
+    trtype: &str,
+    traddr: &str,
+) -> Result<(&'static str, String), MethodError> {
     match trtype.to_ascii_lowercase().as_str() {
-        "pcie" => Ok(format!("nvme://{traddr}")),
-        "vfiouser" | "vfio-user" => Ok(format!("vfio-user://{traddr}")),
+        "pcie" => Ok(("PCIe", format!("nvme://{traddr}"))),
+        "vfiouser" | "vfio-user" => Ok(("VFIOUSER", format!("vfio-user://{traddr}"))),
         // In this process, for trying things out: `memory`, `null` or a path, with options.
-        "soft" => Ok(format!("soft://{traddr}")),
+        "soft" => Ok(("SOFT", format!("soft://{traddr}"))),
         "tcp" | "rdma" | "fc" => {
             let reason = format!("`{trtype}`: no NVMe over fabrics here; PCIe and VFIOUSER");
             Err(params.error("trtype", reason))
@@ -75,11 +79,11 @@ pub(super) fn attach_controller(app: &App, params: &mut Params<'_>) -> Answer {
             "namespaces with protection information are refused",
         )?;
     }
+    let (trtype, uri) = transport(params, &trtype, &traddr)?;
     params.finish()?;
     if app.state.lock().controllers.contains_key(&name) {
         return Err(crate::BdevError::Exists { name }.into());
     }
-    let uri = uri_of(params, &trtype, &traddr)?;
     let (controller, devices) = crate::nvme::attach(&name, &uri)?;
     let mut names: Vec<String> = Vec::new();
     for device in devices {
@@ -174,15 +178,21 @@ pub(super) fn get_controllers(app: &App, params: &mut Params<'_>) -> Answer {
         .filter(|(n, _)| wanted.as_ref().is_none_or(|w| w == *n));
     let found: Vec<Value> = matching
         .map(|(name, c)| {
-            let phase = c.controller.upgrade().map(|c| c.phase());
-            let word = match phase {
+            let controller = c.controller.upgrade();
+            let identify = controller.as_ref().and_then(|c| c.identify().ok());
+            let word = match controller.map(|c| c.phase()) {
                 Some(Phase::Live) => "enabled",
                 Some(Phase::Resetting) => "resetting",
                 Some(Phase::Failed) => "failed",
                 _ => "removed",
             };
-            let trid = json!({ "trtype": c.trtype, "traddr": c.traddr });
-            json!({ "name": name, "ctrlrs": [{ "state": word, "trid": trid, "cntlid": 0 }] })
+            json!({ "name": name, "ctrlrs": [{
+                "state": word,
+                "trid": { "trtype": c.trtype, "traddr": c.traddr },
+                "cntlid": identify.map_or(0, |i| i.cntlid.get()),
+                // Of fabrics only.
+                "host": { "nqn": "", "addr": "", "svcid": "" },
+            }] })
         })
         .collect();
     if let (Some(wanted), true) = (wanted, found.is_empty()) {
@@ -207,26 +217,67 @@ pub(super) fn set_hotplug(app: &App, params: &mut Params<'_>) -> Answer {
     Ok(json!(true))
 }
 
+/// SPDK's options that have no counterpart here.
+const OTHER_OPTIONS: &[&str] = &[
+    "allow_accel_sequence",
+    "arbitration_burst",
+    "bdev_retry_count",
+    "ctrlr_loss_timeout_sec",
+    "delay_cmd_submit",
+    "dhchap_dhgroups",
+    "dhchap_digests",
+    "disable_auto_failback",
+    "enable_flush",
+    "fast_io_fail_timeout_sec",
+    "generate_uuids",
+    "high_priority_weight",
+    "io_path_stat",
+    "io_queue_requests",
+    "keep_alive_timeout_ms",
+    "low_priority_weight",
+    "medium_priority_weight",
+    "nvme_adminq_poll_period_us",
+    "nvme_error_stat",
+    "nvme_ioq_poll_period_us",
+    "rdma_cm_event_timeout_ms",
+    "rdma_max_cq_size",
+    "rdma_srq_size",
+    "rdma_umr_per_io",
+    "reconnect_delay_sec",
+    "retry_count",
+    "tcp_connect_timeout_ms",
+    "timeout_admin_us",
+    "transport_ack_timeout",
+    "transport_retry_count",
+    "transport_tos",
+];
+
 /// Options of the driver. Time-outs and what follows them take effect; queue and reconnection
 /// settings that have no counterpart here are kept for `save_config`.
 pub(super) fn set_options(app: &App, params: &mut Params<'_>) -> Answer {
     let action = params.opt_string("action_on_timeout")?;
     let timeout_us = params.opt_u64("timeout_us")?;
     let action = match action.as_deref() {
-        None | Some("none") => TimeoutAction::Log,
-        Some("abort") => TimeoutAction::Abort,
-        Some("reset") => TimeoutAction::Reset,
+        None => None,
+        Some("none") => Some(TimeoutAction::Log),
+        Some("abort") => Some(TimeoutAction::Abort),
+        Some("reset") => Some(TimeoutAction::Reset),
         Some(other) => {
             let reason = format!("`{other}`: one of none, abort, reset");
             return Err(params.error("action_on_timeout", reason));
         }
     };
-    let unknown = params.unknown();
+    params.ignore(OTHER_OPTIONS);
+    let unknown = params.finish_open()?;
     if !unknown.is_empty() {
-        tracing::debug!(?unknown, "options without effect here");
+        tracing::warn!(?unknown, "bdev_nvme_set_options: kept, without effect");
     }
-    if let Some(us) = timeout_us {
-        app.registry.set_timeout(Duration::from_micros(us), action);
+    if timeout_us.is_some() || action.is_some() {
+        let (timeout, before) = app.registry.timeout();
+        app.registry.set_timeout(
+            timeout_us.map_or(timeout, Duration::from_micros),
+            action.unwrap_or(before),
+        );
     }
     let kept = params.to_value();
     app.state

@@ -2,6 +2,8 @@
 
 use base64::Engine as _;
 use serde_json::{Value, json};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::app::App;
 use super::json::{MethodError, Params};
@@ -27,11 +29,23 @@ fn asked(app: &App, name: Option<String>) -> Result<Vec<Bdev>, MethodError> {
     }
 }
 
+/// With `timeout` (in milliseconds) it waits for a device that is not there yet.
 pub(super) fn get_bdevs(app: &App, params: &mut Params<'_>) -> Answer {
+    const LOOK_EVERY: Duration = Duration::from_millis(5);
+    /// Nobody waits longer for an answer.
+    const TIMEOUT_MAX_MS: u64 = 600_000;
     let name = params.opt_string("name")?;
-    // Every call has ended when it answers: nothing is waited for.
-    params.ignore(&["timeout"]);
+    let timeout_ms = params.opt_u64("timeout")?.unwrap_or(0);
     params.finish()?;
+    let (start, timeout) = (
+        Instant::now(),
+        Duration::from_millis(timeout_ms.min(TIMEOUT_MAX_MS)),
+    );
+    if let Some(name) = &name {
+        while app.registry.get(name).is_none() && start.elapsed() < timeout {
+            thread::sleep(LOOK_EVERY);
+        }
+    }
     Ok(asked(app, name)?.iter().map(describe).collect())
 }
 
@@ -39,13 +53,21 @@ pub(super) fn get_bdevs(app: &App, params: &mut Params<'_>) -> Answer {
 pub(crate) fn describe(bdev: &Bdev) -> Value {
     let info = bdev.info();
     let has = |kind| info.ops.has(kind);
+    let uuid = crate::uuid::format(&info.uuid);
+    // A device answers to its UUID.
+    let aliases: Vec<&str> = info
+        .aliases
+        .iter()
+        .map(String::as_str)
+        .chain(std::iter::once(uuid.as_str()).filter(|u| *u != info.name))
+        .collect();
     let mut value = json!({
         "name": info.name,
-        "aliases": info.aliases,
+        "aliases": aliases,
         "product_name": info.product,
         "block_size": info.block_size,
         "num_blocks": info.num_blocks,
-        "uuid": crate::uuid::format(&info.uuid),
+        "uuid": uuid,
         "assigned_rate_limits": {
             "rw_ios_per_sec": 0,
             "rw_mbytes_per_sec": 0,
@@ -90,10 +112,11 @@ pub(crate) fn describe(bdev: &Bdev) -> Value {
     value
 }
 
-/// Statistics in the shape of `bdev_get_iostat`.
-fn iostat(name: &str, stats: &crate::stats::Stats) -> Value {
+/// Statistics in the shape of `bdev_get_iostat`, of a device by its name or of a channel by its
+/// number.
+fn iostat(key: &str, of: Value, stats: &crate::stats::Stats) -> Value {
     let mut value = serde_json::Map::new();
-    value.insert("name".to_owned(), json!(name));
+    value.insert(key.to_owned(), of);
     let kinds = [
         (OpKind::Read, "read", "bytes_read", "num_read_ops"),
         (OpKind::Write, "write", "bytes_written", "num_write_ops"),
@@ -125,60 +148,113 @@ fn iostat(name: &str, stats: &crate::stats::Stats) -> Value {
     Value::Object(value)
 }
 
+/// What a reset of statistics resets.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ResetMode {
+    None,
+    /// Shortest and longest latencies.
+    Extremes,
+    All,
+}
+
+fn reset_mode(
+    params: &mut Params<'_>,
+    key: &'static str,
+    default: ResetMode,
+) -> Result<ResetMode, MethodError> {
+    match params.opt_string(key)?.as_deref() {
+        None => Ok(default),
+        Some("none") => Ok(ResetMode::None),
+        Some("maxmin") => Ok(ResetMode::Extremes),
+        Some("all") => Ok(ResetMode::All),
+        Some(other) => Err(params.error(key, format!("`{other}`: one of all, maxmin, none"))),
+    }
+}
+
+fn reset(bdevs: &[Bdev], mode: ResetMode) {
+    for bdev in bdevs {
+        match mode {
+            ResetMode::None => {}
+            ResetMode::Extremes => bdev.reset_extremes(),
+            ResetMode::All => bdev.reset_stats(),
+        }
+    }
+}
+
 pub(super) fn get_iostat(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.opt_string("name")?;
+    let names = params.opt_strings("names")?;
     let per_channel = params.flag("per_channel")?;
-    params.ignore(&["reset_mode"]);
-    params.finish()?;
-    let bdevs = asked(app, name.clone())?;
-    let clock = Clock::get();
-    let mut answer = json!({ "tick_rate": clock.ticks_per_second(), "ticks": clock.now() });
-    let stats: Value = if per_channel {
-        if name.is_none() {
-            return Err(MethodError::param(
-                "name",
-                "missing; channels are those of one bdev",
-            ));
-        }
-        let channels = bdevs.iter().flat_map(|b| {
-            b.channel_stats()
-                .into_iter()
-                .map(|s| iostat(&b.info().name, &s))
-                .collect::<Vec<_>>()
-        });
-        channels.collect()
-    } else {
-        bdevs
-            .iter()
-            .map(|b| iostat(&b.info().name, &b.stats()))
-            .collect()
-    };
-    if let Value::Object(map) = &mut answer {
-        map.insert(
-            if per_channel { "channels" } else { "bdevs" }.to_owned(),
-            stats,
-        );
+    let mode = reset_mode(params, "reset_mode", ResetMode::None)?;
+    if name.is_some() && names.is_some() {
+        return Err(params.error("names", "not together with `name`"));
     }
-    Ok(answer)
+    params.finish()?;
+    let bdevs = match names {
+        None => asked(app, name.clone())?,
+        Some(names) => {
+            let mut bdevs = Vec::new();
+            for name in names {
+                bdevs.extend(asked(app, Some(name))?);
+            }
+            bdevs
+        }
+    };
+    let clock = Clock::get();
+    let mut answer = serde_json::Map::new();
+    answer.insert("tick_rate".to_owned(), json!(clock.ticks_per_second()));
+    answer.insert("ticks".to_owned(), json!(clock.now()));
+    if per_channel {
+        let [bdev] = &bdevs[..] else {
+            return Err(MethodError::param(
+                "per_channel",
+                "true: channels are those of one bdev; give its `name`",
+            ));
+        };
+        let channels = bdev.channel_stats();
+        let channels: Value = channels
+            .iter()
+            .map(|(id, stats)| iostat("thread_id", json!(id), stats))
+            .collect();
+        answer.insert("name".to_owned(), json!(bdev.info().name));
+        answer.insert("channels".to_owned(), channels);
+    } else {
+        let stats = bdevs
+            .iter()
+            .map(|b| iostat("name", json!(b.info().name), &b.stats()));
+        answer.insert("bdevs".to_owned(), stats.collect());
+    }
+    reset(&bdevs, mode);
+    Ok(Value::Object(answer))
 }
 
 pub(super) fn reset_iostat(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.opt_string("name")?;
-    params.ignore(&["mode"]);
+    let mode = reset_mode(params, "mode", ResetMode::All)?;
     params.finish()?;
-    for bdev in asked(app, name)? {
-        bdev.reset_stats();
-    }
+    reset(&asked(app, name)?, mode);
     Ok(json!(true))
 }
 
 pub(super) fn enable_histogram(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.string("name")?;
     let on = params.flag("enable")?;
-    params.ignore(&["opc", "granularity", "min_nsec", "max_nsec"]);
+    let only = match params.opt_string("opc")? {
+        None => None,
+        Some(opc) => {
+            let found = OpKind::ALL.into_iter().find(|k| k.name() == opc);
+            let known = || OpKind::ALL.map(OpKind::name).join(", ");
+            Some(found.ok_or_else(|| params.error("opc", format!("`{opc}`: one of {}", known())))?)
+        }
+    };
+    let shift = BUCKET_SHIFT.to_string();
+    params.neutral("granularity", &[&shift], "buckets have one granularity")?;
+    for key in ["min_nsec", "max_nsec"] {
+        params.neutral(key, &["0"], "the buckets hold every latency")?;
+    }
     params.finish()?;
     for bdev in asked(app, Some(name))? {
-        bdev.enable_histogram(on);
+        bdev.enable_histogram(on, only);
     }
     Ok(json!(true))
 }
@@ -196,6 +272,10 @@ pub(super) fn get_histogram(app: &App, params: &mut Params<'_>) -> Answer {
         "histogram": base64::engine::general_purpose::STANDARD.encode(bytes),
         "tsc_rate": Clock::get().ticks_per_second(),
         "bucket_shift": BUCKET_SHIFT,
+        // The names of later versions; the ranges are all that there are.
+        "granularity": BUCKET_SHIFT,
+        "min_range": 0,
+        "max_range": u64::BITS - BUCKET_SHIFT,
     }))
 }
 

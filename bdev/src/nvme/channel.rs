@@ -1,7 +1,6 @@
 //! A channel that is a queue pair.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -24,39 +23,49 @@ pub(super) struct NvmeChannel {
     ns: Arc<Namespace>,
     done: Vec<IoDone>,
     resets: Vec<Resetting>,
+    /// Aborts: the controller has been asked.
+    asked: Vec<Completion>,
     _place: Place,
 }
 
 /// A controller reset under way, on a thread of its own since it blocks.
 pub(super) struct Resetting {
     tag: u64,
-    over: Arc<AtomicBool>,
+    /// How it ended, once it has.
+    over: Arc<OnceLock<Result<(), String>>>,
 }
 
 impl Resetting {
     pub(super) fn start(tag: u64, controller: &Arc<Controller>) -> std::io::Result<Resetting> {
-        let over = Arc::new(AtomicBool::new(false));
+        let over = Arc::new(OnceLock::new());
         let (done, controller) = (Arc::clone(&over), Arc::clone(controller));
         thread::Builder::new()
             .name("nvme-reset".to_owned())
             .spawn(move || {
-                if let Err(error) = controller.reset() {
+                let result = controller.reset();
+                if let Err(error) = &result {
                     tracing::warn!(%error, "controller reset");
                 }
-                done.store(true, Ordering::Release);
+                let _ = done.set(result.map_err(|e| e.to_string()));
             })?;
         Ok(Resetting { tag, over })
     }
 
     pub(super) fn is_over(&self) -> bool {
-        self.over.load(Ordering::Acquire)
+        self.over.get().is_some()
     }
 
-    pub(super) fn completion(&self) -> Completion {
+    /// Of one that is over. A controller that could not be reset is of no use any more.
+    pub(super) fn completion(&self, info: &DeviceInfo) -> Completion {
+        let failed = self.over.get().and_then(|r| r.as_ref().err());
+        let result = match failed {
+            None => Ok(()),
+            Some(why) => Err(info.error(&Op::Reset, IoErrorKind::Removed, why.as_str())),
+        };
         Completion {
             tag: self.tag,
             op: Op::Reset,
-            result: Ok(()),
+            result,
         }
     }
 }
@@ -152,6 +161,7 @@ fn kind_of(kind: NvmeKind) -> IoErrorKind {
             Status::COMPARE_FAILURE => IoErrorKind::Miscompare { offset_bytes: 0 },
             Status::LBA_OUT_OF_RANGE => IoErrorKind::OutOfRange,
             Status::CAPACITY_EXCEEDED => IoErrorKind::NoSpace,
+            Status::ABORTED_BY_REQUEST => IoErrorKind::Aborted,
             // Media and Data Integrity Errors: Write Fault, Unrecovered Read Error.
             code if code.sct().0 == 2 && matches!(code.sc(), 0x80 | 0x81) => IoErrorKind::Media,
             code => IoErrorKind::Nvme {
@@ -210,6 +220,7 @@ impl NvmeChannel {
             ns,
             done: Vec::new(),
             resets: Vec::new(),
+            asked: Vec::new(),
             _place: place,
         }
     }
@@ -222,6 +233,15 @@ impl IoChannel for NvmeChannel {
         }
         if !self.resets.is_empty() {
             return Err(SubmitError::Busy(op));
+        }
+        if let Op::Abort { tag: target } = op {
+            self.pair.abort(target);
+            self.asked.push(Completion {
+                tag,
+                op,
+                result: Ok(()),
+            });
+            return Ok(());
         }
         match to_io(op, &self.ns) {
             Ok(io) => {
@@ -250,14 +270,18 @@ impl IoChannel for NvmeChannel {
                     .map(|done| to_completion(&self.info, done)),
             );
         }
+        out.append(&mut self.asked);
         if !self.resets.is_empty() && self.pair.in_flight() == 0 {
             let over = self.resets.extract_if(.., |r| r.is_over());
-            out.extend(over.map(|r| r.completion()));
+            out.extend(over.map(|r| r.completion(&self.info)));
         }
         out.len() - before
     }
 
     fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
+        if !self.asked.is_empty() {
+            return Ok(());
+        }
         if !self.resets.is_empty() {
             thread::sleep(timeout.min(Duration::from_millis(1)));
             return Ok(());
@@ -266,6 +290,6 @@ impl IoChannel for NvmeChannel {
     }
 
     fn in_flight(&self) -> usize {
-        self.pair.in_flight() + self.resets.len()
+        self.pair.in_flight() + self.resets.len() + self.asked.len()
     }
 }

@@ -11,8 +11,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
+use pumice_nvme::spec::IdentifyController;
 use pumice_nvme::{Controller, Namespace, NvmeError, QueueOptions};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
@@ -181,6 +182,7 @@ impl Nvme {
             .with(OpKind::Write)
             .with(OpKind::Fua)
             .with(OpKind::Flush)
+            .with(OpKind::Abort)
             .with(OpKind::Reset);
         for (kind, there) in [
             (OpKind::WriteZeroes, supports.write_zeroes),
@@ -253,22 +255,61 @@ impl BlockDevice for Nvme {
         Ok(Box::new(SharedChannel::new(info, ns, shared)))
     }
 
-    fn driver_specific(&self) -> serde_json::Value {
+    fn driver_specific(&self) -> Value {
         let c = &self.queues.controller;
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
-        let identify = c.identify().ok();
-        let of = |get: fn(&pumice_nvme::spec::IdentifyController) -> &[u8]| {
-            identify.as_ref().map_or_else(String::new, |i| text(get(i)))
-        };
-        json!({ "nvme": [{
-            "trid": { "uri": self.uri },
-            "ctrlr_data": {
-                "model_number": of(|i| &i.mn),
-                "serial_number": of(|i| &i.sn),
-                "firmware_revision": of(|i| &i.fr),
+        let (trtype, traddr) = address(&self.uri);
+        let mut path = json!({
+            "trid": { "trtype": trtype, "traddr": traddr },
+            "ns_data": {
+                "id": self.namespace.nsid(),
+                // NMIC bit 0 (NVM Command Set Specification, figure 97).
+                "can_share": self.namespace.identify().nmic & 1 != 0,
             },
-            "ns_data": { "id": self.namespace.nsid() },
             "queue_pairs_max": c.queue_limit(),
-        }] })
+        });
+        if let (Ok(identify), Value::Object(map)) = (c.identify(), &mut path) {
+            if trtype == "PCIe" {
+                map.insert("pci_address".to_owned(), json!(traddr));
+            }
+            map.insert("ctrlr_data".to_owned(), controller_data(&identify));
+            let version = identify.ver.get();
+            let version = format!("{}.{}", version >> 16, version >> 8 & 0xff);
+            map.insert("vs".to_owned(), json!({ "nvme_version": version }));
+        }
+        json!({ "nvme": [path], "mp_policy": "active_passive" })
     }
+}
+
+/// Transport and address of a URI, as SPDK calls them.
+fn address(uri: &str) -> (&'static str, &str) {
+    let (scheme, rest) = uri.split_once("://").unwrap_or(("soft", uri));
+    match scheme {
+        "nvme" => ("PCIe", rest.split(['/', '?']).next().unwrap_or(rest)),
+        "vfio-user" => ("VFIOUSER", rest.split('?').next().unwrap_or(rest)),
+        _ => ("SOFT", rest),
+    }
+}
+
+fn controller_data(identify: &IdentifyController) -> Value {
+    let text = |bytes: &[u8]| {
+        let text = String::from_utf8_lossy(bytes);
+        text.trim_matches(['\0', ' ']).to_owned()
+    };
+    let oacs = |bit: u16| identify.oacs.get() >> bit & 1;
+    json!({
+        "cntlid": identify.cntlid.get(),
+        "vendor_id": format!("{:#06x}", identify.vid.get()),
+        "model_number": text(&identify.mn),
+        "serial_number": text(&identify.sn),
+        "firmware_revision": text(&identify.fr),
+        "subnqn": text(&identify.subnqn),
+        "oacs": {
+            "security": oacs(0),
+            "format": oacs(1),
+            "firmware": oacs(2),
+            "ns_manage": oacs(3),
+        },
+        "multi_ctrlr": identify.cmic & 2 != 0,
+        "ana_reporting": identify.cmic & 8 != 0,
+    })
 }

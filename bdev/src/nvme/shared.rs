@@ -70,6 +70,8 @@ pub(super) struct SharedChannel {
     id: u64,
     in_flight: usize,
     resets: Vec<Resetting>,
+    /// Aborts: the controller has been asked.
+    asked: Vec<Completion>,
 }
 
 impl SharedChannel {
@@ -90,6 +92,7 @@ impl SharedChannel {
             id,
             in_flight: 0,
             resets: Vec::new(),
+            asked: Vec::new(),
         }
     }
 }
@@ -103,6 +106,20 @@ impl IoChannel for SharedChannel {
             return Err(SubmitError::Busy(op));
         }
         let mut inner = self.shared.inner.lock();
+        if let Op::Abort { tag: target } = op {
+            let mine = (self.id, target);
+            let slot = inner.owners.iter().find(|(_, o)| **o == mine);
+            if let Some(slot) = slot.map(|(slot, _)| slot) {
+                inner.pair.abort(slot);
+            }
+            self.in_flight += 1;
+            self.asked.push(Completion {
+                tag,
+                op,
+                result: Ok(()),
+            });
+            return Ok(());
+        }
         match to_io(op, &self.ns) {
             Ok(io) => {
                 let slot = inner.owners.insert((self.id, tag));
@@ -131,10 +148,11 @@ impl IoChannel for SharedChannel {
             out.extend(mail.drain(..).map(|done| to_completion(&self.info, done)));
         }
         drop(inner);
+        out.append(&mut self.asked);
         self.in_flight -= out.len() - before;
         if self.in_flight == self.resets.len() {
             for reset in self.resets.extract_if(.., |r| r.is_over()) {
-                out.push(reset.completion());
+                out.push(reset.completion(&self.info));
                 self.in_flight -= 1;
             }
         }
@@ -145,7 +163,7 @@ impl IoChannel for SharedChannel {
         // Nobody may sleep with the lock held: short naps, longer as nothing comes.
         let start = Instant::now();
         let mut nap = Duration::from_micros(5);
-        while self.in_flight > 0 && start.elapsed() < timeout {
+        while self.in_flight > 0 && self.asked.is_empty() && start.elapsed() < timeout {
             let mut inner = self.shared.inner.lock();
             inner.reap();
             let there = inner

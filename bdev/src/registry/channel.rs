@@ -91,23 +91,27 @@ impl BdevChannel {
         i
     }
 
-    /// Gives an operation of the channel's own to the device.
-    fn own(&mut self, op: Op) {
+    /// Gives an operation of the channel's own to the device. `false`: it is too busy.
+    fn own(&mut self, op: Op) -> bool {
         self.own_tag = OWN | self.own_tag.wrapping_add(1);
-        if self.inner.submit(self.own_tag, op).is_ok() {
-            self.own_in_flight += 1;
+        match self.inner.submit(self.own_tag, op) {
+            Ok(()) => self.own_in_flight += 1,
+            Err(SubmitError::Busy(_)) => return false,
+            Err(SubmitError::Refused(op, error)) => {
+                let kind = op.kind();
+                tracing::warn!(%error, %kind, "what should end late operations is refused");
+            }
         }
+        true
     }
 
     /// Things that are not looked at for each completion.
     #[cold]
     fn look_around(&mut self) {
         if self.entry.is_removed() && !self.ending {
-            self.ending = true;
-            if self.inner.in_flight() > 0 && self.entry.dev.info().ops.has(OpKind::Reset) {
-                // What a module holds back ends with this.
-                self.own(Op::Reset);
-            }
+            // What a module holds back ends with a reset. One that is too busy is asked again.
+            let has_reset = self.entry.dev.info().ops.has(OpKind::Reset);
+            self.ending = self.inner.in_flight() == 0 || !has_reset || self.own(Op::Reset);
         }
         let limit = self.entry.timeout_ticks.load(Ordering::Relaxed);
         if limit == 0 {
@@ -120,18 +124,23 @@ impl BdevChannel {
                 s.busy && !s.late && now.saturating_sub(s.start) > limit
             })
             .collect();
+        if late.is_empty() {
+            return;
+        }
+        let action = *self.entry.timeout_action.lock();
+        // One reset is for all of them.
+        if action == TimeoutAction::Reset && !self.own(Op::Reset) {
+            return; // too busy: at the next look
+        }
         for i in late {
+            if action == TimeoutAction::Abort && !self.own(Op::Abort { tag: i as u64 }) {
+                return;
+            }
             self.slots[i].late = true;
             let device = &self.entry.dev.info().name;
             let tag = self.slots[i].tag;
             let us = self.clock.to_ns(now - self.slots[i].start) / 1000;
-            let action = *self.entry.timeout_action.lock();
             tracing::warn!(device, tag, us, ?action, "an operation is late");
-            match action {
-                TimeoutAction::Log => {}
-                TimeoutAction::Abort => self.own(Op::Abort { tag: i as u64 }),
-                TimeoutAction::Reset => self.own(Op::Reset),
-            }
         }
     }
 

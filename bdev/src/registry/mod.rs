@@ -17,6 +17,7 @@ use parking_lot::{Mutex, RwLock};
 use crate::clock::Clock;
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
+use crate::op::OpKind;
 use crate::stats::{BUCKETS, ChannelStats, Stats};
 
 use channel::BdevChannel;
@@ -32,7 +33,7 @@ pub enum Event {
     Removed(String),
 }
 
-type Listener = Box<dyn Fn(&Event) + Send + Sync>;
+type Listener = Arc<dyn Fn(&Event) + Send + Sync>;
 
 /// Devices by name. Cheap to clone: all clones are the same registry.
 #[derive(Clone, Default)]
@@ -79,7 +80,9 @@ struct Entry {
     past: Mutex<(Stats, Vec<u64>)>,
     /// What a reset of the statistics subtracts.
     zero: Mutex<Stats>,
-    histogram_on: AtomicBool,
+    /// Whether there is a latency histogram, and of which operations only.
+    histogram: Mutex<(bool, Option<OpKind>)>,
+    next_channel: AtomicU64,
     /// 0: no limit.
     timeout_ticks: AtomicU64,
     timeout_action: Mutex<TimeoutAction>,
@@ -124,7 +127,7 @@ impl Entry {
         let mut channels = self.channels.lock();
         let mut past = self.past.lock();
         past.0.add(&stats.snapshot());
-        if self.histogram_on.load(Ordering::Relaxed) {
+        if self.histogram.lock().0 {
             past.1.resize(BUCKETS, 0);
             stats.add_histogram_to(&mut past.1);
         }
@@ -141,7 +144,8 @@ impl Registry {
     /// Adds a device, which stands on the devices named `below`.
     ///
     /// # Errors
-    /// [`BdevError::Exists`] when its name or an alias of it is taken.
+    /// [`BdevError::Exists`] when its name or an alias of it is taken,
+    /// [`BdevError::InvalidOption`] when it has none.
     pub fn register(
         &self,
         dev: Arc<dyn BlockDevice>,
@@ -149,6 +153,12 @@ impl Registry {
     ) -> Result<Bdev, BdevError> {
         let info = dev.info();
         let name = info.name.clone();
+        if name.is_empty() {
+            return Err(BdevError::InvalidOption {
+                name: "name".to_owned(),
+                reason: "a device needs one".to_owned(),
+            });
+        }
         let (timeout, action) = *self.inner.timeout.lock();
         let mut entries = self.inner.entries.write();
         for wanted in std::iter::once(&name).chain(&info.aliases) {
@@ -170,7 +180,8 @@ impl Registry {
             channels: Mutex::default(),
             past: Mutex::default(),
             zero: Mutex::default(),
-            histogram_on: AtomicBool::new(false),
+            histogram: Mutex::default(),
+            next_channel: AtomicU64::new(1),
             timeout_ticks: AtomicU64::new(0),
             timeout_action: Mutex::new(action),
             registry: Arc::downgrade(&self.inner),
@@ -298,9 +309,9 @@ impl Registry {
     }
 
     /// Calls `listener` for each device that comes or goes from now on, on the thread where it
-    /// happens.
+    /// happens: of a removal that may be one that does I/O. A listener may use the registry.
     pub fn listen(&self, listener: impl Fn(&Event) + Send + Sync + 'static) {
-        self.inner.listeners.lock().push(Box::new(listener));
+        self.inner.listeners.lock().push(Arc::new(listener));
     }
 
     /// How long an operation may take, on devices there are and on those to come; zero: no limit.
@@ -311,8 +322,15 @@ impl Registry {
         }
     }
 
+    /// How long an operation may take on devices to come, and what follows.
+    pub fn timeout(&self) -> (Duration, TimeoutAction) {
+        *self.inner.timeout.lock()
+    }
+
     fn tell(&self, event: &Event) {
-        for listener in &*self.inner.listeners.lock() {
+        // Not under the lock: a listener may add and remove devices itself.
+        let listeners = self.inner.listeners.lock().clone();
+        for listener in listeners {
             listener(event);
         }
     }
@@ -361,41 +379,65 @@ impl Bdev {
         sum
     }
 
-    /// What was done through each channel that is open.
-    pub fn channel_stats(&self) -> Vec<Stats> {
-        self.entry
-            .channels
-            .lock()
-            .iter()
-            .map(|c| c.snapshot())
-            .collect()
+    /// What was done through each channel that is open, since it was opened, by its number.
+    pub fn channel_stats(&self) -> Vec<(u64, Stats)> {
+        let channels = self.entry.channels.lock();
+        channels.iter().map(|c| (c.id, c.snapshot())).collect()
     }
 
-    /// Starts counting again. (Shortest and longest latencies stay.)
+    /// Starts counting again, for the device as a whole.
     pub fn reset_stats(&self) {
+        self.reset_extremes();
         let total = self.total();
         *self.entry.zero.lock() = total;
     }
 
-    /// Switches the latency histogram on or off. Switched on anew, it is empty for what is opened
-    /// afterwards and goes on for channels that are open.
-    pub fn enable_histogram(&self, on: bool) {
+    /// Forgets the shortest and longest latencies only, of the device and of its channels.
+    pub fn reset_extremes(&self) {
         let channels = self.entry.channels.lock();
-        self.entry.histogram_on.store(on, Ordering::Relaxed);
+        self.entry.past.lock().0.clear_extremes();
         for channel in &*channels {
-            channel.histogram_on.store(on, Ordering::Relaxed);
+            channel.clear_extremes();
         }
-        if !on {
+    }
+
+    /// Switches the latency histogram on or off: of all operations, or of `only` one kind.
+    /// Switched on anew, it is empty.
+    pub fn enable_histogram(&self, on: bool, only: Option<OpKind>) {
+        let channels = self.entry.channels.lock();
+        let before = std::mem::replace(&mut *self.entry.histogram.lock(), (on, only));
+        for channel in &*channels {
+            if before.1 != only {
+                channel.set_histogram(false, only);
+            }
+            channel.set_histogram(on, only);
+        }
+        if !on || before.1 != only {
             self.entry.past.lock().1.clear();
         }
     }
 
+    /// The latency histogram of each channel that is open, by its number, in ticks, by
+    /// [`crate::stats::bucket_end`]. Empty when it is off.
+    pub fn channel_histograms(&self) -> Vec<(u64, Vec<u64>)> {
+        let channels = self.entry.channels.lock();
+        if !self.entry.histogram.lock().0 {
+            return Vec::new();
+        }
+        let of = |channel: &Arc<ChannelStats>| {
+            let mut buckets = vec![0; BUCKETS];
+            channel.add_histogram_to(&mut buckets);
+            (channel.id, buckets)
+        };
+        channels.iter().map(of).collect()
+    }
+
     /// The latency histogram, in ticks, by [`crate::stats::bucket_end`]; `None` when it is off.
     pub fn histogram(&self) -> Option<Vec<u64>> {
-        if !self.entry.histogram_on.load(Ordering::Relaxed) {
+        let channels = self.entry.channels.lock();
+        if !self.entry.histogram.lock().0 {
             return None;
         }
-        let channels = self.entry.channels.lock();
         let mut buckets = self.entry.past.lock().1.clone();
         buckets.resize(BUCKETS, 0);
         for channel in &*channels {
@@ -428,10 +470,11 @@ impl BlockDevice for Bdev {
             });
         }
         let inner = self.entry.dev.open_channel()?;
-        let stats = Arc::new(ChannelStats::default());
+        let id = self.entry.next_channel.fetch_add(1, Ordering::Relaxed);
+        let stats = Arc::new(ChannelStats::new(id));
         let mut channels = self.entry.channels.lock();
-        let histogram_on = self.entry.histogram_on.load(Ordering::Relaxed);
-        stats.histogram_on.store(histogram_on, Ordering::Relaxed);
+        let (on, only) = *self.entry.histogram.lock();
+        stats.set_histogram(on, only);
         channels.push(Arc::clone(&stats));
         drop(channels);
         Ok(Box::new(BdevChannel::new(

@@ -104,8 +104,7 @@ pub(crate) fn bind_private(path: &Path) -> io::Result<UnixListener> {
         .parent()
         .filter(|p| !p.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
-    let dir = parent.join(format!(".rpc{}", std::process::id()));
-    std::fs::DirBuilder::new().mode(0o700).create(&dir)?;
+    let dir = private_dir(parent)?;
     let inside = dir.join("s");
     let bound = UnixListener::bind(&inside).and_then(|listener| {
         std::fs::set_permissions(&inside, std::fs::Permissions::from_mode(0o600))?;
@@ -115,6 +114,33 @@ pub(crate) fn bind_private(path: &Path) -> io::Result<UnixListener> {
     let _ = std::fs::remove_file(&inside);
     let _ = std::fs::remove_dir(&dir);
     bound
+}
+
+/// A directory of our own in `parent`, whatever earlier processes and other threads have left.
+fn private_dir(parent: &Path) -> io::Result<PathBuf> {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    const TRIES: usize = 64;
+    let mut builder = std::fs::DirBuilder::new();
+    builder.mode(0o700);
+    for _ in 0..TRIES {
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        let dir = parent.join(format!(".rpc{}.{n}", std::process::id()));
+        match builder.create(&dir) {
+            Ok(()) => return Ok(dir),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Err(io::ErrorKind::AlreadyExists.into())
+}
+
+/// One client less, however its thread ends.
+struct Counted(Arc<AtomicUsize>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 fn accept(
@@ -144,17 +170,17 @@ fn accept(
         }
         clients.fetch_add(1, Ordering::AcqRel);
         let (app, options) = (Arc::clone(app), options.clone());
-        let (count, stop) = (Arc::clone(&clients), Arc::clone(stop));
+        let (count, stop) = (Counted(Arc::clone(&clients)), Arc::clone(stop));
         let spawned = thread::Builder::new()
             .name("rpc-client".to_owned())
             .spawn(move || {
+                let _count = count;
                 if let Err(error) = serve(&app, stream, &options, &stop) {
                     tracing::debug!(%error, "client let go");
                 }
-                count.fetch_sub(1, Ordering::AcqRel);
             });
-        if spawned.is_err() {
-            clients.fetch_sub(1, Ordering::AcqRel);
+        if let Err(error) = spawned {
+            tracing::warn!(%error, "no thread for a client: it is turned away");
         }
     }
     // Clients look at `stop` a few times a second.
@@ -164,7 +190,12 @@ fn accept(
     }
 }
 
-fn serve(
+/// Serves one client, on a stream that is connected, until it goes, breaks a limit or `stop` is
+/// set. Blocks.
+///
+/// # Errors
+/// What the system says of the stream.
+pub fn serve(
     app: &App,
     mut stream: UnixStream,
     options: &ServerOptions,

@@ -38,9 +38,9 @@ pub struct Args {
     #[arg(short = 'c', long = "config", value_name = "FILE")]
     pub config: Option<PathBuf>,
 
-    /// With a file: configuration, as -c. Without: results as JSON
+    /// With a file: configuration, as -c. Without, or before a URI: results as JSON
     #[arg(long = "json", value_name = "FILE", num_args = 0..=1, require_equals = false)]
-    pub json: Option<Option<PathBuf>>,
+    pub json: Option<Option<String>>,
 
     /// Results: table or json
     #[arg(long = "format", value_name = "FORMAT", default_value = "table",
@@ -58,6 +58,10 @@ pub struct Args {
     /// Latency percentiles
     #[arg(short = 'l')]
     pub latency: bool,
+
+    /// Print the rate so far every so many seconds, on standard error
+    #[arg(short = 'S', value_name = "SECONDS")]
+    pub period_s: Option<u64>,
 
     /// Go on after operations that fail
     #[arg(short = 'f')]
@@ -115,17 +119,35 @@ pub struct Settings {
     pub go_on: bool,
 }
 
+fn is_uri(text: &str) -> bool {
+    text.contains("://")
+}
+
 impl Args {
     /// The configuration file, if there is one.
     pub fn config_file(&self) -> Option<&Path> {
-        self.config
-            .as_deref()
-            .or(self.json.as_ref().and_then(Option::as_deref))
+        let json = self.json.as_ref().and_then(Option::as_deref);
+        let json = json.filter(|text| !is_uri(text)).map(Path::new);
+        self.config.as_deref().or(json)
+    }
+
+    /// Devices by URI. The first of them may have been taken for the value of `--json`.
+    pub fn uris(&self) -> impl Iterator<Item = &str> {
+        let json = self.json.as_ref().and_then(Option::as_deref);
+        let first = json.filter(|text| is_uri(text));
+        first
+            .into_iter()
+            .chain(self.uris.iter().map(String::as_str))
     }
 
     /// Whether results are to be JSON.
     pub fn json_output(&self) -> bool {
-        self.format == "json" || matches!(self.json, Some(None))
+        let without_file = match &self.json {
+            None => false,
+            Some(None) => true,
+            Some(Some(text)) => is_uri(text),
+        };
+        self.format == "json" || without_file
     }
 
     /// Checked.
@@ -199,5 +221,66 @@ impl Args {
             return Err(wrong());
         }
         Ok(cores)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(rest: &[&str]) -> Args {
+        let plain = [
+            "bdevperf", "-q", "1", "-o", "4K", "-w", "randread", "-t", "1",
+        ];
+        Args::try_parse_from(plain.iter().chain(rest)).unwrap()
+    }
+
+    #[test]
+    fn json_before_a_uri_is_the_output() {
+        let a = args(&["--json", "null://1G", "malloc://1M"]);
+        assert!(a.json_output());
+        assert_eq!(a.config_file(), None);
+        assert_eq!(a.uris().collect::<Vec<_>>(), ["null://1G", "malloc://1M"]);
+        let a = args(&["null://1G", "--json"]);
+        assert!(a.json_output() && a.config_file().is_none());
+        assert_eq!(a.uris().collect::<Vec<_>>(), ["null://1G"]);
+    }
+
+    #[test]
+    fn json_with_a_file_is_the_configuration() {
+        let a = args(&["--json", "bdevs.json", "-b", "Malloc0"]);
+        assert!(!a.json_output());
+        assert_eq!(a.config_file(), Some(Path::new("bdevs.json")));
+        assert_eq!(a.uris().count(), 0);
+        let a = args(&["--json", "bdevs.json", "--format", "json"]);
+        assert!(a.json_output() && a.config_file().is_some());
+    }
+
+    #[test]
+    fn workloads_and_cores() {
+        for work in [
+            "read",
+            "write",
+            "randread",
+            "randwrite",
+            "rw",
+            "randrw",
+            "verify",
+            "reset",
+            "unmap",
+            "flush",
+            "write_zeroes",
+            "copy",
+        ] {
+            let line = ["bdevperf", "-q", "8", "-o", "4096", "-w", work, "-t", "1"];
+            let a = Args::try_parse_from(line).unwrap();
+            assert_eq!(a.settings().unwrap().io_bytes, 4096, "{work}");
+        }
+        let a = Args::try_parse_from(["x", "-q", "8", "-o", "4096", "-w", "reads", "-t", "1"]);
+        assert!(a.unwrap().settings().unwrap_err().contains("one of read"));
+        assert_eq!(args(&["-m", "0x5"]).cores(), Ok(vec![0, 2]));
+        assert_eq!(args(&["-m", "[1,3-4]"]).cores(), Ok(vec![1, 3, 4]));
+        assert!(args(&["-m", "[4-3]"]).cores().is_err());
+        assert!(args(&["-m", "0x0"]).cores().is_err());
     }
 }

@@ -58,6 +58,9 @@ pub struct Job {
     first_io: Option<Duration>,
     /// What a full queue gave back.
     refused: Vec<(u64, Op)>,
+    /// Tags whose operations failed: they go on at the next turn, so that a device that refuses
+    /// everything ends with the time and not with the stack.
+    idle: Vec<u64>,
 }
 
 impl Job {
@@ -95,6 +98,12 @@ impl Job {
         if settings.work == Work::Verify && !info.keeps_data {
             return Err(format!("-w verify: `{name}` does not keep what is written"));
         }
+        if settings.work == Work::Copy && places < 2 {
+            return Err(format!(
+                "-w copy -o {}: `{name}` has no room for a second one",
+                settings.io_bytes
+            ));
+        }
         let mut depth = settings.depth;
         if matches!(settings.work, Work::Verify | Work::Copy) {
             // Operations in flight must not overlap.
@@ -123,6 +132,7 @@ impl Job {
             stopping: false,
             first_io: None,
             refused: Vec::new(),
+            idle: Vec::new(),
         };
         job.take_memory()?;
         Ok(job)
@@ -281,7 +291,13 @@ impl Job {
                 self.submit(tag, op);
             }
         }
-        self.channel.in_flight() > 0 || !self.refused.is_empty()
+        if !self.idle.is_empty() {
+            for tag in std::mem::take(&mut self.idle) {
+                self.next(tag);
+            }
+        }
+        let waiting = !self.idle.is_empty() && !self.stopping;
+        self.channel.in_flight() > 0 || !self.refused.is_empty() || waiting
     }
 
     #[cold]
@@ -318,9 +334,10 @@ impl Job {
             Op::Write { data, .. } => self.data.push(data),
             _ => {}
         }
-        // A device that refuses everything must not recurse for ever.
-        if ok || self.channel.in_flight() > 0 {
+        if ok {
             self.next(tag);
+        } else {
+            self.idle.push(tag);
         }
     }
 }

@@ -40,7 +40,7 @@ fn run(args: &Args, start: Instant) -> Result<bool, String> {
         config::load_file(&app, file).map_err(|e| e.to_string())?;
     }
     let mut names = args.bdev.clone();
-    for uri in &args.uris {
+    for uri in args.uris() {
         let dev = app.registry.open(uri).map_err(|e| e.to_string())?;
         names.push(dev.info().name.clone());
     }
@@ -63,7 +63,7 @@ fn run(args: &Args, start: Instant) -> Result<bool, String> {
         }
     };
     if args.latency {
-        bdevs.iter().for_each(|b| b.enable_histogram(true));
+        bdevs.iter().for_each(|b| b.enable_histogram(true, None));
     }
     let cores = args.cores()?;
     let plan = plan(&bdevs, &cores, args.every_core);
@@ -144,11 +144,15 @@ fn run_jobs(
     plan: &[Placed],
     start: Instant,
 ) -> Result<Vec<Outcome>, String> {
-    let stop = AtomicBool::new(false);
+    let (stop, over) = (AtomicBool::new(false), AtomicBool::new(false));
     let mut cores: Vec<usize> = plan.iter().map(|p| p.core).collect();
     cores.sort_unstable();
     cores.dedup();
     let results: Vec<Result<Vec<Outcome>, String>> = std::thread::scope(|scope| {
+        if let Some(period_s) = args.period_s.filter(|s| *s > 0) {
+            let (over, period) = (&over, Duration::from_secs(period_s));
+            scope.spawn(move || report::live(plan, settings, period, over));
+        }
         let handles: Vec<_> = cores
             .into_iter()
             .map(|core| {
@@ -176,7 +180,9 @@ fn run_jobs(
             }
             result
         });
-        joined.collect()
+        let results = joined.collect();
+        over.store(true, Ordering::Relaxed);
+        results
     });
     let mut outcomes = Vec::new();
     for result in results {

@@ -1,9 +1,12 @@
 //! What came of it, as a table or as JSON.
 
-use pumice_bdev::BlockDevice;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
 use pumice_bdev::clock::Clock;
 use pumice_bdev::registry::Bdev;
 use pumice_bdev::stats::bucket_end;
+use pumice_bdev::{BlockDevice, OpKind};
 use serde_json::{Value, json};
 
 use super::Placed;
@@ -19,6 +22,39 @@ pub fn heading(settings: &Settings, plan: &[Placed]) {
         settings.time.as_secs(),
         plan.len()
     );
+}
+
+/// Prints the rate of each `period`, until `over`.
+pub fn live(plan: &[Placed], settings: &Settings, period: Duration, over: &AtomicBool) {
+    const LOOK_EVERY: Duration = Duration::from_millis(50);
+    let mut bdevs: Vec<&Bdev> = Vec::new();
+    for placed in plan {
+        let name = &placed.bdev.info().name;
+        if bdevs.iter().all(|b| b.info().name != *name) {
+            bdevs.push(&placed.bdev);
+        }
+    }
+    let ops = || -> u64 {
+        let of = |b: &&Bdev| OpKind::ALL.map(|k| b.stats().of(k).ops).iter().sum::<u64>();
+        bdevs.iter().map(of).sum()
+    };
+    let (mut last, mut at, mut due) = (ops(), Instant::now(), period);
+    let start = at;
+    while !over.load(Ordering::Relaxed) {
+        std::thread::sleep(LOOK_EVERY);
+        if start.elapsed() < due {
+            continue;
+        }
+        due += period;
+        let (now, seconds) = (ops(), at.elapsed().as_secs_f64());
+        let iops = (now - last) as f64 / seconds;
+        eprintln!(
+            "{:>8.1} s {iops:>14.2} IOPS {:>11.2} MiB/s",
+            start.elapsed().as_secs_f64(),
+            iops * settings.io_bytes as f64 / (1 << 20) as f64
+        );
+        (last, at) = (now, Instant::now());
+    }
 }
 
 struct Figures {
