@@ -8,7 +8,7 @@
 use std::process::ExitCode;
 
 use pumice_bdev::config::{self, App};
-use pumice_bdev::{AsyncChannel, DmaBuf};
+use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf};
 
 fn main() -> ExitCode {
     match run() {
@@ -34,13 +34,21 @@ fn run() -> Result<String, Box<dyn std::error::Error>> {
                 config::load_file(&app, file.as_ref())?;
             }
             "-b" => name = Some(args.next().ok_or("-b needs a name")?),
+            flag if flag.starts_with('-') => {
+                return Err(format!("{flag}: there are --json FILE, -b NAME, and a URI").into());
+            }
             uri => name = Some(uri.to_owned()),
         }
     }
-    // Without a name: the first device there is.
+    // Without a name: the first device that nothing stands on.
     let name = match name {
         Some(name) => name,
-        None => app.registry.names().into_iter().next().unwrap_or_default(),
+        None => {
+            let bdevs = app.registry.list();
+            let free = bdevs.iter().find(|b| b.claimed_by().is_none());
+            let free = free.ok_or("no bdevs configured: pass --json or a URI")?;
+            free.info().name.clone()
+        }
     };
     let dev = app.registry.open(&name)?;
     let info = dev.info();

@@ -12,6 +12,10 @@ const METHODS: &[&str] = &[
     "bdev_get_iostat", "bdev_reset_iostat", "bdev_enable_histogram", "bdev_get_histogram",
     "bdev_nvme_set_options", "bdev_set_options", "bdev_wait_for_examine", "framework_get_config",
     "rpc_get_methods", "save_config", "log_get_flags", "bdev_set_qos_limit", "nonsense",
+    "bdev_error_resume_pending", "bdev_nvme_get_controllers", "bdev_nvme_detach_controller",
+    "bdev_nvme_attach_controller", "bdev_nvme_set_hotplug", "bdev_examine", "bdev_uring_delete",
+    "bdev_raid_set_options", "framework_get_subsystems", "framework_start_init",
+    "spdk_get_version", "log_get_level",
 ];
 
 const KEYS: &[&str] = &[
@@ -20,12 +24,14 @@ const KEYS: &[&str] = &[
     "avg_read_latency", "p99_read_latency", "avg_write_latency", "p99_write_latency", "io_type",
     "error_type", "num", "corrupt_offset", "corrupt_value", "lba", "category", "enable",
     "per_channel", "md_size", "timeout_us", "action_on_timeout", "latency_type", "latency_us",
-    "delay_bdev_name", "optimal_io_boundary", "queue_depth", "flag",
+    "delay_bdev_name", "optimal_io_boundary", "queue_depth", "flag", "names", "reset_mode",
+    "mode", "opc", "granularity", "min_nsec", "trtype", "current", "rw_ios_per_sec",
 ];
 
 const WORDS: &[&str] = &[
     "M0", "M1", "N0", "P", "D", "R", "EE_M0", "M0p0", "raid0", "0", "all", "clear", "read",
     "write", "failure", "pending", "corrupt_data", "online", "abort", "none", "avg_read", "bdev",
+    "maxmin", "unmap", "M0 M1", "TCP", "nomem",
     "", "é\u{0}\"", "0e6b3a1c-0a0b-4c0d-8e0f-101112131415",
 ];
 
