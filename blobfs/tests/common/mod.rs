@@ -1,6 +1,7 @@
 //! What the integration tests share.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+use std::io::Read as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -18,7 +19,10 @@ pub fn image_path(name: &str) -> PathBuf {
 /// The bytes of an image.
 pub fn image(name: &str) -> Vec<u8> {
     let packed = std::fs::read(image_path(&format!("{name}.zst"))).unwrap();
-    zstd::decode_all(&packed[..]).unwrap()
+    let mut decoder = ruzstd::decoding::StreamingDecoder::new(&packed[..]).unwrap();
+    let mut bytes = Vec::new();
+    decoder.read_to_end(&mut bytes).unwrap();
+    bytes
 }
 
 /// An empty device in memory.

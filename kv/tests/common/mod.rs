@@ -1,6 +1,7 @@
 //! What the integration tests share.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+use std::io::Read as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -12,7 +13,10 @@ pub fn image(name: &str) -> Vec<u8> {
         .join("../blobfs/tests/images")
         .join(format!("{name}.zst"));
     let packed = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    zstd::decode_all(&packed[..]).unwrap()
+    let mut decoder = ruzstd::decoding::StreamingDecoder::new(&packed[..]).unwrap();
+    let mut bytes = Vec::new();
+    decoder.read_to_end(&mut bytes).unwrap();
+    bytes
 }
 
 /// A device in memory with these bytes.
