@@ -5,12 +5,21 @@ mod common;
 use std::sync::Arc;
 
 use common::*;
+use pumice_bdev::crashsim::CrashDevice;
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{BlockDevice, OpKind};
 use pumice_blobfs::fs::{Access, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions};
 
 fn setup() -> (Arc<ErrorDevice>, FileSystem) {
-    let base = memory(64 << 20, 4096);
+    setup_on(memory(64 << 20, 4096))
+}
+
+/// With a volatile write cache.
+fn setup_cached() -> (Arc<ErrorDevice>, FileSystem) {
+    setup_on(Arc::new(CrashDevice::new(4096, 16 << 10, true, 5)))
+}
+
+fn setup_on(base: Arc<dyn BlockDevice>) -> (Arc<ErrorDevice>, FileSystem) {
     FileSystem::format(Arc::clone(&base), &FormatOptions::default()).unwrap();
     let dev = Arc::new(ErrorDevice::new(None, base));
     let as_device: Arc<dyn BlockDevice> = Arc::clone(&dev) as Arc<dyn BlockDevice>;
@@ -54,6 +63,132 @@ fn failed_write_behind_is_reported_and_sent_again() {
     assert!(out == data);
     drop(f);
     fs.unmount().unwrap();
+}
+
+/// Unmounts, and mounts what is on the device.
+fn again(dev: &Arc<ErrorDevice>, fs: FileSystem) -> FileSystem {
+    fs.unmount().unwrap();
+    drop(fs);
+    let dev: Arc<dyn BlockDevice> = Arc::clone(dev) as Arc<dyn BlockDevice>;
+    FileSystem::mount(dev, &MountOptions::default()).unwrap()
+}
+
+fn content_of(fs: &FileSystem, path: &str) -> Vec<u8> {
+    let f = fs.open(path, OpenOptions::READ).unwrap();
+    let mut out = vec![0; usize::try_from(f.len()).unwrap()];
+    assert_eq!(f.read_at(0, &mut out).unwrap(), out.len());
+    out
+}
+
+#[test]
+fn an_old_version_of_a_block_never_replaces_a_newer_one() {
+    for failures in 1..6 {
+        let (dev, fs) = setup();
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.allocate(0, 1 << 20).unwrap();
+        dev.inject(injection(OpKind::Write, Failure::Fail, failures));
+        for n in 1..=3 {
+            f.append(&[n; 100]).unwrap();
+            let _ = f.sync();
+        }
+        // What is acknowledged in the end is all of it.
+        while f.sync().is_err() {}
+        drop(f);
+        let fs = again(&dev, fs);
+        let want: Vec<u8> = (1..=3).flat_map(|n| [n; 100]).collect();
+        assert!(
+            content_of(&fs, "/f") == want,
+            "{failures} failures: acknowledged bytes are lost"
+        );
+    }
+}
+
+#[test]
+fn a_full_buffer_that_cannot_be_sent_is_not_forgotten() {
+    let (dev, fs) = setup();
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    f.allocate(0, 4 << 20).unwrap();
+    f.append(&[1; 100]).unwrap();
+    dev.inject(injection(OpKind::Write, Failure::Fail, u64::MAX));
+    f.sync().unwrap_err();
+    let rest = vec![2; (1 << 20) - 100];
+    f.append(&rest).unwrap();
+    // The next byte needs a new buffer, and the old one cannot go: its first block has failed.
+    for _ in 0..3 {
+        f.append(&[3]).unwrap_err();
+        assert_eq!(f.len(), 1 << 20);
+    }
+    dev.clear();
+    f.append(&[3]).unwrap();
+    f.sync().unwrap();
+    drop(f);
+    let fs = again(&dev, fs);
+    let want = [&[1; 100][..], &rest[..], &[3]].concat();
+    assert!(content_of(&fs, "/f") == want);
+}
+
+#[test]
+fn a_device_that_takes_nothing_does_not_fill_the_memory() {
+    let base = memory(256 << 20, 4096);
+    FileSystem::format(Arc::clone(&base), &FormatOptions::default()).unwrap();
+    let dev = Arc::new(ErrorDevice::new(None, base));
+    let mut opts = MountOptions::default();
+    opts.write_behind_bytes = 8 << 20;
+    let as_device: Arc<dyn BlockDevice> = Arc::clone(&dev) as Arc<dyn BlockDevice>;
+    let fs = FileSystem::mount(as_device, &opts).unwrap();
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    f.allocate(0, 64 << 20).unwrap();
+    dev.inject(injection(OpKind::Write, Failure::Fail, u64::MAX));
+    let piece = |n: usize| vec![u8::try_from(n).unwrap(); 1 << 20];
+    let taken = (0..64).take_while(|n| f.append(&piece(*n)).is_ok()).count();
+    assert!((8..16).contains(&taken), "{taken} MiB");
+    dev.clear();
+    f.append(&piece(taken)).unwrap();
+    f.sync().unwrap();
+    drop(f);
+    let fs = again(&dev, fs);
+    let got = content_of(&fs, "/f");
+    assert_eq!(got.len(), (taken + 1) << 20);
+    assert!(got.chunks(1 << 20).zip(0..).all(|(c, n)| c == piece(n)));
+}
+
+#[test]
+fn after_a_failed_flush_bytes_are_sent_again_or_reported_lost() {
+    let (dev, fs) = setup_cached();
+    let (small, large) = (
+        fs.open("/small", OpenOptions::CREATE).unwrap(),
+        fs.open("/large", OpenOptions::CREATE).unwrap(),
+    );
+    small.allocate(0, 8 << 20).unwrap();
+    large.allocate(0, 8 << 20).unwrap();
+    // In the device's cache, since nothing is synced yet.
+    small.append(&[1; 8192]).unwrap();
+    small.range_sync(0, 8192).unwrap();
+    large.append(&[2; 3 << 20]).unwrap();
+    large.range_sync(0, 3 << 20).unwrap();
+    small.append(&[1]).unwrap();
+    dev.inject(injection(OpKind::Flush, Failure::Fail, 1));
+    let lost = small.sync().unwrap_err();
+    assert!(lost.is_data_loss(), "{lost}");
+    // The device may have dropped what it had cached. A later flush succeeds and proves nothing.
+    let before = fs.io_stats();
+    small.sync().unwrap();
+    let sent = fs.io_stats().since(&before);
+    assert!(
+        sent.written_bytes >= 8192 + 4096,
+        "only {} bytes were written again",
+        sent.written_bytes
+    );
+    small.sync().unwrap();
+    for _ in 0..2 {
+        let lost = large.sync().unwrap_err();
+        assert!(lost.is_data_loss(), "{lost}");
+    }
+    // Others are not concerned.
+    let other = fs.open("/other", OpenOptions::CREATE).unwrap();
+    other.append(&[3; 2 << 20]).unwrap();
+    other.range_sync(0, 1 << 20).unwrap();
+    other.sync().unwrap();
 }
 
 #[test]

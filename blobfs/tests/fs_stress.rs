@@ -138,6 +138,45 @@ fn files_come_and_go_in_all_threads() {
     assert_eq!((statfs.free, statfs.md_pages_used), (statfs.total, 0));
 }
 
+/// Syncing all files meets files that go and whose blob another file gets.
+#[test]
+fn all_files_are_synced_while_some_go() {
+    let (dev, fs) = setup(8 << 20);
+    let running = std::sync::atomic::AtomicUsize::new(3);
+    std::thread::scope(|s| {
+        for t in 0..3u64 {
+            let (fs, running) = (fs.clone(), &running);
+            s.spawn(move || {
+                let kept = fs.open(&format!("/kept{t}"), OpenOptions::CREATE).unwrap();
+                for i in 0..50u64 {
+                    let path = format!("/passing{t}");
+                    let f = fs.open(&path, OpenOptions::FRESH).unwrap();
+                    f.append(&bytes(i, 0, 300_000)).unwrap();
+                    drop(f);
+                    kept.append(&bytes(t, kept.len(), 1000)).unwrap();
+                    fs.unlink(&path).unwrap();
+                }
+                kept.sync().unwrap();
+                running.fetch_sub(1, std::sync::atomic::Ordering::Release);
+            });
+        }
+        while running.load(std::sync::atomic::Ordering::Acquire) > 0 {
+            fs.sync().unwrap();
+        }
+    });
+    // Nothing but what was synced: no unmount.
+    std::mem::forget(fs);
+    let fs = FileSystem::mount(dev, &MountOptions::default()).unwrap();
+    assert_eq!(fs.problems(), [""; 0]);
+    for t in 0..3u64 {
+        let f = fs.open(&format!("/kept{t}"), OpenOptions::READ).unwrap();
+        let mut out = vec![0; 50_000];
+        assert_eq!((f.len(), f.read_at(0, &mut out).unwrap()), (50_000, 50_000));
+        assert!(out == bytes(t, 0, out.len()));
+    }
+    assert_eq!(fs.list("/").unwrap().len(), 3);
+}
+
 #[test]
 fn concurrent_syncs_of_many_files() {
     let (dev, fs) = setup(8 << 20);

@@ -25,6 +25,14 @@ pub(crate) struct WriteCounters {
     pub seq: AtomicU64,
 }
 
+/// Writes with sequences above `after` and up to `upto` were in the device's cache when a flush
+/// failed: a later flush that succeeds says nothing about them.
+pub(crate) struct Doubtful {
+    after: u64,
+    upto: u64,
+    error: FsError,
+}
+
 /// A mounted file system.
 pub(crate) struct Core {
     pub store: Blobstore,
@@ -35,6 +43,8 @@ pub(crate) struct Core {
     pub writes: Arc<WriteCounters>,
     /// The largest [`WriteCounters::seq`] that a flush covers.
     pub flushed: AtomicU64,
+    /// Writes that a failed flush was to cover.
+    pub doubtful: Mutex<Option<Doubtful>>,
     /// One flush at a time; who waits for it is mostly served by the one before.
     pub flush_lock: Mutex<()>,
     pub names: Namespace,
@@ -192,20 +202,31 @@ impl Core {
                 return Ok(());
             }
             let covers = self.writes.seq.load(Ordering::Acquire);
-            self.run_ops(vec![Op::Flush])
-                .map_err(|e| match FsError::io("flush", e) {
-                    FsError::Io {
-                        context, source, ..
-                    } => FsError::Io {
-                        context,
-                        source,
-                        data_loss: true,
-                    },
-                    e => e,
-                })?;
+            if let Err(e) = self.run_ops(vec![Op::Flush]) {
+                let error = FsError::Io {
+                    context: "flush".to_owned(),
+                    source: Arc::from(e),
+                    data_loss: true,
+                };
+                let after = self.flushed.load(Ordering::Acquire);
+                let mut doubtful = self.doubtful.lock();
+                *doubtful = Some(Doubtful {
+                    after: doubtful.as_ref().map_or(after, |d| d.after),
+                    upto: covers,
+                    error: error.clone(),
+                });
+                return Err(error);
+            }
             self.flushed.fetch_max(covers, Ordering::AcqRel);
         }
         Ok(())
+    }
+
+    /// Why writes with sequences between `from` and `upto` may be lost, if a flush of them has failed.
+    pub fn doubt(&self, from: u64, upto: u64) -> Option<FsError> {
+        let doubtful = self.doubtful.lock();
+        let d = doubtful.as_ref()?;
+        (from <= d.upto && upto > d.after).then(|| d.error.clone())
     }
 
     /// Runs operations on the shared channels and waits for them.

@@ -103,11 +103,6 @@ pub(crate) struct FillWriter {
 }
 
 impl FillWriter {
-    /// The buffer.
-    pub fn buf(&self) -> &Arc<FillBuf> {
-        &self.buf
-    }
-
     /// Bytes that still fit.
     #[inline]
     pub fn room(&self) -> usize {

@@ -98,6 +98,7 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
         cache,
         writes: Arc::new(WriteCounters::default()),
         flushed: AtomicU64::new(0),
+        doubtful: Mutex::new(None),
         flush_lock: Mutex::new(()),
         names: Namespace::new(map, seq),
         opts: opts.clone(),

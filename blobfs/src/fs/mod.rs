@@ -27,6 +27,7 @@
 //! Reading takes none of 1 to 5: a hit takes no lock at all, a miss the leaves.
 
 mod ahead;
+mod behind;
 mod cache;
 mod core;
 mod error;

@@ -334,8 +334,9 @@ impl FileSystem {
     /// The first file's that fails; the others are synced all the same.
     pub fn sync(&self) -> Result<()> {
         let mut result = Ok(());
-        for ino in self.core.names.inodes() {
+        for ino in self.core.names.hold_files() {
             result = result.and(self.core.sync(&ino));
+            self.core.close(&ino);
         }
         result
     }

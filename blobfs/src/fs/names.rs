@@ -92,6 +92,24 @@ impl Namespace {
             .collect()
     }
 
+    /// Every file, once, with one more handle counted, so that none is deleted meanwhile; but not
+    /// those about to go.
+    pub fn hold_files(&self) -> Vec<Arc<Inode>> {
+        let map = self.map.read();
+        let mut seen = HashSet::with_capacity(map.len());
+        let mut held = Vec::new();
+        for entry in map.values() {
+            if let Entry::File(ino) = entry
+                && !ino.dying.load(Ordering::SeqCst)
+                && seen.insert(ino.id.0)
+            {
+                ino.opens.fetch_add(1, Ordering::SeqCst);
+                held.push(Arc::clone(ino));
+            }
+        }
+        held
+    }
+
     /// Whether `dir` can have entries.
     ///
     /// # Errors

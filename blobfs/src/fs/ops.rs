@@ -211,14 +211,12 @@ impl Core {
             return;
         };
         match self.store.open(ino.id) {
-            Ok(blob) => {
-                ino.put_blob(blob);
-                ino.dying.store(false, Ordering::SeqCst);
-            }
+            Ok(blob) => ino.put_blob(blob),
             Err(error) => {
-                tracing::error!(file = ino.path(), %error, "a file that could not be deleted cannot be opened again");
+                tracing::error!(file = ino.path(), %error, "a file that could not be deleted can only be read until the next mount");
             }
         }
+        ino.dying.store(false, Ordering::SeqCst);
     }
 
     /// The commit is durable: memory follows.
@@ -573,9 +571,12 @@ impl Core {
         self.check_mounted(|| self.dev.info().name.clone())?;
         let inodes = self.names.inodes();
         if !self.opts.read_only {
+            // The others are durable all the same if one fails.
+            let mut result = Ok(());
             for ino in &inodes {
-                self.sync(ino)?;
+                result = result.and(self.sync(ino));
             }
+            result?;
         }
         // From here on nothing new begins; what was appended meanwhile is written, too.
         self.mounted.store(false, Ordering::Release);

@@ -127,20 +127,23 @@ impl Core {
                 return Ok(0);
             }
             let n = usize::try_from(len - off).map_or(out.len(), |rest| rest.min(out.len()));
-            self.read_missing(ino, off, &mut out[..n], len, keep)?;
+            let read = self.read_missing(ino, off, &mut out[..n], len, epoch, keep);
+            // What a truncation has taken away is no error of the device.
             if ino.epoch.load(Ordering::Acquire) == epoch {
-                return Ok(n);
+                return read.map(|()| n);
             }
         }
     }
 
-    /// Fills `out`, all of it inside the file.
+    /// Fills `out`, all of it inside the file's `len`; what is in it counts for nothing if the file
+    /// has been truncated since `epoch`.
     fn read_missing(
         &self,
         ino: &Inode,
         off: u64,
         out: &mut [u8],
         len: u64,
+        epoch: u64,
         keep: bool,
     ) -> Result<()> {
         let mut done = 0;
@@ -160,7 +163,13 @@ impl Core {
                 continue;
             }
             let plan = self.plan(ino, at, out.len() - done, len, keep)?;
-            let Some(plan) = plan else { continue };
+            let Some(plan) = plan else {
+                // It has come into memory meanwhile; or the page is there, but was cut short.
+                if ino.epoch.load(Ordering::Acquire) != epoch {
+                    return Ok(());
+                }
+                continue;
+            };
             pieces = self.run_plan(ino, plan)?;
             if pieces.is_empty() {
                 return Err(FsError::Corrupt {
@@ -294,8 +303,9 @@ impl Core {
         if out.is_empty() {
             return Ok(());
         }
+        let epoch = ino.epoch.load(Ordering::Acquire);
         let len = off + out.len() as u64;
-        self.read_missing(ino, off, out, len.max(ino.len()), false)
+        self.read_missing(ino, off, out, len.max(ino.len()), epoch, false)
     }
 
     /// Does several reads together: everything that is not in memory is in flight at once.
@@ -321,9 +331,8 @@ impl Core {
                     ops.append(&mut plan.ops);
                     plans.push((i, plan));
                 }
-                // It has come into memory meanwhile.
-                Ok(None) => r.result = self.read_at(ino, r.off, r.buf, keep),
-                Err(e) => r.result = Err(e),
+                // It has come into memory meanwhile, or was cut off.
+                Ok(None) | Err(_) => r.result = self.read_at(ino, r.off, r.buf, keep),
             }
         }
         if plans.is_empty() {
@@ -415,4 +424,34 @@ impl Core {
 enum ReadFailure {
     Io(Box<IoError>),
     Store(crate::blobstore::Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::options::{FormatOptions, MountOptions, OpenOptions};
+    use super::super::{FileSystem, load};
+    use super::*;
+
+    /// A reader whose idea of the length is older than a truncation stops, and looks again.
+    #[test]
+    fn a_reader_outlives_a_truncation() {
+        let dev = pumice_bdev::open("malloc://16M?block_size=4096").unwrap();
+        FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
+        let core = load::mount(&dev, &MountOptions::default()).unwrap();
+        let ino = core.open("/f", OpenOptions::CREATE).unwrap();
+        core.append(&ino, &[7; 8192]).unwrap();
+        core.sync(&ino).unwrap();
+        let epoch = ino.epoch.load(Ordering::Acquire);
+        core.truncate(&ino, 5050).unwrap();
+        let mut out = [0; 100];
+        core.read_missing(&ino, 5000, &mut out, 8192, epoch, true)
+            .unwrap();
+        assert_eq!(core.read_at(&ino, 5000, &mut out, true).unwrap(), 50);
+        core.truncate(&ino, 0).unwrap();
+        // Not even its clusters are there any more.
+        let _ = core.read_missing(&ino, 5000, &mut out, 8192, epoch, true);
+        assert_eq!(core.read_at(&ino, 5000, &mut out, true).unwrap(), 0);
+        core.close(&ino);
+        core.unmount().unwrap();
+    }
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use super::core::Core;
 use super::error::Result;
 use super::inode::{Inode, now_ns, xattr};
+use super::tail::Tail;
 
 impl Core {
     /// Data and length of the file are durable on return.
@@ -15,7 +16,9 @@ impl Core {
     /// then the blob's root page with the new length. Nothing is written when nothing changed.
     ///
     /// # Errors
-    /// On a failed write the bytes stay in memory, and the next sync sends them again.
+    /// On a failed write the bytes stay in memory, and the next sync sends them again. After a failed
+    /// flush it does so with what is still in the append buffer; where that is not all, it and each
+    /// later sync of the file fail, since nobody knows what the device has kept.
     pub fn sync(&self, ino: &Arc<Inode>) -> Result<()> {
         self.check_mounted(|| ino.path())?;
         self.sync_inner(ino)
@@ -30,6 +33,7 @@ impl Core {
         let (target, pending) = {
             let mut tail = ino.tail.lock();
             tail.prune(ino);
+            self.resend_doubtful(ino, &mut tail)?;
             self.resend_failed(ino, &tail)?;
             let target = ino.len();
             let others = !tail.pending.is_empty() || self.needs_flush(ino);
@@ -47,14 +51,58 @@ impl Core {
                 return Err(e);
             }
         }
+        let upto = ino.unflushed.load(Ordering::Acquire);
         if self.needs_flush(ino) {
-            self.flush_upto(ino.unflushed.load(Ordering::Acquire))?;
+            self.flush_upto(upto)?;
         }
+        self.flushed_upto(ino, upto)?;
         if target != ino.durable_len.load(Ordering::Acquire)
             && !ino.unlinked.load(Ordering::Acquire)
         {
             self.commit_length(ino, target)?;
         }
+        Ok(())
+    }
+
+    /// A flush covers the file's writes up to `upto`; but if one has failed that was to cover some of
+    /// them, they are in doubt.
+    fn flushed_upto(&self, ino: &Inode, upto: u64) -> Result<()> {
+        if !self.write_cache {
+            return Ok(());
+        }
+        let mut tail = ino.tail.lock();
+        if tail.unflushed_from > upto {
+            return Ok(());
+        }
+        if let Some(e) = self.doubt(tail.unflushed_from, upto) {
+            return Err(e);
+        }
+        tail.unflushed_from = if ino.unflushed.load(Ordering::Acquire) > upto {
+            upto + 1
+        } else {
+            u64::MAX
+        };
+        tail.overwritten = false;
+        Ok(())
+    }
+
+    /// After a failed flush: what the file wrote since its last sync goes to the device again, if
+    /// all of it is in the append buffer.
+    fn resend_doubtful(&self, ino: &Inode, tail: &mut Tail) -> Result<()> {
+        if !self.write_cache || tail.unflushed_from == u64::MAX {
+            return Ok(());
+        }
+        let upto = ino.unflushed.load(Ordering::Acquire);
+        let Some(e) = self.doubt(tail.unflushed_from, upto) else {
+            return Ok(());
+        };
+        let durable = ino.durable_len.load(Ordering::Acquire);
+        if tail.overwritten || !tail.buffer_begins_below(durable) {
+            return Err(e);
+        }
+        self.wait_overlapping(tail, 0, u64::MAX);
+        tail.submitted = tail.submitted.min(durable);
+        tail.unflushed_from = u64::MAX;
         Ok(())
     }
 

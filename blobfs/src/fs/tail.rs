@@ -6,45 +6,23 @@
 //! the write completes, wherever that is noticed.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
-use parking_lot::{Mutex, MutexGuard};
-use pumice_bdev::{DmaBuf, DmaSlice, IoError};
+use parking_lot::MutexGuard;
+use pumice_bdev::DmaBuf;
 
-use super::core::{Core, Unallocated, WriteCounters};
+use super::behind::Pending;
+use super::core::Core;
 use super::error::{FsError, Result};
 use super::fill::{FillBuf, FillWriter};
 use super::frame::{Frame, PAGE, REGION, split};
 use super::inode::Inode;
-use super::pool::{Outcome, Ticket};
-use crate::blobstore::{ClusterInit, Error as StoreError};
+use crate::blobstore::ClusterInit;
 
 /// First size of the tail buffer of a new file; most files stay below it.
 const SMALL: usize = 64 << 10;
 /// Largest step of allocation ahead of an appending writer.
 const GROW_MAX: u64 = 64 << 20;
-
-/// A write on its way.
-pub(crate) struct Pending {
-    pub from: u64,
-    pub upto: u64,
-    fua: bool,
-    bytes: usize,
-    /// What is written, kept until it has been: a failed write is sent again by the next sync.
-    data: Mutex<Option<(Arc<Frame>, Vec<DmaSlice>)>>,
-    error: Mutex<Option<Box<IoError>>>,
-    /// Completed without error.
-    written: AtomicBool,
-    /// Sequence for the flush; 0 with FUA.
-    seq: AtomicU64,
-    ticket: Mutex<Option<Ticket>>,
-}
-
-impl Pending {
-    fn is_over(&self) -> bool {
-        self.ticket.lock().as_ref().is_none_or(Ticket::is_done)
-    }
-}
 
 /// The end of a file: what the append lock protects.
 pub(crate) struct Tail {
@@ -65,6 +43,10 @@ pub(crate) struct Tail {
     pub grown: bool,
     /// Syncs so far that had something to do.
     pub syncs: u32,
+    /// No write with a smaller sequence than this waits for a flush.
+    pub unflushed_from: u64,
+    /// Bytes below the durable length were overwritten since they were last flushed.
+    pub overwritten: bool,
 }
 
 impl Tail {
@@ -80,12 +62,19 @@ impl Tail {
             reserved: false,
             grown: false,
             syncs: 0,
+            unflushed_from: u64::MAX,
+            overwritten: false,
         }
     }
 
     /// Whether the region is the one being appended to.
     pub fn is_tail(&self, region: usize) -> bool {
         self.frame.is_some() && self.region == region
+    }
+
+    /// Whether all of the file from `off` on is in the append buffer.
+    pub fn buffer_begins_below(&self, off: u64) -> bool {
+        self.frame.is_some() && self.region as u64 * REGION as u64 <= off
     }
 
     /// The next append takes the slow path.
@@ -95,14 +84,25 @@ impl Tail {
 
     /// Forgets finished writes; `unflushed` takes what a flush has to cover.
     pub fn prune(&mut self, ino: &Inode) {
-        self.pending.retain(|p| {
-            let written = p.written.load(Ordering::Acquire) && p.is_over();
-            if written {
-                ino.unflushed
-                    .fetch_max(p.seq.load(Ordering::Relaxed), Ordering::AcqRel);
+        let mut written = Vec::new();
+        self.pending.retain(|p| match p.written_seq() {
+            Some(seq) => {
+                written.push(seq);
+                false
             }
-            !written
+            None => true,
         });
+        for seq in written {
+            self.needs_flush(ino, seq);
+        }
+    }
+
+    /// Takes note of a completed write that a flush has to cover; 0: none has to.
+    pub fn needs_flush(&mut self, ino: &Inode, seq: u64) {
+        if seq > 0 {
+            ino.unflushed.fetch_max(seq, Ordering::AcqRel);
+            self.unflushed_from = self.unflushed_from.min(seq);
+        }
     }
 }
 
@@ -183,11 +183,10 @@ impl Core {
     /// Makes `at`, the end of what was pushed, the beginning of free room: starts a buffer, or
     /// hands a full one to the device and starts the next.
     fn next_buffer(&self, ino: &Arc<Inode>, tail: &mut Tail, at: u64) -> Result<()> {
-        let full = tail
-            .writer
-            .as_ref()
-            .is_some_and(|w| w.buf().cap() == REGION && w.room() == 0);
+        // Whether or not there is a writer: an append that failed here has taken it away.
+        let full = tail.frame.is_some() && split(at).0 != tail.region;
         if full {
+            self.bound_failed(ino, tail)?;
             self.submit_upto(ino, tail, at, false)?;
             if let Some(frame) = tail.frame.take() {
                 frame.release_dirty();
@@ -297,8 +296,9 @@ impl Core {
         let base = tail.region as u64 * REGION as u64;
         let from = (tail.submitted / block * block).max(base);
         let whole_end = upto / block * block;
-        // One write of a block in flight.
-        self.wait_overlapping(tail, from, upto.next_multiple_of(block));
+        // One write of a block in flight, and none waiting to be sent again, which would replace
+        // this one.
+        self.settle_overlapping(ino, tail, from, upto.next_multiple_of(block))?;
         let at = |off: u64| usize::try_from(off - base).unwrap_or(usize::MAX);
         let mut slices = Vec::with_capacity(2);
         if whole_end > from {
@@ -316,121 +316,12 @@ impl Core {
             slices.push(bounce.freeze());
         }
         frame.hold_dirty();
-        let bytes = slices.iter().map(DmaSlice::len).sum();
-        let pending = Arc::new(Pending {
-            from,
-            upto: upto.next_multiple_of(block),
-            fua,
-            bytes,
-            data: Mutex::new(Some((frame, slices))),
-            error: Mutex::new(None),
-            written: AtomicBool::new(false),
-            seq: AtomicU64::new(0),
-            ticket: Mutex::new(None),
-        });
+        let range = from..upto.next_multiple_of(block);
+        let pending = Arc::new(Pending::new(range, fua, frame, slices));
         tail.submitted = upto;
         ino.started.store(upto, Ordering::Relaxed);
         tail.pending.push(Arc::clone(&pending));
         self.send(ino, &pending)
-    }
-
-    /// Sends a write, for the first time or again.
-    fn send(&self, ino: &Arc<Inode>, pending: &Arc<Pending>) -> Result<()> {
-        let slices = match &*pending.data.lock() {
-            Some((_, slices)) => slices.clone(),
-            None => return Ok(()),
-        };
-        *pending.error.lock() = None;
-        let map = ino.extents.load_full();
-        let counters = Arc::clone(&self.writes);
-        match self.write_ops(&map, pending.from, &slices, pending.fua) {
-            Ok(ops) => {
-                counters
-                    .in_flight
-                    .fetch_add(pending.bytes, Ordering::Relaxed);
-                let p = Arc::clone(pending);
-                let ticket = self.pool.submit(
-                    ops,
-                    Box::new(move |o: Outcome| {
-                        counters.in_flight.fetch_sub(p.bytes, Ordering::Relaxed);
-                        p.complete(&counters, o.result);
-                    }),
-                );
-                *pending.ticket.lock() = Some(ticket);
-            }
-            Err(Unallocated) => {
-                // A thin file of a foreign image: the blobstore allocates, one piece at a time.
-                let blob = ino.blob()?;
-                let mut off = pending.from;
-                for slice in slices {
-                    let n = slice.len() as u64;
-                    match blob.write_at(off, slice, pending.fua) {
-                        Ok(()) => off += n,
-                        Err(StoreError::Io(e)) => {
-                            pending.complete(&counters, Err(e));
-                            return Ok(());
-                        }
-                        Err(e) => return Err(self.store_error(ino.path(), e)),
-                    }
-                }
-                pending.complete(&counters, Ok(()));
-            }
-        }
-        Ok(())
-    }
-
-    /// Waits until no write overlaps `[from, upto)`.
-    pub fn wait_overlapping(&self, tail: &Tail, from: u64, upto: u64) {
-        for p in &tail.pending {
-            if p.from < upto && from < p.upto {
-                self.wait_pending(p);
-            }
-        }
-    }
-
-    /// Waits for one write, whatever it comes to.
-    pub fn wait_pending(&self, pending: &Pending) {
-        let ticket = pending.ticket.lock().clone();
-        if let Some(ticket) = ticket {
-            self.pool.wait(&ticket);
-        }
-    }
-
-    /// Sends failed writes again.
-    pub fn resend_failed(&self, ino: &Arc<Inode>, tail: &Tail) -> Result<()> {
-        for p in &tail.pending {
-            if p.is_over() && !p.written.load(Ordering::Acquire) {
-                self.send(ino, p)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The error of a failed write, if there is one.
-    pub fn write_error(&self, ino: &Inode, tail: &Tail) -> Option<FsError> {
-        tail.pending.iter().find_map(|p| {
-            let e = p.error.lock().clone()?;
-            Some(FsError::io(
-                format!("{}: writing at offset {}", ino.path(), p.from),
-                e,
-            ))
-        })
-    }
-
-    /// Waits while too much is on its way, preferably for this file's own.
-    fn back_pressure(&self, ino: &Inode, tail: &mut Tail) {
-        let limit = self.opts.write_behind_bytes.max(REGION);
-        while self.writes.in_flight.load(Ordering::Relaxed) > limit {
-            match tail.pending.iter().find(|p| !p.is_over()) {
-                Some(p) => self.wait_pending(p),
-                None => {
-                    if !self.pool.wait_any() {
-                        break;
-                    }
-                }
-            }
-        }
-        tail.prune(ino);
     }
 
     /// Sees to it that the first `end` bytes have clusters: exactly those, or some ahead.
@@ -499,7 +390,10 @@ impl Core {
     /// Gives the clusters past the end of the file back.
     pub fn trim(&self, ino: &Inode, mut tail: MutexGuard<'_, Tail>) {
         let needed = ino.len().div_ceil(self.cluster);
-        if !tail.grown
+        // Whoever deletes a file must be the last to have its blob.
+        let going = ino.dying.load(Ordering::SeqCst) || ino.reaped.load(Ordering::SeqCst);
+        if going
+            || !tail.grown
             || tail.allocated / self.cluster <= needed
             || self.check_writable(String::new).is_err()
         {
@@ -591,29 +485,4 @@ pub(crate) fn tail_buffer(at: u64, head: &[u8]) -> Result<Arc<FillBuf>> {
     let mut buf = DmaBuf::new(cap)?;
     buf[..filled].copy_from_slice(head);
     Ok(Arc::new(FillBuf::from_buf(buf, filled)))
-}
-
-impl Pending {
-    fn complete(&self, counters: &WriteCounters, result: std::result::Result<(), Box<IoError>>) {
-        match result {
-            Ok(()) => {
-                if !self.fua {
-                    self.seq.store(
-                        counters.seq.fetch_add(1, Ordering::AcqRel) + 1,
-                        Ordering::Release,
-                    );
-                }
-                let data = self.data.lock().take();
-                self.written.store(true, Ordering::Release);
-                if let Some((frame, slices)) = data {
-                    drop(slices);
-                    frame.release_dirty();
-                }
-            }
-            Err(e) => {
-                tracing::error!(error = %e, "write-behind failed; the data stays in memory for the next sync");
-                *self.error.lock() = Some(e);
-            }
-        }
-    }
 }

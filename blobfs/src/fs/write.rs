@@ -36,6 +36,7 @@ impl Core {
             return Ok(());
         }
         self.reserve(ino, &mut tail, end, false)?;
+        tail.overwritten |= off < ino.durable_len.load(Ordering::Acquire);
         if off > len {
             self.extend_zeroed(ino, &mut tail, off)?;
             return self.append_locked(ino, &mut tail, data);
@@ -53,7 +54,7 @@ impl Core {
                 self.patch_buffer(ino, &mut tail, at, piece)?;
                 tail.stop_fast_path();
             } else {
-                self.overwrite(ino, &tail, at, piece)?;
+                self.overwrite(ino, &mut tail, at, piece)?;
             }
             done += n;
         }
@@ -66,7 +67,7 @@ impl Core {
     }
 
     /// Replaces bytes of one region that is not the tail: device first, then cache.
-    fn overwrite(&self, ino: &Arc<Inode>, tail: &Tail, off: u64, data: &[u8]) -> Result<()> {
+    fn overwrite(&self, ino: &Arc<Inode>, tail: &mut Tail, off: u64, data: &[u8]) -> Result<()> {
         let page = PAGE as u64;
         let end = off + data.len() as u64;
         let from = off / page * page;
@@ -103,7 +104,7 @@ impl Core {
                 .map_err(|e| self.store_error(ino.path(), e))?,
         }
         let seq = self.writes.seq.fetch_add(1, Ordering::AcqRel) + 1;
-        ino.unflushed.fetch_max(seq, Ordering::AcqRel);
+        tail.needs_flush(ino, seq);
         let (region, start) = split(from);
         if let Some(old) = ino.frames.whole(region) {
             let filled = old.bytes.filled();
@@ -150,7 +151,7 @@ impl Core {
         let from = len + head;
         let upto = to / region * region;
         let seq = self.zero_range(ino, from, upto - from)?;
-        ino.unflushed.fetch_max(seq, Ordering::AcqRel);
+        tail.needs_flush(ino, seq);
         ino.len.store(upto, Ordering::Release);
         tail.submitted = upto;
         self.append_zeroes(ino, tail, small(to - upto))

@@ -1,0 +1,247 @@
+//! Write-behind: writes of a file's bytes on their way to the device, and what becomes of those that
+//! fail.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use pumice_bdev::{DmaSlice, IoError};
+
+use super::core::{Core, Unallocated, WriteCounters};
+use super::error::{FsError, Result};
+use super::frame::{Frame, REGION};
+use super::inode::Inode;
+use super::pool::{Outcome, Ticket};
+use super::tail::Tail;
+use crate::blobstore::Error as StoreError;
+
+/// A write on its way.
+pub(crate) struct Pending {
+    pub from: u64,
+    pub upto: u64,
+    pub fua: bool,
+    pub bytes: usize,
+    /// What is written, kept until it has been: a failed write is sent again by the next sync.
+    data: Mutex<Option<(Arc<Frame>, Vec<DmaSlice>)>>,
+    error: Mutex<Option<FsError>>,
+    /// Completed without error.
+    written: AtomicBool,
+    /// Sequence for the flush; 0 with FUA.
+    seq: AtomicU64,
+    ticket: Mutex<Option<Ticket>>,
+}
+
+impl Pending {
+    /// A write of `slices`, bytes `range` of the file, which `frame` holds in memory.
+    pub fn new(range: Range<u64>, fua: bool, frame: Arc<Frame>, slices: Vec<DmaSlice>) -> Pending {
+        Pending {
+            from: range.start,
+            upto: range.end,
+            fua,
+            bytes: slices.iter().map(DmaSlice::len).sum(),
+            data: Mutex::new(Some((frame, slices))),
+            error: Mutex::new(None),
+            written: AtomicBool::new(false),
+            seq: AtomicU64::new(0),
+            ticket: Mutex::new(None),
+        }
+    }
+
+    pub fn is_over(&self) -> bool {
+        self.ticket.lock().as_ref().is_none_or(Ticket::is_done)
+    }
+
+    /// Over and on the device: the sequence that a flush has to cover, 0 if none has to.
+    pub fn written_seq(&self) -> Option<u64> {
+        let written = self.written.load(Ordering::Acquire) && self.is_over();
+        written.then(|| self.seq.load(Ordering::Relaxed))
+    }
+
+    /// Over, and what it carries is not on the device.
+    pub fn has_failed(&self) -> bool {
+        self.is_over() && !self.written.load(Ordering::Acquire)
+    }
+}
+
+impl Core {
+    /// Sends a write, for the first time or again.
+    pub fn send(&self, ino: &Arc<Inode>, pending: &Arc<Pending>) -> Result<()> {
+        let slices = match &*pending.data.lock() {
+            Some((_, slices)) => slices.clone(),
+            None => return Ok(()),
+        };
+        *pending.error.lock() = None;
+        let map = ino.extents.load_full();
+        let counters = Arc::clone(&self.writes);
+        match self.write_ops(&map, pending.from, &slices, pending.fua) {
+            Ok(ops) => {
+                counters
+                    .in_flight
+                    .fetch_add(pending.bytes, Ordering::Relaxed);
+                let p = Arc::clone(pending);
+                let ticket = self.pool.submit(
+                    ops,
+                    Box::new(move |o: Outcome| {
+                        counters.in_flight.fetch_sub(p.bytes, Ordering::Relaxed);
+                        p.complete(&counters, o.result);
+                    }),
+                );
+                *pending.ticket.lock() = Some(ticket);
+            }
+            Err(Unallocated) => {
+                // A thin file of a foreign image: the blobstore allocates, one piece at a time.
+                let blob = ino.blob()?;
+                let mut off = pending.from;
+                for slice in slices {
+                    let n = slice.len() as u64;
+                    match blob.write_at(off, slice, pending.fua) {
+                        Ok(()) => off += n,
+                        Err(StoreError::Io(e)) => {
+                            pending.complete(&counters, Err(e));
+                            return Ok(());
+                        }
+                        Err(e) => {
+                            let e = self.store_error(ino.path(), e);
+                            *pending.error.lock() = Some(e.clone());
+                            return Err(e);
+                        }
+                    }
+                }
+                pending.complete(&counters, Ok(()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until no write overlaps `[from, upto)`.
+    pub fn wait_overlapping(&self, tail: &Tail, from: u64, upto: u64) {
+        for p in &tail.pending {
+            if p.from < upto && from < p.upto {
+                self.wait_pending(p);
+            }
+        }
+    }
+
+    /// As [`Core::wait_overlapping`]; one that has failed is sent again.
+    ///
+    /// # Errors
+    /// It has failed again.
+    pub fn settle_overlapping(
+        &self,
+        ino: &Arc<Inode>,
+        tail: &Tail,
+        from: u64,
+        upto: u64,
+    ) -> Result<()> {
+        self.wait_overlapping(tail, from, upto);
+        for p in &tail.pending {
+            if p.from < upto && from < p.upto && p.has_failed() {
+                self.send(ino, p)?;
+                self.wait_pending(p);
+            }
+        }
+        let failed = |p: &&Arc<Pending>| p.from < upto && from < p.upto && p.has_failed();
+        match tail.pending.iter().find(failed) {
+            Some(p) => Err(failure(ino, p)),
+            None => Ok(()),
+        }
+    }
+
+    /// What could not be written stays in memory: no more of it than may be on its way.
+    ///
+    /// # Errors
+    /// There is more, and the device still does not take it.
+    pub fn bound_failed(&self, ino: &Arc<Inode>, tail: &mut Tail) -> Result<()> {
+        let failed = tail.pending.iter().filter(|p| p.has_failed());
+        let bytes: usize = failed.map(|p| p.bytes).sum();
+        if bytes <= self.opts.write_behind_bytes.max(REGION) {
+            return Ok(());
+        }
+        self.resend_failed(ino, tail)?;
+        self.wait_overlapping(tail, 0, u64::MAX);
+        tail.prune(ino);
+        self.write_error(ino, tail).map_or(Ok(()), Err)
+    }
+
+    /// Waits for one write, whatever it comes to.
+    pub fn wait_pending(&self, pending: &Pending) {
+        let ticket = pending.ticket.lock().clone();
+        if let Some(ticket) = ticket {
+            self.pool.wait(&ticket);
+        }
+    }
+
+    /// Sends failed writes again.
+    pub fn resend_failed(&self, ino: &Arc<Inode>, tail: &Tail) -> Result<()> {
+        for p in &tail.pending {
+            if p.has_failed() {
+                self.send(ino, p)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The error of a failed write, if there is one.
+    pub fn write_error(&self, ino: &Inode, tail: &Tail) -> Option<FsError> {
+        let failed = tail.pending.iter().find(|p| p.has_failed());
+        failed.map(|p| failure(ino, p))
+    }
+
+    /// Waits while too much is on its way, preferably for this file's own.
+    pub fn back_pressure(&self, ino: &Inode, tail: &mut Tail) {
+        let limit = self.opts.write_behind_bytes.max(REGION);
+        while self.writes.in_flight.load(Ordering::Relaxed) > limit {
+            match tail.pending.iter().find(|p| !p.is_over()) {
+                Some(p) => self.wait_pending(p),
+                None => {
+                    if !self.pool.wait_any() {
+                        break;
+                    }
+                }
+            }
+        }
+        tail.prune(ino);
+    }
+}
+
+/// Why a write has failed.
+fn failure(ino: &Inode, pending: &Pending) -> FsError {
+    let context = format!("{}: writing at offset {}", ino.path(), pending.from);
+    match pending.error.lock().clone() {
+        Some(FsError::Io {
+            source, data_loss, ..
+        }) => FsError::Io {
+            context,
+            source,
+            data_loss,
+        },
+        Some(e) => e,
+        None => FsError::invalid(&context, "not written yet; sync again"),
+    }
+}
+
+impl Pending {
+    fn complete(&self, counters: &WriteCounters, result: std::result::Result<(), Box<IoError>>) {
+        match result {
+            Ok(()) => {
+                if !self.fua {
+                    self.seq.store(
+                        counters.seq.fetch_add(1, Ordering::AcqRel) + 1,
+                        Ordering::Release,
+                    );
+                }
+                let data = self.data.lock().take();
+                self.written.store(true, Ordering::Release);
+                if let Some((frame, slices)) = data {
+                    drop(slices);
+                    frame.release_dirty();
+                }
+            }
+            Err(e) => {
+                tracing::error!(error = %e, "write-behind failed; the data stays in memory for the next sync");
+                *self.error.lock() = Some(FsError::io("write-behind", e));
+            }
+        }
+    }
+}
