@@ -4,6 +4,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
+use pumice_nvme::controller::Phase;
 use pumice_nvme::spec::Status;
 use pumice_nvme::{
     BlockRange, Controller, Io, IoDone, IoErrorKind as NvmeKind, Namespace, QueuePair,
@@ -32,7 +33,7 @@ pub(super) struct NvmeChannel {
 pub(super) struct Resetting {
     tag: u64,
     /// How it ended, once it has.
-    over: Arc<OnceLock<Result<(), String>>>,
+    over: Arc<OnceLock<Result<(), (IoErrorKind, String)>>>,
 }
 
 impl Resetting {
@@ -46,7 +47,12 @@ impl Resetting {
                 if let Err(error) = &result {
                     tracing::warn!(%error, "controller reset");
                 }
-                let _ = done.set(result.map_err(|e| e.to_string()));
+                // One that could not be reset is of no use any more; one that takes long may be.
+                let kind = match controller.phase() {
+                    Phase::Live | Phase::Resetting => IoErrorKind::TimedOut,
+                    _ => IoErrorKind::Removed,
+                };
+                let _ = done.set(result.map_err(|e| (kind, e.to_string())));
             })?;
         Ok(Resetting { tag, over })
     }
@@ -55,12 +61,12 @@ impl Resetting {
         self.over.get().is_some()
     }
 
-    /// Of one that is over. A controller that could not be reset is of no use any more.
+    /// Of one that is over.
     pub(super) fn completion(&self, info: &DeviceInfo) -> Completion {
         let failed = self.over.get().and_then(|r| r.as_ref().err());
         let result = match failed {
             None => Ok(()),
-            Some(why) => Err(info.error(&Op::Reset, IoErrorKind::Removed, why.as_str())),
+            Some((kind, why)) => Err(info.error(&Op::Reset, *kind, why.as_str())),
         };
         Completion {
             tag: self.tag,
