@@ -53,7 +53,8 @@ struct Flying {
     /// An abort's: the submitter's tag of what it aborts.
     target: u64,
     busy: bool,
-    late: bool,
+    /// When something was last done about its being late; 0: nothing yet.
+    acted: u64,
 }
 
 impl BdevChannel {
@@ -85,7 +86,7 @@ impl BdevChannel {
             start: 0,
             target: 0,
             busy: false,
-            late: false,
+            acted: 0,
         };
         self.slots.push(idle);
         i
@@ -118,16 +119,18 @@ impl BdevChannel {
             return;
         }
         let now = self.clock.now();
+        let action = *self.entry.timeout_action.lock();
+        let is_late = |s: &Flying| match s.acted {
+            0 => now.saturating_sub(s.start) > limit,
+            // An abort may have come too early or too late for the device: it is asked again.
+            acted => action == TimeoutAction::Abort && now.saturating_sub(acted) > limit,
+        };
         let late: Vec<usize> = (0..self.slots.len())
-            .filter(|i| {
-                let s = &self.slots[*i];
-                s.busy && !s.late && now.saturating_sub(s.start) > limit
-            })
+            .filter(|i| self.slots[*i].busy && is_late(&self.slots[*i]))
             .collect();
         if late.is_empty() {
             return;
         }
-        let action = *self.entry.timeout_action.lock();
         // One reset is for all of them.
         if action == TimeoutAction::Reset && !self.own(Op::Reset) {
             return; // too busy: at the next look
@@ -136,7 +139,7 @@ impl BdevChannel {
             if action == TimeoutAction::Abort && !self.own(Op::Abort { tag: i as u64 }) {
                 return;
             }
-            self.slots[i].late = true;
+            self.slots[i].acted = now.max(1);
             let device = &self.entry.dev.info().name;
             let tag = self.slots[i].tag;
             let us = self.clock.to_ns(now - self.slots[i].start) / 1000;
@@ -215,7 +218,7 @@ impl IoChannel for BdevChannel {
                     start,
                     target,
                     busy: true,
-                    late: false,
+                    acted: 0,
                 };
                 Ok(())
             }

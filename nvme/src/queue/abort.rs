@@ -6,8 +6,9 @@ use crate::spec::{Command, IoOpcode};
 
 impl QueuePair {
     /// Asks the controller to abort the I/O that was submitted with `tag` (Base section 5.1), and
-    /// sends nothing of it again. Never blocks. The I/O still ends by itself, once, with success
-    /// or as aborted. Returns whether it was in flight.
+    /// sends nothing of it again. Never blocks. What the controller has not fetched yet it cannot
+    /// abort. The I/O still ends by itself, once, with success or as aborted. Returns whether it
+    /// was in flight.
     pub fn abort(&mut self, tag: u64) -> bool {
         let mut found = false;
         for index in 0..self.slots.len() {
