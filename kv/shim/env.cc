@@ -55,7 +55,7 @@ extern "C" void* pumice_env_new(const pumice_fs_ops* ops, const void* fs, uint32
   try {
     auto owned = std::make_shared<pumice::BlobFileSystem>(ops, fs, forbid);
     return Wrap(rocksdb::NewCompositeEnv(owned));
-  } catch (const std::exception&) {
+  } catch (...) {
     return nullptr;
   }
 }
@@ -84,7 +84,7 @@ extern "C" void* pumice_env_from_uri(const char* uri, size_t len, char* error, s
     std::memcpy(error, text.data(), n);
     error[n] = '\0';
     return nullptr;
-  } catch (const std::exception&) {
+  } catch (...) {
     error[0] = '\0';
     return nullptr;
   }

@@ -147,7 +147,36 @@ fn files_go_in_and_out() {
     std::fs::write(dir.path().join("huge"), vec![1; 80 << 20]).unwrap();
     ok(&["cp", &uri, &at("in/sub/small"), ":/small"]);
     assert!(fails(&["cp", &uri, &at("huge"), ":/huge"]).contains("no space"));
+    assert!(fails(&["cp", &uri, &at("huge"), ":/small"]).contains("no space"));
     assert_eq!(ok(&["cat", &uri, "/small"]), "small");
+    assert!(fails(&["cp", &uri, &at("in/big"), ":/no/dir"]).contains("no such file"));
+    ok(&["mkdir", &uri, "/d"]);
+    ok(&["cp", &uri, &at("in/big"), ":/d"]);
+    assert!(fails(&["cp", &uri, &at("in/sub/small"), ":/small/x"]).contains("not a directory"));
+    let names = ok(&["ls", &uri, "-R"]);
+    assert_eq!(names.lines().count(), 3, "nothing half copied: {names}");
+}
+
+#[test]
+fn standard_input_and_output() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = image(dir.path());
+    let bytes: Vec<u8> = (0..3_000_000u32).flat_map(u32::to_le_bytes).collect();
+    let source = dir.path().join("source");
+    std::fs::write(&source, &bytes).unwrap();
+    let put = Command::new(env!("CARGO_BIN_EXE_pumice"))
+        .args(["cp", &uri, "-", ":/piped"])
+        .stdin(std::fs::File::open(&source).unwrap())
+        .output()
+        .unwrap();
+    assert!(put.status.success(), "{put:?}");
+    let got = pumice(&["cp", &uri, ":/piped", "-"]);
+    assert!(got.status.success() && got.stdout == bytes);
+    ok(&["mkdir", &uri, "/d"]);
+    assert!(fails(&["cp", &uri, "-", ":/d"]).contains("no name"));
+    assert!(fails(&["cp", &uri, "-r", ":/d", "-"]).contains("only files"));
+    assert!(fails(&["cp", &uri, ":/piped", "-", "--json"]).contains("--json"));
+    assert!(fails(&["cp", &uri, "-", "-"]).contains("colon"));
 }
 
 #[test]

@@ -7,15 +7,16 @@ use std::process::ExitCode;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use pumice_blobfs::fs::{Access, FileSystem, OpenOptions};
+use pumice_blobfs::fs::{Access, File, FileSystem, FsError, OpenOptions};
 use serde_json::json;
 
 use crate::files::{CHUNK, Failure, fail, human, join, mounted, walk};
 
 /// Copy files into, out of, and within the file system
 ///
-/// Paths in the file system begin with a colon, the others are the kernel's:
-/// `pumice cp disk.img :/db/CURRENT .` and `pumice cp disk.img -r backup :/db`.
+/// Paths in the file system begin with a colon, the others are the kernel's, and `-` is standard
+/// input or output: `pumice cp disk.img :/db/CURRENT .` and `pumice cp disk.img -r backup :/db`.
+/// A file in the file system that is replaced is there until the new one is whole.
 #[derive(Args)]
 pub struct Cp {
     /// The device
@@ -36,15 +37,23 @@ pub struct Cp {
     quiet: bool,
 }
 
+/// What a file in the file system is called until it is whole.
+const PART: &str = "/.pumice-cp.part";
+
 /// A path, and whose.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Place {
     Ours(String),
     Kernel(PathBuf),
+    /// Standard input or output.
+    Stream,
 }
 
 impl Place {
     fn parse(text: &str) -> Place {
+        if text == "-" {
+            return Place::Stream;
+        }
         match text.strip_prefix(':') {
             Some("") => Place::Ours("/".to_owned()),
             Some(path) => Place::Ours(path.to_owned()),
@@ -59,6 +68,10 @@ impl Place {
                 .rsplit('/')
                 .next()
                 .map(str::to_owned),
+            Place::Stream => {
+                let text = "-: standard input has no name; say which file it becomes, as :/db/file";
+                return Err(Failure::from(text.to_owned()));
+            }
             Place::Kernel(p) => match p.canonicalize() {
                 Ok(full) => full.file_name().map(|n| n.to_string_lossy().into_owned()),
                 Err(e) => return Err(kernel_error(p, &e)),
@@ -71,6 +84,7 @@ impl Place {
         match self {
             Place::Ours(p) => fs.stat(p).is_ok_and(|s| s.is_dir),
             Place::Kernel(p) => p.is_dir(),
+            Place::Stream => false,
         }
     }
 
@@ -78,6 +92,17 @@ impl Place {
         match self {
             Place::Ours(p) => Place::Ours(join(p, name)),
             Place::Kernel(p) => Place::Kernel(p.join(name)),
+            Place::Stream => Place::Stream,
+        }
+    }
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Place::Ours(p) => f.write_str(p),
+            Place::Kernel(p) => p.display().fmt(f),
+            Place::Stream => f.write_str("-"),
         }
     }
 }
@@ -97,7 +122,11 @@ struct Job {
 /// Runs it.
 pub fn cp(args: &Cp) -> ExitCode {
     let to = Place::parse(&args.to);
-    let read_only = matches!(to, Place::Kernel(_));
+    if to == Place::Stream && args.json {
+        let text = "--json and - both write to standard output; leave one of them out";
+        return fail("cp", &Failure::from(text.to_owned()));
+    }
+    let read_only = !matches!(to, Place::Ours(_));
     let result = mounted(&args.uri, read_only, |fs| copy(fs, args, &to));
     match result {
         Ok((files, bytes)) => {
@@ -120,17 +149,17 @@ fn copy(fs: &FileSystem, args: &Cp, to: &Place) -> Result<(u64, u64), Failure> {
     let mut jobs = Vec::new();
     for text in &args.from {
         let from = Place::parse(text);
-        if matches!((&from, to), (Place::Kernel(_), Place::Kernel(_))) {
+        if !matches!((&from, to), (Place::Ours(_), _) | (_, Place::Ours(_))) {
             let text = format!(
                 "{text}: neither path is in the file system; those begin with a colon, as :/db"
             );
             return Err(Failure::from(text));
         }
-        let base = from.base()?;
-        let target = if into && !base.is_empty() {
-            to.child(&base)
-        } else {
+        let base = if into { from.base()? } else { String::new() };
+        let target = if base.is_empty() {
             to.clone()
+        } else {
+            to.child(&base)
         };
         plan(fs, &from, &target, args.recursive, &mut jobs)?;
     }
@@ -138,10 +167,7 @@ fn copy(fs: &FileSystem, args: &Cp, to: &Place) -> Result<(u64, u64), Failure> {
     let bar = progress(total, args);
     let mut files = 0;
     for job in &jobs {
-        bar.set_message(match &job.to {
-            Place::Ours(p) => p.clone(),
-            Place::Kernel(p) => p.display().to_string(),
-        });
+        bar.set_message(job.to.to_string());
         files += u64::from(!job.is_dir);
         run_job(fs, job, &bar)?;
     }
@@ -174,10 +200,20 @@ fn plan(
         )))
     };
     match from {
+        Place::Stream => jobs.push(Job {
+            from: Place::Stream,
+            to: to.clone(),
+            is_dir: false,
+            len: 0,
+        }),
         Place::Ours(path) => {
             let found = walk(fs, path)?;
             if found[0].1 && !recursive {
                 return refuse(path.clone());
+            }
+            if found[0].1 && *to == Place::Stream {
+                let text = format!("{path}: is a directory; only files can go to standard output");
+                return Err(Failure::from(text));
             }
             let root = path.trim_end_matches('/');
             // What is in a directory that is copied into itself was listed before it grew.
@@ -251,20 +287,22 @@ fn run_job(fs: &FileSystem, job: &Job, bar: &ProgressBar) -> Result<(), Failure>
             result => result.map_err(|e| kernel_error(to, &e)),
         },
         (Place::Kernel(from), Place::Ours(to)) => {
-            let mut source = KernelFile::open(from).map_err(|e| kernel_error(from, &e))?;
-            let target = fs.open(to, OpenOptions::FRESH)?;
-            let mut buf = vec![0; CHUNK];
-            loop {
-                let n = match source.read(&mut buf) {
-                    Ok(0) => break,
-                    Ok(n) => n,
-                    Err(e) if e.kind() == ErrorKind::Interrupted => continue,
-                    Err(e) => return Err(kernel_error(from, &e)),
-                };
-                target.append(&buf[..n])?;
-                bar.inc(n as u64);
-            }
-            Ok(target.sync()?)
+            let source = KernelFile::open(from).map_err(|e| kernel_error(from, &e))?;
+            replace(fs, to, |target| take_in(source, from, target, bar))
+        }
+        (Place::Stream, Place::Ours(to)) => {
+            let name = Path::new("standard input");
+            replace(fs, to, |target| {
+                take_in(std::io::stdin().lock(), name, target, bar)
+            })
+        }
+        (Place::Ours(from), Place::Stream) => {
+            let mut out = std::io::stdout().lock();
+            let name = Path::new("standard output");
+            each_chunk(fs, from, bar, |bytes| {
+                out.write_all(bytes).map_err(|e| kernel_error(name, &e))
+            })?;
+            out.flush().map_err(|e| kernel_error(name, &e))
         }
         (Place::Ours(from), Place::Kernel(to)) => {
             let mut target = KernelFile::create(to).map_err(|e| kernel_error(to, &e))?;
@@ -277,14 +315,61 @@ fn run_job(fs: &FileSystem, job: &Job, bar: &ProgressBar) -> Result<(), Failure>
             if fs.exists(to)? && fs.same_file(from, to)? {
                 return Err(Failure::from(format!("{from} and {to} are the same file")));
             }
-            let target = fs.open(to, OpenOptions::FRESH)?;
-            each_chunk(fs, from, bar, |bytes| Ok(target.append(bytes)?))?;
-            Ok(target.sync()?)
+            replace(fs, to, |target| {
+                each_chunk(fs, from, bar, |bytes| Ok(target.append(bytes)?))
+            })
         }
-        (Place::Kernel(from), Place::Kernel(_)) => Err(Failure::from(format!(
-            "{}: not in the file system",
-            from.display()
-        ))),
+        (from, _) => Err(Failure::from(format!("{from}: not in the file system"))),
+    }
+}
+
+/// Makes the file `to` in one step: it has its name when it is whole and durable. What had the name
+/// before stays if that fails.
+fn replace(
+    fs: &FileSystem,
+    to: &str,
+    fill: impl FnOnce(&File) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    // What renaming would refuse in the end is refused before anything is copied.
+    let dir = to.trim_end_matches('/').rsplit_once('/');
+    if let Some((dir, _)) = dir
+        && !fs.stat(dir)?.is_dir
+    {
+        return Err(FsError::NotDir { path: dir.into() }.into());
+    }
+    if fs.stat(to).is_ok_and(|s| s.is_dir) {
+        return Err(FsError::IsDir { path: to.into() }.into());
+    }
+    let target = fs.open(PART, OpenOptions::FRESH)?;
+    let filled = fill(&target).and_then(|()| Ok(target.sync()?));
+    drop(target);
+    let done = filled.and_then(|()| Ok(fs.rename(PART, to)?));
+    if done.is_err()
+        && let Err(e) = fs.unlink(PART)
+    {
+        eprintln!("pumice cp: {PART} is left behind: {e}");
+    }
+    done
+}
+
+/// Appends all of `source` to `target`.
+fn take_in(
+    mut source: impl Read,
+    name: &Path,
+    target: &File,
+    bar: &ProgressBar,
+) -> Result<(), Failure> {
+    let mut buf = vec![0; CHUNK];
+    loop {
+        match source.read(&mut buf) {
+            Ok(0) => return Ok(()),
+            Ok(n) => {
+                target.append(&buf[..n])?;
+                bar.inc(n as u64);
+            }
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) => return Err(kernel_error(name, &e)),
+        }
     }
 }
 
@@ -317,6 +402,8 @@ mod tests {
     fn whose_path_it_is() {
         assert_eq!(Place::parse(":/a/b"), Place::Ours("/a/b".to_owned()));
         assert_eq!(Place::parse(":"), Place::Ours("/".to_owned()));
+        assert_eq!(Place::parse("-"), Place::Stream);
+        assert_eq!(Place::parse("./-"), Place::Kernel(PathBuf::from("./-")));
         assert_eq!(Place::parse("a/b"), Place::Kernel(PathBuf::from("a/b")));
         assert_eq!(
             Place::Ours("/".to_owned()).child("x"),
