@@ -126,7 +126,7 @@ pub fn run(shared: &Shared, index: u16) -> std::result::Result<Result, Error> {
     let mut told = 0u64;
     let mut stopping = false;
     while q.in_flight() > 0 {
-        if q.poll(&mut out) == 0 && w.wait {
+        if poll(&mut q, &mut out) == 0 && w.wait {
             q.wait(Duration::from_millis(100))?;
             continue;
         }
@@ -211,11 +211,27 @@ fn again(blocks: &mut Blocks, w: &Workload, io: Io) -> std::result::Result<Io, E
     })
 }
 
+/// The driver's two calls, out of line, so that a profiler tells its share from this tool's.
+#[inline(never)]
+fn accept(
+    q: &mut QueuePair,
+    ns: &Namespace,
+    tag: u64,
+    io: Io,
+) -> std::result::Result<(), SubmitError> {
+    q.submit(ns, tag, io)
+}
+
+#[inline(never)]
+fn poll(q: &mut QueuePair, out: &mut Vec<IoDone>) -> usize {
+    q.poll(out)
+}
+
 /// One slot is free for every I/O that ended; only a reset in between makes the queue busy.
 fn submit(q: &mut QueuePair, ns: &Namespace, tag: u64, io: Io) -> std::result::Result<(), Error> {
     let mut io = io;
     loop {
-        match q.submit(ns, tag, io) {
+        match accept(q, ns, tag, io) {
             Ok(()) => return Ok(()),
             Err(SubmitError::Busy(back)) => {
                 io = back;

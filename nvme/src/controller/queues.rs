@@ -314,7 +314,7 @@ impl Controller {
             dead: None,
             slots,
             free: (0..depth).rev().collect(),
-            slot_bits,
+            cid_step: 1 << slot_bits,
             lists,
             list_words: list_len / 8,
             style,

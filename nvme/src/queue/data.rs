@@ -80,9 +80,46 @@ fn to_page_end(address: u64, page: usize) -> usize {
     page - (low & (page - 1))
 }
 
-/// Sets the data pointer of a command for one piece of memory that is small enough for the
-/// list area. The common case: one or two pages, no list.
+/// A command's data pointer: the two words and the flags byte.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pointer {
+    pub words: [u64; 2],
+    pub flags: u8,
+}
+
+/// The data pointer for one piece of memory where that takes no list: one or two pages, or one
+/// SGL descriptor. `None`: it takes more, or the memory is not mapped.
 #[inline]
+pub(super) fn point_directly(
+    table: &AddressTable,
+    segment: Segment,
+    style: PointerStyle,
+) -> Option<Pointer> {
+    let (address, contiguous) = table.translate(segment.region, segment.offset)?;
+    let page = 1usize << style.page_shift;
+    let first = to_page_end(address, page);
+    let prp = |prp2| Pointer {
+        words: [address, prp2],
+        flags: 0,
+    };
+    if segment.len <= first {
+        return Some(prp(0));
+    }
+    if segment.len > contiguous {
+        return None;
+    }
+    if segment.len <= first + page {
+        return Some(prp(address + first as u64));
+    }
+    let len = u32::try_from(segment.len).ok().filter(|_| style.sgl)?;
+    Some(Pointer {
+        words: SglDescriptor::data(address, len).words(),
+        flags: Command::SGL,
+    })
+}
+
+/// Sets the data pointer of a command for one piece of memory that is small enough for the
+/// list area.
 pub(super) fn point_at(
     command: &mut Command,
     table: &AddressTable,
@@ -90,26 +127,10 @@ pub(super) fn point_at(
     style: PointerStyle,
     area: &ListArea<'_>,
 ) -> Result<(), NotMapped> {
-    let (address, contiguous) = table
-        .translate(segment.region, segment.offset)
-        .ok_or(NotMapped)?;
-    let page = 1usize << style.page_shift;
-    let first = to_page_end(address, page);
-    command.prp1 = address;
-    if segment.len <= first {
+    if let Some(pointer) = point_directly(table, segment, style) {
+        [command.prp1, command.prp2] = pointer.words;
+        command.flags = command.flags & !Command::SGL | pointer.flags;
         return Ok(());
-    }
-    if segment.len <= contiguous {
-        if segment.len <= first + page {
-            command.prp2 = address + first as u64;
-            return Ok(());
-        }
-        if style.sgl
-            && let Ok(len) = u32::try_from(segment.len)
-        {
-            command.set_sgl(&SglDescriptor::data(address, len));
-            return Ok(());
-        }
     }
     match point_at_many(
         command,

@@ -11,7 +11,7 @@ use hdrhistogram::Histogram;
 
 use super::barrier;
 use super::build::check_segment;
-use super::data::{ListArea, PointerStyle, Segment, point_at};
+use super::data::{ListArea, NotMapped, Pointer, PointerStyle, Segment, point_at, point_directly};
 use super::ring::{CompletionRing, QueueMem, SubmissionRing};
 use super::shared::QueueShared;
 use super::split::Split;
@@ -107,6 +107,21 @@ pub(crate) struct Slot {
     pub list_address: u64,
 }
 
+impl Slot {
+    /// Free, with the next sequence number, which counts in units of `step`. 0xffff is no
+    /// command's identifier (Base section 3.3.3.1, "CID").
+    #[inline]
+    fn release(&mut self, step: u16) {
+        self.state = SlotState::Free;
+        let next = self.command.cid.wrapping_add(step);
+        self.command.cid = if next == u16::MAX {
+            next.wrapping_add(step)
+        } else {
+            next
+        };
+    }
+}
+
 /// A submission and a completion queue, owned by one thread.
 #[derive(Debug)]
 pub struct QueuePair {
@@ -123,7 +138,8 @@ pub struct QueuePair {
     pub(crate) cq: CompletionRing,
     pub(crate) slots: Vec<Slot>,
     pub(crate) free: Vec<u16>,
-    pub(crate) slot_bits: u32,
+    /// Identifiers are slot numbers in the bits below, sequence numbers from here on.
+    pub(crate) cid_step: u16,
     pub(crate) lists: Arc<DmaShared>,
     pub(crate) list_words: usize,
     pub(crate) table: Arc<AddressTable>,
@@ -206,9 +222,6 @@ impl QueuePair {
         if !ns.title.is_of(self.owner) {
             return Err(SubmitError::Invalid(io, InvalidIo::Stale(limits.nsid)));
         }
-        let Some(&slot) = self.free.last() else {
-            return Err(SubmitError::Busy(io));
-        };
         let (op, lba, segment, flags) = match &io {
             Io::Read { lba, buf } => (IoOpcode::READ, *lba, Segment::from(buf), IoFlags::NONE),
             Io::Write { lba, data, fua } => (
@@ -222,38 +235,83 @@ impl QueuePair {
         let Some(blocks) = plain_blocks(limits, lba, &segment) else {
             return self.submit_other(limits, tag, io);
         };
+        let Some(slot) = self.free.pop() else {
+            return Err(SubmitError::Busy(io));
+        };
+        let pointer = match point_directly(&self.table, segment, self.style) {
+            Some(pointer) => pointer,
+            None => match self.point_by_list(slot, segment) {
+                Ok(pointer) => pointer,
+                Err(NotMapped) => {
+                    self.free.push(slot);
+                    return self.submit_other(limits, tag, io);
+                }
+            },
+        };
+        let started_ns = self.histogram.is_some().then(|| self.now_ns());
+        let entry = &mut self.slots[usize::from(slot)];
+        let words = Command::blocks_io_words(
+            op,
+            pointer.flags,
+            entry.command.cid,
+            limits.nsid,
+            pointer.words,
+            lba,
+            blocks,
+            flags,
+        );
+        entry.command = Command::from_words(words);
+        entry.tag = tag;
+        entry.io = Some(io);
+        entry.split = WHOLE;
+        entry.retries = 0;
+        entry.state = SlotState::InFlight;
+        entry.deadline_ms = 0;
+        if let Some(now) = started_ns {
+            entry.started_ns = now;
+        }
+        self.stats.commands += 1;
+        self.sq.push(&words);
+        if super::trace::is_on() {
+            self.trace_command(slot);
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn now_ns(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// The pointer to a command's data by the slot's list.
+    #[inline(never)]
+    fn point_by_list(&self, slot: u16, segment: Segment) -> Result<Pointer, NotMapped> {
         let at = usize::from(slot);
         let area = ListArea {
             words: &self.lists.as_u64()[at * self.list_words..(at + 1) * self.list_words],
             address: self.slots[at].list_address,
         };
-        let mut command = Command::blocks_io(op, limits.nsid, lba, blocks, flags);
-        if point_at(&mut command, &self.table, segment, self.style, &area).is_err() {
-            return self.submit_other(limits, tag, io);
-        }
-        self.free.pop();
-        let entry = &mut self.slots[at];
-        entry.tag = tag;
-        entry.io = Some(io);
-        entry.split = WHOLE;
-        entry.retries = 0;
-        self.send(slot, command);
-        Ok(())
+        let mut command = Command::default();
+        point_at(&mut command, &self.table, segment, self.style, &area)?;
+        Ok(Pointer {
+            words: [command.prp1, command.prp2],
+            flags: command.flags,
+        })
     }
 
     /// Writes a slot's command to the submission queue.
-    #[inline]
     pub(super) fn send(&mut self, slot: u16, mut command: Command) {
+        let started_ns = self.histogram.is_some().then(|| self.now_ns());
         let entry = &mut self.slots[usize::from(slot)];
         command.cid = entry.command.cid;
         entry.command = command;
         entry.state = SlotState::InFlight;
         entry.deadline_ms = 0;
-        if self.histogram.is_some() {
-            entry.started_ns = u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        if let Some(now) = started_ns {
+            entry.started_ns = now;
         }
         self.stats.commands += 1;
-        self.sq.push(&entry.command);
+        self.sq.push(&command.words());
         if super::trace::is_on() {
             self.trace_command(slot);
         }
@@ -278,7 +336,7 @@ impl QueuePair {
             let Some(completion) = self.cq.pop() else {
                 break;
             };
-            self.complete(&completion, out);
+            self.complete(completion, out);
         }
         self.polls = self.polls.wrapping_add(1);
         if self.polls & 0x3f == 0 || self.has_side_work() {
@@ -324,82 +382,63 @@ impl QueuePair {
     /// Takes one completion. What it says is checked: it must name this queue and a command
     /// that is in flight, with its sequence number.
     #[inline]
-    pub(super) fn complete(&mut self, c: &Completion, out: &mut Vec<IoDone>) {
-        let slot = c.cid & ((1 << self.slot_bits) - 1);
-        let known = match self.slots.get(usize::from(slot)) {
-            Some(entry) => {
-                entry.command.cid == c.cid
-                    && matches!(entry.state, SlotState::InFlight | SlotState::Overdue)
-                    && c.sq_id == self.shared.qid
-                    && c.sq_head < self.shared.sq_entries
-            }
-            None => false,
+    pub(super) fn complete(&mut self, c: Completion, out: &mut Vec<IoDone>) {
+        let slot = c.cid & (self.cid_step - 1);
+        let Some(entry) = self.slots.get_mut(usize::from(slot)) else {
+            return self.impossible(c);
         };
+        let known = entry.command.cid == c.cid
+            && matches!(entry.state, SlotState::InFlight | SlotState::Overdue)
+            && c.sq_id == self.shared.qid
+            && c.sq_head < self.shared.sq_entries;
         if !known {
             return self.impossible(c);
         }
         self.stats.completions += 1;
         if !self.spans.is_empty() {
-            self.trace_completion(slot, c);
+            self.trace_completion(slot, &c);
         }
         let entry = &mut self.slots[usize::from(slot)];
-        if c.status().is_success()
-            && entry.split == WHOLE
-            && let Some(io) = entry.io.take()
-        {
-            let tag = entry.tag;
-            let started_ns = entry.started_ns;
-            self.release(slot);
-            if self.histogram.is_some() {
-                self.record(started_ns);
+        if c.status().is_success() && entry.split == WHOLE && entry.io.is_some() {
+            entry.release(self.cid_step);
+            self.free.push(slot);
+            if let Some(histogram) = &mut self.histogram {
+                record(histogram, self.epoch, entry.started_ns);
             }
-            out.push(IoDone {
-                tag,
-                io,
-                result: Ok(()),
-            });
+            // Taken last, so that it moves once.
+            if let Some(io) = entry.io.take() {
+                out.push(IoDone {
+                    tag: entry.tag,
+                    io,
+                    result: Ok(()),
+                });
+            }
             return;
         }
         self.complete_slow(slot, c);
         out.append(&mut self.backlog);
     }
 
-    #[cold]
-    fn record(&mut self, started_ns: u64) {
-        let now = u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        if let Some(histogram) = &mut self.histogram {
-            histogram.saturating_record(now.saturating_sub(started_ns).max(1));
-        }
-    }
-
-    /// Makes a slot free, with the next sequence number. 0xffff is no command's identifier
-    /// (Base section 3.3.3.1, "CID").
-    #[inline]
+    /// Makes a slot free.
     pub(super) fn release(&mut self, slot: u16) {
-        let step = 1u16 << self.slot_bits;
-        let entry = &mut self.slots[usize::from(slot)];
-        entry.state = SlotState::Free;
-        entry.command.cid = entry.command.cid.wrapping_add(step);
-        if entry.command.cid == u16::MAX {
-            entry.command.cid = entry.command.cid.wrapping_add(step);
-        }
+        self.slots[usize::from(slot)].release(self.cid_step);
         self.free.push(slot);
     }
 
     /// A completion that no command of ours can have: the device cannot be trusted with
     /// anything that is in flight, so its queues go.
     #[cold]
-    fn impossible(&mut self, c: &Completion) {
+    fn impossible(&mut self, c: Completion) {
         self.core.request_reset(&format!(
             "impossible completion on queue {}: {}",
             self.shared.qid,
-            decode::completion(c)
+            decode::completion(&c)
         ));
     }
 
     /// Failures, and commands that are a part of a split I/O.
     #[cold]
-    fn complete_slow(&mut self, slot: u16, c: &Completion) {
+    fn complete_slow(&mut self, slot: u16, c: Completion) {
         let status = c.status();
         let index = usize::from(slot);
         if status.is_success() {
@@ -411,7 +450,7 @@ impl QueuePair {
         tracing::debug!(
             device = self.core.name(),
             command = %decode::io_command(self.shared.qid, &command),
-            completion = %decode::completion(c),
+            completion = %decode::completion(&c),
             "command failed"
         );
         if !status.do_not_retry()
@@ -481,8 +520,8 @@ impl QueuePair {
             })
         });
         self.release(slot);
-        if self.histogram.is_some() && failure.is_none() {
-            self.record(started_ns);
+        if let Some(histogram) = self.histogram.as_mut().filter(|_| failure.is_none()) {
+            record(histogram, self.epoch, started_ns);
         }
         match io {
             Some(io) => self.backlog.push(IoDone {
@@ -516,18 +555,27 @@ impl QueuePair {
     }
 }
 
+#[cold]
+fn record(histogram: &mut Histogram<u64>, epoch: Instant, started_ns: u64) {
+    let now = u64::try_from(epoch.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    histogram.saturating_record(now.saturating_sub(started_ns).max(1));
+}
+
 /// The number of blocks, when the I/O fits one command as it is.
 #[inline]
 fn plain_blocks(limits: &Limits, lba: u64, segment: &Segment) -> Option<u32> {
     let blocks = check_segment(limits, segment).ok()?;
-    let count = u32::try_from(blocks).ok()?;
     let end = lba.checked_add(blocks)?;
-    if count == 0 || count > limits.transfer_blocks || end > limits.num_blocks || !limits.usable {
+    if blocks == 0
+        || blocks > u64::from(limits.transfer_blocks)
+        || end > limits.num_blocks
+        || !limits.usable
+    {
         return None;
     }
     let boundary = u64::from(limits.boundary_blocks);
     if boundary != 0 && lba / boundary != (end - 1) / boundary {
         return None;
     }
-    Some(count)
+    u32::try_from(blocks).ok()
 }

@@ -72,7 +72,7 @@ impl QueuePair {
             let Some(completion) = self.cq.pop() else {
                 break;
             };
-            let slot = completion.cid & ((1 << self.slot_bits) - 1);
+            let slot = completion.cid & (self.cid_step - 1);
             let ours = self.slots.get(usize::from(slot)).is_some_and(|s| {
                 s.command.cid == completion.cid
                     && matches!(s.state, SlotState::InFlight | SlotState::Overdue)
@@ -85,7 +85,7 @@ impl QueuePair {
             {
                 break;
             }
-            self.complete(&completion, &mut out);
+            self.complete(completion, &mut out);
         }
         self.backlog.append(&mut out);
     }

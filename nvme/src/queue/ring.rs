@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use crate::dma::DmaShared;
-use crate::spec::{Command, Completion};
+use crate::spec::Completion;
 use crate::transport::{Doorbell, MmioMap};
 
 /// Where a queue's entries lie.
@@ -112,14 +112,14 @@ impl SubmissionRing {
 
     /// Writes an entry. The caller keeps fewer than `entries` commands in flight.
     #[inline]
-    pub fn push(&mut self, command: &Command) {
+    pub fn push(&mut self, command: &[u64; 8]) {
         let at = usize::from(self.tail) * 8;
         let slots = match &self.mem {
             QueueMem::Host(mem) => &mem.as_u64()[at..at + 8],
             QueueMem::Controller(map, base) => &map.as_u64()[base / 8 + at..base / 8 + at + 8],
         };
-        for (slot, word) in slots.iter().zip(command.words()) {
-            slot.store(word, Ordering::Relaxed);
+        for (slot, word) in slots.iter().zip(command) {
+            slot.store(*word, Ordering::Relaxed);
         }
         self.tail = if self.tail + 1 == self.entries {
             0
