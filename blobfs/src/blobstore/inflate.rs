@@ -12,6 +12,7 @@ use super::format::{BlobId, Flags};
 use super::meta::{BlobMeta, ClearMethod, Parent};
 use super::ops::check_xattr;
 use super::state::{State, freeze};
+use super::view::View;
 
 /// Clusters that are copied under one hold of the lock; then other metadata operations have their turn.
 const BATCH: usize = 32;
@@ -23,6 +24,15 @@ enum Which {
     All,
     /// Those that its parent has.
     Parents,
+}
+
+/// Clusters that a blob is going to have, filled.
+struct Copies {
+    change: Change,
+    /// Index in the blob, cluster of the store.
+    list: Vec<(u64, u32)>,
+    /// The blob as it was when the clusters were taken.
+    below: Arc<View>,
 }
 
 impl Blobstore {
@@ -44,9 +54,21 @@ impl Blobstore {
         self.detach(id, Which::Parents)
     }
 
-    /// Takes the clusters, fills them in batches, then changes the blob in one commit.
+    /// Takes the clusters, fills them in batches, then changes the blob in one commit; all over again if
+    /// meanwhile something else came to lie below the blob.
     fn detach(&self, id: BlobId, which: Which) -> Result<(), Error> {
         let blob = self.open(id)?;
+        while let Some(copies) = self.begin_detach(&blob, which)? {
+            if self.end_detach(&blob, which, copies)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the clusters that the blob lacks and fills them. `None`: there is nothing to be done.
+    fn begin_detach(&self, blob: &Blob, which: Which) -> Result<Option<Copies>, Error> {
+        let id = blob.id();
         let mut state = self.inner.state.lock();
         state.check_writable(id)?;
         let meta = Arc::clone(state.meta(id)?);
@@ -56,7 +78,7 @@ impl Blobstore {
             )));
         }
         if !meta.flags.thin() {
-            return Ok(());
+            return Ok(None);
         }
         // A huge thin blob is refused without a look at every cluster.
         let at_least = match which {
@@ -67,31 +89,52 @@ impl Blobstore {
         if at_least > free {
             return Err(state.no_space(at_least));
         }
-        let indices = missing(&blob, which);
+        let indices = missing(blob, which);
         if indices.len() as u64 > free {
             return Err(state.no_space(indices.len() as u64));
         }
-        let mut change = state.begin()?;
-        let mut copies = Vec::with_capacity(indices.len());
+        let mut copies = Copies {
+            change: state.begin()?,
+            list: Vec::with_capacity(indices.len()),
+            below: blob.shared.view.load_full(),
+        };
         for index in indices {
-            copies.push((index, state.take_cluster(&mut change)?));
+            let cluster = state.take_cluster(&mut copies.change)?;
+            copies.list.push((index, cluster));
         }
         drop(state);
-        for batch in copies.chunks(BATCH) {
+        for batch in copies.list.chunks(BATCH) {
             let mut state = self.inner.state.lock();
-            if let Err(error) = state.copy_up(&blob, batch) {
-                state.rollback(change);
+            if let Err(error) = state.copy_up(blob, batch) {
+                state.rollback(copies.change);
                 return Err(error);
             }
         }
+        Ok(Some(copies))
+    }
+
+    /// Changes the blob. `false`, and nothing is changed: what lies below it is no longer what was copied.
+    fn end_detach(&self, blob: &Blob, which: Which, copies: Copies) -> Result<bool, Error> {
+        let Copies {
+            mut change,
+            list,
+            below,
+        } = copies;
         let mut state = self.inner.state.lock();
-        let open = state.open_family(id);
+        let open = state.open_family(blob.id());
         let result = freeze(&open).and_then(|frozen| {
-            state.stage_detached(&mut change, &blob, which, &copies)?;
-            Ok(frozen)
+            let as_copied = same_below(&below, &blob.shared.view.load());
+            if as_copied {
+                state.stage_detached(&mut change, blob, which, &list)?;
+            }
+            Ok((frozen, as_copied))
         });
         match result {
-            Ok(_frozen) => state.commit(change),
+            Ok((_frozen, true)) => state.commit(change).map(|()| true),
+            Ok((_frozen, false)) => {
+                state.rollback(change);
+                Ok(false)
+            }
             Err(error) => {
                 state.rollback(change);
                 Err(error)
@@ -214,6 +257,17 @@ impl Blobstore {
     }
 }
 
+/// Does the same lie below the blob in both views?
+fn same_below(a: &View, b: &View) -> bool {
+    let externals = match (&a.external, &b.external) {
+        (None, None) => true,
+        (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+        _ => false,
+    };
+    let (a, b) = (&a.maps[1..], &b.maps[1..]);
+    externals && a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b))
+}
+
 /// Clusters that a blob has to get.
 fn missing(blob: &Blob, which: Which) -> Vec<u64> {
     let view = blob.shared.view.load();
@@ -323,5 +377,87 @@ impl State {
                 Err(error)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::blobstore::{CreateOptions, InitOptions};
+
+    const CLUSTER: u64 = 16384;
+
+    fn put(blob: &Blob, index: u64, byte: u8) {
+        let mut buf = DmaBuf::new(4096).unwrap();
+        buf.fill(byte);
+        blob.write_at(index * CLUSTER, buf.freeze(), false).unwrap();
+    }
+
+    fn get(blob: &Blob, index: u64) -> u8 {
+        blob.read_at(index * CLUSTER, DmaBuf::new(4096).unwrap())
+            .unwrap()[0]
+    }
+
+    /// A snapshot made while clusters are copied holds what was written since: the copies are old.
+    #[test]
+    fn a_snapshot_in_the_middle_of_an_inflation() {
+        for which in [Which::All, Which::Parents] {
+            let dev = pumice_bdev::open("malloc://8M?block_size=4096").unwrap();
+            let opts = InitOptions {
+                cluster_size: 16384,
+                ..InitOptions::default()
+            };
+            let store = Blobstore::init(dev, &opts).unwrap();
+            let opts = CreateOptions {
+                num_clusters: 4,
+                ..CreateOptions::default()
+            };
+            let blob = store.open(store.create(&opts).unwrap()).unwrap();
+            (0..4).for_each(|index| put(&blob, index, 1));
+            store.snapshot(blob.id(), &[]).unwrap();
+            let free = store.free_clusters();
+            let copies = store.begin_detach(&blob, which).unwrap().unwrap();
+            put(&blob, 2, 2);
+            let second = store.snapshot(blob.id(), &[]).unwrap();
+            assert!(!store.end_detach(&blob, which, copies).unwrap());
+            assert_eq!(store.free_clusters(), free - 1);
+            assert_eq!(
+                (0..4).map(|i| get(&blob, i)).collect::<Vec<_>>(),
+                [1, 1, 2, 1]
+            );
+            assert_eq!(blob.parent(), Parent::Snapshot(second));
+            store.detach(blob.id(), which).unwrap();
+            assert_eq!(
+                (0..4).map(|i| get(&blob, i)).collect::<Vec<_>>(),
+                [1, 1, 2, 1]
+            );
+        }
+    }
+
+    /// A write or a new size in the middle need no second beginning.
+    #[test]
+    fn writes_in_the_middle_of_an_inflation() {
+        let dev = pumice_bdev::open("malloc://8M?block_size=4096").unwrap();
+        let opts = InitOptions {
+            cluster_size: 16384,
+            ..InitOptions::default()
+        };
+        let store = Blobstore::init(dev, &opts).unwrap();
+        let opts = CreateOptions {
+            num_clusters: 4,
+            ..CreateOptions::default()
+        };
+        let blob = store.open(store.create(&opts).unwrap()).unwrap();
+        (0..4).for_each(|index| put(&blob, index, 1));
+        store.snapshot(blob.id(), &[]).unwrap();
+        let copies = store.begin_detach(&blob, Which::All).unwrap().unwrap();
+        put(&blob, 2, 2);
+        blob.resize(5).unwrap();
+        assert!(store.end_detach(&blob, Which::All, copies).unwrap());
+        assert_eq!(
+            (0..5).map(|i| get(&blob, i)).collect::<Vec<_>>(),
+            [1, 1, 2, 1, 0]
+        );
+        assert_eq!(blob.num_allocated(), 5);
     }
 }
