@@ -27,6 +27,8 @@ pub(crate) struct Shared {
     pub meta: ArcSwap<BlobMeta>,
     /// Changes of xattrs that wait for [`Blob::sync_md`].
     pending: Mutex<Vec<PendingXattr>>,
+    /// Held while pending changes are written: two writers would each take them for theirs.
+    syncing: Mutex<()>,
     has_pending: AtomicBool,
 }
 
@@ -38,6 +40,7 @@ impl Shared {
             view: ArcSwap::from_pointee(view),
             meta: ArcSwap::new(meta),
             pending: Mutex::default(),
+            syncing: Mutex::default(),
             has_pending: AtomicBool::new(false),
         }
     }
@@ -198,6 +201,7 @@ impl Blob {
     /// # Errors
     /// No metadata pages left, I/O errors; the changes then wait on.
     pub fn sync_md(&self) -> Result<(), Error> {
+        let _syncing = self.shared.syncing.lock();
         let changes: Vec<_> = self.shared.pending.lock().clone();
         if changes.is_empty() {
             return Ok(());

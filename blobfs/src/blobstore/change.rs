@@ -163,7 +163,7 @@ impl State {
     /// Lays out the pages of all staged blobs and lists what is to be written.
     fn records(&mut self, change: &mut Change) -> Result<Vec<Record>, Error> {
         let mut records = Vec::with_capacity(1);
-        if !self.dirty || change.super_block {
+        if !self.dirty || self.clean_in_doubt || change.super_block {
             self.sb.clean = 0.into();
             records.push(Record::SuperBlock(Box::new(self.sb.encode())));
         }
@@ -362,6 +362,7 @@ impl State {
     /// The change is durable: makes it visible and releases what it frees.
     fn publish(&mut self, change: Change) {
         self.dirty = true;
+        self.clean_in_doubt = false;
         let mut rebuild = Vec::new();
         for staged in change.staged {
             let Staged {

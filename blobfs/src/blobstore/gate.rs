@@ -2,7 +2,7 @@
 //! clusters closes it and waits until what is inside has come out.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -36,7 +36,8 @@ struct Lane(AtomicUsize);
 /// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
-    closed: AtomicBool,
+    /// By how many it is closed.
+    closed: AtomicUsize,
     lanes: [Lane; LANES],
     waiting: Mutex<Vec<Waker>>,
 }
@@ -62,7 +63,7 @@ impl Gate {
         // SeqCst on both sides: either the closer sees the count, or the one who enters sees `closed`.
         lane.fetch_add(1, Ordering::SeqCst);
         let inside = Inside { lane };
-        if self.closed.load(Ordering::SeqCst) {
+        if self.closed.load(Ordering::SeqCst) != 0 {
             return None;
         }
         Some(inside)
@@ -93,15 +94,10 @@ impl Gate {
     /// Closes the gate and waits until nobody is inside. `None` (and open again) if that takes too long:
     /// most likely the caller's own thread has I/O in flight that it does not drive.
     pub fn close(&self) -> Option<Closed<'_>> {
-        self.closed.store(true, Ordering::SeqCst);
-        let closed = Closed { gate: self };
+        let closed = self.shut();
         let start = Instant::now();
         let mut rounds = 0u32;
-        while self
-            .lanes
-            .iter()
-            .any(|lane| lane.0.load(Ordering::SeqCst) != 0)
-        {
+        while !self.is_empty() {
             if start.elapsed() > DRAIN_TIMEOUT {
                 return None;
             }
@@ -114,6 +110,45 @@ impl Gate {
         }
         Some(closed)
     }
+
+    /// As [`Gate::close`], for asynchronous code: this thread's own I/O goes on while it waits.
+    pub async fn close_async(&self) -> Option<Closed<'_>> {
+        let closed = self.shut();
+        let start = Instant::now();
+        while !self.is_empty() {
+            if start.elapsed() > DRAIN_TIMEOUT {
+                return None;
+            }
+            give_way().await;
+        }
+        Some(closed)
+    }
+
+    /// Lets nobody in any more.
+    fn shut(&self) -> Closed<'_> {
+        self.closed.fetch_add(1, Ordering::SeqCst);
+        Closed { gate: self }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.lanes
+            .iter()
+            .all(|lane| lane.0.load(Ordering::SeqCst) == 0)
+    }
+}
+
+/// Lets the executor drive what else this thread has in flight, and other threads run.
+pub(crate) async fn give_way() {
+    let mut given = false;
+    std::future::poll_fn(|cx| {
+        if std::mem::replace(&mut given, true) {
+            return Poll::Ready(());
+        }
+        std::thread::yield_now();
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 /// A closed gate; opens when dropped.
@@ -124,7 +159,9 @@ pub(crate) struct Closed<'a> {
 
 impl Drop for Closed<'_> {
     fn drop(&mut self) {
-        self.gate.closed.store(false, Ordering::SeqCst);
+        if self.gate.closed.fetch_sub(1, Ordering::SeqCst) != 1 {
+            return;
+        }
         for waker in self.gate.waiting.lock().drain(..) {
             waker.wake();
         }

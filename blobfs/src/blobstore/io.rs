@@ -7,6 +7,9 @@ use super::error::Error;
 use super::thin::Fill;
 use super::view::{Source, View};
 
+/// Longest single write of zeroes to a device that has no operation for it.
+const ZEROES_BYTES: usize = 1 << 20;
+
 /// A part of an I/O that lies in one place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Piece {
@@ -239,7 +242,7 @@ impl Blob {
                     }
                     None => Fill::Backing,
                 };
-                self.store.allocate(self, index, fill)?;
+                self.store.allocate(self, index, fill).await?;
             }
         }
     }
@@ -272,7 +275,9 @@ impl Blob {
     }
 
     /// Says that the contents of `len` bytes from `offset` are not needed: they read as zeroes, or as they
-    /// were. On a thin blob without a parent, clusters that are covered as a whole are given back.
+    /// were. On a thin blob without a parent, clusters that are covered as a whole are given back; I/O in
+    /// flight on the blob ends first, so while this future is pending its thread must not make a blocking
+    /// call on the same blob.
     ///
     /// # Errors
     /// As [`Blob::write`].
@@ -297,7 +302,7 @@ impl Blob {
         // Whole clusters of a thin blob go back.
         let whole = offset.div_ceil(size)..(offset + len) / size;
         if self.is_thin() && !whole.is_empty() {
-            self.store.release(self, whole)?;
+            self.store.release(self, whole).await?;
         }
         let info = self.store.device().info();
         let unmap = !zero && info.ops.has(OpKind::Unmap);
@@ -317,16 +322,14 @@ impl Blob {
                 let last = (offset + hole.offset + hole.len - 1) / size;
                 for index in first..=last {
                     let whole = index * size >= offset && (index + 1) * size <= offset + len;
-                    self.store.allocate(
-                        self,
-                        index,
-                        if whole { Fill::Zeroes } else { Fill::Backing },
-                    )?;
+                    let fill = if whole { Fill::Zeroes } else { Fill::Backing };
+                    self.store.allocate(self, index, fill).await?;
                 }
                 continue;
             }
             let landing = Landing(Some(inside));
             let mut ops = Vec::new();
+            let mut zeroes: Option<DmaSlice> = None;
             for piece in &pieces {
                 let Place::Lba(lba) = piece.at else { continue };
                 let len_blocks = piece.len / inner.block_size;
@@ -339,12 +342,20 @@ impl Blob {
                         fua: false,
                     });
                 } else {
-                    let data = DmaBuf::zeroed(piece.range().len())?.freeze();
-                    ops.push(Op::Write {
-                        lba,
-                        data,
-                        fua: false,
-                    });
+                    let whole = match &zeroes {
+                        Some(whole) => whole.clone(),
+                        None => zeroes
+                            .insert(DmaBuf::zeroed(ZEROES_BYTES.min(piece.range().len()))?.freeze())
+                            .clone(),
+                    };
+                    let bytes = piece.range().len();
+                    for start in (0..bytes).step_by(whole.len()) {
+                        ops.push(Op::Write {
+                            lba: lba + start as u64 / inner.block_size,
+                            data: whole.slice(0..whole.len().min(bytes - start)),
+                            fua: false,
+                        });
+                    }
                 }
             }
             let results = join_all(ops.into_iter().map(|op| ch.io(op))).await;

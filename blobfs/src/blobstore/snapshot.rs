@@ -186,7 +186,11 @@ impl State {
             return Err(error);
         }
         let chain = self.meta(snapshot)?.chain.clone();
-        self.replace(snapshot, BlobMeta { chain, ..last })?;
+        if let Err(error) = self.replace(snapshot, BlobMeta { chain, ..last }) {
+            // The snapshot still has its mark and could be written: the next load makes an end of it.
+            self.stopped.get_or_insert_with(|| error.to_string());
+            return Err(error);
+        }
         Ok(snapshot)
     }
 

@@ -39,6 +39,8 @@ pub(crate) struct State {
     pub io: MdIo,
     /// The super block on disk says clean = 0.
     pub dirty: bool,
+    /// A write of clean = 1 failed: the device may hold it all the same.
+    pub clean_in_doubt: bool,
     pub unloaded: bool,
     /// No change is taken.
     pub read_only: bool,
@@ -214,11 +216,13 @@ impl State {
 pub(crate) fn freeze(blobs: &[Arc<Shared>]) -> Result<Vec<Closed<'_>>, Error> {
     blobs
         .iter()
-        .map(|shared| {
-            shared.gate.close().ok_or_else(|| {
-                let text = "I/O to blob {id} does not come to an end; drive or await it before this operation";
-                Error::Busy(text.replace("{id}", &shared.id.to_string()))
-            })
-        })
+        .map(|shared| shared.gate.close().ok_or_else(|| never_ends(shared.id)))
         .collect()
+}
+
+/// The error of a gate that does not empty.
+pub(crate) fn never_ends(id: BlobId) -> Error {
+    Error::Busy(format!(
+        "I/O to blob {id} does not come to an end; drive or await it before this operation"
+    ))
 }

@@ -53,7 +53,7 @@ impl Default for InitOptions {
 /// How a store is loaded.
 #[derive(Debug, Clone, Default)]
 pub struct LoadOptions {
-    /// The type that it must have; `None`: any.
+    /// The type that it must have; `None` or [`BsType::NONE`]: any.
     pub bstype: Option<BsType>,
     /// Opens external snapshots. Without it their clones cannot be opened.
     pub open_external: Option<OpenExternal>,
@@ -180,6 +180,7 @@ impl Blobstore {
             source,
         })?;
         if let Some(wanted) = opts.bstype
+            && wanted != BsType::NONE
             && wanted != sb.bstype()
         {
             return Err(Error::WrongType {
@@ -250,6 +251,7 @@ impl Blobstore {
             geo,
             io,
             dirty,
+            clean_in_doubt: false,
             unloaded: false,
             read_only: false,
             stopped: None,
@@ -356,6 +358,14 @@ impl Blobstore {
             .values()
             .map(|slot| slot.meta.id)
             .collect()
+    }
+
+    /// The blobs that have `id` as their parent, in order of their ids. A blob that has some is a snapshot.
+    #[must_use]
+    pub fn clones(&self, id: BlobId) -> Vec<BlobId> {
+        let state = self.inner.state.lock();
+        let children = state.children.get(&id).into_iter().flatten();
+        children.copied().collect()
     }
 
     /// Blobs that were set aside because their metadata is damaged, and why.
@@ -506,11 +516,14 @@ impl State {
         let mut sb = self.sb.clone();
         sb.clean = 1.into();
         let data = dma(&sb.encode())?;
+        // After an error the device may hold the mark or not: the next change takes it off again.
+        self.clean_in_doubt = true;
         self.io.run_durable(vec![pumice_bdev::Op::Write {
             lba: 0,
             data,
             fua: false,
         }])?;
+        self.clean_in_doubt = false;
         self.sb = sb;
         self.dirty = false;
         Ok(())

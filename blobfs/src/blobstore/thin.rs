@@ -2,15 +2,18 @@
 
 use std::ops::Range;
 
+use parking_lot::MutexGuard;
 use pumice_bdev::{DmaBuf, DmaSlice, Op};
 
 use super::Blobstore;
 use super::blob::Blob;
 use super::change::{Change, MapChange};
 use super::error::Error;
+use super::extents::ExtentMap;
 use super::format::BlobId;
+use super::gate::give_way;
 use super::mdio::MdIo;
-use super::state::{State, freeze};
+use super::state::{State, never_ends};
 use super::view::{Source, View};
 
 /// What a newly taken cluster holds before it belongs to the blob.
@@ -25,9 +28,20 @@ pub(crate) enum Fill {
 }
 
 impl Blobstore {
+    /// The metadata, for a data path that has to change it. It does not block on the lock: whoever holds
+    /// it may be waiting for I/O that only this thread can bring to an end.
+    async fn state(&self) -> MutexGuard<'_, State> {
+        loop {
+            if let Some(state) = self.inner.state.try_lock() {
+                return state;
+            }
+            give_way().await;
+        }
+    }
+
     /// Gives a thin blob a cluster of its own at `index`, unless it has one. Durable on return.
-    pub(crate) fn allocate(&self, blob: &Blob, index: u64, fill: Fill) -> Result<(), Error> {
-        let mut state = self.inner.state.lock();
+    pub(crate) async fn allocate(&self, blob: &Blob, index: u64, fill: Fill) -> Result<(), Error> {
+        let mut state = self.state().await;
         let view = blob.shared.view.load_full();
         if view.read_only {
             return Err(Error::ReadOnly(blob.id()));
@@ -59,18 +73,35 @@ impl Blobstore {
 
     /// Takes back the clusters of a thin blob without a parent. With a parent, or if the clusters are
     /// shared, nothing happens: the parent's bytes would show.
-    pub(crate) fn release(&self, blob: &Blob, range: Range<u64>) -> Result<(), Error> {
-        let mut state = self.inner.state.lock();
+    pub(crate) async fn release(&self, blob: &Blob, range: Range<u64>) -> Result<(), Error> {
         let id = blob.id();
-        if blob.shared.view.load().has_backing() || state.children.contains_key(&id) {
+        let held = |map: &ExtentMap| -> Vec<(u64, u32)> {
+            map.allocated()
+                .skip_while(|(index, _)| *index < range.start)
+                .take_while(|(index, _)| *index < range.end)
+                .collect()
+        };
+        if held(&blob.extents()).is_empty() {
+            return Ok(());
+        }
+        // No I/O is on its way to these clusters when they go. The gate is closed before the metadata is
+        // locked: while it empties, others may use the metadata.
+        let _closed = blob
+            .shared
+            .gate
+            .close_async()
+            .await
+            .ok_or_else(|| never_ends(id))?;
+        let mut state = self.state().await;
+        let view = blob.shared.view.load_full();
+        if view.read_only {
+            return Err(Error::ReadOnly(id));
+        }
+        if view.has_backing() || state.children.contains_key(&id) {
             return Ok(());
         }
         let meta = std::sync::Arc::clone(state.meta(id)?);
-        let own: Vec<(u64, u32)> = meta
-            .map
-            .allocated()
-            .filter(|(index, _)| range.contains(index))
-            .collect();
+        let own = held(&meta.map);
         if own.is_empty() {
             return Ok(());
         }
@@ -81,14 +112,7 @@ impl Blobstore {
             .extend(own.iter().map(|(_, cluster)| (*cluster, method)));
         let staged = state.stage(&mut change, id)?;
         staged.map = MapChange::Patch(own.iter().map(|(index, _)| (*index, 0)).collect());
-        let open = state.open_family(id);
-        match freeze(&open) {
-            Ok(_frozen) => state.commit(change),
-            Err(error) => {
-                state.rollback(change);
-                Err(error)
-            }
-        }
+        state.commit(change)
     }
 
     /// Makes durable whatever was written and has completed, on all threads. Blocks.

@@ -1,6 +1,8 @@
 //! What the integration tests share.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub mod strict;
+
 use std::io::Read as _;
 use std::path::PathBuf;
 use std::sync::Arc;
