@@ -140,6 +140,7 @@ pub fn check(dev: &Arc<dyn BlockDevice>) -> Result<Report, Error> {
     for meta in found.blobs.values() {
         check_blob(&mut report, meta);
     }
+    check_orphans(&mut report, &found);
     Ok(report)
 }
 
@@ -186,6 +187,9 @@ fn check_super(report: &mut Report, sb: &SuperBlock, found: &Scan, dev_bytes: u6
 /// Parents exist, there are no loops, marks name blobs that exist.
 fn check_trees(report: &mut Report, found: &Scan) {
     let mut parents: HashSet<BlobId> = HashSet::new();
+    // Blobs whose line of snapshots is known to end.
+    let mut ends: HashSet<BlobId> = HashSet::new();
+    let mut loops: HashSet<BlobId> = HashSet::new();
     for meta in found.blobs.values() {
         let id = meta.id;
         if meta.flags.unknown_invalid() != 0 {
@@ -207,17 +211,28 @@ fn check_trees(report: &mut Report, found: &Scan) {
             );
             continue;
         }
+        let mut line: HashSet<BlobId> = HashSet::from([id]);
         let mut at = parent;
-        let mut steps = 0;
-        while let Some(Parent::Snapshot(next)) = get(at).map(BlobMeta::parent) {
-            (at, steps) = (next, steps + 1);
-            if steps > found.blobs.len() {
-                report.add(
-                    Severity::Error,
-                    format!("blob {id}: its snapshots form a loop"),
-                );
-                break;
+        let is_loop = loop {
+            if ends.contains(&at) {
+                break false;
             }
+            if loops.contains(&at) || !line.insert(at) {
+                break true;
+            }
+            match get(at).map(BlobMeta::parent) {
+                Some(Parent::Snapshot(next)) => at = next,
+                _ => break false,
+            }
+        };
+        if is_loop {
+            report.add(
+                Severity::Error,
+                format!("blob {id}: its snapshots form a loop"),
+            );
+            loops.extend(line);
+        } else {
+            ends.extend(line);
         }
     }
     report.snapshots = parents.len() as u64;
@@ -304,9 +319,7 @@ fn check_masks(report: &mut Report, masks: &Masks, found: &Scan, geo: &Geometry)
         ] {
             let list: Vec<u32> = iter_words(&bits).collect();
             if !list.is_empty() {
-                let more = if list.len() > 8 { ", …" } else { "" };
-                let some: Vec<String> = list.iter().take(8).map(ToString::to_string).collect();
-                let text = format!("{} {name} {text}: {}{more}", list.len(), some.join(", "));
+                let text = format!("{} {name} {text}: {}", list.len(), some(&list));
                 report.add(
                     if damaged {
                         Severity::Error
@@ -321,6 +334,28 @@ fn check_masks(report: &mut Report, masks: &Masks, found: &Scan, geo: &Geometry)
     compare("metadata pages", &masks.pages, &found.pages);
     compare("clusters", masks.clusters.words(), &found.clusters);
     compare("blob ids", &masks.blobids, &roots);
+}
+
+/// Pages with a blob's content that no blob names: replaced, and a crash came before they were zeroed.
+fn check_orphans(report: &mut Report, found: &Scan) {
+    let words = found.written.words().iter().zip(found.pages.words());
+    let orphans: Vec<u64> = words.map(|(written, used)| written & !used).collect();
+    let orphans: Vec<u32> = iter_words(&orphans).collect();
+    if !orphans.is_empty() {
+        let text = format!(
+            "{} metadata pages hold old content that no blob names any more: {}",
+            orphans.len(),
+            some(&orphans)
+        );
+        report.add(Severity::Note, text);
+    }
+}
+
+/// The first few of a list.
+fn some(list: &[u32]) -> String {
+    let more = if list.len() > 8 { ", …" } else { "" };
+    let some: Vec<String> = list.iter().take(8).map(ToString::to_string).collect();
+    some.join(", ") + more
 }
 
 fn check_blob(report: &mut Report, meta: &BlobMeta) {

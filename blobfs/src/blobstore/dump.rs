@@ -11,6 +11,7 @@ use super::alloc::iter_words;
 use super::error::Error;
 use super::format::{
     MaskKind, PAGE_SIZE, PAGE_SIZE_U64, Page, RawSuperBlock, SuperBlock, decode_mask, mask_pages,
+    seal,
 };
 use super::geometry::Geometry;
 use super::mdio::MdIo;
@@ -23,7 +24,8 @@ const READ_PAGES: u32 = 256;
 pub struct Dump {
     io: MdIo,
     raw: Box<RawSuperBlock>,
-    geo: Result<Geometry, String>,
+    geo: Option<Geometry>,
+    problem: Option<String>,
 }
 
 /// A mask as it lies on disk.
@@ -60,9 +62,26 @@ impl Dump {
         let buf = io.read(0, PAGE_SIZE.max(info.block_size as usize))?;
         let page: &Page = buf[..PAGE_SIZE].try_into().expect("a page");
         let raw = Box::new(RawSuperBlock::read_from_bytes(page).expect("sizes are equal"));
-        let geo = SuperBlock::decode(page).map_err(|error| error.to_string());
-        let geo = geo.and_then(|sb| Geometry::new(&sb, info).map_err(|error| error.to_string()));
-        Ok(Dump { io, raw, geo })
+        let (geo, problem) = match SuperBlock::decode(page) {
+            Ok(sb) => match Geometry::new(&sb, info) {
+                Ok(geo) => (Some(geo), None),
+                Err(error) => (None, Some(error.to_string())),
+            },
+            Err(error) => {
+                // With nothing but a wrong checksum, the figures may still lead to what is there.
+                let mut sealed = *page;
+                seal(&mut sealed);
+                let sb = SuperBlock::decode(&sealed).ok();
+                let geo = sb.and_then(|sb| Geometry::new(&sb, info).ok());
+                (geo, Some(error.to_string()))
+            }
+        };
+        Ok(Dump {
+            io,
+            raw,
+            geo,
+            problem,
+        })
     }
 
     /// The super block, right or wrong.
@@ -71,18 +90,19 @@ impl Dump {
         &self.raw
     }
 
-    /// Why the super block cannot be used. Then there are no masks and no pages to see.
+    /// Why the super block cannot be used. If it is only its checksum that is wrong, there are still masks
+    /// and pages to see.
     #[must_use]
     pub fn problem(&self) -> Option<&str> {
-        self.geo.as_ref().err().map(String::as_str)
+        self.problem.as_deref()
     }
 
-    /// The masks; none if the super block cannot be used.
+    /// The masks; none if the super block does not say where.
     ///
     /// # Errors
     /// The device cannot be read.
     pub fn masks(&mut self) -> Result<Vec<MaskDump>, Error> {
-        let Ok(geo) = self.geo.clone() else {
+        let Some(geo) = self.geo.clone() else {
             return Ok(Vec::new());
         };
         let raw = &self.raw;
@@ -144,7 +164,7 @@ impl Dump {
     /// # Errors
     /// The device cannot be read.
     pub fn pages(&mut self, mut page: impl FnMut(u32, &Page)) -> Result<(), Error> {
-        let Ok(geo) = self.geo.clone() else {
+        let Some(geo) = self.geo.clone() else {
             return Ok(());
         };
         let per_read = u32::try_from(self.io.max_io_blocks() * geo.block_size / PAGE_SIZE_U64)

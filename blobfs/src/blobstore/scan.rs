@@ -42,6 +42,8 @@ pub(crate) struct Scan {
     pub damaged: BTreeMap<u32, PageError>,
     /// Pages that blobs use, damaged ones as far as known.
     pub pages: Bitmap,
+    /// Pages that a blob has written, used or not; known after a scan only.
+    pub written: Bitmap,
     /// Clusters that the metadata and blobs use.
     pub clusters: Bitmap,
     /// Clusters that more than one blob claims.
@@ -77,6 +79,7 @@ impl Scan {
             blobs: BTreeMap::new(),
             damaged: BTreeMap::new(),
             pages: Bitmap::new(geo.md_len),
+            written: Bitmap::new(geo.md_len),
             clusters: Bitmap::new(geo.total_clusters),
             shared_clusters: HashSet::new(),
             shared_pages: HashSet::new(),
@@ -127,6 +130,9 @@ impl Scan {
                     return;
                 };
                 let header = PageHeader::read(page);
+                if header.id.page().is_some() {
+                    self.written.set(index);
+                }
                 if header.id != id || header.sequence != 0 || stored_crc(page) != page_crc(page) {
                     return;
                 }

@@ -317,7 +317,7 @@ fn read_xattr(offset: usize, body: &[u8]) -> Result<Xattr, PageProblem> {
     let (name, value) = rest
         .split_at_checked(usize::from(name_len))
         .ok_or_else(bad)?;
-    if name.is_empty() || name.contains(&0) || value.len() != usize::from(value_len) {
+    if name.contains(&0) || value.len() != usize::from(value_len) {
         return Err(bad());
     }
     Ok(Xattr {
