@@ -1,6 +1,6 @@
 //! Power cuts: for each operation of several steps, power is cut after every event on the device, with and
-//! without a volatile cache of which any part is lost. The store then opens, passes the check, and holds
-//! the old or the new state.
+//! without a volatile cache of which any part is lost. What is on the device is then as the format has it,
+//! so SPDK loads it; the store opens, passes the check, and holds the old or the new state.
 
 mod common;
 
@@ -9,7 +9,7 @@ use std::sync::Arc;
 use common::*;
 use pumice_bdev::BlockDevice;
 use pumice_bdev::crashsim::{CrashDevice, CrashImage, CrashOptions, Unsettled};
-use pumice_blobfs::blobstore::check::{Severity, check};
+use pumice_blobfs::blobstore::check::{Severity, check, repair};
 use pumice_blobfs::blobstore::{BlobId, Blobstore, CreateOptions, InitOptions, LoadOptions};
 use rand::prelude::*;
 
@@ -61,6 +61,7 @@ fn describe(store: &Blobstore) -> Vec<String> {
 
 /// After a power cut: the store opens and passes the check, and is the same after an orderly unload.
 fn state_after(image: &CrashImage, allowed: &[&[String]], what: &str) {
+    strict::parse_of(&image.to_vec(), what);
     let dev = device(image.clone(), false, 0);
     let as_dyn: Arc<dyn BlockDevice> = Arc::new(dev.clone());
     let report = check(&as_dyn).unwrap_or_else(|error| panic!("{what}: {error}"));
@@ -89,6 +90,10 @@ fn state_after(image: &CrashImage, allowed: &[&[String]], what: &str) {
         store.delete(id).unwrap();
     }
     store.unload().unwrap();
+    assert!(
+        strict::parse_of(&dev.image().to_vec(), what).clean,
+        "{what}"
+    );
     let report = check(&as_dyn).unwrap();
     assert_eq!(report.worst(), None, "{what}: {:?}", report.findings);
     assert_eq!(
@@ -276,6 +281,53 @@ fn clone() {
 fn inflate_and_decouple() {
     cut_everywhere("inflate", |store, ids| store.inflate(ids[1]).unwrap());
     cut_everywhere("decouple", |store, ids| store.decouple(ids[1]).unwrap());
+}
+
+/// A power cut while the state that an earlier one left is mended, by a load or by a repair, is mended by
+/// the next.
+#[test]
+fn mending() {
+    type Op = fn(&Blobstore, &[BlobId]);
+    let ops: [Op; 3] = [
+        |store, ids| {
+            store.snapshot(ids[2], &[]).unwrap();
+        },
+        |store, ids| store.delete(ids[4]).unwrap(),
+        |store, ids| store.delete(ids[5]).unwrap(),
+    ];
+    let mut states = 0;
+    for (number, op) in ops.into_iter().enumerate() {
+        let (base, ids) = setup(true);
+        let dev = device(base, true, 7);
+        let store = load(&dev);
+        let old = describe(&store);
+        op(&store, &ids);
+        let new = describe(&store);
+        let mut points = dev.crash_points();
+        while points.advance().is_some() {
+            let cut = points.image(&mut |_| true);
+            for by_repair in [false, true] {
+                let second = device(cut.clone(), true, 5);
+                let as_dyn: Arc<dyn BlockDevice> = Arc::new(second.clone());
+                if by_repair {
+                    repair(&as_dyn).unwrap();
+                } else {
+                    drop(load(&second));
+                }
+                let mut points = second.crash_points();
+                while points.advance().is_some() {
+                    for all in [false, true] {
+                        let image = points.image(&mut |_| all);
+                        let what = format!("mending {number}, repair {by_repair}");
+                        state_after(&image, &[&old, &new], &what);
+                        states += 1;
+                    }
+                }
+            }
+        }
+    }
+    println!("mending: {states} states");
+    assert!(states > 20, "only {states} states");
 }
 
 #[test]
