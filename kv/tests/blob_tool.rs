@@ -262,3 +262,65 @@ fn fsck_finds_mends_and_leaves() {
     fails(16, &["fsck"]);
     fails(16, &["fsck", uri, "--no-such-option"]);
 }
+
+/// A short file of zeroes in a thin blob leaves what lies behind its end.
+#[test]
+fn import_leaves_what_is_behind_the_end_of_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = &store(dir.path());
+    let file = dir.path().join("file");
+    let import = |id: &str, content: &[u8]| {
+        std::fs::write(&file, content).unwrap();
+        ok(&["blob", "import", uri, id, file.to_str().unwrap()])
+    };
+    let id = ok(&["blob", "create", uri, "--size", "128K", "--thin"]);
+    import(&id, &vec![7; 131_072]);
+    import(&id, &[0; 70_000]);
+    let content = pumice(&["blob", "export", uri, &id, "-"]).stdout;
+    assert_eq!(content.len(), 131_072);
+    assert!(content[..70_000].iter().all(|byte| *byte == 0));
+    assert!(content[70_000..].iter().all(|byte| *byte == 7));
+}
+
+/// With nothing but its checksum wrong, a super block still leads to the pages.
+#[test]
+fn dump_of_a_store_with_a_damaged_super_block() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = &store(dir.path());
+    let path = dir.path().join("store.img");
+    let id = ok(&[
+        "blob",
+        "create",
+        uri,
+        "--size",
+        "1M",
+        "--xattr",
+        "name=seek",
+    ]);
+    let mut image = std::fs::read(&path).unwrap();
+    image[3000] ^= 1;
+    std::fs::write(&path, &image).unwrap();
+    for as_json in [false, true] {
+        let mut args = vec!["blob", "dump", uri];
+        args.extend(as_json.then_some("--json"));
+        let output = pumice(&args);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&output.stderr).contains("crc"));
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.contains(&id) && text.contains("seek"), "{text}");
+        if as_json {
+            let value: Value = serde_json::from_str(&text).unwrap();
+            assert!(value["problem"].as_str().unwrap().contains("crc"));
+        }
+    }
+    // Figures that lead nowhere.
+    image[48] ^= 0x80;
+    image[51] ^= 0x80;
+    std::fs::write(&path, &image).unwrap();
+    let text = String::from_utf8(pumice(&["blob", "dump", uri]).stdout).unwrap();
+    assert!(
+        text.contains("md_start") && !text.contains("seek"),
+        "{text}"
+    );
+    assert_eq!(pumice(&["fsck", uri]).status.code(), Some(8));
+}

@@ -74,10 +74,11 @@ fn fill(store: &Blobstore, id: BlobId, input: &mut dyn Read, grow: bool) -> Resu
                 .or_else(|_| blob.resize(blob.num_clusters() + 1))?;
         }
         let zero = buf[..len].iter().all(|byte| *byte == 0);
-        if zero && blob.is_thin() {
+        // What lies behind the end of the file stays as it is.
+        let all = grow || len == size;
+        if zero && all && blob.is_thin() {
             blob.write_zeroes_at(offset, store.cluster_size())?;
         } else {
-            // What lies in the last cluster behind the end of the file stays as it is.
             let block = usize::try_from(store.device().info().block_size)?;
             let whole = len.div_ceil(block) * block;
             if whole != len && !grow {
