@@ -7,8 +7,8 @@ use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, IoErrorKind};
 use pumice_blobfs::blobstore::check::{check, repair};
 use pumice_blobfs::blobstore::dump::Dump;
 use pumice_blobfs::blobstore::format::{
-    BlobReader, BlobRecord, Flags, MapRecord, Page, PageHeader, Run, SuperBlock, TableEntry, Xattr,
-    decode_extent_page, encode_blob, encode_extent_page, seal, seal_chain,
+    BlobReader, BlobRecord, Flags, INVALID_PAGE, MapRecord, Page, PageHeader, Run, SuperBlock,
+    TableEntry, Xattr, decode_extent_page, encode_blob, encode_extent_page, seal, seal_chain,
 };
 use pumice_blobfs::blobstore::{BlobId, Blobstore, CreateOptions, Error, InitOptions, LoadOptions};
 
@@ -179,6 +179,22 @@ pub fn pages(data: &[u8]) {
         sb.md_start.get().into(),
         &data[..data.len().min(MD_PAGES as usize * 4096)],
     );
+    use_it(&dev);
+    // The same descriptors in pages that are roots, with right CRCs.
+    put(&dev, 0, &sb.encode());
+    for (index, chunk) in (0..MD_PAGES).zip(data.chunks(4072)) {
+        let mut page: Page = [0; 4096];
+        let header = PageHeader {
+            id: BlobId::from_page(index),
+            sequence: 0,
+            next: INVALID_PAGE,
+        };
+        header.write(&mut page);
+        page[16..16 + chunk.len()].copy_from_slice(chunk);
+        seal(&mut page);
+        let _ = BlobReader::new(header.id).page(&page);
+        put(&dev, u64::from(sb.md_start.get() + index), &page);
+    }
     use_it(&dev);
 }
 
