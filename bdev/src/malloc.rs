@@ -15,10 +15,11 @@ use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
 use crate::queue::{Completed, refuse};
 use crate::uri::{Uri, size_in_rest};
 use crate::uuid;
-use crate::zeroed;
+use crate::zeroed::Zeroed;
 
-/// Smallest piece of memory that is taken at a time.
-const STRIPE_MIN: u64 = 256 << 10;
+/// Smallest piece of memory that is taken at a time: a huge page, since random access to small
+/// ones costs a walk through the page tables each time.
+const STRIPE_MIN: u64 = 2 << 20;
 /// At most so many pieces, so that the table of a large device stays small.
 const STRIPES_MAX: u64 = 1 << 16;
 
@@ -64,7 +65,7 @@ struct Shared {
 /// A sparse array of bytes, in stripes with a lock each.
 struct Memory {
     stripe_shift: u32,
-    stripes: Vec<RwLock<Option<Box<[u8]>>>>,
+    stripes: Vec<RwLock<Option<Zeroed>>>,
 }
 
 impl std::fmt::Debug for Memory {
@@ -216,7 +217,7 @@ impl Memory {
 
     /// The bytes of a stripe, which are taken now if there are none yet.
     #[inline]
-    fn bytes_of<'a>(&self, stripe: &'a mut Option<Box<[u8]>>) -> Result<&'a mut [u8], OutOfMemory> {
+    fn bytes_of<'a>(&self, stripe: &'a mut Option<Zeroed>) -> Result<&'a mut [u8], OutOfMemory> {
         if stripe.is_none() {
             *stripe = Some(self.fresh()?);
         }
@@ -225,8 +226,8 @@ impl Memory {
 
     /// Zeroes for a stripe. A stripe of a device near the largest may be more than there is.
     #[cold]
-    fn fresh(&self) -> Result<Box<[u8]>, OutOfMemory> {
-        zeroed::bytes(1 << self.stripe_shift).ok_or(OutOfMemory)
+    fn fresh(&self) -> Result<Zeroed, OutOfMemory> {
+        Zeroed::new(1 << self.stripe_shift).ok_or(OutOfMemory)
     }
 
     fn zero(&self, offset: u64, len: u64) {

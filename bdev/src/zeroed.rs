@@ -1,23 +1,103 @@
-//! Zeroed memory that may be too much to ask for.
+//! Zeroed memory that may be too much to ask for, in large pages where the kernel has some.
 #![allow(unsafe_code)]
 
-use std::alloc::{Layout, alloc_zeroed};
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
 
-/// `len` bytes of zeroes, which the kernel gives as they are touched; `None` where the process
-/// gets no more, instead of the end of the process that a vector would be.
-pub(crate) fn bytes(len: usize) -> Option<Box<[u8]>> {
-    let layout = Layout::array::<u8>(len).ok()?;
-    if len == 0 {
-        return Some(Box::default());
+/// What the kernel calls a huge page on the machines that matter here.
+const HUGE: usize = 2 << 20;
+
+/// Bytes that were zero at first. The kernel gives them as they are touched.
+#[derive(Debug)]
+pub(crate) struct Zeroed {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping belongs to this value alone, and nothing in it belongs to a thread.
+unsafe impl Send for Zeroed {}
+// SAFETY: through a shared reference it can only be read.
+unsafe impl Sync for Zeroed {}
+
+impl Zeroed {
+    /// `len` bytes; `None` where the process gets no more, instead of the end of the process that
+    /// a vector would be.
+    pub(crate) fn new(len: usize) -> Option<Zeroed> {
+        if len == 0 {
+            let start = NonNull::dangling();
+            return Some(Zeroed { start, len });
+        }
+        // Room to begin at a huge page; what is before and behind goes back at once.
+        let slack = if len >= HUGE { HUGE } else { 0 };
+        let mapped = len
+            .checked_add(slack)
+            .filter(|n| *n <= isize::MAX as usize)?;
+        // SAFETY: a new private mapping, at a place of the kernel's choice, touches nothing.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                mapped,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return None;
+        }
+        let base = base.cast::<u8>();
+        let head = if slack > 0 {
+            base.addr().next_multiple_of(HUGE) - base.addr()
+        } else {
+            0
+        };
+        let start = base.wrapping_add(head);
+        if slack > 0 {
+            let tail = (len.next_multiple_of(4096)).min(mapped - head);
+            // SAFETY: both ranges lie in the mapping just made, before and behind the part that is
+            // kept, and nobody has seen them. The advice changes no contents.
+            unsafe {
+                if head > 0 {
+                    libc::munmap(base.cast(), head);
+                }
+                if mapped - head > tail {
+                    libc::munmap(start.wrapping_add(tail).cast(), mapped - head - tail);
+                }
+                libc::madvise(start.cast(), len, libc::MADV_HUGEPAGE);
+            }
+        }
+        let start = NonNull::new(start)?;
+        Some(Zeroed { start, len })
     }
-    // SAFETY: the layout's length is not zero.
-    let start = unsafe { alloc_zeroed(layout) };
-    if start.is_null() {
-        return None;
+}
+
+impl Deref for Zeroed {
+    type Target = [u8];
+
+    #[inline]
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `len` bytes from `start` are mapped and initialised (zero, or as written) for as
+        // long as this value lives; for `len` 0 the pointer is only aligned, which is enough.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
-    // SAFETY: the global allocator has just given `len` initialised bytes with the layout of
-    // `[u8; len]`, which belong to nobody else.
-    Some(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(start, len)) })
+}
+
+impl DerefMut for Zeroed {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `deref`; the exclusive reference is the only one.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for Zeroed {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            // SAFETY: the range is the mapping that `new` kept, and no reference to it is left.
+            unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
+        }
+    }
 }
 
 #[cfg(test)]
@@ -26,10 +106,14 @@ mod tests {
 
     #[test]
     fn zeroes_or_nothing() {
-        assert_eq!(bytes(0).unwrap().len(), 0);
-        let some = bytes(10_000).unwrap();
-        assert!(some.len() == 10_000 && some.iter().all(|b| *b == 0));
-        assert!(bytes(usize::MAX).is_none());
-        assert!(bytes(1 << 62).is_none());
+        assert_eq!(Zeroed::new(0).unwrap().len(), 0);
+        for len in [1, 10_000, HUGE - 1, HUGE, HUGE + 4097] {
+            let mut some = Zeroed::new(len).unwrap();
+            assert!(some.len() == len && some.iter().all(|b| *b == 0), "{len}");
+            some.fill(7);
+            assert!(some.iter().all(|b| *b == 7), "{len}");
+        }
+        assert!(Zeroed::new(usize::MAX).is_none());
+        assert!(Zeroed::new(1 << 62).is_none());
     }
 }
