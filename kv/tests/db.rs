@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use common::{image, key, memory_with, value};
 use pumice::rocksdb::{
-    BlockBasedOptions, DBCompressionType, IteratorMode, MergeOperands, Options, ReadOptions,
-    WriteBatch, WriteOptions, properties,
+    BlockBasedOptions, DBCompressionType, IngestExternalFileOptions, IteratorMode, MergeOperands,
+    Options, ReadOptions, SstFileWriter, WriteBatch, WriteOptions, properties,
 };
 use pumice::{Db, DbOptions, Error, MountOptions, mount, mount_device};
 
@@ -174,6 +174,42 @@ fn checkpoints_and_backups_of_one_database_among_several() {
     let restored = uncompressed().path("/restored").open_in(&fs).unwrap();
     check(&restored, 0..12_000);
     restored.close().unwrap();
+    fs.unmount().unwrap();
+}
+
+/// Ingestion writes a global sequence number into the table by a random-rw file, or moves it.
+#[test]
+fn table_files_are_ingested() {
+    let fs = mount("malloc://256M", &MountOptions::new()).unwrap();
+    let db = uncompressed().path("/db").open_in(&fs).unwrap();
+    fill(&db, 0..1_000);
+    let mut options = Options::default();
+    options.set_env(db.env());
+    for (moved, keys) in [(false, 500..1_500), (true, 2_000..3_000)] {
+        let path = format!("/new-{moved}.sst");
+        let mut writer = SstFileWriter::create(&options);
+        writer.open(&path).unwrap();
+        for n in keys.clone() {
+            writer.put(key(n), value(n + 1)).unwrap();
+        }
+        writer.finish().unwrap();
+        let mut how = IngestExternalFileOptions::default();
+        how.set_move_files(moved);
+        // The table overlaps the memtable: it gets a sequence number above what is there.
+        how.set_allow_global_seqno(true);
+        db.ingest_external_file_opts(&how, vec![&path]).unwrap();
+        assert_eq!(
+            db.get(key(keys.start)).unwrap(),
+            Some(value(keys.start + 1))
+        );
+    }
+    db.close().unwrap();
+    let db = uncompressed().path("/db").open_in(&fs).unwrap();
+    check(&db, 0..500);
+    for n in (500..1_500).chain(2_000..3_000) {
+        assert_eq!(db.get(key(n)).unwrap(), Some(value(n + 1)), "key {n}");
+    }
+    db.close().unwrap();
     fs.unmount().unwrap();
 }
 
