@@ -1,4 +1,5 @@
-//! The completion queue of channels whose operations end as soon as they are submitted.
+//! The completion queue of channels whose operations end as soon as they are submitted, or at the
+//! next poll.
 
 use crate::error::IoError;
 use crate::op::{Completion, Op, SubmitError};
@@ -21,6 +22,12 @@ impl Completed {
     #[inline]
     pub(crate) fn push(&mut self, tag: u64, op: Op, result: Result<(), Box<IoError>>) {
         self.queue.push(Completion { tag, op, result });
+    }
+
+    /// What waits, for channels that do the work at the poll: all of it is still to be done there.
+    #[inline]
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [Completion] {
+        &mut self.queue
     }
 
     #[inline]
