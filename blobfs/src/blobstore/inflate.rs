@@ -398,23 +398,29 @@ mod tests {
             .unwrap()[0]
     }
 
+    /// A blob of four clusters of ones, all of them its snapshot's.
+    fn clone_of_four_clusters() -> (Blobstore, Blob) {
+        let dev = pumice_bdev::open("malloc://8M?block_size=4096").unwrap();
+        let opts = InitOptions {
+            cluster_size: 16384,
+            ..InitOptions::default()
+        };
+        let store = Blobstore::init(dev, &opts).unwrap();
+        let opts = CreateOptions {
+            num_clusters: 4,
+            ..CreateOptions::default()
+        };
+        let blob = store.open(store.create(&opts).unwrap()).unwrap();
+        (0..4).for_each(|index| put(&blob, index, 1));
+        store.snapshot(blob.id(), &[]).unwrap();
+        (store, blob)
+    }
+
     /// A snapshot made while clusters are copied holds what was written since: the copies are old.
     #[test]
     fn a_snapshot_in_the_middle_of_an_inflation() {
         for which in [Which::All, Which::Parents] {
-            let dev = pumice_bdev::open("malloc://8M?block_size=4096").unwrap();
-            let opts = InitOptions {
-                cluster_size: 16384,
-                ..InitOptions::default()
-            };
-            let store = Blobstore::init(dev, &opts).unwrap();
-            let opts = CreateOptions {
-                num_clusters: 4,
-                ..CreateOptions::default()
-            };
-            let blob = store.open(store.create(&opts).unwrap()).unwrap();
-            (0..4).for_each(|index| put(&blob, index, 1));
-            store.snapshot(blob.id(), &[]).unwrap();
+            let (store, blob) = clone_of_four_clusters();
             let free = store.free_clusters();
             let copies = store.begin_detach(&blob, which).unwrap().unwrap();
             put(&blob, 2, 2);
@@ -437,19 +443,7 @@ mod tests {
     /// A write or a new size in the middle need no second beginning.
     #[test]
     fn writes_in_the_middle_of_an_inflation() {
-        let dev = pumice_bdev::open("malloc://8M?block_size=4096").unwrap();
-        let opts = InitOptions {
-            cluster_size: 16384,
-            ..InitOptions::default()
-        };
-        let store = Blobstore::init(dev, &opts).unwrap();
-        let opts = CreateOptions {
-            num_clusters: 4,
-            ..CreateOptions::default()
-        };
-        let blob = store.open(store.create(&opts).unwrap()).unwrap();
-        (0..4).for_each(|index| put(&blob, index, 1));
-        store.snapshot(blob.id(), &[]).unwrap();
+        let (store, blob) = clone_of_four_clusters();
         let copies = store.begin_detach(&blob, Which::All).unwrap().unwrap();
         put(&blob, 2, 2);
         blob.resize(5).unwrap();
