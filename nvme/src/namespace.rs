@@ -29,7 +29,7 @@ pub struct Limits {
     pub block_shift: u32,
     /// Size of the namespace.
     pub num_blocks: u64,
-    /// Blocks of a command with data (MDTS).
+    /// Blocks of a command with data (MDTS); 0 if the format cannot be used.
     pub transfer_blocks: u32,
     /// A command must not cross a multiple of this (NOIOB); 0: may.
     pub boundary_blocks: u32,

@@ -266,7 +266,7 @@ impl Core {
         entry.data = data.take();
         entry.state = state;
         if let Some((sq, _)) = &mut queue.rings {
-            sq.push(&command.words());
+            sq.push(command.words());
             sq.ring();
         }
         Ok(Some(slot))

@@ -294,7 +294,7 @@ fn limits(info: &Info, nsid: u32, ns: &IdentifyNamespace, usable: bool, page_shi
         nsid,
         block_shift: shift,
         num_blocks: ns.nsze.get(),
-        transfer_blocks: transfer,
+        transfer_blocks: if usable { transfer } else { 0 },
         boundary_blocks: u32::from(ns.noiob.get()),
         zeroes_blocks: sized(nvm.map(|n| n.wzsl)),
         verify_blocks: sized(nvm.map(|n| n.vsl)),

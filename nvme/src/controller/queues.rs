@@ -17,7 +17,7 @@ use crate::dma::DmaShared;
 use crate::error::NvmeError;
 use crate::queue::{
     Bank, Bell, CompletionRing, PointerStyle, QueueMem, QueueOptions, QueuePair, QueueShared,
-    QueueStats, Slot, SlotState, Spin, SubmissionRing, WHOLE, init_barrier,
+    QueueStats, Slots, Spin, SubmissionRing, init_barrier,
 };
 use crate::spec::{AdminOpcode, Command, FeatureId, doorbell_offset};
 
@@ -259,8 +259,7 @@ impl Controller {
         // When a reset has come over it meanwhile, the word tells, and the pair catches up.
         let current = shared.bank.lock().current;
         let depth = shared.sq_entries - 1;
-        let slot_bits = u32::from(depth.max(2) - 1).ilog2() + 1;
-        let mut slots = Vec::with_capacity(usize::from(depth));
+        let mut list_addresses = Vec::with_capacity(usize::from(depth));
         for n in 0..depth {
             let offset = lists.region_offset() + usize::from(n) * list_len;
             let list_address = core
@@ -268,20 +267,7 @@ impl Controller {
                 .translate(lists.region(), offset)
                 .ok_or_else(|| core.protocol("list memory is not mapped for the device"))?
                 .0;
-            slots.push(Slot {
-                command: Command {
-                    cid: n,
-                    ..Command::default()
-                },
-                tag: 0,
-                io: None,
-                split: WHOLE,
-                state: SlotState::Free,
-                retries: 0,
-                deadline_ms: 0,
-                started_ns: 0,
-                list_address,
-            });
+            list_addresses.push(list_address);
         }
         // Consumed entries that the controller has not heard of are room that it lacks: never
         // so many that it cannot post a completion for everything in flight.
@@ -296,7 +282,7 @@ impl Controller {
             None
         };
         let style = PointerStyle {
-            page_shift: core.page_shift,
+            page_len: 1 << core.page_shift,
             sgl: core.info()?.sgl,
         };
         Ok(QueuePair {
@@ -307,15 +293,14 @@ impl Controller {
                 ack_at,
                 cq_bell,
             ),
+            slots: Slots::new(shared.qid, depth),
             table: Arc::clone(&core.table),
             _controller: Arc::clone(self),
             shared,
             seen: word,
             dead: None,
-            slots,
-            free: (0..depth).rev().collect(),
-            cid_step: 1 << slot_bits,
             lists,
+            list_addresses,
             list_words: list_len / 8,
             style,
             splits: Vec::new(),
@@ -328,6 +313,7 @@ impl Controller {
             epoch: Instant::now(),
             polls: 0,
             next_tick_ms: 0,
+            observed: histogram.is_some(),
             histogram,
             stats: QueueStats::default(),
             spin: Spin::new(),

@@ -20,6 +20,7 @@
 mod arena;
 mod buddy;
 mod buf;
+mod entries;
 mod error;
 mod limits;
 mod mapper;
@@ -29,6 +30,7 @@ mod shared;
 
 pub use arena::{ArenaOptions, ArenaStats, HugePages, configure, register_mapper, stats};
 pub use buf::{DmaBuf, DmaSlice};
+pub(crate) use entries::Entries;
 pub use error::DmaError;
 pub use limits::{Memlock, memlock};
 pub use mapper::{AddressTable, DmaMapper, MapperGuard};

@@ -1,6 +1,7 @@
 //! Ending an I/O before its time, because the caller asks.
 
-use super::pair::{NO_RETRY, QueuePair, SlotState};
+use super::pair::QueuePair;
+use super::slot::{NO_RETRY, SlotState};
 use crate::error::{IoError, IoErrorKind};
 use crate::spec::{Command, IoOpcode};
 
@@ -11,8 +12,8 @@ impl QueuePair {
     /// was in flight.
     pub fn abort(&mut self, tag: u64) -> bool {
         let mut found = false;
-        for index in 0..self.slots.len() {
-            let entry = &mut self.slots[index];
+        for slot in self.slots.numbers() {
+            let entry = &mut self.slots[slot];
             if entry.tag != tag {
                 continue;
             }
@@ -20,10 +21,9 @@ impl QueuePair {
                 SlotState::Free => continue,
                 SlotState::InFlight | SlotState::Overdue => {
                     entry.retries = NO_RETRY;
-                    self.core.request_abort(self.shared.qid, entry.command.cid);
+                    self.core.request_abort(self.shared.qid, entry.cid());
                 }
                 SlotState::Retrying => {
-                    let slot = u16::try_from(index).unwrap_or(u16::MAX);
                     self.retrying.retain(|(_, s)| *s != slot);
                     self.finish_command(slot, Some(IoErrorKind::Aborted));
                 }

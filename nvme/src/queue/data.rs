@@ -61,7 +61,8 @@ impl ListArea<'_> {
 /// How pointers are made.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PointerStyle {
-    pub page_shift: u32,
+    /// The controller's page (CC.MPS), a power of two.
+    pub page_len: usize,
     pub sgl: bool,
 }
 
@@ -88,23 +89,25 @@ pub(super) struct Pointer {
 }
 
 /// The data pointer for one piece of memory where that takes no list: one or two pages, or one
-/// SGL descriptor. `None`: it takes more, or the memory is not mapped.
+/// SGL descriptor. `None`: it takes more, or the memory is not mapped. The piece is not empty.
 #[inline]
 pub(super) fn point_directly(
     table: &AddressTable,
     segment: Segment,
     style: PointerStyle,
 ) -> Option<Pointer> {
+    debug_assert!(segment.len > 0, "no data to point at");
     let (address, contiguous) = table.translate(segment.region, segment.offset)?;
-    let page = 1usize << style.page_shift;
-    let first = to_page_end(address, page);
     let prp = |prp2| Pointer {
         words: [address, prp2],
         flags: 0,
     };
-    if segment.len <= first {
+    let last = address.wrapping_add(segment.len.wrapping_sub(1) as u64);
+    let page = style.page_len;
+    if (address ^ last) < page as u64 {
         return Some(prp(0));
     }
+    let first = to_page_end(address, page);
     if segment.len > contiguous {
         return None;
     }
@@ -169,7 +172,7 @@ pub(super) fn point_at_many(
     if style.sgl {
         sgl(command, pieces, area)
     } else {
-        prp(command, pieces, style.page_shift, area)
+        prp(command, pieces, style.page_len, area)
     }
 }
 
@@ -182,7 +185,7 @@ pub(crate) fn admin_prp(
     area: &ListArea<'_>,
 ) -> Result<(), NotMapped> {
     let style = PointerStyle {
-        page_shift,
+        page_len: 1 << page_shift,
         sgl: false,
     };
     point_at(command, table, segment, style, area)
@@ -237,10 +240,9 @@ impl<I: Iterator<Item = Segment>> Iterator for Pieces<'_, I> {
 fn prp(
     command: &mut Command,
     pieces: impl Iterator<Item = Result<(u64, usize), NotMapped>>,
-    page_shift: u32,
+    page: usize,
     area: &ListArea<'_>,
 ) -> Result<usize, NotMapped> {
-    let page = 1usize << page_shift;
     let mut covered = 0usize;
     let mut entries = 0usize;
     // The end so far is the end of a page, so that another entry may follow.
@@ -345,11 +347,11 @@ mod tests {
     }
 
     const PRP: PointerStyle = PointerStyle {
-        page_shift: 12,
+        page_len: 4096,
         sgl: false,
     };
     const SGL: PointerStyle = PointerStyle {
-        page_shift: 12,
+        page_len: 4096,
         sgl: true,
     };
 

@@ -16,6 +16,7 @@ mod pair;
 mod recover;
 mod ring;
 mod shared;
+mod slot;
 mod split;
 mod stats;
 mod trace;
@@ -27,7 +28,7 @@ pub use stats::QueueStats;
 
 pub(crate) use barrier::{heavy as heavy_barrier, init as init_barrier};
 pub(crate) use data::{ListArea, PointerStyle, admin_prp};
-pub(crate) use pair::{Slot, SlotState, WHOLE};
 pub(crate) use ring::{Bell, CompletionRing, QueueMem, Shadow, SubmissionRing};
 pub(crate) use shared::{Bank, QueueShared};
+pub(crate) use slot::Slots;
 pub(crate) use wait::Spin;

@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 
 use super::barrier;
-use super::build::check_segment;
 use super::data::{ListArea, NotMapped, Pointer, PointerStyle, Segment, point_at, point_directly};
 use super::ring::{CompletionRing, QueueMem, SubmissionRing};
 use super::shared::QueueShared;
+use super::slot::{NO_RETRY, SlotState, Slots, WHOLE};
 use super::split::Split;
 use super::stats::QueueStats;
 use super::wait::Spin;
@@ -22,7 +22,9 @@ use crate::dma::{AddressTable, DmaShared};
 use crate::error::{InvalidIo, IoError, IoErrorKind, SubmitError};
 use crate::io::{Io, IoDone};
 use crate::namespace::{Limits, Namespace};
-use crate::spec::{Command, Completion, IoFlags, IoOpcode, QueuePriority, Status, decode};
+use crate::spec::{
+    BlocksIo, Command, Completion, IoFlags, IoOpcode, QueuePriority, Status, decode,
+};
 
 /// What a queue pair shall be like.
 #[derive(Debug, Clone)]
@@ -73,55 +75,6 @@ impl QueueOptions {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum SlotState {
-    Free,
-    InFlight,
-    /// In flight, and an abort was asked for because it takes too long.
-    Overdue,
-    /// Over, waiting to be sent again.
-    Retrying,
-}
-
-/// As a number of retries: there shall be no more.
-pub(crate) const NO_RETRY: u8 = u8::MAX;
-
-/// No split.
-pub(crate) const WHOLE: u32 = u32::MAX;
-
-/// One command's place. Its number is the low part of the command identifier, the high part is
-/// a sequence number, so that a completion of an earlier command in the slot is recognised.
-#[derive(Debug)]
-pub(crate) struct Slot {
-    pub command: Command,
-    pub tag: u64,
-    /// The I/O, if this command is all of it.
-    pub io: Option<Io>,
-    /// The split I/O that this command is a part of.
-    pub split: u32,
-    pub state: SlotState,
-    pub retries: u8,
-    /// When the command is overdue, in milliseconds of the queue's clock; 0: not stamped yet.
-    pub deadline_ms: u64,
-    pub started_ns: u64,
-    pub list_address: u64,
-}
-
-impl Slot {
-    /// Free, with the next sequence number, which counts in units of `step`. 0xffff is no
-    /// command's identifier (Base section 3.3.3.1, "CID").
-    #[inline]
-    fn release(&mut self, step: u16) {
-        self.state = SlotState::Free;
-        let next = self.command.cid.wrapping_add(step);
-        self.command.cid = if next == u16::MAX {
-            next.wrapping_add(step)
-        } else {
-            next
-        };
-    }
-}
-
 /// A submission and a completion queue, owned by one thread.
 #[derive(Debug)]
 pub struct QueuePair {
@@ -136,11 +89,10 @@ pub struct QueuePair {
     pub(crate) dead: Option<IoErrorKind>,
     pub(crate) sq: SubmissionRing,
     pub(crate) cq: CompletionRing,
-    pub(crate) slots: Vec<Slot>,
-    pub(crate) free: Vec<u16>,
-    /// Identifiers are slot numbers in the bits below, sequence numbers from here on.
-    pub(crate) cid_step: u16,
+    pub(crate) slots: Slots,
     pub(crate) lists: Arc<DmaShared>,
+    /// The device's address of each slot's list.
+    pub(crate) list_addresses: Vec<u64>,
     pub(crate) list_words: usize,
     pub(crate) table: Arc<AddressTable>,
     pub(crate) style: PointerStyle,
@@ -156,6 +108,8 @@ pub struct QueuePair {
     pub(crate) polls: u32,
     pub(crate) next_tick_ms: u64,
     pub(crate) histogram: Option<Box<Histogram<u64>>>,
+    /// Completions are counted by latency or logged.
+    pub(crate) observed: bool,
     pub(crate) stats: QueueStats,
     pub(crate) spin: Spin,
     pub(crate) not_sync: PhantomData<Cell<()>>,
@@ -179,10 +133,9 @@ impl QueuePair {
 
     /// I/Os that were accepted and not handed back yet.
     pub fn in_flight(&self) -> usize {
-        let commands = self.slots.len() - self.free.len();
         let in_splits: usize = self.splits.iter().flatten().map(|s| s.outstanding).sum();
         let splits = self.splits.len() - self.free_splits.len();
-        commands - in_splits + splits + self.backlog.len()
+        self.slots.in_use() - in_splits + splits + self.backlog.len()
     }
 
     /// The controller.
@@ -218,78 +171,61 @@ impl QueuePair {
                 None => SubmitError::Busy(io),
             });
         }
-        let limits = &ns.limits;
         if !ns.title.is_of(self.owner) {
-            return Err(SubmitError::Invalid(io, InvalidIo::Stale(limits.nsid)));
+            return Err(SubmitError::Invalid(io, InvalidIo::Stale(ns.limits.nsid)));
         }
-        let (op, lba, segment, flags) = match &io {
-            Io::Read { lba, buf } => (IoOpcode::READ, *lba, Segment::from(buf), IoFlags::NONE),
-            Io::Write { lba, data, fua } => (
-                IoOpcode::WRITE,
-                *lba,
-                Segment::from(data),
-                IoFlags::fua(*fua),
-            ),
-            _ => return self.submit_other(limits, tag, io),
+        let Some((entry, segment)) = plain(&ns.limits, &io) else {
+            return self.submit_other(ns, tag, io);
         };
-        let Some(blocks) = plain_blocks(limits, lba, &segment) else {
-            return self.submit_other(limits, tag, io);
-        };
-        let Some(slot) = self.free.pop() else {
+        match point_directly(&self.table, segment, self.style) {
+            Some(pointer) => self.enter(tag, io, entry, pointer),
+            None => self.submit_listed(ns, tag, io),
+        }
+    }
+
+    /// Takes a slot for an I/O of one command and writes the command to the submission queue.
+    #[inline]
+    fn enter(
+        &mut self,
+        tag: u64,
+        io: Io,
+        entry: BlocksIo,
+        pointer: Pointer,
+    ) -> Result<(), SubmitError> {
+        let Some((number, slot)) = self.slots.take() else {
             return Err(SubmitError::Busy(io));
         };
-        let pointer = match point_directly(&self.table, segment, self.style) {
-            Some(pointer) => pointer,
-            None => match self.point_by_list(slot, segment) {
-                Ok(pointer) => pointer,
-                Err(NotMapped) => {
-                    self.free.push(slot);
-                    return self.submit_other(limits, tag, io);
-                }
-            },
-        };
-        let started_ns = self.histogram.is_some().then(|| self.now_ns());
-        let entry = &mut self.slots[usize::from(slot)];
-        let words = Command::blocks_io_words(
-            op,
-            pointer.flags,
-            entry.command.cid,
-            limits.nsid,
-            pointer.words,
-            lba,
-            blocks,
-            flags,
-        );
-        entry.command = Command::from_words(words);
-        entry.tag = tag;
-        entry.io = Some(io);
-        entry.split = WHOLE;
-        entry.retries = 0;
-        entry.state = SlotState::InFlight;
-        entry.deadline_ms = 0;
-        if let Some(now) = started_ns {
-            entry.started_ns = now;
-        }
+        let words = entry.words(slot.cid(), pointer.words, pointer.flags);
+        slot.begin(words, tag, io);
         self.stats.commands += 1;
-        self.sq.push(&words);
-        if super::trace::is_on() {
-            self.trace_command(slot);
+        self.sq.push(words);
+        if self.histogram.is_some() || super::trace::is_on() {
+            self.observe_command(number);
         }
         Ok(())
     }
 
-    #[cold]
-    fn now_ns(&self) -> u64 {
-        u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    /// A plain I/O whose data pointer takes the slot's list.
+    #[inline(never)]
+    fn submit_listed(&mut self, ns: &Namespace, tag: u64, io: Io) -> Result<(), SubmitError> {
+        let Some((entry, segment)) = plain(&ns.limits, &io) else {
+            return self.submit_other(ns, tag, io);
+        };
+        let Some(number) = self.slots.next() else {
+            return Err(SubmitError::Busy(io));
+        };
+        match self.point_by_list(number, segment) {
+            Ok(pointer) => self.enter(tag, io, entry, pointer),
+            Err(NotMapped) => self.submit_other(ns, tag, io),
+        }
     }
 
     /// The pointer to a command's data by the slot's list.
-    #[inline(never)]
     fn point_by_list(&self, slot: u16, segment: Segment) -> Result<Pointer, NotMapped> {
         let at = usize::from(slot);
         let area = ListArea {
             words: &self.lists.as_u64()[at * self.list_words..(at + 1) * self.list_words],
-            address: self.slots[at].list_address,
+            address: self.list_addresses[at],
         };
         let mut command = Command::default();
         point_at(&mut command, &self.table, segment, self.style, &area)?;
@@ -299,21 +235,31 @@ impl QueuePair {
         })
     }
 
-    /// Writes a slot's command to the submission queue.
-    pub(super) fn send(&mut self, slot: u16, mut command: Command) {
-        let started_ns = self.histogram.is_some().then(|| self.now_ns());
-        let entry = &mut self.slots[usize::from(slot)];
-        command.cid = entry.command.cid;
-        entry.command = command;
-        entry.state = SlotState::InFlight;
-        entry.deadline_ms = 0;
-        if let Some(now) = started_ns {
-            entry.started_ns = now;
+    /// Notes when a command was sent, and logs it, if that is wanted.
+    #[cold]
+    fn observe_command(&mut self, slot: u16) {
+        if self.histogram.is_some() {
+            self.slots[slot].started_ns = self.now_ns();
         }
-        self.stats.commands += 1;
-        self.sq.push(&command.words());
         if super::trace::is_on() {
             self.trace_command(slot);
+        }
+    }
+
+    fn now_ns(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Writes a slot's command to the submission queue.
+    pub(super) fn send(&mut self, slot: u16, command: Command) {
+        let entry = &mut self.slots[slot];
+        let command = entry.keep(command);
+        entry.state = SlotState::InFlight;
+        entry.deadline_ms = 0;
+        self.stats.commands += 1;
+        self.sq.push(command.words());
+        if self.histogram.is_some() || super::trace::is_on() {
+            self.observe_command(slot);
         }
     }
 
@@ -383,46 +329,34 @@ impl QueuePair {
     /// that is in flight, with its sequence number.
     #[inline]
     pub(super) fn complete(&mut self, c: Completion, out: &mut Vec<IoDone>) {
-        let slot = c.cid & (self.cid_step - 1);
-        let Some(entry) = self.slots.get_mut(usize::from(slot)) else {
+        let plain = c.status().is_success()
+            && c.sq_head < self.sq.entries()
+            && !self.observed
+            && out.len() < out.capacity();
+        if plain && self.slots.finish_plain(&c, out) {
+            self.stats.completions += 1;
+        } else {
+            self.complete_other(c, out);
+        }
+    }
+
+    /// As [`complete`](Self::complete), whatever the completion is and whatever its I/O.
+    #[inline(never)]
+    fn complete_other(&mut self, c: Completion, out: &mut Vec<IoDone>) {
+        let named = self.slots.named_by(&c);
+        let Some(slot) = named.filter(|_| c.sq_head < self.sq.entries()) else {
             return self.impossible(c);
         };
-        let known = entry.command.cid == c.cid
-            && matches!(entry.state, SlotState::InFlight | SlotState::Overdue)
-            && c.sq_id == self.shared.qid
-            && c.sq_head < self.shared.sq_entries;
-        if !known {
-            return self.impossible(c);
-        }
         self.stats.completions += 1;
         if !self.spans.is_empty() {
             self.trace_completion(slot, &c);
         }
-        let entry = &mut self.slots[usize::from(slot)];
-        if c.status().is_success() && entry.split == WHOLE && entry.io.is_some() {
-            entry.release(self.cid_step);
-            self.free.push(slot);
-            if let Some(histogram) = &mut self.histogram {
-                record(histogram, self.epoch, entry.started_ns);
-            }
-            // Taken last, so that it moves once.
-            if let Some(io) = entry.io.take() {
-                out.push(IoDone {
-                    tag: entry.tag,
-                    io,
-                    result: Ok(()),
-                });
-            }
-            return;
+        if c.status().is_success() {
+            self.finish_command(slot, None);
+        } else {
+            self.complete_failed(slot, c);
         }
-        self.complete_slow(slot, c);
         out.append(&mut self.backlog);
-    }
-
-    /// Makes a slot free.
-    pub(super) fn release(&mut self, slot: u16) {
-        self.slots[usize::from(slot)].release(self.cid_step);
-        self.free.push(slot);
     }
 
     /// A completion that no command of ours can have: the device cannot be trusted with
@@ -436,17 +370,11 @@ impl QueuePair {
         ));
     }
 
-    /// Failures, and commands that are a part of a split I/O.
     #[cold]
-    fn complete_slow(&mut self, slot: u16, c: Completion) {
+    fn complete_failed(&mut self, slot: u16, c: Completion) {
         let status = c.status();
-        let index = usize::from(slot);
-        if status.is_success() {
-            self.finish_command(slot, None);
-            return;
-        }
-        let overdue = self.slots[index].state == SlotState::Overdue;
-        let command = self.slots[index].command;
+        let overdue = self.slots[slot].state == SlotState::Overdue;
+        let command = self.slots[slot].command();
         tracing::debug!(
             device = self.core.name(),
             command = %decode::io_command(self.shared.qid, &command),
@@ -455,11 +383,11 @@ impl QueuePair {
         );
         if !status.do_not_retry()
             && status.code() != Status::COMPARE_FAILURE
-            && self.slots[index].retries < self.options.max_retries
+            && self.slots[slot].retries < self.options.max_retries
         {
             self.retry(
                 slot,
-                self.core.retry_delay(status, self.slots[index].retries),
+                self.core.retry_delay(status, self.slots[slot].retries),
             );
             return;
         }
@@ -473,7 +401,7 @@ impl QueuePair {
     }
 
     pub(super) fn retry(&mut self, slot: u16, delay: Duration) {
-        let entry = &mut self.slots[usize::from(slot)];
+        let entry = &mut self.slots[slot];
         entry.state = SlotState::Retrying;
         entry.retries += 1;
         self.retrying.push_back((Instant::now() + delay, slot));
@@ -493,9 +421,8 @@ impl QueuePair {
                 continue;
             }
             // A new identifier: a late completion of the earlier attempt is not this one's.
-            self.release(slot);
-            self.free.pop();
-            let command = self.slots[usize::from(slot)].command;
+            self.slots.rename(slot);
+            let command = self.slots[slot].command();
             self.stats.retries += 1;
             self.send(slot, command);
         }
@@ -503,14 +430,14 @@ impl QueuePair {
 
     /// Ends a command; the I/O ends with it unless it has other parts.
     pub(super) fn finish_command(&mut self, slot: u16, failure: Option<IoErrorKind>) {
-        let entry = &mut self.slots[usize::from(slot)];
+        let entry = &mut self.slots[slot];
         let (tag, split, started_ns) = (entry.tag, entry.split, entry.started_ns);
-        let io = entry.io.take();
+        let io = std::mem::replace(&mut entry.io, Io::Flush);
         let error = failure.map(|kind| {
             Box::new(IoError {
                 device: self.core.name().to_owned(),
                 qid: self.shared.qid,
-                command: entry.command,
+                command: entry.command(),
                 kind,
                 retries: if entry.retries == NO_RETRY {
                     0
@@ -519,33 +446,36 @@ impl QueuePair {
                 },
             })
         });
-        self.release(slot);
-        if let Some(histogram) = self.histogram.as_mut().filter(|_| failure.is_none()) {
-            record(histogram, self.epoch, started_ns);
+        self.slots.give(slot);
+        if failure.is_none() && self.histogram.is_some() {
+            let took_ns = self.now_ns().saturating_sub(started_ns).max(1);
+            if let Some(histogram) = &mut self.histogram {
+                histogram.saturating_record(took_ns);
+            }
         }
-        match io {
-            Some(io) => self.backlog.push(IoDone {
+        if split == WHOLE {
+            self.backlog.push(IoDone {
                 tag,
                 io,
                 result: error.map_or(Ok(()), Err),
-            }),
-            None => self.finish_part(split, error),
+            });
+        } else {
+            self.finish_part(split, error);
         }
     }
 
     /// An I/O that is not a plain read or write of one command.
     #[cold]
-    fn submit_other(&mut self, limits: &Limits, tag: u64, io: Io) -> Result<(), SubmitError> {
+    fn submit_other(&mut self, ns: &Namespace, tag: u64, io: Io) -> Result<(), SubmitError> {
+        let limits = &ns.limits;
         match super::build::plan(limits, &io) {
             Err(why) => Err(SubmitError::Invalid(io, why)),
             Ok(None) => {
-                let Some(slot) = self.free.pop() else {
+                let Some((slot, entry)) = self.slots.take() else {
                     return Err(SubmitError::Busy(io));
                 };
-                let entry = &mut self.slots[usize::from(slot)];
                 entry.tag = tag;
-                entry.io = Some(io);
-                entry.split = WHOLE;
+                entry.io = io;
                 entry.retries = 0;
                 self.send(slot, Command::flush(limits.nsid));
                 Ok(())
@@ -555,21 +485,27 @@ impl QueuePair {
     }
 }
 
-#[cold]
-fn record(histogram: &mut Histogram<u64>, epoch: Instant, started_ns: u64) {
-    let now = u64::try_from(epoch.elapsed().as_nanos()).unwrap_or(u64::MAX);
-    histogram.saturating_record(now.saturating_sub(started_ns).max(1));
-}
-
-/// The number of blocks, when the I/O fits one command as it is.
+/// A read or write of one buffer that fits one command as it is: the command, and its data.
 #[inline]
-fn plain_blocks(limits: &Limits, lba: u64, segment: &Segment) -> Option<u32> {
-    let blocks = check_segment(limits, segment).ok()?;
+fn plain(limits: &Limits, io: &Io) -> Option<(BlocksIo, Segment)> {
+    let (op, lba, segment, flags) = match io {
+        Io::Read { lba, buf } => (IoOpcode::READ, *lba, Segment::from(buf), IoFlags::NONE),
+        Io::Write { lba, data, fua } => (
+            IoOpcode::WRITE,
+            *lba,
+            Segment::from(data),
+            IoFlags::fua(*fua),
+        ),
+        _ => return None,
+    };
+    let blocks = segment.len >> limits.block_shift;
+    let whole = blocks << limits.block_shift == segment.len && segment.offset & 3 == 0;
+    let blocks = blocks as u64;
     let end = lba.checked_add(blocks)?;
-    if blocks == 0
-        || blocks > u64::from(limits.transfer_blocks)
+    // No blocks at all are more than any limit. A namespace that cannot be used allows none.
+    if !whole
+        || blocks.wrapping_sub(1) >= u64::from(limits.transfer_blocks)
         || end > limits.num_blocks
-        || !limits.usable
     {
         return None;
     }
@@ -577,5 +513,12 @@ fn plain_blocks(limits: &Limits, lba: u64, segment: &Segment) -> Option<u32> {
     if boundary != 0 && lba / boundary != (end - 1) / boundary {
         return None;
     }
-    u32::try_from(blocks).ok()
+    let entry = BlocksIo {
+        op,
+        nsid: limits.nsid,
+        lba,
+        blocks: u32::try_from(blocks).ok()?,
+        flags,
+    };
+    Some((entry, segment))
 }

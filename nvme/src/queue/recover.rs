@@ -3,7 +3,8 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::pair::{QueuePair, SlotState};
+use super::pair::QueuePair;
+use super::slot::{SlotState, Slots};
 use crate::controller::state::{self, Phase};
 use crate::error::{IoErrorKind, millis};
 use crate::spec::decode;
@@ -52,10 +53,9 @@ impl QueuePair {
             self.give_up(IoErrorKind::ControllerFailed);
             return;
         }
-        for slot in 0..self.slots.len() {
+        for slot in self.slots.numbers() {
             let entry = &self.slots[slot];
             let (state, retries) = (entry.state, entry.retries);
-            let slot = u16::try_from(slot).unwrap_or(u16::MAX);
             match state {
                 SlotState::Free | SlotState::Retrying => {}
                 _ if retries < self.options.max_retries => self.retry(slot, Duration::ZERO),
@@ -72,17 +72,10 @@ impl QueuePair {
             let Some(completion) = self.cq.pop() else {
                 break;
             };
-            let slot = completion.cid & (self.cid_step - 1);
-            let ours = self.slots.get(usize::from(slot)).is_some_and(|s| {
-                s.command.cid == completion.cid
-                    && matches!(s.state, SlotState::InFlight | SlotState::Overdue)
-            });
+            let ours = self.slots.named_by(&completion).is_some();
             // Something impossible may be why there was a reset: what comes behind it is not
             // trusted either.
-            if !ours
-                || completion.sq_id != self.shared.qid
-                || completion.sq_head >= self.shared.sq_entries
-            {
+            if !ours || completion.sq_head >= self.sq.entries() {
                 break;
             }
             self.complete(completion, &mut out);
@@ -99,9 +92,8 @@ impl QueuePair {
         }
         self.dead = Some(kind);
         self.retrying.clear();
-        for slot in 0..self.slots.len() {
+        for slot in self.slots.numbers() {
             if self.slots[slot].state != SlotState::Free {
-                let slot = u16::try_from(slot).unwrap_or(u16::MAX);
                 self.finish_command(slot, Some(kind));
             }
         }
@@ -116,12 +108,12 @@ impl QueuePair {
         }
         let timeout = millis(self.options.timeout).max(1);
         self.next_tick_ms = now + (timeout / 8).clamp(1, 1000);
-        if self.free.len() == self.slots.len() {
+        if self.slots.in_use() == 0 {
             return;
         }
-        for slot in 0..self.slots.len() {
+        for slot in self.slots.numbers() {
             let entry = &mut self.slots[slot];
-            if !matches!(entry.state, SlotState::InFlight | SlotState::Overdue) {
+            if !entry.is_sent() {
                 continue;
             }
             if entry.deadline_ms == 0 {
@@ -131,7 +123,7 @@ impl QueuePair {
             if now < entry.deadline_ms {
                 continue;
             }
-            let text = decode::io_command(self.shared.qid, &entry.command).to_string();
+            let text = decode::io_command(self.shared.qid, &entry.command()).to_string();
             if entry.state == SlotState::InFlight {
                 entry.state = SlotState::Overdue;
                 // Half the time again for the abort to show.
@@ -143,7 +135,7 @@ impl QueuePair {
                     timeout_ms = timeout,
                     "no completion in time; aborting"
                 );
-                self.core.request_abort(self.shared.qid, entry.command.cid);
+                self.core.request_abort(self.shared.qid, entry.cid());
             } else {
                 entry.deadline_ms = now + timeout;
                 self.core
@@ -171,10 +163,10 @@ impl Drop for QueuePair {
         if core.retire_queue(&self.shared) {
             return;
         }
-        let slots = std::mem::take(&mut self.slots);
+        let slots = std::mem::replace(&mut self.slots, Slots::new(0, 0));
         let splits = std::mem::take(&mut self.splits);
         core.bury(Box::new((
-            slots.into_iter().filter_map(|s| s.io).collect::<Vec<_>>(),
+            slots.into_ios(),
             splits,
             std::sync::Arc::clone(&self.lists),
             std::sync::Arc::clone(&self.shared),

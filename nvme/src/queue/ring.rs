@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use crate::dma::DmaShared;
+use crate::dma::{DmaShared, Entries};
 use crate::spec::Completion;
 use crate::transport::{Doorbell, MmioMap};
 
@@ -92,8 +92,7 @@ fn needs_ring(event: u32, new: u16, old: u16) -> bool {
 /// A submission queue.
 #[derive(Debug)]
 pub(crate) struct SubmissionRing {
-    mem: QueueMem,
-    entries: u16,
+    entries: Entries<8>,
     tail: u16,
     rung: u16,
     bell: Bell,
@@ -101,8 +100,11 @@ pub(crate) struct SubmissionRing {
 
 impl SubmissionRing {
     pub fn new(mem: QueueMem, entries: u16, bell: Bell) -> SubmissionRing {
+        let entries = match mem {
+            QueueMem::Host(mem) => Entries::in_host(mem, entries),
+            QueueMem::Controller(map, base) => Entries::in_controller(&map, base, entries),
+        };
         SubmissionRing {
-            mem,
             entries,
             tail: 0,
             rung: 0,
@@ -112,20 +114,21 @@ impl SubmissionRing {
 
     /// Writes an entry. The caller keeps fewer than `entries` commands in flight.
     #[inline]
-    pub fn push(&mut self, command: &[u64; 8]) {
-        let at = usize::from(self.tail) * 8;
-        let slots = match &self.mem {
-            QueueMem::Host(mem) => &mem.as_u64()[at..at + 8],
-            QueueMem::Controller(map, base) => &map.as_u64()[base / 8 + at..base / 8 + at + 8],
-        };
-        for (slot, word) in slots.iter().zip(command) {
-            slot.store(*word, Ordering::Relaxed);
+    pub fn push(&mut self, command: [u64; 8]) {
+        for (place, word) in self.entries.at(self.tail).iter().zip(command) {
+            place.store(word, Ordering::Relaxed);
         }
-        self.tail = if self.tail + 1 == self.entries {
+        self.tail = if self.tail + 1 == self.entries.count() {
             0
         } else {
             self.tail + 1
         };
+    }
+
+    /// Number of entries.
+    #[inline]
+    pub fn entries(&self) -> u16 {
+        self.entries.count()
     }
 
     /// Whether entries were pushed that the controller was not told of.
@@ -159,8 +162,7 @@ impl SubmissionRing {
 /// A completion queue.
 #[derive(Debug)]
 pub(crate) struct CompletionRing {
-    mem: Arc<DmaShared>,
-    entries: u16,
+    entries: Entries<2>,
     head: u16,
     phase: u64,
     unacked: u16,
@@ -172,8 +174,7 @@ impl CompletionRing {
     /// A ring that tells the controller of consumed entries once `ack_at` have gathered.
     pub fn new(mem: Arc<DmaShared>, entries: u16, ack_at: u16, bell: Bell) -> CompletionRing {
         CompletionRing {
-            mem,
-            entries,
+            entries: Entries::in_host(mem, entries),
             head: 0,
             phase: 1,
             unacked: 0,
@@ -185,24 +186,25 @@ impl CompletionRing {
     /// Whether the next entry is there.
     #[inline]
     pub fn is_ready(&self) -> bool {
-        let high = self.mem.as_u64()[usize::from(self.head) * 2 + 1].load(Ordering::Acquire);
+        let [_, high] = self.entries.at(self.head);
+        let high = high.load(Ordering::Acquire);
         u64::from_le(high) >> 48 & 1 == self.phase
     }
 
     /// Takes the next entry, if it is there.
     #[inline]
     pub fn pop(&mut self) -> Option<Completion> {
-        let at = usize::from(self.head) * 2;
-        let pair = &self.mem.as_u64()[at..at + 2];
+        let head = self.head;
+        let [low, high] = self.entries.at(head);
         // The phase tag is in the last word: what was loaded with it decides whether the first
         // word is valid, so it is loaded first, with Acquire (Base section 3.3.3.2, "P").
-        let high = pair[1].load(Ordering::Acquire);
+        let high = high.load(Ordering::Acquire);
         if u64::from_le(high) >> 48 & 1 != self.phase {
             return None;
         }
-        let low = pair[0].load(Ordering::Relaxed);
-        self.head += 1;
-        if self.head == self.entries {
+        let low = low.load(Ordering::Relaxed);
+        self.head = head + 1;
+        if self.head == self.entries.count() {
             self.head = 0;
             self.phase ^= 1;
         }
@@ -234,7 +236,7 @@ impl CompletionRing {
 
     /// Starts over on (cleared) memory, for a queue created anew.
     pub fn restart(&mut self, mem: Arc<DmaShared>, shadow: Option<Shadow>) {
-        self.mem = mem;
+        self.entries = Entries::in_host(mem, self.entries.count());
         self.head = 0;
         self.phase = 1;
         self.unacked = 0;

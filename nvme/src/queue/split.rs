@@ -2,7 +2,8 @@
 
 use super::build::Work;
 use super::data::ListArea;
-use super::pair::{QueuePair, SlotState};
+use super::pair::QueuePair;
+use super::slot::SlotState;
 use crate::error::{IoError, IoErrorKind, SubmitError};
 use crate::io::{Io, IoDone};
 use crate::namespace::Limits;
@@ -74,11 +75,13 @@ impl QueuePair {
         };
         let mut ready: smallvec::SmallVec<[(u16, Command); 8]> = smallvec::SmallVec::new();
         while split.has_more() {
-            let Some(slot) = self.free.pop() else { break };
+            let Some((slot, _)) = self.slots.take() else {
+                break;
+            };
             let at = usize::from(slot);
             let area = ListArea {
                 words: &self.lists.as_u64()[at * self.list_words..(at + 1) * self.list_words],
-                address: self.slots[at].list_address,
+                address: self.list_addresses[at],
             };
             let made =
                 split
@@ -90,7 +93,7 @@ impl QueuePair {
                     ready.push((slot, command));
                 }
                 Err(super::data::NotMapped) => {
-                    self.free.push(slot);
+                    self.slots.give(slot);
                     split.error = Some(Box::new(IoError {
                         device: self.core.name().to_owned(),
                         qid: self.shared.qid,
@@ -108,9 +111,8 @@ impl QueuePair {
         }
         let tag = split.tag;
         for (slot, command) in ready {
-            let entry = &mut self.slots[usize::from(slot)];
+            let entry = &mut self.slots[slot];
             entry.tag = tag;
-            entry.io = None;
             entry.split = index;
             entry.retries = 0;
             self.send(slot, command);
@@ -123,7 +125,7 @@ impl QueuePair {
     /// Sends on, for split I/Os that found no slot before.
     pub(super) fn continue_splits(&mut self) {
         for _ in 0..self.waiting_splits.len() {
-            if self.free.is_empty() {
+            if self.slots.next().is_none() {
                 break;
             }
             let Some(index) = self.waiting_splits.pop_front() else {

@@ -26,13 +26,14 @@ impl QueuePair {
         let at = usize::from(slot);
         if self.spans.is_empty() {
             self.spans.resize(self.slots.len(), None);
+            self.observed = true;
         }
         let span = Span::current();
         tracing::trace!(
             target: target!(),
             device = self.core.name(),
-            cid = self.slots[at].command.cid,
-            command = %decode::io_command(self.shared.qid, &self.slots[at].command),
+            cid = self.slots[slot].cid(),
+            command = %decode::io_command(self.shared.qid, &self.slots[slot].command()),
             "nvme command"
         );
         self.spans[at] = Some(span);

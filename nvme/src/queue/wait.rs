@@ -65,7 +65,7 @@ impl QueuePair {
         if self.sq.is_dirty() || self.cq.has_unacked() {
             self.ring_all();
         }
-        if self.free.len() == self.slots.len() && self.waiting_splits.is_empty() {
+        if self.slots.in_use() == 0 && self.waiting_splits.is_empty() {
             return Ok(());
         }
         let start = Instant::now();

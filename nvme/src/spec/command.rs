@@ -282,28 +282,6 @@ impl Command {
         c
     }
 
-    /// The entry of a read or write as words, with a data pointer and the flags byte that goes
-    /// with it: put together in registers, for the path that every I/O takes.
-    #[inline]
-    #[expect(clippy::too_many_arguments, reason = "the fields of an entry")]
-    pub(crate) fn blocks_io_words(
-        op: IoOpcode,
-        pointer_flags: u8,
-        cid: u16,
-        nsid: u32,
-        pointer: [u64; 2],
-        lba: u64,
-        blocks: u32,
-        flags: IoFlags,
-    ) -> [u64; 8] {
-        let head = u64::from(op.0)
-            | u64::from(pointer_flags) << 8
-            | u64::from(cid) << 16
-            | u64::from(nsid) << 32;
-        let cdw12 = (blocks.wrapping_sub(1) & 0xffff) | flags.0;
-        [head, 0, 0, pointer[0], pointer[1], lba, u64::from(cdw12), 0]
-    }
-
     /// Flush: Base section 7.1.
     pub fn flush(nsid: u32) -> Command {
         Command::new(IoOpcode::FLUSH.0, nsid)
@@ -457,6 +435,32 @@ pub struct SourceRange {
 
 const _: () = assert!(size_of::<SourceRange>() == 32);
 
+/// What a read or write of consecutive blocks says, apart from its identifier and its data.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BlocksIo {
+    pub op: IoOpcode,
+    pub nsid: u32,
+    pub lba: u64,
+    /// 1 to 65536.
+    pub blocks: u32,
+    pub flags: IoFlags,
+}
+
+impl BlocksIo {
+    /// The entry as words, with a data pointer and the flags byte that goes with it: put together
+    /// in registers, for the path that every I/O takes.
+    #[inline]
+    pub fn words(self, cid: u16, pointer: [u64; 2], pointer_flags: u8) -> [u64; 8] {
+        let head = u64::from(self.op.0)
+            | u64::from(pointer_flags) << 8
+            | u64::from(cid) << 16
+            | u64::from(self.nsid) << 32;
+        let cdw12 = (self.blocks.wrapping_sub(1) & 0xffff) | self.flags.0;
+        let cdw12 = u64::from(cdw12);
+        [head, 0, 0, pointer[0], pointer[1], self.lba, cdw12, 0]
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -470,16 +474,14 @@ mod tests {
             let mut command = Command::blocks_io(op, 9, lba, blocks, flags);
             command.cid = 0xfedc;
             command.set_sgl(&SglDescriptor::data(0xabcd_e000, 8192));
-            let words = Command::blocks_io_words(
+            let entry = BlocksIo {
                 op,
-                Command::SGL,
-                0xfedc,
-                9,
-                [command.prp1, command.prp2],
+                nsid: 9,
                 lba,
                 blocks,
                 flags,
-            );
+            };
+            let words = entry.words(0xfedc, [command.prp1, command.prp2], Command::SGL);
             assert_eq!(words, command.words());
         }
     }

@@ -59,6 +59,7 @@ mod regs;
 mod sgl;
 mod status;
 
+pub(crate) use command::BlocksIo;
 pub use command::{
     AdminOpcode, Cns, Command, DsmRange, FormatNvm, IoFlags, IoOpcode, Opcode, QueuePriority,
     SOURCE_RANGES_MAX, SourceRange,

@@ -1,0 +1,353 @@
+//! The places of a queue pair's commands, and the identifiers that they give them.
+
+use std::ops::{Index, IndexMut};
+
+use crate::io::{Io, IoDone};
+use crate::spec::{Command, Completion};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SlotState {
+    Free,
+    InFlight,
+    /// In flight, and an abort was asked for because it takes too long.
+    Overdue,
+    /// Over, waiting to be sent again.
+    Retrying,
+}
+
+/// As a number of retries: there shall be no more.
+pub(crate) const NO_RETRY: u8 = u8::MAX;
+
+/// No split.
+pub(crate) const WHOLE: u32 = u32::MAX;
+
+/// The end of the list of free slots.
+const NONE: u16 = u16::MAX;
+
+/// The words of a submission queue entry that I/O commands use: dwords 0 and 1, the data
+/// pointer, dwords 10 and 11, 12 and 13. The others are zero.
+pub(crate) type Kept = [u64; 5];
+
+/// One command's place. Its number is the low part of the command identifier, the high part is
+/// a sequence number, so that a completion of an earlier command in the slot is recognised.
+#[derive(Debug)]
+#[repr(align(64))]
+pub(crate) struct Slot {
+    /// The command, whose identifier may be an earlier one: see [`command`](Self::command).
+    pub kept: Kept,
+    pub tag: u64,
+    /// The I/O, if this command is all of it; else `Io::Flush`, which holds nothing.
+    pub io: Io,
+    /// When the command is overdue, in milliseconds of the queue's clock; 0: not stamped yet.
+    pub deadline_ms: u64,
+    pub started_ns: u64,
+    /// What the completion must name: the submission queue, and above it the command identifier.
+    ticket: u32,
+    /// The split I/O that this command is a part of.
+    pub split: u32,
+    next_free: u16,
+    pub state: SlotState,
+    pub retries: u8,
+}
+
+impl Slot {
+    /// Command identifier.
+    #[inline]
+    pub fn cid(&self) -> u16 {
+        (self.ticket >> 16) as u16
+    }
+
+    /// Whether a command of the slot is with the controller.
+    pub fn is_sent(&self) -> bool {
+        matches!(self.state, SlotState::InFlight | SlotState::Overdue)
+    }
+
+    /// Whether a completion is this command's: it names its submission queue and identifier.
+    #[inline]
+    pub fn is_named_by(&self, completion: &Completion) -> bool {
+        self.ticket == ticket(completion.sq_id, completion.cid)
+    }
+
+    /// In flight: a command that is all of an I/O. `words` have the slot's identifier.
+    #[inline]
+    pub fn begin(&mut self, words: [u64; 8], tag: u64, io: Io) {
+        self.kept = [words[0], words[3], words[4], words[5], words[6]];
+        self.tag = tag;
+        // What was there holds nothing that must be dropped.
+        std::mem::forget(std::mem::replace(&mut self.io, io));
+        self.deadline_ms = 0;
+        self.state = SlotState::InFlight;
+        self.retries = 0;
+    }
+
+    /// Notes the command, which gets the slot's identifier, and returns it so.
+    pub fn keep(&mut self, mut command: Command) -> Command {
+        command.cid = self.cid();
+        let [head, reserved, metadata, prp1, prp2, lba, cdw12, cdw14] = command.words();
+        assert!(
+            reserved | metadata | cdw14 == 0,
+            "an I/O command with words that are not kept"
+        );
+        self.kept = [head, prp1, prp2, lba, cdw12];
+        command
+    }
+
+    /// The command that was noted last.
+    pub fn command(&self) -> Command {
+        let [head, prp1, prp2, lba, cdw12] = self.kept;
+        Command::from_words([head, 0, 0, prp1, prp2, lba, cdw12, 0])
+    }
+}
+
+#[inline]
+fn ticket(qid: u16, cid: u16) -> u32 {
+    u32::from(qid) | u32::from(cid) << 16
+}
+
+/// All slots of a queue pair. A free slot belongs to no split, and its I/O holds nothing.
+#[derive(Debug)]
+pub(crate) struct Slots {
+    slots: Vec<Slot>,
+    first_free: u16,
+    in_use: u16,
+    /// Identifiers are slot numbers in these bits, sequence numbers above.
+    number_mask: u16,
+    /// What a ticket grows by with each command.
+    step: u32,
+}
+
+impl Slots {
+    /// `depth` (at most 4095) slots for the commands of queue `qid`.
+    pub fn new(qid: u16, depth: u16) -> Slots {
+        let number_bits = u32::from(depth.max(2) - 1).ilog2() + 1;
+        let slots = (0..depth).map(|n| Slot {
+            kept: [0; 5],
+            tag: 0,
+            io: Io::Flush,
+            deadline_ms: 0,
+            started_ns: 0,
+            ticket: ticket(qid, n),
+            split: WHOLE,
+            next_free: if n + 1 == depth { NONE } else { n + 1 },
+            state: SlotState::Free,
+            retries: 0,
+        });
+        Slots {
+            slots: slots.collect(),
+            first_free: if depth == 0 { NONE } else { 0 },
+            in_use: 0,
+            number_mask: (1 << number_bits) - 1,
+            step: 1 << (16 + number_bits),
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Slots that are not free.
+    pub fn in_use(&self) -> usize {
+        usize::from(self.in_use)
+    }
+
+    /// The slot that `take` is going to give.
+    #[inline]
+    pub fn next(&self) -> Option<u16> {
+        (self.first_free != NONE).then_some(self.first_free)
+    }
+
+    pub fn numbers(&self) -> std::ops::Range<u16> {
+        0..u16::try_from(self.slots.len()).expect("at most 4095 slots")
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Slot> {
+        self.slots.iter()
+    }
+
+    /// A free slot and its number, if there is one. Its state is still `Free`.
+    #[inline]
+    pub fn take(&mut self) -> Option<(u16, &mut Slot)> {
+        let number = self.first_free;
+        let slot = self.slots.get_mut(usize::from(number))?;
+        self.first_free = slot.next_free;
+        self.in_use += 1;
+        Some((number, slot))
+    }
+
+    /// The slot that a completion is for, if it names a command that is in flight.
+    #[inline]
+    pub fn named_by(&self, completion: &Completion) -> Option<u16> {
+        let number = completion.cid & self.number_mask;
+        let slot = self.slots.get(usize::from(number))?;
+        (slot.is_named_by(completion) && slot.is_sent()).then_some(number)
+    }
+
+    /// The plain case of a completion: if it names a command that is in flight, not overdue, and
+    /// all of its I/O, hands the I/O back as done and makes the slot free. `done` has room.
+    #[inline]
+    pub fn finish_plain(&mut self, completion: &Completion, done: &mut Vec<IoDone>) -> bool {
+        let number = completion.cid & self.number_mask;
+        let Some(slot) = self.slots.get_mut(usize::from(number)) else {
+            return false;
+        };
+        if !slot.is_named_by(completion) || slot.state != SlotState::InFlight || slot.split != WHOLE
+        {
+            return false;
+        }
+        slot.release(self.step);
+        slot.next_free = self.first_free;
+        self.first_free = number;
+        self.in_use -= 1;
+        done.push(IoDone {
+            tag: slot.tag,
+            io: std::mem::replace(&mut slot.io, Io::Flush),
+            result: Ok(()),
+        });
+        true
+    }
+
+    /// Makes a slot free. The next command in it has another identifier.
+    pub fn give(&mut self, number: u16) {
+        let slot = &mut self.slots[usize::from(number)];
+        slot.release(self.step);
+        slot.split = WHOLE;
+        slot.io = Io::Flush;
+        slot.next_free = self.first_free;
+        self.first_free = number;
+        self.in_use -= 1;
+    }
+
+    /// Gives a slot in use another identifier.
+    pub fn rename(&mut self, number: u16) {
+        self.slots[usize::from(number)].release(self.step);
+    }
+
+    /// The I/Os, when the slots are not used any more.
+    pub fn into_ios(self) -> Vec<Io> {
+        self.slots.into_iter().map(|slot| slot.io).collect()
+    }
+}
+
+impl Slot {
+    /// Free, with the next sequence number. 0xffff is no command's identifier (Base section
+    /// 3.3.3.1, "CID").
+    #[inline]
+    fn release(&mut self, step: u32) {
+        self.state = SlotState::Free;
+        let next = self.ticket.wrapping_add(step);
+        self.ticket = if next >= 0xffff_0000 {
+            next.wrapping_add(step)
+        } else {
+            next
+        };
+    }
+}
+
+impl Index<u16> for Slots {
+    type Output = Slot;
+
+    #[inline]
+    fn index(&self, number: u16) -> &Slot {
+        &self.slots[usize::from(number)]
+    }
+}
+
+impl IndexMut<u16> for Slots {
+    #[inline]
+    fn index_mut(&mut self, number: u16) -> &mut Slot {
+        &mut self.slots[usize::from(number)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::{IoFlags, IoOpcode};
+
+    fn completion(cid: u16) -> Completion {
+        Completion {
+            sq_id: 3,
+            cid,
+            ..Completion::default()
+        }
+    }
+
+    fn begin(slots: &mut Slots, tag: u64) -> (u16, u16) {
+        let (number, slot) = slots.take().unwrap();
+        let cid = slot.cid();
+        slot.begin([0; 8], tag, Io::Flush);
+        (number, cid)
+    }
+
+    #[test]
+    fn every_slot_once_and_the_last_given_first() {
+        for depth in [1, 2, 31, 4095] {
+            let mut slots = Slots::new(3, depth);
+            let mut numbers: Vec<u16> = (0..depth).map(|_| begin(&mut slots, 0).0).collect();
+            assert!(slots.take().is_none() && slots.next().is_none());
+            assert_eq!(slots.in_use(), usize::from(depth));
+            slots.give(depth - 1);
+            assert_eq!(slots.next(), Some(depth - 1));
+            numbers.sort_unstable();
+            assert!(numbers.into_iter().eq(0..depth));
+        }
+        assert!(Slots::new(0, 0).take().is_none() && Slots::new(0, 0).next().is_none());
+    }
+
+    #[test]
+    fn an_identifier_is_known_while_in_flight_and_not_again() {
+        for depth in [1, 2, 31, 4095] {
+            let mut slots = Slots::new(3, depth);
+            let mut last = None;
+            for tag in 0..70_000 {
+                let (number, cid) = begin(&mut slots, tag);
+                assert_ne!(cid, u16::MAX);
+                assert_ne!(last, Some(cid));
+                assert_eq!(slots.named_by(&completion(cid)), Some(number));
+                let mut done = Vec::with_capacity(1);
+                let other_queue = Completion {
+                    sq_id: 4,
+                    ..completion(cid)
+                };
+                assert!(!slots.finish_plain(&other_queue, &mut done));
+                assert!(slots.finish_plain(&completion(cid), &mut done));
+                assert_eq!(done[0].tag, tag);
+                assert!(!slots.finish_plain(&completion(cid), &mut done));
+                assert_eq!(slots.named_by(&completion(cid)), None);
+                last = Some(cid);
+            }
+            assert_eq!(slots.in_use(), 0);
+        }
+    }
+
+    #[test]
+    fn what_is_not_plain_is_not_finished() {
+        let mut slots = Slots::new(3, 4);
+        let (number, cid) = begin(&mut slots, 0);
+        let mut done = Vec::with_capacity(1);
+        for (state, split) in [
+            (SlotState::Overdue, WHOLE),
+            (SlotState::Retrying, WHOLE),
+            (SlotState::Free, WHOLE),
+            (SlotState::InFlight, 0),
+        ] {
+            (slots[number].state, slots[number].split) = (state, split);
+            assert!(!slots.finish_plain(&completion(cid), &mut done));
+        }
+        slots.rename(number);
+        (slots[number].state, slots[number].split) = (SlotState::InFlight, WHOLE);
+        assert!(!slots.finish_plain(&completion(cid), &mut done));
+        assert!(done.is_empty());
+    }
+
+    #[test]
+    fn a_command_is_kept_as_it_is() {
+        let mut slots = Slots::new(3, 4);
+        let (_, slot) = slots.take().unwrap();
+        let mut command = Command::blocks_io(IoOpcode::WRITE, 9, 1 << 40, 8, IoFlags::fua(true));
+        (command.prp1, command.prp2, command.cdw13) = (0x1000, 0x2000, 7);
+        let sent = slot.keep(command);
+        assert_eq!(sent.cid, slot.cid());
+        assert_eq!(slot.command().words(), sent.words());
+    }
+}
