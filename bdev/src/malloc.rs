@@ -26,6 +26,12 @@ const STRIPES_MAX: u64 = 1 << 16;
 /// Bytes of the next operation that are asked for while one is copied.
 const PREFETCH: u64 = 1024;
 
+/// A device of more bytes is not expected in a processor's caches.
+const CACHE_LEN: u64 = 32 << 20;
+
+/// A write of fewer bytes is copied through the caches.
+const STREAM_MIN: usize = 1024;
+
 /// How to make a [`Malloc`] device.
 #[derive(Debug, Clone)]
 pub struct MallocOptions {
@@ -69,6 +75,8 @@ struct Shared {
 struct Memory {
     stripe_shift: u32,
     stripes: Vec<RwLock<Option<Zeroed>>>,
+    /// The device is larger than the processor's caches.
+    beyond_cache: bool,
 }
 
 impl std::fmt::Debug for Memory {
@@ -169,6 +177,7 @@ impl Memory {
         Memory {
             stripe_shift: stripe.trailing_zeros(),
             stripes,
+            beyond_cache: len > CACHE_LEN,
         }
     }
 
@@ -222,11 +231,18 @@ impl Memory {
         });
     }
 
+    /// Whether a write of so many bytes goes past the caches.
+    #[inline]
+    fn streams(&self, len: usize) -> bool {
+        self.beyond_cache && len >= STREAM_MIN
+    }
+
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), OutOfMemory> {
         let mut result = Ok(());
         self.pieces(offset, data.len() as u64, |stripe, at, done, n| {
             let mut guard = self.stripes[stripe].write();
             match self.bytes_of(&mut guard) {
+                Ok(bytes) if self.streams(n) => bytes.stream(at, &data[done..done + n]),
                 Ok(bytes) => bytes[at..at + n].copy_from_slice(&data[done..done + n]),
                 Err(e) => result = Err(e),
             }
@@ -236,11 +252,11 @@ impl Memory {
 
     /// The bytes of a stripe, which are taken now if there are none yet.
     #[inline]
-    fn bytes_of<'a>(&self, stripe: &'a mut Option<Zeroed>) -> Result<&'a mut [u8], OutOfMemory> {
+    fn bytes_of<'a>(&self, stripe: &'a mut Option<Zeroed>) -> Result<&'a mut Zeroed, OutOfMemory> {
         if stripe.is_none() {
             *stripe = Some(self.fresh()?);
         }
-        stripe.as_deref_mut().ok_or(OutOfMemory)
+        stripe.as_mut().ok_or(OutOfMemory)
     }
 
     /// Zeroes for a stripe. A stripe of a device near the largest may be more than there is.
@@ -347,7 +363,12 @@ struct MallocChannel {
 
 impl Shared {
     fn prefetch(&self, op: &Op) {
-        if matches!(op, Op::Read { .. } | Op::Write { .. }) {
+        let wanted = match op {
+            Op::Read { .. } => true,
+            Op::Write { data, .. } => !self.memory.streams(data.len()),
+            _ => false,
+        };
+        if wanted {
             let bs = self.info.block_size;
             self.memory
                 .prefetch(op.lba() * u64::from(bs), op.len_bytes(bs));

@@ -7,6 +7,10 @@ use std::ptr::NonNull;
 /// What the kernel calls a huge page on the machines that matter here.
 const HUGE: usize = 2 << 20;
 
+/// Bytes of a cache line.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+const LINE: usize = 64;
+
 /// Bytes that were zero at first. The kernel gives them as they are touched.
 #[derive(Debug)]
 pub(crate) struct Zeroed {
@@ -71,17 +75,55 @@ impl Zeroed {
         Some(Zeroed { start, len })
     }
 
+    /// Copies `data` to `at` past the processor's caches, for data that are not wanted again soon
+    /// and memory that is not in a cache: nothing is read in only to be overwritten.
+    ///
+    /// # Panics
+    /// When it does not fit.
+    #[inline]
+    pub(crate) fn stream(&mut self, at: usize, data: &[u8]) {
+        let to = &mut self[at..at + data.len()];
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
+        {
+            use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
+            let head = to.as_ptr().align_offset(LINE).min(to.len());
+            let (to_head, to) = to.split_at_mut(head);
+            let (head, data) = data.split_at(head);
+            to_head.copy_from_slice(head);
+            let mut to = to.chunks_exact_mut(LINE);
+            let mut lines = data.chunks_exact(LINE);
+            for (to, line) in to.by_ref().zip(lines.by_ref()) {
+                let to = to.as_mut_ptr().cast::<__m128i>();
+                let line = line.as_ptr().cast::<__m128i>();
+                // SAFETY: both are whole lines of four times 16 bytes, the target's begins at a
+                // multiple of 64; the fence behind the loop orders the stores before all that
+                // follows. SSE2 is part of the architecture.
+                unsafe {
+                    let words = [0, 1, 2, 3].map(|n| _mm_loadu_si128(line.add(n)));
+                    for (n, word) in words.into_iter().enumerate() {
+                        _mm_stream_si128(to.add(n), word);
+                    }
+                }
+            }
+            to.into_remainder().copy_from_slice(lines.remainder());
+            // SAFETY: orders stores, changes nothing.
+            unsafe { _mm_sfence() };
+        }
+        #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+        to.copy_from_slice(data);
+    }
+
     /// Asks the processor for the bytes of `[at, at + len)`, which will be needed soon.
     #[inline]
     pub(crate) fn prefetch(&self, at: usize, len: usize) {
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
         for line in self.iter().skip(at).take(len).step_by(64) {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
             // SAFETY: a hint, which reads nothing that the program sees; the address is a byte's of
             // this mapping. SSE is part of the architecture.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(line).cast()) };
         }
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(not(all(target_arch = "x86_64", not(miri))))]
         let _ = (at, len);
     }
 }
@@ -129,5 +171,27 @@ mod tests {
         }
         assert!(Zeroed::new(usize::MAX).is_none());
         assert!(Zeroed::new(1 << 62).is_none());
+    }
+
+    #[test]
+    fn streamed_bytes_arrive_at_any_place() {
+        let mut memory = Zeroed::new(1 << 16).unwrap();
+        let data: Vec<u8> = (0..8192_u32).map(|n| (n % 251) as u8 + 1).collect();
+        for (at, from, len) in [
+            (0, 0, 4096),
+            (1, 3, 4096),
+            (63, 0, 1),
+            (64, 1, 64),
+            (100, 7, 27),
+            (4095, 5, 8187),
+            ((1 << 16) - 130, 0, 130),
+            (5, 0, 0),
+        ] {
+            memory.fill(0);
+            memory.stream(at, &data[from..from + len]);
+            let mut want = vec![0; 1 << 16];
+            want[at..at + len].copy_from_slice(&data[from..from + len]);
+            assert!(*memory == *want, "{len} bytes from {from} to {at}");
+        }
     }
 }
