@@ -1,12 +1,14 @@
 //! A first look at the blobstore: make a store, create a blob, give it a size, write, read back, delete.
 //!
-//! ```text
-//! cargo run --example hello_blob                                   # on 64 MiB of memory
-//! cargo run --example hello_blob -- 'file:///tmp/hello.img?size=64M&create=1'
+//! ```sh
+//! cargo run -p pumice-examples --no-default-features --example hello_blob                    # on 64 MiB of memory
+//! cargo run … --example hello_blob -- 'file:///tmp/hello.img?size=64M&create=1'
+//! cargo run … --example hello_blob -- --json bdevs.json -b Malloc0
 //! ```
-//! It overwrites whatever the device holds.
+//! It OVERWRITES whatever the device holds.
 
-use pumice_bdev::DmaBuf;
+use pumice_bdev::config::{self, App};
+use pumice_bdev::{BlockDevice, DmaBuf};
 use pumice_blobfs::blobstore::{Blobstore, CreateOptions, InitOptions};
 
 fn main() {
@@ -17,11 +19,42 @@ fn main() {
 }
 
 fn hello() -> Result<(), Box<dyn std::error::Error>> {
+    let app = App::new();
+    let mut name = None;
+    let mut configured = false;
+    let mut args = std::env::args().skip(1);
+    while let Some(arg) = args.next() {
+        // A configuration without a flag is how SPDK's example takes it.
+        let file = match arg.as_str() {
+            "--json" | "-c" => args.next().ok_or("--json needs a file")?,
+            "-b" => {
+                name = Some(args.next().ok_or("-b needs a name")?);
+                continue;
+            }
+            file if file.ends_with(".json") => arg,
+            flag if flag.starts_with('-') => {
+                return Err(format!("{flag}: there are --json FILE, -b NAME, and a URI").into());
+            }
+            _ => {
+                name = Some(arg);
+                continue;
+            }
+        };
+        config::load_file(&app, file.as_ref())?;
+        configured = true;
+    }
     println!("entry");
-    let uri = std::env::args()
-        .nth(1)
-        .unwrap_or_else(|| "malloc://64M?block_size=4096".to_owned());
-    let dev = pumice_bdev::open(&uri)?;
+    // Without a name: of a configuration the first device that nothing stands on.
+    let name = match name {
+        Some(name) => name,
+        None if configured => {
+            let bdevs = app.registry.list();
+            let free = bdevs.iter().find(|b| b.claimed_by().is_none());
+            free.ok_or("no bdevs configured")?.info().name.clone()
+        }
+        None => "malloc://64M?block_size=4096".to_owned(),
+    };
+    let dev = app.registry.open(&name)?;
     println!(
         "device: {} ({}, blocks of {} bytes)",
         dev.info().name,
