@@ -1,4 +1,4 @@
-//! `pumice bdev`: look at block devices, copy, zero, verify them.
+//! `pumice bdev`: look at block devices, copy, zero, verify, serve them.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,12 +10,14 @@ use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, Op, OpKind, uuid};
 use pumice_blobfs::fs::FileSystem;
 use serde_json::{Value, json};
 
+use crate::serve;
+
 /// Bytes of one read or write.
 const CHUNK: u64 = 1 << 20;
 /// Reads and writes in flight.
 const DEPTH: u64 = 16;
 
-/// List, show, copy, zero or verify block devices
+/// List, show, copy, zero, verify or serve block devices
 #[derive(Args)]
 pub struct Bdev {
     /// Configuration file (SPDK's JSON) that says which devices there are
@@ -62,6 +64,25 @@ enum What {
         /// Another, which must hold the same
         other: Option<String>,
     },
+    /// Hold devices and answer SPDK's JSON-RPC for them until SIGINT or SIGTERM
+    Serve {
+        /// Devices by URI, beside those of the configuration; methods make and remove more
+        uris: Vec<String>,
+        /// The Unix socket; only the owner of this process may connect
+        #[arg(
+            short = 'r',
+            long = "rpc-socket",
+            value_name = "PATH",
+            default_value = "/var/tmp/spdk.sock"
+        )]
+        rpc_socket: PathBuf,
+        /// Serve statistics for Prometheus, too: a socket's path or a loopback address
+        #[arg(long, value_name = "ADDRESS")]
+        metrics: Option<String>,
+        /// Log everything of a component (bdev, bdev_io, nvme, rpc, …, all); may be repeated
+        #[arg(short = 'L', value_name = "COMPONENT")]
+        log_flags: Vec<String>,
+    },
 }
 
 /// Runs the command.
@@ -77,6 +98,9 @@ pub fn run(args: &Bdev) -> ExitCode {
 }
 
 fn execute(args: &Bdev) -> Result<bool, String> {
+    if let What::Serve { log_flags, .. } = &args.what {
+        pumice_bdev::logging::init("NOTICE", log_flags)?;
+    }
     let app = App::new();
     if let Some(file) = &args.config {
         config::load_file(&app, file).map_err(|e| e.to_string())?;
@@ -109,6 +133,17 @@ fn execute(args: &Bdev) -> Result<bool, String> {
             let dev = open(&app, device)?;
             let other = other.as_ref().map(|o| open(&app, o)).transpose()?;
             verify(&*dev, other.as_deref())
+        }
+        What::Serve {
+            uris,
+            rpc_socket,
+            metrics,
+            ..
+        } => {
+            for uri in uris {
+                open(&app, uri)?;
+            }
+            serve::run(app, rpc_socket, metrics.as_deref())
         }
     }
 }

@@ -12,6 +12,7 @@ mod fsck;
 mod mkfs;
 mod nvme;
 mod rpc;
+mod serve;
 mod setup;
 
 use std::process::ExitCode;

@@ -11,7 +11,7 @@ use serde_json::Value;
 /// Call a method of a running process over its JSON-RPC socket
 #[derive(Args)]
 pub struct Rpc {
-    /// The socket that the process was given with --rpc-socket
+    /// The socket of `pumice bdev serve`, or that a process was given with --rpc-socket
     #[arg(short = 's', long = "socket", default_value = "/var/tmp/spdk.sock")]
     socket: PathBuf,
     /// Seconds to wait for the answer

@@ -1,0 +1,34 @@
+//! `pumice bdev serve`: a process that holds block devices and answers for them.
+
+use std::io::Write as _;
+use std::path::Path;
+use std::sync::Arc;
+
+use pumice_bdev::BlockDevice;
+use pumice_bdev::config::App;
+use pumice_bdev::metrics::MetricsServer;
+use pumice_bdev::rpc::{RpcServer, ServerOptions};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+/// Serves until a signal ends it. Blocks.
+pub fn run(app: App, socket: &Path, metrics: Option<&str>) -> Result<bool, String> {
+    // Before the socket is there, so that whoever sees it may end the process.
+    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|e| format!("signals: {e}"))?;
+    let app = Arc::new(app);
+    let rpc = RpcServer::start(Arc::clone(&app), socket, ServerOptions::default())
+        .map_err(|e| e.to_string())?;
+    let metrics = metrics
+        .map(|address| MetricsServer::start(app.registry.clone(), address))
+        .transpose()
+        .map_err(|e| e.to_string())?;
+    for bdev in app.registry.list() {
+        println!("{}", bdev.info().name);
+    }
+    println!("serving on {}; SIGINT or SIGTERM ends it", socket.display());
+    std::io::stdout().flush().map_err(|e| e.to_string())?;
+    signals.forever().next();
+    // Nobody asks any more when the devices go.
+    drop((rpc, metrics));
+    Ok(true)
+}
