@@ -13,6 +13,7 @@
 
 mod app;
 mod bdev_methods;
+mod by_uri;
 mod check;
 mod framework_methods;
 pub(crate) mod json;

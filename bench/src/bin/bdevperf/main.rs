@@ -41,7 +41,7 @@ fn run(args: &Args, start: Instant) -> Result<bool, String> {
     }
     let mut names = args.bdev.clone();
     for uri in args.uris() {
-        let dev = app.registry.open(uri).map_err(|e| e.to_string())?;
+        let dev = app.open(uri).map_err(|e| e.to_string())?;
         names.push(dev.info().name.clone());
     }
     let bdevs = chosen(&app, &names)?;

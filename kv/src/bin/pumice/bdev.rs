@@ -108,7 +108,7 @@ fn execute(args: &Bdev) -> Result<bool, String> {
     match &args.what {
         What::List { uris } => {
             for uri in uris {
-                app.registry.open(uri).map_err(|e| e.to_string())?;
+                app.open(uri).map_err(|e| e.to_string())?;
             }
             list(&app)
         }
@@ -149,7 +149,7 @@ fn execute(args: &Bdev) -> Result<bool, String> {
 }
 
 fn open(app: &App, device: &str) -> Result<Arc<dyn BlockDevice>, String> {
-    app.registry.open(device).map_err(|e| e.to_string())
+    app.open(device).map_err(|e| e.to_string())
 }
 
 fn channel(dev: &dyn BlockDevice) -> Result<AsyncChannel, String> {

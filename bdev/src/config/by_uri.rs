@@ -1,0 +1,126 @@
+//! Devices opened by URI, as the calls that would make them.
+
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
+use super::app::{App, Created};
+use crate::device::{BlockDevice, DeviceInfo};
+use crate::error::BdevError;
+use crate::op::OpKind;
+use crate::uri::Uri;
+
+impl App {
+    /// The device of this name, alias, UUID or URI, as [`Registry::open`] gives it. One that a URI
+    /// makes becomes a part of the [configuration](App::config).
+    ///
+    /// # Errors
+    /// Those of [`Registry::open`].
+    ///
+    /// [`Registry::open`]: crate::registry::Registry::open
+    pub fn open(&self, name: &str) -> Result<Arc<dyn BlockDevice>, BdevError> {
+        let is_new = self.registry.get(name).is_none();
+        let dev = self.registry.open(name)?;
+        if is_new && let Some((method, params)) = call_for(name, dev.info()) {
+            let bdevs = vec![dev.info().name.clone()];
+            self.state.lock().created.push(Created {
+                method,
+                params,
+                bdevs,
+            });
+        }
+        Ok(dev)
+    }
+}
+
+/// The call that makes a device as `uri` did; `None` for a module without one.
+fn call_for(uri: &str, info: &DeviceInfo) -> Option<(&'static str, Value)> {
+    let rest = uri.split_once("://").map_or(uri, |(_, rest)| rest);
+    let place = rest.split_once('?').map_or(rest, |(place, _)| place);
+    let uuid = crate::uuid::format(&info.uuid);
+    let memory = json!({
+        "name": info.name,
+        "num_blocks": info.num_blocks,
+        "block_size": info.block_size,
+        "uuid": uuid,
+    });
+    let nvme = |trtype, traddr| {
+        // The names are made again from the first part of this one.
+        let base = info.name.rsplit_once('n').map_or("", |(base, _)| base);
+        json!({ "name": base, "trtype": trtype, "traddr": traddr })
+    };
+    Some(match (info.module, uri.split_once("://")) {
+        ("malloc", _) => ("bdev_malloc_create", memory),
+        ("null", _) => ("bdev_null_create", memory),
+        ("file", _) => {
+            // Whoever reads it may stand in another directory.
+            let path = Uri::parse(uri).ok()?.rest;
+            let path = std::path::absolute(&path).map_or(path.clone(), |p| p.display().to_string());
+            let mut params = json!({
+                "name": info.name,
+                "filename": path,
+                "block_size": info.block_size,
+            });
+            if !info.ops.has(OpKind::Write) {
+                params["readonly"] = json!(true);
+            }
+            ("bdev_aio_create", params)
+        }
+        ("nvme", Some((scheme, _))) => {
+            let params = match scheme {
+                "vfio-user" => nvme("VFIOUSER", rest),
+                "soft" => nvme("SOFT", rest),
+                // The function; all its namespaces come with it.
+                _ => nvme("PCIe", place.split_once('/').map_or(place, |(at, _)| at)),
+            };
+            ("bdev_nvme_attach_controller", params)
+        }
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config;
+
+    #[test]
+    fn what_uris_made_is_made_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("an image");
+        let uris = [
+            "malloc://1M?block_size=4096".to_owned(),
+            "null://1T".to_owned(),
+            format!(
+                "file://{}?size=1M&create=1&block_size=4096",
+                image.display().to_string().replace(' ', "%20")
+            ),
+            "soft://memory?size=2M".to_owned(),
+        ];
+        let seen = |app: &App| -> Vec<(String, &'static str, u64, u32)> {
+            let of = |info: &DeviceInfo| {
+                let name = info.name.clone();
+                (name, info.module, info.num_blocks, info.block_size)
+            };
+            app.registry.list().iter().map(|b| of(b.info())).collect()
+        };
+        let app = App::new();
+        for uri in &uris {
+            app.open(uri).unwrap();
+        }
+        let (config, first) = (app.config(), seen(&app));
+        assert_eq!(first.len(), uris.len());
+        // A name that is there already is not a new device.
+        app.open(&first[0].0).unwrap();
+        assert_eq!(app.config(), config);
+        let null = first.iter().find(|one| one.1 == "null").unwrap();
+        app.registry.remove(&null.0).unwrap();
+        assert!(!app.config().to_string().contains("bdev_null_create"));
+        drop(app);
+
+        let again = App::new();
+        config::load(&again, "saved", &config.to_string()).unwrap();
+        assert_eq!(seen(&again), first);
+        assert_eq!(again.config(), config);
+    }
+}
