@@ -127,7 +127,7 @@ mod tests {
         buddy.add_region(6 << 20);
         let mut seed = 0x9e37_79b9_u64;
         let mut live: Vec<(Place, usize)> = Vec::new();
-        for _ in 0..20_000 {
+        for _ in 0..if cfg!(miri) { 100 } else { 20_000 } {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             let pick = (seed >> 33) as usize;
             if pick.is_multiple_of(3) && !live.is_empty() {

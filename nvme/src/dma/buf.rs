@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::ops::{Deref, DerefMut, Range};
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::arena::{self, Block};
@@ -81,6 +82,13 @@ impl DmaBuf {
             start: 0,
             len,
         }
+    }
+
+    /// Where the buffer starts in this process, with the right to use all of it by raw access:
+    /// no reference to its bytes is made, which would promise that they do not change.
+    #[inline]
+    pub(super) fn base(&self) -> NonNull<u8> {
+        self.block.ptr
     }
 
     /// The region that the buffer lies in.

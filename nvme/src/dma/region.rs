@@ -1,9 +1,12 @@
 //! A region: one shared memory file, mapped.
 #![allow(unsafe_code)]
 
+#[cfg(not(miri))]
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+#[cfg(not(miri))]
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr::NonNull;
 
 use super::error::DmaError;
@@ -43,7 +46,26 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
+    /// As below, in memory of the heap: the interpreter knows no mappings of files. No other
+    /// process can be given it.
+    #[cfg(miri)]
+    pub(super) fn map(id: RegionId, len: usize, huge: bool) -> Result<Region, DmaError> {
+        let os = |call, source| DmaError::Os { call, len, source };
+        let fd = std::fs::File::open("/dev/null").map_err(|e| os("open", e))?;
+        let layout = std::alloc::Layout::from_size_align(len, CHUNK_LEN).expect("whole chunks");
+        // SAFETY: the layout has a length.
+        let base = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) });
+        Ok(Region {
+            id,
+            fd: fd.into(),
+            base: base.ok_or_else(|| os("alloc", io::ErrorKind::OutOfMemory.into()))?,
+            len,
+            huge,
+        })
+    }
+
     /// Maps `len` bytes (a multiple of [`CHUNK_LEN`]) of new shared memory.
+    #[cfg(not(miri))]
     pub(super) fn map(id: RegionId, len: usize, huge: bool) -> Result<Region, DmaError> {
         assert!(len > 0 && len.is_multiple_of(CHUNK_LEN));
         let os = |call| DmaError::Os {
@@ -172,6 +194,8 @@ impl Region {
     }
 }
 
+// Under the interpreter the few regions of a test are kept.
+#[cfg(not(miri))]
 impl Drop for Region {
     fn drop(&mut self) {
         // Only a region that no device could be told of, and from which no buffer was cut, is

@@ -43,7 +43,7 @@ impl DmaShared {
     /// The memory as 64-bit words.
     #[inline]
     pub fn as_u64(&self) -> &[AtomicU64] {
-        let base = self.buf.as_ptr().cast::<AtomicU64>();
+        let base = self.buf.base().cast::<AtomicU64>().as_ptr();
         // SAFETY: the block is 512-aligned, `words64 * 8` long, alive as long as `self`, and
         // shared memory: every access of this process to it goes through atomics.
         unsafe { std::slice::from_raw_parts(base, self.words64) }
@@ -52,7 +52,7 @@ impl DmaShared {
     /// The memory as 32-bit words.
     #[inline]
     pub fn as_u32(&self) -> &[AtomicU32] {
-        let base = self.buf.as_ptr().cast::<AtomicU32>();
+        let base = self.buf.base().cast::<AtomicU32>().as_ptr();
         // SAFETY: as for `as_u64`.
         unsafe { std::slice::from_raw_parts(base, self.words64 * 2) }
     }

@@ -415,6 +415,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "megabytes, word by word")]
     fn one_buffer_of_any_size_and_offset() {
         let device = Arc::new(Scatter(AddressTable::new()));
         let _guard = register_mapper(device.clone()).unwrap();

@@ -52,7 +52,7 @@ impl MmioMap {
 
     /// Memory of this process that plays device memory.
     pub fn from_words(words: Arc<[AtomicU64]>) -> MmioMap {
-        let base = NonNull::from(&words[0]).cast::<u8>();
+        let base = NonNull::from(&words[..]).cast::<u8>();
         let len = words.len() * 8;
         // SAFETY: a slice of atomics, 8-aligned, kept alive by the Arc, never seen otherwise.
         unsafe { MmioMap::new(base, len, Arc::new(words)) }
