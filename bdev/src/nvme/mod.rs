@@ -129,6 +129,15 @@ pub fn devices(
     Ok(devices)
 }
 
+/// How a channel's queue pair shall be.
+fn queue_options(controller: &Controller) -> QueueOptions {
+    let mut options = QueueOptions::default();
+    // A controller in another process would make a system call for each completion, whether
+    // anybody sleeps or not, and answers in microseconds.
+    options.interrupt = controller.transport().kind() != "vfio-user";
+    options
+}
+
 /// Opens one namespace by URI: the one that it names, or the only one.
 pub(crate) fn open_uri(uri: &str) -> Result<Arc<dyn BlockDevice>, BdevError> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -226,7 +235,7 @@ impl BlockDevice for Nvme {
         let mut state = self.queues.state.lock();
         // The last one is kept for those that share.
         if state.exclusive + 1 < limit.max(2) {
-            match controller.queue_pair(&QueueOptions::default()) {
+            match controller.queue_pair(&queue_options(controller)) {
                 Ok(pair) => {
                     state.exclusive += 1;
                     drop(state);
@@ -240,7 +249,7 @@ impl BlockDevice for Nvme {
         let shared = match state.shared.upgrade() {
             Some(shared) => shared,
             None => {
-                let pair = controller.queue_pair(&QueueOptions::default())?;
+                let pair = controller.queue_pair(&queue_options(controller))?;
                 let shared = Arc::new(SharedQueue::new(pair));
                 state.shared = Arc::downgrade(&shared);
                 let bdev = &self.info.name;

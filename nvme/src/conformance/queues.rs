@@ -7,7 +7,8 @@ use super::{Bench, Entry, Outcome, check, fail, pattern, read, same, settle, ski
 use crate::dma::DmaBuf;
 use crate::error::{NvmeError, SubmitError};
 use crate::io::Io;
-use crate::queue::{AsyncQueue, QueueOptions};
+use crate::namespace::Namespace;
+use crate::queue::{AsyncQueue, QueueOptions, QueuePair};
 use crate::spec::QueuePriority;
 
 pub(super) const TESTS: &[Entry] = &[
@@ -18,6 +19,7 @@ pub(super) const TESTS: &[Entry] = &[
     ("queues_come_and_go", come_and_go),
     ("dropped_with_io_in_flight", dropped),
     ("sleeping", sleeping),
+    ("interrupt_off_while_polling", interrupt_off_while_polling),
     ("controller_memory_queue", controller_memory),
     ("priorities", priorities),
     ("futures", futures),
@@ -192,24 +194,73 @@ fn sleeping(b: &Bench) -> Outcome {
         ..QueueOptions::depth(4)
     };
     let mut q = b.controller.queue_pair(&options)?;
+    reads_asleep(&mut q, &ns, 100)
+}
+
+/// Reads one block after the other, with a sleep for each.
+fn reads_asleep(q: &mut QueuePair, ns: &Namespace, count: u32) -> Outcome {
     let start = Instant::now();
     let mut out = Vec::new();
-    for n in 0..100u64 {
+    for n in 0..u64::from(count) {
         let io = Io::Read {
             lba: n,
             buf: DmaBuf::new(ns.block_size() as usize)?,
         };
-        submit(&mut q, &ns, n, io, &mut out)?;
+        submit(q, ns, n, io, &mut out)?;
         while q.in_flight() > 0 {
             q.wait(Duration::from_secs(5))?;
             q.poll(&mut out);
         }
     }
-    check(out.len() == 100, || format!("{} ended", out.len()))?;
+    check(out.len() == count as usize, || {
+        format!("{} ended", out.len())
+    })?;
     // Each wake-up that is lost costs half a second.
-    check(start.elapsed() < Duration::from_secs(45), || {
-        format!("100 I/Os took {:?} asleep", start.elapsed())
+    check(start.elapsed() < Duration::from_millis(450) * count, || {
+        format!("{count} I/Os took {:?} asleep", start.elapsed())
     })
+}
+
+/// Reads by polling only, until the interrupt is off where the transport can do that.
+fn reads_polled(q: &mut QueuePair, ns: &Namespace) -> Outcome {
+    let (switches, mut out) = (q.stats().interrupt_switches, Vec::new());
+    for n in 0..1500u64 {
+        let io = Io::Read {
+            lba: n % 8,
+            buf: DmaBuf::new(ns.block_size() as usize)?,
+        };
+        submit(q, ns, n, io, &mut out)?;
+        while q.in_flight() > 0 {
+            q.poll(&mut out);
+        }
+        out.clear();
+    }
+    let switches = q.stats().interrupt_switches - switches;
+    let can = q.controller().transport().kind() == "vfio" && q.controller().interrupt_count() > 1;
+    let want = u64::from(can);
+    check(switches == want, || {
+        format!("the interrupt was switched {switches} times")
+    })
+}
+
+fn interrupt_off_while_polling(b: &Bench) -> Outcome {
+    let ns = Arc::clone(&b.namespaces()?[0]);
+    let options = QueueOptions {
+        spin_max: Duration::ZERO,
+        ..QueueOptions::depth(4)
+    };
+    let mut q = b.controller.queue_pair(&options)?;
+    reads_polled(&mut q, &ns)?;
+    reads_asleep(&mut q, &ns, 20)?;
+    // It is on again for whoever has the vector next,
+    reads_polled(&mut q, &ns)?;
+    drop(q);
+    let mut q = b.controller.queue_pair(&options)?;
+    reads_asleep(&mut q, &ns, 20)?;
+    // and after a reset.
+    reads_polled(&mut q, &ns)?;
+    b.controller.reset()?;
+    reads_asleep(&mut q, &ns, 20)
 }
 
 fn controller_memory(b: &Bench) -> Outcome {

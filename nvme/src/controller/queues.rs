@@ -16,8 +16,8 @@ use super::{Controller, Core};
 use crate::dma::DmaShared;
 use crate::error::NvmeError;
 use crate::queue::{
-    Bank, Bell, CompletionRing, PointerStyle, QueueMem, QueueOptions, QueuePair, QueueShared,
-    QueueStats, Slots, Spin, SubmissionRing, init_barrier,
+    Bank, Bell, CompletionRing, Interrupting, PointerStyle, QueueMem, QueueOptions, QueuePair,
+    QueueShared, QueueStats, Slots, Spin, SubmissionRing, init_barrier,
 };
 use crate::spec::{AdminOpcode, Command, FeatureId, doorbell_offset};
 
@@ -317,6 +317,7 @@ impl Controller {
             histogram,
             stats: QueueStats::default(),
             spin: Spin::new(),
+            interrupting: Interrupting::new(),
             not_sync: PhantomData::<Cell<()>>,
             owner: core.number,
             core,

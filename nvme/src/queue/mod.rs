@@ -31,4 +31,4 @@ pub(crate) use data::{ListArea, PointerStyle, admin_prp};
 pub(crate) use ring::{Bell, CompletionRing, QueueMem, Shadow, SubmissionRing};
 pub(crate) use shared::{Bank, QueueShared};
 pub(crate) use slot::Slots;
-pub(crate) use wait::Spin;
+pub(crate) use wait::{Interrupting, Spin};

@@ -16,7 +16,7 @@ use super::shared::QueueShared;
 use super::slot::{NO_RETRY, SlotState, Slots, WHOLE};
 use super::split::Split;
 use super::stats::QueueStats;
-use super::wait::Spin;
+use super::wait::{Interrupting, Spin};
 use crate::controller::{Controller, Core};
 use crate::dma::{AddressTable, DmaShared};
 use crate::error::{InvalidIo, IoError, IoErrorKind, SubmitError};
@@ -35,7 +35,8 @@ pub struct QueueOptions {
     /// Class under weighted arbitration.
     pub priority: QueuePriority,
     /// Ask for an interrupt vector, so that [`QueuePair::wait`] can sleep until woken. Without
-    /// one it sleeps in short naps.
+    /// one it sleeps in short naps. Through VFIO the vector is switched off while completions
+    /// are found by polling; a controller in another process (vfio-user) interrupts for each.
     pub interrupt: bool,
     /// Place the submission queue in the controller's memory buffer, if it has one.
     pub controller_memory: bool,
@@ -112,6 +113,7 @@ pub struct QueuePair {
     pub(crate) observed: bool,
     pub(crate) stats: QueueStats,
     pub(crate) spin: Spin,
+    pub(crate) interrupting: Interrupting,
     pub(crate) not_sync: PhantomData<Cell<()>>,
 }
 
@@ -302,6 +304,7 @@ impl QueuePair {
             self.send_retries();
             self.continue_splits();
             self.tick();
+            self.interrupt_off_while_polling();
             if self.sq.is_dirty() {
                 self.ring();
             }

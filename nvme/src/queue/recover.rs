@@ -48,6 +48,7 @@ impl QueuePair {
         );
         self.seen = word;
         self.stats.resets += 1;
+        self.interrupt_on();
         if !bank.created {
             drop(bank);
             self.give_up(IoErrorKind::ControllerFailed);
@@ -159,6 +160,7 @@ impl Drop for QueuePair {
     /// Deletes the queues. Blocks for the admin commands; buffers of commands in flight are
     /// kept until the device is certainly done with them.
     fn drop(&mut self) {
+        self.interrupt_on();
         let core = std::sync::Arc::clone(&self.core);
         if core.retire_queue(&self.shared) {
             return;

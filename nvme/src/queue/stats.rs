@@ -21,4 +21,7 @@ pub struct QueueStats {
     pub sleeps: u64,
     /// Sleeps that an interrupt ended.
     pub interrupts: u64,
+    /// Times that the queue's interrupt vector was switched off for a thread that polls, or on
+    /// again.
+    pub interrupt_switches: u64,
 }

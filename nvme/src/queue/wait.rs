@@ -44,6 +44,27 @@ impl Spin {
     }
 }
 
+/// So many completions after the last sleep, the thread is taken for one that polls.
+const POLLING_COMPLETIONS: u64 = 1024;
+
+/// Whether the queue's interrupt vector signals.
+#[derive(Debug)]
+pub(crate) struct Interrupting {
+    /// This queue pair has switched its vector off.
+    off: bool,
+    /// The count of completions at the last sleep.
+    since: u64,
+}
+
+impl Interrupting {
+    pub fn new() -> Interrupting {
+        Interrupting {
+            off: false,
+            since: 0,
+        }
+    }
+}
+
 /// No sleep is longer, so that time-outs and a lost interrupt are noticed.
 const SLICE_MAX: Duration = Duration::from_millis(500);
 
@@ -113,10 +134,49 @@ impl QueuePair {
         self.shared.ringing.store(false, Ordering::Release);
     }
 
+    /// Switches the interrupt off when completions are found by polling anyway: each would cost
+    /// the kernel about as much as the I/O itself.
+    pub(super) fn interrupt_off_while_polling(&mut self) {
+        let polled = self.stats.completions - self.interrupting.since;
+        if !self.interrupting.off && polled >= POLLING_COMPLETIONS {
+            self.interrupting.since = self.stats.completions;
+            self.switch_interrupt(false);
+        }
+    }
+
+    /// Undoes it, for a sleep, for a vector that a reset has set up anew, and for its next user.
+    pub(super) fn interrupt_on(&mut self) {
+        if self.interrupting.off {
+            self.switch_interrupt(true);
+        }
+    }
+
+    fn switch_interrupt(&mut self, on: bool) {
+        let Some(vector) = self.shared.vector else {
+            return;
+        };
+        match self.core.transport.switch_interrupt(vector, on) {
+            Ok(true) => {
+                self.interrupting.off = !on;
+                self.stats.interrupt_switches += 1;
+            }
+            Ok(false) => {}
+            Err(error) => {
+                tracing::debug!(device = self.core.name(), vector, on, %error, "interrupt not switched");
+            }
+        }
+    }
+
     fn sleep(&mut self, start: Instant, timeout: Duration) {
+        self.interrupt_on();
+        let slice_max = if self.interrupting.off {
+            Duration::from_millis(1)
+        } else {
+            SLICE_MAX
+        };
         let slice = timeout
             .saturating_sub(start.elapsed())
-            .min(SLICE_MAX)
+            .min(slice_max)
             .min(self.until_tick().max(Duration::from_micros(50)));
         if slice.is_zero() {
             self.polls |= 0x3f;
@@ -130,6 +190,7 @@ impl QueuePair {
                 self.stats.interrupts += 1;
             }
             interrupt.arm(false);
+            self.interrupting.since = self.stats.completions;
         } else {
             let end = Instant::now() + slice;
             let mut nap = Duration::from_micros(20);

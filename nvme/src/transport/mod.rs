@@ -9,7 +9,7 @@
 //! | registers | [`Transport::read32`] … [`Transport::write64`]: checked accesses to BAR 0, may be messages |
 //! | doorbells | [`Transport::doorbell`]: a [`Doorbell`], one store where the page is mapped |
 //! | DMA | [`Transport::addresses`]: where the device sees each byte of the arena; the transport registers itself as a [`DmaMapper`](crate::dma::DmaMapper) |
-//! | interrupts | [`Transport::enable_interrupts`]: one [`EventFd`] per vector |
+//! | interrupts | [`Transport::enable_interrupts`]: one [`EventFd`] per vector; [`Transport::switch_interrupt`] |
 //! | reset | [`Transport::reset`]: function level reset |
 //! | removal, errors | [`Transport::is_gone`], [`Transport::events`], [`Transport::take_event`] |
 //! | controller memory | [`Transport::map_memory`]: a CMB as atomics |
@@ -185,6 +185,17 @@ pub trait Transport: Send + Sync + fmt::Debug {
     /// transport signals all of them, so that no sleeper is left behind. After a
     /// [`reset`](Self::reset) it is called again and returns the same eventfds.
     fn enable_interrupts(&self, want: u16) -> Result<Vec<Arc<EventFd>>, TransportError>;
+
+    /// Lets one vector signal its eventfd, or keeps it from it: to a thread that polls, interrupts
+    /// are only kernel time. Whether it was done: not now, during a reset, and not at all where
+    /// the transport cannot, which is the default. Costs system calls, does not block.
+    ///
+    /// # Errors
+    /// The system call's.
+    fn switch_interrupt(&self, vector: u16, on: bool) -> Result<bool, TransportError> {
+        let _ = (vector, on);
+        Ok(false)
+    }
 
     /// Function level reset (or what comes nearest). Afterwards the controller is disabled,
     /// its queues are gone, bus mastering is on; interrupts have to be enabled again. Blocks.

@@ -56,6 +56,8 @@ pub struct Vfio {
     error: EventFd,
     either: OwnedFd,
     vectors: Mutex<Vec<Arc<EventFd>>>,
+    /// MSI-X is on; changed with `vectors` held.
+    msix: AtomicBool,
     /// Controller memory that was mapped, to be taken away with BAR 0.
     memory: Mutex<Vec<Arc<DeviceMapping>>>,
     device: RwLock<Option<Device>>,
@@ -157,6 +159,7 @@ impl Vfio {
             error,
             either,
             vectors: Mutex::new(Vec::new()),
+            msix: AtomicBool::new(false),
             memory: Mutex::new(Vec::new()),
             device: RwLock::new(Some(device)),
         }))
@@ -298,17 +301,42 @@ impl Transport for Vfio {
         sys::set_irqs(device.handle.as_fd(), MSIX, &fds)
             .map_err(self.io("VFIO_DEVICE_SET_IRQS (MSI-X)"))?;
         vectors.clone_from(&events);
+        self.msix.store(true, Ordering::Relaxed);
         Ok(events)
+    }
+
+    fn switch_interrupt(&self, vector: u16, on: bool) -> Result<bool, TransportError> {
+        // A reset under way switches all of them off and on again.
+        let Some(device) = self.device.try_read() else {
+            return Ok(false);
+        };
+        let device = device.as_ref().ok_or_else(|| self.removed())?;
+        let vectors = self.vectors.lock();
+        let Some(event) = vectors.get(usize::from(vector)) else {
+            return Ok(false);
+        };
+        // Of MSI-X that is off, the kernel would switch on just this vector, and no other later.
+        if !self.msix.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        let event = on.then(|| event.as_fd());
+        sys::set_irq(device.handle.as_fd(), MSIX, vector.into(), event)
+            .map_err(self.io("VFIO_DEVICE_SET_IRQS (one vector)"))?;
+        Ok(true)
     }
 
     fn reset(&self) -> Result<(), TransportError> {
         // Exclusive: nobody uses configuration space while the function is away.
         let device = self.device.write();
         let device = device.as_ref().ok_or_else(|| self.removed())?;
-        if self.vectors.lock().is_empty() {
-            // Nothing to switch off.
-        } else if let Err(error) = sys::set_irqs(device.handle.as_fd(), MSIX, &[]) {
-            tracing::warn!(device = self.name, %error, "MSI-X stays on through the reset");
+        {
+            let vectors = self.vectors.lock();
+            self.msix.store(false, Ordering::Relaxed);
+            if vectors.is_empty() {
+                // Nothing to switch off.
+            } else if let Err(error) = sys::set_irqs(device.handle.as_fd(), MSIX, &[]) {
+                tracing::warn!(device = self.name, %error, "MSI-X stays on through the reset");
+            }
         }
         self.wake_all();
         if device.can_reset {

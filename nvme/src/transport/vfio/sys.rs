@@ -162,6 +162,33 @@ pub(super) fn set_irqs(
     Ok(())
 }
 
+/// Lets one interrupt of a kind that is on signal this eventfd; with none, that one is off.
+pub(super) fn set_irq(
+    device: BorrowedFd<'_>,
+    index: u32,
+    number: u32,
+    event: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    let words = [
+        24,
+        api::VFIO_IRQ_SET_DATA_EVENTFD | api::VFIO_IRQ_SET_ACTION_TRIGGER,
+        index,
+        number,
+        1,
+        event.map_or(-1, |e| e.as_raw_fd()).cast_unsigned(),
+    ];
+    // SAFETY: `words` holds the 24 bytes that the kernel reads; the descriptor is borrowed for the
+    // call and the kernel takes a reference of its own.
+    unsafe {
+        ioctl(
+            device.as_raw_fd(),
+            DEVICE_SET_IRQS,
+            words.as_ptr().addr() as libc::c_ulong,
+        )
+    }?;
+    Ok(())
+}
+
 /// Resets the function.
 pub(super) fn reset(device: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: the call has no argument.
