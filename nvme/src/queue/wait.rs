@@ -168,19 +168,17 @@ impl QueuePair {
     }
 
     fn sleep(&mut self, start: Instant, timeout: Duration) {
-        self.interrupt_on();
-        let slice_max = if self.interrupting.off {
-            Duration::from_millis(1)
-        } else {
-            SLICE_MAX
-        };
-        let slice = timeout
+        let mut slice = timeout
             .saturating_sub(start.elapsed())
-            .min(slice_max)
+            .min(SLICE_MAX)
             .min(self.until_tick().max(Duration::from_micros(50)));
         if slice.is_zero() {
             self.polls |= 0x3f;
             return;
+        }
+        self.interrupt_on();
+        if self.interrupting.off {
+            slice = slice.min(Duration::from_millis(1));
         }
         self.stats.sleeps += 1;
         if let Some(interrupt) = self.shared.interrupt.clone() {

@@ -186,6 +186,12 @@ pub trait Transport: Send + Sync + fmt::Debug {
     /// [`reset`](Self::reset) it is called again and returns the same eventfds.
     fn enable_interrupts(&self, want: u16) -> Result<Vec<Arc<EventFd>>, TransportError>;
 
+    /// Whether an interrupt is a message of a controller in another process, which sends one for
+    /// each completion, so that a thread that polls does better without.
+    fn interrupts_are_messages(&self) -> bool {
+        false
+    }
+
     /// Lets one vector signal its eventfd, or keeps it from it: to a thread that polls, interrupts
     /// are only kernel time. Whether it was done: not now, during a reset, and not at all where
     /// the transport cannot, which is the default. Costs system calls, does not block.

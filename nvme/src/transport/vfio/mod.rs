@@ -129,7 +129,7 @@ impl Vfio {
         // Error notices exist on PCIe functions only, requests since Linux 4.0.
         for (index, event) in [(REQ, &request), (ERR, &error)] {
             if matches!(sys::irq_count(handle.as_fd(), index), Ok(n) if n > 0) {
-                sys::set_irqs(handle.as_fd(), index, &[event.as_fd()])
+                sys::set_irqs(handle.as_fd(), index, 0, &[Some(event.as_fd())])
                     .map_err(io("VFIO_DEVICE_SET_IRQS (device request, error)"))?;
             }
         }
@@ -297,8 +297,8 @@ impl Transport for Vfio {
         // After a reset the same ones: queue pairs sleep on them.
         let mut vectors = self.vectors.lock();
         let events = EventFd::extend(&vectors, usize::from(count)).map_err(self.io("eventfd"))?;
-        let fds: Vec<BorrowedFd<'_>> = events.iter().map(|e| e.as_fd()).collect();
-        sys::set_irqs(device.handle.as_fd(), MSIX, &fds)
+        let fds: Vec<Option<BorrowedFd<'_>>> = events.iter().map(|e| Some(e.as_fd())).collect();
+        sys::set_irqs(device.handle.as_fd(), MSIX, 0, &fds)
             .map_err(self.io("VFIO_DEVICE_SET_IRQS (MSI-X)"))?;
         vectors.clone_from(&events);
         self.msix.store(true, Ordering::Relaxed);
@@ -320,7 +320,7 @@ impl Transport for Vfio {
             return Ok(false);
         }
         let event = on.then(|| event.as_fd());
-        sys::set_irq(device.handle.as_fd(), MSIX, vector.into(), event)
+        sys::set_irqs(device.handle.as_fd(), MSIX, vector.into(), &[event])
             .map_err(self.io("VFIO_DEVICE_SET_IRQS (one vector)"))?;
         Ok(true)
     }
@@ -334,7 +334,7 @@ impl Transport for Vfio {
             self.msix.store(false, Ordering::Relaxed);
             if vectors.is_empty() {
                 // Nothing to switch off.
-            } else if let Err(error) = sys::set_irqs(device.handle.as_fd(), MSIX, &[]) {
+            } else if let Err(error) = sys::set_irqs(device.handle.as_fd(), MSIX, 0, &[]) {
                 tracing::warn!(device = self.name, %error, "MSI-X stays on through the reset");
             }
         }

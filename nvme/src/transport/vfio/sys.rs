@@ -125,12 +125,13 @@ pub(super) fn irq_count(device: BorrowedFd<'_>, index: u32) -> io::Result<u32> {
     u32_at(&bytes, 12).ok_or_else(malformed)
 }
 
-/// Lets interrupts `0..events.len()` of a kind signal these eventfds; with none, the kind is
-/// switched off.
+/// Lets interrupts of a kind, from `start`, signal these eventfds, or not signal where there is
+/// `None`; with no events at all, the kind is switched off.
 pub(super) fn set_irqs(
     device: BorrowedFd<'_>,
     index: u32,
-    events: &[BorrowedFd<'_>],
+    start: u32,
+    events: &[Option<BorrowedFd<'_>>],
 ) -> io::Result<()> {
     let count = u32::try_from(events.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
     let data = if events.is_empty() {
@@ -144,41 +145,13 @@ pub(super) fn set_irqs(
         argsz,
         data | api::VFIO_IRQ_SET_ACTION_TRIGGER,
         index,
-        0,
+        start,
         count,
     ];
-    for event in events {
-        words.push(event.as_raw_fd().cast_unsigned());
-    }
+    let fd = |event: &Option<BorrowedFd<'_>>| event.map_or(-1, |e| e.as_raw_fd());
+    words.extend(events.iter().map(|event| fd(event).cast_unsigned()));
     // SAFETY: `words` holds the argsz bytes that the kernel reads; descriptors are borrowed for
     // the call and the kernel takes references of its own.
-    unsafe {
-        ioctl(
-            device.as_raw_fd(),
-            DEVICE_SET_IRQS,
-            words.as_ptr().addr() as libc::c_ulong,
-        )
-    }?;
-    Ok(())
-}
-
-/// Lets one interrupt of a kind that is on signal this eventfd; with none, that one is off.
-pub(super) fn set_irq(
-    device: BorrowedFd<'_>,
-    index: u32,
-    number: u32,
-    event: Option<BorrowedFd<'_>>,
-) -> io::Result<()> {
-    let words = [
-        24,
-        api::VFIO_IRQ_SET_DATA_EVENTFD | api::VFIO_IRQ_SET_ACTION_TRIGGER,
-        index,
-        number,
-        1,
-        event.map_or(-1, |e| e.as_raw_fd()).cast_unsigned(),
-    ];
-    // SAFETY: `words` holds the 24 bytes that the kernel reads; the descriptor is borrowed for the
-    // call and the kernel takes a reference of its own.
     unsafe {
         ioctl(
             device.as_raw_fd(),

@@ -380,6 +380,10 @@ impl Transport for VfioUser {
         self.doorbells.is_none()
     }
 
+    fn interrupts_are_messages(&self) -> bool {
+        true
+    }
+
     fn addresses(&self) -> &Arc<AddressTable> {
         &self.table
     }
