@@ -1,24 +1,14 @@
 //! `pumice bdev` and `pumice rpc`, as a user calls them.
 
 use std::io::{BufRead as _, BufReader, Read as _};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
 
-fn pumice(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_pumice"))
-        .args(args)
-        .output()
-        .unwrap()
-}
+#[path = "common/tool.rs"]
+mod tool;
 
-/// The standard output of a command that has to succeed.
-fn ok(args: &[&str]) -> String {
-    let output = pumice(args);
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{args:?}: {errors}");
-    String::from_utf8(output.stdout).unwrap()
-}
+use tool::{ok, pumice};
 
 /// The standard error of a command that has to fail.
 fn fails(args: &[&str]) -> String {

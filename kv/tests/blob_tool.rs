@@ -2,29 +2,18 @@
 
 use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-fn pumice(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_pumice"))
-        .args(args)
-        .output()
-        .unwrap()
-}
+#[path = "common/tool.rs"]
+mod tool;
 
-/// The standard output of a command that has to succeed.
+use tool::pumice;
+
+/// The standard output of a command that has to succeed, without the end of its last line.
 fn ok(args: &[&str]) -> String {
-    let output = pumice(args);
-    assert!(
-        output.status.success(),
-        "{args:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8(output.stdout)
-        .unwrap()
-        .trim_end()
-        .to_owned()
+    tool::ok(args).trim_end().to_owned()
 }
 
 /// The standard error of a command that has to fail with this code.

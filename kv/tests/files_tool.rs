@@ -1,26 +1,14 @@
 //! `pumice mkfs`, `ls`, `cat`, `cp`, `rm`, `mv`, `df`, `stat`, as a user calls them.
 
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 
 use serde_json::Value;
 
-fn pumice(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_pumice"))
-        .args(args)
-        .output()
-        .unwrap()
-}
+#[path = "common/tool.rs"]
+mod tool;
 
-fn ok(args: &[&str]) -> String {
-    let output = pumice(args);
-    assert!(
-        output.status.success(),
-        "{args:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8(output.stdout).unwrap()
-}
+use tool::{ok, pumice};
 
 fn fails(args: &[&str]) -> String {
     let output = pumice(args);

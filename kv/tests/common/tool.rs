@@ -1,0 +1,18 @@
+//! The `pumice` command, as a user calls it.
+
+use std::process::{Command, Output};
+
+pub fn pumice(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_pumice"))
+        .args(args)
+        .output()
+        .unwrap()
+}
+
+/// The standard output of a command that has to succeed.
+pub fn ok(args: &[&str]) -> String {
+    let output = pumice(args);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {errors}");
+    String::from_utf8(output.stdout).unwrap()
+}
