@@ -2,6 +2,7 @@
 
 pub mod conformance;
 pub mod controller;
+pub mod cpu;
 pub mod dma;
 mod error;
 mod io;

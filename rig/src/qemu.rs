@@ -96,7 +96,8 @@ impl Boot<'_> {
             kernel_args.push_str(&format!("rig.huge={} ", self.huge_pages));
         }
         command
-            .args(["-machine", &machine, "-smp", "2"])
+            // The programs are built for x86-64-v2 and PCLMULQDQ, which the default model lacks.
+            .args(["-machine", &machine, "-smp", "2", "-cpu", "Westmere"])
             .args(["-m", &self.memory_mib.to_string()])
             .args(["-nodefaults", "-no-user-config", "-no-reboot"])
             .args(["-display", "none", "-serial", "stdio"])

@@ -250,9 +250,14 @@ pub fn header(f: &Flags, info: &RunInfo) -> String {
     let packed = f64::from(f.key_size) + compressed;
     let num = f.num as f64;
     let mut out = format!(
-        "RocksDB:    version {}\nCPU:        {}\nFile system: {}\nDurability: {}\n\
+        "RocksDB:    version {}\nCPU:        {}\nBuilt for:  {}\nFile system: {}\nDurability: {}\n\
          Keys:       {} bytes each (+ 0 bytes user-defined timestamp)\n",
-        info.rocksdb_version, info.cpu, info.file_system, info.durability.words, f.key_size
+        info.rocksdb_version,
+        info.cpu,
+        built_for(),
+        info.file_system,
+        info.durability.words,
+        f.key_size
     );
     let rounded = (compressed + 0.5).floor();
     let avg = if f.value_size_distribution_type == "fixed" {
@@ -285,6 +290,16 @@ pub fn header(f: &Flags, info: &RunInfo) -> String {
         f.memtablerep
     ));
     out
+}
+
+/// The instructions that the build uses, and what that means for RocksDB's checksums.
+fn built_for() -> String {
+    let crc32c = if pumice_nvme::cpu::has_fast_crc32c() {
+        "three-way CRC-32C"
+    } else {
+        "slow CRC-32C"
+    };
+    format!("{} ({crc32c})", pumice_nvme::cpu::built_for())
 }
 
 /// Processor time of this process so far, in seconds (proc(5): utime and stime in `/proc/self/stat`,
