@@ -198,7 +198,7 @@ pub enum BdevError {
         reason: String,
     },
     /// Somebody else has it.
-    #[error("{device}: in use by {}; stop it or use another device", owner(*.pid))]
+    #[error("{device}: in use by {}", owner(*.pid))]
     InUse {
         /// Device or path.
         device: String,
@@ -281,7 +281,15 @@ pub enum BdevError {
 }
 
 fn owner(pid: Option<u32>) -> String {
-    pid.map_or_else(|| "another process".to_owned(), |p| format!("process {p}"))
+    const OTHER: &str = "stop it or use another device";
+    match pid {
+        Some(pid) if pid == std::process::id() => format!(
+            "this process ({pid}), which has it open already: close or unmount it there, or share \
+             that handle"
+        ),
+        Some(pid) => format!("process {pid}; {OTHER}"),
+        None => format!("another process; {OTHER}"),
+    }
 }
 
 impl BdevError {

@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pumice_bdev::{
-    BlockDevice, Completion, DmaBuf, DmaSlice, IoChannel, IoError, Op, OpKind, SubmitError,
+    BlockDevice, Completion, DeviceInfo, DmaBuf, DmaSlice, IoChannel, IoError, Op, OpKind,
+    SubmitError,
 };
 
 use super::error::Error;
+use crate::closed::ClosedChannel;
 
 /// Operations that are kept in flight.
 const DEPTH: usize = 32;
@@ -57,6 +59,11 @@ impl MdIo {
             reaped: Vec::new(),
             next_tag: 0,
         })
+    }
+
+    /// Gives up the channel, between operations: what comes from now on is refused.
+    pub fn close(&mut self, info: &DeviceInfo) {
+        self.channel = Box::new(ClosedChannel(info.clone()));
     }
 
     /// Can the device copy by itself?

@@ -308,6 +308,7 @@ impl Blobstore {
         }
         state.unloaded = true;
         self.inner.channels.close();
+        state.io.close(self.inner.dev.info());
         Ok(())
     }
 

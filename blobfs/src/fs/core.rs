@@ -9,6 +9,7 @@ use pumice_bdev::{BlockDevice, DmaSlice, Op, OpKind};
 
 use super::cache::Cache;
 use super::error::{FsError, Result};
+use super::exit::Ended;
 use super::inode::Inode;
 use super::metered::Metered;
 use super::names::Namespace;
@@ -51,6 +52,13 @@ pub(crate) struct Core {
     pub opts: MountOptions,
     /// Cleared by the unmount.
     pub mounted: AtomicBool,
+    /// The files are finished and the blobstore is not unloaded yet: an unmount that failed at the
+    /// last step goes on there.
+    pub unloading: AtomicBool,
+    /// This process is a forked child, and the mount is its parent's.
+    pub forked: AtomicBool,
+    /// Told when the mount has come to its end.
+    pub ended: Arc<Ended>,
     /// Bytes of a write to the device are a multiple of this.
     pub block: usize,
     pub block_size: u64,
@@ -83,7 +91,18 @@ impl Core {
         }
     }
 
+    /// The error of a mount that was made by the process that this one was forked from. Asked before
+    /// any lock is taken: in a forked child its holder may not be there.
+    #[inline]
+    pub fn check_fork(&self) -> Result<()> {
+        if self.forked.load(Ordering::Relaxed) {
+            return Err(self.forked());
+        }
+        Ok(())
+    }
+
     pub fn check_mounted(&self, path: impl Fn() -> String) -> Result<()> {
+        self.check_fork()?;
         if self.mounted.load(Ordering::Acquire) {
             Ok(())
         } else {

@@ -96,7 +96,7 @@ pub enum FsError {
         reason: String,
     },
     /// Another process has the device.
-    #[error("{device}: in use by process {}; stop it first", .pid.map_or_else(|| "unknown".to_owned(), |p| p.to_string()))]
+    #[error("{device}: in use by {}", owner(*.pid))]
     InUse {
         /// The device.
         device: String,
@@ -112,6 +112,21 @@ pub enum FsError {
         found: String,
         /// What to do.
         hint: String,
+    },
+    /// The file system was mounted by the process that this one was forked from.
+    #[error(
+        "{device}: mounted by the parent of this process: a mount is not inherited; mount in the \
+         child, or fork before mounting"
+    )]
+    Forked {
+        /// The device.
+        device: String,
+    },
+    /// The file has as many names as fit into its metadata.
+    #[error("{path}: too many hard links to one file; copy it instead")]
+    TooManyLinks {
+        /// The name that it has already.
+        path: String,
     },
     /// The file system has been unmounted under this handle.
     #[error("{path}: the file system has been unmounted")]
@@ -133,6 +148,16 @@ pub enum FsError {
         /// The blobstore's error.
         source: Arc<crate::blobstore::Error>,
     },
+}
+
+fn owner(pid: Option<u32>) -> String {
+    match pid {
+        Some(pid) if pid == std::process::id() => {
+            format!("this process ({pid}): unmount it there first, or share that file system")
+        }
+        Some(pid) => format!("process {pid}; stop it first"),
+        None => "another process; stop it first".to_owned(),
+    }
 }
 
 /// Result with [`FsError`].
@@ -159,7 +184,8 @@ impl FsError {
             },
             FsError::Corrupt { .. } => libc::EUCLEAN,
             FsError::InUse { .. } => libc::EBUSY,
-            FsError::Unmounted { .. } => libc::EBADF,
+            FsError::Unmounted { .. } | FsError::Forked { .. } => libc::EBADF,
+            FsError::TooManyLinks { .. } => libc::EMLINK,
             FsError::NoMemory(_) => libc::ENOMEM,
             FsError::Device(_) | FsError::Store { .. } => libc::EIO,
         }

@@ -132,6 +132,7 @@ impl File {
     /// # Errors
     /// As [`File::append`], and what the device says.
     pub fn write_at(&self, off: u64, data: &[u8]) -> Result<()> {
+        self.core().check_fork()?;
         self.core().write_at(self.ino(), off, data)
     }
 
@@ -143,6 +144,7 @@ impl File {
     #[inline]
     pub fn read_at(&self, off: u64, buf: &mut [u8]) -> Result<usize> {
         let open = &*self.open;
+        open.core.check_fork()?;
         let len = open.ino.len();
         if off >= len {
             return Ok(0);
@@ -175,7 +177,7 @@ impl File {
     #[inline]
     pub fn read_pinned(&self, off: u64, len: usize) -> Option<Pinned> {
         let end = off.checked_add(len as u64)?;
-        if end > self.len() {
+        if end > self.len() || self.core().check_fork().is_err() {
             return None;
         }
         let frame = self.ino().frames.find(off)?;
@@ -209,6 +211,7 @@ impl File {
     /// # Errors
     /// No space for a longer one, device errors; the file is then as it was.
     pub fn truncate(&self, len: u64) -> Result<()> {
+        self.core().check_fork()?;
         self.core().truncate(self.ino(), len)
     }
 
@@ -218,6 +221,7 @@ impl File {
     /// # Errors
     /// No space.
     pub fn allocate(&self, off: u64, len: u64) -> Result<()> {
+        self.core().check_fork()?;
         self.core().allocate(self.ino(), off, len)
     }
 
@@ -229,6 +233,7 @@ impl File {
     #[inline]
     pub fn flush(&self) -> Result<()> {
         const WORTH: u64 = 256 << 10;
+        self.core().check_fork()?;
         let started = self.open.ino.started.load(Ordering::Relaxed);
         if self.len() < started + WORTH {
             return Ok(());
@@ -250,6 +255,7 @@ impl File {
     /// # Errors
     /// As [`File::append`].
     pub fn range_sync(&self, off: u64, len: u64) -> Result<()> {
+        self.core().check_fork()?;
         self.core()
             .start_write_behind(self.ino(), 1, off.saturating_add(len))
     }
@@ -268,6 +274,9 @@ impl File {
 
     /// Drops what is in memory of a range and does not have to be.
     pub fn invalidate(&self, off: u64, len: u64) {
+        if self.core().check_fork().is_err() {
+            return;
+        }
         let end = off.saturating_add(len).min(self.len());
         self.ino().frames.drop_clean(off, end);
     }

@@ -103,6 +103,9 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
         names: Namespace::new(map, seq),
         opts: opts.clone(),
         mounted: AtomicBool::new(true),
+        unloading: AtomicBool::new(false),
+        forked: AtomicBool::new(false),
+        ended: Arc::default(),
         block: io_unit,
         block_size: u64::from(info.block_size),
         // Pages are cached whole where an operation is not cut inside one.

@@ -86,16 +86,25 @@ struct All {
 /// A device that counts; see the module.
 #[derive(Debug)]
 pub(crate) struct Metered {
-    inner: Arc<dyn BlockDevice>,
+    info: DeviceInfo,
+    /// The only reference that a mount has to the device; given up at the unmount.
+    inner: parking_lot::Mutex<Option<Arc<dyn BlockDevice>>>,
     all: parking_lot::Mutex<All>,
 }
 
 impl Metered {
     pub fn new(inner: Arc<dyn BlockDevice>) -> Arc<Metered> {
         Arc::new(Metered {
-            inner,
+            info: inner.info().clone(),
+            inner: parking_lot::Mutex::new(Some(inner)),
             all: parking_lot::Mutex::default(),
         })
+    }
+
+    /// Gives up the device: no channel can be opened from now on. Those that are open keep it.
+    pub fn release(&self) {
+        let device = self.inner.lock().take();
+        drop(device);
     }
 
     pub fn stats(&self) -> IoStats {
@@ -120,11 +129,16 @@ impl Metered {
 
 impl BlockDevice for Metered {
     fn info(&self) -> &DeviceInfo {
-        self.inner.info()
+        &self.info
     }
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
-        let inner = self.inner.open_channel()?;
+        let device = self.inner.lock().clone();
+        let inner = device
+            .ok_or_else(|| BdevError::Removed {
+                name: self.info.name.clone(),
+            })?
+            .open_channel()?;
         let counters = Arc::<CachePadded<Counters>>::default();
         self.all.lock().live.push(Arc::clone(&counters));
         let block_size = self.info().block_size;

@@ -11,7 +11,12 @@
 //! # Durability
 //! Operations on names are durable on return, one after the other. Data is durable after
 //! [`File::sync`]; the length on the device only ever covers bytes that are durable. What was
-//! appended and not synced is lost with the process.
+//! appended and not synced is lost when the process is killed. An orderly end of the process (`exit`,
+//! a return from `main`) unmounts what is still mounted.
+//!
+//! # Forks
+//! A mount belongs to the process that made it. In a forked child its handles answer
+//! [`FsError::Forked`], and dropping them or ending the child does nothing to the device.
 //!
 //! # Locks
 //! In this order; a later one may be taken while an earlier one is held, never the other way round:
@@ -31,6 +36,7 @@ mod behind;
 mod cache;
 mod core;
 mod error;
+mod exit;
 mod file;
 mod fill;
 mod frame;

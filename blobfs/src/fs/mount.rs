@@ -14,7 +14,7 @@ use super::inode::Inode;
 use super::metered::IoStats;
 use super::names::Entry;
 use super::options::{FormatOptions, MountOptions, OpenOptions};
-use super::{load, path, probe};
+use super::{exit, load, path, probe};
 use crate::blobstore::{BlobId, Blobstore, BsType, InitOptions};
 
 /// A mounted file system. Cheap to clone; when the last handle (of it, or of a file in it) is
@@ -87,18 +87,21 @@ pub struct FileLock {
 
 impl Drop for FileLock {
     fn drop(&mut self) {
-        self.core.names.locked.lock().remove(&self.id.0);
+        if self.core.check_fork().is_ok() {
+            self.core.names.locked.lock().remove(&self.id.0);
+        }
         self.file = None;
     }
 }
 
 impl Drop for Core {
     fn drop(&mut self) {
-        if self.mounted.load(Ordering::Acquire)
+        if self.is_unfinished()
             && let Err(error) = self.unmount()
         {
             tracing::error!(device = self.dev.info().name, %error, "the file system could not be unmounted in order");
         }
+        self.ended.set();
     }
 }
 
@@ -156,16 +159,17 @@ impl FileSystem {
     /// There is no file system, or something else; damaged global metadata; device errors.
     #[expect(clippy::needless_pass_by_value, reason = "the mount owns the device")]
     pub fn mount(dev: Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<FileSystem> {
-        Ok(FileSystem {
-            core: Arc::new(load::mount(&dev, opts)?),
-        })
+        let core = Arc::new(load::mount(&dev, opts)?);
+        exit::register(&core);
+        Ok(FileSystem { core })
     }
 
-    /// Makes everything durable and ends the use of the device in order. Handles that are still
-    /// open give [`FsError::Unmounted`] from then on.
+    /// Makes everything durable and ends the use of the device in order: its lock is free on
+    /// return, whatever handles are left. They give [`FsError::Unmounted`] from then on.
     ///
     /// # Errors
-    /// Device errors; the file system then stays mounted.
+    /// Device errors. Nothing is thrown away then: the file system stays mounted, or, where only
+    /// the blobstore's last page is missing, waits for the next call of this.
     pub fn unmount(&self) -> Result<()> {
         self.core.unmount()
     }
@@ -333,6 +337,7 @@ impl FileSystem {
     /// # Errors
     /// The first file's that fails; the others are synced all the same.
     pub fn sync(&self) -> Result<()> {
+        self.core.check_fork()?;
         let mut result = Ok(());
         for ino in self.core.names.hold_files() {
             result = result.and(self.core.sync(&ino));

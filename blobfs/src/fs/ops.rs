@@ -137,6 +137,9 @@ impl Core {
 
     /// The last handle of `ino` may be gone.
     pub fn close(&self, ino: &Arc<Inode>) {
+        if self.check_fork().is_err() {
+            return;
+        }
         if ino.opens.fetch_sub(1, Ordering::SeqCst) > 1 {
             return;
         }
@@ -251,7 +254,9 @@ impl Core {
         };
         let links = encode_names(rest);
         if links.len() > LINKS_MAX {
-            return Err(FsError::invalid(first, "too many hard links to one file"));
+            return Err(FsError::TooManyLinks {
+                path: first.clone(),
+            });
         }
         tx.set_xattr(ino.id, xattr::NAME, &encode_name(first));
         if !links.is_empty() {
@@ -264,6 +269,7 @@ impl Core {
 
     /// Removes a file's name; the file goes with the last one and the last handle.
     pub fn unlink(&self, path: &str) -> Result<()> {
+        self.check_fork()?;
         let _ops = self.names.ops.lock();
         self.check_writable(|| path.to_owned())?;
         let ino = self.file(path)?;
@@ -299,6 +305,7 @@ impl Core {
 
     /// Renames a file or a directory. What has the new name is replaced in one step.
     pub fn rename(&self, from: &str, to: &str) -> Result<()> {
+        self.check_fork()?;
         let mut ops = self.names.ops.lock();
         self.check_writable(|| from.to_owned())?;
         let source = match self.names.get(from) {
@@ -354,6 +361,7 @@ impl Core {
 
     /// Gives a file another name.
     pub fn link(&self, from: &str, to: &str) -> Result<()> {
+        self.check_fork()?;
         let _ops = self.names.ops.lock();
         self.check_writable(|| to.to_owned())?;
         let ino = self.file(from)?;
@@ -379,6 +387,7 @@ impl Core {
 
     /// Makes a directory.
     pub fn mkdir(&self, path: &str) -> Result<()> {
+        self.check_fork()?;
         let _ops = self.names.ops.lock();
         self.check_writable(|| path.to_owned())?;
         if path == "/" || self.names.get(path).is_some() {
@@ -409,6 +418,7 @@ impl Core {
 
     /// Removes an empty directory.
     pub fn rmdir(&self, path: &str) -> Result<()> {
+        self.check_fork()?;
         let _ops = self.names.ops.lock();
         self.check_writable(|| path.to_owned())?;
         let dir = match self.names.get(path) {
@@ -567,7 +577,11 @@ impl Core {
 
     /// Ends the use of every file: data and lengths durable, spare clusters back, blobs closed.
     pub fn unmount(&self) -> Result<()> {
+        self.check_fork()?;
         let _ops = self.names.ops.lock();
+        if self.unloading.load(Ordering::Acquire) {
+            return self.unload();
+        }
         self.check_mounted(|| self.dev.info().name.clone())?;
         let inodes = self.names.inodes();
         if !self.opts.read_only {
@@ -584,10 +598,27 @@ impl Core {
             self.mounted.store(true, Ordering::Release);
             return Err(e);
         }
-        self.store.unload().or_else(|e| match e {
-            crate::blobstore::Error::Unloaded => Ok(()),
-            e => Err(self.store_error("unmount", e)),
-        })
+        self.unloading.store(true, Ordering::Release);
+        self.unload()
+    }
+
+    /// The last step of an unmount, which can be repeated: the device is given up when it is done.
+    fn unload(&self) -> Result<()> {
+        match self.store.unload() {
+            Ok(()) | Err(crate::blobstore::Error::Unloaded) => {}
+            Err(e) => return Err(self.store_error("unmount", e)),
+        }
+        self.unloading.store(false, Ordering::Release);
+        self.pool.close(self.dev.info());
+        self.metered.release();
+        self.ended.set();
+        Ok(())
+    }
+
+    /// Whether an unmount has still something to do.
+    pub fn is_unfinished(&self) -> bool {
+        !self.forked.load(Ordering::Acquire)
+            && (self.mounted.load(Ordering::Acquire) || self.unloading.load(Ordering::Acquire))
     }
 
     fn finish(&self, inodes: &[Arc<Inode>]) -> Result<()> {

@@ -14,9 +14,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
-use pumice_bdev::{BdevError, BlockDevice, Completion, IoChannel, IoError, Op, SubmitError};
+use pumice_bdev::{
+    BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, IoError, Op, SubmitError,
+};
 
 use super::cache::thread_stripe;
+use crate::closed::ClosedChannel;
 
 /// How long one wait on a shared channel lasts at the most, so that others get at it.
 const SLICE: Duration = Duration::from_millis(1);
@@ -177,6 +180,13 @@ impl IoPool {
             }
         }
         false
+    }
+
+    /// Gives up the channels: what comes from now on is refused. Nothing may be in flight.
+    pub fn close(&self, info: &DeviceInfo) {
+        for channel in &self.channels {
+            channel.lock().io = Box::new(ClosedChannel(info.clone()));
+        }
     }
 
     /// Waits until nothing is in flight anywhere.

@@ -110,6 +110,8 @@ impl Core {
     /// Appends `data`. Nothing but a copy if it fits; see the module.
     #[inline]
     pub fn append(&self, ino: &Arc<Inode>, data: &[u8]) -> Result<()> {
+        // The buffer of an inherited file is the parent's memory.
+        self.check_fork()?;
         let mut tail = ino.tail.lock();
         self.append_locked(ino, &mut tail, data)
     }
