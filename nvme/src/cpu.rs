@@ -56,22 +56,23 @@ mod start {
         | bit(cfg!(target_feature = "bmi2"), 8)
         | bit(cfg!(target_feature = "avx512f"), 16);
 
+    const fn lacks(found: u32, needed: u32) -> bool {
+        found & needed != needed
+    }
+
     const LINE: &[u8] = b"this processor has no SSE4.2, PCLMULQDQ or other instructions for which this program was built: \
         build it with PUMICE_CPU=generic\n";
 
     /// Runs before `main` and before the constructors of C++: as long as the processor is not known, nothing may be called that
     /// might use what it lacks. So there is no formatting here, and the line cannot name the single instruction.
     extern "C" fn refuse_an_older_processor() {
-        if LEAF_1_ECX == 0 && LEAF_7_EBX == 0 {
-            return;
-        }
         let leaf_1 = __cpuid(1).ecx;
         let leaf_7 = if __cpuid(0).eax >= 7 {
             __cpuid_count(7, 0).ebx
         } else {
             0
         };
-        if leaf_1 & LEAF_1_ECX != LEAF_1_ECX || leaf_7 & LEAF_7_EBX != LEAF_7_EBX {
+        if lacks(leaf_1, LEAF_1_ECX) || lacks(leaf_7, LEAF_7_EBX) {
             // SAFETY: the pointer and the length are those of a static; `_exit` runs no handler and does not return.
             #[allow(unsafe_code, reason = "system calls before main")]
             unsafe {
