@@ -34,7 +34,7 @@ fn mounted(uri: &str) -> FileSystem {
 
 /// Bytes of which every one is another's neighbour only here.
 fn bytes(len: usize) -> Vec<u8> {
-    (0..len).map(|i| (i % 251) as u8).collect()
+    (0..=250).cycle().take(len).collect()
 }
 
 /// A mount with a file of which nothing is durable.
