@@ -119,3 +119,8 @@ pub use executor::{AsyncChannel, Io, IoOutcome, join_all};
 pub use op::{CompareAndWrite, Completion, Op, OpKind, OpSet, SubmitError, ZoneAction};
 pub use pumice_nvme::dma::{DmaBuf, DmaError, DmaSlice};
 pub use uri::{open, parse_size};
+
+/// The README's example, as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -1,4 +1,4 @@
-//! Blobstore in SPDK's format, and the file system on it.
+#![doc = include_str!("../README.md")]
 
 pub mod blobstore;
 mod closed;
