@@ -109,6 +109,7 @@ pub mod rpc;
 mod slots;
 pub mod split;
 pub mod stats;
+pub mod terminal;
 mod uri;
 pub mod uuid;
 mod zeroed;

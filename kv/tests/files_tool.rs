@@ -182,18 +182,133 @@ fn a_device_in_use_is_refused_with_its_owner() {
     ok(&["ls", &uri]);
 }
 
+/// Runs the command with a standard output that nobody reads: its exit code, and what it said.
+fn into_closed_pipe(args: &[&str]) -> (Option<i32>, String) {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = Command::new(env!("CARGO_BIN_EXE_pumice"))
+        .args(args)
+        .stdout(writer)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output.status.code(), said)
+}
+
 #[test]
 fn a_reader_that_goes_away_is_no_failure() {
     let dir = tempfile::tempdir().unwrap();
     let uri = image(dir.path());
+    let other = dir.path().join("other.img").to_str().unwrap().to_owned();
+    let root = dir.path().join("root").to_str().unwrap().to_owned();
     ok(&["mkdir", &uri, "/a", "/b"]);
-    let (reader, writer) = std::io::pipe().unwrap();
-    drop(reader);
-    let output = Command::new(env!("CARGO_BIN_EXE_pumice"))
-        .args(["ls", &uri])
-        .stdout(writer)
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}");
+    let commands: [&[&str]; 18] = [
+        &["ls", &uri],
+        &["ls", &uri, "--json"],
+        &["df", &uri],
+        &["df", &uri, "--json"],
+        &["stat", &uri, "/a"],
+        &["stat", &uri, "--json"],
+        &["fsck", &uri],
+        &["fsck", &uri, "--json"],
+        &["mkfs", &other, "--size", "16M"],
+        &["mkfs", &other, "--force", "--json"],
+        &["blob", "list", &uri],
+        &["blob", "dump", &uri],
+        &["blob", "--json", "dump", &uri],
+        &["bdev", "list", "malloc://1M"],
+        &["bdev", "info", "malloc://1M"],
+        &["bdev", "verify", "malloc://1M"],
+        &["config", "gen", "--root", &root],
+        &["setup", "status", "--root", &root],
+    ];
+    for args in commands {
+        let (code, said) = into_closed_pipe(args);
+        assert_eq!(code, Some(0), "{args:?}: {said}");
+    }
+    // An exit code that means something stays what it is.
+    let (code, said) = into_closed_pipe(&["doctor", "0000:01:00.0", "--root", &root]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(!said.contains("panicked"), "{said}");
+}
+
+#[test]
+fn output_that_cannot_be_written_is_a_failure() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = image(dir.path());
+    for (command, expected) in [("df", 1), ("ls", 1), ("fsck", 8)] {
+        ok(&["mkdir", &uri, "-p", "/a"]);
+        let full = std::fs::OpenOptions::new()
+            .write(true)
+            .open("/dev/full")
+            .unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_pumice"))
+            .args([command, &uri])
+            .stdout(full)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(expected), "{command}: {said}");
+        assert!(said.contains("No space left"), "{command}: {said}");
+    }
+}
+
+#[test]
+fn a_terminal_obeys_no_name_and_no_message() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = image(dir.path());
+    let hostile = "/x\u{9b}31mRED\u{202e}gpj.exe";
+    let source = dir.path().join("source");
+    std::fs::write(&source, b"text").unwrap();
+    // The library may refuse such names by now; images of before may have them all the same.
+    let put = pumice(&["cp", &uri, source.to_str().unwrap(), &format!(":{hostile}")]);
+    let text = |output: &std::process::Output| {
+        let both = [output.stdout.clone(), output.stderr.clone()].concat();
+        String::from_utf8(both).unwrap()
+    };
+    let mut said = text(&put);
+    for args in [
+        vec!["ls", &uri],
+        vec!["ls", &uri, "-R", "--json"],
+        vec!["stat", &uri, hostile],
+        vec!["blob", "list", &uri],
+        vec!["rm", &uri, hostile, hostile],
+        vec!["stat", &uri, "/no\u{1b}[2Jsuch"],
+        vec!["ls", "/no\u{1b}]0;owned\u{7}/image"],
+    ] {
+        said += &text(&pumice(&args));
+    }
+    let obeyed = |c: char| (c.is_control() && c != '\n') || c == '\u{202e}';
+    assert!(!said.contains(obeyed), "{said:?}");
+    assert!(said.contains("\\u{9b}31mRED"), "{said}");
+}
+
+/// A server's message is a line of text, whatever it holds.
+#[test]
+fn a_server_cannot_write_to_the_terminal() {
+    use std::io::{Read as _, Write as _};
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("rpc");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let server = std::thread::spawn(move || {
+        let (mut peer, _) = listener.accept().unwrap();
+        let mut request = [0; 4096];
+        let _ = peer.read(&mut request).unwrap();
+        peer.write_all(br#"{"jsonrpc":"2.0","id":1,"error":{"code":-1,"message":"\u001b]0;owned\u0007\u001b[2J\nhello"}}"#)
+            .unwrap();
+    });
+    let said = fails(&[
+        "rpc",
+        "-t",
+        "5",
+        "-s",
+        path.to_str().unwrap(),
+        "rpc_get_methods",
+    ]);
+    server.join().unwrap();
+    assert!(said.contains("hello"), "{said}");
+    assert!(
+        !said.contains('\u{1b}') && said.lines().count() == 1,
+        "{said:?}"
+    );
 }

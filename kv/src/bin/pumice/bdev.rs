@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use clap::{Args, Subcommand};
 use pumice_bdev::config::{self, App};
-use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, Op, OpKind, uuid};
+use pumice_bdev::terminal::print_json;
+use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, Op, OpKind, complain, say, uuid};
 use pumice_blobfs::fs::FileSystem;
 use serde_json::{Value, json};
 
@@ -91,7 +92,7 @@ pub fn run(args: &Bdev) -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(e) => {
-            eprintln!("pumice bdev: {e}");
+            complain!("pumice bdev: {e}");
             ExitCode::FAILURE
         }
     }
@@ -116,7 +117,7 @@ fn execute(args: &Bdev) -> Result<bool, String> {
             let name = open(&app, device)?.info().name.clone();
             let answer = app.call("bdev_get_bdevs", &json!({ "name": name }));
             let answer = answer.map_err(|e| e.to_string())?;
-            println!("{:#}", answer.get(0).unwrap_or(&Value::Null));
+            print_json(answer.get(0).unwrap_or(&Value::Null));
             Ok(true)
         }
         What::Copy { from, to, force } => {
@@ -178,13 +179,17 @@ fn list(app: &App) -> Result<bool, String> {
     if bdevs.is_empty() {
         return Err("no bdevs configured: pass --json or a URI".to_owned());
     }
-    println!(
+    say!(
         "{:<24} {:<20} {:>6} {:>14} {:<36} Used by",
-        "Name", "Product", "Block", "Bytes", "UUID"
+        "Name",
+        "Product",
+        "Block",
+        "Bytes",
+        "UUID"
     );
     for bdev in bdevs {
         let info = bdev.info();
-        println!(
+        say!(
             "{:<24} {:<20} {:>6} {:>14} {} {}",
             info.name,
             info.product,
@@ -276,7 +281,7 @@ fn copy(from: &dyn BlockDevice, to: &dyn BlockDevice) -> Result<bool, String> {
         }
     }
     flush(to, &target)?;
-    println!(
+    say!(
         "{len} bytes copied from {} to {}",
         from.info().name,
         to.info().name
@@ -312,7 +317,7 @@ fn zero(dev: &dyn BlockDevice) -> Result<bool, String> {
         lba += n;
     }
     flush(dev, &ch)?;
-    println!("{}: {} bytes of zeroes", info.name, info.len_bytes());
+    say!("{}: {} bytes of zeroes", info.name, info.len_bytes());
     Ok(true)
 }
 
@@ -329,7 +334,7 @@ fn verify(dev: &dyn BlockDevice, other: Option<&dyn BlockDevice>) -> Result<bool
             &other.info().name,
             other.info().len_bytes(),
         );
-        println!("{} has {} bytes, {} has {}", lens.0, lens.1, lens.2, lens.3);
+        say!("{} has {} bytes, {} has {}", lens.0, lens.1, lens.2, lens.3);
         return Ok(false);
     }
     let chunk = chunk(&devices)?;
@@ -339,7 +344,7 @@ fn verify(dev: &dyn BlockDevice, other: Option<&dyn BlockDevice>) -> Result<bool
     let mut report = |text: String| {
         bad += 1;
         if bad <= SHOWN {
-            println!("{text}");
+            say!("{text}");
         }
     };
     while at < len {
@@ -371,7 +376,7 @@ fn verify(dev: &dyn BlockDevice, other: Option<&dyn BlockDevice>) -> Result<bool
         at = parts.last().map_or(len, |(offset, n)| offset + n);
     }
     let what = if other.is_some() { "compared" } else { "read" };
-    println!(
+    say!(
         "{len} bytes {what}, {bad} of {} chunks bad",
         len.div_ceil(chunk)
     );

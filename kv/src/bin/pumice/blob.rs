@@ -9,7 +9,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, Subcommand, ValueEnum};
-use pumice_bdev::{BlockDevice, DmaBuf, parse_size};
+use pumice_bdev::terminal::{Lines, print_json};
+use pumice_bdev::{BlockDevice, DmaBuf, complain, parse_size, say};
 use pumice_blobfs::blobstore::{
     Blob, BlobId, Blobstore, BsType, CreateOptions, ExternalOpener, InitOptions, LoadOptions,
     Parent,
@@ -170,7 +171,7 @@ pub fn run(args: &BlobArgs) -> ExitCode {
         // Whoever reads the output may stop reading.
         Err(error) if is_broken_pipe(&*error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("pumice blob: {error}");
+            complain!("pumice blob: {error}");
             ExitCode::FAILURE
         }
     }
@@ -222,7 +223,7 @@ fn act(args: &BlobArgs) -> Result<()> {
         } else {
             id.to_string()
         };
-        writeln!(io::stdout(), "{line}")
+        say!("{line}");
     };
     match &args.action {
         Action::Init {
@@ -258,7 +259,7 @@ fn act(args: &BlobArgs) -> Result<()> {
                     ..CreateOptions::default()
                 })?)
             })?;
-            print_id(id)?;
+            print_id(id);
         }
         Action::Resize { target, size } => with_store(args, &target.uri, |store| {
             let blob = store.open(target.id)?;
@@ -286,12 +287,12 @@ fn act(args: &BlobArgs) -> Result<()> {
         Action::Snapshot(target) => {
             print_id(with_store(args, &target.uri, |store| {
                 Ok(store.snapshot(target.id, &[])?)
-            })?)?;
+            })?);
         }
         Action::Clone(target) => {
             print_id(with_store(args, &target.uri, |store| {
                 Ok(store.clone_blob(target.id, &[])?)
-            })?)?;
+            })?);
         }
         Action::Inflate(target) => {
             with_store(args, &target.uri, |store| Ok(store.inflate(target.id)?))?;
@@ -322,7 +323,7 @@ fn act(args: &BlobArgs) -> Result<()> {
         }
         Action::Grow { uri } => {
             let gained = with_store(args, uri, |store| Ok(store.grow()?))?;
-            writeln!(io::stdout(), "{gained} clusters more")?;
+            say!("{gained} clusters more");
         }
     }
     Ok(())
@@ -350,7 +351,7 @@ fn init(
     let store = Blobstore::init(dev, &opts)?;
     store.unload()?;
     writeln!(
-        io::stdout(),
+        Lines,
         "{} clusters of {cluster_size} bytes, {} metadata pages",
         store.total_clusters(),
         store.md_pages().total
@@ -388,7 +389,7 @@ fn refuse_if_used(dev: &Arc<dyn BlockDevice>) -> Result<()> {
 }
 
 fn list(store: &Blobstore, as_json: bool) -> Result<()> {
-    let mut out = io::stdout().lock();
+    let mut out = Lines;
     let damaged = store.damaged();
     let blobs: Vec<Value> = store
         .blobs()
@@ -412,7 +413,7 @@ fn list(store: &Blobstore, as_json: bool) -> Result<()> {
             "blobs": blobs,
             "damaged": damaged,
         });
-        writeln!(out, "{}", serde_json::to_string_pretty(&value)?)?;
+        print_json(&value);
         return Ok(());
     }
     writeln!(
@@ -529,9 +530,9 @@ fn runs(blob: &Blob) -> Vec<(u64, u32, u64)> {
 fn show(store: &Blobstore, id: BlobId, as_json: bool) -> Result<()> {
     let blob = store.open(id)?;
     let value = describe(store, id, true);
-    let mut out = io::stdout().lock();
+    let mut out = Lines;
     if as_json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&value)?)?;
+        print_json(&value);
         return Ok(());
     }
     writeln!(out, "blob          {id}")?;

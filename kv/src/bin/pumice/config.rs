@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
-use pumice_bdev::BlockDevice;
 use pumice_bdev::config::{self, App};
+use pumice_bdev::terminal::print_json;
+use pumice_bdev::{BlockDevice, complain, say};
 use pumice_nvme::pci::Host;
 use serde_json::{Value, json};
 
@@ -40,13 +41,13 @@ enum What {
 /// Runs the command.
 pub fn run(args: &Config) -> ExitCode {
     let result = match &args.what {
-        What::Gen { free, root } => generate(&Host::at(root), *free).map(|c| println!("{c:#}")),
-        What::Check { file, open } => check(file, *open).map(|text| println!("{text}")),
+        What::Gen { free, root } => generate(&Host::at(root), *free).map(|c| print_json(&c)),
+        What::Check { file, open } => check(file, *open).map(|text| say!("{text}")),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("{e}");
+            complain!("{e}");
             ExitCode::FAILURE
         }
     }
@@ -59,8 +60,8 @@ fn generate(host: &Host, free: bool) -> Result<Value, String> {
         let kernel = function.driver.as_deref() == Some("nvme");
         let address = function.address;
         if kernel {
-            eprintln!(
-                "{address}: the kernel's driver has it ({}); `pumice setup {address}` gives it to \
+            complain!(
+                "{address}: the kernel's driver has it ({}); `pumice setup bind {address}` gives it to \
                  Pumice",
                 function.block_devices.join(", ")
             );
@@ -75,7 +76,7 @@ fn generate(host: &Host, free: bool) -> Result<Value, String> {
         }));
     }
     if config.is_empty() {
-        eprintln!(
+        complain!(
             "no NVMe controllers here; an image file is as good: file:///path?size=4G&create=1"
         );
     }

@@ -7,6 +7,8 @@ use std::process::ExitCode;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use pumice_bdev::complain;
+use pumice_bdev::terminal::{print_json, visible};
 use pumice_blobfs::fs::{Access, File, FileSystem, FsError, OpenOptions};
 use serde_json::json;
 
@@ -131,9 +133,9 @@ pub fn cp(args: &Cp) -> ExitCode {
     match result {
         Ok((files, bytes)) => {
             if args.json {
-                println!("{:#}", json!({"files": files, "bytes": bytes}));
+                print_json(&json!({"files": files, "bytes": bytes}));
             } else if !args.quiet {
-                eprintln!("{files} files, {}", human(bytes));
+                complain!("{files} files, {}", human(bytes));
             }
             ExitCode::SUCCESS
         }
@@ -167,7 +169,7 @@ fn copy(fs: &FileSystem, args: &Cp, to: &Place) -> Result<(u64, u64), Failure> {
     let bar = progress(total, args);
     let mut files = 0;
     for job in &jobs {
-        bar.set_message(job.to.to_string());
+        bar.set_message(visible(&job.to.to_string()));
         files += u64::from(!job.is_dir);
         run_job(fs, job, &bar)?;
     }
@@ -347,7 +349,7 @@ fn replace(
     if done.is_err()
         && let Err(e) = fs.unlink(PART)
     {
-        eprintln!("pumice cp: {PART} is left behind: {e}");
+        complain!("pumice cp: {PART} is left behind: {e}");
     }
     done
 }

@@ -5,7 +5,8 @@ use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
-use pumice_bdev::BdevError;
+use pumice_bdev::terminal::{print, print_json, visible};
+use pumice_bdev::{BdevError, complain, say};
 use pumice_blobfs::fs::{Access, FileSystem, FsError, MountOptions, OpenOptions, Stat};
 use serde_json::{Value, json};
 
@@ -139,7 +140,7 @@ impl std::fmt::Display for Failure {
 
 /// Says why, and gives the exit code.
 pub fn fail(command: &str, e: &Failure) -> ExitCode {
-    eprintln!("pumice {command}: {e}");
+    complain!("pumice {command}: {e}");
     ExitCode::FAILURE
 }
 
@@ -149,16 +150,6 @@ fn ended(command: &str, result: Outcome) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => fail(command, &e),
-    }
-}
-
-/// Prints to standard output. A reader that has seen enough (`| head`) is no failure.
-fn print_all(text: &str) -> Outcome {
-    match std::io::stdout().lock().write_all(text.as_bytes()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Failure(format!("standard output: {e}")))
-        }
-        _ => Ok(()),
     }
 }
 
@@ -174,7 +165,7 @@ pub fn mounted<R>(
     opts.cache_bytes = 64 << 20;
     let fs = FileSystem::mount(dev, &opts)?;
     for problem in fs.problems() {
-        eprintln!("pumice: {uri}: {problem}");
+        complain!("pumice: {uri}: {problem}");
     }
     let result = f(&fs);
     let unmounted = fs.unmount();
@@ -290,7 +281,8 @@ pub fn ls(args: &Ls) -> ExitCode {
     let result = mounted(&args.uri, true, list).map(|stats| {
         if args.json {
             let all: Vec<Value> = stats.iter().map(|(p, s)| as_json(p, s)).collect();
-            return print_all(&format!("{:#}\n", Value::Array(all)));
+            print_json(&Value::Array(all));
+            return;
         }
         let width = stats
             .iter()
@@ -299,11 +291,12 @@ pub fn ls(args: &Ls) -> ExitCode {
             .unwrap_or(0);
         let line = |(path, s): &(String, Stat)| {
             let end = if s.is_dir { "/" } else { "" };
+            let path = visible(path);
             format!("{:>width$}  {:19}  {path}{end}\n", s.len, date(s.mtime))
         };
-        print_all(&stats.iter().map(line).collect::<String>())
+        print(&stats.iter().map(line).collect::<String>());
     });
-    ended("ls", result.and_then(|printed| printed))
+    ended("ls", result)
 }
 
 /// Runs `pumice cat`.
@@ -395,21 +388,21 @@ pub fn df(args: &Df) -> ExitCode {
                 "md_pages": s.md_pages,
                 "md_pages_used": s.md_pages_used,
             });
-            println!("{all:#}");
+            print_json(&all);
             return;
         }
         let used = s.total - s.free;
-        println!("device          {}", args.uri);
-        println!("total           {}", human(s.total));
-        println!(
+        say!("device          {}", args.uri);
+        say!("total           {}", human(s.total));
+        say!(
             "used            {} ({} %)",
             human(used),
             used * 100 / s.total.max(1)
         );
-        println!("free            {}", human(s.free));
-        println!("cluster         {}", human(s.cluster));
-        println!("files           {}", s.files);
-        println!("metadata pages  {} of {} used", s.md_pages_used, s.md_pages);
+        say!("free            {}", human(s.free));
+        say!("cluster         {}", human(s.cluster));
+        say!("files           {}", s.files);
+        say!("metadata pages  {} of {} used", s.md_pages_used, s.md_pages);
     });
     ended("df", result)
 }
@@ -427,17 +420,17 @@ pub fn stat(args: &StatArgs) -> ExitCode {
     let result = mounted(&args.uri, true, look).map(|all| {
         if args.json {
             let all: Vec<Value> = all.iter().map(|(p, s)| as_json(p, s)).collect();
-            println!("{:#}", Value::Array(all));
+            print_json(&Value::Array(all));
             return;
         }
         for (path, s) in all {
-            println!("path       {path}");
-            println!("type       {}", if s.is_dir { "directory" } else { "file" });
-            println!("length     {} bytes", s.len);
-            println!("allocated  {}", human(s.allocated));
-            println!("links      {}", s.links);
-            println!("modified   {}", date(s.mtime));
-            println!(
+            say!("path       {}", visible(&path));
+            say!("type       {}", if s.is_dir { "directory" } else { "file" });
+            say!("length     {} bytes", s.len);
+            say!("allocated  {}", human(s.allocated));
+            say!("links      {}", s.links);
+            say!("modified   {}", date(s.mtime));
+            say!(
                 "blob       {}",
                 s.blob_id.map_or("none".to_owned(), |id| id.to_string())
             );

@@ -3,6 +3,8 @@
 use std::process::ExitCode;
 
 use clap::Args;
+use pumice_bdev::terminal::print_json;
+use pumice_bdev::{complain, say};
 use pumice_blobfs::blobstore::check::{Report, Severity, check, repair};
 use serde_json::json;
 
@@ -11,7 +13,7 @@ const CORRECTED: u8 = 1;
 /// Errors are left.
 const UNCORRECTED: u8 = 4;
 /// The check could not be done.
-const OPERATIONAL: u8 = 8;
+pub const OPERATIONAL: u8 = 8;
 /// The command line makes no sense.
 pub const USAGE: u8 = 16;
 
@@ -36,7 +38,7 @@ pub fn run(args: &Fsck) -> ExitCode {
     match examine(args) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("pumice fsck: {error}");
+            complain!("pumice fsck: {error}");
             ExitCode::from(OPERATIONAL)
         }
     }
@@ -85,16 +87,16 @@ fn print(args: &Fsck, before: &Report, done: &[String], report: &Report) {
             "used_md_pages": report.used_pages,
             "md_pages": report.total_pages,
         });
-        println!("{value:#}");
+        print_json(&value);
         return;
     }
     for finding in &before.findings {
-        println!("{finding}");
+        say!("{finding}");
     }
     for line in done {
-        println!("{line}");
+        say!("{line}");
     }
-    println!(
+    say!(
         "{}: {} blobs, {} of them snapshots, {} of {} clusters and {} of {} metadata pages used",
         args.uri,
         report.blobs,
@@ -106,10 +108,10 @@ fn print(args: &Fsck, before: &Report, done: &[String], report: &Report) {
     );
     match (report.worst(), before.worst(), done.is_empty()) {
         (Some(Severity::Error), ..) => {
-            println!("errors are left that cannot be mended without losing something");
+            say!("errors are left that cannot be mended without losing something");
         }
-        (Some(_), ..) => println!("errors are left; --repair mends them"),
-        (None, _, false) => println!("mended"),
-        (None, ..) => println!("no errors"),
+        (Some(_), ..) => say!("errors are left; --repair mends them"),
+        (None, _, false) => say!("mended"),
+        (None, ..) => say!("no errors"),
     }
 }

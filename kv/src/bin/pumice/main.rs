@@ -1,5 +1,8 @@
 //! The `pumice` command: one subcommand per module.
 
+// `pumice_bdev::say!` and `complain!` print: see `pumice_bdev::terminal`.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 mod bdev;
 mod blob;
 mod config;
@@ -53,17 +56,31 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // fsck's exit codes have one for a wrong command line.
-            let is_fsck = std::env::args().nth(1).is_some_and(|arg| arg == "fsck");
             let _ = error.print();
-            return match (error.exit_code(), is_fsck) {
+            return match (error.exit_code(), is_fsck()) {
                 (0, _) => ExitCode::SUCCESS,
                 (_, true) => ExitCode::from(fsck::USAGE),
                 (_, false) => ExitCode::from(2),
             };
         }
     };
-    match cli.command {
+    let code = run(cli.command);
+    match pumice_bdev::terminal::outcome() {
+        Ok(()) => code,
+        Err(e) => {
+            pumice_bdev::complain!("pumice: standard output: {e}");
+            ExitCode::from(if is_fsck() { fsck::OPERATIONAL } else { 1 })
+        }
+    }
+}
+
+/// fsck's exit codes are its own.
+fn is_fsck() -> bool {
+    std::env::args().nth(1).is_some_and(|arg| arg == "fsck")
+}
+
+fn run(command: Command) -> ExitCode {
+    match command {
         Command::Setup(args) => setup::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Blob(args) => blob::run(&args),

@@ -4,7 +4,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Args;
-use pumice_bdev::{BlockDevice, parse_size};
+use pumice_bdev::terminal::print_json;
+use pumice_bdev::{BlockDevice, parse_size, say};
 use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, StatFs};
 use serde_json::json;
 
@@ -48,9 +49,9 @@ pub fn run(args: &Mkfs) -> ExitCode {
                     "cluster_size": made.cluster,
                     "md_pages": made.md_pages,
                 });
-                println!("{made:#}");
+                print_json(&made);
             } else {
-                println!(
+                say!(
                     "{}: BlobFS of {}, clusters of {}, {} pages of metadata",
                     args.uri,
                     human(made.total),

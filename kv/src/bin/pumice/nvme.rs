@@ -1,10 +1,12 @@
 //! `pumice nvme`: what a controller says of itself, its logs, reset and format.
 
-use std::io::{IsTerminal, Write as _};
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, Subcommand};
+use pumice_bdev::complain;
+use pumice_bdev::terminal::{print, print_json};
 use pumice_nvme::pci::Host;
 use pumice_nvme::spec::{
     ErrorLogEntry, FormatNvm, IdentifyController, NsDescriptor, SmartLog, ascii,
@@ -99,20 +101,18 @@ pub fn run(args: &Nvme) -> ExitCode {
     };
     match answer {
         Ok(answer) => {
-            let text = if json {
-                format!("{:#}\n", answer.json)
+            if json {
+                print_json(&answer.json);
             } else {
-                answer.text
-            };
-            // A closed pipe is the reader's choice.
-            let _ = std::io::stdout().write_all(text.as_bytes());
+                print(&answer.text);
+            }
             ExitCode::SUCCESS
         }
         Err(error) => {
             if json {
-                println!("{:#}", json!({ "error": error.to_string() }));
+                print_json(&json!({ "error": error.to_string() }));
             }
-            eprintln!("pumice nvme: {error}");
+            complain!("pumice nvme: {error}");
             ExitCode::FAILURE
         }
     }
@@ -414,8 +414,8 @@ fn format(opened: &Opened, lbaf: u8, ses: u8, yes: bool) -> Result<Answer, Error
             )
             .into());
         }
-        eprint!(
-            "All {} bytes of {name} will be lost. Type yes: ",
+        complain!(
+            "All {} bytes of {name} will be lost. Type yes and Enter.",
             ns.len_bytes()
         );
         let mut line = String::new();

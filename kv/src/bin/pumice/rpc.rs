@@ -5,7 +5,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
+use pumice_bdev::complain;
 use pumice_bdev::rpc::RpcClient;
+use pumice_bdev::terminal::{print_json, visible};
 use serde_json::Value;
 
 /// Call a method of a running process over its JSON-RPC socket
@@ -27,11 +29,11 @@ pub struct Rpc {
 pub fn run(args: &Rpc) -> ExitCode {
     match call(args) {
         Ok(answer) => {
-            println!("{answer:#}");
+            print_json(&answer);
             ExitCode::SUCCESS
         }
         Err(e) => {
-            eprintln!("pumice rpc: {}: {e}", args.method);
+            complain!("pumice rpc: {}: {}", args.method, visible(&e));
             ExitCode::FAILURE
         }
     }

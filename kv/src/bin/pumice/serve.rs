@@ -1,13 +1,12 @@
 //! `pumice bdev serve`: a process that holds block devices and answers for them.
 
-use std::io::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 
-use pumice_bdev::BlockDevice;
 use pumice_bdev::config::App;
 use pumice_bdev::metrics::MetricsServer;
 use pumice_bdev::rpc::{RpcServer, ServerOptions};
+use pumice_bdev::{BlockDevice, say};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -23,10 +22,9 @@ pub fn run(app: App, socket: &Path, metrics: Option<&str>) -> Result<bool, Strin
         .transpose()
         .map_err(|e| e.to_string())?;
     for bdev in app.registry.list() {
-        println!("{}", bdev.info().name);
+        say!("{}", bdev.info().name);
     }
-    println!("serving on {}; SIGINT or SIGTERM ends it", socket.display());
-    std::io::stdout().flush().map_err(|e| e.to_string())?;
+    say!("serving on {}; SIGINT or SIGTERM ends it", socket.display());
     signals.forever().next();
     // Nobody asks any more when the devices go.
     drop((rpc, metrics));

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::ops::Range;
 
+use pumice_bdev::terminal::{Lines, print_json};
 use pumice_blobfs::blobstore::BlobId;
 use pumice_blobfs::blobstore::dump::{Dump, MaskDump};
 use pumice_blobfs::blobstore::format::{
@@ -18,7 +19,7 @@ use super::Result;
 pub fn run(uri: &str, id: Option<BlobId>, as_json: bool) -> Result<()> {
     let dev = pumice_bdev::open(uri)?;
     let mut dump = Dump::open(&dev)?;
-    let mut out = io::stdout().lock();
+    let mut out = Lines;
     let super_block = super_fields(dump.super_block());
     let problem = dump.problem().map(str::to_owned);
     let masks = if id.is_none() {
@@ -66,7 +67,7 @@ pub fn run(uri: &str, id: Option<BlobId>, as_json: bool) -> Result<()> {
     if as_json {
         let masks: Vec<Value> = masks.iter().map(mask_value).collect();
         let value = json!({ "super_block": super_block, "problem": problem, "masks": masks, "pages": pages });
-        writeln!(out, "{}", serde_json::to_string_pretty(&value)?)?;
+        print_json(&value);
     }
     match (problem, id) {
         (Some(problem), _) => Err(problem.into()),

@@ -16,7 +16,7 @@ pub fn import(
     id: &str,
     file: &Path,
     thin: bool,
-    print_id: impl Fn(BlobId) -> io::Result<()>,
+    print_id: impl Fn(BlobId),
 ) -> Result<()> {
     let mut input: Box<dyn Read> = if file == Path::new("-") {
         Box::new(io::stdin().lock())
@@ -39,7 +39,7 @@ pub fn import(
         result.map(|()| id)
     })?;
     if existing.is_none() {
-        print_id(id)?;
+        print_id(id);
     }
     Ok(())
 }
