@@ -5,6 +5,7 @@ load ext4
 load vfio_iommu_type1
 load vfio_pci
 load uio_pci_generic
+load loop
 sleep 1
 A=$(slot 8)
 driver() { basename "$(readlink /sys/bus/pci/devices/$A/driver)"; }
@@ -26,10 +27,17 @@ mounted_elsewhere() { # a mount that this process's table does not show
 	unshare -m sh -c 'mount --make-rprivate /; mount -t ext4 /dev/nvme0n1 /mnt/fs && touch /tmp/there && sleep 6' &
 	for n in 1 2 3 4 5 6 7 8 9; do [ -e /tmp/there ] || sleep 0.5; done
 	[ -e /tmp/there ] || return 1
-	refuses "claimed" pumice setup bind $A; r=$?
+	refuses "mounted at /mnt/fs in the mount namespace" pumice setup bind $A; r=$?
 	wait
 	return $r
 }
+looped() { # a loop device takes no claim and is no holder
+	losetup /dev/loop0 /dev/nvme0n1 || return 1
+	refuses "loop device loop0" pumice setup bind $A; r=$?
+	losetup -d /dev/loop0
+	return $r
+}
+no_such_user() { refuses "no user" pumice setup bind $A --user nosuch; }
 swap() {
 	mkswap /dev/nvme0n2 > /dev/null && swapon /dev/nvme0n2 || return 1
 	refuses "swap space" pumice setup bind $A && swapoff /dev/nvme0n2
@@ -88,6 +96,8 @@ doctor() { # the controller is the kernel's: told so, with the command
 step "status names the controllers" status
 step "a mounted file system stays" mounted
 step "a mount of another namespace stays" mounted_elsewhere
+step "a loop device's disk stays" looped
+step "an unknown user is refused first" no_such_user
 step "swap space stays" swap
 step "an open device stays" opened
 step "doctor before" doctor

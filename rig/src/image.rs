@@ -11,13 +11,14 @@ use crate::modules::Modules;
 use crate::{Error, kernel};
 
 /// Modules that a scenario may `load`; built-in ones are passed over.
-const MODULES: [&str; 8] = [
+const MODULES: [&str; 9] = [
     "vfio",
     "vfio_iommu_type1",
     "vfio_pci",
     "uio_pci_generic",
     "nvme",
     "ext4",
+    "loop",
     "crc32c_generic",
     "crc32c_intel",
 ];

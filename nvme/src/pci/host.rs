@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{PciAddress, Use, usage};
+use super::{Claims, PciAddress, Use, usage};
 
 /// What can go wrong with sysfs.
 #[derive(Debug, thiserror::Error)]
@@ -122,6 +122,11 @@ impl Host {
         Host { root: root.into() }
     }
 
+    /// Whether this is the machine that the process runs on, as far as its files tell.
+    pub fn is_this_machine(&self) -> bool {
+        self.root == Path::new("/")
+    }
+
     /// An absolute path of the machine, below its root.
     pub fn path(&self, absolute: &str) -> PathBuf {
         self.root.join(absolute.trim_start_matches('/'))
@@ -142,6 +147,7 @@ impl Host {
         let path = self.path(absolute);
         fs::OpenOptions::new()
             .write(true)
+            .truncate(true)
             .open(&path)
             .and_then(|mut file| io::Write::write_all(&mut file, text.as_bytes()))
             .map_err(|source| PciError::Io { path, source })
@@ -239,9 +245,19 @@ impl Host {
     }
 
     /// What the machine does with the function's block devices: mounts, swap, volumes on top,
-    /// processes that have them open. Empty: nothing.
+    /// loop devices and targets, processes that have them open; and what of this could not be
+    /// found out. Empty: nothing, for certain.
     pub fn uses(&self, function: &Function) -> Vec<Use> {
-        usage::uses(self, &function.block_devices)
+        self.claim(function).err().unwrap_or_default()
+    }
+
+    /// Claims the function's disks, so that nobody begins to use them while it changes hands.
+    ///
+    /// # Errors
+    /// What [`Host::uses`] tells.
+    pub fn claim(&self, function: &Function) -> Result<Claims, Vec<Use>> {
+        let dir = Self::function_dir(function.address);
+        usage::claim(self, &dir, &function.block_devices)
     }
 
     /// Other functions of the same group that a driver of the kernel works with: while there
@@ -260,7 +276,7 @@ impl Host {
     pub fn openers(&self, path: &str) -> Vec<(u32, String)> {
         usage::openers(self, |target| target == path)
             .into_iter()
-            .map(|(pid, name, _)| (pid, name))
+            .map(|opener| (opener.pid, opener.name))
             .collect()
     }
 

@@ -11,4 +11,4 @@ mod usage;
 pub use address::{ParseAddressError, PciAddress};
 pub use config::{Capability, ConfigSpace, MsixCapability};
 pub use host::{Function, Group, Host, PciError};
-pub use usage::Use;
+pub use usage::{Claims, Unchecked, Use};

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
+use pumice_bdev::terminal::{print, print_json};
 use pumice_nvme::dma::{Memlock, memlock};
 use pumice_nvme::pci::{Function, Host, PciAddress};
 use serde_json::{Value, json};
@@ -87,9 +88,9 @@ pub fn run(args: &Doctor) -> ExitCode {
     let checks = examine(&host, args.address, &process);
     let sick = checks.iter().any(|c| c.state == State::Missing);
     if args.json {
-        println!("{:#}", as_json(&checks));
+        print_json(&as_json(&checks));
     } else {
-        print!("{}", as_text(&checks));
+        print(&as_text(&checks));
     }
     ExitCode::from(u8::from(sick))
 }
@@ -310,19 +311,9 @@ fn controller(host: &Host, function: &Function, asked_for: bool, checks: &mut Ve
     };
     let rivals = host.group_rivals(function);
     if !rivals.is_empty() {
-        let list: Vec<String> = rivals.iter().map(|(a, d)| format!("{a} ({d})")).collect();
-        let unbind: Vec<String> = rivals
-            .iter()
-            .map(|(a, _)| format!("echo {a} > /sys/bus/pci/devices/{a}/driver/unbind"))
-            .collect();
-        checks.push(
-            check(
-                format!("{name}: group {}", group.id),
-                State::Missing,
-                format!("shared with {}, which the kernel drives", list.join(", ")),
-            )
-            .fix(unbind.join("; ")),
-        );
+        for (rival, driver) in rivals {
+            checks.push(neighbour(host, &name, group.id, rival, &driver));
+        }
     }
     let node = group.node();
     let opened = File::options()
@@ -349,6 +340,36 @@ fn controller(host: &Host, function: &Function, asked_for: bool, checks: &mut Ve
         Err(e) => check(name, State::Missing, format!("{node}: {e}"))
             .fix("modprobe vfio-pci; then pumice setup status"),
     });
+}
+
+/// Another function of the group that the kernel drives. What is in use, or is no NVMe controller
+/// (a network card, the disk that the machine runs from), is never to be pulled from its driver.
+fn neighbour(host: &Host, name: &str, group: u32, rival: PciAddress, driver: &str) -> Check {
+    let shared = |what: String| {
+        check(
+            format!("{name}: group {group}"),
+            State::Missing,
+            format!("shared with {rival} ({driver}), {what}"),
+        )
+    };
+    let function = match host.function(rival) {
+        Ok(function) => function,
+        Err(e) => {
+            return shared(format!("which cannot be looked at ({e})"))
+                .fix("move one of the cards to another slot");
+        }
+    };
+    if !function.is_nvme() {
+        return shared("which is no NVMe controller".to_owned())
+            .fix("move one of the cards to another slot");
+    }
+    let uses = host.uses(&function);
+    if uses.is_empty() {
+        return shared("which is not in use".to_owned()).fix(format!("pumice setup bind {rival}"));
+    }
+    let uses: Vec<String> = uses.iter().map(ToString::to_string).collect();
+    shared(format!("which is in use: {}", uses.join("; ")))
+        .fix("move one of the cards to another slot, or end that use first")
 }
 
 /// What a process with a modest cache pins.
@@ -541,23 +562,50 @@ mod tests {
         assert_eq!(find(&checks, "controllers").state, State::Note);
     }
 
-    #[test]
-    fn neighbours_in_the_group() {
-        let fake = ready();
-        fake.nvme("0000:02:00.0", "nvme", Some(7));
-        let checks = examine(
-            &fake.host(),
-            Some(NVME.parse().expect("an address")),
-            &rich(),
-        );
+    fn advice(fake: &FakeHost) -> String {
+        let only = Some(NVME.parse().expect("an address"));
+        let checks = examine(&fake.host(), only, &rich());
         let group = find(&checks, "controller 0000:01:00.0: group 7");
         assert_eq!(group.state, State::Missing);
-        assert!(
-            group
-                .fix
-                .as_deref()
-                .is_some_and(|f| f.contains("0000:02:00.0/driver/unbind"))
+        format!("{} -> {}", group.detail, group.fix.as_deref().unwrap_or(""))
+    }
+
+    #[test]
+    fn a_neighbour_in_the_group_is_never_pulled() {
+        const OTHER: &str = "0000:02:00.0";
+        let fake = ready();
+        fake.nvme(OTHER, "nvme", Some(7));
+        fake.block(
+            OTHER,
+            "nvme1",
+            "nvme1n1",
+            "259:4",
+            &[("nvme1n1p1", "259:5")],
         );
+        let free = advice(&fake);
+        assert!(
+            free.contains("not in use -> pumice setup bind 0000:02:00.0"),
+            "{free}"
+        );
+        fake.file(
+            "/proc/self/mountinfo",
+            "30 1 259:5 / / rw - ext4 /dev/root rw\n",
+        );
+        let mounted = advice(&fake);
+        assert!(mounted.contains("nvme1n1p1 is mounted at /"), "{mounted}");
+        assert!(mounted.contains("another slot"), "{mounted}");
+        // What cannot be checked is in use.
+        fake.remove("/proc/self/mountinfo");
+        let unchecked = advice(&fake);
+        assert!(unchecked.contains("counts as in use"), "{unchecked}");
+        // A network card, or the controller of the root disk.
+        let fake = ready();
+        fake.other(OTHER, "0x010601\n", "ahci", Some(7));
+        let sata = advice(&fake);
+        assert!(sata.contains("no NVMe controller -> move one"), "{sata}");
+        for text in [free, mounted, unchecked, sata] {
+            assert!(!text.contains("unbind"), "{text}");
+        }
     }
 
     #[test]

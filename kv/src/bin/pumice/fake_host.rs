@@ -10,8 +10,11 @@ use pumice_nvme::pci::Host;
 pub struct FakeHost(tempfile::TempDir);
 
 impl FakeHost {
+    /// A machine on which nothing is mounted and no process runs but this one.
     pub fn new() -> FakeHost {
-        FakeHost(tempfile::tempdir().expect("a directory"))
+        let fake = FakeHost(tempfile::tempdir().expect("a directory"));
+        fake.file("/proc/self/mountinfo", "");
+        fake
     }
 
     pub fn host(&self) -> Host {
@@ -32,7 +35,11 @@ impl FakeHost {
         fs::write(path, text).expect("written");
     }
 
-    fn link(&self, absolute: &str, target: &str) {
+    pub fn remove(&self, absolute: &str) {
+        fs::remove_file(self.path(absolute)).expect("removed");
+    }
+
+    pub fn link(&self, absolute: &str, target: &str) {
         let path = self.path(absolute);
         fs::create_dir_all(path.parent().expect("a parent")).expect("made");
         let _ = fs::remove_file(&path);
@@ -61,6 +68,10 @@ impl FakeHost {
 
     pub fn nvme(&self, address: &str, driver: &str, group: Option<u32>) {
         self.function(address, "0x010802\n", driver, group);
+    }
+
+    pub fn other(&self, address: &str, class: &str, driver: &str, group: Option<u32>) {
+        self.function(address, class, driver, group);
     }
 
     pub fn bridge(&self, address: &str, group: Option<u32>) {
@@ -92,6 +103,7 @@ impl FakeHost {
 
     pub fn holder(&self, disk: &str, part: Option<&str>, holder: &str, volume: Option<&str>) {
         let under = part.map_or_else(|| disk.to_owned(), |p| format!("{disk}/{p}"));
+        self.dir(&format!("/sys/class/block/{holder}"));
         self.file(&format!("/sys/class/block/{under}/holders/{holder}"), "");
         if let Some(volume) = volume {
             self.file(&format!("/sys/class/block/{holder}/dm/name"), volume);
@@ -101,5 +113,25 @@ impl FakeHost {
     pub fn process(&self, pid: u32, name: &str, open: &str) {
         self.file(&format!("/proc/{pid}/comm"), name);
         self.link(&format!("/proc/{pid}/fd/5"), open);
+    }
+
+    /// A process in a mount namespace of its own, in which `table` is mounted.
+    pub fn mount_namespace(&self, pid: u32, table: &str) {
+        self.link(&format!("/proc/{pid}/ns/mnt"), &format!("mnt:[{pid}]"));
+        self.file(&format!("/proc/{pid}/mountinfo"), table);
+    }
+
+    /// A node by any name; `None` where this process may not make one.
+    pub fn node(&self, absolute: &str, major: u32, minor: u32) -> Option<()> {
+        let path = self.path(absolute);
+        fs::create_dir_all(path.parent().expect("a parent")).expect("made");
+        let numbers = [major.to_string(), minor.to_string()];
+        let made = std::process::Command::new("mknod")
+            .arg(path)
+            .arg("b")
+            .args(numbers)
+            .output();
+        made.is_ok_and(|output| output.status.success())
+            .then_some(())
     }
 }
