@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use pumice_bdev::config::App;
@@ -40,6 +41,53 @@ fn few_queues_are_shared() {
             .block_on(ch.read(u64::from(i), DmaBuf::new(512).unwrap()))
             .unwrap();
         assert!(back.iter().all(|b| *b == i));
+    }
+}
+
+/// A controller with one queue pair: every channel shares it, those of other namespaces and of
+/// another opening of the controller too.
+#[test]
+fn one_queue_pair_serves_every_channel() {
+    let dev = open("soft://memory?size=8M&queues=1").unwrap();
+    conformance::run(&*dev);
+    let soft = SoftController::new({
+        let disk = || SoftNamespace::new(Box::new(MemoryBackend::new(1 << 20)), 512);
+        let mut config = SoftConfig::new(vec![disk(), disk()]);
+        config.queues = 1;
+        config
+    });
+    let options = ControllerOptions::default();
+    let controller = Controller::new(soft.unwrap().transport(), options).unwrap();
+    let open = |base| {
+        let all = controller.namespaces();
+        pumice_bdev::nvme::devices(base, &controller, all, "soft://memory").unwrap()
+    };
+    let devices = [open("A"), open("B")].concat();
+    let channels: Vec<_> = devices.iter().map(|d| d.open_channel().unwrap()).collect();
+    assert_eq!(channels.len(), 4);
+    for channel in channels {
+        let channel = AsyncChannel::new(channel);
+        let data = DmaBuf::copy_from(&[5; 512]).unwrap().freeze();
+        channel.block_on(channel.write(1, data, false)).unwrap();
+    }
+}
+
+/// Threads begin and end beside each other; no first operation of a thread fails.
+#[test]
+fn channels_come_and_go_in_threads() {
+    for queues in [1, 2, 3, 16] {
+        let dev = open(&format!("soft://memory?size=8M&queues={queues}")).unwrap();
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..150 {
+                        let channel = AsyncChannel::new(dev.open_channel().unwrap());
+                        let buf = DmaBuf::new(512).unwrap();
+                        channel.block_on(channel.read(0, buf)).unwrap();
+                    }
+                });
+            }
+        });
     }
 }
 

@@ -1,120 +1,20 @@
 //! Faults at the soft controller: errors, delays, lost and corrupt completions, fatal status,
 //! removal, power cut. Every I/O ends exactly once; nothing hangs.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pumice_nvme::dma::DmaBuf;
-use pumice_nvme::soft::{
-    Fault, FaultRule, MemoryBackend, SoftConfig, SoftController, SoftNamespace,
-};
+use pumice_nvme::soft::{Fault, FaultRule, SoftConfig, SoftController};
 use pumice_nvme::spec::{AdminOpcode, AsyncEvent, AsyncEventType, IoOpcode, Status};
 use pumice_nvme::{
     Controller, ControllerEvent, ControllerOptions, InvalidIo, Io, IoDone, IoErrorKind, Namespace,
     NvmeError, QueueOptions, QueuePair, SubmitError,
 };
 
-struct Rig {
-    soft: SoftController,
-    controller: Arc<Controller>,
-    ns: Arc<Namespace>,
-}
+use common::*;
 
-fn disk() -> SoftNamespace {
-    SoftNamespace::new(Box::new(MemoryBackend::new(4 << 20)), 512)
-}
-
-fn rig_with(change: impl FnOnce(&mut SoftConfig, &mut ControllerOptions)) -> Rig {
-    let mut config = SoftConfig::new(vec![disk(), disk()]);
-    let mut options = ControllerOptions::default();
-    options.admin_timeout = NEVER;
-    change(&mut config, &mut options);
-    let soft = SoftController::new(config).unwrap();
-    let controller = Controller::new(soft.transport(), options).unwrap();
-    let ns = controller.namespace(1).unwrap();
-    Rig {
-        soft,
-        controller,
-        ns,
-    }
-}
-
-fn rig() -> Rig {
-    rig_with(|_, _| {})
-}
-
-/// A time-out that no test waits for, however slow the machine.
-const NEVER: Duration = Duration::from_secs(600);
-/// One that tests of time-outs wait for.
-const SOON: Duration = Duration::from_millis(100);
-/// How long something may take that has to come.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-fn queue(rig: &Rig, change: impl FnOnce(&mut QueueOptions)) -> QueuePair {
-    let mut options = QueueOptions::depth(16);
-    options.timeout = NEVER;
-    change(&mut options);
-    rig.controller.queue_pair(&options).unwrap()
-}
-
-fn read(lba: u64) -> Io {
-    Io::Read {
-        lba,
-        buf: DmaBuf::new(512).unwrap(),
-    }
-}
-
-fn write(lba: u64, byte: u8) -> Io {
-    let mut buf = DmaBuf::new(512).unwrap();
-    buf.fill(byte);
-    Io::Write {
-        lba,
-        data: buf.freeze(),
-        fua: false,
-    }
-}
-
-/// Polls until everything has ended; a hang is a failure.
-fn settle(q: &mut QueuePair) -> Vec<IoDone> {
-    let mut out = Vec::new();
-    let start = Instant::now();
-    while q.in_flight() > 0 {
-        if q.poll(&mut out) == 0 && q.wait(Duration::from_millis(100)).is_err() {
-            q.poll(&mut out);
-        }
-        assert!(start.elapsed() < PATIENCE, "{} hang", q.in_flight());
-    }
-    let mut tags: Vec<u64> = out.iter().map(|d| d.tag).collect();
-    tags.sort_unstable();
-    tags.dedup();
-    assert_eq!(tags.len(), out.len(), "an I/O ended twice");
-    out
-}
-
-/// Until the controller has fetched so many commands that a fault strikes.
-fn until_struck(rig: &Rig, count: u64) {
-    let start = Instant::now();
-    while rig.soft.faults().struck() < count {
-        assert!(start.elapsed() < PATIENCE, "the controller does not fetch");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-fn one(rig: &Rig, q: &mut QueuePair, io: Io) -> IoDone {
-    let mut io = io;
-    while let Err(error) = q.submit(&rig.ns, 1, io) {
-        // A reset may be under way.
-        assert!(matches!(error, SubmitError::Busy(_)), "{error}");
-        io = error.into_io();
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    settle(q).pop().unwrap()
-}
-
-fn kind(done: &IoDone) -> IoErrorKind {
-    done.result.as_ref().unwrap_err().kind
-}
+mod common;
 
 #[test]
 fn do_not_retry_is_kept() {

@@ -41,7 +41,9 @@ struct Queues {
 struct QueueState {
     /// Queue pairs that belong to one channel.
     exclusive: usize,
-    shared: Weak<SharedQueue>,
+    /// The queue pair of the channels that share one, while there are any.
+    shared: Option<Arc<SharedQueue>>,
+    sharers: usize,
 }
 
 /// A queue pair's place in the count; given back when dropped.
@@ -51,6 +53,40 @@ struct Place(Arc<Queues>);
 impl Drop for Place {
     fn drop(&mut self) {
         self.0.state.lock().exclusive -= 1;
+    }
+}
+
+/// A channel's use of the shared queue pair. The last one deletes it, under the lock under which
+/// the next channel would ask the controller for one.
+#[derive(Debug)]
+struct Share(Arc<Queues>);
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let mut state = self.0.state.lock();
+        state.sharers -= 1;
+        if state.sharers == 0 {
+            state.shared = None;
+        }
+    }
+}
+
+impl Queues {
+    /// The queue pairs of this controller: there is one count of them, whoever opens it.
+    fn of(controller: &Arc<Controller>) -> Arc<Queues> {
+        static ALL: Mutex<Vec<Weak<Queues>>> = Mutex::new(Vec::new());
+        let mut all = ALL.lock();
+        all.retain(|queues| queues.strong_count() > 0);
+        let mut known = all.iter().filter_map(Weak::upgrade);
+        if let Some(queues) = known.find(|q| Arc::ptr_eq(&q.controller, controller)) {
+            return queues;
+        }
+        let queues = Arc::new(Queues {
+            controller: Arc::clone(controller),
+            state: Mutex::default(),
+        });
+        all.push(Arc::downgrade(&queues));
+        queues
     }
 }
 
@@ -96,10 +132,7 @@ pub fn devices(
     namespaces: Vec<Arc<Namespace>>,
     uri: &str,
 ) -> Result<Vec<Arc<Nvme>>, BdevError> {
-    let queues = Arc::new(Queues {
-        controller: Arc::clone(controller),
-        state: Mutex::default(),
-    });
+    let queues = Queues::of(controller);
     let mut devices = Vec::new();
     let mut reasons = Vec::new();
     for namespace in namespaces {
@@ -149,10 +182,7 @@ pub(crate) fn open_uri(uri: &str) -> Result<Arc<dyn BlockDevice>, BdevError> {
             reason: why.to_owned(),
         });
     }
-    let queues = Arc::new(Queues {
-        controller: opened.controller,
-        state: Mutex::default(),
-    });
+    let queues = Queues::of(&opened.controller);
     let base = format!("Nvme{}", NEXT.fetch_add(1, Ordering::Relaxed));
     Ok(Arc::new(Nvme::new(&base, &queues, namespace, uri)?))
 }
@@ -233,8 +263,8 @@ impl BlockDevice for Nvme {
         let controller = &self.queues.controller;
         let limit = usize::from(controller.queue_limit());
         let mut state = self.queues.state.lock();
-        // The last one is kept for those that share.
-        if state.exclusive + 1 < limit.max(2) {
+        // The last one is kept for those that share; where there is one only, all do.
+        if state.exclusive + 1 < limit {
             match controller.queue_pair(&queue_options(controller)) {
                 Ok(pair) => {
                     state.exclusive += 1;
@@ -246,12 +276,12 @@ impl BlockDevice for Nvme {
                 Err(e) => return Err(e.into()),
             }
         }
-        let shared = match state.shared.upgrade() {
-            Some(shared) => shared,
+        let shared = match &state.shared {
+            Some(shared) => Arc::clone(shared),
             None => {
                 let pair = controller.queue_pair(&queue_options(controller))?;
                 let shared = Arc::new(SharedQueue::new(pair));
-                state.shared = Arc::downgrade(&shared);
+                state.shared = Some(Arc::clone(&shared));
                 let bdev = &self.info.name;
                 tracing::info!(
                     bdev,
@@ -261,7 +291,10 @@ impl BlockDevice for Nvme {
                 shared
             }
         };
-        Ok(Box::new(SharedChannel::new(info, ns, shared)))
+        state.sharers += 1;
+        drop(state);
+        let share = Share(Arc::clone(&self.queues));
+        Ok(Box::new(SharedChannel::new(info, ns, shared, share)))
     }
 
     fn driver_specific(&self) -> Value {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use pumice_nvme::{IoDone, Namespace, QueuePair};
 
+use super::Share;
 use super::channel::{Resetting, to_completion, to_io, to_refusal};
 use crate::device::{DeviceInfo, IoChannel};
 use crate::error::{BdevError, IoErrorKind};
@@ -66,7 +67,9 @@ impl Inner {
 pub(super) struct SharedChannel {
     info: Arc<DeviceInfo>,
     ns: Arc<Namespace>,
+    // Goes before the share, whose last one deletes the queue pair.
     shared: Arc<SharedQueue>,
+    _share: Share,
     id: u64,
     in_flight: usize,
     resets: Vec<Resetting>,
@@ -79,6 +82,7 @@ impl SharedChannel {
         info: Arc<DeviceInfo>,
         ns: Arc<Namespace>,
         shared: Arc<SharedQueue>,
+        share: Share,
     ) -> SharedChannel {
         let mut inner = shared.inner.lock();
         let id = inner.next_channel;
@@ -89,6 +93,7 @@ impl SharedChannel {
             info,
             ns,
             shared,
+            _share: share,
             id,
             in_flight: 0,
             resets: Vec::new(),

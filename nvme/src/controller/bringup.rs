@@ -71,6 +71,7 @@ impl Core {
             namespaces: RwLock::new(BTreeMap::new()),
             interrupts: RwLock::new(Vec::new()),
             queues: Mutex::new(Registry::default()),
+            queue_freed: Condvar::new(),
             shadow: RwLock::new(None),
             memory: Mutex::new(None),
             requests: Mutex::new(Requests::default()),
@@ -117,6 +118,7 @@ impl Core {
     /// The device is disabled: nothing of ours is in its hands any more.
     pub(super) fn quiet(&self) {
         self.admin_lose_all();
+        self.free_stuck_queues();
         self.graveyard.lock().clear();
         *self.shadow.write() = None;
     }

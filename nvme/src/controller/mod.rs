@@ -126,6 +126,8 @@ pub(crate) struct Core {
     namespaces: RwLock<BTreeMap<u32, Arc<Namespace>>>,
     interrupts: RwLock<Vec<Arc<EventFd>>>,
     queues: Mutex<Registry>,
+    /// A queue identifier became free; with `queues`.
+    queue_freed: Condvar,
     shadow: RwLock<Option<[Arc<DmaShared>; 2]>>,
     memory: Mutex<Option<ControllerMemory>>,
     requests: Mutex<Requests>,
@@ -138,10 +140,29 @@ pub(crate) struct Core {
     failure: Mutex<Option<String>>,
 }
 
+/// Queue identifiers that are not free, each with its queue pair.
 #[derive(Debug, Default)]
 struct Registry {
-    queues: BTreeMap<u16, Arc<QueueShared>>,
+    queues: BTreeMap<u16, Registered>,
     limit: u16,
+}
+
+/// A queue identifier that is not free. It stays taken until the device has certainly no queue of
+/// that number: then, and not before, another pair may have it.
+#[derive(Debug)]
+struct Registered {
+    shared: Arc<QueueShared>,
+    use_: QueueUse,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum QueueUse {
+    /// A queue pair has it; a reset creates its queues again.
+    Owned,
+    /// Its owner is deleting the queues.
+    Going,
+    /// The device refused to delete the queues; the next reset takes them away.
+    Stuck,
 }
 
 /// An NVMe controller, enabled. Shared by everything that uses it; when the last handle goes

@@ -9,17 +9,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use hdrhistogram::Histogram;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::state::{self, Phase};
-use super::{Controller, Core};
+use super::{Controller, Core, QueueUse, Registered, Registry};
 use crate::dma::DmaShared;
 use crate::error::NvmeError;
 use crate::queue::{
     Bank, Bell, CompletionRing, Interrupting, PointerStyle, QueueMem, QueueOptions, QueuePair,
     QueueShared, QueueStats, Slots, Spin, SubmissionRing, init_barrier,
 };
-use crate::spec::{AdminOpcode, Command, FeatureId, doorbell_offset};
+use crate::spec::{AdminOpcode, Command, FeatureId, Status, doorbell_offset};
 
 impl Core {
     /// Set Features 07h: Base section 5.27.1.5. A controller may answer with more than it was
@@ -36,7 +36,8 @@ impl Core {
     }
 
     /// Creates a queue pair's queues at the device, on the current completion memory.
-    /// With a state word, only while the controller is in that state.
+    /// With a state word, only while the controller is in that state. After an error the device
+    /// may have one of them.
     pub(super) fn create_queues(
         &self,
         word: Option<u64>,
@@ -47,50 +48,89 @@ impl Core {
         self.admin_at(word, create_cq, None)?;
         let create_sq =
             Command::create_sq(q.qid, q.sq_entries - 1, q.sq_address, q.qid, q.priority);
-        if let Err(error) = self.admin_at(word, create_sq, None) {
-            let undo = Command::delete_queue(AdminOpcode::DELETE_CQ, q.qid);
-            if let Err(undo) = self.admin_at(word, undo, None) {
-                tracing::warn!(device = self.name(), error = %undo, "completion queue not deleted");
-            }
-            return Err(error);
-        }
+        self.admin_at(word, create_sq, None)?;
         Ok(())
     }
 
-    /// Deletes a queue pair's queues. True: the device does not touch their memory, nor that of
-    /// their commands, any more.
+    /// Deletes a queue pair's queues and gives its identifier back. True: the device does not
+    /// touch their memory, nor that of their commands, any more. False: it refused; the
+    /// identifier stays taken until the next reset.
     pub(crate) fn retire_queue(&self, q: &Arc<QueueShared>) -> bool {
-        // Out of the registry first: a reset does not create it again.
-        self.queues.lock().queues.remove(&q.qid);
-        let done = loop {
+        // A reset does not create it again from here on. The identifier stays taken: the device
+        // has queues of that number until it has answered.
+        self.mark_queue(q.qid, QueueUse::Going);
+        let done = self.delete_queues(q);
+        if done {
+            self.give_queue_memory(q);
+            self.queues.lock().queues.remove(&q.qid);
+        } else {
+            self.mark_queue(q.qid, QueueUse::Stuck);
+        }
+        self.queue_freed.notify_all();
+        done
+    }
+
+    fn mark_queue(&self, qid: u16, use_: QueueUse) {
+        if let Some(entry) = self.queues.lock().queues.get_mut(&qid) {
+            entry.use_ = use_;
+        }
+    }
+
+    /// True: the device has no queues of this number.
+    fn delete_queues(&self, q: &QueueShared) -> bool {
+        loop {
             let Ok(word) = self.wait_live() else {
                 // Failed or removed: detached, so quiet.
-                break true;
+                return true;
             };
             if !q.bank.lock().created {
-                break true;
+                return true;
             }
-            let delete = |op| self.admin_at(Some(word), Command::delete_queue(op, q.qid), None);
+            let delete = |op| {
+                match self.admin_at(Some(word), Command::delete_queue(op, q.qid), None) {
+                    // It says itself that there is none.
+                    Err(NvmeError::Status { status, .. })
+                        if status.code() == Status::QID_INVALID =>
+                    {
+                        Ok(())
+                    }
+                    other => other.map(|_| ()),
+                }
+            };
             let deleted =
-                delete(AdminOpcode::DELETE_SQ).and_then(|_| delete(AdminOpcode::DELETE_CQ));
+                delete(AdminOpcode::DELETE_SQ).and_then(|()| delete(AdminOpcode::DELETE_CQ));
             match deleted {
-                Ok(_) => break true,
+                Ok(()) => return true,
                 // A reset in between has deleted them, as it has all queues.
                 Err(_) if self.state.load(Ordering::Acquire) != word => {
                     if self.wait_live().is_ok() {
-                        break true;
+                        return true;
                     }
                 }
                 Err(error) => {
                     tracing::warn!(device = self.name(), qid = q.qid, %error, "queues not deleted");
-                    break false;
+                    return false;
                 }
             }
-        };
-        if let (QueueMem::Controller(_, offset), true) = (&q.sq_mem, done) {
+        }
+    }
+
+    /// The device was disabled: what it had refused to delete is gone.
+    pub(super) fn free_stuck_queues(&self) {
+        let mut registry = self.queues.lock();
+        let stuck = registry
+            .queues
+            .extract_if(.., |_, e| e.use_ == QueueUse::Stuck);
+        for (_, entry) in stuck {
+            self.give_queue_memory(&entry.shared);
+        }
+        self.queue_freed.notify_all();
+    }
+
+    fn give_queue_memory(&self, q: &QueueShared) {
+        if let QueueMem::Controller(_, offset) = &q.sq_mem {
             self.give_controller_memory(*offset, usize::from(q.sq_entries) * 64);
         }
-        done
     }
 
     /// Keeps something until the device is certainly done with it.
@@ -135,9 +175,11 @@ impl Controller {
         match self.bring_to_life(&shared) {
             Ok((word, bells)) => self.assemble(options, shared, word, lists, list_len, bells),
             Err(error) => {
-                core.queues.lock().queues.remove(&shared.qid);
                 // Whether the device has a queue there is not known for sure.
-                core.bury(Box::new(shared));
+                shared.bank.lock().created = true;
+                if !core.retire_queue(&shared) {
+                    core.bury(Box::new(shared));
+                }
                 Err(error)
             }
         }
@@ -191,6 +233,7 @@ impl Controller {
         cq_mem: [Arc<DmaShared>; 2],
     ) -> Result<Arc<QueueShared>, NvmeError> {
         let core = &self.core;
+        let cq_address = [core.address_of(&cq_mem[0])?, core.address_of(&cq_mem[1])?];
         let sq_len = usize::from(sq_entries) * 64;
         let in_controller = if options.controller_memory {
             core.take_controller_memory(sq_len)
@@ -205,16 +248,14 @@ impl Controller {
                 (QueueMem::Host(mem), address)
             }
         };
-        let mut registry = core.queues.lock();
-        let limit = registry.limit;
-        let Some(qid) = (1..=limit).find(|q| !registry.queues.contains_key(q)) else {
-            if let QueueMem::Controller(_, offset) = sq_mem {
-                core.give_controller_memory(offset, sq_len);
+        let (mut registry, qid) = match self.free_identifier() {
+            Ok(free) => free,
+            Err(error) => {
+                if let QueueMem::Controller(_, offset) = sq_mem {
+                    core.give_controller_memory(offset, sq_len);
+                }
+                return Err(error);
             }
-            return Err(NvmeError::NoQueues {
-                device: self.name().to_owned(),
-                limit,
-            });
         };
         let vectors = core.interrupts.read();
         let interrupt = vectors
@@ -234,7 +275,7 @@ impl Controller {
             priority: options.priority,
             sq_mem,
             sq_address,
-            cq_address: [core.address_of(&cq_mem[0])?, core.address_of(&cq_mem[1])?],
+            cq_address,
             cq_mem,
             ringing: AtomicBool::new(false),
             bank: Mutex::new(Bank {
@@ -242,8 +283,39 @@ impl Controller {
                 created: false,
             }),
         });
-        registry.queues.insert(qid, Arc::clone(&shared));
+        let entry = Registered {
+            shared: Arc::clone(&shared),
+            use_: QueueUse::Owned,
+        };
+        registry.queues.insert(qid, entry);
         Ok(shared)
+    }
+
+    /// A free queue identifier, under the registry's lock. Waits for those that are about to be
+    /// free; resets a controller that has refused to delete the queues of the last ones.
+    fn free_identifier(&self) -> Result<(MutexGuard<'_, Registry>, u16), NvmeError> {
+        let core = &self.core;
+        let deadline = Instant::now() + core.options.admin_timeout;
+        let mut was_reset = false;
+        let mut registry = core.queues.lock();
+        loop {
+            let limit = registry.limit;
+            if let Some(qid) = (1..=limit).find(|q| !registry.queues.contains_key(q)) {
+                return Ok((registry, qid));
+            }
+            let any = |use_| registry.queues.values().any(|e| e.use_ == use_);
+            if any(QueueUse::Going) && Instant::now() < deadline {
+                core.queue_freed.wait_until(&mut registry, deadline);
+            } else if any(QueueUse::Stuck) && !was_reset {
+                was_reset = true;
+                MutexGuard::unlocked(&mut registry, || self.reset())?;
+            } else {
+                return Err(NvmeError::NoQueues {
+                    device: self.name().to_owned(),
+                    limit,
+                });
+            }
+        }
     }
 
     fn assemble(
@@ -338,7 +410,11 @@ impl Core {
     pub(super) fn freeze_queues(&self, word: u64) {
         self.set_state(state::word(state::generation(word) + 1, Phase::Resetting));
         crate::queue::heavy_barrier();
-        let queues: Vec<_> = self.queues.lock().queues.values().cloned().collect();
+        let queues: Vec<_> = {
+            let registry = self.queues.lock();
+            let all = registry.queues.values();
+            all.map(|entry| Arc::clone(&entry.shared)).collect()
+        };
         for q in queues {
             while q.ringing.load(Ordering::Acquire) {
                 std::thread::yield_now();

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use super::state::{self, Phase};
-use super::{ControllerEvent, Core};
+use super::{ControllerEvent, Core, QueueUse, Registered};
 use crate::error::NvmeError;
 
 impl Core {
@@ -58,8 +58,12 @@ impl Core {
 
     fn create_all(&self) -> Result<(), NvmeError> {
         let registry = self.queues.lock();
-        for q in registry.queues.values() {
+        for Registered { shared: q, use_ } in registry.queues.values() {
             let mut bank = q.bank.lock();
+            if *use_ != QueueUse::Owned {
+                bank.created = false;
+                continue;
+            }
             let next = 1 - bank.current;
             q.cq_mem[next].clear();
             bank.current = next;

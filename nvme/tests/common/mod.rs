@@ -1,0 +1,129 @@
+//! What the tests on a soft controller share.
+#![allow(dead_code, reason = "no test file uses all of it")]
+
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use pumice_nvme::dma::DmaBuf;
+use pumice_nvme::soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace};
+use pumice_nvme::{
+    Controller, ControllerOptions, Io, IoDone, IoErrorKind, Namespace, QueueOptions, QueuePair,
+    SubmitError,
+};
+
+/// Ends the process when the test that holds it takes too long: a hang is a failure.
+pub struct Watchdog(Sender<()>);
+
+pub fn watchdog() -> Watchdog {
+    let (sender, receiver) = channel();
+    let test = std::thread::current().name().map(str::to_owned);
+    std::thread::spawn(move || {
+        if receiver.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+            eprintln!("{test:?} hangs: no end after {PATIENCE:?}");
+            std::process::abort();
+        }
+    });
+    Watchdog(sender)
+}
+
+pub struct Rig {
+    pub soft: SoftController,
+    pub controller: Arc<Controller>,
+    pub ns: Arc<Namespace>,
+}
+
+pub fn disk() -> SoftNamespace {
+    SoftNamespace::new(Box::new(MemoryBackend::new(4 << 20)), 512)
+}
+
+pub fn rig_with(change: impl FnOnce(&mut SoftConfig, &mut ControllerOptions)) -> Rig {
+    let mut config = SoftConfig::new(vec![disk(), disk()]);
+    let mut options = ControllerOptions::default();
+    options.admin_timeout = NEVER;
+    change(&mut config, &mut options);
+    let soft = SoftController::new(config).unwrap();
+    let controller = Controller::new(soft.transport(), options).unwrap();
+    let ns = controller.namespace(1).unwrap();
+    Rig {
+        soft,
+        controller,
+        ns,
+    }
+}
+
+pub fn rig() -> Rig {
+    rig_with(|_, _| {})
+}
+
+/// A time-out that no test waits for, however slow the machine.
+pub const NEVER: Duration = Duration::from_secs(600);
+/// One that tests of time-outs wait for.
+pub const SOON: Duration = Duration::from_millis(100);
+/// How long something may take that has to come.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+pub fn queue(rig: &Rig, change: impl FnOnce(&mut QueueOptions)) -> QueuePair {
+    let mut options = QueueOptions::depth(16);
+    options.timeout = NEVER;
+    change(&mut options);
+    rig.controller.queue_pair(&options).unwrap()
+}
+
+pub fn read(lba: u64) -> Io {
+    Io::Read {
+        lba,
+        buf: DmaBuf::new(512).unwrap(),
+    }
+}
+
+pub fn write(lba: u64, byte: u8) -> Io {
+    let mut buf = DmaBuf::new(512).unwrap();
+    buf.fill(byte);
+    Io::Write {
+        lba,
+        data: buf.freeze(),
+        fua: false,
+    }
+}
+
+/// Polls until everything has ended; a hang is a failure.
+pub fn settle(q: &mut QueuePair) -> Vec<IoDone> {
+    let mut out = Vec::new();
+    let start = Instant::now();
+    while q.in_flight() > 0 {
+        if q.poll(&mut out) == 0 && q.wait(Duration::from_millis(100)).is_err() {
+            q.poll(&mut out);
+        }
+        assert!(start.elapsed() < PATIENCE, "{} hang", q.in_flight());
+    }
+    let mut tags: Vec<u64> = out.iter().map(|d| d.tag).collect();
+    tags.sort_unstable();
+    tags.dedup();
+    assert_eq!(tags.len(), out.len(), "an I/O ended twice");
+    out
+}
+
+/// Until the controller has fetched so many commands that a fault strikes.
+pub fn until_struck(rig: &Rig, count: u64) {
+    let start = Instant::now();
+    while rig.soft.faults().struck() < count {
+        assert!(start.elapsed() < PATIENCE, "the controller does not fetch");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+pub fn one(rig: &Rig, q: &mut QueuePair, io: Io) -> IoDone {
+    let mut io = io;
+    while let Err(error) = q.submit(&rig.ns, 1, io) {
+        // A reset may be under way.
+        assert!(matches!(error, SubmitError::Busy(_)), "{error}");
+        io = error.into_io();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    settle(q).pop().unwrap()
+}
+
+pub fn kind(done: &IoDone) -> IoErrorKind {
+    done.result.as_ref().unwrap_err().kind
+}

@@ -1,0 +1,159 @@
+//! Queue identifiers: one stays taken until the device has no queue of that number.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use common::*;
+use pumice_nvme::dma::DmaBuf;
+use pumice_nvme::soft::{Fault, FaultRule};
+use pumice_nvme::spec::{AdminOpcode, IoOpcode, Status};
+use pumice_nvme::{Io, NvmeError, QueueOptions, QueuePair};
+
+mod common;
+
+/// Threads that make a pair, read and drop it, over and over; none may be refused.
+fn come_and_go(queues: u16, threads: u32, rounds: u32) {
+    let _watchdog = watchdog();
+    let rig = rig_with(|config, _| config.queues = queues);
+    let refused = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                for _ in 0..rounds {
+                    match rig.controller.queue_pair(&QueueOptions::depth(8)) {
+                        Ok(mut pair) => assert!(one(&rig, &mut pair, read(0)).result.is_ok()),
+                        Err(error) => {
+                            eprintln!("{error}");
+                            refused.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(refused.into_inner(), 0, "refused queue pairs");
+}
+
+#[test]
+fn pairs_come_and_go_in_threads() {
+    come_and_go(16, 4, 300);
+}
+
+/// Each thread's pair takes the place of one that is just being deleted.
+#[test]
+fn pairs_come_and_go_where_there_are_no_more() {
+    come_and_go(4, 4, 300);
+}
+
+#[test]
+fn a_refused_deletion_costs_one_identifier_and_only_until_a_reset() {
+    let _watchdog = watchdog();
+    for op in [AdminOpcode::DELETE_SQ, AdminOpcode::DELETE_CQ] {
+        let rig = rig_with(|config, _| config.queues = 3);
+        let make = || rig.controller.queue_pair(&QueueOptions::depth(8));
+        let refusal = Fault::Status(Status::INTERNAL.dnr());
+        rig.soft.faults().add(FaultRule::admin(op, refusal));
+        drop(make().unwrap());
+        rig.soft.faults().clear();
+        let mut two = [make().unwrap(), make().unwrap()];
+        assert_eq!(two.each_ref().map(QueuePair::qid), [2, 3]);
+        // The third is to be had by a reset, which costs the other two nothing.
+        let generation = rig.controller.generation();
+        let mut third = make().unwrap();
+        assert_eq!(third.qid(), 1);
+        assert_eq!(rig.controller.generation(), generation + 1);
+        for pair in two.iter_mut().chain([&mut third]) {
+            assert!(one(&rig, pair, read(7)).result.is_ok());
+        }
+        assert!(matches!(make(), Err(NvmeError::NoQueues { limit: 3, .. })));
+    }
+}
+
+#[test]
+fn a_pair_that_cannot_be_made_leaves_its_identifier() {
+    let _watchdog = watchdog();
+    for op in [AdminOpcode::CREATE_CQ, AdminOpcode::CREATE_SQ] {
+        let rig = rig_with(|config, _| config.queues = 1);
+        let refusal = Fault::Status(Status::INTERNAL.dnr());
+        rig.soft
+            .faults()
+            .add(FaultRule::admin(op, refusal).times(1));
+        let make = || rig.controller.queue_pair(&QueueOptions::depth(8));
+        assert!(matches!(make(), Err(NvmeError::Status { .. })));
+        assert!(one(&rig, &mut make().unwrap(), read(0)).result.is_ok());
+        assert_eq!(rig.controller.generation(), 1, "no reset was needed");
+    }
+}
+
+/// A reset while a queue pair is being deleted: its number is nobody's before the deletion is
+/// over, and the deletion does not hit the queue that has the number then.
+#[test]
+fn resets_beside_deletions() {
+    let _watchdog = watchdog();
+    let rig = rig_with(|config, _| config.queues = 2);
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..2)
+            .map(|_| {
+                scope.spawn(|| {
+                    for _ in 0..100 {
+                        // A creation that a reset has cut short is tried again.
+                        let mut pair = loop {
+                            match rig.controller.queue_pair(&QueueOptions::depth(8)) {
+                                Ok(pair) => break pair,
+                                Err(NvmeError::Unfinished { .. }) => {}
+                                Err(error) => panic!("{error}"),
+                            }
+                        };
+                        let done = one(&rig, &mut pair, read(0));
+                        assert!(done.result.is_ok(), "{:?}", done.result);
+                    }
+                })
+            })
+            .collect();
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                rig.controller.reset().unwrap();
+                std::thread::sleep(std::time::Duration::from_millis(2));
+            }
+        });
+        let ended: Vec<_> = workers
+            .into_iter()
+            .map(std::thread::ScopedJoinHandle::join)
+            .collect();
+        stop.store(true, Ordering::Relaxed);
+        assert!(ended.iter().all(Result::is_ok));
+    });
+}
+
+/// Queues that the device refuses to delete may still transfer: the buffers of their commands
+/// are nobody's before it is reset.
+#[test]
+fn buffers_of_queues_that_were_not_deleted_are_kept() {
+    let _watchdog = watchdog();
+    let rig = rig();
+    let mut pair = queue(&rig, |_| {});
+    // Carried out, and not completed: a command in flight.
+    rig.soft
+        .faults()
+        .add(FaultRule::io(IoOpcode::WRITE, Fault::DropCompletion));
+    let buf = DmaBuf::copy_from(&[7; 512]).unwrap();
+    let data = buf.freeze();
+    let watch = data.clone();
+    let io = Io::Write {
+        lba: 0,
+        data,
+        fua: false,
+    };
+    pair.submit(&rig.ns, 1, io).unwrap();
+    pair.poll(&mut Vec::new());
+    until_struck(&rig, 1);
+    let refusal = Fault::Status(Status::INTERNAL.dnr());
+    rig.soft
+        .faults()
+        .add(FaultRule::admin(AdminOpcode::DELETE_SQ, refusal).times(1));
+    drop(pair);
+    // The driver still holds its view: the buffer cannot be had back.
+    let watch = watch.try_into_buf().expect_err("the buffer is free");
+    rig.controller.reset().unwrap();
+    assert!(watch.try_into_buf().is_ok(), "the reset did not free it");
+}
