@@ -53,6 +53,15 @@ pub enum NvmeError {
         /// Why.
         reason: String,
     },
+    /// The controller was opened by the process that this one was forked from.
+    #[error(
+        "{device}: opened before the fork that made this process, so it is the parent's; open it \
+         in the child"
+    )]
+    OtherProcess {
+        /// The device.
+        device: String,
+    },
     /// An admin command ended with an error status.
     #[error("{device}: {command}: {status}")]
     Status {
@@ -145,6 +154,8 @@ pub enum IoErrorKind {
     ControllerFailed,
     /// A buffer is not mapped for the device.
     NotMapped,
+    /// The queue pair was made by the process that this one was forked from.
+    OtherProcess,
 }
 
 /// An I/O that failed.
@@ -173,6 +184,10 @@ impl std::fmt::Display for IoError {
             IoErrorKind::Removed => f.write_str("the controller was removed")?,
             IoErrorKind::ControllerFailed => f.write_str("the controller failed")?,
             IoErrorKind::NotMapped => f.write_str("a buffer is not mapped for the device")?,
+            IoErrorKind::OtherProcess => f.write_str(
+                "the queue pair was made before the fork that made this process, so it is the \
+                 parent's",
+            )?,
         }
         if self.retries > 0 {
             write!(f, " (after {} retries)", self.retries)?;
@@ -193,6 +208,15 @@ pub enum SubmitError {
 }
 
 impl SubmitError {
+    /// The same with another I/O.
+    pub(crate) fn with_io(self, other: impl FnOnce(Io) -> Io) -> SubmitError {
+        match self {
+            SubmitError::Busy(io) => SubmitError::Busy(other(io)),
+            SubmitError::Invalid(io, why) => SubmitError::Invalid(other(io), why),
+            SubmitError::Gone(io, kind) => SubmitError::Gone(other(io), kind),
+        }
+    }
+
     /// The I/O.
     pub fn into_io(self) -> Io {
         match self {
@@ -206,6 +230,13 @@ impl std::fmt::Display for SubmitError {
         match self {
             SubmitError::Busy(_) => f.write_str("the queue is full or being reset"),
             SubmitError::Invalid(_, why) => why.fmt(f),
+            SubmitError::Gone(_, IoErrorKind::NotMapped) => {
+                f.write_str("there is no DMA memory for a copy of the data")
+            }
+            SubmitError::Gone(_, IoErrorKind::OtherProcess) => f.write_str(
+                "the queue pair was made before the fork that made this process, so it is the \
+                 parent's; open the device in the child",
+            ),
             SubmitError::Gone(_, kind) => write!(f, "the controller is gone ({kind:?})"),
         }
     }

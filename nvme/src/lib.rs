@@ -9,6 +9,7 @@ mod io;
 mod namespace;
 mod open;
 pub mod pci;
+pub mod process;
 pub mod queue;
 pub mod soft;
 pub mod spec;

@@ -1,6 +1,7 @@
 //! From a URI to a controller.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
@@ -8,7 +9,9 @@ use parking_lot::Mutex;
 use crate::controller::{Controller, ControllerOptions, Phase};
 use crate::error::NvmeError;
 use crate::namespace::Namespace;
-use crate::transport::{NvmeUri, open_transport};
+use crate::pci::PciAddress;
+use crate::process::PerProcess;
+use crate::transport::{NvmeUri, check_parameters, open_transport, vfio_user_socket};
 
 /// What a URI led to.
 #[derive(Debug, Clone)]
@@ -51,7 +54,7 @@ impl Opened {
 }
 
 /// Controllers that are open, so that a second namespace of one does not open it again.
-static OPEN: Mutex<Option<HashMap<String, Weak<Controller>>>> = Mutex::new(None);
+static OPEN: PerProcess<Mutex<HashMap<String, Weak<Controller>>>> = PerProcess::new(Mutex::default);
 
 /// Opens the controller that a URI names, with default options; see
 /// [`NvmeUri`](crate::transport::NvmeUri) for the forms. Blocks for bring-up.
@@ -70,10 +73,10 @@ pub fn open_with(uri: &str, options: ControllerOptions) -> Result<Opened, NvmeEr
         let controller = Controller::new(open_transport(&uri)?, options)?;
         return Ok(Opened { controller, nsid });
     }
-    let key = format!("{}://{}", uri.scheme, uri.address);
+    check_parameters(&uri)?;
+    let key = device_key(&uri);
     // Held over bring-up: two threads that open one device get one controller.
-    let mut guard = OPEN.lock();
-    let open = guard.get_or_insert_with(HashMap::new);
+    let mut open = OPEN.get().lock();
     open.retain(|_, c| c.strong_count() > 0);
     if let Some(controller) = open.get(&key).and_then(Weak::upgrade)
         && matches!(controller.phase(), Phase::Live | Phase::Resetting)
@@ -83,4 +86,18 @@ pub fn open_with(uri: &str, options: ControllerOptions) -> Result<Opened, NvmeEr
     let controller = Controller::new(open_transport(&uri)?, options)?;
     open.insert(key, Arc::downgrade(&controller));
     Ok(Opened { controller, nsid })
+}
+
+/// One text for one device, however the URI spells it.
+fn device_key(uri: &NvmeUri) -> String {
+    let address = match uri.scheme.as_str() {
+        "nvme" => uri.address.parse().map(|a: PciAddress| a.to_string()).ok(),
+        _ => {
+            let socket = vfio_user_socket(Path::new(&uri.address));
+            let whole = socket.canonicalize().unwrap_or(socket);
+            Some(whole.to_string_lossy().into_owned())
+        }
+    };
+    let address = address.unwrap_or_else(|| uri.address.clone());
+    format!("{}://{address}", uri.scheme)
 }

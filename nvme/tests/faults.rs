@@ -8,8 +8,8 @@ use pumice_nvme::dma::DmaBuf;
 use pumice_nvme::soft::{Fault, FaultRule, SoftConfig, SoftController};
 use pumice_nvme::spec::{AdminOpcode, AsyncEvent, AsyncEventType, IoOpcode, Status};
 use pumice_nvme::{
-    Controller, ControllerEvent, ControllerOptions, InvalidIo, Io, IoDone, IoErrorKind, Namespace,
-    NvmeError, QueueOptions, QueuePair, SubmitError,
+    Controller, ControllerEvent, ControllerOptions, InvalidIo, Io, IoErrorKind, Namespace,
+    NvmeError, QueuePair, SubmitError,
 };
 
 use common::*;

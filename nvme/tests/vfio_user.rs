@@ -8,7 +8,7 @@ use pumice_nvme::conformance::{self, Verdict};
 use pumice_nvme::dma::DmaBuf;
 use pumice_nvme::queue::QueueStats;
 use pumice_nvme::soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace, SoftServer};
-use pumice_nvme::transport::{NvmeUri, TransportError, VfioUser};
+use pumice_nvme::transport::{NvmeUri, OpenTransport, TransportError, open_transport};
 use pumice_nvme::{
     Controller, ControllerEvent, ControllerOptions, Io, IoDone, QueueOptions, QueuePair, open_with,
 };
@@ -39,8 +39,13 @@ impl Target {
         self.dir.path().to_path_buf()
     }
 
+    fn open(&self) -> Result<OpenTransport, TransportError> {
+        let uri = format!("vfio-user://{}?timeout_ms=120000", self.path().display());
+        open_transport(&NvmeUri::parse(&uri)?)
+    }
+
     fn connect(&self) -> Arc<Controller> {
-        let device = VfioUser::connect(&self.path(), PATIENCE).expect("connected");
+        let device = self.open().expect("connected");
         Controller::new(device, ControllerOptions::default()).expect("enabled")
     }
 }
@@ -148,7 +153,7 @@ fn reset_between_ios() {
 fn a_second_client_is_told_who_holds_the_socket() {
     let target = target();
     let first = target.connect();
-    let error = VfioUser::connect(&target.path(), PATIENCE).expect_err("held");
+    let error = target.open().expect_err("held");
     assert!(matches!(error, TransportError::InUse { .. }), "{error}");
     assert!(
         error.to_string().contains("one client at a time"),
@@ -231,4 +236,163 @@ fn a_socket_that_is_served_is_not_taken() {
     // One that was left behind is replaced.
     drop(std::os::unix::net::UnixListener::bind(&other).expect("bound"));
     SoftServer::start(soft, &other).expect("replaced");
+}
+
+/// A file that somebody takes for an image, say.
+#[test]
+fn what_is_not_a_socket_stays() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("disk.img");
+    std::fs::write(&file, "important").expect("written");
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink(&file, &link).expect("linked");
+    for path in [&file, &link] {
+        let disk = SoftNamespace::new(Box::new(MemoryBackend::new(1 << 20)), 512);
+        let soft = SoftController::new(SoftConfig::new(vec![disk]).served()).expect("made");
+        let error = SoftServer::start(soft, path)
+            .expect_err("refused")
+            .to_string();
+        assert!(error.contains("nothing was changed"), "{error}");
+    }
+    assert_eq!(std::fs::read(&file).expect("there"), b"important");
+    assert!(link.is_symlink());
+    assert_eq!(dir.path().read_dir().expect("listed").count(), 2);
+}
+
+/// Whatever the umask, nobody else reaches the controller.
+#[test]
+fn the_socket_is_its_owners() {
+    use std::os::unix::fs::PermissionsExt;
+    let target = target();
+    let mode = target
+        .path()
+        .join("cntrl")
+        .metadata()
+        .expect("there")
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o600);
+    assert_eq!(target.path().read_dir().expect("listed").count(), 1);
+}
+
+#[test]
+fn two_spellings_are_one_controller() {
+    let target = target();
+    let path = target.path().display().to_string();
+    let first = pumice_nvme::open(&format!("vfio-user://{path}")).expect("opened");
+    for spelling in [
+        format!("{path}/cntrl"),
+        format!(
+            "{path}/../{}/cntrl",
+            target.path().file_name().unwrap().display()
+        ),
+    ] {
+        let again = pumice_nvme::open(&format!("vfio-user://{spelling}")).expect("opened");
+        assert!(
+            Arc::ptr_eq(&first.controller, &again.controller),
+            "{spelling}"
+        );
+    }
+    let unknown = pumice_nvme::open(&format!("vfio-user://{path}?tmeout_ms=5"));
+    let error = unknown.map(|_| ()).expect_err("an unknown parameter");
+    assert!(error.to_string().contains("tmeout_ms"), "{error}");
+}
+
+/// A target in a process of its own, which can be stopped.
+struct Stopped {
+    child: std::process::Child,
+    dir: tempfile::TempDir,
+}
+
+impl Stopped {
+    fn start() -> Stopped {
+        let dir = tempfile::tempdir().expect("a directory");
+        let child = std::process::Command::new(env!("CARGO_BIN_EXE_nvme-soft-target"))
+            .args([dir.path().as_os_str(), "soft://memory?size=16M".as_ref()])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("started");
+        let stopped = Stopped { child, dir };
+        let deadline = Instant::now() + PATIENCE;
+        while !stopped.dir.path().join("cntrl").exists() {
+            assert!(Instant::now() < deadline, "no socket");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        stopped
+    }
+
+    fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        let done = std::process::Command::new("kill")
+            .args([name, &pid])
+            .status();
+        assert!(done.expect("kill").success());
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        self.signal("-CONT");
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Reads that a stopped controller carries out after the driver has given it up: they hit memory
+/// of its own, whatever the caller does with the buffers by then. And memory for everybody else is
+/// to be had all the while.
+#[test]
+fn a_stopped_controller_changes_no_buffer_that_came_back() {
+    for round in 0..4 {
+        let target = Stopped::start();
+        let uri = format!("vfio-user://{}?timeout_ms=200", target.dir.path().display());
+        let opened = pumice_nvme::open(&uri).expect("opened");
+        let ns = opened.namespace().expect("one");
+        let mut options = QueueOptions::depth(64);
+        options.timeout = Duration::from_millis(100);
+        options.max_retries = 0;
+        let mut queue = opened.controller.queue_pair(&options).expect("a queue");
+        let mut data = DmaBuf::new(1 << 20).expect("memory");
+        data.fill(0x5a);
+        let write = Io::Write {
+            lba: 0,
+            data: data.freeze(),
+            fua: false,
+        };
+        run(&mut queue, &opened.controller, vec![write])
+            .remove(0)
+            .result
+            .expect("written");
+        target.signal("-STOP");
+        let mut done = Vec::new();
+        for tag in 0..6 {
+            let buf = DmaBuf::zeroed(1 << 20).expect("memory");
+            queue
+                .submit(&ns, tag, Io::Read { lba: 0, buf })
+                .expect("accepted");
+        }
+        let start = Instant::now();
+        while done.len() < 6 {
+            queue.poll(&mut done);
+            let _ = queue.wait(Duration::from_millis(20));
+            assert!(start.elapsed() < PATIENCE, "{} of 6 came back", done.len());
+        }
+        // Larger than what any arena of this test has: it must grow.
+        DmaBuf::new(128 << 20).expect("memory for others");
+        let mut bufs: Vec<DmaBuf> = Vec::new();
+        for done in done {
+            assert!(done.result.is_err(), "the target is stopped");
+            if let Io::Read { mut buf, .. } = done.io {
+                buf.fill(0xee);
+                bufs.push(buf);
+            }
+        }
+        target.signal("-CONT");
+        std::thread::sleep(Duration::from_millis(300));
+        let changed = bufs
+            .iter()
+            .filter(|buf| buf.iter().any(|b| *b != 0xee))
+            .count();
+        assert_eq!((bufs.len(), changed), (6, 0), "round {round}");
+    }
 }

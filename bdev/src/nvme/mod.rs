@@ -167,7 +167,7 @@ fn queue_options(controller: &Controller) -> QueueOptions {
     let mut options = QueueOptions::default();
     // A controller in another process would make a system call for each completion, whether
     // anybody sleeps or not, and answers in microseconds.
-    options.interrupt = !controller.transport().interrupts_are_messages();
+    options.interrupt = !controller.interrupts_are_messages();
     options
 }
 

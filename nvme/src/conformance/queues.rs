@@ -237,7 +237,7 @@ fn reads_polled(q: &mut QueuePair, ns: &Namespace, is_on: bool) -> Outcome {
         out.clear();
     }
     let switches = q.stats().interrupt_switches - switches;
-    let can = q.controller().transport().kind() == "vfio" && q.controller().interrupt_count() > 1;
+    let can = q.controller().transport_kind() == "vfio" && q.controller().interrupt_count() > 1;
     let want = u64::from(can);
     check(switches == want || (!is_on && switches == 0), || {
         format!("the interrupt was switched {switches} times")

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::{Core, Phase};
-use crate::dma::{DmaBuf, DmaShared};
+use crate::dma::{DmaBuf, DmaDomain, DmaShared};
 use crate::error::{IoErrorKind, NvmeError, millis};
 use crate::queue::{CompletionRing, ListArea, SubmissionRing, admin_prp};
 use crate::spec::{AdminOpcode, AsyncEvent, Command, Completion, decode};
@@ -52,13 +52,17 @@ pub(super) struct AdminQueue {
 }
 
 impl AdminQueue {
-    pub fn new() -> Result<AdminQueue, NvmeError> {
+    pub fn new(domain: Option<&DmaDomain>, page_shift: u32) -> Result<AdminQueue, NvmeError> {
         let entries = usize::from(ADMIN_ENTRIES);
+        let queue = |len: usize| {
+            let pages = len.next_multiple_of(1 << page_shift);
+            DmaShared::zeroed_in(domain, pages).map(Arc::new)
+        };
         Ok(AdminQueue {
             rings: None,
-            sq_mem: Arc::new(DmaShared::zeroed((entries * 64).max(4096))?),
-            cq_mem: Arc::new(DmaShared::zeroed((entries * 16).max(4096))?),
-            lists: DmaShared::zeroed(entries * LIST_LEN)?,
+            sq_mem: queue(entries * 64)?,
+            cq_mem: queue(entries * 16)?,
+            lists: DmaShared::zeroed_in(domain, entries * LIST_LEN)?,
             slots: (0..entries - 1)
                 .map(|n| Slot {
                     state: SlotState::Free,
@@ -115,6 +119,9 @@ impl Core {
         command: Command,
         data: Option<DmaBuf>,
     ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
+        if !self.birth.is_here() {
+            return Err(self.gone(IoErrorKind::OtherProcess));
+        }
         let start = Instant::now();
         let timeout = match AdminOpcode(command.opcode) {
             // It may erase the whole medium before it completes.

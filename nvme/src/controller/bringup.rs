@@ -12,6 +12,7 @@ use super::keeper::Requests;
 use super::state::{self, Phase};
 use super::{ControllerOptions, Core, Registry};
 use crate::error::{NvmeError, millis};
+use crate::process::Birth;
 use crate::queue::{Bell, CompletionRing, QueueMem, SubmissionRing};
 use crate::spec::{Cap, Cc, Crto, Csts, Reg, doorbell_offset};
 use crate::transport::{EventFd, Transport, TransportError};
@@ -60,12 +61,13 @@ impl Core {
         };
         let core = Core {
             number: NUMBER.fetch_add(1, Ordering::Relaxed),
+            birth: Birth::now(),
             table: Arc::clone(transport.addresses()),
             state: AtomicU64::new(state::word(0, Phase::Resetting)),
             options,
             cap,
             page_shift,
-            admin: Mutex::new(AdminQueue::new()?),
+            admin: Mutex::new(AdminQueue::new(transport.domain(), page_shift)?),
             admin_done: Condvar::new(),
             info: RwLock::new(None),
             namespaces: RwLock::new(BTreeMap::new()),

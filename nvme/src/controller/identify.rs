@@ -22,8 +22,16 @@ const NAMESPACES_MAX: usize = 1024;
 impl Core {
     /// Identify, one page.
     pub(super) fn identify_page(&self, cns: Cns, nsid: u32) -> Result<DmaBuf, NvmeError> {
-        let (_, data) = self.admin(Command::identify(cns, nsid), Some(DmaBuf::zeroed(4096)?))?;
+        let page = self.admin_buffer(4096)?;
+        let (_, data) = self.admin(Command::identify(cns, nsid), Some(page))?;
         data.ok_or_else(|| self.protocol("identify lost its buffer"))
+    }
+
+    /// Zeroes for an admin command's data.
+    pub(super) fn admin_buffer(&self, len: usize) -> Result<DmaBuf, NvmeError> {
+        let mut buf = DmaBuf::new_in(self.transport.domain(), len)?;
+        buf.fill(0);
+        Ok(buf)
     }
 
     pub(super) fn protocol(&self, detail: impl Into<String>) -> NvmeError {

@@ -22,7 +22,7 @@ impl Core {
     ) -> Result<DmaBuf, NvmeError> {
         let bytes = u32::try_from(len).unwrap_or(0);
         let command = Command::get_log(page, nsid, 0, bytes, retain);
-        let (_, data) = self.admin(command, Some(DmaBuf::zeroed(len)?))?;
+        let (_, data) = self.admin(command, Some(self.admin_buffer(len)?))?;
         data.ok_or_else(|| self.protocol("a log page lost its buffer"))
     }
 
@@ -123,7 +123,9 @@ impl Controller {
                 what: "the controller has no volatile write cache".into(),
             });
         }
-        self.set_feature(FeatureId::VOLATILE_WRITE_CACHE, 0, u32::from(on), false)?;
+        self.core.wait_live()?;
+        let set = Command::set_feature(FeatureId::VOLATILE_WRITE_CACHE, 0, u32::from(on), false);
+        self.core.admin(set, None)?;
         let now = self.feature(FeatureId::VOLATILE_WRITE_CACHE, 0)? & 1 != 0;
         let mut info = (*info).clone();
         info.write_cache = now;

@@ -32,8 +32,8 @@ impl Core {
             return Ok(());
         }
         let page = 1usize << self.page_shift;
-        let values = Arc::new(DmaShared::zeroed(page)?);
-        let events = Arc::new(DmaShared::zeroed(page)?);
+        let values = Arc::new(self.queue_memory(page)?);
+        let events = Arc::new(self.queue_memory(page)?);
         let address = |m: &DmaShared| {
             self.table
                 .translate(m.region(), m.region_offset())

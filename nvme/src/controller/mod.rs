@@ -12,12 +12,13 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use crate::dma::{AddressTable, DmaBuf, DmaShared};
 use crate::error::{IoErrorKind, NvmeError};
 use crate::namespace::Namespace;
+use crate::process::Birth;
 use crate::queue::QueueShared;
 use crate::spec::{
     AdminOpcode, AsyncEvent, Cap, Command, Completion, IdentifyController, IdentifyNvmController,
     Status, Vs,
 };
-use crate::transport::{EventFd, Transport};
+use crate::transport::{EventFd, OpenTransport, Transport};
 
 mod admin;
 mod bringup;
@@ -33,6 +34,7 @@ pub(crate) mod state;
 use admin::AdminQueue;
 use keeper::Requests;
 use memory::ControllerMemory;
+use passthrough::Prepared;
 pub use state::Phase;
 
 /// How a controller is brought up.
@@ -113,6 +115,8 @@ pub(crate) struct Info {
 pub(crate) struct Core {
     /// Tells controllers of this process apart; never 0.
     pub number: u64,
+    /// The process that has the controller; a forked child has not.
+    pub birth: Birth,
     pub transport: Arc<dyn Transport>,
     pub table: Arc<AddressTable>,
     pub state: AtomicU64,
@@ -206,6 +210,9 @@ impl Core {
             IoErrorKind::Removed => NvmeError::Removed {
                 device: self.name().to_owned(),
             },
+            IoErrorKind::OtherProcess => NvmeError::OtherProcess {
+                device: self.name().to_owned(),
+            },
             _ => NvmeError::Failed {
                 device: self.name().to_owned(),
                 reason: self
@@ -235,6 +242,9 @@ impl Core {
 
     /// Blocks while a reset is under way, then says whether the controller is to be had.
     fn wait_live(&self) -> Result<u64, NvmeError> {
+        if !self.birth.is_here() {
+            return Err(self.gone(IoErrorKind::OtherProcess));
+        }
         loop {
             let word = self.state.load(Ordering::Acquire);
             match state::phase(word) {
@@ -265,10 +275,10 @@ impl Controller {
     /// Takes a transport, resets and enables the controller behind it and finds its namespaces.
     /// Blocks; every wait is bounded by what the controller promises (CAP.TO).
     pub fn new(
-        transport: Arc<dyn Transport>,
+        transport: OpenTransport,
         options: ControllerOptions,
     ) -> Result<Arc<Controller>, NvmeError> {
-        let core = Arc::new(Core::bring_up(transport, options)?);
+        let core = Arc::new(Core::bring_up(transport.0, options)?);
         let keeper = keeper::start(Arc::clone(&core));
         Ok(Arc::new(Controller {
             core,
@@ -281,9 +291,15 @@ impl Controller {
         self.core.name()
     }
 
-    /// The transport underneath.
-    pub fn transport(&self) -> &Arc<dyn Transport> {
-        &self.core.transport
+    /// Which kind of transport is underneath: `vfio`, `uio`, `vfio-user`, `soft`.
+    pub fn transport_kind(&self) -> &'static str {
+        self.core.transport.kind()
+    }
+
+    /// Whether an interrupt is a message of a controller in another process, which sends one for
+    /// each completion, so that a thread that polls does better without.
+    pub fn interrupts_are_messages(&self) -> bool {
+        self.core.transport.interrupts_are_messages()
     }
 
     /// What can be done at this moment.
@@ -342,14 +358,17 @@ impl Controller {
     /// # Errors
     /// A status other than success is [`NvmeError::Status`]. Refused are commands whose data
     /// would not fit the buffer, and those that tell the device addresses (creating queues,
-    /// doorbell buffers) or take the driver's own queues away; and Format NVM while there are
-    /// queue pairs, see [`format`](Self::format).
+    /// doorbell buffers, the host memory buffer) or take the driver's own queues away; features
+    /// whose data nobody can bound, and those that the driver sets itself; and Format NVM while
+    /// there are queue pairs, see [`format`](Self::format). The device only ever sees a buffer of
+    /// the driver's, as long as the command can want; of a vendor's command with data, as long as
+    /// a command's data can be.
     pub fn admin_command(
         &self,
         command: Command,
         data: Option<DmaBuf>,
     ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
-        let (command, sent, back) = passthrough::prepare(self.name(), command, data)?;
+        let Prepared { command, sent, own } = self.core.prepare(command, data)?;
         let send = || {
             let word = self.core.wait_live()?;
             self.core.admin_at(Some(word), command, sent)
@@ -363,7 +382,7 @@ impl Controller {
             }
             _ => send()?,
         };
-        Ok((completion, passthrough::finish(data, back)))
+        Ok((completion, passthrough::finish(data, own)))
     }
 
     /// Resets the controller. I/O in flight ends once with its own status, or is sent again, or
@@ -398,6 +417,9 @@ impl Controller {
     /// device. Every queue pair's I/O ends. Blocks, bounded. Dropping the last handle does the
     /// same without the report.
     pub fn shutdown(&self) -> Result<(), NvmeError> {
+        if !self.core.birth.is_here() {
+            return Err(self.core.gone(IoErrorKind::OtherProcess));
+        }
         self.stop_keeper();
         self.core.shut_down()
     }
@@ -416,6 +438,9 @@ impl Controller {
 
 impl Drop for Controller {
     fn drop(&mut self) {
+        if !self.core.birth.is_here() {
+            return;
+        }
         self.stop_keeper();
         if let Err(error) = self.core.shut_down() {
             tracing::warn!(device = self.name(), %error, "shutdown");

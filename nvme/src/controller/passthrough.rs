@@ -1,103 +1,202 @@
 //! What a caller's own admin command may be, so that no safe call makes a device write where
-//! it must not.
+//! it must not, or changes what the driver builds on.
 
+use super::Core;
 use crate::dma::DmaBuf;
 use crate::error::NvmeError;
-use crate::spec::{AdminOpcode, Command};
+use crate::spec::{AdminOpcode, Command, FeatureId, decode};
 
 const PAGE: usize = 4096;
 
-/// Bytes that the device transfers, by the command's own fields (Base section 5).
-fn transfer_len(c: &Command) -> Option<usize> {
-    let dwords = |z: u32| (z as usize).checked_add(1)?.checked_mul(4);
-    match AdminOpcode(c.opcode) {
-        AdminOpcode::GET_LOG_PAGE => dwords(c.cdw10 >> 16 | (c.cdw11 & 0xffff) << 16),
-        AdminOpcode::IDENTIFY
-        | AdminOpcode::GET_FEATURES
-        | AdminOpcode::SET_FEATURES
-        | AdminOpcode::NS_MANAGEMENT
-        | AdminOpcode::NS_ATTACHMENT => Some(PAGE),
+/// A command as it is sent.
+pub(super) struct Prepared {
+    pub command: Command,
+    /// The driver's own buffer: the device is given no other.
+    pub sent: Option<DmaBuf>,
+    /// The caller's.
+    pub own: Option<DmaBuf>,
+}
+
+/// What data a command has.
+enum Data {
+    None,
+    /// So many bytes, by the command's own fields; there must be a buffer for them.
+    Bytes(usize),
+    /// At most a page, whether the caller has a buffer or not.
+    Page,
+    /// At most what a command's data can be.
+    Any,
+}
+
+/// What the device transfers (Base section 5), or why the command is not passed on.
+fn data_of(c: &Command) -> Result<Data, &'static str> {
+    let dwords = |z: u32| u64::from(z).saturating_add(1).saturating_mul(4);
+    let bytes = |len: u64| Data::Bytes(usize::try_from(len).unwrap_or(usize::MAX));
+    Ok(match AdminOpcode(c.opcode) {
+        AdminOpcode::GET_LOG_PAGE => bytes(dwords(c.cdw10 >> 16 | (c.cdw11 & 0xffff) << 16)),
+        AdminOpcode::IDENTIFY | AdminOpcode::NS_MANAGEMENT | AdminOpcode::NS_ATTACHMENT => {
+            Data::Bytes(PAGE)
+        }
+        AdminOpcode::GET_FEATURES => get_feature(feature(c))?,
+        AdminOpcode::SET_FEATURES => set_feature(feature(c))?,
         AdminOpcode::FIRMWARE_DOWNLOAD
         | AdminOpcode::DIRECTIVE_SEND
-        | AdminOpcode::DIRECTIVE_RECEIVE => dwords(c.cdw10),
-        AdminOpcode::SECURITY_SEND | AdminOpcode::SECURITY_RECEIVE => Some(c.cdw11 as usize),
-        // Vendor specific: the number of dwords, not 0's based.
-        AdminOpcode(0xc0..) => (c.cdw10 as usize).checked_mul(4),
-        // No data.
+        | AdminOpcode::DIRECTIVE_RECEIVE => bytes(dwords(c.cdw10)),
+        AdminOpcode::SECURITY_SEND | AdminOpcode::SECURITY_RECEIVE => bytes(c.cdw11.into()),
         AdminOpcode::ABORT
         | AdminOpcode::KEEP_ALIVE
         | AdminOpcode::FIRMWARE_COMMIT
         | AdminOpcode::DEVICE_SELF_TEST
         | AdminOpcode::VIRTUALIZATION
         | AdminOpcode::FORMAT_NVM
-        | AdminOpcode::SANITIZE => Some(0),
-        _ => None,
+        | AdminOpcode::SANITIZE => Data::None,
+        // Vendor specific. Bits 1:0 of every opcode say whether there is data (Base section 3.3.3.1);
+        // its length is the vendor's affair.
+        AdminOpcode(op @ 0xc0..) if op & 3 == 0 => Data::None,
+        AdminOpcode(0xc0..) => Data::Any,
+        _ => return Err("not passed on: it is the driver's own or not known"),
+    })
+}
+
+fn feature(c: &Command) -> u8 {
+    (c.cdw10 & 0xff) as u8
+}
+
+/// Base figure 317 and NVM figure 97: no feature of the specifications has more than a page.
+fn get_feature(id: u8) -> Result<Data, &'static str> {
+    match id {
+        0x01..=0x1e | 0x78..=0x85 => Ok(Data::Page),
+        _ => Err("not passed on: how long the feature's data is, no specification says"),
     }
 }
 
-/// Checks a command and clears its pointers. A short buffer is replaced by a page, of which
-/// the caller's part is given back: the device may fill the page. Returns the command, the
-/// buffer to send and the caller's own.
-pub(super) fn prepare(
-    device: &str,
-    mut command: Command,
-    data: Option<DmaBuf>,
-) -> Result<(Command, Option<DmaBuf>, Option<DmaBuf>), NvmeError> {
-    let refuse = |what: String| NvmeError::Unsupported {
-        device: device.to_owned(),
-        what: format!("{}: {what}", crate::spec::decode::admin_command(&command)),
-    };
-    let Some(len) = transfer_len(&command) else {
-        return Err(refuse(
-            "not passed on: it is the driver's own or not known".into(),
-        ));
-    };
-    // Features without data take no buffer; whether one has data, its caller knows.
-    let optional = matches!(
-        AdminOpcode(command.opcode),
-        AdminOpcode::GET_FEATURES | AdminOpcode::SET_FEATURES
-    );
-    let have = match &data {
-        Some(buf) if buf.len() < PAGE => PAGE,
-        Some(buf) => buf.len(),
-        None => 0,
-    };
-    if len > have && !(optional && data.is_none()) {
-        return Err(refuse(format!(
-            "transfers {len} bytes, the buffer has {have}"
-        )));
+/// Features that tell the device where to write, and those that the driver has set and builds on,
+/// stay as they are.
+fn set_feature(id: u8) -> Result<Data, &'static str> {
+    match FeatureId(id) {
+        FeatureId::NUMBER_OF_QUEUES
+        | FeatureId::ASYNC_EVENT_CONFIG
+        | FeatureId::KEEP_ALIVE
+        | FeatureId::HOST_BEHAVIOR => Err("not passed on: the driver sets the feature itself"),
+        FeatureId::VOLATILE_WRITE_CACHE => {
+            Err("not passed on: the driver has to know; use Controller::set_write_cache")
+        }
+        FeatureId(0x0d) => {
+            Err("not passed on: it gives the device memory (host memory buffer) by its address")
+        }
+        // Without data.
+        FeatureId(0x01 | 0x02 | 0x04 | 0x05 | 0x08..=0x0a | 0x10 | 0x11 | 0x13 | 0x15) => {
+            Ok(Data::None)
+        }
+        FeatureId(0x17 | 0x18 | 0x80 | 0x82..=0x84) => Ok(Data::None),
+        // LBA range type, autonomous power states, timestamp, read recovery and predictable
+        // latency configuration, host identifier.
+        FeatureId(0x03 | 0x0c | 0x0e | 0x12 | 0x14 | 0x81) => Ok(Data::Bytes(PAGE)),
+        _ => Err("not passed on: the feature is not known"),
     }
-    command.flags = 0;
-    command.mptr = 0;
-    command.prp1 = 0;
-    command.prp2 = 0;
-    match data {
-        Some(buf) if buf.capacity() < PAGE => {
-            let mut page = DmaBuf::zeroed(PAGE)?;
-            page[..buf.len()].copy_from_slice(&buf);
-            Ok((command, Some(page), Some(buf)))
+}
+
+impl Core {
+    /// Checks a command, clears its pointers, and takes a buffer that is as long as the device
+    /// may want; the caller's data is copied into it.
+    pub(super) fn prepare(
+        &self,
+        mut command: Command,
+        own: Option<DmaBuf>,
+    ) -> Result<Prepared, NvmeError> {
+        let refuse = |what: String| NvmeError::Unsupported {
+            device: self.name().to_owned(),
+            what: format!("{}: {what}", decode::admin_command(&command)),
+        };
+        let have = own.as_ref().map_or(0, DmaBuf::len);
+        let len = match data_of(&command).map_err(|why| refuse(why.to_owned()))? {
+            Data::None => 0,
+            Data::Page => PAGE,
+            // Of a page's worth the caller may want the beginning only.
+            Data::Bytes(len) if have > 0 && len <= have.next_multiple_of(PAGE) => len,
+            Data::Bytes(0) => 0,
+            Data::Bytes(len) => {
+                return Err(refuse(format!(
+                    "transfers {len} bytes, the buffer has {have}"
+                )));
+            }
+            Data::Any => self.info()?.transfer_bytes,
+        };
+        command.flags = 0;
+        command.mptr = 0;
+        command.prp1 = 0;
+        command.prp2 = 0;
+        if len == 0 {
+            return Ok(Prepared {
+                command,
+                sent: None,
+                own,
+            });
         }
-        Some(mut buf) if buf.len() < PAGE => {
-            // The rest of the page is the buffer's own capacity.
-            let len = buf.len();
-            buf.set_len(PAGE);
-            buf[len..].fill(0);
-            buf.set_len(len);
-            Ok((command, Some(buf), None))
+        // The device may fill whole pages.
+        let len = len.max(have).next_multiple_of(PAGE);
+        let mut sent = self.admin_buffer(len)?;
+        if let Some(own) = &own {
+            sent[..own.len()].copy_from_slice(own);
         }
-        data => Ok((command, data, None)),
+        Ok(Prepared {
+            command,
+            sent: Some(sent),
+            own,
+        })
     }
 }
 
 /// Gives the caller's own buffer back, filled.
 pub(super) fn finish(sent: Option<DmaBuf>, own: Option<DmaBuf>) -> Option<DmaBuf> {
-    match (sent, own) {
-        (Some(page), Some(mut buf)) => {
-            let len = buf.len();
-            buf.copy_from_slice(&page[..len]);
-            Some(buf)
+    let mut own = own?;
+    if let Some(sent) = sent {
+        let len = own.len();
+        own.copy_from_slice(&sent[..len]);
+    }
+    Some(own)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace};
+    use crate::{Controller, ControllerOptions};
+
+    #[test]
+    fn the_device_is_given_no_address_but_ours() {
+        let disk = SoftNamespace::new(Box::new(MemoryBackend::new(1 << 20)), 512);
+        let soft = SoftController::new(SoftConfig::new(vec![disk])).expect("a controller");
+        let controller = Controller::new(soft.transport(), ControllerOptions::default());
+        let core = &controller.as_ref().expect("enabled").core;
+        let mut buffers = 0;
+        for opcode in 0..=u8::MAX {
+            for feature in 0..=u32::from(u8::MAX) {
+                for have in [0, 8, PAGE] {
+                    let mut c = Command::new(opcode, 1);
+                    (c.prp1, c.prp2, c.mptr, c.flags) =
+                        (0xdead_b000, 0xdead_c000, 0xdead_d000, 0x40);
+                    (c.cdw10, c.cdw11) = (feature, 8);
+                    (c.cdw13, c.cdw14) = (0xdead_b000, 1);
+                    let own = (have > 0).then(|| DmaBuf::zeroed(have).expect("memory"));
+                    let Ok(p) = core.prepare(c, own) else {
+                        continue;
+                    };
+                    assert_eq!((p.command.prp1, p.command.prp2, p.command.mptr), (0, 0, 0));
+                    let has_data = match data_of(&p.command).expect("passed") {
+                        Data::None | Data::Bytes(0) => 0,
+                        Data::Bytes(len) => len,
+                        Data::Page => PAGE,
+                        Data::Any => core.info().expect("identified").transfer_bytes,
+                    };
+                    let sent = p.sent.as_ref().map_or(0, DmaBuf::len);
+                    assert!(sent >= has_data && sent.is_multiple_of(PAGE), "{c:?}");
+                    buffers += usize::from(sent > 0);
+                    let set = AdminOpcode(opcode) == AdminOpcode::SET_FEATURES;
+                    assert!(!set || !matches!(feature, 0x06 | 0x07 | 0x0b | 0x0d | 0x0f | 0x16));
+                }
+            }
         }
-        (sent, None) => sent,
-        (None, own) => own,
+        assert!(buffers > 1000);
     }
 }

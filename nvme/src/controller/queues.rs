@@ -138,6 +138,12 @@ impl Core {
         self.graveyard.lock().push(what);
     }
 
+    /// Zeroes that begin at a page as the controller counts them, in memory that it may reach.
+    pub(super) fn queue_memory(&self, len: usize) -> Result<DmaShared, NvmeError> {
+        let len = len.next_multiple_of(1 << self.page_shift);
+        Ok(DmaShared::zeroed_in(self.transport.domain(), len)?)
+    }
+
     fn address_of(&self, m: &DmaShared) -> Result<u64, NvmeError> {
         self.table
             .translate(m.region(), m.region_offset())
@@ -165,11 +171,11 @@ impl Controller {
         let depth = sq_entries - 1;
 
         let list_len = list_len(info.transfer_bytes, core.page_shift);
-        let cq_mem = [(); 2]
-            .map(|()| DmaShared::zeroed((usize::from(cq_entries) * 16).next_multiple_of(4096)));
+        let cq_mem = [(); 2].map(|()| core.queue_memory(usize::from(cq_entries) * 16));
         let [a, b] = cq_mem;
         let cq_mem = [Arc::new(a?), Arc::new(b?)];
-        let lists = Arc::new(DmaShared::zeroed(usize::from(depth) * list_len)?);
+        let lists_len = usize::from(depth) * list_len;
+        let lists = Arc::new(DmaShared::zeroed_in(core.transport.domain(), lists_len)?);
 
         let shared = self.reserve(options, sq_entries, cq_entries, cq_mem)?;
         match self.bring_to_life(&shared) {
@@ -243,7 +249,7 @@ impl Controller {
         let (sq_mem, sq_address) = match in_controller {
             Some((map, offset, address)) => (QueueMem::Controller(map, offset), address),
             None => {
-                let mem = Arc::new(DmaShared::zeroed(sq_len.next_multiple_of(4096))?);
+                let mem = Arc::new(core.queue_memory(sq_len)?);
                 let address = core.address_of(&mem)?;
                 (QueueMem::Host(mem), address)
             }
@@ -367,6 +373,7 @@ impl Controller {
             ),
             slots: Slots::new(shared.qid, depth),
             table: Arc::clone(&core.table),
+            bounce: core.transport.domain().map(|_| Box::default()),
             _controller: Arc::clone(self),
             shared,
             seen: word,

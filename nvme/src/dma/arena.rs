@@ -1,20 +1,26 @@
-//! The process's arena: size classes with a cache per thread over the buddy lists.
+//! Arenas: size classes over the buddy lists. The process's arena has a cache per thread too.
 //!
 //! Three stages: the thread's cache (no lock), a list per class (one short lock, moved in
 //! batches), the buddy lists (joins and splits). When the buddy lists cannot serve, the class
 //! lists are poured back into them; only when that does not help does the arena grow.
+//!
+//! A block names its arena. The process's arena has the number of the process's generation, see
+//! [`process`]: a block of an arena that this process does not have, because it was the parent's,
+//! is nobody's here and is forgotten where it would be given back.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
 use super::buddy::{Buddy, CLASSES, MAX_SHIFT, Place, class_len, class_of};
 use super::error::DmaError;
-use super::mapper::{DmaMapper, MAX_CHUNKS, MapperGuard};
+use super::mapper::{AddressTable, DmaMapper, MAX_CHUNKS, MapperGuard};
 use super::region::{CHUNK_LEN, Region, RegionId};
+use crate::process::{self, PerProcess};
 
 /// The largest buffer, in bytes.
 pub(super) const MAX_BUFFER: usize = 1 << MAX_SHIFT;
@@ -23,6 +29,13 @@ const THREAD_BYTES: usize = 1 << 20;
 const THREAD_BLOCKS: usize = 64;
 /// The arena doubles slowly: a new region is a quarter of what is there, within these bounds.
 const REGION_MAX: usize = 256 << 20;
+/// Chunks that a domain can have: 16 GiB.
+const DOMAIN_CHUNKS: usize = 8192;
+/// A domain grows by so many bytes at least: to map them is a message, to which the other side may
+/// take its time. Pages that are never used cost nothing.
+const DOMAIN_REGION: usize = 64 << 20;
+/// Numbers of domains begin here, above every generation.
+const DOMAIN_IDS: u32 = 1 << 31;
 
 /// Whether the arena's memory is huge pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -75,6 +88,8 @@ pub(super) struct Block {
     pub ptr: NonNull<u8>,
     pub region: RegionId,
     pub offset: u32,
+    /// The arena that it belongs to.
+    pub arena: u32,
     pub slot: u16,
     pub class: u8,
 }
@@ -96,42 +111,91 @@ struct Growth {
     total: usize,
 }
 
-struct Arena {
+pub(super) struct Arena {
+    id: u32,
+    /// The number of its first chunk: chunks are numbered through all arenas.
+    first_chunk: usize,
+    max_chunks: usize,
     /// Lock order: `growth`, then `buddy`, then one of `lists`.
     growth: Mutex<Growth>,
     buddy: Mutex<(Buddy, Vec<Arc<Region>>)>,
     lists: [Mutex<BlockList>; CLASSES],
     used: AtomicBool,
+    /// Of a domain: there is no handle any more, so it goes with its last block.
+    closed: AtomicBool,
 }
 
-static ARENA: LazyLock<Arena> = LazyLock::new(|| Arena {
-    growth: Mutex::new(Growth {
-        options: ArenaOptions::default(),
-        regions: Vec::new(),
-        mappers: Vec::new(),
-        next_mapper: 0,
-        total: 0,
-    }),
-    buddy: Mutex::new((Buddy::default(), Vec::new())),
-    lists: std::array::from_fn(|_| Mutex::new(BlockList::default())),
-    used: AtomicBool::new(false),
+static MAIN: PerProcess<Arena> = PerProcess::new(|| {
+    let options = CONFIGURED.options();
+    Arena::new(process::generation(), 0, MAX_CHUNKS, options)
 });
 
-struct ThreadCache([Vec<Block>; CLASSES]);
+/// The options, apart from the arena: a forked child's arena has them as well.
+struct Configured {
+    huge: AtomicU8,
+    max_bytes: AtomicUsize,
+    region_min: AtomicUsize,
+}
+
+static CONFIGURED: Configured = Configured {
+    huge: AtomicU8::new(0),
+    max_bytes: AtomicUsize::new(MAX_CHUNKS * CHUNK_LEN),
+    region_min: AtomicUsize::new(CHUNK_LEN),
+};
+
+impl Configured {
+    fn options(&self) -> ArenaOptions {
+        ArenaOptions {
+            huge: match self.huge.load(Ordering::Relaxed) {
+                0 => HugePages::Never,
+                1 => HugePages::Auto,
+                _ => HugePages::Always,
+            },
+            max_bytes: self.max_bytes.load(Ordering::Relaxed),
+            region_min: self.region_min.load(Ordering::Relaxed),
+        }
+    }
+
+    fn set(&self, options: &ArenaOptions) {
+        self.huge.store(options.huge as u8, Ordering::Relaxed);
+        self.max_bytes.store(options.max_bytes, Ordering::Relaxed);
+        self.region_min.store(options.region_min, Ordering::Relaxed);
+    }
+}
+
+/// A thread's blocks of the process's arena.
+struct ThreadCache {
+    arena: u32,
+    lists: [Vec<Block>; CLASSES],
+}
+
+impl ThreadCache {
+    /// The list of a class. Of a forked thread, the parent's blocks are forgotten first.
+    #[inline]
+    fn list(&mut self, class: usize) -> &mut Vec<Block> {
+        if self.arena != process::generation() {
+            self.lists.iter_mut().for_each(Vec::clear);
+            self.arena = process::generation();
+        }
+        &mut self.lists[class]
+    }
+}
 
 impl Drop for ThreadCache {
     fn drop(&mut self) {
-        for (class, blocks) in self.0.iter_mut().enumerate() {
+        for class in 0..CLASSES {
+            let blocks = self.list(class);
             if !blocks.is_empty() {
-                ARENA.lists[class].lock().0.append(blocks);
+                MAIN.get().lists[class].lock().0.append(blocks);
             }
         }
     }
 }
 
 thread_local! {
-    static CACHE: RefCell<ThreadCache> =
-        const { RefCell::new(ThreadCache([const { Vec::new() }; CLASSES])) };
+    static CACHE: RefCell<ThreadCache> = const {
+        RefCell::new(ThreadCache { arena: 0, lists: [const { Vec::new() }; CLASSES] })
+    };
 }
 
 const fn thread_limit(class: usize) -> usize {
@@ -143,17 +207,21 @@ const fn thread_limit(class: usize) -> usize {
     }
 }
 
-/// Takes a block that holds `len` bytes.
-#[inline]
-pub(super) fn take(len: usize) -> Result<Block, DmaError> {
+fn class_for(len: usize) -> Result<usize, DmaError> {
     if len == 0 || len > MAX_BUFFER {
         return Err(DmaError::Length {
             len,
             max: MAX_BUFFER,
         });
     }
-    let class = class_of(len);
-    let cached = CACHE.try_with(|c| c.borrow_mut().0[class].pop());
+    Ok(class_of(len))
+}
+
+/// Takes a block that holds `len` bytes, from the process's arena.
+#[inline]
+pub(super) fn take(len: usize) -> Result<Block, DmaError> {
+    let class = class_for(len)?;
+    let cached = CACHE.try_with(|c| c.borrow_mut().list(class).pop());
     match cached {
         Ok(Some(block)) => Ok(block),
         _ => take_slow(class),
@@ -163,9 +231,13 @@ pub(super) fn take(len: usize) -> Result<Block, DmaError> {
 /// Gives a block back.
 #[inline]
 pub(super) fn give(block: Block) {
+    if block.arena != process::generation() {
+        return give_to_domain(block);
+    }
     let class = usize::from(block.class);
     let kept = CACHE.try_with(|c| {
-        let list = &mut c.borrow_mut().0[class];
+        let mut cache = c.borrow_mut();
+        let list = cache.list(class);
         if list.len() < thread_limit(class) {
             list.push(block);
             return true;
@@ -177,45 +249,21 @@ pub(super) fn give(block: Block) {
         // feeds the ones that only allocate.
         let keep = list.len() / 2;
         list.push(block);
-        ARENA.lists[class].lock().0.extend(list.drain(keep..));
+        MAIN.get().lists[class].lock().0.extend(list.drain(keep..));
         true
     });
     if kept != Ok(true) {
-        ARENA.lists[class].lock().0.push(block);
+        MAIN.get().lists[class].lock().0.push(block);
     }
 }
 
 #[cold]
 fn take_slow(class: usize) -> Result<Block, DmaError> {
-    let arena = &*ARENA;
-    let want = (thread_limit(class) / 2).max(1);
-    let mut got = Vec::with_capacity(want);
-    {
-        let mut list = arena.lists[class].lock();
-        let keep = list.0.len().saturating_sub(want);
-        got.extend(list.0.drain(keep..));
-    }
-    if got.is_empty() {
-        arena.refill(class, want, &mut got);
-    }
-    if got.is_empty() {
-        let mut growth = arena.growth.lock();
-        // Another thread may have grown the arena while this one waited.
-        arena.refill(class, want, &mut got);
-        if got.is_empty() {
-            arena.collect();
-            arena.refill(class, want, &mut got);
-        }
-        // Threads that find the class lists empty take from a new region without the growth
-        // lock, so one region need not be enough.
-        while got.is_empty() {
-            arena.grow(&mut growth, class_len(class))?;
-            arena.refill(class, want, &mut got);
-        }
-    }
-    let block = got.pop().expect("the loop ends with a block or an error");
+    let arena = MAIN.get();
+    let mut got = arena.take_some(class)?;
+    let block = got.pop().expect("at least one block");
     if !got.is_empty() {
-        let kept = CACHE.try_with(|c| c.borrow_mut().0[class].append(&mut got));
+        let kept = CACHE.try_with(|c| c.borrow_mut().list(class).append(&mut got));
         if kept.is_err() {
             arena.lists[class].lock().0.append(&mut got);
         }
@@ -223,7 +271,176 @@ fn take_slow(class: usize) -> Result<Block, DmaError> {
     Ok(block)
 }
 
+/// The domains whose memory is in use, by number.
+static DOMAINS: PerProcess<Mutex<HashMap<u32, Arc<Arena>>>> = PerProcess::new(Mutex::default);
+
+/// Gives a block of a domain back. One that no domain of this process has is the parent's.
+#[cold]
+fn give_to_domain(block: Block) {
+    let Some(arena) = DOMAINS.get().lock().get(&block.arena).cloned() else {
+        return;
+    };
+    arena.lists[usize::from(block.class)].lock().0.push(block);
+    arena.forget_if_unused();
+}
+
+/// Memory apart from the process's arena, for one device only: what is in it can be given to a
+/// device that may not see the rest. Its regions are unmapped when the handle and all buffers
+/// are gone.
+pub struct DmaDomain {
+    arena: Arc<Arena>,
+}
+
+impl std::fmt::Debug for DmaDomain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "DmaDomain({})", self.arena.id - DOMAIN_IDS)
+    }
+}
+
+impl Default for DmaDomain {
+    fn default() -> Self {
+        DmaDomain::new()
+    }
+}
+
+impl DmaDomain {
+    /// An empty one, of ordinary pages.
+    pub fn new() -> DmaDomain {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        // So many, that the chunks of the last one still have numbers.
+        let number = NEXT.fetch_add(1, Ordering::Relaxed) % (1 << 18);
+        let first_chunk = MAX_CHUNKS + number as usize * DOMAIN_CHUNKS;
+        let options = ArenaOptions {
+            max_bytes: DOMAIN_CHUNKS * CHUNK_LEN,
+            region_min: DOMAIN_REGION,
+            ..ArenaOptions::default()
+        };
+        let id = DOMAIN_IDS + number;
+        let arena = Arc::new(Arena::new(id, first_chunk, DOMAIN_CHUNKS, options));
+        DOMAINS.get().lock().insert(id, Arc::clone(&arena));
+        DmaDomain { arena }
+    }
+
+    /// A table for the addresses at which a device sees the domain.
+    pub fn address_table(&self) -> AddressTable {
+        AddressTable::with(self.arena.first_chunk, DOMAIN_CHUNKS)
+    }
+
+    /// As [`register_mapper`], for the domain's regions.
+    pub fn register_mapper(&self, mapper: Arc<dyn DmaMapper>) -> Result<MapperGuard, DmaError> {
+        let id = self.arena.register_mapper(mapper)?;
+        Ok(MapperGuard::of_domain(Arc::clone(&self.arena), id))
+    }
+
+    /// Takes a block that holds `len` bytes.
+    pub(super) fn take(&self, len: usize) -> Result<Block, DmaError> {
+        let class = class_for(len)?;
+        let mut got = self.arena.take_some(class)?;
+        let block = got.pop().expect("at least one block");
+        self.arena.lists[class].lock().0.append(&mut got);
+        Ok(block)
+    }
+}
+
+impl Drop for DmaDomain {
+    fn drop(&mut self) {
+        self.arena.closed.store(true, Ordering::SeqCst);
+        self.arena.forget_if_unused();
+    }
+}
+
 impl Arena {
+    fn new(id: u32, first_chunk: usize, max_chunks: usize, options: ArenaOptions) -> Arena {
+        Arena {
+            id,
+            first_chunk,
+            max_chunks,
+            growth: Mutex::new(Growth {
+                options,
+                regions: Vec::new(),
+                mappers: Vec::new(),
+                next_mapper: 0,
+                total: 0,
+            }),
+            buddy: Mutex::new((Buddy::default(), Vec::new())),
+            lists: std::array::from_fn(|_| Mutex::new(BlockList::default())),
+            used: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+        }
+    }
+
+    /// At least one block of a class, and as many as a thread may well have.
+    fn take_some(&self, class: usize) -> Result<Vec<Block>, DmaError> {
+        let want = (thread_limit(class) / 2).max(1);
+        let mut got = Vec::with_capacity(want);
+        {
+            let mut list = self.lists[class].lock();
+            let keep = list.0.len().saturating_sub(want);
+            got.extend(list.0.drain(keep..));
+        }
+        if got.is_empty() {
+            self.refill(class, want, &mut got);
+        }
+        if got.is_empty() {
+            let mut growth = self.growth.lock();
+            // Another thread may have grown the arena while this one waited.
+            self.refill(class, want, &mut got);
+            if got.is_empty() {
+                self.collect();
+                self.refill(class, want, &mut got);
+            }
+            // Threads that find the class lists empty take from a new region without the growth
+            // lock, so one region need not be enough.
+            while got.is_empty() {
+                self.grow(&mut growth, class_len(class))?;
+                self.refill(class, want, &mut got);
+            }
+        }
+        Ok(got)
+    }
+
+    fn free_bytes(&self) -> usize {
+        let mut free = self.buddy.lock().0.free_bytes();
+        for (class, list) in self.lists.iter().enumerate() {
+            free += list.lock().0.len() * class_len(class);
+        }
+        free
+    }
+
+    /// Of a domain without a handle: when its last block is back, so is its memory.
+    fn forget_if_unused(&self) {
+        if self.closed.load(Ordering::SeqCst) && self.free_bytes() == self.growth.lock().total {
+            DOMAINS.get().lock().remove(&self.id);
+        }
+    }
+
+    fn register_mapper(&self, mapper: Arc<dyn DmaMapper>) -> Result<u64, DmaError> {
+        let mut growth = self.growth.lock();
+        self.used.store(true, Ordering::Relaxed);
+        for (done, region) in growth.regions.iter().enumerate() {
+            if let Err(e) = mapper.map(region) {
+                for earlier in &growth.regions[..done] {
+                    mapper.unmap(earlier);
+                }
+                return Err(e);
+            }
+        }
+        let id = growth.next_mapper;
+        growth.next_mapper += 1;
+        growth.mappers.push((id, mapper));
+        Ok(id)
+    }
+
+    pub(super) fn unregister_mapper(&self, id: u64) {
+        let mut growth = self.growth.lock();
+        if let Some(at) = growth.mappers.iter().position(|(i, _)| *i == id) {
+            let (_, mapper) = growth.mappers.swap_remove(at);
+            for region in &growth.regions {
+                mapper.unmap(region);
+            }
+        }
+    }
+
     fn refill(&self, class: usize, want: usize, out: &mut Vec<Block>) {
         let mut guard = self.buddy.lock();
         let (buddy, regions) = &mut *guard;
@@ -236,6 +453,7 @@ impl Arena {
                 ptr: region.ptr(place.offset as usize),
                 region: region.id(),
                 offset: place.offset,
+                arena: self.id,
                 slot: u16::try_from(place.slot).expect("MAX_CHUNKS regions at most"),
                 class: u8::try_from(class).expect("few classes"),
             });
@@ -266,7 +484,7 @@ impl Arena {
         let mut last = None;
         // The comfortable size first, then what is needed at the least.
         for len in [wish.max(need), need] {
-            if growth.total + len > growth.options.max_bytes.min(MAX_CHUNKS * CHUNK_LEN) {
+            if growth.total + len > growth.options.max_bytes.min(self.max_chunks * CHUNK_LEN) {
                 last = Some(DmaError::Limit {
                     asked: len,
                     total: growth.total,
@@ -283,9 +501,8 @@ impl Arena {
     }
 
     fn add_region(&self, growth: &mut Growth, len: usize) -> Result<(), DmaError> {
-        let id = RegionId(
-            u32::try_from(growth.total / CHUNK_LEN).expect("the arena has at most MAX_CHUNKS"),
-        );
+        let chunk = self.first_chunk + growth.total / CHUNK_LEN;
+        let id = RegionId(u32::try_from(chunk).expect("arenas are numbered below 2^32"));
         let region = match growth.options.huge {
             HugePages::Never => Region::map(id, len, false)?,
             HugePages::Auto => {
@@ -320,62 +537,45 @@ impl Arena {
     }
 }
 
-/// Sets the arena's options. Call it before the first buffer is taken and before the first
-/// device is opened; afterwards it fails with [`DmaError::AlreadyInUse`].
+/// Sets the arena's options, for this process and those that it forks. Call it before the first
+/// buffer is taken and before the first device is opened; afterwards it fails with
+/// [`DmaError::AlreadyInUse`].
 pub fn configure(options: ArenaOptions) -> Result<(), DmaError> {
-    let mut growth = ARENA.growth.lock();
-    if ARENA.used.load(Ordering::Relaxed) {
+    let arena = MAIN.get();
+    let mut growth = arena.growth.lock();
+    if arena.used.load(Ordering::Relaxed) {
         return Err(DmaError::AlreadyInUse);
     }
+    CONFIGURED.set(&options);
     growth.options = options;
     Ok(())
 }
 
-/// Makes `mapper` know every region, those that exist now and those to come, until the guard
-/// is dropped. Fails, with nothing mapped, when it refuses one of the existing regions.
+/// Makes `mapper` know every region of the process's arena, those that exist now and those to
+/// come, until the guard is dropped. Fails, with nothing mapped, when it refuses one of the
+/// existing regions.
 ///
 /// Blocks for as long as mapping takes. `map` and `unmap` are called with the arena's growth
 /// lock held: they must not take DMA memory themselves.
 pub fn register_mapper(mapper: Arc<dyn DmaMapper>) -> Result<MapperGuard, DmaError> {
-    let mut growth = ARENA.growth.lock();
-    ARENA.used.store(true, Ordering::Relaxed);
-    for (done, region) in growth.regions.iter().enumerate() {
-        if let Err(e) = mapper.map(region) {
-            for earlier in &growth.regions[..done] {
-                mapper.unmap(earlier);
-            }
-            return Err(e);
-        }
-    }
-    let id = growth.next_mapper;
-    growth.next_mapper += 1;
-    growth.mappers.push((id, mapper));
-    Ok(MapperGuard(id))
+    let id = MAIN.get().register_mapper(mapper)?;
+    Ok(MapperGuard::of_process(id))
 }
 
 pub(super) fn unregister_mapper(id: u64) {
-    let mut growth = ARENA.growth.lock();
-    if let Some(at) = growth.mappers.iter().position(|(i, _)| *i == id) {
-        let (_, mapper) = growth.mappers.swap_remove(at);
-        for region in &growth.regions {
-            mapper.unmap(region);
-        }
-    }
+    MAIN.get().unregister_mapper(id);
 }
 
-/// What the arena holds at this moment.
+/// What the process's arena holds at this moment.
 pub fn stats() -> ArenaStats {
+    let arena = MAIN.get();
     let (total_bytes, regions) = {
-        let growth = ARENA.growth.lock();
+        let growth = arena.growth.lock();
         (growth.total, growth.regions.len())
     };
-    let mut free_bytes = ARENA.buddy.lock().0.free_bytes();
-    for (class, list) in ARENA.lists.iter().enumerate() {
-        free_bytes += list.lock().0.len() * class_len(class);
-    }
     ArenaStats {
         total_bytes,
-        free_bytes,
+        free_bytes: arena.free_bytes(),
         regions,
     }
 }

@@ -6,7 +6,7 @@ use std::ops::{Deref, DerefMut, Range};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use super::arena::{self, Block};
+use super::arena::{self, Block, DmaDomain};
 use super::buddy::class_len;
 use super::error::DmaError;
 use super::region::RegionId;
@@ -36,6 +36,15 @@ impl DmaBuf {
             block: arena::take(len)?,
             len,
         })
+    }
+
+    /// As [`new`](Self::new), from a domain's memory if one is named.
+    pub(crate) fn new_in(domain: Option<&DmaDomain>, len: usize) -> Result<DmaBuf, DmaError> {
+        let block = match domain {
+            Some(domain) => domain.take(len)?,
+            None => arena::take(len)?,
+        };
+        Ok(DmaBuf { block, len })
     }
 
     /// Takes a buffer of `len` zeroes.

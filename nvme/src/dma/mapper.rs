@@ -1,10 +1,12 @@
 //! How regions become reachable for devices.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::arena;
+use super::arena::{self, Arena};
 use super::error::DmaError;
 use super::region::{CHUNK_LEN, Region, RegionId};
+use crate::process::Birth;
 
 /// Chunks that the arena can have: 128 GiB.
 pub(super) const MAX_CHUNKS: usize = 65_536;
@@ -21,13 +23,45 @@ pub trait DmaMapper: Send + Sync {
 }
 
 /// Keeps a mapper registered; when dropped, every region is unmapped from it.
-#[derive(Debug)]
 #[must_use = "dropping the guard unmaps everything"]
-pub struct MapperGuard(pub(super) u64);
+pub struct MapperGuard {
+    /// The domain that it is registered with, if that is not the process's arena.
+    domain: Option<Arc<Arena>>,
+    id: u64,
+    birth: Birth,
+}
+
+impl MapperGuard {
+    pub(super) fn of_process(id: u64) -> MapperGuard {
+        MapperGuard {
+            domain: None,
+            id,
+            birth: Birth::now(),
+        }
+    }
+
+    pub(super) fn of_domain(arena: Arc<Arena>, id: u64) -> MapperGuard {
+        MapperGuard {
+            domain: Some(arena),
+            ..MapperGuard::of_process(id)
+        }
+    }
+}
+
+impl std::fmt::Debug for MapperGuard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "MapperGuard({})", self.id)
+    }
+}
 
 impl Drop for MapperGuard {
     fn drop(&mut self) {
-        arena::unregister_mapper(self.0);
+        match &self.domain {
+            // The parent's registration is no business of a child's.
+            _ if !self.birth.is_here() => {}
+            Some(domain) => domain.unregister_mapper(self.id),
+            None => arena::unregister_mapper(self.id),
+        }
     }
 }
 
@@ -35,6 +69,8 @@ impl Drop for MapperGuard {
 ///
 /// Reading is a load from a flat array: queue pairs translate with it for every command.
 pub struct AddressTable {
+    /// The number of the first chunk in it.
+    first: usize,
     /// Address with bit 0 set, or 0 for "not mapped". Addresses are page aligned.
     chunks: Box<[AtomicU64]>,
 }
@@ -57,11 +93,22 @@ impl Default for AddressTable {
 }
 
 impl AddressTable {
-    /// A table in which nothing is mapped.
+    /// A table for the process's arena in which nothing is mapped.
     pub fn new() -> AddressTable {
+        AddressTable::with(0, MAX_CHUNKS)
+    }
+
+    /// A table for these chunks.
+    pub(super) fn with(first: usize, count: usize) -> AddressTable {
         AddressTable {
-            chunks: (0..MAX_CHUNKS).map(|_| AtomicU64::new(0)).collect(),
+            first,
+            chunks: (0..count).map(|_| AtomicU64::new(0)).collect(),
         }
+    }
+
+    /// A chunk's place in the table.
+    fn chunk(&self, region: RegionId, n: usize) -> &AtomicU64 {
+        &self.chunks[region.index() - self.first + n]
     }
 
     /// Notes that the device sees the region as one range from `address`, which is 4096-aligned.
@@ -74,23 +121,24 @@ impl AddressTable {
     /// Notes that the device sees chunk `n` of a region at `address`, which is 4096-aligned.
     pub fn set_chunk(&self, region: RegionId, n: usize, address: u64) {
         assert!(address & 4095 == 0, "device addresses are page aligned");
-        self.chunks[region.index() + n].store(address | 1, Ordering::Release);
+        self.chunk(region, n).store(address | 1, Ordering::Release);
     }
 
     /// Forgets a region.
     pub fn clear_region(&self, region: &Region) {
         for n in 0..region.len() / CHUNK_LEN {
-            self.chunks[region.id().index() + n].store(0, Ordering::Release);
+            self.chunk(region.id(), n).store(0, Ordering::Release);
         }
     }
 
     /// The device's address of byte `offset` of a region, and how many bytes from there on are
-    /// certainly contiguous for the device (up to the end of the chunk). `None`: not mapped.
+    /// certainly contiguous for the device (up to the end of the chunk). `None`: not mapped, or of
+    /// another arena.
     #[inline]
     pub fn translate(&self, region: RegionId, offset: usize) -> Option<(u64, usize)> {
         let entry = self
             .chunks
-            .get(region.index() + offset / CHUNK_LEN)?
+            .get(region.index().checked_sub(self.first)? + offset / CHUNK_LEN)?
             .load(Ordering::Relaxed);
         if entry & 1 == 0 {
             return None;

@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr::NonNull;
 
 use super::error::DmaError;
+use crate::process::Birth;
 
 /// Regions are multiples of this many bytes, start at a virtual address aligned to it, and
 /// device addresses are kept per piece of this length: the size of a huge page.
@@ -37,6 +38,7 @@ pub struct Region {
     base: NonNull<u8>,
     len: usize,
     huge: bool,
+    birth: Birth,
 }
 
 // SAFETY: the mapping is process-wide and `Region` hands out its address only; who may touch
@@ -61,6 +63,7 @@ impl Region {
             base: base.ok_or_else(|| os("alloc", io::ErrorKind::OutOfMemory.into()))?,
             len,
             huge,
+            birth: Birth::now(),
         })
     }
 
@@ -74,11 +77,10 @@ impl Region {
             source: io::Error::last_os_error(),
         };
         const NAME: &CStr = c"pumice-dma";
-        let flags = if huge {
-            libc::MFD_CLOEXEC | libc::MFD_HUGETLB | libc::MFD_HUGE_2MB
-        } else {
-            libc::MFD_CLOEXEC
-        };
+        let mut flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+        if huge {
+            flags |= libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+        }
         // SAFETY: NAME is a NUL-terminated string, flags are valid memfd flags.
         let raw = unsafe { libc::memfd_create(NAME.as_ptr(), flags) };
         if raw < 0 {
@@ -90,6 +92,13 @@ impl Region {
         // SAFETY: `fd` is an open descriptor.
         if unsafe { libc::ftruncate(fd.as_raw_fd(), file_len) } != 0 {
             return Err(os("ftruncate"));
+        }
+        // Whoever is given the file cannot make it shorter, which would kill this process at the
+        // next access (SIGBUS).
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+        // SAFETY: `fd` is an open descriptor.
+        if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
+            return Err(os("fcntl(F_ADD_SEALS)"));
         }
         // An address range with room to align, then the file over the aligned part of it.
         let reserve = len + CHUNK_LEN;
@@ -140,13 +149,21 @@ impl Region {
             }
         }
         let base = NonNull::new(base.cast::<u8>()).expect("mmap does not return null");
-        Ok(Region {
+        // From here on dropping it unmaps.
+        let region = Region {
             id,
             fd,
             base,
             len,
             huge,
-        })
+            birth: Birth::now(),
+        };
+        // A child has its own arena: it neither reads nor writes what devices and the parent use.
+        // SAFETY: the range is the mapping just made.
+        if unsafe { libc::madvise(region.base.as_ptr().cast(), len, libc::MADV_DONTFORK) } != 0 {
+            return Err(os("madvise(MADV_DONTFORK)"));
+        }
+        Ok(region)
     }
 
     /// The region's name.
@@ -155,7 +172,6 @@ impl Region {
     }
 
     /// Length in bytes, a multiple of [`CHUNK_LEN`].
-    #[expect(clippy::len_without_is_empty, reason = "a region is never empty")]
     pub fn len(&self) -> usize {
         self.len
     }
@@ -165,7 +181,7 @@ impl Region {
         self.base.as_ptr().addr()
     }
 
-    /// The memory file; the region is its bytes `0..len()`. It is never truncated.
+    /// The memory file; the region is its bytes `0..len()`. It is sealed: nobody can truncate it.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
@@ -175,14 +191,29 @@ impl Region {
         self.huge
     }
 
-    /// Makes every chunk present in memory, without changing its bytes.
+    /// Makes every chunk present in memory, without changing its bytes, as far as there is memory.
     pub(super) fn touch(&self) {
         use std::sync::atomic::{AtomicU64, Ordering};
+        // Since Linux 5.14; the kernel faults the pages in and changes nothing in them.
+        #[cfg(not(miri))]
+        // SAFETY: the range is this region's mapping, and its bytes are not changed.
+        if unsafe {
+            libc::madvise(
+                self.base.as_ptr().cast(),
+                self.len,
+                libc::MADV_POPULATE_WRITE,
+            )
+        } == 0
+        {
+            return;
+        }
         for n in 0..self.len / CHUNK_LEN {
             let at = self.ptr(n * CHUNK_LEN).cast::<AtomicU64>();
-            // SAFETY: the address lies in the mapping, is aligned, and an atomic add of zero
-            // changes nothing, whoever else uses the bytes.
-            unsafe { at.as_ref() }.fetch_add(0, Ordering::Relaxed);
+            // A read is enough for a page of a shared file to be there, if it happens: what comes
+            // of it must look used.
+            // SAFETY: the address lies in the mapping and is aligned; whoever else uses the bytes
+            // does so with atomics or is a device.
+            std::hint::black_box(unsafe { at.as_ref() }.load(Ordering::Relaxed));
         }
     }
 
@@ -198,9 +229,49 @@ impl Region {
 #[cfg(not(miri))]
 impl Drop for Region {
     fn drop(&mut self) {
-        // Only a region that no device could be told of, and from which no buffer was cut, is
-        // ever dropped: the arena keeps the others for ever.
+        // In a forked child something else may lie there by now: the region was not inherited.
+        if !self.birth.is_here() {
+            return;
+        }
+        // Only a region that no device could be told of, or of a domain whose buffers are all
+        // back, is ever dropped: the process's arena keeps the others for ever.
         // SAFETY: the range was mapped by `map` and nothing refers to it any more.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+#[cfg(all(test, not(miri)))]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    fn present(region: &Region, offset: usize) -> bool {
+        let map = File::open("/proc/self/pagemap").expect("pagemap");
+        let mut entry = [0; 8];
+        let page = (region.address() + offset) as u64 / 4096;
+        map.read_exact_at(&mut entry, page * 8).expect("read");
+        u64::from_le_bytes(entry) >> 63 == 1
+    }
+
+    /// Built with optimisation, too.
+    #[test]
+    fn touched_chunks_are_in_memory() {
+        let region = Region::map(RegionId(0), 8 << 20, false).expect("a region");
+        let chunks = || (0..4).map(|n| present(&region, n * CHUNK_LEN));
+        assert!(!chunks().any(|present| present));
+        region.touch();
+        assert!(chunks().all(|present| present));
+    }
+
+    #[test]
+    fn the_file_keeps_its_length() {
+        let region = Region::map(RegionId(0), 2 << 20, false).expect("a region");
+        let file = File::from(region.fd().try_clone_to_owned().expect("a descriptor"));
+        for len in [0, 4096, 4 << 20] {
+            let refused = file.set_len(len).expect_err("sealed");
+            assert_eq!(refused.raw_os_error(), Some(libc::EPERM));
+        }
     }
 }

@@ -4,6 +4,7 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use super::arena::DmaDomain;
 use super::buf::DmaBuf;
 use super::error::DmaError;
 use super::region::RegionId;
@@ -23,21 +24,23 @@ impl DmaShared {
     ///
     /// # Panics
     /// When `len` is no multiple of 8.
+    #[cfg(test)]
     pub fn zeroed(len: usize) -> Result<DmaShared, DmaError> {
+        DmaShared::zeroed_in(None, len)
+    }
+
+    /// As [`zeroed`](Self::zeroed), from a domain's memory if one is named.
+    pub(crate) fn zeroed_in(domain: Option<&DmaDomain>, len: usize) -> Result<DmaShared, DmaError> {
         assert!(
             len.is_multiple_of(8),
             "shared memory is a multiple of 8 bytes"
         );
-        Ok(DmaShared {
-            buf: DmaBuf::zeroed(len)?,
+        let shared = DmaShared {
+            buf: DmaBuf::new_in(domain, len)?,
             words64: len / 8,
-        })
-    }
-
-    /// Length in bytes.
-    #[expect(clippy::len_without_is_empty, reason = "never empty")]
-    pub fn len(&self) -> usize {
-        self.words64 * 8
+        };
+        shared.clear();
+        Ok(shared)
     }
 
     /// The memory as 64-bit words.

@@ -11,6 +11,22 @@ impl QueuePair {
     /// abort. The I/O still ends by itself, once, with success or as aborted. Returns whether it
     /// was in flight.
     pub fn abort(&mut self, tag: u64) -> bool {
+        if !self.core.birth.is_here() {
+            return false;
+        }
+        match &self.bounce {
+            None => self.abort_here(tag),
+            Some(bounce) => {
+                let mut found = false;
+                for number in bounce.numbers_of(tag) {
+                    found |= self.abort_here(number);
+                }
+                found
+            }
+        }
+    }
+
+    fn abort_here(&mut self, tag: u64) -> bool {
         let mut found = false;
         for slot in self.slots.numbers() {
             let entry = &mut self.slots[slot];

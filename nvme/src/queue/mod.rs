@@ -10,6 +10,7 @@
 mod abort;
 mod asynch;
 mod barrier;
+mod bounce;
 mod build;
 mod data;
 mod pair;
@@ -27,6 +28,7 @@ pub use pair::{QueueOptions, QueuePair};
 pub use stats::QueueStats;
 
 pub(crate) use barrier::{heavy as heavy_barrier, init as init_barrier};
+
 pub(crate) use data::{ListArea, PointerStyle, admin_prp};
 pub(crate) use ring::{Bell, CompletionRing, QueueMem, Shadow, SubmissionRing};
 pub(crate) use shared::{Bank, QueueShared};

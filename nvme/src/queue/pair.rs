@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 
 use super::barrier;
+use super::bounce::Bounce;
 use super::data::{ListArea, NotMapped, Pointer, PointerStyle, Segment, point_at, point_directly};
 use super::ring::{CompletionRing, QueueMem, SubmissionRing};
 use super::shared::QueueShared;
@@ -96,6 +97,8 @@ pub struct QueuePair {
     pub(crate) list_addresses: Vec<u64>,
     pub(crate) list_words: usize,
     pub(crate) table: Arc<AddressTable>,
+    /// The callers' I/Os, where the device may not see their buffers.
+    pub(crate) bounce: Option<Box<Bounce>>,
     pub(crate) style: PointerStyle,
     pub(crate) splits: Vec<Option<Box<Split>>>,
     pub(crate) free_splits: Vec<u32>,
@@ -167,12 +170,51 @@ impl QueuePair {
     /// the namespace, or when the controller is gone.
     #[inline]
     pub fn submit(&mut self, ns: &Namespace, tag: u64, io: Io) -> Result<(), SubmitError> {
-        if self.core.state.load(Ordering::Acquire) != self.seen && !self.catch_up() {
+        if self.must_catch_up() && !self.catch_up() {
             return Err(match self.dead {
                 Some(kind) => SubmitError::Gone(io, kind),
                 None => SubmitError::Busy(io),
             });
         }
+        if self.bounce.is_some() {
+            return self.submit_copy(ns, tag, io);
+        }
+        self.submit_here(ns, tag, io)
+    }
+
+    /// The controller is not as it was, or this is a forked child's copy of the queue pair.
+    #[inline]
+    fn must_catch_up(&self) -> bool {
+        self.core.state.load(Ordering::Acquire) != self.seen || !self.core.birth.is_here()
+    }
+
+    /// Submits a copy whose data is in the device's own memory.
+    fn submit_copy(&mut self, ns: &Namespace, tag: u64, io: Io) -> Result<(), SubmitError> {
+        let core = Arc::clone(&self.core);
+        let (Some(bounce), Some(domain)) = (&mut self.bounce, core.transport.domain()) else {
+            return self.submit_here(ns, tag, io);
+        };
+        if self.slots.next().is_none() {
+            return Err(SubmitError::Busy(io));
+        }
+        // A copy would be as it must be: what is wrong with the buffers is said of them.
+        if !Bounce::is_aligned(&io) {
+            return self.submit_here(ns, tag, io);
+        }
+        let (number, copy) = match bounce.lend(domain, tag, io) {
+            Ok(lent) => lent,
+            Err(io) => return Err(SubmitError::Gone(io, IoErrorKind::NotMapped)),
+        };
+        self.submit_here(ns, number, copy).map_err(|refused| {
+            refused.with_io(|copy| match &mut self.bounce {
+                Some(bounce) => bounce.take_back(number, copy, false).1,
+                None => copy,
+            })
+        })
+    }
+
+    #[inline]
+    fn submit_here(&mut self, ns: &Namespace, tag: u64, io: Io) -> Result<(), SubmitError> {
         if !ns.title.is_of(self.owner) {
             return Err(SubmitError::Invalid(io, InvalidIo::Stale(ns.limits.nsid)));
         }
@@ -270,7 +312,19 @@ impl QueuePair {
     #[inline]
     pub fn poll(&mut self, out: &mut Vec<IoDone>) -> usize {
         let before = out.len();
-        if self.core.state.load(Ordering::Acquire) != self.seen && !self.catch_up() {
+        let count = self.poll_here(out);
+        if let Some(bounce) = &mut self.bounce {
+            for done in &mut out[before..] {
+                bounce.finish(done);
+            }
+        }
+        count
+    }
+
+    #[inline]
+    fn poll_here(&mut self, out: &mut Vec<IoDone>) -> usize {
+        let before = out.len();
+        if self.must_catch_up() && !self.catch_up() {
             // The completion memory may be a later generation's by now; what it still holds of
             // ours is taken when the reset is over.
             out.append(&mut self.backlog);

@@ -16,6 +16,11 @@ impl QueuePair {
         if self.dead.is_some() {
             return false;
         }
+        if !self.core.birth.is_here() {
+            // What is in flight is the parent's, and its memory is not mapped here.
+            self.dead = Some(IoErrorKind::OtherProcess);
+            return false;
+        }
         let word = self.core.state.load(Ordering::Acquire);
         match state::phase(word) {
             Phase::Resetting => false,
@@ -160,6 +165,9 @@ impl Drop for QueuePair {
     /// Deletes the queues. Blocks for the admin commands; buffers of commands in flight are
     /// kept until the device is certainly done with them.
     fn drop(&mut self) {
+        if !self.core.birth.is_here() {
+            return;
+        }
         self.interrupt_on();
         let core = std::sync::Arc::clone(&self.core);
         if core.retire_queue(&self.shared) {

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::pair::QueuePair;
-use crate::error::NvmeError;
+use crate::error::{IoErrorKind, NvmeError};
 
 /// How long spinning has paid lately.
 #[derive(Debug)]
@@ -77,6 +77,9 @@ impl QueuePair {
     /// # Errors
     /// When the controller is gone and everything has been handed back.
     pub fn wait(&mut self, timeout: Duration) -> Result<(), NvmeError> {
+        if !self.core.birth.is_here() {
+            return Err(self.core.gone(IoErrorKind::OtherProcess));
+        }
         if self.ready() {
             return Ok(());
         }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::memory::DeviceMemory;
@@ -262,6 +262,7 @@ impl FileBackend {
             .read(true)
             .write(true)
             .create(create.is_some())
+            .mode(0o600)
             .truncate(false)
             .open(path)?;
         file.try_lock().map_err(|e| match e {

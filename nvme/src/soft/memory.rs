@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use parking_lot::RwLock;
 
 use crate::dma::{AddressTable, CHUNK_LEN, DmaError, DmaMapper, Region};
-use crate::transport::mapping::DeviceMapping;
+use crate::transport::mapping::{Absent, DeviceMapping};
 
 /// Where the arena's chunk 0 appears; not 0, so that a null address is an error.
 const IOVA_BASE: u64 = 0x10_0000_0000;
@@ -71,7 +71,7 @@ impl DeviceMemory {
         offset: u64,
     ) -> io::Result<()> {
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::InvalidInput)?;
-        let mapping = DeviceMapping::new(file, offset, len)?;
+        let mapping = DeviceMapping::new(file, offset, len, Absent::Zeroes)?;
         let mut foreign = self.foreign.write();
         foreign
             .mapped
@@ -95,6 +95,11 @@ impl DeviceMemory {
     /// Lets go of the address ranges of what was taken back; the controller is disabled.
     pub fn forget_retired(&self) {
         self.foreign.write().retired.clear();
+    }
+
+    /// Address ranges that wait for [`forget_retired`](Self::forget_retired).
+    pub fn retired_count(&self) -> usize {
+        self.foreign.read().retired.len()
     }
 
     fn find_foreign(&self, address: u64) -> Option<(NonNull<u8>, usize)> {

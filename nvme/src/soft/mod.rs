@@ -34,10 +34,9 @@
 //! | `create` | 1: make the file if it is not there | 0 |
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
-use crate::transport::{NvmeUri, Transport, TransportError};
+use crate::transport::{NvmeUri, OpenTransport, TransportError};
 
 mod admin;
 mod backend;
@@ -125,7 +124,7 @@ impl SoftConfig {
 }
 
 /// Makes the soft controller that a `soft:` URI describes.
-pub fn open(uri: &NvmeUri) -> Result<Arc<dyn Transport>, TransportError> {
+pub fn open(uri: &NvmeUri) -> Result<OpenTransport, TransportError> {
     Ok(SoftController::new(config(uri)?)?.transport())
 }
 

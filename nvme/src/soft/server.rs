@@ -9,6 +9,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,10 +17,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::SoftController;
+use crate::process::Birth;
 use crate::spec::Reg;
+use crate::transport::mapping::keeps_its_length;
 use crate::transport::vfio_user_wire::{
-    Body, Command, DMA_READ_WRITE, Message, REGION_ACCESS_LEN, receive, send, u32_at, u64_at,
-    version,
+    Body, Command, DMA_READ_WRITE, Message, REGION_ACCESS_LEN, connect, receive, send, u32_at,
+    u64_at, version,
 };
 use crate::transport::{EventFd, Transport, TransportError, wait_readable};
 
@@ -27,6 +30,10 @@ use crate::transport::{EventFd, Transport, TransportError, wait_readable};
 pub(super) const VECTORS: u16 = 16;
 /// Regions that a client may map.
 const MAX_REGIONS: usize = 64;
+/// Bytes of one of them.
+const FOREIGN_MAX: u64 = 1 << 40;
+/// Address ranges of regions that a client has taken back; they are kept until it goes.
+const RETIRED_MAX: usize = 1024;
 /// How long a client may take over the rest of a message, or to read its answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -40,6 +47,7 @@ pub struct SoftServer {
     path: PathBuf,
     stop: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
+    birth: Birth,
 }
 
 impl SoftServer {
@@ -62,19 +70,11 @@ impl SoftServer {
                 what: "the controller was not made to be served (SoftConfig::served)".to_owned(),
             });
         }
-        if path.exists() {
-            if UnixStream::connect(path).is_ok() {
-                return Err(TransportError::InUse {
-                    device: path.display().to_string(),
-                    detail: "another process serves this socket".to_owned(),
-                });
-            }
-            std::fs::remove_file(path).map_err(|e| io("removing the old socket", e))?;
-        }
-        let listener = UnixListener::bind(path).map_err(|e| io("making the socket", e))?;
+        clear_socket(path)?;
+        let listener = bind_private(path).map_err(|e| io("making the socket", e))?;
         let stop = Arc::new(EventFd::new().map_err(|e| io("eventfd", e))?);
         let server = Server {
-            transport: soft.transport(),
+            transport: soft.transport().0,
             soft,
             stop: Arc::clone(&stop),
             config: config_space(),
@@ -89,6 +89,7 @@ impl SoftServer {
             path: path.to_path_buf(),
             stop,
             thread: Some(thread),
+            birth: Birth::now(),
         })
     }
 
@@ -102,12 +103,71 @@ impl SoftServer {
 
 impl Drop for SoftServer {
     fn drop(&mut self) {
+        // The socket is the parent's, a forked child has no such thread.
+        if !self.birth.is_here() {
+            return;
+        }
         self.stop.signal();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
         let _ = std::fs::remove_file(&self.path);
     }
+}
+
+/// Removes a socket that nobody serves any more. Anything else at the path stays.
+fn clear_socket(path: &Path) -> Result<(), TransportError> {
+    let device = || path.display().to_string();
+    let io = |source| TransportError::Io {
+        device: path.display().to_string(),
+        what: "what is at the socket's path".to_owned(),
+        source,
+    };
+    match path.symlink_metadata() {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(io(e)),
+        Ok(there) if !there.file_type().is_socket() => Err(TransportError::Unsupported {
+            device: device(),
+            what: "something that is not a socket is there already: the first argument is the \
+                   socket to make, the device is the second (soft:///image-file); nothing was \
+                   changed"
+                .to_owned(),
+        }),
+        Ok(_) => match connect(path, PATIENCE) {
+            // Only this says that nobody listens.
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+                std::fs::remove_file(path).map_err(io)
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            _ => Err(TransportError::InUse {
+                device: device(),
+                detail: "another process serves this socket".to_owned(),
+            }),
+        },
+    }
+}
+
+/// A socket that only its owner can connect to, whatever the umask: it is made in a directory of
+/// its own and moved into place.
+fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    // A short name: a socket's path has 107 bytes at most.
+    let dir = parent.join(format!(".{}", std::process::id()));
+    std::fs::DirBuilder::new().mode(0o700).create(&dir)?;
+    let inner = dir.join(name);
+    let made = UnixListener::bind(&inner).and_then(|listener| {
+        std::fs::set_permissions(&inner, std::fs::Permissions::from_mode(0o600))?;
+        // Unlike a rename, a link replaces nothing that came there meanwhile.
+        std::fs::hard_link(&inner, path)?;
+        Ok(listener)
+    });
+    let _ = std::fs::remove_file(&inner);
+    let _ = std::fs::remove_dir(&dir);
+    made
 }
 
 struct Server {
@@ -412,7 +472,18 @@ impl Server {
         {
             return Err(libc::EEXIST);
         }
-        // Behind the end of the file an access is a bus error, for this process.
+        // Behind the end of the file an access is a bus error, for this process: the file must
+        // be long enough now, and nobody may make it shorter.
+        if !keeps_its_length(fd.as_fd()) {
+            tracing::warn!(
+                "DMA_MAP refused: the client's memory file is not sealed (F_SEAL_SHRINK)"
+            );
+            return Err(libc::EPERM);
+        }
+        let memory = self.soft.memory();
+        if len > FOREIGN_MAX || memory.retired_count() > RETIRED_MAX {
+            return Err(libc::ENOSPC);
+        }
         let file = fd.try_clone().map(File::from).map_err(|_| libc::EMFILE)?;
         let file_len = file.metadata().map_err(|_| libc::EBADF)?.len();
         if offset.checked_add(len).is_none_or(|end| end > file_len) {

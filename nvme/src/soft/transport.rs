@@ -16,10 +16,11 @@ use super::media::SoftNamespace;
 use super::memory::DeviceMemory;
 use super::{SoftConfig, identify};
 use crate::dma::{AddressTable, MapperGuard, register_mapper};
+use crate::process::Birth;
 use crate::spec::{AsyncEvent, Cap, Cc, Cmbloc, Cmbsz, Reg};
-use crate::transport::mapping::{DeviceMapping, shared_file};
+use crate::transport::mapping::{Absent, DeviceMapping, shared_file};
 use crate::transport::{
-    Doorbell, EventFd, Kick, MmioMap, Transport, TransportError, TransportEvent,
+    Doorbell, EventFd, Kick, MmioMap, OpenTransport, Transport, TransportError, TransportEvent,
 };
 
 /// Where the controller memory buffer is.
@@ -63,6 +64,7 @@ struct SoftTransport {
     register_file: Option<File>,
     engine: Mutex<Option<JoinHandle<Vec<SoftNamespace>>>>,
     media: Mutex<Option<Vec<SoftNamespace>>>,
+    birth: Birth,
     /// Last, so that the engine is gone before the memory is unmapped.
     _mapping: MapperGuard,
 }
@@ -111,7 +113,8 @@ impl SoftController {
         };
         let (registers, register_file) = if config.served {
             let file = shared_file(bar_len).map_err(shared)?;
-            let mapping = DeviceMapping::new(file.as_fd(), 0, bar_len).map_err(shared)?;
+            let mapping =
+                DeviceMapping::new(file.as_fd(), 0, bar_len, Absent::Ones).map_err(shared)?;
             (mapping.mmio(), Some(file))
         } else {
             let words = (0..bar_len / 8).map(|_| AtomicU64::new(0)).collect();
@@ -158,13 +161,14 @@ impl SoftController {
             register_file,
             engine: Mutex::new(Some(handle)),
             media: Mutex::new(None),
+            birth: Birth::now(),
             _mapping: mapping,
         })))
     }
 
     /// The driver's way to it, for [`Controller::new`](crate::Controller::new).
-    pub fn transport(&self) -> Arc<dyn Transport> {
-        self.0.clone()
+    pub fn transport(&self) -> OpenTransport {
+        OpenTransport(self.0.clone())
     }
 
     /// The faults in force.
@@ -312,6 +316,10 @@ fn writable(offset: u32) -> bool {
 impl SoftTransport {
     /// Ends the engine and waits for it; its media are kept.
     fn stop(&self) {
+        // A forked child has no such thread.
+        if !self.birth.is_here() {
+            return;
+        }
         let handle = self.engine.lock().take();
         let Some(handle) = handle else { return };
         self.shared.orders.lock().push(Order::Stop);
@@ -444,6 +452,9 @@ impl Transport for SoftTransport {
     }
 
     fn detach(&self) {
+        if !self.birth.is_here() {
+            return;
+        }
         self.stop();
         if !self.shared.gone.load(Ordering::SeqCst) {
             self.shared.vanish(None);

@@ -24,11 +24,6 @@ impl IovaSpace {
         }
     }
 
-    /// The windows.
-    pub fn windows(&self) -> &[RangeInclusive<u64>] {
-        &self.windows
-    }
-
     /// Takes the lowest free range of `len` bytes whose start is a multiple of `align` (a power
     /// of two). `None`: no hole is large enough.
     pub fn take(&mut self, len: u64, align: u64) -> Option<u64> {

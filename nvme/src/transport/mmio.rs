@@ -59,7 +59,6 @@ impl MmioMap {
     }
 
     /// Length in bytes.
-    #[expect(clippy::len_without_is_empty, reason = "a mapping is never empty")]
     pub fn len(&self) -> usize {
         self.len
     }

@@ -1,18 +1,18 @@
 //! How the driver reaches a controller.
 //!
-//! [`Transport`] is the seam: everything above it (controller, queue pairs) is the same code
+//! `Transport` is the seam, of this crate's own: everything above it (controller, queue pairs) is the same code
 //! whether the controller is a PCIe function, another process or a thread of this one, and
 //! contains no `unsafe`. A transport offers
 //!
 //! | part | how |
 //! | --- | --- |
-//! | registers | [`Transport::read32`] … [`Transport::write64`]: checked accesses to BAR 0, may be messages |
-//! | doorbells | [`Transport::doorbell`]: a [`Doorbell`], one store where the page is mapped |
-//! | DMA | [`Transport::addresses`]: where the device sees each byte of the arena; the transport registers itself as a [`DmaMapper`](crate::dma::DmaMapper) |
-//! | interrupts | [`Transport::enable_interrupts`]: one [`EventFd`] per vector; [`Transport::switch_interrupt`] |
-//! | reset | [`Transport::reset`]: function level reset |
-//! | removal, errors | [`Transport::is_gone`], [`Transport::events`], [`Transport::take_event`] |
-//! | controller memory | [`Transport::map_memory`]: a CMB as atomics |
+//! | registers | `Transport::read32` … `Transport::write64`: checked accesses to BAR 0, may be messages |
+//! | doorbells | `Transport::doorbell`: a `Doorbell`, one store where the page is mapped |
+//! | DMA | `Transport::addresses`: where the device sees each byte of the arena; the transport registers itself as a `DmaMapper` |
+//! | interrupts | `Transport::enable_interrupts`: one `EventFd` per vector; `Transport::switch_interrupt` |
+//! | reset | `Transport::reset`: function level reset |
+//! | removal, errors | `Transport::is_gone`, `Transport::events`, `Transport::take_event` |
+//! | controller memory | `Transport::map_memory`: a CMB as atomics |
 //!
 //! What a transport may assume of the driver: queue memory, PRP lists and data come from
 //! [`dma`](crate::dma) and lie inside one region each; no register outside BAR 0 is touched;
@@ -22,7 +22,7 @@ use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crate::dma::{AddressTable, DmaError};
+use crate::dma::{AddressTable, DmaDomain, DmaError};
 
 mod eventfd;
 mod iova;
@@ -35,16 +35,17 @@ mod uri;
 mod vfio;
 mod vfio_user;
 
-pub use eventfd::EventFd;
+pub(crate) use eventfd::EventFd;
 pub(crate) use eventfd::wait_readable;
-pub use iova::IovaSpace;
-pub use mmio::{Doorbell, Kick, MmioMap};
+pub(crate) use iova::IovaSpace;
+pub(crate) use mmio::{Doorbell, Kick, MmioMap};
+pub(crate) use open::check_parameters;
 pub use open::open_transport;
-pub use uio::Uio;
+pub(crate) use uio::Uio;
 pub use uri::{NvmeUri, parse_size};
-pub use vfio::Vfio;
-pub use vfio_user::VfioUser;
+pub(crate) use vfio::Vfio;
 pub(crate) use vfio_user::wire as vfio_user_wire;
+pub(crate) use vfio_user::{VfioUser, socket_path as vfio_user_socket};
 
 /// Why a transport could not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -128,7 +129,7 @@ pub enum TransportError {
 /// Something that happened to the device, not to a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum TransportEvent {
+pub(crate) enum TransportEvent {
     /// Somebody (the kernel's unbind, a hot-unplug button) wants the device back. The driver
     /// ends what is in flight and calls [`Transport::detach`].
     RemovalRequested,
@@ -138,9 +139,27 @@ pub enum TransportEvent {
     Error(String),
 }
 
+/// An open way to a controller, for [`Controller::new`](crate::Controller::new). What can be done
+/// with registers and addresses is the driver's alone: a wrong one would let the device write
+/// anywhere.
+#[derive(Debug, Clone)]
+pub struct OpenTransport(pub(crate) Arc<dyn Transport>);
+
+impl OpenTransport {
+    /// The device for logs and errors: `0000:00:03.0`, `/run/vfio-user`, `soft-0`.
+    pub fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    /// Which kind of transport: `vfio`, `uio`, `vfio-user`, `soft`.
+    pub fn kind(&self) -> &'static str {
+        self.0.kind()
+    }
+}
+
 /// A way to one controller. Shared by the controller and its queue pairs; every method may be
 /// called from any thread.
-pub trait Transport: Send + Sync + fmt::Debug {
+pub(crate) trait Transport: Send + Sync + fmt::Debug {
     /// The device for logs and errors: `0000:00:03.0`, `/run/vfio-user`, `soft-0`.
     fn name(&self) -> &str;
 
@@ -164,20 +183,14 @@ pub trait Transport: Send + Sync + fmt::Debug {
     /// after the device is gone or detached does nothing.
     fn doorbell(&self, offset: u32) -> Result<Doorbell, TransportError>;
 
-    /// Whether ringing a doorbell is a message to somebody and costs far more than a store, so
-    /// that shadow doorbells pay.
-    fn doorbells_are_messages(&self) -> bool {
-        false
-    }
-
     /// Where the device sees the arena's memory. The transport keeps it up to date from its
     /// own [`DmaMapper`](crate::dma::DmaMapper).
     fn addresses(&self) -> &Arc<AddressTable>;
 
-    /// Whether device addresses are physical addresses (no IOMMU). Then only 2 MiB pieces are
-    /// contiguous and nothing stops a wrong address: the driver is the only guard.
-    fn physical_addresses(&self) -> bool {
-        false
+    /// The memory that the device may reach, where it may not reach the process's arena: queues
+    /// are made there, and data is copied.
+    fn domain(&self) -> Option<&DmaDomain> {
+        None
     }
 
     /// Enables up to `want` interrupt vectors and returns their eventfds, vector 0 first;

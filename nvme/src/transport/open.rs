@@ -2,19 +2,33 @@
 
 use std::sync::Arc;
 
-use super::{NvmeUri, Transport, TransportError, Uio, Vfio, VfioUser, uio};
+use super::{NvmeUri, OpenTransport, Transport, TransportError, Uio, Vfio, VfioUser, uio};
 use crate::pci::{Host, PciAddress};
 
 /// Opens the transport that a URI names. Blocks until the device is there and its registers
 /// can be read; the controller itself is not touched yet.
-pub fn open_transport(uri: &NvmeUri) -> Result<Arc<dyn Transport>, TransportError> {
+///
+/// # Errors
+/// Also for a parameter that the transport does not know.
+pub fn open_transport(uri: &NvmeUri) -> Result<OpenTransport, TransportError> {
+    check_parameters(uri)?;
     match uri.scheme.as_str() {
-        "nvme" => open_function(uri),
-        "vfio-user" => Ok(VfioUser::open(uri)?),
+        "nvme" => open_function(uri).map(OpenTransport),
+        "vfio-user" => Ok(OpenTransport(VfioUser::open(uri)?)),
         "soft" => crate::soft::open(uri),
         other => Err(uri.error(format!(
             "no transport '{other}'; there are nvme, vfio-user and soft"
         ))),
+    }
+}
+
+/// Whether the transport knows the parameters of the URI.
+pub(crate) fn check_parameters(uri: &NvmeUri) -> Result<(), TransportError> {
+    match uri.scheme.as_str() {
+        "nvme" => uri.only(&[]),
+        "vfio-user" => uri.only(&["timeout_ms"]),
+        // The soft controller looks at its own.
+        _ => Ok(()),
     }
 }
 

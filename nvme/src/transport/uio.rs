@@ -15,12 +15,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
-use super::mapping::DeviceMapping;
+use super::mapping::{Absent, DeviceMapping};
 use super::registers::MappedBar;
 use super::vfio::{DeviceSpace, want_huge_pages};
 use super::{Doorbell, EventFd, MmioMap, Transport, TransportError};
 use crate::dma::{self, AddressTable, MapperGuard};
 use crate::pci::{ConfigSpace, Host, PciAddress, PciError};
+use crate::process::Birth;
 
 /// The kernel driver that a function has to be bound to.
 pub(crate) const DRIVER: &str = "uio_pci_generic";
@@ -36,6 +37,7 @@ pub struct Uio {
     gone: AtomicBool,
     memory: Mutex<Vec<Arc<DeviceMapping>>>,
     device: Mutex<Option<Device>>,
+    birth: Birth,
 }
 
 #[derive(Debug)]
@@ -95,7 +97,7 @@ impl Uio {
             .map_err(|e| io_error(&name, "resource0", e))?
             .len();
         let len = usize::try_from(len).unwrap_or(usize::MAX);
-        let mapping = DeviceMapping::new(resource.as_fd(), 0, len)
+        let mapping = DeviceMapping::new(resource.as_fd(), 0, len, Absent::Ones)
             .map_err(|e| io_error(&name, "mapping resource0", e))?;
         let config = open("config")?;
         let space = Arc::new(DeviceSpace::physical(&name));
@@ -119,6 +121,7 @@ impl Uio {
             gone: AtomicBool::new(false),
             memory: Mutex::new(Vec::new()),
             device: Mutex::new(Some(device)),
+            birth: Birth::now(),
         }))
     }
 
@@ -191,10 +194,6 @@ impl Transport for Uio {
         &self.table
     }
 
-    fn physical_addresses(&self) -> bool {
-        true
-    }
-
     fn enable_interrupts(&self, _want: u16) -> Result<Vec<Arc<EventFd>>, TransportError> {
         Ok(Vec::new())
     }
@@ -227,6 +226,10 @@ impl Transport for Uio {
     }
 
     fn detach(&self) {
+        // A forked child neither has the device nor may stop it.
+        if !self.birth.is_here() {
+            return;
+        }
         let Some(device) = self.device.lock().take() else {
             return;
         };
@@ -270,7 +273,7 @@ impl Transport for Uio {
                 limit,
             });
         }
-        let mapping = DeviceMapping::new(file.as_fd(), offset, len)
+        let mapping = DeviceMapping::new(file.as_fd(), offset, len, Absent::Ones)
             .map_err(|e| io_error(&self.name, "mapping controller memory", e))?;
         self.memory.lock().push(Arc::clone(&mapping));
         Ok(mapping.mmio())

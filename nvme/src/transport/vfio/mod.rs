@@ -16,11 +16,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
-use super::mapping::DeviceMapping;
+use super::mapping::{Absent, DeviceMapping};
 use super::registers::MappedBar;
 use super::{Doorbell, EventFd, IovaSpace, MmioMap, Transport, TransportError, TransportEvent};
 use crate::dma::{self, AddressTable, ArenaOptions, HugePages, MapperGuard};
 use crate::pci::{ConfigSpace, Host, PciAddress};
+use crate::process::Birth;
 
 mod dma_space;
 pub(crate) mod info;
@@ -50,7 +51,6 @@ pub struct Vfio {
     bar: MappedBar,
     bars: Vec<RegionInfo>,
     table: Arc<AddressTable>,
-    physical: bool,
     gone: AtomicBool,
     request: EventFd,
     error: EventFd,
@@ -61,6 +61,7 @@ pub struct Vfio {
     /// Controller memory that was mapped, to be taken away with BAR 0.
     memory: Mutex<Vec<Arc<DeviceMapping>>>,
     device: RwLock<Option<Device>>,
+    birth: Birth,
 }
 
 /// What is let go of on detach; dropped in order: mappings before the container.
@@ -153,7 +154,6 @@ impl Vfio {
             name,
             bars,
             table,
-            physical,
             gone: AtomicBool::new(false),
             request,
             error,
@@ -162,6 +162,7 @@ impl Vfio {
             msix: AtomicBool::new(false),
             memory: Mutex::new(Vec::new()),
             device: RwLock::new(Some(device)),
+            birth: Birth::now(),
         }))
     }
 
@@ -220,10 +221,12 @@ fn map_bar0(
         .find(|(at, _)| *at == 0)
         .ok_or_else(|| unsupported("the kernel does not let BAR 0 be mapped".to_owned()))?;
     let len = usize::try_from(len).unwrap_or(usize::MAX);
-    DeviceMapping::new(handle.as_fd(), bar.offset, len).map_err(|source| TransportError::Io {
-        device: name.to_owned(),
-        what: "mapping BAR 0".to_owned(),
-        source,
+    DeviceMapping::new(handle.as_fd(), bar.offset, len, Absent::Ones).map_err(|source| {
+        TransportError::Io {
+            device: name.to_owned(),
+            what: "mapping BAR 0".to_owned(),
+            source,
+        }
     })
 }
 
@@ -277,10 +280,6 @@ impl Transport for Vfio {
 
     fn addresses(&self) -> &Arc<AddressTable> {
         &self.table
-    }
-
-    fn physical_addresses(&self) -> bool {
-        self.physical
     }
 
     fn enable_interrupts(&self, want: u16) -> Result<Vec<Arc<EventFd>>, TransportError> {
@@ -371,6 +370,10 @@ impl Transport for Vfio {
     }
 
     fn detach(&self) {
+        // A forked child neither has the device nor may stop it.
+        if !self.birth.is_here() {
+            return;
+        }
         let Some(device) = self.device.write().take() else {
             return;
         };
@@ -407,7 +410,7 @@ impl Transport for Vfio {
             return Err(out_of_range());
         }
         let at = region.offset + offset;
-        let mapping = DeviceMapping::new(device.handle.as_fd(), at, len)
+        let mapping = DeviceMapping::new(device.handle.as_fd(), at, len, Absent::Ones)
             .map_err(self.io("mapping controller memory"))?;
         self.memory.lock().push(Arc::clone(&mapping));
         Ok(mapping.mmio())

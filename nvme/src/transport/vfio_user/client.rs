@@ -41,8 +41,8 @@ impl Client {
         timeout: Duration,
         version_timeout: Duration,
     ) -> Result<Client, TransportError> {
-        let socket =
-            UnixStream::connect(path).map_err(|source| cannot_connect(device, path, source))?;
+        let socket = socket::connect(path, version_timeout)
+            .map_err(|source| cannot_connect(device, path, source))?;
         let mut client = Client {
             device: device.to_owned(),
             socket,
@@ -97,6 +97,11 @@ impl Client {
 
     pub(crate) fn socket(&self) -> &UnixStream {
         &self.socket
+    }
+
+    /// Whether the other side is root's or this user's own: then it could end this process anyway.
+    pub(crate) fn is_trusted(&self) -> bool {
+        socket::peer_is_own(&self.socket)
     }
 
     /// Whether the connection is known to be of no use any more.
@@ -351,6 +356,9 @@ fn cannot_connect(device: &str, path: &Path, source: io::Error) -> TransportErro
         }
         io::ErrorKind::ConnectionRefused => {
             "nobody serves the socket any more: the controller's process has ended; start it again"
+        }
+        io::ErrorKind::TimedOut => {
+            "the process that serves the socket does not accept connections: it is stuck, or serves too many others"
         }
         io::ErrorKind::PermissionDenied => {
             "no permission to connect to the socket: run as the user of the controller's process, or change the socket's mode"

@@ -17,12 +17,13 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::mapping::DeviceMapping;
+use super::mapping::{Absent, DeviceMapping, keeps_its_length};
 use super::vfio::any_readable;
 use super::vfio::info::RegionInfo;
 use super::{Doorbell, EventFd, MmioMap, NvmeUri, Transport, TransportError, TransportEvent};
-use crate::dma::{self, AddressTable, MapperGuard};
+use crate::dma::{AddressTable, DmaDomain, MapperGuard};
 use crate::pci::{ConfigSpace, MsixCapability};
+use crate::process::Birth;
 
 mod client;
 #[cfg(test)]
@@ -40,7 +41,7 @@ use space::SharedSpace;
 pub(crate) mod wire {
     pub(crate) use super::super::vfio::info::{u32_at, u64_at};
     pub(crate) use super::message::{Body, Command, DMA_READ_WRITE, REGION_ACCESS_LEN, version};
-    pub(crate) use super::socket::{Message, receive, send};
+    pub(crate) use super::socket::{Message, connect, receive, send};
 }
 
 const BAR0: u32 = 0;
@@ -57,6 +58,8 @@ const CAP: u32 = 0x00;
 const CC: u32 = 0x14;
 const CSTS: u32 = 0x1c;
 const DOORBELLS: u64 = 0x1000;
+/// Two doorbells of 4 bytes for each of 65536 queues.
+const DOORBELLS_MAX: u64 = 8 << 16;
 
 /// Time that a request may take unless the URI says otherwise.
 const TIMEOUT_MS: u32 = 10_000;
@@ -73,6 +76,9 @@ pub struct VfioUser {
     can_reset: bool,
     table: Arc<AddressTable>,
     mapper: Mutex<Option<MapperGuard>>,
+    /// All that the other process can reach.
+    domain: DmaDomain,
+    birth: Birth,
     vectors: Mutex<Vec<Arc<EventFd>>>,
     request: EventFd,
     error: EventFd,
@@ -90,8 +96,8 @@ struct MappedDoorbells {
 impl VfioUser {
     /// Connects to the controller that a `vfio-user://` URI names: a socket, or the directory
     /// that has it as `cntrl`. `timeout_ms=` in the URI bounds each request. Clears what an
-    /// earlier client left in configuration space, enables bus mastering and maps the arena.
-    /// Blocks.
+    /// earlier client left in configuration space and enables bus mastering. The other process can
+    /// reach memory that was made for it, and no other of this process. Blocks.
     pub fn open(uri: &NvmeUri) -> Result<Arc<VfioUser>, TransportError> {
         let timeout_ms = uri.number("timeout_ms", TIMEOUT_MS, 600_000)?.max(1);
         Self::connect(
@@ -121,9 +127,10 @@ impl VfioUser {
         }
         let (bar_len, doorbells) = map_doorbells(&client)?;
         quiet_config(&client)?;
-        let space = Arc::new(SharedSpace::new(Arc::clone(&client)));
-        let table = Arc::clone(space.table());
-        let mapper = dma::register_mapper(space)?;
+        let domain = DmaDomain::new();
+        let table = Arc::new(domain.address_table());
+        let space = SharedSpace::new(Arc::clone(&client), Arc::clone(&table));
+        let mapper = domain.register_mapper(Arc::new(space))?;
 
         let request = EventFd::new().map_err(|e| client.io("eventfd", e))?;
         let error = EventFd::new().map_err(|e| client.io("eventfd", e))?;
@@ -145,6 +152,8 @@ impl VfioUser {
             can_reset: flags & FLAG_RESET != 0,
             table,
             mapper: Mutex::new(Some(mapper)),
+            domain,
+            birth: Birth::now(),
             vectors: Mutex::new(Vec::new()),
             request,
             error,
@@ -213,7 +222,7 @@ impl VfioUser {
 }
 
 /// A directory stands for the socket in it.
-fn socket_path(path: &Path) -> PathBuf {
+pub(crate) fn socket_path(path: &Path) -> PathBuf {
     let is_socket = path.metadata().is_ok_and(|m| m.file_type().is_socket());
     if !is_socket && path.is_dir() {
         path.join("cntrl")
@@ -252,12 +261,21 @@ fn map_doorbells(client: &Client) -> Result<(u64, Option<MappedDoorbells>), Tran
     let inside = at
         .and_then(|at| at.checked_add(len))
         .is_some_and(|end| end <= file_len);
-    let (true, Some(at), Ok(map_len)) = (inside, at, usize::try_from(len)) else {
+    // No longer than the doorbells of all queues that there can be: the rest is never rung.
+    let (true, Some(at), Ok(map_len)) = (inside, at, usize::try_from(len.min(DOORBELLS_MAX)))
+    else {
         return Err(client.protocol(format!(
             "the doorbell page {start:#x}+{len:#x} lies outside its file of {file_len:#x} bytes"
         )));
     };
-    let mapping = DeviceMapping::new(file.as_fd(), at, map_len)
+    if !keeps_its_length(file.as_fd()) && !client.is_trusted() {
+        tracing::info!(
+            device = client.device(),
+            "another user's process could shorten the doorbells' file; doorbells are messages"
+        );
+        return Ok((bar.size, None));
+    }
+    let mapping = DeviceMapping::new(file.as_fd(), at, map_len, Absent::Ones)
         .map_err(|e| client.io("mapping the doorbells", e))?;
     let mmio = mapping.mmio();
     Ok((
@@ -376,12 +394,12 @@ impl Transport for VfioUser {
         Ok(Doorbell::message(this, offset))
     }
 
-    fn doorbells_are_messages(&self) -> bool {
-        self.doorbells.is_none()
-    }
-
     fn interrupts_are_messages(&self) -> bool {
         true
+    }
+
+    fn domain(&self) -> Option<&DmaDomain> {
+        Some(&self.domain)
     }
 
     fn addresses(&self) -> &Arc<AddressTable> {
@@ -455,7 +473,8 @@ impl Transport for VfioUser {
     }
 
     fn detach(&self) {
-        if self.detached.swap(true, Ordering::AcqRel) {
+        // The connection is not a forked child's.
+        if !self.birth.is_here() || self.detached.swap(true, Ordering::AcqRel) {
             return;
         }
         if !self.client.is_broken() {
@@ -464,11 +483,17 @@ impl Transport for VfioUser {
                 .client
                 .write(BAR0, u64::from(CC), &[0; 4])
                 .and_then(|()| self.wait_not_ready(Duration::from_secs(5)));
-            if let Err(error) = quiet {
-                tracing::warn!(device = self.name, %error, "the controller was not disabled; the end of the connection does it");
-            }
-            if let Err(error) = Config(&self.client).disable_dma() {
-                tracing::debug!(device = self.name, %error, "bus mastering stays on");
+            match quiet {
+                Ok(()) => {
+                    if let Err(error) = Config(&self.client).disable_dma() {
+                        tracing::debug!(device = self.name, %error, "bus mastering stays on");
+                    }
+                }
+                // Nobody waits for a second answer. What it may still write is its own domain.
+                Err(error) => {
+                    tracing::warn!(device = self.name, %error, "the controller was not disabled; the end of the connection does it");
+                    self.client.shut_down();
+                }
             }
         }
         if let Some(page) = &self.doorbells

@@ -3,7 +3,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::message::{HEADER_LEN, Header};
@@ -209,11 +211,48 @@ fn receive_some(socket: &UnixStream, into: &mut [u8], fds: &mut Vec<OwnedFd>) ->
     Ok(n)
 }
 
-/// Who serves the socket: the process that called listen(2), and its name.
-pub(crate) fn peer(socket: &UnixStream) -> Option<(i32, String)> {
+/// Connects, without waiting longer than this for a place in the other side's queue.
+pub(crate) fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
+    // SAFETY: creates a descriptor, which is owned from here on.
+    let raw = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+    if raw < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just gave us this descriptor.
+    let socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(raw) });
+    // The time-out for sending is connect's, too (unix(7) waits no longer for a full queue).
+    socket.set_write_timeout(Some(timeout))?;
+    let mut address = libc::sockaddr_un {
+        sun_family: libc::sa_family_t::try_from(libc::AF_UNIX).unwrap_or(1),
+        sun_path: [0; 108],
+    };
+    let bytes = path.as_os_str().as_bytes();
+    if bytes.len() >= address.sun_path.len() || bytes.contains(&0) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "a socket's path has at most 107 bytes",
+        ));
+    }
+    for (to, from) in address.sun_path.iter_mut().zip(bytes) {
+        *to = from.cast_signed();
+    }
+    let len = u32::try_from(size_of::<libc::sockaddr_un>()).unwrap_or(110);
+    // SAFETY: `address` is a sockaddr_un of `len` bytes with a NUL behind the path.
+    let result = unsafe { libc::connect(raw, (&raw const address).cast(), len) };
+    if result == 0 {
+        return Ok(socket);
+    }
+    let error = io::Error::last_os_error();
+    Err(match error.kind() {
+        io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+        _ => error,
+    })
+}
+
+fn credentials(socket: &UnixStream) -> Option<libc::ucred> {
     let mut who = libc::ucred {
         pid: 0,
-        uid: 0,
+        uid: u32::MAX,
         gid: 0,
     };
     let mut len = u32::try_from(size_of::<libc::ucred>()).ok()?;
@@ -227,11 +266,21 @@ pub(crate) fn peer(socket: &UnixStream) -> Option<(i32, String)> {
             &raw mut len,
         )
     };
-    if result != 0 || who.pid <= 0 {
-        return None;
-    }
+    (result == 0).then_some(who)
+}
+
+/// Who serves the socket: the process that called listen(2), and its name.
+pub(crate) fn peer(socket: &UnixStream) -> Option<(i32, String)> {
+    let who = credentials(socket).filter(|who| who.pid > 0)?;
     let name = std::fs::read_to_string(format!("/proc/{}/comm", who.pid)).unwrap_or_default();
-    Some((who.pid, name.trim().to_owned()))
+    Some((who.pid, name.trim().escape_debug().to_string()))
+}
+
+/// Whether the other side is root's, or of this process's user.
+pub(crate) fn peer_is_own(socket: &UnixStream) -> bool {
+    // SAFETY: geteuid cannot fail and has no arguments.
+    let own = unsafe { libc::geteuid() };
+    credentials(socket).is_some_and(|who| who.uid == 0 || who.uid == own)
 }
 
 /// Whether the other side has closed the socket. Does not block and takes no bytes.

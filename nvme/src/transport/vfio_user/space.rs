@@ -1,4 +1,4 @@
-//! The arena's regions, given to the other process by descriptor.
+//! The regions of the connection's domain, given to the other process by descriptor.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -23,16 +23,12 @@ pub(super) struct SharedSpace {
 }
 
 impl SharedSpace {
-    pub(super) fn new(client: Arc<Client>) -> SharedSpace {
+    pub(super) fn new(client: Arc<Client>, table: Arc<AddressTable>) -> SharedSpace {
         SharedSpace {
             client,
-            table: Arc::new(AddressTable::new()),
+            table,
             state: Mutex::new((IovaSpace::new(vec![0..=TOP]), HashMap::new())),
         }
-    }
-
-    pub(super) fn table(&self) -> &Arc<AddressTable> {
-        &self.table
     }
 }
 
@@ -40,8 +36,11 @@ impl DmaMapper for SharedSpace {
     fn map(&self, region: &Region) -> Result<(), DmaError> {
         let device = || self.client.device().to_owned();
         if self.client.is_broken() {
-            // Nobody is left to use it; the other devices of the process need it nevertheless.
-            return Ok(());
+            return Err(DmaError::Map {
+                device: device(),
+                len: region.len(),
+                reason: "the connection has ended".to_owned(),
+            });
         }
         let mut state = self.state.lock();
         let (space, regions) = &mut *state;
@@ -92,6 +91,7 @@ impl DmaMapper for SharedSpace {
             Ok(()) => state.0.give(address),
             Err(error) => {
                 tracing::warn!(device = self.client.device(), %error, "region not taken back; the end of the connection does it");
+                self.client.shut_down();
             }
         }
     }

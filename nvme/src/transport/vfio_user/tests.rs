@@ -41,25 +41,27 @@ fn set_up_registers_doorbells_interrupts() {
             0,
             "the stale MSI-X enable is cleared"
         );
-        assert!(!seen.maps.is_empty());
-        assert!(
-            seen.maps
-                .iter()
-                .all(|(at, len, file)| at % 4096 == 0 && len <= file)
-        );
+        assert!(seen.maps.is_empty(), "nothing is given before it is needed");
     }
-    assert!(
-        device
-            .addresses()
-            .translate(buf.region(), buf.region_offset())
-            .is_some()
-    );
+    // It is given memory of its own, and nothing of the process's.
+    let own = DmaBuf::new_in(device.domain(), 4096).expect("memory");
+    let address_of = |b: &DmaBuf| device.addresses().translate(b.region(), b.region_offset());
+    assert!(address_of(&own).is_some() && address_of(&buf).is_none());
+    let given = {
+        let seen = fake.seen.lock();
+        let good = |(at, len, file): &(u64, u64, u64)| at % 4096 == 0 && len <= file;
+        assert!(seen.maps.iter().all(good));
+        seen.maps.len()
+    };
+    assert_eq!(given, 1);
+    let _large = DmaBuf::new(64 << 20).expect("the process's arena grows");
+    assert_eq!(fake.seen.lock().maps.len(), given);
     assert_eq!(device.read64(0).expect("CAP"), 0x0020_1e01_00ff);
     device.write32(0x14, 0x0046_0001).expect("CC");
     assert_eq!(device.read32(0x1c).expect("CSTS"), 1);
     assert!(device.read32(0x2000).is_err() && device.read32(2).is_err());
 
-    assert!(!device.doorbells_are_messages());
+    assert!(device.doorbells.is_some());
     let bell = device.doorbell(0x1008).expect("a doorbell");
     bell.ring(7);
     let mut word = [0; 4];
@@ -110,7 +112,7 @@ fn set_up_registers_doorbells_interrupts() {
 fn doorbells_without_a_page_are_messages() {
     let fake = Fake::start(Some(Fault::NoDoorbells));
     let device = connect(&fake).expect("connected");
-    assert!(device.doorbells_are_messages());
+    assert!(device.doorbells.is_none());
     // The fake has registers up to 0x1000 only; the last of them serves as a doorbell.
     device.doorbell(0xffc).expect("a doorbell").ring(5);
     assert_eq!(fake.seen.lock().registers[0xffc], 5);
@@ -119,8 +121,9 @@ fn doorbells_without_a_page_are_messages() {
 #[test]
 fn refusals_are_errors_not_success() {
     let fake = Fake::start(Some(Fault::Refuse(Command::DmaMap, 22)));
-    let _buf = DmaBuf::zeroed(4096).expect("memory, so that there is a region to map");
-    let error = connect(&fake).expect_err("refused").to_string();
+    let device = connect(&fake).expect("connected");
+    let error = DmaBuf::new_in(device.domain(), 4096).expect_err("refused");
+    let error = error.to_string();
     assert!(
         error.contains("DMA_MAP") && error.contains("refused"),
         "{error}"
@@ -240,4 +243,19 @@ fn a_doorbell_page_behind_the_end_of_its_file() {
     let fake = Fake::start(Some(Fault::ShortFile));
     let error = connect(&fake).expect_err("refused").to_string();
     assert!(error.contains("outside its file"), "{error}");
+}
+
+#[test]
+fn a_socket_whose_queue_is_full_does_not_hang() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("cntrl");
+    let listener = UnixListener::bind(&path).expect("bound");
+    // Nobody accepts; the queue has 128 places or so.
+    let waiting: Vec<_> = (0..5000)
+        .map_while(|_| super::socket::connect(&path, Duration::from_millis(1)).ok())
+        .collect();
+    assert!(waiting.len() < 5000);
+    let error = VfioUser::connect_within(dir.path(), SOON, SOON).expect_err("full");
+    assert!(error.to_string().contains("does not accept"), "{error}");
+    drop(listener);
 }

@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use pumice_nvme::dma::{
-    AddressTable, CHUNK_LEN, DmaBuf, DmaError, DmaMapper, DmaShared, Region, RegionId, configure,
-    register_mapper, stats,
+use super::{
+    AddressTable, CHUNK_LEN, DmaBuf, DmaDomain, DmaError, DmaMapper, DmaShared, Region, RegionId,
+    configure, register_mapper, stats,
 };
 
 /// A device whose addresses are the arena's chunk numbers.
@@ -187,4 +187,69 @@ fn threads_that_empty_a_new_region_grow_another() {
     for thread in threads {
         thread.join().expect("every thread gets its buffers");
     }
+}
+
+/// What is taken from a domain lies in regions that only its own mapper is told of.
+#[test]
+fn a_domain_is_apart() {
+    let domain = DmaDomain::new();
+    let inside = Arc::new(Model {
+        table: domain.address_table(),
+        known: Mutex::new(HashMap::new()),
+        refuse: false,
+    });
+    let guard = domain.register_mapper(inside.clone()).unwrap();
+    let outside = Model::new(false);
+    let other = register_mapper(outside.clone()).unwrap();
+    let of_process = DmaBuf::new(4096).unwrap();
+    let mut bufs: Vec<_> = (0..700)
+        .map(|_| DmaBuf::new_in(Some(&domain), 8192).unwrap())
+        .collect();
+    for buf in &mut bufs {
+        buf.fill(3);
+        let at = (buf.region(), buf.region_offset());
+        assert!(inside.table.translate(at.0, at.1).is_some());
+        assert!(outside.table.translate(at.0, at.1).is_none());
+    }
+    let at = (of_process.region(), of_process.region_offset());
+    assert!(inside.table.translate(at.0, at.1).is_none());
+    assert!(outside.table.translate(at.0, at.1).is_some());
+    // What is given back to a domain serves the domain, not the process.
+    let regions = inside.known.lock().unwrap().len();
+    drop(bufs);
+    let again = DmaBuf::new_in(Some(&domain), 8192).unwrap();
+    assert_eq!(inside.known.lock().unwrap().len(), regions);
+    assert!(
+        inside
+            .table
+            .translate(again.region(), again.region_offset())
+            .is_some()
+    );
+    drop((guard, other));
+    assert!(inside.known.lock().unwrap().is_empty());
+    assert!(
+        inside
+            .table
+            .translate(again.region(), again.region_offset())
+            .is_none()
+    );
+}
+
+/// A domain's memory goes with its last buffer, not before.
+#[test]
+fn a_domain_outlives_its_handle_as_long_as_it_is_used() {
+    let mapped = |address: usize| {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        maps.lines()
+            .any(|line| line.starts_with(&format!("{address:x}-")))
+    };
+    let domain = DmaDomain::new();
+    // All of a region, so that it begins where the region does.
+    let mut buf = DmaBuf::new_in(Some(&domain), CHUNK_LEN).unwrap();
+    let address = buf.as_ptr() as usize;
+    drop(domain);
+    buf.fill(9);
+    assert!(buf.iter().all(|b| *b == 9) && mapped(address));
+    drop(buf);
+    assert!(!mapped(address));
 }
