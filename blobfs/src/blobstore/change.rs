@@ -42,6 +42,8 @@ pub(crate) struct Staged {
 pub(crate) struct Change {
     pub staged: Vec<Staged>,
     pub deleted: Vec<Arc<BlobMeta>>,
+    /// Roots of damaged blobs that are given up.
+    pub discarded: Vec<u32>,
     /// Puts content into newly taken clusters.
     pub prepare: Vec<Op>,
     /// Clusters to release when the change is durable.
@@ -91,12 +93,21 @@ impl State {
 
     /// Takes a cluster.
     pub fn take_cluster(&mut self, change: &mut Change) -> Result<u32, Error> {
+        self.check_not_held()?;
         let cluster = self
             .clusters
             .take(self.geo.first_data_cluster)
             .ok_or_else(|| self.no_space(1))?;
         change.taken_clusters.push(cluster);
         Ok(cluster)
+    }
+
+    /// While it is not known what a damaged blob holds, nothing is given to others.
+    pub fn check_not_held(&self) -> Result<(), Error> {
+        match self.held() {
+            Some(id) => Err(Error::Held(id)),
+            None => Ok(()),
+        }
     }
 
     /// The error of a store that is full.
@@ -111,6 +122,7 @@ impl State {
 
     /// Takes a metadata page. Page 0 can only be a root: as an extent page it would not be recognised.
     pub fn take_page(&mut self, change: &mut Change, root: bool) -> Result<u32, Error> {
+        self.check_not_held()?;
         let page = self
             .pages
             .take(u32::from(!root))
@@ -177,6 +189,9 @@ impl State {
         for meta in &change.deleted {
             records.push(Record::EraseRoot { index: meta.root() });
         }
+        for index in &change.discarded {
+            records.push(Record::EraseRoot { index: *index });
+        }
         records.extend(
             change
                 .freed_pages
@@ -192,7 +207,10 @@ impl State {
         change
             .freed_clusters
             .sort_unstable_by_key(|(cluster, _)| *cluster);
-        self.clear_records(&change.freed_clusters, &mut records)?;
+        // A damaged blob may hold some of them, too (as a snapshot does while it is made or removed).
+        if self.held().is_none() {
+            self.clear_records(&change.freed_clusters, &mut records)?;
+        }
         Ok(records)
     }
 
@@ -406,6 +424,15 @@ impl State {
             self.blobs.remove(&meta.root());
             if let Parent::Snapshot(parent) = meta.parent() {
                 self.remove_child(parent, meta.id);
+            }
+        }
+        for root in change.discarded {
+            self.damaged.remove(&root);
+            self.remains.remove(&root);
+            if !self.uncertain {
+                self.pages.clear(root);
+            } else if self.damaged.is_empty() {
+                self.release_unowned();
             }
         }
         for id in rebuild {

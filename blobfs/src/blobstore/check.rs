@@ -8,7 +8,7 @@ use pumice_bdev::BlockDevice;
 
 use super::alloc::{Bitmap, iter_words};
 use super::error::Error;
-use super::format::{BlobId, PAGE_SIZE, Page, SuperBlock};
+use super::format::{BlobId, PAGE_SIZE, Page, PageError, SuperBlock};
 use super::geometry::Geometry;
 use super::mdio::MdIo;
 use super::meta::{BlobMeta, Parent, SNAPRM, SNAPTMP, Trailing};
@@ -23,7 +23,8 @@ pub enum Severity {
     Note,
     /// Wrong, and mended by a repair without losing anything.
     Mendable,
-    /// Wrong; a repair leaves it as it is.
+    /// Wrong, and not to be mended without losing something: a repair removes damaged blobs, and leaves
+    /// clusters with several owners as they are.
     Error,
 }
 
@@ -91,6 +92,14 @@ impl Report {
 /// # Errors
 /// There is no blobstore, its super block cannot be used, or the device fails.
 pub fn check(dev: &Arc<dyn BlockDevice>) -> Result<Report, Error> {
+    examine(dev).map(|(report, _)| report)
+}
+
+/// How the finding of an unclean store begins.
+const NOT_UNLOADED: &str = "the store was not unloaded in order";
+
+/// The report, and the damaged blobs by themselves.
+fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Error> {
     let info = dev.info();
     let mut io = MdIo::new(dev)?;
     let len = PAGE_SIZE.max(info.block_size as usize);
@@ -107,7 +116,11 @@ pub fn check(dev: &Arc<dyn BlockDevice>) -> Result<Report, Error> {
         .as_ref()
         .filter(|_| sb.is_clean())
         .map(|masks| &masks.blobids[..]);
-    let found = scan(&mut io, &geo, &Roots::Scan(listed))?;
+    let roots = Roots::Scan {
+        sure: listed,
+        past: masks.as_ref().map(|masks| &masks.blobids[..]),
+    };
+    let found = scan(&mut io, &geo, &roots)?;
     let mut report = Report {
         blobs: found.blobs.len() as u64,
         total_clusters: geo.total_clusters.into(),
@@ -119,9 +132,11 @@ pub fn check(dev: &Arc<dyn BlockDevice>) -> Result<Report, Error> {
     };
     check_super(&mut report, &sb, &found, info.len_bytes(), &geo);
     for (root, error) in &found.damaged {
+        let name = found.remains.get(root).and_then(|r| r.name.as_deref());
+        let name = name.map_or_else(String::new, |name| format!(" (\"{name}\")"));
         report.add(
             Severity::Error,
-            format!("blob {}: {error}", BlobId::from_page(*root)),
+            format!("blob {}{name}: {error}", BlobId::from_page(*root)),
         );
     }
     check_trees(&mut report, &found);
@@ -129,39 +144,143 @@ pub fn check(dev: &Arc<dyn BlockDevice>) -> Result<Report, Error> {
     match (&masks, sb.is_clean()) {
         (_, false) => report.add(
             Severity::Note,
-            "the store was not unloaded in order; the next load scans the metadata and makes new masks".to_owned(),
+            format!("{NOT_UNLOADED}; the next load scans the metadata"),
         ),
         (None, true) if sb.used_blobid_mask_len.get() == 0 => {
-            report.add(Severity::Note, "an old store without a blobid mask: every load scans the metadata".to_owned());
+            report.add(
+                Severity::Note,
+                "an old store without a blobid mask: every load scans the metadata".to_owned(),
+            );
         }
-        (None, true) => report.add(Severity::Mendable, "the store is marked clean, but a mask is no mask".to_owned()),
+        (None, true) => report.add(
+            Severity::Mendable,
+            "the store is marked clean, but a mask is no mask".to_owned(),
+        ),
         (Some(masks), true) => check_masks(&mut report, masks, &found, &geo),
     }
     for meta in found.blobs.values() {
         check_blob(&mut report, meta);
     }
     check_orphans(&mut report, &found);
-    Ok(report)
+    let damaged = found.damaged.into_iter().map(|(root, error)| DamagedBlob {
+        id: BlobId::from_page(root),
+        name: found.remains.get(&root).and_then(|r| r.name.clone()),
+        error,
+    });
+    let damaged = damaged.collect();
+    Ok((report, damaged))
 }
 
-/// Mends what a check calls mendable, and what a crash left half done: loads the store by a scan, completes
-/// or undoes snapshots, writes new masks, marks the store clean. Gives what was done. Blobs with damaged
-/// metadata, and clusters with several owners, stay as they are.
+/// What a repair would do: see [`plan`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RepairPlan {
+    /// Damaged blobs that are removed, with all that they hold.
+    pub removed: Vec<DamagedBlob>,
+    /// Findings that new masks and the end of half-done snapshots mend. Nothing is lost by that.
+    pub mended: Vec<String>,
+}
+
+/// A blob that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DamagedBlob {
+    /// Its id.
+    pub id: BlobId,
+    /// Its xattr `name` (a file's path), if that can still be read.
+    pub name: Option<String>,
+    /// What is wrong with it.
+    pub error: PageError,
+}
+
+impl RepairPlan {
+    /// Is there nothing to do?
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.removed.is_empty() && self.mended.is_empty()
+    }
+
+    /// What will be done, a line each, those first that lose something.
+    #[must_use]
+    pub fn lines(&self) -> Vec<String> {
+        let removed = self.removed.iter().map(|blob| {
+            let name = blob.name.as_deref();
+            let name = name.map_or_else(String::new, |name| format!(" (\"{name}\")"));
+            format!(
+                "remove blob {}{name} and give up what it holds: {}",
+                blob.id, blob.error
+            )
+        });
+        let mended = self.mended.iter().map(|text| format!("mend: {text}"));
+        removed.chain(mended).collect()
+    }
+}
+
+/// What [`apply`] would do on this device. Reads only. Blocks.
 ///
 /// # Errors
-/// As [`Blobstore::load`] and [`Blobstore::unload`].
-pub fn repair(dev: &Arc<dyn BlockDevice>) -> Result<Vec<String>, Error> {
+/// As [`check`].
+pub fn plan(dev: &Arc<dyn BlockDevice>) -> Result<RepairPlan, Error> {
+    let (report, removed) = examine(dev)?;
+    let unclean = !report.clean;
+    let mended = report
+        .findings
+        .iter()
+        .filter(|finding| {
+            finding.severity == Severity::Mendable
+                || (unclean && finding.text.starts_with(NOT_UNLOADED))
+        })
+        .map(|finding| finding.text.clone())
+        .collect();
+    Ok(RepairPlan { removed, mended })
+}
+
+/// Does what the plan says, and nothing more: removes its damaged blobs, completes or undoes snapshots, writes
+/// new masks, marks the store clean. Gives what was done, a line each. Clusters with several owners stay as
+/// they are. Blocks.
+///
+/// # Errors
+/// The store is loaded ([`Error::Busy`]); it has damage that the plan does not have ([`Error::DamagedStore`],
+/// and nothing was changed); as [`Blobstore::load`] and [`Blobstore::unload`].
+pub fn apply(dev: &Arc<dyn BlockDevice>, plan: &RepairPlan) -> Result<Vec<String>, Error> {
     let before = check(dev)?;
-    let mut done = Vec::new();
     let store = Blobstore::load_by_scan(Arc::clone(dev), &LoadOptions::default())?;
+    let planned: HashSet<BlobId> = plan.removed.iter().map(|blob| blob.id).collect();
+    let damaged = store.damaged();
+    if damaged.iter().any(|(id, _)| !planned.contains(id)) {
+        return Err(Error::DamagedStore {
+            device: dev.info().name.clone(),
+            damage: store.damage(),
+        });
+    }
+    let mut done = Vec::new();
+    let lines = store.damage();
+    for ((id, _), line) in damaged.iter().zip(lines) {
+        store.give_up(*id)?;
+        done.push(format!("removed: {line}"));
+    }
+    store.end_half_done()?;
     store.unload()?;
+    drop(store);
     let after = check(dev)?;
     for finding in &before.findings {
-        if !after.findings.contains(finding) {
+        let removed = damaged
+            .iter()
+            .any(|(id, _)| finding.text.starts_with(&format!("blob {id}")));
+        if !removed && !after.findings.contains(finding) {
             done.push(format!("mended: {}", finding.text));
         }
     }
     Ok(done)
+}
+
+/// [`plan`] and [`apply`] in one: mends what a check calls mendable and what a crash left half done, and
+/// removes damaged blobs. Gives what was done. Blocks.
+///
+/// # Errors
+/// As [`apply`].
+pub fn repair(dev: &Arc<dyn BlockDevice>) -> Result<Vec<String>, Error> {
+    apply(dev, &plan(dev)?)
 }
 
 fn check_super(report: &mut Report, sb: &SuperBlock, found: &Scan, dev_bytes: u64, geo: &Geometry) {

@@ -56,6 +56,24 @@ pub enum Error {
         #[source]
         source: PageError,
     },
+    /// The store has damaged blobs, and was to be loaded only without any. Nothing was written.
+    #[error(
+        "{device}: {} damaged: {}; load it read-only, or accept the damage",
+        count(.damage.len()), some(.damage)
+    )]
+    DamagedStore {
+        /// The device.
+        device: String,
+        /// A line for each damaged blob.
+        damage: Vec<String>,
+    },
+    /// Nothing is allocated: the store was not unloaded in order, a blob is damaged, and which clusters and
+    /// metadata pages it holds is not known.
+    #[error(
+        "nothing can be allocated: the store was not unloaded in order, and blob {0}, which is damaged, may hold \
+         any cluster; `pumice fsck --repair` or deleting that blob gives up what it holds"
+    )]
+    Held(BlobId),
     /// The blob was written by a newer version, or its parent is not there.
     #[error("blob {blob} cannot be opened: {reason}")]
     CannotOpen {
@@ -119,6 +137,25 @@ pub enum Error {
     /// The store was unloaded.
     #[error("the blobstore is unloaded")]
     Unloaded,
+}
+
+/// "1 blob is", "3 blobs are".
+fn count(n: usize) -> String {
+    if n == 1 {
+        "1 blob is".to_owned()
+    } else {
+        format!("{n} blobs are")
+    }
+}
+
+/// The first few lines of a list.
+pub(crate) fn some(lines: &[String]) -> String {
+    let shown = lines.iter().take(4).map(String::as_str);
+    let mut text = shown.collect::<Vec<_>>().join("; ");
+    if lines.len() > 4 {
+        text.push_str("; …");
+    }
+    text
 }
 
 impl Error {

@@ -38,6 +38,7 @@ mod transaction;
 mod view;
 
 pub(crate) use change::Change;
+pub(crate) use error::some as some_lines;
 
 pub use blob::Blob;
 pub use error::Error;

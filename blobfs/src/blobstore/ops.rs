@@ -200,17 +200,17 @@ impl State {
 
     /// Stages the deletion of a blob that nobody has open and that is nobody's parent.
     pub fn delete(&self, change: &mut Change, id: BlobId) -> Result<(), Error> {
+        self.check_no_children(id)?;
+        if let Some(root) = id.page().filter(|root| self.damaged.contains_key(root)) {
+            if !change.discarded.contains(&root) {
+                change.discarded.push(root);
+            }
+            return Ok(());
+        }
         let meta = Arc::clone(self.meta(id)?);
         if self.shared(id).is_some() {
             return Err(Error::Busy(format!(
                 "blob {id} is open; close it before deleting it"
-            )));
-        }
-        if let Some(children) = self.children.get(&id) {
-            let names: Vec<String> = children.iter().map(ToString::to_string).collect();
-            return Err(Error::Busy(format!(
-                "blob {id} is the parent of {}; delete or inflate them first",
-                names.join(", ")
             )));
         }
         if change.deleted.iter().any(|deleted| deleted.id == id)
@@ -236,6 +236,17 @@ impl State {
         change.freed_pages.extend(&meta.chain);
         change.deleted.push(meta);
         Ok(())
+    }
+
+    fn check_no_children(&self, id: BlobId) -> Result<(), Error> {
+        let Some(children) = self.children.get(&id) else {
+            return Ok(());
+        };
+        let names: Vec<String> = children.iter().map(ToString::to_string).collect();
+        Err(Error::Busy(format!(
+            "blob {id} is the parent of {}; delete or inflate them first",
+            names.join(", ")
+        )))
     }
 
     /// May the blob's metadata be changed?

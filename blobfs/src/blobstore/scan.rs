@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use pumice_bdev::{DmaBuf, Op};
 
@@ -10,8 +11,9 @@ use super::alloc::{Bitmap, iter_words};
 use super::error::Error;
 use super::extents::ExtentMap;
 use super::format::{
-    BlobId, BlobReader, BlobRecord, EXTENTS_PER_PAGE, ExtentPage, MapRecord, PAGE_SIZE, Page,
-    PageError, PageHeader, PageProblem, Run, TableEntry, decode_extent_page, page_crc, stored_crc,
+    BlobId, BlobReader, BlobRecord, Descriptors, EXTENTS_PER_PAGE, ExtentPage, MapRecord,
+    PAGE_SIZE, Page, PageError, PageHeader, PageProblem, Run, TYPE_EXTENT_PAGE, TYPE_XATTR,
+    TableEntry, decode_extent_page, page_crc, stored_crc,
 };
 use super::geometry::Geometry;
 use super::mdio::MdIo;
@@ -25,12 +27,37 @@ const GAP_PAGES: u32 = 16;
 /// made or removed). A hostile image must not take memory without bound.
 const CLAIMS_PER_CLUSTER: u64 = 4;
 
+/// How often a page that cannot be read is tried again, and how long the first pause is.
+const READ_TRIES: u32 = 4;
+const READ_PAUSE: Duration = Duration::from_millis(1);
+
 /// Which pages are roots.
 pub(crate) enum Roots<'a> {
-    /// Those that a scan of all pages shows to be, and those of a mask, if there is one to be believed.
-    Scan(Option<&'a [u64]>),
+    /// Those that a scan of all pages shows to be.
+    Scan {
+        /// A mask to be believed, if there is one: what it names is a root, whatever the page says.
+        sure: Option<&'a [u64]>,
+        /// The mask of the last orderly unload, if there is one: what it names was a root then.
+        past: Option<&'a [u64]>,
+    },
     /// Those of a mask.
     Mask(&'a [u64]),
+}
+
+impl Roots<'_> {
+    /// Does the mask that is to be believed name this page?
+    fn lists(&self, index: u32) -> bool {
+        match self {
+            Roots::Scan { sure, .. } => sure.is_some_and(|words| bit(words, index)),
+            Roots::Mask(words) => bit(words, index),
+        }
+    }
+}
+
+fn bit(words: &[u64], index: u32) -> bool {
+    words
+        .get(index as usize / 64)
+        .is_some_and(|word| word >> (index % 64) & 1 != 0)
 }
 
 /// What the metadata region holds.
@@ -40,6 +67,8 @@ pub(crate) struct Scan {
     pub blobs: BTreeMap<u32, BlobMeta>,
     /// Blobs that cannot be used, by root page.
     pub damaged: BTreeMap<u32, PageError>,
+    /// What the root pages of damaged blobs still say, by root page.
+    pub remains: BTreeMap<u32, Remains>,
     /// Pages that blobs use, damaged ones as far as known.
     pub pages: Bitmap,
     /// Pages that a blob has written, used or not; known after a scan only.
@@ -51,6 +80,17 @@ pub(crate) struct Scan {
     /// Extent pages that more than one blob claims.
     pub shared_pages: HashSet<u32>,
     claims: u64,
+    /// Pages that may be damaged roots, unless a blob turns out to name them.
+    suspects: Vec<(u32, PageProblem)>,
+    /// Whole pages with another blob's id in their header: the root of that blob, the page.
+    others: Vec<(u32, u32)>,
+}
+
+/// What can still be told of a damaged blob.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Remains {
+    /// Its xattr `name`, which for a file is its path.
+    pub name: Option<String>,
 }
 
 /// A blob whose chain is being read.
@@ -69,6 +109,8 @@ pub(crate) fn scan(io: &mut MdIo, geo: &Geometry, roots: &Roots<'_>) -> Result<S
     for (record, chain) in records {
         scan.add(geo, record, chain, &extent_pages);
     }
+    scan.judge_suspects();
+    scan.claim_of_damaged(io, geo)?;
     Ok(scan)
 }
 
@@ -78,12 +120,15 @@ impl Scan {
         let mut scan = Scan {
             blobs: BTreeMap::new(),
             damaged: BTreeMap::new(),
+            remains: BTreeMap::new(),
             pages: Bitmap::new(geo.md_len),
             written: Bitmap::new(geo.md_len),
             clusters: Bitmap::new(geo.total_clusters),
             shared_clusters: HashSet::new(),
             shared_pages: HashSet::new(),
             claims: 0,
+            suspects: Vec::new(),
+            others: Vec::new(),
         };
         for cluster in 0..geo.first_data_cluster {
             scan.clusters.set(cluster);
@@ -97,6 +142,13 @@ impl Scan {
         self.damaged.entry(root).or_insert(error);
     }
 
+    /// Damage behind a root that is whole.
+    fn damage_partial(&mut self, partial: &Partial, page: u32, problem: PageProblem) {
+        let name = partial.reader.xattr(b"name").and_then(printable);
+        self.remains.insert(partial.root, Remains { name });
+        self.damage(partial.root, page, problem);
+    }
+
     /// Reads the chains of all blobs.
     fn read_chains(
         &mut self,
@@ -105,19 +157,13 @@ impl Scan {
         roots: &Roots<'_>,
     ) -> Result<Vec<(BlobRecord, Vec<u32>)>, Error> {
         let mut found: Vec<(Partial, Option<u32>)> = Vec::new();
-        let listed = |index: u32| match roots {
-            Roots::Scan(None) => false,
-            Roots::Scan(Some(words)) | Roots::Mask(words) => {
-                words[index as usize / 64] >> (index % 64) & 1 != 0
-            }
-        };
         let step = READ_PAGES as usize;
         let mut all = (0..geo.md_len)
             .step_by(step)
             .map(|start| start..geo.md_len.min(start.saturating_add(READ_PAGES)));
         let mut some;
         let first: &mut dyn Iterator<Item = Range<u32>> = match roots {
-            Roots::Scan(_) => &mut all,
+            Roots::Scan { .. } => &mut all,
             Roots::Mask(words) => {
                 some = ranges(iter_words(words));
                 &mut some
@@ -125,17 +171,18 @@ impl Scan {
         };
         read_pages(io, geo, first, |index, page| {
             let id = BlobId::from_page(index);
-            if !listed(index) {
-                let (Roots::Scan(_), Ok(page)) = (roots, &page) else {
-                    return;
-                };
-                let header = PageHeader::read(page);
-                if header.id.page().is_some() {
-                    self.written.set(index);
+            if !roots.lists(index) {
+                match self.look_at(geo, roots, index, &page) {
+                    Kind::Root => {}
+                    Kind::Other => return,
+                    Kind::Suspect(problem) => {
+                        self.suspects.push((index, problem));
+                        return;
+                    }
                 }
-                if header.id != id || header.sequence != 0 || stored_crc(page) != page_crc(page) {
-                    return;
-                }
+            }
+            if let Ok(page) = &page {
+                self.note_name(index, page);
             }
             self.pages.set(index);
             let mut reader = BlobReader::new(id);
@@ -163,17 +210,15 @@ impl Scan {
                 match next {
                     None => records.push((partial.reader.finish(), partial.chain)),
                     Some(index) if index >= geo.md_len => {
-                        self.damage(
-                            partial.root,
+                        let md_len = geo.md_len;
+                        self.damage_partial(
+                            &partial,
                             last,
-                            PageProblem::PageIndex {
-                                index,
-                                md_len: geo.md_len,
-                            },
+                            PageProblem::PageIndex { index, md_len },
                         );
                     }
                     Some(index) if !self.pages.set(index) => {
-                        self.damage(partial.root, index, PageProblem::Loop);
+                        self.damage_partial(&partial, index, PageProblem::Loop);
                     }
                     Some(index) => {
                         partial.chain.push(index);
@@ -191,12 +236,111 @@ impl Scan {
                     .and_then(|page| partial.reader.page(page))
                 {
                     Ok(next) => found.push((partial, next)),
-                    Err(problem) => self.damage(partial.root, index, problem),
+                    Err(problem) => self.damage_partial(&partial, index, problem),
                 }
             })?;
         }
         records.sort_unstable_by_key(|(record, _)| record.id);
         Ok(records)
+    }
+
+    /// What an unlisted page is, as far as the page alone can tell.
+    fn look_at(
+        &mut self,
+        geo: &Geometry,
+        roots: &Roots<'_>,
+        index: u32,
+        page: &Result<&Page, String>,
+    ) -> Kind {
+        let Roots::Scan { past, .. } = roots else {
+            return Kind::Other;
+        };
+        let page = match page {
+            Ok(page) => page,
+            Err(error) => return Kind::Suspect(PageProblem::Unreadable(error.clone())),
+        };
+        let header = PageHeader::read(page);
+        let (stored, computed) = (stored_crc(page), page_crc(page));
+        let owner = header.id.page();
+        if owner.is_some() {
+            self.written.set(index);
+        }
+        if owner == Some(index) && header.sequence == 0 {
+            // A page with the id of its own place is a root, damaged or not: no other page has that.
+            return Kind::Root;
+        }
+        if stored == computed {
+            if let Some(root) = owner.filter(|root| *root < geo.md_len) {
+                self.others.push((root, index));
+            }
+            return Kind::Other;
+        }
+        let was_root = past.is_some_and(|words| bit(words, index));
+        let first_sector_is_blank = page[..512].iter().all(|byte| *byte == 0);
+        let blank = first_sector_is_blank && (!was_root || page.iter().all(|byte| *byte == 0));
+        // Written by a change that a crash cut before its commit, and torn: a page of a chain or of extents.
+        let of_another = owner.is_some_and(|root| root < geo.md_len && root != index)
+            && (header.sequence != 0 || first_kind(page) == Some(TYPE_EXTENT_PAGE));
+        if blank || (of_another && !was_root) {
+            return Kind::Other;
+        }
+        Kind::Suspect(PageProblem::Crc { stored, computed })
+    }
+
+    /// Pages that nobody names and that may be roots are damaged roots.
+    fn judge_suspects(&mut self) {
+        for (index, problem) in std::mem::take(&mut self.suspects) {
+            if self.pages.set(index) {
+                self.damage(index, index, problem);
+            }
+        }
+    }
+
+    /// Pages that carry the id of a damaged blob are its own, as far as they are whole, and so are the
+    /// clusters that they name.
+    fn claim_of_damaged(&mut self, io: &mut MdIo, geo: &Geometry) -> Result<(), Error> {
+        let others = std::mem::take(&mut self.others);
+        let mut pages: Vec<u32> = others
+            .into_iter()
+            .filter(|(root, _)| self.damaged.contains_key(root))
+            .map(|(_, page)| page)
+            .filter(|page| self.pages.set(*page))
+            .collect();
+        pages.sort_unstable();
+        let mut clusters = Vec::new();
+        read_pages(
+            io,
+            geo,
+            &mut ranges(pages.iter().copied()),
+            |index, page| {
+                if pages.binary_search(&index).is_ok()
+                    && let Ok(page) = page
+                    && let Ok(page) = decode_extent_page(page)
+                {
+                    clusters.extend(page.clusters.into_iter().filter(|cluster| *cluster != 0));
+                }
+            },
+        )?;
+        for cluster in clusters {
+            if geo.is_data_cluster(cluster.into()) {
+                self.clusters.set(cluster);
+            }
+        }
+        Ok(())
+    }
+
+    /// Remembers what a root calls its blob, whole or damaged, for the messages.
+    fn note_name(&mut self, index: u32, page: &Page) {
+        if stored_crc(page) == page_crc(page) {
+            return;
+        }
+        let name = Descriptors::new(page)
+            .map_while(Result::ok)
+            .filter(|descriptor| descriptor.kind == TYPE_XATTR)
+            .find_map(|descriptor| name_xattr(descriptor.body));
+        if name.is_some() {
+            self.remains.insert(index, Remains { name });
+        }
     }
 
     /// Reads the extent pages that the tables name.
@@ -285,7 +429,11 @@ impl Scan {
                 meta.map = Arc::new(map);
                 self.blobs.insert(root, meta);
             }
-            Err((page, problem)) => self.damage(root, page, problem),
+            Err((page, problem)) => {
+                let name = meta.xattr(b"name").and_then(|value| printable(value));
+                self.remains.insert(root, Remains { name });
+                self.damage(root, page, problem);
+            }
         }
     }
 
@@ -433,6 +581,35 @@ impl Scan {
     }
 }
 
+/// What a page is, as far as it can tell by itself.
+enum Kind {
+    /// The root of a blob, whole or damaged.
+    Root,
+    /// Not a root: free, or a page that a blob names or has named.
+    Other,
+    /// Perhaps a root.
+    Suspect(PageProblem),
+}
+
+/// The type of a page's first descriptor.
+fn first_kind(page: &Page) -> Option<u8> {
+    Some(Descriptors::new(page).next()?.ok()?.kind)
+}
+
+/// The value of an xattr descriptor if the xattr is `name`.
+fn name_xattr(body: &[u8]) -> Option<String> {
+    let (lens, rest) = body.split_at_checked(4)?;
+    let name_len = usize::from(u16::from_le_bytes([lens[0], lens[1]]));
+    let (name, value) = rest.split_at_checked(name_len)?;
+    (name == b"name").then(|| printable(value)).flatten()
+}
+
+/// Text for a message, from bytes that may be anything.
+fn printable(value: &[u8]) -> Option<String> {
+    let text = value.strip_suffix(&[0]).unwrap_or(value);
+    (!text.is_empty()).then(|| text.escape_ascii().to_string())
+}
+
 /// Groups sorted indices into reads.
 fn ranges(indices: impl Iterator<Item = u32>) -> impl Iterator<Item = Range<u32>> {
     let mut indices = indices.peekable();
@@ -496,14 +673,30 @@ fn read_pages(
         }
         Ok(())
     })?;
-    io.stream(singly.into_iter().map(read), |op, result| {
-        let Op::Read { lba, buf } = op else {
-            unreachable!("only reads were submitted")
-        };
-        match result {
-            Ok(()) => page(index_of(lba), Ok(buf[..].try_into().expect("a whole page"))),
-            Err(error) => page(index_of(lba), Err(error.to_string())),
+    // A read error may pass: nothing is decided from it before it has been tried again.
+    for attempt in 1..=READ_TRIES {
+        let mut failed = Vec::new();
+        let last = attempt == READ_TRIES;
+        io.stream(
+            std::mem::take(&mut singly).into_iter().map(read),
+            |op, result| {
+                let Op::Read { lba, buf } = op else {
+                    unreachable!("only reads were submitted")
+                };
+                let index = index_of(lba);
+                match result {
+                    Ok(()) => page(index, Ok(buf[..].try_into().expect("a whole page"))),
+                    Err(error) if last => page(index, Err(error.to_string())),
+                    Err(_) => failed.push(index..index + 1),
+                }
+                Ok(())
+            },
+        )?;
+        if failed.is_empty() {
+            break;
         }
-        Ok(())
-    })
+        std::thread::sleep(READ_PAUSE * 4u32.pow(attempt - 1));
+        singly = failed;
+    }
+    Ok(())
 }

@@ -76,8 +76,8 @@ impl Blobstore {
         Ok(clone)
     }
 
-    /// Deletes a blob that is not open. A snapshot may have one clone, which takes over its clusters.
-    /// Durable on return. Blocks.
+    /// Deletes a blob that is not open. A snapshot may have one clone, which takes over its clusters. A
+    /// damaged blob ([`Blobstore::damaged`]) is given up with all that it holds. Durable on return. Blocks.
     ///
     /// # Errors
     /// The blob is open or has several clones, I/O errors.
@@ -90,7 +90,11 @@ impl Blobstore {
             .flatten()
             .copied()
             .collect();
-        if let [clone] = children[..] {
+        let damaged = id
+            .page()
+            .is_some_and(|root| state.damaged.contains_key(&root));
+        if let ([clone], false) = (&children[..], damaged) {
+            let clone = *clone;
             return state.delete_snapshot(id, clone);
         }
         let mut change = state.begin()?;

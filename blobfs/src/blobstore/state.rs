@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Weak};
 
-use super::alloc::Bitmap;
+use super::alloc::{Bitmap, iter_words};
 use super::blob::Shared;
 use super::error::Error;
 use super::external::{External, OpenExternal};
@@ -12,6 +12,7 @@ use super::gate::Closed;
 use super::geometry::Geometry;
 use super::mdio::MdIo;
 use super::meta::{BlobMeta, Parent};
+use super::scan::Remains;
 use super::view::View;
 
 /// A blob of the store.
@@ -29,6 +30,13 @@ impl Slot {
             handle: Weak::new(),
         }
     }
+}
+
+/// Pages and clusters that are marked as used without a whole blob that has them.
+#[derive(Debug)]
+pub(crate) struct Unowned {
+    pub pages: Bitmap,
+    pub clusters: Bitmap,
 }
 
 /// All metadata. Whoever changes it holds the lock, I/O included.
@@ -51,6 +59,12 @@ pub(crate) struct State {
     /// By root page.
     pub blobs: BTreeMap<u32, Slot>,
     pub damaged: BTreeMap<u32, PageError>,
+    /// What can still be told of damaged blobs.
+    pub remains: BTreeMap<u32, Remains>,
+    /// The store was not unloaded in order and had damaged blobs: what those hold is not known.
+    pub uncertain: bool,
+    /// While `uncertain`: what is marked as used and belongs to no whole blob.
+    pub unowned: Option<Unowned>,
     /// Snapshot → the blobs whose parent it is.
     pub children: HashMap<BlobId, BTreeSet<BlobId>>,
     /// Claimed by more than one blob: never released.
@@ -62,6 +76,48 @@ pub(crate) struct State {
 }
 
 impl State {
+    /// The blob for whose sake nothing is allocated.
+    pub fn held(&self) -> Option<BlobId> {
+        let (root, _) = self.damaged.first_key_value()?;
+        self.uncertain.then(|| BlobId::from_page(*root))
+    }
+
+    /// Notes what is marked as used and belongs to no whole blob.
+    pub fn note_unowned(&mut self) {
+        let mut pages = self.pages.clone();
+        let mut clusters = self.clusters.clone();
+        for cluster in 0..self.geo.first_data_cluster {
+            clusters.clear(cluster);
+        }
+        for slot in self.blobs.values() {
+            let meta = &slot.meta;
+            pages.clear(meta.root());
+            let own = meta.chain.iter().chain(meta.extent_pages.values());
+            for page in own.chain(&meta.trailing.pages) {
+                pages.clear(*page);
+            }
+            let own = meta.map.allocated().map(|(_, cluster)| cluster);
+            for cluster in own.chain(meta.trailing.clusters.iter().copied()) {
+                clusters.clear(cluster);
+            }
+        }
+        self.unowned = Some(Unowned { pages, clusters });
+    }
+
+    /// After the last damaged blob has gone: what only it can have had is free.
+    pub fn release_unowned(&mut self) {
+        self.uncertain = false;
+        let Some(unowned) = self.unowned.take() else {
+            return;
+        };
+        for page in iter_words(unowned.pages.words()) {
+            self.pages.clear(page);
+        }
+        for cluster in iter_words(unowned.clusters.words()) {
+            self.clusters.clear(cluster);
+        }
+    }
+
     /// What is known of a blob.
     pub fn meta(&self, id: BlobId) -> Result<&Arc<BlobMeta>, Error> {
         let root = id.page().ok_or(Error::NoSuchBlob(id))?;

@@ -19,7 +19,7 @@ use super::geometry::Geometry;
 use super::mdio::{MdIo, dma};
 use super::meta::ClearMethod;
 use super::ops::CreateOptions;
-use super::scan::{Roots, Scan, scan};
+use super::scan::{Remains, Roots, Scan, scan};
 use super::state::{Slot, State};
 use super::transaction::Transaction;
 
@@ -60,6 +60,9 @@ pub struct LoadOptions {
     /// Loads without ever writing: snapshots that a crash left half made stay as they are, and no change
     /// is taken.
     pub read_only: bool,
+    /// A store with damaged blobs is not loaded: [`Error::DamagedStore`] names them, and nothing was written.
+    /// Else they are set aside ([`Blobstore::damaged`]).
+    pub refuse_damage: bool,
 }
 
 /// Counts of clusters or metadata pages.
@@ -138,7 +141,12 @@ impl Blobstore {
 
     /// Loads a store: by its masks if it was unloaded in order, else by a scan of its metadata. Writes
     /// nothing, unless a crash left a snapshot half made or half removed. A blob with damaged metadata is
-    /// set aside ([`Blobstore::damaged`]), the others load. Blocks.
+    /// set aside ([`Blobstore::damaged`]), the others load.
+    ///
+    /// If the store was not unloaded in order, it is not known which clusters and metadata pages a damaged
+    /// blob holds. Then nothing is allocated ([`Error::Held`]) until that blob is deleted, here or by
+    /// [`repair`](super::check::repair); everything else works. An unload leaves such a store as one that was
+    /// not unloaded in order. Blocks.
     ///
     /// # Errors
     /// No store there, another type, figures that do not fit the device, I/O errors.
@@ -190,38 +198,56 @@ impl Blobstore {
             });
         }
         let geo = Geometry::new(&sb, info)?;
-        let masks = if sb.is_clean() {
-            Masks::read(&mut io, &geo, &sb)?
-        } else {
-            None
-        };
+        // The masks of a store that was not unloaded in order are those of the last time that it was: not to
+        // be believed, but they know which roots and clusters there were.
+        let masks = Masks::read(&mut io, &geo, &sb)?;
         let blobids = masks.as_ref().map(|masks| &masks.blobids[..]);
         let roots = match blobids {
-            Some(blobids) if !by_scan => Roots::Mask(blobids),
+            Some(blobids) if sb.is_clean() && !by_scan => Roots::Mask(blobids),
             // A root that a valid mask names and that is damaged is not to be forgotten.
-            blobids => Roots::Scan(blobids),
+            _ => Roots::Scan {
+                sure: blobids.filter(|_| sb.is_clean()),
+                past: blobids,
+            },
         };
-        if let Roots::Scan(_) = roots {
+        if let Roots::Scan { .. } = roots {
             tracing::info!(device = info.name, "scanning all metadata");
         }
         let mut scan = scan(&mut io, &geo, &roots)?;
+        let mut uncertain = false;
         match (&roots, &masks) {
             (Roots::Mask(_), Some(masks)) => scan.trust(masks),
             _ if scan.damaged.is_empty() => {}
-            // What the damaged blobs hold is not known; masks, even old ones, know some of it.
-            _ => {
-                let masks = Masks::read(&mut io, &geo, &sb)?;
-                scan.clusters
-                    .merge(masks.as_ref().map_or(&[], |masks| masks.clusters.words()));
+            // What the damaged blobs hold is known by the masks if these are to be believed. Else old masks
+            // know some of it, and nothing is given away.
+            (_, masks) => {
+                uncertain = masks.is_none() || !sb.is_clean();
+                if let Some(masks) = masks {
+                    scan.clusters.merge(masks.clusters.words());
+                }
             }
+        }
+        if opts.refuse_damage && !scan.damaged.is_empty() {
+            return Err(Error::DamagedStore {
+                device: name(),
+                damage: damage_list(&scan),
+            });
         }
         let dirty = !sb.is_clean() || by_scan;
         let store =
             Blobstore::with_state(dev, io, sb, geo, scan, dirty, opts.open_external.clone());
-        if opts.read_only {
-            store.inner.state.lock().read_only = true;
-        } else {
-            store.inner.state.lock().mend()?;
+        {
+            let mut state = store.inner.state.lock();
+            state.read_only = opts.read_only;
+            state.uncertain = uncertain;
+            if state.held().is_some() {
+                state.note_unowned();
+                tracing::error!(
+                    "nothing is allocated: it is not known which clusters the damaged blobs hold"
+                );
+            } else if !opts.read_only {
+                state.mend()?;
+            }
         }
         Ok(store)
     }
@@ -259,6 +285,9 @@ impl Blobstore {
             clusters: scan.clusters,
             blobs: blobs.collect::<BTreeMap<_, _>>(),
             damaged: scan.damaged,
+            remains: scan.remains,
+            uncertain: false,
+            unowned: None,
             children: HashMap::new(),
             shared_clusters: scan.shared_clusters,
             shared_pages: scan.shared_pages,
@@ -303,7 +332,13 @@ impl Blobstore {
                 slot.meta.id
             )));
         }
-        if state.dirty && state.stopped.is_none() && !state.read_only {
+        if let Some(id) = state.held() {
+            // Masks would give away what the damaged blob holds.
+            tracing::warn!(blob = %id, "the store stays marked as not unloaded in order: a blob is damaged");
+            if !state.read_only {
+                state.io.flush()?;
+            }
+        } else if state.dirty && state.stopped.is_none() && !state.read_only {
             state.write_masks()?;
         }
         state.unloaded = true;
@@ -380,6 +415,14 @@ impl Blobstore {
             .collect()
     }
 
+    /// As [`Blobstore::damaged`], in words: a line for each blob, with its xattr `name` where that can still
+    /// be read.
+    #[must_use]
+    pub fn damage(&self) -> Vec<String> {
+        let state = self.inner.state.lock();
+        describe_damage(&state.damaged, &state.remains)
+    }
+
     /// Bytes of a cluster.
     #[must_use]
     pub fn cluster_size(&self) -> u64 {
@@ -405,10 +448,15 @@ impl Blobstore {
         u64::from(state.geo.total_clusters - state.geo.first_data_cluster)
     }
 
-    /// Clusters that nobody has.
+    /// Clusters that can be allocated: those that nobody has, or none while allocation is held back
+    /// ([`Error::Held`]).
     #[must_use]
     pub fn free_clusters(&self) -> u64 {
-        u64::from(self.inner.state.lock().clusters.free())
+        let state = self.inner.state.lock();
+        match state.held() {
+            Some(_) => 0,
+            None => u64::from(state.clusters.free()),
+        }
     }
 
     /// Metadata pages.
@@ -448,6 +496,19 @@ impl Blobstore {
         state
             .commit(change)
             .inspect_err(|_| state.sb.super_blob = old)
+    }
+
+    /// Gives up a damaged blob, clones or not.
+    pub(crate) fn give_up(&self, id: BlobId) -> Result<(), Error> {
+        let mut state = self.inner.state.lock();
+        let mut change = state.begin()?;
+        change.discarded.extend(id.page());
+        state.commit(change)
+    }
+
+    /// Ends half-made and half-removed snapshots that the load has left alone.
+    pub(crate) fn end_half_done(&self) -> Result<(), Error> {
+        self.inner.state.lock().mend()
     }
 
     /// A list of changes for one commit.
@@ -531,7 +592,26 @@ impl State {
     }
 }
 
-/// The masks of a store that was unloaded in order.
+fn damage_list(scan: &Scan) -> Vec<String> {
+    describe_damage(&scan.damaged, &scan.remains)
+}
+
+/// A line for each damaged blob.
+pub(crate) fn describe_damage(
+    damaged: &BTreeMap<u32, PageError>,
+    remains: &BTreeMap<u32, Remains>,
+) -> Vec<String> {
+    let line = |(root, error): (&u32, &PageError)| {
+        let id = BlobId::from_page(*root);
+        match remains.get(root).and_then(|r| r.name.as_deref()) {
+            Some(name) => format!("blob {id} (\"{name}\"): {error}"),
+            None => format!("blob {id}: {error}"),
+        }
+    };
+    damaged.iter().map(line).collect()
+}
+
+/// The masks of the last orderly unload.
 pub(crate) struct Masks {
     pub pages: Vec<u64>,
     pub clusters: Bitmap,

@@ -95,6 +95,18 @@ pub enum FsError {
         /// What is wrong.
         reason: String,
     },
+    /// The file system has damage, and was to be mounted for writing. Nothing was written.
+    #[error(
+        "{device}: the file system is damaged: {}; mount it read-only to copy what can be read; \
+         `pumice fsck --repair` gives up what is damaged, and the mount option accept_damage goes on without it",
+        crate::blobstore::some_lines(.damage)
+    )]
+    Damaged {
+        /// The device.
+        device: String,
+        /// What is damaged, a line each, with the path where it is known.
+        damage: Vec<String>,
+    },
     /// Another process has the device.
     #[error("{device}: in use by {}", owner(*.pid))]
     InUse {
@@ -176,6 +188,7 @@ impl FsError {
             FsError::NameTooLong { .. } => libc::ENAMETOOLONG,
             FsError::Locked { .. } => libc::EAGAIN,
             FsError::InvalidInput { .. } | FsError::Foreign { .. } => libc::EINVAL,
+            FsError::Damaged { .. } => libc::EUCLEAN,
             FsError::ReadOnly { .. } => libc::EROFS,
             FsError::Io { source, .. } => match source.kind {
                 IoErrorKind::NoSpace => libc::ENOSPC,

@@ -42,7 +42,11 @@ struct Loader {
     store: Blobstore,
     read_only: bool,
     problems: Vec<String>,
+    /// Those of the problems by which something is lost.
+    damage: Vec<String>,
     found: Vec<Found>,
+    /// Blobs that were deleted while they were open.
+    deleted: Vec<BlobId>,
 }
 
 /// Opens the store and builds the file system on it.
@@ -62,6 +66,7 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
     let load = LoadOptions {
         bstype: Some(BsType::BLOBFS),
         read_only: opts.read_only,
+        refuse_damage: !opts.read_only && !opts.accept_damage,
         ..LoadOptions::default()
     };
     let store = Blobstore::load(Arc::clone(&counted), &load).map_err(|e| refuse(dev, e))?;
@@ -70,9 +75,18 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
         store: store.clone(),
         read_only: opts.read_only,
         problems: Vec::new(),
+        damage: Vec::new(),
         found: Vec::new(),
+        deleted: Vec::new(),
     };
     loader.read_blobs();
+    if load.refuse_damage && !loader.damage.is_empty() {
+        return Err(FsError::Damaged {
+            device: info.name,
+            damage: loader.damage,
+        });
+    }
+    loader.remove_deleted();
     loader.finish_renames()?;
     loader.resolve_names()?;
     let cache = Cache::new(opts.cache_bytes);
@@ -125,6 +139,7 @@ fn refuse(dev: &Arc<dyn BlockDevice>, e: StoreError) -> FsError {
     let device = dev.info().name.clone();
     let hint = "make a file system with `pumice mkfs`".to_owned();
     match e {
+        StoreError::DamagedStore { damage, .. } => FsError::Damaged { device, damage },
         StoreError::WrongType { found, .. } => FsError::Foreign {
             device,
             found: format!("an SPDK blobstore of type \"{found}\""),
@@ -161,22 +176,33 @@ impl Loader {
         self.problems.push(format!("blob {id}: {what}"));
     }
 
+    /// A problem by which something is lost.
+    fn damage(&mut self, id: BlobId, what: impl std::fmt::Display) {
+        self.damage.push(format!("blob {id}: {what}"));
+        self.problem(id, what);
+    }
+
     fn read_blobs(&mut self) {
         for (id, error) in self.store.damaged() {
-            self.problem(id, format!("damaged metadata, left alone: {error}"));
+            self.damage(id, format!("damaged metadata, left alone: {error}"));
         }
         for id in self.store.blobs() {
             match self.store.open(id) {
                 Ok(blob) => {
                     if blob.xattr(xattr::IS_DELETED).is_some() {
-                        drop(blob);
-                        self.delete(id);
+                        self.deleted.push(id);
                     } else {
                         self.read_blob(&blob);
                     }
                 }
-                Err(e) => self.problem(id, format!("cannot be opened, left alone: {e}")),
+                Err(e) => self.damage(id, format!("cannot be opened, left alone: {e}")),
             }
+        }
+    }
+
+    fn remove_deleted(&mut self) {
+        for id in std::mem::take(&mut self.deleted) {
+            self.delete(id);
         }
     }
 
@@ -208,7 +234,7 @@ impl Loader {
         if let Some(raw) = blob.xattr(xattr::LINKS) {
             match decode_names(&raw) {
                 Some(links) if links.iter().all(|l| is_normal(l)) => names.extend(links),
-                _ => self.problem(
+                _ => self.damage(
                     id,
                     "damaged list of hard links; only its first name is used",
                 ),
@@ -219,7 +245,7 @@ impl Loader {
             .num_clusters()
             .saturating_mul(self.store.cluster_size());
         if len > size {
-            self.problem(
+            self.damage(
                 id,
                 format!(
                     "{}: length {len}, but only {size} bytes allocated: cut to that",

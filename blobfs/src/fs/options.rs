@@ -30,6 +30,9 @@ pub struct MountOptions {
     pub cache_bytes: u64,
     /// Nothing is ever written.
     pub read_only: bool,
+    /// Mounts for writing although blobs are damaged, without the files that they were: what was in them
+    /// counts as lost. Without it such a mount fails with [`FsError::Damaged`](super::FsError::Damaged).
+    pub accept_damage: bool,
     /// Bytes on their way to the device at which an appending thread waits.
     pub write_behind_bytes: usize,
     /// Channels that threads share for writes and read-ahead.
@@ -47,6 +50,7 @@ impl Default for MountOptions {
         MountOptions {
             cache_bytes: 256 << 20,
             read_only: false,
+            accept_damage: false,
             write_behind_bytes: 32 << 20,
             shared_channels: 4,
             read_ahead_bytes: 1 << 20,

@@ -134,6 +134,14 @@ pub struct BlobReader {
 }
 
 impl BlobReader {
+    /// The value of an xattr that has been read so far.
+    pub(crate) fn xattr(&self, name: &[u8]) -> Option<&[u8]> {
+        self.xattrs
+            .iter()
+            .find(|xattr| *xattr.name == *name)
+            .map(|xattr| &*xattr.value)
+    }
+
     /// A reader for blob `id` before its root.
     #[must_use]
     pub fn new(id: BlobId) -> BlobReader {

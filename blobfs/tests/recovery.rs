@@ -1,0 +1,331 @@
+//! Damage and read errors, most of all after an unclean stop: what could not be read is reported, kept, and
+//! given to nobody.
+
+mod common;
+
+use std::sync::Arc;
+
+use common::*;
+use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice_bdev::{BlockDevice, OpKind};
+use pumice_blobfs::blobstore::check::{Severity, apply, check, plan, repair};
+use pumice_blobfs::blobstore::{BlobId, Blobstore, CreateOptions, Error, InitOptions, LoadOptions};
+use pumice_blobfs::fs::{FileSystem, FormatOptions, FsError, MountOptions, OpenOptions};
+
+const CLUSTER: u64 = 8192;
+
+/// A store of three blobs that was not unloaded, and the blobs.
+fn unclean() -> (Vec<u8>, Vec<BlobId>, u64) {
+    let dev = memory(8 << 20, 4096);
+    let opts = InitOptions {
+        cluster_size: 8192,
+        md_pages: Some(64),
+        ..InitOptions::default()
+    };
+    let store = Blobstore::init(Arc::clone(&dev), &opts).unwrap();
+    store.unload().unwrap();
+    drop(store);
+    let store = Blobstore::load(Arc::clone(&dev), &LoadOptions::default()).unwrap();
+    let md_start = store.super_block().md_start.get();
+    let ids = (0..3u8)
+        .map(|i| {
+            let opts = CreateOptions {
+                num_clusters: if i == 1 { 600 } else { 3 },
+                xattrs: vec![("name".to_owned(), format!("/file{i}\0").into_bytes())],
+                ..CreateOptions::default()
+            };
+            let id = store.create(&opts).unwrap();
+            write(&store.open(id).unwrap(), 0, &[i + 1; 8192]);
+            id
+        })
+        .collect();
+    drop(store);
+    (content(&dev), ids, u64::from(md_start) * 4096)
+}
+
+fn load(dev: &Arc<dyn BlockDevice>) -> Blobstore {
+    Blobstore::load(Arc::clone(dev), &LoadOptions::default()).unwrap()
+}
+
+fn one_cluster() -> CreateOptions {
+    CreateOptions {
+        num_clusters: 1,
+        ..CreateOptions::default()
+    }
+}
+
+/// The store has one damaged blob, `id`: nothing is allocated, nothing of it is given away.
+fn assert_held(store: &Blobstore, id: BlobId, what: &str) {
+    let damaged: Vec<BlobId> = store.damaged().into_iter().map(|(id, _)| id).collect();
+    assert_eq!(damaged, [id], "{what}");
+    assert!(
+        matches!(store.create(&one_cluster()), Err(Error::Held(held)) if held == id),
+        "{what}"
+    );
+    assert_eq!(store.free_clusters(), 0, "{what}");
+    assert!(
+        matches!(store.open(id), Err(Error::Damaged { .. })),
+        "{what}"
+    );
+}
+
+fn root_offset(md: u64, id: BlobId) -> usize {
+    usize::try_from(md + u64::from(id.page().unwrap()) * 4096).unwrap()
+}
+
+#[test]
+fn a_damaged_root_is_reported_and_kept_after_an_unclean_stop() {
+    let (bytes, ids, md) = unclean();
+    let root = root_offset(md, ids[1]);
+    // The page's id, its sequence number, descriptors, the unused rest, next, crc.
+    for at in [0, 1, 2, 4, 7, 8, 16, 17, 40, 300, 3000, 4088, 4092, 4095] {
+        let what = format!("byte {at} changed");
+        let mut changed = bytes.clone();
+        changed[root + at] ^= 0x41;
+        let dev = memory_with(&changed, 4096);
+        let report = check(&dev).unwrap();
+        assert_eq!(report.worst(), Some(Severity::Error), "{what}");
+        let store = load(&dev);
+        assert_held(&store, ids[1], &what);
+        let blob = store.open(ids[2]).unwrap();
+        assert_eq!(read(&blob, 0, 4096), [3; 4096], "{what}");
+        // What needs no space works, and an unload does not make a clean store of it.
+        write(&blob, 4096, &[9; 4096]);
+        drop(blob);
+        store.delete(ids[0]).unwrap();
+        store.unload().unwrap();
+        drop(store);
+        let store = load(&dev);
+        assert_held(&store, ids[1], &what);
+        drop(store);
+        // With the byte as it was the blob is there, whole.
+        let mut healed = content(&dev);
+        healed[root + at] ^= 0x41;
+        let store = load(&memory_with(&healed, 4096));
+        assert_eq!(store.damaged(), []);
+        assert_eq!(read(&store.open(ids[1]).unwrap(), 0, 8192), [2; 8192]);
+    }
+}
+
+#[test]
+fn a_page_that_cannot_be_read_is_tried_again_and_then_kept() {
+    let (bytes, ids, md) = unclean();
+    // The root, and the first and the last extent page of the long blob.
+    let root = u64::from(ids[1].page().unwrap());
+    let pages = (0..64).filter(|page| {
+        let at = usize::try_from(md + page * 4096).unwrap();
+        let id = u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+        *page == root || (id == ids[1].0 && bytes[at + 16] == 6)
+    });
+    let pages: Vec<u64> = pages.collect();
+    assert_eq!(pages.len(), 3, "{pages:?}");
+    for page in pages {
+        for count in [1, 3, 4, 1_000_000] {
+            let base = memory_with(&bytes, 4096);
+            let dev = Arc::new(ErrorDevice::new(None, Arc::clone(&base)));
+            dev.inject(Injection {
+                op: Some(OpKind::Read),
+                failure: Failure::Fail,
+                count,
+                range: Some((md / 4096 + page, 1)),
+                queue_depth: 0,
+            });
+            let faulty: Arc<dyn BlockDevice> = Arc::clone(&dev) as Arc<dyn BlockDevice>;
+            let store = load(&faulty);
+            if count < 5 {
+                assert_eq!(store.damaged(), [], "page {page}, {count} errors");
+                continue;
+            }
+            assert_held(&store, ids[1], &format!("page {page} unreadable"));
+            drop(store);
+            dev.clear();
+            // The medium was well: all is there, and nobody else has any of it.
+            let store = load(&faulty);
+            assert_eq!(store.damaged(), []);
+            let blob = store.open(ids[1]).unwrap();
+            assert_eq!(read(&blob, 0, 8192), [2; 8192]);
+            assert_eq!(blob.num_allocated(), 600);
+            assert_eq!(check(&base).unwrap().worst(), None);
+        }
+    }
+}
+
+#[test]
+fn a_root_whose_beginning_is_gone_is_known_by_the_old_masks() {
+    let (bytes, ids, md) = unclean();
+    let dev = memory_with(&bytes, 4096);
+    let store = load(&dev);
+    store.unload().unwrap();
+    drop(store);
+    let store = load(&dev);
+    store.set_super_blob(Some(ids[0])).unwrap();
+    drop(store);
+    let mut changed = content(&dev);
+    changed[root_offset(md, ids[1])..][..512].fill(0);
+    assert_held(
+        &load(&memory_with(&changed, 4096)),
+        ids[1],
+        "first sector gone",
+    );
+}
+
+#[test]
+fn deleting_the_damaged_blob_lets_allocation_go_on() {
+    let (bytes, ids, md) = unclean();
+    let mut changed = bytes;
+    changed[root_offset(md, ids[1]) + 3000] ^= 1;
+    let dev = memory_with(&changed, 4096);
+    let store = load(&dev);
+    assert_held(&store, ids[1], "before");
+    store.delete(ids[1]).unwrap();
+    assert_eq!(store.damaged(), []);
+    assert_eq!(store.free_clusters(), store.total_clusters() - 6);
+    assert_eq!(store.md_pages().used, 4);
+    let id = store.create(&one_cluster()).unwrap();
+    assert_eq!(read(&store.open(id).unwrap(), 0, 8192), vec![0; 8192]);
+    store.unload().unwrap();
+    drop(store);
+    assert_eq!(check(&dev).unwrap().worst(), None);
+    let bytes = content(&dev);
+    strict::parse_of(&bytes, "after the deletion");
+}
+
+#[test]
+fn a_repair_says_first_what_it_gives_up() {
+    let (bytes, ids, md) = unclean();
+    for at in [200, 3000] {
+        let mut changed = bytes.clone();
+        changed[root_offset(md, ids[1]) + at] ^= 1;
+        let dev = memory_with(&changed, 4096);
+        let planned = plan(&dev).unwrap();
+        assert_eq!(content(&dev), changed, "a plan writes nothing");
+        assert_eq!(planned.removed.len(), 1);
+        assert_eq!(planned.removed[0].id, ids[1]);
+        assert_eq!(planned.removed[0].name.as_deref(), Some("/file1"));
+        let lines = planned.lines();
+        assert!(lines[0].contains("/file1"), "{lines:?}");
+        let done = apply(&dev, &planned).unwrap();
+        assert!(done[0].contains("/file1"), "{done:?}");
+        let report = check(&dev).unwrap();
+        assert_eq!((report.worst(), report.clean), (None, true));
+        let store = load(&dev);
+        assert_eq!(store.free_clusters(), store.total_clusters() - 6);
+        assert!(plan(&dev).unwrap().is_empty());
+    }
+}
+
+#[test]
+fn a_repair_does_not_go_beyond_its_plan() {
+    let (bytes, ids, md) = unclean();
+    let mut changed = bytes;
+    changed[root_offset(md, ids[1]) + 3000] ^= 1;
+    let planned = plan(&memory_with(&changed, 4096)).unwrap();
+    changed[root_offset(md, ids[2]) + 3000] ^= 1;
+    let dev = memory_with(&changed, 4096);
+    assert!(matches!(
+        apply(&dev, &planned),
+        Err(Error::DamagedStore { .. })
+    ));
+    assert_eq!(content(&dev), changed);
+    repair(&dev).unwrap();
+    assert_eq!(load(&dev).blobs(), [ids[0]]);
+}
+
+/// A file system that was not unmounted, with a damaged root of `/log`.
+fn damaged_file_system(clean: bool) -> Vec<u8> {
+    let dev = memory(32 << 20, 4096);
+    FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
+    let fs = FileSystem::mount(Arc::clone(&dev), &MountOptions::default()).unwrap();
+    for name in ["/log", "/other"] {
+        let file = fs.open(name, OpenOptions::CREATE).unwrap();
+        file.append(&[7; 10_000]).unwrap();
+        file.sync().unwrap();
+    }
+    let root = fs.stat("/log").unwrap().blob_id.unwrap();
+    let md = u64::from(fs.blobstore().super_block().md_start.get()) * 4096;
+    let unclean = content(&dev);
+    fs.unmount().unwrap();
+    drop(fs);
+    let mut bytes = if clean { content(&dev) } else { unclean };
+    bytes[root_offset(md, root) + 2000] ^= 1;
+    bytes
+}
+
+#[test]
+fn a_damaged_file_system_is_mounted_for_reading_only() {
+    for clean in [false, true] {
+        let bytes = damaged_file_system(clean);
+        let dev = memory_with(&bytes, 4096);
+        let error = FileSystem::mount(Arc::clone(&dev), &MountOptions::default()).unwrap_err();
+        assert!(matches!(error, FsError::Damaged { .. }), "{error}");
+        let text = error.to_string();
+        assert!(
+            text.contains("/log") && text.contains("accept_damage"),
+            "{text}"
+        );
+        assert_eq!(content(&dev), bytes, "a refused mount writes nothing");
+
+        let mut opts = MountOptions::default();
+        opts.read_only = true;
+        let fs = FileSystem::mount(Arc::clone(&dev), &opts).unwrap();
+        let mut out = vec![0; 10_000];
+        fs.open("/other", OpenOptions::READ)
+            .unwrap()
+            .read_at(0, &mut out)
+            .unwrap();
+        assert_eq!(out, [7; 10_000]);
+        assert_eq!(fs.problems().len(), 1);
+        fs.unmount().unwrap();
+        drop(fs);
+        assert_eq!(content(&dev), bytes);
+
+        let mut opts = MountOptions::default();
+        opts.accept_damage = true;
+        let fs = FileSystem::mount(Arc::clone(&dev), &opts).unwrap();
+        assert!(!fs.exists("/log").unwrap());
+        fs.unlink("/other").unwrap();
+        let made = fs.open("/new", OpenOptions::CREATE);
+        assert_eq!(
+            made.is_ok(),
+            clean,
+            "space is given away only where masks tell what is free"
+        );
+        drop(made);
+        fs.unmount().unwrap();
+        drop(fs);
+
+        repair(&dev).unwrap();
+        let fs = FileSystem::mount(Arc::clone(&dev), &MountOptions::default()).unwrap();
+        let file = fs.open("/after", OpenOptions::CREATE).unwrap();
+        file.append(b"x").unwrap();
+        file.sync().unwrap();
+        assert_eq!(fs.problems(), &[] as &[String]);
+    }
+}
+
+/// A store that was unloaded in order knows by its masks what a damaged blob holds.
+#[test]
+fn a_clean_store_goes_on_beside_a_damaged_blob() {
+    let (bytes, ids, md) = unclean();
+    let dev = memory_with(&bytes, 4096);
+    load(&dev).unload().unwrap();
+    let mut changed = content(&dev);
+    changed[root_offset(md, ids[0]) + 3000] ^= 1;
+    let dev = memory_with(&changed, 4096);
+    let store = load(&dev);
+    assert_eq!(store.damaged().len(), 1);
+    let free = store.free_clusters();
+    assert_eq!(free, store.total_clusters() - 606);
+    let id = store.create(&one_cluster()).unwrap();
+    assert_eq!(read(&store.open(id).unwrap(), 0, 4096), [0; 4096]);
+    store.unload().unwrap();
+    drop(store);
+    changed = content(&dev);
+    changed[root_offset(md, ids[0]) + 3000] ^= 1;
+    let store = load(&memory_with(&changed, 4096));
+    assert_eq!(
+        read(&store.open(ids[0]).unwrap(), 0, 2 * 4096),
+        [1; 2 * 4096]
+    );
+    assert_eq!(store.open(ids[0]).unwrap().len_bytes(), 3 * CLUSTER);
+}
