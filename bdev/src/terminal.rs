@@ -132,6 +132,17 @@ pub fn outcome() -> io::Result<()> {
     FAILED.lock().take().map_or(Ok(()), Err)
 }
 
+/// A tool's exit code: `code`, or a failure that is said when its output could not be written.
+pub fn finished(tool: &str, code: std::process::ExitCode) -> std::process::ExitCode {
+    match outcome() {
+        Ok(()) => code,
+        Err(e) => {
+            complain_line(format_args!("{tool}: standard output: {e}"));
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
 /// `println!` for tools: control characters are shown, a closed pipe is no panic.
 #[macro_export]
 macro_rules! say {

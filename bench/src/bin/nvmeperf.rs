@@ -64,9 +64,9 @@ struct Args {
 
 fn main() -> ExitCode {
     match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => pumice_bdev::terminal::finished("nvmeperf", ExitCode::SUCCESS),
         Err(error) => {
-            eprintln!("nvmeperf: {error}");
+            pumice_bdev::complain!("nvmeperf: {error}");
             ExitCode::FAILURE
         }
     }
@@ -133,9 +133,9 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     .map_err(|e| e.to_string())?;
     let report = Report::new(&shared.workload, &results);
     if args.json {
-        println!("{:#}", report.json(&args.uri, &shared.workload));
+        pumice_bdev::say!("{:#}", report.json(&args.uri, &shared.workload));
     } else {
-        print!("{}", report.table());
+        pumice_bdev::terminal::print(&report.table());
     }
     Ok(())
 }

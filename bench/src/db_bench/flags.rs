@@ -24,7 +24,7 @@ crate::flags! {
         spdk_cache_size: u64 = 0_u64, "page cache of --env=pumice in MiB, as SPDK's db_bench took it; 0: --fs_cache_size";
         json: String = "", "write results for machines to this file ('-': standard output, the text then goes to standard error)";
         // What to run.
-        db: String = "", "directory of the database; empty: /dbbench in the file system below, for --env=kernel dbbench in the temporary directory";
+        db: String = "", "directory of the database; empty: /dbbench in the file system below, for --env=kernel dbbench-UID in the temporary directory, which only its user may enter";
         wal_dir: String = "", "directory of the write-ahead log; empty: --db";
         num: i64 = 1_000_000, "number of key/values to place in the database";
         reads: i64 = -1, "number of read operations; negative: --num";

@@ -1,5 +1,6 @@
 //! The file system below RocksDB: the kernel's, RocksDB's memory env, or ours.
 
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rocksdb::Env;
@@ -93,12 +94,14 @@ impl Target {
 
 fn kernel(f: &Flags) -> Result<Target, String> {
     let db = if f.db.is_empty() {
-        std::env::temp_dir().join("dbbench")
+        own_directory(&std::env::temp_dir())?
     } else {
         PathBuf::from(&f.db)
     };
     let fail = |e: &dyn std::fmt::Display| format!("--db={}: {e}", db.display());
-    std::fs::create_dir_all(&db).map_err(|e| fail(&e))?;
+    if !f.db.is_empty() {
+        std::fs::create_dir_all(&db).map_err(|e| fail(&e))?;
+    }
     let mount = Mount::of(&db).map_err(|e| fail(&e))?;
     let device = mount.write_cache();
     let memory = matches!(mount.kind.as_str(), "tmpfs" | "ramfs");
@@ -131,6 +134,36 @@ fn kernel(f: &Flags) -> Result<Target, String> {
         mount: Some(mount),
         _host_dir: None,
     })
+}
+
+/// The user's own directory for databases in a place where everybody may make names. One that
+/// somebody else made, or may write to, is refused: RocksDB follows the links that it finds there.
+fn own_directory(temp: &Path) -> Result<PathBuf, String> {
+    let me = std::fs::metadata("/proc/self")
+        .map_err(|e| format!("/proc/self: {e}"))?
+        .uid();
+    let dir = temp.join(format!("dbbench-{me}"));
+    let fail = |what: &str| {
+        format!(
+            "{}: {what}; name a directory of your own with --db",
+            dir.display()
+        )
+    };
+    match std::fs::DirBuilder::new().mode(0o700).create(&dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+            return Err(fail(&e.to_string()));
+        }
+        _ => {}
+    }
+    // Of the name itself: not of what a link leads to.
+    let meta = std::fs::symlink_metadata(&dir).map_err(|e| fail(&e.to_string()))?;
+    if !meta.is_dir() {
+        return Err(fail("it is not a directory"));
+    }
+    if meta.uid() != me || meta.mode() & 0o022 != 0 {
+        return Err(fail("another user made it, or may write to it"));
+    }
+    Ok(dir)
 }
 
 fn mem(f: &Flags) -> Result<Target, String> {
@@ -265,6 +298,41 @@ mod tests {
         assert_eq!((m.point.as_str(), m.device.as_str()), ("/mnt two", "98:0"));
         assert!(Mount::parse("nonsense").is_none());
         assert!(!Mount::of(Path::new("/")).unwrap().kind.is_empty());
+    }
+
+    #[test]
+    fn the_directory_for_everybodys_names_is_the_users_own() {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        let temp = tempfile::tempdir().unwrap();
+        let dir = own_directory(temp.path()).unwrap();
+        let mode = |p: &Path| std::fs::metadata(p).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&dir), 0o700);
+        assert_eq!(own_directory(temp.path()).unwrap(), dir, "found again");
+        // Somebody else may write there.
+        std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(own_directory(temp.path()).unwrap_err().contains("--db"));
+        // A link to a directory of one's own is somebody else's choice.
+        std::fs::remove_dir(&dir).unwrap();
+        let elsewhere = temp.path().join("elsewhere");
+        std::fs::create_dir(&elsewhere).unwrap();
+        symlink(&elsewhere, &dir).unwrap();
+        let refused = own_directory(temp.path()).unwrap_err();
+        assert!(refused.contains("not a directory"), "{refused}");
+        assert_eq!(std::fs::read_dir(&elsewhere).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn another_users_directory_is_refused() {
+        let temp = tempfile::tempdir().unwrap();
+        let me = std::fs::metadata("/proc/self").unwrap().uid();
+        let dir = temp.path().join(format!("dbbench-{me}"));
+        std::fs::create_dir(&dir).unwrap();
+        if std::os::unix::fs::chown(&dir, Some(65534), None).is_err() {
+            println!("skipped: another_users_directory_is_refused: needs root");
+            return;
+        }
+        let refused = own_directory(temp.path()).unwrap_err();
+        assert!(refused.contains("another user"), "{refused}");
     }
 
     #[test]

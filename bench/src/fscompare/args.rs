@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Parser;
+use pumice_bdev::complain;
 
 use super::side::Side;
 
@@ -13,7 +14,7 @@ use super::side::Side;
 #[command(version, max_term_width = 100)]
 pub struct Args {
     /// Image file on the disk to compare on. Made and removed; one that exists needs --force and is
-    /// overwritten and kept. Default: a file in the temporary directory.
+    /// overwritten and kept. Default: a file in a directory of its own in the temporary directory.
     #[arg(long, conflicts_with = "device")]
     pub image: Option<PathBuf>,
 
@@ -37,7 +38,8 @@ pub struct Args {
     /// Sides, in order. host: the kernel's file system as it is, in --kernel-dir. ext4, xfs: made on
     /// a loop device on the image file, or on --device (root). pumice: ours on the image file.
     /// pumice-dev: ours on the same loop device or --device (root). mem: RocksDB's memory env, the
-    /// file system that costs nothing. Default: all that this user can run.
+    /// file system that costs nothing. Default: all that this user can run with the programs that are
+    /// installed.
     #[arg(long, value_delimiter = ',')]
     pub sides: Vec<Side>,
 
@@ -90,7 +92,7 @@ pub struct Plan {
     pub stages: Vec<String>,
     /// Rounds.
     pub rounds: u64,
-    /// The image file, unless a device is given.
+    /// The image file that was named; without it and a device one is made.
     pub image: Option<PathBuf>,
     /// The device, when given.
     pub device: Option<PathBuf>,
@@ -126,6 +128,13 @@ impl Plan {
                 .into_iter()
                 .filter(|s| (root || !s.needs_root()) && s.fits(a.device.is_some()))
                 .filter(|s| a.device.is_none() || a.kernel_dir.is_some() || *s != Side::Host)
+                .filter(|s| {
+                    let missing = s.missing_program();
+                    if let Some(words) = &missing {
+                        complain!("fscompare: {s} is left out: {words}");
+                    }
+                    missing.is_none()
+                })
                 .collect();
         }
         let mut seen = Vec::new();
@@ -138,6 +147,9 @@ impl Plan {
                 return Err(format!(
                     "--sides: {s} needs root, to make and mount a file system; without it compare host, pumice and mem"
                 ));
+            }
+            if let Some(words) = s.missing_program() {
+                return Err(format!("--sides: {s} cannot run: {words}"));
             }
             if !s.fits(a.device.is_some()) {
                 return Err(format!(
@@ -164,14 +176,7 @@ impl Plan {
         if stages.is_empty() || a.rounds == 0 {
             return Err("--benchmarks and --rounds must leave something to run".to_owned());
         }
-        let image = match (&a.device, &a.image) {
-            (Some(_), _) => None,
-            (None, Some(i)) => Some(i.clone()),
-            (None, None) => {
-                let name = format!("fscompare-{}.img", std::process::id());
-                Some(std::env::temp_dir().join(name))
-            }
-        };
+        let image = a.image.clone();
         let beside = image
             .as_deref()
             .and_then(|i| i.parent())

@@ -3,14 +3,16 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use pumice_bdev::complain;
+
 use super::Stop;
 use super::args::Plan;
-use super::side::Side;
+use super::side::{Side, search_path};
 
 /// Runs a system program; its words are the error.
 ///
@@ -18,11 +20,9 @@ use super::side::Side;
 /// The program is missing or failed.
 pub fn system(program: &str, args: &[&str]) -> Result<String, String> {
     let line = format!("{program} {}", args.join(" "));
-    // Debian keeps mkfs, losetup and the like out of a user's PATH.
-    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
     let out = Command::new(program)
         .args(args)
-        .env("PATH", path)
+        .env("PATH", search_path())
         .output()
         .map_err(|e| format!("{line}: {e}"))?;
     if out.status.success() {
@@ -76,7 +76,7 @@ impl Disk {
                     device.display()
                 ));
             }
-            refuse_mounted(device)?;
+            refuse_used(device)?;
             return Ok(Self {
                 image: None,
                 device: Some(device.clone()),
@@ -84,10 +84,9 @@ impl Disk {
         }
         let wanted = |s: &Side| s.needs_device() || *s == Side::Pumice;
         let image = match &plan.image {
-            Some(path) if plan.sides.iter().any(wanted) => {
-                Some(Image::make(path, plan.size, plan.force, stop)?)
-            }
-            _ => None,
+            _ if !plan.sides.iter().any(wanted) => None,
+            Some(path) => Some(Image::make(path, plan.size, plan.force, stop)?),
+            None => Some(Image::temporary(plan.size, stop)?),
         };
         Ok(Self {
             image,
@@ -114,24 +113,20 @@ impl Disk {
     }
 }
 
-fn refuse_mounted(device: &Path) -> Result<(), String> {
-    let real = device
-        .canonicalize()
-        .map_err(|e| format!("--device={}: {e}", device.display()))?;
-    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    let name = real.display().to_string();
-    // A partition of it counts too.
-    let hit = mounts
-        .lines()
-        .filter_map(|l| l.split_once(' '))
-        .find(|(source, _)| source.starts_with(&name));
-    match hit {
-        None => Ok(()),
-        Some((source, rest)) => Err(format!(
-            "--device={}: {source} is mounted at {}; unmount it first",
-            device.display(),
-            rest.split(' ').next().unwrap_or("?")
+/// Whatever has claimed the device, or one of its partitions, keeps it: a mount of any namespace, swap
+/// space, a volume (open(2), `O_EXCL` of a block device).
+fn refuse_used(device: &Path) -> Result<(), String> {
+    let opened = File::options()
+        .read(true)
+        .custom_flags(libc::O_EXCL)
+        .open(device);
+    match opened {
+        Ok(_) => Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::ResourceBusy => Err(format!(
+            "--device={} is in use (mounted, swap space, or part of a volume); end that first",
+            device.display()
         )),
+        Err(e) => Err(format!("--device={}: {e}", device.display())),
     }
 }
 
@@ -140,6 +135,8 @@ fn refuse_mounted(device: &Path) -> Result<(), String> {
 struct Image {
     path: PathBuf,
     made: bool,
+    // Removed behind the file.
+    _dir: Option<tempfile::TempDir>,
 }
 
 impl Drop for Image {
@@ -147,31 +144,51 @@ impl Drop for Image {
         if self.made
             && let Err(e) = std::fs::remove_file(&self.path)
         {
-            eprintln!("fscompare: {} is left: {e}", self.path.display());
+            complain!("fscompare: {} is left: {e}", self.path.display());
         }
     }
 }
 
 impl Image {
-    /// A file of written zeros: no side then pays for the host's file system allocating blocks.
+    /// A file under a name that nobody else can take, in a directory that nobody else may enter.
+    fn temporary(size: u64, stop: &Stop) -> Result<Self, String> {
+        let dir = tempfile::Builder::new()
+            .prefix("fscompare-")
+            .tempdir()
+            .map_err(|e| format!("a temporary directory: {e}"))?;
+        let mut image = Self::make(&dir.path().join("disk.img"), size, false, stop)?;
+        image._dir = Some(dir);
+        Ok(image)
+    }
+
+    /// A file of written zeros: no side then pays for the host's file system allocating blocks. It is
+    /// made anew, or, with `force`, overwritten; a link is never followed, since somebody else may
+    /// have put it there.
     fn make(path: &Path, size: u64, force: bool, stop: &Stop) -> Result<Self, String> {
         let fail = |e: std::io::Error| format!("--image={}: {e}", path.display());
-        let existed = path.exists();
-        if existed && !force {
-            return Err(format!(
-                "--image={} exists; remove it, or overwrite it with --force",
-                path.display()
-            ));
-        }
-        let mut file = File::options()
+        let mut options = File::options();
+        options
             .write(true)
-            .create(true)
-            .truncate(true)
-            .open(path)
-            .map_err(fail)?;
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW);
+        let made = options.clone().create_new(true).open(path);
+        let (mut file, made) = match made {
+            Ok(file) => (file, true),
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && force => {
+                (options.truncate(true).open(path).map_err(fail)?, false)
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
+                return Err(format!(
+                    "--image={} exists; remove it, or overwrite it with --force",
+                    path.display()
+                ));
+            }
+            Err(e) => return Err(fail(e)),
+        };
         let image = Self {
             path: path.to_path_buf(),
-            made: !existed,
+            made,
+            _dir: None,
         };
         let chunk = vec![0_u8; 4 << 20];
         let mut left = size;
@@ -203,7 +220,7 @@ impl Drop for LoopDevice {
     fn drop(&mut self) {
         let dev = self.0.display().to_string();
         if let Err(e) = system("losetup", &["--detach", &dev]) {
-            eprintln!("fscompare: {dev} is left: {e}");
+            complain!("fscompare: {dev} is left: {e}");
         }
     }
 }
@@ -250,7 +267,7 @@ impl Drop for Mounted {
             std::thread::sleep(Duration::from_millis(100));
         }
         if let Err(e) = system("umount", &["--lazy", &at]) {
-            eprintln!("fscompare: {at} is left mounted: {e}");
+            complain!("fscompare: {at} is left mounted: {e}");
         }
     }
 }
@@ -311,6 +328,31 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"mine");
         drop(Image::make(&path, 1 << 20, true, &Stop::default()).unwrap());
         assert_eq!(std::fs::metadata(&path).unwrap().len(), 1 << 20);
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_the_image_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (link, target) = (dir.path().join("i.img"), dir.path().join("target"));
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        for force in [false, true] {
+            Image::make(&link, 1 << 20, force, &Stop::default()).unwrap_err();
+            assert!(!target.exists(), "made through the link");
+        }
+        std::fs::write(&target, "precious").unwrap();
+        Image::make(&link, 1 << 20, true, &Stop::default()).unwrap_err();
+        assert_eq!(std::fs::read(&target).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn the_default_image_is_private_and_goes_with_its_directory() {
+        use std::os::unix::fs::PermissionsExt;
+        let image = Image::temporary(1 << 20, &Stop::default()).unwrap();
+        let dir = image.path.parent().unwrap().to_path_buf();
+        let mode = |p: &Path| std::fs::metadata(p).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&dir), mode(&image.path)), (0o700, 0o600));
+        drop(image);
+        assert!(!dir.exists());
     }
 
     #[test]

@@ -46,11 +46,32 @@ impl Side {
         !(on_device && self == Self::Pumice)
     }
 
+    /// What this machine lacks to make the side's file system, in words for the user.
+    #[must_use]
+    pub fn missing_program(self) -> Option<String> {
+        let (program, package) = match self {
+            Self::Ext4 => ("mkfs.ext4", "e2fsprogs"),
+            Self::Xfs => ("mkfs.xfs", "xfsprogs"),
+            _ => return None,
+        };
+        missing(program, package, &search_path())
+    }
+
     /// Uses the loop or block device.
     #[must_use]
     pub fn needs_device(self) -> bool {
         self.needs_root()
     }
+}
+
+fn missing(program: &str, package: &str, path: &str) -> Option<String> {
+    let found = std::env::split_paths(path).any(|dir| dir.join(program).is_file());
+    (!found).then(|| format!("{program} is not installed (apt-get install {package})"))
+}
+
+/// Where system programs are. Debian keeps mkfs, losetup and the like out of a user's PATH.
+pub(super) fn search_path() -> String {
+    std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin"
 }
 
 impl fmt::Display for Side {
@@ -69,6 +90,17 @@ impl fmt::Display for Side {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_side_whose_program_is_missing_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = format!("/nowhere:{}", dir.path().display());
+        let words = missing("mkfs.xfs", "xfsprogs", &path).unwrap();
+        assert!(words.contains("apt-get install xfsprogs"), "{words}");
+        std::fs::write(dir.path().join("mkfs.xfs"), "").unwrap();
+        assert_eq!(missing("mkfs.xfs", "xfsprogs", &path), None);
+        assert_eq!(Side::Pumice.missing_program(), None);
+    }
 
     #[test]
     fn names_on_the_command_line_are_those_printed() {

@@ -47,7 +47,7 @@ impl Report {
                 None => latency = Some(h.clone()),
                 Some(sum) => {
                     if let Err(error) = sum.add(h) {
-                        eprintln!("nvmeperf: latencies not added up: {error:?}");
+                        pumice_bdev::complain!("nvmeperf: latencies not added up: {error:?}");
                     }
                 }
             }

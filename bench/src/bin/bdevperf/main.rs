@@ -23,10 +23,10 @@ fn main() -> ExitCode {
     let start = Instant::now();
     let args = Args::parse();
     match run(&args, start) {
-        Ok(true) => ExitCode::SUCCESS,
+        Ok(true) => pumice_bdev::terminal::finished("bdevperf", ExitCode::SUCCESS),
         Ok(false) => ExitCode::FAILURE,
         Err(e) => {
-            eprintln!("bdevperf: {e}");
+            pumice_bdev::complain!("bdevperf: {e}");
             ExitCode::FAILURE
         }
     }
@@ -73,7 +73,7 @@ fn run(args: &Args, start: Instant) -> Result<bool, String> {
     let outcomes = run_jobs(args, &settings, &plan, start)?;
     let failed = outcomes.iter().any(Outcome::is_failure);
     if args.json_output() {
-        println!("{}", report::json(&settings, &outcomes, cores.len()));
+        pumice_bdev::say!("{}", report::json(&settings, &outcomes, cores.len()));
     } else {
         report::table(&settings, &outcomes);
         if args.latency {
