@@ -93,16 +93,26 @@ impl Title {
         self.0.store(0, Ordering::SeqCst);
     }
 
+    pub fn is_shared_with(&self, other: &Title) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     pub fn restore(&self, controller: u64) {
         self.0.store(controller, Ordering::SeqCst);
     }
 }
 
 impl Namespace {
-    /// Whether commands made for the one mean the same bytes on the other.
-    pub(crate) fn same_format(&self, other: &Namespace) -> bool {
+    /// Whether it is the same namespace, and commands made for the one mean the same bytes on the
+    /// other. A number alone is no identity: another namespace may have it by now.
+    pub(crate) fn is_same(&self, other: &Namespace) -> bool {
         let format = |n: &Namespace| (n.limits.nsid, n.limits.block_shift, n.limits.usable);
+        let ids = |n: &Namespace| (n.identify.nguid, n.identify.eui64, n.uuid());
+        let nameless = ids(self) == ([0; 16], [0; 8], [0; 16]);
+        // Of one without any name, the size has to do.
         format(self) == format(other)
+            && ids(self) == ids(other)
+            && (!nameless || self.limits.num_blocks == other.limits.num_blocks)
     }
 
     /// Namespace identifier.

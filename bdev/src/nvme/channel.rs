@@ -7,7 +7,7 @@ use std::time::Duration;
 use pumice_nvme::controller::Phase;
 use pumice_nvme::spec::Status;
 use pumice_nvme::{
-    BlockRange, Controller, Io, IoDone, IoErrorKind as NvmeKind, Namespace, QueuePair,
+    BlockRange, Controller, InvalidIo, Io, IoDone, IoErrorKind as NvmeKind, Namespace, QueuePair,
     SubmitError as NvmeSubmit,
 };
 
@@ -200,9 +200,14 @@ pub(super) fn to_refusal(info: &DeviceInfo, e: NvmeSubmit) -> SubmitError {
     let text = e.to_string();
     match e {
         NvmeSubmit::Busy(io) => SubmitError::Busy(to_op(io)),
-        NvmeSubmit::Invalid(io, _) => {
+        NvmeSubmit::Invalid(io, why) => {
             let op = to_op(io);
-            let e = info.error(&op, IoErrorKind::Misaligned, text);
+            let kind = match why {
+                // The namespace is not there, or not as it was: no fault of the buffer's.
+                InvalidIo::Stale(_) => IoErrorKind::Removed,
+                _ => IoErrorKind::Misaligned,
+            };
+            let e = info.error(&op, kind, text);
             SubmitError::Refused(op, e)
         }
         NvmeSubmit::Gone(io, kind) => {

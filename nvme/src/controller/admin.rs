@@ -18,6 +18,11 @@ const LIST_LEN: usize = 4096;
 /// A format with a secure erase takes minutes.
 const FORMAT_TIMEOUT: Duration = Duration::from_secs(600);
 
+/// How long a device may say that it is not ready yet.
+const NOT_READY_PATIENCE: Duration = Duration::from_secs(10);
+/// How often a command is sent again after another status that may pass.
+const ADMIN_RETRIES: u8 = 4;
+
 #[derive(Debug)]
 enum SlotState {
     Free,
@@ -113,7 +118,66 @@ impl Core {
 
     /// As [`admin`](Self::admin), but only while the controller's state word is `word`: a
     /// command meant for the queues before a reset is not sent after it.
+    ///
+    /// A status that says that it may pass (no Do Not Retry) is waited for: for as long as a
+    /// device that is not ready may need, or for a few attempts. For the driver's own commands,
+    /// which can be sent twice.
     pub(super) fn admin_at(
+        &self,
+        word: Option<u64>,
+        command: Command,
+        mut data: Option<DmaBuf>,
+    ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
+        let start = Instant::now();
+        let mut retries = 0;
+        loop {
+            let (completion, back) = self.admin_attempt(word, command, data)?;
+            let status = completion.status();
+            let again = if status.says_not_ready() {
+                start.elapsed() < NOT_READY_PATIENCE.min(self.options.admin_timeout)
+            } else {
+                retries < ADMIN_RETRIES
+            };
+            if !status.may_pass() || !again {
+                return self.admin_outcome(&command, completion, back);
+            }
+            tracing::debug!(device = self.name(), %status, "admin command is sent again");
+            std::thread::sleep(self.retry_delay(status, retries));
+            retries = retries.saturating_add(1);
+            data = back;
+        }
+    }
+
+    /// As [`admin_at`](Self::admin_at), and sent once, whatever comes of it.
+    pub(super) fn admin_once(
+        &self,
+        word: Option<u64>,
+        command: Command,
+        data: Option<DmaBuf>,
+    ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
+        let (completion, data) = self.admin_attempt(word, command, data)?;
+        self.admin_outcome(&command, completion, data)
+    }
+
+    fn admin_outcome(
+        &self,
+        command: &Command,
+        completion: Completion,
+        data: Option<DmaBuf>,
+    ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
+        let status = completion.status();
+        if status.is_success() {
+            return Ok((completion, data));
+        }
+        Err(NvmeError::Status {
+            device: self.name().to_owned(),
+            command: decode::admin_command(command).to_string(),
+            status,
+        })
+    }
+
+    /// Sends the command once and gives its completion back, whatever its status.
+    fn admin_attempt(
         &self,
         word: Option<u64>,
         command: Command,
@@ -164,21 +228,13 @@ impl Core {
                     let command = entry.command;
                     drop(guard);
                     self.admin_done.notify_all();
-                    let status = completion.status();
-                    if status.is_success() {
-                        tracing::trace!(
-                            device = self.name(),
-                            command = %text(&command),
-                            completion = %decode::completion(&completion),
-                            "admin"
-                        );
-                        return Ok((completion, data));
-                    }
-                    return Err(NvmeError::Status {
-                        device: self.name().to_owned(),
-                        command: text(&command),
-                        status,
-                    });
+                    tracing::trace!(
+                        device = self.name(),
+                        command = %text(&command),
+                        completion = %decode::completion(&completion),
+                        "admin"
+                    );
+                    return Ok((completion, data));
                 }
                 SlotState::Lost => {
                     entry.state = SlotState::Free;

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, RwLock};
@@ -71,6 +71,8 @@ impl Core {
             admin_done: Condvar::new(),
             info: RwLock::new(None),
             namespaces: RwLock::new(BTreeMap::new()),
+            remembered: Mutex::new(BTreeMap::new()),
+            list_again: AtomicBool::new(false),
             interrupts: RwLock::new(Vec::new()),
             queues: Mutex::new(Registry::default()),
             queue_freed: Condvar::new(),
@@ -104,7 +106,7 @@ impl Core {
         self.disable()?;
         self.quiet();
         if self.interrupts.read().is_empty() && self.options.vectors > 0 {
-            *self.interrupts.write() = self.transport.enable_interrupts(self.options.vectors)?;
+            *self.interrupts.write() = self.some_interrupts(self.options.vectors)?;
         }
         self.enable()?;
         self.identify_controller()?;
@@ -115,6 +117,23 @@ impl Core {
         self.configure_events();
         self.list_namespaces()?;
         Ok(())
+    }
+
+    /// As many interrupt vectors as the transport gives, at most `want`. Without any, completions
+    /// are polled for.
+    pub(super) fn some_interrupts(&self, want: u16) -> Result<Vec<Arc<EventFd>>, NvmeError> {
+        let mut count = want;
+        while count > 0 {
+            match self.transport.enable_interrupts(count) {
+                Ok(vectors) => return Ok(vectors),
+                Err(error) if self.transport.is_gone() => return Err(error.into()),
+                Err(error) => {
+                    tracing::warn!(device = self.name(), count, %error, "interrupt vectors refused; trying fewer");
+                    count /= 2;
+                }
+            }
+        }
+        Ok(Vec::new())
     }
 
     /// The device is disabled: nothing of ours is in its hands any more.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use zerocopy::FromBytes;
 
@@ -127,35 +128,56 @@ impl Core {
 
     /// Finds the active namespaces anew.
     pub(super) fn list_namespaces(&self) -> Result<(), NvmeError> {
+        let listed = self.list_once();
+        let again = !matches!(listed, Ok(false));
+        self.list_again.store(again, Ordering::Relaxed);
+        listed.map(|_| ())
+    }
+
+    /// As [`list_namespaces`](Self::list_namespaces). True: some could not be identified now, and
+    /// may be later.
+    fn list_once(&self) -> Result<bool, NvmeError> {
+        let mut remembered = self.remembered.lock();
         let info = self.info()?;
         let ids = self.namespace_ids(&info)?;
         let mut found = BTreeMap::new();
+        let mut unknown = false;
         for nsid in ids {
             match self.identify_namespace(&info, nsid) {
                 Ok(Some(ns)) => {
-                    found.insert(nsid, Arc::new(ns));
+                    found.insert(nsid, ns);
                 }
                 Ok(None) => {}
                 // A namespace that cannot be identified does not take the others along.
                 Err(NvmeError::Status { status, .. }) => {
+                    unknown |= !status.do_not_retry();
                     tracing::warn!(device = self.name(), nsid, %status, "namespace not identified");
                 }
                 Err(error) => return Err(error),
             }
         }
-        let mut known = self.namespaces.write();
-        for (nsid, before) in known.iter() {
-            match found.get_mut(nsid).and_then(Arc::get_mut) {
-                // Handles stay good over a reset or a rescan.
-                Some(now) if now.same_format(before) => {
-                    now.title = before.title.clone();
-                    now.title.restore(self.number);
-                }
-                _ => before.title.withdraw(),
+        let mut listed = BTreeMap::new();
+        for (nsid, mut now) in found {
+            // Handles stay good over a reset or a rescan, and come back with their namespace.
+            if let Some(before) = remembered.get(&nsid)
+                && now.is_same(before)
+            {
+                now.title = before.title.clone();
+                now.title.restore(self.number);
+            }
+            listed.insert(nsid, Arc::new(now));
+        }
+        for (nsid, before) in remembered.iter() {
+            if listed
+                .get(nsid)
+                .is_none_or(|now| !now.title.is_shared_with(&before.title))
+            {
+                before.title.withdraw();
             }
         }
-        *known = found;
-        Ok(())
+        remembered.extend(listed.iter().map(|(nsid, ns)| (*nsid, Arc::clone(ns))));
+        *self.namespaces.write() = listed;
+        Ok(unknown)
     }
 
     fn namespace_ids(&self, info: &Info) -> Result<Vec<u32>, NvmeError> {
@@ -201,10 +223,20 @@ impl Core {
             return Ok(None);
         }
         let mut descriptors = Vec::new();
-        if (info.version.mjr(), info.version.mnr()) >= (1, 3)
-            && let Ok(page) = self.identify_page(Cns::NS_DESCRIPTORS, nsid)
-        {
-            descriptors = ns_descriptors(&page);
+        if (info.version.mjr(), info.version.mnr()) >= (1, 3) {
+            match self.identify_page(Cns::NS_DESCRIPTORS, nsid) {
+                Ok(page) => descriptors = ns_descriptors(&page),
+                // Without them another namespace might pass for the one that was here.
+                Err(NvmeError::Status { status, .. }) if status.may_pass() => {
+                    return Err(NvmeError::Status {
+                        device: self.name().to_owned(),
+                        command: "IDENTIFY (namespace descriptors)".to_owned(),
+                        status,
+                    });
+                }
+                Err(NvmeError::Status { .. }) => {}
+                Err(error) => return Err(error),
+            }
         }
         let unusable = unusable(
             &identify,

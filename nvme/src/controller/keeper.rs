@@ -70,6 +70,7 @@ impl Core {
                 }
                 self.async_events();
                 self.look_at_status();
+                self.list_what_was_missed();
             }
             self.rest();
         }
@@ -112,6 +113,19 @@ impl Core {
             Ok(_) => {}
             Err(error) => {
                 tracing::warn!(device = self.name(), %error, "status register not readable");
+            }
+        }
+    }
+
+    /// A namespace that could not be identified may be ready by now.
+    fn list_what_was_missed(&self) {
+        if !self.list_again.load(Ordering::Relaxed) || self.phase() != Phase::Live {
+            return;
+        }
+        match self.list_namespaces() {
+            Ok(()) => self.event(ControllerEvent::NamespacesChanged),
+            Err(error) => {
+                tracing::warn!(device = self.name(), %error, "namespaces not listed; trying again");
             }
         }
     }

@@ -32,23 +32,25 @@ impl Core {
         &self,
         run: impl FnOnce() -> Result<T, NvmeError>,
     ) -> Result<T, NvmeError> {
-        // Handles first, then the queue pairs: who makes one now finds the handles withdrawn.
-        // All namespaces, since a controller may format all at once (FNA bit 0).
-        for ns in self.namespaces.read().values() {
-            ns.title.withdraw();
+        {
+            // Under the lock: a pair that is made from here on finds the handles withdrawn.
+            let registry = self.queues.lock();
+            let open = registry.queues.len();
+            if open > 0 {
+                return Err(NvmeError::Unsupported {
+                    device: self.name().to_owned(),
+                    what: format!(
+                        "there are {open} I/O queue pairs, whose commands are made for the present \
+                         format; drop them, then format"
+                    ),
+                });
+            }
+            // All namespaces, since a controller may format all at once (FNA bit 0).
+            for ns in self.namespaces.read().values() {
+                ns.title.withdraw();
+            }
         }
-        let open = self.queues.lock().queues.len();
-        let result = if open == 0 {
-            run()
-        } else {
-            Err(NvmeError::Unsupported {
-                device: self.name().to_owned(),
-                what: format!(
-                    "there are {open} I/O queue pairs, whose commands are made for the present \
-                     format; drop them, then format"
-                ),
-            })
-        };
+        let result = run();
         let listed = self.list_namespaces();
         let done = result?;
         listed.map(|()| done)
@@ -68,7 +70,9 @@ impl Controller {
     pub fn error_log(&self, max: usize) -> Result<Vec<ErrorLogEntry>, NvmeError> {
         self.core.wait_live()?;
         let kept = usize::from(self.core.info()?.identify.elpe_z) + 1;
-        let len = kept.min(max.max(1)) * size_of::<ErrorLogEntry>();
+        // What one command's data holds, whatever was asked for.
+        let most = self.core.info()?.transfer_bytes / size_of::<ErrorLogEntry>();
+        let len = kept.min(max.max(1)).min(most) * size_of::<ErrorLogEntry>();
         let page = self.core.log_page(LogPage::ERROR, ALL, len, true)?;
         Ok(page
             .chunks_exact(size_of::<ErrorLogEntry>())

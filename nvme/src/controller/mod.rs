@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -128,6 +128,11 @@ pub(crate) struct Core {
     admin_done: Condvar,
     info: RwLock<Option<Arc<Info>>>,
     namespaces: RwLock<BTreeMap<u32, Arc<Namespace>>>,
+    /// The last that was known of every namespace, listed now or not: whoever has a handle of one
+    /// that comes back as it was goes on with it. Lock order: before `namespaces`.
+    remembered: Mutex<BTreeMap<u32, Arc<Namespace>>>,
+    /// A namespace could not be identified, or the list not be read: the keeper lists them again.
+    list_again: AtomicBool,
     interrupts: RwLock<Vec<Arc<EventFd>>>,
     queues: Mutex<Registry>,
     /// A queue identifier became free; with `queues`.
@@ -262,6 +267,14 @@ impl Core {
         }
     }
 
+    /// Sleeps until the state word is another one, or the time is over.
+    pub(crate) fn wait_changed(&self, word: u64, timeout: Duration) {
+        let mut guard = self.changed_lock.lock();
+        if self.state.load(Ordering::Acquire) == word {
+            self.changed.wait_for(&mut guard, timeout);
+        }
+    }
+
     fn set_state(&self, word: u64) {
         {
             let _guard = self.changed_lock.lock();
@@ -371,7 +384,7 @@ impl Controller {
         let Prepared { command, sent, own } = self.core.prepare(command, data)?;
         let send = || {
             let word = self.core.wait_live()?;
-            self.core.admin_at(Some(word), command, sent)
+            self.core.admin_once(Some(word), command, sent)
         };
         let (completion, data) = match AdminOpcode(command.opcode) {
             AdminOpcode::FORMAT_NVM => self.core.reformat(send)?,

@@ -52,6 +52,13 @@ pub trait ConfigSpace {
         )
     }
 
+    /// Lets the function decode memory, so that its registers can be reached. It transfers no more
+    /// than before.
+    fn enable_memory(&self) -> io::Result<()> {
+        let command = self.read_u16(COMMAND)?;
+        self.write_u16(COMMAND, command | COMMAND_MEMORY)
+    }
+
     /// Takes bus mastering away: from then on the function transfers nothing.
     fn disable_dma(&self) -> io::Result<()> {
         let command = self.read_u16(COMMAND)?;

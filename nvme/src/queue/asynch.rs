@@ -113,7 +113,8 @@ impl AsyncQueue {
                 }
             }
             inner.done = done;
-            if count > 0 {
+            // A completion has made room, or a reset is over that had nothing to hand back.
+            if count > 0 || (!inner.full.is_empty() && inner.pair.takes_more()) {
                 wake.extend(inner.full.drain(..));
             }
             count

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::pair::QueuePair;
+use crate::controller::state::{self, Phase};
 use crate::error::{IoErrorKind, NvmeError};
 
 /// How long spinning has paid lately.
@@ -72,13 +73,21 @@ impl QueuePair {
     /// Blocks until there may be something for [`poll`](Self::poll) to hand back or to do, or
     /// until the time is over. Rings the doorbells first. Spins for a bounded time that follows
     /// how long completions have taken, then sleeps on the queue's interrupt (or in naps, where
-    /// there is none). Returns at once when nothing is in flight.
+    /// there is none). Returns at once when nothing is in flight, except during a reset of the
+    /// controller, whose end is waited for.
     ///
     /// # Errors
     /// When the controller is gone and everything has been handed back.
     pub fn wait(&mut self, timeout: Duration) -> Result<(), NvmeError> {
         if !self.core.birth.is_here() {
             return Err(self.core.gone(IoErrorKind::OtherProcess));
+        }
+        let word = self.core.state.load(Ordering::Acquire);
+        if state::phase(word) == Phase::Resetting && self.backlog.is_empty() && self.dead.is_none()
+        {
+            // Until then there is nothing to hand back and nothing can be submitted.
+            self.core.wait_changed(word, timeout.min(SLICE_MAX));
+            return Ok(());
         }
         if self.ready() {
             return Ok(());
@@ -121,8 +130,13 @@ impl QueuePair {
 
     fn state_changed(&self) -> bool {
         let word = self.core.state.load(Ordering::Acquire);
-        word != self.seen
-            && crate::controller::state::phase(word) != crate::controller::state::Phase::Resetting
+        word != self.seen && state::phase(word) != Phase::Resetting
+    }
+
+    /// Whether an I/O of one command would be accepted or refused now, and not told to wait.
+    pub(super) fn takes_more(&self) -> bool {
+        self.dead.is_some()
+            || (self.core.state.load(Ordering::Acquire) == self.seen && self.slots.next().is_some())
     }
 
     /// Rings, and acknowledges every consumed entry: before a sleep the controller must not

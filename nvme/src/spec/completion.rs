@@ -128,6 +128,20 @@ impl Status {
         Status(sc as u16 | ((sct & 7) as u16) << 8)
     }
 
+    /// Whether the same command may succeed later: an error without Do Not Retry that is not of
+    /// the command's own making.
+    pub fn may_pass(self) -> bool {
+        let generic_or_path = matches!(self.sct().0, 0 | 3);
+        !self.is_success() && !self.do_not_retry() && generic_or_path
+    }
+
+    /// Whether the device says that it is not ready yet: a namespace or its medium, a format under
+    /// way, or a delay that it names (CRD).
+    pub fn says_not_ready(self) -> bool {
+        let waits = matches!((self.sct().0, self.sc()), (0, 0x82 | 0x84 | 0x24));
+        self.may_pass() && (waits || self.crd() != 0)
+    }
+
     /// The same with "do not retry".
     #[must_use]
     pub const fn dnr(self) -> Status {

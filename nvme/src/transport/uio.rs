@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -22,6 +23,7 @@ use super::{Doorbell, EventFd, MmioMap, Transport, TransportError};
 use crate::dma::{self, AddressTable, MapperGuard};
 use crate::pci::{ConfigSpace, Host, PciAddress, PciError};
 use crate::process::Birth;
+use crate::spec::{Cap, Cc, Csts, Reg};
 
 /// The kernel driver that a function has to be bound to.
 pub(crate) const DRIVER: &str = "uio_pci_generic";
@@ -46,6 +48,9 @@ struct Device {
     config: File,
     /// Locked as long as it is open: uio itself lets everybody in.
     _resource: File,
+    /// When the last descriptor of it is closed, however the process ends, the kernel takes bus
+    /// mastering away: the function writes no memory of a process that is gone.
+    _node: File,
 }
 
 impl ConfigSpace for Device {
@@ -90,6 +95,7 @@ impl Uio {
                 .open(&path)
                 .map_err(|e| io_error(&name, &path.display().to_string(), e))
         };
+        let node = open_node(&host, &name, &dir)?;
         let resource = open("resource0")?;
         lock(&name, &resource)?;
         let len = resource
@@ -108,12 +114,17 @@ impl Uio {
             _mapper: mapper,
             config,
             _resource: resource,
+            _node: node,
         };
-        device
-            .enable()
-            .map_err(|e| io_error(&name, "PCI command register", e))?;
+        let bar = MappedBar::new(&name, mapping);
+        let command = |e| io_error(&name, "PCI command register", e);
+        // A predecessor that was killed may have left the controller enabled: it must not go on
+        // where it was when it can reach memory again.
+        device.enable_memory().map_err(command)?;
+        stop_controller(&name, &bar)?;
+        device.enable().map_err(command)?;
         Ok(Arc::new(Uio {
-            bar: MappedBar::new(&name, mapping),
+            bar,
             name,
             host,
             dir,
@@ -130,6 +141,45 @@ impl Uio {
             device: self.name.clone(),
         }
     }
+}
+
+/// The function's `/dev/uioN`.
+fn open_node(host: &Host, device: &str, dir: &str) -> Result<File, TransportError> {
+    let list = host.path(&format!("{dir}/uio"));
+    let names = std::fs::read_dir(&list).map_err(|e| io_error(device, "its uio directory", e))?;
+    let name = names.flatten().map(|entry| entry.file_name()).next();
+    let name =
+        name.ok_or_else(|| io_error(device, "its uio node", io::ErrorKind::NotFound.into()))?;
+    let path = host.path("/dev").join(name);
+    File::options()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .map_err(|e| io_error(device, &path.display().to_string(), e))
+}
+
+/// CC.EN = 0, and CSTS.RDY = 0 within CAP.TO.
+fn stop_controller(device: &str, bar: &MappedBar) -> Result<(), TransportError> {
+    let cc = bar.read32(Reg::CC)?;
+    if cc == u32::MAX || !Cc::from(cc).en() {
+        return Ok(());
+    }
+    tracing::info!(device, "the controller was left enabled; stopping it");
+    bar.write32(Reg::CC, Cc::from(cc).with_en(false).with_shn(0).into())?;
+    let units = u64::from(Cap::from(bar.read64(Reg::CAP)?).to());
+    let timeout_ms = 500 * (units + 1);
+    let start = Instant::now();
+    while Csts::from(bar.read32(Reg::CSTS)?).rdy() {
+        if start.elapsed() > Duration::from_millis(timeout_ms) {
+            return Err(TransportError::Timeout {
+                device: device.to_owned(),
+                what: "CC.EN = 0 (CSTS.RDY stays 1)".to_owned(),
+                timeout_ms,
+            });
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
 }
 
 fn io_error(device: &str, what: &str, source: io::Error) -> TransportError {

@@ -152,13 +152,18 @@ pub(super) fn set_irqs(
     words.extend(events.iter().map(|event| fd(event).cast_unsigned()));
     // SAFETY: `words` holds the argsz bytes that the kernel reads; descriptors are borrowed for
     // the call and the kernel takes references of its own.
-    unsafe {
+    let missing = unsafe {
         ioctl(
             device.as_raw_fd(),
             DEVICE_SET_IRQS,
             words.as_ptr().addr() as libc::c_ulong,
         )
     }?;
+    // A positive answer is how many vectors there would have been; none is enabled (Linux
+    // vfio_msi_enable).
+    if missing > 0 {
+        return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+    }
     Ok(())
 }
 

@@ -1,0 +1,213 @@
+//! Namespaces over resets, rescans and passing errors: handles stay good while the namespace is
+//! what it was, come back with it, and never mean another one.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::{Duration, Instant};
+
+use common::*;
+use pumice_nvme::controller::Phase;
+use pumice_nvme::dma::DmaBuf;
+use pumice_nvme::soft::{Fault, FaultRule};
+use pumice_nvme::spec::{AdminOpcode, Cns, Command, FormatNvm, Status};
+use pumice_nvme::{AsyncQueue, InvalidIo, Io, NvmeError, QueuePair, SubmitError};
+
+mod common;
+
+fn refused(rig: &Rig, q: &mut QueuePair) -> bool {
+    let stale = |e| matches!(e, SubmitError::Invalid(_, InvalidIo::Stale(1)));
+    q.submit(&rig.ns, 1, write(0, 1)).is_err_and(stale)
+}
+
+/// Whatever passes is waited for; whatever does not is found out about by the keeper.
+#[test]
+fn a_namespace_that_is_not_ready_comes_back() {
+    let _watchdog = watchdog();
+    for (status, times) in [
+        (Status::NAMESPACE_NOT_READY, 1),
+        (Status::NAMESPACE_NOT_READY, 9),
+        (Status::INTERNAL, 3),
+        // More often than it is tried, and with Do Not Retry.
+        (Status::INTERNAL, 40),
+        (Status::INTERNAL.dnr(), 1),
+    ] {
+        for again in [true, false] {
+            let rig = rig();
+            let mut q = queue(&rig, |_| {});
+            let rule = FaultRule::admin(AdminOpcode::IDENTIFY, Fault::Status(status));
+            rig.soft.faults().add(rule.namespace(1).times(times));
+            if again {
+                rig.controller.reset().unwrap();
+            } else {
+                rig.controller.rescan().unwrap();
+            }
+            let start = Instant::now();
+            while refused(&rig, &mut q) {
+                assert!(start.elapsed() < PATIENCE, "{status:?} {times}");
+                if status.do_not_retry() {
+                    rig.controller.rescan().unwrap();
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            settle(&mut q);
+            assert!(one(&rig, &mut q, read(0)).result.is_ok());
+        }
+    }
+}
+
+fn identify_page(rig: &Rig, cns: Cns) -> Vec<u8> {
+    let page = DmaBuf::zeroed(4096).unwrap();
+    let (_, page) = rig
+        .controller
+        .admin_command(Command::identify(cns, 1), Some(page))
+        .unwrap();
+    page.unwrap().to_vec()
+}
+
+/// Another namespace with the number: the identity tells, whichever of its fields it is.
+#[test]
+fn another_namespace_of_the_number_is_not_written_to() {
+    let _watchdog = watchdog();
+    for (cns, at) in [
+        // NGUID, EUI-64, and the UUID among the descriptors.
+        (Cns::NAMESPACE, 104),
+        (Cns::NAMESPACE, 120),
+        (Cns::NS_DESCRIPTORS, 4 + 15),
+    ] {
+        let rig = rig();
+        let mut q = queue(&rig, |_| {});
+        assert!(one(&rig, &mut q, write(0, 1)).result.is_ok());
+        let mut page = identify_page(&rig, cns);
+        page[at] ^= 0xff;
+        // Only this kind of page: the first command of a rescan for namespace 1 identifies it,
+        // the second asks for its descriptors.
+        let skip = u64::from(cns == Cns::NS_DESCRIPTORS);
+        let rule = FaultRule::admin(AdminOpcode::IDENTIFY, Fault::Data(page));
+        rig.soft
+            .faults()
+            .add(rule.namespace(1).after(skip).times(1));
+        rig.controller.rescan().unwrap();
+        assert!(refused(&rig, &mut q), "{cns:?} {at}");
+        let now = rig.controller.namespace(1).unwrap();
+        q.submit(&now, 1, read(0)).unwrap();
+        settle(&mut q);
+        // The one that the handle is of comes back.
+        rig.soft.faults().clear();
+        rig.controller.rescan().unwrap();
+        assert!(q.submit(&now, 1, read(0)).is_err());
+    }
+}
+
+/// Nothing of a refused format is to be seen.
+#[test]
+fn a_refused_format_disturbs_nobody() {
+    let _watchdog = watchdog();
+    let rig = rig();
+    let mut q = queue(&rig, |_| {});
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..200 {
+                let refused = rig.controller.format(2, FormatNvm::default());
+                assert!(matches!(refused, Err(NvmeError::Unsupported { .. })));
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        let mut out = Vec::new();
+        while !stop.load(Ordering::Relaxed) {
+            match q.submit(&rig.ns, 1, read(0)) {
+                Ok(()) | Err(SubmitError::Busy(_)) => {}
+                Err(e) => panic!("{e}"),
+            }
+            q.poll(&mut out);
+            out.clear();
+        }
+        settle(&mut q);
+    });
+}
+
+/// A thread that waits while the controller is being reset sleeps.
+#[test]
+fn waiting_during_a_reset_is_sleeping() {
+    let _watchdog = watchdog();
+    for completed_before in [true, false] {
+        let rig = rig_with(|config, _| config.ready_delay = Duration::from_millis(300));
+        let mut q = queue(&rig, |_| {});
+        if completed_before {
+            q.submit(&rig.ns, 1, read(0)).unwrap();
+            q.poll(&mut Vec::new());
+            let start = Instant::now();
+            while rig.soft.stats().commands == 0 && start.elapsed() < PATIENCE {}
+        }
+        let controller = Arc::clone(&rig.controller);
+        let reset = std::thread::spawn(move || controller.reset());
+        while rig.controller.phase() == Phase::Live {
+            std::thread::yield_now();
+        }
+        let (mut returns, mut out) = (0, Vec::new());
+        while rig.controller.phase() == Phase::Resetting {
+            q.wait(Duration::from_millis(100)).unwrap();
+            q.poll(&mut out);
+            returns += 1;
+        }
+        reset.join().unwrap().unwrap();
+        assert!(returns < 50, "{returns} returns");
+        settle(&mut q);
+    }
+}
+
+struct Woken(AtomicBool);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// A future that a reset has told to wait is woken when the reset is over.
+#[test]
+fn a_future_that_meets_a_reset_is_woken() {
+    let _watchdog = watchdog();
+    let rig = rig_with(|config, _| config.ready_delay = Duration::from_millis(100));
+    let q = AsyncQueue::new(queue(&rig, |_| {}), Arc::clone(&rig.ns));
+    let controller = Arc::clone(&rig.controller);
+    let reset = std::thread::spawn(move || controller.reset());
+    while rig.controller.phase() == Phase::Live {
+        std::thread::yield_now();
+    }
+    let woken = Arc::new(Woken(AtomicBool::new(false)));
+    let waker = Waker::from(Arc::clone(&woken));
+    let mut future = Box::pin(q.read(0, DmaBuf::new(512).unwrap()));
+    assert!(
+        future
+            .as_mut()
+            .poll(&mut Context::from_waker(&waker))
+            .is_pending()
+    );
+    reset.join().unwrap().unwrap();
+    let start = Instant::now();
+    let result = loop {
+        q.poll();
+        if woken.0.swap(false, Ordering::SeqCst)
+            && let Poll::Ready(result) = future.as_mut().poll(&mut Context::from_waker(&waker))
+        {
+            break result;
+        }
+        assert!(start.elapsed() < PATIENCE, "never woken");
+    };
+    assert!(result.is_ok());
+}
+
+#[test]
+fn the_io_comes_back_from_a_namespace_that_is_not_the_handles() {
+    let rig = rig();
+    let mut q = queue(&rig, |_| {});
+    let other = rig_with(|_, _| {});
+    let io = Io::Flush;
+    let error = q.submit(&other.ns, 1, io).unwrap_err();
+    assert!(matches!(
+        error,
+        SubmitError::Invalid(Io::Flush, InvalidIo::Stale(1))
+    ));
+}
