@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::Mutex;
 use pumice_bdev::{DmaSlice, IoError};
 
-use super::core::{Core, Unallocated, WriteCounters};
+use super::core::{Core, Unallocated};
+use super::durable::{Begun, Durability};
 use super::error::{FsError, Result};
 use super::frame::{Frame, REGION};
 use super::inode::Inode;
@@ -18,8 +19,12 @@ use crate::blobstore::Error as StoreError;
 
 /// A write on its way.
 pub(crate) struct Pending {
+    /// The number among the file's writes, from 1.
+    pub no: u64,
     pub from: u64,
     pub upto: u64,
+    /// The bytes from here on came from the writer; those before may have been read back.
+    pub supplied_from: u64,
     pub fua: bool,
     pub bytes: usize,
     /// What is written, kept until it has been: a failed write is sent again by the next sync.
@@ -34,10 +39,19 @@ pub(crate) struct Pending {
 
 impl Pending {
     /// A write of `slices`, bytes `range` of the file, which `frame` holds in memory.
-    pub fn new(range: Range<u64>, fua: bool, frame: Arc<Frame>, slices: Vec<DmaSlice>) -> Pending {
+    pub fn new(
+        no: u64,
+        range: Range<u64>,
+        supplied_from: u64,
+        fua: bool,
+        frame: Arc<Frame>,
+        slices: Vec<DmaSlice>,
+    ) -> Pending {
         Pending {
+            no,
             from: range.start,
             upto: range.end,
+            supplied_from,
             fua,
             bytes: slices.iter().map(DmaSlice::len).sum(),
             data: Mutex::new(Some((frame, slices))),
@@ -58,6 +72,17 @@ impl Pending {
         written.then(|| self.seq.load(Ordering::Relaxed))
     }
 
+    /// From now on it is `frame` that stays dirty until the write has arrived, if it is of the same
+    /// region: it takes the place of the frame that did until now.
+    pub fn hold_instead(&self, frame: &Arc<Frame>) {
+        if let Some((held, _)) = &mut *self.data.lock()
+            && held.region == frame.region
+        {
+            frame.hold_dirty();
+            *held = Arc::clone(frame);
+        }
+    }
+
     /// Over, and what it carries is not on the device.
     pub fn has_failed(&self) -> bool {
         self.is_over() && !self.written.load(Ordering::Acquire)
@@ -74,6 +99,7 @@ impl Core {
         *pending.error.lock() = None;
         let map = ino.extents.load_full();
         let counters = Arc::clone(&self.writes);
+        let begun = counters.begin();
         match self.write_ops(&map, pending.from, &slices, pending.fua) {
             Ok(ops) => {
                 counters
@@ -84,7 +110,7 @@ impl Core {
                     ops,
                     Box::new(move |o: Outcome| {
                         counters.in_flight.fetch_sub(p.bytes, Ordering::Relaxed);
-                        p.complete(&counters, o.result);
+                        p.complete(&counters, begun, o.result);
                     }),
                 );
                 *pending.ticket.lock() = Some(ticket);
@@ -98,7 +124,7 @@ impl Core {
                     match blob.write_at(off, slice, pending.fua) {
                         Ok(()) => off += n,
                         Err(StoreError::Io(e)) => {
-                            pending.complete(&counters, Err(e));
+                            pending.complete(&counters, begun, Err(e));
                             return Ok(());
                         }
                         Err(e) => {
@@ -108,7 +134,7 @@ impl Core {
                         }
                     }
                 }
-                pending.complete(&counters, Ok(()));
+                pending.complete(&counters, begun, Ok(()));
             }
         }
         Ok(())
@@ -148,14 +174,19 @@ impl Core {
         }
     }
 
-    /// What could not be written stays in memory: no more of it than may be on its way.
+    /// What could not be written stays in memory: no more of it than may be on its way, and nothing
+    /// more where there is no space for it below (the host of an image file is full).
     ///
     /// # Errors
     /// There is more, and the device still does not take it.
     pub fn bound_failed(&self, ino: &Arc<Inode>, tail: &mut Tail) -> Result<()> {
         let failed = tail.pending.iter().filter(|p| p.has_failed());
-        let bytes: usize = failed.map(|p| p.bytes).sum();
-        if bytes <= self.opts.write_behind_bytes.max(REGION) {
+        let (mut bytes, mut full) = (0, false);
+        for p in failed {
+            bytes += p.bytes;
+            full |= p.error.lock().as_ref().is_some_and(FsError::is_no_space);
+        }
+        if !full && bytes <= self.opts.write_behind_bytes.max(REGION) {
             return Ok(());
         }
         self.resend_failed(ino, tail)?;
@@ -206,7 +237,7 @@ impl Core {
 }
 
 /// Why a write has failed.
-fn failure(ino: &Inode, pending: &Pending) -> FsError {
+pub(crate) fn failure(ino: &Inode, pending: &Pending) -> FsError {
     let context = format!("{}: writing at offset {}", ino.path(), pending.from);
     match pending.error.lock().clone() {
         Some(FsError::Io {
@@ -222,14 +253,16 @@ fn failure(ino: &Inode, pending: &Pending) -> FsError {
 }
 
 impl Pending {
-    fn complete(&self, counters: &WriteCounters, result: std::result::Result<(), Box<IoError>>) {
+    fn complete(
+        &self,
+        counters: &Durability,
+        begun: Begun,
+        result: std::result::Result<(), Box<IoError>>,
+    ) {
         match result {
             Ok(()) => {
                 if !self.fua {
-                    self.seq.store(
-                        counters.seq.fetch_add(1, Ordering::AcqRel) + 1,
-                        Ordering::Release,
-                    );
+                    self.seq.store(counters.completed(begun), Ordering::Release);
                 }
                 let data = self.data.lock().take();
                 self.written.store(true, Ordering::Release);

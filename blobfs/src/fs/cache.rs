@@ -149,7 +149,7 @@ impl Cache {
             let Some(owner) = frame.owner() else { continue };
             if hot_pages == 0 {
                 owner.remove(&frame);
-            } else if frame.is_large() && hot_pages < 96 {
+            } else if frame.is_large() && hot_pages < 96 && owner.is_whole(&frame) {
                 for kept in owner.thin_out(&frame, hot) {
                     let bytes = kept.bytes.cap();
                     kept.set_charge(bytes);
@@ -180,7 +180,7 @@ mod tests {
         let (region, start) = split(page * PAGE as u64);
         let fill = Arc::new(FillBuf::from_buf(buf, PAGE));
         let frame = Frame::new(fc, region, start, fill, false);
-        assert!(fc.install(fc.generation(), &frame));
+        assert!(fc.install(fc.generation(), &frame, || u64::MAX));
     }
 
     #[test]

@@ -2,12 +2,13 @@
 //! byte ranges of a file become operations on the device.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use pumice_bdev::{BlockDevice, DmaSlice, Op, OpKind};
 
 use super::cache::Cache;
+use super::durable::{Durability, lost};
 use super::error::{FsError, Result};
 use super::exit::Ended;
 use super::inode::Inode;
@@ -17,23 +18,6 @@ use super::options::MountOptions;
 use super::pool::{IoPool, Outcome};
 use crate::blobstore::{Blobstore, Error as StoreError, ExtentMap};
 
-/// What completions of writes count in; separate, so that they do not keep the mount alive.
-#[derive(Default)]
-pub(crate) struct WriteCounters {
-    /// Bytes handed to the device and not completed.
-    pub in_flight: AtomicUsize,
-    /// Counts completed writes without FUA.
-    pub seq: AtomicU64,
-}
-
-/// Writes with sequences above `after` and up to `upto` were in the device's cache when a flush
-/// failed: a later flush that succeeds says nothing about them.
-pub(crate) struct Doubtful {
-    after: u64,
-    upto: u64,
-    error: FsError,
-}
-
 /// A mounted file system.
 pub(crate) struct Core {
     pub store: Blobstore,
@@ -41,11 +25,7 @@ pub(crate) struct Core {
     pub dev: Arc<dyn BlockDevice>,
     pub pool: IoPool,
     pub cache: Arc<Cache>,
-    pub writes: Arc<WriteCounters>,
-    /// The largest [`WriteCounters::seq`] that a flush covers.
-    pub flushed: AtomicU64,
-    /// Writes that a failed flush was to cover.
-    pub doubtful: Mutex<Option<Doubtful>>,
+    pub writes: Arc<Durability>,
     /// One flush at a time; who waits for it is mostly served by the one before.
     pub flush_lock: Mutex<()>,
     pub names: Namespace,
@@ -215,37 +195,22 @@ impl Core {
         if !self.write_cache {
             return Ok(());
         }
-        while self.flushed.load(Ordering::Acquire) < seq {
+        while self.writes.flushed() < seq {
             let _one = self.flush_lock.lock();
-            if self.flushed.load(Ordering::Acquire) >= seq {
+            if self.writes.flushed() >= seq {
                 return Ok(());
             }
-            let covers = self.writes.seq.load(Ordering::Acquire);
+            let covers = self.writes.reached();
             if let Err(e) = self.run_ops(vec![Op::Flush]) {
-                let error = FsError::Io {
-                    context: "flush".to_owned(),
-                    source: Arc::from(e),
-                    data_loss: true,
-                };
-                let after = self.flushed.load(Ordering::Acquire);
-                let mut doubtful = self.doubtful.lock();
-                *doubtful = Some(Doubtful {
-                    after: doubtful.as_ref().map_or(after, |d| d.after),
-                    upto: covers,
-                    error: error.clone(),
-                });
-                return Err(error);
+                // Others have been noted where they came back from the device.
+                if e.is_retryable() {
+                    self.writes.flush_failed(&e);
+                }
+                return Err(lost(&e));
             }
-            self.flushed.fetch_max(covers, Ordering::AcqRel);
+            self.writes.flush_succeeded(covers);
         }
         Ok(())
-    }
-
-    /// Why writes with sequences between `from` and `upto` may be lost, if a flush of them has failed.
-    pub fn doubt(&self, from: u64, upto: u64) -> Option<FsError> {
-        let doubtful = self.doubtful.lock();
-        let d = doubtful.as_ref()?;
-        (from <= d.upto && upto > d.after).then(|| d.error.clone())
     }
 
     /// Runs operations on the shared channels and waits for them.
@@ -267,6 +232,7 @@ impl Core {
         let native = self.dev.info().ops.has(OpKind::WriteZeroes);
         let step = 64u64 << 20;
         let mut zeroes: Option<DmaSlice> = None;
+        let begun = self.writes.begin();
         while at < off + len {
             let n = usize::try_from(step.min(off + len - at)).unwrap_or(usize::MAX);
             let runs = self.runs(&map, at, n).map_err(|Unallocated| {
@@ -306,7 +272,7 @@ impl Core {
                 .map_err(|e| FsError::io(format!("{}: zeroing a gap", ino.path()), e))?;
             at += n as u64;
         }
-        Ok(self.writes.seq.fetch_add(1, Ordering::AcqRel) + 1)
+        Ok(self.writes.completed(begun))
     }
 }
 

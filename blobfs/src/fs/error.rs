@@ -226,6 +226,27 @@ impl FsError {
         )
     }
 
+    /// Whether there is no space, in the file system or below the device.
+    pub(crate) fn is_no_space(&self) -> bool {
+        self.errno() == libc::ENOSPC
+    }
+
+    /// The same, naming the bytes of the file that it means.
+    pub(crate) fn in_file(self, path: &str, off: u64) -> FsError {
+        match self {
+            FsError::Io {
+                context,
+                source,
+                data_loss,
+            } => FsError::Io {
+                context: format!("{path}: {context} of bytes from {off} on"),
+                source,
+                data_loss,
+            },
+            e => e,
+        }
+    }
+
     pub(crate) fn not_found(path: &str) -> FsError {
         FsError::NotFound {
             path: path.to_owned(),
@@ -259,6 +280,51 @@ impl From<BdevError> for FsError {
         match e {
             BdevError::InUse { device, pid } => FsError::InUse { device, pid },
             e => FsError::Device(Arc::new(e)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn io(kind: IoErrorKind) -> FsError {
+        let dev = pumice_bdev::open("malloc://1M").unwrap();
+        FsError::io(
+            "test",
+            dev.info().error(&pumice_bdev::Op::Flush, kind, "test"),
+        )
+    }
+
+    #[test]
+    fn errors_have_the_numbers_that_a_kernel_gives() {
+        let path = || "/f".to_owned();
+        let no_space = crate::blobstore::Error::NoSpace {
+            needed: 2,
+            free: 1,
+            total: 9,
+        };
+        let no_space = crate::fs::core::store_error("append", no_space, 4096);
+        let cases = [
+            (FsError::not_found("/f"), libc::ENOENT, false),
+            (FsError::Exists { path: path() }, libc::EEXIST, false),
+            (FsError::NotDir { path: path() }, libc::ENOTDIR, false),
+            (FsError::IsDir { path: path() }, libc::EISDIR, false),
+            (FsError::NotEmpty { path: path() }, libc::ENOTEMPTY, false),
+            (no_space, libc::ENOSPC, true),
+            (FsError::Locked { path: path() }, libc::EAGAIN, false),
+            (FsError::invalid("/f", "no"), libc::EINVAL, false),
+            (FsError::ReadOnly { path: path() }, libc::EROFS, false),
+            (FsError::Unmounted { path: path() }, libc::EBADF, false),
+            (io(IoErrorKind::NoSpace), libc::ENOSPC, false),
+            (io(IoErrorKind::ReadOnly), libc::EROFS, false),
+            (io(IoErrorKind::Media), libc::EIO, false),
+            (io(IoErrorKind::Busy), libc::EIO, true),
+        ];
+        for (error, errno, retryable) in cases {
+            assert_eq!(error.errno(), errno, "{error}");
+            assert_eq!(error.is_retryable(), retryable, "{error}");
+            assert_eq!(error.is_no_space(), errno == libc::ENOSPC, "{error}");
         }
     }
 }

@@ -292,7 +292,7 @@ impl File {
                 return;
             }
             Access::NoReuse => {
-                self.core().set_transient(self.ino(), true);
+                self.ino().frames.set_transient(true);
                 return;
             }
         };
@@ -303,11 +303,11 @@ impl File {
     /// there is still used, so direct and buffered handles agree.
     pub fn set_direct(&self, on: bool) {
         self.open.direct.store(on, Ordering::Relaxed);
-        self.core().set_transient(self.ino(), on);
+        self.ino().frames.set_transient(on);
     }
 
     /// Space that the file takes, in bytes.
     pub fn allocated(&self) -> u64 {
-        self.ino().tail.lock().allocated
+        self.ino().allocated.load(Ordering::Acquire)
     }
 }

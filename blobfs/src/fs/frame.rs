@@ -6,7 +6,7 @@
 //! them holds [`FileCache::lock`], which no hit takes.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
 use arc_swap::ArcSwapOption;
@@ -45,8 +45,6 @@ pub(crate) struct Frame {
     /// Device writes that must complete before the frame may be evicted, and one more while it
     /// is appended to.
     dirty: AtomicUsize,
-    /// Do not keep after the last write (direct I/O).
-    pub transient: std::sync::atomic::AtomicBool,
     hot: [AtomicU64; PAGES / 64],
     charge: AtomicUsize,
     cache: Arc<Cache>,
@@ -66,7 +64,6 @@ impl Frame {
             start,
             region,
             dirty: AtomicUsize::new(usize::from(dirty)),
-            transient: std::sync::atomic::AtomicBool::new(false),
             hot: Default::default(),
             charge: AtomicUsize::new(0),
             cache: Arc::clone(&owner.cache),
@@ -91,6 +88,11 @@ impl Frame {
         std::array::from_fn(|i| self.hot[i].swap(0, Ordering::Relaxed))
     }
 
+    /// Where its bytes end in the region.
+    fn end(&self) -> usize {
+        self.start + self.bytes.filled()
+    }
+
     /// Whether it holds a whole region's buffer.
     pub fn is_large(&self) -> bool {
         self.bytes.cap() > 64 << 10
@@ -108,12 +110,9 @@ impl Frame {
         if before > 1 {
             return;
         }
-        if self.transient.load(Ordering::Relaxed) {
-            if let Some(owner) = self.owner.upgrade() {
-                owner.remove(self);
-            }
-        } else {
-            self.cache.admit(self);
+        match self.owner.upgrade() {
+            Some(owner) if owner.transient.load(Ordering::Relaxed) => owner.remove(self),
+            _ => self.cache.admit(self),
         }
     }
 
@@ -154,6 +153,8 @@ pub(crate) struct FileCache {
     /// Counts changes of existing bytes; a page read from the device is only installed if none
     /// happened meanwhile.
     generation: AtomicU64,
+    /// Frames are not kept after their last write (direct I/O).
+    transient: AtomicBool,
     cache: Arc<Cache>,
 }
 
@@ -169,8 +170,14 @@ impl FileCache {
             segments: Default::default(),
             lock: Mutex::new(()),
             generation: AtomicU64::new(0),
+            transient: AtomicBool::new(false),
             cache: Arc::clone(cache),
         })
+    }
+
+    /// Frames are not kept after their last write, or are again.
+    pub fn set_transient(&self, on: bool) {
+        self.transient.store(on, Ordering::Relaxed);
     }
 
     #[inline]
@@ -246,6 +253,12 @@ impl FileCache {
         self.region(region)?.whole.load_full()
     }
 
+    /// Whether `frame` is the whole frame of its region.
+    pub fn is_whole(&self, frame: &Arc<Frame>) -> bool {
+        self.whole(frame.region)
+            .is_some_and(|f| Arc::ptr_eq(&f, frame))
+    }
+
     /// The first run of pages in `[from, to)` (byte offsets) that is not cached, as byte offsets
     /// rounded to pages, not crossing a region.
     pub fn first_missing(&self, from: u64, to: u64) -> Option<Range<u64>> {
@@ -259,21 +272,8 @@ impl FileCache {
             {
                 return run;
             }
-            let region = self.region(region_no);
-            let whole = region.and_then(|r| r.whole.load_full());
-            let (cached, step) = match (&whole, region.and_then(|r| r.pages.get())) {
-                (Some(frame), _) => {
-                    let end = frame.bytes.filled();
-                    if in_region < end {
-                        // The last page may be part filled: appended bytes beyond it do not exist.
-                        (true, (end.next_multiple_of(PAGE) - in_region) as u64)
-                    } else {
-                        (false, page)
-                    }
-                }
-                (None, Some(pages)) => (pages[in_region / PAGE].load().is_some(), page),
-                (None, None) => (false, page),
-            };
+            let page_end = (at + page).min(to);
+            let (cached, step) = self.cached(region_no, in_region, split_end(page_end, region_no));
             match (&mut run, cached) {
                 (Some(_), true) => return run,
                 (Some(r), false) => r.end = at + page,
@@ -285,9 +285,30 @@ impl FileCache {
         run
     }
 
-    /// Puts a frame of pages that was read from the device into the free slots it covers, unless
-    /// bytes of the file were changed since `generation` was taken. Hands it to the cache.
-    pub fn install(&self, generation: u64, frame: &Arc<Frame>) -> bool {
+    /// Whether the bytes from `in_region` up to `end` in the region, all of one page, are there; and
+    /// how far that is known, in bytes.
+    fn cached(&self, region_no: usize, in_region: usize, end: usize) -> (bool, u64) {
+        let page = PAGE as u64;
+        let region = self.region(region_no);
+        if let Some(frame) = region.and_then(|r| r.whole.load_full()) {
+            let filled = frame.bytes.filled();
+            // Whole pages of it at once.
+            let pages = filled.saturating_sub(in_region) / PAGE * PAGE;
+            return (filled >= end, (pages as u64).max(page));
+        }
+        let slot = region
+            .and_then(|r| r.pages.get())
+            .map(|p| &p[in_region / PAGE]);
+        let frame = slot.and_then(arc_swap::ArcSwapAny::load_full);
+        // A page at the end of the file may have been cut short when the file was shorter.
+        (frame.is_some_and(|f| f.end() >= end), page)
+    }
+
+    /// Puts a frame of pages that was read from the device into the slots it covers that are free or
+    /// show less, unless bytes of the file were changed since `generation` was taken. Hands it to the
+    /// cache. `len` is asked for the length of the file as it is now: a frame that shows less than
+    /// the file has is not taken, since nothing would replace it.
+    pub fn install(&self, generation: u64, frame: &Arc<Frame>, len: impl Fn() -> u64) -> bool {
         {
             let _guard = self.lock.lock();
             if self.generation.load(Ordering::Relaxed) != generation {
@@ -297,14 +318,21 @@ impl FileCache {
             if region.whole.load().is_some() {
                 return false;
             }
+            // Whoever makes the file longer from here on puts a whole frame in place of this.
+            let begins = frame.region as u64 * REGION as u64 + frame.start as u64;
+            let exists = len().saturating_sub(begins).min(frame.bytes.cap() as u64);
+            if (frame.bytes.filled() as u64) < exists {
+                return false;
+            }
             let pages = region
                 .pages
                 .get_or_init(|| (0..PAGES).map(|_| ArcSwapOption::empty()).collect());
             let first = frame.start / PAGE;
             let count = frame.bytes.cap() / PAGE;
             let mut used = false;
-            for slot in &pages[first..first + count] {
-                if slot.load().is_none() {
+            for (slot, page) in pages[first..first + count].iter().zip(first..) {
+                let end = frame.end().min((page + 1) * PAGE);
+                if slot.load().as_ref().is_none_or(|old| old.end() < end) {
                     slot.store(Some(Arc::clone(frame)));
                     used = true;
                 }
@@ -362,6 +390,16 @@ impl FileCache {
                 region.whole.store(None);
                 clear_pages(region);
             }
+        }
+    }
+
+    /// Forgets all of a region, which has no unwritten bytes.
+    pub fn forget_region(&self, region: usize) {
+        let _guard = self.lock.lock();
+        self.generation.fetch_add(1, Ordering::Release);
+        if let Some(region) = self.region(region) {
+            region.whole.store(None);
+            clear_pages(region);
         }
     }
 
@@ -482,6 +520,12 @@ fn clear_pages(region: &Region) {
     }
 }
 
+/// Where `off` lies in the region `region`, or at its end.
+fn split_end(off: u64, region: usize) -> usize {
+    let base = region as u64 * REGION as u64;
+    usize::try_from(off - base).unwrap_or(REGION)
+}
+
 #[inline]
 fn copy_from(frame: &Frame, at: usize, out: &mut [u8]) -> usize {
     let from = at - frame.start;
@@ -533,7 +577,7 @@ mod tests {
         let fc = FileCache::new(&cache);
         let off = 9 * REGION as u64 + 8192;
         assert_eq!(fc.first_missing(off + 5, off + 10), Some(off..off + 4096));
-        assert!(fc.install(0, &page_frame(&fc, off, 2, 1)));
+        assert!(fc.install(0, &page_frame(&fc, off, 2, 1), || u64::MAX));
         let mut out = [0u8; 6000];
         assert_eq!(fc.copy(off + 3000, &mut out), 5192);
         assert_eq!(fc.first_missing(off, off + 8192), None);
@@ -552,7 +596,7 @@ mod tests {
         assert_eq!(fc.copy(off + 4096, &mut two), 2);
         assert_eq!(two, [2, 2]);
         assert!(
-            !fc.install(0, &page_frame(&fc, off + 16384, 1, 9)),
+            !fc.install(0, &page_frame(&fc, off + 16384, 1, 9), || u64::MAX),
             "stale generation"
         );
         fc.remove_from(9);
@@ -575,7 +619,7 @@ mod tests {
     fn a_whole_frame_hides_pages_and_thins_out() {
         let cache = Cache::new(64 << 20);
         let fc = FileCache::new(&cache);
-        assert!(fc.install(0, &page_frame(&fc, 0, 1, 1)));
+        assert!(fc.install(0, &page_frame(&fc, 0, 1, 1), || u64::MAX));
         let whole = page_frame(&fc, 0, PAGES, 2);
         fc.install_whole(&whole);
         cache.admit(&whole);

@@ -61,6 +61,8 @@ pub(crate) struct Inode {
     pub thin: bool,
     /// Why it cannot be written, if it cannot.
     pub frozen: bool,
+    /// Bytes that have clusters, for those who do not hold `tail`.
+    pub allocated: AtomicU64,
     /// Length that readers see.
     pub len: AtomicU64,
     /// Length on the device.
@@ -78,8 +80,6 @@ pub(crate) struct Inode {
     pub epoch: AtomicU64,
     pub ahead: Mutex<Ahead>,
     pub ahead_count: AtomicUsize,
-    /// Frames are not kept once written.
-    pub transient: AtomicBool,
     /// Paths; the first is in the xattr `name`. Changed under the namespace's `ops`.
     pub names: Mutex<Vec<String>>,
     pub mtime_ns: AtomicU64,
@@ -117,7 +117,7 @@ impl Inode {
             epoch: AtomicU64::new(0),
             ahead: Mutex::default(),
             ahead_count: AtomicUsize::new(0),
-            transient: AtomicBool::new(false),
+            allocated: AtomicU64::new(allocated),
             names: Mutex::new(names),
             mtime_ns: AtomicU64::new(mtime_ns),
             opens: AtomicUsize::new(0),
@@ -153,6 +153,18 @@ impl Inode {
             .first()
             .cloned()
             .unwrap_or_else(|| format!("deleted file (blob {})", self.id))
+    }
+
+    /// The error of bytes that were accepted and are not in memory any more. Only a defect of the
+    /// file system can cause it; better an error than a length over bytes that were never written.
+    pub fn lost(&self, from: u64, upto: u64) -> FsError {
+        FsError::Corrupt {
+            blob: self.id.0,
+            reason: format!(
+                "{}: bytes {from} to {upto} were accepted and are not in memory any more",
+                self.path()
+            ),
+        }
     }
 
     #[inline]

@@ -5,13 +5,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::AtomicBool;
 
 use parking_lot::Mutex;
 use pumice_bdev::{BlockDevice, OpKind};
 
 use super::cache::Cache;
-use super::core::{Core, WriteCounters, store_error};
+use super::core::{Core, store_error};
+use super::durable::Durability;
 use super::error::{FsError, Result};
 use super::inode::{Inode, xattr};
 use super::metered::Metered;
@@ -61,7 +62,8 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
             ),
         ));
     }
-    let metered = Metered::new(Arc::clone(dev));
+    let writes = Arc::new(Durability::new(info.write_cache));
+    let metered = Metered::new(Arc::clone(dev), Arc::clone(&writes));
     let counted: Arc<dyn BlockDevice> = Arc::clone(&metered) as Arc<dyn BlockDevice>;
     let load = LoadOptions {
         bstype: Some(BsType::BLOBFS),
@@ -110,9 +112,7 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
         metered,
         dev: counted,
         cache,
-        writes: Arc::new(WriteCounters::default()),
-        flushed: AtomicU64::new(0),
-        doubtful: Mutex::new(None),
+        writes,
         flush_lock: Mutex::new(()),
         names: Namespace::new(map, seq),
         opts: opts.clone(),

@@ -1,4 +1,5 @@
-//! The device as the file system and its blobstore see it: the same, with every operation counted.
+//! The device as the file system and its blobstore see it: the same, with every operation counted
+//! and every failed flush noted, whoever sent it.
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -7,8 +8,10 @@ use std::time::Duration;
 
 use crossbeam::utils::CachePadded;
 use pumice_bdev::{
-    BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, Op, OpKind, SubmitError,
+    BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, IoError, Op, OpKind, SubmitError,
 };
+
+use super::durable::Durability;
 
 /// What was sent to the device since the mount, metadata included.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -89,14 +92,16 @@ pub(crate) struct Metered {
     info: DeviceInfo,
     /// The only reference that a mount has to the device; given up at the unmount.
     inner: parking_lot::Mutex<Option<Arc<dyn BlockDevice>>>,
+    durability: Arc<Durability>,
     all: parking_lot::Mutex<All>,
 }
 
 impl Metered {
-    pub fn new(inner: Arc<dyn BlockDevice>) -> Arc<Metered> {
+    pub fn new(inner: Arc<dyn BlockDevice>, durability: Arc<Durability>) -> Arc<Metered> {
         Arc::new(Metered {
             info: inner.info().clone(),
             inner: parking_lot::Mutex::new(Some(inner)),
+            durability,
             all: parking_lot::Mutex::default(),
         })
     }
@@ -145,6 +150,7 @@ impl BlockDevice for Metered {
         Ok(Box::new(MeteredChannel {
             inner,
             counters,
+            durability: Arc::clone(&self.durability),
             block_size,
         }))
     }
@@ -153,13 +159,28 @@ impl BlockDevice for Metered {
 struct MeteredChannel {
     inner: Box<dyn IoChannel>,
     counters: Arc<CachePadded<Counters>>,
+    durability: Arc<Durability>,
     block_size: u32,
+}
+
+impl MeteredChannel {
+    /// An error that passes means that the flush was not done; who sent it tries again.
+    fn flush_failed(&self, error: &IoError) {
+        if !error.is_retryable() {
+            self.durability.flush_failed(error);
+        }
+    }
 }
 
 impl IoChannel for MeteredChannel {
     fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
         let (kind, bytes, fua) = (op.kind(), op.len_bytes(self.block_size), op.fua());
-        self.inner.submit(tag, op)?;
+        if let Err(e) = self.inner.submit(tag, op) {
+            if let SubmitError::Refused(Op::Flush, error) = &e {
+                self.flush_failed(error);
+            }
+            return Err(e);
+        }
         // One writer: a plain add would do, but the sum is read by others.
         let add = |c: &AtomicU64, n: u64| c.store(c.load(Ordering::Relaxed) + n, Ordering::Relaxed);
         let c = &self.counters;
@@ -182,7 +203,14 @@ impl IoChannel for MeteredChannel {
     }
 
     fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
-        self.inner.poll(out)
+        let first = out.len();
+        let n = self.inner.poll(out);
+        for c in &out[first..] {
+            if let (Op::Flush, Err(error)) = (&c.op, &c.result) {
+                self.flush_failed(error);
+            }
+        }
+        n
     }
 
     fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {

@@ -14,6 +14,7 @@ use super::inode::Inode;
 use super::metered::IoStats;
 use super::names::Entry;
 use super::options::{FormatOptions, MountOptions, OpenOptions};
+use super::view::StoreView;
 use super::{exit, load, path, probe};
 use crate::blobstore::{BlobId, Blobstore, BsType, InitOptions};
 
@@ -97,7 +98,8 @@ impl Drop for FileLock {
 impl Drop for Core {
     fn drop(&mut self) {
         if self.is_unfinished()
-            && let Err(error) = self.unmount()
+            // Nobody is left who could try once more.
+            && let Err(error) = self.unmount_anyway()
         {
             tracing::error!(device = self.dev.info().name, %error, "the file system could not be unmounted in order");
         }
@@ -168,10 +170,21 @@ impl FileSystem {
     /// return, whatever handles are left. They give [`FsError::Unmounted`] from then on.
     ///
     /// # Errors
-    /// Device errors. Nothing is thrown away then: the file system stays mounted, or, where only
-    /// the blobstore's last page is missing, waits for the next call of this.
+    /// Device errors, with the file and the bytes that could not be made durable. Nothing is thrown
+    /// away then: the file system stays mounted, or, where only the blobstore's last page is missing,
+    /// waits for the next call of this. [`FileSystem::unmount_anyway`] ends the mount without those
+    /// bytes.
     pub fn unmount(&self) -> Result<()> {
         self.core.unmount()
+    }
+
+    /// As [`FileSystem::unmount`], but what cannot be made durable is given up: the file keeps the
+    /// length that is durable. Returns an error for each such file; none if nothing was lost.
+    ///
+    /// # Errors
+    /// The metadata could not be written; the next mount recovers.
+    pub fn unmount_anyway(&self) -> Result<Vec<FsError>> {
+        self.core.unmount_anyway()
     }
 
     /// What the mount found wrong and left alone, a line each.
@@ -402,9 +415,9 @@ impl FileSystem {
         self.core.metered.stats()
     }
 
-    /// The blobstore below.
-    pub fn blobstore(&self) -> &Blobstore {
-        &self.core.store
+    /// The blobstore below, to look at.
+    pub fn blobstore(&self) -> StoreView<'_> {
+        StoreView::new(&self.core)
     }
 }
 
@@ -414,7 +427,7 @@ fn file_stat(ino: &Inode) -> Stat {
         is_dir: false,
         mtime: UNIX_EPOCH + Duration::from_nanos(ino.mtime_ns.load(Ordering::Relaxed)),
         blob_id: Some(ino.id),
-        allocated: ino.tail.lock().allocated,
+        allocated: ino.allocated.load(Ordering::Acquire),
         links: ino.names.lock().len(),
     }
 }

@@ -156,6 +156,7 @@ impl Core {
             return;
         }
         self.quiesce(ino);
+        self.forget_bytes(ino);
         let Some(blob) = ino.take_blob() else { return };
         let id = blob.id();
         drop(blob);
@@ -168,13 +169,21 @@ impl Core {
         self.names.orphans.lock().remove(&id.0);
     }
 
-    /// Waits until nothing of the file is on its way to the device, and takes the append buffer
-    /// away.
+    /// Waits until nothing of the file is on its way to the device. What has not been written stays:
+    /// the file may keep its name.
     fn quiesce(&self, ino: &Arc<Inode>) {
         let mut tail = ino.tail.lock();
         self.wait_overlapping(&tail, 0, u64::MAX);
         tail.prune(ino);
+    }
+
+    /// The file is gone: so is what of it is in memory.
+    fn forget_bytes(&self, ino: &Arc<Inode>) {
+        let mut tail = ino.tail.lock();
         self.drop_buffer(&mut tail);
+        tail.pending.clear();
+        tail.submitted = ino.len();
+        ino.frames.remove_from(0);
     }
 
     /// Adds to `tx` what `ino` losing the name `path` means on disk.
@@ -242,7 +251,7 @@ impl Core {
             }
             Loss::Gone => {
                 ino.reaped.store(true, Ordering::SeqCst);
-                ino.frames.remove_from(0);
+                self.forget_bytes(&ino);
             }
         }
     }
@@ -494,31 +503,7 @@ impl Core {
                 });
             }
         }
-        let fail = |e| self.store_error(format!("{from}: rename to {to}"), e);
-        // One: the intent, on a marker that the directory may not have yet.
-        let intent = encode_names(&[from.to_owned(), to.to_owned()]);
-        let known = *dir.marker.lock();
-        let marker = match known {
-            Some(id) => {
-                let mut tx = self.store.transaction();
-                tx.set_xattr(id, xattr::RENAME, &intent);
-                tx.commit().map_err(fail)?;
-                id
-            }
-            None => {
-                let mut xattrs = marker_xattrs(from, now_ns());
-                xattrs.push((xattr::RENAME.to_owned(), intent));
-                let mut tx = self.store.transaction();
-                let new = tx.create(CreateOptions {
-                    xattrs,
-                    ..self.create_options()
-                });
-                let id = tx.commit().map_err(fail)?.id(new);
-                *dir.marker.lock() = Some(id);
-                id
-            }
-        };
-        // Two: everything in it, then the directory itself.
+        // What is refused is refused here, before there is an intent that a mount would carry out.
         let mut tx = self.store.transaction();
         let mut renamed: Vec<(Arc<Inode>, Vec<String>)> = Vec::new();
         let mut seen = std::collections::HashSet::new();
@@ -544,6 +529,31 @@ impl Core {
                 Entry::File(_) => {}
             }
         }
+        let fail = |e| self.store_error(format!("{from}: rename to {to}"), e);
+        // One: the intent, on a marker that the directory may not have yet.
+        let intent = encode_names(&[from.to_owned(), to.to_owned()]);
+        let known = *dir.marker.lock();
+        let marker = match known {
+            Some(id) => {
+                let mut tx = self.store.transaction();
+                tx.set_xattr(id, xattr::RENAME, &intent);
+                tx.commit().map_err(fail)?;
+                id
+            }
+            None => {
+                let mut xattrs = marker_xattrs(from, now_ns());
+                xattrs.push((xattr::RENAME.to_owned(), intent));
+                let mut tx = self.store.transaction();
+                let new = tx.create(CreateOptions {
+                    xattrs,
+                    ..self.create_options()
+                });
+                let id = tx.commit().map_err(fail)?.id(new);
+                *dir.marker.lock() = Some(id);
+                id
+            }
+        };
+        // Two: everything in it, then the directory itself.
         tx.set_xattr(marker, xattr::NAME, &encode_name(to));
         tx.remove_xattr(marker, xattr::RENAME);
         if let Some(old) = replaced {
@@ -577,10 +587,19 @@ impl Core {
 
     /// Ends the use of every file: data and lengths durable, spare clusters back, blobs closed.
     pub fn unmount(&self) -> Result<()> {
+        self.end(false).map(|_| ())
+    }
+
+    /// As [`Core::unmount`]; what cannot be made durable is given up, and returned.
+    pub fn unmount_anyway(&self) -> Result<Vec<FsError>> {
+        self.end(true)
+    }
+
+    fn end(&self, give_up: bool) -> Result<Vec<FsError>> {
         self.check_fork()?;
         let _ops = self.names.ops.lock();
         if self.unloading.load(Ordering::Acquire) {
-            return self.unload();
+            return self.unload().map(|()| Vec::new());
         }
         self.check_mounted(|| self.dev.info().name.clone())?;
         let inodes = self.names.inodes();
@@ -590,16 +609,22 @@ impl Core {
             for ino in &inodes {
                 result = result.and(self.sync(ino));
             }
-            result?;
+            if !give_up {
+                result?;
+            }
         }
         // From here on nothing new begins; what was appended meanwhile is written, too.
         self.mounted.store(false, Ordering::Release);
-        if let Err(e) = self.finish(&inodes) {
-            self.mounted.store(true, Ordering::Release);
-            return Err(e);
-        }
+        let lost = match self.finish(&inodes, give_up) {
+            Ok(lost) => lost,
+            Err(e) => {
+                self.mounted.store(true, Ordering::Release);
+                return Err(e);
+            }
+        };
         self.unloading.store(true, Ordering::Release);
-        self.unload()
+        self.unload()?;
+        Ok(lost)
     }
 
     /// The last step of an unmount, which can be repeated: the device is given up when it is done.
@@ -621,15 +646,28 @@ impl Core {
             && (self.mounted.load(Ordering::Acquire) || self.unloading.load(Ordering::Acquire))
     }
 
-    fn finish(&self, inodes: &[Arc<Inode>]) -> Result<()> {
+    fn finish(&self, inodes: &[Arc<Inode>], give_up: bool) -> Result<Vec<FsError>> {
+        let mut lost = Vec::new();
         if !self.opts.read_only {
             for ino in inodes {
                 ino.tail.lock().stop_fast_path();
-                self.sync_inner(ino)?;
+                match self.sync_inner(ino) {
+                    Ok(()) => {}
+                    Err(e) if give_up => {
+                        tracing::error!(error = %e, "bytes that could not be made durable are given up");
+                        self.give_up_bytes(ino);
+                        lost.push(e);
+                    }
+                    Err(e) => return Err(e),
+                }
                 let mut tail = ino.tail.lock();
                 let needed = ino.len().div_ceil(self.cluster);
-                if tail.grown && tail.allocated / self.cluster > needed && !ino.thin {
-                    self.resize(ino, &mut tail, needed)?;
+                if tail.grown
+                    && tail.allocated / self.cluster > needed
+                    && !ino.thin
+                    && let Err(error) = self.resize(ino, &mut tail, needed)
+                {
+                    tracing::warn!(file = ino.path(), %error, "space allocated ahead was not given back");
                 }
             }
         }
@@ -649,7 +687,16 @@ impl Core {
             drop(ino.take_blob());
             ino.frames.remove_from(0);
         }
-        Ok(())
+        Ok(lost)
+    }
+
+    /// Cuts the file, in memory, to what is durable.
+    fn give_up_bytes(&self, ino: &Arc<Inode>) {
+        self.quiesce(ino);
+        let durable = ino.durable_len.load(Ordering::Acquire);
+        ino.len.store(durable, Ordering::Release);
+        ino.epoch.fetch_add(1, Ordering::AcqRel);
+        self.forget_bytes(ino);
     }
 }
 

@@ -13,7 +13,7 @@ use super::inode::Inode;
 use super::pool::{Outcome, Ticket};
 
 /// Longest frame that a read makes.
-const FRAME_MAX: usize = 64 << 10;
+pub(crate) const FRAME_MAX: usize = 64 << 10;
 
 /// Bytes of a file that were read from the device.
 #[derive(Clone)]
@@ -40,6 +40,13 @@ impl Piece {
             _ => 0,
         }
     }
+}
+
+/// How a read of existing bytes has ended.
+enum Read {
+    Filled,
+    /// The file was truncated meanwhile; what has been copied counts for nothing.
+    Overtaken,
 }
 
 /// Reads of one file to be done.
@@ -69,7 +76,7 @@ impl Plan {
             if self.keep {
                 let (region, start) = split(*off);
                 let frame = Frame::new(&ino.frames, region, start, Arc::clone(&bytes), false);
-                ino.frames.install(self.generation, &frame);
+                ino.frames.install(self.generation, &frame, || ino.len());
             }
             pieces.push(Piece { off: *off, bytes });
         }
@@ -127,27 +134,27 @@ impl Core {
                 return Ok(0);
             }
             let n = usize::try_from(len - off).map_or(out.len(), |rest| rest.min(out.len()));
-            let read = self.read_missing(ino, off, &mut out[..n], len, epoch, keep);
+            let read = self.read_missing(ino, off, &mut out[..n], epoch, keep);
             // What a truncation has taken away is no error of the device.
-            if ino.epoch.load(Ordering::Acquire) == epoch {
-                return read.map(|()| n);
+            if ino.epoch.load(Ordering::Acquire) == epoch && !matches!(read, Ok(Read::Overtaken)) {
+                return read.map(|_| n);
             }
         }
     }
 
-    /// Fills `out`, all of it inside the file's `len`; what is in it counts for nothing if the file
-    /// has been truncated since `epoch`.
+    /// Fills `out`, all of it inside the file. Each round copies something, or waits for one
+    /// read-ahead, or reads from the device what the next round copies: so it ends.
     fn read_missing(
         &self,
         ino: &Inode,
         off: u64,
         out: &mut [u8],
-        len: u64,
         epoch: u64,
         keep: bool,
-    ) -> Result<()> {
+    ) -> Result<Read> {
         let mut done = 0;
         let mut pieces: Vec<Piece> = Vec::new();
+        let mut waited = false;
         while done < out.len() {
             let at = off + done as u64;
             let n = pieces
@@ -157,41 +164,40 @@ impl Core {
             let n = n.unwrap_or_else(|| ino.frames.copy(at, &mut out[done..]));
             if n > 0 {
                 done += n;
+                waited = false;
                 continue;
             }
-            if self.wait_ahead(ino, at) {
+            if ino.epoch.load(Ordering::Acquire) != epoch || ino.len() <= at {
+                return Ok(Read::Overtaken);
+            }
+            // Once for each place: what was read ahead may not have been kept.
+            if !waited && self.wait_ahead(ino, at) {
+                waited = true;
                 continue;
             }
-            let plan = self.plan(ino, at, out.len() - done, len, keep)?;
-            let Some(plan) = plan else {
-                // It has come into memory meanwhile; or the page is there, but was cut short.
-                if ino.epoch.load(Ordering::Acquire) != epoch {
-                    return Ok(());
-                }
+            let Some(plan) = self.plan(ino, at, out.len() - done, keep)? else {
+                // It has come into memory since it was looked for.
                 continue;
             };
             pieces = self.run_plan(ino, plan)?;
-            if pieces.is_empty() {
+            let found = pieces.iter().any(|p| p.copy(at, &mut [0]) > 0);
+            if !found && ino.epoch.load(Ordering::Acquire) == epoch && ino.len() > at {
                 return Err(FsError::Corrupt {
                     blob: ino.id.0,
                     reason: format!("no data at offset {at} of {}", ino.path()),
                 });
             }
         }
-        Ok(())
+        Ok(Read::Filled)
     }
 
     /// The reads that bring what is missing of `[off, off + want)` into memory; `None` if nothing
     /// is.
-    pub fn plan(
-        &self,
-        ino: &Inode,
-        off: u64,
-        want: usize,
-        len: u64,
-        keep: bool,
-    ) -> Result<Option<Plan>> {
+    pub fn plan(&self, ino: &Inode, off: u64, want: usize, keep: bool) -> Result<Option<Plan>> {
+        // In this order: a file that grows after the length was taken has a new generation, or the
+        // frame of its end in memory.
         let generation = ino.frames.generation();
+        let len = ino.len();
         let map = ino.extents.load();
         let end = (off + want as u64).min(len);
         let mut plan = Plan {
@@ -297,15 +303,17 @@ impl Core {
         }
     }
 
-    /// Fills `out` from `off`; an error if the file is shorter. For the file system's own use: the
-    /// length is the caller's business.
+    /// Fills `out` from `off`; an error if the file is shorter. For callers who hold the append lock:
+    /// no truncation can overtake them.
     pub fn read_exact(&self, ino: &Inode, off: u64, out: &mut [u8]) -> Result<()> {
         if out.is_empty() {
             return Ok(());
         }
         let epoch = ino.epoch.load(Ordering::Acquire);
-        let len = off + out.len() as u64;
-        self.read_missing(ino, off, out, len.max(ino.len()), epoch, false)
+        match self.read_missing(ino, off, out, epoch, false)? {
+            Read::Filled => Ok(()),
+            Read::Overtaken => Err(ino.lost(off, off + out.len() as u64)),
+        }
     }
 
     /// Does several reads together: everything that is not in memory is in flight at once.
@@ -325,7 +333,7 @@ impl Core {
             self.cache.count_miss();
             match self
                 .check_mounted(|| ino.path())
-                .and_then(|()| self.plan(ino, r.off, n, len, keep))
+                .and_then(|()| self.plan(ino, r.off, n, keep))
             {
                 Ok(Some(mut plan)) => {
                     ops.append(&mut plan.ops);
@@ -396,7 +404,7 @@ impl Core {
         keep: bool,
         done: impl FnOnce(std::result::Result<Vec<Piece>, Box<IoError>>) + Send + 'static,
     ) -> Result<Option<Ticket>> {
-        let Some(mut plan) = self.plan(ino, off, want, ino.len(), keep)? else {
+        let Some(mut plan) = self.plan(ino, off, want, keep)? else {
             return Ok(None);
         };
         let ops = std::mem::take(&mut plan.ops);
@@ -444,12 +452,13 @@ mod tests {
         let epoch = ino.epoch.load(Ordering::Acquire);
         core.truncate(&ino, 5050).unwrap();
         let mut out = [0; 100];
-        core.read_missing(&ino, 5000, &mut out, 8192, epoch, true)
-            .unwrap();
+        let read = core.read_missing(&ino, 5000, &mut out, epoch, true);
+        assert!(matches!(read, Ok(Read::Overtaken)));
         assert_eq!(core.read_at(&ino, 5000, &mut out, true).unwrap(), 50);
         core.truncate(&ino, 0).unwrap();
         // Not even its clusters are there any more.
-        let _ = core.read_missing(&ino, 5000, &mut out, 8192, epoch, true);
+        let read = core.read_missing(&ino, 5000, &mut out, epoch, true);
+        assert!(matches!(read, Ok(Read::Overtaken)));
         assert_eq!(core.read_at(&ino, 5000, &mut out, true).unwrap(), 0);
         core.close(&ino);
         core.unmount().unwrap();

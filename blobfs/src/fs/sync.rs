@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::behind::{Pending, failure};
 use super::core::Core;
 use super::error::Result;
 use super::inode::{Inode, now_ns, xattr};
@@ -41,16 +42,7 @@ impl Core {
             self.submit_upto(ino, &mut tail, target, fua)?;
             (target, tail.pending.clone())
         };
-        if !pending.is_empty() {
-            for p in &pending {
-                self.wait_pending(p);
-            }
-            let mut tail = ino.tail.lock();
-            tail.prune(ino);
-            if let Some(e) = self.write_error(ino, &tail) {
-                return Err(e);
-            }
-        }
+        self.wait_all(ino, &pending)?;
         let upto = ino.unflushed.load(Ordering::Acquire);
         if self.needs_flush(ino) {
             self.flush_upto(upto)?;
@@ -64,6 +56,27 @@ impl Core {
         Ok(())
     }
 
+    /// Waits until all of these writes have arrived. Somebody else may send one again meanwhile.
+    fn wait_all(&self, ino: &Arc<Inode>, pending: &[Arc<Pending>]) -> Result<()> {
+        if pending.is_empty() {
+            return Ok(());
+        }
+        loop {
+            for p in pending {
+                self.wait_pending(p);
+            }
+            let mut tail = ino.tail.lock();
+            if let Some(failed) = pending.iter().find(|p| p.has_failed()) {
+                tail.prune(ino);
+                return Err(failure(ino, failed));
+            }
+            if pending.iter().all(|p| p.written_seq().is_some()) {
+                tail.prune(ino);
+                return Ok(());
+            }
+        }
+    }
+
     /// A flush covers the file's writes up to `upto`; but if one has failed that was to cover some of
     /// them, they are in doubt.
     fn flushed_upto(&self, ino: &Inode, upto: u64) -> Result<()> {
@@ -71,44 +84,37 @@ impl Core {
             return Ok(());
         }
         let mut tail = ino.tail.lock();
-        if tail.unflushed_from > upto {
-            return Ok(());
-        }
-        if let Some(e) = self.doubt(tail.unflushed_from, upto) {
+        let mut covered = tail.unflushed.iter().filter(|(_, s)| *s.start() <= upto);
+        if let Some(e) = covered.find_map(|(_, seqs)| self.writes.doubt(&seqs)) {
             return Err(e);
         }
-        tail.unflushed_from = if ino.unflushed.load(Ordering::Acquire) > upto {
-            upto + 1
-        } else {
-            u64::MAX
-        };
-        tail.overwritten = false;
+        drop(covered);
+        tail.unflushed.flushed(upto);
         Ok(())
     }
 
-    /// After a failed flush: what the file wrote since its last sync goes to the device again, if
-    /// all of it is in the append buffer.
+    /// After a failed flush: what is in doubt goes to the device again, if all of it is in the append
+    /// buffer as the writer supplied it.
     fn resend_doubtful(&self, ino: &Inode, tail: &mut Tail) -> Result<()> {
-        if !self.write_cache || tail.unflushed_from == u64::MAX {
-            return Ok(());
-        }
-        let upto = ino.unflushed.load(Ordering::Acquire);
-        let Some(e) = self.doubt(tail.unflushed_from, upto) else {
+        let in_doubt = |(range, seqs)| Some((range, self.writes.doubt(&seqs)?));
+        let doubtful: Vec<_> = tail.unflushed.iter().filter_map(in_doubt).collect();
+        let Some((first, error)) = doubtful.first() else {
             return Ok(());
         };
-        let durable = ino.durable_len.load(Ordering::Acquire);
-        if tail.overwritten || !tail.buffer_begins_below(durable) {
-            return Err(e);
+        if !tail.supplies(first.start) {
+            return Err(error.clone().in_file(&ino.path(), first.start));
         }
         self.wait_overlapping(tail, 0, u64::MAX);
-        tail.submitted = tail.submitted.min(durable);
-        tail.unflushed_from = u64::MAX;
+        tail.prune(ino);
+        tail.submitted = tail.submitted.min(first.start);
+        for (range, _) in doubtful {
+            tail.unflushed.cut(range);
+        }
         Ok(())
     }
 
     fn needs_flush(&self, ino: &Inode) -> bool {
-        self.write_cache
-            && ino.unflushed.load(Ordering::Acquire) > self.flushed.load(Ordering::Acquire)
+        self.write_cache && ino.unflushed.load(Ordering::Acquire) > self.writes.flushed()
     }
 
     /// Writes the root with the length `len`, whose bytes are durable. A file that was written in

@@ -5,6 +5,7 @@
 //! write, submitted by the appending thread, which does not wait; it becomes clean page cache when
 //! the write completes, wherever that is noticed.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -17,6 +18,7 @@ use super::error::{FsError, Result};
 use super::fill::{FillBuf, FillWriter};
 use super::frame::{Frame, PAGE, REGION, split};
 use super::inode::Inode;
+use super::unflushed::Unflushed;
 use crate::blobstore::ClusterInit;
 
 /// First size of the tail buffer of a new file; most files stay below it.
@@ -25,6 +27,12 @@ const SMALL: usize = 64 << 10;
 const GROW_MAX: u64 = 64 << 20;
 
 /// The end of a file: what the append lock protects.
+///
+/// Whenever the lock is free:
+/// - `submitted <= len`, and all bytes of `[submitted, len)` are in the buffer;
+/// - each write in `pending` that has not arrived holds the frame of its region dirty, and that
+///   frame is in the file's table, so its bytes can be read and can be sent again;
+/// - no write in `pending` goes beyond the block in which the file ends.
 pub(crate) struct Tail {
     writer: Option<FillWriter>,
     /// The frame that `writer` fills.
@@ -36,17 +44,20 @@ pub(crate) struct Tail {
     pub allocated: u64,
     /// Bytes below this have been handed to the device.
     pub submitted: u64,
+    /// The buffer's bytes from here on came from the writer; those before may have been read back
+    /// from the device.
+    pub supplied_from: u64,
     pub pending: Vec<Arc<Pending>>,
+    /// Writes handed to the device so far; numbers them.
+    pub sent: u64,
     /// A caller allocated space ahead: it is not trimmed while the file is open.
     pub reserved: bool,
     /// Clusters past the end are ours to give back.
     pub grown: bool,
     /// Syncs so far that had something to do.
     pub syncs: u32,
-    /// No write with a smaller sequence than this waits for a flush.
-    pub unflushed_from: u64,
-    /// Bytes below the durable length were overwritten since they were last flushed.
-    pub overwritten: bool,
+    /// What has been written and waits for a flush.
+    pub unflushed: Unflushed,
 }
 
 impl Tail {
@@ -58,13 +69,58 @@ impl Tail {
             room: 0,
             allocated,
             submitted: len,
+            supplied_from: len,
             pending: Vec::new(),
+            sent: 0,
             reserved: false,
             grown: false,
             syncs: 0,
-            unflushed_from: u64::MAX,
-            overwritten: false,
+            unflushed: Unflushed::default(),
         }
+    }
+
+    /// The invariants that need no look into the table; checked in debug builds.
+    pub fn check(&self, len: u64) {
+        debug_assert!(self.submitted <= len, "{} > {len}", self.submitted);
+        debug_assert!(self.submitted == len || self.holding(self.submitted, len).is_some());
+        debug_assert!(self.room == 0 || self.writer.is_some());
+    }
+
+    /// Copies `data` to the buffer if there is room for nothing but that.
+    #[inline]
+    pub fn push_fast(&mut self, data: &[u8]) -> bool {
+        match &mut self.writer {
+            Some(writer) if data.len() <= self.room => {
+                writer.push(data);
+                self.room -= data.len();
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Bytes that fit into the buffer.
+    pub fn writer_room(&self) -> usize {
+        self.writer.as_ref().map_or(0, FillWriter::room)
+    }
+
+    /// Lets `push` append to the buffer, if there is one.
+    pub fn with_writer(&mut self, push: impl FnOnce(&mut FillWriter)) {
+        if let Some(writer) = &mut self.writer {
+            push(writer);
+        }
+    }
+
+    /// The buffer's bytes.
+    pub fn buffer(&self) -> Option<Arc<FillBuf>> {
+        self.frame.as_ref().map(|frame| Arc::clone(&frame.bytes))
+    }
+
+    /// The buffer, if all of `[from, upto)` is in it.
+    fn holding(&self, from: u64, upto: u64) -> Option<&Arc<Frame>> {
+        let frame = self.frame.as_ref()?;
+        let base = self.region as u64 * REGION as u64;
+        (base <= from && upto - base <= frame.bytes.filled() as u64).then_some(frame)
     }
 
     /// Whether the region is the one being appended to.
@@ -72,9 +128,9 @@ impl Tail {
         self.frame.is_some() && self.region == region
     }
 
-    /// Whether all of the file from `off` on is in the append buffer.
-    pub fn buffer_begins_below(&self, off: u64) -> bool {
-        self.frame.is_some() && self.region as u64 * REGION as u64 <= off
+    /// Whether there is a buffer, and its bytes from `off` on came from the writer.
+    pub fn supplies(&self, off: u64) -> bool {
+        self.frame.is_some() && self.supplied_from <= off
     }
 
     /// The next append takes the slow path.
@@ -82,140 +138,124 @@ impl Tail {
         self.room = 0;
     }
 
-    /// Forgets finished writes; `unflushed` takes what a flush has to cover.
+    /// Appends that fit into the buffer and into the clusters need no more than a copy.
+    pub fn allow_fast_path(&mut self, len: u64) {
+        let space = usize::try_from(self.allocated - len).unwrap_or(usize::MAX);
+        self.room = self.writer_room().min(space);
+    }
+
+    /// Forgets finished writes, and remembers what of them a flush has to cover.
     pub fn prune(&mut self, ino: &Inode) {
         let mut written = Vec::new();
         self.pending.retain(|p| match p.written_seq() {
             Some(seq) => {
-                written.push(seq);
+                written.push((seq, Arc::clone(p)));
                 false
             }
             None => true,
         });
-        for seq in written {
-            self.needs_flush(ino, seq);
+        written.sort_unstable_by_key(|(seq, _)| *seq);
+        for (seq, p) in written {
+            self.note_written(ino, p.from..p.upto, p.supplied_from..p.upto, seq);
         }
     }
 
-    /// Takes note of a completed write that a flush has to cover; 0: none has to.
-    pub fn needs_flush(&mut self, ino: &Inode, seq: u64) {
+    /// Takes note of a completed write of `range`, of which the bytes `supplied` came from the
+    /// writer. A flush has to cover `seq`; 0: it is durable.
+    pub fn note_written(&mut self, ino: &Inode, range: Range<u64>, supplied: Range<u64>, seq: u64) {
         if seq > 0 {
             ino.unflushed.fetch_max(seq, Ordering::AcqRel);
-            self.unflushed_from = self.unflushed_from.min(seq);
+            self.unflushed.rewritten(range, seq);
+            self.unflushed.written(supplied, seq);
+        } else {
+            self.unflushed.cut(supplied);
         }
+    }
+
+    /// Bytes from `len` on do not exist any more: whether a flush has covered them is of no
+    /// interest.
+    pub fn cut_unflushed(&mut self, len: u64) {
+        self.unflushed.cut(len..u64::MAX);
+    }
+
+    /// Takes out the writes that were handed over after the first `sent`.
+    pub fn take_sent_after(&mut self, sent: u64) -> Vec<Arc<Pending>> {
+        let all = std::mem::take(&mut self.pending);
+        let (kept, taken) = all.into_iter().partition(|p| p.no <= sent);
+        self.pending = kept;
+        taken
+    }
+
+    /// Takes out the writes that go beyond `len`.
+    pub fn take_beyond(&mut self, len: u64) -> Vec<Arc<Pending>> {
+        let all = std::mem::take(&mut self.pending);
+        let (kept, taken) = all.into_iter().partition(|p| p.upto <= len);
+        self.pending = kept;
+        taken
+    }
+
+    /// Makes `frame` the buffer, in place of whatever the table has for its region. Writes of the
+    /// region that have not arrived hold it dirty from now on, and no longer the one before.
+    pub fn set_frame(&mut self, ino: &Inode, frame: Arc<Frame>, writer: Option<FillWriter>) {
+        self.replace_whole(ino, &frame);
+        self.writer = writer;
+        self.region = frame.region;
+        self.frame = Some(frame);
+        self.room = 0;
+    }
+
+    /// Makes `frame` the whole frame of its region; see [`Tail::set_frame`].
+    pub fn replace_whole(&self, ino: &Inode, frame: &Arc<Frame>) {
+        for p in &self.pending {
+            p.hold_instead(frame);
+        }
+        ino.frames.install_whole(frame);
     }
 }
 
 impl Core {
-    /// Appends `data`. Nothing but a copy if it fits; see the module.
-    #[inline]
-    pub fn append(&self, ino: &Arc<Inode>, data: &[u8]) -> Result<()> {
-        // The buffer of an inherited file is the parent's memory.
-        self.check_fork()?;
-        let mut tail = ino.tail.lock();
-        self.append_locked(ino, &mut tail, data)
-    }
-
-    #[inline]
-    pub fn append_locked(&self, ino: &Arc<Inode>, tail: &mut Tail, data: &[u8]) -> Result<()> {
-        if data.len() <= tail.room
-            && let Some(writer) = &mut tail.writer
-        {
-            writer.push(data);
-            tail.room -= data.len();
-            // Only the holder of the append lock changes the length.
-            let len = ino.len.load(Ordering::Relaxed) + data.len() as u64;
-            ino.len.store(len, Ordering::Release);
-            return Ok(());
-        }
-        self.append_slow(ino, tail, data.len(), |writer, done, n| {
-            writer.push(&data[done..done + n]);
-        })
-    }
-
-    /// Appends `n` zeroes.
-    pub fn append_zeroes(&self, ino: &Arc<Inode>, tail: &mut Tail, n: usize) -> Result<()> {
-        self.append_slow(ino, tail, n, |writer, _, n| writer.push_zeroes(n))
-    }
-
-    #[cold]
-    fn append_slow(
-        &self,
-        ino: &Arc<Inode>,
-        tail: &mut Tail,
-        total: usize,
-        mut push: impl FnMut(&mut FillWriter, usize, usize),
-    ) -> Result<()> {
-        self.check_writable(|| ino.path())?;
-        if ino.frozen {
-            return Err(FsError::ReadOnly { path: ino.path() });
-        }
-        let len = ino.len();
-        let end = len
-            .checked_add(total as u64)
-            .ok_or_else(|| FsError::invalid(&ino.path(), "a file longer than 2^64 bytes"))?;
-        self.reserve(ino, tail, end, false)?;
-        tail.room = 0;
-        let mut done = 0;
-        while done < total {
-            let room = tail.writer.as_ref().map_or(0, FillWriter::room);
-            if room == 0 {
-                if let Err(e) = self.next_buffer(ino, tail, len + done as u64) {
-                    // What was pushed lies past the length; the next append starts a buffer anew.
-                    tail.writer = None;
-                    return Err(e);
-                }
-                continue;
-            }
-            let n = room.min(total - done);
-            if let Some(writer) = &mut tail.writer {
-                push(writer, done, n);
-            }
-            done += n;
-        }
-        ino.len.store(end, Ordering::Release);
-        ino.mtime_ns
-            .store(super::inode::now_ns(), Ordering::Relaxed);
-        let room = tail.writer.as_ref().map_or(0, FillWriter::room);
-        let space = usize::try_from(tail.allocated - end).unwrap_or(usize::MAX);
-        tail.room = room.min(space);
-        Ok(())
-    }
-
     /// Makes `at`, the end of what was pushed, the beginning of free room: starts a buffer, or
     /// hands a full one to the device and starts the next.
-    fn next_buffer(&self, ino: &Arc<Inode>, tail: &mut Tail, at: u64) -> Result<()> {
+    pub fn next_buffer(&self, ino: &Arc<Inode>, tail: &mut Tail, at: u64) -> Result<()> {
         // Whether or not there is a writer: an append that failed here has taken it away.
-        let full = tail.frame.is_some() && split(at).0 != tail.region;
-        if full {
+        if tail.frame.is_some() && split(at).0 != tail.region {
             self.bound_failed(ino, tail)?;
-            self.submit_upto(ino, tail, at, false)?;
-            if let Some(frame) = tail.frame.take() {
-                frame.release_dirty();
-            }
-            tail.writer = None;
+            self.hand_over(ino, tail, at)?;
             self.back_pressure(ino, tail);
         }
         self.open_buffer(ino, tail, at)
     }
 
-    /// Starts a tail buffer for position `at`, with what the file has before it in its region.
-    pub fn open_buffer(&self, ino: &Arc<Inode>, tail: &mut Tail, at: u64) -> Result<()> {
-        let (region, filled) = split(at);
-        match tail.frame.clone() {
-            Some(old) if tail.region == region => {
-                let head = old
-                    .bytes
-                    .get(0..filled)
-                    .expect("the buffer holds what was appended");
-                self.reopen_buffer(ino, tail, at, head)
-            }
-            _ => {
-                let mut head = DmaBuf::new(filled.max(1))?;
-                self.read_exact(ino, at - filled as u64, &mut head[..filled])?;
-                self.reopen_buffer(ino, tail, at, &head[..filled])
-            }
+    /// Hands everything up to `at` to the device, without waiting, and closes the buffer: it becomes
+    /// cache when it has arrived.
+    pub fn hand_over(&self, ino: &Arc<Inode>, tail: &mut Tail, at: u64) -> Result<()> {
+        self.submit_upto(ino, tail, at, false)?;
+        if let Some(frame) = tail.frame.take() {
+            frame.release_dirty();
         }
+        tail.writer = None;
+        tail.room = 0;
+        Ok(())
+    }
+
+    /// Starts a tail buffer for position `at`, with what the file has before it in its region.
+    fn open_buffer(&self, ino: &Arc<Inode>, tail: &mut Tail, at: u64) -> Result<()> {
+        let (region, filled) = split(at);
+        let bytes = if let Some(old) = tail.frame.as_ref().filter(|_| tail.region == region) {
+            let head = old
+                .bytes
+                .get(0..filled)
+                .expect("the buffer holds what was appended");
+            tail_buffer(at, head)?
+        } else {
+            let mut head = DmaBuf::new(filled.max(1))?;
+            self.read_exact(ino, at - filled as u64, &mut head[..filled])?;
+            let bytes = tail_buffer(at, &head[..filled])?;
+            tail.supplied_from = at;
+            bytes
+        };
+        self.set_buffer(ino, tail, at, bytes);
+        Ok(())
     }
 
     /// Replaces the tail buffer by one in which `data` stands at `off`; both inside it.
@@ -226,10 +266,12 @@ impl Core {
         off: u64,
         data: &[u8],
     ) -> Result<()> {
-        let Some(old) = tail.frame.clone() else {
-            return Ok(());
+        let len = ino.len();
+        let base = tail.region as u64 * REGION as u64;
+        let Some(old) = tail.holding(base, len).filter(|_| off >= base) else {
+            return Err(ino.lost(tail.submitted, len));
         };
-        let filled = usize::try_from(ino.len() - tail.region as u64 * REGION as u64).unwrap_or(0);
+        let filled = usize::try_from(len - base).unwrap_or(0);
         let mut buf = DmaBuf::new(old.bytes.cap())?;
         let bytes = old
             .bytes
@@ -243,41 +285,18 @@ impl Core {
         Ok(())
     }
 
-    /// Forgets the tail buffer; its bytes past `len` never existed.
+    /// Forgets the tail buffer of a file that is gone or is about to be closed for good.
     pub fn drop_buffer(&self, tail: &mut Tail) {
         tail.writer = None;
         tail.frame = None;
         tail.room = 0;
     }
 
-    /// Starts a tail buffer at `at` whose region begins with `head`.
-    fn reopen_buffer(&self, ino: &Arc<Inode>, tail: &mut Tail, at: u64, head: &[u8]) -> Result<()> {
-        let bytes = tail_buffer(at, head)?;
-        self.set_buffer(ino, tail, at, bytes);
-        Ok(())
-    }
-
     /// Makes `bytes` the tail buffer at `at`.
     pub fn set_buffer(&self, ino: &Arc<Inode>, tail: &mut Tail, at: u64, bytes: Arc<FillBuf>) {
-        let region = split(at).0;
-        tail.writer = bytes.writer();
-        let frame = Frame::new(&ino.frames, region, 0, bytes, true);
-        frame
-            .transient
-            .store(ino.transient.load(Ordering::Relaxed), Ordering::Relaxed);
-        ino.frames.install_whole(&frame);
-        tail.frame = Some(frame);
-        tail.region = region;
-        tail.room = 0;
-    }
-
-    /// Closes the tail buffer, all of which has been handed to the device: it becomes cache.
-    pub fn close_buffer(&self, tail: &mut Tail) {
-        if let Some(frame) = tail.frame.take() {
-            frame.release_dirty();
-        }
-        tail.writer = None;
-        tail.room = 0;
+        let writer = bytes.writer();
+        let frame = Frame::new(&ino.frames, split(at).0, 0, bytes, true);
+        tail.set_frame(ino, frame, writer);
     }
 
     /// Hands the bytes up to `upto` to the device; the last block is padded with zeroes.
@@ -292,9 +311,8 @@ impl Core {
         if tail.submitted >= upto {
             return Ok(());
         }
-        let Some(frame) = tail.frame.clone() else {
-            return Ok(());
-        };
+        let frame = tail.holding(tail.submitted, upto).cloned();
+        let frame = frame.ok_or_else(|| ino.lost(tail.submitted, upto))?;
         let base = tail.region as u64 * REGION as u64;
         let from = (tail.submitted / block * block).max(base);
         let whole_end = upto / block * block;
@@ -318,8 +336,11 @@ impl Core {
             slices.push(bounce.freeze());
         }
         frame.hold_dirty();
+        tail.sent += 1;
         let range = from..upto.next_multiple_of(block);
-        let pending = Arc::new(Pending::new(range, fua, frame, slices));
+        let supplied_from = tail.submitted.max(tail.supplied_from);
+        let pending = Pending::new(tail.sent, range, supplied_from, fua, frame, slices);
+        let pending = Arc::new(pending);
         tail.submitted = upto;
         ino.started.store(upto, Ordering::Relaxed);
         tail.pending.push(Arc::clone(&pending));
@@ -360,6 +381,8 @@ impl Core {
     /// Changes the number of clusters; durable on return.
     pub fn resize(&self, ino: &Inode, tail: &mut Tail, clusters: u64) -> Result<()> {
         let blob = ino.blob()?;
+        // What a file gives back may be another's at once: no write may be on its way there.
+        self.wait_overlapping(tail, clusters * self.cluster, u64::MAX);
         blob.resize_with(clusters, ClusterInit::CallerWrites)
             .map_err(|e| self.store_error(format!("{}: {clusters} clusters", ino.path()), e))?;
         tail.grown |= clusters * self.cluster > tail.allocated;
@@ -373,6 +396,7 @@ impl Core {
             ino.extents.store(blob.extents());
         }
         tail.allocated = clusters * self.cluster;
+        ino.allocated.store(tail.allocated, Ordering::Release);
         tail.room = 0;
     }
 
@@ -395,6 +419,7 @@ impl Core {
         // Whoever deletes a file must be the last to have its blob.
         let going = ino.dying.load(Ordering::SeqCst) || ino.reaped.load(Ordering::SeqCst);
         if going
+            || tail.reserved
             || !tail.grown
             || tail.allocated / self.cluster <= needed
             || self.check_writable(String::new).is_err()
@@ -412,7 +437,7 @@ impl Core {
         let mut tail = ino.tail.lock();
         let block = self.block as u64;
         let upto = upto.min(ino.len()) / block * block;
-        if tail.writer.is_none() || upto < tail.submitted + min {
+        if upto < tail.submitted.saturating_add(min) {
             return Ok(());
         }
         self.submit_upto(ino, &mut tail, upto, false)?;
@@ -441,38 +466,32 @@ impl Core {
     }
 
     fn seal_buffer(&self, ino: &Arc<Inode>, tail: &mut Tail) -> Result<()> {
-        let Some(frame) = tail.frame.clone() else {
-            return Ok(());
-        };
         let len = ino.len();
-        self.submit_upto(ino, tail, len, false)?;
-        self.drop_buffer(tail);
+        self.hand_over(ino, tail, len)?;
         tail.prune(ino);
-        let filled = split(len).1;
-        let oversized = frame.bytes.cap() >= 2 * filled.next_multiple_of(PAGE);
-        if oversized && filled > 0 && tail.pending.is_empty() && frame.region == split(len).0 {
-            let mut buf = DmaBuf::zeroed(filled.next_multiple_of(PAGE))?;
-            let bytes = frame
-                .bytes
-                .get(0..filled)
-                .expect("the buffer holds what was appended");
-            buf[..filled].copy_from_slice(bytes);
-            let bytes = Arc::new(FillBuf::from_buf(buf, filled));
-            let small = Frame::new(&ino.frames, frame.region, 0, bytes, true);
-            ino.frames.install_whole(&small);
-            small.release_dirty();
-        } else {
-            frame.release_dirty();
-        }
+        self.shrink_frame(ino, tail, len);
         Ok(())
     }
 
-    /// Frames of this file are not kept once written (direct I/O), or are again.
-    pub fn set_transient(&self, ino: &Inode, on: bool) {
-        ino.transient.store(on, Ordering::Relaxed);
-        if let Some(frame) = &ino.tail.lock().frame {
-            frame.transient.store(on, Ordering::Relaxed);
+    /// Replaces the frame of the last region by one of the size that its bytes need, if it is much
+    /// larger and nothing of it is on its way.
+    fn shrink_frame(&self, ino: &Inode, tail: &Tail, len: u64) {
+        let (region, filled) = split(len);
+        let Some(frame) = ino.frames.whole(region) else {
+            return;
+        };
+        let cap = filled.next_multiple_of(PAGE);
+        if filled == 0 || frame.bytes.cap() < 2 * cap || !tail.pending.is_empty() {
+            return;
         }
+        let (Some(bytes), Ok(mut buf)) = (frame.bytes.get(0..filled), DmaBuf::zeroed(cap)) else {
+            return;
+        };
+        buf[..filled].copy_from_slice(bytes);
+        let bytes = Arc::new(FillBuf::from_buf(buf, filled));
+        let small = Frame::new(&ino.frames, region, 0, bytes, true);
+        tail.replace_whole(ino, &small);
+        small.release_dirty();
     }
 }
 

@@ -1,20 +1,18 @@
-//! Writes that are no appends: overwriting, gaps, truncation, allocation.
+//! Writes that are no appends: overwriting, truncation, allocation.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use pumice_bdev::DmaBuf;
+use pumice_bdev::{DmaBuf, DmaSlice};
 
 use super::core::{Core, Unallocated};
 use super::error::{FsError, Result};
 use super::fill::FillBuf;
 use super::frame::{Frame, PAGE, REGION, split};
 use super::inode::{Inode, now_ns, xattr};
+use super::read::FRAME_MAX;
 use super::tail::{Tail, tail_buffer};
 use crate::blobstore::ClusterInit;
-
-/// A gap up to this goes through the tail buffer as zeroes; a longer one is zeroed by the device.
-const GAP_COPY_MAX: u64 = 4 << 20;
 
 impl Core {
     /// Writes `data` at `off`. Past the end a gap becomes zeroes. Bytes inside the file are
@@ -35,12 +33,10 @@ impl Core {
         if data.is_empty() {
             return Ok(());
         }
-        self.reserve(ino, &mut tail, end, false)?;
-        tail.overwritten |= off < ino.durable_len.load(Ordering::Acquire);
         if off > len {
-            self.extend_zeroed(ino, &mut tail, off)?;
-            return self.append_locked(ino, &mut tail, data);
+            return self.append_after_gap(ino, &mut tail, off, data);
         }
+        self.reserve(ino, &mut tail, end, false)?;
         let inside = usize::try_from(len - off)
             .unwrap_or(usize::MAX)
             .min(data.len());
@@ -72,12 +68,11 @@ impl Core {
         let end = off + data.len() as u64;
         let from = off / page * page;
         let upto = end.next_multiple_of(page);
-        // All of the region: its frame is replaced by one that counts as written.
+        // All of the region: its frame is replaced by one that counts as written. What has failed is
+        // sent again first.
         let base = off / REGION as u64 * REGION as u64;
-        self.wait_overlapping(tail, base, base + REGION as u64);
-        if let Some(e) = self.write_error(ino, tail) {
-            return Err(e);
-        }
+        self.settle_overlapping(ino, tail, base, base + REGION as u64)?;
+        tail.prune(ino);
         let len = ino.len();
         let have = usize::try_from(upto.min(len) - from).unwrap_or(0);
         let total = usize::try_from(upto - from).unwrap_or(0);
@@ -91,20 +86,40 @@ impl Core {
             self.read_exact(ino, end, &mut buf[skip + data.len()..have])?;
         }
         buf[skip..skip + data.len()].copy_from_slice(data);
-        let bytes = Arc::new(FillBuf::from_buf(buf, total));
-        let slice = bytes.dma(0..total);
+        let slice = buf.freeze();
+        let begun = self.writes.begin();
+        let written = self.write_through(ino, from, &slice);
+        // Also after an error: a part may be in the device's cache.
+        let supplied = if written.is_ok() { off..end } else { off..off };
+        let seq = self.writes.completed(begun);
+        tail.note_written(ino, from..upto, supplied, seq);
+        if written.is_err() || self.show(ino, tail, from, &slice[..have]).is_err() {
+            // The cache no longer says what the device has, and nothing in it is unwritten.
+            ino.frames.forget_region(split(base).0);
+        }
+        written
+    }
+
+    /// Writes whole blocks of a file and waits.
+    fn write_through(&self, ino: &Arc<Inode>, from: u64, slice: &DmaSlice) -> Result<()> {
         let map = ino.extents.load_full();
-        match self.write_ops(&map, from, std::slice::from_ref(&slice), false) {
+        match self.write_ops(&map, from, std::slice::from_ref(slice), false) {
             Ok(ops) => self
                 .run_ops(ops)
-                .map_err(|e| FsError::io(format!("{}: writing at offset {off}", ino.path()), e))?,
+                .map_err(|e| FsError::io(format!("{}: writing at offset {from}", ino.path()), e)),
             Err(Unallocated) => ino
                 .blob()?
-                .write_at(from, slice, false)
-                .map_err(|e| self.store_error(ino.path(), e))?,
+                .write_at(from, slice.clone(), false)
+                .map_err(|e| self.store_error(ino.path(), e)),
         }
-        let seq = self.writes.seq.fetch_add(1, Ordering::AcqRel) + 1;
-        tail.needs_flush(ino, seq);
+    }
+
+    /// Shows `bytes`, whole pages at `from` that have been written, in the cache; the last page may
+    /// be cut short by the end of the file.
+    ///
+    /// # Errors
+    /// There is no memory for it; the cache may then show a part.
+    fn show(&self, ino: &Arc<Inode>, tail: &Tail, from: u64, bytes: &[u8]) -> Result<()> {
         let (region, start) = split(from);
         if let Some(old) = ino.frames.whole(region) {
             let filled = old.bytes.filled();
@@ -112,64 +127,22 @@ impl Core {
             if let Some(old_bytes) = old.bytes.get(0..filled) {
                 copy[..filled].copy_from_slice(old_bytes);
             }
-            let at = split(off).1;
-            copy[at..at + data.len()].copy_from_slice(data);
-            let filled = Arc::new(FillBuf::from_buf(copy, filled.max(at + data.len())));
+            copy[start..start + bytes.len()].copy_from_slice(bytes);
+            let filled = filled.max(start + bytes.len());
+            let filled = Arc::new(FillBuf::from_buf(copy, filled));
             let frame = Frame::new(&ino.frames, region, 0, filled, true);
-            ino.frames.install_whole(&frame);
+            tail.replace_whole(ino, &frame);
             frame.release_dirty();
-        } else {
-            // The frame shows no more of the last page than the file has.
-            let mut shown = DmaBuf::new(total)?;
-            shown.copy_from_slice(bytes.get(0..total).unwrap_or_default());
-            let frame = Frame::new(
-                &ino.frames,
-                region,
-                start,
-                Arc::new(FillBuf::from_buf(shown, have)),
-                true,
-            );
+            return Ok(());
+        }
+        for (piece, i) in bytes.chunks(FRAME_MAX).zip(0..) {
+            let mut copy = DmaBuf::zeroed(piece.len().next_multiple_of(PAGE))?;
+            copy[..piece.len()].copy_from_slice(piece);
+            let fill = Arc::new(FillBuf::from_buf(copy, piece.len()));
+            let frame = Frame::new(&ino.frames, region, start + i * FRAME_MAX, fill, true);
             ino.frames.replace_pages(&frame);
             frame.release_dirty();
         }
-        Ok(())
-    }
-
-    /// Makes the file `to` bytes long; the new bytes are zeroes.
-    fn extend_zeroed(&self, ino: &Arc<Inode>, tail: &mut Tail, to: u64) -> Result<()> {
-        let len = ino.len();
-        self.reserve(ino, tail, to, false)?;
-        let gap = to - len;
-        let small = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
-        if gap <= GAP_COPY_MAX || ino.thin {
-            return self.append_zeroes_long(ino, tail, gap);
-        }
-        let region = REGION as u64;
-        let head = len.next_multiple_of(region) - len;
-        self.append_zeroes(ino, tail, small(head))?;
-        self.flush_tail(ino, tail)?;
-        let from = len + head;
-        let upto = to / region * region;
-        let seq = self.zero_range(ino, from, upto - from)?;
-        tail.needs_flush(ino, seq);
-        ino.len.store(upto, Ordering::Release);
-        tail.submitted = upto;
-        self.append_zeroes(ino, tail, small(to - upto))
-    }
-
-    fn append_zeroes_long(&self, ino: &Arc<Inode>, tail: &mut Tail, mut n: u64) -> Result<()> {
-        while n > 0 {
-            let now = n.min(REGION as u64);
-            self.append_zeroes(ino, tail, usize::try_from(now).unwrap_or(REGION))?;
-            n -= now;
-        }
-        Ok(())
-    }
-
-    /// Hands everything to the device and closes the tail buffer, without waiting.
-    fn flush_tail(&self, ino: &Arc<Inode>, tail: &mut Tail) -> Result<()> {
-        self.submit_upto(ino, tail, ino.len(), false)?;
-        self.close_buffer(tail);
         Ok(())
     }
 
@@ -182,24 +155,23 @@ impl Core {
         if ino.frozen {
             return Err(FsError::ReadOnly { path: ino.path() });
         }
-        let len = ino.len();
-        if new_len >= len {
-            if new_len > len {
-                self.extend_zeroed(ino, &mut tail, new_len)?;
-            }
-            return Ok(());
+        if new_len >= ino.len() {
+            self.append_after_gap(ino, &mut tail, new_len, &[])
+        } else {
+            self.shorten(ino, &mut tail, new_len)
         }
-        self.wait_overlapping(&tail, 0, u64::MAX);
+    }
+
+    /// Cuts the file. What could not be written of the part that goes is of no interest any more.
+    fn shorten(&self, ino: &Arc<Inode>, tail: &mut Tail, new_len: u64) -> Result<()> {
+        // What is cut may be another file's at once: no write may be on its way there.
+        self.wait_overlapping(tail, new_len, u64::MAX);
         tail.prune(ino);
-        if let Some(e) = self.write_error(ino, &tail) {
-            return Err(e);
-        }
+        let len = ino.len();
         // What the tail's region keeps has to be at hand before anything is cut.
         let (region, kept) = split(new_len);
         let mut head = DmaBuf::new(kept.max(1))?;
         self.read_exact(ino, new_len - kept as u64, &mut head[..kept])?;
-        let old_durable = ino.durable_len.load(Ordering::Acquire);
-        let old_submitted = tail.submitted;
         let buffer = if kept > 0 {
             Some(tail_buffer(new_len, &head[..kept])?)
         } else {
@@ -208,37 +180,59 @@ impl Core {
         // From here on no reader starts on what is cut, and one that is at it reads again.
         ino.len.store(new_len, Ordering::Release);
         ino.epoch.fetch_add(1, Ordering::AcqRel);
-        if old_durable > new_len || tail.allocated > new_len.next_multiple_of(self.cluster) {
-            let clusters = new_len.div_ceil(self.cluster);
-            let durable = old_durable.min(new_len);
-            let mut tx = self.store.transaction();
-            tx.set_xattr(ino.id, xattr::LENGTH, &durable.to_le_bytes());
-            tx.set_xattr(ino.id, xattr::MTIME, &now_ns().to_le_bytes());
-            if !ino.thin {
-                tx.resize_with(ino.id, clusters, ClusterInit::CallerWrites);
-            }
-            if let Err(e) = tx.commit() {
-                ino.len.store(len, Ordering::Release);
-                return Err(self.store_error(format!("{}: truncate to {new_len}", ino.path()), e));
-            }
-            let clusters = if ino.thin {
-                tail.allocated / self.cluster
-            } else {
-                clusters
-            };
-            self.resized(ino, &mut tail, clusters);
-            ino.durable_len.store(durable, Ordering::Release);
+        if let Err(e) = self.commit_shorter(ino, tail, new_len) {
+            ino.len.store(len, Ordering::Release);
+            return Err(e);
         }
-        self.drop_buffer(&mut tail);
-        tail.submitted = old_submitted.min(new_len);
+        let supplied_from = match tail.is_tail(region) {
+            true => tail.supplied_from.min(new_len),
+            false => new_len,
+        };
+        self.drop_buffer(tail);
+        // A write that has failed and began before the cut: its bytes are in the buffer.
+        let cut = tail.take_beyond(new_len);
+        let begun = cut.iter().map(|p| p.from).min().unwrap_or(new_len);
+        tail.submitted = tail.submitted.min(begun).min(new_len);
+        tail.supplied_from = supplied_from;
+        tail.cut_unflushed(new_len);
+        tail.reserved = false;
+        ino.started.store(tail.submitted, Ordering::Relaxed);
         match buffer {
             Some(buffer) => {
-                self.set_buffer(ino, &mut tail, new_len, buffer);
+                self.set_buffer(ino, tail, new_len, buffer);
                 ino.frames.remove_from(region + 1);
             }
             None => ino.frames.remove_from(region),
         }
         ino.mtime_ns.store(now_ns(), Ordering::Relaxed);
+        tail.check(new_len);
+        Ok(())
+    }
+
+    /// Makes a shorter length durable and gives the clusters behind it back. The length on the device
+    /// does not grow: it covers only what was durable before.
+    fn commit_shorter(&self, ino: &Arc<Inode>, tail: &mut Tail, new_len: u64) -> Result<()> {
+        let old_durable = ino.durable_len.load(Ordering::Acquire);
+        if old_durable <= new_len && tail.allocated <= new_len.next_multiple_of(self.cluster) {
+            return Ok(());
+        }
+        let clusters = new_len.div_ceil(self.cluster);
+        let durable = old_durable.min(new_len);
+        let mut tx = self.store.transaction();
+        tx.set_xattr(ino.id, xattr::LENGTH, &durable.to_le_bytes());
+        tx.set_xattr(ino.id, xattr::MTIME, &now_ns().to_le_bytes());
+        if !ino.thin {
+            tx.resize_with(ino.id, clusters, ClusterInit::CallerWrites);
+        }
+        tx.commit()
+            .map_err(|e| self.store_error(format!("{}: truncate to {new_len}", ino.path()), e))?;
+        let clusters = if ino.thin {
+            tail.allocated / self.cluster
+        } else {
+            clusters
+        };
+        self.resized(ino, tail, clusters);
+        ino.durable_len.store(durable, Ordering::Release);
         Ok(())
     }
 
@@ -254,6 +248,7 @@ impl Core {
             return Ok(());
         }
         self.reserve(ino, &mut tail, end, true)?;
+        // Kept until the last handle is closed or the file is cut.
         tail.reserved = true;
         Ok(())
     }

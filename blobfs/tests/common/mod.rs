@@ -1,7 +1,9 @@
 //! What the integration tests share.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub mod faults;
 pub mod strict;
+pub mod watchdog;
 
 use std::io::Read as _;
 use std::path::PathBuf;

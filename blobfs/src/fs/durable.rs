@@ -1,0 +1,168 @@
+//! What the device has made durable, and what nobody knows of since a flush has failed.
+//!
+//! Completed writes without FUA are numbered. A flush covers those up to the number that was
+//! reached when it was sent. After a flush has failed, a device may have dropped what it was to
+//! cover, and a later flush that succeeds says nothing about it: the numbers stay in doubt. The
+//! failed flush may be anybody's, of data or of metadata: [`super::metered`] sees them all.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
+use pumice_bdev::IoError;
+
+use super::error::FsError;
+use super::unflushed::Seqs;
+
+/// So many failed flushes are told apart; older ones become one.
+const DOUBTS_MAX: usize = 64;
+
+/// Writes with sequences above `after` and up to `upto` were in the device's cache when a flush
+/// failed.
+struct Doubt {
+    after: u64,
+    upto: u64,
+    error: FsError,
+}
+
+/// How many flushes had failed when a write was sent; see [`Durability::begin`].
+#[derive(Clone, Copy)]
+pub(crate) struct Begun(u64);
+
+/// See the module. What completions of writes count in; separate from the mount, so that they do
+/// not keep it alive.
+pub(crate) struct Durability {
+    /// The device has a volatile write cache; else what has completed is durable.
+    volatile: bool,
+    /// Bytes handed to the device and not completed.
+    pub in_flight: AtomicUsize,
+    seq: AtomicU64,
+    flushed: AtomicU64,
+    failures: AtomicU64,
+    doubts: Mutex<Vec<Doubt>>,
+}
+
+impl std::fmt::Debug for Durability {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Durability({} of {})", self.flushed(), self.reached())
+    }
+}
+
+impl Durability {
+    pub fn new(volatile: bool) -> Durability {
+        Durability {
+            volatile,
+            in_flight: AtomicUsize::new(0),
+            seq: AtomicU64::new(0),
+            flushed: AtomicU64::new(0),
+            failures: AtomicU64::new(0),
+            doubts: Mutex::default(),
+        }
+    }
+
+    /// A write without FUA is about to be sent.
+    pub fn begin(&self) -> Begun {
+        Begun(self.failures.load(Ordering::Acquire))
+    }
+
+    /// The write has completed. Returns the sequence that a flush has to cover; 0: none has to.
+    pub fn completed(&self, begun: Begun) -> u64 {
+        if !self.volatile {
+            return 0;
+        }
+        let mut doubts = self.doubts.lock();
+        let seq = self.seq.fetch_add(1, Ordering::AcqRel) + 1;
+        // A flush failed while it was on its way: perhaps it was already in the cache.
+        if self.failures.load(Ordering::Acquire) != begun.0
+            && let Some(error) = doubts.last().map(|d| d.error.clone())
+        {
+            push(&mut doubts, seq - 1, seq, error);
+        }
+        seq
+    }
+
+    /// The number that has been reached: what a flush that is sent from now on covers.
+    pub fn reached(&self) -> u64 {
+        self.seq.load(Ordering::Acquire)
+    }
+
+    /// The largest number that a flush has covered.
+    pub fn flushed(&self) -> u64 {
+        self.flushed.load(Ordering::Acquire)
+    }
+
+    /// A flush that was sent when `upto` had been reached has succeeded.
+    pub fn flush_succeeded(&self, upto: u64) {
+        self.flushed.fetch_max(upto, Ordering::AcqRel);
+    }
+
+    /// A flush has failed.
+    pub fn flush_failed(&self, error: &IoError) {
+        if self.volatile {
+            let mut doubts = self.doubts.lock();
+            self.failures.fetch_add(1, Ordering::AcqRel);
+            push(&mut doubts, self.flushed(), self.reached(), lost(error));
+        }
+    }
+
+    /// Why writes with these sequences may be lost, if a flush of one of them has failed.
+    pub fn doubt(&self, seqs: &Seqs) -> Option<FsError> {
+        let doubts = self.doubts.lock();
+        let d = doubts
+            .iter()
+            .find(|d| *seqs.start() <= d.upto && *seqs.end() > d.after)?;
+        Some(d.error.clone())
+    }
+}
+
+/// What a failed flush means for those who needed it.
+pub(crate) fn lost(error: &IoError) -> FsError {
+    FsError::Io {
+        context: "flush".to_owned(),
+        source: Arc::new(error.clone()),
+        data_loss: true,
+    }
+}
+
+fn push(doubts: &mut Vec<Doubt>, after: u64, upto: u64, error: FsError) {
+    let full = doubts.len() >= DOUBTS_MAX;
+    match doubts.last_mut() {
+        Some(last) if last.upto == after || full => {
+            last.after = last.after.min(after);
+            last.upto = last.upto.max(upto);
+            last.error = error;
+        }
+        _ => doubts.push(Doubt { after, upto, error }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pumice_bdev::{IoErrorKind, Op};
+
+    fn failed(d: &Durability) {
+        let info = pumice_bdev::open("malloc://1M").unwrap();
+        let e = info.info().error(&Op::Flush, IoErrorKind::Media, "test");
+        d.flush_failed(&e);
+    }
+
+    #[test]
+    fn a_failed_flush_is_not_made_good_by_a_later_one() {
+        let d = Durability::new(true);
+        let one = d.completed(d.begin());
+        d.flush_succeeded(d.reached());
+        let two = d.completed(d.begin());
+        let sent_before = d.begin();
+        failed(&d);
+        let three = d.completed(d.begin());
+        d.flush_succeeded(d.reached());
+        assert!(d.doubt(&(one..=one)).is_none());
+        assert!(d.doubt(&(two..=two)).is_some_and(|e| e.is_data_loss()));
+        assert!(d.doubt(&(three..=three)).is_none());
+        let late = d.completed(sent_before);
+        assert!(d.doubt(&(late..=late)).is_some(), "it was on its way");
+        assert!(d.doubt(&(three..=late)).is_some());
+        assert_eq!(Durability::new(false).completed(sent_before), 0);
+    }
+}

@@ -1,0 +1,228 @@
+//! Making a file longer: appended bytes, and the zeroes of a gap. All of it or nothing.
+//!
+//! A long append hands full buffers to the device as it goes. Until it has ended well, the length
+//! stays as it was and a [`Growth`] keeps what is needed to take everything back: after an error
+//! length, buffer, frame and what counts as handed over are those of before, and no write is on its
+//! way beyond the length.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::core::Core;
+use super::error::{FsError, Result};
+use super::fill::{FillBuf, FillWriter};
+use super::frame::{Frame, REGION, split};
+use super::inode::{Inode, now_ns};
+use super::tail::Tail;
+
+/// A gap up to this goes through the tail buffer as zeroes; a longer one is zeroed by the device.
+const GAP_COPY_MAX: u64 = 4 << 20;
+
+/// A file being made longer; see the module.
+pub(crate) struct Growth {
+    /// The length when it began.
+    len: u64,
+    /// The end of what has been pushed.
+    at: u64,
+    /// The buffer that holds the end of the file as it was.
+    bytes: Arc<FillBuf>,
+    submitted: u64,
+    supplied_from: u64,
+    /// Writes handed to the device before.
+    sent: u64,
+}
+
+impl Core {
+    /// Appends `data`. Nothing but a copy if it fits; see [`super::tail`].
+    #[inline]
+    pub fn append(&self, ino: &Arc<Inode>, data: &[u8]) -> Result<()> {
+        // The buffer of an inherited file is the parent's memory.
+        self.check_fork()?;
+        let mut tail = ino.tail.lock();
+        self.append_locked(ino, &mut tail, data)
+    }
+
+    #[inline]
+    pub fn append_locked(&self, ino: &Arc<Inode>, tail: &mut Tail, data: &[u8]) -> Result<()> {
+        if tail.push_fast(data) {
+            // Only the holder of the append lock changes the length.
+            let len = ino.len.load(Ordering::Relaxed) + data.len() as u64;
+            ino.len.store(len, Ordering::Release);
+            return Ok(());
+        }
+        self.append_slow(ino, tail, data)
+    }
+
+    #[cold]
+    fn append_slow(&self, ino: &Arc<Inode>, tail: &mut Tail, data: &[u8]) -> Result<()> {
+        self.grow(ino, tail, ino.len(), data.len() as u64, |tail, growth| {
+            self.push_bytes(ino, tail, growth, data)
+        })
+    }
+
+    /// Fills the file up to `off`, which is at or past its end, with zeroes, and appends `data`.
+    pub fn append_after_gap(
+        &self,
+        ino: &Arc<Inode>,
+        tail: &mut Tail,
+        off: u64,
+        data: &[u8],
+    ) -> Result<()> {
+        self.grow(ino, tail, off, data.len() as u64, |tail, growth| {
+            self.push_gap(ino, tail, growth, off)?;
+            self.push_bytes(ino, tail, growth, data)
+        })
+    }
+
+    /// Makes the file `off + more` bytes long with what `fill` pushes.
+    ///
+    /// # Errors
+    /// The file is then as it was.
+    fn grow(
+        &self,
+        ino: &Arc<Inode>,
+        tail: &mut Tail,
+        off: u64,
+        more: u64,
+        fill: impl FnOnce(&mut Tail, &mut Growth) -> Result<()>,
+    ) -> Result<()> {
+        self.check_writable(|| ino.path())?;
+        if ino.frozen {
+            return Err(FsError::ReadOnly { path: ino.path() });
+        }
+        let end = off
+            .checked_add(more)
+            .ok_or_else(|| FsError::invalid(&ino.path(), "a file longer than 2^64 bytes"))?;
+        if end == ino.len() {
+            return Ok(());
+        }
+        self.reserve(ino, tail, end, false)?;
+        let mut growth = self.begin(ino, tail)?;
+        if let Err(e) = fill(tail, &mut growth) {
+            self.take_back(ino, tail, growth);
+            tail.check(ino.len());
+            return Err(e);
+        }
+        ino.len.store(growth.at, Ordering::Release);
+        ino.mtime_ns.store(now_ns(), Ordering::Relaxed);
+        tail.allow_fast_path(growth.at);
+        tail.check(growth.at);
+        Ok(())
+    }
+
+    /// Sees to it that there is a buffer with room at the end of the file. Whatever this changes is
+    /// right also if nothing is appended.
+    fn begin(&self, ino: &Arc<Inode>, tail: &mut Tail) -> Result<Growth> {
+        let len = ino.len();
+        tail.stop_fast_path();
+        if tail.writer_room() == 0 {
+            self.next_buffer(ino, tail, len)?;
+        }
+        let bytes = tail.buffer().ok_or_else(|| ino.lost(tail.submitted, len))?;
+        Ok(Growth {
+            len,
+            at: len,
+            bytes,
+            submitted: tail.submitted,
+            supplied_from: tail.supplied_from,
+            sent: tail.sent,
+        })
+    }
+
+    fn push_bytes(
+        &self,
+        ino: &Arc<Inode>,
+        tail: &mut Tail,
+        growth: &mut Growth,
+        data: &[u8],
+    ) -> Result<()> {
+        self.push(ino, tail, growth, data.len() as u64, |writer, done, n| {
+            let done = usize::try_from(done).unwrap_or(usize::MAX);
+            writer.push(&data[done..done + n]);
+        })
+    }
+
+    fn push_zeroes(
+        &self,
+        ino: &Arc<Inode>,
+        tail: &mut Tail,
+        growth: &mut Growth,
+        n: u64,
+    ) -> Result<()> {
+        self.push(ino, tail, growth, n, |writer, _, n| writer.push_zeroes(n))
+    }
+
+    /// Pushes `total` bytes: `copy` gets the writer, how much has been pushed, and how much to push.
+    fn push(
+        &self,
+        ino: &Arc<Inode>,
+        tail: &mut Tail,
+        growth: &mut Growth,
+        total: u64,
+        mut copy: impl FnMut(&mut FillWriter, u64, usize),
+    ) -> Result<()> {
+        let mut done = 0;
+        while done < total {
+            let left = usize::try_from(total - done).unwrap_or(usize::MAX);
+            let n = tail.writer_room().min(left);
+            if n == 0 {
+                self.next_buffer(ino, tail, growth.at)?;
+                continue;
+            }
+            tail.with_writer(|writer| copy(writer, done, n));
+            done += n as u64;
+            growth.at += n as u64;
+        }
+        Ok(())
+    }
+
+    /// Pushes zeroes up to `to`; of a long gap the device zeroes the whole regions.
+    fn push_gap(
+        &self,
+        ino: &Arc<Inode>,
+        tail: &mut Tail,
+        growth: &mut Growth,
+        to: u64,
+    ) -> Result<()> {
+        let region = REGION as u64;
+        if to - growth.at <= GAP_COPY_MAX || ino.thin {
+            return self.push_zeroes(ino, tail, growth, to - growth.at);
+        }
+        let head = growth.at.next_multiple_of(region) - growth.at;
+        self.push_zeroes(ino, tail, growth, head)?;
+        self.hand_over(ino, tail, growth.at)?;
+        let upto = to / region * region;
+        ino.frames.remove_from(split(growth.at).0);
+        let seq = self.zero_range(ino, growth.at, upto - growth.at)?;
+        tail.note_written(ino, growth.at..upto, growth.at..upto, seq);
+        growth.at = upto;
+        tail.submitted = upto;
+        self.push_zeroes(ino, tail, growth, to - upto)
+    }
+
+    /// The growth has failed: the file is as it was when it began. Waits for the writes that it has
+    /// started, since the clusters past the length may go to another file as soon as the append
+    /// lock is free.
+    fn take_back(&self, ino: &Arc<Inode>, tail: &mut Tail, growth: Growth) {
+        let started = tail.take_sent_after(growth.sent);
+        for p in &started {
+            self.wait_pending(p);
+        }
+        let region = split(growth.len).0;
+        let base = region as u64 * REGION as u64;
+        tail.submitted = if started.is_empty() && tail.sent == growth.sent {
+            growth.submitted
+        } else {
+            // A write that began in the block of the old end may have damaged it: once more.
+            (growth.submitted / self.block as u64 * self.block as u64).max(base)
+        };
+        tail.supplied_from = growth.supplied_from;
+        tail.cut_unflushed(growth.len);
+        ino.started.store(tail.submitted, Ordering::Relaxed);
+        let frame = Frame::new(&ino.frames, region, 0, growth.bytes, true);
+        // The buffer is filled past the length: the next growth copies what counts.
+        tail.set_frame(ino, frame, None);
+        ino.frames.remove_from(region + 1);
+        drop(started);
+    }
+}

@@ -1,0 +1,63 @@
+//! The blobstore below a mount, to look at.
+
+use super::core::Core;
+use crate::blobstore::format::SuperBlock;
+use crate::blobstore::{BlobId, ExtentMap, Usage};
+
+/// What can be seen of the blobstore below a mounted file system. There is nothing in it that
+/// changes the store: clusters that move, or blobs that shrink or vanish, behind the file system's
+/// back would put one file's bytes into another.
+#[derive(Clone, Copy)]
+pub struct StoreView<'a> {
+    core: &'a Core,
+}
+
+impl std::fmt::Debug for StoreView<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "StoreView({} blobs)", self.blobs().len())
+    }
+}
+
+impl<'a> StoreView<'a> {
+    pub(crate) fn new(core: &'a Core) -> StoreView<'a> {
+        StoreView { core }
+    }
+
+    /// The ids of all blobs: files, directories and what is neither.
+    #[must_use]
+    pub fn blobs(&self) -> Vec<BlobId> {
+        self.core.store.blobs()
+    }
+
+    /// Where the clusters of a file are; `None` if the blob is no file with a name.
+    #[must_use]
+    pub fn extents(&self, id: BlobId) -> Option<std::sync::Arc<ExtentMap>> {
+        let files = self.core.names.inodes();
+        let file = files.iter().find(|ino| ino.id == id)?;
+        Some(file.extents.load_full())
+    }
+
+    /// Bytes of a cluster.
+    #[must_use]
+    pub fn cluster_size(&self) -> u64 {
+        self.core.store.cluster_size()
+    }
+
+    /// Clusters that belong to no blob.
+    #[must_use]
+    pub fn free_clusters(&self) -> u64 {
+        self.core.store.free_clusters()
+    }
+
+    /// Metadata pages, and how many of them are used.
+    #[must_use]
+    pub fn md_pages(&self) -> Usage {
+        self.core.store.md_pages()
+    }
+
+    /// The super block.
+    #[must_use]
+    pub fn super_block(&self) -> SuperBlock {
+        self.core.store.super_block()
+    }
+}

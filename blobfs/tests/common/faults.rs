@@ -1,0 +1,132 @@
+//! Devices that fail on demand, and file systems on them.
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice_bdev::{
+    BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, Op, OpKind, OpSet, SubmitError,
+};
+use pumice_blobfs::fs::{File, FileSystem, FormatOptions, MountOptions, OpenOptions};
+
+/// The next `count` operations of a kind fail in this way; with a range only those that touch it
+/// (first block, number of blocks).
+pub fn fault(op: OpKind, failure: Failure, count: u64, range: Option<(u64, u64)>) -> Injection {
+    Injection {
+        op: Some(op),
+        failure,
+        count,
+        range,
+        queue_depth: 0,
+    }
+}
+
+/// As [`fault`], with an error of the medium.
+pub fn fail(op: OpKind, count: u64, range: Option<(u64, u64)>) -> Injection {
+    fault(op, Failure::Fail, count, range)
+}
+
+/// As [`fault`]: the operation does not end until the device is told to go on.
+pub fn hang(op: OpKind, count: u64, range: Option<(u64, u64)>) -> Injection {
+    fault(op, Failure::Hang, count, range)
+}
+
+/// Formats `base` and mounts it with a device that fails on demand in between.
+pub fn setup_with(
+    base: Arc<dyn BlockDevice>,
+    format: &FormatOptions,
+    opts: &MountOptions,
+) -> (Arc<ErrorDevice>, FileSystem) {
+    FileSystem::format(Arc::clone(&base), format).unwrap();
+    let dev = Arc::new(ErrorDevice::new(None, base));
+    let fs = mount_with(&dev, opts);
+    (dev, fs)
+}
+
+/// Mounts what is on the device.
+pub fn mount_with(dev: &Arc<ErrorDevice>, opts: &MountOptions) -> FileSystem {
+    let dev: Arc<dyn BlockDevice> = Arc::clone(dev) as Arc<dyn BlockDevice>;
+    FileSystem::mount(dev, opts).unwrap()
+}
+
+/// Unmounts, and mounts what is on the device.
+pub fn again(dev: &Arc<ErrorDevice>, fs: FileSystem) -> FileSystem {
+    fs.unmount().unwrap();
+    drop(fs);
+    mount_with(dev, &MountOptions::default())
+}
+
+/// All bytes of a file.
+pub fn all(f: &File) -> Vec<u8> {
+    let mut out = vec![0; usize::try_from(f.len()).unwrap()];
+    assert_eq!(f.read_at(0, &mut out).unwrap(), out.len());
+    out
+}
+
+/// All bytes of the file at `path`.
+pub fn content_of(fs: &FileSystem, path: &str) -> Vec<u8> {
+    all(&fs.open(path, OpenOptions::READ).unwrap())
+}
+
+/// A device that says it can do less than the one below.
+#[derive(Debug)]
+pub struct Less {
+    info: DeviceInfo,
+    base: Arc<dyn BlockDevice>,
+}
+
+impl Less {
+    /// `base` without some of its operations.
+    pub fn over(base: Arc<dyn BlockDevice>, without: &[OpKind]) -> Arc<dyn BlockDevice> {
+        let mut info = base.info().clone();
+        info.ops = without
+            .iter()
+            .fold(info.ops, |ops, kind| ops.without(*kind));
+        Arc::new(Less { info, base })
+    }
+}
+
+impl BlockDevice for Less {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
+        let ops = self.info.ops;
+        let base = self.base.open_channel()?;
+        Ok(Box::new(LessChannel { ops, base }))
+    }
+}
+
+struct LessChannel {
+    ops: OpSet,
+    base: Box<dyn IoChannel>,
+}
+
+impl IoChannel for LessChannel {
+    fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
+        assert!(
+            self.ops.has(op.kind()),
+            "{op:?} is not among the operations"
+        );
+        assert!(!op.fua() || self.ops.has(OpKind::Fua), "{op:?} with FUA");
+        self.base.submit(tag, op)
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        self.base.poll(out)
+    }
+
+    fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
+        self.base.wait(timeout)
+    }
+
+    fn in_flight(&self) -> usize {
+        self.base.in_flight()
+    }
+
+    fn event_fd(&self) -> Option<RawFd> {
+        self.base.event_fd()
+    }
+}
