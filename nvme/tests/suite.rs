@@ -5,7 +5,13 @@ use std::time::Duration;
 use pumice_nvme::conformance::{self, Summary, Verdict};
 use pumice_nvme::open_with;
 
+mod common;
+
+/// A run of the suite takes seconds; on a machine that does much else, minutes.
+const LIMIT: Duration = Duration::from_secs(900);
+
 fn run(uri: &str, filter: &str) -> Summary {
+    let _watchdog = common::watchdog_for(LIMIT);
     let open = |options| open_with(uri, options).map(|o| o.controller);
     let mut failures = Vec::new();
     let summary = conformance::run(&open, filter, 1, &mut |name, verdict, _: Duration| {

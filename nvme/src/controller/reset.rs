@@ -12,7 +12,7 @@ impl Core {
     /// Doorbells stop, the controller is disabled (which ends every queue and every transfer),
     /// enabled, and given its queues again, each on its second completion memory. Owners see
     /// the new state word and settle their commands, see `queue::recover`.
-    pub(super) fn reset(&self, word: u64, reason: &str) {
+    pub(crate) fn reset(&self, word: u64, reason: &str) {
         if self.state.load(Ordering::Acquire) != word || state::phase(word) != Phase::Live {
             return;
         }

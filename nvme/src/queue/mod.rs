@@ -20,6 +20,8 @@ mod shared;
 mod slot;
 mod split;
 mod stats;
+#[cfg(test)]
+mod tests;
 mod trace;
 mod wait;
 

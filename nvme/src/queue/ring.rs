@@ -1,7 +1,7 @@
 //! The two rings of a queue pair and their doorbells.
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use crate::dma::{DmaShared, Entries};
 use crate::spec::Completion;
@@ -66,18 +66,55 @@ impl Bell {
             ) else {
                 return;
             };
-            word.store(u32::from(value).to_le(), Ordering::Release);
-            // The controller stores the event index, then looks at the shadow again; one of the
-            // two sees the other's store.
-            fence(Ordering::SeqCst);
-            let event = u32::from_le(event.load(Ordering::Relaxed));
-            if !needs_ring(event, value, old) {
+            if !announce::<Hardware>(word, event, value, old) {
                 return;
             }
         }
         self.rings += 1;
         self.mmio.ring(u32::from(value));
     }
+}
+
+/// The accesses of [`announce`], apart from it, so that a model can try all their orders.
+trait Memory {
+    type Word;
+    /// Release.
+    fn store(word: &Self::Word, value: u32);
+    /// Relaxed.
+    fn load(word: &Self::Word) -> u32;
+    /// Sequentially consistent.
+    fn fence();
+}
+
+enum Hardware {}
+
+impl Memory for Hardware {
+    type Word = AtomicU32;
+
+    #[inline]
+    fn store(word: &AtomicU32, value: u32) {
+        word.store(value.to_le(), Ordering::Release);
+    }
+
+    #[inline]
+    fn load(word: &AtomicU32) -> u32 {
+        u32::from_le(word.load(Ordering::Relaxed))
+    }
+
+    #[inline]
+    fn fence() {
+        fence(Ordering::SeqCst);
+    }
+}
+
+/// Writes a shadow doorbell. True: the controller sleeps, and the register has to be written, too.
+#[inline]
+fn announce<M: Memory>(word: &M::Word, event: &M::Word, value: u16, old: u16) -> bool {
+    M::store(word, value.into());
+    // The controller stores the event index, then looks at the shadow again; one of the two sees
+    // the other's store.
+    M::fence();
+    needs_ring(M::load(event), value, old)
 }
 
 /// Whether moving from `old` to `new` passes the controller's event index. All ones is what a
@@ -248,6 +285,44 @@ impl CompletionRing {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    enum Model {}
+
+    impl Memory for Model {
+        type Word = loom::sync::atomic::AtomicU32;
+
+        fn store(word: &Self::Word, value: u32) {
+            word.store(value, Ordering::Release);
+        }
+
+        fn load(word: &Self::Word) -> u32 {
+            word.load(Ordering::Relaxed)
+        }
+
+        fn fence() {
+            loom::sync::atomic::fence(Ordering::SeqCst);
+        }
+    }
+
+    /// In no order of the two sides' accesses does the controller go to sleep on a command that
+    /// nobody rings for.
+    #[test]
+    fn a_shadow_doorbell_is_seen_or_rung() {
+        loom::model(|| {
+            use loom::sync::Arc;
+            use loom::sync::atomic::AtomicU32;
+            // An event index that nothing passes: the controller is awake.
+            let words = Arc::new((AtomicU32::new(0), AtomicU32::new(5)));
+            let host = Arc::clone(&words);
+            let host = loom::thread::spawn(move || announce::<Model>(&host.0, &host.1, 1, 0));
+            // The controller: ring for what comes behind 0; then a last look.
+            words.1.store(0, Ordering::Relaxed);
+            Model::fence();
+            let seen = words.0.load(Ordering::Acquire) == 1;
+            let rung = host.join().unwrap();
+            assert!(seen || rung, "a command that nobody looks at");
+        });
+    }
 
     #[test]
     fn event_index() {

@@ -141,7 +141,7 @@ impl QueuePair {
 
     /// Rings, and acknowledges every consumed entry: before a sleep the controller must not
     /// believe that the queue is fuller than it is.
-    fn ring_all(&mut self) {
+    pub(super) fn ring_all(&mut self) {
         self.ring();
         self.shared.ringing.store(true, Ordering::Relaxed);
         super::barrier::light();

@@ -16,11 +16,15 @@ use pumice_nvme::{
 pub struct Watchdog(Sender<()>);
 
 pub fn watchdog() -> Watchdog {
+    watchdog_for(PATIENCE)
+}
+
+pub fn watchdog_for(limit: Duration) -> Watchdog {
     let (sender, receiver) = channel();
     let test = std::thread::current().name().map(str::to_owned);
     std::thread::spawn(move || {
-        if receiver.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
-            eprintln!("{test:?} hangs: no end after {PATIENCE:?}");
+        if receiver.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+            eprintln!("{test:?} hangs: no end after {limit:?}");
             std::process::abort();
         }
     });

@@ -1,0 +1,121 @@
+//! The rings over many rounds and resets, and completions that name the wrong command.
+
+use common::*;
+use pumice_nvme::dma::DmaBuf;
+use pumice_nvme::soft::{Fault, FaultRule};
+use pumice_nvme::spec::{IoOpcode, Status};
+use pumice_nvme::{Io, IoDone, QueuePair};
+
+mod common;
+
+/// A completion of queue 1 for this command, with success, as the device would write it.
+fn completion(cid: u16, sq_head: u16) -> Fault {
+    Fault::Raw([0, u64::from(sq_head) | 1 << 16 | u64::from(cid) << 32])
+}
+
+fn data(done: &IoDone) -> &DmaBuf {
+    match &done.io {
+        Io::Read { buf, .. } => buf,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn read_all(rig: &Rig, q: &mut QueuePair, count: usize, byte: u8) {
+    for _ in 0..count {
+        let done = one(rig, q, read(3));
+        assert!(done.result.is_ok(), "{:?}", done.result);
+        assert!(data(&done).iter().all(|b| *b == byte));
+    }
+}
+
+/// Both rings come round many times, at every length, with and without shadow doorbells.
+#[test]
+fn rings_come_round() {
+    let _watchdog = watchdog();
+    for shadow in [true, false] {
+        for depth in [1, 2, 3, 5, 16] {
+            let rig = rig_with(|config, _| config.shadow_doorbells = shadow);
+            let mut q = queue(&rig, |options| options.depth = depth);
+            assert!(one(&rig, &mut q, write(3, 0x77)).result.is_ok());
+            read_all(&rig, &mut q, 150, 0x77);
+            assert_eq!(rig.controller.generation(), 1, "depth {depth}: a reset");
+        }
+    }
+}
+
+/// Wherever in its round a reset meets a ring, it begins again at the beginning.
+#[test]
+fn a_reset_starts_the_rings_over() {
+    let _watchdog = watchdog();
+    for commands in [1, 15, 33, 40, 65] {
+        let rig = rig();
+        let mut q = queue(&rig, |_| {});
+        assert!(one(&rig, &mut q, write(3, 0x77)).result.is_ok());
+        for resets in 1..=4 {
+            read_all(&rig, &mut q, commands, 0x77);
+            rig.controller.reset().unwrap();
+            read_all(&rig, &mut q, commands, 0x77);
+            assert_eq!(q.stats().resets, resets, "{commands} commands");
+            assert_eq!(rig.controller.generation(), resets + 1);
+        }
+    }
+}
+
+/// A command that is sent again is another command: a completion of the first attempt, however
+/// late, is nobody's.
+#[test]
+fn a_second_attempt_has_a_name_of_its_own() {
+    let _watchdog = watchdog();
+    let rig = rig();
+    let mut q = queue(&rig, |_| {});
+    assert!(one(&rig, &mut q, write(3, 0x77)).result.is_ok());
+    let reads = || FaultRule::io(IoOpcode::READ, Fault::Drop).times(1);
+    // The slot's second command: 16 slots, so its identifier is 16.
+    let again = Fault::Status(Status::INTERNAL);
+    rig.soft
+        .faults()
+        .add(FaultRule::io(IoOpcode::READ, again).times(1));
+    rig.soft.faults().add(reads());
+    rig.soft
+        .faults()
+        .add(FaultRule::io(IoOpcode::READ, completion(16, 0)).times(1));
+    let blank = || Io::Read {
+        lba: 3,
+        buf: DmaBuf::zeroed(512).unwrap(),
+    };
+    let mut out = Vec::new();
+    q.submit(&rig.ns, 1, blank()).unwrap();
+    // Until the second attempt is lost.
+    while rig.soft.faults().struck() < 2 {
+        q.poll(&mut out);
+    }
+    assert!(out.is_empty());
+    q.submit(&rig.ns, 2, blank()).unwrap();
+    q.poll(&mut out);
+    until_struck(&rig, 3);
+    out.extend(settle(&mut q));
+    assert_eq!(out.len(), 2);
+    for done in &out {
+        assert!(done.result.is_ok());
+        assert!(
+            data(done).iter().all(|b| *b == 0x77),
+            "I/O {} ended without its data",
+            done.tag
+        );
+    }
+    assert_eq!(q.stats().resets, 1);
+}
+
+/// What a completion says of the submission queue is checked as well.
+#[test]
+fn a_queue_head_behind_the_end_means_a_reset() {
+    let _watchdog = watchdog();
+    for head in [17, 18, u16::MAX] {
+        let rig = rig();
+        let mut q = queue(&rig, |_| {});
+        let rule = FaultRule::io(IoOpcode::READ, completion(0, head));
+        rig.soft.faults().add(rule.times(1));
+        assert!(one(&rig, &mut q, read(3)).result.is_ok());
+        assert_eq!(q.stats().resets, 1, "head {head}");
+    }
+}
