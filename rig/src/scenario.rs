@@ -110,6 +110,41 @@ const PLAIN: &[&str] = &[
 
 const PLAIN_DISKS: &[Disk] = &[Disk::File("d1", 256), Disk::File("d2", 256)];
 
+/// Two functions of a slot, which are in one group; one controller with a single queue pair; and
+/// six that want more interrupt vectors than two processors have.
+const EDGES: &[&str] = &[
+    "nvme,id=n0,addr=0x8.0,multifunction=on,serial=first,max_ioqpairs=64,msix_qsize=65",
+    "nvme-ns,bus=n0,drive=d1,nsid=1",
+    "nvme,id=n1,addr=0x8.1,serial=second,max_ioqpairs=64,msix_qsize=65",
+    "nvme-ns,bus=n1,drive=d2,nsid=1",
+    "nvme,id=n2,addr=0x9,serial=single,max_ioqpairs=1,msix_qsize=2",
+    "nvme-ns,bus=n2,drive=d3,nsid=1",
+    "nvme,id=n3,addr=0xa,serial=many3,max_ioqpairs=64,msix_qsize=65",
+    "nvme-ns,bus=n3,drive=d4,nsid=1",
+    "nvme,id=n4,addr=0xb,serial=many4,max_ioqpairs=64,msix_qsize=65",
+    "nvme-ns,bus=n4,drive=d5,nsid=1",
+    "nvme,id=n5,addr=0xc,serial=many5,max_ioqpairs=64,msix_qsize=65",
+    "nvme-ns,bus=n5,drive=d6,nsid=1",
+    "nvme,id=n6,addr=0xd,serial=many6,max_ioqpairs=64,msix_qsize=65",
+    "nvme-ns,bus=n6,drive=d7,nsid=1",
+    "nvme,id=n7,addr=0xe,serial=many7,max_ioqpairs=64,msix_qsize=65",
+    "nvme-ns,bus=n7,drive=d8,nsid=1",
+    "nvme,id=n8,addr=0xf,serial=many8,max_ioqpairs=64,msix_qsize=65",
+    "nvme-ns,bus=n8,drive=d9,nsid=1",
+];
+
+const EDGES_DISKS: &[Disk] = &[
+    Disk::File("d1", 16),
+    Disk::File("d2", 16),
+    Disk::File("d3", 16),
+    Disk::File("d4", 16),
+    Disk::File("d5", 16),
+    Disk::File("d6", 16),
+    Disk::File("d7", 16),
+    Disk::File("d8", 16),
+    Disk::File("d9", 16),
+];
+
 /// Sparse: a database takes what it writes.
 const DATABASE_DISKS: &[Disk] = &[Disk::File("d1", 64), Disk::File("d2", 2048)];
 
@@ -148,7 +183,19 @@ pub fn all() -> Vec<Scenario> {
             huge_pages: 80,
             disks: PLAIN_DISKS,
             devices: PLAIN,
-            steps: include_str!("../guest/plain.sh"),
+            steps: include_str!("../guest/uio.sh"),
+            timeout_s: 600,
+            database: false,
+        },
+        Scenario {
+            name: "edges",
+            about: "two controllers in one group, one queue pair, more vectors than processors have",
+            iommu: Iommu::Intel,
+            mode: "vfio",
+            huge_pages: 0,
+            disks: EDGES_DISKS,
+            devices: EDGES,
+            steps: include_str!("../guest/edges.sh"),
             timeout_s: 600,
             database: false,
         },

@@ -26,37 +26,39 @@ pub(crate) struct DeviceSpace {
     device: String,
     space: Space,
     table: Arc<AddressTable>,
+    /// Shared with the other devices in the container. Lock order: after `state`.
+    iova: Arc<Mutex<IovaSpace>>,
     state: Mutex<Mapped>,
 }
 
 struct Mapped {
-    iova: IovaSpace,
     regions: HashMap<RegionId, u64>,
     bytes: usize,
 }
 
 impl DeviceSpace {
-    /// Behind an IOMMU, inside its windows.
+    /// Behind an IOMMU, inside its windows, of which other devices may have their share.
     pub(super) fn behind_iommu(
         device: &str,
         container: Arc<VfioContainer>,
-        iova: IovaSpace,
+        iova: Arc<Mutex<IovaSpace>>,
     ) -> Self {
         Self::new(device, Space::Iommu(container), iova)
     }
 
     /// Without an IOMMU.
     pub(crate) fn physical(device: &str) -> Self {
-        Self::new(device, Space::Physical, IovaSpace::new(Vec::new()))
+        let none = Arc::new(Mutex::new(IovaSpace::new(Vec::new())));
+        Self::new(device, Space::Physical, none)
     }
 
-    fn new(device: &str, space: Space, iova: IovaSpace) -> Self {
+    fn new(device: &str, space: Space, iova: Arc<Mutex<IovaSpace>>) -> Self {
         DeviceSpace {
             device: device.to_owned(),
             space,
             table: Arc::new(AddressTable::new()),
+            iova,
             state: Mutex::new(Mapped {
-                iova,
                 regions: HashMap::new(),
                 bytes: 0,
             }),
@@ -69,16 +71,17 @@ impl DeviceSpace {
 
     fn map_iommu(&self, container: &Arc<VfioContainer>, region: &Region) -> Result<(), DmaError> {
         let mut state = self.state.lock();
-        let iova = state
-            .iova
+        let mut free = self.iova.lock();
+        let iova = free
             .take(region.len() as u64, CHUNK_LEN as u64)
             .ok_or_else(|| DmaError::NoIova {
                 device: self.device.clone(),
                 len: region.len(),
-                windows: state.iova.describe(),
+                windows: free.describe(),
             })?;
         if let Err(error) = sys::map(container, region, iova) {
-            state.iova.give(iova);
+            free.give(iova);
+            drop(free);
             let used = state.regions.len();
             return Err(self.explain(container, region, &error, used, state.bytes));
         }
@@ -157,12 +160,16 @@ impl DmaMapper for DeviceSpace {
             return;
         };
         state.bytes -= region.len();
-        state.iova.give(iova);
-        if let Space::Iommu(container) = &self.space
-            && let Err(error) = container.vfio_dma_unmap(iova, region.len())
-        {
+        let Space::Iommu(container) = &self.space else {
+            return;
+        };
+        match container.vfio_dma_unmap(iova, region.len()) {
+            // Free for another device of the container from here on, and not before.
+            Ok(()) => self.iova.lock().give(iova),
             // Closing the container takes the mapping away in any case.
-            tracing::warn!(device = self.device, %error, iova = format_args!("{iova:#x}"), "DMA mapping not taken back");
+            Err(error) => {
+                tracing::warn!(device = self.device, %error, iova = format_args!("{iova:#x}"), "DMA mapping not taken back");
+            }
         }
     }
 }

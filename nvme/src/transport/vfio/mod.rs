@@ -18,7 +18,7 @@ use parking_lot::{Mutex, RwLock};
 
 use super::mapping::{Absent, DeviceMapping};
 use super::registers::MappedBar;
-use super::{Doorbell, EventFd, IovaSpace, MmioMap, Transport, TransportError, TransportEvent};
+use super::{Doorbell, EventFd, MmioMap, Transport, TransportError, TransportEvent};
 use crate::dma::{self, AddressTable, ArenaOptions, HugePages, MapperGuard};
 use crate::pci::{ConfigSpace, Host, PciAddress};
 use crate::process::Birth;
@@ -30,7 +30,7 @@ mod sys;
 
 pub(crate) use dma_space::DeviceSpace;
 use info::RegionInfo;
-use open::Handle;
+use open::{Container, Handle};
 pub(crate) use sys::any_readable;
 
 const BAR0: u32 = 0;
@@ -135,9 +135,8 @@ impl Vfio {
             }
         }
 
-        let space = Arc::new(device_space(&name, &handle)?);
-        let physical = handle.iommu().is_none();
-        if physical {
+        let space = Arc::new(device_space(&name, &handle));
+        if matches!(handle.group().container, Container::NoIommu(_)) {
             want_huge_pages();
         }
         let table = Arc::clone(space.table());
@@ -230,23 +229,14 @@ fn map_bar0(
     })
 }
 
-fn device_space(name: &str, handle: &Handle) -> Result<DeviceSpace, TransportError> {
-    let Some(container) = handle.iommu() else {
-        return Ok(DeviceSpace::physical(name));
-    };
-    let info = sys::iommu_info(&**container).map_err(|source| TransportError::Io {
-        device: name.to_owned(),
-        what: "VFIO_IOMMU_GET_INFO".to_owned(),
-        source,
-    })?;
-    let iova = IovaSpace::new(info.windows);
-    tracing::debug!(
-        device = name,
-        windows = iova.describe(),
-        mappings = info.mappings_left,
-        "I/O address space"
-    );
-    Ok(DeviceSpace::behind_iommu(name, Arc::clone(container), iova))
+fn device_space(name: &str, handle: &Handle) -> DeviceSpace {
+    let group = handle.group();
+    match &group.container {
+        Container::NoIommu(_) => DeviceSpace::physical(name),
+        Container::Iommu(container) => {
+            DeviceSpace::behind_iommu(name, Arc::clone(container), Arc::clone(&group.iova))
+        }
+    }
 }
 
 impl Transport for Vfio {

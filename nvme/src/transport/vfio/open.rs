@@ -1,21 +1,33 @@
 //! From an address to open descriptors, with errors that say what to do.
 
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
+use parking_lot::Mutex;
 use vfio_ioctls::{VfioContainer, VfioError};
 
 use super::sys::{self, OpenError};
 use crate::pci::{Function, Group, Host, PciAddress, PciError};
-use crate::transport::TransportError;
+use crate::process::PerProcess;
+use crate::transport::{IovaSpace, TransportError};
 
-/// An open function. Fields are dropped in order: the device before its group and container.
+/// An open function. Fields are dropped in order: the device before its group.
 pub(super) struct Handle {
     device: OwnedFd,
-    _group: File,
-    container: Container,
+    function: InUse,
+}
+
+/// A group that this process has open, once for all functions of it: the kernel lets it be opened
+/// once, and all of it is in one address space.
+pub(super) struct OpenGroup {
+    group: File,
+    pub(super) container: Container,
+    /// The addresses that are free in it.
+    pub(super) iova: Arc<Mutex<IovaSpace>>,
+    functions: Mutex<HashSet<PciAddress>>,
 }
 
 /// The address space that the group is in.
@@ -26,13 +38,26 @@ pub(super) enum Container {
     NoIommu(File),
 }
 
+/// A function of a group, which is not opened twice.
+struct InUse {
+    group: Arc<OpenGroup>,
+    address: PciAddress,
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.group.functions.lock().remove(&self.address);
+    }
+}
+
+/// The groups that are open, by their nodes.
+static GROUPS: PerProcess<Mutex<HashMap<String, Weak<OpenGroup>>>> =
+    PerProcess::new(Mutex::default);
+
 impl Handle {
-    /// The container, where there is an IOMMU behind it.
-    pub(super) fn iommu(&self) -> Option<&Arc<VfioContainer>> {
-        match &self.container {
-            Container::Iommu(container) => Some(container),
-            Container::NoIommu(_) => None,
-        }
+    /// The group that the function is in.
+    pub(super) fn group(&self) -> &OpenGroup {
+        &self.function.group
     }
 }
 
@@ -53,29 +78,69 @@ pub(super) fn open(host: &Host, address: PciAddress) -> Result<Handle, Transport
         .map_err(|e| pci_error(&device, e))?;
     let group = usable_group(host, &function)?;
     let node = group.node();
-    let container = if group.no_iommu {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/vfio/vfio");
-        Container::NoIommu(file.map_err(|e| explain_io(&device, "/dev/vfio/vfio", e))?)
-    } else {
-        let container = VfioContainer::new(None).map_err(|e| explain(&device, e))?;
-        Container::Iommu(Arc::new(container))
+    let mut groups = GROUPS.get().lock();
+    groups.retain(|_, group| group.strong_count() > 0);
+    let shared = match groups.get(&node).and_then(Weak::upgrade) {
+        Some(shared) => shared,
+        None => {
+            let shared = Arc::new(open_group(&device, &group)?);
+            groups.insert(node.clone(), Arc::downgrade(&shared));
+            shared
+        }
     };
-    let group = File::options()
-        .read(true)
-        .write(true)
-        .open(&node)
-        .map_err(|e| explain_io(&device, &node, e))?;
-    let opened = match &container {
-        Container::Iommu(c) => sys::open_device(&**c, sys::TYPE1V2, &group, &device),
-        Container::NoIommu(c) => sys::open_device(c, sys::NO_IOMMU, &group, &device),
+    if !shared.functions.lock().insert(address) {
+        return Err(TransportError::InUse {
+            device,
+            detail: "this process has it open".to_owned(),
+        });
+    }
+    let function = InUse {
+        group: shared,
+        address,
     };
+    let opened = sys::open_device(&function.group.group, &device);
     Ok(Handle {
         device: opened.map_err(|e| explain_step(&device, &node, e))?,
-        _group: group,
+        function,
+    })
+}
+
+fn open_group(device: &str, group: &Group) -> Result<OpenGroup, TransportError> {
+    let node = group.node();
+    let open = |path: &str| {
+        let file = File::options().read(true).write(true).open(path);
+        file.map_err(|e| explain_io(device, path, e))
+    };
+    let container = if group.no_iommu {
+        Container::NoIommu(open("/dev/vfio/vfio")?)
+    } else {
+        let container = VfioContainer::new(None).map_err(|e| explain(device, e))?;
+        Container::Iommu(Arc::new(container))
+    };
+    let file = open(&node)?;
+    let joined = match &container {
+        Container::Iommu(c) => sys::join_container(&**c, sys::TYPE1V2, &file),
+        Container::NoIommu(c) => sys::join_container(c, sys::NO_IOMMU, &file),
+    };
+    joined.map_err(|e| explain_step(device, &node, e))?;
+    let windows = match &container {
+        Container::NoIommu(_) => Vec::new(),
+        Container::Iommu(c) => {
+            let info = sys::iommu_info(&**c).map_err(|source| TransportError::Io {
+                device: device.to_owned(),
+                what: "VFIO_IOMMU_GET_INFO".to_owned(),
+                source,
+            })?;
+            info.windows
+        }
+    };
+    let iova = IovaSpace::new(windows);
+    tracing::debug!(device, node, windows = iova.describe(), "I/O address space");
+    Ok(OpenGroup {
+        group: file,
         container,
+        iova: Arc::new(Mutex::new(iova)),
+        functions: Mutex::default(),
     })
 }
 

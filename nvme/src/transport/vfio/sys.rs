@@ -188,14 +188,13 @@ pub(super) enum OpenError {
     Step(&'static str, io::Error),
 }
 
-/// Puts the group into the container, chooses the kind of IOMMU and opens the function. The
-/// three are to be closed in the order device, group, container.
-pub(super) fn open_device(
+/// Puts the group into the container and lets an IOMMU of this kind translate for it. Once for
+/// each opening of the group.
+pub(super) fn join_container(
     container: &impl AsRawFd,
     iommu: u32,
     group: &File,
-    address: &str,
-) -> Result<OwnedFd, OpenError> {
+) -> Result<(), OpenError> {
     let step = |name| move |e| OpenError::Step(name, e);
     let (container, group) = (container.as_raw_fd(), group.as_raw_fd());
     let status =
@@ -203,7 +202,6 @@ pub(super) fn open_device(
     if u32_at(&status, 4).unwrap_or(0) & api::VFIO_GROUP_FLAGS_VIABLE == 0 {
         return Err(OpenError::NotViable);
     }
-    let name = CString::new(address).map_err(|e| OpenError::Step("address", e.into()))?;
     // SAFETY: the argument points to a descriptor's number.
     unsafe {
         ioctl(
@@ -216,15 +214,21 @@ pub(super) fn open_device(
     // SAFETY: a number as the argument.
     unsafe { ioctl(container, SET_IOMMU, libc::c_ulong::from(iommu)) }
         .map_err(step("VFIO_SET_IOMMU"))?;
+    Ok(())
+}
+
+/// A function of a group that is in a container.
+pub(super) fn open_device(group: &File, address: &str) -> Result<OwnedFd, OpenError> {
+    let name = CString::new(address).map_err(|e| OpenError::Step("address", e.into()))?;
     // SAFETY: the argument points to a NUL-terminated string.
     let device = unsafe {
         ioctl(
-            group,
+            group.as_raw_fd(),
             GROUP_GET_DEVICE_FD,
             name.as_ptr().addr() as libc::c_ulong,
         )
     }
-    .map_err(step("VFIO_GROUP_GET_DEVICE_FD"))?;
+    .map_err(|e| OpenError::Step("VFIO_GROUP_GET_DEVICE_FD", e))?;
     // SAFETY: the kernel just gave us this descriptor.
     Ok(unsafe { OwnedFd::from_raw_fd(device) })
 }
