@@ -3,6 +3,7 @@
 //! One operation in a hundred takes the tail latency, the others the mean; the time of the device
 //! below is part of it.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -128,6 +129,14 @@ impl BlockDevice for Delay {
             "avg_write_latency": l.avg_write_us,
             "p99_write_latency": l.p99_write_us,
         } })
+    }
+
+    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
+        self.base.next_data(lba)
+    }
+
+    fn keep_file(&self, keep: bool) {
+        self.base.keep_file(keep);
     }
 }
 

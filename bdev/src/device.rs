@@ -1,5 +1,6 @@
 //! The two traits that a module implements, and what a device says of itself.
 
+use std::ops::Range;
 use std::os::fd::RawFd;
 use std::time::Duration;
 
@@ -175,6 +176,25 @@ pub trait BlockDevice: Send + Sync + std::fmt::Debug {
     /// `driver_specific`.
     fn driver_specific(&self) -> serde_json::Value {
         serde_json::Value::Object(serde_json::Map::new())
+    }
+
+    /// The first range of blocks, at or behind `lba`, that may hold anything but zeroes; `None`:
+    /// everything from `lba` on reads as zeroes, and the device knows that without reading. A range
+    /// that begins at the device's end says that there is data which no block shows (the end of a
+    /// file that is not whole blocks). May block.
+    ///
+    /// # Errors
+    /// When the device cannot say.
+    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
+        let end = self.info().num_blocks;
+        Ok((lba < end).then_some(lba..end))
+    }
+
+    /// Whether the file that opening this device has made, if it has, stays when the device is
+    /// closed. It does unless this is called with `false`; the last call counts. A file that was
+    /// there before always stays.
+    fn keep_file(&self, keep: bool) {
+        let _ = keep;
     }
 }
 

@@ -224,11 +224,45 @@ pub enum BdevError {
         #[source]
         source: io::Error,
     },
+    /// The device holds something, or could not be read as a whole, and nobody has said that it may
+    /// be written over.
+    #[error(
+        "{device}: holds {contents}; nothing was changed; to lose that, say so: --force \
+         (`force`, `Overwrite::Anything` in the library)"
+    )]
+    NotBlank {
+        /// Device or path.
+        device: String,
+        /// What was found.
+        contents: crate::contents::Contents,
+    },
+    /// A file has another size than the one that was asked for.
+    #[error(
+        "{}: the file has {found_bytes} bytes, size= says {wanted_bytes}; nothing was changed; leave \
+         size= out, or make the file and what is on it longer: pumice grow {} {wanted_bytes}",
+        .path.display(), .path.display()
+    )]
+    WrongSize {
+        /// The path.
+        path: PathBuf,
+        /// Its size.
+        found_bytes: u64,
+        /// The size that was asked for.
+        wanted_bytes: u64,
+    },
     /// The path does not exist.
-    #[error("{}: no such file; add create=1 and size=… to make an image there", .path.display())]
+    #[error("{}: {hint}", .path.display())]
     NoSuchFile {
         /// The path.
         path: PathBuf,
+        /// What is missing, and what to do.
+        hint: String,
+    },
+    /// The NVMe driver's own.
+    #[error(transparent)]
+    Nvme {
+        /// What went wrong.
+        source: pumice_nvme::NvmeError,
     },
     /// No device of that name.
     #[error("no bdev `{name}`{hint}")]
@@ -293,6 +327,35 @@ fn owner(pid: Option<u32>) -> String {
 }
 
 impl BdevError {
+    /// The errno that says the same.
+    pub fn errno(&self) -> i32 {
+        use pumice_nvme::NvmeError;
+        use pumice_nvme::transport::TransportError;
+        match self {
+            BdevError::NotFound { .. } | BdevError::Removed { .. } => libc::ENODEV,
+            BdevError::Exists { .. } => libc::EEXIST,
+            BdevError::Claimed { .. } => libc::EPERM,
+            BdevError::InUse { .. } | BdevError::Unsafe { .. } | BdevError::NotBlank { .. } => {
+                libc::EBUSY
+            }
+            BdevError::NoSuchFile { .. } => libc::ENOENT,
+            BdevError::Unsupported { .. } => libc::ENOTSUP,
+            BdevError::Dma { .. } => libc::ENOMEM,
+            BdevError::Os { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            BdevError::Nvme { source } => match source {
+                NvmeError::NotReady { .. }
+                | NvmeError::Transport(TransportError::Timeout { .. }) => libc::ETIMEDOUT,
+                NvmeError::NoNamespace { .. } => libc::ENODEV,
+                NvmeError::NoQueues { .. } => libc::EBUSY,
+                _ => libc::EIO,
+            },
+            BdevError::Io(_) => libc::EIO,
+            BdevError::InvalidUri { .. }
+            | BdevError::InvalidOption { .. }
+            | BdevError::WrongSize { .. } => libc::EINVAL,
+        }
+    }
+
     pub(crate) fn os(device: impl Into<String>, what: impl Into<String>, e: io::Error) -> Self {
         BdevError::Os {
             device: device.into(),

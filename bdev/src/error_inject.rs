@@ -202,6 +202,10 @@ impl BlockDevice for ErrorDevice {
         let base = &self.base.info().name;
         serde_json::json!({ "error_disk": { "base_bdev": base } })
     }
+
+    fn keep_file(&self, keep: bool) {
+        self.base.keep_file(keep);
+    }
 }
 
 struct ErrorChannel {

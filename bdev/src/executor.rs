@@ -512,6 +512,40 @@ mod tests {
         );
     }
 
+    /// The slot of a future that was dropped is not another's before its operation has ended.
+    #[test]
+    fn a_dropped_future_gives_nobody_its_bytes() {
+        let ch = channel();
+        for lba in 0..64 {
+            let mut buf = DmaBuf::zeroed(512).unwrap();
+            buf.fill(u8::try_from(lba).unwrap());
+            ch.block_on(ch.write(lba, buf.freeze(), false)).unwrap();
+        }
+        let mut cx = Context::from_waker(Waker::noop());
+        for lba in 0..63 {
+            let read = |lba| {
+                Box::pin(ch.io(Op::Read {
+                    lba,
+                    buf: DmaBuf::new(512).unwrap(),
+                }))
+            };
+            let mut dropped = read(lba);
+            assert!(dropped.as_mut().poll(&mut cx).is_pending());
+            drop(dropped);
+            // The second of a pair is started behind it, and both end in one poll of the device.
+            let (op, result) = ch.block_on(read(lba + 1));
+            result.unwrap();
+            let Op::Read { lba: at, buf } = op else {
+                panic!("{op:?}")
+            };
+            assert_eq!(at, lba + 1);
+            assert!(buf.iter().all(|b| u64::from(*b) == lba + 1), "{lba}");
+        }
+        assert_eq!(ch.in_flight(), 0);
+        let slots = ch.inner.slots.borrow();
+        assert_eq!(slots.free.len(), slots.slots.len());
+    }
+
     #[test]
     fn a_wake_from_another_thread_ends_the_wait() {
         let ch = channel();

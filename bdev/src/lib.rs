@@ -86,12 +86,14 @@
 pub mod clock;
 pub mod config;
 pub mod conformance;
+pub mod contents;
 pub mod crashsim;
 pub mod delay;
 mod device;
 mod error;
 pub mod error_inject;
 mod executor;
+mod flush_fault;
 
 pub mod file;
 pub mod logging;
@@ -104,8 +106,10 @@ pub mod passthru;
 mod pollfd;
 mod queue;
 pub mod raid0;
+pub mod read_only;
 pub mod registry;
 pub mod rpc;
+mod signatures;
 mod slots;
 pub mod split;
 pub mod stats;
@@ -119,7 +123,7 @@ pub use error::{BdevError, IoError, IoErrorKind};
 pub use executor::{AsyncChannel, Io, IoOutcome, join_all};
 pub use op::{CompareAndWrite, Completion, Op, OpKind, OpSet, SubmitError, ZoneAction};
 pub use pumice_nvme::dma::{DmaBuf, DmaError, DmaSlice};
-pub use uri::{open, parse_size};
+pub use uri::{OpenOptions, file_uri, open, open_with, parse_size};
 
 /// The README's example, as a test.
 #[cfg(doctest)]

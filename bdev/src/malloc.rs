@@ -3,6 +3,7 @@
 //! Memory is taken as it is written and given back as it is unmapped, so a large device costs
 //! what is in it. Reads of what was never written give zeroes. It is gone with the process.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -276,6 +277,14 @@ impl Memory {
         });
     }
 
+    /// The next bytes at or behind `offset` that may have been written.
+    fn next_written(&self, offset: u64) -> Option<Range<u64>> {
+        let first = usize::try_from(offset >> self.stripe_shift).unwrap_or(usize::MAX);
+        let found = (first..self.stripes.len()).find(|i| self.stripes[*i].read().is_some())?;
+        let start = (found as u64) << self.stripe_shift;
+        Some(start.max(offset)..start + (1 << self.stripe_shift))
+    }
+
     /// Offset of the first difference with `data`.
     fn differs(&self, offset: u64, data: &[u8]) -> Option<u64> {
         let mut found = None;
@@ -350,6 +359,16 @@ impl BlockDevice for Malloc {
         Ok(Box::new(MallocChannel {
             shared: Arc::clone(&self.shared),
             queue: Completed::default(),
+        }))
+    }
+
+    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
+        let info = &self.shared.info;
+        let block = u64::from(info.block_size);
+        let bytes = self.shared.memory.next_written(lba.saturating_mul(block));
+        Ok(bytes.and_then(|r| {
+            let blocks = r.start / block..r.end.div_ceil(block).min(info.num_blocks);
+            (blocks.start < blocks.end).then_some(blocks)
         }))
     }
 }

@@ -152,7 +152,8 @@ impl MetricsServer {
         } else {
             let path = Path::new(address);
             crate::rpc::clear_stale(path)?;
-            let unix = crate::rpc::bind_private(path).map_err(|e| os("bind the socket", e))?;
+            let unix =
+                pumice_nvme::transport::bind_private(path).map_err(|e| os("bind the socket", e))?;
             unix.set_nonblocking(true).map_err(|e| os("listen", e))?;
             socket = Some(path.to_owned());
             Listener::Unix(unix)

@@ -3,6 +3,7 @@
 //! It is the template for a module of your own: take what you need of it and change what passes.
 //! The example `custom_bdev` walks through it.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -52,6 +53,14 @@ impl BlockDevice for Passthru {
         serde_json::json!({
             "passthru": { "name": self.info.name, "base_bdev_name": self.base.info().name }
         })
+    }
+
+    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
+        self.base.next_data(lba)
+    }
+
+    fn keep_file(&self, keep: bool) {
+        self.base.keep_file(keep);
     }
 }
 

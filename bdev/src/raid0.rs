@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::{BdevError, IoError, IoErrorKind};
+use crate::flush_fault::FlushFault;
 use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
 use crate::pollfd;
 use crate::queue::refuse;
@@ -27,6 +28,8 @@ pub struct Raid0 {
     info: Arc<DeviceInfo>,
     legs: Vec<Arc<dyn BlockDevice>>,
     strip_blocks: u64,
+    /// Whether a flush of one leg has failed.
+    flush_fault: Arc<FlushFault>,
 }
 
 impl Raid0 {
@@ -105,6 +108,7 @@ impl Raid0 {
             info: Arc::new(info),
             legs,
             strip_blocks,
+            flush_fault: Arc::default(),
         })
     }
 }
@@ -127,6 +131,7 @@ impl BlockDevice for Raid0 {
             .collect();
         Ok(Box::new(RaidChannel {
             info: Arc::clone(&self.info),
+            flush_fault: Arc::clone(&self.flush_fault),
             strip: self.strip_blocks,
             legs: legs?,
             parents: Slots::default(),
@@ -163,6 +168,12 @@ impl BlockDevice for Raid0 {
             "base_bdevs_list": legs,
         } })
     }
+
+    fn keep_file(&self, keep: bool) {
+        for leg in &self.legs {
+            leg.keep_file(keep);
+        }
+    }
 }
 
 struct Leg {
@@ -173,6 +184,7 @@ struct Leg {
 
 struct RaidChannel {
     info: Arc<DeviceInfo>,
+    flush_fault: Arc<FlushFault>,
     strip: u64,
     legs: Vec<Leg>,
     parents: Slots<Parent>,
@@ -302,6 +314,7 @@ impl RaidChannel {
             }) = self.parents.remove(child.parent)
         {
             let result = error.map_or(Ok(()), Err);
+            let result = self.flush_fault.settle(&self.info, &op, result);
             self.ended.push(Completion { tag, op, result });
         }
     }
@@ -505,7 +518,8 @@ fn copy_back(whole: &mut Op, child: &Op, parts: &[(usize, usize)]) {
 
 impl IoChannel for RaidChannel {
     fn submit(&mut self, tag: u64, mut op: Op) -> Result<(), SubmitError> {
-        if let Err(e) = self.info.check(&op) {
+        let checked = self.info.check(&op);
+        if let Err(e) = checked.and_then(|()| self.flush_fault.check(&self.info, &op)) {
             return refuse(op, e);
         }
         if self.in_flight() >= DEPTH {

@@ -1,5 +1,6 @@
 //! `split`: one device cut into several of equal size, `Base` into `Basep0`, `Basep1`, ….
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -91,6 +92,22 @@ impl BlockDevice for Split {
     fn driver_specific(&self) -> serde_json::Value {
         let base = &self.base.info().name;
         serde_json::json!({ "split": { "base_bdev": base, "offset_blocks": self.offset } })
+    }
+
+    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
+        let end = self.info.num_blocks;
+        if lba >= end {
+            return Ok(None);
+        }
+        let range = self.base.next_data(self.offset + lba)?;
+        Ok(range.and_then(|r| {
+            let start = r.start.saturating_sub(self.offset).max(lba);
+            (start < end).then(|| start..r.end.saturating_sub(self.offset).min(end))
+        }))
+    }
+
+    fn keep_file(&self, keep: bool) {
+        self.base.keep_file(keep);
     }
 }
 

@@ -632,3 +632,244 @@ fn damaged_input_is_an_error() {
         }
     }
 }
+
+/// Ends the process if a test hangs.
+struct Watchdog(std::sync::mpsc::Sender<()>);
+
+impl Watchdog {
+    fn new(seconds: u64) -> Watchdog {
+        let (alive, gone) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let over = gone.recv_timeout(Duration::from_secs(seconds));
+            if matches!(over, Err(std::sync::mpsc::RecvTimeoutError::Timeout)) {
+                eprintln!("a test hangs for {seconds} s");
+                std::process::abort();
+            }
+        });
+        Watchdog(alive)
+    }
+}
+
+fn serve_at(options: ServerOptions) -> (tempfile::TempDir, std::path::PathBuf, RpcServer) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("sock");
+    let server = RpcServer::start(Arc::new(App::new()), &path, options).unwrap();
+    (dir, path, server)
+}
+
+#[test]
+fn clients_that_wait_and_go_away_leave_the_server_free() {
+    let _watchdog = Watchdog::new(60);
+    let (_dir, path, server) = serve_at(ServerOptions::default());
+    for _ in 0..3 {
+        for _ in 0..32 {
+            let mut stream = UnixStream::connect(&path).unwrap();
+            let text = r#"{"jsonrpc":"2.0","id":1,"method":"bdev_get_bdevs",
+                "params":{"name":"never","timeout":600000}}"#;
+            stream.write_all(text.as_bytes()).unwrap();
+        }
+        // They are gone: within a moment somebody else is served.
+        let answer = (0..200).find_map(|_| {
+            std::thread::sleep(Duration::from_millis(20));
+            let mut client = RpcClient::connect(&path, Duration::from_secs(2)).ok()?;
+            client.call("spdk_get_version", &Value::Null).ok()
+        });
+        assert!(answer.is_some());
+    }
+    // One that waits does not hold up the end either.
+    let mut waiting = UnixStream::connect(&path).unwrap();
+    let text = r#"{"jsonrpc":"2.0","id":1,"method":"bdev_get_bdevs",
+        "params":{"name":"never","timeout":600000}}"#;
+    waiting.write_all(text.as_bytes()).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    let start = std::time::Instant::now();
+    drop(server);
+    assert!(
+        start.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        start.elapsed()
+    );
+}
+
+#[test]
+fn a_client_that_has_ended_its_requests_still_gets_its_answer() {
+    let _watchdog = Watchdog::new(60);
+    let (_dir, path, _server) = serve_at(ServerOptions::default());
+    let mut stream = UnixStream::connect(&path).unwrap();
+    let text = r#"{"jsonrpc":"2.0","id":1,"method":"bdev_get_bdevs",
+        "params":{"name":"never","timeout":200}}"#;
+    stream.write_all(text.as_bytes()).unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains("no bdev `never`"), "{answer}");
+}
+
+#[test]
+fn who_is_turned_away_is_told_why() {
+    let _watchdog = Watchdog::new(60);
+    let (_dir, path, _server) = serve_at(ServerOptions {
+        clients_max: 2,
+        ..ServerOptions::default()
+    });
+    let hold: Vec<_> = (0..2)
+        .map(|_| {
+            let mut client = RpcClient::connect(&path, Duration::from_secs(5)).unwrap();
+            client.call("spdk_get_version", &Value::Null).unwrap();
+            client
+        })
+        .collect();
+    let mut third = UnixStream::connect(&path).unwrap();
+    let mut answer = String::new();
+    third.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains("2 clients already"), "{answer}");
+    drop(hold);
+    // A request that is too long: the client is still sending when it is refused.
+    let mut answer = String::new();
+    for _ in 0..200 {
+        std::thread::sleep(Duration::from_millis(10));
+        let mut stream = UnixStream::connect(&path).unwrap();
+        let long = format!("{{\"jsonrpc\":\"2.0\",\"id\":\"{}\"}}", "x".repeat(3 << 20));
+        let sent = stream.write_all(long.as_bytes());
+        answer.clear();
+        let read = stream.read_to_string(&mut answer);
+        // While the two are on their way out, there is no place yet.
+        if !answer.contains("clients already") && !answer.is_empty() {
+            sent.unwrap();
+            read.unwrap();
+            break;
+        }
+    }
+    assert!(answer.contains("at most 1048576 bytes"), "{answer}");
+}
+
+#[test]
+fn a_socket_that_nobody_serves_ends_in_an_error() {
+    let _watchdog = Watchdog::new(60);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("sock");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    // Its queue is full, and nobody accepts.
+    let mut queue = Vec::new();
+    while let Ok(stream) = pumice_nvme::transport::connect_within(&path, Duration::from_millis(50))
+    {
+        queue.push(stream);
+    }
+    let start = std::time::Instant::now();
+    let e = RpcClient::connect(&path, Duration::from_millis(200)).unwrap_err();
+    assert!(e.to_string().contains("takes no connection"), "{e}");
+    let e = RpcServer::start(Arc::new(App::new()), &path, ServerOptions::default()).unwrap_err();
+    assert!(matches!(e, pumice_bdev::BdevError::InUse { .. }), "{e}");
+    assert!(MetricsServer::start(Arc::new(App::new()), path.to_str().unwrap()).is_err());
+    let uri = format!("vfio-user://{}?timeout_ms=100", path.display());
+    let e = pumice_bdev::open(&uri).unwrap_err();
+    assert!(matches!(e, pumice_bdev::BdevError::InUse { .. }), "{e}");
+    assert!(start.elapsed() < Duration::from_secs(30));
+    assert!(path.exists(), "the socket of somebody who lives stays");
+    drop((queue, listener));
+    // He has gone: the place is free.
+    RpcServer::start(Arc::new(App::new()), &path, ServerOptions::default()).unwrap();
+}
+
+#[test]
+fn how_a_file_was_opened_is_saved() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let uri = |name: &str, options: &str| {
+        let path = pumice_bdev::file_uri(dir.path().join(name));
+        format!("{path}?size=4M&create=1&name={name}&{options}")
+    };
+    let app = App::new();
+    for (name, options) in [
+        ("a%b", "buffered=1&prealloc=falloc"),
+        ("b", "no_io_uring=1&block_size=4096"),
+        ("c", ""),
+    ] {
+        app.open(&uri(&name.replace('%', "%25"), options)).unwrap();
+    }
+    let describe = |app: &App| {
+        let list = app.call("bdev_get_bdevs", &json!({})).unwrap();
+        let of = |b: &Value| {
+            let aio = &b["driver_specific"]["aio"];
+            let parts = [
+                &b["name"],
+                &b["num_blocks"],
+                &b["block_size"],
+                &aio["direct"],
+            ];
+            (parts.map(Value::clone), aio["io_uring"].clone())
+        };
+        list.as_array().unwrap().iter().map(of).collect::<Vec<_>>()
+    };
+    let (saved, seen) = (app.config().to_string(), describe(&app));
+    assert_eq!(seen[0].0[3], json!(false));
+    assert_eq!(seen[1].1, json!(false));
+    drop(app);
+    let again = App::new();
+    config::load(&again, "saved", &saved).unwrap();
+    assert_eq!(describe(&again), seen);
+    assert_eq!(again.config().to_string(), saved);
+}
+
+#[test]
+fn methods_that_operators_use() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let image = dir.path().join("image");
+    let file = std::fs::File::create(&image).unwrap();
+    file.set_len(1 << 20).unwrap();
+    let app = App::new();
+    let call = |method: &str, params: Value| app.call(method, &params);
+    let blocks = |name: &str| app.registry.get(name).unwrap();
+    let blocks = |name: &str| pumice_bdev::BlockDevice::info(&blocks(name)).num_blocks;
+    let aio = json!({ "name": "A", "filename": image, "block_size": 512 });
+    call("bdev_aio_create", aio).unwrap();
+    file.set_len(2 << 20).unwrap();
+    call("bdev_aio_rescan", json!({ "name": "A" })).unwrap();
+    assert_eq!(blocks("A"), 4096);
+    // In use, it keeps its size.
+    let channel = pumice_bdev::BlockDevice::open_channel(&*app.registry.open("A").unwrap());
+    let e = call("bdev_uring_rescan", json!({ "name": "A" })).unwrap_err();
+    assert_eq!(e.code, -i64::from(libc::EBUSY), "{e}");
+    drop(channel);
+    let split = json!({ "base_bdev": "A", "split_count": 2 });
+    call("bdev_split_create", split).unwrap();
+    let e = call("bdev_aio_rescan", json!({ "name": "A" })).unwrap_err();
+    assert!(e.message.contains("claimed"), "{e}");
+    assert!(call("bdev_aio_rescan", json!({ "name": "no" })).is_err());
+    // One that cannot be made again as it should be is there as it was.
+    let null = json!({ "name": "N", "num_blocks": 2048, "block_size": 512 });
+    call("bdev_null_create", null).unwrap();
+    call("bdev_null_resize", json!({ "name": "N", "new_size": 4 })).unwrap();
+    assert_eq!(blocks("N"), 8192);
+    call("bdev_null_resize", json!({ "name": "N", "new_size": 0 })).unwrap_err();
+    assert_eq!(blocks("N"), 8192);
+    assert!(app.config().to_string().contains("8192"));
+
+    let nvme = json!({ "name": "Nvme0", "trtype": "SOFT", "traddr": "memory?size=4M" });
+    call("bdev_nvme_attach_controller", nvme).unwrap();
+    call("bdev_nvme_reset_controller", json!({ "name": "Nvme0" })).unwrap();
+    let health = call(
+        "bdev_nvme_get_controller_health_info",
+        json!({ "name": "Nvme0" }),
+    )
+    .unwrap();
+    assert!(health["temperature_celsius"].is_i64(), "{health}");
+    assert!(health["model_number"].is_string() && health["media_errors"].is_number());
+    let missing = json!({ "name": "Nvme1" });
+    assert!(call("bdev_nvme_reset_controller", missing).is_err());
+
+    for method in [
+        "framework_get_reactors",
+        "thread_get_stats",
+        "thread_get_io_channels",
+    ] {
+        let answer = call(method, json!({})).unwrap();
+        assert!(answer["tick_rate"].as_u64().unwrap() > 0, "{method}");
+    }
+    let notes = call("notify_get_notifications", json!({ "id": 1, "max": 2 })).unwrap();
+    assert_eq!(notes.as_array().unwrap().len(), 2);
+    assert_eq!(notes[0]["id"], 1);
+    let types = call("notify_get_types", json!({})).unwrap();
+    assert!(types.as_array().unwrap().contains(&notes[0]["type"]));
+    let e = call("spdk_kill_instance", json!({ "sig_name": "SIGWINCH" })).unwrap_err();
+    assert!(e.message.contains("SIGTERM"), "{e}");
+}

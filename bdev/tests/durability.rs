@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use pumice_bdev::crashsim::{CrashDevice, CrashImage};
 use pumice_bdev::delay::{Delay, Latencies};
-use pumice_bdev::error_inject::ErrorDevice;
+use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::passthru::Passthru;
 use pumice_bdev::raid0::Raid0;
 use pumice_bdev::registry::Registry;
 use pumice_bdev::split::Split;
-use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, DmaSlice, Op};
+use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, DmaSlice, Op, OpKind};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -65,6 +65,36 @@ fn stacks() -> Vec<(&'static str, usize, Build)> {
             Arc::new(Delay::new("D", Arc::new(raid), Latencies::default()))
         }),
     ]
+}
+
+/// A flush that one leg has failed is not made good by the next, though that one succeeds on all.
+#[test]
+fn a_stripe_remembers_the_failed_flush_of_one_leg() {
+    let leg = || pumice_bdev::open("malloc://1M").unwrap();
+    let failing = Arc::new(ErrorDevice::new(None, leg()));
+    let raid = Raid0::new("R", vec![leg(), failing.clone()], 4, None).unwrap();
+    let ch = AsyncChannel::new(raid.open_channel().unwrap());
+    let other = AsyncChannel::new(raid.open_channel().unwrap());
+    let inject = |failure| {
+        failing.inject(Injection {
+            op: Some(OpKind::Flush),
+            failure,
+            count: 1,
+            range: None,
+            queue_depth: 0,
+        });
+    };
+    // One that was not carried out has lost nothing.
+    inject(Failure::NoMemory);
+    ch.block_on(ch.flush()).unwrap_err();
+    ch.block_on(ch.flush()).unwrap();
+    inject(Failure::Fail);
+    ch.block_on(ch.flush()).unwrap_err();
+    for ch in [&ch, &other] {
+        ch.block_on(ch.flush()).unwrap_err();
+        ch.block_on(ch.write(0, blocks(1, 1), true)).unwrap_err();
+        ch.block_on(ch.write(0, blocks(1, 1), false)).unwrap();
+    }
 }
 
 fn blocks(n: u64, byte: u8) -> DmaSlice {

@@ -8,12 +8,12 @@ use std::time::Duration;
 use pumice_bdev::config::App;
 use pumice_bdev::registry::{Registry, TimeoutAction};
 use pumice_bdev::{
-    AsyncChannel, BlockDevice, DmaBuf, IoErrorKind, Op, SubmitError, conformance, open,
+    AsyncChannel, BdevError, BlockDevice, DmaBuf, IoErrorKind, Op, SubmitError, conformance, open,
 };
 use pumice_nvme::soft::{
     Fault, FaultRule, MemoryBackend, SoftConfig, SoftController, SoftNamespace,
 };
-use pumice_nvme::spec::IoOpcode;
+use pumice_nvme::spec::{IoOpcode, Status};
 use pumice_nvme::{Controller, ControllerOptions};
 use serde_json::json;
 
@@ -88,6 +88,141 @@ fn channels_come_and_go_in_threads() {
                 });
             }
         });
+    }
+}
+
+#[test]
+fn the_write_cache_is_told() {
+    for (options, cache) in [
+        ("", false),
+        ("&write_cache=1", true),
+        ("&write_cache=0", false),
+    ] {
+        let dev = open(&format!("soft://memory?size=16M{options}")).unwrap();
+        assert_eq!(dev.info().write_cache, cache, "{options}");
+    }
+}
+
+/// Every operation with FUA, and a flush behind every one without, survives a power cut that
+/// takes the whole cache.
+#[test]
+fn what_was_durable_survives_a_power_cut() {
+    let fill = |byte: u8| {
+        let mut buf = DmaBuf::new(512).unwrap();
+        buf.fill(byte);
+        buf.freeze()
+    };
+    let write = |lba, fua| Op::Write {
+        lba,
+        data: fill(2),
+        fua,
+    };
+    let write_v = |lba, fua| Op::WriteV {
+        lba,
+        data: vec![fill(2), fill(2)],
+        fua,
+    };
+    let zeroes = |lba, fua| Op::WriteZeroes {
+        lba,
+        len_blocks: 2,
+        fua,
+    };
+    let ops: [&dyn Fn(u64, bool) -> Op; 3] = [&write, &write_v, &zeroes];
+    for op in ops {
+        for (fua, flush) in [(true, false), (false, true), (false, false)] {
+            let backend = Box::new(MemoryBackend::new(1 << 20));
+            let (soft, dev) = on_soft(SoftNamespace::new(backend, 512), true);
+            assert!(dev.info().write_cache);
+            let ch = AsyncChannel::new(dev.open_channel().unwrap());
+            ch.block_on(async {
+                for lba in 0..4 {
+                    ch.write(lba, fill(1), false).await.unwrap();
+                }
+                ch.flush().await.unwrap();
+                ch.io(op(1, fua)).await.1.unwrap();
+                if flush {
+                    ch.flush().await.unwrap();
+                }
+            });
+            let name = op(1, fua).kind();
+            let media = soft.power_cut(|_, _| false).remove(0);
+            drop((ch, dev));
+            let (_soft, dev) = on_soft(media, true);
+            let ch = AsyncChannel::new(dev.open_channel().unwrap());
+            let back = ch.block_on(ch.read(0, DmaBuf::new(2048).unwrap())).unwrap();
+            assert_eq!(back[0], 1);
+            let landed = back[512] != 1;
+            assert_eq!(landed, fua || flush, "{name}, FUA {fua}, flush {flush}");
+        }
+    }
+}
+
+/// A flush that failed is not made good by the next one, on any channel.
+#[test]
+fn after_a_failed_flush_no_flush_succeeds() {
+    let status = Status(Status::INTERNAL.0 | Status::DNR);
+    let backend = Box::new(MemoryBackend::new(1 << 20));
+    let (soft, dev) = on_soft(SoftNamespace::new(backend, 512), true);
+    soft.faults()
+        .add(FaultRule::io(IoOpcode::FLUSH, Fault::Status(status)).times(1));
+    let (a, b) = (
+        AsyncChannel::new(dev.open_channel().unwrap()),
+        AsyncChannel::new(dev.open_channel().unwrap()),
+    );
+    let buf = || DmaBuf::zeroed(512).unwrap().freeze();
+    a.block_on(a.write(0, buf(), false)).unwrap();
+    a.block_on(a.flush()).unwrap_err();
+    for ch in [&a, &b] {
+        let e = ch.block_on(ch.flush()).unwrap_err();
+        assert_eq!(e.kind, IoErrorKind::Media, "{e}");
+        ch.block_on(ch.write(0, buf(), true)).unwrap_err();
+        ch.block_on(ch.write(0, buf(), false)).unwrap();
+        ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
+    }
+}
+
+#[test]
+fn errors_of_the_driver_keep_their_kind_and_cause() {
+    let dir = tempfile::tempdir().unwrap();
+    let missing = dir.path().join("missing");
+    for scheme in ["soft", "vfio-user"] {
+        let uri = format!("{scheme}://{}", missing.display());
+        let e = open(&uri).unwrap_err();
+        assert!(
+            matches!(&e, BdevError::NoSuchFile { path, .. } if path.starts_with(&missing)),
+            "{uri}: {e:?}"
+        );
+        assert_eq!(e.errno(), libc::ENOENT);
+        let text = e.to_string();
+        assert_eq!(text.matches("/missing").count(), 1, "{text}");
+    }
+    // Somebody who listens and says nothing.
+    let socket = dir.path().join("cntrl");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let uri = format!("vfio-user://{}?timeout_ms=50", socket.display());
+    let e = open(&uri).unwrap_err();
+    let me = std::process::id();
+    assert!(
+        matches!(e, BdevError::InUse { pid: Some(pid), .. } if pid == me),
+        "{e:?}"
+    );
+    assert_eq!(e.errno(), libc::EBUSY);
+    let image = dir.path().join("image");
+    let uri = format!("soft://{}?size=1M&create=1", image.display());
+    let _first = open(&uri).unwrap();
+    assert!(matches!(open(&uri), Err(BdevError::InUse { .. })));
+    let mode = std::os::unix::fs::MetadataExt::mode(&image.metadata().unwrap());
+    assert_eq!(mode & 0o777, 0o600);
+    let e = open("soft://memory?size=1M&nsid=7").unwrap_err();
+    assert!(std::error::Error::source(&e).is_some() || matches!(e, BdevError::Nvme { .. }));
+    assert_eq!(e.errno(), libc::ENODEV);
+    for uri in [
+        "nvme://0000:ff:1f.7?timeout=5",
+        "vfio-user:///run?tmeout_ms=5",
+        "soft://memory?colour=red",
+    ] {
+        let e = open(uri).unwrap_err();
+        assert!(matches!(e, BdevError::InvalidUri { .. }), "{uri}: {e:?}");
     }
 }
 
@@ -201,7 +336,12 @@ fn an_unplugged_function_takes_its_device_away_under_load() {
 /// A namespace on a soft controller whose faults the test sets.
 fn soft() -> (SoftController, Arc<dyn BlockDevice>) {
     let backend = Box::new(MemoryBackend::new(4 << 20));
-    let config = SoftConfig::new(vec![SoftNamespace::new(backend, 512)]);
+    on_soft(SoftNamespace::new(backend, 512), false)
+}
+
+fn on_soft(namespace: SoftNamespace, cache: bool) -> (SoftController, Arc<dyn BlockDevice>) {
+    let mut config = SoftConfig::new(vec![namespace]);
+    config.write_cache = cache;
     let soft = SoftController::new(config).unwrap();
     let controller = Controller::new(soft.transport(), ControllerOptions::default()).unwrap();
     let namespaces = controller.namespaces();

@@ -327,3 +327,23 @@ fn a_removed_device_refuses_politely() {
         Err(BdevError::NotFound { .. })
     ));
 }
+
+#[test]
+fn two_devices_with_one_uuid() {
+    let registry = Registry::new();
+    let device = |name: &str| {
+        let options = MallocOptions {
+            name: Some(name.to_owned()),
+            num_blocks: 8,
+            uuid: Some([7; 16]),
+            ..MallocOptions::default()
+        };
+        Arc::new(Malloc::new(&options).unwrap())
+    };
+    registry.register(device("A"), Vec::new()).unwrap();
+    let e = registry.register(device("B"), Vec::new()).unwrap_err();
+    assert!(matches!(e, BdevError::Exists { .. }), "{e}");
+    assert_eq!(registry.names(), ["A"]);
+    registry.remove("A").unwrap();
+    registry.register(device("B"), Vec::new()).unwrap();
+}

@@ -388,6 +388,7 @@ fn init() {
         let opts = InitOptions {
             cluster_size: 16384,
             md_pages: Some(16),
+            force: true,
             ..InitOptions::default()
         };
         let new = describe(&Blobstore::init(Arc::new(dev.clone()), &opts).unwrap());

@@ -25,12 +25,14 @@ pub enum Error {
     },
     /// The device is not formatted, and not empty either.
     #[error(
-        "{device}: holds data, but no file system that Pumice knows; if nobody needs it, \
-         `pumice mkfs --force` makes one there"
+        "{device}: holds {found}, and no file system that Pumice knows; nothing was changed; if \
+         nobody needs it, `pumice mkfs --force` makes one there"
     )]
     NotEmpty {
         /// The device.
         device: String,
+        /// What is on it.
+        found: String,
     },
     /// No memory for buffers.
     #[error("no buffer memory: {0}")]

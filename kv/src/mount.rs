@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf};
-use pumice_blobfs::fs::{self, FileSystem, FormatOptions};
+use pumice_bdev::BlockDevice;
+use pumice_bdev::contents::{self, Contents};
+use pumice_blobfs::fs::{self, FileSystem, FormatOptions, FsError};
 
 use crate::Error;
 
@@ -45,7 +46,9 @@ impl MountOptions {
     }
 
     /// How a device that holds nothing but zeroes is formatted; `None`: not at all. A device with
-    /// anything else on it never is: that is `pumice mkfs --force`.
+    /// anything else on it never is: that is `pumice mkfs --force`. To know, every block that may
+    /// hold data is read: of an image file what was ever written, of a block device without a
+    /// file system all of it.
     #[must_use]
     pub fn format_empty(mut self, how: Option<FormatOptions>) -> MountOptions {
         self.format_empty = how;
@@ -85,48 +88,22 @@ pub fn mount_device(
     device: &Arc<dyn BlockDevice>,
     options: &MountOptions,
 ) -> Result<FileSystem, Error> {
-    if let (Some(format), false) = (&options.format_empty, options.fs.read_only)
-        && FileSystem::probe(device)?.is_none()
-    {
-        if !is_blank(device)? {
-            return Err(Error::NotEmpty {
-                device: device.info().name.clone(),
-            });
+    if let (Some(format), false) = (&options.format_empty, options.fs.read_only) {
+        let name = &device.info().name;
+        let found = contents::recognise(&**device).map_err(|source| Error::Device {
+            uri: name.clone(),
+            source,
+        })?;
+        if !matches!(found, Some(Contents::Ours(_))) {
+            tracing::info!(
+                device = name,
+                "no file system: formatting, if the device is blank"
+            );
+            FileSystem::format(Arc::clone(device), format).map_err(|e| match e {
+                FsError::Foreign { device, found, .. } => Error::NotEmpty { device, found },
+                e => Error::FileSystem(e),
+            })?;
         }
-        tracing::info!(device = device.info().name, "empty: formatting");
-        FileSystem::format(Arc::clone(device), format)?;
     }
     Ok(FileSystem::mount(Arc::clone(device), &options.fs)?)
-}
-
-/// Whether the first and last MiB, and one block in each of 64 places between, are zeroes: what is
-/// unlike any disk in use. `probe` has looked for what it knows before.
-fn is_blank(device: &Arc<dyn BlockDevice>) -> Result<bool, Error> {
-    let info = device.info();
-    let failed = |source| Error::Device {
-        uri: info.name.clone(),
-        source,
-    };
-    let channel = AsyncChannel::new(device.open_channel().map_err(failed)?);
-    let block = u64::from(info.block_size);
-    let end_blocks = ((1 << 20) / block).clamp(1, info.num_blocks.max(1));
-    let last = info.num_blocks.saturating_sub(end_blocks);
-    let between = (1..=64).map(|n| (info.num_blocks / 66 * n, 1));
-    for (lba, blocks) in [(0, end_blocks), (last, end_blocks)]
-        .into_iter()
-        .chain(between)
-    {
-        let len = usize::try_from(blocks * block).unwrap_or(usize::MAX);
-        let buf = DmaBuf::new(len).map_err(|e| Error::Memory(e.to_string()))?;
-        let read = channel
-            .block_on(channel.read(lba, buf))
-            .map_err(|source| Error::Read {
-                device: info.name.clone(),
-                source,
-            })?;
-        if read.iter().any(|byte| *byte != 0) {
-            return Ok(false);
-        }
-    }
-    Ok(true)
 }

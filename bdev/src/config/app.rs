@@ -7,6 +7,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::json::{MethodError, Params};
+use super::process_methods::Notifications;
 use crate::BlockDevice;
 use crate::delay::Delay;
 use crate::error::BdevError;
@@ -14,11 +15,12 @@ use crate::error_inject::ErrorDevice;
 use crate::registry::Registry;
 
 /// A process's devices with the calls that made them: what configuration files and JSON-RPC drive.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct App {
     /// The devices.
     pub registry: Registry,
     pub(crate) state: Mutex<State>,
+    pub(crate) notifications: Arc<Mutex<Notifications>>,
 }
 
 #[derive(Debug, Default)]
@@ -38,6 +40,19 @@ pub(crate) struct Created {
     pub(crate) method: &'static str,
     pub(crate) params: Value,
     pub(crate) bdevs: Vec<String>,
+}
+
+impl Default for App {
+    fn default() -> App {
+        let (registry, notifications) = (Registry::new(), Arc::<Mutex<Notifications>>::default());
+        let noted = Arc::clone(&notifications);
+        registry.listen(move |event| noted.lock().note(event));
+        App {
+            registry,
+            state: Mutex::default(),
+            notifications,
+        }
+    }
 }
 
 impl App {
@@ -61,10 +76,21 @@ impl App {
         method: &str,
         params: Option<&serde_json::value::RawValue>,
     ) -> Result<Value, MethodError> {
+        self.call_until(method, params, &|| false)
+    }
+
+    /// As [`App::call_raw`]; a method that waits gives up when `gone` says that nobody wants its
+    /// answer any longer.
+    pub(crate) fn call_until(
+        &self,
+        method: &str,
+        params: Option<&serde_json::value::RawValue>,
+        gone: &dyn Fn() -> bool,
+    ) -> Result<Value, MethodError> {
         let Some(found) = super::methods::find(method) else {
             return Err(super::methods::unknown(method));
         };
-        let mut params = Params::new(params)?;
+        let mut params = Params::new(params)?.until(gone);
         tracing::debug!(method, "call");
         (found.run)(self, &mut params)
     }
@@ -112,6 +138,51 @@ impl App {
         Ok(json!(true))
     }
 
+    /// Makes a device again, with parameters that `change` has changed: how it gets another size,
+    /// which is fixed while it is open. It must have been made by one of `methods` and be unused.
+    /// When it cannot be made with the new ones, it is made again as it was.
+    pub(crate) fn remake(
+        &self,
+        name: &str,
+        methods: &[&str],
+        change: impl FnOnce(&mut Value),
+    ) -> Result<Value, MethodError> {
+        let bdev = self
+            .registry
+            .get(name)
+            .ok_or_else(|| self.registry.not_found(name))?;
+        let name = bdev.info().name.clone();
+        let busy = |why: String| MethodError::new(-i64::from(libc::EBUSY), why);
+        if let Some(by) = bdev.claimed_by() {
+            return Err(busy(format!(
+                "`{name}` is claimed by {by}: remove that first"
+            )));
+        }
+        if !bdev.channel_stats().is_empty() {
+            return Err(busy(format!(
+                "`{name}` has open channels: close them first"
+            )));
+        }
+        let made = |c: &Created| methods.contains(&c.method) && c.bdevs == [name.clone()];
+        let found = self.state.lock().created.iter().position(made);
+        let Some(at) = found else {
+            let message = format!("`{name}` was not made by {}", methods.join(" or "));
+            return Err(MethodError::new(-i64::from(libc::ENODEV), message));
+        };
+        let before = self.state.lock().created.remove(at);
+        let mut params = before.params.clone();
+        change(&mut params);
+        drop(bdev);
+        self.registry.remove(&name)?;
+        let result = self.call(before.method, &params);
+        if let Err(e) = result {
+            let again = self.call(before.method, &before.params);
+            let note = again.map_or_else(|e| format!("; it is gone: {e}"), |_| String::new());
+            return Err(MethodError::new(e.code, format!("{}{note}", e.message)));
+        }
+        Ok(json!(true))
+    }
+
     pub(crate) fn forget_removed(&self) {
         let mut state = self.state.lock();
         let there = |name: &String| self.registry.get(name).is_some();
@@ -149,18 +220,6 @@ impl App {
 
 impl From<BdevError> for MethodError {
     fn from(e: BdevError) -> MethodError {
-        let errno = match &e {
-            BdevError::NotFound { .. } | BdevError::Removed { .. } => libc::ENODEV,
-            BdevError::Exists { .. } => libc::EEXIST,
-            BdevError::Claimed { .. } => libc::EPERM,
-            BdevError::InUse { .. } | BdevError::Unsafe { .. } => libc::EBUSY,
-            BdevError::NoSuchFile { .. } => libc::ENOENT,
-            BdevError::Unsupported { .. } => libc::ENOTSUP,
-            BdevError::Dma { .. } => libc::ENOMEM,
-            BdevError::Os { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
-            BdevError::Io(_) => libc::EIO,
-            _ => libc::EINVAL,
-        };
-        MethodError::new(-i64::from(errno), e.to_string())
+        MethodError::new(-i64::from(e.errno()), e.to_string())
     }
 }

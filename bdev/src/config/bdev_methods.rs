@@ -10,7 +10,7 @@ use super::json::{MethodError, Params};
 use crate::BlockDevice;
 use crate::delay::{Delay, Latencies};
 use crate::error_inject::{ErrorDevice, Failure, Injection};
-use crate::file::{File, FileOptions};
+use crate::file::{File, FileOptions, Prealloc};
 use crate::malloc::{Malloc, MallocOptions};
 use crate::null::Null;
 use crate::op::OpKind;
@@ -135,18 +135,52 @@ fn file_create(app: &App, params: &mut Params<'_>, method: &'static str) -> Answ
     if method == "bdev_aio_create" {
         params.ignore(&["fallocate"]);
     }
+    let direct = params.opt_flag("direct")?.unwrap_or(true);
+    let io_uring = params.opt_flag("io_uring")?.unwrap_or(true);
+    let prealloc = match params.opt_string("prealloc")?.as_deref() {
+        None | Some("off") => Prealloc::Off,
+        Some("falloc") => Prealloc::Falloc,
+        Some("full") => Prealloc::Full,
+        Some(other) => {
+            let reason = format!("`{other}`: one of off, falloc, full");
+            return Err(params.error("prealloc", reason));
+        }
+    };
     params.finish()?;
     let options = FileOptions {
         path: PathBuf::from(filename),
         name: Some(name),
         block_size,
         read_only,
+        buffered: !direct,
+        no_io_uring: !io_uring,
+        prealloc,
         uuid,
         ..FileOptions::default()
     };
     let name = add(app, Arc::new(File::open(&options)?))?;
     app.note(method, params, std::slice::from_ref(&name));
     Ok(json!(name))
+}
+
+/// Takes the size that the file or block device has by now.
+pub(super) fn file_rescan(app: &App, params: &mut Params<'_>) -> Answer {
+    let name = params.string("name")?;
+    params.finish()?;
+    let methods = ["bdev_aio_create", "bdev_uring_create"];
+    app.remake(&name, &methods, |_| {})
+}
+
+/// `new_size` is in MiB.
+pub(super) fn null_resize(app: &App, params: &mut Params<'_>) -> Answer {
+    let name = params.string("name")?;
+    let mib = params.u64("new_size")?;
+    params.finish()?;
+    let bdev = app.registry.get(&name);
+    let block_size = bdev.map_or(512, |b| u64::from(b.info().block_size));
+    app.remake(&name, &["bdev_null_create"], |params| {
+        params["num_blocks"] = json!(mib.saturating_mul(1 << 20) / block_size);
+    })
 }
 
 /// Claims `base` for `name`, makes a device on it and adds that.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::app::{App, Created};
+use crate::OpenOptions;
 use crate::device::{BlockDevice, DeviceInfo};
 use crate::error::BdevError;
 use crate::op::OpKind;
@@ -19,8 +20,20 @@ impl App {
     ///
     /// [`Registry::open`]: crate::registry::Registry::open
     pub fn open(&self, name: &str) -> Result<Arc<dyn BlockDevice>, BdevError> {
+        self.open_with(name, OpenOptions::new())
+    }
+
+    /// As [`App::open`], with options that count more than those of a URI.
+    ///
+    /// # Errors
+    /// As [`App::open`].
+    pub fn open_with(
+        &self,
+        name: &str,
+        options: OpenOptions,
+    ) -> Result<Arc<dyn BlockDevice>, BdevError> {
         let is_new = self.registry.get(name).is_none();
-        let dev = self.registry.open(name)?;
+        let dev = self.registry.open_with(name, options)?;
         if is_new && let Some((method, params)) = call_for(name, dev.info()) {
             let bdevs = vec![dev.info().name.clone()];
             self.state.lock().created.push(Created {
@@ -54,8 +67,11 @@ fn call_for(uri: &str, info: &DeviceInfo) -> Option<(&'static str, Value)> {
         ("null", _) => ("bdev_null_create", memory),
         ("file", _) => {
             // Whoever reads it may stand in another directory.
-            let path = Uri::parse(uri).ok()?.rest;
-            let path = std::path::absolute(&path).map_or(path.clone(), |p| p.display().to_string());
+            let path = Uri::parse(uri).ok()?.path();
+            let path = std::path::absolute(&path)
+                .unwrap_or(path)
+                .display()
+                .to_string();
             let mut params = json!({
                 "name": info.name,
                 "filename": path,
@@ -63,6 +79,18 @@ fn call_for(uri: &str, info: &DeviceInfo) -> Option<(&'static str, Value)> {
             });
             if !info.ops.has(OpKind::Write) {
                 params["readonly"] = json!(true);
+            }
+            // What SPDK's method cannot say, it says with parameters of our own.
+            let mut parsed = Uri::parse(uri).ok()?;
+            if parsed.flag("buffered").ok()? {
+                params["direct"] = json!(false);
+            }
+            if parsed.flag("no_io_uring").ok()? {
+                params["io_uring"] = json!(false);
+            }
+            match parsed.option("prealloc").as_deref() {
+                None | Some("off") => {}
+                Some(how) => params["prealloc"] = json!(how),
             }
             ("bdev_aio_create", params)
         }

@@ -100,6 +100,8 @@ pub struct Params<'a> {
     known: Vec<&'static str>,
     /// The call ends at [`Params::finish`], before it does anything.
     only_check: bool,
+    /// Says that nobody waits for the answer any longer.
+    gone: &'a dyn Fn() -> bool,
 }
 
 impl<'a> Params<'a> {
@@ -109,6 +111,7 @@ impl<'a> Params<'a> {
             members: Vec::new(),
             known: Vec::new(),
             only_check: false,
+            gone: &|| false,
         };
         let Some(raw) = raw else { return Ok(none) };
         if raw.get() == "null" {
@@ -136,6 +139,19 @@ impl<'a> Params<'a> {
             only_check: true,
             ..params
         })
+    }
+
+    /// The same, for a call that ends early when `gone` says so.
+    pub(crate) fn until<'b>(self, gone: &'b dyn Fn() -> bool) -> Params<'b>
+    where
+        'a: 'b,
+    {
+        Params { gone, ..self }
+    }
+
+    /// Whether nobody waits for the answer any longer.
+    pub(crate) fn is_gone(&self) -> bool {
+        (self.gone)()
     }
 
     /// The members as they are, for keeping.
@@ -216,8 +232,12 @@ impl<'a> Params<'a> {
         self.must(key, value)
     }
 
+    pub(crate) fn opt_flag(&mut self, key: &'static str) -> Result<Option<bool>, MethodError> {
+        self.get(key, "true or false")
+    }
+
     pub(crate) fn flag(&mut self, key: &'static str) -> Result<bool, MethodError> {
-        Ok(self.get(key, "true or false")?.unwrap_or(false))
+        Ok(self.opt_flag(key)?.unwrap_or(false))
     }
 
     pub(crate) fn opt_strings(

@@ -4,7 +4,8 @@ use serde_json::Value;
 
 use super::app::App;
 use super::json::{METHOD_NOT_FOUND, MethodError, Params};
-use super::{bdev_methods as bdev, framework_methods as framework, nvme, query_methods as query};
+use super::{bdev_methods as bdev, framework_methods as framework, nvme};
+use super::{process_methods as process, query_methods as query};
 
 type Run = fn(&App, &mut Params<'_>) -> Result<Value, MethodError>;
 
@@ -36,6 +37,7 @@ const fn on_top(name: &'static str, run: Run) -> Method {
 pub(crate) static METHODS: &[Method] = &[
     plain("bdev_aio_create", bdev::aio_create),
     plain("bdev_aio_delete", bdev::file_delete),
+    plain("bdev_aio_rescan", bdev::file_rescan),
     on_top("bdev_delay_create", bdev::delay_create),
     plain("bdev_delay_delete", bdev::delay_delete),
     plain("bdev_delay_update_latency", bdev::delay_update_latency),
@@ -54,9 +56,12 @@ pub(crate) static METHODS: &[Method] = &[
     plain("bdev_malloc_delete", bdev::malloc_delete),
     plain("bdev_null_create", bdev::null_create),
     plain("bdev_null_delete", bdev::null_delete),
+    plain("bdev_null_resize", bdev::null_resize),
     plain("bdev_nvme_attach_controller", nvme::attach_controller),
     plain("bdev_nvme_detach_controller", nvme::detach_controller),
+    plain("bdev_nvme_get_controller_health_info", nvme::health_info),
     plain("bdev_nvme_get_controllers", nvme::get_controllers),
+    plain("bdev_nvme_reset_controller", nvme::reset_controller),
     plain("bdev_nvme_set_hotplug", nvme::set_hotplug),
     plain("bdev_nvme_set_options", nvme::set_options),
     on_top("bdev_passthru_create", bdev::passthru_create),
@@ -72,8 +77,10 @@ pub(crate) static METHODS: &[Method] = &[
     plain("bdev_split_delete", bdev::split_delete),
     plain("bdev_uring_create", bdev::uring_create),
     plain("bdev_uring_delete", bdev::file_delete),
+    plain("bdev_uring_rescan", bdev::file_rescan),
     plain("bdev_wait_for_examine", bdev::wait_for_examine),
     plain("framework_get_config", framework::get_config),
+    plain("framework_get_reactors", process::get_reactors),
     plain("framework_get_subsystems", framework::get_subsystems),
     plain("framework_start_init", framework::ready),
     plain("framework_wait_init", framework::ready),
@@ -84,9 +91,14 @@ pub(crate) static METHODS: &[Method] = &[
     plain("log_set_flag", framework::log_set_flag),
     plain("log_set_level", framework::log_set_level),
     plain("log_set_print_level", framework::log_set_level),
+    plain("notify_get_notifications", process::get_notifications),
+    plain("notify_get_types", process::get_notification_types),
     plain("rpc_get_methods", framework::get_methods),
     plain("save_config", framework::save_config),
     plain("spdk_get_version", framework::get_version),
+    plain("spdk_kill_instance", process::kill_instance),
+    plain("thread_get_io_channels", process::get_threads),
+    plain("thread_get_stats", process::get_threads),
 ];
 
 pub(crate) fn find(name: &str) -> Option<&'static Method> {

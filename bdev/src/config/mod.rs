@@ -19,6 +19,7 @@ mod framework_methods;
 pub(crate) mod json;
 mod methods;
 mod nvme;
+mod process_methods;
 mod query_methods;
 
 use std::path::Path;

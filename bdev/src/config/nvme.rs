@@ -34,7 +34,10 @@ fn transport(
 ) -> Result<(&'static str, String), MethodError> {
     match trtype.to_ascii_lowercase().as_str() {
         "pcie" => Ok(("PCIe", format!("nvme://{traddr}"))),
-        "vfiouser" | "vfio-user" => Ok(("VFIOUSER", format!("vfio-user://{traddr}"))),
+        "vfiouser" | "vfio-user" => Ok((
+            "VFIOUSER",
+            format!("vfio-user://{}", traddr.replace('%', "%25")),
+        )),
         // In this process, for trying things out: `memory`, `null` or a path, with options.
         "soft" => Ok(("SOFT", format!("soft://{traddr}"))),
         "tcp" | "rdma" | "fc" => {
@@ -166,6 +169,80 @@ pub(super) fn detach_controller(app: &App, params: &mut Params<'_>) -> Answer {
     }
     app.forget_removed();
     Ok(json!(true))
+}
+
+/// The controller of that name that is attached.
+fn attached(app: &App, name: &str) -> Result<Arc<pumice_nvme::Controller>, MethodError> {
+    let state = app.state.lock();
+    let found = state.controllers.get(name);
+    found.and_then(|c| c.controller.upgrade()).ok_or_else(|| {
+        let known: Vec<String> = state.controllers.keys().cloned().collect();
+        let message = format!("no controller `{name}`; attached are: {}", known.join(", "));
+        MethodError::new(-i64::from(libc::ENODEV), message)
+    })
+}
+
+/// Resets a controller. I/O in flight is sent again or ends with an error; blocks until it is over.
+pub(super) fn reset_controller(app: &App, params: &mut Params<'_>) -> Answer {
+    let name = params.string("name")?;
+    params.neutral(
+        "cntlid",
+        &["0"],
+        "a controller here is one, not several paths",
+    )?;
+    params.finish()?;
+    let controller = attached(app, &name)?;
+    controller.reset().map_err(crate::BdevError::from)?;
+    Ok(json!(true))
+}
+
+/// The SMART / health log, in the units of the specification but for the temperatures, which are
+/// in degrees Celsius.
+pub(super) fn health_info(app: &App, params: &mut Params<'_>) -> Answer {
+    let name = params.string("name")?;
+    params.finish()?;
+    let controller = attached(app, &name)?;
+    let text = |bytes: &[u8]| {
+        let text = String::from_utf8_lossy(bytes);
+        text.trim_matches(['\0', ' ']).to_owned()
+    };
+    let identify = controller.identify().map_err(crate::BdevError::from)?;
+    let log = controller.smart_log().map_err(crate::BdevError::from)?;
+    let celsius = |kelvin: u16| i32::from(kelvin) - 273;
+    // Numbers of 128 bits: JSON's readers know fewer.
+    let big = |n: u128| u64::try_from(n).map_or_else(|_| json!(n.to_string()), |n| json!(n));
+    let mut info = json!({
+        "model_number": text(&identify.mn),
+        "serial_number": text(&identify.sn),
+        "firmware_revision": text(&identify.fr),
+        "traddr": controller.name(),
+        "critical_warning": log.critical_warning,
+        "temperature_celsius": celsius(log.composite_temperature.get()),
+        "available_spare_percentage": log.available_spare,
+        "available_spare_threshold_percentage": log.available_spare_threshold,
+        "percentage_used": log.percentage_used,
+        "data_units_read": big(log.data_units_read.get()),
+        "data_units_written": big(log.data_units_written.get()),
+        "host_read_commands": big(log.host_reads.get()),
+        "host_write_commands": big(log.host_writes.get()),
+        "controller_busy_time": big(log.controller_busy_time.get()),
+        "power_cycles": big(log.power_cycles.get()),
+        "power_on_hours": big(log.power_on_hours.get()),
+        "unsafe_shutdowns": big(log.unsafe_shutdowns.get()),
+        "media_errors": big(log.media_errors.get()),
+        "num_err_log_entries": big(log.error_log_entries.get()),
+        "warning_temperature_time_minutes": log.warning_temperature_time.get(),
+        "critical_composite_temperature_time_minutes": log.critical_temperature_time.get(),
+    });
+    if let Value::Object(map) = &mut info {
+        for (i, sensor) in log.temperature_sensors.iter().enumerate() {
+            if sensor.get() != 0 {
+                let key = format!("temperature_sensor_{}_celsius", i + 1);
+                map.insert(key, json!(celsius(sensor.get())));
+            }
+        }
+    }
+    Ok(info)
 }
 
 pub(super) fn get_controllers(app: &App, params: &mut Params<'_>) -> Answer {

@@ -42,7 +42,7 @@ pub(super) fn get_bdevs(app: &App, params: &mut Params<'_>) -> Answer {
         Duration::from_millis(timeout_ms.min(TIMEOUT_MAX_MS)),
     );
     if let Some(name) = &name {
-        while app.registry.get(name).is_none() && start.elapsed() < timeout {
+        while app.registry.get(name).is_none() && start.elapsed() < timeout && !params.is_gone() {
             thread::sleep(LOOK_EVERY);
         }
     }

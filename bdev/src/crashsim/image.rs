@@ -1,5 +1,6 @@
 //! Contents of a device, cheap to copy: chunks are shared until one side writes.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 const CHUNK: usize = 64 << 10;
@@ -39,6 +40,14 @@ impl CrashImage {
         let mut bytes = vec![0; usize::try_from(self.len).expect("fits memory")];
         self.read(0, &mut bytes);
         bytes
+    }
+
+    /// The next bytes at or behind `offset` that may have been written.
+    pub(super) fn next_written(&self, offset: u64) -> Option<Range<u64>> {
+        let first = usize::try_from(offset / CHUNK as u64).unwrap_or(usize::MAX);
+        let found = (first..self.chunks.len()).find(|i| self.chunks[*i].is_some())?;
+        let start = (found * CHUNK) as u64;
+        Some(start.max(offset)..(start + CHUNK as u64).min(self.len))
     }
 
     /// Fills `out` from byte `offset`.

@@ -27,6 +27,7 @@
 mod image;
 mod log;
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -243,6 +244,17 @@ impl BlockDevice for CrashDevice {
             shared: Arc::clone(&self.shared),
             rng: SmallRng::seed_from_u64(seed),
             queue: Vec::new(),
+        }))
+    }
+
+    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
+        let info = &self.shared.info;
+        let block = u64::from(info.block_size);
+        let state = self.shared.state.lock();
+        let bytes = state.live.next_written(lba.saturating_mul(block));
+        Ok(bytes.and_then(|r| {
+            let blocks = r.start / block..r.end.div_ceil(block).min(info.num_blocks);
+            (blocks.start < blocks.end).then_some(blocks)
         }))
     }
 }

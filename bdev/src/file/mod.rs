@@ -9,6 +9,7 @@
 //! the last write of a killed process has landed. A block device is opened with `O_EXCL` besides,
 //! so that nobody can mount it meanwhile.
 
+mod make;
 mod open;
 mod probe;
 mod ring;
@@ -18,14 +19,18 @@ mod threads;
 
 use std::fs::File as StdFile;
 use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::OnceLock;
-use std::sync::atomic::AtomicU8;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use crate::DmaSlice;
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
-use crate::error::BdevError;
+use crate::error::{BdevError, IoError};
+use crate::flush_fault::FlushFault;
+use crate::op::Op;
 use probe::Discard;
 
 pub(crate) use open::open_uri;
@@ -49,21 +54,26 @@ struct Shared {
     is_block_device: bool,
     discard: Discard,
     use_io_uring: bool,
-    /// How zeroes are written: a [`Zeroing`] as a number; it only ever goes up.
+    /// How zeroes are written: a [`Zeroing`] as a number.
     zeroing: AtomicU8,
     zeroes: OnceLock<DmaSlice>,
+    /// Whether a flush has failed.
+    flush_fault: FlushFault,
+    /// The name of a file that this open has made.
+    made: Option<PathBuf>,
+    /// Whether that file stays.
+    keep: AtomicBool,
 }
 
-/// Ways to write zeroes, from the best to the one that always works.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
+/// Ways to write zeroes: the best, and the one that always works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 enum Zeroing {
     /// `fallocate(ZERO_RANGE)`: the file keeps its blocks, a block device is told to.
     ZeroRange = 0,
-    /// `fallocate(PUNCH_HOLE)`: the blocks go.
-    PunchHole = 1,
-    /// Writing zeroes.
-    Write = 2,
+    /// Writing zeroes. Not a hole: what is zeroed is written to soon, and must not find the host
+    /// full then.
+    Write = 1,
 }
 
 impl File {
@@ -116,9 +126,79 @@ impl BlockDevice for File {
             }
         })
     }
+
+    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
+        let (shared, info) = (&self.shared, &self.shared.info);
+        let failed = |e| BdevError::os(&info.name, "looking for data", e);
+        let block = u64::from(info.block_size);
+        let found = shared
+            .next_written(lba.saturating_mul(block))
+            .map_err(failed)?;
+        if let Some(range) = found
+            && range.start < info.len_bytes()
+        {
+            let end = range.end.div_ceil(block).min(info.num_blocks);
+            return Ok(Some((range.start / block).max(lba)..end));
+        }
+        let tail = shared.has_tail().map_err(failed)?;
+        Ok(tail.then_some(info.num_blocks..info.num_blocks + 1))
+    }
+
+    fn keep_file(&self, keep: bool) {
+        self.shared.keep.store(keep, Ordering::Relaxed);
+    }
 }
 
 impl Shared {
+    fn new(info: DeviceInfo, found: open::Found, options: &FileOptions) -> Shared {
+        let path = std::path::absolute(&options.path).unwrap_or_else(|_| options.path.clone());
+        Shared {
+            info,
+            direct: found.direct,
+            mem_align: usize::try_from(found.mem_align).unwrap_or(4096),
+            is_block_device: found.backing.is_block_device,
+            discard: found.backing.discard,
+            use_io_uring: !options.no_io_uring,
+            zeroing: AtomicU8::new(Zeroing::ZeroRange as u8),
+            zeroes: OnceLock::new(),
+            file: found.file,
+            made: found.made.then(|| path),
+            path: options.path.clone(),
+            keep: AtomicBool::new(true),
+            flush_fault: FlushFault::default(),
+        }
+    }
+
+    /// Bytes of the file behind its last whole block that are not all zeroes.
+    fn has_tail(&self) -> io::Result<bool> {
+        let (len, end) = (self.file.metadata()?.len(), self.info.len_bytes());
+        if self.is_block_device || len <= end {
+            return Ok(false);
+        }
+        let mut tail = crate::DmaBuf::zeroed(64 << 10).map_err(io::Error::other)?;
+        let n = self.file.read_at(&mut tail, end)?;
+        Ok(crate::contents::first_nonzero(&tail[..n]).is_some())
+    }
+
+    /// The next bytes at or behind `offset` that may be other than zeroes.
+    fn next_written(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
+        let end = self.info.len_bytes();
+        if self.is_block_device {
+            return Ok((offset < end).then_some(offset..end));
+        }
+        match sys::seek_data(&self.file, offset) {
+            Ok(None) => Ok(None),
+            Ok(Some(start)) => {
+                let hole = sys::seek_hole(&self.file, start)?.unwrap_or(end);
+                Ok(Some(start..hole.max(start + 1)))
+            }
+            Err(e) if e.kind() == io::ErrorKind::Unsupported => {
+                Ok((offset < end).then_some(offset..end))
+            }
+            Err(e) => Err(e),
+        }
+    }
+
     fn log_no_ring(&self, error: &io::Error) {
         static ONCE: std::sync::Once = std::sync::Once::new();
         ONCE.call_once(|| {
@@ -147,25 +227,25 @@ impl Shared {
     }
 
     fn zeroing(&self) -> Zeroing {
-        match self.zeroing.load(std::sync::atomic::Ordering::Relaxed) {
+        match self.zeroing.load(Ordering::Relaxed) {
             0 => Zeroing::ZeroRange,
-            1 => Zeroing::PunchHole,
             _ => Zeroing::Write,
         }
     }
 
-    /// After `method` was refused: the next one.
-    fn zeroing_refused(&self, method: Zeroing) -> Zeroing {
-        let next = if method == Zeroing::ZeroRange {
-            Zeroing::PunchHole
-        } else {
-            Zeroing::Write
-        };
+    /// After the file system has refused to zero a range: the way that it cannot refuse.
+    fn zeroing_refused(&self) -> Zeroing {
         let device = &self.info.name;
-        tracing::debug!(device, ?method, ?next, "zeroing refused by the file system");
-        self.zeroing
-            .fetch_max(next as u8, std::sync::atomic::Ordering::Relaxed);
-        next
+        tracing::debug!(device, "no FALLOC_FL_ZERO_RANGE here; zeroes are written");
+        self.zeroing.store(Zeroing::Write as u8, Ordering::Relaxed);
+        Zeroing::Write
+    }
+
+    /// What every channel checks of an operation before it takes it.
+    fn check(&self, op: &Op) -> Result<(), Box<IoError>> {
+        self.info.check(op)?;
+        self.flush_fault.check(&self.info, op)?;
+        ring::check_buffers(self, op)
     }
 
     /// Zeroes to write from.
@@ -181,6 +261,11 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
+        if let Some(path) = &self.made
+            && !*self.keep.get_mut()
+        {
+            make::remove(&self.file, path);
+        }
         // No channel is left. A ring lets go of the open file a little after it is closed: the
         // lock must not wait for that.
         sys::unlock(&self.file);

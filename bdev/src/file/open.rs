@@ -1,17 +1,16 @@
-//! Opening and creating: options, locks, refusals.
+//! Opening: options, locks, refusals.
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::OnceLock;
-use std::sync::atomic::AtomicU8;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::probe::{self, Backing, Discard};
-use super::{Shared, Zeroing, sys};
+use super::{Shared, make, sys};
+use crate::contents::{self, Contents};
 use crate::device::{BlockDevice, DeviceInfo};
 use crate::error::BdevError;
 use crate::malloc::check_geometry;
@@ -47,32 +46,36 @@ pub struct FileOptions {
     pub name: Option<String>,
     /// Bytes per block: 512 or 4096. `None`: the sector size of a block device, 512 for a file.
     pub block_size: Option<u32>,
-    /// Bytes that the device shall have. A shorter file is extended, a longer one is used in part;
-    /// `None`: all there is.
+    /// Bytes of the file that is made. A file that is there must have this size, if one is given;
+    /// it is never made longer or shorter.
     pub size: Option<u64>,
-    /// Create the file (with `size`) if it does not exist.
+    /// Make the file (with `size`) if it does not exist. Opening that fails leaves no file behind.
     pub create: bool,
-    /// Refuse writes; take a shared lock.
+    /// Refuse writes, take a shared lock, make nothing.
     pub read_only: bool,
     /// Use the kernel's page cache instead of `O_DIRECT`.
     pub buffered: bool,
     /// Use threads instead of io_uring.
     pub no_io_uring: bool,
-    /// How a new or extended image gets its blocks.
+    /// How the image gets its blocks. Of one that is there, missing blocks are reserved.
     pub prealloc: Prealloc,
     /// Identity; `None`: derived from the device and inode numbers.
     pub uuid: Option<[u8; 16]>,
 }
 
-pub(crate) fn open_uri(uri: &mut Uri<'_>) -> Result<Arc<dyn BlockDevice>, BdevError> {
-    let size = uri.size("size")?;
+pub(crate) fn open_uri(
+    uri: &mut Uri<'_>,
+    how: crate::OpenOptions,
+) -> Result<Arc<dyn BlockDevice>, BdevError> {
+    let growing = how.grow_bytes().is_some();
+    let size = uri.size("size")?.filter(|_| !growing);
     let options = FileOptions {
-        path: PathBuf::from(&uri.rest),
+        path: uri.path(),
         name: uri.option("name"),
         block_size: uri.number("block_size")?,
         size,
-        create: uri.flag("create")?,
-        read_only: uri.flag("read_only")?,
+        create: uri.flag("create")? && !growing,
+        read_only: uri.flag("read_only")? || how.is_read_only(),
         buffered: uri.flag("buffered")?,
         no_io_uring: uri.flag("no_io_uring")?,
         prealloc: match uri.option("prealloc").as_deref() {
@@ -89,36 +92,75 @@ pub(crate) fn open_uri(uri: &mut Uri<'_>) -> Result<Arc<dyn BlockDevice>, BdevEr
     if options.path.as_os_str().is_empty() {
         return Err(uri.invalid("no path; write file:///path/to/image"));
     }
-    Ok(Arc::new(super::File::open(&options)?))
+    match super::File::open(&options) {
+        Err(BdevError::NoSuchFile { path, .. }) if uri.path_with_options() => {
+            let shown = path.display();
+            Err(uri.invalid(format!(
+                "no such file; a plain path has no options: write file://{shown}"
+            )))
+        }
+        Ok(file) => Ok(match how.grow_bytes() {
+            Some(size) => Arc::new(grow(file, size)?),
+            None => Arc::new(file),
+        }),
+        Err(e) => Err(e),
+    }
 }
 
 pub(super) fn open(options: &FileOptions) -> Result<Shared, BdevError> {
-    let path = &options.path;
-    let shown = path.display().to_string();
-    let os = |what: &str, e: io::Error| BdevError::os(&shown, what, e);
+    // A file that somebody makes or removes at the same moment changes the answer.
+    for _ in 0..16 {
+        match kind_of(&options.path)? {
+            Some(is_block_device) => return open_existing(options, is_block_device),
+            None => match options.size {
+                Some(size) if options.create && !options.read_only => {
+                    if let Some(made) = make::make(options, size)? {
+                        return Ok(made);
+                    }
+                }
+                _ => {
+                    return Err(BdevError::NoSuchFile {
+                        path: options.path.clone(),
+                        hint: "no such file; add create=1 and size=… to make an image there"
+                            .to_owned(),
+                    });
+                }
+            },
+        }
+    }
+    let reason = "comes and goes while it is opened".to_owned();
+    Err(BdevError::Unsafe {
+        device: options.path.display().to_string(),
+        reason,
+    })
+}
 
-    let is_block_device = match path.metadata() {
-        Ok(meta) if meta.is_file() => false,
-        Ok(meta) if probe::is_block_device(&meta) => true,
+/// Whether there is a block device (`Some(true)`), a file (`Some(false)`) or nothing at `path`.
+fn kind_of(path: &Path) -> Result<Option<bool>, BdevError> {
+    let shown = || path.display().to_string();
+    match path.metadata() {
+        Ok(meta) if meta.is_file() => Ok(Some(false)),
+        Ok(meta) if probe::is_block_device(&meta) => Ok(Some(true)),
         Ok(meta) => {
             let what = if meta.is_dir() {
                 "a directory"
             } else {
                 "neither file nor block device"
             };
-            return Err(BdevError::Unsupported {
-                device: shown,
+            Err(BdevError::Unsupported {
+                device: shown(),
                 reason: format!("is {what}; give an image file or a block device"),
-            });
+            })
         }
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            if !options.create || options.size.is_none() {
-                return Err(BdevError::NoSuchFile { path: path.clone() });
-            }
-            false
-        }
-        Err(e) => return Err(os("stat", e)),
-    };
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(BdevError::os(shown(), "stat", e)),
+    }
+}
+
+fn open_existing(options: &FileOptions, is_block_device: bool) -> Result<Shared, BdevError> {
+    let path = &options.path;
+    let shown = path.display().to_string();
+    let os = |what: &str, e: io::Error| BdevError::os(&shown, what, e);
     let (file, direct) = open_file(options, is_block_device, &shown)?;
     lock(&file, &shown, !options.read_only)?;
     let meta = file.metadata().map_err(|e| os("stat", e))?;
@@ -130,33 +172,122 @@ pub(super) fn open(options: &FileOptions) -> Result<Shared, BdevError> {
         ));
     }
     refuse_shared(&meta, &shown, is_block_device)?;
-
-    let mut backing = probe::backing(&file, &meta).map_err(|e| os("size", e))?;
+    if is_block_device && !options.read_only && sys::is_write_protected(&file).unwrap_or(false) {
+        return Err(BdevError::Unsupported {
+            device: shown,
+            reason: "is write-protected; to read it, add read_only=1".to_owned(),
+        });
+    }
+    let backing = probe::backing(&file, &meta).map_err(|e| os("size", e))?;
     let block_size =
         options
             .block_size
             .unwrap_or(if is_block_device { backing.sector } else { 512 });
-    let len = settle_len(options, &file, &mut backing, block_size, &shown)?;
+    let len = settle_len(options, &backing, block_size, &shown)?;
     check_geometry(&shown, block_size, len / u64::from(block_size))?;
-    let (direct, mem_align) = direct_io(&file, &backing, direct, block_size, &shown)?;
-    allocate(options, &file, &mut backing, len, &shown)?;
-
-    let identity = format!("{}:{}:{}", meta.dev(), meta.ino(), meta.rdev());
-    let info = describe(options, &backing, block_size, len, mem_align, &identity);
-    let device = &info.name;
-    tracing::info!(device, path = %shown, len, block_size, direct, "opened");
-    Ok(Shared {
-        info,
+    let (direct, mem_align) = direct_io(&file, backing.sector, direct, block_size, &shown)?;
+    if !options.read_only && !is_block_device && options.prealloc != Prealloc::Off {
+        reserve_missing(&file, &meta, &shown)?;
+    }
+    let found = Found {
         file,
-        path: path.clone(),
+        meta,
+        backing,
+        block_size,
+        len,
         direct,
-        mem_align: usize::try_from(mem_align).unwrap_or(4096),
-        is_block_device,
-        discard: backing.discard,
-        use_io_uring: !options.no_io_uring,
-        zeroing: AtomicU8::new(Zeroing::ZeroRange as u8),
-        zeroes: OnceLock::new(),
-    })
+        mem_align,
+        made: false,
+    };
+    Ok(found.into_shared(options))
+}
+
+/// A file or block device that is open, locked and fit to be a device.
+pub(super) struct Found {
+    pub(super) file: File,
+    pub(super) meta: std::fs::Metadata,
+    pub(super) backing: Backing,
+    pub(super) block_size: u32,
+    pub(super) len: u64,
+    pub(super) direct: bool,
+    pub(super) mem_align: u32,
+    /// This open has made the file.
+    pub(super) made: bool,
+}
+
+impl Found {
+    pub(super) fn into_shared(self, options: &FileOptions) -> Shared {
+        let meta = &self.meta;
+        let identity = format!("{}:{}:{}", meta.dev(), meta.ino(), meta.rdev());
+        let info = describe(
+            options,
+            &self.backing,
+            self.block_size,
+            self.len,
+            self.mem_align,
+            &identity,
+        );
+        let (device, path) = (&info.name, options.path.display());
+        let (len, block_size, direct) = (self.len, self.block_size, self.direct);
+        tracing::info!(device, %path, len, block_size, direct, "opened");
+        Shared::new(info, self, options)
+    }
+}
+
+/// Makes an image file longer: the file, and nothing that is on it. Only a file that holds a store
+/// of ours, or nothing, is changed; one that has the size already is as it should be, so that a
+/// step that a crash has cut short can be done again.
+fn grow(mut file: super::File, size: u64) -> Result<super::File, BdevError> {
+    let info = &file.shared.info;
+    let (name, bs) = (info.name.clone(), u64::from(info.block_size));
+    let invalid = |reason: String| {
+        Err(BdevError::InvalidOption {
+            name: format!("{name}: size"),
+            reason,
+        })
+    };
+    let old = info.len_bytes();
+    if size == old {
+        return Ok(file);
+    }
+    if size < old || !size.is_multiple_of(bs) {
+        return invalid(format!(
+            "{size} bytes; it has {old} and can only become longer, by whole blocks of {bs}"
+        ));
+    }
+    if file.shared.is_block_device {
+        return invalid(format!("{size} is more than the device has: {old}"));
+    }
+    match contents::examine(&file) {
+        Contents::Ours(_) | Contents::Blank => {}
+        contents => {
+            return Err(BdevError::NotBlank {
+                device: name,
+                contents,
+            });
+        }
+    }
+    let Some(shared) = Arc::get_mut(&mut file.shared) else {
+        return invalid("the device is in use".to_owned());
+    };
+    check_geometry(&name, shared.info.block_size, size / bs)?;
+    shared
+        .file
+        .set_len(size)
+        .and_then(|()| sys::sync_all(&shared.file))
+        .map_err(|e| BdevError::os(&name, format!("extend to {size} bytes"), e))?;
+    shared.info.num_blocks = size / bs;
+    Ok(file)
+}
+
+/// Reserves the blocks that an image does not have. Its length and contents stay.
+fn reserve_missing(file: &File, meta: &std::fs::Metadata, shown: &str) -> Result<(), BdevError> {
+    let len = meta.len();
+    if meta.blocks().saturating_mul(512) >= len {
+        return Ok(());
+    }
+    sys::fallocate(file, libc::FALLOC_FL_KEEP_SIZE, 0, len)
+        .map_err(|e| BdevError::os(shown, format!("prealloc: reserve {len} bytes"), e))
 }
 
 fn describe(
@@ -202,7 +333,6 @@ fn open_file(
     let open = |flags: i32| {
         let mut how = OpenOptions::new();
         how.read(true).write(!options.read_only).mode(0o600);
-        how.create(options.create && !is_block_device && !options.read_only);
         // O_EXCL without O_CREAT: the kernel's own exclusive claim of a block device.
         let excl = if is_block_device && !options.read_only {
             libc::O_EXCL
@@ -233,7 +363,16 @@ fn open_file(
             Err(e) => e,
         };
         if error.raw_os_error() != Some(libc::EBUSY) || !is_block_device {
-            return Err(BdevError::os(shown, "open", error));
+            let refused = matches!(
+                error.raw_os_error(),
+                Some(libc::EACCES | libc::EPERM | libc::EROFS)
+            );
+            let what = if refused && !options.read_only {
+                "open for writing (with read_only=1 it is enough that it can be read)"
+            } else {
+                "open"
+            };
+            return Err(BdevError::os(shown, what, error));
         }
         let meta = options
             .path
@@ -258,7 +397,7 @@ fn open_file(
 }
 
 /// Takes the lock on the very open file that will do the I/O.
-fn lock(file: &File, shown: &str, exclusive: bool) -> Result<(), BdevError> {
+pub(super) fn lock(file: &File, shown: &str, exclusive: bool) -> Result<(), BdevError> {
     let start = Instant::now();
     loop {
         match sys::try_flock(file, exclusive) {
@@ -314,15 +453,14 @@ fn refuse_shared(
     Ok(())
 }
 
-/// The length in bytes that the device shall have; extends a file that is too short.
+/// The length in bytes that the device has: what there is, in whole blocks. A size that was asked
+/// for must be that.
 fn settle_len(
     options: &FileOptions,
-    file: &File,
-    backing: &mut Backing,
+    backing: &Backing,
     block_size: u32,
     shown: &str,
 ) -> Result<u64, BdevError> {
-    let bs = u64::from(block_size.max(1));
     let invalid = |name: &str, reason: String| {
         Err(BdevError::InvalidOption {
             name: format!("{shown}: {name}"),
@@ -338,90 +476,36 @@ fn settle_len(
             ),
         );
     }
-    let Some(size) = options.size else {
-        let len = backing.len - backing.len % bs;
-        if len == 0 {
-            let reason = format!("{} bytes long; give size=… to extend it", backing.len);
+    match options.size {
+        Some(size) if size != backing.len && backing.is_block_device => {
+            let reason = format!("{size}, but the device has {}: leave it out", backing.len);
             return invalid("size", reason);
         }
-        return Ok(len);
-    };
-    if size == 0 || !size.is_multiple_of(bs) {
-        return invalid("size", format!("{size} is not a multiple of {block_size}"));
+        Some(size) if size != backing.len => {
+            return Err(BdevError::WrongSize {
+                path: options.path.clone(),
+                found_bytes: backing.len,
+                wanted_bytes: size,
+            });
+        }
+        _ => {}
     }
-    if size <= backing.len {
-        return Ok(size);
-    }
-    if backing.is_block_device {
-        return invalid(
-            "size",
-            format!("{size} is more than the device has: {}", backing.len),
+    let len = backing.len - backing.len % u64::from(block_size.max(1));
+    if len == 0 {
+        let reason = format!(
+            "the file has {} bytes, less than one block; size= with create=1 makes a file where \
+             there is none",
+            backing.len
         );
+        return invalid("size", reason);
     }
-    if options.read_only {
-        return invalid(
-            "size",
-            format!("{size}: the file has {}, read-only", backing.len),
-        );
-    }
-    file.set_len(size)
-        .map_err(|e| BdevError::os(shown, format!("extend to {size} bytes"), e))?;
-    Ok(size)
-}
-
-/// Gives a new or extended image its blocks, then makes its length durable.
-fn allocate(
-    options: &FileOptions,
-    file: &File,
-    backing: &mut Backing,
-    len: u64,
-    shown: &str,
-) -> Result<(), BdevError> {
-    if len <= backing.len {
-        return Ok(());
-    }
-    let old = std::mem::replace(&mut backing.len, len);
-    let os = |what: String, e: io::Error| BdevError::os(shown, what, e);
-    if options.prealloc != Prealloc::Off {
-        sys::fallocate(file, 0, old, len - old)
-            .map_err(|e| os(format!("reserve {} bytes", len - old), e))?;
-    }
-    if options.prealloc == Prealloc::Full {
-        write_zeroes(file, old, len)
-            .map_err(|e| os(format!("write {} bytes of zeroes", len - old), e))?;
-    }
-    file.sync_all().map_err(|e| os("sync".to_owned(), e))?;
-    if let Some(parent) = options.path.parent() {
-        let parent = if parent.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            parent
-        };
-        let synced = File::open(parent).and_then(|dir| dir.sync_all());
-        synced.map_err(|e| os("sync the directory".to_owned(), e))?;
-    }
-    Ok(())
-}
-
-fn write_zeroes(file: &File, from: u64, to: u64) -> io::Result<()> {
-    use std::os::unix::fs::FileExt;
-    let zeroes = crate::DmaBuf::zeroed(1 << 20).map_err(io::Error::other)?;
-    // Direct I/O needs aligned offsets; what lies before was the end of the old file.
-    let mut at = from.next_multiple_of(4096).min(to);
-    while at < to {
-        let n = usize::try_from(to - at)
-            .unwrap_or(usize::MAX)
-            .min(zeroes.len());
-        file.write_all_at(&zeroes[..n], at)?;
-        at += n as u64;
-    }
-    Ok(())
+    Ok(len)
 }
 
 /// Whether direct I/O fits the block size, and the alignment that memory needs.
-fn direct_io(
+pub(super) fn direct_io(
     file: &File,
-    backing: &Backing,
+    sector: u32,
     direct: bool,
     block_size: u32,
     shown: &str,
@@ -429,7 +513,7 @@ fn direct_io(
     if !direct {
         return Ok((false, 1));
     }
-    let (mem, offset) = sys::direct_alignment(file).unwrap_or((512, backing.sector));
+    let (mem, offset) = sys::direct_alignment(file).unwrap_or((512, sector));
     let reason = if mem == 0 || offset == 0 {
         "the file system has no direct I/O for this file".to_owned()
     } else if !block_size.is_multiple_of(offset) {

@@ -4,17 +4,19 @@
 //! open file is registered: the kernel then skips its per-call look-up and reference.
 #![allow(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, squeue, types};
 
 use super::slot::{Slot, Step};
+use super::threads::ThreadChannel;
 use super::{Shared, Zeroing, sys};
 use crate::device::IoChannel;
 use crate::error::{BdevError, IoErrorKind};
@@ -23,6 +25,10 @@ use crate::queue::{Completed, refuse};
 
 /// Operations in flight on a channel.
 const DEPTH: u32 = 256;
+/// The kernel may ask for patience for so long before threads take over.
+const STALL_MAX: Duration = Duration::from_secs(30);
+/// How long a channel that is dropped waits for what nobody can wait for properly.
+const CLOSE_MAX: Duration = Duration::from_secs(10);
 /// The registered file.
 const FILE: types::Fixed = types::Fixed(0);
 
@@ -40,7 +46,23 @@ pub(super) struct RingChannel {
     /// Resets wait for the operations before them.
     resets: Vec<(u64, Op)>,
     done: Completed,
+    /// Operations that the ring has, or whose completions wait; not those of `broken`.
     in_flight: usize,
+    /// Slots whose entries the kernel has not taken yet, in order.
+    queued: VecDeque<u32>,
+    /// Since when the kernel has asked to come back later without taking anything.
+    stalled: Option<Instant>,
+    broken: Option<Broken>,
+}
+
+/// The kernel refuses `io_uring_enter` for good (a seccomp filter, a descriptor that was closed):
+/// threads do what it had not taken, and all that follows. What it had taken still completes.
+struct Broken {
+    errno: i32,
+    /// `None`: there are no threads either; operations fail with `errno`.
+    threads: Option<ThreadChannel>,
+    /// Slots of discards whose entries the kernel did not take; their threads run already.
+    discards: Vec<u32>,
 }
 
 /// A slot and the memory that the kernel reads besides the operation's buffers.
@@ -58,6 +80,7 @@ unsafe impl Send for InFlight {}
 struct Discarding {
     event: File,
     errno: Arc<AtomicI32>,
+    over: Arc<AtomicBool>,
     counter: [u8; 8],
 }
 
@@ -97,6 +120,9 @@ impl RingChannel {
             resets: Vec::new(),
             done: Completed::default(),
             in_flight: 0,
+            queued: VecDeque::new(),
+            stalled: None,
+            broken: None,
         })
     }
 
@@ -111,6 +137,7 @@ impl RingChannel {
         // the entry's completion has been seen; `drop` waits for that, or leaks the slots.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         pushed.expect("a slot has one entry, and there are as many entries as slots");
+        self.queued.push_back(i);
     }
 
     /// Submits what is queued and, if `want`, sleeps for a completion until the time-out.
@@ -123,14 +150,103 @@ impl RingChannel {
             let args = types::SubmitArgs::new().timespec(&timespec);
             submitter.submit_with_args(want, &args)
         };
+        let left = self.ring.submission().len();
+        if self.queued.len() > left || left == 0 {
+            self.queued.drain(..self.queued.len() - left);
+            self.stalled = None;
+        }
         match result {
             Ok(_) => Ok(()),
-            // EBUSY and EAGAIN: the kernel wants completions reaped, or memory, first.
             Err(e) => match e.raw_os_error() {
-                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
+                Some(libc::ETIME | libc::EINTR) => Ok(()),
+                // The kernel wants completions reaped, or memory, first.
+                Some(libc::EBUSY | libc::EAGAIN)
+                    if self.stalled.get_or_insert_with(Instant::now).elapsed() < STALL_MAX =>
+                {
+                    Ok(())
+                }
                 _ => Err(e),
             },
         }
+    }
+
+    /// As [`RingChannel::enter`]; an error that stays makes threads take over.
+    fn enter_or_give_up(&mut self, want: usize, timeout: Duration) {
+        if let Err(error) = self.enter(want, timeout) {
+            self.give_up(&error);
+        }
+    }
+
+    fn give_up(&mut self, error: &io::Error) {
+        let device = &self.shared.info.name;
+        let threads = ThreadChannel::new(Arc::clone(&self.shared));
+        match &threads {
+            Ok(_) => tracing::warn!(device, %error, "io_uring_enter is refused: threads take over"),
+            Err(e) => tracing::error!(device, %error, threads = %e, "io_uring_enter is refused"),
+        }
+        self.broken = Some(Broken {
+            errno: error.raw_os_error().unwrap_or(libc::EIO),
+            threads: threads.ok(),
+            discards: Vec::new(),
+        });
+        for i in std::mem::take(&mut self.queued) {
+            let is_discard = self.slots[i as usize]
+                .as_ref()
+                .is_some_and(|f| f.discard.is_some());
+            match &mut self.broken {
+                Some(broken) if is_discard => broken.discards.push(i),
+                _ => self.pass_on(i),
+            }
+        }
+    }
+
+    /// Gives the operation in slot `i`, of which the kernel has nothing, to the threads.
+    fn pass_on(&mut self, i: u32) {
+        let Some(mut flight) = self.slots[i as usize].take() else {
+            return;
+        };
+        self.free.push(i);
+        let mut slot = flight.slot.take();
+        self.spare.push(flight);
+        let Some(broken) = &mut self.broken else {
+            return;
+        };
+        match &mut broken.threads {
+            _ if matches!(slot.op, Op::Abort { .. }) => self.done.push(slot.tag, slot.op, Ok(())),
+            Some(threads) => {
+                slot.sync_behind();
+                threads.adopt(slot);
+                self.in_flight -= 1;
+            }
+            None => {
+                let kind = IoErrorKind::from_errno(broken.errno);
+                let e = self.shared.info.error(&slot.op, kind, "io_uring_enter");
+                self.done.push(slot.tag, slot.op, Err(e));
+            }
+        }
+    }
+
+    /// Ends the discards whose threads have ended, where no completion will say so.
+    fn reap_discards(&mut self) {
+        let Some(broken) = &mut self.broken else {
+            return;
+        };
+        let slots = &self.slots;
+        let is_over = |i: &mut u32| {
+            let flight = slots[*i as usize].as_ref();
+            flight
+                .and_then(|f| f.discard.as_ref())
+                .is_none_or(|d| d.over.load(Ordering::Acquire))
+        };
+        let over: Vec<u32> = broken.discards.extract_if(.., is_over).collect();
+        for i in over {
+            self.completed(i, 8);
+        }
+    }
+
+    fn idle(&self) -> bool {
+        let threads = self.broken.as_ref().and_then(|b| b.threads.as_ref());
+        self.free.len() == DEPTH as usize && threads.is_none_or(|t| t.in_flight() == 0)
     }
 
     fn reap(&mut self) {
@@ -152,7 +268,8 @@ impl RingChannel {
                 break;
             }
         }
-        if !self.resets.is_empty() && self.free.len() == DEPTH as usize {
+        self.reap_discards();
+        if !self.resets.is_empty() && self.idle() {
             for (tag, op) in self.resets.drain(..) {
                 self.done.push(tag, op, Ok(()));
             }
@@ -179,7 +296,10 @@ impl RingChannel {
             _ => flight.slot.advance(result, &self.shared),
         };
         let Some(outcome) = outcome else {
-            self.push(i);
+            match self.broken {
+                None => self.push(i),
+                Some(_) => self.pass_on(i),
+            }
             return;
         };
         if let Err(error) = &outcome {
@@ -187,8 +307,8 @@ impl RingChannel {
         }
         if let Some(mut flight) = self.slots[i as usize].take() {
             self.free.push(i);
-            let op = std::mem::replace(&mut flight.slot.op, Op::Flush);
-            self.done.push(flight.slot.tag, op, outcome);
+            let slot = flight.slot.take();
+            self.done.push(slot.tag, slot.op, outcome);
             self.spare.push(flight);
         }
     }
@@ -239,9 +359,7 @@ impl InFlight {
             Step::Transfer => self.transfer(at),
             Step::Zero(Zeroing::Write) => self.zero_by_writing(shared, at, left),
             Step::Zero(Zeroing::ZeroRange) => fallocate(libc::FALLOC_FL_ZERO_RANGE, at, left),
-            Step::Zero(Zeroing::PunchHole) | Step::Punch => {
-                fallocate(libc::FALLOC_FL_PUNCH_HOLE, at, left)
-            }
+            Step::Punch => fallocate(libc::FALLOC_FL_PUNCH_HOLE, at, left),
             Step::Discard => match self.discard(shared, at, left) {
                 Ok(entry) => entry,
                 Err(error) => {
@@ -259,7 +377,7 @@ impl InFlight {
     )]
     fn transfer(&mut self, at: u64) -> squeue::Entry {
         let done = self.slot.done as usize;
-        let rw_flags = if self.slot.op.fua() {
+        let rw_flags = if self.slot.is_dsync() {
             libc::RWF_DSYNC
         } else {
             0
@@ -326,18 +444,21 @@ impl InFlight {
         let event = sys::eventfd()?;
         let mut signal = event.try_clone()?;
         let errno = Arc::new(AtomicI32::new(0));
-        let (result, device) = (Arc::clone(&errno), Arc::clone(shared));
+        let over = Arc::new(AtomicBool::new(false));
+        let (result, device, ended) = (Arc::clone(&errno), Arc::clone(shared), Arc::clone(&over));
         thread::Builder::new()
             .name("bdev-discard".to_owned())
             .spawn(move || {
                 if let Err(e) = sys::discard(&device.file, at, len) {
                     result.store(e.raw_os_error().unwrap_or(libc::EIO), Ordering::Release);
                 }
+                ended.store(true, Ordering::Release);
                 let _ = signal.write_all(&1_u64.to_ne_bytes());
             })?;
         let discard = self.discard.insert(Discarding {
             event,
             errno,
+            over,
             counter: [0; 8],
         });
         let fd = types::Fd(discard.event.as_raw_fd());
@@ -409,8 +530,7 @@ pub(super) fn check_buffers(shared: &Shared, op: &Op) -> Result<(), Box<crate::I
 
 impl IoChannel for RingChannel {
     fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
-        let checked = self.shared.info.check(&op);
-        if let Err(e) = checked.and_then(|()| check_buffers(&self.shared, &op)) {
+        if let Err(e) = self.shared.check(&op) {
             return refuse(op, e);
         }
         if !self.resets.is_empty() || self.done.is_full() {
@@ -433,9 +553,22 @@ impl IoChannel for RingChannel {
             },
             _ => {}
         }
-        self.start(tag, op, cancel)?;
-        self.in_flight += 1;
-        Ok(())
+        match &mut self.broken {
+            None => {
+                self.start(tag, op, cancel)?;
+                self.in_flight += 1;
+                Ok(())
+            }
+            Some(Broken {
+                threads: Some(threads),
+                ..
+            }) => threads.submit(tag, op),
+            Some(Broken { errno, .. }) => {
+                let kind = IoErrorKind::from_errno(*errno);
+                let e = self.shared.info.error(&op, kind, "io_uring_enter");
+                refuse(op, e)
+            }
+        }
     }
 
     fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
@@ -443,58 +576,240 @@ impl IoChannel for RingChannel {
             let sq = self.ring.submission();
             (!sq.is_empty(), sq.taskrun() || sq.cq_overflow())
         };
-        if (queued || more)
-            && let Err(error) = self.enter(0, Duration::ZERO)
-        {
-            let device = &self.shared.info.name;
-            tracing::error!(device, %error, "io_uring_enter failed; the operations stay queued");
+        if (queued || more) && self.broken.is_none() {
+            self.enter_or_give_up(0, Duration::ZERO);
         }
         self.reap();
         let n = self.done.drain_into(out);
         self.in_flight -= n;
-        n
+        let threads = self.broken.as_mut().and_then(|b| b.threads.as_mut());
+        n + threads.map_or(0, |t| t.poll(out))
     }
 
     fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
-        if self.in_flight == 0 || self.done.len() > 0 || !self.ring.completion().is_empty() {
+        if self.done.len() > 0 || !self.ring.completion().is_empty() {
+            return Ok(());
+        }
+        if let Some(broken) = &mut self.broken {
+            // What the kernel has of a ring that cannot be entered, nobody can wait for: a nap.
+            let nap = timeout.min(Duration::from_millis(1));
+            match &mut broken.threads {
+                Some(threads) if self.in_flight == 0 => return threads.wait(timeout),
+                Some(threads) if threads.in_flight() > 0 => return threads.wait(nap),
+                _ if self.in_flight > 0 => thread::sleep(nap),
+                _ => {}
+            }
+            return Ok(());
+        }
+        if self.in_flight == 0 {
             return Ok(());
         }
         if self.free.len() == DEPTH as usize {
             return Ok(()); // only resets: poll ends them
         }
-        self.enter(1, timeout)
-            .map_err(|e| BdevError::os(&self.shared.info.name, "waiting for completions", e))
+        self.enter_or_give_up(1, timeout);
+        Ok(())
     }
 
     fn in_flight(&self) -> usize {
-        self.in_flight
+        let threads = self.broken.as_ref().and_then(|b| b.threads.as_ref());
+        self.in_flight + threads.map_or(0, ThreadChannel::in_flight)
     }
 
     fn event_fd(&self) -> Option<RawFd> {
-        Some(self.ring.as_raw_fd())
+        self.broken.is_none().then(|| self.ring.as_raw_fd())
     }
 }
 
 impl Drop for RingChannel {
     fn drop(&mut self) {
         // The kernel may still read and write the buffers: they are freed when it is done.
-        let mut failures = 0;
+        let start = Instant::now();
         while self.free.len() < DEPTH as usize {
-            match self.enter(1, Duration::from_secs(1)) {
-                Ok(()) => self.reap(),
-                Err(error) => {
-                    failures += 1;
-                    let device = &self.shared.info.name;
-                    tracing::error!(device, %error, "waiting for I/O in flight at close");
-                    if failures > 10 {
-                        std::mem::forget(std::mem::take(&mut self.slots));
-                        return;
-                    }
-                    thread::sleep(Duration::from_millis(100));
+            if self.broken.is_none() {
+                self.enter_or_give_up(1, Duration::from_secs(1));
+            } else if start.elapsed() < CLOSE_MAX {
+                thread::sleep(Duration::from_millis(1));
+            } else {
+                let device = &self.shared.info.name;
+                tracing::error!(
+                    device,
+                    "I/O in flight at close does not end: its memory stays"
+                );
+                std::mem::forget(std::mem::take(&mut self.slots));
+                return;
+            }
+            self.reap();
+        }
+        // The open file is released now and not when the kernel closes the ring.
+        let _ = self.ring.submitter().unregister_files();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DmaBuf;
+    use crate::file::FileOptions;
+
+    /// The fields of an entry that matter here (linux/io_uring.h, `struct io_uring_sqe`).
+    #[derive(Debug, PartialEq, Eq)]
+    struct Fields {
+        opcode: u8,
+        off: u64,
+        addr: u64,
+        len: u32,
+        op_flags: u32,
+    }
+
+    const FSYNC: u8 = 3;
+    const WRITE: u8 = 23;
+    const READ: u8 = 22;
+
+    fn fields(entry: &squeue::Entry) -> Fields {
+        assert_eq!(size_of::<squeue::Entry>(), 64);
+        // SAFETY: an entry is the kernel's structure of 64 bytes, all of them initialised.
+        let raw = unsafe { std::ptr::from_ref(entry).cast::<[u8; 64]>().read() };
+        let u32_at = |at: usize| u32::from_ne_bytes(raw[at..at + 4].try_into().unwrap());
+        let u64_at = |at: usize| u64::from_ne_bytes(raw[at..at + 8].try_into().unwrap());
+        Fields {
+            opcode: raw[0],
+            off: u64_at(8),
+            addr: u64_at(16),
+            len: u32_at(24),
+            op_flags: u32_at(28),
+        }
+    }
+
+    fn shared(buffered: bool) -> (tempfile::TempDir, Arc<Shared>) {
+        // Not /tmp: on many machines that is memory, without direct I/O.
+        let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap());
+        let dir = dir.unwrap();
+        let file = crate::file::File::open(&FileOptions {
+            path: dir.path().join("image"),
+            size: Some(1 << 20),
+            create: true,
+            buffered,
+            ..FileOptions::default()
+        });
+        (dir, file.unwrap().shared)
+    }
+
+    fn flight(op: Op, shared: &Shared) -> InFlight {
+        InFlight {
+            slot: Slot::new(7, op, shared, true),
+            iov: Vec::new(),
+            discard: None,
+        }
+    }
+
+    fn write(fua: bool) -> Op {
+        Op::Write {
+            lba: 3,
+            data: DmaBuf::zeroed(4096).unwrap().freeze(),
+            fua,
+        }
+    }
+
+    /// Whether what is done for `op`, when each call succeeds, makes it durable.
+    fn is_durable(op: Op, shared: &Arc<Shared>) -> bool {
+        let mut flight = flight(op, shared);
+        for _ in 0..8 {
+            let entry = fields(&flight.entry(shared));
+            let dsync = entry.op_flags & libc::RWF_DSYNC.cast_unsigned() != 0;
+            // A data sync covers what was written before it.
+            let durable = match entry.opcode {
+                FSYNC => true,
+                opcode => dsync && opcode == WRITE,
+            };
+            match flight.slot.advance(Ok(entry.len), shared) {
+                None => {}
+                Some(result) => {
+                    result.unwrap();
+                    return durable;
                 }
             }
         }
-        // The open file is let go of now and not when the kernel gets round to it.
-        let _ = self.ring.submitter().unregister_files();
+        panic!("the operation does not end");
+    }
+
+    #[test]
+    fn what_promises_to_be_durable_is() {
+        for buffered in [false, true] {
+            let (_dir, shared) = shared(buffered);
+            let zeroes = |fua| Op::WriteZeroes {
+                lba: 0,
+                len_blocks: 8,
+                fua,
+            };
+            assert!(is_durable(Op::Flush, &shared));
+            assert!(is_durable(write(true), &shared));
+            assert!(!is_durable(write(false), &shared));
+            for method in [Zeroing::ZeroRange, Zeroing::Write] {
+                shared.zeroing.store(method as u8, Ordering::Relaxed);
+                assert!(is_durable(zeroes(true), &shared), "{method:?}");
+                assert!(!is_durable(zeroes(false), &shared), "{method:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_short_transfer_goes_on_where_it_ended() {
+        let (_dir, shared) = shared(true);
+        let buf = DmaBuf::zeroed(8192).unwrap();
+        let start = buf.as_ptr().addr() as u64;
+        let mut read = flight(Op::Read { lba: 2, buf }, &shared);
+        let first = fields(&read.entry(&shared));
+        let want = Fields {
+            opcode: READ,
+            off: 1024,
+            addr: start,
+            len: 8192,
+            op_flags: 0,
+        };
+        assert_eq!(first, want);
+        assert!(read.slot.advance(Ok(1536), &shared).is_none());
+        let rest = fields(&read.entry(&shared));
+        let want = Fields {
+            off: 1024 + 1536,
+            addr: start + 1536,
+            len: 8192 - 1536,
+            ..want
+        };
+        assert_eq!(rest, want);
+        assert!(read.slot.advance(Ok(8192 - 1536), &shared).unwrap().is_ok());
+
+        // Of several buffers: the rest of the one, and those behind it.
+        let bufs = vec![DmaBuf::zeroed(512).unwrap(), DmaBuf::zeroed(1024).unwrap()];
+        let second = bufs[1].as_ptr().addr();
+        let mut read = flight(Op::ReadV { lba: 0, bufs }, &shared);
+        read.entry(&shared);
+        assert_eq!(read.iov.len(), 2);
+        assert!(read.slot.advance(Ok(612), &shared).is_none());
+        read.entry(&shared);
+        let parts: Vec<_> = read
+            .iov
+            .iter()
+            .map(|v| (v.iov_base.addr(), v.iov_len))
+            .collect();
+        assert_eq!(parts, [(second + 100, 924)]);
+    }
+
+    #[test]
+    fn calls_that_were_interrupted_are_made_again() {
+        let (_dir, shared) = shared(false);
+        let ops = [write(true), Op::Flush];
+        for op in ops {
+            let mut slot = Slot::new(0, op, &shared, true);
+            for errno in [libc::EAGAIN, libc::EINTR, libc::EAGAIN] {
+                assert!(slot.advance(Err(errno), &shared).is_none());
+            }
+            let n = u32::try_from(slot.len).unwrap();
+            assert!(slot.advance(Ok(n), &shared).unwrap().is_ok());
+        }
+        // Not without end.
+        let mut slot = Slot::new(0, write(false), &shared, true);
+        let ended = (0..1000).find_map(|_| slot.advance(Err(libc::EAGAIN), &shared));
+        assert!(ended.unwrap().is_err());
     }
 }

@@ -41,7 +41,9 @@ pub(super) struct Slot {
 }
 
 impl Slot {
-    /// `dsync`: whether writes carry `RWF_DSYNC`, so that FUA needs no sync behind them.
+    /// `dsync`: whether direct writes carry `RWF_DSYNC`, so that FUA needs no sync behind them. A
+    /// buffered one has it behind it: its failure must be told from that of the write, since it
+    /// speaks of earlier writes, too.
     pub(super) fn new(tag: u64, op: Op, shared: &Shared, dsync: bool) -> Slot {
         let bs = shared.info.block_size;
         let step = match &op {
@@ -57,9 +59,28 @@ impl Slot {
             done: 0,
             len: op.len_bytes(bs),
             offset: op.lba() * u64::from(bs),
-            sync_after: op.fua() && !(dsync && step == Step::Transfer),
+            sync_after: op.fua() && !(dsync && shared.direct && step == Step::Transfer),
             tries: 0,
             op,
+        }
+    }
+
+    /// Whether the write itself has to be durable, with no sync behind it.
+    pub(super) fn is_dsync(&self) -> bool {
+        self.op.fua() && !self.sync_after
+    }
+
+    /// The rest is done by a channel whose writes cannot be durable by themselves.
+    pub(super) fn sync_behind(&mut self) {
+        self.sync_after |= self.op.fua();
+    }
+
+    /// The operation, with an empty one left in its place.
+    pub(super) fn take(&mut self) -> Slot {
+        Slot {
+            tag: self.tag,
+            op: std::mem::replace(&mut self.op, Op::Flush),
+            ..*self
         }
     }
 
@@ -81,7 +102,8 @@ impl Slot {
             // What lay beyond the end of a file that shrank is gone: nothing there is durable.
             Step::Sync => {
                 return Some(match shared.shrunk() {
-                    why if why.is_empty() => Ok(()),
+                    // Another thread's flush may have taken the error that was this one's.
+                    why if why.is_empty() => shared.flush_fault.check(&shared.info, &self.op),
                     why => Err(shared.info.error(&self.op, IoErrorKind::Media, why)),
                 });
             }
@@ -109,22 +131,22 @@ impl Slot {
     }
 
     fn failed(&mut self, errno: i32, shared: &Shared) -> Option<Result<(), Box<IoError>>> {
-        if let Step::Zero(method) = self.step
-            && method != Zeroing::Write
+        if self.step == Step::Zero(Zeroing::ZeroRange)
             && matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)
         {
-            self.step = Step::Zero(shared.zeroing_refused(method));
+            self.step = Step::Zero(shared.zeroing_refused());
             return None;
         }
         let mut detail = std::io::Error::from_raw_os_error(errno).to_string();
         if self.step == Step::Sync {
             detail = format!("fdatasync: {detail}");
         }
-        Some(Err(shared.info.error(
-            &self.op,
-            IoErrorKind::from_errno(errno),
-            detail,
-        )))
+        let kind = IoErrorKind::from_errno(errno);
+        let error = shared.info.error(&self.op, kind, detail);
+        if self.step == Step::Sync {
+            shared.flush_fault.note(&error);
+        }
+        Some(Err(error))
     }
 
     fn short(&self, shared: &Shared) -> Box<IoError> {

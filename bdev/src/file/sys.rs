@@ -1,14 +1,18 @@
 //! The system calls that the `file` module needs and the standard library does not have.
 #![allow(unsafe_code)]
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
-/// `BLKDISCARD`, `BLKGETSIZE64`, `BLKSSZGET` (linux/fs.h).
+/// `BLKDISCARD`, `BLKGETSIZE64`, `BLKSSZGET`, `BLKROGET` (linux/fs.h).
 const BLKDISCARD: libc::c_ulong = 0x1277;
 const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
 const BLKSSZGET: libc::c_ulong = 0x1268;
+const BLKROGET: libc::c_ulong = 0x125e;
 
 fn check(ret: libc::c_int) -> io::Result<()> {
     if ret < 0 {
@@ -84,6 +88,70 @@ pub(super) fn direct_alignment(file: &File) -> Option<(u32, u32)> {
     };
     (ret == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0)
         .then_some((stat.stx_dio_mem_align, stat.stx_dio_offset_align))
+}
+
+/// Whether a block device cannot be written.
+pub(super) fn is_write_protected(file: &File) -> io::Result<bool> {
+    let mut flag: libc::c_int = 0;
+    // SAFETY: BLKROGET stores one int at the address, which is valid for writes.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), BLKROGET, &raw mut flag) })?;
+    Ok(flag != 0)
+}
+
+/// The first byte at or behind `offset` that the file system says may be other than zero; `None`:
+/// there is none. `Unsupported`: it cannot say.
+pub(super) fn seek_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
+    seek(file, offset, libc::SEEK_DATA)
+}
+
+/// The first hole at or behind `offset`, or the end.
+pub(super) fn seek_hole(file: &File, offset: u64) -> io::Result<Option<u64>> {
+    seek(file, offset, libc::SEEK_HOLE)
+}
+
+fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+    let offset = i64::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+    // SAFETY: no memory is involved, and nobody uses the position of the open file.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), offset, whence) };
+    match u64::try_from(found) {
+        Ok(found) => Ok(Some(found)),
+        Err(_) => match io::Error::last_os_error() {
+            e if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            e if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
+                Err(io::ErrorKind::Unsupported.into())
+            }
+            e => Err(e),
+        },
+    }
+}
+
+/// Makes the file durable, its length and place included. Blocks.
+pub(super) fn sync_all(file: &File) -> io::Result<()> {
+    file.sync_all()
+}
+
+fn proc_path(file: &File) -> io::Result<CString> {
+    Ok(CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?)
+}
+
+/// Whether [`link`] can give this file without a name one: that goes through /proc.
+pub(super) fn can_be_named(file: &File) -> bool {
+    std::fs::symlink_metadata(format!("/proc/self/fd/{}", file.as_raw_fd())).is_ok()
+}
+
+/// Gives a file that has no name the name `path`; `AlreadyExists` when it is taken.
+pub(super) fn link(file: &File, path: &Path) -> io::Result<()> {
+    let (from, to) = (proc_path(file)?, CString::new(path.as_os_str().as_bytes())?);
+    // SAFETY: both are strings that end with a zero byte and outlive the call.
+    check(unsafe {
+        libc::linkat(
+            libc::AT_FDCWD,
+            from.as_ptr(),
+            libc::AT_FDCWD,
+            to.as_ptr(),
+            libc::AT_SYMLINK_FOLLOW,
+        )
+    })
 }
 
 /// An eventfd.

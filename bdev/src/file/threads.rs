@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::slot::{Slot, Step};
 use super::{Shared, Zeroing, sys};
 use crate::device::IoChannel;
-use crate::error::{BdevError, IoError};
+use crate::error::BdevError;
 use crate::op::{Completion, Op, SubmitError};
 use crate::queue::refuse;
 
@@ -94,9 +94,7 @@ fn call(shared: &Shared, slot: &mut Slot) -> io::Result<usize> {
     match slot.step {
         Step::Sync => file.sync_data().map(|()| 0),
         Step::Zero(Zeroing::ZeroRange) => sys::fallocate(file, zero, at, left).map(|()| 0),
-        Step::Zero(Zeroing::PunchHole) | Step::Punch => {
-            sys::fallocate(file, punch, at, left).map(|()| 0)
-        }
+        Step::Punch => sys::fallocate(file, punch, at, left).map(|()| 0),
         Step::Discard => sys::discard(file, at, left).map(|()| 0),
         Step::Zero(Zeroing::Write) => {
             let zeroes = shared.zeroes().map_err(io::Error::other)?;
@@ -159,16 +157,18 @@ impl ThreadChannel {
         }
         Ok(channel)
     }
+}
 
-    fn check(&self, op: &Op) -> Result<(), Box<IoError>> {
-        self.pool.shared.info.check(op)?;
-        super::ring::check_buffers(&self.pool.shared, op)
+impl ThreadChannel {
+    /// Takes an operation that another channel has checked and begun.
+    pub(super) fn adopt(&mut self, slot: Slot) {
+        self.queued.push_back(slot);
     }
 }
 
 impl IoChannel for ThreadChannel {
     fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
-        if let Err(e) = self.check(&op) {
+        if let Err(e) = self.pool.shared.check(&op) {
             return refuse(op, e);
         }
         if self.in_flight() >= DEPTH || !self.resets.is_empty() {

@@ -11,7 +11,7 @@ use pumice_nvme::{
     SubmitError as NvmeSubmit,
 };
 
-use super::Place;
+use super::{Place, Target};
 use crate::device::{DeviceInfo, IoChannel};
 use crate::error::{BdevError, IoError, IoErrorKind};
 use crate::op::{Completion, Op, SubmitError};
@@ -20,8 +20,7 @@ use crate::queue::refuse;
 pub(super) struct NvmeChannel {
     // The queue pair goes before its place is free again.
     pair: QueuePair,
-    info: Arc<DeviceInfo>,
-    ns: Arc<Namespace>,
+    target: Target,
     done: Vec<IoDone>,
     resets: Vec<Resetting>,
     /// Aborts: the controller has been asked.
@@ -183,11 +182,12 @@ fn kind_of(kind: NvmeKind) -> IoErrorKind {
     }
 }
 
-pub(super) fn to_completion(info: &DeviceInfo, done: IoDone) -> Completion {
+pub(super) fn to_completion(target: &Target, done: IoDone) -> Completion {
     let op = to_op(done.io);
     let result = done
         .result
-        .map_err(|e| info.error(&op, kind_of(e.kind), e.to_string()));
+        .map_err(|e| target.info.error(&op, kind_of(e.kind), e.to_string()));
+    let result = target.flush_fault.settle(&target.info, &op, result);
     Completion {
         tag: done.tag,
         op,
@@ -219,16 +219,10 @@ pub(super) fn to_refusal(info: &DeviceInfo, e: NvmeSubmit) -> SubmitError {
 }
 
 impl NvmeChannel {
-    pub(super) fn new(
-        info: Arc<DeviceInfo>,
-        ns: Arc<Namespace>,
-        pair: QueuePair,
-        place: Place,
-    ) -> NvmeChannel {
+    pub(super) fn new(target: Target, pair: QueuePair, place: Place) -> NvmeChannel {
         NvmeChannel {
             pair,
-            info,
-            ns,
+            target,
             done: Vec::new(),
             resets: Vec::new(),
             asked: Vec::new(),
@@ -239,7 +233,7 @@ impl NvmeChannel {
 
 impl IoChannel for NvmeChannel {
     fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
-        if let Err(e) = self.info.check(&op) {
+        if let Err(e) = self.target.check(&op) {
             return refuse(op, e);
         }
         if !self.resets.is_empty() {
@@ -254,10 +248,10 @@ impl IoChannel for NvmeChannel {
             });
             return Ok(());
         }
-        match to_io(op, &self.ns) {
+        match to_io(op, &self.target.ns) {
             Ok(io) => {
-                let submitted = self.pair.submit(&self.ns, tag, io);
-                submitted.map_err(|e| to_refusal(&self.info, e))
+                let submitted = self.pair.submit(&self.target.ns, tag, io);
+                submitted.map_err(|e| to_refusal(&self.target.info, e))
             }
             Err(op) => match Resetting::start(tag, self.pair.controller()) {
                 Ok(reset) => {
@@ -265,7 +259,10 @@ impl IoChannel for NvmeChannel {
                     Ok(())
                 }
                 Err(e) => {
-                    let e = self.info.error(&op, IoErrorKind::NoMemory, e.to_string());
+                    let e = self
+                        .target
+                        .info
+                        .error(&op, IoErrorKind::NoMemory, e.to_string());
                     refuse(op, e)
                 }
             },
@@ -278,13 +275,13 @@ impl IoChannel for NvmeChannel {
             out.extend(
                 self.done
                     .drain(..)
-                    .map(|done| to_completion(&self.info, done)),
+                    .map(|done| to_completion(&self.target, done)),
             );
         }
         out.append(&mut self.asked);
         if !self.resets.is_empty() && self.pair.in_flight() == 0 {
             let over = self.resets.extract_if(.., |r| r.is_over());
-            out.extend(over.map(|r| r.completion(&self.info)));
+            out.extend(over.map(|r| r.completion(&self.target.info)));
         }
         out.len() - before
     }

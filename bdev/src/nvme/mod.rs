@@ -12,12 +12,14 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 use pumice_nvme::spec::IdentifyController;
+use pumice_nvme::transport::TransportError;
 use pumice_nvme::{Controller, Namespace, NvmeError, QueueOptions};
 use serde_json::{Value, json};
 
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
-use crate::error::BdevError;
-use crate::op::{OpKind, OpSet};
+use crate::error::{BdevError, IoError};
+use crate::flush_fault::FlushFault;
+use crate::op::{Op, OpKind, OpSet};
 use channel::NvmeChannel;
 use shared::{SharedChannel, SharedQueue};
 
@@ -25,6 +27,7 @@ use shared::{SharedChannel, SharedQueue};
 #[derive(Debug)]
 pub struct Nvme {
     info: Arc<DeviceInfo>,
+    flush_fault: Arc<FlushFault>,
     queues: Arc<Queues>,
     namespace: Arc<Namespace>,
     uri: String,
@@ -44,6 +47,21 @@ struct QueueState {
     /// The queue pair of the channels that share one, while there are any.
     shared: Option<Arc<SharedQueue>>,
     sharers: usize,
+}
+
+/// What a channel does its I/O on.
+struct Target {
+    info: Arc<DeviceInfo>,
+    ns: Arc<Namespace>,
+    flush_fault: Arc<FlushFault>,
+}
+
+impl Target {
+    /// What is checked of an operation before it is taken.
+    fn check(&self, op: &Op) -> Result<(), Box<IoError>> {
+        self.info.check(op)?;
+        self.flush_fault.check(&self.info, op)
+    }
 }
 
 /// A queue pair's place in the count; given back when dropped.
@@ -93,15 +111,51 @@ impl Queues {
 impl From<NvmeError> for BdevError {
     fn from(e: NvmeError) -> BdevError {
         match e {
-            NvmeError::Removed { device } => BdevError::Removed { name: device },
-            e => {
-                let text = e.to_string();
-                let (device, reason) = text.split_once(": ").unwrap_or(("nvme", &text));
+            NvmeError::Removed { device }
+            | NvmeError::Transport(TransportError::Removed { device }) => {
+                BdevError::Removed { name: device }
+            }
+            NvmeError::Transport(TransportError::Uri { uri, detail }) => BdevError::InvalidUri {
+                uri,
+                reason: detail,
+            },
+            NvmeError::Unsupported { device, what }
+            | NvmeError::Transport(TransportError::Unsupported { device, what }) => {
                 BdevError::Unsupported {
-                    device: device.to_owned(),
-                    reason: reason.to_owned(),
+                    device,
+                    reason: what,
                 }
             }
+            NvmeError::Transport(TransportError::NotFound { device, what }) => {
+                BdevError::NoSuchFile {
+                    path: device.into(),
+                    hint: what,
+                }
+            }
+            NvmeError::Transport(TransportError::InUse {
+                device,
+                detail,
+                pid,
+            }) => {
+                tracing::warn!(device, "in use: {detail}");
+                BdevError::InUse { device, pid }
+            }
+            NvmeError::Transport(TransportError::Io {
+                device,
+                what,
+                source,
+            }) => BdevError::Os {
+                device,
+                what,
+                source,
+            },
+            NvmeError::Dma(source) | NvmeError::Transport(TransportError::Dma(source)) => {
+                BdevError::Dma {
+                    device: "nvme".to_owned(),
+                    source,
+                }
+            }
+            source => BdevError::Nvme { source },
         }
     }
 }
@@ -236,6 +290,7 @@ impl Nvme {
         let (queues, uri) = (Arc::clone(queues), uri.to_owned());
         Ok(Nvme {
             info: Arc::new(info),
+            flush_fault: Arc::default(),
             queues,
             namespace,
             uri,
@@ -259,7 +314,11 @@ impl BlockDevice for Nvme {
     }
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
-        let (info, ns) = (Arc::clone(&self.info), Arc::clone(&self.namespace));
+        let what = Target {
+            info: Arc::clone(&self.info),
+            ns: Arc::clone(&self.namespace),
+            flush_fault: Arc::clone(&self.flush_fault),
+        };
         let controller = &self.queues.controller;
         let limit = usize::from(controller.queue_limit());
         let mut state = self.queues.state.lock();
@@ -270,7 +329,7 @@ impl BlockDevice for Nvme {
                     state.exclusive += 1;
                     drop(state);
                     let place = Place(Arc::clone(&self.queues));
-                    return Ok(Box::new(NvmeChannel::new(info, ns, pair, place)));
+                    return Ok(Box::new(NvmeChannel::new(what, pair, place)));
                 }
                 Err(NvmeError::NoQueues { .. }) => {}
                 Err(e) => return Err(e.into()),
@@ -294,7 +353,7 @@ impl BlockDevice for Nvme {
         state.sharers += 1;
         drop(state);
         let share = Share(Arc::clone(&self.queues));
-        Ok(Box::new(SharedChannel::new(info, ns, shared, share)))
+        Ok(Box::new(SharedChannel::new(what, shared, share)))
     }
 
     fn driver_specific(&self) -> Value {

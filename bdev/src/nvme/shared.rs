@@ -6,11 +6,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use pumice_nvme::{IoDone, Namespace, QueuePair};
+use pumice_nvme::{IoDone, QueuePair};
 
-use super::Share;
 use super::channel::{Resetting, to_completion, to_io, to_refusal};
-use crate::device::{DeviceInfo, IoChannel};
+use super::{Share, Target};
+use crate::device::IoChannel;
 use crate::error::{BdevError, IoErrorKind};
 use crate::op::{Completion, Op, SubmitError};
 use crate::queue::refuse;
@@ -65,8 +65,7 @@ impl Inner {
 }
 
 pub(super) struct SharedChannel {
-    info: Arc<DeviceInfo>,
-    ns: Arc<Namespace>,
+    target: Target,
     // Goes before the share, whose last one deletes the queue pair.
     shared: Arc<SharedQueue>,
     _share: Share,
@@ -78,20 +77,14 @@ pub(super) struct SharedChannel {
 }
 
 impl SharedChannel {
-    pub(super) fn new(
-        info: Arc<DeviceInfo>,
-        ns: Arc<Namespace>,
-        shared: Arc<SharedQueue>,
-        share: Share,
-    ) -> SharedChannel {
+    pub(super) fn new(target: Target, shared: Arc<SharedQueue>, share: Share) -> SharedChannel {
         let mut inner = shared.inner.lock();
         let id = inner.next_channel;
         inner.next_channel += 1;
         inner.mail.insert(id, Vec::new());
         drop(inner);
         SharedChannel {
-            info,
-            ns,
+            target,
             shared,
             _share: share,
             id,
@@ -104,7 +97,7 @@ impl SharedChannel {
 
 impl IoChannel for SharedChannel {
     fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
-        if let Err(e) = self.info.check(&op) {
+        if let Err(e) = self.target.check(&op) {
             return refuse(op, e);
         }
         if !self.resets.is_empty() {
@@ -125,18 +118,21 @@ impl IoChannel for SharedChannel {
             });
             return Ok(());
         }
-        match to_io(op, &self.ns) {
+        match to_io(op, &self.target.ns) {
             Ok(io) => {
                 let slot = inner.owners.insert((self.id, tag));
-                if let Err(e) = inner.pair.submit(&self.ns, slot, io) {
+                if let Err(e) = inner.pair.submit(&self.target.ns, slot, io) {
                     inner.owners.remove(slot);
-                    return Err(to_refusal(&self.info, e));
+                    return Err(to_refusal(&self.target.info, e));
                 }
             }
             Err(op) => match Resetting::start(tag, inner.pair.controller()) {
                 Ok(reset) => self.resets.push(reset),
                 Err(e) => {
-                    let e = self.info.error(&op, IoErrorKind::NoMemory, e.to_string());
+                    let e = self
+                        .target
+                        .info
+                        .error(&op, IoErrorKind::NoMemory, e.to_string());
                     return refuse(op, e);
                 }
             },
@@ -150,14 +146,14 @@ impl IoChannel for SharedChannel {
         let mut inner = self.shared.inner.lock();
         inner.reap();
         if let Some(mail) = inner.mail.get_mut(&self.id) {
-            out.extend(mail.drain(..).map(|done| to_completion(&self.info, done)));
+            out.extend(mail.drain(..).map(|done| to_completion(&self.target, done)));
         }
         drop(inner);
         out.append(&mut self.asked);
         self.in_flight -= out.len() - before;
         if self.in_flight == self.resets.len() {
             for reset in self.resets.extract_if(.., |r| r.is_over()) {
-                out.push(reset.completion(&self.info));
+                out.push(reset.completion(&self.target.info));
                 self.in_flight -= 1;
             }
         }

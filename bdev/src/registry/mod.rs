@@ -8,16 +8,19 @@ mod channel;
 mod names;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 
+use crate::OpenOptions;
 use crate::clock::Clock;
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
 use crate::op::OpKind;
+use crate::read_only::ReadOnly;
 use crate::stats::{BUCKETS, ChannelStats, Stats};
 
 use channel::BdevChannel;
@@ -168,6 +171,13 @@ impl Registry {
                 });
             }
         }
+        let uuid = info.uuid;
+        if uuid != [0; 16] && entries.values().any(|e| e.dev.info().uuid == uuid) {
+            // A device answers to its UUID: two would answer to one.
+            return Err(BdevError::Exists {
+                name: crate::uuid::format(&uuid),
+            });
+        }
         // A device below may have gone since it was claimed.
         if let Some(gone) = below.iter().find(|b| !entries.contains_key(*b)) {
             return Err(BdevError::Removed { name: gone.clone() });
@@ -212,6 +222,19 @@ impl Registry {
     /// [`BdevError::NotFound`], with the nearest name or all of them; [`BdevError::Claimed`] when
     /// another module stands on it; whatever opening a URI says.
     pub fn open(&self, name: &str) -> Result<Arc<dyn BlockDevice>, BdevError> {
+        self.open_with(name, OpenOptions::new())
+    }
+
+    /// As [`Registry::open`]. For reading only, a device that is there is given as a view that
+    /// cannot be written.
+    ///
+    /// # Errors
+    /// As [`Registry::open`].
+    pub fn open_with(
+        &self,
+        name: &str,
+        options: OpenOptions,
+    ) -> Result<Arc<dyn BlockDevice>, BdevError> {
         if let Some(bdev) = self.get(name) {
             let claim = bdev.entry.claim.lock().clone();
             return match claim {
@@ -219,11 +242,12 @@ impl Registry {
                     name: bdev.info().name.clone(),
                     by,
                 }),
+                None if options.is_read_only() => Ok(ReadOnly::of(Arc::new(bdev))),
                 None => Ok(Arc::new(bdev)),
             };
         }
-        if name.contains("://") || crate::uri::is_path(name) {
-            let dev = crate::open(name)?;
+        if crate::uri::is_uri(name) || crate::uri::is_path(name) {
+            let dev = crate::open_with(name, options)?;
             return Ok(Arc::new(self.register(dev, Vec::new())?));
         }
         Err(self.not_found(name))
@@ -487,6 +511,14 @@ impl BlockDevice for Bdev {
     fn driver_specific(&self) -> serde_json::Value {
         self.entry.dev.driver_specific()
     }
+
+    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
+        self.entry.dev.next_data(lba)
+    }
+
+    fn keep_file(&self, keep: bool) {
+        self.entry.dev.keep_file(keep);
+    }
 }
 
 impl Drop for Claimed {
@@ -506,5 +538,13 @@ impl BlockDevice for Claimed {
 
     fn driver_specific(&self) -> serde_json::Value {
         self.bdev.driver_specific()
+    }
+
+    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
+        self.bdev.next_data(lba)
+    }
+
+    fn keep_file(&self, keep: bool) {
+        self.bdev.keep_file(keep);
     }
 }

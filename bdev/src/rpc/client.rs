@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
+use pumice_nvme::transport::{connect_within, peer_is_own};
 use serde_json::{Value, json};
 
 use super::frame::{Frame, Scanner};
@@ -17,7 +18,7 @@ const ANSWER_MAX: usize = 64 << 20;
 #[non_exhaustive]
 pub enum RpcError {
     /// Nobody listens.
-    #[error("{path}: {source}; start a process with --rpc-socket {path}")]
+    #[error("{path}: {source}; a process with --rpc-socket {path} has to run")]
     Connect {
         /// The socket.
         path: String,
@@ -49,7 +50,8 @@ pub struct RpcClient {
 }
 
 impl RpcClient {
-    /// Connects to the socket `path`; calls then take at most `timeout`.
+    /// Connects to the socket `path`, which this user or root must serve; that, and each call, takes
+    /// at most `timeout`.
     ///
     /// # Errors
     /// [`RpcError::Connect`].
@@ -58,7 +60,21 @@ impl RpcClient {
             path: path.display().to_string(),
             source,
         };
-        let stream = UnixStream::connect(path).map_err(failed)?;
+        let stream = connect_within(path, timeout).map_err(|e| match e.kind() {
+            io::ErrorKind::TimedOut => failed(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("who serves it takes no connection within {timeout:?}"),
+            )),
+            _ => failed(e),
+        })?;
+        // A name in a directory where everybody may make names says nothing of who serves it.
+        if !peer_is_own(&stream) {
+            let text = "another user serves it, neither this one nor root";
+            return Err(failed(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                text,
+            )));
+        }
         stream.set_read_timeout(Some(timeout)).map_err(failed)?;
         stream.set_write_timeout(Some(timeout)).map_err(failed)?;
         Ok(RpcClient { stream, id: 0 })

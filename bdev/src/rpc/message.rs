@@ -11,6 +11,11 @@ const BATCH_MAX: usize = 64;
 
 /// Answers a message: a request, or a batch of them. `None`: there is nothing to say.
 pub fn handle(app: &App, text: &[u8]) -> Option<String> {
+    handle_until(app, text, &|| false)
+}
+
+/// As [`handle`]; a method that waits for something gives up when `gone` says so.
+pub(crate) fn handle_until(app: &App, text: &[u8], gone: &dyn Fn() -> bool) -> Option<String> {
     let error = |code, message: &str| failure(&Value::Null, &MethodError::new(code, message));
     let Ok(text) = std::str::from_utf8(text) else {
         return Some(error(PARSE_ERROR, "not UTF-8").to_string());
@@ -27,17 +32,20 @@ pub fn handle(app: &App, text: &[u8]) -> Option<String> {
             let message = format!("a batch has 1 to {BATCH_MAX} requests");
             return Some(error(INVALID_REQUEST, &message).to_string());
         }
-        let answers: Vec<Value> = batch.into_iter().filter_map(|r| request(app, r)).collect();
+        let answers: Vec<Value> = batch
+            .into_iter()
+            .filter_map(|r| request(app, r, gone))
+            .collect();
         return (!answers.is_empty()).then(|| Value::from(answers).to_string());
     }
-    request(app, raw).map(|answer| answer.to_string())
+    request(app, raw, gone).map(|answer| answer.to_string())
 }
 
 fn failure(id: &Value, e: &MethodError) -> Value {
     json!({ "jsonrpc": "2.0", "id": id, "error": { "code": e.code, "message": e.message } })
 }
 
-fn request(app: &App, raw: &RawValue) -> Option<Value> {
+fn request(app: &App, raw: &RawValue, gone: &dyn Fn() -> bool) -> Option<Value> {
     let invalid = |id: &Value, why: &str| {
         let message = format!("Invalid request: {why}");
         Some(failure(id, &MethodError::new(INVALID_REQUEST, message)))
@@ -46,7 +54,12 @@ fn request(app: &App, raw: &RawValue) -> Option<Value> {
         return invalid(&Value::Null, "not an object");
     };
     let member = |key: &str| members.iter().find(|(k, _)| k == key).map(|(_, v)| *v);
-    let id: Option<Value> = member("id").and_then(|raw| serde_json::from_str(raw.get()).ok());
+    let id: Option<Value> = match member("id").map(|raw| serde_json::from_str(raw.get())) {
+        None => None,
+        Some(Ok(id)) => Some(id),
+        // Not a notification: somebody waits for an answer, if not for this one.
+        Some(Err(_)) => return invalid(&Value::Null, "`id` is a string or a number"),
+    };
     let known = |id: &Value| id.is_string() || id.is_number() || id.is_null();
     let for_answer = id.clone().filter(known).unwrap_or(Value::Null);
     if id.as_ref().is_some_and(|id| !known(id)) {
@@ -61,7 +74,7 @@ fn request(app: &App, raw: &RawValue) -> Option<Value> {
     let Some(method) = method else {
         return invalid(&for_answer, "`method` is a string");
     };
-    let result = app.call_raw(&method, member("params"));
+    let result = app.call_until(&method, member("params"), gone);
     if let Err(error) = &result {
         tracing::debug!(method, %error, "call failed");
     }
@@ -107,6 +120,13 @@ mod tests {
         assert_eq!(answer("{")["error"]["code"], -32700);
         assert_eq!(answer("[]")["error"]["code"], -32600);
         assert_eq!(answer("3")["error"]["code"], -32600);
+        let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
+        for id in ["1e999", deep.as_str(), "{}"] {
+            let text = format!(r#"{{"jsonrpc":"2.0","method":"rpc_get_methods","id":{id}}}"#);
+            let e = answer(&text);
+            assert_eq!(e["error"]["code"], -32600, "{id}");
+            assert_eq!(e["id"], Value::Null);
+        }
         assert_eq!(answer(r#"{"method":"x","id":1}"#)["error"]["code"], -32600);
         assert_eq!(
             answer(r#"{"jsonrpc":"2.0","method":"x","id":[]}"#)["error"]["code"],

@@ -11,5 +11,5 @@ mod server;
 
 pub use client::{RpcClient, RpcError};
 pub use message::handle;
+pub(crate) use server::clear_stale;
 pub use server::{RpcServer, ServerOptions, serve};
-pub(crate) use server::{bind_private, clear_stale};

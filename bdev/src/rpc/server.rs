@@ -1,7 +1,7 @@
 //! The server: a thread that accepts, one for each client.
 
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt as _};
+use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,10 +9,18 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use pumice_nvme::transport::{bind_private, connect_within};
+
 use super::frame::{Frame, Scanner};
 use super::message;
 use crate::config::App;
 use crate::error::BdevError;
+use crate::pollfd::is_hung_up;
+
+/// How long a socket that is there already is given to take a connection.
+const STALE_PATIENCE: Duration = Duration::from_secs(1);
+/// What a client still sends after an error that ends the connection is thrown away for so long.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Limits of a server.
 #[derive(Debug, Clone)]
@@ -92,46 +100,13 @@ pub(crate) fn clear_stale(path: &Path) -> Result<(), BdevError> {
             let reason = "exists and is no socket; choose another path".to_owned();
             Err(BdevError::Unsafe { device, reason })
         }
-        Ok(_) if UnixStream::connect(path).is_ok() => Err(BdevError::InUse { device, pid: None }),
-        Ok(_) => std::fs::remove_file(path)
-            .map_err(|e| BdevError::os(device, "remove a stale socket", e)),
+        Ok(_) => match connect_within(path, STALE_PATIENCE) {
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)
+                .map_err(|e| BdevError::os(device, "remove a stale socket", e)),
+            // Somebody listens, even if he takes no connection or lets nobody connect.
+            _ => Err(BdevError::InUse { device, pid: None }),
+        },
     }
-}
-
-/// Binds where nobody else can reach, sets the permissions, then moves the socket to its place.
-pub(crate) fn bind_private(path: &Path) -> io::Result<UnixListener> {
-    let parent = path
-        .parent()
-        .filter(|p| !p.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    let dir = private_dir(parent)?;
-    let inside = dir.join("s");
-    let bound = UnixListener::bind(&inside).and_then(|listener| {
-        std::fs::set_permissions(&inside, std::fs::Permissions::from_mode(0o600))?;
-        std::fs::rename(&inside, path)?;
-        Ok(listener)
-    });
-    let _ = std::fs::remove_file(&inside);
-    let _ = std::fs::remove_dir(&dir);
-    bound
-}
-
-/// A directory of our own in `parent`, whatever earlier processes and other threads have left.
-fn private_dir(parent: &Path) -> io::Result<PathBuf> {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    const TRIES: usize = 64;
-    let mut builder = std::fs::DirBuilder::new();
-    builder.mode(0o700);
-    for _ in 0..TRIES {
-        let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        let dir = parent.join(format!(".rpc{}.{n}", std::process::id()));
-        match builder.create(&dir) {
-            Ok(()) => return Ok(dir),
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Err(io::ErrorKind::AlreadyExists.into())
 }
 
 /// One client less, however its thread ends.
@@ -162,10 +137,9 @@ fn accept(
             }
         };
         if clients.load(Ordering::Acquire) >= options.clients_max {
-            tracing::warn!(
-                clients_max = options.clients_max,
-                "too many clients: one turned away"
-            );
+            let clients_max = options.clients_max;
+            tracing::warn!(clients_max, "too many clients: one turned away");
+            turn_away(stream, clients_max);
             continue;
         }
         clients.fetch_add(1, Ordering::AcqRel);
@@ -212,7 +186,8 @@ pub fn serve(
     loop {
         match scanner.scan(&buf) {
             Frame::Complete(end) => {
-                let answer = message::handle(app, &buf[..end]);
+                let gone = || stop.load(Ordering::Acquire) || is_hung_up(&stream);
+                let answer = message::handle_until(app, &buf[..end], &gone);
                 buf.drain(..end);
                 scanner.restart();
                 since = Instant::now();
@@ -224,11 +199,11 @@ pub fn serve(
             }
             Frame::Garbage => {
                 // Where the next message begins nobody can say.
-                return say(&mut stream, -32700, "not a JSON-RPC message");
+                return farewell(&mut stream, -32700, "not a JSON-RPC message");
             }
             Frame::Partial if buf.len() > options.request_max => {
                 let message = format!("a request has at most {} bytes", options.request_max);
-                return say(&mut stream, -32600, &message);
+                return farewell(&mut stream, -32600, &message);
             }
             Frame::Partial => {}
         }
@@ -263,6 +238,45 @@ pub fn serve(
             Err(e) => return Err(e),
         }
     }
+}
+
+/// Says why a connection ends, without holding up those that wait to be accepted.
+fn turn_away(mut stream: UnixStream, clients_max: usize) {
+    let message = format!("there are {clients_max} clients already; try again later");
+    let _ = stream.set_nonblocking(true);
+    let _ = say(&mut stream, -32000, &message);
+    let _ = stream.shutdown(std::net::Shutdown::Write);
+    // A socket that is closed with bytes unread ends in an error on the other side.
+    let mut piece = [0; 4096];
+    for _ in 0..16 {
+        if !matches!(stream.read(&mut piece), Ok(n) if n > 0) {
+            break;
+        }
+    }
+}
+
+/// Says why the connection ends, and takes what the client is still sending, so that it gets to
+/// read that.
+fn farewell(stream: &mut UnixStream, code: i64, message: &str) -> io::Result<()> {
+    say(stream, code, message)?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let start = Instant::now();
+    let mut piece = [0; 64 << 10];
+    while start.elapsed() < FAREWELL {
+        match stream.read(&mut piece) {
+            Ok(0) => break,
+            Ok(_) => {}
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock
+                        | io::ErrorKind::TimedOut
+                        | io::ErrorKind::Interrupted
+                ) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }
 
 fn say(stream: &mut UnixStream, code: i64, message: &str) -> io::Result<()> {

@@ -79,6 +79,7 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let opened = open_with(&args.uri, options)?;
     let ns = opened.namespace()?;
     let io_bytes = parse_size(&args.io_size)
+        .ok()
         .and_then(|n| usize::try_from(n).ok())
         .filter(|n| *n > 0 && n.is_multiple_of(ns.block_size() as usize))
         .ok_or_else(|| {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use pumice_bdev::BlockDevice;
 use pumice_bdev::config::App;
+use pumice_bdev::contents::{self, Contents};
 use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions};
 use rocksdb::Env;
 
@@ -67,11 +68,11 @@ impl Ours {
             (open_device(&f.device)?, f.device.clone())
         };
         let fail = |e: &dyn std::fmt::Display| format!("{name}: {e}");
-        let there = FileSystem::probe(&device).map_err(|e| fail(&e))?;
-        let is_ours = there.as_deref().is_some_and(|t| t.contains("BlobFS"));
+        let there = contents::recognise(&*device).map_err(|e| fail(&e))?;
+        let is_ours = there == Some(Contents::Ours(contents::Ours::BlobFs));
         if f.force_format || (f.format && !is_ours) {
             if f.use_existing_db && !is_ours {
-                let what = there.as_deref().unwrap_or("nothing known");
+                let what = there.map_or("nothing known".to_owned(), |t| t.to_string());
                 return Err(format!(
                     "{name} holds {what}: --use_existing_db needs a file system of ours there"
                 ));

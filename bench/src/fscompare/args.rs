@@ -224,23 +224,12 @@ fn is_root() -> bool {
         == Some("0")
 }
 
-/// `512M`, `4G`, `1048576`.
+/// `512M`, `4G`, `1048576`: more than nothing.
 fn bytes(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
-        "" | "B" => 0,
-        "K" | "KIB" => 10,
-        "M" | "MIB" => 20,
-        "G" | "GIB" => 30,
-        "T" | "TIB" => 40,
-        _ => return Err("expected bytes, or a number with K, M, G or T".to_owned()),
-    };
-    digits
-        .parse::<u64>()
-        .ok()
-        .and_then(|n| n.checked_mul(1 << shift))
-        .filter(|n| *n > 0)
-        .ok_or_else(|| "expected bytes, or a number with K, M, G or T".to_owned())
+    match pumice_bdev::parse_size(text)? {
+        0 => Err("0 bytes are too few".to_owned()),
+        n => Ok(n),
+    }
 }
 
 #[cfg(test)]

@@ -4,7 +4,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use pumice_bdev::contents::{Formatting, Overwrite};
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf};
+#[cfg(doc)]
+use pumice_bdev::{BdevError, contents};
 
 use super::alloc::Bitmap;
 use super::blob::{Blob, Shared};
@@ -36,6 +39,9 @@ pub struct InitOptions {
     pub clear_method: ClearMethod,
     /// Opens external snapshots.
     pub open_external: Option<OpenExternal>,
+    /// Makes the store over whatever the device holds. Else a device that holds anything but zeroes
+    /// is refused.
+    pub force: bool,
 }
 
 impl Default for InitOptions {
@@ -46,6 +52,7 @@ impl Default for InitOptions {
             bstype: BsType::NONE,
             clear_method: ClearMethod::Default,
             open_external: None,
+            force: false,
         }
     }
 }
@@ -97,13 +104,16 @@ pub(crate) struct Inner {
 }
 
 impl Blobstore {
-    /// Makes an empty store on the device, over whatever it holds, and loads it. Blocks.
+    /// Makes an empty store on the device and loads it. Without [`InitOptions::force`] the device must
+    /// be blank, by the rule of [`contents`]: every block that may hold data is read. Blocks.
     ///
     /// A crash on the way leaves a device without a store.
     ///
     /// # Errors
-    /// Sizes that do not fit the device, I/O errors.
+    /// [`BdevError::NotBlank`]; sizes that do not fit the device; I/O errors. An image file that opening
+    /// the device has made is removed then, when the device is closed.
     pub fn init(dev: Arc<dyn BlockDevice>, opts: &InitOptions) -> Result<Blobstore, Error> {
+        let formatting = Formatting::begin(&dev, Overwrite::forced(opts.force))?;
         let info = dev.info();
         let mut io = MdIo::new(&dev)?;
         let sb = lay_out(info.len_bytes(), info.block_size, opts)?;
@@ -127,6 +137,7 @@ impl Blobstore {
         io.run_durable(metadata)?;
         let write = io.writes(0, &sb.encode())?;
         io.run_durable(write)?;
+        formatting.finish();
         let scan = Scan::empty(&geo);
         Ok(Blobstore::with_state(
             dev,

@@ -200,7 +200,8 @@ impl FsError {
             FsError::Unmounted { .. } | FsError::Forked { .. } => libc::EBADF,
             FsError::TooManyLinks { .. } => libc::EMLINK,
             FsError::NoMemory(_) => libc::ENOMEM,
-            FsError::Device(_) | FsError::Store { .. } => libc::EIO,
+            FsError::Device(e) => e.errno(),
+            FsError::Store { .. } => libc::EIO,
         }
     }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use parking_lot::Mutex;
+use pumice_bdev::contents::{self, Contents};
 use pumice_bdev::{BlockDevice, OpKind};
 
 use super::cache::Cache;
@@ -145,8 +146,8 @@ fn refuse(dev: &Arc<dyn BlockDevice>, e: StoreError) -> FsError {
             found: format!("an SPDK blobstore of type \"{found}\""),
             hint: "only one of type \"BLOBFS\" is a file system".to_owned(),
         },
-        StoreError::SuperBlock { .. } => match super::probe::probe(dev) {
-            Ok(Some(found)) if !found.contains("BlobFS") => FsError::Foreign {
+        StoreError::SuperBlock { .. } => match contents::recognise(&**dev) {
+            Ok(Some(Contents::Foreign(found))) => FsError::Foreign {
                 device,
                 found,
                 hint,

@@ -51,7 +51,6 @@ mod ops;
 mod options;
 mod path;
 mod pool;
-mod probe;
 mod read;
 mod sync;
 mod tail;

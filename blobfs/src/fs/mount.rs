@@ -4,7 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use pumice_bdev::BlockDevice;
+#[cfg(doc)]
+use pumice_bdev::contents;
+use pumice_bdev::contents::{Formatting, Overwrite};
+use pumice_bdev::{BdevError, BlockDevice};
 
 use super::cache::CacheStats;
 use super::core::{Core, store_error};
@@ -15,7 +18,7 @@ use super::metered::IoStats;
 use super::names::Entry;
 use super::options::{FormatOptions, MountOptions, OpenOptions};
 use super::view::StoreView;
-use super::{exit, load, path, probe};
+use super::{exit, load, path};
 use crate::blobstore::{BlobId, Blobstore, BsType, InitOptions};
 
 /// A mounted file system. Cheap to clone; when the last handle (of it, or of a file in it) is
@@ -107,14 +110,30 @@ impl Drop for Core {
     }
 }
 
+/// Why a device is not formatted.
+fn refuse_format(e: BdevError) -> FsError {
+    match e {
+        BdevError::NotBlank { device, contents } => FsError::Foreign {
+            device,
+            found: contents.to_string(),
+            hint: "nothing was changed; format over it with force (`--force`)".to_owned(),
+        },
+        e => FsError::from(e),
+    }
+}
+
 impl FileSystem {
-    /// Makes an empty file system on the device. Blocks.
+    /// Makes an empty file system on the device. Without [`FormatOptions::force`] the device must be
+    /// blank, by the rule of [`contents`]: every block that may hold data is read. Blocks.
     ///
     /// # Errors
-    /// The device holds something that is recognised and `force` is not set; sizes that do not fit;
-    /// device errors.
+    /// [`FsError::Foreign`] when the device holds anything but zeroes, or could not be read as a whole;
+    /// sizes that do not fit; device errors. An image file that opening the device has made is removed
+    /// then, when the device is closed.
     pub fn format(dev: Arc<dyn BlockDevice>, opts: &FormatOptions) -> Result<()> {
         let info = dev.info();
+        let formatting =
+            Formatting::begin(&dev, Overwrite::forced(opts.force)).map_err(refuse_format)?;
         if info.block_size > 4096 {
             let reason = format!(
                 "blocks of {} bytes; BlobFS needs 512 to 4096",
@@ -122,36 +141,22 @@ impl FileSystem {
             );
             return Err(FsError::invalid(&info.name, reason));
         }
-        if !opts.force
-            && let Some(found) = probe::probe(&dev)?
-        {
-            let hint = "nothing was changed; format over it with force (`--force`)".to_owned();
-            return Err(FsError::Foreign {
-                device: info.name.clone(),
-                found,
-                hint,
-            });
-        }
         let name = info.name.clone();
         let init = InitOptions {
             cluster_size: opts.cluster_size,
             md_pages: opts.md_pages,
             bstype: BsType::BLOBFS,
+            // It has been looked at.
+            force: true,
             ..InitOptions::default()
         };
         let store = Blobstore::init(dev, &init)
             .map_err(|e| store_error(format!("{name}: format"), e, 0))?;
         store
             .unload()
-            .map_err(|e| store_error(format!("{name}: format"), e, 0))
-    }
-
-    /// Names what is on the device, if it is something known. Reads only. Blocks.
-    ///
-    /// # Errors
-    /// The device cannot be read.
-    pub fn probe(dev: &Arc<dyn BlockDevice>) -> Result<Option<String>> {
-        probe::probe(dev)
+            .map_err(|e| store_error(format!("{name}: format"), e, 0))?;
+        formatting.finish();
+        Ok(())
     }
 
     /// Mounts. Finishes what a crash has cut short; writes nothing if there is nothing to finish.

@@ -128,6 +128,26 @@ pub fn open(uri: &NvmeUri) -> Result<OpenTransport, TransportError> {
     Ok(SoftController::new(config(uri)?)?.transport())
 }
 
+fn cannot_open(path: &str, source: std::io::Error) -> TransportError {
+    let device = path.to_owned();
+    match source.kind() {
+        std::io::ErrorKind::NotFound => TransportError::NotFound {
+            device,
+            what: "no such file; add create=1 and size=… to make an image there".to_owned(),
+        },
+        std::io::ErrorKind::ResourceBusy => TransportError::InUse {
+            device,
+            detail: source.to_string(),
+            pid: None,
+        },
+        _ => TransportError::Io {
+            device,
+            what: "opening the image".to_owned(),
+            source,
+        },
+    }
+}
+
 /// What a `soft:` URI describes.
 pub fn config(uri: &NvmeUri) -> Result<SoftConfig, TransportError> {
     uri.only(&[
@@ -162,8 +182,8 @@ pub fn config(uri: &NvmeUri) -> Result<SoftConfig, TransportError> {
                     return Err(uri.error("a file is one namespace"));
                 }
                 let create = (uri.number("create", 0, 1)? == 1).then_some(size);
-                let file = FileBackend::open(Path::new(path), create)
-                    .map_err(|e| uri.error(e.to_string()))?;
+                let file =
+                    FileBackend::open(Path::new(path), create).map_err(|e| cannot_open(path, e))?;
                 Box::new(file)
             }
             other => {

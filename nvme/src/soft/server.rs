@@ -24,7 +24,7 @@ use crate::transport::vfio_user_wire::{
     Body, Command, DMA_READ_WRITE, Message, REGION_ACCESS_LEN, connect, receive, send, u32_at,
     u64_at, version,
 };
-use crate::transport::{EventFd, Transport, TransportError, wait_readable};
+use crate::transport::{EventFd, Transport, TransportError, bind_private, wait_readable};
 
 /// Interrupt vectors of a served controller.
 pub(super) const VECTORS: u16 = 16;
@@ -142,32 +142,10 @@ fn clear_socket(path: &Path) -> Result<(), TransportError> {
             _ => Err(TransportError::InUse {
                 device: device(),
                 detail: "another process serves this socket".to_owned(),
+                pid: None,
             }),
         },
     }
-}
-
-/// A socket that only its owner can connect to, whatever the umask: it is made in a directory of
-/// its own and moved into place.
-fn bind_private(path: &Path) -> io::Result<UnixListener> {
-    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    // A short name: a socket's path has 107 bytes at most.
-    let dir = parent.join(format!(".{}", std::process::id()));
-    std::fs::DirBuilder::new().mode(0o700).create(&dir)?;
-    let inner = dir.join(name);
-    let made = UnixListener::bind(&inner).and_then(|listener| {
-        std::fs::set_permissions(&inner, std::fs::Permissions::from_mode(0o600))?;
-        // Unlike a rename, a link replaces nothing that came there meanwhile.
-        std::fs::hard_link(&inner, path)?;
-        Ok(listener)
-    });
-    let _ = std::fs::remove_file(&inner);
-    let _ = std::fs::remove_dir(&dir);
-    made
 }
 
 struct Server {

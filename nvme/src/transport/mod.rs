@@ -29,6 +29,7 @@ mod iova;
 pub(crate) mod mapping;
 mod mmio;
 mod open;
+mod private_socket;
 mod registers;
 mod uio;
 mod uri;
@@ -41,9 +42,11 @@ pub(crate) use iova::IovaSpace;
 pub(crate) use mmio::{Doorbell, Kick, MmioMap};
 pub(crate) use open::check_parameters;
 pub use open::open_transport;
+pub use private_socket::bind_private;
 pub(crate) use uio::Uio;
-pub use uri::{NvmeUri, parse_size};
+pub use uri::{NvmeUri, parse_size, percent_decode};
 pub(crate) use vfio::Vfio;
+pub use vfio_user::socket::{connect as connect_within, peer_is_own};
 pub(crate) use vfio_user::wire as vfio_user_wire;
 pub(crate) use vfio_user::{VfioUser, socket_path as vfio_user_socket};
 
@@ -64,6 +67,16 @@ pub enum TransportError {
         device: String,
         /// By whom, or how to find out.
         detail: String,
+        /// The process, where it is known.
+        pid: Option<u32>,
+    },
+    /// There is no such file or socket.
+    #[error("{device}: {what}")]
+    NotFound {
+        /// Its path.
+        device: String,
+        /// What is missing, and what to do.
+        what: String,
     },
     /// The device or this system cannot do it; the text names the remedy if there is one.
     #[error("{device}: {what}")]

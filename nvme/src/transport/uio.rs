@@ -204,6 +204,7 @@ fn lock(device: &str, file: &File) -> Result<(), TransportError> {
             detail: format!(
                 "another process has /sys/bus/pci/devices/{device}/resource0 locked (fuser tells which)"
             ),
+            pid: None,
         }),
         Err(std::fs::TryLockError::Error(source)) => {
             Err(io_error(device, "locking resource0", source))

@@ -43,14 +43,23 @@ impl NvmeUri {
             err("no scheme; use nvme://0000:00:03.0, vfio-user:///path or soft://memory".into())
         })?;
         let (address, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let decode = |s: &str| {
+            percent_decode(s)
+                .and_then(|bytes| String::from_utf8(bytes).ok())
+                .ok_or_else(|| {
+                    err(format!(
+                        "`{s}`: bad percent-encoding; write % itself as %25"
+                    ))
+                })
+        };
         let mut params = BTreeMap::new();
         for pair in query.split('&').filter(|p| !p.is_empty()) {
             let (key, value) = pair.split_once('=').unwrap_or((pair, "1"));
-            if params.insert(key.to_owned(), value.to_owned()).is_some() {
+            if params.insert(decode(key)?, decode(value)?).is_some() {
                 return Err(err(format!("'{key}' is given twice")));
             }
         }
-        let mut address = address.to_owned();
+        let mut address = decode(address)?;
         let mut nsid = match params.remove("nsid") {
             Some(n) => Some(parse_nsid(&n).ok_or_else(|| err(format!("'{n}' is no namespace")))?),
             None => None,
@@ -91,10 +100,11 @@ impl NvmeUri {
     pub fn only(&self, known: &[&str]) -> Result<(), TransportError> {
         for key in self.params.keys() {
             if !known.contains(&key.as_str()) {
-                return Err(self.error(format!(
-                    "unknown parameter '{key}'; known here: {}",
-                    known.join(", ")
-                )));
+                let known = match known {
+                    [] => "only nsid is known".to_owned(),
+                    known => format!("known here: nsid, {}", known.join(", ")),
+                };
+                return Err(self.error(format!("unknown parameter '{key}'; {known}")));
             }
         }
         Ok(())
@@ -104,8 +114,7 @@ impl NvmeUri {
     pub fn size(&self, key: &str, default: u64) -> Result<u64, TransportError> {
         match self.params.get(key) {
             None => Ok(default),
-            Some(v) => parse_size(v)
-                .ok_or_else(|| self.error(format!("{key}={v}: not a size such as 64M or 1G"))),
+            Some(v) => parse_size(v).map_err(|e| self.error(format!("{key}={v}: {e}"))),
         }
     }
 
@@ -122,6 +131,26 @@ impl NvmeUri {
     }
 }
 
+/// The bytes that a part of a URI stands for: `%41` is `A`. `None`: a `%` without two digits.
+pub fn percent_decode(text: &str) -> Option<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let [first, tail @ ..] = rest {
+        rest = tail;
+        if *first != b'%' {
+            bytes.push(*first);
+            continue;
+        }
+        let [high, low, tail @ ..] = rest else {
+            return None;
+        };
+        let digit = |b: u8| char::from(b).to_digit(16);
+        bytes.push(u8::try_from(digit(*high)? << 4 | digit(*low)?).ok()?);
+        rest = tail;
+    }
+    Some(bytes)
+}
+
 fn parse_nsid(text: &str) -> Option<u32> {
     if text.is_empty() || !text.bytes().all(|b| b.is_ascii_digit()) {
         return None;
@@ -129,19 +158,37 @@ fn parse_nsid(text: &str) -> Option<u32> {
     text.parse().ok().filter(|n| *n > 0 && *n < u32::MAX)
 }
 
-/// A number of bytes with an optional binary suffix K, M, G or T (also `KiB`, `MB`, …).
-pub fn parse_size(text: &str) -> Option<u64> {
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, suffix) = text.split_at(digits);
-    let shift = match suffix.to_ascii_lowercase().as_str() {
-        "" | "b" => 0,
-        "k" | "kb" | "kib" => 10,
-        "m" | "mb" | "mib" => 20,
-        "g" | "gb" | "gib" => 30,
-        "t" | "tb" | "tib" => 40,
-        _ => return None,
+/// A size in bytes: a number with an optional unit (K, M, G, T, P, with or without B or iB; powers
+/// of 1024).
+///
+/// # Errors
+/// A text that says what is wrong.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let text = text.trim();
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number
+        .parse()
+        .map_err(|_| format!("`{text}` is not a size; write 4G or 512M"))?;
+    let unit = unit.trim().to_ascii_lowercase();
+    let shift = match unit
+        .strip_suffix("ib")
+        .or_else(|| unit.strip_suffix('b'))
+        .unwrap_or(&unit)
+    {
+        "" if unit != "ib" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        "p" => 50,
+        _ => return Err(format!("`{text}`: unknown unit; use K, M, G, T or P")),
     };
-    number.parse::<u64>().ok()?.checked_mul(1 << shift)
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| format!("`{text}` is too large"))
 }
 
 #[cfg(test)]
@@ -161,6 +208,8 @@ mod tests {
         );
         let u = NvmeUri::parse("vfio-user:///tmp?nsid=7").unwrap();
         assert_eq!((u.address.as_str(), u.nsid), ("/tmp", Some(7)));
+        let u = NvmeUri::parse("vfio-user:///run/a%20b%25").unwrap();
+        assert_eq!(u.address, "/run/a b%");
         let u = NvmeUri::parse("soft:///data/1?size=64M").unwrap();
         assert_eq!((u.address.as_str(), u.nsid), ("/data/1", None));
         assert_eq!(u.size("size", 0).unwrap(), 64 << 20);
@@ -171,6 +220,7 @@ mod tests {
             "nvme://0000:00:03.0/x",
             "soft://memory?a=1&a=2",
             "nvme://a?nsid=0",
+            "soft:///100%",
         ] {
             assert!(NvmeUri::parse(bad).is_err(), "{bad}");
         }
@@ -178,11 +228,18 @@ mod tests {
 
     #[test]
     fn sizes() {
-        assert_eq!(parse_size("512"), Some(512));
-        assert_eq!(parse_size("4KiB"), Some(4096));
-        assert_eq!(parse_size("1g"), Some(1 << 30));
-        assert_eq!(parse_size(""), None);
-        assert_eq!(parse_size("99999999999T"), None);
-        assert_eq!(parse_size("-1"), None);
+        for (text, want) in [
+            ("4096", 4096),
+            ("512b", 512),
+            ("1G", 1 << 30),
+            ("2 MiB", 2 << 20),
+            ("3kb", 3 << 10),
+            ("1P", 1 << 50),
+        ] {
+            assert_eq!(parse_size(text), Ok(want), "{text}");
+        }
+        for bad in ["", "1X", "-1", "99999999P", "G", "1ib", "1.5G"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
     }
 }

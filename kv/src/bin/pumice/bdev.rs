@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use clap::{Args, Subcommand};
 use pumice_bdev::config::{self, App};
+use pumice_bdev::contents::{self, Overwrite};
 use pumice_bdev::terminal::print_json;
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, Op, OpKind, complain, say, uuid};
-use pumice_blobfs::fs::FileSystem;
 use serde_json::{Value, json};
 
 use crate::serve;
@@ -46,7 +46,7 @@ enum What {
         from: String,
         /// Name or URI; what it holds is lost
         to: String,
-        /// Even if something is recognised on the destination
+        /// Even if the destination holds anything but zeroes
         #[arg(long)]
         force: bool,
     },
@@ -54,7 +54,7 @@ enum What {
     Zero {
         /// Name or URI; what it holds is lost
         device: String,
-        /// Even if something is recognised on it
+        /// Even if it holds anything but zeroes
         #[arg(long)]
         force: bool,
     },
@@ -159,19 +159,9 @@ fn channel(dev: &dyn BlockDevice) -> Result<AsyncChannel, String> {
     ))
 }
 
-/// Refuses to write over something that is recognised.
+/// Refuses to write over anything but zeroes.
 fn may_overwrite(dev: &Arc<dyn BlockDevice>, force: bool) -> Result<(), String> {
-    let name = &dev.info().name;
-    if !dev.info().ops.has(OpKind::Write) {
-        return Err(format!("{name} is read-only"));
-    }
-    if force || !dev.info().keeps_data {
-        return Ok(());
-    }
-    match FileSystem::probe(dev).map_err(|e| e.to_string())? {
-        None => Ok(()),
-        Some(what) => Err(format!("{name} holds {what}; to lose it, add --force")),
-    }
+    contents::may_overwrite(&**dev, Overwrite::forced(force)).map_err(|e| e.to_string())
 }
 
 fn list(app: &App) -> Result<bool, String> {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use clap::{Args, Subcommand, ValueEnum};
 use pumice_bdev::terminal::{Lines, print_json};
-use pumice_bdev::{BlockDevice, DmaBuf, complain, parse_size, say};
+use pumice_bdev::{complain, parse_size, say};
 use pumice_blobfs::blobstore::{
     Blob, BlobId, Blobstore, BsType, CreateOptions, ExternalOpener, InitOptions, LoadOptions,
     Parent,
@@ -337,15 +337,13 @@ fn init(
     force: bool,
 ) -> Result<()> {
     let dev = pumice_bdev::open(uri)?;
-    if !force {
-        refuse_if_used(&dev)?;
-    }
     let cluster_size =
         u32::try_from(cluster_size).map_err(|_| "clusters of 4 GiB and more are too large")?;
     let opts = InitOptions {
         cluster_size,
         md_pages,
         bstype,
+        force,
         ..InitOptions::default()
     };
     let store = Blobstore::init(dev, &opts)?;
@@ -357,35 +355,6 @@ fn init(
         store.md_pages().total
     )?;
     Ok(())
-}
-
-/// Somebody's data is not overwritten without being asked.
-fn refuse_if_used(dev: &Arc<dyn BlockDevice>) -> Result<()> {
-    let info = dev.info();
-    let what = match Blobstore::load(
-        Arc::clone(dev),
-        &LoadOptions {
-            read_only: true,
-            ..LoadOptions::default()
-        },
-    ) {
-        Ok(store) => format!(
-            "a blobstore (type \"{}\", {} blobs)",
-            store.bstype(),
-            store.blobs().len()
-        ),
-        Err(_) => {
-            let ch = pumice_bdev::AsyncChannel::new(dev.open_channel()?);
-            let len = info.len_bytes().min(128 << 10) / u64::from(info.block_size)
-                * u64::from(info.block_size);
-            let buf = ch.block_on(ch.read(0, DmaBuf::new(usize::try_from(len)?)?))?;
-            if buf.iter().all(|byte| *byte == 0) {
-                return Ok(());
-            }
-            "data in its first 128 KiB".to_owned()
-        }
-    };
-    Err(format!("{} holds {what}; --force overwrites it", info.name).into())
 }
 
 fn list(store: &Blobstore, as_json: bool) -> Result<()> {

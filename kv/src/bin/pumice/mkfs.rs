@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use pumice_bdev::terminal::print_json;
-use pumice_bdev::{BlockDevice, parse_size, say};
+use pumice_bdev::{BlockDevice, file_uri, parse_size, say};
 use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, StatFs};
 use serde_json::json;
 
@@ -16,7 +16,7 @@ use crate::files::{Failure, fail, human};
 pub struct Mkfs {
     /// The device: file:///path, /path, malloc://1G, nvme://0000:01:00.0
     uri: String,
-    /// Size of an image file, which is made if there is none: 4G, 512M
+    /// Size of the image file that is made: 4G, 512M. One that is there must have it already
     #[arg(long, value_parser = size)]
     size: Option<u64>,
     /// Bytes of a cluster, the unit of allocation: a multiple of 4096
@@ -25,7 +25,7 @@ pub struct Mkfs {
     /// Pages of metadata; a file takes two or more. As many as there are clusters by default
     #[arg(long)]
     md_pages: Option<u32>,
-    /// Format over whatever the device holds
+    /// Format over whatever the device holds; without it only zeroes are
     #[arg(long)]
     force: bool,
     /// Print JSON
@@ -93,6 +93,11 @@ fn with_size(uri: &str, size: Option<u64>) -> Result<String, Failure> {
         let text = "--size is for image files; a device has the size that it has";
         return Err(Failure::from(text.to_owned()));
     }
+    let uri = if uri.contains("://") {
+        uri.to_owned()
+    } else {
+        file_uri(uri)
+    };
     let separator = if uri.contains('?') { '&' } else { '?' };
     Ok(format!("{uri}{separator}size={size}&create=1"))
 }
@@ -104,7 +109,10 @@ mod tests {
     #[test]
     fn sizes_go_into_the_uri() {
         assert_eq!(with_size("/a", None).unwrap(), "/a");
-        assert_eq!(with_size("/a", Some(5)).unwrap(), "/a?size=5&create=1");
+        assert_eq!(
+            with_size("/a%b?", Some(5)).unwrap(),
+            "file:///a%25b%3F?size=5&create=1"
+        );
         assert_eq!(
             with_size("file:///a?block_size=4096", Some(5)).unwrap(),
             "file:///a?block_size=4096&size=5&create=1"

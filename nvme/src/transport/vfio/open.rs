@@ -235,13 +235,19 @@ fn explain(device: &str, error: VfioError) -> TransportError {
 
 fn explain_io(device: &str, node: &str, source: io::Error) -> TransportError {
     match source.raw_os_error() {
-        Some(libc::EBUSY) => TransportError::InUse {
-            device: device.to_owned(),
-            detail: match Host::new().openers(node).into_iter().next() {
-                Some((pid, name)) => format!("process {pid} ({name}) has {node} open"),
-                None => format!("another process has {node} open (fuser -v {node} tells which)"),
-            },
-        },
+        Some(libc::EBUSY) => {
+            let opener = Host::new().openers(node).into_iter().next();
+            TransportError::InUse {
+                device: device.to_owned(),
+                pid: opener.as_ref().map(|(pid, _)| *pid),
+                detail: match opener {
+                    Some((pid, name)) => format!("process {pid} ({name}) has {node} open"),
+                    None => {
+                        format!("another process has {node} open (fuser -v {node} tells which)")
+                    }
+                },
+            }
+        }
         Some(libc::EACCES | libc::EPERM) => unsupported(
             device,
             format!(

@@ -75,7 +75,9 @@ impl Client {
     }
 
     fn somebody_else(&self, path: &Path) -> TransportError {
-        let served = match socket::peer(&self.socket) {
+        let peer = socket::peer(&self.socket);
+        let pid = peer.as_ref().and_then(|(pid, _)| u32::try_from(*pid).ok());
+        let served = match peer {
             Some((pid, name)) => format!("process {pid} ({name}), which serves the socket,"),
             None => "the process that serves the socket".to_owned(),
         };
@@ -88,6 +90,7 @@ impl Client {
                 connections(path),
                 path.display()
             ),
+            pid,
         }
     }
 
@@ -349,16 +352,30 @@ impl AsFd for Client {
     }
 }
 
+const NO_SOCKET: &str = "there is no such socket: start the controller's process (SPDK: \
+     nvmf_subsystem_add_listener -t VFIOUSER -a <directory>), and name its directory or its socket";
+
 fn cannot_connect(device: &str, path: &Path, source: io::Error) -> TransportError {
     let what = match source.kind() {
         io::ErrorKind::NotFound => {
-            "there is no such socket: start the controller's process (SPDK: nvmf_subsystem_add_listener -t VFIOUSER -a <directory>), and name its directory or its socket"
+            return TransportError::NotFound {
+                device: path.display().to_string(),
+                what: NO_SOCKET.to_owned(),
+            };
+        }
+        io::ErrorKind::TimedOut => {
+            return TransportError::InUse {
+                device: device.to_owned(),
+                detail: format!(
+                    "the process that serves {} does not accept connections: it is stuck, or \
+                     serves too many others",
+                    path.display()
+                ),
+                pid: None,
+            };
         }
         io::ErrorKind::ConnectionRefused => {
             "nobody serves the socket any more: the controller's process has ended; start it again"
-        }
-        io::ErrorKind::TimedOut => {
-            "the process that serves the socket does not accept connections: it is stuck, or serves too many others"
         }
         io::ErrorKind::PermissionDenied => {
             "no permission to connect to the socket: run as the user of the controller's process, or change the socket's mode"

@@ -29,7 +29,7 @@ mod client;
 #[cfg(test)]
 mod fake;
 mod message;
-mod socket;
+pub(crate) mod socket;
 mod space;
 #[cfg(test)]
 mod tests;

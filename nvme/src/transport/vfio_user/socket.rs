@@ -212,7 +212,10 @@ fn receive_some(socket: &UnixStream, into: &mut [u8], fds: &mut Vec<OwnedFd>) ->
 }
 
 /// Connects, without waiting longer than this for a place in the other side's queue.
-pub(crate) fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
+///
+/// # Errors
+/// `TimedOut`, or what the system says.
+pub fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
     // SAFETY: creates a descriptor, which is owned from here on.
     let raw = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
     if raw < 0 {
@@ -277,7 +280,7 @@ pub(crate) fn peer(socket: &UnixStream) -> Option<(i32, String)> {
 }
 
 /// Whether the other side is root's, or of this process's user.
-pub(crate) fn peer_is_own(socket: &UnixStream) -> bool {
+pub fn peer_is_own(socket: &UnixStream) -> bool {
     // SAFETY: geteuid cannot fail and has no arguments.
     let own = unsafe { libc::geteuid() };
     credentials(socket).is_some_and(|who| who.uid == 0 || who.uid == own)

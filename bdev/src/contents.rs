@@ -1,0 +1,289 @@
+//! What a device holds: the one rule for what may be written over.
+//!
+//! Everything that makes a file system, a store or a test pattern on a device asks here first.
+//! Only a device that holds nothing but zeroes is written without being told to. Whatever else is
+//! found, and whatever could not be read, needs the explicit word that the error names.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::error::BdevError;
+use crate::executor::AsyncChannel;
+use crate::op::Op;
+use crate::{BlockDevice, DmaBuf};
+
+/// Bytes of one read.
+const CHUNK: u64 = 1 << 20;
+/// Reads in flight.
+const DEPTH: u64 = 8;
+/// How often a long look is logged.
+const LOG_EVERY: Duration = Duration::from_secs(10);
+
+/// What a device holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Contents {
+    /// Nothing but zeroes, all of which were read, or known by the device to be zeroes.
+    Blank,
+    /// A store in the format of this project.
+    Ours(Ours),
+    /// Something else: its name, or where the first byte that is not zero lies.
+    Foreign(String),
+    /// The device could not be read: it counts as in use. The text says why.
+    Unknown(String),
+}
+
+/// A store in SPDK's format.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Ours {
+    /// A BlobFS.
+    BlobFs,
+    /// A blobstore without a type.
+    Blobstore,
+    /// A blobstore of another type, for instance `LVOLSTORE`.
+    Typed(String),
+}
+
+impl fmt::Display for Ours {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Ours::BlobFs => f.write_str("BlobFS (SPDK blobstore)"),
+            Ours::Blobstore => f.write_str("SPDK blobstore"),
+            Ours::Typed(name) => write!(f, "SPDK blobstore ({name})"),
+        }
+    }
+}
+
+impl fmt::Display for Contents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Contents::Blank => f.write_str("nothing but zeroes"),
+            Contents::Ours(ours) => ours.fmt(f),
+            Contents::Foreign(found) => f.write_str(found),
+            Contents::Unknown(why) => write!(f, "what could not be read ({why})"),
+        }
+    }
+}
+
+/// How far a look at a whole device has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes looked at.
+    pub done_bytes: u64,
+    /// Bytes in all.
+    pub total_bytes: u64,
+}
+
+/// What may be written over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Overwrite {
+    /// Only a device that holds nothing but zeroes.
+    #[default]
+    Blank,
+    /// Whatever the device holds: the user has said so.
+    Anything,
+}
+
+impl Overwrite {
+    /// `Anything` if `force`.
+    pub fn forced(force: bool) -> Overwrite {
+        if force {
+            Overwrite::Anything
+        } else {
+            Overwrite::Blank
+        }
+    }
+}
+
+/// Names what the beginning and the end of the device show, if it is something known. Reads at
+/// most 384 KiB. `None` says nothing about the rest of the device: [`examine`] does. Blocks.
+///
+/// # Errors
+/// The device cannot be read.
+pub fn recognise(dev: &dyn BlockDevice) -> Result<Option<Contents>, BdevError> {
+    crate::signatures::recognise(dev)
+}
+
+/// What the device holds. Reads every block that may hold data (a block device is read as a
+/// whole, up to the first byte that is not zero), which can take minutes; the progress of that is
+/// logged. Changes nothing. Blocks.
+pub fn examine(dev: &dyn BlockDevice) -> Contents {
+    let mut logged = Instant::now();
+    examine_with(dev, &mut |progress| {
+        if logged.elapsed() >= LOG_EVERY {
+            logged = Instant::now();
+            let device = &dev.info().name;
+            let Progress {
+                done_bytes,
+                total_bytes,
+            } = progress;
+            tracing::info!(
+                device,
+                done_bytes,
+                total_bytes,
+                "reading the device to see whether it is blank"
+            );
+        }
+    })
+}
+
+/// As [`examine`], with a function that is told how far the look has come, every few MiB.
+pub fn examine_with(dev: &dyn BlockDevice, progress: &mut dyn FnMut(Progress)) -> Contents {
+    if !dev.info().keeps_data {
+        return Contents::Blank;
+    }
+    let found = match recognise(dev) {
+        Ok(Some(found)) => return found,
+        Ok(None) => first_data(dev, progress),
+        Err(e) => Err(e),
+    };
+    match found {
+        Ok(None) => Contents::Blank,
+        Ok(Some(offset)) => {
+            Contents::Foreign(format!("data of an unknown kind at byte offset {offset}"))
+        }
+        Err(e) => Contents::Unknown(e.to_string()),
+    }
+}
+
+/// The offset of the first byte that is not zero.
+fn first_data(
+    dev: &dyn BlockDevice,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Option<u64>, BdevError> {
+    let info = dev.info();
+    let block = u64::from(info.block_size);
+    let chunk_blocks = match info.max_io_blocks {
+        0 => CHUNK / block,
+        max => (CHUNK / block).min(u64::from(max)),
+    }
+    .max(1);
+    let channel = AsyncChannel::new(dev.open_channel()?);
+    let mut at = 0;
+    while let Some(range) = dev.next_data(at)? {
+        at = range.start;
+        let end = range.end.min(info.num_blocks);
+        while at < end {
+            let mut ops = Vec::new();
+            let begin = at;
+            while at < end && (ops.len() as u64) < DEPTH {
+                let blocks = chunk_blocks.min(end - at);
+                let len = usize::try_from(blocks * block).unwrap_or(usize::MAX);
+                let buf = DmaBuf::new(len).map_err(|source| BdevError::Dma {
+                    device: info.name.clone(),
+                    source,
+                })?;
+                ops.push(Op::Read { lba: at, buf });
+                at += blocks;
+            }
+            for (op, result) in channel.block_on(channel.io_all(ops)) {
+                result?;
+                if let Op::Read { lba, buf } = op
+                    && let Some(offset) = first_nonzero(&buf)
+                {
+                    return Ok(Some(lba * block + offset as u64));
+                }
+            }
+            debug_assert!(at > begin, "each round reads something");
+            progress(Progress {
+                done_bytes: at * block,
+                total_bytes: info.len_bytes(),
+            });
+        }
+        if at >= info.num_blocks {
+            // A module may know of data that no block shows.
+            if let Some(range) = dev.next_data(at)? {
+                return Ok(Some(range.start * block));
+            }
+            break;
+        }
+    }
+    Ok(None)
+}
+
+/// Where the first byte lies that is not zero.
+pub(crate) fn first_nonzero(bytes: &[u8]) -> Option<usize> {
+    const ZEROES: [u8; 4096] = [0; 4096];
+    let different = |part: &[u8]| *part != ZEROES[..part.len()];
+    let (i, part) = bytes
+        .chunks(ZEROES.len())
+        .enumerate()
+        .find(|(_, part)| different(part))?;
+    let within = part.iter().position(|b| *b != 0)?;
+    Some(i * ZEROES.len() + within)
+}
+
+/// A device that may be written over: everything that makes something on a device begins with one.
+///
+/// Until [`Formatting::finish`], the file that opening the device has made is removed again when
+/// the device is closed.
+#[derive(Debug)]
+#[must_use = "call `finish` when what was made is complete"]
+pub struct Formatting {
+    dev: Arc<dyn BlockDevice>,
+    finished: bool,
+}
+
+impl Formatting {
+    /// Asks whether the device may be written over. Reads of it what [`examine`] does, unless
+    /// `overwrite` is [`Overwrite::Anything`]. Blocks.
+    ///
+    /// # Errors
+    /// [`BdevError::NotBlank`]; [`BdevError::Unsupported`] for a device that cannot be written.
+    /// Nothing was changed then.
+    pub fn begin(
+        dev: &Arc<dyn BlockDevice>,
+        overwrite: Overwrite,
+    ) -> Result<Formatting, BdevError> {
+        // From here on, whatever ends early takes the file that was made for it away.
+        let formatting = Formatting {
+            dev: Arc::clone(dev),
+            finished: false,
+        };
+        may_overwrite(&**dev, overwrite)?;
+        Ok(formatting)
+    }
+
+    /// What was made is complete: a file that was made for it stays.
+    pub fn finish(mut self) {
+        self.finished = true;
+        self.dev.keep_file(true);
+    }
+}
+
+impl Drop for Formatting {
+    fn drop(&mut self) {
+        if !self.finished {
+            self.dev.keep_file(false);
+        }
+    }
+}
+
+/// Refuses a device that must not be written over: the question of tools that write on a device
+/// and make nothing there. Reads of it what [`examine`] does, unless `overwrite` is
+/// [`Overwrite::Anything`]. Blocks.
+///
+/// # Errors
+/// [`BdevError::NotBlank`], with what the device holds; [`BdevError::Unsupported`] for one that
+/// cannot be written.
+pub fn may_overwrite(dev: &dyn BlockDevice, overwrite: Overwrite) -> Result<(), BdevError> {
+    let info = dev.info();
+    if !info.ops.has(crate::OpKind::Write) {
+        return Err(BdevError::Unsupported {
+            device: info.name.clone(),
+            reason: "is open read-only: nothing can be written".to_owned(),
+        });
+    }
+    if overwrite == Overwrite::Anything {
+        return Ok(());
+    }
+    match examine(dev) {
+        Contents::Blank => Ok(()),
+        contents => Err(BdevError::NotBlank {
+            device: info.name.clone(),
+            contents,
+        }),
+    }
+}

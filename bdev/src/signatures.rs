@@ -1,0 +1,201 @@
+//! What the beginning and the end of a device look like when somebody uses it.
+
+use crate::contents::{Contents, Ours};
+use crate::error::BdevError;
+use crate::executor::AsyncChannel;
+use crate::{BlockDevice, DmaBuf};
+
+/// Bytes looked at from the beginning.
+const HEAD: u64 = 256 << 10;
+/// Place of the store's type in its super block (docs/format.md).
+const TYPE_AT: usize = 56;
+/// Bytes looked at from the end (mdraid 0.90 and 1.0, a backup GPT).
+const TAIL: u64 = 128 << 10;
+
+/// Names what is on the device, if it is something known: a store, a file system, a partition
+/// table, a volume manager's label. Reads only. Blocks.
+pub(crate) fn recognise(dev: &dyn BlockDevice) -> Result<Option<Contents>, BdevError> {
+    let info = dev.info();
+    if !info.keeps_data {
+        return Ok(None);
+    }
+    let block = u64::from(info.block_size);
+    let size = info.len_bytes();
+    let channel = AsyncChannel::new(dev.open_channel()?);
+    let read = |from: u64, len: u64| -> Result<Vec<u8>, BdevError> {
+        let mut bytes = Vec::new();
+        let limit = match info.max_io_blocks {
+            0 => len,
+            n => (u64::from(n) * block).min(len),
+        };
+        while (bytes.len() as u64) < len {
+            let n = limit.min(len - bytes.len() as u64);
+            let n = usize::try_from(n).unwrap_or(1 << 20);
+            let buf = DmaBuf::new(n).map_err(|source| BdevError::Dma {
+                device: info.name.clone(),
+                source,
+            })?;
+            let lba = (from + bytes.len() as u64) / block;
+            let buf = channel.block_on(channel.read(lba, buf))?;
+            bytes.extend_from_slice(&buf);
+        }
+        Ok(bytes)
+    };
+    let head_len = HEAD.min(size) / block * block;
+    let tail_len = TAIL.min(size) / block * block;
+    if head_len == 0 {
+        return Ok(None);
+    }
+    let head = read(0, head_len)?;
+    if let Some(found) = in_head(&head, info.block_size as usize) {
+        return Ok(Some(found));
+    }
+    let tail_from = (size / block * block) - tail_len;
+    let tail = read(tail_from, tail_len)?;
+    let found = in_tail(&tail, tail_from, size, info.block_size as usize);
+    Ok(found.map(|name| Contents::Foreign(name.to_owned())))
+}
+
+fn in_head(head: &[u8], block: usize) -> Option<Contents> {
+    if has(head, 0, b"SPDKBLOB") {
+        return Some(Contents::Ours(store_type(head)));
+    }
+    foreign(head, block).map(|name| Contents::Foreign(name.to_owned()))
+}
+
+/// The type of a blobstore, where its super block says it: 16 bytes, padded with zeroes. A super
+/// block that is damaged elsewhere is still the beginning of a store.
+fn store_type(head: &[u8]) -> Ours {
+    let bytes = head.get(TYPE_AT..TYPE_AT + 16).unwrap_or_default();
+    let len = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
+    match &bytes[..len] {
+        b"" => Ours::Blobstore,
+        b"BLOBFS" => Ours::BlobFs,
+        other => Ours::Typed(other.escape_ascii().to_string()),
+    }
+}
+
+fn has(bytes: &[u8], at: usize, magic: &[u8]) -> bool {
+    bytes.get(at..at + magic.len()) == Some(magic)
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_le_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
+}
+
+fn foreign(head: &[u8], block: usize) -> Option<&'static str> {
+    let fixed: [(usize, &[u8], &str); 27] = [
+        (0, b"LUKS\xba\xbe", "LUKS"),
+        (0, b"XFSB", "XFS"),
+        (0x1_0040, b"_BHRfS_M", "btrfs"),
+        (1024, b"\x10\x20\xf5\xf2", "F2FS"),
+        (3, b"NTFS    ", "NTFS"),
+        (3, b"EXFAT   ", "exFAT"),
+        (82, b"FAT32   ", "FAT32"),
+        (54, b"FAT16   ", "FAT16"),
+        (54, b"FAT12   ", "FAT12"),
+        (4096, b"\xfc\x4e\x2b\xa9", "Linux RAID member"),
+        (0, b"\xfc\x4e\x2b\xa9", "Linux RAID member"),
+        (0x8001, b"CD001", "ISO 9660"),
+        (
+            4096 + 24,
+            b"\xc6\x85\x73\xf6\x4e\x1a\x45\xca\x82\x65\xf5\x7f\x48\xba\x6d\x81",
+            "bcache",
+        ),
+        (0, b"hsqs", "squashfs"),
+        (0x1_0034, b"ReIsErFs", "ReiserFS"),
+        (0x1_0034, b"ReIsEr2Fs", "ReiserFS"),
+        (0x8000, b"JFS1", "JFS"),
+        (1024, b"H+\x00\x04", "HFS+"),
+        (0, b"DRBD", "DRBD"),
+        (0, b"QFI\xfb", "a QCOW2 image"),
+        (0, b"KDMV", "a VMDK image"),
+        (0, b"SQLite format 3\0", "an SQLite database"),
+        (257, b"ustar", "a tar archive"),
+        (0, b"PK\x03\x04", "a ZIP archive"),
+        (0, b"\x1f\x8b\x08", "gzip data"),
+        (0, b"%PDF-", "a PDF document"),
+        (0, b"\x7fELF", "an ELF program"),
+    ];
+    for (at, magic, name) in fixed {
+        if has(head, at, magic) {
+            return Some(name);
+        }
+    }
+    // ext2, 3 and 4: magic in the super block at 1024; the feature words tell them apart.
+    if u16_at(head, 1024 + 56) == Some(0xef53) {
+        let (compat, incompat) = (u32_at(head, 1024 + 92)?, u32_at(head, 1024 + 96)?);
+        let ro_compat = u32_at(head, 1024 + 100)?;
+        // Extents, 64 bit, flexible groups; huge files, group checksums, extra inode size.
+        let four = incompat & 0x02c0 != 0 || ro_compat & 0x0078 != 0;
+        let name = match (four, compat & 4 != 0) {
+            (true, _) => "ext4",
+            (false, true) => "ext3",
+            (false, false) => "ext2",
+        };
+        return Some(name);
+    }
+    // LVM2: a label in one of the first four sectors.
+    for sector in 0..4 {
+        if has(head, sector * 512, b"LABELONE") && has(head, sector * 512 + 24, b"LVM2 001") {
+            return Some("LVM2 physical volume");
+        }
+    }
+    // Swap: the magic ends the first page, whatever its size was.
+    for page in [4096, 8192, 16384, 32768, 65536] {
+        if has(head, page - 10, b"SWAPSPACE2") || has(head, page - 10, b"SWAP-SPACE") {
+            return Some("swap space");
+        }
+    }
+    // ZFS: uberblocks in the label's second half.
+    if (0..head.len() / 1024)
+        .skip(128)
+        .any(|i| has(head, i * 1024, &[0x0c, 0xb1, 0xba, 0, 0, 0, 0, 0]))
+    {
+        return Some("ZFS");
+    }
+    for sector in [512, block] {
+        if has(head, sector, b"EFI PART") {
+            return Some("GPT partition table");
+        }
+    }
+    mbr(head)
+}
+
+/// A boot signature alone is not a partition table: at least one entry has to make sense.
+fn mbr(head: &[u8]) -> Option<&'static str> {
+    if !has(head, 510, &[0x55, 0xaa]) {
+        return None;
+    }
+    let mut any = false;
+    for entry in 0..4 {
+        let at = 446 + entry * 16;
+        let (status, kind) = (*head.get(at)?, *head.get(at + 4)?);
+        let (start, len) = (u32_at(head, at + 8)?, u32_at(head, at + 12)?);
+        if status & 0x7f != 0 {
+            return None;
+        }
+        any |= kind != 0 && start != 0 && len != 0;
+    }
+    any.then(|| "MBR partition table")
+}
+
+fn in_tail(tail: &[u8], from: u64, size: u64, block: usize) -> Option<&'static str> {
+    let at = |pos: u64| pos.checked_sub(from).and_then(|p| usize::try_from(p).ok());
+    let md = b"\xfc\x4e\x2b\xa9";
+    // Metadata 0.90: 64 KiB before the end, rounded down to 64 KiB. Metadata 1.0: 8 KiB before it,
+    // rounded down to 4 KiB.
+    let old = (size & !0xffff).checked_sub(0x1_0000);
+    let new = size.checked_sub(0x2000).map(|p| p & !0xfff);
+    for pos in [old, new].into_iter().flatten() {
+        if at(pos).is_some_and(|p| has(tail, p, md)) {
+            return Some("Linux RAID member");
+        }
+    }
+    let last = tail.len().checked_sub(block)?;
+    has(tail, last, b"EFI PART").then(|| "GPT partition table (backup)")
+}

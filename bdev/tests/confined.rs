@@ -1,0 +1,351 @@
+//! A process that may not make a system call: each operation ends, with a result or an error, and
+//! nothing that needed the call passes for done.
+//!
+//! Each case runs in a process of its own, under a seccomp filter that gives one call an errno.
+#![allow(unsafe_code)]
+
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use pumice_bdev::file::{File, FileOptions};
+use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, IoErrorKind, Op, open};
+
+const IO_URING_SETUP: u32 = 425;
+const IO_URING_ENTER: u32 = 426;
+const IO_URING_REGISTER: u32 = 427;
+
+/// From now on, and in all that this process starts, the system call `nr` fails with `errno`.
+fn deny(nr: u32, errno: i32) {
+    let errno = u32::try_from(errno).unwrap();
+    let op = |code: u32, k, jt, jf| libc::sock_filter {
+        code: u16::try_from(code).unwrap(),
+        jt,
+        jf,
+        k,
+    };
+    let mut filter = [
+        // The number of the call is the first word of what the filter sees.
+        op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, nr, 0, 1),
+        op(
+            libc::BPF_RET | libc::BPF_K,
+            libc::SECCOMP_RET_ERRNO | errno,
+            0,
+            0,
+        ),
+        op(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0, 0),
+    ];
+    let program = libc::sock_fprog {
+        len: 4,
+        filter: filter.as_mut_ptr(),
+    };
+    // SAFETY: plain numbers, and a program of the length that it says, which the kernel copies.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        let flags = libc::SECCOMP_FILTER_FLAG_TSYNC;
+        let done = libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            flags,
+            &raw const program,
+        );
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    }
+}
+
+/// Runs `child`, a test of this file, in a process of its own, for at most a minute.
+fn in_child(child: &str, case: &str) {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
+        .args(["--exact", "--nocapture", "--test-threads=1", child])
+        .env("PUMICE_CONFINED", dir.path())
+        .env("PUMICE_CASE", case)
+        .process_group(0);
+    let mut process = command.spawn().unwrap();
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(60) {
+        if let Some(status) = process.try_wait().unwrap() {
+            assert!(status.success(), "{child} {case}: {status}");
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let _ = process.kill();
+    panic!("{child} {case}: still running after a minute");
+}
+
+/// The image of a child, and its case; `None` in the parent.
+fn case() -> Option<(FileOptions, String)> {
+    let dir = PathBuf::from(std::env::var_os("PUMICE_CONFINED")?);
+    let options = FileOptions {
+        path: dir.join("image"),
+        size: Some(8 << 20),
+        create: true,
+        ..FileOptions::default()
+    };
+    Some((options, std::env::var("PUMICE_CASE").unwrap()))
+}
+
+/// Writes, reads and flushes on `ch`, singly and many at once.
+fn use_it(ch: &AsyncChannel, byte: u8) {
+    let filled = |len: usize| {
+        let mut buf = DmaBuf::new(len).unwrap();
+        buf.fill(byte);
+        buf.freeze()
+    };
+    ch.block_on(async {
+        ch.write(0, filled(4096), true).await.unwrap();
+        let writes = (0..100)
+            .map(|i| Op::Write {
+                lba: i * 64,
+                data: filled(16 << 10),
+                fua: i % 8 == 0,
+            })
+            .collect();
+        for (_, result) in ch.io_all(writes).await {
+            result.unwrap();
+        }
+        ch.flush().await.unwrap();
+        ch.write_zeroes(8, 8, true).await.unwrap();
+        ch.unmap(64, 8).await.unwrap();
+        assert!(ch.io(Op::Reset).await.1.is_ok());
+        let buf = ch.read(99 * 64, DmaBuf::new(16 << 10).unwrap()).await;
+        assert!(buf.unwrap().iter().all(|b| *b == byte));
+        let buf = ch.read(8, DmaBuf::new(4096).unwrap()).await.unwrap();
+        assert!(buf.iter().all(|b| *b == 0));
+    });
+    assert_eq!(ch.in_flight(), 0);
+}
+
+#[test]
+fn without_io_uring_threads_do_it() {
+    for nr in [IO_URING_SETUP, IO_URING_ENTER, IO_URING_REGISTER] {
+        for errno in [libc::EPERM, libc::ENOSYS, libc::EBADF] {
+            for when in ["before", "after"] {
+                in_child("child_without_a_call", &format!("{nr} {errno} {when}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn child_without_a_call() {
+    let Some((options, case)) = case() else {
+        return;
+    };
+    let words: Vec<&str> = case.split(' ').collect();
+    let (nr, errno) = (words[0].parse().unwrap(), words[1].parse().unwrap());
+    if words[2] == "before" {
+        deny(nr, errno);
+    }
+    let dev = File::open(&options).unwrap();
+    let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    if words[2] == "after" {
+        use_it(&ch, 1);
+        deny(nr, errno);
+    }
+    use_it(&ch, 2);
+    use_it(&ch, 3);
+    use_it(&AsyncChannel::new(dev.open_channel().unwrap()), 4);
+}
+
+#[test]
+fn what_the_kernel_has_taken_still_ends() {
+    in_child("child_confined_with_writes_in_flight", "");
+}
+
+#[test]
+fn child_confined_with_writes_in_flight() {
+    let Some((options, _)) = case() else {
+        return;
+    };
+    let dev = File::open(&options).unwrap();
+    for drop_it in [false, true] {
+        let mut ch = dev.open_channel().unwrap();
+        let write = |tag: u64| Op::Write {
+            lba: tag * 64,
+            data: DmaBuf::zeroed(32 << 10).unwrap().freeze(),
+            fua: true,
+        };
+        let mut out = Vec::new();
+        for tag in 0..50 {
+            ch.submit(tag, write(tag)).unwrap();
+        }
+        ch.poll(&mut out);
+        if !drop_it {
+            deny(IO_URING_ENTER, libc::EPERM);
+        }
+        for tag in 50..100 {
+            ch.submit(tag, write(tag)).unwrap();
+        }
+        if drop_it {
+            ch.poll(&mut out);
+            drop(ch);
+            continue;
+        }
+        while out.len() < 100 {
+            ch.wait(Duration::from_millis(10)).unwrap();
+            ch.poll(&mut out);
+        }
+        let mut tags: Vec<u64> = out.iter().map(|c| c.tag).collect();
+        tags.sort_unstable();
+        assert_eq!(tags, (0..100).collect::<Vec<_>>());
+        assert!(out.iter().all(|c| c.result.is_ok()));
+        assert_eq!(ch.in_flight(), 0);
+    }
+}
+
+/// A flush, and FUA, where `fdatasync` is refused: if it were not called, they would succeed.
+#[test]
+fn threads_sync_what_must_be_durable() {
+    in_child("child_without_fdatasync", "");
+}
+
+#[test]
+fn child_without_fdatasync() {
+    let Some((options, _)) = case() else {
+        return;
+    };
+    for buffered in [false, true] {
+        let options = FileOptions {
+            no_io_uring: true,
+            buffered,
+            ..options.clone()
+        };
+        // Opened again each time: a flush that failed is not forgotten.
+        let try_it = |op: Op| {
+            let dev = File::open(&options).unwrap();
+            let ch = AsyncChannel::new(dev.open_channel().unwrap());
+            ch.block_on(ch.io(op)).1
+        };
+        let write = |fua| Op::Write {
+            lba: 0,
+            data: DmaBuf::zeroed(4096).unwrap().freeze(),
+            fua,
+        };
+        let zeroes = |fua| Op::WriteZeroes {
+            lba: 0,
+            len_blocks: 8,
+            fua,
+        };
+        if !buffered {
+            for op in [Op::Flush, write(true), zeroes(true)] {
+                try_it(op).unwrap();
+            }
+            deny(u32::try_from(libc::SYS_fdatasync).unwrap(), libc::EIO);
+        }
+        for op in [Op::Flush, write(true), zeroes(true)] {
+            let e = try_it(op).unwrap_err();
+            assert_eq!(e.kind, IoErrorKind::Media, "{e}");
+        }
+        for op in [write(false), zeroes(false)] {
+            try_it(op).unwrap();
+        }
+    }
+}
+
+/// A new image is durable, and its name with it, or it is not there.
+#[test]
+fn a_new_image_is_synced() {
+    in_child("child_without_fsync", "");
+}
+
+#[test]
+fn child_without_fsync() {
+    let Some((options, _)) = case() else {
+        return;
+    };
+    deny(u32::try_from(libc::SYS_fsync).unwrap(), libc::EIO);
+    let e = File::open(&options).unwrap_err().to_string();
+    assert!(e.contains("sync"), "{e}");
+    assert!(!options.path.exists());
+    let uri = format!("file://{}?size=8M&create=1", options.path.display());
+    assert!(open(&uri).is_err());
+    assert!(!options.path.exists());
+}
+
+/// The kernel reports a failed write-back once. Afterwards no flush may claim those bytes.
+#[test]
+fn after_a_failed_sync_no_flush_succeeds() {
+    in_child("child_with_a_failed_sync", "ring");
+    in_child("child_with_a_failed_sync", "threads");
+}
+
+#[test]
+fn child_with_a_failed_sync() {
+    let Some((options, case)) = case() else {
+        return;
+    };
+    let options = FileOptions {
+        buffered: true,
+        no_io_uring: case == "threads",
+        ..options
+    };
+    let Some(host) = FullHost::new(&options.path) else {
+        return;
+    };
+    let options = FileOptions {
+        path: host.dir.join("mount/image"),
+        size: Some(32 << 20),
+        ..options
+    };
+    let dev = File::open(&options).unwrap();
+    let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    let other = AsyncChannel::new(dev.open_channel().unwrap());
+    let mut failed = false;
+    for i in 0..20 {
+        let mut buf = DmaBuf::new(1 << 20).unwrap();
+        buf.fill(7);
+        failed |= ch
+            .block_on(ch.write(i * 2048, buf.freeze(), false))
+            .is_err();
+    }
+    failed |= ch.block_on(ch.flush()).is_err();
+    assert!(failed, "the host was not full");
+    for ch in [&ch, &other, &ch] {
+        ch.block_on(ch.flush()).unwrap_err();
+        let buf = DmaBuf::zeroed(4096).unwrap().freeze();
+        ch.block_on(ch.write(0, buf, true)).unwrap_err();
+    }
+    // Reading goes on.
+    ch.block_on(ch.read(0, DmaBuf::new(4096).unwrap())).unwrap();
+}
+
+/// ext4 on a loop device whose backing file lies on a full tmpfs: writes fail behind one's back.
+struct FullHost {
+    dir: PathBuf,
+}
+
+impl FullHost {
+    fn new(image: &std::path::Path) -> Option<FullHost> {
+        let dir = image.parent()?.join("host");
+        std::fs::create_dir(&dir).ok()?;
+        let script = "set -e; cd \"$0\"; mkdir small mount
+            mount -t tmpfs -o size=8m none small; truncate -s 64M small/b
+            loop=$(losetup -f --show small/b) || { umount small; exit 77; }
+            echo $loop > loop
+            mkfs.ext4 -q -O ^has_journal $loop; mount $loop mount";
+        let done = Command::new("sh").args(["-c", script]).arg(&dir).status();
+        let host = FullHost { dir };
+        match done {
+            Ok(status) if status.success() => Some(host),
+            other => {
+                eprintln!("skipped: no loop device or mount here ({other:?})");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for FullHost {
+    fn drop(&mut self) {
+        let script = "cd \"$0\"; umount -l mount; losetup -d $(cat loop); umount -l small";
+        let _ = Command::new("sh")
+            .args(["-c", script])
+            .arg(&self.dir)
+            .status();
+    }
+}

@@ -1,0 +1,47 @@
+//! Sockets that only their owner may connect to, from the first moment on.
+
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Binds where nobody else can reach, sets the permissions, then moves the socket to its place.
+///
+/// # Errors
+/// What the system says.
+pub fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    let parent = path
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let dir = private_dir(parent)?;
+    let inside = dir.join("s");
+    let bound = UnixListener::bind(&inside).and_then(|listener| {
+        std::fs::set_permissions(&inside, std::fs::Permissions::from_mode(0o600))?;
+        std::fs::rename(&inside, path)?;
+        Ok(listener)
+    });
+    let _ = std::fs::remove_file(&inside);
+    let _ = std::fs::remove_dir(&dir);
+    bound
+}
+
+/// A directory of our own in `parent`, whatever earlier processes and other threads have left.
+fn private_dir(parent: &Path) -> io::Result<PathBuf> {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    const TRIES: usize = 64;
+    let mut builder = std::fs::DirBuilder::new();
+    builder.mode(0o700);
+    for _ in 0..TRIES {
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        // A short name: a socket's path has at most 107 bytes.
+        let dir = parent.join(format!(".{}.{n}", std::process::id()));
+        match builder.create(&dir) {
+            Ok(()) => return Ok(dir),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Err(io::ErrorKind::AlreadyExists.into())
+}
