@@ -633,8 +633,10 @@ fn damaged_input_is_an_error() {
     }
 }
 
-/// Ends the process if a test hangs.
-struct Watchdog(std::sync::mpsc::Sender<()>);
+/// Ends the process if a test hangs: as long as it is there, somebody counts.
+struct Watchdog {
+    _alive: std::sync::mpsc::Sender<()>,
+}
 
 impl Watchdog {
     fn new(seconds: u64) -> Watchdog {
@@ -646,7 +648,7 @@ impl Watchdog {
                 std::process::abort();
             }
         });
-        Watchdog(alive)
+        Watchdog { _alive: alive }
     }
 }
 
@@ -760,7 +762,7 @@ fn a_socket_that_nobody_serves_ends_in_an_error() {
     assert!(e.to_string().contains("takes no connection"), "{e}");
     let e = RpcServer::start(Arc::new(App::new()), &path, ServerOptions::default()).unwrap_err();
     assert!(matches!(e, pumice_bdev::BdevError::InUse { .. }), "{e}");
-    assert!(MetricsServer::start(Arc::new(App::new()), path.to_str().unwrap()).is_err());
+    assert!(MetricsServer::start(App::new().registry.clone(), path.to_str().unwrap()).is_err());
     let uri = format!("vfio-user://{}?timeout_ms=100", path.display());
     let e = pumice_bdev::open(&uri).unwrap_err();
     assert!(matches!(e, pumice_bdev::BdevError::InUse { .. }), "{e}");

@@ -385,6 +385,7 @@ fn writer_on_a_full_disk() {
         // This file system cannot zero a range: zeroes take their space now, not when somebody
         // writes there and finds the disk full.
         let path = PathBuf::from(&dir).join("zeroes");
+        let _ = fs::remove_file(PathBuf::from(&dir).join("image"));
         let dev = File::open(&FileOptions {
             path: path.clone(),
             size: Some(512 << 10),

@@ -207,7 +207,7 @@ fn by_uri() {
 #[test]
 fn two_spellings_are_one_controller() {
     let target = target();
-    let path = target.path();
+    let path: &std::path::Path = &target.path();
     let (dir, name) = (path.parent().expect("a folder"), path.file_name());
     let uri = |path: &std::path::Path| format!("vfio-user://{}/1", path.display());
     let first = pumice_nvme::open(&uri(path)).expect("opened");
