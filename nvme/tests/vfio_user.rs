@@ -204,36 +204,6 @@ fn by_uri() {
     assert_eq!(opened.namespace().expect("there").block_size(), 512);
 }
 
-#[test]
-fn two_spellings_are_one_controller() {
-    let target = target();
-    let path: &std::path::Path = &target.path();
-    let (dir, name) = (path.parent().expect("a folder"), path.file_name());
-    let uri = |path: &std::path::Path| format!("vfio-user://{}/1", path.display());
-    let first = pumice_nvme::open(&uri(path)).expect("opened");
-    let mut spellings = vec![dir.join(".").join(name.expect("a name"))];
-    if name.is_some_and(|name| name == "cntrl") {
-        spellings.push(dir.to_path_buf());
-    }
-    for spelling in spellings {
-        let again = pumice_nvme::open(&uri(&spelling)).expect("the same");
-        assert!(std::sync::Arc::ptr_eq(&first.controller, &again.controller));
-    }
-}
-
-#[test]
-fn the_socket_is_for_its_owner() {
-    use std::os::unix::fs::PermissionsExt;
-    let target = target();
-    let mode = target
-        .path()
-        .metadata()
-        .expect("there")
-        .permissions()
-        .mode();
-    assert_eq!(mode & 0o777, 0o600);
-}
-
 /// The same suite as on every other transport.
 #[test]
 fn the_suite() {

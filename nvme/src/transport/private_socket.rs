@@ -6,7 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Binds where nobody else can reach, sets the permissions, then moves the socket to its place.
+/// Binds where nobody else can reach, sets the permissions, then gives the socket its place.
 ///
 /// # Errors
 /// What the system says.
@@ -19,7 +19,8 @@ pub fn bind_private(path: &Path) -> io::Result<UnixListener> {
     let inside = dir.join("s");
     let bound = UnixListener::bind(&inside).and_then(|listener| {
         std::fs::set_permissions(&inside, std::fs::Permissions::from_mode(0o600))?;
-        std::fs::rename(&inside, path)?;
+        // Unlike a rename, a link replaces nothing that came there meanwhile.
+        std::fs::hard_link(&inside, path)?;
         Ok(listener)
     });
     let _ = std::fs::remove_file(&inside);
