@@ -181,7 +181,7 @@ fn mbr(head: &[u8]) -> Option<&'static str> {
         }
         any |= kind != 0 && start != 0 && len != 0;
     }
-    any.then(|| "MBR partition table")
+    any.then_some("MBR partition table")
 }
 
 fn in_tail(tail: &[u8], from: u64, size: u64, block: usize) -> Option<&'static str> {
@@ -197,5 +197,5 @@ fn in_tail(tail: &[u8], from: u64, size: u64, block: usize) -> Option<&'static s
         }
     }
     let last = tail.len().checked_sub(block)?;
-    has(tail, last, b"EFI PART").then(|| "GPT partition table (backup)")
+    has(tail, last, b"EFI PART").then_some("GPT partition table (backup)")
 }

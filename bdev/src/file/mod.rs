@@ -162,7 +162,7 @@ impl Shared {
             zeroing: AtomicU8::new(Zeroing::ZeroRange as u8),
             zeroes: OnceLock::new(),
             file: found.file,
-            made: found.made.then(|| path),
+            made: found.made.then_some(path),
             path: options.path.clone(),
             keep: AtomicBool::new(true),
             flush_fault: FlushFault::default(),
