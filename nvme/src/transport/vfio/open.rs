@@ -92,6 +92,7 @@ pub(super) fn open(host: &Host, address: PciAddress) -> Result<Handle, Transport
         return Err(TransportError::InUse {
             device,
             detail: "this process has it open".to_owned(),
+            pid: Some(std::process::id()),
         });
     }
     let function = InUse {
