@@ -67,13 +67,15 @@ fn in_child(child: &str, case: &str) {
     let mut process = command.spawn().unwrap();
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(60) {
-        if let Some(status) = process.try_wait().unwrap() {
+        if process.try_wait().unwrap().is_some() {
+            let status = process.wait().unwrap();
             assert!(status.success(), "{child} {case}: {status}");
             return;
         }
         std::thread::sleep(Duration::from_millis(20));
     }
     let _ = process.kill();
+    let _ = process.wait();
     panic!("{child} {case}: still running after a minute");
 }
 

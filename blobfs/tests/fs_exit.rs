@@ -26,7 +26,7 @@ fn image(dir: &Path, name: &str) -> String {
 
 fn mounted(uri: &str) -> FileSystem {
     let dev = pumice_bdev::open(uri).unwrap();
-    if FileSystem::probe(&dev).unwrap().is_none() {
+    if pumice_bdev::contents::recognise(&*dev).unwrap().is_none() {
         FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
     }
     FileSystem::mount(dev, &MountOptions::default()).unwrap()
