@@ -85,6 +85,20 @@ impl Less {
             .fold(info.ops, |ops, kind| ops.without(*kind));
         Arc::new(Less { info, base })
     }
+
+    /// As [`Less::over`]; with a volatile write cache, as it says, or without.
+    pub fn with_cache(
+        base: Arc<dyn BlockDevice>,
+        without: &[OpKind],
+        write_cache: bool,
+    ) -> Arc<dyn BlockDevice> {
+        let mut info = base.info().clone();
+        info.ops = without
+            .iter()
+            .fold(info.ops, |ops, kind| ops.without(*kind));
+        info.write_cache = write_cache;
+        Arc::new(Less { info, base })
+    }
 }
 
 impl BlockDevice for Less {

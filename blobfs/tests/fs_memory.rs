@@ -1,0 +1,136 @@
+//! Memory for buffers runs out: "try again" changes nothing. A binary of its own, since the limit of
+//! the arena is the process's.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::faults::*;
+use common::memory;
+use common::random::{Faults, from_env, rounds};
+use common::watchdog::watchdog;
+use pumice_bdev::{DmaBuf, OpKind};
+use pumice_blobfs::fs::{FormatOptions, FsError, MountOptions, OpenOptions};
+use pumice_nvme::dma;
+
+const MIB: usize = 1 << 20;
+
+/// One test at a time: they share the arena.
+static ONE: parking_lot::Mutex<()> = parking_lot::Mutex::new(());
+
+fn limited() -> parking_lot::MutexGuard<'static, ()> {
+    let one = ONE.lock();
+    let mut options = dma::ArenaOptions::default();
+    options.max_bytes = 64 << 20;
+    // Taken before, by an earlier test: then the limit is set.
+    let _ = dma::configure(options);
+    one
+}
+
+/// Takes all memory for buffers but `spare` buffers of 1 MiB.
+fn take_all_but(spare: usize) -> Vec<DmaBuf> {
+    let mut taken: Vec<DmaBuf> = std::iter::from_fn(|| DmaBuf::new(MIB).ok()).collect();
+    assert!(
+        taken.len() > spare && taken.len() <= 64,
+        "{} MiB",
+        taken.len()
+    );
+    taken.truncate(taken.len() - spare);
+    taken
+}
+
+fn setup() -> (
+    Arc<pumice_bdev::error_inject::ErrorDevice>,
+    pumice_blobfs::fs::FileSystem,
+) {
+    let mut format = FormatOptions::default();
+    format.cluster_size = 64 << 10;
+    let mut opts = MountOptions::default();
+    opts.cache_bytes = 1 << 20;
+    setup_with(memory(16 << 20, 4096), &format, &opts)
+}
+
+#[test]
+fn an_append_that_finds_no_memory_changes_nothing() {
+    let _one = limited();
+    let _limit = watchdog("an append without memory", 120);
+    let (dev, fs) = setup();
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    f.allocate(0, 4 << 20).unwrap();
+    f.append(&[1; 40_000]).unwrap();
+    let taken = take_all_but(1);
+    let error = f.append(&vec![2; 1_500_000]).unwrap_err();
+    assert!(matches!(error, FsError::NoMemory(_)), "{error}");
+    assert!(error.is_retryable());
+    assert_eq!(f.len(), 40_000);
+    drop(taken);
+    f.append(&vec![3; 200_000]).unwrap();
+    f.sync().unwrap();
+    drop(f);
+    let fs = again(&dev, fs);
+    let want = [vec![1; 40_000], vec![3; 200_000]].concat();
+    assert!(content_of(&fs, "/f") == want);
+}
+
+#[test]
+fn a_write_beyond_the_length_never_reaches_another_file() {
+    let _one = limited();
+    let _limit = watchdog("a late write", 120);
+    let (dev, fs) = setup();
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    f.append(&[1; 40_000]).unwrap();
+    f.sync().unwrap();
+    let taken = take_all_but(1);
+    // The first MiB of the append is held back.
+    let sb = fs.blobstore().super_block();
+    let md_end = u64::from(sb.md_start.get()) + u64::from(sb.md_len.get());
+    let data = Some((md_end.next_multiple_of(16), 1 << 20));
+    dev.inject(hang(OpKind::Write, 1, data));
+    let ended = AtomicBool::new(false);
+    thread::scope(|s| {
+        s.spawn(|| {
+            let error = f.append(&vec![2; 1_500_000]).unwrap_err();
+            assert!(matches!(error, FsError::NoMemory(_)), "{error}");
+            drop(f);
+            drop(taken);
+            let g = fs.open("/g", OpenOptions::CREATE).unwrap();
+            g.append(&vec![5; 900_000]).unwrap();
+            g.sync().unwrap();
+            ended.store(true, Ordering::Release);
+        });
+        // Either the append waits for its write, or nothing does: then all of this goes first.
+        let begun = Instant::now();
+        while !ended.load(Ordering::Acquire) && begun.elapsed() < Duration::from_millis(500) {
+            thread::sleep(Duration::from_millis(5));
+        }
+        while !ended.load(Ordering::Acquire) {
+            dev.resume();
+            thread::yield_now();
+        }
+        dev.resume();
+    });
+    let fs = again(&dev, fs);
+    assert!(content_of(&fs, "/g") == vec![5; 900_000]);
+    assert!(content_of(&fs, "/f") == vec![1; 40_000]);
+}
+
+#[test]
+fn random_operations_without_memory() {
+    let _one = limited();
+    let faults = Faults {
+        memory: true,
+        ..Faults::default()
+    };
+    rounds("without memory", 4, faults, 1, 120);
+    if from_env("PUMICE_ROUNDS").is_some() {
+        let faults = Faults {
+            io: true,
+            slow: true,
+            ..faults
+        };
+        rounds("without memory, failing and slow", 4, faults, 3, 100);
+    }
+}
