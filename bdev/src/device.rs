@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::error::{BdevError, IoError, IoErrorKind};
 use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
+use crate::process::Birth;
 
 /// What a device is. Fixed for the life of the [`BlockDevice`].
 #[derive(Debug, Clone)]
@@ -40,6 +41,8 @@ pub struct DeviceInfo {
     pub keeps_data: bool,
     /// Whether unmapped blocks read as zeroes.
     pub unmap_zeroes: bool,
+    /// The process that opened it.
+    birth: Birth,
 }
 
 impl DeviceInfo {
@@ -61,7 +64,28 @@ impl DeviceInfo {
             ops: OpSet::BASIC,
             keeps_data: true,
             unmap_zeroes: false,
+            birth: Birth::now(),
         }
+    }
+
+    /// Whether this is still the process that opened the device, and not a forked child of it. What
+    /// the device is made of (a ring, threads, queues, a lock on a file) is not a child's.
+    #[inline]
+    pub fn is_here(&self) -> bool {
+        self.birth.is_here()
+    }
+
+    /// An error in a forked child, see [`is_here`](Self::is_here).
+    pub(crate) fn still_here(&self) -> Result<(), BdevError> {
+        if self.is_here() {
+            return Ok(());
+        }
+        Err(BdevError::Unsupported {
+            device: self.name.clone(),
+            reason: "it was opened before the fork that made this process, so it is the parent's; \
+                     open it in the child"
+                .to_owned(),
+        })
     }
 
     /// Capacity in bytes.
@@ -88,7 +112,8 @@ impl DeviceInfo {
         let blocks = len >> self.block_size.trailing_zeros();
         let fits = lba < self.num_blocks && blocks <= self.num_blocks - lba;
         let short = self.max_io_blocks == 0 || blocks <= u64::from(self.max_io_blocks);
-        if len & mask == 0 && len != 0 && fits && short && self.ops.has(op.kind()) && !op.fua() {
+        let plain = self.ops.has(op.kind()) && !op.fua() && self.is_here();
+        if len & mask == 0 && len != 0 && fits && short && plain {
             return Ok(());
         }
         self.check_slow(op)
@@ -96,6 +121,11 @@ impl DeviceInfo {
 
     #[cold]
     fn check_slow(&self, op: &Op) -> Result<(), Box<IoError>> {
+        if !self.is_here() {
+            let detail = "the device was opened before the fork that made this process, so it is \
+                          the parent's; open it in the child";
+            return Err(self.error(op, IoErrorKind::Removed, detail));
+        }
         let kind = op.kind();
         if !self.ops.has(kind) || (op.fua() && !self.ops.has(OpKind::Fua)) {
             let what = if self.ops.has(kind) {

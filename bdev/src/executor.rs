@@ -235,7 +235,12 @@ impl AsyncChannel {
     fn idle(&self, signal: &Signal) {
         if self.in_flight() > 0 {
             self.sleep(WAIT_MAX);
-        } else if self.inner.starved.borrow().is_empty() {
+        } else if !self.inner.starved.borrow().is_empty() {
+            // Told to come again while nothing of its own is in flight: a reset, or others have all
+            // the places. The channel may know how long; it is not asked again at once.
+            self.sleep(WAIT_MAX);
+            thread::sleep(Duration::from_micros(20));
+        } else {
             // Only another thread can wake the future.
             signal.parked.store(true, Ordering::SeqCst);
             if !signal.woken.load(Ordering::SeqCst) {

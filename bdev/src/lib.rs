@@ -123,6 +123,7 @@ pub use error::{BdevError, IoError, IoErrorKind};
 pub use executor::{AsyncChannel, Io, IoOutcome, join_all};
 pub use op::{CompareAndWrite, Completion, Op, OpKind, OpSet, SubmitError, ZoneAction};
 pub use pumice_nvme::dma::{DmaBuf, DmaError, DmaSlice};
+pub use pumice_nvme::process;
 pub use uri::{OpenOptions, file_uri, open, open_with, parse_size};
 
 /// The README's example, as a test.

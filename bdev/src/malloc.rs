@@ -474,6 +474,9 @@ impl IoChannel for MallocChannel {
     }
 
     fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        if !self.shared.info.is_here() {
+            return 0;
+        }
         self.run();
         self.queue.drain_into(out)
     }
@@ -483,13 +486,19 @@ impl IoChannel for MallocChannel {
     }
 
     fn in_flight(&self) -> usize {
+        if !self.shared.info.is_here() {
+            return 0;
+        }
         self.queue.len()
     }
 }
 
 impl Drop for MallocChannel {
     fn drop(&mut self) {
-        self.run();
+        // The buffers are the parent's of a forked child.
+        if self.shared.info.is_here() {
+            self.run();
+        }
     }
 }
 

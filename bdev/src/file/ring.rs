@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
@@ -33,7 +34,8 @@ const CLOSE_MAX: Duration = Duration::from_secs(10);
 const FILE: types::Fixed = types::Fixed(0);
 
 pub(super) struct RingChannel {
-    ring: IoUring,
+    /// Not dropped in a forked child, where other memory may lie in its place.
+    ring: ManuallyDrop<IoUring>,
     shared: Arc<Shared>,
     slots: Vec<Option<Box<InFlight>>>,
     free: Vec<u32>,
@@ -112,7 +114,7 @@ impl RingChannel {
         let mut slots = Vec::new();
         slots.resize_with(DEPTH as usize, || None);
         Ok(RingChannel {
-            ring,
+            ring: ManuallyDrop::new(ring),
             shared,
             slots,
             free: (0..DEPTH).rev().collect(),
@@ -572,6 +574,9 @@ impl IoChannel for RingChannel {
     }
 
     fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        if !self.shared.info.is_here() {
+            return 0;
+        }
         let (queued, more) = {
             let sq = self.ring.submission();
             (!sq.is_empty(), sq.taskrun() || sq.cq_overflow())
@@ -587,6 +592,7 @@ impl IoChannel for RingChannel {
     }
 
     fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
+        self.shared.info.still_here()?;
         if self.done.len() > 0 || !self.ring.completion().is_empty() {
             return Ok(());
         }
@@ -612,6 +618,9 @@ impl IoChannel for RingChannel {
     }
 
     fn in_flight(&self) -> usize {
+        if !self.shared.info.is_here() {
+            return 0;
+        }
         let threads = self.broken.as_ref().and_then(|b| b.threads.as_ref());
         self.in_flight + threads.map_or(0, ThreadChannel::in_flight)
     }
@@ -623,6 +632,11 @@ impl IoChannel for RingChannel {
 
 impl Drop for RingChannel {
     fn drop(&mut self) {
+        // The ring and what is in flight are the parent's of a forked child.
+        if !self.shared.info.is_here() {
+            std::mem::forget(std::mem::take(&mut self.slots));
+            return;
+        }
         // The kernel may still read and write the buffers: they are freed when it is done.
         let start = Instant::now();
         while self.free.len() < DEPTH as usize {
@@ -637,12 +651,14 @@ impl Drop for RingChannel {
                     "I/O in flight at close does not end: its memory stays"
                 );
                 std::mem::forget(std::mem::take(&mut self.slots));
-                return;
+                break;
             }
             self.reap();
         }
         // The open file is released now and not when the kernel closes the ring.
         let _ = self.ring.submitter().unregister_files();
+        // SAFETY: dropped here only, and not used again.
+        unsafe { ManuallyDrop::drop(&mut self.ring) };
     }
 }
 

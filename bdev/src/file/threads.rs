@@ -193,6 +193,9 @@ impl IoChannel for ThreadChannel {
     }
 
     fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        if !self.pool.shared.info.is_here() {
+            return 0;
+        }
         let mut work = self.pool.lock();
         if !self.queued.is_empty() {
             self.running += self.queued.len();
@@ -216,6 +219,7 @@ impl IoChannel for ThreadChannel {
     }
 
     fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
+        self.pool.shared.info.still_here()?;
         if self.running == 0 && self.queued.len() == 1 {
             let slot = self.queued.pop_front();
             if let Some(slot) = slot {
@@ -239,12 +243,19 @@ impl IoChannel for ThreadChannel {
     }
 
     fn in_flight(&self) -> usize {
+        if !self.pool.shared.info.is_here() {
+            return 0;
+        }
         self.queued.len() + self.running + self.resets.len()
     }
 }
 
 impl Drop for ThreadChannel {
     fn drop(&mut self) {
+        // A forked child has none of the threads, and the lock may be held by one of them.
+        if !self.pool.shared.info.is_here() {
+            return;
+        }
         // What was submitted is done first.
         let mut work = self.pool.lock();
         work.todo.extend(self.queued.drain(..));

@@ -298,6 +298,9 @@ impl IoChannel for NvmeChannel {
     }
 
     fn in_flight(&self) -> usize {
+        if !self.target.info.is_here() {
+            return 0;
+        }
         self.pair.in_flight() + self.resets.len() + self.asked.len()
     }
 }

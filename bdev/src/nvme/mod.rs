@@ -20,6 +20,7 @@ use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::{BdevError, IoError};
 use crate::flush_fault::FlushFault;
 use crate::op::{Op, OpKind, OpSet};
+use crate::process::{Birth, PerProcess};
 use channel::NvmeChannel;
 use shared::{SharedChannel, SharedQueue};
 
@@ -38,6 +39,7 @@ pub struct Nvme {
 struct Queues {
     controller: Arc<Controller>,
     state: Mutex<QueueState>,
+    birth: Birth,
 }
 
 #[derive(Debug, Default)]
@@ -70,7 +72,9 @@ struct Place(Arc<Queues>);
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.state.lock().exclusive -= 1;
+        if self.0.birth.is_here() {
+            self.0.state.lock().exclusive -= 1;
+        }
     }
 }
 
@@ -81,6 +85,10 @@ struct Share(Arc<Queues>);
 
 impl Drop for Share {
     fn drop(&mut self) {
+        // The count is the parent's, and its lock may be held by a thread that a forked child has not.
+        if !self.0.birth.is_here() {
+            return;
+        }
         let mut state = self.0.state.lock();
         state.sharers -= 1;
         if state.sharers == 0 {
@@ -92,8 +100,8 @@ impl Drop for Share {
 impl Queues {
     /// The queue pairs of this controller: there is one count of them, whoever opens it.
     fn of(controller: &Arc<Controller>) -> Arc<Queues> {
-        static ALL: Mutex<Vec<Weak<Queues>>> = Mutex::new(Vec::new());
-        let mut all = ALL.lock();
+        static ALL: PerProcess<Mutex<Vec<Weak<Queues>>>> = PerProcess::new(Mutex::default);
+        let mut all = ALL.get().lock();
         all.retain(|queues| queues.strong_count() > 0);
         let mut known = all.iter().filter_map(Weak::upgrade);
         if let Some(queues) = known.find(|q| Arc::ptr_eq(&q.controller, controller)) {
@@ -102,6 +110,7 @@ impl Queues {
         let queues = Arc::new(Queues {
             controller: Arc::clone(controller),
             state: Mutex::default(),
+            birth: Birth::now(),
         });
         all.push(Arc::downgrade(&queues));
         queues
@@ -320,6 +329,7 @@ impl BlockDevice for Nvme {
             flush_fault: Arc::clone(&self.flush_fault),
         };
         let controller = &self.queues.controller;
+        self.info.still_here()?;
         let limit = usize::from(controller.queue_limit());
         let mut state = self.queues.state.lock();
         // The last one is kept for those that share; where there is one only, all do.

@@ -142,6 +142,9 @@ impl IoChannel for SharedChannel {
     }
 
     fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        if !self.target.info.is_here() {
+            return 0;
+        }
         let before = out.len();
         let mut inner = self.shared.inner.lock();
         inner.reap();
@@ -161,6 +164,7 @@ impl IoChannel for SharedChannel {
     }
 
     fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
+        self.target.info.still_here()?;
         // Nobody may sleep with the lock held: short naps, longer as nothing comes.
         let start = Instant::now();
         let mut nap = Duration::from_micros(5);
@@ -182,12 +186,19 @@ impl IoChannel for SharedChannel {
     }
 
     fn in_flight(&self) -> usize {
+        if !self.target.info.is_here() {
+            return 0;
+        }
         self.in_flight
     }
 }
 
 impl Drop for SharedChannel {
     fn drop(&mut self) {
+        // In a forked child the lock may be held by a thread that is not there.
+        if !self.target.info.is_here() {
+            return;
+        }
         // Operations of this channel stay, with their buffers, in the queue pair until they end.
         self.shared.inner.lock().mail.remove(&self.id);
     }

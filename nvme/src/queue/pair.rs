@@ -138,6 +138,9 @@ impl QueuePair {
 
     /// I/Os that were accepted and not handed back yet.
     pub fn in_flight(&self) -> usize {
+        if !self.core.birth.is_here() {
+            return 0;
+        }
         let in_splits: usize = self.splits.iter().flatten().map(|s| s.outstanding).sum();
         let splits = self.splits.len() - self.free_splits.len();
         self.slots.in_use() - in_splits + splits + self.backlog.len()
