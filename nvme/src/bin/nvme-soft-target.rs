@@ -10,7 +10,8 @@ use pumice_nvme::transport::NvmeUri;
 const USAGE: &str = "usage: nvme-soft-target SOCKET-OR-DIRECTORY [soft://memory?size=1G…]
 
 Serves a controller in this process to another one, which opens it as vfio-user://SOCKET.
-A directory stands for the socket `cntrl` in it. Ends with Ctrl-C.";
+A directory stands for the socket `cntrl` in it, which only its owner can connect to. Memory that a
+client shares must be sealed against shrinking (QEMU: memory-backend-memfd). Ends with Ctrl-C.";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();

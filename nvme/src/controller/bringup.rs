@@ -152,7 +152,8 @@ impl Core {
         {
             units = units.max(u32::from(Crto::from(crto).crwmt()));
         }
-        Duration::from_millis(u64::from(units.max(1)) * 500)
+        // One unit of grace: the promise is in units, and a device may take it to the last.
+        Duration::from_millis((u64::from(units) + 1) * 500)
     }
 
     /// Reads CSTS until `done`, at most for `timeout`.

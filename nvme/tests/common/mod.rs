@@ -45,6 +45,8 @@ pub fn rig_with(change: impl FnOnce(&mut SoftConfig, &mut ControllerOptions)) ->
     let mut config = SoftConfig::new(vec![disk(), disk()]);
     let mut options = ControllerOptions::default();
     options.admin_timeout = NEVER;
+    // CAP.TO: a busy machine may be slow to bring the controller up.
+    config.timeout_500ms = 240;
     change(&mut config, &mut options);
     let soft = SoftController::new(config).unwrap();
     let controller = Controller::new(soft.transport(), options).unwrap();
