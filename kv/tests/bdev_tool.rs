@@ -62,8 +62,11 @@ impl Drop for Server {
 fn devices_are_listed_copied_compared_and_zeroed() {
     let dir = tempfile::tempdir().unwrap();
     let [a, b] = ["a", "b"].map(|n| format!("file://{}", dir.path().join(n).display()));
-    let make = |uri: &str| format!("{uri}?size=4M&create=1");
-    let listed = ok(&["bdev", "list", &make(&a), &make(&b), "malloc://1M"]);
+    for name in ["a", "b"] {
+        let file = std::fs::File::create(dir.path().join(name)).unwrap();
+        file.set_len(4 << 20).unwrap();
+    }
+    let listed = ok(&["bdev", "list", &a, &b, "malloc://1M"]);
     assert!(listed.contains("Malloc0"), "{listed}");
     let info: Value = serde_json::from_str(&ok(&["bdev", "info", &a])).unwrap();
     assert_eq!(info["num_blocks"], 8192);
@@ -73,7 +76,8 @@ fn devices_are_listed_copied_compared_and_zeroed() {
     assert!(!pumice(&["bdev", "verify", &a, &b]).status.success());
     ok(&["bdev", "copy", &a, &b]);
     ok(&["bdev", "verify", &a, &b]);
-    ok(&["bdev", "zero", &b]);
+    assert!(fails(&["bdev", "zero", &b]).contains("--force"));
+    ok(&["bdev", "zero", "--force", &b]);
     bytes.fill(0);
     assert!(std::fs::read(dir.path().join("b")).unwrap() == bytes);
 

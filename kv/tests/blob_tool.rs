@@ -232,18 +232,25 @@ fn fsck_finds_mends_and_leaves() {
     assert_eq!(fsck(uri, true).0, Some(0));
     assert!(std::fs::read(&path).unwrap() == pristine);
 
-    // A damaged page: nothing is lost to make it good.
+    // A damaged page: a repair says first what it gives up, and then nothing is wrong any more.
     let md_start = u32::from_le_bytes(image[48..52].try_into().unwrap()) as usize;
     let root = usize::from_str_radix(second.trim_start_matches("0x1"), 16).unwrap();
     let mut image = pristine.clone();
     image[(md_start + root) * 4096 + 100] ^= 1;
     std::fs::write(&path, &image).unwrap();
-    let (code, text) = fsck(uri, true);
+    let (code, text) = fsck(uri, false);
     assert_eq!(code, Some(4), "{text}");
     assert!(text.contains(&second), "{text}");
     let list = json(&["blob", "list", uri]);
     assert_eq!(list["damaged"][0]["id"], second.as_str());
     assert_eq!(list["blobs"].as_array().unwrap().len(), 1);
+    let (code, text) = fsck(uri, true);
+    assert_eq!(code, Some(1), "{text}");
+    let plan = text.find(&format!("plan: remove blob {second}"));
+    assert!(plan.is_some() && plan < text.find("removed: "), "{text}");
+    assert_eq!(fsck(uri, false).0, Some(0));
+    let list = json(&["blob", "list", uri]);
+    assert!(list["damaged"].as_array().unwrap().is_empty());
 
     std::fs::write(&path, vec![0; pristine.len()]).unwrap();
     assert!(fails(8, &["fsck", uri]).contains("no blobstore signature"));

@@ -66,6 +66,29 @@ fn making_and_refusing_to() {
 }
 
 #[test]
+fn an_image_can_be_moved_to_a_disk_with_sectors_of_4_kib() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = image(dir.path());
+    let source = dir.path().join("source");
+    std::fs::write(&source, "text").unwrap();
+    ok(&["cp", &uri, source.to_str().unwrap(), ":/file"]);
+    let large = format!("file://{uri}?block_size=4096");
+    ok(&["cp", &large, ":/file", ":/copy"]);
+    assert_eq!(ok(&["cat", &uri, "/copy"]), "text");
+    // One that cannot be moved says what can be done.
+    let small = dir.path().join("small.img").to_str().unwrap().to_owned();
+    ok(&[
+        "mkfs",
+        &format!("file://{small}?block_size=512"),
+        "--size",
+        "64M",
+    ]);
+    let refused = fails(&["df", &format!("file://{small}?block_size=4096")]);
+    assert!(refused.contains("pumice cp -r"), "{refused}");
+    ok(&["df", &small]);
+}
+
+#[test]
 fn files_go_in_and_out() {
     let dir = tempfile::tempdir().unwrap();
     let uri = image(dir.path());
@@ -143,6 +166,32 @@ fn files_go_in_and_out() {
     assert!(fails(&["cp", &uri, &at("in/sub/small"), ":/small/x"]).contains("not a directory"));
     let names = ok(&["ls", &uri, "-R"]);
     assert_eq!(names.lines().count(), 3, "nothing half copied: {names}");
+}
+
+#[test]
+fn what_is_copied_out_of_a_private_image_stays_private() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let uri = image(dir.path());
+    let source = dir.path().join("source");
+    std::fs::write(&source, "secret").unwrap();
+    ok(&["cp", &uri, source.to_str().unwrap(), ":/file"]);
+    let id = json(&["stat", &uri, "/file", "--json"])[0]["blob"].clone();
+    for name in ["copied", "exported"] {
+        let to = dir.path().join(name);
+        match name {
+            "copied" => ok(&["cp", &uri, ":/file", to.to_str().unwrap()]),
+            _ => ok(&[
+                "blob",
+                "export",
+                &uri,
+                id.as_str().unwrap(),
+                to.to_str().unwrap(),
+            ]),
+        };
+        let mode = std::fs::metadata(&to).unwrap().permissions().mode();
+        assert_eq!(mode & 0o077, 0, "{name}");
+    }
 }
 
 #[test]

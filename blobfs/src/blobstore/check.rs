@@ -262,6 +262,11 @@ pub fn apply(dev: &Arc<dyn BlockDevice>, plan: &RepairPlan) -> Result<Vec<String
     store.end_half_done()?;
     store.unload()?;
     drop(store);
+    if !damaged.is_empty() {
+        // What the removed blobs held is nobody's only now.
+        let store = Blobstore::load_by_scan(Arc::clone(dev), &LoadOptions::default())?;
+        store.unload()?;
+    }
     let after = check(dev)?;
     for finding in &before.findings {
         let removed = damaged

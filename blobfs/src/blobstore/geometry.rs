@@ -52,7 +52,8 @@ impl Geometry {
         if u64::from(io_unit_size) < block_size {
             return Err(bad(format!(
                 "io units of {io_unit_size} bytes are smaller than the device's blocks of {block_size}; \
-                 use the image on a device with {io_unit_size}-byte blocks"
+                 use it on a device with {io_unit_size}-byte blocks, or make a file system here and copy the files \
+                 (`pumice cp -r`, `pumice rescue`)"
             )));
         }
         let md_page_size = sb.md_page_size.get();

@@ -25,6 +25,22 @@ use crate::blobstore::{
     Blob, BlobId, Blobstore, BsType, Error as StoreError, LoadOptions, Transaction,
 };
 
+/// The name of a file that is not whole yet, until it is renamed to the name that it is for. A file
+/// that has it when the file system is mounted was left by a process that was killed: it is not shown,
+/// and a mount for writing removes it.
+pub const UNFINISHED: &str = "/.pumice-unfinished";
+
+/// What an unfinished file was called before.
+const UNFINISHED_BEFORE: &str = "/.pumice-cp.part";
+
+fn is_unfinished(blob: &Blob) -> bool {
+    blob.xattr(xattr::NAME).is_some_and(|raw| {
+        [UNFINISHED, UNFINISHED_BEFORE]
+            .iter()
+            .any(|name| raw.strip_suffix(&[0]).unwrap_or(&raw) == name.as_bytes())
+    })
+}
+
 /// A blob that says it is a file or a directory.
 struct Found {
     id: BlobId,
@@ -190,7 +206,7 @@ impl Loader {
         for id in self.store.blobs() {
             match self.store.open(id) {
                 Ok(blob) => {
-                    if blob.xattr(xattr::IS_DELETED).is_some() {
+                    if blob.xattr(xattr::IS_DELETED).is_some() || is_unfinished(&blob) {
                         self.deleted.push(id);
                     } else {
                         self.read_blob(&blob);

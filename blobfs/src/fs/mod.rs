@@ -62,6 +62,7 @@ pub use ahead::ReadHandle;
 pub use cache::CacheStats;
 pub use error::{FsError, Result};
 pub use file::{File, Pinned};
+pub use load::UNFINISHED;
 pub use metered::IoStats;
 pub use mount::{DirEntry, FileLock, FileSystem, Stat, StatFs};
 pub use options::{Access, FormatOptions, MountOptions, OpenOptions};

@@ -29,6 +29,13 @@ impl<'a> StoreView<'a> {
         self.core.store.blobs()
     }
 
+    /// Blobs that were set aside because their metadata is damaged.
+    #[must_use]
+    pub fn damaged(&self) -> Vec<BlobId> {
+        let damaged = self.core.store.damaged().into_iter();
+        damaged.map(|(id, _)| id).collect()
+    }
+
     /// Where the clusters of a file are; `None` if the blob is no file with a name.
     #[must_use]
     pub fn extents(&self, id: BlobId) -> Option<std::sync::Arc<ExtentMap>> {

@@ -8,7 +8,9 @@ use clap::{Args, Subcommand};
 use pumice_bdev::config::{self, App};
 use pumice_bdev::contents::{self, Overwrite};
 use pumice_bdev::terminal::print_json;
-use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, Op, OpKind, complain, say, uuid};
+use pumice_bdev::{
+    AsyncChannel, BlockDevice, DmaBuf, Op, OpKind, OpenOptions, complain, say, uuid,
+};
 use serde_json::{Value, json};
 
 use crate::serve;
@@ -109,19 +111,19 @@ fn execute(args: &Bdev) -> Result<bool, String> {
     match &args.what {
         What::List { uris } => {
             for uri in uris {
-                app.open(uri).map_err(|e| e.to_string())?;
+                open_to_read(&app, uri)?;
             }
             list(&app)
         }
         What::Info { device } => {
-            let name = open(&app, device)?.info().name.clone();
+            let name = open_to_read(&app, device)?.info().name.clone();
             let answer = app.call("bdev_get_bdevs", &json!({ "name": name }));
             let answer = answer.map_err(|e| e.to_string())?;
             print_json(answer.get(0).unwrap_or(&Value::Null));
             Ok(true)
         }
         What::Copy { from, to, force } => {
-            let (from, to) = (open(&app, from)?, open(&app, to)?);
+            let (from, to) = (open_to_read(&app, from)?, open(&app, to)?);
             may_overwrite(&to, *force)?;
             copy(&*from, &*to)
         }
@@ -131,8 +133,8 @@ fn execute(args: &Bdev) -> Result<bool, String> {
             zero(&*dev)
         }
         What::Verify { device, other } => {
-            let dev = open(&app, device)?;
-            let other = other.as_ref().map(|o| open(&app, o)).transpose()?;
+            let dev = open_to_read(&app, device)?;
+            let other = other.as_ref().map(|o| open_to_read(&app, o)).transpose()?;
             verify(&*dev, other.as_deref())
         }
         What::Serve {
@@ -151,6 +153,12 @@ fn execute(args: &Bdev) -> Result<bool, String> {
 
 fn open(app: &App, device: &str) -> Result<Arc<dyn BlockDevice>, String> {
     app.open(device).map_err(|e| e.to_string())
+}
+
+/// Beside others who read; nothing is made, lengthened or written.
+fn open_to_read(app: &App, device: &str) -> Result<Arc<dyn BlockDevice>, String> {
+    let options = OpenOptions::new().read_only(true);
+    app.open_with(device, options).map_err(|e| e.to_string())
 }
 
 fn channel(dev: &dyn BlockDevice) -> Result<AsyncChannel, String> {
@@ -391,6 +399,11 @@ mod tests {
             )
         };
         let (a, b) = (uri("a", "3M"), uri("b", "3M"));
+        // Who only reads makes no file.
+        for name in ["a", "b"] {
+            let file = std::fs::File::create(dir.path().join(name)).unwrap();
+            file.set_len(3 << 20).unwrap();
+        }
         let verify = || {
             bdev(What::Verify {
                 device: uri("a", "3M"),
@@ -409,11 +422,14 @@ mod tests {
         })
         .unwrap();
         assert_eq!(verify(), Ok(true));
-        bdev(What::Zero {
-            device: b,
-            force: false,
-        })
-        .unwrap();
+        let zero = |force| {
+            bdev(What::Zero {
+                device: uri("b", "3M"),
+                force,
+            })
+        };
+        assert!(zero(false).unwrap_err().contains("--force"));
+        zero(true).unwrap();
         assert!(
             std::fs::read(dir.path().join("b"))
                 .unwrap()

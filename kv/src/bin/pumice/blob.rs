@@ -9,13 +9,16 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Args, Subcommand, ValueEnum};
-use pumice_bdev::terminal::{Lines, print_json};
+use pumice_bdev::terminal::{Lines, print_json, visible};
 use pumice_bdev::{complain, parse_size, say};
 use pumice_blobfs::blobstore::{
     Blob, BlobId, Blobstore, BsType, CreateOptions, ExternalOpener, InitOptions, LoadOptions,
     Parent,
 };
 use serde_json::{Value, json};
+
+use crate::files::open_to_read;
+use crate::signals;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -189,7 +192,8 @@ fn load_options(args: &BlobArgs, read_only: bool) -> LoadOptions {
         ..LoadOptions::default()
     };
     if let Some(uri) = args.external.clone() {
-        let open = move |_: BlobId, _: &[u8]| pumice_bdev::open(&uri);
+        let read = pumice_bdev::OpenOptions::new().read_only(true);
+        let open = move |_: BlobId, _: &[u8]| pumice_bdev::open_with(&uri, read);
         opts.open_external = Some(Arc::new(open) as Arc<dyn ExternalOpener>);
     }
     opts
@@ -197,7 +201,7 @@ fn load_options(args: &BlobArgs, read_only: bool) -> LoadOptions {
 
 fn look(args: &BlobArgs, uri: &str) -> Result<Blobstore> {
     Ok(Blobstore::load(
-        pumice_bdev::open(uri)?,
+        open_to_read(uri).map_err(|e| e.to_string())?,
         &load_options(args, true),
     )?)
 }
@@ -208,6 +212,7 @@ fn with_store<T>(
     uri: &str,
     change: impl FnOnce(&Blobstore) -> Result<T>,
 ) -> Result<T> {
+    signals::catch().map_err(|e| e.to_string())?;
     let store = Blobstore::load(pumice_bdev::open(uri)?, &load_options(args, false))?;
     let result = change(&store);
     let unloaded = store.unload();
@@ -425,7 +430,7 @@ fn list(store: &Blobstore, as_json: bool) -> Result<()> {
             flag("thin", "thin"),
             flag("read_only", "read-only"),
             if blob["name"].is_string() {
-                format!("  {}", text("name"))
+                format!("  {}", visible(&text("name")))
             } else {
                 String::new()
             },
@@ -533,7 +538,7 @@ fn show(store: &Blobstore, id: BlobId, as_json: bool) -> Result<()> {
         value["clear_method"].as_str().unwrap_or("")
     )?;
     for (name, bytes) in blob.xattrs() {
-        let name = String::from_utf8_lossy(&name).into_owned();
+        let name = visible(&String::from_utf8_lossy(&name));
         writeln!(
             out,
             "xattr         {name} ({} bytes): \"{}\"",

@@ -2,17 +2,21 @@
 
 use std::fs::{self, File as KernelFile};
 use std::io::{ErrorKind, IsTerminal, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::time::Duration;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use pumice_bdev::complain;
 use pumice_bdev::terminal::{print_json, visible};
-use pumice_blobfs::fs::{Access, File, FileSystem, FsError, OpenOptions};
+use pumice_blobfs::fs::{Access, File, FileSystem, FsError, OpenOptions, UNFINISHED};
 use serde_json::json;
 
-use crate::files::{CHUNK, Failure, fail, human, join, mounted, walk};
+use crate::files::{CHUNK, Change, Failure, Mode, fail, human, join, mounted, walk};
+use crate::signals;
 
 /// Copy files into, out of, and within the file system
 ///
@@ -21,6 +25,8 @@ use crate::files::{CHUNK, Failure, fail, human, join, mounted, walk};
 /// A file in the file system that is replaced is there until the new one is whole.
 #[derive(Args)]
 pub struct Cp {
+    #[command(flatten)]
+    change: Change,
     /// The device
     uri: String,
     /// What to copy
@@ -38,9 +44,6 @@ pub struct Cp {
     #[arg(short, long)]
     quiet: bool,
 }
-
-/// What a file in the file system is called until it is whole.
-const PART: &str = "/.pumice-cp.part";
 
 /// A path, and whose.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -109,6 +112,17 @@ impl std::fmt::Display for Place {
     }
 }
 
+/// Makes or empties a file of the kernel's. A new one is its user's alone: an image is private, and what
+/// was in it stays so.
+pub fn create_private(path: &Path) -> std::io::Result<KernelFile> {
+    KernelFile::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)
+}
+
 fn kernel_error(path: &Path, e: &std::io::Error) -> Failure {
     Failure::from(format!("{}: {e}", path.display()))
 }
@@ -128,8 +142,11 @@ pub fn cp(args: &Cp) -> ExitCode {
         let text = "--json and - both write to standard output; leave one of them out";
         return fail("cp", &Failure::from(text.to_owned()));
     }
-    let read_only = !matches!(to, Place::Ours(_));
-    let result = mounted(&args.uri, read_only, |fs| copy(fs, args, &to));
+    let mode = match to {
+        Place::Ours(_) => args.change.mode(),
+        _ => Mode::Read,
+    };
+    let result = mounted(&args.uri, mode, |fs| copy(fs, args, &to));
     match result {
         Ok((files, bytes)) => {
             if args.json {
@@ -169,6 +186,7 @@ fn copy(fs: &FileSystem, args: &Cp, to: &Place) -> Result<(u64, u64), Failure> {
     let bar = progress(total, args);
     let mut files = 0;
     for job in &jobs {
+        signals::check()?;
         bar.set_message(visible(&job.to.to_string()));
         files += u64::from(!job.is_dir);
         run_job(fs, job, &bar)?;
@@ -295,7 +313,7 @@ fn run_job(fs: &FileSystem, job: &Job, bar: &ProgressBar) -> Result<(), Failure>
         (Place::Stream, Place::Ours(to)) => {
             let name = Path::new("standard input");
             replace(fs, to, |target| {
-                take_in(std::io::stdin().lock(), name, target, bar)
+                take_in(Input::standard(), name, target, bar)
             })
         }
         (Place::Ours(from), Place::Stream) => {
@@ -307,7 +325,7 @@ fn run_job(fs: &FileSystem, job: &Job, bar: &ProgressBar) -> Result<(), Failure>
             out.flush().map_err(|e| kernel_error(name, &e))
         }
         (Place::Ours(from), Place::Kernel(to)) => {
-            let mut target = KernelFile::create(to).map_err(|e| kernel_error(to, &e))?;
+            let mut target = create_private(to).map_err(|e| kernel_error(to, &e))?;
             each_chunk(fs, from, bar, |bytes| {
                 target.write_all(bytes).map_err(|e| kernel_error(to, &e))
             })?;
@@ -342,16 +360,64 @@ fn replace(
     if fs.stat(to).is_ok_and(|s| s.is_dir) {
         return Err(FsError::IsDir { path: to.into() }.into());
     }
-    let target = fs.open(PART, OpenOptions::FRESH)?;
+    let target = fs.open(UNFINISHED, OpenOptions::FRESH)?;
     let filled = fill(&target).and_then(|()| Ok(target.sync()?));
     drop(target);
-    let done = filled.and_then(|()| Ok(fs.rename(PART, to)?));
+    let done = filled.and_then(|()| Ok(fs.rename(UNFINISHED, to)?));
     if done.is_err()
-        && let Err(e) = fs.unlink(PART)
+        && let Err(e) = fs.unlink(UNFINISHED)
     {
-        complain!("pumice cp: {PART} is left behind: {e}");
+        complain!("pumice cp: {UNFINISHED} is left behind: {e}");
     }
     done
+}
+
+/// Standard input, read by a thread of its own: whoever waits for it still hears a signal.
+pub struct Input {
+    chunks: Receiver<std::io::Result<Vec<u8>>>,
+    rest: Vec<u8>,
+}
+
+impl Input {
+    /// Begins to read.
+    pub fn standard() -> Input {
+        let (sender, chunks) = sync_channel(2);
+        std::thread::spawn(move || {
+            loop {
+                let mut chunk = vec![0; CHUNK];
+                let read = std::io::stdin().lock().read(&mut chunk);
+                let read = read.map(|n| {
+                    chunk.truncate(n);
+                    chunk
+                });
+                let over = read.as_ref().map_or(true, Vec::is_empty);
+                if sender.send(read).is_err() || over {
+                    return;
+                }
+            }
+        });
+        Input {
+            chunks,
+            rest: Vec::new(),
+        }
+    }
+}
+
+impl Read for Input {
+    /// As any reader; `Interrupted` now and then while nothing comes.
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        if self.rest.is_empty() {
+            self.rest = match self.chunks.recv_timeout(Duration::from_millis(50)) {
+                Ok(chunk) => chunk?,
+                Err(RecvTimeoutError::Timeout) => return Err(ErrorKind::Interrupted.into()),
+                Err(RecvTimeoutError::Disconnected) => Vec::new(),
+            };
+        }
+        let n = self.rest.len().min(buf.len());
+        buf[..n].copy_from_slice(&self.rest[..n]);
+        self.rest.drain(..n);
+        Ok(n)
+    }
 }
 
 /// Appends all of `source` to `target`.
@@ -363,6 +429,7 @@ fn take_in(
 ) -> Result<(), Failure> {
     let mut buf = vec![0; CHUNK];
     loop {
+        signals::check()?;
         match source.read(&mut buf) {
             Ok(0) => return Ok(()),
             Ok(n) => {
@@ -386,6 +453,7 @@ fn each_chunk(
     let mut buf = vec![0; CHUNK];
     let mut at = 0;
     loop {
+        signals::check()?;
         let n = source.read_at(at, &mut buf)?;
         if n == 0 {
             return Ok(());

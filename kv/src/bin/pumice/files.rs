@@ -2,13 +2,16 @@
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use pumice_bdev::terminal::{print, print_json, visible};
-use pumice_bdev::{BdevError, complain, say};
+use pumice_bdev::{BdevError, BlockDevice, complain, say};
 use pumice_blobfs::fs::{Access, FileSystem, FsError, MountOptions, OpenOptions, Stat};
 use serde_json::{Value, json};
+
+use crate::signals;
 
 /// Bytes that go through memory at once.
 pub const CHUNK: usize = 1 << 20;
@@ -41,6 +44,8 @@ pub struct Cat {
 /// Remove files
 #[derive(Args)]
 pub struct Rm {
+    #[command(flatten)]
+    change: Change,
     /// The device
     uri: String,
     /// Paths in the file system
@@ -57,6 +62,8 @@ pub struct Rm {
 /// Rename a file or a directory; a file of the new name is replaced
 #[derive(Args)]
 pub struct Mv {
+    #[command(flatten)]
+    change: Change,
     /// The device
     uri: String,
     /// Its path
@@ -90,6 +97,8 @@ pub struct StatArgs {
 /// Make directories
 #[derive(Args)]
 pub struct Mkdir {
+    #[command(flatten)]
+    change: Change,
     /// The device
     uri: String,
     /// Paths in the file system
@@ -103,6 +112,8 @@ pub struct Mkdir {
 /// Remove empty directories
 #[derive(Args)]
 pub struct Rmdir {
+    #[command(flatten)]
+    change: Change,
     /// The device
     uri: String,
     /// Paths in the file system
@@ -153,17 +164,65 @@ fn ended(command: &str, result: Outcome) -> ExitCode {
     }
 }
 
+/// How a command mounts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Nothing is written; others may read at the same time, and the file need not be writable.
+    Read,
+    /// For changes; with `accept_damage` also where blobs are damaged.
+    Write { accept_damage: bool },
+}
+
+/// What commands that change a file system have in common.
+#[derive(Args)]
+pub struct Change {
+    /// Go on although files are damaged: what was in them counts as lost
+    #[arg(long)]
+    accept_damage: bool,
+}
+
+impl Change {
+    /// How to mount for it.
+    pub fn mode(&self) -> Mode {
+        Mode::Write {
+            accept_damage: self.accept_damage,
+        }
+    }
+}
+
+/// Opens a device that nothing is written on, beside others who read.
+pub fn open_to_read(uri: &str) -> Result<Arc<dyn BlockDevice>, Failure> {
+    Ok(pumice_bdev::open_with(
+        uri,
+        pumice_bdev::OpenOptions::new().read_only(true),
+    )?)
+}
+
 /// Mounts, calls `f`, unmounts. What the mount found wrong goes to standard error.
 pub fn mounted<R>(
     uri: &str,
-    read_only: bool,
+    mode: Mode,
     f: impl FnOnce(&FileSystem) -> Result<R, Failure>,
 ) -> Result<R, Failure> {
-    let dev = pumice_bdev::open(uri)?;
     let mut opts = MountOptions::default();
-    opts.read_only = read_only;
     opts.cache_bytes = 64 << 20;
-    let fs = FileSystem::mount(dev, &opts)?;
+    let dev = match mode {
+        Mode::Read => {
+            opts.read_only = true;
+            open_to_read(uri)?
+        }
+        Mode::Write { accept_damage } => {
+            opts.accept_damage = accept_damage;
+            signals::catch()?;
+            pumice_bdev::open(uri)?
+        }
+    };
+    let fs = FileSystem::mount(dev, &opts).map_err(|e| match e {
+        FsError::Damaged { .. } => Failure(format!(
+            "{e}; here that is --accept-damage, and `pumice rescue` copies what can be read"
+        )),
+        e => e.into(),
+    })?;
     for problem in fs.problems() {
         complain!("pumice: {uri}: {problem}");
     }
@@ -278,7 +337,7 @@ pub fn ls(args: &Ls) -> ExitCode {
         }
         Ok(stats)
     };
-    let result = mounted(&args.uri, true, list).map(|stats| {
+    let result = mounted(&args.uri, Mode::Read, list).map(|stats| {
         if args.json {
             let all: Vec<Value> = stats.iter().map(|(p, s)| as_json(p, s)).collect();
             print_json(&Value::Array(all));
@@ -301,7 +360,7 @@ pub fn ls(args: &Ls) -> ExitCode {
 
 /// Runs `pumice cat`.
 pub fn cat(args: &Cat) -> ExitCode {
-    let result = mounted(&args.uri, true, |fs| {
+    let result = mounted(&args.uri, Mode::Read, |fs| {
         let mut out = std::io::stdout().lock();
         let mut buf = vec![0; CHUNK];
         for path in &args.paths {
@@ -329,7 +388,7 @@ pub fn cat(args: &Cat) -> ExitCode {
 
 /// Runs `pumice rm`.
 pub fn rm(args: &Rm) -> ExitCode {
-    let result = mounted(&args.uri, false, |fs| {
+    let result = mounted(&args.uri, args.change.mode(), |fs| {
         for path in &args.paths {
             let stat = match fs.stat(path) {
                 Ok(stat) => stat,
@@ -342,6 +401,7 @@ pub fn rm(args: &Rm) -> ExitCode {
                 )));
             }
             for (p, is_dir) in walk(fs, path)?.iter().rev() {
+                signals::check()?;
                 match (is_dir, p.as_str()) {
                     (true, "/") => {}
                     (true, p) => fs.rmdir(p)?,
@@ -356,7 +416,7 @@ pub fn rm(args: &Rm) -> ExitCode {
 
 /// Runs `pumice mv`.
 pub fn mv(args: &Mv) -> ExitCode {
-    let result = mounted(&args.uri, false, |fs| {
+    let result = mounted(&args.uri, args.change.mode(), |fs| {
         let into = fs.stat(&args.to).is_ok_and(|s| s.is_dir);
         let base = args
             .from
@@ -376,7 +436,7 @@ pub fn mv(args: &Mv) -> ExitCode {
 
 /// Runs `pumice df`.
 pub fn df(args: &Df) -> ExitCode {
-    let result = mounted(&args.uri, true, |fs| Ok(fs.statfs())).map(|s| {
+    let result = mounted(&args.uri, Mode::Read, |fs| Ok(fs.statfs())).map(|s| {
         if args.json {
             let all = json!({
                 "device": args.uri,
@@ -417,7 +477,7 @@ pub fn stat(args: &StatArgs) -> ExitCode {
         }
         Ok(all)
     };
-    let result = mounted(&args.uri, true, look).map(|all| {
+    let result = mounted(&args.uri, Mode::Read, look).map(|all| {
         if args.json {
             let all: Vec<Value> = all.iter().map(|(p, s)| as_json(p, s)).collect();
             print_json(&Value::Array(all));
@@ -441,7 +501,7 @@ pub fn stat(args: &StatArgs) -> ExitCode {
 
 /// Runs `pumice mkdir`.
 pub fn mkdir(args: &Mkdir) -> ExitCode {
-    let result = mounted(&args.uri, false, |fs| {
+    let result = mounted(&args.uri, args.change.mode(), |fs| {
         for path in &args.paths {
             if !args.parents {
                 fs.mkdir(path)?;
@@ -462,7 +522,7 @@ pub fn mkdir(args: &Mkdir) -> ExitCode {
 
 /// Runs `pumice rmdir`.
 pub fn rmdir(args: &Rmdir) -> ExitCode {
-    let result = mounted(&args.uri, false, |fs| {
+    let result = mounted(&args.uri, args.change.mode(), |fs| {
         args.paths.iter().try_for_each(|p| Ok(fs.rmdir(p)?))
     });
     ended("rmdir", result)

@@ -5,8 +5,10 @@ use std::process::ExitCode;
 use clap::Args;
 use pumice_bdev::terminal::print_json;
 use pumice_bdev::{complain, say};
-use pumice_blobfs::blobstore::check::{Report, Severity, check, repair};
+use pumice_blobfs::blobstore::check::{RepairPlan, Report, Severity, apply, check, plan};
 use serde_json::json;
+
+use crate::files::open_to_read;
 
 /// Errors were corrected.
 const CORRECTED: u8 = 1;
@@ -25,9 +27,14 @@ pub const USAGE: u8 = 16;
 pub struct Fsck {
     /// Device: file:///path, …
     uri: String,
-    /// Mend what can be mended without losing anything, and say what was done
+    /// Print what is going to be done, then do it: remove what is damaged, with all that it holds, end
+    /// what a crash left half done, write the masks anew. Copy what can still be read before:
+    /// pumice rescue
     #[arg(long)]
     repair: bool,
+    /// Only print what --repair would do
+    #[arg(long, conflicts_with = "repair")]
+    dry_run: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -45,13 +52,21 @@ pub fn run(args: &Fsck) -> ExitCode {
 }
 
 fn examine(args: &Fsck) -> Result<u8, Box<dyn std::error::Error>> {
-    let dev = pumice_bdev::open(&args.uri)?;
+    let dev = if args.repair {
+        pumice_bdev::open(&args.uri)?
+    } else {
+        open_to_read(&args.uri).map_err(|e| e.to_string())?
+    };
     let before = check(&dev)?;
     let mut done = Vec::new();
     let mut report = before.clone();
-    if args.repair && (before.worst().is_some() || !before.clean) {
-        done = repair(&dev)?;
-        report = check(&dev)?;
+    if args.repair || args.dry_run {
+        let plan = plan(&dev)?;
+        print_plan(args, &plan);
+        if args.repair && !plan.is_empty() {
+            done = apply(&dev, &plan)?;
+            report = check(&dev)?;
+        }
     }
     let code = match (before.worst(), report.worst()) {
         (_, Some(_)) => UNCORRECTED,
@@ -60,6 +75,21 @@ fn examine(args: &Fsck) -> Result<u8, Box<dyn std::error::Error>> {
     };
     print(args, &before, &done, &report);
     Ok(code)
+}
+
+/// Says what a repair does before anything is changed.
+fn print_plan(args: &Fsck, plan: &RepairPlan) {
+    if args.json {
+        // The report has the same lines as `plan` when it is over; a reader of the terminal sees them
+        // now.
+        for line in plan.lines() {
+            complain!("pumice fsck: plan: {line}");
+        }
+        return;
+    }
+    for line in plan.lines() {
+        say!("plan: {line}");
+    }
 }
 
 fn print(args: &Fsck, before: &Report, done: &[String], report: &Report) {
@@ -108,9 +138,11 @@ fn print(args: &Fsck, before: &Report, done: &[String], report: &Report) {
     );
     match (report.worst(), before.worst(), done.is_empty()) {
         (Some(Severity::Error), ..) => {
-            say!("errors are left that cannot be mended without losing something");
+            say!(
+                "errors are left that cannot be mended without losing something; --dry-run shows what --repair gives up, pumice rescue copies what can be read"
+            );
         }
-        (Some(_), ..) => say!("errors are left; --repair mends them"),
+        (Some(_), ..) => say!("errors are left; --repair mends them, --dry-run shows how"),
         (None, _, false) => say!("mended"),
         (None, ..) => say!("no errors"),
     }

@@ -14,9 +14,11 @@ mod files;
 mod fsck;
 mod mkfs;
 mod nvme;
+mod rescue;
 mod rpc;
 mod serve;
 mod setup;
+mod signals;
 
 use std::process::ExitCode;
 
@@ -36,6 +38,7 @@ enum Command {
     Doctor(doctor::Doctor),
     Blob(blob::BlobArgs),
     Fsck(fsck::Fsck),
+    Rescue(rescue::Rescue),
     Mkfs(mkfs::Mkfs),
     Ls(files::Ls),
     Cat(files::Cat),
@@ -64,7 +67,7 @@ fn main() -> ExitCode {
             };
         }
     };
-    let code = run(cli.command);
+    let code = signals::exit_code(run(cli.command));
     match pumice_bdev::terminal::outcome() {
         Ok(()) => code,
         Err(e) => {
@@ -85,6 +88,7 @@ fn run(command: Command) -> ExitCode {
         Command::Doctor(args) => doctor::run(&args),
         Command::Blob(args) => blob::run(&args),
         Command::Fsck(args) => fsck::run(&args),
+        Command::Rescue(args) => rescue::run(&args),
         Command::Mkfs(args) => mkfs::run(&args),
         Command::Ls(args) => files::ls(&args),
         Command::Cat(args) => files::cat(&args),

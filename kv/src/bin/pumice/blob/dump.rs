@@ -14,10 +14,11 @@ use pumice_blobfs::blobstore::format::{
 use serde_json::{Map, Value, json};
 
 use super::Result;
+use crate::files::open_to_read;
 
 /// Prints the store on the device `uri`, or what of it belongs to `id`.
 pub fn run(uri: &str, id: Option<BlobId>, as_json: bool) -> Result<()> {
-    let dev = pumice_bdev::open(uri)?;
+    let dev = open_to_read(uri).map_err(|e| e.to_string())?;
     let mut dump = Dump::open(&dev)?;
     let mut out = Lines;
     let super_block = super_fields(dump.super_block());

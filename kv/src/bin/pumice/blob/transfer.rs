@@ -8,6 +8,8 @@ use pumice_bdev::DmaBuf;
 use pumice_blobfs::blobstore::{BlobId, Blobstore, CreateOptions};
 
 use super::{BlobArgs, Result, with_store};
+use crate::copy::{Input, create_private};
+use crate::signals;
 
 /// Writes a file into a blob, `new` for a new one.
 pub fn import(
@@ -19,7 +21,7 @@ pub fn import(
     print_id: impl Fn(BlobId),
 ) -> Result<()> {
     let mut input: Box<dyn Read> = if file == Path::new("-") {
-        Box::new(io::stdin().lock())
+        Box::new(Input::standard())
     } else {
         Box::new(File::open(file).map_err(|error| format!("{}: {error}", file.display()))?)
     };
@@ -50,12 +52,17 @@ fn fill(store: &Blobstore, id: BlobId, input: &mut dyn Read, grow: bool) -> Resu
     let size = usize::try_from(store.cluster_size())?;
     let mut offset = 0;
     loop {
+        signals::check().map_err(|e| e.to_string())?;
         let mut buf = DmaBuf::zeroed(size)?;
         let mut len = 0;
         while len < size {
-            match input.read(&mut buf[len..])? {
-                0 => break,
-                n => len += n,
+            match input.read(&mut buf[len..]) {
+                Ok(0) => break,
+                Ok(n) => len += n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {
+                    signals::check().map_err(|e| e.to_string())?;
+                }
+                Err(e) => return Err(e.into()),
             }
         }
         if len == 0 {
@@ -107,7 +114,7 @@ pub fn export(store: &Blobstore, id: BlobId, file: &Path) -> Result<()> {
     let mut out: Box<dyn Write> = if file == Path::new("-") {
         Box::new(io::stdout().lock())
     } else {
-        Box::new(File::create(file).map_err(|error| format!("{}: {error}", file.display()))?)
+        Box::new(create_private(file).map_err(|error| format!("{}: {error}", file.display()))?)
     };
     let mut buf = DmaBuf::new(usize::try_from(store.cluster_size())?)?;
     for index in 0..blob.num_clusters() {

@@ -1,0 +1,405 @@
+//! Blobs that the store set aside: what their undamaged metadata pages still tell of them is
+//! collected, and the clusters that are known are read from the device.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf};
+use pumice_blobfs::blobstore::BlobId;
+use pumice_blobfs::blobstore::dump::Dump;
+use pumice_blobfs::blobstore::format::{
+    Descriptors, Page, PageHeader, TYPE_EXTENT_PAGE, TYPE_EXTENT_RLE, TYPE_EXTENT_TABLE,
+    TYPE_XATTR, page_crc, stored_crc,
+};
+
+use super::copy::{Copied, into_range};
+use super::target::Target;
+use super::{Loss, Outcome};
+
+/// Where such copies go.
+const PLACE: &str = "/damaged";
+
+/// What a cluster of a blob is known to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Known {
+    /// It has no place, so it reads as zeroes.
+    Zeroes,
+    /// Its place in the store.
+    At(u32),
+}
+
+/// What a page says.
+#[derive(Debug, Default, Clone)]
+struct Said {
+    sequence: u32,
+    next: u32,
+    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Runs of clusters: place (0: none), length.
+    runs: Vec<(u32, u32)>,
+    /// Clusters in all and the extent pages, where there is a table.
+    table: Option<(u64, Vec<u32>)>,
+    /// First cluster and places, in an extent page.
+    extents: Option<(u32, Vec<u32>)>,
+}
+
+/// The geometry of the store, as its super block has it.
+struct Store {
+    cluster_size: u64,
+    total_clusters: u64,
+    max_io_bytes: u64,
+    block_size: u64,
+}
+
+/// Whether there is a file system's super block that leads to metadata pages.
+pub fn has_pages(dev: &Arc<dyn BlockDevice>) -> bool {
+    let Ok(mut dump) = Dump::open(dev) else {
+        return false;
+    };
+    let mut any = false;
+    let is_ours = &dump.super_block().signature == b"SPDKBLOB";
+    is_ours && dump.pages(|_, _| any = true).is_ok() && any
+}
+
+/// Copies what is left of the blobs, or of all where `only` is not given.
+pub fn blobs(
+    dev: &Arc<dyn BlockDevice>,
+    only: Option<&[BlobId]>,
+    target: &Target,
+    outcome: &mut Outcome,
+) {
+    let (store, pages) = match collect(dev, only) {
+        Ok(found) => found,
+        Err(e) => {
+            outcome.lose(PLACE, format!("damaged metadata cannot be read: {e}"));
+            return;
+        }
+    };
+    let ch = match dev.open_channel() {
+        Ok(ch) => AsyncChannel::new(ch),
+        Err(e) => {
+            outcome.lose(PLACE, e.to_string());
+            return;
+        }
+    };
+    let mut ids: Vec<BlobId> = only.map_or_else(
+        || pages.keys().map(|(id, _)| *id).collect(),
+        <[BlobId]>::to_vec,
+    );
+    ids.sort_unstable();
+    ids.dedup();
+    for id in ids {
+        one(&store, &ch, id, &pages, target, outcome);
+    }
+}
+
+type Pages = HashMap<(BlobId, u32), Said>;
+
+fn collect(dev: &Arc<dyn BlockDevice>, only: Option<&[BlobId]>) -> Result<(Store, Pages), String> {
+    let mut dump = Dump::open(dev).map_err(|e| e.to_string())?;
+    let sb = dump.super_block();
+    let cluster_size = u64::from(sb.cluster_size.get());
+    let info = dev.info();
+    let size = sb.size.get().min(info.len_bytes());
+    let block_size = u64::from(info.block_size);
+    let store = Store {
+        cluster_size,
+        total_clusters: size.checked_div(cluster_size).unwrap_or(0),
+        max_io_bytes: match info.max_io_blocks {
+            0 => 1 << 20,
+            n => (u64::from(n) * block_size).min(1 << 20),
+        },
+        block_size,
+    };
+    let wanted: Option<HashSet<BlobId>> = only.map(|ids| ids.iter().copied().collect());
+    let mut pages = Pages::new();
+    dump.pages(|index, page| {
+        let id = PageHeader::read(page).id;
+        let is_wanted = wanted.as_ref().is_none_or(|ids| ids.contains(&id));
+        if is_wanted && id.page().is_some() && stored_crc(page) == page_crc(page) {
+            pages.insert((id, index), read_page(page));
+        }
+    })
+    .map_err(|e| e.to_string())?;
+    Ok((store, pages))
+}
+
+fn words(bytes: &[u8]) -> impl Iterator<Item = u32> + '_ {
+    bytes
+        .chunks_exact(4)
+        .map(|w| u32::from_le_bytes([w[0], w[1], w[2], w[3]]))
+}
+
+fn read_page(page: &Page) -> Said {
+    let header = PageHeader::read(page);
+    let mut said = Said {
+        sequence: header.sequence,
+        next: header.next,
+        ..Said::default()
+    };
+    for descriptor in Descriptors::new(page) {
+        let Ok(descriptor) = descriptor else { break };
+        let body = descriptor.body;
+        match descriptor.kind {
+            TYPE_XATTR => {
+                let name_len = body
+                    .get(..2)
+                    .map_or(0, |b| usize::from(u16::from_le_bytes([b[0], b[1]])));
+                if let (Some(name), Some(value)) =
+                    (body.get(4..4 + name_len), body.get(4 + name_len..))
+                {
+                    said.xattrs.push((name.to_vec(), value.to_vec()));
+                }
+            }
+            TYPE_EXTENT_RLE => {
+                let all: Vec<u32> = words(body).collect();
+                said.runs
+                    .extend(all.chunks_exact(2).map(|run| (run[0], run[1])));
+            }
+            TYPE_EXTENT_TABLE if body.len() >= 8 => {
+                let clusters = body[..8]
+                    .iter()
+                    .rev()
+                    .fold(0, |n, b| n << 8 | u64::from(*b));
+                let all: Vec<u32> = words(&body[8..]).collect();
+                let listed = all.chunks_exact(2).map(|entry| entry[0]);
+                let table = said.table.get_or_insert((clusters, Vec::new()));
+                table.0 = clusters;
+                table.1.extend(listed.filter(|page| *page != 0));
+            }
+            TYPE_EXTENT_PAGE => {
+                let mut all = words(body);
+                if let Some(first) = all.next() {
+                    said.extents = Some((first, all.collect()));
+                }
+            }
+            _ => {}
+        }
+    }
+    said
+}
+
+/// What is known of a blob.
+#[derive(Default)]
+struct Remains {
+    xattrs: HashMap<Vec<u8>, Vec<u8>>,
+    clusters: BTreeMap<u64, Known>,
+    /// Clusters in all, where a page says so.
+    num_clusters: Option<u64>,
+}
+
+impl Remains {
+    fn of(id: BlobId, pages: &Pages, store: &Store) -> Remains {
+        let mut remains = Remains::default();
+        let mut chain = Vec::new();
+        // The chain from the root on, as far as it is whole.
+        let mut at = id.page();
+        while let Some(index) = at
+            && let Some(said) = pages.get(&(id, index))
+            && said.sequence as usize == chain.len()
+        {
+            chain.push(said);
+            at = Some(said.next);
+        }
+        let listed: Option<Vec<u32>> = if chain.is_empty() {
+            // Without a root every page that the blob wrote is asked.
+            let mut all: Vec<_> = pages.iter().filter(|((of, _), _)| *of == id).collect();
+            all.sort_unstable_by_key(|((_, index), said)| (said.sequence, *index));
+            for (_, said) in all {
+                remains.take_xattrs(said);
+            }
+            None
+        } else {
+            let mut listed = None;
+            let mut cluster = 0;
+            for said in &chain {
+                remains.take_xattrs(said);
+                remains.take_runs(&said.runs, &mut cluster, store);
+                if let Some((clusters, pages)) = &said.table {
+                    remains.num_clusters = Some(*clusters);
+                    let all: &mut Vec<u32> = listed.get_or_insert_default();
+                    all.extend(pages);
+                }
+            }
+            Some(listed.unwrap_or_default())
+        };
+        for ((of, index), said) in pages {
+            let is_listed = listed.as_ref().is_none_or(|l| l.contains(index));
+            if let Some((first, places)) = &said.extents
+                && *of == id
+                && is_listed
+            {
+                for (cluster, place) in (u64::from(*first)..).zip(places) {
+                    remains.take(cluster, *place, store);
+                }
+            }
+        }
+        remains
+    }
+
+    fn take_xattrs(&mut self, said: &Said) {
+        for (name, value) in &said.xattrs {
+            self.xattrs
+                .entry(name.clone())
+                .or_insert_with(|| value.clone());
+        }
+    }
+
+    fn take_runs(&mut self, runs: &[(u32, u32)], cluster: &mut u64, store: &Store) {
+        for (place, len) in runs {
+            for n in 0..u64::from(*len).min(store.total_clusters) {
+                let place = match place {
+                    0 => 0,
+                    first => first.saturating_add(u32::try_from(n).unwrap_or(u32::MAX)),
+                };
+                self.take(*cluster + n, place, store);
+            }
+            *cluster += u64::from(*len);
+        }
+        if !runs.is_empty() {
+            self.num_clusters = Some(*cluster);
+        }
+    }
+
+    fn take(&mut self, cluster: u64, place: u32, store: &Store) {
+        let known = match place {
+            0 => Known::Zeroes,
+            place if u64::from(place) < store.total_clusters => Known::At(place),
+            _ => return,
+        };
+        self.clusters.insert(cluster, known);
+    }
+
+    fn xattr(&self, name: &str) -> Option<&[u8]> {
+        self.xattrs.get(name.as_bytes()).map(Vec::as_slice)
+    }
+
+    /// Bytes of the file, never more than the store has.
+    fn len(&self, store: &Store) -> u64 {
+        let last = self.clusters.keys().next_back().map_or(0, |last| last + 1);
+        let clusters = self.num_clusters.unwrap_or(last).min(store.total_clusters);
+        let room = clusters.saturating_mul(store.cluster_size);
+        let length = self.xattr("length").and_then(|v| v.try_into().ok());
+        length
+            .map_or(room, u64::from_le_bytes)
+            .min(store.total_clusters.saturating_mul(store.cluster_size))
+    }
+}
+
+fn one(
+    store: &Store,
+    ch: &AsyncChannel,
+    id: BlobId,
+    pages: &Pages,
+    target: &Target,
+    outcome: &mut Outcome,
+) {
+    let remains = Remains::of(id, pages, store);
+    if remains.xattr("is_deleted").is_some() {
+        return;
+    }
+    let name = remains.xattr("name").map(|raw| {
+        let raw = raw.split(|byte| *byte == 0).next().unwrap_or_default();
+        String::from_utf8_lossy(raw).into_owned()
+    });
+    let shown = name.clone().unwrap_or_else(|| format!("blob {id}"));
+    if remains.xattr("pumice.dir").is_some() {
+        outcome.lose(&shown, "a directory with damaged metadata");
+        return;
+    }
+    if remains.clusters.is_empty() {
+        outcome.lose(
+            &shown,
+            "damaged metadata: the place of its data is not known",
+        );
+        return;
+    }
+    let path = match &name {
+        Some(name) => format!("{PLACE}/{name}"),
+        None => format!("{PLACE}/blob-{id}"),
+    };
+    let (file, at) = match target.file(&path) {
+        Ok(made) => made,
+        Err(e) => {
+            outcome.lose(&shown, format!("the copy {path} cannot be made: {e}"));
+            return;
+        }
+    };
+    match read_all(store, ch, &remains, &file) {
+        Ok(copied) => {
+            outcome.files += 1;
+            outcome.bytes += copied.bytes;
+            outcome.losses.push(Loss {
+                path: shown,
+                why: format!(
+                    "damaged metadata; what they still tell is in {}",
+                    at.display()
+                ),
+                holes: copied.holes,
+            });
+        }
+        Err(e) => outcome.lose(&shown, e),
+    }
+}
+
+fn read_all(
+    store: &Store,
+    ch: &AsyncChannel,
+    remains: &Remains,
+    file: &std::fs::File,
+) -> Result<Copied, String> {
+    let len = remains.len(store);
+    file.set_len(len).map_err(|e| format!("the copy: {e}"))?;
+    let mut copied = Copied::default();
+    let mut next = 0;
+    let size = store.cluster_size;
+    for (cluster, known) in &remains.clusters {
+        let start = cluster.saturating_mul(size);
+        if start >= len {
+            break;
+        }
+        let end = start.saturating_add(size).min(len);
+        if next < start {
+            copied.miss(next..start, "damaged metadata");
+        }
+        next = end;
+        match known {
+            Known::Zeroes => copied.bytes += end - start,
+            Known::At(place) => {
+                let base = u64::from(*place) * size;
+                let read = |offset: u64, buf: &mut [u8]| {
+                    read_device(store, ch, base + (offset - start), buf)
+                };
+                into_range(file, start..end, &read, &mut copied)?;
+            }
+        }
+    }
+    if next < len {
+        copied.miss(next..len, "damaged metadata");
+    }
+    file.sync_all().map_err(|e| format!("the copy: {e}"))?;
+    Ok(copied)
+}
+
+fn read_device(
+    store: &Store,
+    ch: &AsyncChannel,
+    offset: u64,
+    buf: &mut [u8],
+) -> Result<(), String> {
+    let mut done = 0;
+    while done < buf.len() {
+        let wanted = (buf.len() - done) as u64;
+        let n = wanted.min(store.max_io_bytes);
+        let whole =
+            usize::try_from(n.next_multiple_of(store.block_size)).map_err(|e| e.to_string())?;
+        let piece = DmaBuf::new(whole).map_err(|e| e.to_string())?;
+        let lba = (offset + done as u64) / store.block_size;
+        let read = ch
+            .block_on(ch.read(lba, piece))
+            .map_err(|e| e.to_string())?;
+        let n = usize::try_from(n).map_err(|e| e.to_string())?;
+        buf[done..done + n].copy_from_slice(&read[..n]);
+        done += n;
+    }
+    Ok(())
+}

@@ -1,0 +1,62 @@
+//! SIGINT, SIGTERM and SIGHUP while a command changes a file system: the command stops at its next
+//! step, removes what is not whole and unmounts in order. A second signal ends it at once.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::flag;
+
+use crate::files::Failure;
+
+/// Catches the signals from now on.
+pub fn catch() -> Result<(), Failure> {
+    let again = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        let register = || {
+            // First the end for one that comes again, then the note of this one.
+            flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&again))?;
+            flag::register(signal, Arc::clone(&again))?;
+            register_number(signal)
+        };
+        register().map_err(|e| Failure::from(format!("signal {signal}: {e}")))?;
+    }
+    Ok(())
+}
+
+/// Notes which signal came.
+fn register_number(signal: i32) -> std::io::Result<()> {
+    let number = usize::try_from(signal).unwrap_or(0);
+    flag::register_usize(signal, Arc::clone(numbers()), number).map(|_| ())
+}
+
+fn numbers() -> &'static Arc<AtomicUsize> {
+    static NUMBER: std::sync::OnceLock<Arc<AtomicUsize>> = std::sync::OnceLock::new();
+    NUMBER.get_or_init(Arc::default)
+}
+
+/// The signal that was caught, if one was.
+pub fn caught() -> Option<usize> {
+    match numbers().load(Ordering::Relaxed) {
+        0 => None,
+        signal => Some(signal),
+    }
+}
+
+/// An error when a signal was caught. Asked at every step that may take long.
+pub fn check() -> Result<(), Failure> {
+    match caught() {
+        None => Ok(()),
+        Some(signal) => Err(Failure::from(format!(
+            "ended by signal {signal}; what was not finished is removed"
+        ))),
+    }
+}
+
+/// The exit code of a command: the shell's for a signal that was caught.
+pub fn exit_code(code: ExitCode) -> ExitCode {
+    caught().map_or(code, |signal| {
+        ExitCode::from(u8::try_from(128 + signal).unwrap_or(1))
+    })
+}
