@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
+use pumice_bdev::contents::{self, Overwrite};
 use pumice_bench::nvmeperf::report::Report;
 use pumice_bench::nvmeperf::worker::{self, Shared};
 use pumice_bench::nvmeperf::{Kind, Workload};
@@ -21,7 +22,8 @@ struct Args {
     /// vfio-user:///run/cntrl/1
     #[arg(default_value = "soft://null?size=1G")]
     uri: String,
-    /// read, write, rw, randread, randwrite, randrw. Writes destroy what is on the namespace.
+    /// read, write, rw, randread, randwrite, randrw. Writes need --force where
+    /// anything but zeroes is on the namespace.
     #[arg(short, long, default_value = "randread")]
     workload: Kind,
     /// Reads of a hundred I/Os, for rw and randrw
@@ -57,6 +59,9 @@ struct Args {
     /// Seed of the random blocks
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Write even on a namespace that holds anything but zeroes: what it holds is lost
+    #[arg(long)]
+    force: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -72,10 +77,22 @@ fn main() -> ExitCode {
     }
 }
 
+/// Whether something may be lost: reads lose nothing, and these devices are this process's own.
+fn writes(args: &Args) -> bool {
+    let read_percent = args.workload.read_percent.unwrap_or(args.read_percent);
+    let own = ["soft://null", "soft://memory"];
+    read_percent < 100 && !own.iter().any(|scheme| args.uri.starts_with(scheme))
+}
+
 fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let mut options = ControllerOptions::default();
     options.sgl = !args.no_sgl;
     options.shadow_doorbells = !args.no_shadow;
+    if writes(args) {
+        // The one rule of what may be written over is the block devices'.
+        let dev = pumice_bdev::open(&args.uri)?;
+        contents::may_overwrite(&*dev, Overwrite::forced(args.force))?;
+    }
     let opened = open_with(&args.uri, options)?;
     let ns = opened.namespace()?;
     let io_bytes = parse_size(&args.io_size)

@@ -71,6 +71,10 @@ pub struct Args {
     #[arg(short = 'k', value_name = "SECONDS")]
     pub timeout_s: Option<u64>,
 
+    /// Write even on a device that holds anything but zeroes: what it holds is lost
+    #[arg(long)]
+    pub force: bool,
+
     /// Serve JSON-RPC on this Unix socket meanwhile
     #[arg(short = 'r', long = "rpc-socket", value_name = "PATH")]
     pub rpc_socket: Option<PathBuf>,
@@ -105,6 +109,17 @@ pub enum Work {
     WriteZeroes,
     /// Copies to the other half of the device.
     Copy,
+}
+
+impl Work {
+    /// Whether it changes what is on the device.
+    pub fn writes(self) -> bool {
+        match self {
+            Work::ReadWrite(read_percent) => read_percent < 100,
+            Work::Verify | Work::Unmap | Work::WriteZeroes | Work::Copy => true,
+            Work::Reset | Work::Flush => false,
+        }
+    }
 }
 
 /// What every job shares.

@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use pumice_bdev::OpenOptions;
 use pumice_bdev::config::{self, App};
+use pumice_bdev::contents::{self, Overwrite};
 use pumice_bdev::metrics::MetricsServer;
 use pumice_bdev::registry::{Bdev, TimeoutAction};
 use pumice_bdev::rpc::{RpcServer, ServerOptions};
@@ -40,11 +42,18 @@ fn run(args: &Args, start: Instant) -> Result<bool, String> {
         config::load_file(&app, file).map_err(|e| e.to_string())?;
     }
     let mut names = args.bdev.clone();
+    let options = OpenOptions::new().read_only(!settings.work.writes());
     for uri in args.uris() {
-        let dev = app.open(uri).map_err(|e| e.to_string())?;
+        let dev = app.open_with(uri, options).map_err(|e| e.to_string())?;
         names.push(dev.info().name.clone());
     }
     let bdevs = chosen(&app, &names)?;
+    if settings.work.writes() {
+        for bdev in &bdevs {
+            contents::may_overwrite(bdev, Overwrite::forced(args.force))
+                .map_err(|e| e.to_string())?;
+        }
+    }
     if let Some(us) = args.timeout_s.map(|s| s * 1_000_000) {
         app.registry
             .set_timeout(Duration::from_micros(us), TimeoutAction::Log);
