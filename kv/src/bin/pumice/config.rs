@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use pumice_bdev::config::{self, App};
 use pumice_bdev::terminal::print_json;
 use pumice_bdev::{BlockDevice, complain, say};
-use pumice_nvme::pci::Host;
+use pumice_nvme::pci::{Host, PciAddress};
 use serde_json::{Value, json};
 
 /// Write or check a configuration file (SPDK's JSON)
@@ -61,9 +61,9 @@ fn generate(host: &Host, free: bool) -> Result<Value, String> {
         let address = function.address;
         if kernel {
             complain!(
-                "{address}: the kernel's driver has it ({}); `pumice setup bind {address}` gives it to \
-                 Pumice",
-                function.block_devices.join(", ")
+                "{address}: the kernel's driver has it ({}); `{}` gives it to Pumice",
+                function.block_devices.join(", "),
+                bind_command(address)
             );
         }
         if free && kernel {
@@ -81,6 +81,10 @@ fn generate(host: &Host, free: bool) -> Result<Value, String> {
         );
     }
     Ok(json!({ "subsystems": [{ "subsystem": "bdev", "config": config }] }))
+}
+
+fn bind_command(address: PciAddress) -> String {
+    format!("pumice setup bind {address}")
 }
 
 fn check(file: &std::path::Path, open: bool) -> Result<String, String> {
@@ -107,6 +111,13 @@ fn check(file: &std::path::Path, open: bool) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_hint_names_a_command_that_exists() {
+        use clap::Parser as _;
+        let command = bind_command("0000:01:00.0".parse().unwrap());
+        crate::Cli::try_parse_from(command.split(' ')).unwrap();
+    }
 
     #[test]
     fn check_finds_what_is_wrong() {

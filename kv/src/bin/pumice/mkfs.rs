@@ -16,7 +16,9 @@ use crate::files::{Failure, fail, human};
 pub struct Mkfs {
     /// The device: file:///path, /path, malloc://1G, nvme://0000:01:00.0
     uri: String,
-    /// Size of the image file that is made: 4G, 512M. One that is there must have it already
+    /// Size of the image file that is made: 4G, 512M. One that is there must have it already. Its blocks
+    /// are of 4096 bytes unless the URI says block_size=512: such an image also works on a disk with
+    /// 512-byte sectors
     #[arg(long, value_parser = size)]
     size: Option<u64>,
     /// Bytes of a cluster, the unit of allocation: a multiple of 4096
@@ -99,7 +101,14 @@ fn with_size(uri: &str, size: Option<u64>) -> Result<String, Failure> {
         file_uri(uri)
     };
     let separator = if uri.contains('?') { '&' } else { '?' };
-    Ok(format!("{uri}{separator}size={size}&create=1"))
+    // An image made with blocks of 4096 bytes can be moved to a disk with such sectors, and is used on
+    // blocks of 512 bytes as well; the other way round nothing goes.
+    let block_size = if uri.contains("block_size=") {
+        ""
+    } else {
+        "&block_size=4096"
+    };
+    Ok(format!("{uri}{separator}size={size}&create=1{block_size}"))
 }
 
 #[cfg(test)]
@@ -111,11 +120,11 @@ mod tests {
         assert_eq!(with_size("/a", None).unwrap(), "/a");
         assert_eq!(
             with_size("/a%b?", Some(5)).unwrap(),
-            "file:///a%25b%3F?size=5&create=1"
+            "file:///a%25b%3F?size=5&create=1&block_size=4096"
         );
         assert_eq!(
-            with_size("file:///a?block_size=4096", Some(5)).unwrap(),
-            "file:///a?block_size=4096&size=5&create=1"
+            with_size("file:///a?block_size=512", Some(5)).unwrap(),
+            "file:///a?block_size=512&size=5&create=1"
         );
         assert!(with_size("nvme://0000:01:00.0", Some(5)).is_err());
     }
