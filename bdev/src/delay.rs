@@ -107,6 +107,10 @@ impl BlockDevice for Delay {
         &self.info
     }
 
+    fn host_space(&self) -> Option<crate::HostSpace> {
+        self.base.host_space()
+    }
+
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         Ok(Box::new(DelayChannel {
             base: self.base.open_channel()?,

@@ -226,6 +226,22 @@ pub trait BlockDevice: Send + Sync + std::fmt::Debug {
     fn keep_file(&self, keep: bool) {
         let _ = keep;
     }
+
+    /// What a device that takes its space only when it is written (a sparse image) can still get from
+    /// the file system below. `None` for one whose blocks are all there, or where that is not known.
+    /// Asks the kernel, does not block on the device.
+    fn host_space(&self) -> Option<HostSpace> {
+        None
+    }
+}
+
+/// Space below a device; see [`BlockDevice::host_space`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostSpace {
+    /// Bytes that the file system below has left.
+    pub free_bytes: u64,
+    /// Bytes of the device that have blocks there already.
+    pub allocated_bytes: u64,
 }
 
 /// The way of one thread to a device. Dropping it with operations in flight blocks until the

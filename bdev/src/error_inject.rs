@@ -184,6 +184,10 @@ impl BlockDevice for ErrorDevice {
         &self.info
     }
 
+    fn host_space(&self) -> Option<crate::HostSpace> {
+        self.base.host_space()
+    }
+
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         Ok(Box::new(ErrorChannel {
             info: Arc::clone(&self.info),

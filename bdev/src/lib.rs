@@ -118,7 +118,7 @@ mod uri;
 pub mod uuid;
 mod zeroed;
 
-pub use device::{BlockDevice, DeviceInfo, IoChannel};
+pub use device::{BlockDevice, DeviceInfo, HostSpace, IoChannel};
 pub use error::{BdevError, IoError, IoErrorKind};
 pub use executor::{AsyncChannel, Io, IoOutcome, join_all};
 pub use op::{CompareAndWrite, Completion, Op, OpKind, OpSet, SubmitError, ZoneAction};

@@ -43,6 +43,10 @@ impl BlockDevice for Passthru {
         &self.info
     }
 
+    fn host_space(&self) -> Option<crate::HostSpace> {
+        self.base.host_space()
+    }
+
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         Ok(Box::new(PassthruChannel {
             base: self.base.open_channel()?,

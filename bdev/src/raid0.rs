@@ -118,6 +118,17 @@ impl BlockDevice for Raid0 {
         &self.info
     }
 
+    fn host_space(&self) -> Option<crate::HostSpace> {
+        // The legs fill up alike: the one with the least room ends it.
+        let legs = self.legs.iter().filter_map(|leg| leg.host_space());
+        let least = legs.min_by_key(|space| space.free_bytes + space.allocated_bytes)?;
+        let count = self.legs.len() as u64;
+        Some(crate::HostSpace {
+            free_bytes: least.free_bytes.saturating_mul(count),
+            allocated_bytes: least.allocated_bytes.saturating_mul(count),
+        })
+    }
+
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         let legs: Result<Vec<_>, BdevError> = self
             .legs

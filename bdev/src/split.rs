@@ -81,6 +81,15 @@ impl BlockDevice for Split {
         &self.info
     }
 
+    fn host_space(&self) -> Option<crate::HostSpace> {
+        // Which part has the blocks is not known.
+        let base = self.base.host_space()?;
+        Some(crate::HostSpace {
+            allocated_bytes: 0,
+            ..base
+        })
+    }
+
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         Ok(Box::new(SplitChannel {
             info: Arc::clone(&self.info),

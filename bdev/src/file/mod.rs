@@ -20,7 +20,7 @@ mod threads;
 use std::fs::File as StdFile;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::OnceLock;
@@ -98,6 +98,21 @@ impl File {
 impl BlockDevice for File {
     fn info(&self) -> &DeviceInfo {
         &self.shared.info
+    }
+
+    fn host_space(&self) -> Option<crate::HostSpace> {
+        let shared = &self.shared;
+        if shared.is_block_device {
+            return None;
+        }
+        let allocated_bytes = shared.file.metadata().ok()?.blocks() * 512;
+        if allocated_bytes >= shared.info.len_bytes() {
+            return None;
+        }
+        Some(crate::HostSpace {
+            free_bytes: sys::free_bytes(&shared.file).ok()?,
+            allocated_bytes,
+        })
     }
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {

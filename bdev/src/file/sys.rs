@@ -55,6 +55,15 @@ pub(super) fn sector_size(file: &File) -> io::Result<u32> {
     u32::try_from(size).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
 }
 
+/// Bytes that the file system of the file has left for this user.
+pub(super) fn free_bytes(file: &File) -> io::Result<u64> {
+    // SAFETY: all zeroes are a valid statvfs, which is plain numbers.
+    let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open for the whole call, `stat` is valid for writes.
+    check(unsafe { libc::fstatvfs(file.as_raw_fd(), &raw mut stat) })?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
 /// Discards a range of a block device. Blocks.
 pub(super) fn discard(file: &File, offset: u64, len: u64) -> io::Result<()> {
     let range = [offset, len];

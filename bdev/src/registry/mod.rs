@@ -487,6 +487,10 @@ impl BlockDevice for Bdev {
         self.entry.dev.info()
     }
 
+    fn host_space(&self) -> Option<crate::HostSpace> {
+        self.entry.dev.host_space()
+    }
+
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         if self.entry.is_removed() {
             return Err(BdevError::Removed {
@@ -530,6 +534,10 @@ impl Drop for Claimed {
 impl BlockDevice for Claimed {
     fn info(&self) -> &DeviceInfo {
         self.bdev.info()
+    }
+
+    fn host_space(&self) -> Option<crate::HostSpace> {
+        self.bdev.host_space()
     }
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {

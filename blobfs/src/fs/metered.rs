@@ -137,6 +137,10 @@ impl BlockDevice for Metered {
         &self.info
     }
 
+    fn host_space(&self) -> Option<pumice_bdev::HostSpace> {
+        self.inner.lock().as_ref()?.host_space()
+    }
+
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         let device = self.inner.lock().clone();
         let inner = device
