@@ -54,7 +54,7 @@ fn small_data_blocks() -> Option<(u64, u64)> {
 
 /// Blocks that hold data of files, not metadata.
 fn data_blocks() -> Option<(u64, u64)> {
-    Some((256, 1 << 20))
+    Some((144, 1 << 20))
 }
 
 #[test]

@@ -27,7 +27,7 @@ fn setup() -> (Arc<ErrorDevice>, FileSystem) {
 
 /// Blocks that hold data of files, not metadata.
 fn data_blocks() -> Option<(u64, u64)> {
-    Some((256, 1 << 20))
+    Some((144, 1 << 20))
 }
 
 /// What a device has after a power cut that takes everything that was not durable.
@@ -170,7 +170,7 @@ fn a_reader_does_not_get_what_was_cut_off_meanwhile() {
     f.truncate(1 << 20).unwrap();
     let g = fs.open("/g", OpenOptions::CREATE).unwrap();
     while fs.statfs().free > 0 {
-        g.append(&vec![9; MIB]).unwrap();
+        g.append(&[9; 64 << 10]).unwrap();
     }
     g.sync().unwrap();
     dev.resume();
@@ -278,7 +278,7 @@ fn of_several_reads_the_one_that_failed_says_so() {
 /// The block of the device that a read of the file at `off` needs.
 fn find_block(dev: &ErrorDevice, f: &pumice_blobfs::fs::File, off: u64) -> Option<u64> {
     let last = dev.info().num_blocks;
-    let found = (256..last).step_by(256).find(|lba| {
+    let found = (144..last).step_by(256).find(|lba| {
         dev.inject(fail(OpKind::Read, 1, Some((*lba, 256))));
         let failed = f.read_at(off, &mut [0; 4096]).is_err();
         dev.clear();

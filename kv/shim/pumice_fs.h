@@ -96,7 +96,7 @@ struct pumice_fs_ops {
   int64_t (*read_many)(const void* file, struct pumice_read* reads, size_t count);
   int64_t (*truncate)(const void* file, uint64_t len);
   int64_t (*allocate)(const void* file, uint64_t offset, uint64_t len);
-  int64_t (*flush)(const void* file);
+  int64_t (*finish)(const void* file);  // the writer closes: nobody is going to append
   int64_t (*sync)(const void* file);
   int64_t (*range_sync)(const void* file, uint64_t offset, uint64_t len);
   int64_t (*prefetch)(const void* file, uint64_t offset, uint64_t len);

@@ -60,7 +60,7 @@ IOStatus WritableFile::Truncate(uint64_t size, const IOOptions& /*options*/,
 
 IOStatus WritableFile::Close(const IOOptions& /*options*/, IODebugContext* dbg) {
   const pumice_fs_ops* ops = at_.file.ops();
-  if (ops->flush(at_.file.get()) < 0) {
+  if (ops->finish(at_.file.get()) < 0) {
     return LastFault(ops, {"closing", at_.name}, dbg);
   }
   return IOStatus::OK();
@@ -178,7 +178,7 @@ IOStatus RandomRWFile::Sync(const IOOptions& /*options*/, IODebugContext* dbg) {
 
 IOStatus RandomRWFile::Close(const IOOptions& /*options*/, IODebugContext* dbg) {
   const pumice_fs_ops* ops = at_.file.ops();
-  if (ops->flush(at_.file.get()) < 0) {
+  if (ops->finish(at_.file.get()) < 0) {
     return LastFault(ops, {"closing", at_.name}, dbg);
   }
   return IOStatus::OK();

@@ -53,7 +53,7 @@ fn making_and_refusing_to() {
         "{refused}"
     );
     ok(&["mkfs", &uri, "--force"]);
-    assert_eq!(json(&["df", &uri, "--json"])["cluster_size"], 1 << 20);
+    assert_eq!(json(&["df", &uri, "--json"])["cluster_size"], 65536);
     // Something of somebody else's.
     let other = dir.path().join("other.img");
     let mut bytes = vec![0u8; 8 << 20];

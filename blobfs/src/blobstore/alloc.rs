@@ -1,5 +1,7 @@
 //! Bitmaps of used clusters and metadata pages.
 
+use std::ops::Range;
+
 /// Which of `len` things are used. Takes the lowest free one first.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Bitmap {
@@ -34,6 +36,12 @@ impl Bitmap {
 
     pub fn words(&self) -> &[u64] {
         &self.words
+    }
+
+    /// Is the bit used?
+    pub fn is_set(&self, bit: u32) -> bool {
+        assert!(bit < self.len, "bit {bit} of {}", self.len);
+        self.words[bit as usize / 64] >> (bit % 64) & 1 != 0
     }
 
     /// Marks a bit as used; tells whether it was free before.
@@ -85,6 +93,67 @@ impl Bitmap {
             return Some(bit);
         }
         None
+    }
+
+    /// Are the `count` bits from `first` on all free?
+    pub fn is_free_run(&self, first: u32, count: u32) -> bool {
+        first
+            .checked_add(count)
+            .is_some_and(|end| end <= self.len && self.next_used(first) >= end)
+    }
+
+    /// The first of `count` free bits that follow one another, the lowest such run.
+    pub fn find_run(&self, count: u32) -> Option<u32> {
+        self.free_runs()
+            .find_map(|run| (run.end - run.start >= count).then_some(run.start))
+    }
+
+    /// The longest run of free bits; the lowest of several.
+    pub fn longest_run(&self) -> Range<u32> {
+        self.free_runs().fold(
+            0..0,
+            |best, run| if run.len() > best.len() { run } else { best },
+        )
+    }
+
+    /// All maximal runs of free bits, in order.
+    pub fn free_runs(&self) -> impl Iterator<Item = Range<u32>> + '_ {
+        let mut at = u32::try_from(self.hint * 64)
+            .unwrap_or(u32::MAX)
+            .min(self.len);
+        std::iter::from_fn(move || {
+            let start = self.next_free(at);
+            if start >= self.len {
+                return None;
+            }
+            at = self.next_used(start);
+            Some(start..at)
+        })
+    }
+
+    /// The first free bit from `from` on, or the length.
+    fn next_free(&self, from: u32) -> u32 {
+        self.next(from, |word| !word)
+    }
+
+    /// The first used bit from `from` on, or the length.
+    fn next_used(&self, from: u32) -> u32 {
+        self.next(from, |word| word)
+    }
+
+    fn next(&self, from: u32, wanted: impl Fn(u64) -> u64) -> u32 {
+        let first = from as usize / 64;
+        for index in first..self.words.len() {
+            let mut word = wanted(self.words[index]);
+            if index == first {
+                word &= u64::MAX << (from % 64);
+            }
+            if word != 0 {
+                let bit = index as u64 * 64 + u64::from(word.trailing_zeros());
+                return u32::try_from(bit).map_or(self.len, |bit| bit.min(self.len));
+            }
+        }
+        self.len
     }
 
     /// Marks everything used that `words` has used.
@@ -144,6 +213,38 @@ mod tests {
         map.grow(131);
         assert_eq!(map.take(0), Some(130));
         assert_eq!(map.iter().count(), 131);
+    }
+
+    #[test]
+    fn runs() {
+        use rand::prelude::*;
+        let mut rng = SmallRng::seed_from_u64(5);
+        let mut map = Bitmap::new(200);
+        for _ in 0..2000 {
+            let bit = rng.random_range(0..200);
+            if rng.random_bool(0.5) {
+                map.clear(bit);
+            } else {
+                map.set(bit);
+            }
+            let used: std::collections::BTreeSet<u32> = map.iter().collect();
+            let mut runs: Vec<Range<u32>> = Vec::new();
+            for bit in (0..200).filter(|bit| !used.contains(bit)) {
+                match runs.last_mut() {
+                    Some(run) if run.end == bit => run.end += 1,
+                    _ => runs.push(bit..bit + 1),
+                }
+            }
+            assert!(map.free_runs().eq(runs.iter().cloned()), "{runs:?}");
+            let longest = runs.iter().map(|run| run.len()).max().unwrap_or(0);
+            assert_eq!(map.longest_run().len(), longest);
+            let count = rng.random_range(1..20);
+            let first = runs.iter().find(|run| run.len() >= count as usize);
+            assert_eq!(map.find_run(count), first.map(|run| run.start));
+            let from = rng.random_range(0..200);
+            let free = (from..from + count).all(|bit| bit < 200 && !used.contains(&bit));
+            assert_eq!(map.is_free_run(from, count), free);
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use super::format::{
 };
 use super::meta::{BlobMeta, ClearMethod, Parent, Trailing};
 use super::records::{self, Failure, Record};
+use super::space::Spend;
 use super::state::{Slot, State};
 
 /// What a staged change does to the map of a blob.
@@ -52,6 +53,8 @@ pub(crate) struct Change {
     pub freed_pages: Vec<u32>,
     /// The super block has changed.
     pub super_block: bool,
+    /// How far into the reserve it may go.
+    pub spend: Spend,
     taken_clusters: Vec<u32>,
     taken_pages: Vec<u32>,
 }
@@ -93,13 +96,37 @@ impl State {
 
     /// Takes a cluster.
     pub fn take_cluster(&mut self, change: &mut Change) -> Result<u32, Error> {
-        self.check_not_held()?;
-        let cluster = self
-            .clusters
-            .take(self.geo.first_data_cluster)
-            .ok_or_else(|| self.no_space(1))?;
-        change.taken_clusters.push(cluster);
-        Ok(cluster)
+        Ok(self.take_clusters(change, 1, None)?[0])
+    }
+
+    /// Takes `count` clusters: if possible those behind `last`, else others in one run, else whatever is
+    /// free, the lowest first.
+    pub fn take_clusters(
+        &mut self,
+        change: &mut Change,
+        count: u64,
+        last: Option<u32>,
+    ) -> Result<Vec<u32>, Error> {
+        if count > 0 {
+            self.check_not_held()?;
+        }
+        self.check_free_clusters(count, change.spend)?;
+        let count = u32::try_from(count).expect("not more than are free");
+        let first = last
+            .map(|last| last + 1)
+            .filter(|next| self.clusters.is_free_run(*next, count))
+            .or_else(|| self.clusters.find_run(count));
+        let mut taken = Vec::with_capacity(count as usize);
+        for offset in 0..count {
+            let cluster = match first {
+                Some(first) => Some(first + offset).filter(|at| self.clusters.set(*at)),
+                None => self.clusters.take(0),
+            };
+            let cluster = cluster.expect("it was counted as free");
+            change.taken_clusters.push(cluster);
+            taken.push(cluster);
+        }
+        Ok(taken)
     }
 
     /// While it is not known what a damaged blob holds, nothing is given to others.
@@ -110,27 +137,14 @@ impl State {
         }
     }
 
-    /// The error of a store that is full.
-    pub fn no_space(&self, needed: u64) -> Error {
-        let total = u64::from(self.geo.total_clusters - self.geo.first_data_cluster);
-        Error::NoSpace {
-            needed,
-            free: u64::from(self.clusters.free()),
-            total,
-        }
-    }
-
     /// Takes a metadata page. Page 0 can only be a root: as an extent page it would not be recognised.
     pub fn take_page(&mut self, change: &mut Change, root: bool) -> Result<u32, Error> {
         self.check_not_held()?;
+        self.check_free_pages(1, change.spend)?;
         let page = self
             .pages
             .take(u32::from(!root))
-            .ok_or_else(|| Error::NoMdPages {
-                needed: 1,
-                free: u64::from(self.pages.free()),
-                total: u64::from(self.pages.len()),
-            })?;
+            .ok_or_else(|| self.no_pages(1, change.spend))?;
         change.taken_pages.push(page);
         Ok(page)
     }

@@ -1,5 +1,7 @@
 //! Where things lie on the device, from a checked super block.
 
+use std::ops::Range;
+
 use pumice_bdev::DeviceInfo;
 
 use super::error::Error;
@@ -16,8 +18,11 @@ pub(crate) struct Geometry {
     pub io_unit_size: u32,
     /// Clusters of the store, those of the metadata included.
     pub total_clusters: u32,
-    /// First cluster that holds no metadata.
-    pub first_data_cluster: u32,
+    /// Clusters at the front of the device that are never a blob's: the super block's.
+    pub front_clusters: u32,
+    /// Clusters that the masks and the metadata region touch. They begin at the front in a new store, and
+    /// lie anywhere once the region has moved.
+    pub md_clusters: Range<u32>,
     /// First page of the metadata region.
     pub md_start: u32,
     /// Pages of the metadata region.
@@ -142,20 +147,24 @@ impl Geometry {
                 "metadata up to byte {meta_end}, metadata region {md_start}+{md_len} pages, {size} bytes in all"
             )));
         }
-        let first_data_cluster = u32::try_from(md_end.div_ceil(cluster_size))
+        let md_cluster_end = u32::try_from(md_end.div_ceil(cluster_size))
             .ok()
-            .filter(|first| *first <= total_clusters)
+            .filter(|end| *end <= total_clusters)
             .ok_or_else(|| {
                 bad(format!(
                     "the metadata takes more than the {total_clusters} clusters"
                 ))
             })?;
+        // The regions are sorted; the first is the super block.
+        let begin = regions.get(1).map_or(0, |region| region.1) * PAGE_SIZE_U64 / cluster_size;
+        let begin = u32::try_from(begin).expect("not behind the end, which is a u32");
         Ok(Geometry {
             block_size,
             cluster_size,
             io_unit_size,
             total_clusters,
-            first_data_cluster,
+            front_clusters: 1,
+            md_clusters: begin..md_cluster_end,
             md_start,
             md_len,
         })
@@ -183,6 +192,92 @@ impl Geometry {
 
     /// Is this the number of a cluster that may belong to a blob?
     pub fn is_data_cluster(&self, cluster: u64) -> bool {
-        cluster >= u64::from(self.first_data_cluster) && cluster < u64::from(self.total_clusters)
+        cluster >= u64::from(self.front_clusters)
+            && !(u64::from(self.md_clusters.start)..u64::from(self.md_clusters.end))
+                .contains(&cluster)
+            && cluster < u64::from(self.total_clusters)
+    }
+
+    /// The clusters that no blob can have: the super block's, the masks', the metadata region's.
+    pub fn own_clusters(&self) -> impl Iterator<Item = u32> + use<> {
+        let front = self.front_clusters.min(self.md_clusters.start);
+        (0..front).chain(self.md_clusters.clone())
+    }
+
+    /// How many clusters blobs can have in all.
+    pub fn data_clusters(&self) -> u32 {
+        let front = self.front_clusters.min(self.md_clusters.start);
+        self.total_clusters - front - (self.md_clusters.end - self.md_clusters.start)
+    }
+
+    /// The lowest cluster that a blob can have; for messages.
+    pub fn first_data_cluster(&self) -> u32 {
+        if self.md_clusters.start <= self.front_clusters {
+            self.md_clusters.end
+        } else {
+            self.front_clusters
+        }
+    }
+
+    /// Pages of a cluster.
+    pub fn pages_per_cluster(&self) -> u64 {
+        self.cluster_size / PAGE_SIZE_U64
+    }
+}
+
+/// Where the masks and the metadata region go, one behind the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Layout {
+    page_mask: u32,
+    cluster_mask: u32,
+    cluster_mask_len: u32,
+    blobid_mask: u32,
+    mask_len: u32,
+    md_start: u32,
+    md_len: u32,
+    /// First page behind all of it.
+    pub end: u64,
+}
+
+impl Layout {
+    /// From page `at` on, for `md_len` metadata pages and `clusters` clusters. The cluster mask keeps room
+    /// for at least as many bits as there are pages. `None` if a position does not fit its field.
+    pub fn at(at: u64, md_len: u32, clusters: u32) -> Option<Layout> {
+        let pages = |bits: u32| u32::try_from(mask_pages(bits.into())).expect("at most 2^17 pages");
+        let (mask_len, cluster_mask_len) = (pages(md_len), pages(clusters));
+        let cluster_mask = at + u64::from(mask_len);
+        let blobid_mask = cluster_mask + u64::from(cluster_mask_len.max(mask_len));
+        let md_start = blobid_mask + u64::from(mask_len);
+        let end = md_start + u64::from(md_len);
+        u32::try_from(end).ok()?;
+        let page = |page: u64| u32::try_from(page).expect("not behind the end");
+        Some(Layout {
+            page_mask: page(at),
+            cluster_mask: page(cluster_mask),
+            cluster_mask_len,
+            blobid_mask: page(blobid_mask),
+            mask_len,
+            md_start: page(md_start),
+            md_len,
+            end,
+        })
+    }
+
+    /// Pages of the masks in front of the region.
+    pub fn masks_len(md_len: u32, clusters: u32) -> u64 {
+        let mask = mask_pages(md_len.into());
+        2 * mask + mask_pages(clusters.into()).max(mask)
+    }
+
+    /// Writes it into a super block.
+    pub fn set(&self, sb: &mut SuperBlock) {
+        sb.used_page_mask_start = self.page_mask.into();
+        sb.used_page_mask_len = self.mask_len.into();
+        sb.used_cluster_mask_start = self.cluster_mask.into();
+        sb.used_cluster_mask_len = self.cluster_mask_len.into();
+        sb.used_blobid_mask_start = self.blobid_mask.into();
+        sb.used_blobid_mask_len = self.mask_len.into();
+        sb.md_start = self.md_start.into();
+        sb.md_len = self.md_len.into();
     }
 }

@@ -1,27 +1,99 @@
-//! A store that grows with its device.
+//! A store that grows with its device, and a metadata region that grows or moves.
+//!
+//! The region grows in place where free clusters follow it and its masks have room for the bits. Else it
+//! moves: to a run of free clusters go the masks and a copy of the region with empty pages behind, all of
+//! it durable before one write of the super block switches over. The index of a page in the region stays,
+//! and with it every blob's id. Until that write the old place is untouched; after it the old clusters are
+//! free. A power cut leaves the one or the other, and a load of either finds the same blobs.
+
+use pumice_bdev::DeviceInfo;
 
 use super::Blobstore;
 use super::error::Error;
-use super::format::{MASK_HEADER_LEN, PAGE_SIZE_U64, mask_pages};
+use super::format::{MASK_HEADER_LEN, PAGE_SIZE, PAGE_SIZE_U64, SuperBlock, mask_pages};
+use super::geometry::{Geometry, Layout};
+use super::state::State;
+
+/// A move is worth its while from this part of the region on.
+const LEAST_GAIN: u32 = 8;
+
+/// A way to more metadata pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Growth {
+    /// The region ends later.
+    InPlace { md_len: u32 },
+    /// Masks and region go to the run of clusters from `first` on.
+    Move { md_len: u32, first: u32 },
+}
+
+impl Growth {
+    fn md_len(self) -> u32 {
+        match self {
+            Growth::InPlace { md_len } | Growth::Move { md_len, .. } => md_len,
+        }
+    }
+}
 
 impl Blobstore {
-    /// Takes what the device has beyond the recorded size, as far as the cluster mask has room for it
-    /// (a store is made with room for as many clusters as it has metadata pages). Gives the number of new
-    /// clusters, 0 if there is nothing to gain. Durable on return. Blocks.
+    /// Takes what the device has beyond the recorded size. Gives the number of new clusters, 0 if there is
+    /// nothing to gain. Where the cluster mask has no room for them, masks and metadata region move to new
+    /// clusters. One write of the super block switches over; durable on return. Blocks.
     ///
     /// # Errors
-    /// The device is larger but the cluster mask cannot grow, I/O errors.
+    /// A store of an old version whose mask has no room, I/O errors.
     pub fn grow(&self) -> Result<u64, Error> {
         let mut state = self.inner.state.lock();
-        let mut change = state.begin()?;
         let info = self.inner.dev.info();
         let old = state.geo.total_clusters;
         let wanted = (info.len_bytes() / state.geo.cluster_size).min(u64::from(u32::MAX));
         let wanted = u32::try_from(wanted).expect("bounded above");
         if wanted <= old {
+            drop(state.begin()?);
             return Ok(0);
         }
-        let sb = &state.sb;
+        let size = info
+            .len_bytes()
+            .min(u64::from(wanted) * state.geo.cluster_size);
+        // As the device says it, if that is not cut by the number of clusters.
+        let size = if u64::from(wanted) < u64::from(u32::MAX) {
+            info.len_bytes()
+        } else {
+            size
+        };
+        if wanted <= state.cluster_mask_room() {
+            let mut sb = state.sb.clone();
+            sb.size = size.into();
+            sb.used_cluster_mask_len = u32::try_from(mask_pages(wanted.into()))
+                .expect("at most 2^17 pages")
+                .into();
+            state.switch(info, sb)?;
+        } else {
+            let md_len = state.geo.md_len;
+            state.move_metadata(info, md_len, wanted, size)?;
+        }
+        Ok(u64::from(wanted - old))
+    }
+
+    /// Gives the store at least `wanted` metadata pages: in place or by moving the region, or as many as
+    /// there is room for. Gives how many there are then. Durable on return. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::NoMdPages`] if there is room for not even one more, a store of an old version, I/O errors.
+    pub fn grow_md_pages(&self, wanted: u32) -> Result<u32, Error> {
+        let mut state = self.inner.state.lock();
+        drop(state.begin()?);
+        if wanted > state.geo.md_len {
+            state.grow_metadata(self.inner.dev.info(), wanted, 0)?;
+            state.growth_blocked = None;
+        }
+        Ok(state.geo.md_len)
+    }
+}
+
+impl State {
+    /// Bits that the cluster mask has room for.
+    fn cluster_mask_room(&self) -> u32 {
+        let sb = &self.sb;
         let start = sb.used_cluster_mask_start.get();
         let others = [
             sb.used_page_mask_start.get(),
@@ -33,35 +105,245 @@ impl Blobstore {
             .filter(|other| *other > start)
             .min()
             .unwrap_or(start);
-        let reserved = u64::from(next - start);
-        let room = (reserved * PAGE_SIZE_U64).saturating_sub(MASK_HEADER_LEN as u64) * 8;
-        let total = wanted.min(u32::try_from(room).unwrap_or(u32::MAX));
-        if total <= old {
+        mask_bits(next - start)
+    }
+
+    /// Gives the region `wanted` pages, or as many as there is room for while `keep` clusters stay free.
+    pub fn grow_metadata(
+        &mut self,
+        info: &DeviceInfo,
+        wanted: u32,
+        keep: u32,
+    ) -> Result<(), Error> {
+        self.check_not_held()?;
+        let (old, total) = (self.geo.md_len, self.geo.total_clusters);
+        let none = Error::NoMdPages {
+            needed: u64::from(wanted - old),
+            free: self.pages.free().into(),
+            total: old.into(),
+        };
+        if self.sb.version.get() < 3 || self.sb.used_blobid_mask_len.get() == 0 {
+            return Err(none);
+        }
+        let in_place = self.growth_in_place(wanted, keep);
+        let moved = match in_place {
+            Some(growth) if growth.md_len() >= wanted => None,
+            _ => self.growth_by_move(wanted, keep),
+        };
+        let best = in_place
+            .into_iter()
+            .chain(moved)
+            .max_by_key(|growth| growth.md_len());
+        match best {
+            None => return Err(none),
+            Some(Growth::InPlace { md_len }) => {
+                let mut sb = self.sb.clone();
+                sb.md_len = md_len.into();
+                let zeroes = self.io.zeroes(
+                    self.geo.md_lba(old),
+                    self.geo.md_lba(md_len) - self.geo.md_lba(old),
+                )?;
+                self.io.run_durable(zeroes)?;
+                self.switch(info, sb)?;
+            }
+            Some(Growth::Move { md_len, first }) => {
+                self.move_to(info, first, md_len, total, self.sb.size.get())?;
+            }
+        }
+        let (pages, was) = (self.geo.md_len, old);
+        tracing::info!(device = info.name, pages, was, ?best, "more metadata pages");
+        Ok(())
+    }
+
+    /// How far the region can grow where it is.
+    fn growth_in_place(&self, wanted: u32, keep: u32) -> Option<Growth> {
+        let geo = &self.geo;
+        let ends = geo.md_clusters.end;
+        let free_behind = self.clusters.free_runs().find(|run| run.start == ends);
+        let spare = self.clusters.free().saturating_sub(keep);
+        let more = free_behind.map_or(0, |run| run.end - run.start).min(spare);
+        let limit = u64::from(ends + more) * geo.pages_per_cluster() - u64::from(geo.md_start);
+        let masks = self
+            .sb
+            .used_page_mask_len
+            .get()
+            .min(self.sb.used_blobid_mask_len.get());
+        let md_len = u32::try_from(limit)
+            .unwrap_or(u32::MAX - geo.md_start)
+            .min(mask_bits(masks));
+        // Up to the end of the cluster that the last wanted page lies in.
+        let full = (u64::from(geo.md_start) + u64::from(wanted))
+            .next_multiple_of(geo.pages_per_cluster())
+            - u64::from(geo.md_start);
+        let md_len = md_len.min(u32::try_from(full).unwrap_or(wanted));
+        (md_len > geo.md_len).then_some(Growth::InPlace { md_len })
+    }
+
+    /// Where the region can move to and how long it is there.
+    fn growth_by_move(&self, wanted: u32, keep: u32) -> Option<Growth> {
+        let (geo, total) = (&self.geo, self.geo.total_clusters);
+        let old_clusters = geo.md_clusters.end - geo.md_clusters.start;
+        // The old place comes back.
+        let most = self
+            .clusters
+            .free()
+            .min((self.clusters.free() + old_clusters).saturating_sub(keep));
+        let needed = clusters_for(geo, wanted, total);
+        let first = (needed <= most)
+            .then(|| self.clusters.find_run(needed))
+            .flatten();
+        let (first, clusters) = match first {
+            Some(first) => (first, needed),
+            None => {
+                let run = self.clusters.longest_run();
+                (run.start, (run.end - run.start).min(most))
+            }
+        };
+        let md_len = pages_in(geo, clusters, wanted, total)?;
+        let gain = geo.md_len / LEAST_GAIN;
+        (md_len > geo.md_len + gain).then_some(Growth::Move { md_len, first })
+    }
+
+    /// Moves masks and region to where there is room for `total` clusters.
+    fn move_metadata(
+        &mut self,
+        info: &DeviceInfo,
+        md_len: u32,
+        total: u32,
+        size: u64,
+    ) -> Result<(), Error> {
+        self.check_not_held()?;
+        let old_version = self.sb.version.get() < 3 || self.sb.used_blobid_mask_len.get() == 0;
+        let mut clusters = self.clusters.clone();
+        clusters.grow(total);
+        let needed = clusters_for(&self.geo, md_len, total);
+        let first = clusters.find_run(needed).filter(|_| !old_version);
+        let Some(first) = first else {
+            let reason = format!(
+                "the cluster mask has no room for {total} clusters, and {} ",
+                if old_version {
+                    "a store of an old version cannot move its metadata".to_owned()
+                } else {
+                    format!("no {needed} free clusters follow one another; delete blobs")
+                }
+            );
             return Err(Error::Geometry {
                 device: info.name.clone(),
-                reason: format!(
-                    "the device has {wanted} clusters, but the cluster mask has no room for more than {old}; \
-                     make a new store with more metadata pages (md_pages)"
-                ),
+                reason,
             });
-        }
-        let size = if total == wanted {
-            info.len_bytes()
-        } else {
-            u64::from(total) * state.geo.cluster_size
         };
-        let before = state.sb.clone();
-        state.sb.size = size.into();
-        state.sb.used_cluster_mask_len = u32::try_from(mask_pages(total.into()))
-            .expect("at most 2^17 pages")
-            .into();
+        let md_len = pages_in(&self.geo, needed, md_len, total).unwrap_or(md_len);
+        self.move_to(info, first, md_len, total, size)
+    }
+
+    /// Copies the region to the clusters from `first` on, then switches over.
+    fn move_to(
+        &mut self,
+        info: &DeviceInfo,
+        first: u32,
+        md_len: u32,
+        total: u32,
+        size: u64,
+    ) -> Result<(), Error> {
+        let at = u64::from(first) * self.geo.pages_per_cluster();
+        let Some(layout) = Layout::at(at, md_len, total) else {
+            return Err(Error::Geometry {
+                device: info.name.clone(),
+                reason: "the metadata would lie behind page 2^32".to_owned(),
+            });
+        };
+        let mut sb = self.sb.clone();
+        layout.set(&mut sb);
+        sb.size = size.into();
+        let new = Geometry::new(&sb, info)?;
+        // Old bytes of a file must not pass for a blob's root, nor for a mask.
+        let zeroes = self.io.zeroes(
+            self.geo.page_lba(at),
+            self.geo.page_lba(layout.end) - self.geo.page_lba(at),
+        )?;
+        self.io.run(zeroes)?;
+        self.copy_region(&new)?;
+        self.io.flush()?;
+        self.switch(info, sb)
+    }
+
+    /// Copies the pages of the region to their new place, used or not: what a damaged blob may own is not
+    /// known. A page that cannot be read and that nobody uses stays empty.
+    fn copy_region(&mut self, new: &Geometry) -> Result<(), Error> {
+        let per_read = self.io.max_io_blocks() * self.geo.block_size / PAGE_SIZE_U64;
+        let per_read = u32::try_from(per_read).unwrap_or(u32::MAX).max(1);
+        let mut at = 0;
+        while at < self.geo.md_len {
+            let pages = per_read.min(self.geo.md_len - at);
+            if let Err(error) = self.copy_pages(new, at, pages) {
+                tracing::warn!(%error, "copying metadata failed; trying page by page");
+                for page in at..at + pages {
+                    match self.copy_pages(new, page, 1) {
+                        Err(error) if self.pages.is_set(page) => return Err(error),
+                        _ => {}
+                    }
+                }
+            }
+            at += pages;
+        }
+        Ok(())
+    }
+
+    fn copy_pages(&mut self, new: &Geometry, at: u32, pages: u32) -> Result<(), Error> {
+        let buf = self
+            .io
+            .read(self.geo.md_lba(at), pages as usize * PAGE_SIZE)?;
+        if buf.iter().all(|byte| *byte == 0) {
+            return Ok(());
+        }
+        let writes = self.io.writes(new.md_lba(at), &buf)?;
+        self.io.run(writes)
+    }
+
+    /// Makes `sb` the super block, the commit point of every growth, and lets memory follow.
+    fn switch(&mut self, info: &DeviceInfo, sb: SuperBlock) -> Result<(), Error> {
+        let new = Geometry::new(&sb, info)?;
+        let mut change = self.begin()?;
         change.super_block = true;
-        if let Err(error) = state.commit(change) {
-            state.sb = before;
+        let before = std::mem::replace(&mut self.sb, sb);
+        if let Err(error) = self.commit(change) {
+            self.sb = before;
             return Err(error);
         }
-        state.geo.total_clusters = total;
-        state.clusters.grow(total);
-        Ok(u64::from(total - old))
+        self.clusters.grow(new.total_clusters);
+        self.pages.grow(new.md_len);
+        for cluster in new.own_clusters() {
+            self.clusters.set(cluster);
+        }
+        for cluster in self.geo.own_clusters() {
+            if new.is_data_cluster(cluster.into()) {
+                self.clusters.clear(cluster);
+            }
+        }
+        self.geo = new;
+        Ok(())
     }
+}
+
+/// Bits that a mask of so many pages has.
+fn mask_bits(pages: u32) -> u32 {
+    let bytes = (u64::from(pages) * PAGE_SIZE_U64).saturating_sub(MASK_HEADER_LEN as u64);
+    u32::try_from(bytes * 8).unwrap_or(u32::MAX)
+}
+
+/// Clusters that masks and region take.
+fn clusters_for(geo: &Geometry, md_len: u32, total: u32) -> u32 {
+    let pages = Layout::masks_len(md_len, total) + u64::from(md_len);
+    u32::try_from(pages.div_ceil(geo.pages_per_cluster())).unwrap_or(u32::MAX)
+}
+
+/// The longest region that fits so many clusters with its masks, but not more than `wanted` and what fills
+/// the last of the clusters that this takes.
+fn pages_in(geo: &Geometry, clusters: u32, wanted: u32, total: u32) -> Option<u32> {
+    let clusters = clusters.min(clusters_for(geo, wanted, total));
+    let pages = u64::from(clusters) * geo.pages_per_cluster();
+    let most = u32::try_from(pages).unwrap_or(u32::MAX);
+    // The masks of a longer region are at least as long.
+    let fits = pages.checked_sub(Layout::masks_len(most, total))?;
+    u32::try_from(fits).ok().filter(|pages| *pages > 0)
 }

@@ -11,6 +11,7 @@ use super::error::Error;
 use super::format::{BlobId, Flags};
 use super::meta::{BlobMeta, ClearMethod, Parent};
 use super::ops::check_xattr;
+use super::space::Spend;
 use super::state::{State, freeze};
 use super::view::View;
 
@@ -85,14 +86,9 @@ impl Blobstore {
             Which::All => meta.map.num_clusters() - meta.map.num_allocated(),
             Which::Parents => 0,
         };
-        let free = u64::from(state.clusters.free());
-        if at_least > free {
-            return Err(state.no_space(at_least));
-        }
+        state.check_free_clusters(at_least, Spend::Ordinary)?;
         let indices = missing(blob, which);
-        if indices.len() as u64 > free {
-            return Err(state.no_space(indices.len() as u64));
-        }
+        state.check_free_clusters(indices.len() as u64, Spend::Ordinary)?;
         let mut copies = Copies {
             change: state.begin()?,
             list: Vec::with_capacity(indices.len()),

@@ -31,6 +31,7 @@ mod ops;
 mod records;
 mod scan;
 mod snapshot;
+mod space;
 mod state;
 mod store;
 mod thin;
@@ -39,6 +40,7 @@ mod view;
 
 pub(crate) use change::Change;
 pub(crate) use error::some as some_lines;
+pub(crate) use space::default_md_pages;
 
 pub use blob::Blob;
 pub use error::Error;
@@ -47,5 +49,6 @@ pub use external::{ExternalOpener, OpenExternal};
 pub use format::{BlobId, BsType};
 pub use meta::{ClearMethod, Parent};
 pub use ops::{ClusterInit, CreateOptions};
+pub use space::{SpacePolicy, Spend};
 pub use store::{Blobstore, InitOptions, LoadOptions, Usage};
 pub use transaction::{BlobRef, Committed, Target, Transaction};

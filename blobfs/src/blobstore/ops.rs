@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::change::{Change, MapChange, Staged, empty_map};
 use super::error::Error;
-use super::format::{BlobId, Flags, MAX_XATTR_LEN, Xattr};
+use super::format::{BlobId, Flags, MAX_XATTR_LEN, Xattr, encode_blob};
 use super::meta::{self, BlobMeta, ClearMethod, Parent, Trailing};
 use super::state::State;
 
@@ -140,15 +140,13 @@ impl State {
         } else {
             size.saturating_sub(old_size)
         };
-        if new > u64::from(self.clusters.free()) {
-            return Err(self.no_space(new));
-        }
+        let last = old_size
+            .checked_sub(1)
+            .and_then(|last| old_map.cluster(last));
+        let taken = self.take_clusters(change, new, last)?;
         let map = old_map.resized(size, old_map.num_allocated() + new);
-        let mut taken = Vec::new();
-        for index in old_size..old_size + new {
-            let cluster = self.take_cluster(change)?;
-            map.set(index, cluster);
-            taken.push(cluster);
+        for (index, cluster) in (old_size..).zip(&taken) {
+            map.set(index, *cluster);
         }
         if init == ClusterInit::Zeroes {
             for run in taken.chunk_by(|a, b| a + 1 == *b) {
@@ -166,6 +164,9 @@ impl State {
         staged.meta.map = Arc::new(map);
         staged.map = MapChange::Replaced;
         staged.other = true;
+        if size > old_size && !thin {
+            prefer_table(&mut staged.meta);
+        }
         Ok(())
     }
 
@@ -260,5 +261,14 @@ impl State {
         } else {
             Ok(())
         }
+    }
+}
+
+/// Run-length extents that no longer fit the root become an extent table: a change of a long chain would
+/// write all of it.
+fn prefer_table(meta: &mut BlobMeta) {
+    if !meta.table && encode_blob(&meta.record(&[])).len() > 1 {
+        meta.table = true;
+        meta.flags.invalid |= Flags::EXTENT_TABLE;
     }
 }

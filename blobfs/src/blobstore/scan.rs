@@ -130,7 +130,7 @@ impl Scan {
             suspects: Vec::new(),
             others: Vec::new(),
         };
-        for cluster in 0..geo.first_data_cluster {
+        for cluster in geo.own_clusters() {
             scan.clusters.set(cluster);
         }
         scan
@@ -377,7 +377,7 @@ impl Scan {
     /// Claims a cluster for a blob.
     fn claim(&mut self, geo: &Geometry, cluster: u32) -> Result<(), PageProblem> {
         if !geo.is_data_cluster(cluster.into()) {
-            let (first, end) = (geo.first_data_cluster, geo.total_clusters);
+            let (first, end) = (geo.first_data_cluster(), geo.total_clusters);
             return Err(PageProblem::Cluster {
                 cluster: cluster.into(),
                 first,
@@ -451,7 +451,7 @@ impl Scan {
                 let cluster = u64::from(run.cluster) + u64::from(offset);
                 let claimed = u32::try_from(cluster).map_err(|_| PageProblem::Cluster {
                     cluster,
-                    first: geo.first_data_cluster,
+                    first: geo.first_data_cluster(),
                     end: geo.total_clusters,
                 });
                 if let Err(error) = claimed.and_then(|cluster| self.claim(geo, cluster)) {

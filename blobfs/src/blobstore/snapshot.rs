@@ -166,14 +166,9 @@ impl State {
         clone.set_parent(&Parent::Snapshot(snapshot));
 
         let needed = chain_len(&first) + chain_len(&clone) + chain_len(&last);
-        if needed > u64::from(self.pages.free()) {
+        if let Err(error) = self.check_free_pages(needed, change.spend) {
             self.rollback(change);
-            let (free, total) = (self.pages.free().into(), self.pages.len().into());
-            return Err(Error::NoMdPages {
-                needed: needed + 1,
-                free,
-                total,
-            });
+            return Err(error);
         }
         change.staged.push(Staged {
             meta: first,

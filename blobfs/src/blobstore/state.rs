@@ -13,6 +13,7 @@ use super::geometry::Geometry;
 use super::mdio::MdIo;
 use super::meta::{BlobMeta, Parent};
 use super::scan::Remains;
+use super::space::SpacePolicy;
 use super::view::View;
 
 /// A blob of the store.
@@ -56,6 +57,9 @@ pub(crate) struct State {
     pub stopped: Option<String>,
     pub pages: Bitmap,
     pub clusters: Bitmap,
+    pub policy: SpacePolicy,
+    /// Free clusters at the last growth of the metadata that found no room.
+    pub growth_blocked: Option<u32>,
     /// By root page.
     pub blobs: BTreeMap<u32, Slot>,
     pub damaged: BTreeMap<u32, PageError>,
@@ -86,7 +90,7 @@ impl State {
     pub fn note_unowned(&mut self) {
         let mut pages = self.pages.clone();
         let mut clusters = self.clusters.clone();
-        for cluster in 0..self.geo.first_data_cluster {
+        for cluster in self.geo.own_clusters() {
             clusters.clear(cluster);
         }
         for slot in self.blobs.values() {

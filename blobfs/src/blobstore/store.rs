@@ -18,11 +18,12 @@ use super::format::{
     BlobId, BsType, MaskKind, PAGE_SIZE, PAGE_SIZE_U64, Page, PageError, SuperBlock, decode_mask,
     encode_mask, mask_pages,
 };
-use super::geometry::Geometry;
+use super::geometry::{Geometry, Layout};
 use super::mdio::{MdIo, dma};
 use super::meta::ClearMethod;
 use super::ops::CreateOptions;
 use super::scan::{Remains, Roots, Scan, scan};
+use super::space::SpacePolicy;
 use super::state::{Slot, State};
 use super::transaction::Transaction;
 
@@ -31,7 +32,8 @@ use super::transaction::Transaction;
 pub struct InitOptions {
     /// Bytes of a cluster, a multiple of 4096.
     pub cluster_size: u32,
-    /// Pages of the metadata region; by default one per cluster.
+    /// Pages of the metadata region; by default one per cluster. A blob takes at least one. The region can
+    /// grow later ([`Blobstore::grow_md_pages`]).
     pub md_pages: Option<u32>,
     /// What the store is used for.
     pub bstype: BsType,
@@ -121,7 +123,7 @@ impl Blobstore {
         // No old store any more, then no old metadata, then the new store.
         let no_super = io.zeroes(0, geo.page_lba(1))?;
         io.run_durable(no_super)?;
-        let data = geo.cluster_lba(geo.first_data_cluster);
+        let data = geo.cluster_lba(geo.first_data_cluster());
         match opts.clear_method {
             ClearMethod::None => {}
             ClearMethod::Default | ClearMethod::Unmap => {
@@ -294,6 +296,8 @@ impl Blobstore {
             stopped: None,
             pages: scan.pages,
             clusters: scan.clusters,
+            policy: SpacePolicy::default(),
+            growth_blocked: None,
             blobs: blobs.collect::<BTreeMap<_, _>>(),
             damaged: scan.damaged,
             remains: scan.remains,
@@ -456,7 +460,7 @@ impl Blobstore {
     #[must_use]
     pub fn total_clusters(&self) -> u64 {
         let state = self.inner.state.lock();
-        u64::from(state.geo.total_clusters - state.geo.first_data_cluster)
+        u64::from(state.geo.data_clusters())
     }
 
     /// Clusters that can be allocated: those that nobody has, or none while allocation is held back
@@ -695,31 +699,28 @@ fn lay_out(size: u64, block_size: u32, opts: &InitOptions) -> Result<SuperBlock,
     }
     let clusters = u32::try_from(size / u64::from(cluster_size))
         .map_err(|_| Error::invalid("more than 2^32 - 1 clusters; choose a larger cluster size"))?;
-    let md_len = opts.md_pages.unwrap_or(clusters).max(1);
-    let pages = |bits: u32| u32::try_from(mask_pages(bits.into())).expect("at most 2^17 pages");
-    let mut sb = SuperBlock::new();
-    let md_mask = pages(md_len);
-    let cluster_mask = pages(clusters);
-    let mut at = 1;
-    sb.used_page_mask_start = at.into();
-    sb.used_page_mask_len = md_mask.into();
-    at += md_mask;
-    sb.used_cluster_mask_start = at.into();
-    sb.used_cluster_mask_len = cluster_mask.into();
-    at += cluster_mask.max(md_mask);
-    sb.used_blobid_mask_start = at.into();
-    sb.used_blobid_mask_len = md_mask.into();
-    at += md_mask;
-    let md_clusters =
-        ((u64::from(at) + u64::from(md_len)) * PAGE_SIZE_U64).div_ceil(cluster_size.into());
-    if md_clusters >= u64::from(clusters) {
-        return Err(Error::invalid(format!(
+    let md_len = match opts.md_pages {
+        Some(0) => {
+            return Err(Error::invalid(
+                "no metadata pages (md_pages): a blob needs one",
+            ));
+        }
+        Some(md_len) => md_len,
+        None => clusters.max(1),
+    };
+    let too_much = |md_clusters: u64| {
+        Error::invalid(format!(
             "{size} bytes are {clusters} clusters of {cluster_size} bytes, and {md_len} metadata pages take \
              {md_clusters}; use a larger device, larger clusters, or fewer metadata pages (md_pages)"
-        )));
+        ))
+    };
+    let layout = Layout::at(1, md_len, clusters).ok_or_else(|| too_much(clusters.into()))?;
+    let md_clusters = (layout.end * PAGE_SIZE_U64).div_ceil(cluster_size.into());
+    if md_clusters >= u64::from(clusters) {
+        return Err(too_much(md_clusters));
     }
-    sb.md_start = at.into();
-    sb.md_len = md_len.into();
+    let mut sb = SuperBlock::new();
+    layout.set(&mut sb);
     sb.cluster_size = cluster_size.into();
     sb.bstype = opts.bstype.0;
     sb.size = size.into();

@@ -4,6 +4,7 @@ use super::blob::Blob;
 use super::error::Error;
 use super::format::BlobId;
 use super::ops::{ClusterInit, CreateOptions};
+use super::space::Spend;
 use super::state::freeze;
 use super::{Blobstore, Change};
 
@@ -55,6 +56,7 @@ pub struct Transaction {
     store: Blobstore,
     steps: Vec<Step>,
     created: usize,
+    spend: Spend,
 }
 
 /// The result of a commit.
@@ -81,7 +83,13 @@ impl Transaction {
             store,
             steps: Vec::new(),
             created: 0,
+            spend: Spend::Ordinary,
         }
+    }
+
+    /// Lets it take from the store's reserve; see [`Spend`].
+    pub fn spend(&mut self, spend: Spend) {
+        self.spend = spend;
     }
 
     /// Creates a blob.
@@ -137,7 +145,9 @@ impl Transaction {
     /// device failed at a commit point ([`Error::Stopped`] afterwards).
     pub fn commit(self) -> Result<Committed, Error> {
         let mut state = self.store.inner.state.lock();
+        state.grow_metadata_if_scarce(self.store.inner.dev.info(), self.spend);
         let mut change = state.begin()?;
+        change.spend = self.spend;
         let mut created = Vec::with_capacity(self.created);
         let mut shrinks = Vec::new();
         let mut apply = |change: &mut Change| {

@@ -9,7 +9,7 @@ use pumice_bdev::{BlockDevice, DmaSlice, Op, OpKind};
 
 use super::cache::Cache;
 use super::durable::{Durability, lost};
-use super::error::{FsError, Result};
+use super::error::{FsError, Result, SpaceKind};
 use super::exit::Ended;
 use super::inode::Inode;
 use super::metered::Metered;
@@ -92,7 +92,7 @@ impl Core {
 
     /// Turns a blobstore error into ours.
     pub fn store_error(&self, context: impl Into<String>, e: StoreError) -> FsError {
-        store_error(context, e, self.store.free_clusters() * self.cluster)
+        store_error(context, e, self.store.available_clusters() * self.cluster)
     }
 
     /// Cuts `[off, off + len)` of a file where the device's blocks are not consecutive or an
@@ -282,10 +282,12 @@ pub(crate) fn store_error(context: impl Into<String>, e: StoreError, free_bytes:
     match e {
         StoreError::NoSpace { .. } => FsError::NoSpace {
             what: context,
+            kind: SpaceKind::Clusters,
             free_bytes,
         },
         StoreError::NoMdPages { .. } => FsError::NoSpace {
-            what: format!("{context}: metadata pages"),
+            what: context,
+            kind: SpaceKind::MetadataPages,
             free_bytes,
         },
         StoreError::Io(e) => FsError::io(context, e),

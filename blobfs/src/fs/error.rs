@@ -39,12 +39,14 @@ pub enum FsError {
         /// The path.
         path: String,
     },
-    /// No clusters or metadata pages left. Nothing was changed.
-    #[error("{what}: no space left ({free_bytes} bytes free); delete files or use a larger device")]
+    /// No space left, of one kind or another. Nothing was changed.
+    #[error("{what}: {}", .kind.text(*.free_bytes))]
     NoSpace {
         /// What needed the space.
         what: String,
-        /// What is free.
+        /// What ran out.
+        kind: SpaceKind,
+        /// Bytes that are free: of the file system's clusters, or for [`SpaceKind::Host`] below the image.
         free_bytes: u64,
     },
     /// The name is too long for the format.
@@ -169,6 +171,35 @@ fn owner(pid: Option<u32>) -> String {
         }
         Some(pid) => format!("process {pid}; stop it first"),
         None => "another process; stop it first".to_owned(),
+    }
+}
+
+/// What a file system can run out of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SpaceKind {
+    /// Clusters, of which files are made.
+    Clusters,
+    /// Metadata pages, with no room for more of them.
+    MetadataPages,
+    /// Room on the kernel's file system that holds a sparse image.
+    Host,
+}
+
+impl SpaceKind {
+    fn text(self, free_bytes: u64) -> String {
+        match self {
+            SpaceKind::Clusters => format!(
+                "no space left ({free_bytes} bytes free); delete files, or make the file system larger with `pumice grow`"
+            ),
+            SpaceKind::MetadataPages => format!(
+                "no space left: the metadata pages are used up ({free_bytes} bytes free, but not enough of them in one piece for more pages); \
+                 delete files, or make the file system larger with `pumice grow`"
+            ),
+            SpaceKind::Host => format!(
+                "no space left on the file system that holds the image ({free_bytes} bytes free there); make room there and try again"
+            ),
+        }
     }
 }
 

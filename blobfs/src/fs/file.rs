@@ -83,11 +83,11 @@ impl File {
         }
     }
 
-    fn ino(&self) -> &Arc<Inode> {
+    pub(super) fn ino(&self) -> &Arc<Inode> {
         &self.open.ino
     }
 
-    fn core(&self) -> &Core {
+    pub(super) fn core(&self) -> &Core {
         &self.open.core
     }
 

@@ -80,6 +80,8 @@ pub(crate) struct Inode {
     pub epoch: AtomicU64,
     pub ahead: Mutex<Ahead>,
     pub ahead_count: AtomicUsize,
+    /// Opening needs it: it may go into the reserve.
+    pub essential: AtomicBool,
     /// Paths; the first is in the xattr `name`. Changed under the namespace's `ops`.
     pub names: Mutex<Vec<String>>,
     pub mtime_ns: AtomicU64,
@@ -118,6 +120,7 @@ impl Inode {
             ahead: Mutex::default(),
             ahead_count: AtomicUsize::new(0),
             allocated: AtomicU64::new(allocated),
+            essential: AtomicBool::new(false),
             names: Mutex::new(names),
             mtime_ns: AtomicU64::new(mtime_ns),
             opens: AtomicUsize::new(0),

@@ -22,7 +22,7 @@ use super::options::MountOptions;
 use super::path;
 use super::pool::IoPool;
 use crate::blobstore::{
-    Blob, BlobId, Blobstore, BsType, Error as StoreError, LoadOptions, Transaction,
+    Blob, BlobId, Blobstore, BsType, Error as StoreError, LoadOptions, Spend, Transaction,
 };
 
 /// The name of a file that is not whole yet, until it is renamed to the name that it is for. A file
@@ -98,6 +98,7 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
         found: Vec::new(),
         deleted: Vec::new(),
     };
+    store.set_space_policy(super::space::POLICY);
     loader.read_blobs();
     if load.refuse_damage && !loader.damage.is_empty() {
         return Err(FsError::Damaged {
@@ -228,6 +229,7 @@ impl Loader {
             return;
         }
         let mut tx = self.store.transaction();
+        tx.spend(Spend::Releasing);
         tx.delete(id);
         if let Err(e) = tx.commit() {
             self.problem(
@@ -407,7 +409,8 @@ impl Loader {
 
     /// Commits. A device error fails the mount; what the blobstore refuses (a blob with clones,
     /// say) is reported.
-    fn commit(&mut self, id: BlobId, tx: Transaction, what: &str) -> Result<()> {
+    fn commit(&mut self, id: BlobId, mut tx: Transaction, what: &str) -> Result<()> {
+        tx.spend(Spend::Releasing);
         match tx.commit() {
             Ok(_) => Ok(()),
             Err(e @ (StoreError::Io(_) | StoreError::Stopped(_))) => Err(store_error(what, e, 0)),

@@ -52,6 +52,7 @@ mod options;
 mod path;
 mod pool;
 mod read;
+mod space;
 mod sync;
 mod tail;
 mod unflushed;
@@ -60,7 +61,7 @@ mod write;
 
 pub use ahead::ReadHandle;
 pub use cache::CacheStats;
-pub use error::{FsError, Result};
+pub use error::{FsError, Result, SpaceKind};
 pub use file::{File, Pinned};
 pub use load::UNFINISHED;
 pub use metered::IoStats;

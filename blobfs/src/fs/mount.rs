@@ -19,7 +19,7 @@ use super::names::Entry;
 use super::options::{FormatOptions, MountOptions, OpenOptions};
 use super::view::StoreView;
 use super::{exit, load, path};
-use crate::blobstore::{BlobId, Blobstore, BsType, InitOptions};
+use crate::blobstore::{BlobId, Blobstore, BsType, InitOptions, default_md_pages};
 
 /// A mounted file system. Cheap to clone; when the last handle (of it, or of a file in it) is
 /// dropped without [`FileSystem::unmount`], it is unmounted as well as that can be done.
@@ -67,10 +67,15 @@ pub struct DirEntry {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StatFs {
-    /// Bytes for files.
+    /// Bytes for files, without those kept back.
     pub total: u64,
-    /// Bytes free.
+    /// Bytes that can be written: without what is kept back for opening, and not more than the file system
+    /// below a sparse image has room for. 0 if no file can be made for want of metadata pages.
     pub free: u64,
+    /// Bytes that are nobody's, those kept back included.
+    pub unused: u64,
+    /// Of a sparse image: bytes that the file system below has room for.
+    pub host_free: Option<u64>,
     /// Bytes of a cluster.
     pub cluster: u64,
     /// Files.
@@ -123,6 +128,10 @@ fn refuse_format(e: BdevError) -> FsError {
 }
 
 impl FileSystem {
+    pub(super) fn core(&self) -> &Arc<Core> {
+        &self.core
+    }
+
     /// Makes an empty file system on the device. Without [`FormatOptions::force`] the device must be
     /// blank, by the rule of [`contents`]: every block that may hold data is read. Blocks.
     ///
@@ -141,10 +150,24 @@ impl FileSystem {
             );
             return Err(FsError::invalid(&info.name, reason));
         }
+        if opts
+            .md_pages
+            .is_some_and(|pages| pages < FormatOptions::MIN_MD_PAGES)
+        {
+            let reason = format!(
+                "{} metadata pages are too few to hold files; at least {}, or leave the number out",
+                opts.md_pages.unwrap_or_default(),
+                FormatOptions::MIN_MD_PAGES
+            );
+            return Err(FsError::invalid(&info.name, reason));
+        }
         let name = info.name.clone();
         let init = InitOptions {
             cluster_size: opts.cluster_size,
-            md_pages: opts.md_pages,
+            md_pages: Some(
+                opts.md_pages
+                    .unwrap_or_else(|| default_md_pages(info.len_bytes(), opts.cluster_size)),
+            ),
             bstype: BsType::BLOBFS,
             // It has been looked at.
             force: true,
@@ -380,7 +403,11 @@ impl FileSystem {
     /// # Errors
     /// [`FsError::Locked`] at once if it is locked; as [`FileSystem::open`].
     pub fn lock(&self, path: &str) -> Result<FileLock> {
-        let file = self.open(path, OpenOptions::CREATE)?;
+        let how = OpenOptions {
+            essential: true,
+            ..OpenOptions::CREATE
+        };
+        let file = self.open(path, how)?;
         let id = file.blob_id();
         if !self.core.names.locked.lock().insert(id.0) {
             return Err(FsError::Locked {
@@ -392,22 +419,6 @@ impl FileSystem {
             file: Some(file),
             id,
         })
-    }
-
-    /// Space and counts.
-    pub fn statfs(&self) -> StatFs {
-        let store = &self.core.store;
-        let pages = store.md_pages();
-        let cluster = self.core.cluster;
-        let files = self.core.names.inodes().len() as u64;
-        StatFs {
-            total: store.total_clusters() * cluster,
-            free: store.free_clusters() * cluster,
-            cluster,
-            files,
-            md_pages: pages.total,
-            md_pages_used: pages.used,
-        }
     }
 
     /// Counters of the page cache.

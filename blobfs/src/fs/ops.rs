@@ -12,7 +12,7 @@ use super::inode::{Inode, now_ns, xattr};
 use super::names::{Dir, Entry, Opened, Ops, encode_name, encode_names};
 use super::options::OpenOptions;
 use super::path;
-use crate::blobstore::{ClearMethod, CreateOptions, Transaction};
+use crate::blobstore::{ClearMethod, CreateOptions, Spend, Transaction};
 
 /// Longest list of further names of a file, in bytes.
 const LINKS_MAX: usize = 3000;
@@ -92,6 +92,9 @@ impl Core {
             xattrs.push((xattr::REPLACES.to_owned(), old.id.0.to_le_bytes().to_vec()));
         }
         let mut tx = self.store.transaction();
+        if how.essential {
+            tx.spend(Spend::Opening);
+        }
         let new = tx.create(CreateOptions {
             xattrs,
             ..self.create_options()
@@ -113,6 +116,7 @@ impl Core {
             .open(id)
             .map_err(|e| self.store_error(format!("{path}: create"), e))?;
         let ino = Inode::new(blob, 0, vec![path.to_owned()], mtime, &self.cache);
+        ino.essential.store(how.essential, Ordering::Relaxed);
         ino.opens.fetch_add(1, Ordering::SeqCst);
         self.names
             .map
@@ -131,6 +135,8 @@ impl Core {
         };
         CreateOptions {
             clear_method,
+            // A small file takes one page so; a long one gets a table when its runs fill the page.
+            extent_table: false,
             ..CreateOptions::default()
         }
     }
@@ -160,7 +166,7 @@ impl Core {
         let Some(blob) = ino.take_blob() else { return };
         let id = blob.id();
         drop(blob);
-        let mut tx = self.store.transaction();
+        let mut tx = self.releasing();
         tx.delete(id);
         if let Err(error) = tx.commit() {
             // It stays marked: the next mount deletes it.
@@ -184,6 +190,13 @@ impl Core {
         tail.pending.clear();
         tail.submitted = ino.len();
         ino.frames.remove_from(0);
+    }
+
+    /// A change that gives space back, or takes none for good: it may use the reserve.
+    fn releasing(&self) -> Transaction {
+        let mut tx = self.store.transaction();
+        tx.spend(Spend::Releasing);
+        tx
     }
 
     /// Adds to `tx` what `ino` losing the name `path` means on disk.
@@ -282,7 +295,7 @@ impl Core {
         let _ops = self.names.ops.lock();
         self.check_writable(|| path.to_owned())?;
         let ino = self.file(path)?;
-        let mut tx = self.store.transaction();
+        let mut tx = self.releasing();
         let loss = self.lose_name(&mut tx, &ino, path)?;
         if let Err(e) = tx.commit() {
             self.undo_loss(Some(&ino), Some(loss));
@@ -344,7 +357,7 @@ impl Core {
         };
         let rename_one = |n: &String| if n == from { to.to_owned() } else { n.clone() };
         let names: Vec<String> = source.names.lock().iter().map(rename_one).collect();
-        let mut tx = self.store.transaction();
+        let mut tx = self.releasing();
         self.stage_names(&mut tx, &source, &names)?;
         if let Some(target) = &target {
             tx.set_xattr(source.id, xattr::SEQ, &next_seq(&mut ops).to_le_bytes());
@@ -449,7 +462,7 @@ impl Core {
         }
         let marker = *dir.marker.lock();
         if let Some(id) = marker {
-            let mut tx = self.store.transaction();
+            let mut tx = self.releasing();
             tx.delete(id);
             tx.commit()
                 .map_err(|e| self.store_error(format!("{path}: rmdir"), e))?;
@@ -504,7 +517,7 @@ impl Core {
             }
         }
         // What is refused is refused here, before there is an intent that a mount would carry out.
-        let mut tx = self.store.transaction();
+        let mut tx = self.releasing();
         let mut renamed: Vec<(Arc<Inode>, Vec<String>)> = Vec::new();
         let mut seen = std::collections::HashSet::new();
         for (p, entry) in &below {
@@ -535,7 +548,7 @@ impl Core {
         let known = *dir.marker.lock();
         let marker = match known {
             Some(id) => {
-                let mut tx = self.store.transaction();
+                let mut tx = self.releasing();
                 tx.set_xattr(id, xattr::RENAME, &intent);
                 tx.commit().map_err(fail)?;
                 id
@@ -543,7 +556,7 @@ impl Core {
             None => {
                 let mut xattrs = marker_xattrs(from, now_ns());
                 xattrs.push((xattr::RENAME.to_owned(), intent));
-                let mut tx = self.store.transaction();
+                let mut tx = self.releasing();
                 let new = tx.create(CreateOptions {
                     xattrs,
                     ..self.create_options()
@@ -563,7 +576,7 @@ impl Core {
         }
         if let Err(e) = tx.commit() {
             // Nothing was renamed; neither shall the next mount.
-            let mut tx = self.store.transaction();
+            let mut tx = self.releasing();
             tx.remove_xattr(marker, xattr::RENAME);
             if let Err(error) = tx.commit() {
                 tracing::error!(from, to, %error, "the intent of a failed rename stays: the next mount will rename");

@@ -4,18 +4,25 @@
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct FormatOptions {
-    /// Bytes of a cluster, the unit of allocation: a multiple of 4096.
+    /// Bytes of a cluster, the unit of allocation: a multiple of 4096. 64 KiB by default; larger ones take
+    /// less memory and metadata for very long files, and more space for small ones.
     pub cluster_size: u32,
-    /// Pages of the metadata region; each file needs at least two. By default one per cluster.
+    /// Pages of the metadata region to begin with, at least [`FormatOptions::MIN_MD_PAGES`]; a file needs
+    /// one or more. By default two per MiB, at most 16384. The region grows when three quarters are used.
     pub md_pages: Option<u32>,
     /// Format over whatever the device holds.
     pub force: bool,
 }
 
+impl FormatOptions {
+    /// The fewest metadata pages that a file system is made with.
+    pub const MIN_MD_PAGES: u32 = 16;
+}
+
 impl Default for FormatOptions {
     fn default() -> FormatOptions {
         FormatOptions {
-            cluster_size: 1 << 20,
+            cluster_size: 64 << 10,
             md_pages: None,
             force: false,
         }
@@ -71,6 +78,9 @@ pub struct OpenOptions {
     /// Make a new file; one of that name is replaced, in one step, and lives on for those who
     /// have it open.
     pub fresh: bool,
+    /// One of the few small files without which an application cannot open its data: on a full file system
+    /// it, and its first MiB, may come from what is kept back for that.
+    pub essential: bool,
 }
 
 impl OpenOptions {
@@ -80,6 +90,7 @@ impl OpenOptions {
         truncate: false,
         exclusive: false,
         fresh: false,
+        essential: false,
     };
     /// An existing file, or a new one.
     pub const CREATE: OpenOptions = OpenOptions {

@@ -8,6 +8,7 @@ use super::core::Core;
 use super::error::Result;
 use super::inode::{Inode, now_ns, xattr};
 use super::tail::Tail;
+use crate::blobstore::{Error as StoreError, Spend};
 
 impl Core {
     /// Data and length of the file are durable on return.
@@ -128,21 +129,28 @@ impl Core {
             && !ino.thin
             && ino.len() == len
             && tail.allocated / self.cluster > needed;
-        let mut tx = self.store.transaction();
         let mtime = now_ns();
-        tx.set_xattr(ino.id, xattr::LENGTH, &len.to_le_bytes());
-        tx.set_xattr(ino.id, xattr::MTIME, &mtime.to_le_bytes());
-        let commit = |tx: crate::blobstore::Transaction| {
-            tx.commit()
-                .map_err(|e| self.store_error(format!("{}: sync", ino.path()), e))
+        let commit = |clusters: Option<u64>| {
+            let mut tx = self.store.transaction();
+            tx.spend(Spend::Releasing);
+            tx.set_xattr(ino.id, xattr::LENGTH, &len.to_le_bytes());
+            tx.set_xattr(ino.id, xattr::MTIME, &mtime.to_le_bytes());
+            if let Some(clusters) = clusters {
+                tx.resize(ino.id, clusters);
+            }
+            tx.commit().map(drop)
         };
+        let failed = |e| self.store_error(format!("{}: sync", ino.path()), e);
         if trim {
-            tx.resize(ino.id, needed);
-            commit(tx)?;
-            self.resized(ino, &mut tail, needed);
+            match commit(Some(needed)) {
+                Ok(()) => self.resized(ino, &mut tail, needed),
+                // Giving back is optional; the length is not.
+                Err(StoreError::NoMdPages { .. }) => commit(None).map_err(failed)?,
+                Err(e) => return Err(failed(e)),
+            }
         } else {
             drop(tail);
-            commit(tx)?;
+            commit(None).map_err(failed)?;
         }
         ino.durable_len.store(len, Ordering::Release);
         ino.mtime_ns.store(mtime, Ordering::Relaxed);

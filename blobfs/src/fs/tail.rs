@@ -18,11 +18,14 @@ use super::error::{FsError, Result};
 use super::fill::{FillBuf, FillWriter};
 use super::frame::{Frame, PAGE, REGION, split};
 use super::inode::Inode;
+use super::space::ESSENTIAL_MAX;
 use super::unflushed::Unflushed;
-use crate::blobstore::ClusterInit;
+use crate::blobstore::{ClusterInit, Spend};
 
 /// First size of the tail buffer of a new file; most files stay below it.
 const SMALL: usize = 64 << 10;
+/// Least step of allocation ahead after a file's first cluster.
+const GROW_MIN: u64 = 1 << 20;
 /// Largest step of allocation ahead of an appending writer.
 const GROW_MAX: u64 = 64 << 20;
 
@@ -357,33 +360,66 @@ impl Core {
         }
         let needed = end.div_ceil(self.cluster);
         let have = tail.allocated / self.cluster;
+        let bytes = |clusters: u64| (clusters - have) * self.cluster;
         let ahead = if exact {
             needed
         } else {
-            needed.max(have + (have * 3).min(GROW_MAX / self.cluster))
+            let step = match have {
+                0 => 0,
+                have => (have * 3)
+                    .max(GROW_MIN / self.cluster)
+                    .min(GROW_MAX / self.cluster),
+            };
+            needed.max(have + step)
         };
         // The last clusters are not worth holding ahead.
-        let spare = self.store.free_clusters();
-        let want = if ahead - have > spare / 4 {
+        let spare = self.store.available_clusters();
+        let host = self.host_room().unwrap_or(u64::MAX);
+        let want = if ahead - have > spare / 4 || bytes(ahead) > host / 4 {
             needed
         } else {
             ahead
         };
-        match self.resize(ino, tail, want) {
+        match self.extend(ino, tail, want) {
             Err(FsError::NoSpace { .. }) => {
                 self.trim_others(ino);
-                self.resize(ino, tail, needed)
+                self.extend(ino, tail, needed)
             }
             result => result,
         }
     }
 
-    /// Changes the number of clusters; durable on return.
+    /// Gives a file more clusters, if there is room for their bytes below the device, too.
+    fn extend(&self, ino: &Inode, tail: &mut Tail, clusters: u64) -> Result<()> {
+        let end = clusters * self.cluster;
+        self.check_host(ino, end - tail.allocated)?;
+        let essential = ino.essential.load(Ordering::Relaxed) && end <= ESSENTIAL_MAX;
+        let spend = if essential {
+            Spend::Opening
+        } else {
+            Spend::Ordinary
+        };
+        self.set_clusters(ino, tail, clusters, spend)
+    }
+
+    /// Changes the number of clusters, mostly to fewer; durable on return.
     pub fn resize(&self, ino: &Inode, tail: &mut Tail, clusters: u64) -> Result<()> {
-        let blob = ino.blob()?;
+        self.set_clusters(ino, tail, clusters, Spend::Releasing)
+    }
+
+    fn set_clusters(
+        &self,
+        ino: &Inode,
+        tail: &mut Tail,
+        clusters: u64,
+        spend: Spend,
+    ) -> Result<()> {
         // What a file gives back may be another's at once: no write may be on its way there.
         self.wait_overlapping(tail, clusters * self.cluster, u64::MAX);
-        blob.resize_with(clusters, ClusterInit::CallerWrites)
+        let mut tx = self.store.transaction();
+        tx.spend(spend);
+        tx.resize_with(&ino.blob()?, clusters, ClusterInit::CallerWrites);
+        tx.commit()
             .map_err(|e| self.store_error(format!("{}: {clusters} clusters", ino.path()), e))?;
         tail.grown |= clusters * self.cluster > tail.allocated;
         self.resized(ino, tail, clusters);

@@ -12,7 +12,7 @@ use super::frame::{Frame, PAGE, REGION, split};
 use super::inode::{Inode, now_ns, xattr};
 use super::read::FRAME_MAX;
 use super::tail::{Tail, tail_buffer};
-use crate::blobstore::ClusterInit;
+use crate::blobstore::{ClusterInit, Error as StoreError, Spend};
 
 impl Core {
     /// Writes `data` at `off`. Past the end a gap becomes zeroes. Bytes inside the file are
@@ -216,21 +216,33 @@ impl Core {
         if old_durable <= new_len && tail.allocated <= new_len.next_multiple_of(self.cluster) {
             return Ok(());
         }
-        let clusters = new_len.div_ceil(self.cluster);
         let durable = old_durable.min(new_len);
-        let mut tx = self.store.transaction();
-        tx.set_xattr(ino.id, xattr::LENGTH, &durable.to_le_bytes());
-        tx.set_xattr(ino.id, xattr::MTIME, &now_ns().to_le_bytes());
-        if !ino.thin {
-            tx.resize_with(ino.id, clusters, ClusterInit::CallerWrites);
-        }
-        tx.commit()
-            .map_err(|e| self.store_error(format!("{}: truncate to {new_len}", ino.path()), e))?;
-        let clusters = if ino.thin {
-            tail.allocated / self.cluster
+        let have = tail.allocated / self.cluster;
+        let wanted = if ino.thin {
+            have
         } else {
-            clusters
+            new_len.div_ceil(self.cluster)
         };
+        let commit = |clusters: u64| {
+            let mut tx = self.store.transaction();
+            tx.spend(Spend::Releasing);
+            tx.set_xattr(ino.id, xattr::LENGTH, &durable.to_le_bytes());
+            tx.set_xattr(ino.id, xattr::MTIME, &now_ns().to_le_bytes());
+            if clusters != have {
+                tx.resize_with(ino.id, clusters, ClusterInit::CallerWrites);
+            }
+            tx.commit().map(|_| clusters)
+        };
+        let committed = match commit(wanted) {
+            // Without a page for the shorter map the clusters stay, ahead of the file.
+            Err(StoreError::NoMdPages { .. }) => {
+                tail.grown = true;
+                commit(have)
+            }
+            result => result,
+        };
+        let clusters = committed
+            .map_err(|e| self.store_error(format!("{}: truncate to {new_len}", ino.path()), e))?;
         self.resized(ino, tail, clusters);
         ino.durable_len.store(durable, Ordering::Release);
         Ok(())

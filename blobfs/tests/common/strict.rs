@@ -146,18 +146,31 @@ pub fn parse(bytes: &[u8]) -> Store {
     assert!(size <= bytes.len() as u64, "size");
     assert!([512, 1024, 2048, 4096].contains(&u32_at(sb, 88)), "io unit");
     assert_eq!(u32_at(sb, 92), 4096, "md page size");
-    assert!(sb[96..4092].iter().all(|byte| *byte == 0), "reserved bytes");
+    // Four of them keep the checksum as it was when the first sector alone is to change.
+    let reserved = [&sb[96..508], &sb[512..4092]].concat();
+    assert!(reserved.iter().all(|byte| *byte == 0), "reserved bytes");
     let total = size / cluster_size;
-    assert_eq!((page_at, page_len), (1, mask_pages(md_len)));
-    assert_eq!((cluster_at, cluster_len), (1 + page_len, mask_pages(total)));
+    // Behind the super block in a new store; at the beginning of any cluster once they have moved.
+    assert!(
+        page_at == 1 || (page_at * PAGE as u64).is_multiple_of(cluster_size),
+        "place of the page mask"
+    );
+    assert_eq!(page_len, mask_pages(md_len));
+    assert_eq!(
+        (cluster_at, cluster_len),
+        (page_at + page_len, mask_pages(total))
+    );
     let reserved = id_at - cluster_at;
     assert!(
         reserved >= cluster_len.max(mask_pages(md_len)),
         "room of the cluster mask"
     );
     assert_eq!((id_len, md_start), (mask_pages(md_len), id_at + id_len));
-    let first_data = ((md_start + md_len) * PAGE as u64).div_ceil(cluster_size);
-    assert!(first_data < total, "no room for data");
+    let md_end = ((md_start + md_len) * PAGE as u64).div_ceil(cluster_size);
+    assert!(md_end <= total, "the metadata ends behind the last cluster");
+    let mut own: BTreeSet<u64> = (page_at * PAGE as u64 / cluster_size..md_end).collect();
+    own.insert(0);
+    assert!((own.len() as u64) < total, "no room for data");
 
     let md_page = |index: u32, what: &str| -> &[u8] {
         assert!(
@@ -175,7 +188,7 @@ pub fn parse(bytes: &[u8]) -> Store {
         }
     }
     let store = Store { clean, blobs };
-    let used = store.check(first_data, total, md_len);
+    let used = store.check(&own, total, md_len);
     if clean {
         let mask = |at: u64, kind: u8, bits: u64, expected: &BTreeSet<u64>| {
             let pages = usize::try_from(mask_pages(bits)).unwrap();
@@ -392,7 +405,7 @@ fn read_table<'a>(
 
 impl Store {
     /// Owners and parents. Gives what is used: md pages, clusters, roots.
-    fn check(&self, first_data: u64, total: u64, md_len: u64) -> [BTreeSet<u64>; 3] {
+    fn check(&self, own: &BTreeSet<u64>, total: u64, md_len: u64) -> [BTreeSet<u64>; 3] {
         let mut pages: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
         let mut clusters: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
         for (id, blob) in &self.blobs {
@@ -407,7 +420,7 @@ impl Store {
                 }
                 let cluster = u64::from(*cluster);
                 assert!(
-                    (first_data..total).contains(&cluster),
+                    cluster < total && !own.contains(&cluster),
                     "blob {id:#x}: cluster {cluster}"
                 );
                 clusters.entry(cluster).or_default().push(*id);
@@ -432,7 +445,7 @@ impl Store {
         }
         assert!(pages.keys().all(|page| *page < md_len));
         let mut clusters: BTreeSet<u64> = clusters.into_keys().collect();
-        clusters.extend(0..first_data);
+        clusters.extend(own);
         let roots = self.blobs.keys().map(|id| id & 0xffff_ffff).collect();
         [pages.into_keys().collect(), clusters, roots]
     }

@@ -30,6 +30,17 @@ impl AsRef<[u8]> for Lent {
     }
 }
 
+/// The files that RocksDB makes, or begins, whenever it opens a database. On a full file system they may
+/// come from what is kept back, so that the database can be opened, read and emptied.
+fn is_essential(path: &str) -> bool {
+    let name = path.rsplit('/').next().unwrap_or(path);
+    let extension = name.rsplit_once('.').map(|(_, extension)| extension);
+    matches!(name, "LOG" | "CURRENT" | "IDENTITY" | "LOCK")
+        || name.starts_with("MANIFEST-")
+        || name.starts_with("OPTIONS-")
+        || matches!(extension, Some("dbtmp" | "log"))
+}
+
 impl PluginFs for FileSystem {
     type File = File;
     type Lock = FileLock;
@@ -51,6 +62,7 @@ impl PluginFs for FileSystem {
         let options = OpenOptions {
             create: how.create,
             fresh: how.fresh,
+            essential: is_essential(path),
             ..OpenOptions::READ
         };
         let file = FileSystem::open(self, path, options)?;
@@ -116,7 +128,7 @@ impl PluginFs for FileSystem {
     }
 
     fn free_bytes(&self) -> Result<u64> {
-        Ok(self.statfs().free)
+        Ok(FileSystem::free_bytes(self))
     }
 }
 
@@ -180,8 +192,10 @@ impl PluginFile for File {
         Ok(File::allocate(self, offset, len)?)
     }
 
-    fn flush(&self) -> Result<()> {
-        Ok(File::flush(self)?)
+    fn finish(&self) -> Result<()> {
+        File::flush(self)?;
+        self.finish_writing();
+        Ok(())
     }
 
     fn sync(&self) -> Result<()> {

@@ -155,7 +155,7 @@ impl<F: PluginFs> Table<F> {
         read_many: Self::read_many,
         truncate: Self::truncate,
         allocate: Self::allocate,
-        flush: Self::flush,
+        finish: Self::finish,
         sync: Self::sync,
         range_sync: Self::range_sync,
         prefetch: Self::prefetch,
@@ -543,9 +543,9 @@ impl<F: PluginFs> Table<F> {
         unsafe { Self::on_file(file, |file| file.allocate(offset, len)) }
     }
 
-    unsafe extern "C" fn flush(file: Handle) -> i64 {
+    unsafe extern "C" fn finish(file: Handle) -> i64 {
         // SAFETY: the shim passes a live file.
-        unsafe { Self::on_file(file, PluginFile::flush) }
+        unsafe { Self::on_file(file, PluginFile::finish) }
     }
 
     unsafe extern "C" fn sync(file: Handle) -> i64 {

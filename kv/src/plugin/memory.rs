@@ -571,8 +571,8 @@ impl PluginFile for MemoryFile {
         self.fs.check("allocate", &self.inode.path_at_open)
     }
 
-    fn flush(&self) -> Result<()> {
-        self.fs.check("flush", &self.inode.path_at_open)
+    fn finish(&self) -> Result<()> {
+        self.fs.check("finish", &self.inode.path_at_open)
     }
 
     fn sync(&self) -> Result<()> {

@@ -163,10 +163,11 @@ pub trait PluginFile: Send + Sync + 'static {
     fn pin(&self, offset: u64, len: usize) -> Option<Self::Pin>;
     fn read_start(&self, offset: u64, len: usize) -> Result<Started<Self::Pending>>;
     fn truncate(&self, len: u64) -> Result<()>;
-    /// Reserves space; the length stays. What is not used goes back with the last handle.
+    /// Reserves space; the length stays. What is not used goes back with [`PluginFile::finish`], or the last handle.
     fn allocate(&self, offset: u64, len: u64) -> Result<()>;
-    /// Starts writing back what is dirty, without waiting.
-    fn flush(&self) -> Result<()>;
+    /// The writer closes, and nobody is going to append: starts writing back what is dirty, without
+    /// waiting, and gives back what [`PluginFile::allocate`] held past the end.
+    fn finish(&self) -> Result<()>;
     /// Makes data and length durable.
     fn sync(&self) -> Result<()>;
     /// Starts writing back a range, without waiting.

@@ -80,7 +80,7 @@ pub(super) struct Ops {
     pub read_many: unsafe extern "C" fn(Handle, *mut RawRead, usize) -> i64,
     pub truncate: unsafe extern "C" fn(Handle, u64) -> i64,
     pub allocate: unsafe extern "C" fn(Handle, u64, u64) -> i64,
-    pub flush: unsafe extern "C" fn(Handle) -> i64,
+    pub finish: unsafe extern "C" fn(Handle) -> i64,
     pub sync: unsafe extern "C" fn(Handle) -> i64,
     pub range_sync: unsafe extern "C" fn(Handle, u64, u64) -> i64,
     pub prefetch: unsafe extern "C" fn(Handle, u64, u64) -> i64,

@@ -22,9 +22,10 @@ pub struct Mkfs {
     #[arg(long, value_parser = size)]
     size: Option<u64>,
     /// Bytes of a cluster, the unit of allocation: a multiple of 4096
-    #[arg(long, value_parser = size, default_value = "1M")]
+    #[arg(long, value_parser = size, default_value = "64K")]
     cluster_size: u64,
-    /// Pages of metadata; a file takes two or more. As many as there are clusters by default
+    /// Pages of metadata to begin with, at least 16; a file takes one or more. Two per MiB by default, at most
+    /// 16384; more are made when three quarters are used
     #[arg(long)]
     md_pages: Option<u32>,
     /// Format over whatever the device holds; without it only zeroes are
