@@ -10,7 +10,9 @@ use common::*;
 use pumice_bdev::{BdevError, BlockDevice, DeviceInfo, HostSpace, IoChannel};
 use pumice_blobfs::blobstore::check::check;
 use pumice_blobfs::blobstore::{Blobstore, CreateOptions, LoadOptions};
-use pumice_blobfs::fs::{FileSystem, FormatOptions, FsError, MountOptions, OpenOptions, SpaceKind};
+use pumice_blobfs::fs::{
+    FileSystem, FormatOptions, FsError, MountOptions, OpenOptions, SpaceKind, grow,
+};
 
 const ESSENTIAL: OpenOptions = OpenOptions {
     essential: true,
@@ -277,7 +279,7 @@ fn preallocation_goes_back_when_the_writer_has_finished() {
         8_500_000u64.next_multiple_of(fs.statfs().cluster)
     );
     // Still a file like any other.
-    f.append(&[6; 3_000_000]).unwrap();
+    f.append(&vec![6; 3_000_000]).unwrap();
     f.sync().unwrap();
     let mut end = [0; 2];
     f.read_at(8_499_999, &mut end).unwrap();
@@ -476,4 +478,45 @@ fn the_metadata_of_a_large_device_is_bounded() {
     drop((fs, dev));
     let on_host = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&path).unwrap()) * 512;
     assert!(on_host <= 80 << 20, "{on_host} bytes");
+}
+
+/// `pumice grow`: the file and the file system on it, again and again; what is refused changes nothing.
+#[test]
+fn an_image_and_its_file_system_grow_in_one_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("kv.img");
+    let uri = format!("file://{}", path.display());
+    let len = || std::fs::metadata(&path).unwrap().len();
+    std::fs::write(&path, vec![0; 16 << 20]).unwrap();
+    // Nothing is on it yet.
+    assert!(grow(&uri, Some(64 << 20)).is_err());
+    assert_eq!(len(), 16 << 20);
+    let dev = pumice_bdev::open(&uri).unwrap();
+    FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
+    let fs = mount(&dev);
+    write_file(&fs, "/f", OpenOptions::CREATE, 5_000_000).unwrap();
+    let before = fs.statfs();
+    // In use.
+    assert!(grow(&uri, Some(64 << 20)).is_err());
+    assert_eq!(len(), 16 << 20);
+    fs.unmount().unwrap();
+    drop((fs, dev));
+    // Shorter is not larger.
+    assert!(grow(&uri, Some(8 << 20)).is_err());
+    assert_eq!(len(), 16 << 20);
+    let after = grow(&uri, Some(64 << 20)).unwrap();
+    assert_eq!(len(), 64 << 20);
+    assert!(after.total > before.total + (44 << 20), "{after:?}");
+    assert_eq!(grow(&uri, Some(64 << 20)).unwrap(), after);
+    // A crash after the file was made longer.
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(96 << 20).unwrap();
+    drop(file);
+    let again = grow(&uri, Some(96 << 20)).unwrap();
+    assert!(again.total > after.total + (28 << 20), "{again:?}");
+    assert_eq!(grow(&uri, None).unwrap(), again);
+    let dev = pumice_bdev::open(&uri).unwrap();
+    let fs = mount(&dev);
+    assert_eq!(fs.stat("/f").unwrap().len, 5_000_000);
+    fs.unmount().unwrap();
 }

@@ -74,7 +74,7 @@ pub use {
     env::{EnvOptions, env},
     error::Error,
     mount::{MountOptions, mount, mount_device},
-    pumice_blobfs::fs::FileSystem,
+    pumice_blobfs::fs::{FileSystem, grow},
     uri::{env_from_uri, register_uri},
 };
 

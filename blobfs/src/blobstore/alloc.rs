@@ -236,7 +236,7 @@ mod tests {
                 }
             }
             assert!(map.free_runs().eq(runs.iter().cloned()), "{runs:?}");
-            let longest = runs.iter().map(|run| run.len()).max().unwrap_or(0);
+            let longest = runs.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
             assert_eq!(map.longest_run().len(), longest);
             let count = rng.random_range(1..20);
             let first = runs.iter().find(|run| run.len() >= count as usize);

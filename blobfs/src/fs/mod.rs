@@ -69,4 +69,5 @@ pub use mount::{DirEntry, FileLock, FileSystem, Stat, StatFs};
 pub use options::{Access, FormatOptions, MountOptions, OpenOptions};
 pub use path::NAME_MAX;
 pub use read::ReadRequest;
+pub use space::grow;
 pub use view::StoreView;

@@ -6,11 +6,14 @@
 
 use std::sync::Arc;
 
+use pumice_bdev::{OpenOptions, open_with};
+
 use super::core::Core;
 use super::error::{FsError, Result, SpaceKind};
 use super::file::File;
 use super::inode::Inode;
 use super::mount::{FileSystem, StatFs};
+use super::options::MountOptions;
 use crate::blobstore::SpacePolicy;
 
 /// How long an essential file may get at the expense of the reserve.
@@ -124,4 +127,33 @@ impl FileSystem {
         core.store.set_space_policy(POLICY);
         Ok(gained * core.cluster)
     }
+}
+
+/// Makes the file system on the device that `uri` names larger. With `size_bytes` the device is an image
+/// file, which is made that long first; without, the file system takes what the device has become. Gives
+/// what the file system has then.
+///
+/// It may be repeated, after a crash too: what is done already is left as it is. Nothing is changed if
+/// there is no file system that can be mounted, or if it is in use. Durable on return. Blocks.
+///
+/// # Errors
+/// The device cannot be opened, is no image file, or is longer than `size_bytes`; there is no file system;
+/// device errors.
+pub fn grow(uri: &str, size_bytes: Option<u64>) -> Result<StatFs> {
+    // A look first: what holds no file system is not made longer.
+    let look = MountOptions {
+        read_only: true,
+        ..MountOptions::default()
+    };
+    let device = open_with(uri, OpenOptions::new().read_only(true))?;
+    FileSystem::mount(device, &look)?.unmount()?;
+    let device = match size_bytes {
+        Some(bytes) => open_with(uri, OpenOptions::new().grow_to(bytes))?,
+        None => open_with(uri, OpenOptions::new())?,
+    };
+    let fs = FileSystem::mount(device, &MountOptions::default())?;
+    fs.grow()?;
+    let space = fs.statfs();
+    fs.unmount()?;
+    Ok(space)
 }

@@ -12,6 +12,7 @@ mod doctor;
 mod fake_host;
 mod files;
 mod fsck;
+mod grow;
 mod mkfs;
 mod nvme;
 mod rescue;
@@ -40,6 +41,7 @@ enum Command {
     Fsck(fsck::Fsck),
     Rescue(rescue::Rescue),
     Mkfs(mkfs::Mkfs),
+    Grow(grow::Grow),
     Ls(files::Ls),
     Cat(files::Cat),
     Cp(copy::Cp),
@@ -90,6 +92,7 @@ fn run(command: Command) -> ExitCode {
         Command::Fsck(args) => fsck::run(&args),
         Command::Rescue(args) => rescue::run(&args),
         Command::Mkfs(args) => mkfs::run(&args),
+        Command::Grow(args) => grow::run(&args),
         Command::Ls(args) => files::ls(&args),
         Command::Cat(args) => files::cat(&args),
         Command::Cp(args) => copy::cp(&args),
