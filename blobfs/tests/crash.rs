@@ -411,7 +411,8 @@ fn cut_growth(name: &str, base: &CrashImage, op: impl Fn(&Blobstore), moves: boo
         let (mut states, mut grown) = (0, 0);
         let mut points = dev.crash_points();
         while points.advance().is_some() {
-            for round in 0..if points.unsettled().is_empty() { 1 } else { 6 } {
+            let rounds = if points.unsettled().is_empty() { 1 } else { 6 };
+            for round in 0..rounds {
                 let image = points.image(&mut |_| match round {
                     0 => false,
                     1 => true,
@@ -493,6 +494,45 @@ fn grow_of_the_metadata_by_a_move() {
             true,
         );
     }
+}
+
+/// A write that fails anywhere in a growth: the store goes on as it was, and a load finds the same blobs.
+#[test]
+fn a_growth_of_the_metadata_that_fails_changes_nothing() {
+    use pumice_bdev::OpKind;
+    use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+    let (base, _) = setup(true);
+    let mut failed = 0;
+    // The super block, then places of the new region.
+    for lba in [0, 300, 320, 340, 360, 400] {
+        let crash = device(base.clone(), true, 7);
+        let dev = Arc::new(ErrorDevice::new(None, Arc::new(crash.clone())));
+        let as_dyn: Arc<dyn BlockDevice> = Arc::clone(&dev) as Arc<dyn BlockDevice>;
+        let store = Blobstore::load(as_dyn, &LoadOptions::default()).unwrap();
+        let old = blobs_of(&store);
+        let pages = store.md_pages();
+        dev.inject(Injection {
+            op: Some(OpKind::Write),
+            failure: Failure::Fail,
+            count: 1000,
+            range: Some((lba, 4)),
+            queue_depth: 0,
+        });
+        let grown = store.grow_md_pages(200);
+        dev.clear();
+        if grown.is_err() {
+            failed += 1;
+            assert_eq!(store.md_pages(), pages, "{lba}");
+        }
+        assert_eq!(blobs_of(&store), old, "{lba}");
+        let id = store.create(&CreateOptions::default()).unwrap();
+        store.delete(id).unwrap();
+        store.grow_md_pages(200).unwrap();
+        store.unload().unwrap();
+        assert_eq!(blobs_of(&load(&crash)), old, "{lba}");
+        strict::parse_of(&crash.image().to_vec(), "a failed growth");
+    }
+    assert!(failed > 0);
 }
 
 #[test]

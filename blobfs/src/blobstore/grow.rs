@@ -10,7 +10,7 @@ use pumice_bdev::DeviceInfo;
 
 use super::Blobstore;
 use super::error::Error;
-use super::format::{MASK_HEADER_LEN, PAGE_SIZE, PAGE_SIZE_U64, SuperBlock, mask_pages};
+use super::format::{MASK_HEADER_LEN, PAGE_SIZE, PAGE_SIZE_U64, Page, SuperBlock, mask_pages};
 use super::geometry::{Geometry, Layout};
 use super::state::State;
 
@@ -307,6 +307,12 @@ impl State {
         change.super_block = true;
         let before = std::mem::replace(&mut self.sb, sb);
         if let Err(error) = self.commit(change) {
+            // A write that failed may have arrived all the same. To go on with the old places while the
+            // device names the new ones would lose every later change.
+            if !self.device_names(&before) && self.stopped.is_none() {
+                tracing::error!(%error, "the super block may name another place; the store takes no more changes");
+                self.stopped = Some(error.to_string());
+            }
             self.sb = before;
             return Err(error);
         }
@@ -322,6 +328,19 @@ impl State {
         }
         self.geo = new;
         Ok(())
+    }
+}
+
+impl State {
+    /// Whether the super block on the device has the places and sizes of `sb`.
+    fn device_names(&mut self, sb: &SuperBlock) -> bool {
+        let Ok(buf) = self.io.read(0, PAGE_SIZE) else {
+            return false;
+        };
+        let page: &Page = buf[..].try_into().expect("a page was read");
+        SuperBlock::decode(page).is_ok_and(|found| {
+            (found.md_start, found.md_len, found.size) == (sb.md_start, sb.md_len, sb.size)
+        })
     }
 }
 
