@@ -18,7 +18,7 @@ const ANSWER_MAX: usize = 64 << 20;
 #[non_exhaustive]
 pub enum RpcError {
     /// Nobody listens.
-    #[error("{path}: {source}; a process with --rpc-socket {path} has to run")]
+    #[error("{path}: {source}; {}", connect_hint(.path, .source))]
     Connect {
         /// The socket.
         path: String,
@@ -40,6 +40,16 @@ pub enum RpcError {
         /// Its message.
         message: String,
     },
+}
+
+/// What to do when nobody can be reached.
+fn connect_hint(path: &str, source: &io::Error) -> String {
+    match source.kind() {
+        io::ErrorKind::PermissionDenied => {
+            "only the user whose process serves it may connect".to_owned()
+        }
+        _ => format!("a process with --rpc-socket {path} has to run"),
+    }
 }
 
 /// A connection to a JSON-RPC server.
@@ -134,5 +144,24 @@ impl RpcClient {
                 n => buf.extend_from_slice(&piece[..n]),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hint_fits_the_error() {
+        let text = |kind: io::ErrorKind| {
+            let path = "/run/rpc".to_owned();
+            let source = kind.into();
+            RpcError::Connect { path, source }.to_string()
+        };
+        assert!(text(io::ErrorKind::NotFound).contains("has to run"));
+        assert!(text(io::ErrorKind::ConnectionRefused).contains("has to run"));
+        let denied = text(io::ErrorKind::PermissionDenied);
+        assert!(!denied.contains("has to run"), "{denied}");
+        assert!(denied.contains("only the user"), "{denied}");
     }
 }

@@ -134,7 +134,7 @@ impl<'a> Runner<'a> {
                 disk::drop_caches()?;
             }
             let flags = [
-                format!("--device=file://{}", absolute.display()),
+                format!("--device={}", absolute.display()),
                 format!("--fs_cache_size={}", self.plan.fs_cache_size),
                 if n > 0 {
                     "--use_existing_db".to_owned()
