@@ -390,6 +390,7 @@ fn a_full_host_is_told_and_passes() {
     FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
     let fs = mount(&dev);
     assert_eq!(fs.statfs().free, fs.statfs().total);
+    assert_eq!(fs.statfs().used, 0);
     sparse.free.store(8 << 20, Ordering::Relaxed);
     let free = fs.free_bytes();
     assert!(free <= 9 << 20 && free > 0, "{free}");
@@ -507,14 +508,14 @@ fn an_image_and_its_file_system_grow_in_one_step() {
     let after = grow(&uri, Some(64 << 20)).unwrap();
     assert_eq!(len(), 64 << 20);
     assert!(after.total > before.total + (44 << 20), "{after:?}");
-    assert_eq!(grow(&uri, Some(64 << 20)).unwrap(), after);
+    assert_eq!(grow(&uri, Some(64 << 20)).unwrap().total, after.total);
     // A crash after the file was made longer.
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     file.set_len(96 << 20).unwrap();
     drop(file);
     let again = grow(&uri, Some(96 << 20)).unwrap();
     assert!(again.total > after.total + (28 << 20), "{again:?}");
-    assert_eq!(grow(&uri, None).unwrap(), again);
+    assert_eq!(grow(&uri, None).unwrap().total, again.total);
     let dev = pumice_bdev::open(&uri).unwrap();
     let fs = mount(&dev);
     assert_eq!(fs.stat("/f").unwrap().len, 5_000_000);

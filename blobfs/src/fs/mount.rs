@@ -72,6 +72,8 @@ pub struct StatFs {
     /// Bytes that can be written: without what is kept back for opening, and not more than the file system
     /// below a sparse image has room for. 0 if no file can be made for want of metadata pages.
     pub free: u64,
+    /// Bytes that files have, allocated ahead included.
+    pub used: u64,
     /// Bytes that are nobody's, those kept back included.
     pub unused: u64,
     /// Of a sparse image: bytes that the file system below has room for.

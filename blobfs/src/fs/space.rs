@@ -81,6 +81,7 @@ impl FileSystem {
         StatFs {
             total: (core.store.total_clusters() - core.store.reserved_clusters()) * core.cluster,
             free: core.free_bytes(),
+            used: (core.store.total_clusters() - core.store.free_clusters()) * core.cluster,
             unused: core.store.free_clusters() * core.cluster,
             host_free: core.host_room(),
             cluster: core.cluster,

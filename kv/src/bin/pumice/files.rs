@@ -442,7 +442,8 @@ pub fn df(args: &Df) -> ExitCode {
                 "device": args.uri,
                 "total_bytes": s.total,
                 "free_bytes": s.free,
-                "used_bytes": s.total - s.free,
+                "used_bytes": s.used,
+                "host_free_bytes": s.host_free,
                 "cluster_size": s.cluster,
                 "files": s.files,
                 "md_pages": s.md_pages,
@@ -451,7 +452,7 @@ pub fn df(args: &Df) -> ExitCode {
             print_json(&all);
             return;
         }
-        let used = s.total - s.free;
+        let used = s.used;
         say!("device          {}", args.uri);
         say!("total           {}", human(s.total));
         say!(
@@ -460,6 +461,9 @@ pub fn df(args: &Df) -> ExitCode {
             used * 100 / s.total.max(1)
         );
         say!("free            {}", human(s.free));
+        if let Some(host) = s.host_free {
+            say!("room below      {}", human(host));
+        }
         say!("cluster         {}", human(s.cluster));
         say!("files           {}", s.files);
         say!("metadata pages  {} of {} used", s.md_pages_used, s.md_pages);
