@@ -415,3 +415,26 @@ impl Core {
         self.admin_done.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// ASQ and ACQ begin at pages as the controller counts them (CC.MPS), which may be larger than
+    /// 4096 bytes; the queues are zeroes.
+    #[test]
+    fn queues_begin_at_the_controllers_pages() {
+        for shift in 12..=21 {
+            // What was taken before does not matter.
+            let before = DmaShared::zeroed_in(None, 4096).expect("memory");
+            let queue = AdminQueue::new(None, shift).expect("memory");
+            for memory in [&queue.sq_mem, &queue.cq_mem] {
+                assert!(
+                    memory.region_offset().is_multiple_of(1 << shift),
+                    "2^{shift}"
+                );
+            }
+            drop(before);
+        }
+    }
+}
