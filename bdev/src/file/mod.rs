@@ -32,6 +32,7 @@ use crate::error::{BdevError, IoError};
 use crate::flush_fault::FlushFault;
 use crate::op::Op;
 use probe::Discard;
+use pumice_nvme::process::Birth;
 
 pub(crate) use open::open_uri;
 pub use open::{FileOptions, Prealloc};
@@ -63,6 +64,8 @@ struct Shared {
     made: Option<PathBuf>,
     /// Whether that file stays.
     keep: AtomicBool,
+    /// The process that opened it.
+    birth: Birth,
 }
 
 /// Ways to write zeroes: the best, and the one that always works.
@@ -180,6 +183,7 @@ impl Shared {
             made: found.made.then_some(path),
             path: options.path.clone(),
             keep: AtomicBool::new(true),
+            birth: Birth::now(),
             flush_fault: FlushFault::default(),
         }
     }
@@ -276,6 +280,10 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
+        // A forked child shares the open file: to unlock it would take the lock from the parent.
+        if !self.birth.is_here() {
+            return;
+        }
         if let Some(path) = &self.made
             && !*self.keep.get_mut()
         {
