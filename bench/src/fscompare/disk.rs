@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -154,6 +154,7 @@ impl Image {
     fn temporary(size: u64, stop: &Stop) -> Result<Self, String> {
         let dir = tempfile::Builder::new()
             .prefix("fscompare-")
+            .permissions(std::fs::Permissions::from_mode(0o700))
             .tempdir()
             .map_err(|e| format!("a temporary directory: {e}"))?;
         let mut image = Self::make(&dir.path().join("disk.img"), size, false, stop)?;
@@ -346,7 +347,6 @@ mod tests {
 
     #[test]
     fn the_default_image_is_private_and_goes_with_its_directory() {
-        use std::os::unix::fs::PermissionsExt;
         let image = Image::temporary(1 << 20, &Stop::default()).unwrap();
         let dir = image.path.parent().unwrap().to_path_buf();
         let mode = |p: &Path| std::fs::metadata(p).unwrap().permissions().mode() & 0o777;
