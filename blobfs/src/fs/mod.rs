@@ -44,6 +44,7 @@ mod frame;
 mod grow;
 mod inode;
 mod load;
+mod memory;
 mod metered;
 mod mount;
 mod names;

@@ -33,7 +33,8 @@ impl Default for FormatOptions {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct MountOptions {
-    /// Bound of the page cache in bytes. Unwritten data does not count.
+    /// Bound of the page cache in bytes. Unwritten data does not count. By default an eighth of the
+    /// machine's memory, or of the control group's limit where that is lower, at most 256 MiB.
     pub cache_bytes: u64,
     /// Nothing is ever written.
     pub read_only: bool,
@@ -55,7 +56,7 @@ pub struct MountOptions {
 impl Default for MountOptions {
     fn default() -> MountOptions {
         MountOptions {
-            cache_bytes: 256 << 20,
+            cache_bytes: super::memory::default_cache_bytes(),
             read_only: false,
             accept_damage: false,
             write_behind_bytes: 32 << 20,
