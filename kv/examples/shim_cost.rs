@@ -56,7 +56,12 @@ fn main() {
     let (mut rocksdb, mut rust) = (Vec::new(), Vec::new());
     for round in 0..rounds {
         let a = fillseq(&Env::mem_env().expect("RocksDB's memory environment"), puts);
-        let b = fillseq(&EnvOptions::new().build(MemoryFs::new(4 << 30)), puts);
+        let b = fillseq(
+            &EnvOptions::new()
+                .build(MemoryFs::new(4 << 30))
+                .expect("the root is `/`"),
+            puts,
+        );
         println!("round {round}: RocksDB's memory env {a:.0} ns, Rust behind the plugin {b:.0} ns");
         rocksdb.push(a);
         rust.push(b);

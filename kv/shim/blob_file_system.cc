@@ -249,18 +249,18 @@ IOStatus BlobFileSystem::CreateDir(const std::string& name, const IOOptions& /*o
   return IOStatus::OK();
 }
 
-IOStatus BlobFileSystem::CreateDirIfMissing(const std::string& name, const IOOptions& options,
+IOStatus BlobFileSystem::CreateDirIfMissing(const std::string& name, const IOOptions& /*options*/,
                                             IODebugContext* dbg) {
   pumice_stat stat{};
   if (ops_->stat(fs_, name.data(), name.size(), &stat) >= 0) {
     return stat.is_dir != 0 ? IOStatus::OK()
                             : IOStatus::IOError("creating directory " + name, "it is a file");
   }
-  IOStatus made = CreateDir(name, options, dbg);
-  if (!made.ok() && ops_->stat(fs_, name.data(), name.size(), &stat) >= 0 && stat.is_dir != 0) {
-    return IOStatus::OK();  // another thread was faster
+  // With its parents: a user who keeps a path of the kernel's file system has none of them here.
+  if (ops_->make_dirs(fs_, name.data(), name.size()) < 0) {
+    return LastFault(ops_, {"creating directory", name}, dbg);
   }
-  return made;
+  return IOStatus::OK();
 }
 
 IOStatus BlobFileSystem::DeleteDir(const std::string& name, const IOOptions& /*options*/,
@@ -368,13 +368,6 @@ IOStatus BlobFileSystem::GetTestDirectory(const IOOptions& options, std::string*
     *path = chosen;
   } else {
     *path = "/rocksdbtest-" + std::to_string(geteuid());
-  }
-  // The chosen one may be several levels deep, and this file system starts empty.
-  for (size_t end = path->find('/', 1); end != std::string::npos; end = path->find('/', end + 1)) {
-    IOStatus s = CreateDirIfMissing(path->substr(0, end), options, dbg);
-    if (!s.ok()) {
-      return s;
-    }
   }
   return CreateDirIfMissing(*path, options, dbg);
 }

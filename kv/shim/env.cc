@@ -1,7 +1,6 @@
 // What Rust calls: environments over a file system, and the URI for RocksDB's own tools.
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -23,7 +22,6 @@ struct rocksdb_env_t {
 namespace {
 
 pumice_mount_fn mount_uri = nullptr;
-void (*on_exit_of_process)() = nullptr;
 
 rocksdb_env_t* Wrap(std::unique_ptr<rocksdb::Env> env) {
   auto* wrapped = new rocksdb_env_t{env.get(), false};
@@ -42,9 +40,6 @@ rocksdb::FileSystem* Make(const std::string& uri, std::unique_ptr<rocksdb::FileS
     error->assign(fault.text, fault.text_len);
     return nullptr;
   }
-  // Registered after RocksDB's own statics are made, so run before they go.
-  static const int registered = std::atexit(on_exit_of_process);
-  (void)registered;
   guard->reset(new pumice::BlobFileSystem(ops, fs, 0));
   return guard->get();
 }
@@ -60,12 +55,11 @@ extern "C" void* pumice_env_new(const pumice_fs_ops* ops, const void* fs, uint32
   }
 }
 
-extern "C" void pumice_register_uri(pumice_mount_fn mount, void (*at_exit)()) {
+extern "C" void pumice_register_uri(pumice_mount_fn mount) {
   if (mount_uri != nullptr) {
     return;
   }
   mount_uri = mount;
-  on_exit_of_process = at_exit;
   // The registry is RocksDB's own and never destroyed before its users.
   rocksdb::ObjectLibrary::Default()->AddFactory<rocksdb::FileSystem>(
       rocksdb::ObjectLibrary::PatternEntry("blobfs", false).AddSeparator("://"), Make);

@@ -79,6 +79,7 @@ struct pumice_fs_ops {
                   size_t to_len);
   int64_t (*stat)(const void* fs, const char* path, size_t len, struct pumice_stat* out);
   int64_t (*mkdir)(const void* fs, const char* path, size_t len);
+  int64_t (*make_dirs)(const void* fs, const char* path, size_t len);  // and those above; may exist
   int64_t (*rmdir)(const void* fs, const char* path, size_t len);
   int64_t (*list)(const void* fs, const char* path, size_t len, pumice_name_fn each, void* arg);
   int64_t (*sync_dir)(const void* fs, const char* path, size_t len);
@@ -124,8 +125,7 @@ typedef int64_t (*pumice_mount_fn)(const char* uri, size_t len,
                                    void (**last_fault)(struct pumice_fault*));
 
 // Makes `blobfs://…` known to RocksDB's object registry, for `--fs_uri` of its tools. Once.
-// `at_exit` is called when the process ends, if anything was mounted.
-void pumice_register_uri(pumice_mount_fn mount, void (*at_exit)());
+void pumice_register_uri(pumice_mount_fn mount);
 
 // RocksDB's own answer to opening `uri` through the registry, for tests: null, or an rocksdb_env_t.
 void* pumice_env_from_uri(const char* uri, size_t len, char* error, size_t error_len);

@@ -12,7 +12,10 @@ IOStatus Make(const pumice_fault& fault, const std::string& what, const std::str
     case ENOSPC:
       return IOStatus::NoSpace(what, text);
     case ENOENT:
-      return IOStatus::PathNotFound(what, text);
+      // Where users of files of the kernel's look first: ingestion, backups, options.
+      return IOStatus::PathNotFound(
+          what, text + " (paths are inside the Pumice file system; `pumice cp` copies files of the "
+                       "kernel's into it)");
     case EUCLEAN:
       return IOStatus::Corruption(what, text);
     case EINVAL:
@@ -23,6 +26,9 @@ IOStatus Make(const pumice_fault& fault, const std::string& what, const std::str
       return IOStatus::Aborted(what, text);
     case ETIMEDOUT:
       return IOStatus::TimedOut(what, text);
+    // A file with as many links as it can have: RocksDB copies what cannot be linked, if it is
+    // told so by this status.
+    case EMLINK:
     case EOPNOTSUPP:
       return IOStatus::NotSupported(what, text);
     default:

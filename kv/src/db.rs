@@ -1,13 +1,13 @@
 //! A database and the file system that it lives in.
 
 use std::ops::Deref;
+use std::sync::{Arc, Mutex};
 
-use pumice_blobfs::fs::{FileSystem, FsError};
-use rocksdb::backup::{BackupEngine, BackupEngineInfo, BackupEngineOptions, RestoreOptions};
-use rocksdb::checkpoint::Checkpoint;
-use rocksdb::{DBWithThreadMode, Env, MultiThreaded, Options};
+use pumice_blobfs::fs::{self, FileSystem, FsError};
+use rocksdb::{DBWithThreadMode, Env, FlushOptions, MultiThreaded, Options, properties};
 
-use crate::plugin::path::{from_root, resolve};
+use crate::plugin::Gate;
+use crate::plugin::path::normal;
 use crate::{EnvOptions, Error, MountOptions, mount};
 
 /// The database type of the `rocksdb` crate that [`Db`] is made of.
@@ -21,7 +21,8 @@ pub type Rocks = DBWithThreadMode<MultiThreaded>;
 /// concerns the file system: opening, checkpoints, backups, closing.
 ///
 /// `Send` and `Sync`: threads share it by reference or in an `Arc`, and each drives the device by a
-/// queue of its own.
+/// queue of its own. Threads of one process, that is: in a forked child an inherited `Db` answers
+/// with errors, and dropping it there does nothing; see [`FileSystem`].
 ///
 /// ```
 /// let dir = tempfile::tempdir()?;
@@ -34,13 +35,18 @@ pub type Rocks = DBWithThreadMode<MultiThreaded>;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct Db {
-    // In the order in which they have to go.
-    db: Rocks,
+    /// Taken by the drop only.
+    db: Option<Rocks>,
+    /// As it was opened, with its environment.
+    options: Options,
     env: Env,
-    fs: FileSystem,
-    root: String,
+    /// Ends the use of `env`.
+    gate: Arc<Gate>,
+    pub(crate) fs: FileSystem,
+    pub(crate) root: String,
     read_only: bool,
     owns_fs: bool,
+    closed: Mutex<bool>,
 }
 
 /// How a [`Db`] is opened.
@@ -81,6 +87,8 @@ impl Default for DbOptions {
         let mut options = Options::default();
         options.create_if_missing(true);
         options.create_missing_column_families(true);
+        // RocksDB keeps a thousand info logs, one of each opening, and a file takes a cluster.
+        options.set_keep_log_file_num(10);
         DbOptions {
             path: "/".to_owned(),
             options,
@@ -118,7 +126,8 @@ impl std::fmt::Debug for Db {
 }
 
 impl DbOptions {
-    /// A database at `/`, made if it is not there, with RocksDB's own defaults.
+    /// A database at `/`, made if it is not there, with RocksDB's own defaults, except that ten of
+    /// its info logs are kept and not a thousand.
     #[must_use]
     pub fn new() -> DbOptions {
         DbOptions::default()
@@ -155,7 +164,8 @@ impl DbOptions {
         self
     }
 
-    /// Refuses writes; the device may still be written by recovery.
+    /// Refuses writes. Nothing is made, neither an image nor a file system nor a database, and
+    /// [`DbOptions::open`] opens the device for reading only and writes nothing to it.
     #[must_use]
     pub fn read_only(mut self, read_only: bool) -> DbOptions {
         self.read_only = read_only;
@@ -181,49 +191,69 @@ impl DbOptions {
     /// cleared. [`Db::close`] unmounts.
     ///
     /// # Errors
-    /// [`Error::Device`], [`Error::FileSystem`], [`Error::RocksDb`].
+    /// [`Error::Device`], [`Error::FileSystem`], [`Error::RocksDb`], [`Error::Full`].
     pub fn open(&self, uri: &str) -> Result<Db, Error> {
-        let fs = mount(uri, &self.mount)?;
-        self.open_on(fs, true)
+        let mut how = self.mount.clone();
+        if self.read_only {
+            how = how.read_only(true);
+        }
+        self.open_on(mount(uri, &how)?, true)
     }
 
     /// Opens the database in a file system that is mounted already and stays so.
     ///
     /// # Errors
-    /// [`Error::Path`], [`Error::RocksDb`].
+    /// [`Error::Path`], [`Error::RocksDb`], [`Error::Full`].
     pub fn open_in(&self, fs: &FileSystem) -> Result<Db, Error> {
         self.open_on(fs.clone(), false)
     }
 
     fn open_on(&self, fs: FileSystem, owns_fs: bool) -> Result<Db, Error> {
         let root = normal(&self.path)?;
-        let env = self.env.clone().root(&root).build(fs.clone());
+        let (env, gate) = self.env.clone().root(&root).build_gated(fs.clone())?;
         let mut options = self.options.clone();
         options.set_env(&env);
-        let mut families = self.column_families.clone();
-        // A database that is not there yet has none; what else is wrong, opening will say.
-        for name in Rocks::list_cf(&options, "/").unwrap_or_default() {
-            if !families.iter().any(|(known, _)| *known == name) {
-                families.push((name, options.clone()));
+        if self.read_only {
+            // RocksDB makes a missing directory otherwise, also to read what is not in it.
+            options.create_if_missing(false);
+            options.create_missing_column_families(false);
+        }
+        let db = self.open_families(&options).map_err(|error| {
+            if is_no_space(&error) {
+                Error::Full { source: error }
+            } else {
+                error.into()
             }
-        }
-        if !families.is_empty() && !families.iter().any(|(name, _)| name == "default") {
-            families.push(("default".to_owned(), options.clone()));
-        }
-        let db = match (families.is_empty(), self.read_only) {
-            (true, false) => Rocks::open(&options, "/"),
-            (false, false) => Rocks::open_cf_with_opts(&options, "/", families),
-            (true, true) => Rocks::open_for_read_only(&options, "/", false),
-            (false, true) => Rocks::open_cf_with_opts_for_read_only(&options, "/", families, false),
-        }?;
+        })?;
         Ok(Db {
-            db,
+            db: Some(db),
+            options,
             env,
+            gate,
             fs,
             root,
             read_only: self.read_only,
             owns_fs,
+            closed: Mutex::new(false),
         })
+    }
+
+    /// Opens with every column family that there is or was asked for, the default one by its name,
+    /// so that the handles are the same the first time and later.
+    fn open_families(&self, options: &Options) -> Result<Rocks, rocksdb::Error> {
+        let mut families = self.column_families.clone();
+        // A database that is not there yet has none; what else is wrong, opening will say.
+        let found = Rocks::list_cf(options, "/").unwrap_or_default();
+        for name in found.into_iter().chain(["default".to_owned()]) {
+            if !families.iter().any(|(known, _)| *known == name) {
+                families.push((name, options.clone()));
+            }
+        }
+        if self.read_only {
+            Rocks::open_cf_with_opts_for_read_only(options, "/", families, false)
+        } else {
+            Rocks::open_cf_with_opts(options, "/", families)
+        }
     }
 
     /// Deletes the database's files.
@@ -231,22 +261,16 @@ impl DbOptions {
     /// # Errors
     /// [`Error::Path`], [`Error::RocksDb`].
     pub fn destroy_in(&self, fs: &FileSystem) -> Result<(), Error> {
-        let env = self
-            .env
-            .clone()
-            .root(&normal(&self.path)?)
-            .build(fs.clone());
+        let env = self.env.clone().root(&self.path).build(fs.clone())?;
         let mut options = self.options.clone();
         options.set_env(&env);
         Ok(Rocks::destroy(&options, "/")?)
     }
 }
 
-fn normal(path: &str) -> Result<String, Error> {
-    resolve("/", path.as_bytes()).map_err(|fault| Error::Path {
-        path: path.to_owned(),
-        reason: fault.text,
-    })
+/// RocksDB's errors keep their kind as text only.
+fn is_no_space(error: &rocksdb::Error) -> bool {
+    error.kind() == rocksdb::ErrorKind::IOError && error.as_ref().contains("No space left")
 }
 
 impl Db {
@@ -262,7 +286,7 @@ impl Db {
     /// The database itself.
     #[must_use]
     pub fn rocksdb(&self) -> &Rocks {
-        &self.db
+        self.db.as_ref().expect("only the drop takes it")
     }
 
     /// The file system that it lives in.
@@ -283,101 +307,116 @@ impl Db {
         &self.root
     }
 
-    /// A copy of the database as it is now, openable on its own, at `path` of the same file system:
-    /// tables are linked, not copied. `path` must not exist.
-    ///
-    /// # Errors
-    /// [`Error::Path`], [`Error::RocksDb`].
-    pub fn checkpoint(&self, path: &str) -> Result<(), Error> {
-        self.make_parents(path)?;
-        Ok(Checkpoint::new(self.rocksdb())?.create_checkpoint(self.inside(path)?)?)
-    }
-
-    /// Adds a backup of the database, memtables and all, to the ones at `path` of the same file
-    /// system; what an earlier backup there holds is not copied again.
-    ///
-    /// # Errors
-    /// [`Error::Path`], [`Error::RocksDb`].
-    pub fn backup(&self, path: &str) -> Result<(), Error> {
-        Ok(self
-            .backups_at(path)?
-            .create_new_backup_flush(self.rocksdb(), true)?)
-    }
-
-    /// The backups at `path`, oldest first.
-    ///
-    /// # Errors
-    /// [`Error::Path`], [`Error::RocksDb`].
-    pub fn backups(&self, path: &str) -> Result<Vec<BackupEngineInfo>, Error> {
-        Ok(self.backups_at(path)?.get_backup_info())
-    }
-
-    /// Restores the latest backup at `path` into the empty or missing directory `to`, from where
-    /// [`DbOptions::path`] opens it.
-    ///
-    /// # Errors
-    /// [`Error::Path`], [`Error::RocksDb`].
-    pub fn restore_backup(&self, path: &str, to: &str) -> Result<(), Error> {
-        self.make_parents(to)?;
-        let to = self.inside(to)?;
-        let options = RestoreOptions::default();
-        Ok(self
-            .backups_at(path)?
-            .restore_from_latest_backup(&to, &to, &options)?)
-    }
-
     /// Makes everything written so far durable, then closes the database and, if opening mounted
-    /// the file system, unmounts that. Dropping does the same without telling what failed; what was
-    /// written with `sync` is durable in any case.
+    /// the file system, unmounts that and gives up the device. What is left of the database (this
+    /// handle, clones of its [`Db::env`]) answers with errors from then on; the directory, or the
+    /// device, can be opened again at once. Dropping does the same without telling what failed.
+    /// Closing twice is closing once.
     ///
     /// # Errors
-    /// [`Error::RocksDb`], [`Error::FileSystem`].
-    pub fn close(self) -> Result<(), Error> {
-        let Db {
-            db,
-            env,
-            fs,
-            read_only,
-            owns_fs,
-            ..
-        } = self;
-        db.cancel_all_background_work(true);
-        let mut result = if read_only {
-            Ok(())
-        } else {
-            db.flush_wal(true).map_err(Error::from)
-        };
-        drop(db);
-        drop(env);
-        if owns_fs {
-            result = result.and(fs.unmount().map_err(Error::from));
+    /// [`Error::RocksDb`], [`Error::FileSystem`]: nothing is thrown away, the database stays as
+    /// usable as the fault allows, and `close` can be called again when that has passed.
+    /// [`Error::Unlogged`] is the exception: the database is closed.
+    pub fn close(&self) -> Result<(), Error> {
+        let mut closed = self
+            .closed
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        if *closed {
+            return Ok(());
         }
-        result
-    }
-
-    fn inside(&self, path: &str) -> Result<String, Error> {
-        from_root(&self.root, path).map_err(|fault| Error::Path {
-            path: path.to_owned(),
-            reason: fault.text,
-        })
-    }
-
-    /// RocksDB makes the directory itself, and takes those above for granted.
-    fn make_parents(&self, path: &str) -> Result<(), Error> {
-        let path = normal(path)?;
-        for (at, _) in path.match_indices('/').skip(1) {
-            match self.fs.mkdir(&path[..at]) {
-                Ok(()) | Err(FsError::Exists { .. }) => {}
+        let lost = if self.read_only {
+            self.rocksdb().cancel_all_background_work(true);
+            false
+        } else {
+            self.settle()?;
+            let failures = self.background_errors();
+            self.rocksdb().cancel_all_background_work(true);
+            // What was put meanwhile.
+            self.settle()?;
+            self.background_errors() > failures
+        };
+        if self.owns_fs {
+            match self.fs.unmount() {
+                // Somebody with a handle of it was faster.
+                Ok(()) | Err(FsError::Unmounted { .. }) => {}
                 Err(e) => return Err(e.into()),
             }
+        }
+        self.gate.close();
+        *closed = true;
+        if lost {
+            let path = self.root.clone();
+            return Err(Error::Unlogged { path });
         }
         Ok(())
     }
 
-    fn backups_at(&self, path: &str) -> Result<BackupEngine, Error> {
-        self.make_parents(path)?;
-        let options = BackupEngineOptions::new(self.inside(path)?)?;
-        Ok(BackupEngine::open(&options, &self.env)?)
+    /// Makes what was put durable. RocksDB gives up a log for good when a write or sync of it has
+    /// failed; what was put is in the log's file all the same, so the file system can make it durable
+    /// when the fault has passed. Where it is in RocksDB's own buffer yet, tables of the same contents
+    /// do as well.
+    fn settle(&self) -> Result<(), Error> {
+        let db = self.rocksdb();
+        let Err(failed) = db.flush_wal(true) else {
+            return Ok(());
+        };
+        if !self.buffers_its_log() && self.fs.sync().is_ok() {
+            return Ok(());
+        }
+        let names = Rocks::list_cf(&self.options, "/").map_err(|_| failed.clone())?;
+        let families: Vec<_> = names.iter().filter_map(|name| db.cf_handle(name)).collect();
+        let families: Vec<_> = families.iter().collect();
+        db.flush_cfs_opt(&families, &FlushOptions::default())
+            .map_err(|_| failed.into())
+    }
+
+    /// Whether puts may be in a buffer of RocksDB's instead of the log's file (`manual_wal_flush`). The
+    /// options are RocksDB's own and tell nothing, but it writes them to a file.
+    fn buffers_its_log(&self) -> bool {
+        let read = || -> Result<String, FsError> {
+            let files = self.fs.list(&self.root)?;
+            let names = files.into_iter().map(|file| file.name);
+            let newest = names.filter(|name| name.starts_with("OPTIONS-")).max();
+            let path = format!("{}/{}", self.root, newest.unwrap_or_default());
+            let file = self.fs.open(&path, fs::OpenOptions::READ)?;
+            let mut bytes = vec![0; usize::try_from(file.len()).unwrap_or(0)];
+            file.read_at(0, &mut bytes)?;
+            Ok(String::from_utf8_lossy(&bytes).into_owned())
+        };
+        !read().is_ok_and(|text| text.contains("manual_wal_flush=false"))
+    }
+
+    /// How often RocksDB's background work has failed.
+    fn background_errors(&self) -> u64 {
+        self.rocksdb()
+            .property_int_value(properties::BACKGROUND_ERRORS)
+            .ok()
+            .flatten()
+            .unwrap_or(0)
+    }
+}
+
+impl Drop for Db {
+    fn drop(&mut self) {
+        let inherited = matches!(self.fs.exists("/"), Err(FsError::Forked { .. }));
+        let db = self.db.take();
+        if inherited {
+            // RocksDB would wait for threads that only the parent has.
+            std::mem::forget(db);
+            return;
+        }
+        drop(db);
+        self.gate.close();
+        if self.owns_fs {
+            match self.fs.unmount() {
+                Ok(()) | Err(FsError::Unmounted { .. }) => {}
+                Err(error) => {
+                    let device = format!("{:?}", self.fs);
+                    tracing::error!(device, %error, "the database was dropped and could not be closed in order");
+                }
+            }
+        }
     }
 }
 

@@ -1,15 +1,22 @@
 //! RocksDB environments over a file system.
 
+use std::sync::Arc;
+
 use pumice_blobfs::fs::FileSystem;
 
-use crate::plugin::{self, Abilities, PluginFs};
+use crate::Error;
+use crate::plugin::path::normal;
+use crate::plugin::{self, Abilities, Gate, PluginFs};
 
 /// An environment for `rocksdb::Options::set_env` whose files are all in `fs`.
 ///
-/// It keeps `fs` mounted until the last clone of it and the last database opened with it are gone.
+/// It keeps `fs` mounted until the last clone of it and the last database opened with it are gone,
+/// or [`FileSystem::unmount`] ends its use.
 #[must_use]
 pub fn env(fs: &FileSystem) -> rocksdb::Env {
-    EnvOptions::new().build(fs.clone())
+    EnvOptions::new()
+        .build(fs.clone())
+        .expect("the root `/` is a good one")
 }
 
 /// How an environment uses its file system.
@@ -17,14 +24,14 @@ pub fn env(fs: &FileSystem) -> rocksdb::Env {
 /// ```
 /// # use pumice::{EnvOptions, plugin::MemoryFs};
 /// let fs = MemoryFs::new(64 << 20);
-/// let env = EnvOptions::new().root("/orders").build(fs);
+/// let env = EnvOptions::new().root("/orders").build(fs)?;
 /// let mut options = pumice::rocksdb::Options::default();
 /// options.set_env(&env);
 /// options.create_if_missing(true);
 /// // "/" is the directory "/orders" of the file system, and nothing to the kernel.
 /// let db = pumice::rocksdb::DB::open(&options, "/")?;
 /// db.put(b"key", b"value")?;
-/// # Ok::<(), pumice::rocksdb::Error>(())
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct EnvOptions {
@@ -85,10 +92,18 @@ impl EnvOptions {
     /// An environment over `fs`. It keeps its clone of `fs` until the last clone of the environment
     /// and the last database opened with it are gone.
     ///
-    /// # Panics
-    /// When the root holds a NUL, or no memory is left.
-    #[must_use]
-    pub fn build<F: PluginFs>(&self, fs: F) -> rocksdb::Env {
-        plugin::make_env(fs, &self.root, self.forbid).unwrap_or_else(|e| panic!("{}", e.0))
+    /// # Errors
+    /// [`Error::Path`] for a root that no directory can have, [`Error::Memory`].
+    pub fn build<F: PluginFs>(&self, fs: F) -> Result<rocksdb::Env, Error> {
+        Ok(self.build_gated(fs)?.0)
+    }
+
+    /// As [`EnvOptions::build`], with what ends the environment's use while handles on it are left.
+    pub(crate) fn build_gated<F: PluginFs>(
+        &self,
+        fs: F,
+    ) -> Result<(rocksdb::Env, Arc<Gate>), Error> {
+        let root = normal(&self.root)?;
+        plugin::make_env(fs, &root, self.forbid).map_err(|e| Error::Memory(e.0))
     }
 }

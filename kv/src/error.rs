@@ -51,6 +51,33 @@ pub enum Error {
         /// RocksDB's text.
         reason: String,
     },
+    /// A directory that cannot be used for what was asked.
+    #[error("{path}: {reason}")]
+    Directory {
+        /// The directory, in the file system.
+        path: String,
+        /// Why not, and what to do.
+        reason: String,
+    },
+    /// The database could not be opened for want of space.
+    #[error(
+        "{source}; the file system is full: `DbOptions::read_only` still reads it, `pumice rm` \
+         deletes files that are not the database's, `pumice grow` makes it larger"
+    )]
+    Full {
+        /// RocksDB's own.
+        source: rocksdb::Error,
+    },
+    /// Closing wrote everything that a log holds, but RocksDB could not write what was put with
+    /// `disable_wal`.
+    #[error(
+        "{path}: what was put without a log (`disable_wal`) could not be written to a table; the \
+         rest is durable"
+    )]
+    Unlogged {
+        /// The database's directory.
+        path: String,
+    },
     /// A path that no file can have.
     #[error("path {path:?}: {reason}")]
     Path {

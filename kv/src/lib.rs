@@ -48,13 +48,19 @@
 //! # Threads, blocking, durability
 //! Everything may be called from any thread, and blocks on the device's I/O. A write with
 //! `WriteOptions::set_sync(true)` is durable when it returns, whatever the device: by FUA or a
-//! flush. Without, it is in this process's memory until the file system writes it, and a crash of
-//! the process loses what was not synced.
+//! flush. Without, it is in this process's memory until the file system writes it: it survives an
+//! orderly end of the process (`close`, a drop, `exit`, a return from `main` with the database in a
+//! `static`), and may be lost when the process is killed. `kv/README.md` has the table.
+//!
+//! A database belongs to the process that opened it: in a forked child an inherited one answers with
+//! errors, and dropping it does nothing.
 //!
 //! # Features
 //! `rocksdb` (default): the library above. Without it this package is only the `pumice` command,
 //! which builds in seconds.
 
+#[cfg(feature = "rocksdb")]
+mod copies;
 #[cfg(feature = "rocksdb")]
 mod db;
 #[cfg(feature = "rocksdb")]
@@ -74,9 +80,13 @@ pub use {
     env::{EnvOptions, env},
     error::Error,
     mount::{MountOptions, mount, mount_device},
-    pumice_blobfs::fs::{FileSystem, grow},
+    pumice_blobfs::fs::{self, FileSystem, FormatOptions, FsError, grow},
     uri::{env_from_uri, register_uri},
 };
+
+/// The block devices below, for [`mount_device`] and [`Error::Device`].
+#[cfg(feature = "rocksdb")]
+pub use pumice_bdev as bdev;
 
 /// The `rocksdb` crate that this one extends, in the version that it is built for.
 #[cfg(feature = "rocksdb")]
@@ -86,3 +96,6 @@ pub use rocksdb;
 #[cfg(all(doctest, feature = "rocksdb"))]
 #[doc = include_str!("../../README.md")]
 mod readme {}
+#[cfg(all(doctest, feature = "rocksdb"))]
+#[doc = include_str!("../README.md")]
+mod kv_readme {}

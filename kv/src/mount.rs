@@ -31,17 +31,27 @@ impl MountOptions {
         MountOptions::default()
     }
 
-    /// Bound of the page cache in bytes.
+    /// Bound of the page cache in bytes. Unless called, an eighth of the memory that this process may
+    /// use (the machine's, or the limit of its control group), between 8 and 256 MiB.
     #[must_use]
     pub fn cache_bytes(mut self, bytes: u64) -> MountOptions {
         self.fs.cache_bytes = bytes;
         self
     }
 
-    /// Nothing is written to the device.
+    /// Nothing is written to the device, and nothing is made: [`mount`] opens the device for reading
+    /// only, and several processes may read one image at a time.
     #[must_use]
     pub fn read_only(mut self, read_only: bool) -> MountOptions {
         self.fs.read_only = read_only;
+        self
+    }
+
+    /// Mounts for writing although blobs are damaged, without the files that they were. Unless called
+    /// such a mount is refused, with an error that names the damage; reading needs no word.
+    #[must_use]
+    pub fn accept_damage(mut self, accept: bool) -> MountOptions {
+        self.fs.accept_damage = accept;
         self
     }
 
@@ -73,11 +83,23 @@ impl MountOptions {
 /// [`Error::Device`] if the device cannot be opened, for instance because another process has it;
 /// [`Error::NotEmpty`] if it holds something else; [`Error::FileSystem`].
 pub fn mount(uri: &str, options: &MountOptions) -> Result<FileSystem, Error> {
-    let device = pumice_bdev::open(uri).map_err(|source| Error::Device {
-        uri: uri.to_owned(),
-        source,
-    })?;
+    let reading = options.fs.read_only.then(|| for_reading(uri));
+    let device =
+        pumice_bdev::open(reading.as_deref().unwrap_or(uri)).map_err(|source| Error::Device {
+            uri: uri.to_owned(),
+            source,
+        })?;
     mount_device(&device, options)
+}
+
+/// The URI with the option that opens an image for reading only.
+fn for_reading(uri: &str) -> String {
+    let joint = if uri.contains('?') { '&' } else { '?' };
+    if uri.starts_with("file://") && !uri.contains("read_only=") {
+        format!("{uri}{joint}read_only=1")
+    } else {
+        uri.to_owned()
+    }
 }
 
 /// As [`mount`], on a device that is open already.

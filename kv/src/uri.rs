@@ -1,8 +1,6 @@
 //! `blobfs://…`: file systems for RocksDB's own C++ tools, by URI.
 
-use std::sync::Mutex;
-
-use pumice_blobfs::fs::{FileSystem, FsError};
+use pumice_blobfs::fs::FileSystem;
 
 use crate::plugin::{Fault, UriMount, env_from_uri as make_env_from_uri, register};
 use crate::{Error, MountOptions, mount};
@@ -15,7 +13,7 @@ use crate::{Error, MountOptions, mount};
 /// RocksDB takes a `=` for its own option syntax. There, write `:` for it (`?size:1G&create`) or
 /// the URI as `id={…}`.
 ///
-/// What is mounted this way is unmounted when the process exits.
+/// What is mounted this way is unmounted when the process exits, as every mount is.
 pub fn register_uri() {
     register::<BlobFsUri>();
 }
@@ -31,9 +29,6 @@ pub fn env_from_uri(uri: &str) -> Result<rocksdb::Env, Error> {
         reason: e.0,
     })
 }
-
-/// What was mounted for C++ code, which keeps its environments for ever.
-static MOUNTED: Mutex<Vec<FileSystem>> = Mutex::new(Vec::new());
 
 struct BlobFsUri;
 
@@ -97,27 +92,8 @@ impl UriMount for BlobFsUri {
             Error::FileSystem(e) => Fault::from(e),
             other => Fault::new(libc::EIO, other.to_string()),
         })?;
-        MOUNTED.lock().map_err(|_| poisoned())?.push(fs.clone());
         Ok((fs, parsed.root))
     }
-
-    fn at_exit() {
-        // Of a thread of its own, since the exiting one has lost its thread-local channels.
-        let unmount = std::thread::spawn(|| {
-            let mounted = MOUNTED.lock().map(|mut all| std::mem::take(&mut *all));
-            for fs in mounted.unwrap_or_default() {
-                match fs.unmount() {
-                    Ok(()) | Err(FsError::Unmounted { .. }) => {}
-                    Err(e) => tracing::error!("unmounting at exit: {e}"),
-                }
-            }
-        });
-        let _ = unmount.join();
-    }
-}
-
-fn poisoned() -> Fault {
-    Fault::new(libc::EIO, "another mount panicked in this process")
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{key, value};
+use common::{key, value, watchdog};
 use pumice::rocksdb::{DBCompressionType, LogLevel, WriteOptions};
 use pumice::{DbOptions, MountOptions, mount_device};
 use pumice_bdev::BlockDevice;
@@ -17,8 +17,10 @@ const BLOCK: u32 = 4096;
 const BLOCKS: u64 = 12 << 10;
 const PUTS: u64 = 60;
 
-/// A mark of a checkpoint of the workload, beside those of acknowledged keys.
+/// Marks of the workload beside those of acknowledged keys: keys up to here are in a table.
 const FLUSHED: u64 = 1 << 32;
+/// The database was closed and the file system unmounted.
+const CLOSED: u64 = 2 << 32;
 
 fn options() -> DbOptions {
     DbOptions::new().configure(|options| {
@@ -34,14 +36,14 @@ fn mount_options() -> MountOptions {
     MountOptions::new().cache_bytes(16 << 20)
 }
 
-/// Puts with sync, with tables written in between.
-fn workload(device: &Arc<CrashDevice>) {
+/// Puts with sync or without, with tables written in between.
+fn workload(device: &Arc<CrashDevice>, synced: bool) {
     let dynamic: Arc<dyn BlockDevice> = Arc::clone(device) as Arc<dyn BlockDevice>;
     let fs = mount_device(&dynamic, &mount_options()).unwrap();
     let db = options().open_in(&fs).unwrap();
     device.mark(0);
     let mut sync = WriteOptions::default();
-    sync.set_sync(true);
+    sync.set_sync(synced);
     for n in 1..=PUTS {
         db.put_opt(key(n), value(n), &sync).unwrap();
         device.mark(n);
@@ -52,6 +54,7 @@ fn workload(device: &Arc<CrashDevice>) {
     }
     db.close().unwrap();
     fs.unmount().unwrap();
+    device.mark(CLOSED);
 }
 
 /// Opens what is left and looks for keys 1 to `acknowledged`.
@@ -78,14 +81,14 @@ fn check(image: CrashImage, acknowledged: u64, write_cache: bool, what: &str) {
         .unwrap_or_else(|e| panic!("{what}: unmounting: {e}"));
 }
 
-fn every_cut(write_cache: bool) {
+fn every_cut(write_cache: bool, synced: bool) {
     let seed: u64 = std::env::var("PUMICE_SEED")
         .ok()
         .and_then(|s| s.parse().ok())
         .unwrap_or(20_261_123);
     println!("PUMICE_SEED={seed}");
     let device = Arc::new(CrashDevice::new(BLOCK, BLOCKS, write_cache, seed));
-    workload(&device);
+    workload(&device, synced);
     let mut rng = StdRng::seed_from_u64(seed);
     let mut points = device.crash_points();
     let (mut cuts, mut mounted) = (0, false);
@@ -93,9 +96,12 @@ fn every_cut(write_cache: bool) {
         let mut acknowledged = None;
         for mark in points.marks() {
             mounted = true;
-            if mark < FLUSHED {
-                acknowledged = Some(mark);
-            }
+            let durable = match mark {
+                CLOSED => Some(PUTS),
+                FLUSHED.. => Some(mark - FLUSHED),
+                put => synced.then_some(put),
+            };
+            acknowledged = acknowledged.max(durable);
         }
         // Before the database was first there, formatting and creation may start over.
         if !mounted {
@@ -118,10 +124,19 @@ fn every_cut(write_cache: bool) {
 
 #[test]
 fn power_cut_with_a_volatile_write_cache() {
-    every_cut(true);
+    let _limit = watchdog();
+    every_cut(true, true);
 }
 
 #[test]
 fn power_cut_without_a_write_cache() {
-    every_cut(false);
+    let _limit = watchdog();
+    every_cut(false, true);
+}
+
+/// What was put without sync survives as far as a flush made tables of it, and wholly after a close.
+#[test]
+fn power_cut_after_flushes_and_after_the_close() {
+    let _limit = watchdog();
+    every_cut(true, false);
 }

@@ -3,13 +3,19 @@
 mod common;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use common::{image, key, memory_with, value};
+use common::{image, key, memory_with, value, watchdog};
+use pumice::bdev::BlockDevice;
+use pumice::bdev::OpKind;
+use pumice::bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice::fs::OpenOptions;
+use pumice::plugin::{Fault, How, PluginFile, PluginFs};
 use pumice::rocksdb::{
     BlockBasedOptions, DBCompressionType, IngestExternalFileOptions, IteratorMode, MergeOperands,
     Options, ReadOptions, SstFileWriter, WriteBatch, WriteOptions, properties,
 };
-use pumice::{Db, DbOptions, Error, MountOptions, mount, mount_device};
+use pumice::{Db, DbOptions, EnvOptions, Error, MountOptions, mount, mount_device};
 
 fn uncompressed() -> DbOptions {
     DbOptions::new().configure(|options| options.set_compression_type(DBCompressionType::None))
@@ -38,6 +44,7 @@ fn flush_and_compact(db: &Db) {
 
 #[test]
 fn everything_is_there_after_reopening() {
+    let _limit = watchdog();
     let dir = tempfile::tempdir().unwrap();
     let uri = format!("file://{}/kv.img?size=512M&create=1", dir.path().display());
     let db = uncompressed().open(&uri).unwrap();
@@ -68,6 +75,7 @@ fn everything_is_there_after_reopening() {
 
 #[test]
 fn batches_snapshots_iterators_merges_and_properties() {
+    let _limit = watchdog();
     fn concat(_key: &[u8], old: Option<&[u8]>, more: &MergeOperands) -> Option<Vec<u8>> {
         let mut all = old.unwrap_or_default().to_vec();
         more.iter()
@@ -111,6 +119,7 @@ fn batches_snapshots_iterators_merges_and_properties() {
 
 #[test]
 fn column_families_are_opened_as_they_are_found() {
+    let _limit = watchdog();
     let fs = mount("malloc://256M", &MountOptions::new()).unwrap();
     let mut events = Options::default();
     events.set_enable_blob_files(true);
@@ -147,6 +156,7 @@ fn column_families_are_opened_as_they_are_found() {
 
 #[test]
 fn checkpoints_and_backups_of_one_database_among_several() {
+    let _limit = watchdog();
     let fs = mount("malloc://512M", &MountOptions::new()).unwrap();
     let orders = uncompressed().path("/shop/orders").open_in(&fs).unwrap();
     let stock = uncompressed().path("/shop/stock").open_in(&fs).unwrap();
@@ -180,6 +190,7 @@ fn checkpoints_and_backups_of_one_database_among_several() {
 /// Ingestion writes a global sequence number into the table by a random-rw file, or moves it.
 #[test]
 fn table_files_are_ingested() {
+    let _limit = watchdog();
     let fs = mount("malloc://256M", &MountOptions::new()).unwrap();
     let db = uncompressed().path("/db").open_in(&fs).unwrap();
     fill(&db, 0..1_000);
@@ -215,6 +226,7 @@ fn table_files_are_ingested() {
 
 #[test]
 fn direct_and_buffered_synchronous_and_asynchronous_reads() {
+    let _limit = watchdog();
     let dir = tempfile::tempdir().unwrap();
     let uri = format!("file://{}/kv.img?size=512M&create=1", dir.path().display());
     for direct in [false, true] {
@@ -259,6 +271,7 @@ fn direct_and_buffered_synchronous_and_asynchronous_reads() {
 
 #[test]
 fn synced_writes_and_recycled_logs() {
+    let _limit = watchdog();
     let fs = mount("malloc://512M", &MountOptions::new()).unwrap();
     let options = uncompressed().configure(|options| {
         options.set_recycle_log_file_num(4);
@@ -280,6 +293,7 @@ fn synced_writes_and_recycled_logs() {
 
 #[test]
 fn many_threads_write_and_read() {
+    let _limit = watchdog();
     let db = Arc::new(uncompressed().open("malloc://512M").unwrap());
     std::thread::scope(|scope| {
         for thread in 0..4_u64 {
@@ -297,6 +311,7 @@ fn many_threads_write_and_read() {
 
 #[test]
 fn a_full_device_is_no_space_and_loses_nothing() {
+    let _limit = watchdog();
     let options = uncompressed().configure(|options| options.set_write_buffer_size(1 << 20));
     let fs = mount("malloc://64M", &MountOptions::new()).unwrap();
     let db = options.open_in(&fs).unwrap();
@@ -314,10 +329,20 @@ fn a_full_device_is_no_space_and_loses_nothing() {
     // Closed full, opened full: for reading at least.
     let db = options.clone().read_only(true).open_in(&fs).unwrap();
     check(&db, 0..written.min(10_000));
+    drop(db);
+    // For writing it opens if recovery needs no space; if it does, the error names the ways out.
+    match options.open_in(&fs) {
+        Ok(db) => check(&db, 0..written),
+        Err(error) => {
+            assert!(matches!(error, Error::Full { .. }), "{error}");
+            assert!(error.to_string().contains("pumice grow"), "{error}");
+        }
+    }
 }
 
 #[test]
 fn what_is_not_ours_is_refused() {
+    let _limit = watchdog();
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("other.img");
     let mut bytes = vec![0; 64 << 20];
@@ -349,6 +374,7 @@ fn what_is_not_ours_is_refused() {
 
 #[test]
 fn the_registry_mounts_by_uri() {
+    let _limit = watchdog();
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("kv.img");
     std::fs::File::create(&image)
@@ -373,6 +399,7 @@ fn the_registry_mounts_by_uri() {
 /// the steps from key to key.)
 #[test]
 fn a_database_that_spdk_left_opens_and_holds_all_its_keys() {
+    let _limit = watchdog();
     let device = memory_with(&image("small-rdb-clean.img"), 4096);
     let fs = mount_device(&device, &MountOptions::new()).unwrap();
     let options = DbOptions::new().configure(|options| options.create_if_missing(false));
@@ -387,5 +414,453 @@ fn a_database_that_spdk_left_opens_and_holds_all_its_keys() {
     let fs = mount_device(&device, &MountOptions::new()).unwrap();
     let db = options.open_in(&fs).unwrap();
     assert_eq!(keys(&db), 63_187);
+    db.close().unwrap();
+}
+
+/// Names of everything below a directory.
+fn tree(fs: &pumice::FileSystem, dir: &str) -> Vec<String> {
+    let mut all = Vec::new();
+    for entry in fs.list(dir).unwrap() {
+        let path = format!("{}/{}", dir.trim_end_matches('/'), entry.name);
+        all.push(path.clone());
+        if entry.is_dir {
+            all.extend(tree(fs, &path));
+        }
+    }
+    all
+}
+
+/// The same without what is in `/db`, where RocksDB works by itself.
+fn outside(fs: &pumice::FileSystem) -> Vec<String> {
+    let mut all = tree(fs, "/");
+    all.retain(|path| !path.starts_with("/db/"));
+    all
+}
+
+/// KA4, KA4b: what is in a directory stays, above all the open database's own files.
+#[test]
+fn a_backup_is_restored_into_a_missing_or_empty_directory_only() {
+    let _limit = watchdog();
+    let fs = mount("malloc://256M", &MountOptions::new()).unwrap();
+    let db = uncompressed().path("/db").open_in(&fs).unwrap();
+    let other = uncompressed().path("/other").open_in(&fs).unwrap();
+    fill(&db, 0..1_000);
+    db.backup("/bk").unwrap();
+    fill(&db, 1_000..3_500);
+    fs.mkdir("/things").unwrap();
+    fs.open("/things/precious", OpenOptions::CREATE).unwrap();
+    let before = outside(&fs);
+    for to in [
+        "/db",
+        "/db/.",
+        "//db",
+        "/other",
+        "/things",
+        "/things/precious",
+        "/bk",
+        "/",
+    ] {
+        let error = db.restore_backup("/bk", to).expect_err(to);
+        assert!(matches!(error, Error::Directory { .. }), "{to}: {error}");
+    }
+    assert_eq!(outside(&fs), before);
+    check(&db, 0..3_500);
+    db.flush().unwrap();
+    db.close().unwrap();
+    check(&uncompressed().path("/db").open_in(&fs).unwrap(), 0..3_500);
+    // Closed now, and still somebody's.
+    assert!(other.restore_backup("/bk", "/db").is_err());
+    fs.mkdir("/empty").unwrap();
+    for to in ["/empty", "/a/b/new"] {
+        other.restore_backup("/bk", to).unwrap();
+        let restored = uncompressed().path(to).open_in(&fs).unwrap();
+        check(&restored, 0..1_000);
+        assert_eq!(restored.get(key(1_000)).unwrap(), None);
+        restored.close().unwrap();
+        assert!(other.restore_backup("/bk", to).is_err(), "a second time");
+    }
+}
+
+/// KA17: asking makes nothing, and what fails leaves nothing.
+#[test]
+fn asking_for_backups_and_failing_make_nothing() {
+    let _limit = watchdog();
+    let fs = mount("malloc://256M", &MountOptions::new()).unwrap();
+    let db = uncompressed().path("/db").open_in(&fs).unwrap();
+    fill(&db, 0..100);
+    fs.mkdir("/there").unwrap();
+    let before = outside(&fs);
+    assert!(db.backups("/q/w").unwrap().is_empty());
+    assert!(db.backups("/there").unwrap().is_empty());
+    assert!(db.backups("/db").unwrap().is_empty());
+    for from in ["/nobk", "/there", "/db", "/db/CURRENT"] {
+        let error = db.restore_backup(from, "/new/place").expect_err(from);
+        assert!(error.to_string().contains("no backup"), "{error}");
+    }
+    // A checkpoint in a place that is taken.
+    assert!(db.checkpoint("/there").is_err());
+    assert_eq!(outside(&fs), before);
+    // A backup of which a table is damaged: what was restored of it goes again.
+    db.backup("/bk").unwrap();
+    let table = tree(&fs, "/bk")
+        .into_iter()
+        .find(|path| path.ends_with(".sst"))
+        .unwrap();
+    let file = fs.open(&table, OpenOptions::READ).unwrap();
+    file.write_at(50, b"not what was backed up").unwrap();
+    file.sync().unwrap();
+    let before = outside(&fs);
+    assert!(db.restore_backup("/bk", "/x/restored").is_err());
+    assert_eq!(outside(&fs), before);
+}
+
+/// Reading makes nothing: no image, no file system, no database.
+#[test]
+fn a_database_that_is_only_read_is_not_made() {
+    let _limit = watchdog();
+    let dir = tempfile::tempdir().unwrap();
+    let reader = DbOptions::new().read_only(true);
+    let typo = format!("file://{}/typo.img?size=64M&create=1", dir.path().display());
+    let error = reader.open(&typo).err().unwrap();
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "{error}");
+    let image = dir.path().join("blank.img");
+    std::fs::write(&image, vec![0; 64 << 20]).unwrap();
+    assert!(reader.open(&format!("file://{}", image.display())).is_err());
+    assert!(std::fs::read(&image).unwrap().iter().all(|byte| *byte == 0));
+    let fs = mount("malloc://64M", &MountOptions::new()).unwrap();
+    assert!(reader.clone().path("/a/typo").open_in(&fs).is_err());
+    assert_eq!(tree(&fs, "/"), Vec::<String>::new());
+}
+
+/// U7: closing takes a shared handle, and what is left of the database is harmless.
+#[test]
+fn closed_by_a_shared_handle_and_opened_again_at_once() {
+    let _limit = watchdog();
+    let dir = tempfile::tempdir().unwrap();
+    let uri = format!("file://{}/kv.img?size=256M&create=1", dir.path().display());
+    let db = Arc::new(uncompressed().open(&uri).unwrap());
+    let env = db.env().clone();
+    let mut options = Options::default();
+    options.set_env(&env);
+    fill(&db, 0..1_000);
+    Arc::clone(&db).close().unwrap();
+    db.close().unwrap();
+    // R11: neither the database, nor its environment, nor options with it keep the device.
+    let again = uncompressed().open(&uri).unwrap();
+    check(&again, 0..1_000);
+    assert!(db.put("late", "1").is_err());
+    again.put("later", "2").unwrap();
+    drop(db);
+    assert_eq!(again.get("late").unwrap(), None);
+    again.close().unwrap();
+    drop(again);
+    // Dropped instead of closed, the same.
+    let db = uncompressed().open(&uri).unwrap();
+    let _env = db.env().clone();
+    db.put("more", "3").unwrap();
+    drop(db);
+    let db = uncompressed().open(&uri).unwrap();
+    assert_eq!(db.get("more").unwrap().as_deref(), Some(&b"3"[..]));
+}
+
+/// In a file system of others the directory is free after the close, and the old handle cannot write
+/// beside the new one.
+#[test]
+fn a_directory_is_free_after_the_close() {
+    let _limit = watchdog();
+    let fs = mount("malloc://256M", &MountOptions::new()).unwrap();
+    let open = || uncompressed().path("/db").open_in(&fs);
+    let old = open().unwrap();
+    fill(&old, 0..1_000);
+    assert!(open().is_err(), "opened twice");
+    old.close().unwrap();
+    let new = open().unwrap();
+    assert!(old.put(key(1), "old").is_err());
+    fill(&new, 1_000..2_000);
+    drop(old);
+    assert!(open().is_err(), "the new one's lock went with the old one");
+    check(&new, 0..2_000);
+    new.close().unwrap();
+    fs.unmount().unwrap();
+}
+
+/// U7: a close that fails says so, and is called again when the fault has passed.
+#[test]
+fn a_close_that_failed_is_called_again() {
+    let _limit = watchdog();
+    let base = pumice::bdev::open("malloc://256M?block_size=4096").unwrap();
+    drop(mount_device(&base, &MountOptions::new()).unwrap());
+    let faulty = Arc::new(ErrorDevice::new(None, base));
+    let device: Arc<dyn BlockDevice> = Arc::clone(&faulty) as Arc<dyn BlockDevice>;
+    let fs = mount_device(&device, &MountOptions::new()).unwrap();
+    let db = uncompressed().open_in(&fs).unwrap();
+    fill(&db, 0..20_000);
+    faulty.inject(Injection {
+        op: Some(OpKind::Write),
+        failure: Failure::Fail,
+        count: u64::MAX,
+        // Data: a metadata page that cannot be written stops the store, which is another matter.
+        range: Some((1024, 60_000)),
+        queue_depth: 0,
+    });
+    db.close().expect_err("nothing could be written");
+    check(&db, 0..20_000);
+    db.close().expect_err("nothing can be written yet");
+    faulty.clear();
+    let started = Instant::now();
+    while let Err(error) = db.close() {
+        assert!(started.elapsed() < common::LIMIT / 3, "never: {error}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    drop(db);
+    fs.unmount().unwrap();
+    let fs = mount_device(&device, &MountOptions::new()).unwrap();
+    check(&uncompressed().open_in(&fs).unwrap(), 0..20_000);
+}
+
+/// R14.
+#[test]
+fn the_default_column_family_has_a_name_the_first_time() {
+    let _limit = watchdog();
+    let fs = mount("malloc://256M", &MountOptions::new()).unwrap();
+    for round in 0..2 {
+        let db = uncompressed().open_in(&fs).unwrap();
+        let cf = db.cf_handle("default").expect("no default family");
+        db.put_cf(&cf, "round", [round]).unwrap();
+        assert_eq!(db.get("round").unwrap().as_deref(), Some(&[round][..]));
+        drop(cf);
+        db.close().unwrap();
+    }
+    let db = uncompressed().read_only(true).open_in(&fs).unwrap();
+    assert!(db.cf_handle("default").is_some());
+}
+
+/// R2, U6: each opening makes an info log; ten of them stay.
+#[test]
+fn info_logs_of_earlier_openings_do_not_pile_up() {
+    let _limit = watchdog();
+    let fs = mount("malloc://256M", &MountOptions::new()).unwrap();
+    for _ in 0..30 {
+        let db = uncompressed().open_in(&fs).unwrap();
+        db.put("k", "v").unwrap();
+        db.close().unwrap();
+    }
+    let logs = tree(&fs, "/")
+        .iter()
+        .filter(|name| name.contains("LOG"))
+        .count();
+    assert!(logs <= 12, "{logs} info logs");
+}
+
+/// KA6, U20: a path whose parents are missing, as a user of the `rocksdb` crate hands it over.
+#[test]
+fn missing_parents_of_a_databases_directory_are_made() {
+    let _limit = watchdog();
+    // The crate makes the path in the kernel's file system as well.
+    let dir = tempfile::tempdir().unwrap();
+    let path = format!("{}/n/e/s/t", dir.path().display());
+    let fs = mount("malloc://256M", &MountOptions::new()).unwrap();
+    let mut options = Options::default();
+    options.create_if_missing(true);
+    options.set_env(&pumice::env(&fs));
+    let db = pumice::rocksdb::DB::open(&options, &path).unwrap();
+    db.put("a", "b").unwrap();
+    drop(db);
+    assert!(fs.stat(&format!("{path}/CURRENT")).is_ok());
+    let env = EnvOptions::new()
+        .root("/ten/ant")
+        .build(fs.clone())
+        .unwrap();
+    options.set_env(&env);
+    drop(pumice::rocksdb::DB::open(&options, &path).unwrap());
+    assert!(fs.stat(&format!("/ten/ant{path}/CURRENT")).is_ok());
+    // A file in the way is an error, not a parent.
+    fs.open("/file", OpenOptions::CREATE).unwrap();
+    let env = EnvOptions::new().root("/file").build(fs.clone()).unwrap();
+    options.set_env(&env);
+    assert!(pumice::rocksdb::DB::open(&options, "/").is_err());
+}
+
+/// KA7, R12: a file has only so many names; RocksDB copies what cannot be linked.
+#[test]
+fn checkpoints_go_on_beyond_the_links_that_a_file_can_have() {
+    let _limit = watchdog();
+    let fs = mount("malloc://1G", &MountOptions::new()).unwrap();
+    let db = uncompressed().path("/db").open_in(&fs).unwrap();
+    fill(&db, 0..1_000);
+    db.flush().unwrap();
+    let long = "a".repeat(150);
+    for n in 0..30 {
+        db.checkpoint(&format!("/{long}/{n}"))
+            .unwrap_or_else(|e| panic!("checkpoint {n}: {e}"));
+    }
+    for n in [0, 29] {
+        let path = format!("/{long}/{n}");
+        check(&uncompressed().path(&path).open_in(&fs).unwrap(), 0..1_000);
+    }
+}
+
+/// KA18, L8: a root is data.
+#[test]
+fn a_root_that_cannot_be_is_an_error() {
+    let fs = mount("malloc://64M", &MountOptions::new()).unwrap();
+    for root in ["/a\0b", "a\nb", "\u{7f}"] {
+        let error = EnvOptions::new()
+            .root(root)
+            .build(fs.clone())
+            .err()
+            .unwrap();
+        assert!(matches!(error, Error::Path { .. }), "{error}");
+        let error = DbOptions::new().path(root).open_in(&fs).err().unwrap();
+        assert!(matches!(error, Error::Path { .. }), "{error}");
+    }
+}
+
+/// KA9: the error of a file that is the kernel's names the way.
+#[test]
+fn a_file_of_the_kernels_is_named_as_such() {
+    let _limit = watchdog();
+    let fs = mount("malloc://64M", &MountOptions::new()).unwrap();
+    let db = uncompressed().open_in(&fs).unwrap();
+    let error = db.ingest_external_file(vec!["/etc/passwd"]).unwrap_err();
+    assert!(error.to_string().contains("pumice cp"), "{error}");
+}
+
+/// M306, R7: RocksDB goes on by itself when there is room again.
+#[test]
+fn puts_go_on_when_space_was_freed() {
+    let _limit = watchdog();
+    let fs = mount("malloc://128M", &MountOptions::new()).unwrap();
+    let ballast = fs.open("/ballast", OpenOptions::CREATE).unwrap();
+    ballast.append(&vec![1; 40 << 20]).unwrap();
+    ballast.sync().unwrap();
+    drop(ballast);
+    let options = uncompressed().configure(|options| options.set_write_buffer_size(2 << 20));
+    let db = options.path("/db").open_in(&fs).unwrap();
+    let mut written = 0;
+    while db.put(key(written), value(written)).is_ok() {
+        written += 1;
+        assert!(written < 2_000_000, "never full");
+    }
+    fs.unlink("/ballast").unwrap();
+    let started = Instant::now();
+    while let Err(error) = db.put(key(written), value(written)) {
+        assert!(
+            started.elapsed() < common::LIMIT / 3,
+            "still refused: {error}"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    check(&db, 0..written + 1);
+    db.flush().unwrap();
+    db.close().unwrap();
+}
+
+/// What RocksDB decides by: whether it may try again, and the errno.
+#[test]
+fn faults_keep_what_rocksdb_decides_by() {
+    let _limit = watchdog();
+    let fs = mount("malloc://16M", &MountOptions::new()).unwrap();
+    let file = PluginFs::open(
+        &fs,
+        "/f",
+        How {
+            create: true,
+            ..How::default()
+        },
+    )
+    .unwrap();
+    let full: Fault = PluginFile::allocate(&file, 0, 1 << 30).unwrap_err();
+    assert_eq!((full.errno, full.retryable), (libc::ENOSPC, true), "{full}");
+    let missing: Fault = PluginFs::remove(&fs, "/missing").unwrap_err();
+    assert_eq!((missing.errno, missing.retryable), (libc::ENOENT, false));
+    let base = pumice::bdev::open("malloc://64M?block_size=4096").unwrap();
+    drop(mount_device(&base, &MountOptions::new()).unwrap());
+    let faulty = Arc::new(ErrorDevice::new(None, base));
+    let device: Arc<dyn BlockDevice> = Arc::clone(&faulty) as Arc<dyn BlockDevice>;
+    let fs = mount_device(&device, &MountOptions::new()).unwrap();
+    let file = fs.open("/f", OpenOptions::CREATE).unwrap();
+    file.append(&[1; 100_000]).unwrap();
+    faulty.inject(Injection {
+        op: Some(OpKind::Write),
+        failure: Failure::Fail,
+        count: u64::MAX,
+        range: None,
+        queue_depth: 0,
+    });
+    let media: Fault = PluginFile::sync(&file).unwrap_err();
+    assert_eq!(
+        (media.errno, media.retryable),
+        (libc::EIO, false),
+        "{media}"
+    );
+    faulty.clear();
+    file.sync().unwrap();
+}
+
+/// M313: RocksDB keys caches by it.
+#[test]
+fn files_have_identities_of_their_own() {
+    let fs = mount("malloc://64M", &MountOptions::new()).unwrap();
+    let make = How {
+        create: true,
+        fresh: true,
+        ..How::default()
+    };
+    let a = PluginFs::open(&fs, "/a", make).unwrap();
+    let b = PluginFs::open(&fs, "/b", make).unwrap();
+    assert_ne!(a.file_id(), b.file_id());
+    PluginFs::link(&fs, "/a", "/c").unwrap();
+    let c = PluginFs::open(&fs, "/c", How::default()).unwrap();
+    assert_eq!(a.file_id(), c.file_id());
+    assert_eq!(PluginFs::stat(&fs, "/c").unwrap().file_id, a.file_id());
+    // A new inode under the old name.
+    let new = PluginFs::open(&fs, "/a", make).unwrap();
+    assert_ne!(a.file_id(), new.file_id());
+}
+
+/// R6: the log's metadata is damaged. What it held must not be passed over in silence.
+#[test]
+fn a_database_on_a_damaged_file_system_is_not_opened_unasked() {
+    let _limit = watchdog();
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("kv.img");
+    let uri = format!("file://{}", image.display());
+    let db = uncompressed()
+        .open(&format!("{uri}?size=64M&create=1"))
+        .unwrap();
+    let mut sync = WriteOptions::default();
+    sync.set_sync(true);
+    for n in 0..100 {
+        db.put_opt(key(n), value(n), &sync).unwrap();
+    }
+    db.close().unwrap();
+    drop(db);
+    let mut bytes = std::fs::read(&image).unwrap();
+    let page = bytes
+        .chunks_exact_mut(4096)
+        .take(2048)
+        .find(|page| page.windows(5).any(|w| w == b".log\0"))
+        .expect("no page of the log's");
+    page[2000] ^= 1;
+    std::fs::write(&image, &bytes).unwrap();
+    let error = Db::open(&uri)
+        .expect_err("opened without its log")
+        .to_string();
+    assert!(
+        error.contains("damage") && error.contains("accept_damage"),
+        "{error}"
+    );
+    let error = mount(&uri, &MountOptions::new()).err().unwrap().to_string();
+    assert!(error.contains("accept_damage"), "{error}");
+    assert!(std::fs::read(&image).unwrap() == bytes, "it was written to");
+    // Reading needs no word, and going on takes the one that the error names.
+    let reading = MountOptions::new().read_only(true);
+    let fs = mount(&uri, &reading).unwrap();
+    assert!(!fs.problems().is_empty());
+    fs.unmount().unwrap();
+    let anyway = MountOptions::new().accept_damage(true);
+    let db = uncompressed().mount(anyway).open(&uri).unwrap();
+    db.put("goes", "on").unwrap();
     db.close().unwrap();
 }

@@ -1,9 +1,12 @@
 //! The C++ shim alone, over a file system in memory: RocksDB's calls arrive, its answers are right.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use common::watchdog;
 use pumice::EnvOptions;
 use pumice::plugin::{Fault, How, MemoryFs, PluginFile, PluginFs};
 use pumice::rocksdb::backup::{BackupEngine, BackupEngineOptions, RestoreOptions};
@@ -25,7 +28,7 @@ fn options(env: &Env) -> Options {
 
 fn memory() -> (MemoryFs, Env) {
     let fs = MemoryFs::new(CAPACITY);
-    let env = EnvOptions::new().build(fs.clone());
+    let env = EnvOptions::new().build(fs.clone()).unwrap();
     (fs, env)
 }
 
@@ -63,6 +66,7 @@ fn names(fs: &MemoryFs, dir: &str) -> Vec<String> {
 
 #[test]
 fn put_flush_compact_reopen() {
+    let _limit = watchdog();
     let (fs, env) = memory();
     let db = DB::open(&options(&env), "/").unwrap();
     fill(&db, 0..20_000);
@@ -85,6 +89,7 @@ fn put_flush_compact_reopen() {
 
 #[test]
 fn iterators_read_ahead_asynchronously() {
+    let _limit = watchdog();
     let (fs, env) = memory();
     let started = Arc::new(AtomicU64::new(0));
     let db = DB::open(&options(&env), "/").unwrap();
@@ -132,6 +137,7 @@ fn iterators_read_ahead_asynchronously() {
 
 #[test]
 fn an_asynchronous_read_that_fails_is_an_error_of_the_iterator() {
+    let _limit = watchdog();
     let (fs, env) = memory();
     let db = DB::open(&options(&env), "/").unwrap();
     fill(&db, 0..60_000);
@@ -163,9 +169,10 @@ fn an_asynchronous_read_that_fails_is_an_error_of_the_iterator() {
 
 #[test]
 fn multi_get_reads_together_and_point_reads_borrow() {
+    let _limit = watchdog();
     for lend in [true, false] {
         let fs = MemoryFs::new(CAPACITY);
-        let env = EnvOptions::new().lend_cached(lend).build(fs);
+        let env = EnvOptions::new().lend_cached(lend).build(fs).unwrap();
         let mut opts = options(&env);
         let mut table = BlockBasedOptions::default();
         table.disable_cache();
@@ -184,6 +191,7 @@ fn multi_get_reads_together_and_point_reads_borrow() {
 
 #[test]
 fn direct_reads_and_writes() {
+    let _limit = watchdog();
     let (_fs, env) = memory();
     let mut opts = options(&env);
     opts.set_use_direct_reads(true);
@@ -203,6 +211,7 @@ fn direct_reads_and_writes() {
 
 #[test]
 fn memory_mapped_modes_are_refused() {
+    let _limit = watchdog();
     let (_fs, env) = memory();
     let db = DB::open(&options(&env), "/").unwrap();
     fill(&db, 0..100);
@@ -219,6 +228,7 @@ fn memory_mapped_modes_are_refused() {
 
 #[test]
 fn recycled_logs_are_read_back() {
+    let _limit = watchdog();
     let (fs, env) = memory();
     let mut opts = options(&env);
     opts.set_recycle_log_file_num(4);
@@ -249,6 +259,7 @@ fn recycled_logs_are_read_back() {
 
 #[test]
 fn checkpoint_and_backup() {
+    let _limit = watchdog();
     let (fs, env) = memory();
     let db = DB::open(&options(&env), "/").unwrap();
     fill(&db, 0..10_000);
@@ -279,7 +290,7 @@ fn checkpoint_and_backup() {
         .unwrap();
     drop(db);
     let at = |root: &str| {
-        let env = EnvOptions::new().root(root).build(fs.clone());
+        let env = EnvOptions::new().root(root).build(fs.clone()).unwrap();
         DB::open(&options(&env), "/").unwrap()
     };
     check(&at("/checkpoint"), 0..11_000);
@@ -288,6 +299,7 @@ fn checkpoint_and_backup() {
 
 #[test]
 fn column_families_and_blob_files() {
+    let _limit = watchdog();
     let (fs, env) = memory();
     let mut opts = options(&env);
     opts.create_missing_column_families(true);
@@ -317,6 +329,7 @@ fn column_families_and_blob_files() {
 
 #[test]
 fn a_database_is_locked_while_it_is_open() {
+    let _limit = watchdog();
     let (_fs, env) = memory();
     let db = DB::open(&options(&env), "/").unwrap();
     let error = DB::open(&options(&env), "/").expect_err("opened twice");
@@ -328,8 +341,9 @@ fn a_database_is_locked_while_it_is_open() {
 
 #[test]
 fn a_full_file_system_is_no_space_and_loses_nothing() {
+    let _limit = watchdog();
     let fs = MemoryFs::new(8 << 20);
-    let env = EnvOptions::new().build(fs);
+    let env = EnvOptions::new().build(fs).unwrap();
     let mut opts = options(&env);
     opts.set_write_buffer_size(256 << 10);
     // When a flush finds no space, RocksDB stops writes that its own recovery then waits for,
@@ -350,6 +364,7 @@ fn a_full_file_system_is_no_space_and_loses_nothing() {
 
 #[test]
 fn failures_keep_their_text_and_a_panic_is_one() {
+    let _limit = watchdog();
     let (fs, env) = memory();
     let db = DB::open(&options(&env), "/").unwrap();
     fs.set_faults(Some(Box::new(|call, path| {
@@ -369,6 +384,7 @@ fn failures_keep_their_text_and_a_panic_is_one() {
 
 #[test]
 fn old_readers_keep_what_a_new_file_replaced() {
+    let _limit = watchdog();
     let fs = MemoryFs::new(CAPACITY);
     let write = How {
         create: true,
@@ -394,10 +410,11 @@ fn old_readers_keep_what_a_new_file_replaced() {
 
 #[test]
 fn many_databases_in_one_file_system() {
+    let _limit = watchdog();
     let fs = MemoryFs::new(CAPACITY);
     let mut open = BTreeMap::new();
     for name in ["/a", "/b/c", "/"] {
-        let env = EnvOptions::new().root(name).build(fs.clone());
+        let env = EnvOptions::new().root(name).build(fs.clone()).unwrap();
         let db = DB::open(&options(&env), "/").unwrap();
         db.put("who", name).unwrap();
         db.flush().unwrap();

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{key, value};
+use common::{key, value, watchdog};
 use pumice::rocksdb::{DBCompressionType, WriteOptions};
 use pumice::{Db, DbOptions};
 use rand::rngs::StdRng;
@@ -83,6 +83,7 @@ fn start(command: &mut Command, dir: &Path, mode: &str, out: Stdio) -> Child {
 
 #[test]
 fn killed_twenty_times_every_acknowledged_key_is_there() {
+    let _limit = watchdog();
     let seed: u64 = std::env::var("PUMICE_SEED")
         .ok()
         .and_then(|s| s.parse().ok())
@@ -144,6 +145,7 @@ fn kernel_sees(dir: &Path) -> Vec<String> {
 
 #[test]
 fn no_file_of_a_database_is_in_the_kernels_file_system() {
+    let _limit = watchdog();
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("kv.img");
     std::fs::File::create(&image)
@@ -166,6 +168,7 @@ fn no_file_of_a_database_is_in_the_kernels_file_system() {
 
 #[test]
 fn the_kernel_is_asked_for_no_file_but_the_image() {
+    let _limit = watchdog();
     if Command::new("strace").arg("-V").output().is_err() {
         println!("skipped: the_kernel_is_asked_for_no_file_but_the_image: strace is not installed");
         return;

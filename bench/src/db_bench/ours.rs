@@ -110,11 +110,14 @@ impl Ours {
     }
 
     /// The env for RocksDB. The database's directory is its root.
-    #[must_use]
-    pub fn env(&self) -> Env {
+    ///
+    /// # Errors
+    /// A directory that cannot be.
+    pub fn env(&self) -> Result<Env, String> {
         pumice::EnvOptions::new()
             .root(&self.root)
             .build(self.fs.clone())
+            .map_err(|e| e.to_string())
     }
 
     /// The database's directory in the env: its root, since RocksDB's crate makes the path that it

@@ -196,7 +196,7 @@ fn mem(f: &Flags) -> Result<Target, String> {
 fn ours(f: &Flags) -> Result<Target, String> {
     let ours = Ours::open(f)?;
     Ok(Target {
-        env: ours.env(),
+        env: ours.env()?,
         db: ours.db(),
         words: ours.to_string(),
         durability: ours.durability(),

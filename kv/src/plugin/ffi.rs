@@ -1,7 +1,7 @@
 //! The C functions that the shim calls, made once for each implementation of [`PluginFs`].
 //!
-//! A handle on the C++ side is a pointer from `Box::into_raw`: [`Mounted`] for a file system, the
-//! implementation's own `File` for a file. C++ releases each exactly once, after the last call with
+//! A handle on the C++ side is a pointer from `Box::into_raw`: [`Mounted`] for a file system,
+//! [`Opened`] for a file, [`Locked`] for a lock. C++ releases each exactly once, after the last call with
 //! it, and calls with one handle from many threads at once, which the `Send + Sync` bounds of the
 //! traits allow. No panic leaves a function: [`guard`] makes it an error.
 #![allow(unsafe_code)]
@@ -11,8 +11,10 @@ use std::ffi::{c_char, c_void};
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::slice;
+use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
+use super::gate::Gate;
 use super::ops::{self, Chars, Handle, NameFn, Ops, RawFault, RawRead, RawStat};
 use super::path::resolve;
 use super::{
@@ -23,6 +25,19 @@ use super::{
 struct Mounted<F> {
     fs: F,
     root: String,
+    gate: Arc<Gate>,
+}
+
+/// A file that was opened through an environment.
+struct Opened<T> {
+    file: T,
+    gate: Arc<Gate>,
+}
+
+/// A lock that was taken through an environment, which holds it.
+struct Locked {
+    gate: Arc<Gate>,
+    id: usize,
 }
 
 /// Memory lent to RocksDB by `read_many`.
@@ -73,6 +88,35 @@ fn guard_value<T>(otherwise: T, call: impl FnOnce() -> T) -> T {
 
 fn count(n: usize) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+/// The number of bytes that a read into `room` bytes answered. RocksDB believes it, so a file system
+/// that says more than it was given room for must not be believed.
+#[inline(always)]
+fn read_count(got: usize, room: usize) -> Result<i64> {
+    if got > room {
+        return Err(too_many(got, room));
+    }
+    Ok(count(got))
+}
+
+#[cold]
+fn too_many(got: usize, room: usize) -> Fault {
+    Fault::new(
+        libc::EIO,
+        format!("a bug: the file system says that it read {got} bytes into room for {room}"),
+    )
+}
+
+/// Makes the directories above `path`, where they are missing.
+fn make_parents<F: PluginFs>(fs: &F, path: &str) -> Result<()> {
+    for (at, _) in path.match_indices('/').skip(1) {
+        match fs.mkdir(&path[..at]) {
+            Err(fault) if fault.errno != libc::EEXIST => return Err(fault),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// # Safety
@@ -140,6 +184,7 @@ impl<F: PluginFs> Table<F> {
         link: Self::link,
         stat: Self::stat,
         mkdir: Self::mkdir,
+        make_dirs: Self::make_dirs,
         rmdir: Self::rmdir,
         list: Self::list,
         sync_dir: Self::sync_dir,
@@ -178,8 +223,36 @@ impl<F: PluginFs> Table<F> {
     /// # Safety
     /// `file` is a live handle of a file of this table's file system.
     unsafe fn file<'a>(file: Handle) -> &'a F::File {
-        // SAFETY: a live handle points to an F::File, shared.
-        unsafe { &*file.cast::<F::File>() }
+        // SAFETY: by the contract of this function.
+        &unsafe { Self::opened(file) }.file
+    }
+
+    /// As [`Table::file`], for calls that end with their environment.
+    ///
+    /// # Safety
+    /// As [`Table::file`].
+    #[inline(always)]
+    unsafe fn open_file<'a>(file: Handle) -> Result<&'a F::File> {
+        // SAFETY: by the contract of this function.
+        let opened = unsafe { Self::opened(file) };
+        opened.gate.check()?;
+        Ok(&opened.file)
+    }
+
+    /// # Safety
+    /// As [`Table::file`].
+    unsafe fn opened<'a>(file: Handle) -> &'a Opened<F::File> {
+        // SAFETY: a live handle points to an Opened<F::File>, shared.
+        unsafe { &*file.cast::<Opened<F::File>>() }
+    }
+
+    /// # Safety
+    /// As [`Table::fs`].
+    unsafe fn open_fs<'a>(fs: Handle) -> Result<&'a Mounted<F>> {
+        // SAFETY: by the contract of this function.
+        let mounted = unsafe { Self::fs(fs) };
+        mounted.gate.check()?;
+        Ok(mounted)
     }
 
     /// Runs `call` on a file system and one path of it.
@@ -194,7 +267,7 @@ impl<F: PluginFs> Table<F> {
     ) -> i64 {
         guard(|| {
             // SAFETY: by the contract of this function.
-            let (mounted, path) = unsafe { (Self::fs(fs), bytes(path, len)) };
+            let (mounted, path) = unsafe { (Self::open_fs(fs)?, bytes(path, len)) };
             call(&mounted.fs, &resolve(&mounted.root, path)?)
         })
     }
@@ -212,7 +285,7 @@ impl<F: PluginFs> Table<F> {
         guard(|| {
             // SAFETY: by the contract of this function.
             let (mounted, from, to) =
-                unsafe { (Self::fs(fs), bytes(from.0, from.1), bytes(to.0, to.1)) };
+                unsafe { (Self::open_fs(fs)?, bytes(from.0, from.1), bytes(to.0, to.1)) };
             call(
                 &mounted.fs,
                 &resolve(&mounted.root, from)?,
@@ -230,7 +303,7 @@ impl<F: PluginFs> Table<F> {
     unsafe fn on_file(file: Handle, call: impl FnOnce(&F::File) -> Result<()>) -> i64 {
         guard(|| {
             // SAFETY: by the contract of this function.
-            call(unsafe { Self::file(file) })?;
+            call(unsafe { Self::open_file(file) }?)?;
             Ok(0)
         })
     }
@@ -259,7 +332,12 @@ impl<F: PluginFs> Table<F> {
     unsafe extern "C" fn alignment(fs: Handle) -> usize {
         // SAFETY: the shim passes a live file system.
         let fs = unsafe { Self::fs(fs) };
-        guard_value(4096, || fs.fs.alignment())
+        let alignment = guard_value(0, || fs.fs.alignment());
+        if alignment.is_power_of_two() {
+            alignment
+        } else {
+            4096
+        }
     }
 
     unsafe extern "C" fn open(
@@ -274,10 +352,15 @@ impl<F: PluginFs> Table<F> {
             fresh: how & ops::OPEN_FRESH != 0,
             direct: how & ops::OPEN_DIRECT != 0,
         };
+        // SAFETY: the shim passes a live file system.
+        let gate = unsafe { &Self::fs(fs).gate };
         let open = |fs: &F, path: &str| {
-            let file = Box::into_raw(Box::new(fs.open(path, how)?));
+            let file = Box::into_raw(Box::new(Opened {
+                file: fs.open(path, how)?,
+                gate: Arc::clone(gate),
+            }));
             // SAFETY: the shim passes a place for the handle.
-            unsafe { out.write(file.cast()) };
+            unsafe { out.write(file.cast_const().cast()) };
             Ok(0)
         };
         // SAFETY: the shim passes a live file system and a readable path.
@@ -335,19 +418,28 @@ impl<F: PluginFs> Table<F> {
     unsafe extern "C" fn mkdir(fs: Handle, path: Chars, len: usize) -> i64 {
         guard(|| {
             // SAFETY: the shim passes a live file system and a readable path.
-            let (mounted, path) = unsafe { (Self::fs(fs), bytes(path, len)) };
+            let (mounted, path) = unsafe { (Self::open_fs(fs)?, bytes(path, len)) };
             let path = resolve(&mounted.root, path)?;
             if path == mounted.root {
                 // RocksDB takes the parents of its `/` for granted.
-                for (at, _) in path.match_indices('/').skip(1) {
-                    match mounted.fs.mkdir(&path[..at]) {
-                        Err(fault) if fault.errno != libc::EEXIST => return Err(fault),
-                        _ => {}
-                    }
-                }
+                make_parents(&mounted.fs, &path)?;
             }
             mounted.fs.mkdir(&path).map(|()| 0)
         })
+    }
+
+    /// A database's directory with those above, which the `rocksdb` crate makes in the kernel's
+    /// file system before it asks for the last one here.
+    unsafe extern "C" fn make_dirs(fs: Handle, path: Chars, len: usize) -> i64 {
+        let make = |fs: &F, path: &str| {
+            make_parents(fs, path)?;
+            match fs.mkdir(path) {
+                Err(fault) if fault.errno == libc::EEXIST && fs.stat(path)?.is_dir => Ok(0),
+                made => made.map(|()| 0),
+            }
+        };
+        // SAFETY: the shim passes a live file system and a readable path.
+        unsafe { Self::on_path(fs, path, len, make) }
     }
 
     unsafe extern "C" fn rmdir(fs: Handle, path: Chars, len: usize) -> i64 {
@@ -390,8 +482,14 @@ impl<F: PluginFs> Table<F> {
     }
 
     unsafe extern "C" fn lock(fs: Handle, path: Chars, len: usize, out: *mut *mut c_void) -> i64 {
+        // SAFETY: the shim passes a live file system.
+        let gate = unsafe { &Self::fs(fs).gate };
         let lock = |fs: &F, path: &str| {
-            let lock = Box::into_raw(Box::new(fs.lock(path)?));
+            let id = gate.hold(Box::new(fs.lock(path)?))?;
+            let lock = Box::into_raw(Box::new(Locked {
+                gate: Arc::clone(gate),
+                id,
+            }));
             // SAFETY: the shim passes a place for the handle.
             unsafe { out.write(lock.cast()) };
             Ok(0)
@@ -402,14 +500,14 @@ impl<F: PluginFs> Table<F> {
 
     unsafe extern "C" fn unlock(lock: *mut c_void) {
         // SAFETY: `lock` is from Box::into_raw in `lock`; the shim gives it back once.
-        let lock = unsafe { Box::from_raw(lock.cast::<F::Lock>()) };
-        guard_value((), || drop(lock));
+        let lock = unsafe { Box::from_raw(lock.cast::<Locked>()) };
+        guard_value((), || lock.gate.unlock(lock.id));
     }
 
     unsafe extern "C" fn free_bytes(fs: Handle, out: *mut u64) -> i64 {
         guard(|| {
             // SAFETY: the shim passes a live file system.
-            let free = unsafe { Self::fs(fs) }.fs.free_bytes()?;
+            let free = unsafe { Self::open_fs(fs) }?.fs.free_bytes()?;
             // SAFETY: the shim passes a place for the answer.
             unsafe { out.write(free) };
             Ok(0)
@@ -418,7 +516,7 @@ impl<F: PluginFs> Table<F> {
 
     unsafe extern "C" fn file_release(file: Handle) {
         // SAFETY: `file` is from Box::into_raw in `open`; the shim releases it once, last.
-        let file = unsafe { Box::from_raw(file.cast_mut().cast::<F::File>()) };
+        let file = unsafe { Box::from_raw(file.cast_mut().cast::<Opened<F::File>>()) };
         guard_value((), || drop(file));
     }
 
@@ -447,15 +545,20 @@ impl<F: PluginFs> Table<F> {
     unsafe extern "C" fn read_at(file: Handle, offset: u64, buf: *mut c_char, len: usize) -> i64 {
         guard(|| {
             // SAFETY: the shim passes a live file, and memory that is RocksDB's for this read.
-            let (file, buf) = unsafe { (Self::file(file), bytes_mut(buf, len)) };
-            file.read_at(offset, buf).map(count)
+            let (file, buf) = unsafe { (Self::open_file(file)?, bytes_mut(buf, len)) };
+            read_count(file.read_at(offset, buf)?, len)
         })
     }
 
     unsafe extern "C" fn read_many(file: Handle, reads: *mut RawRead, len: usize) -> i64 {
         guard(|| {
             // SAFETY: the shim passes a live file and an array of its own with `len` reads.
-            let (file, raws) = unsafe { (Self::file(file), slice::from_raw_parts_mut(reads, len)) };
+            let (file, raws) = unsafe {
+                (
+                    Self::open_file(file)?,
+                    slice::from_raw_parts_mut(reads, len),
+                )
+            };
             // What is cached and may be lent needs no buffer and no copy.
             let mut left = 0;
             for raw in &mut *raws {
@@ -506,12 +609,13 @@ impl<F: PluginFs> Table<F> {
         let mut own = own.into_iter();
         for (raw, result) in raws.iter_mut().filter(|raw| open(raw)).zip(results) {
             let lent = if raw.buf.is_null() { own.next() } else { None };
+            let result = result.and_then(|got| read_count(got, raw.len).map(|count| (got, count)));
             match (result, lent) {
-                (Ok(got), Some(mut bytes)) => {
+                (Ok((got, _)), Some(mut bytes)) => {
                     bytes.truncate(got);
                     Self::lend(raw, Lent::Owned(bytes));
                 }
-                (Ok(got), None) => raw.got = count(got),
+                (Ok((_, count)), None) => raw.got = count,
                 (Err(fault), _) => {
                     raw.got = -i64::from(fault.errno.max(1));
                     raw.fault = Box::into_raw(Box::new(fault)).cast();
@@ -523,7 +627,8 @@ impl<F: PluginFs> Table<F> {
     fn lend(raw: &mut RawRead, lent: Lent<<F::File as PluginFile>::Pin>) {
         let lent = Box::new(lent);
         raw.data = lent.bytes().as_ptr();
-        raw.got = count(lent.bytes().len());
+        // More than was asked for may be lent, but is not what was asked for.
+        raw.got = count(lent.bytes().len().min(raw.len));
         raw.pin = Box::into_raw(lent).cast();
     }
 
@@ -589,7 +694,7 @@ impl<F: PluginFs> Table<F> {
     ) -> i64 {
         guard(|| {
             // SAFETY: the shim passes a live file.
-            let (read, ready) = match unsafe { Self::file(file) }.read_start(offset, len)? {
+            let (read, ready) = match unsafe { Self::open_file(file) }?.read_start(offset, len)? {
                 Started::Ready(read) => (read, 1),
                 Started::Pending(read) => (read, 0),
             };
@@ -604,7 +709,7 @@ impl<F: PluginFs> Table<F> {
         let read = unsafe { Box::from_raw(pending.cast::<<F::File as PluginFile>::Pending>()) };
         guard(move || {
             // SAFETY: the scratch memory of the request, RocksDB's for this read alone.
-            read.finish(unsafe { bytes_mut(buf, len) }).map(count)
+            read_count(read.finish(unsafe { bytes_mut(buf, len) })?, len)
         })
     }
 
@@ -629,7 +734,7 @@ type MountFn = unsafe extern "C" fn(
 
 unsafe extern "C" {
     fn pumice_env_new(ops: *const Ops, fs: Handle, forbid: u32) -> *mut c_void;
-    fn pumice_register_uri(mount: MountFn, at_exit: unsafe extern "C" fn());
+    fn pumice_register_uri(mount: MountFn);
     fn pumice_env_from_uri(
         uri: Chars,
         len: usize,
@@ -638,13 +743,13 @@ unsafe extern "C" {
     ) -> *mut c_void;
 }
 
-/// A RocksDB environment over `fs`, whose `/` is the directory `root` of it. What `forbid` names is
-/// not claimed, whatever the implementation can do.
+/// A RocksDB environment over `fs`, whose `/` is the directory `root` of it, and what ends its use.
+/// What `forbid` names is not claimed, whatever the implementation can do.
 pub(crate) fn make_env<F: PluginFs>(
     fs: F,
     root: &str,
     forbid: Abilities,
-) -> std::result::Result<rocksdb::Env, EnvError> {
+) -> std::result::Result<(rocksdb::Env, Arc<Gate>), EnvError> {
     let root = resolve("/", root.as_bytes()).map_err(|fault| EnvError(fault.text))?;
     let forbid = [
         (forbid.async_reads, ops::CAN_ASYNC),
@@ -655,9 +760,13 @@ pub(crate) fn make_env<F: PluginFs>(
     .into_iter()
     .filter(|(forbid, _)| *forbid)
     .fold(0, |bits, (_, bit)| bits | bit);
-    let fs: Handle = Box::into_raw(Box::new(Mounted { fs, root }))
-        .cast_const()
-        .cast();
+    let gate = Arc::<Gate>::default();
+    let mounted = Mounted {
+        fs,
+        root,
+        gate: Arc::clone(&gate),
+    };
+    let fs: Handle = Box::into_raw(Box::new(mounted)).cast_const().cast();
     // SAFETY: the table belongs to the type of the handle, lives for ever, and is laid out as
     // pumice_fs.h says; the handle is given away.
     let env = unsafe { pumice_env_new(Table::<F>::OPS, fs, forbid) };
@@ -667,7 +776,7 @@ pub(crate) fn make_env<F: PluginFs>(
         ));
     }
     // SAFETY: a new rocksdb_env_t, whose ownership passes on.
-    Ok(unsafe { rocksdb::Env::from_raw(env.cast()) })
+    Ok((unsafe { rocksdb::Env::from_raw(env.cast()) }, gate))
 }
 
 /// What a URI that C++ code opens is mounted by: the file system and the root inside it.
@@ -676,12 +785,6 @@ pub(crate) trait UriMount: 'static {
     type Fs: PluginFs;
     /// Mounts `uri`.
     fn mount(uri: &str) -> Result<(Self::Fs, String)>;
-    /// The process ends, whatever is still open.
-    fn at_exit();
-}
-
-unsafe extern "C" fn at_exit<M: UriMount>() {
-    guard_value((), M::at_exit);
 }
 
 unsafe extern "C" fn mount_uri<M: UriMount>(
@@ -698,7 +801,11 @@ unsafe extern "C" fn mount_uri<M: UriMount>(
         let uri = std::str::from_utf8(unsafe { bytes(uri, len) })
             .map_err(|_| Fault::new(libc::EINVAL, "the URI is not UTF-8"))?;
         let (mounted, root) = M::mount(uri)?;
-        let handle = Box::into_raw(Box::new(Mounted { fs: mounted, root }));
+        let handle = Box::into_raw(Box::new(Mounted {
+            fs: mounted,
+            root,
+            gate: Arc::default(),
+        }));
         // SAFETY: as above; the handle is given away.
         unsafe {
             ops.write(Table::<M::Fs>::OPS);
@@ -712,7 +819,7 @@ unsafe extern "C" fn mount_uri<M: UriMount>(
 pub(crate) fn register<M: UriMount>() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     // SAFETY: the functions have the types that the shim declares.
-    ONCE.call_once(|| unsafe { pumice_register_uri(mount_uri::<M>, at_exit::<M>) });
+    ONCE.call_once(|| unsafe { pumice_register_uri(mount_uri::<M>) });
 }
 
 /// The environment that RocksDB itself makes of a registered URI.

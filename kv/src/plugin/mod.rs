@@ -8,12 +8,14 @@
 mod blobfs;
 mod fault;
 mod ffi;
+mod gate;
 mod memory;
 mod ops;
 pub(crate) mod path;
 
 pub use fault::Fault;
 pub(crate) use ffi::{UriMount, env_from_uri, make_env, register};
+pub(crate) use gate::Gate;
 pub use memory::{MemoryFile, MemoryFs};
 
 use std::time::SystemTime;

@@ -64,6 +64,7 @@ pub(super) struct Ops {
     pub link: unsafe extern "C" fn(Handle, Chars, usize, Chars, usize) -> i64,
     pub stat: unsafe extern "C" fn(Handle, Chars, usize, *mut RawStat) -> i64,
     pub mkdir: unsafe extern "C" fn(Handle, Chars, usize) -> i64,
+    pub make_dirs: unsafe extern "C" fn(Handle, Chars, usize) -> i64,
     pub rmdir: unsafe extern "C" fn(Handle, Chars, usize) -> i64,
     pub list: unsafe extern "C" fn(Handle, Chars, usize, NameFn, *mut c_void) -> i64,
     pub sync_dir: unsafe extern "C" fn(Handle, Chars, usize) -> i64,

@@ -1,6 +1,7 @@
 //! Paths as RocksDB writes them, made normal.
 
 use super::{Fault, Result};
+use crate::Error;
 
 /// `path` below `root`, normal: RocksDB writes `//CURRENT` for a database at `/`. Components `.`
 /// and empty ones vanish; `..` goes up from wherever it stands, also out of `root`, and stays at
@@ -31,6 +32,22 @@ pub(crate) fn resolve(root: &str, path: &[u8]) -> Result<String> {
     }
     if normal.is_empty() {
         normal.push('/');
+    }
+    Ok(normal)
+}
+
+/// A path of the whole file system, normal, or why no file can have it.
+pub(crate) fn normal(path: &str) -> std::result::Result<String, Error> {
+    checked(path).map_err(|reason| Error::Path {
+        path: path.to_owned(),
+        reason,
+    })
+}
+
+fn checked(path: &str) -> std::result::Result<String, String> {
+    let normal = resolve("/", path.as_bytes()).map_err(|fault| fault.text)?;
+    if normal.chars().any(char::is_control) {
+        return Err("it holds a control character".to_owned());
     }
     Ok(normal)
 }

@@ -3,7 +3,8 @@
 
 use std::io::Read as _;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf};
 
@@ -52,4 +53,22 @@ pub fn value(n: u64) -> Vec<u8> {
         bytes.extend_from_slice(&x.to_le_bytes());
     }
     bytes
+}
+
+/// How long a test may take on a busy machine.
+pub const LIMIT: Duration = Duration::from_secs(300);
+
+/// Turns a hang into a failure: the process ends with the test's name if this is not dropped within
+/// [`LIMIT`].
+#[must_use]
+pub fn watchdog() -> mpsc::Sender<()> {
+    let name = std::thread::current().name().unwrap_or("?").to_owned();
+    let (alive, dropped) = mpsc::channel();
+    std::thread::spawn(move || {
+        if dropped.recv_timeout(LIMIT) == Err(mpsc::RecvTimeoutError::Timeout) {
+            eprintln!("{name}: hangs: not done after {LIMIT:?}");
+            std::process::abort();
+        }
+    });
+    alive
 }

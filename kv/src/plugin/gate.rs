@@ -1,0 +1,71 @@
+//! The end of an environment's use, before the last handle on it is gone.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::{Fault, Result};
+
+/// What an environment and the files opened through it share: while it is open, calls go through;
+/// once it is closed they fail, and the locks taken through it are free.
+#[derive(Debug, Default)]
+pub(crate) struct Gate {
+    closed: AtomicBool,
+    locks: Mutex<Locks>,
+}
+
+#[derive(Debug, Default)]
+struct Locks {
+    next: usize,
+    held: HashMap<usize, Box<dyn Any + Send>>,
+}
+
+impl Gate {
+    /// Whether calls go through.
+    ///
+    /// # Errors
+    /// It was closed.
+    #[inline]
+    pub fn check(&self) -> Result<()> {
+        if self.closed.load(Ordering::Relaxed) {
+            return Err(closed());
+        }
+        Ok(())
+    }
+
+    /// Ends the use: later calls fail, and the locks are free on return.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        let held = std::mem::take(&mut self.locks().held);
+        drop(held);
+    }
+
+    /// Keeps a lock until [`Gate::unlock`] or [`Gate::close`].
+    pub fn hold(&self, lock: Box<dyn Any + Send>) -> Result<usize> {
+        let mut locks = self.locks();
+        // Under the mutex, so that a lock is not left behind by a close at the same time.
+        self.check()?;
+        locks.next += 1;
+        let id = locks.next;
+        locks.held.insert(id, lock);
+        Ok(id)
+    }
+
+    /// Frees a lock, unless closing did.
+    pub fn unlock(&self, id: usize) {
+        let lock = self.locks().held.remove(&id);
+        drop(lock);
+    }
+
+    fn locks(&self) -> std::sync::MutexGuard<'_, Locks> {
+        self.locks
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+#[cold]
+fn closed() -> Fault {
+    Fault::new(libc::EBADF, "the database has been closed")
+}

@@ -1,0 +1,426 @@
+//! What survives what: the table in `kv/README.md`, a cell at a time, with whole processes. Power cuts
+//! are in `crash.rs`, on a simulated disk.
+#![allow(unsafe_code, reason = "fork and resource limits are what is tested")]
+
+mod common;
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use common::{key, value, watchdog};
+use pumice::fs::OpenOptions;
+use pumice::rocksdb::{DB, DBCompressionType, IteratorMode, Options, WriteOptions};
+use pumice::{Db, DbOptions, FsError, MountOptions, mount};
+
+const URI: &str = "PUMICE_TEST_URI";
+const MODE: &str = "PUMICE_TEST_MODE";
+const PUTS: u64 = 20_000;
+
+static HELD: OnceLock<Db> = OnceLock::new();
+static HELD_BY_ENV: OnceLock<DB> = OnceLock::new();
+
+fn options() -> DbOptions {
+    DbOptions::new().configure(|options| options.set_compression_type(DBCompressionType::None))
+}
+
+fn fill(db: &Db, keys: std::ops::Range<u64>) {
+    for n in keys {
+        db.put(key(n), value(n)).unwrap();
+    }
+}
+
+fn check(db: &Db, keys: std::ops::Range<u64>, what: &str) {
+    for n in keys {
+        let got = db.get(key(n)).unwrap();
+        assert_eq!(got.as_deref(), Some(&value(n)[..]), "{what}: key {n}");
+    }
+}
+
+/// Not a test: what the tests below run as a process of its own. Does nothing otherwise.
+#[test]
+fn child() {
+    let (Ok(uri), Ok(mode)) = (std::env::var(URI), std::env::var(MODE)) else {
+        return;
+    };
+    let open = || options().open(&uri).unwrap();
+    match &mode[..] {
+        "exit" => {
+            let db = open();
+            fill(&db, 0..PUTS);
+            std::process::exit(0);
+        }
+        "static" => fill(HELD.get_or_init(open), 0..PUTS),
+        "forget" => {
+            let db = open();
+            fill(&db, 0..PUTS);
+            std::mem::forget(db);
+        }
+        "drop" => fill(&open(), 0..PUTS),
+        "panic" => {
+            let db = open();
+            fill(&db, 0..PUTS);
+            panic!("as the test wants it");
+        }
+        "env" => {
+            let db = HELD_BY_ENV.get_or_init(|| {
+                let fs = mount(&uri, &MountOptions::new()).unwrap();
+                let mut options = Options::default();
+                options.create_if_missing(true);
+                options.set_env(&pumice::env(&fs));
+                DB::open(&options, "/").unwrap()
+            });
+            for n in 0..PUTS {
+                db.put(key(n), value(n)).unwrap();
+            }
+        }
+        "exit among writers" => exit_among_writers(&uri),
+        "killed after puts" | "killed after flush" => {
+            let db = open();
+            fill(&db, 0..PUTS);
+            if mode.ends_with("flush") {
+                db.flush().unwrap();
+            }
+            say("ready");
+            std::thread::sleep(Duration::from_secs(3600));
+        }
+        "fork" => a_fork_of_an_open_database(&uri),
+        "workers" => two_forked_workers(&uri),
+        "failed close" => a_failed_close(&uri),
+        other => panic!("{MODE}={other}"),
+    }
+}
+
+fn say(what: &str) {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{what}").unwrap();
+    out.flush().unwrap();
+}
+
+/// Threads put, with flushes and compactions under way, and are told when a put is acknowledged.
+fn exit_among_writers(uri: &str) {
+    let db = HELD.get_or_init(|| {
+        let small = options().configure(|options| options.set_write_buffer_size(64 << 10));
+        small.open(uri).unwrap()
+    });
+    for thread in 0..3_u64 {
+        std::thread::spawn(move || {
+            for n in (thread..).step_by(3) {
+                if db.put(key(n), value(n)).is_err() {
+                    break;
+                }
+                let _ = writeln!(std::io::stdout(), "ack {n}");
+            }
+        });
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    std::process::exit(0);
+}
+
+/// Children of a process with an open database: one exits, one drops what it inherited, one tries to use
+/// it. The parent goes on.
+fn a_fork_of_an_open_database(uri: &str) {
+    let db = options().open(uri).unwrap();
+    fill(&db, 0..PUTS / 2);
+    let db = std::cell::Cell::new(Some(db));
+    let children: [&dyn Fn() -> i32; 3] = [
+        &|| 0,
+        &|| {
+            drop(db.take());
+            0
+        },
+        &|| {
+            let db = db.take().unwrap();
+            let refused = db
+                .file_system()
+                .open("/new", OpenOptions::CREATE)
+                .is_err_and(|e| matches!(e, FsError::Forked { .. }));
+            i32::from(!refused)
+        },
+    ];
+    for child in children {
+        assert_eq!(in_fork(child), 0);
+    }
+    let db = db.take().unwrap();
+    fill(&db, PUTS / 2..PUTS);
+    check(&db, 0..PUTS, "in the parent");
+    db.close().unwrap();
+}
+
+/// In a process of its own, since the limit on the length of files is the process's.
+fn a_failed_close(uri: &str) {
+    let db = options().open(uri).unwrap();
+    let mut sync = WriteOptions::default();
+    sync.set_sync(true);
+    db.put_opt("first", "1", &sync).unwrap();
+    // Beyond this byte the kernel refuses to write: EFBIG, as good as a full disk.
+    let limits = Limits::of_files(24 << 20);
+    let mut put = 0;
+    while put < 400_000 && db.put(key(put), value(put)).is_ok() {
+        put += 1;
+    }
+    let error = db.close().expect_err("closed, with nowhere to write to");
+    println!("{put} puts, then: {error}");
+    check(&db, 0..put.min(1_000), "still readable");
+    drop(limits);
+    let started = Instant::now();
+    while let Err(error) = db.close() {
+        assert!(started.elapsed() < common::LIMIT / 3, "never: {error}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    db.close().unwrap();
+    assert!(db.put("late", "1").is_err());
+    let again = options().open(uri).unwrap();
+    check(&again, 0..put, "after the second close");
+    assert_eq!(again.get("first").unwrap().as_deref(), Some(&b"1"[..]));
+    again.close().unwrap();
+}
+
+/// A parent that has used Pumice and has nothing open any more; two workers with a database each.
+fn two_forked_workers(uri: &str) {
+    let parent = mount("malloc://256M", &MountOptions::new()).unwrap();
+    let file = parent.open("/config", OpenOptions::CREATE).unwrap();
+    file.append(&vec![7; 32 << 20]).unwrap();
+    drop(file);
+    parent.unmount().unwrap();
+    drop(parent);
+    let worker = |worker: u64| {
+        let uri = uri.replace("kv.img", &format!("kv{worker}.img"));
+        let mine = worker * 1_000_000..worker * 1_000_000 + 100_000;
+        let db = options().open(&uri).unwrap();
+        fill(&db, mine.clone());
+        db.flush().unwrap();
+        check(&db, mine, "in a worker");
+        db.close().unwrap();
+        0
+    };
+    let pids = [0, 1].map(|n| fork(&|| worker(n)));
+    for pid in pids {
+        assert_eq!(wait(pid), 0, "a worker");
+    }
+}
+
+fn in_fork(child: &dyn Fn() -> i32) -> i32 {
+    wait(fork(child))
+}
+
+/// Runs `child` in a forked process, which then calls `exit`.
+fn fork(child: &dyn Fn() -> i32) -> i32 {
+    // SAFETY: what the child may use after a fork is what is tested.
+    let pid = unsafe { libc::fork() };
+    assert!(pid >= 0);
+    if pid == 0 {
+        let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(child)).unwrap_or(101);
+        std::process::exit(code);
+    }
+    pid
+}
+
+/// The exit code of a forked child; 1000 and the signal that ended it.
+fn wait(pid: i32) -> i32 {
+    let started = Instant::now();
+    loop {
+        let mut status = 0;
+        // SAFETY: `status` is ours.
+        let done = unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) };
+        assert!(done >= 0);
+        if done == pid {
+            return if libc::WIFEXITED(status) {
+                libc::WEXITSTATUS(status)
+            } else {
+                1000 + libc::WTERMSIG(status)
+            };
+        }
+        if started.elapsed() > common::LIMIT / 2 {
+            // SAFETY: our own child.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+            panic!("a forked child hangs");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn uri(dir: &Path) -> String {
+    format!("file://{}/kv.img?size=256M&create=1", dir.display())
+}
+
+fn start(dir: &Path, mode: &str) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "child", "--nocapture"])
+        .env(URI, uri(dir))
+        .env(MODE, mode)
+        .current_dir(dir)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// Runs [`child`] to its end; what it printed.
+fn run(dir: &Path, mode: &str, succeeds: bool) -> String {
+    let output = start(dir, mode).wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.success(), succeeds, "{mode}: {text}{errors}");
+    text
+}
+
+/// Runs [`child`] until it says that it is ready, and kills it.
+fn kill(dir: &Path, mode: &str) {
+    let mut child = start(dir, mode);
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let ready = lines.map_while(Result::ok).any(|line| line == "ready");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(ready, "{mode}: it ended by itself");
+}
+
+fn reopened(dir: &Path) -> Db {
+    options().open(&uri(dir)).unwrap()
+}
+
+fn an_end_keeps_all(mode: &str, succeeds: bool) {
+    let _limit = watchdog();
+    let dir = tempfile::tempdir().unwrap();
+    run(dir.path(), mode, succeeds);
+    let db = reopened(dir.path());
+    check(&db, 0..PUTS, mode);
+    db.close().unwrap();
+}
+
+#[test]
+fn puts_survive_exit() {
+    an_end_keeps_all("exit", true);
+}
+
+#[test]
+fn puts_survive_a_return_from_main_with_the_database_in_a_static() {
+    an_end_keeps_all("static", true);
+}
+
+#[test]
+fn puts_survive_a_forgotten_database() {
+    an_end_keeps_all("forget", true);
+}
+
+#[test]
+fn puts_survive_a_drop() {
+    an_end_keeps_all("drop", true);
+}
+
+#[test]
+fn puts_survive_a_panic() {
+    an_end_keeps_all("panic", false);
+}
+
+#[test]
+fn puts_survive_the_end_of_a_user_of_the_environment() {
+    an_end_keeps_all("env", true);
+}
+
+#[test]
+fn children_leave_the_parents_database_alone() {
+    an_end_keeps_all("fork", true);
+}
+
+#[test]
+fn acknowledged_puts_survive_an_exit_among_writers() {
+    let _limit = watchdog();
+    for _ in 0..3 {
+        let dir = tempfile::tempdir().unwrap();
+        let said = run(dir.path(), "exit among writers", true);
+        let db = reopened(dir.path());
+        let acks = said.lines().filter_map(|line| line.strip_prefix("ack "));
+        let mut acknowledged = 0;
+        // The last line may be cut short by the exit.
+        for n in acks.filter_map(|n| n.parse::<u64>().ok()) {
+            if let Some(got) = db.get(key(n)).unwrap() {
+                assert_eq!(got, value(n), "key {n}");
+                acknowledged += 1;
+            } else {
+                let cut_short = said.ends_with(&format!("ack {n}"));
+                assert!(cut_short, "key {n} was acknowledged");
+            }
+        }
+        assert!(acknowledged > 0);
+        assert!(db.file_system().problems().is_empty());
+        db.close().unwrap();
+    }
+}
+
+/// A kill may lose puts that were not synced, from the last one backwards; never one in the middle.
+#[test]
+fn a_kill_leaves_a_prefix_of_the_puts() {
+    let _limit = watchdog();
+    let dir = tempfile::tempdir().unwrap();
+    kill(dir.path(), "killed after puts");
+    let db = reopened(dir.path());
+    let kept = db.iterator(IteratorMode::Start).count() as u64;
+    check(&db, 0..kept, "after the kill");
+    assert!(kept <= PUTS);
+}
+
+#[test]
+fn flushed_tables_survive_a_kill() {
+    let _limit = watchdog();
+    let dir = tempfile::tempdir().unwrap();
+    kill(dir.path(), "killed after flush");
+    check(&reopened(dir.path()), 0..PUTS, "flushed, then killed");
+}
+
+#[test]
+fn two_forked_workers_have_a_database_each() {
+    let _limit = watchdog();
+    let dir = tempfile::tempdir().unwrap();
+    run(dir.path(), "workers", true);
+    for worker in 0..2_u64 {
+        let uri = format!("file://{}/kv{worker}.img", dir.path().display());
+        let db = options().open(&uri).unwrap();
+        let mine = worker * 1_000_000..worker * 1_000_000 + 100_000;
+        check(&db, mine, "after the workers");
+        assert_eq!(db.iterator(IteratorMode::Start).count(), 100_000);
+    }
+}
+
+/// U7: the host is full when the database is closed; when there is room again, closing is called again.
+#[test]
+fn a_failed_close_is_repeated_and_loses_nothing() {
+    let _limit = watchdog();
+    let dir = tempfile::tempdir().unwrap();
+    run(dir.path(), "failed close", true);
+}
+
+/// The longest file that this process may write, until it is dropped.
+struct Limits(libc::rlimit);
+
+impl Limits {
+    fn of_files(bytes: u64) -> Limits {
+        let mut old = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        // SAFETY: `old` is ours; a refused write is an error instead of a signal.
+        unsafe {
+            assert_eq!(libc::getrlimit(libc::RLIMIT_FSIZE, &raw mut old), 0);
+            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+        }
+        set(&libc::rlimit {
+            rlim_cur: bytes,
+            ..old
+        });
+        Limits(old)
+    }
+}
+
+impl Drop for Limits {
+    fn drop(&mut self) {
+        set(&self.0);
+    }
+}
+
+fn set(limit: &libc::rlimit) {
+    // SAFETY: a limit of this process's own.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, limit) }, 0);
+}
