@@ -7,13 +7,17 @@ mod common;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use common::{key, value, watchdog};
+use pumice::bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice::bdev::{self, BlockDevice, OpKind};
 use pumice::fs::OpenOptions;
 use pumice::rocksdb::{DB, DBCompressionType, IteratorMode, Options, WriteOptions};
-use pumice::{Db, DbOptions, FsError, MountOptions, mount};
+use pumice::{
+    Db, DbOptions, FileSystem, FormatOptions, FsError, MountOptions, mount, mount_device,
+};
 
 const URI: &str = "PUMICE_TEST_URI";
 const MODE: &str = "PUMICE_TEST_MODE";
@@ -89,6 +93,7 @@ fn child() {
         "fork" => a_fork_of_an_open_database(&uri),
         "workers" => two_forked_workers(&uri),
         "failed close" => a_failed_close(&uri),
+        "failed exit" => an_end_that_cannot_keep(&uri),
         other => panic!("{MODE}={other}"),
     }
 }
@@ -176,6 +181,24 @@ fn a_failed_close(uri: &str) {
     check(&again, 0..put, "after the second close");
     assert_eq!(again.get("first").unwrap().as_deref(), Some(&b"1"[..]));
     again.close().unwrap();
+}
+
+/// The device is gone when the process ends.
+fn an_end_that_cannot_keep(uri: &str) {
+    let faulty = Arc::new(ErrorDevice::new(None, bdev::open(uri).unwrap()));
+    let device: Arc<dyn BlockDevice> = Arc::clone(&faulty) as Arc<dyn BlockDevice>;
+    FileSystem::format(Arc::clone(&device), &FormatOptions::default()).unwrap();
+    let fs = mount_device(&device, &MountOptions::new()).unwrap();
+    let db = options().open_in(&fs).unwrap();
+    fill(&db, 0..PUTS);
+    faulty.inject(Injection {
+        op: Some(OpKind::Write),
+        failure: Failure::Fail,
+        count: u64::MAX,
+        range: None,
+        queue_depth: 0,
+    });
+    std::process::exit(0);
 }
 
 /// A parent that has used Pumice and has nothing open any more; two workers with a database each.
@@ -288,6 +311,17 @@ fn an_end_keeps_all(mode: &str, succeeds: bool) {
     let db = reopened(dir.path());
     check(&db, 0..PUTS, mode);
     db.close().unwrap();
+}
+
+/// Where an end cannot keep what was put, it says so and ends.
+#[test]
+fn an_end_that_loses_something_says_so() {
+    let _limit = watchdog();
+    let dir = tempfile::tempdir().unwrap();
+    let output = start(dir.path(), "failed exit").wait_with_output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(errors.contains("unmounting at exit failed"), "{errors}");
+    assert!(output.status.success(), "{errors}");
 }
 
 #[test]
