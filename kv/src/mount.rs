@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use pumice_bdev::BlockDevice;
 use pumice_bdev::contents::{self, Contents};
+use pumice_bdev::{BlockDevice, OpenOptions};
 use pumice_blobfs::fs::{self, FileSystem, FormatOptions, FsError};
 
 use crate::Error;
@@ -83,23 +83,12 @@ impl MountOptions {
 /// [`Error::Device`] if the device cannot be opened, for instance because another process has it;
 /// [`Error::NotEmpty`] if it holds something else; [`Error::FileSystem`].
 pub fn mount(uri: &str, options: &MountOptions) -> Result<FileSystem, Error> {
-    let reading = options.fs.read_only.then(|| for_reading(uri));
-    let device =
-        pumice_bdev::open(reading.as_deref().unwrap_or(uri)).map_err(|source| Error::Device {
-            uri: uri.to_owned(),
-            source,
-        })?;
+    let how = OpenOptions::new().read_only(options.fs.read_only);
+    let device = pumice_bdev::open_with(uri, how).map_err(|source| Error::Device {
+        uri: uri.to_owned(),
+        source,
+    })?;
     mount_device(&device, options)
-}
-
-/// The URI with the option that opens an image for reading only.
-fn for_reading(uri: &str) -> String {
-    let joint = if uri.contains('?') { '&' } else { '?' };
-    if uri.starts_with("file://") && !uri.contains("read_only=") {
-        format!("{uri}{joint}read_only=1")
-    } else {
-        uri.to_owned()
-    }
 }
 
 /// As [`mount`], on a device that is open already.
