@@ -4,6 +4,7 @@
 mod common;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -16,6 +17,14 @@ use pumice_bdev::error_inject::ErrorDevice;
 use pumice_blobfs::fs::{Access, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions};
 
 const MIB: usize = 1 << 20;
+
+/// Clusters of 1 MiB, so that it is known where data begin.
+fn format_1m() -> FormatOptions {
+    let mut format = FormatOptions::default();
+    format.cluster_size = 1 << 20;
+    format.md_pages = Some(200);
+    format
+}
 const FOREVER: u64 = u64::MAX;
 
 fn options(write_behind_bytes: usize) -> MountOptions {
@@ -26,17 +35,13 @@ fn options(write_behind_bytes: usize) -> MountOptions {
 
 fn setup(write_behind_bytes: usize) -> (Arc<ErrorDevice>, FileSystem) {
     let base = memory(64 << 20, 4096);
-    setup_with(
-        base,
-        &FormatOptions::default(),
-        &options(write_behind_bytes),
-    )
+    setup_with(base, &format_1m(), &options(write_behind_bytes))
 }
 
 /// With a volatile write cache.
 fn setup_cached() -> (Arc<ErrorDevice>, FileSystem) {
     let base = Arc::new(CrashDevice::new(4096, 16 << 10, true, 5));
-    setup_with(base, &FormatOptions::default(), &MountOptions::default())
+    setup_with(base, &format_1m(), &MountOptions::default())
 }
 
 /// Small clusters and few metadata pages.
@@ -126,7 +131,7 @@ fn a_failed_write_stays_in_memory_through_a_failed_append_and_a_close() {
     for past_the_end in [false, true] {
         let mut opts = MountOptions::default();
         opts.cache_bytes = 64 << 10;
-        let (dev, fs) = setup_with(memory(64 << 20, 4096), &FormatOptions::default(), &opts);
+        let (dev, fs) = setup_with(memory(64 << 20, 4096), &format_1m(), &opts);
         let f = fs.open("/f", OpenOptions::CREATE).unwrap();
         f.allocate(0, 16 << 20).unwrap();
         f.append(&[1; 76]).unwrap();
@@ -161,7 +166,7 @@ fn a_buffer_that_replaces_another_keeps_what_is_on_its_way_in_memory() {
     let _limit = watchdog("a replaced buffer with a write on its way", 120);
     let mut opts = MountOptions::default();
     opts.cache_bytes = 0;
-    let (dev, fs) = setup_with(memory(64 << 20, 4096), &FormatOptions::default(), &opts);
+    let (dev, fs) = setup_with(memory(64 << 20, 4096), &format_1m(), &opts);
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     f.allocate(0, 8 << 20).unwrap();
     f.append(&[1; 40_960]).unwrap();
@@ -404,7 +409,7 @@ fn a_failed_flush_of_metadata_puts_data_in_doubt() {
     let _limit = watchdog("doubt by a flush of metadata", 120);
     let base = Arc::new(CrashDevice::new(4096, 16 << 10, true, 5));
     let base = Less::over(base, &[OpKind::Fua]);
-    let (dev, fs) = setup_with(base, &FormatOptions::default(), &MountOptions::default());
+    let (dev, fs) = setup_with(base, &format_1m(), &MountOptions::default());
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     f.allocate(0, 8 << 20).unwrap();
     f.append(&vec![1; 3 * MIB]).unwrap();
@@ -420,7 +425,7 @@ fn a_failed_flush_of_metadata_puts_data_in_doubt() {
 fn a_device_without_fua_gets_its_flush() {
     let base = CrashDevice::new(4096, 16 << 10, true, 5);
     let less = Less::over(Arc::new(base.clone()), &[OpKind::Fua, OpKind::WriteZeroes]);
-    FileSystem::format(Arc::clone(&less), &FormatOptions::default()).unwrap();
+    FileSystem::format(Arc::clone(&less), &format_1m()).unwrap();
     let fs = FileSystem::mount(less, &MountOptions::default()).unwrap();
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     f.append(&[1; 5000]).unwrap();
@@ -553,7 +558,7 @@ fn after_a_passing_fault_truncate_and_write_at_try_again() {
 fn overwritten_pages_leave_the_cache() {
     let mut opts = MountOptions::default();
     opts.cache_bytes = 4 << 20;
-    let (dev, fs) = setup_with(memory(128 << 20, 4096), &FormatOptions::default(), &opts);
+    let (dev, fs) = setup_with(memory(128 << 20, 4096), &format_1m(), &opts);
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     for _ in 0..40 {
         f.append(&vec![1; MIB]).unwrap();
@@ -580,4 +585,81 @@ fn overwritten_pages_leave_the_cache() {
         "{:?}",
         fs.cache_stats()
     );
+}
+
+#[test]
+fn a_full_host_is_told_to_the_next_append() {
+    let _limit = watchdog("a full host", 120);
+    let full = Arc::new(AtomicBool::new(false));
+    let base = Less::with_host(memory(64 << 20, 4096), &full);
+    let (dev, fs) = setup_with(base, &format_1m(), &MountOptions::default());
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    f.allocate(0, 16 << 20).unwrap();
+    f.append(&[1; 100]).unwrap();
+    full.store(true, Ordering::Release);
+    // A second buffer may be filled before it is known that the first has no place.
+    let taken = (0..8)
+        .take_while(|_| f.append(&vec![2; MIB]).is_ok())
+        .count();
+    assert!(taken <= 2, "{taken} MiB were taken");
+    let error = f.append(&vec![2; MIB]).unwrap_err();
+    assert_eq!(error.errno(), libc::ENOSPC, "{error}");
+    full.store(false, Ordering::Release);
+    f.append(&[3; 100]).unwrap();
+    f.sync().unwrap();
+    drop(f);
+    let fs = again(&dev, fs);
+    let want = [vec![1; 100], vec![2; taken * MIB], vec![3; 100]].concat();
+    assert!(content_of(&fs, "/f") == want);
+}
+
+/// The block of the root page of a file or directory.
+fn root_block(fs: &FileSystem, path: &str) -> (u64, u64) {
+    let id = fs.stat(path).unwrap().blob_id.unwrap();
+    let md_start = u64::from(fs.blobstore().super_block().md_start.get());
+    (md_start + (id.0 & 0xffff_ffff), 1)
+}
+
+/// Whether the error says that the change may be done all the same.
+fn is_open(e: &FsError) -> bool {
+    e.to_string().contains("open")
+}
+
+#[test]
+fn a_rename_that_failed_is_not_done_by_the_next_mount_unless_it_said_so() {
+    let _limit = watchdog("a failed rename", 120);
+    for how in ["rename", "fresh", "directory"] {
+        let (dev, fs) = setup(1);
+        fs.mkdir("/d").unwrap();
+        for (path, text) in [("/a", "A"), ("/b", "B"), ("/d/f", "F")] {
+            let f = fs.open(path, OpenOptions::CREATE).unwrap();
+            f.append(text.as_bytes()).unwrap();
+            f.sync().unwrap();
+        }
+        let bad = if how == "directory" { "/d/f" } else { "/b" };
+        dev.inject(fail(OpKind::Write, 1, Some(root_block(&fs, bad))));
+        let error = match how {
+            "rename" => fs.rename("/a", "/b"),
+            "fresh" => fs.open("/b", OpenOptions::FRESH).map(drop),
+            _ => fs.rename("/d", "/e"),
+        };
+        dev.clear();
+        // Erasing what has lost its name may fail without harm.
+        let Err(error) = error else { continue };
+        let names = |fs: &FileSystem| -> Vec<String> {
+            let paths = ["/a", "/b", "/d/f", "/e/f"];
+            let there = paths.iter().filter(|p| fs.exists(p).unwrap());
+            there
+                .map(|p| format!("{p} {:?}", content_of(fs, p)))
+                .collect()
+        };
+        let before = ["/a [65]", "/b [66]", "/d/f [70]"];
+        assert_eq!(names(&fs), before, "{how}: {error}");
+        let _ = fs.unmount();
+        drop(fs);
+        let fs = mount_with(&dev, &MountOptions::default());
+        if !is_open(&error) {
+            assert_eq!(names(&fs), before, "{how}: {error}");
+        }
+    }
 }

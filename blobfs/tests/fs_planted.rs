@@ -17,8 +17,16 @@ use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, OpenOptions, Re
 
 const MIB: usize = 1 << 20;
 
+/// Clusters of 1 MiB, so that it is known where data begin.
+fn format_1m() -> FormatOptions {
+    let mut format = FormatOptions::default();
+    format.cluster_size = 1 << 20;
+    format.md_pages = Some(200);
+    format
+}
+
 fn setup_on(base: Arc<dyn BlockDevice>) -> (Arc<ErrorDevice>, FileSystem) {
-    setup_with(base, &FormatOptions::default(), &MountOptions::default())
+    setup_with(base, &format_1m(), &MountOptions::default())
 }
 
 fn setup() -> (Arc<ErrorDevice>, FileSystem) {
@@ -76,7 +84,7 @@ fn a_flush_does_not_cover_what_completes_while_it_is_under_way() {
 fn overwritten_bytes_are_durable_after_a_sync() {
     let _limit = watchdog("M20", 120);
     let dev = CrashDevice::new(4096, 16 << 10, true, 5);
-    FileSystem::format(Arc::new(dev.clone()), &FormatOptions::default()).unwrap();
+    FileSystem::format(Arc::new(dev.clone()), &format_1m()).unwrap();
     let fs = FileSystem::mount(Arc::new(dev.clone()), &MountOptions::default()).unwrap();
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     f.append(&vec![1; 2 * MIB + 100]).unwrap();
@@ -103,7 +111,7 @@ fn overwritten_bytes_are_durable_after_a_sync() {
 fn a_truncation_makes_no_length_durable_that_was_not_synced() {
     let _limit = watchdog("M23", 120);
     let dev = CrashDevice::new(4096, 16 << 10, true, 5);
-    FileSystem::format(Arc::new(dev.clone()), &FormatOptions::default()).unwrap();
+    FileSystem::format(Arc::new(dev.clone()), &format_1m()).unwrap();
     let fs = FileSystem::mount(Arc::new(dev.clone()), &MountOptions::default()).unwrap();
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     f.append(&[1; 5000]).unwrap();
@@ -125,7 +133,7 @@ fn a_truncation_makes_no_length_durable_that_was_not_synced() {
 fn a_read_only_mount_of_a_crashed_image_writes_nothing() {
     let _limit = watchdog("M32", 120);
     let dev = CrashDevice::new(4096, 16 << 10, true, 5);
-    FileSystem::format(Arc::new(dev.clone()), &FormatOptions::default()).unwrap();
+    FileSystem::format(Arc::new(dev.clone()), &format_1m()).unwrap();
     let fs = FileSystem::mount(Arc::new(dev.clone()), &MountOptions::default()).unwrap();
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     f.append(&[1; 5000]).unwrap();
@@ -169,9 +177,7 @@ fn a_reader_does_not_get_what_was_cut_off_meanwhile() {
     }
     f.truncate(1 << 20).unwrap();
     let g = fs.open("/g", OpenOptions::CREATE).unwrap();
-    while fs.statfs().free > 0 {
-        g.append(&[9; 64 << 10]).unwrap();
-    }
+    while g.append(&vec![9; MIB]).is_ok() {}
     g.sync().unwrap();
     dev.resume();
     let (n, bytes) = reader.join().unwrap();

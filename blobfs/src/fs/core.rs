@@ -95,6 +95,22 @@ impl Core {
         store_error(context, e, self.store.available_clusters() * self.cluster)
     }
 
+    /// The error of a commit; it says so if the change may have been made all the same.
+    pub fn commit_error(&self, what: String, e: StoreError) -> FsError {
+        let before = matches!(e, StoreError::Stopped(_));
+        let error = self.store_error(what.clone(), e);
+        // The store stops when it does not know what the device has.
+        let stopped = || {
+            let probe = self.store.transaction().commit();
+            matches!(probe, Err(StoreError::Stopped(_)))
+        };
+        if !before && stopped() {
+            let source = Arc::new(error);
+            return FsError::Undecided { what, source };
+        }
+        error
+    }
+
     /// Cuts `[off, off + len)` of a file where the device's blocks are not consecutive or an
     /// operation would be too long. Both must be multiples of the block size.
     pub fn runs(

@@ -89,6 +89,15 @@ pub enum FsError {
         /// Bytes that were accepted before may be lost.
         data_loss: bool,
     },
+    /// The device failed in the middle of the change: it may be done, or may be finished by the next
+    /// mount. Until then the file system goes on with the state of before.
+    #[error("{what}: the outcome is open, the next mount decides: {source}")]
+    Undecided {
+        /// What was being done.
+        what: String,
+        /// Why it failed.
+        source: Arc<FsError>,
+    },
     /// What is on the device contradicts itself.
     #[error("blob {blob:#x}: {reason}; `pumice fsck` can say more")]
     Corrupt {
@@ -226,6 +235,7 @@ impl FsError {
                 IoErrorKind::ReadOnly => libc::EROFS,
                 _ => libc::EIO,
             },
+            FsError::Undecided { .. } => libc::EIO,
             FsError::Corrupt { .. } => libc::EUCLEAN,
             FsError::InUse { .. } => libc::EBUSY,
             FsError::Unmounted { .. } | FsError::Forked { .. } => libc::EBADF,

@@ -107,7 +107,7 @@ impl Core {
             Ok(committed) => committed,
             Err(e) => {
                 self.undo_loss(old.as_ref(), loss);
-                return Err(self.store_error(format!("{path}: create"), e));
+                return Err(self.commit_error(format!("{path}: create"), e));
             }
         };
         let id = committed.id(new);
@@ -299,7 +299,7 @@ impl Core {
         let loss = self.lose_name(&mut tx, &ino, path)?;
         if let Err(e) = tx.commit() {
             self.undo_loss(Some(&ino), Some(loss));
-            return Err(self.store_error(format!("{path}: unlink"), e));
+            return Err(self.commit_error(format!("{path}: unlink"), e));
         }
         self.names.map.write().remove(path);
         self.settle_loss(Some(ino), Some(loss), path);
@@ -369,7 +369,7 @@ impl Core {
             .transpose()?;
         if let Err(e) = tx.commit() {
             self.undo_loss(target.as_ref(), loss);
-            return Err(self.store_error(format!("{from}: rename to {to}"), e));
+            return Err(self.commit_error(format!("{from}: rename to {to}"), e));
         }
         *source.names.lock() = names;
         {
@@ -398,7 +398,7 @@ impl Core {
         let mut tx = self.store.transaction();
         self.stage_names(&mut tx, &ino, &names)?;
         tx.commit()
-            .map_err(|e| self.store_error(format!("{from}: link to {to}"), e))?;
+            .map_err(|e| self.commit_error(format!("{from}: link to {to}"), e))?;
         *ino.names.lock() = names;
         self.names
             .map
@@ -426,7 +426,7 @@ impl Core {
         });
         let committed = tx
             .commit()
-            .map_err(|e| self.store_error(format!("{path}: mkdir"), e))?;
+            .map_err(|e| self.commit_error(format!("{path}: mkdir"), e))?;
         let dir = Dir {
             marker: parking_lot::Mutex::new(Some(committed.id(new))),
             mtime_ns: mtime,
@@ -465,7 +465,7 @@ impl Core {
             let mut tx = self.releasing();
             tx.delete(id);
             tx.commit()
-                .map_err(|e| self.store_error(format!("{path}: rmdir"), e))?;
+                .map_err(|e| self.commit_error(format!("{path}: rmdir"), e))?;
         }
         self.names.map.write().remove(path);
         Ok(())
@@ -542,7 +542,7 @@ impl Core {
                 Entry::File(_) => {}
             }
         }
-        let fail = |e| self.store_error(format!("{from}: rename to {to}"), e);
+        let fail = |e| self.commit_error(format!("{from}: rename to {to}"), e);
         // One: the intent, on a marker that the directory may not have yet.
         let intent = encode_names(&[from.to_owned(), to.to_owned()]);
         let known = *dir.marker.lock();
@@ -575,11 +575,15 @@ impl Core {
             tx.delete(old);
         }
         if let Err(e) = tx.commit() {
-            // Nothing was renamed; neither shall the next mount.
+            // Nothing was renamed, and the next mount must not do it either.
             let mut tx = self.releasing();
             tx.remove_xattr(marker, xattr::RENAME);
             if let Err(error) = tx.commit() {
-                tracing::error!(from, to, %error, "the intent of a failed rename stays: the next mount will rename");
+                tracing::error!(from, to, %error, "the intent of a failed rename stays");
+                return Err(FsError::Undecided {
+                    what: format!("{from}: rename to {to}"),
+                    source: Arc::new(fail(e)),
+                });
             }
             return Err(fail(e));
         }

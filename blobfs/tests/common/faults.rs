@@ -2,11 +2,12 @@
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{
-    BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, Op, OpKind, OpSet, SubmitError,
+    BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, IoErrorKind, Op, OpKind, SubmitError,
 };
 use pumice_blobfs::fs::{File, FileSystem, FormatOptions, MountOptions, OpenOptions};
 
@@ -74,6 +75,7 @@ pub fn content_of(fs: &FileSystem, path: &str) -> Vec<u8> {
 pub struct Less {
     info: DeviceInfo,
     base: Arc<dyn BlockDevice>,
+    full: Arc<AtomicBool>,
 }
 
 impl Less {
@@ -83,7 +85,11 @@ impl Less {
         info.ops = without
             .iter()
             .fold(info.ops, |ops, kind| ops.without(*kind));
-        Arc::new(Less { info, base })
+        Arc::new(Less {
+            info,
+            base,
+            full: Arc::default(),
+        })
     }
 
     /// As [`Less::over`]; with a volatile write cache, as it says, or without.
@@ -97,7 +103,22 @@ impl Less {
             .iter()
             .fold(info.ops, |ops, kind| ops.without(*kind));
         info.write_cache = write_cache;
-        Arc::new(Less { info, base })
+        Arc::new(Less {
+            info,
+            base,
+            full: Arc::default(),
+        })
+    }
+}
+
+impl Less {
+    /// `base`, whose host has no space for data (from block 256 on) as long as the flag is set.
+    pub fn with_host(base: Arc<dyn BlockDevice>, full: &Arc<AtomicBool>) -> Arc<dyn BlockDevice> {
+        Arc::new(Less {
+            info: base.info().clone(),
+            base,
+            full: Arc::clone(full),
+        })
     }
 }
 
@@ -107,24 +128,31 @@ impl BlockDevice for Less {
     }
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
-        let ops = self.info.ops;
-        let base = self.base.open_channel()?;
-        Ok(Box::new(LessChannel { ops, base }))
+        Ok(Box::new(LessChannel {
+            info: self.info.clone(),
+            base: self.base.open_channel()?,
+            full: Arc::clone(&self.full),
+        }))
     }
 }
 
 struct LessChannel {
-    ops: OpSet,
+    info: DeviceInfo,
     base: Box<dyn IoChannel>,
+    full: Arc<AtomicBool>,
 }
 
 impl IoChannel for LessChannel {
     fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
-        assert!(
-            self.ops.has(op.kind()),
-            "{op:?} is not among the operations"
-        );
-        assert!(!op.fua() || self.ops.has(OpKind::Fua), "{op:?} with FUA");
+        let ops = self.info.ops;
+        assert!(ops.has(op.kind()), "{op:?} is not among the operations");
+        assert!(!op.fua() || ops.has(OpKind::Fua), "{op:?} with FUA");
+        if op.kind() == OpKind::Write && op.lba() >= 256 && self.full.load(Ordering::Acquire) {
+            let e = self
+                .info
+                .error(&op, IoErrorKind::NoSpace, "the host is full");
+            return Err(SubmitError::Refused(op, e));
+        }
         self.base.submit(tag, op)
     }
 
