@@ -351,3 +351,35 @@ impl Drop for FullHost {
             .status();
     }
 }
+
+/// A forked child that drops what it inherited takes neither the lock nor the file from its parent.
+#[test]
+fn a_forked_child_leaves_the_lock_alone() {
+    in_child("child_that_forks", "");
+}
+
+#[test]
+fn child_that_forks() {
+    let Some((options, _)) = case() else {
+        return;
+    };
+    let dev = File::open(&options).unwrap();
+    dev.keep_file(false);
+    // SAFETY: the child only drops the device, which neither takes a lock that another thread may
+    // hold nor returns, and ends.
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        drop(dev);
+        // SAFETY: ends the process at once.
+        unsafe { libc::_exit(0) };
+    }
+    assert!(pid > 0);
+    let mut status = 0;
+    // SAFETY: `status` is writable.
+    assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+    assert_eq!(status, 0);
+    assert!(options.path.exists());
+    let e = File::open(&options).unwrap_err();
+    assert!(matches!(e, pumice_bdev::BdevError::InUse { .. }), "{e}");
+    dev.keep_file(true);
+}
