@@ -123,6 +123,10 @@ impl BlockDevice for Delay {
         }))
     }
 
+    fn identity(&self) -> usize {
+        self.base.identity()
+    }
+
     fn driver_specific(&self) -> serde_json::Value {
         let l = self.latencies();
         serde_json::json!({ "delay": {

@@ -202,6 +202,13 @@ pub trait BlockDevice: Send + Sync + std::fmt::Debug {
     /// A channel for one thread. May block (NVMe: creates a queue pair).
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError>;
 
+    /// A number by which the same device is known through every wrapper and clone: users of a device that must
+    /// be its only one compare it. Wrappers over the whole of one device give that device's. Valid as long as
+    /// the device lives.
+    fn identity(&self) -> usize {
+        std::ptr::from_ref(self).cast::<()>().addr()
+    }
+
     /// Facts about the device that only its module knows, for `bdev_get_bdevs`'
     /// `driver_specific`.
     fn driver_specific(&self) -> serde_json::Value {

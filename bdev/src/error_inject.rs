@@ -202,6 +202,10 @@ impl BlockDevice for ErrorDevice {
         }))
     }
 
+    fn identity(&self) -> usize {
+        self.base.identity()
+    }
+
     fn driver_specific(&self) -> serde_json::Value {
         let base = &self.base.info().name;
         serde_json::json!({ "error_disk": { "base_bdev": base } })

@@ -3,6 +3,7 @@
 //! The steps of a blob operation read top to bottom as an `async fn`; the thread that calls
 //! [`AsyncChannel::block_on`] polls the device itself, so there is no hand-off to another thread.
 
+use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::pin::{Pin, pin};
@@ -39,8 +40,16 @@ struct Inner {
     reaped: RefCell<Vec<Completion>>,
     /// Futures whose submission found the queue full.
     starved: RefCell<Vec<Waker>>,
+    /// Dropped after the channel: what it is in flight with is theirs.
+    keepers: RefCell<Vec<Keeper>>,
     signal: Arc<Signal>,
     depth: Cell<u32>,
+}
+
+/// Something that is kept until the device has answered operations whose futures were dropped.
+struct Keeper {
+    slots: Vec<usize>,
+    kept: Box<dyn Any>,
 }
 
 #[derive(Default)]
@@ -96,6 +105,7 @@ impl AsyncChannel {
                 slots: RefCell::default(),
                 reaped: RefCell::default(),
                 starved: RefCell::default(),
+                keepers: RefCell::default(),
                 signal: Signal::new(),
                 depth: Cell::new(0),
             }),
@@ -205,9 +215,11 @@ impl AsyncChannel {
         let mut reaped = self.inner.reaped.take();
         let n = self.inner.channel.borrow_mut().poll(&mut reaped);
         for completion in reaped.drain(..) {
+            let tag = completion.tag;
             let waker = self.inner.slots.borrow_mut().complete(completion);
-            if let Some(waker) = waker {
-                waker.wake();
+            match waker {
+                Some(waker) => waker.wake(),
+                None => self.inner.release_keepers(tag),
             }
         }
         self.inner.reaped.replace(reaped);
@@ -217,6 +229,16 @@ impl AsyncChannel {
             }
         }
         n
+    }
+
+    /// Keeps `kept` until every operation is over that is in flight now and whose future was dropped; drops it
+    /// at once if there is none. For what must not be given away while a device may still write to it.
+    pub fn keep_for_orphans(&self, kept: Box<dyn Any>) {
+        let slots: Vec<usize> = self.inner.slots.borrow().orphans().collect();
+        if !slots.is_empty() {
+            let keeper = Keeper { slots, kept };
+            self.inner.keepers.borrow_mut().push(keeper);
+        }
     }
 
     /// Operations that the device has not handed back.
@@ -259,6 +281,22 @@ impl AsyncChannel {
     }
 }
 
+impl Inner {
+    /// The orphan in a slot is over.
+    fn release_keepers(&self, tag: u64) {
+        let mut over = Vec::new();
+        self.keepers.borrow_mut().retain_mut(|keeper| {
+            keeper.slots.retain(|slot| *slot as u64 != tag);
+            if keeper.slots.is_empty() {
+                over.push(std::mem::replace(&mut keeper.kept, Box::new(())));
+            }
+            !keeper.slots.is_empty()
+        });
+        // Dropped with nothing borrowed: it may do anything.
+        drop(over);
+    }
+}
+
 impl std::fmt::Debug for AsyncChannel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("AsyncChannel")
@@ -292,6 +330,12 @@ impl Slots {
             self.slots.push(slot);
             self.slots.len() - 1
         }
+    }
+
+    /// The slots of operations whose futures were dropped.
+    fn orphans(&self) -> impl Iterator<Item = usize> + '_ {
+        let slots = self.slots.iter().enumerate();
+        slots.filter_map(|(i, slot)| matches!(slot, Slot::Orphan).then_some(i))
     }
 
     fn release(&mut self, i: usize) -> Slot {
@@ -549,6 +593,29 @@ mod tests {
         assert_eq!(ch.in_flight(), 0);
         let slots = ch.inner.slots.borrow();
         assert_eq!(slots.free.len(), slots.slots.len());
+    }
+
+    #[test]
+    fn what_is_kept_for_orphans_goes_when_they_have_ended() {
+        let ch = channel();
+        let kept = Rc::new(());
+        ch.keep_for_orphans(Box::new(Rc::clone(&kept)));
+        assert_eq!(Rc::strong_count(&kept), 1, "nothing is in flight");
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut ios: Vec<_> = (0..2)
+            .map(|lba| {
+                let buf = DmaBuf::new(512).unwrap();
+                Box::pin(ch.io(Op::Read { lba, buf }))
+            })
+            .collect();
+        for io in &mut ios {
+            assert!(io.as_mut().poll(&mut cx).is_pending());
+        }
+        drop(ios);
+        ch.keep_for_orphans(Box::new(Rc::clone(&kept)));
+        assert_eq!(Rc::strong_count(&kept), 2);
+        ch.drain();
+        assert_eq!(Rc::strong_count(&kept), 1);
     }
 
     #[test]

@@ -53,6 +53,10 @@ impl BlockDevice for Passthru {
         }))
     }
 
+    fn identity(&self) -> usize {
+        self.base.identity()
+    }
+
     fn driver_specific(&self) -> serde_json::Value {
         serde_json::json!({
             "passthru": { "name": self.info.name, "base_bdev_name": self.base.info().name }

@@ -27,6 +27,43 @@ fn device(image: CrashImage, write_cache: bool, seed: u64) -> CrashDevice {
     CrashDevice::with_options(&options, image)
 }
 
+/// A device that can do other things than most.
+#[derive(Debug, Clone, Copy)]
+enum Ability {
+    /// FUA, write zeroes and unmap.
+    Usual,
+    /// Only a flush makes anything durable.
+    NoFua,
+    /// Copies by itself, which cannot carry FUA.
+    Copies,
+    /// Nothing but reads, writes and flushes.
+    Plain,
+    /// Blocks of 512 bytes.
+    SmallBlocks,
+}
+
+fn able(image: CrashImage, write_cache: bool, seed: u64, ability: Ability) -> CrashDevice {
+    let mut options = CrashOptions {
+        block_size: 4096,
+        write_cache,
+        seed,
+        tear_bytes: 4096,
+        ..CrashOptions::default()
+    };
+    match ability {
+        Ability::Usual => {}
+        Ability::NoFua => options.fua = false,
+        Ability::Copies => options.copy = true,
+        Ability::Plain => {
+            options.fua = false;
+            options.unmap = false;
+            options.write_zeroes = false;
+        }
+        Ability::SmallBlocks => options.block_size = 512,
+    }
+    CrashDevice::with_options(&options, image)
+}
+
 fn load(dev: &CrashDevice) -> Blobstore {
     Blobstore::load(Arc::new(dev.clone()), &LoadOptions::default()).unwrap()
 }
@@ -61,8 +98,12 @@ fn describe(store: &Blobstore) -> Vec<String> {
 
 /// After a power cut: the store opens and passes the check, and is the same after an orderly unload.
 fn state_after(image: &CrashImage, allowed: &[&[String]], what: &str) {
+    state_after_on(image, allowed, what, Ability::Usual);
+}
+
+fn state_after_on(image: &CrashImage, allowed: &[&[String]], what: &str, ability: Ability) {
     strict::parse_of(&image.to_vec(), what);
-    let dev = device(image.clone(), false, 0);
+    let dev = able(image.clone(), false, 0, ability);
     let as_dyn: Arc<dyn BlockDevice> = Arc::new(dev.clone());
     let report = check(&as_dyn).unwrap_or_else(|error| panic!("{what}: {error}"));
     assert!(
@@ -105,7 +146,10 @@ fn state_after(image: &CrashImage, allowed: &[&[String]], what: &str) {
 
 /// A small store with a few blobs of all kinds, a long extent table among them.
 fn setup(table: bool) -> (CrashImage, Vec<BlobId>) {
-    let dev = device(CrashImage::zeroed(4 << 20), false, 0);
+    setup_on(&device(CrashImage::zeroed(4 << 20), false, 0), table)
+}
+
+fn setup_on(dev: &CrashDevice, table: bool) -> (CrashImage, Vec<BlobId>) {
     let opts = InitOptions {
         cluster_size: 8192,
         md_pages: Some(80),
@@ -154,8 +198,26 @@ fn cut_everywhere(name: &str, op: impl Fn(&Blobstore, &[BlobId])) {
     let mut states = 0;
     for table in [true, false] {
         let (base, ids) = setup(table);
-        for (write_cache, dirty) in [(false, false), (true, false), (true, true)] {
-            let dev = device(base.clone(), write_cache, 7);
+        for (write_cache, dirty, ability) in [
+            (false, false, Ability::Usual),
+            (true, false, Ability::Usual),
+            (true, true, Ability::Usual),
+            (true, true, Ability::NoFua),
+            (true, false, Ability::Copies),
+            (true, true, Ability::Plain),
+            (true, false, Ability::SmallBlocks),
+        ] {
+            if !table && !matches!(ability, Ability::Usual) {
+                continue;
+            }
+            // The images of stores on small blocks say so, and are made on such a device.
+            let small = matches!(ability, Ability::SmallBlocks);
+            let (base, ids) = if small {
+                setup_on(&able(CrashImage::zeroed(4 << 20), false, 0, ability), table)
+            } else {
+                (base.clone(), ids.clone())
+            };
+            let dev = able(base, write_cache, 7, ability);
             let store = load(&dev);
             if dirty {
                 store.set_super_blob(Some(ids[0])).unwrap();
@@ -184,11 +246,14 @@ fn cut_everywhere(name: &str, op: impl Fn(&Blobstore, &[BlobId])) {
                     };
                     let image = points.image(&mut choose);
                     let what = format!(
-                        "{name}, table {table}, cache {write_cache}, dirty {dirty}, after event {} of {}, round {round}",
+                        "{name}, table {table}, cache {write_cache}, dirty {dirty}, {ability:?}, after event {} of {}, round {round}",
                         points.position(),
                         points.len_events()
                     );
-                    state_after(&image, &[&old, &new], &what);
+                    // What was acknowledged is there, whatever of the rest is lost.
+                    let ended = points.position() == points.len_events();
+                    let allowed: &[&[String]] = if ended { &[&new] } else { &[&old, &new] };
+                    state_after_on(&image, allowed, &what, ability);
                     states += 1;
                 }
             }
@@ -219,6 +284,196 @@ fn resize() {
             store.open(ids[number]).unwrap().resize(size).unwrap();
         });
     }
+}
+
+/// Every page of a chain of several changes.
+#[test]
+fn xattrs_of_many_pages() {
+    cut_everywhere("prepare", |store, ids| {
+        let mut all = store.transaction();
+        for i in 0..3 {
+            all.set_xattr(ids[3], &format!("long{i}"), &[i; 3000]);
+        }
+        all.commit().unwrap();
+    });
+    for table in [true, false] {
+        let (base, ids) = setup(table);
+        let dev = device(base, false, 7);
+        let store = load(&dev);
+        let set = |byte: u8| {
+            let mut all = store.transaction();
+            for i in 0..3u8 {
+                all.set_xattr(ids[3], &format!("long{i}"), &[byte + i; 3000]);
+            }
+            all.commit().unwrap();
+        };
+        let state = || {
+            let blob = store.open(ids[3]).unwrap();
+            (0..3)
+                .map(|i| blob.xattr(&format!("long{i}")))
+                .collect::<Vec<_>>()
+        };
+        set(10);
+        let (start, old) = (dev.len_events(), state());
+        set(20);
+        let new = state();
+        let mut points = dev.crash_points();
+        while points.advance().is_some() {
+            if points.position() < start {
+                continue;
+            }
+            for all in [false, true] {
+                let image = points.image(&mut |_| all);
+                let what = format!("chain, after event {}", points.position());
+                strict::parse_of(&image.to_vec(), &what);
+                let after = load(&device(image, false, 0));
+                assert_eq!(after.damaged(), [], "{what}");
+                let blob = after.open(ids[3]).unwrap();
+                let found: Vec<_> = (0..3).map(|i| blob.xattr(&format!("long{i}"))).collect();
+                assert!(found == old || found == new, "{what}");
+            }
+        }
+    }
+}
+
+/// What was written before a snapshot, and is in the device's cache only, is durable with the snapshot.
+#[test]
+fn data_in_the_cache_become_durable_with_a_snapshot() {
+    for ability in [Ability::Usual, Ability::NoFua] {
+        let (base, ids) = setup(true);
+        let dev = able(base, true, 7, ability);
+        let store = load(&dev);
+        let blob = store.open(ids[0]).unwrap();
+        write(&blob, 0, &[77; 8192]);
+        let snapshot = store.snapshot(ids[0], &[]).unwrap();
+        let image = dev.image_after(dev.len_events(), &mut |_| false);
+        let after = load(&device(image, false, 0));
+        assert_eq!(read(&after.open(snapshot).unwrap(), 0, 8192), [77; 8192]);
+        assert_eq!(read(&after.open(ids[0]).unwrap(), 0, 8192), [77; 8192]);
+    }
+}
+
+/// As the last, by an unload; and by a durable write where the device has no FUA.
+#[test]
+fn data_in_the_cache_become_durable_with_an_unload_and_a_durable_write() {
+    for (ability, fua) in [
+        (Ability::Usual, false),
+        (Ability::NoFua, false),
+        (Ability::Usual, true),
+        (Ability::NoFua, true),
+    ] {
+        let (base, ids) = setup(true);
+        let dev = able(base, true, 7, ability);
+        let store = load(&dev);
+        let blob = store.open(ids[0]).unwrap();
+        let mut data = pumice_bdev::DmaBuf::new(8192).unwrap();
+        data.fill(78);
+        blob.write_at(0, data.freeze(), fua).unwrap();
+        drop(blob);
+        if !fua {
+            store.set_super_blob(None).unwrap();
+            store.unload().unwrap();
+        }
+        drop(store);
+        let image = dev.image_after(dev.len_events(), &mut |_| false);
+        let after = load(&device(image, false, 0));
+        assert_eq!(read(&after.open(ids[0]).unwrap(), 0, 8192), [78; 8192]);
+    }
+}
+
+/// On a device that tears at 512 bytes the super block is the old or the new one after every cut, also after a
+/// second cut while the load puts it back.
+#[test]
+fn a_torn_super_block_is_put_together_again() {
+    let torn_device = |image: CrashImage, write_cache: bool, seed: u64| {
+        let options = CrashOptions {
+            block_size: 512,
+            write_cache,
+            seed,
+            tear_bytes: 512,
+            ..CrashOptions::default()
+        };
+        CrashDevice::with_options(&options, image)
+    };
+    type Op = fn(&Blobstore, &[BlobId]);
+    let ops: [(&str, Op); 3] = [
+        ("grow", |store, _| assert_eq!(store.grow().unwrap(), 128)),
+        ("set", |store, ids| {
+            store.set_super_blob(Some(ids[1])).unwrap();
+        }),
+        ("set twice", |store, ids| {
+            store.set_super_blob(Some(ids[0])).unwrap();
+            store.set_super_blob(None).unwrap();
+        }),
+    ];
+    let (base, ids) = setup_on(
+        &able(CrashImage::zeroed(4 << 20), false, 0, Ability::SmallBlocks),
+        true,
+    );
+    let mut bytes = base.to_vec();
+    bytes.resize(bytes.len() + (1 << 20), 0);
+    let base = CrashImage::from_bytes(&bytes);
+    let mut states = 0;
+    for (name, op) in ops {
+        for write_cache in [false, true] {
+            let dev = torn_device(base.clone(), write_cache, 7);
+            let store = load(&dev);
+            let old = describe(&store);
+            op(&store, &ids);
+            let new = describe(&store);
+            let middle = {
+                let other = torn_device(base.clone(), false, 7);
+                let store = load(&other);
+                store.set_super_blob(Some(ids[0])).unwrap();
+                describe(&store)
+            };
+            let allowed = [old, new, middle];
+            let mut points = dev.crash_points();
+            while points.advance().is_some() {
+                let open = points.unsettled().len();
+                // Every subset of two halves: one sector, all but one, at each place.
+                for cut in 0..=open {
+                    for reverse in [false, true] {
+                        let mut number = 0;
+                        let image = points.image(&mut |_| {
+                            number += 1;
+                            (number <= cut) != reverse
+                        });
+                        let what = format!(
+                            "{name}, cache {write_cache}, after event {}, {cut} of {open}, {reverse}",
+                            points.position()
+                        );
+                        let second = torn_device(image.clone(), write_cache, 5);
+                        let as_dyn: Arc<dyn BlockDevice> = Arc::new(second.clone());
+                        let report =
+                            check(&as_dyn).unwrap_or_else(|error| panic!("{what}: {error}"));
+                        assert_eq!(report.worst(), None, "{what}: {:?}", report.findings);
+                        let found = describe(&load(&second));
+                        assert!(allowed.contains(&found), "{what}: {found:#?}");
+                        states += 1;
+                        // A second cut, while the load writes.
+                        let mut again = second.crash_points();
+                        while again.advance().is_some() {
+                            let open = again.unsettled().len();
+                            for cut in 0..=open {
+                                let mut number = 0;
+                                let image = again.image(&mut |_| {
+                                    number += 1;
+                                    number <= cut
+                                });
+                                let third = load(&torn_device(image, false, 5));
+                                assert_eq!(describe(&third), found, "{what}, second cut");
+                                third.unload().unwrap();
+                                states += 1;
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    println!("{states} states");
+    assert!(states > 100);
 }
 
 #[test]

@@ -531,7 +531,9 @@ fn damaged_blobs_are_set_aside_and_the_rest_loads() {
             Err(error) => assert!(matches!(error, Error::Held(_)), "{what}: {error}"),
         }
         store.unload().unwrap();
-        let store = Blobstore::load(store.device().clone(), &LoadOptions::default()).unwrap();
+        let dev = store.device().clone();
+        drop(store);
+        let store = Blobstore::load(dev, &LoadOptions::default()).unwrap();
         assert_eq!(store.damaged().len(), 1, "{what}");
         // It can be deleted, by its id.
         store.delete(root(0)).unwrap();

@@ -46,6 +46,7 @@ impl Kind {
             tear_bytes: 4096,
             unmap_zeroes: rng.random(),
             reorder: true,
+            ..CrashOptions::default()
         };
         let kinds = [OpKind::Fua, OpKind::WriteZeroes, OpKind::Unmap];
         let without = kinds.into_iter().filter(|_| rng.random_range(0..3) == 0);

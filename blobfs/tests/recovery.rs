@@ -177,6 +177,7 @@ fn deleting_the_damaged_blob_lets_allocation_go_on() {
     let dev = memory_with(&changed, 4096);
     let store = load(&dev);
     assert_held(&store, ids[1], "before");
+    assert!(store.delete_damaged(ids[0]).is_err());
     store.delete(ids[1]).unwrap();
     assert_eq!(store.damaged(), []);
     assert_eq!(store.free_clusters(), store.total_clusters() - 6);

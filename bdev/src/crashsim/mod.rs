@@ -63,6 +63,15 @@ pub struct CrashOptions {
     pub tear_bytes: u32,
     /// Whether unmapped blocks read as zeroes; else as 0xa5.
     pub unmap_zeroes: bool,
+    /// Writes with FUA are durable when they complete. Else the device refuses FUA, and only a flush makes
+    /// anything durable.
+    pub fua: bool,
+    /// The device copies by itself.
+    pub copy: bool,
+    /// The device writes zeroes without a buffer.
+    pub write_zeroes: bool,
+    /// The device takes unmaps.
+    pub unmap: bool,
     /// Completions come late and out of order. Else at the next poll, in order.
     pub reorder: bool,
 }
@@ -75,6 +84,10 @@ impl Default for CrashOptions {
             seed: 0,
             tear_bytes: 512,
             unmap_zeroes: false,
+            fua: true,
+            copy: false,
+            write_zeroes: true,
+            unmap: true,
             reorder: true,
         }
     }
@@ -155,7 +168,7 @@ impl CrashDevice {
         info.write_cache = options.write_cache;
         info.atomic_unit_blocks = (options.tear_bytes / options.block_size).max(1);
         info.unmap_zeroes = options.unmap_zeroes;
-        info.ops = OpSet::BASIC.with(OpKind::Unmap).with(OpKind::Abort);
+        info.ops = ops(options);
         let state = State {
             base: image.clone(),
             live: image,
@@ -237,6 +250,10 @@ impl BlockDevice for CrashDevice {
         &self.shared.info
     }
 
+    fn identity(&self) -> usize {
+        Arc::as_ptr(&self.shared).addr()
+    }
+
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         let n = self.shared.channels.fetch_add(1, Ordering::Relaxed);
         let seed = self.shared.options.seed ^ n.wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -259,6 +276,24 @@ impl BlockDevice for CrashDevice {
     }
 }
 
+/// What a device of this behaviour can do.
+fn ops(options: &CrashOptions) -> OpSet {
+    let mut ops = OpSet::BASIC.with(OpKind::Abort);
+    for (can, kind) in [
+        (options.fua, OpKind::Fua),
+        (options.copy, OpKind::Copy),
+        (options.write_zeroes, OpKind::WriteZeroes),
+        (options.unmap, OpKind::Unmap),
+    ] {
+        ops = if can {
+            ops.with(kind)
+        } else {
+            ops.without(kind)
+        };
+    }
+    ops
+}
+
 struct CrashChannel {
     shared: Arc<Shared>,
     rng: SmallRng,
@@ -272,7 +307,7 @@ struct Queued {
 }
 
 impl CrashChannel {
-    fn change_of(&self, id: u64, op: &Op) -> Option<Change> {
+    fn change_of(&self, live: &CrashImage, id: u64, op: &Op) -> Option<Change> {
         let bs = self.shared.info.block_size;
         let action = match op {
             Op::Write { data, .. } => Action::Write(Arc::from(&data[..])),
@@ -288,6 +323,16 @@ impl CrashChannel {
                     UNMAPPED
                 };
                 Action::Unmap { filler }
+            }
+            Op::Copy {
+                src_lba,
+                len_blocks,
+                ..
+            } => {
+                let len = usize::try_from(len_blocks * u64::from(bs)).ok()?;
+                let mut bytes = vec![0; len];
+                live.read(src_lba * u64::from(bs), &mut bytes);
+                Action::Write(Arc::from(bytes))
             }
             Op::Flush => Action::Flush,
             _ => return None,
@@ -360,7 +405,9 @@ impl IoChannel for CrashChannel {
                 .error(&op, IoErrorKind::Removed, "power was cut");
             return refuse(op, e);
         }
-        let change = self.change_of(state.next_id, &op).map(Arc::new);
+        let change = self
+            .change_of(&state.live, state.next_id, &op)
+            .map(Arc::new);
         if let Some(change) = &change {
             state.next_id += 1;
             state.log.push(Event::Submitted(Arc::clone(change)));

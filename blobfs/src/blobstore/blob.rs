@@ -98,10 +98,10 @@ impl Blob {
         self.shared.meta.load().flags.thin()
     }
 
-    /// Is its data read-only?
+    /// Is its data read-only, or the whole store?
     #[must_use]
     pub fn is_read_only(&self) -> bool {
-        self.shared.meta.load().flags.data_read_only()
+        self.store.inner.read_only || self.shared.meta.load().flags.data_read_only()
     }
 
     /// Where unallocated clusters are read from.
@@ -185,6 +185,9 @@ impl Blob {
     }
 
     fn pend(&self, name: &str, value: Option<Arc<[u8]>>) -> Result<(), Error> {
+        if self.store.inner.read_only {
+            return Err(Error::ReadOnlyStore);
+        }
         if self.shared.meta.load().flags.md_read_only() {
             return Err(Error::ReadOnly(self.id()));
         }

@@ -11,7 +11,7 @@ use super::format::{
     BlobId, BlobRecord, EXTENTS_PER_PAGE, Page, encode_blob, encode_extent_page, seal_chain,
 };
 use super::meta::{BlobMeta, ClearMethod, Parent, Trailing};
-use super::records::{self, Failure, Record};
+use super::records::{self, Record};
 use super::space::Spend;
 use super::state::{Slot, State};
 
@@ -61,16 +61,23 @@ pub(crate) struct Change {
 
 impl State {
     /// Begins a change, if the store takes any.
-    pub fn begin(&self) -> Result<Change, Error> {
+    pub fn begin(&mut self) -> Result<Change, Error> {
+        self.check_takes_changes()?;
+        Ok(Change::default())
+    }
+
+    /// Does the store take changes? After a change whose outcome was open it tries first to take that back.
+    pub fn check_takes_changes(&mut self) -> Result<(), Error> {
         if self.unloaded {
             return Err(Error::Unloaded);
         }
+        self.resolve_doubt();
         if self.read_only {
             return Err(Error::ReadOnlyStore);
         }
         match &self.stopped {
             Some(reason) => Err(Error::Stopped(reason.clone())),
-            None => Ok(Change::default()),
+            None => Ok(()),
         }
     }
 
@@ -81,6 +88,11 @@ impl State {
             Some(index) => index,
             None => {
                 let old = Arc::clone(self.meta(id)?);
+                if change.deleted.iter().any(|deleted| deleted.id == id) {
+                    return Err(Error::invalid(format!(
+                        "blob {id} is deleted by the same change"
+                    )));
+                }
                 let staged = Staged {
                     meta: (*old).clone(),
                     map: MapChange::None,
@@ -159,8 +171,8 @@ impl State {
         }
     }
 
-    /// Makes a change durable, then visible. On an error everything is as it was, unless the device failed
-    /// at a commit point: then the store takes no more changes.
+    /// Makes a change durable, then visible. On an error everything is as it was, unless it is
+    /// [`Error::Undecided`]: then the store takes no changes until it could take this one back.
     pub fn commit(&mut self, mut change: Change) -> Result<(), Error> {
         let records = match self.records(&mut change) {
             Ok(records) => records,
@@ -169,27 +181,32 @@ impl State {
                 return Err(error);
             }
         };
-        match records::apply(&mut self.io, &self.geo, records) {
+        let prepared = records::prepare(&mut self.io, &self.geo, records).and_then(|commits| {
+            if change.super_block {
+                self.write_super()?;
+            }
+            Ok(commits)
+        });
+        let commits = match prepared {
+            Ok(commits) => commits,
+            Err(error) => {
+                self.rollback(change);
+                return Err(error);
+            }
+        };
+        match commits.apply(&mut self.io, &self.geo, 0) {
             Ok(()) => {
                 self.publish(change);
                 Ok(())
             }
-            Err(Failure::Before(error)) => {
-                self.rollback(change);
-                Err(error)
-            }
-            Err(Failure::Torn(error)) => {
-                tracing::error!(%error, "a metadata write failed; the store takes no more changes");
-                self.stopped = Some(error.to_string());
-                Err(error)
-            }
+            Err(torn) => self.settle(change, *torn),
         }
     }
 
     /// Lays out the pages of all staged blobs and lists what is to be written.
     fn records(&mut self, change: &mut Change) -> Result<Vec<Record>, Error> {
         let mut records = Vec::with_capacity(1);
-        if !self.dirty || self.clean_in_doubt || change.super_block {
+        if !change.super_block && (!self.dirty || self.clean_in_doubt) {
             self.sb.clean = 0.into();
             records.push(Record::SuperBlock(Box::new(self.sb.encode())));
         }
@@ -392,7 +409,7 @@ impl State {
     }
 
     /// The change is durable: makes it visible and releases what it frees.
-    fn publish(&mut self, change: Change) {
+    pub(super) fn publish(&mut self, change: Change) {
         self.dirty = true;
         self.clean_in_doubt = false;
         let mut rebuild = Vec::new();
@@ -470,7 +487,7 @@ impl State {
     }
 }
 
-fn patched_page(meta: &BlobMeta, number: u32, patches: &[(u64, u32)]) -> Box<Page> {
+pub(super) fn patched_page(meta: &BlobMeta, number: u32, patches: &[(u64, u32)]) -> Box<Page> {
     let start = u64::from(number) * EXTENTS_PER_PAGE as u64;
     let mut entries = meta.map.page(number);
     for (index, cluster) in patches {

@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use pumice_bdev::{
@@ -16,7 +16,20 @@ use super::error::Error;
 /// A device's channel that can be taken away from the thread that uses it.
 type Lease = Arc<Leasable>;
 /// See [`Lease`].
-type Leasable = Mutex<Option<Box<dyn IoChannel>>>;
+type Leasable = Mutex<Leasing>;
+
+/// How long a closing waits for I/O in flight on the channels of all threads together.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long it holds one channel at a time; its thread wants to poll it, too.
+const SLICE: Duration = Duration::from_millis(1);
+
+struct Leasing {
+    channel: Option<Box<dyn IoChannel>>,
+    /// Takes nothing new.
+    closing: bool,
+    /// Reaped by the one who closes, for the thread whose operations they are.
+    left: Vec<Completion>,
+}
 
 /// The channels of all threads to one device. When it is closed or dropped, so are they: a thread that
 /// goes on living does not keep the device open.
@@ -61,20 +74,23 @@ impl Channels {
         }
     }
 
-    /// This thread's channel.
+    /// This thread's channel. While the thread ends, and its own data go, it is one for this call only.
     pub fn get(&self) -> Result<AsyncChannel, Error> {
-        let found = CACHE.with_borrow(|cache| {
-            cache
-                .iter()
-                .find(|cached| cached.key == self.key)
-                .map(|cached| cached.channel.clone())
+        let found = CACHE.try_with(|cache| {
+            let cache = cache.borrow();
+            let cached = cache.iter().find(|cached| cached.key == self.key);
+            cached.map(|cached| cached.channel.clone())
         });
-        found.map_or_else(|| self.open(), Ok)
+        found.ok().flatten().map_or_else(|| self.open(), Ok)
     }
 
     #[cold]
     fn open(&self) -> Result<AsyncChannel, Error> {
-        let lease = Arc::new(Mutex::new(Some(self.dev.open_channel()?)));
+        let lease = Arc::new(Mutex::new(Leasing {
+            channel: Some(self.dev.open_channel()?),
+            closing: false,
+            left: Vec::new(),
+        }));
         {
             let mut leases = self.leases.lock();
             if leases.closed {
@@ -92,20 +108,79 @@ impl Channels {
             lease,
             channel: channel.clone(),
         };
-        CACHE.with_borrow_mut(|cache| {
-            cache.retain(|cached| cached.lease.lock().is_some());
+        let _ = CACHE.try_with(|cache| {
+            let mut cache = cache.borrow_mut();
+            cache.retain(|cached| cached.lease.lock().channel.is_some());
             cache.push(cached);
         });
         Ok(channel)
     }
 
-    /// Closes all channels; waits for what is in flight.
-    pub fn close(&self) {
-        let mut leases = self.leases.lock();
-        leases.closed = true;
-        for lease in leases.all.drain(..).filter_map(|lease| lease.upgrade()) {
-            *lease.lock() = None;
+    /// Takes nothing new on any channel, and waits until nothing is in flight. False, and all as before, if
+    /// that takes too long. The completions are kept for the threads whose operations they are.
+    pub fn quiesce(&self) -> bool {
+        let all: Vec<Lease> = {
+            let mut leases = self.leases.lock();
+            leases.closed = true;
+            leases.all.iter().filter_map(Weak::upgrade).collect()
+        };
+        for lease in &all {
+            lease.lock().closing = true;
         }
+        let start = Instant::now();
+        let quiet = all.iter().all(|lease| drain(lease, start));
+        if !quiet {
+            self.reopen();
+        }
+        quiet
+    }
+
+    /// After [`Channels::quiesce`]: takes operations again.
+    pub fn reopen(&self) {
+        let mut leases = self.leases.lock();
+        leases.closed = false;
+        for lease in leases.all.iter().filter_map(Weak::upgrade) {
+            lease.lock().closing = false;
+        }
+    }
+
+    /// Closes all channels. What is still in flight is waited for, and its completions kept.
+    pub fn close(&self) {
+        let all: Vec<Weak<Leasable>> = {
+            let mut leases = self.leases.lock();
+            leases.closed = true;
+            leases.all.drain(..).collect()
+        };
+        let start = Instant::now();
+        for lease in all.iter().filter_map(Weak::upgrade) {
+            lease.lock().closing = true;
+            drain(&lease, start);
+            // What has not come to an end by now is lost to its thread; dropping the channel waits for the
+            // buffers.
+            lease.lock().channel = None;
+        }
+    }
+}
+
+/// Polls a channel for its thread until nothing is in flight. False if that takes too long.
+fn drain(lease: &Lease, start: Instant) -> bool {
+    loop {
+        {
+            let mut leasing = lease.lock();
+            let Leasing { channel, left, .. } = &mut *leasing;
+            let Some(channel) = channel else { return true };
+            channel.poll(left);
+            if channel.in_flight() == 0 {
+                return true;
+            }
+            if channel.wait(SLICE).is_err() {
+                std::thread::sleep(SLICE);
+            }
+        }
+        if start.elapsed() > DRAIN_TIMEOUT {
+            return false;
+        }
+        std::thread::yield_now();
     }
 }
 
@@ -133,29 +208,39 @@ impl Leased {
 impl IoChannel for Leased {
     fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
         match &mut *self.lease.lock() {
-            Some(channel) => channel.submit(tag, op),
-            None => Err(self.closed(op)),
+            Leasing {
+                channel: Some(channel),
+                closing: false,
+                ..
+            } => channel.submit(tag, op),
+            _ => Err(self.closed(op)),
         }
     }
 
     fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
-        self.lease
-            .lock()
+        let mut leasing = self.lease.lock();
+        let kept = leasing.left.len();
+        out.append(&mut leasing.left);
+        kept + leasing
+            .channel
             .as_mut()
             .map_or(0, |channel| channel.poll(out))
     }
 
     fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
-        self.lease
-            .lock()
+        let mut leasing = self.lease.lock();
+        if !leasing.left.is_empty() {
+            return Ok(());
+        }
+        leasing
+            .channel
             .as_mut()
             .map_or(Ok(()), |channel| channel.wait(timeout))
     }
 
     fn in_flight(&self) -> usize {
-        self.lease
-            .lock()
-            .as_ref()
-            .map_or(0, |channel| channel.in_flight())
+        let leasing = self.lease.lock();
+        let below = leasing.channel.as_ref();
+        leasing.left.len() + below.map_or(0, |channel| channel.in_flight())
     }
 }

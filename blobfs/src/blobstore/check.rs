@@ -8,12 +8,14 @@ use pumice_bdev::BlockDevice;
 
 use super::alloc::{Bitmap, iter_words};
 use super::error::Error;
-use super::format::{BlobId, PAGE_SIZE, Page, PageError, SuperBlock};
+use super::format::{BlobId, PageError, SuperBlock};
 use super::geometry::Geometry;
 use super::mdio::MdIo;
 use super::meta::{BlobMeta, Parent, SNAPRM, SNAPTMP, Trailing};
 use super::scan::{Roots, Scan, scan};
+use super::steady::Steady;
 use super::store::Masks;
+use super::super_page::{self, Found};
 use super::{Blobstore, LoadOptions};
 
 /// How bad a finding is.
@@ -100,25 +102,19 @@ const NOT_UNLOADED: &str = "the store was not unloaded in order";
 
 /// The report, and the damaged blobs by themselves.
 fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Error> {
+    let dev: Arc<dyn BlockDevice> = Steady::new(Arc::clone(dev));
     let info = dev.info();
-    let mut io = MdIo::new(dev)?;
-    let len = PAGE_SIZE.max(info.block_size as usize);
-    let buf = io.read(0, len)?;
-    let page: &Page = buf[..PAGE_SIZE].try_into().expect("a page");
-    let super_error = |source| Error::SuperBlock {
-        device: info.name.clone(),
-        source,
-    };
-    let sb = SuperBlock::decode(page).map_err(super_error)?;
+    let mut io = MdIo::new(&dev)?;
+    let Found { sb, torn } = super_page::read(&mut io, info)?;
     let geo = Geometry::new(&sb, info)?;
-    let masks = Masks::read(&mut io, &geo, &sb)?;
+    let (masks, past) = Masks::read(&mut io, &geo, &sb)?;
     let listed = masks
         .as_ref()
         .filter(|_| sb.is_clean())
         .map(|masks| &masks.blobids[..]);
     let roots = Roots::Scan {
         sure: listed,
-        past: masks.as_ref().map(|masks| &masks.blobids[..]),
+        past: past.blobids.as_deref(),
     };
     let found = scan(&mut io, &geo, &roots)?;
     let mut report = Report {
@@ -130,6 +126,10 @@ fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Err
         clean: sb.is_clean(),
         ..Report::default()
     };
+    if torn {
+        let text = "the super block was torn while it was changed; its copy is used, and the next load puts it back";
+        report.add(Severity::Note, text.to_owned());
+    }
     check_super(&mut report, &sb, &found, info.len_bytes(), &geo);
     for (root, error) in &found.damaged {
         let name = found.remains.get(root).and_then(|r| r.name.as_deref());
@@ -256,7 +256,7 @@ pub fn apply(dev: &Arc<dyn BlockDevice>, plan: &RepairPlan) -> Result<Vec<String
     let mut done = Vec::new();
     let lines = store.damage();
     for ((id, _), line) in damaged.iter().zip(lines) {
-        store.give_up(*id)?;
+        store.delete_damaged(*id)?;
         done.push(format!("removed: {line}"));
     }
     store.end_half_done()?;

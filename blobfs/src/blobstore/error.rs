@@ -71,7 +71,7 @@ pub enum Error {
     /// metadata pages it holds is not known.
     #[error(
         "nothing can be allocated: the store was not unloaded in order, and blob {0}, which is damaged, may hold \
-         any cluster; `pumice fsck --repair` or deleting that blob gives up what it holds"
+         any cluster; `pumice fsck --repair` gives up what it holds"
     )]
     Held(BlobId),
     /// The blob was written by a newer version, or its parent is not there.
@@ -127,10 +127,23 @@ pub enum Error {
         /// Size of the blob in bytes.
         size: u64,
     },
-    /// A metadata write failed at a moment when the device may hold the old or the new state. The store
-    /// takes no more changes; reading goes on. Load it again to go on from what the device holds.
-    #[error("the store stopped taking changes after an error: {0}; load it again")]
+    /// A metadata write failed, and neither the old state could be restored nor the new one confirmed. The
+    /// store takes no changes; reading goes on. Each change tries first to restore the old state; what the
+    /// device holds is known after the store was loaded again.
+    #[error(
+        "the store takes no changes after an error: {0}; load it again if the device works and this goes on"
+    )]
     Stopped(String),
+    /// A flush of the device failed, now or earlier: what was written before it without FUA may be lost, and
+    /// no later flush says anything about it. Write it again and flush after the store was loaded again.
+    #[error(
+        "a flush of the device failed, and what was written before it may be lost: {0}; load the store again"
+    )]
+    Lost(#[source] Box<IoError>),
+    /// A change failed, and so did the attempt to take it back: whether it was made is open until the device
+    /// works again. The next change tries to take it back first.
+    #[error("it is open whether this was done: {0}")]
+    Undecided(#[source] Box<Error>),
     /// The store was loaded read-only.
     #[error("the blobstore was loaded read-only")]
     ReadOnlyStore,

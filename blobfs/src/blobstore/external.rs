@@ -7,6 +7,7 @@ use pumice_bdev::{BdevError, BlockDevice, DmaBuf};
 use super::channels::Channels;
 use super::error::Error;
 use super::format::BlobId;
+use super::steady::Steady;
 
 /// Opens the external snapshot that a blob names by the bytes given.
 pub type OpenExternal = Arc<dyn ExternalOpener>;
@@ -45,6 +46,7 @@ pub(crate) struct External {
 
 impl External {
     pub fn new(dev: Arc<dyn BlockDevice>) -> External {
+        let dev: Arc<dyn BlockDevice> = Steady::new(dev);
         External {
             channels: Channels::new(Arc::clone(&dev)),
             dev,

@@ -2,14 +2,17 @@
 //! clusters closes it and waits until what is inside has come out.
 
 use std::cell::Cell;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-/// Counters of a gate; threads are spread over them.
-const LANES: usize = 8;
+use super::blob::Shared;
+use super::format::BlobId;
+use super::lanes::{LANES, Lanes};
+
 /// How long a closing waits for I/O to come out.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -29,29 +32,24 @@ fn lane() -> usize {
     })
 }
 
-#[repr(align(128))]
-#[derive(Debug, Default)]
-struct Lane(AtomicUsize);
-
 /// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
-    /// By how many it is closed.
-    closed: AtomicUsize,
-    lanes: [Lane; LANES],
+    lanes: Lanes,
     waiting: Mutex<Vec<Waker>>,
 }
 
 /// Somebody inside; leaves when dropped.
 #[derive(Debug)]
 pub(crate) struct Inside<'a> {
-    lane: &'a AtomicUsize,
+    lanes: &'a Lanes,
+    lane: usize,
 }
 
 impl Drop for Inside<'_> {
     #[inline]
     fn drop(&mut self) {
-        self.lane.fetch_sub(1, Ordering::Release);
+        self.lanes.leave(self.lane);
     }
 }
 
@@ -59,14 +57,12 @@ impl Gate {
     /// Enters, unless the gate is closed.
     #[inline]
     pub fn try_enter(&self) -> Option<Inside<'_>> {
-        let lane = &self.lanes[lane()].0;
-        // SeqCst on both sides: either the closer sees the count, or the one who enters sees `closed`.
-        lane.fetch_add(1, Ordering::SeqCst);
-        let inside = Inside { lane };
-        if self.closed.load(Ordering::SeqCst) != 0 {
-            return None;
-        }
-        Some(inside)
+        let lane = lane();
+        // Made only after the entry: dropping it leaves.
+        self.lanes.enter(lane).then(|| Inside {
+            lanes: &self.lanes,
+            lane,
+        })
     }
 
     /// Enters; waits while the gate is closed.
@@ -91,15 +87,13 @@ impl Gate {
         .await
     }
 
-    /// Closes the gate and waits until nobody is inside. `None` (and open again) if that takes too long:
-    /// most likely the caller's own thread has I/O in flight that it does not drive.
-    pub fn close(&self) -> Option<Closed<'_>> {
-        let closed = self.shut();
-        let start = Instant::now();
+    /// Waits until nobody is inside. False if that takes too long: most likely the caller's own thread has I/O
+    /// in flight that it does not drive.
+    fn wait_empty(&self, start: Instant) -> bool {
         let mut rounds = 0u32;
-        while !self.is_empty() {
+        while !self.lanes.is_empty() {
             if start.elapsed() > DRAIN_TIMEOUT {
-                return None;
+                return false;
             }
             rounds += 1;
             if rounds < 100 {
@@ -108,14 +102,16 @@ impl Gate {
                 std::thread::sleep(Duration::from_micros(50));
             }
         }
-        Some(closed)
+        true
     }
 
-    /// As [`Gate::close`], for asynchronous code: this thread's own I/O goes on while it waits.
+    /// Closes the gate, for asynchronous code: this thread's own I/O goes on while it waits until nobody is
+    /// inside. `None` (and open again) if that takes too long.
     pub async fn close_async(&self) -> Option<Closed<'_>> {
-        let closed = self.shut();
+        self.shut();
+        let closed = Closed { gate: self };
         let start = Instant::now();
-        while !self.is_empty() {
+        while !self.lanes.is_empty() {
             if start.elapsed() > DRAIN_TIMEOUT {
                 return None;
             }
@@ -125,15 +121,19 @@ impl Gate {
     }
 
     /// Lets nobody in any more.
-    fn shut(&self) -> Closed<'_> {
-        self.closed.fetch_add(1, Ordering::SeqCst);
-        Closed { gate: self }
+    fn shut(&self) {
+        self.lanes.shut();
     }
 
-    fn is_empty(&self) -> bool {
-        self.lanes
-            .iter()
-            .all(|lane| lane.0.load(Ordering::SeqCst) == 0)
+    /// Takes one `shut` back.
+    fn open(&self) {
+        if !self.lanes.open() {
+            return;
+        }
+        let waiting = std::mem::take(&mut *self.waiting.lock());
+        for waker in waiting {
+            waker.wake();
+        }
     }
 }
 
@@ -159,11 +159,79 @@ pub(crate) struct Closed<'a> {
 
 impl Drop for Closed<'_> {
     fn drop(&mut self) {
-        if self.gate.closed.fetch_sub(1, Ordering::SeqCst) != 1 {
-            return;
+        self.gate.open();
+    }
+}
+
+/// Blobs whose gates are closed; they open when it is dropped.
+#[derive(Debug, Default)]
+pub(crate) struct Frozen(Vec<Arc<Shared>>);
+
+impl Frozen {
+    /// Are the gates of all these closed?
+    pub fn covers(&self, blobs: &[Arc<Shared>]) -> bool {
+        blobs.iter().all(|blob| self.has(blob))
+    }
+
+    fn has(&self, blob: &Arc<Shared>) -> bool {
+        self.0.iter().any(|closed| Arc::ptr_eq(closed, blob))
+    }
+
+    /// Closes those gates that are open, and waits until no I/O is in flight behind them. Not with the
+    /// metadata locked: others need that meanwhile.
+    ///
+    /// # Errors
+    /// The blob whose I/O does not come to an end.
+    pub fn close(&mut self, blobs: Vec<Arc<Shared>>) -> Result<(), BlobId> {
+        let first = self.0.len();
+        for blob in blobs {
+            if !self.has(&blob) {
+                blob.gate.shut();
+                self.0.push(blob);
+            }
         }
-        for waker in self.gate.waiting.lock().drain(..) {
-            waker.wake();
+        let start = Instant::now();
+        let stuck = self.0[first..]
+            .iter()
+            .find(|blob| !blob.gate.wait_empty(start));
+        stuck.map_or(Ok(()), |blob| Err(blob.id))
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        for blob in &self.0 {
+            blob.gate.open();
+        }
+    }
+}
+
+/// The place inside a gate of a write whose future was dropped; it leaves when it is dropped itself, which is
+/// when the device has answered.
+#[derive(Debug)]
+pub(crate) struct Owed {
+    blob: Arc<Shared>,
+    lane: usize,
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        self.blob.gate.lanes.leave(self.lane);
+    }
+}
+
+impl Inside<'_> {
+    /// Hands the place over to something that lives as long as it has to. `blob` is the one whose gate it is.
+    pub fn owe(self, blob: &Arc<Shared>) -> Owed {
+        assert!(
+            std::ptr::eq(self.lanes, &raw const blob.gate.lanes),
+            "a place of this blob's gate"
+        );
+        let lane = self.lane;
+        std::mem::forget(self);
+        Owed {
+            blob: Arc::clone(blob),
+            lane,
         }
     }
 }
@@ -178,9 +246,10 @@ mod tests {
         let inside = gate.try_enter().unwrap();
         let other = std::sync::Arc::clone(&gate);
         let closer = std::thread::spawn(move || {
-            let closed = other.close().unwrap();
+            other.shut();
+            assert!(other.wait_empty(Instant::now()));
             assert!(other.try_enter().is_none());
-            drop(closed);
+            other.open();
         });
         std::thread::sleep(Duration::from_millis(5));
         drop(inside);

@@ -12,7 +12,7 @@ use super::format::{BlobId, Flags};
 use super::meta::{BlobMeta, ClearMethod, Parent};
 use super::ops::check_xattr;
 use super::space::Spend;
-use super::state::{State, freeze};
+use super::state::State;
 use super::view::View;
 
 /// Clusters that are copied under one hold of the lock; then other metadata operations have their turn.
@@ -87,7 +87,7 @@ impl Blobstore {
             Which::Parents => 0,
         };
         state.check_free_clusters(at_least, Spend::Ordinary)?;
-        let indices = missing(blob, which);
+        let indices = missing(blob, which, u64::from(state.clusters.free()));
         state.check_free_clusters(indices.len() as u64, Spend::Ordinary)?;
         let mut copies = Copies {
             change: state.begin()?,
@@ -116,26 +116,26 @@ impl Blobstore {
             list,
             below,
         } = copies;
-        let mut state = self.inner.state.lock();
-        let open = state.open_family(blob.id());
-        let result = freeze(&open).and_then(|frozen| {
-            let as_copied = same_below(&below, &blob.shared.view.load());
-            if as_copied {
-                state.stage_detached(&mut change, blob, which, &list)?;
-            }
-            Ok((frozen, as_copied))
-        });
-        match result {
-            Ok((_frozen, true)) => state.commit(change).map(|()| true),
-            Ok((_frozen, false)) => {
-                state.rollback(change);
-                Ok(false)
-            }
+        let locked = self.lock_frozen(|state| Ok(state.open_family(blob.id())));
+        let (_frozen, mut state) = match locked {
+            Ok(locked) => locked,
             Err(error) => {
-                state.rollback(change);
-                Err(error)
+                self.inner.state.lock().rollback(change);
+                return Err(error);
+            }
+        };
+        let as_copied = same_below(&below, &blob.shared.view.load());
+        if as_copied {
+            match state.stage_detached(&mut change, blob, which, &list) {
+                Ok(()) => return state.commit(change).map(|()| true),
+                Err(error) => {
+                    state.rollback(change);
+                    return Err(error);
+                }
             }
         }
+        state.rollback(change);
+        Ok(false)
     }
 
     /// Makes `parent`, a read-only blob of the same size, what a blob reads where it has no clusters of its
@@ -144,7 +144,7 @@ impl Blobstore {
     /// # Errors
     /// Sizes differ, the parent is not read-only or descends from the blob, I/O errors.
     pub fn set_parent(&self, id: BlobId, parent: BlobId) -> Result<(), Error> {
-        let mut state = self.inner.state.lock();
+        let (_frozen, mut state) = self.lock_frozen(|state| Ok(state.open_family(id)))?;
         let (line, _) = state.ancestry(parent)?;
         if line.iter().any(|meta| meta.id == id) {
             return Err(Error::invalid(format!(
@@ -175,7 +175,7 @@ impl Blobstore {
     /// The snapshot cannot be opened by the way given at load, or is no whole number of clusters; I/O errors.
     pub fn set_external_parent(&self, id: BlobId, external_id: &[u8]) -> Result<(), Error> {
         check_xattr(super::meta::EXTSNAP, external_id)?;
-        let mut state = self.inner.state.lock();
+        let (_frozen, mut state) = self.lock_frozen(|state| Ok(state.open_family(id)))?;
         state.meta(id)?;
         let external = state.external(id, &external_id.into())?;
         if !external.len_bytes().is_multiple_of(self.cluster_size()) {
@@ -264,18 +264,22 @@ fn same_below(a: &View, b: &View) -> bool {
     externals && a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b))
 }
 
-/// Clusters that a blob has to get.
-fn missing(blob: &Blob, which: Which) -> Vec<u64> {
+/// Clusters that a blob has to get; if they are more than `limit`, one more than that.
+fn missing(blob: &Blob, which: Which, limit: u64) -> Vec<u64> {
+    let most = usize::try_from(limit)
+        .unwrap_or(usize::MAX)
+        .saturating_add(1);
     let view = blob.shared.view.load();
     let own = &view.maps[0];
     let lacks = |index: &u64| own.cluster(*index).is_none();
     match (which, view.maps.get(1)) {
-        (Which::All, _) => (0..own.num_clusters()).filter(lacks).collect(),
+        (Which::All, _) => (0..own.num_clusters()).filter(lacks).take(most).collect(),
         (Which::Parents, Some(parent)) => {
             let theirs = parent.allocated().map(|(index, _)| index);
             theirs
                 .take_while(|index| *index < own.num_clusters())
                 .filter(lacks)
+                .take(most)
                 .collect()
         }
         // The parent is an external snapshot.
@@ -285,7 +289,10 @@ fn missing(blob: &Blob, which: Which) -> Vec<u64> {
                 .external
                 .as_ref()
                 .map_or(0, |ext| ext.len_bytes().div_ceil(size));
-            (0..own.num_clusters().min(end)).filter(lacks).collect()
+            (0..own.num_clusters().min(end))
+                .filter(lacks)
+                .take(most)
+                .collect()
         }
     }
 }
@@ -325,7 +332,8 @@ impl State {
                 change.freed_clusters.push((*cluster, ClearMethod::None));
             }
         }
-        let grown: Vec<u64> = missing(blob, which)
+        let limit = u64::from(self.clusters.free()) + copies.len() as u64;
+        let grown: Vec<u64> = missing(blob, which, limit)
             .into_iter()
             .filter(|index| map.cluster(*index).is_none())
             .collect();
@@ -352,7 +360,7 @@ impl State {
         Ok(())
     }
 
-    /// Changes a blob's parent.
+    /// Changes a blob's parent. No I/O through it is in flight.
     fn relink(&mut self, id: BlobId, parent: &Parent) -> Result<(), Error> {
         self.check_writable(id)?;
         let mut change = self.begin()?;
@@ -360,19 +368,7 @@ impl State {
         let meta: &mut BlobMeta = &mut staged.meta;
         meta.set_parent(parent);
         staged.other = true;
-        self.commit_frozen(change, id)
-    }
-
-    /// Commits a change of what lies below a blob, with no I/O through it in flight.
-    fn commit_frozen(&mut self, change: Change, id: BlobId) -> Result<(), Error> {
-        let open = self.open_family(id);
-        match freeze(&open) {
-            Ok(_frozen) => self.commit(change),
-            Err(error) => {
-                self.rollback(change);
-                Err(error)
-            }
-        }
+        self.commit(change)
     }
 }
 

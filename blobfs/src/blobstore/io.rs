@@ -180,11 +180,12 @@ impl Blob {
     /// that it does not have (which blocks). With `fua` it is durable on return, else after
     /// [`Blobstore::flush`](super::Blobstore::flush).
     ///
-    /// A future that is dropped while a write is on its way leaves the blob such that no cluster of it can
-    /// be moved until the store is loaded again: the write may still land.
+    /// A write whose future is dropped while it is on its way may still land. Until the device has answered
+    /// (the channel is polled, or dropped), the blob counts as open, and no cluster of it can be moved.
     ///
     /// # Errors
-    /// A range outside of the blob, a read-only blob, no space, device errors.
+    /// A range outside of the blob, a read-only blob or store, no space, device errors. After a device error a
+    /// part may have been written; without space nothing was, unless others took clusters at the same time.
     pub async fn write(
         &self,
         ch: &AsyncChannel,
@@ -205,18 +206,18 @@ impl Blob {
                 }
             };
             if let Some(lba) = place {
-                let landing = Landing(Some(inside));
-                let fua = fua && self.needs_fua();
-                let result = ch.write(lba, data, fua).await;
+                let landing = Landing::new(self, ch, inside);
+                let result = ch.write(lba, data, fua && self.needs_fua()).await;
                 landing.landed();
-                return Ok(result?);
+                result?;
+                return self.flush_if(ch, fua).await;
             }
             let missing = pieces.iter().find(|piece| piece.at == Place::Zeroes);
             let Some(missing) = missing else {
-                let landing = Landing(Some(inside));
-                let fua = fua && self.needs_fua();
+                let landing = Landing::new(self, ch, inside);
+                let with_fua = fua && self.needs_fua();
                 let writes = pieces.iter().filter_map(|piece| match piece.at {
-                    Place::Lba(lba) => Some(ch.write(lba, data.slice(piece.range()), fua)),
+                    Place::Lba(lba) => Some(ch.write(lba, data.slice(piece.range()), with_fua)),
                     _ => None,
                 });
                 let results = join_all(writes).await;
@@ -224,10 +225,11 @@ impl Blob {
                 results
                     .into_iter()
                     .collect::<Result<Vec<()>, Box<IoError>>>()?;
-                return Ok(());
+                return self.flush_if(ch, fua).await;
             };
             drop(inside);
             let size = self.store.cluster_size();
+            self.check_room(&pieces, offset).await?;
             let first = (offset + missing.offset) / size;
             let last = (offset + missing.offset + missing.len - 1) / size;
             for index in first..=last {
@@ -248,7 +250,9 @@ impl Blob {
     }
 
     fn check_writable(&self, view: &View) -> Result<(), Error> {
-        if view.read_only {
+        if self.store.inner.read_only {
+            Err(Error::ReadOnlyStore)
+        } else if view.read_only {
             Err(Error::ReadOnly(self.id()))
         } else {
             Ok(())
@@ -258,6 +262,30 @@ impl Blob {
     fn needs_fua(&self) -> bool {
         let info = self.store.device().info();
         info.write_cache && info.ops.has(OpKind::Fua)
+    }
+
+    /// Is there a free cluster for each that an I/O at `offset` needs? A write that does not fit begins with
+    /// nothing; beside others that take clusters meanwhile it may end with a part.
+    async fn check_room(&self, pieces: &[Piece], offset: u64) -> Result<(), Error> {
+        let size = self.store.cluster_size();
+        let holes = pieces.iter().filter(|piece| piece.at == Place::Zeroes);
+        let needed = holes
+            .map(|hole| {
+                let start = offset + hole.offset;
+                (start + hole.len).div_ceil(size) - start / size
+            })
+            .sum();
+        self.store.check_room(needed).await
+    }
+
+    /// A durable write on a device that has a cache and no FUA is followed by a flush.
+    async fn flush_if(&self, ch: &AsyncChannel, durable: bool) -> Result<(), Error> {
+        let info = self.store.device().info();
+        if !durable || !info.write_cache || info.ops.has(OpKind::Fua) {
+            return Ok(());
+        }
+        ch.flush().await?;
+        self.store.check_flushes()
     }
 
     /// Makes `len` bytes from `offset` read as zeroes. On a thin blob without a parent, clusters that are
@@ -318,6 +346,7 @@ impl Blob {
                 .find(|piece| piece.at == Place::Zeroes && zero && backed);
             if let Some(hole) = hole {
                 drop(inside);
+                self.check_room(&pieces, offset).await?;
                 let first = (offset + hole.offset) / size;
                 let last = (offset + hole.offset + hole.len - 1) / size;
                 for index in first..=last {
@@ -327,7 +356,7 @@ impl Blob {
                 }
                 continue;
             }
-            let landing = Landing(Some(inside));
+            let landing = Landing::new(self, ch, inside);
             let mut ops = Vec::new();
             let mut zeroes: Option<DmaSlice> = None;
             for piece in &pieces {
@@ -482,20 +511,33 @@ impl Piece {
     }
 }
 
-/// A write on its way. If its future is dropped before it has landed, the writer never leaves the gate: the
-/// cluster must not be given to another blob.
-struct Landing<'a>(Option<super::gate::Inside<'a>>);
+/// A write on its way. If its future is dropped before it has landed, the writer leaves the gate when the
+/// device has answered: until then the cluster must not be given to another blob.
+struct Landing<'a> {
+    blob: &'a Blob,
+    ch: &'a AsyncChannel,
+    inside: Option<super::gate::Inside<'a>>,
+}
 
-impl Landing<'_> {
+impl<'a> Landing<'a> {
+    fn new(blob: &'a Blob, ch: &'a AsyncChannel, inside: super::gate::Inside<'a>) -> Landing<'a> {
+        Landing {
+            blob,
+            ch,
+            inside: Some(inside),
+        }
+    }
+
     fn landed(mut self) {
-        self.0 = None;
+        self.inside = None;
     }
 }
 
 impl Drop for Landing<'_> {
     fn drop(&mut self) {
-        if let Some(inside) = self.0.take() {
-            std::mem::forget(inside);
+        if let Some(inside) = self.inside.take() {
+            let owed = inside.owe(&self.blob.shared);
+            self.ch.keep_for_orphans(Box::new(owed));
         }
     }
 }

@@ -66,6 +66,11 @@ impl MdIo {
         self.channel = Box::new(ClosedChannel(info.clone()));
     }
 
+    /// Does the device have a volatile cache?
+    pub fn has_cache(&self) -> bool {
+        self.write_cache
+    }
+
     /// Can the device copy by itself?
     pub fn can_copy(&self) -> bool {
         self.copy

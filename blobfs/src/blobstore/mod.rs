@@ -14,6 +14,7 @@ mod blob;
 mod change;
 mod channels;
 pub mod check;
+mod claims;
 pub mod dump;
 mod error;
 mod extents;
@@ -24,19 +25,29 @@ mod geometry;
 mod grow;
 mod inflate;
 mod io;
+mod lanes;
+mod lock;
 mod mdio;
 mod mend;
 mod meta;
 mod ops;
 mod records;
 mod scan;
+mod settle;
 mod snapshot;
 mod space;
 mod state;
+mod steady;
 mod store;
+mod super_page;
 mod thin;
 mod transaction;
 mod view;
+
+/// What [`lanes`] counts with; its model has another.
+mod sync {
+    pub(crate) use std::sync::atomic::{AtomicUsize, Ordering};
+}
 
 pub(crate) use change::Change;
 pub(crate) use error::some as some_lines;

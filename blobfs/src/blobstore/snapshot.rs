@@ -9,7 +9,7 @@ use super::error::Error;
 use super::format::{BlobId, Flags, Xattr, encode_blob};
 use super::meta::{self, BlobMeta, Parent, SNAPRM, SNAPTMP, Trailing};
 use super::ops::check_xattr;
-use super::state::{State, freeze};
+use super::state::State;
 use super::view::{Source, View};
 
 impl Blobstore {
@@ -20,13 +20,15 @@ impl Blobstore {
     /// A read-only blob, no metadata pages, I/O that does not end, I/O errors.
     pub fn snapshot(&self, id: BlobId, xattrs: &[(String, Vec<u8>)]) -> Result<BlobId, Error> {
         let xattrs = to_xattrs(xattrs)?;
-        let mut state = self.inner.state.lock();
-        state.check_writable(id)?;
-        state.ancestry(id)?;
-        let open = state.open_family(id);
-        let _frozen = freeze(&open)?;
+        let (_frozen, mut state) = self.lock_frozen(|state| {
+            state.check_writable(id)?;
+            state.ancestry(id)?;
+            Ok(state.open_family(id))
+        })?;
+        state.check_takes_changes()?;
         // What the blob's users have written is durable before it becomes the snapshot's.
         state.io.flush()?;
+        self.check_flushes()?;
         state.snapshot(id, xattrs)
     }
 
@@ -77,19 +79,21 @@ impl Blobstore {
     }
 
     /// Deletes a blob that is not open. A snapshot may have one clone, which takes over its clusters. A
-    /// damaged blob ([`Blobstore::damaged`]) is given up with all that it holds. Durable on return. Blocks.
+    /// damaged blob ([`Blobstore::damaged`]) without clones is given up with all that it holds. Durable on
+    /// return. Blocks.
     ///
     /// # Errors
     /// The blob is open or has several clones, I/O errors.
     pub fn delete(&self, id: BlobId) -> Result<(), Error> {
-        let mut state = self.inner.state.lock();
-        let children: Vec<BlobId> = state
-            .children
-            .get(&id)
-            .into_iter()
-            .flatten()
-            .copied()
-            .collect();
+        let children = |state: &State| -> Vec<BlobId> {
+            let children = state.children.get(&id);
+            children.into_iter().flatten().copied().collect()
+        };
+        let (_frozen, mut state) = self.lock_frozen(|state| match children(state)[..] {
+            [clone] => Ok(state.open_family(clone)),
+            _ => Ok(Vec::new()),
+        })?;
+        let children = children(&state);
         let damaged = id
             .page()
             .is_some_and(|root| state.damaged.contains_key(&root));
@@ -112,10 +116,10 @@ impl Blobstore {
     /// # Errors
     /// No such blob, I/O errors.
     pub fn set_read_only(&self, id: BlobId) -> Result<(), Error> {
-        let mut state = self.inner.state.lock();
-        state.ancestry(id)?;
-        let open: Vec<_> = state.shared(id).into_iter().collect();
-        let _frozen = freeze(&open)?;
+        let (_frozen, mut state) = self.lock_frozen(|state| {
+            state.ancestry(id)?;
+            Ok(state.shared(id).into_iter().collect())
+        })?;
         let mut change = state.begin()?;
         let staged = state.stage(&mut change, id)?;
         staged.meta.flags.data_ro |= Flags::READ_ONLY;
@@ -136,6 +140,14 @@ fn to_xattrs(xattrs: &[(String, Vec<u8>)]) -> Result<Vec<Xattr>, Error> {
 /// Pages of a blob's chain besides the root.
 fn chain_len(meta: &BlobMeta) -> u64 {
     encode_blob(&meta.record(&[])).len() as u64 - 1
+}
+
+/// A snapshot whose making has failed and that could not be undone.
+#[derive(Debug)]
+pub(crate) struct HalfSnapshot {
+    snapshot: BlobId,
+    /// The blob as it was, if it is the snapshot's clone already.
+    origin: Option<Arc<BlobMeta>>,
 }
 
 impl State {
@@ -179,18 +191,55 @@ impl State {
         self.commit(change)?;
 
         if let Err(error) = self.replace(id, clone) {
-            if self.stopped.is_none() {
-                self.forget(snapshot)?;
-            }
-            return Err(error);
+            return Err(self.undo_snapshot(snapshot, None, error));
         }
         let chain = self.meta(snapshot)?.chain.clone();
         if let Err(error) = self.replace(snapshot, BlobMeta { chain, ..last }) {
-            // The snapshot still has its mark and could be written: the next load makes an end of it.
-            self.stopped.get_or_insert_with(|| error.to_string());
-            return Err(error);
+            return Err(self.undo_snapshot(snapshot, Some(&origin), error));
         }
         Ok(snapshot)
+    }
+
+    /// Takes the first commits of a snapshot back after the next has failed. If that fails as well, the store
+    /// stops until it could be done: the snapshot has its mark and the blob's clusters. (The next load would
+    /// make an end of it, too.)
+    fn undo_snapshot(
+        &mut self,
+        snapshot: BlobId,
+        origin: Option<&Arc<BlobMeta>>,
+        error: Error,
+    ) -> Error {
+        let half = HalfSnapshot {
+            snapshot,
+            origin: origin.cloned(),
+        };
+        match self.undo(half) {
+            Ok(()) => error,
+            Err(half) => {
+                self.stopped.get_or_insert_with(|| error.to_string());
+                self.half_snapshot = Some(half);
+                Error::Undecided(Box::new(error))
+            }
+        }
+    }
+
+    /// Gives it back if it cannot be undone.
+    pub(super) fn undo(&mut self, mut half: HalfSnapshot) -> Result<(), HalfSnapshot> {
+        if let Some(origin) = &half.origin {
+            let old = self.meta(origin.id).map(|meta| meta.chain.clone());
+            let undone = old.and_then(|chain| {
+                let meta = BlobMeta {
+                    chain,
+                    ..(**origin).clone()
+                };
+                self.replace(origin.id, meta)
+            });
+            match undone {
+                Ok(()) => half.origin = None,
+                Err(_) => return Err(half),
+            }
+        }
+        self.forget(half.snapshot).map_err(|_| half)
     }
 
     /// Commits a new version of a blob that keeps, or has given away, its extent pages.
@@ -221,8 +270,6 @@ impl State {
         }
         self.ancestry(clone)?;
         let snapshot = Arc::clone(self.meta(id)?);
-        let open = self.open_family(clone);
-        let _frozen = freeze(&open)?;
 
         // Everything that may run out is tried before the mark is written.
         let mut change = self.begin()?;
@@ -263,8 +310,9 @@ impl State {
         change.freed_pages.extend(&marked.chain);
         change.deleted.push(marked);
         if let Err(error) = self.commit(change) {
-            if self.stopped.is_none() {
-                self.replace_mark(id)?;
+            // If the mark stays, the next load takes it off.
+            if let Err(error) = self.replace_mark(id) {
+                tracing::warn!(blob = %id, %error, "the mark of a removal that failed stays until the next load");
             }
             return Err(error);
         }

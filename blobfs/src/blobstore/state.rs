@@ -3,16 +3,20 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Weak};
 
+use super::Blobstore;
 use super::alloc::{Bitmap, iter_words};
 use super::blob::Shared;
 use super::error::Error;
 use super::external::{External, OpenExternal};
-use super::format::{BlobId, PageError, SuperBlock};
-use super::gate::Closed;
+use super::format::{BlobId, Page, PageError, SuperBlock};
+use super::gate::Frozen;
 use super::geometry::Geometry;
+use super::lock::Guard;
 use super::mdio::MdIo;
 use super::meta::{BlobMeta, Parent};
 use super::scan::Remains;
+use super::settle::Doubt;
+use super::snapshot::HalfSnapshot;
 use super::space::SpacePolicy;
 use super::view::View;
 
@@ -51,10 +55,18 @@ pub(crate) struct State {
     /// A write of clean = 1 failed: the device may hold it all the same.
     pub clean_in_doubt: bool,
     pub unloaded: bool,
+    /// An unload waits for I/O in flight: no blob is opened.
+    pub unloading: bool,
     /// No change is taken.
     pub read_only: bool,
     /// Why no more changes are taken.
     pub stopped: Option<String>,
+    /// What is to be restored before changes are taken again.
+    pub doubt: Option<Box<Doubt>>,
+    /// A super block that is to be put back before changes are taken again.
+    pub super_restore: Option<Box<Page>>,
+    /// A snapshot that is to be undone before changes are taken again.
+    pub half_snapshot: Option<HalfSnapshot>,
     pub pages: Bitmap,
     pub clusters: Bitmap,
     pub policy: SpacePolicy,
@@ -272,12 +284,25 @@ impl State {
     }
 }
 
-/// Closes the gates of blobs, in a fixed order.
-pub(crate) fn freeze(blobs: &[Arc<Shared>]) -> Result<Vec<Closed<'_>>, Error> {
-    blobs
-        .iter()
-        .map(|shared| shared.gate.close().ok_or_else(|| never_ends(shared.id)))
-        .collect()
+impl Blobstore {
+    /// Locks the metadata while no I/O is in flight on the blobs that `which` names, and none begins. Their
+    /// gates are closed before the lock is taken: while they empty, others may use the metadata. `which` is
+    /// asked again under the lock, since meanwhile more blobs may have been opened.
+    pub(crate) fn lock_frozen(
+        &self,
+        mut which: impl FnMut(&State) -> Result<Vec<Arc<Shared>>, Error>,
+    ) -> Result<(Frozen, Guard<'_, State>), Error> {
+        let mut frozen = Frozen::default();
+        loop {
+            let state = self.inner.state.lock();
+            let wanted = which(&state)?;
+            if frozen.covers(&wanted) {
+                return Ok((frozen, state));
+            }
+            drop(state);
+            frozen.close(wanted).map_err(never_ends)?;
+        }
+    }
 }
 
 /// The error of a gate that does not empty.

@@ -5,26 +5,30 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use pumice_bdev::contents::{Formatting, Overwrite};
-use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf};
+use pumice_bdev::{AsyncChannel, BlockDevice};
 #[cfg(doc)]
 use pumice_bdev::{BdevError, contents};
 
 use super::alloc::Bitmap;
 use super::blob::{Blob, Shared};
 use super::channels::Channels;
+use super::claims::Claim;
 use super::error::Error;
 use super::external::OpenExternal;
 use super::format::{
-    BlobId, BsType, MaskKind, PAGE_SIZE, PAGE_SIZE_U64, Page, PageError, SuperBlock, decode_mask,
-    encode_mask, mask_pages,
+    BlobId, BsType, MaskKind, PAGE_SIZE_U64, PageError, SuperBlock, decode_mask, encode_mask,
+    mask_pages,
 };
 use super::geometry::{Geometry, Layout};
+use super::lock::FairLock;
 use super::mdio::{MdIo, dma};
 use super::meta::ClearMethod;
 use super::ops::CreateOptions;
 use super::scan::{Remains, Roots, Scan, scan};
 use super::space::SpacePolicy;
 use super::state::{Slot, State};
+use super::steady::{FailedFlush, Steady};
+use super::super_page::{self, Found};
 use super::transaction::Transaction;
 
 /// How a store is made.
@@ -102,7 +106,23 @@ pub(crate) struct Inner {
     pub block_size: u64,
     pub max_io_blocks: u64,
     pub bstype: BsType,
-    pub state: Mutex<State>,
+    pub failed_flush: Arc<FailedFlush>,
+    /// Loaded so that nothing is ever written.
+    pub read_only: bool,
+    /// Given up at the unload.
+    claim: Mutex<Option<Claim>>,
+    pub state: FairLock<State>,
+}
+
+/// What a load has found.
+struct Loaded {
+    io: MdIo,
+    sb: SuperBlock,
+    geo: Geometry,
+    scan: Scan,
+    dirty: bool,
+    read_only: bool,
+    open_external: Option<OpenExternal>,
 }
 
 impl Blobstore {
@@ -112,10 +132,15 @@ impl Blobstore {
     /// A crash on the way leaves a device without a store.
     ///
     /// # Errors
-    /// [`BdevError::NotBlank`]; sizes that do not fit the device; I/O errors. An image file that opening
-    /// the device has made is removed then, when the device is closed.
+    /// [`BdevError::NotBlank`]; sizes that do not fit the device; I/O errors; [`Error::Busy`] if this process
+    /// has loaded a store from the device. An image file that opening the device has made is removed then,
+    /// when the device is closed.
     pub fn init(dev: Arc<dyn BlockDevice>, opts: &InitOptions) -> Result<Blobstore, Error> {
+        let claim = Claim::new(&*dev, false)?;
         let formatting = Formatting::begin(&dev, Overwrite::forced(opts.force))?;
+        let steady = Steady::new(dev);
+        let failed_flush = steady.failed_flush();
+        let dev: Arc<dyn BlockDevice> = steady;
         let info = dev.info();
         let mut io = MdIo::new(&dev)?;
         let sb = lay_out(info.len_bytes(), info.block_size, opts)?;
@@ -141,15 +166,16 @@ impl Blobstore {
         io.run_durable(write)?;
         formatting.finish();
         let scan = Scan::empty(&geo);
-        Ok(Blobstore::with_state(
-            dev,
+        let loaded = Loaded {
             io,
             sb,
             geo,
             scan,
-            true,
-            opts.open_external.clone(),
-        ))
+            dirty: true,
+            read_only: false,
+            open_external: opts.open_external.clone(),
+        };
+        Ok(Blobstore::with_state(dev, failed_flush, claim, loaded))
     }
 
     /// Loads a store: by its masks if it was unloaded in order, else by a scan of its metadata. Writes
@@ -162,7 +188,8 @@ impl Blobstore {
     /// not unloaded in order. Blocks.
     ///
     /// # Errors
-    /// No store there, another type, figures that do not fit the device, I/O errors.
+    /// No store there, another type, figures that do not fit the device, I/O errors; [`Error::Busy`] if this
+    /// process has loaded a store from the device already (several may, if all are read-only).
     pub fn load(dev: Arc<dyn BlockDevice>, opts: &LoadOptions) -> Result<Blobstore, Error> {
         Blobstore::load_with(dev, opts, false)
     }
@@ -180,6 +207,10 @@ impl Blobstore {
         opts: &LoadOptions,
         by_scan: bool,
     ) -> Result<Blobstore, Error> {
+        let claim = Claim::new(&*dev, opts.read_only)?;
+        let steady = Steady::new(dev);
+        let failed_flush = steady.failed_flush();
+        let dev: Arc<dyn BlockDevice> = steady;
         let info = dev.info();
         let name = || info.name.clone();
         if info.len_bytes() < PAGE_SIZE_U64 {
@@ -193,13 +224,7 @@ impl Blobstore {
             });
         }
         let mut io = MdIo::new(&dev)?;
-        let len = PAGE_SIZE.max(info.block_size as usize);
-        let buf: DmaBuf = io.read(0, len)?;
-        let page: &Page = buf[..PAGE_SIZE].try_into().expect("a page");
-        let sb = SuperBlock::decode(page).map_err(|source| Error::SuperBlock {
-            device: name(),
-            source,
-        })?;
+        let Found { sb, torn } = super_page::read(&mut io, info)?;
         if let Some(wanted) = opts.bstype
             && wanted != BsType::NONE
             && wanted != sb.bstype()
@@ -213,14 +238,14 @@ impl Blobstore {
         let geo = Geometry::new(&sb, info)?;
         // The masks of a store that was not unloaded in order are those of the last time that it was: not to
         // be believed, but they know which roots and clusters there were.
-        let masks = Masks::read(&mut io, &geo, &sb)?;
+        let (masks, past) = Masks::read(&mut io, &geo, &sb)?;
         let blobids = masks.as_ref().map(|masks| &masks.blobids[..]);
         let roots = match blobids {
             Some(blobids) if sb.is_clean() && !by_scan => Roots::Mask(blobids),
             // A root that a valid mask names and that is damaged is not to be forgotten.
             _ => Roots::Scan {
                 sure: blobids.filter(|_| sb.is_clean()),
-                past: blobids,
+                past: past.blobids.as_deref(),
             },
         };
         if let Roots::Scan { .. } = roots {
@@ -233,10 +258,10 @@ impl Blobstore {
             _ if scan.damaged.is_empty() => {}
             // What the damaged blobs hold is known by the masks if these are to be believed. Else old masks
             // know some of it, and nothing is given away.
-            (_, masks) => {
+            _ => {
                 uncertain = masks.is_none() || !sb.is_clean();
-                if let Some(masks) = masks {
-                    scan.clusters.merge(masks.clusters.words());
+                if let Some(clusters) = &past.clusters {
+                    scan.clusters.merge(clusters);
                 }
             }
         }
@@ -247,12 +272,22 @@ impl Blobstore {
             });
         }
         let dirty = !sb.is_clean() || by_scan;
-        let store =
-            Blobstore::with_state(dev, io, sb, geo, scan, dirty, opts.open_external.clone());
+        let loaded = Loaded {
+            io,
+            sb,
+            geo,
+            scan,
+            dirty,
+            read_only: opts.read_only,
+            open_external: opts.open_external.clone(),
+        };
+        let store = Blobstore::with_state(dev, failed_flush, claim, loaded);
         {
             let mut state = store.inner.state.lock();
-            state.read_only = opts.read_only;
             state.uncertain = uncertain;
+            if torn && !opts.read_only {
+                state.heal_super()?;
+            }
             if state.held().is_some() {
                 state.note_unowned();
                 tracing::error!(
@@ -267,13 +302,19 @@ impl Blobstore {
 
     fn with_state(
         dev: Arc<dyn BlockDevice>,
-        io: MdIo,
-        sb: SuperBlock,
-        geo: Geometry,
-        scan: Scan,
-        dirty: bool,
-        open_external: Option<OpenExternal>,
+        failed_flush: Arc<FailedFlush>,
+        claim: Claim,
+        loaded: Loaded,
     ) -> Blobstore {
+        let Loaded {
+            io,
+            sb,
+            geo,
+            scan,
+            dirty,
+            read_only,
+            open_external,
+        } = loaded;
         let (cluster_size, io_unit_size, block_size) =
             (geo.cluster_size, geo.io_unit_size, geo.block_size);
         let bstype = sb.bstype();
@@ -292,8 +333,12 @@ impl Blobstore {
             dirty,
             clean_in_doubt: false,
             unloaded: false,
-            read_only: false,
+            unloading: false,
+            read_only,
             stopped: None,
+            doubt: None,
+            half_snapshot: None,
+            super_restore: None,
             pages: scan.pages,
             clusters: scan.clusters,
             policy: SpacePolicy::default(),
@@ -311,7 +356,7 @@ impl Blobstore {
         };
         state.index_children();
         let channels = Channels::new(Arc::clone(&dev));
-        let state = Mutex::new(state);
+        let state = FairLock::new(state);
         let inner = Inner {
             dev,
             channels,
@@ -320,6 +365,9 @@ impl Blobstore {
             block_size,
             max_io_blocks,
             bstype,
+            failed_flush,
+            read_only,
+            claim: Mutex::new(Some(claim)),
             state,
         };
         Blobstore {
@@ -327,39 +375,46 @@ impl Blobstore {
         }
     }
 
-    /// Ends the use of the store in order: writes the masks, then marks it clean. Writes nothing if nothing
-    /// has changed since a clean load. Blocks.
+    /// Ends the use of the store in order: waits for I/O in flight on the channels of all threads, writes the
+    /// masks, then marks it clean. Writes nothing if nothing has changed since a clean load. Blocks; the
+    /// metadata can be used while it waits for I/O.
     ///
     /// # Errors
-    /// Blobs are open, I/O errors. The store then stays loaded.
+    /// Blobs are open, I/O that does not come to an end ([`Error::Busy`]), I/O errors: the store then stays
+    /// loaded. [`Error::Stopped`]: the store is unloaded, but not in order, since what the device holds of the
+    /// change that failed is not known; the next load finds out.
     pub fn unload(&self) -> Result<(), Error> {
-        let mut state = self.inner.state.lock();
-        if state.unloaded {
-            return Err(Error::Unloaded);
+        let inner = &self.inner;
+        {
+            let mut state = inner.state.lock();
+            state.check_unloadable()?;
+            state.unloading = true;
         }
-        let open = state
-            .blobs
-            .values()
-            .find(|slot| slot.handle.strong_count() > 0);
-        if let Some(slot) = open {
-            return Err(Error::Busy(format!(
-                "blob {} is open; close all blobs before unloading",
-                slot.meta.id
-            )));
-        }
-        if let Some(id) = state.held() {
-            // Masks would give away what the damaged blob holds.
-            tracing::warn!(blob = %id, "the store stays marked as not unloaded in order: a blob is damaged");
-            if !state.read_only {
-                state.io.flush()?;
-            }
-        } else if state.dirty && state.stopped.is_none() && !state.read_only {
-            state.write_masks()?;
+        let quiet = inner.channels.quiesce();
+        let mut state = inner.state.lock();
+        state.unloading = false;
+        let ended = if quiet {
+            state.check_unloadable().and_then(|()| state.end())
+        } else {
+            Err(Error::Busy(
+                "I/O on a channel of the store does not come to an end; drive or await it before unloading"
+                    .to_owned(),
+            ))
+        };
+        if let Err(error) = ended
+            && !matches!(error, Error::Stopped(_))
+        {
+            inner.channels.reopen();
+            return Err(error);
         }
         state.unloaded = true;
-        self.inner.channels.close();
-        state.io.close(self.inner.dev.info());
-        Ok(())
+        inner.channels.close();
+        state.io.close(inner.dev.info());
+        *inner.claim.lock() = None;
+        match &state.stopped {
+            Some(reason) => Err(Error::Stopped(reason.clone())),
+            None => Ok(()),
+        }
     }
 
     /// Creates a blob; durable on return. Blocks.
@@ -380,6 +435,9 @@ impl Blobstore {
         let mut state = self.inner.state.lock();
         if state.unloaded {
             return Err(Error::Unloaded);
+        }
+        if state.unloading {
+            return Err(Error::Busy("the store is being unloaded".to_owned()));
         }
         let shared = match state.shared(id) {
             Some(shared) => shared,
@@ -513,9 +571,21 @@ impl Blobstore {
             .inspect_err(|_| state.sb.super_blob = old)
     }
 
-    /// Gives up a damaged blob, clones or not.
-    pub(crate) fn give_up(&self, id: BlobId) -> Result<(), Error> {
+    /// Gives up a damaged blob ([`Blobstore::damaged`]) and all that it holds; its clones can no longer be
+    /// opened then. If it was the last of a store in which nothing could be allocated ([`Error::Held`]), that
+    /// is over. Durable on return. Blocks.
+    ///
+    /// # Errors
+    /// The blob is not damaged, I/O errors.
+    pub fn delete_damaged(&self, id: BlobId) -> Result<(), Error> {
         let mut state = self.inner.state.lock();
+        let damaged = id
+            .page()
+            .is_some_and(|root| state.damaged.contains_key(&root));
+        if !damaged {
+            state.meta(id)?;
+            return Err(Error::invalid(format!("blob {id} is not damaged")));
+        }
         let mut change = state.begin()?;
         change.discarded.extend(id.page());
         state.commit(change)
@@ -555,6 +625,47 @@ impl Blobstore {
 }
 
 impl State {
+    /// May the store be unloaded?
+    fn check_unloadable(&self) -> Result<(), Error> {
+        if self.unloaded {
+            return Err(Error::Unloaded);
+        }
+        if self.unloading {
+            return Err(Error::Busy("the store is being unloaded".to_owned()));
+        }
+        let open = self
+            .blobs
+            .values()
+            .find(|slot| slot.handle.strong_count() > 0);
+        match open {
+            Some(slot) => Err(Error::Busy(format!(
+                "blob {} is open, or a write to it has not ended; close all blobs before unloading",
+                slot.meta.id
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// Leaves the device as an orderly unload leaves it.
+    fn end(&mut self) -> Result<(), Error> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.resolve_doubt();
+        if let Some(reason) = &self.stopped {
+            return Err(Error::Stopped(reason.clone()));
+        }
+        if let Some(id) = self.held() {
+            // Masks would give away what the damaged blob holds.
+            tracing::warn!(blob = %id, "the store stays marked as not unloaded in order: a blob is damaged");
+            return self.io.flush();
+        }
+        if self.dirty {
+            self.write_masks()?;
+        }
+        Ok(())
+    }
+
     /// Writes the masks and marks the store clean.
     fn write_masks(&mut self) -> Result<(), Error> {
         // Data and metadata that are in a volatile cache come before the mark.
@@ -633,11 +744,23 @@ pub(crate) struct Masks {
     pub blobids: Vec<u64>,
 }
 
+/// What is left of the masks of an unload before the last changes.
+#[derive(Default)]
+pub(crate) struct PastMasks {
+    pub clusters: Option<Vec<u64>>,
+    pub blobids: Option<Vec<u64>>,
+}
+
 impl Masks {
-    /// Reads the masks. `None` if one is absent or is not a mask: the metadata has to be scanned.
-    pub fn read(io: &mut MdIo, geo: &Geometry, sb: &SuperBlock) -> Result<Option<Masks>, Error> {
+    /// Reads the masks. `None` if one is absent or is not a mask: the metadata has to be scanned. What can be
+    /// read of them comes beside it.
+    pub fn read(
+        io: &mut MdIo,
+        geo: &Geometry,
+        sb: &SuperBlock,
+    ) -> Result<(Option<Masks>, PastMasks), Error> {
         if sb.used_blobid_mask_len.get() == 0 {
-            return Ok(None);
+            return Ok((None, PastMasks::default()));
         }
         let mut read = |start: u32, kind: MaskKind, bits: u32| {
             let mut bytes = Vec::new();
@@ -650,7 +773,11 @@ impl Masks {
                 bytes.extend_from_slice(&io.read(geo.page_lba(page), len)?);
                 page += now;
             }
-            Ok::<_, Error>(decode_mask(&bytes, kind, bits))
+            let mask = decode_mask(&bytes, kind, bits);
+            if let (Err(error), true) = (&mask, sb.is_clean()) {
+                tracing::warn!(%error, "a mask cannot be used; scanning the metadata");
+            }
+            Ok::<_, Error>(mask.ok())
         };
         let pages = read(sb.used_page_mask_start.get(), MaskKind::Pages, geo.md_len)?;
         let clusters = read(
@@ -663,21 +790,19 @@ impl Masks {
             MaskKind::BlobIds,
             geo.md_len,
         )?;
-        match (pages, clusters, blobids) {
-            (Ok(pages), Ok(clusters), Ok(blobids)) => {
+        let masks = match (pages, &clusters, &blobids) {
+            (Some(pages), Some(clusters), Some(blobids)) => {
                 let mut map = Bitmap::new(geo.total_clusters);
-                map.merge(&clusters);
-                Ok(Some(Masks {
+                map.merge(clusters);
+                Some(Masks {
                     pages,
                     clusters: map,
-                    blobids,
-                }))
+                    blobids: blobids.clone(),
+                })
             }
-            (Err(error), _, _) | (_, Err(error), _) | (_, _, Err(error)) => {
-                tracing::warn!(%error, "a mask cannot be used; scanning the metadata");
-                Ok(None)
-            }
-        }
+            _ => None,
+        };
+        Ok((masks, PastMasks { clusters, blobids }))
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use parking_lot::MutexGuard;
 use pumice_bdev::{DmaBuf, DmaSlice, Op};
 
 use super::Blobstore;
@@ -11,8 +10,9 @@ use super::change::{Change, MapChange};
 use super::error::Error;
 use super::extents::ExtentMap;
 use super::format::BlobId;
-use super::gate::give_way;
+use super::lock::Guard;
 use super::mdio::MdIo;
+use super::space::Spend;
 use super::state::{State, never_ends};
 use super::view::{Source, View};
 
@@ -28,15 +28,16 @@ pub(crate) enum Fill {
 }
 
 impl Blobstore {
-    /// The metadata, for a data path that has to change it. It does not block on the lock: whoever holds
-    /// it may be waiting for I/O that only this thread can bring to an end.
-    async fn state(&self) -> MutexGuard<'_, State> {
-        loop {
-            if let Some(state) = self.inner.state.try_lock() {
-                return state;
-            }
-            give_way().await;
-        }
+    /// The metadata, for a data path that has to change it. It waits in the lock's queue without blocking the
+    /// thread, whose other I/O goes on.
+    async fn state(&self) -> Guard<'_, State> {
+        self.inner.state.lock_async().await
+    }
+
+    /// Are so many clusters free?
+    pub(crate) async fn check_room(&self, needed: u64) -> Result<(), Error> {
+        let state = self.state().await;
+        state.check_free_clusters(needed, Spend::Ordinary)
     }
 
     /// Gives a thin blob a cluster of its own at `index`, unless it has one. Durable on return.
@@ -118,13 +119,23 @@ impl Blobstore {
     /// Makes durable whatever was written and has completed, on all threads. Blocks.
     ///
     /// # Errors
-    /// Device errors.
+    /// Device errors. Once a flush of the device has failed, by whomever, [`Error::Lost`] until the store is
+    /// loaded again: nobody can say any more what was in the device's cache then.
     pub fn flush(&self) -> Result<(), Error> {
         if !self.inner.dev.info().write_cache {
             return Ok(());
         }
         let ch = self.channel()?;
-        Ok(ch.block_on(ch.flush())?)
+        ch.block_on(ch.flush())?;
+        self.check_flushes()
+    }
+
+    /// A flush that succeeds says nothing about what an earlier one has lost.
+    pub(crate) fn check_flushes(&self) -> Result<(), Error> {
+        match self.inner.failed_flush.get() {
+            Some(error) => Err(Error::Lost(error)),
+            None => Ok(()),
+        }
     }
 }
 

@@ -1,16 +1,24 @@
 //! Several changes of metadata in one commit.
 
-use super::blob::Blob;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::blob::{Blob, Shared};
 use super::error::Error;
 use super::format::BlobId;
 use super::ops::{ClusterInit, CreateOptions};
 use super::space::Spend;
-use super::state::freeze;
+use super::state::State;
 use super::{Blobstore, Change};
 
 /// A blob that a [`Transaction`] creates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BlobRef(usize);
+pub struct BlobRef {
+    /// Which transaction creates it.
+    transaction: u64,
+    /// The how manieth of those that it creates.
+    number: usize,
+}
 
 /// What a change applies to: an existing blob, or one that the same transaction creates.
 #[derive(Debug, Clone, Copy)]
@@ -57,33 +65,46 @@ pub struct Transaction {
     steps: Vec<Step>,
     created: usize,
     spend: Spend,
+    number: u64,
 }
 
 /// The result of a commit.
 #[derive(Debug)]
-pub struct Committed(Vec<BlobId>);
+pub struct Committed {
+    transaction: u64,
+    created: Vec<BlobId>,
+}
 
 impl Committed {
     /// The id of a created blob.
+    ///
+    /// # Panics
+    /// The blob is one of another transaction.
     #[must_use]
     pub fn id(&self, blob: BlobRef) -> BlobId {
-        self.0[blob.0]
+        assert_eq!(
+            blob.transaction, self.transaction,
+            "a blob of another transaction"
+        );
+        self.created[blob.number]
     }
 
     /// The ids of all created blobs, in order.
     #[must_use]
     pub fn ids(&self) -> &[BlobId] {
-        &self.0
+        &self.created
     }
 }
 
 impl Transaction {
     pub(crate) fn new(store: Blobstore) -> Transaction {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
         Transaction {
             store,
             steps: Vec::new(),
             created: 0,
             spend: Spend::Ordinary,
+            number: NEXT.fetch_add(1, Ordering::Relaxed),
         }
     }
 
@@ -96,7 +117,10 @@ impl Transaction {
     pub fn create(&mut self, opts: CreateOptions) -> BlobRef {
         self.steps.push(Step::Create(opts));
         self.created += 1;
-        BlobRef(self.created - 1)
+        BlobRef {
+            transaction: self.number,
+            number: self.created - 1,
+        }
     }
 
     /// Sets an xattr.
@@ -122,7 +146,8 @@ impl Transaction {
             .push(Step::Xattr(blob.into(), name.to_vec(), None));
     }
 
-    /// Changes the size; new clusters of a thick blob read as zeroes.
+    /// Changes the size; new clusters of a thick blob read as zeroes, those of a thin one as what lies below
+    /// (of a clone that shrinks and grows again, its snapshot's bytes).
     pub fn resize(&mut self, blob: impl Into<Target>, num_clusters: u64) {
         self.resize_with(blob, num_clusters, ClusterInit::Zeroes);
     }
@@ -144,18 +169,18 @@ impl Transaction {
     /// Whatever is wrong with one of the changes, no space, I/O errors; nothing is changed then, unless the
     /// device failed at a commit point ([`Error::Stopped`] afterwards).
     pub fn commit(self) -> Result<Committed, Error> {
-        let mut state = self.store.inner.state.lock();
+        let (_frozen, mut state) = self.store.lock_frozen(|state| Ok(self.shrinking(state)))?;
         state.grow_metadata_if_scarce(self.store.inner.dev.info(), self.spend);
         let mut change = state.begin()?;
         change.spend = self.spend;
         let mut created = Vec::with_capacity(self.created);
-        let mut shrinks = Vec::new();
         let mut apply = |change: &mut Change| {
             for step in &self.steps {
                 let id_of = |target: &Target, created: &[BlobId]| match target {
                     Target::Id(id) => Ok(*id),
                     Target::New(blob) => created
-                        .get(blob.0)
+                        .get(blob.number)
+                        .filter(|_| blob.transaction == self.number)
                         .copied()
                         .ok_or_else(|| Error::invalid("the blob is of another transaction")),
                 };
@@ -172,9 +197,6 @@ impl Transaction {
                         let id = id_of(target, &created)?;
                         if matches!(target, Target::Id(_)) {
                             state.check_writable(id)?;
-                            if *size < state.meta(id)?.map.num_clusters() {
-                                shrinks.extend(state.open_family(id));
-                            }
                         }
                         state.resize(change, id, *size, *init)?;
                     }
@@ -187,15 +209,22 @@ impl Transaction {
             state.rollback(change);
             return Err(error);
         }
-        shrinks.sort_by_key(|shared| shared.id);
-        shrinks.dedup_by_key(|shared| shared.id);
-        match freeze(&shrinks) {
-            Ok(_frozen) => state.commit(change)?,
-            Err(error) => {
-                state.rollback(change);
-                return Err(error);
+        state.commit(change)?;
+        Ok(Committed {
+            transaction: self.number,
+            created,
+        })
+    }
+
+    /// The open blobs whose I/O may reach clusters that this change gives back.
+    fn shrinking(&self, state: &State) -> Vec<Arc<Shared>> {
+        let shrinks = self.steps.iter().filter_map(|step| match step {
+            Step::Resize(Target::Id(id), size, _) => {
+                let old = state.meta(*id).ok()?.map.num_clusters();
+                (*size < old).then_some(*id)
             }
-        }
-        Ok(Committed(created))
+            _ => None,
+        });
+        shrinks.flat_map(|id| state.open_family(id)).collect()
     }
 }

@@ -307,6 +307,11 @@ pub(crate) fn store_error(context: impl Into<String>, e: StoreError, free_bytes:
             free_bytes,
         },
         StoreError::Io(e) => FsError::io(context, e),
+        StoreError::Lost(e) => FsError::Io {
+            context,
+            source: Arc::from(e),
+            data_loss: true,
+        },
         StoreError::Device(e) => FsError::from(e),
         StoreError::Dma(e) => FsError::from(e),
         StoreError::Damaged { blob, source } => FsError::Corrupt {

@@ -41,6 +41,18 @@ fn is_unfinished(blob: &Blob) -> bool {
     })
 }
 
+/// Problems that are told one by one; of more there is a count.
+const MAX_PROBLEMS: usize = 100;
+/// Recorded renames of directories that a mount finishes. They run one at a time, so that more than one is
+/// there only after one has failed.
+const MAX_RENAMES: usize = 16;
+/// Bytes of the paths of directories that are only implied by the names of files. An image must not take
+/// memory without bound; a database has a few directories.
+const MAX_IMPLIED_BYTES: usize = 32 << 20;
+
+/// What an implied directory costs besides its path.
+const IMPLIED_COST: usize = 128;
+
 /// A blob that says it is a file or a directory.
 struct Found {
     id: BlobId,
@@ -60,6 +72,8 @@ struct Loader {
     store: Blobstore,
     read_only: bool,
     problems: Vec<String>,
+    /// How many more there are.
+    untold: usize,
     /// Those of the problems by which something is lost.
     damage: Vec<String>,
     found: Vec<Found>,
@@ -94,6 +108,7 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
         store: store.clone(),
         read_only: opts.read_only,
         problems: Vec::new(),
+        untold: 0,
         damage: Vec::new(),
         found: Vec::new(),
         deleted: Vec::new(),
@@ -111,6 +126,10 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
     loader.resolve_names()?;
     let cache = Cache::new(opts.cache_bytes);
     let (map, seq) = loader.build(&cache, unclean);
+    if loader.untold > 0 {
+        let text = format!("{} more problems of the same kinds", loader.untold);
+        loader.problems.push(text);
+    }
     for problem in &loader.problems {
         tracing::warn!(device = info.name, "{problem}");
     }
@@ -124,7 +143,7 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
             .min(8 << 20),
     };
     Ok(Core {
-        pool: IoPool::new(&counted, opts.shared_channels)?,
+        pool: IoPool::new(store.device(), opts.shared_channels)?,
         cluster: store.cluster_size(),
         store,
         metered,
@@ -191,12 +210,18 @@ fn is_normal(name: &str) -> bool {
 
 impl Loader {
     fn problem(&mut self, id: BlobId, what: impl std::fmt::Display) {
-        self.problems.push(format!("blob {id}: {what}"));
+        if self.problems.len() == MAX_PROBLEMS {
+            self.untold += 1;
+        } else {
+            self.problems.push(format!("blob {id}: {what}"));
+        }
     }
 
     /// A problem by which something is lost.
     fn damage(&mut self, id: BlobId, what: impl std::fmt::Display) {
-        self.damage.push(format!("blob {id}: {what}"));
+        if self.damage.len() < MAX_PROBLEMS {
+            self.damage.push(format!("blob {id}: {what}"));
+        }
         self.problem(id, what);
     }
 
@@ -345,12 +370,23 @@ impl Loader {
 
     /// Rolls renames of directories forward whose intent is recorded.
     fn finish_renames(&mut self) -> Result<()> {
-        let intents: Vec<(usize, String, String)> = self
+        let mut intents: Vec<(usize, String, String)> = self
             .found
             .iter()
             .enumerate()
             .filter_map(|(i, f)| f.rename.clone().map(|(from, to)| (i, from, to)))
             .collect();
+        // Each goes over all names: the latest ones, in their order.
+        if intents.len() > MAX_RENAMES {
+            intents.sort_by_key(|(i, ..)| self.found[*i].seq);
+            for (marker, from, to) in intents.drain(..intents.len() - MAX_RENAMES) {
+                let id = self.found[marker].id;
+                self.problem(
+                    id,
+                    format!("record of a rename of {from} to {to} beside many others; ignored"),
+                );
+            }
+        }
         for (marker, from, to) in intents {
             let id = self.found[marker].id;
             self.found[marker].rename = None;
@@ -536,7 +572,22 @@ impl Loader {
     /// Adds the directories that names imply.
     fn imply_dirs(&mut self, map: &mut BTreeMap<String, Entry>) {
         let names: Vec<String> = map.keys().cloned().collect();
+        let mut implied_bytes = 0;
         for name in names {
+            // A name in directories that are left out is left out itself, or a listing would not find it.
+            if implied_bytes > MAX_IMPLIED_BYTES {
+                let parent = path::parent(&name);
+                let missing = parent != "/" && !map.contains_key(parent);
+                if let (true, Some(Entry::File(ino))) = (missing, map.get(&name)) {
+                    let id = ino.id;
+                    self.problem(
+                        id,
+                        format!("{name}: more directories than a mount makes up; left out"),
+                    );
+                    map.remove(&name);
+                    continue;
+                }
+            }
             let mut dir = path::parent(&name);
             while dir != "/" {
                 match map.get(dir) {
@@ -551,6 +602,7 @@ impl Loader {
                             marker: Mutex::new(None),
                             mtime_ns: 0,
                         };
+                        implied_bytes += dir.len() + IMPLIED_COST;
                         map.insert(dir.to_owned(), Entry::Dir(Arc::new(implied)));
                     }
                 }

@@ -91,6 +91,7 @@ struct All {
 pub(crate) struct Metered {
     info: DeviceInfo,
     /// The only reference that a mount has to the device; given up at the unmount.
+    identity: usize,
     inner: parking_lot::Mutex<Option<Arc<dyn BlockDevice>>>,
     durability: Arc<Durability>,
     all: parking_lot::Mutex<All>,
@@ -99,6 +100,7 @@ pub(crate) struct Metered {
 impl Metered {
     pub fn new(inner: Arc<dyn BlockDevice>, durability: Arc<Durability>) -> Arc<Metered> {
         Arc::new(Metered {
+            identity: inner.identity(),
             info: inner.info().clone(),
             inner: parking_lot::Mutex::new(Some(inner)),
             durability,
@@ -139,6 +141,10 @@ impl BlockDevice for Metered {
 
     fn host_space(&self) -> Option<pumice_bdev::HostSpace> {
         self.inner.lock().as_ref()?.host_space()
+    }
+
+    fn identity(&self) -> usize {
+        self.identity
     }
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {

@@ -23,8 +23,6 @@ use crate::closed::ClosedChannel;
 
 /// How long one wait on a shared channel lasts at the most, so that others get at it.
 const SLICE: Duration = Duration::from_millis(1);
-/// How often an operation that failed with a passing error is sent again.
-const RETRIES: u8 = 3;
 
 /// What a batch came to: its operations with their buffers, in the order given, and the first
 /// error.
@@ -63,7 +61,6 @@ impl Ticket {
 struct InFlight {
     batch: Arc<Batch>,
     index: usize,
-    tries: u8,
 }
 
 struct Channel {
@@ -134,7 +131,6 @@ impl IoPool {
             let slot = InFlight {
                 batch: Arc::clone(&batch),
                 index: i,
-                tries: 0,
             };
             channel.start(slot, op, &mut finished);
         }
@@ -254,7 +250,7 @@ impl Channel {
                 let slot = usize::try_from(c.tag)
                     .ok()
                     .and_then(|t| self.slots.get_mut(t));
-                let Some(mut what) = slot.and_then(Option::take) else {
+                let Some(what) = slot.and_then(Option::take) else {
                     tracing::error!(
                         tag = c.tag,
                         "completion of an operation that is not in flight"
@@ -262,14 +258,7 @@ impl Channel {
                     continue;
                 };
                 self.free.push(usize::try_from(c.tag).unwrap_or_default());
-                match c.result {
-                    Err(e) if e.is_retryable() && what.tries < RETRIES => {
-                        tracing::warn!(error = %e, "I/O failed, sent again");
-                        what.tries += 1;
-                        self.waiting.push_back((what, c.op));
-                    }
-                    result => complete(&what, c.op, result, finished),
-                }
+                complete(&what, c.op, c.result, finished);
             }
             // As many as fit now; what does not fit comes back to the queue's end, in order.
             let mut again = self.waiting.len();

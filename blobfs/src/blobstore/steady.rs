@@ -1,0 +1,279 @@
+//! The device as the blobstore and everything above it uses it: operations that fail with an error that may
+//! pass are tried again, here and nowhere above.
+//!
+//! One policy for all: the metadata, the channels of threads and the file system's shared ones. An operation
+//! whose error says that the same operation may succeed ([`IoErrorKind::is_retryable`]) is sent again up to
+//! [`TRIES`] times, at once and then after pauses that double, a quarter of a second in all. Meanwhile it
+//! counts as in flight.
+//!
+//! [`IoErrorKind::is_retryable`]: pumice_bdev::IoErrorKind::is_retryable
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use pumice_bdev::{
+    BdevError, BlockDevice, Completion, DeviceInfo, HostSpace, IoChannel, IoError, Op, OpKind,
+    SubmitError,
+};
+
+/// How often an operation is sent again.
+const TRIES: u32 = 9;
+/// The pause before the second repetition; there is none before the first.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Steady {
+    inner: Arc<dyn BlockDevice>,
+    lost: Arc<FailedFlush>,
+}
+
+/// The first flush that failed, of any channel.
+#[derive(Debug, Default)]
+pub(crate) struct FailedFlush(Mutex<Option<Box<IoError>>>);
+
+impl FailedFlush {
+    /// Its error, if there was one.
+    pub fn get(&self) -> Option<Box<IoError>> {
+        self.0.lock().clone()
+    }
+}
+
+impl Steady {
+    pub fn new(inner: Arc<dyn BlockDevice>) -> Arc<Steady> {
+        Arc::new(Steady {
+            inner,
+            lost: Arc::default(),
+        })
+    }
+
+    /// The first failed flush.
+    pub fn failed_flush(&self) -> Arc<FailedFlush> {
+        Arc::clone(&self.lost)
+    }
+}
+
+impl BlockDevice for Steady {
+    fn info(&self) -> &DeviceInfo {
+        self.inner.info()
+    }
+
+    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
+        Ok(Box::new(SteadyChannel {
+            inner: self.inner.open_channel()?,
+            lost: Arc::clone(&self.lost),
+            again: Vec::new(),
+            tries: HashMap::new(),
+            ended: Vec::new(),
+        }))
+    }
+
+    fn identity(&self) -> usize {
+        self.inner.identity()
+    }
+
+    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
+        self.inner.next_data(lba)
+    }
+
+    fn keep_file(&self, keep: bool) {
+        self.inner.keep_file(keep);
+    }
+
+    fn host_space(&self) -> Option<HostSpace> {
+        self.inner.host_space()
+    }
+}
+
+/// An operation that waits for its repetition.
+struct Again {
+    tag: u64,
+    op: Op,
+    at: Instant,
+}
+
+struct SteadyChannel {
+    inner: Box<dyn IoChannel>,
+    lost: Arc<FailedFlush>,
+    again: Vec<Again>,
+    /// Of operations that have failed: how often they were sent again.
+    tries: HashMap<u64, u32>,
+    /// Given up while they were sent again.
+    ended: Vec<Completion>,
+}
+
+impl SteadyChannel {
+    /// Keeps the operation for a repetition, or gives it back with its error.
+    fn failed(&mut self, tag: u64, op: Op, error: Box<IoError>) -> Option<(Op, Box<IoError>)> {
+        let tries = self.tries.entry(tag).or_insert(0);
+        if !error.is_retryable() || op.kind() == OpKind::Abort || *tries == TRIES {
+            self.tries.remove(&tag);
+            if op.kind() == OpKind::Flush {
+                self.lost.0.lock().get_or_insert_with(|| error.clone());
+            }
+            return Some((op, error));
+        }
+        tracing::warn!(%error, "I/O failed, sent again");
+        let pause = match *tries {
+            0 => Duration::ZERO,
+            n => PAUSE * 2u32.pow(n - 1),
+        };
+        *tries += 1;
+        let at = Instant::now() + pause;
+        self.again.push(Again { tag, op, at });
+        None
+    }
+
+    /// Sends what is due.
+    fn repeat(&mut self) {
+        let now = Instant::now();
+        for waiting in std::mem::take(&mut self.again) {
+            if waiting.at > now {
+                self.again.push(waiting);
+                continue;
+            }
+            let Again { tag, op, at } = waiting;
+            match self.inner.submit(tag, op) {
+                Ok(()) => {}
+                Err(SubmitError::Busy(op)) => self.again.push(Again { tag, op, at }),
+                Err(SubmitError::Refused(op, error)) => {
+                    if let Some((op, error)) = self.failed(tag, op, error) {
+                        let result = Err(error);
+                        self.ended.push(Completion { tag, op, result });
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes failed operations out of `out[start..]` that are to be repeated.
+    #[cold]
+    fn sift(&mut self, out: &mut Vec<Completion>, start: usize) {
+        for completion in out.split_off(start) {
+            let Completion { tag, op, result } = completion;
+            match result {
+                Ok(()) => {
+                    self.tries.remove(&tag);
+                    out.push(Completion { tag, op, result });
+                }
+                Err(error) => {
+                    if let Some((op, error)) = self.failed(tag, op, error) {
+                        let result = Err(error);
+                        out.push(Completion { tag, op, result });
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl IoChannel for SteadyChannel {
+    fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
+        match self.inner.submit(tag, op) {
+            Err(SubmitError::Refused(op, error)) => match self.failed(tag, op, error) {
+                Some((op, error)) => Err(SubmitError::Refused(op, error)),
+                None => Ok(()),
+            },
+            other => other,
+        }
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        let start = out.len();
+        if !self.again.is_empty() {
+            self.repeat();
+        }
+        self.inner.poll(out);
+        if !self.tries.is_empty() || out[start..].iter().any(|c| c.result.is_err()) {
+            self.sift(out, start);
+        }
+        out.append(&mut self.ended);
+        out.len() - start
+    }
+
+    fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
+        let Some(due) = self.again.iter().map(|again| again.at).min() else {
+            return self.inner.wait(timeout);
+        };
+        let pause = timeout.min(due.saturating_duration_since(Instant::now()));
+        if self.inner.in_flight() > 0 {
+            self.inner.wait(pause)
+        } else {
+            std::thread::sleep(pause);
+            Ok(())
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.inner.in_flight() + self.again.len() + self.ended.len()
+    }
+
+    fn event_fd(&self) -> Option<RawFd> {
+        self.inner.event_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+    use pumice_bdev::{AsyncChannel, DmaBuf};
+
+    fn device(count: u64, op: OpKind, failure: Failure) -> Arc<Steady> {
+        let base = pumice_bdev::open("malloc://1M?block_size=4096").unwrap();
+        let dev = ErrorDevice::new(None, base);
+        dev.inject(Injection {
+            op: Some(op),
+            failure,
+            count,
+            range: None,
+            queue_depth: 0,
+        });
+        Steady::new(Arc::new(dev))
+    }
+
+    #[test]
+    fn passing_errors_pass_and_lasting_ones_end() {
+        for (count, failure, ok) in [
+            (1, Failure::NoMemory, true),
+            (u64::from(TRIES), Failure::NoMemory, true),
+            (1000, Failure::NoMemory, false),
+            (1, Failure::Fail, false),
+        ] {
+            let dev = device(count, OpKind::Write, failure);
+            let ch = AsyncChannel::new(dev.open_channel().unwrap());
+            let data = DmaBuf::zeroed(4096).unwrap().freeze();
+            let result = ch.block_on(ch.write(3, data, false));
+            assert_eq!(result.is_ok(), ok, "{count} of {failure:?}");
+            assert_eq!(ch.in_flight(), 0);
+        }
+    }
+
+    #[test]
+    fn others_go_on_beside_one_that_is_repeated() {
+        let dev = device(4, OpKind::Read, Failure::NoMemory);
+        let ch = AsyncChannel::new(dev.open_channel().unwrap());
+        let ops = (0..20).map(|lba| Op::Read {
+            lba,
+            buf: DmaBuf::new(4096).unwrap(),
+        });
+        let done = ch.block_on(ch.io_all(ops.collect()));
+        for ((op, result), lba) in done.iter().zip(0..) {
+            assert_eq!((op.lba(), result.is_ok()), (lba, true));
+        }
+    }
+
+    #[test]
+    fn a_failed_flush_is_remembered() {
+        let dev = device(1, OpKind::Flush, Failure::Fail);
+        let ch = AsyncChannel::new(dev.open_channel().unwrap());
+        assert!(dev.failed_flush().get().is_none());
+        assert!(ch.block_on(ch.flush()).is_err());
+        assert!(ch.block_on(ch.flush()).is_ok());
+        assert!(dev.failed_flush().get().is_some());
+    }
+}

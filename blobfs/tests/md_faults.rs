@@ -1,0 +1,368 @@
+//! Writes and flushes of metadata that fail: what fails has changed nothing, now and after the next load, and
+//! the store goes on when the device does.
+
+mod common;
+#[path = "common/flaky.rs"]
+mod flaky;
+
+use std::sync::Arc;
+
+use common::*;
+use flaky::{Flaky, Plan};
+use pumice_bdev::crashsim::{CrashDevice, CrashImage, CrashOptions};
+use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice_bdev::{BlockDevice, DmaBuf, IoErrorKind, OpKind};
+use pumice_blobfs::blobstore::check::check;
+use pumice_blobfs::blobstore::{BlobId, Blobstore, CreateOptions, Error, InitOptions, LoadOptions};
+
+const CLUSTER: u64 = 8192;
+
+fn device(image: CrashImage, write_cache: bool, fua: bool) -> CrashDevice {
+    let options = CrashOptions {
+        block_size: 4096,
+        write_cache,
+        fua,
+        seed: 3,
+        tear_bytes: 4096,
+        ..CrashOptions::default()
+    };
+    CrashDevice::with_options(&options, image)
+}
+
+fn load(dev: Arc<dyn BlockDevice>) -> Blobstore {
+    Blobstore::load(dev, &LoadOptions::default()).unwrap()
+}
+
+fn describe(store: &Blobstore) -> Vec<String> {
+    assert_eq!(store.damaged(), []);
+    let mut lines = listing(store);
+    for id in store.blobs() {
+        let content = whole(&store.open(id).unwrap());
+        lines.push(format!("{id} {:#x}", crc32c::crc32c(&content)));
+    }
+    lines.push(format!(
+        "{} {:?}",
+        store.total_clusters(),
+        store.super_blob()
+    ));
+    lines.push(format!(
+        "{} free, {:?}",
+        store.free_clusters(),
+        store.md_pages()
+    ));
+    lines
+}
+
+fn setup() -> (CrashImage, Vec<BlobId>) {
+    let dev = device(CrashImage::zeroed(4 << 20), false, true);
+    let opts = InitOptions {
+        cluster_size: 8192,
+        md_pages: Some(80),
+        ..InitOptions::default()
+    };
+    let store = Blobstore::init(Arc::new(dev.clone()), &opts).unwrap();
+    let ids: Vec<BlobId> = [(3, false), (6, true), (2, false), (4, false)]
+        .into_iter()
+        .map(|(num_clusters, thin)| {
+            let xattrs = (0..3).map(|i| (format!("big{i}"), vec![7; 3000])).collect();
+            let opts = CreateOptions {
+                num_clusters,
+                thin,
+                xattrs,
+                ..CreateOptions::default()
+            };
+            let id = store.create(&opts).unwrap();
+            write(&store.open(id).unwrap(), 0, &[5; 4096]);
+            id
+        })
+        .collect();
+    store.snapshot(ids[1], &[]).unwrap();
+    write(&store.open(ids[1]).unwrap(), CLUSTER, &[6; 4096]);
+    store.unload().unwrap();
+    (dev.image(), ids)
+}
+
+type Change = fn(&Blobstore, &[BlobId]) -> Result<(), Error>;
+
+const CHANGES: [(&str, Change); 11] = [
+    ("create", |store, _| {
+        let opts = CreateOptions {
+            num_clusters: 2,
+            xattrs: vec![
+                ("a".to_owned(), vec![1; 3000]),
+                ("b".to_owned(), vec![2; 3000]),
+            ],
+            ..CreateOptions::default()
+        };
+        store.create(&opts).map(drop)
+    }),
+    ("resize", |store, ids| store.open(ids[0])?.resize(5)),
+    ("shrink", |store, ids| store.open(ids[3])?.resize(1)),
+    ("xattrs", |store, ids| {
+        let mut all = store.transaction();
+        for i in 0..3 {
+            all.set_xattr(ids[0], &format!("big{i}"), &[8; 3000]);
+        }
+        all.commit().map(drop)
+    }),
+    ("three blobs", |store, ids| {
+        let mut all = store.transaction();
+        all.set_xattr(ids[0], "x", b"1");
+        all.resize(ids[3], 6);
+        all.create(CreateOptions::default());
+        all.delete(ids[2]);
+        all.commit().map(drop)
+    }),
+    ("delete", |store, ids| store.delete(ids[2])),
+    ("snapshot", |store, ids| {
+        store.snapshot(ids[0], &[]).map(drop)
+    }),
+    ("delete snapshot", |store, ids| {
+        let snapshot = store
+            .blobs()
+            .into_iter()
+            .find(|id| store.clones(*id) == [ids[1]]);
+        store.delete(snapshot.unwrap())
+    }),
+    ("first write", |store, ids| {
+        let mut data = DmaBuf::new(8192).unwrap();
+        data.fill(0);
+        store
+            .open(ids[1])?
+            .write_at(4 * CLUSTER, data.freeze(), true)
+    }),
+    ("inflate", |store, ids| store.inflate(ids[1])),
+    ("super blob", |store, ids| {
+        store.set_super_blob(Some(ids[3]))
+    }),
+];
+
+/// Every write and flush of every change fails: once, a few times, or until the fault is over; done or not.
+#[test]
+fn what_fails_has_changed_nothing_and_the_store_goes_on() {
+    let (base, ids) = setup();
+    let mut rounds = 0;
+    for (name, change) in CHANGES {
+        for (write_cache, fua) in [(false, true), (true, true), (true, false)] {
+            // How many there are, and the two states.
+            let plain = device(base.clone(), write_cache, fua);
+            let counting = Flaky::new(Arc::new(plain.clone()));
+            let store = load(counting.clone());
+            let old = describe(&store);
+            counting.arm(Some(Plan {
+                from: u64::MAX,
+                count: 0,
+                kind: IoErrorKind::Media,
+                done: false,
+            }));
+            change(&store, &ids).unwrap();
+            let ops = counting.seen();
+            let new = describe(&store);
+            drop(store);
+            for from in 0..ops {
+                for (count, done) in [
+                    (1, false),
+                    (1, true),
+                    (4, false),
+                    (4, true),
+                    (10_000, false),
+                    (10_000, true),
+                ] {
+                    for kind in [IoErrorKind::Media, IoErrorKind::NoSpace] {
+                        let what = format!(
+                            "{name}, cache {write_cache}, fua {fua}, {kind}, operations from {from}, {count}, done {done}"
+                        );
+                        let dev = device(base.clone(), write_cache, fua);
+                        let flaky = Flaky::new(Arc::new(dev.clone()));
+                        let store = load(flaky.clone());
+                        flaky.arm(Some(Plan {
+                            from,
+                            count,
+                            kind,
+                            done,
+                        }));
+                        let result = change(&store, &ids);
+                        flaky.arm(None);
+                        let undecided = matches!(result, Err(Error::Undecided(_)));
+                        // A write to a thin blob takes the cluster first; then the data may fail.
+                        let allowed = match &result {
+                            Ok(()) => vec![&new],
+                            Err(_) if name == "first write" => vec![&old, &new],
+                            Err(_) => vec![&old],
+                        };
+                        if !undecided {
+                            let found = describe(&store);
+                            assert!(allowed.contains(&&found), "{what}: {result:?}: {found:#?}");
+                        }
+                        // Durable as it is, to one who loads it after a power cut.
+                        let mut points = dev.crash_points();
+                        while points.advance().is_some() {}
+                        let image = points.image(&mut |_| false);
+                        let after = load(Arc::new(device(image, false, true)));
+                        let found = describe(&after);
+                        drop(after);
+                        if undecided {
+                            // Of several blobs some may be new, in the order of the list.
+                            let one = name != "three blobs";
+                            assert!(
+                                !one || found == old || found == new,
+                                "{what}: after a cut: {found:#?}"
+                            );
+                        } else {
+                            let same =
+                                |a: &[String], b: &[String]| a[..a.len() - 1] == b[..b.len() - 1];
+                            assert!(
+                                allowed.iter().any(|allowed| same(&found, allowed)),
+                                "{what}: after a cut: {found:#?}\n{result:?}"
+                            );
+                        }
+                        // The device works: so does the store.
+                        let made = store.create(&CreateOptions::default());
+                        let made =
+                            made.unwrap_or_else(|error| panic!("{what}: afterwards: {error}"));
+                        store.delete(made).unwrap();
+                        if undecided {
+                            assert_eq!(describe(&store), old, "{what}: taken back");
+                        }
+                        store.unload().unwrap();
+                        let as_dyn: Arc<dyn BlockDevice> = Arc::new(dev.clone());
+                        let report = check(&as_dyn).unwrap();
+                        assert_eq!(report.worst(), None, "{what}: {:?}", report.findings);
+                        rounds += 1;
+                    }
+                }
+            }
+        }
+    }
+    println!("{rounds} rounds");
+    assert!(rounds > 1000);
+}
+
+#[test]
+fn passing_faults_of_metadata_pass() {
+    let (base, ids) = setup();
+    for (name, change) in CHANGES {
+        for count in [1, 3, 8] {
+            let dev = Arc::new(ErrorDevice::new(
+                None,
+                Arc::new(device(base.clone(), true, true)),
+            ));
+            let store = load(dev.clone());
+            for op in [
+                OpKind::Write,
+                OpKind::Read,
+                OpKind::Flush,
+                OpKind::WriteZeroes,
+            ] {
+                dev.inject(Injection {
+                    op: Some(op),
+                    failure: Failure::NoMemory,
+                    count,
+                    range: None,
+                    queue_depth: 0,
+                });
+            }
+            change(&store, &ids).unwrap_or_else(|error| panic!("{name}, {count}: {error}"));
+            dev.clear();
+            store.unload().unwrap();
+        }
+    }
+}
+
+/// Reads and writes of blobs, on the channels of threads.
+#[test]
+fn passing_faults_of_data_pass() {
+    let (base, ids) = setup();
+    let dev = Arc::new(ErrorDevice::new(None, Arc::new(device(base, true, true))));
+    let store = load(dev.clone());
+    let blob = store.open(ids[0]).unwrap();
+    for op in [OpKind::Write, OpKind::Read, OpKind::Flush] {
+        dev.inject(Injection {
+            op: Some(op),
+            failure: Failure::NoMemory,
+            count: 5,
+            range: None,
+            queue_depth: 0,
+        });
+    }
+    write(&blob, 0, &[9; 4096]);
+    store.flush().unwrap();
+    assert_eq!(read(&blob, 0, 4096), [9; 4096]);
+}
+
+/// A device that takes no more writes: the store says so, is unloaded, and loads again.
+#[test]
+fn a_store_that_stopped_says_so_at_the_unload() {
+    let (base, ids) = setup();
+    let dev = device(base, false, true);
+    let flaky = Flaky::new(Arc::new(dev.clone()));
+    let store = load(flaky.clone());
+    store.set_super_blob(Some(ids[0])).unwrap();
+    flaky.arm(Some(Plan {
+        from: 0,
+        count: u64::MAX,
+        kind: IoErrorKind::TimedOut,
+        done: true,
+    }));
+    let error = store.delete(ids[2]).unwrap_err();
+    assert!(matches!(error, Error::Undecided(_)), "{error}");
+    assert!(error.to_string().contains("open"), "{error}");
+    assert!(matches!(store.delete(ids[3]), Err(Error::Stopped(_))));
+    assert!(matches!(store.unload(), Err(Error::Stopped(_))));
+    assert!(matches!(store.unload(), Err(Error::Unloaded)));
+    flaky.arm(None);
+    // Not in order, but whole; and given up, so that it can be loaded.
+    let store = load(flaky);
+    assert!(!store.blobs().contains(&ids[2]));
+    store.unload().unwrap();
+}
+
+/// A flush that failed says of what was written before it that it may be lost; a later one does not take
+/// that back.
+#[test]
+fn a_failed_flush_stays_failed() {
+    let (base, ids) = setup();
+    let dev = Arc::new(ErrorDevice::new(None, Arc::new(device(base, true, false))));
+    let store = load(dev.clone());
+    let blob = store.open(ids[0]).unwrap();
+    write(&blob, 0, &[9; 4096]);
+    dev.inject(Injection {
+        op: Some(OpKind::Flush),
+        failure: Failure::Fail,
+        count: 1,
+        range: None,
+        queue_depth: 0,
+    });
+    store.flush().unwrap_err();
+    assert!(matches!(store.flush(), Err(Error::Lost(_))));
+    assert!(matches!(store.snapshot(ids[0], &[]), Err(Error::Lost(_))));
+    let mut data = DmaBuf::new(4096).unwrap();
+    data.fill(1);
+    assert!(matches!(
+        blob.write_at(0, data.freeze(), true),
+        Err(Error::Lost(_))
+    ));
+    drop(blob);
+    store.unload().unwrap();
+    let store = load(dev);
+    store.flush().unwrap();
+    store.snapshot(ids[0], &[]).unwrap();
+}
+
+/// The same when the flush that failed was one of the metadata.
+#[test]
+fn a_failed_flush_of_metadata_is_remembered_for_data() {
+    let (base, ids) = setup();
+    let dev = Arc::new(ErrorDevice::new(None, Arc::new(device(base, true, false))));
+    let store = load(dev.clone());
+    write(&store.open(ids[0]).unwrap(), 0, &[9; 4096]);
+    dev.inject(Injection {
+        op: Some(OpKind::Flush),
+        failure: Failure::Fail,
+        count: 1,
+        range: None,
+        queue_depth: 0,
+    });
+    let _ = store.delete(ids[2]);
+    assert!(matches!(store.flush(), Err(Error::Lost(_))));
+}
