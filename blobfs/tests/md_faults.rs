@@ -366,3 +366,23 @@ fn a_failed_flush_of_metadata_is_remembered_for_data() {
     let _ = store.delete(ids[2]);
     assert!(matches!(store.flush(), Err(Error::Lost(_))));
 }
+
+/// The metadata region is zeroed by writing: on a sparse image a command may only punch holes, and then the
+/// host may have no space for a page when it is first written.
+#[test]
+fn the_metadata_region_has_its_place_from_the_start() {
+    let dev = Arc::new(ErrorDevice::new(None, memory(8 << 20, 4096)));
+    dev.inject(Injection {
+        op: Some(OpKind::WriteZeroes),
+        failure: Failure::Fail,
+        count: u64::MAX,
+        range: None,
+        queue_depth: 0,
+    });
+    let opts = InitOptions {
+        cluster_size: 8192,
+        ..InitOptions::default()
+    };
+    let store = Blobstore::init(dev, &opts).unwrap();
+    store.create(&CreateOptions::default()).unwrap();
+}

@@ -89,7 +89,7 @@ impl Blob {
     /// this one change when a thin blob gets a cluster.
     #[must_use]
     pub fn extents(&self) -> Arc<ExtentMap> {
-        Arc::clone(&self.shared.view.load().maps[0])
+        Arc::clone(&self.shared.view.load().own)
     }
 
     /// May clusters be unallocated?

@@ -453,6 +453,7 @@ impl State {
         }
         for meta in change.deleted {
             self.blobs.remove(&meta.root());
+            self.lines.remove(&meta.id);
             if let Parent::Snapshot(parent) = meta.parent() {
                 self.remove_child(parent, meta.id);
             }

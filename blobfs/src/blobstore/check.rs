@@ -69,7 +69,12 @@ pub struct Report {
     pub total_pages: u64,
     /// Was the store unloaded in order?
     pub clean: bool,
+    /// How many findings there are besides those in the list, and the worst of them.
+    untold: Option<(u64, Severity)>,
 }
+
+/// Findings that are told one by one; of more there is a count. An image must not take memory without bound.
+const MAX_FINDINGS: usize = 1000;
 
 impl Report {
     /// The worst finding, or `None` if there is none but notes.
@@ -83,7 +88,20 @@ impl Report {
     }
 
     fn add(&mut self, severity: Severity, text: String) {
-        self.findings.push(Finding { severity, text });
+        if self.findings.len() < MAX_FINDINGS {
+            self.findings.push(Finding { severity, text });
+        } else {
+            let (count, worst) = self.untold.unwrap_or((0, severity));
+            self.untold = Some((count + 1, worst.max(severity)));
+        }
+    }
+
+    /// Puts the count of what was left out at the end.
+    fn close(&mut self) {
+        if let Some((count, severity)) = self.untold.take() {
+            let text = format!("{count} more findings of the same kinds");
+            self.findings.push(Finding { severity, text });
+        }
     }
 }
 
@@ -162,6 +180,7 @@ fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Err
         check_blob(&mut report, meta);
     }
     check_orphans(&mut report, &found);
+    report.close();
     let damaged = found.damaged.into_iter().map(|(root, error)| DamagedBlob {
         id: BlobId::from_page(root),
         name: found.remains.get(&root).and_then(|r| r.name.clone()),

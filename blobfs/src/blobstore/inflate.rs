@@ -260,8 +260,15 @@ fn same_below(a: &View, b: &View) -> bool {
         (Some(a), Some(b)) => Arc::ptr_eq(a, b),
         _ => false,
     };
-    let (a, b) = (&a.maps[1..], &b.maps[1..]);
-    externals && a.len() == b.len() && a.iter().zip(b).all(|(a, b)| Arc::ptr_eq(a, b))
+    let (mut a, mut b) = (a.ancestors(), b.ancestors());
+    externals
+        && loop {
+            match (a.next(), b.next()) {
+                (Some(a), Some(b)) if Arc::ptr_eq(a, b) => {}
+                (None, None) => break true,
+                _ => break false,
+            }
+        }
 }
 
 /// Clusters that a blob has to get; if they are more than `limit`, one more than that.
@@ -270,9 +277,9 @@ fn missing(blob: &Blob, which: Which, limit: u64) -> Vec<u64> {
         .unwrap_or(usize::MAX)
         .saturating_add(1);
     let view = blob.shared.view.load();
-    let own = &view.maps[0];
+    let own = &view.own;
     let lacks = |index: &u64| own.cluster(*index).is_none();
-    match (which, view.maps.get(1)) {
+    match (which, view.ancestors().next()) {
         (Which::All, _) => (0..own.num_clusters()).filter(lacks).take(most).collect(),
         (Which::Parents, Some(parent)) => {
             let theirs = parent.allocated().map(|(index, _)| index);

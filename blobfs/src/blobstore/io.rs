@@ -66,7 +66,7 @@ impl Blob {
         {
             return None;
         }
-        Some(view.maps[0].lba(index)? + within / inner.block_size)
+        Some(view.own.lba(index)? + within / inner.block_size)
     }
 
     /// Cuts a range by where its clusters are; neighbours on the device stay together.
@@ -79,7 +79,7 @@ impl Blob {
             let index = (offset + done) / inner.cluster_size;
             let within = (offset + done) % inner.cluster_size;
             let now = (inner.cluster_size - within).min(len - done);
-            let source = match view.maps[0].cluster(index) {
+            let source = match view.own.cluster(index) {
                 Some(cluster) => Source::Cluster(cluster),
                 None if own_only => Source::Zeroes,
                 None => view.source(index),

@@ -195,9 +195,18 @@ impl MdIo {
         bytes.chunks(step).map(op).collect()
     }
 
+    /// As [`MdIo::zeroes`], by writing: on a sparse image the blocks have their place on the host from then on.
+    pub fn written_zeroes(&self, lba: u64, len_blocks: u64) -> Result<Vec<Op>, Error> {
+        self.zeroes_by(false, lba, len_blocks)
+    }
+
     /// Operations after which `len_blocks` blocks read as zeroes.
     pub fn zeroes(&self, lba: u64, len_blocks: u64) -> Result<Vec<Op>, Error> {
-        let step = if self.write_zeroes {
+        self.zeroes_by(self.write_zeroes, lba, len_blocks)
+    }
+
+    fn zeroes_by(&self, command: bool, lba: u64, len_blocks: u64) -> Result<Vec<Op>, Error> {
+        let step = if command {
             MAX_CLEAR_BYTES / self.block_size
         } else {
             self.max_io_blocks
@@ -205,7 +214,7 @@ impl MdIo {
         let mut data: Option<DmaSlice> = None;
         let mut ops = Vec::new();
         for (lba, len_blocks) in pieces(lba, len_blocks, step) {
-            if self.write_zeroes {
+            if command {
                 ops.push(Op::WriteZeroes {
                     lba,
                     len_blocks,

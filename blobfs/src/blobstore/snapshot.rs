@@ -372,7 +372,7 @@ impl State {
             .external
             .as_ref()
             .map_or(0, |ext| ext.len_bytes().div_ceil(self.geo.cluster_size));
-        let sizes = below.maps[1..].iter().map(|map| map.num_clusters());
+        let sizes = below.ancestors().map(|map| map.num_clusters());
         let end = sizes
             .chain([external])
             .max()

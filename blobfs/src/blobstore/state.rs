@@ -18,7 +18,7 @@ use super::scan::Remains;
 use super::settle::Doubt;
 use super::snapshot::HalfSnapshot;
 use super::space::SpacePolicy;
-use super::view::View;
+use super::view::{Line, View};
 
 /// A blob of the store.
 #[derive(Debug)]
@@ -81,6 +81,8 @@ pub(crate) struct State {
     pub uncertain: bool,
     /// While `uncertain`: what is marked as used and belongs to no whole blob.
     pub unowned: Option<Unowned>,
+    /// Snapshots that open blobs stand on, with what lies below them.
+    pub lines: HashMap<BlobId, Arc<Line>>,
     /// Snapshot → the blobs whose parent it is.
     pub children: HashMap<BlobId, BTreeSet<BlobId>>,
     /// Claimed by more than one blob: never released.
@@ -187,18 +189,65 @@ impl State {
 
     /// What the data path needs of a blob.
     pub fn view(&mut self, id: BlobId) -> Result<View, Error> {
-        let (line, end) = self.ancestry(id)?;
-        let external = match end {
-            Parent::External(ext_id) => Some(self.external(id, &ext_id)?),
-            _ => None,
+        let meta = Arc::clone(self.meta(id)?);
+        if meta.flags.unknown_invalid() != 0 {
+            self.ancestry(id)?;
+        }
+        let (below, external_id) = match meta.parent() {
+            Parent::None => (None, None),
+            Parent::External(external_id) => (None, Some(external_id)),
+            Parent::Snapshot(parent) => {
+                let line = self.line(id, parent)?;
+                let external_id = line.external_id.clone();
+                (Some(line), external_id)
+            }
         };
-        let read_only = line[0].flags.data_read_only();
-        let maps = line.iter().map(|meta| Arc::clone(&meta.map)).collect();
+        let external = external_id
+            .map(|external_id| self.external(id, &external_id))
+            .transpose()?;
         Ok(View {
-            maps,
+            own: Arc::clone(&meta.map),
+            below,
             external,
-            read_only,
+            read_only: meta.flags.data_read_only(),
         })
+    }
+
+    /// The snapshot `parent` of `blob`, and what lies below it.
+    fn line(&mut self, blob: BlobId, parent: BlobId) -> Result<Arc<Line>, Error> {
+        let mut missing: Vec<Arc<BlobMeta>> = Vec::new();
+        let mut at = parent;
+        let (mut below, mut external_id) = loop {
+            if let Some(line) = self.lines.get(&at) {
+                break (Some(Arc::clone(line)), line.external_id.clone());
+            }
+            let usable = self.meta(at).ok().filter(|meta| {
+                meta.flags.unknown_invalid() == 0 && missing.len() < self.blobs.len()
+            });
+            let Some(meta) = usable.cloned() else {
+                // Says what is wrong.
+                self.ancestry(blob)?;
+                return Err(Error::NoSuchBlob(at));
+            };
+            let its_parent = meta.parent();
+            missing.push(meta);
+            match its_parent {
+                Parent::Snapshot(next) => at = next,
+                Parent::External(external_id) => break (None, Some(external_id)),
+                Parent::None => break (None, None),
+            }
+        };
+        for meta in missing.into_iter().rev() {
+            let line = Arc::new(Line {
+                map: Arc::clone(&meta.map),
+                below: below.take(),
+                external_id: external_id.take(),
+            });
+            external_id.clone_from(&line.external_id);
+            self.lines.insert(meta.id, Arc::clone(&line));
+            below = Some(line);
+        }
+        below.ok_or(Error::NoSuchBlob(parent))
     }
 
     /// The external snapshot of a blob, opened by the application if it is not open yet.
@@ -249,7 +298,11 @@ impl State {
 
     /// Gives the open blobs among `id` and its descendants new views.
     pub fn rebuild_views(&mut self, id: BlobId) {
-        for member in self.family(id) {
+        let family = self.family(id);
+        for member in &family {
+            self.lines.remove(member);
+        }
+        for member in family {
             let Some(shared) = self.shared(member) else {
                 continue;
             };

@@ -78,6 +78,9 @@ pub struct LoadOptions {
     pub refuse_damage: bool,
 }
 
+/// A metadata region of up to so many bytes is zeroed by writing, a larger one by the device.
+const MAX_WRITTEN_MD_BYTES: u64 = 80 << 20;
+
 /// Counts of clusters or metadata pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Usage {
@@ -146,7 +149,7 @@ impl Blobstore {
         let sb = lay_out(info.len_bytes(), info.block_size, opts)?;
         let geo = Geometry::new(&sb, info)?;
         // No old store any more, then no old metadata, then the new store.
-        let no_super = io.zeroes(0, geo.page_lba(1))?;
+        let no_super = io.written_zeroes(0, geo.page_lba(1))?;
         io.run_durable(no_super)?;
         let data = geo.cluster_lba(geo.first_data_cluster());
         match opts.clear_method {
@@ -160,7 +163,13 @@ impl Blobstore {
                 io.run(ops)?;
             }
         }
-        let metadata = io.zeroes(geo.page_lba(1), geo.md_lba(geo.md_len - 1))?;
+        // A metadata page must not be without space on the host when it is first written: that is a commit.
+        let (first, blocks) = (geo.page_lba(1), geo.md_lba(geo.md_len - 1));
+        let metadata = if blocks * geo.block_size <= MAX_WRITTEN_MD_BYTES {
+            io.written_zeroes(first, blocks)?
+        } else {
+            io.zeroes(first, blocks)?
+        };
         io.run_durable(metadata)?;
         let write = io.writes(0, &sb.encode())?;
         io.run_durable(write)?;
@@ -348,6 +357,7 @@ impl Blobstore {
             remains: scan.remains,
             uncertain: false,
             unowned: None,
+            lines: HashMap::new(),
             children: HashMap::new(),
             shared_clusters: scan.shared_clusters,
             shared_pages: scan.shared_pages,

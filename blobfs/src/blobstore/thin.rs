@@ -59,7 +59,7 @@ impl Blobstore {
                 size,
             });
         }
-        if view.maps[0].cluster(index).is_some() {
+        if view.own.cluster(index).is_some() {
             return Ok(());
         }
         let mut change = state.begin()?;

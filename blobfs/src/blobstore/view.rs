@@ -5,13 +5,34 @@ use std::sync::Arc;
 use super::extents::ExtentMap;
 use super::external::External;
 
-/// A blob's way to its data. Immutable but for entries of the first map.
+/// A blob's way to its data. Immutable but for entries of its own map.
 #[derive(Debug)]
 pub(crate) struct View {
-    /// The blob's own map, then its parent's, and so on.
-    pub maps: Vec<Arc<ExtentMap>>,
+    /// The blob's own map.
+    pub own: Arc<ExtentMap>,
+    /// Its parent's, and so on: shared with everything that has the same parent.
+    pub below: Option<Arc<Line>>,
     pub external: Option<Arc<External>>,
     pub read_only: bool,
+}
+
+/// A snapshot and what lies below it. A line of snapshots is kept once, however many blobs stand on it.
+#[derive(Debug)]
+pub(crate) struct Line {
+    pub map: Arc<ExtentMap>,
+    pub below: Option<Arc<Line>>,
+    /// The external snapshot at the bottom.
+    pub external_id: Option<Arc<[u8]>>,
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        // One after the other: a long line must not end in a recursion as deep.
+        let mut next = self.below.take();
+        while let Some(mut line) = next.and_then(Arc::into_inner) {
+            next = line.below.take();
+        }
+    }
 }
 
 /// Where a cluster of a blob is read from.
@@ -29,22 +50,32 @@ impl View {
     /// Clusters of the blob.
     #[inline]
     pub fn num_clusters(&self) -> u64 {
-        self.maps[0].num_clusters()
+        self.own.num_clusters()
+    }
+
+    /// The maps of its ancestors, its parent's first.
+    pub fn ancestors(&self) -> impl Iterator<Item = &Arc<ExtentMap>> {
+        let mut next = self.below.as_deref();
+        std::iter::from_fn(move || {
+            let line = next?;
+            next = line.below.as_deref();
+            Some(&line.map)
+        })
     }
 
     /// Where cluster `index` is read from.
     #[inline]
     pub fn source(&self, index: u64) -> Source {
-        self.source_from(0, index)
+        match self.own.cluster(index) {
+            Some(cluster) => Source::Cluster(cluster),
+            None if index >= self.own.num_clusters() => Source::Zeroes,
+            None => self.parent_source(index),
+        }
     }
 
     /// Where cluster `index` would be read from if the blob itself did not have it.
     pub fn parent_source(&self, index: u64) -> Source {
-        self.source_from(1, index)
-    }
-
-    fn source_from(&self, first: usize, index: u64) -> Source {
-        for map in &self.maps[first..] {
+        for map in self.ancestors() {
             if let Some(cluster) = map.cluster(index) {
                 return Source::Cluster(cluster);
             }
@@ -62,6 +93,53 @@ impl View {
 
     /// Does anything lie below the blob's own clusters?
     pub fn has_backing(&self) -> bool {
-        self.maps.len() > 1 || self.external.is_some()
+        self.below.is_some() || self.external.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::blobstore::{Blobstore, CreateOptions, InitOptions};
+
+    #[test]
+    fn a_line_of_snapshots_is_kept_once() {
+        let dev = pumice_bdev::open("malloc://16M?block_size=4096").unwrap();
+        let opts = InitOptions {
+            cluster_size: 8192,
+            ..InitOptions::default()
+        };
+        let store = Blobstore::init(dev, &opts).unwrap();
+        let id = store.create(&CreateOptions::default()).unwrap();
+        let snapshots: Vec<_> = (0..30).map(|_| store.snapshot(id, &[]).unwrap()).collect();
+        // Opened from the top, from the bottom, it is one line.
+        let blob = store.open(id).unwrap();
+        let mut line = blob.shared.view.load().below.clone();
+        for snapshot in snapshots.iter().rev() {
+            let here = line.unwrap();
+            let blob = store.open(*snapshot).unwrap();
+            let view = blob.shared.view.load();
+            assert!(Arc::ptr_eq(&view.own, &here.map));
+            match (&view.below, &here.below) {
+                (Some(a), Some(b)) => assert!(Arc::ptr_eq(a, b)),
+                (a, b) => assert!(a.is_none() && b.is_none()),
+            }
+            line = here.below.clone();
+        }
+        assert!(line.is_none());
+        assert_eq!(blob.shared.view.load().ancestors().count(), 30);
+    }
+
+    #[test]
+    fn a_long_line_is_dropped_without_a_deep_recursion() {
+        let mut below = None;
+        for _ in 0..200_000 {
+            below = Some(Arc::new(Line {
+                map: Arc::new(ExtentMap::new(0, 0, 1)),
+                below,
+                external_id: None,
+            }));
+        }
+        drop(below);
     }
 }
