@@ -115,9 +115,11 @@ fn a_refused_format_disturbs_nobody() {
             stop.store(true, Ordering::Relaxed);
         });
         let mut out = Vec::new();
+        let mut tag = 0;
         while !stop.load(Ordering::Relaxed) {
-            match q.submit(&rig.ns, 1, read(0)) {
-                Ok(()) | Err(SubmitError::Busy(_)) => {}
+            match q.submit(&rig.ns, tag, read(0)) {
+                Ok(()) => tag += 1,
+                Err(SubmitError::Busy(_)) => {}
                 Err(e) => panic!("{e}"),
             }
             q.poll(&mut out);

@@ -69,7 +69,7 @@ fn uris_that_are_wrong_say_what_is_right() {
         ("soft://disk", "memory, null"),
         ("soft://memory?blocksize=512", "block_size"),
         ("soft://memory?block_size=1024", "512 or 4096"),
-        ("soft://memory?size=12Q", "64M"),
+        ("soft://memory?size=12Q", "use K, M, G, T or P"),
         ("nfs://memory", "nvme, vfio-user and soft"),
         ("memory", "soft://memory"),
     ] {
