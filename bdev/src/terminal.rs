@@ -104,7 +104,7 @@ fn failed(e: io::Error) {
     }
 }
 
-/// Standard output as a writer of text, for `writeln!`: as [`print`], it never fails.
+/// Standard output as a writer of text, for `writeln!`: as [`print`](fn@print), it never fails.
 #[derive(Debug, Default)]
 pub struct Lines;
 

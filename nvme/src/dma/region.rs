@@ -19,7 +19,7 @@ pub const CHUNK_LEN: usize = 2 << 20;
 /// Names a region: the number of its first chunk in the arena.
 ///
 /// Byte `offset` of the region lies in chunk `RegionId::index() + offset / CHUNK_LEN`, so an
-/// [`AddressTable`](super::AddressTable) needs one flat array whatever the regions' sizes.
+/// `AddressTable` needs one flat array whatever the regions' sizes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RegionId(pub(super) u32);
 
