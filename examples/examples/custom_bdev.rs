@@ -11,7 +11,7 @@ use std::time::Duration;
 use pumice_bdev::registry::Registry;
 use pumice_bdev::{
     AsyncChannel, BdevError, BlockDevice, Completion, DeviceInfo, DmaBuf, IoChannel, Op,
-    SubmitError, conformance,
+    SubmitError, conformance, uuid,
 };
 
 // 1. The device: shared by all threads, so it holds what they share.
@@ -29,6 +29,8 @@ impl Meter {
         name.clone_into(&mut info.name);
         info.module = "meter";
         "Meter".clone_into(&mut info.product);
+        // Its UUID is its own: the registry knows devices by it, too. The same name gives the same one.
+        info.uuid = uuid::derived(format!("{name} on {:?}", info.uuid).as_bytes());
         Meter {
             info,
             base,
