@@ -120,6 +120,10 @@ fn forked_child_ends(uri: &str) {
             fs.mkdir("/d").is_err_and(forked),
             fs.open("/new", OpenOptions::CREATE).is_err_and(forked),
             fs.unmount().is_err_and(forked),
+            fs.statfs().total == 0 && fs.free_bytes() == 0,
+            fs.is_inherited(),
+            // What the process had is only looked at.
+            file.allocated() > 0,
         ];
         drop(file.clone());
         drop(fs.clone());

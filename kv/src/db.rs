@@ -399,7 +399,7 @@ impl Db {
 
 impl Drop for Db {
     fn drop(&mut self) {
-        let inherited = matches!(self.fs.exists("/"), Err(FsError::Forked { .. }));
+        let inherited = self.fs.is_inherited();
         let db = self.db.take();
         if inherited {
             // RocksDB would wait for threads that only the parent has.

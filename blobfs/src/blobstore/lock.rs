@@ -2,17 +2,16 @@
 //!
 //! A plain mutex lets a thread that locks in a loop have it again and again, and asynchronous code that only
 //! tries has next to no chance beside it. Here the one who unlocks hands the lock to the one who has waited
-//! longest, whether that is a sleeping thread or a future.
+//! longest, whether that is a sleeping thread or a future. `tests/lock_model.rs` compiles this file a second time
+//! and tries the orders in which threads can take its steps.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Poll, Wake, Waker};
-use std::thread::Thread;
 
-use parking_lot::{Mutex, MutexGuard};
+use super::sync::{AtomicBool, Mutex, MutexGuard, Ordering, Thread, current, park};
 
 /// A value behind a lock that is handed over in the order of arrival.
 #[derive(Debug)]
@@ -115,12 +114,12 @@ impl Turn {
     }
 
     fn enter(&self) -> Place<'_> {
-        let waker = || Waker::from(Arc::new(Unpark(std::thread::current())));
+        let waker = || Waker::from(Arc::new(Unpark(current())));
         match self.try_enter(waker) {
             Ok(place) => place,
             Err(waiter) => {
                 while !waiter.granted.load(Ordering::Acquire) {
-                    std::thread::park();
+                    park();
                 }
                 Place(self)
             }
@@ -199,74 +198,5 @@ impl Drop for Waiting<'_> {
             // It was this one's turn already.
             self.turn.leave();
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::future::Future;
-    use std::pin::pin;
-    use std::task::Context;
-
-    /// A future that waits has its turn next, whatever a thread that locks in a loop does.
-    #[test]
-    fn the_lock_goes_to_the_one_who_has_waited_longest() {
-        let lock = FairLock::new(0);
-        let mut cx = Context::from_waker(Waker::noop());
-        let held = lock.lock();
-        let mut first = pin!(lock.lock_async());
-        let mut second = pin!(lock.lock_async());
-        assert!(first.as_mut().poll(&mut cx).is_pending());
-        assert!(second.as_mut().poll(&mut cx).is_pending());
-        drop(held);
-        assert!(second.as_mut().poll(&mut cx).is_pending());
-        let Poll::Ready(mut guard) = first.as_mut().poll(&mut cx) else {
-            panic!("the first in the queue has its turn");
-        };
-        *guard += 1;
-        drop(guard);
-        let Poll::Ready(guard) = second.as_mut().poll(&mut cx) else {
-            panic!("then the second");
-        };
-        assert_eq!(*guard, 1);
-    }
-
-    /// A dropped future takes nobody's turn with it, before and after it was granted.
-    #[test]
-    fn a_dropped_future_gives_up_its_place() {
-        for granted in [false, true] {
-            let lock = FairLock::new(());
-            let mut cx = Context::from_waker(Waker::noop());
-            let held = lock.lock();
-            let mut gone = Box::pin(lock.lock_async());
-            let mut next = pin!(lock.lock_async());
-            assert!(gone.as_mut().poll(&mut cx).is_pending());
-            assert!(next.as_mut().poll(&mut cx).is_pending());
-            if granted {
-                drop(held);
-                drop(gone);
-            } else {
-                drop(gone);
-                drop(held);
-            }
-            assert!(next.as_mut().poll(&mut cx).is_ready());
-            drop(lock.lock());
-        }
-    }
-
-    #[test]
-    fn many_threads_count() {
-        let lock = FairLock::new(0u32);
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| {
-                    for _ in 0..500 {
-                        *lock.lock() += 1;
-                    }
-                });
-            }
-        });
-        assert_eq!(*lock.lock(), 2000);
     }
 }

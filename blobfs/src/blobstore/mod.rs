@@ -27,6 +27,8 @@ mod inflate;
 mod io;
 mod lanes;
 mod lock;
+#[cfg(test)]
+mod lock_tests;
 mod mdio;
 mod mend;
 mod meta;
@@ -44,9 +46,12 @@ mod thin;
 mod transaction;
 mod view;
 
-/// What [`lanes`] counts with; its model has another.
+/// What [`lanes`] counts with and [`lock`] waits with; their models have others.
 mod sync {
-    pub(crate) use std::sync::atomic::{AtomicUsize, Ordering};
+    pub(crate) use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    pub(crate) use std::thread::{Thread, current, park};
+
+    pub(crate) use parking_lot::{Mutex, MutexGuard};
 }
 
 pub(crate) use change::Change;

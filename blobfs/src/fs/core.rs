@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
+use pumice_bdev::process::Birth;
 use pumice_bdev::{BlockDevice, DmaSlice, Op, OpKind};
 
 use super::cache::Cache;
@@ -26,8 +27,6 @@ pub(crate) struct Core {
     pub pool: IoPool,
     pub cache: Arc<Cache>,
     pub writes: Arc<Durability>,
-    /// One flush at a time; who waits for it is mostly served by the one before.
-    pub flush_lock: Mutex<()>,
     pub names: Namespace,
     pub opts: MountOptions,
     /// Cleared by the unmount.
@@ -35,8 +34,8 @@ pub(crate) struct Core {
     /// The files are finished and the blobstore is not unloaded yet: an unmount that failed at the
     /// last step goes on there.
     pub unloading: AtomicBool,
-    /// This process is a forked child, and the mount is its parent's.
-    pub forked: AtomicBool,
+    /// In which process it was mounted: in a forked child it is the parent's.
+    pub born: Birth,
     /// Told when the mount has come to its end.
     pub ended: Arc<Ended>,
     /// Bytes of a write to the device are a multiple of this.
@@ -75,7 +74,7 @@ impl Core {
     /// any lock is taken: in a forked child its holder may not be there.
     #[inline]
     pub fn check_fork(&self) -> Result<()> {
-        if self.forked.load(Ordering::Relaxed) {
+        if !self.born.is_here() {
             return Err(self.forked());
         }
         Ok(())
@@ -211,22 +210,15 @@ impl Core {
         if !self.write_cache {
             return Ok(());
         }
-        while self.writes.flushed() < seq {
-            let _one = self.flush_lock.lock();
-            if self.writes.flushed() >= seq {
-                return Ok(());
-            }
-            let covers = self.writes.reached();
-            if let Err(e) = self.run_ops(vec![Op::Flush]) {
+        self.writes.flushes.cover(seq, || {
+            self.run_ops(vec![Op::Flush]).map_err(|e| {
                 // Others have been noted where they came back from the device.
                 if e.is_retryable() {
                     self.writes.flush_failed(&e);
                 }
-                return Err(lost(&e));
-            }
-            self.writes.flush_succeeded(covers);
-        }
-        Ok(())
+                lost(&e)
+            })
+        })
     }
 
     /// Runs operations on the shared channels and waits for them.

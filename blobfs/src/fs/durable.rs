@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use pumice_bdev::IoError;
 
 use super::error::FsError;
+use super::flushes::Flushes;
 use super::unflushed::Seqs;
 
 /// So many failed flushes are told apart; older ones become one.
@@ -36,15 +37,14 @@ pub(crate) struct Durability {
     volatile: bool,
     /// Bytes handed to the device and not completed.
     pub in_flight: AtomicUsize,
-    seq: AtomicU64,
-    flushed: AtomicU64,
+    pub flushes: Flushes,
     failures: AtomicU64,
     doubts: Mutex<Vec<Doubt>>,
 }
 
 impl std::fmt::Debug for Durability {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Durability({} of {})", self.flushed(), self.reached())
+        write!(f, "Durability({:?})", self.flushes)
     }
 }
 
@@ -53,8 +53,7 @@ impl Durability {
         Durability {
             volatile,
             in_flight: AtomicUsize::new(0),
-            seq: AtomicU64::new(0),
-            flushed: AtomicU64::new(0),
+            flushes: Flushes::default(),
             failures: AtomicU64::new(0),
             doubts: Mutex::default(),
         }
@@ -71,7 +70,7 @@ impl Durability {
             return 0;
         }
         let mut doubts = self.doubts.lock();
-        let seq = self.seq.fetch_add(1, Ordering::AcqRel) + 1;
+        let seq = self.flushes.completed();
         // A flush failed while it was on its way: perhaps it was already in the cache.
         if self.failures.load(Ordering::Acquire) != begun.0
             && let Some(error) = doubts.last().map(|d| d.error.clone())
@@ -81,27 +80,13 @@ impl Durability {
         seq
     }
 
-    /// The number that has been reached: what a flush that is sent from now on covers.
-    pub fn reached(&self) -> u64 {
-        self.seq.load(Ordering::Acquire)
-    }
-
-    /// The largest number that a flush has covered.
-    pub fn flushed(&self) -> u64 {
-        self.flushed.load(Ordering::Acquire)
-    }
-
-    /// A flush that was sent when `upto` had been reached has succeeded.
-    pub fn flush_succeeded(&self, upto: u64) {
-        self.flushed.fetch_max(upto, Ordering::AcqRel);
-    }
-
     /// A flush has failed.
     pub fn flush_failed(&self, error: &IoError) {
         if self.volatile {
             let mut doubts = self.doubts.lock();
             self.failures.fetch_add(1, Ordering::AcqRel);
-            push(&mut doubts, self.flushed(), self.reached(), lost(error));
+            let (covered, reached) = (self.flushes.covered(), self.flushes.reached());
+            push(&mut doubts, covered, reached, lost(error));
         }
     }
 
@@ -147,16 +132,21 @@ mod tests {
         d.flush_failed(&e);
     }
 
+    fn covered(d: &Durability) {
+        let sent = || Ok::<(), ()>(());
+        d.flushes.cover(d.flushes.reached(), sent).unwrap();
+    }
+
     #[test]
     fn a_failed_flush_is_not_made_good_by_a_later_one() {
         let d = Durability::new(true);
         let one = d.completed(d.begin());
-        d.flush_succeeded(d.reached());
+        covered(&d);
         let two = d.completed(d.begin());
         let sent_before = d.begin();
         failed(&d);
         let three = d.completed(d.begin());
-        d.flush_succeeded(d.reached());
+        covered(&d);
         assert!(d.doubt(&(one..=one)).is_none());
         assert!(d.doubt(&(two..=two)).is_some_and(|e| e.is_data_loss()));
         assert!(d.doubt(&(three..=three)).is_none());

@@ -11,7 +11,6 @@
 #![allow(unsafe_code)]
 
 use std::io::Write as _;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Once, Weak};
 use std::time::Duration;
 
@@ -128,7 +127,6 @@ extern "C" fn in_child() {
     let mounts = MOUNTS.swap(None);
     for known in mounts.iter().flat_map(|mounts| mounts.iter()) {
         if let Some(core) = known.core.upgrade() {
-            core.forked.store(true, Ordering::Release);
             // Never dropped here: its rings and buffers are shared with the parent.
             std::mem::forget(core);
         }

@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 
 use super::cache::Cache;
 use super::fill::FillBuf;
+use super::pins::Pins;
 
 /// Granularity of the cache in bytes.
 pub(crate) const PAGE: usize = 4096;
@@ -44,7 +45,7 @@ pub(crate) struct Frame {
     pub region: usize,
     /// Device writes that must complete before the frame may be evicted, and one more while it
     /// is appended to.
-    dirty: AtomicUsize,
+    dirty: Pins,
     hot: [AtomicU64; PAGES / 64],
     charge: AtomicUsize,
     cache: Arc<Cache>,
@@ -63,7 +64,7 @@ impl Frame {
             bytes,
             start,
             region,
-            dirty: AtomicUsize::new(usize::from(dirty)),
+            dirty: Pins::new(dirty),
             hot: Default::default(),
             charge: AtomicUsize::new(0),
             cache: Arc::clone(&owner.cache),
@@ -100,14 +101,12 @@ impl Frame {
 
     /// One more write must complete before the frame is clean.
     pub fn hold_dirty(&self) {
-        self.dirty.fetch_add(1, Ordering::Relaxed);
+        self.dirty.hold();
     }
 
     /// One write less; the last one hands the frame to the cache.
     pub fn release_dirty(self: &Arc<Self>) {
-        let before = self.dirty.fetch_sub(1, Ordering::AcqRel);
-        assert!(before > 0, "a clean frame was cleaned");
-        if before > 1 {
+        if !self.dirty.release() {
             return;
         }
         match self.owner.upgrade() {
@@ -117,7 +116,7 @@ impl Frame {
     }
 
     pub fn is_dirty(&self) -> bool {
-        self.dirty.load(Ordering::Acquire) > 0
+        self.dirty.any()
     }
 
     pub fn set_charge(&self, bytes: usize) -> usize {

@@ -9,6 +9,7 @@ use std::sync::atomic::AtomicBool;
 
 use parking_lot::Mutex;
 use pumice_bdev::contents::{self, Contents};
+use pumice_bdev::process::Birth;
 use pumice_bdev::{BlockDevice, OpKind};
 
 use super::cache::Cache;
@@ -150,12 +151,11 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
         dev: counted,
         cache,
         writes,
-        flush_lock: Mutex::new(()),
         names: Namespace::new(map, seq),
         opts: opts.clone(),
         mounted: AtomicBool::new(true),
         unloading: AtomicBool::new(false),
-        forked: AtomicBool::new(false),
+        born: Birth::now(),
         ended: Arc::default(),
         block: io_unit,
         block_size: u64::from(info.block_size),

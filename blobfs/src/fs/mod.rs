@@ -24,7 +24,7 @@
 //! 2. `Inode::sync_lock`: one sync or truncation of a file at a time.
 //! 3. `Inode::tail`, the append lock: appends, overwrites, allocation.
 //! 4. The blobstore's own.
-//! 5. `Core::flush_lock`: one flush of the device at a time.
+//! 5. The lock of `Flushes`: one flush of the device at a time.
 //! 6. Leaves, never held while the device is waited for: the map of names, `FileCache::lock`, the
 //!    cache's shards. And the shared channels' locks, held while their owner sleeps, in slices of a
 //!    millisecond.
@@ -40,6 +40,7 @@ mod error;
 mod exit;
 mod file;
 mod fill;
+mod flushes;
 mod frame;
 mod grow;
 mod inode;
@@ -51,6 +52,7 @@ mod names;
 mod ops;
 mod options;
 mod path;
+mod pins;
 mod pool;
 mod read;
 mod space;
@@ -59,6 +61,13 @@ mod tail;
 mod unflushed;
 mod view;
 mod write;
+
+/// What [`flushes`] and [`pins`] are made of; their models have others.
+mod primitives {
+    pub(crate) use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+    pub(crate) use parking_lot::Mutex;
+}
 
 pub use ahead::ReadHandle;
 pub use cache::CacheStats;

@@ -64,7 +64,7 @@ pub struct DirEntry {
 }
 
 /// Space and counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StatFs {
     /// Bytes for files, without those kept back.
@@ -421,6 +421,12 @@ impl FileSystem {
             file: Some(file),
             id,
         })
+    }
+
+    /// Whether the mount was made by the process that this one was forked from: every call answers
+    /// [`FsError::Forked`] then.
+    pub fn is_inherited(&self) -> bool {
+        self.core().check_fork().is_err()
     }
 
     /// Counters of the page cache.

@@ -659,7 +659,7 @@ impl Core {
 
     /// Whether an unmount has still something to do.
     pub fn is_unfinished(&self) -> bool {
-        !self.forked.load(Ordering::Acquire)
+        self.born.is_here()
             && (self.mounted.load(Ordering::Acquire) || self.unloading.load(Ordering::Acquire))
     }
 

@@ -74,9 +74,13 @@ impl File {
 }
 
 impl FileSystem {
-    /// Space and counts. Linear in the number of files; [`FileSystem::free_bytes`] is not.
+    /// Space and counts. Linear in the number of files; [`FileSystem::free_bytes`] is not. In a forked child,
+    /// which has no mount, nothing is there: all are 0.
     pub fn statfs(&self) -> StatFs {
         let core = self.core();
+        if core.check_fork().is_err() {
+            return StatFs::default();
+        }
         let pages = core.store.md_pages();
         StatFs {
             total: (core.store.total_clusters() - core.store.reserved_clusters()) * core.cluster,
@@ -91,9 +95,12 @@ impl FileSystem {
         }
     }
 
-    /// Bytes that can still be written; see [`StatFs::free`].
+    /// Bytes that can still be written; see [`StatFs::free`]. In a forked child 0.
     pub fn free_bytes(&self) -> u64 {
-        self.core().free_bytes()
+        match self.core().check_fork() {
+            Ok(()) => self.core().free_bytes(),
+            Err(_) => 0,
+        }
     }
 
     /// Takes what the device has beyond the file system, and gives it metadata pages for its size, or

@@ -115,7 +115,7 @@ impl Core {
     }
 
     fn needs_flush(&self, ino: &Inode) -> bool {
-        self.write_cache && ino.unflushed.load(Ordering::Acquire) > self.writes.flushed()
+        self.write_cache && ino.unflushed.load(Ordering::Acquire) > self.writes.flushes.covered()
     }
 
     /// Writes the root with the length `len`, whose bytes are durable. A file that was written in
