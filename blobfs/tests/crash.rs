@@ -116,6 +116,9 @@ fn state_after_on(image: &CrashImage, allowed: &[&[String]], what: &str, ability
     if !allowed.contains(&&found[..]) {
         panic!("{what}: neither old nor new:\nfound {found:#?}\nallowed {allowed:#?}");
     }
+    if dev.len_events() > 0 {
+        cut_in_the_load(image, allowed, what, ability);
+    }
     // It can be used.
     let id = store.create(&CreateOptions {
         num_clusters: 1,
@@ -142,6 +145,24 @@ fn state_after_on(image: &CrashImage, allowed: &[&[String]], what: &str, ability
         found,
         "{what}: after an orderly unload"
     );
+}
+
+/// A load that has something to mend is cut as well: the next one finds the old or the new state, too.
+fn cut_in_the_load(image: &CrashImage, allowed: &[&[String]], what: &str, ability: Ability) {
+    let dev = able(image.clone(), true, 5, ability);
+    drop(load(&dev));
+    let mut points = dev.crash_points();
+    while points.advance().is_some() {
+        for all in [false, true] {
+            let image = points.image(&mut |_| all);
+            let found = describe(&load(&able(image, false, 0, ability)));
+            let position = points.position();
+            assert!(
+                allowed.contains(&&found[..]),
+                "{what}, cut in the load after event {position}: neither old nor new:\n{found:#?}"
+            );
+        }
+    }
 }
 
 /// A small store with a few blobs of all kinds, a long extent table among them.
@@ -642,7 +663,9 @@ fn blobs_of(store: &Blobstore) -> Vec<String> {
 /// Cuts power everywhere in a growth of the metadata region: the same blobs under the same ids before and
 /// after, whatever part of the unsettled writes is lost, and after a second cut while it is mended.
 fn cut_growth(name: &str, base: &CrashImage, op: impl Fn(&Blobstore), moves: bool) {
-    for (block_size, tear_bytes, write_cache) in [(4096, 4096, false), (4096, 4096, true)] {
+    for (block_size, tear_bytes, write_cache) in
+        [(4096, 4096, false), (4096, 4096, true), (512, 512, true)]
+    {
         let options = CrashOptions {
             block_size,
             write_cache,

@@ -20,6 +20,17 @@ fn failing_writes_and_reads() {
 }
 
 #[test]
+fn failing_writes_of_metadata() {
+    let faults = Faults {
+        metadata: true,
+        ..Faults::default()
+    };
+    rounds("failing writes of metadata", 4, faults, 1, 160);
+    let faults = Faults { io: true, ..faults };
+    rounds("failing writes of data and metadata", 4, faults, 1, 160);
+}
+
+#[test]
 fn failing_flushes_too() {
     let faults = Faults {
         io: true,
