@@ -875,3 +875,33 @@ fn methods_that_operators_use() {
     let e = call("spdk_kill_instance", json!({ "sig_name": "SIGWINCH" })).unwrap_err();
     assert!(e.message.contains("SIGTERM"), "{e}");
 }
+
+/// S16: a configuration that never ends, or that nobody writes.
+#[test]
+fn what_is_no_file_is_no_configuration() {
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = dir.path().join("fifo");
+    assert!(
+        std::process::Command::new("mkfifo")
+            .arg(&fifo)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let long = dir.path().join("long");
+    std::fs::File::create(&long)
+        .unwrap()
+        .set_len(17 << 20)
+        .unwrap();
+    for (path, why) in [
+        (fifo.as_path(), "not a regular file"),
+        (Path::new("/dev/zero"), "not a regular file"),
+        (dir.path(), "not a regular file"),
+        (long.as_path(), "longer than"),
+    ] {
+        let error = config::load_file(&App::new(), path)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(why), "{}: {error}", path.display());
+    }
+}

@@ -22,6 +22,7 @@ mod nvme;
 mod process_methods;
 mod query_methods;
 
+use std::io::Read as _;
 use std::path::Path;
 
 use serde_json::value::RawValue;
@@ -145,15 +146,20 @@ pub fn load_file(app: &App, path: &Path) -> Result<(), ConfigError> {
         key: None,
         message,
     };
-    let len = std::fs::metadata(path)
-        .map_err(|e| error(e.to_string()))?
-        .len();
-    if len > MAX_LEN {
+    // Opening a FIFO would wait for somebody who writes, and a device may never end.
+    let found = std::fs::metadata(path).map_err(|e| error(e.to_string()))?;
+    if !found.is_file() {
+        return Err(error("not a regular file".to_owned()));
+    }
+    let mut text = String::new();
+    std::fs::File::open(path)
+        .and_then(|opened| opened.take(MAX_LEN + 1).read_to_string(&mut text))
+        .map_err(|e| error(e.to_string()))?;
+    if text.len() as u64 > MAX_LEN {
         return Err(error(format!(
-            "{len} bytes: no configuration is longer than {MAX_LEN}"
+            "longer than {MAX_LEN} bytes, which no configuration is"
         )));
     }
-    let text = std::fs::read_to_string(path).map_err(|e| error(e.to_string()))?;
     load(app, &file, &text)
 }
 

@@ -282,14 +282,21 @@ impl RingChannel {
         let Some(flight) = self.slots.get_mut(i as usize).and_then(Option::as_mut) else {
             return;
         };
+        let is_over = |d: &Discarding| d.over.load(Ordering::Acquire);
+        if result < 0 && flight.discard.as_ref().is_some_and(|d| !is_over(d)) {
+            // The wait has ended, by an abort or an error. The thread goes on discarding, and what is
+            // written to these blocks from now on would be lost: the operation ends with the thread.
+            match &mut self.broken {
+                None => self.push(i),
+                Some(broken) => broken.discards.push(i),
+            }
+            return;
+        }
+        let discarded = flight.discard.take();
+        let errno = discarded.map_or(0, |d| d.errno.load(Ordering::Acquire));
         let result = match u32::try_from(result) {
-            Ok(n) => match flight.discard.take() {
-                Some(discard) => match discard.errno.load(Ordering::Acquire) {
-                    0 => Ok(n),
-                    errno => Err(errno),
-                },
-                None => Ok(n),
-            },
+            Ok(n) if errno == 0 => Ok(n),
+            Ok(_) => Err(errno),
             Err(_) => Err(-result),
         };
         let outcome = match &flight.slot.op {
@@ -442,7 +449,19 @@ impl InFlight {
         }
     }
 
+    /// Waits for the thread that discards, and starts it first if it is not there yet.
     fn discard(&mut self, shared: &Arc<Shared>, at: u64, len: u64) -> io::Result<squeue::Entry> {
+        let discard = match &mut self.discard {
+            Some(discard) => discard,
+            none => none.insert(Discarding::start(shared, at, len)?),
+        };
+        let fd = types::Fd(discard.event.as_raw_fd());
+        Ok(opcode::Read::new(fd, discard.counter.as_mut_ptr(), 8).build())
+    }
+}
+
+impl Discarding {
+    fn start(shared: &Arc<Shared>, at: u64, len: u64) -> io::Result<Discarding> {
         let event = sys::eventfd()?;
         let mut signal = event.try_clone()?;
         let errno = Arc::new(AtomicI32::new(0));
@@ -457,14 +476,12 @@ impl InFlight {
                 ended.store(true, Ordering::Release);
                 let _ = signal.write_all(&1_u64.to_ne_bytes());
             })?;
-        let discard = self.discard.insert(Discarding {
+        Ok(Discarding {
             event,
             errno,
             over,
             counter: [0; 8],
-        });
-        let fd = types::Fd(discard.event.as_raw_fd());
-        Ok(opcode::Read::new(fd, discard.counter.as_mut_ptr(), 8).build())
+        })
     }
 }
 
@@ -747,6 +764,52 @@ mod tests {
             }
         }
         panic!("the operation does not end");
+    }
+
+    /// B22: an abort ends the wait for a discard and not the discard; and its result is nobody else's.
+    #[test]
+    fn an_aborted_discard_ends_when_it_is_done() {
+        let (_dir, shared) = shared(true);
+        let mut channel = RingChannel::new(Arc::clone(&shared)).unwrap();
+        let unmap = Op::Unmap {
+            lba: 0,
+            len_blocks: 8,
+        };
+        // As if the device took `BLKDISCARD`: a thread is at it.
+        let mut flight = flight(unmap, &shared);
+        flight.slot.step = Step::Discard;
+        let event = sys::eventfd().unwrap();
+        let mut signal = event.try_clone().unwrap();
+        let (errno, over) = (
+            Arc::new(AtomicI32::new(0)),
+            Arc::new(AtomicBool::new(false)),
+        );
+        flight.discard = Some(Discarding {
+            event,
+            errno: Arc::clone(&errno),
+            over: Arc::clone(&over),
+            counter: [0; 8],
+        });
+        let number = channel.free.pop().unwrap();
+        channel.slots[number as usize] = Some(Box::new(flight));
+        channel.in_flight = 1;
+        channel.completed(number, -libc::ECANCELED);
+        let mut out = Vec::new();
+        assert_eq!(channel.poll(&mut out), 0, "the thread is still at it");
+        errno.store(libc::EIO, Ordering::Release);
+        over.store(true, Ordering::Release);
+        signal.write_all(&1_u64.to_ne_bytes()).unwrap();
+        while channel.poll(&mut out) == 0 {
+            channel.wait(Duration::from_secs(1)).unwrap();
+        }
+        assert!(out[0].result.is_err(), "{:?}", out[0]);
+        // The next operation of the slot has a result of its own.
+        channel.submit(2, write(false)).unwrap();
+        out.clear();
+        while channel.poll(&mut out) == 0 {
+            channel.wait(Duration::from_secs(1)).unwrap();
+        }
+        assert!(out[0].result.is_ok(), "{:?}", out[0]);
     }
 
     #[test]
