@@ -4,13 +4,11 @@ fn main() {
     println!("cargo::rerun-if-changed=shim");
     println!("cargo::rerun-if-env-changed=DOCS_RS");
     // docs.rs has no RocksDB and links nothing.
-    #[cfg(feature = "rocksdb")]
     if std::env::var_os("DOCS_RS").is_none() {
         shim::compile();
     }
 }
 
-#[cfg(feature = "rocksdb")]
 mod shim {
     use std::env;
     use std::path::PathBuf;

@@ -2,6 +2,13 @@
 # and hands over the RocksDB library that `scripts/rocksdb` has compiled.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# The packages below RocksDB, tested in the dev profile with debug assertions, and those that link it, in the one profile that it is
+# compiled in. Always whole: with another selection cargo compiles the dependencies with other features.
+# shellcheck disable=SC2034
+low=(-p pumice-io -p pumice-nvme -p pumice-nvme-soft -p pumice-bdev -p pumice-bdev-control -p pumice-bdev-testkit -p pumice-blobfs -p pumice-rig)
+# shellcheck disable=SC2034
+high=(--release -p pumice -p pumice-cli -p pumice-bench -p pumice-examples)
+
 # A target directory outside the clone is used where one exists, so that clones share what takes long to compile.
 shared_target="${XDG_CACHE_HOME:-$HOME/.cache}/pumice/target"
 if [ -z "${CARGO_TARGET_DIR:-}" ] && [ -d "$shared_target" ]; then

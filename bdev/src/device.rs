@@ -1,12 +1,13 @@
 //! The two traits that a module implements, and what a device says of itself.
 
 use std::ops::Range;
-use std::os::fd::RawFd;
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
+
+use pumice_io::process::Birth;
 
 use crate::error::{BdevError, IoError, IoErrorKind};
 use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
-use crate::process::Birth;
 
 /// What a device is. Fixed for the life of the [`BlockDevice`].
 #[derive(Debug, Clone)]
@@ -280,7 +281,7 @@ pub trait IoChannel: Send {
     /// A descriptor that polls readable when a completion may be there, for event loops and for
     /// devices that wait for several channels at once. What was submitted must have been handed to
     /// the device by [`IoChannel::poll`] before.
-    fn event_fd(&self) -> Option<RawFd> {
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 }

@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use pumice_io::uri::UriError;
+
 use crate::op::{Op, OpKind};
 
 /// What went wrong with an I/O operation.
@@ -259,6 +261,7 @@ pub enum BdevError {
         hint: String,
     },
     /// The NVMe driver's own.
+    #[cfg(feature = "nvme")]
     #[error(transparent)]
     Nvme {
         /// What went wrong.
@@ -314,6 +317,15 @@ pub enum BdevError {
     Io(#[from] Box<IoError>),
 }
 
+impl From<UriError> for BdevError {
+    fn from(e: UriError) -> BdevError {
+        BdevError::InvalidUri {
+            uri: e.uri,
+            reason: e.reason,
+        }
+    }
+}
+
 fn owner(pid: Option<u32>) -> String {
     const OTHER: &str = "stop it or use another device";
     match pid {
@@ -329,8 +341,6 @@ fn owner(pid: Option<u32>) -> String {
 impl BdevError {
     /// The errno that says the same.
     pub fn errno(&self) -> i32 {
-        use pumice_nvme::NvmeError;
-        use pumice_nvme::transport::TransportError;
         match self {
             BdevError::NotFound { .. } | BdevError::Removed { .. } => libc::ENODEV,
             BdevError::Exists { .. } => libc::EEXIST,
@@ -342,13 +352,8 @@ impl BdevError {
             BdevError::Unsupported { .. } => libc::ENOTSUP,
             BdevError::Dma { .. } => libc::ENOMEM,
             BdevError::Os { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
-            BdevError::Nvme { source } => match source {
-                NvmeError::NotReady { .. }
-                | NvmeError::Transport(TransportError::Timeout { .. }) => libc::ETIMEDOUT,
-                NvmeError::NoNamespace { .. } => libc::ENODEV,
-                NvmeError::NoQueues { .. } => libc::EBUSY,
-                _ => libc::EIO,
-            },
+            #[cfg(feature = "nvme")]
+            BdevError::Nvme { source } => source.errno(),
             BdevError::Io(_) => libc::EIO,
             BdevError::InvalidUri { .. }
             | BdevError::InvalidOption { .. }
@@ -356,7 +361,8 @@ impl BdevError {
         }
     }
 
-    pub(crate) fn os(device: impl Into<String>, what: impl Into<String>, e: io::Error) -> Self {
+    /// A system call failed: on which device or path, what, why.
+    pub fn os(device: impl Into<String>, what: impl Into<String>, e: io::Error) -> Self {
         BdevError::Os {
             device: device.into(),
             what: what.into(),

@@ -1,4 +1,4 @@
-//! Block devices: one trait, a channel per thread, modules, configuration, RPC.
+//! Block devices: one trait, a channel per thread, modules, a registry.
 //!
 //! ```
 //! use pumice_bdev::{AsyncChannel, DmaBuf};
@@ -19,7 +19,8 @@
 //! # The contract
 //!
 //! A [`BlockDevice`] is shared by threads; an [`IoChannel`] belongs to one thread at a time (it may
-//! be moved). [`conformance::run`] checks in one line what follows.
+//! be moved). The crate `pumice-bdev-testkit` checks in one line
+//! (`conformance::run`) what follows.
 //!
 //! **Geometry.** [`DeviceInfo::block_size`] is a power of two, at least 512. Addresses and
 //! `len_blocks` count blocks; lengths of data are those of the buffers and are whole blocks.
@@ -74,57 +75,47 @@
 //! | [`error_inject`] | another device, failing on demand |
 //! | [`split`] | a part of another device |
 //! | [`raid0`] | several devices, striped |
-//! | [`crashsim`] | memory that says what a power cut would have left |
 //!
 //! Modules that come (mirrors, encryption, partitions, logical volumes) stand beside these: a file
-//! or folder here, a row in `config/methods.rs`, a test that runs [`conformance::run`].
+//! or folder here, a row in the control crate's `config/methods.rs`, a test that runs `conformance::run`.
 //!
-//! Around them: the [`registry`] (names, claims, hot removal, statistics), [`config`] (SPDK's JSON
-//! files), [`rpc`] (JSON-RPC on a Unix socket), [`metrics`] (Prometheus), [`logging`] (levels by
-//! component; every I/O is a `tracing` span at trace level, target `pumice_bdev::io`).
+//! Around them: the [`registry`] (names, claims, hot removal, statistics). Every I/O is a `tracing` span at trace level, target
+//! `pumice_bdev::io`. The crate `pumice-bdev-control` configures and observes: SPDK's JSON files, JSON-RPC, metrics, logging.
 
-pub mod clock;
-pub mod config;
-pub mod conformance;
 pub mod contents;
-pub mod crashsim;
 pub mod delay;
 mod device;
 mod error;
 pub mod error_inject;
 mod executor;
-mod flush_fault;
-
 pub mod file;
-pub mod logging;
+mod flush_fault;
 pub mod malloc;
-pub mod metrics;
+mod module;
 pub mod null;
+#[cfg(feature = "nvme")]
 pub mod nvme;
 mod op;
 pub mod passthru;
-mod pollfd;
 mod queue;
 pub mod raid0;
 pub mod read_only;
 pub mod registry;
-pub mod rpc;
 mod signatures;
 mod slots;
 pub mod split;
 pub mod stats;
-pub mod terminal;
 mod uri;
 pub mod uuid;
-mod zeroed;
 
 pub use device::{BlockDevice, DeviceInfo, HostSpace, IoChannel};
 pub use error::{BdevError, IoError, IoErrorKind};
 pub use executor::{AsyncChannel, Io, IoOutcome, join_all};
 pub use op::{CompareAndWrite, Completion, Op, OpKind, OpSet, SubmitError, ZoneAction};
-pub use pumice_nvme::dma::{DmaBuf, DmaError, DmaSlice};
-pub use pumice_nvme::process;
-pub use uri::{OpenOptions, file_uri, open, open_with, parse_size};
+pub use pumice_io::dma::{DmaBuf, DmaError, DmaSlice};
+pub use pumice_io::process;
+pub use pumice_io::uri::{file_uri, parse_size};
+pub use uri::{OpenOptions, open, open_with};
 
 /// The README's example, as a test.
 #[cfg(doctest)]

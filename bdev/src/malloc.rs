@@ -9,14 +9,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::RwLock;
+use pumice_io::sys::Zeroed;
+use pumice_io::uri::Uri;
 
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::{BdevError, IoError, IoErrorKind};
+use crate::module::Module;
 use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
 use crate::queue::{Completed, refuse};
-use crate::uri::{Uri, size_in_rest};
+use crate::uri::size_in_place;
 use crate::uuid;
-use crate::zeroed::Zeroed;
 
 /// Smallest piece of memory that is taken at a time: a huge page, since random access to small
 /// ones costs a walk through the page tables each time.
@@ -502,12 +504,18 @@ impl Drop for MallocChannel {
     }
 }
 
-pub(crate) fn open_uri(uri: &mut Uri<'_>) -> Result<Arc<dyn BlockDevice>, BdevError> {
-    let block_size = uri.number("block_size")?.unwrap_or(512);
+/// Devices by URI.
+pub(crate) static MODULE: Module = Module {
+    examples: &["malloc://1G"],
+    open: |uri, _| open_uri(uri),
+};
+
+fn open_uri(uri: &mut Uri) -> Result<Arc<dyn BlockDevice>, BdevError> {
+    let block_size = uri.number("block_size", 0..=u64::MAX)?.unwrap_or(512);
     let options = MallocOptions {
         name: uri.option("name"),
         block_size,
-        num_blocks: size_in_rest(uri, block_size)?,
+        num_blocks: size_in_place(uri, block_size)?,
         ..MallocOptions::default()
     };
     uri.finish()?;

@@ -6,12 +6,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use pumice_io::uri::Uri;
+
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
 use crate::malloc::check_geometry;
+use crate::module::Module;
 use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
 use crate::queue::{Completed, refuse};
-use crate::uri::{Uri, size_in_rest};
+use crate::uri::size_in_place;
 use crate::uuid;
 
 /// A block device that does nothing.
@@ -90,10 +93,16 @@ impl IoChannel for NullChannel {
     }
 }
 
-pub(crate) fn open_uri(uri: &mut Uri<'_>) -> Result<Arc<dyn BlockDevice>, BdevError> {
-    let block_size = uri.number("block_size")?.unwrap_or(512);
+/// Devices by URI.
+pub(crate) static MODULE: Module = Module {
+    examples: &["null://1T"],
+    open: |uri, _| open_uri(uri),
+};
+
+fn open_uri(uri: &mut Uri) -> Result<Arc<dyn BlockDevice>, BdevError> {
+    let block_size = uri.number("block_size", 0..=u64::MAX)?.unwrap_or(512);
     let name = uri.option("name");
-    let num_blocks = size_in_rest(uri, block_size)?;
+    let num_blocks = size_in_place(uri, block_size)?;
     uri.finish()?;
     Ok(Arc::new(Null::new(name, block_size, num_blocks, None)?))
 }

@@ -93,7 +93,7 @@ impl IoChannel for PassthruChannel {
         self.base.in_flight()
     }
 
-    fn event_fd(&self) -> Option<std::os::fd::RawFd> {
+    fn event_fd(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
         self.base.event_fd()
     }
 }

@@ -8,11 +8,12 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pumice_io::sys::wait_readable;
+
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::{BdevError, IoError, IoErrorKind};
 use crate::flush_fault::FlushFault;
 use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
-use crate::pollfd;
 use crate::queue::refuse;
 use crate::slots::Slots;
 use crate::{DmaBuf, DmaSlice};
@@ -608,11 +609,10 @@ impl IoChannel for RaidChannel {
         if let [leg] = &mut busy[..] {
             return leg.channel.wait(timeout);
         }
-        let fds: Option<Vec<_>> = busy.iter().map(|l| l.channel.event_fd()).collect();
-        if let Some(fds) = fds {
-            if fds.is_empty() {
-                return Ok(());
-            }
+        if busy.is_empty() {
+            return Ok(());
+        }
+        if busy.iter().all(|l| l.channel.event_fd().is_some()) {
             // Handed to the devices first; a poll of the caller finds what is there already.
             for leg in &mut busy {
                 leg.channel.poll(&mut self.reaped);
@@ -620,8 +620,10 @@ impl IoChannel for RaidChannel {
             if !self.reaped.is_empty() {
                 return Ok(());
             }
-            let waited = pollfd::wait_readable(&fds, timeout);
-            return waited.map_err(|e| BdevError::os(&self.info.name, "waiting for the legs", e));
+            let fds: Vec<_> = busy.iter().filter_map(|l| l.channel.event_fd()).collect();
+            return wait_readable(&fds, Some(timeout))
+                .map(drop)
+                .map_err(|e| BdevError::os(&self.info.name, "waiting for the legs", e));
         }
         // A leg without a descriptor: a little on each, in turn.
         let step = (timeout / 4).min(Duration::from_micros(100));

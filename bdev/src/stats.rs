@@ -21,7 +21,7 @@ pub struct OpStats {
     pub bytes: u64,
     /// Operations that failed.
     pub errors: u64,
-    /// Sum of latencies, in ticks of [`crate::clock::Clock`].
+    /// Sum of latencies, in ticks of [`pumice_io::sys::Clock`].
     pub latency_ticks: u64,
     /// Shortest; 0 when there was none.
     pub min_latency_ticks: u64,

@@ -3,8 +3,6 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use pumice_bdev::conformance::{self, ModelOptions};
-use pumice_bdev::crashsim::{CrashDevice, CrashImage, CrashOptions};
 use pumice_bdev::delay::{Delay, Latencies};
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::file::{File, FileOptions};
@@ -13,6 +11,8 @@ use pumice_bdev::passthru::Passthru;
 use pumice_bdev::raid0::Raid0;
 use pumice_bdev::split::Split;
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, IoErrorKind, Op, OpKind, open};
+use pumice_bdev_testkit::conformance::{self, ModelOptions};
+use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions};
 
 fn malloc(size: &str) -> Arc<dyn BlockDevice> {
     open(&format!("malloc://{size}")).unwrap()

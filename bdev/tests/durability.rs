@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use pumice_bdev::crashsim::{CrashDevice, CrashImage};
 use pumice_bdev::delay::{Delay, Latencies};
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::passthru::Passthru;
@@ -11,6 +10,7 @@ use pumice_bdev::raid0::Raid0;
 use pumice_bdev::registry::Registry;
 use pumice_bdev::split::Split;
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, DmaSlice, Op, OpKind};
+use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 

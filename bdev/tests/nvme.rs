@@ -5,28 +5,30 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use pumice_bdev::config::App;
 use pumice_bdev::registry::{Registry, TimeoutAction};
 use pumice_bdev::{
-    AsyncChannel, BdevError, BlockDevice, DmaBuf, IoErrorKind, Op, SubmitError, conformance, open,
+    AsyncChannel, BdevError, BlockDevice, DmaBuf, IoErrorKind, Op, SubmitError, open,
 };
-use pumice_nvme::soft::{
-    Fault, FaultRule, MemoryBackend, SoftConfig, SoftController, SoftNamespace,
-};
+use pumice_bdev_control::config::App;
 use pumice_nvme::spec::{IoOpcode, Status};
 use pumice_nvme::{Controller, ControllerOptions};
+use pumice_nvme_soft::{
+    Fault, FaultRule, MemoryBackend, SoftConfig, SoftController, SoftNamespace,
+};
 use serde_json::json;
 
 #[test]
 fn a_namespace_conforms() {
-    conformance::run(&*open("soft://memory?size=8M").unwrap());
-    conformance::run(&*open("soft://memory?size=8M&block_size=4096&write_cache=1&mdts=1").unwrap());
+    pumice_bdev_testkit::conformance::run(&*open("soft://memory?size=8M").unwrap());
+    pumice_bdev_testkit::conformance::run(
+        &*open("soft://memory?size=8M&block_size=4096&write_cache=1&mdts=1").unwrap(),
+    );
 }
 
 #[test]
 fn few_queues_are_shared() {
     let dev = open("soft://memory?size=8M&queues=2").unwrap();
-    conformance::run(&*dev);
+    pumice_bdev_testkit::conformance::run(&*dev);
     let channels: Vec<_> = (0..5)
         .map(|_| AsyncChannel::new(dev.open_channel().unwrap()))
         .collect();
@@ -49,7 +51,7 @@ fn few_queues_are_shared() {
 #[test]
 fn one_queue_pair_serves_every_channel() {
     let dev = open("soft://memory?size=8M&queues=1").unwrap();
-    conformance::run(&*dev);
+    pumice_bdev_testkit::conformance::run(&*dev);
     let soft = SoftController::new({
         let disk = || SoftNamespace::new(Box::new(MemoryBackend::new(1 << 20)), 512);
         let mut config = SoftConfig::new(vec![disk(), disk()]);
@@ -235,14 +237,14 @@ fn attach_names_every_namespace_and_detach_takes_them_away() {
     assert_eq!(names, json!(["Nvme0n1", "Nvme0n2"]));
     let e = app.registry.open("Nvme0").unwrap_err().to_string();
     assert_eq!(e, "no bdev `Nvme0`; did you mean `Nvme0n1`?");
-    conformance::run(&*app.registry.open("Nvme0n2").unwrap());
+    pumice_bdev_testkit::conformance::run(&*app.registry.open("Nvme0n2").unwrap());
     let list = app.call("bdev_nvme_get_controllers", &json!({})).unwrap();
     assert_eq!(list[0]["ctrlrs"][0]["state"], "enabled");
     let saved = app.config().to_string();
     app.call("bdev_nvme_detach_controller", &json!({ "name": "Nvme0" }))
         .unwrap();
     assert!(app.registry.names().is_empty());
-    pumice_bdev::config::load(&app, "saved", &saved).unwrap();
+    pumice_bdev_control::config::load(&app, "saved", &saved).unwrap();
     assert_eq!(app.registry.names(), ["Nvme0n1", "Nvme0n2"]);
     let e = app.call(
         "bdev_nvme_attach_controller",

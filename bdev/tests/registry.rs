@@ -11,7 +11,7 @@ use pumice_bdev::passthru::Passthru;
 use pumice_bdev::raid0::Raid0;
 use pumice_bdev::registry::{Event, Registry, TimeoutAction};
 use pumice_bdev::{
-    AsyncChannel, BdevError, BlockDevice, DmaBuf, IoErrorKind, Op, OpKind, SubmitError, conformance,
+    AsyncChannel, BdevError, BlockDevice, DmaBuf, IoErrorKind, Op, OpKind, SubmitError,
 };
 
 fn malloc(registry: &Registry, name: &str) {
@@ -33,7 +33,7 @@ fn claim(registry: &Registry, name: &str, by: &str) -> Arc<dyn BlockDevice> {
 fn a_registered_device_conforms() {
     let registry = Registry::new();
     malloc(&registry, "M");
-    conformance::run(&*registry.open("M").unwrap());
+    pumice_bdev_testkit::conformance::run(&*registry.open("M").unwrap());
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::process::Command;
 
 #[test]
 fn rocksdb_has_its_fast_checksum() {
-    if !pumice_nvme::cpu::has_fast_crc32c() {
+    if !pumice_io::cpu::has_fast_crc32c() {
         println!(
             "skipped: rocksdb_has_its_fast_checksum: built without SSE4.2 and PCLMULQDQ; scripts/test builds with them"
         );
@@ -28,7 +28,7 @@ fn rocksdb_has_its_fast_checksum() {
 
 #[test]
 fn an_older_processor_gets_one_line() {
-    if !pumice_nvme::cpu::has_fast_crc32c() {
+    if !pumice_io::cpu::has_fast_crc32c() {
         println!("skipped: an_older_processor_gets_one_line: built for any x86-64");
         return;
     }

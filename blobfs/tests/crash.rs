@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use common::*;
 use pumice_bdev::BlockDevice;
-use pumice_bdev::crashsim::{CrashDevice, CrashImage, CrashOptions, Unsettled};
+use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions, Unsettled};
 use pumice_blobfs::blobstore::check::{Severity, check, repair};
 use pumice_blobfs::blobstore::{BlobId, Blobstore, CreateOptions, InitOptions, LoadOptions};
 use rand::prelude::*;

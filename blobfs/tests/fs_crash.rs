@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use pumice_bdev::BlockDevice;
-use pumice_bdev::crashsim::{CrashDevice, CrashImage, CrashOptions};
+use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions};
 use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, OpenOptions};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};

@@ -5,9 +5,9 @@ mod common;
 use std::sync::Arc;
 
 use common::*;
-use pumice_bdev::crashsim::CrashDevice;
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{BlockDevice, OpKind};
+use pumice_bdev_testkit::crashsim::CrashDevice;
 use pumice_blobfs::fs::{Access, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions};
 
 fn setup() -> (Arc<ErrorDevice>, FileSystem) {

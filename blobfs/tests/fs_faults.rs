@@ -12,8 +12,8 @@ use common::faults::*;
 use common::memory;
 use common::watchdog::watchdog;
 use pumice_bdev::OpKind;
-use pumice_bdev::crashsim::CrashDevice;
 use pumice_bdev::error_inject::ErrorDevice;
+use pumice_bdev_testkit::crashsim::CrashDevice;
 use pumice_blobfs::fs::{Access, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions};
 
 const MIB: usize = 1 << 20;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use common::*;
 use pumice_bdev::BlockDevice;
-use pumice_bdev::crashsim::{CrashDevice, CrashImage, CrashOptions};
+use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions};
 use pumice_blobfs::fs::{File, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};

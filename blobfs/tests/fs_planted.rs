@@ -10,9 +10,9 @@ use std::time::Duration;
 use common::faults::*;
 use common::memory;
 use common::watchdog::watchdog;
-use pumice_bdev::crashsim::{CrashDevice, CrashImage, CrashOptions};
 use pumice_bdev::error_inject::{ErrorDevice, Failure};
 use pumice_bdev::{BlockDevice, OpKind};
+use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions};
 use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, OpenOptions, ReadRequest};
 
 const MIB: usize = 1 << 20;

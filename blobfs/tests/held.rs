@@ -11,9 +11,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::*;
-use pumice_bdev::crashsim::CrashDevice;
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{BlockDevice, DmaBuf, OpKind};
+use pumice_bdev_testkit::crashsim::CrashDevice;
 use pumice_blobfs::blobstore::{
     Blob, BlobId, Blobstore, CreateOptions, Error, InitOptions, LoadOptions,
 };

@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use common::*;
 use flaky::{Flaky, Plan};
-use pumice_bdev::crashsim::{CrashDevice, CrashImage, CrashOptions};
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{BlockDevice, DmaBuf, IoErrorKind, OpKind};
+use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions};
 use pumice_blobfs::blobstore::check::check;
 use pumice_blobfs::blobstore::{BlobId, Blobstore, CreateOptions, Error, InitOptions, LoadOptions};
 

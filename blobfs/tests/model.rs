@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use common::*;
-use pumice_bdev::crashsim::{CrashDevice, CrashImage, CrashOptions};
 use pumice_bdev::{BlockDevice, DmaBuf};
+use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions};
 use pumice_blobfs::blobstore::check::check;
 use pumice_blobfs::blobstore::{
     BlobId, Blobstore, ClearMethod, CreateOptions, Error, InitOptions, LoadOptions, Parent,

@@ -11,7 +11,7 @@ use std::time::Duration;
 use pumice_bdev::registry::Registry;
 use pumice_bdev::{
     AsyncChannel, BdevError, BlockDevice, Completion, DeviceInfo, DmaBuf, IoChannel, Op,
-    SubmitError, conformance, uuid,
+    SubmitError, uuid,
 };
 
 // 1. The device: shared by all threads, so it holds what they share.
@@ -108,7 +108,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("{}", registry.open("Malloc0").expect_err("it is claimed"));
 
     // 7. The contract, in one line.
-    conformance::run(&*meter);
+    pumice_bdev_testkit::conformance::run(&*meter);
     println!("it conforms");
 
     // 8. Removing the device below takes this one away first.

@@ -7,8 +7,8 @@
 
 use std::process::ExitCode;
 
-use pumice_bdev::config::{self, App};
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf};
+use pumice_bdev_control::config::{self, App};
 
 fn main() -> ExitCode {
     match run() {

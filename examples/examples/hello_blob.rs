@@ -7,8 +7,8 @@
 //! ```
 //! It OVERWRITES whatever the device holds.
 
-use pumice_bdev::config::{self, App};
 use pumice_bdev::{BlockDevice, DmaBuf};
+use pumice_bdev_control::config::{self, App};
 use pumice_blobfs::blobstore::{Blobstore, CreateOptions, InitOptions};
 
 fn main() {

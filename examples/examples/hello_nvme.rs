@@ -21,7 +21,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .unwrap_or_else(|| "soft://memory?size=16M".into());
 
     // The controller is reset, enabled and identified; its namespaces are listed.
-    let opened = pumice_nvme::open(&uri)?;
+    let opened = pumice_nvme_soft::open(&uri)?;
     let id = opened.controller.identify()?;
     let ns = opened.namespace()?;
     println!(

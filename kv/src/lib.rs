@@ -54,27 +54,15 @@
 //!
 //! A database belongs to the process that opened it: in a forked child an inherited one answers with
 //! errors, and dropping it does nothing.
-//!
-//! # Features
-//! `rocksdb` (default): the library above. Without it this package is only the `pumice` command,
-//! which builds in seconds.
 
-#[cfg(feature = "rocksdb")]
 mod copies;
-#[cfg(feature = "rocksdb")]
 mod db;
-#[cfg(feature = "rocksdb")]
 mod env;
-#[cfg(feature = "rocksdb")]
 mod error;
-#[cfg(feature = "rocksdb")]
 mod mount;
-#[cfg(feature = "rocksdb")]
 pub mod plugin;
-#[cfg(feature = "rocksdb")]
 mod uri;
 
-#[cfg(feature = "rocksdb")]
 pub use {
     db::{Db, DbOptions, Rocks},
     env::{EnvOptions, env},
@@ -85,17 +73,15 @@ pub use {
 };
 
 /// The block devices below, for [`mount_device`] and [`Error::Device`].
-#[cfg(feature = "rocksdb")]
 pub use pumice_bdev as bdev;
 
 /// The `rocksdb` crate that this one extends, in the version that it is built for.
-#[cfg(feature = "rocksdb")]
 pub use rocksdb;
 
 /// The README's examples, so that they compile and run.
-#[cfg(all(doctest, feature = "rocksdb"))]
+#[cfg(doctest)]
 #[doc = include_str!("../../README.md")]
 mod readme {}
-#[cfg(all(doctest, feature = "rocksdb"))]
+#[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 mod kv_readme {}

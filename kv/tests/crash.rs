@@ -9,7 +9,7 @@ use common::{key, value, watchdog};
 use pumice::rocksdb::{DBCompressionType, LogLevel, WriteOptions};
 use pumice::{DbOptions, MountOptions, mount_device};
 use pumice_bdev::BlockDevice;
-use pumice_bdev::crashsim::{CrashDevice, CrashImage};
+use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 

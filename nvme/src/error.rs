@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use pumice_io::uri::UriError;
+
 use crate::dma::DmaError;
 use crate::io::Io;
 use crate::spec::{Command, Status, decode};
@@ -118,7 +120,25 @@ pub enum NvmeError {
     },
 }
 
+impl From<UriError> for NvmeError {
+    fn from(e: UriError) -> NvmeError {
+        NvmeError::Transport(e.into())
+    }
+}
+
 impl NvmeError {
+    /// The errno that says the same.
+    pub fn errno(&self) -> i32 {
+        match self {
+            NvmeError::NotReady { .. } | NvmeError::Transport(TransportError::Timeout { .. }) => {
+                libc::ETIMEDOUT
+            }
+            NvmeError::NoNamespace { .. } => libc::ENODEV,
+            NvmeError::NoQueues { .. } => libc::EBUSY,
+            _ => libc::EIO,
+        }
+    }
+
     /// Whether the device is gone for good.
     pub fn is_removed(&self) -> bool {
         matches!(

@@ -1,17 +1,12 @@
 #![doc = include_str!("../README.md")]
 
-pub mod conformance;
 pub mod controller;
-pub mod cpu;
-pub mod dma;
 mod error;
 mod io;
 mod namespace;
 mod open;
 pub mod pci;
-pub mod process;
 pub mod queue;
-pub mod soft;
 pub mod spec;
 pub mod transport;
 
@@ -20,4 +15,5 @@ pub use error::{InvalidIo, IoError, IoErrorKind, NvmeError, SubmitError};
 pub use io::{BlockRange, Io, IoDone};
 pub use namespace::{Limits, Namespace, Supports};
 pub use open::{Opened, open, open_with};
+pub use pumice_io::dma;
 pub use queue::{AsyncQueue, QueueOptions, QueuePair};

@@ -5,12 +5,12 @@ use std::path::Path;
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
+use pumice_io::process::PerProcess;
 
 use crate::controller::{Controller, ControllerOptions, Phase};
 use crate::error::NvmeError;
 use crate::namespace::Namespace;
 use crate::pci::PciAddress;
-use crate::process::PerProcess;
 use crate::transport::{NvmeUri, check_parameters, open_transport, vfio_user_socket};
 
 /// What a URI led to.
@@ -60,7 +60,7 @@ static OPEN: PerProcess<Mutex<HashMap<String, Weak<Controller>>>> = PerProcess::
 /// [`NvmeUri`](crate::transport::NvmeUri) for the forms. Blocks for bring-up.
 ///
 /// A PCIe function or a vfio-user socket that this process has open already gives the same
-/// controller; every `soft:` URI makes a controller of its own.
+/// controller.
 pub fn open(uri: &str) -> Result<Opened, NvmeError> {
     open_with(uri, ControllerOptions::default())
 }
@@ -69,10 +69,6 @@ pub fn open(uri: &str) -> Result<Opened, NvmeError> {
 pub fn open_with(uri: &str, options: ControllerOptions) -> Result<Opened, NvmeError> {
     let uri = NvmeUri::parse(uri)?;
     let nsid = uri.nsid;
-    if uri.scheme == "soft" {
-        let controller = Controller::new(open_transport(&uri)?, options)?;
-        return Ok(Opened { controller, nsid });
-    }
     check_parameters(&uri)?;
     let key = device_key(&uri);
     // Held over bring-up: two threads that open one device get one controller.
@@ -90,7 +86,7 @@ pub fn open_with(uri: &str, options: ControllerOptions) -> Result<Opened, NvmeEr
 
 /// One text for one device, however the URI spells it.
 fn device_key(uri: &NvmeUri) -> String {
-    let address = match uri.scheme.as_str() {
+    let address = match uri.scheme() {
         "nvme" => uri.address.parse().map(|a: PciAddress| a.to_string()).ok(),
         _ => {
             let socket = vfio_user_socket(Path::new(&uri.address));
@@ -99,5 +95,5 @@ fn device_key(uri: &NvmeUri) -> String {
         }
     };
     let address = address.unwrap_or_else(|| uri.address.clone());
-    format!("{}://{address}", uri.scheme)
+    format!("{}://{address}", uri.scheme())
 }

@@ -5,12 +5,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pumice_nvme::dma::DmaBuf;
-use pumice_nvme::soft::{Fault, FaultRule, SoftConfig, SoftController};
 use pumice_nvme::spec::{AdminOpcode, AsyncEvent, AsyncEventType, IoOpcode, Status};
 use pumice_nvme::{
     Controller, ControllerEvent, ControllerOptions, InvalidIo, Io, IoErrorKind, Namespace,
     NvmeError, QueuePair, SubmitError,
 };
+use pumice_nvme_soft::{Fault, FaultRule, SoftConfig, SoftController};
 
 use common::*;
 

@@ -6,12 +6,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
-use common::*;
 use pumice_nvme::controller::Phase;
 use pumice_nvme::dma::DmaBuf;
-use pumice_nvme::soft::{Fault, FaultRule};
 use pumice_nvme::spec::{AdminOpcode, Cns, Command, FormatNvm, Status};
 use pumice_nvme::{AsyncQueue, InvalidIo, Io, NvmeError, QueuePair, SubmitError};
+use pumice_nvme_soft::{Fault, FaultRule};
+
+use common::*;
 
 mod common;
 

@@ -2,11 +2,12 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use common::*;
 use pumice_nvme::dma::DmaBuf;
-use pumice_nvme::soft::{Fault, FaultRule};
 use pumice_nvme::spec::{AdminOpcode, IoOpcode, Status};
 use pumice_nvme::{Io, NvmeError, QueueOptions, QueuePair};
+use pumice_nvme_soft::{Fault, FaultRule};
+
+use common::*;
 
 mod common;
 

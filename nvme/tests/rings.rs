@@ -1,10 +1,11 @@
 //! The rings over many rounds and resets, and completions that name the wrong command.
 
-use common::*;
 use pumice_nvme::dma::DmaBuf;
-use pumice_nvme::soft::{Fault, FaultRule};
 use pumice_nvme::spec::{IoOpcode, Status};
 use pumice_nvme::{Io, IoDone, QueuePair};
+use pumice_nvme_soft::{Fault, FaultRule};
+
+use common::*;
 
 mod common;
 

@@ -5,8 +5,10 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use pumice_io::sys::file as sys;
+
 use super::open::{FileOptions, Found, Prealloc, direct_io, lock};
-use super::{Shared, probe, sys};
+use super::{Shared, probe};
 use crate::error::BdevError;
 use crate::malloc::check_geometry;
 

@@ -14,7 +14,6 @@ mod open;
 mod probe;
 mod ring;
 mod slot;
-mod sys;
 mod threads;
 
 use std::fs::File as StdFile;
@@ -26,15 +25,17 @@ use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
+use pumice_io::process::Birth;
+use pumice_io::sys::file as sys;
+
 use crate::DmaSlice;
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::{BdevError, IoError};
 use crate::flush_fault::FlushFault;
 use crate::op::Op;
 use probe::Discard;
-use pumice_nvme::process::Birth;
 
-pub(crate) use open::open_uri;
+pub(crate) use open::MODULE;
 pub use open::{FileOptions, Prealloc};
 
 /// A block device on a file or on a block device of the kernel.

@@ -8,14 +8,17 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use pumice_io::sys::file as sys;
+use pumice_io::uri::Uri;
+
 use super::probe::{self, Backing, Discard};
-use super::{Shared, make, sys};
+use super::{Shared, make};
 use crate::contents::{self, Contents};
 use crate::device::{BlockDevice, DeviceInfo};
 use crate::error::BdevError;
 use crate::malloc::check_geometry;
+use crate::module::Module;
 use crate::op::{OpKind, OpSet};
-use crate::uri::Uri;
 use crate::uuid;
 
 /// A living owner is given this long: udev holds a lock for a moment when a device changes.
@@ -63,16 +66,19 @@ pub struct FileOptions {
     pub uuid: Option<[u8; 16]>,
 }
 
-pub(crate) fn open_uri(
-    uri: &mut Uri<'_>,
-    how: crate::OpenOptions,
-) -> Result<Arc<dyn BlockDevice>, BdevError> {
+/// Devices by URI.
+pub(crate) static MODULE: Module = Module {
+    examples: &["file:///path?size=4G"],
+    open: open_uri,
+};
+
+fn open_uri(uri: &mut Uri, how: crate::OpenOptions) -> Result<Arc<dyn BlockDevice>, BdevError> {
     let growing = how.grow_bytes().is_some();
     let size = uri.size("size")?.filter(|_| !growing);
     let options = FileOptions {
         path: uri.path(),
         name: uri.option("name"),
-        block_size: uri.number("block_size")?,
+        block_size: uri.number("block_size", 0..=u64::MAX)?,
         size,
         create: uri.flag("create")? && !growing,
         read_only: uri.flag("read_only")? || how.is_read_only(),
@@ -83,21 +89,21 @@ pub(crate) fn open_uri(
             Some("falloc") => Prealloc::Falloc,
             Some("full") => Prealloc::Full,
             Some(other) => {
-                return Err(uri.invalid(format!("prealloc={other}: use off, falloc or full")));
+                let reason = format!("prealloc={other}: use off, falloc or full");
+                return Err(uri.invalid(reason).into());
             }
         },
         uuid: None,
     };
     uri.finish()?;
     if options.path.as_os_str().is_empty() {
-        return Err(uri.invalid("no path; write file:///path/to/image"));
+        return Err(uri.invalid("no path; write file:///path/to/image").into());
     }
     match super::File::open(&options) {
-        Err(BdevError::NoSuchFile { path, .. }) if uri.path_with_options() => {
+        Err(BdevError::NoSuchFile { path, .. }) if uri.is_path_with_options() => {
             let shown = path.display();
-            Err(uri.invalid(format!(
-                "no such file; a plain path has no options: write file://{shown}"
-            )))
+            let reason = format!("no such file; a plain path has no options: write file://{shown}");
+            Err(uri.invalid(reason).into())
         }
         Ok(file) => Ok(match how.grow_bytes() {
             Some(size) => Arc::new(grow(file, size)?),

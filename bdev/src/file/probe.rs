@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use super::sys;
+use pumice_io::sys::file as sys;
 
 /// How the range of an unmap is given back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

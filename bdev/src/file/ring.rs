@@ -8,17 +8,18 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, squeue, types};
+use pumice_io::sys::file as sys;
 
 use super::slot::{Slot, Step};
 use super::threads::ThreadChannel;
-use super::{Shared, Zeroing, sys};
+use super::{Shared, Zeroing};
 use crate::device::IoChannel;
 use crate::error::{BdevError, IoErrorKind};
 use crate::op::{Completion, Op, SubmitError};
@@ -642,8 +643,10 @@ impl IoChannel for RingChannel {
         self.in_flight + threads.map_or(0, ThreadChannel::in_flight)
     }
 
-    fn event_fd(&self) -> Option<RawFd> {
-        self.broken.is_none().then(|| self.ring.as_raw_fd())
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        // SAFETY: the ring is open as long as the channel, which the result borrows.
+        let ring = || unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) };
+        self.broken.is_none().then(ring)
     }
 }
 

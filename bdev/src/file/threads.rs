@@ -9,8 +9,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use pumice_io::sys::file as sys;
+
 use super::slot::{Slot, Step};
-use super::{Shared, Zeroing, sys};
+use super::{Shared, Zeroing};
 use crate::device::IoChannel;
 use crate::error::BdevError;
 use crate::op::{Completion, Op, SubmitError};

@@ -11,16 +11,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
+use pumice_io::process::{Birth, PerProcess};
 use pumice_nvme::spec::IdentifyController;
-use pumice_nvme::transport::TransportError;
+use pumice_nvme::transport::{NvmeUri, TransportError};
 use pumice_nvme::{Controller, Namespace, NvmeError, QueueOptions};
 use serde_json::{Value, json};
 
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::{BdevError, IoError};
 use crate::flush_fault::FlushFault;
+use crate::module::Module;
 use crate::op::{Op, OpKind, OpSet};
-use crate::process::{Birth, PerProcess};
 use channel::NvmeChannel;
 use shared::{SharedChannel, SharedQueue};
 
@@ -175,7 +176,7 @@ impl From<NvmeError> for BdevError {
 /// # Errors
 /// What the driver says; a controller without a usable namespace.
 pub fn attach(base: &str, uri: &str) -> Result<(Arc<Controller>, Vec<Arc<Nvme>>), BdevError> {
-    let opened = pumice_nvme::open(uri)?;
+    let opened = pumice_nvme_soft::open(uri)?;
     let namespaces = match opened.nsid {
         Some(_) => vec![opened.namespace()?],
         None => opened.controller.namespaces(),
@@ -234,10 +235,26 @@ fn queue_options(controller: &Controller) -> QueueOptions {
     options
 }
 
+/// Devices by URI.
+pub(crate) static MODULE: Module = Module {
+    examples: &[
+        "nvme://0000:5e:00.0",
+        "vfio-user:///path/to/socket",
+        "soft://memory",
+    ],
+    open: |uri, options| {
+        // The soft controller can make an image file.
+        open_uri(&match options.is_read_only() {
+            true => uri.without("create"),
+            false => uri.to_string(),
+        })
+    },
+};
+
 /// Opens one namespace by URI: the one that it names, or the only one.
-pub(crate) fn open_uri(uri: &str) -> Result<Arc<dyn BlockDevice>, BdevError> {
+fn open_uri(uri: &str) -> Result<Arc<dyn BlockDevice>, BdevError> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
-    let opened = pumice_nvme::open(uri)?;
+    let opened = pumice_nvme_soft::open(uri)?;
     let namespace = opened.namespace()?;
     if let Some(why) = namespace.unusable() {
         return Err(BdevError::Unsupported {
@@ -392,12 +409,14 @@ impl BlockDevice for Nvme {
 }
 
 /// Transport and address of a URI, as SPDK calls them.
-fn address(uri: &str) -> (&'static str, &str) {
-    let (scheme, rest) = uri.split_once("://").unwrap_or(("soft", uri));
-    match scheme {
-        "nvme" => ("PCIe", rest.split(['/', '?']).next().unwrap_or(rest)),
-        "vfio-user" => ("VFIOUSER", rest.split('?').next().unwrap_or(rest)),
-        _ => ("SOFT", rest),
+fn address(uri: &str) -> (&'static str, String) {
+    let Ok(parsed) = NvmeUri::parse(uri) else {
+        return ("SOFT", uri.to_owned());
+    };
+    match parsed.scheme() {
+        "nvme" => ("PCIe", parsed.address),
+        "vfio-user" => ("VFIOUSER", parsed.address),
+        _ => ("SOFT", parsed.options().tail().to_owned()),
     }
 }
 

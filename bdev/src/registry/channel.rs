@@ -1,12 +1,13 @@
 //! The channel of a registered device: counts, times, bounds time, ends on removal.
 
-use std::os::fd::RawFd;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use pumice_io::sys::Clock;
+
 use super::Entry;
-use crate::clock::Clock;
 use crate::device::IoChannel;
 use crate::error::{BdevError, IoErrorKind};
 use crate::op::{Completion, Op, OpKind, SubmitError};
@@ -301,7 +302,7 @@ impl IoChannel for BdevChannel {
         self.slots.len() - self.free.len()
     }
 
-    fn event_fd(&self) -> Option<RawFd> {
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         self.inner.event_fd()
     }
 }

@@ -14,15 +14,15 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
+use pumice_io::sys::Clock;
+use pumice_io::uri::{is_path, is_uri};
 
 use crate::OpenOptions;
-use crate::clock::Clock;
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
 use crate::op::OpKind;
 use crate::read_only::ReadOnly;
 use crate::stats::{BUCKETS, ChannelStats, Stats};
-
 use channel::BdevChannel;
 pub use channel::TimeoutAction;
 pub use names::nearest;
@@ -246,7 +246,7 @@ impl Registry {
                 None => Ok(Arc::new(bdev)),
             };
         }
-        if crate::uri::is_uri(name) || crate::uri::is_path(name) {
+        if is_uri(name) || is_path(name) {
             let dev = crate::open_with(name, options)?;
             return Ok(Arc::new(self.register(dev, Vec::new())?));
         }

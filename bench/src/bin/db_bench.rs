@@ -9,11 +9,11 @@ fn main() -> ExitCode {
     let flags = match flags::parse(std::env::args().skip(1)) {
         Ok(gflags::Parsed::Run(flags, _)) => flags,
         Ok(gflags::Parsed::Help) => {
-            pumice_bdev::terminal::print(&gflags::help::<flags::Flags>(&intro()));
+            pumice_bdev_control::terminal::print(&gflags::help::<flags::Flags>(&intro()));
             return ExitCode::SUCCESS;
         }
         Ok(gflags::Parsed::Version) => {
-            pumice_bdev::say!(
+            pumice_bdev_control::say!(
                 "db_bench {} (RocksDB {})",
                 env!("CARGO_PKG_VERSION"),
                 runner::ROCKSDB_VERSION
@@ -21,7 +21,7 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         Err(e) => {
-            pumice_bdev::complain!("db_bench: {e}");
+            pumice_bdev_control::complain!("db_bench: {e}");
             return ExitCode::from(2);
         }
     };
@@ -36,9 +36,9 @@ fn main() -> ExitCode {
     };
     let done = runner::run(&flags, &mut say).and_then(|r| write_json(&flags.json, &r));
     match done {
-        Ok(()) => pumice_bdev::terminal::finished("db_bench", ExitCode::SUCCESS),
+        Ok(()) => pumice_bdev_control::terminal::finished("db_bench", ExitCode::SUCCESS),
         Err(e) => {
-            pumice_bdev::complain!("db_bench: {e}");
+            pumice_bdev_control::complain!("db_bench: {e}");
             ExitCode::FAILURE
         }
     }
@@ -50,7 +50,7 @@ fn write_json(path: &str, report: &Report) -> Result<(), String> {
     }
     let text = serde_json::to_string_pretty(report).map_err(|e| format!("--json: {e}"))?;
     if path == "-" {
-        pumice_bdev::say!("{text}");
+        pumice_bdev_control::say!("{text}");
         return Ok(());
     }
     std::fs::write(path, text + "\n").map_err(|e| format!("--json={path}: {e}"))

@@ -14,9 +14,9 @@ fn main() -> ExitCode {
             comparison.cut_short.map_or(Ok(()), Err)
         });
     match done {
-        Ok(()) => pumice_bdev::terminal::finished("fscompare", ExitCode::SUCCESS),
+        Ok(()) => pumice_bdev_control::terminal::finished("fscompare", ExitCode::SUCCESS),
         Err(e) => {
-            pumice_bdev::complain!("fscompare: {e}");
+            pumice_bdev_control::complain!("fscompare: {e}");
             ExitCode::FAILURE
         }
     }
@@ -25,15 +25,15 @@ fn main() -> ExitCode {
 fn show(args: &Args, comparison: &Comparison) -> Result<(), String> {
     let table = comparison.render();
     let Some(path) = &args.json else {
-        pumice_bdev::say!("{table}");
+        pumice_bdev_control::say!("{table}");
         return Ok(());
     };
     let json = serde_json::to_string_pretty(comparison).map_err(|e| e.to_string())?;
     if path == "-" {
-        pumice_bdev::complain!("{table}");
-        pumice_bdev::say!("{json}");
+        pumice_bdev_control::complain!("{table}");
+        pumice_bdev_control::say!("{json}");
         return Ok(());
     }
-    pumice_bdev::say!("{table}");
+    pumice_bdev_control::say!("{table}");
     std::fs::write(path, json + "\n").map_err(|e| format!("--json={path}: {e}"))
 }

@@ -8,11 +8,13 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use pumice_bdev::contents::{self, Overwrite};
+use pumice_io::uri::parse_size;
+use pumice_nvme::ControllerOptions;
+use pumice_nvme_soft::open_with;
+
 use pumice_bench::nvmeperf::report::Report;
 use pumice_bench::nvmeperf::worker::{self, Shared};
 use pumice_bench::nvmeperf::{Kind, Workload};
-use pumice_nvme::transport::parse_size;
-use pumice_nvme::{ControllerOptions, open_with};
 
 /// I/O on an NVMe namespace through the driver alone: rates, latencies, doorbells, instructions
 #[derive(Parser)]
@@ -69,9 +71,9 @@ struct Args {
 
 fn main() -> ExitCode {
     match run(&Args::parse()) {
-        Ok(()) => pumice_bdev::terminal::finished("nvmeperf", ExitCode::SUCCESS),
+        Ok(()) => pumice_bdev_control::terminal::finished("nvmeperf", ExitCode::SUCCESS),
         Err(error) => {
-            pumice_bdev::complain!("nvmeperf: {error}");
+            pumice_bdev_control::complain!("nvmeperf: {error}");
             ExitCode::FAILURE
         }
     }
@@ -151,9 +153,9 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     .map_err(|e| e.to_string())?;
     let report = Report::new(&shared.workload, &results);
     if args.json {
-        pumice_bdev::say!("{:#}", report.json(&args.uri, &shared.workload));
+        pumice_bdev_control::say!("{:#}", report.json(&args.uri, &shared.workload));
     } else {
-        pumice_bdev::terminal::print(&report.table());
+        pumice_bdev_control::terminal::print(&report.table());
     }
     Ok(())
 }

@@ -222,7 +222,7 @@ impl<'a> Meter<'a> {
         }
         let all = (now - self.started).as_secs_f64();
         let new = self.done - self.interval.last_done;
-        pumice_bdev::complain!(
+        pumice_bdev_control::complain!(
             "... thread {}: ({},{}) ops and ({:.1},{:.1}) ops/second in ({:.6},{:.6}) seconds",
             self.thread,
             new,

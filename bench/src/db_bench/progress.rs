@@ -114,7 +114,7 @@ impl<'a> Progress<'a> {
             }
             if self.lines && elapsed >= next_line && !*over {
                 next_line += LINE_EVERY;
-                pumice_bdev::complain!("{}", self.line(done, elapsed));
+                pumice_bdev_control::complain!("{}", self.line(done, elapsed));
             }
             if let Some((file, every)) = &self.csv
                 && elapsed >= csv_at.0 + *every
@@ -124,7 +124,7 @@ impl<'a> Progress<'a> {
                 csv_at.1 = done;
                 let mut file = file;
                 if let Err(e) = file.write_all(line.as_bytes()) {
-                    pumice_bdev::complain!("db_bench: report file: {e}");
+                    pumice_bdev_control::complain!("db_bench: report file: {e}");
                 }
             }
         }

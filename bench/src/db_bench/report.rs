@@ -294,12 +294,12 @@ pub fn header(f: &Flags, info: &RunInfo) -> String {
 
 /// The instructions that the build uses, and what that means for RocksDB's checksums.
 fn built_for() -> String {
-    let crc32c = if pumice_nvme::cpu::has_fast_crc32c() {
+    let crc32c = if pumice_io::cpu::has_fast_crc32c() {
         "three-way CRC-32C"
     } else {
         "slow CRC-32C"
     };
-    format!("{} ({crc32c})", pumice_nvme::cpu::built_for())
+    format!("{} ({crc32c})", pumice_io::cpu::built_for())
 }
 
 /// Processor time of this process so far, in seconds (proc(5): utime and stime in `/proc/self/stat`,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Parser;
-use pumice_bdev::complain;
+use pumice_bdev_control::complain;
 
 use super::side::Side;
 

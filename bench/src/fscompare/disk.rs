@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use pumice_bdev::complain;
+use pumice_bdev_control::complain;
 
 use super::Stop;
 use super::args::Plan;

@@ -58,6 +58,6 @@ impl Drop for Bound {
             }
             std::thread::sleep(std::time::Duration::from_millis(50));
         }
-        pumice_bdev::complain!("fscompare: control group {} is left", self.dir.display());
+        pumice_bdev_control::complain!("fscompare: control group {} is left", self.dir.display());
     }
 }

@@ -70,7 +70,7 @@ pub fn run(args: &Args, stop: &Stop) -> Result<Comparison, String> {
             let side = plan.sides[turn];
             bar.set_message(format!("round {} of {}: {side}", round + 1, plan.rounds));
             if bar.is_hidden() {
-                pumice_bdev::complain!("round {} of {}: {side}", round + 1, plan.rounds);
+                pumice_bdev_control::complain!("round {} of {}: {side}", round + 1, plan.rounds);
             }
             match stop.check().and_then(|()| runner.run(side)) {
                 Ok(reports) => comparison.add(side, reports),

@@ -47,7 +47,9 @@ impl Report {
                 None => latency = Some(h.clone()),
                 Some(sum) => {
                     if let Err(error) = sum.add(h) {
-                        pumice_bdev::complain!("nvmeperf: latencies not added up: {error:?}");
+                        pumice_bdev_control::complain!(
+                            "nvmeperf: latencies not added up: {error:?}"
+                        );
                     }
                 }
             }

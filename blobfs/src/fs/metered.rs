@@ -1,7 +1,7 @@
 //! The device as the file system and its blobstore see it: the same, with every operation counted
 //! and every failed flush noted, whoever sent it.
 
-use std::os::fd::RawFd;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -231,7 +231,7 @@ impl IoChannel for MeteredChannel {
         self.inner.in_flight()
     }
 
-    fn event_fd(&self) -> Option<RawFd> {
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         self.inner.event_fd()
     }
 }

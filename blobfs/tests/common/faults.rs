@@ -1,6 +1,6 @@
 //! Devices that fail on demand, and file systems on them.
 
-use std::os::fd::RawFd;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -168,7 +168,7 @@ impl IoChannel for LessChannel {
         self.base.in_flight()
     }
 
-    fn event_fd(&self) -> Option<RawFd> {
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         self.base.event_fd()
     }
 }

@@ -6,16 +6,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, RwLock};
+use pumice_io::process::Birth;
+use pumice_io::sys::EventFd;
 
 use super::admin::{ADMIN_ENTRIES, AdminQueue};
 use super::keeper::Requests;
 use super::state::{self, Phase};
 use super::{ControllerOptions, Core, Registry};
 use crate::error::{NvmeError, millis};
-use crate::process::Birth;
 use crate::queue::{Bell, CompletionRing, QueueMem, SubmissionRing};
 use crate::spec::{Cap, Cc, Crto, Csts, Reg, doorbell_offset};
-use crate::transport::{EventFd, Transport, TransportError};
+use crate::transport::{Transport, TransportError};
 
 static NUMBER: AtomicU64 = AtomicU64::new(1);
 

@@ -7,10 +7,12 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use pumice_io::sys::wait_readable;
+
 use super::state::{self, Phase};
 use super::{ControllerEvent, Core};
 use crate::spec::{AsyncEvent, AsyncEventType, Csts, LogPage, Reg};
-use crate::transport::{TransportEvent, wait_readable};
+use crate::transport::TransportEvent;
 
 /// How often the status register is looked at.
 const TICK: Duration = Duration::from_secs(1);
@@ -84,7 +86,10 @@ impl Core {
             fds.extend(admin_interrupt.as_ref().map(|i| i.as_fd()));
             fds.extend(self.transport.events());
         }
-        wait_readable(&fds, Some(TICK));
+        if let Err(error) = wait_readable(&fds, Some(TICK)) {
+            tracing::warn!(device = self.name(), %error, "ppoll");
+            std::thread::sleep(TICK);
+        }
         if let Some(interrupt) = &admin_interrupt {
             interrupt.drain();
         }

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
+use pumice_io::sys::MmioMap;
+
 use super::Core;
 use crate::dma::DmaShared;
 use crate::error::NvmeError;
 use crate::queue::Shadow;
 use crate::spec::{AdminOpcode, Cmbloc, Cmbmsc, Cmbsz, Command, Oacs, Reg};
-use crate::transport::MmioMap;
 
 /// Where the device finds its memory buffer: far above every I/O virtual address.
 const CMB_BASE: u64 = 1 << 56;

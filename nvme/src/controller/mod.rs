@@ -8,17 +8,18 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, RwLock};
+use pumice_io::process::Birth;
+use pumice_io::sys::EventFd;
 
 use crate::dma::{AddressTable, DmaBuf, DmaShared};
 use crate::error::{IoErrorKind, NvmeError};
 use crate::namespace::Namespace;
-use crate::process::Birth;
 use crate::queue::QueueShared;
 use crate::spec::{
     AdminOpcode, AsyncEvent, Cap, Command, Completion, IdentifyController, IdentifyNvmController,
     Status, Vs,
 };
-use crate::transport::{EventFd, OpenTransport, Transport};
+use crate::transport::{OpenTransport, Transport};
 
 mod admin;
 mod bringup;

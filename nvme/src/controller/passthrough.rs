@@ -96,36 +96,47 @@ fn set_feature(id: u8) -> Result<Data, &'static str> {
     }
 }
 
+/// Checks a command of a caller whose buffer has `have` bytes, and clears its pointers. Says how long the driver's own buffer
+/// must be, 0 for none, or why the command is not sent. A command has at most `largest` bytes of data.
+fn check(mut command: Command, have: usize, largest: usize) -> Result<(Command, usize), String> {
+    let len = match data_of(&command)? {
+        Data::None => 0,
+        Data::Page => PAGE,
+        // Of a page's worth the caller may want the beginning only.
+        Data::Bytes(len) if have > 0 && len <= have.next_multiple_of(PAGE) => len,
+        Data::Bytes(0) => 0,
+        Data::Bytes(len) => {
+            return Err(format!("transfers {len} bytes, the buffer has {have}"));
+        }
+        Data::Any => largest,
+    };
+    command.flags = 0;
+    command.mptr = 0;
+    command.prp1 = 0;
+    command.prp2 = 0;
+    // The device may fill whole pages.
+    let len = match len {
+        0 => 0,
+        len => len.max(have).next_multiple_of(PAGE),
+    };
+    Ok((command, len))
+}
+
 impl Core {
     /// Checks a command, clears its pointers, and takes a buffer that is as long as the device
     /// may want; the caller's data is copied into it.
     pub(super) fn prepare(
         &self,
-        mut command: Command,
+        command: Command,
         own: Option<DmaBuf>,
     ) -> Result<Prepared, NvmeError> {
-        let refuse = |what: String| NvmeError::Unsupported {
-            device: self.name().to_owned(),
-            what: format!("{}: {what}", decode::admin_command(&command)),
-        };
         let have = own.as_ref().map_or(0, DmaBuf::len);
-        let len = match data_of(&command).map_err(|why| refuse(why.to_owned()))? {
-            Data::None => 0,
-            Data::Page => PAGE,
-            // Of a page's worth the caller may want the beginning only.
-            Data::Bytes(len) if have > 0 && len <= have.next_multiple_of(PAGE) => len,
-            Data::Bytes(0) => 0,
-            Data::Bytes(len) => {
-                return Err(refuse(format!(
-                    "transfers {len} bytes, the buffer has {have}"
-                )));
+        let (command, len) = check(command, have, self.info()?.transfer_bytes).map_err(|why| {
+            NvmeError::Unsupported {
+                device: self.name().to_owned(),
+                what: format!("{}: {why}", decode::admin_command(&command)),
             }
-            Data::Any => self.info()?.transfer_bytes,
-        };
-        command.flags = 0;
-        command.mptr = 0;
-        command.prp1 = 0;
-        command.prp2 = 0;
+        })?;
         if len == 0 {
             return Ok(Prepared {
                 command,
@@ -133,8 +144,6 @@ impl Core {
                 own,
             });
         }
-        // The device may fill whole pages.
-        let len = len.max(have).next_multiple_of(PAGE);
         let mut sent = self.admin_buffer(len)?;
         if let Some(own) = &own {
             sent[..own.len()].copy_from_slice(own);
@@ -160,15 +169,10 @@ pub(super) fn finish(sent: Option<DmaBuf>, own: Option<DmaBuf>) -> Option<DmaBuf
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace};
-    use crate::{Controller, ControllerOptions};
 
     #[test]
     fn the_device_is_given_no_address_but_ours() {
-        let disk = SoftNamespace::new(Box::new(MemoryBackend::new(1 << 20)), 512);
-        let soft = SoftController::new(SoftConfig::new(vec![disk])).expect("a controller");
-        let controller = Controller::new(soft.transport(), ControllerOptions::default());
-        let core = &controller.as_ref().expect("enabled").core;
+        const LARGEST: usize = 1 << 17;
         let mut buffers = 0;
         for opcode in 0..=u8::MAX {
             for feature in 0..=u32::from(u8::MAX) {
@@ -178,18 +182,17 @@ mod tests {
                         (0xdead_b000, 0xdead_c000, 0xdead_d000, 0x40);
                     (c.cdw10, c.cdw11) = (feature, 8);
                     (c.cdw13, c.cdw14) = (0xdead_b000, 1);
-                    let own = (have > 0).then(|| DmaBuf::zeroed(have).expect("memory"));
-                    let Ok(p) = core.prepare(c, own) else {
+                    let Ok((command, sent)) = check(c, have, LARGEST) else {
                         continue;
                     };
-                    assert_eq!((p.command.prp1, p.command.prp2, p.command.mptr), (0, 0, 0));
-                    let has_data = match data_of(&p.command).expect("passed") {
+                    assert_eq!((command.prp1, command.prp2, command.mptr), (0, 0, 0));
+                    assert_eq!(command.flags, 0);
+                    let has_data = match data_of(&command).expect("passed") {
                         Data::None | Data::Bytes(0) => 0,
                         Data::Bytes(len) => len,
                         Data::Page => PAGE,
-                        Data::Any => core.info().expect("identified").transfer_bytes,
+                        Data::Any => LARGEST,
                     };
-                    let sent = p.sent.as_ref().map_or(0, DmaBuf::len);
                     assert!(sent >= has_data && sent.is_multiple_of(PAGE), "{c:?}");
                     buffers += usize::from(sent > 0);
                     let set = AdminOpcode(opcode) == AdminOpcode::SET_FEATURES;

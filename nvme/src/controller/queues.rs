@@ -5,11 +5,12 @@ use std::cell::Cell;
 use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use hdrhistogram::Histogram;
 use parking_lot::{Mutex, MutexGuard};
+use pumice_io::sys::barrier;
 
 use super::state::{self, Phase};
 use super::{Controller, Core, QueueUse, Registered, Registry};
@@ -17,7 +18,7 @@ use crate::dma::DmaShared;
 use crate::error::NvmeError;
 use crate::queue::{
     Bank, Bell, CompletionRing, Interrupting, PointerStyle, QueueMem, QueueOptions, QueuePair,
-    QueueShared, QueueStats, Slots, Spin, SubmissionRing, init_barrier,
+    QueueShared, QueueStats, Ringing, Slots, Spin, SubmissionRing,
 };
 use crate::spec::{AdminOpcode, Command, FeatureId, Status, doorbell_offset};
 
@@ -158,7 +159,7 @@ impl Controller {
     /// # Errors
     /// [`NvmeError::NoQueues`] when the controller has no more.
     pub fn queue_pair(self: &Arc<Self>, options: &QueueOptions) -> Result<QueuePair, NvmeError> {
-        init_barrier();
+        barrier::init();
         let core = &self.core;
         let info = core.info()?;
         let max = u32::from(core.cap.mqes_z()) + 1;
@@ -283,7 +284,7 @@ impl Controller {
             sq_address,
             cq_address,
             cq_mem,
-            ringing: AtomicBool::new(false),
+            ringing: Ringing::default(),
             bank: Mutex::new(Bank {
                 current: 0,
                 created: false,
@@ -416,16 +417,14 @@ impl Core {
     /// state word must not be what the owners have seen when this returns.
     pub(super) fn freeze_queues(&self, word: u64) {
         self.set_state(state::word(state::generation(word) + 1, Phase::Resetting));
-        crate::queue::heavy_barrier();
+        barrier::heavy();
         let queues: Vec<_> = {
             let registry = self.queues.lock();
             let all = registry.queues.values();
             all.map(|entry| Arc::clone(&entry.shared)).collect()
         };
         for q in queues {
-            while q.ringing.load(Ordering::Acquire) {
-                std::thread::yield_now();
-            }
+            q.ringing.wait();
         }
     }
 }

@@ -13,7 +13,7 @@ impl Core {
     /// enabled, and given its queues again, each on its second completion memory. Owners see
     /// the new state word and settle their commands, see `queue::recover`.
     pub(crate) fn reset(&self, word: u64, reason: &str) {
-        if self.state.load(Ordering::Acquire) != word || state::phase(word) != Phase::Live {
+        if !state::is_due(self.state.load(Ordering::Acquire), word) {
             return;
         }
         tracing::warn!(device = self.name(), reason, "resetting the controller");

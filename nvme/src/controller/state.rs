@@ -29,6 +29,12 @@ pub(crate) fn generation(word: u64) -> u64 {
     word >> 2
 }
 
+/// Whether a reset that was asked for in the state `asked` is done in the state `now`: what has changed since has served the
+/// request.
+pub(crate) fn is_due(now: u64, asked: u64) -> bool {
+    now == asked && phase(now) == Phase::Live
+}
+
 pub(crate) fn word(generation: u64, phase: Phase) -> u64 {
     let bits = match phase {
         Phase::Live => 0,
@@ -37,4 +43,25 @@ pub(crate) fn word(generation: u64, phase: Phase) -> u64 {
         Phase::Removed => 3,
     };
     generation << 2 | bits
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reset_is_done_once_for_all_who_asked() {
+        let (mut now, asked) = (word(3, Phase::Live), word(3, Phase::Live));
+        let mut resets = 0;
+        for _ in 0..3 {
+            if is_due(now, asked) {
+                now = word(generation(now) + 1, Phase::Live);
+                resets += 1;
+            }
+        }
+        assert_eq!(resets, 1);
+        for phase in [Phase::Resetting, Phase::Failed, Phase::Removed] {
+            assert!(!is_due(word(3, phase), word(3, phase)));
+        }
+    }
 }

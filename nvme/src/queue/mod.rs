@@ -9,7 +9,6 @@
 
 mod abort;
 mod asynch;
-mod barrier;
 mod bounce;
 mod build;
 mod data;
@@ -20,8 +19,6 @@ mod shared;
 mod slot;
 mod split;
 mod stats;
-#[cfg(test)]
-mod tests;
 mod trace;
 mod wait;
 
@@ -29,10 +26,8 @@ pub use asynch::{AsyncError, AsyncQueue};
 pub use pair::{QueueOptions, QueuePair};
 pub use stats::QueueStats;
 
-pub(crate) use barrier::{heavy as heavy_barrier, init as init_barrier};
-
 pub(crate) use data::{ListArea, PointerStyle, admin_prp};
 pub(crate) use ring::{Bell, CompletionRing, QueueMem, Shadow, SubmissionRing};
-pub(crate) use shared::{Bank, QueueShared};
+pub(crate) use shared::{Bank, QueueShared, Ringing};
 pub(crate) use slot::Slots;
 pub(crate) use wait::{Interrupting, Spin};

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 
-use super::barrier;
 use super::bounce::Bounce;
 use super::data::{ListArea, NotMapped, Pointer, PointerStyle, Segment, point_at, point_directly};
 use super::ring::{CompletionRing, QueueMem, SubmissionRing};
@@ -373,16 +372,21 @@ impl QueuePair {
     /// generation of the queues by then.
     #[inline]
     pub(super) fn ring(&mut self) {
-        self.shared.ringing.store(true, Ordering::Relaxed);
-        barrier::light();
-        if self.core.state.load(Ordering::Acquire) == self.seen {
+        let Self {
+            shared,
+            core,
+            cq,
+            sq,
+            seen,
+            ..
+        } = self;
+        shared.ringing.while_in(&core.state, *seen, || {
             // Room for completions before there is more to complete.
-            if self.cq.wants_ack() {
-                self.cq.ack();
+            if cq.wants_ack() {
+                cq.ack();
             }
-            self.sq.ring();
-        }
-        self.shared.ringing.store(false, Ordering::Release);
+            sq.ring();
+        });
     }
 
     /// Takes one completion. What it says is checked: it must name this queue and a command

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 
+use pumice_io::sys::{Doorbell, MmioMap};
+
 use crate::dma::{DmaShared, Entries};
 use crate::spec::Completion;
-use crate::transport::{Doorbell, MmioMap};
 
 /// Where a queue's entries lie.
 #[derive(Debug, Clone)]

@@ -1,14 +1,14 @@
 //! What a queue pair's owner and the controller's reset share.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
+use pumice_io::sys::{EventFd, barrier};
 
 use super::ring::QueueMem;
 use crate::dma::DmaShared;
 use crate::spec::QueuePriority;
-use crate::transport::EventFd;
 
 /// The part of a queue pair that the controller needs to create its queues anew.
 ///
@@ -26,8 +26,8 @@ pub(crate) struct QueueShared {
     pub sq_address: u64,
     pub cq_mem: [Arc<DmaShared>; 2],
     pub cq_address: [u64; 2],
-    /// The owner is writing doorbells, see `barrier`.
-    pub ringing: AtomicBool,
+    /// Whether the owner is writing doorbells.
+    pub ringing: Ringing,
     /// Lock order: after the controller's registry of queues.
     pub bank: Mutex<Bank>,
 }
@@ -37,4 +37,59 @@ pub(crate) struct QueueShared {
 pub(crate) struct Bank {
     pub current: usize,
     pub created: bool,
+}
+
+/// Whether a queue pair's owner is writing doorbells.
+///
+/// The registers belong to the queues of one generation. So a reset first changes the controller's state word and then waits
+/// for every owner that looked at it before; see [`barrier`] for why one of the two sees the other.
+#[derive(Debug, Default)]
+pub(crate) struct Ringing(AtomicBool);
+
+impl Ringing {
+    /// Writes doorbells by `write`, unless the controller's state is no longer the one that the queues were created in.
+    #[inline]
+    pub fn while_in(&self, state: &AtomicU64, seen: u64, write: impl FnOnce()) {
+        self.0.store(true, Ordering::Relaxed);
+        barrier::light();
+        if state.load(Ordering::Acquire) == seen {
+            write();
+        }
+        self.0.store(false, Ordering::Release);
+    }
+
+    /// Waits until the owner writes none. The state was changed, and [`barrier::heavy`] called, before.
+    pub fn wait(&self) {
+        while self.0.load(Ordering::Acquire) {
+            std::thread::yield_now();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::controller::state::{Phase, word};
+
+    #[test]
+    fn no_doorbell_is_written_once_a_reset_has_begun() {
+        let (ringing, seen) = (Ringing::default(), word(7, Phase::Live));
+        let state = AtomicU64::new(seen);
+        let mut writes = 0;
+        ringing.while_in(&state, seen, || {
+            assert!(ringing.0.load(Ordering::Relaxed), "the reset has to wait");
+            writes += 1;
+        });
+        ringing.wait();
+        for later in [
+            word(8, Phase::Resetting),
+            word(8, Phase::Live),
+            word(9, Phase::Removed),
+        ] {
+            state.store(later, Ordering::SeqCst);
+            ringing.while_in(&state, seen, || writes += 1);
+            ringing.wait();
+        }
+        assert_eq!(writes, 1);
+    }
 }

@@ -143,12 +143,16 @@ impl QueuePair {
     /// believe that the queue is fuller than it is.
     pub(super) fn ring_all(&mut self) {
         self.ring();
-        self.shared.ringing.store(true, Ordering::Relaxed);
-        super::barrier::light();
-        if self.cq.has_unacked() && self.core.state.load(Ordering::Acquire) == self.seen {
-            self.cq.ack();
+        let Self {
+            shared,
+            core,
+            cq,
+            seen,
+            ..
+        } = self;
+        if cq.has_unacked() {
+            shared.ringing.while_in(&core.state, *seen, || cq.ack());
         }
-        self.shared.ringing.store(false, Ordering::Release);
     }
 
     /// Switches the interrupt off when completions are found by polling anyway: each would cost

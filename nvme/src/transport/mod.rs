@@ -1,18 +1,18 @@
 //! How the driver reaches a controller.
 //!
-//! `Transport` is the seam, of this crate's own: everything above it (controller, queue pairs) is the same code
+//! [`Transport`] is the seam: everything above it (controller, queue pairs) is the same code
 //! whether the controller is a PCIe function, another process or a thread of this one, and
 //! contains no `unsafe`. A transport offers
 //!
 //! | part | how |
 //! | --- | --- |
-//! | registers | `Transport::read32` … `Transport::write64`: checked accesses to BAR 0, may be messages |
-//! | doorbells | `Transport::doorbell`: a `Doorbell`, one store where the page is mapped |
-//! | DMA | `Transport::addresses`: where the device sees each byte of the arena; the transport registers itself as a `DmaMapper` |
-//! | interrupts | `Transport::enable_interrupts`: one `EventFd` per vector; `Transport::switch_interrupt` |
-//! | reset | `Transport::reset`: function level reset |
-//! | removal, errors | `Transport::is_gone`, `Transport::events`, `Transport::take_event` |
-//! | controller memory | `Transport::map_memory`: a CMB as atomics |
+//! | registers | [`Transport::read32`] … [`Transport::write64`]: checked accesses to BAR 0, may be messages |
+//! | doorbells | [`Transport::doorbell`]: a [`Doorbell`], one store where the page is mapped |
+//! | DMA | [`Transport::addresses`]: where the device sees each byte of the arena; the transport registers itself as a [`DmaMapper`](crate::dma::DmaMapper) |
+//! | interrupts | [`Transport::enable_interrupts`]: one [`EventFd`] per vector; [`Transport::switch_interrupt`] |
+//! | reset | [`Transport::reset`]: function level reset |
+//! | removal, errors | [`Transport::is_gone`], [`Transport::events`], [`Transport::take_event`] |
+//! | controller memory | [`Transport::map_memory`]: a CMB as atomics |
 //!
 //! What a transport may assume of the driver: queue memory, PRP lists and data come from
 //! [`dma`](crate::dma) and lie inside one region each; no register outside BAR 0 is touched;
@@ -22,32 +22,25 @@ use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crate::dma::{AddressTable, DmaDomain, DmaError};
+use pumice_io::dma::{AddressTable, DmaDomain, DmaError};
+use pumice_io::sys::{Doorbell, EventFd, MmioMap};
+use pumice_io::uri::UriError;
 
-mod eventfd;
 mod iova;
-pub(crate) mod mapping;
-mod mmio;
 mod open;
-mod private_socket;
 mod registers;
 mod uio;
 mod uri;
 mod vfio;
 mod vfio_user;
 
-pub(crate) use eventfd::EventFd;
-pub(crate) use eventfd::wait_readable;
 pub(crate) use iova::IovaSpace;
-pub(crate) use mmio::{Doorbell, Kick, MmioMap};
 pub(crate) use open::check_parameters;
 pub use open::open_transport;
-pub use private_socket::bind_private;
 pub(crate) use uio::Uio;
-pub use uri::{NvmeUri, parse_size, percent_decode};
+pub use uri::NvmeUri;
 pub(crate) use vfio::Vfio;
-pub use vfio_user::socket::{connect as connect_within, peer_is_own};
-pub(crate) use vfio_user::wire as vfio_user_wire;
+pub use vfio_user::wire as vfio_user_wire;
 pub(crate) use vfio_user::{VfioUser, socket_path as vfio_user_socket};
 
 /// Why a transport could not do what was asked.
@@ -139,10 +132,19 @@ pub enum TransportError {
     },
 }
 
+impl From<UriError> for TransportError {
+    fn from(e: UriError) -> TransportError {
+        TransportError::Uri {
+            uri: e.uri,
+            detail: e.reason,
+        }
+    }
+}
+
 /// Something that happened to the device, not to a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
-pub(crate) enum TransportEvent {
+pub enum TransportEvent {
     /// Somebody (the kernel's unbind, a hot-unplug button) wants the device back. The driver
     /// ends what is in flight and calls [`Transport::detach`].
     RemovalRequested,
@@ -159,6 +161,11 @@ pub(crate) enum TransportEvent {
 pub struct OpenTransport(pub(crate) Arc<dyn Transport>);
 
 impl OpenTransport {
+    /// A transport that is open.
+    pub fn new(transport: Arc<dyn Transport>) -> OpenTransport {
+        OpenTransport(transport)
+    }
+
     /// The device for logs and errors: `0000:00:03.0`, `/run/vfio-user`, `soft-0`.
     pub fn name(&self) -> &str {
         self.0.name()
@@ -172,7 +179,12 @@ impl OpenTransport {
 
 /// A way to one controller. Shared by the controller and its queue pairs; every method may be
 /// called from any thread.
-pub(crate) trait Transport: Send + Sync + fmt::Debug {
+///
+/// # Safety
+/// The driver puts what [`addresses`](Self::addresses) says into commands, and the device writes there. So each address is the
+/// device's own for that byte of the arena, and the device reaches no other memory of this process.
+#[allow(unsafe_code, reason = "implementations promise something")]
+pub unsafe trait Transport: Send + Sync + fmt::Debug {
     /// The device for logs and errors: `0000:00:03.0`, `/run/vfio-user`, `soft-0`.
     fn name(&self) -> &str;
 

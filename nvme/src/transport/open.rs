@@ -2,8 +2,12 @@
 
 use std::sync::Arc;
 
-use super::{NvmeUri, OpenTransport, Transport, TransportError, Uio, Vfio, VfioUser, uio};
-use crate::pci::{Host, PciAddress};
+use pumice_io::uri::UriError;
+
+use super::{
+    NvmeUri, OpenTransport, Transport, TransportError, Uio, Vfio, VfioUser, uio, vfio_user,
+};
+use crate::pci::{Host, ParseAddressError, PciAddress};
 
 /// Opens the transport that a URI names. Blocks until the device is there and its registers
 /// can be read; the controller itself is not touched yet.
@@ -12,32 +16,35 @@ use crate::pci::{Host, PciAddress};
 /// Also for a parameter that the transport does not know.
 pub fn open_transport(uri: &NvmeUri) -> Result<OpenTransport, TransportError> {
     check_parameters(uri)?;
-    match uri.scheme.as_str() {
+    match uri.scheme() {
         "nvme" => open_function(uri).map(OpenTransport),
         "vfio-user" => Ok(OpenTransport(VfioUser::open(uri)?)),
-        "soft" => crate::soft::open(uri),
-        other => Err(uri.error(format!(
-            "no transport '{other}'; there are nvme, vfio-user and soft"
-        ))),
+        other => Err(uri
+            .invalid(format!(
+                "no transport '{other}'; there are nvme and vfio-user"
+            ))
+            .into()),
     }
 }
 
-/// Whether the transport knows the parameters of the URI.
-pub(crate) fn check_parameters(uri: &NvmeUri) -> Result<(), TransportError> {
-    match uri.scheme.as_str() {
-        "nvme" => uri.only(&[]),
-        "vfio-user" => uri.only(&["timeout_ms"]),
-        // The soft controller looks at its own.
-        _ => Ok(()),
+/// Refuses parameters that the transport does not know.
+pub(crate) fn check_parameters(uri: &NvmeUri) -> Result<(), UriError> {
+    let mut options = uri.options();
+    if uri.scheme() == "vfio-user" {
+        vfio_user::timeout(&mut options)?;
     }
+    options.finish()
 }
 
 /// A PCIe function: by the kernel driver that it is bound to.
 fn open_function(uri: &NvmeUri) -> Result<Arc<dyn Transport>, TransportError> {
-    let address: PciAddress = uri.address.parse().map_err(|e| uri.error(format!("{e}")))?;
+    let address: PciAddress = uri
+        .address
+        .parse()
+        .map_err(|e: ParseAddressError| uri.invalid(e.to_string()))?;
     let driver = Host::new()
         .function(address)
-        .map_err(|e| uri.error(e.to_string()))?
+        .map_err(|e| uri.invalid(e.to_string()))?
         .driver;
     if driver.as_deref() == Some(uio::DRIVER) {
         return Ok(Uio::open(address)?);

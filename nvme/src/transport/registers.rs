@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::mapping::DeviceMapping;
-use super::{Doorbell, MmioMap, TransportError};
+use pumice_io::sys::{DeviceMapping, Doorbell, MmioMap};
+
+use super::TransportError;
 
 /// BAR 0, mapped.
 #[derive(Debug)]

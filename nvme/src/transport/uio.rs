@@ -15,14 +15,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use pumice_io::process::Birth;
+use pumice_io::sys::{Absent, DeviceMapping, Doorbell, EventFd, MmioMap};
 
-use super::mapping::{Absent, DeviceMapping};
 use super::registers::MappedBar;
 use super::vfio::{DeviceSpace, want_huge_pages};
-use super::{Doorbell, EventFd, MmioMap, Transport, TransportError};
+use super::{Transport, TransportError};
 use crate::dma::{self, AddressTable, MapperGuard};
 use crate::pci::{ConfigSpace, Host, PciAddress, PciError};
-use crate::process::Birth;
 use crate::spec::{Cap, Cc, Csts, Reg};
 
 /// The kernel driver that a function has to be bound to.
@@ -212,7 +212,9 @@ fn lock(device: &str, file: &File) -> Result<(), TransportError> {
     }
 }
 
-impl Transport for Uio {
+// SAFETY: the table is `DeviceSpace`'s: the physical addresses of the arena's huge pages.
+#[allow(unsafe_code, reason = "the contract of Transport")]
+unsafe impl Transport for Uio {
     fn name(&self) -> &str {
         &self.name
     }

@@ -6,11 +6,11 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use pumice_nvme::dma::DmaBuf;
-use pumice_nvme::soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace};
 use pumice_nvme::{
     Controller, ControllerOptions, Io, IoDone, IoErrorKind, Namespace, QueueOptions, QueuePair,
     SubmitError,
 };
+use pumice_nvme_soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace};
 
 /// Ends the process when the test that holds it takes too long: a hang is a failure.
 pub struct Watchdog(Sender<()>);

@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use pumice_bdev::OpenOptions;
-use pumice_bdev::config::{self, App};
 use pumice_bdev::contents::{self, Overwrite};
-use pumice_bdev::metrics::MetricsServer;
 use pumice_bdev::registry::{Bdev, TimeoutAction};
-use pumice_bdev::rpc::{RpcServer, ServerOptions};
+use pumice_bdev_control::config::{self, App};
+use pumice_bdev_control::metrics::MetricsServer;
+use pumice_bdev_control::rpc::{RpcServer, ServerOptions};
 
 use args::Args;
 use job::{Job, Outcome};
@@ -25,17 +25,17 @@ fn main() -> ExitCode {
     let start = Instant::now();
     let args = Args::parse();
     match run(&args, start) {
-        Ok(true) => pumice_bdev::terminal::finished("bdevperf", ExitCode::SUCCESS),
+        Ok(true) => pumice_bdev_control::terminal::finished("bdevperf", ExitCode::SUCCESS),
         Ok(false) => ExitCode::FAILURE,
         Err(e) => {
-            pumice_bdev::complain!("bdevperf: {e}");
+            pumice_bdev_control::complain!("bdevperf: {e}");
             ExitCode::FAILURE
         }
     }
 }
 
 fn run(args: &Args, start: Instant) -> Result<bool, String> {
-    pumice_bdev::logging::init("WARNING", &args.log_flags)?;
+    pumice_bdev_control::logging::init("WARNING", &args.log_flags)?;
     let settings = args.settings()?;
     let app = Arc::new(App::new());
     if let Some(file) = args.config_file() {
@@ -82,7 +82,7 @@ fn run(args: &Args, start: Instant) -> Result<bool, String> {
     let outcomes = run_jobs(args, &settings, &plan, start)?;
     let failed = outcomes.iter().any(Outcome::is_failure);
     if args.json_output() {
-        pumice_bdev::say!("{}", report::json(&settings, &outcomes, cores.len()));
+        pumice_bdev_control::say!("{}", report::json(&settings, &outcomes, cores.len()));
     } else {
         report::table(&settings, &outcomes);
         if args.latency {

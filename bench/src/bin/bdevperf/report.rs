@@ -3,10 +3,10 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use pumice_bdev::clock::Clock;
 use pumice_bdev::registry::Bdev;
 use pumice_bdev::stats::bucket_end;
 use pumice_bdev::{BlockDevice, OpKind};
+use pumice_io::sys::Clock;
 use serde_json::{Value, json};
 
 use super::Placed;
@@ -14,7 +14,7 @@ use super::args::Settings;
 use super::job::Outcome;
 
 pub fn heading(settings: &Settings, plan: &[Placed]) {
-    pumice_bdev::say!(
+    pumice_bdev_control::say!(
         "Running {} of {} bytes, depth {}, for {} s on {} job(s)",
         settings.name,
         settings.io_bytes,
@@ -48,7 +48,7 @@ pub fn live(plan: &[Placed], settings: &Settings, period: Duration, over: &Atomi
         due += period;
         let (now, seconds) = (ops(), at.elapsed().as_secs_f64());
         let iops = (now - last) as f64 / seconds;
-        pumice_bdev::complain!(
+        pumice_bdev_control::complain!(
             "{:>8.1} s {iops:>14.2} IOPS {:>11.2} MiB/s",
             start.elapsed().as_secs_f64(),
             iops * settings.io_bytes as f64 / (1 << 20) as f64
@@ -82,7 +82,7 @@ fn figures(settings: &Settings, o: &Outcome) -> Figures {
 }
 
 pub fn table(settings: &Settings, outcomes: &[Outcome]) {
-    pumice_bdev::say!(
+    pumice_bdev_control::say!(
         "{:<24} {:>4} {:>10} {:>14} {:>11} {:>9} {:>10} {:>9} {:>11}",
         "Device",
         "Core",
@@ -99,7 +99,7 @@ pub fn table(settings: &Settings, outcomes: &[Outcome]) {
         let f = figures(settings, o);
         iops += f.iops;
         mibps += f.mibps;
-        pumice_bdev::say!(
+        pumice_bdev_control::say!(
             "{:<24} {:>4} {:>10.2} {:>14.2} {:>11.2} {:>9.2} {:>10.3} {:>9.3} {:>11.3}",
             o.bdev,
             o.core,
@@ -112,28 +112,28 @@ pub fn table(settings: &Settings, outcomes: &[Outcome]) {
             f.max_us
         );
         if let Some(e) = &o.first_error {
-            pumice_bdev::say!(
+            pumice_bdev_control::say!(
                 "  {} failed, {} miscompares; first: {e}",
                 o.failed,
                 o.miscompares
             );
         }
     }
-    pumice_bdev::say!(
+    pumice_bdev_control::say!(
         "{:<24} {:>4} {:>10} {iops:>14.2} {mibps:>11.2}",
         "Total",
         "",
         ""
     );
     for o in outcomes.iter().filter(|o| o.cpu_ns_per_io > 0.0) {
-        pumice_bdev::say!(
+        pumice_bdev_control::say!(
             "{}: {:.1} ns of processor time per I/O",
             o.bdev,
             o.cpu_ns_per_io
         );
     }
     if let Some(first) = outcomes.iter().map(|o| o.first_io).min() {
-        pumice_bdev::say!(
+        pumice_bdev_control::say!(
             "First I/O {:.1} ms after the start",
             first.as_secs_f64() * 1000.0
         );
@@ -147,7 +147,7 @@ pub fn percentiles(bdevs: &[Bdev]) {
             continue;
         };
         let total: u64 = buckets.iter().sum();
-        pumice_bdev::say!("Latency of {}:", bdev.info().name);
+        pumice_bdev_control::say!("Latency of {}:", bdev.info().name);
         for percent in [1.0, 10.0, 50.0, 90.0, 99.0, 99.9, 99.99, 99.999] {
             let wanted = total as f64 * percent / 100.0;
             let mut seen = 0;
@@ -156,7 +156,7 @@ pub fn percentiles(bdevs: &[Bdev]) {
                 seen as f64 >= wanted
             });
             let ns = clock.to_ns(bucket_end(bucket.unwrap_or(0)));
-            pumice_bdev::say!("{percent:>9} % : {:>10.3} us", ns as f64 / 1000.0);
+            pumice_bdev_control::say!("{percent:>9} % : {:>10.3} us", ns as f64 / 1000.0);
         }
     }
 }

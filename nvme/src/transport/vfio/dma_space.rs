@@ -140,7 +140,9 @@ impl DeviceSpace {
     }
 }
 
-impl DmaMapper for DeviceSpace {
+// SAFETY: the regions are mapped for the device by the kernel, or their addresses looked up, and not touched here.
+#[allow(unsafe_code, reason = "the contract of DmaMapper")]
+unsafe impl DmaMapper for DeviceSpace {
     fn map(&self, region: &Region) -> Result<(), DmaError> {
         match &self.space {
             Space::Iommu(container) => self.map_iommu(container, region),

@@ -14,12 +14,14 @@ const REGION_CAP_OFFSET: usize = 12;
 /// `VFIO_IOMMU_INFO_CAPS`.
 const IOMMU_INFO_CAPS: u32 = 1 << 1;
 
-pub(crate) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+/// The 32-bit field at a byte of a structure; `None` behind its end.
+pub fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     let part = bytes.get(at..at.checked_add(4)?)?;
     Some(u32::from_ne_bytes(part.try_into().ok()?))
 }
 
-pub(crate) fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+/// The 64-bit field at a byte of a structure; `None` behind its end.
+pub fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
     let part = bytes.get(at..at.checked_add(8)?)?;
     Some(u64::from_ne_bytes(part.try_into().ok()?))
 }

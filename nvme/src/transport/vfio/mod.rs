@@ -15,23 +15,22 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Mutex, RwLock};
+use pumice_io::process::Birth;
+use pumice_io::sys::{Absent, DeviceMapping, Doorbell, EventFd, MmioMap, any_readable};
 
-use super::mapping::{Absent, DeviceMapping};
 use super::registers::MappedBar;
-use super::{Doorbell, EventFd, MmioMap, Transport, TransportError, TransportEvent};
+use super::{Transport, TransportError, TransportEvent};
 use crate::dma::{self, AddressTable, ArenaOptions, HugePages, MapperGuard};
 use crate::pci::{ConfigSpace, Host, PciAddress};
-use crate::process::Birth;
 
 mod dma_space;
-pub(crate) mod info;
+pub(super) mod info;
 mod open;
 mod sys;
 
 pub(crate) use dma_space::DeviceSpace;
 use info::RegionInfo;
 use open::{Container, Handle};
-pub(crate) use sys::any_readable;
 
 const BAR0: u32 = 0;
 const BARS: u32 = 6;
@@ -190,10 +189,8 @@ impl Vfio {
 /// Physical addressing wants huge pages; when the arena is in use already its options stay, and
 /// mapping it says what is missing.
 pub(crate) fn want_huge_pages() {
-    let options = ArenaOptions {
-        huge: HugePages::Always,
-        ..ArenaOptions::default()
-    };
+    let mut options = ArenaOptions::default();
+    options.huge = HugePages::Always;
     if dma::configure(options).is_err() {
         tracing::debug!("DMA memory is in use already; its huge-page option stays as it is");
     }
@@ -239,7 +236,9 @@ fn device_space(name: &str, handle: &Handle) -> DeviceSpace {
     }
 }
 
-impl Transport for Vfio {
+// SAFETY: the table is `DeviceSpace`'s: the addresses at which the kernel has mapped the arena for this device.
+#[allow(unsafe_code, reason = "the contract of Transport")]
+unsafe impl Transport for Vfio {
     fn name(&self) -> &str {
         &self.name
     }

@@ -7,11 +7,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
+use pumice_io::process::PerProcess;
 use vfio_ioctls::{VfioContainer, VfioError};
 
 use super::sys::{self, OpenError};
 use crate::pci::{Function, Group, Host, PciAddress, PciError};
-use crate::process::PerProcess;
 use crate::transport::{IovaSpace, TransportError};
 
 /// An open function. Fields are dropped in order: the device before its group.

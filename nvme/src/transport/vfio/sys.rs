@@ -240,39 +240,3 @@ pub(super) fn map(container: &VfioContainer, region: &Region, iova: u64) -> Resu
     // accessed by its buffers' owners only while no command of a device names it, or as atomics.
     unsafe { container.vfio_dma_map(iova, region.len(), base) }
 }
-
-/// An epoll that is readable while one of the eventfds is, or when the other side of `stream`
-/// has closed it: one descriptor to wait on.
-pub(crate) fn any_readable(
-    events: &[BorrowedFd<'_>],
-    stream: Option<BorrowedFd<'_>>,
-) -> io::Result<OwnedFd> {
-    // SAFETY: no pointers are involved.
-    let raw = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
-    if raw < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel just gave us this descriptor.
-    let epoll = unsafe { OwnedFd::from_raw_fd(raw) };
-    let readable = events.iter().map(|fd| (fd, libc::EPOLLIN));
-    let closed = stream.iter().map(|fd| (fd, libc::EPOLLRDHUP));
-    for (fd, interest) in readable.chain(closed) {
-        let mut interest = libc::epoll_event {
-            events: interest.cast_unsigned(),
-            u64: 0,
-        };
-        // SAFETY: both descriptors are open, `interest` lives through the call.
-        let result = unsafe {
-            libc::epoll_ctl(
-                epoll.as_raw_fd(),
-                libc::EPOLL_CTL_ADD,
-                fd.as_raw_fd(),
-                &raw mut interest,
-            )
-        };
-        if result < 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(epoll)
-}

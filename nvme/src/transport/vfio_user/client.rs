@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use pumice_io::sys::socket;
 
 use super::message::{self, Command, Header, REGION_ACCESS_LEN, Version};
-use super::socket::{self, Message};
+use super::stream::{self, Message};
 use crate::transport::TransportError;
 use crate::transport::vfio::info::u32_at;
 
@@ -150,7 +151,7 @@ impl Client {
         *next_id = next_id.wrapping_add(1);
         let header = Header::request(*next_id, command, body.len())
             .ok_or_else(|| self.protocol(format!("{} is too long", command.name())))?;
-        let sent = socket::send(&self.socket, &header, body, fds);
+        let sent = stream::send(&self.socket, &header, body, fds);
         // What was sent in part leaves a stream that cannot be understood, whatever the cause.
         let cut = sent.is_err();
         match sent.and_then(|()| self.answer(&header)) {
@@ -186,7 +187,7 @@ impl Client {
     fn answer(&self, request: &Header) -> io::Result<Option<Message>> {
         let deadline = Instant::now() + self.timeout;
         for _ in 0..MAX_STRAYS {
-            let Some(message) = socket::receive(&self.socket, Some(deadline))? else {
+            let Some(message) = stream::receive(&self.socket, Some(deadline))? else {
                 return Ok(None);
             };
             let header = message.header;
@@ -202,7 +203,7 @@ impl Client {
             } else if !header.wants_no_reply()
                 && let Some(refusal) = header.reply(0, libc::ENOTSUP.cast_unsigned())
             {
-                socket::send(&self.socket, &refusal, &[], &[])?;
+                stream::send(&self.socket, &refusal, &[], &[])?;
             }
         }
         Err(io::Error::new(

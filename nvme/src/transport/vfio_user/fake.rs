@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use parking_lot::Mutex;
 
 use super::message::{Body, Command, Header, REGION_ACCESS_LEN, version};
-use super::socket::{self, Message};
+use super::stream::{self, Message};
 use crate::transport::vfio::info::{u32_at, u64_at};
 
 /// What it does wrong.
@@ -120,7 +120,7 @@ struct Server {
 
 impl Server {
     fn serve(&self, stream: &UnixStream) {
-        while let Ok(Some(message)) = socket::receive(stream, None) {
+        while let Ok(Some(message)) = stream::receive(stream, None) {
             let Some(command) = Command::from_number(message.header.command) else {
                 continue;
             };
@@ -130,28 +130,28 @@ impl Server {
                 Some(Fault::HangUp(c)) if c == command => return,
                 Some(Fault::Refuse(c, errno)) if c == command => {
                     let refusal = header.reply(0, errno).expect("fits");
-                    socket::send(stream, &refusal, &[], &[]).expect("sent");
+                    stream::send(stream, &refusal, &[], &[]).expect("sent");
                     continue;
                 }
                 Some(Fault::Short(c)) if c == command => {
                     let short = header.reply(0, 0).expect("fits");
-                    socket::send(stream, &short, &[], &[]).expect("sent");
+                    stream::send(stream, &short, &[], &[]).expect("sent");
                     continue;
                 }
                 Some(Fault::Half(c)) if c == command => {
                     let whole = header.reply(32, 0).expect("fits");
-                    socket::send(stream, &whole, &[0; 5], &[]).expect("sent");
+                    stream::send(stream, &whole, &[0; 5], &[]).expect("sent");
                     continue;
                 }
                 Some(Fault::Chatty) if command != Command::Version => {
                     let own = Header::request(0x7777, Command::RegionRead, 3).expect("fits");
-                    socket::send(stream, &own, &[1, 2, 3], &[]).expect("sent");
-                    let refused = socket::receive(stream, None).expect("read").expect("open");
+                    stream::send(stream, &own, &[1, 2, 3], &[]).expect("sent");
+                    let refused = stream::receive(stream, None).expect("read").expect("open");
                     assert!(refused.header.is_error() && refused.header.id == 0x7777);
                     let mut stale = header;
                     stale.id = header.id.wrapping_sub(1);
                     let stale = stale.reply(4, 0).expect("fits");
-                    socket::send(stream, &stale, &[0; 4], &[]).expect("sent");
+                    stream::send(stream, &stale, &[0; 4], &[]).expect("sent");
                 }
                 _ => {}
             }
@@ -162,7 +162,7 @@ impl Server {
             } else {
                 Vec::new()
             };
-            if socket::send(stream, &reply, &body, &fds).is_err() {
+            if stream::send(stream, &reply, &body, &fds).is_err() {
                 return;
             }
         }

@@ -5,10 +5,10 @@
 //! run on.
 
 /// Length of the header of every message.
-pub(crate) const HEADER_LEN: usize = 16;
+pub const HEADER_LEN: usize = 16;
 
 /// No message that we know is longer: 1 MiB of data with its header, and room.
-pub(crate) const MAX_MESSAGE: usize = (1 << 20) + 4096;
+pub const MAX_MESSAGE: usize = (1 << 20) + 4096;
 
 const FLAG_TYPE: u32 = 0xf;
 const FLAG_REPLY: u32 = 1;
@@ -16,26 +16,37 @@ const FLAG_NO_REPLY: u32 = 1 << 4;
 const FLAG_ERROR: u32 = 1 << 5;
 
 /// Flags of a DMA region: the device may read and write it.
-pub(crate) const DMA_READ_WRITE: u32 = 3;
+pub const DMA_READ_WRITE: u32 = 3;
 
 /// What a message asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
-pub(crate) enum Command {
+pub enum Command {
+    /// Agrees on the version.
     Version = 1,
+    /// Gives the server memory.
     DmaMap = 2,
+    /// Takes memory back.
     DmaUnmap = 3,
+    /// Asks what the device has.
     GetInfo = 4,
+    /// Asks for a region's length and flags.
     GetRegionInfo = 5,
+    /// Asks for an index of interrupts.
     GetIrqInfo = 7,
+    /// Sets or clears the eventfds of interrupts.
     SetIrqs = 8,
+    /// Reads a region.
     RegionRead = 9,
+    /// Writes a region.
     RegionWrite = 10,
+    /// Resets the device.
     Reset = 13,
 }
 
 impl Command {
-    pub(crate) fn from_number(number: u16) -> Option<Command> {
+    /// The command of this number, if it is one that we know.
+    pub fn from_number(number: u16) -> Option<Command> {
         use Command::*;
         [
             Version,
@@ -54,7 +65,7 @@ impl Command {
     }
 
     /// As the specification calls it, without its prefix.
-    pub(crate) fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Command::Version => "VERSION",
             Command::DmaMap => "DMA_MAP",
@@ -72,17 +83,21 @@ impl Command {
 
 /// The first 16 bytes of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Header {
+pub struct Header {
+    /// Chosen by who asks; the answer repeats it.
     pub id: u16,
+    /// The number of the [`Command`].
     pub command: u16,
     /// Of the whole message, header included.
     pub size: u32,
     flags: u32,
+    /// What an answer reports as wrong, 0 in a request.
     pub errno: u32,
 }
 
 impl Header {
-    pub(crate) fn request(id: u16, command: Command, body_len: usize) -> Option<Header> {
+    /// The header of a request; `None` when the body is too long for one message.
+    pub fn request(id: u16, command: Command, body_len: usize) -> Option<Header> {
         Some(Header {
             id,
             command: command as u16,
@@ -93,7 +108,7 @@ impl Header {
     }
 
     /// The header of the answer to `self`; `errno` 0 is success.
-    pub(crate) fn reply(&self, body_len: usize, errno: u32) -> Option<Header> {
+    pub fn reply(&self, body_len: usize, errno: u32) -> Option<Header> {
         Some(Header {
             id: self.id,
             command: self.command,
@@ -103,7 +118,8 @@ impl Header {
         })
     }
 
-    pub(crate) fn encode(&self) -> [u8; HEADER_LEN] {
+    /// As bytes.
+    pub fn encode(&self) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
         bytes[0..2].copy_from_slice(&self.id.to_ne_bytes());
         bytes[2..4].copy_from_slice(&self.command.to_ne_bytes());
@@ -114,7 +130,7 @@ impl Header {
     }
 
     /// `None` when the size is one that no message has.
-    pub(crate) fn decode(bytes: &[u8; HEADER_LEN]) -> Option<Header> {
+    pub fn decode(bytes: &[u8; HEADER_LEN]) -> Option<Header> {
         let u16_at = |at: usize| u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| {
             u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
@@ -131,56 +147,64 @@ impl Header {
             .then_some(header)
     }
 
-    pub(crate) fn body_len(&self) -> usize {
+    /// Length of what follows the header.
+    pub fn body_len(&self) -> usize {
         (self.size as usize).saturating_sub(HEADER_LEN)
     }
 
-    pub(crate) fn is_reply(&self) -> bool {
+    /// Whether the message is an answer.
+    pub fn is_reply(&self) -> bool {
         self.flags & FLAG_TYPE == FLAG_REPLY
     }
 
-    pub(crate) fn is_error(&self) -> bool {
+    /// Whether the answer reports an error.
+    pub fn is_error(&self) -> bool {
         self.flags & FLAG_ERROR != 0
     }
 
     /// Whether the sender of a request waits for no answer.
-    pub(crate) fn wants_no_reply(&self) -> bool {
+    pub fn wants_no_reply(&self) -> bool {
         self.flags & FLAG_NO_REPLY != 0
     }
 }
 
 /// Puts fields one behind the other.
 #[derive(Default)]
-pub(crate) struct Body(Vec<u8>);
+pub struct Body(Vec<u8>);
 
 impl Body {
-    pub(crate) fn u16(mut self, value: u16) -> Body {
+    /// Adds 16 bits.
+    pub fn u16(mut self, value: u16) -> Body {
         self.0.extend_from_slice(&value.to_ne_bytes());
         self
     }
 
-    pub(crate) fn u32(mut self, value: u32) -> Body {
+    /// Adds 32 bits.
+    pub fn u32(mut self, value: u32) -> Body {
         self.0.extend_from_slice(&value.to_ne_bytes());
         self
     }
 
-    pub(crate) fn u64(mut self, value: u64) -> Body {
+    /// Adds 64 bits.
+    pub fn u64(mut self, value: u64) -> Body {
         self.0.extend_from_slice(&value.to_ne_bytes());
         self
     }
 
-    pub(crate) fn bytes(mut self, bytes: &[u8]) -> Body {
+    /// Adds bytes.
+    pub fn bytes(mut self, bytes: &[u8]) -> Body {
         self.0.extend_from_slice(bytes);
         self
     }
 
-    pub(crate) fn done(self) -> Vec<u8> {
+    /// The fields, as bytes.
+    pub fn done(self) -> Vec<u8> {
         self.0
     }
 }
 
 /// `struct vfio_user_dma_map`.
-pub(crate) fn dma_map(address: u64, len: u64) -> Vec<u8> {
+pub fn dma_map(address: u64, len: u64) -> Vec<u8> {
     Body::default()
         .u32(32)
         .u32(DMA_READ_WRITE)
@@ -191,17 +215,17 @@ pub(crate) fn dma_map(address: u64, len: u64) -> Vec<u8> {
 }
 
 /// `struct vfio_user_dma_unmap`.
-pub(crate) fn dma_unmap(address: u64, len: u64) -> Vec<u8> {
+pub fn dma_unmap(address: u64, len: u64) -> Vec<u8> {
     Body::default().u32(24).u32(0).u64(address).u64(len).done()
 }
 
 /// `struct vfio_device_info` and `struct vfio_irq_info` have the same shape.
-pub(crate) fn info(third: u32) -> Vec<u8> {
+pub fn info(third: u32) -> Vec<u8> {
     Body::default().u32(16).u32(0).u32(third).u32(0).done()
 }
 
 /// `struct vfio_region_info` with the room that the answer may take.
-pub(crate) fn region_info(index: u32, room: u32) -> Vec<u8> {
+pub fn region_info(index: u32, room: u32) -> Vec<u8> {
     Body::default()
         .u32(room)
         .u32(0)
@@ -213,7 +237,7 @@ pub(crate) fn region_info(index: u32, room: u32) -> Vec<u8> {
 }
 
 /// `struct vfio_irq_set`; the eventfds travel beside the message.
-pub(crate) fn set_irqs(flags: u32, index: u32, start: u32, count: u32) -> Vec<u8> {
+pub fn set_irqs(flags: u32, index: u32, start: u32, count: u32) -> Vec<u8> {
     Body::default()
         .u32(20)
         .u32(flags)
@@ -224,7 +248,7 @@ pub(crate) fn set_irqs(flags: u32, index: u32, start: u32, count: u32) -> Vec<u8
 }
 
 /// `struct vfio_user_region_access`.
-pub(crate) fn region_access(region: u32, offset: u64, count: u32, data: &[u8]) -> Vec<u8> {
+pub fn region_access(region: u32, offset: u64, count: u32, data: &[u8]) -> Vec<u8> {
     Body::default()
         .u64(offset)
         .u32(region)
@@ -234,10 +258,10 @@ pub(crate) fn region_access(region: u32, offset: u64, count: u32, data: &[u8]) -
 }
 
 /// Length of the fixed part of [`region_access`].
-pub(crate) const REGION_ACCESS_LEN: usize = 16;
+pub const REGION_ACCESS_LEN: usize = 16;
 
 /// Protocol version with the capabilities as JSON, closed by a NUL.
-pub(crate) fn version(capabilities: &str) -> Vec<u8> {
+pub fn version(capabilities: &str) -> Vec<u8> {
     Body::default()
         .u16(0)
         .u16(1)
@@ -248,7 +272,7 @@ pub(crate) fn version(capabilities: &str) -> Vec<u8> {
 
 /// What a version message says.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Version {
+pub struct Version {
     pub major: u16,
     pub minor: u16,
     /// Descriptors that may go with one message.
@@ -259,7 +283,7 @@ pub(crate) struct Version {
 
 impl Version {
     /// Defaults of the specification where the JSON says nothing.
-    pub(crate) fn decode(body: &[u8]) -> Option<Version> {
+    pub fn decode(body: &[u8]) -> Option<Version> {
         let major = u16::from_ne_bytes(body.get(0..2)?.try_into().ok()?);
         let minor = u16::from_ne_bytes(body.get(2..4)?.try_into().ok()?);
         let text = body.get(4..)?;

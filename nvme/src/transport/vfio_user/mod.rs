@@ -16,32 +16,36 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use pumice_io::process::Birth;
+use pumice_io::sys::{
+    Absent, DeviceMapping, Doorbell, EventFd, MmioMap, any_readable, keeps_its_length, socket,
+};
+use pumice_io::uri::{Uri, UriError};
 
-use super::mapping::{Absent, DeviceMapping, keeps_its_length};
-use super::vfio::any_readable;
 use super::vfio::info::RegionInfo;
-use super::{Doorbell, EventFd, MmioMap, NvmeUri, Transport, TransportError, TransportEvent};
+use super::{NvmeUri, Transport, TransportError, TransportEvent};
 use crate::dma::{AddressTable, DmaDomain, MapperGuard};
 use crate::pci::{ConfigSpace, MsixCapability};
-use crate::process::Birth;
 
 mod client;
 #[cfg(test)]
 mod fake;
 mod message;
-pub(crate) mod socket;
 mod space;
+mod stream;
 #[cfg(test)]
 mod tests;
 
 use client::Client;
 use space::SharedSpace;
 
-/// What the serving side shares with the client.
-pub(crate) mod wire {
-    pub(crate) use super::super::vfio::info::{u32_at, u64_at};
-    pub(crate) use super::message::{Body, Command, DMA_READ_WRITE, REGION_ACCESS_LEN, version};
-    pub(crate) use super::socket::{Message, connect, receive, send};
+/// The protocol's messages, for who serves a controller.
+pub mod wire {
+    pub use super::super::vfio::info::{u32_at, u64_at};
+    pub use super::message::{
+        Body, Command, DMA_READ_WRITE, HEADER_LEN, Header, REGION_ACCESS_LEN, version,
+    };
+    pub use super::stream::{Message, receive, send};
 }
 
 const BAR0: u32 = 0;
@@ -62,7 +66,7 @@ const DOORBELLS: u64 = 0x1000;
 const DOORBELLS_MAX: u64 = 8 << 16;
 
 /// Time that a request may take unless the URI says otherwise.
-const TIMEOUT_MS: u32 = 10_000;
+const TIMEOUT_MS: u64 = 10_000;
 
 /// A controller behind a socket.
 #[derive(Debug)]
@@ -99,11 +103,8 @@ impl VfioUser {
     /// earlier client left in configuration space and enables bus mastering. The other process can
     /// reach memory that was made for it, and no other of this process. Blocks.
     pub fn open(uri: &NvmeUri) -> Result<Arc<VfioUser>, TransportError> {
-        let timeout_ms = uri.number("timeout_ms", TIMEOUT_MS, 600_000)?.max(1);
-        Self::connect(
-            Path::new(&uri.address),
-            Duration::from_millis(u64::from(timeout_ms)),
-        )
+        let timeout = timeout(&mut uri.options())?;
+        Self::connect(Path::new(&uri.address), timeout)
     }
 
     /// As [`open`](Self::open), by path.
@@ -221,6 +222,12 @@ impl VfioUser {
     }
 }
 
+/// How long a request may take, by a URI's options.
+pub(super) fn timeout(options: &mut Uri) -> Result<Duration, UriError> {
+    let ms = options.number("timeout_ms", 1..=600_000)?;
+    Ok(Duration::from_millis(ms.unwrap_or(TIMEOUT_MS)))
+}
+
 /// A directory stands for the socket in it.
 pub(crate) fn socket_path(path: &Path) -> PathBuf {
     let is_socket = path.metadata().is_ok_and(|m| m.file_type().is_socket());
@@ -324,7 +331,10 @@ impl ConfigSpace for Config<'_> {
     }
 }
 
-impl Transport for VfioUser {
+// SAFETY: the table has the addresses at which `space` has given the other process the memory of the domain, which is all
+// that it reaches.
+#[allow(unsafe_code, reason = "the contract of Transport")]
+unsafe impl Transport for VfioUser {
     fn name(&self) -> &str {
         &self.name
     }
@@ -391,7 +401,12 @@ impl Transport for VfioUser {
             return Ok(bell);
         }
         let this = self.this.upgrade().ok_or_else(|| self.removed())?;
-        Ok(Doorbell::message(this, offset))
+        Ok(Doorbell::message(Arc::new(move |value| {
+            // It shows as a controller that is gone, or as a command's time-out.
+            if let Err(error) = this.write32(offset, value) {
+                tracing::warn!(device = this.name(), %error, "doorbell not delivered");
+            }
+        })))
     }
 
     fn interrupts_are_messages(&self) -> bool {

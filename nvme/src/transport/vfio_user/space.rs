@@ -32,7 +32,9 @@ impl SharedSpace {
     }
 }
 
-impl DmaMapper for SharedSpace {
+// SAFETY: the regions are given to the other process and not touched here.
+#[allow(unsafe_code, reason = "the contract of DmaMapper")]
+unsafe impl DmaMapper for SharedSpace {
     fn map(&self, region: &Region) -> Result<(), DmaError> {
         let device = || self.client.device().to_owned();
         if self.client.is_broken() {

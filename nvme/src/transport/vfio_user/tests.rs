@@ -252,7 +252,7 @@ fn a_socket_whose_queue_is_full_does_not_hang() {
     let listener = UnixListener::bind(&path).expect("bound");
     // Nobody accepts; the queue has 128 places or so.
     let waiting: Vec<_> = (0..5000)
-        .map_while(|_| super::socket::connect(&path, Duration::from_millis(1)).ok())
+        .map_while(|_| pumice_io::sys::socket::connect(&path, Duration::from_millis(1)).ok())
         .collect();
     assert!(waiting.len() < 5000);
     let error = VfioUser::connect_within(dir.path(), SOON, SOON).expect_err("full");

@@ -1,0 +1,224 @@
+//! What the methods act on: a registry, and what was made by which call.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use pumice_bdev::delay::Delay;
+use pumice_bdev::error_inject::ErrorDevice;
+use pumice_bdev::registry::Registry;
+use pumice_bdev::{BdevError, BlockDevice};
+use serde_json::{Value, json};
+
+use super::json::{MethodError, Params};
+use super::process_methods::Notifications;
+
+/// A process's devices with the calls that made them: what configuration files and JSON-RPC drive.
+#[derive(Debug)]
+pub struct App {
+    /// The devices.
+    pub registry: Registry,
+    pub(crate) state: Mutex<State>,
+    pub(crate) notifications: Arc<Mutex<Notifications>>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    /// Calls that made devices, in order.
+    pub(crate) created: Vec<Created>,
+    /// Calls that set options, by method: the last one counts.
+    pub(crate) options: BTreeMap<String, Value>,
+    pub(crate) errors: BTreeMap<String, Arc<ErrorDevice>>,
+    pub(crate) delays: BTreeMap<String, Arc<Delay>>,
+    pub(crate) controllers: BTreeMap<String, super::nvme::Controller>,
+}
+
+/// A call and the devices that it made.
+#[derive(Debug, Clone)]
+pub(crate) struct Created {
+    pub(crate) method: &'static str,
+    pub(crate) params: Value,
+    pub(crate) bdevs: Vec<String>,
+}
+
+impl Default for App {
+    fn default() -> App {
+        let (registry, notifications) = (Registry::new(), Arc::<Mutex<Notifications>>::default());
+        let noted = Arc::clone(&notifications);
+        registry.listen(move |event| noted.lock().note(event));
+        App {
+            registry,
+            state: Mutex::default(),
+            notifications,
+        }
+    }
+}
+
+impl App {
+    /// With an empty registry.
+    pub fn new() -> App {
+        App::default()
+    }
+
+    /// Calls a method by name. `params` are as in JSON-RPC.
+    ///
+    /// # Errors
+    /// An unknown method, parameters that do not fit, whatever the method says.
+    pub fn call(&self, method: &str, params: &Value) -> Result<Value, MethodError> {
+        let text = params.to_string();
+        let raw = serde_json::from_str(&text).map_err(|e| MethodError::param("params", e))?;
+        self.call_raw(method, Some(raw))
+    }
+
+    pub(crate) fn call_raw(
+        &self,
+        method: &str,
+        params: Option<&serde_json::value::RawValue>,
+    ) -> Result<Value, MethodError> {
+        self.call_until(method, params, &|| false)
+    }
+
+    /// As [`App::call_raw`]; a method that waits gives up when `gone` says that nobody wants its
+    /// answer any longer.
+    pub(crate) fn call_until(
+        &self,
+        method: &str,
+        params: Option<&serde_json::value::RawValue>,
+        gone: &dyn Fn() -> bool,
+    ) -> Result<Value, MethodError> {
+        let Some(found) = super::methods::find(method) else {
+            return Err(super::methods::unknown(method));
+        };
+        let mut params = Params::new(params)?.until(gone);
+        tracing::debug!(method, "call");
+        (found.run)(self, &mut params)
+    }
+
+    /// Notes which devices a call has made, for [`App::config`].
+    pub(crate) fn note(&self, method: &'static str, params: &Params<'_>, bdevs: &[String]) {
+        let mut params = params.to_value();
+        if let (Value::Object(map), [name]) = (&mut params, bdevs) {
+            // A name or an identity that was chosen here is written down, so that it is the same
+            // next time.
+            if method == "bdev_malloc_create" {
+                map.insert("name".to_owned(), json!(name));
+            }
+            let random = ["bdev_malloc_create", "bdev_null_create", "bdev_raid_create"];
+            if random.contains(&method)
+                && let Some(bdev) = self.registry.get(name)
+            {
+                let uuid = pumice_bdev::uuid::format(&bdev.info().uuid);
+                map.insert("uuid".to_owned(), json!(uuid));
+            }
+        }
+        let bdevs = bdevs.to_vec();
+        self.state.lock().created.push(Created {
+            method,
+            params,
+            bdevs,
+        });
+    }
+
+    /// Removes a device and what stands on it; it must have been made by one of `methods`.
+    pub(crate) fn delete(&self, name: &str, module: &str) -> Result<Value, MethodError> {
+        let bdev = self
+            .registry
+            .get(name)
+            .ok_or_else(|| self.registry.not_found(name))?;
+        if bdev.info().module != module {
+            let message = format!(
+                "`{name}` is a {} bdev, not a {module} bdev",
+                bdev.info().module
+            );
+            return Err(MethodError::new(-i64::from(libc::ENODEV), message));
+        }
+        self.registry.remove(&bdev.info().name)?;
+        self.forget_removed();
+        Ok(json!(true))
+    }
+
+    /// Makes a device again, with parameters that `change` has changed: how it gets another size,
+    /// which is fixed while it is open. It must have been made by one of `methods` and be unused.
+    /// When it cannot be made with the new ones, it is made again as it was.
+    pub(crate) fn remake(
+        &self,
+        name: &str,
+        methods: &[&str],
+        change: impl FnOnce(&mut Value),
+    ) -> Result<Value, MethodError> {
+        let bdev = self
+            .registry
+            .get(name)
+            .ok_or_else(|| self.registry.not_found(name))?;
+        let name = bdev.info().name.clone();
+        let busy = |why: String| MethodError::new(-i64::from(libc::EBUSY), why);
+        if let Some(by) = bdev.claimed_by() {
+            return Err(busy(format!(
+                "`{name}` is claimed by {by}: remove that first"
+            )));
+        }
+        if !bdev.channel_stats().is_empty() {
+            return Err(busy(format!(
+                "`{name}` has open channels: close them first"
+            )));
+        }
+        let made = |c: &Created| methods.contains(&c.method) && c.bdevs == [name.clone()];
+        let found = self.state.lock().created.iter().position(made);
+        let Some(at) = found else {
+            let message = format!("`{name}` was not made by {}", methods.join(" or "));
+            return Err(MethodError::new(-i64::from(libc::ENODEV), message));
+        };
+        let before = self.state.lock().created.remove(at);
+        let mut params = before.params.clone();
+        change(&mut params);
+        drop(bdev);
+        self.registry.remove(&name)?;
+        let result = self.call(before.method, &params);
+        if let Err(e) = result {
+            let again = self.call(before.method, &before.params);
+            let note = again.map_or_else(|e| format!("; it is gone: {e}"), |_| String::new());
+            return Err(MethodError::new(e.code, format!("{}{note}", e.message)));
+        }
+        Ok(json!(true))
+    }
+
+    pub(crate) fn forget_removed(&self) {
+        let mut state = self.state.lock();
+        let there = |name: &String| self.registry.get(name).is_some();
+        let State {
+            created,
+            errors,
+            delays,
+            ..
+        } = &mut *state;
+        created.retain(|c| c.bdevs.iter().any(there));
+        errors.retain(|name, _| there(name));
+        delays.retain(|name, _| there(name));
+    }
+
+    /// The configuration that makes these devices again, of the subsystem `bdev`.
+    pub fn bdev_config(&self) -> Vec<Value> {
+        self.forget_removed();
+        let state = self.state.lock();
+        let call = |method: &str, params: &Value| json!({ "method": method, "params": params });
+        let mut config: Vec<Value> = state
+            .options
+            .iter()
+            .map(|(method, params)| call(method, params))
+            .collect();
+        config.extend(state.created.iter().map(|c| call(c.method, &c.params)));
+        config.push(json!({ "method": "bdev_wait_for_examine" }));
+        config
+    }
+
+    /// The whole configuration, as a file.
+    pub fn config(&self) -> Value {
+        json!({ "subsystems": [{ "subsystem": "bdev", "config": self.bdev_config() }] })
+    }
+}
+
+impl From<BdevError> for MethodError {
+    fn from(e: BdevError) -> MethodError {
+        MethodError::new(-i64::from(e.errno()), e.to_string())
+    }
+}

@@ -1,0 +1,151 @@
+//! Devices opened by URI, as the calls that would make them.
+
+use std::sync::Arc;
+
+use pumice_bdev::{BdevError, BlockDevice, DeviceInfo, OpKind, OpenOptions};
+use pumice_io::uri::Uri;
+use pumice_nvme::transport::NvmeUri;
+use serde_json::{Value, json};
+
+use super::app::{App, Created};
+
+impl App {
+    /// The device of this name, alias, UUID or URI, as [`Registry::open`] gives it. One that a URI
+    /// makes becomes a part of the [configuration](App::config).
+    ///
+    /// # Errors
+    /// Those of [`Registry::open`].
+    ///
+    /// [`Registry::open`]: pumice_bdev::registry::Registry::open
+    pub fn open(&self, name: &str) -> Result<Arc<dyn BlockDevice>, BdevError> {
+        self.open_with(name, OpenOptions::new())
+    }
+
+    /// As [`App::open`], with options that count more than those of a URI.
+    ///
+    /// # Errors
+    /// As [`App::open`].
+    pub fn open_with(
+        &self,
+        name: &str,
+        options: OpenOptions,
+    ) -> Result<Arc<dyn BlockDevice>, BdevError> {
+        let is_new = self.registry.get(name).is_none();
+        let dev = self.registry.open_with(name, options)?;
+        if is_new && let Some((method, params)) = call_for(name, dev.info()) {
+            let bdevs = vec![dev.info().name.clone()];
+            self.state.lock().created.push(Created {
+                method,
+                params,
+                bdevs,
+            });
+        }
+        Ok(dev)
+    }
+}
+
+/// The call that makes a device as `uri` did; `None` for a module without one.
+fn call_for(uri: &str, info: &DeviceInfo) -> Option<(&'static str, Value)> {
+    let mut parsed = Uri::parse(uri, &[]).ok()?;
+    let uuid = pumice_bdev::uuid::format(&info.uuid);
+    let memory = json!({
+        "name": info.name,
+        "num_blocks": info.num_blocks,
+        "block_size": info.block_size,
+        "uuid": uuid,
+    });
+    let nvme = |trtype: &str, traddr: &str| {
+        // The names are made again from the first part of this one.
+        let base = info.name.rsplit_once('n').map_or("", |(base, _)| base);
+        json!({ "name": base, "trtype": trtype, "traddr": traddr })
+    };
+    Some(match info.module {
+        "malloc" => ("bdev_malloc_create", memory),
+        "null" => ("bdev_null_create", memory),
+        "file" => {
+            // Whoever reads it may stand in another directory.
+            let path = parsed.path();
+            let path = std::path::absolute(&path)
+                .unwrap_or(path)
+                .display()
+                .to_string();
+            let mut params = json!({
+                "name": info.name,
+                "filename": path,
+                "block_size": info.block_size,
+            });
+            if !info.ops.has(OpKind::Write) {
+                params["readonly"] = json!(true);
+            }
+            // What SPDK's method cannot say, it says with parameters of our own.
+            if parsed.flag("buffered").ok()? {
+                params["direct"] = json!(false);
+            }
+            if parsed.flag("no_io_uring").ok()? {
+                params["io_uring"] = json!(false);
+            }
+            match parsed.option("prealloc").as_deref() {
+                None | Some("off") => {}
+                Some(how) => params["prealloc"] = json!(how),
+            }
+            ("bdev_aio_create", params)
+        }
+        "nvme" => {
+            // The controller; all its namespaces come with it.
+            let address = NvmeUri::parse(uri).ok()?.address;
+            let params = match parsed.scheme() {
+                "vfio-user" => nvme("VFIOUSER", &address),
+                "soft" => nvme("SOFT", parsed.tail()),
+                _ => nvme("PCIe", &address),
+            };
+            ("bdev_nvme_attach_controller", params)
+        }
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config;
+
+    #[test]
+    fn what_uris_made_is_made_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("an image");
+        let uris = [
+            "malloc://1M?block_size=4096".to_owned(),
+            "null://1T".to_owned(),
+            format!(
+                "file://{}?size=1M&create=1&block_size=4096",
+                image.display().to_string().replace(' ', "%20")
+            ),
+            "soft://memory?size=2M".to_owned(),
+        ];
+        let seen = |app: &App| -> Vec<(String, &'static str, u64, u32)> {
+            let of = |info: &DeviceInfo| {
+                let name = info.name.clone();
+                (name, info.module, info.num_blocks, info.block_size)
+            };
+            app.registry.list().iter().map(|b| of(b.info())).collect()
+        };
+        let app = App::new();
+        for uri in &uris {
+            app.open(uri).unwrap();
+        }
+        let (config, first) = (app.config(), seen(&app));
+        assert_eq!(first.len(), uris.len());
+        // A name that is there already is not a new device.
+        app.open(&first[0].0).unwrap();
+        assert_eq!(app.config(), config);
+        let null = first.iter().find(|one| one.1 == "null").unwrap();
+        app.registry.remove(&null.0).unwrap();
+        assert!(!app.config().to_string().contains("bdev_null_create"));
+        drop(app);
+
+        let again = App::new();
+        config::load(&again, "saved", &config.to_string()).unwrap();
+        assert_eq!(seen(&again), first);
+        assert_eq!(again.config(), config);
+    }
+}

@@ -1,0 +1,8 @@
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod logging;
+pub mod metrics;
+pub mod rpc;
+pub mod terminal;

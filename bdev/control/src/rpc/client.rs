@@ -1,0 +1,167 @@
+//! A client: one call after another on a connection.
+
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use pumice_io::sys::socket::{connect, peer_is_own};
+use serde_json::{Value, json};
+
+use super::frame::{Frame, Scanner};
+
+/// An answer is at most so long.
+const ANSWER_MAX: usize = 64 << 20;
+
+/// A call that failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RpcError {
+    /// Nobody listens.
+    #[error("{path}: {source}; {}", connect_hint(.path, .source))]
+    Connect {
+        /// The socket.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The connection broke.
+    #[error("JSON-RPC: {0}")]
+    Io(#[from] io::Error),
+    /// The answer is none.
+    #[error("JSON-RPC: the answer is not what it should be: {0}")]
+    Answer(String),
+    /// The server says no.
+    #[error("{message} (code {code})")]
+    Failed {
+        /// Its code: -32768 to -32000 as in JSON-RPC 2.0, else a negative errno.
+        code: i64,
+        /// Its message.
+        message: String,
+    },
+}
+
+/// What to do when nobody can be reached.
+fn connect_hint(path: &str, source: &io::Error) -> String {
+    match source.kind() {
+        io::ErrorKind::PermissionDenied => {
+            "only the user whose process serves it may connect".to_owned()
+        }
+        _ => format!("a process with --rpc-socket {path} has to run"),
+    }
+}
+
+/// A connection to a JSON-RPC server.
+#[derive(Debug)]
+pub struct RpcClient {
+    stream: UnixStream,
+    id: u64,
+}
+
+impl RpcClient {
+    /// Connects to the socket `path`, which this user or root must serve; that, and each call, takes
+    /// at most `timeout`.
+    ///
+    /// # Errors
+    /// [`RpcError::Connect`].
+    pub fn connect(path: &Path, timeout: Duration) -> Result<RpcClient, RpcError> {
+        let failed = |source| RpcError::Connect {
+            path: path.display().to_string(),
+            source,
+        };
+        let stream = connect(path, timeout).map_err(|e| match e.kind() {
+            io::ErrorKind::TimedOut => failed(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("who serves it takes no connection within {timeout:?}"),
+            )),
+            _ => failed(e),
+        })?;
+        // A name in a directory where everybody may make names says nothing of who serves it.
+        if !peer_is_own(&stream) {
+            let text = "another user serves it, neither this one nor root";
+            return Err(failed(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                text,
+            )));
+        }
+        stream.set_read_timeout(Some(timeout)).map_err(failed)?;
+        stream.set_write_timeout(Some(timeout)).map_err(failed)?;
+        Ok(RpcClient { stream, id: 0 })
+    }
+
+    /// Calls a method. Blocks until the answer is there.
+    ///
+    /// # Errors
+    /// The server's own error, or what went wrong on the way.
+    pub fn call(&mut self, method: &str, params: &Value) -> Result<Value, RpcError> {
+        self.id += 1;
+        let mut request = json!({ "jsonrpc": "2.0", "method": method, "id": self.id });
+        if let (Value::Object(map), false) = (&mut request, params.is_null()) {
+            map.insert("params".to_owned(), params.clone());
+        }
+        self.stream.write_all(request.to_string().as_bytes())?;
+        let mut answer = self.receive()?;
+        if let Some(e) = answer.get("error") {
+            let message = e["message"].as_str().unwrap_or("no message").to_owned();
+            return Err(RpcError::Failed {
+                code: e["code"].as_i64().unwrap_or(0),
+                message,
+            });
+        }
+        if answer["id"] != json!(self.id) {
+            return Err(RpcError::Answer(format!(
+                "id {} for {}",
+                answer["id"], self.id
+            )));
+        }
+        let result = answer.get_mut("result").map(Value::take);
+        result.ok_or_else(|| RpcError::Answer("neither `result` nor `error`".to_owned()))
+    }
+
+    fn receive(&mut self) -> Result<Value, RpcError> {
+        let mut buf = Vec::new();
+        let mut piece = [0; 16 << 10];
+        let mut scanner = Scanner::default();
+        loop {
+            match scanner.scan(&buf) {
+                Frame::Complete(end) => {
+                    let parsed = serde_json::from_slice(&buf[..end]);
+                    return parsed.map_err(|e| RpcError::Answer(e.to_string()));
+                }
+                Frame::Garbage => return Err(RpcError::Answer("not JSON".to_owned())),
+                Frame::Partial if buf.len() > ANSWER_MAX => {
+                    return Err(RpcError::Answer("too long".to_owned()));
+                }
+                Frame::Partial => {}
+            }
+            match self.stream.read(&mut piece)? {
+                0 => {
+                    return Err(RpcError::Answer(
+                        "the server closed the connection".to_owned(),
+                    ));
+                }
+                n => buf.extend_from_slice(&piece[..n]),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hint_fits_the_error() {
+        let text = |kind: io::ErrorKind| {
+            let path = "/run/rpc".to_owned();
+            let source = kind.into();
+            RpcError::Connect { path, source }.to_string()
+        };
+        assert!(text(io::ErrorKind::NotFound).contains("has to run"));
+        assert!(text(io::ErrorKind::ConnectionRefused).contains("has to run"));
+        let denied = text(io::ErrorKind::PermissionDenied);
+        assert!(!denied.contains("has to run"), "{denied}");
+        assert!(denied.contains("only the user"), "{denied}");
+    }
+}

@@ -1,0 +1,295 @@
+//! `pumice blob dump`: every metadata page, decoded, as text and as JSON.
+
+use std::io::{self, Write};
+use std::ops::Range;
+
+use pumice_bdev_control::terminal::{Lines, print_json};
+use pumice_blobfs::blobstore::BlobId;
+use pumice_blobfs::blobstore::dump::{Dump, MaskDump};
+use pumice_blobfs::blobstore::format::{
+    Descriptor, Descriptors, INVALID_PAGE, Page, PageHeader, RawSuperBlock, TYPE_EXTENT_PAGE,
+    TYPE_EXTENT_RLE, TYPE_EXTENT_TABLE, TYPE_FLAGS, TYPE_PADDING, TYPE_XATTR, TYPE_XATTR_INTERNAL,
+    page_crc, stored_crc,
+};
+use serde_json::{Map, Value, json};
+
+use super::Result;
+use crate::files::open_to_read;
+
+/// Prints the store on the device `uri`, or what of it belongs to `id`.
+pub fn run(uri: &str, id: Option<BlobId>, as_json: bool) -> Result<()> {
+    let dev = open_to_read(uri).map_err(|e| e.to_string())?;
+    let mut dump = Dump::open(&dev)?;
+    let mut out = Lines;
+    let super_block = super_fields(dump.super_block());
+    let problem = dump.problem().map(str::to_owned);
+    let masks = if id.is_none() {
+        dump.masks()?
+    } else {
+        Vec::new()
+    };
+    if !as_json && id.is_none() {
+        writeln!(out, "super block")?;
+        for (name, value) in &super_block {
+            writeln!(out, "  {name:<24}{}", plain(value))?;
+        }
+        if let Some(problem) = &problem {
+            writeln!(out, "  cannot be used: {problem}")?;
+        }
+        for mask in &masks {
+            writeln!(
+                out,
+                "mask of used {}, pages {}..{}",
+                mask.name,
+                mask.start,
+                mask.start + mask.len
+            )?;
+            match &mask.used {
+                Ok(used) => writeln!(out, "  {}", ranges(used))?,
+                Err(error) => writeln!(out, "  no mask: {error}")?,
+            }
+        }
+    }
+    let mut pages = Vec::new();
+    let mut failed = Ok(());
+    dump.pages(|index, page| {
+        let header = PageHeader::read(page);
+        if id.is_some_and(|id| id != header.id) || failed.is_err() {
+            return;
+        }
+        let value = decode(index, page);
+        if as_json {
+            pages.push(value);
+        } else {
+            failed = print_page(&mut out, &value);
+        }
+    })?;
+    failed?;
+    if as_json {
+        let masks: Vec<Value> = masks.iter().map(mask_value).collect();
+        let value = json!({ "super_block": super_block, "problem": problem, "masks": masks, "pages": pages });
+        print_json(&value);
+    }
+    match (problem, id) {
+        (Some(problem), _) => Err(problem.into()),
+        _ => Ok(()),
+    }
+}
+
+fn super_fields(sb: &RawSuperBlock) -> Map<String, Value> {
+    let text = |bytes: &[u8]| bytes.escape_ascii().to_string();
+    let bstype = &sb.bstype[..sb
+        .bstype
+        .iter()
+        .rposition(|byte| *byte != 0)
+        .map_or(0, |last| last + 1)];
+    let super_blob = match sb.super_blob.get() {
+        u64::MAX => "none".to_owned(),
+        id => format!("{id:#x}"),
+    };
+    let mut page: Page = [0; 4096];
+    page.copy_from_slice(zerocopy::IntoBytes::as_bytes(sb));
+    let fields = [
+        ("signature", text(&sb.signature).into()),
+        ("version", sb.version.get().into()),
+        ("length", sb.length.get().into()),
+        ("clean", sb.clean.get().into()),
+        ("super_blob", super_blob.into()),
+        ("cluster_size", sb.cluster_size.get().into()),
+        ("used_page_mask_start", sb.used_page_mask_start.get().into()),
+        ("used_page_mask_len", sb.used_page_mask_len.get().into()),
+        (
+            "used_cluster_mask_start",
+            sb.used_cluster_mask_start.get().into(),
+        ),
+        (
+            "used_cluster_mask_len",
+            sb.used_cluster_mask_len.get().into(),
+        ),
+        (
+            "used_blobid_mask_start",
+            sb.used_blobid_mask_start.get().into(),
+        ),
+        ("used_blobid_mask_len", sb.used_blobid_mask_len.get().into()),
+        ("md_start", sb.md_start.get().into()),
+        ("md_len", sb.md_len.get().into()),
+        ("bstype", text(bstype).into()),
+        ("size", sb.size.get().into()),
+        ("io_unit_size", sb.io_unit_size.get().into()),
+        ("md_page_size", sb.md_page_size.get().into()),
+        (
+            "reserved_bytes_set",
+            sb.reserved.iter().filter(|byte| **byte != 0).count().into(),
+        ),
+        ("crc", crc_text(&page).into()),
+    ];
+    fields
+        .into_iter()
+        .map(|(name, value): (&str, Value)| (name.to_owned(), value))
+        .collect()
+}
+
+fn crc_text(page: &Page) -> String {
+    let (stored, computed) = (stored_crc(page), page_crc(page));
+    if stored == computed {
+        format!("{stored:#010x}, right")
+    } else {
+        format!("{stored:#010x}, wrong: {computed:#010x} is computed")
+    }
+}
+
+fn mask_value(mask: &MaskDump) -> Value {
+    match &mask.used {
+        Ok(used) => {
+            let used: Vec<Value> = used
+                .iter()
+                .map(|range| json!([range.start, range.end]))
+                .collect();
+            json!({ "name": mask.name, "start": mask.start, "len": mask.len, "used": used })
+        }
+        Err(error) => {
+            json!({ "name": mask.name, "start": mask.start, "len": mask.len, "problem": error })
+        }
+    }
+}
+
+fn ranges(ranges: &[Range<u32>]) -> String {
+    let count: u64 = ranges
+        .iter()
+        .map(|range| u64::from(range.end - range.start))
+        .sum();
+    let texts: Vec<String> = ranges
+        .iter()
+        .map(|range| {
+            if range.len() == 1 {
+                range.start.to_string()
+            } else {
+                format!("{}..{}", range.start, range.end)
+            }
+        })
+        .collect();
+    format!("{count} used: {}", texts.join(" "))
+}
+
+/// A metadata page as it says of itself.
+fn decode(index: u32, page: &Page) -> Value {
+    let header = PageHeader::read(page);
+    let next = if header.next == INVALID_PAGE {
+        Value::Null
+    } else {
+        header.next.into()
+    };
+    let mut descriptors = Vec::new();
+    let mut problem = Value::Null;
+    if stored_crc(page) == page_crc(page) {
+        for descriptor in Descriptors::new(page) {
+            match descriptor {
+                Ok(descriptor) => descriptors.push(descriptor_value(&descriptor)),
+                Err(error) => problem = error.to_string().into(),
+            }
+        }
+    }
+    json!({
+        "page": index,
+        "id": header.id.to_string(),
+        "sequence": header.sequence,
+        "next": next,
+        "crc": crc_text(page),
+        "descriptors": descriptors,
+        "problem": problem,
+    })
+}
+
+fn words(body: &[u8]) -> impl Iterator<Item = u32> + '_ {
+    body.chunks_exact(4)
+        .map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
+}
+
+fn pairs(body: &[u8]) -> Vec<Value> {
+    words(body)
+        .zip(words(body).skip(1))
+        .step_by(2)
+        .map(|(a, b)| json!([a, b]))
+        .collect()
+}
+
+fn long(body: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_le_bytes(body.get(at..at + 8)?.try_into().ok()?))
+}
+
+fn descriptor_value(descriptor: &Descriptor<'_>) -> Value {
+    let body = descriptor.body;
+    let decoded = || -> Option<Value> {
+        Some(match descriptor.kind {
+            TYPE_FLAGS => json!({
+                "type": "flags",
+                "invalid_flags": format!("{:#x}", long(body, 0)?),
+                "data_ro_flags": format!("{:#x}", long(body, 8)?),
+                "md_ro_flags": format!("{:#x}", long(body, 16)?),
+            }),
+            TYPE_XATTR | TYPE_XATTR_INTERNAL => {
+                let name_len = usize::from(u16::from_le_bytes(body.get(..2)?.try_into().ok()?));
+                let value = body.get(4 + name_len..)?;
+                json!({
+                    "type": if descriptor.kind == TYPE_XATTR { "xattr" } else { "internal xattr" },
+                    "name": body.get(4..4 + name_len)?.escape_ascii().to_string(),
+                    "len": value.len(),
+                    "value": value.escape_ascii().to_string(),
+                })
+            }
+            TYPE_EXTENT_RLE => json!({ "type": "run-length extents", "runs": pairs(body) }),
+            TYPE_EXTENT_TABLE => json!({
+                "type": "extent table",
+                "num_clusters": long(body, 0)?,
+                "extent_pages": pairs(body.get(8..)?),
+            }),
+            TYPE_EXTENT_PAGE => json!({
+                "type": "extent page",
+                "start_cluster": words(body).next()?,
+                "clusters": words(body.get(4..)?).collect::<Vec<_>>(),
+            }),
+            TYPE_PADDING => json!({ "type": "padding", "len": body.len() }),
+            kind => json!({ "type": kind, "len": body.len() }),
+        })
+    };
+    decoded().unwrap_or_else(
+        || json!({ "type": descriptor.kind, "len": body.len(), "problem": "too short" }),
+    )
+}
+
+fn plain(value: &Value) -> String {
+    value
+        .as_str()
+        .map_or_else(|| value.to_string(), str::to_owned)
+}
+
+fn print_page(out: &mut dyn Write, value: &Value) -> io::Result<()> {
+    let next = if value["next"].is_null() {
+        "none".to_owned()
+    } else {
+        value["next"].to_string()
+    };
+    writeln!(
+        out,
+        "page {}: blob {}, sequence {}, next {next}, crc {}",
+        value["page"],
+        plain(&value["id"]),
+        value["sequence"],
+        plain(&value["crc"])
+    )?;
+    for descriptor in value["descriptors"].as_array().into_iter().flatten() {
+        let Value::Object(fields) = descriptor else {
+            continue;
+        };
+        let rest: Vec<String> = fields
+            .iter()
+            .filter(|(name, _)| *name != "type")
+            .map(|(name, value)| format!("{name} {}", plain(value)))
+            .collect();
+        writeln!(out, "  {}: {}", plain(&fields["type"]), rest.join(", "))?;
+    }
+    if let Some(problem) = value["problem"].as_str() {
+        writeln!(out, "  {problem}")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,641 @@
+//! `pumice doctor`: what this machine lacks for driving an NVMe device past the kernel, and the
+//! command that mends it.
+
+use std::fs::File;
+use std::io::ErrorKind;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use pumice_bdev_control::terminal::{print, print_json};
+use pumice_nvme::dma::{Memlock, memlock};
+use pumice_nvme::pci::{Function, Host, PciAddress};
+use serde_json::{Value, json};
+
+/// Check IOMMU, modules, permissions and limits; say what is missing and how to mend it
+#[derive(Args)]
+pub struct Doctor {
+    /// Only this controller, as 0000:01:00.0; without it all of them
+    address: Option<PciAddress>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// Directory that is the machine's `/`
+    #[arg(long, default_value = "/", hide = true)]
+    root: PathBuf,
+}
+
+/// How a check came out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// As it should be.
+    Good,
+    /// Works, but worth knowing.
+    Note,
+    /// In the way.
+    Missing,
+}
+
+impl State {
+    fn word(self) -> &'static str {
+        match self {
+            State::Good => "ok",
+            State::Note => "note",
+            State::Missing => "missing",
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Check {
+    name: String,
+    state: State,
+    detail: String,
+    fix: Option<String>,
+}
+
+fn check(name: impl Into<String>, state: State, detail: impl Into<String>) -> Check {
+    Check {
+        name: name.into(),
+        state,
+        detail: detail.into(),
+        fix: None,
+    }
+}
+
+impl Check {
+    fn fix(mut self, command: impl Into<String>) -> Check {
+        self.fix = Some(command.into());
+        self
+    }
+}
+
+/// What does not come from files, so that tests can choose it.
+struct Process {
+    memlock: Memlock,
+    /// Whether the memlock limit binds (CAP_IPC_LOCK lifts it).
+    unlimited: bool,
+}
+
+/// Runs it; exit code 1 when something is missing.
+pub fn run(args: &Doctor) -> ExitCode {
+    let host = Host::at(&args.root);
+    let status = host.read("/proc/self/status").ok().flatten();
+    let process = Process {
+        memlock: memlock(),
+        unlimited: has_ipc_lock(status.as_deref().unwrap_or("")),
+    };
+    let checks = examine(&host, args.address, &process);
+    let sick = checks.iter().any(|c| c.state == State::Missing);
+    if args.json {
+        print_json(&as_json(&checks));
+    } else {
+        print(&as_text(&checks));
+    }
+    ExitCode::from(u8::from(sick))
+}
+
+fn as_json(checks: &[Check]) -> Value {
+    let list: Vec<Value> = checks
+        .iter()
+        .map(|c| json!({"name": c.name, "state": c.state.word(), "detail": c.detail, "fix": c.fix}))
+        .collect();
+    let ready = checks.iter().all(|c| c.state != State::Missing);
+    json!({ "ready": ready, "checks": list })
+}
+
+fn as_text(checks: &[Check]) -> String {
+    let mut out = String::new();
+    for c in checks {
+        out.push_str(&format!("{:<8} {}: {}\n", c.state.word(), c.name, c.detail));
+        if let Some(fix) = &c.fix {
+            out.push_str(&format!("         -> {fix}\n"));
+        }
+    }
+    let missing = checks.iter().filter(|c| c.state == State::Missing).count();
+    out.push_str(&match missing {
+        0 => "nothing is missing\n".to_owned(),
+        n => format!("{n} missing\n"),
+    });
+    out
+}
+
+/// `CapEff` of proc(5); CAP_IPC_LOCK is bit 14 (capabilities(7)).
+fn has_ipc_lock(status: &str) -> bool {
+    status
+        .lines()
+        .find_map(|l| l.strip_prefix("CapEff:"))
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+        .is_some_and(|caps| caps >> 14 & 1 == 1)
+}
+
+fn examine(host: &Host, only: Option<PciAddress>, process: &Process) -> Vec<Check> {
+    let mut checks = Vec::new();
+    let functions = controllers(host, only, &mut checks);
+    let uio = functions
+        .iter()
+        .any(|f| f.driver.as_deref() == Some("uio_pci_generic"));
+    let translated = iommu(host, &mut checks);
+    modules(host, uio, &mut checks);
+    for function in &functions {
+        controller(host, function, only.is_some(), &mut checks);
+    }
+    limits(process, translated, &mut checks);
+    huge_pages(host, uio || !translated, &mut checks);
+    io_uring(host, &mut checks);
+    if functions.is_empty() && only.is_none() && checks[0].state == State::Note {
+        // Nothing here could be driven past the kernel: what that would need is not missing.
+        for check in &mut checks {
+            if check.state == State::Missing {
+                check.state = State::Note;
+            }
+        }
+    }
+    checks
+}
+
+fn controllers(host: &Host, only: Option<PciAddress>, checks: &mut Vec<Check>) -> Vec<Function> {
+    let found = match only {
+        Some(address) => host.nvme_function(address).map(|f| vec![f]),
+        None => host.nvme_functions(),
+    };
+    match found {
+        Ok(list) if list.is_empty() => {
+            checks.push(check(
+                "controllers",
+                State::Note,
+                "no NVMe controller on the PCI bus; image files and memory devices need none",
+            ));
+            list
+        }
+        Ok(list) => {
+            let names: Vec<String> = list.iter().map(|f| f.address.to_string()).collect();
+            checks.push(check("controllers", State::Good, names.join(" ")));
+            list
+        }
+        Err(e) => {
+            checks.push(check("controllers", State::Missing, e.to_string()));
+            Vec::new()
+        }
+    }
+}
+
+/// Whether device addresses are translated.
+fn iommu(host: &Host, checks: &mut Vec<Check>) -> bool {
+    let groups = host.names("/sys/kernel/iommu_groups").len();
+    if groups > 0 && !host.names("/sys/class/iommu").is_empty() {
+        checks.push(check("IOMMU", State::Good, format!("on, {groups} groups")));
+        return true;
+    }
+    let text = |path: &str| host.read(path).ok().flatten().unwrap_or_default();
+    let cmdline = text("/proc/cmdline");
+    let amd = text("/proc/cpuinfo").contains("AuthenticAMD");
+    let word = if amd { "amd_iommu" } else { "intel_iommu" };
+    let what = if amd { "AMD-Vi (IOMMU)" } else { "VT-d" };
+    let off = [format!("{word}=off"), "iommu=off".to_owned()];
+    let detail = if cmdline.split(' ').any(|w| off.iter().any(|o| o == w)) {
+        "switched off on the kernel's command line"
+    } else if cmdline.contains(&format!("{word}=on")) {
+        "asked for on the kernel's command line, but the firmware offers none"
+    } else {
+        "off: without it a device reaches all memory, and VFIO refuses it"
+    };
+    checks.push(check("IOMMU", State::Missing, detail).fix(format!(
+        "turn {what} on in the firmware set-up; then in /etc/default/grub add {word}=on to GRUB_CMDLINE_LINUX, run update-grub and reboot"
+    )));
+    false
+}
+
+fn modules(host: &Host, uio: bool, checks: &mut Vec<Check>) {
+    let wanted = if uio {
+        vec![("uio_pci_generic", "uio_pci_generic")]
+    } else {
+        vec![
+            ("vfio_pci", "vfio-pci"),
+            ("vfio_iommu_type1", "vfio_iommu_type1"),
+        ]
+    };
+    for (module, name) in wanted {
+        // Built-in code has a directory there only when it has parameters; the driver's tells.
+        let there = host.path(&format!("/sys/module/{module}")).exists()
+            || host.path(&format!("/sys/bus/pci/drivers/{name}")).exists();
+        let what = format!("kernel module {name}");
+        checks.push(if there {
+            check(what, State::Good, "loaded")
+        } else {
+            check(what, State::Missing, "not loaded").fix(format!(
+                "modprobe {name}; for every boot: echo {name} > /etc/modules-load.d/{name}.conf"
+            ))
+        });
+    }
+    let parameter = |name: &str| {
+        let text = host.read(&format!("/sys/module/{name}")).ok().flatten();
+        text.is_some_and(|t| t == "Y" || t == "1")
+    };
+    if parameter("vfio/parameters/enable_unsafe_noiommu_mode") {
+        checks.push(check(
+            "no-IOMMU mode",
+            State::Note,
+            "VFIO takes devices without an IOMMU: a wrong address of a device overwrites any memory",
+        ));
+    }
+    if parameter("vfio_iommu_type1/parameters/allow_unsafe_interrupts") {
+        checks.push(check(
+            "interrupt isolation",
+            State::Note,
+            "allow_unsafe_interrupts is set: a device can forge interrupts",
+        ));
+    }
+    let entries = host
+        .read("/sys/module/vfio_iommu_type1/parameters/dma_entry_limit")
+        .ok()
+        .flatten()
+        .and_then(|t| t.parse::<u64>().ok());
+    if let Some(entries) = entries {
+        let (state, detail) = if entries >= 1024 {
+            (State::Good, format!("{entries} for each process"))
+        } else {
+            (
+                State::Note,
+                format!("only {entries} for each process; caches take one for each 32 MiB"),
+            )
+        };
+        checks.push(check("DMA mappings", state, detail));
+    }
+}
+
+fn controller(host: &Host, function: &Function, asked_for: bool, checks: &mut Vec<Check>) {
+    let address = function.address;
+    let name = format!("controller {address}");
+    match function.driver.as_deref() {
+        Some("vfio-pci") => {}
+        Some("uio_pci_generic") => {
+            let root = File::options()
+                .read(true)
+                .write(true)
+                .open(host.path(&format!("/sys/bus/pci/devices/{address}/resource0")));
+            checks.push(match root {
+                Ok(_) => check(name, State::Good, "bound to uio_pci_generic"),
+                Err(e) => check(name, State::Missing, format!("resource0: {e}"))
+                    .fix("run as root: uio needs physical addresses"),
+            });
+            return;
+        }
+        other => {
+            let driver = other.unwrap_or("no driver");
+            let uses: Vec<String> = host
+                .uses(function)
+                .iter()
+                .map(ToString::to_string)
+                .collect();
+            let state = if asked_for {
+                State::Missing
+            } else {
+                State::Note
+            };
+            checks.push(if uses.is_empty() {
+                check(name, state, format!("bound to {driver}, not in use"))
+                    .fix(format!("pumice setup bind {address}"))
+            } else {
+                check(
+                    name,
+                    state,
+                    format!("bound to {driver} and in use: {}", uses.join("; ")),
+                )
+            });
+            return;
+        }
+    }
+    let Some(group) = &function.group else {
+        checks.push(
+            check(
+                name,
+                State::Missing,
+                "bound to vfio-pci, but has no IOMMU group",
+            )
+            .fix("turn the IOMMU on, see above"),
+        );
+        return;
+    };
+    let rivals = host.group_rivals(function);
+    if !rivals.is_empty() {
+        for (rival, driver) in rivals {
+            checks.push(neighbour(host, &name, group.id, rival, &driver));
+        }
+    }
+    let node = group.node();
+    let opened = File::options()
+        .read(true)
+        .write(true)
+        .open(host.path(&node));
+    checks.push(match opened {
+        Ok(_) => check(
+            name,
+            State::Good,
+            format!("bound to vfio-pci, {node} may be opened"),
+        ),
+        Err(e) if e.kind() == ErrorKind::ResourceBusy => {
+            let users = host.openers(&node);
+            let who = users.first().map_or_else(String::new, |(pid, name)| {
+                format!(" by process {pid} ({name})")
+            });
+            check(name, State::Note, format!("bound to vfio-pci, in use{who}"))
+        }
+        Err(e) if e.kind() == ErrorKind::PermissionDenied => {
+            check(name, State::Missing, format!("no permission for {node}"))
+                .fix(format!("sudo pumice setup bind {address} --user $USER"))
+        }
+        Err(e) => check(name, State::Missing, format!("{node}: {e}"))
+            .fix("modprobe vfio-pci; then pumice setup status"),
+    });
+}
+
+/// Another function of the group that the kernel drives. What is in use, or is no NVMe controller
+/// (a network card, the disk that the machine runs from), is never to be pulled from its driver.
+fn neighbour(host: &Host, name: &str, group: u32, rival: PciAddress, driver: &str) -> Check {
+    let shared = |what: String| {
+        check(
+            format!("{name}: group {group}"),
+            State::Missing,
+            format!("shared with {rival} ({driver}), {what}"),
+        )
+    };
+    let function = match host.function(rival) {
+        Ok(function) => function,
+        Err(e) => {
+            return shared(format!("which cannot be looked at ({e})"))
+                .fix("move one of the cards to another slot");
+        }
+    };
+    if !function.is_nvme() {
+        return shared("which is no NVMe controller".to_owned())
+            .fix("move one of the cards to another slot");
+    }
+    let uses = host.uses(&function);
+    if uses.is_empty() {
+        return shared("which is not in use".to_owned()).fix(format!("pumice setup bind {rival}"));
+    }
+    let uses: Vec<String> = uses.iter().map(ToString::to_string).collect();
+    shared(format!("which is in use: {}", uses.join("; ")))
+        .fix("move one of the cards to another slot, or end that use first")
+}
+
+/// What a process with a modest cache pins.
+const ENOUGH_BYTES: u64 = 1 << 30;
+
+fn limits(process: &Process, translated: bool, checks: &mut Vec<Check>) {
+    let (state, detail) = match process.memlock {
+        _ if process.unlimited => (
+            State::Good,
+            "this process may lock any amount (CAP_IPC_LOCK)".to_owned(),
+        ),
+        Memlock::Unlimited => (State::Good, "unlimited".to_owned()),
+        Memlock::Bytes(b) if b >= ENOUGH_BYTES => (State::Good, format!("{} MiB", b >> 20)),
+        Memlock::Bytes(b) => (
+            if translated {
+                State::Missing
+            } else {
+                State::Note
+            },
+            format!(
+                "{} MiB; all memory that a device may reach is locked, caches included",
+                b >> 20
+            ),
+        ),
+        Memlock::Unknown => (State::Note, "could not be read".to_owned()),
+    };
+    let found = check("memlock limit", state, detail);
+    checks.push(if state == State::Good {
+        found
+    } else {
+        found.fix(
+            "ulimit -l unlimited; for good: '* - memlock unlimited' in /etc/security/limits.conf, or LimitMEMLOCK=infinity in the service",
+        )
+    });
+}
+
+fn huge_pages(host: &Host, needed: bool, checks: &mut Vec<Check>) {
+    let number = |name: &str| {
+        let path = format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}");
+        let text = host.read(&path).ok().flatten()?;
+        text.parse::<u64>().ok()
+    };
+    let (total, free) = (number("nr_hugepages"), number("free_hugepages"));
+    let counts = format!(
+        "{} reserved, {} free",
+        total.unwrap_or(0),
+        free.unwrap_or(0)
+    );
+    checks.push(if !needed {
+        check(
+            "huge pages",
+            State::Good,
+            format!("{counts}; not needed behind an IOMMU"),
+        )
+    } else if free.unwrap_or(0) >= 32 {
+        check("huge pages", State::Good, counts)
+    } else {
+        check(
+            "huge pages",
+            State::Missing,
+            format!("{counts}; without an IOMMU all DMA memory is of huge pages"),
+        )
+        .fix("pumice setup huge-pages 64")
+    });
+}
+
+fn io_uring(host: &Host, checks: &mut Vec<Check>) {
+    let disabled = host
+        .read("/proc/sys/kernel/io_uring_disabled")
+        .ok()
+        .flatten();
+    if matches!(disabled.as_deref(), Some("1" | "2")) {
+        checks.push(
+            check(
+                "io_uring",
+                State::Note,
+                "disabled for users; image files are slower without it",
+            )
+            .fix("sysctl kernel.io_uring_disabled=0"),
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake_host::FakeHost;
+
+    const NVME: &str = "0000:01:00.0";
+
+    fn rich() -> Process {
+        Process {
+            memlock: Memlock::Unlimited,
+            unlimited: false,
+        }
+    }
+
+    fn ready() -> FakeHost {
+        let fake = FakeHost::new();
+        fake.nvme(NVME, "vfio-pci", Some(7));
+        fake.dir("/sys/class/iommu/dmar0");
+        fake.dir("/sys/module/vfio_pci");
+        fake.file(
+            "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit",
+            "65535",
+        );
+        fake.file("/dev/vfio/7", "");
+        fake
+    }
+
+    fn find<'a>(checks: &'a [Check], name: &str) -> &'a Check {
+        checks
+            .iter()
+            .find(|c| c.name.starts_with(name))
+            .unwrap_or_else(|| panic!("no check {name}: {checks:#?}"))
+    }
+
+    #[test]
+    fn a_machine_that_is_ready() {
+        let checks = examine(&ready().host(), None, &rich());
+        assert!(checks.iter().all(|c| c.state == State::Good), "{checks:#?}");
+        assert_eq!(as_json(&checks)["ready"], true);
+        assert!(as_text(&checks).ends_with("nothing is missing\n"));
+    }
+
+    #[test]
+    fn a_bare_machine() {
+        let fake = FakeHost::new();
+        fake.nvme(NVME, "nvme", None);
+        fake.file("/proc/cpuinfo", "vendor_id : AuthenticAMD\n");
+        let poor = Process {
+            memlock: Memlock::Bytes(8 << 20),
+            unlimited: false,
+        };
+        let checks = examine(&fake.host(), None, &poor);
+        let iommu = find(&checks, "IOMMU");
+        assert_eq!(iommu.state, State::Missing);
+        assert!(
+            iommu
+                .fix
+                .as_deref()
+                .is_some_and(|f| f.contains("amd_iommu=on"))
+        );
+        assert_eq!(
+            find(&checks, "kernel module vfio-pci").state,
+            State::Missing
+        );
+        assert_eq!(find(&checks, "huge pages").state, State::Missing);
+        let controller = find(&checks, "controller 0000");
+        assert_eq!(controller.state, State::Note);
+        assert!(
+            controller
+                .fix
+                .as_deref()
+                .is_some_and(|f| f.contains("setup bind"))
+        );
+        let json = as_json(&checks);
+        assert_eq!(json["ready"], false);
+        let asked = examine(&fake.host(), Some(NVME.parse().expect("an address")), &poor);
+        assert_eq!(find(&asked, "controller 0000").state, State::Missing);
+    }
+
+    #[test]
+    fn memlock_only_binds_without_the_capability() {
+        let mut process = Process {
+            memlock: Memlock::Bytes(8 << 20),
+            unlimited: false,
+        };
+        let checks = examine(&ready().host(), None, &process);
+        assert_eq!(find(&checks, "memlock").state, State::Missing);
+        process.unlimited = true;
+        let checks = examine(&ready().host(), None, &process);
+        assert_eq!(find(&checks, "memlock").state, State::Good);
+        assert!(has_ipc_lock("Name: x\nCapEff:\t000001ffffffffff\n"));
+        assert!(!has_ipc_lock("CapEff:\t0000000000000000\n"));
+        assert!(!has_ipc_lock(""));
+    }
+
+    #[test]
+    fn switched_off_and_unsafe_modes() {
+        let fake = FakeHost::new();
+        fake.file("/proc/cmdline", "root=/dev/sda1 intel_iommu=off quiet\n");
+        fake.file(
+            "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
+            "Y\n",
+        );
+        let checks = examine(&fake.host(), None, &rich());
+        assert!(find(&checks, "IOMMU").detail.contains("switched off"));
+        assert_eq!(find(&checks, "no-IOMMU").state, State::Note);
+        assert_eq!(find(&checks, "controllers").state, State::Note);
+    }
+
+    fn advice(fake: &FakeHost) -> String {
+        let only = Some(NVME.parse().expect("an address"));
+        let checks = examine(&fake.host(), only, &rich());
+        let group = find(&checks, "controller 0000:01:00.0: group 7");
+        assert_eq!(group.state, State::Missing);
+        format!("{} -> {}", group.detail, group.fix.as_deref().unwrap_or(""))
+    }
+
+    #[test]
+    fn a_neighbour_in_the_group_is_never_pulled() {
+        const OTHER: &str = "0000:02:00.0";
+        let fake = ready();
+        fake.nvme(OTHER, "nvme", Some(7));
+        fake.block(
+            OTHER,
+            "nvme1",
+            "nvme1n1",
+            "259:4",
+            &[("nvme1n1p1", "259:5")],
+        );
+        let free = advice(&fake);
+        assert!(
+            free.contains("not in use -> pumice setup bind 0000:02:00.0"),
+            "{free}"
+        );
+        fake.file(
+            "/proc/self/mountinfo",
+            "30 1 259:5 / / rw - ext4 /dev/root rw\n",
+        );
+        let mounted = advice(&fake);
+        assert!(mounted.contains("nvme1n1p1 is mounted at /"), "{mounted}");
+        assert!(mounted.contains("another slot"), "{mounted}");
+        // What cannot be checked is in use.
+        fake.remove("/proc/self/mountinfo");
+        let unchecked = advice(&fake);
+        assert!(unchecked.contains("counts as in use"), "{unchecked}");
+        // A network card, or the controller of the root disk.
+        let fake = ready();
+        fake.other(OTHER, "0x010601\n", "ahci", Some(7));
+        let sata = advice(&fake);
+        assert!(sata.contains("no NVMe controller -> move one"), "{sata}");
+        for text in [free, mounted, unchecked, sata] {
+            assert!(!text.contains("unbind"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_machine_without_controllers_lacks_nothing() {
+        let fake = FakeHost::new();
+        let poor = Process {
+            memlock: Memlock::Bytes(8 << 20),
+            unlimited: false,
+        };
+        let checks = examine(&fake.host(), None, &poor);
+        assert_eq!(find(&checks, "controllers").state, State::Note);
+        assert_eq!(as_json(&checks)["ready"], true, "{checks:#?}");
+        // One that was asked for and is not there is missing.
+        let asked = examine(&fake.host(), Some(NVME.parse().expect("an address")), &poor);
+        assert_eq!(as_json(&asked)["ready"], false);
+    }
+
+    #[test]
+    fn a_node_that_is_not_there() {
+        let fake = FakeHost::new();
+        fake.nvme(NVME, "vfio-pci", Some(9));
+        let checks = examine(&fake.host(), None, &rich());
+        assert_eq!(find(&checks, "controller 0000").state, State::Missing);
+    }
+}

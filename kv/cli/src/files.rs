@@ -1,0 +1,560 @@
+//! `pumice ls|cat|rm|mv|df|stat|mkdir|rmdir`: the files of a BlobFS that nobody has mounted.
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clap::Args;
+use pumice_bdev::{BdevError, BlockDevice};
+use pumice_bdev_control::terminal::{print, print_json, visible};
+use pumice_bdev_control::{complain, say};
+use pumice_blobfs::fs::{Access, FileSystem, FsError, MountOptions, OpenOptions, Stat};
+use serde_json::{Value, json};
+
+use crate::signals;
+
+/// Bytes that go through memory at once.
+pub const CHUNK: usize = 1 << 20;
+
+/// List directories, or show files
+#[derive(Args)]
+pub struct Ls {
+    /// The device
+    uri: String,
+    /// Paths in the file system; `/` by default
+    paths: Vec<String>,
+    /// What is in directories below, too
+    #[arg(short = 'R', long)]
+    recursive: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Print files
+#[derive(Args)]
+pub struct Cat {
+    /// The device
+    uri: String,
+    /// Paths in the file system
+    #[arg(required = true)]
+    paths: Vec<String>,
+}
+
+/// Remove files
+#[derive(Args)]
+pub struct Rm {
+    #[command(flatten)]
+    change: Change,
+    /// The device
+    uri: String,
+    /// Paths in the file system
+    #[arg(required = true)]
+    paths: Vec<String>,
+    /// Directories, with all that is in them
+    #[arg(short, long)]
+    recursive: bool,
+    /// No error for what is not there
+    #[arg(short, long)]
+    force: bool,
+}
+
+/// Rename a file or a directory; a file of the new name is replaced
+#[derive(Args)]
+pub struct Mv {
+    #[command(flatten)]
+    change: Change,
+    /// The device
+    uri: String,
+    /// Its path
+    from: String,
+    /// Its new path, or a directory to move it into
+    to: String,
+}
+
+/// Show how full the file system is
+#[derive(Args)]
+pub struct Df {
+    /// The device
+    uri: String,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Show all that is known of files
+#[derive(Args)]
+pub struct StatArgs {
+    /// The device
+    uri: String,
+    /// Paths in the file system; `/` by default
+    paths: Vec<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Make directories
+#[derive(Args)]
+pub struct Mkdir {
+    #[command(flatten)]
+    change: Change,
+    /// The device
+    uri: String,
+    /// Paths in the file system
+    #[arg(required = true)]
+    paths: Vec<String>,
+    /// With those above, and no error for what is there
+    #[arg(short, long)]
+    parents: bool,
+}
+
+/// Remove empty directories
+#[derive(Args)]
+pub struct Rmdir {
+    #[command(flatten)]
+    change: Change,
+    /// The device
+    uri: String,
+    /// Paths in the file system
+    #[arg(required = true)]
+    paths: Vec<String>,
+}
+
+/// Why a command failed, for people.
+#[derive(Debug)]
+pub struct Failure(String);
+
+impl From<String> for Failure {
+    fn from(text: String) -> Failure {
+        Failure(text)
+    }
+}
+
+impl From<FsError> for Failure {
+    fn from(e: FsError) -> Failure {
+        Failure(e.to_string())
+    }
+}
+
+impl From<BdevError> for Failure {
+    fn from(e: BdevError) -> Failure {
+        Failure(e.to_string())
+    }
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Says why, and gives the exit code.
+pub fn fail(command: &str, e: &Failure) -> ExitCode {
+    complain!("pumice {command}: {e}");
+    ExitCode::FAILURE
+}
+
+type Outcome = Result<(), Failure>;
+
+fn ended(command: &str, result: Outcome) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => fail(command, &e),
+    }
+}
+
+/// How a command mounts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Nothing is written; others may read at the same time, and the file need not be writable.
+    Read,
+    /// For changes; with `accept_damage` also where blobs are damaged.
+    Write { accept_damage: bool },
+}
+
+/// What commands that change a file system have in common.
+#[derive(Args)]
+pub struct Change {
+    /// Go on although files are damaged: what was in them counts as lost
+    #[arg(long)]
+    accept_damage: bool,
+}
+
+impl Change {
+    /// How to mount for it.
+    pub fn mode(&self) -> Mode {
+        Mode::Write {
+            accept_damage: self.accept_damage,
+        }
+    }
+}
+
+/// Opens a device that nothing is written on, beside others who read.
+pub fn open_to_read(uri: &str) -> Result<Arc<dyn BlockDevice>, Failure> {
+    Ok(pumice_bdev::open_with(
+        uri,
+        pumice_bdev::OpenOptions::new().read_only(true),
+    )?)
+}
+
+/// Mounts, calls `f`, unmounts. What the mount found wrong goes to standard error.
+pub fn mounted<R>(
+    uri: &str,
+    mode: Mode,
+    f: impl FnOnce(&FileSystem) -> Result<R, Failure>,
+) -> Result<R, Failure> {
+    let mut opts = MountOptions::default();
+    opts.cache_bytes = 64 << 20;
+    let dev = match mode {
+        Mode::Read => {
+            opts.read_only = true;
+            open_to_read(uri)?
+        }
+        Mode::Write { accept_damage } => {
+            opts.accept_damage = accept_damage;
+            signals::catch()?;
+            pumice_bdev::open(uri)?
+        }
+    };
+    let fs = FileSystem::mount(dev, &opts).map_err(|e| match e {
+        FsError::Damaged { .. } => Failure(format!(
+            "{e}; here that is --accept-damage, and `pumice rescue` copies what can be read"
+        )),
+        e => e.into(),
+    })?;
+    for problem in fs.problems() {
+        complain!("pumice: {uri}: {problem}");
+    }
+    let result = f(&fs);
+    let unmounted = fs.unmount();
+    let value = result?;
+    unmounted?;
+    Ok(value)
+}
+
+/// Bytes for people.
+pub fn human(bytes: u64) -> String {
+    let mut unit = "B";
+    let mut whole = bytes;
+    let mut rest = 0;
+    for next in ["KiB", "MiB", "GiB", "TiB", "PiB"] {
+        if whole < 1024 {
+            break;
+        }
+        rest = whole % 1024;
+        whole /= 1024;
+        unit = next;
+    }
+    if rest == 0 || whole >= 100 {
+        format!("{whole} {unit}")
+    } else {
+        format!("{whole}.{} {unit}", rest * 10 / 1024)
+    }
+}
+
+/// A time in UTC: days to a date by counting from March (the calendar repeats after 400 years).
+fn date(time: SystemTime) -> String {
+    let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    if seconds == 0 {
+        return "-".to_owned();
+    }
+    let days = seconds / 86_400 + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year + year / 4 - year / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 {
+        shifted + 3
+    } else {
+        shifted - 9
+    };
+    let year = year + era * 400 + u64::from(month <= 2);
+    let (h, m, s) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02} {h:02}:{m:02}:{s:02}")
+}
+
+fn as_json(path: &str, s: &Stat) -> Value {
+    json!({
+        "path": path,
+        "type": if s.is_dir { "directory" } else { "file" },
+        "length": s.len,
+        "allocated": s.allocated,
+        "links": s.links,
+        "modified_ns": s.mtime.duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)),
+        "blob": s.blob_id.map(|id| id.to_string()),
+    })
+}
+
+/// `dir` and a name in it.
+pub fn join(dir: &str, name: &str) -> String {
+    format!("{}/{name}", dir.trim_end_matches('/'))
+}
+
+/// The files below `path`, itself included, directories before what is in them.
+pub fn walk(fs: &FileSystem, path: &str) -> Result<Vec<(String, bool)>, Failure> {
+    let is_dir = fs.stat(path)?.is_dir;
+    let mut found = vec![(path.to_owned(), is_dir)];
+    let mut at = 0;
+    while at < found.len() {
+        let (dir, is_dir) = found[at].clone();
+        if is_dir {
+            for e in fs.list(&dir)? {
+                found.push((join(&dir, &e.name), e.is_dir));
+            }
+        }
+        at += 1;
+    }
+    Ok(found)
+}
+
+fn or_root(paths: &[String]) -> Vec<String> {
+    if paths.is_empty() {
+        vec!["/".to_owned()]
+    } else {
+        paths.to_vec()
+    }
+}
+
+/// Runs `pumice ls`.
+pub fn ls(args: &Ls) -> ExitCode {
+    let list = |fs: &FileSystem| {
+        let mut all = Vec::new();
+        for path in or_root(&args.paths) {
+            if args.recursive {
+                all.extend(walk(fs, &path)?.into_iter().skip(1).map(|(p, _)| p));
+            } else if fs.stat(&path)?.is_dir {
+                all.extend(fs.list(&path)?.into_iter().map(|e| join(&path, &e.name)));
+            } else {
+                all.push(path);
+            }
+        }
+        let mut stats = Vec::new();
+        for path in all {
+            let stat = fs.stat(&path)?;
+            stats.push((path, stat));
+        }
+        Ok(stats)
+    };
+    let result = mounted(&args.uri, Mode::Read, list).map(|stats| {
+        if args.json {
+            let all: Vec<Value> = stats.iter().map(|(p, s)| as_json(p, s)).collect();
+            print_json(&Value::Array(all));
+            return;
+        }
+        let width = stats
+            .iter()
+            .map(|(_, s)| s.len.to_string().len())
+            .max()
+            .unwrap_or(0);
+        let line = |(path, s): &(String, Stat)| {
+            let end = if s.is_dir { "/" } else { "" };
+            let path = visible(path);
+            format!("{:>width$}  {:19}  {path}{end}\n", s.len, date(s.mtime))
+        };
+        print(&stats.iter().map(line).collect::<String>());
+    });
+    ended("ls", result)
+}
+
+/// Runs `pumice cat`.
+pub fn cat(args: &Cat) -> ExitCode {
+    let result = mounted(&args.uri, Mode::Read, |fs| {
+        let mut out = std::io::stdout().lock();
+        let mut buf = vec![0; CHUNK];
+        for path in &args.paths {
+            let f = fs.open(path, OpenOptions::READ)?;
+            f.advise(Access::Sequential);
+            let mut at = 0;
+            loop {
+                let n = f.read_at(at, &mut buf)?;
+                if n == 0 {
+                    break;
+                }
+                match out.write_all(&buf[..n]) {
+                    Ok(()) => at += n as u64,
+                    // The reader of the pipe has seen enough.
+                    Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
+                    Err(e) => return Err(Failure(format!("standard output: {e}"))),
+                }
+            }
+        }
+        out.flush()
+            .map_err(|e| Failure(format!("standard output: {e}")))
+    });
+    ended("cat", result)
+}
+
+/// Runs `pumice rm`.
+pub fn rm(args: &Rm) -> ExitCode {
+    let result = mounted(&args.uri, args.change.mode(), |fs| {
+        for path in &args.paths {
+            let stat = match fs.stat(path) {
+                Ok(stat) => stat,
+                Err(FsError::NotFound { .. }) if args.force => continue,
+                Err(e) => return Err(e.into()),
+            };
+            if stat.is_dir && !args.recursive {
+                return Err(Failure(format!(
+                    "{path}: is a directory; remove it with -r"
+                )));
+            }
+            for (p, is_dir) in walk(fs, path)?.iter().rev() {
+                signals::check()?;
+                match (is_dir, p.as_str()) {
+                    (true, "/") => {}
+                    (true, p) => fs.rmdir(p)?,
+                    (false, p) => fs.unlink(p)?,
+                }
+            }
+        }
+        Ok(())
+    });
+    ended("rm", result)
+}
+
+/// Runs `pumice mv`.
+pub fn mv(args: &Mv) -> ExitCode {
+    let result = mounted(&args.uri, args.change.mode(), |fs| {
+        let into = fs.stat(&args.to).is_ok_and(|s| s.is_dir);
+        let base = args
+            .from
+            .trim_end_matches('/')
+            .rsplit('/')
+            .next()
+            .unwrap_or_default();
+        let to = if into {
+            join(&args.to, base)
+        } else {
+            args.to.clone()
+        };
+        Ok(fs.rename(&args.from, &to)?)
+    });
+    ended("mv", result)
+}
+
+/// Runs `pumice df`.
+pub fn df(args: &Df) -> ExitCode {
+    let result = mounted(&args.uri, Mode::Read, |fs| Ok(fs.statfs())).map(|s| {
+        if args.json {
+            let all = json!({
+                "device": args.uri,
+                "total_bytes": s.total,
+                "free_bytes": s.free,
+                "used_bytes": s.used,
+                "host_free_bytes": s.host_free,
+                "cluster_size": s.cluster,
+                "files": s.files,
+                "md_pages": s.md_pages,
+                "md_pages_used": s.md_pages_used,
+            });
+            print_json(&all);
+            return;
+        }
+        let used = s.used;
+        say!("device          {}", args.uri);
+        say!("total           {}", human(s.total));
+        say!(
+            "used            {} ({} %)",
+            human(used),
+            used * 100 / s.total.max(1)
+        );
+        say!("free            {}", human(s.free));
+        if let Some(host) = s.host_free {
+            say!("room below      {}", human(host));
+        }
+        say!("cluster         {}", human(s.cluster));
+        say!("files           {}", s.files);
+        say!("metadata pages  {} of {} used", s.md_pages_used, s.md_pages);
+    });
+    ended("df", result)
+}
+
+/// Runs `pumice stat`.
+pub fn stat(args: &StatArgs) -> ExitCode {
+    let look = |fs: &FileSystem| {
+        let mut all = Vec::new();
+        for path in or_root(&args.paths) {
+            let s = fs.stat(&path)?;
+            all.push((path, s));
+        }
+        Ok(all)
+    };
+    let result = mounted(&args.uri, Mode::Read, look).map(|all| {
+        if args.json {
+            let all: Vec<Value> = all.iter().map(|(p, s)| as_json(p, s)).collect();
+            print_json(&Value::Array(all));
+            return;
+        }
+        for (path, s) in all {
+            say!("path       {}", visible(&path));
+            say!("type       {}", if s.is_dir { "directory" } else { "file" });
+            say!("length     {} bytes", s.len);
+            say!("allocated  {}", human(s.allocated));
+            say!("links      {}", s.links);
+            say!("modified   {}", date(s.mtime));
+            say!(
+                "blob       {}",
+                s.blob_id.map_or("none".to_owned(), |id| id.to_string())
+            );
+        }
+    });
+    ended("stat", result)
+}
+
+/// Runs `pumice mkdir`.
+pub fn mkdir(args: &Mkdir) -> ExitCode {
+    let result = mounted(&args.uri, args.change.mode(), |fs| {
+        for path in &args.paths {
+            if !args.parents {
+                fs.mkdir(path)?;
+                continue;
+            }
+            let mut at = String::new();
+            for part in path.split('/').filter(|p| !p.is_empty()) {
+                at = format!("{at}/{part}");
+                if !fs.stat(&at).is_ok_and(|s| s.is_dir) {
+                    fs.mkdir(&at)?;
+                }
+            }
+        }
+        Ok(())
+    });
+    ended("mkdir", result)
+}
+
+/// Runs `pumice rmdir`.
+pub fn rmdir(args: &Rmdir) -> ExitCode {
+    let result = mounted(&args.uri, args.change.mode(), |fs| {
+        args.paths.iter().try_for_each(|p| Ok(fs.rmdir(p)?))
+    });
+    ended("rmdir", result)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn sizes_and_dates_for_people() {
+        assert_eq!(human(0), "0 B");
+        assert_eq!(human(1023), "1023 B");
+        assert_eq!(human(1536), "1.5 KiB");
+        assert_eq!(human(1 << 20), "1 MiB");
+        assert_eq!(human(u64::MAX), "16383 PiB");
+        let at = |s| date(UNIX_EPOCH + Duration::from_secs(s));
+        assert_eq!(at(0), "-");
+        assert_eq!(at(951_782_400), "2000-02-29 00:00:00");
+        assert_eq!(at(1_795_000_000), "2026-11-18 11:06:40");
+        assert_eq!(at(4_107_542_399), "2100-02-28 23:59:59");
+    }
+
+    #[test]
+    fn paths_are_joined() {
+        assert_eq!(join("/", "a"), "/a");
+        assert_eq!(join("/d", "a"), "/d/a");
+    }
+}

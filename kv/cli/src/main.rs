@@ -1,0 +1,110 @@
+//! The `pumice` command: one subcommand per module.
+
+// `pumice_bdev_control::say!` and `complain!` print: see `pumice_bdev_control::terminal`.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
+mod bdev;
+mod blob;
+mod config;
+mod copy;
+mod doctor;
+#[cfg(test)]
+mod fake_host;
+mod files;
+mod fsck;
+mod grow;
+mod mkfs;
+mod nvme;
+mod rescue;
+mod rpc;
+mod serve;
+mod setup;
+mod signals;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Tools for Pumice's devices, blobstores and file systems.
+#[derive(Parser)]
+#[command(name = "pumice", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Setup(setup::Setup),
+    Doctor(doctor::Doctor),
+    Blob(blob::BlobArgs),
+    Fsck(fsck::Fsck),
+    Rescue(rescue::Rescue),
+    Mkfs(mkfs::Mkfs),
+    Grow(grow::Grow),
+    Ls(files::Ls),
+    Cat(files::Cat),
+    Cp(copy::Cp),
+    Rm(files::Rm),
+    Mv(files::Mv),
+    Df(files::Df),
+    Stat(files::StatArgs),
+    Mkdir(files::Mkdir),
+    Rmdir(files::Rmdir),
+    Nvme(nvme::Nvme),
+    Bdev(bdev::Bdev),
+    Config(config::Config),
+    Rpc(rpc::Rpc),
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return match (error.exit_code(), is_fsck()) {
+                (0, _) => ExitCode::SUCCESS,
+                (_, true) => ExitCode::from(fsck::USAGE),
+                (_, false) => ExitCode::from(2),
+            };
+        }
+    };
+    let code = signals::exit_code(run(cli.command));
+    match pumice_bdev_control::terminal::outcome() {
+        Ok(()) => code,
+        Err(e) => {
+            pumice_bdev_control::complain!("pumice: standard output: {e}");
+            ExitCode::from(if is_fsck() { fsck::OPERATIONAL } else { 1 })
+        }
+    }
+}
+
+/// fsck's exit codes are its own.
+fn is_fsck() -> bool {
+    std::env::args().nth(1).is_some_and(|arg| arg == "fsck")
+}
+
+fn run(command: Command) -> ExitCode {
+    match command {
+        Command::Setup(args) => setup::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Blob(args) => blob::run(&args),
+        Command::Fsck(args) => fsck::run(&args),
+        Command::Rescue(args) => rescue::run(&args),
+        Command::Mkfs(args) => mkfs::run(&args),
+        Command::Grow(args) => grow::run(&args),
+        Command::Ls(args) => files::ls(&args),
+        Command::Cat(args) => files::cat(&args),
+        Command::Cp(args) => copy::cp(&args),
+        Command::Rm(args) => files::rm(&args),
+        Command::Mv(args) => files::mv(&args),
+        Command::Df(args) => files::df(&args),
+        Command::Stat(args) => files::stat(&args),
+        Command::Mkdir(args) => files::mkdir(&args),
+        Command::Rmdir(args) => files::rmdir(&args),
+        Command::Nvme(args) => nvme::run(&args),
+        Command::Bdev(args) => bdev::run(&args),
+        Command::Config(args) => config::run(&args),
+        Command::Rpc(args) => rpc::run(&args),
+    }
+}

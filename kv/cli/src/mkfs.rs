@@ -1,0 +1,133 @@
+//! `pumice mkfs`: makes an empty BlobFS.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Args;
+use pumice_bdev::{BlockDevice, file_uri, parse_size};
+use pumice_bdev_control::say;
+use pumice_bdev_control::terminal::print_json;
+use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, StatFs};
+use serde_json::json;
+
+use crate::files::{Failure, fail, human};
+
+/// Make an empty file system on a device or an image file
+#[derive(Args)]
+pub struct Mkfs {
+    /// The device: file:///path, /path, malloc://1G, nvme://0000:01:00.0
+    uri: String,
+    /// Size of the image file that is made: 4G, 512M. One that is there must have it already. Its blocks
+    /// are of 4096 bytes unless the URI says block_size=512: such an image also works on a disk with
+    /// 512-byte sectors
+    #[arg(long, value_parser = size)]
+    size: Option<u64>,
+    /// Bytes of a cluster, the unit of allocation: a multiple of 4096
+    #[arg(long, value_parser = size, default_value = "64K")]
+    cluster_size: u64,
+    /// Pages of metadata to begin with, at least 16; a file takes one or more. Two per MiB by default, at most
+    /// 16384; more are made when three quarters are used
+    #[arg(long)]
+    md_pages: Option<u32>,
+    /// Format over whatever the device holds; without it only zeroes are
+    #[arg(long)]
+    force: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    parse_size(text)
+}
+
+/// Runs it.
+pub fn run(args: &Mkfs) -> ExitCode {
+    match make(args) {
+        Ok(made) => {
+            if args.json {
+                let made = json!({
+                    "device": args.uri,
+                    "total_bytes": made.total,
+                    "free_bytes": made.free,
+                    "cluster_size": made.cluster,
+                    "md_pages": made.md_pages,
+                });
+                print_json(&made);
+            } else {
+                say!(
+                    "{}: BlobFS of {}, clusters of {}, {} pages of metadata",
+                    args.uri,
+                    human(made.total),
+                    human(made.cluster),
+                    made.md_pages
+                );
+            }
+            ExitCode::SUCCESS
+        }
+        Err(e) => fail("mkfs", &e),
+    }
+}
+
+fn make(args: &Mkfs) -> Result<StatFs, Failure> {
+    let cluster_size = u32::try_from(args.cluster_size)
+        .map_err(|_| Failure::from("--cluster-size: at most 4 GiB less one page".to_owned()))?;
+    let dev: Arc<dyn BlockDevice> = pumice_bdev::open(&with_size(&args.uri, args.size)?)?;
+    let mut format = FormatOptions::default();
+    format.cluster_size = cluster_size;
+    format.md_pages = args.md_pages;
+    format.force = args.force;
+    FileSystem::format(Arc::clone(&dev), &format)?;
+    // What was made is what can be mounted.
+    let mut opts = MountOptions::default();
+    opts.read_only = true;
+    let fs = FileSystem::mount(dev, &opts)?;
+    let made = fs.statfs();
+    fs.unmount()?;
+    Ok(made)
+}
+
+/// The URI of an image file that is made if there is none.
+fn with_size(uri: &str, size: Option<u64>) -> Result<String, Failure> {
+    let Some(size) = size else {
+        return Ok(uri.to_owned());
+    };
+    let is_file = uri.starts_with("file://") || !uri.contains("://");
+    if !is_file {
+        let text = "--size is for image files; a device has the size that it has";
+        return Err(Failure::from(text.to_owned()));
+    }
+    let uri = if uri.contains("://") {
+        uri.to_owned()
+    } else {
+        file_uri(uri)
+    };
+    let separator = if uri.contains('?') { '&' } else { '?' };
+    // An image made with blocks of 4096 bytes can be moved to a disk with such sectors, and is used on
+    // blocks of 512 bytes as well; the other way round nothing goes.
+    let block_size = if uri.contains("block_size=") {
+        ""
+    } else {
+        "&block_size=4096"
+    };
+    Ok(format!("{uri}{separator}size={size}&create=1{block_size}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_go_into_the_uri() {
+        assert_eq!(with_size("/a", None).unwrap(), "/a");
+        assert_eq!(
+            with_size("/a%b?", Some(5)).unwrap(),
+            "file:///a%25b%3F?size=5&create=1&block_size=4096"
+        );
+        assert_eq!(
+            with_size("file:///a?block_size=512", Some(5)).unwrap(),
+            "file:///a?block_size=512&size=5&create=1"
+        );
+        assert!(with_size("nvme://0000:01:00.0", Some(5)).is_err());
+    }
+}

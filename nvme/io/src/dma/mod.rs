@@ -1,0 +1,46 @@
+//! Memory that a device may read and write.
+//!
+//! One arena serves the whole process. It grows by *regions*: shared memory files (memfd)
+//! mapped once and never unmapped, so a buffer's address stays good for as long as a device
+//! may use it. A forked child begins with an arena of its own; its parent's is not mapped there,
+//! and dropping a buffer that was the parent's does nothing. What another process may reach
+//! (a vfio-user controller) is a [`DmaDomain`], never the arena. A buffer is taken from a size class (powers of two from 512 bytes) through a
+//! small cache of the calling thread, in tens of nanoseconds and without a shared lock.
+//!
+//! | type | for |
+//! | --- | --- |
+//! | [`DmaBuf`] | owned bytes: the target of a read, or data being prepared |
+//! | [`DmaSlice`] | shared immutable bytes: the data of a write |
+//! | [`DmaShared`] | memory that driver and device use at the same time (queues, shadow doorbells), seen only as atomics |
+//! | [`DmaDomain`] | memory for one device only, apart from the arena |
+//! | [`DmaMapper`] | a transport: is told of every region and makes it reachable for its device |
+//! | [`AddressTable`] | a transport's answer to "at which address does the device see this byte" |
+//!
+//! Ordinary pages serve wherever an IOMMU (or another process) translates. Huge pages are
+//! used when [`configure`] asks for them; only physical addressing without an IOMMU needs
+//! them ([`physical_chunks`]).
+
+mod arena;
+mod buddy;
+mod buf;
+mod entries;
+mod error;
+mod limits;
+mod mapper;
+mod phys;
+mod region;
+mod shared;
+#[cfg(test)]
+mod tests;
+
+pub use arena::{
+    ArenaOptions, ArenaStats, DmaDomain, HugePages, configure, register_mapper, stats,
+};
+pub use buf::{DmaBuf, DmaSlice};
+pub use entries::Entries;
+pub use error::DmaError;
+pub use limits::{Memlock, memlock};
+pub use mapper::{AddressTable, DmaMapper, MapperGuard};
+pub use phys::physical_chunks;
+pub use region::{CHUNK_LEN, Region, RegionId};
+pub use shared::DmaShared;

@@ -1,0 +1,224 @@
+//! A complete NVMe controller in this process, and the [suite](conformance) that checks a controller.
+//!
+//! It has registers, doorbells and queues in shared memory and a thread of its own, so the
+//! driver above runs the very code that it runs on hardware. Namespaces lie on a [`Backend`]:
+//! memory, nothing, a file, or whatever implements the trait. [`Faults`] make it misbehave on
+//! demand; [`SoftController::power_cut`] and [`SoftController::unplug`] end it.
+//!
+//! ```
+//! use pumice_nvme_soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace};
+//! use pumice_nvme::{Controller, ControllerOptions};
+//! let disk = SoftNamespace::new(Box::new(MemoryBackend::new(1 << 20)), 512);
+//! let soft = SoftController::new(SoftConfig::new(vec![disk]))?;
+//! let nvme = Controller::new(soft.transport(), ControllerOptions::default())?;
+//! assert_eq!(nvme.namespace(1)?.num_blocks(), 2048);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! As a URI ([`open()`]): `soft://memory?size=64M`, `soft://null?size=1G`, `soft:///image-file`,
+//! with these parameters:
+//!
+//! | parameter | meaning | default |
+//! | --- | --- | --- |
+//! | `size` | bytes of each namespace; a file that is there keeps its own | 64M |
+//! | `block_size` | 512 or 4096 | 512 |
+//! | `namespaces` | how many (memory, null) | 1 |
+//! | `write_cache` | 1: volatile write cache | 0, files 1 |
+//! | `mdts` | largest transfer, 4 KiB << mdts; 0: no limit | 5 |
+//! | `boundary` | optimal I/O boundary in blocks | 0 |
+//! | `queues` | I/O queue pairs | 16 |
+//! | `entries` | entries of a queue | 1024 |
+//! | `shadow` | shadow doorbells | 1 |
+//! | `sgl` | SGLs | 1 |
+//! | `cmb` | bytes of controller memory buffer | 0 |
+//! | `create` | 1: make the file if it is not there | 0 |
+
+use std::path::Path;
+use std::time::Duration;
+
+use pumice_nvme::transport::{NvmeUri, TransportError};
+use pumice_nvme::{Controller, ControllerOptions, NvmeError, Opened};
+
+mod admin;
+mod backend;
+pub mod conformance;
+mod engine;
+mod fault;
+mod identify;
+mod io;
+mod media;
+mod memory;
+mod queues;
+mod server;
+mod transport;
+
+pub use backend::{Backend, FileBackend, MemoryBackend, NullBackend, Transfer};
+pub use fault::{Fault, FaultRule, Faults};
+pub use media::SoftNamespace;
+pub use server::SoftServer;
+pub use transport::{SoftController, SoftStats};
+
+/// What a soft controller shall be like.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct SoftConfig {
+    /// Namespaces, the first is nsid 1.
+    pub namespaces: Vec<SoftNamespace>,
+    /// Largest transfer: 4 KiB << mdts; 0: no limit.
+    pub mdts: u8,
+    /// I/O queue pairs.
+    pub queues: u16,
+    /// Entries of a queue at most, 2 to 65535.
+    pub entries: u16,
+    /// Offer shadow doorbells.
+    pub shadow_doorbells: bool,
+    /// Offer SGLs.
+    pub sgl: bool,
+    /// Have a volatile write cache.
+    pub write_cache: bool,
+    /// Bytes of controller memory buffer.
+    pub cmb_len: usize,
+    /// Offer weighted round robin.
+    pub weighted: bool,
+    /// Interrupt vectors; 0: can only be polled.
+    pub vectors: u16,
+    /// How long enabling and disabling take.
+    pub ready_delay: Duration,
+    /// CAP.TO, in 500 ms.
+    pub timeout_500ms: u8,
+    /// How long the thread spins without work before it sleeps.
+    pub spin: Duration,
+    /// Made to be served to another process, see [`SoftConfig::served`].
+    pub(crate) served: bool,
+}
+
+impl SoftConfig {
+    /// Defaults with these namespaces.
+    pub fn new(namespaces: Vec<SoftNamespace>) -> SoftConfig {
+        SoftConfig {
+            namespaces,
+            mdts: 5,
+            queues: 16,
+            entries: 1024,
+            shadow_doorbells: true,
+            sgl: true,
+            write_cache: false,
+            cmb_len: 0,
+            weighted: true,
+            vectors: 65,
+            ready_delay: Duration::ZERO,
+            timeout_500ms: 10,
+            spin: Duration::from_micros(100),
+            served: false,
+        }
+    }
+
+    /// Registers that another process can map, for [`SoftServer`]. That process's doorbells wake
+    /// nobody, so the controller's thread looks at them every 50 µs when it has nothing to do.
+    #[must_use]
+    pub fn served(mut self) -> SoftConfig {
+        self.served = true;
+        self.vectors = server::VECTORS;
+        self.queues = self.queues.min(server::VECTORS - 1);
+        self.cmb_len = 0;
+        self
+    }
+}
+
+/// Opens the controller that a URI names, with default options: as [`pumice_nvme::open`], and besides those forms a `soft:`
+/// URI, which makes a controller of its own each time.
+///
+/// # Errors
+/// Those of [`pumice_nvme::open`]; for a `soft:` URI with an unknown parameter, or an image file that cannot be opened.
+pub fn open(uri: &str) -> Result<Opened, NvmeError> {
+    open_with(uri, ControllerOptions::default())
+}
+
+/// As [`open`], with options.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_with(uri: &str, options: ControllerOptions) -> Result<Opened, NvmeError> {
+    let parsed = NvmeUri::parse(uri)?;
+    if parsed.scheme() != "soft" {
+        return pumice_nvme::open_with(uri, options);
+    }
+    let soft = SoftController::new(config(&parsed)?)?;
+    Ok(Opened {
+        controller: Controller::new(soft.transport(), options)?,
+        nsid: parsed.nsid,
+    })
+}
+
+fn cannot_open(path: &str, source: std::io::Error) -> TransportError {
+    let device = path.to_owned();
+    match source.kind() {
+        std::io::ErrorKind::NotFound => TransportError::NotFound {
+            device,
+            what: "no such file; add create=1 and size=… to make an image there".to_owned(),
+        },
+        std::io::ErrorKind::ResourceBusy => TransportError::InUse {
+            device,
+            detail: source.to_string(),
+            pid: None,
+        },
+        _ => TransportError::Io {
+            device,
+            what: "opening the image".to_owned(),
+            source,
+        },
+    }
+}
+
+/// What a `soft:` URI describes.
+///
+/// # Errors
+/// An unknown parameter or a value that cannot be; an image file that cannot be opened.
+pub fn config(uri: &NvmeUri) -> Result<SoftConfig, TransportError> {
+    let mut options = uri.options();
+    let is_file = uri.address.starts_with('/');
+    let size = options.size("size")?.unwrap_or(64 << 20);
+    let block_size = options.number("block_size", 512..=4096)?.unwrap_or(512);
+    let boundary = options.number("boundary", 0..=65_535)?.unwrap_or(0);
+    let count: u32 = options.number("namespaces", 1..=1024)?.unwrap_or(1);
+    let create = options.flag("create")?;
+    let mut config = SoftConfig::new(Vec::new());
+    config.mdts = options.number("mdts", 0..=255)?.unwrap_or(5);
+    config.queues = options.number("queues", 1..=1024)?.unwrap_or(16);
+    config.entries = options.number("entries", 2..=65_535)?.unwrap_or(1024);
+    config.write_cache = options.flag_or("write_cache", is_file)?;
+    config.shadow_doorbells = options.flag_or("shadow", true)?;
+    config.sgl = options.flag_or("sgl", true)?;
+    let cmb_bytes = options.size("cmb")?.unwrap_or(0).min(64 << 20);
+    config.cmb_len = usize::try_from(cmb_bytes).unwrap_or(0);
+    options.finish()?;
+    if !matches!(block_size, 512 | 4096) {
+        return Err(uri.invalid("block_size is 512 or 4096").into());
+    }
+    if is_file && count != 1 {
+        return Err(uri.invalid("a file is one namespace").into());
+    }
+    for _ in 0..count {
+        let backend: Box<dyn Backend> = match uri.address.as_str() {
+            "memory" | "" => Box::new(MemoryBackend::new(size)),
+            "null" => Box::new(NullBackend(size)),
+            path if is_file => {
+                let file = FileBackend::open(Path::new(path), create.then_some(size));
+                Box::new(file.map_err(|e| cannot_open(path, e))?)
+            }
+            other => {
+                let reason = format!(
+                    "'{other}' is not a kind of soft controller; use memory, null or an absolute path"
+                );
+                return Err(uri.invalid(reason).into());
+            }
+        };
+        let ns = SoftNamespace::new(backend, block_size);
+        if ns.num_blocks() == 0 {
+            let reason = "smaller than a block; give a size=, or create=1 for a new file";
+            return Err(uri.invalid(reason).into());
+        }
+        config.namespaces.push(ns.boundary(boundary));
+    }
+    Ok(config)
+}
