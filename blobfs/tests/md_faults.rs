@@ -317,6 +317,29 @@ fn a_store_that_stopped_says_so_at_the_unload() {
     store.unload().unwrap();
 }
 
+/// A write that has timed out may still land: where it goes to is nobody else's until the next load.
+#[test]
+fn what_a_late_write_may_reach_is_given_to_nobody() {
+    let (base, ids) = setup();
+    let dev = device(base, false, true);
+    let flaky = Flaky::new(Arc::new(dev.clone()));
+    let store = load(flaky.clone());
+    store.set_super_blob(Some(ids[0])).unwrap();
+    let free = (store.free_clusters(), store.md_pages());
+    flaky.arm(Some(Plan {
+        from: 0,
+        count: u64::MAX,
+        kind: IoErrorKind::TimedOut,
+        done: true,
+    }));
+    store.open(ids[0]).unwrap().resize(5).unwrap_err();
+    flaky.arm(None);
+    assert_eq!(store.free_clusters(), free.0 - 2);
+    assert_ne!(store.md_pages(), free.1);
+    store.open(ids[3]).unwrap().resize(6).unwrap();
+    store.unload().unwrap();
+}
+
 /// A flush that failed says of what was written before it that it may be lost; a later one does not take
 /// that back.
 #[test]

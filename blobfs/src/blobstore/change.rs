@@ -1,17 +1,19 @@
-//! Changes of metadata: staged in memory, written through [`records`](super::records), then published.
+//! Changes of metadata: staged in memory, made into a [`Batch`], then published.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use pumice_bdev::Op;
 
+use super::commit::{Batch, CommitPoint, Old};
 use super::error::Error;
 use super::extents::ExtentMap;
 use super::format::{
-    BlobId, BlobRecord, EXTENTS_PER_PAGE, Page, encode_blob, encode_extent_page, seal_chain,
+    BlobId, BlobRecord, EXTENTS_PER_PAGE, PAGE_SIZE, Page, SuperBlock, encode_blob,
+    encode_extent_page, seal_chain,
 };
+use super::geometry::Geometry;
 use super::meta::{BlobMeta, ClearMethod, Parent, Trailing};
-use super::records::{self, Record};
 use super::space::Spend;
 use super::state::{Slot, State};
 
@@ -51,8 +53,8 @@ pub(crate) struct Change {
     pub freed_clusters: Vec<(u32, ClearMethod)>,
     /// Metadata pages to release when the change is durable.
     pub freed_pages: Vec<u32>,
-    /// The super block has changed.
-    pub super_block: bool,
+    /// A new super block, and the places and sizes that it gives.
+    pub super_block: Option<Box<(SuperBlock, Geometry)>>,
     /// How far into the reserve it may go.
     pub spend: Spend,
     taken_clusters: Vec<u32>,
@@ -60,27 +62,6 @@ pub(crate) struct Change {
 }
 
 impl State {
-    /// Begins a change, if the store takes any.
-    pub fn begin(&mut self) -> Result<Change, Error> {
-        self.check_takes_changes()?;
-        Ok(Change::default())
-    }
-
-    /// Does the store take changes? After a change whose outcome was open it tries first to take that back.
-    pub fn check_takes_changes(&mut self) -> Result<(), Error> {
-        if self.unloaded {
-            return Err(Error::Unloaded);
-        }
-        self.resolve_doubt();
-        if self.read_only {
-            return Err(Error::ReadOnlyStore);
-        }
-        match &self.stopped {
-            Some(reason) => Err(Error::Stopped(reason.clone())),
-            None => Ok(()),
-        }
-    }
-
     /// The staged version of a blob; the current one if there is none yet.
     pub fn stage<'c>(&self, change: &'c mut Change, id: BlobId) -> Result<&'c mut Staged, Error> {
         let found = change.staged.iter().position(|staged| staged.meta.id == id);
@@ -171,64 +152,38 @@ impl State {
         }
     }
 
-    /// Makes a change durable, then visible. On an error everything is as it was, unless it is
-    /// [`Error::Undecided`]: then the store takes no changes until it could take this one back.
-    pub fn commit(&mut self, mut change: Change) -> Result<(), Error> {
-        let records = match self.records(&mut change) {
-            Ok(records) => records,
-            Err(error) => {
-                self.rollback(change);
-                return Err(error);
+    /// Lays out the pages of all staged blobs: what is to be written. The change then knows all that it takes.
+    pub fn batch(&mut self, change: &mut Change) -> Result<Batch, Error> {
+        let mut batch = Batch::new(self.geo.clone());
+        match &change.super_block {
+            Some(new) => batch.super_block = Some(Box::new(new.0.clone())),
+            None if !self.dirty || self.clean_in_doubt => {
+                let mut sb = self.sb.clone();
+                sb.clean = 0.into();
+                batch.unmark = Some(Box::new(sb.encode()));
             }
-        };
-        let prepared = records::prepare(&mut self.io, &self.geo, records).and_then(|commits| {
-            if change.super_block {
-                self.write_super()?;
-            }
-            Ok(commits)
-        });
-        let commits = match prepared {
-            Ok(commits) => commits,
-            Err(error) => {
-                self.rollback(change);
-                return Err(error);
-            }
-        };
-        match commits.apply(&mut self.io, &self.geo, 0) {
-            Ok(()) => {
-                self.publish(change);
-                Ok(())
-            }
-            Err(torn) => self.settle(change, *torn),
-        }
-    }
-
-    /// Lays out the pages of all staged blobs and lists what is to be written.
-    fn records(&mut self, change: &mut Change) -> Result<Vec<Record>, Error> {
-        let mut records = Vec::with_capacity(1);
-        if !change.super_block && (!self.dirty || self.clean_in_doubt) {
-            self.sb.clean = 0.into();
-            records.push(Record::SuperBlock(Box::new(self.sb.encode())));
+            None => {}
         }
         let mut staged = std::mem::take(&mut change.staged);
         let result = staged
             .iter_mut()
-            .try_for_each(|staged| self.lay_out(change, staged, &mut records));
+            .try_for_each(|staged| self.lay_out(change, staged, &mut batch));
         change.staged = staged;
         result?;
-        records.extend(change.prepare.drain(..).map(Record::Prepare));
+        batch.prepare.append(&mut change.prepare);
+        let erase_root = |index: u32, old: Old| CommitPoint {
+            index,
+            page: Box::new([0; PAGE_SIZE]),
+            old,
+        };
         for meta in &change.deleted {
-            records.push(Record::EraseRoot { index: meta.root() });
+            let old = Old::Root(Arc::clone(meta));
+            batch.points.push(erase_root(meta.root(), old));
         }
         for index in &change.discarded {
-            records.push(Record::EraseRoot { index: *index });
+            batch.points.push(erase_root(*index, Old::Blank));
         }
-        records.extend(
-            change
-                .freed_pages
-                .iter()
-                .map(|index| Record::Erase { index: *index }),
-        );
+        batch.erase.extend(&change.freed_pages);
         for meta in &change.deleted {
             change.freed_pages.push(meta.root());
         }
@@ -240,26 +195,22 @@ impl State {
             .sort_unstable_by_key(|(cluster, _)| *cluster);
         // A damaged blob may hold some of them, too (as a snapshot does while it is made or removed).
         if self.held().is_none() {
-            self.clear_records(&change.freed_clusters, &mut records)?;
+            self.clear_clusters(&change.freed_clusters, &mut batch)?;
         }
-        Ok(records)
+        Ok(batch)
     }
 
-    fn clear_records(
-        &self,
-        freed: &[(u32, ClearMethod)],
-        records: &mut Vec<Record>,
-    ) -> Result<(), Error> {
+    fn clear_clusters(&self, freed: &[(u32, ClearMethod)], batch: &mut Batch) -> Result<(), Error> {
         for run in freed.chunk_by(|a, b| a.0 + 1 == b.0 && a.1 == b.1) {
             let (first, method) = run[0];
             let lba = self.geo.cluster_lba(first);
             let blocks = run.len() as u64 * self.geo.cluster_blocks();
             let ops = match method {
                 ClearMethod::None => continue,
-                ClearMethod::Default | ClearMethod::Unmap => self.io.unmaps(lba, blocks),
-                ClearMethod::WriteZeroes => self.io.zeroes(lba, blocks)?,
+                ClearMethod::Default | ClearMethod::Unmap => self.can.unmaps(lba, blocks),
+                ClearMethod::WriteZeroes => self.can.zeroes(lba, blocks)?,
             };
-            records.extend(ops.into_iter().map(Record::Clear));
+            batch.clear.extend(ops);
         }
         Ok(())
     }
@@ -268,16 +219,16 @@ impl State {
         &mut self,
         change: &mut Change,
         staged: &mut Staged,
-        records: &mut Vec<Record>,
+        batch: &mut Batch,
     ) -> Result<(), Error> {
         if let MapChange::Patch(patches) = &staged.map
-            && let Some(record) = self.in_place(staged, patches)
+            && let Some(point) = self.in_place(staged, patches)
         {
-            records.push(record);
+            batch.points.push(point);
             return Ok(());
         }
         if staged.meta.table {
-            self.lay_out_extent_pages(change, staged, records)?;
+            self.lay_out_extent_pages(change, staged, batch)?;
         }
         let trailing = std::mem::take(&mut staged.meta.trailing);
         let Trailing { pages, clusters } = trailing;
@@ -305,34 +256,26 @@ impl State {
         seal_chain(&mut pages, &staged.meta.chain);
         let mut pages = pages.into_iter();
         let root = pages.next().expect("a blob has a root");
-        records.extend(
-            pages
-                .zip(&staged.meta.chain)
-                .map(|(page, index)| Record::Fresh {
-                    index: *index,
-                    page,
-                }),
-        );
-        records.push(Record::Commit {
+        let chain = staged.meta.chain.iter().copied();
+        batch.fresh.extend(chain.zip(pages));
+        batch.points.push(CommitPoint {
             index: staged.meta.root(),
             page: root,
+            old: staged.old.clone().map_or(Old::Blank, Old::Root),
         });
         Ok(())
     }
 
-    /// The record of a change that touches entries of one extent page and nothing else: rewritten in
-    /// place, that page is the commit point.
-    fn in_place(&self, staged: &Staged, patches: &[(u64, u32)]) -> Option<Record> {
+    /// The commit point of a change that touches entries of one extent page and nothing else: that page,
+    /// rewritten in place.
+    fn in_place(&self, staged: &Staged, patches: &[(u64, u32)]) -> Option<CommitPoint> {
         let per_page = EXTENTS_PER_PAGE as u64;
         let number = u32::try_from(patches.first()?.0 / per_page).ok()?;
         let one = patches
             .iter()
             .all(|(index, _)| index / per_page == u64::from(number));
-        if staged.other
-            || !one
-            || staged.old.is_none()
-            || staged.meta.trailing != Trailing::default()
-        {
+        let old = staged.old.as_ref()?;
+        if staged.other || !one || staged.meta.trailing != Trailing::default() {
             return None;
         }
         let index = *staged
@@ -340,9 +283,10 @@ impl State {
             .extent_pages
             .get(&number)
             .filter(|page| !self.shared_pages.contains(page))?;
-        Some(Record::Commit {
+        Some(CommitPoint {
             index,
             page: patched_page(&staged.meta, number, patches),
+            old: Old::ExtentPage(Arc::clone(old), number),
         })
     }
 
@@ -351,7 +295,7 @@ impl State {
         &mut self,
         change: &mut Change,
         staged: &mut Staged,
-        records: &mut Vec<Record>,
+        batch: &mut Batch,
     ) -> Result<(), Error> {
         let per_page = EXTENTS_PER_PAGE as u64;
         let number_of =
@@ -403,15 +347,31 @@ impl State {
             change
                 .freed_pages
                 .extend(old.filter(|page| !self.shared_pages.contains(page)));
-            records.push(Record::Fresh { index, page });
+            batch.fresh.push((index, page));
         }
         Ok(())
+    }
+
+    /// After a change that failed: if it was the one that marks the store as not unloaded in order, the device may
+    /// have that mark or not.
+    pub fn note_mark_in_doubt(&mut self) {
+        if !self.dirty {
+            self.dirty = true;
+            self.clean_in_doubt = true;
+        }
     }
 
     /// The change is durable: makes it visible and releases what it frees.
     pub(super) fn publish(&mut self, change: Change) {
         self.dirty = true;
         self.clean_in_doubt = false;
+        self.sb.clean = 0.into();
+        if let Some(new) = change.super_block {
+            let (sb, geo) = *new;
+            self.sb = sb;
+            self.sb.clean = 0.into();
+            self.relocate(geo);
+        }
         let mut rebuild = Vec::new();
         for staged in change.staged {
             let Staged {

@@ -167,8 +167,9 @@ impl Dump {
         let Some(geo) = self.geo.clone() else {
             return Ok(());
         };
-        let per_read = u32::try_from(self.io.max_io_blocks() * geo.block_size / PAGE_SIZE_U64)
-            .unwrap_or(READ_PAGES);
+        let per_read =
+            u32::try_from(self.io.can().max_io_blocks() * geo.block_size / PAGE_SIZE_U64)
+                .unwrap_or(READ_PAGES);
         let step = per_read.clamp(1, READ_PAGES);
         let mut first = 0;
         while first < geo.md_len {

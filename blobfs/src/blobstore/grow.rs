@@ -9,9 +9,12 @@
 use pumice_bdev::DeviceInfo;
 
 use super::Blobstore;
+use super::edit::Edit;
 use super::error::Error;
-use super::format::{MASK_HEADER_LEN, PAGE_SIZE, PAGE_SIZE_U64, Page, SuperBlock, mask_pages};
+use super::format::{MASK_HEADER_LEN, PAGE_SIZE, PAGE_SIZE_U64, SuperBlock, mask_pages};
 use super::geometry::{Geometry, Layout};
+use super::mdio::MdIo;
+use super::order::Scope;
 use super::state::State;
 
 /// A move is worth its while from this part of the region on.
@@ -42,34 +45,30 @@ impl Blobstore {
     /// # Errors
     /// A store of an old version whose mask has no room, I/O errors.
     pub fn grow(&self) -> Result<u64, Error> {
-        let mut state = self.inner.state.lock();
+        let edit = self.edit(&Scope::All)?;
         let info = self.inner.dev.info();
-        let old = state.geo.total_clusters;
-        let wanted = (info.len_bytes() / state.geo.cluster_size).min(u64::from(u32::MAX));
+        let geo = edit.geometry();
+        let old = geo.total_clusters;
+        let wanted = (info.len_bytes() / geo.cluster_size).min(u64::from(u32::MAX));
         let wanted = u32::try_from(wanted).expect("bounded above");
         if wanted <= old {
-            drop(state.begin()?);
             return Ok(0);
         }
-        let size = info
-            .len_bytes()
-            .min(u64::from(wanted) * state.geo.cluster_size);
         // As the device says it, if that is not cut by the number of clusters.
-        let size = if u64::from(wanted) < u64::from(u32::MAX) {
+        let size = if wanted < u32::MAX {
             info.len_bytes()
         } else {
-            size
+            info.len_bytes().min(u64::from(wanted) * geo.cluster_size)
         };
-        if wanted <= state.cluster_mask_room() {
-            let mut sb = state.sb.clone();
+        if wanted <= edit.state().cluster_mask_room() {
+            let mut sb = edit.state().sb.clone();
             sb.size = size.into();
             sb.used_cluster_mask_len = u32::try_from(mask_pages(wanted.into()))
                 .expect("at most 2^17 pages")
                 .into();
-            state.switch(info, sb)?;
+            edit.switch(sb)?;
         } else {
-            let md_len = state.geo.md_len;
-            state.move_metadata(info, md_len, wanted, size)?;
+            edit.move_metadata(geo.md_len, wanted, size)?;
         }
         Ok(u64::from(wanted - old))
     }
@@ -80,13 +79,12 @@ impl Blobstore {
     /// # Errors
     /// [`Error::NoMdPages`] if there is room for not even one more, a store of an old version, I/O errors.
     pub fn grow_md_pages(&self, wanted: u32) -> Result<u32, Error> {
-        let mut state = self.inner.state.lock();
-        drop(state.begin()?);
-        if wanted > state.geo.md_len {
-            state.grow_metadata(self.inner.dev.info(), wanted, 0)?;
-            state.growth_blocked = None;
+        let edit = self.edit(&Scope::All)?;
+        if wanted > edit.geometry().md_len {
+            edit.grow_metadata(wanted, 0)?;
+            edit.state().growth_blocked = None;
         }
-        Ok(state.geo.md_len)
+        Ok(edit.geometry().md_len)
     }
 }
 
@@ -108,21 +106,19 @@ impl State {
         mask_bits(next - start)
     }
 
-    /// Gives the region `wanted` pages, or as many as there is room for while `keep` clusters stay free.
-    pub fn grow_metadata(
-        &mut self,
-        info: &DeviceInfo,
-        wanted: u32,
-        keep: u32,
-    ) -> Result<(), Error> {
-        self.check_not_held()?;
-        let (old, total) = (self.geo.md_len, self.geo.total_clusters);
+    /// May the metadata not grow?
+    fn is_old_version(&self) -> bool {
+        self.sb.version.get() < 3 || self.sb.used_blobid_mask_len.get() == 0
+    }
+
+    /// The way to `wanted` pages, or to as many as there is room for while `keep` clusters stay free.
+    fn best_growth(&self, wanted: u32, keep: u32) -> Result<Growth, Error> {
         let none = Error::NoMdPages {
-            needed: u64::from(wanted - old),
+            needed: u64::from(wanted - self.geo.md_len),
             free: self.pages.free().into(),
-            total: old.into(),
+            total: self.geo.md_len.into(),
         };
-        if self.sb.version.get() < 3 || self.sb.used_blobid_mask_len.get() == 0 {
+        if self.is_old_version() {
             return Err(none);
         }
         let in_place = self.growth_in_place(wanted, keep);
@@ -130,29 +126,8 @@ impl State {
             Some(growth) if growth.md_len() >= wanted => None,
             _ => self.growth_by_move(wanted, keep),
         };
-        let best = in_place
-            .into_iter()
-            .chain(moved)
-            .max_by_key(|growth| growth.md_len());
-        match best {
-            None => return Err(none),
-            Some(Growth::InPlace { md_len }) => {
-                let mut sb = self.sb.clone();
-                sb.md_len = md_len.into();
-                let zeroes = self.io.zeroes(
-                    self.geo.md_lba(old),
-                    self.geo.md_lba(md_len) - self.geo.md_lba(old),
-                )?;
-                self.io.run_durable(zeroes)?;
-                self.switch(info, sb)?;
-            }
-            Some(Growth::Move { md_len, first }) => {
-                self.move_to(info, first, md_len, total, self.sb.size.get())?;
-            }
-        }
-        let (pages, was) = (self.geo.md_len, old);
-        tracing::info!(device = info.name, pages, was, ?best, "more metadata pages");
-        Ok(())
+        let ways = in_place.into_iter().chain(moved);
+        ways.max_by_key(|growth| growth.md_len()).ok_or(none)
     }
 
     /// How far the region can grow where it is.
@@ -204,118 +179,8 @@ impl State {
         (md_len > geo.md_len + gain).then_some(Growth::Move { md_len, first })
     }
 
-    /// Moves masks and region to where there is room for `total` clusters.
-    fn move_metadata(
-        &mut self,
-        info: &DeviceInfo,
-        md_len: u32,
-        total: u32,
-        size: u64,
-    ) -> Result<(), Error> {
-        self.check_not_held()?;
-        let old_version = self.sb.version.get() < 3 || self.sb.used_blobid_mask_len.get() == 0;
-        let mut clusters = self.clusters.clone();
-        clusters.grow(total);
-        let needed = clusters_for(&self.geo, md_len, total);
-        let first = clusters.find_run(needed).filter(|_| !old_version);
-        let Some(first) = first else {
-            let reason = format!(
-                "the cluster mask has no room for {total} clusters, and {} ",
-                if old_version {
-                    "a store of an old version cannot move its metadata".to_owned()
-                } else {
-                    format!("no {needed} free clusters follow one another; delete blobs")
-                }
-            );
-            return Err(Error::Geometry {
-                device: info.name.clone(),
-                reason,
-            });
-        };
-        let md_len = pages_in(&self.geo, needed, md_len, total).unwrap_or(md_len);
-        self.move_to(info, first, md_len, total, size)
-    }
-
-    /// Copies the region to the clusters from `first` on, then switches over.
-    fn move_to(
-        &mut self,
-        info: &DeviceInfo,
-        first: u32,
-        md_len: u32,
-        total: u32,
-        size: u64,
-    ) -> Result<(), Error> {
-        let at = u64::from(first) * self.geo.pages_per_cluster();
-        let Some(layout) = Layout::at(at, md_len, total) else {
-            return Err(Error::Geometry {
-                device: info.name.clone(),
-                reason: "the metadata would lie behind page 2^32".to_owned(),
-            });
-        };
-        let mut sb = self.sb.clone();
-        layout.set(&mut sb);
-        sb.size = size.into();
-        let new = Geometry::new(&sb, info)?;
-        // Old bytes of a file must not pass for a blob's root, nor for a mask.
-        let zeroes = self.io.zeroes(
-            self.geo.page_lba(at),
-            self.geo.page_lba(layout.end) - self.geo.page_lba(at),
-        )?;
-        self.io.run(zeroes)?;
-        self.copy_region(&new)?;
-        self.io.flush()?;
-        self.switch(info, sb)
-    }
-
-    /// Copies the pages of the region to their new place, used or not: what a damaged blob may own is not
-    /// known. A page that cannot be read and that nobody uses stays empty.
-    fn copy_region(&mut self, new: &Geometry) -> Result<(), Error> {
-        let per_read = self.io.max_io_blocks() * self.geo.block_size / PAGE_SIZE_U64;
-        let per_read = u32::try_from(per_read).unwrap_or(u32::MAX).max(1);
-        let mut at = 0;
-        while at < self.geo.md_len {
-            let pages = per_read.min(self.geo.md_len - at);
-            if let Err(error) = self.copy_pages(new, at, pages) {
-                tracing::warn!(%error, "copying metadata failed; trying page by page");
-                for page in at..at + pages {
-                    match self.copy_pages(new, page, 1) {
-                        Err(error) if self.pages.is_set(page) => return Err(error),
-                        _ => {}
-                    }
-                }
-            }
-            at += pages;
-        }
-        Ok(())
-    }
-
-    fn copy_pages(&mut self, new: &Geometry, at: u32, pages: u32) -> Result<(), Error> {
-        let buf = self
-            .io
-            .read(self.geo.md_lba(at), pages as usize * PAGE_SIZE)?;
-        if buf.iter().all(|byte| *byte == 0) {
-            return Ok(());
-        }
-        let writes = self.io.writes(new.md_lba(at), &buf)?;
-        self.io.run(writes)
-    }
-
-    /// Makes `sb` the super block, the commit point of every growth, and lets memory follow.
-    fn switch(&mut self, info: &DeviceInfo, sb: SuperBlock) -> Result<(), Error> {
-        let new = Geometry::new(&sb, info)?;
-        let mut change = self.begin()?;
-        change.super_block = true;
-        let before = std::mem::replace(&mut self.sb, sb);
-        if let Err(error) = self.commit(change) {
-            // A write that failed may have arrived all the same. To go on with the old places while the
-            // device names the new ones would lose every later change.
-            if !self.device_names(&before) && self.stopped.is_none() {
-                tracing::error!(%error, "the super block may name another place; the store takes no more changes");
-                self.stopped = Some(error.to_string());
-            }
-            self.sb = before;
-            return Err(error);
-        }
+    /// Lets memory follow a super block with other places or sizes.
+    pub fn relocate(&mut self, new: Geometry) {
         self.clusters.grow(new.total_clusters);
         self.pages.grow(new.md_len);
         for cluster in new.own_clusters() {
@@ -327,21 +192,151 @@ impl State {
             }
         }
         self.geo = new;
-        Ok(())
     }
 }
 
-impl State {
-    /// Whether the super block on the device has the places and sizes of `sb`.
-    fn device_names(&mut self, sb: &SuperBlock) -> bool {
-        let Ok(buf) = self.io.read(0, PAGE_SIZE) else {
-            return false;
+impl Edit<'_> {
+    fn info(&self) -> &DeviceInfo {
+        self.store.inner.dev.info()
+    }
+
+    /// Gives the region `wanted` pages, or as many as there is room for while `keep` clusters stay free.
+    pub fn grow_metadata(&self, wanted: u32, keep: u32) -> Result<(), Error> {
+        let (geo, best, mut sb) = {
+            let state = self.state();
+            state.check_not_held()?;
+            (
+                state.geo.clone(),
+                state.best_growth(wanted, keep)?,
+                state.sb.clone(),
+            )
         };
-        let page: &Page = buf[..].try_into().expect("a page was read");
-        SuperBlock::decode(page).is_ok_and(|found| {
-            (found.md_start, found.md_len, found.size) == (sb.md_start, sb.md_len, sb.size)
+        match best {
+            Growth::InPlace { md_len } => {
+                sb.md_len = md_len.into();
+                let mut io = self.store.inner.md_channels.get()?;
+                let first = geo.md_lba(geo.md_len);
+                let zeroes = io.can().zeroes(first, geo.md_lba(md_len) - first)?;
+                io.run_durable(zeroes)?;
+                drop(io);
+                self.switch(sb)?;
+            }
+            Growth::Move { md_len, first } => {
+                self.move_to(first, md_len, geo.total_clusters, sb.size.get())?;
+            }
+        }
+        let (pages, was) = (self.geometry().md_len, geo.md_len);
+        tracing::info!(
+            device = self.info().name,
+            pages,
+            was,
+            ?best,
+            "more metadata pages"
+        );
+        Ok(())
+    }
+
+    /// Moves masks and region to where there is room for `total` clusters.
+    fn move_metadata(&self, md_len: u32, total: u32, size: u64) -> Result<(), Error> {
+        let (geo, needed, first, old_version) = {
+            let state = self.state();
+            state.check_not_held()?;
+            let mut clusters = state.clusters.clone();
+            clusters.grow(total);
+            let needed = clusters_for(&state.geo, md_len, total);
+            let first = clusters.find_run(needed);
+            (state.geo.clone(), needed, first, state.is_old_version())
+        };
+        let Some(first) = first.filter(|_| !old_version) else {
+            let reason = format!(
+                "the cluster mask has no room for {total} clusters, and {} ",
+                if old_version {
+                    "a store of an old version cannot move its metadata".to_owned()
+                } else {
+                    format!("no {needed} free clusters follow one another; delete blobs")
+                }
+            );
+            return Err(Error::Geometry {
+                device: self.info().name.clone(),
+                reason,
+            });
+        };
+        let md_len = pages_in(&geo, needed, md_len, total).unwrap_or(md_len);
+        self.move_to(first, md_len, total, size)
+    }
+
+    /// Copies the region to the clusters from `first` on, then switches over.
+    fn move_to(&self, first: u32, md_len: u32, total: u32, size: u64) -> Result<(), Error> {
+        let (old, mut sb) = {
+            let state = self.state();
+            (state.geo.clone(), state.sb.clone())
+        };
+        let at = u64::from(first) * old.pages_per_cluster();
+        let Some(layout) = Layout::at(at, md_len, total) else {
+            return Err(Error::Geometry {
+                device: self.info().name.clone(),
+                reason: "the metadata would lie behind page 2^32".to_owned(),
+            });
+        };
+        layout.set(&mut sb);
+        sb.size = size.into();
+        let new = Geometry::new(&sb, self.info())?;
+        let mut io = self.store.inner.md_channels.get()?;
+        // Old bytes of a file must not pass for a blob's root, nor for a mask.
+        let start = old.page_lba(at);
+        let zeroes = io.can().zeroes(start, old.page_lba(layout.end) - start)?;
+        io.run(zeroes)?;
+        self.copy_region(&mut io, &old, &new)?;
+        io.flush()?;
+        drop(io);
+        self.switch(sb)
+    }
+
+    /// Copies the pages of the region to their new place, used or not: what a damaged blob may own is not
+    /// known. A page that cannot be read and that nobody uses stays empty.
+    fn copy_region(&self, io: &mut MdIo, old: &Geometry, new: &Geometry) -> Result<(), Error> {
+        let per_read = io.can().max_io_blocks() * old.block_size / PAGE_SIZE_U64;
+        let per_read = u32::try_from(per_read).unwrap_or(u32::MAX).max(1);
+        let mut at = 0;
+        while at < old.md_len {
+            let pages = per_read.min(old.md_len - at);
+            if let Err(error) = copy_pages(io, old, new, at, pages) {
+                tracing::warn!(%error, "copying metadata failed; trying page by page");
+                for page in at..at + pages {
+                    match copy_pages(io, old, new, page, 1) {
+                        Err(error) if self.state().pages.is_set(page) => return Err(error),
+                        _ => {}
+                    }
+                }
+            }
+            at += pages;
+        }
+        Ok(())
+    }
+
+    /// Makes `sb` the super block, the commit point of every growth.
+    fn switch(&self, sb: SuperBlock) -> Result<(), Error> {
+        let geo = Geometry::new(&sb, self.info())?;
+        self.change(|_, change| {
+            change.super_block = Some(Box::new((sb, geo)));
+            Ok(())
         })
     }
+}
+
+fn copy_pages(
+    io: &mut MdIo,
+    old: &Geometry,
+    new: &Geometry,
+    at: u32,
+    pages: u32,
+) -> Result<(), Error> {
+    let buf = io.read(old.md_lba(at), pages as usize * PAGE_SIZE)?;
+    if buf.iter().all(|byte| *byte == 0) {
+        return Ok(());
+    }
+    let writes = io.can().writes(new.md_lba(at), &buf)?;
+    io.run(writes)
 }
 
 /// Bits that a mask of so many pages has.

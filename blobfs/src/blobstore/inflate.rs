@@ -7,15 +7,18 @@ use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf};
 use super::Blobstore;
 use super::blob::Blob;
 use super::change::{Change, MapChange};
+use super::edit::Edit;
 use super::error::Error;
 use super::format::{BlobId, Flags};
-use super::meta::{BlobMeta, ClearMethod, Parent};
+use super::meta::{ClearMethod, Parent};
 use super::ops::check_xattr;
+use super::order::Scope;
 use super::space::Spend;
 use super::state::State;
+use super::thin::copy_of;
 use super::view::View;
 
-/// Clusters that are copied under one hold of the lock; then other metadata operations have their turn.
+/// Clusters that are copied before they are made durable.
 const BATCH: usize = 32;
 
 /// Which clusters a blob gets of its own.
@@ -70,7 +73,8 @@ impl Blobstore {
     /// Takes the clusters that the blob lacks and fills them. `None`: there is nothing to be done.
     fn begin_detach(&self, blob: &Blob, which: Which) -> Result<Option<Copies>, Error> {
         let id = blob.id();
-        let mut state = self.inner.state.lock();
+        let edit = self.edit(&Scope::Blobs(vec![id]))?;
+        let mut state = edit.state();
         state.check_writable(id)?;
         let meta = Arc::clone(state.meta(id)?);
         if which == Which::Parents && meta.parent() == Parent::None {
@@ -88,54 +92,74 @@ impl Blobstore {
         };
         state.check_free_clusters(at_least, Spend::Ordinary)?;
         let indices = missing(blob, which, u64::from(state.clusters.free()));
-        state.check_free_clusters(indices.len() as u64, Spend::Ordinary)?;
         let mut copies = Copies {
-            change: state.begin()?,
+            change: Change::default(),
             list: Vec::with_capacity(indices.len()),
             below: blob.shared.view.load_full(),
         };
-        for index in indices {
-            let cluster = state.take_cluster(&mut copies.change)?;
-            copies.list.push((index, cluster));
-        }
+        let taken = state.take_clusters(&mut copies.change, indices.len() as u64, None)?;
+        copies.list.extend(indices.into_iter().zip(taken));
+        // Others may change the blob, and what lies below it, while it is copied: the end looks whether they have.
         drop(state);
+        drop(edit);
         for batch in copies.list.chunks(BATCH) {
-            let mut state = self.inner.state.lock();
-            if let Err(error) = state.copy_up(blob, batch) {
-                state.rollback(copies.change);
+            if let Err(error) = self.copy_up(&copies.below, batch) {
+                self.inner.state.lock().rollback(copies.change);
                 return Err(error);
             }
         }
         Ok(Some(copies))
     }
 
+    /// Fills clusters with what a blob reads there from below.
+    fn copy_up(&self, below: &View, copies: &[(u64, u32)]) -> Result<(), Error> {
+        let io = &mut *self.inner.md_channels.get()?;
+        let geo = self.inner.state.lock().geo.clone();
+        for (index, cluster) in copies {
+            let ops = copy_of(io, &geo, below, *index, geo.cluster_lba(*cluster))?;
+            io.run(ops)?;
+        }
+        // Durable before the map that names them.
+        io.flush()
+    }
+
     /// Changes the blob. `false`, and nothing is changed: what lies below it is no longer what was copied.
     fn end_detach(&self, blob: &Blob, which: Which, copies: Copies) -> Result<bool, Error> {
         let Copies {
             mut change,
-            list,
+            mut list,
             below,
         } = copies;
-        let locked = self.lock_frozen(|state| Ok(state.open_family(blob.id())));
-        let (_frozen, mut state) = match locked {
-            Ok(locked) => locked,
+        let frozen = self.edit_frozen(|state| Ok((Scope::All, state.open_family(blob.id()))));
+        let (_frozen, edit) = match frozen {
+            Ok(frozen) => frozen,
             Err(error) => {
                 self.inner.state.lock().rollback(change);
                 return Err(error);
             }
         };
-        let as_copied = same_below(&below, &blob.shared.view.load());
-        if as_copied {
-            match state.stage_detached(&mut change, blob, which, &list) {
-                Ok(()) => return state.commit(change).map(|()| true),
-                Err(error) => {
-                    state.rollback(change);
-                    return Err(error);
-                }
+        if !same_below(&below, &blob.shared.view.load()) {
+            edit.state().rollback(change);
+            return Ok(false);
+        }
+        let grown = edit.state().take_grown(&mut change, blob, which, &list);
+        let staged = grown
+            .and_then(|grown| {
+                self.copy_up(&blob.shared.view.load(), &grown)?;
+                list.extend(grown);
+                Ok(edit.state())
+            })
+            .and_then(|mut state| {
+                state.stage_detached(&mut change, blob, which, &list)?;
+                Ok(state)
+            });
+        match staged {
+            Ok(state) => edit.commit(state, change).map(|()| true),
+            Err(error) => {
+                edit.state().rollback(change);
+                Err(error)
             }
         }
-        state.rollback(change);
-        Ok(false)
     }
 
     /// Makes `parent`, a read-only blob of the same size, what a blob reads where it has no clusters of its
@@ -144,7 +168,9 @@ impl Blobstore {
     /// # Errors
     /// Sizes differ, the parent is not read-only or descends from the blob, I/O errors.
     pub fn set_parent(&self, id: BlobId, parent: BlobId) -> Result<(), Error> {
-        let (_frozen, mut state) = self.lock_frozen(|state| Ok(state.open_family(id)))?;
+        let plan = |state: &State| Ok((Scope::All, state.open_family(id)));
+        let (_frozen, edit) = self.edit_frozen(plan)?;
+        let state = edit.state();
         let (line, _) = state.ancestry(parent)?;
         if line.iter().any(|meta| meta.id == id) {
             return Err(Error::invalid(format!(
@@ -165,7 +191,8 @@ impl Blobstore {
                 "blob {id} has {size} clusters, {parent} has {parent_size}; they must have the same"
             )));
         }
-        state.relink(id, &Parent::Snapshot(parent))
+        drop(state);
+        edit.relink(id, &Parent::Snapshot(parent))
     }
 
     /// Makes an external snapshot what a blob reads where it has no clusters of its own. It becomes thin.
@@ -175,9 +202,13 @@ impl Blobstore {
     /// The snapshot cannot be opened by the way given at load, or is no whole number of clusters; I/O errors.
     pub fn set_external_parent(&self, id: BlobId, external_id: &[u8]) -> Result<(), Error> {
         check_xattr(super::meta::EXTSNAP, external_id)?;
-        let (_frozen, mut state) = self.lock_frozen(|state| Ok(state.open_family(id)))?;
-        state.meta(id)?;
-        let external = state.external(id, &external_id.into())?;
+        let plan = |state: &State| Ok((Scope::All, state.open_family(id)));
+        let (_frozen, edit) = self.edit_frozen(plan)?;
+        let external = {
+            let mut state = edit.state();
+            state.meta(id)?;
+            state.external(id, &external_id.into())?
+        };
         if !external.len_bytes().is_multiple_of(self.cluster_size()) {
             return Err(Error::invalid(format!(
                 "the external snapshot has {} bytes, not a whole number of clusters of {}",
@@ -185,7 +216,7 @@ impl Blobstore {
                 self.cluster_size()
             )));
         }
-        state.relink(id, &Parent::External(external_id.into()))
+        edit.relink(id, &Parent::External(external_id.into()))
     }
 
     /// Copies the clusters that a read-only blob has itself, and no others, to the same offsets of a device.
@@ -305,16 +336,25 @@ fn missing(blob: &Blob, which: Which, limit: u64) -> Vec<u64> {
 }
 
 impl State {
-    /// Fills clusters with what a blob reads there.
-    fn copy_up(&mut self, blob: &Blob, copies: &[(u64, u32)]) -> Result<(), Error> {
-        let view = blob.shared.view.load_full();
-        for (index, cluster) in copies {
-            let lba = self.geo.cluster_lba(*cluster);
-            let ops = self.copy_of(view.parent_source(*index), &view, *index, lba)?;
-            self.io.run(ops)?;
+    /// Takes clusters for what the blob has grown by since the list was made.
+    fn take_grown(
+        &mut self,
+        change: &mut Change,
+        blob: &Blob,
+        which: Which,
+        copies: &[(u64, u32)],
+    ) -> Result<Vec<(u64, u32)>, Error> {
+        let limit = u64::from(self.clusters.free()) + copies.len() as u64;
+        let mut grown = Vec::new();
+        for index in missing(blob, which, limit) {
+            if copies
+                .binary_search_by_key(&index, |(index, _)| *index)
+                .is_err()
+            {
+                grown.push((index, self.take_cluster(change)?));
+            }
         }
-        // Durable before the map that names them.
-        self.io.flush()
+        Ok(grown)
     }
 
     /// Stages a blob with its copies and without its parent. Meanwhile it may have been written (then it
@@ -339,16 +379,6 @@ impl State {
                 change.freed_clusters.push((*cluster, ClearMethod::None));
             }
         }
-        let limit = u64::from(self.clusters.free()) + copies.len() as u64;
-        let grown: Vec<u64> = missing(blob, which, limit)
-            .into_iter()
-            .filter(|index| map.cluster(*index).is_none())
-            .collect();
-        for index in grown {
-            let cluster = self.take_cluster(change)?;
-            self.copy_up(blob, &[(index, cluster)])?;
-            map.set(index, cluster);
-        }
         let mut next = Parent::None;
         if let (Parent::Snapshot(parent), Which::Parents) = (old.parent(), which) {
             next = self.meta(parent)?.parent();
@@ -366,16 +396,18 @@ impl State {
         }
         Ok(())
     }
+}
 
+impl Edit<'_> {
     /// Changes a blob's parent. No I/O through it is in flight.
-    fn relink(&mut self, id: BlobId, parent: &Parent) -> Result<(), Error> {
-        self.check_writable(id)?;
-        let mut change = self.begin()?;
-        let staged = self.stage(&mut change, id)?;
-        let meta: &mut BlobMeta = &mut staged.meta;
-        meta.set_parent(parent);
-        staged.other = true;
-        self.commit(change)
+    fn relink(&self, id: BlobId, parent: &Parent) -> Result<(), Error> {
+        self.change(|state, change| {
+            state.check_writable(id)?;
+            let staged = state.stage(change, id)?;
+            staged.meta.set_parent(parent);
+            staged.other = true;
+            Ok(())
+        })
     }
 }
 

@@ -229,7 +229,7 @@ impl Blob {
             };
             drop(inside);
             let size = self.store.cluster_size();
-            self.check_room(&pieces, offset).await?;
+            self.check_room(&pieces, offset)?;
             let first = (offset + missing.offset) / size;
             let last = (offset + missing.offset + missing.len - 1) / size;
             for index in first..=last {
@@ -266,7 +266,7 @@ impl Blob {
 
     /// Is there a free cluster for each that an I/O at `offset` needs? A write that does not fit begins with
     /// nothing; beside others that take clusters meanwhile it may end with a part.
-    async fn check_room(&self, pieces: &[Piece], offset: u64) -> Result<(), Error> {
+    fn check_room(&self, pieces: &[Piece], offset: u64) -> Result<(), Error> {
         let size = self.store.cluster_size();
         let holes = pieces.iter().filter(|piece| piece.at == Place::Zeroes);
         let needed = holes
@@ -275,7 +275,7 @@ impl Blob {
                 (start + hole.len).div_ceil(size) - start / size
             })
             .sum();
-        self.store.check_room(needed).await
+        self.store.check_room(needed)
     }
 
     /// A durable write on a device that has a cache and no FUA is followed by a flush.
@@ -346,7 +346,7 @@ impl Blob {
                 .find(|piece| piece.at == Place::Zeroes && zero && backed);
             if let Some(hole) = hole {
                 drop(inside);
-                self.check_room(&pieces, offset).await?;
+                self.check_room(&pieces, offset)?;
                 let first = (offset + hole.offset) / size;
                 let last = (offset + hole.offset + hole.len - 1) / size;
                 for index in first..=last {

@@ -1,35 +1,92 @@
-//! Metadata I/O: one channel, used under the metadata lock, many operations in flight.
+//! Metadata I/O: a channel for each change that is under way, many operations in flight on each.
 
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use parking_lot::{Condvar, Mutex};
 use pumice_bdev::{
     BlockDevice, Completion, DeviceInfo, DmaBuf, DmaSlice, IoChannel, IoError, Op, OpKind,
     SubmitError,
 };
 
 use super::error::Error;
-use crate::closed::ClosedChannel;
 
-/// Operations that are kept in flight.
+/// Operations that are kept in flight on a channel.
 const DEPTH: usize = 32;
+/// Channels of a store's metadata at most; a change that finds all of them in use waits for one.
+const CHANNELS: usize = 16;
 /// Longest single read, write, or clearing of a device that gives no limit.
 const MAX_IO_BYTES: u64 = 1 << 20;
 /// Longest single write-zeroes or unmap.
 const MAX_CLEAR_BYTES: u64 = 1 << 30;
 
-/// The channel of the metadata, and what its device can do.
-pub(crate) struct MdIo {
-    channel: Box<dyn IoChannel>,
+/// What makes a write durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Persist {
+    /// Its completion: the device has no volatile cache.
+    Completion,
+    /// FUA.
+    Fua,
+    /// A flush after its completion: the device has a volatile cache and no FUA.
+    Flush,
+}
+
+/// What a device can do, and the operations that follow from it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Abilities {
     block_size: u64,
-    write_cache: bool,
-    fua: bool,
+    persist: Persist,
     unmap: bool,
     write_zeroes: bool,
     copy: bool,
     max_io_blocks: u64,
+}
+
+/// Flushes of the metadata, which all its channels share.
+#[derive(Debug, Default)]
+struct Flushes {
+    /// How many runs of writes have completed.
+    completed: AtomicU64,
+    /// How many of them a flush has covered.
+    covered: AtomicU64,
+    /// How many flushes have failed.
+    failed: AtomicU64,
+    /// Held during a flush; the error of the last one that failed.
+    one: Mutex<Option<Box<IoError>>>,
+}
+
+/// A channel of the metadata.
+pub(crate) struct MdIo {
+    channel: Box<dyn IoChannel>,
+    can: Abilities,
+    flushes: Arc<Flushes>,
     reaped: Vec<Completion>,
     next_tag: u64,
+}
+
+/// The channels of a store's metadata.
+#[derive(Debug)]
+pub(crate) struct MdChannels {
+    dev: Arc<dyn BlockDevice>,
+    flushes: Arc<Flushes>,
+    channels: Mutex<Pool>,
+    returned: Condvar,
+}
+
+#[derive(Debug)]
+struct Pool {
+    idle: Vec<MdIo>,
+    lent: usize,
+    closed: bool,
+}
+
+/// A channel in use; it goes back when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Lent<'a> {
+    io: Option<MdIo>,
+    channels: &'a MdChannels,
 }
 
 impl std::fmt::Debug for MdIo {
@@ -38,47 +95,118 @@ impl std::fmt::Debug for MdIo {
     }
 }
 
+impl MdChannels {
+    /// `first` is one that is open already.
+    pub fn new(dev: Arc<dyn BlockDevice>, first: MdIo) -> MdChannels {
+        MdChannels {
+            dev,
+            flushes: Arc::clone(&first.flushes),
+            channels: Mutex::new(Pool {
+                idle: vec![first],
+                lent: 0,
+                closed: false,
+            }),
+            returned: Condvar::new(),
+        }
+    }
+
+    /// A channel for one change. Where the device has no more of them, or all are in use, this waits for one to
+    /// come back. Not for a thread that has one already.
+    ///
+    /// # Errors
+    /// [`Error::Unloaded`].
+    pub fn get(&self) -> Result<Lent<'_>, Error> {
+        let mut pool = self.channels.lock();
+        let mut may_open = true;
+        loop {
+            if pool.closed {
+                return Err(Error::Unloaded);
+            }
+            if let Some(io) = pool.idle.pop() {
+                pool.lent += 1;
+                return Ok(self.lend(io));
+            }
+            if may_open && pool.lent < CHANNELS {
+                pool.lent += 1;
+                drop(pool);
+                let opened = MdIo::sharing(&self.dev, Arc::clone(&self.flushes));
+                pool = self.channels.lock();
+                match opened {
+                    Ok(io) => return Ok(self.lend(io)),
+                    Err(error) => {
+                        pool.lent -= 1;
+                        if pool.lent == 0 && pool.idle.is_empty() {
+                            return Err(error);
+                        }
+                        tracing::debug!(%error, "no further channel for metadata; waiting for one");
+                        may_open = false;
+                        continue;
+                    }
+                }
+            }
+            self.returned.wait(&mut pool);
+        }
+    }
+
+    fn lend(&self, io: MdIo) -> Lent<'_> {
+        Lent {
+            io: Some(io),
+            channels: self,
+        }
+    }
+
+    /// Closes all channels, between changes: what comes from now on is refused.
+    pub fn close(&self) {
+        let mut pool = self.channels.lock();
+        pool.closed = true;
+        pool.idle.clear();
+    }
+}
+
+impl Deref for Lent<'_> {
+    type Target = MdIo;
+    fn deref(&self) -> &MdIo {
+        self.io.as_ref().expect("there until it is dropped")
+    }
+}
+
+impl DerefMut for Lent<'_> {
+    fn deref_mut(&mut self) -> &mut MdIo {
+        self.io.as_mut().expect("there until it is dropped")
+    }
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        let mut pool = self.channels.channels.lock();
+        pool.lent -= 1;
+        if !pool.closed {
+            pool.idle.extend(self.io.take());
+        }
+        drop(pool);
+        self.channels.returned.notify_one();
+    }
+}
+
 impl MdIo {
+    /// A channel that shares its flushes with no other.
     pub fn new(dev: &Arc<dyn BlockDevice>) -> Result<MdIo, Error> {
-        let info = dev.info();
-        let block_size = u64::from(info.block_size);
-        let limit = if info.max_io_blocks == 0 {
-            u64::MAX
-        } else {
-            info.max_io_blocks.into()
-        };
+        MdIo::sharing(dev, Arc::default())
+    }
+
+    fn sharing(dev: &Arc<dyn BlockDevice>, flushes: Arc<Flushes>) -> Result<MdIo, Error> {
         Ok(MdIo {
             channel: dev.open_channel()?,
-            block_size,
-            write_cache: info.write_cache,
-            fua: info.ops.has(OpKind::Fua),
-            unmap: info.ops.has(OpKind::Unmap),
-            write_zeroes: info.ops.has(OpKind::WriteZeroes),
-            copy: info.ops.has(OpKind::Copy),
-            max_io_blocks: limit.min(MAX_IO_BYTES / block_size),
+            can: Abilities::of(dev.info()),
+            flushes,
             reaped: Vec::new(),
             next_tag: 0,
         })
     }
 
-    /// Gives up the channel, between operations: what comes from now on is refused.
-    pub fn close(&mut self, info: &DeviceInfo) {
-        self.channel = Box::new(ClosedChannel(info.clone()));
-    }
-
-    /// Does the device have a volatile cache?
-    pub fn has_cache(&self) -> bool {
-        self.write_cache
-    }
-
-    /// Can the device copy by itself?
-    pub fn can_copy(&self) -> bool {
-        self.copy
-    }
-
-    /// Longest read or write, in blocks.
-    pub fn max_io_blocks(&self) -> u64 {
-        self.max_io_blocks
+    /// What the device can do.
+    pub fn can(&self) -> Abilities {
+        self.can
     }
 
     /// Does all operations, many at a time, and hands each to `done` as it completes, in any order. Returns
@@ -139,7 +267,7 @@ impl MdIo {
         if ops.is_empty() {
             return Ok(());
         }
-        let each = self.write_cache && self.fua;
+        let each = self.can.persist == Persist::Fua;
         for op in &mut ops {
             if let Op::Write { fua, .. } | Op::WriteV { fua, .. } | Op::WriteZeroes { fua, .. } = op
             {
@@ -147,9 +275,10 @@ impl MdIo {
             }
         }
         let unfit = !each || ops.iter().any(|op| !op.fua());
+        let failed = self.flushes.failed.load(Ordering::Acquire);
         self.run(ops)?;
-        if self.write_cache && unfit {
-            self.flush()
+        if unfit {
+            self.flush_since(failed)
         } else {
             Ok(())
         }
@@ -157,10 +286,40 @@ impl MdIo {
 
     /// Makes everything durable that has completed. Nothing to do without a volatile cache.
     pub fn flush(&mut self) -> Result<(), Error> {
-        if self.write_cache {
-            self.run([Op::Flush])
-        } else {
-            Ok(())
+        self.flush_since(self.flushes.failed.load(Ordering::Acquire))
+    }
+
+    /// Makes everything durable that has completed, by one flush for all that wait for one. `failed` is how many
+    /// flushes had failed before the writes that it is to cover: one that failed since may have lost them, and
+    /// a later one that succeeds does not bring them back.
+    fn flush_since(&mut self, failed: u64) -> Result<(), Error> {
+        if self.can.persist == Persist::Completion {
+            return Ok(());
+        }
+        let flushes = Arc::clone(&self.flushes);
+        let mine = flushes.completed.fetch_add(1, Ordering::AcqRel) + 1;
+        let mut last_error = flushes.one.lock();
+        if flushes.failed.load(Ordering::Acquire) != failed
+            && let Some(error) = last_error.clone()
+        {
+            return Err(Error::Io(error));
+        }
+        if flushes.covered.load(Ordering::Acquire) >= mine {
+            return Ok(());
+        }
+        let covers = flushes.completed.load(Ordering::Acquire);
+        match self.run([Op::Flush]) {
+            Ok(()) => {
+                flushes.covered.store(covers, Ordering::Release);
+                Ok(())
+            }
+            Err(error) => {
+                if let Error::Io(error) = &error {
+                    *last_error = Some(error.clone());
+                }
+                flushes.failed.fetch_add(1, Ordering::AcqRel);
+                Err(error)
+            }
         }
     }
 
@@ -176,6 +335,45 @@ impl MdIo {
             Ok(())
         })?;
         Ok(read.expect("a read comes back with its buffer"))
+    }
+}
+
+impl Abilities {
+    /// What a device says of itself.
+    pub fn of(info: &DeviceInfo) -> Abilities {
+        let block_size = u64::from(info.block_size);
+        let limit = if info.max_io_blocks == 0 {
+            u64::MAX
+        } else {
+            info.max_io_blocks.into()
+        };
+        Abilities {
+            block_size,
+            persist: match (info.write_cache, info.ops.has(OpKind::Fua)) {
+                (false, _) => Persist::Completion,
+                (true, true) => Persist::Fua,
+                (true, false) => Persist::Flush,
+            },
+            unmap: info.ops.has(OpKind::Unmap),
+            write_zeroes: info.ops.has(OpKind::WriteZeroes),
+            copy: info.ops.has(OpKind::Copy),
+            max_io_blocks: limit.min(MAX_IO_BYTES / block_size),
+        }
+    }
+
+    /// What makes a write durable.
+    pub fn persist(&self) -> Persist {
+        self.persist
+    }
+
+    /// Can the device copy by itself?
+    pub fn can_copy(&self) -> bool {
+        self.copy
+    }
+
+    /// Longest read or write, in blocks.
+    pub fn max_io_blocks(&self) -> u64 {
+        self.max_io_blocks
     }
 
     /// Operations that write `bytes` (whole blocks) at `lba`.
@@ -195,7 +393,7 @@ impl MdIo {
         bytes.chunks(step).map(op).collect()
     }
 
-    /// As [`MdIo::zeroes`], by writing: on a sparse image the blocks have their place on the host from then on.
+    /// As [`Abilities::zeroes`], by writing: on a sparse image the blocks have their place on the host from then on.
     pub fn written_zeroes(&self, lba: u64, len_blocks: u64) -> Result<Vec<Op>, Error> {
         self.zeroes_by(false, lba, len_blocks)
     }
@@ -259,4 +457,130 @@ pub(crate) fn dma(bytes: &[u8]) -> Result<DmaSlice, Error> {
 /// Cuts a range into pieces of at most `step`.
 fn pieces(start: u64, len: u64, step: u64) -> impl Iterator<Item = (u64, u64)> {
     (0..len.div_ceil(step)).map(move |i| (start + i * step, step.min(len - i * step)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+    use pumice_bdev_testkit::crashsim::{Action, CrashDevice, CrashImage, CrashOptions, Event};
+
+    /// Devices on top of one that makes nothing durable without a flush.
+    struct Devices {
+        holds: Arc<ErrorDevice>,
+        fails: Arc<ErrorDevice>,
+        base: CrashDevice,
+        flushes: Arc<Flushes>,
+    }
+
+    fn channels<const N: usize>() -> (Devices, [MdIo; N]) {
+        let options = CrashOptions {
+            block_size: 4096,
+            write_cache: true,
+            fua: false,
+            ..CrashOptions::default()
+        };
+        let base = CrashDevice::with_options(&options, CrashImage::zeroed(1 << 20));
+        let fails = Arc::new(ErrorDevice::new(None, Arc::new(base.clone())));
+        let holds = Arc::new(ErrorDevice::new(None, fails.clone()));
+        let as_dyn: Arc<dyn BlockDevice> = holds.clone();
+        let flushes: Arc<Flushes> = Arc::default();
+        let all = std::array::from_fn(|_| MdIo::sharing(&as_dyn, Arc::clone(&flushes)).unwrap());
+        let devices = Devices {
+            holds,
+            fails,
+            base,
+            flushes,
+        };
+        (devices, all)
+    }
+
+    fn inject(dev: &ErrorDevice, failure: Failure) {
+        dev.inject(Injection {
+            op: Some(OpKind::Flush),
+            failure,
+            count: 1,
+            range: None,
+            queue_depth: 0,
+        });
+    }
+
+    fn write(lba: u64) -> Vec<Op> {
+        let data = DmaBuf::zeroed(4096).unwrap().freeze();
+        vec![Op::Write {
+            lba,
+            data,
+            fua: false,
+        }]
+    }
+
+    fn until(what: &str, mut done: impl FnMut() -> bool) {
+        let start = std::time::Instant::now();
+        while !done() {
+            assert!(start.elapsed() < Duration::from_secs(60), "{what}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// The first flush was sent before the others had written, so it says nothing about them; one more serves
+    /// them all.
+    #[test]
+    fn one_flush_serves_all_that_wait_for_it_and_none_that_was_sent_before() {
+        let (devices, all) = channels::<8>();
+        inject(&devices.holds, Failure::Hang);
+        std::thread::scope(|scope| {
+            let mut all = all.into_iter();
+            let mut first = all.next().unwrap();
+            let first = scope.spawn(move || first.run_durable(write(0)));
+            until("the first flush is held back", || {
+                devices.holds.injections().is_empty()
+            });
+            let others: Vec<_> = (1..)
+                .zip(all)
+                .map(|(lba, mut io)| scope.spawn(move || io.run_durable(write(lba))))
+                .collect();
+            until("all have written", || {
+                devices.flushes.completed.load(Ordering::Acquire) == 8
+            });
+            assert!(others.iter().all(|other| !other.is_finished()));
+            devices.holds.resume();
+            first.join().unwrap().unwrap();
+            for other in others {
+                other.join().unwrap().unwrap();
+            }
+        });
+        let flush = |event: &Event| match event {
+            Event::Submitted(change) => matches!(change.action, Action::Flush),
+            _ => false,
+        };
+        let flushes = devices.base.log().into_iter().filter(flush).count();
+        assert_eq!(flushes, 2);
+    }
+
+    /// A flush that fails while another channel's writes are in the cache may have lost them.
+    #[test]
+    fn a_failed_flush_fails_all_whose_writes_it_may_have_lost() {
+        let (devices, [mut one, mut two]) = channels::<2>();
+        inject(&devices.holds, Failure::Hang);
+        inject(&devices.fails, Failure::Fail);
+        std::thread::scope(|scope| {
+            let one = scope.spawn(move || {
+                let result = one.run_durable(write(0));
+                (one, result)
+            });
+            until("the flush is held back", || {
+                devices.holds.injections().is_empty()
+            });
+            let two = scope.spawn(move || two.run_durable(write(1)));
+            until("both have written", || {
+                devices.flushes.completed.load(Ordering::Acquire) == 2
+            });
+            devices.holds.resume();
+            let (mut one, result) = one.join().unwrap();
+            result.unwrap_err();
+            two.join().unwrap().unwrap_err();
+            // What is written again is durable.
+            one.run_durable(write(0)).unwrap();
+        });
+    }
 }

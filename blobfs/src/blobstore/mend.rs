@@ -3,46 +3,56 @@
 use std::sync::Arc;
 
 use super::change::MapChange;
+use super::edit::Edit;
 use super::error::Error;
 use super::format::{BlobId, Flags};
-use super::meta::{Parent, SNAPRM, SNAPTMP};
+use super::meta::{BlobMeta, Parent, SNAPRM, SNAPTMP};
 use super::state::State;
 
 impl State {
+    /// The snapshots that are marked as half made or half removed, each with the blob that it names.
+    pub fn half_done(&self) -> Vec<(BlobId, BlobId)> {
+        let marked = |meta: &BlobMeta| {
+            let named = meta.internal_id(SNAPTMP);
+            Some((meta.id, named.or_else(|| meta.internal_id(SNAPRM))?))
+        };
+        self.blobs
+            .values()
+            .filter_map(|slot| marked(&slot.meta))
+            .collect()
+    }
+}
+
+impl Edit<'_> {
     /// Completes or undoes what a crash has cut. A snapshot whose blob names it as its parent is kept and
     /// its mark goes; else the snapshot goes, and leaves its clusters to the blob. If that blob cannot be
     /// opened, both stay as they are.
-    pub fn mend(&mut self) -> Result<(), Error> {
-        let marked: Vec<(BlobId, BlobId)> = self
-            .blobs
-            .values()
-            .filter_map(|slot| {
-                let named = slot
-                    .meta
-                    .internal_id(SNAPTMP)
-                    .or_else(|| slot.meta.internal_id(SNAPRM))?;
-                Some((slot.meta.id, named))
-            })
-            .collect();
+    pub fn end_half_done(&self) -> Result<(), Error> {
+        let marked = self.state().half_done();
         for (snapshot, named) in marked {
+            let state = self.state();
             if snapshot == named
-                || self.ancestry(snapshot).is_err()
-                || self.ancestry(named).is_err()
+                || state.ancestry(snapshot).is_err()
+                || state.ancestry(named).is_err()
             {
                 tracing::warn!(%snapshot, blob = %named, "a half-made snapshot whose blob cannot be opened is left alone");
                 continue;
             }
-            if self.meta(named)?.parent() == Parent::Snapshot(snapshot) {
+            let is_parent = state.meta(named)?.parent() == Parent::Snapshot(snapshot);
+            let has_others = state.children.contains_key(&snapshot);
+            drop(state);
+            if is_parent {
                 tracing::info!(%snapshot, blob = %named, "keeping a snapshot that a crash left half made or half removed");
                 self.unshare(snapshot, named)?;
-                let mut change = self.begin()?;
-                let staged = self.stage(&mut change, snapshot)?;
-                staged.meta.remove_internal(SNAPTMP);
-                staged.meta.remove_internal(SNAPRM);
-                staged.meta.flags.data_ro |= Flags::READ_ONLY;
-                staged.other = true;
-                self.commit(change)?;
-            } else if self.children.contains_key(&snapshot) {
+                self.change(|state, change| {
+                    let staged = state.stage(change, snapshot)?;
+                    staged.meta.remove_internal(SNAPTMP);
+                    staged.meta.remove_internal(SNAPRM);
+                    staged.meta.flags.data_ro |= Flags::READ_ONLY;
+                    staged.other = true;
+                    Ok(())
+                })?;
+            } else if has_others {
                 tracing::warn!(%snapshot, "a half-removed snapshot with other clones is left alone");
             } else {
                 tracing::info!(%snapshot, blob = %named, "removing a snapshot that a crash left half made or half removed");
@@ -54,9 +64,12 @@ impl State {
 
     /// A clone whose extent pages already name its snapshot's clusters, while its root does not say so: it
     /// goes on reading them through the snapshot.
-    fn unshare(&mut self, snapshot: BlobId, clone: BlobId) -> Result<(), Error> {
-        let theirs = Arc::clone(&self.meta(snapshot)?.map);
-        let own = Arc::clone(&self.meta(clone)?.map);
+    fn unshare(&self, snapshot: BlobId, clone: BlobId) -> Result<(), Error> {
+        let (theirs, own) = {
+            let state = self.state();
+            let map = |id| Ok::<_, Error>(Arc::clone(&state.meta(id)?.map));
+            (map(snapshot)?, map(clone)?)
+        };
         let same: Vec<(u64, u32)> = own
             .allocated()
             .filter(|(index, cluster)| theirs.cluster(*index) == Some(*cluster))
@@ -64,25 +77,27 @@ impl State {
         if same.is_empty() {
             return Ok(());
         }
-        let mut change = self.begin()?;
-        let staged = self.stage(&mut change, clone)?;
-        let map = own.resized(own.num_clusters(), own.num_allocated());
-        for (index, _) in &same {
-            map.set(*index, 0);
-        }
-        staged.meta.map = Arc::new(map);
-        staged.map = MapChange::Replaced;
-        staged.other = true;
-        self.commit(change)?;
+        self.change(|state, change| {
+            let staged = state.stage(change, clone)?;
+            let map = own.resized(own.num_clusters(), own.num_allocated());
+            for (index, _) in &same {
+                map.set(*index, 0);
+            }
+            staged.meta.map = Arc::new(map);
+            staged.map = MapChange::Replaced;
+            staged.other = true;
+            Ok(())
+        })?;
+        let mut state = self.state();
         for (_, cluster) in same {
-            self.shared_clusters.remove(&cluster);
+            state.shared_clusters.remove(&cluster);
         }
         Ok(())
     }
 
     /// Removes a snapshot, and of its clusters and extent pages those that nobody else has.
-    fn remove_half(&mut self, snapshot: BlobId) -> Result<(), Error> {
-        let meta = Arc::clone(self.meta(snapshot)?);
+    fn remove_half(&self, snapshot: BlobId) -> Result<(), Error> {
+        let meta = Arc::clone(self.state().meta(snapshot)?);
         let method = meta.clear_method();
         let clusters: Vec<u32> = meta.map.allocated().map(|(_, cluster)| cluster).collect();
         let pages: Vec<u32> = meta
@@ -91,24 +106,26 @@ impl State {
             .chain(&meta.trailing.pages)
             .copied()
             .collect();
-        let mut change = self.begin()?;
-        // Clusters with a second owner are left out by the commit.
-        change
-            .freed_clusters
-            .extend(clusters.iter().map(|cluster| (*cluster, method)));
-        change.freed_pages.extend(
-            pages
-                .iter()
-                .filter(|page| !self.shared_pages.contains(page)),
-        );
-        change.freed_pages.extend(&meta.chain);
-        change.deleted.push(meta);
-        self.commit(change)?;
+        self.change(|state, change| {
+            // Clusters with a second owner are left out by the commit.
+            change
+                .freed_clusters
+                .extend(clusters.iter().map(|cluster| (*cluster, method)));
+            change.freed_pages.extend(
+                pages
+                    .iter()
+                    .filter(|page| !state.shared_pages.contains(page)),
+            );
+            change.freed_pages.extend(&meta.chain);
+            change.deleted.push(meta);
+            Ok(())
+        })?;
+        let mut state = self.state();
         for cluster in clusters {
-            self.shared_clusters.remove(&cluster);
+            state.shared_clusters.remove(&cluster);
         }
         for page in pages {
-            self.shared_pages.remove(&page);
+            state.shared_pages.remove(&page);
         }
         Ok(())
     }

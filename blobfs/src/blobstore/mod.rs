@@ -1,9 +1,9 @@
 //! A blobstore in SPDK's format: blobs of clusters on a block device, thin or thick, with xattrs,
 //! snapshots and clones.
 //!
-//! [`Blobstore`] is the store, [`Blob`] an open blob. Metadata operations block, run one at a time and are
-//! durable on return; every change goes through one list of records that is applied in an order in which a
-//! crash leaves the old or the new state. Data goes over per-thread channels
+//! [`Blobstore`] is the store, [`Blob`] an open blob. Metadata operations block and are durable on return. Those that
+//! change different blobs overlap, those of one blob come one after the other. Every change is a batch that is
+//! written in an order in which a crash leaves the old or the new state. Data goes over per-thread channels
 //! ([`Blobstore::with_channel`]) and takes no lock that threads share.
 //!
 //! Everything on disk is data: damaged metadata is an error that names the blob and the page, and the other
@@ -15,7 +15,9 @@ mod change;
 mod channels;
 pub mod check;
 mod claims;
+mod commit;
 pub mod dump;
+mod edit;
 mod error;
 mod extents;
 mod external;
@@ -26,16 +28,14 @@ mod grow;
 mod inflate;
 mod io;
 mod lanes;
-mod lock;
-#[cfg(test)]
-mod lock_tests;
 mod mdio;
 mod mend;
 mod meta;
 mod ops;
-mod records;
+mod order;
+#[cfg(test)]
+mod order_tests;
 mod scan;
-mod settle;
 mod snapshot;
 mod space;
 mod state;
@@ -51,7 +51,7 @@ mod sync {
     pub(crate) use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     pub(crate) use std::thread::{Thread, current, park};
 
-    pub(crate) use parking_lot::{Mutex, MutexGuard};
+    pub(crate) use parking_lot::Mutex;
 }
 
 pub(crate) use change::Change;

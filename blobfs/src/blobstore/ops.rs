@@ -153,7 +153,7 @@ impl State {
                 let blocks = run.len() as u64 * self.geo.cluster_blocks();
                 change
                     .prepare
-                    .extend(self.io.zeroes(self.geo.cluster_lba(run[0]), blocks)?);
+                    .extend(self.can.zeroes(self.geo.cluster_lba(run[0]), blocks)?);
             }
         }
         let cut = old_map.allocated().filter(|(index, _)| *index >= size);

@@ -645,7 +645,7 @@ fn read_pages(
         u32::try_from(index).expect("an index that was given out as u32")
     };
     let mut singly: Vec<Range<u32>> = Vec::new();
-    let per_read = u32::try_from(io.max_io_blocks() * geo.block_size / PAGE_SIZE as u64)
+    let per_read = u32::try_from(io.can().max_io_blocks() * geo.block_size / PAGE_SIZE as u64)
         .unwrap_or(u32::MAX)
         .max(1);
     let mut pieces = ranges.flat_map(|range| {

@@ -5,10 +5,12 @@ use std::sync::Arc;
 
 use super::Blobstore;
 use super::change::{Change, MapChange, Staged, empty_map};
+use super::edit::Edit;
 use super::error::Error;
 use super::format::{BlobId, Flags, Xattr, encode_blob};
 use super::meta::{self, BlobMeta, Parent, SNAPRM, SNAPTMP, Trailing};
 use super::ops::check_xattr;
+use super::order::Scope;
 use super::state::State;
 use super::view::{Source, View};
 
@@ -20,16 +22,15 @@ impl Blobstore {
     /// A read-only blob, no metadata pages, I/O that does not end, I/O errors.
     pub fn snapshot(&self, id: BlobId, xattrs: &[(String, Vec<u8>)]) -> Result<BlobId, Error> {
         let xattrs = to_xattrs(xattrs)?;
-        let (_frozen, mut state) = self.lock_frozen(|state| {
+        let (_frozen, edit) = self.edit_frozen(|state| {
             state.check_writable(id)?;
             state.ancestry(id)?;
-            Ok(state.open_family(id))
+            Ok((Scope::All, state.open_family(id)))
         })?;
-        state.check_takes_changes()?;
         // What the blob's users have written is durable before it becomes the snapshot's.
-        state.io.flush()?;
+        self.inner.md_channels.get()?.flush()?;
         self.check_flushes()?;
-        state.snapshot(id, xattrs)
+        edit.snapshot(id, xattrs)
     }
 
     /// Makes a thin clone of a read-only blob, with the xattrs given. Durable on return. Blocks.
@@ -38,7 +39,9 @@ impl Blobstore {
     /// The blob is not read-only, no metadata pages, I/O errors.
     pub fn clone_blob(&self, id: BlobId, xattrs: &[(String, Vec<u8>)]) -> Result<BlobId, Error> {
         let xattrs = to_xattrs(xattrs)?;
-        let mut state = self.inner.state.lock();
+        self.inner.state.lock().ancestry(id)?;
+        let edit = self.edit(&Scope::All)?;
+        let mut state = edit.state();
         state.ancestry(id)?;
         let parent = Arc::clone(state.meta(id)?);
         if !parent.flags.data_read_only() {
@@ -46,7 +49,7 @@ impl Blobstore {
                 "blob {id} is not read-only, so it cannot have clones; make a snapshot of it and clone that"
             )));
         }
-        let mut change = state.begin()?;
+        let mut change = Change::default();
         let root = state.take_page(&mut change, true)?;
         let mut meta = BlobMeta {
             id: BlobId::from_page(root),
@@ -74,7 +77,7 @@ impl Blobstore {
             other: true,
             old: None,
         });
-        state.commit(change)?;
+        edit.commit(state, change)?;
         Ok(clone)
     }
 
@@ -85,29 +88,18 @@ impl Blobstore {
     /// # Errors
     /// The blob is open or has several clones, I/O errors.
     pub fn delete(&self, id: BlobId) -> Result<(), Error> {
-        let children = |state: &State| -> Vec<BlobId> {
-            let children = state.children.get(&id);
-            children.into_iter().flatten().copied().collect()
+        let merges_into = |state: &State| -> Option<BlobId> {
+            let children = state.children.get(&id).filter(|_| !state.is_damaged(id))?;
+            children.first().copied().filter(|_| children.len() == 1)
         };
-        let (_frozen, mut state) = self.lock_frozen(|state| match children(state)[..] {
-            [clone] => Ok(state.open_family(clone)),
-            _ => Ok(Vec::new()),
+        let (_frozen, edit) = self.edit_frozen(|state| {
+            let open = merges_into(state).map(|clone| state.open_family(clone));
+            Ok((Scope::All, open.unwrap_or_default()))
         })?;
-        let children = children(&state);
-        let damaged = id
-            .page()
-            .is_some_and(|root| state.damaged.contains_key(&root));
-        if let ([clone], false) = (&children[..], damaged) {
-            let clone = *clone;
-            return state.delete_snapshot(id, clone);
-        }
-        let mut change = state.begin()?;
-        match state.delete(&mut change, id) {
-            Ok(()) => state.commit(change),
-            Err(error) => {
-                state.rollback(change);
-                Err(error)
-            }
+        let clone = merges_into(&edit.state());
+        match clone {
+            Some(clone) => edit.delete_snapshot(id, clone),
+            None => edit.change(|state, change| state.delete(change, id)),
         }
     }
 
@@ -116,15 +108,16 @@ impl Blobstore {
     /// # Errors
     /// No such blob, I/O errors.
     pub fn set_read_only(&self, id: BlobId) -> Result<(), Error> {
-        let (_frozen, mut state) = self.lock_frozen(|state| {
+        let (_frozen, edit) = self.edit_frozen(|state| {
             state.ancestry(id)?;
-            Ok(state.shared(id).into_iter().collect())
+            Ok((Scope::All, state.shared(id).into_iter().collect()))
         })?;
-        let mut change = state.begin()?;
-        let staged = state.stage(&mut change, id)?;
-        staged.meta.flags.data_ro |= Flags::READ_ONLY;
-        staged.other = true;
-        state.commit(change)
+        edit.change(|state, change| {
+            let staged = state.stage(change, id)?;
+            staged.meta.flags.data_ro |= Flags::READ_ONLY;
+            staged.other = true;
+            Ok(())
+        })
     }
 }
 
@@ -150,13 +143,14 @@ pub(crate) struct HalfSnapshot {
     origin: Option<Arc<BlobMeta>>,
 }
 
-impl State {
+impl Edit<'_> {
     /// The three commits that make a snapshot. A crash after the first is undone by the next load, a crash
     /// after the second is completed.
-    fn snapshot(&mut self, id: BlobId, xattrs: Vec<Xattr>) -> Result<BlobId, Error> {
-        let origin = Arc::clone(self.meta(id)?);
-        let mut change = self.begin()?;
-        let snapshot = BlobId::from_page(self.take_page(&mut change, true)?);
+    fn snapshot(&self, id: BlobId, xattrs: Vec<Xattr>) -> Result<BlobId, Error> {
+        let mut state = self.state();
+        let origin = Arc::clone(state.meta(id)?);
+        let mut change = Change::default();
+        let snapshot = BlobId::from_page(state.take_page(&mut change, true)?);
 
         let mut first = (*origin).clone();
         first.id = snapshot;
@@ -173,13 +167,13 @@ impl State {
         first.set_internal(SNAPTMP, &id.0.to_le_bytes());
 
         let mut clone = (*origin).clone();
-        clone.map = Arc::new(empty_map(self, origin.map.num_clusters(), 0));
+        clone.map = Arc::new(empty_map(&state, origin.map.num_clusters(), 0));
         clone.extent_pages = BTreeMap::new();
         clone.set_parent(&Parent::Snapshot(snapshot));
 
         let needed = chain_len(&first) + chain_len(&clone) + chain_len(&last);
-        if let Err(error) = self.check_free_pages(needed, change.spend) {
-            self.rollback(change);
+        if let Err(error) = state.check_free_pages(needed, change.spend) {
+            state.rollback(change);
             return Err(error);
         }
         change.staged.push(Staged {
@@ -188,12 +182,12 @@ impl State {
             other: true,
             old: None,
         });
-        self.commit(change)?;
+        self.commit(state, change)?;
 
         if let Err(error) = self.replace(id, clone) {
             return Err(self.undo_snapshot(snapshot, None, error));
         }
-        let chain = self.meta(snapshot)?.chain.clone();
+        let chain = self.state().meta(snapshot)?.chain.clone();
         if let Err(error) = self.replace(snapshot, BlobMeta { chain, ..last }) {
             return Err(self.undo_snapshot(snapshot, Some(&origin), error));
         }
@@ -204,7 +198,7 @@ impl State {
     /// stops until it could be done: the snapshot has its mark and the blob's clusters. (The next load would
     /// make an end of it, too.)
     fn undo_snapshot(
-        &mut self,
+        &self,
         snapshot: BlobId,
         origin: Option<&Arc<BlobMeta>>,
         error: Error,
@@ -213,20 +207,21 @@ impl State {
             snapshot,
             origin: origin.cloned(),
         };
-        match self.undo(half) {
+        match self.undo_half_snapshot(half) {
             Ok(()) => error,
             Err(half) => {
-                self.stopped.get_or_insert_with(|| error.to_string());
-                self.half_snapshot = Some(half);
+                let mut state = self.state();
+                state.stop(&error, false);
+                state.half_snapshot = Some(half);
                 Error::Undecided(Box::new(error))
             }
         }
     }
 
     /// Gives it back if it cannot be undone.
-    pub(super) fn undo(&mut self, mut half: HalfSnapshot) -> Result<(), HalfSnapshot> {
+    pub(super) fn undo_half_snapshot(&self, mut half: HalfSnapshot) -> Result<(), HalfSnapshot> {
         if let Some(origin) = &half.origin {
-            let old = self.meta(origin.id).map(|meta| meta.chain.clone());
+            let old = self.state().meta(origin.id).map(|meta| meta.chain.clone());
             let undone = old.and_then(|chain| {
                 let meta = BlobMeta {
                     chain,
@@ -243,49 +238,56 @@ impl State {
     }
 
     /// Commits a new version of a blob that keeps, or has given away, its extent pages.
-    fn replace(&mut self, id: BlobId, meta: BlobMeta) -> Result<(), Error> {
-        let mut change = self.begin()?;
-        let staged = self.stage(&mut change, id)?;
-        staged.meta = meta;
-        staged.other = true;
-        self.commit(change)
+    fn replace(&self, id: BlobId, meta: BlobMeta) -> Result<(), Error> {
+        self.change(|state, change| {
+            let staged = state.stage(change, id)?;
+            staged.meta = meta;
+            staged.other = true;
+            Ok(())
+        })
     }
 
     /// Deletes a blob, but neither its clusters nor its extent pages: they are another's.
-    pub fn forget(&mut self, id: BlobId) -> Result<(), Error> {
-        let meta = Arc::clone(self.meta(id)?);
-        let mut change = self.begin()?;
-        change.freed_pages.extend(&meta.chain);
-        change.deleted.push(meta);
-        self.commit(change)
+    fn forget(&self, id: BlobId) -> Result<(), Error> {
+        self.change(|state, change| {
+            let meta = Arc::clone(state.meta(id)?);
+            change.freed_pages.extend(&meta.chain);
+            change.deleted.push(meta);
+            Ok(())
+        })
     }
 
     /// Two commits: the mark on the snapshot, then the clone with the snapshot's clusters, at once
     /// followed by the end of the snapshot.
-    fn delete_snapshot(&mut self, id: BlobId, clone: BlobId) -> Result<(), Error> {
-        if self.shared(id).is_some() {
+    fn delete_snapshot(&self, id: BlobId, clone: BlobId) -> Result<(), Error> {
+        let mut state = self.state();
+        if state.shared(id).is_some() {
             return Err(Error::Busy(format!(
                 "blob {id} is open; close it before deleting it"
             )));
         }
-        self.ancestry(clone)?;
-        let snapshot = Arc::clone(self.meta(id)?);
+        state.ancestry(clone)?;
+        let snapshot = Arc::clone(state.meta(id)?);
 
         // Everything that may run out is tried before the mark is written.
-        let mut change = self.begin()?;
-        if let Err(error) = self.stage_merge(&mut change, &snapshot, clone) {
-            self.rollback(change);
+        let mut change = Change::default();
+        if let Err(error) = state.stage_merge(&mut change, &snapshot, clone) {
+            state.rollback(change);
             return Err(error);
         }
-        let mut mark = self.begin()?;
-        let staged = self.stage(&mut mark, id)?;
-        staged.meta.set_internal(SNAPRM, &clone.0.to_le_bytes());
-        staged.other = true;
-        if let Err(error) = self.commit(mark) {
-            self.rollback(change);
+        drop(state);
+        let marked = self.change(|state, mark| {
+            let staged = state.stage(mark, id)?;
+            staged.meta.set_internal(SNAPRM, &clone.0.to_le_bytes());
+            staged.other = true;
+            Ok(())
+        });
+        let mut state = self.state();
+        if let Err(error) = marked {
+            state.rollback(change);
             return Err(error);
         }
-        let marked = Arc::clone(self.meta(id)?);
+        let marked = Arc::clone(state.meta(id)?);
         let kept: std::collections::HashSet<u32> = change
             .staged
             .iter()
@@ -306,10 +308,10 @@ impl State {
         let extent_pages = marked.extent_pages.values().chain(&marked.trailing.pages);
         change
             .freed_pages
-            .extend(extent_pages.filter(|page| !self.shared_pages.contains(page)));
+            .extend(extent_pages.filter(|page| !state.shared_pages.contains(page)));
         change.freed_pages.extend(&marked.chain);
         change.deleted.push(marked);
-        if let Err(error) = self.commit(change) {
+        if let Err(error) = self.commit(state, change) {
             // If the mark stays, the next load takes it off.
             if let Err(error) = self.replace_mark(id) {
                 tracing::warn!(blob = %id, %error, "the mark of a removal that failed stays until the next load");
@@ -320,14 +322,17 @@ impl State {
     }
 
     /// Takes the mark of a removal off again.
-    fn replace_mark(&mut self, id: BlobId) -> Result<(), Error> {
-        let mut change = self.begin()?;
-        let staged = self.stage(&mut change, id)?;
-        staged.meta.remove_internal(SNAPRM);
-        staged.other = true;
-        self.commit(change)
+    fn replace_mark(&self, id: BlobId) -> Result<(), Error> {
+        self.change(|state, change| {
+            let staged = state.stage(change, id)?;
+            staged.meta.remove_internal(SNAPRM);
+            staged.other = true;
+            Ok(())
+        })
     }
+}
 
+impl State {
     /// Stages the clone with the clusters that it read from the snapshot.
     fn stage_merge(
         &mut self,
@@ -384,7 +389,7 @@ impl State {
             if shows {
                 let cluster = self.take_cluster(change)?;
                 change.prepare.extend(
-                    self.io
+                    self.can
                         .zeroes(self.geo.cluster_lba(cluster), self.geo.cluster_blocks())?,
                 );
                 map.set(index, cluster);

@@ -1,12 +1,11 @@
 //! What changes may take: a reserve of clusters and metadata pages that only opening and giving back may
 //! touch, and metadata pages that grow before they run out.
 
-use pumice_bdev::DeviceInfo;
-
 use super::Blobstore;
 use super::error::Error;
 use super::format::PAGE_SIZE_U64;
 use super::geometry::Layout;
+use super::order::Scope;
 use super::state::State;
 
 /// Bytes of a file system for which it gets a metadata page to begin with.
@@ -170,9 +169,9 @@ impl State {
         }
     }
 
-    /// Before a change that may take metadata pages: lets the region grow when three quarters are used.
-    /// Where that is not possible the change still has what is left, so this is not its error.
-    pub fn grow_metadata_if_scarce(&mut self, info: &DeviceInfo, spend: Spend) {
+    /// The metadata pages that the region should grow to before a change that may take some: when three quarters are
+    /// used, and unless a try found no room and there is no more of it since.
+    fn wanted_growth(&mut self, spend: Spend) -> Option<u32> {
         let (used, len) = (u64::from(self.pages.used()), u64::from(self.pages.len()));
         // A change takes few pages; whoever may not touch the reserve runs out before it does.
         let few = self.pages_for(spend) < FEW_PAGES.into();
@@ -180,13 +179,10 @@ impl State {
             Spend::Releasing => used == len,
             Spend::Ordinary | Spend::Opening => used * 4 >= len * 3 || few,
         };
-        if !self.policy.grow_metadata || !scarce || self.begin().is_err() {
-            return;
-        }
         let free = self.clusters.free();
-        // A try that found no room is not repeated before there is more of it.
-        if self.growth_blocked.is_some_and(|blocked| free <= blocked) {
-            return;
+        let blocked = self.growth_blocked.is_some_and(|blocked| free <= blocked);
+        if !self.policy.grow_metadata || !scarce || blocked {
+            return None;
         }
         let size = u64::from(self.geo.total_clusters) * self.geo.cluster_size;
         let most = u32::try_from(size / PAGE_SIZE_U64 / MD_SHARE).unwrap_or(u32::MAX);
@@ -194,19 +190,42 @@ impl State {
         if wanted <= self.pages.len() {
             // Only a larger store has more.
             self.growth_blocked = Some(u32::MAX);
+            return None;
+        }
+        Some(wanted)
+    }
+}
+
+impl Blobstore {
+    /// Before a change that may take metadata pages: lets the region grow if they are scarce. Where that is not
+    /// possible the change still has what is left, so this is not its error.
+    pub(crate) fn grow_metadata_if_scarce(&self, spend: Spend) {
+        if self.inner.state.lock().wanted_growth(spend).is_none() {
             return;
         }
-        let keep = if spend == Spend::Ordinary {
-            self.reserve_clusters()
-        } else {
-            0
+        let Ok(edit) = self.edit(&Scope::All) else {
+            return;
         };
-        let grown = self.grow_metadata(info, wanted, keep);
+        let (wanted, keep) = {
+            let mut state = edit.state();
+            // Somebody else may have been first.
+            let Some(wanted) = state.wanted_growth(spend) else {
+                return;
+            };
+            let keep = match spend {
+                Spend::Ordinary => state.reserve_clusters(),
+                Spend::Opening | Spend::Releasing => 0,
+            };
+            (wanted, keep)
+        };
+        let grown = edit.grow_metadata(wanted, keep);
+        let mut state = edit.state();
         match grown {
-            Ok(()) => self.growth_blocked = None,
+            Ok(()) => state.growth_blocked = None,
             Err(error) => {
-                tracing::warn!(device = info.name, %error, "the metadata pages could not be made more");
-                self.growth_blocked = Some(free);
+                let device = &self.inner.dev.info().name;
+                tracing::warn!(device, %error, "the metadata pages could not be made more");
+                state.growth_blocked = Some(state.clusters.free());
             }
         }
     }

@@ -1,21 +1,19 @@
-//! The store's metadata in memory, behind one lock.
+//! The store's metadata in memory.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Weak};
 
-use super::Blobstore;
 use super::alloc::{Bitmap, iter_words};
 use super::blob::Shared;
+use super::change::Change;
+use super::commit::Restore;
 use super::error::Error;
 use super::external::{External, OpenExternal};
-use super::format::{BlobId, Page, PageError, SuperBlock};
-use super::gate::Frozen;
+use super::format::{BlobId, PageError, SuperBlock};
 use super::geometry::Geometry;
-use super::lock::Guard;
-use super::mdio::MdIo;
+use super::mdio::Abilities;
 use super::meta::{BlobMeta, Parent};
 use super::scan::Remains;
-use super::settle::Doubt;
 use super::snapshot::HalfSnapshot;
 use super::space::SpacePolicy;
 use super::view::{Line, View};
@@ -44,27 +42,42 @@ pub(crate) struct Unowned {
     pub clusters: Bitmap,
 }
 
-/// All metadata. Whoever changes it holds the lock, I/O included.
+/// Why no changes are taken.
+#[derive(Debug)]
+pub(crate) struct Stop {
+    pub reason: String,
+    /// What the device holds cannot be known before the next load.
+    pub for_good: bool,
+}
+
+/// A change of which a part may be on the device, and what takes it back.
+#[derive(Debug)]
+pub(crate) struct Doubt {
+    pub change: Change,
+    pub restore: Restore,
+}
+
+/// All metadata in memory. It is locked for moments and does no I/O; whoever changes what is on the device holds
+/// an [`Edit`](super::edit::Edit).
 #[derive(Debug)]
 pub(crate) struct State {
     pub sb: SuperBlock,
     pub geo: Geometry,
-    pub io: MdIo,
+    /// What the device can do.
+    pub can: Abilities,
     /// The super block on disk says clean = 0.
     pub dirty: bool,
     /// A write of clean = 1 failed: the device may hold it all the same.
     pub clean_in_doubt: bool,
     pub unloaded: bool,
-    /// An unload waits for I/O in flight: no blob is opened.
+    /// The store is being unloaded: no blob is opened.
     pub unloading: bool,
     /// No change is taken.
     pub read_only: bool,
-    /// Why no more changes are taken.
-    pub stopped: Option<String>,
-    /// What is to be restored before changes are taken again.
-    pub doubt: Option<Box<Doubt>>,
-    /// A super block that is to be put back before changes are taken again.
-    pub super_restore: Option<Box<Page>>,
+    /// No more changes are taken.
+    pub stopped: Option<Stop>,
+    /// What is to be taken back before changes are taken again.
+    pub doubts: Vec<Doubt>,
     /// A snapshot that is to be undone before changes are taken again.
     pub half_snapshot: Option<HalfSnapshot>,
     pub pages: Bitmap,
@@ -134,6 +147,12 @@ impl State {
         for cluster in iter_words(unowned.clusters.words()) {
             self.clusters.clear(cluster);
         }
+    }
+
+    /// Was the blob set aside at the load?
+    pub fn is_damaged(&self, id: BlobId) -> bool {
+        id.page()
+            .is_some_and(|root| self.damaged.contains_key(&root))
     }
 
     /// What is known of a blob.
@@ -335,32 +354,4 @@ impl State {
             }
         }
     }
-}
-
-impl Blobstore {
-    /// Locks the metadata while no I/O is in flight on the blobs that `which` names, and none begins. Their
-    /// gates are closed before the lock is taken: while they empty, others may use the metadata. `which` is
-    /// asked again under the lock, since meanwhile more blobs may have been opened.
-    pub(crate) fn lock_frozen(
-        &self,
-        mut which: impl FnMut(&State) -> Result<Vec<Arc<Shared>>, Error>,
-    ) -> Result<(Frozen, Guard<'_, State>), Error> {
-        let mut frozen = Frozen::default();
-        loop {
-            let state = self.inner.state.lock();
-            let wanted = which(&state)?;
-            if frozen.covers(&wanted) {
-                return Ok((frozen, state));
-            }
-            drop(state);
-            frozen.close(wanted).map_err(never_ends)?;
-        }
-    }
-}
-
-/// The error of a gate that does not empty.
-pub(crate) fn never_ends(id: BlobId) -> Error {
-    Error::Busy(format!(
-        "I/O to blob {id} does not come to an end; drive or await it before this operation"
-    ))
 }

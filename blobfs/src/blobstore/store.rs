@@ -8,11 +8,15 @@ use pumice_bdev::contents::{Formatting, Overwrite};
 use pumice_bdev::{AsyncChannel, BlockDevice};
 #[cfg(doc)]
 use pumice_bdev::{BdevError, contents};
+use zerocopy::little_endian::U32;
 
 use super::alloc::Bitmap;
 use super::blob::{Blob, Shared};
 use super::channels::Channels;
 use super::claims::Claim;
+use super::commit::Commit;
+use super::commit::in_place::InPlace;
+use super::edit::Edit;
 use super::error::Error;
 use super::external::OpenExternal;
 use super::format::{
@@ -20,10 +24,10 @@ use super::format::{
     mask_pages,
 };
 use super::geometry::{Geometry, Layout};
-use super::lock::FairLock;
-use super::mdio::{MdIo, dma};
+use super::mdio::{MdChannels, MdIo};
 use super::meta::ClearMethod;
 use super::ops::CreateOptions;
+use super::order::{Order, Scope};
 use super::scan::{Remains, Roots, Scan, scan};
 use super::space::SpacePolicy;
 use super::state::{Slot, State};
@@ -91,7 +95,7 @@ pub struct Usage {
 }
 
 /// A blobstore: blobs of clusters on a block device, in SPDK's format. Cheap to clone; all clones are the
-/// same store. Metadata operations block and may be called from any thread; one runs at a time.
+/// same store. Metadata operations block and may be called from any thread; those of different blobs overlap.
 ///
 /// Dropping the last clone without [`Blobstore::unload`] loses nothing that was durable, but the next load
 /// has to scan the metadata.
@@ -114,7 +118,13 @@ pub(crate) struct Inner {
     pub read_only: bool,
     /// Given up at the unload.
     claim: Mutex<Option<Claim>>,
-    pub state: FairLock<State>,
+    pub md_channels: Arc<MdChannels>,
+    /// How changes reach the device.
+    pub commit: Box<dyn Commit>,
+    /// Who may change what. Entered before the state is locked.
+    pub order: Order,
+    /// Locked for moments, and never while a device works.
+    pub state: Mutex<State>,
 }
 
 /// What a load has found.
@@ -149,29 +159,30 @@ impl Blobstore {
         let sb = lay_out(info.len_bytes(), info.block_size, opts)?;
         let geo = Geometry::new(&sb, info)?;
         // No old store any more, then no old metadata, then the new store.
-        let no_super = io.written_zeroes(0, geo.page_lba(1))?;
+        let can = io.can();
+        let no_super = can.written_zeroes(0, geo.page_lba(1))?;
         io.run_durable(no_super)?;
         let data = geo.cluster_lba(geo.first_data_cluster());
         match opts.clear_method {
             ClearMethod::None => {}
             ClearMethod::Default | ClearMethod::Unmap => {
-                let ops = io.unmaps(data, info.num_blocks - data);
+                let ops = can.unmaps(data, info.num_blocks - data);
                 io.run(ops)?;
             }
             ClearMethod::WriteZeroes => {
-                let ops = io.zeroes(data, info.num_blocks - data)?;
+                let ops = can.zeroes(data, info.num_blocks - data)?;
                 io.run(ops)?;
             }
         }
         // A metadata page must not be without space on the host when it is first written: that is a commit.
         let (first, blocks) = (geo.page_lba(1), geo.md_lba(geo.md_len - 1));
         let metadata = if blocks * geo.block_size <= MAX_WRITTEN_MD_BYTES {
-            io.written_zeroes(first, blocks)?
+            can.written_zeroes(first, blocks)?
         } else {
-            io.zeroes(first, blocks)?
+            can.zeroes(first, blocks)?
         };
         io.run_durable(metadata)?;
-        let write = io.writes(0, &sb.encode())?;
+        let write = can.writes(0, &sb.encode())?;
         io.run_durable(write)?;
         formatting.finish();
         let scan = Scan::empty(&geo);
@@ -281,7 +292,7 @@ impl Blobstore {
             });
         }
         let dirty = !sb.is_clean() || by_scan;
-        let loaded = Loaded {
+        let mut loaded = Loaded {
             io,
             sb,
             geo,
@@ -290,21 +301,25 @@ impl Blobstore {
             read_only: opts.read_only,
             open_external: opts.open_external.clone(),
         };
+        if torn && !opts.read_only {
+            super_page::restore(&mut loaded.io, &loaded.geo, &loaded.sb.encode())?;
+        }
         let store = Blobstore::with_state(dev, failed_flush, claim, loaded);
-        {
+        let held = {
             let mut state = store.inner.state.lock();
             state.uncertain = uncertain;
-            if torn && !opts.read_only {
-                state.heal_super()?;
-            }
-            if state.held().is_some() {
+            let held = state.held().is_some();
+            if held {
                 state.note_unowned();
-                tracing::error!(
-                    "nothing is allocated: it is not known which clusters the damaged blobs hold"
-                );
-            } else if !opts.read_only {
-                state.mend()?;
             }
+            held
+        };
+        if held {
+            tracing::error!(
+                "nothing is allocated: it is not known which clusters the damaged blobs hold"
+            );
+        } else if !opts.read_only {
+            store.end_half_done()?;
         }
         Ok(store)
     }
@@ -338,16 +353,15 @@ impl Blobstore {
         let mut state = State {
             sb,
             geo,
-            io,
+            can: io.can(),
             dirty,
             clean_in_doubt: false,
             unloaded: false,
             unloading: false,
             read_only,
             stopped: None,
-            doubt: None,
+            doubts: Vec::new(),
             half_snapshot: None,
-            super_restore: None,
             pages: scan.pages,
             clusters: scan.clusters,
             policy: SpacePolicy::default(),
@@ -366,7 +380,7 @@ impl Blobstore {
         };
         state.index_children();
         let channels = Channels::new(Arc::clone(&dev));
-        let state = FairLock::new(state);
+        let md_channels = Arc::new(MdChannels::new(Arc::clone(&dev), io));
         let inner = Inner {
             dev,
             channels,
@@ -378,7 +392,10 @@ impl Blobstore {
             failed_flush,
             read_only,
             claim: Mutex::new(Some(claim)),
-            state,
+            commit: Box::new(InPlace::new(Arc::clone(&md_channels))),
+            md_channels,
+            order: Order::default(),
+            state: Mutex::new(state),
         };
         Blobstore {
             inner: Arc::new(inner),
@@ -401,16 +418,18 @@ impl Blobstore {
             state.unloading = true;
         }
         let quiet = inner.channels.quiesce();
-        let mut state = inner.state.lock();
-        state.unloading = false;
+        // Until it is unloaded nobody else changes anything.
+        let edit = self.edit_to_the_end();
         let ended = if quiet {
-            state.check_unloadable().and_then(|()| state.end())
+            edit.unload()
         } else {
             Err(Error::Busy(
                 "I/O on a channel of the store does not come to an end; drive or await it before unloading"
                     .to_owned(),
             ))
         };
+        let mut state = inner.state.lock();
+        state.unloading = false;
         if let Err(error) = ended
             && !matches!(error, Error::Stopped(_))
         {
@@ -418,13 +437,12 @@ impl Blobstore {
             return Err(error);
         }
         state.unloaded = true;
+        let in_order = state.check_not_stopped();
+        drop(state);
         inner.channels.close();
-        state.io.close(inner.dev.info());
+        inner.md_channels.close();
         *inner.claim.lock() = None;
-        match &state.stopped {
-            Some(reason) => Err(Error::Stopped(reason.clone())),
-            None => Ok(()),
-        }
+        in_order
     }
 
     /// Creates a blob; durable on return. Blocks.
@@ -442,14 +460,13 @@ impl Blobstore {
     /// # Errors
     /// No such blob, damaged metadata, a parent that is not there.
     pub fn open(&self, id: BlobId) -> Result<Blob, Error> {
+        if let Some(shared) = self.inner.state.lock().opened(id)? {
+            return Ok(self.handle(shared));
+        }
+        // A change that is under way may delete it, or take clusters from it: nobody looks at it meanwhile.
+        let _turn = self.inner.order.enter(Scope::Blobs(vec![id]));
         let mut state = self.inner.state.lock();
-        if state.unloaded {
-            return Err(Error::Unloaded);
-        }
-        if state.unloading {
-            return Err(Error::Busy("the store is being unloaded".to_owned()));
-        }
-        let shared = match state.shared(id) {
+        let shared = match state.opened(id)? {
             Some(shared) => shared,
             None => {
                 let view = state.view(id)?;
@@ -461,10 +478,14 @@ impl Blobstore {
                 shared
             }
         };
-        Ok(Blob {
+        Ok(self.handle(shared))
+    }
+
+    fn handle(&self, shared: Arc<Shared>) -> Blob {
+        Blob {
             store: self.clone(),
             shared,
-        })
+        }
     }
 
     /// The blobs, in order of their ids; without those that were set aside.
@@ -569,16 +590,13 @@ impl Blobstore {
     /// # Errors
     /// I/O errors.
     pub fn set_super_blob(&self, id: Option<BlobId>) -> Result<(), Error> {
-        let mut state = self.inner.state.lock();
-        let mut change = state.begin()?;
-        change.super_block = true;
-        let old = std::mem::replace(
-            &mut state.sb.super_blob,
-            id.unwrap_or(BlobId::INVALID).0.into(),
-        );
-        state
-            .commit(change)
-            .inspect_err(|_| state.sb.super_blob = old)
+        let edit = self.edit(&Scope::All)?;
+        edit.change(|state, change| {
+            let mut sb = state.sb.clone();
+            sb.super_blob = id.unwrap_or(BlobId::INVALID).0.into();
+            change.super_block = Some(Box::new((sb, state.geo.clone())));
+            Ok(())
+        })
     }
 
     /// Gives up a damaged blob ([`Blobstore::damaged`]) and all that it holds; its clones can no longer be
@@ -588,22 +606,23 @@ impl Blobstore {
     /// # Errors
     /// The blob is not damaged, I/O errors.
     pub fn delete_damaged(&self, id: BlobId) -> Result<(), Error> {
-        let mut state = self.inner.state.lock();
-        let damaged = id
-            .page()
-            .is_some_and(|root| state.damaged.contains_key(&root));
-        if !damaged {
-            state.meta(id)?;
-            return Err(Error::invalid(format!("blob {id} is not damaged")));
-        }
-        let mut change = state.begin()?;
-        change.discarded.extend(id.page());
-        state.commit(change)
+        let edit = self.edit(&Scope::All)?;
+        edit.change(|state, change| {
+            if !state.is_damaged(id) {
+                state.meta(id)?;
+                return Err(Error::invalid(format!("blob {id} is not damaged")));
+            }
+            change.discarded.extend(id.page());
+            Ok(())
+        })
     }
 
-    /// Ends half-made and half-removed snapshots that the load has left alone.
+    /// Ends half-made and half-removed snapshots, if there are any.
     pub(crate) fn end_half_done(&self) -> Result<(), Error> {
-        self.inner.state.lock().mend()
+        if self.inner.state.lock().half_done().is_empty() {
+            return Ok(());
+        }
+        self.edit(&Scope::All)?.end_half_done()
     }
 
     /// A list of changes for one commit.
@@ -635,6 +654,17 @@ impl Blobstore {
 }
 
 impl State {
+    /// The blob, if it is open and can still be opened.
+    fn opened(&self, id: BlobId) -> Result<Option<Arc<Shared>>, Error> {
+        if self.unloaded {
+            return Err(Error::Unloaded);
+        }
+        if self.unloading {
+            return Err(Error::Busy("the store is being unloaded".to_owned()));
+        }
+        Ok(self.shared(id))
+    }
+
     /// May the store be unloaded?
     fn check_unloadable(&self) -> Result<(), Error> {
         if self.unloaded {
@@ -643,6 +673,10 @@ impl State {
         if self.unloading {
             return Err(Error::Busy("the store is being unloaded".to_owned()));
         }
+        self.check_none_open()
+    }
+
+    fn check_none_open(&self) -> Result<(), Error> {
         let open = self
             .blobs
             .values()
@@ -656,74 +690,81 @@ impl State {
         }
     }
 
+    /// The masks, each with the page where it begins.
+    fn masks(&self) -> Vec<(u32, Vec<u8>)> {
+        let mut blobids = Bitmap::new(self.geo.md_len);
+        for root in self.blobs.keys().chain(self.damaged.keys()) {
+            blobids.set(*root);
+        }
+        let sb = &self.sb;
+        let mask = |start: U32, kind, bits: &Bitmap| {
+            (start.get(), encode_mask(kind, bits.len(), bits.words()))
+        };
+        let mut masks = vec![
+            mask(sb.used_page_mask_start, MaskKind::Pages, &self.pages),
+            mask(
+                sb.used_cluster_mask_start,
+                MaskKind::Clusters,
+                &self.clusters,
+            ),
+        ];
+        if sb.used_blobid_mask_len.get() != 0 {
+            masks.push(mask(sb.used_blobid_mask_start, MaskKind::BlobIds, &blobids));
+        }
+        masks
+    }
+}
+
+impl Edit<'_> {
     /// Leaves the device as an orderly unload leaves it.
-    fn end(&mut self) -> Result<(), Error> {
-        if self.read_only {
-            return Ok(());
+    fn unload(&self) -> Result<(), Error> {
+        {
+            let state = self.state();
+            state.check_none_open()?;
+            if state.read_only {
+                return Ok(());
+            }
         }
-        self.resolve_doubt();
-        if let Some(reason) = &self.stopped {
-            return Err(Error::Stopped(reason.clone()));
-        }
-        if let Some(id) = self.held() {
+        self.take_back_doubts();
+        let (held, dirty) = {
+            let state = self.state();
+            state.check_not_stopped()?;
+            (state.held(), state.dirty)
+        };
+        if let Some(id) = held {
             // Masks would give away what the damaged blob holds.
             tracing::warn!(blob = %id, "the store stays marked as not unloaded in order: a blob is damaged");
-            return self.io.flush();
+            return self.store.inner.md_channels.get()?.flush();
         }
-        if self.dirty {
+        if dirty {
             self.write_masks()?;
         }
         Ok(())
     }
 
     /// Writes the masks and marks the store clean.
-    fn write_masks(&mut self) -> Result<(), Error> {
+    fn write_masks(&self) -> Result<(), Error> {
+        let mut io = self.store.inner.md_channels.get()?;
         // Data and metadata that are in a volatile cache come before the mark.
-        self.io.flush()?;
-        let mut blobids = Bitmap::new(self.geo.md_len);
-        for root in self.blobs.keys().chain(self.damaged.keys()) {
-            blobids.set(*root);
-        }
-        let sb = &self.sb;
-        let mut masks = vec![
-            (
-                sb.used_page_mask_start,
-                encode_mask(MaskKind::Pages, self.pages.len(), self.pages.words()),
-            ),
-            (
-                sb.used_cluster_mask_start,
-                encode_mask(
-                    MaskKind::Clusters,
-                    self.clusters.len(),
-                    self.clusters.words(),
-                ),
-            ),
-        ];
-        if sb.used_blobid_mask_len.get() != 0 {
-            let mask = encode_mask(MaskKind::BlobIds, blobids.len(), blobids.words());
-            masks.push((sb.used_blobid_mask_start, mask));
-        }
+        io.flush()?;
+        let (masks, geo, mut sb) = {
+            let state = self.state();
+            (state.masks(), state.geo.clone(), state.sb.clone())
+        };
         let mut ops = Vec::new();
         for (start, mask) in masks {
-            ops.extend(
-                self.io
-                    .writes(self.geo.page_lba(start.get().into()), &mask)?,
-            );
+            ops.extend(io.can().writes(geo.page_lba(start.into()), &mask)?);
         }
-        self.io.run_durable(ops)?;
-        let mut sb = self.sb.clone();
+        io.run_durable(ops)?;
         sb.clean = 1.into();
-        let data = dma(&sb.encode())?;
+        let mark = io.can().writes(0, &sb.encode())?;
         // After an error the device may hold the mark or not: the next change takes it off again.
-        self.clean_in_doubt = true;
-        self.io.run_durable(vec![pumice_bdev::Op::Write {
-            lba: 0,
-            data,
-            fua: false,
-        }])?;
-        self.clean_in_doubt = false;
-        self.sb = sb;
-        self.dirty = false;
+        self.state().clean_in_doubt = true;
+        io.run_durable(mark)?;
+        let mut state = self.state();
+        state.clean_in_doubt = false;
+        state.sb = sb;
+        state.dirty = false;
         Ok(())
     }
 }
@@ -776,7 +817,7 @@ impl Masks {
             let mut bytes = Vec::new();
             let mut page = u64::from(start);
             let end = page + mask_pages(bits.into());
-            let step = (io.max_io_blocks() * geo.block_size / PAGE_SIZE_U64).max(1);
+            let step = (io.can().max_io_blocks() * geo.block_size / PAGE_SIZE_U64).max(1);
             while page < end {
                 let now = step.min(end - page);
                 let len = usize::try_from(now * PAGE_SIZE_U64).expect("at most 1 MiB");

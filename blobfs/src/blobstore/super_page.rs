@@ -10,13 +10,14 @@
 use pumice_bdev::{DeviceInfo, Op};
 use zerocopy::FromBytes;
 
+use super::commit::in_place::{may_land, repeat};
+use super::commit::{Failure, Restore};
 use super::error::Error;
 use super::format::{
     PAGE_SIZE, PAGE_SIZE_U64, Page, RawSuperBlock, SuperBlock, page_crc, stored_crc,
 };
+use super::geometry::Geometry;
 use super::mdio::{MdIo, dma};
-use super::records::may_land;
-use super::state::State;
 
 /// What the device writes whole at least.
 const SECTOR: usize = 512;
@@ -80,87 +81,74 @@ fn read_page(io: &mut MdIo, info: &DeviceInfo, at: u32) -> Result<Page, Error> {
     Ok(buf[..PAGE_SIZE].try_into().expect("a page"))
 }
 
-impl State {
-    /// Puts the super block back that a power cut has torn.
-    pub fn heal_super(&mut self) -> Result<(), Error> {
-        let page = self.sb.encode();
-        self.put_super(&page)
+/// Makes `new` the super block on the device, marked as not unloaded in order.
+///
+/// # Errors
+/// [`Failure::TakenBack`]: the device has the old one, but perhaps with that mark.
+pub(crate) fn write(io: &mut MdIo, geo: &Geometry, new: &SuperBlock) -> Result<(), Failure> {
+    let mut sb = new.clone();
+    sb.clean = 0.into();
+    let new = sb.encode();
+    let buf = io.read(0, PAGE_SIZE)?;
+    let mut old: Page = buf[..].try_into().expect("a page");
+    if old == new {
+        return Ok(());
     }
-
-    /// Makes the super block in memory the one on the device. On an error the device has the old one, unless
-    /// the error is [`Error::Undecided`]: then the store has stopped.
-    pub fn write_super(&mut self) -> Result<(), Error> {
-        self.sb.clean = 0.into();
-        let new = self.sb.encode();
-        let buf = self.io.read(0, PAGE_SIZE)?;
-        let mut old: Page = buf[..].try_into().expect("a page");
-        if old == new {
-            return Ok(());
+    let mut places = vec![sb.used_page_mask_start.get()];
+    if let Ok(mut before) = SuperBlock::decode(&old) {
+        if before.is_clean() {
+            // From here on the masks mean nothing. This may be torn: see the module.
+            before.clean = 0.into();
+            old = before.encode();
+            put(io, geo, 0, &old)?;
         }
-        let mut places = vec![self.sb.used_page_mask_start.get()];
-        if let Ok(mut before) = SuperBlock::decode(&old) {
-            if before.is_clean() {
-                // From here on the masks mean nothing. This may be torn: see the module.
-                before.clean = 0.into();
-                old = before.encode();
-                self.put_super(&old)?;
-                self.dirty = true;
-            }
-            places.push(before.used_page_mask_start.get());
-            places.dedup();
-        }
-        for at in &places {
-            self.put_copy(*at, &new)?;
-        }
-        let Err(error) = self.put_super(&new) else {
-            return Ok(());
-        };
-        self.restore_super(old, &places, error)
+        places.push(before.used_page_mask_start.get());
+        places.dedup();
     }
-
-    /// After a rewrite that failed.
-    fn restore_super(&mut self, old: Page, places: &[u32], error: Error) -> Result<(), Error> {
-        if may_land(&error) {
-            return Err(self.super_is_open(None, error));
-        }
-        if !self.try_restore_super(&old) {
-            return Err(self.super_is_open(Some(Box::new(old)), error));
-        }
+    for at in &places {
+        put(io, geo, *at, &new)?;
+    }
+    let Err(error) = put(io, geo, 0, &new) else {
+        return Ok(());
+    };
+    let restore = if may_land(&error) {
+        None
+    } else if restore(io, geo, &old).is_err() {
+        Some(Restore::SuperBlock(Box::new(old)))
+    } else {
         // A copy is looked at only beside a torn super block that it fits; better without.
         let blank = [0; PAGE_SIZE];
         for at in places {
-            if let Err(error) = self.put_copy(*at, &blank) {
+            if let Err(error) = put(io, geo, at, &blank) {
                 tracing::warn!(%error, "the copy of a super block that was not written stays");
             }
         }
-        Err(error)
-    }
+        return Err(Failure::TakenBack(error));
+    };
+    tracing::error!(%error, "the super block could not be written");
+    Err(Failure::Open { error, restore })
+}
 
-    /// Makes the super block on the device this one.
-    pub(super) fn try_restore_super(&mut self, old: &Page) -> bool {
-        let found = self.io.read(0, PAGE_SIZE);
-        found.is_ok_and(|found| found[..] == old[..]) || self.put_super(old).is_ok()
+/// Makes the super block on the device this one.
+///
+/// # Errors
+/// The device fails.
+pub(crate) fn restore(io: &mut MdIo, geo: &Geometry, old: &Page) -> Result<(), Error> {
+    let found = io.read(0, PAGE_SIZE);
+    if found.is_ok_and(|found| found[..] == old[..]) {
+        return Ok(());
     }
+    put(io, geo, 0, old)
+}
 
-    fn super_is_open(&mut self, restore: Option<Box<Page>>, error: Error) -> Error {
-        tracing::error!(%error, "the super block could not be written; the store takes no changes");
-        self.stopped.get_or_insert_with(|| error.to_string());
-        self.super_restore = restore;
-        Error::Undecided(Box::new(error))
-    }
-
-    fn put_super(&mut self, page: &Page) -> Result<(), Error> {
-        self.put_copy(0, page)
-    }
-
-    fn put_copy(&mut self, at: u32, page: &Page) -> Result<(), Error> {
-        super::records::repeat(|| {
-            let write = Op::Write {
-                lba: self.geo.page_lba(at.into()),
-                data: dma(page)?,
-                fua: false,
-            };
-            self.io.run_durable(vec![write])
-        })
-    }
+/// Writes a page of this module's durably, some times if need be.
+fn put(io: &mut MdIo, geo: &Geometry, at: u32, page: &Page) -> Result<(), Error> {
+    repeat(|| {
+        let write = Op::Write {
+            lba: geo.page_lba(at.into()),
+            data: dma(page)?,
+            fua: false,
+        };
+        io.run_durable(vec![write])
+    })
 }

@@ -7,13 +7,13 @@ use pumice_bdev::{DmaBuf, DmaSlice, Op};
 use super::Blobstore;
 use super::blob::Blob;
 use super::change::{Change, MapChange};
+use super::edit::never_ends;
 use super::error::Error;
 use super::extents::ExtentMap;
-use super::format::BlobId;
-use super::lock::Guard;
-use super::mdio::MdIo;
+use super::geometry::Geometry;
+use super::mdio::{Abilities, MdIo};
+use super::order::Scope;
 use super::space::Spend;
-use super::state::{State, never_ends};
 use super::view::{Source, View};
 
 /// What a newly taken cluster holds before it belongs to the blob.
@@ -28,48 +28,50 @@ pub(crate) enum Fill {
 }
 
 impl Blobstore {
-    /// The metadata, for a data path that has to change it. It waits in the lock's queue without blocking the
-    /// thread, whose other I/O goes on.
-    async fn state(&self) -> Guard<'_, State> {
-        self.inner.state.lock_async().await
-    }
-
     /// Are so many clusters free?
-    pub(crate) async fn check_room(&self, needed: u64) -> Result<(), Error> {
-        let state = self.state().await;
+    pub(crate) fn check_room(&self, needed: u64) -> Result<(), Error> {
+        let state = self.inner.state.lock();
         state.check_free_clusters(needed, Spend::Ordinary)
     }
 
-    /// Gives a thin blob a cluster of its own at `index`, unless it has one. Durable on return.
+    /// Gives a thin blob a cluster of its own at `index`, unless it has one. Durable on return. It waits for its
+    /// turn without blocking the thread, whose other I/O goes on.
     pub(crate) async fn allocate(&self, blob: &Blob, index: u64, fill: Fill) -> Result<(), Error> {
-        let mut state = self.state().await;
+        let id = blob.id();
+        let edit = self.edit_async(&Scope::Blobs(vec![id])).await?;
         let view = blob.shared.view.load_full();
         if view.read_only {
-            return Err(Error::ReadOnly(blob.id()));
+            return Err(Error::ReadOnly(id));
         }
         if index >= view.num_clusters() {
-            let (offset, size) = (
-                index * self.cluster_size(),
-                view.num_clusters() * self.cluster_size(),
-            );
             return Err(Error::OutOfRange {
-                blob: blob.id(),
-                offset,
+                blob: id,
+                offset: index * self.cluster_size(),
                 len: self.cluster_size(),
-                size,
+                size: view.num_clusters() * self.cluster_size(),
             });
         }
         if view.own.cluster(index).is_some() {
             return Ok(());
         }
-        let mut change = state.begin()?;
-        match state.allocate(&mut change, blob.id(), &view, index, fill) {
-            Ok(()) => state.commit(change),
+        let mut change = Change::default();
+        let cluster = edit.state().take_cluster(&mut change)?;
+        match self.content(fill, &view, index, cluster) {
+            Ok(ops) => change.prepare = ops,
             Err(error) => {
-                state.rollback(change);
-                Err(error)
+                edit.state().rollback(change);
+                return Err(error);
             }
         }
+        let mut state = edit.state();
+        match state.stage(&mut change, id) {
+            Ok(staged) => staged.map = MapChange::Patch(vec![(index, cluster)]),
+            Err(error) => {
+                state.rollback(change);
+                return Err(error);
+            }
+        }
+        edit.commit(state, change)
     }
 
     /// Takes back the clusters of a thin blob without a parent. With a parent, or if the clusters are
@@ -85,15 +87,16 @@ impl Blobstore {
         if held(&blob.extents()).is_empty() {
             return Ok(());
         }
-        // No I/O is on its way to these clusters when they go. The gate is closed before the metadata is
-        // locked: while it empties, others may use the metadata.
+        // No I/O is on its way to these clusters when they go. The gate is closed before the turn comes: what is
+        // behind it may need one.
         let _closed = blob
             .shared
             .gate
             .close_async()
             .await
             .ok_or_else(|| never_ends(id))?;
-        let mut state = self.state().await;
+        let edit = self.edit_async(&Scope::Blobs(vec![id])).await?;
+        let state = edit.state();
         let view = blob.shared.view.load_full();
         if view.read_only {
             return Err(Error::ReadOnly(id));
@@ -106,14 +109,26 @@ impl Blobstore {
         if own.is_empty() {
             return Ok(());
         }
-        let mut change = state.begin()?;
+        let mut change = Change::default();
         let method = meta.clear_method();
         change
             .freed_clusters
             .extend(own.iter().map(|(_, cluster)| (*cluster, method)));
         let staged = state.stage(&mut change, id)?;
         staged.map = MapChange::Patch(own.iter().map(|(index, _)| (*index, 0)).collect());
-        state.commit(change)
+        edit.commit(state, change)
+    }
+
+    /// Operations that put into a new cluster what a blob is to have there.
+    fn content(&self, fill: Fill, view: &View, index: u64, cluster: u32) -> Result<Vec<Op>, Error> {
+        let io = &mut *self.inner.md_channels.get()?;
+        let geo = self.inner.state.lock().geo.clone();
+        let lba = geo.cluster_lba(cluster);
+        match fill {
+            Fill::Zeroes => io.can().zeroes(lba, geo.cluster_blocks()),
+            Fill::Data(data) => Ok(write_slices(io.can(), geo.block_size, lba, &data)),
+            Fill::Backing => copy_of(io, &geo, view, index, lba),
+        }
     }
 
     /// Makes durable whatever was written and has completed, on all threads. Blocks.
@@ -139,93 +154,56 @@ impl Blobstore {
     }
 }
 
-impl State {
-    /// Stages one more cluster of a thin blob.
-    fn allocate(
-        &mut self,
-        change: &mut Change,
-        id: BlobId,
-        view: &View,
-        index: u64,
-        fill: Fill,
-    ) -> Result<(), Error> {
-        let cluster = self.take_cluster(change)?;
-        let lba = self.geo.cluster_lba(cluster);
-        let blocks = self.geo.cluster_blocks();
-        let ops = match fill {
-            Fill::Zeroes => self.io.zeroes(lba, blocks)?,
-            Fill::Data(data) => write_slices(&self.io, self.geo.block_size, lba, &data),
-            Fill::Backing => self.copy_of(view.parent_source(index), view, index, lba)?,
-        };
-        change.prepare.extend(ops);
-        let staged = self.stage(change, id)?;
-        match &mut staged.map {
-            MapChange::Patch(patches) => patches.push((index, cluster)),
-            other => *other = MapChange::Patch(vec![(index, cluster)]),
+/// Operations that put at `lba` what a cluster of a blob shows through from below.
+pub(crate) fn copy_of(
+    io: &mut MdIo,
+    geo: &Geometry,
+    view: &View,
+    index: u64,
+    lba: u64,
+) -> Result<Vec<Op>, Error> {
+    let (can, blocks) = (io.can(), geo.cluster_blocks());
+    match view.parent_source(index) {
+        Source::Zeroes => can.zeroes(lba, blocks),
+        Source::Cluster(cluster) if can.can_copy() => Ok(vec![Op::Copy {
+            src_lba: geo.cluster_lba(cluster),
+            dst_lba: lba,
+            len_blocks: blocks,
+        }]),
+        Source::Cluster(cluster) => {
+            let step = can.max_io_blocks().min(blocks);
+            let from = geo.cluster_lba(cluster);
+            let mut ops = Vec::new();
+            let mut at = 0;
+            while at < blocks {
+                let now = step.min(blocks - at);
+                let len = usize::try_from(now * geo.block_size).expect("at most 1 MiB");
+                let data = io.read(from + at, len)?.freeze();
+                ops.push(Op::Write {
+                    lba: lba + at,
+                    data,
+                    fua: false,
+                });
+                at += now;
+            }
+            Ok(ops)
         }
-        Ok(())
-    }
-
-    /// Operations that put at `lba` what a cluster of a blob shows through from below.
-    pub fn copy_of(
-        &mut self,
-        source: Source,
-        view: &View,
-        index: u64,
-        lba: u64,
-    ) -> Result<Vec<Op>, Error> {
-        let blocks = self.geo.cluster_blocks();
-        match source {
-            Source::Zeroes => self.io.zeroes(lba, blocks),
-            Source::Cluster(cluster) if self.io.can_copy() => {
-                let src_lba = self.geo.cluster_lba(cluster);
-                Ok(vec![Op::Copy {
-                    src_lba,
-                    dst_lba: lba,
-                    len_blocks: blocks,
-                }])
-            }
-            Source::Cluster(cluster) => {
-                let step = self.io.max_io_blocks().min(blocks);
-                let from = self.geo.cluster_lba(cluster);
-                let mut ops = Vec::new();
-                let mut at = 0;
-                while at < blocks {
-                    let now = step.min(blocks - at);
-                    let len = usize::try_from(now * self.geo.block_size).expect("at most 1 MiB");
-                    let data = self.io.read(from + at, len)?.freeze();
-                    ops.push(Op::Write {
-                        lba: lba + at,
-                        data,
-                        fua: false,
-                    });
-                    at += now;
-                }
-                Ok(ops)
-            }
-            Source::External => {
-                let external = view
-                    .external
-                    .as_ref()
-                    .expect("a source in the external snapshot");
-                let mut buf = DmaBuf::new(
-                    usize::try_from(self.geo.cluster_size).expect("clusters fit memory"),
-                )?;
-                external.read(index * self.geo.cluster_size, &mut buf)?;
-                Ok(write_slices(
-                    &self.io,
-                    self.geo.block_size,
-                    lba,
-                    &buf.freeze(),
-                ))
-            }
+        Source::External => {
+            let external = view
+                .external
+                .as_ref()
+                .expect("a source in the external snapshot");
+            let len = usize::try_from(geo.cluster_size).expect("clusters fit memory");
+            let mut buf = DmaBuf::new(len)?;
+            external.read(index * geo.cluster_size, &mut buf)?;
+            Ok(write_slices(can, geo.block_size, lba, &buf.freeze()))
         }
     }
 }
 
 /// Operations that write `data` at `lba`.
-fn write_slices(io: &MdIo, block_size: u64, lba: u64, data: &DmaSlice) -> Vec<Op> {
-    let step = usize::try_from(io.max_io_blocks() * block_size).expect("at most 1 MiB");
+fn write_slices(can: Abilities, block_size: u64, lba: u64, data: &DmaSlice) -> Vec<Op> {
+    let step = usize::try_from(can.max_io_blocks() * block_size).expect("at most 1 MiB");
     let starts = (0..data.len()).step_by(step);
     let op = |start: usize| {
         let slice = data.slice(start..data.len().min(start + step));

@@ -1,12 +1,13 @@
 //! Several changes of metadata in one commit.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::blob::{Blob, Shared};
+use super::blob::Blob;
+use super::edit::Plan;
 use super::error::Error;
 use super::format::BlobId;
 use super::ops::{ClusterInit, CreateOptions};
+use super::order::Scope;
 use super::space::Spend;
 use super::state::State;
 use super::{Blobstore, Change};
@@ -169,62 +170,86 @@ impl Transaction {
     /// Whatever is wrong with one of the changes, no space, I/O errors; nothing is changed then, unless the
     /// device failed at a commit point ([`Error::Stopped`] afterwards).
     pub fn commit(self) -> Result<Committed, Error> {
-        let (_frozen, mut state) = self.store.lock_frozen(|state| Ok(self.shrinking(state)))?;
-        state.grow_metadata_if_scarce(self.store.inner.dev.info(), self.spend);
-        let mut change = state.begin()?;
-        change.spend = self.spend;
+        self.store.grow_metadata_if_scarce(self.spend);
+        let (_frozen, edit) = self.store.edit_frozen(|state| Ok(self.plan(state)))?;
         let mut created = Vec::with_capacity(self.created);
-        let mut apply = |change: &mut Change| {
+        edit.change(|state, change| {
+            change.spend = self.spend;
             for step in &self.steps {
-                let id_of = |target: &Target, created: &[BlobId]| match target {
-                    Target::Id(id) => Ok(*id),
-                    Target::New(blob) => created
-                        .get(blob.number)
-                        .filter(|_| blob.transaction == self.number)
-                        .copied()
-                        .ok_or_else(|| Error::invalid("the blob is of another transaction")),
-                };
-                match step {
-                    Step::Create(opts) => created.push(state.create(change, opts)?),
-                    Step::Xattr(target, name, value) => {
-                        let id = id_of(target, &created)?;
-                        if matches!(target, Target::Id(_)) {
-                            state.check_writable(id)?;
-                        }
-                        state.set_xattr(change, id, name, value.as_deref())?;
-                    }
-                    Step::Resize(target, size, init) => {
-                        let id = id_of(target, &created)?;
-                        if matches!(target, Target::Id(_)) {
-                            state.check_writable(id)?;
-                        }
-                        state.resize(change, id, *size, *init)?;
-                    }
-                    Step::Delete(id) => state.delete(change, *id)?,
-                }
+                self.stage(state, change, step, &mut created)?;
             }
-            Ok::<(), Error>(())
-        };
-        if let Err(error) = apply(&mut change) {
-            state.rollback(change);
-            return Err(error);
-        }
-        state.commit(change)?;
+            Ok(())
+        })?;
         Ok(Committed {
             transaction: self.number,
             created,
         })
     }
 
-    /// The open blobs whose I/O may reach clusters that this change gives back.
-    fn shrinking(&self, state: &State) -> Vec<Arc<Shared>> {
-        let shrinks = self.steps.iter().filter_map(|step| match step {
-            Step::Resize(Target::Id(id), size, _) => {
-                let old = state.meta(*id).ok()?.map.num_clusters();
-                (*size < old).then_some(*id)
+    fn stage(
+        &self,
+        state: &mut State,
+        change: &mut Change,
+        step: &Step,
+        created: &mut Vec<BlobId>,
+    ) -> Result<(), Error> {
+        match step {
+            Step::Create(opts) => created.push(state.create(change, opts)?),
+            Step::Xattr(target, name, value) => {
+                let id = self.writable(state, target, created)?;
+                state.set_xattr(change, id, name, value.as_deref())?;
             }
-            _ => None,
-        });
-        shrinks.flat_map(|id| state.open_family(id)).collect()
+            Step::Resize(target, size, init) => {
+                let id = self.writable(state, target, created)?;
+                state.resize(change, id, *size, *init)?;
+            }
+            Step::Delete(id) => state.delete(change, *id)?,
+        }
+        Ok(())
+    }
+
+    /// The blob that a step applies to, if its metadata may be changed.
+    fn writable(
+        &self,
+        state: &State,
+        target: &Target,
+        created: &[BlobId],
+    ) -> Result<BlobId, Error> {
+        match target {
+            Target::Id(id) => state.check_writable(*id).map(|()| *id),
+            Target::New(blob) => created
+                .get(blob.number)
+                .filter(|_| blob.transaction == self.number)
+                .copied()
+                .ok_or_else(|| Error::invalid("the blob is of another transaction")),
+        }
+    }
+
+    /// The blobs that this changes, and the open ones whose I/O may reach clusters that it gives back.
+    fn plan(&self, state: &State) -> Plan {
+        let mut blobs = Vec::with_capacity(self.steps.len());
+        let mut shrinking = Vec::new();
+        for step in &self.steps {
+            match step {
+                Step::Create(_)
+                | Step::Xattr(Target::New(_), ..)
+                | Step::Resize(Target::New(_), ..) => {}
+                Step::Xattr(Target::Id(id), ..) => blobs.push(*id),
+                Step::Delete(id) if state.is_damaged(*id) => return (Scope::All, Vec::new()),
+                Step::Delete(id) => blobs.push(*id),
+                Step::Resize(Target::Id(id), size, _) => {
+                    blobs.push(*id);
+                    let shrinks = state
+                        .meta(*id)
+                        .is_ok_and(|meta| *size < meta.map.num_clusters());
+                    if shrinks {
+                        // Nobody opens a blob meanwhile that would read what goes.
+                        blobs.extend(state.family(*id));
+                        shrinking.extend(state.open_family(*id));
+                    }
+                }
+            }
+        }
+        (Scope::Blobs(blobs), shrinking)
     }
 }

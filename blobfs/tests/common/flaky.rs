@@ -52,6 +52,7 @@ impl Flaky {
     }
 
     /// Operations that change the medium, since the arming.
+    #[allow(dead_code, reason = "each test binary uses a part of it")]
     pub fn seen(&self) -> u64 {
         self.faults.seen.load(Ordering::SeqCst)
     }

@@ -1,0 +1,232 @@
+//! Pages at their own places, in an order in which a crash between any two writes leaves the old or the new state.
+//!
+//! First goes what nothing names yet, all together; then the commit points one by one, each durable before the next;
+//! then what nothing names any longer is cleared. Batches on their way together share nothing but flushes.
+//!
+//! After a commit point could not be written its page is the old one or the new one, or it is torn. It is read back.
+//! The new one, where it is durable, means that the change was made after all. Else the old pages are restored, in
+//! the opposite order, so that a power cut on the way leaves a state that a cut of the change itself could have
+//! left. Only if that fails, too, is the outcome open.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pumice_bdev::{IoErrorKind, Op};
+
+use super::super::error::Error;
+use super::super::format::{PAGE_SIZE, Page, PageHeader, page_crc, stored_crc};
+use super::super::geometry::Geometry;
+use super::super::mdio::{MdChannels, MdIo, Persist, dma};
+use super::super::super_page;
+use super::{Batch, Commit, CommitPoint, Failure, Restore};
+
+/// How often the write of a commit point is done in all.
+const COMMIT_TRIES: u32 = 3;
+/// The pause before the first repetition.
+const COMMIT_PAUSE: Duration = Duration::from_millis(1);
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct InPlace {
+    channels: Arc<MdChannels>,
+}
+
+impl InPlace {
+    pub fn new(channels: Arc<MdChannels>) -> InPlace {
+        InPlace { channels }
+    }
+}
+
+impl Commit for InPlace {
+    fn append(&self, batch: Batch) -> Result<(), Failure> {
+        let io = &mut *self.channels.get()?;
+        let Batch {
+            geo,
+            unmark,
+            prepare,
+            fresh,
+            super_block,
+            points,
+            erase,
+            clear,
+        } = batch;
+        // What nothing names yet, with the mark of a store that is not clean.
+        let mut before = prepare;
+        if let Some(page) = unmark {
+            before.push(write(0, &page)?);
+        }
+        for (index, page) in fresh {
+            before.push(write(geo.md_lba(index), &page)?);
+        }
+        io.run_durable(before)?;
+        if let Some(super_block) = super_block {
+            super_page::write(io, &geo, &super_block)?;
+        }
+        for (number, point) in points.iter().enumerate() {
+            if let Err(error) = write_page(io, &geo, point.index, &point.page) {
+                settle(io, &geo, &points[..=number], error)?;
+            }
+        }
+        // It may fail without harm: what nothing names any longer is cleared.
+        let zeroes = |index| write(geo.md_lba(index), &[0; PAGE_SIZE]);
+        for op in erase
+            .into_iter()
+            .map(zeroes)
+            .chain(clear.into_iter().map(Ok))
+        {
+            if let Err(error) = op.and_then(|op| io.run([op])) {
+                tracing::warn!(%error, "what is no longer used could not be cleared");
+            }
+        }
+        Ok(())
+    }
+
+    fn restore(&self, geo: &Geometry, restore: &mut Restore) -> Result<(), Error> {
+        let io = &mut *self.channels.get()?;
+        match restore {
+            Restore::Pages(pages) => restore_pages(io, geo, pages),
+            Restore::SuperBlock(old) => super_page::restore(io, geo, old),
+        }
+    }
+}
+
+/// After the write of the last of these commit points has failed: goes on if the page is there, else takes back all
+/// of them.
+fn settle(
+    io: &mut MdIo,
+    geo: &Geometry,
+    points: &[CommitPoint],
+    error: Error,
+) -> Result<(), Failure> {
+    if may_land(&error) {
+        // Whatever is read or written now, the device may still write the new page over it.
+        return Err(Failure::Open {
+            error,
+            restore: None,
+        });
+    }
+    let (last, done) = points.split_last().expect("one has failed");
+    let found = read_back(io, geo, last);
+    if found == Found::New && io.can().persist() == Persist::Completion {
+        tracing::warn!(%error, "a metadata write was reported as failed, but the page is there");
+        return Ok(());
+    }
+    let undo = if found == Found::Old { done } else { points };
+    let mut pages = undo
+        .iter()
+        .rev()
+        .map(|point| (point.index, point.old.page()))
+        .collect();
+    match restore_pages(io, geo, &mut pages) {
+        Ok(()) => {
+            tracing::warn!(%error, "a metadata write failed; the change was taken back");
+            Err(Failure::TakenBack(error))
+        }
+        Err(_) => Err(Failure::Open {
+            error,
+            restore: Some(Restore::Pages(pages)),
+        }),
+    }
+}
+
+fn restore_pages(
+    io: &mut MdIo,
+    geo: &Geometry,
+    pages: &mut Vec<(u32, Box<Page>)>,
+) -> Result<(), Error> {
+    while let Some((index, page)) = pages.first() {
+        if let Err(error) = write_page(io, geo, *index, page) {
+            tracing::error!(%error, page = index, "a metadata page could not be restored");
+            return Err(error);
+        }
+        pages.remove(0);
+    }
+    Ok(())
+}
+
+/// What a page was found to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    /// As it was to be written.
+    New,
+    /// As it was before.
+    Old,
+    /// Neither, or it cannot be read.
+    Unknown,
+}
+
+/// Reads the page of a commit point whose write has failed.
+fn read_back(io: &mut MdIo, geo: &Geometry, point: &CommitPoint) -> Found {
+    let Ok(found) = io.read(geo.md_lba(point.index), PAGE_SIZE) else {
+        return Found::Unknown;
+    };
+    let Ok(found) = <&Page>::try_from(&found[..]) else {
+        return Found::Unknown;
+    };
+    if *found == *point.page {
+        return Found::New;
+    }
+    let old = point.old.page();
+    let is_whole = stored_crc(found) == page_crc(found);
+    if *found == *old
+        // Another writer of the format may have encoded the same otherwise.
+        || (is_whole
+            && old.iter().any(|byte| *byte != 0)
+            && PageHeader::read(found).id == PageHeader::read(&old).id)
+    {
+        Found::Old
+    } else {
+        Found::Unknown
+    }
+}
+
+fn write(lba: u64, page: &Page) -> Result<Op, Error> {
+    Ok(Op::Write {
+        lba,
+        data: dma(page)?,
+        fua: false,
+    })
+}
+
+/// Writes a metadata page durably, some times if need be.
+///
+/// The write of one page can be repeated: the bytes are the same. So it is, also after errors that are not called
+/// passing, before it counts as failed.
+fn write_page(io: &mut MdIo, geo: &Geometry, index: u32, page: &Page) -> Result<(), Error> {
+    repeat(|| io.run_durable(vec![write(geo.md_lba(index), page)?]))
+}
+
+/// Does a write that can be repeated with the same bytes, some times if need be.
+pub(in super::super) fn repeat(mut write: impl FnMut() -> Result<(), Error>) -> Result<(), Error> {
+    let mut tries = 1;
+    loop {
+        match write() {
+            Err(error) if tries < COMMIT_TRIES && may_help(&error) => {
+                tracing::warn!(%error, "a metadata page is written again");
+                std::thread::sleep(COMMIT_PAUSE * 4u32.pow(tries - 1));
+                tries += 1;
+            }
+            result => return result,
+        }
+    }
+}
+
+/// May the same write succeed when it is repeated at once? Errors that are known to pass have been tried
+/// again below.
+fn may_help(error: &Error) -> bool {
+    let Error::Io(error) = error else {
+        return false;
+    };
+    matches!(
+        error.kind,
+        IoErrorKind::Media
+            | IoErrorKind::Short { .. }
+            | IoErrorKind::Nvme { .. }
+            | IoErrorKind::Os(_)
+    )
+}
+
+/// May an operation that ended with this error still reach the medium?
+pub(in super::super) fn may_land(error: &Error) -> bool {
+    matches!(error, Error::Io(error) if error.kind == IoErrorKind::TimedOut)
+}

@@ -1,0 +1,264 @@
+//! Changes of metadata, from their turn in the order to their end.
+//!
+//! 1. An [`Edit`] is a turn in the [`order`](super::order): nobody else changes the blobs of its scope.
+//! 2. With the state locked a change is staged and gives a [`Batch`](super::commit::Batch).
+//! 3. The batch is appended without that lock, beside those of other threads.
+//! 4. With the lock again the change is published, or what it has taken goes back.
+//!
+//! After a change whose outcome is open the store takes no others until that one is taken back, which each later
+//! change tries first.
+
+use std::sync::Arc;
+
+use parking_lot::MutexGuard;
+
+use super::Blobstore;
+use super::blob::Shared;
+use super::change::Change;
+use super::commit::Failure;
+use super::commit::in_place::may_land;
+use super::error::Error;
+use super::format::BlobId;
+use super::gate::Frozen;
+use super::geometry::Geometry;
+use super::order::{Scope, Turn};
+use super::state::{Doubt, State, Stop};
+
+/// The right to change what its scope names.
+#[derive(Debug)]
+pub(crate) struct Edit<'a> {
+    pub store: &'a Blobstore,
+    turn: Turn<'a>,
+}
+
+/// What an operation changes, and the open blobs whose I/O must not be in flight meanwhile.
+pub(crate) type Plan = (Scope, Vec<Arc<Shared>>);
+
+impl Blobstore {
+    /// Waits until nobody else changes what the scope names. The state must not be locked, and the thread must not
+    /// have another edit.
+    ///
+    /// # Errors
+    /// The store takes no changes.
+    pub(crate) fn edit(&self, scope: &Scope) -> Result<Edit<'_>, Error> {
+        loop {
+            let turn = self.inner.order.enter(self.widened(scope));
+            if let Some(edit) = self.entered(turn)? {
+                return Ok(edit);
+            }
+        }
+    }
+
+    /// Waits until nobody changes anything, in order to unload the store.
+    pub(crate) fn edit_to_the_end(&self) -> Edit<'_> {
+        Edit {
+            store: self,
+            turn: self.inner.order.enter(Scope::All),
+        }
+    }
+
+    /// As [`Blobstore::edit`], for asynchronous code: this thread's own I/O goes on while it waits.
+    pub(crate) async fn edit_async(&self, scope: &Scope) -> Result<Edit<'_>, Error> {
+        loop {
+            let turn = self.inner.order.enter_async(self.widened(scope)).await;
+            if let Some(edit) = self.entered(turn)? {
+                return Ok(edit);
+            }
+        }
+    }
+
+    /// Waits until nobody else changes what the plan names, while no I/O is in flight on its open blobs and none
+    /// begins. Their gates are closed before the turn comes, since I/O behind them may need one. The plan is made
+    /// again when it has come: meanwhile more blobs may have been opened.
+    pub(crate) fn edit_frozen(
+        &self,
+        mut plan: impl FnMut(&State) -> Result<Plan, Error>,
+    ) -> Result<(Frozen, Edit<'_>), Error> {
+        let mut frozen = Frozen::default();
+        loop {
+            let (scope, wanted) = plan(&self.inner.state.lock())?;
+            frozen.close(wanted).map_err(never_ends)?;
+            let edit = self.edit(&scope)?;
+            let (scope, wanted) = plan(&edit.state())?;
+            if frozen.covers(&wanted) && edit.turn.scope().covers(&scope) {
+                return Ok((frozen, edit));
+            }
+        }
+    }
+
+    /// The scope of a change: everything if something has to be taken back first.
+    fn widened(&self, scope: &Scope) -> Scope {
+        if self.inner.state.lock().wants_all() {
+            Scope::All
+        } else {
+            scope.clone()
+        }
+    }
+
+    /// None: the turn's scope has become too small.
+    fn entered<'a>(&'a self, turn: Turn<'a>) -> Result<Option<Edit<'a>>, Error> {
+        let edit = Edit { store: self, turn };
+        if edit.turn.scope() == &Scope::All {
+            edit.take_back_doubts();
+        } else if edit.state().wants_all() {
+            return Ok(None);
+        }
+        edit.state().check_takes_changes()?;
+        Ok(Some(edit))
+    }
+}
+
+/// The error of a gate that does not empty.
+pub(crate) fn never_ends(id: BlobId) -> Error {
+    Error::Busy(format!(
+        "I/O to blob {id} does not come to an end; drive or await it before this operation"
+    ))
+}
+
+impl State {
+    /// Must the next change be the only one, since it has something to take back first?
+    fn wants_all(&self) -> bool {
+        self.stopped.is_some()
+    }
+
+    /// Does the store take changes?
+    fn check_takes_changes(&self) -> Result<(), Error> {
+        if self.unloaded {
+            return Err(Error::Unloaded);
+        }
+        if self.read_only {
+            return Err(Error::ReadOnlyStore);
+        }
+        self.check_not_stopped()
+    }
+
+    /// Is it known what the device holds?
+    pub fn check_not_stopped(&self) -> Result<(), Error> {
+        match &self.stopped {
+            Some(stop) => Err(Error::Stopped(stop.reason.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes no changes from now on.
+    pub fn stop(&mut self, error: &Error, for_good: bool) {
+        let stop = self.stopped.get_or_insert_with(|| Stop {
+            reason: error.to_string(),
+            for_good: false,
+        });
+        stop.for_good |= for_good;
+    }
+}
+
+impl Edit<'_> {
+    /// The state, for a moment.
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.store.inner.state.lock()
+    }
+
+    /// Where things lie. While this edit covers everything, that stays.
+    pub fn geometry(&self) -> Geometry {
+        self.state().geo.clone()
+    }
+
+    /// Stages a change and commits it. An operation of several commits that has failed at one of them, and undoes
+    /// those before it, first takes back what that one has left.
+    pub fn change(
+        &self,
+        stage: impl FnOnce(&mut State, &mut Change) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let stopped = self.state().stopped.is_some();
+        if stopped && self.turn.scope() == &Scope::All {
+            self.take_back_doubts();
+        }
+        let mut state = self.state();
+        state.check_not_stopped()?;
+        let mut change = Change::default();
+        match stage(&mut state, &mut change) {
+            Ok(()) => self.commit(state, change),
+            Err(error) => {
+                state.rollback(change);
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes a change durable, then visible. On an error everything is as it was, unless it is
+    /// [`Error::Undecided`]: then the store takes no changes until it could take this one back.
+    pub fn commit(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        mut change: Change,
+    ) -> Result<(), Error> {
+        let batch = match state.batch(&mut change) {
+            Ok(batch) => batch,
+            Err(error) => {
+                state.rollback(change);
+                return Err(error);
+            }
+        };
+        drop(state);
+        let appended = self.store.inner.commit.append(batch);
+        let mut state = self.state();
+        match appended {
+            Ok(()) => {
+                state.publish(change);
+                Ok(())
+            }
+            Err(Failure::TakenBack(error)) => {
+                state.note_mark_in_doubt();
+                if !may_land(&error) {
+                    state.rollback(change);
+                }
+                // Else the device may still write to what the change has taken: that stays taken until the next load.
+                Err(error)
+            }
+            Err(Failure::Open { error, restore }) => {
+                tracing::error!(%error, "a metadata write failed, and what the device holds is not known; the store takes no changes");
+                state.note_mark_in_doubt();
+                state.stop(&error, restore.is_none());
+                state
+                    .doubts
+                    .extend(restore.map(|restore| Doubt { change, restore }));
+                Err(Error::Undecided(Box::new(error)))
+            }
+        }
+    }
+
+    /// Tries to take back what was left open; the edit covers everything. On success the store takes changes
+    /// again.
+    pub fn take_back_doubts(&self) {
+        let doubts = std::mem::take(&mut self.state().doubts);
+        for mut doubt in doubts {
+            let geo = self.geometry();
+            let restored = self.store.inner.commit.restore(&geo, &mut doubt.restore);
+            let mut state = self.state();
+            match restored {
+                Ok(()) => {
+                    tracing::warn!("a change whose outcome was open was taken back");
+                    state.rollback(doubt.change);
+                }
+                Err(_) => state.doubts.push(doubt),
+            }
+        }
+        let (half, stop) = {
+            let mut state = self.state();
+            let stays = |stop: &Stop| stop.for_good;
+            if !state.doubts.is_empty() || state.stopped.as_ref().is_some_and(stays) {
+                return;
+            }
+            (state.half_snapshot.take(), state.stopped.take())
+        };
+        let Some(half) = half else { return };
+        match self.undo_half_snapshot(half) {
+            Ok(()) => tracing::warn!("a snapshot that was half made was taken back"),
+            Err(half) => {
+                let mut state = self.state();
+                state.half_snapshot = Some(half);
+                if state.stopped.is_none() {
+                    state.stopped = stop;
+                }
+            }
+        }
+    }
+}

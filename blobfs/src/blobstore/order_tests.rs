@@ -1,0 +1,108 @@
+//! Tests of the order of changes, apart from it: its file is compiled into a model, too.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::task::{Context, Poll, Waker};
+
+use super::format::BlobId;
+use super::order::{Order, Scope};
+
+fn blobs(pages: &[u32]) -> Scope {
+    Scope::Blobs(pages.iter().map(|page| BlobId::from_page(*page)).collect())
+}
+
+/// Whoever waits is next, whatever a thread that enters in a loop does.
+#[test]
+fn the_turn_goes_to_the_one_who_has_waited_longest() {
+    let order = Order::default();
+    let mut cx = Context::from_waker(Waker::noop());
+    let running = order.enter(blobs(&[1]));
+    let mut first = pin!(order.enter_async(blobs(&[1, 2])));
+    let mut second = pin!(order.enter_async(blobs(&[2])));
+    assert!(first.as_mut().poll(&mut cx).is_pending());
+    // Nothing that runs names blob 2, but the first in the queue does.
+    assert!(second.as_mut().poll(&mut cx).is_pending());
+    drop(running);
+    assert!(second.as_mut().poll(&mut cx).is_pending());
+    let Poll::Ready(turn) = first.as_mut().poll(&mut cx) else {
+        panic!("the first in the queue has its turn");
+    };
+    drop(turn);
+    assert!(second.as_mut().poll(&mut cx).is_ready());
+}
+
+#[test]
+fn changes_of_different_blobs_overlap_and_one_of_all_does_not() {
+    let order = Order::default();
+    let mut cx = Context::from_waker(Waker::noop());
+    let one = order.enter(blobs(&[1]));
+    let two = order.enter(blobs(&[2, 3]));
+    let new = order.enter(blobs(&[]));
+    let mut all = pin!(order.enter_async(Scope::All));
+    assert!(all.as_mut().poll(&mut cx).is_pending());
+    // Those that come later wait for it, or it would never have its turn.
+    let mut late = pin!(order.enter_async(blobs(&[4])));
+    assert!(late.as_mut().poll(&mut cx).is_pending());
+    drop(one);
+    drop(two);
+    assert!(all.as_mut().poll(&mut cx).is_pending());
+    drop(new);
+    let Poll::Ready(turn) = all.as_mut().poll(&mut cx) else {
+        panic!("nothing else runs");
+    };
+    assert!(late.as_mut().poll(&mut cx).is_pending());
+    drop(turn);
+    assert!(late.as_mut().poll(&mut cx).is_ready());
+}
+
+/// A dropped future takes nobody's turn with it, before and after it was granted.
+#[test]
+fn a_dropped_future_gives_up_its_place() {
+    for granted in [false, true] {
+        let order = Order::default();
+        let mut cx = Context::from_waker(Waker::noop());
+        let held = order.enter(Scope::All);
+        let mut gone = Box::pin(order.enter_async(Scope::All));
+        let mut next = pin!(order.enter_async(blobs(&[7])));
+        assert!(gone.as_mut().poll(&mut cx).is_pending());
+        assert!(next.as_mut().poll(&mut cx).is_pending());
+        if granted {
+            drop(held);
+            drop(gone);
+        } else {
+            drop(gone);
+            drop(held);
+        }
+        assert!(next.as_mut().poll(&mut cx).is_ready());
+        drop(order.enter(Scope::All));
+    }
+}
+
+#[test]
+fn many_threads_count() {
+    let order = Order::default();
+    let counters = [const { AtomicU32::new(0) }; 3];
+    std::thread::scope(|scope| {
+        for thread in 0..6 {
+            let (order, counters) = (&order, &counters);
+            scope.spawn(move || {
+                for round in 0..300 {
+                    let wanted: Vec<u32> = match (round + thread) % 4 {
+                        3 => vec![0, 1, 2],
+                        one => vec![one],
+                    };
+                    let _turn = order.enter(blobs(&wanted));
+                    for number in wanted {
+                        // Read and written apart: two at once would lose one.
+                        let seen = counters[number as usize].load(Ordering::Relaxed);
+                        std::thread::yield_now();
+                        counters[number as usize].store(seen + 1, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+    });
+    let total: u32 = counters.iter().map(|c| c.load(Ordering::Relaxed)).sum();
+    assert_eq!(total, 6 * (75 * 3 + 225));
+}

@@ -1,0 +1,645 @@
+//! Changes of many threads at once: those of different blobs are on the device together, those of one blob come one
+//! after the other, and what one of them frees is nobody else's before it is durable.
+
+mod common;
+#[path = "common/flaky.rs"]
+mod flaky;
+
+use std::collections::BTreeMap;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use common::*;
+use flaky::{Flaky, Plan};
+use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice_bdev::{
+    BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, IoErrorKind, Op, OpKind, SubmitError,
+};
+use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions};
+use pumice_blobfs::blobstore::check::{Severity, check};
+use pumice_blobfs::blobstore::{
+    Blob, BlobId, Blobstore, ClearMethod, CreateOptions, Error, InitOptions, LoadOptions,
+};
+use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, OpenOptions};
+use rand::prelude::*;
+
+/// More than anything here takes; a hang is a failure.
+const LIMIT: Duration = Duration::from_secs(60);
+const CLUSTER: u64 = 16384;
+
+fn wait_for(what: &str, mut until: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !until() {
+        assert!(start.elapsed() < LIMIT, "{what}: not within {LIMIT:?}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Writes that meet: once armed, the device keeps each of them back until so many are in flight.
+#[derive(Debug)]
+struct Meeting {
+    base: Arc<dyn BlockDevice>,
+    shared: Arc<Met>,
+}
+
+#[derive(Debug, Default)]
+struct Met {
+    /// How many have to meet.
+    wanted: AtomicUsize,
+    here: AtomicUsize,
+    gone: AtomicBool,
+}
+
+struct MeetingChannel {
+    base: Box<dyn IoChannel>,
+    shared: Arc<Met>,
+    kept: Vec<(u64, Op)>,
+}
+
+impl Meeting {
+    fn new(base: Arc<dyn BlockDevice>) -> Arc<Meeting> {
+        Arc::new(Meeting {
+            base,
+            shared: Arc::default(),
+        })
+    }
+
+    fn arm(&self, wanted: usize) {
+        self.shared.here.store(0, Ordering::SeqCst);
+        self.shared.gone.store(false, Ordering::SeqCst);
+        self.shared.wanted.store(wanted, Ordering::SeqCst);
+    }
+
+    /// Lets go on what waits, whether all have met or not. Gives how many have.
+    fn end(&self) -> usize {
+        self.shared.wanted.store(0, Ordering::SeqCst);
+        self.shared.gone.store(true, Ordering::SeqCst);
+        self.shared.here.load(Ordering::SeqCst)
+    }
+}
+
+impl BlockDevice for Meeting {
+    fn info(&self) -> &DeviceInfo {
+        self.base.info()
+    }
+
+    fn identity(&self) -> usize {
+        self.base.identity()
+    }
+
+    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
+        Ok(Box::new(MeetingChannel {
+            base: self.base.open_channel()?,
+            shared: Arc::clone(&self.shared),
+            kept: Vec::new(),
+        }))
+    }
+}
+
+impl IoChannel for MeetingChannel {
+    fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
+        let wanted = self.shared.wanted.load(Ordering::SeqCst);
+        let met = self.shared.gone.load(Ordering::SeqCst);
+        if wanted == 0 || met || op.kind() != OpKind::Write {
+            return self.base.submit(tag, op);
+        }
+        if self.shared.here.fetch_add(1, Ordering::SeqCst) + 1 >= wanted {
+            self.shared.gone.store(true, Ordering::SeqCst);
+        }
+        self.kept.push((tag, op));
+        Ok(())
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        if self.shared.gone.load(Ordering::SeqCst) {
+            for (tag, op) in self.kept.drain(..) {
+                self.base.submit(tag, op).unwrap();
+            }
+        }
+        self.base.poll(out)
+    }
+
+    fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
+        if self.kept.is_empty() {
+            return self.base.wait(timeout);
+        }
+        std::thread::sleep(timeout.min(Duration::from_millis(1)));
+        Ok(())
+    }
+
+    fn in_flight(&self) -> usize {
+        self.base.in_flight() + self.kept.len()
+    }
+
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
+/// Runs the jobs, a thread each. Their writes end only when as many are in flight; gives how many were.
+fn meet<T: Send + 'static>(
+    dev: &Meeting,
+    wanted: usize,
+    jobs: Vec<Box<dyn FnOnce() -> T + Send>>,
+) -> usize {
+    dev.arm(wanted);
+    let threads: Vec<JoinHandle<T>> = jobs.into_iter().map(std::thread::spawn).collect();
+    let start = Instant::now();
+    while !dev.shared.gone.load(Ordering::SeqCst) && start.elapsed() < LIMIT {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let met = dev.end();
+    for thread in threads {
+        thread.join().unwrap();
+    }
+    met
+}
+
+#[test]
+fn changes_of_different_blobs_are_in_flight_together() {
+    let dev = Meeting::new(memory(8 << 20, 4096));
+    let store = Blobstore::init(dev.clone(), &InitOptions::default()).unwrap();
+    let blobs: Vec<BlobId> = (0..8)
+        .map(|_| store.create(&CreateOptions::default()).unwrap())
+        .collect();
+    let jobs = blobs.iter().map(|id| {
+        let (store, id) = (store.clone(), *id);
+        let job = move || {
+            let mut change = store.transaction();
+            change.set_xattr(id, "n", b"1");
+            change.commit().unwrap();
+        };
+        Box::new(job) as Box<dyn FnOnce() + Send>
+    });
+    assert_eq!(meet(&dev, 8, jobs.collect()), 8);
+    for id in blobs {
+        assert_eq!(store.open(id).unwrap().xattr("n"), Some(b"1".to_vec()));
+    }
+}
+
+/// Eight files, eight threads, one sync each: first the eight writes of data are in flight together, then the eight
+/// of lengths.
+#[test]
+fn syncs_of_different_files_are_in_flight_together() {
+    let dev = Meeting::new(memory(64 << 20, 4096));
+    FileSystem::format(dev.clone(), &FormatOptions::default()).unwrap();
+    let fs = FileSystem::mount(dev.clone(), &MountOptions::default()).unwrap();
+    let files: Vec<_> = (0..8)
+        .map(|n| fs.open(&format!("/{n}"), OpenOptions::CREATE).unwrap())
+        .collect();
+    for file in &files {
+        file.append(&[1; 100]).unwrap();
+        file.sync().unwrap();
+        file.append(&[2; 100]).unwrap();
+    }
+    let before = fs.io_stats();
+    let jobs = files.iter().map(|file| {
+        let file = file.clone();
+        Box::new(move || file.sync().unwrap()) as Box<dyn FnOnce() + Send>
+    });
+    assert_eq!(meet(&dev, 8, jobs.collect()), 8);
+    let made = fs.io_stats().since(&before);
+    assert_eq!((made.writes, made.flushes), (16, 0), "{made:?}");
+    for file in &files {
+        file.append(&[3; 100]).unwrap();
+    }
+    // The lengths: the data are on the device already.
+    let mut lengths = Vec::new();
+    for file in &files {
+        file.range_sync(0, u64::MAX).unwrap();
+        let file = file.clone();
+        lengths.push(Box::new(move || file.sync().unwrap()) as Box<dyn FnOnce() + Send>);
+    }
+    assert_eq!(meet(&dev, 8, lengths), 8);
+    drop(files);
+    fs.unmount().unwrap();
+}
+
+fn held_store() -> (Arc<ErrorDevice>, Blobstore) {
+    let dev = Arc::new(ErrorDevice::new(None, memory(8 << 20, 4096)));
+    let opts = InitOptions {
+        cluster_size: 16384,
+        ..InitOptions::default()
+    };
+    let store = Blobstore::init(dev.clone(), &opts).unwrap();
+    // The mark of a store that is not clean is written with the first change.
+    store.create(&CreateOptions::default()).unwrap();
+    (dev, store)
+}
+
+/// The next write of a blob's root hangs.
+fn hang_root(dev: &ErrorDevice, store: &Blobstore, id: BlobId) {
+    let root = id.0 & u64::from(u32::MAX);
+    dev.inject(Injection {
+        op: Some(OpKind::Write),
+        failure: Failure::Hang,
+        count: 1,
+        range: Some((u64::from(store.super_block().md_start.get()) + root, 1)),
+        queue_depth: 0,
+    });
+}
+
+struct Task<T> {
+    thread: JoinHandle<T>,
+    ended: mpsc::Receiver<()>,
+}
+
+fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Task<T> {
+    let (tell, ended) = mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        let result = work();
+        let _ = tell.send(());
+        result
+    });
+    Task { thread, ended }
+}
+
+impl<T> Task<T> {
+    /// Is it still at it a good while later? Never wrong if it has to be.
+    fn still_waits(&self) -> bool {
+        self.ended.recv_timeout(Duration::from_millis(100)).is_err() && !self.thread.is_finished()
+    }
+
+    fn join(self, what: &str) -> T {
+        wait_for(what, || self.thread.is_finished());
+        self.thread.join().unwrap()
+    }
+}
+
+fn set(store: &Blobstore, id: BlobId, value: &[u8]) -> Result<(), Error> {
+    let mut change = store.transaction();
+    change.set_xattr(id, "n", value);
+    change.commit().map(drop)
+}
+
+#[test]
+fn changes_of_one_blob_come_one_after_the_other_and_others_do_not_wait() {
+    let (dev, store) = held_store();
+    let one = store.create(&CreateOptions::default()).unwrap();
+    let other = store.create(&CreateOptions::default()).unwrap();
+    hang_root(&dev, &store, one);
+    let its_store = store.clone();
+    let first = spawn(move || set(&its_store, one, b"1"));
+    wait_for("the root is held back", || dev.injections().is_empty());
+    let its_store = store.clone();
+    let second = spawn(move || {
+        let mut change = its_store.transaction();
+        // Seen by the first change would be: "no such xattr".
+        change.remove_xattr(one, "n");
+        change.set_xattr(one, "m", b"2");
+        change.commit().map(drop)
+    });
+    assert!(second.still_waits());
+    // What is not durable is not seen.
+    let seen = store.clone();
+    let seen = spawn(move || seen.open(other).unwrap().xattr("n"));
+    assert_eq!(seen.join("opening another blob"), None);
+    let its_store = store.clone();
+    let beside = spawn(move || set(&its_store, other, b"3"));
+    beside.join("a change of another blob").unwrap();
+    assert!(second.still_waits() && first.still_waits());
+    dev.resume();
+    first.join("the first change").unwrap();
+    second.join("the second change").unwrap();
+    let blob = store.open(one).unwrap();
+    assert_eq!(
+        (blob.xattr("n"), blob.xattr("m")),
+        (None, Some(b"2".to_vec()))
+    );
+}
+
+/// While the deletion is not durable its clusters and pages are not given to others, and nobody opens the blob.
+#[test]
+fn what_a_change_frees_is_nobodys_before_it_is_durable() {
+    let (dev, store) = held_store();
+    let opts = CreateOptions {
+        num_clusters: 3,
+        clear_method: ClearMethod::None,
+        ..CreateOptions::default()
+    };
+    let gone = store.create(&opts).unwrap();
+    let clusters = |blob: &Blob| -> Vec<u64> {
+        let map = blob.extents();
+        (0..blob.num_clusters())
+            .map(|index| map.lba(index).unwrap())
+            .collect()
+    };
+    let its_clusters = clusters(&store.open(gone).unwrap());
+    let free = store.free_clusters();
+    hang_root(&dev, &store, gone);
+    let its_store = store.clone();
+    let deletion = spawn(move || its_store.delete(gone));
+    wait_for("the root is held back", || dev.injections().is_empty());
+    let its_store = store.clone();
+    let opening = spawn(move || its_store.open(gone).map(drop));
+    assert!(opening.still_waits());
+    assert_eq!(store.free_clusters(), free);
+    dev.resume();
+    deletion.join("the deletion").unwrap();
+    assert!(matches!(opening.join("opening"), Err(Error::NoSuchBlob(_))));
+    assert_eq!(store.free_clusters(), free + 3);
+    let new = store.create(&opts).unwrap();
+    assert_eq!(
+        (new, clusters(&store.open(new).unwrap())),
+        (gone, its_clusters.clone())
+    );
+
+    // The same in a transaction, beside which others create blobs.
+    hang_root(&dev, &store, new);
+    let its_store = store.clone();
+    let deletion = spawn(move || {
+        let mut change = its_store.transaction();
+        change.delete(new);
+        change.commit().map(drop)
+    });
+    wait_for("the root is held back", || dev.injections().is_empty());
+    let beside = store.clone();
+    let beside = spawn(move || beside.create(&opts).map(|id| beside.open(id).unwrap()));
+    let beside = beside.join("a new blob").unwrap();
+    assert_ne!(beside.id(), new);
+    assert!(
+        !clusters(&beside)
+            .iter()
+            .any(|lba| its_clusters.contains(lba))
+    );
+    dev.resume();
+    deletion.join("the deletion").unwrap();
+}
+
+/// The metadata region moves when no change is on its way to its pages.
+#[test]
+fn a_growth_waits_for_changes_on_their_way() {
+    let (dev, store) = held_store();
+    let one = store.create(&CreateOptions::default()).unwrap();
+    let before = store.md_pages().total;
+    hang_root(&dev, &store, one);
+    let its_store = store.clone();
+    let change = spawn(move || set(&its_store, one, b"1"));
+    wait_for("the root is held back", || dev.injections().is_empty());
+    let its_store = store.clone();
+    let growth = spawn(move || its_store.grow_md_pages(2 * u32::try_from(before).unwrap()));
+    assert!(growth.still_waits());
+    dev.resume();
+    change.join("the change").unwrap();
+    assert!(u64::from(growth.join("the growth").unwrap()) > before);
+    store.unload().unwrap();
+    let store = Blobstore::load(dev, &LoadOptions::default()).unwrap();
+    assert_eq!(store.open(one).unwrap().xattr("n"), Some(b"1".to_vec()));
+}
+
+/// The unload waits, too: its masks and its mark come after every change.
+#[test]
+fn an_unload_waits_for_changes_on_their_way() {
+    let (dev, store) = held_store();
+    let one = store.create(&CreateOptions::default()).unwrap();
+    hang_root(&dev, &store, one);
+    let its_store = store.clone();
+    let change = spawn(move || its_store.delete(one));
+    wait_for("the root is held back", || dev.injections().is_empty());
+    let its_store = store.clone();
+    let unload = spawn(move || its_store.unload());
+    assert!(unload.still_waits());
+    dev.resume();
+    change.join("the change").unwrap();
+    unload.join("the unload").unwrap();
+    let as_dyn: Arc<dyn BlockDevice> = dev;
+    assert_eq!(check(&as_dyn).unwrap().worst(), None);
+}
+
+const THREADS: u64 = 4;
+
+/// What a thread's blob is: the value of its xattr and its size.
+type Shape = (u64, u64);
+
+/// A step of a thread: what its blob was to become, and what came of it.
+struct Step {
+    wanted: Shape,
+    result: Result<(), Error>,
+}
+
+fn mark(thread: u64, step: usize) -> u64 {
+    thread << 32 | step as u64
+}
+
+/// Changes its own blob again and again: its value, its size, or all of it by a new blob in its place.
+fn work(store: &Blobstore, dev: &CrashDevice, thread: u64, seed: u64, steps: usize) -> Vec<Step> {
+    let mut rng = SmallRng::seed_from_u64(seed * 64 + thread);
+    let mut blob: Option<BlobId> = None;
+    let (mut shape, mut done): (Shape, Vec<Step>) = ((0, 0), Vec::new());
+    for step in 0..steps {
+        let wanted = (step as u64 + 1, rng.random_range(0..6));
+        let mut change = store.transaction();
+        let mut new = None;
+        match blob {
+            Some(id) if rng.random_bool(0.7) => {
+                change.set_xattr(id, "n", &wanted.0.to_le_bytes());
+                change.resize(id, wanted.1);
+            }
+            old => {
+                let xattrs = vec![
+                    ("owner".to_owned(), vec![u8::try_from(thread).unwrap()]),
+                    ("n".to_owned(), wanted.0.to_le_bytes().to_vec()),
+                ];
+                new = Some(change.create(CreateOptions {
+                    num_clusters: wanted.1,
+                    xattrs,
+                    clear_method: ClearMethod::None,
+                    ..CreateOptions::default()
+                }));
+                if let Some(old) = old {
+                    change.delete(old);
+                }
+            }
+        }
+        let result = change.commit();
+        if let Ok(committed) = &result {
+            blob = new.map(|new| committed.id(new)).or(blob);
+            shape = wanted;
+        }
+        dev.mark(mark(thread, step));
+        // Whatever is found in a cluster is zeroes or its owner's.
+        if let (Ok(_), Some(id)) = (&result, blob) {
+            let opened = store.open(id).unwrap();
+            for index in 0..shape.1 {
+                let _ = opened.write_at(
+                    index * CLUSTER,
+                    filled(u8::try_from(thread).unwrap() + 1),
+                    true,
+                );
+            }
+        }
+        let undecided = matches!(result, Err(Error::Undecided(_) | Error::Stopped(_)));
+        let result = result.map(drop);
+        done.push(Step { wanted, result });
+        if undecided {
+            break;
+        }
+    }
+    done
+}
+
+fn filled(byte: u8) -> pumice_bdev::DmaSlice {
+    let mut buf = pumice_bdev::DmaBuf::new(4096).unwrap();
+    buf.fill(byte);
+    buf.freeze()
+}
+
+/// What a thread's blob may be after a cut: the last acknowledged state, or the one that was on its way.
+fn allowed(steps: &[Step], acknowledged: usize) -> Vec<Option<Shape>> {
+    let made = |step: &&Step| step.result.is_ok();
+    let last = steps[..acknowledged].iter().rfind(made);
+    let mut allowed = vec![last.map(|step| step.wanted)];
+    let open = steps[..acknowledged]
+        .last()
+        .filter(|step| matches!(step.result, Err(Error::Undecided(_))));
+    allowed.extend(open.map(|step| Some(step.wanted)));
+    allowed.extend(steps.get(acknowledged).map(|step| Some(step.wanted)));
+    allowed
+}
+
+/// Holds a device after a cut against what the threads know.
+fn hold_against(image: &CrashImage, histories: &[Vec<Step>], acknowledged: &[usize], what: &str) {
+    strict::parse_of(&image.to_vec(), what);
+    let options = CrashOptions {
+        block_size: 4096,
+        tear_bytes: 4096,
+        ..CrashOptions::default()
+    };
+    let dev: Arc<dyn BlockDevice> = Arc::new(CrashDevice::with_options(&options, image.clone()));
+    let report = check(&dev).unwrap_or_else(|error| panic!("{what}: {error}"));
+    let worse = |severity| severity != Severity::Note;
+    assert!(
+        !report
+            .findings
+            .iter()
+            .any(|finding| worse(finding.severity)),
+        "{what}: {:?}",
+        report.findings
+    );
+    let store = Blobstore::load(dev, &LoadOptions::default()).unwrap();
+    assert_eq!(store.damaged(), [], "{what}");
+    let mut found: BTreeMap<u8, Vec<Shape>> = BTreeMap::new();
+    for id in store.blobs() {
+        let blob = store.open(id).unwrap();
+        let owner = blob.xattr("owner").unwrap()[0];
+        let n = u64::from_le_bytes(blob.xattr("n").unwrap().try_into().unwrap());
+        found
+            .entry(owner)
+            .or_default()
+            .push((n, blob.num_clusters()));
+        let others = whole(&blob)
+            .into_iter()
+            .find(|byte| ![0, owner + 1].contains(byte));
+        assert_eq!(others, None, "{what}: another's bytes in blob {id}");
+    }
+    for (thread, (steps, acknowledged)) in histories.iter().zip(acknowledged).enumerate() {
+        let owned = found
+            .remove(&u8::try_from(thread).unwrap())
+            .unwrap_or_default();
+        let allowed = allowed(steps, *acknowledged);
+        // A new blob in an old one's place: between the two commit points both are there.
+        let fits = |shape: &Shape| allowed.contains(&Some(*shape));
+        let whole = match owned.len() {
+            0 => allowed.contains(&None),
+            1 | 2 => owned.iter().all(fits),
+            _ => false,
+        };
+        assert!(
+            whole,
+            "{what}: thread {thread}: found {owned:?}, allowed {allowed:?}"
+        );
+    }
+}
+
+fn from_env(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// Threads, faults and power cuts. What was acknowledged is there, what failed is not, and no two blobs share
+/// anything.
+#[test]
+fn threads_faults_and_power_cuts() {
+    let seeds = match from_env("PUMICE_SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 0..from_env("PUMICE_ROUNDS").unwrap_or(12),
+    };
+    let mut states = 0;
+    for seed in seeds {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let options = CrashOptions {
+            block_size: 4096,
+            write_cache: seed % 3 != 0,
+            fua: seed % 3 == 1,
+            seed,
+            tear_bytes: 4096,
+            ..CrashOptions::default()
+        };
+        let base = CrashDevice::with_options(&options, CrashImage::zeroed(2 << 20));
+        let opts = InitOptions {
+            cluster_size: 16384,
+            md_pages: Some(64),
+            ..InitOptions::default()
+        };
+        Blobstore::init(Arc::new(base.clone()), &opts)
+            .and_then(|store| store.unload())
+            .unwrap();
+        let dev = CrashDevice::with_options(&options, base.image());
+        let flaky = Flaky::new(Arc::new(dev.clone()));
+        let store = Blobstore::load(flaky.clone(), &LoadOptions::default()).unwrap();
+        if rng.random_bool(0.6) {
+            flaky.arm(Some(Plan {
+                from: rng.random_range(0..120),
+                count: rng.random_range(1..12),
+                kind: [
+                    IoErrorKind::Media,
+                    IoErrorKind::NoSpace,
+                    IoErrorKind::TimedOut,
+                ][rng.random_range(0..3)],
+                done: rng.random_bool(0.5),
+            }));
+        }
+        let histories: Vec<Vec<Step>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..THREADS)
+                .map(|thread| {
+                    let (store, dev) = (&store, &dev);
+                    scope.spawn(move || work(store, dev, thread, seed, 10))
+                })
+                .collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap())
+                .collect()
+        });
+        flaky.arm(None);
+        let ended = store.unload();
+        let stopped = matches!(ended, Err(Error::Stopped(_)));
+        assert!(ended.is_ok() || stopped, "seed {seed}: {ended:?}");
+        let mut points = dev.crash_points();
+        while points.advance().is_some() {
+            let last = points.position() == points.len_events();
+            if !last && rng.random_bool(0.8) {
+                continue;
+            }
+            let mut acknowledged = vec![0; usize::try_from(THREADS).unwrap()];
+            for mark in points.marks() {
+                let thread = usize::try_from(mark >> 32).unwrap();
+                acknowledged[thread] = usize::try_from(mark & 0xffff_ffff).unwrap() + 1;
+            }
+            let keep = [0.0, 1.0, 0.5][rng.random_range(0..3)];
+            let image = points.image(&mut |_| rng.random_bool(keep));
+            let what = format!(
+                "seed {seed}, after event {} of {}",
+                points.position(),
+                points.len_events()
+            );
+            hold_against(&image, &histories, &acknowledged, &what);
+            states += 1;
+        }
+    }
+    println!("{states} states");
+    assert!(states > 200);
+}

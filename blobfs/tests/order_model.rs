@@ -1,0 +1,117 @@
+//! The order of changes, in orders of steps that a test with threads hardly ever meets: changes of one blob are not
+//! under way together, nobody who waits is forgotten, and a future that is dropped takes nobody's turn with it.
+
+mod sync {
+    pub use shuttle::sync::MutexGuard;
+    pub use shuttle::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    pub use shuttle::thread::{Thread, current, park};
+
+    /// A mutex without poison, as the library's.
+    #[derive(Debug, Default)]
+    pub struct Mutex<T>(shuttle::sync::Mutex<T>);
+
+    impl<T> Mutex<T> {
+        pub fn new(value: T) -> Mutex<T> {
+            Mutex(shuttle::sync::Mutex::new(value))
+        }
+
+        pub fn lock(&self) -> MutexGuard<'_, T> {
+            self.0.lock().unwrap()
+        }
+    }
+}
+mod format {
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub struct BlobId(pub u64);
+}
+#[allow(dead_code, reason = "the model uses a part of it")]
+#[path = "../src/blobstore/order.rs"]
+mod order;
+
+use std::future::Future as _;
+use std::sync::Arc;
+use std::task::{Context, Waker};
+
+use format::BlobId;
+use order::{Order, Scope};
+use sync::{AtomicUsize, Ordering};
+
+/// How many orders are tried, at random and by preemption at few points.
+const ORDERS: usize = 3000;
+
+/// An order, and how many are at each of two blobs.
+#[derive(Default)]
+struct World {
+    order: Order,
+    inside: [AtomicUsize; 2],
+    done: AtomicUsize,
+}
+
+fn blobs(ids: &[u64]) -> Scope {
+    Scope::Blobs(ids.iter().map(|id| BlobId(*id)).collect())
+}
+
+impl World {
+    /// Is at these blobs, and looks that nobody else is.
+    fn change(&self, ids: &[usize]) {
+        for id in ids {
+            let others = self.inside[*id].fetch_add(1, Ordering::SeqCst);
+            assert_eq!(others, 0, "two change blob {id}");
+        }
+        for id in ids {
+            self.inside[*id].fetch_sub(1, Ordering::SeqCst);
+        }
+        self.done.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+fn all_kinds_of_waiters() {
+    let world = Arc::new(World::default());
+    let spawn = |work: fn(&World)| {
+        let world = Arc::clone(&world);
+        shuttle::thread::spawn(move || work(&world))
+    };
+    let threads = [
+        // Threads that sleep.
+        spawn(|world| {
+            for ids in [&[0][..], &[0, 1]] {
+                let scope = blobs(&ids.iter().map(|id| *id as u64).collect::<Vec<_>>());
+                let _turn = world.order.enter(scope);
+                world.change(ids);
+            }
+        }),
+        // A future that is polled by whoever comes first, then by somebody else.
+        spawn(|world| {
+            let mut waiting = Box::pin(world.order.enter_async(Scope::All));
+            let mut nobody = Context::from_waker(Waker::noop());
+            let _turn = match waiting.as_mut().poll(&mut nobody) {
+                std::task::Poll::Ready(turn) => turn,
+                std::task::Poll::Pending => shuttle::future::block_on(waiting),
+            };
+            world.change(&[0, 1]);
+        }),
+        // A future that is dropped, before or after its turn has come.
+        spawn(|world| {
+            let mut waiting = Box::pin(world.order.enter_async(blobs(&[1])));
+            let mut nobody = Context::from_waker(Waker::noop());
+            if waiting.as_mut().poll(&mut nobody).is_pending() {
+                shuttle::thread::yield_now();
+            }
+            drop(waiting);
+            let _turn = world.order.enter(blobs(&[1]));
+            world.change(&[1]);
+        }),
+    ];
+    for thread in threads {
+        thread.join().unwrap();
+    }
+    let _turn = world.order.enter(Scope::All);
+    assert_eq!(world.done.load(Ordering::SeqCst), 4);
+}
+
+/// Who is forgotten sleeps for ever: the model ends with a deadlock then.
+#[test]
+fn everybody_who_waits_has_a_turn() {
+    shuttle::check_random(all_kinds_of_waiters, ORDERS);
+    shuttle::check_pct(all_kinds_of_waiters, ORDERS, 3);
+}
