@@ -94,6 +94,16 @@ impl DeviceInfo {
         self.num_blocks.saturating_mul(u64::from(self.block_size))
     }
 
+    /// The longest read or write in blocks: what the device takes at once, and not more than `cap_bytes` or
+    /// one block.
+    pub fn transfer_blocks(&self, cap_bytes: u64) -> u64 {
+        let cap = (cap_bytes / u64::from(self.block_size)).max(1);
+        match self.max_io_blocks {
+            0 => cap,
+            limit => cap.min(limit.into()),
+        }
+    }
+
     /// An error of this device.
     pub fn error(&self, op: &Op, kind: IoErrorKind, detail: impl Into<String>) -> Box<IoError> {
         IoError::new(&self.name, self.block_size, op, kind, detail)

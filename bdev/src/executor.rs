@@ -15,8 +15,9 @@ use std::thread::{self, Thread};
 use std::time::Duration;
 
 use crate::device::IoChannel;
+use crate::engine::Engine;
 use crate::error::IoError;
-use crate::op::{Completion, Op, SubmitError};
+use crate::op::Op;
 use crate::{DmaBuf, DmaSlice};
 
 /// Longest sleep while a future may also be woken from another thread.
@@ -35,12 +36,10 @@ pub struct AsyncChannel {
 }
 
 struct Inner {
-    channel: RefCell<Box<dyn IoChannel>>,
-    slots: RefCell<Slots>,
-    reaped: RefCell<Vec<Completion>>,
-    /// Futures whose submission found the queue full.
-    starved: RefCell<Vec<Waker>>,
-    /// Dropped after the channel: what it is in flight with is theirs.
+    engine: RefCell<Engine<Owner>>,
+    /// Those whose operations are over, while nothing is borrowed.
+    woken: RefCell<Vec<Waker>>,
+    /// Dropped after the engine: what it is in flight with is theirs.
     keepers: RefCell<Vec<Keeper>>,
     signal: Arc<Signal>,
     depth: Cell<u32>,
@@ -48,21 +47,17 @@ struct Inner {
 
 /// Something that is kept until the device has answered operations whose futures were dropped.
 struct Keeper {
-    slots: Vec<usize>,
+    tags: Vec<u64>,
     kept: Box<dyn Any>,
 }
 
-#[derive(Default)]
-struct Slots {
-    slots: Vec<Slot>,
-    free: Vec<usize>,
-}
-
-enum Slot {
-    Free,
-    InFlight(Waker),
+/// What an operation belongs to.
+enum Owner {
+    /// A future that waits for it.
+    Waits(Waker),
+    /// A future that has not fetched it yet.
     Done(Op, Result<(), Box<IoError>>),
-    /// Its future was dropped: the completion frees it.
+    /// Its future was dropped: the completion frees the tag.
     Orphan,
 }
 
@@ -101,10 +96,8 @@ impl AsyncChannel {
     pub fn new(channel: Box<dyn IoChannel>) -> AsyncChannel {
         AsyncChannel {
             inner: Rc::new(Inner {
-                channel: RefCell::new(channel),
-                slots: RefCell::default(),
-                reaped: RefCell::default(),
-                starved: RefCell::default(),
+                engine: RefCell::new(Engine::new(channel)),
+                woken: RefCell::default(),
                 keepers: RefCell::default(),
                 signal: Signal::new(),
                 depth: Cell::new(0),
@@ -212,21 +205,32 @@ impl AsyncChannel {
     /// Reaps completions and wakes their futures; never blocks. Returns how many there were. For
     /// callers that drive futures themselves.
     pub fn pump(&self) -> usize {
-        let mut reaped = self.inner.reaped.take();
-        let n = self.inner.channel.borrow_mut().poll(&mut reaped);
-        for completion in reaped.drain(..) {
-            let tag = completion.tag;
-            let waker = self.inner.slots.borrow_mut().complete(completion);
-            match waker {
-                Some(waker) => waker.wake(),
-                None => self.inner.release_keepers(tag),
-            }
+        let mut woken = self.inner.woken.take();
+        let mut orphans = Vec::new();
+        let n = self
+            .inner
+            .engine
+            .borrow_mut()
+            .reap(|tag, owner, op, result| match owner {
+                Owner::Waits(waker) => {
+                    woken.push(waker);
+                    Some(Owner::Done(op, result))
+                }
+                Owner::Orphan => {
+                    orphans.push(tag);
+                    None
+                }
+                done @ Owner::Done(..) => {
+                    tracing::error!(tag, "an operation completed twice");
+                    Some(done)
+                }
+            });
+        for waker in woken.drain(..) {
+            waker.wake();
         }
-        self.inner.reaped.replace(reaped);
-        if !self.inner.starved.borrow().is_empty() {
-            for waker in self.inner.starved.take() {
-                waker.wake();
-            }
+        self.inner.woken.replace(woken);
+        for tag in orphans {
+            self.inner.release_keepers(tag);
         }
         n
     }
@@ -234,34 +238,35 @@ impl AsyncChannel {
     /// Keeps `kept` until every operation is over that is in flight now and whose future was dropped; drops it
     /// at once if there is none. For what must not be given away while a device may still write to it.
     pub fn keep_for_orphans(&self, kept: Box<dyn Any>) {
-        let slots: Vec<usize> = self.inner.slots.borrow().orphans().collect();
-        if !slots.is_empty() {
-            let keeper = Keeper { slots, kept };
+        let tags: Vec<u64> = {
+            let engine = self.inner.engine.borrow();
+            let owners = engine.owners();
+            owners
+                .filter_map(|(tag, owner)| matches!(owner, Owner::Orphan).then_some(tag))
+                .collect()
+        };
+        if !tags.is_empty() {
+            let keeper = Keeper { tags, kept };
             self.inner.keepers.borrow_mut().push(keeper);
         }
     }
 
     /// Operations that the device has not handed back.
     pub fn in_flight(&self) -> usize {
-        self.inner.channel.borrow().in_flight()
+        self.inner.engine.borrow().in_flight()
     }
 
     /// Waits until nothing is in flight, orphans of dropped futures included.
     pub fn drain(&self) {
         while self.in_flight() > 0 {
-            self.sleep(WAIT_MAX);
+            self.inner.engine.borrow_mut().wait(WAIT_MAX);
             self.pump();
         }
     }
 
     fn idle(&self, signal: &Signal) {
         if self.in_flight() > 0 {
-            self.sleep(WAIT_MAX);
-        } else if !self.inner.starved.borrow().is_empty() {
-            // Told to come again while nothing of its own is in flight: a reset, or others have all
-            // the places. The channel may know how long; it is not asked again at once.
-            self.sleep(WAIT_MAX);
-            thread::sleep(Duration::from_micros(20));
+            self.inner.engine.borrow_mut().wait(WAIT_MAX);
         } else {
             // Only another thread can wake the future.
             signal.parked.store(true, Ordering::SeqCst);
@@ -271,26 +276,18 @@ impl AsyncChannel {
             signal.parked.store(false, Ordering::SeqCst);
         }
     }
-
-    fn sleep(&self, timeout: Duration) {
-        let result = self.inner.channel.borrow_mut().wait(timeout);
-        if let Err(error) = result {
-            tracing::warn!(%error, "waiting for completions failed; polling instead");
-            thread::sleep(Duration::from_micros(50));
-        }
-    }
 }
 
 impl Inner {
-    /// The orphan in a slot is over.
+    /// An orphan is over.
     fn release_keepers(&self, tag: u64) {
         let mut over = Vec::new();
         self.keepers.borrow_mut().retain_mut(|keeper| {
-            keeper.slots.retain(|slot| *slot as u64 != tag);
-            if keeper.slots.is_empty() {
+            keeper.tags.retain(|kept| *kept != tag);
+            if keeper.tags.is_empty() {
                 over.push(std::mem::replace(&mut keeper.kept, Box::new(())));
             }
-            !keeper.slots.is_empty()
+            !keeper.tags.is_empty()
         });
         // Dropped with nothing borrowed: it may do anything.
         drop(over);
@@ -320,63 +317,6 @@ impl Drop for Depth<'_> {
     }
 }
 
-impl Slots {
-    fn take(&mut self, waker: &Waker) -> usize {
-        let slot = Slot::InFlight(waker.clone());
-        if let Some(i) = self.free.pop() {
-            self.slots[i] = slot;
-            i
-        } else {
-            self.slots.push(slot);
-            self.slots.len() - 1
-        }
-    }
-
-    /// The slots of operations whose futures were dropped.
-    fn orphans(&self) -> impl Iterator<Item = usize> + '_ {
-        let slots = self.slots.iter().enumerate();
-        slots.filter_map(|(i, slot)| matches!(slot, Slot::Orphan).then_some(i))
-    }
-
-    fn release(&mut self, i: usize) -> Slot {
-        self.free.push(i);
-        std::mem::replace(&mut self.slots[i], Slot::Free)
-    }
-
-    fn complete(&mut self, c: Completion) -> Option<Waker> {
-        let Some(i) = usize::try_from(c.tag)
-            .ok()
-            .filter(|i| *i < self.slots.len())
-        else {
-            tracing::error!(
-                tag = c.tag,
-                "completion with a tag that was never submitted"
-            );
-            return None;
-        };
-        match std::mem::replace(&mut self.slots[i], Slot::Done(c.op, c.result)) {
-            Slot::InFlight(waker) => Some(waker),
-            Slot::Orphan => {
-                self.release(i);
-                None
-            }
-            Slot::Free => {
-                tracing::error!(
-                    tag = c.tag,
-                    "completion of an operation that is not in flight"
-                );
-                self.slots[i] = Slot::Free;
-                None
-            }
-            done @ Slot::Done(..) => {
-                tracing::error!(tag = c.tag, "an operation completed twice");
-                self.slots[i] = done;
-                None
-            }
-        }
-    }
-}
-
 /// The future of one operation; see [`AsyncChannel::io`].
 #[must_use = "nothing is submitted until the future is polled"]
 pub struct Io {
@@ -386,7 +326,8 @@ pub struct Io {
 
 enum State {
     New(Op),
-    InFlight(usize),
+    /// In flight, or waiting for room.
+    Submitted(u64),
     Over,
 }
 
@@ -395,44 +336,25 @@ impl Future for Io {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<IoOutcome> {
         let this = &mut *self;
+        let mut engine = this.inner.engine.borrow_mut();
         match std::mem::replace(&mut this.state, State::Over) {
-            State::New(op) => {
-                let slot = this.inner.slots.borrow_mut().take(cx.waker());
-                let submitted = this.inner.channel.borrow_mut().submit(slot as u64, op);
-                match submitted {
-                    Ok(()) => {
-                        this.state = State::InFlight(slot);
-                        Poll::Pending
-                    }
-                    Err(SubmitError::Busy(op)) => {
-                        this.inner.slots.borrow_mut().release(slot);
-                        this.inner.starved.borrow_mut().push(cx.waker().clone());
-                        this.state = State::New(op);
-                        Poll::Pending
-                    }
-                    Err(SubmitError::Refused(op, e)) => {
-                        this.inner.slots.borrow_mut().release(slot);
-                        Poll::Ready((op, Err(e)))
-                    }
+            State::New(op) => match engine.submit(Owner::Waits(cx.waker().clone()), op) {
+                Ok(tag) => {
+                    this.state = State::Submitted(tag);
+                    Poll::Pending
                 }
-            }
-            State::InFlight(slot) => {
-                let mut slots = this.inner.slots.borrow_mut();
-                match &mut slots.slots[slot] {
-                    Slot::InFlight(waker) => {
-                        waker.clone_from(cx.waker());
-                        drop(slots);
-                        this.state = State::InFlight(slot);
-                        Poll::Pending
-                    }
-                    Slot::Done(..) => {
-                        let Slot::Done(op, result) = slots.release(slot) else {
-                            unreachable!()
-                        };
-                        Poll::Ready((op, result))
-                    }
-                    Slot::Free | Slot::Orphan => unreachable!("slot taken from under its future"),
+                Err((_, op, error)) => Poll::Ready((op, Err(error))),
+            },
+            State::Submitted(tag) => {
+                if let Some(Owner::Waits(waker)) = engine.owner(tag) {
+                    waker.clone_from(cx.waker());
+                    this.state = State::Submitted(tag);
+                    return Poll::Pending;
                 }
+                let Some(Owner::Done(op, result)) = engine.take(tag) else {
+                    unreachable!("a tag was taken from under its future")
+                };
+                Poll::Ready((op, result))
             }
             State::Over => panic!("polled after completion"),
         }
@@ -441,15 +363,23 @@ impl Future for Io {
 
 impl Drop for Io {
     fn drop(&mut self) {
-        if let State::InFlight(slot) = self.state {
-            let mut slots = self.inner.slots.borrow_mut();
-            let old = match slots.slots[slot] {
-                Slot::Done(..) => slots.release(slot),
-                _ => std::mem::replace(&mut slots.slots[slot], Slot::Orphan),
-            };
-            drop(slots);
-            drop(old);
-        }
+        let State::Submitted(tag) = self.state else {
+            return;
+        };
+        let mut engine = self.inner.engine.borrow_mut();
+        let over = engine.take_back(tag).is_some();
+        let owner = if over {
+            None
+        } else if matches!(engine.owner(tag), Some(Owner::Done(..))) {
+            engine.take(tag)
+        } else {
+            // The tag is another's only after the completion.
+            engine
+                .owner(tag)
+                .map(|owner| std::mem::replace(owner, Owner::Orphan))
+        };
+        drop(engine);
+        drop(owner);
     }
 }
 
@@ -555,10 +485,7 @@ mod tests {
         assert_eq!(ch.in_flight(), 1);
         ch.drain();
         assert_eq!(ch.in_flight(), 0);
-        assert_eq!(
-            ch.inner.slots.borrow().free.len(),
-            ch.inner.slots.borrow().slots.len()
-        );
+        assert_eq!(ch.inner.engine.borrow().owners().count(), 0);
     }
 
     /// The slot of a future that was dropped is not another's before its operation has ended.
@@ -591,8 +518,7 @@ mod tests {
             assert!(buf.iter().all(|b| u64::from(*b) == lba + 1), "{lba}");
         }
         assert_eq!(ch.in_flight(), 0);
-        let slots = ch.inner.slots.borrow();
-        assert_eq!(slots.free.len(), slots.slots.len());
+        assert_eq!(ch.inner.engine.borrow().owners().count(), 0);
     }
 
     #[test]

@@ -85,6 +85,7 @@
 pub mod contents;
 pub mod delay;
 mod device;
+mod engine;
 mod error;
 pub mod error_inject;
 mod executor;
@@ -109,6 +110,7 @@ mod uri;
 pub mod uuid;
 
 pub use device::{BlockDevice, DeviceInfo, HostSpace, IoChannel};
+pub use engine::{Engine, Refused};
 pub use error::{BdevError, IoError, IoErrorKind};
 pub use executor::{AsyncChannel, Io, IoOutcome, join_all};
 pub use op::{CompareAndWrite, Completion, Op, OpKind, OpSet, SubmitError, ZoneAction};

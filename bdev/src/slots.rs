@@ -1,4 +1,4 @@
-//! Numbered slots for operations that a stacked device has passed down.
+//! Numbered slots for operations that have been passed down.
 
 /// Values by number; a number is used again after its value was taken.
 #[derive(Debug)]
@@ -17,6 +17,7 @@ impl<T> Default for Slots<T> {
 }
 
 impl<T> Slots<T> {
+    #[inline]
     pub(crate) fn insert(&mut self, value: T) -> u64 {
         let i = self.free.pop().unwrap_or_else(|| {
             self.slots.push(None);
@@ -26,17 +27,43 @@ impl<T> Slots<T> {
         i as u64
     }
 
+    #[inline]
+    fn slot(&mut self, number: u64) -> Option<&mut Option<T>> {
+        self.slots.get_mut(usize::try_from(number).ok()?)
+    }
+
     /// The value with this number; `None` for a number that was never given out, which only a
     /// device's mistake can bring here.
-    pub(crate) fn remove(&mut self, tag: u64) -> Option<T> {
-        let i = usize::try_from(tag).ok()?;
-        let value = self.slots.get_mut(i)?.take()?;
-        self.free.push(i);
+    #[inline]
+    pub(crate) fn remove(&mut self, number: u64) -> Option<T> {
+        let value = self.lend(number)?;
+        self.free(number);
         Some(value)
     }
 
-    pub(crate) fn get_mut(&mut self, tag: u64) -> Option<&mut T> {
-        self.slots.get_mut(usize::try_from(tag).ok()?)?.as_mut()
+    /// As [`Slots::remove`], but the number stays taken until [`Slots::put_back`] or [`Slots::free`].
+    #[inline]
+    pub(crate) fn lend(&mut self, number: u64) -> Option<T> {
+        self.slot(number)?.take()
+    }
+
+    /// Puts back a value that was lent.
+    #[inline]
+    pub(crate) fn put_back(&mut self, number: u64, value: T) {
+        if let Some(slot) = self.slot(number) {
+            *slot = Some(value);
+        }
+    }
+
+    /// Frees the number of a value that was lent.
+    #[inline]
+    pub(crate) fn free(&mut self, number: u64) {
+        self.free.extend(usize::try_from(number));
+    }
+
+    #[inline]
+    pub(crate) fn get_mut(&mut self, number: u64) -> Option<&mut T> {
+        self.slot(number)?.as_mut()
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, &T)> {

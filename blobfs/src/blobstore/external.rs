@@ -68,11 +68,7 @@ impl External {
             .min(usize::try_from(self.len_bytes().saturating_sub(offset)).unwrap_or(usize::MAX));
         let (out, past) = out.split_at_mut(inside);
         past.fill(0);
-        let limit = if info.max_io_blocks == 0 {
-            1 << 20
-        } else {
-            (u64::from(info.max_io_blocks) * block).min(1 << 20)
-        };
+        let limit = info.transfer_blocks(1 << 20) * block;
         let channel = self.channels.get()?;
         let mut done = 0;
         while done < out.len() {

@@ -256,12 +256,8 @@ impl Blobstore {
             )));
         }
         let out = AsyncChannel::new(to.open_channel()?);
-        let limit = if info.max_io_blocks == 0 {
-            u64::MAX
-        } else {
-            u64::from(info.max_io_blocks) * u64::from(info.block_size)
-        };
-        let step = limit.min(1 << 20).min(self.cluster_size());
+        let limit = info.transfer_blocks(1 << 20) * u64::from(info.block_size);
+        let step = limit.min(self.cluster_size());
         let mut done = 0;
         for (index, _) in blob.extents().allocated() {
             let start = index * self.cluster_size();

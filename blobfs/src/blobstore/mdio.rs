@@ -6,10 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
-use pumice_bdev::{
-    BlockDevice, Completion, DeviceInfo, DmaBuf, DmaSlice, IoChannel, IoError, Op, OpKind,
-    SubmitError,
-};
+use pumice_bdev::{BlockDevice, DeviceInfo, DmaBuf, DmaSlice, Engine, IoError, Op, OpKind};
 
 use super::error::Error;
 
@@ -59,11 +56,9 @@ struct Flushes {
 
 /// A channel of the metadata.
 pub(crate) struct MdIo {
-    channel: Box<dyn IoChannel>,
+    engine: Engine<()>,
     can: Abilities,
     flushes: Arc<Flushes>,
-    reaped: Vec<Completion>,
-    next_tag: u64,
 }
 
 /// The channels of a store's metadata.
@@ -196,11 +191,9 @@ impl MdIo {
 
     fn sharing(dev: &Arc<dyn BlockDevice>, flushes: Arc<Flushes>) -> Result<MdIo, Error> {
         Ok(MdIo {
-            channel: dev.open_channel()?,
+            engine: Engine::new(dev.open_channel()?),
             can: Abilities::of(dev.info()),
             flushes,
-            reaped: Vec::new(),
-            next_tag: 0,
         })
     }
 
@@ -217,42 +210,31 @@ impl MdIo {
         mut done: impl FnMut(Op, Result<(), Box<IoError>>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let mut ops = ops.into_iter();
-        let mut waiting = None;
         let mut failed = None;
         loop {
-            while failed.is_none() && self.channel.in_flight() < DEPTH {
-                let op = match waiting.take().map_or_else(|| ops.next(), |op| Some(Ok(op))) {
-                    Some(Ok(op)) => op,
+            while failed.is_none() && self.engine.in_flight() < DEPTH {
+                let refused = match ops.next() {
+                    Some(Ok(op)) => self.engine.submit((), op).err(),
                     Some(Err(error)) => {
                         failed = Some(error);
                         break;
                     }
                     None => break,
                 };
-                self.next_tag += 1;
-                match self.channel.submit(self.next_tag, op) {
-                    Ok(()) => {}
-                    Err(SubmitError::Busy(op)) => {
-                        waiting = Some(op);
-                        break;
-                    }
-                    Err(SubmitError::Refused(op, error)) => failed = done(op, Err(error)).err(),
+                if let Some(((), op, error)) = refused {
+                    failed = done(op, Err(error)).err();
                 }
             }
-            self.channel.poll(&mut self.reaped);
-            if self.reaped.is_empty() {
-                if self.channel.in_flight() == 0 && (waiting.is_none() || failed.is_some()) {
+            let ended = self.engine.reap(|_, (), op, result| {
+                let error = done(op, result).err();
+                failed = failed.take().or(error);
+                None
+            });
+            if ended == 0 {
+                if self.engine.in_flight() == 0 {
                     return failed.map_or(Ok(()), Err);
                 }
-                if let Err(error) = self.channel.wait(Duration::from_millis(100)) {
-                    tracing::warn!(%error, "waiting for metadata I/O failed; polling instead");
-                    std::thread::sleep(Duration::from_micros(50));
-                }
-            }
-            for completion in self.reaped.drain(..) {
-                if let Err(error) = done(completion.op, completion.result) {
-                    failed = failed.or(Some(error));
-                }
+                self.engine.wait(Duration::from_millis(100));
             }
         }
     }
@@ -342,11 +324,6 @@ impl Abilities {
     /// What a device says of itself.
     pub fn of(info: &DeviceInfo) -> Abilities {
         let block_size = u64::from(info.block_size);
-        let limit = if info.max_io_blocks == 0 {
-            u64::MAX
-        } else {
-            info.max_io_blocks.into()
-        };
         Abilities {
             block_size,
             persist: match (info.write_cache, info.ops.has(OpKind::Fua)) {
@@ -357,7 +334,7 @@ impl Abilities {
             unmap: info.ops.has(OpKind::Unmap),
             write_zeroes: info.ops.has(OpKind::WriteZeroes),
             copy: info.ops.has(OpKind::Copy),
-            max_io_blocks: limit.min(MAX_IO_BYTES / block_size),
+            max_io_blocks: info.transfer_blocks(MAX_IO_BYTES),
         }
     }
 
