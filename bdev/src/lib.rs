@@ -102,6 +102,7 @@ mod queue;
 pub mod raid0;
 pub mod read_only;
 pub mod registry;
+mod shared;
 mod signatures;
 mod slots;
 pub mod split;
@@ -117,6 +118,7 @@ pub use op::{CompareAndWrite, Completion, Op, OpKind, OpSet, SubmitError, ZoneAc
 pub use pumice_io::dma::{DmaBuf, DmaError, DmaSlice};
 pub use pumice_io::process;
 pub use pumice_io::uri::{file_uri, parse_size};
+pub use shared::{Outcome, SharedChannels, Ticket, thread_number};
 pub use uri::{OpenOptions, open, open_with};
 
 /// The README's example, as a test.

@@ -201,8 +201,16 @@ fn a_read_that_is_overtaken_by_a_truncation_ends() {
         thread::spawn(move || f.read_at(0, &mut vec![0; len]).unwrap())
     };
     thread::sleep(Duration::from_millis(100));
-    f.truncate((MIB + 5050) as u64).unwrap();
+    // The truncation waits for the read ahead, whose clusters it gives back.
+    let cutter = {
+        let f = f.clone();
+        thread::spawn(move || f.truncate((MIB + 5050) as u64))
+    };
+    while f.len() == len as u64 {
+        thread::yield_now();
+    }
     dev.resume();
+    cutter.join().unwrap().unwrap();
     assert_eq!(reader.join().unwrap(), MIB + 5050);
 }
 
@@ -217,7 +225,9 @@ fn a_page_that_was_cut_short_by_an_old_end_of_the_file_hangs_nobody() {
     drop(f);
     let fs = again(&dev, fs);
     let f = fs.open("/f", OpenOptions::READ).unwrap();
-    // A read-ahead and a read of the last page are under way while the file grows.
+    // A read-ahead and a read of the last page are under way while the file grows. It has its clusters
+    // already: to give some back would wait for the reads.
+    f.allocate(0, 5 * MIB as u64).unwrap();
     dev.inject(hang(OpKind::Read, 2, None));
     f.prefetch(0, 4096).unwrap();
     let last = f.read_async(2 << 20, 5000).unwrap();

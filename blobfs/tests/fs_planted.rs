@@ -175,11 +175,20 @@ fn a_reader_does_not_get_what_was_cut_off_meanwhile() {
     while !dev.injections().is_empty() {
         thread::yield_now();
     }
-    f.truncate(1 << 20).unwrap();
-    let g = fs.open("/g", OpenOptions::CREATE).unwrap();
-    while g.append(&vec![9; MIB]).is_ok() {}
-    g.sync().unwrap();
+    let cutter = {
+        let f = f.clone();
+        thread::spawn(move || f.truncate(1 << 20))
+    };
+    while f.len() != 1 << 20 {
+        thread::yield_now();
+    }
+    thread::sleep(Duration::from_millis(20));
+    assert!(
+        !cutter.is_finished(),
+        "clusters were given back with a read in flight on them"
+    );
     dev.resume();
+    cutter.join().unwrap().unwrap();
     let (n, bytes) = reader.join().unwrap();
     assert_eq!((n, bytes), (0, Vec::new()));
 }

@@ -22,7 +22,7 @@ type PendingXattr = (Box<[u8]>, Option<Arc<[u8]>>);
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub id: BlobId,
-    pub gate: Gate,
+    pub gate: Arc<Gate>,
     pub view: ArcSwap<View>,
     pub meta: ArcSwap<BlobMeta>,
     /// Changes of xattrs that wait for [`Blob::sync_md`].
@@ -36,7 +36,7 @@ impl Shared {
     pub fn new(meta: Arc<BlobMeta>, view: View) -> Shared {
         Shared {
             id: meta.id,
-            gate: Gate::default(),
+            gate: Arc::default(),
             view: ArcSwap::from_pointee(view),
             meta: ArcSwap::new(meta),
             pending: Mutex::default(),

@@ -77,7 +77,9 @@ impl Blobstore {
         let mut frozen = Frozen::default();
         loop {
             let (scope, wanted) = plan(&self.inner.state.lock())?;
-            frozen.close(wanted).map_err(never_ends)?;
+            frozen
+                .close(wanted, &|| self.drive_shared())
+                .map_err(never_ends)?;
             let edit = self.edit(&scope)?;
             let (scope, wanted) = plan(&edit.state())?;
             if frozen.covers(&wanted) && edit.turn.scope().covers(&scope) {

@@ -1,13 +1,12 @@
 //! The gate of a blob: I/O passes it without touching a shared cache line, a metadata operation that moves
 //! clusters closes it and waits until what is inside has come out.
 
-use std::cell::Cell;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use pumice_bdev::thread_number;
 
 use super::blob::Shared;
 use super::format::BlobId;
@@ -15,22 +14,6 @@ use super::lanes::{LANES, Lanes};
 
 /// How long a closing waits for I/O to come out.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
-
-thread_local! {
-    static LANE: Cell<usize> = const { Cell::new(usize::MAX) };
-}
-
-/// The lane of this thread.
-#[inline]
-fn lane() -> usize {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    LANE.with(|lane| {
-        if lane.get() == usize::MAX {
-            lane.set(NEXT.fetch_add(1, Ordering::Relaxed) % LANES);
-        }
-        lane.get()
-    })
-}
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -57,7 +40,7 @@ impl Gate {
     /// Enters, unless the gate is closed.
     #[inline]
     pub fn try_enter(&self) -> Option<Inside<'_>> {
-        let lane = lane();
+        let lane = thread_number() % LANES;
         // Made only after the entry: dropping it leaves.
         self.lanes.enter(lane).then(|| Inside {
             lanes: &self.lanes,
@@ -87,11 +70,12 @@ impl Gate {
         .await
     }
 
-    /// Waits until nobody is inside. False if that takes too long: most likely the caller's own thread has I/O
-    /// in flight that it does not drive.
-    fn wait_empty(&self, start: Instant) -> bool {
+    /// Waits until nobody is inside. `drive` reaps I/O that no particular thread waits for. False if that takes
+    /// too long: most likely the caller's own thread has I/O in flight that it does not drive.
+    fn wait_empty(&self, start: Instant, drive: &dyn Fn()) -> bool {
         let mut rounds = 0u32;
         while !self.lanes.is_empty() {
+            drive();
             if start.elapsed() > DRAIN_TIMEOUT {
                 return false;
             }
@@ -106,8 +90,8 @@ impl Gate {
     }
 
     /// Closes the gate, for asynchronous code: this thread's own I/O goes on while it waits until nobody is
-    /// inside. `None` (and open again) if that takes too long.
-    pub async fn close_async(&self) -> Option<Closed<'_>> {
+    /// inside; `drive` as in [`Frozen::close`]. `None` (and open again) if that takes too long.
+    pub async fn close_async(&self, drive: impl Fn()) -> Option<Closed<'_>> {
         self.shut();
         let closed = Closed { gate: self };
         let start = Instant::now();
@@ -115,6 +99,7 @@ impl Gate {
             if start.elapsed() > DRAIN_TIMEOUT {
                 return None;
             }
+            drive();
             give_way().await;
         }
         Some(closed)
@@ -177,12 +162,12 @@ impl Frozen {
         self.0.iter().any(|closed| Arc::ptr_eq(closed, blob))
     }
 
-    /// Closes those gates that are open, and waits until no I/O is in flight behind them. Not with the
-    /// metadata locked: others need that meanwhile.
+    /// Closes those gates that are open, and waits until no I/O is in flight behind them. Meanwhile `drive`
+    /// reaps I/O that no particular thread waits for. Not with the metadata locked: others need that meanwhile.
     ///
     /// # Errors
     /// The blob whose I/O does not come to an end.
-    pub fn close(&mut self, blobs: Vec<Arc<Shared>>) -> Result<(), BlobId> {
+    pub fn close(&mut self, blobs: Vec<Arc<Shared>>, drive: &dyn Fn()) -> Result<(), BlobId> {
         let first = self.0.len();
         for blob in blobs {
             if !self.has(&blob) {
@@ -193,7 +178,7 @@ impl Frozen {
         let start = Instant::now();
         let stuck = self.0[first..]
             .iter()
-            .find(|blob| !blob.gate.wait_empty(start));
+            .find(|blob| !blob.gate.wait_empty(start, drive));
         stuck.map_or(Ok(()), |blob| Err(blob.id))
     }
 }
@@ -206,17 +191,21 @@ impl Drop for Frozen {
     }
 }
 
-/// The place inside a gate of a write whose future was dropped; it leaves when it is dropped itself, which is
+/// The place inside a gate of I/O that outlives the call that began it; it leaves when it is dropped, which is
 /// when the device has answered.
 #[derive(Debug)]
 pub(crate) struct Owed {
-    blob: Arc<Shared>,
+    /// The blob counts as open.
+    blob: Option<Arc<Shared>>,
+    gate: Arc<Gate>,
     lane: usize,
 }
 
 impl Drop for Owed {
     fn drop(&mut self) {
-        self.blob.gate.lanes.leave(self.lane);
+        // In this order: whoever finds the gate empty may delete the blob.
+        self.blob = None;
+        self.gate.lanes.leave(self.lane);
     }
 }
 
@@ -230,7 +219,8 @@ impl Inside<'_> {
         let lane = self.lane;
         std::mem::forget(self);
         Owed {
-            blob: Arc::clone(blob),
+            blob: Some(Arc::clone(blob)),
+            gate: Arc::clone(&blob.gate),
             lane,
         }
     }
@@ -247,7 +237,7 @@ mod tests {
         let other = std::sync::Arc::clone(&gate);
         let closer = std::thread::spawn(move || {
             other.shut();
-            assert!(other.wait_empty(Instant::now()));
+            assert!(other.wait_empty(Instant::now(), &|| ()));
             assert!(other.try_enter().is_none());
             other.open();
         });

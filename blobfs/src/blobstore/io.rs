@@ -1,38 +1,26 @@
 //! The data path: reads and writes of open blobs on the caller's channel, without a lock that threads share.
 
-use pumice_bdev::{AsyncChannel, DmaBuf, DmaSlice, IoError, Op, OpKind, join_all};
+use std::sync::Arc;
+
+use pumice_bdev::{AsyncChannel, DmaBuf, DmaSlice, IoError, Op, OpKind, Ticket, join_all};
 
 use super::blob::Blob;
+use super::data::{Access, Cut, Part, Piece, Place, slice_of, write_ops};
+use super::edit::never_ends;
 use super::error::Error;
+use super::gate::{Frozen, Inside};
 use super::thin::Fill;
-use super::view::{Source, View};
+use super::view::View;
 
 /// Longest single write of zeroes to a device that has no operation for it.
 const ZEROES_BYTES: usize = 1 << 20;
-
-/// A part of an I/O that lies in one place.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Piece {
-    /// Where, with the cluster's own offset already added: a device block, or nothing.
-    at: Place,
-    /// Offset in the I/O, in bytes.
-    offset: u64,
-    /// Bytes.
-    len: u64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
-    Lba(u64),
-    Zeroes,
-    /// Byte offset in the external snapshot.
-    External(u64),
-}
+/// Longest part of a range that is cleared.
+const CLEAR_BYTES: u64 = 1 << 30;
 
 impl Blob {
     /// Checks that a range lies in the blob and in whole blocks.
     #[inline]
-    fn check_range(&self, view: &View, offset: u64, len: u64) -> Result<(), Error> {
+    pub(crate) fn check_range(&self, view: &View, offset: u64, len: u64) -> Result<(), Error> {
         let inner = &self.store.inner;
         let size = view.num_clusters() * inner.cluster_size;
         if (offset | len) & (inner.block_size - 1) != 0 {
@@ -60,59 +48,10 @@ impl Blob {
         let inner = &self.store.inner;
         let index = offset / inner.cluster_size;
         let within = offset % inner.cluster_size;
-        if len == 0
-            || within + len > inner.cluster_size
-            || len / inner.block_size > inner.max_io_blocks
-        {
+        if len == 0 || within + len > inner.cluster_size || len > inner.cut.longest {
             return None;
         }
         Some(view.own.lba(index)? + within / inner.block_size)
-    }
-
-    /// Cuts a range by where its clusters are; neighbours on the device stay together.
-    fn pieces(&self, view: &View, offset: u64, len: u64, own_only: bool) -> Vec<Piece> {
-        let inner = &self.store.inner;
-        let max = inner.max_io_blocks.saturating_mul(inner.block_size);
-        let mut pieces: Vec<Piece> = Vec::new();
-        let mut done = 0;
-        while done < len {
-            let index = (offset + done) / inner.cluster_size;
-            let within = (offset + done) % inner.cluster_size;
-            let now = (inner.cluster_size - within).min(len - done);
-            let source = match view.own.cluster(index) {
-                Some(cluster) => Source::Cluster(cluster),
-                None if own_only => Source::Zeroes,
-                None => view.source(index),
-            };
-            let at = match source {
-                Source::Cluster(cluster) => {
-                    let bytes = u64::from(cluster) * inner.cluster_size + within;
-                    Place::Lba(bytes / inner.block_size)
-                }
-                Source::Zeroes => Place::Zeroes,
-                Source::External => Place::External(offset + done),
-            };
-            match pieces.last_mut() {
-                Some(last) if last.follows(at, inner.block_size) && last.len + now <= max => {
-                    last.len += now;
-                }
-                _ => {
-                    let mut rest = Piece {
-                        at,
-                        offset: done,
-                        len: now,
-                    };
-                    while rest.len > max && matches!(at, Place::Lba(_)) {
-                        let (first, second) = rest.split(max, inner.block_size);
-                        pieces.push(first);
-                        rest = second;
-                    }
-                    pieces.push(rest);
-                }
-            }
-            done += now;
-        }
-        pieces
     }
 
     /// Reads into `buf` from byte `offset`; both in whole device blocks. Gives the buffer back.
@@ -126,54 +65,50 @@ impl Blob {
             self.check_range(&view, offset, buf.len() as u64)?;
             self.one_place(&view, offset, buf.len() as u64)
         };
-        let result = match place {
-            Some(lba) => ch.read(lba, buf).await.map_err(Error::from),
-            None => self.read_pieces(ch, offset, buf).await,
+        if let Some(lba) = place {
+            let result = ch.read(lba, buf).await;
+            drop(inside);
+            return Ok(result?);
+        }
+        let access = Access { blob: self, inside };
+        let len = buf.len() as u64;
+        let read = match access.parts(offset, len)?[..] {
+            [
+                Part {
+                    at: Place::Device(lba),
+                    ..
+                },
+            ] => Ok(ch.read(lba, buf).await?),
+            _ => read_pieces(ch, access.pieces(offset, len, usize::MAX)?, buf).await,
         };
-        drop(inside);
-        result
+        drop(access);
+        read
     }
 
-    async fn read_pieces(
-        &self,
-        ch: &AsyncChannel,
-        offset: u64,
-        mut buf: DmaBuf,
-    ) -> Result<DmaBuf, Error> {
-        let view = self.shared.view.load_full();
-        let pieces = self.pieces(&view, offset, buf.len() as u64, false);
-        if let [
-            Piece {
-                at: Place::Lba(lba),
-                ..
-            },
-        ] = pieces[..]
-        {
-            return Ok(ch.read(lba, buf).await?);
-        }
-        let mut reads = Vec::new();
-        let mut places = Vec::new();
-        for piece in &pieces {
-            let range = piece.range();
-            match piece.at {
-                Place::Lba(lba) => {
-                    reads.push(ch.read(lba, DmaBuf::new(range.len())?));
-                    places.push(range);
-                }
-                Place::Zeroes => buf[range].fill(0),
-                Place::External(at) => {
-                    let external = view
-                        .external
-                        .as_ref()
-                        .expect("a source in the external snapshot");
-                    external.read(at, &mut buf[range])?;
-                }
+    /// Begins I/O on the blob; waits while its clusters move. A thread that has one `Access` must not ask for
+    /// another of the same blob: the one that moves clusters waits for the first and holds up the second.
+    ///
+    /// # Errors
+    /// There is no channel to wait on.
+    pub(crate) fn access(&self) -> Result<Access<'_>, Error> {
+        let inside = match self.shared.gate.try_enter() {
+            Some(inside) => inside,
+            None => {
+                let ch = self.store.channel()?;
+                ch.block_on(self.shared.gate.enter())
             }
-        }
-        for (read, range) in join_all(reads).await.into_iter().zip(places) {
-            buf[range].copy_from_slice(&read?);
-        }
-        Ok(buf)
+        };
+        Ok(Access { blob: self, inside })
+    }
+
+    /// Waits until no I/O is in flight on the blob, as before it is closed for good.
+    ///
+    /// # Errors
+    /// It does not come to an end.
+    pub(crate) fn quiesce(&self) -> Result<(), Error> {
+        let blobs = vec![Arc::clone(&self.shared)];
+        let drained = Frozen::default().close(blobs, &|| self.store.drive_shared());
+        drained.map_err(never_ends)
     }
 
     /// Writes `data` at byte `offset`, both in whole device blocks. A thin blob first gets the clusters
@@ -196,13 +131,13 @@ impl Blob {
         let len = data.len() as u64;
         loop {
             let inside = self.shared.gate.enter().await;
-            let (place, pieces) = {
+            let (place, parts) = {
                 let view = self.shared.view.load();
                 self.check_writable(&view)?;
                 self.check_range(&view, offset, len)?;
                 match self.one_place(&view, offset, len) {
                     Some(lba) => (Some(lba), Vec::new()),
-                    None => (None, self.pieces(&view, offset, len, true)),
+                    None => (None, self.own_parts(&view, offset, len)),
                 }
             };
             if let Some(lba) = place {
@@ -212,44 +147,93 @@ impl Blob {
                 result?;
                 return self.flush_if(ch, fua).await;
             }
-            let missing = pieces.iter().find(|piece| piece.at == Place::Zeroes);
-            let Some(missing) = missing else {
-                let landing = Landing::new(self, ch, inside);
-                let with_fua = fua && self.needs_fua();
-                let writes = pieces.iter().filter_map(|piece| match piece.at {
-                    Place::Lba(lba) => Some(ch.write(lba, data.slice(piece.range()), with_fua)),
-                    _ => None,
-                });
-                let results = join_all(writes).await;
-                landing.landed();
-                results
-                    .into_iter()
-                    .collect::<Result<Vec<()>, Box<IoError>>>()?;
-                return self.flush_if(ch, fua).await;
-            };
-            drop(inside);
-            let size = self.store.cluster_size();
-            self.check_room(&pieces, offset)?;
-            let first = (offset + missing.offset) / size;
-            let last = (offset + missing.offset + missing.len - 1) / size;
-            for index in first..=last {
-                // A cluster that is overwritten as a whole needs no other content first.
-                let start = (index * size)
-                    .checked_sub(offset)
-                    .filter(|start| start + size <= len);
-                let fill = match start.and_then(|start| usize::try_from(start).ok()) {
-                    Some(start) => {
-                        let end = start + usize::try_from(size).expect("inside of a slice");
-                        Fill::Data(data.slice(start..end))
-                    }
-                    None => Fill::Backing,
-                };
-                self.store.allocate(self, index, fill).await?;
+            let missing = parts.iter().find(|part| part.at == Place::Zeroes).copied();
+            let data = std::slice::from_ref(&data);
+            if let Some(missing) = missing {
+                drop(inside);
+                self.allocate_missing(&parts, missing, offset, data).await?;
+                continue;
             }
+            let landing = Landing::new(self, ch, inside);
+            let writes = write_ops(&parts, data, fua && self.needs_fua());
+            let outcomes = ch.io_all(writes).await;
+            landing.landed();
+            for (_, result) in outcomes {
+                result?;
+            }
+            return self.flush_if(ch, fua).await;
         }
     }
 
-    fn check_writable(&self, view: &View) -> Result<(), Error> {
+    /// Starts a write of `data`, one slice behind the other, at byte `offset`, all in whole device blocks, on
+    /// the channels that threads share; `done` gets the result, on whichever thread reaps it. A thin blob first
+    /// gets the clusters that it does not have, which blocks. With `fua`, which the device must support, the
+    /// write is durable when it is done.
+    ///
+    /// # Errors
+    /// As [`Blob::write`]; `done` is not called then.
+    pub(crate) fn start_write(
+        &self,
+        offset: u64,
+        data: &[DmaSlice],
+        fua: bool,
+        done: impl FnOnce(Result<(), Box<IoError>>) + Send + 'static,
+    ) -> Result<Ticket, Error> {
+        let len = data.iter().map(|slice| slice.len() as u64).sum();
+        loop {
+            let access = self.access()?;
+            let parts = access.own_parts(offset, len)?;
+            let missing = parts.iter().find(|part| part.at == Place::Zeroes).copied();
+            if let Some(missing) = missing {
+                drop(access);
+                let ch = self.store.channel()?;
+                ch.block_on(self.allocate_missing(&parts, missing, offset, data))?;
+                continue;
+            }
+            let shared = self.store.shared()?;
+            let ops = write_ops(&parts, data, fua);
+            let held = access.hold();
+            return Ok(shared.submit(ops, move |outcome| {
+                drop(held);
+                done(outcome.result);
+            }));
+        }
+    }
+
+    fn own_parts(&self, view: &View, offset: u64, len: u64) -> Vec<Part> {
+        let cut = &self.store.inner.cut;
+        cut.parts(offset, len, |index| view.own_source(index))
+    }
+
+    /// Gives a thin blob the clusters of `missing`, one of the `parts` of a write of `data` at `offset`. Others
+    /// may take some away again before the write comes to them.
+    async fn allocate_missing(
+        &self,
+        parts: &[Part],
+        missing: Part,
+        offset: u64,
+        data: &[DmaSlice],
+    ) -> Result<(), Error> {
+        self.check_room(parts, offset)?;
+        let size = self.store.cluster_size();
+        for index in clusters(missing, offset, size) {
+            // A cluster that is overwritten as a whole needs no other content first.
+            let start = (index * size).checked_sub(offset);
+            let start = start.and_then(|start| usize::try_from(start).ok());
+            let end = usize::try_from(size)
+                .ok()
+                .zip(start)
+                .map(|(size, start)| start + size);
+            let whole = start
+                .zip(end)
+                .and_then(|(start, end)| slice_of(data, start..end));
+            let fill = whole.map_or(Fill::Backing, Fill::Data);
+            self.store.allocate(self, index, fill).await?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn check_writable(&self, view: &View) -> Result<(), Error> {
         if self.store.inner.read_only {
             Err(Error::ReadOnlyStore)
         } else if view.read_only {
@@ -266,16 +250,11 @@ impl Blob {
 
     /// Is there a free cluster for each that an I/O at `offset` needs? A write that does not fit begins with
     /// nothing; beside others that take clusters meanwhile it may end with a part.
-    fn check_room(&self, pieces: &[Piece], offset: u64) -> Result<(), Error> {
+    fn check_room(&self, parts: &[Part], offset: u64) -> Result<(), Error> {
         let size = self.store.cluster_size();
-        let holes = pieces.iter().filter(|piece| piece.at == Place::Zeroes);
-        let needed = holes
-            .map(|hole| {
-                let start = offset + hole.offset;
-                (start + hole.len).div_ceil(size) - start / size
-            })
-            .sum();
-        self.store.check_room(needed)
+        let holes = parts.iter().filter(|part| part.at == Place::Zeroes);
+        let needed = holes.map(|hole| clusters(*hole, offset, size).count() as u64);
+        self.store.check_room(needed.sum())
     }
 
     /// A durable write on a device that has a cache and no FUA is followed by a flush.
@@ -336,20 +315,23 @@ impl Blob {
         let unmap = !zero && info.ops.has(OpKind::Unmap);
         loop {
             let inside = self.shared.gate.enter().await;
-            let (pieces, backed) = {
+            let (parts, backed) = {
                 let view = self.shared.view.load();
                 self.check_range(&view, offset, len)?;
-                (self.pieces(&view, offset, len, true), view.has_backing())
+                let cut = Cut {
+                    longest: CLEAR_BYTES,
+                    ..inner.cut
+                };
+                let parts = cut.parts(offset, len, |index| view.own_source(index));
+                (parts, view.has_backing())
             };
-            let hole = pieces
+            let hole = parts
                 .iter()
-                .find(|piece| piece.at == Place::Zeroes && zero && backed);
+                .find(|part| part.at == Place::Zeroes && zero && backed);
             if let Some(hole) = hole {
                 drop(inside);
-                self.check_room(&pieces, offset)?;
-                let first = (offset + hole.offset) / size;
-                let last = (offset + hole.offset + hole.len - 1) / size;
-                for index in first..=last {
+                self.check_room(&parts, offset)?;
+                for index in clusters(*hole, offset, size) {
                     let whole = index * size >= offset && (index + 1) * size <= offset + len;
                     let fill = if whole { Fill::Zeroes } else { Fill::Backing };
                     self.store.allocate(self, index, fill).await?;
@@ -359,9 +341,11 @@ impl Blob {
             let landing = Landing::new(self, ch, inside);
             let mut ops = Vec::new();
             let mut zeroes: Option<DmaSlice> = None;
-            for piece in &pieces {
-                let Place::Lba(lba) = piece.at else { continue };
-                let len_blocks = piece.len / inner.block_size;
+            for part in &parts {
+                let Place::Device(lba) = part.at else {
+                    continue;
+                };
+                let len_blocks = part.len / inner.block_size;
                 if unmap {
                     ops.push(Op::Unmap { lba, len_blocks });
                 } else if info.ops.has(OpKind::WriteZeroes) {
@@ -374,10 +358,10 @@ impl Blob {
                     let whole = match &zeroes {
                         Some(whole) => whole.clone(),
                         None => zeroes
-                            .insert(DmaBuf::zeroed(ZEROES_BYTES.min(piece.range().len()))?.freeze())
+                            .insert(DmaBuf::zeroed(ZEROES_BYTES.min(part.bytes().len()))?.freeze())
                             .clone(),
                     };
-                    let bytes = piece.range().len();
+                    let bytes = part.bytes().len();
                     for start in (0..bytes).step_by(whole.len()) {
                         ops.push(Op::Write {
                             lba: lba + start as u64 / inner.block_size,
@@ -478,37 +462,35 @@ impl Blob {
     }
 }
 
-impl Piece {
-    fn range(&self) -> std::ops::Range<usize> {
-        let cast = |n: u64| usize::try_from(n).expect("the length of a buffer");
-        cast(self.offset)..cast(self.offset + self.len)
-    }
+/// The clusters that a part of a range from byte `offset` on touches.
+fn clusters(part: Part, offset: u64, size: u64) -> std::ops::Range<u64> {
+    let start = offset + part.offset;
+    start / size..(start + part.len).div_ceil(size)
+}
 
-    /// Does `at` continue this piece?
-    fn follows(&self, at: Place, block_size: u64) -> bool {
-        match (self.at, at) {
-            (Place::Lba(mine), Place::Lba(next)) => mine + self.len / block_size == next,
-            (Place::Zeroes, Place::Zeroes) => true,
-            (Place::External(mine), Place::External(next)) => mine + self.len == next,
-            _ => false,
-        }
-    }
-
-    fn split(self, len: u64, block_size: u64) -> (Piece, Piece) {
-        let at = match self.at {
-            Place::Lba(lba) => Place::Lba(lba + len / block_size),
-            Place::Zeroes => Place::Zeroes,
-            Place::External(at) => Place::External(at + len),
-        };
-        (
-            Piece { len, ..self },
-            Piece {
-                at,
-                offset: self.offset + len,
-                len: self.len - len,
+/// Fills `buf` with pieces, one behind the other.
+async fn read_pieces(
+    ch: &AsyncChannel,
+    pieces: Vec<Piece>,
+    mut buf: DmaBuf,
+) -> Result<DmaBuf, Error> {
+    let reads = pieces.into_iter().map(|piece| async move {
+        match piece {
+            Piece::Filled(buf) => Ok(buf),
+            Piece::FromDevice(op) => match ch.io(op).await {
+                (Op::Read { buf, .. }, Ok(())) => Ok(buf),
+                (_, Err(error)) => Err(error),
+                (op, Ok(())) => unreachable!("a read came back as {op:?}"),
             },
-        )
+        }
+    });
+    let mut at = 0;
+    for read in join_all(reads).await {
+        let read = read?;
+        buf[at..at + read.len()].copy_from_slice(&read);
+        at += read.len();
     }
+    Ok(buf)
 }
 
 /// A write on its way. If its future is dropped before it has landed, the writer leaves the gate when the
@@ -516,11 +498,11 @@ impl Piece {
 struct Landing<'a> {
     blob: &'a Blob,
     ch: &'a AsyncChannel,
-    inside: Option<super::gate::Inside<'a>>,
+    inside: Option<Inside<'a>>,
 }
 
 impl<'a> Landing<'a> {
-    fn new(blob: &'a Blob, ch: &'a AsyncChannel, inside: super::gate::Inside<'a>) -> Landing<'a> {
+    fn new(blob: &'a Blob, ch: &'a AsyncChannel, inside: Inside<'a>) -> Landing<'a> {
         Landing {
             blob,
             ch,

@@ -16,6 +16,7 @@ mod channels;
 pub mod check;
 mod claims;
 mod commit;
+pub(crate) mod data;
 pub mod dump;
 mod edit;
 mod error;

@@ -1,11 +1,11 @@
 //! The blobstore: making, loading, unloading, and what can be asked of it.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use pumice_bdev::contents::{Formatting, Overwrite};
-use pumice_bdev::{AsyncChannel, BlockDevice};
+use pumice_bdev::{AsyncChannel, BlockDevice, SharedChannels};
 #[cfg(doc)]
 use pumice_bdev::{BdevError, contents};
 use zerocopy::little_endian::U32;
@@ -16,6 +16,7 @@ use super::channels::Channels;
 use super::claims::Claim;
 use super::commit::Commit;
 use super::commit::in_place::InPlace;
+use super::data::Cut;
 use super::edit::Edit;
 use super::error::Error;
 use super::external::OpenExternal;
@@ -82,6 +83,8 @@ pub struct LoadOptions {
     pub refuse_damage: bool,
 }
 
+/// The longest single read or write of data, where the device takes as much.
+const MAX_IO_BYTES: u64 = 8 << 20;
 /// A metadata region of up to so many bytes is zeroed by writing, a larger one by the device.
 const MAX_WRITTEN_MD_BYTES: u64 = 80 << 20;
 
@@ -108,10 +111,13 @@ pub struct Blobstore {
 pub(crate) struct Inner {
     pub dev: Arc<dyn BlockDevice>,
     pub channels: Channels,
+    /// For I/O that outlives the call that begins it; opened at the first use.
+    pub shared: OnceLock<SharedChannels>,
     pub cluster_size: u64,
     pub io_unit_size: u32,
     pub block_size: u64,
-    pub max_io_blocks: u64,
+    /// How ranges of blobs become operations.
+    pub cut: Cut,
     pub bstype: BsType,
     pub failed_flush: Arc<FailedFlush>,
     /// Loaded so that nothing is ever written.
@@ -346,9 +352,15 @@ impl Blobstore {
             .blobs
             .into_iter()
             .map(|(root, meta)| (root, Slot::new(Arc::new(meta))));
-        let max_io_blocks = match dev.info().max_io_blocks {
-            0 => u64::MAX,
-            limit => limit.into(),
+        let longest = dev.info().transfer_blocks(MAX_IO_BYTES) * block_size;
+        let cut = Cut {
+            cluster: cluster_size,
+            block: block_size,
+            // Pages are cached whole where an operation is not cut inside one.
+            longest: match longest / PAGE_SIZE_U64 {
+                0 => longest,
+                pages => pages * PAGE_SIZE_U64,
+            },
         };
         let mut state = State {
             sb,
@@ -384,10 +396,11 @@ impl Blobstore {
         let inner = Inner {
             dev,
             channels,
+            shared: OnceLock::new(),
             cluster_size,
             io_unit_size,
             block_size,
-            max_io_blocks,
+            cut,
             bstype,
             failed_flush,
             read_only,
@@ -417,6 +430,9 @@ impl Blobstore {
             state.check_unloadable()?;
             state.unloading = true;
         }
+        if let Some(shared) = inner.shared.get() {
+            shared.drain();
+        }
         let quiet = inner.channels.quiesce();
         // Until it is unloaded nobody else changes anything.
         let edit = self.edit_to_the_end();
@@ -441,6 +457,9 @@ impl Blobstore {
         drop(state);
         inner.channels.close();
         inner.md_channels.close();
+        if let Some(shared) = inner.shared.get() {
+            shared.close(inner.dev.info());
+        }
         *inner.claim.lock() = None;
         in_order
     }
@@ -636,6 +655,37 @@ impl Blobstore {
     /// The device gives no channel, the store is unloaded.
     pub fn channel(&self) -> Result<AsyncChannel, Error> {
         self.inner.channels.get()
+    }
+
+    /// Opens `want` channels that all threads share, or as many as the device gives, for I/O that outlives the
+    /// call that begins it. Done once; later calls change nothing.
+    ///
+    /// # Errors
+    /// The device gives none.
+    pub(crate) fn open_shared(&self, want: usize) -> Result<&SharedChannels, Error> {
+        if let Some(shared) = self.inner.shared.get() {
+            return Ok(shared);
+        }
+        let opened = SharedChannels::new(&self.inner.dev, want)?;
+        Ok(self.inner.shared.get_or_init(|| opened))
+    }
+
+    /// The channels that all threads share.
+    ///
+    /// # Errors
+    /// As [`Blobstore::open_shared`].
+    pub(crate) fn shared(&self) -> Result<&SharedChannels, Error> {
+        self.open_shared(1)
+    }
+
+    /// Waits a moment for I/O on the shared channels, if there is some in flight.
+    pub(crate) fn drive_shared(&self) {
+        self.inner.shared.get().map(SharedChannels::wait_any);
+    }
+
+    /// Reaps what has completed on the shared channels.
+    pub(crate) fn poll_shared(&self) {
+        self.inner.shared.get().map(SharedChannels::poll_all);
     }
 
     /// Calls `f` with this thread's channel to the device.

@@ -92,7 +92,7 @@ impl Blobstore {
         let _closed = blob
             .shared
             .gate
-            .close_async()
+            .close_async(|| self.poll_shared())
             .await
             .ok_or_else(|| never_ends(id))?;
         let edit = self.edit_async(&Scope::Blobs(vec![id])).await?;

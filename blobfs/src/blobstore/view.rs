@@ -73,6 +73,14 @@ impl View {
         }
     }
 
+    /// Where the blob itself has cluster `index`.
+    #[inline]
+    pub fn own_source(&self, index: u64) -> Source {
+        self.own
+            .cluster(index)
+            .map_or(Source::Zeroes, Source::Cluster)
+    }
+
     /// Where cluster `index` would be read from if the blob itself did not have it.
     pub fn parent_source(&self, index: u64) -> Source {
         for map in self.ancestors() {

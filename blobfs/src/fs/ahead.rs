@@ -4,14 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use pumice_bdev::IoError;
+use pumice_bdev::{IoError, Ticket};
 
 use super::core::Core;
 use super::error::{FsError, Result};
 use super::file::Open;
 use super::inode::Inode;
-use super::pool::Ticket;
-use super::read::Piece;
+use super::read::{Chunk, copy_chunks};
 
 /// One read of a read-ahead.
 const STEP: u64 = 256 << 10;
@@ -156,7 +155,7 @@ impl Core {
         };
         match ticket {
             Some(ticket) => {
-                self.pool.wait(&ticket);
+                self.shared().wait(&ticket);
                 true
             }
             None => false,
@@ -164,7 +163,7 @@ impl Core {
     }
 }
 
-type Arrived = Mutex<Option<std::result::Result<Vec<Piece>, Box<IoError>>>>;
+type Arrived = Mutex<Option<std::result::Result<Vec<Chunk>, Box<IoError>>>>;
 
 /// A read under way; see [`File::read_async`](super::File::read_async). Dropping it cancels it.
 pub struct ReadHandle {
@@ -216,7 +215,7 @@ impl ReadHandle {
     /// Whether [`ReadHandle::read_into`] would return at once. Reaps completions; never blocks.
     pub fn poll(&self) -> bool {
         match &self.ticket {
-            Some(ticket) => self.open.core.pool.poll(ticket),
+            Some(ticket) => self.open.core.shared().poll(ticket),
             None => true,
         }
     }
@@ -228,7 +227,7 @@ impl ReadHandle {
     /// Waits until the data is there.
     pub fn wait(&self) {
         if let Some(ticket) = &self.ticket {
-            self.open.core.pool.wait(ticket);
+            self.open.core.shared().wait(ticket);
         }
     }
 
@@ -242,8 +241,8 @@ impl ReadHandle {
         let ino = &self.open.ino;
         let n = self.len.min(out.len());
         let out = &mut out[..n];
-        let pieces = match self.arrived.lock().take() {
-            Some(Ok(pieces)) => pieces,
+        let chunks = match self.arrived.lock().take() {
+            Some(Ok(chunks)) => chunks,
             Some(Err(e)) => return Err(FsError::io(format!("{}: read", ino.path()), e)),
             None => Vec::new(),
         };
@@ -255,23 +254,15 @@ impl ReadHandle {
             return Ok(0);
         }
         let n = usize::try_from(len - self.off).map_or(n, |rest| rest.min(n));
-        let mut done = 0;
-        while done < n {
-            let at = self.off + done as u64;
-            let out = &mut out[done..n];
-            let copied = pieces.iter().map(|p| p.copy(at, out)).find(|c| *c > 0);
-            let copied = copied.unwrap_or_else(|| ino.frames.copy(at, out));
-            if copied == 0 {
-                // Evicted since: read what is left now.
-                let rest = self
-                    .open
-                    .core
-                    .read_at(ino, at, out, !self.open.is_direct())?;
-                return Ok(done + rest);
-            }
-            done += copied;
+        let done = copy_chunks(ino, &chunks, self.off, &mut out[..n]);
+        if done == n {
+            return Ok(n);
         }
-        Ok(n)
+        // Evicted since: read what is left now.
+        let keep = !self.open.is_direct();
+        let rest =
+            (self.open.core).read_at(ino, self.off + done as u64, &mut out[done..n], keep)?;
+        Ok(done + rest)
     }
 
     /// Gives the read up. Its buffers live until the device is done with them.

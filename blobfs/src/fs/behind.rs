@@ -6,14 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use pumice_bdev::{DmaSlice, IoError};
+use pumice_bdev::{DmaSlice, IoError, Ticket};
 
-use super::core::{Core, Unallocated};
+use super::core::Core;
 use super::durable::{Begun, Durability};
 use super::error::{FsError, Result};
 use super::frame::{Frame, REGION};
 use super::inode::Inode;
-use super::pool::{Outcome, Ticket};
 use super::tail::Tail;
 use crate::blobstore::Error as StoreError;
 
@@ -97,47 +96,35 @@ impl Core {
             None => return Ok(()),
         };
         *pending.error.lock() = None;
-        let map = ino.extents.load_full();
-        let counters = Arc::clone(&self.writes);
-        let begun = counters.begin();
-        match self.write_ops(&map, pending.from, &slices, pending.fua) {
-            Ok(ops) => {
-                counters
-                    .in_flight
-                    .fetch_add(pending.bytes, Ordering::Relaxed);
-                let p = Arc::clone(pending);
-                let ticket = self.pool.submit(
-                    ops,
-                    Box::new(move |o: Outcome| {
-                        counters.in_flight.fetch_sub(p.bytes, Ordering::Relaxed);
-                        p.complete(&counters, begun, o.result);
-                    }),
-                );
+        let blob = ino.blob()?;
+        let begun = self.writes.begin();
+        let (counters, p) = (Arc::clone(&self.writes), Arc::clone(pending));
+        counters.in_flight.fetch_add(p.bytes, Ordering::Relaxed);
+        let done = move |result| {
+            counters.in_flight.fetch_sub(p.bytes, Ordering::Relaxed);
+            p.complete(&counters, begun, result);
+        };
+        let error = match blob.start_write(pending.from, &slices, pending.fua, done) {
+            Ok(ticket) => {
                 *pending.ticket.lock() = Some(ticket);
+                return Ok(());
             }
-            Err(Unallocated) => {
-                // A thin file of a foreign image: the blobstore allocates, one piece at a time.
-                let blob = ino.blob()?;
-                let mut off = pending.from;
-                for slice in slices {
-                    let n = slice.len() as u64;
-                    match blob.write_at(off, slice, pending.fua) {
-                        Ok(()) => off += n,
-                        Err(StoreError::Io(e)) => {
-                            pending.complete(&counters, begun, Err(e));
-                            return Ok(());
-                        }
-                        Err(e) => {
-                            let e = self.store_error(ino.path(), e);
-                            *pending.error.lock() = Some(e.clone());
-                            return Err(e);
-                        }
-                    }
-                }
-                pending.complete(&counters, begun, Ok(()));
+            Err(error) => error,
+        };
+        self.writes
+            .in_flight
+            .fetch_sub(pending.bytes, Ordering::Relaxed);
+        match error {
+            StoreError::Io(e) => {
+                pending.complete(&self.writes, begun, Err(e));
+                Ok(())
+            }
+            e => {
+                let e = self.store_error(ino.path(), e);
+                *pending.error.lock() = Some(e.clone());
+                Err(e)
             }
         }
-        Ok(())
     }
 
     /// Waits until no write overlaps `[from, upto)`.
@@ -199,7 +186,7 @@ impl Core {
     pub fn wait_pending(&self, pending: &Pending) {
         let ticket = pending.ticket.lock().clone();
         if let Some(ticket) = ticket {
-            self.pool.wait(&ticket);
+            self.shared().wait(&ticket);
         }
     }
 
@@ -226,7 +213,7 @@ impl Core {
             match tail.pending.iter().find(|p| !p.is_over()) {
                 Some(p) => self.wait_pending(p),
                 None => {
-                    if !self.pool.wait_any() {
+                    if !self.shared().wait_any() {
                         break;
                     }
                 }

@@ -11,6 +11,7 @@ use std::sync::{Arc, Weak};
 
 use crossbeam::utils::CachePadded;
 use parking_lot::Mutex;
+use pumice_bdev::thread_number;
 
 use super::frame::Frame;
 
@@ -52,16 +53,6 @@ pub(crate) struct Cache {
     misses: Box<[CachePadded<AtomicU64>]>,
 }
 
-/// A small number of this thread, for choosing among stripes.
-#[inline]
-pub(crate) fn thread_stripe() -> usize {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    thread_local! {
-        static MINE: usize = NEXT.fetch_add(1, Ordering::Relaxed);
-    }
-    MINE.with(|m| *m)
-}
-
 impl Cache {
     pub fn new(capacity: u64) -> Arc<Cache> {
         Arc::new(Cache {
@@ -78,11 +69,11 @@ impl Cache {
 
     #[inline]
     pub fn count_hit(&self) {
-        self.hits[thread_stripe() % STRIPES].fetch_add(1, Ordering::Relaxed);
+        self.hits[thread_number() % STRIPES].fetch_add(1, Ordering::Relaxed);
     }
 
     pub fn count_miss(&self) {
-        self.misses[thread_stripe() % STRIPES].fetch_add(1, Ordering::Relaxed);
+        self.misses[thread_number() % STRIPES].fetch_add(1, Ordering::Relaxed);
     }
 
     /// Bytes of clean frames.

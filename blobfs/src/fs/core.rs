@@ -1,12 +1,10 @@
-//! What all files of a mount share: device, blobstore, shared channels, cache, counters; and how
-//! byte ranges of a file become operations on the device.
+//! What all files of a mount share: device, blobstore, cache, counters.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::Mutex;
 use pumice_bdev::process::Birth;
-use pumice_bdev::{BlockDevice, DmaSlice, Op, OpKind};
+use pumice_bdev::{BlockDevice, Op, SharedChannels};
 
 use super::cache::Cache;
 use super::durable::{Durability, lost};
@@ -16,15 +14,13 @@ use super::inode::Inode;
 use super::metered::Metered;
 use super::names::Namespace;
 use super::options::MountOptions;
-use super::pool::{IoPool, Outcome};
-use crate::blobstore::{Blobstore, Error as StoreError, ExtentMap};
+use crate::blobstore::{Blobstore, Error as StoreError};
 
 /// A mounted file system.
 pub(crate) struct Core {
     pub store: Blobstore,
     pub metered: Arc<Metered>,
     pub dev: Arc<dyn BlockDevice>,
-    pub pool: IoPool,
     pub cache: Arc<Cache>,
     pub writes: Arc<Durability>,
     pub names: Namespace,
@@ -40,23 +36,11 @@ pub(crate) struct Core {
     pub ended: Arc<Ended>,
     /// Bytes of a write to the device are a multiple of this.
     pub block: usize,
-    pub block_size: u64,
     pub cluster: u64,
-    pub max_io: usize,
     pub write_cache: bool,
     pub fua: bool,
     /// What the mount found wrong and left alone.
     pub problems: Vec<String>,
-}
-
-/// A range of a file met a cluster that is not allocated (a thin blob of a foreign image).
-pub(crate) struct Unallocated;
-
-/// One device operation's worth of a file: where, and which bytes.
-pub(crate) struct Run {
-    pub lba: u64,
-    pub off: u64,
-    pub len: usize,
 }
 
 impl Core {
@@ -110,99 +94,9 @@ impl Core {
         error
     }
 
-    /// Cuts `[off, off + len)` of a file where the device's blocks are not consecutive or an
-    /// operation would be too long. Both must be multiples of the block size.
-    pub fn runs(
-        &self,
-        map: &ExtentMap,
-        off: u64,
-        len: usize,
-    ) -> std::result::Result<Vec<Run>, Unallocated> {
-        let mut runs: Vec<Run> = Vec::with_capacity(1);
-        let end = off + len as u64;
-        let mut at = off;
-        while at < end {
-            let index = at / self.cluster;
-            let lba = map.lba(index).ok_or(Unallocated)?;
-            let inside = at % self.cluster;
-            let n = (self.cluster - inside).min(end - at);
-            let lba = lba + inside / self.block_size;
-            let n = usize::try_from(n).unwrap_or(usize::MAX);
-            match runs.last_mut() {
-                Some(run)
-                    if run.lba + run.len as u64 / self.block_size == lba
-                        && run.len + n <= self.max_io =>
-                {
-                    run.len += n;
-                }
-                _ => runs.push(Run {
-                    lba,
-                    off: at,
-                    len: n,
-                }),
-            }
-            at += n as u64;
-        }
-        // A cluster may be longer than the device takes at once.
-        if runs.iter().any(|r| r.len > self.max_io) {
-            runs = runs.into_iter().flat_map(|r| self.cut(&r)).collect();
-        }
-        Ok(runs)
-    }
-
-    fn cut(&self, run: &Run) -> Vec<Run> {
-        (0..run.len)
-            .step_by(self.max_io)
-            .map(|done| Run {
-                lba: run.lba + done as u64 / self.block_size,
-                off: run.off + done as u64,
-                len: self.max_io.min(run.len - done),
-            })
-            .collect()
-    }
-
-    /// The operations that write `slices`, which follow one another from `off`.
-    pub fn write_ops(
-        &self,
-        map: &ExtentMap,
-        off: u64,
-        slices: &[DmaSlice],
-        fua: bool,
-    ) -> std::result::Result<Vec<Op>, Unallocated> {
-        let total = slices.iter().map(DmaSlice::len).sum();
-        let runs = self.runs(map, off, total)?;
-        let mut ops = Vec::with_capacity(runs.len());
-        let mut rest = slices.iter().cloned();
-        let mut current = rest.next();
-        for run in runs {
-            let mut data: Vec<DmaSlice> = Vec::with_capacity(1);
-            let mut need = run.len;
-            while need > 0 {
-                let Some(slice) = current.take() else { break };
-                let n = slice.len().min(need);
-                if n < slice.len() {
-                    current = Some(slice.slice(n..slice.len()));
-                    data.push(slice.slice(0..n));
-                } else {
-                    data.push(slice);
-                    current = rest.next();
-                }
-                need -= n;
-            }
-            ops.push(match data.len() {
-                1 => Op::Write {
-                    lba: run.lba,
-                    data: data.remove(0),
-                    fua,
-                },
-                _ => Op::WriteV {
-                    lba: run.lba,
-                    data,
-                    fua,
-                },
-            });
-        }
-        Ok(ops)
+    /// The channels that all threads share.
+    pub fn shared(&self) -> &SharedChannels {
+        self.store.shared().expect("they were opened at the mount")
     }
 
     /// Makes every completed write up to `seq` durable. Concurrent callers share flushes.
@@ -211,7 +105,7 @@ impl Core {
             return Ok(());
         }
         self.writes.flushes.cover(seq, || {
-            self.run_ops(vec![Op::Flush]).map_err(|e| {
+            self.shared().run(vec![Op::Flush]).map_err(|e| {
                 // Others have been noted where they came back from the device.
                 if e.is_retryable() {
                     self.writes.flush_failed(&e);
@@ -221,64 +115,19 @@ impl Core {
         })
     }
 
-    /// Runs operations on the shared channels and waits for them.
-    pub fn run_ops(&self, ops: Vec<Op>) -> std::result::Result<(), Box<pumice_bdev::IoError>> {
-        let result = Arc::new(Mutex::new(Ok(())));
-        let slot = Arc::clone(&result);
-        let ticket = self
-            .pool
-            .submit(ops, Box::new(move |o: Outcome| *slot.lock() = o.result));
-        self.pool.wait(&ticket);
-        std::mem::replace(&mut *result.lock(), Ok(()))
-    }
-
     /// Writes zeroes over `[off, off + len)` of a file (multiples of the block size) and waits.
     /// What was written is not durable yet; returns the sequence to flush up to.
     pub fn zero_range(&self, ino: &Inode, off: u64, len: u64) -> Result<u64> {
-        let map = ino.extents.load_full();
-        let mut at = off;
-        let native = self.dev.info().ops.has(OpKind::WriteZeroes);
-        let step = 64u64 << 20;
-        let mut zeroes: Option<DmaSlice> = None;
+        /// As much is on its way together.
+        const STEP: u64 = 64 << 20;
+        let blob = ino.blob()?;
         let begun = self.writes.begin();
-        while at < off + len {
-            let n = usize::try_from(step.min(off + len - at)).unwrap_or(usize::MAX);
-            let runs = self.runs(&map, at, n).map_err(|Unallocated| {
-                FsError::invalid(
-                    &ino.path(),
-                    "a thin file of a foreign image cannot be extended over a gap",
-                )
-            })?;
-            let mut ops = Vec::new();
-            for run in runs {
-                if native {
-                    let len_blocks = run.len as u64 / self.block_size;
-                    ops.push(Op::WriteZeroes {
-                        lba: run.lba,
-                        len_blocks,
-                        fua: false,
-                    });
-                    continue;
-                }
-                for done in (0..run.len).step_by(1 << 20) {
-                    let data = match &zeroes {
-                        Some(z) => z.clone(),
-                        None => zeroes
-                            .insert(pumice_bdev::DmaBuf::zeroed(1 << 20)?.freeze())
-                            .clone(),
-                    };
-                    let lba = run.lba + done as u64 / self.block_size;
-                    let data = data.slice(0..(run.len - done).min(1 << 20));
-                    ops.push(Op::Write {
-                        lba,
-                        data,
-                        fua: false,
-                    });
-                }
-            }
-            self.run_ops(ops)
-                .map_err(|e| FsError::io(format!("{}: zeroing a gap", ino.path()), e))?;
-            at += n as u64;
+        let mut done = 0;
+        while done < len {
+            let now = STEP.min(len - done);
+            blob.write_zeroes_at(off + done, now)
+                .map_err(|e| self.store_error(format!("{}: zeroing a gap", ino.path()), e))?;
+            done += now;
         }
         Ok(self.writes.completed(begun))
     }

@@ -87,7 +87,7 @@ impl Core {
         fill: impl FnOnce(&mut Tail, &mut Growth) -> Result<()>,
     ) -> Result<()> {
         self.check_writable(|| ino.path())?;
-        if ino.frozen {
+        if ino.is_frozen() {
             return Err(FsError::ReadOnly { path: ino.path() });
         }
         let end = off
@@ -185,7 +185,7 @@ impl Core {
         to: u64,
     ) -> Result<()> {
         let region = REGION as u64;
-        if to - growth.at <= GAP_COPY_MAX || ino.thin {
+        if to - growth.at <= GAP_COPY_MAX || ino.is_thin() {
             return self.push_zeroes(ino, tail, growth, to - growth.at);
         }
         let head = growth.at.next_multiple_of(region) - growth.at;

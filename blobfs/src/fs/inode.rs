@@ -4,15 +4,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use arc_swap::ArcSwap;
+use arc_swap::ArcSwapOption;
 use parking_lot::Mutex;
+use pumice_bdev::Ticket;
 
 use super::cache::Cache;
 use super::error::{FsError, Result};
 use super::frame::FileCache;
-use super::pool::Ticket;
 use super::tail::Tail;
-use crate::blobstore::{Blob, BlobId, ExtentMap};
+use crate::blobstore::{Blob, BlobId};
 
 /// Names of the xattrs of a file. Those with the prefix `pumice.` are ours, and SPDK ignores them.
 pub(crate) mod xattr {
@@ -54,13 +54,7 @@ pub(crate) struct Ahead {
 pub(crate) struct Inode {
     pub id: BlobId,
     /// The blob; taken out to delete it.
-    blob: Mutex<Option<Blob>>,
-    /// Where its clusters are.
-    pub extents: ArcSwap<ExtentMap>,
-    /// Unallocated clusters are possible: I/O that meets one goes through the blobstore.
-    pub thin: bool,
-    /// Why it cannot be written, if it cannot.
-    pub frozen: bool,
+    pub blob: ArcSwapOption<Blob>,
     /// Bytes that have clusters, for those who do not hold `tail`.
     pub allocated: AtomicU64,
     /// Length that readers see.
@@ -106,9 +100,6 @@ impl Inode {
         let allocated = blob.num_clusters() * blob.store().cluster_size();
         Arc::new(Inode {
             id: blob.id(),
-            extents: ArcSwap::new(blob.extents()),
-            thin: blob.is_thin(),
-            frozen: blob.is_read_only(),
             len: AtomicU64::new(len),
             durable_len: AtomicU64::new(len),
             started: AtomicU64::new(len),
@@ -127,26 +118,31 @@ impl Inode {
             unlinked: AtomicBool::new(false),
             dying: AtomicBool::new(false),
             reaped: AtomicBool::new(false),
-            blob: Mutex::new(Some(blob)),
+            blob: ArcSwapOption::from_pointee(blob),
         })
     }
 
     /// The blob, unless it has been deleted or the file system unmounted.
-    pub fn blob(&self) -> Result<Blob> {
-        self.blob
-            .lock()
-            .clone()
-            .ok_or_else(|| FsError::Unmounted { path: self.path() })
+    pub fn blob(&self) -> Result<Arc<Blob>> {
+        let blob = self.blob.load_full();
+        blob.ok_or_else(|| FsError::Unmounted { path: self.path() })
     }
 
     /// Closes the blob.
-    pub fn take_blob(&self) -> Option<Blob> {
-        self.blob.lock().take()
+    pub fn close_blob(&self) {
+        self.blob.store(None);
     }
 
-    /// Puts the blob back after a deletion that failed.
-    pub fn put_blob(&self, blob: Blob) {
-        *self.blob.lock() = Some(blob);
+    /// Whether clusters may be unallocated: such a file keeps the clusters that it has. A snapshot of the
+    /// blob makes it thin.
+    pub fn is_thin(&self) -> bool {
+        self.blob.load().as_ref().is_some_and(|blob| blob.is_thin())
+    }
+
+    /// Whether it can only be read.
+    pub fn is_frozen(&self) -> bool {
+        let blob = self.blob.load();
+        blob.as_ref().is_some_and(|blob| blob.is_read_only())
     }
 
     /// Its path, for errors.

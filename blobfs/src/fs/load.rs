@@ -21,7 +21,6 @@ use super::metered::Metered;
 use super::names::{Dir, Entry, Namespace, decode_names, encode_name, encode_names};
 use super::options::MountOptions;
 use super::path;
-use super::pool::IoPool;
 use crate::blobstore::{
     Blob, BlobId, Blobstore, BsType, Error as StoreError, LoadOptions, Spend, Transaction,
 };
@@ -137,14 +136,10 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
     let io_unit = usize::try_from(store.io_unit_size())
         .unwrap_or(4096)
         .max(info.block_size as usize);
-    let max_io = match info.max_io_blocks {
-        0 => 8 << 20,
-        n => usize::try_from(u64::from(n) * u64::from(info.block_size))
-            .unwrap_or(usize::MAX)
-            .min(8 << 20),
-    };
+    store
+        .open_shared(opts.shared_channels)
+        .map_err(|e| store_error(format!("{}: mount", info.name), e, 0))?;
     Ok(Core {
-        pool: IoPool::new(store.device(), opts.shared_channels)?,
         cluster: store.cluster_size(),
         store,
         metered,
@@ -158,13 +153,6 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
         born: Birth::now(),
         ended: Arc::default(),
         block: io_unit,
-        block_size: u64::from(info.block_size),
-        // Pages are cached whole where an operation is not cut inside one.
-        max_io: if max_io >= 4096 {
-            max_io / 4096 * 4096
-        } else {
-            max_io
-        },
         write_cache: info.write_cache,
         fua: info.ops.has(OpKind::Fua),
         problems: loader.problems,

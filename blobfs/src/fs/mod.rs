@@ -29,7 +29,11 @@
 //!    cache's shards. And the shared channels' locks, held while their owner sleeps, in slices of a
 //!    millisecond.
 //!
-//! Reading takes none of 1 to 5: a hit takes no lock at all, a miss the leaves.
+//! Reading takes none of 1 to 5: a hit takes no lock at all, a miss the leaves. A read or a write of
+//! the device waits while clusters of its file move. The thread that moves them waits until no I/O is
+//! in flight on the file, holding what it holds of 1 to 3, and reaps the shared channels meanwhile: so
+//! a completion takes nothing but leaves, and a thread does not begin a second I/O on a file inside
+//! the first.
 
 mod ahead;
 mod behind;
@@ -53,9 +57,10 @@ mod ops;
 mod options;
 mod path;
 mod pins;
-mod pool;
 mod read;
 mod space;
+#[cfg(test)]
+mod store_tests;
 mod sync;
 mod tail;
 mod unflushed;

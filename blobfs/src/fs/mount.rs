@@ -113,6 +113,10 @@ impl Drop for Core {
         {
             tracing::error!(device = self.dev.info().name, %error, "the file system could not be unmounted in order");
         }
+        // What is in flight keeps its file, and that the channels.
+        if self.check_fork().is_ok() {
+            self.shared().drain();
+        }
         self.ended.set();
     }
 }

@@ -163,9 +163,10 @@ impl Core {
         }
         self.quiesce(ino);
         self.forget_bytes(ino);
-        let Some(blob) = ino.take_blob() else { return };
-        let id = blob.id();
-        drop(blob);
+        if ino.blob.swap(None).is_none() {
+            return;
+        }
+        let id = ino.id;
         let mut tx = self.releasing();
         tx.delete(id);
         if let Err(error) = tx.commit() {
@@ -175,11 +176,16 @@ impl Core {
         self.names.orphans.lock().remove(&id.0);
     }
 
-    /// Waits until nothing of the file is on its way to the device. What has not been written stays:
-    /// the file may keep its name.
+    /// Waits until nothing of the file is on its way to the device or from it. What has not been
+    /// written stays: the file may keep its name.
     fn quiesce(&self, ino: &Arc<Inode>) {
         let mut tail = ino.tail.lock();
         self.wait_overlapping(&tail, 0, u64::MAX);
+        if let Ok(blob) = ino.blob()
+            && let Err(error) = blob.quiesce()
+        {
+            tracing::warn!(file = ino.path(), %error, "the file is given up all the same");
+        }
         tail.prune(ino);
     }
 
@@ -225,7 +231,7 @@ impl Core {
         }
         self.quiesce(ino);
         // The store deletes no blob that is open.
-        drop(ino.take_blob());
+        ino.close_blob();
         tx.delete(ino.id);
         Ok(Loss::Gone)
     }
@@ -236,9 +242,9 @@ impl Core {
             return;
         };
         match self.store.open(ino.id) {
-            Ok(blob) => ino.put_blob(blob),
+            Ok(blob) => ino.blob.store(Some(Arc::new(blob))),
             Err(error) => {
-                tracing::error!(file = ino.path(), %error, "a file that could not be deleted can only be read until the next mount");
+                tracing::error!(file = ino.path(), %error, "a file that could not be deleted cannot be used until the next mount");
             }
         }
         ino.dying.store(false, Ordering::SeqCst);
@@ -651,7 +657,6 @@ impl Core {
             Err(e) => return Err(self.store_error("unmount", e)),
         }
         self.unloading.store(false, Ordering::Release);
-        self.pool.close(self.dev.info());
         self.metered.release();
         self.ended.set();
         Ok(())
@@ -681,7 +686,7 @@ impl Core {
                 let needed = ino.len().div_ceil(self.cluster);
                 if tail.grown
                     && tail.allocated / self.cluster > needed
-                    && !ino.thin
+                    && !ino.is_thin()
                     && let Err(error) = self.resize(ino, &mut tail, needed)
                 {
                     tracing::warn!(file = ino.path(), %error, "space allocated ahead was not given back");
@@ -698,10 +703,10 @@ impl Core {
         for ino in &orphans {
             self.reap(ino);
         }
-        self.pool.drain();
+        self.shared().drain();
         for ino in inodes.iter().chain(&orphans) {
             self.drop_buffer(&mut ino.tail.lock());
-            drop(ino.take_blob());
+            ino.close_blob();
             ino.frames.remove_from(0);
         }
         Ok(lost)

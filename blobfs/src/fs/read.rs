@@ -3,28 +3,29 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use pumice_bdev::{DmaBuf, IoError, Op};
+use pumice_bdev::{DmaBuf, IoError, Op, Outcome, Ticket};
 
-use super::core::{Core, Unallocated};
+use super::core::Core;
 use super::error::{FsError, Result};
 use super::fill::FillBuf;
 use super::frame::{Frame, PAGE, split};
 use super::inode::Inode;
-use super::pool::{Outcome, Ticket};
+use crate::blobstore::Blob;
+use crate::blobstore::data::{Access, Piece};
 
 /// Longest frame that a read makes.
 pub(crate) const FRAME_MAX: usize = 64 << 10;
 
 /// Bytes of a file that were read from the device.
 #[derive(Clone)]
-pub(crate) struct Piece {
-    pub off: u64,
-    pub bytes: Arc<FillBuf>,
+pub(crate) struct Chunk {
+    off: u64,
+    bytes: Arc<FillBuf>,
 }
 
-impl Piece {
+impl Chunk {
     /// Copies what it has at `off`; 0 if it has none of it.
-    pub fn copy(&self, off: u64, out: &mut [u8]) -> usize {
+    fn copy(&self, off: u64, out: &mut [u8]) -> usize {
         let Some(skip) = off
             .checked_sub(self.off)
             .and_then(|s| usize::try_from(s).ok())
@@ -42,6 +43,21 @@ impl Piece {
     }
 }
 
+/// Copies to `out` what `chunks` or the cache have of a file at `off`, until the first byte that
+/// neither has. Returns how much.
+pub(crate) fn copy_chunks(ino: &Inode, chunks: &[Chunk], off: u64, out: &mut [u8]) -> usize {
+    let mut done = 0;
+    while done < out.len() {
+        let (at, rest) = (off + done as u64, &mut out[done..]);
+        let n = chunks.iter().map(|c| c.copy(at, rest)).find(|n| *n > 0);
+        match n.unwrap_or_else(|| ino.frames.copy(at, rest)) {
+            0 => break,
+            n => done += n,
+        }
+    }
+    done
+}
+
 /// How a read of existing bytes has ended.
 enum Read {
     Filled,
@@ -49,38 +65,48 @@ enum Read {
     Overtaken,
 }
 
-/// Reads of one file to be done.
+/// What becomes of reads of one file when their operations are done.
 pub(crate) struct Plan {
-    pub ops: Vec<Op>,
-    /// Offset in the file and bytes that count, for each buffer of `ops` in order.
+    /// In the order of the file: what was there without the device; `None` for an operation.
+    filled: Vec<Option<DmaBuf>>,
+    /// Offset in the file and bytes that count, of each buffer in the same order.
     places: Vec<(u64, usize)>,
     generation: u64,
     keep: bool,
 }
 
 impl Plan {
-    /// Turns the buffers that have come back into pieces, and into cache.
-    pub fn finish(&self, ino: &Inode, ops: Vec<Op>) -> Vec<Piece> {
+    fn add(&mut self, buf: &DmaBuf, at: &mut u64, len: u64) {
+        // A run that was cut inside a page cannot be cached as pages.
+        self.keep &= at.is_multiple_of(PAGE as u64) && buf.len().is_multiple_of(PAGE);
+        let valid = usize::try_from(len.saturating_sub(*at)).unwrap_or(usize::MAX);
+        self.places.push((*at, valid.min(buf.len())));
+        *at += buf.len() as u64;
+    }
+
+    /// Turns the buffers that have come back into chunks, and into cache. Takes as many of `ops` as
+    /// belong to the plan.
+    fn finish(self, ino: &Inode, ops: &mut impl Iterator<Item = Op>) -> Vec<Chunk> {
         let mut bufs = Vec::with_capacity(self.places.len());
-        for op in ops {
-            match op {
-                Op::Read { buf, .. } => bufs.push(buf),
-                Op::ReadV { bufs: many, .. } => bufs.extend(many),
+        for filled in self.filled {
+            match filled.map_or_else(|| ops.next(), |buf| Some(Op::Read { lba: 0, buf })) {
+                Some(Op::Read { buf, .. }) => bufs.push(buf),
+                Some(Op::ReadV { bufs: many, .. }) => bufs.extend(many),
                 _ => {}
             }
         }
-        let mut pieces = Vec::with_capacity(bufs.len());
-        for (buf, (off, valid)) in bufs.into_iter().zip(&self.places) {
-            let valid = (*valid).min(buf.len());
+        let mut chunks = Vec::with_capacity(bufs.len());
+        for (buf, (off, valid)) in bufs.into_iter().zip(self.places) {
+            let valid = valid.min(buf.len());
             let bytes = Arc::new(FillBuf::from_buf(buf, valid));
             if self.keep {
-                let (region, start) = split(*off);
+                let (region, start) = split(off);
                 let frame = Frame::new(&ino.frames, region, start, Arc::clone(&bytes), false);
                 ino.frames.install(self.generation, &frame, || ino.len());
             }
-            pieces.push(Piece { off: *off, bytes });
+            chunks.push(Chunk { off, bytes });
         }
-        pieces
+        chunks
     }
 }
 
@@ -153,20 +179,16 @@ impl Core {
         keep: bool,
     ) -> Result<Read> {
         let mut done = 0;
-        let mut pieces: Vec<Piece> = Vec::new();
+        let mut chunks: Vec<Chunk> = Vec::new();
         let mut waited = false;
-        while done < out.len() {
-            let at = off + done as u64;
-            let n = pieces
-                .iter()
-                .map(|p| p.copy(at, &mut out[done..]))
-                .find(|n| *n > 0);
-            let n = n.unwrap_or_else(|| ino.frames.copy(at, &mut out[done..]));
-            if n > 0 {
-                done += n;
-                waited = false;
-                continue;
+        loop {
+            let copied = copy_chunks(ino, &chunks, off + done as u64, &mut out[done..]);
+            done += copied;
+            waited &= copied == 0;
+            if done == out.len() {
+                return Ok(Read::Filled);
             }
+            let at = off + done as u64;
             if ino.epoch.load(Ordering::Acquire) != epoch || ino.len() <= at {
                 return Ok(Read::Overtaken);
             }
@@ -175,12 +197,16 @@ impl Core {
                 waited = true;
                 continue;
             }
-            let Some(plan) = self.plan(ino, at, out.len() - done, keep)? else {
+            let blob = ino.blob.load();
+            let access = self.access(ino, &blob)?;
+            let Some((plan, ops)) = self.plan(&access, ino, at, out.len() - done, keep)? else {
                 // It has come into memory since it was looked for.
                 continue;
             };
-            pieces = self.run_plan(ino, plan)?;
-            let found = pieces.iter().any(|p| p.copy(at, &mut [0]) > 0);
+            let ops = self.read_ops(ino, ops)?;
+            drop(access);
+            chunks = plan.finish(ino, &mut ops.into_iter());
+            let found = chunks.iter().any(|c| c.copy(at, &mut [0]) > 0);
             if !found && ino.epoch.load(Ordering::Acquire) == epoch && ino.len() > at {
                 return Err(FsError::Corrupt {
                     blob: ino.id.0,
@@ -188,119 +214,89 @@ impl Core {
                 });
             }
         }
-        Ok(Read::Filled)
     }
 
-    /// The reads that bring what is missing of `[off, off + want)` into memory; `None` if nothing
-    /// is.
-    pub fn plan(&self, ino: &Inode, off: u64, want: usize, keep: bool) -> Result<Option<Plan>> {
+    /// Begins to read a file; no cluster of it moves while what is returned lives.
+    fn access<'b>(&self, ino: &Inode, blob: &'b Option<Arc<Blob>>) -> Result<Access<'b>> {
+        let Some(blob) = blob else {
+            return Err(FsError::Unmounted { path: ino.path() });
+        };
+        blob.access().map_err(|e| self.store_error(ino.path(), e))
+    }
+
+    /// The operations that bring what is missing of `[off, off + want)` into memory, and what becomes
+    /// of them; `None` if nothing is missing.
+    fn plan(
+        &self,
+        access: &Access<'_>,
+        ino: &Inode,
+        off: u64,
+        want: usize,
+        keep: bool,
+    ) -> Result<Option<(Plan, Vec<Op>)>> {
         // In this order: a file that grows after the length was taken has a new generation, or the
-        // frame of its end in memory.
+        // frame of its end in memory. And before it is asked where its clusters are: it has those
+        // of its length.
         let generation = ino.frames.generation();
         let len = ino.len();
-        let map = ino.extents.load();
         let end = (off + want as u64).min(len);
         let mut plan = Plan {
-            ops: Vec::new(),
-            places: Vec::new(),
+            filled: Vec::with_capacity(1),
+            places: Vec::with_capacity(1),
             generation,
             keep,
         };
+        let mut ops = Vec::with_capacity(1);
         let mut at = off;
         while at < end {
             let Some(missing) = ino.frames.first_missing(at, end) else {
                 break;
             };
             at = missing.end;
-            let size = usize::try_from(missing.end - missing.start).unwrap_or(0);
-            match self.runs(&map, missing.start, size) {
-                Ok(runs) => {
-                    for run in runs {
-                        let mut bufs = Vec::with_capacity(1);
-                        let mut done = 0;
-                        while done < run.len {
-                            let n = FRAME_MAX.min(run.len - done);
-                            let from = run.off + done as u64;
-                            // A run that was cut inside a page cannot be cached as pages.
-                            plan.keep &= from.is_multiple_of(PAGE as u64) && n.is_multiple_of(PAGE);
-                            let valid =
-                                usize::try_from(len.saturating_sub(from)).unwrap_or(usize::MAX);
-                            plan.places.push((from, valid.min(n)));
-                            bufs.push(DmaBuf::new(n)?);
-                            done += n;
-                        }
-                        let lba = run.lba;
-                        plan.ops.push(match bufs.len() {
-                            1 => Op::Read {
-                                lba,
-                                buf: bufs.remove(0),
-                            },
-                            _ => Op::ReadV { lba, bufs },
-                        });
+            let mut from = missing.start;
+            let pieces = access
+                .pieces(from, missing.end - from, FRAME_MAX)
+                .map_err(|e| self.store_error(ino.path(), e))?;
+            for piece in pieces {
+                match piece {
+                    Piece::Filled(buf) => {
+                        plan.add(&buf, &mut from, len);
+                        plan.filled.push(Some(buf));
                     }
-                }
-                Err(Unallocated) => {
-                    // A thin file of a foreign image: the blobstore knows its parents.
-                    let blob = ino.blob()?;
-                    let buf = blob
-                        .read_at(missing.start, DmaBuf::new(size)?)
-                        .map_err(|e| self.store_error(ino.path(), e))?;
-                    let valid =
-                        usize::try_from(len.saturating_sub(missing.start)).unwrap_or(usize::MAX);
-                    plan.places.push((missing.start, valid.min(size)));
-                    // Comes back at once.
-                    plan.ops.push(Op::Read { lba: u64::MAX, buf });
+                    Piece::FromDevice(op) => {
+                        match &op {
+                            Op::Read { buf, .. } => plan.add(buf, &mut from, len),
+                            Op::ReadV { bufs, .. } => {
+                                bufs.iter().for_each(|buf| plan.add(buf, &mut from, len));
+                            }
+                            op => unreachable!("a read is not {op:?}"),
+                        }
+                        plan.filled.push(None);
+                        ops.push(op);
+                    }
                 }
             }
         }
-        Ok(if plan.ops.is_empty() {
-            None
-        } else {
-            Some(plan)
-        })
+        Ok((!plan.places.is_empty()).then_some((plan, ops)))
     }
 
-    /// Runs a plan on this thread's channel, everything in flight together.
-    fn run_plan(&self, ino: &Inode, mut plan: Plan) -> Result<Vec<Piece>> {
-        let ops = std::mem::take(&mut plan.ops);
-        let ops = self.read_ops(ops).map_err(|e| self.read_error(ino, e))?;
-        Ok(plan.finish(ino, ops))
-    }
-
-    /// Reads on this thread's channel; the operations come back in order.
-    fn read_ops(&self, mut ops: Vec<Op>) -> std::result::Result<Vec<Op>, ReadFailure> {
-        let channel = self.store.channel().map_err(ReadFailure::Store)?;
-        if let [Op::Read { lba, .. }] = &ops[..]
-            && *lba != u64::MAX
+    /// Reads on this thread's channel, everything in flight together; the operations come back in
+    /// order.
+    fn read_ops(&self, ino: &Inode, mut ops: Vec<Op>) -> Result<Vec<Op>> {
+        let channel = self.store.channel();
+        let channel = channel.map_err(|e| self.store_error(ino.path(), e))?;
+        let failed = |e| FsError::io(format!("{}: read", ino.path()), e);
+        if ops.len() == 1
             && let Some(op) = ops.pop()
         {
             let (op, result) = channel.block_on(channel.io(op));
-            return result.map(|()| vec![op]).map_err(ReadFailure::Io);
+            result.map_err(failed)?;
+            ops.push(op);
+            return Ok(ops);
         }
-        let mut ready = Vec::new();
-        let mut run = Vec::new();
-        for (i, op) in ops.into_iter().enumerate() {
-            if matches!(op, Op::Read { lba: u64::MAX, .. }) {
-                ready.push((i, op));
-            } else {
-                run.push((i, op));
-            }
-        }
-        let (places, ops): (Vec<usize>, Vec<Op>) = run.into_iter().unzip();
         let outcomes = channel.block_on(channel.io_all(ops));
-        for (i, (op, result)) in places.into_iter().zip(outcomes) {
-            result.map_err(ReadFailure::Io)?;
-            ready.push((i, op));
-        }
-        ready.sort_unstable_by_key(|(i, _)| *i);
-        Ok(ready.into_iter().map(|(_, op)| op).collect())
-    }
-
-    fn read_error(&self, ino: &Inode, e: ReadFailure) -> FsError {
-        match e {
-            ReadFailure::Io(e) => FsError::io(format!("{}: read", ino.path()), e),
-            ReadFailure::Store(e) => self.store_error(ino.path(), e),
-        }
+        let done = outcomes.into_iter().map(|(op, result)| result.map(|()| op));
+        done.collect::<std::result::Result<_, _>>().map_err(failed)
     }
 
     /// Fills `out` from `off`; an error if the file is shorter. For callers who hold the append lock:
@@ -320,118 +316,83 @@ impl Core {
     pub fn read_many(&self, ino: &Inode, requests: &mut [ReadRequest<'_>], keep: bool) {
         let epoch = ino.epoch.load(Ordering::Acquire);
         let len = ino.len();
-        let mut plans: Vec<(usize, Plan)> = Vec::new();
-        let mut ops = Vec::new();
+        let mut missed = Vec::new();
         for (i, r) in requests.iter_mut().enumerate() {
-            let want = len.saturating_sub(r.off);
-            let n = usize::try_from(want).map_or(r.buf.len(), |w| w.min(r.buf.len()));
+            let inside = len.saturating_sub(r.off);
+            let n = usize::try_from(inside).map_or(r.buf.len(), |n| n.min(r.buf.len()));
             r.result = Ok(n);
             if ino.frames.copy(r.off, &mut r.buf[..n]) == n {
                 self.cache.count_hit();
-                continue;
-            }
-            self.cache.count_miss();
-            match self
-                .check_mounted(|| ino.path())
-                .and_then(|()| self.plan(ino, r.off, n, keep))
-            {
-                Ok(Some(mut plan)) => {
-                    ops.append(&mut plan.ops);
-                    plans.push((i, plan));
-                }
-                // It has come into memory meanwhile, or was cut off.
-                Ok(None) | Err(_) => r.result = self.read_at(ino, r.off, r.buf, keep),
+            } else {
+                self.cache.count_miss();
+                missed.push((i, r.off, n));
             }
         }
-        if plans.is_empty() {
+        if missed.is_empty() {
             return;
         }
-        let mut pieces = Vec::new();
-        let failed = match self.read_ops(ops) {
-            Ok(ops) => {
-                let mut ops = ops.into_iter();
-                for (_, plan) in &plans {
-                    let mut mine = Vec::new();
-                    let mut bufs = 0;
-                    while bufs < plan.places.len() {
-                        let Some(op) = ops.next() else { break };
-                        bufs += if let Op::ReadV { bufs, .. } = &op {
-                            bufs.len()
-                        } else {
-                            1
-                        };
-                        mine.push(op);
-                    }
-                    pieces.push(plan.finish(ino, mine));
-                }
-                false
-            }
-            Err(_) => true,
-        };
-        let again = failed || ino.epoch.load(Ordering::Acquire) != epoch;
-        for (k, (i, _)) in plans.iter().enumerate() {
-            let r = &mut requests[*i];
-            if again {
+        let read = self.read_together(ino, &missed, keep);
+        let still = ino.epoch.load(Ordering::Acquire) == epoch;
+        let chunks = read.ok().filter(|_| still).unwrap_or_default();
+        for (k, (i, off, n)) in missed.into_iter().enumerate() {
+            let r = &mut requests[i];
+            let chunks = chunks.get(k).map_or(&[][..], Vec::as_slice);
+            if !still || copy_chunks(ino, chunks, off, &mut r.buf[..n]) < n {
                 // One by one, so that an error comes to the request that it belongs to.
-                r.result = self.read_at(ino, r.off, r.buf, keep);
-                continue;
-            }
-            let n = *r.result.as_ref().unwrap_or(&0);
-            let mut done = 0;
-            while done < n {
-                let at = r.off + done as u64;
-                let out = &mut r.buf[done..n];
-                let copied = pieces[k].iter().map(|p| p.copy(at, out)).find(|c| *c > 0);
-                let copied = copied.unwrap_or_else(|| ino.frames.copy(at, out));
-                if copied == 0 {
-                    break;
-                }
-                done += copied;
-            }
-            if done < n {
                 r.result = self.read_at(ino, r.off, r.buf, keep);
             }
         }
     }
 
+    /// Brings what is missing of several ranges (each with a number, which is the caller's) into memory.
+    fn read_together(
+        &self,
+        ino: &Inode,
+        ranges: &[(usize, u64, usize)],
+        keep: bool,
+    ) -> Result<Vec<Vec<Chunk>>> {
+        self.check_mounted(|| ino.path())?;
+        let blob = ino.blob.load();
+        let access = self.access(ino, &blob)?;
+        let (mut plans, mut ops) = (Vec::with_capacity(ranges.len()), Vec::new());
+        for (_, off, n) in ranges {
+            let planned = self.plan(&access, ino, *off, *n, keep)?;
+            plans.push(planned.map(|(plan, more)| {
+                ops.extend(more);
+                plan
+            }));
+        }
+        let mut ops = self.read_ops(ino, ops)?.into_iter();
+        drop(access);
+        let finish = |plan: Option<Plan>| plan.map(|plan| plan.finish(ino, &mut ops));
+        let chunks = plans.into_iter().map(finish);
+        Ok(chunks.map(Option::unwrap_or_default).collect())
+    }
+
     /// Starts reads of what is missing of `[off, off + want)` on a shared channel. `done` gets the
-    /// pieces. `None` if nothing is missing.
+    /// chunks. `None` if nothing is missing.
     pub fn start_read(
         &self,
         ino: &Arc<Inode>,
         off: u64,
         want: usize,
         keep: bool,
-        done: impl FnOnce(std::result::Result<Vec<Piece>, Box<IoError>>) + Send + 'static,
+        done: impl FnOnce(std::result::Result<Vec<Chunk>, Box<IoError>>) + Send + 'static,
     ) -> Result<Option<Ticket>> {
-        let Some(mut plan) = self.plan(ino, off, want, keep)? else {
+        let blob = ino.blob.load();
+        let access = self.access(ino, &blob)?;
+        let Some((plan, ops)) = self.plan(&access, ino, off, want, keep)? else {
             return Ok(None);
         };
-        let ops = std::mem::take(&mut plan.ops);
-        if ops
-            .iter()
-            .any(|op| matches!(op, Op::Read { lba: u64::MAX, .. }))
-        {
-            // Part of it was read through the blobstore: the rest now, too.
-            let ops = self.read_ops(ops).map_err(|e| self.read_error(ino, e))?;
-            let pieces = plan.finish(ino, ops);
-            return Ok(Some(
-                self.pool
-                    .submit(Vec::new(), Box::new(move |_| done(Ok(pieces)))),
-            ));
-        }
+        let held = access.hold();
         let file = Arc::clone(ino);
-        let on_done = move |o: Outcome| match o.result {
-            Ok(()) => done(Ok(plan.finish(&file, o.ops))),
-            Err(e) => done(Err(e)),
+        let on_done = move |o: Outcome| {
+            drop(held);
+            let chunks = |()| plan.finish(&file, &mut o.ops.into_iter());
+            done(o.result.map(chunks));
         };
-        Ok(Some(self.pool.submit(ops, Box::new(on_done))))
+        Ok(Some(self.shared().submit(ops, on_done)))
     }
-}
-
-enum ReadFailure {
-    Io(Box<IoError>),
-    Store(crate::blobstore::Error),
 }
 
 #[cfg(test)]

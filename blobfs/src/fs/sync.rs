@@ -126,7 +126,7 @@ impl Core {
         let needed = len.div_ceil(self.cluster);
         let trim = tail.syncs == 1
             && !tail.reserved
-            && !ino.thin
+            && !ino.is_thin()
             && ino.len() == len
             && tail.allocated / self.cluster > needed;
         let mtime = now_ns();

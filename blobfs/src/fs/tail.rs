@@ -418,7 +418,7 @@ impl Core {
         self.wait_overlapping(tail, clusters * self.cluster, u64::MAX);
         let mut tx = self.store.transaction();
         tx.spend(spend);
-        tx.resize_with(&ino.blob()?, clusters, ClusterInit::CallerWrites);
+        tx.resize_with(ino.id, clusters, ClusterInit::CallerWrites);
         tx.commit()
             .map_err(|e| self.store_error(format!("{}: {clusters} clusters", ino.path()), e))?;
         tail.grown |= clusters * self.cluster > tail.allocated;
@@ -428,9 +428,6 @@ impl Core {
 
     /// Takes note of a new number of clusters.
     pub fn resized(&self, ino: &Inode, tail: &mut Tail, clusters: u64) {
-        if let Ok(blob) = ino.blob() {
-            ino.extents.store(blob.extents());
-        }
         tail.allocated = clusters * self.cluster;
         ino.allocated.store(tail.allocated, Ordering::Release);
         tail.room = 0;
@@ -439,7 +436,7 @@ impl Core {
     /// Gives clusters that files hold ahead back to the store, but not those of `not`.
     pub fn trim_others(&self, not: &Inode) {
         for ino in self.names.inodes() {
-            if ino.id == not.id || ino.thin || ino.frozen {
+            if ino.id == not.id || ino.is_thin() || ino.is_frozen() {
                 continue;
             }
             // Who appends right now needs what it holds.

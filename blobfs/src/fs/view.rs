@@ -39,9 +39,11 @@ impl<'a> StoreView<'a> {
     /// Where the clusters of a file are; `None` if the blob is no file with a name.
     #[must_use]
     pub fn extents(&self, id: BlobId) -> Option<std::sync::Arc<ExtentMap>> {
+        // No file is deleted meanwhile: that needs its blob closed.
+        let _ops = self.core.names.ops.lock();
         let files = self.core.names.inodes();
         let file = files.iter().find(|ino| ino.id == id)?;
-        Some(file.extents.load_full())
+        Some(file.blob().ok()?.extents())
     }
 
     /// Bytes of a cluster.

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use parking_lot::Mutex;
 use pumice_bdev::{DmaBuf, DmaSlice};
 
-use super::core::{Core, Unallocated};
+use super::core::Core;
 use super::error::{FsError, Result};
 use super::fill::FillBuf;
 use super::frame::{Frame, PAGE, REGION, split};
@@ -24,7 +25,7 @@ impl Core {
             return self.append_locked(ino, &mut tail, data);
         }
         self.check_writable(|| ino.path())?;
-        if ino.frozen {
+        if ino.is_frozen() {
             return Err(FsError::ReadOnly { path: ino.path() });
         }
         let end = off
@@ -102,16 +103,16 @@ impl Core {
 
     /// Writes whole blocks of a file and waits.
     fn write_through(&self, ino: &Arc<Inode>, from: u64, slice: &DmaSlice) -> Result<()> {
-        let map = ino.extents.load_full();
-        match self.write_ops(&map, from, std::slice::from_ref(slice), false) {
-            Ok(ops) => self
-                .run_ops(ops)
-                .map_err(|e| FsError::io(format!("{}: writing at offset {from}", ino.path()), e)),
-            Err(Unallocated) => ino
-                .blob()?
-                .write_at(from, slice.clone(), false)
-                .map_err(|e| self.store_error(ino.path(), e)),
-        }
+        let result = Arc::new(Mutex::new(Ok(())));
+        let slot = Arc::clone(&result);
+        let done = move |written| *slot.lock() = written;
+        let ticket = ino
+            .blob()?
+            .start_write(from, std::slice::from_ref(slice), false, done)
+            .map_err(|e| self.store_error(ino.path(), e))?;
+        self.shared().wait(&ticket);
+        std::mem::replace(&mut *result.lock(), Ok(()))
+            .map_err(|e| FsError::io(format!("{}: writing at offset {from}", ino.path()), e))
     }
 
     /// Shows `bytes`, whole pages at `from` that have been written, in the cache; the last page may
@@ -152,7 +153,7 @@ impl Core {
         let _one = ino.sync_lock.lock();
         let mut tail = ino.tail.lock();
         self.check_writable(|| ino.path())?;
-        if ino.frozen {
+        if ino.is_frozen() {
             return Err(FsError::ReadOnly { path: ino.path() });
         }
         if new_len >= ino.len() {
@@ -218,7 +219,7 @@ impl Core {
         }
         let durable = old_durable.min(new_len);
         let have = tail.allocated / self.cluster;
-        let wanted = if ino.thin {
+        let wanted = if ino.is_thin() {
             have
         } else {
             new_len.div_ceil(self.cluster)
@@ -256,7 +257,7 @@ impl Core {
             .checked_add(len)
             .ok_or_else(|| FsError::invalid(&ino.path(), "a file longer than 2^64 bytes"))?;
         let mut tail = ino.tail.lock();
-        if ino.thin {
+        if ino.is_thin() {
             return Ok(());
         }
         self.reserve(ino, &mut tail, end, true)?;

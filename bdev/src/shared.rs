@@ -1,5 +1,5 @@
-//! Channels that threads share, for I/O that outlives the call that started it: write-behind,
-//! read-ahead, asynchronous reads.
+//! Channels that threads share, for I/O that outlives the call that started it, such as a file
+//! system's write-behind and read-ahead.
 //!
 //! A batch of operations is submitted by the thread that has it and reaped by whichever thread
 //! next comes by its channel; a thread that needs a batch drives its channel itself. So nothing
@@ -8,26 +8,26 @@
 //! Locks: a channel's lock is a leaf. It is held while the channel sleeps, in slices, and given
 //! up between them to whoever queues for it; completions run after it has been released.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
-use pumice_bdev::{
-    BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, IoError, Op, SubmitError,
-};
 
-use super::cache::thread_stripe;
-use crate::closed::ClosedChannel;
+use crate::device::{BlockDevice, DeviceInfo};
+use crate::engine::Engine;
+use crate::error::{BdevError, IoError};
+use crate::op::Op;
 
 /// How long one wait on a shared channel lasts at the most, so that others get at it.
 const SLICE: Duration = Duration::from_millis(1);
 
-/// What a batch came to: its operations with their buffers, in the order given, and the first
-/// error.
-pub(crate) struct Outcome {
+/// What a batch came to. The operations are in the order given.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The operations, with their buffers.
     pub ops: Vec<Op>,
+    /// The first error.
     pub result: Result<(), Box<IoError>>,
 }
 
@@ -48,7 +48,13 @@ struct Batch {
 
 /// A batch on its way. Dropping it forgets it; the operations and the completion go on.
 #[derive(Clone)]
-pub(crate) struct Ticket(Arc<Batch>);
+pub struct Ticket(Arc<Batch>);
+
+impl std::fmt::Debug for Ticket {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Ticket(done: {})", self.is_done())
+    }
+}
 
 impl Ticket {
     /// Whether the completion has run.
@@ -58,41 +64,34 @@ impl Ticket {
     }
 }
 
-struct InFlight {
-    batch: Arc<Batch>,
-    index: usize,
-}
+/// The batch that an operation belongs to, and which of it it is.
+type Part = (Arc<Batch>, usize);
 
-struct Channel {
-    io: Box<dyn IoChannel>,
-    slots: Vec<Option<InFlight>>,
-    free: Vec<usize>,
-    /// Operations that found the queue full.
-    waiting: VecDeque<(InFlight, Op)>,
-    reaped: Vec<Completion>,
+/// A small number of this thread, for choosing among several of a kind.
+#[inline]
+pub fn thread_number() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static MINE: usize = NEXT.fetch_add(1, Ordering::Relaxed);
+    }
+    MINE.with(|mine| *mine)
 }
 
 /// The shared channels; see the module.
-pub(crate) struct IoPool {
-    channels: Vec<Mutex<Channel>>,
+pub struct SharedChannels {
+    channels: Vec<Mutex<Engine<Part>>>,
 }
 
-impl IoPool {
+impl SharedChannels {
     /// Opens `want` channels, or as many as the device gives.
     ///
     /// # Errors
     /// When it gives none.
-    pub fn new(dev: &Arc<dyn BlockDevice>, want: usize) -> Result<IoPool, BdevError> {
+    pub fn new(dev: &Arc<dyn BlockDevice>, want: usize) -> Result<SharedChannels, BdevError> {
         let mut channels = Vec::new();
         for n in 0..want.max(1) {
             match dev.open_channel() {
-                Ok(io) => channels.push(Mutex::new(Channel {
-                    io,
-                    slots: Vec::new(),
-                    free: Vec::new(),
-                    waiting: VecDeque::new(),
-                    reaped: Vec::new(),
-                })),
+                Ok(channel) => channels.push(Mutex::new(Engine::new(channel))),
                 Err(e) if n == 0 => return Err(e),
                 Err(e) => {
                     tracing::debug!(device = %dev.info().name, channels = n, error = %e, "fewer shared channels than wanted");
@@ -100,14 +99,14 @@ impl IoPool {
                 }
             }
         }
-        Ok(IoPool { channels })
+        Ok(SharedChannels { channels })
     }
 
     /// Starts `ops`. `on_done` runs once, on whichever thread reaps the last of them (it may be
-    /// this one, now), without a lock of the pool.
-    pub fn submit(&self, ops: Vec<Op>, on_done: OnDone) -> Ticket {
+    /// this one, now), without a lock.
+    pub fn submit(&self, ops: Vec<Op>, on_done: impl FnOnce(Outcome) + Send + 'static) -> Ticket {
         let n = self.channels.len();
-        let first = thread_stripe() % n;
+        let first = thread_number() % n;
         let free = (0..n).find_map(|k| {
             let i = (first + k) % n;
             self.channels[i].try_lock().map(|guard| (i, guard))
@@ -120,7 +119,7 @@ impl IoPool {
             state: Mutex::new(BatchState {
                 ops: ops.iter().map(|_| None).collect(),
                 error: None,
-                on_done: Some(on_done),
+                on_done: Some(Box::new(on_done)),
             }),
         });
         let mut finished = Vec::new();
@@ -128,27 +127,32 @@ impl IoPool {
             finished.push(Arc::clone(&batch));
         }
         for (i, op) in ops.into_iter().enumerate() {
-            let slot = InFlight {
-                batch: Arc::clone(&batch),
-                index: i,
-            };
-            channel.start(slot, op, &mut finished);
+            if let Err((part, op, error)) = channel.submit((Arc::clone(&batch), i), op) {
+                complete(part, op, Err(error), &mut finished);
+            }
         }
-        channel.reap(&mut finished);
+        reap(&mut channel, &mut finished);
         drop(channel);
         finish(finished);
         Ticket(batch)
     }
 
+    /// Does `ops` and waits for them.
+    ///
+    /// # Errors
+    /// The first error.
+    pub fn run(&self, ops: Vec<Op>) -> Result<(), Box<IoError>> {
+        let result = Arc::new(Mutex::new(Ok(())));
+        let slot = Arc::clone(&result);
+        let ticket = self.submit(ops, move |o| *slot.lock() = o.result);
+        self.wait(&ticket);
+        std::mem::replace(&mut *result.lock(), Ok(()))
+    }
+
     /// Reaps what is there on the ticket's channel; true if the batch is done.
     pub fn poll(&self, ticket: &Ticket) -> bool {
-        if !ticket.is_done()
-            && let Some(mut channel) = self.channels[ticket.0.channel].try_lock()
-        {
-            let mut finished = Vec::new();
-            channel.reap(&mut finished);
-            drop(channel);
-            finish(finished);
+        if !ticket.is_done() {
+            try_reap(&self.channels[ticket.0.channel]);
         }
         ticket.is_done()
     }
@@ -160,17 +164,18 @@ impl IoPool {
         }
     }
 
+    /// Reaps what is there on every channel; never blocks.
+    pub fn poll_all(&self) {
+        self.channels.iter().for_each(try_reap);
+    }
+
     /// Waits a slice for any completion of any channel; false if nothing is in flight.
     pub fn wait_any(&self) -> bool {
         let n = self.channels.len();
-        let first = thread_stripe() % n;
+        let first = thread_number() % n;
         for k in 0..n {
             let i = (first + k) % n;
-            let busy = {
-                let channel = self.channels[i].lock();
-                channel.io.in_flight() > 0 || !channel.waiting.is_empty()
-            };
-            if busy {
+            if self.channels[i].lock().in_flight() > 0 {
                 self.drive(i);
                 return true;
             }
@@ -181,7 +186,7 @@ impl IoPool {
     /// Gives up the channels: what comes from now on is refused. Nothing may be in flight.
     pub fn close(&self, info: &DeviceInfo) {
         for channel in &self.channels {
-            channel.lock().io = Box::new(ClosedChannel(info.clone()));
+            channel.lock().close(info);
         }
     }
 
@@ -193,14 +198,11 @@ impl IoPool {
     fn drive(&self, index: usize) {
         let mut finished = Vec::new();
         let mut channel = self.channels[index].lock();
-        channel.reap(&mut finished);
+        reap(&mut channel, &mut finished);
         if finished.is_empty() {
-            if channel.io.in_flight() > 0 {
-                if let Err(error) = channel.io.wait(SLICE) {
-                    tracing::warn!(%error, "waiting for completions failed; polling instead");
-                    std::thread::sleep(Duration::from_micros(50));
-                }
-                channel.reap(&mut finished);
+            if channel.in_flight() > 0 {
+                channel.wait(SLICE);
+                reap(&mut channel, &mut finished);
             } else {
                 // The completion is running on another thread.
                 MutexGuard::unlocked_fair(&mut channel, std::thread::yield_now);
@@ -211,92 +213,49 @@ impl IoPool {
     }
 }
 
-impl Drop for IoPool {
+impl Drop for SharedChannels {
     fn drop(&mut self) {
         self.drain();
     }
 }
 
-impl std::fmt::Debug for IoPool {
+impl std::fmt::Debug for SharedChannels {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "IoPool({} channels)", self.channels.len())
+        write!(f, "SharedChannels({})", self.channels.len())
     }
 }
 
-impl Channel {
-    fn start(&mut self, what: InFlight, op: Op, finished: &mut Vec<Arc<Batch>>) {
-        let tag = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(None);
-            self.slots.len() - 1
-        });
-        match self.io.submit(tag as u64, op) {
-            Ok(()) => self.slots[tag] = Some(what),
-            Err(SubmitError::Busy(op)) => {
-                self.free.push(tag);
-                self.waiting.push_back((what, op));
-            }
-            Err(SubmitError::Refused(op, e)) => {
-                self.free.push(tag);
-                complete(&what, op, Err(e), finished);
-            }
-        }
+/// Reaps what is there, unless another thread is at it.
+fn try_reap(channel: &Mutex<Engine<Part>>) {
+    if let Some(mut channel) = channel.try_lock() {
+        let mut finished = Vec::new();
+        reap(&mut channel, &mut finished);
+        drop(channel);
+        finish(finished);
     }
+}
 
-    fn reap(&mut self, finished: &mut Vec<Arc<Batch>>) {
-        let mut reaped = std::mem::take(&mut self.reaped);
-        loop {
-            let n = self.io.poll(&mut reaped);
-            for c in reaped.drain(..) {
-                let slot = usize::try_from(c.tag)
-                    .ok()
-                    .and_then(|t| self.slots.get_mut(t));
-                let Some(what) = slot.and_then(Option::take) else {
-                    tracing::error!(
-                        tag = c.tag,
-                        "completion of an operation that is not in flight"
-                    );
-                    continue;
-                };
-                self.free.push(usize::try_from(c.tag).unwrap_or_default());
-                complete(&what, c.op, c.result, finished);
-            }
-            // As many as fit now; what does not fit comes back to the queue's end, in order.
-            let mut again = self.waiting.len();
-            let retry = again > 0;
-            while again > 0 {
-                again -= 1;
-                let Some((what, op)) = self.waiting.pop_front() else {
-                    break;
-                };
-                let before = self.waiting.len();
-                self.start(what, op, finished);
-                if self.waiting.len() > before {
-                    self.waiting.rotate_right(1);
-                    break;
-                }
-            }
-            if n == 0 || !retry {
-                break;
-            }
-        }
-        self.reaped = reaped;
-    }
+fn reap(channel: &mut Engine<Part>, finished: &mut Vec<Arc<Batch>>) {
+    channel.reap(|_, part, op, result| {
+        complete(part, op, result, finished);
+        None
+    });
 }
 
 fn complete(
-    what: &InFlight,
+    (batch, index): Part,
     op: Op,
     result: Result<(), Box<IoError>>,
     finished: &mut Vec<Arc<Batch>>,
 ) {
-    let mut state = what.batch.state.lock();
-    state.ops[what.index] = Some(op);
+    let mut state = batch.state.lock();
+    state.ops[index] = Some(op);
     if let Err(e) = result {
         state.error.get_or_insert(e);
     }
     drop(state);
-    if what.batch.remaining.fetch_sub(1, Ordering::AcqRel) == 1 {
-        finished.push(Arc::clone(&what.batch));
+    if batch.remaining.fetch_sub(1, Ordering::AcqRel) == 1 {
+        finished.push(batch);
     }
 }
 
@@ -317,70 +276,62 @@ fn finish(finished: Vec<Arc<Batch>>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pumice_bdev::{DmaBuf, DmaSlice};
+    use crate::{DmaBuf, DmaSlice};
 
-    fn pool() -> IoPool {
-        IoPool::new(&pumice_bdev::open("malloc://4M?block_size=512").unwrap(), 2).unwrap()
+    fn channels() -> SharedChannels {
+        let dev = crate::open("malloc://4M?block_size=512").unwrap();
+        SharedChannels::new(&dev, 2).unwrap()
     }
 
     #[test]
     fn batches_complete_once_and_in_order() {
-        let pool = pool();
+        let shared = channels();
         let data: DmaSlice = DmaBuf::copy_from(&[5; 1024]).unwrap().into();
         let write = |lba| Op::Write {
             lba,
             data: data.clone(),
             fua: false,
         };
-        let t = pool.submit(
-            (0..600).map(|i| write(i * 2)).collect(),
-            Box::new(|o| {
-                assert!(o.result.is_ok());
-                assert_eq!(o.ops.len(), 600);
-            }),
-        );
-        pool.wait(&t);
+        let t = shared.submit((0..600).map(|i| write(i * 2)).collect(), |o| {
+            assert!(o.result.is_ok());
+            assert_eq!(o.ops.len(), 600);
+        });
+        shared.wait(&t);
         let (tx, rx) = std::sync::mpsc::channel();
         let read = |lba| Op::Read {
             lba,
             buf: DmaBuf::new(512).unwrap(),
         };
-        let t = pool.submit(
-            vec![read(3), read(7)],
-            Box::new(move |o| tx.send(o).unwrap()),
-        );
-        pool.wait(&t);
+        let t = shared.submit(vec![read(3), read(7)], move |o| tx.send(o).unwrap());
+        shared.wait(&t);
         let o = rx.try_recv().unwrap();
         assert!(matches!(&o.ops[1], Op::Read { lba: 7, buf } if buf[0] == 5));
-        let t = pool.submit(Vec::new(), Box::new(|o| assert!(o.result.is_ok())));
+        let t = shared.submit(Vec::new(), |o| assert!(o.result.is_ok()));
         assert!(t.is_done());
     }
 
     #[test]
     fn an_error_reaches_the_completion() {
-        let pool = pool();
+        let shared = channels();
         let (tx, rx) = std::sync::mpsc::channel();
         let read = |lba| Op::Read {
             lba,
             buf: DmaBuf::new(512).unwrap(),
         };
-        let t = pool.submit(
-            vec![read(0), read(1 << 50)],
-            Box::new(move |o| tx.send(o).unwrap()),
-        );
-        pool.wait(&t);
+        let t = shared.submit(vec![read(0), read(1 << 50)], move |o| tx.send(o).unwrap());
+        shared.wait(&t);
         assert!(rx.try_recv().unwrap().result.is_err());
     }
 
     #[test]
     fn any_thread_reaps() {
-        let pool = Arc::new(pool());
+        let shared = Arc::new(channels());
         let read = |lba| Op::Read {
             lba,
             buf: DmaBuf::new(512).unwrap(),
         };
-        let t = pool.submit((0..50).map(read).collect(), Box::new(|_| {}));
-        let p = Arc::clone(&pool);
-        std::thread::spawn(move || p.wait(&t)).join().unwrap();
+        let t = shared.submit((0..50).map(read).collect(), |_| {});
+        let other = Arc::clone(&shared);
+        std::thread::spawn(move || other.wait(&t)).join().unwrap();
     }
 }

@@ -1,0 +1,212 @@
+//! Files that are written while the blobstore below is told to move, share or take their clusters.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use pumice_bdev::delay::{Delay, Latencies};
+use pumice_bdev::{BlockDevice, DmaBuf};
+
+use super::{File, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions};
+use crate::blobstore::check::check;
+use crate::blobstore::{BlobId, Blobstore};
+
+const MIB: u64 = 1 << 20;
+
+fn mount_on(dev: Arc<dyn BlockDevice>) -> FileSystem {
+    FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
+    FileSystem::mount(dev, &MountOptions::default()).unwrap()
+}
+
+fn mount() -> (FileSystem, Arc<dyn BlockDevice>) {
+    let dev = pumice_bdev::open("malloc://64M?block_size=4096").unwrap();
+    (mount_on(Arc::clone(&dev)), dev)
+}
+
+fn file(fs: &FileSystem, path: &str, byte: u8, len: u64) -> File {
+    let f = fs.open(path, OpenOptions::CREATE).unwrap();
+    f.append(&vec![byte; usize::try_from(len).unwrap()])
+        .unwrap();
+    f.sync().unwrap();
+    f
+}
+
+fn store(fs: &FileSystem) -> &Blobstore {
+    &fs.core().store
+}
+
+/// The first `len` bytes of a blob.
+fn bytes_of(fs: &FileSystem, id: BlobId, len: u64) -> Vec<u8> {
+    let blob = store(fs).open(id).unwrap();
+    let len = usize::try_from(len).unwrap();
+    blob.read_at(0, DmaBuf::new(len).unwrap()).unwrap().to_vec()
+}
+
+/// What the device has of a file, and no cache.
+fn read(f: &File, off: u64, len: usize) -> Vec<u8> {
+    f.invalidate(0, u64::MAX);
+    let mut out = vec![0; len];
+    assert_eq!(f.read_at(off, &mut out).unwrap(), len);
+    out
+}
+
+/// Unmounts, finds nothing wrong with the store, and mounts once more.
+fn again(fs: FileSystem, dev: &Arc<dyn BlockDevice>) -> FileSystem {
+    fs.unmount().unwrap();
+    drop(fs);
+    let report = check(dev).unwrap();
+    assert_eq!(report.worst(), None, "{:?}", report.findings);
+    FileSystem::mount(Arc::clone(dev), &MountOptions::default()).unwrap()
+}
+
+#[test]
+fn a_snapshot_of_a_file_that_is_written_stays_as_it_is() {
+    let (fs, dev) = mount();
+    let f = file(&fs, "/f", 1, 2 * MIB);
+    let snapshot = store(&fs).snapshot(f.blob_id(), &[]).unwrap();
+    // In place, over the end, and with a gap behind it: each way that a write takes.
+    f.write_at(0, &[2; 4096]).unwrap();
+    f.write_at(2 * MIB - 100, &[3; 5000]).unwrap();
+    f.write_at(9 * MIB, &[4; 100]).unwrap();
+    f.sync().unwrap();
+    let whole = vec![1; usize::try_from(2 * MIB).unwrap()];
+    assert!(bytes_of(&fs, snapshot, 2 * MIB) == whole);
+    let expect = |f: &File| {
+        assert_eq!(f.len(), 9 * MIB + 100);
+        assert_eq!(read(f, 0, 4096), [2; 4096]);
+        assert_eq!(read(f, 4096, 4096), [1; 4096]);
+        assert_eq!(read(f, 2 * MIB - 200, 100), [1; 100]);
+        assert_eq!(read(f, 2 * MIB - 100, 5000), [3; 5000]);
+        assert_eq!(read(f, 2 * MIB + 4900, 3000), [0; 3000]);
+        assert_eq!(read(f, 9 * MIB - 10, 110)[10..], [4; 100]);
+    };
+    expect(&f);
+    let path = f.path();
+    drop(f);
+    let fs = again(fs, &dev);
+    assert!(bytes_of(&fs, snapshot, 2 * MIB) == whole);
+    let f = fs.open(&path, OpenOptions::default()).unwrap();
+    expect(&f);
+    // A truncation keeps what the file shares with its snapshot.
+    f.truncate(5000).unwrap();
+    f.truncate(MIB).unwrap();
+    assert_eq!(read(&f, 4096, 2000)[904..], [0; 1096]);
+    assert!(bytes_of(&fs, snapshot, 2 * MIB) == whole);
+}
+
+#[test]
+fn snapshots_beside_writers_stay_as_they_are() {
+    let (fs, dev) = mount();
+    let f = file(&fs, "/f", 0, 4 * MIB);
+    let (stop, round) = (AtomicBool::new(false), AtomicU64::new(1));
+    let mut taken = Vec::new();
+    std::thread::scope(|scope| {
+        for thread in 0..2u64 {
+            let (f, stop, round) = (&f, &stop, &round);
+            scope.spawn(move || {
+                let mut at = thread;
+                while !stop.load(Ordering::Relaxed) {
+                    at = (at * 7 + 3) % 1000;
+                    let n = round.fetch_add(1, Ordering::Relaxed);
+                    f.write_at(at * 4096, &n.to_le_bytes().repeat(512)).unwrap();
+                    if n.is_multiple_of(16) {
+                        f.append(&[9; 3000]).unwrap();
+                        f.sync().unwrap();
+                    }
+                }
+            });
+        }
+        for n in 0..6 {
+            let from = round.load(Ordering::Relaxed);
+            while round.load(Ordering::Relaxed) < from + 20 {
+                std::thread::yield_now();
+            }
+            let id = store(&fs).snapshot(f.blob_id(), &[]).unwrap();
+            taken.push((id, bytes_of(&fs, id, 4 * MIB)));
+            if n == 3 {
+                store(&fs).inflate(f.blob_id()).unwrap();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    f.sync().unwrap();
+    for (id, bytes) in &taken {
+        assert!(bytes_of(&fs, *id, 4 * MIB) == *bytes, "snapshot {id}");
+    }
+    drop(f);
+    let fs = again(fs, &dev);
+    for (id, bytes) in &taken {
+        assert!(bytes_of(&fs, *id, 4 * MIB) == *bytes, "snapshot {id}");
+    }
+}
+
+/// Writes that no thread waits for do not hold up the one that moves clusters.
+#[test]
+fn a_snapshot_drives_what_is_in_flight() {
+    let base = pumice_bdev::open("malloc://64M?block_size=4096").unwrap();
+    let slow = Latencies {
+        avg_write_us: 20_000,
+        p99_write_us: 20_000,
+        ..Latencies::default()
+    };
+    let fs = mount_on(Arc::new(Delay::new("slow", base, slow)));
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    f.append(&vec![1; usize::try_from(3 * MIB).unwrap()])
+        .unwrap();
+    let start = Instant::now();
+    store(&fs).snapshot(f.blob_id(), &[]).unwrap();
+    assert!(start.elapsed() < Duration::from_secs(10));
+}
+
+#[test]
+fn a_file_whose_clusters_were_taken_writes_into_no_other() {
+    let (fs, _dev) = mount();
+    let f = file(&fs, "/f", 1, 3 * MIB);
+    store(&fs).open(f.blob_id()).unwrap().resize(0).unwrap();
+    let g = file(&fs, "/g", 9, 3 * MIB);
+    let refused = f.write_at(0, &[2; 8192]).and_then(|()| f.sync());
+    assert!(matches!(refused, Err(FsError::Store { .. })), "{refused:?}");
+    f.invalidate(0, u64::MAX);
+    assert!(f.read_at(0, &mut [0; 100]).is_err());
+    assert_eq!(read(&g, 0, 8192), [9; 8192]);
+}
+
+#[test]
+fn a_file_that_was_made_read_only_is_not_written() {
+    let (fs, _dev) = mount();
+    let f = file(&fs, "/f", 1, 2 * MIB);
+    store(&fs).set_read_only(f.blob_id()).unwrap();
+    for refused in [f.write_at(0, &[2; 10]), f.append(&[2; 10 << 20])] {
+        assert!(
+            matches!(refused, Err(FsError::ReadOnly { .. })),
+            "{refused:?}"
+        );
+    }
+    assert_eq!(read(&f, 0, 4096), [1; 4096]);
+}
+
+/// A file is deleted although a read ahead of it is in flight, which nobody waits for.
+#[test]
+fn reads_ahead_do_not_keep_a_file() {
+    let base = pumice_bdev::open("malloc://64M?block_size=4096").unwrap();
+    let slow = Latencies {
+        avg_read_us: 20_000,
+        p99_read_us: 20_000,
+        ..Latencies::default()
+    };
+    let fs = mount_on(Arc::new(Delay::new("slow", base, slow)));
+    for unlinked_first in [false, true] {
+        let f = file(&fs, "/f", 1, 2 * MIB);
+        let free = fs.free_bytes();
+        f.invalidate(0, u64::MAX);
+        f.prefetch(0, 2 * MIB).unwrap();
+        if unlinked_first {
+            fs.unlink("/f").unwrap();
+            drop(f);
+        } else {
+            drop(f);
+            fs.unlink("/f").unwrap();
+        }
+        assert_eq!(fs.free_bytes(), free + 2 * MIB);
+    }
+}
