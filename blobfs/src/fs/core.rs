@@ -1,8 +1,8 @@
 //! What all files of a mount share: device, blobstore, cache, counters.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
+use crossbeam::atomic::AtomicCell;
 use pumice_bdev::process::Birth;
 use pumice_bdev::{BlockDevice, Op, SharedChannels};
 
@@ -16,6 +16,20 @@ use super::names::Namespace;
 use super::options::MountOptions;
 use crate::blobstore::{Blobstore, Error as StoreError};
 
+/// How far an unmount has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// There was none, or it has failed.
+    Mounted,
+    /// Nothing new begins; the files are being made durable and closed.
+    Ending,
+    /// The files are finished and the blobstore is not unloaded yet: an unmount that failed at the
+    /// last step goes on there.
+    Unloading,
+    /// The device has been given up.
+    Unmounted,
+}
+
 /// A mounted file system.
 pub(crate) struct Core {
     pub store: Blobstore,
@@ -25,11 +39,7 @@ pub(crate) struct Core {
     pub writes: Arc<Durability>,
     pub names: Namespace,
     pub opts: MountOptions,
-    /// Cleared by the unmount.
-    pub mounted: AtomicBool,
-    /// The files are finished and the blobstore is not unloaded yet: an unmount that failed at the
-    /// last step goes on there.
-    pub unloading: AtomicBool,
+    pub phase: AtomicCell<Phase>,
     /// In which process it was mounted: in a forked child it is the parent's.
     pub born: Birth,
     /// Told when the mount has come to its end.
@@ -66,7 +76,7 @@ impl Core {
 
     pub fn check_mounted(&self, path: impl Fn() -> String) -> Result<()> {
         self.check_fork()?;
-        if self.mounted.load(Ordering::Acquire) {
+        if self.phase.load() == Phase::Mounted {
             Ok(())
         } else {
             Err(FsError::Unmounted { path: path() })

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwapOption;
+use crossbeam::atomic::AtomicCell;
 use parking_lot::Mutex;
 use pumice_bdev::Ticket;
 
@@ -50,6 +51,20 @@ pub(crate) struct Ahead {
     pub runs: Vec<(std::ops::Range<u64>, Ticket)>,
 }
 
+/// How far the life of a file has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Life {
+    /// It has a name.
+    Named,
+    /// It is being deleted or replaced while nobody has it open. A thread that wants to open it waits
+    /// for `ops` and looks again.
+    Dying,
+    /// Its last name is gone; the last close deletes it.
+    Orphan,
+    /// Its blob has been deleted, or a thread is about to delete it.
+    Gone,
+}
+
 /// A file, open or not. Fields without a lock of their own are written under `tail`.
 pub(crate) struct Inode {
     pub id: BlobId,
@@ -81,12 +96,7 @@ pub(crate) struct Inode {
     pub mtime_ns: AtomicU64,
     /// Open handles.
     pub opens: AtomicUsize,
-    /// Its last name is gone.
-    pub unlinked: AtomicBool,
-    /// Being deleted or replaced while nobody has it open: wait for `ops` and look again.
-    pub dying: AtomicBool,
-    /// The blob has been deleted, or somebody is at it.
-    pub reaped: AtomicBool,
+    pub life: AtomicCell<Life>,
 }
 
 impl Inode {
@@ -115,9 +125,7 @@ impl Inode {
             names: Mutex::new(names),
             mtime_ns: AtomicU64::new(mtime_ns),
             opens: AtomicUsize::new(0),
-            unlinked: AtomicBool::new(false),
-            dying: AtomicBool::new(false),
-            reaped: AtomicBool::new(false),
+            life: AtomicCell::new(Life::Named),
             blob: ArcSwapOption::from_pointee(blob),
         })
     }
@@ -164,6 +172,11 @@ impl Inode {
                 self.path()
             ),
         }
+    }
+
+    /// Whether its blob is or may soon be deleted: what it has is not written any more.
+    pub fn is_going(&self) -> bool {
+        matches!(self.life.load(), Life::Dying | Life::Gone)
     }
 
     #[inline]

@@ -5,15 +5,15 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
+use crossbeam::atomic::AtomicCell;
 use parking_lot::Mutex;
 use pumice_bdev::contents::{self, Contents};
 use pumice_bdev::process::Birth;
 use pumice_bdev::{BlockDevice, OpKind};
 
 use super::cache::Cache;
-use super::core::{Core, store_error};
+use super::core::{Core, Phase, store_error};
 use super::durable::Durability;
 use super::error::{FsError, Result};
 use super::inode::{Inode, xattr};
@@ -148,8 +148,7 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
         writes,
         names: Namespace::new(map, seq),
         opts: opts.clone(),
-        mounted: AtomicBool::new(true),
-        unloading: AtomicBool::new(false),
+        phase: AtomicCell::new(Phase::Mounted),
         born: Birth::now(),
         ended: Arc::default(),
         block: io_unit,

@@ -10,7 +10,7 @@ use std::sync::{Arc, Weak};
 use parking_lot::{Mutex, RwLock};
 
 use super::error::{FsError, Result};
-use super::inode::Inode;
+use super::inode::{Inode, Life};
 use super::path;
 use crate::blobstore::BlobId;
 
@@ -72,7 +72,7 @@ impl Namespace {
             Some(Entry::Dir(_)) => Err(FsError::IsDir {
                 path: path.to_owned(),
             }),
-            Some(Entry::File(ino)) if ino.dying.load(Ordering::SeqCst) => Ok(Some(Opened::Dying)),
+            Some(Entry::File(ino)) if ino.life.load() == Life::Dying => Ok(Some(Opened::Dying)),
             Some(Entry::File(ino)) => {
                 ino.opens.fetch_add(1, Ordering::SeqCst);
                 Ok(Some(Opened::File(Arc::clone(ino))))
@@ -100,7 +100,7 @@ impl Namespace {
         let mut held = Vec::new();
         for entry in map.values() {
             if let Entry::File(ino) = entry
-                && !ino.dying.load(Ordering::SeqCst)
+                && ino.life.load() != Life::Dying
                 && seen.insert(ino.id.0)
             {
                 ino.opens.fetch_add(1, Ordering::SeqCst);

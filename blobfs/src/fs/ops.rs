@@ -6,9 +6,9 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::core::Core;
+use super::core::{Core, Phase};
 use super::error::{FsError, Result};
-use super::inode::{Inode, now_ns, xattr};
+use super::inode::{Inode, Life, now_ns, xattr};
 use super::names::{Dir, Entry, Opened, Ops, encode_name, encode_names};
 use super::options::OpenOptions;
 use super::path;
@@ -149,7 +149,7 @@ impl Core {
         if ino.opens.fetch_sub(1, Ordering::SeqCst) > 1 {
             return;
         }
-        if ino.unlinked.load(Ordering::SeqCst) {
+        if matches!(ino.life.load(), Life::Orphan | Life::Gone) {
             self.reap(ino);
         } else if let Err(error) = self.seal(ino) {
             tracing::warn!(file = ino.path(), %error, "closing: data stays in memory until the next sync");
@@ -158,7 +158,8 @@ impl Core {
 
     /// Deletes a file without a name that nobody has open any more.
     fn reap(&self, ino: &Arc<Inode>) {
-        if ino.reaped.swap(true, Ordering::SeqCst) {
+        let first = ino.life.compare_exchange(Life::Orphan, Life::Gone);
+        if first.is_err() {
             return;
         }
         self.quiesce(ino);
@@ -219,10 +220,12 @@ impl Core {
             return Ok(Loss::Name);
         }
         let open = {
-            // Who opens holds the map: either it is counted here, or it sees `dying`.
+            // Who opens holds the map: either it is counted here, or it sees that the file is dying.
             let _map = self.names.map.write();
             let open = ino.opens.load(Ordering::SeqCst) > 0;
-            ino.dying.store(!open, Ordering::SeqCst);
+            if !open {
+                ino.life.store(Life::Dying);
+            }
             open
         };
         if open {
@@ -247,7 +250,7 @@ impl Core {
                 tracing::error!(file = ino.path(), %error, "a file that could not be deleted cannot be used until the next mount");
             }
         }
-        ino.dying.store(false, Ordering::SeqCst);
+        ino.life.store(Life::Named);
     }
 
     /// The commit is durable: memory follows.
@@ -263,13 +266,13 @@ impl Core {
                     .orphans
                     .lock()
                     .insert(ino.id.0, Arc::downgrade(&ino));
-                ino.unlinked.store(true, Ordering::SeqCst);
+                ino.life.store(Life::Orphan);
                 if ino.opens.load(Ordering::SeqCst) == 0 {
                     self.reap(&ino);
                 }
             }
             Loss::Gone => {
-                ino.reaped.store(true, Ordering::SeqCst);
+                ino.life.store(Life::Gone);
                 self.forget_bytes(&ino);
             }
         }
@@ -621,7 +624,7 @@ impl Core {
     fn end(&self, give_up: bool) -> Result<Vec<FsError>> {
         self.check_fork()?;
         let _ops = self.names.ops.lock();
-        if self.unloading.load(Ordering::Acquire) {
+        if self.phase.load() == Phase::Unloading {
             return self.unload().map(|()| Vec::new());
         }
         self.check_mounted(|| self.dev.info().name.clone())?;
@@ -637,15 +640,15 @@ impl Core {
             }
         }
         // From here on nothing new begins; what was appended meanwhile is written, too.
-        self.mounted.store(false, Ordering::Release);
+        self.phase.store(Phase::Ending);
         let lost = match self.finish(&inodes, give_up) {
             Ok(lost) => lost,
             Err(e) => {
-                self.mounted.store(true, Ordering::Release);
+                self.phase.store(Phase::Mounted);
                 return Err(e);
             }
         };
-        self.unloading.store(true, Ordering::Release);
+        self.phase.store(Phase::Unloading);
         self.unload()?;
         Ok(lost)
     }
@@ -656,7 +659,7 @@ impl Core {
             Ok(()) | Err(crate::blobstore::Error::Unloaded) => {}
             Err(e) => return Err(self.store_error("unmount", e)),
         }
-        self.unloading.store(false, Ordering::Release);
+        self.phase.store(Phase::Unmounted);
         self.metered.release();
         self.ended.set();
         Ok(())
@@ -664,8 +667,7 @@ impl Core {
 
     /// Whether an unmount has still something to do.
     pub fn is_unfinished(&self) -> bool {
-        self.born.is_here()
-            && (self.mounted.load(Ordering::Acquire) || self.unloading.load(Ordering::Acquire))
+        self.born.is_here() && matches!(self.phase.load(), Phase::Mounted | Phase::Unloading)
     }
 
     fn finish(&self, inodes: &[Arc<Inode>], give_up: bool) -> Result<Vec<FsError>> {

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use super::behind::{Pending, failure};
 use super::core::Core;
 use super::error::Result;
-use super::inode::{Inode, now_ns, xattr};
+use super::inode::{Inode, Life, now_ns, xattr};
 use super::tail::Tail;
 use crate::blobstore::{Error as StoreError, Spend};
 
@@ -50,7 +50,7 @@ impl Core {
         }
         self.flushed_upto(ino, upto)?;
         if target != ino.durable_len.load(Ordering::Acquire)
-            && !ino.unlinked.load(Ordering::Acquire)
+            && !matches!(ino.life.load(), Life::Orphan | Life::Gone)
         {
             self.commit_length(ino, target)?;
         }

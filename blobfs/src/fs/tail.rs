@@ -450,8 +450,7 @@ impl Core {
     pub fn trim(&self, ino: &Inode, mut tail: MutexGuard<'_, Tail>) {
         let needed = ino.len().div_ceil(self.cluster);
         // Whoever deletes a file must be the last to have its blob.
-        let going = ino.dying.load(Ordering::SeqCst) || ino.reaped.load(Ordering::SeqCst);
-        if going
+        if ino.is_going()
             || tail.reserved
             || !tail.grown
             || tail.allocated / self.cluster <= needed
@@ -483,7 +482,7 @@ impl Core {
     pub fn seal(&self, ino: &Arc<Inode>) -> Result<()> {
         let mut tail = ino.tail.lock();
         // Whoever deletes it took over, perhaps has its clusters already.
-        if ino.dying.load(Ordering::SeqCst) || ino.reaped.load(Ordering::SeqCst) {
+        if ino.is_going() {
             return Ok(());
         }
         let sealed = self.seal_buffer(ino, &mut tail);
