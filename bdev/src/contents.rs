@@ -8,9 +8,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use pumice_io::Op;
+
 use crate::error::BdevError;
 use crate::executor::AsyncChannel;
-use crate::op::Op;
 use crate::{BlockDevice, DmaBuf};
 
 /// Bytes of one read.

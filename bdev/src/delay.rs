@@ -9,9 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use pumice_io::{Completion, Op, OpKind, SubmitError};
+
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
-use crate::op::{Completion, Op, OpKind, SubmitError};
 use crate::slots::Slots;
 
 /// Shorter sleeps are spun: the kernel would oversleep.

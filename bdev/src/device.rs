@@ -5,9 +5,9 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use pumice_io::process::Birth;
+use pumice_io::{Completion, IoError, IoErrorKind, Op, OpKind, OpSet, SubmitError};
 
-use crate::error::{BdevError, IoError, IoErrorKind};
-use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
+use crate::error::BdevError;
 
 /// What a device is. Fixed for the life of the [`BlockDevice`].
 #[derive(Debug, Clone)]
@@ -159,6 +159,7 @@ impl DeviceInfo {
             Op::CompareAndWrite(c) => aligned(c.write.len()) && c.compare.len() == c.write.len(),
             Op::WriteZeroes { len_blocks, .. }
             | Op::Unmap { len_blocks, .. }
+            | Op::Verify { len_blocks, .. }
             | Op::Copy { len_blocks, .. } => *len_blocks != 0,
             Op::Zone { .. } => true,
             _ => len != 0 && len.is_multiple_of(bs),
@@ -170,6 +171,7 @@ impl DeviceInfo {
         let blocks = match op {
             Op::WriteZeroes { len_blocks, .. }
             | Op::Unmap { len_blocks, .. }
+            | Op::Verify { len_blocks, .. }
             | Op::Copy { len_blocks, .. } => *len_blocks,
             _ => len / bs,
         };
@@ -196,7 +198,10 @@ impl DeviceInfo {
         } else {
             self.max_io_blocks
         };
-        let transfers = !matches!(kind, OpKind::WriteZeroes | OpKind::Unmap | OpKind::Copy);
+        let transfers = !matches!(
+            kind,
+            OpKind::WriteZeroes | OpKind::Unmap | OpKind::Verify | OpKind::Copy
+        );
         if max != 0 && transfers && blocks > u64::from(max) {
             let detail = format!("at most {max} blocks of {bs} bytes in one {kind}");
             return Err(self.error(op, IoErrorKind::TooLong, detail));

@@ -7,9 +7,10 @@ use std::collections::VecDeque;
 use std::thread;
 use std::time::Duration;
 
+use pumice_io::{Completion, IoError, IoErrorKind, Op, SubmitError};
+
 use crate::device::{DeviceInfo, IoChannel};
-use crate::error::{BdevError, IoError, IoErrorKind};
-use crate::op::{Completion, Op, SubmitError};
+use crate::error::BdevError;
 use crate::slots::Slots;
 
 /// The pause when all places of a queue are taken by others, or the device is being reset.

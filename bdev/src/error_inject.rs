@@ -7,10 +7,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use pumice_io::{Completion, IoErrorKind, Op, OpKind, OpSet, SubmitError};
 
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
-use crate::error::{BdevError, IoErrorKind};
-use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
+use crate::error::BdevError;
 use crate::slots::Slots;
 use crate::{DmaBuf, DmaSlice};
 

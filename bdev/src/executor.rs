@@ -14,10 +14,10 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
+use pumice_io::{IoError, Op};
+
 use crate::device::IoChannel;
 use crate::engine::Engine;
-use crate::error::IoError;
-use crate::op::Op;
 use crate::{DmaBuf, DmaSlice};
 
 /// Longest sleep while a future may also be woken from another thread.
@@ -418,7 +418,7 @@ pub async fn join_all<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::IoErrorKind;
+    use pumice_io::IoErrorKind;
 
     fn channel() -> AsyncChannel {
         let dev = crate::open("malloc://1M?block_size=512").unwrap();

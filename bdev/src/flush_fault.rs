@@ -7,9 +7,9 @@
 
 use std::sync::OnceLock;
 
+use pumice_io::{IoError, IoErrorKind, Op};
+
 use crate::device::DeviceInfo;
-use crate::error::{IoError, IoErrorKind};
-use crate::op::Op;
 
 /// The memory of a device, shared by its channels.
 #[derive(Debug, Default)]

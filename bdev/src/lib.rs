@@ -96,7 +96,6 @@ mod module;
 pub mod null;
 #[cfg(feature = "nvme")]
 pub mod nvme;
-mod op;
 pub mod passthru;
 mod queue;
 pub mod raid0;
@@ -112,12 +111,15 @@ pub mod uuid;
 
 pub use device::{BlockDevice, DeviceInfo, HostSpace, IoChannel};
 pub use engine::{Engine, Refused};
-pub use error::{BdevError, IoError, IoErrorKind};
+pub use error::BdevError;
 pub use executor::{AsyncChannel, Io, IoOutcome, join_all};
-pub use op::{CompareAndWrite, Completion, Op, OpKind, OpSet, SubmitError, ZoneAction};
 pub use pumice_io::dma::{DmaBuf, DmaError, DmaSlice};
 pub use pumice_io::process;
 pub use pumice_io::uri::{file_uri, parse_size};
+pub use pumice_io::{
+    CompareAndWrite, Completion, IoError, IoErrorKind, NvmeStatus, Op, OpKind, OpSet, SubmitError,
+    ZoneAction,
+};
 pub use shared::{Outcome, SharedChannels, Ticket, thread_number};
 pub use uri::{OpenOptions, open, open_with};
 

@@ -11,11 +11,11 @@ use std::time::Duration;
 use parking_lot::RwLock;
 use pumice_io::sys::Zeroed;
 use pumice_io::uri::Uri;
+use pumice_io::{Completion, IoError, IoErrorKind, Op, OpKind, OpSet, SubmitError};
 
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
-use crate::error::{BdevError, IoError, IoErrorKind};
+use crate::error::BdevError;
 use crate::module::Module;
-use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
 use crate::queue::{Completed, refuse};
 use crate::uri::size_in_place;
 use crate::uuid;
@@ -444,7 +444,7 @@ impl Shared {
                     return Err(e.error(info, memory, op));
                 }
             }
-            Op::Flush | Op::Reset | Op::Abort { .. } | Op::Zone { .. } => {}
+            Op::Flush | Op::Reset | Op::Abort { .. } | Op::Verify { .. } | Op::Zone { .. } => {}
         }
         Ok(())
     }

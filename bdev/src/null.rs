@@ -7,12 +7,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use pumice_io::uri::Uri;
+use pumice_io::{Completion, Op, OpKind, OpSet, SubmitError};
 
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
 use crate::malloc::check_geometry;
 use crate::module::Module;
-use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
 use crate::queue::{Completed, refuse};
 use crate::uri::size_in_place;
 use crate::uuid;

@@ -7,9 +7,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pumice_io::{Completion, Op, SubmitError};
+
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
-use crate::op::{Completion, Op, SubmitError};
 
 /// A device that is another one under a new name.
 #[derive(Debug)]

@@ -1,8 +1,7 @@
 //! The completion queue of channels whose operations end as soon as they are submitted, or at the
 //! next poll.
 
-use crate::error::IoError;
-use crate::op::{Completion, Op, SubmitError};
+use pumice_io::{Completion, IoError, Op, SubmitError};
 
 /// At most so many completions wait to be polled for; then the channel is busy.
 const DEPTH: usize = 4096;

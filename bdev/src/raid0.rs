@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pumice_io::sys::wait_readable;
+use pumice_io::{Completion, IoError, IoErrorKind, Op, OpKind, OpSet, SubmitError};
 
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
-use crate::error::{BdevError, IoError, IoErrorKind};
+use crate::error::BdevError;
 use crate::flush_fault::FlushFault;
-use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
 use crate::queue::refuse;
 use crate::slots::Slots;
 use crate::{DmaBuf, DmaSlice};

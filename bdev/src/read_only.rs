@@ -4,9 +4,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pumice_io::{Completion, Op, OpKind, OpSet, SubmitError};
+
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
-use crate::op::{Completion, Op, OpKind, OpSet, SubmitError};
 use crate::queue::refuse;
 
 /// Another device, which cannot be written through this one.

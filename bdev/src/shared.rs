@@ -13,11 +13,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
+use pumice_io::{IoError, Op};
 
 use crate::device::{BlockDevice, DeviceInfo};
 use crate::engine::Engine;
-use crate::error::{BdevError, IoError};
-use crate::op::Op;
+use crate::error::BdevError;
 
 /// How long one wait on a shared channel lasts at the most, so that others get at it.
 const SLICE: Duration = Duration::from_millis(1);

@@ -3,7 +3,7 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
-use crate::op::OpKind;
+use pumice_io::OpKind;
 
 /// Each power of two of a latency is divided into so many buckets, as SPDK's histograms are
 /// (include/spdk/histogram_data.h), so that its scripts read ours.

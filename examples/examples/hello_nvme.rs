@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use pumice_nvme::dma::DmaBuf;
 use pumice_nvme::spec::ascii;
-use pumice_nvme::{Io, QueueOptions};
+use pumice_nvme::{Op, QueueOptions};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let uri = std::env::args()
@@ -39,7 +39,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Buffers are ordinary memory that the device can reach. They move into the I/O …
     let mut block = DmaBuf::zeroed(ns.block_size() as usize)?;
     block[..12].copy_from_slice(b"Hello, NVMe!");
-    let write = Io::Write {
+    let write = Op::Write {
         lba: 0,
         data: block.freeze(),
         fua: true,
@@ -54,13 +54,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     done.remove(0).result?;
 
     let buf = DmaBuf::zeroed(ns.block_size() as usize)?;
-    queue.submit(&ns, 2, Io::Read { lba: 0, buf })?;
+    queue.submit(&ns, 2, Op::Read { lba: 0, buf })?;
     while queue.poll(&mut done) == 0 {
         queue.wait(Duration::from_secs(1))?;
     }
     let read = done.remove(0);
     read.result?;
-    if let Io::Read { buf, .. } = read.io {
+    if let Op::Read { buf, .. } = read.op {
         println!("block 0 says: {}", String::from_utf8_lossy(&buf[..12]));
     }
     Ok(())

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use pumice_io::uri::UriError;
+use pumice_io::{IoError, IoErrorKind, Op};
 
 use crate::dma::DmaError;
-use crate::io::Io;
-use crate::spec::{Command, Status, decode};
+use crate::spec::Status;
 use crate::transport::TransportError;
 
 /// Why a controller could not do what was asked.
@@ -156,10 +156,9 @@ impl NvmeError {
     }
 }
 
-/// What ended an I/O without success.
+/// Why a command ended without success, or is not sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum IoErrorKind {
+pub(crate) enum Cause {
     /// The controller completed the command with this status.
     Status(Status),
     /// The command did not end in time; it was aborted or its queue reset, and the retries are
@@ -178,98 +177,65 @@ pub enum IoErrorKind {
     OtherProcess,
 }
 
-/// An I/O that failed.
-#[derive(Debug, Clone, thiserror::Error)]
-pub struct IoError {
-    /// The device.
-    pub device: String,
-    /// Queue.
-    pub qid: u16,
-    /// The command that failed first (of those that the I/O was split into).
-    pub command: Command,
-    /// What happened.
-    pub kind: IoErrorKind,
-    /// How often the command was sent again.
-    pub retries: u8,
-}
-
-impl std::fmt::Display for IoError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let command = decode::io_command(self.qid, &self.command);
-        write!(f, "{}: {command}: ", self.device)?;
-        match self.kind {
-            IoErrorKind::Status(status) => status.fmt(f)?,
-            IoErrorKind::Timeout => f.write_str("no completion in time")?,
-            IoErrorKind::Aborted => f.write_str("aborted by a controller reset")?,
-            IoErrorKind::Removed => f.write_str("the controller was removed")?,
-            IoErrorKind::ControllerFailed => f.write_str("the controller failed")?,
-            IoErrorKind::NotMapped => f.write_str("a buffer is not mapped for the device")?,
-            IoErrorKind::OtherProcess => f.write_str(
-                "the queue pair was made before the fork that made this process, so it is the \
-                 parent's",
-            )?,
-        }
-        if self.retries > 0 {
-            write!(f, " (after {} retries)", self.retries)?;
-        }
-        Ok(())
-    }
-}
-
-/// Why an I/O was not accepted; it comes back with its buffers.
-#[derive(Debug)]
-pub enum SubmitError {
-    /// The queue is full, or the controller is being reset: poll and try again.
-    Busy(Io),
-    /// The I/O is wrong for this namespace and would never be accepted.
-    Invalid(Io, InvalidIo),
-    /// The controller is gone or failed.
-    Gone(Io, IoErrorKind),
-}
-
-impl SubmitError {
-    /// The same with another I/O.
-    pub(crate) fn with_io(self, other: impl FnOnce(Io) -> Io) -> SubmitError {
+impl Cause {
+    /// What it is for who submitted the operation.
+    fn kind(self) -> IoErrorKind {
         match self {
-            SubmitError::Busy(io) => SubmitError::Busy(other(io)),
-            SubmitError::Invalid(io, why) => SubmitError::Invalid(other(io), why),
-            SubmitError::Gone(io, kind) => SubmitError::Gone(other(io), kind),
+            Cause::Status(status) => match status.code() {
+                Status::COMPARE_FAILURE => IoErrorKind::Miscompare { offset_bytes: 0 },
+                Status::LBA_OUT_OF_RANGE => IoErrorKind::OutOfRange,
+                Status::CAPACITY_EXCEEDED => IoErrorKind::NoSpace,
+                Status::ABORTED_BY_REQUEST => IoErrorKind::Aborted,
+                Status::WRITE_FAULT | Status::UNRECOVERED_READ => IoErrorKind::Media,
+                code => IoErrorKind::Nvme {
+                    sct: code.sct().0,
+                    sc: code.sc(),
+                    dnr: status.do_not_retry(),
+                },
+            },
+            Cause::Timeout => IoErrorKind::TimedOut,
+            Cause::Aborted => IoErrorKind::Aborted,
+            Cause::NotMapped => IoErrorKind::NoMemory,
+            Cause::Removed | Cause::ControllerFailed | Cause::OtherProcess => IoErrorKind::Removed,
         }
     }
 
-    /// The I/O.
-    pub fn into_io(self) -> Io {
-        match self {
-            SubmitError::Busy(io) | SubmitError::Invalid(io, _) | SubmitError::Gone(io, _) => io,
+    /// The error of an operation on `device`; `detail` says more, such as the command.
+    pub fn error(self, device: &str, block_size: u32, op: &Op, detail: &str) -> Box<IoError> {
+        let detail = match detail {
+            "" => self.to_string(),
+            detail => format!("{detail}: {self}"),
+        };
+        let mut error = IoError::new(device, block_size, op, self.kind(), detail);
+        if let Cause::Status(status) = self {
+            error.nvme_status = Some(status.into());
         }
+        error
     }
 }
 
-impl std::fmt::Display for SubmitError {
+impl std::fmt::Display for Cause {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            SubmitError::Busy(_) => f.write_str("the queue is full or being reset"),
-            SubmitError::Invalid(_, why) => why.fmt(f),
-            SubmitError::Gone(_, IoErrorKind::NotMapped) => {
-                f.write_str("there is no DMA memory for a copy of the data")
-            }
-            SubmitError::Gone(_, IoErrorKind::OtherProcess) => f.write_str(
+            Cause::Status(status) => status.fmt(f),
+            Cause::Timeout => f.write_str("no completion in time"),
+            Cause::Aborted => f.write_str("aborted by a controller reset"),
+            Cause::Removed => f.write_str("the controller was removed"),
+            Cause::ControllerFailed => f.write_str("the controller failed"),
+            Cause::NotMapped => f.write_str("a buffer is not mapped for the device"),
+            Cause::OtherProcess => f.write_str(
                 "the queue pair was made before the fork that made this process, so it is the \
                  parent's; open the device in the child",
             ),
-            SubmitError::Gone(_, kind) => write!(f, "the controller is gone ({kind:?})"),
         }
     }
 }
 
-impl std::error::Error for SubmitError {}
-
-/// What is wrong with an I/O.
+/// What is wrong with an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum InvalidIo {
+pub(crate) enum InvalidIo {
     /// A length that is no multiple of the block size.
-    #[error("{len} bytes are no whole blocks of {block_size}")]
+    #[error("{len} bytes are not whole blocks of {block_size}")]
     Length {
         /// Bytes.
         len: usize,
@@ -299,15 +265,27 @@ pub enum InvalidIo {
     Format(u32),
     /// The namespace is another controller's, or its format may have changed since.
     #[error(
-        "namespace {0} is not this controller's or was formatted since; get it anew from the controller"
+        "namespace {0} is not this controller's or was formatted since; ask the controller for it again"
     )]
     Stale(u32),
     /// A buffer that starts at an odd address.
     #[error("a buffer does not start at a multiple of four bytes")]
     NotAligned,
-    /// A buffer is not reachable for the device.
-    #[error("a buffer is not mapped for the device")]
-    NotMapped,
+}
+
+impl InvalidIo {
+    /// What it is for who submitted the operation.
+    pub fn kind(self) -> IoErrorKind {
+        match self {
+            InvalidIo::Length { .. } | InvalidIo::Empty | InvalidIo::NotAligned => {
+                IoErrorKind::Misaligned
+            }
+            InvalidIo::OutOfRange { .. } => IoErrorKind::OutOfRange,
+            InvalidIo::Unsupported(_) | InvalidIo::Format(_) => IoErrorKind::Unsupported,
+            // The namespace is not there, or not as it was.
+            InvalidIo::Stale(_) => IoErrorKind::Removed,
+        }
+    }
 }
 
 /// How long something may take, as text for logs.

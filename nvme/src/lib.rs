@@ -2,7 +2,6 @@
 
 pub mod controller;
 mod error;
-mod io;
 mod namespace;
 mod open;
 pub mod pci;
@@ -11,9 +10,8 @@ pub mod spec;
 pub mod transport;
 
 pub use controller::{Controller, ControllerEvent, ControllerOptions};
-pub use error::{InvalidIo, IoError, IoErrorKind, NvmeError, SubmitError};
-pub use io::{BlockRange, Io, IoDone};
+pub use error::NvmeError;
 pub use namespace::{Limits, Namespace, Supports};
 pub use open::{Opened, open, open_with};
-pub use pumice_io::dma;
+pub use pumice_io::{Completion, IoError, IoErrorKind, Op, SubmitError, dma};
 pub use queue::{AsyncQueue, QueueOptions, QueuePair};

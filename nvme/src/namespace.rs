@@ -49,6 +49,8 @@ pub struct Limits {
     pub copy_range_blocks: u32,
     /// Blocks of a copy.
     pub copy_blocks: u32,
+    /// A write zeroes may deallocate, since deallocated blocks read as zeroes (DLFEAT bit 3).
+    pub zeroes_may_deallocate: bool,
     /// What there is.
     pub supports: Supports,
     /// The format can be used.
@@ -168,7 +170,7 @@ impl Namespace {
 
     /// Whether Write Zeroes with deallocate is allowed (DLFEAT bit 3).
     pub fn zeroes_may_deallocate(&self) -> bool {
-        self.identify.dlfeat & 8 != 0
+        self.limits.zeroes_may_deallocate
     }
 
     /// Why I/O on this namespace is refused, if it is: block metadata, a block size out of

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use common::*;
 use pumice_nvme::dma::DmaBuf;
 use pumice_nvme::spec::FeatureId;
 use pumice_nvme::{IoErrorKind, NvmeError, QueueOptions, SubmitError};
+
+use common::*;
 
 mod common;
 
@@ -108,7 +109,7 @@ fn an_inherited_controller_refuses_and_can_be_dropped() {
         let (rig, mut q, other) = inherited.take().unwrap();
         let refused = q.submit(&rig.ns, 1, read(3)).unwrap_err();
         assert!(
-            matches!(refused, SubmitError::Gone(_, IoErrorKind::OtherProcess)),
+            matches!(&refused, SubmitError::Refused(_, e) if e.kind == IoErrorKind::Removed),
             "{refused}"
         );
         assert!(refused.to_string().contains("fork"));

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use pumice_nvme::dma::DmaBuf;
 use pumice_nvme::spec::{AdminOpcode, IoOpcode, Status};
-use pumice_nvme::{Io, NvmeError, QueueOptions, QueuePair};
+use pumice_nvme::{NvmeError, Op, QueueOptions, QueuePair};
 use pumice_nvme_soft::{Fault, FaultRule};
 
 use common::*;
@@ -140,7 +140,7 @@ fn buffers_of_queues_that_were_not_deleted_are_kept() {
     let buf = DmaBuf::copy_from(&[7; 512]).unwrap();
     let data = buf.freeze();
     let watch = data.clone();
-    let io = Io::Write {
+    let io = Op::Write {
         lba: 0,
         data,
         fua: false,

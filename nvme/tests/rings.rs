@@ -2,7 +2,7 @@
 
 use pumice_nvme::dma::DmaBuf;
 use pumice_nvme::spec::{IoOpcode, Status};
-use pumice_nvme::{Io, IoDone, QueuePair};
+use pumice_nvme::{Completion, Op, QueuePair};
 use pumice_nvme_soft::{Fault, FaultRule};
 
 use common::*;
@@ -14,9 +14,9 @@ fn completion(cid: u16, sq_head: u16) -> Fault {
     Fault::Raw([0, u64::from(sq_head) | 1 << 16 | u64::from(cid) << 32])
 }
 
-fn data(done: &IoDone) -> &DmaBuf {
-    match &done.io {
-        Io::Read { buf, .. } => buf,
+fn data(done: &Completion) -> &DmaBuf {
+    match &done.op {
+        Op::Read { buf, .. } => buf,
         other => panic!("{other:?}"),
     }
 }
@@ -80,7 +80,7 @@ fn a_second_attempt_has_a_name_of_its_own() {
     rig.soft
         .faults()
         .add(FaultRule::io(IoOpcode::READ, completion(16, 0)).times(1));
-    let blank = || Io::Read {
+    let blank = || Op::Read {
         lba: 3,
         buf: DmaBuf::zeroed(512).unwrap(),
     };
@@ -93,7 +93,7 @@ fn a_second_attempt_has_a_name_of_its_own() {
     assert!(out.is_empty());
     q.submit(&rig.ns, 2, blank()).unwrap();
     q.poll(&mut out);
-    let with_data = |done: &IoDone| data(done).iter().all(|b| *b == 0x77);
+    let with_data = |done: &Completion| data(done).iter().all(|b| *b == 0x77);
     while q.in_flight() > 0 {
         let before = out.len();
         q.poll(&mut out);

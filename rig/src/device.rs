@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use clap::Subcommand;
 use pumice_nvme::dma::DmaBuf;
+use pumice_nvme::spec::Status;
 use pumice_nvme::{
-    Controller, ControllerEvent, ControllerOptions, Io, IoDone, IoErrorKind, Namespace,
+    Completion, Controller, ControllerEvent, ControllerOptions, IoErrorKind, Namespace, Op,
     QueueOptions, QueuePair, SubmitError, open_with,
 };
 
@@ -132,8 +133,8 @@ fn device(uri: &str, controller: ControllerOptions, queue: &QueueOptions) -> Res
 
 impl Device {
     /// Runs I/Os, as many at a time as the queue takes, to their ends.
-    fn run(&mut self, ios: impl IntoIterator<Item = Io>) -> Result<Vec<IoDone>> {
-        let mut waiting: Vec<(u64, Io)> = (0..).zip(ios).collect();
+    fn run(&mut self, ios: impl IntoIterator<Item = Op>) -> Result<Vec<Completion>> {
+        let mut waiting: Vec<(u64, Op)> = (0..).zip(ios).collect();
         waiting.reverse();
         let total = waiting.len();
         let mut done = Vec::new();
@@ -146,10 +147,7 @@ impl Device {
                         waiting.push((tag, io));
                         break;
                     }
-                    Err(SubmitError::Invalid(_, why)) => {
-                        return Err(format!("refused: {why}").into());
-                    }
-                    Err(SubmitError::Gone(_, kind)) => return Err(format!("gone: {kind:?}").into()),
+                    Err(SubmitError::Refused(_, e)) => return Err(e),
                 }
             }
             if self.queue.poll(&mut done) == 0 {
@@ -165,7 +163,7 @@ impl Device {
         Ok(done)
     }
 
-    fn all_good(&mut self, ios: impl IntoIterator<Item = Io>) -> Result<Vec<IoDone>> {
+    fn all_good(&mut self, ios: impl IntoIterator<Item = Op>) -> Result<Vec<Completion>> {
         let mut done = self.run(ios)?;
         for d in &done {
             if let Err(e) = &d.result {
@@ -244,7 +242,7 @@ fn verify(uri: &str, options: ControllerOptions, cmb: bool) -> Result<()> {
     for (n, len) in (0u64..).zip(sizes) {
         let mut buf = DmaBuf::new(len)?;
         pattern(&mut buf, n);
-        writes.push(Io::Write {
+        writes.push(Op::Write {
             lba,
             data: buf.freeze(),
             fua: n % 2 == 1,
@@ -263,26 +261,26 @@ fn verify(uri: &str, options: ControllerOptions, cmb: bool) -> Result<()> {
         at += part * block;
         data.push(buf.freeze());
     }
-    writes.push(Io::WriteV {
+    writes.push(Op::WriteV {
         lba,
         data,
         fua: false,
     });
     d.all_good(writes)?;
-    d.all_good([Io::Flush])?;
+    d.all_good([Op::Flush])?;
 
     let mut reads = Vec::new();
     for (_, lba, len) in &places {
-        reads.push(Io::Read {
+        reads.push(Op::Read {
             lba: *lba,
             buf: DmaBuf::zeroed(*len)?,
         });
     }
     let bufs = vec![DmaBuf::zeroed(20 * block)?, DmaBuf::zeroed(11 * block)?];
-    reads.push(Io::ReadV { lba, bufs });
+    reads.push(Op::ReadV { lba, bufs });
     let done = d.all_good(reads)?;
     for (io, (n, lba, len)) in done.iter().zip(&places) {
-        let Io::Read { buf, .. } = &io.io else {
+        let Op::Read { buf, .. } = &io.op else {
             return Err("another I/O came back".into());
         };
         let mut expected = vec![0; *len];
@@ -291,7 +289,7 @@ fn verify(uri: &str, options: ControllerOptions, cmb: bool) -> Result<()> {
             format!("{len} bytes at block {lba} differ")
         })?;
     }
-    let Some(Io::ReadV { bufs, .. }) = done.last().map(|d| &d.io) else {
+    let Some(Op::ReadV { bufs, .. }) = done.last().map(|d| &d.op) else {
         return Err("another I/O came back".into());
     };
     check([&bufs[0][..], &bufs[1][..]].concat() == whole, || {
@@ -301,17 +299,16 @@ fn verify(uri: &str, options: ControllerOptions, cmb: bool) -> Result<()> {
     // Zeroes over a part, and the part only.
     let (_, first, len) = places[9];
     let blocks = u64::try_from(len / block)?;
-    d.all_good([Io::WriteZeroes {
+    d.all_good([Op::WriteZeroes {
         lba: first + 1,
-        blocks: blocks - 2,
+        len_blocks: blocks - 2,
         fua: true,
-        deallocate: false,
     }])?;
-    let done = d.all_good([Io::Read {
+    let done = d.all_good([Op::Read {
         lba: first,
         buf: DmaBuf::new(len)?,
     }])?;
-    let Io::Read { buf, .. } = &done[0].io else {
+    let Op::Read { buf, .. } = &done[0].op else {
         return Err("another I/O came back".into());
     };
     check(buf[block..len - block].iter().all(|b| *b == 0), || {
@@ -326,7 +323,7 @@ fn verify(uri: &str, options: ControllerOptions, cmb: bool) -> Result<()> {
     for n in 0..300u64 {
         let mut buf = DmaBuf::new(block)?;
         pattern(&mut buf, 1000 + n);
-        ios.push(Io::Write {
+        ios.push(Op::Write {
             lba: 8192 + n,
             data: buf.freeze(),
             fua: false,
@@ -335,7 +332,7 @@ fn verify(uri: &str, options: ControllerOptions, cmb: bool) -> Result<()> {
     d.all_good(ios)?;
     let mut ios = Vec::new();
     for n in 0..300u64 {
-        ios.push(Io::Read {
+        ios.push(Op::Read {
             lba: 8192 + n,
             buf: DmaBuf::zeroed(block)?,
         });
@@ -343,7 +340,7 @@ fn verify(uri: &str, options: ControllerOptions, cmb: bool) -> Result<()> {
     for done in d.all_good(ios)? {
         let mut expected = vec![0; block];
         pattern(&mut expected, 1000 + done.tag);
-        let good = matches!(&done.io, Io::Read { buf, .. } if buf[..] == expected[..]);
+        let good = matches!(&done.op, Op::Read { buf, .. } if buf[..] == expected[..]);
         check(good, || format!("block {} differs", 8192 + done.tag))?;
     }
     println!("{} commands", d.queue.stats().commands);
@@ -378,7 +375,7 @@ fn sleep(uri: &str) -> Result<()> {
     })?;
     let (cpu, started) = (cpu_time()?, Instant::now());
     for n in 0..20 {
-        d.all_good([Io::Read {
+        d.all_good([Op::Read {
             lba: n,
             buf: DmaBuf::new(4096)?,
         }])?;
@@ -392,12 +389,12 @@ fn sleep(uri: &str) -> Result<()> {
     check(cpu < wall / 2, || "it spins".into())
 }
 
-fn status_of(done: &IoDone) -> String {
+fn status_of(done: &Completion) -> String {
     match &done.result {
         Ok(()) => "success".to_owned(),
-        Err(e) => match e.kind {
-            IoErrorKind::Status(s) => format!("{}/{:#x}", s.sct().0, s.sc()),
-            other => format!("{other:?}"),
+        Err(e) => match e.nvme_status.map(Status::from) {
+            Some(s) => format!("{}/{:#x}", s.sct().0, s.sc()),
+            None => format!("{:?}", e.kind),
         },
     }
 }
@@ -407,7 +404,7 @@ fn media_errors(uri: &str, read: u64, write: u64) -> Result<()> {
     let block = usize::try_from(d.ns.block_size())?;
     let mut outcome = BTreeMap::new();
     for lba in [read - 8, read, read + 8] {
-        let done = d.run([Io::Read {
+        let done = d.run([Op::Read {
             lba,
             buf: DmaBuf::new(block)?,
         }])?;
@@ -415,7 +412,7 @@ fn media_errors(uri: &str, read: u64, write: u64) -> Result<()> {
     }
     for lba in [write - 8, write, write + 8] {
         let data = DmaBuf::zeroed(block)?.freeze();
-        let done = d.run([Io::Write {
+        let done = d.run([Op::Write {
             lba,
             data,
             fua: false,
@@ -442,7 +439,7 @@ fn reset(uri: &str) -> Result<()> {
     for round in 0..4u64 {
         let mut tags = BTreeSet::new();
         for tag in 0..24 {
-            let io = Io::Read {
+            let io = Op::Read {
                 lba: tag,
                 buf: DmaBuf::new(4096)?,
             };
@@ -473,7 +470,7 @@ fn reset(uri: &str) -> Result<()> {
         resetter
             .join()
             .map_err(|_| "the resetting thread panicked")??;
-        d.all_good([Io::Read {
+        d.all_good([Op::Read {
             lba: 1,
             buf: DmaBuf::new(4096)?,
         }])?;
@@ -488,7 +485,7 @@ fn removal(uri: &str, id: &str) -> Result<()> {
     let mut d = device(uri, ControllerOptions::default(), &QueueOptions::depth(32))?;
     let mut waiting = 0usize;
     for tag in 0..16 {
-        let io = Io::Read {
+        let io = Op::Read {
             lba: tag,
             buf: DmaBuf::new(4096)?,
         };
@@ -509,13 +506,15 @@ fn removal(uri: &str, id: &str) -> Result<()> {
             *endings.entry(status_of(&end)).or_default() += 1;
         }
         // Work goes on until the device is gone.
-        let io = Io::Read {
+        let io = Op::Read {
             lba: tag % 64,
             buf: DmaBuf::new(4096)?,
         };
         match d.queue.submit(&d.ns, tag, io) {
             Ok(()) => waiting += 1,
-            Err(SubmitError::Gone(..)) if waiting == 0 => break,
+            Err(SubmitError::Refused(_, e)) if e.kind == IoErrorKind::Removed && waiting == 0 => {
+                break;
+            }
             Err(_) => {}
         }
         tag += 1;

@@ -27,12 +27,12 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use pumice_io::process::Birth;
 use pumice_io::sys::file as sys;
+use pumice_io::{IoError, Op};
 
 use crate::DmaSlice;
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
-use crate::error::{BdevError, IoError};
+use crate::error::BdevError;
 use crate::flush_fault::FlushFault;
-use crate::op::Op;
 use probe::Discard;
 
 pub(crate) use open::MODULE;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use pumice_io::sys::file as sys;
 use pumice_io::uri::Uri;
+use pumice_io::{OpKind, OpSet};
 
 use super::probe::{self, Backing, Discard};
 use super::{Shared, make};
@@ -18,7 +19,6 @@ use crate::device::{BlockDevice, DeviceInfo};
 use crate::error::BdevError;
 use crate::malloc::check_geometry;
 use crate::module::Module;
-use crate::op::{OpKind, OpSet};
 use crate::uuid;
 
 /// A living owner is given this long: udev holds a lock for a moment when a device changes.

@@ -16,13 +16,13 @@ use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, squeue, types};
 use pumice_io::sys::file as sys;
+use pumice_io::{Completion, IoErrorKind, Op, SubmitError};
 
 use super::slot::{Slot, Step};
 use super::threads::ThreadChannel;
 use super::{Shared, Zeroing};
 use crate::device::IoChannel;
-use crate::error::{BdevError, IoErrorKind};
-use crate::op::{Completion, Op, SubmitError};
+use crate::error::BdevError;
 use crate::queue::{Completed, refuse};
 
 /// Operations in flight on a channel.

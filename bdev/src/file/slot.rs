@@ -1,9 +1,9 @@
 //! One operation on its way: which system call comes next, and what its result means.
 
+use pumice_io::{IoError, IoErrorKind, Op};
+
 use super::{Shared, Zeroing};
-use crate::error::{IoError, IoErrorKind};
 use crate::file::probe::Discard;
-use crate::op::Op;
 
 /// `EAGAIN` and `EINTR` are tried again so many times.
 const TRIES: u32 = 64;

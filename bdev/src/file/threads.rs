@@ -10,12 +10,12 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use pumice_io::sys::file as sys;
+use pumice_io::{Completion, Op, SubmitError};
 
 use super::slot::{Slot, Step};
 use super::{Shared, Zeroing};
 use crate::device::IoChannel;
 use crate::error::BdevError;
-use crate::op::{Completion, Op, SubmitError};
 use crate::queue::refuse;
 
 /// Threads per channel: the depth that a device sees.

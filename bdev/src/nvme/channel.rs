@@ -4,27 +4,21 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
+use pumice_io::{Completion, IoError, IoErrorKind, Op, SubmitError};
 use pumice_nvme::controller::Phase;
-use pumice_nvme::spec::Status;
-use pumice_nvme::{
-    BlockRange, Controller, InvalidIo, Io, IoDone, IoErrorKind as NvmeKind, Namespace, QueuePair,
-    SubmitError as NvmeSubmit,
-};
+use pumice_nvme::{Controller, QueuePair};
 
 use super::{Place, Target};
 use crate::device::{DeviceInfo, IoChannel};
-use crate::error::{BdevError, IoError, IoErrorKind};
-use crate::op::{Completion, Op, SubmitError};
+use crate::error::BdevError;
 use crate::queue::refuse;
 
 pub(super) struct NvmeChannel {
     // The queue pair goes before its place is free again.
     pair: QueuePair,
     target: Target,
-    done: Vec<IoDone>,
+    done: Vec<Completion>,
     resets: Vec<Resetting>,
-    /// Aborts: the controller has been asked.
-    asked: Vec<Completion>,
     _place: Place,
 }
 
@@ -75,147 +69,29 @@ impl Resetting {
     }
 }
 
-/// The driver's form of an operation that [`DeviceInfo::check`] has passed. `Err`: it has none.
-pub(super) fn to_io(op: Op, ns: &Namespace) -> Result<Io, Op> {
-    Ok(match op {
-        Op::Read { lba, buf } => Io::Read { lba, buf },
-        Op::ReadV { lba, bufs } => Io::ReadV { lba, bufs },
-        Op::Write { lba, data, fua } => Io::Write { lba, data, fua },
-        Op::WriteV { lba, data, fua } => Io::WriteV { lba, data, fua },
-        Op::Compare { lba, data } => Io::Compare { lba, data },
-        Op::Flush => Io::Flush,
-        Op::WriteZeroes {
-            lba,
-            len_blocks,
-            fua,
-        } => Io::WriteZeroes {
-            lba,
-            blocks: len_blocks,
-            fua,
-            deallocate: ns.zeroes_may_deallocate(),
-        },
-        Op::Unmap { lba, len_blocks } => Io::Deallocate {
-            ranges: vec![BlockRange {
-                lba,
-                blocks: len_blocks,
-            }],
-        },
-        Op::Copy {
-            src_lba,
-            dst_lba,
-            len_blocks,
-        } => Io::Copy {
-            ranges: vec![BlockRange {
-                lba: src_lba,
-                blocks: len_blocks,
-            }],
-            lba: dst_lba,
-            fua: false,
-        },
-        op => return Err(op),
-    })
+/// An error of the driver's, as the device's: it names the device, then the controller.
+fn of_device(info: &DeviceInfo, error: &mut IoError) {
+    error.detail = format!("{}: {}", error.device, error.detail);
+    error.device.clone_from(&info.name);
 }
 
-/// Back from the driver's form.
-pub(super) fn to_op(io: Io) -> Op {
-    let first = |ranges: &[BlockRange]| {
-        ranges
-            .first()
-            .copied()
-            .unwrap_or(BlockRange { lba: 0, blocks: 0 })
-    };
-    match io {
-        Io::Read { lba, buf } => Op::Read { lba, buf },
-        Io::ReadV { lba, bufs } => Op::ReadV { lba, bufs },
-        Io::Write { lba, data, fua } => Op::Write { lba, data, fua },
-        Io::WriteV { lba, data, fua } => Op::WriteV { lba, data, fua },
-        Io::Compare { lba, data } => Op::Compare { lba, data },
-        Io::WriteZeroes {
-            lba, blocks, fua, ..
-        } => Op::WriteZeroes {
-            lba,
-            len_blocks: blocks,
-            fua,
-        },
-        Io::Deallocate { ranges } => {
-            let BlockRange { lba, blocks } = first(&ranges);
-            Op::Unmap {
-                lba,
-                len_blocks: blocks,
-            }
-        }
-        Io::Copy { ranges, lba, .. } => {
-            let BlockRange {
-                lba: src_lba,
-                blocks,
-            } = first(&ranges);
-            Op::Copy {
-                src_lba,
-                dst_lba: lba,
-                len_blocks: blocks,
-            }
-        }
-        // Nothing else is ever submitted here.
-        _ => Op::Flush,
+/// What the driver has ended, as what the device has.
+pub(super) fn settle(target: &Target, mut done: Completion) -> Completion {
+    if let Err(error) = &mut done.result {
+        of_device(&target.info, error);
     }
+    done.result = target
+        .flush_fault
+        .settle(&target.info, &done.op, done.result);
+    done
 }
 
-fn kind_of(kind: NvmeKind) -> IoErrorKind {
-    match kind {
-        NvmeKind::Status(status) => match status.code() {
-            Status::COMPARE_FAILURE => IoErrorKind::Miscompare { offset_bytes: 0 },
-            Status::LBA_OUT_OF_RANGE => IoErrorKind::OutOfRange,
-            Status::CAPACITY_EXCEEDED => IoErrorKind::NoSpace,
-            Status::ABORTED_BY_REQUEST => IoErrorKind::Aborted,
-            // Media and Data Integrity Errors: Write Fault, Unrecovered Read Error.
-            code if code.sct().0 == 2 && matches!(code.sc(), 0x80 | 0x81) => IoErrorKind::Media,
-            code => IoErrorKind::Nvme {
-                sct: code.sct().0,
-                sc: code.sc(),
-                dnr: status.do_not_retry(),
-            },
-        },
-        NvmeKind::Timeout => IoErrorKind::TimedOut,
-        NvmeKind::Aborted => IoErrorKind::Aborted,
-        NvmeKind::NotMapped => IoErrorKind::NoMemory,
-        _ => IoErrorKind::Removed,
+/// What the driver has refused, as what the device refuses.
+pub(super) fn refused(info: &DeviceInfo, mut e: SubmitError) -> SubmitError {
+    if let SubmitError::Refused(_, error) = &mut e {
+        of_device(info, error);
     }
-}
-
-pub(super) fn to_completion(target: &Target, done: IoDone) -> Completion {
-    let op = to_op(done.io);
-    let result = done
-        .result
-        .map_err(|e| target.info.error(&op, kind_of(e.kind), e.to_string()));
-    let result = target.flush_fault.settle(&target.info, &op, result);
-    Completion {
-        tag: done.tag,
-        op,
-        result,
-    }
-}
-
-/// What the driver's refusal means.
-pub(super) fn to_refusal(info: &DeviceInfo, e: NvmeSubmit) -> SubmitError {
-    let text = e.to_string();
-    match e {
-        NvmeSubmit::Busy(io) => SubmitError::Busy(to_op(io)),
-        NvmeSubmit::Invalid(io, why) => {
-            let op = to_op(io);
-            let kind = match why {
-                // The namespace is not there, or not as it was: no fault of the buffer's.
-                InvalidIo::Stale(_) => IoErrorKind::Removed,
-                _ => IoErrorKind::Misaligned,
-            };
-            let e = info.error(&op, kind, text);
-            SubmitError::Refused(op, e)
-        }
-        NvmeSubmit::Gone(io, kind) => {
-            let op = to_op(io);
-            let e: Box<IoError> = info.error(&op, kind_of(kind), text);
-            SubmitError::Refused(op, e)
-        }
-    }
+    e
 }
 
 impl NvmeChannel {
@@ -225,7 +101,6 @@ impl NvmeChannel {
             target,
             done: Vec::new(),
             resets: Vec::new(),
-            asked: Vec::new(),
             _place: place,
         }
     }
@@ -239,46 +114,28 @@ impl IoChannel for NvmeChannel {
         if !self.resets.is_empty() {
             return Err(SubmitError::Busy(op));
         }
-        if let Op::Abort { tag: target } = op {
-            self.pair.abort(target);
-            self.asked.push(Completion {
-                tag,
-                op,
-                result: Ok(()),
-            });
-            return Ok(());
+        if !matches!(op, Op::Reset) {
+            let submitted = self.pair.submit(&self.target.ns, tag, op);
+            return submitted.map_err(|e| refused(&self.target.info, e));
         }
-        match to_io(op, &self.target.ns) {
-            Ok(io) => {
-                let submitted = self.pair.submit(&self.target.ns, tag, io);
-                submitted.map_err(|e| to_refusal(&self.target.info, e))
+        match Resetting::start(tag, self.pair.controller()) {
+            Ok(reset) => {
+                self.resets.push(reset);
+                Ok(())
             }
-            Err(op) => match Resetting::start(tag, self.pair.controller()) {
-                Ok(reset) => {
-                    self.resets.push(reset);
-                    Ok(())
-                }
-                Err(e) => {
-                    let e = self
-                        .target
-                        .info
-                        .error(&op, IoErrorKind::NoMemory, e.to_string());
-                    refuse(op, e)
-                }
-            },
+            Err(e) => {
+                let info = &self.target.info;
+                let e = info.error(&op, IoErrorKind::NoMemory, e.to_string());
+                refuse(op, e)
+            }
         }
     }
 
     fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
         let before = out.len();
         if self.pair.poll(&mut self.done) > 0 {
-            out.extend(
-                self.done
-                    .drain(..)
-                    .map(|done| to_completion(&self.target, done)),
-            );
+            out.extend(self.done.drain(..).map(|done| settle(&self.target, done)));
         }
-        out.append(&mut self.asked);
         if !self.resets.is_empty() && self.pair.in_flight() == 0 {
             let over = self.resets.extract_if(.., |r| r.is_over());
             out.extend(over.map(|r| r.completion(&self.target.info)));
@@ -287,9 +144,6 @@ impl IoChannel for NvmeChannel {
     }
 
     fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
-        if !self.asked.is_empty() {
-            return Ok(());
-        }
         if !self.resets.is_empty() {
             thread::sleep(timeout.min(Duration::from_millis(1)));
             return Ok(());
@@ -301,6 +155,6 @@ impl IoChannel for NvmeChannel {
         if !self.target.info.is_here() {
             return 0;
         }
-        self.pair.in_flight() + self.resets.len() + self.asked.len()
+        self.pair.in_flight() + self.resets.len()
     }
 }

@@ -12,16 +12,16 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 use pumice_io::process::{Birth, PerProcess};
+use pumice_io::{IoError, Op, OpKind, OpSet};
 use pumice_nvme::spec::IdentifyController;
 use pumice_nvme::transport::{NvmeUri, TransportError};
 use pumice_nvme::{Controller, Namespace, NvmeError, QueueOptions};
 use serde_json::{Value, json};
 
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
-use crate::error::{BdevError, IoError};
+use crate::error::BdevError;
 use crate::flush_fault::FlushFault;
 use crate::module::Module;
-use crate::op::{Op, OpKind, OpSet};
 use channel::NvmeChannel;
 use shared::{SharedChannel, SharedQueue};
 

@@ -6,13 +6,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use pumice_nvme::{IoDone, QueuePair};
+use pumice_io::{Completion, IoErrorKind, Op, SubmitError};
+use pumice_nvme::QueuePair;
 
-use super::channel::{Resetting, to_completion, to_io, to_refusal};
+use super::channel::{Resetting, refused, settle};
 use super::{Share, Target};
 use crate::device::IoChannel;
-use crate::error::{BdevError, IoErrorKind};
-use crate::op::{Completion, Op, SubmitError};
+use crate::error::BdevError;
 use crate::queue::refuse;
 use crate::slots::Slots;
 
@@ -31,8 +31,8 @@ struct Inner {
     /// Channel and its tag, of each operation in flight.
     owners: Slots<(u64, u64)>,
     /// What was reaped for others than who reaped it. A channel that is gone has no entry.
-    mail: BTreeMap<u64, Vec<IoDone>>,
-    done: Vec<IoDone>,
+    mail: BTreeMap<u64, Vec<Completion>>,
+    done: Vec<Completion>,
     next_channel: u64,
 }
 
@@ -118,24 +118,21 @@ impl IoChannel for SharedChannel {
             });
             return Ok(());
         }
-        match to_io(op, &self.target.ns) {
-            Ok(io) => {
-                let slot = inner.owners.insert((self.id, tag));
-                if let Err(e) = inner.pair.submit(&self.target.ns, slot, io) {
-                    inner.owners.remove(slot);
-                    return Err(to_refusal(&self.target.info, e));
-                }
-            }
-            Err(op) => match Resetting::start(tag, inner.pair.controller()) {
+        if matches!(op, Op::Reset) {
+            match Resetting::start(tag, inner.pair.controller()) {
                 Ok(reset) => self.resets.push(reset),
                 Err(e) => {
-                    let e = self
-                        .target
-                        .info
-                        .error(&op, IoErrorKind::NoMemory, e.to_string());
+                    let info = &self.target.info;
+                    let e = info.error(&op, IoErrorKind::NoMemory, e.to_string());
                     return refuse(op, e);
                 }
-            },
+            }
+        } else {
+            let slot = inner.owners.insert((self.id, tag));
+            if let Err(e) = inner.pair.submit(&self.target.ns, slot, op) {
+                inner.owners.remove(slot);
+                return Err(refused(&self.target.info, e));
+            }
         }
         self.in_flight += 1;
         Ok(())
@@ -149,7 +146,7 @@ impl IoChannel for SharedChannel {
         let mut inner = self.shared.inner.lock();
         inner.reap();
         if let Some(mail) = inner.mail.get_mut(&self.id) {
-            out.extend(mail.drain(..).map(|done| to_completion(&self.target, done)));
+            out.extend(mail.drain(..).map(|done| settle(&self.target, done)));
         }
         drop(inner);
         out.append(&mut self.asked);

@@ -6,11 +6,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use pumice_io::sys::Clock;
+use pumice_io::{Completion, IoErrorKind, Op, OpKind, SubmitError};
 
 use super::Entry;
 use crate::device::IoChannel;
-use crate::error::{BdevError, IoErrorKind};
-use crate::op::{Completion, Op, OpKind, SubmitError};
+use crate::error::BdevError;
 use crate::queue::refuse;
 use crate::stats::ChannelStats;
 

@@ -14,13 +14,13 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
+use pumice_io::OpKind;
 use pumice_io::sys::Clock;
 use pumice_io::uri::{is_path, is_uri};
 
 use crate::OpenOptions;
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
-use crate::op::OpKind;
 use crate::read_only::ReadOnly;
 use crate::stats::{BUCKETS, ChannelStats, Stats};
 use channel::BdevChannel;

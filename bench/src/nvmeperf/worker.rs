@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 use pumice_nvme::dma::DmaBuf;
 use pumice_nvme::queue::QueueStats;
-use pumice_nvme::{Controller, Io, IoDone, Namespace, QueueOptions, QueuePair, SubmitError};
+use pumice_nvme::{Completion, Controller, Namespace, Op, QueueOptions, QueuePair, SubmitError};
 
 use super::counter::Instructions;
 use super::{Pattern, Workload};
@@ -113,7 +113,7 @@ pub fn run(shared: &Shared, index: u16) -> std::result::Result<Result, Error> {
             }
         }
     };
-    let mut out: Vec<IoDone> = Vec::with_capacity(usize::from(w.depth) * 2);
+    let mut out: Vec<Completion> = Vec::with_capacity(usize::from(w.depth) * 2);
     let mut counter = Instructions::start();
     let start = Instant::now();
     let mut sent = 0u64;
@@ -138,7 +138,7 @@ pub fn run(shared: &Shared, index: u16) -> std::result::Result<Result, Error> {
             if stopping {
                 continue;
             }
-            let io = again(&mut blocks, w, done.io)?;
+            let io = again(&mut blocks, w, done.op)?;
             submit(&mut q, ns, done.tag, io)?;
             sent += 1;
         }
@@ -171,12 +171,12 @@ fn is_read(blocks: &mut Blocks, w: &Workload) -> bool {
     }
 }
 
-fn make(blocks: &mut Blocks, w: &Workload, buf: DmaBuf) -> Io {
+fn make(blocks: &mut Blocks, w: &Workload, buf: DmaBuf) -> Op {
     let lba = blocks.next();
     if is_read(blocks, w) {
-        Io::Read { lba, buf }
+        Op::Read { lba, buf }
     } else {
-        Io::Write {
+        Op::Write {
             lba,
             data: buf.freeze(),
             fua: false,
@@ -185,22 +185,22 @@ fn make(blocks: &mut Blocks, w: &Workload, buf: DmaBuf) -> Io {
 }
 
 /// The next I/O with the buffer of one that has ended.
-fn again(blocks: &mut Blocks, w: &Workload, io: Io) -> std::result::Result<Io, Error> {
+fn again(blocks: &mut Blocks, w: &Workload, io: Op) -> std::result::Result<Op, Error> {
     let lba = blocks.next();
     let read = is_read(blocks, w);
     Ok(match io {
-        Io::Read { buf, .. } if read => Io::Read { lba, buf },
-        Io::Write { data, .. } if !read => Io::Write {
+        Op::Read { buf, .. } if read => Op::Read { lba, buf },
+        Op::Write { data, .. } if !read => Op::Write {
             lba,
             data,
             fua: false,
         },
-        Io::Read { buf, .. } => Io::Write {
+        Op::Read { buf, .. } => Op::Write {
             lba,
             data: buf.freeze(),
             fua: false,
         },
-        Io::Write { data, .. } => Io::Read {
+        Op::Write { data, .. } => Op::Read {
             lba,
             buf: match data.try_into_buf() {
                 Ok(buf) => buf,
@@ -217,18 +217,18 @@ fn accept(
     q: &mut QueuePair,
     ns: &Namespace,
     tag: u64,
-    io: Io,
+    io: Op,
 ) -> std::result::Result<(), SubmitError> {
     q.submit(ns, tag, io)
 }
 
 #[inline(never)]
-fn poll(q: &mut QueuePair, out: &mut Vec<IoDone>) -> usize {
+fn poll(q: &mut QueuePair, out: &mut Vec<Completion>) -> usize {
     q.poll(out)
 }
 
 /// One slot is free for every I/O that ended; only a reset in between makes the queue busy.
-fn submit(q: &mut QueuePair, ns: &Namespace, tag: u64, io: Io) -> std::result::Result<(), Error> {
+fn submit(q: &mut QueuePair, ns: &Namespace, tag: u64, io: Op) -> std::result::Result<(), Error> {
     let mut io = io;
     loop {
         match accept(q, ns, tag, io) {

@@ -2,6 +2,11 @@
 
 pub mod cpu;
 pub mod dma;
+mod error;
+mod op;
 pub mod process;
 pub mod sys;
 pub mod uri;
+
+pub use error::{IoError, IoErrorKind, NvmeStatus};
+pub use op::{CompareAndWrite, Completion, Op, OpKind, OpSet, SubmitError, ZoneAction};

@@ -8,7 +8,8 @@ use pumice_nvme::dma::DmaBuf;
 use pumice_nvme::queue::QueueStats;
 use pumice_nvme::transport::{NvmeUri, OpenTransport, TransportError, open_transport};
 use pumice_nvme::{
-    Controller, ControllerEvent, ControllerOptions, Io, IoDone, QueueOptions, QueuePair, open_with,
+    Completion, Controller, ControllerEvent, ControllerOptions, Op, QueueOptions, QueuePair,
+    open_with,
 };
 use pumice_nvme_soft::conformance::{self, Verdict};
 use pumice_nvme_soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace, SoftServer};
@@ -50,7 +51,7 @@ impl Target {
     }
 }
 
-fn run(queue: &mut QueuePair, controller: &Controller, ios: Vec<Io>) -> Vec<IoDone> {
+fn run(queue: &mut QueuePair, controller: &Controller, ios: Vec<Op>) -> Vec<Completion> {
     let ns = controller.namespace(1).expect("a namespace");
     let total = ios.len();
     for (tag, io) in (0..).zip(ios) {
@@ -83,12 +84,12 @@ fn write_and_read(controller: &Arc<Controller>, options: &QueueOptions, seed: u8
         buf.iter_mut()
             .zip(0u32..)
             .for_each(|(b, i)| *b = n ^ i.to_le_bytes()[0] ^ i.to_le_bytes()[1]);
-        writes.push(Io::Write {
+        writes.push(Op::Write {
             lba,
             data: buf.freeze(),
             fua: false,
         });
-        reads.push(Io::Read {
+        reads.push(Op::Read {
             lba,
             buf: DmaBuf::zeroed(len).expect("memory"),
         });
@@ -97,13 +98,13 @@ fn write_and_read(controller: &Arc<Controller>, options: &QueueOptions, seed: u8
     for done in run(&mut queue, controller, writes) {
         done.result.expect("written");
     }
-    run(&mut queue, controller, vec![Io::Flush])
+    run(&mut queue, controller, vec![Op::Flush])
         .remove(0)
         .result
         .expect("flushed");
     for (done, n) in run(&mut queue, controller, reads).into_iter().zip(seed..) {
         done.result.expect("read");
-        let Io::Read { buf, .. } = done.io else {
+        let Op::Read { buf, .. } = done.op else {
             panic!("another I/O came back");
         };
         let good = buf
@@ -177,7 +178,7 @@ fn the_target_goes_away() {
     let ns = controller.namespace(1).expect("known");
     let mut done = Vec::new();
     loop {
-        let io = Io::Read {
+        let io = Op::Read {
             lba: 0,
             buf: DmaBuf::new(512).expect("memory"),
         };
@@ -327,6 +328,27 @@ impl Stopped {
             .args([name, &pid])
             .status();
         assert!(done.expect("kill").success());
+        if name == "-STOP" {
+            let start = Instant::now();
+            while !self.is_stopped() {
+                assert!(start.elapsed() < PATIENCE, "it does not stop");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+
+    /// Whether no thread of it runs any longer.
+    fn is_stopped(&self) -> bool {
+        let tasks = format!("/proc/{}/task", self.child.id());
+        let tasks = std::fs::read_dir(tasks).expect("it lives");
+        tasks.flatten().all(|task| {
+            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            // The state stands behind the name, which is in brackets.
+            let state = stat
+                .rsplit_once(") ")
+                .map(|(_, rest)| rest.starts_with('T'));
+            state.unwrap_or(false)
+        })
     }
 }
 
@@ -354,7 +376,7 @@ fn a_stopped_controller_changes_no_buffer_that_came_back() {
         let mut queue = opened.controller.queue_pair(&options).expect("a queue");
         let mut data = DmaBuf::new(1 << 20).expect("memory");
         data.fill(0x5a);
-        let write = Io::Write {
+        let write = Op::Write {
             lba: 0,
             data: data.freeze(),
             fua: false,
@@ -368,7 +390,7 @@ fn a_stopped_controller_changes_no_buffer_that_came_back() {
         for tag in 0..6 {
             let buf = DmaBuf::zeroed(1 << 20).expect("memory");
             queue
-                .submit(&ns, tag, Io::Read { lba: 0, buf })
+                .submit(&ns, tag, Op::Read { lba: 0, buf })
                 .expect("accepted");
         }
         let start = Instant::now();
@@ -382,7 +404,7 @@ fn a_stopped_controller_changes_no_buffer_that_came_back() {
         let mut bufs: Vec<DmaBuf> = Vec::new();
         for done in done {
             assert!(done.result.is_err(), "the target is stopped");
-            if let Io::Read { mut buf, .. } = done.io {
+            if let Op::Read { mut buf, .. } = done.op {
                 buf.fill(0xee);
                 bufs.push(buf);
             }

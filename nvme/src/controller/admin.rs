@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{Core, Phase};
 use crate::dma::{DmaBuf, DmaDomain, DmaShared};
-use crate::error::{IoErrorKind, NvmeError, millis};
+use crate::error::{Cause, NvmeError, millis};
 use crate::queue::{CompletionRing, ListArea, SubmissionRing, admin_prp};
 use crate::spec::{AdminOpcode, AsyncEvent, Command, Completion, decode};
 
@@ -184,7 +184,7 @@ impl Core {
         data: Option<DmaBuf>,
     ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
         if !self.birth.is_here() {
-            return Err(self.gone(IoErrorKind::OtherProcess));
+            return Err(self.gone(Cause::OtherProcess));
         }
         let start = Instant::now();
         let timeout = match AdminOpcode(command.opcode) {
@@ -240,8 +240,8 @@ impl Core {
                     entry.state = SlotState::Free;
                     drop(guard);
                     return Err(match self.phase() {
-                        Phase::Removed => self.gone(IoErrorKind::Removed),
-                        Phase::Failed => self.gone(IoErrorKind::ControllerFailed),
+                        Phase::Removed => self.gone(Cause::Removed),
+                        Phase::Failed => self.gone(Cause::ControllerFailed),
                         _ => unfinished("the controller was reset"),
                     });
                 }
@@ -252,7 +252,7 @@ impl Core {
                 entry.state = SlotState::Abandoned;
                 drop(guard);
                 if self.transport.is_gone() {
-                    return Err(self.gone(IoErrorKind::Removed));
+                    return Err(self.gone(Cause::Removed));
                 }
                 let what = format!("no completion within {} ms", millis(timeout));
                 self.request_reset(&format!("{}: {what}", text(&command)));
@@ -279,8 +279,8 @@ impl Core {
     ) -> Result<Option<usize>, NvmeError> {
         if queue.rings.is_none() {
             return Err(match self.phase() {
-                Phase::Removed => self.gone(IoErrorKind::Removed),
-                Phase::Failed => self.gone(IoErrorKind::ControllerFailed),
+                Phase::Removed => self.gone(Cause::Removed),
+                Phase::Failed => self.gone(Cause::ControllerFailed),
                 _ => NvmeError::Unfinished {
                     device: self.name().to_owned(),
                     command: decode::admin_command(&command).to_string(),

@@ -351,6 +351,7 @@ fn limits(info: &Info, nsid: u32, ns: &IdentifyNamespace, usable: bool, page_shi
             .min(u32::try_from(SOURCE_RANGES_MAX).unwrap_or(256)),
         copy_range_blocks: or_max(u32::from(ns.mssrl.get())),
         copy_blocks: or_max(ns.mcl.get()),
+        zeroes_may_deallocate: ns.dlfeat & 8 != 0,
         supports: Supports {
             compare: oncs & Oncs::COMPARE != 0,
             write_zeroes: oncs & Oncs::WRITE_ZEROES != 0,

@@ -12,7 +12,7 @@ use pumice_io::process::Birth;
 use pumice_io::sys::EventFd;
 
 use crate::dma::{AddressTable, DmaBuf, DmaShared};
-use crate::error::{IoErrorKind, NvmeError};
+use crate::error::{Cause, NvmeError};
 use crate::namespace::Namespace;
 use crate::queue::QueueShared;
 use crate::spec::{
@@ -211,12 +211,12 @@ impl Core {
     }
 
     /// Why nothing can be done any more.
-    pub fn gone(&self, kind: IoErrorKind) -> NvmeError {
+    pub fn gone(&self, kind: Cause) -> NvmeError {
         match kind {
-            IoErrorKind::Removed => NvmeError::Removed {
+            Cause::Removed => NvmeError::Removed {
                 device: self.name().to_owned(),
             },
-            IoErrorKind::OtherProcess => NvmeError::OtherProcess {
+            Cause::OtherProcess => NvmeError::OtherProcess {
                 device: self.name().to_owned(),
             },
             _ => NvmeError::Failed {
@@ -249,14 +249,14 @@ impl Core {
     /// Blocks while a reset is under way, then says whether the controller is to be had.
     fn wait_live(&self) -> Result<u64, NvmeError> {
         if !self.birth.is_here() {
-            return Err(self.gone(IoErrorKind::OtherProcess));
+            return Err(self.gone(Cause::OtherProcess));
         }
         loop {
             let word = self.state.load(Ordering::Acquire);
             match state::phase(word) {
                 Phase::Live => return Ok(word),
-                Phase::Failed => return Err(self.gone(IoErrorKind::ControllerFailed)),
-                Phase::Removed => return Err(self.gone(IoErrorKind::Removed)),
+                Phase::Failed => return Err(self.gone(Cause::ControllerFailed)),
+                Phase::Removed => return Err(self.gone(Cause::Removed)),
                 Phase::Resetting => {
                     let mut guard = self.changed_lock.lock();
                     if self.state.load(Ordering::Acquire) == word {
@@ -432,7 +432,7 @@ impl Controller {
     /// same without the report.
     pub fn shutdown(&self) -> Result<(), NvmeError> {
         if !self.core.birth.is_here() {
-            return Err(self.core.gone(IoErrorKind::OtherProcess));
+            return Err(self.core.gone(Cause::OtherProcess));
         }
         self.stop_keeper();
         self.core.shut_down()

@@ -2,8 +2,7 @@
 
 use super::pair::QueuePair;
 use super::slot::{NO_RETRY, SlotState};
-use crate::error::{IoError, IoErrorKind};
-use crate::spec::{Command, IoOpcode};
+use crate::error::Cause;
 
 impl QueuePair {
     /// Asks the controller to abort the I/O that was submitted with `tag` (Base section 5.1), and
@@ -41,7 +40,7 @@ impl QueuePair {
                 }
                 SlotState::Retrying => {
                     self.retrying.retain(|(_, s)| *s != slot);
-                    self.finish_command(slot, Some(IoErrorKind::Aborted));
+                    self.finish_command(slot, Some(Cause::Aborted));
                 }
             }
             found = true;
@@ -49,15 +48,7 @@ impl QueuePair {
         // Of an I/O in several commands, those that were not sent yet are not sent any more.
         for split in self.splits.iter_mut().flatten().filter(|s| s.tag == tag) {
             found = true;
-            split.error.get_or_insert_with(|| {
-                Box::new(IoError {
-                    device: self.core.name().to_owned(),
-                    qid: self.shared.qid,
-                    command: Command::new(IoOpcode::READ.0, split.limits.nsid),
-                    kind: IoErrorKind::Aborted,
-                    retries: 0,
-                })
-            });
+            split.fail(self.core.name(), Cause::Aborted, "");
         }
         found
     }

@@ -9,10 +9,10 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use pumice_io::{Completion as IoCompletion, IoError, Op, SubmitError};
+
 use super::pair::QueuePair;
 use crate::dma::{DmaBuf, DmaSlice};
-use crate::error::{IoError, SubmitError};
-use crate::io::{Io, IoDone};
 use crate::namespace::Namespace;
 
 /// A namespace's queue pair for `async` code of one thread; cheap to clone.
@@ -31,7 +31,7 @@ struct Inner {
     cells: Vec<Cell>,
     free: Vec<usize>,
     full: VecDeque<Waker>,
-    done: Vec<IoDone>,
+    done: Vec<IoCompletion>,
 }
 
 #[derive(Debug)]
@@ -39,7 +39,7 @@ enum Cell {
     Free,
     Pending(Option<Waker>),
     Abandoned,
-    Done(Box<IoDone>),
+    Done(Box<IoCompletion>),
 }
 
 impl AsyncQueue {
@@ -64,7 +64,7 @@ impl AsyncQueue {
 
     /// Does one I/O; it comes back with its buffers. An I/O that is refused comes back with the
     /// refusal as its error.
-    pub fn io(&self, io: Io) -> impl Future<Output = (Io, Result<(), AsyncError>)> + use<> {
+    pub fn io(&self, io: Op) -> impl Future<Output = (Op, Result<(), AsyncError>)> + use<> {
         IoFuture {
             queue: self.clone(),
             state: State::New(Some(io)),
@@ -73,8 +73,8 @@ impl AsyncQueue {
 
     /// Reads `buf.len()` bytes.
     pub async fn read(&self, lba: u64, buf: DmaBuf) -> Result<DmaBuf, AsyncError> {
-        match self.io(Io::Read { lba, buf }).await {
-            (Io::Read { buf, .. }, Ok(())) => Ok(buf),
+        match self.io(Op::Read { lba, buf }).await {
+            (Op::Read { buf, .. }, Ok(())) => Ok(buf),
             (_, Err(e)) => Err(e),
             (_, Ok(())) => unreachable!("an I/O comes back as what it was"),
         }
@@ -82,12 +82,12 @@ impl AsyncQueue {
 
     /// Writes.
     pub async fn write(&self, lba: u64, data: DmaSlice, fua: bool) -> Result<(), AsyncError> {
-        self.io(Io::Write { lba, data, fua }).await.1
+        self.io(Op::Write { lba, data, fua }).await.1
     }
 
     /// Makes completed writes durable.
     pub async fn flush(&self) -> Result<(), AsyncError> {
-        self.io(Io::Flush).await.1
+        self.io(Op::Flush).await.1
     }
 
     /// Reaps completions and wakes their futures. Never blocks; returns how many ended.
@@ -170,7 +170,7 @@ pub enum AsyncError {
 }
 
 enum State {
-    New(Option<Io>),
+    New(Option<Op>),
     Sent(usize),
     Over,
 }
@@ -181,7 +181,7 @@ struct IoFuture {
 }
 
 impl Future for IoFuture {
-    type Output = (Io, Result<(), AsyncError>);
+    type Output = (Op, Result<(), AsyncError>);
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
@@ -212,7 +212,7 @@ impl Future for IoFuture {
                         inner.free.push(at);
                         let text = refused.to_string();
                         this.state = State::Over;
-                        Poll::Ready((refused.into_io(), Err(AsyncError::Refused(text))))
+                        Poll::Ready((refused.into_op(), Err(AsyncError::Refused(text))))
                     }
                 }
             }
@@ -222,7 +222,7 @@ impl Future for IoFuture {
                     Cell::Done(done) => {
                         inner.free.push(at);
                         this.state = State::Over;
-                        Poll::Ready((done.io, done.result.map_err(AsyncError::Io)))
+                        Poll::Ready((done.op, done.result.map_err(AsyncError::Io)))
                     }
                     _ => {
                         inner.cells[at] = Cell::Pending(Some(cx.waker().clone()));

@@ -5,8 +5,9 @@
 //! process sees nothing but what it is asked to store, and whatever it does, and whenever, it
 //! cannot change a buffer of the caller's.
 
+use pumice_io::{Completion as IoCompletion, Op};
+
 use crate::dma::{DmaBuf, DmaDomain, DmaError, DmaSlice};
-use crate::io::{Io, IoDone};
 
 /// Buffers kept for the next I/Os: so many of each capacity, and bytes of a capacity.
 const SPARE_BUFFERS: usize = 64;
@@ -25,16 +26,16 @@ pub(crate) struct Bounce {
 #[derive(Debug)]
 struct Lent {
     tag: u64,
-    io: Io,
+    io: Op,
 }
 
 impl Bounce {
     /// Whether the data begins at multiples of 4 bytes, as it must for any device.
-    pub fn is_aligned(io: &Io) -> bool {
+    pub fn is_aligned(io: &Op) -> bool {
         let good = |data: &DmaSlice| data.region_offset() & 3 == 0;
         match io {
-            Io::Write { data, .. } | Io::Compare { data, .. } => good(data),
-            Io::WriteV { data, .. } => data.iter().all(good),
+            Op::Write { data, .. } | Op::Compare { data, .. } => good(data),
+            Op::WriteV { data, .. } => data.iter().all(good),
             _ => true,
         }
     }
@@ -43,7 +44,7 @@ impl Bounce {
     ///
     /// # Errors
     /// The I/O, when there is no memory.
-    pub fn lend(&mut self, domain: &DmaDomain, tag: u64, io: Io) -> Result<(u64, Io), Io> {
+    pub fn lend(&mut self, domain: &DmaDomain, tag: u64, io: Op) -> Result<(u64, Op), Op> {
         let copy = match self.copy(domain, &io) {
             Ok(copy) => copy,
             Err(error) => {
@@ -69,18 +70,18 @@ impl Bounce {
     ///
     /// # Panics
     /// When the number is none of a copy that is out.
-    pub fn take_back(&mut self, number: u64, copy: Io, read: bool) -> (u64, Io) {
+    pub fn take_back(&mut self, number: u64, copy: Op, read: bool) -> (u64, Op) {
         let at = usize::try_from(number).expect("a number that was given out");
         let Lent { tag, mut io } = self.lent[at].take().expect("each copy comes back once");
         self.free.push(at);
         match (&mut io, copy) {
-            (Io::Read { buf, .. }, Io::Read { buf: from, .. }) => {
+            (Op::Read { buf, .. }, Op::Read { buf: from, .. }) => {
                 if read {
                     buf.copy_from_slice(&from);
                 }
                 self.keep(from);
             }
-            (Io::ReadV { bufs, .. }, Io::ReadV { bufs: from, .. }) => {
+            (Op::ReadV { bufs, .. }, Op::ReadV { bufs: from, .. }) => {
                 for (buf, from) in bufs.iter_mut().zip(from) {
                     if read {
                         buf.copy_from_slice(&from);
@@ -88,17 +89,17 @@ impl Bounce {
                     self.keep(from);
                 }
             }
-            (_, Io::Write { data, .. } | Io::Compare { data, .. }) => self.keep_slice(data),
-            (_, Io::WriteV { data, .. }) => data.into_iter().for_each(|d| self.keep_slice(d)),
+            (_, Op::Write { data, .. } | Op::Compare { data, .. }) => self.keep_slice(data),
+            (_, Op::WriteV { data, .. }) => data.into_iter().for_each(|d| self.keep_slice(d)),
             _ => {}
         }
         (tag, io)
     }
 
     /// Makes an I/O that has ended the caller's own.
-    pub fn finish(&mut self, done: &mut IoDone) {
-        let copy = std::mem::replace(&mut done.io, Io::Flush);
-        (done.tag, done.io) = self.take_back(done.tag, copy, done.result.is_ok());
+    pub fn finish(&mut self, done: &mut IoCompletion) {
+        let copy = std::mem::replace(&mut done.op, Op::Flush);
+        (done.tag, done.op) = self.take_back(done.tag, copy, done.result.is_ok());
     }
 
     /// The numbers of the copies of the I/Os with this tag.
@@ -111,7 +112,7 @@ impl Bounce {
             .collect()
     }
 
-    fn copy(&mut self, domain: &DmaDomain, io: &Io) -> Result<Io, DmaError> {
+    fn copy(&mut self, domain: &DmaDomain, io: &Op) -> Result<Op, DmaError> {
         let mut data = |data: &DmaSlice| -> Result<DmaSlice, DmaError> {
             if data.is_empty() {
                 // What is wrong with it is said where it is submitted.
@@ -122,55 +123,61 @@ impl Bounce {
             Ok(buf.freeze())
         };
         Ok(match io {
-            Io::Write { lba, data: d, fua } => Io::Write {
+            Op::Write { lba, data: d, fua } => Op::Write {
                 lba: *lba,
                 data: data(d)?,
                 fua: *fua,
             },
-            Io::WriteV { lba, data: d, fua } => Io::WriteV {
+            Op::WriteV { lba, data: d, fua } => Op::WriteV {
                 lba: *lba,
                 data: d.iter().map(data).collect::<Result<_, _>>()?,
                 fua: *fua,
             },
-            Io::Compare { lba, data: d } => Io::Compare {
+            Op::Compare { lba, data: d } => Op::Compare {
                 lba: *lba,
                 data: data(d)?,
             },
-            Io::Read { lba, buf } => Io::Read {
+            Op::Read { lba, buf } => Op::Read {
                 lba: *lba,
                 buf: self.buffer(domain, buf.len())?,
             },
-            Io::ReadV { lba, bufs } => Io::ReadV {
+            Op::ReadV { lba, bufs } => Op::ReadV {
                 lba: *lba,
                 bufs: bufs
                     .iter()
                     .map(|buf| self.buffer(domain, buf.len()))
                     .collect::<Result<_, _>>()?,
             },
-            Io::Flush => Io::Flush,
-            Io::WriteZeroes {
+            Op::Flush => Op::Flush,
+            Op::WriteZeroes {
                 lba,
-                blocks,
+                len_blocks,
                 fua,
-                deallocate,
-            } => Io::WriteZeroes {
+            } => Op::WriteZeroes {
                 lba: *lba,
-                blocks: *blocks,
-                fua: *fua,
-                deallocate: *deallocate,
-            },
-            Io::Deallocate { ranges } => Io::Deallocate {
-                ranges: ranges.clone(),
-            },
-            Io::Verify { lba, blocks } => Io::Verify {
-                lba: *lba,
-                blocks: *blocks,
-            },
-            Io::Copy { ranges, lba, fua } => Io::Copy {
-                ranges: ranges.clone(),
-                lba: *lba,
+                len_blocks: *len_blocks,
                 fua: *fua,
             },
+            Op::Unmap { lba, len_blocks } => Op::Unmap {
+                lba: *lba,
+                len_blocks: *len_blocks,
+            },
+            Op::Verify { lba, len_blocks } => Op::Verify {
+                lba: *lba,
+                len_blocks: *len_blocks,
+            },
+            Op::Copy {
+                src_lba,
+                dst_lba,
+                len_blocks,
+            } => Op::Copy {
+                src_lba: *src_lba,
+                dst_lba: *dst_lba,
+                len_blocks: *len_blocks,
+            },
+            Op::Abort { tag } => Op::Abort { tag: *tag },
+            // Refused when it is submitted.
+            Op::CompareAndWrite(_) | Op::Reset | Op::Zone { .. } => Op::Reset,
         })
     }
 

@@ -1,12 +1,14 @@
 //! From an I/O to commands: validation and splitting into what a command may carry.
 
+use std::sync::atomic::Ordering;
+
+use pumice_io::Op;
+
 use super::data::{ListArea, NotMapped, PointerStyle, Segment, point_at_many};
 use crate::dma::AddressTable;
 use crate::error::InvalidIo;
-use crate::io::{BlockRange, Io};
 use crate::namespace::Limits;
 use crate::spec::{Command, IoFlags, IoOpcode};
-use std::sync::atomic::Ordering;
 
 /// What is left to do of an I/O that takes more than the plain case of one command.
 #[derive(Debug)]
@@ -22,15 +24,10 @@ pub(crate) enum Work {
         /// Byte of the data that comes next; `None`: the command has no data.
         pos: Option<usize>,
     },
-    /// Ranges to deallocate: index of the next, blocks of it already done.
-    Deallocate { next: usize, done: u64 },
-    /// Ranges to copy: index of the next, blocks of it already done, destination.
-    Copy {
-        next: usize,
-        done: u64,
-        to: u64,
-        flags: IoFlags,
-    },
+    /// Blocks to deallocate.
+    Deallocate { lba: u64, left: u64 },
+    /// Blocks to copy.
+    Copy { from: u64, to: u64, left: u64 },
 }
 
 /// `blocks` from `lba` lie in the namespace and are not none.
@@ -73,21 +70,9 @@ fn check_all(limits: &Limits, segments: impl Iterator<Item = Segment>) -> Result
     Ok(blocks)
 }
 
-fn check_ranges(limits: &Limits, ranges: &[BlockRange]) -> Result<u64, InvalidIo> {
-    let mut total = 0u64;
-    for r in ranges {
-        check_range(limits, r.lba, r.blocks)?;
-        total = total.saturating_add(r.blocks);
-    }
-    if ranges.is_empty() {
-        return Err(InvalidIo::Empty);
-    }
-    Ok(total)
-}
-
 /// Checks an I/O against its namespace and says what there is to do. Flush has no work: it is
 /// one plain command.
-pub(super) fn plan(limits: &Limits, io: &Io) -> Result<Option<Work>, InvalidIo> {
+pub(super) fn plan(limits: &Limits, io: &Op) -> Result<Option<Work>, InvalidIo> {
     if !limits.usable {
         return Err(InvalidIo::Format(limits.nsid));
     }
@@ -111,15 +96,15 @@ pub(super) fn plan(limits: &Limits, io: &Io) -> Result<Option<Work>, InvalidIo> 
     };
     let transfer = limits.transfer_blocks;
     match io {
-        Io::Read { lba, buf } => {
+        Op::Read { lba, buf } => {
             let n = check_segment(limits, &buf.into())?;
             blocks(IoOpcode::READ, *lba, n, transfer, Some(0), IoFlags::NONE)
         }
-        Io::ReadV { lba, bufs } => {
+        Op::ReadV { lba, bufs } => {
             let n = check_all(limits, bufs.iter().map(Segment::from))?;
             blocks(IoOpcode::READ, *lba, n, transfer, Some(0), IoFlags::NONE)
         }
-        Io::Write { lba, data, fua } => {
+        Op::Write { lba, data, fua } => {
             let n = check_segment(limits, &data.into())?;
             blocks(
                 IoOpcode::WRITE,
@@ -130,7 +115,7 @@ pub(super) fn plan(limits: &Limits, io: &Io) -> Result<Option<Work>, InvalidIo> 
                 IoFlags::fua(*fua),
             )
         }
-        Io::WriteV { lba, data, fua } => {
+        Op::WriteV { lba, data, fua } => {
             let n = check_all(limits, data.iter().map(Segment::from))?;
             blocks(
                 IoOpcode::WRITE,
@@ -141,75 +126,73 @@ pub(super) fn plan(limits: &Limits, io: &Io) -> Result<Option<Work>, InvalidIo> 
                 IoFlags::fua(*fua),
             )
         }
-        Io::Compare { lba, data } => {
+        Op::Compare { lba, data } => {
             need(limits.supports.compare, "compare")?;
             let n = check_segment(limits, &data.into())?;
             blocks(IoOpcode::COMPARE, *lba, n, transfer, Some(0), IoFlags::NONE)
         }
-        Io::WriteZeroes {
+        Op::WriteZeroes {
             lba,
-            blocks: n,
+            len_blocks,
             fua,
-            deallocate,
         } => {
             need(limits.supports.write_zeroes, "write zeroes")?;
             let mut flags = IoFlags::fua(*fua);
-            if *deallocate {
+            if limits.zeroes_may_deallocate {
                 flags = flags.with(IoFlags::DEALLOCATE);
             }
-            blocks(
-                IoOpcode::WRITE_ZEROES,
-                *lba,
-                *n,
-                limits.zeroes_blocks,
-                None,
-                flags,
-            )
+            let max = limits.zeroes_blocks;
+            blocks(IoOpcode::WRITE_ZEROES, *lba, *len_blocks, max, None, flags)
         }
-        Io::Verify { lba, blocks: n } => {
+        Op::Verify { lba, len_blocks } => {
             need(limits.supports.verify, "verify")?;
+            let max = limits.verify_blocks;
             blocks(
                 IoOpcode::VERIFY,
                 *lba,
-                *n,
-                limits.verify_blocks,
+                *len_blocks,
+                max,
                 None,
                 IoFlags::NONE,
             )
         }
-        Io::Deallocate { ranges } => {
+        Op::Unmap { lba, len_blocks } => {
             need(limits.supports.deallocate, "deallocate")?;
-            check_ranges(limits, ranges)?;
-            Ok(Some(Work::Deallocate { next: 0, done: 0 }))
-        }
-        Io::Copy { ranges, lba, fua } => {
-            need(limits.supports.copy, "copy")?;
-            let total = check_ranges(limits, ranges)?;
-            check_range(limits, *lba, total)?;
-            Ok(Some(Work::Copy {
-                next: 0,
-                done: 0,
-                to: *lba,
-                flags: IoFlags::fua(*fua),
+            check_range(limits, *lba, *len_blocks)?;
+            Ok(Some(Work::Deallocate {
+                lba: *lba,
+                left: *len_blocks,
             }))
         }
-        Io::Flush => Ok(None),
+        Op::Copy {
+            src_lba,
+            dst_lba,
+            len_blocks,
+        } => {
+            need(limits.supports.copy, "copy")?;
+            check_range(limits, *src_lba, *len_blocks)?;
+            check_range(limits, *dst_lba, *len_blocks)?;
+            Ok(Some(Work::Copy {
+                from: *src_lba,
+                to: *dst_lba,
+                left: *len_blocks,
+            }))
+        }
+        Op::CompareAndWrite(_) => Err(InvalidIo::Unsupported("fused operations")),
+        Op::Zone { .. } => Err(InvalidIo::Unsupported("zones")),
+        // The queue pair does the one itself, the controller the other.
+        Op::Abort { .. } | Op::Reset => Err(InvalidIo::Unsupported("a command for it")),
+        Op::Flush => Ok(None),
     }
 }
 
 impl Work {
     /// Whether every command has been made.
-    pub fn is_over(&self, io: &Io) -> bool {
+    pub fn is_over(&self) -> bool {
         match self {
-            Work::Blocks { left, .. } => *left == 0,
-            Work::Deallocate { next, .. } => match io {
-                Io::Deallocate { ranges } => *next >= ranges.len(),
-                _ => true,
-            },
-            Work::Copy { next, .. } => match io {
-                Io::Copy { ranges, .. } => *next >= ranges.len(),
-                _ => true,
-            },
+            Work::Blocks { left, .. } | Work::Deallocate { left, .. } | Work::Copy { left, .. } => {
+                *left == 0
+            }
         }
     }
 
@@ -217,7 +200,7 @@ impl Work {
     pub fn next_command(
         &mut self,
         limits: &Limits,
-        io: &Io,
+        io: &Op,
         table: &AddressTable,
         style: PointerStyle,
         area: &ListArea<'_>,
@@ -258,18 +241,14 @@ impl Work {
                 *left -= n;
                 Ok(command)
             }
-            Work::Deallocate { next, done } => {
-                let Io::Deallocate { ranges } = io else {
-                    return Err(NotMapped);
-                };
+            Work::Deallocate { lba, left } => {
                 let room = (area.words.len() / 2)
                     .min(limits.deallocate_ranges as usize)
-                    .min(256);
+                    .clamp(1, 256);
                 let mut total = 0u64;
                 let mut count = 0u32;
-                while (count as usize) < room.max(1) && *next < ranges.len() {
-                    let r = ranges[*next];
-                    let n = (r.blocks - *done)
+                while (count as usize) < room && *left > 0 {
+                    let n = (*left)
                         .min(u64::from(limits.deallocate_blocks))
                         .min(limits.deallocate_total_blocks.saturating_sub(total));
                     if n == 0 {
@@ -278,37 +257,25 @@ impl Work {
                     let at = count as usize * 2;
                     // NVM figure 40: attributes, length, first block.
                     area.words[at].store((n << 32).to_le(), Ordering::Relaxed);
-                    area.words[at + 1].store((r.lba + *done).to_le(), Ordering::Relaxed);
+                    area.words[at + 1].store(lba.to_le(), Ordering::Relaxed);
                     count += 1;
                     total += n;
-                    *done += n;
-                    if *done == r.blocks {
-                        *next += 1;
-                        *done = 0;
-                    }
+                    *lba += n;
+                    *left -= n;
                 }
                 let mut command = Command::deallocate(limits.nsid, count.max(1));
                 command.prp1 = area.address;
                 Ok(command)
             }
-            Work::Copy {
-                next,
-                done,
-                to,
-                flags,
-            } => {
-                let Io::Copy { ranges, .. } = io else {
-                    return Err(NotMapped);
-                };
+            Work::Copy { from, to, left } => {
                 let room = (area.words.len() / 4)
                     .min(limits.copy_ranges as usize)
-                    .min(256);
+                    .clamp(1, 256);
                 let start = *to;
                 let mut total = 0u64;
                 let mut count = 0u32;
-                while (count as usize) < room.max(1) && *next < ranges.len() {
-                    let r = ranges[*next];
-                    let n = (r.blocks - *done)
+                while (count as usize) < room && *left > 0 {
+                    let n = (*left)
                         .min(u64::from(limits.copy_range_blocks))
                         .min(u64::from(limits.copy_blocks).saturating_sub(total))
                         .min(65_536);
@@ -317,19 +284,16 @@ impl Work {
                     }
                     let at = count as usize * 4;
                     // NVM figure 31: reserved, first block, 0's based length, tags.
-                    for (i, word) in [0, r.lba + *done, n - 1, 0].into_iter().enumerate() {
+                    for (i, word) in [0, *from, n - 1, 0].into_iter().enumerate() {
                         area.words[at + i].store(word.to_le(), Ordering::Relaxed);
                     }
                     count += 1;
                     total += n;
-                    *done += n;
-                    if *done == r.blocks {
-                        *next += 1;
-                        *done = 0;
-                    }
+                    *from += n;
+                    *left -= n;
                 }
                 *to += total;
-                let mut command = Command::copy(limits.nsid, start, count.max(1), *flags);
+                let mut command = Command::copy(limits.nsid, start, count.max(1), IoFlags::NONE);
                 command.prp1 = area.address;
                 Ok(command)
             }
@@ -339,7 +303,7 @@ impl Work {
 
 fn point(
     command: &mut Command,
-    io: &Io,
+    io: &Op,
     table: &AddressTable,
     skip: usize,
     want: usize,
@@ -348,17 +312,17 @@ fn point(
 ) -> Result<usize, NotMapped> {
     let one = |s: Segment| std::iter::once(s);
     match io {
-        Io::Read { buf, .. } => {
+        Op::Read { buf, .. } => {
             point_at_many(command, table, one(buf.into()), skip, want, style, area)
         }
-        Io::Write { data, .. } | Io::Compare { data, .. } => {
+        Op::Write { data, .. } | Op::Compare { data, .. } => {
             point_at_many(command, table, one(data.into()), skip, want, style, area)
         }
-        Io::ReadV { bufs, .. } => {
+        Op::ReadV { bufs, .. } => {
             let segments = bufs.iter().map(Segment::from);
             point_at_many(command, table, segments, skip, want, style, area)
         }
-        Io::WriteV { data, .. } => {
+        Op::WriteV { data, .. } => {
             let segments = data.iter().map(Segment::from);
             point_at_many(command, table, segments, skip, want, style, area)
         }

@@ -1,11 +1,11 @@
 //! Queue pairs.
 //!
-//! A [`QueuePair`] belongs to one thread at a time (`Send`, not `Sync`). It takes [`Io`]s with
+//! A [`QueuePair`] belongs to one thread at a time (`Send`, not `Sync`). It takes [`Op`]s with
 //! a tag, never blocks, and hands them back from [`QueuePair::poll`]; [`QueuePair::wait`] spins
 //! for as long as that has paid lately and then sleeps on the queue's interrupt. [`AsyncQueue`]
 //! puts futures on top.
 //!
-//! [`Io`]: crate::Io
+//! [`Op`]: pumice_io::Op
 
 mod abort;
 mod asynch;

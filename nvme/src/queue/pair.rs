@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
+use pumice_io::{Completion as IoCompletion, IoError, Op, SubmitError};
 
 use super::bounce::Bounce;
 use super::data::{ListArea, NotMapped, Pointer, PointerStyle, Segment, point_at, point_directly};
@@ -19,8 +20,7 @@ use super::stats::QueueStats;
 use super::wait::{Interrupting, Spin};
 use crate::controller::{Controller, Core};
 use crate::dma::{AddressTable, DmaShared};
-use crate::error::{InvalidIo, IoError, IoErrorKind, SubmitError};
-use crate::io::{Io, IoDone};
+use crate::error::{Cause, InvalidIo};
 use crate::namespace::{Limits, Namespace};
 use crate::spec::{
     BlocksIo, Command, Completion, IoFlags, IoOpcode, QueuePriority, Status, decode,
@@ -87,7 +87,7 @@ pub struct QueuePair {
     pub(crate) shared: Arc<QueueShared>,
     /// The controller's state word under which the rings are good.
     pub(crate) seen: u64,
-    pub(crate) dead: Option<IoErrorKind>,
+    pub(crate) dead: Option<Cause>,
     pub(crate) sq: SubmissionRing,
     pub(crate) cq: CompletionRing,
     pub(crate) slots: Slots,
@@ -103,7 +103,7 @@ pub struct QueuePair {
     pub(crate) free_splits: Vec<u32>,
     pub(crate) waiting_splits: VecDeque<u32>,
     pub(crate) retrying: VecDeque<(Instant, u16)>,
-    pub(crate) backlog: Vec<IoDone>,
+    pub(crate) backlog: Vec<IoCompletion>,
     /// Who submitted what is in the slots, while commands are logged.
     pub(crate) spans: Vec<Option<tracing::Span>>,
     pub(crate) options: QueueOptions,
@@ -168,13 +168,13 @@ impl QueuePair {
     /// does not ring the doorbell: `poll` does, once for all that was submitted before it.
     ///
     /// # Errors
-    /// The I/O comes back when the queue is full ([`SubmitError::Busy`]), when it is wrong for
-    /// the namespace, or when the controller is gone.
+    /// The I/O comes back when the queue is full or the controller is being reset ([`SubmitError::Busy`]), and when it is wrong
+    /// for the namespace or the controller is gone ([`SubmitError::Refused`]).
     #[inline]
-    pub fn submit(&mut self, ns: &Namespace, tag: u64, io: Io) -> Result<(), SubmitError> {
+    pub fn submit(&mut self, ns: &Namespace, tag: u64, io: Op) -> Result<(), SubmitError> {
         if self.must_catch_up() && !self.catch_up() {
             return Err(match self.dead {
-                Some(kind) => SubmitError::Gone(io, kind),
+                Some(cause) => self.refuse(ns, io, cause),
                 None => SubmitError::Busy(io),
             });
         }
@@ -191,7 +191,7 @@ impl QueuePair {
     }
 
     /// Submits a copy whose data is in the device's own memory.
-    fn submit_copy(&mut self, ns: &Namespace, tag: u64, io: Io) -> Result<(), SubmitError> {
+    fn submit_copy(&mut self, ns: &Namespace, tag: u64, io: Op) -> Result<(), SubmitError> {
         let core = Arc::clone(&self.core);
         let (Some(bounce), Some(domain)) = (&mut self.bounce, core.transport.domain()) else {
             return self.submit_here(ns, tag, io);
@@ -205,20 +205,21 @@ impl QueuePair {
         }
         let (number, copy) = match bounce.lend(domain, tag, io) {
             Ok(lent) => lent,
-            Err(io) => return Err(SubmitError::Gone(io, IoErrorKind::NotMapped)),
+            Err(io) => return Err(self.refuse(ns, io, Cause::NotMapped)),
         };
-        self.submit_here(ns, number, copy).map_err(|refused| {
-            refused.with_io(|copy| match &mut self.bounce {
-                Some(bounce) => bounce.take_back(number, copy, false).1,
-                None => copy,
-            })
+        self.submit_here(ns, number, copy).map_err(|mut refused| {
+            if let Some(bounce) = &mut self.bounce {
+                let copy = std::mem::replace(refused.op_mut(), Op::Flush);
+                *refused.op_mut() = bounce.take_back(number, copy, false).1;
+            }
+            refused
         })
     }
 
     #[inline]
-    fn submit_here(&mut self, ns: &Namespace, tag: u64, io: Io) -> Result<(), SubmitError> {
+    fn submit_here(&mut self, ns: &Namespace, tag: u64, io: Op) -> Result<(), SubmitError> {
         if !ns.title.is_of(self.owner) {
-            return Err(SubmitError::Invalid(io, InvalidIo::Stale(ns.limits.nsid)));
+            return Err(self.invalid(ns, io, InvalidIo::Stale(ns.limits.nsid)));
         }
         let Some((entry, segment)) = plain(&ns.limits, &io) else {
             return self.submit_other(ns, tag, io);
@@ -229,12 +230,27 @@ impl QueuePair {
         }
     }
 
+    /// Why an operation that would be right is not taken.
+    #[cold]
+    fn refuse(&self, ns: &Namespace, op: Op, cause: Cause) -> SubmitError {
+        let error = cause.error(self.core.name(), ns.block_size(), &op, "");
+        SubmitError::Refused(op, error)
+    }
+
+    /// Why an operation can never be done.
+    #[cold]
+    fn invalid(&self, ns: &Namespace, op: Op, why: InvalidIo) -> SubmitError {
+        let (device, detail) = (self.core.name(), why.to_string());
+        let error = IoError::new(device, ns.block_size(), &op, why.kind(), detail);
+        SubmitError::Refused(op, error)
+    }
+
     /// Takes a slot for an I/O of one command and writes the command to the submission queue.
     #[inline]
     fn enter(
         &mut self,
         tag: u64,
-        io: Io,
+        io: Op,
         entry: BlocksIo,
         pointer: Pointer,
     ) -> Result<(), SubmitError> {
@@ -253,7 +269,7 @@ impl QueuePair {
 
     /// A plain I/O whose data pointer takes the slot's list.
     #[inline(never)]
-    fn submit_listed(&mut self, ns: &Namespace, tag: u64, io: Io) -> Result<(), SubmitError> {
+    fn submit_listed(&mut self, ns: &Namespace, tag: u64, io: Op) -> Result<(), SubmitError> {
         let Some((entry, segment)) = plain(&ns.limits, &io) else {
             return self.submit_other(ns, tag, io);
         };
@@ -312,7 +328,7 @@ impl QueuePair {
     /// Rings the doorbells for what was submitted, and hands back what has ended. Never blocks.
     /// Returns how many were added to `out`.
     #[inline]
-    pub fn poll(&mut self, out: &mut Vec<IoDone>) -> usize {
+    pub fn poll(&mut self, out: &mut Vec<IoCompletion>) -> usize {
         let before = out.len();
         let count = self.poll_here(out);
         if let Some(bounce) = &mut self.bounce {
@@ -324,7 +340,7 @@ impl QueuePair {
     }
 
     #[inline]
-    fn poll_here(&mut self, out: &mut Vec<IoDone>) -> usize {
+    fn poll_here(&mut self, out: &mut Vec<IoCompletion>) -> usize {
         let before = out.len();
         if self.must_catch_up() && !self.catch_up() {
             // The completion memory may be a later generation's by now; what it still holds of
@@ -355,7 +371,7 @@ impl QueuePair {
     }
 
     #[cold]
-    fn side_work(&mut self, out: &mut Vec<IoDone>) {
+    fn side_work(&mut self, out: &mut Vec<IoCompletion>) {
         if self.dead.is_none() && self.core.state.load(Ordering::Acquire) == self.seen {
             self.send_retries();
             self.continue_splits();
@@ -392,7 +408,7 @@ impl QueuePair {
     /// Takes one completion. What it says is checked: it must name this queue and a command
     /// that is in flight, with its sequence number.
     #[inline]
-    pub(super) fn complete(&mut self, c: Completion, out: &mut Vec<IoDone>) {
+    pub(super) fn complete(&mut self, c: Completion, out: &mut Vec<IoCompletion>) {
         let plain = c.status().is_success()
             && c.sq_head < self.sq.entries()
             && !self.observed
@@ -406,7 +422,7 @@ impl QueuePair {
 
     /// As [`complete`](Self::complete), whatever the completion is and whatever its I/O.
     #[inline(never)]
-    fn complete_other(&mut self, c: Completion, out: &mut Vec<IoDone>) {
+    fn complete_other(&mut self, c: Completion, out: &mut Vec<IoCompletion>) {
         let named = self.slots.named_by(&c);
         let Some(slot) = named.filter(|_| c.sq_head < self.sq.entries()) else {
             return self.impossible(c);
@@ -457,9 +473,9 @@ impl QueuePair {
         }
         let timed_out = overdue && status.code() == Status::ABORTED_BY_REQUEST;
         let kind = if timed_out {
-            IoErrorKind::Timeout
+            Cause::Timeout
         } else {
-            IoErrorKind::Status(status)
+            Cause::Status(status)
         };
         self.finish_command(slot, Some(kind));
     }
@@ -493,22 +509,18 @@ impl QueuePair {
     }
 
     /// Ends a command; the I/O ends with it unless it has other parts.
-    pub(super) fn finish_command(&mut self, slot: u16, failure: Option<IoErrorKind>) {
+    pub(super) fn finish_command(&mut self, slot: u16, failure: Option<Cause>) {
         let entry = &mut self.slots[slot];
         let (tag, split, started_ns) = (entry.tag, entry.split, entry.started_ns);
-        let io = std::mem::replace(&mut entry.io, Io::Flush);
-        let error = failure.map(|kind| {
-            Box::new(IoError {
-                device: self.core.name().to_owned(),
-                qid: self.shared.qid,
-                command: entry.command(),
-                kind,
-                retries: if entry.retries == NO_RETRY {
-                    0
-                } else {
-                    entry.retries
-                },
-            })
+        let io = std::mem::replace(&mut entry.io, Op::Flush);
+        let (command, retries) = (entry.command(), entry.retries);
+        let failure_in_words = failure.map(|cause| {
+            let command = decode::io_command(self.shared.qid, &command);
+            let text = match retries {
+                0 | NO_RETRY => command.to_string(),
+                retries => format!("{command} (sent again {retries} times)"),
+            };
+            (cause, text)
         });
         self.slots.give(slot);
         if failure.is_none() && self.histogram.is_some() {
@@ -518,22 +530,37 @@ impl QueuePair {
             }
         }
         if split == WHOLE {
-            self.backlog.push(IoDone {
+            let result = failure_in_words.map_or(Ok(()), |(cause, text)| {
+                // Its blocks are those of the command, 0's based.
+                let blocks = u64::from(command.cdw12 & 0xffff) + 1;
+                let block_size = u32::try_from(io.len_bytes(1) / blocks).unwrap_or(0);
+                Err(cause.error(self.core.name(), block_size, &io, &text))
+            });
+            self.backlog.push(IoCompletion {
                 tag,
-                io,
-                result: error.map_or(Ok(()), Err),
+                op: io,
+                result,
             });
         } else {
-            self.finish_part(split, error);
+            self.finish_part(split, failure_in_words);
         }
     }
 
     /// An I/O that is not a plain read or write of one command.
     #[cold]
-    fn submit_other(&mut self, ns: &Namespace, tag: u64, io: Io) -> Result<(), SubmitError> {
+    fn submit_other(&mut self, ns: &Namespace, tag: u64, io: Op) -> Result<(), SubmitError> {
+        if let Op::Abort { tag: target } = io {
+            self.abort(target);
+            self.backlog.push(IoCompletion {
+                tag,
+                op: io,
+                result: Ok(()),
+            });
+            return Ok(());
+        }
         let limits = &ns.limits;
         match super::build::plan(limits, &io) {
-            Err(why) => Err(SubmitError::Invalid(io, why)),
+            Err(why) => Err(self.invalid(ns, io, why)),
             Ok(None) => {
                 let Some((slot, entry)) = self.slots.take() else {
                     return Err(SubmitError::Busy(io));
@@ -551,10 +578,10 @@ impl QueuePair {
 
 /// A read or write of one buffer that fits one command as it is: the command, and its data.
 #[inline]
-fn plain(limits: &Limits, io: &Io) -> Option<(BlocksIo, Segment)> {
+fn plain(limits: &Limits, io: &Op) -> Option<(BlocksIo, Segment)> {
     let (op, lba, segment, flags) = match io {
-        Io::Read { lba, buf } => (IoOpcode::READ, *lba, Segment::from(buf), IoFlags::NONE),
-        Io::Write { lba, data, fua } => (
+        Op::Read { lba, buf } => (IoOpcode::READ, *lba, Segment::from(buf), IoFlags::NONE),
+        Op::Write { lba, data, fua } => (
             IoOpcode::WRITE,
             *lba,
             Segment::from(data),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::pair::QueuePair;
 use super::slot::{SlotState, Slots};
 use crate::controller::state::{self, Phase};
-use crate::error::{IoErrorKind, millis};
+use crate::error::{Cause, millis};
 use crate::spec::decode;
 
 impl QueuePair {
@@ -18,7 +18,7 @@ impl QueuePair {
         }
         if !self.core.birth.is_here() {
             // What is in flight is the parent's, and its memory is not mapped here.
-            self.dead = Some(IoErrorKind::OtherProcess);
+            self.dead = Some(Cause::OtherProcess);
             return false;
         }
         let word = self.core.state.load(Ordering::Acquire);
@@ -29,11 +29,11 @@ impl QueuePair {
                 self.dead.is_none()
             }
             Phase::Failed => {
-                self.give_up(IoErrorKind::ControllerFailed);
+                self.give_up(Cause::ControllerFailed);
                 false
             }
             Phase::Removed => {
-                self.give_up(IoErrorKind::Removed);
+                self.give_up(Cause::Removed);
                 false
             }
         }
@@ -56,7 +56,7 @@ impl QueuePair {
         self.interrupt_on();
         if !bank.created {
             drop(bank);
-            self.give_up(IoErrorKind::ControllerFailed);
+            self.give_up(Cause::ControllerFailed);
             return;
         }
         for slot in self.slots.numbers() {
@@ -65,8 +65,8 @@ impl QueuePair {
             match state {
                 SlotState::Free | SlotState::Retrying => {}
                 _ if retries < self.options.max_retries => self.retry(slot, Duration::ZERO),
-                SlotState::Overdue => self.finish_command(slot, Some(IoErrorKind::Timeout)),
-                SlotState::InFlight => self.finish_command(slot, Some(IoErrorKind::Aborted)),
+                SlotState::Overdue => self.finish_command(slot, Some(Cause::Timeout)),
+                SlotState::InFlight => self.finish_command(slot, Some(Cause::Aborted)),
             }
         }
     }
@@ -90,20 +90,20 @@ impl QueuePair {
     }
 
     /// Ends everything with an error. The device is quiet (disabled, detached or gone).
-    pub(super) fn give_up(&mut self, kind: IoErrorKind) {
+    pub(super) fn give_up(&mut self, cause: Cause) {
         let shared = std::sync::Arc::clone(&self.shared);
         {
             let _bank = shared.bank.lock();
             self.drain();
         }
-        self.dead = Some(kind);
+        self.dead = Some(cause);
         self.retrying.clear();
         for slot in self.slots.numbers() {
             if self.slots[slot].state != SlotState::Free {
-                self.finish_command(slot, Some(kind));
+                self.finish_command(slot, Some(cause));
             }
         }
-        self.fail_splits(kind);
+        self.fail_splits(cause);
     }
 
     /// Looks for commands that take too long. Cheap unless a tick is due.

@@ -2,7 +2,8 @@
 
 use std::ops::{Index, IndexMut};
 
-use crate::io::{Io, IoDone};
+use pumice_io::{Completion as IoCompletion, Op};
+
 use crate::spec::{Command, Completion};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,8 +37,8 @@ pub(crate) struct Slot {
     /// The command, whose identifier may be an earlier one: see [`command`](Self::command).
     pub kept: Kept,
     pub tag: u64,
-    /// The I/O, if this command is all of it; else `Io::Flush`, which holds nothing.
-    pub io: Io,
+    /// The I/O, if this command is all of it; else `Op::Flush`, which holds nothing.
+    pub io: Op,
     /// When the command is overdue, in milliseconds of the queue's clock; 0: not stamped yet.
     pub deadline_ms: u64,
     pub started_ns: u64,
@@ -70,7 +71,7 @@ impl Slot {
 
     /// In flight: a command that is all of an I/O. `words` have the slot's identifier.
     #[inline]
-    pub fn begin(&mut self, words: [u64; 8], tag: u64, io: Io) {
+    pub fn begin(&mut self, words: [u64; 8], tag: u64, io: Op) {
         self.kept = [words[0], words[3], words[4], words[5], words[6]];
         self.tag = tag;
         // What was there holds nothing that must be dropped.
@@ -123,7 +124,7 @@ impl Slots {
         let slots = (0..depth).map(|n| Slot {
             kept: [0; 5],
             tag: 0,
-            io: Io::Flush,
+            io: Op::Flush,
             deadline_ms: 0,
             started_ns: 0,
             ticket: ticket(qid, n),
@@ -185,7 +186,7 @@ impl Slots {
     /// The plain case of a completion: if it names a command that is in flight, not overdue, and
     /// all of its I/O, hands the I/O back as done and makes the slot free. `done` has room.
     #[inline]
-    pub fn finish_plain(&mut self, completion: &Completion, done: &mut Vec<IoDone>) -> bool {
+    pub fn finish_plain(&mut self, completion: &Completion, done: &mut Vec<IoCompletion>) -> bool {
         let number = completion.cid & self.number_mask;
         let Some(slot) = self.slots.get_mut(usize::from(number)) else {
             return false;
@@ -198,9 +199,9 @@ impl Slots {
         slot.next_free = self.first_free;
         self.first_free = number;
         self.in_use -= 1;
-        done.push(IoDone {
+        done.push(IoCompletion {
             tag: slot.tag,
-            io: std::mem::replace(&mut slot.io, Io::Flush),
+            op: std::mem::replace(&mut slot.io, Op::Flush),
             result: Ok(()),
         });
         true
@@ -211,7 +212,7 @@ impl Slots {
         let slot = &mut self.slots[usize::from(number)];
         slot.release(self.step);
         slot.split = WHOLE;
-        slot.io = Io::Flush;
+        slot.io = Op::Flush;
         slot.next_free = self.first_free;
         self.first_free = number;
         self.in_use -= 1;
@@ -223,7 +224,7 @@ impl Slots {
     }
 
     /// The I/Os, when the slots are not used any more.
-    pub fn into_ios(self) -> Vec<Io> {
+    pub fn into_ios(self) -> Vec<Op> {
         self.slots.into_iter().map(|slot| slot.io).collect()
     }
 }
@@ -275,7 +276,7 @@ mod tests {
     fn begin(slots: &mut Slots, tag: u64) -> (u16, u16) {
         let (number, slot) = slots.take().unwrap();
         let cid = slot.cid();
-        slot.begin([0; 8], tag, Io::Flush);
+        slot.begin([0; 8], tag, Op::Flush);
         (number, cid)
     }
 

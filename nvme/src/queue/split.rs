@@ -1,19 +1,20 @@
 //! I/Os of several commands.
 
+use pumice_io::{Completion as IoCompletion, IoError, Op, SubmitError};
+
 use super::build::Work;
 use super::data::ListArea;
 use super::pair::QueuePair;
 use super::slot::SlotState;
-use crate::error::{IoError, IoErrorKind, SubmitError};
-use crate::io::{Io, IoDone};
+use crate::error::Cause;
 use crate::namespace::Limits;
-use crate::spec::{Command, IoOpcode};
+use crate::spec::Command;
 
 /// An I/O of which parts are in flight and parts are still to be sent.
 #[derive(Debug)]
 pub(crate) struct Split {
     pub tag: u64,
-    pub io: Io,
+    pub io: Op,
     pub limits: Limits,
     pub(super) work: Work,
     /// Commands that are not over.
@@ -25,8 +26,16 @@ pub(crate) struct Split {
 }
 
 impl Split {
+    /// Notes a failure, unless there was one before; nothing more is sent then.
+    pub(super) fn fail(&mut self, device: &str, cause: Cause, command: &str) {
+        if self.error.is_none() {
+            let block_size = 1 << self.limits.block_shift;
+            self.error = Some(cause.error(device, block_size, &self.io, command));
+        }
+    }
+
     fn has_more(&self) -> bool {
-        self.error.is_none() && !self.work.is_over(&self.io)
+        self.error.is_none() && !self.work.is_over()
     }
 }
 
@@ -37,7 +46,7 @@ impl QueuePair {
         &mut self,
         limits: &Limits,
         tag: u64,
-        io: Io,
+        io: Op,
         work: Work,
     ) -> Result<(), SubmitError> {
         // As many split I/Os as there are slots: a bound on memory.
@@ -94,13 +103,7 @@ impl QueuePair {
                 }
                 Err(super::data::NotMapped) => {
                     self.slots.give(slot);
-                    split.error = Some(Box::new(IoError {
-                        device: self.core.name().to_owned(),
-                        qid: self.shared.qid,
-                        command: Command::new(IoOpcode::READ.0, split.limits.nsid),
-                        kind: IoErrorKind::NotMapped,
-                        retries: 0,
-                    }));
+                    split.fail(self.core.name(), Cause::NotMapped, "");
                 }
             }
         }
@@ -138,14 +141,14 @@ impl QueuePair {
         }
     }
 
-    /// A command of a split I/O is over.
-    pub(super) fn finish_part(&mut self, index: u32, error: Option<Box<IoError>>) {
+    /// A command of a split I/O is over; a failure comes with the command in words.
+    pub(super) fn finish_part(&mut self, index: u32, failure: Option<(Cause, String)>) {
         let Some(Some(split)) = self.splits.get_mut(index as usize) else {
             return;
         };
         split.outstanding -= 1;
-        if split.error.is_none() {
-            split.error = error;
+        if let Some((cause, command)) = failure {
+            split.fail(self.core.name(), cause, &command);
         }
         if split.outstanding == 0 && !split.has_more() {
             self.finish_split(index);
@@ -160,30 +163,22 @@ impl QueuePair {
             self.waiting_splits.retain(|&i| i != index);
         }
         self.free_splits.push(index);
-        self.backlog.push(IoDone {
+        self.backlog.push(IoCompletion {
             tag: split.tag,
-            io: split.io,
+            op: split.io,
             result: split.error.map_or(Ok(()), Err),
         });
     }
 
     /// Ends every split I/O with an error; no command is in flight any more.
-    pub(super) fn fail_splits(&mut self, kind: IoErrorKind) {
+    pub(super) fn fail_splits(&mut self, cause: Cause) {
         for index in 0..self.splits.len() {
             let index = u32::try_from(index).unwrap_or(u32::MAX);
             let Some(Some(split)) = self.splits.get_mut(index as usize) else {
                 continue;
             };
             debug_assert!(split.outstanding == 0);
-            if split.error.is_none() {
-                split.error = Some(Box::new(IoError {
-                    device: self.core.name().to_owned(),
-                    qid: self.shared.qid,
-                    command: Command::new(IoOpcode::READ.0, split.limits.nsid),
-                    kind,
-                    retries: 0,
-                }));
-            }
+            split.fail(self.core.name(), cause, "");
             self.finish_split(index);
         }
         debug_assert!(self.slots.iter().all(|s| s.state == SlotState::Free));

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::pair::QueuePair;
 use crate::controller::state::{self, Phase};
-use crate::error::{IoErrorKind, NvmeError};
+use crate::error::{Cause, NvmeError};
 
 /// How long spinning has paid lately.
 #[derive(Debug)]
@@ -80,7 +80,7 @@ impl QueuePair {
     /// When the controller is gone and everything has been handed back.
     pub fn wait(&mut self, timeout: Duration) -> Result<(), NvmeError> {
         if !self.core.birth.is_here() {
-            return Err(self.core.gone(IoErrorKind::OtherProcess));
+            return Err(self.core.gone(Cause::OtherProcess));
         }
         let word = self.core.state.load(Ordering::Acquire);
         if state::phase(word) == Phase::Resetting && self.backlog.is_empty() && self.dead.is_none()

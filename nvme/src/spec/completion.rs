@@ -1,8 +1,21 @@
 //! Completion queue entries: Base section 3.3.3.2.
 
+use pumice_io::NvmeStatus;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::status::StatusCodeType;
+
+impl From<Status> for NvmeStatus {
+    fn from(status: Status) -> NvmeStatus {
+        NvmeStatus(status.0)
+    }
+}
+
+impl From<NvmeStatus> for Status {
+    fn from(status: NvmeStatus) -> Status {
+        Status(status.0)
+    }
+}
 
 /// A completion queue entry (Base figure 90).
 #[derive(Clone, Copy, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]

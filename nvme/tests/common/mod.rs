@@ -6,8 +6,9 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use pumice_nvme::dma::DmaBuf;
+use pumice_nvme::spec::Status;
 use pumice_nvme::{
-    Controller, ControllerOptions, Io, IoDone, IoErrorKind, Namespace, QueueOptions, QueuePair,
+    Completion, Controller, ControllerOptions, IoErrorKind, Namespace, Op, QueueOptions, QueuePair,
     SubmitError,
 };
 use pumice_nvme_soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace};
@@ -76,17 +77,17 @@ pub fn queue(rig: &Rig, change: impl FnOnce(&mut QueueOptions)) -> QueuePair {
     rig.controller.queue_pair(&options).unwrap()
 }
 
-pub fn read(lba: u64) -> Io {
-    Io::Read {
+pub fn read(lba: u64) -> Op {
+    Op::Read {
         lba,
         buf: DmaBuf::new(512).unwrap(),
     }
 }
 
-pub fn write(lba: u64, byte: u8) -> Io {
+pub fn write(lba: u64, byte: u8) -> Op {
     let mut buf = DmaBuf::new(512).unwrap();
     buf.fill(byte);
-    Io::Write {
+    Op::Write {
         lba,
         data: buf.freeze(),
         fua: false,
@@ -94,7 +95,7 @@ pub fn write(lba: u64, byte: u8) -> Io {
 }
 
 /// Polls until everything has ended; a hang is a failure.
-pub fn settle(q: &mut QueuePair) -> Vec<IoDone> {
+pub fn settle(q: &mut QueuePair) -> Vec<Completion> {
     let mut out = Vec::new();
     let start = Instant::now();
     while q.in_flight() > 0 {
@@ -119,17 +120,23 @@ pub fn until_struck(rig: &Rig, count: u64) {
     }
 }
 
-pub fn one(rig: &Rig, q: &mut QueuePair, io: Io) -> IoDone {
+pub fn one(rig: &Rig, q: &mut QueuePair, io: Op) -> Completion {
     let mut io = io;
     while let Err(error) = q.submit(&rig.ns, 1, io) {
         // A reset may be under way.
         assert!(matches!(error, SubmitError::Busy(_)), "{error}");
-        io = error.into_io();
+        io = error.into_op();
         std::thread::sleep(Duration::from_millis(1));
     }
     settle(q).pop().unwrap()
 }
 
-pub fn kind(done: &IoDone) -> IoErrorKind {
+pub fn kind(done: &Completion) -> IoErrorKind {
     done.result.as_ref().unwrap_err().kind
+}
+
+/// The status that the controller has completed the command with.
+pub fn status(done: &Completion) -> Option<Status> {
+    let error = done.result.as_ref().unwrap_err();
+    error.nvme_status.map(Status::from)
 }

@@ -13,7 +13,7 @@ use pumice_nvme::spec::{
     AdminOpcode, Command, Completion, IdentifyNamespace, IoOpcode, Status, ascii, decode,
     ns_descriptors, ns_list,
 };
-use pumice_nvme::{BlockRange, Io, IoDone, Namespace, SubmitError};
+use pumice_nvme::{Completion as IoCompletion, IoErrorKind, Namespace, Op, SubmitError};
 use zerocopy::FromBytes;
 
 use crate::{Fault, FaultRule, MemoryBackend, SoftConfig, SoftController, SoftNamespace};
@@ -63,7 +63,7 @@ fn queue(controller: &Arc<Controller>, depth: u16, retries: u8) -> Option<QueueP
 }
 
 /// Polls until everything that was accepted has ended, each once.
-fn settle(q: &mut QueuePair, mut open: HashSet<u64>, mut out: Vec<IoDone>) {
+fn settle(q: &mut QueuePair, mut open: HashSet<u64>, mut out: Vec<IoCompletion>) {
     let start = Instant::now();
     loop {
         for done in out.drain(..) {
@@ -147,21 +147,21 @@ pub fn device(data: &[u8]) {
     let _ = controller.rescan();
 }
 
-fn small(ns: &Namespace, n: u64) -> Option<Io> {
+fn small(ns: &Namespace, n: u64) -> Option<Op> {
     // A device may claim blocks of 64 KiB; a few of them are enough.
     let size = ns.block_size() as usize;
     let lba = n % ns.num_blocks().max(1);
     Some(match n % 3 {
-        0 => Io::Write {
+        0 => Op::Write {
             lba,
             data: DmaBuf::zeroed(size).ok()?.freeze(),
             fua: false,
         },
-        1 => Io::Read {
+        1 => Op::Read {
             lba,
             buf: DmaBuf::zeroed(size).ok()?,
         },
-        _ => Io::Flush,
+        _ => Op::Flush,
     })
 }
 
@@ -229,7 +229,9 @@ pub fn caller(data: &[u8]) {
                 tag += 1;
                 match q.submit(ns, tag, io) {
                     Ok(()) => assert!(open.insert(tag)),
-                    Err(SubmitError::Gone(..)) => panic!("a healthy controller is gone"),
+                    Err(SubmitError::Refused(_, e)) if e.kind == IoErrorKind::Removed => {
+                        panic!("a healthy controller is gone")
+                    }
                     Err(_) => {}
                 }
             }
@@ -270,7 +272,7 @@ pub fn caller(data: &[u8]) {
     settle(&mut q, open, out);
 }
 
-fn any_io(bytes: &mut Bytes<'_>) -> Option<Io> {
+fn any_io(bytes: &mut Bytes<'_>) -> Option<Op> {
     let lba = match bytes.byte() % 4 {
         0 => bytes.word(),
         _ => u64::from(bytes.byte()) * 8,
@@ -286,48 +288,46 @@ fn any_io(bytes: &mut Bytes<'_>) -> Option<Io> {
         Some(buf.slice(offset..offset + len))
     };
     let fua = len & 512 != 0;
-    let blocks = (len / 512) as u64;
-    Some(match bytes.byte() % 11 {
-        0 | 1 => Io::Read {
+    let len_blocks = (len / 512) as u64;
+    Some(match bytes.byte() % 12 {
+        0 | 1 => Op::Read {
             lba,
             buf: DmaBuf::new(len).ok()?,
         },
-        2 | 3 => Io::Write {
+        2 | 3 => Op::Write {
             lba,
             data: data(len)?,
             fua,
         },
-        4 => Io::WriteV {
+        4 => Op::WriteV {
             lba,
             data: (0..bytes.byte() % 20)
                 .map(|_| data(len.min(8192)))
                 .collect::<Option<_>>()?,
             fua,
         },
-        5 => Io::ReadV {
+        5 => Op::ReadV {
             lba,
             bufs: (0..bytes.byte() % 20)
                 .map(|_| DmaBuf::new(len.min(8192)).ok())
                 .collect::<Option<_>>()?,
         },
-        6 => Io::Compare {
+        6 => Op::Compare {
             lba,
             data: data(len)?,
         },
-        7 => Io::WriteZeroes {
+        7 => Op::WriteZeroes {
             lba,
-            blocks,
-            fua,
-            deallocate: len & 1 != 0,
-        },
-        8 => Io::Deallocate {
-            ranges: vec![BlockRange { lba, blocks }; usize::from(bytes.byte())],
-        },
-        9 => Io::Copy {
-            ranges: vec![BlockRange { lba, blocks }; usize::from(bytes.byte() % 8)],
-            lba: bytes.word() % 2048,
+            len_blocks,
             fua,
         },
-        _ => Io::Verify { lba, blocks },
+        8 => Op::Unmap { lba, len_blocks },
+        9 => Op::Copy {
+            src_lba: lba,
+            dst_lba: bytes.word() % 2048,
+            len_blocks,
+        },
+        10 => Op::Abort { tag: lba },
+        _ => Op::Verify { lba, len_blocks },
     })
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use pumice_nvme::queue::QueuePair;
-use pumice_nvme::{Io, IoDone, IoErrorKind, Namespace};
+use pumice_nvme::{Completion, IoErrorKind, Namespace, Op};
 
 use super::model::Model;
 use super::{Bench, Entry, Outcome, Random, Stop, check, fail, read, same, settle, submit};
@@ -20,7 +20,7 @@ pub(super) const TESTS: &[Entry] = &[
 /// Settles what a finished I/O says with the model.
 fn account(
     model: &mut Model,
-    done: IoDone,
+    done: Completion,
     places: &mut std::collections::HashMap<u64, (u64, u64)>,
 ) -> Result<Option<(u64, u64)>, Stop> {
     let Some((lba, blocks)) = places.remove(&done.tag) else {
@@ -30,13 +30,13 @@ fn account(
         return fail(error.to_string());
     }
     let mut check_again = None;
-    match &done.io {
-        Io::Read { buf, .. } => same(
+    match &done.op {
+        Op::Read { buf, .. } => same(
             &format!("blocks {lba}+{blocks}"),
             buf,
             model.bytes(lba, blocks),
         )?,
-        Io::Deallocate { .. } => check_again = Some((lba, blocks)),
+        Op::Unmap { .. } => check_again = Some((lba, blocks)),
         _ => {}
     }
     if check_again.is_none() {
@@ -69,7 +69,7 @@ fn random_run(
         if random.below(3) == 0 {
             q.poll(&mut out);
         }
-        let done: Vec<IoDone> = std::mem::take(&mut out);
+        let done: Vec<Completion> = std::mem::take(&mut out);
         for item in done {
             if let Some((lba, n)) = account(&mut model, item, &mut places)? {
                 let mut others = Vec::new();
@@ -172,7 +172,7 @@ fn reset_under_load(b: &Bench) -> Outcome {
                 pumice_io::dma::DmaBuf::zeroed(64 * size)?.freeze(),
                 false,
             )?;
-            let mut out: Vec<IoDone> = Vec::new();
+            let mut out: Vec<Completion> = Vec::new();
             let mut version = 0;
             while !stop.load(Ordering::Relaxed) {
                 let mut used = [false; 64];
@@ -190,13 +190,13 @@ fn reset_under_load(b: &Bench) -> Outcome {
                         for word in data.as_chunks_mut::<8>().0 {
                             *word = version.to_le_bytes();
                         }
-                        Io::Write {
+                        Op::Write {
                             lba: block as u64,
                             data: data.freeze(),
                             fua: false,
                         }
                     } else {
-                        Io::Read {
+                        Op::Read {
                             lba: block as u64,
                             buf: pumice_io::dma::DmaBuf::new(size)?,
                         }
@@ -216,7 +216,7 @@ fn reset_under_load(b: &Bench) -> Outcome {
                         }
                         Err(e) => return fail(e.to_string()),
                     }
-                    if let Io::Read { lba, buf } = &done.io {
+                    if let Op::Read { lba, buf } = &done.op {
                         let want = versions[usize::try_from(*lba).unwrap_or(0)];
                         let whole = buf
                             .as_chunks::<8>()

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use pumice_io::dma::{DmaBuf, DmaSlice};
 use pumice_nvme::controller::{Controller, ControllerOptions, Weights};
 use pumice_nvme::queue::{QueueOptions, QueuePair};
-use pumice_nvme::{Io, IoDone, Namespace, NvmeError, SubmitError};
+use pumice_nvme::{Completion, Namespace, NvmeError, Op, SubmitError};
 
 mod admin;
 mod commands;
@@ -210,8 +210,8 @@ pub(crate) fn submit(
     q: &mut QueuePair,
     ns: &Namespace,
     tag: u64,
-    io: Io,
-    out: &mut Vec<IoDone>,
+    io: Op,
+    out: &mut Vec<Completion>,
 ) -> Outcome {
     let start = Instant::now();
     let mut io = io;
@@ -231,7 +231,7 @@ pub(crate) fn submit(
 }
 
 /// Polls until nothing is in flight.
-pub(crate) fn settle(q: &mut QueuePair, out: &mut Vec<IoDone>) -> Outcome {
+pub(crate) fn settle(q: &mut QueuePair, out: &mut Vec<Completion>) -> Outcome {
     let start = Instant::now();
     while q.in_flight() > 0 {
         if q.poll(out) == 0 {
@@ -245,7 +245,7 @@ pub(crate) fn settle(q: &mut QueuePair, out: &mut Vec<IoDone>) -> Outcome {
 }
 
 /// One I/O to its end.
-pub(crate) fn one(q: &mut QueuePair, ns: &Namespace, io: Io) -> Result<IoDone, Stop> {
+pub(crate) fn one(q: &mut QueuePair, ns: &Namespace, io: Op) -> Result<Completion, Stop> {
     let mut out = Vec::new();
     submit(q, ns, 1, io, &mut out)?;
     settle(q, &mut out)?;
@@ -256,10 +256,10 @@ pub(crate) fn one(q: &mut QueuePair, ns: &Namespace, io: Io) -> Result<IoDone, S
 }
 
 /// One I/O that must succeed.
-pub(crate) fn good(q: &mut QueuePair, ns: &Namespace, io: Io) -> Result<Io, Stop> {
+pub(crate) fn good(q: &mut QueuePair, ns: &Namespace, io: Op) -> Result<Op, Stop> {
     let done = one(q, ns, io)?;
     match done.result {
-        Ok(()) => Ok(done.io),
+        Ok(()) => Ok(done.op),
         Err(error) => fail(error.to_string()),
     }
 }
@@ -273,8 +273,8 @@ pub(crate) fn read(
 ) -> Result<DmaBuf, Stop> {
     let mut buf = DmaBuf::new(blocks * ns.block_size() as usize)?;
     buf.fill(0xee);
-    match good(q, ns, Io::Read { lba, buf })? {
-        Io::Read { buf, .. } => Ok(buf),
+    match good(q, ns, Op::Read { lba, buf })? {
+        Op::Read { buf, .. } => Ok(buf),
         _ => fail("a read came back as something else"),
     }
 }
@@ -287,7 +287,7 @@ pub(crate) fn write(
     data: DmaSlice,
     fua: bool,
 ) -> Outcome {
-    good(q, ns, Io::Write { lba, data, fua }).map(|_| ())
+    good(q, ns, Op::Write { lba, data, fua }).map(|_| ())
 }
 
 /// Blocks that name themselves: namespace, block and seed in every 16 bytes.

@@ -1,7 +1,7 @@
 //! Random I/O checked against bytes in memory.
 
 use pumice_io::dma::{DmaBuf, DmaSlice};
-use pumice_nvme::{BlockRange, Io, Namespace};
+use pumice_nvme::{Namespace, Op};
 
 use super::{Random, Stop};
 
@@ -68,7 +68,7 @@ impl Model {
         ns: &Namespace,
         random: &mut Random,
         most: u64,
-    ) -> Result<Option<(Io, u64, u64)>, Stop> {
+    ) -> Result<Option<(Op, u64, u64)>, Stop> {
         let Some((lba, blocks)) = self.take(random, most) else {
             return Ok(None);
         };
@@ -81,7 +81,7 @@ impl Model {
                     *word = (mark ^ n as u64).to_le_bytes();
                 }
                 self.bytes[range].copy_from_slice(&data);
-                Io::Write {
+                Op::Write {
                     lba,
                     data: data.freeze(),
                     fua: random.below(4) == 0,
@@ -97,7 +97,7 @@ impl Model {
                     self.bytes[start..start + self.size].fill(mark);
                     data.push(block.freeze());
                 }
-                Io::WriteV {
+                Op::WriteV {
                     lba,
                     data,
                     fua: false,
@@ -105,25 +105,25 @@ impl Model {
             }
             5 if ns.supports().write_zeroes => {
                 self.bytes[range].fill(0);
-                Io::WriteZeroes {
+                Op::WriteZeroes {
                     lba,
-                    blocks,
+                    len_blocks: blocks,
                     fua: false,
-                    deallocate: false,
                 }
             }
             6 if ns.supports().deallocate && ns.deallocated_reads_zero() => {
                 // What a deallocated block reads as is known only if it is not optional to
                 // deallocate, which it is: so only a write tells, and this reads as written.
-                Io::Deallocate {
-                    ranges: vec![BlockRange { lba, blocks }],
+                Op::Unmap {
+                    lba,
+                    len_blocks: blocks,
                 }
             }
             7 if ns.supports().compare => {
                 let data = DmaBuf::copy_from(&self.bytes[range])?.freeze();
-                Io::Compare { lba, data }
+                Op::Compare { lba, data }
             }
-            _ => Io::Read {
+            _ => Op::Read {
                 lba,
                 buf: DmaBuf::new(range.len())?,
             },

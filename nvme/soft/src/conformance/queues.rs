@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use pumice_io::dma::DmaBuf;
 use pumice_nvme::queue::{AsyncQueue, QueueOptions, QueuePair};
 use pumice_nvme::spec::QueuePriority;
-use pumice_nvme::{Io, Namespace, NvmeError, SubmitError};
+use pumice_nvme::{Namespace, NvmeError, Op, SubmitError};
 
 use super::{Bench, Entry, Outcome, check, fail, pattern, read, same, settle, skip, submit, write};
 
@@ -37,7 +37,7 @@ fn depth(b: &Bench) -> Outcome {
         })?;
         let depth = u16::try_from(q.depth()).unwrap_or(depth);
         for n in 0..depth {
-            let io = Io::Read {
+            let io = Op::Read {
                 lba: u64::from(n),
                 buf: DmaBuf::new(size)?,
             };
@@ -45,12 +45,12 @@ fn depth(b: &Bench) -> Outcome {
                 return fail(format!("I/O {n} of {depth} refused"));
             }
         }
-        let io = Io::Read {
+        let io = Op::Read {
             lba: 0,
             buf: DmaBuf::new(size)?,
         };
         match q.submit(&ns, 99, io) {
-            Err(SubmitError::Busy(Io::Read { .. })) => {}
+            Err(SubmitError::Busy(Op::Read { .. })) => {}
             other => return fail(format!("one more than {depth}: {other:?}")),
         }
         let mut out = Vec::new();
@@ -76,7 +76,7 @@ fn wraps(b: &Bench) -> Outcome {
             &mut q,
             &ns,
             n,
-            Io::Write {
+            Op::Write {
                 lba: n % 50,
                 data,
                 fua: false,
@@ -106,7 +106,7 @@ fn batches(b: &Bench) -> Outcome {
     let mut q = b.queue(64)?;
     let before = q.stats().sq_doorbells;
     for n in 0..q.depth().min(32) as u64 {
-        let io = Io::Read {
+        let io = Op::Read {
             lba: n,
             buf: DmaBuf::new(ns.block_size() as usize)?,
         };
@@ -170,7 +170,7 @@ fn dropped(b: &Bench) -> Outcome {
     for _ in 0..5 {
         let mut q = b.queue(32)?;
         for n in 0..q.depth() as u64 {
-            let io = Io::Read {
+            let io = Op::Read {
                 lba: n,
                 buf: DmaBuf::new(ns.block_size() as usize)?,
             };
@@ -199,7 +199,7 @@ fn reads_asleep(q: &mut QueuePair, ns: &Namespace, count: u32) -> Outcome {
     let start = Instant::now();
     let mut out = Vec::new();
     for n in 0..u64::from(count) {
-        let io = Io::Read {
+        let io = Op::Read {
             lba: n,
             buf: DmaBuf::new(ns.block_size() as usize)?,
         };
@@ -223,7 +223,7 @@ fn reads_asleep(q: &mut QueuePair, ns: &Namespace, count: u32) -> Outcome {
 fn reads_polled(q: &mut QueuePair, ns: &Namespace, is_on: bool) -> Outcome {
     let (switches, mut out) = (q.stats().interrupt_switches, Vec::new());
     for n in 0..1500u64 {
-        let io = Io::Read {
+        let io = Op::Read {
             lba: n % 8,
             buf: DmaBuf::new(ns.block_size() as usize)?,
         };

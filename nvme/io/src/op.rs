@@ -2,15 +2,14 @@
 
 use std::fmt;
 
+use crate::dma::{DmaBuf, DmaSlice};
 use crate::error::IoError;
-use crate::{DmaBuf, DmaSlice};
 
 /// One I/O operation. Buffers move into it and come back with its [`Completion`].
 ///
 /// Lengths of data are those of the buffers and must be multiples of the block size; addresses
 /// (`lba`) and `len_blocks` count the device's blocks.
 #[derive(Debug)]
-#[non_exhaustive]
 pub enum Op {
     /// Fill `buf` from the device.
     Read {
@@ -57,6 +56,13 @@ pub enum Op {
     },
     /// The blocks' contents are no longer needed; what they read as is up to the device.
     Unmap {
+        /// First block.
+        lba: u64,
+        /// How many.
+        len_blocks: u64,
+    },
+    /// Read the blocks and check them without transferring anything.
+    Verify {
         /// First block.
         lba: u64,
         /// How many.
@@ -158,11 +164,13 @@ pub enum OpKind {
     Zone,
     /// Not an operation of its own: writes take `fua`.
     Fua,
+    /// [`Op::Verify`].
+    Verify,
 }
 
 impl OpKind {
     /// Every kind, in order of its number.
-    pub const ALL: [OpKind; 12] = [
+    pub const ALL: [OpKind; 13] = [
         OpKind::Read,
         OpKind::Write,
         OpKind::Flush,
@@ -175,6 +183,7 @@ impl OpKind {
         OpKind::Abort,
         OpKind::Zone,
         OpKind::Fua,
+        OpKind::Verify,
     ];
 
     /// The name used in logs, statistics and the configuration.
@@ -192,6 +201,7 @@ impl OpKind {
             OpKind::Abort => "abort",
             OpKind::Zone => "zone",
             OpKind::Fua => "fua",
+            OpKind::Verify => "verify",
         }
     }
 }
@@ -259,6 +269,7 @@ impl Op {
             Op::Flush => OpKind::Flush,
             Op::WriteZeroes { .. } => OpKind::WriteZeroes,
             Op::Unmap { .. } => OpKind::Unmap,
+            Op::Verify { .. } => OpKind::Verify,
             Op::Compare { .. } => OpKind::Compare,
             Op::CompareAndWrite(_) => OpKind::CompareAndWrite,
             Op::Copy { .. } => OpKind::Copy,
@@ -277,6 +288,7 @@ impl Op {
             | Op::WriteV { lba, .. }
             | Op::WriteZeroes { lba, .. }
             | Op::Unmap { lba, .. }
+            | Op::Verify { lba, .. }
             | Op::Compare { lba, .. }
             | Op::Zone { lba, .. } => *lba,
             Op::CompareAndWrite(c) => c.lba,
@@ -294,6 +306,7 @@ impl Op {
             Op::WriteV { data, .. } => data.iter().map(|d| d.len() as u64).sum(),
             Op::WriteZeroes { len_blocks, .. }
             | Op::Unmap { len_blocks, .. }
+            | Op::Verify { len_blocks, .. }
             | Op::Copy { len_blocks, .. } => len_blocks.saturating_mul(u64::from(block_size)),
             Op::CompareAndWrite(c) => c.write.len() as u64,
             Op::Flush | Op::Reset | Op::Abort { .. } | Op::Zone { .. } => 0,
@@ -310,7 +323,7 @@ impl Op {
     }
 
     /// The tag that an abort is for.
-    pub(crate) fn abort_target(&self) -> Option<u64> {
+    pub fn abort_target(&self) -> Option<u64> {
         match self {
             Op::Abort { tag } => Some(*tag),
             _ => None,
@@ -318,7 +331,7 @@ impl Op {
     }
 
     /// Gives an abort another target; nothing happens to other operations.
-    pub(crate) fn set_abort_target(&mut self, target: Option<u64>) {
+    pub fn set_abort_target(&mut self, target: Option<u64>) {
         if let (Op::Abort { tag }, Some(target)) = (self, target) {
             *tag = target;
         }
@@ -326,7 +339,7 @@ impl Op {
 
     /// The same operation `delta` blocks further on (wrapping: callers add an offset that the
     /// device's size bounds).
-    pub(crate) fn shift(&mut self, delta: u64) {
+    pub fn shift(&mut self, delta: u64) {
         match self {
             Op::Read { lba, .. }
             | Op::ReadV { lba, .. }
@@ -334,6 +347,7 @@ impl Op {
             | Op::WriteV { lba, .. }
             | Op::WriteZeroes { lba, .. }
             | Op::Unmap { lba, .. }
+            | Op::Verify { lba, .. }
             | Op::Compare { lba, .. }
             | Op::Zone { lba, .. } => *lba = lba.wrapping_add(delta),
             Op::CompareAndWrite(c) => c.lba = c.lba.wrapping_add(delta),
@@ -376,7 +390,8 @@ impl SubmitError {
         }
     }
 
-    pub(crate) fn op_mut(&mut self) -> &mut Op {
+    /// The operation that was not taken.
+    pub fn op_mut(&mut self) -> &mut Op {
         match self {
             SubmitError::Busy(op) | SubmitError::Refused(op, _) => op,
         }

@@ -1,0 +1,185 @@
+//! What went wrong with one operation.
+
+use std::fmt;
+use std::io;
+
+use crate::op::{Op, OpKind};
+
+/// What went wrong with an I/O operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum IoErrorKind {
+    /// The range does not lie inside the device.
+    OutOfRange,
+    /// A length or a buffer is not aligned as the device needs it, or is empty.
+    Misaligned,
+    /// The operation is longer than the device takes.
+    TooLong,
+    /// The device cannot do it.
+    Unsupported,
+    /// The device cannot be written.
+    ReadOnly,
+    /// There is no space left for it (a sparse image on a full file system, a thin device).
+    NoSpace,
+    /// The medium could not give the data back, or did not take it.
+    Media,
+    /// The transfer ended early: `done_bytes` were transferred. Also a backing file that shrank.
+    Short {
+        /// How much was transferred.
+        done_bytes: u64,
+    },
+    /// A compare found a difference at `offset_bytes` into the operation.
+    Miscompare {
+        /// First byte that differs.
+        offset_bytes: u64,
+    },
+    /// Ended by a reset, an abort or the removal of something below.
+    Aborted,
+    /// Not completed in time. It may still land.
+    TimedOut,
+    /// The device is gone.
+    Removed,
+    /// The device is busy with something that excludes this; try again.
+    Busy,
+    /// An NVMe status (NVM Express Base Specification 2.0, section 3.3.3.2.1).
+    Nvme {
+        /// Status code type.
+        sct: u8,
+        /// Status code.
+        sc: u8,
+        /// Do not retry.
+        dnr: bool,
+    },
+    /// Another error of the operating system, by errno.
+    Os(i32),
+    /// No memory for it.
+    NoMemory,
+}
+
+impl IoErrorKind {
+    /// Whether the same operation may succeed when tried again.
+    pub fn is_retryable(self) -> bool {
+        match self {
+            IoErrorKind::Aborted | IoErrorKind::Busy | IoErrorKind::NoMemory => true,
+            IoErrorKind::Nvme { dnr, .. } => !dnr,
+            IoErrorKind::Os(e) => e == libc::EAGAIN || e == libc::EINTR || e == libc::EBUSY,
+            _ => false,
+        }
+    }
+
+    /// From an errno.
+    pub fn from_errno(errno: i32) -> IoErrorKind {
+        match errno {
+            libc::ENOSPC | libc::EDQUOT | libc::EFBIG => IoErrorKind::NoSpace,
+            libc::EIO | libc::EILSEQ | libc::ENODATA | libc::EREMOTEIO => IoErrorKind::Media,
+            libc::EOPNOTSUPP => IoErrorKind::Unsupported,
+            libc::EROFS | libc::EPERM => IoErrorKind::ReadOnly,
+            libc::ENODEV | libc::ENXIO => IoErrorKind::Removed,
+            libc::ECANCELED => IoErrorKind::Aborted,
+            libc::ETIMEDOUT | libc::ETIME => IoErrorKind::TimedOut,
+            libc::ENOMEM => IoErrorKind::NoMemory,
+            e => IoErrorKind::Os(e),
+        }
+    }
+}
+
+impl fmt::Display for IoErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            IoErrorKind::OutOfRange => f.write_str("out of range"),
+            IoErrorKind::Misaligned => f.write_str("misaligned"),
+            IoErrorKind::TooLong => f.write_str("too long"),
+            IoErrorKind::Unsupported => f.write_str("not supported by the device"),
+            IoErrorKind::ReadOnly => f.write_str("device is read-only"),
+            IoErrorKind::NoSpace => f.write_str("no space left"),
+            IoErrorKind::Media => f.write_str("media error"),
+            IoErrorKind::Short { done_bytes } => {
+                write!(f, "short transfer, {done_bytes} bytes done")
+            }
+            IoErrorKind::Miscompare { offset_bytes } => {
+                write!(f, "miscompare at byte {offset_bytes}")
+            }
+            IoErrorKind::Aborted => f.write_str("aborted"),
+            IoErrorKind::TimedOut => f.write_str("timed out"),
+            IoErrorKind::Removed => f.write_str("device removed"),
+            IoErrorKind::Busy => f.write_str("device busy"),
+            IoErrorKind::Nvme { sct, sc, dnr } => {
+                let dnr = if *dnr { ", do not retry" } else { "" };
+                write!(f, "NVMe status {sct:#x}/{sc:#04x}{dnr}")
+            }
+            IoErrorKind::Os(e) => write!(f, "{}", io::Error::from_raw_os_error(*e)),
+            IoErrorKind::NoMemory => f.write_str("out of memory"),
+        }
+    }
+}
+
+/// The status that an NVMe controller has completed a command with: the 15 bits of the completion queue entry, from the status
+/// code to Do Not Retry (NVM Express Base Specification 2.0, section 3.3.3.2.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct NvmeStatus(pub u16);
+
+/// An I/O operation that failed: which device, what, where, why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IoError {
+    /// Name of the device that failed (in a stack: the one where the error arose).
+    pub device: String,
+    /// The operation.
+    pub op: OpKind,
+    /// First block.
+    pub lba: u64,
+    /// Length in bytes.
+    pub len_bytes: u64,
+    /// Block size of the device, so that the text can give the byte offset.
+    pub block_size: u32,
+    /// The class of the error.
+    pub kind: IoErrorKind,
+    /// The status of the NVMe command, if a controller has completed one.
+    pub nvme_status: Option<NvmeStatus>,
+    /// More about the cause; may be empty.
+    pub detail: String,
+}
+
+impl IoError {
+    /// An error of `op` on the device `device`.
+    pub fn new(
+        device: &str,
+        block_size: u32,
+        op: &Op,
+        kind: IoErrorKind,
+        detail: impl Into<String>,
+    ) -> Box<IoError> {
+        Box::new(IoError {
+            device: device.to_owned(),
+            op: op.kind(),
+            lba: op.lba(),
+            len_bytes: op.len_bytes(block_size),
+            block_size,
+            kind,
+            nvme_status: None,
+            detail: detail.into(),
+        })
+    }
+
+    /// Whether the same operation may succeed when tried again.
+    pub fn is_retryable(&self) -> bool {
+        self.kind.is_retryable()
+    }
+}
+
+impl fmt::Display for IoError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.device, self.op)?;
+        if self.len_bytes > 0 {
+            let offset = u128::from(self.lba) * u128::from(self.block_size);
+            let (len, lba) = (self.len_bytes, self.lba);
+            write!(f, " of {len} bytes at LBA {lba} (byte offset {offset})")?;
+        }
+        write!(f, ": {}", self.kind)?;
+        if !self.detail.is_empty() {
+            write!(f, ": {}", self.detail)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for IoError {}
