@@ -9,50 +9,50 @@ use crate::dma::DmaError;
 use crate::spec::Status;
 use crate::transport::TransportError;
 
-/// Why a controller could not do what was asked.
+/// The reason why a controller could not do what was asked.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NvmeError {
-    /// The transport failed.
+    /// An error of the transport.
     #[error(transparent)]
     Transport(#[from] TransportError),
-    /// Memory failed.
+    /// An error of DMA memory.
     #[error(transparent)]
     Dma(#[from] DmaError),
-    /// The controller did not reach a state in the time that it promised (CAP.TO).
+    /// The controller did not reach a state within the time that it promises (CAP.TO).
     #[error("{device}: {what} not within {timeout_ms} ms (CSTS {csts:#x})")]
     NotReady {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// What was waited for.
+        /// The awaited state.
         what: &'static str,
-        /// The bound, in milliseconds.
+        /// The promised time, in milliseconds.
         timeout_ms: u64,
-        /// The status register at the end.
+        /// The status register (CSTS) at the end of that time.
         csts: u32,
     },
     /// The controller reports a fatal error (CSTS.CFS).
     #[error("{device}: fatal controller status (CSTS {csts:#x}) while {what}")]
     Fatal {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// What was going on.
+        /// The operation that found the error.
         what: &'static str,
-        /// The status register.
+        /// The status register (CSTS).
         csts: u32,
     },
-    /// The controller is gone.
+    /// The controller was removed.
     #[error("{device}: the controller was removed")]
     Removed {
-        /// The device.
+        /// Name of the device.
         device: String,
     },
-    /// The controller could not be brought back by a reset.
+    /// A reset did not bring the controller back.
     #[error("{device}: the controller failed and is given up: {reason}")]
     Failed {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// Why.
+        /// The reason why the reset failed.
         reason: String,
     },
     /// The controller was opened by the process that this one was forked from.
@@ -61,61 +61,61 @@ pub enum NvmeError {
          in the child"
     )]
     OtherProcess {
-        /// The device.
+        /// Name of the device.
         device: String,
     },
     /// An admin command ended with an error status.
     #[error("{device}: {command}: {status}")]
     Status {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// The command in words.
+        /// The command as text.
         command: String,
-        /// Its status.
+        /// The status of its completion.
         status: Status,
     },
     /// An admin command did not end in time, or its queue was reset.
     #[error("{device}: {command}: {what}")]
     Unfinished {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// The command in words.
+        /// The command as text.
         command: String,
-        /// What happened instead of a completion.
+        /// The event that ended the wait.
         what: String,
     },
-    /// The device says something that the specification rules out.
+    /// The device sent something that the specification does not allow.
     #[error("{device}: {detail}")]
     Protocol {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// What it said.
+        /// A description of what it sent.
         detail: String,
     },
-    /// The device does not offer it.
+    /// The device does not support the operation.
     #[error("{device}: {what}")]
     Unsupported {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// What is missing.
+        /// The missing ability.
         what: String,
     },
-    /// There is no such namespace.
+    /// The controller has no such namespace.
     #[error("{device}: no namespace {nsid}; it has {known}")]
     NoNamespace {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// The one asked for.
+        /// The requested namespace identifier.
         nsid: u32,
-        /// Those that there are.
+        /// The identifiers that exist.
         known: String,
     },
-    /// All I/O queues are in use.
+    /// All I/O queues of the controller are in use.
     #[error("{device}: all {limit} I/O queue pairs are in use; share one between threads")]
     NoQueues {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// How many there are.
+        /// Number of I/O queues.
         limit: u16,
     },
 }
@@ -127,7 +127,7 @@ impl From<UriError> for NvmeError {
 }
 
 impl NvmeError {
-    /// The errno that says the same.
+    /// Returns the errno that corresponds to the error.
     pub fn errno(&self) -> i32 {
         match self {
             NvmeError::NotReady { .. } | NvmeError::Transport(TransportError::Timeout { .. }) => {
@@ -139,7 +139,7 @@ impl NvmeError {
         }
     }
 
-    /// Whether the device is gone for good.
+    /// Whether the device is removed for good.
     pub fn is_removed(&self) -> bool {
         matches!(
             self,
@@ -147,7 +147,7 @@ impl NvmeError {
         )
     }
 
-    /// The status, when a command was completed with one.
+    /// The status, if the command was completed with an error status.
     pub fn status(&self) -> Option<Status> {
         match self {
             NvmeError::Status { status, .. } => Some(*status),
@@ -161,11 +161,11 @@ impl NvmeError {
 pub(crate) enum Cause {
     /// The controller completed the command with this status.
     Status(Status),
-    /// The command did not end in time; it was aborted or its queue reset, and the retries are
-    /// used up. Whether a write landed is unknown.
+    /// The command did not end in time. It was aborted or its queue was reset, and the retries are
+    /// used up. Whether a write was carried out is unknown.
     Timeout,
-    /// The controller was reset under the command and the retries are used up. Whether a write
-    /// landed is unknown.
+    /// The controller was reset during the command, and the retries are used up. Whether a write
+    /// was carried out is unknown.
     Aborted,
     /// The controller was removed.
     Removed,
@@ -234,28 +234,28 @@ impl std::fmt::Display for Cause {
 /// What is wrong with an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum InvalidIo {
-    /// A length that is no multiple of the block size.
+    /// A length that is not a multiple of the block size.
     #[error("{len} bytes are not whole blocks of {block_size}")]
     Length {
-        /// Bytes.
+        /// Length in bytes.
         len: usize,
         /// The namespace's block size.
         block_size: u32,
     },
-    /// Nothing to do.
+    /// The I/O has no blocks.
     #[error("an I/O of no blocks")]
     Empty,
-    /// Beyond the end.
+    /// The I/O goes beyond the end of the namespace.
     #[error("blocks {lba}+{blocks} are outside a namespace of {num_blocks} blocks")]
     OutOfRange {
         /// First block.
         lba: u64,
-        /// Blocks.
+        /// Number of blocks.
         blocks: u64,
-        /// The namespace's size.
+        /// The namespace's size in blocks.
         num_blocks: u64,
     },
-    /// The controller does not offer the command.
+    /// The controller does not support the command.
     #[error("the controller does not support {0}")]
     Unsupported(&'static str),
     /// The namespace's format cannot be used.
@@ -263,12 +263,12 @@ pub(crate) enum InvalidIo {
         "namespace {0} has a format that this driver does not use; `pumice nvme id-ns` says which"
     )]
     Format(u32),
-    /// The namespace is another controller's, or its format may have changed since.
+    /// The namespace belongs to another controller, or its format may have changed.
     #[error(
         "namespace {0} is not this controller's or was formatted since; ask the controller for it again"
     )]
     Stale(u32),
-    /// A buffer that starts at an odd address.
+    /// A buffer starts at an odd address.
     #[error("a buffer does not start at a multiple of four bytes")]
     NotAligned,
 }
@@ -288,7 +288,7 @@ impl InvalidIo {
     }
 }
 
-/// How long something may take, as text for logs.
+/// A duration in milliseconds, for logs.
 pub(crate) fn millis(d: Duration) -> u64 {
     u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
 }

@@ -1,4 +1,4 @@
-//! From a URI to a controller.
+//! Opening a controller and a namespace by URI.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -13,20 +13,20 @@ use crate::namespace::Namespace;
 use crate::pci::PciAddress;
 use crate::transport::{NvmeUri, check_parameters, open_transport, vfio_user_socket};
 
-/// What a URI led to.
+/// A controller that was opened by a URI, with the namespace that the URI names.
 #[derive(Debug, Clone)]
 pub struct Opened {
-    /// The controller, enabled.
+    /// The enabled controller.
     pub controller: Arc<Controller>,
-    /// The namespace that the URI names, if it does.
+    /// The namespace identifier in the URI, if it has one.
     pub nsid: Option<u32>,
 }
 
 impl Opened {
-    /// The namespace that the URI names, or the only one that there is.
+    /// Returns the namespace that the URI names, or the controller's only one.
     ///
     /// # Errors
-    /// When there is none, or when there are several and the URI does not say which.
+    /// Fails when the controller has no active namespace, or several and the URI does not name one.
     pub fn namespace(&self) -> Result<Arc<Namespace>, NvmeError> {
         if let Some(nsid) = self.nsid {
             return self.controller.namespace(nsid);
@@ -53,7 +53,8 @@ impl Opened {
     }
 }
 
-/// Controllers that are open, so that a second namespace of one does not open it again.
+/// The controllers that this process has open. A URI of another namespace of one of them shares the
+/// controller.
 static OPEN: PerProcess<Mutex<HashMap<String, Weak<Controller>>>> = PerProcess::new(Mutex::default);
 
 /// Opens the controller that a URI names, with default options; see
@@ -65,13 +66,14 @@ pub fn open(uri: &str) -> Result<Opened, NvmeError> {
     open_with(uri, ControllerOptions::default())
 }
 
-/// As [`open`], with options; they count only when the controller is not open already.
+/// Opens a controller as [`open`] does, with these options. They have no effect on a controller
+/// that is open already.
 pub fn open_with(uri: &str, options: ControllerOptions) -> Result<Opened, NvmeError> {
     let uri = NvmeUri::parse(uri)?;
     let nsid = uri.nsid;
     check_parameters(&uri)?;
     let key = device_key(&uri);
-    // Held over bring-up: two threads that open one device get one controller.
+    // The lock is held over bring-up, so that two threads that open one device get one controller.
     let mut open = OPEN.get().lock();
     open.retain(|_, c| c.strong_count() > 0);
     if let Some(controller) = open.get(&key).and_then(Weak::upgrade)
@@ -84,7 +86,7 @@ pub fn open_with(uri: &str, options: ControllerOptions) -> Result<Opened, NvmeEr
     Ok(Opened { controller, nsid })
 }
 
-/// One text for one device, however the URI spells it.
+/// Returns the same text for every spelling of one device's URI.
 fn device_key(uri: &NvmeUri) -> String {
     let address = match uri.scheme() {
         "nvme" => uri.address.parse().map(|a: PciAddress| a.to_string()).ok(),

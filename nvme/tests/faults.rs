@@ -1,5 +1,5 @@
-//! Faults at the soft controller: errors, delays, lost and corrupt completions, fatal status,
-//! removal, power cut. Every I/O ends exactly once; nothing hangs.
+//! Tests of faults of the soft controller: errors, delays, lost and corrupt completions, fatal
+//! status, removal, power cut. Every I/O ends exactly once and nothing hangs.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -107,8 +107,8 @@ fn a_part_that_fails_fails_the_whole_once() {
 #[test]
 fn a_delayed_command_is_aborted_and_sent_again() {
     let rig = rig();
-    // The abort may come late on a busy machine: then there is a reset instead, and another
-    // attempt. How it ends is the same.
+    // The abort may come late on a busy machine. Then there is a reset and another attempt instead,
+    // with the same result.
     let mut q = queue(&rig, |o| {
         o.timeout = SOON;
         o.max_retries = 200;
@@ -146,7 +146,7 @@ fn a_lost_command_means_a_reset() {
         let done = settle(&mut q);
         assert!(done.iter().all(|d| d.result.is_ok()), "{fault:?}: {done:?}");
         assert!(q.stats().resets >= 1, "{fault:?}: {:?}", q.stats());
-        // The queue beside it goes on.
+        // The other queue continues.
         let done = one(&rig, &mut bystander, read(9));
         let Op::Read { buf, .. } = done.op else {
             panic!()
@@ -243,8 +243,8 @@ fn removal_ends_everything() {
         }
         let mut out = Vec::new();
         q.poll(&mut out);
-        // A command that the controller has not fetched yet is not lost with it, if the faults
-        // are taken away first.
+        // The loss of the first command does not affect a command that the controller has not
+        // fetched yet, if the faults are removed first.
         until_struck(&rig, 8);
         match how {
             0 => rig.soft.unplug(),
@@ -268,7 +268,7 @@ fn removal_ends_everything() {
             matches!(&refused, Err(SubmitError::Refused(_, e)) if e.kind == IoErrorKind::Removed),
             "{refused:?}"
         );
-        // A queue pair with nothing in flight notices, too.
+        // A queue pair with nothing in flight notices it too.
         let refused = idle.submit(&rig.ns, 1, read(0));
         assert!(
             matches!(refused, Err(SubmitError::Refused(..))),
@@ -301,7 +301,7 @@ fn a_sleeper_is_woken_by_removal() {
     thread.join().unwrap();
 }
 
-/// An admin command ends with an error when a reset comes over it; then it is sent again.
+/// Reads the SMART log. A reset ends an admin command with an error; then it is sent again.
 fn smart_log_again(rig: &Rig) {
     for _ in 0..5 {
         match rig.controller.smart_log() {
@@ -328,7 +328,7 @@ fn admin_faults() {
         error.status().map(Status::code),
         Some(Status::INVALID_LOG_PAGE)
     );
-    // No completion: the controller is reset and serves again.
+    // Without a completion the controller is reset and works again.
     rig.soft
         .faults()
         .add(FaultRule::admin(AdminOpcode::GET_LOG_PAGE, Fault::Drop).times(1));
@@ -337,7 +337,7 @@ fn admin_faults() {
     smart_log_again(&rig);
     let mut q = queue(&rig, |_| {});
     assert!(one(&rig, &mut q, read(3)).result.is_ok());
-    // A wrong identifier: the same.
+    // A wrong identifier has the same effect.
     rig.soft
         .faults()
         .add(FaultRule::admin(AdminOpcode::GET_LOG_PAGE, Fault::WrongId).times(1));
@@ -393,7 +393,7 @@ fn events_reach_the_caller() {
     }
     let rig = rig();
     for _ in 0..6 {
-        // More often than there are requests outstanding: each is armed again.
+        // There are more events than outstanding requests: each request is armed again.
         rig.soft
             .report(AsyncEvent::new(AsyncEventType::HEALTH, 1, 2));
         until(
@@ -418,8 +418,8 @@ fn events_reach_the_caller() {
     );
 }
 
-/// What was flushed or written with FUA is there after a power cut; what was only in the cache
-/// is there or not, block by block, as the medium pleases.
+/// Blocks that were flushed or written with FUA are there after a power cut. Each block that was
+/// only in the cache may be there or not.
 #[test]
 fn power_cut_loses_exactly_the_cache() {
     let rig = rig_with(|config, _| config.write_cache = true);
@@ -458,13 +458,12 @@ fn power_cut_loses_exactly_the_cache() {
     }
 }
 
-/// Stale identifiers: a command that was aborted and completed late must not complete its
-/// successor in the slot.
+/// A command that was aborted and completed late must not complete its successor in the slot.
 #[test]
 fn a_stale_completion_is_recognised() {
     let rig = rig();
     let mut q = queue(&rig, |o| o.max_retries = 8);
-    // Identifiers of the first use of each slot.
+    // The identifiers of the first use of each slot.
     for tag in 0..16 {
         q.submit(&rig.ns, tag, read(tag)).unwrap();
     }
@@ -508,7 +507,7 @@ fn resets_storm_while_threads_work() {
                 })
             })
             .collect();
-        // A reset for each round: more of them could use the retries up.
+        // There is one reset in each round: more of them could use up the retries.
         let mut seen = 0;
         while workers.iter().any(|w| !w.is_finished()) {
             if std::mem::replace(&mut seen, rounds.load(Ordering::Relaxed)) == seen {
@@ -520,8 +519,8 @@ fn resets_storm_while_threads_work() {
     });
 }
 
-/// A queue pair that is made while the controller is reset works, whatever the reset has seen
-/// of it.
+/// A queue pair that is made while the controller is being reset works, whichever part of it the
+/// reset has seen.
 #[test]
 fn queue_pairs_made_under_resets_work() {
     let rig = rig();
@@ -559,7 +558,7 @@ fn format_changes_the_block_size() {
         Err(SubmitError::Refused(_, e)) => e.detail,
         other => panic!("{other:?}"),
     };
-    // Not under a queue pair's feet, and nothing has changed then.
+    // A format is refused while there are queue pairs, and changes nothing.
     let mut q = queue(&rig, |_| {});
     let error = rig.controller.format(1, format).unwrap_err().to_string();
     assert!(error.contains("1 I/O queue pairs"), "{error}");
@@ -569,7 +568,7 @@ fn format_changes_the_block_size() {
     rig.controller.format(1, format).unwrap();
     let ns = rig.controller.namespace(1).unwrap();
     assert_eq!((ns.block_size(), ns.num_blocks()), (4096, 1024));
-    // A command of 512 bytes would now be filled with 4096.
+    // A command for 512 bytes would now be filled with 4096.
     let mut q = queue(&rig, |_| {});
     assert!(stale(&mut q, &rig.ns).contains("namespace 1 is not this controller\'s"));
     q.submit(&other, 1, read(0)).unwrap();
@@ -577,7 +576,7 @@ fn format_changes_the_block_size() {
     q.submit(&ns, 2, Op::Read { lba: 0, buf }).unwrap();
     assert!(settle(&mut q).iter().all(|d| d.result.is_ok()));
     drop(q);
-    // Handles stay good over resets and rescans, and are another controller's never.
+    // Handles stay valid over resets and rescans, and are never valid for another controller.
     rig.controller.reset().unwrap();
     rig.controller.rescan().unwrap();
     let mut q = queue(&rig, |_| {});

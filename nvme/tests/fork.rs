@@ -1,4 +1,5 @@
-//! Forked children: they have memory and controllers of their own, and never touch the parent's.
+//! Tests of forked children: they have memory and controllers of their own, and never touch the
+//! parent's.
 
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use common::*;
 
 mod common;
 
-/// Runs `child` in a forked process and gives its exit code back; 2: it panicked or hung.
+/// Runs `child` in a forked process and returns its exit code, which is 2 when it panicked or hung.
 #[allow(unsafe_code)]
 fn fork(child: &mut dyn FnMut() -> bool) -> Child {
     // SAFETY: the child uses memory and locks of the C library only, which is made for that, and
@@ -18,7 +19,7 @@ fn fork(child: &mut dyn FnMut() -> bool) -> Child {
     let pid = unsafe { libc::fork() };
     assert!(pid >= 0);
     if pid == 0 {
-        // SAFETY: ends the child if it hangs.
+        // SAFETY: the call ends the child if it hangs.
         unsafe { libc::alarm(60) };
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(child));
         let code = match result {
@@ -26,7 +27,7 @@ fn fork(child: &mut dyn FnMut() -> bool) -> Child {
             Ok(false) => 1,
             Err(_) => 2,
         };
-        // SAFETY: ends the process at once.
+        // SAFETY: the call ends the process at once.
         unsafe { libc::_exit(code) }
     }
     Child(pid)
@@ -35,11 +36,11 @@ fn fork(child: &mut dyn FnMut() -> bool) -> Child {
 struct Child(i32);
 
 impl Child {
-    /// The exit status, once it has ended.
+    /// Waits for the child to end, and returns its exit status.
     #[allow(unsafe_code)]
     fn wait(self) -> i32 {
         let mut status = -1;
-        // SAFETY: waits for the child.
+        // SAFETY: the call waits for the child.
         unsafe { libc::waitpid(self.0, &raw mut status, 0) };
         status
     }
@@ -58,7 +59,7 @@ fn all(bufs: &[DmaBuf], byte: u8) -> bool {
     bufs.iter().all(|buf| buf.iter().all(|b| *b == byte))
 }
 
-/// The parent has used buffers and freed them: its free lists name blocks that a child must not
+/// The parent has used buffers and freed them, so its free lists name blocks that a child must not
 /// take for its own.
 #[test]
 fn parent_and_children_share_no_buffer() {
@@ -71,7 +72,7 @@ fn parent_and_children_share_no_buffer() {
             children.push(fork(&mut || {
                 let mine = fill(byte, count, len);
                 std::thread::sleep(Duration::from_millis(100));
-                // Those of the parent are not the child's to give back.
+                // The child must not free the parent's blocks.
                 drop(kept.take());
                 let mut more = Some(fill(byte, count, len));
                 let grandchild = fork(&mut || {
@@ -101,7 +102,7 @@ fn an_inherited_controller_refuses_and_can_be_dropped() {
     let mut q = queue(&rig, |_| {});
     let other = queue(&rig, |_| {});
     assert!(one(&rig, &mut q, write(3, 7)).result.is_ok());
-    // In flight at the fork: it is the parent's.
+    // The I/O is in flight at the fork: it belongs to the parent.
     q.submit(&rig.ns, 9, read(3)).unwrap();
     let controller = rig.controller.clone();
     let mut inherited = Some((rig, q, other));
@@ -132,13 +133,13 @@ fn an_inherited_controller_refuses_and_can_be_dropped() {
         assert!(forked(rig.controller.shutdown().unwrap_err()));
         drop((q, other));
         drop(rig);
-        // One of its own works as anywhere.
+        // A controller that the child opens itself works as usual.
         let own = rig_with(|_, _| {});
         let mut q = queue(&own, |_| {});
         one(&own, &mut q, write(1, 9)).result.is_ok()
     });
     assert_eq!(child.wait(), 0);
-    // The parent's is as it was.
+    // The parent's controller is unchanged.
     controller.reset().unwrap();
     assert!(controller.feature(FeatureId::ARBITRATION, 0).is_ok());
 }

@@ -1,5 +1,5 @@
-//! Namespaces over resets, rescans and passing errors: handles stay good while the namespace is
-//! what it was, come back with it, and never mean another one.
+//! Tests of namespaces over resets, rescans and transient errors: handles stay valid while the
+//! namespace is unchanged, are valid again when it comes back, and never refer to another one.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,7 +27,7 @@ fn refused(rig: &Rig, q: &mut QueuePair) -> bool {
         .is_err_and(|e| is_stale(&e))
 }
 
-/// Whatever passes is waited for; whatever does not is found out about by the keeper.
+/// The driver waits for a transient state to pass; the keeper finds out about the others later.
 #[test]
 fn a_namespace_that_is_not_ready_comes_back() {
     let _watchdog = watchdog();
@@ -35,7 +35,7 @@ fn a_namespace_that_is_not_ready_comes_back() {
         (Status::NAMESPACE_NOT_READY, 1),
         (Status::NAMESPACE_NOT_READY, 9),
         (Status::INTERNAL, 3),
-        // More often than it is tried, and with Do Not Retry.
+        // The fault applies more often than the command is tried, and has Do Not Retry.
         (Status::INTERNAL, 40),
         (Status::INTERNAL.dnr(), 1),
     ] {
@@ -72,12 +72,12 @@ fn identify_page(rig: &Rig, cns: Cns) -> Vec<u8> {
     page.unwrap().to_vec()
 }
 
-/// Another namespace with the number: the identity tells, whichever of its fields it is.
+/// Another namespace takes the identifier. Each field of its identity is enough to notice it.
 #[test]
 fn another_namespace_of_the_number_is_not_written_to() {
     let _watchdog = watchdog();
     for (cns, at) in [
-        // NGUID, EUI-64, and the UUID among the descriptors.
+        // The fields are NGUID, EUI-64, and the UUID among the descriptors.
         (Cns::NAMESPACE, 104),
         (Cns::NAMESPACE, 120),
         (Cns::NS_DESCRIPTORS, 4 + 15),
@@ -87,8 +87,8 @@ fn another_namespace_of_the_number_is_not_written_to() {
         assert!(one(&rig, &mut q, write(0, 1)).result.is_ok());
         let mut page = identify_page(&rig, cns);
         page[at] ^= 0xff;
-        // Only this kind of page: the first command of a rescan for namespace 1 identifies it,
-        // the second asks for its descriptors.
+        // The fault applies only to this kind of page: the first command of a rescan for namespace
+        // 1 identifies it, the second asks for its descriptors.
         let skip = u64::from(cns == Cns::NS_DESCRIPTORS);
         let rule = FaultRule::admin(AdminOpcode::IDENTIFY, Fault::Data(page));
         rig.soft
@@ -99,14 +99,14 @@ fn another_namespace_of_the_number_is_not_written_to() {
         let now = rig.controller.namespace(1).unwrap();
         q.submit(&now, 1, read(0)).unwrap();
         settle(&mut q);
-        // The one that the handle is of comes back.
+        // The namespace of the handle comes back.
         rig.soft.faults().clear();
         rig.controller.rescan().unwrap();
         assert!(q.submit(&now, 1, read(0)).is_err());
     }
 }
 
-/// Nothing of a refused format is to be seen.
+/// A refused format has no effect.
 #[test]
 fn a_refused_format_disturbs_nobody() {
     let _watchdog = watchdog();
@@ -174,7 +174,7 @@ impl Wake for Woken {
     }
 }
 
-/// A future that a reset has told to wait is woken when the reset is over.
+/// A future that has to wait for a reset is woken when the reset has ended.
 #[test]
 fn a_future_that_meets_a_reset_is_woken() {
     let _watchdog = watchdog();

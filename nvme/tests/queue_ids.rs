@@ -1,4 +1,4 @@
-//! Queue identifiers: one stays taken until the device has no queue of that number.
+//! Tests of queue identifiers: one stays taken until the device has no queue of that number.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -11,7 +11,7 @@ use common::*;
 
 mod common;
 
-/// Threads that make a pair, read and drop it, over and over; none may be refused.
+/// Threads make a pair, read and drop it, repeatedly. None may be refused.
 fn come_and_go(queues: u16, threads: u32, rounds: u32) {
     let _watchdog = watchdog();
     let rig = rig_with(|config, _| config.queues = queues);
@@ -39,7 +39,7 @@ fn pairs_come_and_go_in_threads() {
     come_and_go(16, 4, 300);
 }
 
-/// Each thread's pair takes the place of one that is just being deleted.
+/// Each thread's pair takes the place of one that is being deleted.
 #[test]
 fn pairs_come_and_go_where_there_are_no_more() {
     come_and_go(4, 4, 300);
@@ -57,7 +57,7 @@ fn a_refused_deletion_costs_one_identifier_and_only_until_a_reset() {
         rig.soft.faults().clear();
         let mut two = [make().unwrap(), make().unwrap()];
         assert_eq!(two.each_ref().map(QueuePair::qid), [2, 3]);
-        // The third is to be had by a reset, which costs the other two nothing.
+        // A reset makes the third available, which costs the other two nothing.
         let generation = rig.controller.generation();
         let mut third = make().unwrap();
         assert_eq!(third.qid(), 1);
@@ -85,8 +85,8 @@ fn a_pair_that_cannot_be_made_leaves_its_identifier() {
     }
 }
 
-/// A reset while a queue pair is being deleted: its number is nobody's before the deletion is
-/// over, and the deletion does not hit the queue that has the number then.
+/// Resets while queue pairs are being deleted: nobody gets an identifier before its deletion has
+/// ended, and a deletion does not hit the queue that has the identifier afterwards.
 #[test]
 fn resets_beside_deletions() {
     let _watchdog = watchdog();
@@ -97,7 +97,7 @@ fn resets_beside_deletions() {
             .map(|_| {
                 scope.spawn(|| {
                     for _ in 0..100 {
-                        // A creation that a reset has cut short is tried again.
+                        // A creation that a reset has interrupted is tried again.
                         let mut pair = loop {
                             match rig.controller.queue_pair(&QueueOptions::depth(8)) {
                                 Ok(pair) => break pair,
@@ -126,14 +126,14 @@ fn resets_beside_deletions() {
     });
 }
 
-/// Queues that the device refuses to delete may still transfer: the buffers of their commands
-/// are nobody's before it is reset.
+/// Queues that the device refuses to delete may still transfer, so the buffers of their commands
+/// are kept until it is reset.
 #[test]
 fn buffers_of_queues_that_were_not_deleted_are_kept() {
     let _watchdog = watchdog();
     let rig = rig();
     let mut pair = queue(&rig, |_| {});
-    // Carried out, and not completed: a command in flight.
+    // The command is carried out but not completed, so it is in flight.
     rig.soft
         .faults()
         .add(FaultRule::io(IoOpcode::WRITE, Fault::DropCompletion));
@@ -153,7 +153,7 @@ fn buffers_of_queues_that_were_not_deleted_are_kept() {
         .faults()
         .add(FaultRule::admin(AdminOpcode::DELETE_SQ, refusal).times(1));
     drop(pair);
-    // The driver still holds its view: the buffer cannot be had back.
+    // The driver still holds its view, so the buffer cannot be taken out.
     let watch = watch.try_into_buf().expect_err("the buffer is free");
     rig.controller.reset().unwrap();
     assert!(watch.try_into_buf().is_ok(), "the reset did not free it");

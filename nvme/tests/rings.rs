@@ -1,4 +1,4 @@
-//! The rings over many rounds and resets, and completions that name the wrong command.
+//! Tests of the rings over many passes and resets, and of completions that name the wrong command.
 
 use pumice_nvme::dma::DmaBuf;
 use pumice_nvme::spec::{IoOpcode, Status};
@@ -9,7 +9,7 @@ use common::*;
 
 mod common;
 
-/// A completion of queue 1 for this command, with success, as the device would write it.
+/// Makes a successful completion of queue 1 for this command, as the device would write it.
 fn completion(cid: u16, sq_head: u16) -> Fault {
     Fault::Raw([0, u64::from(sq_head) | 1 << 16 | u64::from(cid) << 32])
 }
@@ -29,7 +29,7 @@ fn read_all(rig: &Rig, q: &mut QueuePair, count: usize, byte: u8) {
     }
 }
 
-/// Both rings come round many times, at every length, with and without shadow doorbells.
+/// Both rings wrap many times, at every length, with and without shadow doorbells.
 #[test]
 fn rings_come_round() {
     let _watchdog = watchdog();
@@ -44,7 +44,7 @@ fn rings_come_round() {
     }
 }
 
-/// Wherever in its round a reset meets a ring, it begins again at the beginning.
+/// Wherever in its pass a reset meets a ring, the ring starts at its beginning again.
 #[test]
 fn a_reset_starts_the_rings_over() {
     let _watchdog = watchdog();
@@ -63,7 +63,7 @@ fn a_reset_starts_the_rings_over() {
 }
 
 /// A command that is sent again is another command: a completion of the first attempt, however
-/// late, is nobody's.
+/// late, is not taken for the second's.
 #[test]
 fn a_second_attempt_has_a_name_of_its_own() {
     let _watchdog = watchdog();
@@ -71,7 +71,7 @@ fn a_second_attempt_has_a_name_of_its_own() {
     let mut q = queue(&rig, |_| {});
     assert!(one(&rig, &mut q, write(3, 0x77)).result.is_ok());
     let reads = || FaultRule::io(IoOpcode::READ, Fault::Drop).times(1);
-    // The slot's second command: 16 slots, so its identifier is 16.
+    // This is the slot's second command: there are 16 slots, so its identifier is 16.
     let again = Fault::Status(Status::INTERNAL);
     rig.soft
         .faults()
@@ -86,7 +86,7 @@ fn a_second_attempt_has_a_name_of_its_own() {
     };
     let mut out = Vec::new();
     q.submit(&rig.ns, 1, blank()).unwrap();
-    // Until the second attempt is lost.
+    // The controller drops the second attempt.
     while rig.soft.faults().struck() < 2 {
         q.poll(&mut out);
     }
@@ -105,7 +105,7 @@ fn a_second_attempt_has_a_name_of_its_own() {
     assert_eq!(q.stats().resets, 1);
 }
 
-/// What a completion says of the submission queue is checked as well.
+/// A completion's submission queue head is checked as well.
 #[test]
 fn a_queue_head_behind_the_end_means_a_reset() {
     let _watchdog = watchdog();

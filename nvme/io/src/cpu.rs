@@ -1,10 +1,11 @@
-//! The instructions that this program was built with, and a processor that lacks them.
+//! The instructions that this program was built with, and a check that the processor has them.
 //!
-//! `scripts/env.sh` builds for x86-64-v2 and PCLMULQDQ, since RocksDB's fast checksum exists only where the compiler may use
-//! them. A processor without them would end the program by SIGILL, often before `main`, in a constructor of the C++ library.
-//! A constructor of our own, which runs before those, ends it with one line instead.
+//! `scripts/env.sh` builds for x86-64-v2 and PCLMULQDQ, since RocksDB's fast checksum exists only
+//! where the compiler may use them. On a processor without them the program would end by SIGILL,
+//! often before `main`, in a constructor of the C++ library. A constructor of this module runs
+//! before those and ends the program with one line instead.
 
-/// What the processor has to have, for people: "SSE4.2, PCLMULQDQ" and so on, or "any x86-64".
+/// Returns the required instruction sets as text: "SSE4.2, PCLMULQDQ" and so on, or "any x86-64".
 #[must_use]
 pub fn built_for() -> String {
     let used: Vec<&str> = [
@@ -22,7 +23,8 @@ pub fn built_for() -> String {
     }
 }
 
-/// Whether RocksDB's three-way CRC-32C was compiled in; without it checksums take about three times as long.
+/// Whether RocksDB's three-way CRC-32C was compiled in. Without it checksums take about three times
+/// as long.
 #[must_use]
 pub const fn has_fast_crc32c() -> bool {
     cfg!(all(
@@ -40,8 +42,8 @@ mod start {
         if is_used { 1 << bit } else { 0 }
     }
 
-    /// CPUID leaf 1, ECX, and leaf 7, EBX: the bits of what the build uses.
-    /// Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2A, CPUID.
+    /// The bits of CPUID leaf 1, ECX, and leaf 7, EBX, that the build requires. Source: Intel 64
+    /// and IA-32 Architectures Software Developer's Manual, volume 2A, CPUID.
     const LEAF_1_ECX: u32 = bit(cfg!(target_feature = "sse3"), 0)
         | bit(cfg!(target_feature = "pclmulqdq"), 1)
         | bit(cfg!(target_feature = "ssse3"), 9)
@@ -63,8 +65,9 @@ mod start {
     const LINE: &[u8] = b"this processor has no SSE4.2, PCLMULQDQ or other instructions for which this program was built: \
         build it with PUMICE_CPU=generic\n";
 
-    /// Runs before `main` and before the constructors of C++: as long as the processor is not known, nothing may be called that
-    /// might use what it lacks. So there is no formatting here, and the line cannot name the single instruction.
+    /// Checks the processor. It runs before `main` and before the constructors of C++, and must not
+    /// call anything that might use a missing instruction. So there is no formatting here, and the
+    /// line cannot name the single instruction.
     extern "C" fn refuse_an_older_processor() {
         let leaf_1 = __cpuid(1).ecx;
         let leaf_7 = if __cpuid(0).eax >= 7 {
@@ -73,7 +76,8 @@ mod start {
             0
         };
         if lacks(leaf_1, LEAF_1_ECX) || lacks(leaf_7, LEAF_7_EBX) {
-            // SAFETY: the pointer and the length are those of a static; `_exit` runs no handler and does not return.
+            // SAFETY: the pointer and the length are those of a static; `_exit` runs no handler and
+            // does not return.
             #[allow(unsafe_code, reason = "system calls before main")]
             unsafe {
                 libc::write(libc::STDERR_FILENO, LINE.as_ptr().cast(), LINE.len());
@@ -82,8 +86,9 @@ mod start {
         }
     }
 
-    // SAFETY: a section of function pointers that the C library's start-up code calls without a use of their result; the function
-    // takes no argument, and priority 1 puts it before every constructor of C++.
+    // SAFETY: the section holds function pointers that the C library's start-up code calls without
+    // using their result; the function takes no argument, and priority 1 puts it before every
+    // constructor of C++.
     #[allow(unsafe_code, reason = "the section of constructors")]
     #[unsafe(link_section = ".init_array.00001")]
     #[used]

@@ -5,13 +5,13 @@ use std::io;
 
 use crate::op::{Op, OpKind};
 
-/// What went wrong with an I/O operation.
+/// The kind of an I/O error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum IoErrorKind {
     /// The range does not lie inside the device.
     OutOfRange,
-    /// A length or a buffer is not aligned as the device needs it, or is empty.
+    /// A length or a buffer is empty or not aligned as the device requires.
     Misaligned,
     /// The operation is longer than the device takes.
     TooLong,
@@ -19,13 +19,13 @@ pub enum IoErrorKind {
     Unsupported,
     /// The device cannot be written.
     ReadOnly,
-    /// There is no space left for it (a sparse image on a full file system, a thin device).
+    /// There is no space for the data (a sparse image on a full file system, a thin device).
     NoSpace,
-    /// The medium could not give the data back, or did not take it.
+    /// The medium could not read or write the data.
     Media,
-    /// The transfer ended early: `done_bytes` were transferred. Also a backing file that shrank.
+    /// The transfer ended early. It may also be that the backing file was made shorter.
     Short {
-        /// How much was transferred.
+        /// Number of bytes that were transferred.
         done_bytes: u64,
     },
     /// A compare found a difference at `offset_bytes` into the operation.
@@ -33,13 +33,13 @@ pub enum IoErrorKind {
         /// First byte that differs.
         offset_bytes: u64,
     },
-    /// Ended by a reset, an abort or the removal of something below.
+    /// A reset, an abort or the removal of a device below ended the operation.
     Aborted,
-    /// Not completed in time. It may still land.
+    /// The operation did not complete in time. It may still take effect.
     TimedOut,
     /// The device is gone.
     Removed,
-    /// The device is busy with something that excludes this; try again.
+    /// The device is busy with something that excludes this operation; try again.
     Busy,
     /// An NVMe status (NVM Express Base Specification 2.0, section 3.3.3.2.1).
     Nvme {
@@ -57,7 +57,7 @@ pub enum IoErrorKind {
 }
 
 impl IoErrorKind {
-    /// Whether the same operation may succeed when tried again.
+    /// Whether the same operation may succeed when it is tried again.
     pub fn is_retryable(self) -> bool {
         match self {
             IoErrorKind::Aborted | IoErrorKind::Busy | IoErrorKind::NoMemory => true,
@@ -118,10 +118,10 @@ impl fmt::Display for IoErrorKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct NvmeStatus(pub u16);
 
-/// An I/O operation that failed: which device, what, where, why.
+/// A failed I/O operation: its device, operation, place and reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IoError {
-    /// Name of the device that failed (in a stack: the one where the error arose).
+    /// Name of the device on which the error arose.
     pub device: String,
     /// The operation.
     pub op: OpKind,
@@ -135,12 +135,12 @@ pub struct IoError {
     pub kind: IoErrorKind,
     /// The status of the NVMe command, if a controller has completed one.
     pub nvme_status: Option<NvmeStatus>,
-    /// More about the cause; may be empty.
+    /// More about the cause. May be empty.
     pub detail: String,
 }
 
 impl IoError {
-    /// An error of `op` on the device `device`.
+    /// Makes an error of `op` on the device `device`.
     pub fn new(
         device: &str,
         block_size: u32,
@@ -160,7 +160,7 @@ impl IoError {
         })
     }
 
-    /// Whether the same operation may succeed when tried again.
+    /// Whether the same operation may succeed when it is tried again.
     pub fn is_retryable(&self) -> bool {
         self.kind.is_retryable()
     }

@@ -1,64 +1,65 @@
-//! Operations, the sets of them that a device supports, and how they come back.
+//! Operations, sets of them that a device supports, and completions.
 
 use std::fmt;
 
 use crate::dma::{DmaBuf, DmaSlice};
 use crate::error::IoError;
 
-/// One I/O operation. Buffers move into it and come back with its [`Completion`].
+/// An I/O operation. Buffers move into it and come back with its [`Completion`].
 ///
-/// Lengths of data are those of the buffers and must be multiples of the block size; addresses
-/// (`lba`) and `len_blocks` count the device's blocks.
+/// Data is as long as its buffers, in multiples of the block size. Addresses (`lba`) and
+/// `len_blocks` count the device's blocks.
 #[derive(Debug)]
 pub enum Op {
-    /// Fill `buf` from the device.
+    /// Fills `buf` from the device.
     Read {
         /// First block.
         lba: u64,
-        /// Where the data goes.
+        /// The buffer to fill.
         buf: DmaBuf,
     },
-    /// Fill several buffers from consecutive blocks. Each is a multiple of the block size.
+    /// Fills several buffers from consecutive blocks. Each is a multiple of the block size.
     ReadV {
         /// First block.
         lba: u64,
-        /// Where the data goes, in order.
+        /// The buffers to fill, in order.
         bufs: Vec<DmaBuf>,
     },
-    /// Write `data`.
+    /// Writes `data`.
     Write {
         /// First block.
         lba: u64,
-        /// What is written.
+        /// The data to write.
         data: DmaSlice,
-        /// Force unit access: durable when it completes, whatever the device caches.
+        /// Force unit access: the data is durable when the operation completes, whatever the device
+        /// caches.
         fua: bool,
     },
-    /// Write several slices to consecutive blocks. Each is a multiple of the block size.
+    /// Writes several slices to consecutive blocks. Each is a multiple of the block size.
     WriteV {
         /// First block.
         lba: u64,
-        /// What is written, in order.
+        /// The data to write, in order.
         data: Vec<DmaSlice>,
         /// Force unit access.
         fua: bool,
     },
-    /// Make durable every write that completed before this was submitted.
+    /// Makes every write durable that completed before this was submitted.
     Flush,
-    /// Make the blocks read as zeroes.
+    /// Makes the blocks read as zeroes.
     WriteZeroes {
         /// First block.
         lba: u64,
-        /// How many.
+        /// Number of blocks.
         len_blocks: u64,
         /// Force unit access.
         fua: bool,
     },
-    /// The blocks' contents are no longer needed; what they read as is up to the device.
+    /// Discards the blocks' contents. What they read as afterwards depends on the device.
     Unmap {
         /// First block.
         lba: u64,
-        /// How many.
+        /// Number of blocks.
         len_blocks: u64,
     },
     /// Read the blocks and check them without transferring anything.
@@ -68,39 +69,39 @@ pub enum Op {
         /// How many.
         len_blocks: u64,
     },
-    /// Compare the device's blocks with `data`; a difference is [`crate::IoErrorKind::Miscompare`].
+    /// Compares the blocks with `data`. A difference is [`crate::IoErrorKind::Miscompare`].
     Compare {
         /// First block.
         lba: u64,
-        /// What should be there.
+        /// The expected content.
         data: DmaSlice,
     },
-    /// Compare, and write if equal, as one atomic step (at most the atomic unit).
+    /// Compares, and writes if equal, as one atomic step (at most the atomic unit).
     CompareAndWrite(Box<CompareAndWrite>),
-    /// Copy blocks inside the device. The ranges must not overlap.
+    /// Copies blocks inside the device. The ranges must not overlap.
     Copy {
-        /// First block read.
+        /// First block to read.
         src_lba: u64,
-        /// First block written.
+        /// First block to write.
         dst_lba: u64,
-        /// How many.
+        /// Number of blocks.
         len_blocks: u64,
     },
-    /// Reset the device: everything in flight on this channel ends, with success or
+    /// Resets the device: everything in flight on this channel ends, with success or
     /// [`crate::IoErrorKind::Aborted`], before the reset completes.
     Reset,
-    /// Try to end the operation that was submitted on this channel with `tag`. The operation still
-    /// completes on its own, once; success of the abort says only that the device was asked.
+    /// Asks the device to end the operation that was submitted on this channel with `tag`. The
+    /// operation still completes once. Success of the abort says only that the device was asked.
     Abort {
         /// Tag of the operation.
         tag: u64,
     },
-    /// Commands of zoned devices. Declared so that their numbers are taken; every module refuses
-    /// them as unsupported.
+    /// A command of zoned devices. These commands are declared so that their numbers are reserved.
+    /// Every module refuses them as unsupported.
     Zone {
         /// First block of the zone.
         lba: u64,
-        /// What to do with it.
+        /// The command.
         action: ZoneAction,
     },
 }
@@ -110,9 +111,9 @@ pub enum Op {
 pub struct CompareAndWrite {
     /// First block.
     pub lba: u64,
-    /// What should be there.
+    /// The expected content.
     pub compare: DmaSlice,
-    /// What is written if it is; of the same length.
+    /// The data to write if the content is as expected, of the same length.
     pub write: DmaSlice,
     /// Force unit access for the write.
     pub fua: bool,
@@ -122,17 +123,17 @@ pub struct CompareAndWrite {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ZoneAction {
-    /// Close the zone.
+    /// Closes the zone.
     Close,
-    /// Finish the zone.
+    /// Finishes the zone.
     Finish,
-    /// Open the zone.
+    /// Opens the zone.
     Open,
-    /// Reset the zone's write pointer.
+    /// Resets the zone's write pointer.
     Reset,
-    /// Take the zone offline.
+    /// Takes the zone offline.
     Offline,
-    /// Report zones.
+    /// Reports zones.
     Report,
 }
 
@@ -162,14 +163,14 @@ pub enum OpKind {
     Abort,
     /// [`Op::Zone`].
     Zone,
-    /// Not an operation of its own: writes take `fua`.
+    /// Force unit access, which is not an operation of its own: writes have it as `fua`.
     Fua,
     /// [`Op::Verify`].
     Verify,
 }
 
 impl OpKind {
-    /// Every kind, in order of its number.
+    /// All kinds, in order of their numbers.
     pub const ALL: [OpKind; 13] = [
         OpKind::Read,
         OpKind::Write,
@@ -186,7 +187,7 @@ impl OpKind {
         OpKind::Verify,
     ];
 
-    /// The name used in logs, statistics and the configuration.
+    /// The name of the kind in logs, statistics and the configuration.
     pub const fn name(self) -> &'static str {
         match self {
             OpKind::Read => "read",
@@ -219,7 +220,7 @@ pub struct OpSet(u16);
 impl OpSet {
     /// The empty set.
     pub const NONE: OpSet = OpSet(0);
-    /// What every writable device has: read, write, FUA, flush, write zeroes, reset.
+    /// The operations that every writable device has: read, write, FUA, flush, write zeroes, reset.
     pub const BASIC: OpSet = OpSet::NONE
         .with(OpKind::Read)
         .with(OpKind::Write)
@@ -228,27 +229,27 @@ impl OpSet {
         .with(OpKind::Fua)
         .with(OpKind::Reset);
 
-    /// This set and `kind`.
+    /// Returns this set with `kind`.
     pub const fn with(self, kind: OpKind) -> OpSet {
         OpSet(self.0 | 1 << kind as u16)
     }
 
-    /// This set without `kind`.
+    /// Returns this set without `kind`.
     pub const fn without(self, kind: OpKind) -> OpSet {
         OpSet(self.0 & !(1 << kind as u16))
     }
 
-    /// What is in both.
+    /// Returns the kinds that are in both sets.
     pub const fn intersection(self, other: OpSet) -> OpSet {
         OpSet(self.0 & other.0)
     }
 
-    /// Whether `kind` is in it.
+    /// Whether `kind` is in the set.
     pub const fn has(self, kind: OpKind) -> bool {
         self.0 & 1 << kind as u16 != 0
     }
 
-    /// Its members, in order.
+    /// The kinds in the set, in order.
     pub fn iter(self) -> impl Iterator<Item = OpKind> {
         OpKind::ALL.into_iter().filter(move |k| self.has(*k))
     }
@@ -261,7 +262,7 @@ impl fmt::Debug for OpSet {
 }
 
 impl Op {
-    /// Its kind.
+    /// The kind of the operation.
     pub const fn kind(&self) -> OpKind {
         match self {
             Op::Read { .. } | Op::ReadV { .. } => OpKind::Read,
@@ -279,7 +280,7 @@ impl Op {
         }
     }
 
-    /// First block it touches (of a copy: the first written); 0 where it has none.
+    /// The first block that it touches (for a copy: the first block written); 0 where it has none.
     pub fn lba(&self) -> u64 {
         match self {
             Op::Read { lba, .. }
@@ -297,7 +298,7 @@ impl Op {
         }
     }
 
-    /// Bytes of the device that it touches; saturating.
+    /// Number of the device's bytes that it touches; saturating.
     pub fn len_bytes(&self, block_size: u32) -> u64 {
         match self {
             Op::Read { buf, .. } => buf.len() as u64,
@@ -322,7 +323,7 @@ impl Op {
         }
     }
 
-    /// The tag that an abort is for.
+    /// Returns the tag of the operation to abort.
     pub fn abort_target(&self) -> Option<u64> {
         match self {
             Op::Abort { tag } => Some(*tag),
@@ -330,14 +331,14 @@ impl Op {
         }
     }
 
-    /// Gives an abort another target; nothing happens to other operations.
+    /// Sets the target of an abort. Does nothing to other operations.
     pub fn set_abort_target(&mut self, target: Option<u64>) {
         if let (Op::Abort { tag }, Some(target)) = (self, target) {
             *tag = target;
         }
     }
 
-    /// The same operation `delta` blocks further on (wrapping: callers add an offset that the
+    /// Moves the operation `delta` blocks further on (wrapping: callers add an offset that the
     /// device's size bounds).
     pub fn shift(&mut self, delta: u64) {
         match self {
@@ -362,28 +363,29 @@ impl Op {
     }
 }
 
-/// An operation that has ended, whole, with its buffers.
+/// An ended operation with its buffers.
 #[derive(Debug)]
 pub struct Completion {
     /// The submitter's tag.
     pub tag: u64,
     /// The operation as it was submitted.
     pub op: Op,
-    /// How it ended.
+    /// The result.
     pub result: Result<(), Box<IoError>>,
 }
 
-/// A submission that the channel did not take. The operation comes back.
+/// A submission that the channel did not accept. The operation comes back.
 #[derive(Debug)]
 pub enum SubmitError {
     /// The queue is full: poll, then submit again.
     Busy(Op),
-    /// The operation can never be done: out of range, misaligned, unsupported, device gone.
+    /// The operation can never be done: it is out of range, misaligned or unsupported, or the
+    /// device is gone.
     Refused(Op, Box<IoError>),
 }
 
 impl SubmitError {
-    /// The operation that was not taken.
+    /// Returns the operation.
     pub fn into_op(self) -> Op {
         match self {
             SubmitError::Busy(op) | SubmitError::Refused(op, _) => op,

@@ -1,4 +1,4 @@
-//! The one grammar of URIs that name devices, and of sizes.
+//! The grammar of URIs that name devices, and of sizes.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -6,20 +6,21 @@ use std::ops::RangeInclusive;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-/// What is wrong with a URI.
+/// An error in a URI.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{uri}`: {reason}")]
 pub struct UriError {
-    /// What was given.
+    /// The URI as it was given.
     pub uri: String,
-    /// What is wrong with it, and what would be right.
+    /// The error, and a correct form.
     pub reason: String,
 }
 
-/// A URI, taken apart: `scheme://place?option=value&option`, percent-encoded; or the path of a file, in which nothing is encoded
-/// and which has no options. An option without a value has the value `1`.
+/// A parsed URI, `scheme://place?option=value&option`, percent-encoded; or the path of a file,
+/// which is not encoded and has no options. An option without a value has the value `1`.
 ///
-/// Each option must be asked for before [`Uri::finish`], which refuses those that nobody has asked for.
+/// The caller must ask for each option that it knows before [`Uri::finish`], which refuses the
+/// others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Uri {
     text: String,
@@ -36,11 +37,12 @@ impl fmt::Display for Uri {
 }
 
 impl Uri {
-    /// Takes a text apart. `examples` are URIs for messages; a text that begins with a scheme of theirs and a colon alone is taken
-    /// for a slip and not for a path.
+    /// Parses a text. `examples` are URIs for messages. A text that begins with a scheme of theirs
+    /// and a colon without slashes is refused as a probable mistake, rather than taken for a path.
     ///
     /// # Errors
-    /// A text that is neither a URI nor a path, bad percent-encoding, an option given twice.
+    /// Fails for a text that is neither a URI nor a path, for bad percent-encoding, and for an
+    /// option that is given twice.
     pub fn parse(text: &str, examples: &[&str]) -> Result<Uri, UriError> {
         let invalid = |reason: String| UriError {
             uri: text.to_owned(),
@@ -91,35 +93,35 @@ impl Uri {
         Ok(uri)
     }
 
-    /// What stands before `://`; `file` for a path.
+    /// The part before `://`; `file` for a path.
     pub fn scheme(&self) -> &str {
         &self.scheme
     }
 
-    /// What stands behind the scheme, as text.
+    /// Returns the part behind the scheme as text.
     ///
     /// # Errors
-    /// When it is not UTF-8.
+    /// Fails when it is not UTF-8.
     pub fn place(&self) -> Result<&str, UriError> {
         std::str::from_utf8(&self.place).map_err(|_| self.invalid("not UTF-8"))
     }
 
-    /// What stands behind the scheme, as a path.
+    /// Returns the part behind the scheme as a path.
     pub fn path(&self) -> PathBuf {
         PathBuf::from(OsString::from_vec(self.place.clone()))
     }
 
-    /// What stands behind the scheme, as it was written, options included; all of a path.
+    /// The part behind the scheme as it was written, options included; all of a path.
     pub fn tail(&self) -> &str {
         split_scheme(&self.text).map_or(&self.text, |(_, tail)| tail)
     }
 
-    /// Whether the text is a path in which somebody seems to have written options.
+    /// Whether the text is a path that seems to contain options.
     pub fn is_path_with_options(&self) -> bool {
         !is_uri(&self.text) && self.text.contains('?')
     }
 
-    /// An error about this URI.
+    /// Makes an error about this URI.
     pub fn invalid(&self, reason: impl Into<String>) -> UriError {
         UriError {
             uri: self.text.clone(),
@@ -127,7 +129,7 @@ impl Uri {
         }
     }
 
-    /// The URI as it was written, without an option.
+    /// Returns the URI as it was written, without an option.
     pub fn without(&self, option: &str) -> String {
         let Some((place, query)) = self.text.split_once('?').filter(|_| is_uri(&self.text)) else {
             return self.text.clone();
@@ -143,17 +145,17 @@ impl Uri {
         }
     }
 
-    /// The value of an option.
+    /// Returns the value of an option.
     pub fn option(&mut self, name: &'static str) -> Option<String> {
         self.known.push(name);
         let found = self.options.iter().find(|(key, _)| key == name);
         found.map(|(_, value)| value.clone())
     }
 
-    /// The value of an option that is a size such as `64M`, in bytes.
+    /// Returns the value of an option that is a size such as `64M`, in bytes.
     ///
     /// # Errors
-    /// A value that is not a size.
+    /// Fails for a value that is not a size.
     pub fn size(&mut self, name: &'static str) -> Result<Option<u64>, UriError> {
         let Some(text) = self.option(name) else {
             return Ok(None);
@@ -163,10 +165,10 @@ impl Uri {
             .map_err(|e| self.invalid(format!("{name}={text}: {e}")))
     }
 
-    /// The value of an option that is a number, in the grammar of sizes.
+    /// Returns the value of an option that is a number, in the grammar of sizes.
     ///
     /// # Errors
-    /// A value that is not a number, or outside `range`.
+    /// Fails for a value that is not a number, or is outside `range`.
     pub fn number<T: TryFrom<u64>>(
         &mut self,
         name: &'static str,
@@ -181,18 +183,18 @@ impl Uri {
         number.map(Some).ok_or_else(refuse)
     }
 
-    /// Whether an option is on; one that is not there is off.
+    /// Whether an option is on. A missing one is off.
     ///
     /// # Errors
-    /// A value that is neither on nor off.
+    /// Fails for a value that is neither on nor off.
     pub fn flag(&mut self, name: &'static str) -> Result<bool, UriError> {
         self.flag_or(name, false)
     }
 
-    /// Whether an option is on; one that is not there is as `default` says.
+    /// Whether an option is on. A missing one is as `default` says.
     ///
     /// # Errors
-    /// As [`Uri::flag`].
+    /// Fails as [`Uri::flag`] does.
     pub fn flag_or(&mut self, name: &'static str, default: bool) -> Result<bool, UriError> {
         match self.option(name).as_deref() {
             None => Ok(default),
@@ -202,10 +204,10 @@ impl Uri {
         }
     }
 
-    /// Refuses options that nobody has asked for.
+    /// Refuses options that the caller did not ask for.
     ///
     /// # Errors
-    /// The first of them, with those that are known.
+    /// Names the first of them, and those that are known.
     pub fn finish(&self) -> Result<(), UriError> {
         let is_strange = |key: &str| !self.known.contains(&key);
         match self.options.iter().find(|(key, _)| is_strange(key)) {
@@ -221,7 +223,7 @@ impl Uri {
     }
 }
 
-/// The scheme and what follows `://`; `None` for a path or a name.
+/// Returns the scheme and the part behind `://`, or `None` for a path or a name.
 fn split_scheme(text: &str) -> Option<(&str, &str)> {
     let (scheme, rest) = text.split_once("://")?;
     let is_scheme = !scheme.is_empty()
@@ -231,19 +233,19 @@ fn split_scheme(text: &str) -> Option<(&str, &str)> {
     is_scheme.then_some((scheme, rest))
 }
 
-/// Whether a text is a URI rather than a path or the name of a device.
+/// Whether a text is a URI and not a path or the name of a device.
 pub fn is_uri(text: &str) -> bool {
     split_scheme(text).is_some()
 }
 
-/// Whether a text without a scheme is the path of a file rather than the name of a device: it has
-/// a slash or a dot in it.
+/// Whether a text without a scheme is the path of a file and not the name of a device: it contains
+/// a slash or a dot.
 pub fn is_path(text: &str) -> bool {
     !is_uri(text) && text.contains(['/', '.'])
 }
 
-/// The URI of a file, to which options can be added (`?size=4G&create=1`): whatever has a meaning
-/// in a URI is encoded.
+/// Returns the URI of a file, to which options can be added (`?size=4G&create=1`). Characters with
+/// a meaning in a URI are encoded.
 ///
 /// ```
 /// let uri = pumice_io::uri::file_uri("/data/100%?.img");
@@ -253,7 +255,7 @@ pub fn file_uri(path: impl AsRef<Path>) -> String {
     uri_of("file", path)
 }
 
-/// The URI with this scheme of what has a path, as [`file_uri`].
+/// Returns the URI of a path with this scheme, encoded as by [`file_uri`].
 pub fn uri_of(scheme: &str, path: impl AsRef<Path>) -> String {
     let mut uri = format!("{scheme}://");
     for byte in path.as_ref().as_os_str().as_bytes() {
@@ -267,7 +269,7 @@ pub fn uri_of(scheme: &str, path: impl AsRef<Path>) -> String {
     uri
 }
 
-/// The bytes that a part of a URI stands for: `%41` is `A`. `None`: a `%` without two digits.
+/// Decodes percent-encoding: `%41` is `A`. Returns `None` when a `%` has no two digits behind it.
 fn percent_decode(text: &str) -> Option<Vec<u8>> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
@@ -287,11 +289,11 @@ fn percent_decode(text: &str) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// A size in bytes: a number with an optional unit (K, M, G, T, P, with or without B or iB; powers
-/// of 1024).
+/// Parses a size in bytes: a number with an optional unit (K, M, G, T, P, with or without B or iB;
+/// powers of 1024).
 ///
 /// # Errors
-/// A text that says what is wrong.
+/// Returns a text that says what is wrong.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let text = text.trim();
     let digits = text
@@ -369,7 +371,7 @@ mod tests {
         let uri = parse(&file_uri(&strange)).unwrap();
         assert_eq!(uri.path(), Path::new(&strange));
         assert!(uri.place().is_err(), "not UTF-8");
-        // A question mark ends the path of a URI, a percent sign is an escape.
+        // A question mark ends the path of a URI, and a percent sign is an escape.
         assert!(parse("file:///100%").is_err());
     }
 

@@ -17,9 +17,9 @@ use super::identify;
 use super::memory::DeviceMemory;
 use super::queues::{Cq, Sq, data_pieces};
 
-/// Entries that the error log keeps.
+/// Number of entries that the error log keeps.
 pub(super) const ERROR_LOG_ENTRIES: usize = 64;
-/// Asynchronous event requests outstanding at most.
+/// Most outstanding asynchronous event requests.
 const EVENTS_MAX: usize = 8;
 
 /// The shadow doorbell and event index pages: Base section B.5.
@@ -50,7 +50,7 @@ impl Shadow {
 
     pub fn set_event(&self, qid: u16, completion: bool, value: u16) {
         if let Some((word, shift)) = self.word(self.events, qid, completion) {
-            // Both halves of the page are this controller's: no host store is lost.
+            // Both halves of the page are this controller's, so no store of the host is lost.
             let old = u64::from_le(word.load(Ordering::Relaxed));
             let new = (old & !(0xffff_ffff << shift)) | u64::from(value) << shift;
             word.store(new.to_le(), Ordering::SeqCst);
@@ -58,7 +58,7 @@ impl Shadow {
     }
 }
 
-/// State behind the admin commands.
+/// The state of the admin commands.
 pub(super) struct AdminState {
     pub write_cache: bool,
     pub invalid_doorbell: Option<(u16, u16)>,
@@ -70,7 +70,8 @@ pub(super) struct AdminState {
     error_count: u64,
     requests: VecDeque<Command>,
     events: VecDeque<AsyncEvent>,
-    /// Events whose log page was not read yet: no further one of the type until then.
+    /// Event types whose log page was not read yet. No further event of the type is reported until
+    /// then.
     masked: u8,
     read_bytes: u128,
     written_bytes: u128,
@@ -109,7 +110,7 @@ impl AdminState {
         self.arbitration = 0;
     }
 
-    /// Commands per turn of a class: 0 high, 1 medium, 2 low.
+    /// Number of commands per turn of a class: 0 high, 1 medium, 2 low.
     pub fn weight(&self, class: u8) -> u16 {
         let shift = 24 - 8 * u32::from(class.min(2));
         (self.arbitration >> shift & 0xff) as u16 + 1
@@ -207,7 +208,7 @@ impl Engine {
         }
     }
 
-    /// Sends bytes to the host, as many as the command's buffer takes.
+    /// Sends bytes to the host, as many as the command's buffer holds.
     fn answer(&mut self, c: &Command, bytes: &[u8], len: usize) -> Outcome {
         if let Err(status) = data_pieces(&self.shared.memory, c, len, &mut self.pieces) {
             return Outcome::Done(status, 0);
@@ -277,7 +278,7 @@ impl Engine {
         };
         let rest = rest.to_vec();
         let outcome = self.answer(c, &rest, len);
-        // Without "retain", reading clears the event and lets the next one through.
+        // Without "retain", reading clears the event and allows the next one.
         if c.cdw10 >> 15 & 1 == 0 {
             let kind = match id {
                 LogPage::ERROR => 0,
@@ -380,7 +381,7 @@ impl Engine {
         ok(0)
     }
 
-    /// A queue that is made again starts at 0.
+    /// Sets the doorbell of a queue that is created again to 0.
     fn clear_doorbell(&mut self, qid: u16, completion: bool) {
         let offset = pumice_nvme::spec::doorbell_offset(qid, completion, 0);
         super::transport::set32(&self.shared.registers, offset, 0);
@@ -446,7 +447,7 @@ impl Engine {
             1 => 12,
             _ => return bad(Status::INVALID_FORMAT),
         };
-        // Metadata and protection information are not offered.
+        // Metadata and protection information are not supported.
         if c.cdw10 >> 4 & 0x1f != 0 {
             return bad(Status::INVALID_FORMAT);
         }
@@ -464,8 +465,8 @@ impl Engine {
         ok(0)
     }
 
-    /// Queues an event; it goes out when the host has a request outstanding and has cleared the
-    /// last one of its type.
+    /// Queues an event. It is sent when the host has a request outstanding and has cleared the last
+    /// event of its type.
     pub(super) fn report(&mut self, event: AsyncEvent) {
         if self.admin.events.len() < 64 {
             self.admin.events.push_back(event);

@@ -1,4 +1,4 @@
-//! What a soft controller's namespace lies on.
+//! The storage behind a soft controller's namespace.
 
 use std::fs::File;
 use std::io;
@@ -7,18 +7,18 @@ use std::path::Path;
 
 use super::memory::DeviceMemory;
 
-/// The data of a command, wherever the host has it: bytes by position.
+/// The data of a command in the host's memory, addressed by its byte position.
 pub struct Transfer<'a> {
     pub(super) memory: &'a DeviceMemory,
     /// Device address and length of each piece.
     pub(super) pieces: &'a [(u64, usize)],
-    /// What part of the pieces this transfer covers.
+    /// The position at which this transfer begins in the pieces.
     pub(super) start: usize,
     pub(super) len: usize,
 }
 
 impl Transfer<'_> {
-    /// Bytes of the transfer.
+    /// Number of bytes of the transfer.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -31,7 +31,7 @@ impl Transfer<'_> {
     /// Writes `bytes` to the host, from position `at` of the transfer on.
     ///
     /// # Errors
-    /// When they do not fit or the host's memory is not mapped.
+    /// Fails when they do not fit or the host's memory is not mapped.
     pub fn put_at(&mut self, at: usize, bytes: &[u8]) -> io::Result<()> {
         let mut done = 0;
         self.each(at, bytes.len(), |memory, address, len| {
@@ -44,7 +44,7 @@ impl Transfer<'_> {
     /// Reads from the host, from position `at` of the transfer on.
     ///
     /// # Errors
-    /// When the transfer is shorter or the host's memory is not mapped.
+    /// Fails when the transfer is shorter or the host's memory is not mapped.
     pub fn get_at(&mut self, at: usize, bytes: &mut [u8]) -> io::Result<()> {
         let mut done = 0;
         self.each(at, bytes.len(), |memory, address, len| {
@@ -85,10 +85,10 @@ impl Transfer<'_> {
     }
 }
 
-/// Storage under a namespace of a soft controller. Called from the controller's thread only;
-/// offsets and lengths are in bytes, whole blocks, and inside `len_bytes`.
+/// Storage of a namespace of a soft controller. Called from the controller's thread only. Offsets
+/// and lengths are in bytes, in whole blocks and inside `len_bytes`.
 ///
-/// An error becomes a media error of the command: unrecovered read error, write fault.
+/// An error becomes a media error of the command: Unrecovered Read Error or Write Fault.
 pub trait Backend: Send {
     /// Size in bytes.
     fn len_bytes(&self) -> u64;
@@ -96,19 +96,19 @@ pub trait Backend: Send {
     fn read(&mut self, offset: u64, to: &mut Transfer<'_>) -> io::Result<()>;
     /// Writes `from.len()` bytes.
     fn write(&mut self, offset: u64, from: &mut Transfer<'_>) -> io::Result<()>;
-    /// Reads into memory (for compare, copy, verify).
+    /// Reads into memory (for Compare, Copy and Verify).
     fn read_bytes(&mut self, offset: u64, to: &mut [u8]) -> io::Result<()>;
-    /// Writes from memory (for copy and the write cache).
+    /// Writes from memory (for Copy and the write cache).
     fn write_bytes(&mut self, offset: u64, from: &[u8]) -> io::Result<()>;
     /// Makes everything written durable.
     fn flush(&mut self) -> io::Result<()>;
-    /// Zeroes a range.
+    /// Writes zeroes to a range.
     fn write_zeroes(&mut self, offset: u64, len: u64) -> io::Result<()>;
 }
 
 const CHUNK: usize = 64 << 10;
 
-/// Memory, allocated as it is written; starts as zeroes.
+/// Storage in memory, allocated as it is written. It starts as zeroes.
 #[derive(Default)]
 pub struct MemoryBackend {
     len: u64,
@@ -116,7 +116,7 @@ pub struct MemoryBackend {
 }
 
 impl MemoryBackend {
-    /// `len` bytes.
+    /// Makes storage of `len` bytes.
     pub fn new(len: u64) -> MemoryBackend {
         let count = usize::try_from(len.div_ceil(CHUNK as u64)).unwrap_or(0);
         MemoryBackend {
@@ -125,7 +125,8 @@ impl MemoryBackend {
         }
     }
 
-    /// The pieces of a range: chunk, range in the chunk, position in the range.
+    /// Returns the pieces of a range: the chunk, the range in the chunk and the position in the
+    /// range.
     fn pieces(
         offset: u64,
         len: usize,
@@ -216,7 +217,7 @@ impl Backend for MemoryBackend {
     }
 }
 
-/// Takes writes and forgets them; reads leave the buffer as it is. For measuring the driver.
+/// Discards writes, and leaves a read's buffer as it is. For measuring the driver.
 pub struct NullBackend(
     /// Size in bytes.
     pub u64,
@@ -247,7 +248,7 @@ impl Backend for NullBackend {
     }
 }
 
-/// An image file.
+/// Storage in an image file.
 pub struct FileBackend {
     file: File,
     len: u64,
@@ -255,8 +256,8 @@ pub struct FileBackend {
 }
 
 impl FileBackend {
-    /// Opens an image for reading and writing; with `create`, makes one of that many bytes if
-    /// it is not there. A lock keeps a second opener out.
+    /// Opens an image for reading and writing. With `create`, makes one of that many bytes if it
+    /// does not exist. A file lock refuses a second opener.
     pub fn open(path: &Path, create: Option<u64>) -> io::Result<FileBackend> {
         let file = File::options()
             .read(true)

@@ -17,7 +17,7 @@ use super::queues::{Cq, Sq};
 use super::transport::{Shared, get32, get64, set32};
 use super::{SoftConfig, fault};
 
-/// What the near side wants of the thread.
+/// A request of the driver's side to the thread.
 pub(super) enum Order {
     Stop,
     Fatal,
@@ -25,10 +25,10 @@ pub(super) enum Order {
     Add(Box<SoftNamespace>),
 }
 
-/// How a command ends.
+/// The result of a command.
 pub(super) enum Outcome {
     Done(Status, u32),
-    /// It stays outstanding (asynchronous event request).
+    /// The command stays outstanding (asynchronous event request).
     Held,
 }
 
@@ -38,7 +38,7 @@ struct Late {
     completion: Completion,
 }
 
-/// Commands taken from a queue before the others get a turn.
+/// Most commands taken from a queue before the others get a turn.
 const BURST: u16 = 32;
 
 pub(super) struct Engine {
@@ -53,7 +53,7 @@ pub(super) struct Engine {
     pub scratch: Vec<u8>,
     late: Vec<Late>,
     cc: Cc,
-    /// CSTS.RDY follows CC.EN then.
+    /// Time at which CSTS.RDY follows CC.EN.
     ready_at: Option<Instant>,
     fatal: bool,
     stop: bool,
@@ -106,7 +106,7 @@ impl Engine {
         self.media
     }
 
-    /// One look at everything. True: there was something to do.
+    /// Looks at everything once. Returns whether there was something to do.
     fn turn(&mut self) -> bool {
         let mut worked = self.registers();
         if self.shared.ordered.swap(false, Ordering::SeqCst) {
@@ -122,7 +122,7 @@ impl Engine {
         worked
     }
 
-    /// Sleeps until kicked, with the event indexes set so that the host does kick.
+    /// Sleeps until woken, with the event indexes set so that the host does wake the thread.
     fn sleep(&mut self) {
         let kick = Arc::clone(&self.shared.kick);
         let mut timeout = if self.config.served && self.cc.en() {
@@ -195,7 +195,7 @@ impl Engine {
         );
     }
 
-    /// CC: enable, disable, shutdown.
+    /// Handles CC: enable, disable, shutdown.
     fn registers(&mut self) -> bool {
         if let Some(when) = self.ready_at {
             if Instant::now() < when {
@@ -296,7 +296,7 @@ impl Engine {
     /// Takes commands from every queue, urgent ones first under weighted round robin.
     fn queues(&mut self) -> bool {
         let mut worked = false;
-        // The host may set where the controller memory buffer lies while it is enabled.
+        // The host may move the controller memory buffer while the controller is enabled.
         if self.config.cmb_len > 0 {
             let msc = Cmbmsc::from(get64(&self.shared.registers, Reg::CMBMSC));
             let base = msc.cmse().then_some(msc.cba() << 12);
@@ -339,7 +339,7 @@ impl Engine {
             return false;
         }
         if tail >= entries {
-            // Reported once per value: the head cannot follow.
+            // The event is reported once for each value, because the head cannot follow.
             if self.admin.invalid_doorbell != Some((qid, tail)) {
                 self.admin.invalid_doorbell = Some((qid, tail));
                 self.report(AsyncEvent::new(AsyncEventType::ERROR, 1, 1));
@@ -377,7 +377,7 @@ impl Engine {
         taken > 0
     }
 
-    /// Whether the completion queue has room; looks at its doorbell when it seems full.
+    /// Whether the completion queue has room. Reads its doorbell when it seems full.
     fn room(&mut self, cqid: u16) -> bool {
         let Some(cq) = self.cqs.get(&cqid) else {
             return false;
@@ -483,7 +483,7 @@ impl Engine {
         }
     }
 
-    /// Raises the interrupts of what was posted, and posts what waited for room.
+    /// Raises the interrupts of posted completions, and posts those that waited for room.
     fn deliver(&mut self) -> bool {
         let mut worked = false;
         let full: smallvec::SmallVec<[u16; 8]> = self
@@ -531,7 +531,8 @@ impl Engine {
         worked
     }
 
-    /// Abort: a delayed command ends as aborted. False: there is none such.
+    /// Carries out an Abort: a delayed command ends as aborted. Returns false when no such command
+    /// is delayed.
     pub(super) fn abort_late(&mut self, sqid: u16, cid: u16) -> bool {
         let found = self
             .late
@@ -546,7 +547,7 @@ impl Engine {
         true
     }
 
-    /// Deleting a queue aborts what it has in flight.
+    /// Aborts a queue's commands in flight, because it is being deleted.
     pub(super) fn drop_late(&mut self, sqid: u16) {
         self.late.retain(|l| l.sqid != sqid);
     }

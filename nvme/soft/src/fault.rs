@@ -1,4 +1,4 @@
-//! Faults on demand.
+//! Injection of faults.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,28 +7,28 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use pumice_nvme::spec::{AdminOpcode, Command, Completion, IoOpcode, Status};
 
-/// What happens to a command.
+/// The effect of a fault on a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Fault {
-    /// It is not carried out and completes with this status.
+    /// The command is not carried out and completes with this status.
     Status(Status),
-    /// It is carried out at once, and completes this much later.
+    /// The command is carried out at once and completes this much later.
     Delay(Duration),
-    /// It is carried out and never completes.
+    /// The command is carried out and never completes.
     DropCompletion,
-    /// It is neither carried out nor completed.
+    /// The command is neither carried out nor completed.
     Drop,
-    /// Its completion carries another identifier.
+    /// The completion has another identifier.
     WrongId,
-    /// Its completion is written with the phase of the round before.
+    /// The completion is written with the phase tag of the previous pass.
     WrongPhase,
-    /// It completes with a status that no specification knows.
+    /// The command completes with a status that no specification defines.
     UnknownStatus,
-    /// Its completion is these words (the phase bit is set right).
+    /// The completion consists of these words (with the right phase tag).
     Raw([u64; 2]),
-    /// Its data is overwritten with these bytes, over and over, before it completes with
-    /// success (identify pages and the like).
+    /// The command's data is overwritten with repetitions of these bytes before it completes with
+    /// success (Identify pages for example).
     Data(Vec<u8>),
     /// The controller reports a fatal status and stops.
     Fatal,
@@ -36,7 +36,7 @@ pub enum Fault {
     Remove,
 }
 
-/// Which commands a fault strikes. What is `None` matches everything.
+/// The commands that a fault applies to. A field that is `None` matches everything.
 #[derive(Debug, Clone)]
 pub struct FaultRule {
     admin: bool,
@@ -50,7 +50,7 @@ pub struct FaultRule {
 }
 
 impl FaultRule {
-    /// A fault of every I/O command of this opcode.
+    /// Makes a fault of every I/O command of this opcode.
     pub fn io(opcode: IoOpcode, fault: Fault) -> FaultRule {
         FaultRule {
             opcode: Some(opcode.0),
@@ -58,7 +58,7 @@ impl FaultRule {
         }
     }
 
-    /// A fault of every I/O command.
+    /// Makes a fault of every I/O command.
     pub fn any_io(fault: Fault) -> FaultRule {
         FaultRule {
             admin: false,
@@ -72,7 +72,7 @@ impl FaultRule {
         }
     }
 
-    /// A fault of every admin command of this opcode.
+    /// Makes a fault of every admin command of this opcode.
     pub fn admin(opcode: AdminOpcode, fault: Fault) -> FaultRule {
         FaultRule {
             admin: true,
@@ -81,35 +81,35 @@ impl FaultRule {
         }
     }
 
-    /// Only on this queue.
+    /// Restricts the fault to this queue.
     #[must_use]
     pub fn queue(mut self, qid: u16) -> FaultRule {
         self.qid = Some(qid);
         self
     }
 
-    /// Only on this namespace.
+    /// Restricts the fault to this namespace.
     #[must_use]
     pub fn namespace(mut self, nsid: u32) -> FaultRule {
         self.nsid = Some(nsid);
         self
     }
 
-    /// Only commands that touch a block of this range.
+    /// Restricts the fault to commands that touch a block of this range.
     #[must_use]
     pub fn blocks(mut self, range: Range<u64>) -> FaultRule {
         self.lba = Some(range);
         self
     }
 
-    /// Lets the first `n` matching commands pass.
+    /// Exempts the first `n` matching commands.
     #[must_use]
     pub fn after(mut self, n: u64) -> FaultRule {
         self.skip = n;
         self
     }
 
-    /// Strikes `n` times, then no more.
+    /// Applies the fault `n` times and no more.
     #[must_use]
     pub fn times(mut self, n: u64) -> FaultRule {
         self.count = n;
@@ -132,7 +132,7 @@ impl FaultRule {
     }
 }
 
-/// The rules in force. The first that matches strikes.
+/// The rules in force. The first one that matches applies.
 #[derive(Debug, Default)]
 pub struct Faults {
     any: AtomicBool,
@@ -141,21 +141,21 @@ pub struct Faults {
 }
 
 impl Faults {
-    /// Adds a rule behind those that there are.
+    /// Adds a rule after the existing ones.
     pub fn add(&self, rule: FaultRule) {
         let mut rules = self.rules.lock();
         rules.push(rule);
         self.any.store(true, Ordering::SeqCst);
     }
 
-    /// Takes all rules away.
+    /// Removes all rules.
     pub fn clear(&self) {
         let mut rules = self.rules.lock();
         rules.clear();
         self.any.store(false, Ordering::SeqCst);
     }
 
-    /// How many commands were struck so far.
+    /// Number of commands that a fault was applied to.
     pub fn struck(&self) -> u64 {
         *self.struck.lock()
     }
@@ -178,7 +178,7 @@ impl Faults {
     }
 }
 
-/// Applies a fault of the completion to the completion.
+/// Applies a fault to the completion.
 pub(super) fn corrupt(fault: &Fault, c: &mut Completion) {
     match fault {
         Fault::WrongId => c.cid ^= 0x5a5a,

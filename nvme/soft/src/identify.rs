@@ -1,4 +1,4 @@
-//! What the soft controller says of itself: Base section 5.17, NVM section 4.1.5.
+//! The soft controller's Identify data: Base section 5.17, NVM section 4.1.5.
 
 use pumice_nvme::spec::{
     Cns, IdentifyController, IdentifyNamespace, IdentifyNvmController, Oacs, Oncs, Vs,
@@ -8,7 +8,7 @@ use zerocopy::{FromZeros, IntoBytes};
 use super::SoftConfig;
 use super::media::SoftNamespace;
 
-/// NVMe 2.0.
+/// Version 2.0 of the NVMe specification.
 pub(super) const VERSION: u32 = 0x2_0000;
 
 fn fill(field: &mut [u8], text: &str) {
@@ -86,7 +86,7 @@ pub(super) fn namespace(ns: Option<&SoftNamespace>) -> IdentifyNamespace {
     id
 }
 
-/// Namespace identification descriptors: UUID and command set.
+/// Makes the namespace identification descriptors: UUID and command set.
 pub(super) fn descriptors(ns: &SoftNamespace) -> Vec<u8> {
     let mut page = vec![3, 16, 0, 0];
     page.extend(ns.uuid);
@@ -94,7 +94,7 @@ pub(super) fn descriptors(ns: &SoftNamespace) -> Vec<u8> {
     page
 }
 
-/// The page for an Identify command; `None`: invalid field.
+/// Makes the page for an Identify command. `None` stands for Invalid Field.
 pub(super) fn page(
     config: &SoftConfig,
     name: &str,

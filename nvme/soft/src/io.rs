@@ -10,13 +10,13 @@ fn done(status: Result<(), Status>) -> Outcome {
     Outcome::Done(status.err().unwrap_or(Status::SUCCESS), 0)
 }
 
-/// Bytes that compare, copy and verify handle at a time.
+/// Number of bytes that Compare, Copy and Verify handle at a time.
 const STEP: usize = 64 << 10;
 
 impl Engine {
     pub(super) fn io_command(&mut self, c: &Command) -> Outcome {
         if c.flags & 3 != 0 {
-            // Fused operations are not offered.
+            // Fused operations are not supported.
             return done(Err(Status::INVALID_FIELD.dnr()));
         }
         match IoOpcode(c.opcode) {
@@ -62,7 +62,8 @@ impl Engine {
         self.media[n].flush().map_err(|_| Status::WRITE_FAULT)
     }
 
-    /// Checks a command with data and finds it; returns namespace and bytes.
+    /// Checks a command with data and finds the data. Returns the namespace and the number of
+    /// bytes.
     fn data(&mut self, c: &Command) -> Result<(usize, usize), Status> {
         let n = self.index(c.nsid)?;
         let blocks = c.blocks();
@@ -159,7 +160,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Reads a command's small list of descriptors.
+    /// Reads a command's short list of descriptors.
     fn list(&mut self, c: &Command, len: usize) -> Result<Vec<u8>, Status> {
         data_pieces(&self.shared.memory, c, len, &mut self.pieces)?;
         let mut bytes = vec![0; len];
@@ -252,7 +253,7 @@ impl Engine {
         Ok(())
     }
 
-    /// A fault: fills the command's data (one page at most) with bytes.
+    /// Fills the command's data (one page at most) with bytes, as an injected fault.
     pub(super) fn overwrite(&mut self, c: &Command, bytes: &[u8]) {
         if bytes.is_empty() {
             return;
@@ -273,7 +274,7 @@ impl Engine {
     }
 }
 
-/// A backend's error: the host's memory at fault, or the medium.
+/// Maps a backend's error to a status: the host's memory is at fault, or the medium.
 fn failure(error: &std::io::Error, medium: Status) -> Status {
     if error.kind() == std::io::ErrorKind::InvalidInput {
         Status::DATA_TRANSFER

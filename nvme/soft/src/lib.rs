@@ -1,9 +1,9 @@
 //! A complete NVMe controller in this process, and the [suite](conformance) that checks a controller.
 //!
-//! It has registers, doorbells and queues in shared memory and a thread of its own, so the
-//! driver above runs the very code that it runs on hardware. Namespaces lie on a [`Backend`]:
-//! memory, nothing, a file, or whatever implements the trait. [`Faults`] make it misbehave on
-//! demand; [`SoftController::power_cut`] and [`SoftController::unplug`] end it.
+//! It has registers, doorbells and queues in shared memory and a thread of its own, so the driver
+//! runs the same code as on hardware. A namespace is stored on a [`Backend`]: memory, nothing, a
+//! file, or another implementation of the trait. [`Faults`] are injected on demand.
+//! [`SoftController::power_cut`] and [`SoftController::unplug`] end the controller.
 //!
 //! ```
 //! use pumice_nvme_soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace};
@@ -20,18 +20,18 @@
 //!
 //! | parameter | meaning | default |
 //! | --- | --- | --- |
-//! | `size` | bytes of each namespace; a file that is there keeps its own | 64M |
+//! | `size` | bytes of each namespace; an existing file keeps its size | 64M |
 //! | `block_size` | 512 or 4096 | 512 |
-//! | `namespaces` | how many (memory, null) | 1 |
+//! | `namespaces` | number of namespaces (memory, null) | 1 |
 //! | `write_cache` | 1: volatile write cache | 0, files 1 |
 //! | `mdts` | largest transfer, 4 KiB << mdts; 0: no limit | 5 |
 //! | `boundary` | optimal I/O boundary in blocks | 0 |
-//! | `queues` | I/O queue pairs | 16 |
-//! | `entries` | entries of a queue | 1024 |
-//! | `shadow` | shadow doorbells | 1 |
-//! | `sgl` | SGLs | 1 |
-//! | `cmb` | bytes of controller memory buffer | 0 |
-//! | `create` | 1: make the file if it is not there | 0 |
+//! | `queues` | number of I/O queue pairs | 16 |
+//! | `entries` | most entries of a queue | 1024 |
+//! | `shadow` | 1: shadow doorbells | 1 |
+//! | `sgl` | 1: SGLs | 1 |
+//! | `cmb` | bytes of the controller memory buffer | 0 |
+//! | `create` | 1: create the file if it does not exist | 0 |
 
 use std::path::Path;
 use std::time::Duration;
@@ -58,42 +58,42 @@ pub use media::SoftNamespace;
 pub use server::SoftServer;
 pub use transport::{SoftController, SoftStats};
 
-/// What a soft controller shall be like.
+/// Options of a soft controller.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct SoftConfig {
-    /// Namespaces, the first is nsid 1.
+    /// The namespaces. The first is nsid 1.
     pub namespaces: Vec<SoftNamespace>,
     /// Largest transfer: 4 KiB << mdts; 0: no limit.
     pub mdts: u8,
-    /// I/O queue pairs.
+    /// Number of I/O queue pairs.
     pub queues: u16,
-    /// Entries of a queue at most, 2 to 65535.
+    /// Most entries of a queue, 2 to 65535.
     pub entries: u16,
-    /// Offer shadow doorbells.
+    /// Whether to offer shadow doorbells.
     pub shadow_doorbells: bool,
-    /// Offer SGLs.
+    /// Whether to offer SGLs.
     pub sgl: bool,
-    /// Have a volatile write cache.
+    /// Whether to have a volatile write cache.
     pub write_cache: bool,
-    /// Bytes of controller memory buffer.
+    /// Bytes of the controller memory buffer; 0 for none.
     pub cmb_len: usize,
-    /// Offer weighted round robin.
+    /// Whether to offer weighted round robin arbitration.
     pub weighted: bool,
-    /// Interrupt vectors; 0: can only be polled.
+    /// Number of interrupt vectors; 0: the controller can only be polled.
     pub vectors: u16,
-    /// How long enabling and disabling take.
+    /// Time that enabling and disabling take.
     pub ready_delay: Duration,
-    /// CAP.TO, in 500 ms.
+    /// CAP.TO, in units of 500 ms.
     pub timeout_500ms: u8,
-    /// How long the thread spins without work before it sleeps.
+    /// Time that the thread spins without work before it sleeps.
     pub spin: Duration,
-    /// Made to be served to another process, see [`SoftConfig::served`].
+    /// Whether it is served to another process, see [`SoftConfig::served`].
     pub(crate) served: bool,
 }
 
 impl SoftConfig {
-    /// Defaults with these namespaces.
+    /// Returns the default options with these namespaces.
     pub fn new(namespaces: Vec<SoftNamespace>) -> SoftConfig {
         SoftConfig {
             namespaces,
@@ -113,8 +113,8 @@ impl SoftConfig {
         }
     }
 
-    /// Registers that another process can map, for [`SoftServer`]. That process's doorbells wake
-    /// nobody, so the controller's thread looks at them every 50 µs when it has nothing to do.
+    /// Makes registers that another process can map, for [`SoftServer`]. That process's doorbells
+    /// wake nobody, so the controller's thread looks at them every 50 µs when it is idle.
     #[must_use]
     pub fn served(mut self) -> SoftConfig {
         self.served = true;
@@ -125,19 +125,20 @@ impl SoftConfig {
     }
 }
 
-/// Opens the controller that a URI names, with default options: as [`pumice_nvme::open`], and besides those forms a `soft:`
-/// URI, which makes a controller of its own each time.
+/// Opens the controller that a URI names, with default options. Accepts the forms of
+/// [`pumice_nvme::open`] and `soft:` URIs, each of which makes a controller of its own.
 ///
 /// # Errors
-/// Those of [`pumice_nvme::open`]; for a `soft:` URI with an unknown parameter, or an image file that cannot be opened.
+/// Fails as [`pumice_nvme::open`] does; for a `soft:` URI with an unknown parameter; and for an
+/// image file that cannot be opened.
 pub fn open(uri: &str) -> Result<Opened, NvmeError> {
     open_with(uri, ControllerOptions::default())
 }
 
-/// As [`open`], with options.
+/// Opens a controller as [`open`] does, with options.
 ///
 /// # Errors
-/// As [`open`].
+/// Fails as [`open`] does.
 pub fn open_with(uri: &str, options: ControllerOptions) -> Result<Opened, NvmeError> {
     let parsed = NvmeUri::parse(uri)?;
     if parsed.scheme() != "soft" {
@@ -170,10 +171,10 @@ fn cannot_open(path: &str, source: std::io::Error) -> TransportError {
     }
 }
 
-/// What a `soft:` URI describes.
+/// Returns the options that a `soft:` URI describes.
 ///
 /// # Errors
-/// An unknown parameter or a value that cannot be; an image file that cannot be opened.
+/// Fails for an unknown parameter, an invalid value, and an image file that cannot be opened.
 pub fn config(uri: &NvmeUri) -> Result<SoftConfig, TransportError> {
     let mut options = uri.options();
     let is_file = uri.address.starts_with('/');

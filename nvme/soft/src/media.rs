@@ -1,21 +1,21 @@
-//! A namespace of a soft controller: blocks on a backend, with a volatile write cache that
-//! loses honestly.
+//! A namespace of a soft controller: blocks on a backend, with a volatile write cache whose content
+//! a power cut loses.
 
 use std::collections::BTreeMap;
 use std::io;
 
 use super::backend::{Backend, Transfer};
 
-/// Bytes that the write cache holds before it writes back the lowest blocks.
+/// Number of bytes that the write cache holds before it writes back the lowest blocks.
 const CACHE_MAX: usize = 32 << 20;
 
-/// A namespace to be: storage and geometry.
+/// The storage and geometry of a namespace.
 pub struct SoftNamespace {
     pub(super) backend: Box<dyn Backend>,
     pub(super) block_shift: u32,
-    /// Optimal I/O boundary in blocks; 0: none.
+    /// Optimal I/O boundary in blocks; 0 for none.
     pub(super) boundary_blocks: u16,
-    /// Written and not yet durable.
+    /// Blocks that were written and are not durable yet.
     dirty: BTreeMap<u64, Box<[u8]>>,
     pub(super) uuid: [u8; 16],
 }
@@ -32,10 +32,10 @@ impl std::fmt::Debug for SoftNamespace {
 }
 
 impl SoftNamespace {
-    /// A namespace on `backend` with blocks of 512 or 4096 bytes.
+    /// Makes a namespace on `backend` with blocks of 512 or 4096 bytes.
     ///
     /// # Panics
-    /// With another block size.
+    /// Panics with another block size.
     pub fn new(backend: Box<dyn Backend>, block_size: u32) -> SoftNamespace {
         assert!(matches!(block_size, 512 | 4096), "block size {block_size}");
         SoftNamespace {
@@ -92,7 +92,7 @@ impl SoftNamespace {
         Ok(())
     }
 
-    /// Writes; into the cache when there is one and the write may stay there.
+    /// Writes, into the cache when there is one and the write may stay there.
     pub(super) fn write(
         &mut self,
         lba: u64,
@@ -128,7 +128,7 @@ impl SoftNamespace {
     }
 
     pub(super) fn write_zeroes(&mut self, lba: u64, blocks: u64, cache: bool) -> io::Result<()> {
-        // A large range goes past the cache: it becomes durable early, which is allowed.
+        // A large range bypasses the cache: it becomes durable early, which is allowed.
         if cache && blocks <= 64 {
             let zero = vec![0u8; self.block_size()].into_boxed_slice();
             for n in 0..blocks {
@@ -149,7 +149,8 @@ impl SoftNamespace {
         self.backend.flush()
     }
 
-    /// A power cut: of what is in the cache, `survives` decides block by block.
+    /// Applies a power cut: `survives` decides for each cached block whether it reaches the
+    /// backend.
     pub(super) fn lose(&mut self, mut survives: impl FnMut(u64) -> bool) -> io::Result<()> {
         for (lba, bytes) in std::mem::take(&mut self.dirty) {
             if survives(lba) {
@@ -159,7 +160,7 @@ impl SoftNamespace {
         self.backend.flush()
     }
 
-    /// Zeroes everything and takes another block size.
+    /// Zeroes everything and sets another block size.
     pub(super) fn format(&mut self, block_shift: u32) -> io::Result<()> {
         self.dirty.clear();
         self.block_shift = block_shift;

@@ -1,4 +1,4 @@
-//! The host's memory as the soft controller sees it: by device address.
+//! The host's memory as the soft controller accesses it: by device address.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -12,15 +12,15 @@ use parking_lot::RwLock;
 use pumice_io::dma::{AddressTable, CHUNK_LEN, DmaError, DmaMapper, Region};
 use pumice_io::sys::{Absent, DeviceMapping};
 
-/// Where the arena's chunk 0 appears; not 0, so that a null address is an error.
+/// Device address of the arena's chunk 0. It is not 0, so that a null address is an error.
 const IOVA_BASE: u64 = 0x10_0000_0000;
-/// As many as the arena can have.
+/// Number of chunks that the arena can have.
 const MAX_CHUNKS: usize = 65_536;
 
-/// The mapper of a soft controller: every chunk of the arena at a fixed device address.
+/// The mapper of a soft controller. It maps every chunk of the arena at a fixed device address.
 pub(super) struct DeviceMemory {
     pub table: Arc<AddressTable>,
-    /// Chunk by number; null where nothing is mapped. A region outlives every mapper.
+    /// The chunks by number; null where nothing is mapped. A region outlives every mapper.
     chunks: Box<[AtomicPtr<u8>]>,
     /// The controller memory buffer and the device address that the host has given it.
     pub buffer: Arc<[AtomicU64]>,
@@ -33,7 +33,7 @@ pub(super) struct DeviceMemory {
 #[derive(Default)]
 struct Foreign {
     mapped: BTreeMap<u64, ForeignRegion>,
-    /// What was taken back: ordinary memory by now, kept for who still holds a reference.
+    /// Mappings that were removed: ordinary memory now, kept for those who still hold a reference.
     retired: Vec<Arc<DeviceMapping>>,
 }
 
@@ -60,8 +60,8 @@ impl DeviceMemory {
         *self.buffer_base.write() = base;
     }
 
-    /// Makes `len` bytes at `offset` of another process's file the memory at `address`. The
-    /// caller has made sure that they lie inside the file.
+    /// Maps `len` bytes at `offset` of another process's file at `address`. The caller has made
+    /// sure that they lie inside the file.
     pub fn add_foreign(
         &self,
         address: u64,
@@ -79,7 +79,7 @@ impl DeviceMemory {
         Ok(())
     }
 
-    /// Takes it back: from here on the controller does not reach the file any more.
+    /// Removes the mapping at `address`: from now on the controller does not access the file.
     pub fn remove_foreign(&self, address: u64) {
         let mut foreign = self.foreign.write();
         let Some(region) = foreign.mapped.remove(&address) else {
@@ -91,12 +91,12 @@ impl DeviceMemory {
         foreign.retired.push(region.mapping);
     }
 
-    /// Lets go of the address ranges of what was taken back; the controller is disabled.
+    /// Releases the address ranges of removed mappings. The controller is disabled.
     pub fn forget_retired(&self) {
         self.foreign.write().retired.clear();
     }
 
-    /// Address ranges that wait for [`forget_retired`](Self::forget_retired).
+    /// Number of address ranges that wait for [`forget_retired`](Self::forget_retired).
     pub fn retired_count(&self) -> usize {
         self.foreign.read().retired.len()
     }
@@ -113,7 +113,7 @@ impl DeviceMemory {
         Some((unsafe { region.mapping.start().add(at) }, region.len - at))
     }
 
-    /// The memory at a device address and how much of it is contiguous from there.
+    /// Returns the memory at a device address and how much of it is contiguous from there.
     fn find(&self, address: u64) -> Option<(NonNull<u8>, usize)> {
         if self.has_foreign.load(Ordering::Acquire)
             && let Some(found) = self.find_foreign(address)
@@ -141,18 +141,18 @@ impl DeviceMemory {
         Some((unsafe { start.add(at) }, len - at))
     }
 
-    /// `count` words at an 8-aligned address, if they are contiguous.
+    /// Returns `count` words at an 8-aligned address, if they are contiguous.
     pub fn words(&self, address: u64, count: usize) -> Option<&[AtomicU64]> {
         let (at, contiguous) = self.find(address)?;
         if !address.is_multiple_of(8) || count * 8 > contiguous {
             return None;
         }
-        // SAFETY: mapped for at least count * 8 bytes, 8-aligned, for ever (regions) or as long
-        // as `self` (buffer), and shared memory that both sides access as atomics.
+        // SAFETY: `count * 8` bytes are mapped, 8-aligned, for the life of the process (regions) or
+        // as long as `self` (buffer), and are shared memory that both sides access as atomics.
         Some(unsafe { std::slice::from_raw_parts(at.cast::<AtomicU64>().as_ptr(), count) })
     }
 
-    /// Copies out of the host's memory. False: some of it is not mapped.
+    /// Copies from the host's memory. Returns false when some of it is not mapped.
     pub fn read(&self, mut address: u64, mut to: &mut [u8]) -> bool {
         while !to.is_empty() {
             let Some((from, contiguous)) = self.find(address) else {
@@ -169,7 +169,7 @@ impl DeviceMemory {
         true
     }
 
-    /// Copies into the host's memory. False: some of it is not mapped.
+    /// Copies into the host's memory. Returns false when some of it is not mapped.
     pub fn write(&self, mut address: u64, mut from: &[u8]) -> bool {
         while !from.is_empty() {
             let Some((to, contiguous)) = self.find(address) else {

@@ -27,9 +27,9 @@ pub(super) struct Cq {
     pub head: u16,
     pub phase: bool,
     pub vector: Option<u16>,
-    /// What did not fit.
+    /// Completions that did not fit.
     pub waiting: VecDeque<Completion>,
-    /// Something was posted that the host was not told of.
+    /// Whether something was posted that the host was not told of.
     pub posted: bool,
 }
 
@@ -38,7 +38,7 @@ impl Cq {
         (self.tail + 1) % self.entries == self.head
     }
 
-    /// Writes an entry: the word with the phase last, with Release.
+    /// Writes an entry: the word with the phase tag last, with Release.
     pub fn post(&mut self, memory: &DeviceMemory, mut c: Completion, wrong_phase: bool) -> bool {
         let phase = self.phase != wrong_phase;
         c.status_phase = (c.status_phase & !1) | u16::from(phase);
@@ -58,10 +58,10 @@ impl Cq {
     }
 }
 
-/// Pieces of an I/O's data at most: 65536 blocks of 4 KiB in pages.
+/// Most pieces of an I/O's data: 65536 blocks of 4 KiB in pages.
 const PIECES_MAX: usize = 65_537;
 
-/// Collects where a command's data lies: `len` bytes by PRP or SGL.
+/// Finds the memory of a command's data: `len` bytes by PRP or SGL.
 pub(super) fn data_pieces(
     memory: &DeviceMemory,
     c: &Command,
@@ -76,7 +76,7 @@ pub(super) fn data_pieces(
     }
 }
 
-/// Base section 4.1.1.
+/// Reads PRP entries: Base section 4.1.1.
 fn prp(
     memory: &DeviceMemory,
     c: &Command,
@@ -108,7 +108,7 @@ fn prp(
         }
         let pages = left.div_ceil(4096);
         let room = to_end(list) / 8;
-        // The last entry of a page points on when more follow.
+        // The last entry of a page points to another page when more entries follow.
         let here = if pages > room { room - 1 } else { pages };
         let count = if pages > room { room } else { pages };
         let words = memory.words(list, count).ok_or(Status::DATA_TRANSFER)?;
@@ -131,7 +131,7 @@ fn prp(
     Ok(())
 }
 
-/// Base section 4.1.2.
+/// Reads SGL descriptors: Base section 4.1.2.
 fn sgl(
     memory: &DeviceMemory,
     c: &Command,
@@ -145,7 +145,7 @@ fn sgl(
         left -= n;
     };
     let mut next = c.sgl();
-    // A chain of segments that goes round is cut off.
+    // A chain of segments that forms a circle is cut off.
     for _ in 0..64 {
         match next.kind {
             SglDescriptor::DATA_BLOCK => {

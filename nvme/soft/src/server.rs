@@ -1,8 +1,8 @@
 //! A soft controller behind a vfio-user socket, for other processes: a target without hardware.
 //!
-//! Registers and set-up come as messages, the doorbell page and the clients' DMA memory are
-//! shared mappings, interrupts go to the clients' eventfds. One client at a time: a second one
-//! that connects is answered when the first has gone.
+//! Registers and set-up arrive as messages. The doorbell page and the clients' DMA memory are
+//! shared mappings, and interrupts go to the clients' eventfds. There is one client at a time: a
+//! second one that connects is answered when the first has gone.
 //!
 //! Source: vfio-user specification 0.1 (QEMU `docs/interop/vfio-user.rst`).
 
@@ -28,22 +28,22 @@ use pumice_nvme::transport::{Transport, TransportError};
 
 use super::SoftController;
 
-/// Interrupt vectors of a served controller.
+/// Number of interrupt vectors of a served controller.
 pub(super) const VECTORS: u16 = 16;
-/// Regions that a client may map.
+/// Most regions that a client may map.
 const MAX_REGIONS: usize = 64;
-/// Bytes of one of them.
+/// Most bytes of one of them.
 const FOREIGN_MAX: u64 = 1 << 40;
-/// Address ranges of regions that a client has taken back; they are kept until it goes.
+/// Most address ranges of unmapped regions to keep. They are kept until the client goes.
 const RETIRED_MAX: usize = 1024;
-/// How long a client may take over the rest of a message, or to read its answer.
+/// Longest time that a client may take for the rest of a message, or to read its answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 const CONFIG: u32 = 7;
 const CONFIG_LEN: usize = 256;
 const MSIX_CAP: usize = 0x50;
 
-/// A socket that is served; dropped, it is closed and removed.
+/// A served socket. It is closed and removed when this is dropped.
 #[derive(Debug)]
 pub struct SoftServer {
     path: PathBuf,
@@ -53,13 +53,12 @@ pub struct SoftServer {
 }
 
 impl SoftServer {
-    /// Serves a controller that was made with
-    /// [`SoftConfig::served`](super::SoftConfig::served) on a socket at `path` (by custom
-    /// `<directory>/cntrl`), from a thread of its own. A socket that nobody serves any more is
-    /// replaced.
+    /// Serves a controller that was made with [`SoftConfig::served`](super::SoftConfig::served) on
+    /// a socket at `path` (by convention `<directory>/cntrl`), from a thread of its own. Replaces a
+    /// socket that no process serves.
     ///
     /// # Errors
-    /// When the socket cannot be made, or somebody serves it already.
+    /// Fails when the socket cannot be made, or when a process serves it already.
     pub fn start(soft: SoftController, path: &Path) -> Result<SoftServer, TransportError> {
         let io = |what: &str, source| TransportError::Io {
             device: path.display().to_string(),
@@ -105,7 +104,7 @@ impl SoftServer {
 
 impl Drop for SoftServer {
     fn drop(&mut self) {
-        // The socket is the parent's, a forked child has no such thread.
+        // The socket is the parent's. A forked child does not have the thread.
         if !self.birth.is_here() {
             return;
         }
@@ -117,12 +116,12 @@ impl Drop for SoftServer {
     }
 }
 
-/// Removes a socket that nobody serves any more. Anything else at the path stays.
+/// Removes a socket that no process serves. Anything else at the path stays.
 fn clear_socket(path: &Path) -> Result<(), TransportError> {
     let device = || path.display().to_string();
     let io = |source| TransportError::Io {
         device: path.display().to_string(),
-        what: "what is at the socket's path".to_owned(),
+        what: "the file at the socket's path".to_owned(),
         source,
     };
     match path.symlink_metadata() {
@@ -136,7 +135,7 @@ fn clear_socket(path: &Path) -> Result<(), TransportError> {
                 .to_owned(),
         }),
         Ok(_) => match connect(path, PATIENCE) {
-            // Only this says that nobody listens.
+            // Only this error says that nobody listens.
             Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
                 std::fs::remove_file(path).map_err(io)
             }
@@ -155,13 +154,13 @@ struct Server {
     transport: Arc<dyn Transport>,
     stop: Arc<EventFd>,
     config: [u8; CONFIG_LEN],
-    /// The client's eventfds.
+    /// The client's eventfds by vector.
     vectors: Vec<Option<File>>,
-    /// Address and length of what the client has mapped.
+    /// Address and length of each region that the client has mapped.
     regions: Vec<(u64, u64)>,
 }
 
-/// What goes back: body and a descriptor, or an errno.
+/// The answer to a message: its body and a descriptor, or an errno.
 type Answer = Result<(Vec<u8>, Option<OwnedFd>), i32>;
 
 impl Server {
@@ -190,7 +189,7 @@ impl Server {
         }
     }
 
-    /// Until the client goes, the controller does, or the server is stopped.
+    /// Serves one client until it goes, the controller goes, or the server is stopped.
     fn serve(&mut self, stream: &UnixStream) -> io::Result<()> {
         stream.set_write_timeout(Some(PATIENCE))?;
         let interrupts: Vec<Arc<EventFd>> = self.soft.interrupts().to_vec();
@@ -238,12 +237,12 @@ impl Server {
     fn interrupt(&mut self, vector: usize) {
         let enabled = self.config[MSIX_CAP + 3] & 0x80 != 0;
         if let Some(Some(event)) = self.vectors.get_mut(vector).filter(|_| enabled) {
-            // A counter that is full wakes as well.
+            // A full counter also wakes the client.
             let _ = event.write(&1u64.to_ne_bytes());
         }
     }
 
-    /// The controller is off before its memory goes. Configuration space stays as it is.
+    /// Disables the controller before its client's memory goes. Configuration space stays as it is.
     fn forget_client(&mut self) {
         if let Err(error) = self.disable() {
             tracing::warn!(%error, "controller not disabled after its client went");
@@ -272,7 +271,8 @@ impl Server {
                 let json = r#"{"capabilities":{"max_msg_fds":8,"max_data_xfer_size":1048576}}"#;
                 Ok((version(json), None))
             }
-            // RESET | PCI, regions up to configuration space, interrupts up to requests.
+            // The flags are RESET and PCI; the regions end with configuration space, the interrupts
+            // with requests.
             Command::GetInfo => Ok((info(3, 9, 5), None)),
             Command::GetRegionInfo => self.region_info(field(0)?, field(8)?),
             Command::GetIrqInfo => match field(8)? {
@@ -332,7 +332,7 @@ impl Server {
         };
         match index {
             0 if room < 64 => {
-                // Says how much room the areas take, as the kernel does.
+                // The answer says how much room the areas take, as the kernel's does.
                 let info = Body::default().u32(64).u32(0xf).u32(0).u32(0);
                 Ok((info.u64(bar_len).u64(0).done(), None))
             }
@@ -456,8 +456,8 @@ impl Server {
         {
             return Err(libc::EEXIST);
         }
-        // Behind the end of the file an access is a bus error, for this process: the file must
-        // be long enough now, and nobody may make it shorter.
+        // An access behind the end of the file is a bus error for this process: the file must be
+        // long enough now, and nobody may make it shorter.
         if !keeps_its_length(fd.as_fd()) {
             tracing::warn!(
                 "DMA_MAP refused: the client's memory file is not sealed (F_SEAL_SHRINK)"
@@ -482,7 +482,7 @@ impl Server {
     }
 }
 
-/// `struct vfio_device_info` and `struct vfio_irq_info`.
+/// Makes a `struct vfio_device_info` or `struct vfio_irq_info`.
 fn info(flags: u32, third: u32, fourth: u32) -> Vec<u8> {
     Body::default()
         .u32(16)
@@ -501,11 +501,11 @@ fn config_range(offset: u64, len: usize) -> Result<std::ops::Range<usize>, i32> 
     Ok(start..end)
 }
 
-/// A header of an NVMe controller with one capability, MSI-X.
+/// Makes the configuration space of an NVMe controller with one capability, MSI-X.
 fn config_space() -> [u8; CONFIG_LEN] {
     let mut space = [0; CONFIG_LEN];
-    // Red Hat's vendor number, which QEMU's virtual NVMe controller has as well; no driver
-    // looks at more than the class.
+    // Red Hat's vendor number, which QEMU's virtual NVMe controller has too. Drivers look only at
+    // the class.
     space[0x00..0x04].copy_from_slice(&[0x36, 0x1b, 0x10, 0x00]);
     space[0x06] = 0x10;
     space[0x09..0x0c].copy_from_slice(&[0x02, 0x08, 0x01]);
@@ -514,19 +514,20 @@ fn config_space() -> [u8; CONFIG_LEN] {
     space[0x34] = 0x50;
     let last = u8::try_from(VECTORS - 1).unwrap_or(0);
     space[MSIX_CAP..MSIX_CAP + 4].copy_from_slice(&[0x11, 0, last, 0]);
-    // Table in BAR 4, pending bits in BAR 5: there for completeness, eventfds take their place.
+    // Table in BAR 4 and pending bits in BAR 5. They exist for completeness; eventfds take their
+    // place.
     space[MSIX_CAP + 4] = 4;
     space[MSIX_CAP + 8] = 5;
     space
 }
 
-/// Bits of a byte of configuration space that a client may write.
+/// The bits of a byte of configuration space that a client may write.
 fn config_mask(at: usize) -> u8 {
     match at {
-        // Memory, bus master; INTx disable.
+        // Memory decoding, bus mastering and INTx Disable.
         0x04 => 0x06,
         0x05 => 0x04,
-        // MSI-X enable and mask.
+        // MSI-X Enable and Function Mask.
         n if n == MSIX_CAP + 3 => 0xc0,
         _ => 0,
     }

@@ -1,5 +1,5 @@
-//! The soft controller's near side: the transport that the driver uses, and the handle that
-//! tests and tools hold.
+//! The driver's side of the soft controller: the transport that the driver uses, and the handle for
+//! tests and tools.
 
 use std::fmt;
 use std::fs::File;
@@ -21,10 +21,10 @@ use super::media::SoftNamespace;
 use super::memory::DeviceMemory;
 use super::{SoftConfig, identify};
 
-/// Where the controller memory buffer is.
+/// The BAR of the controller memory buffer.
 pub(super) const CMB_BAR: u8 = 2;
 
-/// What both sides share.
+/// State that both sides share.
 pub(super) struct Shared {
     pub name: String,
     pub registers: MmioMap,
@@ -41,7 +41,7 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    /// Gone: register reads give all ones, sleepers wake.
+    /// Removes the device: register reads give all ones and sleepers wake.
     pub fn vanish(&self, event: Option<TransportEvent>) {
         self.gone.store(true, Ordering::SeqCst);
         if let Some(event) = event {
@@ -54,16 +54,16 @@ impl Shared {
     }
 }
 
-/// The driver's way to a soft controller.
+/// The driver's transport to a soft controller.
 struct SoftTransport {
     shared: Arc<Shared>,
     bar_len: usize,
-    /// The registers' file, when they are shared with another process.
+    /// The file of the registers, when they are shared with another process.
     register_file: Option<File>,
     engine: Mutex<Option<JoinHandle<Vec<SoftNamespace>>>>,
     media: Mutex<Option<Vec<SoftNamespace>>>,
     birth: Birth,
-    /// Last, so that the engine is gone before the memory is unmapped.
+    /// Last, so that the engine has ended before the memory is unmapped.
     _mapping: MapperGuard,
 }
 
@@ -73,14 +73,14 @@ impl fmt::Debug for SoftTransport {
     }
 }
 
-/// A handle on a soft controller: what happens to it besides its commands.
+/// A handle on a soft controller, for everything that happens to it besides its commands.
 #[derive(Clone, Debug)]
 pub struct SoftController(Arc<SoftTransport>);
 
-/// What a soft controller has done.
+/// Counters of a soft controller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SoftStats {
-    /// Commands taken from its queues.
+    /// Number of commands taken from its queues.
     pub commands: u64,
 }
 
@@ -90,7 +90,7 @@ impl SoftController {
     /// Makes a controller and starts its thread.
     ///
     /// # Errors
-    /// When the system has no thread, eventfd or memory for it.
+    /// Fails when the system has no thread, eventfd or memory for it.
     pub fn new(mut config: SoftConfig) -> Result<SoftController, TransportError> {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let name = format!("soft-{number}");
@@ -164,12 +164,12 @@ impl SoftController {
         })))
     }
 
-    /// The driver's way to it, for [`Controller::new`](pumice_nvme::Controller::new).
+    /// Returns the transport to it, for [`Controller::new`](pumice_nvme::Controller::new).
     pub fn transport(&self) -> OpenTransport {
         OpenTransport::new(self.0.clone())
     }
 
-    /// The driver's way to it, for who serves it to another process.
+    /// Returns the transport to it, for a server to another process.
     pub(super) fn as_transport(&self) -> Arc<dyn Transport> {
         self.0.clone()
     }
@@ -179,14 +179,14 @@ impl SoftController {
         &self.0.shared.faults
     }
 
-    /// What it has done.
+    /// Its counters.
     pub fn stats(&self) -> SoftStats {
         SoftStats {
             commands: self.0.shared.commands.load(Ordering::Relaxed),
         }
     }
 
-    /// The file of BAR 0, for the process that it is served to.
+    /// The file of BAR 0, for a process that it is served to.
     pub(super) fn register_file(&self) -> Option<BorrowedFd<'_>> {
         self.0.register_file.as_ref().map(AsFd::as_fd)
     }
@@ -209,13 +209,14 @@ impl SoftController {
         self.0.shared.kick.wake();
     }
 
-    /// Surprise removal: it answers nothing any more, commands in flight are lost.
+    /// Removes the controller by surprise: it does not respond any longer, and commands in flight
+    /// are lost.
     pub fn unplug(&self) {
         self.0.stop();
         self.0.shared.vanish(Some(TransportEvent::Removed));
     }
 
-    /// Asks the driver to let go, as the kernel does before an orderly removal.
+    /// Asks the driver to release the controller, as the kernel does before an orderly removal.
     pub fn request_removal(&self) {
         self.0
             .shared
@@ -232,7 +233,7 @@ impl SoftController {
         self.0.shared.event.signal();
     }
 
-    /// Sets CSTS.CFS and stops, until it is reset.
+    /// Sets CSTS.CFS and stops until the controller is reset.
     pub fn fatal(&self) {
         self.order(Order::Fatal);
     }
@@ -247,11 +248,12 @@ impl SoftController {
         self.order(Order::Add(Box::new(ns)));
     }
 
-    /// Cuts the power: of the writes that are only in the volatile cache, `survives(nsid, lba)`
-    /// decides block by block. The controller is gone; its media come back, for another one.
+    /// Cuts the power: `survives(nsid, lba)` decides for each block that is only in the volatile
+    /// cache whether it reaches the medium. The controller is removed. Returns its namespaces, for
+    /// another controller.
     pub fn power_cut(&self, mut survives: impl FnMut(u32, u64) -> bool) -> Vec<SoftNamespace> {
         self.0.stop();
-        // Before the driver hears of it: its detach would flush what it finds.
+        // This comes before the driver is told, because its detach would flush the cache.
         let mut media = self.0.media.lock().take().unwrap_or_default();
         self.0.shared.vanish(Some(TransportEvent::Removed));
         for (n, ns) in media.iter_mut().enumerate() {
@@ -264,7 +266,7 @@ impl SoftController {
     }
 }
 
-/// The registers' values at power-on.
+/// Sets the registers to their values at power-on.
 fn power_on(shared: &Shared, config: &SoftConfig) {
     let cap = Cap::new()
         .with_mqes_z(config.entries.max(2) - 1)
@@ -317,9 +319,9 @@ fn writable(offset: u32) -> bool {
 }
 
 impl SoftTransport {
-    /// Ends the engine and waits for it; its media are kept.
+    /// Ends the engine and waits for it. Its media are kept.
     fn stop(&self) {
-        // A forked child has no such thread.
+        // A forked child does not have the thread.
         if !self.birth.is_here() {
             return;
         }
@@ -382,8 +384,8 @@ unsafe impl Transport for SoftTransport {
             if offset == Reg::CC
                 && Cc::from(value).en() != Cc::from(get32(&self.shared.registers, Reg::CC)).en()
             {
-                // The controller answers from its thread; until then it must not look as if it
-                // had answered already.
+                // The controller answers from its thread. Until then its state must not look like
+                // an answer.
                 self.order_cc(value);
                 return Ok(());
             }
@@ -465,7 +467,7 @@ unsafe impl Transport for SoftTransport {
         if !self.shared.gone.load(Ordering::SeqCst) {
             self.shared.vanish(None);
         }
-        // Orderly: what is in the cache has time to reach the medium.
+        // The detach is orderly: the cache has time to reach the medium.
         if let Some(media) = &mut *self.media.lock() {
             for ns in media {
                 if let Err(error) = ns.flush() {

@@ -1,5 +1,5 @@
-//! The fuzzers' bodies on seeded input, for a few seconds. `PUMICE_FUZZ_SECONDS` makes it
-//! longer, `PUMICE_FUZZ_SEED` another; a failure names its seed.
+//! Runs the fuzzers' bodies on seeded input for a few seconds. `PUMICE_FUZZ_SECONDS` sets another
+//! time and `PUMICE_FUZZ_SEED` another seed. A failure names its seed.
 
 use std::time::{Duration, Instant};
 

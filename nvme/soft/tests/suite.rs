@@ -1,4 +1,4 @@
-//! The driver's suite on the soft controller, in several shapes.
+//! Runs the driver's suite on soft controllers of several shapes.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use pumice_nvme_soft::open_with;
 #[path = "../../tests/common/mod.rs"]
 mod common;
 
-/// A run of the suite takes seconds; on a machine that does much else, minutes.
+/// A run of the suite takes seconds, or minutes on a busy machine.
 const LIMIT: Duration = Duration::from_secs(900);
 
 fn run(uri: &str, filter: &str) -> Summary {

@@ -1,4 +1,4 @@
-//! The driver over a vfio-user socket, against a soft controller on the other end of it.
+//! Tests of the driver over a vfio-user socket, against a soft controller behind it.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use pumice_nvme::{
 use pumice_nvme_soft::conformance::{self, Verdict};
 use pumice_nvme_soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace, SoftServer};
 
-/// How long something may take that has to come, however slow the machine is.
+/// Longest wait for an event that must come, however slow the machine is.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 struct Target {
@@ -134,7 +134,7 @@ fn sleeping_on_interrupts() {
     let controller = target.connect();
     let mut options = QueueOptions::depth(8);
     options.spin_max = Duration::ZERO;
-    // On a busy machine an I/O may be over before its owner sleeps.
+    // On a busy machine an I/O may end before its owner sleeps.
     let woken = (0..200u8).any(|n| write_and_read(&controller, &options, n).interrupts > 0);
     assert!(woken, "no interrupt ended a sleep");
 }
@@ -234,12 +234,12 @@ fn a_socket_that_is_served_is_not_taken() {
     let soft = SoftController::new(SoftConfig::new(vec![disk]).served()).expect("a controller");
     let error = SoftServer::start(soft.clone(), &target.path().join("cntrl")).expect_err("served");
     assert!(matches!(error, TransportError::InUse { .. }), "{error}");
-    // One that was left behind is replaced.
+    // A socket that an ended process left behind is replaced.
     drop(std::os::unix::net::UnixListener::bind(&other).expect("bound"));
     SoftServer::start(soft, &other).expect("replaced");
 }
 
-/// A file that somebody takes for an image, say.
+/// The file could be an image, for example.
 #[test]
 fn what_is_not_a_socket_stays() {
     let dir = tempfile::tempdir().expect("a directory");
@@ -260,7 +260,7 @@ fn what_is_not_a_socket_stays() {
     assert_eq!(dir.path().read_dir().expect("listed").count(), 2);
 }
 
-/// Whatever the umask, nobody else reaches the controller.
+/// Whatever the umask, no other user can connect to the controller.
 #[test]
 fn the_socket_is_its_owners() {
     use std::os::unix::fs::PermissionsExt;
@@ -360,9 +360,9 @@ impl Drop for Stopped {
     }
 }
 
-/// Reads that a stopped controller carries out after the driver has given it up: they hit memory
-/// of its own, whatever the caller does with the buffers by then. And memory for everybody else is
-/// to be had all the while.
+/// A stopped controller carries out reads after the driver has given up on it. They write to its
+/// own memory, whatever the caller does with the buffers meanwhile, and other users of the arena
+/// can still take memory.
 #[test]
 fn a_stopped_controller_changes_no_buffer_that_came_back() {
     for round in 0..4 {
@@ -399,7 +399,7 @@ fn a_stopped_controller_changes_no_buffer_that_came_back() {
             let _ = queue.wait(Duration::from_millis(20));
             assert!(start.elapsed() < PATIENCE, "{} of 6 came back", done.len());
         }
-        // Larger than what any arena of this test has: it must grow.
+        // The buffer is larger than any arena of this test, so the arena must grow.
         DmaBuf::new(128 << 20).expect("memory for others");
         let mut bufs: Vec<DmaBuf> = Vec::new();
         for done in done {

@@ -10,30 +10,30 @@ use crate::error::{Cause, NvmeError, millis};
 use crate::queue::{CompletionRing, ListArea, SubmissionRing, admin_prp};
 use crate::spec::{AdminOpcode, AsyncEvent, Command, Completion, decode};
 
-/// Entries of both admin queues.
+/// Number of entries of both admin queues.
 pub(super) const ADMIN_ENTRIES: u16 = 32;
-/// Asynchronous event requests kept outstanding.
+/// Number of asynchronous event requests to keep outstanding.
 const EVENTS: usize = 4;
 const LIST_LEN: usize = 4096;
-/// A format with a secure erase takes minutes.
+/// Time-out of a format: with a secure erase it takes minutes.
 const FORMAT_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// How long a device may say that it is not ready yet.
+/// Longest time for which a device may say that it is not ready yet.
 const NOT_READY_PATIENCE: Duration = Duration::from_secs(10);
-/// How often a command is sent again after another status that may pass.
+/// Most times that a command is sent again after another status that may pass.
 const ADMIN_RETRIES: u8 = 4;
 
 #[derive(Debug)]
 enum SlotState {
     Free,
-    /// Somebody waits for it.
+    /// A caller waits for the command.
     Pending,
-    /// Nobody waits any more; its buffer stays until it ends.
+    /// The caller has stopped waiting. The buffer stays until the command ends.
     Abandoned,
-    /// An asynchronous event request.
+    /// The command is an asynchronous event request.
     Event,
     Done(Completion),
-    /// Ended by a reset.
+    /// A reset ended the command.
     Lost,
 }
 
@@ -44,7 +44,7 @@ struct Slot {
     data: Option<DmaBuf>,
 }
 
-/// The admin queue pair; behind the controller's lock.
+/// The admin queue pair. The controller's lock protects it.
 #[derive(Debug)]
 pub(super) struct AdminQueue {
     rings: Option<(SubmissionRing, CompletionRing)>,
@@ -52,7 +52,7 @@ pub(super) struct AdminQueue {
     pub cq_mem: Arc<DmaShared>,
     lists: DmaShared,
     slots: Vec<Slot>,
-    /// Events that came in, for the keeper.
+    /// Received events, for the keeper.
     pub events: Vec<AsyncEvent>,
 }
 
@@ -82,12 +82,12 @@ impl AdminQueue {
         })
     }
 
-    /// Starts over with fresh rings; the controller is disabled.
+    /// Starts again with new rings. The controller is disabled.
     pub fn restart(&mut self, rings: (SubmissionRing, CompletionRing)) {
         self.rings = Some(rings);
     }
 
-    /// Ends everything that is outstanding; the device is quiet. Whoever waits is told.
+    /// Ends everything outstanding and tells those who wait. The device is quiet.
     pub fn lose_all(&mut self) {
         for slot in &mut self.slots {
             slot.state = match slot.state {
@@ -102,12 +102,12 @@ impl AdminQueue {
     }
 }
 
-/// The slot number is the low part of an admin command's identifier, a sequence the high part.
+/// Number of identifier bits that hold the slot number. The others are a sequence number.
 const SLOT_BITS: u32 = 5;
 
 impl Core {
-    /// Sends an admin command and waits for its completion, at most the admin time-out; then
-    /// the controller is reset. Any thread.
+    /// Sends an admin command and waits for its completion, at most for the admin time-out, after
+    /// which the controller is reset. Any thread may call it.
     pub(super) fn admin(
         &self,
         command: Command,
@@ -116,11 +116,11 @@ impl Core {
         self.admin_at(None, command, data)
     }
 
-    /// As [`admin`](Self::admin), but only while the controller's state word is `word`: a
-    /// command meant for the queues before a reset is not sent after it.
+    /// Sends a command as [`admin`](Self::admin) does, but only while the controller's state word
+    /// is `word`: a command for the queues before a reset is not sent after it.
     ///
-    /// A status that says that it may pass (no Do Not Retry) is waited for: for as long as a
-    /// device that is not ready may need, or for a few attempts. For the driver's own commands,
+    /// Sends the command again after a status that may pass (no Do Not Retry): for as long as a
+    /// device may need to become ready, or for a few attempts. Only for the driver's own commands,
     /// which can be sent twice.
     pub(super) fn admin_at(
         &self,
@@ -148,7 +148,7 @@ impl Core {
         }
     }
 
-    /// As [`admin_at`](Self::admin_at), and sent once, whatever comes of it.
+    /// Sends a command as [`admin_at`](Self::admin_at) does, but once, whatever its status.
     pub(super) fn admin_once(
         &self,
         word: Option<u64>,
@@ -176,7 +176,7 @@ impl Core {
         })
     }
 
-    /// Sends the command once and gives its completion back, whatever its status.
+    /// Sends the command once and returns its completion, whatever its status.
     fn admin_attempt(
         &self,
         word: Option<u64>,
@@ -188,7 +188,7 @@ impl Core {
         }
         let start = Instant::now();
         let timeout = match AdminOpcode(command.opcode) {
-            // It may erase the whole medium before it completes.
+            // The command may erase the whole medium before it completes.
             AdminOpcode::FORMAT_NVM => self.options.admin_timeout.max(FORMAT_TIMEOUT),
             _ => self.options.admin_timeout,
         };
@@ -268,8 +268,8 @@ impl Core {
         }
     }
 
-    /// Puts a command into the queue. `Ok(None)`: full. The data moves out of `data` when the
-    /// command was sent.
+    /// Puts a command into the queue. Returns `Ok(None)` when the queue is full. The data moves out
+    /// of `data` when the command was sent.
     fn admin_send(
         &self,
         queue: &mut AdminQueue,
@@ -288,7 +288,7 @@ impl Core {
                 },
             });
         }
-        // Events may not take the last places.
+        // Events must not take the last entries.
         let Some(slot) = queue
             .slots
             .iter()
@@ -335,7 +335,7 @@ impl Core {
         Ok(Some(slot))
     }
 
-    /// Takes the completions that are there.
+    /// Takes the completions that have arrived.
     pub(super) fn admin_reap(&self, queue: &mut AdminQueue) {
         let mut reaped = false;
         for _ in 0..ADMIN_ENTRIES {
@@ -400,7 +400,8 @@ impl Core {
         }
     }
 
-    /// Sends an abort that nobody waits for; the aborted command's own completion tells.
+    /// Sends an Abort without waiting for it: the aborted command's own completion shows the
+    /// result.
     pub(super) fn send_abort(&self, sqid: u16, cid: u16) {
         let mut queue = self.admin.lock();
         let command = Command::abort(sqid, cid);
@@ -409,7 +410,7 @@ impl Core {
         }
     }
 
-    /// Ends what is outstanding on the admin queue; the device is quiet.
+    /// Ends everything outstanding on the admin queue. The device is quiet.
     pub(super) fn admin_lose_all(&self) {
         self.admin.lock().lose_all();
         self.admin_done.notify_all();
@@ -420,12 +421,12 @@ impl Core {
 mod tests {
     use super::*;
 
-    /// ASQ and ACQ begin at pages as the controller counts them (CC.MPS), which may be larger than
-    /// 4096 bytes; the queues are zeroes.
+    /// ASQ and ACQ begin at the controller's pages (CC.MPS), which may be larger than 4096 bytes,
+    /// and the queues are zeroed.
     #[test]
     fn queues_begin_at_the_controllers_pages() {
         for shift in 12..=21 {
-            // What was taken before does not matter.
+            // Earlier allocations have no influence.
             let before = DmaShared::zeroed_in(None, 4096).expect("memory");
             let queue = AdminQueue::new(None, shift).expect("memory");
             for memory in [&queue.sq_mem, &queue.cq_mem] {

@@ -21,7 +21,7 @@ use crate::transport::{Transport, TransportError};
 static NUMBER: AtomicU64 = AtomicU64::new(1);
 
 impl Core {
-    /// Takes a controller from whatever state to enabled and identified.
+    /// Resets, enables and identifies a controller, whatever state it is in.
     pub(super) fn bring_up(
         transport: Arc<dyn Transport>,
         options: ControllerOptions,
@@ -36,7 +36,7 @@ impl Core {
             device: name.clone(),
             what,
         };
-        // Bit 0: NVM command set; bit 6: several, of which NVM is always one.
+        // Bit 0: NVM command set. Bit 6: several command sets, of which NVM is always one.
         if cap.css() & 0x41 == 0 {
             return Err(unsupported(format!(
                 "the controller has no NVM command set (CAP.CSS {:#x})",
@@ -83,7 +83,7 @@ impl Core {
             wake: EventFd::new().map_err(io)?,
             changed: Condvar::new(),
             changed_lock: Mutex::new(()),
-            graveyard: Mutex::new(Vec::new()),
+            kept_until_quiet: Mutex::new(Vec::new()),
             events: Mutex::new(VecDeque::new()),
             failure: Mutex::new(None),
             transport,
@@ -95,7 +95,7 @@ impl Core {
                 Ok(core)
             }
             Err(error) => {
-                // The device may still know our memory: off before it is given back.
+                // The device may still know our memory: disable it before the memory is freed.
                 core.transport.detach();
                 Err(error)
             }
@@ -120,8 +120,8 @@ impl Core {
         Ok(())
     }
 
-    /// As many interrupt vectors as the transport gives, at most `want`. Without any, completions
-    /// are polled for.
+    /// Enables as many interrupt vectors as the transport gives, at most `want`. Without any,
+    /// completions are polled.
     pub(super) fn some_interrupts(&self, want: u16) -> Result<Vec<Arc<EventFd>>, NvmeError> {
         let mut count = want;
         while count > 0 {
@@ -137,15 +137,15 @@ impl Core {
         Ok(Vec::new())
     }
 
-    /// The device is disabled: nothing of ours is in its hands any more.
+    /// Frees the memory that the device could access: it is disabled.
     pub(super) fn quiet(&self) {
         self.admin_lose_all();
         self.free_stuck_queues();
-        self.graveyard.lock().clear();
+        self.kept_until_quiet.lock().clear();
         *self.shadow.write() = None;
     }
 
-    /// CAP.TO, or CRTO where the controller has it (Base section 3.5.3).
+    /// Returns CAP.TO, or CRTO where the controller has it (Base section 3.5.3).
     fn ready_timeout(&self) -> Duration {
         let mut units = u32::from(self.cap.to());
         if self.cap.crwms()
@@ -153,7 +153,7 @@ impl Core {
         {
             units = units.max(u32::from(Crto::from(crto).crwmt()));
         }
-        // One unit of grace: the promise is in units, and a device may take it to the last.
+        // One more unit, because the time is rounded to units and a device may use all of it.
         Duration::from_millis((u64::from(units) + 1) * 500)
     }
 
@@ -198,7 +198,7 @@ impl Core {
         }
     }
 
-    /// CC.EN to 0 and CSTS.RDY to 0: every queue is gone afterwards.
+    /// Clears CC.EN and waits for CSTS.RDY = 0. Every queue is deleted afterwards.
     pub(super) fn disable(&self) -> Result<(), NvmeError> {
         let timeout = self.ready_timeout();
         let cc = Cc::from(self.transport.read32(Reg::CC)?);
@@ -210,7 +210,7 @@ impl Core {
         }
         let csts = Csts::from(raw);
         if cc.en() {
-            // Base section 3.1.3.5, EN: not to be cleared on the way to ready.
+            // Base section 3.1.3.5, EN: must not be cleared before the controller is ready.
             if !csts.rdy() && !csts.cfs() && csts.shst() == 0 {
                 let ready = self.wait_csts("ready before disable", timeout, true, |c| c.rdy());
                 if let Err(error @ NvmeError::Removed { .. }) = ready {
@@ -274,7 +274,7 @@ impl Core {
         })
     }
 
-    /// Normal shutdown (Base section 3.6.1), then disable and let go.
+    /// Does a normal shutdown (Base section 3.6.1), disables the controller and releases it.
     pub(super) fn shut_down(&self) -> Result<(), NvmeError> {
         let word = self.state.load(Ordering::Acquire);
         if state::phase(word) != Phase::Live {

@@ -1,5 +1,5 @@
-//! The keeper: one thread per controller that sleeps until there is something to see to:
-//! asynchronous events, aborts, resets, removal. It is not on the path of any I/O.
+//! The keeper: one thread for each controller, which handles asynchronous events, aborts, resets
+//! and removal, and sleeps in between. No I/O passes through it.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -14,20 +14,20 @@ use super::{ControllerEvent, Core};
 use crate::spec::{AsyncEvent, AsyncEventType, Csts, LogPage, Reg};
 use crate::transport::TransportEvent;
 
-/// How often the status register is looked at.
+/// Time between two looks at the status register.
 const TICK: Duration = Duration::from_secs(1);
 
-/// What queue pairs and callers want of the keeper.
+/// Requests of queue pairs and callers to the keeper.
 #[derive(Debug, Default)]
 pub(super) struct Requests {
     pub stop: bool,
-    /// State word at the time of the request, reason.
+    /// State word at the time of the request, and its reason.
     reset: Option<(u64, String)>,
     aborts: Vec<(u16, u16)>,
 }
 
 impl Core {
-    /// Asks for a reset of the controller as it is now. Does not block.
+    /// Asks for a reset of the controller in its current state. Does not block.
     pub(crate) fn request_reset(&self, reason: &str) {
         let word = self.state.load(Ordering::Acquire);
         if state::phase(word) != Phase::Live {
@@ -122,7 +122,7 @@ impl Core {
         }
     }
 
-    /// A namespace that could not be identified may be ready by now.
+    /// Lists the namespaces again: one that could not be identified may be ready by now.
     fn list_what_was_missed(&self) {
         if !self.list_again.load(Ordering::Relaxed) || self.phase() != Phase::Live {
             return;
@@ -153,7 +153,7 @@ impl Core {
     fn async_event(&self, event: AsyncEvent) {
         tracing::warn!(device = self.name(), %event, "asynchronous event");
         self.event(ControllerEvent::Async(event));
-        // Reading the page that the event names lets the controller report the next one.
+        // The controller reports the next event when the page that this one names has been read.
         let len = match LogPage(event.log_page()) {
             LogPage::ERROR => 64,
             LogPage::SMART | LogPage::FIRMWARE_SLOTS => 512,
@@ -176,8 +176,8 @@ impl Core {
     }
 }
 
-/// Starts the keeper. `None` when the system has no thread for it; then events and removal go
-/// unnoticed, which is logged.
+/// Starts the keeper. Returns `None` when the system has no thread for it. Then events and removal
+/// go unnoticed, which is logged.
 pub(super) fn start(core: Arc<Core>) -> Option<JoinHandle<()>> {
     let name: String = format!("nvme {}", core.name()).chars().take(15).collect();
     let device = core.name().to_owned();

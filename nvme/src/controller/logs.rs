@@ -9,7 +9,7 @@ use crate::spec::{
     Command, ErrorLogEntry, FeatureId, FirmwareSlotLog, FormatNvm, LogPage, Oacs, SmartLog,
 };
 
-/// All namespaces.
+/// The namespace identifier that stands for all namespaces.
 const ALL: u32 = u32::MAX;
 
 impl Core {
@@ -26,14 +26,16 @@ impl Core {
         data.ok_or_else(|| self.protocol("a log page lost its buffer"))
     }
 
-    /// Runs what may change namespaces' block sizes: no command that was made for the old ones
-    /// may reach the device afterwards, since it would transfer more than its buffer holds.
+    /// Runs an operation that may change namespaces' block sizes. No command that was made for the
+    /// old sizes may reach the device afterwards, since it would transfer more than its buffer
+    /// holds.
     pub(super) fn reformat<T>(
         &self,
         run: impl FnOnce() -> Result<T, NvmeError>,
     ) -> Result<T, NvmeError> {
         {
-            // Under the lock: a pair that is made from here on finds the handles withdrawn.
+            // The lock is held, so that a pair that is made from here on finds the handles
+            // withdrawn.
             let registry = self.queues.lock();
             let open = registry.queues.len();
             if open > 0 {
@@ -45,7 +47,7 @@ impl Core {
                     ),
                 });
             }
-            // All namespaces, since a controller may format all at once (FNA bit 0).
+            // This concerns all namespaces, since a controller may format all at once (FNA bit 0).
             for ns in self.namespaces.read().values() {
                 ns.title.withdraw();
             }
@@ -58,19 +60,19 @@ impl Core {
 }
 
 impl Controller {
-    /// The SMART / health log of the controller.
+    /// Reads the SMART / health log of the controller.
     pub fn smart_log(&self) -> Result<SmartLog, NvmeError> {
         self.core.wait_live()?;
         let page = self.core.log_page(LogPage::SMART, ALL, 512, true)?;
         SmartLog::read_from_bytes(&page).map_err(|_| self.core.protocol("SMART log length"))
     }
 
-    /// The newest entries of the error log, at most `max` and at most what the controller
-    /// keeps; entries never used are left out.
+    /// Reads the newest entries of the error log, at most `max` and at most as many as the
+    /// controller keeps. Leaves out unused entries.
     pub fn error_log(&self, max: usize) -> Result<Vec<ErrorLogEntry>, NvmeError> {
         self.core.wait_live()?;
         let kept = usize::from(self.core.info()?.identify.elpe_z) + 1;
-        // What one command's data holds, whatever was asked for.
+        // At most as many as fit one command's data, whatever was asked for.
         let most = self.core.info()?.transfer_bytes / size_of::<ErrorLogEntry>();
         let len = kept.min(max.max(1)).min(most) * size_of::<ErrorLogEntry>();
         let page = self.core.log_page(LogPage::ERROR, ALL, len, true)?;
@@ -81,7 +83,7 @@ impl Controller {
             .collect())
     }
 
-    /// The firmware slots.
+    /// Reads the firmware slots.
     pub fn firmware_slots(&self) -> Result<FirmwareSlotLog, NvmeError> {
         self.core.wait_live()?;
         let page = self
@@ -91,13 +93,13 @@ impl Controller {
             .map_err(|_| self.core.protocol("firmware log length"))
     }
 
-    /// A feature's current value (dword 0 of the completion).
+    /// Reads a feature's current value (dword 0 of the completion).
     pub fn feature(&self, feature: FeatureId, nsid: u32) -> Result<u32, NvmeError> {
         let (done, _) = self.admin_command(Command::get_feature(feature, nsid), None)?;
         Ok(done.dw0)
     }
 
-    /// Sets a feature; with `save`, over power cycles.
+    /// Sets a feature. With `save` it is kept over power cycles.
     pub fn set_feature(
         &self,
         feature: FeatureId,
@@ -110,15 +112,15 @@ impl Controller {
         Ok(done.dw0)
     }
 
-    /// Whether there is a volatile write cache that is switched on, as found at bring-up or by
-    /// the last [`set_write_cache`](Self::set_write_cache).
+    /// Whether the controller has a volatile write cache that is switched on, as found at bring-up
+    /// or set by the last [`set_write_cache`](Self::set_write_cache).
     pub fn write_cache(&self) -> bool {
         self.core.info().is_ok_and(|i| i.write_cache)
     }
 
-    /// Switches the volatile write cache and lists the namespaces anew, whose
-    /// [`write_cache`](crate::Namespace::write_cache) follows it. The state outlives a
-    /// controller reset only as far as the device keeps it; it is read again then.
+    /// Switches the volatile write cache and lists the namespaces again, whose
+    /// [`write_cache`](crate::Namespace::write_cache) follows it. Whether the setting outlives a
+    /// controller reset depends on the device; it is read again then.
     pub fn set_write_cache(&self, on: bool) -> Result<(), NvmeError> {
         let info = self.core.info()?;
         if info.identify.vwc & 1 == 0 {
@@ -137,12 +139,12 @@ impl Controller {
         self.rescan()
     }
 
-    /// Formats a namespace: all its data is lost. Blocks for as long as the device takes, at
-    /// most ten minutes (or the admin time-out, if that is longer). Lists the namespaces anew; what was got from
-    /// [`namespace`](Self::namespace) before is good no longer if the block size has changed.
-    ///
+    /// Formats a namespace: all its data is lost. Blocks for as long as the device takes, at most
+    /// ten minutes (or the admin time-out, if that is longer). Lists the namespaces again. Handles
+    /// that [`namespace`](Self::namespace) returned earlier are no longer valid if the block size
+    /// has changed.
     /// # Errors
-    /// Refused while there are queue pairs: their commands are made for the old block size.
+    /// Refuses while there are queue pairs, because their commands are made for the old block size.
     pub fn format(&self, nsid: u32, format: FormatNvm) -> Result<(), NvmeError> {
         let info = self.core.info()?;
         if info.identify.oacs.get() & Oacs::FORMAT == 0 {

@@ -10,21 +10,21 @@ use crate::error::NvmeError;
 use crate::queue::Shadow;
 use crate::spec::{AdminOpcode, Cmbloc, Cmbmsc, Cmbsz, Command, Oacs, Reg};
 
-/// Where the device finds its memory buffer: far above every I/O virtual address.
+/// The device's address of its memory buffer, far above every I/O virtual address.
 const CMB_BASE: u64 = 1 << 56;
 
-/// A mapped controller memory buffer, given out front to back and never back: queues are few.
+/// A mapped controller memory buffer. It is given out from front to back; queues are few.
 #[derive(Debug)]
 pub(super) struct ControllerMemory {
     map: MmioMap,
     used: usize,
     submission_queues: bool,
-    /// Pieces that queue pairs gave back: offset, length.
+    /// Parts that queue pairs have freed: offset and length.
     free: Vec<(usize, usize)>,
 }
 
 impl Core {
-    /// Gives the controller a shadow doorbell buffer, if it takes one (Base section 5.8).
+    /// Gives the controller a shadow doorbell buffer, if it accepts one (Base section 5.8).
     pub(super) fn configure_shadow(&self) -> Result<(), NvmeError> {
         *self.shadow.write() = None;
         let info = self.info()?;
@@ -54,14 +54,14 @@ impl Core {
                 tracing::info!(device = self.name(), %status, "shadow doorbells refused");
             }
             Err(error) => {
-                self.bury(Box::new((values, events)));
+                self.keep_until_quiet(Box::new((values, events)));
                 return Err(error);
             }
         }
         Ok(())
     }
 
-    /// A queue's shadow doorbells, submission and completion, if they are in use.
+    /// Returns a queue's submission and completion shadow doorbells, if they are in use.
     pub(crate) fn shadows(&self, qid: u16) -> (Option<Shadow>, Option<Shadow>) {
         let guard = self.shadow.read();
         let Some([values, events]) = guard.as_ref() else {
@@ -104,11 +104,11 @@ impl Core {
         self.transport.write64(Reg::CMBMSC, msc.into())?;
         let mut guard = self.memory.lock();
         if guard.is_some() {
-            // A reset: the mapping is as before, and the queue pairs keep their places.
+            // After a reset the mapping is as before, and the queue pairs keep their parts.
             return Ok(());
         }
         let offset = u64::from(place.ofst()) * size.unit();
-        // 64 MiB hold more queues than there are.
+        // 64 MiB hold more queues than a controller can have.
         let len = usize::try_from(size.len().min(64 << 20)).unwrap_or(0);
         let map = self.transport.map_memory(place.bir(), offset, len)?;
         *guard = Some(ControllerMemory {
@@ -120,8 +120,8 @@ impl Core {
         Ok(())
     }
 
-    /// `len` bytes of controller memory for a submission queue: the mapping, the offset in it
-    /// and the device's address.
+    /// Takes `len` bytes of controller memory for a submission queue. Returns the mapping, the
+    /// offset in it and the device's address.
     pub(super) fn take_controller_memory(&self, len: usize) -> Option<(MmioMap, usize, u64)> {
         let mut guard = self.memory.lock();
         let memory = guard.as_mut().filter(|m| m.submission_queues)?;

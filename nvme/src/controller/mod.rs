@@ -38,22 +38,23 @@ use memory::ControllerMemory;
 use passthrough::Prepared;
 pub use state::Phase;
 
-/// How a controller is brought up.
+/// Options of a controller's bring-up.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct ControllerOptions {
-    /// I/O queue pairs to ask the controller for.
+    /// Number of I/O queue pairs to ask the controller for.
     pub queues: u16,
-    /// Interrupt vectors to ask the transport for; 0: poll only.
+    /// Number of interrupt vectors to ask the transport for; 0 to poll only.
     pub vectors: u16,
-    /// Use shadow doorbells where the controller offers them.
+    /// Whether to use shadow doorbells where the controller offers them.
     pub shadow_doorbells: bool,
-    /// Use SGLs where the controller offers them.
+    /// Whether to use SGLs where the controller offers them.
     pub sgl: bool,
-    /// Weighted round robin between the queues' classes, where the controller offers it.
+    /// Weights of round robin arbitration between the queues' priority classes, where the
+    /// controller offers it.
     pub arbitration: Option<Weights>,
-    /// An admin command without completion for this long means a reset. Format NVM is given ten
-    /// minutes at the least.
+    /// Time after which an admin command without completion causes a reset. Format NVM is given at
+    /// least ten minutes.
     pub admin_timeout: Duration,
 }
 
@@ -70,42 +71,42 @@ impl Default for ControllerOptions {
     }
 }
 
-/// Weights of the arbitration's classes (Base section 5.27.1.1), commands per round.
+/// Weights of the arbitration's classes (Base section 5.27.1.1), in commands per round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Weights {
-    /// High, 1 to 256.
+    /// Weight of the high class, 1 to 256.
     pub high: u16,
-    /// Medium, 1 to 256.
+    /// Weight of the medium class, 1 to 256.
     pub medium: u16,
-    /// Low, 1 to 256.
+    /// Weight of the low class, 1 to 256.
     pub low: u16,
 }
 
-/// Something that happened to a controller; see [`Controller::take_events`].
+/// An event of a controller; see [`Controller::take_events`].
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum ControllerEvent {
     /// The controller completed an asynchronous event request.
     Async(AsyncEvent),
-    /// It was reset, for this reason.
+    /// The controller was reset, for this reason.
     Reset(String),
-    /// The namespaces were listed anew.
+    /// The namespaces were listed again.
     NamespacesChanged,
     /// The bus or transport reported an error.
     TransportError(String),
-    /// It is gone.
+    /// The controller was removed.
     Removed,
-    /// It could not be reset and is given up.
+    /// The controller could not be reset and has failed, for this reason.
     Failed(String),
 }
 
-/// What the controller says of itself.
+/// The controller's abilities, from its Identify data.
 #[derive(Debug, Clone)]
 pub(crate) struct Info {
     pub identify: Box<IdentifyController>,
     pub nvm: Option<Box<IdentifyNvmController>>,
     pub version: Vs,
-    /// Bytes of a command's data at most.
+    /// Most bytes of one command's data.
     pub transfer_bytes: usize,
     pub sgl: bool,
     pub write_cache: bool,
@@ -114,9 +115,9 @@ pub(crate) struct Info {
 /// The part of a controller that its queue pairs and its keeper thread share.
 #[derive(Debug)]
 pub(crate) struct Core {
-    /// Tells controllers of this process apart; never 0.
+    /// Distinguishes the controllers of this process; never 0.
     pub number: u64,
-    /// The process that has the controller; a forked child has not.
+    /// The process that owns the controller. A forked child does not.
     pub birth: Birth,
     pub transport: Arc<dyn Transport>,
     pub table: Arc<AddressTable>,
@@ -129,14 +130,15 @@ pub(crate) struct Core {
     admin_done: Condvar,
     info: RwLock<Option<Arc<Info>>>,
     namespaces: RwLock<BTreeMap<u32, Arc<Namespace>>>,
-    /// The last that was known of every namespace, listed now or not: whoever has a handle of one
-    /// that comes back as it was goes on with it. Lock order: before `namespaces`.
+    /// The last known state of every namespace, whether it is listed now or not. Handles of a
+    /// namespace that comes back unchanged continue to work. Lock order: before `namespaces`.
     remembered: Mutex<BTreeMap<u32, Arc<Namespace>>>,
-    /// A namespace could not be identified, or the list not be read: the keeper lists them again.
+    /// Whether a namespace could not be identified, or the list not be read, so that the keeper
+    /// lists them again.
     list_again: AtomicBool,
     interrupts: RwLock<Vec<Arc<EventFd>>>,
     queues: Mutex<Registry>,
-    /// A queue identifier became free; with `queues`.
+    /// Signals that a queue identifier became free; used with `queues`.
     queue_freed: Condvar,
     shadow: RwLock<Option<[Arc<DmaShared>; 2]>>,
     memory: Mutex<Option<ControllerMemory>>,
@@ -144,8 +146,8 @@ pub(crate) struct Core {
     wake: EventFd,
     changed: Condvar,
     changed_lock: Mutex<()>,
-    /// What the device may still touch until it is disabled.
-    graveyard: Mutex<Vec<Box<dyn Any + Send>>>,
+    /// Memory that the device may still access until it is disabled.
+    kept_until_quiet: Mutex<Vec<Box<dyn Any + Send>>>,
     events: Mutex<VecDeque<ControllerEvent>>,
     failure: Mutex<Option<String>>,
 }
@@ -157,8 +159,8 @@ struct Registry {
     limit: u16,
 }
 
-/// A queue identifier that is not free. It stays taken until the device has certainly no queue of
-/// that number: then, and not before, another pair may have it.
+/// A queue identifier that is not free. Another pair may have it only when the device has certainly
+/// no queue of that number.
 #[derive(Debug)]
 struct Registered {
     shared: Arc<QueueShared>,
@@ -167,23 +169,23 @@ struct Registered {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum QueueUse {
-    /// A queue pair has it; a reset creates its queues again.
+    /// A queue pair has the identifier. A reset creates its queues again.
     Owned,
-    /// Its owner is deleting the queues.
+    /// The owner is deleting the queues.
     Going,
-    /// The device refused to delete the queues; the next reset takes them away.
+    /// The device refused to delete the queues. The next reset deletes them.
     Stuck,
 }
 
-/// An NVMe controller, enabled. Shared by everything that uses it; when the last handle goes
-/// (queue pairs hold one), it is shut down and let go of.
+/// An enabled NVMe controller, shared by everything that uses it. When the last handle is dropped
+/// (queue pairs hold one), it is shut down and released.
 #[derive(Debug)]
 pub struct Controller {
     pub(crate) core: Arc<Core>,
     keeper: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// Events kept for `take_events` at most; older ones are dropped.
+/// Most events kept for `take_events`. Older ones are dropped.
 const EVENTS_MAX: usize = 64;
 
 impl Core {
@@ -210,7 +212,7 @@ impl Core {
         events.push_back(event);
     }
 
-    /// Why nothing can be done any more.
+    /// Returns the error that says why the controller can do nothing.
     pub fn gone(&self, kind: Cause) -> NvmeError {
         match kind {
             Cause::Removed => NvmeError::Removed {
@@ -230,14 +232,14 @@ impl Core {
         }
     }
 
-    /// How long to wait before a command is sent again: Base section 3.3.3.2.1 (CRD), else
-    /// at once and then ever longer.
+    /// Returns how long to wait before a command is sent again: Base section 3.3.3.2.1 (CRD),
+    /// otherwise not at all at first and then longer each time.
     pub fn retry_delay(&self, status: Status, retries: u8) -> Duration {
         if let n @ 1..=3 = status.crd()
             && let Ok(info) = self.info()
         {
             let delay = info.identify.crdt[usize::from(n) - 1].get();
-            // Tenths of a second; nobody waits longer than ten for a retry.
+            // CRDT counts tenths of a second. The wait for a retry is at most ten seconds.
             return Duration::from_millis(u64::from(delay).min(100) * 100);
         }
         match retries {
@@ -246,7 +248,8 @@ impl Core {
         }
     }
 
-    /// Blocks while a reset is under way, then says whether the controller is to be had.
+    /// Blocks while the controller is being reset. Then returns the state word, or the reason why
+    /// the controller is not available.
     fn wait_live(&self) -> Result<u64, NvmeError> {
         if !self.birth.is_here() {
             return Err(self.gone(Cause::OtherProcess));
@@ -268,7 +271,7 @@ impl Core {
         }
     }
 
-    /// Sleeps until the state word is another one, or the time is over.
+    /// Sleeps until the state word differs from `word`, or the time is over.
     pub(crate) fn wait_changed(&self, word: u64, timeout: Duration) {
         let mut guard = self.changed_lock.lock();
         if self.state.load(Ordering::Acquire) == word {
@@ -286,8 +289,8 @@ impl Core {
 }
 
 impl Controller {
-    /// Takes a transport, resets and enables the controller behind it and finds its namespaces.
-    /// Blocks; every wait is bounded by what the controller promises (CAP.TO).
+    /// Takes a transport, resets and enables its controller and lists its namespaces. Blocks; every
+    /// wait is bounded by the time that the controller promises (CAP.TO).
     pub fn new(
         transport: OpenTransport,
         options: ControllerOptions,
@@ -300,28 +303,28 @@ impl Controller {
         }))
     }
 
-    /// The device for logs and errors.
+    /// The device's name for logs and errors.
     pub fn name(&self) -> &str {
         self.core.name()
     }
 
-    /// Which kind of transport is underneath: `vfio`, `uio`, `vfio-user`, `soft`.
+    /// The kind of transport: `vfio`, `uio`, `vfio-user` or `soft`.
     pub fn transport_kind(&self) -> &'static str {
         self.core.transport.kind()
     }
 
-    /// Whether an interrupt is a message of a controller in another process, which sends one for
-    /// each completion, so that a thread that polls does better without.
+    /// Whether an interrupt is a message from a controller in another process. Such a controller
+    /// sends one for each completion, so a polling thread is faster without.
     pub fn interrupts_are_messages(&self) -> bool {
         self.core.transport.interrupts_are_messages()
     }
 
-    /// What can be done at this moment.
+    /// The controller's phase at this moment.
     pub fn phase(&self) -> Phase {
         self.core.phase()
     }
 
-    /// How many resets there were.
+    /// Number of resets.
     pub fn generation(&self) -> u64 {
         state::generation(self.core.state.load(Ordering::Acquire))
     }
@@ -336,7 +339,7 @@ impl Controller {
         Ok(self.core.info()?.version)
     }
 
-    /// Bytes of a single command's data at most (MDTS, and this driver's own bound of 1 MiB).
+    /// Most bytes of a single command's data (MDTS, and this driver's bound of 1 MiB).
     pub fn transfer_bytes(&self) -> Result<usize, NvmeError> {
         Ok(self.core.info()?.transfer_bytes)
     }
@@ -346,36 +349,37 @@ impl Controller {
         self.core.shadow.read().is_some()
     }
 
-    /// Whether data is pointed to by SGLs where they are shorter.
+    /// Whether data pointers are SGLs where these are shorter.
     pub fn uses_sgl(&self) -> bool {
         self.core.info().is_ok_and(|i| i.sgl)
     }
 
-    /// I/O queue pairs that can exist.
+    /// Most I/O queue pairs.
     pub fn queue_limit(&self) -> u16 {
         self.core.queues.lock().limit
     }
 
-    /// Interrupt vectors in use, admin's included.
+    /// Number of interrupt vectors in use, including the admin queue's.
     pub fn interrupt_count(&self) -> usize {
         self.core.interrupts.read().len()
     }
 
-    /// What happened since the last call, oldest first; at most 64 are kept.
+    /// Returns the events since the last call, oldest first. At most 64 are kept.
     pub fn take_events(&self) -> Vec<ControllerEvent> {
         self.core.events.lock().drain(..).collect()
     }
 
-    /// An admin command of the caller's own making, with data to or from the device. Blocks.
-    /// The data pointer and the identifier are set here.
+    /// Runs an admin command of the caller, with data to or from the device. Blocks. This function
+    /// sets the data pointer and the identifier.
     ///
     /// # Errors
-    /// A status other than success is [`NvmeError::Status`]. Refused are commands whose data
-    /// would not fit the buffer, and those that tell the device addresses (creating queues,
-    /// doorbell buffers, the host memory buffer) or take the driver's own queues away; features
-    /// whose data nobody can bound, and those that the driver sets itself; and Format NVM while
-    /// there are queue pairs, see [`format`](Self::format). The device only ever sees a buffer of
-    /// the driver's, as long as the command can want; of a vendor's command with data, as long as
+    /// Fails with [`NvmeError::Status`] when the status is not success. Refuses commands whose data
+    /// would not fit the buffer; commands that pass addresses to the device (creating queues,
+    /// doorbell buffers, the host memory buffer) or delete the driver's own queues; features whose
+    /// data has no known bound, and features that the driver sets itself; and Format NVM while
+    /// there are queue pairs, see [`format`](Self::format). The device is only given a buffer of
+    /// the driver, as long as the command can need, or, for a vendor specific command with data, as
+    /// long as any command's data can be.
     /// a command's data can be.
     pub fn admin_command(
         &self,
@@ -399,8 +403,8 @@ impl Controller {
         Ok((completion, passthrough::finish(data, own)))
     }
 
-    /// Resets the controller. I/O in flight ends once with its own status, or is sent again, or
-    /// ends as aborted when its retries are used up. Blocks until the reset is over.
+    /// Resets the controller. I/O in flight ends once: with its own status, with that of another
+    /// attempt, or as aborted when its retries are used up. Blocks until the reset has ended.
     pub fn reset(&self) -> Result<(), NvmeError> {
         let before = self.core.wait_live()?;
         self.core.request_reset("asked for");
@@ -427,9 +431,9 @@ impl Controller {
         }
     }
 
-    /// Shuts the controller down (CC.SHN) so that its caches are safe, and lets go of the
-    /// device. Every queue pair's I/O ends. Blocks, bounded. Dropping the last handle does the
-    /// same without the report.
+    /// Shuts the controller down (CC.SHN), so that its caches are safe, and releases the device.
+    /// Every queue pair's I/O ends. Blocks for a bounded time. Dropping the last handle does the
+    /// same without returning an error.
     pub fn shutdown(&self) -> Result<(), NvmeError> {
         if !self.core.birth.is_here() {
             return Err(self.core.gone(Cause::OtherProcess));

@@ -1,5 +1,5 @@
-//! What a caller's own admin command may be, so that no safe call makes a device write where
-//! it must not, or changes what the driver builds on.
+//! Checks of a caller's own admin command, so that no safe call makes a device write where it must
+//! not, or changes state that the driver relies on.
 
 use super::Core;
 use crate::dma::DmaBuf;
@@ -8,27 +8,28 @@ use crate::spec::{AdminOpcode, Command, FeatureId, decode};
 
 const PAGE: usize = 4096;
 
-/// A command as it is sent.
+/// A command ready to be sent.
 pub(super) struct Prepared {
     pub command: Command,
-    /// The driver's own buffer: the device is given no other.
+    /// The driver's own buffer. The device is given no other.
     pub sent: Option<DmaBuf>,
-    /// The caller's.
+    /// The caller's buffer.
     pub own: Option<DmaBuf>,
 }
 
-/// What data a command has.
+/// The data of a command.
 enum Data {
     None,
-    /// So many bytes, by the command's own fields; there must be a buffer for them.
+    /// Exactly this many bytes, by the command's own fields. A buffer is required.
     Bytes(usize),
     /// At most a page, whether the caller has a buffer or not.
     Page,
-    /// At most what a command's data can be.
+    /// At most the largest data of any command.
     Any,
 }
 
-/// What the device transfers (Base section 5), or why the command is not passed on.
+/// Returns the data that the device transfers (Base section 5), or the reason why the command is
+/// refused.
 fn data_of(c: &Command) -> Result<Data, &'static str> {
     let dwords = |z: u32| u64::from(z).saturating_add(1).saturating_mul(4);
     let bytes = |len: u64| Data::Bytes(usize::try_from(len).unwrap_or(usize::MAX));
@@ -50,8 +51,8 @@ fn data_of(c: &Command) -> Result<Data, &'static str> {
         | AdminOpcode::VIRTUALIZATION
         | AdminOpcode::FORMAT_NVM
         | AdminOpcode::SANITIZE => Data::None,
-        // Vendor specific. Bits 1:0 of every opcode say whether there is data (Base section 3.3.3.1);
-        // its length is the vendor's affair.
+        // Vendor specific commands. Bits 1:0 of every opcode say whether there is data (Base
+        // section 3.3.3.1). Its length is not known.
         AdminOpcode(op @ 0xc0..) if op & 3 == 0 => Data::None,
         AdminOpcode(0xc0..) => Data::Any,
         _ => return Err("not passed on: it is the driver's own or not known"),
@@ -66,12 +67,12 @@ fn feature(c: &Command) -> u8 {
 fn get_feature(id: u8) -> Result<Data, &'static str> {
     match id {
         0x01..=0x1e | 0x78..=0x85 => Ok(Data::Page),
-        _ => Err("not passed on: how long the feature's data is, no specification says"),
+        _ => Err("not passed on: no specification says how long the feature's data is"),
     }
 }
 
-/// Features that tell the device where to write, and those that the driver has set and builds on,
-/// stay as they are.
+/// Refuses features that tell the device where to write, and those that the driver has set and
+/// relies on.
 fn set_feature(id: u8) -> Result<Data, &'static str> {
     match FeatureId(id) {
         FeatureId::NUMBER_OF_QUEUES
@@ -84,7 +85,7 @@ fn set_feature(id: u8) -> Result<Data, &'static str> {
         FeatureId(0x0d) => {
             Err("not passed on: it gives the device memory (host memory buffer) by its address")
         }
-        // Without data.
+        // Features without data.
         FeatureId(0x01 | 0x02 | 0x04 | 0x05 | 0x08..=0x0a | 0x10 | 0x11 | 0x13 | 0x15) => {
             Ok(Data::None)
         }
@@ -96,13 +97,14 @@ fn set_feature(id: u8) -> Result<Data, &'static str> {
     }
 }
 
-/// Checks a command of a caller whose buffer has `have` bytes, and clears its pointers. Says how long the driver's own buffer
-/// must be, 0 for none, or why the command is not sent. A command has at most `largest` bytes of data.
+/// Checks a caller's command with a buffer of `have` bytes, and clears its pointers. Returns the
+/// length of the driver's own buffer, 0 for none, or the reason why the command is not sent. A
+/// command has at most `largest` bytes of data.
 fn check(mut command: Command, have: usize, largest: usize) -> Result<(Command, usize), String> {
     let len = match data_of(&command)? {
         Data::None => 0,
         Data::Page => PAGE,
-        // Of a page's worth the caller may want the beginning only.
+        // The caller may want only the beginning of a page.
         Data::Bytes(len) if have > 0 && len <= have.next_multiple_of(PAGE) => len,
         Data::Bytes(0) => 0,
         Data::Bytes(len) => {
@@ -123,8 +125,8 @@ fn check(mut command: Command, have: usize, largest: usize) -> Result<(Command, 
 }
 
 impl Core {
-    /// Checks a command, clears its pointers, and takes a buffer that is as long as the device
-    /// may want; the caller's data is copied into it.
+    /// Checks a command, clears its pointers and takes a buffer as long as the device may need,
+    /// with the caller's data copied into it.
     pub(super) fn prepare(
         &self,
         command: Command,
@@ -156,7 +158,7 @@ impl Core {
     }
 }
 
-/// Gives the caller's own buffer back, filled.
+/// Returns the caller's own buffer, filled.
 pub(super) fn finish(sent: Option<DmaBuf>, own: Option<DmaBuf>) -> Option<DmaBuf> {
     let mut own = own?;
     if let Some(sent) = sent {

@@ -1,4 +1,4 @@
-//! I/O queue pairs: how many, making them, deleting them.
+//! Making and deleting I/O queue pairs.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -23,8 +23,8 @@ use crate::queue::{
 use crate::spec::{AdminOpcode, Command, FeatureId, Status, doorbell_offset};
 
 impl Core {
-    /// Set Features 07h: Base section 5.27.1.5. A controller may answer with more than it was
-    /// asked for, or with fewer.
+    /// Asks for I/O queues with Set Features 07h: Base section 5.27.1.5. A controller may grant
+    /// more or fewer than it was asked for.
     pub(super) fn negotiate_queues(&self) -> Result<(), NvmeError> {
         let want = u32::from(self.options.queues.max(1)) - 1;
         let command =
@@ -36,9 +36,9 @@ impl Core {
         Ok(())
     }
 
-    /// Creates a queue pair's queues at the device, on the current completion memory.
-    /// With a state word, only while the controller is in that state. After an error the device
-    /// may have one of them.
+    /// Creates a queue pair's queues on the device, on the current completion memory. With a state
+    /// word, creates them only while the controller is in that state. After an error the device may
+    /// have one of them.
     pub(super) fn create_queues(
         &self,
         word: Option<u64>,
@@ -53,12 +53,12 @@ impl Core {
         Ok(())
     }
 
-    /// Deletes a queue pair's queues and gives its identifier back. True: the device does not
-    /// touch their memory, nor that of their commands, any more. False: it refused; the
-    /// identifier stays taken until the next reset.
+    /// Deletes a queue pair's queues and frees its identifier. Returns true when the device no
+    /// longer accesses their memory, nor that of their commands. Returns false when it refused; the
+    /// identifier then stays taken until the next reset.
     pub(crate) fn retire_queue(&self, q: &Arc<QueueShared>) -> bool {
-        // A reset does not create it again from here on. The identifier stays taken: the device
-        // has queues of that number until it has answered.
+        // From here on a reset does not create the queues again. The identifier stays taken: the
+        // device has queues of that number until it has answered.
         self.mark_queue(q.qid, QueueUse::Going);
         let done = self.delete_queues(q);
         if done {
@@ -77,11 +77,11 @@ impl Core {
         }
     }
 
-    /// True: the device has no queues of this number.
+    /// Deletes the queues. Returns whether the device now has no queues of this number.
     fn delete_queues(&self, q: &QueueShared) -> bool {
         loop {
             let Ok(word) = self.wait_live() else {
-                // Failed or removed: detached, so quiet.
+                // After a failure or removal the controller is detached, so the device is quiet.
                 return true;
             };
             if !q.bank.lock().created {
@@ -89,7 +89,7 @@ impl Core {
             }
             let delete = |op| {
                 match self.admin_at(Some(word), Command::delete_queue(op, q.qid), None) {
-                    // It says itself that there is none.
+                    // The device itself says that there is no such queue.
                     Err(NvmeError::Status { status, .. })
                         if status.code() == Status::QID_INVALID =>
                     {
@@ -102,7 +102,7 @@ impl Core {
                 delete(AdminOpcode::DELETE_SQ).and_then(|()| delete(AdminOpcode::DELETE_CQ));
             match deleted {
                 Ok(()) => return true,
-                // A reset in between has deleted them, as it has all queues.
+                // A reset in between has deleted all queues.
                 Err(_) if self.state.load(Ordering::Acquire) != word => {
                     if self.wait_live().is_ok() {
                         return true;
@@ -116,7 +116,8 @@ impl Core {
         }
     }
 
-    /// The device was disabled: what it had refused to delete is gone.
+    /// Frees the identifiers of queues that the device refused to delete: it was disabled, which
+    /// ends them.
     pub(super) fn free_stuck_queues(&self) {
         let mut registry = self.queues.lock();
         let stuck = registry
@@ -134,12 +135,12 @@ impl Core {
         }
     }
 
-    /// Keeps something until the device is certainly done with it.
-    pub(crate) fn bury(&self, what: Box<dyn Any + Send>) {
-        self.graveyard.lock().push(what);
+    /// Keeps an object until the device is certainly done with it.
+    pub(crate) fn keep_until_quiet(&self, what: Box<dyn Any + Send>) {
+        self.kept_until_quiet.lock().push(what);
     }
 
-    /// Zeroes that begin at a page as the controller counts them, in memory that it may reach.
+    /// Takes zeroed memory that the controller can access and that begins at one of its pages.
     pub(super) fn queue_memory(&self, len: usize) -> Result<DmaShared, NvmeError> {
         let len = len.next_multiple_of(1 << self.page_shift);
         Ok(DmaShared::zeroed_in(self.transport.domain(), len)?)
@@ -157,7 +158,7 @@ impl Controller {
     /// Makes an I/O queue pair. Blocks for the admin commands.
     ///
     /// # Errors
-    /// [`NvmeError::NoQueues`] when the controller has no more.
+    /// Fails with [`NvmeError::NoQueues`] when the controller has no more queues.
     pub fn queue_pair(self: &Arc<Self>, options: &QueueOptions) -> Result<QueuePair, NvmeError> {
         barrier::init();
         let core = &self.core;
@@ -182,18 +183,18 @@ impl Controller {
         match self.bring_to_life(&shared) {
             Ok((word, bells)) => self.assemble(options, shared, word, lists, list_len, bells),
             Err(error) => {
-                // Whether the device has a queue there is not known for sure.
+                // It is not certain whether the device has a queue there.
                 shared.bank.lock().created = true;
                 if !core.retire_queue(&shared) {
-                    core.bury(Box::new(shared));
+                    core.keep_until_quiet(Box::new(shared));
                 }
                 Err(error)
             }
         }
     }
 
-    /// Creates the queues of a pair that is in the registry, or lets a reset that comes over it
-    /// do so. Returns the state word under which its rings are at the beginning.
+    /// Creates the queues of a registered pair, or lets a reset that happens meanwhile do so.
+    /// Returns the state word for which its rings are valid at the beginning.
     fn bring_to_life(&self, shared: &Arc<QueueShared>) -> Result<(u64, (Bell, Bell)), NvmeError> {
         let core = &self.core;
         let bell = |completion, shadow| {
@@ -207,27 +208,27 @@ impl Controller {
             let bank = *shared.bank.lock();
             let (sq_shadow, cq_shadow) = core.shadows(shared.qid);
             if !bank.created {
-                // The queue starts at 0, whatever an earlier queue of the number left there.
+                // The queue starts at 0, whatever an earlier queue with its number left there.
                 for shadow in sq_shadow.iter().chain(&cq_shadow) {
                     shadow.clear();
                 }
             }
-            // Doorbells before queues: nothing to undo when one is refused.
+            // Doorbells come before queues, so that there is nothing to undo when one is refused.
             let bells = (bell(false, sq_shadow)?, bell(true, cq_shadow)?);
             let made = if bank.created {
                 Ok(())
             } else {
                 core.create_queues(Some(word), shared, bank.current)
             };
-            // Held, so that a reset that begins now decides after this.
+            // The lock is held, so that a reset that begins now decides after this.
             let mut now = shared.bank.lock();
             if core.state.load(Ordering::Acquire) == word {
                 made?;
                 now.created = true;
                 return Ok((word, bells));
             }
-            // A reset came over it. Either it has found the pair in the registry and created
-            // the queues, or it was past the registry already and they are still to be made.
+            // A reset happened meanwhile. Either it found the pair in the registry and created the
+            // queues, or it was past the registry already and they have to be created now.
         }
     }
 
@@ -298,8 +299,9 @@ impl Controller {
         Ok(shared)
     }
 
-    /// A free queue identifier, under the registry's lock. Waits for those that are about to be
-    /// free; resets a controller that has refused to delete the queues of the last ones.
+    /// Returns a free queue identifier, under the registry's lock. Waits for identifiers that are
+    /// about to become free, and resets a controller that has refused to delete the queues of the
+    /// last ones.
     fn free_identifier(&self) -> Result<(MutexGuard<'_, Registry>, u16), NvmeError> {
         let core = &self.core;
         let deadline = Instant::now() + core.options.admin_timeout;
@@ -335,7 +337,7 @@ impl Controller {
         (sq_bell, cq_bell): (Bell, Bell),
     ) -> Result<QueuePair, NvmeError> {
         let core = Arc::clone(&self.core);
-        // When a reset has come over it meanwhile, the word tells, and the pair catches up.
+        // If a reset has happened meanwhile, the state word shows it and the pair catches up.
         let current = shared.bank.lock().current;
         let depth = shared.sq_entries - 1;
         let mut list_addresses = Vec::with_capacity(usize::from(depth));
@@ -348,12 +350,12 @@ impl Controller {
                 .0;
             list_addresses.push(list_address);
         }
-        // Consumed entries that the controller has not heard of are room that it lacks: never
-        // so many that it cannot post a completion for everything in flight.
+        // Entries that are consumed but not acknowledged are room that the controller lacks. There
+        // are never so many that it cannot post a completion for every command in flight.
         let spare = shared.cq_entries - 1 - depth.min(shared.cq_entries - 1);
         let ack_at = spare.min(shared.cq_entries / 4).max(1);
         let histogram = if options.histogram {
-            // One nanosecond to one minute, two significant digits.
+            // The histogram covers one nanosecond to one minute with two significant digits.
             Histogram::new_with_bounds(1, 60_000_000_000, 2)
                 .ok()
                 .map(Box::new)
@@ -405,16 +407,17 @@ impl Controller {
     }
 }
 
-/// Bytes of a command's list area: PRP entries for the largest transfer, at least 32 ranges of
-/// Dataset Management. A power of two up to a page, so that it crosses none.
+/// Returns the length of a command's list area: PRP entries for the largest transfer and at least
+/// 32 ranges of Dataset Management. It is a power of two up to a page, so that an area crosses no
+/// page.
 fn list_len(transfer_bytes: usize, page_shift: u32) -> usize {
     let entries = (transfer_bytes >> page_shift) + 1;
     (entries * 8).next_power_of_two().clamp(512, 4096)
 }
 
 impl Core {
-    /// Stops every owner from ringing doorbells, as a first step of a reset or shutdown. The
-    /// state word must not be what the owners have seen when this returns.
+    /// Stops every owner from ringing doorbells, as a first step of a reset or shutdown. When this
+    /// returns, the state word must differ from the one that the owners have seen.
     pub(super) fn freeze_queues(&self, word: u64) {
         self.set_state(state::word(state::generation(word) + 1, Phase::Resetting));
         barrier::heavy();

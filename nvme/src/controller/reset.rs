@@ -1,4 +1,4 @@
-//! Controller reset with I/O in flight, failure, removal.
+//! Reset with I/O in flight, failure and removal of a controller.
 
 use std::sync::atomic::Ordering;
 
@@ -7,10 +7,10 @@ use super::{ControllerEvent, Core, QueueUse, Registered};
 use crate::error::NvmeError;
 
 impl Core {
-    /// Resets the controller if it is still in the state that the request was made in.
+    /// Resets the controller if it is still in the state in which the request was made.
     ///
-    /// Doorbells stop, the controller is disabled (which ends every queue and every transfer),
-    /// enabled, and given its queues again, each on its second completion memory. Owners see
+    /// Stops the doorbells, disables the controller (which ends every queue and every transfer),
+    /// enables it and creates its queues again, each on its second completion memory. Owners see
     /// the new state word and settle their commands, see `queue::recover`.
     pub(crate) fn reset(&self, word: u64, reason: &str) {
         if !state::is_due(self.state.load(Ordering::Acquire), word) {
@@ -51,7 +51,7 @@ impl Core {
         let want = self.interrupts.read().len();
         if want > 0 {
             let want = u16::try_from(want).unwrap_or(u16::MAX);
-            // Queue pairs that sleep on one that is missing now look by themselves from time to time.
+            // A queue pair whose interrupt vector is missing now wakes from time to time and looks.
             self.some_interrupts(want)?;
         }
         Ok(())
@@ -79,7 +79,7 @@ impl Core {
         Ok(())
     }
 
-    /// Gives the controller up: DMA is off, then everybody is told.
+    /// Marks the controller as failed: DMA is off, then everybody is told.
     pub(super) fn fail(&self, reason: &str) {
         tracing::error!(device = self.name(), reason, "the controller failed");
         *self.failure.lock() = Some(reason.to_owned());
@@ -87,7 +87,7 @@ impl Core {
         self.end(Phase::Failed);
     }
 
-    /// The controller is gone.
+    /// Marks the controller as removed.
     pub(super) fn removed(&self) {
         tracing::warn!(device = self.name(), "the controller was removed");
         self.event(ControllerEvent::Removed);
@@ -108,7 +108,7 @@ impl Core {
         self.wake_sleepers();
     }
 
-    /// Somebody wants the device back: it is disabled if it still answers, then let go of.
+    /// Gives the device back on request: disables it if it still responds, then releases it.
     pub(super) fn release(&self) {
         let word = self.state.load(Ordering::Acquire);
         if state::phase(word) == Phase::Live {

@@ -1,18 +1,18 @@
-//! The controller's state in one word, so that a queue pair checks it with one load.
+//! The controller's state in one word, which a queue pair checks with one load.
 //!
-//! Low two bits: phase; the rest: generation, counted up by every reset. A queue pair's rings
-//! belong to the word under which its queues were created.
+//! The low two bits are the phase and the others the generation, which every reset increments. A
+//! queue pair's rings are valid for the word under which its queues were created.
 
-/// What can be done with the controller.
+/// The phase of a controller's life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
     /// Commands are accepted.
     Live,
-    /// A reset is under way.
+    /// The controller is being reset.
     Resetting,
-    /// A reset did not bring it back.
+    /// A reset did not bring the controller back.
     Failed,
-    /// It is gone.
+    /// The controller was removed.
     Removed,
 }
 
@@ -29,8 +29,8 @@ pub(crate) fn generation(word: u64) -> u64 {
     word >> 2
 }
 
-/// Whether a reset that was asked for in the state `asked` is done in the state `now`: what has changed since has served the
-/// request.
+/// Whether a reset that was requested in the state `asked` is done in the state `now`, because the
+/// state has changed since.
 pub(crate) fn is_due(now: u64, asked: u64) -> bool {
     now == asked && phase(now) == Phase::Live
 }

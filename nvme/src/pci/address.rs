@@ -1,4 +1,4 @@
-//! `0000:01:00.0`.
+//! Addresses of PCI functions, such as `0000:01:00.0`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,17 +12,17 @@ pub struct PciAddress {
     function: u8,
 }
 
-/// A text that is no PCI address.
+/// The text is not a PCI address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} is no PCI address: write domain:bus:device.function in hexadecimal, as 0000:01:00.0 (lspci -D shows them)"
+    "{0:?} is not a PCI address: write domain:bus:device.function in hexadecimal, as 0000:01:00.0 (lspci -D shows them)"
 )]
 pub struct ParseAddressError(pub String);
 
 impl FromStr for PciAddress {
     type Err = ParseAddressError;
 
-    /// Accepts the domain left out, as `lspci` prints it on most machines.
+    /// Parses an address. The domain may be left out, as `lspci` prints it on most machines.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         parse(text).ok_or_else(|| ParseAddressError(text.to_owned()))
     }

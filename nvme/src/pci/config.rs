@@ -1,10 +1,10 @@
-//! The few fields of PCI configuration space that a driver without a kernel touches.
+//! The fields of PCI configuration space that a driver in user space uses.
 //!
 //! Source: PCI Local Bus Specification 3.0, sections 6.1, 6.2.2, 6.7 and 6.8.2.
 
 use std::io;
 
-/// Command register: offset and bits.
+/// Offset and bits of the command register.
 pub(crate) const COMMAND: u16 = 0x04;
 pub(crate) const COMMAND_MEMORY: u16 = 1 << 1;
 pub(crate) const COMMAND_BUS_MASTER: u16 = 1 << 2;
@@ -17,7 +17,7 @@ const CAP_ID_MSIX: u8 = 0x11;
 const MSIX_ENABLE: u16 = 1 << 15;
 const MSIX_MASK_ALL: u16 = 1 << 14;
 
-/// Access to a function's configuration space, little endian.
+/// Access to a function's configuration space, which is little-endian.
 pub trait ConfigSpace {
     /// Reads `data.len()` bytes at `offset`.
     fn read(&self, offset: u16, data: &mut [u8]) -> io::Result<()>;
@@ -43,7 +43,7 @@ pub trait ConfigSpace {
         Ok(bytes[0])
     }
 
-    /// Lets the function decode memory and be a bus master, and silences INTx.
+    /// Enables memory decoding and bus mastering, and disables INTx.
     fn enable(&self) -> io::Result<()> {
         let command = self.read_u16(COMMAND)?;
         self.write_u16(
@@ -52,20 +52,20 @@ pub trait ConfigSpace {
         )
     }
 
-    /// Lets the function decode memory, so that its registers can be reached. It transfers no more
-    /// than before.
+    /// Enables memory decoding, so that the function's registers can be accessed. Bus mastering
+    /// stays as it is.
     fn enable_memory(&self) -> io::Result<()> {
         let command = self.read_u16(COMMAND)?;
         self.write_u16(COMMAND, command | COMMAND_MEMORY)
     }
 
-    /// Takes bus mastering away: from then on the function transfers nothing.
+    /// Disables bus mastering: from then on the function transfers nothing.
     fn disable_dma(&self) -> io::Result<()> {
         let command = self.read_u16(COMMAND)?;
         self.write_u16(COMMAND, command & !COMMAND_BUS_MASTER)
     }
 
-    /// The capabilities of the chained list; a list that loops ends where it does.
+    /// Returns the capabilities of the chained list. A list that loops ends where it does.
     fn capabilities(&self) -> io::Result<Vec<Capability>> {
         let mut found = Vec::new();
         if self.read_u16(STATUS)? & STATUS_CAPABILITIES == 0 {
@@ -82,7 +82,7 @@ pub trait ConfigSpace {
         Ok(found)
     }
 
-    /// The MSI-X capability, if there is one.
+    /// Returns the MSI-X capability, if there is one.
     fn msix(&self) -> io::Result<Option<MsixCapability>> {
         let Some(capability) = self
             .capabilities()?
@@ -108,21 +108,21 @@ pub trait ConfigSpace {
     }
 }
 
-/// One entry of the capability list.
+/// An entry of the capability list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capability {
-    /// Which capability.
+    /// Capability identifier.
     pub id: u8,
-    /// Where it begins.
+    /// Offset of the capability.
     pub offset: u16,
 }
 
-/// What a driver needs of the MSI-X capability.
+/// The parts of the MSI-X capability that a driver needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MsixCapability {
     /// Offset of the message control word.
     pub control_offset: u16,
-    /// Vectors in the table.
+    /// Number of vectors in the table.
     pub vectors: u16,
     /// Whether MSI-X is on.
     pub enabled: bool,

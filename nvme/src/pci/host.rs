@@ -1,4 +1,4 @@
-//! Functions, drivers and IOMMU groups in sysfs.
+//! PCI functions, drivers and IOMMU groups in sysfs.
 
 use std::fs;
 use std::io;
@@ -6,16 +6,16 @@ use std::path::{Path, PathBuf};
 
 use super::{Claims, PciAddress, Use, usage};
 
-/// What can go wrong with sysfs.
+/// An error of sysfs.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PciError {
     /// A file could not be read or written.
     #[error("{path}: {source}")]
     Io {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// There is no such function.
@@ -23,12 +23,12 @@ pub enum PciError {
         "{0}: no such PCI function (lspci -D lists them); if it was removed, echo 1 > /sys/bus/pci/rescan"
     )]
     NoFunction(PciAddress),
-    /// It is something else than an NVMe controller.
-    #[error("{address}: class {class:#08x} is no NVMe controller (0x010802)")]
+    /// The function is not an NVMe controller.
+    #[error("{address}: class {class:#08x} is not an NVMe controller (0x010802)")]
     NotNvme {
-        /// The function.
+        /// Address of the function.
         address: PciAddress,
-        /// Its class code.
+        /// Class code of the function.
         class: u32,
     },
     /// The driver did not take the function.
@@ -36,16 +36,16 @@ pub enum PciError {
         "{address}: the kernel's driver {driver} did not take the function (now: {now}); dmesg tells why"
     )]
     NotBound {
-        /// The function.
+        /// Address of the function.
         address: PciAddress,
-        /// The driver wanted.
+        /// The requested driver.
         driver: String,
-        /// What has it instead.
+        /// The driver that has the function instead.
         now: String,
     },
 }
 
-/// The machine, by the directory that is its `/`.
+/// A machine, identified by the directory that is its `/`.
 #[derive(Debug, Clone)]
 pub struct Host {
     root: PathBuf,
@@ -57,37 +57,38 @@ impl Default for Host {
     }
 }
 
-/// One PCI function.
+/// A PCI function.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Function {
-    /// Where it is.
+    /// Address of the function.
     pub address: PciAddress,
     /// Vendor identifier.
     pub vendor: u16,
     /// Device identifier.
     pub device: u16,
-    /// Class code, as `0x010802`.
+    /// Class code, such as `0x010802`.
     pub class: u32,
-    /// The kernel's driver that has it.
+    /// The kernel driver that the function is bound to.
     pub driver: Option<String>,
-    /// The driver that it is reserved for (`driver_override`).
+    /// The driver that the function is reserved for (`driver_override`).
     pub driver_override: Option<String>,
-    /// Its IOMMU group.
+    /// The function's IOMMU group.
     pub group: Option<Group>,
-    /// NUMA node, where the machine has several.
+    /// NUMA node, on a machine with several.
     pub numa_node: Option<u32>,
-    /// Block devices that the kernel made of it, as `nvme0n1`.
+    /// Block devices that the kernel made for it, such as `nvme0n1`.
     pub block_devices: Vec<String>,
 }
 
-/// The IOMMU group of a function: the smallest set of functions that can be given away.
+/// The IOMMU group of a function: the smallest set of functions that can be given to a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Group {
-    /// Its number; the device node is `/dev/vfio/<id>` (with `noiommu-` in front where it is one).
+    /// Number of the group. The device node is `/dev/vfio/<id>`, or `/dev/vfio/noiommu-<id>` in a
+    /// no-IOMMU group.
     pub id: u32,
-    /// Made by `vfio` without an IOMMU behind it: the device can reach all memory.
+    /// Whether `vfio` made the group without an IOMMU, so that the device can access all memory.
     pub no_iommu: bool,
-    /// Functions in it, this one included.
+    /// The functions in the group, this one included.
     pub members: Vec<PciAddress>,
 }
 
@@ -111,28 +112,28 @@ impl Function {
 }
 
 impl Host {
-    /// This machine.
+    /// Returns this machine.
     pub fn new() -> Host {
         Host::at("/")
     }
 
-    /// A machine whose files lie below `root`; for tests and for containers that mount the
-    /// host's `/sys` elsewhere.
+    /// Returns the machine whose files lie below `root`, for tests and for containers that mount
+    /// the host's `/sys` elsewhere.
     pub fn at(root: impl Into<PathBuf>) -> Host {
         Host { root: root.into() }
     }
 
-    /// Whether this is the machine that the process runs on, as far as its files tell.
+    /// Whether this is the machine that the process runs on, judged by its root.
     pub fn is_this_machine(&self) -> bool {
         self.root == Path::new("/")
     }
 
-    /// An absolute path of the machine, below its root.
+    /// Returns an absolute path of the machine, below its root.
     pub fn path(&self, absolute: &str) -> PathBuf {
         self.root.join(absolute.trim_start_matches('/'))
     }
 
-    /// A file's text without white space around it; `None` when it is not there.
+    /// Returns a file's text without white space around it, or `None` when the file does not exist.
     pub fn read(&self, absolute: &str) -> Result<Option<String>, PciError> {
         let path = self.path(absolute);
         match fs::read(&path) {
@@ -157,25 +158,25 @@ impl Host {
         format!("/sys/bus/pci/devices/{address}")
     }
 
-    /// Name that a symbolic link of the machine points to, last part only.
+    /// Returns the last component of the path that a symbolic link points to.
     fn link(&self, absolute: &str) -> Option<String> {
         let target = fs::read_link(self.path(absolute)).ok()?;
         Some(target.file_name()?.to_str()?.to_owned())
     }
 
-    /// Names in a directory, in order; none when it is not there.
+    /// Returns the names in a directory, in order, or none when it does not exist.
     pub fn names(&self, absolute: &str) -> Vec<String> {
         names(&self.path(absolute))
     }
 
-    /// Every NVMe controller, by address.
+    /// Returns every NVMe controller, by address.
     pub fn nvme_functions(&self) -> Result<Vec<Function>, PciError> {
         let mut found = Vec::new();
         for name in self.names("/sys/bus/pci/devices") {
             let Ok(address) = name.parse() else { continue };
             match self.function(address) {
                 Ok(function) if function.is_nvme() => found.push(function),
-                // It may go away while the list is read.
+                // The function may be removed while the list is read.
                 Ok(_) | Err(PciError::NoFunction(_)) => {}
                 Err(e) => return Err(e),
             }
@@ -183,7 +184,7 @@ impl Host {
         Ok(found)
     }
 
-    /// One function, whatever it is.
+    /// Returns the function at an address, of any class.
     pub fn function(&self, address: PciAddress) -> Result<Function, PciError> {
         let dir = Self::function_dir(address);
         let number = |name: &str| -> Result<Option<u32>, PciError> {
@@ -231,7 +232,7 @@ impl Host {
         }))
     }
 
-    /// One NVMe controller.
+    /// Returns the NVMe controller at an address.
     pub fn nvme_function(&self, address: PciAddress) -> Result<Function, PciError> {
         let function = self.function(address)?;
         if function.is_nvme() {
@@ -244,24 +245,24 @@ impl Host {
         }
     }
 
-    /// What the machine does with the function's block devices: mounts, swap, volumes on top,
-    /// loop devices and targets, processes that have them open; and what of this could not be
-    /// found out. Empty: nothing, for certain.
+    /// Returns the machine's uses of the function's block devices: mounts, swap, volumes on top,
+    /// loop devices and targets, and processes that have them open; and which of these could not be
+    /// determined. An empty list says that there is certainly no use.
     pub fn uses(&self, function: &Function) -> Vec<Use> {
         self.claim(function).err().unwrap_or_default()
     }
 
-    /// Claims the function's disks, so that nobody begins to use them while it changes hands.
+    /// Claims the function's disks, so that nobody begins to use them while the driver changes.
     ///
     /// # Errors
-    /// What [`Host::uses`] tells.
+    /// Returns the uses that [`Host::uses`] finds.
     pub fn claim(&self, function: &Function) -> Result<Claims, Vec<Use>> {
         let dir = Self::function_dir(function.address);
         usage::claim(self, &dir, &function.block_devices)
     }
 
-    /// Other functions of the same group that a driver of the kernel works with: while there
-    /// are any, VFIO refuses the group. Bridges and ports may keep theirs.
+    /// Returns other functions of the same group that a kernel driver uses: while there are any,
+    /// VFIO refuses the group. Bridges and ports may keep their drivers.
     pub fn group_rivals(&self, function: &Function) -> Vec<(PciAddress, String)> {
         let members = function.group.iter().flat_map(|g| &g.members);
         members
@@ -271,8 +272,8 @@ impl Host {
             .collect()
     }
 
-    /// Processes that have a file of this path open: pid and name. Empty: none that `/proc`
-    /// shows to this process.
+    /// Returns the processes that have a file of this path open, with pid and name. An empty list
+    /// says that `/proc` shows none to this process.
     pub fn openers(&self, path: &str) -> Vec<(u32, String)> {
         usage::openers(self, |target| target == path)
             .into_iter()
@@ -280,7 +281,7 @@ impl Host {
             .collect()
     }
 
-    /// Takes the function from its driver and leaves it without one. Blocks while a process has
+    /// Unbinds the function from its driver and leaves it without one. Blocks while a process has
     /// it open through VFIO.
     pub fn unbind(&self, address: PciAddress) -> Result<(), PciError> {
         let dir = Self::function_dir(address);
@@ -291,8 +292,8 @@ impl Host {
         Ok(())
     }
 
-    /// Hands the function to `driver` (`None`: to whichever of the kernel's drivers matches it).
-    /// Blocks until the kernel has unbound the old one and probed the new.
+    /// Binds the function to `driver` (`None`: to whichever kernel driver matches it). Blocks until
+    /// the kernel has unbound the old driver and probed the new one.
     pub fn bind(&self, address: PciAddress, driver: Option<&str>) -> Result<(), PciError> {
         let dir = Self::function_dir(address);
         // A newline alone clears it (sysfs-bus-pci, driver_override).

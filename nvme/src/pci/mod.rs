@@ -1,5 +1,5 @@
-//! PCI functions as Linux's sysfs shows them: which NVMe controllers there are, who drives them,
-//! their IOMMU groups, and whether the kernel uses what is on them.
+//! PCI functions in Linux's sysfs: NVMe controllers, their drivers and IOMMU groups, and the
+//! kernel's uses of their disks.
 //!
 //! Source: Linux `Documentation/ABI/testing/sysfs-bus-pci`, `Documentation/driver-api/vfio.rst`.
 

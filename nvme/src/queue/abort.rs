@@ -1,4 +1,4 @@
-//! Ending an I/O before its time, because the caller asks.
+//! Aborting an I/O at the caller's request.
 
 use super::pair::QueuePair;
 use super::slot::{NO_RETRY, SlotState};
@@ -6,9 +6,9 @@ use crate::error::Cause;
 
 impl QueuePair {
     /// Asks the controller to abort the I/O that was submitted with `tag` (Base section 5.1), and
-    /// sends nothing of it again. Never blocks. What the controller has not fetched yet it cannot
-    /// abort. The I/O still ends by itself, once, with success or as aborted. Returns whether it
-    /// was in flight.
+    /// sends none of its commands again. Never blocks. The controller cannot abort a command that
+    /// it has not fetched yet. The I/O still ends once, with success or as aborted. Returns whether
+    /// it was in flight.
     pub fn abort(&mut self, tag: u64) -> bool {
         if !self.core.birth.is_here() {
             return false;
@@ -45,7 +45,7 @@ impl QueuePair {
             }
             found = true;
         }
-        // Of an I/O in several commands, those that were not sent yet are not sent any more.
+        // The commands of a split I/O that were not sent yet are not sent.
         for split in self.splits.iter_mut().flatten().filter(|s| s.tag == tag) {
             found = true;
             split.fail(self.core.name(), Cause::Aborted, "");

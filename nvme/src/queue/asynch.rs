@@ -15,7 +15,7 @@ use super::pair::QueuePair;
 use crate::dma::{DmaBuf, DmaSlice};
 use crate::namespace::Namespace;
 
-/// A namespace's queue pair for `async` code of one thread; cheap to clone.
+/// A queue pair of a namespace for the `async` code of one thread. Clones share the queue pair.
 ///
 /// A dropped future does not cancel its I/O: the buffers stay with the queue pair until the
 /// device is done with them.
@@ -43,7 +43,7 @@ enum Cell {
 }
 
 impl AsyncQueue {
-    /// Takes a queue pair for I/O on one namespace.
+    /// Wraps a queue pair for I/O on one namespace.
     pub fn new(pair: QueuePair, ns: Arc<Namespace>) -> AsyncQueue {
         AsyncQueue {
             inner: Rc::new(RefCell::new(Inner {
@@ -62,8 +62,8 @@ impl AsyncQueue {
         &self.ns
     }
 
-    /// Does one I/O; it comes back with its buffers. An I/O that is refused comes back with the
-    /// refusal as its error.
+    /// Does one I/O, which comes back with its buffers. A refused I/O comes back with the refusal
+    /// as its error.
     pub fn io(&self, io: Op) -> impl Future<Output = (Op, Result<(), AsyncError>)> + use<> {
         IoFuture {
             queue: self.clone(),
@@ -80,17 +80,18 @@ impl AsyncQueue {
         }
     }
 
-    /// Writes.
+    /// Writes `data` to the blocks from `lba`; with `fua` it is durable on completion.
     pub async fn write(&self, lba: u64, data: DmaSlice, fua: bool) -> Result<(), AsyncError> {
         self.io(Op::Write { lba, data, fua }).await.1
     }
 
-    /// Makes completed writes durable.
+    /// Makes all completed writes durable.
     pub async fn flush(&self) -> Result<(), AsyncError> {
         self.io(Op::Flush).await.1
     }
 
-    /// Reaps completions and wakes their futures. Never blocks; returns how many ended.
+    /// Takes completions and wakes their futures. Never blocks. Returns the number of I/Os that
+    /// ended.
     pub fn poll(&self) -> usize {
         let mut wake = Vec::new();
         let count = {
@@ -113,7 +114,7 @@ impl AsyncQueue {
                 }
             }
             inner.done = done;
-            // A completion has made room, or a reset is over that had nothing to hand back.
+            // A completion has made room, or a reset that handed nothing back has ended.
             if count > 0 || (!inner.full.is_empty() && inner.pair.takes_more()) {
                 wake.extend(inner.full.drain(..));
             }
@@ -125,8 +126,8 @@ impl AsyncQueue {
         count
     }
 
-    /// Runs a future to its end on this thread, polling the queue pair and sleeping when
-    /// nothing comes.
+    /// Runs a future to its end on this thread. Polls the queue pair, and sleeps when nothing
+    /// completes.
     pub fn block_on<F: Future>(&self, future: F) -> F::Output {
         let mut future = pin!(future);
         let mut context = Context::from_waker(Waker::noop());
@@ -141,14 +142,14 @@ impl AsyncQueue {
                     .pair
                     .wait(Duration::from_millis(100));
                 if waited.is_err() {
-                    // Gone: what is submitted now is refused, so the future goes on.
+                    // The controller is gone: new I/O is refused, so the future ends.
                     std::thread::yield_now();
                 }
             }
         }
     }
 
-    /// The queue pair back, when this is the last handle and no future is alive.
+    /// Returns the queue pair, if this is the last handle and no future is alive.
     pub fn into_inner(self) -> Result<QueuePair, AsyncQueue> {
         let AsyncQueue { inner, ns } = self;
         match Rc::try_unwrap(inner) {
@@ -158,13 +159,13 @@ impl AsyncQueue {
     }
 }
 
-/// How an asynchronous I/O failed.
+/// The reason why an asynchronous I/O failed.
 #[derive(Debug, thiserror::Error)]
 pub enum AsyncError {
-    /// The device or the driver ended it.
+    /// The device or the driver ended the I/O with an error.
     #[error(transparent)]
     Io(#[from] Box<IoError>),
-    /// It was not accepted; the reason as text.
+    /// The queue pair did not accept the I/O; the reason as text.
     #[error("{0}")]
     Refused(String),
 }

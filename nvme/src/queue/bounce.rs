@@ -1,25 +1,24 @@
-//! Copies of the data, for a device that may not see the callers' buffers.
+//! Copies of the data, for a device that must not see the callers' buffers.
 //!
-//! A controller in another process is given memory of its own ([`DmaDomain`]), and the data goes
-//! through it: what is to be written is copied there, what was read is copied from there. So that
-//! process sees nothing but what it is asked to store, and whatever it does, and whenever, it
-//! cannot change a buffer of the caller's.
+//! A controller in another process is given memory of its own ([`DmaDomain`]), and the driver
+//! copies data to be written there and data that was read back. So that process sees nothing but
+//! what it is asked to store, and nothing that it does can change a caller's buffer.
 
 use pumice_io::{Completion as IoCompletion, Op};
 
 use crate::dma::{DmaBuf, DmaDomain, DmaError, DmaSlice};
 
-/// Buffers kept for the next I/Os: so many of each capacity, and bytes of a capacity.
+/// Most buffers of one capacity to keep for later I/Os, and most bytes of one capacity.
 const SPARE_BUFFERS: usize = 64;
 const SPARE_BYTES: usize = 4 << 20;
 
-/// The callers' I/Os, while copies of them are with the device.
+/// The callers' I/Os whose copies the device has.
 #[derive(Debug, Default)]
 pub(crate) struct Bounce {
-    /// By number, which is the copy's tag.
+    /// The I/Os by number, which is the copy's tag.
     lent: Vec<Option<Lent>>,
     free: Vec<usize>,
-    /// By log2 of the capacity.
+    /// Spare buffers, by log2 of the capacity.
     spare: Vec<Vec<DmaBuf>>,
 }
 
@@ -30,7 +29,7 @@ struct Lent {
 }
 
 impl Bounce {
-    /// Whether the data begins at multiples of 4 bytes, as it must for any device.
+    /// Whether the data begins at multiples of 4 bytes, as every device requires.
     pub fn is_aligned(io: &Op) -> bool {
         let good = |data: &DmaSlice| data.region_offset() & 3 == 0;
         match io {
@@ -40,10 +39,10 @@ impl Bounce {
         }
     }
 
-    /// Keeps the caller's I/O and makes its copy, with the tag that the copy has.
+    /// Keeps the caller's I/O and returns its copy with the copy's tag.
     ///
     /// # Errors
-    /// The I/O, when there is no memory.
+    /// Returns the I/O when there is no memory for the copy.
     pub fn lend(&mut self, domain: &DmaDomain, tag: u64, io: Op) -> Result<(u64, Op), Op> {
         let copy = match self.copy(domain, &io) {
             Ok(copy) => copy,
@@ -66,10 +65,10 @@ impl Bounce {
         Ok((number as u64, copy))
     }
 
-    /// The caller's I/O back, in exchange for its copy.
+    /// Returns the caller's I/O in exchange for its copy.
     ///
     /// # Panics
-    /// When the number is none of a copy that is out.
+    /// Panics when no copy with this number is with the device.
     pub fn take_back(&mut self, number: u64, copy: Op, read: bool) -> (u64, Op) {
         let at = usize::try_from(number).expect("a number that was given out");
         let Lent { tag, mut io } = self.lent[at].take().expect("each copy comes back once");
@@ -96,13 +95,13 @@ impl Bounce {
         (tag, io)
     }
 
-    /// Makes an I/O that has ended the caller's own.
+    /// Turns a copy that has ended into the caller's own I/O.
     pub fn finish(&mut self, done: &mut IoCompletion) {
         let copy = std::mem::replace(&mut done.op, Op::Flush);
         (done.tag, done.op) = self.take_back(done.tag, copy, done.result.is_ok());
     }
 
-    /// The numbers of the copies of the I/Os with this tag.
+    /// Returns the numbers of the copies of the I/Os with this tag.
     pub fn numbers_of(&self, tag: u64) -> Vec<u64> {
         let with_tag = |lent: &Option<Lent>| lent.as_ref().is_some_and(|l| l.tag == tag);
         (0..)
@@ -115,7 +114,7 @@ impl Bounce {
     fn copy(&mut self, domain: &DmaDomain, io: &Op) -> Result<Op, DmaError> {
         let mut data = |data: &DmaSlice| -> Result<DmaSlice, DmaError> {
             if data.is_empty() {
-                // What is wrong with it is said where it is submitted.
+                // An invalid I/O is refused where it is submitted.
                 return Ok(data.clone());
             }
             let mut buf = self.buffer(domain, data.len())?;

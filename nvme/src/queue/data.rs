@@ -1,14 +1,14 @@
 //! Data pointers: PRP entries and SGL descriptors, written into a command's list area.
 //!
-//! Base section 4.1.1 (PRP) and 4.1.2 (SGL). Nothing is allocated: every command slot has an
-//! area of its own in DMA memory, which also serves as the data of Dataset Management and Copy.
+//! Base sections 4.1.1 (PRP) and 4.1.2 (SGL). Nothing is allocated: every command slot has an area
+//! of its own in DMA memory, which also holds the data of Dataset Management and Copy.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::dma::{AddressTable, DmaBuf, DmaSlice, RegionId};
 use crate::spec::{Command, SglDescriptor};
 
-/// A piece of memory of an I/O.
+/// A contiguous part of an I/O's memory.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Segment {
     pub region: RegionId,
@@ -58,7 +58,7 @@ impl ListArea<'_> {
     }
 }
 
-/// How pointers are made.
+/// The form of a controller's data pointers.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PointerStyle {
     /// The controller's page (CC.MPS), a power of two.
@@ -66,11 +66,11 @@ pub(crate) struct PointerStyle {
     pub sgl: bool,
 }
 
-/// Memory that the device cannot reach.
+/// The device cannot access the memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct NotMapped;
 
-/// Bytes from an address to the end of its page.
+/// Number of bytes from an address to the end of its page.
 #[inline]
 fn to_page_end(address: u64, page: usize) -> usize {
     #[expect(
@@ -88,8 +88,9 @@ pub(super) struct Pointer {
     pub flags: u8,
 }
 
-/// The data pointer for one piece of memory where that takes no list: one or two pages, or one
-/// SGL descriptor. `None`: it takes more, or the memory is not mapped. The piece is not empty.
+/// Makes the data pointer for one segment that needs no list: one or two pages, or one SGL
+/// descriptor. Returns `None` when it needs a list or when the memory is not mapped. The segment is
+/// not empty.
 #[inline]
 pub(super) fn point_directly(
     table: &AddressTable,
@@ -121,8 +122,7 @@ pub(super) fn point_directly(
     })
 }
 
-/// Sets the data pointer of a command for one piece of memory that is small enough for the
-/// list area.
+/// Sets a command's data pointer for one segment that is small enough for the list area.
 pub(super) fn point_at(
     command: &mut Command,
     table: &AddressTable,
@@ -149,9 +149,10 @@ pub(super) fn point_at(
     }
 }
 
-/// Sets the data pointer for `want` bytes of the segments, from byte `skip` on. Returns how
-/// many bytes the pointer covers: fewer when the list area is full or when the next piece
-/// cannot follow in a PRP list (it does not start a page, or the one before does not end one).
+/// Sets the data pointer for `want` bytes of the segments, from byte `skip` on. Returns how many
+/// bytes the pointer covers. It covers fewer when the list area is full, or when the next segment
+/// cannot follow in a PRP list because it does not start at a page or the one before does not end
+/// at one.
 pub(super) fn point_at_many(
     command: &mut Command,
     table: &AddressTable,
@@ -176,7 +177,7 @@ pub(super) fn point_at_many(
     }
 }
 
-/// The data pointer of an admin command: always PRP, one piece.
+/// Sets the data pointer of an admin command, which is always a PRP of one segment.
 pub(crate) fn admin_prp(
     command: &mut Command,
     table: &AddressTable,
@@ -191,7 +192,7 @@ pub(crate) fn admin_prp(
     point_at(command, table, segment, style, area)
 }
 
-/// The device-contiguous pieces of an I/O's memory.
+/// The parts of an I/O's memory that are contiguous for the device.
 struct Pieces<'a, I> {
     table: &'a AddressTable,
     segments: I,
@@ -245,7 +246,7 @@ fn prp(
 ) -> Result<usize, NotMapped> {
     let mut covered = 0usize;
     let mut entries = 0usize;
-    // The end so far is the end of a page, so that another entry may follow.
+    // The previous part ends at the end of a page, so that another entry may follow.
     let mut open = true;
     'pieces: for piece in pieces {
         let (mut address, mut len) = piece?;
@@ -295,12 +296,12 @@ fn sgl(
         let (address, len) = piece?;
         let Ok(len32) = u32::try_from(len) else { break };
         match &mut last {
-            // Neighbours in device addresses become one descriptor.
+            // Parts that are adjacent in device addresses become one descriptor.
             Some((a, l)) if *a + u64::from(*l) == address && l.checked_add(len32).is_some() => {
                 *l += len32;
             }
             Some(done) => {
-                // Room for this one and the one that now begins.
+                // There is room for this descriptor and the one that begins now.
                 if 2 * (count + 2) > area.words.len() || !put(count, *done) {
                     break;
                 }
@@ -330,7 +331,8 @@ mod tests {
     use crate::dma::{DmaError, DmaMapper, Region, register_mapper};
     use std::sync::Arc;
 
-    /// A device that sees chunk n at a scattered place, so that nothing is contiguous by luck.
+    /// A device that sees each chunk at a scattered address, so that nothing is contiguous by
+    /// chance.
     struct Scatter(AddressTable);
 
     // SAFETY: no device reads the table.
@@ -364,7 +366,7 @@ mod tests {
         }
     }
 
-    /// What a device reads through the pointer: (address, length) of each entry.
+    /// Returns the (address, length) of each entry that a device reads through the pointer.
     fn follow(c: &Command, words: &[AtomicU64], mut len: usize) -> Vec<(u64, usize)> {
         let mut out = Vec::new();
         if c.flags & Command::SGL != 0 {
@@ -504,7 +506,7 @@ mod tests {
     fn a_full_list_area_covers_less() {
         let device = Arc::new(Scatter(AddressTable::new()));
         let _guard = register_mapper(device.clone()).unwrap();
-        // 512-byte buffers with gaps between them: nothing merges.
+        // The 512-byte buffers have gaps between them, so that nothing merges.
         let bufs: Vec<DmaBuf> = (0..64).map(|_| DmaBuf::new(1024).unwrap()).collect();
         let segments = bufs.iter().map(|b| Segment {
             len: 512,

@@ -1,4 +1,4 @@
-//! Time-outs, and what a queue pair does after its controller was reset or went away.
+//! Time-outs, and a queue pair's recovery after its controller was reset or removed.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -10,14 +10,14 @@ use crate::error::{Cause, millis};
 use crate::spec::decode;
 
 impl QueuePair {
-    /// Brings the queue pair up to the controller's state. True: it can take commands.
+    /// Updates the queue pair to the controller's state. Returns whether it can take commands.
     #[cold]
     pub(super) fn catch_up(&mut self) -> bool {
         if self.dead.is_some() {
             return false;
         }
         if !self.core.birth.is_here() {
-            // What is in flight is the parent's, and its memory is not mapped here.
+            // The I/Os in flight are the parent's, and their memory is not mapped here.
             self.dead = Some(Cause::OtherProcess);
             return false;
         }
@@ -39,8 +39,8 @@ impl QueuePair {
         }
     }
 
-    /// The controller was reset and has created the queues anew. The old ones are gone with
-    /// whatever the device did with them, so buffers are ours again.
+    /// Continues after a reset, which has created the queues again. The old queues no longer exist,
+    /// and the device no longer accesses their buffers, so they are ours again.
     fn rejoin(&mut self, word: u64) {
         let shared = std::sync::Arc::clone(&self.shared);
         let bank = shared.bank.lock();
@@ -71,7 +71,7 @@ impl QueuePair {
         }
     }
 
-    /// Takes what the old completion queue still holds; nobody writes it any more.
+    /// Takes what the old completion queue still holds. The device no longer writes it.
     fn drain(&mut self) {
         let mut out = Vec::new();
         for _ in 0..self.shared.cq_entries {
@@ -79,8 +79,8 @@ impl QueuePair {
                 break;
             };
             let ours = self.slots.named_by(&completion).is_some();
-            // Something impossible may be why there was a reset: what comes behind it is not
-            // trusted either.
+            // An impossible completion may be the reason for the reset. The entries behind it are
+            // not trusted.
             if !ours || completion.sq_head >= self.sq.entries() {
                 break;
             }
@@ -106,7 +106,8 @@ impl QueuePair {
         self.fail_splits(cause);
     }
 
-    /// Looks for commands that take too long. Cheap unless a tick is due.
+    /// Looks for commands that exceed their time-out. Does next to nothing unless it is time to
+    /// look.
     pub(super) fn tick(&mut self) {
         let now = millis(self.epoch.elapsed());
         if now < self.next_tick_ms {
@@ -132,7 +133,7 @@ impl QueuePair {
             let text = decode::io_command(self.shared.qid, &entry.command()).to_string();
             if entry.state == SlotState::InFlight {
                 entry.state = SlotState::Overdue;
-                // Half the time again for the abort to show.
+                // The abort gets half of the time-out to take effect.
                 entry.deadline_ms = now + (timeout / 2).max(1);
                 self.stats.timeouts += 1;
                 tracing::warn!(
@@ -150,7 +151,7 @@ impl QueuePair {
         }
     }
 
-    /// Milliseconds until `tick` has something to do, for `wait`.
+    /// Time until `tick` has something to do, for `wait`.
     pub(super) fn until_tick(&self) -> Duration {
         let now = millis(self.epoch.elapsed());
         let mut wait = Duration::from_millis(self.next_tick_ms.saturating_sub(now));
@@ -162,8 +163,8 @@ impl QueuePair {
 }
 
 impl Drop for QueuePair {
-    /// Deletes the queues. Blocks for the admin commands; buffers of commands in flight are
-    /// kept until the device is certainly done with them.
+    /// Deletes the queues. Blocks for the admin commands. Buffers of commands in flight are kept
+    /// until the device is certainly done with them.
     fn drop(&mut self) {
         if !self.core.birth.is_here() {
             return;
@@ -175,7 +176,7 @@ impl Drop for QueuePair {
         }
         let slots = std::mem::replace(&mut self.slots, Slots::new(0, 0));
         let splits = std::mem::take(&mut self.splits);
-        core.bury(Box::new((
+        core.keep_until_quiet(Box::new((
             slots.into_ios(),
             splits,
             std::sync::Arc::clone(&self.lists),

@@ -8,22 +8,22 @@ use pumice_io::sys::{Doorbell, MmioMap};
 use crate::dma::{DmaShared, Entries};
 use crate::spec::Completion;
 
-/// Where a queue's entries lie.
+/// The place of a queue's entries.
 #[derive(Debug, Clone)]
 pub(crate) enum QueueMem {
-    /// In the host's memory.
+    /// The host's memory.
     Host(Arc<DmaShared>),
-    /// In the controller's memory buffer, from this byte on.
+    /// The controller's memory buffer, from this byte on.
     Controller(MmioMap, usize),
 }
 
-/// A doorbell, with its shadow when the controller has taken a doorbell buffer.
+/// A doorbell, with its shadow when the controller has accepted a doorbell buffer.
 #[derive(Debug)]
 pub(crate) struct Bell {
     mmio: Doorbell,
     shadow: Option<Shadow>,
     last: u16,
-    /// Writes to the register, for statistics.
+    /// Number of writes to the register.
     pub rings: u64,
 }
 
@@ -36,7 +36,7 @@ pub(crate) struct Shadow {
 }
 
 impl Shadow {
-    /// Sets the queue's shadow doorbell and event index to 0; the queue does not exist.
+    /// Sets the queue's shadow doorbell and event index to 0, while the queue does not exist.
     pub fn clear(&self) {
         for page in [&self.values, &self.events] {
             if let Some(word) = page.as_u32().get(self.index) {
@@ -56,7 +56,7 @@ impl Bell {
         }
     }
 
-    /// Tells the controller a new tail or head.
+    /// Tells the controller the new tail or head.
     #[inline]
     pub fn ring(&mut self, value: u16) {
         if let Some(shadow) = &self.shadow {
@@ -76,14 +76,14 @@ impl Bell {
     }
 }
 
-/// The accesses of [`announce`], apart from it, so that a model can try all their orders.
+/// The memory accesses of [`announce`], apart from it so that a model can try all their orders.
 trait Memory {
     type Word;
-    /// Release.
+    /// Stores with Release.
     fn store(word: &Self::Word, value: u32);
-    /// Relaxed.
+    /// Loads with Relaxed.
     fn load(word: &Self::Word) -> u32;
-    /// Sequentially consistent.
+    /// Is a sequentially consistent fence.
     fn fence();
 }
 
@@ -108,7 +108,8 @@ impl Memory for Hardware {
     }
 }
 
-/// Writes a shadow doorbell. True: the controller sleeps, and the register has to be written, too.
+/// Writes a shadow doorbell. Returns whether the controller sleeps, so that the register must be
+/// written too.
 #[inline]
 fn announce<M: Memory>(word: &M::Word, event: &M::Word, value: u16, old: u16) -> bool {
     M::store(word, value.into());
@@ -118,8 +119,8 @@ fn announce<M: Memory>(word: &M::Word, event: &M::Word, value: u16, old: u16) ->
     needs_ring(M::load(event), value, old)
 }
 
-/// Whether moving from `old` to `new` passes the controller's event index. All ones is what a
-/// controller that polls writes for "never".
+/// Whether moving from `old` to `new` passes the controller's event index. A controller that polls
+/// writes all ones for "never".
 fn needs_ring(event: u32, new: u16, old: u16) -> bool {
     let Ok(event) = u16::try_from(event) else {
         return false;
@@ -169,13 +170,13 @@ impl SubmissionRing {
         self.entries.count()
     }
 
-    /// Whether entries were pushed that the controller was not told of.
+    /// Whether there are entries that the controller has not been told of.
     #[inline]
     pub fn is_dirty(&self) -> bool {
         self.tail != self.rung
     }
 
-    /// Tells the controller.
+    /// Tells the controller of new entries.
     #[inline]
     pub fn ring(&mut self) {
         if self.is_dirty() {
@@ -188,7 +189,7 @@ impl SubmissionRing {
         self.bell.rings
     }
 
-    /// Puts the ring and its doorbell back to the beginning, for a queue created anew.
+    /// Resets the ring and its doorbell to the beginning, for a queue that was created again.
     pub fn restart(&mut self, shadow: Option<Shadow>) {
         self.tail = 0;
         self.rung = 0;
@@ -209,7 +210,8 @@ pub(crate) struct CompletionRing {
 }
 
 impl CompletionRing {
-    /// A ring that tells the controller of consumed entries once `ack_at` have gathered.
+    /// Makes a ring that acknowledges consumed entries to the controller once there are `ack_at` of
+    /// them.
     pub fn new(mem: Arc<DmaShared>, entries: u16, ack_at: u16, bell: Bell) -> CompletionRing {
         CompletionRing {
             entries: Entries::in_host(mem, entries),
@@ -221,7 +223,7 @@ impl CompletionRing {
         }
     }
 
-    /// Whether the next entry is there.
+    /// Whether the next entry has arrived.
     #[inline]
     pub fn is_ready(&self) -> bool {
         let [_, high] = self.entries.at(self.head);
@@ -229,7 +231,7 @@ impl CompletionRing {
         u64::from_le(high) >> 48 & 1 == self.phase
     }
 
-    /// Takes the next entry, if it is there.
+    /// Takes the next entry, if it has arrived.
     #[inline]
     pub fn pop(&mut self) -> Option<Completion> {
         let head = self.head;
@@ -250,13 +252,13 @@ impl CompletionRing {
         Some(Completion::from_words([low, high]))
     }
 
-    /// Whether so many entries were consumed that the controller should hear of it.
+    /// Whether enough entries were consumed to tell the controller.
     #[inline]
     pub fn wants_ack(&self) -> bool {
         self.unacked >= self.ack_at
     }
 
-    /// Whether the controller lags behind at all.
+    /// Whether any consumed entry is not acknowledged yet.
     pub fn has_unacked(&self) -> bool {
         self.unacked > 0
     }
@@ -272,7 +274,7 @@ impl CompletionRing {
         self.bell.rings
     }
 
-    /// Starts over on (cleared) memory, for a queue created anew.
+    /// Starts again on (cleared) memory, for a queue that was created again.
     pub fn restart(&mut self, mem: Arc<DmaShared>, shadow: Option<Shadow>) {
         self.entries = Entries::in_host(mem, self.entries.count());
         self.head = 0;
@@ -305,18 +307,18 @@ mod tests {
         }
     }
 
-    /// In no order of the two sides' accesses does the controller go to sleep on a command that
-    /// nobody rings for.
+    /// In no order of the two sides' accesses does the controller go to sleep while there is a
+    /// command of which nobody tells it.
     #[test]
     fn a_shadow_doorbell_is_seen_or_rung() {
         loom::model(|| {
             use loom::sync::Arc;
             use loom::sync::atomic::AtomicU32;
-            // An event index that nothing passes: the controller is awake.
+            // Nothing passes this event index: the controller is awake.
             let words = Arc::new((AtomicU32::new(0), AtomicU32::new(5)));
             let host = Arc::clone(&words);
             let host = loom::thread::spawn(move || announce::<Model>(&host.0, &host.1, 1, 0));
-            // The controller: ring for what comes behind 0; then a last look.
+            // The controller asks for a ring when the doorbell passes 0, then looks a last time.
             words.1.store(0, Ordering::Relaxed);
             Model::fence();
             let seen = words.0.load(Ordering::Acquire) == 1;

@@ -1,4 +1,4 @@
-//! What a queue pair's owner and the controller's reset share.
+//! The state that a queue pair's owner shares with the controller's reset.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -10,10 +10,10 @@ use super::ring::QueueMem;
 use crate::dma::DmaShared;
 use crate::spec::QueuePriority;
 
-/// The part of a queue pair that the controller needs to create its queues anew.
+/// The part of a queue pair from which the controller creates its queues again.
 ///
-/// There are two completion queues' worth of memory: a reset creates the queue on the other
-/// one, so that the owner can still read what was completed before the reset.
+/// There is memory for two completion queues: a reset creates the queue on the other one, so that
+/// the owner can still read what was completed before the reset.
 #[derive(Debug)]
 pub(crate) struct QueueShared {
     pub qid: u16,
@@ -32,7 +32,7 @@ pub(crate) struct QueueShared {
     pub bank: Mutex<Bank>,
 }
 
-/// Which completion queue memory is in use, and whether the device has the queues.
+/// The completion queue memory in use, and whether the device has the queues.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Bank {
     pub current: usize,
@@ -41,13 +41,15 @@ pub(crate) struct Bank {
 
 /// Whether a queue pair's owner is writing doorbells.
 ///
-/// The registers belong to the queues of one generation. So a reset first changes the controller's state word and then waits
-/// for every owner that looked at it before; see [`barrier`] for why one of the two sees the other.
+/// The registers belong to the queues of one generation. So a reset first changes the controller's
+/// state word and then waits for every owner that looked at it before. See [`barrier`] for why one
+/// of the two sees the other.
 #[derive(Debug, Default)]
 pub(crate) struct Ringing(AtomicBool);
 
 impl Ringing {
-    /// Writes doorbells by `write`, unless the controller's state is no longer the one that the queues were created in.
+    /// Writes doorbells by `write`, unless the controller's state is no longer the one in which the
+    /// queues were created.
     #[inline]
     pub fn while_in(&self, state: &AtomicU64, seen: u64, write: impl FnOnce()) {
         self.0.store(true, Ordering::Relaxed);
@@ -58,7 +60,8 @@ impl Ringing {
         self.0.store(false, Ordering::Release);
     }
 
-    /// Waits until the owner writes none. The state was changed, and [`barrier::heavy`] called, before.
+    /// Waits until the owner writes no doorbell. The caller has changed the state and called
+    /// [`barrier::heavy`].
     pub fn wait(&self) {
         while self.0.load(Ordering::Acquire) {
             std::thread::yield_now();

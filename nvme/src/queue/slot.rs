@@ -1,4 +1,4 @@
-//! The places of a queue pair's commands, and the identifiers that they give them.
+//! The slots of a queue pair's commands, and the command identifiers that they assign.
 
 use std::ops::{Index, IndexMut};
 
@@ -10,16 +10,16 @@ use crate::spec::{Command, Completion};
 pub(crate) enum SlotState {
     Free,
     InFlight,
-    /// In flight, and an abort was asked for because it takes too long.
+    /// In flight for too long; an abort was requested.
     Overdue,
-    /// Over, waiting to be sent again.
+    /// Ended, waiting to be sent again.
     Retrying,
 }
 
-/// As a number of retries: there shall be no more.
+/// Number of retries that says that the command must not be sent again.
 pub(crate) const NO_RETRY: u8 = u8::MAX;
 
-/// No split.
+/// Value of `split` for a command that is all of its I/O.
 pub(crate) const WHOLE: u32 = u32::MAX;
 
 /// The end of the list of free slots.
@@ -29,20 +29,21 @@ const NONE: u16 = u16::MAX;
 /// pointer, dwords 10 and 11, 12 and 13. The others are zero.
 pub(crate) type Kept = [u64; 5];
 
-/// One command's place. Its number is the low part of the command identifier, the high part is
-/// a sequence number, so that a completion of an earlier command in the slot is recognised.
+/// The slot of one command. Its number is the low part of the command identifier. The high part is
+/// a sequence number, by which a completion of an earlier command in the slot is recognised.
 #[derive(Debug)]
 #[repr(align(64))]
 pub(crate) struct Slot {
-    /// The command, whose identifier may be an earlier one: see [`command`](Self::command).
+    /// The command. Its identifier may be an earlier one, see [`command`](Self::command).
     pub kept: Kept,
     pub tag: u64,
     /// The I/O, if this command is all of it; else `Op::Flush`, which holds nothing.
     pub io: Op,
-    /// When the command is overdue, in milliseconds of the queue's clock; 0: not stamped yet.
+    /// Time at which the command is overdue, in milliseconds of the queue's clock; 0 if it is not
+    /// set yet.
     pub deadline_ms: u64,
     pub started_ns: u64,
-    /// What the completion must name: the submission queue, and above it the command identifier.
+    /// The submission queue and, above it, the command identifier that the completion must name.
     ticket: u32,
     /// The split I/O that this command is a part of.
     pub split: u32,
@@ -58,30 +59,30 @@ impl Slot {
         (self.ticket >> 16) as u16
     }
 
-    /// Whether a command of the slot is with the controller.
+    /// Whether the controller has a command of this slot.
     pub fn is_sent(&self) -> bool {
         matches!(self.state, SlotState::InFlight | SlotState::Overdue)
     }
 
-    /// Whether a completion is this command's: it names its submission queue and identifier.
+    /// Whether a completion names this command's submission queue and identifier.
     #[inline]
     pub fn is_named_by(&self, completion: &Completion) -> bool {
         self.ticket == ticket(completion.sq_id, completion.cid)
     }
 
-    /// In flight: a command that is all of an I/O. `words` have the slot's identifier.
+    /// Puts a command that is all of an I/O in flight. `words` contain the slot's identifier.
     #[inline]
     pub fn begin(&mut self, words: [u64; 8], tag: u64, io: Op) {
         self.kept = [words[0], words[3], words[4], words[5], words[6]];
         self.tag = tag;
-        // What was there holds nothing that must be dropped.
+        // The replaced value holds nothing that must be dropped.
         std::mem::forget(std::mem::replace(&mut self.io, io));
         self.deadline_ms = 0;
         self.state = SlotState::InFlight;
         self.retries = 0;
     }
 
-    /// Notes the command, which gets the slot's identifier, and returns it so.
+    /// Records the command under the slot's identifier, and returns it with that identifier.
     pub fn keep(&mut self, mut command: Command) -> Command {
         command.cid = self.cid();
         let [head, reserved, metadata, prp1, prp2, lba, cdw12, cdw14] = command.words();
@@ -93,7 +94,7 @@ impl Slot {
         command
     }
 
-    /// The command that was noted last.
+    /// Returns the command that was recorded last.
     pub fn command(&self) -> Command {
         let [head, prp1, prp2, lba, cdw12] = self.kept;
         Command::from_words([head, 0, 0, prp1, prp2, lba, cdw12, 0])
@@ -105,20 +106,20 @@ fn ticket(qid: u16, cid: u16) -> u32 {
     u32::from(qid) | u32::from(cid) << 16
 }
 
-/// All slots of a queue pair. A free slot belongs to no split, and its I/O holds nothing.
+/// All slots of a queue pair. A free slot belongs to no split I/O, and its own I/O holds no buffer.
 #[derive(Debug)]
 pub(crate) struct Slots {
     slots: Vec<Slot>,
     first_free: u16,
     in_use: u16,
-    /// Identifiers are slot numbers in these bits, sequence numbers above.
+    /// The bits of an identifier that hold the slot's number. The sequence number is above them.
     number_mask: u16,
-    /// What a ticket grows by with each command.
+    /// The amount by which a ticket grows with each command.
     step: u32,
 }
 
 impl Slots {
-    /// `depth` (at most 4095) slots for the commands of queue `qid`.
+    /// Makes `depth` (at most 4095) slots for the commands of queue `qid`.
     pub fn new(qid: u16, depth: u16) -> Slots {
         let number_bits = u32::from(depth.max(2) - 1).ilog2() + 1;
         let slots = (0..depth).map(|n| Slot {
@@ -146,12 +147,12 @@ impl Slots {
         self.slots.len()
     }
 
-    /// Slots that are not free.
+    /// Number of slots that are not free.
     pub fn in_use(&self) -> usize {
         usize::from(self.in_use)
     }
 
-    /// The slot that `take` is going to give.
+    /// The slot that `take` will return next.
     #[inline]
     pub fn next(&self) -> Option<u16> {
         (self.first_free != NONE).then_some(self.first_free)
@@ -165,7 +166,8 @@ impl Slots {
         self.slots.iter()
     }
 
-    /// A free slot and its number, if there is one. Its state is still `Free`.
+    /// Takes a free slot, if there is one, and returns it with its number. Its state is still
+    /// `Free`.
     #[inline]
     pub fn take(&mut self) -> Option<(u16, &mut Slot)> {
         let number = self.first_free;
@@ -175,7 +177,7 @@ impl Slots {
         Some((number, slot))
     }
 
-    /// The slot that a completion is for, if it names a command that is in flight.
+    /// Returns the slot of the command in flight that a completion names, if there is one.
     #[inline]
     pub fn named_by(&self, completion: &Completion) -> Option<u16> {
         let number = completion.cid & self.number_mask;
@@ -183,8 +185,8 @@ impl Slots {
         (slot.is_named_by(completion) && slot.is_sent()).then_some(number)
     }
 
-    /// The plain case of a completion: if it names a command that is in flight, not overdue, and
-    /// all of its I/O, hands the I/O back as done and makes the slot free. `done` has room.
+    /// Handles the plain case of a completion: if it names a command in flight that is not overdue
+    /// and is all of its I/O, hands the I/O back as done and frees the slot. `done` has room.
     #[inline]
     pub fn finish_plain(&mut self, completion: &Completion, done: &mut Vec<IoCompletion>) -> bool {
         let number = completion.cid & self.number_mask;
@@ -207,7 +209,7 @@ impl Slots {
         true
     }
 
-    /// Makes a slot free. The next command in it has another identifier.
+    /// Frees a slot. The next command in it gets another identifier.
     pub fn give(&mut self, number: u16) {
         let slot = &mut self.slots[usize::from(number)];
         slot.release(self.step);
@@ -223,15 +225,15 @@ impl Slots {
         self.slots[usize::from(number)].release(self.step);
     }
 
-    /// The I/Os, when the slots are not used any more.
+    /// Returns the I/Os of slots that are not used any longer.
     pub fn into_ios(self) -> Vec<Op> {
         self.slots.into_iter().map(|slot| slot.io).collect()
     }
 }
 
 impl Slot {
-    /// Free, with the next sequence number. 0xffff is no command's identifier (Base section
-    /// 3.3.3.1, "CID").
+    /// Frees the slot and advances its sequence number. 0xffff is not a valid command identifier
+    /// (Base section 3.3.3.1, "CID").
     #[inline]
     fn release(&mut self, step: u32) {
         self.state = SlotState::Free;

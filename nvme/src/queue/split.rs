@@ -1,4 +1,4 @@
-//! I/Os of several commands.
+//! I/Os that take several commands.
 
 use pumice_io::{Completion as IoCompletion, IoError, Op, SubmitError};
 
@@ -10,18 +10,18 @@ use crate::error::Cause;
 use crate::namespace::Limits;
 use crate::spec::Command;
 
-/// An I/O of which parts are in flight and parts are still to be sent.
+/// An I/O of which some parts are in flight and others have not been sent yet.
 #[derive(Debug)]
 pub(crate) struct Split {
     pub tag: u64,
     pub io: Op,
     pub limits: Limits,
     pub(super) work: Work,
-    /// Commands that are not over.
+    /// Number of commands that have not ended.
     pub outstanding: usize,
-    /// The first failure; nothing more is sent after it.
+    /// The first failure. No command is sent after it.
     pub error: Option<Box<IoError>>,
-    /// In `waiting_splits`.
+    /// Whether it is listed in `waiting_splits`.
     pub queued: bool,
 }
 
@@ -40,8 +40,8 @@ impl Split {
 }
 
 impl QueuePair {
-    /// Accepts an I/O that takes several commands, of which as many as there is room for are
-    /// sent now and the others by later polls.
+    /// Accepts an I/O that takes several commands. Sends as many as there is room for; later polls
+    /// send the others.
     pub(super) fn submit_split(
         &mut self,
         limits: &Limits,
@@ -49,7 +49,7 @@ impl QueuePair {
         io: Op,
         work: Work,
     ) -> Result<(), SubmitError> {
-        // As many split I/Os as there are slots: a bound on memory.
+        // There may be as many split I/Os as slots, which bounds the memory.
         if self.free_splits.is_empty() && self.splits.len() >= self.slots.len() {
             return Err(SubmitError::Busy(io));
         }
@@ -125,7 +125,7 @@ impl QueuePair {
         }
     }
 
-    /// Sends on, for split I/Os that found no slot before.
+    /// Continues split I/Os that found no slot before.
     pub(super) fn continue_splits(&mut self) {
         for _ in 0..self.waiting_splits.len() {
             if self.slots.next().is_none() {
@@ -170,7 +170,7 @@ impl QueuePair {
         });
     }
 
-    /// Ends every split I/O with an error; no command is in flight any more.
+    /// Ends every split I/O with an error. No command is in flight.
     pub(super) fn fail_splits(&mut self, cause: Cause) {
         for index in 0..self.splits.len() {
             let index = u32::try_from(index).unwrap_or(u32::MAX);

@@ -1,6 +1,6 @@
-//! Counts of a queue pair.
+//! Counters of a queue pair.
 
-/// What a queue pair has done so far.
+/// Counters of a queue pair since it was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct QueueStats {
     /// Commands written to the submission queue, retries included.
@@ -13,7 +13,7 @@ pub struct QueueStats {
     pub cq_doorbells: u64,
     /// Commands sent again.
     pub retries: u64,
-    /// Commands that were not completed in time.
+    /// Commands that exceeded their time-out.
     pub timeouts: u64,
     /// Controller resets that this queue pair went through.
     pub resets: u64,
@@ -21,7 +21,7 @@ pub struct QueueStats {
     pub sleeps: u64,
     /// Sleeps that an interrupt ended.
     pub interrupts: u64,
-    /// Times that the queue's interrupt vector was switched off for a thread that polls, or on
-    /// again.
+    /// Number of times that the queue's interrupt vector was switched off for a polling thread, or
+    /// on again.
     pub interrupt_switches: u64,
 }

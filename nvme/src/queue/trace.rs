@@ -1,26 +1,26 @@
-//! Commands in the log, at trace level: each inside the span of whoever submitted its I/O, so that
-//! the way of one operation can be followed from there to the completion.
+//! Log records of commands, at trace level. Each is inside the span that was current when its I/O
+//! was submitted, so that one operation can be followed down to its completion.
 
 use tracing::{Level, Span};
 
 use super::pair::QueuePair;
 use crate::spec::{Completion, decode};
 
-/// The target of the records.
+/// The target of the log records.
 macro_rules! target {
     () => {
         "pumice_nvme::io"
     };
 }
 
-/// Whether commands are logged. A load and a branch when they are not.
+/// Whether commands are logged. Costs a load and a branch when they are not.
 #[inline]
 pub(super) fn is_on() -> bool {
     tracing::enabled!(target: target!(), Level::TRACE)
 }
 
 impl QueuePair {
-    /// A command that goes into the submission queue.
+    /// Logs a command that goes into the submission queue.
     #[cold]
     pub(super) fn trace_command(&mut self, slot: u16) {
         let at = usize::from(slot);
@@ -39,7 +39,7 @@ impl QueuePair {
         self.spans[at] = Some(span);
     }
 
-    /// A completion that was taken from the completion queue.
+    /// Logs a completion that was taken from the completion queue.
     #[cold]
     pub(super) fn trace_completion(&mut self, slot: u16, completion: &Completion) {
         let span = self.spans.get_mut(usize::from(slot)).and_then(Option::take);

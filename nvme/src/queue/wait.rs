@@ -1,4 +1,4 @@
-//! Waiting: spin while that pays, then sleep on the interrupt.
+//! Waiting for completions: spin while that is worthwhile, then sleep until the interrupt.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -7,10 +7,10 @@ use super::pair::QueuePair;
 use crate::controller::state::{self, Phase};
 use crate::error::{Cause, NvmeError};
 
-/// How long spinning has paid lately.
+/// Adapts the time to spin to the waits of the recent past.
 #[derive(Debug)]
 pub(crate) struct Spin {
-    /// Moving average of how long waits took, in nanoseconds.
+    /// Moving average of the waits, in nanoseconds.
     average_ns: u64,
     waits: u32,
 }
@@ -23,8 +23,9 @@ impl Spin {
         }
     }
 
-    /// How long to spin now: about twice the usual wait; hardly at all when waits are usually
-    /// longer than the bound; now and then the full bound, to notice that they became shorter.
+    /// Returns how long to spin now: about twice the usual wait, hardly at all when waits are
+    /// usually longer than `max`, and occasionally `max` itself, to notice that they became
+    /// shorter.
     fn budget(&mut self, max: Duration) -> Duration {
         self.waits = self.waits.wrapping_add(1);
         let max_ns = u64::try_from(max.as_nanos()).unwrap_or(u64::MAX);
@@ -45,13 +46,13 @@ impl Spin {
     }
 }
 
-/// So many completions after the last sleep, the thread is taken for one that polls.
+/// Number of completions after the last sleep from which the thread counts as one that polls.
 const POLLING_COMPLETIONS: u64 = 1024;
 
-/// Whether the queue's interrupt vector signals.
+/// State of the queue's interrupt vector.
 #[derive(Debug)]
 pub(crate) struct Interrupting {
-    /// This queue pair has switched its vector off.
+    /// Whether this queue pair has switched its vector off.
     off: bool,
     /// The count of completions at the last sleep.
     since: u64,
@@ -66,18 +67,18 @@ impl Interrupting {
     }
 }
 
-/// No sleep is longer, so that time-outs and a lost interrupt are noticed.
+/// The longest single sleep, so that time-outs and a lost interrupt are noticed.
 const SLICE_MAX: Duration = Duration::from_millis(500);
 
 impl QueuePair {
-    /// Blocks until there may be something for [`poll`](Self::poll) to hand back or to do, or
-    /// until the time is over. Rings the doorbells first. Spins for a bounded time that follows
-    /// how long completions have taken, then sleeps on the queue's interrupt (or in naps, where
-    /// there is none). Returns at once when nothing is in flight, except during a reset of the
-    /// controller, whose end is waited for.
+    /// Blocks until [`poll`](Self::poll) may have something to hand back or to do, or until
+    /// `timeout` is over. Rings the doorbells first. Spins for a bounded time that follows the
+    /// recent waits, then sleeps until the queue's interrupt (or in short naps, where there is
+    /// none). Returns at once when nothing is in flight, except while the controller is being
+    /// reset, whose end it waits for.
     ///
     /// # Errors
-    /// When the controller is gone and everything has been handed back.
+    /// Fails when the controller is gone and everything has been handed back.
     pub fn wait(&mut self, timeout: Duration) -> Result<(), NvmeError> {
         if !self.core.birth.is_here() {
             return Err(self.core.gone(Cause::OtherProcess));
@@ -85,7 +86,7 @@ impl QueuePair {
         let word = self.core.state.load(Ordering::Acquire);
         if state::phase(word) == Phase::Resetting && self.backlog.is_empty() && self.dead.is_none()
         {
-            // Until then there is nothing to hand back and nothing can be submitted.
+            // Until the reset ends there is nothing to hand back and nothing can be submitted.
             self.core.wait_changed(word, timeout.min(SLICE_MAX));
             return Ok(());
         }
@@ -120,7 +121,7 @@ impl QueuePair {
         Ok(())
     }
 
-    /// Something is there for `poll`.
+    /// Whether `poll` has something to do.
     #[inline]
     fn ready(&self) -> bool {
         self.cq.is_ready()
@@ -133,14 +134,14 @@ impl QueuePair {
         word != self.seen && state::phase(word) != Phase::Resetting
     }
 
-    /// Whether an I/O of one command would be accepted or refused now, and not told to wait.
+    /// Whether an I/O of one command would be accepted or refused now, rather than told to wait.
     pub(super) fn takes_more(&self) -> bool {
         self.dead.is_some()
             || (self.core.state.load(Ordering::Acquire) == self.seen && self.slots.next().is_some())
     }
 
-    /// Rings, and acknowledges every consumed entry: before a sleep the controller must not
-    /// believe that the queue is fuller than it is.
+    /// Rings the doorbells and acknowledges every consumed entry: before a sleep the controller
+    /// must not believe that the queue is fuller than it is.
     pub(super) fn ring_all(&mut self) {
         self.ring();
         let Self {
@@ -155,8 +156,8 @@ impl QueuePair {
         }
     }
 
-    /// Switches the interrupt off when completions are found by polling anyway: each would cost
-    /// the kernel about as much as the I/O itself.
+    /// Switches the interrupt off when the thread finds its completions by polling: each interrupt
+    /// would cost the kernel about as much as the I/O itself.
     pub(super) fn interrupt_off_while_polling(&mut self) {
         let polled = self.stats.completions - self.interrupting.since;
         if !self.interrupting.off && polled >= POLLING_COMPLETIONS {
@@ -165,7 +166,8 @@ impl QueuePair {
         }
     }
 
-    /// Undoes it, for a sleep, for a vector that a reset has set up anew, and for its next user.
+    /// Switches the interrupt on again, for a sleep, after a reset has set up the vector again, and
+    /// for its next user.
     pub(super) fn interrupt_on(&mut self) {
         if self.interrupting.off {
             self.switch_interrupt(true);

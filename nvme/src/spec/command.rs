@@ -92,12 +92,12 @@ open_enum! {
     }
 }
 
-/// An opcode of either kind of queue, for errors and logs.
+/// An opcode of an admin or an I/O queue, for errors and logs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Opcode {
-    /// On the admin queue.
+    /// An opcode of the admin queue.
     Admin(AdminOpcode),
-    /// On an I/O queue.
+    /// An opcode of an I/O queue.
     Io(IoOpcode),
 }
 
@@ -111,19 +111,19 @@ impl std::fmt::Display for Opcode {
 }
 
 open_enum! {
-    /// What Identify returns: Base section 5.17.1 (figure 273).
+    /// The data structure that Identify returns: Base section 5.17.1 (figure 273).
     Cns: u8 {
-        /// A namespace's structure.
+        /// Identify namespace structure.
         NAMESPACE = 0x00 "namespace",
-        /// The controller's structure.
+        /// Identify controller structure.
         CONTROLLER = 0x01 "controller",
         /// Active namespace list.
         ACTIVE_NAMESPACES = 0x02 "active namespace list",
         /// Namespace identification descriptors.
         NS_DESCRIPTORS = 0x03 "namespace identification descriptors",
-        /// A command set's namespace structure.
+        /// Namespace structure of a command set.
         CSI_NAMESPACE = 0x05 "command set namespace",
-        /// A command set's controller structure.
+        /// Controller structure of a command set.
         CSI_CONTROLLER = 0x06 "command set controller",
         /// Allocated namespace list.
         ALLOCATED_NAMESPACES = 0x10 "allocated namespace list",
@@ -135,7 +135,7 @@ open_enum! {
 open_enum! {
     /// A submission queue's class under weighted round robin: Base section 5.5 (figure 156).
     QueuePriority: u8 {
-        /// Before everything but admin.
+        /// Served before every other class but the admin queue.
         URGENT = 0 "urgent",
         /// High weight.
         HIGH = 1 "high",
@@ -151,7 +151,7 @@ open_enum! {
 pub struct IoFlags(pub u32);
 
 impl IoFlags {
-    /// None.
+    /// No control bits.
     pub const NONE: IoFlags = IoFlags(0);
     /// Force unit access: durable (write) or from the medium (read).
     pub const FUA: IoFlags = IoFlags(1 << 30);
@@ -160,13 +160,13 @@ impl IoFlags {
     /// Deallocate (write zeroes only).
     pub const DEALLOCATE: IoFlags = IoFlags(1 << 25);
 
-    /// Both.
+    /// Returns the bits of both.
     #[must_use]
     pub const fn with(self, other: IoFlags) -> IoFlags {
         IoFlags(self.0 | other.0)
     }
 
-    /// `FUA` if asked for.
+    /// Returns `FUA` if `on`, otherwise `NONE`.
     #[inline]
     pub const fn fua(on: bool) -> IoFlags {
         IoFlags((on as u32) << 30)
@@ -183,7 +183,7 @@ pub struct Command {
     pub flags: u8,
     /// Command identifier; the queue pair sets it.
     pub cid: u16,
-    /// Namespace.
+    /// Namespace identifier.
     pub nsid: u32,
     /// Dword 2.
     pub cdw2: u32,
@@ -215,7 +215,7 @@ impl Command {
     /// `flags`: the data pointer is an SGL descriptor (PSDT = 01b).
     pub const SGL: u8 = 1 << 6;
 
-    /// A command of an opcode, everything else zero.
+    /// Makes a command with this opcode and namespace and zeroes in all other fields.
     #[inline]
     pub fn new(opcode: u8, nsid: u32) -> Command {
         Command {
@@ -225,13 +225,13 @@ impl Command {
         }
     }
 
-    /// The entry as words, for queue memory.
+    /// The entry as words, as queue memory holds it.
     #[inline]
     pub fn words(self) -> [u64; 8] {
         zerocopy::transmute!(self)
     }
 
-    /// The entry from queue memory.
+    /// Makes an entry from the words of queue memory.
     #[inline]
     pub fn from_words(words: [u64; 8]) -> Command {
         zerocopy::transmute!(words)
@@ -272,7 +272,7 @@ impl Command {
         self.flags |= Command::SGL;
     }
 
-    /// Read, write, compare, write zeroes or verify of `blocks` (1 to 65536) from `lba`.
+    /// Makes a Read, Write, Compare, Write Zeroes or Verify of `blocks` (1 to 65536) from `lba`.
     #[inline]
     pub fn blocks_io(op: IoOpcode, nsid: u32, lba: u64, blocks: u32, flags: IoFlags) -> Command {
         debug_assert!((1..=65_536).contains(&blocks));
@@ -282,12 +282,13 @@ impl Command {
         c
     }
 
-    /// Flush: Base section 7.1.
+    /// Makes a Flush: Base section 7.1.
     pub fn flush(nsid: u32) -> Command {
         Command::new(IoOpcode::FLUSH.0, nsid)
     }
 
-    /// Deallocate `ranges` (1 to 256) that the data holds: NVM section 3.2.3.
+    /// Makes a Dataset Management command that deallocates the `ranges` (1 to 256) in its data: NVM
+    /// section 3.2.3.
     pub fn deallocate(nsid: u32, ranges: u32) -> Command {
         debug_assert!((1..=256).contains(&ranges));
         let mut c = Command::new(IoOpcode::DATASET_MANAGEMENT.0, nsid);
@@ -296,7 +297,7 @@ impl Command {
         c
     }
 
-    /// Copy `ranges` (1 to 256) of format 0 that the data holds to `lba`: NVM section 3.2.2.
+    /// Makes a Copy of the `ranges` (1 to 256, format 0) in its data to `lba`: NVM section 3.2.2.
     pub fn copy(nsid: u32, lba: u64, ranges: u32, flags: IoFlags) -> Command {
         debug_assert!((1..=256).contains(&ranges));
         let mut c = Command::new(IoOpcode::COPY.0, nsid);
@@ -305,14 +306,14 @@ impl Command {
         c
     }
 
-    /// Identify: Base section 5.17.
+    /// Makes an Identify: Base section 5.17.
     pub fn identify(cns: Cns, nsid: u32) -> Command {
         let mut c = Command::new(AdminOpcode::IDENTIFY.0, nsid);
         c.cdw10 = u32::from(cns.0);
         c
     }
 
-    /// Get log page, `len` bytes (a multiple of 4) from `offset`: Base section 5.16.
+    /// Makes a Get Log Page of `len` bytes (a multiple of 4) from `offset`: Base section 5.16.
     pub fn get_log(page: LogPage, nsid: u32, offset: u64, len: u32, retain: bool) -> Command {
         let mut c = Command::new(AdminOpcode::GET_LOG_PAGE.0, nsid);
         let dwords_z = (len / 4).wrapping_sub(1);
@@ -326,14 +327,14 @@ impl Command {
         c
     }
 
-    /// Get features, current value: Base section 5.15.
+    /// Makes a Get Features of the current value: Base section 5.15.
     pub fn get_feature(feature: FeatureId, nsid: u32) -> Command {
         let mut c = Command::new(AdminOpcode::GET_FEATURES.0, nsid);
         c.cdw10 = u32::from(feature.0);
         c
     }
 
-    /// Set features: Base section 5.27.
+    /// Makes a Set Features: Base section 5.27.
     pub fn set_feature(feature: FeatureId, nsid: u32, value: u32, save: bool) -> Command {
         let mut c = Command::new(AdminOpcode::SET_FEATURES.0, nsid);
         c.cdw10 = u32::from(feature.0) | u32::from(save) << 31;
@@ -341,7 +342,8 @@ impl Command {
         c
     }
 
-    /// Create I/O completion queue, contiguous: Base section 5.4 / PCIe section 3.3.1.
+    /// Makes a Create I/O Completion Queue in contiguous memory: Base section 5.4, PCIe section
+    /// 3.3.1.
     pub fn create_cq(qid: u16, entries_z: u16, address: u64, vector: Option<u16>) -> Command {
         let mut c = Command::new(AdminOpcode::CREATE_CQ.0, 0);
         c.prp1 = address;
@@ -350,7 +352,7 @@ impl Command {
         c
     }
 
-    /// Create I/O submission queue, contiguous: Base section 5.5.
+    /// Makes a Create I/O Submission Queue in contiguous memory: Base section 5.5.
     pub fn create_sq(qid: u16, entries_z: u16, address: u64, cq: u16, p: QueuePriority) -> Command {
         let mut c = Command::new(AdminOpcode::CREATE_SQ.0, 0);
         c.prp1 = address;
@@ -359,21 +361,21 @@ impl Command {
         c
     }
 
-    /// Delete an I/O queue: Base sections 5.6 and 5.7.
+    /// Makes a command that deletes an I/O queue: Base sections 5.6 and 5.7.
     pub fn delete_queue(op: AdminOpcode, qid: u16) -> Command {
         let mut c = Command::new(op.0, 0);
         c.cdw10 = u32::from(qid);
         c
     }
 
-    /// Abort: Base section 5.1.
+    /// Makes an Abort: Base section 5.1.
     pub fn abort(sqid: u16, cid: u16) -> Command {
         let mut c = Command::new(AdminOpcode::ABORT.0, 0);
         c.cdw10 = u32::from(sqid) | u32::from(cid) << 16;
         c
     }
 
-    /// Format NVM: NVM section 4.1.
+    /// Makes a Format NVM: NVM section 4.1.
     pub fn format(nsid: u32, format: FormatNvm) -> Command {
         let mut c = Command::new(AdminOpcode::FORMAT_NVM.0, nsid);
         c.cdw10 = u32::from(format.lbaf & 15)
@@ -383,7 +385,7 @@ impl Command {
     }
 }
 
-/// What Format NVM shall do.
+/// The parameters of Format NVM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct FormatNvm {
     /// Index of the LBA format.
@@ -400,7 +402,7 @@ pub struct FormatNvm {
 pub struct DsmRange {
     /// Context attributes.
     pub attributes: u32,
-    /// Blocks.
+    /// Number of blocks.
     pub len_blocks: u32,
     /// First block.
     pub lba: u64,
@@ -408,7 +410,7 @@ pub struct DsmRange {
 
 const _: () = assert!(size_of::<DsmRange>() == 16);
 
-/// Most source ranges of a Copy command.
+/// The largest number of source ranges in a Copy command.
 pub const SOURCE_RANGES_MAX: usize = 256;
 
 /// A source range of Copy, descriptor format 0: NVM figure 31.
@@ -421,7 +423,7 @@ pub struct SourceRange {
     pub reserved0: u64,
     /// First block.
     pub lba: u64,
-    /// Blocks, 0's based.
+    /// Number of blocks, 0's based.
     pub blocks_z: u16,
     /// Reserved.
     pub reserved1: [u8; 6],
@@ -435,20 +437,20 @@ pub struct SourceRange {
 
 const _: () = assert!(size_of::<SourceRange>() == 32);
 
-/// What a read or write of consecutive blocks says, apart from its identifier and its data.
+/// The fields of a read or write of consecutive blocks, without its identifier and data pointer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct BlocksIo {
     pub op: IoOpcode,
     pub nsid: u32,
     pub lba: u64,
-    /// 1 to 65536.
+    /// Number of blocks, 1 to 65536.
     pub blocks: u32,
     pub flags: IoFlags,
 }
 
 impl BlocksIo {
-    /// The entry as words, with a data pointer and the flags byte that goes with it: put together
-    /// in registers, for the path that every I/O takes.
+    /// Makes the entry's words with a data pointer and the flags byte that goes with it. They are
+    /// put together in registers, because every I/O takes this path.
     #[inline]
     pub fn words(self, cid: u16, pointer: [u64; 2], pointer_flags: u8) -> [u64; 8] {
         let head = u64::from(self.op.0)

@@ -27,7 +27,7 @@ pub struct Completion {
     pub dw1: u32,
     /// Submission queue head.
     pub sq_head: u16,
-    /// Submission queue.
+    /// Submission queue identifier.
     pub sq_id: u16,
     /// Command identifier.
     pub cid: u16,
@@ -50,13 +50,13 @@ impl Completion {
         Status(self.status_phase >> 1)
     }
 
-    /// The entry from queue memory.
+    /// Makes an entry from the words of queue memory.
     #[inline]
     pub fn from_words(words: [u64; 2]) -> Completion {
         zerocopy::transmute!(words)
     }
 
-    /// The entry as words, for queue memory.
+    /// The entry as words, as queue memory holds it.
     #[inline]
     pub fn words(self) -> [u64; 2] {
         zerocopy::transmute!(self)
@@ -136,26 +136,26 @@ impl Status {
     /// Media: compare failure.
     pub const COMPARE_FAILURE: Status = Status::of(2, 0x85);
 
-    /// A status of a code type and code, no other bits.
+    /// Makes a status of a code type and a code, with all other bits zero.
     pub const fn of(sct: u8, sc: u8) -> Status {
         Status(sc as u16 | ((sct & 7) as u16) << 8)
     }
 
-    /// Whether the same command may succeed later: an error without Do Not Retry that is not of
-    /// the command's own making.
+    /// Whether the same command may succeed later: an error without Do Not Retry that the command
+    /// itself did not cause.
     pub fn may_pass(self) -> bool {
         let generic_or_path = matches!(self.sct().0, 0 | 3);
         !self.is_success() && !self.do_not_retry() && generic_or_path
     }
 
-    /// Whether the device says that it is not ready yet: a namespace or its medium, a format under
-    /// way, or a delay that it names (CRD).
+    /// Whether the device says that it is not ready yet: a namespace or its medium is not ready, a
+    /// format is in progress, or the status names a retry delay (CRD).
     pub fn says_not_ready(self) -> bool {
         let waits = matches!((self.sct().0, self.sc()), (0, 0x82 | 0x84 | 0x24));
         self.may_pass() && (waits || self.crd() != 0)
     }
 
-    /// The same with "do not retry".
+    /// Returns the status with the Do Not Retry bit set.
     #[must_use]
     pub const fn dnr(self) -> Status {
         Status(self.0 | Status::DNR)
@@ -177,22 +177,22 @@ impl Status {
         (self.0 & 0xff) as u8
     }
 
-    /// Command retry delay: 0 none, 1 to 3 which of Identify's CRDT.
+    /// Command retry delay: 0 for none, 1 to 3 for an entry of Identify's CRDT.
     pub fn crd(self) -> u8 {
         (self.0 >> 11 & 3) as u8
     }
 
-    /// More information is in the error log.
+    /// Whether the error log has more information.
     pub fn more(self) -> bool {
         self.0 & Status::MORE != 0
     }
 
-    /// The command would fail again.
+    /// Whether the command would fail again (Do Not Retry).
     pub fn do_not_retry(self) -> bool {
         self.0 & Status::DNR != 0
     }
 
-    /// Type and code only.
+    /// The status with its type and code only.
     #[must_use]
     pub fn code(self) -> Status {
         Status(self.0 & 0x7ff)

@@ -1,4 +1,4 @@
-//! Commands and completions in words, for logs and errors.
+//! Text for commands and completions, for logs and errors.
 //!
 //! ```
 //! use pumice_nvme::spec::{decode, Command, Completion, IoFlags, IoOpcode};
@@ -18,22 +18,22 @@ use super::{
     AdminOpcode, Cns, Command, Completion, FeatureId, IoOpcode, LogPage, Status, status_name,
 };
 
-/// A command of queue `sqid`: 0 is the admin queue.
+/// Displays a command of queue `sqid`; 0 is the admin queue.
 pub fn command(sqid: u16, command: &Command) -> impl fmt::Display + '_ {
     Shown { sqid, command }
 }
 
-/// A command of an I/O queue.
+/// Displays a command of an I/O queue.
 pub fn io_command(sqid: u16, command: &Command) -> impl fmt::Display + '_ {
     Shown { sqid, command }
 }
 
-/// A command of the admin queue.
+/// Displays a command of the admin queue.
 pub fn admin_command(command: &Command) -> impl fmt::Display + '_ {
     Shown { sqid: 0, command }
 }
 
-/// A completion.
+/// Displays a completion.
 pub fn completion(completion: &Completion) -> impl fmt::Display + '_ {
     ShownCompletion(completion)
 }
@@ -148,7 +148,7 @@ fn raw(f: &mut fmt::Formatter<'_>, c: &Command) -> fmt::Result {
 }
 
 impl fmt::Display for Command {
-    /// As a command of an I/O queue would print, without the queue.
+    /// Prints a command as an I/O queue's, without the queue.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         io(f, 0, self)
     }
@@ -173,7 +173,7 @@ impl fmt::Debug for Command {
 }
 
 impl fmt::Display for Status {
-    /// `LBA OUT OF RANGE (00/80) dnr:1`
+    /// Prints for example `LBA OUT OF RANGE (00/80) dnr:1`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = status_name(*self).unwrap_or("UNKNOWN STATUS");
         write!(f, "{name} ({:02x}/{:02x})", self.sct().0, self.sc())?;

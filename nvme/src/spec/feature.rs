@@ -33,27 +33,27 @@ open_enum! {
 open_enum! {
     /// Asynchronous event type: Base figure 145.
     AsyncEventType: u8 {
-        /// An error; the information says which.
+        /// Error; the event information says which.
         ERROR = 0 "error",
         /// SMART / health.
         HEALTH = 1 "health",
-        /// Notice: namespaces changed and the like.
+        /// Notice, such as changed namespaces.
         NOTICE = 2 "notice",
         /// Immediate.
         IMMEDIATE = 3 "immediate",
-        /// An I/O command set's own.
+        /// Event of an I/O command set.
         COMMAND_SET = 6 "command set",
-        /// A vendor's own.
+        /// Vendor specific event.
         VENDOR = 7 "vendor",
     }
 }
 
-/// What an asynchronous event request's completion says: Base figure 145.
+/// Dword 0 of an asynchronous event request's completion: Base figure 145.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct AsyncEvent(pub u32);
 
 impl AsyncEvent {
-    /// The event of a type, with information, to be cleared by reading `log`.
+    /// Makes an event of a type with its information; reading the page `log` clears it.
     pub fn new(kind: AsyncEventType, info: u8, log: u8) -> AsyncEvent {
         AsyncEvent(u32::from(kind.0 & 7) | u32::from(info) << 8 | u32::from(log) << 16)
     }
@@ -63,17 +63,17 @@ impl AsyncEvent {
         AsyncEventType((self.0 & 7) as u8)
     }
 
-    /// Which event of the type.
+    /// The event's number within its type (asynchronous event information).
     pub fn info(self) -> u8 {
         (self.0 >> 8 & 0xff) as u8
     }
 
-    /// The log page to read, which also re-arms the event.
+    /// The log page that describes the event. Reading it re-arms the event.
     pub fn log_page(self) -> u8 {
         (self.0 >> 16 & 0xff) as u8
     }
 
-    /// What happened, in words (Base figures 146 to 151).
+    /// A description of the event (Base figures 146 to 151).
     pub fn text(self) -> &'static str {
         match (self.kind().0, self.info()) {
             (0, 0) => "write to an invalid doorbell register",

@@ -3,7 +3,7 @@
 use zerocopy::little_endian::{U16, U32, U64, U128};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// Optional admin commands (bits of `oacs`): Base figure 275.
+/// Bits of `oacs`, the optional admin commands: Base figure 275.
 #[derive(Debug, Clone, Copy)]
 pub struct Oacs;
 
@@ -20,7 +20,7 @@ impl Oacs {
     pub const DOORBELL_BUFFER: u16 = 1 << 8;
 }
 
-/// Optional I/O commands (bits of `oncs`): Base figure 275.
+/// Bits of `oncs`, the optional I/O commands: Base figure 275.
 #[derive(Debug, Clone, Copy)]
 pub struct Oncs;
 
@@ -33,7 +33,7 @@ impl Oncs {
     pub const DATASET_MANAGEMENT: u16 = 1 << 2;
     /// Write zeroes.
     pub const WRITE_ZEROES: u16 = 1 << 3;
-    /// Save and select in features.
+    /// Save and select fields of Set and Get Features.
     pub const FEATURE_SAVE: u16 = 1 << 4;
     /// Reservations.
     pub const RESERVATIONS: u16 = 1 << 5;
@@ -147,8 +147,8 @@ const _: () = assert!(std::mem::offset_of!(IdentifyController, sqes) == 512);
 const _: () = assert!(std::mem::offset_of!(IdentifyController, subnqn) == 768);
 const _: () = assert!(std::mem::offset_of!(IdentifyController, psd) == 2048);
 
-/// Identify controller of the NVM command set (CNS 06h, CSI 0): NVM figure 102. Limits are
-/// exponents of the smallest host page, 0: none given.
+/// Identify controller of the NVM command set (CNS 06h, CSI 0): NVM figure 102. The size limits are
+/// powers of two of the smallest host page; 0 means that no limit is given.
 #[derive(Debug, Clone, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct IdentifyNvmController {
@@ -176,7 +176,7 @@ const _: () = assert!(size_of::<IdentifyNvmController>() == 4096);
 pub struct LbaFormat {
     /// Metadata bytes per block.
     pub ms: U16,
-    /// log2 of the block size; below 9: format not available.
+    /// log2 of the block size; below 9 where the format is not available.
     pub lbads: u8,
     /// Relative performance, 0 best to 3.
     pub rp: u8,
@@ -236,8 +236,8 @@ const _: () = assert!(std::mem::offset_of!(IdentifyNamespace, nguid) == 104);
 const _: () = assert!(std::mem::offset_of!(IdentifyNamespace, lbaf) == 128);
 
 impl IdentifyNamespace {
-    /// Index of the format in use: FLBAS bits 3:0, and 6:5 as its upper bits when the namespace
-    /// has more than 16 formats.
+    /// Returns the index of the format in use: FLBAS bits 3:0, with 6:5 as upper bits when the
+    /// namespace has more than 16 formats.
     pub fn format_index(&self) -> usize {
         let low = usize::from(self.flbas & 15);
         if self.nlbaf_z > 15 {
@@ -247,7 +247,7 @@ impl IdentifyNamespace {
         }
     }
 
-    /// The format in use.
+    /// Returns the format in use.
     pub fn format(&self) -> LbaFormat {
         self.lbaf[self.format_index() & 63]
     }
@@ -264,17 +264,17 @@ pub enum NsDescriptor {
     Uuid([u8; 16]),
     /// Command set identifier.
     Csi(u8),
-    /// A type not known here.
+    /// A descriptor of another type.
     Other {
-        /// Type.
+        /// Type of the descriptor.
         kind: u8,
-        /// Its bytes.
+        /// Value of the descriptor.
         bytes: Vec<u8>,
     },
 }
 
-/// Reads a list of namespace identification descriptors; stops at the end, at a zero length or
-/// at the first descriptor that does not fit.
+/// Reads a list of namespace identification descriptors, up to its end, a zero length or the first
+/// descriptor that does not fit.
 pub fn ns_descriptors(page: &[u8]) -> Vec<NsDescriptor> {
     let mut rest = page;
     let mut list = Vec::new();
@@ -300,8 +300,8 @@ pub fn ns_descriptors(page: &[u8]) -> Vec<NsDescriptor> {
     list
 }
 
-/// Reads a namespace list (Base section 4.2): ascending ids up to the first zero. `None` when
-/// they do not ascend, which would let a listing go round in circles.
+/// Reads a namespace list (Base section 4.2): ascending identifiers up to the first zero. Returns
+/// `None` when they do not ascend, because a listing could then repeat without end.
 pub fn ns_list(page: &[u8], after: u32) -> Option<Vec<u32>> {
     let mut last = after;
     let mut list = Vec::new();
@@ -319,7 +319,7 @@ pub fn ns_list(page: &[u8], after: u32) -> Option<Vec<u32>> {
     Some(list)
 }
 
-/// An ASCII field of a device as text: trimmed, everything unprintable as `?`.
+/// Returns an ASCII field of a device as text, trimmed, with `?` for everything unprintable.
 pub fn ascii(field: &[u8]) -> String {
     let end = field.iter().position(|&b| b == 0).unwrap_or(field.len());
     field[..end]

@@ -27,47 +27,47 @@ open_enum! {
 pub struct SmartLog {
     /// Bits: spare low, temperature, reliability degraded, read only, backup failed, PMR.
     pub critical_warning: u8,
-    /// Kelvin.
+    /// In kelvins.
     pub composite_temperature: U16,
-    /// Percent.
+    /// In percent.
     pub available_spare: u8,
-    /// Percent.
+    /// In percent.
     pub available_spare_threshold: u8,
-    /// Percent, may exceed 100.
+    /// In percent; it may exceed 100.
     pub percentage_used: u8,
-    /// Endurance groups' critical warnings.
+    /// Critical warnings of the endurance groups.
     pub endurance_group_warning: u8,
     /// Reserved.
     pub reserved0: [u8; 25],
-    /// Thousands of 512-byte units.
+    /// In thousands of 512-byte units.
     pub data_units_read: U128,
-    /// Thousands of 512-byte units.
+    /// In thousands of 512-byte units.
     pub data_units_written: U128,
-    /// Commands.
+    /// Number of commands.
     pub host_reads: U128,
-    /// Commands.
+    /// Number of commands.
     pub host_writes: U128,
-    /// Minutes.
+    /// In minutes.
     pub controller_busy_time: U128,
-    /// Count.
+    /// Number of power cycles.
     pub power_cycles: U128,
-    /// Hours.
+    /// In hours.
     pub power_on_hours: U128,
-    /// Count.
+    /// Number of unsafe shutdowns.
     pub unsafe_shutdowns: U128,
-    /// Count.
+    /// Number of media errors.
     pub media_errors: U128,
-    /// Entries over the life of the controller.
+    /// Number of entries over the life of the controller.
     pub error_log_entries: U128,
-    /// Minutes.
+    /// In minutes.
     pub warning_temperature_time: U32,
-    /// Minutes.
+    /// In minutes.
     pub critical_temperature_time: U32,
-    /// Kelvin; 0: no sensor.
+    /// In kelvins; 0 where there is no sensor.
     pub temperature_sensors: [U16; 8],
-    /// Count.
+    /// Number of transitions.
     pub thermal_transitions: [U32; 2],
-    /// Seconds.
+    /// In seconds.
     pub thermal_time: [U32; 2],
     /// Reserved.
     pub reserved1: [u8; 280],
@@ -79,29 +79,29 @@ const _: () = assert!(size_of::<SmartLog>() == 512);
 #[derive(Debug, Clone, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct ErrorLogEntry {
-    /// Number of the error; 0: no entry.
+    /// Number of the error; 0 where there is no entry.
     pub error_count: U64,
-    /// Queue.
+    /// Submission queue identifier.
     pub sq_id: U16,
-    /// Command.
+    /// Command identifier.
     pub cid: U16,
-    /// Status field with phase.
+    /// Status field with the phase tag.
     pub status_phase: U16,
     /// Byte and bit of the parameter at fault.
     pub parameter_location: U16,
     /// First block that failed.
     pub lba: U64,
-    /// Namespace.
+    /// Namespace identifier.
     pub nsid: U32,
-    /// Vendor's log page with more.
+    /// A vendor specific log page with more information.
     pub vendor: u8,
     /// Transport type.
     pub transport: u8,
     /// Reserved.
     pub reserved0: [u8; 2],
-    /// Command specific.
+    /// Command specific information.
     pub command_specific: U64,
-    /// Transport specific.
+    /// Transport specific information.
     pub transport_specific: U16,
     /// Reserved.
     pub reserved1: [u8; 22],
@@ -110,7 +110,7 @@ pub struct ErrorLogEntry {
 const _: () = assert!(size_of::<ErrorLogEntry>() == 64);
 
 impl ErrorLogEntry {
-    /// The status.
+    /// The status, without the phase tag.
     pub fn status(&self) -> Status {
         Status(self.status_phase.get() >> 1)
     }

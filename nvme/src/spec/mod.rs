@@ -1,13 +1,13 @@
-//! What the NVM Express specifications define, as far as the driver uses it.
+//! The definitions of the NVM Express specifications that the driver uses.
 //!
-//! Source: NVM Express Base Specification 2.0 ("Base"), NVM Command Set Specification 1.0
-//! ("NVM"), NVMe over PCIe Transport Specification 1.0 ("PCIe"); each type names its section.
+//! Sources: NVM Express Base Specification 2.0 ("Base"), NVM Command Set Specification 1.0 ("NVM")
+//! and NVMe over PCIe Transport Specification 1.0 ("PCIe"). Each type names its section.
 //!
-//! * Structures have the specification's layout, little-endian, their size asserted.
-//! * A value that a device supplies from an enumeration is an *open* type (an integer with
-//!   named constants), so that an unknown value is data.
+//! * Structures have the specification's layout, are little-endian and have their size asserted.
+//! * An enumeration whose value a device supplies is an *open* type, an integer with named
+//!   constants, so that an unknown value can be represented.
 //! * A field that the specification counts from zero ends in `_z`.
-//! * Commands and completions print as people know them, see [`decode`].
+//! * Commands and completions print in the usual form of NVMe tools, see [`decode`].
 
 #[cfg(target_endian = "big")]
 compile_error!("NVMe structures are little-endian and are used in place");
@@ -23,7 +23,7 @@ macro_rules! open_enum {
         impl $name {
             $($(#[$vmeta])* pub const $variant: $name = $name($value);)*
 
-            /// The value's name, if it has one here.
+            /// The name of the value, if it is one of the constants.
             pub fn name(self) -> Option<&'static str> {
                 match self.0 {
                     $($value => Some($text),)*

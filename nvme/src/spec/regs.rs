@@ -41,7 +41,7 @@ impl Reg {
     pub const DOORBELLS: u32 = 0x1000;
 }
 
-/// Offset of a queue's doorbell: PCIe sections 3.1.2.1 and 3.1.2.2.
+/// Returns the offset of a queue's doorbell: PCIe sections 3.1.2.1 and 3.1.2.2.
 pub fn doorbell_offset(qid: u16, completion: bool, dstrd: u8) -> u32 {
     Reg::DOORBELLS + ((2 * u32::from(qid) + u32::from(completion)) << (2 + u32::from(dstrd & 15)))
 }
@@ -60,7 +60,7 @@ pub struct Cap {
     pub ams_vendor: bool,
     #[bits(5)]
     __: u8,
-    /// Time-out, in 500 ms.
+    /// Time-out, in units of 500 ms.
     pub to: u8,
     /// Doorbell stride: 4 << dstrd bytes.
     #[bits(4)]
@@ -169,7 +169,7 @@ impl std::fmt::Display for Vs {
     }
 }
 
-/// CRTO: Base section 3.1.3.23; both in 500 ms.
+/// CRTO: Base section 3.1.3.23; both times in units of 500 ms.
 #[bitfield(u32)]
 #[derive(PartialEq, Eq)]
 pub struct Crto {
@@ -186,15 +186,15 @@ pub struct Cmbloc {
     /// Base address register that holds the buffer.
     #[bits(3)]
     pub bir: u8,
-    /// Queues may mix memory.
+    /// Queues may lie partly in the buffer and partly in host memory.
     pub cqmms: bool,
     /// Queues may be physically discontiguous.
     pub cqpds: bool,
-    /// Data pointers may mix.
+    /// A PRP or SGL list may lie partly in the buffer and partly in host memory.
     pub cdpmls: bool,
     /// Command and data pointer independent locations.
     pub cdpcils: bool,
-    /// Data and metadata may mix.
+    /// Data may lie in the buffer and its metadata in host memory, or the other way round.
     pub cdmmms: bool,
     /// Queue dword alignment.
     pub cqda: bool,
@@ -240,7 +240,7 @@ impl Cmbsz {
         u64::from(self.sz()) * self.unit()
     }
 
-    /// Whether there is no buffer.
+    /// Whether the controller has no memory buffer.
     pub fn is_empty(&self) -> bool {
         self.sz() == 0
     }

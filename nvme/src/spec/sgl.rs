@@ -21,16 +21,16 @@ pub struct SglDescriptor {
 const _: () = assert!(size_of::<SglDescriptor>() == 16);
 
 impl SglDescriptor {
-    /// Data block, address subtype.
+    /// The descriptor is a data block; address subtype.
     pub const DATA_BLOCK: u8 = 0x00;
-    /// Bit bucket.
+    /// The descriptor is a bit bucket.
     pub const BIT_BUCKET: u8 = 0x10;
-    /// Segment: more descriptors, the last of which points on.
+    /// The descriptor is a segment: more descriptors, the last of which points to the next segment.
     pub const SEGMENT: u8 = 0x20;
-    /// Last segment.
+    /// The descriptor is the last segment.
     pub const LAST_SEGMENT: u8 = 0x30;
 
-    /// A data block.
+    /// Makes the descriptor of a data block.
     pub fn data(address: u64, len: u32) -> SglDescriptor {
         SglDescriptor {
             address,
@@ -40,7 +40,7 @@ impl SglDescriptor {
         }
     }
 
-    /// The last segment: `len` bytes of descriptors at `address`.
+    /// Makes the descriptor of the last segment: `len` bytes of descriptors at `address`.
     pub fn last_segment(address: u64, len: u32) -> SglDescriptor {
         SglDescriptor {
             kind: SglDescriptor::LAST_SEGMENT,
@@ -48,7 +48,7 @@ impl SglDescriptor {
         }
     }
 
-    /// The descriptor as two words, for queue memory.
+    /// Returns the descriptor as two words, for queue memory.
     #[inline]
     pub fn words(&self) -> [u64; 2] {
         [

@@ -18,7 +18,7 @@ open_enum! {
     }
 }
 
-/// The name of a status, `None` when the specifications used here have none.
+/// Returns the name of a status, or `None` when the specifications used here do not name it.
 pub fn status_name(status: Status) -> Option<&'static str> {
     let name = match (status.sct().0, status.sc()) {
         (0, 0x00) => "SUCCESS",

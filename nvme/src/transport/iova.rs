@@ -1,19 +1,19 @@
-//! I/O virtual addresses: which are free inside what the IOMMU offers.
+//! I/O virtual addresses: an allocator inside the windows of the IOMMU.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
-/// Hands out device addresses from windows (VFIO's `IOVA_RANGE` capability), around the holes
-/// between them.
+/// Allocates device addresses from windows (VFIO's `IOVA_RANGE` capability), between which there
+/// may be gaps.
 #[derive(Debug)]
 pub struct IovaSpace {
     windows: Vec<RangeInclusive<u64>>,
-    /// Start → last byte, of what is taken.
+    /// The allocated ranges: start and last byte.
     taken: BTreeMap<u64, u64>,
 }
 
 impl IovaSpace {
-    /// A space of these windows, in any order. The first 2 MiB stay unused, so that no good
+    /// Makes a space of these windows, in any order. The first 2 MiB stay unused, so that no valid
     /// address looks like null.
     pub fn new(mut windows: Vec<RangeInclusive<u64>>) -> IovaSpace {
         windows.retain(|w| !w.is_empty());
@@ -24,8 +24,8 @@ impl IovaSpace {
         }
     }
 
-    /// Takes the lowest free range of `len` bytes whose start is a multiple of `align` (a power
-    /// of two). `None`: no hole is large enough.
+    /// Takes the lowest free range of `len` bytes whose start is a multiple of `align` (a power of
+    /// two). Returns `None` when no gap is large enough.
     pub fn take(&mut self, len: u64, align: u64) -> Option<u64> {
         assert!(len > 0 && align.is_power_of_two());
         for window in &self.windows {
@@ -56,7 +56,7 @@ impl IovaSpace {
         None
     }
 
-    /// Gives a range back by its start.
+    /// Frees a range by its start.
     pub fn give(&mut self, start: u64) {
         let known = self.taken.remove(&start);
         assert!(known.is_some(), "I/O address {start:#x} was not taken");
@@ -79,7 +79,7 @@ mod tests {
 
     #[test]
     fn stays_in_the_windows_and_out_of_the_holes() {
-        // What intel-iommu offers in a VM: 39 bits with the MSI hole.
+        // The windows of intel-iommu in a virtual machine: 39 bits with a gap for MSI.
         let mut space = IovaSpace::new(vec![0xfef0_0000..=0x7f_ffff_ffff, 0..=0xfedf_ffff]);
         let first = space.take(2 << 20, 2 << 20).unwrap();
         assert_eq!(first, 2 << 20);
@@ -116,8 +116,8 @@ mod tests {
     }
 
     proptest! {
-        /// Against a plain list of what is taken: every range lies in a window, is aligned and
-        /// free, what is given back can be had again, and nothing is refused that would fit.
+        /// Compares with a plain list of the taken ranges: every range lies in a window, is aligned
+        /// and was free; freed ranges can be taken again; nothing that would fit is refused.
         #[test]
         fn as_a_list_would(
             windows in any_windows(),
@@ -146,7 +146,7 @@ mod tests {
                         taken.push((start, len));
                     }
                     None => {
-                        // A lowest free place begins at a window's start or behind something.
+                        // The lowest free place begins at a window's start or behind a taken range.
                         let starts = windows.iter().map(|w| *w.start());
                         let behind = taken.iter().map(|(a, n)| a + n);
                         for start in starts.chain(behind).chain([2 << 20]) {

@@ -1,4 +1,4 @@
-//! From a URI to a transport.
+//! Opening a transport by URI.
 
 use std::sync::Arc;
 
@@ -9,11 +9,11 @@ use super::{
 };
 use crate::pci::{Host, ParseAddressError, PciAddress};
 
-/// Opens the transport that a URI names. Blocks until the device is there and its registers
-/// can be read; the controller itself is not touched yet.
+/// Opens the transport that a URI names. Blocks until the device is present and its registers can
+/// be read. The controller itself is not touched yet.
 ///
 /// # Errors
-/// Also for a parameter that the transport does not know.
+/// Fails also for a parameter that the transport does not know.
 pub fn open_transport(uri: &NvmeUri) -> Result<OpenTransport, TransportError> {
     check_parameters(uri)?;
     match uri.scheme() {
@@ -36,7 +36,7 @@ pub(crate) fn check_parameters(uri: &NvmeUri) -> Result<(), UriError> {
     options.finish()
 }
 
-/// A PCIe function: by the kernel driver that it is bound to.
+/// Opens a PCIe function through the kernel driver that it is bound to.
 fn open_function(uri: &NvmeUri) -> Result<Arc<dyn Transport>, TransportError> {
     let address: PciAddress = uri
         .address

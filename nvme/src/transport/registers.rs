@@ -1,4 +1,4 @@
-//! Checked register accesses on a mapped BAR, for the transports that have one.
+//! Checked register accesses to a mapped BAR, for transports that have one.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -7,7 +7,7 @@ use pumice_io::sys::{DeviceMapping, Doorbell, MmioMap};
 
 use super::TransportError;
 
-/// BAR 0, mapped.
+/// The mapped BAR 0.
 #[derive(Debug)]
 pub(crate) struct MappedBar {
     device: String,
@@ -64,7 +64,7 @@ impl MappedBar {
         Doorbell::mapped(&self.mmio, offset as usize).ok_or_else(|| self.outside(offset))
     }
 
-    /// Takes the device's pages away from every holder of a register or doorbell.
+    /// Replaces the device's pages for every holder of a register or doorbell.
     pub(crate) fn retire(&self) {
         if let Err(error) = self.mapping.retire() {
             tracing::error!(device = self.device, %error, "BAR 0 stays mapped, so the kernel cannot have the device back before this process ends");

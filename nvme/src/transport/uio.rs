@@ -1,7 +1,7 @@
-//! A PCIe function through `uio_pci_generic` and sysfs, where VFIO is not to be had.
+//! A PCIe function through `uio_pci_generic` and sysfs, where VFIO is not available.
 //!
-//! There is no IOMMU in this: the device sees physical addresses, the arena has to be of huge
-//! pages, and only polling works (`uio_pci_generic` knows no MSI-X). Needs root.
+//! There is no IOMMU: the device uses physical addresses, the arena has to consist of huge pages,
+//! and completions can only be polled (`uio_pci_generic` does not support MSI-X). Needs root.
 //!
 //! Source: Linux `Documentation/driver-api/uio-howto.rst` and
 //! `Documentation/ABI/testing/sysfs-bus-pci` (`resource0`, `config`, `reset`).
@@ -25,10 +25,10 @@ use crate::dma::{self, AddressTable, MapperGuard};
 use crate::pci::{ConfigSpace, Host, PciAddress, PciError};
 use crate::spec::{Cap, Cc, Csts, Reg};
 
-/// The kernel driver that a function has to be bound to.
+/// The kernel driver that a function must be bound to.
 pub(crate) const DRIVER: &str = "uio_pci_generic";
 
-/// A function driven through uio.
+/// A PCIe function driven through uio.
 #[derive(Debug)]
 pub struct Uio {
     name: String,
@@ -46,10 +46,10 @@ pub struct Uio {
 struct Device {
     _mapper: MapperGuard,
     config: File,
-    /// Locked as long as it is open: uio itself lets everybody in.
+    /// Locked while it is open: uio itself admits everybody.
     _resource: File,
-    /// When the last descriptor of it is closed, however the process ends, the kernel takes bus
-    /// mastering away: the function writes no memory of a process that is gone.
+    /// When its last descriptor is closed, however the process ends, the kernel disables bus
+    /// mastering, so that the function does not write memory of a process that has ended.
     _node: File,
 }
 
@@ -118,8 +118,8 @@ impl Uio {
         };
         let bar = MappedBar::new(&name, mapping);
         let command = |e| io_error(&name, "PCI command register", e);
-        // A predecessor that was killed may have left the controller enabled: it must not go on
-        // where it was when it can reach memory again.
+        // An earlier process that was killed may have left the controller enabled. It must not
+        // continue when it can access memory again.
         device.enable_memory().map_err(command)?;
         stop_controller(&name, &bar)?;
         device.enable().map_err(command)?;
@@ -143,7 +143,7 @@ impl Uio {
     }
 }
 
-/// The function's `/dev/uioN`.
+/// Opens the function's `/dev/uioN`.
 fn open_node(host: &Host, device: &str, dir: &str) -> Result<File, TransportError> {
     let list = host.path(&format!("{dir}/uio"));
     let names = std::fs::read_dir(&list).map_err(|e| io_error(device, "its uio directory", e))?;
@@ -158,7 +158,7 @@ fn open_node(host: &Host, device: &str, dir: &str) -> Result<File, TransportErro
         .map_err(|e| io_error(device, &path.display().to_string(), e))
 }
 
-/// CC.EN = 0, and CSTS.RDY = 0 within CAP.TO.
+/// Clears CC.EN and waits for CSTS.RDY = 0 within CAP.TO.
 fn stop_controller(device: &str, bar: &MappedBar) -> Result<(), TransportError> {
     let cc = bar.read32(Reg::CC)?;
     if cc == u32::MAX || !Cc::from(cc).en() {
@@ -279,7 +279,7 @@ unsafe impl Transport for Uio {
     }
 
     fn detach(&self) {
-        // A forked child neither has the device nor may stop it.
+        // A forked child does not have the device and must not stop it.
         if !self.birth.is_here() {
             return;
         }
@@ -299,7 +299,7 @@ unsafe impl Transport for Uio {
         tracing::info!(
             device = self.name,
             fd = device.config.as_raw_fd(),
-            "let go of"
+            "device released"
         );
     }
 

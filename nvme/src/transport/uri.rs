@@ -13,13 +13,13 @@ const EXAMPLES: &[&str] = &["nvme://0000:00:03.0", "vfio-user:///path", "soft://
 /// | --- | --- |
 /// | `nvme://0000:00:03.0[/nsid][?…]` | PCIe function, through VFIO or uio |
 /// | `vfio-user:///dir-or-socket[/nsid][?nsid=n]` | a controller in another process |
-/// | `soft://memory[?…]`, `soft://null[?…]`, `soft:///image-file[?…]` | a controller in this process: the crate `pumice-nvme-soft` opens it |
+/// | `soft://memory[?…]`, `soft://null[?…]`, `soft:///image-file[?…]` | a controller in this process, which the crate `pumice-nvme-soft` opens |
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NvmeUri {
     uri: Uri,
-    /// What stands between `://` and `?`, without a namespace at its end.
+    /// The part between `://` and `?`, without a namespace at its end.
     pub address: String,
-    /// The namespace, when one is named.
+    /// The namespace, if the URI names one.
     pub nsid: Option<u32>,
 }
 
@@ -30,11 +30,11 @@ impl fmt::Display for NvmeUri {
 }
 
 impl NvmeUri {
-    /// Parses. Only form is checked here; a last path component that is a number is the
+    /// Parses a URI and checks its form only. A last path component that is a number is the
     /// namespace, unless `?nsid=` names it or (vfio-user) the full path exists.
     ///
     /// # Errors
-    /// A text that is not a URI, or names a namespace that cannot be.
+    /// Fails for a text that is not a URI, and for an invalid namespace.
     pub fn parse(text: &str) -> Result<NvmeUri, UriError> {
         let mut uri = Uri::parse(text, EXAMPLES)?;
         let mut address = uri.place()?.to_owned();
@@ -64,17 +64,17 @@ impl NvmeUri {
         Ok(NvmeUri { uri, address, nsid })
     }
 
-    /// `nvme`, `vfio-user`, `soft`.
+    /// The scheme: `nvme`, `vfio-user` or `soft`.
     pub fn scheme(&self) -> &str {
         self.uri.scheme()
     }
 
-    /// An error about this URI.
+    /// Makes an error about this URI.
     pub fn invalid(&self, reason: impl Into<String>) -> UriError {
         self.uri.invalid(reason)
     }
 
-    /// The URI's options, to be asked for; that of the namespace is known.
+    /// Returns the URI's options, of which the namespace's is known already.
     pub fn options(&self) -> Uri {
         self.uri.clone()
     }

@@ -1,4 +1,4 @@
-//! What the tests on a soft controller share.
+//! Helpers for tests on a soft controller.
 #![allow(dead_code, reason = "no test file uses all of it")]
 
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use pumice_nvme::{
 };
 use pumice_nvme_soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace};
 
-/// Ends the process when the test that holds it takes too long: a hang is a failure.
+/// Ends the process when the test that holds this takes too long, so that a hang is a failure.
 pub struct Watchdog(Sender<()>);
 
 pub fn watchdog() -> Watchdog {
@@ -46,7 +46,7 @@ pub fn rig_with(change: impl FnOnce(&mut SoftConfig, &mut ControllerOptions)) ->
     let mut config = SoftConfig::new(vec![disk(), disk()]);
     let mut options = ControllerOptions::default();
     options.admin_timeout = NEVER;
-    // CAP.TO: a busy machine may be slow to bring the controller up.
+    // CAP.TO is long, because a busy machine may be slow to bring the controller up.
     config.timeout_500ms = 240;
     change(&mut config, &mut options);
     let soft = SoftController::new(config).unwrap();
@@ -63,11 +63,11 @@ pub fn rig() -> Rig {
     rig_with(|_, _| {})
 }
 
-/// A time-out that no test waits for, however slow the machine.
+/// A time-out that no test reaches, however slow the machine.
 pub const NEVER: Duration = Duration::from_secs(600);
-/// One that tests of time-outs wait for.
+/// A time-out that tests of time-outs wait for.
 pub const SOON: Duration = Duration::from_millis(100);
-/// How long something may take that has to come.
+/// Longest wait for an event that must come.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
 pub fn queue(rig: &Rig, change: impl FnOnce(&mut QueueOptions)) -> QueuePair {
@@ -94,7 +94,7 @@ pub fn write(lba: u64, byte: u8) -> Op {
     }
 }
 
-/// Polls until everything has ended; a hang is a failure.
+/// Polls until everything has ended. Fails when that takes too long.
 pub fn settle(q: &mut QueuePair) -> Vec<Completion> {
     let mut out = Vec::new();
     let start = Instant::now();
@@ -111,7 +111,7 @@ pub fn settle(q: &mut QueuePair) -> Vec<Completion> {
     out
 }
 
-/// Until the controller has fetched so many commands that a fault strikes.
+/// Waits until the controller has fetched so many commands that a fault applies to.
 pub fn until_struck(rig: &Rig, count: u64) {
     let start = Instant::now();
     while rig.soft.faults().struck() < count {
@@ -123,7 +123,7 @@ pub fn until_struck(rig: &Rig, count: u64) {
 pub fn one(rig: &Rig, q: &mut QueuePair, io: Op) -> Completion {
     let mut io = io;
     while let Err(error) = q.submit(&rig.ns, 1, io) {
-        // A reset may be under way.
+        // The controller may be resetting.
         assert!(matches!(error, SubmitError::Busy(_)), "{error}");
         io = error.into_op();
         std::thread::sleep(Duration::from_millis(1));

@@ -1,12 +1,13 @@
-//! Arenas: size classes over the buddy lists. The process's arena has a cache per thread too.
+//! Arenas: size classes above the buddy lists. The process's arena has a cache for each thread too.
 //!
-//! Three stages: the thread's cache (no lock), a list per class (one short lock, moved in
-//! batches), the buddy lists (joins and splits). When the buddy lists cannot serve, the class
-//! lists are poured back into them; only when that does not help does the arena grow.
+//! Memory is taken from the thread's cache (no lock), else from the list of its size class (one
+//! short lock; blocks move in batches), else from the buddy lists, which join and split blocks.
+//! When the buddy lists have no block, the class lists are emptied into them. Only when that does
+//! not help does the arena grow.
 //!
-//! A block names its arena. The process's arena has the number of the process's generation, see
-//! [`process`]: a block of an arena that this process does not have, because it was the parent's,
-//! is nobody's here and is forgotten where it would be given back.
+//! A block records its arena. The process's arena has the number of the process's generation, see
+//! [`process`]. A block of an arena that this process does not have was the parent's, and is
+//! ignored when it is freed.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -24,20 +25,20 @@ use crate::process::{self, PerProcess};
 
 /// The largest buffer, in bytes.
 pub(super) const MAX_BUFFER: usize = 1 << MAX_SHIFT;
-/// What a thread's cache may hold per class, in bytes and in blocks.
+/// Most bytes and blocks of a class in a thread's cache.
 const THREAD_BYTES: usize = 1 << 20;
 const THREAD_BLOCKS: usize = 64;
-/// The arena doubles slowly: a new region is a quarter of what is there, within these bounds.
+/// Bounds of a new region, which is a quarter of the arena's size.
 const REGION_MAX: usize = 256 << 20;
-/// Chunks that a domain can have: 16 GiB.
+/// Most chunks of a domain: 16 GiB.
 const DOMAIN_CHUNKS: usize = 8192;
-/// A domain grows by so many bytes at least: to map them is a message, to which the other side may
-/// take its time. Pages that are never used cost nothing.
+/// Fewest bytes that a domain grows by: mapping them takes a message, to which the other side may
+/// respond slowly. Pages that are never used cost nothing.
 const DOMAIN_REGION: usize = 64 << 20;
-/// Numbers of domains begin here, above every generation.
+/// The lowest number of a domain, above every generation.
 const DOMAIN_IDS: u32 = 1 << 31;
 
-/// Whether the arena's memory is huge pages.
+/// Whether the arena uses huge pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum HugePages {
     /// Ordinary pages.
@@ -49,15 +50,15 @@ pub enum HugePages {
     Always,
 }
 
-/// How the arena gets its memory; see [`configure`].
+/// Options of the arena; see [`configure`].
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct ArenaOptions {
-    /// Huge pages or ordinary ones.
+    /// Whether to use huge pages.
     pub huge: HugePages,
     /// Most bytes that the arena may take.
     pub max_bytes: usize,
-    /// Least bytes to grow by; rounded up to a multiple of 2 MiB, at most 256 MiB.
+    /// Fewest bytes to grow by, rounded up to a multiple of 2 MiB, at most 256 MiB.
     pub region_min: usize,
 }
 
@@ -71,36 +72,36 @@ impl Default for ArenaOptions {
     }
 }
 
-/// What the arena holds.
+/// The sizes of the arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ArenaStats {
     /// Bytes taken from the system.
     pub total_bytes: usize,
-    /// Bytes free in the shared lists; what threads keep in their caches counts as used.
+    /// Bytes free in the shared lists. The blocks in the threads' caches count as used.
     pub free_bytes: usize,
-    /// Regions.
+    /// Number of regions.
     pub regions: usize,
 }
 
-/// A block on its way between the stages; whoever holds it owns its bytes.
+/// A block outside the lists. Its owner owns its bytes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Block {
     pub ptr: NonNull<u8>,
     pub region: RegionId,
     pub offset: u32,
-    /// The arena that it belongs to.
+    /// The arena that the block belongs to.
     pub arena: u32,
     pub slot: u16,
     pub class: u8,
 }
 
-/// Blocks in a list: a wrapper, because a bare pointer is not `Send`.
+/// A list of blocks. This is a wrapper because a bare pointer is not `Send`.
 #[derive(Default)]
 struct BlockList(Vec<Block>);
 
 #[allow(unsafe_code)]
-// SAFETY: a block is the sole title to its bytes, which belong to the process-wide arena and to
-// no thread; moving the title to another thread moves the right to use them.
+// SAFETY: only the owner of a block may access its bytes, which belong to the process-wide arena
+// and to no thread; moving the block to another thread moves that right.
 unsafe impl Send for BlockList {}
 
 struct Growth {
@@ -113,7 +114,7 @@ struct Growth {
 
 pub(super) struct Arena {
     id: u32,
-    /// The number of its first chunk: chunks are numbered through all arenas.
+    /// The number of its first chunk. Chunks are numbered through all arenas.
     first_chunk: usize,
     max_chunks: usize,
     /// Lock order: `growth`, then `buddy`, then one of `lists`.
@@ -121,7 +122,7 @@ pub(super) struct Arena {
     buddy: Mutex<(Buddy, Vec<Arc<Region>>)>,
     lists: [Mutex<BlockList>; CLASSES],
     used: AtomicBool,
-    /// Of a domain: there is no handle any more, so it goes with its last block.
+    /// Whether a domain has no handle left, so that it is freed with its last block.
     closed: AtomicBool,
 }
 
@@ -130,7 +131,7 @@ static MAIN: PerProcess<Arena> = PerProcess::new(|| {
     Arena::new(process::generation(), 0, MAX_CHUNKS, options)
 });
 
-/// The options, apart from the arena: a forked child's arena has them as well.
+/// The options, apart from the arena, so that a forked child's arena has them as well.
 struct Configured {
     huge: AtomicU8,
     max_bytes: AtomicUsize,
@@ -163,14 +164,14 @@ impl Configured {
     }
 }
 
-/// A thread's blocks of the process's arena.
+/// A thread's cached blocks of the process's arena.
 struct ThreadCache {
     arena: u32,
     lists: [Vec<Block>; CLASSES],
 }
 
 impl ThreadCache {
-    /// The list of a class. Of a forked thread, the parent's blocks are forgotten first.
+    /// Returns the list of a class. In a forked child, the parent's blocks are discarded first.
     #[inline]
     fn list(&mut self, class: usize) -> &mut Vec<Block> {
         if self.arena != process::generation() {
@@ -228,7 +229,7 @@ pub(super) fn take(len: usize) -> Result<Block, DmaError> {
     }
 }
 
-/// Gives a block back.
+/// Frees a block.
 #[inline]
 pub(super) fn give(block: Block) {
     if block.arena != process::generation() {
@@ -245,8 +246,8 @@ pub(super) fn give(block: Block) {
         if list.is_empty() {
             return false;
         }
-        // Half of a full cache moves to the shared list, so that a thread which only frees
-        // feeds the ones that only allocate.
+        // Half of a full cache moves to the shared list, so that threads which only free supply the
+        // threads that only allocate.
         let keep = list.len() / 2;
         list.push(block);
         MAIN.get().lists[class].lock().0.extend(list.drain(keep..));
@@ -274,7 +275,7 @@ fn take_slow(class: usize) -> Result<Block, DmaError> {
 /// The domains whose memory is in use, by number.
 static DOMAINS: PerProcess<Mutex<HashMap<u32, Arc<Arena>>>> = PerProcess::new(Mutex::default);
 
-/// Gives a block of a domain back. One that no domain of this process has is the parent's.
+/// Frees a block of a domain. A block that belongs to no domain of this process is the parent's.
 #[cold]
 fn give_to_domain(block: Block) {
     let Some(arena) = DOMAINS.get().lock().get(&block.arena).cloned() else {
@@ -284,9 +285,8 @@ fn give_to_domain(block: Block) {
     arena.forget_if_unused();
 }
 
-/// Memory apart from the process's arena, for one device only: what is in it can be given to a
-/// device that may not see the rest. Its regions are unmapped when the handle and all buffers
-/// are gone.
+/// Memory apart from the process's arena, for one device. It can be shared with a device that must
+/// not access the rest. Its regions are unmapped when the handle and all buffers are dropped.
 pub struct DmaDomain {
     arena: Arc<Arena>,
 }
@@ -304,10 +304,10 @@ impl Default for DmaDomain {
 }
 
 impl DmaDomain {
-    /// An empty one, of ordinary pages.
+    /// Makes an empty domain of ordinary pages.
     pub fn new() -> DmaDomain {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        // So many, that the chunks of the last one still have numbers.
+        // The bound leaves numbers for the chunks of the last domain.
         let number = NEXT.fetch_add(1, Ordering::Relaxed) % (1 << 18);
         let first_chunk = MAX_CHUNKS + number as usize * DOMAIN_CHUNKS;
         let options = ArenaOptions {
@@ -321,12 +321,12 @@ impl DmaDomain {
         DmaDomain { arena }
     }
 
-    /// A table for the addresses at which a device sees the domain.
+    /// Makes a table for the device's addresses of the domain.
     pub fn address_table(&self) -> AddressTable {
         AddressTable::with(self.arena.first_chunk, DOMAIN_CHUNKS)
     }
 
-    /// As [`register_mapper`], for the domain's regions.
+    /// Registers a mapper as [`register_mapper`] does, for the domain's regions.
     pub fn register_mapper(&self, mapper: Arc<dyn DmaMapper>) -> Result<MapperGuard, DmaError> {
         let id = self.arena.register_mapper(mapper)?;
         Ok(MapperGuard::of_domain(Arc::clone(&self.arena), id))
@@ -369,7 +369,7 @@ impl Arena {
         }
     }
 
-    /// At least one block of a class, and as many as a thread may well have.
+    /// Takes at least one block of a class, and at most as many as a thread's cache should get.
     fn take_some(&self, class: usize) -> Result<Vec<Block>, DmaError> {
         let want = (thread_limit(class) / 2).max(1);
         let mut got = Vec::with_capacity(want);
@@ -390,7 +390,7 @@ impl Arena {
                 self.refill(class, want, &mut got);
             }
             // Threads that find the class lists empty take from a new region without the growth
-            // lock, so one region need not be enough.
+            // lock, so one region may not be enough.
             while got.is_empty() {
                 self.grow(&mut growth, class_len(class))?;
                 self.refill(class, want, &mut got);
@@ -407,7 +407,7 @@ impl Arena {
         free
     }
 
-    /// Of a domain without a handle: when its last block is back, so is its memory.
+    /// Frees the memory of a domain without a handle when its last block is freed.
     fn forget_if_unused(&self) {
         if self.closed.load(Ordering::SeqCst) && self.free_bytes() == self.growth.lock().total {
             DOMAINS.get().lock().remove(&self.id);
@@ -460,7 +460,7 @@ impl Arena {
         }
     }
 
-    /// Pours the class lists back, so that free neighbours join.
+    /// Moves the blocks of the class lists back to the buddy lists, so that free neighbours join.
     fn collect(&self) {
         let mut guard = self.buddy.lock();
         for (class, list) in self.lists.iter().enumerate() {
@@ -482,7 +482,7 @@ impl Arena {
             .clamp(floor, REGION_MAX)
             .next_multiple_of(CHUNK_LEN);
         let mut last = None;
-        // The comfortable size first, then what is needed at the least.
+        // Try the preferred size first, then the smallest that suffices.
         for len in [wish.max(need), need] {
             if growth.total + len > growth.options.max_bytes.min(self.max_chunks * CHUNK_LEN) {
                 last = Some(DmaError::Limit {
@@ -537,8 +537,8 @@ impl Arena {
     }
 }
 
-/// Sets the arena's options, for this process and those that it forks. Call it before the first
-/// buffer is taken and before the first device is opened; afterwards it fails with
+/// Sets the arena's options for this process and those that it forks. Call it before the first
+/// buffer is taken and before the first device is opened. Afterwards it fails with
 /// [`DmaError::AlreadyInUse`].
 pub fn configure(options: ArenaOptions) -> Result<(), DmaError> {
     let arena = MAIN.get();
@@ -551,9 +551,8 @@ pub fn configure(options: ArenaOptions) -> Result<(), DmaError> {
     Ok(())
 }
 
-/// Makes `mapper` know every region of the process's arena, those that exist now and those to
-/// come, until the guard is dropped. Fails, with nothing mapped, when it refuses one of the
-/// existing regions.
+/// Tells `mapper` of every region of the process's arena, existing and future, until the guard is
+/// dropped. Fails, with nothing mapped, when the mapper refuses one of the existing regions.
 ///
 /// Blocks for as long as mapping takes. `map` and `unmap` are called with the arena's growth
 /// lock held: they must not take DMA memory themselves.
@@ -566,7 +565,7 @@ pub(super) fn unregister_mapper(id: u64) {
     MAIN.get().unregister_mapper(id);
 }
 
-/// What the process's arena holds at this moment.
+/// Returns the current sizes of the process's arena.
 pub fn stats() -> ArenaStats {
     let arena = MAIN.get();
     let (total_bytes, regions) = {

@@ -1,6 +1,6 @@
-//! Buddy bookkeeping over the regions: which blocks of which power of two are free.
+//! Buddy lists over the regions: the free blocks of each power of two.
 //!
-//! It runs behind the size classes' lists, so clarity comes before speed here.
+//! They are used only when the size classes' lists are empty, so clarity comes before speed here.
 
 use std::collections::BTreeSet;
 
@@ -8,10 +8,10 @@ use std::collections::BTreeSet;
 pub(super) const MIN_SHIFT: u32 = 9;
 /// log2 of the largest block.
 pub(super) const MAX_SHIFT: u32 = 28;
-/// How many sizes there are.
+/// Number of block sizes.
 pub(super) const CLASSES: usize = (MAX_SHIFT - MIN_SHIFT + 1) as usize;
 
-/// The class (0 = 512 bytes) that holds `len` bytes; `len` is 1 to `1 << MAX_SHIFT`.
+/// Returns the class (0 = 512 bytes) that holds `len` bytes; `len` is 1 to `1 << MAX_SHIFT`.
 pub(super) fn class_of(len: usize) -> usize {
     let shift = len.next_power_of_two().trailing_zeros().max(MIN_SHIFT);
     (shift - MIN_SHIFT) as usize
@@ -22,7 +22,7 @@ pub(super) fn class_len(class: usize) -> usize {
     1 << (class + MIN_SHIFT as usize)
 }
 
-/// A block's place: slot of its region in the arena's list, offset in the region.
+/// A block's place: its region's slot in the arena's list and its offset in the region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Place {
     pub slot: u32,
@@ -43,7 +43,7 @@ impl Buddy {
         let slot = u32::try_from(self.region_lens.len()).expect("few regions");
         self.region_lens.push(len);
         let mut at = 0usize;
-        // A region need not be a power of two: cut it into the largest aligned blocks.
+        // A region's length may not be a power of two: cut it into the largest aligned blocks.
         while at < len {
             let fits = (len - at).ilog2();
             let aligned = if at == 0 {
@@ -59,7 +59,7 @@ impl Buddy {
         self.free_bytes += len;
     }
 
-    /// Takes a block of `class`, splitting a larger one if need be.
+    /// Takes a block of `class`, splitting a larger one if necessary.
     pub fn take(&mut self, class: usize) -> Option<Place> {
         let from = (class..CLASSES).find(|&c| !self.free[c].is_empty())?;
         let place = self.free[from].pop_first()?;
@@ -74,7 +74,7 @@ impl Buddy {
         Some(place)
     }
 
-    /// Gives a block back and joins it with its free buddies.
+    /// Frees a block and joins it with its free buddies.
     pub fn give(&mut self, place: Place, class: usize) {
         self.free_bytes += class_len(class);
         let region_len = self.region_lens[place.slot as usize];
@@ -101,7 +101,7 @@ impl Buddy {
         assert!(fresh, "a DMA block was given back twice");
     }
 
-    /// Bytes that are free here.
+    /// Number of free bytes.
     pub fn free_bytes(&self) -> usize {
         self.free_bytes
     }
@@ -147,7 +147,7 @@ mod tests {
             buddy.give(p, c);
         }
         assert_eq!(buddy.free_bytes(), 8 << 20);
-        // Everything joined again: the largest blocks are to be had.
+        // All blocks have joined: the largest blocks are available.
         assert!(buddy.take(class_of(4 << 20)).is_some());
         assert!(buddy.take(class_of(2 << 20)).is_some());
         assert!(buddy.take(class_of(2 << 20)).is_some());

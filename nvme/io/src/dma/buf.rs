@@ -11,25 +11,24 @@ use super::buddy::class_len;
 use super::error::DmaError;
 use super::region::RegionId;
 
-/// Owned bytes that every device may reach.
+/// Owned bytes that every device can access.
 ///
-/// Aligned to 4096 bytes, or, when shorter than 4096, to its size class (512 at the least).
-/// Its device addresses are contiguous within each 2 MiB and, where an IOMMU translates,
-/// altogether. Taking and dropping one costs tens of nanoseconds; the contents of a new one
-/// are unspecified.
+/// Aligned to 4096 bytes or, when shorter than 4096, to its size class (at least 512). Its device
+/// addresses are contiguous within each 2 MiB and, where an IOMMU translates, as a whole. Taking
+/// and dropping one costs tens of nanoseconds. The contents of a new one are unspecified.
 pub struct DmaBuf {
     block: Block,
     len: usize,
 }
 
-// SAFETY: the buffer is the sole title to its block; the bytes belong to no thread.
+// SAFETY: only the owner of the buffer may access its block; the bytes belong to no thread.
 unsafe impl Send for DmaBuf {}
 // SAFETY: a shared `DmaBuf` gives shared access to its bytes only.
 unsafe impl Sync for DmaBuf {}
 
 impl DmaBuf {
-    /// Takes a buffer of `len` bytes; the contents are unspecified, but initialised.
-    /// Blocks only when the arena has to grow.
+    /// Takes a buffer of `len` bytes. Its contents are initialised but unspecified. Blocks only
+    /// when the arena has to grow.
     #[inline]
     pub fn new(len: usize) -> Result<DmaBuf, DmaError> {
         Ok(DmaBuf {
@@ -38,7 +37,7 @@ impl DmaBuf {
         })
     }
 
-    /// As [`new`](Self::new), from a domain's memory if one is named.
+    /// Takes a buffer as [`new`](Self::new) does, from a domain's memory if one is named.
     pub fn new_in(domain: Option<&DmaDomain>, len: usize) -> Result<DmaBuf, DmaError> {
         let block = match domain {
             Some(domain) => domain.take(len)?,
@@ -61,23 +60,23 @@ impl DmaBuf {
         Ok(buf)
     }
 
-    /// Length in bytes, as asked for.
+    /// Length in bytes, as requested.
     #[inline]
     #[expect(clippy::len_without_is_empty, reason = "a buffer is never empty")]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Bytes that the buffer could have without another allocation.
+    /// The largest length that the buffer can have without another allocation.
     pub fn capacity(&self) -> usize {
         class_len(usize::from(self.block.class))
     }
 
-    /// Sets the length within the capacity; what lies between the old and a longer new length
-    /// is unspecified.
+    /// Sets the length within the capacity. The bytes between the old and a longer new length are
+    /// unspecified.
     ///
     /// # Panics
-    /// When `len` is 0 or above [`capacity`](Self::capacity).
+    /// Panics when `len` is 0 or above [`capacity`](Self::capacity).
     pub fn set_len(&mut self, len: usize) {
         assert!(len > 0 && len <= self.capacity(), "buffer length {len}");
         self.len = len;
@@ -93,20 +92,20 @@ impl DmaBuf {
         }
     }
 
-    /// Where the buffer starts in this process, with the right to use all of it by raw access:
-    /// no reference to its bytes is made, which would promise that they do not change.
+    /// The buffer's address in this process, through which all of it may be accessed. It makes no
+    /// reference to the bytes, which would promise that they do not change.
     #[inline]
     pub(super) fn base(&self) -> NonNull<u8> {
         self.block.ptr
     }
 
-    /// The region that the buffer lies in.
+    /// The region that contains the buffer.
     #[inline]
     pub fn region(&self) -> RegionId {
         self.block.region
     }
 
-    /// Where the buffer starts in its region, in bytes.
+    /// The buffer's offset in its region, in bytes.
     #[inline]
     pub fn region_offset(&self) -> usize {
         self.block.offset as usize
@@ -124,8 +123,8 @@ impl Deref for DmaBuf {
     type Target = [u8];
     #[inline]
     fn deref(&self) -> &[u8] {
-        // SAFETY: the block is mapped for ever, initialised (memfd memory starts as zeroes),
-        // at least `len` long, and borrowed from `self`, its only owner.
+        // SAFETY: the block is mapped for the life of the process, initialised (memfd memory starts
+        // as zeroes), at least `len` long, and borrowed from `self`, its only owner.
         unsafe { std::slice::from_raw_parts(self.block.ptr.as_ptr(), self.len) }
     }
 }
@@ -148,7 +147,7 @@ impl fmt::Debug for DmaBuf {
     }
 }
 
-/// A shared, immutable view of a [`DmaBuf`] or of a part of one; cheap to clone.
+/// A shared, immutable view of a [`DmaBuf`] or of a part of one. Clones share the buffer.
 #[derive(Clone)]
 pub struct DmaSlice {
     buf: Arc<DmaBuf>,
@@ -168,10 +167,10 @@ impl DmaSlice {
         self.len == 0
     }
 
-    /// A part of this view.
+    /// Returns a part of this view.
     ///
     /// # Panics
-    /// When the range does not lie in the view.
+    /// Panics when the range does not lie in the view.
     #[must_use]
     pub fn slice(&self, range: Range<usize>) -> DmaSlice {
         assert!(range.start <= range.end && range.end <= self.len);
@@ -182,19 +181,19 @@ impl DmaSlice {
         }
     }
 
-    /// The whole underlying buffer back, if nobody else holds a view of it; else `self`.
+    /// Returns the whole underlying buffer if nobody else has a view of it, otherwise `self`.
     pub fn try_into_buf(self) -> Result<DmaBuf, DmaSlice> {
         let DmaSlice { buf, start, len } = self;
         Arc::try_unwrap(buf).map_err(|buf| DmaSlice { buf, start, len })
     }
 
-    /// The region that the view lies in.
+    /// The region that contains the view.
     #[inline]
     pub fn region(&self) -> RegionId {
         self.buf.region()
     }
 
-    /// Where the view starts in its region, in bytes.
+    /// The view's offset in its region, in bytes.
     #[inline]
     pub fn region_offset(&self) -> usize {
         self.buf.region_offset() + self.start
@@ -211,8 +210,8 @@ impl Deref for DmaSlice {
     type Target = [u8];
     #[inline]
     fn deref(&self) -> &[u8] {
-        // Not by way of a reference to the whole buffer: its maker may still write what no view
-        // covers (an append buffer whose first blocks are already on their way).
+        // This avoids a reference to the whole buffer: its maker may still write bytes that no view
+        // covers (an append buffer whose first blocks are being written to the device).
         // SAFETY: the view lies in the buffer, which `self.buf` keeps alive and initialised, and
         // nobody writes to bytes that a view covers.
         unsafe {

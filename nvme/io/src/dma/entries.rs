@@ -1,4 +1,4 @@
-//! A queue's memory as entries.
+//! The entries of a queue in memory.
 #![allow(unsafe_code)]
 
 use std::any::Any;
@@ -10,27 +10,27 @@ use std::sync::atomic::AtomicU64;
 use super::shared::DmaShared;
 use crate::sys::MmioMap;
 
-/// Entries of `N` 64-bit words each, in memory that the device uses too.
+/// A queue's entries of `N` 64-bit words each, in memory that the device uses too.
 ///
-/// The place of the memory is looked up once: a queue takes an entry by its number with one
-/// comparison and no way through the owner.
+/// The address of the memory is looked up once, so a queue finds an entry with one comparison.
 pub struct Entries<const N: usize> {
     base: NonNull<[AtomicU64; N]>,
     count: u16,
-    /// Keeps the memory.
+    /// Keeps the memory alive.
     _owner: Arc<dyn Any + Send + Sync>,
 }
 
-// SAFETY: the memory is seen as atomics only, and the owner, which is Send and Sync, keeps it.
+// SAFETY: the memory is accessed as atomics only, and the owner, which is Send and Sync, keeps it
+// alive.
 unsafe impl<const N: usize> Send for Entries<N> {}
 // SAFETY: as above.
 unsafe impl<const N: usize> Sync for Entries<N> {}
 
 impl<const N: usize> Entries<N> {
-    /// The first `count` entries of the host's memory.
+    /// Makes `count` entries at the start of the host's memory.
     ///
     /// # Panics
-    /// When the memory is smaller.
+    /// Panics when the memory is smaller.
     pub fn in_host(memory: Arc<DmaShared>, count: u16) -> Entries<N> {
         let base = NonNull::from(&memory.as_u64()[..usize::from(count) * N]).cast();
         Entries {
@@ -40,10 +40,10 @@ impl<const N: usize> Entries<N> {
         }
     }
 
-    /// `count` entries of the controller's memory from byte `offset` on, which is a multiple of 8.
+    /// Makes `count` entries of the controller's memory from byte `offset` on, a multiple of 8.
     ///
     /// # Panics
-    /// When they do not lie inside.
+    /// Panics when they do not lie inside the memory.
     pub fn in_controller(memory: &MmioMap, offset: usize, count: u16) -> Entries<N> {
         assert!(offset.is_multiple_of(8));
         let words = &memory.as_u64()[offset / 8..][..usize::from(count) * N];
@@ -60,10 +60,10 @@ impl<const N: usize> Entries<N> {
         self.count
     }
 
-    /// The words of an entry.
+    /// Returns the words of an entry.
     ///
     /// # Panics
-    /// When there is no entry of this number.
+    /// Panics when there is no entry of this number.
     #[inline]
     pub fn at(&self, number: u16) -> &[AtomicU64; N] {
         assert!(number < self.count, "no such queue entry");

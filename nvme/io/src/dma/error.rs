@@ -1,17 +1,17 @@
-//! What can go wrong with DMA memory.
+//! Errors of DMA memory.
 
 use std::io;
 
 use super::limits::Memlock;
 
-/// Why memory for DMA could not be had or could not be made reachable for a device.
+/// The reason why DMA memory was not available or could not be made accessible to a device.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DmaError {
     /// A buffer of this length cannot exist.
     #[error("a DMA buffer has 1 to {max} bytes, {len} were asked for")]
     Length {
-        /// The length asked for, in bytes.
+        /// The requested length, in bytes.
         len: usize,
         /// The largest possible length, in bytes.
         max: usize,
@@ -24,7 +24,7 @@ pub enum DmaError {
     Limit {
         /// Bytes that the arena had to grow by.
         asked: usize,
-        /// Bytes that the arena has.
+        /// Current size of the arena in bytes.
         total: usize,
         /// The limit, in bytes.
         limit: usize,
@@ -35,11 +35,11 @@ pub enum DmaError {
          echo {pages} > /proc/sys/vm/nr_hugepages"
     )]
     NoHugePages {
-        /// Bytes wanted.
+        /// Requested number of bytes.
         len: usize,
-        /// 2 MiB pages that would do.
+        /// Number of 2 MiB pages that would suffice.
         pages: usize,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// A system call failed.
@@ -47,9 +47,9 @@ pub enum DmaError {
     Os {
         /// The call.
         call: &'static str,
-        /// Bytes concerned.
+        /// Number of bytes.
         len: usize,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The kernel does not let this process pin more memory for a device.
@@ -59,15 +59,15 @@ pub enum DmaError {
          service, or `memlock` in /etc/security/limits.conf)"
     )]
     Pin {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// Bytes that were to be pinned.
+        /// Number of bytes to pin.
         len: usize,
-        /// Bytes pinned before.
+        /// Number of bytes that are pinned already.
         mapped: usize,
         /// The process's limit.
         memlock: Memlock,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The device's transport has no room for another mapping.
@@ -76,34 +76,34 @@ pub enum DmaError {
          dma_entry_limit higher, or let the arena use larger regions (ArenaOptions::region_min)"
     )]
     NoMappings {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// Mappings in use.
+        /// Number of mappings in use.
         used: usize,
-        /// The limit.
+        /// Most mappings.
         limit: usize,
     },
-    /// No hole of the device's address windows is large enough.
+    /// No gap of the device's address windows is large enough.
     #[error("{device}: no free I/O address range of {len} bytes in its windows {windows}")]
     NoIova {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// Bytes wanted.
+        /// Requested number of bytes.
         len: usize,
-        /// The windows, for the reader.
+        /// The windows as text.
         windows: String,
     },
-    /// The transport could not map the region, for a reason of its own.
+    /// The transport could not map the region.
     #[error("{device}: mapping {len} bytes for DMA: {reason}")]
     Map {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// Bytes concerned.
+        /// Length of the region in bytes.
         len: usize,
         /// The transport's reason and remedy.
         reason: String,
     },
-    /// Physical addresses are not to be had.
+    /// Physical addresses are not available.
     #[error("physical addresses for DMA without an IOMMU: {0}")]
     Physical(String),
     /// The arena is in use already, so its options are fixed.

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-/// `RLIMIT_MEMLOCK`: how many bytes a process without CAP_IPC_LOCK may pin.
+/// `RLIMIT_MEMLOCK`: the number of bytes that a process without CAP_IPC_LOCK may pin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Memlock {
     /// No limit.

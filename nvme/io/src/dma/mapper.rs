@@ -1,4 +1,4 @@
-//! How regions become reachable for devices.
+//! Mappers, which make regions accessible to devices.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,26 +8,27 @@ use super::error::DmaError;
 use super::region::{CHUNK_LEN, Region, RegionId};
 use crate::process::Birth;
 
-/// Chunks that the arena can have: 128 GiB.
+/// Most chunks of the arena: 128 GiB.
 pub(super) const MAX_CHUNKS: usize = 65_536;
 
-/// A transport, as the arena sees it: told of every region, see
+/// The arena's interface to a transport, which is told of every region; see
 /// [`register_mapper`](super::register_mapper).
 ///
 /// # Safety
-/// The memory of a region belongs to the buffers in it. An implementation makes it reachable for a device and does nothing
-/// else with it: the device reads and writes a buffer only while a command that was given the buffer is in flight.
+/// The memory of a region belongs to the buffers in it. An implementation makes it accessible to a
+/// device and does nothing else with it: the device reads and writes a buffer only while a command
+/// that has the buffer is in flight.
 #[allow(unsafe_code, reason = "implementations promise something")]
 pub unsafe trait DmaMapper: Send + Sync {
-    /// Makes the whole region readable and writable for the device, and its addresses known
-    /// to the transport's [`AddressTable`] before it returns. Must not take DMA memory.
+    /// Makes the whole region readable and writable for the device, and enters its addresses into
+    /// the transport's [`AddressTable`] before it returns. Must not take DMA memory.
     fn map(&self, region: &Region) -> Result<(), DmaError>;
 
-    /// Takes the mapping back. The device is quiet by then.
+    /// Removes the mapping. The device no longer accesses it.
     fn unmap(&self, region: &Region);
 }
 
-/// Keeps a mapper registered; when dropped, every region is unmapped from it.
+/// Keeps a mapper registered. When it is dropped, every region is unmapped from the mapper.
 #[must_use = "dropping the guard unmaps everything"]
 pub struct MapperGuard {
     /// The domain that it is registered with, if that is not the process's arena.
@@ -62,7 +63,7 @@ impl std::fmt::Debug for MapperGuard {
 impl Drop for MapperGuard {
     fn drop(&mut self) {
         match &self.domain {
-            // The parent's registration is no business of a child's.
+            // In a forked child the registration belongs to the parent.
             _ if !self.birth.is_here() => {}
             Some(domain) => domain.unregister_mapper(self.id),
             None => arena::unregister_mapper(self.id),
@@ -70,9 +71,9 @@ impl Drop for MapperGuard {
     }
 }
 
-/// At which address a device sees each chunk of the arena: one per transport.
+/// The device's address of each chunk of the arena. Each transport has one.
 ///
-/// Reading is a load from a flat array: queue pairs translate with it for every command.
+/// Reading is a load from a flat array, because queue pairs translate addresses for every command.
 pub struct AddressTable {
     /// The number of the first chunk in it.
     first: usize,
@@ -98,12 +99,12 @@ impl Default for AddressTable {
 }
 
 impl AddressTable {
-    /// A table for the process's arena in which nothing is mapped.
+    /// Makes a table for the process's arena in which nothing is mapped.
     pub fn new() -> AddressTable {
         AddressTable::with(0, MAX_CHUNKS)
     }
 
-    /// A table for these chunks.
+    /// Makes a table for these chunks.
     pub(super) fn with(first: usize, count: usize) -> AddressTable {
         AddressTable {
             first,
@@ -111,34 +112,34 @@ impl AddressTable {
         }
     }
 
-    /// A chunk's place in the table.
+    /// Returns a chunk's entry.
     fn chunk(&self, region: RegionId, n: usize) -> &AtomicU64 {
         &self.chunks[region.index() - self.first + n]
     }
 
-    /// Notes that the device sees the region as one range from `address`, which is 4096-aligned.
+    /// Records that the device sees the region as one range from `address`, which is 4096-aligned.
     pub fn set_region(&self, region: &Region, address: u64) {
         for n in 0..region.len() / CHUNK_LEN {
             self.set_chunk(region.id(), n, address + (n * CHUNK_LEN) as u64);
         }
     }
 
-    /// Notes that the device sees chunk `n` of a region at `address`, which is 4096-aligned.
+    /// Records that the device sees chunk `n` of a region at `address`, which is 4096-aligned.
     pub fn set_chunk(&self, region: RegionId, n: usize, address: u64) {
         assert!(address & 4095 == 0, "device addresses are page aligned");
         self.chunk(region, n).store(address | 1, Ordering::Release);
     }
 
-    /// Forgets a region.
+    /// Removes a region's entries.
     pub fn clear_region(&self, region: &Region) {
         for n in 0..region.len() / CHUNK_LEN {
             self.chunk(region.id(), n).store(0, Ordering::Release);
         }
     }
 
-    /// The device's address of byte `offset` of a region, and how many bytes from there on are
-    /// certainly contiguous for the device (up to the end of the chunk). `None`: not mapped, or of
-    /// another arena.
+    /// Returns the device's address of byte `offset` of a region, and how many bytes from there on
+    /// are contiguous for the device (up to the end of the chunk). Returns `None` when the region
+    /// is not mapped, or belongs to another arena.
     #[inline]
     pub fn translate(&self, region: RegionId, offset: usize) -> Option<(u64, usize)> {
         let entry = self

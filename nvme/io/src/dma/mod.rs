@@ -1,24 +1,25 @@
-//! Memory that a device may read and write.
+//! Memory that a device can read and write.
 //!
-//! One arena serves the whole process. It grows by *regions*: shared memory files (memfd)
-//! mapped once and never unmapped, so a buffer's address stays good for as long as a device
-//! may use it. A forked child begins with an arena of its own; its parent's is not mapped there,
-//! and dropping a buffer that was the parent's does nothing. What another process may reach
-//! (a vfio-user controller) is a [`DmaDomain`], never the arena. A buffer is taken from a size class (powers of two from 512 bytes) through a
-//! small cache of the calling thread, in tens of nanoseconds and without a shared lock.
+//! One arena serves the whole process. It grows by *regions*: shared memory files (memfd) that are
+//! mapped once and never unmapped, so a buffer's address stays valid for as long as a device may
+//! use it. A forked child begins with an arena of its own. Its parent's arena is not mapped there,
+//! and dropping a buffer that was the parent's does nothing. Memory that another process can access
+//! (a vfio-user controller) is a [`DmaDomain`], never the arena. A buffer is taken from a size
+//! class (powers of two from 512 bytes) through a small cache of the calling thread, in tens of
+//! nanoseconds and without a shared lock.
 //!
-//! | type | for |
+//! | type | purpose |
 //! | --- | --- |
 //! | [`DmaBuf`] | owned bytes: the target of a read, or data being prepared |
 //! | [`DmaSlice`] | shared immutable bytes: the data of a write |
-//! | [`DmaShared`] | memory that driver and device use at the same time (queues, shadow doorbells), seen only as atomics |
+//! | [`DmaShared`] | memory that driver and device use at the same time (queues, shadow doorbells), accessed only as atomics |
 //! | [`DmaDomain`] | memory for one device only, apart from the arena |
-//! | [`DmaMapper`] | a transport: is told of every region and makes it reachable for its device |
-//! | [`AddressTable`] | a transport's answer to "at which address does the device see this byte" |
+//! | [`DmaMapper`] | a transport, which is told of every region and makes it accessible to its device |
+//! | [`AddressTable`] | a transport's table of the device's addresses |
 //!
-//! Ordinary pages serve wherever an IOMMU (or another process) translates. Huge pages are
-//! used when [`configure`] asks for them; only physical addressing without an IOMMU needs
-//! them ([`physical_chunks`]).
+//! Ordinary pages suffice where an IOMMU (or another process) translates. Huge pages are used when
+//! [`configure`] asks for them. Only physical addressing without an IOMMU needs them
+//! ([`physical_chunks`]).
 
 mod arena;
 mod buddy;

@@ -6,12 +6,12 @@ use std::os::unix::fs::FileExt;
 use super::error::DmaError;
 use super::region::{CHUNK_LEN, Region};
 
-/// The physical address of each 2 MiB chunk of a huge-page region, in order, from
+/// Returns the physical address of each 2 MiB chunk of a huge-page region, in order, from
 /// `/proc/self/pagemap` (Linux `Documentation/admin-guide/mm/pagemap.rst`).
 ///
-/// The caller makes sure that the pages are there (huge pages of a memfd are populated by a
-/// first touch, see [`Region`]); needs CAP_SYS_ADMIN, without which the kernel shows zeroes.
-/// Blocking: a few file reads.
+/// The caller makes sure that the pages are present (a first access populates huge pages of a
+/// memfd, see [`Region`]). Needs CAP_SYS_ADMIN, without which the kernel shows zeroes. Blocks for a
+/// few file reads.
 pub fn physical_chunks(region: &Region) -> Result<Vec<u64>, DmaError> {
     const PAGE: u64 = 4096;
     const PRESENT: u64 = 1 << 63;

@@ -12,11 +12,11 @@ use std::ptr::NonNull;
 use super::error::DmaError;
 use crate::process::Birth;
 
-/// Regions are multiples of this many bytes, start at a virtual address aligned to it, and
-/// device addresses are kept per piece of this length: the size of a huge page.
+/// The length of a chunk in bytes, that of a huge page. A region's length is a multiple of it, a
+/// region's virtual address is aligned to it, and device addresses are kept for each chunk.
 pub const CHUNK_LEN: usize = 2 << 20;
 
-/// Names a region: the number of its first chunk in the arena.
+/// Identifies a region: the number of its first chunk in the arena.
 ///
 /// Byte `offset` of the region lies in chunk `RegionId::index() + offset / CHUNK_LEN`, so an
 /// `AddressTable` needs one flat array whatever the regions' sizes.
@@ -30,7 +30,7 @@ impl RegionId {
     }
 }
 
-/// Shared memory mapped into this process, from which buffers are cut.
+/// Shared memory that is mapped into this process, and of which buffers are parts.
 #[derive(Debug)]
 pub struct Region {
     id: RegionId,
@@ -41,16 +41,16 @@ pub struct Region {
     birth: Birth,
 }
 
-// SAFETY: the mapping is process-wide and `Region` hands out its address only; who may touch
-// which bytes is decided by the buffers cut from it, each of which is handed out once.
+// SAFETY: the mapping is process-wide and `Region` hands out its address only. The buffers made of
+// it, each of which is handed out once, decide who may access which bytes.
 unsafe impl Send for Region {}
 // SAFETY: as above; no method of `Region` touches the mapped bytes.
 unsafe impl Sync for Region {}
 
 #[allow(clippy::len_without_is_empty, reason = "no region is empty")]
 impl Region {
-    /// As below, in memory of the heap: the interpreter knows no mappings of files. No other
-    /// process can be given it.
+    /// Maps a region as below, in memory of the heap, because the interpreter has no mappings of
+    /// files. It cannot be passed to another process.
     #[cfg(miri)]
     pub(super) fn map(id: RegionId, len: usize, huge: bool) -> Result<Region, DmaError> {
         let os = |call, source| DmaError::Os { call, len, source };
@@ -94,14 +94,14 @@ impl Region {
         if unsafe { libc::ftruncate(fd.as_raw_fd(), file_len) } != 0 {
             return Err(os("ftruncate"));
         }
-        // Whoever is given the file cannot make it shorter, which would kill this process at the
+        // Nobody who is given the file can make it shorter, which would kill this process at the
         // next access (SIGBUS).
         let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
         // SAFETY: `fd` is an open descriptor.
         if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
             return Err(os("fcntl(F_ADD_SEALS)"));
         }
-        // An address range with room to align, then the file over the aligned part of it.
+        // Reserve an address range with room to align, then map the file over its aligned part.
         let reserve = len + CHUNK_LEN;
         // SAFETY: an anonymous, inaccessible reservation at an address of the kernel's choice
         // touches no existing mapping.
@@ -150,7 +150,7 @@ impl Region {
             }
         }
         let base = NonNull::new(base.cast::<u8>()).expect("mmap does not return null");
-        // From here on dropping it unmaps.
+        // From here on, dropping the region unmaps it.
         let region = Region {
             id,
             fd,
@@ -159,15 +159,16 @@ impl Region {
             huge,
             birth: Birth::now(),
         };
-        // A child has its own arena: it neither reads nor writes what devices and the parent use.
-        // SAFETY: the range is the mapping just made.
+        // A child has its own arena: it neither reads nor writes memory that devices and the parent
+        // use.
+        // SAFETY: the range is the mapping that was just made.
         if unsafe { libc::madvise(region.base.as_ptr().cast(), len, libc::MADV_DONTFORK) } != 0 {
             return Err(os("madvise(MADV_DONTFORK)"));
         }
         Ok(region)
     }
 
-    /// The region's name.
+    /// The region's identifier.
     pub fn id(&self) -> RegionId {
         self.id
     }
@@ -177,12 +178,13 @@ impl Region {
         self.len
     }
 
-    /// Where the region starts in this process; aligned to [`CHUNK_LEN`].
+    /// The region's address in this process, aligned to [`CHUNK_LEN`].
     pub fn address(&self) -> usize {
         self.base.as_ptr().addr()
     }
 
-    /// The memory file; the region is its bytes `0..len()`. It is sealed: nobody can truncate it.
+    /// The memory file. The region is its bytes `0..len()`. It is sealed, so nobody can truncate
+    /// it.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
@@ -192,7 +194,7 @@ impl Region {
         self.huge
     }
 
-    /// Makes every chunk present in memory, without changing its bytes, as far as there is memory.
+    /// Makes every chunk present in memory as far as there is memory, without changing its bytes.
     pub(super) fn touch(&self) {
         use std::sync::atomic::{AtomicU64, Ordering};
         // Since Linux 5.14; the kernel faults the pages in and changes nothing in them.
@@ -210,10 +212,10 @@ impl Region {
         }
         for n in 0..self.len / CHUNK_LEN {
             let at = self.ptr(n * CHUNK_LEN).cast::<AtomicU64>();
-            // A read is enough for a page of a shared file to be there, if it happens: what comes
-            // of it must look used.
-            // SAFETY: the address lies in the mapping and is aligned; whoever else uses the bytes
-            // does so with atomics or is a device.
+            // A read is enough to make a page of a shared file present. Its result must look used,
+            // or the compiler would remove it.
+            // SAFETY: the address lies in the mapping and is aligned; other users of the bytes
+            // access them as atomics or are devices.
             std::hint::black_box(unsafe { at.as_ref() }.load(Ordering::Relaxed));
         }
     }
@@ -226,16 +228,17 @@ impl Region {
     }
 }
 
-// Under the interpreter the few regions of a test are kept.
+// The interpreter keeps the few regions of a test.
 #[cfg(not(miri))]
 impl Drop for Region {
     fn drop(&mut self) {
-        // In a forked child something else may lie there by now: the region was not inherited.
+        // In a forked child the address may hold something else: the region was not inherited.
         if !self.birth.is_here() {
             return;
         }
-        // Only a region that no device could be told of, or of a domain whose buffers are all
-        // back, is ever dropped: the process's arena keeps the others for ever.
+        // Only two kinds of region are ever dropped: one that no device could map, and one of a
+        // domain whose buffers are all freed. The process's arena keeps the others for the life of
+        // the process.
         // SAFETY: the range was mapped by `map` and nothing refers to it any more.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
     }
@@ -256,7 +259,7 @@ mod tests {
         u64::from_le_bytes(entry) >> 63 == 1
     }
 
-    /// Built with optimisation, too.
+    /// Holds in a build with optimisation too.
     #[test]
     fn touched_chunks_are_in_memory() {
         let region = Region::map(RegionId(0), 8 << 20, false).expect("a region");

@@ -1,4 +1,4 @@
-//! Memory that driver and device use at the same time.
+//! Memory that the driver and the device use at the same time.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -9,12 +9,13 @@ use super::buf::DmaBuf;
 use super::error::DmaError;
 use super::region::RegionId;
 
-/// DMA memory seen only as atomics, because the device may write any of it at any time:
+/// DMA memory that is accessed only as atomics, because the device may write any of it at any time:
 /// queues, PRP lists, shadow doorbells.
 ///
-/// Words are in the machine's order; NVMe is little-endian, so use `to_le`/`from_le`.
+/// Words are in the machine's byte order and NVMe's are little-endian, so use `to_le` and
+/// `from_le`.
 pub struct DmaShared {
-    /// Kept for its title to the memory; its bytes are never borrowed as `[u8]`.
+    /// Owns the memory. Its bytes are never borrowed as `[u8]`.
     buf: DmaBuf,
     words64: usize,
 }
@@ -23,13 +24,13 @@ impl DmaShared {
     /// Takes `len` bytes of zeroes; `len` is a multiple of 8.
     ///
     /// # Panics
-    /// When `len` is no multiple of 8.
+    /// Panics when `len` is not a multiple of 8.
     #[cfg(test)]
     pub fn zeroed(len: usize) -> Result<DmaShared, DmaError> {
         DmaShared::zeroed_in(None, len)
     }
 
-    /// As [`zeroed`](Self::zeroed), from a domain's memory if one is named.
+    /// Takes memory as [`zeroed`](Self::zeroed) does, from a domain if one is named.
     pub fn zeroed_in(domain: Option<&DmaDomain>, len: usize) -> Result<DmaShared, DmaError> {
         assert!(
             len.is_multiple_of(8),
@@ -67,12 +68,12 @@ impl DmaShared {
         }
     }
 
-    /// The region that the memory lies in.
+    /// The region that contains the memory.
     pub fn region(&self) -> RegionId {
         self.buf.region()
     }
 
-    /// Where the memory starts in its region, in bytes.
+    /// The memory's offset in its region, in bytes.
     pub fn region_offset(&self) -> usize {
         self.buf.region_offset()
     }

@@ -1,4 +1,4 @@
-//! DMA memory: buffers, sharing, mappers, threads.
+//! Tests of DMA memory: buffers, sharing, mappers, threads.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -99,7 +99,7 @@ fn mappers_learn_of_old_and_new_regions() {
     let early = DmaBuf::new(4096).unwrap();
     let model = Model::new(false);
     let guard = register_mapper(model.clone()).unwrap();
-    // Larger than any region so far: the arena has to grow.
+    // The buffer is larger than any region so far, so the arena has to grow.
     let late = DmaBuf::new(stats().total_bytes.next_power_of_two()).unwrap();
     for buf in [&early, &late] {
         let (addr, contiguous) = model
@@ -126,7 +126,7 @@ fn a_mapper_that_refuses_is_not_registered() {
     let _buf = DmaBuf::new(4096).unwrap();
     let error = register_mapper(Model::new(true)).unwrap_err();
     assert!(error.to_string().contains("refused"), "{error}");
-    // The arena still serves.
+    // The arena still works.
     DmaBuf::new(1 << 20).unwrap();
 }
 
@@ -143,7 +143,7 @@ fn shared_memory_is_words() {
     );
 }
 
-/// Buffers cross threads in both directions; no two live ones ever share a byte.
+/// Buffers are passed between threads in both directions. Two live buffers never share a byte.
 #[test]
 fn threads_allocate_and_free_each_others_buffers() {
     let (tx, rx) = std::sync::mpsc::sync_channel::<(u8, DmaBuf)>(64);
@@ -177,7 +177,7 @@ fn threads_allocate_and_free_each_others_buffers() {
 
 #[test]
 fn threads_that_empty_a_new_region_grow_another() {
-    // Large buffers, two to a region at first: threads take from each other's new regions.
+    // The buffers are large, two to a region at first: threads take from each other's new regions.
     let threads: Vec<_> = (0..8)
         .map(|_| {
             std::thread::spawn(|| {
@@ -191,7 +191,7 @@ fn threads_that_empty_a_new_region_grow_another() {
     }
 }
 
-/// What is taken from a domain lies in regions that only its own mapper is told of.
+/// Buffers of a domain lie in regions that only its own mapper is told of.
 #[test]
 fn a_domain_is_apart() {
     let domain = DmaDomain::new();
@@ -216,7 +216,7 @@ fn a_domain_is_apart() {
     let at = (of_process.region(), of_process.region_offset());
     assert!(inside.table.translate(at.0, at.1).is_none());
     assert!(outside.table.translate(at.0, at.1).is_some());
-    // What is given back to a domain serves the domain, not the process.
+    // Memory freed to a domain serves the domain and not the process.
     let regions = inside.known.lock().unwrap().len();
     drop(bufs);
     let again = DmaBuf::new_in(Some(&domain), 8192).unwrap();
@@ -237,7 +237,7 @@ fn a_domain_is_apart() {
     );
 }
 
-/// A domain's memory goes with its last buffer, not before.
+/// A domain's memory is freed with its last buffer, not before.
 #[test]
 fn a_domain_outlives_its_handle_as_long_as_it_is_used() {
     let mapped = |address: usize| {
@@ -246,7 +246,7 @@ fn a_domain_outlives_its_handle_as_long_as_it_is_used() {
             .any(|line| line.starts_with(&format!("{address:x}-")))
     };
     let domain = DmaDomain::new();
-    // All of a region, so that it begins where the region does.
+    // The buffer takes all of a region, so that it begins where the region does.
     let mut buf = DmaBuf::new_in(Some(&domain), CHUNK_LEN).unwrap();
     let address = buf.as_ptr() as usize;
     drop(domain);

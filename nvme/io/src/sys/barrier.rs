@@ -1,8 +1,9 @@
-//! An asymmetric memory barrier: nearly free for a queue pair's owner, dear for the rare reset.
+//! An asymmetric memory barrier: nearly free for a queue pair's owner, expensive for a reset, which
+//! is rare.
 //!
-//! Owner: announce, `light()`, look whether a reset has begun. Reset: announce, `heavy()`, look
-//! whether an owner is at it. One of the two sees the other (membarrier(2),
-//! MEMBARRIER_CMD_PRIVATE_EXPEDITED).
+//! The owner announces itself, calls `light()` and looks whether a reset has begun. A reset
+//! announces itself, calls `heavy()` and looks whether an owner is writing. One of the two sees the
+//! other (membarrier(2), MEMBARRIER_CMD_PRIVATE_EXPEDITED).
 #![allow(unsafe_code)]
 
 use std::sync::LazyLock;
@@ -11,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering, compiler_fence, fence};
 const MEMBARRIER_PRIVATE_EXPEDITED: libc::c_long = 1 << 3;
 const MEMBARRIER_REGISTER_PRIVATE_EXPEDITED: libc::c_long = 1 << 4;
 
-/// Set when the kernel cannot do it; then both sides use full fences.
+/// Whether both sides use full fences, because the kernel does not offer the barrier.
 static SYMMETRIC: AtomicBool = AtomicBool::new(true);
 
 static REGISTERED: LazyLock<bool> = LazyLock::new(|| {
@@ -27,12 +28,12 @@ fn membarrier(command: libc::c_long) -> bool {
     unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) == 0 }
 }
 
-/// Registers the process; called before the first queue pair exists.
+/// Registers the process with the kernel. Called before the first queue pair exists.
 pub fn init() {
     LazyLock::force(&REGISTERED);
 }
 
-/// The owner's side.
+/// The barrier of a queue pair's owner.
 #[inline(always)]
 pub fn light() {
     if SYMMETRIC.load(Ordering::Relaxed) {
@@ -42,7 +43,7 @@ pub fn light() {
     }
 }
 
-/// The rare side. A few microseconds.
+/// The barrier of a reset. Takes a few microseconds.
 pub fn heavy() {
     fence(Ordering::SeqCst);
     if *REGISTERED && !membarrier(MEMBARRIER_PRIVATE_EXPEDITED) {

@@ -1,5 +1,5 @@
 //! A clock that is read in a few nanoseconds: the processor's time stamp counter, where it runs at
-//! one rate on all processors; else the operating system's.
+//! one rate on all processors, otherwise the operating system's clock.
 #![allow(unsafe_code)]
 
 use std::sync::OnceLock;
@@ -14,7 +14,7 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// The clock. The first call reads /proc/cpuinfo.
+    /// Returns the clock. The first call reads /proc/cpuinfo.
     pub fn get() -> Clock {
         static CLOCK: OnceLock<Clock> = OnceLock::new();
         *CLOCK.get_or_init(|| {
@@ -29,7 +29,7 @@ impl Clock {
         })
     }
 
-    /// Ticks now.
+    /// The current time in ticks.
     #[inline]
     pub fn now(self) -> u64 {
         if self.counter {
@@ -44,7 +44,8 @@ impl Clock {
         u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
-    /// Ticks per second. Sleeps if the process is younger than 10 ms, to measure well.
+    /// Number of ticks per second. Sleeps if the process is younger than 10 ms, to measure
+    /// precisely.
     pub fn ticks_per_second(self) -> u64 {
         static RATE: OnceLock<u64> = OnceLock::new();
         if !self.counter {
@@ -59,13 +60,13 @@ impl Clock {
         })
     }
 
-    /// Ticks as nanoseconds.
+    /// Converts ticks to nanoseconds.
     pub fn to_ns(self, ticks: u64) -> u64 {
         let ns = u128::from(ticks) * 1_000_000_000 / u128::from(self.ticks_per_second());
         u64::try_from(ns).unwrap_or(u64::MAX)
     }
 
-    /// A duration in ticks.
+    /// Converts a duration to ticks.
     pub fn ticks(self, duration: Duration) -> u64 {
         let ticks = duration.as_nanos() * u128::from(self.ticks_per_second()) / 1_000_000_000;
         u64::try_from(ticks).unwrap_or(u64::MAX)
@@ -75,7 +76,7 @@ impl Clock {
 #[cfg(target_arch = "x86_64")]
 #[inline]
 fn read_counter() -> u64 {
-    // SAFETY: every x86-64 processor has the instruction; it reads a register.
+    // SAFETY: every x86-64 processor has the instruction, which reads a register.
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 

@@ -1,4 +1,4 @@
-//! Event counters that interrupts and notices come through.
+//! Event counters for interrupts and notices.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -11,8 +11,8 @@ use super::wait_readable;
 
 /// A non-blocking Linux eventfd.
 ///
-/// A source in this process may use [`signal_if_armed`](Self::signal_if_armed) and so spare the
-/// system call while nobody sleeps; sources outside signal always.
+/// A source in this process may use [`signal_if_armed`](Self::signal_if_armed), which saves the
+/// system call while nobody sleeps. Other sources always signal.
 #[derive(Debug)]
 pub struct EventFd {
     fd: OwnedFd,
@@ -20,7 +20,7 @@ pub struct EventFd {
 }
 
 impl EventFd {
-    /// A new counter at zero.
+    /// Makes a counter at zero.
     pub fn new() -> io::Result<EventFd> {
         // SAFETY: no pointers are involved.
         let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
@@ -35,7 +35,7 @@ impl EventFd {
         })
     }
 
-    /// The first `count` of those that there are, and as many new ones as are missing.
+    /// Returns the first `count` of the existing counters, and new ones for those that are missing.
     pub fn extend(have: &[Arc<EventFd>], count: usize) -> io::Result<Vec<Arc<EventFd>>> {
         let mut all: Vec<Arc<EventFd>> = have.iter().take(count).cloned().collect();
         while all.len() < count {
@@ -44,21 +44,21 @@ impl EventFd {
         Ok(all)
     }
 
-    /// Adds one. Does not block; a full counter stays full, which wakes as well.
+    /// Adds one. Does not block. A full counter stays full, which wakes as well.
     pub fn signal(&self) {
         let one = 1u64.to_ne_bytes();
         // SAFETY: eight readable bytes. The only failure is a full counter (EAGAIN).
         unsafe { libc::write(self.fd.as_raw_fd(), one.as_ptr().cast(), 8) };
     }
 
-    /// Whether sources of this process shall signal; a new counter is armed.
+    /// Sets whether sources in this process signal. A new counter is armed.
     pub fn arm(&self, on: bool) {
         self.armed.store(on, Ordering::SeqCst);
         fence(Ordering::SeqCst);
     }
 
-    /// As [`signal`](Self::signal), unless the waiting side has disarmed the counter. What was
-    /// stored before is visible to a waiter that arms, looks and then sleeps.
+    /// Signals as [`signal`](Self::signal) does, unless the waiting side has disarmed the counter.
+    /// Stores before the call are visible to a waiter that arms, looks and then sleeps.
     #[inline]
     pub fn signal_if_armed(&self) {
         fence(Ordering::SeqCst);
@@ -67,7 +67,7 @@ impl EventFd {
         }
     }
 
-    /// Sets the counter to zero and says what it was.
+    /// Sets the counter to zero and returns its earlier value.
     pub fn drain(&self) -> u64 {
         let mut value = [0u8; 8];
         // SAFETY: eight writable bytes.
@@ -75,8 +75,8 @@ impl EventFd {
         if n == 8 { u64::from_ne_bytes(value) } else { 0 }
     }
 
-    /// Sleeps until the counter is not zero or the time is over; says which. The counter is
-    /// left as it is.
+    /// Sleeps until the counter is not zero or the time is over. Returns whether it is not zero.
+    /// Does not change the counter.
     pub fn wait(&self, timeout: Duration) -> bool {
         wait_readable(&[self.as_fd()], Some(timeout)).is_ok_and(|ready| ready[0])
     }

@@ -1,4 +1,4 @@
-//! The system calls that the `file` module needs and the standard library does not have.
+//! System calls that the `file` module needs and the standard library does not offer.
 #![allow(unsafe_code)]
 
 use std::ffi::CString;
@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-/// `BLKDISCARD`, `BLKGETSIZE64`, `BLKSSZGET`, `BLKROGET` (linux/fs.h).
+/// Numbers of `BLKDISCARD`, `BLKGETSIZE64`, `BLKSSZGET` and `BLKROGET` (linux/fs.h).
 const BLKDISCARD: libc::c_ulong = 0x1277;
 const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
 const BLKSSZGET: libc::c_ulong = 0x1268;
@@ -22,7 +22,7 @@ fn check(ret: libc::c_int) -> io::Result<()> {
     }
 }
 
-/// Tries to take a `flock` lock on the open file; `WouldBlock` when another has it.
+/// Tries to take a `flock` lock on the open file. Fails with `WouldBlock` when another has it.
 pub fn try_flock(file: &File, exclusive: bool) -> io::Result<()> {
     let how = if exclusive {
         libc::LOCK_EX
@@ -33,13 +33,13 @@ pub fn try_flock(file: &File, exclusive: bool) -> io::Result<()> {
     check(unsafe { libc::flock(file.as_raw_fd(), how | libc::LOCK_NB) })
 }
 
-/// Gives the lock back at once, even while a ring still holds the open file.
+/// Releases the lock at once, even while a ring still holds the open file.
 pub fn unlock(file: &File) {
     // SAFETY: the descriptor is open for the whole call.
     unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_UN) };
 }
 
-/// Capacity of a block device in bytes.
+/// Returns the capacity of a block device in bytes.
 pub fn block_device_len(file: &File) -> io::Result<u64> {
     let mut len = 0_u64;
     // SAFETY: BLKGETSIZE64 stores one u64 at the address, which is valid for writes.
@@ -47,7 +47,7 @@ pub fn block_device_len(file: &File) -> io::Result<u64> {
     Ok(len)
 }
 
-/// Logical sector size of a block device in bytes.
+/// Returns the logical sector size of a block device in bytes.
 pub fn sector_size(file: &File) -> io::Result<u32> {
     let mut size: libc::c_int = 0;
     // SAFETY: BLKSSZGET stores one int at the address, which is valid for writes.
@@ -55,7 +55,7 @@ pub fn sector_size(file: &File) -> io::Result<u32> {
     u32::try_from(size).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))
 }
 
-/// Bytes that the file system of the file has left for this user.
+/// Returns the number of bytes that this user can still allocate in the file's file system.
 pub fn free_bytes(file: &File) -> io::Result<u64> {
     // SAFETY: all zeroes are a valid statvfs, which is plain numbers.
     let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
@@ -71,7 +71,7 @@ pub fn discard(file: &File, offset: u64, len: u64) -> io::Result<()> {
     check(unsafe { libc::ioctl(file.as_raw_fd(), BLKDISCARD, range.as_ptr()) })
 }
 
-/// `fallocate(2)`. May block.
+/// Calls `fallocate(2)`. May block.
 pub fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()> {
     let to = |n: u64| i64::try_from(n).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG));
     let (offset, len) = (to(offset)?, to(len)?);
@@ -79,8 +79,9 @@ pub fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()
     check(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) })
 }
 
-/// What direct I/O on the file needs: alignment of memory and of offsets, in bytes (statx,
-/// Linux 6.1). `None` where the kernel does not say; zeroes where it is not supported.
+/// Returns the alignment of memory and of offsets that direct I/O on the file requires, in bytes
+/// (statx, Linux 6.1). `None` where the kernel does not say; zeroes where direct I/O is not
+/// supported.
 pub fn direct_alignment(file: &File) -> Option<(u32, u32)> {
     // SAFETY: statx is a plain structure for which all zeroes are valid.
     let mut stat: libc::statx = unsafe { std::mem::zeroed() };
@@ -107,13 +108,13 @@ pub fn is_write_protected(file: &File) -> io::Result<bool> {
     Ok(flag != 0)
 }
 
-/// The first byte at or behind `offset` that the file system says may be other than zero; `None`:
-/// there is none. `Unsupported`: it cannot say.
+/// Returns the first byte at or behind `offset` that may be other than zero according to the file
+/// system, or `None` if there is none. Fails with `Unsupported` when the file system cannot say.
 pub fn seek_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
     seek(file, offset, libc::SEEK_DATA)
 }
 
-/// The first hole at or behind `offset`, or the end.
+/// Returns the first hole at or behind `offset`, or the end.
 pub fn seek_hole(file: &File, offset: u64) -> io::Result<Option<u64>> {
     seek(file, offset, libc::SEEK_HOLE)
 }
@@ -134,7 +135,7 @@ fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>
     }
 }
 
-/// Makes the file durable, its length and place included. Blocks.
+/// Makes the file durable, including its length and place. Blocks.
 pub fn sync_all(file: &File) -> io::Result<()> {
     file.sync_all()
 }
@@ -143,12 +144,13 @@ fn proc_path(file: &File) -> io::Result<CString> {
     Ok(CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?)
 }
 
-/// Whether [`link`] can give this file without a name one: that goes through /proc.
+/// Whether [`link`] can name this file without a name, which it does through /proc.
 pub fn can_be_named(file: &File) -> bool {
     std::fs::symlink_metadata(format!("/proc/self/fd/{}", file.as_raw_fd())).is_ok()
 }
 
-/// Gives a file that has no name the name `path`; `AlreadyExists` when it is taken.
+/// Gives a file without a name the name `path`. Fails with `AlreadyExists` when a file has the
+/// name.
 pub fn link(file: &File, path: &Path) -> io::Result<()> {
     let (from, to) = (proc_path(file)?, CString::new(path.as_os_str().as_bytes())?);
     // SAFETY: both are strings that end with a zero byte and outlive the call.
@@ -163,18 +165,18 @@ pub fn link(file: &File, path: &Path) -> io::Result<()> {
     })
 }
 
-/// An eventfd.
+/// Makes an eventfd.
 pub fn eventfd() -> io::Result<File> {
     // SAFETY: no memory is involved.
     let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
     check(fd)?;
-    // SAFETY: the descriptor was just made and belongs to nobody else.
+    // SAFETY: the descriptor was just made and has no other owner.
     Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
-/// Takes `O_DIRECT` off the open file.
+/// Removes `O_DIRECT` from the open file.
 pub fn clear_direct(file: &File) -> io::Result<()> {
-    // SAFETY: the descriptor is open for both calls, which take and give plain numbers.
+    // SAFETY: the descriptor is open for both calls, whose arguments and results are plain numbers.
     let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
     check(flags)?;
     // SAFETY: as above.

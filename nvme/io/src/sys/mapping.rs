@@ -1,4 +1,4 @@
-//! A mapped BAR that can be taken away from under those who still hold its addresses.
+//! Mapped BARs that can be replaced while other threads hold their addresses.
 #![allow(unsafe_code)]
 
 use std::ffi::CStr;
@@ -13,10 +13,10 @@ use parking_lot::Mutex;
 use super::MmioMap;
 use crate::process::Birth;
 
-/// Pages of a device, mapped shared. When the device is given back the pages are replaced by
-/// ordinary memory: of ones, which is what a bus answers for an absent device, or of zeroes.
-/// Addresses stay good, so doorbells and register references of other threads need no lock and no
-/// check. A forked child has no such pages.
+/// Pages of a device, mapped shared. When the device is released the pages are replaced by ordinary
+/// memory: of ones, which is what a bus returns for an absent device, or of zeroes. Addresses stay
+/// valid, so doorbells and register references of other threads need no lock and no check. A forked
+/// child does not have these pages.
 #[derive(Debug)]
 pub struct DeviceMapping {
     base: NonNull<u8>,
@@ -26,17 +26,17 @@ pub struct DeviceMapping {
     birth: Birth,
 }
 
-/// What takes the place of pages that are given back. Neither costs memory in proportion to the
-/// mapping's length, which the other side may have chosen.
+/// The memory that replaces the pages of a released device. Neither kind costs memory in proportion
+/// to the mapping's length, which the other side may have chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Absent {
-    /// For registers.
+    /// All ones, for registers.
     Ones,
-    /// For memory.
+    /// Zeroes, for memory.
     Zeroes,
 }
 
-/// The file of ones is no longer than this; it is mapped again and again.
+/// Longest file of ones. A longer mapping maps it repeatedly.
 const ONES_LEN: usize = 2 << 20;
 
 // SAFETY: only addresses are handed out (as `MmioMap`, which makes atomic accesses); the range
@@ -84,7 +84,7 @@ impl DeviceMapping {
         Ok(mapping)
     }
 
-    /// Where it begins; good as long as the object lives.
+    /// The first byte, valid as long as the object lives.
     pub fn start(&self) -> NonNull<u8> {
         self.base
     }
@@ -104,8 +104,8 @@ impl DeviceMapping {
         }
     }
 
-    /// Puts ordinary memory in the place of the device's. The kernel exchanges the pages; an
-    /// access of another thread sees the one or the other.
+    /// Replaces the device's memory by ordinary memory. The kernel exchanges the pages: an access
+    /// of another thread sees one or the other.
     pub fn retire(&self) -> io::Result<()> {
         let mut retired = self.retired.lock();
         if *retired {
@@ -126,7 +126,7 @@ impl DeviceMapping {
         Ok(())
     }
 
-    /// Puts private copies of a file's pages, or zeroes, in the place of `len` bytes from `at` on.
+    /// Replaces `len` bytes from `at` on by private copies of a file's pages, or by zeroes.
     fn replace(&self, at: usize, len: usize, file: Option<BorrowedFd<'_>>) -> io::Result<()> {
         assert!(at + len <= self.len);
         let anonymous = if file.is_none() {
@@ -156,7 +156,7 @@ impl DeviceMapping {
 
 impl Drop for DeviceMapping {
     fn drop(&mut self) {
-        // In a forked child something else may lie there by now.
+        // In a forked child the address may hold something else by now.
         if !self.birth.is_here() {
             return;
         }
@@ -166,8 +166,8 @@ impl Drop for DeviceMapping {
     }
 }
 
-/// A file in memory of `len` zeroes, to be shared with another process, which cannot change its
-/// length.
+/// Makes a file of `len` zeroes in memory, to be shared with another process, which cannot change
+/// its length.
 pub fn shared_file(len: usize) -> io::Result<std::fs::File> {
     let file = memory_file(c"pumice-registers")?;
     file.set_len(len as u64)?;
@@ -179,8 +179,8 @@ pub fn shared_file(len: usize) -> io::Result<std::fs::File> {
     }
 }
 
-/// Whether nobody can make another process's file shorter, which would end this process at its
-/// next access (SIGBUS).
+/// Whether nobody can make another process's file shorter, which would end this process at its next
+/// access (SIGBUS).
 pub fn keeps_its_length(file: BorrowedFd<'_>) -> bool {
     // SAFETY: `file` is an open descriptor.
     let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
@@ -241,7 +241,8 @@ mod tests {
         field.and_then(|n| n.parse().ok()).expect("a number")
     }
 
-    /// The other side chooses the length: taking a mapping back must not cost it.
+    /// The other side chooses the length, so removing a mapping must not cost memory in proportion
+    /// to it.
     #[test]
     fn a_long_mapping_costs_nothing_to_take_back() {
         let file = memory_file(c"test").expect("a file");
@@ -258,7 +259,7 @@ mod tests {
                 let word = mmio.word32(at).expect("inside");
                 assert_eq!(word.load(Ordering::Relaxed), want);
             }
-            // A store is seen nowhere else.
+            // The store is visible nowhere else.
             mmio.word32(8).expect("inside").store(7, Ordering::Relaxed);
             let other = mmio.word32((2 << 20) + 8).expect("inside");
             assert_eq!(other.load(Ordering::Relaxed), want);

@@ -10,9 +10,9 @@ use std::thread::Thread;
 
 use parking_lot::Mutex;
 
-/// A mapped piece of a device's memory, accessed only with single aligned loads and stores.
+/// A mapped part of a device's memory, accessed only with single aligned loads and stores.
 ///
-/// Words are in the machine's order; the device's are little-endian, so convert.
+/// Words are in the machine's byte order and the device's are little-endian, so convert.
 #[derive(Clone)]
 pub struct MmioMap {
     base: NonNull<u8>,
@@ -49,7 +49,7 @@ impl MmioMap {
         }
     }
 
-    /// Memory of this process that plays device memory.
+    /// Wraps memory of this process that stands for device memory.
     pub fn from_words(words: Arc<[AtomicU64]>) -> MmioMap {
         let base = NonNull::from(&words[..]).cast::<u8>();
         let len = words.len() * 8;
@@ -62,7 +62,7 @@ impl MmioMap {
         self.len
     }
 
-    /// The 32-bit word at `offset`; `None` when that is outside or not a multiple of 4.
+    /// Returns the 32-bit word at `offset`, or `None` when that is outside or not a multiple of 4.
     #[inline]
     pub fn word32(&self, offset: usize) -> Option<&AtomicU32> {
         if !offset.is_multiple_of(4) || offset.checked_add(4)? > self.len {
@@ -72,7 +72,7 @@ impl MmioMap {
         Some(unsafe { self.base.add(offset).cast::<AtomicU32>().as_ref() })
     }
 
-    /// The 64-bit word at `offset`; `None` when that is outside or not a multiple of 8.
+    /// Returns the 64-bit word at `offset`, or `None` when that is outside or not a multiple of 8.
     #[inline]
     pub fn word64(&self, offset: usize) -> Option<&AtomicU64> {
         if !offset.is_multiple_of(8) || offset.checked_add(8)? > self.len {
@@ -82,7 +82,7 @@ impl MmioMap {
         Some(unsafe { self.base.add(offset).cast::<AtomicU64>().as_ref() })
     }
 
-    /// All of it as 64-bit words.
+    /// The whole mapping as 64-bit words.
     pub fn as_u64(&self) -> &[AtomicU64] {
         // SAFETY: aligned, mapped for `len` bytes, alive as long as `self`.
         unsafe { std::slice::from_raw_parts(self.base.cast::<AtomicU64>().as_ptr(), self.len / 8) }
@@ -97,13 +97,14 @@ pub struct Kick {
 }
 
 impl Kick {
-    /// Called by the thread that sleeps, once, before the first [`sleep_unless`](Self::sleep_unless).
+    /// Registers the calling thread as the one that sleeps. Called once, before the first
+    /// [`sleep_unless`](Self::sleep_unless).
     pub fn attach(&self) {
         *self.thread.lock() = Some(std::thread::current());
     }
 
-    /// Sleeps until woken or the time is over, unless `busy` finds work after the intention to
-    /// sleep was announced.
+    /// Sleeps until woken or until the time is over, unless `busy` finds work after the intention
+    /// to sleep was announced.
     pub fn sleep_unless(&self, timeout: std::time::Duration, busy: impl FnOnce() -> bool) {
         self.asleep.store(true, Ordering::SeqCst);
         fence(Ordering::SeqCst);
@@ -113,7 +114,7 @@ impl Kick {
         self.asleep.store(false, Ordering::SeqCst);
     }
 
-    /// Wakes the thread if it sleeps. What was stored before is visible to its `busy`.
+    /// Wakes the thread if it sleeps. Stores before the call are visible to its `busy`.
     #[inline]
     pub fn wake(&self) {
         fence(Ordering::SeqCst);
@@ -130,7 +131,7 @@ impl Kick {
     }
 }
 
-/// How a value gets there.
+/// The way to write a doorbell.
 enum Reach {
     Mapped(NonNull<AtomicU32>, MmioMap),
     Waking(NonNull<AtomicU32>, MmioMap, Arc<Kick>),
@@ -157,24 +158,25 @@ impl fmt::Debug for Doorbell {
 }
 
 impl Doorbell {
-    /// A register at `offset` of mapped memory. `None`: outside of it.
+    /// Returns the register at `offset` of mapped memory, or `None` when that is outside.
     pub fn mapped(map: &MmioMap, offset: usize) -> Option<Doorbell> {
         let word = NonNull::from(map.word32(offset)?);
         Some(Doorbell(Reach::Mapped(word, map.clone())))
     }
 
-    /// As [`mapped`](Self::mapped), for a controller thread of this process that may sleep.
+    /// Returns a register as [`mapped`](Self::mapped) does, for a controller thread of this process
+    /// that may sleep.
     pub fn waking(map: &MmioMap, offset: usize, kick: Arc<Kick>) -> Option<Doorbell> {
         let word = NonNull::from(map.word32(offset)?);
         Some(Doorbell(Reach::Waking(word, map.clone(), kick)))
     }
 
-    /// A register that only a message reaches: `send` is given the value.
+    /// Makes a register that is written by messages: `send` is called with each value.
     pub fn message(send: Arc<dyn Fn(u32) + Send + Sync>) -> Doorbell {
         Doorbell(Reach::Message(send))
     }
 
-    /// Writes the register. All earlier stores to memory are visible to the device before.
+    /// Writes the register. All earlier stores to memory are visible to the device before it.
     #[inline]
     pub fn ring(&self, value: u32) {
         match &self.0 {

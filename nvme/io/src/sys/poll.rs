@@ -5,11 +5,11 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
-/// Sleeps until one of the descriptors is readable or broken, or the time is over (`None`: without an end). Says of each
-/// whether it is; after an interrupted sleep none is.
+/// Sleeps until one of the descriptors is readable or broken, or the time is over (`None`: no
+/// limit). Returns for each whether it is; after an interrupted sleep none is.
 ///
 /// # Errors
-/// The system call's.
+/// Returns the system call's error.
 pub fn wait_readable(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::Result<Vec<bool>> {
     let mut polls: Vec<libc::pollfd> = fds
         .iter()
@@ -41,11 +41,11 @@ pub fn wait_readable(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> io::R
     Ok(polls.iter().map(|p| n > 0 && p.revents != 0).collect())
 }
 
-/// An epoll that is readable while one of the eventfds is, or when the other side of `stream`
+/// Makes an epoll that is readable while one of the eventfds is, or when the other side of `stream`
 /// has closed it: one descriptor to wait on.
 ///
 /// # Errors
-/// The system calls'.
+/// Returns the error of a system call.
 pub fn any_readable(
     events: &[BorrowedFd<'_>],
     stream: Option<BorrowedFd<'_>>,

@@ -1,4 +1,4 @@
-//! Sockets that only their owner may connect to, from the first moment on.
+//! Sockets that only their owner can connect to, from the first moment on.
 
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
@@ -6,10 +6,11 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Binds where nobody else can reach, sets the permissions, then gives the socket its place.
+/// Binds in a directory that nobody else can enter, sets the permissions and moves the socket to
+/// `path`.
 ///
 /// # Errors
-/// What the system says.
+/// Returns the system call's error.
 pub fn bind_private(path: &Path) -> io::Result<UnixListener> {
     let parent = path
         .parent()
@@ -19,7 +20,8 @@ pub fn bind_private(path: &Path) -> io::Result<UnixListener> {
     let inside = dir.join("s");
     let bound = UnixListener::bind(&inside).and_then(|listener| {
         std::fs::set_permissions(&inside, std::fs::Permissions::from_mode(0o600))?;
-        // Unlike a rename, a link replaces nothing that came there meanwhile.
+        // Unlike a rename, a link does not replace a file that another process created in the
+        // meantime.
         std::fs::hard_link(&inside, path)?;
         Ok(listener)
     });
@@ -28,7 +30,8 @@ pub fn bind_private(path: &Path) -> io::Result<UnixListener> {
     bound
 }
 
-/// A directory of our own in `parent`, whatever earlier processes and other threads have left.
+/// Makes a directory of our own in `parent`, whatever earlier processes and other threads have left
+/// there.
 fn private_dir(parent: &Path) -> io::Result<PathBuf> {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     const TRIES: usize = 64;
@@ -36,7 +39,7 @@ fn private_dir(parent: &Path) -> io::Result<PathBuf> {
     builder.mode(0o700);
     for _ in 0..TRIES {
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        // A short name: a socket's path has at most 107 bytes.
+        // The name is short because a socket's path has at most 107 bytes.
         let dir = parent.join(format!(".{}.{n}", std::process::id()));
         match builder.create(&dir) {
             Ok(()) => return Ok(dir),

@@ -6,7 +6,7 @@ use std::io;
 /// Sends this process a signal.
 ///
 /// # Errors
-/// The system call's, for a number that is not a signal.
+/// Returns the system call's error for a number that is not a signal.
 pub fn raise(signal: libc::c_int) -> io::Result<()> {
     // SAFETY: no memory is involved, and this process may signal itself.
     match unsafe { libc::kill(libc::getpid(), signal) } {

@@ -1,4 +1,4 @@
-//! Unix stream sockets that carry descriptors beside bytes, and who is at their other end.
+//! Unix stream sockets that carry descriptors beside bytes, and the process at their other end.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -8,14 +8,14 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-/// Descriptors that one receive can take in.
+/// Most descriptors that one receive takes.
 const MAX_FDS: usize = 64;
 
-/// Sends bytes, and descriptors with the first of them; says how many bytes the other side's queue took. Blocks while that is
-/// full, at most until the socket's write time-out.
+/// Sends bytes, and descriptors with the first byte. Returns how many bytes the other side's queue
+/// accepted. Blocks while the queue is full, at most for the socket's write time-out.
 ///
 /// # Errors
-/// The system call's; more descriptors than a message carries.
+/// Returns the system call's error. Fails for more descriptors than a message carries.
 pub fn send(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
     if fds.len() > MAX_FDS {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -61,7 +61,7 @@ pub fn send(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Re
     }
 }
 
-/// Room for a control message of [`MAX_FDS`] descriptors, aligned as its header wants it.
+/// Room for a control message of [`MAX_FDS`] descriptors, aligned as its header requires.
 struct Control([u64; (16 + 4 * MAX_FDS).div_ceil(8) + 2]);
 
 impl Default for Control {
@@ -70,11 +70,11 @@ impl Default for Control {
     }
 }
 
-/// Receives bytes into the front of `into` and says how many; 0: the other side has closed the socket. The descriptors that
-/// came with them are added to `fds`.
+/// Receives bytes into the front of `into` and returns their number, which is 0 when the other side
+/// has closed the socket. Adds the descriptors that came with them to `fds`.
 ///
 /// # Errors
-/// The system call's; more descriptors than a message carries.
+/// Returns the system call's error. Fails for more descriptors than a message carries.
 pub fn receive(socket: &UnixStream, into: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
     let mut control = Control::default();
     let mut part = libc::iovec {
@@ -126,10 +126,10 @@ pub fn receive(socket: &UnixStream, into: &mut [u8], fds: &mut Vec<OwnedFd>) -> 
     Ok(n)
 }
 
-/// Connects, without waiting longer than this for a place in the other side's queue.
+/// Connects, and waits at most `timeout` for a place in the other side's queue.
 ///
 /// # Errors
-/// `TimedOut`, or what the system says.
+/// Returns `TimedOut` or the system call's error.
 pub fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
     // SAFETY: creates a descriptor, which is owned from here on.
     let raw = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
@@ -138,7 +138,7 @@ pub fn connect(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
     }
     // SAFETY: the kernel just gave us this descriptor.
     let socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(raw) });
-    // The time-out for sending is connect's, too (unix(7) waits no longer for a full queue).
+    // The time-out for sending applies to connect too (unix(7) waits no longer for a full queue).
     socket.set_write_timeout(Some(timeout))?;
     let mut address = libc::sockaddr_un {
         sun_family: libc::sa_family_t::try_from(libc::AF_UNIX).unwrap_or(1),
@@ -187,27 +187,28 @@ fn credentials(socket: &UnixStream) -> Option<libc::ucred> {
     (result == 0).then_some(who)
 }
 
-/// Who serves the socket: the process that called listen(2), and its name.
+/// Returns the process that called listen(2) on the socket, and its name.
 pub fn peer(socket: &UnixStream) -> Option<(i32, String)> {
     let who = credentials(socket).filter(|who| who.pid > 0)?;
     let name = std::fs::read_to_string(format!("/proc/{}/comm", who.pid)).unwrap_or_default();
     Some((who.pid, name.trim().escape_debug().to_string()))
 }
 
-/// Whether the other side is root's, or of this process's user.
+/// Whether the other side runs as root or as this process's user.
 pub fn peer_is_own(socket: &UnixStream) -> bool {
     // SAFETY: geteuid cannot fail and has no arguments.
     let own = unsafe { libc::geteuid() };
     credentials(socket).is_some_and(|who| who.uid == 0 || who.uid == own)
 }
 
-/// Whether the other side has closed the socket or ended its own sending. Does not block and takes no bytes.
+/// Whether the other side has closed the socket or ended its own sending. Does not block and takes
+/// no bytes.
 pub fn is_closed(socket: &UnixStream) -> bool {
     has_ended(socket, libc::POLLRDHUP)
 }
 
-/// Whether the other side of the socket is gone; one that has only ended its own sending is there. Does not block and takes no
-/// bytes.
+/// Whether the other side has closed the socket. A side that has only ended its own sending has
+/// not. Does not block and takes no bytes.
 pub fn is_hung_up(socket: &UnixStream) -> bool {
     has_ended(socket, 0)
 }

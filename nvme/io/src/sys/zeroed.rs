@@ -1,17 +1,17 @@
-//! Zeroed memory that may be too much to ask for, in large pages where the kernel has some.
+//! Zeroed memory of any size, in huge pages where the kernel has some, whose allocation may fail.
 #![allow(unsafe_code)]
 
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
-/// What the kernel calls a huge page on the machines that matter here.
+/// Size of a huge page on x86-64.
 const HUGE: usize = 2 << 20;
 
 /// Bytes of a cache line.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 const LINE: usize = 64;
 
-/// Bytes that were zero at first. The kernel gives them as they are touched.
+/// Bytes that are zero at first. The kernel allocates them when they are accessed.
 #[derive(Debug)]
 pub struct Zeroed {
     start: NonNull<u8>,
@@ -20,18 +20,19 @@ pub struct Zeroed {
 
 // SAFETY: the mapping belongs to this value alone, and nothing in it belongs to a thread.
 unsafe impl Send for Zeroed {}
-// SAFETY: through a shared reference it can only be read.
+// SAFETY: the memory can only be read through a shared reference.
 unsafe impl Sync for Zeroed {}
 
 impl Zeroed {
-    /// `len` bytes; `None` where the process gets no more, instead of the end of the process that
-    /// a vector would be.
+    /// Allocates `len` bytes. Returns `None` where the process gets no more memory; a vector would
+    /// end the process.
     pub fn new(len: usize) -> Option<Zeroed> {
         if len == 0 {
             let start = NonNull::dangling();
             return Some(Zeroed { start, len });
         }
-        // Room to begin at a huge page; what is before and behind goes back at once.
+        // The mapping has room to begin at a huge page. The rest before and behind is returned at
+        // once.
         let slack = if len >= HUGE { HUGE } else { 0 };
         let mapped = len
             .checked_add(slack)
@@ -75,11 +76,11 @@ impl Zeroed {
         Some(Zeroed { start, len })
     }
 
-    /// Copies `data` to `at` past the processor's caches, for data that are not wanted again soon
-    /// and memory that is not in a cache: nothing is read in only to be overwritten.
+    /// Copies `data` to `at` past the processor's caches, for data that is not needed again soon
+    /// and memory that is not in a cache: no cache line is read only to be overwritten.
     ///
     /// # Panics
-    /// When it does not fit.
+    /// Panics when it does not fit.
     #[inline]
     pub fn stream(&mut self, at: usize, data: &[u8]) {
         let to = &mut self[at..at + data.len()];
@@ -95,8 +96,8 @@ impl Zeroed {
             for (to, line) in to.by_ref().zip(lines.by_ref()) {
                 let to = to.as_mut_ptr().cast::<__m128i>();
                 let line = line.as_ptr().cast::<__m128i>();
-                // SAFETY: both are whole lines of four times 16 bytes, the target's begins at a
-                // multiple of 64; the fence behind the loop orders the stores before all that
+                // SAFETY: both are whole lines of four times 16 bytes, and the target's begins at a
+                // multiple of 64; the fence after the loop orders the stores before everything that
                 // follows. SSE2 is part of the architecture.
                 unsafe {
                     let words = [0, 1, 2, 3].map(|n| _mm_loadu_si128(line.add(n)));
@@ -113,7 +114,7 @@ impl Zeroed {
         to.copy_from_slice(data);
     }
 
-    /// Asks the processor for the bytes of `[at, at + len)`, which will be needed soon.
+    /// Prefetches the bytes of `[at, at + len)`, which will be needed soon.
     #[inline]
     pub fn prefetch(&self, at: usize, len: usize) {
         #[cfg(all(target_arch = "x86_64", not(miri)))]

@@ -1,4 +1,4 @@
-//! `nvme-soft-target SOCKET [soft-URI]`: a soft controller for other processes, behind a
+//! `nvme-soft-target SOCKET [soft-URI]` serves a soft controller to other processes through a
 //! vfio-user socket.
 
 use std::path::PathBuf;

@@ -1,6 +1,6 @@
 //! Runs the driver's suite on a controller: `nvme-suite URI [--filter TEXT] [--seed N]`.
-//! It writes to every namespace. Ends with `N passed, N failed, N skipped`; exit code 0 only if
-//! nothing failed.
+//! It writes to every namespace and ends with `N passed, N failed, N skipped`. The exit code is 0
+//! only if nothing failed.
 
 use std::process::ExitCode;
 
@@ -17,7 +17,7 @@ fn main() -> ExitCode {
             ("--filter", _) => filter = args.next().unwrap_or_default(),
             ("--seed", _) => match args.next().and_then(|s| s.parse().ok()) {
                 Some(n) => seed = n,
-                None => return usage("--seed wants a number"),
+                None => return usage("--seed needs a number"),
             },
             ("--help" | "-h", _) => return usage(""),
             (_, None) if !arg.starts_with('-') => uri = Some(arg),

@@ -1,4 +1,4 @@
-//! Identify, logs, features, refusals.
+//! Tests of Identify, logs, features and refused commands.
 
 use pumice_io::dma::DmaBuf;
 use pumice_nvme::NvmeError;
@@ -57,7 +57,7 @@ fn features(b: &Bench) -> Outcome {
         .controller
         .set_feature(FeatureId::ARBITRATION, 0, before, false);
     match set {
-        // A controller may have a fixed arbitration (QEMU's has).
+        // A controller may have a fixed arbitration, as QEMU's does.
         Err(NvmeError::Status { status, .. })
             if status.code() == Status::FEATURE_NOT_CHANGEABLE =>
         {
@@ -78,13 +78,13 @@ fn refused(b: &Bench) -> Outcome {
         Ok(_) => return fail("a reserved CNS value was accepted"),
         Err(other) => return Err(other.into()),
     }
-    // What would take the driver's queues away is refused before it is sent.
+    // A command that would delete the driver's queues is refused before it is sent.
     let command = Command::delete_queue(AdminOpcode::DELETE_SQ, 1);
     match b.controller.admin_command(command, None) {
         Err(NvmeError::Unsupported { .. }) => {}
         other => return fail(format!("deleting a queue: {other:?}")),
     }
-    // So is data that does not fit its buffer.
+    // Data that does not fit its buffer is refused too.
     let command = Command::get_log(LogPage::ERROR, u32::MAX, 0, 8192, true);
     match b
         .controller

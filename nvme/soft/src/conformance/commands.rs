@@ -1,4 +1,4 @@
-//! Every I/O command, on every namespace.
+//! Tests of every I/O command, on every namespace.
 
 use pumice_io::dma::{DmaBuf, DmaSlice};
 use pumice_nvme::{IoErrorKind, Op, SubmitError};
@@ -70,7 +70,7 @@ fn large(b: &Bench) -> Outcome {
     for ns in b.namespaces()? {
         let mut q = b.queue(4)?;
         let most = b.controller.transfer_bytes()? / ns.block_size() as usize;
-        // More parts than the queue is deep, and a remainder.
+        // The I/O has more parts than the queue has entries, and a remainder.
         for blocks in [most, most + 1, 3 * most + 1, 7 * most + 3] {
             let bytes = blocks as u64 * u64::from(ns.block_size());
             if blocks as u64 + 5 > ns.num_blocks() || bytes > 16 << 20 {
@@ -178,7 +178,7 @@ fn vectored_small(b: &Bench) -> Outcome {
     for ns in b.namespaces()? {
         let mut q = b.queue(8)?;
         let size = ns.block_size() as usize;
-        // Single blocks, at offsets in their pages that no PRP list takes.
+        // Single blocks, at offsets in their pages that no PRP list allows.
         let count = 70;
         let whole = pattern(&ns, 40, count, b.seed)?;
         let mut data = Vec::new();
@@ -235,7 +235,7 @@ fn write_zeroes(b: &Bench) -> Outcome {
         let size = ns.block_size() as usize;
         want[4 * size..34 * size].fill(0);
         same("zeroes", &read(&mut q, &ns, 0, 40)?, &want)?;
-        // More than one command holds.
+        // The range is longer than one command allows.
         let blocks = ns.num_blocks().min(70_000);
         if blocks > 65_536 {
             let io = Op::WriteZeroes {

@@ -1,6 +1,6 @@
-//! Bodies of the fuzzers: a device that says anything, a caller that asks for anything. They
-//! panic when an I/O does not end exactly once or takes too long. The fuzz targets in `fuzz/`
-//! and a seeded run in the tests call them.
+//! Bodies of the fuzzers: a device that returns arbitrary bytes, and a caller that submits
+//! arbitrary requests. They panic when an I/O does not end exactly once or takes too long. The fuzz
+//! targets in `fuzz/` and a seeded run in the tests call them.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use zerocopy::FromBytes;
 
 use crate::{Fault, FaultRule, MemoryBackend, SoftConfig, SoftController, SoftNamespace};
 
-/// Bytes taken from the front; zeroes when they are used up.
+/// Bytes taken from the front. Zeroes follow when they are used up.
 struct Bytes<'a>(&'a [u8]);
 
 impl Bytes<'_> {
@@ -44,7 +44,7 @@ impl Bytes<'_> {
     }
 }
 
-/// Nothing takes longer, or it hangs.
+/// Time after which an operation counts as hanging.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn quick(soft: &SoftController) -> Option<Arc<Controller>> {
@@ -62,7 +62,7 @@ fn queue(controller: &Arc<Controller>, depth: u16, retries: u8) -> Option<QueueP
     controller.queue_pair(&options).ok()
 }
 
-/// Polls until everything that was accepted has ended, each once.
+/// Polls until everything that was accepted has ended, each I/O once.
 fn settle(q: &mut QueuePair, mut open: HashSet<u64>, mut out: Vec<IoCompletion>) {
     let start = Instant::now();
     loop {
@@ -80,7 +80,7 @@ fn settle(q: &mut QueuePair, mut open: HashSet<u64>, mut out: Vec<IoCompletion>)
     assert!(open.is_empty(), "{} I/Os were lost", open.len());
 }
 
-/// The device side: arbitrary bytes in completions, identify pages, lists and logs.
+/// Tests the device side: arbitrary bytes in completions, Identify pages, lists and logs.
 pub fn device(data: &[u8]) {
     parsers(data);
     let mut bytes = Bytes(data);
@@ -141,14 +141,14 @@ pub fn device(data: &[u8]) {
         }
         settle(&mut q, open, out);
     }
-    // Whatever they say; only panics and hangs count.
+    // The results do not matter: only panics and hangs count.
     let _ = controller.smart_log();
     let _ = controller.error_log(4);
     let _ = controller.rescan();
 }
 
 fn small(ns: &Namespace, n: u64) -> Option<Op> {
-    // A device may claim blocks of 64 KiB; a few of them are enough.
+    // A device may claim blocks of 64 KiB, of which a few are enough.
     let size = ns.block_size() as usize;
     let lba = n % ns.num_blocks().max(1);
     Some(match n % 3 {
@@ -165,7 +165,7 @@ fn small(ns: &Namespace, n: u64) -> Option<Op> {
     })
 }
 
-/// Everything that reads a device's bytes without a device.
+/// Tests everything that reads a device's bytes without a device.
 fn parsers(data: &[u8]) {
     let mut page = [0u8; 4096];
     let n = data.len().min(4096);
@@ -193,7 +193,7 @@ fn parsers(data: &[u8]) {
     assert!(!decode::completion(&completion).to_string().is_empty());
 }
 
-/// The caller's side: any I/O, any order of calls, on a device that is well.
+/// Tests the caller's side: any I/O and any order of calls, on a device without faults.
 pub fn caller(data: &[u8]) {
     let mut bytes = Bytes(data);
     let shape = bytes.byte();
@@ -243,7 +243,7 @@ pub fn caller(data: &[u8]) {
             }
             14 => {
                 let mut command = Command::new(bytes.byte(), u32::from(bytes.byte()));
-                // Not what changes the namespaces under the test.
+                // Commands that change the namespaces under the test are left out.
                 if command.opcode == AdminOpcode::FORMAT_NVM.0 {
                     continue;
                 }

@@ -1,4 +1,4 @@
-//! Load: random I/O against a model, several threads, resets under load.
+//! Tests under load: random I/O against a model, several threads, resets.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -17,7 +17,7 @@ pub(super) const TESTS: &[Entry] = &[
     ("reset_under_load", reset_under_load),
 ];
 
-/// Settles what a finished I/O says with the model.
+/// Compares the result of a finished I/O with the model.
 fn account(
     model: &mut Model,
     done: Completion,
@@ -152,8 +152,8 @@ fn reset_idle(b: &Bench) -> Outcome {
     })
 }
 
-/// Writes and reads go on while the controller is reset again and again: every I/O ends once,
-/// with success or as aborted, and no block ever shows what was never written to it.
+/// Writes and reads continue while the controller is reset repeatedly. Every I/O ends once, with
+/// success or as aborted, and no block ever shows content that was not written to it.
 fn reset_under_load(b: &Bench) -> Outcome {
     let ns = Arc::clone(&b.namespaces()?[0]);
     let size = ns.block_size() as usize;
@@ -163,7 +163,7 @@ fn reset_under_load(b: &Bench) -> Outcome {
         let worker = scope.spawn(|| -> Outcome {
             let mut q = b.queue(16)?;
             let mut random = Random::new(b.seed);
-            // Version last written to each block, and the one before (of an aborted write).
+            // Last version written to each block, and the one before (of an aborted write).
             let mut versions = [0u64; 64];
             super::write(
                 &mut q,

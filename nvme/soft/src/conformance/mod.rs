@@ -1,8 +1,8 @@
-//! The driver's suite, for any controller behind any transport: what `cargo test` runs on the
-//! soft controller and the `nvme-suite` program runs in a VM on real VFIO.
+//! The driver's suite, for any controller behind any transport. `cargo test` runs it on the soft
+//! controller, and the `nvme-suite` program runs it in a virtual machine on real VFIO.
 //!
-//! It writes to every namespace. A test that a device cannot take part in is skipped and says
-//! why.
+//! The suite writes to every namespace. A test that does not apply to a device is skipped with the
+//! reason.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,23 +19,23 @@ mod load;
 mod model;
 mod queues;
 
-/// How a test ended.
+/// The result of a test.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// As it should be.
+    /// The device does what it must.
     Passed,
-    /// Not as it should be: what.
+    /// The device does not do what it must; the text says what.
     Failed(String),
-    /// It does not apply to this device: why.
+    /// The test does not apply to this device; the text says why.
     Skipped(String),
 }
 
-/// Why a test stopped early.
+/// The reason why a test stopped early.
 #[derive(Debug)]
 pub enum Stop {
-    /// It failed.
+    /// The test failed.
     Failed(String),
-    /// It does not apply.
+    /// The test does not apply.
     Skip(String),
 }
 
@@ -45,21 +45,21 @@ impl<E: std::error::Error> From<E> for Stop {
     }
 }
 
-/// A test's result.
+/// The result of a test's function.
 pub type Outcome = Result<(), Stop>;
 
-/// Opens the controller under test with options; called anew for groups of tests, when the
-/// earlier controller was dropped.
+/// Opens the controller under test with options. It is called again for each group of tests, when
+/// the earlier controller was dropped.
 pub type Opener<'a> = &'a dyn Fn(ControllerOptions) -> Result<Arc<Controller>, NvmeError>;
 
-/// One test.
+/// A test of the suite.
 pub struct Test {
-    /// Its name.
+    /// Name of the test.
     pub name: &'static str,
     run: fn(&Bench) -> Outcome,
 }
 
-/// What a test works with.
+/// The controller and the seed that a test uses.
 pub struct Bench {
     /// The controller under test.
     pub controller: Arc<Controller>,
@@ -67,18 +67,18 @@ pub struct Bench {
     pub seed: u64,
 }
 
-/// Counts of a run.
+/// Counts of a run's results.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Summary {
-    /// Passed.
+    /// Number of tests that passed.
     pub passed: usize,
-    /// Failed.
+    /// Number of tests that failed.
     pub failed: usize,
-    /// Skipped.
+    /// Number of tests that were skipped.
     pub skipped: usize,
 }
 
-/// The tests that run under every set of options.
+/// Returns the tests that run under every set of options.
 pub fn tests() -> Vec<Test> {
     [admin::TESTS, commands::TESTS, queues::TESTS, load::TESTS]
         .concat()
@@ -89,7 +89,7 @@ pub fn tests() -> Vec<Test> {
 
 type Entry = (&'static str, fn(&Bench) -> Outcome);
 
-/// Sets of options that the suite runs under.
+/// Returns the sets of options that the suite runs under.
 pub fn variants() -> Vec<(&'static str, ControllerOptions)> {
     let with = |change: fn(&mut ControllerOptions)| {
         let mut options = ControllerOptions::default();
@@ -114,7 +114,7 @@ pub fn variants() -> Vec<(&'static str, ControllerOptions)> {
     ]
 }
 
-/// Runs every test whose `variant/name` contains `filter`, telling each one's end.
+/// Runs every test whose `variant/name` contains `filter`, and reports each result.
 pub fn run(
     open: Opener<'_>,
     filter: &str,
@@ -172,7 +172,7 @@ pub(crate) fn skip<T>(why: impl Into<String>) -> Result<T, Stop> {
     Err(Stop::Skip(why.into()))
 }
 
-/// Fails unless it holds.
+/// Fails unless the condition holds.
 pub(crate) fn check(holds: bool, what: impl FnOnce() -> String) -> Outcome {
     if holds {
         Ok(())
@@ -181,11 +181,11 @@ pub(crate) fn check(holds: bool, what: impl FnOnce() -> String) -> Outcome {
     }
 }
 
-/// No test waits longer for an I/O.
+/// Longest wait for an I/O.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Bench {
-    /// Namespaces whose format the driver uses.
+    /// Returns the namespaces whose format the driver uses.
     pub(crate) fn namespaces(&self) -> Result<Vec<Arc<Namespace>>, Stop> {
         let list: Vec<_> = self
             .controller
@@ -199,7 +199,7 @@ impl Bench {
         Ok(list)
     }
 
-    /// A queue pair.
+    /// Makes a queue pair.
     pub(crate) fn queue(&self, depth: u16) -> Result<QueuePair, Stop> {
         Ok(self.controller.queue_pair(&QueueOptions::depth(depth))?)
     }
@@ -244,7 +244,7 @@ pub(crate) fn settle(q: &mut QueuePair, out: &mut Vec<Completion>) -> Outcome {
     Ok(())
 }
 
-/// One I/O to its end.
+/// Runs one I/O to its end.
 pub(crate) fn one(q: &mut QueuePair, ns: &Namespace, io: Op) -> Result<Completion, Stop> {
     let mut out = Vec::new();
     submit(q, ns, 1, io, &mut out)?;
@@ -255,7 +255,7 @@ pub(crate) fn one(q: &mut QueuePair, ns: &Namespace, io: Op) -> Result<Completio
     }
 }
 
-/// One I/O that must succeed.
+/// Runs one I/O that must succeed.
 pub(crate) fn good(q: &mut QueuePair, ns: &Namespace, io: Op) -> Result<Op, Stop> {
     let done = one(q, ns, io)?;
     match done.result {
@@ -290,7 +290,7 @@ pub(crate) fn write(
     good(q, ns, Op::Write { lba, data, fua }).map(|_| ())
 }
 
-/// Blocks that name themselves: namespace, block and seed in every 16 bytes.
+/// Makes blocks that identify themselves: namespace, block and seed in every 16 bytes.
 pub(crate) fn pattern(ns: &Namespace, lba: u64, blocks: usize, seed: u64) -> Result<DmaBuf, Stop> {
     let size = ns.block_size() as usize;
     let mut buf = DmaBuf::new(blocks * size)?;
@@ -305,7 +305,7 @@ pub(crate) fn pattern(ns: &Namespace, lba: u64, blocks: usize, seed: u64) -> Res
     Ok(buf)
 }
 
-/// Compares, naming the first byte that differs.
+/// Compares, and names the first byte that differs.
 pub(crate) fn same(what: &str, got: &[u8], want: &[u8]) -> Outcome {
     match got.iter().zip(want).position(|(a, b)| a != b) {
         None if got.len() == want.len() => Ok(()),
@@ -321,7 +321,7 @@ pub(crate) fn same(what: &str, got: &[u8], want: &[u8]) -> Outcome {
     }
 }
 
-/// A small generator (xorshift64*), so that a seed gives the same run everywhere.
+/// A small random number generator (xorshift64*), so that a seed gives the same run everywhere.
 pub(crate) struct Random(u64);
 
 impl Random {

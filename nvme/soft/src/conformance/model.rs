@@ -5,13 +5,13 @@ use pumice_nvme::{Namespace, Op};
 
 use super::{Random, Stop};
 
-/// What the blocks must hold.
+/// The expected content of the blocks.
 pub(super) struct Model {
     pub base: u64,
     pub blocks: u64,
     size: usize,
     bytes: Vec<u8>,
-    /// Blocks that an I/O in flight touches.
+    /// Whether an I/O in flight touches each block.
     busy: Vec<bool>,
 }
 
@@ -41,7 +41,7 @@ impl Model {
         &self.bytes[self.slice(lba, blocks)]
     }
 
-    /// A range that nothing in flight touches, now taken.
+    /// Takes a range that nothing in flight touches.
     fn take(&mut self, random: &mut Random, most: u64) -> Option<(u64, u64)> {
         for _ in 0..20 {
             let blocks = 1 + random.below(most.min(self.blocks));
@@ -62,7 +62,7 @@ impl Model {
         self.busy[at..end].fill(false);
     }
 
-    /// A random I/O; its effect is in the model already.
+    /// Returns a random I/O. Its effect is in the model already.
     pub fn next(
         &mut self,
         ns: &Namespace,
@@ -112,8 +112,8 @@ impl Model {
                 }
             }
             6 if ns.supports().deallocate && ns.deallocated_reads_zero() => {
-                // What a deallocated block reads as is known only if it is not optional to
-                // deallocate, which it is: so only a write tells, and this reads as written.
+                // The device may choose whether to deallocate a block, so its content is unknown
+                // until it is written again. This reads as written.
                 Op::Unmap {
                     lba,
                     len_blocks: blocks,
@@ -131,8 +131,8 @@ impl Model {
         Ok(Some((io, lba, blocks)))
     }
 
-    /// A deallocation may or may not have happened: the model takes what a read shows, if that
-    /// is one of the two.
+    /// Accepts the content of a block that was deallocated: it may be the old content or that of a
+    /// deallocated block, and nothing else.
     pub fn adopt(&mut self, lba: u64, got: &[u8]) -> Result<(), Stop> {
         let size = self.size;
         let range = self.slice(lba, (got.len() / size) as u64);

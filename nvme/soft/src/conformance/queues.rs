@@ -1,4 +1,4 @@
-//! Queue pairs: depth, number, waiting, memory.
+//! Tests of queue pairs: depth, number, waiting, memory.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -30,7 +30,7 @@ fn depth(b: &Bench) -> Outcome {
     let size = ns.block_size() as usize;
     for depth in [1u16, 2, 5, 31] {
         let mut q = b.queue(depth)?;
-        // Shorter where the controller's queues are.
+        // The queue is shorter where the controller's queues are.
         let most = u64::from(b.controller.capabilities().mqes_z());
         check(q.depth() as u64 == u64::from(depth).min(most), || {
             format!("depth {}", q.depth())
@@ -188,13 +188,13 @@ fn dropped(b: &Bench) -> Outcome {
 fn sleeping(b: &Bench) -> Outcome {
     let ns = Arc::clone(&b.namespaces()?[0]);
     let mut options = QueueOptions::depth(4);
-    // Never spin: every wait is a sleep.
+    // The queue never spins: every wait is a sleep.
     options.spin_max = Duration::ZERO;
     let mut q = b.controller.queue_pair(&options)?;
     reads_asleep(&mut q, &ns, 100)
 }
 
-/// Reads one block after the other, with a sleep for each.
+/// Reads one block after the other and sleeps for each.
 fn reads_asleep(q: &mut QueuePair, ns: &Namespace, count: u32) -> Outcome {
     let start = Instant::now();
     let mut out = Vec::new();
@@ -212,14 +212,14 @@ fn reads_asleep(q: &mut QueuePair, ns: &Namespace, count: u32) -> Outcome {
     check(out.len() == count as usize, || {
         format!("{} ended", out.len())
     })?;
-    // Each wake-up that is lost costs half a second.
+    // Each lost wake-up would cost half a second.
     check(start.elapsed() < Duration::from_millis(450) * count, || {
         format!("{count} I/Os took {:?} asleep", start.elapsed())
     })
 }
 
-/// Reads by polling only, so long that the interrupt is off where the transport can do that.
-/// `is_on`: it is on now, for certain.
+/// Reads by polling only, for so long that the interrupt is off where the transport supports that.
+/// `is_on` says that it is certainly on now.
 fn reads_polled(q: &mut QueuePair, ns: &Namespace, is_on: bool) -> Outcome {
     let (switches, mut out) = (q.stats().interrupt_switches, Vec::new());
     for n in 0..1500u64 {
@@ -248,13 +248,13 @@ fn interrupt_off_while_polling(b: &Bench) -> Outcome {
     let mut q = b.controller.queue_pair(&options)?;
     reads_polled(&mut q, &ns, true)?;
     reads_asleep(&mut q, &ns, 20)?;
-    // It is on again for whoever has the vector next. A device that was always quicker than the
-    // sleep has left it off.
+    // The interrupt is on again for the vector's next user. With a device that always completed
+    // before the sleep it may have stayed off.
     reads_polled(&mut q, &ns, false)?;
     drop(q);
     let mut q = b.controller.queue_pair(&options)?;
     reads_asleep(&mut q, &ns, 20)?;
-    // It is on after a reset, too.
+    // The interrupt is on after a reset too.
     reads_polled(&mut q, &ns, true)?;
     b.controller.reset()?;
     reads_asleep(&mut q, &ns, 20)
@@ -318,7 +318,7 @@ fn futures(b: &Bench) -> Outcome {
     let got = q.block_on(async {
         q.write(20, data, false).await?;
         q.flush().await?;
-        // A dropped future's I/O ends by itself.
+        // The I/O of a dropped future ends by itself.
         drop(
             q.read(
                 0,

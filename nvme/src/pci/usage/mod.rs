@@ -1,5 +1,5 @@
-//! Whether the machine uses what is on a controller. Every source that Linux has is asked, devices
-//! are compared by their numbers, and what cannot be asked counts as in use.
+//! Finds out whether the machine uses a controller's disks. It asks every source that Linux has,
+//! compares devices by their numbers, and counts a source that cannot be asked as a use.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -16,63 +16,64 @@ mod sources;
 
 pub(super) use process::openers;
 
-/// One way in which a block device of a controller is in use, or may be.
+/// A use, or possible use, of a controller's block device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Use {
     /// A file system on it is mounted.
     Mounted {
-        /// Block device or partition.
+        /// Name of the block device or partition.
         device: String,
-        /// Where, as its mount namespace names it.
+        /// The mount point, as its mount namespace names it.
         at: String,
-        /// A process of the mount namespace, where that is not this process's.
+        /// A process of the mount namespace, if that is not this process's.
         namespace_of: Option<u32>,
     },
     /// The machine swaps to it.
     Swap {
-        /// Block device or partition.
+        /// Name of the block device or partition.
         device: String,
     },
-    /// Something lies on top of it: LVM, md, dm-crypt, multipath, bcache.
+    /// A volume lies on top of it: LVM, md, dm-crypt, multipath, bcache.
     Held {
-        /// Block device or partition.
+        /// Name of the block device or partition.
         device: String,
-        /// The kernel's name and, for device mapper, the volume's.
+        /// The kernel's name of the volume and, for device mapper, the volume's own name.
         holder: String,
     },
-    /// A part of the kernel has it open without a claim: a loop device, a target that exports it.
+    /// A part of the kernel has it open without a claim: a loop device, or a target that exports
+    /// it.
     Exported {
-        /// Block device, partition or character device.
+        /// Name of the block device, partition or character device.
         device: String,
-        /// Which part.
+        /// The part of the kernel.
         by: String,
     },
     /// A process has it open or mapped.
     Open {
-        /// Block device, partition or character device.
+        /// Name of the block device, partition or character device.
         device: String,
-        /// Process.
+        /// Process identifier.
         pid: u32,
-        /// Its name.
+        /// Name of the process.
         name: String,
     },
-    /// The kernel says that somebody has claimed it, without saying who (a file system on
-    /// several devices, a mount of another namespace, ZFS).
+    /// The kernel reports a claim without its owner (a file system on several devices, a mount in
+    /// another namespace, ZFS).
     Claimed {
-        /// Block device or partition.
+        /// Name of the block device or partition.
         device: String,
     },
     /// A source could not be asked, so the device may be in use.
     Unchecked(Unchecked),
 }
 
-/// What could not be found out, and why.
+/// A source that could not be asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unchecked {
     /// The device or the source.
     pub what: String,
-    /// Why it could not be asked, and what to do.
+    /// The reason why it could not be asked, and what to do.
     pub why: String,
 }
 
@@ -125,15 +126,15 @@ impl fmt::Display for Use {
     }
 }
 
-/// The disks of a controller, opened exclusively: while this lives nobody mounts them, swaps to
-/// them or builds a volume on them.
+/// The disks of a controller, opened exclusively. While this lives nobody can mount them, swap to
+/// them or build a volume on them.
 #[derive(Debug, Default)]
 pub struct Claims {
     files: Vec<File>,
 }
 
 impl Claims {
-    /// How many disks are claimed.
+    /// Number of claimed disks.
     pub fn len(&self) -> usize {
         self.files.len()
     }
@@ -144,8 +145,8 @@ impl Claims {
     }
 }
 
-/// Names of the namespaces that the kernel's driver shows for a function. With multipath the
-/// path (`nvme0c1n2`) is hidden and the head (`nvme0n2`) is what is used.
+/// Returns the names of the namespaces that the kernel's driver shows for a function. With
+/// multipath the path (`nvme0c1n2`) is hidden and the head (`nvme0n2`) is used.
 pub(super) fn block_devices(host: &Host, function_dir: &str) -> Vec<String> {
     let mut found = Vec::new();
     for controller in host.names(&format!("{function_dir}/nvme")) {
@@ -160,7 +161,7 @@ pub(super) fn block_devices(host: &Host, function_dir: &str) -> Vec<String> {
     found
 }
 
-/// `nvme0n1` for `nvme0n1` and for `nvme0c3n1`; nothing for anything else.
+/// Returns `nvme0n1` for `nvme0n1` and `nvme0c3n1`, and `None` for anything else.
 fn namespace_name(name: &str) -> Option<String> {
     let rest = name.strip_prefix("nvme")?;
     let split = rest.find(|c: char| !c.is_ascii_digit())?;
@@ -174,7 +175,7 @@ fn namespace_name(name: &str) -> Option<String> {
     (number(instance) && number(nsid)).then(|| format!("nvme{instance}n{nsid}"))
 }
 
-/// Claims the disks of a controller that nobody uses; the uses of one that somebody does.
+/// Claims the disks of a controller, or returns the uses of one that is in use.
 pub(super) fn claim(host: &Host, function_dir: &str, disks: &[String]) -> Result<Claims, Vec<Use>> {
     let nodes = match nodes::of_controller(host, function_dir, disks) {
         Ok(nodes) => nodes,
@@ -184,7 +185,7 @@ pub(super) fn claim(host: &Host, function_dir: &str, disks: &[String]) -> Result
         return Ok(Claims::default());
     }
     let mut found = Vec::new();
-    // First the claim: nothing that takes one can come in behind the look at the tables.
+    // The claim comes first, so that no other claim can be made after the look at the tables.
     let mut claims = Claims::default();
     let mut claimed = Vec::new();
     for node in nodes.iter().filter(|n| n.is_disk) {
@@ -199,7 +200,7 @@ pub(super) fn claim(host: &Host, function_dir: &str, disks: &[String]) -> Result
     sources::kernel_users(host, &nodes, &mut found);
     processes(host, &nodes, &mut found);
     for none in claimed {
-        // A table that names who has the claim says more.
+        // A table that names the claim's owner says more.
         let known = matches!(&none, Use::Claimed { device } if found.iter().any(|u| claims_disk(u, device)));
         if !known {
             found.push(none);
@@ -212,7 +213,8 @@ pub(super) fn claim(host: &Host, function_dir: &str, disks: &[String]) -> Result
     }
 }
 
-/// Whether a use explains the claim on a disk: it is one of the disk or of its partitions.
+/// Whether a use explains the claim on a disk, because it is a use of the disk or of its
+/// partitions.
 fn claims_disk(one: &Use, disk: &str) -> bool {
     match one {
         Use::Mounted { device, .. } | Use::Swap { device } | Use::Held { device, .. } => {
@@ -243,7 +245,7 @@ fn processes(host: &Host, nodes: &[Node], found: &mut Vec<Use>) {
     }
 }
 
-/// Opening a whole block device exclusively fails while anything has claimed it or a partition
+/// Opens a whole block device exclusively, which fails while anything has claimed it or a partition
 /// (open(2), `O_EXCL`).
 fn open_exclusively(host: &Host, node: &Node) -> Result<File, Use> {
     let path = format!("/dev/{}", node.name.replace('!', "/"));

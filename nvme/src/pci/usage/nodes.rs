@@ -1,4 +1,4 @@
-//! Device numbers: which nodes belong to a controller, and which device a path leads to.
+//! Device numbers: the nodes of a controller, and the device that a path leads to.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use super::super::Host;
 use super::{Unchecked, unchecked};
 
-/// What the kernel knows a device by. Names are for people: nodes can have any name, anywhere.
+/// The kernel's number of a device. Nodes can have any name, anywhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum DeviceNumber {
     Block(u32, u32),
@@ -19,19 +19,19 @@ pub(super) enum DeviceNumber {
 pub(super) struct Node {
     pub name: String,
     pub number: DeviceNumber,
-    /// Directory in sysfs, for block devices.
+    /// The directory in sysfs, for block devices.
     pub dir: String,
-    /// A whole namespace, which can be claimed.
+    /// Whether it is a whole namespace, which can be claimed.
     pub is_disk: bool,
 }
 
-/// `259:3`, as sysfs and mountinfo write it.
+/// Parses a number such as `259:3`, as sysfs and mountinfo write it.
 pub(super) fn parse_number(text: &str) -> Option<(u32, u32)> {
     let (major, minor) = text.trim().split_once(':')?;
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
-/// The number of the node that `meta` describes, if it is one.
+/// Returns the number of the node that `meta` describes, if it is a device node.
 pub(super) fn number_of(meta: &fs::Metadata) -> Option<DeviceNumber> {
     let rdev = meta.rdev();
     let (major, minor) = (libc::major(rdev), libc::minor(rdev));
@@ -44,8 +44,8 @@ pub(super) fn number_of(meta: &fs::Metadata) -> Option<DeviceNumber> {
     }
 }
 
-/// Every device that the kernel made of the controller: namespaces with their partitions, the
-/// character devices of the namespaces and of the controller.
+/// Returns every device that the kernel made for the controller: namespaces with their partitions,
+/// and the character devices of the namespaces and of the controller.
 pub(super) fn of_controller(
     host: &Host,
     function_dir: &str,
@@ -113,7 +113,7 @@ fn block_nodes(host: &Host, disk: &str, all: &mut Vec<Node>) -> Result<(), Unche
     Ok(())
 }
 
-/// Follows the symbolic links of a path of the machine, whose `/` may lie elsewhere.
+/// Follows the symbolic links of a path of the machine, whose `/` may be another directory.
 fn resolve(host: &Host, absolute: &str) -> Option<PathBuf> {
     const LINKS: usize = 40;
     let mut rest: Vec<std::ffi::OsString> = parts(Path::new(absolute));
@@ -142,7 +142,7 @@ fn resolve(host: &Host, absolute: &str) -> Option<PathBuf> {
     Some(at)
 }
 
-/// The components of a path, last one first.
+/// Returns the components of a path, last one first.
 fn parts(path: &Path) -> Vec<std::ffi::OsString> {
     let wanted = path.components().filter_map(|c| match c {
         Component::Normal(part) => Some(part.to_owned()),
@@ -154,18 +154,18 @@ fn parts(path: &Path) -> Vec<std::ffi::OsString> {
     parts
 }
 
-/// What a path of the machine leads to.
+/// The object that a path of the machine leads to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Leads {
     ToDevice(DeviceNumber),
-    /// There is something else: a file, a directory.
+    /// Something else, such as a file or a directory.
     Elsewhere,
-    /// There is nothing of that name (in this mount namespace, any more).
+    /// Nothing: the name does not exist in this mount namespace.
     Nowhere,
 }
 
-/// What a path of the machine leads to. Where there is no node of a name in `/dev`, sysfs tells
-/// the number of the device of that name.
+/// Returns what a path of the machine leads to. If `/dev` has no node of a name, sysfs gives the
+/// number of the device of that name.
 pub(super) fn look_up(host: &Host, absolute: &str) -> Leads {
     let resolved = resolve(host, absolute);
     let text = resolved.as_deref().and_then(Path::to_str);
@@ -206,7 +206,7 @@ fn by_name(host: &Host, name: &str) -> Option<DeviceNumber> {
     Some(DeviceNumber::Char(major, minor))
 }
 
-/// The number of a partition, which sysfs has below its disk.
+/// Returns the number of a partition, which sysfs lists below its disk.
 fn partition(host: &Host, name: &str) -> Option<(u32, u32)> {
     let disks = host.names("/sys/class/block").into_iter();
     disks

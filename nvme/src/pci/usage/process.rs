@@ -1,4 +1,4 @@
-//! Which processes have a device open.
+//! Processes that have a device open.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -9,11 +9,11 @@ use super::super::Host;
 use super::nodes::{DeviceNumber, Leads, look_up, number_of};
 use super::{Unchecked, unchecked};
 
-/// A process and what it has open.
+/// A process that has a file open.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in super::super) struct Opener {
     pub pid: u32,
-    /// Its name, with control characters escaped: a process may choose any.
+    /// Name of the process, with control characters escaped, since a process may choose any name.
     pub name: String,
     /// The path by which it was opened.
     pub target: String,
@@ -34,7 +34,7 @@ pub(super) fn all_are_visible(host: &Host) -> Result<(), Unchecked> {
             ));
         }
     }
-    // Without support for such namespaces there is no link.
+    // A kernel without such namespaces does not have the link.
     match fs::read_link(host.path("/proc/self/ns/pid")) {
         Ok(link) if link != Path::new(FIRST_PID_NAMESPACE) => Err(unchecked(
             what,
@@ -49,8 +49,8 @@ pub(super) fn pids(host: &Host) -> Vec<u32> {
     names.iter().filter_map(|n| n.parse().ok()).collect()
 }
 
-/// Processes, this one left out, that have a file open, or mapped, which leads to one of
-/// `numbers`; and how many processes this one may not look into.
+/// Returns the other processes that have a file open, or mapped, which leads to one of `numbers`,
+/// and how many processes this one may not inspect.
 pub(super) fn openers_of(host: &Host, numbers: &HashSet<DeviceNumber>) -> (Vec<Opener>, usize) {
     let mut seen: HashMap<String, bool> = HashMap::new();
     let mut leads_there = |path: &str| {
@@ -86,8 +86,8 @@ pub(super) fn openers_of(host: &Host, numbers: &HashSet<DeviceNumber>) -> (Vec<O
     (found, hidden)
 }
 
-/// Processes that have a file open which `wanted` picks by its path, as far as this process may
-/// look.
+/// Returns the processes that have a file open whose path satisfies `wanted`, as far as this
+/// process may inspect them.
 pub(in super::super) fn openers(host: &Host, wanted: impl Fn(&str) -> bool) -> Vec<Opener> {
     let mut found = Vec::new();
     for pid in pids(host) {
@@ -108,8 +108,8 @@ fn opener(host: &Host, pid: u32, target: String) -> Opener {
     }
 }
 
-/// The first descriptor of a process whose link and target `wanted` picks; an error when this
-/// process may not look. A process that ended meanwhile has nothing open.
+/// Returns the first descriptor of a process whose link and target satisfy `wanted`. Fails when
+/// this process may not inspect it. A process that ended meanwhile has nothing open.
 fn first_open(
     host: &Host,
     pid: u32,
@@ -133,8 +133,8 @@ fn first_open(
     Ok(None)
 }
 
-/// The files that a process has mapped; a mapping outlives the descriptor that it was made of
-/// (proc(5), `/proc/pid/maps`).
+/// Returns the files that a process has mapped. A mapping outlives the descriptor that it was made
+/// from (proc(5), `/proc/pid/maps`).
 fn mapped_paths(host: &Host, pid: u32) -> HashSet<String> {
     let text = host.read(&format!("/proc/{pid}/maps")).ok().flatten();
     let text = text.unwrap_or_default();

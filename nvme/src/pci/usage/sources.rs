@@ -1,4 +1,4 @@
-//! The tables of the kernel that say who uses a block device.
+//! The kernel's tables that name the users of a block device.
 
 use std::collections::HashSet;
 use std::fs;
@@ -19,7 +19,7 @@ fn node_at<'a>(host: &Host, nodes: &'a [Node], path: &str) -> Option<&'a Node> {
     }
 }
 
-/// `\040` and its like in the kernel's tables stand for a byte (proc(5)).
+/// Decodes `\040` and similar escapes of a byte in the kernel's tables (proc(5)).
 fn unescape(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
@@ -42,7 +42,7 @@ fn unescape(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// Mounts of this process's namespace and of every other one that a process lives in.
+/// Finds mounts of this process's namespace and of every other one that a process lives in.
 pub(super) fn mounts(host: &Host, nodes: &[Node], found: &mut Vec<Use>) {
     match host.read("/proc/self/mountinfo") {
         Ok(Some(table)) => mounts_in(host, &table, None, nodes, found),
@@ -58,8 +58,8 @@ pub(super) fn mounts(host: &Host, nodes: &[Node], found: &mut Vec<Use>) {
     let namespace = |pid: &str| fs::read_link(host.path(&format!("/proc/{pid}/ns/mnt"))).ok();
     let mut seen: HashSet<_> = namespace("self").into_iter().collect();
     for pid in pids(host) {
-        // A table that may not be read, or is gone with its process: what is mounted there is
-        // claimed, which the kernel tells of the device itself.
+        // This table may not be readable, or its process has ended. Its mounts are still claims,
+        // which the kernel reports for the device itself.
         let known = namespace(&pid.to_string()).is_some_and(|n| !seen.insert(n));
         if !known && let Ok(Some(table)) = host.read(&format!("/proc/{pid}/mountinfo")) {
             mounts_in(host, &table, Some(pid), nodes, found);
@@ -67,7 +67,8 @@ pub(super) fn mounts(host: &Host, nodes: &[Node], found: &mut Vec<Use>) {
     }
 }
 
-/// A table of mounts: the third field is the device, the second behind the dash the source.
+/// Reads a table of mounts: the third field is the device, the second one behind the dash the
+/// source.
 fn mounts_in(host: &Host, table: &str, pid: Option<u32>, nodes: &[Node], found: &mut Vec<Use>) {
     for line in table.lines() {
         let fields: Vec<&str> = line.split(' ').collect();
@@ -77,7 +78,7 @@ fn mounts_in(host: &Host, table: &str, pid: Option<u32>, nodes: &[Node], found: 
         let number = parse_number(number).map(|(major, minor)| DeviceNumber::Block(major, minor));
         let mut hit = number.and_then(|number| node_of(nodes, number));
         if hit.is_none() {
-            // A file system of several devices has a number of its own; its source is one of them.
+            // A file system on several devices has a number of its own; its source is one of them.
             let dash = fields.iter().position(|f| *f == "-");
             let source = dash.and_then(|dash| fields.get(dash + 2));
             hit = source
@@ -109,7 +110,7 @@ fn mounts_in(host: &Host, table: &str, pid: Option<u32>, nodes: &[Node], found: 
 }
 
 pub(super) fn swaps(host: &Host, nodes: &[Node], found: &mut Vec<Use>) {
-    // A kernel without swap has no table.
+    // A kernel without swap does not have the table.
     let table = match host.read("/proc/swaps") {
         Ok(table) => table.unwrap_or_default(),
         Err(e) => {
@@ -129,8 +130,8 @@ pub(super) fn swaps(host: &Host, nodes: &[Node], found: &mut Vec<Use>) {
     }
 }
 
-/// Device mapper, md, bcache and others that the block layer knows: `holders` of the device, and
-/// `slaves` of every other.
+/// Finds device mapper, md, bcache and others that the block layer knows, by `holders` of the
+/// device and `slaves` of every other.
 pub(super) fn holders(host: &Host, nodes: &[Node], found: &mut Vec<Use>) {
     let mut held: Vec<(String, String)> = Vec::new();
     for node in nodes {
@@ -163,8 +164,8 @@ pub(super) fn holders(host: &Host, nodes: &[Node], found: &mut Vec<Use>) {
     }
 }
 
-/// Users inside the kernel that take no claim, by the attribute in which they name the device:
-/// a directory for each star.
+/// Users inside the kernel that do not claim a device, each with the attribute that names the
+/// device. A star stands for one directory.
 const ATTRIBUTES: [(&str, &str); 9] = [
     ("/sys/class/block/*/loop/backing_file", "the loop device"),
     ("/sys/block/*/loop/backing_file", "the loop device"),
@@ -198,10 +199,10 @@ const ATTRIBUTES: [(&str, &str); 9] = [
     ),
 ];
 
-/// Modules of which only the configuration file system tells what they have open.
+/// Modules whose open devices only the configuration file system shows.
 const CONFIGURED: [&str; 3] = ["nvmet", "target_core_mod", "usb_f_mass_storage"];
 
-/// Loop devices and targets, which have a device open without a claim and without a process.
+/// Finds loop devices and targets, which have a device open without a claim and without a process.
 pub(super) fn kernel_users(host: &Host, nodes: &[Node], found: &mut Vec<Use>) {
     let mut seen = HashSet::new();
     for (pattern, what) in ATTRIBUTES {
@@ -235,7 +236,7 @@ fn kernel_user(
     let user = user_name(path);
     let text = match host.read(path) {
         Ok(Some(text)) if !text.is_empty() => text,
-        // It went away, or nothing is set.
+        // It was removed meanwhile, or nothing is set.
         Ok(_) => return,
         Err(e) => {
             found.push(unchecked(&format!("{what} {user}"), e.to_string()).into());
@@ -275,7 +276,8 @@ fn kernel_user(
     }
 }
 
-/// What an attribute names: the whole text, or what stands behind `File:` in LIO's description.
+/// Returns what an attribute names: the whole text, or the text behind `File:` in LIO's
+/// description.
 fn targets(path: &str, text: &str) -> Vec<String> {
     if !path.ends_with("/info") {
         return text.lines().map(str::to_owned).collect();
@@ -292,7 +294,7 @@ fn targets(path: &str, text: &str) -> Vec<String> {
     found
 }
 
-/// The part of an attribute's path that people know its owner by.
+/// Returns the part of an attribute's path by which its owner is known.
 fn user_name(path: &str) -> String {
     let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
     let named = match parts.as_slice() {
@@ -306,7 +308,7 @@ fn user_name(path: &str) -> String {
     named.to_owned()
 }
 
-/// Files of the machine that match a pattern in which a star stands for one directory.
+/// Returns the files of the machine that match a pattern in which a star stands for one directory.
 fn matching(host: &Host, pattern: &str) -> Vec<String> {
     let mut found = vec![String::new()];
     for part in pattern.split('/').filter(|p| !p.is_empty()) {

@@ -13,11 +13,11 @@ use crate::dma::{
 };
 use crate::transport::IovaSpace;
 
-/// How device addresses come about.
+/// The kind of device addresses.
 pub(super) enum Space {
     /// An IOMMU translates; mappings are made in the container.
     Iommu(Arc<VfioContainer>),
-    /// The device sees physical addresses.
+    /// The device uses physical addresses.
     Physical,
 }
 
@@ -37,7 +37,8 @@ struct Mapped {
 }
 
 impl DeviceSpace {
-    /// Behind an IOMMU, inside its windows, of which other devices may have their share.
+    /// Makes a mapper behind an IOMMU, inside its windows, which other devices of the container
+    /// share.
     pub(super) fn behind_iommu(
         device: &str,
         container: Arc<VfioContainer>,
@@ -46,7 +47,7 @@ impl DeviceSpace {
         Self::new(device, Space::Iommu(container), iova)
     }
 
-    /// Without an IOMMU.
+    /// Makes a mapper without an IOMMU.
     pub(crate) fn physical(device: &str) -> Self {
         let none = Arc::new(Mutex::new(IovaSpace::new(Vec::new())));
         Self::new(device, Space::Physical, none)
@@ -97,8 +98,8 @@ impl DeviceSpace {
         Ok(())
     }
 
-    /// The kernel gives ENOSPC when `dma_entry_limit` is used up and ENOMEM when the memlock
-    /// limit is (Linux `drivers/vfio/vfio_iommu_type1.c`).
+    /// Explains the kernel's error: ENOSPC when `dma_entry_limit` is used up, ENOMEM when the
+    /// memlock limit is (Linux `drivers/vfio/vfio_iommu_type1.c`).
     fn explain(
         &self,
         container: &Arc<VfioContainer>,
@@ -166,9 +167,10 @@ unsafe impl DmaMapper for DeviceSpace {
             return;
         };
         match container.vfio_dma_unmap(iova, region.len()) {
-            // Free for another device of the container from here on, and not before.
+            // From here on, and not before, the address is free for another device of the
+            // container.
             Ok(()) => self.iova.lock().give(iova),
-            // Closing the container takes the mapping away in any case.
+            // Closing the container removes the mapping in any case.
             Err(error) => {
                 tracing::warn!(device = self.device, %error, iova = format_args!("{iova:#x}"), "DMA mapping not taken back");
             }

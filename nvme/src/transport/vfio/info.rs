@@ -1,26 +1,26 @@
-//! What the kernel tells about an IOMMU, a region and an interrupt: structures with chained
+//! The kernel's descriptions of an IOMMU, a region and an interrupt: structures with chained
 //! capabilities (Linux `include/uapi/linux/vfio.h`, `struct vfio_info_cap_header`), read as bytes.
 
 use std::ops::RangeInclusive;
 
 use vfio_bindings::bindings::vfio as api;
 
-/// `struct vfio_iommu_type1_info`: argsz, flags, iova_pgsizes, cap_offset, pad.
+/// Length of `struct vfio_iommu_type1_info`: argsz, flags, iova_pgsizes, cap_offset, pad.
 const IOMMU_INFO_LEN: usize = 24;
 const IOMMU_CAP_OFFSET: usize = 16;
-/// `struct vfio_region_info`: argsz, flags, index, cap_offset, size, offset.
+/// Length of `struct vfio_region_info`: argsz, flags, index, cap_offset, size, offset.
 const REGION_INFO_LEN: usize = 32;
 const REGION_CAP_OFFSET: usize = 12;
-/// `VFIO_IOMMU_INFO_CAPS`.
+/// The flag `VFIO_IOMMU_INFO_CAPS`.
 const IOMMU_INFO_CAPS: u32 = 1 << 1;
 
-/// The 32-bit field at a byte of a structure; `None` behind its end.
+/// Returns the 32-bit field at a byte of a structure, or `None` behind its end.
 pub fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     let part = bytes.get(at..at.checked_add(4)?)?;
     Some(u32::from_ne_bytes(part.try_into().ok()?))
 }
 
-/// The 64-bit field at a byte of a structure; `None` behind its end.
+/// Returns the 64-bit field at a byte of a structure, or `None` behind its end.
 pub fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
     let part = bytes.get(at..at.checked_add(8)?)?;
     Some(u64::from_ne_bytes(part.try_into().ok()?))
@@ -32,7 +32,7 @@ struct Cap<'a> {
     bytes: &'a [u8],
 }
 
-/// Walks the chain from `first`; offsets are from the start of the structure. A chain that
+/// Walks the chain from `first`, whose offsets count from the start of the structure. A chain that
 /// leaves the structure or loops ends there.
 fn capabilities(info: &[u8], first: u32) -> impl Iterator<Item = Cap<'_>> {
     let mut next = first;
@@ -52,12 +52,12 @@ fn capabilities(info: &[u8], first: u32) -> impl Iterator<Item = Cap<'_>> {
     })
 }
 
-/// What a TYPE1 IOMMU offers.
+/// The abilities of a TYPE1 IOMMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct IommuInfo {
-    /// I/O addresses that may be used.
+    /// The I/O addresses that may be used.
     pub windows: Vec<RangeInclusive<u64>>,
-    /// Mappings still to be had, where the kernel tells (from 5.10).
+    /// Number of mappings that are still available, where the kernel reports it (from 5.10).
     pub mappings_left: Option<u32>,
 }
 
@@ -77,8 +77,8 @@ impl IommuInfo {
             }
         }
         if windows.is_empty() {
-            // Kernels before 5.4 do not tell. Every IOMMU has 39 bits; below 4 GiB there may be
-            // the MSI window, so the addresses above are taken.
+            // Kernels before 5.4 do not report them. Every IOMMU has 39 bits. The MSI window may be
+            // below 4 GiB, so the addresses above are used.
             windows.push((4 << 30)..=((1 << 39) - 1));
         }
         Some(IommuInfo {
@@ -88,7 +88,7 @@ impl IommuInfo {
     }
 }
 
-/// `struct vfio_iommu_type1_info_cap_iova_range`: header, count, reserved, (start, end)…
+/// Reads `struct vfio_iommu_type1_info_cap_iova_range`: header, count, reserved, (start, end)…
 fn ranges(cap: &[u8]) -> Option<Vec<RangeInclusive<u64>>> {
     let count = usize::try_from(u32_at(cap, 8)?).ok()?;
     let entries = cap.get(16..)?.chunks_exact(16).take(count);
@@ -106,16 +106,16 @@ fn ranges(cap: &[u8]) -> Option<Vec<RangeInclusive<u64>>> {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct RegionInfo {
     pub flags: u32,
-    /// Bytes; zero where there is none.
+    /// Size in bytes; zero where the region does not exist.
     pub size: u64,
-    /// Where it lies in the device's descriptor.
+    /// Its offset in the device's descriptor.
     pub offset: u64,
-    /// What of it may be mapped: offset and length inside the region.
+    /// The parts that may be mapped: offset inside the region and length.
     pub mappable: Vec<(u64, u64)>,
 }
 
 impl RegionInfo {
-    /// Reads the answer of `VFIO_DEVICE_GET_REGION_INFO` (or vfio-user's, which is the same).
+    /// Reads the answer of `VFIO_DEVICE_GET_REGION_INFO` (or of vfio-user, which is the same).
     pub(crate) fn parse(info: &[u8]) -> Option<RegionInfo> {
         let flags = u32_at(info, 4)?;
         let size = u64_at(info, 16)?;
@@ -150,7 +150,7 @@ impl RegionInfo {
         Some(region)
     }
 
-    /// Whether `[offset, offset + len)` may be mapped as one piece.
+    /// Whether `[offset, offset + len)` may be mapped in one call.
     pub(crate) fn can_map(&self, offset: u64, len: u64) -> bool {
         offset.checked_add(len).is_some_and(|end| {
             self.mappable
@@ -225,7 +225,7 @@ mod tests {
     #[test]
     fn sparse_areas() {
         let mut info = region(0xf);
-        // Some other capability in front of the one wanted.
+        // Another capability comes before the wanted one.
         put32(&mut info, &[(1 << 16) | 3, 40]);
         put32(&mut info, &[(1 << 16) | 1, 0, 2, 0]);
         put64(&mut info, &[0x1000, 0x1000, 0x1800, u64::MAX]);

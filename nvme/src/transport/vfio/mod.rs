@@ -1,9 +1,9 @@
 //! A PCIe function through Linux's VFIO.
 //!
-//! The function is bound to `vfio-pci` and its IOMMU group opened in a container of its own
-//! (TYPE1v2): BAR 0 is mapped, the arena's regions are mapped at I/O addresses inside the
-//! windows that the IOMMU offers, interrupts come through eventfds. In a no-IOMMU group the
-//! device sees physical addresses, and the arena has to be of huge pages.
+//! The function is bound to `vfio-pci` and its IOMMU group is opened in a container of its own
+//! (TYPE1v2). BAR 0 is mapped, the arena's regions are mapped at I/O addresses inside the IOMMU's
+//! windows, and interrupts arrive through eventfds. In a no-IOMMU group the device uses physical
+//! addresses, and the arena has to consist of huge pages.
 //!
 //! Source: Linux `Documentation/driver-api/vfio.rst`, `include/uapi/linux/vfio.h`.
 
@@ -37,13 +37,13 @@ const BARS: u32 = 6;
 const CONFIG: u32 = 7;
 const MSIX: u32 = 2;
 const ERR: u32 = 3;
-/// `VFIO_PCI_REQ_IRQ_INDEX`: the kernel wants the function back.
+/// `VFIO_PCI_REQ_IRQ_INDEX`: the interrupt by which the kernel asks for the function.
 const REQ: u32 = 4;
 
-/// Vectors beyond this many serve nobody: a queue pair each.
+/// Most interrupt vectors to enable; each queue pair uses one.
 const MAX_VECTORS: u16 = 1024;
 
-/// A function driven through VFIO.
+/// A PCIe function driven through VFIO.
 #[derive(Debug)]
 pub struct Vfio {
     name: String,
@@ -55,15 +55,15 @@ pub struct Vfio {
     error: EventFd,
     either: OwnedFd,
     vectors: Mutex<Vec<Arc<EventFd>>>,
-    /// MSI-X is on; changed with `vectors` held.
+    /// Whether MSI-X is on. Changed with `vectors` locked.
     msix: AtomicBool,
-    /// Controller memory that was mapped, to be taken away with BAR 0.
+    /// Mapped controller memory, to be unmapped with BAR 0.
     memory: Mutex<Vec<Arc<DeviceMapping>>>,
     device: RwLock<Option<Device>>,
     birth: Birth,
 }
 
-/// What is let go of on detach; dropped in order: mappings before the container.
+/// The resources that detach releases. They are dropped in order: mappings before the container.
 struct Device {
     mapper: MapperGuard,
     config: RegionInfo,
@@ -91,7 +91,7 @@ impl ConfigSpace for Device {
     }
 }
 
-/// Positioned reads and writes on a descriptor that somebody else owns, through a duplicate.
+/// Makes positioned reads and writes on a duplicate of a descriptor that somebody else owns.
 fn with_file<R>(handle: &Handle, f: impl FnOnce(&File) -> io::Result<R>) -> io::Result<R> {
     f(&File::from(handle.as_fd().try_clone_to_owned()?))
 }
@@ -186,8 +186,8 @@ impl Vfio {
     }
 }
 
-/// Physical addressing wants huge pages; when the arena is in use already its options stay, and
-/// mapping it says what is missing.
+/// Asks for huge pages, which physical addressing needs. When the arena is in use already its
+/// options stay, and mapping it reports what is missing.
 pub(crate) fn want_huge_pages() {
     let mut options = ArenaOptions::default();
     options.huge = HugePages::Always;
@@ -209,7 +209,8 @@ fn map_bar0(
         .get(BAR0 as usize)
         .filter(|bar| bar.size > 0)
         .ok_or_else(|| unsupported("BAR 0 has no memory assigned".to_owned()))?;
-    // All of BAR 0 where possible; where the MSI-X table is cut out of it, what is in front.
+    // All of BAR 0 is mapped where possible. Where the MSI-X table is excluded, the part before it
+    // is mapped.
     let (_, len) = bar
         .mappable
         .iter()
@@ -282,7 +283,7 @@ unsafe impl Transport for Vfio {
         if count == 0 {
             return Ok(Vec::new());
         }
-        // After a reset the same ones: queue pairs sleep on them.
+        // A reset keeps the eventfds, because queue pairs sleep on them.
         let mut vectors = self.vectors.lock();
         let events = EventFd::extend(&vectors, usize::from(count)).map_err(self.io("eventfd"))?;
         let fds: Vec<Option<BorrowedFd<'_>>> = events.iter().map(|e| Some(e.as_fd())).collect();
@@ -294,7 +295,7 @@ unsafe impl Transport for Vfio {
     }
 
     fn switch_interrupt(&self, vector: u16, on: bool) -> Result<bool, TransportError> {
-        // A reset under way switches all of them off and on again.
+        // A reset in progress switches all of them off and on again.
         let Some(device) = self.device.try_read() else {
             return Ok(false);
         };
@@ -303,7 +304,7 @@ unsafe impl Transport for Vfio {
         let Some(event) = vectors.get(usize::from(vector)) else {
             return Ok(false);
         };
-        // Of MSI-X that is off, the kernel would switch on just this vector, and no other later.
+        // With MSI-X off, the kernel would switch on just this vector, and no other one later.
         if !self.msix.load(Ordering::Relaxed) {
             return Ok(false);
         }
@@ -314,14 +315,14 @@ unsafe impl Transport for Vfio {
     }
 
     fn reset(&self) -> Result<(), TransportError> {
-        // Exclusive: nobody uses configuration space while the function is away.
+        // The lock is exclusive: nobody uses configuration space while the function resets.
         let device = self.device.write();
         let device = device.as_ref().ok_or_else(|| self.removed())?;
         {
             let vectors = self.vectors.lock();
             self.msix.store(false, Ordering::Relaxed);
             if vectors.is_empty() {
-                // Nothing to switch off.
+                // There is nothing to switch off.
             } else if let Err(error) = sys::set_irqs(device.handle.as_fd(), MSIX, 0, &[]) {
                 tracing::warn!(device = self.name, %error, "MSI-X stays on through the reset");
             }
@@ -359,7 +360,7 @@ unsafe impl Transport for Vfio {
     }
 
     fn detach(&self) {
-        // A forked child neither has the device nor may stop it.
+        // A forked child does not have the device and must not stop it.
         if !self.birth.is_here() {
             return;
         }
@@ -370,7 +371,7 @@ unsafe impl Transport for Vfio {
         if let Err(error) = device.disable_dma() {
             tracing::debug!(device = self.name, %error, "bus mastering stays as it is; the function is gone");
         }
-        // The kernel lets go of the function only when the last page of it is unmapped.
+        // The kernel releases the function only when its last page is unmapped.
         self.bar.retire();
         for memory in self.memory.lock().drain(..) {
             if let Err(error) = memory.retire() {
@@ -381,7 +382,7 @@ unsafe impl Transport for Vfio {
         drop(mapper);
         drop(handle);
         self.wake_all();
-        tracing::info!(device = self.name, "let go of");
+        tracing::info!(device = self.name, "device released");
     }
 
     fn map_memory(&self, bar: u8, offset: u64, len: usize) -> Result<MmioMap, TransportError> {

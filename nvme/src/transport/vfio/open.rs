@@ -1,4 +1,4 @@
-//! From an address to open descriptors, with errors that say what to do.
+//! Opening a PCI function by address, with errors that say what to do.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -20,25 +20,25 @@ pub(super) struct Handle {
     function: InUse,
 }
 
-/// A group that this process has open, once for all functions of it: the kernel lets it be opened
-/// once, and all of it is in one address space.
+/// An open group of this process, shared by all functions of it: the kernel allows one opening of a
+/// group, and the whole group is in one address space.
 pub(super) struct OpenGroup {
     group: File,
     pub(super) container: Container,
-    /// The addresses that are free in it.
+    /// The free addresses of the group's address space.
     pub(super) iova: Arc<Mutex<IovaSpace>>,
     functions: Mutex<HashSet<PciAddress>>,
 }
 
-/// The address space that the group is in.
+/// The address space of a group.
 pub(super) enum Container {
     /// Translated by a TYPE1v2 IOMMU.
     Iommu(Arc<VfioContainer>),
-    /// Not translated.
+    /// Not translated: physical addresses.
     NoIommu(File),
 }
 
-/// A function of a group, which is not opened twice.
+/// Marks a function as open, so that this process does not open it twice.
 struct InUse {
     group: Arc<OpenGroup>,
     address: PciAddress,
@@ -50,12 +50,12 @@ impl Drop for InUse {
     }
 }
 
-/// The groups that are open, by their nodes.
+/// The open groups by their device nodes.
 static GROUPS: PerProcess<Mutex<HashMap<String, Weak<OpenGroup>>>> =
     PerProcess::new(Mutex::default);
 
 impl Handle {
-    /// The group that the function is in.
+    /// Returns the function's group.
     pub(super) fn group(&self) -> &OpenGroup {
         &self.function.group
     }
@@ -67,7 +67,7 @@ impl AsFd for Handle {
     }
 }
 
-/// Opens the function. Waits for nothing; fails when somebody else has its group.
+/// Opens the function. Does not wait; fails when another process has its group.
 ///
 /// Group and device are opened here and not by `vfio_ioctls::VfioDevice`, which panics when it
 /// is dropped after the function was unplugged (it looks its group up in sysfs again).
@@ -145,7 +145,7 @@ fn open_group(device: &str, group: &Group) -> Result<OpenGroup, TransportError> 
     })
 }
 
-/// Why a step from group to device failed.
+/// Explains why a step from group to device failed.
 fn explain_step(device: &str, node: &str, error: OpenError) -> TransportError {
     match error {
         OpenError::NotViable => unsupported(
@@ -154,7 +154,7 @@ fn explain_step(device: &str, node: &str, error: OpenError) -> TransportError {
         ),
         OpenError::Step("VFIO_SET_IOMMU", e) if e.raw_os_error() == Some(libc::EPERM) => unsupported(
             device,
-            "the platform cannot isolate interrupts (no interrupt remapping), which VFIO wants: turn it on in the firmware, or accept the risk with vfio_iommu_type1 allow_unsafe_interrupts=1".to_owned(),
+            "the platform cannot isolate interrupts (no interrupt remapping), which VFIO requires: turn it on in the firmware, or accept the risk with vfio_iommu_type1 allow_unsafe_interrupts=1".to_owned(),
         ),
         OpenError::Step(what, source) => TransportError::Io {
             device: device.to_owned(),
@@ -175,7 +175,7 @@ fn pci_error(device: &str, error: PciError) -> TransportError {
     }
 }
 
-/// The device's name is in front of every error already.
+/// Removes the device's name, which is in front of every error already.
 fn strip(text: &str, device: &str) -> String {
     text.strip_prefix(device)
         .and_then(|t| t.strip_prefix(": "))
@@ -190,7 +190,7 @@ fn unsupported(device: &str, what: String) -> TransportError {
     }
 }
 
-/// The group, when driver and neighbours allow its use.
+/// Returns the group, if the drivers of its functions allow its use.
 fn usable_group(host: &Host, function: &Function) -> Result<Group, TransportError> {
     let device = function.address.to_string();
     if function.driver.as_deref() != Some("vfio-pci") {

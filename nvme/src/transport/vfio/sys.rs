@@ -12,7 +12,7 @@ use vfio_ioctls::{VfioContainer, VfioError};
 use super::info::{IommuInfo, RegionInfo, iommu_info_len, region_info_len, u32_at};
 use crate::dma::Region;
 
-/// `_IO(VFIO_TYPE, VFIO_BASE + n)`.
+/// Returns the ioctl number `_IO(VFIO_TYPE, VFIO_BASE + n)`.
 const fn request(n: u32) -> libc::c_ulong {
     ((api::VFIO_TYPE as u32) << 8 | (api::VFIO_BASE + n)) as libc::c_ulong
 }
@@ -28,7 +28,7 @@ const DEVICE_SET_IRQS: libc::c_ulong = request(10);
 const DEVICE_RESET: libc::c_ulong = request(11);
 const IOMMU_GET_INFO: libc::c_ulong = request(12);
 
-/// No structure of these calls is anywhere near as long.
+/// Longest structure to accept. No structure of these calls comes near it.
 const MAX_INFO: usize = 64 << 10;
 
 /// # Safety
@@ -48,8 +48,8 @@ unsafe fn ioctl(
     }
 }
 
-/// A call with a structure that begins with its own length (`argsz`), to which the kernel writes
-/// how long it would like it to be.
+/// Makes a call with a structure that begins with its own length (`argsz`), to which the kernel
+/// writes the length that it needs.
 fn sized_info(fd: RawFd, nr: libc::c_ulong, head: &[u32], fixed_len: usize) -> io::Result<Vec<u8>> {
     let mut len = fixed_len;
     loop {
@@ -90,7 +90,7 @@ fn malformed() -> io::Error {
     )
 }
 
-/// What the container's IOMMU offers.
+/// Returns the abilities of the container's IOMMU.
 pub(super) fn iommu_info(container: &impl AsRawFd) -> io::Result<IommuInfo> {
     let bytes = sized_info(
         container.as_raw_fd(),
@@ -101,14 +101,14 @@ pub(super) fn iommu_info(container: &impl AsRawFd) -> io::Result<IommuInfo> {
     IommuInfo::parse(&bytes).ok_or_else(malformed)
 }
 
-/// Whether the function can be reset.
+/// Whether the function has a reset.
 pub(super) fn can_reset(device: BorrowedFd<'_>) -> io::Result<bool> {
     let bytes = sized_info(device.as_raw_fd(), DEVICE_GET_INFO, &[0], 16)?;
     let flags = u32_at(&bytes, 4).ok_or_else(malformed)?;
     Ok(flags & api::VFIO_DEVICE_FLAGS_RESET != 0)
 }
 
-/// One region.
+/// Returns the description of one region.
 pub(super) fn region_info(device: BorrowedFd<'_>, index: u32) -> io::Result<RegionInfo> {
     let bytes = sized_info(
         device.as_raw_fd(),
@@ -119,14 +119,14 @@ pub(super) fn region_info(device: BorrowedFd<'_>, index: u32) -> io::Result<Regi
     RegionInfo::parse(&bytes).ok_or_else(malformed)
 }
 
-/// How many interrupts of a kind there are.
+/// Returns the number of interrupts of a kind.
 pub(super) fn irq_count(device: BorrowedFd<'_>, index: u32) -> io::Result<u32> {
     let bytes = sized_info(device.as_raw_fd(), DEVICE_GET_IRQ_INFO, &[0, index], 16)?;
     u32_at(&bytes, 12).ok_or_else(malformed)
 }
 
-/// Lets interrupts of a kind, from `start`, signal these eventfds, or not signal where there is
-/// `None`; with no events at all, the kind is switched off.
+/// Connects interrupts of a kind, from `start` on, to these eventfds, or to none where there is
+/// `None`. Without any entry, the kind is switched off.
 pub(super) fn set_irqs(
     device: BorrowedFd<'_>,
     index: u32,
@@ -140,7 +140,7 @@ pub(super) fn set_irqs(
         api::VFIO_IRQ_SET_DATA_EVENTFD
     };
     let argsz = 20 + 4 * count;
-    // argsz, flags, index, start, count, then the descriptors.
+    // The words are argsz, flags, index, start and count; then come the descriptors.
     let mut words = vec![
         argsz,
         data | api::VFIO_IRQ_SET_ACTION_TRIGGER,
@@ -159,7 +159,7 @@ pub(super) fn set_irqs(
             words.as_ptr().addr() as libc::c_ulong,
         )
     }?;
-    // A positive answer is how many vectors there would have been; none is enabled (Linux
+    // A positive answer is the number of vectors that would be available; none is enabled (Linux
     // vfio_msi_enable).
     if missing > 0 {
         return Err(io::Error::from_raw_os_error(libc::ENOSPC));
@@ -174,22 +174,22 @@ pub(super) fn reset(device: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
-/// `VFIO_TYPE1v2_IOMMU`.
+/// The container type `VFIO_TYPE1v2_IOMMU`.
 pub(super) const TYPE1V2: u32 = api::VFIO_TYPE1v2_IOMMU;
-/// `VFIO_NOIOMMU_IOMMU`.
+/// The container type `VFIO_NOIOMMU_IOMMU`.
 pub(super) const NO_IOMMU: u32 = api::VFIO_NOIOMMU_IOMMU;
 
-/// Which step from a group to a device failed.
+/// The step from a group to a device that failed.
 #[derive(Debug)]
 pub(super) enum OpenError {
-    /// Not all of the group's functions are given away.
+    /// A function of the group is bound to another driver.
     NotViable,
-    /// A call, by name.
+    /// The named call failed.
     Step(&'static str, io::Error),
 }
 
-/// Puts the group into the container and lets an IOMMU of this kind translate for it. Once for
-/// each opening of the group.
+/// Puts the group into the container and lets an IOMMU of this kind translate for it. Called once
+/// for each opening of the group.
 pub(super) fn join_container(
     container: &impl AsRawFd,
     iommu: u32,
@@ -217,7 +217,7 @@ pub(super) fn join_container(
     Ok(())
 }
 
-/// A function of a group that is in a container.
+/// Opens a function of a group that is in a container.
 pub(super) fn open_device(group: &File, address: &str) -> Result<OwnedFd, OpenError> {
     let name = CString::new(address).map_err(|e| OpenError::Step("address", e.into()))?;
     // SAFETY: the argument points to a NUL-terminated string.

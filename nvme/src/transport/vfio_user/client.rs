@@ -15,15 +15,14 @@ use super::stream::{self, Message};
 use crate::transport::TransportError;
 use crate::transport::vfio::info::u32_at;
 
-/// How long the other side may take over its first answer: it gives none while it serves
-/// another client.
+/// Time-out of the first answer, which does not come while the server has another client.
 pub(crate) const VERSION_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Answers to requests that timed out, and requests of the other side, that may come in front
-/// of the answer waited for.
+/// Most answers to timed-out requests, and requests of the server, that may arrive before the
+/// awaited answer.
 const MAX_STRAYS: usize = 64;
 
-/// A connection to a controller's process. One request at a time is under way.
+/// A connection to a controller's process. It has one request in flight at a time.
 #[derive(Debug)]
 pub(crate) struct Client {
     device: String,
@@ -35,7 +34,7 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// Connects and agrees on the version.
+    /// Connects and agrees on the protocol version.
     pub(crate) fn connect(
         device: &str,
         path: &Path,
@@ -103,17 +102,17 @@ impl Client {
         &self.socket
     }
 
-    /// Whether the other side is root's or this user's own: then it could end this process anyway.
+    /// Whether the server runs as root or as this user, and so could end this process anyway.
     pub(crate) fn is_trusted(&self) -> bool {
         socket::peer_is_own(&self.socket)
     }
 
-    /// Whether the connection is known to be of no use any more.
+    /// Whether the connection is known to be unusable.
     pub(crate) fn is_broken(&self) -> bool {
         self.broken.load(Ordering::Acquire)
     }
 
-    /// Ends the connection: the other side takes everything back that was mapped.
+    /// Ends the connection: the server unmaps everything that was mapped.
     pub(crate) fn shut_down(&self) {
         self.broken.store(true, Ordering::Release);
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
@@ -134,7 +133,7 @@ impl Client {
         }
     }
 
-    /// Sends a request and waits for its answer; a refusal is an error.
+    /// Sends a request and waits for its answer. A refusal is an error.
     pub(crate) fn request(
         &self,
         command: Command,
@@ -152,7 +151,7 @@ impl Client {
         let header = Header::request(*next_id, command, body.len())
             .ok_or_else(|| self.protocol(format!("{} is too long", command.name())))?;
         let sent = stream::send(&self.socket, &header, body, fds);
-        // What was sent in part leaves a stream that cannot be understood, whatever the cause.
+        // Whatever the cause, a message that was sent in part makes the stream unusable.
         let cut = sent.is_err();
         match sent.and_then(|()| self.answer(&header)) {
             Ok(Some(reply)) => self.accepted(command, &reply.header).map(|()| reply),
@@ -182,8 +181,8 @@ impl Client {
         }
     }
 
-    /// The answer to a request. Late answers to earlier ones are passed over; requests of the
-    /// other side (it may ask for DMA by message) are refused, since all memory is mapped.
+    /// Waits for the answer to a request. Skips late answers to earlier requests, and refuses
+    /// requests of the server (which may ask for DMA by message), since all memory is mapped.
     fn answer(&self, request: &Header) -> io::Result<Option<Message>> {
         let deadline = Instant::now() + self.timeout;
         for _ in 0..MAX_STRAYS {
@@ -223,7 +222,7 @@ impl Client {
         ))
     }
 
-    /// A request whose answer has at least `len` bytes.
+    /// Sends a request whose answer has at least `len` bytes.
     fn fixed(
         &self,
         command: Command,
@@ -242,14 +241,14 @@ impl Client {
         Ok(reply)
     }
 
-    /// Device flags, regions and interrupt kinds.
+    /// Returns the device's flags and its numbers of regions and interrupt kinds.
     pub(crate) fn device_info(&self) -> Result<(u32, u32, u32), TransportError> {
         let reply = self.fixed(Command::GetInfo, &message::info(0), &[], 16)?;
         let field = |at| u32_at(&reply.body, at).unwrap_or(0);
         Ok((field(4), field(8), field(12)))
     }
 
-    /// The region's structure with its capabilities, and its file if it has one.
+    /// Returns the region's structure with its capabilities, and its file if it has one.
     pub(crate) fn region_info(
         &self,
         index: u32,
@@ -259,14 +258,14 @@ impl Client {
         Ok((reply.body, reply.fds.into_iter().next()))
     }
 
-    /// How many interrupts of a kind there are.
+    /// Returns the number of interrupts of a kind.
     pub(crate) fn irq_count(&self, index: u32) -> Result<u32, TransportError> {
         let reply = self.fixed(Command::GetIrqInfo, &message::info(index), &[], 16)?;
         Ok(u32_at(&reply.body, 12).unwrap_or(0))
     }
 
-    /// Lets interrupts of a kind, from `start`, signal these eventfds; with none, the kind is
-    /// switched off.
+    /// Connects interrupts of a kind, from `start` on, to these eventfds. Without eventfds the kind
+    /// is switched off.
     pub(crate) fn set_irqs(
         &self,
         index: u32,
@@ -329,7 +328,7 @@ impl Client {
         Ok(())
     }
 
-    /// Makes `len` bytes of a file, from its start, the device's memory at `address`.
+    /// Maps `len` bytes of a file, from its start, as the device's memory at `address`.
     pub(crate) fn dma_map(
         &self,
         address: u64,
@@ -340,7 +339,7 @@ impl Client {
         Ok(())
     }
 
-    /// Takes it back.
+    /// Unmaps the device's memory at `address`.
     pub(crate) fn dma_unmap(&self, address: u64, len: u64) -> Result<(), TransportError> {
         self.request(Command::DmaUnmap, &message::dma_unmap(address, len), &[])?;
         Ok(())
@@ -395,7 +394,7 @@ fn cannot_connect(device: &str, path: &Path, source: io::Error) -> TransportErro
     }
 }
 
-/// Connections that are open on the socket, ours included: the serving ends carry its path
+/// Number of open connections to the socket, ours included: the server's ends have its path
 /// (`/proc/net/unix`, state 03).
 fn connections(path: &Path) -> usize {
     let table = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();

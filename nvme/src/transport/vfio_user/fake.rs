@@ -1,5 +1,5 @@
-//! The other side of the protocol for tests: registers, configuration space and a doorbell page
-//! without a controller behind them, and a choice of misbehaviour.
+//! A server of the protocol for tests: registers, configuration space and a doorbell page without a
+//! controller behind them, and a choice of faults.
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,28 +15,28 @@ use super::message::{Body, Command, Header, REGION_ACCESS_LEN, version};
 use super::stream::{self, Message};
 use crate::transport::vfio::info::{u32_at, u64_at};
 
-/// What it does wrong.
+/// The fault of a fake server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fault {
-    /// Answers a command with an error.
+    /// It answers a command with an error.
     Refuse(Command, u32),
-    /// Answers a command with its header alone, without the error flag.
+    /// It answers a command with the header alone, without the error flag.
     Short(Command),
-    /// Does not answer a command.
+    /// It does not answer a command.
     Silent(Command),
-    /// Closes the connection on a command.
+    /// It closes the connection on a command.
     HangUp(Command),
-    /// Sends half of the answer and stops.
+    /// It sends half of the answer and stops.
     Half(Command),
-    /// Sends requests of its own and a stale answer before each answer.
+    /// It sends requests of its own and a stale answer before each answer.
     Chatty,
-    /// The file of BAR 0 is shorter than what it says may be mapped.
+    /// The file of BAR 0 is shorter than the part that may be mapped.
     ShortFile,
-    /// Offers no doorbell page.
+    /// It has no doorbell page.
     NoDoorbells,
 }
 
-/// What the client did.
+/// The requests that the client made.
 #[derive(Debug, Default)]
 pub(super) struct Seen {
     pub config: Vec<u8>,
@@ -66,7 +66,8 @@ impl Fake {
         bar.set_len(if short { 0x1800 } else { BAR_LEN })
             .expect("sized");
         let mut config = vec![0u8; 256];
-        // Capability list: power management, then MSI-X with 8 vectors, left on by somebody.
+        // The capability list: power management, then MSI-X with 8 vectors, left enabled by an
+        // earlier client.
         config[6] = 0x10;
         config[0x34] = 0x40;
         config[0x40..0x42].copy_from_slice(&[0x01, 0x84]);
@@ -104,7 +105,7 @@ impl Fake {
 
 impl Drop for Fake {
     fn drop(&mut self) {
-        // Wakes an accept() that nobody came to.
+        // The connection wakes an accept() that nobody came to.
         let _ = UnixStream::connect(self.dir.path().join("cntrl"));
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -182,7 +183,7 @@ impl Server {
             Command::GetRegionInfo if field(8) == 0 && self.fault != Some(Fault::NoDoorbells) => {
                 let info = Body::default().u32(80).u32(0xf).u32(0).u32(32);
                 let info = info.u64(BAR_LEN).u64(0);
-                // An unknown capability, then the sparse areas.
+                // An unknown capability comes before the sparse areas.
                 let info = info.u32(1 << 16 | 9).u32(48).u64(0);
                 let info = info.u32(1 << 16 | 1).u32(0).u32(1).u32(0);
                 (info.u64(0x1000).u64(0x1000).done(), true)

@@ -1,13 +1,12 @@
 //! Messages of the vfio-user protocol, version 0.1, as bytes.
 //!
-//! Source: the vfio-user specification (QEMU `docs/interop/vfio-user.rst`), sections "Header"
-//! to "VFIO_USER_DEVICE_RESET". Fields are in the byte order of the machine that both sides
-//! run on.
+//! Source: the vfio-user specification (QEMU `docs/interop/vfio-user.rst`), sections "Header" to
+//! "VFIO_USER_DEVICE_RESET". Fields are in the byte order of the machine that both sides run on.
 
 /// Length of the header of every message.
 pub const HEADER_LEN: usize = 16;
 
-/// No message that we know is longer: 1 MiB of data with its header, and room.
+/// Longest message that we accept: 1 MiB of data with its header, and some room.
 pub const MAX_MESSAGE: usize = (1 << 20) + 4096;
 
 const FLAG_TYPE: u32 = 0xf;
@@ -15,20 +14,20 @@ const FLAG_REPLY: u32 = 1;
 const FLAG_NO_REPLY: u32 = 1 << 4;
 const FLAG_ERROR: u32 = 1 << 5;
 
-/// Flags of a DMA region: the device may read and write it.
+/// Flags of a DMA region that the device may read and write.
 pub const DMA_READ_WRITE: u32 = 3;
 
-/// What a message asks for.
+/// The request of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Command {
-    /// Agrees on the version.
+    /// Agrees on the protocol version.
     Version = 1,
     /// Gives the server memory.
     DmaMap = 2,
-    /// Takes memory back.
+    /// Takes memory back from the server.
     DmaUnmap = 3,
-    /// Asks what the device has.
+    /// Asks for the device's regions and interrupts.
     GetInfo = 4,
     /// Asks for a region's length and flags.
     GetRegionInfo = 5,
@@ -64,7 +63,7 @@ impl Command {
         .find(|c| *c as u16 == number)
     }
 
-    /// As the specification calls it, without its prefix.
+    /// The specification's name of the command, without its prefix.
     pub fn name(self) -> &'static str {
         match self {
             Command::Version => "VERSION",
@@ -84,19 +83,19 @@ impl Command {
 /// The first 16 bytes of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
-    /// Chosen by who asks; the answer repeats it.
+    /// The sender of a request chooses it, and the answer repeats it.
     pub id: u16,
     /// The number of the [`Command`].
     pub command: u16,
-    /// Of the whole message, header included.
+    /// Size of the whole message, header included.
     pub size: u32,
     flags: u32,
-    /// What an answer reports as wrong, 0 in a request.
+    /// The errno that an answer reports; 0 in a request.
     pub errno: u32,
 }
 
 impl Header {
-    /// The header of a request; `None` when the body is too long for one message.
+    /// Makes the header of a request. Returns `None` when the body is too long for one message.
     pub fn request(id: u16, command: Command, body_len: usize) -> Option<Header> {
         Some(Header {
             id,
@@ -107,7 +106,7 @@ impl Header {
         })
     }
 
-    /// The header of the answer to `self`; `errno` 0 is success.
+    /// Makes the header of the answer to this message; `errno` 0 is success.
     pub fn reply(&self, body_len: usize, errno: u32) -> Option<Header> {
         Some(Header {
             id: self.id,
@@ -118,7 +117,7 @@ impl Header {
         })
     }
 
-    /// As bytes.
+    /// Returns the header as bytes.
     pub fn encode(&self) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
         bytes[0..2].copy_from_slice(&self.id.to_ne_bytes());
@@ -129,7 +128,7 @@ impl Header {
         bytes
     }
 
-    /// `None` when the size is one that no message has.
+    /// Decodes a header. Returns `None` when no message can have its size.
     pub fn decode(bytes: &[u8; HEADER_LEN]) -> Option<Header> {
         let u16_at = |at: usize| u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| {
@@ -147,7 +146,7 @@ impl Header {
             .then_some(header)
     }
 
-    /// Length of what follows the header.
+    /// Length of the part behind the header.
     pub fn body_len(&self) -> usize {
         (self.size as usize).saturating_sub(HEADER_LEN)
     }
@@ -162,13 +161,13 @@ impl Header {
         self.flags & FLAG_ERROR != 0
     }
 
-    /// Whether the sender of a request waits for no answer.
+    /// Whether the sender of a request does not wait for an answer.
     pub fn wants_no_reply(&self) -> bool {
         self.flags & FLAG_NO_REPLY != 0
     }
 }
 
-/// Puts fields one behind the other.
+/// A message body, put together field by field.
 #[derive(Default)]
 pub struct Body(Vec<u8>);
 
@@ -197,13 +196,13 @@ impl Body {
         self
     }
 
-    /// The fields, as bytes.
+    /// Returns the fields as bytes.
     pub fn done(self) -> Vec<u8> {
         self.0
     }
 }
 
-/// `struct vfio_user_dma_map`.
+/// Makes a `struct vfio_user_dma_map`.
 pub fn dma_map(address: u64, len: u64) -> Vec<u8> {
     Body::default()
         .u32(32)
@@ -214,17 +213,17 @@ pub fn dma_map(address: u64, len: u64) -> Vec<u8> {
         .done()
 }
 
-/// `struct vfio_user_dma_unmap`.
+/// Makes a `struct vfio_user_dma_unmap`.
 pub fn dma_unmap(address: u64, len: u64) -> Vec<u8> {
     Body::default().u32(24).u32(0).u64(address).u64(len).done()
 }
 
-/// `struct vfio_device_info` and `struct vfio_irq_info` have the same shape.
+/// Makes a `struct vfio_device_info` or `struct vfio_irq_info`, which have the same shape.
 pub fn info(third: u32) -> Vec<u8> {
     Body::default().u32(16).u32(0).u32(third).u32(0).done()
 }
 
-/// `struct vfio_region_info` with the room that the answer may take.
+/// Makes a `struct vfio_region_info` with the room that the answer may take.
 pub fn region_info(index: u32, room: u32) -> Vec<u8> {
     Body::default()
         .u32(room)
@@ -236,7 +235,7 @@ pub fn region_info(index: u32, room: u32) -> Vec<u8> {
         .done()
 }
 
-/// `struct vfio_irq_set`; the eventfds travel beside the message.
+/// Makes a `struct vfio_irq_set`. The eventfds are sent beside the message.
 pub fn set_irqs(flags: u32, index: u32, start: u32, count: u32) -> Vec<u8> {
     Body::default()
         .u32(20)
@@ -247,7 +246,7 @@ pub fn set_irqs(flags: u32, index: u32, start: u32, count: u32) -> Vec<u8> {
         .done()
 }
 
-/// `struct vfio_user_region_access`.
+/// Makes a `struct vfio_user_region_access`.
 pub fn region_access(region: u32, offset: u64, count: u32, data: &[u8]) -> Vec<u8> {
     Body::default()
         .u64(offset)
@@ -260,7 +259,7 @@ pub fn region_access(region: u32, offset: u64, count: u32, data: &[u8]) -> Vec<u
 /// Length of the fixed part of [`region_access`].
 pub const REGION_ACCESS_LEN: usize = 16;
 
-/// Protocol version with the capabilities as JSON, closed by a NUL.
+/// Makes a protocol version with the capabilities as JSON, ended by a NUL.
 pub fn version(capabilities: &str) -> Vec<u8> {
     Body::default()
         .u16(0)
@@ -270,19 +269,19 @@ pub fn version(capabilities: &str) -> Vec<u8> {
         .done()
 }
 
-/// What a version message says.
+/// The content of a version message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Version {
     pub major: u16,
     pub minor: u16,
-    /// Descriptors that may go with one message.
+    /// Most descriptors that may be sent with one message.
     pub max_msg_fds: usize,
-    /// Bytes that may go with one region access.
+    /// Most bytes of one region access.
     pub max_data_xfer_size: u64,
 }
 
 impl Version {
-    /// Defaults of the specification where the JSON says nothing.
+    /// Decodes a version message, with the specification's defaults where the JSON has no value.
     pub fn decode(body: &[u8]) -> Option<Version> {
         let major = u16::from_ne_bytes(body.get(0..2)?.try_into().ok()?);
         let minor = u16::from_ne_bytes(body.get(2..4)?.try_into().ok()?);

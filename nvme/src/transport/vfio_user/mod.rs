@@ -1,9 +1,9 @@
-//! A controller in another process, through a vfio-user socket: SPDK's `nvmf_tgt` or whatever
-//! else speaks the protocol.
+//! A controller in another process, through a vfio-user socket: SPDK's `nvmf_tgt` or another server
+//! of the protocol.
 //!
-//! Registers and set-up are messages, served about once a millisecond; doorbells are a mapped
-//! page where the other side offers one, and messages otherwise. DMA memory is given by file
-//! descriptor. The connection is one client's at a time.
+//! Registers and set-up are messages, which the server handles about once a millisecond. Doorbells
+//! are a mapped page where the server offers one, and otherwise messages. DMA memory is passed as
+//! file descriptors. A server has one client at a time.
 //!
 //! Source: vfio-user specification 0.1 (QEMU `docs/interop/vfio-user.rst`).
 
@@ -39,7 +39,7 @@ mod tests;
 use client::Client;
 use space::SharedSpace;
 
-/// The protocol's messages, for who serves a controller.
+/// The protocol's messages, for a server of a controller.
 pub mod wire {
     pub use super::super::vfio::info::{u32_at, u64_at};
     pub use super::message::{
@@ -65,22 +65,22 @@ const DOORBELLS: u64 = 0x1000;
 /// Two doorbells of 4 bytes for each of 65536 queues.
 const DOORBELLS_MAX: u64 = 8 << 16;
 
-/// Time that a request may take unless the URI says otherwise.
+/// Time-out of a request unless the URI sets another one.
 const TIMEOUT_MS: u64 = 10_000;
 
-/// A controller behind a socket.
+/// A controller behind a vfio-user socket.
 #[derive(Debug)]
 pub struct VfioUser {
     this: Weak<VfioUser>,
     name: String,
     client: Arc<Client>,
     bar_len: u64,
-    /// What of BAR 0 is mapped, and where in it that begins.
+    /// The mapped part of BAR 0, and its offset there.
     doorbells: Option<MappedDoorbells>,
     can_reset: bool,
     table: Arc<AddressTable>,
     mapper: Mutex<Option<MapperGuard>>,
-    /// All that the other process can reach.
+    /// All memory that the other process can access.
     domain: DmaDomain,
     birth: Birth,
     vectors: Mutex<Vec<Arc<EventFd>>>,
@@ -98,16 +98,16 @@ struct MappedDoorbells {
 }
 
 impl VfioUser {
-    /// Connects to the controller that a `vfio-user://` URI names: a socket, or the directory
-    /// that has it as `cntrl`. `timeout_ms=` in the URI bounds each request. Clears what an
-    /// earlier client left in configuration space and enables bus mastering. The other process can
-    /// reach memory that was made for it, and no other of this process. Blocks.
+    /// Connects to the controller that a `vfio-user://` URI names: a socket, or the directory that
+    /// contains it as `cntrl`. `timeout_ms=` in the URI bounds each request. Clears what an earlier
+    /// client left in configuration space and enables bus mastering. The other process can access
+    /// memory that was made for it, and no other memory of this process. Blocks.
     pub fn open(uri: &NvmeUri) -> Result<Arc<VfioUser>, TransportError> {
         let timeout = timeout(&mut uri.options())?;
         Self::connect(Path::new(&uri.address), timeout)
     }
 
-    /// As [`open`](Self::open), by path.
+    /// Connects as [`open`](Self::open) does, to a path.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Arc<VfioUser>, TransportError> {
         Self::connect_within(path, timeout, client::VERSION_TIMEOUT)
     }
@@ -123,7 +123,7 @@ impl VfioUser {
         let (flags, regions, _) = client.device_info()?;
         if flags & FLAG_PCI == 0 || regions <= CONFIG {
             return Err(client.protocol(format!(
-                "what serves the socket is no PCI device (flags {flags:#x}, {regions} regions)"
+                "the server of the socket is not a PCI device (flags {flags:#x}, {regions} regions)"
             )));
         }
         let (bar_len, doorbells) = map_doorbells(&client)?;
@@ -176,7 +176,8 @@ impl VfioUser {
         })
     }
 
-    /// A word of the mapped doorbell page, if `offset` lies there: messages do not reach it.
+    /// Returns the word of the mapped doorbell page at `offset`, if it lies there: messages do not
+    /// reach it.
     fn mapped(&self, offset: u32) -> Option<(&MmioMap, usize)> {
         let page = self.doorbells.as_ref()?;
         let within = u64::from(offset).checked_sub(page.start)?;
@@ -184,7 +185,7 @@ impl VfioUser {
         (within < page.mmio.len()).then_some((&page.mmio, within))
     }
 
-    /// CC.EN = 0, which is the reset that every controller knows; waits for it up to CAP.TO.
+    /// Clears CC.EN, which every controller takes as a reset, and waits for it up to CAP.TO.
     fn disable(&self, at_most: Duration) -> Result<(), TransportError> {
         let cc = self.read32(CC)?;
         if cc == u32::MAX {
@@ -222,13 +223,13 @@ impl VfioUser {
     }
 }
 
-/// How long a request may take, by a URI's options.
+/// Returns the time-out of a request from a URI's options.
 pub(super) fn timeout(options: &mut Uri) -> Result<Duration, UriError> {
     let ms = options.number("timeout_ms", 1..=600_000)?;
     Ok(Duration::from_millis(ms.unwrap_or(TIMEOUT_MS)))
 }
 
-/// A directory stands for the socket in it.
+/// Returns the path of the socket: a directory stands for the socket in it.
 pub(crate) fn socket_path(path: &Path) -> PathBuf {
     let is_socket = path.metadata().is_ok_and(|m| m.file_type().is_socket());
     if !is_socket && path.is_dir() {
@@ -238,7 +239,7 @@ pub(crate) fn socket_path(path: &Path) -> PathBuf {
     }
 }
 
-/// Length of BAR 0, and its doorbells where they can be mapped.
+/// Returns the length of BAR 0, and its doorbells if they can be mapped.
 fn map_doorbells(client: &Client) -> Result<(u64, Option<MappedDoorbells>), TransportError> {
     let (bytes, file) = client.region_info(BAR0)?;
     let bar = RegionInfo::parse(&bytes)
@@ -264,11 +265,11 @@ fn map_doorbells(client: &Client) -> Result<(u64, Option<MappedDoorbells>), Tran
         .metadata()
         .map_err(|e| client.io("fstat of BAR 0", e))?
         .len();
-    // A page behind the end of its file cannot be touched without a bus error.
+    // An access to a page behind the end of its file is a bus error.
     let inside = at
         .and_then(|at| at.checked_add(len))
         .is_some_and(|end| end <= file_len);
-    // No longer than the doorbells of all queues that there can be: the rest is never rung.
+    // The mapping is no longer than the doorbells of all possible queues: the rest is never used.
     let (true, Some(at), Ok(map_len)) = (inside, at, usize::try_from(len.min(DOORBELLS_MAX)))
     else {
         return Err(client.protocol(format!(
@@ -295,8 +296,9 @@ fn map_doorbells(client: &Client) -> Result<(u64, Option<MappedDoorbells>), Tran
     ))
 }
 
-/// Configuration space outlives a client: a stale MSI-X enable is cleared, memory decoding, bus
-/// mastering and INTx Disable are set (without the latter SPDK's first completion sets CSTS.CFS).
+/// Prepares configuration space, which outlives a client: clears a stale MSI-X Enable, and sets
+/// memory decoding, bus mastering and INTx Disable (without the latter SPDK's first completion sets
+/// CSTS.CFS).
 fn quiet_config(client: &Client) -> Result<(), TransportError> {
     let config = Config(client);
     let io = |e| client.io("configuration space", e);
@@ -308,7 +310,7 @@ fn quiet_config(client: &Client) -> Result<(), TransportError> {
     config.enable().map_err(io)
 }
 
-/// Configuration space by messages.
+/// Configuration space, accessed by messages.
 struct Config<'a>(&'a Client);
 
 impl Config<'_> {
@@ -402,7 +404,7 @@ unsafe impl Transport for VfioUser {
         }
         let this = self.this.upgrade().ok_or_else(|| self.removed())?;
         Ok(Doorbell::message(Arc::new(move |value| {
-            // It shows as a controller that is gone, or as a command's time-out.
+            // The failure shows as a removed controller, or as a command's time-out.
             if let Err(error) = this.write32(offset, value) {
                 tracing::warn!(device = this.name(), %error, "doorbell not delivered");
             }
@@ -428,7 +430,7 @@ unsafe impl Transport for VfioUser {
         let Some(msix) = config.find_msix()?.filter(|_| count > 0) else {
             return Ok(Vec::new());
         };
-        // After a reset the same ones: queue pairs sleep on them.
+        // A reset keeps the eventfds, because queue pairs sleep on them.
         let mut vectors = self.vectors.lock();
         let events = EventFd::extend(&vectors, usize::from(count))
             .map_err(|e| self.client.io("eventfd", e))?;
@@ -452,7 +454,8 @@ unsafe impl Transport for VfioUser {
             }
             self.wake_all();
         }
-        // Where a device reset does something, it does more than CC.EN; SPDK's does nothing.
+        // A device reset does at least as much as CC.EN, where it does anything; SPDK's does
+        // nothing.
         if self.can_reset {
             self.client.reset()?;
         }
@@ -488,12 +491,12 @@ unsafe impl Transport for VfioUser {
     }
 
     fn detach(&self) {
-        // The connection is not a forked child's.
+        // The connection does not belong to a forked child.
         if !self.birth.is_here() || self.detached.swap(true, Ordering::AcqRel) {
             return;
         }
         if !self.client.is_broken() {
-            // Written past `is_gone`: the controller must not touch memory from here on.
+            // The write ignores `is_gone`: the controller must not touch memory from now on.
             let quiet = self
                 .client
                 .write(BAR0, u64::from(CC), &[0; 4])
@@ -504,7 +507,8 @@ unsafe impl Transport for VfioUser {
                         tracing::debug!(device = self.name, %error, "bus mastering stays on");
                     }
                 }
-                // Nobody waits for a second answer. What it may still write is its own domain.
+                // There is no wait for a second answer. The controller can still write to its own
+                // domain only.
                 Err(error) => {
                     tracing::warn!(device = self.name, %error, "the controller was not disabled; the end of the connection does it");
                     self.client.shut_down();

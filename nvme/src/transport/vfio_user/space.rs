@@ -9,10 +9,10 @@ use super::client::Client;
 use crate::dma::{AddressTable, CHUNK_LEN, DmaError, DmaMapper, Region, RegionId};
 use crate::transport::{IovaSpace, TransportError};
 
-/// SPDK's controller takes so many.
+/// Most regions that SPDK's controller accepts.
 const MAX_REGIONS: usize = 64;
 
-/// Addresses that every controller of the kind can take.
+/// The highest address that every controller of this kind accepts.
 const TOP: u64 = (1 << 47) - 1;
 
 /// The mapper of one connection.
@@ -56,8 +56,8 @@ unsafe impl DmaMapper for SharedSpace {
             });
         }
         let len = region.len() as u64;
-        // A gap behind each region: pieces of two can never look contiguous, since a queue or
-        // an SGL element has to lie inside one.
+        // A gap behind each region: parts of two regions can never look contiguous, since a queue
+        // or an SGL element has to lie inside one.
         let gap = CHUNK_LEN as u64;
         let address = space.take(len + gap, gap).ok_or_else(|| DmaError::NoIova {
             device: device(),
@@ -66,7 +66,7 @@ unsafe impl DmaMapper for SharedSpace {
         })?;
         if let Err(error) = self.client.dma_map(address, len, region.fd()) {
             if !matches!(error, TransportError::Timeout { .. }) {
-                // After a time-out the other side may map it yet, so the address stays taken.
+                // After a time-out the server may still map the region, so the address stays taken.
                 space.give(address);
             }
             return Err(DmaError::Map {

@@ -9,19 +9,19 @@ use pumice_io::sys::{socket, wait_readable};
 
 use super::message::{HEADER_LEN, Header};
 
-/// One message, whole.
+/// One complete message.
 #[derive(Debug)]
 pub struct Message {
-    /// Its first bytes.
+    /// The header.
     pub header: Header,
-    /// What follows the header.
+    /// The part behind the header.
     pub body: Vec<u8>,
-    /// The descriptors that came with it.
+    /// The descriptors that came with the message.
     pub fds: Vec<OwnedFd>,
 }
 
 /// Sends a header with a body, and descriptors with the first byte. Blocks while the other side
-/// does not read, at most until the socket's write time-out.
+/// does not read, at most for the socket's write time-out.
 pub fn send(
     socket: &UnixStream,
     header: &Header,
@@ -38,9 +38,9 @@ pub fn send(
     Ok(())
 }
 
-/// Receives one message: the header first, then as much as it announces. `Ok(None)`: the other
-/// side has closed the socket between messages. `WouldBlock`: nothing came in time.
-/// `TimedOut`: it stopped in the middle, and the stream is of no use any more.
+/// Receives one message: the header first, then as much as it announces. Returns `Ok(None)` when
+/// the other side has closed the socket between messages, `WouldBlock` when nothing came in time,
+/// and `TimedOut` when the other side stopped in the middle, which makes the stream unusable.
 pub fn receive(socket: &UnixStream, deadline: Option<Instant>) -> io::Result<Option<Message>> {
     let mut fds = Vec::new();
     let mut head = [0u8; HEADER_LEN];

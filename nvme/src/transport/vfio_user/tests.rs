@@ -1,4 +1,4 @@
-//! The client against a well-behaved other side and against others.
+//! Tests of the client against a server that follows the protocol and servers that do not.
 
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
@@ -11,9 +11,9 @@ use super::{VfioUser, socket_path};
 use crate::dma::DmaBuf;
 use crate::transport::{Transport, TransportError, TransportEvent};
 
-/// For answers that do not come.
+/// Time-out for answers that do not come.
 const SOON: Duration = Duration::from_millis(200);
-/// For answers that do, however slow the machine is.
+/// Time-out for answers that come, however slow the machine is.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn connect(fake: &Fake) -> Result<Arc<VfioUser>, TransportError> {
@@ -43,7 +43,7 @@ fn set_up_registers_doorbells_interrupts() {
         );
         assert!(seen.maps.is_empty(), "nothing is given before it is needed");
     }
-    // It is given memory of its own, and nothing of the process's.
+    // The controller is given memory of its own, and none of the process's.
     let own = DmaBuf::new_in(device.domain(), 4096).expect("memory");
     let address_of = |b: &DmaBuf| device.addresses().translate(b.region(), b.region_offset());
     assert!(address_of(&own).is_some() && address_of(&buf).is_none());
@@ -113,7 +113,7 @@ fn doorbells_without_a_page_are_messages() {
     let fake = Fake::start(Some(Fault::NoDoorbells));
     let device = connect(&fake).expect("connected");
     assert!(device.doorbells.is_none());
-    // The fake has registers up to 0x1000 only; the last of them serves as a doorbell.
+    // The fake has registers up to 0x1000 only, of which the last one serves as a doorbell.
     device.doorbell(0xffc).expect("a doorbell").ring(5);
     assert_eq!(fake.seen.lock().registers[0xffc], 5);
 }
@@ -137,7 +137,7 @@ fn refusals_are_errors_not_success() {
 #[test]
 fn refused_interrupts() {
     let fake = Fake::start(Some(Fault::Refuse(Command::SetIrqs, 22)));
-    // Notices of errors and requests are done without; interrupts are not.
+    // The client can do without notices of errors and requests, but not without interrupts.
     let device = connect(&fake).expect("connected");
     let error = device
         .enable_interrupts(2)
@@ -157,9 +157,9 @@ fn short_answers_do_not_hang() {
     ] {
         let fake = Fake::start(Some(Fault::Short(command)));
         match connect(&fake) {
-            // Without notices of errors a device is still of use.
+            // A device without notices of errors can be used.
             Ok(_) => assert_eq!(command, Command::GetIrqInfo),
-            // Not after a time-out: what is short is seen to be so at once.
+            // A short answer is found at once, not after a time-out.
             Err(TransportError::Protocol { detail, .. }) => {
                 assert!(detail.contains("answer"), "{command:?}: {detail}");
             }
@@ -191,7 +191,7 @@ fn silence_names_the_request() {
 #[test]
 fn a_socket_that_another_client_holds() {
     let dir = tempfile::tempdir().expect("a directory");
-    // It accepts nobody, as a server does that is busy with its one client.
+    // The server accepts nobody, as one does that is busy with its one client.
     let _listener = UnixListener::bind(dir.path().join("cntrl")).expect("bound");
     let error = VfioUser::connect_within(dir.path(), SOON, SOON).expect_err("held");
     let text = error.to_string();
@@ -250,7 +250,7 @@ fn a_socket_whose_queue_is_full_does_not_hang() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("cntrl");
     let listener = UnixListener::bind(&path).expect("bound");
-    // Nobody accepts; the queue has 128 places or so.
+    // The server does not accept. Its queue has about 128 places.
     let waiting: Vec<_> = (0..5000)
         .map_while(|_| pumice_io::sys::socket::connect(&path, Duration::from_millis(1)).ok())
         .collect();
