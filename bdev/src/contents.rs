@@ -1,8 +1,8 @@
-//! What a device holds: the one rule for what may be written over.
+//! The content of a device, and the one rule for overwriting it.
 //!
-//! Everything that makes a file system, a store or a test pattern on a device asks here first.
-//! Only a device that holds nothing but zeroes is written without being told to. Whatever else is
-//! found, and whatever could not be read, needs the explicit word that the error names.
+//! Everything that makes a file system, a blobstore or a test pattern on a device asks here first.
+//! Only a device that holds nothing but zeroes is written without permission. Any other content,
+//! and content that could not be read, needs the option that the error names.
 
 use std::fmt;
 use std::sync::Arc;
@@ -14,24 +14,24 @@ use crate::error::BdevError;
 use crate::executor::AsyncChannel;
 use crate::{BlockDevice, DmaBuf};
 
-/// Bytes of one read.
+/// Number of bytes of one read.
 const CHUNK: u64 = 1 << 20;
-/// Reads in flight.
+/// Number of reads in flight.
 const DEPTH: u64 = 8;
-/// How often a long look is logged.
+/// Interval at which a long examination is logged.
 const LOG_EVERY: Duration = Duration::from_secs(10);
 
-/// What a device holds.
+/// The content of a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Contents {
-    /// Nothing but zeroes, all of which were read, or known by the device to be zeroes.
+    /// Only zeroes. All of them were read, or the device knows them to be zeroes.
     Blank,
     /// A store in the format of this project.
     Ours(Ours),
-    /// Something else: its name, or where the first byte that is not zero lies.
+    /// Other content: its name, or the offset of the first byte that is not zero.
     Foreign(String),
-    /// The device could not be read: it counts as in use. The text says why.
+    /// The device could not be read, so it counts as in use. The text says why.
     Unknown(String),
 }
 
@@ -68,27 +68,27 @@ impl fmt::Display for Contents {
     }
 }
 
-/// How far a look at a whole device has come.
+/// Progress of the examination of a whole device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
-    /// Bytes looked at.
+    /// Number of bytes examined.
     pub done_bytes: u64,
-    /// Bytes in all.
+    /// Number of bytes to examine.
     pub total_bytes: u64,
 }
 
-/// What may be written over.
+/// The content that may be overwritten.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Overwrite {
-    /// Only a device that holds nothing but zeroes.
+    /// Only zeroes.
     #[default]
     Blank,
-    /// Whatever the device holds: the user has said so.
+    /// Any content, because the user has said so.
     Anything,
 }
 
 impl Overwrite {
-    /// `Anything` if `force`.
+    /// Returns `Anything` if `force`, otherwise `Blank`.
     pub fn forced(force: bool) -> Overwrite {
         if force {
             Overwrite::Anything
@@ -98,18 +98,19 @@ impl Overwrite {
     }
 }
 
-/// Names what the beginning and the end of the device show, if it is something known. Reads at
-/// most 384 KiB. `None` says nothing about the rest of the device: [`examine`] does. Blocks.
+/// Names the content that the beginning and the end of the device show, if it is a known kind.
+/// Reads at most 384 KiB. `None` says nothing about the rest of the device, which [`examine`]
+/// reads. Blocks.
 ///
 /// # Errors
-/// The device cannot be read.
+/// Fails when the device cannot be read.
 pub fn recognise(dev: &dyn BlockDevice) -> Result<Option<Contents>, BdevError> {
     crate::signatures::recognise(dev)
 }
 
-/// What the device holds. Reads every block that may hold data (a block device is read as a
-/// whole, up to the first byte that is not zero), which can take minutes; the progress of that is
-/// logged. Changes nothing. Blocks.
+/// Determines the content of the device. Reads every block that may hold data (a block device as a
+/// whole, up to the first byte that is not zero), which can take minutes, and logs its progress.
+/// Changes nothing. Blocks.
 pub fn examine(dev: &dyn BlockDevice) -> Contents {
     let mut logged = Instant::now();
     examine_with(dev, &mut |progress| {
@@ -130,7 +131,7 @@ pub fn examine(dev: &dyn BlockDevice) -> Contents {
     })
 }
 
-/// As [`examine`], with a function that is told how far the look has come, every few MiB.
+/// Examines as [`examine`] does, and reports its progress to a function every few MiB.
 pub fn examine_with(dev: &dyn BlockDevice, progress: &mut dyn FnMut(Progress)) -> Contents {
     if !dev.info().keeps_data {
         return Contents::Blank;
@@ -149,7 +150,7 @@ pub fn examine_with(dev: &dyn BlockDevice, progress: &mut dyn FnMut(Progress)) -
     }
 }
 
-/// The offset of the first byte that is not zero.
+/// Returns the offset of the first byte that is not zero.
 fn first_data(
     dev: &dyn BlockDevice,
     progress: &mut dyn FnMut(Progress),
@@ -204,7 +205,7 @@ fn first_data(
     Ok(None)
 }
 
-/// Where the first byte lies that is not zero.
+/// Returns the position of the first byte that is not zero.
 pub(crate) fn first_nonzero(bytes: &[u8]) -> Option<usize> {
     const ZEROES: [u8; 4096] = [0; 4096];
     let different = |part: &[u8]| *part != ZEROES[..part.len()];
@@ -216,10 +217,10 @@ pub(crate) fn first_nonzero(bytes: &[u8]) -> Option<usize> {
     Some(i * ZEROES.len() + within)
 }
 
-/// A device that may be written over: everything that makes something on a device begins with one.
+/// A device that may be overwritten. Everything that makes something on a device begins with one.
 ///
-/// Until [`Formatting::finish`], the file that opening the device has made is removed again when
-/// the device is closed.
+/// If opening the device has created its file, the file is removed when the device is closed,
+/// unless [`Formatting::finish`] was called.
 #[derive(Debug)]
 #[must_use = "call `finish` when what was made is complete"]
 pub struct Formatting {
@@ -228,17 +229,17 @@ pub struct Formatting {
 }
 
 impl Formatting {
-    /// Asks whether the device may be written over. Reads of it what [`examine`] does, unless
-    /// `overwrite` is [`Overwrite::Anything`]. Blocks.
+    /// Checks whether the device may be overwritten. Reads as much of it as [`examine`] does,
+    /// unless `overwrite` is [`Overwrite::Anything`]. Blocks.
     ///
     /// # Errors
-    /// [`BdevError::NotBlank`]; [`BdevError::Unsupported`] for a device that cannot be written.
-    /// Nothing was changed then.
+    /// Fails with [`BdevError::NotBlank`], or with [`BdevError::Unsupported`] for a device that
+    /// cannot be written. In both cases nothing was changed.
     pub fn begin(
         dev: &Arc<dyn BlockDevice>,
         overwrite: Overwrite,
     ) -> Result<Formatting, BdevError> {
-        // From here on, whatever ends early takes the file that was made for it away.
+        // From here on, an early end removes the file that was created for the device.
         let formatting = Formatting {
             dev: Arc::clone(dev),
             finished: false,
@@ -247,7 +248,7 @@ impl Formatting {
         Ok(formatting)
     }
 
-    /// What was made is complete: a file that was made for it stays.
+    /// Declares the content complete: a file that was created for it stays.
     pub fn finish(mut self) {
         self.finished = true;
         self.dev.keep_file(true);
@@ -262,13 +263,13 @@ impl Drop for Formatting {
     }
 }
 
-/// Refuses a device that must not be written over: the question of tools that write on a device
-/// and make nothing there. Reads of it what [`examine`] does, unless `overwrite` is
+/// Refuses a device that must not be overwritten, for tools that write to a device without making
+/// anything there. Reads as much of it as [`examine`] does, unless `overwrite` is
 /// [`Overwrite::Anything`]. Blocks.
 ///
 /// # Errors
-/// [`BdevError::NotBlank`], with what the device holds; [`BdevError::Unsupported`] for one that
-/// cannot be written.
+/// Fails with [`BdevError::NotBlank`] and the device's content, or with [`BdevError::Unsupported`]
+/// for a device that cannot be written.
 pub fn may_overwrite(dev: &dyn BlockDevice, overwrite: Overwrite) -> Result<(), BdevError> {
     let info = dev.info();
     if !info.ops.has(crate::OpKind::Write) {

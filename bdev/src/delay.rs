@@ -1,7 +1,7 @@
-//! `delay`: a device that takes its time, for seeing how what is above copes with a slow one.
+//! `delay`: a device with added latency, to test the layers above with a slow device.
 //!
-//! One operation in a hundred takes the tail latency, the others the mean; the time of the device
-//! below is part of it.
+//! One operation in a hundred takes the tail latency and the others the mean. Both include the time
+//! of the device below.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -15,23 +15,23 @@ use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
 use crate::slots::Slots;
 
-/// Shorter sleeps are spun: the kernel would oversleep.
+/// Shorter waits are spun, because the kernel would sleep too long.
 const SPIN_MAX: Duration = Duration::from_micros(60);
 
-/// Latencies in microseconds.
+/// Latencies of a device in microseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Latencies {
-    /// Of reads, mostly.
+    /// Latency of most reads.
     pub avg_read_us: u64,
-    /// Of one read in a hundred.
+    /// Latency of one read in a hundred.
     pub p99_read_us: u64,
-    /// Of writes and of all else that changes the device, mostly.
+    /// Latency of most writes and other operations that change the device.
     pub avg_write_us: u64,
-    /// Of one write in a hundred.
+    /// Latency of one write in a hundred.
     pub p99_write_us: u64,
 }
 
-/// A device with latencies of its own, which may be changed while it runs.
+/// A device with configurable latencies, which can be changed while it is in use.
 #[derive(Debug)]
 pub struct Delay {
     info: DeviceInfo,
@@ -65,14 +65,14 @@ impl Delay {
         delay
     }
 
-    /// With an identity of its own, in place of the one derived from the name and the base.
+    /// Sets a UUID in place of the one derived from the name and the base.
     #[must_use]
     pub fn with_uuid(mut self, uuid: [u8; 16]) -> Delay {
         self.info.uuid = uuid;
         self
     }
 
-    /// Changes the latencies of what is submitted from now on.
+    /// Changes the latencies of operations submitted from now on.
     pub fn set_latencies(&self, latencies: Latencies) {
         let Shared {
             avg_read_us,
@@ -86,7 +86,7 @@ impl Delay {
         p99_write_us.store(latencies.p99_write_us, Ordering::Relaxed);
     }
 
-    /// The latencies now.
+    /// Returns the current latencies.
     pub fn latencies(&self) -> Latencies {
         let Shared {
             avg_read_us,
@@ -152,21 +152,21 @@ impl BlockDevice for Delay {
 struct DelayChannel {
     base: Box<dyn IoChannel>,
     latencies: Arc<Shared>,
-    /// With the device below.
+    /// Operations that the device below has.
     below: Slots<Below>,
-    /// Done below, waiting for their time.
+    /// Operations that have ended below and wait for their time.
     held: Vec<(Instant, Completion)>,
     reaped: Vec<Completion>,
-    /// Operations so far, of either kind: each has its own tail, however they alternate.
+    /// Counts of reads and of writes. Each kind has its own tail, however they alternate.
     reads: u64,
     writes: u64,
 }
 
 struct Below {
-    /// The submitter's.
+    /// The submitter's tag.
     tag: u64,
     due: Instant,
-    /// Of an abort: the submitter's tag for what it aborts.
+    /// The submitter's tag of the operation that an abort aborts.
     target: Option<u64>,
 }
 
@@ -199,7 +199,7 @@ impl DelayChannel {
             completion.tag = tag;
             completion.op.set_abort_target(target);
             if let Op::Reset = completion.op {
-                // What was held had ended below: it goes before the reset.
+                // Delayed operations ended below before the reset: they complete before it.
                 given += self.held.len();
                 out.extend(self.held.drain(..).map(|(_, c)| c));
             }
@@ -236,7 +236,7 @@ impl IoChannel for DelayChannel {
         let result = self.base.submit(below, op);
         result.map_err(|mut e| {
             self.below.remove(below);
-            // It comes again, and its turn for the tail with it.
+            // It will be submitted again and has to keep its place in the tail.
             (self.reads, self.writes) = counts;
             e.op_mut().set_abort_target(target);
             e
@@ -256,7 +256,8 @@ impl IoChannel for DelayChannel {
             .min();
         let sleep = next.map_or(timeout, |n| n.min(timeout));
         if self.base.in_flight() > 0 {
-            // The base may be done at once and its operation be held then: poll finds out.
+            // The base may complete at once, and its operation is then delayed: only poll finds
+            // out.
             return self.base.wait(sleep);
         }
         if next.is_none() {

@@ -1,7 +1,8 @@
-//! Submission to one channel: tags, what is in flight, what waits for a full queue.
+//! Submission to one channel: tags, operations in flight, and operations that wait for a full
+//! queue.
 //!
-//! An [`Engine`] is used by one thread at a time. [`AsyncChannel`](crate::AsyncChannel) puts futures on
-//! it, [`SharedChannels`](crate::SharedChannels) a lock and batches.
+//! One thread at a time uses an [`Engine`]. [`AsyncChannel`](crate::AsyncChannel) adds futures to
+//! it, and [`SharedChannels`](crate::SharedChannels) a lock and batches.
 
 use std::collections::VecDeque;
 use std::thread;
@@ -13,25 +14,25 @@ use crate::device::{DeviceInfo, IoChannel};
 use crate::error::BdevError;
 use crate::slots::Slots;
 
-/// The pause when all places of a queue are taken by others, or the device is being reset.
+/// The pause when others have all places of a queue, or while the device is being reset.
 const FULL: Duration = Duration::from_micros(20);
 /// The pause after a wait that failed.
 const FAILED: Duration = Duration::from_micros(50);
 
-/// Operations on one channel, each with an owner of type `T` that gets the completion.
+/// Operations on one channel. Each has an owner of type `T` that gets the completion.
 pub struct Engine<T> {
     channel: Box<dyn IoChannel>,
     owners: Slots<T>,
-    /// Operations that found the queue full, by their tags.
+    /// Operations that found the queue full, with their tags.
     waiting: VecDeque<(u64, Op)>,
     reaped: Vec<Completion>,
 }
 
-/// An operation that is over without having been in flight: its owner, the operation, and why.
+/// An operation that ended without having been in flight: its owner, the operation and the reason.
 pub type Refused<T> = (T, Op, Box<IoError>);
 
 impl<T> Engine<T> {
-    /// An engine on `channel`.
+    /// Makes an engine on `channel`.
     pub fn new(channel: Box<dyn IoChannel>) -> Engine<T> {
         Engine {
             channel,
@@ -41,16 +42,16 @@ impl<T> Engine<T> {
         }
     }
 
-    /// Submits `op`; if the queue is full, [`Engine::reap`] submits it as soon as there is room. Returns
-    /// its tag.
+    /// Submits `op` and returns its tag. If the queue is full, [`Engine::reap`] submits it as soon
+    /// as there is room.
     ///
     /// # Errors
-    /// The operation was refused and is over.
+    /// Returns the operation, which was refused and has ended.
     #[inline]
     pub fn submit(&mut self, owner: T, op: Op) -> Result<u64, Refused<T>> {
         let tag = self.owners.insert(owner);
         if !self.waiting.is_empty() {
-            // Those that came before go first.
+            // Operations that came earlier go first.
             self.waiting.push_back((tag, op));
             return Ok(tag);
         }
@@ -67,9 +68,10 @@ impl<T> Engine<T> {
         }
     }
 
-    /// Hands what was submitted to the device, gives each completion to `done`, and submits what waits.
-    /// `done` also gets the tag; the owner that it returns keeps the tag until [`Engine::take`]; with `None` the tag is free.
-    /// Never blocks. Returns how many completions there were.
+    /// Passes submitted operations to the device, calls `done` for each completion, and submits
+    /// waiting operations. `done` also gets the tag. The owner that it returns keeps the tag until
+    /// [`Engine::take`]; with `None` the tag is free. Never blocks. Returns the number of
+    /// completions.
     pub fn reap(
         &mut self,
         mut done: impl FnMut(u64, T, Op, Result<(), Box<IoError>>) -> Option<T>,
@@ -87,7 +89,7 @@ impl<T> Engine<T> {
             }
             let before = self.waiting.len();
             total += self.submit_waiting(&mut done);
-            // What has been submitted has to reach the device before anybody sleeps.
+            // Submitted operations have to reach the device before anybody sleeps.
             if self.waiting.len() == before {
                 break;
             }
@@ -113,7 +115,8 @@ impl<T> Engine<T> {
         }
     }
 
-    /// Submits as many as there is room for, in order. Returns how many were refused.
+    /// Submits waiting operations in order, as many as there is room for. Returns how many were
+    /// refused.
     fn submit_waiting(
         &mut self,
         done: &mut impl FnMut(u64, T, Op, Result<(), Box<IoError>>) -> Option<T>,
@@ -135,50 +138,50 @@ impl<T> Engine<T> {
         refused
     }
 
-    /// The owner of a tag.
+    /// Returns the owner of a tag.
     #[inline]
     pub fn owner(&mut self, tag: u64) -> Option<&mut T> {
         self.owners.get_mut(tag)
     }
 
-    /// The tags, and their owners.
+    /// Returns the tags and their owners.
     pub fn owners(&self) -> impl Iterator<Item = (u64, &T)> {
         self.owners.iter()
     }
 
-    /// Takes the owner of a tag whose operation is over; the tag is free.
+    /// Takes the owner of a tag whose operation has ended. The tag is free.
     #[inline]
     pub fn take(&mut self, tag: u64) -> Option<T> {
         self.owners.remove(tag)
     }
 
-    /// Takes back an operation that still waits for room, and frees its tag. `None` if it has been
-    /// submitted.
+    /// Takes back an operation that still waits for room, and frees its tag. Returns `None` if it
+    /// was submitted.
     pub fn take_back(&mut self, tag: u64) -> Option<(T, Op)> {
         let at = self.waiting.iter().position(|(waits, _)| *waits == tag)?;
         let (_, op) = self.waiting.remove(at)?;
         Some((self.owners.remove(tag)?, op))
     }
 
-    /// Operations whose completions have not been given to their owners.
+    /// Number of operations whose completions were not given to their owners.
     pub fn in_flight(&self) -> usize {
         self.channel.in_flight() + self.waiting.len()
     }
 
-    /// Returns when a completion or room may be there, or when `timeout` is over. Returns at once if
-    /// nothing is in flight.
+    /// Returns when there may be a completion or room, or when `timeout` is over. Returns at once
+    /// if nothing is in flight.
     pub fn wait(&mut self, timeout: Duration) {
         if let Err(error) = self.channel.wait(timeout) {
             tracing::warn!(%error, "waiting for completions failed; polling instead");
             thread::sleep(FAILED);
         } else if self.channel.in_flight() == 0 && !self.waiting.is_empty() {
-            // The device is being reset, or others have all the places. The channel may know how long
-            // that takes; it is not asked again at once.
+            // The device is being reset, or others have all places. The channel may know for how
+            // long, so it is not asked again at once.
             thread::sleep(FULL);
         }
     }
 
-    /// Gives the device up: what is submitted from now on is refused. Nothing may be in flight.
+    /// Releases the device: later operations are refused. Nothing may be in flight.
     pub fn close(&mut self, info: &DeviceInfo) {
         self.channel = Box::new(Closed(info.clone()));
     }
@@ -192,7 +195,7 @@ impl<T> std::fmt::Debug for Engine<T> {
     }
 }
 
-/// Takes the place of the channel of a device that was given up. It holds nothing of the device.
+/// Replaces the channel of a released device. It holds nothing of the device.
 struct Closed(DeviceInfo);
 
 impl IoChannel for Closed {
@@ -223,7 +226,7 @@ mod tests {
     use super::*;
     use crate::DmaBuf;
 
-    /// A channel with room for two operations, which notes their order.
+    /// A channel with room for two operations, which records their order.
     #[derive(Default)]
     struct Narrow {
         taken: Vec<(u64, Op)>,
@@ -273,7 +276,7 @@ mod tests {
             .map(|lba| engine.submit(lba, read(lba)).unwrap())
             .collect();
         assert_eq!(engine.in_flight(), 9);
-        // One that waits is taken back, one that is in flight is not.
+        // A waiting operation is taken back; one in flight is not.
         assert_eq!(engine.take_back(tags[5]).map(|(owner, _)| owner), Some(5));
         assert!(engine.take_back(tags[0]).is_none());
         tags.remove(5);

@@ -6,140 +6,140 @@ use std::path::PathBuf;
 use pumice_io::IoError;
 use pumice_io::uri::UriError;
 
-/// Errors of devices, names, configuration.
+/// An error of a device, a name or a configuration.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BdevError {
-    /// A URI that says nothing we can open.
+    /// A URI that does not name a device.
     #[error("{uri}: {reason}")]
     InvalidUri {
         /// The URI.
         uri: String,
-        /// What is wrong and what would be right.
+        /// The reason, and a correct form.
         reason: String,
     },
-    /// An option or parameter with a value that cannot be.
+    /// An option or parameter with an invalid value.
     #[error("{name}: {reason}")]
     InvalidOption {
-        /// Its name.
+        /// Name of the option.
         name: String,
-        /// What is wrong and what would be right.
+        /// The reason, and a correct value.
         reason: String,
     },
-    /// Somebody else has it.
+    /// Another process, or another part of this one, has the device.
     #[error("{device}: in use by {}", owner(*.pid))]
     InUse {
-        /// Device or path.
+        /// Name of the device, or the path.
         device: String,
-        /// Its owner, where the kernel says.
+        /// The process that has it, where the kernel says.
         pid: Option<u32>,
     },
-    /// A block device that is mounted, or a backing file that a loop device uses.
+    /// A block device that is mounted, or a backing file of a loop device.
     #[error("{device}: {reason}")]
     Unsafe {
-        /// Device or path.
+        /// Name of the device, or the path.
         device: String,
-        /// Why it must not be touched, and what to do.
+        /// The reason why it must not be used, and what to do.
         reason: String,
     },
     /// A system call failed.
     #[error("{device}: {what}: {source}")]
     Os {
-        /// Device or path.
+        /// Name of the device, or the path.
         device: String,
-        /// What was being done.
+        /// The operation that failed.
         what: String,
-        /// Why it failed.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
-    /// The device holds something, or could not be read as a whole, and nobody has said that it may
-    /// be written over.
+    /// The device has content, or could not be read as a whole, and may not be overwritten without
+    /// permission.
     #[error(
         "{device}: holds {contents}; nothing was changed; to lose that, say so: --force \
          (`force`, `Overwrite::Anything` in the library)"
     )]
     NotBlank {
-        /// Device or path.
+        /// Name of the device, or the path.
         device: String,
-        /// What was found.
+        /// The content.
         contents: crate::contents::Contents,
     },
-    /// A file has another size than the one that was asked for.
+    /// A file's size differs from the requested one.
     #[error(
         "{}: the file has {found_bytes} bytes, size= says {wanted_bytes}; nothing was changed; leave \
          size= out, or make the file and what is on it longer: pumice grow {} {wanted_bytes}",
         .path.display(), .path.display()
     )]
     WrongSize {
-        /// The path.
+        /// Path of the file.
         path: PathBuf,
-        /// Its size.
+        /// Size of the file.
         found_bytes: u64,
-        /// The size that was asked for.
+        /// The requested size.
         wanted_bytes: u64,
     },
     /// The path does not exist.
     #[error("{}: {hint}", .path.display())]
     NoSuchFile {
-        /// The path.
+        /// The path that was given.
         path: PathBuf,
-        /// What is missing, and what to do.
+        /// The missing file, and what to do.
         hint: String,
     },
-    /// The NVMe driver's own.
+    /// An error of the NVMe driver.
     #[cfg(feature = "nvme")]
     #[error(transparent)]
     Nvme {
-        /// What went wrong.
+        /// The driver's error.
         source: pumice_nvme::NvmeError,
     },
-    /// No device of that name.
+    /// There is no device of that name.
     #[error("no bdev `{name}`{hint}")]
     NotFound {
-        /// The name asked for.
+        /// The requested name.
         name: String,
-        /// What there is instead; starts with punctuation.
+        /// The devices that exist. It begins with punctuation.
         hint: String,
     },
-    /// The name, or the alias, is taken.
+    /// A device has this name or alias already.
     #[error("bdev `{name}` exists already")]
     Exists {
-        /// The name.
+        /// The name or alias.
         name: String,
     },
     /// Another module claims the device.
     #[error("bdev `{name}` is claimed by {by}")]
     Claimed {
-        /// The device.
+        /// Name of the device.
         name: String,
-        /// Who holds it.
+        /// The module that claims it.
         by: String,
     },
-    /// The device is gone.
+    /// The device was removed.
     #[error("bdev `{name}` was removed")]
     Removed {
-        /// The device.
+        /// Name of the device.
         name: String,
     },
-    /// Something that this build, machine or module cannot do.
+    /// This build, machine or module does not support the request.
     #[error("{device}: {reason}")]
     Unsupported {
-        /// Device, module or path.
+        /// Name of the device or module, or the path.
         device: String,
-        /// What, and what would work.
+        /// The reason, and what would work.
         reason: String,
     },
-    /// No DMA memory.
+    /// There is no DMA memory.
     #[error("{device}: {source}")]
     Dma {
-        /// Device.
+        /// Name of the device.
         device: String,
-        /// Why.
+        /// The reason.
         #[source]
         source: crate::DmaError,
     },
-    /// A single operation failed.
+    /// An error of a single operation.
     #[error(transparent)]
     Io(#[from] Box<IoError>),
 }
@@ -166,7 +166,7 @@ fn owner(pid: Option<u32>) -> String {
 }
 
 impl BdevError {
-    /// The errno that says the same.
+    /// Returns the errno that corresponds to the error.
     pub fn errno(&self) -> i32 {
         match self {
             BdevError::NotFound { .. } | BdevError::Removed { .. } => libc::ENODEV,

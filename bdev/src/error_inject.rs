@@ -1,5 +1,5 @@
-//! `error`: a device that fails on demand: by kind of operation, count and place, with an error,
-//! with corrupt data, or by hanging until it is told to go on.
+//! `error`: a device that injects faults by kind of operation, count and place: errors, corrupt
+//! data, or operations that hang until they are resumed.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,41 +14,43 @@ use crate::error::BdevError;
 use crate::slots::Slots;
 use crate::{DmaBuf, DmaSlice};
 
-/// How an operation fails.
+/// The effect of an injected fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failure {
-    /// It completes with a media error, and the device below never sees it.
+    /// The operation completes with a media error. The device below does not get it.
     Fail,
-    /// It completes with [`IoErrorKind::NoMemory`], which says: try again.
+    /// The operation completes with [`IoErrorKind::NoMemory`], after which it may be tried again.
     NoMemory,
-    /// It does not complete until [`ErrorDevice::resume`], a reset or the device's removal.
+    /// The operation does not complete until [`ErrorDevice::resume`], a reset or the device's
+    /// removal.
     Hang,
-    /// A read or write is done, with one byte of its data changed: the one at `offset`, by
-    /// exclusive or with `value`. Other operations it leaves alone.
+    /// A read or write is carried out with one byte of its data changed: the one at `offset`, by
+    /// exclusive or with `value`. Other operations are not affected.
     Corrupt {
-        /// Byte in the operation's data; beyond its end nothing changes.
+        /// Position of the byte in the operation's data. Beyond its end nothing changes.
         offset: u64,
-        /// The bits that change; with 0 nothing does.
+        /// The bits that change; 0 changes nothing.
         value: u8,
     },
 }
 
-/// Which operations fail, how, and how many.
+/// A fault, and the operations that it applies to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Injection {
     /// The kind of operation; `None`: all but reset and abort.
     pub op: Option<OpKind>,
-    /// What happens.
+    /// The effect.
     pub failure: Failure,
-    /// How many operations.
+    /// Number of operations.
     pub count: u64,
-    /// Only operations that touch these blocks: first block, number.
+    /// Restricts the fault to operations that touch these blocks: first block, number of blocks.
     pub range: Option<(u64, u64)>,
-    /// Only while at least so many operations are in flight on the channel; 0: always.
+    /// Applies the fault only while at least this many operations are in flight on the channel; 0:
+    /// always.
     pub queue_depth: usize,
 }
 
-/// A device that fails on demand.
+/// A device that injects faults.
 #[derive(Debug)]
 pub struct ErrorDevice {
     info: Arc<DeviceInfo>,
@@ -59,7 +61,7 @@ pub struct ErrorDevice {
 #[derive(Debug, Default)]
 struct Faults {
     list: Mutex<Vec<Injection>>,
-    /// Length of `list`, so that the path without faults takes no lock.
+    /// Length of `list`, so that an operation without faults takes no lock.
     armed: AtomicU64,
     resumed: AtomicU64,
 }
@@ -82,7 +84,7 @@ impl ErrorDevice {
         }
     }
 
-    /// With an identity of its own, in place of the one derived from the name and the base.
+    /// Sets a UUID in place of the one derived from the name and the base.
     #[must_use]
     pub fn with_uuid(mut self, uuid: [u8; 16]) -> ErrorDevice {
         Arc::make_mut(&mut self.info).uuid = uuid;
@@ -94,8 +96,8 @@ impl ErrorDevice {
         self.faults.change(|list| list.push(injection));
     }
 
-    /// Adds a fault in place of those of the same kind of operation and the same blocks; with a
-    /// count of 0 these are only taken back. `None` as the kind replaces those of every kind.
+    /// Replaces the faults of the same kind of operation and the same blocks. A count of 0 only
+    /// removes them. `None` as the kind replaces those of every kind.
     pub fn replace(&self, injection: Injection) {
         self.faults.change(|list| {
             list.retain(|old| {
@@ -105,17 +107,17 @@ impl ErrorDevice {
         });
     }
 
-    /// Takes all faults back; what hangs goes on hanging.
+    /// Removes all faults. Hanging operations continue to hang.
     pub fn clear(&self) {
         self.faults.change(Vec::clear);
     }
 
-    /// Lets what hangs go on, as if it had been slow.
+    /// Resumes hanging operations, as if they had been slow.
     pub fn resume(&self) {
         self.faults.resumed.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// The faults still armed.
+    /// Returns the faults that are still armed.
     pub fn injections(&self) -> Vec<Injection> {
         self.faults.list.lock().clone()
     }
@@ -173,7 +175,8 @@ impl Faults {
         taken
     }
 
-    /// For an operation that was not taken below: it will come again.
+    /// Puts a fault back whose operation the device below did not accept: it will be submitted
+    /// again.
     fn give_back(&self, taken: Injection) {
         self.change(|list| list.insert(0, taken));
     }
@@ -224,7 +227,7 @@ struct ErrorChannel {
     resumed: u64,
     below: Slots<Below>,
     hung: Vec<(u64, Op)>,
-    /// Resumed, and not yet taken by the device below.
+    /// Resumed operations that the device below has not accepted yet.
     waiting: Vec<(u64, Op)>,
     ended: Vec<Completion>,
 }
@@ -232,9 +235,9 @@ struct ErrorChannel {
 struct Below {
     tag: u64,
     target: Option<u64>,
-    /// Of a corrupted write: what the submitter gave, and gets back.
+    /// The submitter's own operation, where a write was corrupted. The submitter gets it back.
     original: Option<Op>,
-    /// Of a corrupted read: where and what.
+    /// Position and bits of a corrupted read.
     corrupt: Option<(u64, u8)>,
 }
 
@@ -283,7 +286,7 @@ impl ErrorChannel {
         });
     }
 
-    /// Sends resumed operations down.
+    /// Submits resumed operations to the device below.
     fn go_on(&mut self) {
         let resumed = self.faults.resumed.load(Ordering::Acquire);
         if resumed != self.resumed {
@@ -311,7 +314,7 @@ impl ErrorChannel {
     }
 }
 
-/// A copy of the write with one byte changed.
+/// Returns a copy of the write with one byte changed.
 fn corrupted_write(op: &Op, at: u64, value: u8) -> Result<Op, String> {
     let (lba, fua) = (op.lba(), op.fua());
     let parts: &[DmaSlice] = match op {
@@ -380,7 +383,7 @@ impl IoChannel for ErrorChannel {
                     });
                     return Ok(());
                 }
-                // The device below may know no abort; then there is nothing to pass down.
+                // The device below may not support aborts: then there is nothing to pass on.
                 if !self.base_ops.has(OpKind::Abort) {
                     self.ended.push(Completion {
                         tag,
@@ -414,7 +417,7 @@ impl IoChannel for ErrorChannel {
     fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
         self.go_on();
         let before = out.len();
-        // What hung ends before the reset that ended it.
+        // Hanging operations complete before the reset that ended them.
         out.append(&mut self.ended);
         let from = out.len();
         self.base.poll(out);

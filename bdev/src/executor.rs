@@ -1,7 +1,7 @@
 //! Asynchronous code on one thread: [`AsyncChannel`].
 //!
-//! The steps of a blob operation read top to bottom as an `async fn`; the thread that calls
-//! [`AsyncChannel::block_on`] polls the device itself, so there is no hand-off to another thread.
+//! The steps of a blob operation are written as an `async fn`. The thread that calls
+//! [`AsyncChannel::block_on`] polls the device itself, so no other thread is involved.
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
@@ -23,13 +23,13 @@ use crate::{DmaBuf, DmaSlice};
 /// Longest sleep while a future may also be woken from another thread.
 const WAIT_MAX: Duration = Duration::from_millis(10);
 
-/// How an operation ended: the operation, with its buffers, and its result.
+/// The operation, with its buffers, and its result.
 pub type IoOutcome = (Op, Result<(), Box<IoError>>);
 
-/// A channel for asynchronous code on one thread. Cheap to clone; not `Send`.
+/// A channel for asynchronous code on one thread. Clones share the channel. Not `Send`.
 ///
-/// A future that is dropped before its operation has completed leaves the operation, with its
-/// buffers, in the channel until the device is done with it.
+/// If a future is dropped before its operation has completed, the operation with its buffers stays
+/// in the channel until the device no longer uses them.
 #[derive(Clone)]
 pub struct AsyncChannel {
     inner: Rc<Inner>,
@@ -45,7 +45,7 @@ struct Inner {
     depth: Cell<u32>,
 }
 
-/// Something that is kept until the device has answered operations whose futures were dropped.
+/// An object that is kept until operations whose futures were dropped have completed.
 struct Keeper {
     tags: Vec<u64>,
     kept: Box<dyn Any>,
@@ -105,7 +105,8 @@ impl AsyncChannel {
         }
     }
 
-    /// Does `op`. It is submitted when the future is first polled; a full queue makes it wait.
+    /// Runs `op`. It is submitted when the future is first polled, and waits while the queue is
+    /// full.
     pub fn io(&self, op: Op) -> Io {
         Io {
             inner: Rc::clone(&self.inner),
@@ -116,7 +117,7 @@ impl AsyncChannel {
     /// Reads into `buf`, a multiple of the block size, from block `lba`.
     ///
     /// # Errors
-    /// Whatever the device says; the buffer is then freed.
+    /// Returns the device's error. The buffer is then freed.
     pub async fn read(&self, lba: u64, buf: DmaBuf) -> Result<DmaBuf, Box<IoError>> {
         match self.io(Op::Read { lba, buf }).await {
             (Op::Read { buf, .. }, Ok(())) => Ok(buf),
@@ -128,7 +129,7 @@ impl AsyncChannel {
     /// Writes `data`, a multiple of the block size, at block `lba`.
     ///
     /// # Errors
-    /// Whatever the device says.
+    /// Returns the device's error.
     pub async fn write(&self, lba: u64, data: DmaSlice, fua: bool) -> Result<(), Box<IoError>> {
         self.io(Op::Write { lba, data, fua }).await.1
     }
@@ -136,7 +137,7 @@ impl AsyncChannel {
     /// Makes every completed write durable.
     ///
     /// # Errors
-    /// Whatever the device says.
+    /// Returns the device's error.
     pub async fn flush(&self) -> Result<(), Box<IoError>> {
         self.io(Op::Flush).await.1
     }
@@ -144,7 +145,7 @@ impl AsyncChannel {
     /// Makes `len_blocks` blocks from `lba` read as zeroes.
     ///
     /// # Errors
-    /// Whatever the device says.
+    /// Returns the device's error.
     pub async fn write_zeroes(
         &self,
         lba: u64,
@@ -163,17 +164,17 @@ impl AsyncChannel {
     /// Tells the device that the contents of `len_blocks` blocks from `lba` are not needed.
     ///
     /// # Errors
-    /// Whatever the device says.
+    /// Returns the device's error.
     pub async fn unmap(&self, lba: u64, len_blocks: u64) -> Result<(), Box<IoError>> {
         self.io(Op::Unmap { lba, len_blocks }).await.1
     }
 
-    /// Runs `future` to its end on this thread: polls it, then the channel; when neither gets any
-    /// further, the channel spins briefly and sleeps.
+    /// Runs `future` to its end on this thread: polls it, then the channel. When neither makes
+    /// progress, the channel spins briefly and then sleeps.
     pub fn block_on<F: Future>(&self, future: F) -> F::Output {
         let mut future = pin!(future);
         let depth = self.inner.depth.get();
-        // A nested call has a signal of its own, or it would swallow the outer one's wake-ups.
+        // A nested call needs a signal of its own, or it would take the outer one's wake-ups.
         let same_thread = self.inner.signal.thread.id() == thread::current().id();
         let signal = if depth == 0 && same_thread {
             Arc::clone(&self.inner.signal)
@@ -202,8 +203,8 @@ impl AsyncChannel {
         join_all(ops.into_iter().map(|op| self.io(op))).await
     }
 
-    /// Reaps completions and wakes their futures; never blocks. Returns how many there were. For
-    /// callers that drive futures themselves.
+    /// Takes completions and wakes their futures. Never blocks. Returns the number of completions.
+    /// For callers that poll futures themselves.
     pub fn pump(&self) -> usize {
         let mut woken = self.inner.woken.take();
         let mut orphans = Vec::new();
@@ -235,8 +236,9 @@ impl AsyncChannel {
         n
     }
 
-    /// Keeps `kept` until every operation is over that is in flight now and whose future was dropped; drops it
-    /// at once if there is none. For what must not be given away while a device may still write to it.
+    /// Keeps `kept` until every operation in flight whose future was dropped has ended, and drops
+    /// it at once if there is none. For objects that must not be released while a device may still
+    /// write to them.
     pub fn keep_for_orphans(&self, kept: Box<dyn Any>) {
         let tags: Vec<u64> = {
             let engine = self.inner.engine.borrow();
@@ -251,12 +253,12 @@ impl AsyncChannel {
         }
     }
 
-    /// Operations that the device has not handed back.
+    /// Number of operations that the device has not handed back.
     pub fn in_flight(&self) -> usize {
         self.inner.engine.borrow().in_flight()
     }
 
-    /// Waits until nothing is in flight, orphans of dropped futures included.
+    /// Waits until nothing is in flight, including operations of dropped futures.
     pub fn drain(&self) {
         while self.in_flight() > 0 {
             self.inner.engine.borrow_mut().wait(WAIT_MAX);
@@ -289,7 +291,7 @@ impl Inner {
             }
             !keeper.tags.is_empty()
         });
-        // Dropped with nothing borrowed: it may do anything.
+        // Dropped while nothing is borrowed, because its destructor may do anything.
         drop(over);
     }
 }
@@ -383,7 +385,7 @@ impl Drop for Io {
     }
 }
 
-/// Runs futures together on one thread; their outputs in the order given.
+/// Runs futures together on one thread. Returns their outputs in the order given.
 pub async fn join_all<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Output> {
     enum Join<F: Future> {
         Running(Pin<Box<F>>),
@@ -488,7 +490,7 @@ mod tests {
         assert_eq!(ch.inner.engine.borrow().owners().count(), 0);
     }
 
-    /// The slot of a future that was dropped is not another's before its operation has ended.
+    /// The slot of a dropped future is not used again before its operation has ended.
     #[test]
     fn a_dropped_future_gives_nobody_its_bytes() {
         let ch = channel();
@@ -508,7 +510,8 @@ mod tests {
             let mut dropped = read(lba);
             assert!(dropped.as_mut().poll(&mut cx).is_pending());
             drop(dropped);
-            // The second of a pair is started behind it, and both end in one poll of the device.
+            // The second of a pair is started behind the first, and both end in one poll of the
+            // device.
             let (op, result) = ch.block_on(read(lba + 1));
             result.unwrap();
             let Op::Read { lba: at, buf } = op else {

@@ -1,9 +1,9 @@
-//! What a failed flush leaves behind: the one rule for all devices.
+//! The state after a failed flush: one rule for all devices.
 //!
-//! Once a flush has failed, nobody can say which of the writes before it are durable: the kernel,
-//! for one, reports a failed write-back once and then takes the lost pages for clean. A later
-//! flush that succeeds says nothing of them. So every later flush, and every write with FUA, fails
-//! until the device is opened again, and whoever opens it then starts from what is really there.
+//! After a failed flush it is unknown which of the writes before it are durable. The kernel, for
+//! example, reports a failed writeback once and then treats the lost pages as clean, and a later
+//! successful flush says nothing about them. So every later flush, and every write with FUA, fails
+//! until the device is opened again. Its user then starts from the content that is really there.
 
 use std::sync::OnceLock;
 
@@ -11,15 +11,15 @@ use pumice_io::{IoError, IoErrorKind, Op};
 
 use crate::device::DeviceInfo;
 
-/// The memory of a device, shared by its channels.
+/// The failed flush of a device, if there was one. The device's channels share it.
 #[derive(Debug, Default)]
 pub(crate) struct FlushFault {
-    /// The error of the first flush that failed.
+    /// The error of the first failed flush.
     first: OnceLock<String>,
 }
 
 impl FlushFault {
-    /// The error of an operation that promises durability, after a flush has failed.
+    /// Returns an error for an operation that promises durability after a failed flush.
     pub(crate) fn check(&self, info: &DeviceInfo, op: &Op) -> Result<(), Box<IoError>> {
         if !matches!(op, Op::Flush) && !op.fua() {
             return Ok(());
@@ -36,8 +36,8 @@ impl FlushFault {
         }
     }
 
-    /// The result of a flush as it is handed on. A flush that was not carried out (aborted, no
-    /// memory, busy) has lost nothing and is not remembered.
+    /// Returns the result of a flush for the submitter. A flush that was not carried out (aborted,
+    /// no memory, busy) has lost nothing and is not recorded.
     pub(crate) fn settle(
         &self,
         info: &DeviceInfo,
@@ -56,7 +56,7 @@ impl FlushFault {
         }
     }
 
-    /// A flush, or the flush that belongs to a write with FUA, has failed.
+    /// Records the failure of a flush, or of the flush that belongs to a write with FUA.
     pub(crate) fn note(&self, e: &IoError) {
         let not_begun = matches!(
             e.kind,

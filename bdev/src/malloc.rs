@@ -1,7 +1,8 @@
 //! `malloc`: a block device in ordinary memory.
 //!
-//! Memory is taken as it is written and given back as it is unmapped, so a large device costs
-//! what is in it. Reads of what was never written give zeroes. It is gone with the process.
+//! Memory is allocated when it is written and freed when it is unmapped, so a large device costs
+//! only the memory of its content. Blocks that were never written read as zeroes. The content is
+//! lost when the process ends.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,22 +21,22 @@ use crate::queue::{Completed, refuse};
 use crate::uri::size_in_place;
 use crate::uuid;
 
-/// Smallest piece of memory that is taken at a time: a huge page, since random access to small
-/// ones costs a walk through the page tables each time.
+/// The smallest allocation: a huge page, since random access to small pages costs a walk through
+/// the page tables each time.
 const STRIPE_MIN: u64 = 2 << 20;
-/// At most so many pieces, so that the table of a large device stays small.
+/// Most allocations, so that the table of a large device stays small.
 const STRIPES_MAX: u64 = 1 << 16;
 
-/// Bytes of the next operation that are asked for while one is copied.
+/// Number of bytes of the next operation that are prefetched while one is copied.
 const PREFETCH: u64 = 1024;
 
-/// A device of more bytes is not expected in a processor's caches.
+/// Size above which a device is not expected to fit a processor's caches.
 const CACHE_LEN: u64 = 32 << 20;
 
-/// A write of fewer bytes is copied through the caches.
+/// Length from which on a write bypasses the caches.
 const STREAM_MIN: usize = 1024;
 
-/// How to make a [`Malloc`] device.
+/// Options of a [`Malloc`] device.
 #[derive(Debug, Clone)]
 pub struct MallocOptions {
     /// Name; `None`: the next free `MallocN`.
@@ -44,9 +45,9 @@ pub struct MallocOptions {
     pub block_size: u32,
     /// Capacity in blocks.
     pub num_blocks: u64,
-    /// Identity; `None`: a random one.
+    /// UUID; `None`: a random one.
     pub uuid: Option<[u8; 16]>,
-    /// I/O that does not cross a multiple of this many blocks is preferred; 0: none.
+    /// I/O that does not cross a multiple of this many blocks is faster; 0: no boundary.
     pub optimal_io_boundary_blocks: u32,
 }
 
@@ -78,7 +79,7 @@ struct Shared {
 struct Memory {
     stripe_shift: u32,
     stripes: Vec<RwLock<Option<Zeroed>>>,
-    /// The device is larger than the processor's caches.
+    /// Whether the device is larger than the processor's caches.
     beyond_cache: bool,
 }
 
@@ -97,7 +98,7 @@ impl Malloc {
     /// Makes the device.
     ///
     /// # Errors
-    /// A block size that is no power of two from 512 to 65536, no blocks at all.
+    /// Fails for a block size that is not a power of two from 512 to 65536, and without any block.
     pub fn new(options: &MallocOptions) -> Result<Malloc, BdevError> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let name = options
@@ -123,7 +124,7 @@ impl Malloc {
     }
 }
 
-/// The geometry that every module demands.
+/// Checks the geometry, for every module.
 pub(crate) fn check_geometry(
     name: &str,
     block_size: u32,
@@ -156,7 +157,7 @@ pub(crate) fn check_geometry(
     Ok(())
 }
 
-/// There is no memory for a piece of the device.
+/// There is no memory for a part of the device.
 #[derive(Debug, Clone, Copy)]
 struct OutOfMemory;
 
@@ -184,8 +185,8 @@ impl Memory {
         }
     }
 
-    /// Calls `f(stripe, first byte in it, range of the caller's bytes)` for each piece of
-    /// `[offset, offset + len)`.
+    /// Calls `f(stripe, first byte in it, range of the caller's bytes)` for each part of `[offset,
+    /// offset + len)`.
     #[inline]
     #[expect(
         clippy::cast_possible_truncation,
@@ -208,7 +209,7 @@ impl Memory {
         }
     }
 
-    /// Asks for the beginning of a range; the rest follows by the processor's own prefetching.
+    /// Prefetches the beginning of a range. The processor's own prefetching does the rest.
     #[inline]
     #[expect(
         clippy::cast_possible_truncation,
@@ -234,7 +235,7 @@ impl Memory {
         });
     }
 
-    /// Whether a write of so many bytes goes past the caches.
+    /// Whether a write of this many bytes bypasses the caches.
     #[inline]
     fn streams(&self, len: usize) -> bool {
         self.beyond_cache && len >= STREAM_MIN
@@ -253,7 +254,7 @@ impl Memory {
         result
     }
 
-    /// The bytes of a stripe, which are taken now if there are none yet.
+    /// Returns the bytes of a stripe, and allocates them if there are none.
     #[inline]
     fn bytes_of<'a>(&self, stripe: &'a mut Option<Zeroed>) -> Result<&'a mut Zeroed, OutOfMemory> {
         if stripe.is_none() {
@@ -262,7 +263,7 @@ impl Memory {
         stripe.as_mut().ok_or(OutOfMemory)
     }
 
-    /// Zeroes for a stripe. A stripe of a device near the largest may be more than there is.
+    /// Allocates a zeroed stripe. A stripe of a very large device may exceed the available memory.
     #[cold]
     fn fresh(&self) -> Result<Zeroed, OutOfMemory> {
         Zeroed::new(1 << self.stripe_shift).ok_or(OutOfMemory)
@@ -279,7 +280,7 @@ impl Memory {
         });
     }
 
-    /// The next bytes at or behind `offset` that may have been written.
+    /// Returns the next bytes at or behind `offset` that may have been written.
     fn next_written(&self, offset: u64) -> Option<Range<u64>> {
         let first = usize::try_from(offset >> self.stripe_shift).unwrap_or(usize::MAX);
         let found = (first..self.stripes.len()).find(|i| self.stripes[*i].read().is_some())?;
@@ -287,7 +288,7 @@ impl Memory {
         Some(start.max(offset)..start + (1 << self.stripe_shift))
     }
 
-    /// Offset of the first difference with `data`.
+    /// Returns the offset of the first difference from `data`.
     fn differs(&self, offset: u64, data: &[u8]) -> Option<u64> {
         let mut found = None;
         self.pieces(offset, data.len() as u64, |stripe, at, done, n| {
@@ -305,8 +306,8 @@ impl Memory {
         found
     }
 
-    /// Compare and write of bytes that lie in one stripe, as one step.
-    /// `Ok(Err(offset))`: they differ.
+    /// Compares and writes bytes that lie in one stripe, as one step. Returns `Ok(Err(offset))`
+    /// when they differ.
     fn compare_and_write(
         &self,
         offset: u64,
@@ -375,8 +376,8 @@ impl BlockDevice for Malloc {
     }
 }
 
-/// Operations are done at the poll and not at the submission, so that the memory of the next can be
-/// on its way from the DRAM while one is copied.
+/// A channel that does operations when it is polled and not when they are submitted, so that the
+/// memory of the next one can be fetched while one is copied.
 struct MallocChannel {
     shared: Arc<Shared>,
     queue: Completed,
@@ -497,14 +498,14 @@ impl IoChannel for MallocChannel {
 
 impl Drop for MallocChannel {
     fn drop(&mut self) {
-        // The buffers are the parent's of a forked child.
+        // In a forked child the buffers belong to the parent.
         if self.shared.info.is_here() {
             self.run();
         }
     }
 }
 
-/// Devices by URI.
+/// Opens devices by URI.
 pub(crate) static MODULE: Module = Module {
     examples: &["malloc://1G"],
     open: |uri, _| open_uri(uri),

@@ -11,17 +11,17 @@ use crate::error::BdevError;
 /// Opens the device that a URI names.
 pub(crate) type Open = fn(&mut Uri, OpenOptions) -> Result<Arc<dyn BlockDevice>, BdevError>;
 
-/// What opens devices of one kind by URI.
+/// A module that opens devices of one kind by URI.
 #[derive(Debug)]
 pub(crate) struct Module {
-    /// A URI of each scheme that it knows, for messages.
+    /// A URI of each of its schemes, for messages.
     pub(crate) examples: &'static [&'static str],
-    /// Opens the device that a URI of these schemes names.
+    /// Opens the device that a URI of one of these schemes names.
     pub(crate) open: Open,
 }
 
 impl Module {
-    /// Whether URIs of this scheme are the module's.
+    /// Whether the module opens URIs of this scheme.
     pub(crate) fn opens(&self, scheme: &str) -> bool {
         let mut schemes = self.examples.iter().filter_map(|uri| uri.split_once("://"));
         schemes.any(|(own, _)| own == scheme)

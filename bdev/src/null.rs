@@ -1,6 +1,6 @@
-//! `null`: a block device that does nothing, for measuring what is above it.
+//! `null`: a block device that does nothing, for measuring the layers above it.
 //!
-//! Writes vanish; a read leaves its buffer as it was.
+//! Writes are discarded. A read leaves its buffer as it was.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,10 +24,10 @@ pub struct Null {
 }
 
 impl Null {
-    /// Makes the device; `name` `None`: the next free `NullN`.
+    /// Makes the device. A `name` of `None` gives it the next free `NullN`.
     ///
     /// # Errors
-    /// A block size that is no power of two from 512 to 65536, no blocks at all.
+    /// Fails for a block size that is not a power of two from 512 to 65536, and without any block.
     pub fn new(
         name: Option<String>,
         block_size: u32,
@@ -93,7 +93,7 @@ impl IoChannel for NullChannel {
     }
 }
 
-/// Devices by URI.
+/// Opens devices by URI.
 pub(crate) static MODULE: Module = Module {
     examples: &["null://1T"],
     open: |uri, _| open_uri(uri),

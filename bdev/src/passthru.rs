@@ -1,7 +1,7 @@
-//! `passthru`: a device that hands everything to the one below it.
+//! `passthru`: a device that passes every operation to the one below it.
 //!
-//! It is the template for a module of your own: take what you need of it and change what passes.
-//! The example `custom_bdev` walks through it.
+//! It is a template for your own module: copy it and change the operations that pass. The example
+//! `custom_bdev` shows how.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use pumice_io::{Completion, Op, SubmitError};
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
 
-/// A device that is another one under a new name.
+/// Another device under a new name.
 #[derive(Debug)]
 pub struct Passthru {
     info: DeviceInfo,
@@ -31,7 +31,7 @@ impl Passthru {
         Passthru { info, base }
     }
 
-    /// With an identity of its own, in place of the one derived from the name and the base.
+    /// Sets a UUID in place of the one derived from the name and the base.
     #[must_use]
     pub fn with_uuid(mut self, uuid: [u8; 16]) -> Passthru {
         self.info.uuid = uuid;

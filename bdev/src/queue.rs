@@ -1,9 +1,9 @@
-//! The completion queue of channels whose operations end as soon as they are submitted, or at the
-//! next poll.
+//! The completion queue of channels whose operations end when they are submitted, or at the next
+//! poll.
 
 use pumice_io::{Completion, IoError, Op, SubmitError};
 
-/// At most so many completions wait to be polled for; then the channel is busy.
+/// Most completions that wait for a poll. With so many, the channel is busy.
 const DEPTH: usize = 4096;
 
 /// Completions that wait for [`crate::IoChannel::poll`].
@@ -23,7 +23,7 @@ impl Completed {
         self.queue.push(Completion { tag, op, result });
     }
 
-    /// What waits, for channels that do the work at the poll: all of it is still to be done there.
+    /// Returns the waiting completions, for channels that do the operations when they are polled.
     #[inline]
     pub(crate) fn as_mut_slice(&mut self) -> &mut [Completion] {
         &mut self.queue
@@ -49,7 +49,7 @@ impl Completed {
     }
 }
 
-/// What every `submit` does with an operation that [`crate::DeviceInfo::check`] refuses.
+/// Refuses an operation for which [`crate::DeviceInfo::check`] has returned an error.
 #[inline]
 pub(crate) fn refuse(op: Op, e: Box<IoError>) -> Result<(), SubmitError> {
     Err(SubmitError::Refused(op, e))

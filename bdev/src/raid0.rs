@@ -1,8 +1,8 @@
 //! `raid0`: several devices striped into one, so that one database uses them all.
 //!
-//! Strip `s` lies on leg `s % n`, as its strip `s / n`. An operation inside one strip goes to its
-//! leg as it is; a longer one becomes one operation per leg, since what it takes of a leg is
-//! contiguous there. Nothing is redundant: a leg that is lost takes the device with it.
+//! Strip `s` is strip `s / n` of leg `s % n`. An operation inside one strip goes to its leg as it
+//! is. A longer one becomes one operation per leg, since its part of a leg is contiguous there.
+//! There is no redundancy: if a leg is lost, the device is lost.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -18,18 +18,18 @@ use crate::queue::refuse;
 use crate::slots::Slots;
 use crate::{DmaBuf, DmaSlice};
 
-/// Parts of a vector that a leg gets in one operation.
+/// Most parts of a vector in one operation of a leg.
 const PARTS_MAX: u32 = 512;
-/// Operations in flight on a channel.
+/// Most operations in flight on a channel.
 const DEPTH: usize = 1024;
 
-/// Striped devices.
+/// Several devices, striped.
 #[derive(Debug)]
 pub struct Raid0 {
     info: Arc<DeviceInfo>,
     legs: Vec<Arc<dyn BlockDevice>>,
     strip_blocks: u64,
-    /// Whether a flush of one leg has failed.
+    /// The first failed flush of any leg.
     flush_fault: Arc<FlushFault>,
 }
 
@@ -37,8 +37,8 @@ impl Raid0 {
     /// Stripes `legs` into the device `name`, in strips of `strip_kb` KiB.
     ///
     /// # Errors
-    /// No legs, legs of different block sizes or shorter than a strip, a strip size that is no
-    /// power of two or less than a block, more than 1 EiB in all.
+    /// Fails without legs; for legs of different block sizes or shorter than a strip; for a strip
+    /// size that is not a power of two or less than a block; and for more than 1 EiB in all.
     pub fn new(
         name: &str,
         legs: Vec<Arc<dyn BlockDevice>>,
@@ -120,7 +120,7 @@ impl BlockDevice for Raid0 {
     }
 
     fn host_space(&self) -> Option<crate::HostSpace> {
-        // The legs fill up alike: the one with the least room ends it.
+        // The legs fill up evenly, so the one with the least room limits the device.
         let legs = self.legs.iter().filter_map(|leg| leg.host_space());
         let least = legs.min_by_key(|space| space.free_bytes + space.allocated_bytes)?;
         let count = self.legs.len() as u64;
@@ -190,7 +190,7 @@ impl BlockDevice for Raid0 {
 
 struct Leg {
     channel: Box<dyn IoChannel>,
-    /// What the leg was too busy to take.
+    /// Operations that the leg was too busy to accept.
     backlog: VecDeque<(u64, Op)>,
 }
 
@@ -208,28 +208,28 @@ struct RaidChannel {
 /// An operation of the submitter.
 struct Parent {
     tag: u64,
-    /// `None` while its only child carries it.
+    /// The operation, or `None` while its only child carries it.
     op: Option<Op>,
     left: usize,
     error: Option<Box<IoError>>,
 }
 
-/// What one leg does of it.
+/// The part of an operation that one leg does.
 struct Child {
     parent: u64,
     leg: usize,
-    /// The whole operation, moved by so many blocks: it lies in one strip.
+    /// Number of blocks by which the operation was moved, if it lies in one strip.
     whole: Option<u64>,
-    /// Offsets in the parent's data, in bytes, and lengths: where the parts of the child belong.
+    /// Offsets in the parent's data and lengths, in bytes, of the child's parts.
     parts: Vec<(usize, usize)>,
 }
 
-/// What an operation takes of one leg.
+/// The part of an operation that lies on one leg.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 struct Share {
     lba: u64,
     len_blocks: u64,
-    /// Offset in the operation and length, in blocks, of each strip or piece of one.
+    /// Offset in the operation and length, in blocks, of each strip or part of a strip.
     parts: Vec<(u64, u64)>,
 }
 
@@ -252,9 +252,9 @@ fn shares(lba: u64, len: u64, strip: u64, n: u64, with_parts: bool) -> Vec<Share
         }
         return shares;
     }
-    // Without the parts: by arithmetic, since an unmap may take millions of strips.
+    // Without the parts, this uses arithmetic, since an unmap may cover millions of strips.
     for (leg, share) in (0..n).zip(&mut shares) {
-        // First and last strip in [first, last] that lie on this leg.
+        // The first and last strip in [first, last] that lie on this leg.
         let low = first + (leg + n - first % n) % n;
         if low > last {
             continue;
@@ -413,7 +413,7 @@ impl RaidChannel {
 
 type PartsAndOp = (Vec<(usize, usize)>, Op);
 
-/// The operations of one leg for its share of `op`.
+/// Makes the operations of one leg for its share of `op`.
 fn child_ops(op: &Op, share: &Share, bs: u64) -> Result<Vec<PartsAndOp>, String> {
     let bytes = |(at, n): &(u64, u64)| {
         let usize_of = |blocks: u64| usize::try_from(blocks * bs).unwrap_or(usize::MAX);
@@ -473,7 +473,7 @@ fn child_ops(op: &Op, share: &Share, bs: u64) -> Result<Vec<PartsAndOp>, String>
         ),
         Op::Unmap { .. } => one(parts, Op::Unmap { lba, len_blocks }),
         Op::Compare { data, .. } => {
-            // One per strip: a compare takes its data in one piece.
+            // One operation per strip, because a compare takes its data in one part.
             let mut lba = lba;
             let compares = parts.into_iter().map(|(at, len)| {
                 let compare = Op::Compare {
@@ -489,7 +489,7 @@ fn child_ops(op: &Op, share: &Share, bs: u64) -> Result<Vec<PartsAndOp>, String>
     }
 }
 
-/// The bytes `[at, at + len)` of `data`, as slices.
+/// Returns the bytes `[at, at + len)` of `data` as slices.
 fn pick(data: &[DmaSlice], at: usize, len: usize) -> Vec<DmaSlice> {
     let mut picked = Vec::new();
     let mut start = 0;
@@ -504,7 +504,7 @@ fn pick(data: &[DmaSlice], at: usize, len: usize) -> Vec<DmaSlice> {
     picked
 }
 
-/// Moves what a leg has read to where it belongs in the whole.
+/// Copies data that a leg has read to its place in the whole.
 fn copy_back(whole: &mut Op, child: &Op, parts: &[(usize, usize)]) {
     let Op::ReadV { bufs, .. } = child else {
         return;
@@ -568,7 +568,7 @@ impl IoChannel for RaidChannel {
     fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
         for i in 0..self.legs.len() {
             let leg = &mut self.legs[i];
-            // `reaped` may hold what `wait` has found.
+            // `reaped` may hold completions that `wait` has found.
             leg.channel.poll(&mut self.reaped);
             while let Some((tag, op)) = leg.backlog.pop_front() {
                 match leg.channel.submit(tag, op) {
@@ -613,7 +613,7 @@ impl IoChannel for RaidChannel {
             return Ok(());
         }
         if busy.iter().all(|l| l.channel.event_fd().is_some()) {
-            // Handed to the devices first; a poll of the caller finds what is there already.
+            // This passes the operations to the devices, and finds completions that have arrived.
             for leg in &mut busy {
                 leg.channel.poll(&mut self.reaped);
             }
@@ -625,7 +625,7 @@ impl IoChannel for RaidChannel {
                 .map(drop)
                 .map_err(|e| BdevError::os(&self.info.name, "waiting for the legs", e));
         }
-        // A leg without a descriptor: a little on each, in turn.
+        // A leg without a descriptor is waited for a short time on each leg in turn.
         let step = (timeout / 4).min(Duration::from_micros(100));
         busy.iter_mut().try_for_each(|leg| leg.channel.wait(step))
     }

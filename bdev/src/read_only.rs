@@ -1,4 +1,4 @@
-//! `read_only`: a device of which only the reading half can be used.
+//! `read_only`: a device that can only be read.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
 use crate::queue::refuse;
 
-/// Another device, which cannot be written through this one.
+/// A view of another device that cannot be written through this one.
 #[derive(Debug)]
 pub struct ReadOnly {
     info: Arc<DeviceInfo>,
@@ -18,7 +18,7 @@ pub struct ReadOnly {
 }
 
 impl ReadOnly {
-    /// A view of `base`, under its name. A base that cannot be written is given back as it is.
+    /// Makes a view of `base` under its name. A base that cannot be written is returned as it is.
     pub fn of(base: Arc<dyn BlockDevice>) -> Arc<dyn BlockDevice> {
         if !base.info().ops.has(OpKind::Write) {
             return base;

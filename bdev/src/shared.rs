@@ -1,9 +1,9 @@
 //! Channels that threads share, for I/O that outlives the call that started it, such as a file
-//! system's write-behind and read-ahead.
+//! system's writeback and readahead.
 //!
-//! A batch of operations is submitted by the thread that has it and reaped by whichever thread
-//! next comes by its channel; a thread that needs a batch drives its channel itself. So nothing
-//! waits for a particular other thread to run, and there is no I/O thread.
+//! The thread that has a batch of operations submits it, and whichever thread next uses its channel
+//! takes the completions. A thread that needs a batch drives the channel itself. So nothing waits
+//! for a particular other thread to run, and there is no I/O thread.
 //!
 //! Locks: a channel's lock is a leaf. It is held while the channel sleeps, in slices, and given
 //! up between them to whoever queues for it; completions run after it has been released.
@@ -19,10 +19,10 @@ use crate::device::{BlockDevice, DeviceInfo};
 use crate::engine::Engine;
 use crate::error::BdevError;
 
-/// How long one wait on a shared channel lasts at the most, so that others get at it.
+/// Longest wait on a shared channel, so that other threads can use it.
 const SLICE: Duration = Duration::from_millis(1);
 
-/// What a batch came to. The operations are in the order given.
+/// The result of a batch. The operations are in the given order.
 #[derive(Debug)]
 pub struct Outcome {
     /// The operations, with their buffers.
@@ -46,7 +46,7 @@ struct Batch {
     state: Mutex<BatchState>,
 }
 
-/// A batch on its way. Dropping it forgets it; the operations and the completion go on.
+/// A batch in flight. Dropping this does not stop the operations or the completion.
 #[derive(Clone)]
 pub struct Ticket(Arc<Batch>);
 
@@ -64,10 +64,10 @@ impl Ticket {
     }
 }
 
-/// The batch that an operation belongs to, and which of it it is.
+/// The batch of an operation, and its number in the batch.
 type Part = (Arc<Batch>, usize);
 
-/// A small number of this thread, for choosing among several of a kind.
+/// Returns a small number of this thread, to choose one of several equal objects.
 #[inline]
 pub fn thread_number() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
@@ -83,10 +83,10 @@ pub struct SharedChannels {
 }
 
 impl SharedChannels {
-    /// Opens `want` channels, or as many as the device gives.
+    /// Opens `want` channels, or as many as the device allows.
     ///
     /// # Errors
-    /// When it gives none.
+    /// Fails when the device allows none.
     pub fn new(dev: &Arc<dyn BlockDevice>, want: usize) -> Result<SharedChannels, BdevError> {
         let mut channels = Vec::new();
         for n in 0..want.max(1) {
@@ -102,8 +102,8 @@ impl SharedChannels {
         Ok(SharedChannels { channels })
     }
 
-    /// Starts `ops`. `on_done` runs once, on whichever thread reaps the last of them (it may be
-    /// this one, now), without a lock.
+    /// Starts `ops`. `on_done` runs once, without a lock, on whichever thread takes the last
+    /// completion (possibly this one, at once).
     pub fn submit(&self, ops: Vec<Op>, on_done: impl FnOnce(Outcome) + Send + 'static) -> Ticket {
         let n = self.channels.len();
         let first = thread_number() % n;
@@ -137,10 +137,10 @@ impl SharedChannels {
         Ticket(batch)
     }
 
-    /// Does `ops` and waits for them.
+    /// Runs `ops` and waits for them.
     ///
     /// # Errors
-    /// The first error.
+    /// Returns the first error.
     pub fn run(&self, ops: Vec<Op>) -> Result<(), Box<IoError>> {
         let result = Arc::new(Mutex::new(Ok(())));
         let slot = Arc::clone(&result);
@@ -149,7 +149,7 @@ impl SharedChannels {
         std::mem::replace(&mut *result.lock(), Ok(()))
     }
 
-    /// Reaps what is there on the ticket's channel; true if the batch is done.
+    /// Takes completions of the ticket's channel. Returns whether the batch is done.
     pub fn poll(&self, ticket: &Ticket) -> bool {
         if !ticket.is_done() {
             try_reap(&self.channels[ticket.0.channel]);
@@ -164,12 +164,12 @@ impl SharedChannels {
         }
     }
 
-    /// Reaps what is there on every channel; never blocks.
+    /// Takes completions of every channel. Never blocks.
     pub fn poll_all(&self) {
         self.channels.iter().for_each(try_reap);
     }
 
-    /// Waits a slice for any completion of any channel; false if nothing is in flight.
+    /// Waits a slice for any completion of any channel. Returns false if nothing is in flight.
     pub fn wait_any(&self) -> bool {
         let n = self.channels.len();
         let first = thread_number() % n;
@@ -183,14 +183,14 @@ impl SharedChannels {
         false
     }
 
-    /// Gives up the channels: what comes from now on is refused. Nothing may be in flight.
+    /// Releases the channels: later operations are refused. Nothing may be in flight.
     pub fn close(&self, info: &DeviceInfo) {
         for channel in &self.channels {
             channel.lock().close(info);
         }
     }
 
-    /// Waits until nothing is in flight anywhere.
+    /// Waits until nothing is in flight on any channel.
     pub fn drain(&self) {
         while self.wait_any() {}
     }
@@ -225,7 +225,7 @@ impl std::fmt::Debug for SharedChannels {
     }
 }
 
-/// Reaps what is there, unless another thread is at it.
+/// Takes completions, unless another thread is doing so.
 fn try_reap(channel: &Mutex<Engine<Part>>) {
     if let Some(mut channel) = channel.try_lock() {
         let mut finished = Vec::new();

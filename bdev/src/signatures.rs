@@ -1,19 +1,19 @@
-//! What the beginning and the end of a device look like when somebody uses it.
+//! Signatures at the beginning and the end of a device that show what it contains.
 
 use crate::contents::{Contents, Ours};
 use crate::error::BdevError;
 use crate::executor::AsyncChannel;
 use crate::{BlockDevice, DmaBuf};
 
-/// Bytes looked at from the beginning.
+/// Number of bytes to read at the beginning.
 const HEAD: u64 = 256 << 10;
-/// Place of the store's type in its super block (docs/format.md).
+/// Offset of the store's type in its super block (docs/format.md).
 const TYPE_AT: usize = 56;
-/// Bytes looked at from the end (mdraid 0.90 and 1.0, a backup GPT).
+/// Number of bytes to read at the end (mdraid 0.90 and 1.0, a backup GPT).
 const TAIL: u64 = 128 << 10;
 
-/// Names what is on the device, if it is something known: a store, a file system, a partition
-/// table, a volume manager's label. Reads only. Blocks.
+/// Names the content of the device if it is a known one: a store, a file system, a partition table,
+/// a volume manager's label. Only reads. Blocks.
 pub(crate) fn recognise(dev: &dyn BlockDevice) -> Result<Option<Contents>, BdevError> {
     let info = dev.info();
     if !info.keeps_data {
@@ -63,8 +63,8 @@ fn in_head(head: &[u8], block: usize) -> Option<Contents> {
     foreign(head, block).map(|name| Contents::Foreign(name.to_owned()))
 }
 
-/// The type of a blobstore, where its super block says it: 16 bytes, padded with zeroes. A super
-/// block that is damaged elsewhere is still the beginning of a store.
+/// Returns the type of a blobstore from its super block: 16 bytes, padded with zeroes. A super
+/// block that is damaged elsewhere still counts.
 fn store_type(head: &[u8]) -> Ours {
     let bytes = head.get(TYPE_AT..TYPE_AT + 16).unwrap_or_default();
     let len = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
@@ -126,7 +126,8 @@ fn foreign(head: &[u8], block: usize) -> Option<&'static str> {
             return Some(name);
         }
     }
-    // ext2, 3 and 4: magic in the super block at 1024; the feature words tell them apart.
+    // ext2, 3 and 4 have a magic number in the super block at 1024; the feature words tell them
+    // apart.
     if u16_at(head, 1024 + 56) == Some(0xef53) {
         let (compat, incompat) = (u32_at(head, 1024 + 92)?, u32_at(head, 1024 + 96)?);
         let ro_compat = u32_at(head, 1024 + 100)?;
@@ -139,19 +140,19 @@ fn foreign(head: &[u8], block: usize) -> Option<&'static str> {
         };
         return Some(name);
     }
-    // LVM2: a label in one of the first four sectors.
+    // LVM2 has a label in one of the first four sectors.
     for sector in 0..4 {
         if has(head, sector * 512, b"LABELONE") && has(head, sector * 512 + 24, b"LVM2 001") {
             return Some("LVM2 physical volume");
         }
     }
-    // Swap: the magic ends the first page, whatever its size was.
+    // Swap space has its magic number at the end of the first page, whatever the page size.
     for page in [4096, 8192, 16384, 32768, 65536] {
         if has(head, page - 10, b"SWAPSPACE2") || has(head, page - 10, b"SWAP-SPACE") {
             return Some("swap space");
         }
     }
-    // ZFS: uberblocks in the label's second half.
+    // ZFS has uberblocks in the second half of the label.
     if (0..head.len() / 1024)
         .skip(128)
         .any(|i| has(head, i * 1024, &[0x0c, 0xb1, 0xba, 0, 0, 0, 0, 0]))
@@ -166,7 +167,8 @@ fn foreign(head: &[u8], block: usize) -> Option<&'static str> {
     mbr(head)
 }
 
-/// A boot signature alone is not a partition table: at least one entry has to make sense.
+/// Recognises an MBR. A boot signature alone is not a partition table: at least one entry must be
+/// valid.
 fn mbr(head: &[u8]) -> Option<&'static str> {
     if !has(head, 510, &[0x55, 0xaa]) {
         return None;
@@ -187,8 +189,8 @@ fn mbr(head: &[u8]) -> Option<&'static str> {
 fn in_tail(tail: &[u8], from: u64, size: u64, block: usize) -> Option<&'static str> {
     let at = |pos: u64| pos.checked_sub(from).and_then(|p| usize::try_from(p).ok());
     let md = b"\xfc\x4e\x2b\xa9";
-    // Metadata 0.90: 64 KiB before the end, rounded down to 64 KiB. Metadata 1.0: 8 KiB before it,
-    // rounded down to 4 KiB.
+    // Metadata 0.90 is 64 KiB before the end, rounded down to 64 KiB. Metadata 1.0 is 8 KiB before
+    // it, rounded down to 4 KiB.
     let old = (size & !0xffff).checked_sub(0x1_0000);
     let new = size.checked_sub(0x2000).map(|p| p & !0xfff);
     for pos in [old, new].into_iter().flatten() {

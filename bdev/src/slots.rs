@@ -1,6 +1,6 @@
 //! Numbered slots for operations that have been passed down.
 
-/// Values by number; a number is used again after its value was taken.
+/// Values by number. A number is used again after its value was taken.
 #[derive(Debug)]
 pub(crate) struct Slots<T> {
     slots: Vec<Option<T>>,
@@ -32,8 +32,8 @@ impl<T> Slots<T> {
         self.slots.get_mut(usize::try_from(number).ok()?)
     }
 
-    /// The value with this number; `None` for a number that was never given out, which only a
-    /// device's mistake can bring here.
+    /// Takes the value with this number. Returns `None` for a number that is not in use, which only
+    /// a device's mistake can bring here.
     #[inline]
     pub(crate) fn remove(&mut self, number: u64) -> Option<T> {
         let value = self.lend(number)?;

@@ -1,4 +1,4 @@
-//! `split`: one device cut into several of equal size, `Base` into `Basep0`, `Basep1`, ….
+//! `split`: one device divided into several of equal size: `Base` into `Basep0`, `Basep1`, ….
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -19,10 +19,10 @@ pub struct Split {
 }
 
 impl Split {
-    /// Cuts `base` into `count` parts of `size_mb` MiB each, or of what there is divided equally.
+    /// Divides `base` into `count` parts of `size_mb` MiB each, or equally into all of its space.
     ///
     /// # Errors
-    /// No parts, parts without a block, more than the device holds.
+    /// Fails for no parts, for parts without a block, and for more than the device holds.
     pub fn new(
         base: &Arc<dyn BlockDevice>,
         count: u64,
@@ -83,7 +83,7 @@ impl BlockDevice for Split {
     }
 
     fn host_space(&self) -> Option<crate::HostSpace> {
-        // Which part has the blocks is not known.
+        // It is not known which part has the blocks.
         let base = self.base.host_space()?;
         Some(crate::HostSpace {
             allocated_bytes: 0,

@@ -1,12 +1,12 @@
-//! Statistics: counters and latency histograms, written by one channel and read by anybody.
+//! Statistics: counters and latency histograms, written by one channel and read by any thread.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use pumice_io::OpKind;
 
-/// Each power of two of a latency is divided into so many buckets, as SPDK's histograms are
-/// (include/spdk/histogram_data.h), so that its scripts read ours.
+/// log2 of the number of buckets for each power of two of a latency, as in SPDK's histograms
+/// (include/spdk/histogram_data.h), so that SPDK's scripts can read ours.
 pub const BUCKET_SHIFT: u32 = 7;
 const RANGES: usize = 64 - BUCKET_SHIFT as usize + 1;
 /// Number of buckets.
@@ -15,17 +15,17 @@ pub const BUCKETS: usize = RANGES << BUCKET_SHIFT;
 /// Counters of one kind of operation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct OpStats {
-    /// Operations that ended.
+    /// Number of operations that ended.
     pub ops: u64,
-    /// Bytes of those that succeeded.
+    /// Bytes of the operations that succeeded.
     pub bytes: u64,
-    /// Operations that failed.
+    /// Number of operations that failed.
     pub errors: u64,
     /// Sum of latencies, in ticks of [`pumice_io::sys::Clock`].
     pub latency_ticks: u64,
-    /// Shortest; 0 when there was none.
+    /// Shortest latency; 0 without any operation.
     pub min_latency_ticks: u64,
-    /// Longest.
+    /// Longest latency.
     pub max_latency_ticks: u64,
 }
 
@@ -48,19 +48,19 @@ pub struct Stats {
 }
 
 impl Stats {
-    /// Those of one kind.
+    /// The counters of one kind.
     pub fn of(&self, kind: OpKind) -> &OpStats {
         &self.kinds[kind as usize]
     }
 
-    /// Forgets the shortest and longest latencies.
+    /// Clears the shortest and longest latencies.
     pub(crate) fn clear_extremes(&mut self) {
         for kind in &mut self.kinds {
             (kind.min_latency_ticks, kind.max_latency_ticks) = (0, 0);
         }
     }
 
-    /// Takes earlier counts off. Shortest and longest latencies stay.
+    /// Subtracts earlier counts. The shortest and longest latencies stay.
     pub(crate) fn subtract(&mut self, earlier: &Stats) {
         for (a, b) in self.kinds.iter_mut().zip(&earlier.kinds) {
             a.ops -= b.ops.min(a.ops);
@@ -70,7 +70,7 @@ impl Stats {
         }
     }
 
-    /// Adds another's to these.
+    /// Adds other counters to these.
     pub fn add(&mut self, other: &Stats) {
         for (a, b) in self.kinds.iter_mut().zip(&other.kinds) {
             a.add(b);
@@ -88,16 +88,16 @@ struct Cell {
     max: AtomicU64,
 }
 
-/// The counters of a channel. One thread writes, so additions need no locked instruction.
+/// The counters of a channel. Only one thread writes, so additions need no locked instruction.
 #[derive(Debug)]
 #[repr(align(128))]
 pub(crate) struct ChannelStats {
     kinds: [Cell; OpKind::ALL.len()],
     histogram: OnceLock<Box<[AtomicU64]>>,
     histogram_on: AtomicBool,
-    /// The kind of operation that it counts, as a number; `ALL_KINDS`: all.
+    /// The kind of operation that the histogram counts, as a number; `ALL_KINDS`: all.
     histogram_kind: AtomicU8,
-    /// The channel's number, unique on its device.
+    /// The channel's number, unique for its device.
     pub(crate) id: u64,
 }
 
@@ -122,7 +122,7 @@ impl ChannelStats {
         }
     }
 
-    /// Switches the histogram, which is empty when it comes on.
+    /// Switches the histogram, which is empty when it is switched on.
     pub(crate) fn set_histogram(&self, on: bool, only: Option<OpKind>) {
         let kind = only.map_or(ALL_KINDS, |k| k as u8);
         self.histogram_kind.store(kind, Ordering::Relaxed);
@@ -134,8 +134,8 @@ impl ChannelStats {
         self.histogram_on.store(on, Ordering::Relaxed);
     }
 
-    /// Forgets the shortest and longest latencies. From any thread: the channel's own at worst
-    /// counts one operation less, or keeps one that ends just now.
+    /// Clears the shortest and longest latencies. Any thread may call it: at worst the channel
+    /// misses one operation, or keeps one that ends at this moment.
     pub(crate) fn clear_extremes(&self) {
         for cell in &self.kinds {
             cell.min.store(0, Ordering::Relaxed);
@@ -143,7 +143,7 @@ impl ChannelStats {
         }
     }
 
-    /// Counts an operation. Only from the channel's own thread.
+    /// Counts an operation. Only the channel's own thread may call it.
     #[inline]
     pub(crate) fn record(&self, kind: OpKind, bytes: u64, ok: bool, latency: u64) {
         let cell = &self.kinds[kind as usize];
@@ -203,7 +203,7 @@ impl ChannelStats {
     }
 }
 
-/// The bucket of a latency.
+/// Returns the bucket of a latency.
 #[expect(
     clippy::cast_possible_truncation,
     reason = "masked to the bucket's bits"
@@ -216,7 +216,7 @@ fn bucket_of(latency: u64) -> usize {
     ((range as usize) << BUCKET_SHIFT) + ((latency >> shift) as usize & mask)
 }
 
-/// Upper end of a bucket, in ticks.
+/// Returns the upper end of a bucket, in ticks.
 pub fn bucket_end(bucket: usize) -> u64 {
     let range = bucket >> BUCKET_SHIFT;
     let index = (bucket & ((1 << BUCKET_SHIFT) - 1)) as u64;

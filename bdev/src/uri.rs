@@ -9,7 +9,7 @@ use crate::error::BdevError;
 use crate::module::MODULES;
 use crate::read_only::ReadOnly;
 
-/// How [`open_with`] opens a device.
+/// Options of [`open_with`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct OpenOptions {
     read_only: bool,
@@ -17,13 +17,13 @@ pub struct OpenOptions {
 }
 
 impl OpenOptions {
-    /// For reading and writing.
+    /// Opens for reading and writing.
     pub fn new() -> OpenOptions {
         OpenOptions::default()
     }
 
-    /// For reading only, whatever the URI says: no byte, no length and no file is changed, and none
-    /// is made. A file or block device need not be writable; several processes may read it at once,
+    /// Opens for reading only, whatever the URI says: no byte, no length and no file is changed or
+    /// created. A file or block device need not be writable. Several processes may read it at once,
     /// while none has it open for writing.
     #[must_use]
     pub fn read_only(mut self, read_only: bool) -> OpenOptions {
@@ -31,9 +31,9 @@ impl OpenOptions {
         self
     }
 
-    /// An image file that is shorter is made this long, durably, if it holds a store of ours or
-    /// nothing; what is on it has to be grown then. The step can be done again after a crash. A
-    /// file that is longer, and every device that is not a file, is refused.
+    /// Makes a shorter image file this long, durably, if it holds one of our stores or nothing. The
+    /// content has to be grown afterwards. The step can be repeated after a crash. Refuses a longer
+    /// file, and every device that is not a file.
     #[must_use]
     pub fn grow_to(mut self, bytes: u64) -> OpenOptions {
         self.grow_bytes = Some(bytes);
@@ -44,7 +44,7 @@ impl OpenOptions {
         self.grow_bytes
     }
 
-    /// Whether it is for reading only.
+    /// Whether it opens for reading only.
     pub fn is_read_only(self) -> bool {
         self.read_only
     }
@@ -61,19 +61,19 @@ impl OpenOptions {
 /// | `vfio-user:///path/to/socket` | a controller in another process |
 /// | `soft://memory?size=1G` | a controller in this process, over memory, nothing or a file |
 ///
-/// A plain path (`/dev/loop0`, `disk.img`: it has a slash or a dot) is the file of that name: it has
-/// no options, and a `%` or a `?` in it is itself.
+/// A plain path (`/dev/loop0`, `disk.img`: it contains a slash or a dot) is the file of that name.
+/// It has no options, and a `%` or a `?` in it has no special meaning.
 ///
 /// # Errors
-/// A URI that says nothing we know, and whatever the module says.
+/// Fails for a URI that names no device, and with the module's errors.
 pub fn open(uri: &str) -> Result<Arc<dyn BlockDevice>, BdevError> {
     open_with(uri, OpenOptions::new())
 }
 
-/// As [`open`], with options that count more than those of the URI.
+/// Opens a device as [`open`] does. The options override those of the URI.
 ///
 /// # Errors
-/// As [`open`].
+/// Fails as [`open`] does.
 pub fn open_with(uri: &str, options: OpenOptions) -> Result<Arc<dyn BlockDevice>, BdevError> {
     if options.grow_bytes.is_some() && options.read_only {
         return Err(BdevError::InvalidUri {
@@ -101,7 +101,7 @@ pub fn open_with(uri: &str, options: OpenOptions) -> Result<Arc<dyn BlockDevice>
     })
 }
 
-/// The size of `malloc://1G` and `null://1T`, in blocks.
+/// Returns the size in `malloc://1G` or `null://1T`, in blocks.
 pub(crate) fn size_in_place(uri: &mut Uri, block_size: u32) -> Result<u64, UriError> {
     let size = match uri.place()? {
         "" => uri.size("size")?,

@@ -1,9 +1,9 @@
-//! Identities of devices: random, derived from what the device is, or given.
+//! UUIDs of devices: random, derived from properties, or given.
 
 use std::fmt::Write as _;
 use std::hash::{BuildHasher, RandomState};
 
-/// A random one (RFC 9562, version 4).
+/// Makes a random UUID (RFC 9562, version 4).
 pub fn random() -> [u8; 16] {
     // The standard library seeds its hashers from the kernel's generator.
     let word = |n: u8| RandomState::new().hash_one(n).to_be_bytes();
@@ -13,7 +13,8 @@ pub fn random() -> [u8; 16] {
     stamp(bytes, 4)
 }
 
-/// The same one for the same `what` (RFC 9562, version 8: our own derivation, two FNV-1a hashes).
+/// Derives the same UUID from the same `what` (RFC 9562, version 8: our own derivation from two
+/// FNV-1a hashes).
 pub fn derived(what: &[u8]) -> [u8; 16] {
     let fnv = |seed: u64| {
         what.iter().fold(seed, |h, b| {
@@ -32,7 +33,7 @@ fn stamp(mut bytes: [u8; 16], version: u8) -> [u8; 16] {
     bytes
 }
 
-/// As text, in lower case with dashes.
+/// Returns a UUID as text, in lower case with dashes.
 pub fn format(uuid: &[u8; 16]) -> String {
     let mut text = String::with_capacity(36);
     for (i, byte) in uuid.iter().enumerate() {
@@ -44,7 +45,7 @@ pub fn format(uuid: &[u8; 16]) -> String {
     text
 }
 
-/// From text: 32 hexadecimal digits, dashes anywhere between bytes.
+/// Parses a UUID: 32 hexadecimal digits, with dashes anywhere between bytes.
 pub fn parse(text: &str) -> Option<[u8; 16]> {
     let digits: Vec<u8> = text.bytes().filter(|b| *b != b'-').collect();
     if digits.len() != 32 {

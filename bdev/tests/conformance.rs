@@ -1,4 +1,4 @@
-//! The conformance suite on every module, and on stacks of them.
+//! Runs the conformance suite on every module, and on stacks of them.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -109,7 +109,7 @@ struct Stack {
     legs: Vec<Arc<ErrorDevice>>,
 }
 
-/// delay on raid0 on two error devices.
+/// Makes delay on raid0 on two error devices.
 fn stack(latencies: Latencies) -> Stack {
     let legs: Vec<_> = (0..2)
         .map(|_| Arc::new(ErrorDevice::new(None, malloc("4M"))))
@@ -229,7 +229,7 @@ fn corrupt_data_both_ways() {
     dev.inject(corrupt(OpKind::Read));
     let back = ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
     assert_eq!(back[100], 0, "0xff with 0xff");
-    // What has no data is left alone, and left in the list.
+    // A fault that corrupts data leaves operations without data alone, and stays in the list.
     dev.inject(Injection {
         op: None,
         ..corrupt(OpKind::Read)
@@ -265,12 +265,12 @@ fn a_fault_in_place_of_another() {
 
 #[test]
 fn a_device_larger_than_memory_fails_its_writes_and_lives_on() {
-    // A piece of it is a terabyte: more than the machine has, less than it can address.
+    // A stripe of it is a terabyte: more than the machine has, less than it can address.
     let dev = open("malloc://65536T").unwrap();
     let ch = AsyncChannel::new(dev.open_channel().unwrap());
     let data = || DmaBuf::zeroed(512).unwrap().freeze();
     match ch.block_on(ch.write(7, data(), false)) {
-        // A kernel that promises any amount.
+        // Some kernels promise any amount of memory.
         Ok(()) => {}
         Err(e) => {
             assert_eq!(e.kind, IoErrorKind::NoSpace);
@@ -346,7 +346,7 @@ fn delays_are_kept() {
 
 #[test]
 fn reads_and_writes_have_each_their_tail() {
-    // Strictly in turn, which must not give one of them all the tails.
+    // The kinds alternate strictly, which must not give one of them all the tails.
     let tails = Latencies {
         p99_read_us: 2000,
         p99_write_us: 3000,

@@ -1,4 +1,4 @@
-//! What may be written over, and that a refused open leaves no trace.
+//! Tests of what may be overwritten, and that a refused open leaves no trace.
 
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -27,7 +27,7 @@ fn write(dev: &dyn BlockDevice, lba: u64, byte: u8) {
     ch.block_on(ch.write(lba, buf.freeze(), false)).unwrap();
 }
 
-/// A sparse file of `len` bytes with `bytes` at `at`.
+/// Makes a sparse file of `len` bytes with `bytes` at `at`.
 fn file(dir: &Path, len: u64, at: u64, bytes: &[u8]) -> PathBuf {
     let path = dir.join("image");
     let file = fs::File::create(&path).unwrap();
@@ -46,7 +46,7 @@ fn one_byte_anywhere_is_data() {
         40 * MIB + 77,
         100 * MIB,
         (1 << 30) - 1,
-        // Behind the last whole block.
+        // The byte is behind the last whole block.
         1 << 30,
         (1 << 30) + 99,
     ] {
@@ -55,7 +55,7 @@ fn one_byte_anywhere_is_data() {
         let Contents::Foreign(found) = examine(&*dev) else {
             panic!("a byte at {at} was not seen");
         };
-        // The tail has no block: there the device's end stands for it.
+        // The tail has no block: the device's end stands for it.
         let shown = at.min(1 << 30);
         assert!(found.contains(&shown.to_string()), "{at}: {found}");
         let e = may_overwrite(&*dev, Overwrite::Blank).unwrap_err();
@@ -68,13 +68,13 @@ fn one_byte_anywhere_is_data() {
 #[test]
 fn zeroes_are_blank_however_they_were_made() {
     let dir = dir();
-    // A hole, zeroes that were written, a range that is reserved and was never written.
+    // A hole, written zeroes, and a range that is allocated and was never written.
     let path = file(dir.path(), 64 * MIB, 3 * MIB, &vec![0; 5 << 20]);
     let dev = open(path.to_str().unwrap()).unwrap();
     let mut told = Vec::new();
     assert_eq!(examine_with(&*dev, &mut |p| told.push(p)), Contents::Blank);
     assert!(told.iter().all(|p| p.total_bytes == 64 * MIB));
-    // Only what was written was read.
+    // Only the written range was read.
     let read = told.last().unwrap().done_bytes;
     assert!((8 * MIB..9 * MIB).contains(&read), "{read}");
     drop(dev);
@@ -112,7 +112,7 @@ fn a_stack_is_as_blank_as_what_is_below() {
 
 #[test]
 fn what_cannot_be_read_counts_as_in_use() {
-    // At the beginning, in the middle, in the last block.
+    // At the beginning, in the middle and in the last block.
     for lba in [0, 3000, 4095] {
         let base = open("malloc://16M?block_size=4096").unwrap();
         let dev = ErrorDevice::new(None, base);
@@ -161,7 +161,7 @@ fn a_store_is_ours_and_others_have_names() {
     }
 }
 
-/// A block device is read as a whole: nobody else says what is on it.
+/// A block device is read as a whole, because nothing else says what it contains.
 #[test]
 fn a_loop_device_is_read_as_a_whole() {
     let dir = dir();
@@ -204,7 +204,7 @@ fn a_write_protected_device_says_so() {
     reading.unwrap();
 }
 
-/// Everything that can be seen of a directory: names, lengths, blocks, times, contents.
+/// Returns everything visible of a directory: names, lengths, blocks, times, contents.
 fn seen(dir: &Path) -> Vec<(PathBuf, u64, u64, i64, i64, Vec<u8>)> {
     let mut all: Vec<_> = fs::read_dir(dir)
         .unwrap()
@@ -248,7 +248,8 @@ fn a_refused_or_reading_open_leaves_no_trace() {
             assert_eq!(seen(dir.path()), before, "{uri}");
         }
     }
-    // What would be made is not, if a later check refuses it or nobody may write.
+    // A file that would be created is not created if a later check refuses the open or writing is
+    // not allowed.
     for tail in [
         "?create=1",
         "?size=1M",
@@ -302,7 +303,7 @@ fn a_link_to_nothing_is_not_followed() {
     let e = open(&format!("{}?size=1M&create=1", file_uri(&link))).unwrap_err();
     assert!(e.to_string().contains("symbolic link"), "{e}");
     assert!(!target.exists());
-    // One to a file is that file.
+    // A symbolic link to a file stands for that file.
     fs::write(&target, vec![0; 1 << 20]).unwrap();
     open(&file_uri(&link)).unwrap();
 }
@@ -318,7 +319,7 @@ fn a_file_made_for_what_failed_goes_again() {
     assert!(path.exists(), "the device is still open");
     drop(dev);
     assert!(!path.exists(), "nothing was made there");
-    // Finished, it stays; and what was there before stays in any case.
+    // After `finish` it stays. A file that existed before stays in any case.
     for _ in 0..2 {
         let dev = open(&uri).unwrap();
         Formatting::begin(&dev, Overwrite::Blank).unwrap().finish();
@@ -329,7 +330,7 @@ fn a_file_made_for_what_failed_goes_again() {
         drop(dev);
         assert!(path.exists());
     }
-    // A second try on the same device counts.
+    // A second attempt on the same device counts.
     fs::remove_file(&path).unwrap();
     let dev = open(&uri).unwrap();
     drop(Formatting::begin(&dev, Overwrite::Blank).unwrap());
@@ -354,7 +355,7 @@ fn another_file_of_the_name_is_not_removed() {
 fn growing_takes_only_what_is_ours_and_can_be_done_again() {
     let dir = dir();
     let path = file(dir.path(), 2 * MIB, 0, b"SPDKBLOB");
-    // The URI that the store was made with.
+    // This is the URI with which the store was made.
     let uri = format!("{}?size=2M&create=1", file_uri(&path));
     for _ in 0..2 {
         let dev = open_with(&uri, OpenOptions::new().grow_to(4 * MIB)).unwrap();
@@ -378,7 +379,7 @@ fn growing_takes_only_what_is_ours_and_can_be_done_again() {
 
 #[test]
 fn a_failed_preallocation_leaves_nothing() {
-    // A small tmpfs in a mount namespace of the child's own is a full disk for everybody.
+    // A small tmpfs in a mount namespace of the child is a full disk for every user.
     let dir = dir();
     let script = "mount -t tmpfs -o size=8m none \"$PUMICE_SMALL\" || exit 77
         exec \"$0\" --exact --nocapture preallocation_on_a_small_disk";
@@ -409,7 +410,7 @@ fn preallocation_on_a_small_disk() {
             assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
         }
     }
-    // Of a file that is there, what is missing is reserved, or the open says that it cannot be.
+    // Missing blocks of an existing file are allocated, or the open says that they cannot be.
     let uri = |how: &str| format!("{}?prealloc={how}", file_uri(&path));
     fs::File::create(&path).unwrap().set_len(4 << 20).unwrap();
     drop(open(&uri("falloc")).unwrap());
@@ -447,7 +448,7 @@ fn a_reader_needs_no_right_to_write() {
     ));
     drop(readers);
     open(path.to_str().unwrap()).unwrap();
-    // Other devices are seen through a view.
+    // Other devices are opened through a read-only view.
     let memory = open_with("malloc://1M", reading).unwrap();
     assert!(!memory.info().ops.has(OpKind::Write));
     assert!(may_overwrite(&*memory, Overwrite::Anything).is_err());

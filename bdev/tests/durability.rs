@@ -1,5 +1,5 @@
-//! What was promised durable is there after a power cut, through every device that stands on
-//! others: flushes reach every base, and force unit access goes down with its write.
+//! Durable data is there after a power cut, through every device that is built on others: flushes
+//! reach every base, and force unit access is passed down with its write.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 const BS: usize = 512;
-/// Blocks of each simulated disk.
+/// Number of blocks of each simulated disk.
 const DISK: u64 = 256;
 
 type Dev = Arc<dyn BlockDevice>;
@@ -67,7 +67,8 @@ fn stacks() -> Vec<(&'static str, usize, Build)> {
     ]
 }
 
-/// A flush that one leg has failed is not made good by the next, though that one succeeds on all.
+/// After one leg has failed a flush, the next flush fails too, although it would succeed on all
+/// legs.
 #[test]
 fn a_stripe_remembers_the_failed_flush_of_one_leg() {
     let leg = || pumice_bdev::open("malloc://1M").unwrap();
@@ -84,7 +85,7 @@ fn a_stripe_remembers_the_failed_flush_of_one_leg() {
             queue_depth: 0,
         });
     };
-    // One that was not carried out has lost nothing.
+    // A flush that was not carried out has lost nothing.
     inject(Failure::NoMemory);
     ch.block_on(ch.flush()).unwrap_err();
     ch.block_on(ch.flush()).unwrap();
@@ -103,7 +104,7 @@ fn blocks(n: u64, byte: u8) -> DmaSlice {
     buf.freeze()
 }
 
-/// The first byte of each block.
+/// Returns the first byte of each block.
 fn contents(dev: &Dev) -> Vec<u8> {
     let ch = AsyncChannel::new(dev.open_channel().unwrap());
     let len = usize::try_from(dev.info().len_bytes()).unwrap();
@@ -111,7 +112,7 @@ fn contents(dev: &Dev) -> Vec<u8> {
     back.chunks(BS).map(|block| block[0]).collect()
 }
 
-/// What is there after power was cut now, with all or nothing of what the caches held.
+/// Returns the contents after a power cut now, with all or nothing of what the caches held.
 fn after_a_cut(disks: &[Arc<CrashDevice>], build: Build, keep: bool) -> Vec<u8> {
     let reopened: Vec<Dev> = disks
         .iter()
@@ -140,7 +141,7 @@ fn flushes_and_fua_pass_through_every_device() {
         let channels = [0, 1].map(|_| AsyncChannel::new(dev.open_channel().unwrap()));
         for step in 0..400 {
             let what = format!("{name}, seed {seed}, step {step}");
-            // A flush on one channel covers what the other has completed.
+            // A flush on one channel covers the writes that the other has completed.
             let ch = &channels[rng.random_range(0..2)];
             let len = rng.random_range(1..=40.min(span));
             let lba = rng.random_range(0..=span - len);
@@ -188,7 +189,7 @@ fn flushes_and_fua_pass_through_every_device() {
 
 #[test]
 fn what_a_base_cannot_do_durably_is_not_promised_above() {
-    // A base without FUA: nothing that stands on it takes a write with it.
+    // The base does not support FUA, so no device built on it accepts a write with it.
     let disk = || Arc::new(CrashDevice::new(512, DISK, true, 1)) as Dev;
     let mut info = disk().info().clone();
     info.ops = info.ops.without(pumice_bdev::OpKind::Fua);
@@ -215,7 +216,7 @@ fn what_a_base_cannot_do_durably_is_not_promised_above() {
     }
 }
 
-/// A device that says it has no FUA, and has none.
+/// A device that reports no FUA and has none.
 #[derive(Debug)]
 struct NoFua {
     info: pumice_bdev::DeviceInfo,

@@ -1,4 +1,4 @@
-//! The `file` module on image files: locks, alignment, sizes, faults, both ways of I/O.
+//! Tests of the `file` module on image files: locks, alignment, sizes, faults, both kinds of I/O.
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -17,7 +17,7 @@ struct Image {
 
 impl Image {
     fn new() -> Image {
-        // Not /tmp: on many machines that is memory, without direct I/O.
+        // This is not in /tmp, which is memory without direct I/O on many machines.
         let base = std::env::var_os("CARGO_TARGET_TMPDIR").map(PathBuf::from);
         let base = base.unwrap_or_else(|| PathBuf::from(env!("CARGO_TARGET_TMPDIR")));
         Image {
@@ -55,7 +55,7 @@ fn data(len: usize, seed: u8) -> DmaSlice {
     buf.freeze()
 }
 
-/// Every way of doing the I/O.
+/// Returns every way of doing the I/O.
 fn variants(image: &Image) -> Vec<FileOptions> {
     let base = image.options();
     vec![
@@ -134,7 +134,7 @@ fn every_operation_on_every_path() {
         });
         drop(ch);
         drop(dev);
-        // What is in the file is what was written, at the right place.
+        // The file contains what was written, at the right place.
         let mut raw = vec![0; bs];
         OpenOptions::new()
             .read(true)
@@ -185,7 +185,7 @@ fn a_second_opener_is_refused_with_the_pid() {
         e => panic!("{e}"),
     }
     drop(first);
-    // At once, even though a ring had the file open.
+    // It can be opened at once, even though a ring had the file open.
     let dev = open(&image.uri("")).unwrap();
     let ch = channel(&*dev);
     ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
@@ -273,7 +273,7 @@ fn a_file_that_shrank_is_an_error_with_the_place() {
         let text = e.to_string();
         assert!(text.contains("byte offset 2097152"), "{text}");
         assert!(text.contains("1048576 bytes long now"), "{text}");
-        // Half of it is there.
+        // Half of the data was transferred.
         let lba = ((1 << 20) - 4096) / bs;
         let e = ch
             .block_on(ch.read(lba, DmaBuf::new(8192).unwrap()))
@@ -315,7 +315,7 @@ fn misuse_is_refused() {
     );
 }
 
-/// Memory that was given back too early would be somebody else's by the time the kernel writes it.
+/// Memory that was freed too early would have another owner by the time the kernel writes it.
 #[test]
 fn buffers_in_flight_at_drop_wait_for_the_kernel() {
     const N: u64 = 200;
@@ -337,7 +337,7 @@ fn buffers_in_flight_at_drop_wait_for_the_kernel() {
         }
         ch.poll(&mut Vec::new());
         drop(ch);
-        // The same memory again, with other bytes in it.
+        // The same memory is taken again and has other bytes in it.
         let others: Vec<DmaBuf> = (0..N)
             .map(|_| {
                 let mut buf = DmaBuf::new(LEN).unwrap();
@@ -359,7 +359,7 @@ fn buffers_in_flight_at_drop_wait_for_the_kernel() {
 
 #[test]
 fn no_space_is_an_error_with_the_place() {
-    // A small tmpfs in a mount namespace of the child's own is a full disk for everybody.
+    // A small tmpfs in a mount namespace of the child is a full disk for every user.
     let image = Image::new();
     let script = "mount -t tmpfs -o size=1m none \"$PUMICE_FULL\" || exit 77
         exec \"$0\" --exact --nocapture writer_on_a_full_disk";
@@ -382,8 +382,8 @@ fn writer_on_a_full_disk() {
         return;
     };
     for no_io_uring in [false, true] {
-        // This file system cannot zero a range: zeroes take their space now, not when somebody
-        // writes there and finds the disk full.
+        // This file system cannot zero a range, so zeroes allocate their space now. A later write
+        // must not find the disk full.
         let path = PathBuf::from(&dir).join("zeroes");
         let _ = fs::remove_file(PathBuf::from(&dir).join("image"));
         let dev = File::open(&FileOptions {

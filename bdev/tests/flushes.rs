@@ -1,4 +1,4 @@
-//! What reaches the disk below: a loop device counts the flushes that it is given.
+//! Counts the flushes that reach the disk below, a loop device.
 
 use std::fs;
 use std::path::Path;
@@ -33,7 +33,7 @@ impl Loop {
         Some(Loop { device, _dir: dir })
     }
 
-    /// Flush requests that have completed: field 16 of the block layer's `stat`.
+    /// Returns the number of completed flush requests: field 16 of the block layer's `stat`.
     fn flushes(&self) -> u64 {
         let name = self.device.strip_prefix("/dev/").unwrap();
         let stat = fs::read_to_string(format!("/sys/block/{name}/stat")).unwrap();

@@ -1,29 +1,30 @@
-//! A forked child and the devices of its parent: refused and dropped without harm; its own work.
+//! Tests of a forked child: its parent's devices are refused and dropped without harm, and its own
+//! work.
 
 use std::sync::Arc;
 
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, IoChannel, IoErrorKind, Op, open};
 
-/// Runs `child` in a forked process, whose number is given back.
+/// Runs `child` in a forked process and returns its process identifier.
 #[allow(unsafe_code)]
 fn spawn(child: &mut dyn FnMut() -> bool) -> i32 {
     // SAFETY: the child ends without unwinding into the test.
     let pid = unsafe { libc::fork() };
     if pid == 0 {
-        // SAFETY: ends the child if it hangs.
+        // SAFETY: the call ends the child if it hangs.
         unsafe { libc::alarm(60) };
         let good = std::panic::catch_unwind(std::panic::AssertUnwindSafe(child));
-        // SAFETY: ends the process at once.
+        // SAFETY: the call ends the process at once.
         unsafe { libc::_exit(i32::from(!good.unwrap_or(false))) }
     }
     pid
 }
 
-/// How a child has ended; 0: what it did was true.
+/// Waits for a child. Returns 0 if it returned true.
 #[allow(unsafe_code)]
 fn join(pid: i32) -> i32 {
     let mut status = -1;
-    // SAFETY: waits for the child.
+    // SAFETY: the call waits for the child.
     unsafe { libc::waitpid(pid, &raw mut status, 0) };
     status
 }
@@ -50,7 +51,7 @@ fn write(dev: &Arc<dyn BlockDevice>, lba: u64, byte: u8) {
 
 #[test]
 fn an_inherited_device_refuses_and_is_dropped_without_harm() {
-    // Not /tmp: on many machines that is memory, without direct I/O.
+    // This is not in /tmp, which is memory without direct I/O on many machines.
     let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
     let path = |name: &str| format!("{}/{name}", dir.path().display());
     for (n, uri) in [
@@ -88,20 +89,20 @@ fn an_inherited_device_refuses_and_is_dropped_without_harm() {
             ch.drain();
             assert_eq!((busy.poll(&mut Vec::new()), busy.in_flight()), (0, 0));
             drop((busy, ch, dev));
-            // One of its own works.
+            // A device that the child opens itself works.
             let dev = open(&format!("file://{own}?size=4M&create=1")).unwrap();
             write(&dev, 1, 0xc1);
             reads_back(&dev, 1, 0xc1)
         });
         assert_eq!(join(child), 0, "{uri}");
-        // The parent's is as it was.
+        // The parent's device is unchanged.
         assert!(reads_back(&dev, 3, 7), "{uri}");
         write(&dev, 4, 8);
         assert!(reads_back(&dev, 4, 8), "{uri}");
     }
 }
 
-/// Two workers, each with an image of its own, forked from a process that has used the library.
+/// Two workers, each with its own image, are forked from a process that has used the library.
 #[test]
 fn workers_have_buffers_of_their_own() {
     let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();

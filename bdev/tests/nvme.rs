@@ -1,4 +1,4 @@
-//! The nvme module over the soft controller.
+//! Tests of the nvme module over the soft controller.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -46,8 +46,8 @@ fn few_queues_are_shared() {
     }
 }
 
-/// A controller with one queue pair: every channel shares it, those of other namespaces and of
-/// another opening of the controller too.
+/// The controller has one queue pair, so every channel shares it, including those of other
+/// namespaces and of another opening of the controller.
 #[test]
 fn one_queue_pair_serves_every_channel() {
     let dev = open("soft://memory?size=8M&queues=1").unwrap();
@@ -74,7 +74,7 @@ fn one_queue_pair_serves_every_channel() {
     }
 }
 
-/// Threads begin and end beside each other; no first operation of a thread fails.
+/// Threads begin and end at the same time, and no thread's first operation fails.
 #[test]
 fn channels_come_and_go_in_threads() {
     for queues in [1, 2, 3, 16] {
@@ -105,8 +105,8 @@ fn the_write_cache_is_told() {
     }
 }
 
-/// Every operation with FUA, and a flush behind every one without, survives a power cut that
-/// takes the whole cache.
+/// Every operation with FUA, and every one followed by a flush, survives a power cut that loses the
+/// whole cache.
 #[test]
 fn what_was_durable_survives_a_power_cut() {
     let fill = |byte: u8| {
@@ -159,7 +159,7 @@ fn what_was_durable_survives_a_power_cut() {
     }
 }
 
-/// A flush that failed is not made good by the next one, on any channel.
+/// After a failed flush the next one fails too, on any channel.
 #[test]
 fn after_a_failed_flush_no_flush_succeeds() {
     let status = Status(Status::INTERNAL.0 | Status::DNR);
@@ -198,7 +198,7 @@ fn errors_of_the_driver_keep_their_kind_and_cause() {
         let text = e.to_string();
         assert_eq!(text.matches("/missing").count(), 1, "{text}");
     }
-    // Somebody who listens and says nothing.
+    // The server listens but does not answer.
     let socket = dir.path().join("cntrl");
     let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
     let uri = format!("vfio-user://{}?timeout_ms=50", socket.display());
@@ -335,7 +335,7 @@ fn an_unplugged_function_takes_its_device_away_under_load() {
     registry.open("malloc://1M?name=Nn1").unwrap();
 }
 
-/// A namespace on a soft controller whose faults the test sets.
+/// Makes a namespace on a soft controller whose faults the test sets.
 fn soft() -> (SoftController, Arc<dyn BlockDevice>) {
     let backend = Box::new(MemoryBackend::new(4 << 20));
     on_soft(SoftNamespace::new(backend, 512), false)
@@ -385,8 +385,8 @@ fn an_abort_of_one_leaves_the_others() {
     ch.submit(7, write(1)).unwrap();
     ch.submit(8, read(2)).unwrap();
     let mut out = Vec::new();
-    // The read that came behind it is over, so the controller has the write: what it has not
-    // fetched yet it cannot abort.
+    // The read that was submitted after the write has ended, so the controller has fetched the
+    // write. A controller cannot abort a command that it has not fetched.
     while out.is_empty() {
         ch.poll(&mut out);
         ch.wait(Duration::from_millis(5)).unwrap();

@@ -1,4 +1,5 @@
-//! The registry: names, claims, statistics, time-outs, hot removal under load at every layer.
+//! Tests of the registry: names, claims, statistics, time-outs, hot removal under load at every
+//! layer.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -130,7 +131,7 @@ fn histograms_by_channel_and_by_kind() {
         .collect();
     let of_stats: Vec<u64> = bdev.channel_stats().iter().map(|(id, _)| *id).collect();
     assert_eq!(ids, of_stats);
-    // Of one kind only, and from nothing.
+    // One kind only, starting from an empty histogram.
     bdev.enable_histogram(true, Some(OpKind::Write));
     read(&a);
     write(&b);
@@ -150,7 +151,7 @@ fn a_listener_may_use_the_registry() {
     registry.listen(move |event| {
         if let Event::Removed(name) = event {
             seen.lock().unwrap().push(inner.names());
-            // A spare takes the place.
+            // A spare device takes the name.
             if name == "M" {
                 malloc(&inner, "Spare");
             }
@@ -189,7 +190,7 @@ fn late_operations_are_aborted_or_reset() {
     }
 }
 
-/// delay D on raid0 R on error devices E0, E1 on passthru P0, P1 on malloc M0, M1.
+/// Makes delay D on raid0 R on error devices E0, E1 on passthru P0, P1 on malloc M0, M1.
 fn tower(registry: &Registry) -> Vec<Arc<ErrorDevice>> {
     let mut errors = Vec::new();
     for i in 0..2 {
@@ -234,7 +235,7 @@ fn removal_under_load_at_every_layer() {
         let events = Arc::new(Mutex::new(Vec::new()));
         let heard = Arc::clone(&events);
         registry.listen(move |e| heard.lock().unwrap().push(e.clone()));
-        // Some operations hang below: the removal must end them too.
+        // Some operations hang below, and the removal must end them too.
         for error in &errors {
             error.inject(Injection {
                 op: Some(OpKind::Read),
@@ -300,7 +301,7 @@ fn removal_under_load_at_every_layer() {
             .map(|n| Event::Removed((*n).to_owned()))
             .collect();
         assert_eq!(events, removed);
-        // What was below is free again, and a new device can take the name.
+        // The devices below are free again, and a new device can have the name.
         drop(dev);
         malloc(&registry, victim);
         registry.open(victim).unwrap();

@@ -1,4 +1,5 @@
-//! What the log says of one operation. In a process of its own: who logs what is decided per process.
+//! Tests the log records of one operation. This runs in a process of its own, because logging is
+//! set up once per process.
 
 use std::sync::{Arc, Mutex};
 
@@ -34,8 +35,8 @@ fn one_operation_can_be_followed_through_every_layer() {
         let found = steps.iter().position(|l| l.contains(what));
         found.unwrap_or_else(|| panic!("no {what} in {text}"))
     };
-    // Down through both devices to the command, up again from its completion, each step inside
-    // the spans of all above it.
+    // The records go down through both devices to the command and up again from its completion,
+    // each inside the spans of all layers above it.
     let both = "io{bdev=PT op=read lba=40 len_bytes=1024";
     let below = format!("io{{bdev={base} op=read lba=40");
     let command = steps[at("nvme command")];
@@ -49,7 +50,7 @@ fn one_operation_can_be_followed_through_every_layer() {
     assert_eq!(text.matches("complete ns=").count(), 2, "{text}");
 }
 
-/// What was logged.
+/// The log.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
 

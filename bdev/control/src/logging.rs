@@ -1,6 +1,6 @@
-//! Log levels per component, as with SPDK's `-L`: set at the start or over JSON-RPC.
+//! Log levels per component, as with SPDK's `-L`. They are set at the start or over JSON-RPC.
 //!
-//! A component that is switched on logs everything; `name=level` gives it a level of its own.
+//! A component that is switched on logs everything. `name=level` gives it a level of its own.
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
@@ -12,7 +12,7 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{Layer as _, Registry, fmt, reload};
 
-/// Components and the targets of their records.
+/// The components and the targets of their records.
 pub const COMPONENTS: &[(&str, &str)] = &[
     ("bdev", "pumice_bdev"),
     ("bdev_io", "pumice_bdev::io"),
@@ -26,7 +26,7 @@ pub const COMPONENTS: &[(&str, &str)] = &[
     ("kv", "pumice"),
 ];
 
-/// SPDK's names of levels, and ours.
+/// SPDK's names of levels and ours.
 const LEVELS: &[(&str, LevelFilter)] = &[
     ("DISABLED", LevelFilter::OFF),
     ("ERROR", LevelFilter::ERROR),
@@ -39,7 +39,7 @@ const LEVELS: &[(&str, LevelFilter)] = &[
 
 struct State {
     level: &'static str,
-    /// Components with a level of their own.
+    /// The components with a level of their own.
     flags: BTreeMap<&'static str, LevelFilter>,
     handle: Option<reload::Handle<Targets, Registry>>,
 }
@@ -61,7 +61,8 @@ fn targets(state: &State) -> Targets {
         .iter()
         .find(|(n, _)| *n == state.level)
         .map_or(LevelFilter::WARN, |l| l.1);
-    // A target holds for every name that begins like it: `pumice` would for the crates below, too.
+    // A target includes every name with the same beginning: `pumice` would include the crates
+    // below.
     let crates = COMPONENTS.iter().map(|(_, target)| *target);
     let crates = crates.filter(|target| !target.contains("::"));
     let targets = crates.map(|target| (target, level));
@@ -81,11 +82,11 @@ fn apply(state: &State) -> Result<(), String> {
     handle.reload(targets(state)).map_err(|e| e.to_string())
 }
 
-/// Logs to standard error at `level`, and of the components `flags` (as with `-L`) everything, or
+/// Logs to standard error at `level`. The components in `flags` (as with `-L`) log everything, or
 /// what `component=level` says.
 ///
 /// # Errors
-/// Unknown names. Where a subscriber is installed already, it stays.
+/// Fails for unknown names, and when a subscriber is installed already, which then stays.
 pub fn init(level: &str, flags: &[String]) -> Result<(), String> {
     let mut state = state().lock();
     state.level = level_named(level)?;
@@ -115,7 +116,10 @@ fn level_named(level: &str) -> Result<&'static str, String> {
         .find(|(n, _)| *n == upper || (*n == "WARNING" && upper == "WARN"));
     found.map(|(n, _)| *n).ok_or_else(|| {
         let known: Vec<&str> = LEVELS.iter().map(|(n, _)| *n).collect();
-        format!("`{level}` is no log level; one of {}", known.join(", "))
+        format!(
+            "`{level}` is not a log level; use one of {}",
+            known.join(", ")
+        )
     })
 }
 
@@ -139,7 +143,7 @@ fn insert_flag(state: &mut State, flag: &str) -> Result<(), String> {
     let Some((name, _)) = COMPONENTS.iter().find(|(n, _)| *n == flag) else {
         let known: Vec<&str> = COMPONENTS.iter().map(|(n, _)| *n).collect();
         return Err(format!(
-            "`{flag}` is no component; one of all, {}",
+            "`{flag}` is not a component; use one of all, {}",
             known.join(", ")
         ));
     };
@@ -147,26 +151,26 @@ fn insert_flag(state: &mut State, flag: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// The level of components that are not switched to everything.
+/// Returns the level of the components that are not switched on.
 pub fn level() -> &'static str {
     state().lock().level
 }
 
-/// Sets that level.
+/// Sets the level of the components that are not switched on.
 ///
 /// # Errors
-/// An unknown level, a process with logging of its own.
+/// Fails for an unknown level, and in a process that has set up its own logging.
 pub fn set_level(level: &str) -> Result<(), String> {
     let mut state = state().lock();
     state.level = level_named(level)?;
     apply(&state)
 }
 
-/// Switches a component, or `all`, to log everything (or as `component=level` says), or back to
-/// the level of the others.
+/// Switches a component, or `all`, to log everything (or as `component=level` says), or back to the
+/// level of the others.
 ///
 /// # Errors
-/// An unknown component, a process with logging of its own.
+/// Fails for an unknown component, and in a process that has set up its own logging.
 pub fn set_flag(flag: &str, on: bool) -> Result<(), String> {
     let mut state = state().lock();
     if on {
@@ -179,7 +183,7 @@ pub fn set_flag(flag: &str, on: bool) -> Result<(), String> {
     apply(&state)
 }
 
-/// Components, and whether they log everything.
+/// Returns the components, and whether they log everything.
 pub fn flags() -> Vec<(&'static str, bool)> {
     let state = state().lock();
     COMPONENTS

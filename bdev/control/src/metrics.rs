@@ -1,5 +1,5 @@
-//! Statistics as text for Prometheus, over HTTP on a Unix socket or on a loopback port. Off unless
-//! a server is started.
+//! Statistics as text for Prometheus, over HTTP on a Unix socket or a loopback port. There are none
+//! unless a server is started.
 
 use std::fmt::Write as _;
 use std::io::{self, Read as _, Write as _};
@@ -15,7 +15,7 @@ use pumice_bdev::registry::Registry;
 use pumice_bdev::{BdevError, BlockDevice, OpKind};
 use pumice_io::sys::Clock;
 
-/// The statistics of every device (Prometheus text format 0.0.4).
+/// Returns the statistics of every device (Prometheus text format 0.0.4).
 pub fn render(registry: &Registry) -> String {
     let clock = Clock::get();
     let bdevs = registry.list();
@@ -79,14 +79,14 @@ pub fn render(registry: &Registry) -> String {
     text
 }
 
-/// A label's value, escaped.
+/// Returns a label's value, escaped.
 fn label(text: &str) -> String {
     text.replace('\\', "\\\\")
         .replace('"', "\\\"")
         .replace('\n', "\\n")
 }
 
-/// A server of the statistics. Dropping it stops it.
+/// A server of the statistics. It stops when this is dropped.
 #[derive(Debug)]
 pub struct MetricsServer {
     stop: Arc<AtomicBool>,
@@ -127,10 +127,11 @@ impl Listener {
 
 impl MetricsServer {
     /// Serves on `address`: the path of a Unix socket, or a loopback address (`127.0.0.1:9100`;
-    /// port 0: any).
+    /// port 0: any free port).
     ///
     /// # Errors
-    /// An address that is not loopback, a path that is taken, whatever the system says.
+    /// Fails for an address that is not loopback, for a path that exists, and with the system's
+    /// errors.
     pub fn start(registry: Registry, address: &str) -> Result<MetricsServer, BdevError> {
         let os = |what: &str, e| BdevError::os(address, what, e);
         let (mut socket, mut port) = (None, None);
@@ -177,7 +178,7 @@ impl MetricsServer {
         })
     }
 
-    /// The port, on a loopback address.
+    /// Returns the port of a loopback address.
     pub fn port(&self) -> Option<u16> {
         self.port
     }

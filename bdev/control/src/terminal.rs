@@ -1,9 +1,9 @@
-//! Printing for command-line tools. What comes from an image, a device, a socket or another process
-//! is shown, never obeyed by the terminal; and a reader that has seen enough (`| head`) is no
-//! failure.
+//! Printing for command-line tools. Characters that a terminal would interpret are made visible,
+//! whether they come from an image, a device, a socket or another process. A reader that stops
+//! early (`| head`) is not a failure.
 //!
-//! [`say!`](crate::say) and [`complain!`](crate::complain) stand in place of `println!` and
-//! `eprintln!`, which panic when nobody reads any more.
+//! [`say!`](crate::say) and [`complain!`](crate::complain) replace `println!` and `eprintln!`,
+//! which panic when the reader has gone.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -11,20 +11,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 
-/// Nobody reads standard output any more.
+/// Whether the reader of standard output has gone.
 static CLOSED: AtomicBool = AtomicBool::new(false);
 /// The first failure of standard output that is not a closed pipe.
 static FAILED: Mutex<Option<io::Error>> = Mutex::new(None);
 
-/// Whether a terminal would do something else with a character than show it in its place: control
-/// characters (C0, DEL, C1), line separators, and marks that turn the direction of the text.
+/// Whether a terminal interprets a character instead of showing it in its place: control characters
+/// (C0, DEL, C1), line separators, and marks that change the direction of the text.
 fn is_obeyed(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// A text with every such character, line ends included, written as `\u{9b}` or `\n`: for names,
-/// serial numbers and messages that stand in a line.
+/// Returns a text with every such character, including line ends, written as `\u{9b}` or `
+/// `: for names, serial numbers and messages of one line.
 pub fn visible(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
@@ -37,7 +37,7 @@ pub fn visible(text: &str) -> String {
     shown
 }
 
-/// As [`visible`], but lines stay lines and tabs tabs.
+/// Makes a text visible as [`visible`] does, but keeps line ends and tabs.
 fn visible_lines(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
@@ -50,7 +50,7 @@ fn visible_lines(text: &str) -> String {
     shown
 }
 
-/// JSON, indented, in which such characters are JSON's own escapes.
+/// Returns indented JSON, in which such characters are JSON's own escapes.
 pub fn json_text(value: &serde_json::Value) -> String {
     let mut shown = String::new();
     for c in format!("{value:#}").chars() {
@@ -74,14 +74,14 @@ pub fn print_json(value: &serde_json::Value) {
     write_out(format!("{}\n", json_text(value)).as_bytes());
 }
 
-/// Prints a line to standard output; behind [`say!`](crate::say).
+/// Prints a line to standard output, for [`say!`](crate::say).
 #[doc(hidden)]
 pub fn say_line(line: fmt::Arguments<'_>) {
     print(&format!("{line}\n"));
 }
 
-/// Prints a line to standard error; behind [`complain!`](crate::complain). A failure is nobody's to
-/// hear of.
+/// Prints a line to standard error, for [`complain!`](crate::complain). Ignores a failure, since
+/// there is nobody to tell.
 #[doc(hidden)]
 pub fn complain_line(line: fmt::Arguments<'_>) {
     let text = visible_lines(&format!("{line}\n"));
@@ -104,7 +104,7 @@ fn failed(e: io::Error) {
     }
 }
 
-/// Standard output as a writer of text, for `writeln!`: as [`print`](fn@print), it never fails.
+/// Standard output as a writer of text, for `writeln!`. It never fails, like [`print`](fn@print).
 #[derive(Debug, Default)]
 pub struct Lines;
 
@@ -119,10 +119,10 @@ impl Write for Lines {
     }
 }
 
-/// Whether everything that was printed has been taken, or its reader went away by itself.
+/// Whether everything printed was written, or its reader has gone.
 ///
 /// # Errors
-/// Standard output failed otherwise (a full disk behind it).
+/// Fails when standard output failed for another reason (a full disk, for example).
 pub fn outcome() -> io::Result<()> {
     if !CLOSED.load(Ordering::Relaxed)
         && let Err(e) = io::stdout().lock().flush()
@@ -132,7 +132,8 @@ pub fn outcome() -> io::Result<()> {
     FAILED.lock().take().map_or(Ok(()), Err)
 }
 
-/// A tool's exit code: `code`, or a failure that is said when its output could not be written.
+/// Returns a tool's exit code: `code`, or that of a failure, which it reports, when the output
+/// could not be written.
 pub fn finished(tool: &str, code: std::process::ExitCode) -> std::process::ExitCode {
     match outcome() {
         Ok(()) => code,
@@ -143,13 +144,15 @@ pub fn finished(tool: &str, code: std::process::ExitCode) -> std::process::ExitC
     }
 }
 
-/// `println!` for tools: control characters are shown, a closed pipe is no panic.
+/// Prints as `println!` does, for tools: control characters are made visible, and a closed pipe
+/// does not cause a panic.
 #[macro_export]
 macro_rules! say {
     ($($arg:tt)*) => { $crate::terminal::say_line(::std::format_args!($($arg)*)) };
 }
 
-/// `eprintln!` for tools: control characters are shown, a closed pipe is no panic.
+/// Prints as `eprintln!` does, for tools: control characters are made visible, and a closed pipe
+/// does not cause a panic.
 #[macro_export]
 macro_rules! complain {
     ($($arg:tt)*) => { $crate::terminal::complain_line(::std::format_args!($($arg)*)) };

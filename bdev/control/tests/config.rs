@@ -1,4 +1,4 @@
-//! Configuration files, JSON-RPC over its socket, metrics.
+//! Tests of configuration files, JSON-RPC over its socket, and metrics.
 
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -30,7 +30,7 @@ fn every_module_by_its_spdk_method() {
     let dir = tempfile::tempdir_in(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap();
     let image = dir.path().join("image");
     std::fs::write(&image, vec![0; 1 << 20]).unwrap();
-    // In the order of SPDK's save_config: modules first, whatever they stand on.
+    // The order is that of SPDK's save_config: by module, whatever the devices are built on.
     let text = json!({ "subsystems": [
         { "subsystem": "keyring", "config": [] },
         { "subsystem": "iobuf", "config": [
@@ -91,7 +91,7 @@ fn every_module_by_its_spdk_method() {
     let ch = AsyncChannel::new(dev.open_channel().unwrap());
     ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
 
-    // What is saved makes the same devices again.
+    // A saved configuration makes the same devices again.
     drop((ch, dev));
     let saved = app.config().to_string();
     for name in app.registry.names() {
@@ -176,7 +176,7 @@ fn answers_have_spdks_shapes() {
     let params = json!({ "name": "PT", "base_bdev_name": "EE_M", "uuid": uuid });
     assert_eq!(call("bdev_passthru_create", params), "PT");
     let params = json!({ "base_bdev": "PT", "split_count": 9, "split_size_mb": 1 });
-    // As many as there is room for.
+    // As many parts as there is room for.
     let parts = json!(["PTp0", "PTp1", "PTp2", "PTp3"]);
     assert_eq!(call("bdev_split_create", params), parts);
     let get = |name: &str| call("bdev_get_bdevs", json!({ "name": name }))[0].clone();
@@ -198,7 +198,7 @@ fn answers_have_spdks_shapes() {
     assert_eq!(get("PTp1")["driver_specific"], split);
     assert!(get("PTp1").get("claim_type").is_none());
 
-    // A device that comes while somebody waits for it.
+    // The device is added while a client waits for it.
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| get_late(&app));
         std::thread::sleep(Duration::from_millis(20));
@@ -212,7 +212,7 @@ fn answers_have_spdks_shapes() {
     }
     error("bdev_get_bdevs", json!({ "name": "Never", "timeout": 1 }));
 
-    // Statistics, by device and by channel; a reset resets.
+    // Statistics, by device and by channel; a reset clears them.
     let ch = AsyncChannel::new(app.registry.open("PTp0").unwrap().open_channel().unwrap());
     ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
     let stat = call("bdev_get_iostat", json!({ "names": ["PTp0", "M"] }));
@@ -248,7 +248,7 @@ fn answers_have_spdks_shapes() {
     let opc = json!({ "name": "PTp0", "enable": true, "opc": "reads" });
     assert!(error("bdev_enable_histogram", opc).contains("one of read"));
 
-    // Injection as rpc.py asks for it.
+    // Fault injection in the form of rpc.py.
     let inject = |io_type: &str, error_type: &str, rest: Value| {
         let mut params = json!({ "name": "EE_M", "io_type": io_type, "error_type": error_type });
         if let (Value::Object(to), Value::Object(from)) = (&mut params, rest) {
@@ -342,7 +342,7 @@ fn a_check_finds_what_loading_would() {
         r#"{"method":"bdev_raid_create","params":{"name":"R","raid_level":"raid5","base_bdevs":[]}}"#,
     );
     assert_eq!(e.key.as_deref(), Some("raid_level"));
-    // Who stands on whom, in any order.
+    // Devices and their bases in any order.
     let malloc = |name: &str| {
         let params = json!({ "name": name, "num_blocks": 8, "block_size": 512 });
         json!({ "method": "bdev_malloc_create", "params": params }).to_string()
@@ -370,7 +370,7 @@ fn a_check_finds_what_loading_would() {
         config::check_form("c", &bdev_config(&good.join(","))),
         Ok(4)
     );
-    // Options of versions to come are kept.
+    // Options of later versions are kept.
     let later = r#"{"method":"bdev_nvme_set_options","params":{"an_option_of_the_future":1}}"#;
     assert_eq!(config::check_form("c", &bdev_config(later)), Ok(1));
     config::load(&App::new(), "c", &bdev_config(later)).unwrap();
@@ -402,7 +402,7 @@ impl Served {
         RpcClient::connect(&self.path(), Duration::from_secs(10)).unwrap()
     }
 
-    /// Sends bytes as they are; what comes back until the server closes or is silent.
+    /// Sends bytes as they are. Returns what the server sends until it closes or is silent.
     fn raw(&self, bytes: &[u8]) -> String {
         let mut stream = UnixStream::connect(self.path()).unwrap();
         let _ = stream.write_all(bytes);
@@ -504,7 +504,7 @@ fn bad_clients_hurt_nobody() {
     assert!(served.raw("{\"a\":\"\u{fffd}".as_bytes()).is_empty());
     let deep = format!("{}1{}", "[".repeat(2000), "]".repeat(2000));
     assert!(served.raw(deep.as_bytes()).contains("-32"));
-    // Slow ones are let go; more than there is room for are turned away; others are served.
+    // Slow clients are disconnected, excess clients are refused, and others are served.
     let mut slow: Vec<UnixStream> = Vec::new();
     for _ in 0..7 {
         let mut stream = UnixStream::connect(served.path()).unwrap();
@@ -583,7 +583,7 @@ fn metrics_on_a_loopback_port_and_a_socket() {
     assert!(text.starts_with("HTTP/1.0 404"));
 }
 
-/// A small, seeded relation of the fuzzers: damaged configurations and requests end in errors.
+/// A small, seeded variant of the fuzzers: damaged configurations and requests end in errors.
 #[test]
 fn damaged_input_is_an_error() {
     let seed = 20_250_101;
@@ -625,7 +625,7 @@ fn damaged_input_is_an_error() {
             let app = App::new();
             let _ = pumice_bdev_control::rpc::handle(&app, &bytes);
             if let Ok(text) = std::str::from_utf8(&bytes) {
-                // Nothing large: a damaged number may ask for anything.
+                // No large numbers, because a damaged number may ask for any amount of memory.
                 let _ = config::check_form("fuzz", text);
                 let _ = config::load(&app, "fuzz", text);
             }
@@ -633,7 +633,7 @@ fn damaged_input_is_an_error() {
     }
 }
 
-/// Ends the process if a test hangs: as long as it is there, somebody counts.
+/// Ends the process if a test hangs.
 struct Watchdog {
     _alive: std::sync::mpsc::Sender<()>,
 }
@@ -670,7 +670,7 @@ fn clients_that_wait_and_go_away_leave_the_server_free() {
                 "params":{"name":"never","timeout":600000}}"#;
             stream.write_all(text.as_bytes()).unwrap();
         }
-        // They are gone: within a moment somebody else is served.
+        // They have disconnected: another client is served within a moment.
         let answer = (0..200).find_map(|_| {
             std::thread::sleep(Duration::from_millis(20));
             let mut client = RpcClient::connect(&path, Duration::from_secs(2)).ok()?;
@@ -678,7 +678,7 @@ fn clients_that_wait_and_go_away_leave_the_server_free() {
         });
         assert!(answer.is_some());
     }
-    // One that waits does not hold up the end either.
+    // A client that waits does not delay the end of the server.
     let mut waiting = UnixStream::connect(&path).unwrap();
     let text = r#"{"jsonrpc":"2.0","id":1,"method":"bdev_get_bdevs",
         "params":{"name":"never","timeout":600000}}"#;
@@ -726,7 +726,7 @@ fn who_is_turned_away_is_told_why() {
     third.read_to_string(&mut answer).unwrap();
     assert!(answer.contains("2 clients already"), "{answer}");
     drop(hold);
-    // A request that is too long: the client is still sending when it is refused.
+    // The request is too long: the client is still sending when it is refused.
     let mut answer = String::new();
     for _ in 0..200 {
         std::thread::sleep(Duration::from_millis(10));
@@ -735,7 +735,7 @@ fn who_is_turned_away_is_told_why() {
         let sent = stream.write_all(long.as_bytes());
         answer.clear();
         let read = stream.read_to_string(&mut answer);
-        // While the two are on their way out, there is no place yet.
+        // While the two are disconnecting, there is no place for another.
         if !answer.contains("clients already") && !answer.is_empty() {
             sent.unwrap();
             read.unwrap();
@@ -751,14 +751,14 @@ fn a_socket_that_nobody_serves_ends_in_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("sock");
     let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-    // Its queue is full, and nobody accepts.
+    // The queue of the socket is full, and nobody accepts.
     let mut queue = Vec::new();
     while let Ok(stream) = pumice_io::sys::socket::connect(&path, Duration::from_millis(50)) {
         queue.push(stream);
     }
     let start = std::time::Instant::now();
     let e = RpcClient::connect(&path, Duration::from_millis(200)).unwrap_err();
-    assert!(e.to_string().contains("takes no connection"), "{e}");
+    assert!(e.to_string().contains("accepted no connection"), "{e}");
     let e = RpcServer::start(Arc::new(App::new()), &path, ServerOptions::default()).unwrap_err();
     assert!(matches!(e, pumice_bdev::BdevError::InUse { .. }), "{e}");
     assert!(MetricsServer::start(App::new().registry.clone(), path.to_str().unwrap()).is_err());
@@ -768,7 +768,7 @@ fn a_socket_that_nobody_serves_ends_in_an_error() {
     assert!(start.elapsed() < Duration::from_secs(30));
     assert!(path.exists(), "the socket of somebody who lives stays");
     drop((queue, listener));
-    // He has gone: the place is free.
+    // The server has ended, so the path is free.
     RpcServer::start(Arc::new(App::new()), &path, ServerOptions::default()).unwrap();
 }
 
@@ -826,7 +826,7 @@ fn methods_that_operators_use() {
     file.set_len(2 << 20).unwrap();
     call("bdev_aio_rescan", json!({ "name": "A" })).unwrap();
     assert_eq!(blocks("A"), 4096);
-    // In use, it keeps its size.
+    // A device in use keeps its size.
     let channel = pumice_bdev::BlockDevice::open_channel(&*app.registry.open("A").unwrap());
     let e = call("bdev_uring_rescan", json!({ "name": "A" })).unwrap_err();
     assert_eq!(e.code, -i64::from(libc::EBUSY), "{e}");
@@ -836,7 +836,7 @@ fn methods_that_operators_use() {
     let e = call("bdev_aio_rescan", json!({ "name": "A" })).unwrap_err();
     assert!(e.message.contains("claimed"), "{e}");
     assert!(call("bdev_aio_rescan", json!({ "name": "no" })).is_err());
-    // One that cannot be made again as it should be is there as it was.
+    // A device that cannot be made again as requested exists as before.
     let null = json!({ "name": "N", "num_blocks": 2048, "block_size": 512 });
     call("bdev_null_create", null).unwrap();
     call("bdev_null_resize", json!({ "name": "N", "new_size": 4 })).unwrap();

@@ -82,7 +82,7 @@ pub(super) fn make(options: &FileOptions, size: u64) -> Result<Option<Shared>, B
 struct Draft {
     /// `None` once it is complete.
     file: Option<File>,
-    /// The name that it has already.
+    /// A name that the file has.
     named: Option<PathBuf>,
 }
 

@@ -1,13 +1,13 @@
 //! `file`: an image file, a block device or a loop device.
 //!
-//! I/O goes through io_uring with `O_DIRECT`; where the kernel or the file system refuses either,
-//! the module falls back (to buffered I/O, to threads that call `pread` and `pwrite`) and logs the
-//! reason. A write with FUA is a write with `RWF_DSYNC`; a flush is `fdatasync`, which on a block
-//! device sends the device its own flush command. Both are true whatever caches lie between.
+//! I/O uses io_uring with `O_DIRECT`. Where the kernel or the file system refuses either, the
+//! module uses buffered I/O, or threads that call `pread` and `pwrite`, and logs the reason. A
+//! write with FUA is a write with `RWF_DSYNC`. A flush is `fdatasync`, which on a block device
+//! sends the device its own flush command. Both hold whatever caches lie between.
 //!
 //! The open file that does the I/O carries an exclusive `flock` lock, which the kernel holds until
-//! the last write of a killed process has landed. A block device is opened with `O_EXCL` besides,
-//! so that nobody can mount it meanwhile.
+//! the last write of a killed process has ended. A block device is also opened with `O_EXCL`, so
+//! that nobody can mount it meanwhile.
 
 mod make;
 mod open;
@@ -44,49 +44,50 @@ pub struct File {
     shared: Arc<Shared>,
 }
 
-/// What the channels of a device share.
+/// State that the channels of a device share.
 #[derive(Debug)]
 struct Shared {
     info: DeviceInfo,
     file: StdFile,
     path: PathBuf,
     direct: bool,
-    /// Alignment that direct I/O needs of memory; 1 when buffered.
+    /// Alignment of memory that direct I/O requires; 1 when buffered.
     mem_align: usize,
     is_block_device: bool,
     discard: Discard,
     use_io_uring: bool,
-    /// How zeroes are written: a [`Zeroing`] as a number.
+    /// The way to write zeroes: a [`Zeroing`] as a number.
     zeroing: AtomicU8,
     zeroes: OnceLock<DmaSlice>,
     /// Whether a flush has failed.
     flush_fault: FlushFault,
-    /// The name of a file that this open has made.
+    /// Name of the file, if this opening has created it.
     made: Option<PathBuf>,
-    /// Whether that file stays.
+    /// Whether a created file stays.
     keep: AtomicBool,
     /// The process that opened it.
     birth: Birth,
 }
 
-/// Ways to write zeroes: the best, and the one that always works.
+/// The ways to write zeroes: the best one, and one that always works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 enum Zeroing {
-    /// `fallocate(ZERO_RANGE)`: the file keeps its blocks, a block device is told to.
+    /// `fallocate(ZERO_RANGE)`: a file keeps its blocks, and a block device is asked to zero them.
     ZeroRange = 0,
-    /// Writing zeroes. Not a hole: what is zeroed is written to soon, and must not find the host
-    /// full then.
+    /// Writing zeroes. A hole would not do: zeroed blocks are written soon, and the file system
+    /// must have space for them.
     Write = 1,
 }
 
 impl File {
-    /// Opens `options.path`, creating it if asked. Blocks while a process that was killed still
-    /// has writes on their way (at most ten seconds).
+    /// Opens `options.path`, and creates it if requested. Blocks while writes of a killed process
+    /// are still in flight (at most ten seconds).
     ///
     /// # Errors
-    /// [`BdevError::InUse`] with the owner's pid; [`BdevError::Unsafe`] for what is mounted or has
-    /// a loop device on it; [`BdevError::NoSuchFile`]; what the system says, with the path.
+    /// [`BdevError::InUse`] with the owner's pid; [`BdevError::Unsafe`] for a mounted device or the
+    /// backing file of a loop device; [`BdevError::NoSuchFile`]; or the system's error with the
+    /// path.
     pub fn open(options: &FileOptions) -> Result<File, BdevError> {
         Ok(File {
             shared: Arc::new(open::open(options)?),
@@ -189,7 +190,7 @@ impl Shared {
         }
     }
 
-    /// Bytes of the file behind its last whole block that are not all zeroes.
+    /// Whether the bytes of the file behind its last whole block are not all zeroes.
     fn has_tail(&self) -> io::Result<bool> {
         let (len, end) = (self.file.metadata()?.len(), self.info.len_bytes());
         if self.is_block_device || len <= end {
@@ -200,7 +201,7 @@ impl Shared {
         Ok(crate::contents::first_nonzero(&tail[..n]).is_some())
     }
 
-    /// The next bytes at or behind `offset` that may be other than zeroes.
+    /// Returns the next bytes at or behind `offset` that may be other than zeroes.
     fn next_written(&self, offset: u64) -> io::Result<Option<Range<u64>>> {
         let end = self.info.len_bytes();
         if self.is_block_device {
@@ -230,7 +231,7 @@ impl Shared {
         });
     }
 
-    /// What follows a short transfer: a file that is shorter now says so.
+    /// Explains a short transfer, if the file is now shorter.
     fn shrunk(&self) -> String {
         if self.is_block_device {
             return String::new();
@@ -253,7 +254,7 @@ impl Shared {
         }
     }
 
-    /// After the file system has refused to zero a range: the way that it cannot refuse.
+    /// Changes the way to write zeroes, because the file system has refused to zero a range.
     fn zeroing_refused(&self) -> Zeroing {
         let device = &self.info.name;
         tracing::debug!(device, "no FALLOC_FL_ZERO_RANGE here; zeroes are written");
@@ -261,14 +262,14 @@ impl Shared {
         Zeroing::Write
     }
 
-    /// What every channel checks of an operation before it takes it.
+    /// Checks an operation for every channel before it is accepted.
     fn check(&self, op: &Op) -> Result<(), Box<IoError>> {
         self.info.check(op)?;
         self.flush_fault.check(&self.info, op)?;
         ring::check_buffers(self, op)
     }
 
-    /// Zeroes to write from.
+    /// Returns a buffer of zeroes to write from.
     fn zeroes(&self) -> Result<&DmaSlice, crate::DmaError> {
         const LEN: usize = 256 << 10;
         if self.zeroes.get().is_none() {
@@ -281,7 +282,7 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // A forked child shares the open file: to unlock it would take the lock from the parent.
+        // A forked child shares the open file: unlocking it would release the parent's lock.
         if !self.birth.is_here() {
             return;
         }
@@ -290,7 +291,7 @@ impl Drop for Shared {
         {
             make::remove(&self.file, path);
         }
-        // No channel is left. A ring lets go of the open file a little after it is closed: the
+        // No channel is left. A ring releases the open file some time after it is closed, and the
         // lock must not wait for that.
         sys::unlock(&self.file);
     }

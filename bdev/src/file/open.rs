@@ -1,4 +1,4 @@
-//! Opening: options, locks, refusals.
+//! Opening a file: options, locks, refusals.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -21,52 +21,56 @@ use crate::malloc::check_geometry;
 use crate::module::Module;
 use crate::uuid;
 
-/// A living owner is given this long: udev holds a lock for a moment when a device changes.
+/// Longest wait for a living owner's lock: udev holds a lock for a moment when a device changes.
 const BUSY_PATIENCE: Duration = Duration::from_millis(300);
-/// The writes of a killed process may land for this long.
+/// Longest wait for the writes of a killed process.
 const GONE_PATIENCE: Duration = Duration::from_secs(10);
-/// Longest read or write in bytes; Linux takes a little less than 2 GiB.
+/// Longest read or write in bytes; Linux accepts a little less than 2 GiB.
 const MAX_IO: u32 = 1 << 30;
 
-/// Whether the blocks of a new image are there before they are written.
+/// Whether the blocks of a new image are allocated before they are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Prealloc {
-    /// Sparse: takes space as it is written; writes may fail for want of space.
+    /// Not allocated (sparse): the file takes space when it is written, and writes may fail for
+    /// lack of space.
     #[default]
     Off,
-    /// Reserved with `fallocate`.
+    /// Allocated with `fallocate`.
     Falloc,
-    /// Written with zeroes: each later write is an overwrite, with no metadata of the file system.
+    /// Written with zeroes: each later write is an overwrite that changes no metadata of the file
+    /// system.
     Full,
 }
 
-/// What to open and how.
+/// The file to open, and options.
 #[derive(Debug, Clone, Default)]
 pub struct FileOptions {
-    /// The image file or block device.
+    /// Path of the image file or block device.
     pub path: PathBuf,
     /// Name of the device; `None`: the path.
     pub name: Option<String>,
     /// Bytes per block: 512 or 4096. `None`: the sector size of a block device, 512 for a file.
     pub block_size: Option<u32>,
-    /// Bytes of the file that is made. A file that is there must have this size, if one is given;
-    /// it is never made longer or shorter.
+    /// Size in bytes of a new file. An existing file must have this size, if one is given. It is
+    /// never made longer or shorter.
     pub size: Option<u64>,
-    /// Make the file (with `size`) if it does not exist. Opening that fails leaves no file behind.
+    /// Whether to create the file (with `size`) if it does not exist. A failed opening leaves no
+    /// file behind.
     pub create: bool,
-    /// Refuse writes, take a shared lock, make nothing.
+    /// Whether to refuse writes, take a shared lock and create nothing.
     pub read_only: bool,
-    /// Use the kernel's page cache instead of `O_DIRECT`.
+    /// Whether to use the kernel's page cache instead of `O_DIRECT`.
     pub buffered: bool,
-    /// Use threads instead of io_uring.
+    /// Whether to use threads instead of io_uring.
     pub no_io_uring: bool,
-    /// How the image gets its blocks. Of one that is there, missing blocks are reserved.
+    /// Whether the image's blocks are allocated. Missing blocks of an existing image are allocated
+    /// too.
     pub prealloc: Prealloc,
-    /// Identity; `None`: derived from the device and inode numbers.
+    /// UUID; `None`: derived from the device and inode numbers.
     pub uuid: Option<[u8; 16]>,
 }
 
-/// Devices by URI.
+/// Opens devices by URI.
 pub(crate) static MODULE: Module = Module {
     examples: &["file:///path?size=4G"],
     open: open_uri,
@@ -114,7 +118,7 @@ fn open_uri(uri: &mut Uri, how: crate::OpenOptions) -> Result<Arc<dyn BlockDevic
 }
 
 pub(super) fn open(options: &FileOptions) -> Result<Shared, BdevError> {
-    // A file that somebody makes or removes at the same moment changes the answer.
+    // The answer changes if another process creates or removes the file at the same moment.
     for _ in 0..16 {
         match kind_of(&options.path)? {
             Some(is_block_device) => return open_existing(options, is_block_device),
@@ -141,7 +145,7 @@ pub(super) fn open(options: &FileOptions) -> Result<Shared, BdevError> {
     })
 }
 
-/// Whether there is a block device (`Some(true)`), a file (`Some(false)`) or nothing at `path`.
+/// Returns whether `path` is a block device (`Some(true)`), a file (`Some(false)`) or nothing.
 fn kind_of(path: &Path) -> Result<Option<bool>, BdevError> {
     let shown = || path.display().to_string();
     match path.metadata() {
@@ -170,7 +174,7 @@ fn open_existing(options: &FileOptions, is_block_device: bool) -> Result<Shared,
     let (file, direct) = open_file(options, is_block_device, &shown)?;
     lock(&file, &shown, !options.read_only)?;
     let meta = file.metadata().map_err(|e| os("stat", e))?;
-    // Between the look and the open the path may have become another inode.
+    // Between the two calls the path may have become another inode.
     if probe::is_block_device(&meta) != is_block_device {
         return Err(os(
             "open",
@@ -208,7 +212,7 @@ fn open_existing(options: &FileOptions, is_block_device: bool) -> Result<Shared,
     Ok(found.into_shared(options))
 }
 
-/// A file or block device that is open, locked and fit to be a device.
+/// An open and locked file or block device that can be used as a device.
 pub(super) struct Found {
     pub(super) file: File,
     pub(super) meta: std::fs::Metadata,
@@ -217,7 +221,7 @@ pub(super) struct Found {
     pub(super) len: u64,
     pub(super) direct: bool,
     pub(super) mem_align: u32,
-    /// This open has made the file.
+    /// Whether this opening has created the file.
     pub(super) made: bool,
 }
 
@@ -240,9 +244,9 @@ impl Found {
     }
 }
 
-/// Makes an image file longer: the file, and nothing that is on it. Only a file that holds a store
-/// of ours, or nothing, is changed; one that has the size already is as it should be, so that a
-/// step that a crash has cut short can be done again.
+/// Makes an image file longer: the file, and nothing that is on it. Changes only a file that holds
+/// one of our blobstores, or nothing. A file that has the size already is left as it is, so that
+/// the step can be repeated after a crash.
 fn grow(mut file: super::File, size: u64) -> Result<super::File, BdevError> {
     let info = &file.shared.info;
     let (name, bs) = (info.name.clone(), u64::from(info.block_size));
@@ -286,7 +290,7 @@ fn grow(mut file: super::File, size: u64) -> Result<super::File, BdevError> {
     Ok(file)
 }
 
-/// Reserves the blocks that an image does not have. Its length and contents stay.
+/// Allocates the missing blocks of an image. Its length and contents stay.
 fn reserve_missing(file: &File, meta: &std::fs::Metadata, shown: &str) -> Result<(), BdevError> {
     let len = meta.len();
     if meta.blocks().saturating_mul(512) >= len {
@@ -330,7 +334,7 @@ fn describe(
     info
 }
 
-/// Opens with `O_DIRECT` if it can be had; the lock and all else come afterwards.
+/// Opens with `O_DIRECT` if possible. The lock and everything else come afterwards.
 fn open_file(
     options: &FileOptions,
     is_block_device: bool,
@@ -339,7 +343,7 @@ fn open_file(
     let open = |flags: i32| {
         let mut how = OpenOptions::new();
         how.read(true).write(!options.read_only).mode(0o600);
-        // O_EXCL without O_CREAT: the kernel's own exclusive claim of a block device.
+        // O_EXCL without O_CREAT is the kernel's exclusive claim of a block device.
         let excl = if is_block_device && !options.read_only {
             libc::O_EXCL
         } else {
@@ -402,7 +406,7 @@ fn open_file(
     }
 }
 
-/// Takes the lock on the very open file that will do the I/O.
+/// Locks the open file that will do the I/O.
 pub(super) fn lock(file: &File, shown: &str, exclusive: bool) -> Result<(), BdevError> {
     let start = Instant::now();
     loop {
@@ -427,8 +431,8 @@ pub(super) fn lock(file: &File, shown: &str, exclusive: bool) -> Result<(), Bdev
     }
 }
 
-/// A loop device and the file behind it are different inodes: a lock on one does not keep
-/// anybody from the other.
+/// A loop device and its backing file are different inodes, so a lock on one does not exclude users
+/// of the other.
 fn refuse_shared(
     meta: &std::fs::Metadata,
     shown: &str,
@@ -459,8 +463,7 @@ fn refuse_shared(
     Ok(())
 }
 
-/// The length in bytes that the device has: what there is, in whole blocks. A size that was asked
-/// for must be that.
+/// Returns the device's length in bytes, in whole blocks. A requested size must be equal to it.
 fn settle_len(
     options: &FileOptions,
     backing: &Backing,
@@ -508,7 +511,7 @@ fn settle_len(
     Ok(len)
 }
 
-/// Whether direct I/O fits the block size, and the alignment that memory needs.
+/// Returns whether direct I/O is possible with the block size, and the alignment that memory needs.
 pub(super) fn direct_io(
     file: &File,
     sector: u32,
@@ -530,7 +533,7 @@ pub(super) fn direct_io(
         return Ok((true, mem.next_power_of_two()));
     };
     tracing::warn!(path = shown, %reason, "buffered I/O");
-    // Opening it again would lose the lock.
+    // Opening the file again would lose the lock.
     sys::clear_direct(file).map_err(|e| BdevError::os(shown, "clear O_DIRECT", e))?;
     Ok((false, 1))
 }

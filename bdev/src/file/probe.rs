@@ -1,4 +1,4 @@
-//! What the kernel knows of a path: its kind, who uses it, what it can do.
+//! The kernel's information about a path: its kind, its users, its abilities.
 
 use std::fs::{self, File, Metadata};
 use std::io;
@@ -7,23 +7,23 @@ use std::path::{Path, PathBuf};
 
 use pumice_io::sys::file as sys;
 
-/// How the range of an unmap is given back.
+/// The way to carry out an unmap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Discard {
     /// `fallocate(PUNCH_HOLE)`: reads as zeroes afterwards.
     PunchHole,
     /// `BLKDISCARD`: contents unspecified afterwards.
     Ioctl,
-    /// The device cannot.
+    /// The device does not support it.
     None,
 }
 
-/// What a backing file or device is like.
+/// Properties of a backing file or device.
 #[derive(Debug, Clone)]
 pub(super) struct Backing {
     pub(super) is_block_device: bool,
     pub(super) len: u64,
-    /// Smallest unit of direct I/O, in bytes; of a file where the kernel does not say: 512.
+    /// Smallest unit of direct I/O in bytes; 512 for a file if the kernel does not say.
     pub(super) sector: u32,
     pub(super) write_cache: bool,
     pub(super) discard: Discard,
@@ -34,7 +34,7 @@ pub(super) fn is_block_device(meta: &Metadata) -> bool {
     meta.file_type().is_block_device()
 }
 
-/// Major and minor number of a device number, as in sys/sysmacros.h.
+/// Splits a device number into major and minor number, as in sys/sysmacros.h.
 pub(super) fn split_dev(dev: u64) -> (u32, u32) {
     (libc::major(dev), libc::minor(dev))
 }
@@ -52,7 +52,7 @@ pub(super) fn backing(file: &File, meta: &Metadata) -> io::Result<Backing> {
     }
     let (major, minor) = split_dev(meta.rdev());
     let sys = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
-    // A partition has no queue of its own: its parent's.
+    // A partition does not have a queue of its own: use its parent's.
     let queue = if sys.join("queue").exists() {
         sys.join("queue")
     } else {
@@ -77,21 +77,21 @@ pub(super) fn backing(file: &File, meta: &Metadata) -> io::Result<Backing> {
         is_block_device: true,
         len: sys::block_device_len(file)?,
         sector: sys::sector_size(file)?,
-        // Where sysfs does not say, a cache is assumed: flushes are then sent.
+        // Where sysfs does not say, a cache is assumed, so flushes are sent.
         write_cache: text("write_cache").trim() != "write through",
         discard,
         product,
     })
 }
 
-/// The process that holds a `flock` lock on the inode, by /proc/locks. `Some(0)`: somebody whom
-/// this process cannot see, or who is gone.
+/// Returns the process that holds a `flock` lock on the inode, by /proc/locks. `Some(0)` is a
+/// process that this one cannot see, or that has ended.
 pub(super) fn lock_owner(meta: &Metadata) -> Option<u32> {
     let (major, minor) = split_dev(meta.dev());
     let inode = format!("{major:02x}:{minor:02x}:{}", meta.ino());
     let locks = fs::read_to_string("/proc/locks").ok()?;
     locks.lines().find_map(|line| {
-        // "3: FLOCK  ADVISORY  WRITE 1234 fe:00:131 0 EOF"
+        // An example: "3: FLOCK  ADVISORY  WRITE 1234 fe:00:131 0 EOF".
         let mut words = line.split_whitespace().skip(1);
         if words.next()? != "FLOCK" {
             return None;
@@ -101,13 +101,13 @@ pub(super) fn lock_owner(meta: &Metadata) -> Option<u32> {
     })
 }
 
-/// Whether the process has ended, or is just ending: its last writes may still be on their way.
+/// Whether the process has ended or is ending: its last writes may still be in flight.
 pub(super) fn is_gone(pid: u32) -> bool {
     if pid == 0 {
         return true;
     }
     match fs::read_to_string(format!("/proc/{pid}/stat")) {
-        // The state follows the command, which is in parentheses and may hold anything.
+        // The state follows the command, which is in parentheses and may contain anything.
         Ok(stat) => stat
             .rsplit_once(") ")
             .is_some_and(|(_, rest)| rest.starts_with(['Z', 'X'])),
@@ -115,11 +115,12 @@ pub(super) fn is_gone(pid: u32) -> bool {
     }
 }
 
-/// Why a block device must be left alone: mounted, swapped on, part of another device.
+/// Returns the reason why a block device must not be used: it is mounted, swap space or part of
+/// another device.
 pub(super) fn block_device_user(meta: &Metadata) -> Option<String> {
     let (major, minor) = split_dev(meta.rdev());
     let sys = fs::canonicalize(format!("/sys/dev/block/{major}:{minor}")).ok();
-    // The device itself and its partitions.
+    // Look at the device itself and its partitions.
     let mut numbers = vec![format!("{major}:{minor}")];
     let mut holders = Vec::new();
     if let Some(sys) = &sys {
@@ -168,7 +169,7 @@ fn subfolders(path: &Path) -> impl Iterator<Item = PathBuf> + use<> {
         .map(|e| e.path())
 }
 
-/// The loop devices that have this file behind them.
+/// Returns the loop devices of which this is the backing file.
 pub(super) fn loop_devices_on(meta: &Metadata) -> Vec<PathBuf> {
     subfolders(Path::new("/sys/block"))
         .filter(|block| {
@@ -180,13 +181,13 @@ pub(super) fn loop_devices_on(meta: &Metadata) -> Vec<PathBuf> {
         .collect()
 }
 
-/// The file behind a loop device, where `sys` is its folder in sysfs.
+/// Returns the backing file of a loop device, where `sys` is its folder in sysfs.
 fn backing_of_loop(sys: &Path) -> Option<PathBuf> {
     let text = fs::read_to_string(sys.join("loop/backing_file")).ok()?;
     Some(PathBuf::from(text.trim_end_matches('\n')))
 }
 
-/// The process that has locked the file behind a loop device.
+/// Returns the process that has locked the backing file of a loop device.
 pub(super) fn loop_backing_owner(meta: &Metadata) -> Option<(PathBuf, u32)> {
     let (major, minor) = split_dev(meta.rdev());
     let path = backing_of_loop(Path::new(&format!("/sys/dev/block/{major}:{minor}")))?;

@@ -1,7 +1,7 @@
-//! The channel over io_uring.
+//! The channel that uses io_uring.
 //!
-//! One submission entry at most is outstanding per operation, so the ring never overflows. The
-//! open file is registered: the kernel then skips its per-call look-up and reference.
+//! An operation has at most one submission entry outstanding, so the ring never overflows. The open
+//! file is registered, which saves the kernel a look-up and a reference in each call.
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -25,46 +25,50 @@ use crate::device::IoChannel;
 use crate::error::BdevError;
 use crate::queue::{Completed, refuse};
 
-/// Operations in flight on a channel.
+/// Most operations in flight on a channel.
 const DEPTH: u32 = 256;
-/// The kernel may ask for patience for so long before threads take over.
+/// Longest time for which the kernel may ask to try again before threads take over.
 const STALL_MAX: Duration = Duration::from_secs(30);
-/// How long a channel that is dropped waits for what nobody can wait for properly.
+/// Longest time that a dropped channel waits for operations whose end cannot be awaited.
 const CLOSE_MAX: Duration = Duration::from_secs(10);
 /// The registered file.
 const FILE: types::Fixed = types::Fixed(0);
 
 pub(super) struct RingChannel {
-    /// Not dropped in a forked child, where other memory may lie in its place.
+    /// Not dropped in a forked child, where other memory may be at its address.
     ring: ManuallyDrop<IoUring>,
     shared: Arc<Shared>,
     slots: Vec<Option<Box<InFlight>>>,
     free: Vec<u32>,
-    /// Boxes of operations that have ended, to be used again.
+    /// Boxes of ended operations, to be used again.
     #[expect(
         clippy::vec_box,
         reason = "they move back into slots, where the kernel needs a fixed address"
     )]
     spare: Vec<Box<InFlight>>,
-    /// Resets wait for the operations before them.
+    /// Resets, which wait for the operations before them.
     resets: Vec<(u64, Op)>,
     done: Completed,
-    /// Operations that the ring has, or whose completions wait; not those of `broken`.
+    /// Number of operations that the ring has, or whose completions wait, without those of
+    /// `broken`.
     in_flight: usize,
-    /// Slots whose entries the kernel has not taken yet, in order.
+    /// Slots whose entries the kernel has not accepted yet, in order.
     queued: VecDeque<u32>,
-    /// Since when the kernel has asked to come back later without taking anything.
+    /// Time since when the kernel has asked to try again and has accepted nothing.
     stalled: Option<Instant>,
     broken: Option<Broken>,
 }
 
-/// The kernel refuses `io_uring_enter` for good (a seccomp filter, a descriptor that was closed):
-/// threads do what it had not taken, and all that follows. What it had taken still completes.
+/// State after the kernel has refused `io_uring_enter` for good (a seccomp filter, a closed
+/// descriptor). Threads carry out the operations that it had not accepted, and all later ones.
+/// Those that it had accepted still complete.
 struct Broken {
     errno: i32,
-    /// `None`: there are no threads either; operations fail with `errno`.
+    /// The threads, or `None` when they cannot be started either: then operations fail with
+    /// `errno`.
     threads: Option<ThreadChannel>,
-    /// Slots of discards whose entries the kernel did not take; their threads run already.
+    /// Slots of discards whose entries the kernel did not accept. Their threads are running
+    /// already.
     discards: Vec<u32>,
 }
 
@@ -75,11 +79,11 @@ struct InFlight {
     discard: Option<Discarding>,
 }
 
-// SAFETY: the pointers in `iov` point into buffers that `slot.op` owns; whoever owns the one owns
-// the other, and nothing in them belongs to a thread.
+// SAFETY: the pointers in `iov` point into buffers that `slot.op` owns; both have the same owner,
+// and nothing in them belongs to a thread.
 unsafe impl Send for InFlight {}
 
-/// A `BLKDISCARD` on a thread of its own; the ring waits for `event`.
+/// A `BLKDISCARD` on a thread of its own. The ring waits for `event`.
 struct Discarding {
     event: File,
     errno: Arc<AtomicI32>,
@@ -96,7 +100,7 @@ fn build() -> io::Result<IoUring> {
         .dontfork()
         .build(DEPTH);
     match modern {
-        // Kernels before 5.19 know no cooperative task running.
+        // Kernels before 5.19 do not support cooperative task running.
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
             IoUring::builder().setup_cqsize(cq).dontfork().build(DEPTH)
         }
@@ -143,7 +147,7 @@ impl RingChannel {
         self.queued.push_back(i);
     }
 
-    /// Submits what is queued and, if `want`, sleeps for a completion until the time-out.
+    /// Submits what is queued. If `want` is not 0, sleeps until a completion or the time-out.
     fn enter(&mut self, want: usize, timeout: Duration) -> io::Result<()> {
         let submitter = self.ring.submitter();
         let result = if want == 0 {
@@ -162,7 +166,7 @@ impl RingChannel {
             Ok(_) => Ok(()),
             Err(e) => match e.raw_os_error() {
                 Some(libc::ETIME | libc::EINTR) => Ok(()),
-                // The kernel wants completions reaped, or memory, first.
+                // The kernel needs completions to be taken, or memory, first.
                 Some(libc::EBUSY | libc::EAGAIN)
                     if self.stalled.get_or_insert_with(Instant::now).elapsed() < STALL_MAX =>
                 {
@@ -173,7 +177,7 @@ impl RingChannel {
         }
     }
 
-    /// As [`RingChannel::enter`]; an error that stays makes threads take over.
+    /// Calls [`RingChannel::enter`]. After a permanent error, threads take over.
     fn enter_or_give_up(&mut self, want: usize, timeout: Duration) {
         if let Err(error) = self.enter(want, timeout) {
             self.give_up(&error);
@@ -203,7 +207,7 @@ impl RingChannel {
         }
     }
 
-    /// Gives the operation in slot `i`, of which the kernel has nothing, to the threads.
+    /// Passes the operation in slot `i`, of which the kernel has nothing, to the threads.
     fn pass_on(&mut self, i: u32) {
         let Some(mut flight) = self.slots[i as usize].take() else {
             return;
@@ -229,7 +233,7 @@ impl RingChannel {
         }
     }
 
-    /// Ends the discards whose threads have ended, where no completion will say so.
+    /// Ends the discards whose threads have ended, where no completion will report it.
     fn reap_discards(&mut self) {
         let Some(broken) = &mut self.broken else {
             return;
@@ -253,7 +257,7 @@ impl RingChannel {
     }
 
     fn reap(&mut self) {
-        // Results first: handling one may queue another call.
+        // Take the results first: handling one may queue another call.
         let mut results = [(0_u32, 0_i32); 64];
         loop {
             let mut n = 0;
@@ -301,7 +305,7 @@ impl RingChannel {
             Err(_) => Err(-result),
         };
         let outcome = match &flight.slot.op {
-            // Whether there was something to cancel is no concern of the abort.
+            // The abort succeeds whether or not there was something to cancel.
             Op::Abort { .. } => Some(Ok(())),
             _ => flight.slot.advance(result, &self.shared),
         };
@@ -345,7 +349,7 @@ impl RingChannel {
         Ok(())
     }
 
-    /// The slot of the operation with the tag `target`.
+    /// Returns the slot of the operation with the tag `target`.
     fn cancel_target(&self, target: u64) -> Option<u64> {
         let of = |f: &Option<Box<InFlight>>| f.as_ref().is_some_and(|f| f.slot.tag == target);
         self.slots.iter().position(of).map(|i| i as u64)
@@ -373,7 +377,7 @@ impl InFlight {
             Step::Discard => match self.discard(shared, at, left) {
                 Ok(entry) => entry,
                 Err(error) => {
-                    // Without a thread or an eventfd: a call that fails tells the caller.
+                    // Without a thread or an eventfd, a call that fails reports it to the caller.
                     tracing::warn!(%error, "starting a discard failed");
                     fallocate(-1, at, left)
                 }
@@ -424,9 +428,9 @@ impl InFlight {
                 let entry = opcode::Writev::new(FILE, self.iov.as_ptr(), n);
                 entry.offset(at).rw_flags(rw_flags).build()
             }
-            // Its target, by the number of the slot, is where others have their offset.
+            // The number of its target's slot is where other operations have their offset.
             Op::Abort { .. } => opcode::AsyncCancel::new(at).build(),
-            op => unreachable!("{} is no transfer", op.kind()),
+            op => unreachable!("{} is not a transfer", op.kind()),
         }
     }
 
@@ -436,7 +440,7 @@ impl InFlight {
     )]
     fn zero_by_writing(&mut self, shared: &Shared, at: u64, left: u64) -> squeue::Entry {
         match shared.zeroes() {
-            // The zeroes live as long as `shared`, of which the channel has a share.
+            // The zeroes live as long as `shared`, to which the channel has a reference.
             Ok(zeroes) => {
                 let n = left.min(zeroes.len() as u64) as u32;
                 opcode::Write::new(FILE, zeroes.as_ptr(), n)
@@ -493,7 +497,7 @@ fn fallocate(mode: i32, at: u64, len: u64) -> squeue::Entry {
         .build()
 }
 
-/// Fills `iov` with what is left of `parts` after the first `skip` bytes.
+/// Fills `iov` with the rest of `parts` behind the first `skip` bytes.
 fn gather(
     iov: &mut Vec<libc::iovec>,
     mut skip: usize,
@@ -512,7 +516,7 @@ fn gather(
     }
 }
 
-/// Direct I/O needs aligned memory; a vector has at most `IOV_MAX` parts.
+/// Checks buffers: direct I/O requires aligned memory, and a vector has at most `IOV_MAX` parts.
 pub(super) fn check_buffers(shared: &Shared, op: &Op) -> Result<(), Box<crate::IoError>> {
     let mask = shared.mem_align - 1;
     let parts = |n: usize| {
@@ -615,7 +619,8 @@ impl IoChannel for RingChannel {
             return Ok(());
         }
         if let Some(broken) = &mut self.broken {
-            // What the kernel has of a ring that cannot be entered, nobody can wait for: a nap.
+            // There is no way to wait for operations in a ring that cannot be entered, so this
+            // naps.
             let nap = timeout.min(Duration::from_millis(1));
             match &mut broken.threads {
                 Some(threads) if self.in_flight == 0 => return threads.wait(timeout),
@@ -652,12 +657,12 @@ impl IoChannel for RingChannel {
 
 impl Drop for RingChannel {
     fn drop(&mut self) {
-        // The ring and what is in flight are the parent's of a forked child.
+        // In a forked child the ring and its operations belong to the parent.
         if !self.shared.info.is_here() {
             std::mem::forget(std::mem::take(&mut self.slots));
             return;
         }
-        // The kernel may still read and write the buffers: they are freed when it is done.
+        // The kernel may still access the buffers, so they are freed when it has finished.
         let start = Instant::now();
         while self.free.len() < DEPTH as usize {
             if self.broken.is_none() {
@@ -675,9 +680,9 @@ impl Drop for RingChannel {
             }
             self.reap();
         }
-        // The open file is released now and not when the kernel closes the ring.
+        // This releases the open file now, and not when the kernel closes the ring.
         let _ = self.ring.submitter().unregister_files();
-        // SAFETY: dropped here only, and not used again.
+        // SAFETY: the ring is dropped only here and not used again.
         unsafe { ManuallyDrop::drop(&mut self.ring) };
     }
 }
@@ -688,7 +693,7 @@ mod tests {
     use crate::DmaBuf;
     use crate::file::FileOptions;
 
-    /// The fields of an entry that matter here (linux/io_uring.h, `struct io_uring_sqe`).
+    /// The fields of an entry that the tests look at (linux/io_uring.h, `struct io_uring_sqe`).
     #[derive(Debug, PartialEq, Eq)]
     struct Fields {
         opcode: u8,
@@ -718,7 +723,7 @@ mod tests {
     }
 
     fn shared(buffered: bool) -> (tempfile::TempDir, Arc<Shared>) {
-        // Not /tmp: on many machines that is memory, without direct I/O.
+        // This is not in /tmp, which is memory without direct I/O on many machines.
         let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap());
         let dir = dir.unwrap();
         let file = crate::file::File::open(&FileOptions {
@@ -747,13 +752,13 @@ mod tests {
         }
     }
 
-    /// Whether what is done for `op`, when each call succeeds, makes it durable.
+    /// Whether the calls for `op` make its data durable when each of them succeeds.
     fn is_durable(op: Op, shared: &Arc<Shared>) -> bool {
         let mut flight = flight(op, shared);
         for _ in 0..8 {
             let entry = fields(&flight.entry(shared));
             let dsync = entry.op_flags & libc::RWF_DSYNC.cast_unsigned() != 0;
-            // A data sync covers what was written before it.
+            // A data sync covers everything written before it.
             let durable = match entry.opcode {
                 FSYNC => true,
                 opcode => dsync && opcode == WRITE,
@@ -861,7 +866,7 @@ mod tests {
         assert_eq!(rest, want);
         assert!(read.slot.advance(Ok(8192 - 1536), &shared).unwrap().is_ok());
 
-        // Of several buffers: the rest of the one, and those behind it.
+        // The rest of one buffer, and the buffers behind it.
         let bufs = vec![DmaBuf::zeroed(512).unwrap(), DmaBuf::zeroed(1024).unwrap()];
         let second = bufs[1].as_ptr().addr();
         let mut read = flight(Op::ReadV { lba: 0, bufs }, &shared);
@@ -889,7 +894,7 @@ mod tests {
             let n = u32::try_from(slot.len).unwrap();
             assert!(slot.advance(Ok(n), &shared).unwrap().is_ok());
         }
-        // Not without end.
+        // The number of attempts is limited.
         let mut slot = Slot::new(0, write(false), &shared, true);
         let ended = (0..1000).find_map(|_| slot.advance(Err(libc::EAGAIN), &shared));
         assert!(ended.unwrap().is_err());

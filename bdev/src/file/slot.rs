@@ -1,25 +1,25 @@
-//! One operation on its way: which system call comes next, and what its result means.
+//! An operation in flight: its next system call, and the meaning of that call's result.
 
 use pumice_io::{IoError, IoErrorKind, Op};
 
 use super::{Shared, Zeroing};
 use crate::file::probe::Discard;
 
-/// `EAGAIN` and `EINTR` are tried again so many times.
+/// Number of attempts after `EAGAIN` and `EINTR`.
 const TRIES: u32 = 64;
 
-/// The call that an operation needs next.
+/// The next call of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
-    /// Read or write what is left, `Slot::done` bytes in.
+    /// Reads or writes the rest, from `Slot::done` bytes on.
     Transfer,
-    /// Zero what is left.
+    /// Zeroes the rest.
     Zero(Zeroing),
-    /// `fallocate(PUNCH_HOLE)`.
+    /// Calls `fallocate(PUNCH_HOLE)`.
     Punch,
-    /// `BLKDISCARD`.
+    /// Calls `BLKDISCARD`.
     Discard,
-    /// `fdatasync`.
+    /// Calls `fdatasync`.
     Sync,
 }
 
@@ -29,21 +29,21 @@ pub(super) struct Slot {
     pub(super) tag: u64,
     pub(super) op: Op,
     pub(super) step: Step,
-    /// Bytes already transferred.
+    /// Number of bytes transferred already.
     pub(super) done: u64,
-    /// Bytes in all.
+    /// Number of bytes of the operation.
     pub(super) len: u64,
     /// Byte offset in the file.
     pub(super) offset: u64,
-    /// Whether a sync follows the rest.
+    /// Whether a sync follows the other calls.
     sync_after: bool,
     tries: u32,
 }
 
 impl Slot {
-    /// `dsync`: whether direct writes carry `RWF_DSYNC`, so that FUA needs no sync behind them. A
-    /// buffered one has it behind it: its failure must be told from that of the write, since it
-    /// speaks of earlier writes, too.
+    /// Makes the slot of an operation. `dsync` says whether direct writes carry `RWF_DSYNC`, so
+    /// that FUA needs no sync after them. A buffered write is followed by a sync, whose failure
+    /// must be distinguished from the write's because it concerns earlier writes too.
     pub(super) fn new(tag: u64, op: Op, shared: &Shared, dsync: bool) -> Slot {
         let bs = shared.info.block_size;
         let step = match &op {
@@ -65,17 +65,17 @@ impl Slot {
         }
     }
 
-    /// Whether the write itself has to be durable, with no sync behind it.
+    /// Whether the write itself has to be durable, without a sync after it.
     pub(super) fn is_dsync(&self) -> bool {
         self.op.fua() && !self.sync_after
     }
 
-    /// The rest is done by a channel whose writes cannot be durable by themselves.
+    /// Prepares for a channel whose writes cannot be durable by themselves: a sync follows.
     pub(super) fn sync_behind(&mut self) {
         self.sync_after |= self.op.fua();
     }
 
-    /// The operation, with an empty one left in its place.
+    /// Takes the operation and leaves an empty one in its place.
     pub(super) fn take(&mut self) -> Slot {
         Slot {
             tag: self.tag,
@@ -84,7 +84,8 @@ impl Slot {
         }
     }
 
-    /// Takes the result of the call (bytes, or an errno). `None`: there is another one to do.
+    /// Takes the result of a call (bytes, or an errno). Returns `None` when there is another call
+    /// to make.
     pub(super) fn advance(
         &mut self,
         result: Result<u32, i32>,
@@ -99,10 +100,12 @@ impl Slot {
             Err(errno) => return self.failed(errno, shared),
         };
         match self.step {
-            // What lay beyond the end of a file that shrank is gone: nothing there is durable.
+            // The data beyond the end of a file that was made shorter is lost, so nothing there is
+            // durable.
             Step::Sync => {
                 return Some(match shared.shrunk() {
-                    // Another thread's flush may have taken the error that was this one's.
+                    // Another thread's flush may have received the error that was meant for this
+                    // one.
                     why if why.is_empty() => shared.flush_fault.check(&shared.info, &self.op),
                     why => Err(shared.info.error(&self.op, IoErrorKind::Media, why)),
                 });

@@ -1,6 +1,7 @@
-//! The channel where io_uring is refused: a few threads that call `pread` and `pwrite`.
+//! The channel that is used where io_uring is refused: a few threads that call `pread` and
+//! `pwrite`.
 //!
-//! A single operation that is waited for runs on the waiting thread, which costs no hand-off.
+//! A single operation that a thread waits for runs on that thread, which saves passing it on.
 
 use std::collections::VecDeque;
 use std::io;
@@ -18,18 +19,18 @@ use crate::device::IoChannel;
 use crate::error::BdevError;
 use crate::queue::refuse;
 
-/// Threads per channel: the depth that a device sees.
+/// Number of threads per channel: the depth at the device.
 const THREADS: usize = 4;
-/// Operations in flight on a channel.
+/// Most operations in flight on a channel.
 const DEPTH: usize = 256;
 
 pub(super) struct ThreadChannel {
     pool: Arc<Pool>,
-    /// Submitted and not yet handed to the threads.
+    /// Operations that were submitted and not passed to the threads yet.
     queued: VecDeque<Slot>,
     resets: Vec<(u64, Op)>,
     threads: Vec<JoinHandle<()>>,
-    /// With the threads, or done and not yet reaped.
+    /// Number of operations that the threads have, or that have ended and were not taken yet.
     running: usize,
 }
 
@@ -73,7 +74,7 @@ impl Pool {
     }
 }
 
-/// Does the whole operation. Blocks.
+/// Carries out the whole operation. Blocks.
 fn run(shared: &Shared, mut slot: Slot) -> Completion {
     loop {
         let result = call(shared, &mut slot).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
@@ -114,7 +115,7 @@ fn transfer(file: &std::fs::File, slot: &mut Slot, at: u64) -> io::Result<usize>
     match &mut slot.op {
         Op::Read { buf, .. } => file.read_at(&mut buf[skip..], at),
         Op::Write { data, .. } => file.write_at(&data[skip..], at),
-        // One part per call: the state machine comes back for the next.
+        // Each call transfers one part; the state machine asks for the next one.
         Op::ReadV { bufs, .. } => {
             let mut parts = bufs.iter_mut();
             let part = parts.find(|b| {
@@ -162,7 +163,7 @@ impl ThreadChannel {
 }
 
 impl ThreadChannel {
-    /// Takes an operation that another channel has checked and begun.
+    /// Accepts an operation that another channel has checked and begun.
     pub(super) fn adopt(&mut self, slot: Slot) {
         self.queued.push_back(slot);
     }
@@ -178,7 +179,7 @@ impl IoChannel for ThreadChannel {
         }
         match op {
             Op::Reset => self.resets.push((tag, op)),
-            // What a thread has begun cannot be called back.
+            // An operation that a thread has begun cannot be aborted.
             Op::Abort { .. } => {
                 self.running += 1;
                 self.pool.lock().done.push(Completion {
@@ -254,11 +255,11 @@ impl IoChannel for ThreadChannel {
 
 impl Drop for ThreadChannel {
     fn drop(&mut self) {
-        // A forked child has none of the threads, and the lock may be held by one of them.
+        // A forked child does not have the threads, one of which may hold the lock.
         if !self.pool.shared.info.is_here() {
             return;
         }
-        // What was submitted is done first.
+        // Operations submitted earlier come first.
         let mut work = self.pool.lock();
         work.todo.extend(self.queued.drain(..));
         work.stop = true;

@@ -1,4 +1,4 @@
-//! A channel that is a queue pair.
+//! A channel that consists of a queue pair.
 
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -14,7 +14,7 @@ use crate::error::BdevError;
 use crate::queue::refuse;
 
 pub(super) struct NvmeChannel {
-    // The queue pair goes before its place is free again.
+    // The queue pair is dropped before its place is free again.
     pair: QueuePair,
     target: Target,
     done: Vec<Completion>,
@@ -22,10 +22,10 @@ pub(super) struct NvmeChannel {
     _place: Place,
 }
 
-/// A controller reset under way, on a thread of its own since it blocks.
+/// A controller reset in progress, on a thread of its own because it blocks.
 pub(super) struct Resetting {
     tag: u64,
-    /// How it ended, once it has.
+    /// The result, once it has ended.
     over: Arc<OnceLock<Result<(), (IoErrorKind, String)>>>,
 }
 
@@ -40,7 +40,8 @@ impl Resetting {
                 if let Err(error) = &result {
                     tracing::warn!(%error, "controller reset");
                 }
-                // One that could not be reset is of no use any more; one that takes long may be.
+                // A controller that could not be reset is unusable; one that takes long may still
+                // be.
                 let kind = match controller.phase() {
                     Phase::Live | Phase::Resetting => IoErrorKind::TimedOut,
                     _ => IoErrorKind::Removed,
@@ -54,7 +55,7 @@ impl Resetting {
         self.over.get().is_some()
     }
 
-    /// Of one that is over.
+    /// Returns the completion of a reset that has ended.
     pub(super) fn completion(&self, info: &DeviceInfo) -> Completion {
         let failed = self.over.get().and_then(|r| r.as_ref().err());
         let result = match failed {

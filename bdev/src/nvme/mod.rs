@@ -1,8 +1,8 @@
-//! `nvme`: namespaces of NVMe controllers, over PCIe (VFIO, uio), vfio-user or the soft
-//! controller; `Nvme0n1` is namespace 1 of the controller called `Nvme0`.
+//! `nvme`: namespaces of NVMe controllers, over PCIe (VFIO, uio), vfio-user or the soft controller.
+//! `Nvme0n1` is namespace 1 of the controller called `Nvme0`.
 //!
-//! A channel is a queue pair of its own. Where a controller has fewer than there are channels, the
-//! last one is shared by those that came late, behind a lock.
+//! Each channel has a queue pair. If a controller has fewer queue pairs than there are channels,
+//! the channels that were opened last share one, behind a lock.
 
 mod channel;
 mod shared;
@@ -35,7 +35,7 @@ pub struct Nvme {
     uri: String,
 }
 
-/// The queue pairs of a controller, as its block devices use them.
+/// The queue pairs of a controller that its block devices use.
 #[derive(Debug)]
 struct Queues {
     controller: Arc<Controller>,
@@ -45,14 +45,14 @@ struct Queues {
 
 #[derive(Debug, Default)]
 struct QueueState {
-    /// Queue pairs that belong to one channel.
+    /// Number of queue pairs that belong to one channel.
     exclusive: usize,
     /// The queue pair of the channels that share one, while there are any.
     shared: Option<Arc<SharedQueue>>,
     sharers: usize,
 }
 
-/// What a channel does its I/O on.
+/// The namespace on which a channel does I/O.
 struct Target {
     info: Arc<DeviceInfo>,
     ns: Arc<Namespace>,
@@ -60,14 +60,14 @@ struct Target {
 }
 
 impl Target {
-    /// What is checked of an operation before it is taken.
+    /// Checks an operation before it is accepted.
     fn check(&self, op: &Op) -> Result<(), Box<IoError>> {
         self.info.check(op)?;
         self.flush_fault.check(&self.info, op)
     }
 }
 
-/// A queue pair's place in the count; given back when dropped.
+/// A counted queue pair. Dropping this reduces the count.
 #[derive(Debug)]
 struct Place(Arc<Queues>);
 
@@ -79,14 +79,15 @@ impl Drop for Place {
     }
 }
 
-/// A channel's use of the shared queue pair. The last one deletes it, under the lock under which
-/// the next channel would ask the controller for one.
+/// A channel's reference to the shared queue pair. The last one deletes it, under the lock under
+/// which the next channel would ask the controller for one.
 #[derive(Debug)]
 struct Share(Arc<Queues>);
 
 impl Drop for Share {
     fn drop(&mut self) {
-        // The count is the parent's, and its lock may be held by a thread that a forked child has not.
+        // In a forked child the count is the parent's, and its lock may be held by a thread that
+        // the child does not have.
         if !self.0.birth.is_here() {
             return;
         }
@@ -99,7 +100,7 @@ impl Drop for Share {
 }
 
 impl Queues {
-    /// The queue pairs of this controller: there is one count of them, whoever opens it.
+    /// Returns the queue pairs of this controller. There is one count, whoever opens it.
     fn of(controller: &Arc<Controller>) -> Arc<Queues> {
         static ALL: PerProcess<Mutex<Vec<Weak<Queues>>>> = PerProcess::new(Mutex::default);
         let mut all = ALL.get().lock();
@@ -170,11 +171,11 @@ impl From<NvmeError> for BdevError {
     }
 }
 
-/// Opens the controller that a URI names and makes a device of each usable namespace (or of the
-/// one that the URI names), called `base` with `n` and the namespace's number. Blocks for bring-up.
+/// Opens the controller that a URI names and makes a device of each usable namespace (or of the one
+/// that the URI names), called `base`, `n` and the namespace's number. Blocks for bring-up.
 ///
 /// # Errors
-/// What the driver says; a controller without a usable namespace.
+/// Fails with the driver's errors, and for a controller without a usable namespace.
 pub fn attach(base: &str, uri: &str) -> Result<(Arc<Controller>, Vec<Arc<Nvme>>), BdevError> {
     let opened = pumice_nvme_soft::open(uri)?;
     let namespaces = match opened.nsid {
@@ -185,11 +186,11 @@ pub fn attach(base: &str, uri: &str) -> Result<(Arc<Controller>, Vec<Arc<Nvme>>)
     Ok((opened.controller, devices))
 }
 
-/// A device of each usable namespace among `namespaces` of a controller that is open. `uri` is what
-/// the devices say of where they are.
+/// Makes a device of each usable namespace among `namespaces` of an open controller. The devices
+/// report `uri` as their address.
 ///
 /// # Errors
-/// No usable namespace.
+/// Fails when no namespace is usable.
 pub fn devices(
     base: &str,
     controller: &Arc<Controller>,
@@ -226,16 +227,16 @@ pub fn devices(
     Ok(devices)
 }
 
-/// How a channel's queue pair shall be.
+/// Returns the options of a channel's queue pair.
 fn queue_options(controller: &Controller) -> QueueOptions {
     let mut options = QueueOptions::default();
-    // A controller in another process would make a system call for each completion, whether
-    // anybody sleeps or not, and answers in microseconds.
+    // A controller in another process would make a system call for each completion, whether anybody
+    // sleeps or not, and answers in microseconds.
     options.interrupt = !controller.interrupts_are_messages();
     options
 }
 
-/// Devices by URI.
+/// Opens devices by URI.
 pub(crate) static MODULE: Module = Module {
     examples: &[
         "nvme://0000:5e:00.0",
@@ -243,7 +244,7 @@ pub(crate) static MODULE: Module = Module {
         "soft://memory",
     ],
     open: |uri, options| {
-        // The soft controller can make an image file.
+        // The soft controller can create an image file.
         open_uri(&match options.is_read_only() {
             true => uri.without("create"),
             false => uri.to_string(),
@@ -349,7 +350,7 @@ impl BlockDevice for Nvme {
         self.info.still_here()?;
         let limit = usize::from(controller.queue_limit());
         let mut state = self.queues.state.lock();
-        // The last one is kept for those that share; where there is one only, all do.
+        // The last queue pair is kept for sharing. If there is only one, all channels share it.
         if state.exclusive + 1 < limit {
             match controller.queue_pair(&queue_options(controller)) {
                 Ok(pair) => {
@@ -408,7 +409,7 @@ impl BlockDevice for Nvme {
     }
 }
 
-/// Transport and address of a URI, as SPDK calls them.
+/// Returns the transport and the address of a URI in SPDK's terms.
 fn address(uri: &str) -> (&'static str, String) {
     let Ok(parsed) = NvmeUri::parse(uri) else {
         return ("SOFT", uri.to_owned());

@@ -28,10 +28,10 @@ impl std::fmt::Debug for SharedQueue {
 
 struct Inner {
     pair: QueuePair,
-    /// Channel and its tag, of each operation in flight.
+    /// The channel and its tag of each operation in flight.
     owners: Slots<(u64, u64)>,
     /// What was reaped for others than who reaped it. A channel that is gone has no entry.
-    mail: BTreeMap<u64, Vec<Completion>>,
+    for_others: BTreeMap<u64, Vec<Completion>>,
     done: Vec<Completion>,
     next_channel: u64,
 }
@@ -42,7 +42,7 @@ impl SharedQueue {
             inner: Mutex::new(Inner {
                 pair,
                 owners: Slots::default(),
-                mail: BTreeMap::new(),
+                for_others: BTreeMap::new(),
                 done: Vec::new(),
                 next_channel: 0,
             }),
@@ -55,10 +55,10 @@ impl Inner {
         self.pair.poll(&mut self.done);
         for mut done in self.done.drain(..) {
             if let Some((channel, tag)) = self.owners.remove(done.tag)
-                && let Some(mail) = self.mail.get_mut(&channel)
+                && let Some(for_others) = self.for_others.get_mut(&channel)
             {
                 done.tag = tag;
-                mail.push(done);
+                for_others.push(done);
             }
         }
     }
@@ -66,13 +66,13 @@ impl Inner {
 
 pub(super) struct SharedChannel {
     target: Target,
-    // Goes before the share, whose last one deletes the queue pair.
+    // Dropped before the share, whose last one deletes the queue pair.
     shared: Arc<SharedQueue>,
     _share: Share,
     id: u64,
     in_flight: usize,
     resets: Vec<Resetting>,
-    /// Aborts: the controller has been asked.
+    /// Completions of aborts that the controller has been asked for.
     asked: Vec<Completion>,
 }
 
@@ -81,7 +81,7 @@ impl SharedChannel {
         let mut inner = shared.inner.lock();
         let id = inner.next_channel;
         inner.next_channel += 1;
-        inner.mail.insert(id, Vec::new());
+        inner.for_others.insert(id, Vec::new());
         drop(inner);
         SharedChannel {
             target,
@@ -145,8 +145,8 @@ impl IoChannel for SharedChannel {
         let before = out.len();
         let mut inner = self.shared.inner.lock();
         inner.reap();
-        if let Some(mail) = inner.mail.get_mut(&self.id) {
-            out.extend(mail.drain(..).map(|done| settle(&self.target, done)));
+        if let Some(for_others) = inner.for_others.get_mut(&self.id) {
+            out.extend(for_others.drain(..).map(|done| settle(&self.target, done)));
         }
         drop(inner);
         out.append(&mut self.asked);
@@ -162,16 +162,16 @@ impl IoChannel for SharedChannel {
 
     fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
         self.target.info.still_here()?;
-        // Nobody may sleep with the lock held: short naps, longer as nothing comes.
+        // Nobody may sleep with the lock held, so this sleeps in short naps, which become longer.
         let start = Instant::now();
         let mut nap = Duration::from_micros(5);
         while self.in_flight > 0 && self.asked.is_empty() && start.elapsed() < timeout {
             let mut inner = self.shared.inner.lock();
             inner.reap();
             let there = inner
-                .mail
+                .for_others
                 .get(&self.id)
-                .is_some_and(|mail| !mail.is_empty());
+                .is_some_and(|for_others| !for_others.is_empty());
             drop(inner);
             if there || self.resets.iter().any(Resetting::is_over) {
                 return Ok(());
@@ -192,11 +192,11 @@ impl IoChannel for SharedChannel {
 
 impl Drop for SharedChannel {
     fn drop(&mut self) {
-        // In a forked child the lock may be held by a thread that is not there.
+        // In a forked child the lock may be held by a thread that the child does not have.
         if !self.target.info.is_here() {
             return;
         }
-        // Operations of this channel stay, with their buffers, in the queue pair until they end.
-        self.shared.inner.lock().mail.remove(&self.id);
+        // Operations of this channel stay in the queue pair, with their buffers, until they end.
+        self.shared.inner.lock().for_others.remove(&self.id);
     }
 }

@@ -1,4 +1,5 @@
-//! The channel of a registered device: counts, times, bounds time, ends on removal.
+//! The channel of a registered device, which counts and times operations, limits their time, and
+//! ends them on removal.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -14,21 +15,21 @@ use crate::error::BdevError;
 use crate::queue::refuse;
 use crate::stats::ChannelStats;
 
-/// Tags of the channel's own operations.
+/// The bit that marks tags of the channel's own operations.
 const OWN: u64 = 1 << 63;
-/// Polls between looks for late operations.
+/// Number of polls between two looks for late operations.
 const LATE_EVERY: u32 = 256;
 
-/// What is done about an operation that takes too long. It is still in flight until the device
-/// hands it back: it may land.
+/// The reaction to an operation that takes too long. It stays in flight until the device hands it
+/// back, and may still take effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TimeoutAction {
-    /// A warning in the log.
+    /// Logs a warning.
     #[default]
     Log,
-    /// The operation is aborted.
+    /// Aborts the operation.
     Abort,
-    /// The device is reset.
+    /// Resets the device.
     Reset,
 }
 
@@ -51,10 +52,10 @@ pub(super) struct BdevChannel {
 struct Flying {
     tag: u64,
     start: u64,
-    /// An abort's: the submitter's tag of what it aborts.
+    /// The submitter's tag of the operation that an abort aborts.
     target: u64,
     busy: bool,
-    /// When something was last done about its being late; 0: nothing yet.
+    /// Time of the last reaction to its being late; 0 if there was none.
     acted: u64,
 }
 
@@ -93,7 +94,7 @@ impl BdevChannel {
         i
     }
 
-    /// Gives an operation of the channel's own to the device. `false`: it is too busy.
+    /// Submits an operation of the channel's own. Returns `false` when the device is too busy.
     fn own(&mut self, op: Op) -> bool {
         self.own_tag = OWN | self.own_tag.wrapping_add(1);
         match self.inner.submit(self.own_tag, op) {
@@ -101,17 +102,18 @@ impl BdevChannel {
             Err(SubmitError::Busy(_)) => return false,
             Err(SubmitError::Refused(op, error)) => {
                 let kind = op.kind();
-                tracing::warn!(%error, %kind, "what should end late operations is refused");
+                tracing::warn!(%error, %kind, "the abort or reset of late operations was refused");
             }
         }
         true
     }
 
-    /// Things that are not looked at for each completion.
+    /// Does checks that are not needed for each completion.
     #[cold]
     fn look_around(&mut self) {
         if self.entry.is_removed() && !self.ending {
-            // What a module holds back ends with a reset. One that is too busy is asked again.
+            // A reset ends operations that a module holds back. If the device is too busy, it is
+            // asked again.
             let has_reset = self.entry.dev.info().ops.has(OpKind::Reset);
             self.ending = self.inner.in_flight() == 0 || !has_reset || self.own(Op::Reset);
         }
@@ -123,7 +125,7 @@ impl BdevChannel {
         let action = *self.entry.timeout_action.lock();
         let is_late = |s: &Flying| match s.acted {
             0 => now.saturating_sub(s.start) > limit,
-            // An abort may have come too early or too late for the device: it is asked again.
+            // An abort may have come too early or too late for the device: ask again.
             acted => action == TimeoutAction::Abort && now.saturating_sub(acted) > limit,
         };
         let late: Vec<usize> = (0..self.slots.len())
@@ -132,7 +134,7 @@ impl BdevChannel {
         if late.is_empty() {
             return;
         }
-        // One reset is for all of them.
+        // One reset is enough for all of them.
         if action == TimeoutAction::Reset && !self.own(Op::Reset) {
             return; // too busy: at the next look
         }
@@ -291,7 +293,7 @@ impl IoChannel for BdevChannel {
     fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
         let mut timeout = timeout;
         if self.entry.timeout_ticks.load(Ordering::Relaxed) > 0 {
-            // Late operations are looked for at least so often.
+            // Late operations are looked for at least this often.
             self.look_around();
             timeout = timeout.min(Duration::from_millis(10));
         }

@@ -1,8 +1,8 @@
 //! The registry: devices by name, alias, UUID or URI; claims; hot add and remove; statistics.
 //!
-//! A device that is taken from the registry is a [`Bdev`]: the module's device, with an account
-//! kept of what is done to it. Removing one removes first what is built on it, top down; whoever
-//! has a channel open finds each operation ended once and new ones refused.
+//! A device from the registry is a [`Bdev`]: the module's device with statistics of its operations.
+//! Removing one first removes the devices built on it, from the top down. In channels that are
+//! open, each operation ends once and new ones are refused.
 
 mod channel;
 mod names;
@@ -27,18 +27,18 @@ use channel::BdevChannel;
 pub use channel::TimeoutAction;
 pub use names::nearest;
 
-/// What happened to a device.
+/// An addition or removal of a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// It is there.
+    /// A device was added.
     Added(String),
-    /// It is gone.
+    /// A device was removed.
     Removed(String),
 }
 
 type Listener = Arc<dyn Fn(&Event) + Send + Sync>;
 
-/// Devices by name. Cheap to clone: all clones are the same registry.
+/// Devices by name. All clones are the same registry.
 #[derive(Clone, Default)]
 pub struct Registry {
     inner: Arc<Inner>,
@@ -65,7 +65,7 @@ pub struct Bdev {
     entry: Arc<Entry>,
 }
 
-/// A device of which the holder is the only user. The claim ends when it is dropped.
+/// A device that the holder uses exclusively. Dropping this releases the claim.
 #[derive(Debug)]
 pub struct Claimed {
     bdev: Bdev,
@@ -79,14 +79,14 @@ struct Entry {
     claim: Mutex<Option<String>>,
     removed: AtomicBool,
     channels: Mutex<Vec<Arc<ChannelStats>>>,
-    /// Of channels that are closed.
+    /// Statistics and histogram of closed channels.
     past: Mutex<(Stats, Vec<u64>)>,
-    /// What a reset of the statistics subtracts.
+    /// The counts at the last reset of the statistics, which are subtracted.
     zero: Mutex<Stats>,
-    /// Whether there is a latency histogram, and of which operations only.
+    /// Whether latencies are recorded in a histogram, and of which operations only.
     histogram: Mutex<(bool, Option<OpKind>)>,
     next_channel: AtomicU64,
-    /// 0: no limit.
+    /// Time limit of an operation in ticks; 0: no limit.
     timeout_ticks: AtomicU64,
     timeout_action: Mutex<TimeoutAction>,
     registry: Weak<Inner>,
@@ -108,7 +108,7 @@ impl Entry {
         self.removed.load(Ordering::Acquire)
     }
 
-    /// The device said that it is gone.
+    /// Handles a removal that the device has reported.
     fn surprise(&self) {
         if self.is_removed() {
             return;
@@ -139,16 +139,16 @@ impl Entry {
 }
 
 impl Registry {
-    /// An empty one.
+    /// Makes an empty registry.
     pub fn new() -> Registry {
         Registry::default()
     }
 
-    /// Adds a device, which stands on the devices named `below`.
+    /// Adds a device, which is built on the devices named `below`.
     ///
     /// # Errors
-    /// [`BdevError::Exists`] when its name or an alias of it is taken,
-    /// [`BdevError::InvalidOption`] when it has none.
+    /// [`BdevError::Exists`] when a device has its name or an alias of it already,
+    /// [`BdevError::InvalidOption`] when it has no name.
     pub fn register(
         &self,
         dev: Arc<dyn BlockDevice>,
@@ -173,12 +173,12 @@ impl Registry {
         }
         let uuid = info.uuid;
         if uuid != [0; 16] && entries.values().any(|e| e.dev.info().uuid == uuid) {
-            // A device answers to its UUID: two would answer to one.
+            // A device can be found by its UUID, so no two may have the same.
             return Err(BdevError::Exists {
                 name: crate::uuid::format(&uuid),
             });
         }
-        // A device below may have gone since it was claimed.
+        // A device below may have been removed since it was claimed.
         if let Some(gone) = below.iter().find(|b| !entries.contains_key(*b)) {
             return Err(BdevError::Removed { name: gone.clone() });
         }
@@ -206,7 +206,7 @@ impl Registry {
         Ok(bdev)
     }
 
-    /// The device of this name, alias or UUID.
+    /// Returns the device of this name, alias or UUID.
     pub fn get(&self, name: &str) -> Option<Bdev> {
         let entries = self.inner.entries.read();
         let direct = entries.get(name);
@@ -216,20 +216,21 @@ impl Registry {
         })
     }
 
-    /// The device of this name, alias, UUID or URI, for I/O. A URI makes the device and adds it.
+    /// Opens the device of this name, alias, UUID or URI for I/O. A URI makes the device and adds
+    /// it.
     ///
     /// # Errors
     /// [`BdevError::NotFound`], with the nearest name or all of them; [`BdevError::Claimed`] when
-    /// another module stands on it; whatever opening a URI says.
+    /// another module is built on it; or the error of opening a URI.
     pub fn open(&self, name: &str) -> Result<Arc<dyn BlockDevice>, BdevError> {
         self.open_with(name, OpenOptions::new())
     }
 
-    /// As [`Registry::open`]. For reading only, a device that is there is given as a view that
-    /// cannot be written.
+    /// Opens a device as [`Registry::open`] does. For reading only, a registered device is returned
+    /// as a view that cannot be written.
     ///
     /// # Errors
-    /// As [`Registry::open`].
+    /// Fails as [`Registry::open`] does.
     pub fn open_with(
         &self,
         name: &str,
@@ -253,7 +254,7 @@ impl Registry {
         Err(self.not_found(name))
     }
 
-    /// The error for a name that is not there.
+    /// Returns the error for a name that does not exist.
     pub fn not_found(&self, name: &str) -> BdevError {
         let names = self.names();
         BdevError::NotFound {
@@ -262,7 +263,7 @@ impl Registry {
         }
     }
 
-    /// Takes a device for the exclusive use of `by`.
+    /// Claims a device for the exclusive use of `by`.
     ///
     /// # Errors
     /// [`BdevError::NotFound`], [`BdevError::Claimed`].
@@ -280,8 +281,8 @@ impl Registry {
         Ok(Claimed { bdev })
     }
 
-    /// Removes a device and, before it, all that stands on it. The names, in that order, are free
-    /// when this returns. Channels that are open end what is in flight at their next polls.
+    /// Removes a device and, before it, all devices built on it. Returns their names in that order;
+    /// the names are free then. Open channels end what is in flight at their next polls.
     ///
     /// # Errors
     /// [`BdevError::NotFound`].
@@ -332,13 +333,13 @@ impl Registry {
         self.inner.entries.read().keys().cloned().collect()
     }
 
-    /// Calls `listener` for each device that comes or goes from now on, on the thread where it
-    /// happens: of a removal that may be one that does I/O. A listener may use the registry.
+    /// Calls `listener` for each device that is added or removed from now on, on the thread where
+    /// it happens. A removal may happen on a thread that does I/O. A listener may use the registry.
     pub fn listen(&self, listener: impl Fn(&Event) + Send + Sync + 'static) {
         self.inner.listeners.lock().push(Arc::new(listener));
     }
 
-    /// How long an operation may take, on devices there are and on those to come; zero: no limit.
+    /// Sets the time limit of an operation on existing and future devices; zero: no limit.
     pub fn set_timeout(&self, timeout: Duration, action: TimeoutAction) {
         *self.inner.timeout.lock() = (timeout, action);
         for bdev in self.list() {
@@ -346,13 +347,13 @@ impl Registry {
         }
     }
 
-    /// How long an operation may take on devices to come, and what follows.
+    /// Returns the time limit of an operation on future devices, and the reaction.
     pub fn timeout(&self) -> (Duration, TimeoutAction) {
         *self.inner.timeout.lock()
     }
 
     fn tell(&self, event: &Event) {
-        // Not under the lock: a listener may add and remove devices itself.
+        // The lock is not held, since a listener may add and remove devices itself.
         let listeners = self.inner.listeners.lock().clone();
         for listener in listeners {
             listener(event);
@@ -367,12 +368,12 @@ fn answers_to(info: &DeviceInfo, name: &str) -> bool {
 }
 
 impl Bdev {
-    /// Who claims it.
+    /// Returns the module that claims it.
     pub fn claimed_by(&self) -> Option<String> {
         self.entry.claim.lock().clone()
     }
 
-    /// Names of the devices it stands on.
+    /// Names of the devices that it is built on.
     pub fn below(&self) -> &[String] {
         &self.entry.below
     }
@@ -382,12 +383,12 @@ impl Bdev {
         self.entry.is_removed()
     }
 
-    /// The module's device, without the account.
+    /// Returns the module's device, without statistics.
     pub fn device(&self) -> &Arc<dyn BlockDevice> {
         &self.entry.dev
     }
 
-    /// What was done to it since it was added, or since [`Bdev::reset_stats`].
+    /// Returns the statistics since it was added or since [`Bdev::reset_stats`].
     pub fn stats(&self) -> Stats {
         let mut sum = self.total();
         sum.subtract(&self.entry.zero.lock());
@@ -403,7 +404,7 @@ impl Bdev {
         sum
     }
 
-    /// What was done through each channel that is open, since it was opened, by its number.
+    /// Returns the statistics of each open channel since it was opened, by its number.
     pub fn channel_stats(&self) -> Vec<(u64, Stats)> {
         let channels = self.entry.channels.lock();
         channels.iter().map(|c| (c.id, c.snapshot())).collect()
@@ -416,7 +417,7 @@ impl Bdev {
         *self.entry.zero.lock() = total;
     }
 
-    /// Forgets the shortest and longest latencies only, of the device and of its channels.
+    /// Clears only the shortest and longest latencies, of the device and of its channels.
     pub fn reset_extremes(&self) {
         let channels = self.entry.channels.lock();
         self.entry.past.lock().0.clear_extremes();
@@ -425,8 +426,8 @@ impl Bdev {
         }
     }
 
-    /// Switches the latency histogram on or off: of all operations, or of `only` one kind.
-    /// Switched on anew, it is empty.
+    /// Switches the latency histogram on or off: of all operations, or of `only` one kind. It is
+    /// empty when it is switched on.
     pub fn enable_histogram(&self, on: bool, only: Option<OpKind>) {
         let channels = self.entry.channels.lock();
         let before = std::mem::replace(&mut *self.entry.histogram.lock(), (on, only));
@@ -441,8 +442,8 @@ impl Bdev {
         }
     }
 
-    /// The latency histogram of each channel that is open, by its number, in ticks, by
-    /// [`crate::stats::bucket_end`]. Empty when it is off.
+    /// Returns the latency histogram of each open channel by its number, in ticks, by
+    /// [`crate::stats::bucket_end`]. Returns none when it is off.
     pub fn channel_histograms(&self) -> Vec<(u64, Vec<u64>)> {
         let channels = self.entry.channels.lock();
         if !self.entry.histogram.lock().0 {
@@ -456,7 +457,8 @@ impl Bdev {
         channels.iter().map(of).collect()
     }
 
-    /// The latency histogram, in ticks, by [`crate::stats::bucket_end`]; `None` when it is off.
+    /// Returns the latency histogram, in ticks, by [`crate::stats::bucket_end`], or `None` when it
+    /// is off.
     pub fn histogram(&self) -> Option<Vec<u64>> {
         let channels = self.entry.channels.lock();
         if !self.entry.histogram.lock().0 {
@@ -470,7 +472,7 @@ impl Bdev {
         Some(buckets)
     }
 
-    /// How long an operation may take; zero: no limit.
+    /// Sets the time limit of an operation; zero: no limit.
     pub fn set_timeout(&self, timeout: Duration, action: TimeoutAction) {
         let ticks = if timeout.is_zero() {
             0

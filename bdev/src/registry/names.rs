@@ -1,11 +1,11 @@
-//! What to say about a name that is not there.
+//! Hints for a name that does not exist.
 
-/// The name among `names` that `wanted` most probably means, if any is near.
+/// Returns the name that `wanted` most probably means, if any is similar.
 pub fn nearest<'a>(wanted: &str, names: &'a [String]) -> Option<&'a str> {
     let wanted = wanted.to_lowercase();
     let cost = |name: &str| {
         let name = name.to_lowercase();
-        // A name that goes on where the wanted one ends is the likeliest: `Nvme0` for `Nvme0n1`.
+        // A name that begins with the wanted one is the likeliest: `Nvme0n1` for `Nvme0`.
         if !wanted.is_empty() && (name.starts_with(&wanted) || wanted.starts_with(&name)) {
             return 0;
         }
@@ -17,7 +17,7 @@ pub fn nearest<'a>(wanted: &str, names: &'a [String]) -> Option<&'a str> {
     (best.0 <= limit).then_some(best.1.as_str())
 }
 
-/// Edit distance (Levenshtein), at most what two short names can have.
+/// Returns the edit distance (Levenshtein), at most what two short names can have.
 fn distance(a: &str, b: &str) -> usize {
     let (a, b): (Vec<char>, Vec<char>) =
         (a.chars().take(64).collect(), b.chars().take(64).collect());
@@ -34,7 +34,7 @@ fn distance(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
-/// The end of a "no bdev" message.
+/// Returns the end of a "no bdev" message.
 pub(super) fn hint(wanted: &str, names: &[String]) -> String {
     if names.is_empty() {
         return ": no bdevs configured: pass --json or a URI".to_owned();

@@ -1,4 +1,4 @@
-//! What the simulated device says of power cuts.
+//! Tests of the simulated device's power cuts.
 
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, DmaSlice, IoErrorKind, Op};
 use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions, Event};

@@ -1,4 +1,4 @@
-//! Calls that make sense nearly always: methods and parameters by name, values at random.
+//! Calls that are nearly always valid: methods and parameters by name, with random values.
 
 use serde_json::{Value, json};
 
@@ -48,7 +48,7 @@ fn value(u: &mut Unstructured<'_>) -> arbitrary::Result<Value> {
     })
 }
 
-/// A method and its parameters.
+/// Makes a method's name and its parameters.
 pub fn call(u: &mut Unstructured<'_>) -> arbitrary::Result<(String, Value)> {
     let method = (*u.choose(METHODS)?).to_owned();
     let mut params = serde_json::Map::new();

@@ -1,5 +1,4 @@
-//! Configurations built of calls that nearly make sense, with comments and other subsystems among
-//! them.
+//! Configurations of calls that are nearly valid, with comments and other subsystems among them.
 #![no_main]
 
 #[path = "calls.rs"]
@@ -30,7 +29,7 @@ fuzz_target!(|data: &[u8]| {
     let tree = json!({ "subsystems": subsystems });
     let mut text = format!("{tree:#}");
     for _ in 0..u.int_in_range(0..=3).unwrap_or(0) {
-        // At the end of a line a comment is between two tokens.
+        // The end of a line is a place between two tokens, where a comment may be.
         let ends: Vec<usize> = text.match_indices('\n').map(|(i, _)| i).collect();
         let Ok(at) = u.choose(&ends).copied() else { break };
         text.insert_str(at, u.choose(&[" // one", "/* two\n */", "/**/", "/*", "\t"]).unwrap_or(&""));
@@ -39,12 +38,13 @@ fuzz_target!(|data: &[u8]| {
     let checked = config::check_form("fuzz", &text);
     let loaded = config::load(&app, "fuzz", &text);
     if let Err(e) = &checked {
-        // What cannot be cannot be loaded either, and both say where.
+        // A configuration that the check refuses cannot be loaded either, and both errors have a
+        // place.
         assert!(loaded.is_err(), "{e}");
         assert!(e.line >= 1 && e.line <= text.lines().count().max(1), "{e}");
     }
     if loaded.is_ok() {
-        // What is saved loads again.
+        // A saved configuration can be loaded.
         let saved = app.config().to_string();
         let again = App::new();
         config::load(&again, "saved", &saved).expect("a saved configuration loads");

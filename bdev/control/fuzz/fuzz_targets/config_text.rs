@@ -1,4 +1,4 @@
-//! Configurations as text of any kind.
+//! Configurations of arbitrary text.
 #![no_main]
 
 use pumice_bdev_control::config;

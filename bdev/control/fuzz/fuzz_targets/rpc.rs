@@ -1,4 +1,4 @@
-//! Requests: some as bytes of any kind, some that nearly make sense, against one process.
+//! Requests to one process: some of arbitrary bytes, some nearly valid.
 #![no_main]
 
 #[path = "calls.rs"]
@@ -36,7 +36,7 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
-/// Files of this machine are not for a fuzzer.
+/// Whether a text may contain a path. A fuzzer must not touch this machine's files.
 fn contains_path(bytes: &[u8]) -> bool {
     bytes.contains(&b'/')
 }

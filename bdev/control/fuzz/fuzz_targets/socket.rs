@@ -1,5 +1,6 @@
-//! A client on the socket: whole requests, halves and nonsense, in pieces of any size. The server
-//! answers in JSON or lets the client go, and is through with it when the client is.
+//! A client on the socket, which sends whole requests, halves and arbitrary bytes, in parts of any
+//! size. The server answers in JSON or disconnects the client, and ends when the client has
+//! disconnected.
 #![no_main]
 
 #[path = "calls.rs"]
@@ -44,7 +45,7 @@ fuzz_target!(|data: &[u8]| {
             }
         }
     }
-    // Files of this machine are not for a fuzzer.
+    // A fuzzer must not touch this machine's files.
     bytes.retain(|b| *b != b'/');
     let (server, mut client) = UnixStream::pair().expect("a pair of sockets");
     let options = ServerOptions {
@@ -63,7 +64,7 @@ fuzz_target!(|data: &[u8]| {
     let mut rest = &bytes[..];
     while !rest.is_empty() {
         let n = u.int_in_range(1..=rest.len()).unwrap_or(rest.len());
-        // A server that has let the client go does not read on.
+        // A server that has disconnected the client does not read on.
         if client.write_all(&rest[..n]).is_err() {
             break;
         }

@@ -21,7 +21,7 @@ type Answer = Result<Value, MethodError>;
 
 const NO_METADATA: &str = "devices with metadata or protection information are refused";
 
-/// Parameters about metadata, which only their neutral values fit.
+/// Refuses parameters about metadata, unless they ask for none.
 fn no_metadata(params: &mut Params<'_>) -> Result<(), MethodError> {
     for key in ["md_size", "dif_type", "dif_pi_format"] {
         params.neutral(key, &["0"], NO_METADATA)?;
@@ -30,7 +30,7 @@ fn no_metadata(params: &mut Params<'_>) -> Result<(), MethodError> {
     Ok(())
 }
 
-/// The first of `base` and a number that no device has.
+/// Returns the first name of `base` and a number that no device has.
 fn free_name(app: &App, base: &str) -> Option<String> {
     let mut names = (0_u64..).map(|i| format!("{base}{i}"));
     names.find(|name| app.registry.get(name).is_none())
@@ -141,7 +141,7 @@ fn file_create(app: &App, params: &mut Params<'_>, method: &'static str) -> Answ
         Some("falloc") => Prealloc::Falloc,
         Some("full") => Prealloc::Full,
         Some(other) => {
-            let reason = format!("`{other}`: one of off, falloc, full");
+            let reason = format!("`{other}`: use one of off, falloc, full");
             return Err(params.error("prealloc", reason));
         }
     };
@@ -162,7 +162,7 @@ fn file_create(app: &App, params: &mut Params<'_>, method: &'static str) -> Answ
     Ok(json!(name))
 }
 
-/// Takes the size that the file or block device has by now.
+/// Updates the size of a file or block device to its current one.
 pub(super) fn file_rescan(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.string("name")?;
     params.finish()?;
@@ -170,7 +170,7 @@ pub(super) fn file_rescan(app: &App, params: &mut Params<'_>) -> Answer {
     app.remake(&name, &methods, |_| {})
 }
 
-/// `new_size` is in MiB.
+/// Resizes a null device. `new_size` is in MiB.
 pub(super) fn null_resize(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.string("name")?;
     let mib = params.u64("new_size")?;
@@ -182,7 +182,7 @@ pub(super) fn null_resize(app: &App, params: &mut Params<'_>) -> Answer {
     })
 }
 
-/// Claims `base` for `name`, makes a device on it and adds that.
+/// Claims `base` for `name`, makes a device on it and registers that.
 fn stack(
     app: &App,
     name: &str,
@@ -256,7 +256,7 @@ pub(super) fn delay_update_latency(app: &App, params: &mut Params<'_>) -> Answer
         "p99_write" => |l| &mut l.p99_write_us,
         _ => {
             let known = "avg_read, p99_read, avg_write, p99_write";
-            return Err(params.error("latency_type", format!("`{kind}`: one of {known}")));
+            return Err(params.error("latency_type", format!("`{kind}`: use one of {known}")));
         }
     };
     params.finish()?;
@@ -267,14 +267,14 @@ pub(super) fn delay_update_latency(app: &App, params: &mut Params<'_>) -> Answer
             None => app.registry.not_found(&name).into(),
             Some(_) => MethodError::new(
                 -i64::from(libc::ENODEV),
-                format!("`{name}` is no delay bdev; bdev_delay_create puts one on it"),
+                format!("`{name}` is not a delay bdev; bdev_delay_create puts one on it"),
             ),
         });
     };
     let mut latencies = delay.latencies();
     *which(&mut latencies) = us;
     delay.set_latencies(latencies);
-    // What is saved is how it is now.
+    // The saved call has the current latencies.
     let made =
         |c: &&mut super::app::Created| c.method == "bdev_delay_create" && c.bdevs.contains(&name);
     if let Some(created) = state.created.iter_mut().find(made)
@@ -304,7 +304,7 @@ pub(super) fn error_create(app: &App, params: &mut Params<'_>) -> Answer {
         app.state.lock().errors.insert(name.clone(), error);
     }
     app.note("bdev_error_create", params, std::slice::from_ref(&name));
-    // Not the name: the device's is known.
+    // The name is not changed: the device is known by it.
     Ok(json!(true))
 }
 
@@ -317,7 +317,7 @@ fn error_device(app: &App, name: &str) -> Result<Arc<ErrorDevice>, MethodError> 
         None => Err(app.registry.not_found(name).into()),
         Some(_) => Err(MethodError::new(
             -i64::from(libc::ENODEV),
-            format!("`{name}` is no error bdev; bdev_error_create puts one on it, `EE_{name}`"),
+            format!("`{name}` is not an error bdev; bdev_error_create puts one on it, `EE_{name}`"),
         )),
     }
 }
@@ -330,7 +330,7 @@ pub(super) fn error_inject(app: &App, params: &mut Params<'_>) -> Answer {
     let queue_depth = params.opt_u64("queue_depth")?.unwrap_or(0);
     let offset = params.opt_u64("corrupt_offset")?.unwrap_or(0);
     let value = params.opt_u32("corrupt_value")?.unwrap_or(0);
-    // Beyond SPDK's: only operations that touch these blocks.
+    // Not in SPDK: restricts the fault to operations that touch these blocks.
     let lba = params.opt_u64("lba")?;
     let len_blocks = params.opt_u64("num_blocks")?;
     let op = match io_type.as_str() {
@@ -342,7 +342,10 @@ pub(super) fn error_inject(app: &App, params: &mut Params<'_>) -> Answer {
             let names: Vec<&str> = OpKind::ALL.iter().map(|k| k.name()).collect();
             let unknown = || {
                 let known = names.join(", ");
-                params.error("io_type", format!("`{other}`: one of clear, all, {known}"))
+                params.error(
+                    "io_type",
+                    format!("`{other}`: use one of clear, all, {known}"),
+                )
             };
             Some(kind.ok_or_else(unknown)?)
         }
@@ -363,7 +366,7 @@ pub(super) fn error_inject(app: &App, params: &mut Params<'_>) -> Answer {
         other => {
             let shown = other.unwrap_or("missing");
             let known = "failure, pending, corrupt_data, nomem";
-            return Err(params.error("error_type", format!("`{shown}`: one of {known}")));
+            return Err(params.error("error_type", format!("`{shown}`: use one of {known}")));
         }
     };
     params.finish()?;
@@ -374,7 +377,7 @@ pub(super) fn error_inject(app: &App, params: &mut Params<'_>) -> Answer {
     }
     let range = lba.map(|lba| (lba, len_blocks.unwrap_or(1)));
     let queue_depth = usize::try_from(queue_depth).unwrap_or(usize::MAX);
-    // As in SPDK: in place of what was injected for such operations; `num` 0 takes it back.
+    // As in SPDK, this replaces earlier faults of such operations; `num` 0 only removes them.
     dev.replace(Injection {
         op,
         failure,
@@ -399,7 +402,7 @@ pub(super) fn split_create(app: &App, params: &mut Params<'_>) -> Answer {
     params.finish()?;
     let claimed: Arc<dyn BlockDevice> = Arc::new(app.registry.claim(&base, "split")?);
     let below = claimed.info().name.clone();
-    // Parts of a given size: as many as there is room for, as SPDK does it.
+    // Parts of a given size: as many as there is room for, as in SPDK.
     let room = match size_mb {
         Some(mb) if mb > 0 => claimed.info().len_bytes() / mb.saturating_mul(1 << 20),
         _ => count,
@@ -455,7 +458,7 @@ pub(super) fn raid_create(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.string("name")?;
     let strip_kb = params.opt_u32("strip_size_kb")?.unwrap_or(64);
     let level = params.string("raid_level")?;
-    // Names in one string, with spaces between, are how rpc.py's users may write them.
+    // rpc.py's users may also write the names as one string, separated by spaces.
     let bases = match params.opt_strings("base_bdevs") {
         Ok(Some(bases)) => bases,
         Ok(None) => return Err(MethodError::param("base_bdevs", "missing")),
@@ -489,7 +492,7 @@ pub(super) fn raid_create(app: &App, params: &mut Params<'_>) -> Answer {
     Ok(json!(true))
 }
 
-/// Pools and caches of SPDK's block-device layer: buffers and slots are taken as needed here.
+/// Accepts the sizes of SPDK's pools and caches. Buffers and slots are allocated as needed here.
 pub(super) fn set_options(app: &App, params: &mut Params<'_>) -> Answer {
     params.ignore(&[
         "bdev_io_pool_size",
@@ -509,13 +512,13 @@ pub(super) fn set_options(app: &App, params: &mut Params<'_>) -> Answer {
     Ok(json!(true))
 }
 
-/// Options of modules that are not here, as `save_config` writes them in any case.
+/// Accepts options of modules that Pumice does not have, which `save_config` writes in any case.
 pub(super) fn other_options(_: &App, params: &mut Params<'_>) -> Answer {
     tracing::debug!(params = %params.to_value(), "options of a module that is not here: ignored");
     Ok(json!(true))
 }
 
-/// Rate limits: none is what `save_config` writes; others are refused.
+/// Refuses rate limits, and accepts their absence, which `save_config` writes.
 pub(super) fn set_qos_limit(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.string("name")?;
     for key in [
@@ -533,7 +536,7 @@ pub(super) fn set_qos_limit(app: &App, params: &mut Params<'_>) -> Answer {
     Ok(json!(true))
 }
 
-/// Nothing is examined: what stands on a device is configured by name.
+/// Does nothing: devices on top of others are configured by name and not found by examination.
 pub(super) fn examine(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.string("name")?;
     params.finish()?;
@@ -543,7 +546,7 @@ pub(super) fn examine(app: &App, params: &mut Params<'_>) -> Answer {
     Ok(json!(true))
 }
 
-/// Every call has ended when it answers: there is nothing to wait for.
+/// Answers at once: every call has ended when it answers.
 pub(super) fn wait_for_examine(_: &App, params: &mut Params<'_>) -> Answer {
     params.finish()?;
     Ok(json!(true))

@@ -1,4 +1,4 @@
-//! Devices opened by URI, as the calls that would make them.
+//! Devices opened by URI, and the calls that would make them.
 
 use std::sync::Arc;
 
@@ -10,21 +10,21 @@ use serde_json::{Value, json};
 use super::app::{App, Created};
 
 impl App {
-    /// The device of this name, alias, UUID or URI, as [`Registry::open`] gives it. One that a URI
-    /// makes becomes a part of the [configuration](App::config).
+    /// Opens the device of this name, alias, UUID or URI as [`Registry::open`] does. A device that
+    /// a URI makes becomes part of the [configuration](App::config).
     ///
     /// # Errors
-    /// Those of [`Registry::open`].
+    /// Fails as [`Registry::open`] does.
     ///
     /// [`Registry::open`]: pumice_bdev::registry::Registry::open
     pub fn open(&self, name: &str) -> Result<Arc<dyn BlockDevice>, BdevError> {
         self.open_with(name, OpenOptions::new())
     }
 
-    /// As [`App::open`], with options that count more than those of a URI.
+    /// Opens a device as [`App::open`] does. The options override those of a URI.
     ///
     /// # Errors
-    /// As [`App::open`].
+    /// Fails as [`App::open`] does.
     pub fn open_with(
         &self,
         name: &str,
@@ -44,7 +44,7 @@ impl App {
     }
 }
 
-/// The call that makes a device as `uri` did; `None` for a module without one.
+/// Returns the call that makes a device as `uri` did, or `None` for a module without one.
 fn call_for(uri: &str, info: &DeviceInfo) -> Option<(&'static str, Value)> {
     let mut parsed = Uri::parse(uri, &[]).ok()?;
     let uuid = pumice_bdev::uuid::format(&info.uuid);
@@ -55,7 +55,7 @@ fn call_for(uri: &str, info: &DeviceInfo) -> Option<(&'static str, Value)> {
         "uuid": uuid,
     });
     let nvme = |trtype: &str, traddr: &str| {
-        // The names are made again from the first part of this one.
+        // The names are made again from the first part's name.
         let base = info.name.rsplit_once('n').map_or("", |(base, _)| base);
         json!({ "name": base, "trtype": trtype, "traddr": traddr })
     };
@@ -63,7 +63,7 @@ fn call_for(uri: &str, info: &DeviceInfo) -> Option<(&'static str, Value)> {
         "malloc" => ("bdev_malloc_create", memory),
         "null" => ("bdev_null_create", memory),
         "file" => {
-            // Whoever reads it may stand in another directory.
+            // The reader may have another working directory.
             let path = parsed.path();
             let path = std::path::absolute(&path)
                 .unwrap_or(path)
@@ -77,7 +77,7 @@ fn call_for(uri: &str, info: &DeviceInfo) -> Option<(&'static str, Value)> {
             if !info.ops.has(OpKind::Write) {
                 params["readonly"] = json!(true);
             }
-            // What SPDK's method cannot say, it says with parameters of our own.
+            // Parameters of our own stand for options that SPDK's method does not have.
             if parsed.flag("buffered").ok()? {
                 params["direct"] = json!(false);
             }
@@ -91,7 +91,7 @@ fn call_for(uri: &str, info: &DeviceInfo) -> Option<(&'static str, Value)> {
             ("bdev_aio_create", params)
         }
         "nvme" => {
-            // The controller; all its namespaces come with it.
+            // The call makes all namespaces of the controller.
             let address = NvmeUri::parse(uri).ok()?.address;
             let params = match parsed.scheme() {
                 "vfio-user" => nvme("VFIOUSER", &address),
@@ -135,7 +135,7 @@ mod tests {
         }
         let (config, first) = (app.config(), seen(&app));
         assert_eq!(first.len(), uris.len());
-        // A name that is there already is not a new device.
+        // A name that exists already is not a new device.
         app.open(&first[0].0).unwrap();
         assert_eq!(app.config(), config);
         let null = first.iter().find(|one| one.1 == "null").unwrap();

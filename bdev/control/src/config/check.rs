@@ -1,4 +1,4 @@
-//! What can be said of a configuration without doing any of it.
+//! Checks of a configuration that carry out none of it.
 
 use std::collections::BTreeMap;
 
@@ -7,12 +7,12 @@ use pumice_bdev::registry::nearest;
 use super::json::{CHECKED, MethodError, Params};
 use super::{App, Call, ConfigError, Text, blame, methods, parse};
 
-/// Checks a configuration without doing any of it: its form, that the methods exist, that their
-/// parameters are known and can be, and that each device stands on one that the configuration
-/// makes and that no other stands on. Returns the number of calls.
+/// Checks a configuration without carrying it out: its form, that the methods exist, that their
+/// parameters are known and valid, and that each device's base is made by the configuration and
+/// used by no other. Returns the number of calls.
 ///
 /// # Errors
-/// The first thing that is wrong.
+/// Returns the first error.
 pub fn check_form(file: &str, text: &str) -> Result<usize, ConfigError> {
     let clean = super::without_comments(text);
     let text = Text { file, text: &clean };
@@ -30,7 +30,7 @@ pub fn check_form(file: &str, text: &str) -> Result<usize, ConfigError> {
             _ => {}
         }
     }
-    // What is taken away in between makes names free again: only loading can tell.
+    // A removal makes names free again, so only loading can tell.
     let removes = |c: &Call<'_>| c.method.contains("_delete") || c.method.contains("_detach");
     if calls.iter().any(removes) {
         return Ok(calls.len());
@@ -44,15 +44,15 @@ pub fn check_form(file: &str, text: &str) -> Result<usize, ConfigError> {
     Ok(calls.len())
 }
 
-/// The names that the calls of a configuration give to devices, and who stands on whom.
+/// The names that a configuration's calls give to devices, and the devices on top of others.
 #[derive(Default)]
 struct Names {
     given: Vec<String>,
-    /// Of NVMe controllers, whose namespaces only they know.
+    /// The NVMe controllers, whose namespaces only the devices know.
     controllers: Vec<String>,
-    /// There are devices called `Malloc` and some number.
+    /// Whether there are devices called `Malloc` and a number.
     unnamed: bool,
-    /// Devices that others stand on, with these.
+    /// Base devices with the devices on top of them.
     taken: BTreeMap<String, String>,
 }
 

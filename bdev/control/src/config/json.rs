@@ -1,32 +1,32 @@
-//! JSON that knows where it came from, so that errors name the line and the key.
+//! JSON with its position in the text, so that errors name the line and the key.
 
 use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-/// What is wrong with a method's parameters or with a configuration file.
+/// An error in a method's parameters or in a configuration file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MethodError {
-    /// The code of the JSON-RPC error: -32602 for parameters, a negative errno for the rest.
+    /// Code of the JSON-RPC error: -32602 for parameters, otherwise a negative errno.
     pub code: i64,
-    /// What is wrong.
+    /// Description of the error.
     pub message: String,
-    /// The parameter, if it is one.
+    /// The invalid parameter, if it is one.
     pub key: Option<String>,
     /// Byte offset of the value in the text.
     pub(crate) at: Option<usize>,
 }
 
-/// Parameters that make no sense (JSON-RPC 2.0, section 5.1).
+/// Invalid parameters (JSON-RPC 2.0, section 5.1).
 pub(crate) const INVALID_PARAMS: i64 = -32602;
-/// No such method.
+/// The method does not exist.
 pub(crate) const METHOD_NOT_FOUND: i64 = -32601;
-/// Not a request.
+/// The text is not a request.
 pub(crate) const INVALID_REQUEST: i64 = -32600;
-/// Not JSON.
+/// The text is not JSON.
 pub(crate) const PARSE_ERROR: i64 = -32700;
-/// No error: parameters that were only to be looked at are good. Never seen by a client.
+/// Not an error: the parameters of a call that is only checked are valid. Clients never see it.
 pub(crate) const CHECKED: i64 = i64::MIN;
 
 impl MethodError {
@@ -57,7 +57,7 @@ impl fmt::Display for MethodError {
 
 impl std::error::Error for MethodError {}
 
-/// Members of an object, in order, as written.
+/// The members of an object, in order, as written.
 pub(crate) struct Object<'a>(pub(crate) Vec<(String, &'a RawValue)>);
 
 impl<'de: 'a, 'a> Deserialize<'de> for Object<'a> {
@@ -82,7 +82,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Object<'a> {
     }
 }
 
-/// What kind of value a text holds, for messages.
+/// Returns the kind of value that a text holds, for messages.
 pub(crate) fn kind(raw: &RawValue) -> &'static str {
     match raw.get().bytes().next() {
         Some(b'{') => "an object",
@@ -94,18 +94,18 @@ pub(crate) fn kind(raw: &RawValue) -> &'static str {
     }
 }
 
-/// Parameters of a method. Each that is known must be asked for before [`Params::finish`].
+/// Parameters of a method. The method must ask for each known one before [`Params::finish`].
 pub struct Params<'a> {
     members: Vec<(String, &'a RawValue)>,
     known: Vec<&'static str>,
-    /// The call ends at [`Params::finish`], before it does anything.
+    /// Whether the call ends at [`Params::finish`], before it does anything.
     only_check: bool,
-    /// Says that nobody waits for the answer any longer.
+    /// Returns whether nobody waits for the answer.
     gone: &'a dyn Fn() -> bool,
 }
 
 impl<'a> Params<'a> {
-    /// From the `params` of a request; none at all is an empty object.
+    /// Reads the `params` of a request; without any they are an empty object.
     pub(crate) fn new(raw: Option<&'a RawValue>) -> Result<Params<'a>, MethodError> {
         let none = Params {
             members: Vec::new(),
@@ -132,7 +132,7 @@ impl<'a> Params<'a> {
         Ok(Params { members, ..none })
     }
 
-    /// The same, for a call that shall end with [`CHECKED`] instead of doing something.
+    /// Reads parameters of a call that must end with [`CHECKED`] instead of doing something.
     pub(crate) fn only_check(raw: Option<&'a RawValue>) -> Result<Params<'a>, MethodError> {
         let params = Params::new(raw)?;
         Ok(Params {
@@ -141,7 +141,7 @@ impl<'a> Params<'a> {
         })
     }
 
-    /// The same, for a call that ends early when `gone` says so.
+    /// Returns the parameters of a call that ends early when `gone` returns true.
     pub(crate) fn until<'b>(self, gone: &'b dyn Fn() -> bool) -> Params<'b>
     where
         'a: 'b,
@@ -149,12 +149,12 @@ impl<'a> Params<'a> {
         Params { gone, ..self }
     }
 
-    /// Whether nobody waits for the answer any longer.
+    /// Whether nobody waits for the answer.
     pub(crate) fn is_gone(&self) -> bool {
         (self.gone)()
     }
 
-    /// The members as they are, for keeping.
+    /// Returns the members as they are, to be saved.
     pub(crate) fn to_value(&self) -> serde_json::Value {
         let parse = |raw: &RawValue| -> serde_json::Value {
             serde_json::from_str(raw.get()).unwrap_or_default()
@@ -171,7 +171,7 @@ impl<'a> Params<'a> {
         (raw.get() != "null").then_some(*raw)
     }
 
-    /// An error about a parameter, at its place.
+    /// Makes an error about a parameter, at its place.
     pub(crate) fn error(&self, key: &str, reason: impl fmt::Display) -> MethodError {
         let mut e = MethodError::param(key, reason);
         let member = self.members.iter().find(|(k, _)| k == key);
@@ -253,10 +253,11 @@ impl<'a> Params<'a> {
         };
         let uuid = pumice_bdev::uuid::parse(&text);
         uuid.map(Some)
-            .ok_or_else(|| self.error(key, format!("`{text}` is no UUID")))
+            .ok_or_else(|| self.error(key, format!("`{text}` is not a UUID")))
     }
 
-    /// A parameter that only its neutral value fits: what it asks for is not there.
+    /// Accepts a parameter only with its neutral value, because it asks for an ability that does
+    /// not exist here.
     pub(crate) fn neutral(
         &mut self,
         key: &'static str,
@@ -272,12 +273,13 @@ impl<'a> Params<'a> {
         Err(self.error(key, format!("{} is not supported: {why}", raw.get())))
     }
 
-    /// Parameters that are taken and change nothing here, whatever they say.
+    /// Accepts parameters that have no effect here, whatever their values.
     pub(crate) fn ignore(&mut self, keys: &[&'static str]) {
         self.known.extend_from_slice(keys);
     }
 
-    /// Refuses parameters that nobody asked for. A method calls it before it does anything.
+    /// Refuses parameters that the method did not ask for. A method calls it before it does
+    /// anything.
     pub(crate) fn finish(&self) -> Result<(), MethodError> {
         let strange = self
             .members
@@ -295,8 +297,8 @@ impl<'a> Params<'a> {
         Err(self.error(key, format!("unknown parameter{hint}")))
     }
 
-    /// Like [`Params::finish`], for options of which later versions have more: refused is only
-    /// what looks like a slip in one that is known; the others are returned.
+    /// Finishes as [`Params::finish`] does, for options of which later versions have more. Refuses
+    /// only unknown parameters that resemble a known one, and returns the others.
     pub(crate) fn finish_open(&self) -> Result<Vec<&str>, MethodError> {
         let known: Vec<String> = self.known.iter().map(|k| (*k).to_owned()).collect();
         let mut others = Vec::new();
@@ -322,8 +324,8 @@ impl<'a> Params<'a> {
     }
 }
 
-/// The text with comments (`//`, `/* */`, which SPDK's parser takes in configuration files) made
-/// blank; everything else stays where it is.
+/// Returns the text with comments (`//` and `/* */`, which SPDK's parser accepts in configuration
+/// files) replaced by spaces. Everything else keeps its place.
 pub(crate) fn without_comments(text: &str) -> String {
     let mut out = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
@@ -362,7 +364,7 @@ pub(crate) fn without_comments(text: &str) -> String {
     String::from_utf8(out).unwrap_or_else(|_| text.to_owned())
 }
 
-/// The line of a byte offset, from 1.
+/// Returns the line of a byte offset, from 1.
 pub(crate) fn line_of(text: &str, offset: usize) -> usize {
     let upto = text.as_bytes().get(..offset).unwrap_or(text.as_bytes());
     upto.iter().filter(|b| **b == b'\n').count() + 1

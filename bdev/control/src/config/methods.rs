@@ -13,7 +13,7 @@ type Run = fn(&App, &mut Params<'_>) -> Result<Value, MethodError>;
 pub(crate) struct Method {
     pub(crate) name: &'static str,
     pub(crate) run: Run,
-    /// It makes a device on top of another, which may come later.
+    /// Whether it makes a device on top of another, which may come later.
     stands_on_another: bool,
 }
 

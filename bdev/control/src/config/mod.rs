@@ -7,9 +7,9 @@
 //! ] } ] }
 //! ```
 //!
-//! Methods and parameters have SPDK's names; files that its scripts wrote (`gen_nvme.sh`,
-//! `save_config`) work, whatever other subsystems they configure. As there, a device may be
-//! configured before what it stands on.
+//! Methods and parameters have SPDK's names. Files that its scripts wrote (`gen_nvme.sh`,
+//! `save_config`) work, whatever other subsystems they configure. As in SPDK, a device may come
+//! before its base device.
 
 mod app;
 mod bdev_methods;
@@ -32,10 +32,10 @@ use json::{Object, line_of, without_comments};
 use pumice_bdev::BdevError;
 use serde_json::value::RawValue;
 
-/// No file of a configuration is longer.
+/// Longest configuration file in bytes.
 const MAX_LEN: u64 = 16 << 20;
 
-/// Subsystems of SPDK that have nothing to do with block devices: skipped.
+/// Subsystems of SPDK without block devices, which are skipped.
 const OTHER_SUBSYSTEMS: &[&str] = &[
     "accel",
     "fsdev",
@@ -59,13 +59,13 @@ const OTHER_SUBSYSTEMS: &[&str] = &[
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{file}:{line}: {message}")]
 pub struct ConfigError {
-    /// The file.
+    /// Name of the file.
     pub file: String,
-    /// Line, from 1.
+    /// Line of the error, from 1.
     pub line: usize,
-    /// The parameter, if one is to blame.
+    /// The parameter that is wrong, if it is one.
     pub key: Option<String>,
-    /// What is wrong, with the method and the key.
+    /// Description of the error, with the method and the key.
     pub message: String,
 }
 
@@ -79,7 +79,7 @@ impl Text<'_> {
         self.error_at(at.get().as_ptr().addr(), None, message)
     }
 
-    /// `address`: of a part of the text.
+    /// Makes an error at `address`, which points into the text.
     fn error_at(
         &self,
         address: usize,
@@ -136,7 +136,7 @@ struct Call<'a> {
 /// Loads a configuration file into `app`.
 ///
 /// # Errors
-/// What is wrong, with file, line and key. What was configured before the error stays.
+/// Returns the error with file, line and key. Devices that were configured before it stay.
 pub fn load_file(app: &App, path: &Path) -> Result<(), ConfigError> {
     let file = path.display().to_string();
     let error = |message: String| ConfigError {
@@ -162,15 +162,15 @@ pub fn load_file(app: &App, path: &Path) -> Result<(), ConfigError> {
     load(app, &file, &text)
 }
 
-/// Loads a configuration from text; `file` is its name in errors.
+/// Loads a configuration from a text. Errors call it `file`.
 ///
 /// # Errors
-/// As of [`load_file`].
+/// Fails as [`load_file`] does.
 pub fn load(app: &App, file: &str, text: &str) -> Result<(), ConfigError> {
     let clean = without_comments(text);
     let text = Text { file, text: &clean };
     let calls = parse(&text)?;
-    // Devices may come before those that they stand on: what finds none is tried again.
+    // Devices may come before their base devices: a call that finds no base is tried again.
     let mut waiting: Vec<(Call<'_>, MethodError)> = Vec::new();
     for call in calls {
         match app.call_raw(&call.method, call.params) {

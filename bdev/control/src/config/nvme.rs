@@ -15,7 +15,7 @@ use super::json::{MethodError, Params};
 
 type Answer = Result<Value, MethodError>;
 
-/// How often a controller without I/O is asked whether it is still there.
+/// Interval at which a controller without I/O is asked whether it is still there.
 const WATCH_EVERY: Duration = Duration::from_millis(250);
 
 /// An attached controller.
@@ -27,7 +27,7 @@ pub(crate) struct Controller {
     controller: Weak<pumice_nvme::Controller>,
 }
 
-/// A transport by its name, in SPDK's spelling, and the URI of an address of it.
+/// Returns the name of a transport in SPDK's spelling, and the URI of an address.
 fn transport(
     params: &Params<'_>,
     trtype: &str,
@@ -36,13 +36,16 @@ fn transport(
     match trtype.to_ascii_lowercase().as_str() {
         "pcie" => Ok(("PCIe", format!("nvme://{traddr}"))),
         "vfiouser" | "vfio-user" => Ok(("VFIOUSER", uri_of("vfio-user", traddr))),
-        // In this process, for trying things out: `memory`, `null` or a path, with options.
+        // A controller in this process, for experiments: `memory`, `null` or a path, with options.
         "soft" => Ok(("SOFT", format!("soft://{traddr}"))),
         "tcp" | "rdma" | "fc" => {
             let reason = format!("`{trtype}`: no NVMe over fabrics here; PCIe and VFIOUSER");
             Err(params.error("trtype", reason))
         }
-        _ => Err(params.error("trtype", format!("`{trtype}`: one of PCIe, VFIOUSER, SOFT"))),
+        _ => Err(params.error(
+            "trtype",
+            format!("`{trtype}`: use one of PCIe, VFIOUSER, SOFT"),
+        )),
     }
 }
 
@@ -50,7 +53,7 @@ pub(super) fn attach_controller(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.string("name")?;
     let trtype = params.string("trtype")?;
     let traddr = params.string("traddr")?;
-    // Of fabrics, and of SPDK's pools: nothing here depends on them.
+    // Options of fabrics and of SPDK's pools have no effect here.
     params.ignore(&[
         "adrfam",
         "trsvcid",
@@ -114,7 +117,7 @@ pub(super) fn attach_controller(app: &App, params: &mut Params<'_>) -> Answer {
     Ok(json!(names))
 }
 
-/// Removes the devices of a controller that goes away while nobody does I/O on it.
+/// Watches a controller, and removes its devices when it goes away without I/O.
 fn watch(registry: Registry, controller: Weak<pumice_nvme::Controller>, bdevs: Vec<String>) {
     let watcher = move || {
         while let Some(controller) = controller.upgrade() {
@@ -169,7 +172,7 @@ pub(super) fn detach_controller(app: &App, params: &mut Params<'_>) -> Answer {
     Ok(json!(true))
 }
 
-/// The controller of that name that is attached.
+/// Returns the attached controller of that name.
 fn attached(app: &App, name: &str) -> Result<Arc<pumice_nvme::Controller>, MethodError> {
     let state = app.state.lock();
     let found = state.controllers.get(name);
@@ -180,7 +183,8 @@ fn attached(app: &App, name: &str) -> Result<Arc<pumice_nvme::Controller>, Metho
     })
 }
 
-/// Resets a controller. I/O in flight is sent again or ends with an error; blocks until it is over.
+/// Resets a controller. I/O in flight is sent again or ends with an error. Blocks until the reset
+/// has ended.
 pub(super) fn reset_controller(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.string("name")?;
     params.neutral(
@@ -194,8 +198,8 @@ pub(super) fn reset_controller(app: &App, params: &mut Params<'_>) -> Answer {
     Ok(json!(true))
 }
 
-/// The SMART / health log, in the units of the specification but for the temperatures, which are
-/// in degrees Celsius.
+/// Returns the SMART / health log in the specification's units, except for the temperatures, which
+/// are in degrees Celsius.
 pub(super) fn health_info(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.string("name")?;
     params.finish()?;
@@ -211,7 +215,7 @@ pub(super) fn health_info(app: &App, params: &mut Params<'_>) -> Answer {
         .smart_log()
         .map_err(pumice_bdev::BdevError::from)?;
     let celsius = |kelvin: u16| i32::from(kelvin) - 273;
-    // Numbers of 128 bits: JSON's readers know fewer.
+    // Numbers of 128 bits are larger than JSON readers expect.
     let big = |n: u128| u64::try_from(n).map_or_else(|_| json!(n.to_string()), |n| json!(n));
     let mut info = json!({
         "model_number": text(&identify.mn),
@@ -269,7 +273,7 @@ pub(super) fn get_controllers(app: &App, params: &mut Params<'_>) -> Answer {
                 "state": word,
                 "trid": { "trtype": c.trtype, "traddr": c.traddr },
                 "cntlid": identify.map_or(0, |i| i.cntlid.get()),
-                // Of fabrics only.
+                // These are for fabrics only.
                 "host": { "nqn": "", "addr": "", "svcid": "" },
             }] })
         })
@@ -331,8 +335,8 @@ const OTHER_OPTIONS: &[&str] = &[
     "transport_tos",
 ];
 
-/// Options of the driver. Time-outs and what follows them take effect; queue and reconnection
-/// settings that have no counterpart here are kept for `save_config`.
+/// Sets options of the driver. Time-outs and their action take effect. Settings of queues and
+/// reconnection have no counterpart here and are kept for `save_config`.
 pub(super) fn set_options(app: &App, params: &mut Params<'_>) -> Answer {
     let action = params.opt_string("action_on_timeout")?;
     let timeout_us = params.opt_u64("timeout_us")?;
@@ -342,7 +346,7 @@ pub(super) fn set_options(app: &App, params: &mut Params<'_>) -> Answer {
         Some("abort") => Some(TimeoutAction::Abort),
         Some("reset") => Some(TimeoutAction::Reset),
         Some(other) => {
-            let reason = format!("`{other}`: one of none, abort, reset");
+            let reason = format!("`{other}`: use one of none, abort, reset");
             return Err(params.error("action_on_timeout", reason));
         }
     };

@@ -1,7 +1,7 @@
-//! Methods about the process that SPDK's tools ask for: signals, reactors, threads, notifications.
+//! Methods about the process that SPDK's tools call: signals, reactors, threads, notifications.
 //!
-//! There are no reactors here and no threads of a framework: the thread that wants the I/O does it.
-//! The methods say so in SPDK's form, with empty lists, so that scripts which look go on.
+//! There are no reactors and no threads of a framework here: the thread that wants I/O does it. The
+//! methods say so in SPDK's form, with empty lists, so that scripts work.
 
 use std::collections::VecDeque;
 
@@ -14,13 +14,13 @@ use super::json::{MethodError, Params};
 
 type Answer = Result<Value, MethodError>;
 
-/// Notifications that are kept.
+/// Number of notifications that are kept.
 const KEPT: usize = 1024;
 
-/// Devices that came and went, the newest last.
+/// Added and removed devices, the newest last.
 #[derive(Debug, Default)]
 pub(crate) struct Notifications {
-    /// The number of the first that is kept.
+    /// The number of the oldest notification that is kept.
     first: u64,
     kept: VecDeque<(&'static str, String)>,
 }
@@ -71,7 +71,7 @@ pub(super) fn get_reactors(_: &App, params: &mut Params<'_>) -> Answer {
     }))
 }
 
-/// The answer of `thread_get_stats` and of `thread_get_io_channels`.
+/// Answers `thread_get_stats` and `thread_get_io_channels`.
 pub(super) fn get_threads(_: &App, params: &mut Params<'_>) -> Answer {
     params.finish()?;
     Ok(json!({ "tick_rate": Clock::get().ticks_per_second(), "threads": [] }))

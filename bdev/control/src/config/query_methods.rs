@@ -1,4 +1,4 @@
-//! Methods that tell: devices, statistics, histograms.
+//! Methods that return information: devices, statistics, histograms.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use super::json::{MethodError, Params};
 
 type Answer = Result<Value, MethodError>;
 
-/// The devices asked for: the one named `name`, or all.
+/// Returns the device named `name`, or all devices.
 fn asked(app: &App, name: Option<String>) -> Result<Vec<Bdev>, MethodError> {
     match name {
         None => Ok(app.registry.list()),
@@ -29,10 +29,10 @@ fn asked(app: &App, name: Option<String>) -> Result<Vec<Bdev>, MethodError> {
     }
 }
 
-/// With `timeout` (in milliseconds) it waits for a device that is not there yet.
+/// With `timeout` (in milliseconds) it waits for a device that does not exist yet.
 pub(super) fn get_bdevs(app: &App, params: &mut Params<'_>) -> Answer {
     const LOOK_EVERY: Duration = Duration::from_millis(5);
-    /// Nobody waits longer for an answer.
+    /// Longest wait for a device.
     const TIMEOUT_MAX_MS: u64 = 600_000;
     let name = params.opt_string("name")?;
     let timeout_ms = params.opt_u64("timeout")?.unwrap_or(0);
@@ -49,12 +49,12 @@ pub(super) fn get_bdevs(app: &App, params: &mut Params<'_>) -> Answer {
     Ok(asked(app, name)?.iter().map(describe).collect())
 }
 
-/// A device as `bdev_get_bdevs` shows it.
+/// Describes a device in the form of `bdev_get_bdevs`.
 pub(crate) fn describe(bdev: &Bdev) -> Value {
     let info = bdev.info();
     let has = |kind| info.ops.has(kind);
     let uuid = pumice_bdev::uuid::format(&info.uuid);
-    // A device answers to its UUID.
+    // A device can be found by its UUID.
     let aliases: Vec<&str> = info
         .aliases
         .iter()
@@ -112,8 +112,8 @@ pub(crate) fn describe(bdev: &Bdev) -> Value {
     value
 }
 
-/// Statistics in the shape of `bdev_get_iostat`, of a device by its name or of a channel by its
-/// number.
+/// Returns statistics in the form of `bdev_get_iostat`, of a device by its name or of a channel by
+/// its number.
 fn iostat(key: &str, of: Value, stats: &pumice_bdev::stats::Stats) -> Value {
     let mut value = serde_json::Map::new();
     value.insert(key.to_owned(), of);
@@ -148,11 +148,11 @@ fn iostat(key: &str, of: Value, stats: &pumice_bdev::stats::Stats) -> Value {
     Value::Object(value)
 }
 
-/// What a reset of statistics resets.
+/// The statistics that a reset clears.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum ResetMode {
     None,
-    /// Shortest and longest latencies.
+    /// The shortest and longest latencies.
     Extremes,
     All,
 }
@@ -167,7 +167,7 @@ fn reset_mode(
         Some("none") => Ok(ResetMode::None),
         Some("maxmin") => Ok(ResetMode::Extremes),
         Some("all") => Ok(ResetMode::All),
-        Some(other) => Err(params.error(key, format!("`{other}`: one of all, maxmin, none"))),
+        Some(other) => Err(params.error(key, format!("`{other}`: use one of all, maxmin, none"))),
     }
 }
 
@@ -239,14 +239,17 @@ pub(super) fn reset_iostat(app: &App, params: &mut Params<'_>) -> Answer {
 pub(super) fn enable_histogram(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.string("name")?;
     let on = params.flag("enable")?;
-    let only = match params.opt_string("opc")? {
-        None => None,
-        Some(opc) => {
-            let found = OpKind::ALL.into_iter().find(|k| k.name() == opc);
-            let known = || OpKind::ALL.map(OpKind::name).join(", ");
-            Some(found.ok_or_else(|| params.error("opc", format!("`{opc}`: one of {}", known())))?)
-        }
-    };
+    let only =
+        match params.opt_string("opc")? {
+            None => None,
+            Some(opc) => {
+                let found = OpKind::ALL.into_iter().find(|k| k.name() == opc);
+                let known = || OpKind::ALL.map(OpKind::name).join(", ");
+                Some(found.ok_or_else(|| {
+                    params.error("opc", format!("`{opc}`: use one of {}", known()))
+                })?)
+            }
+        };
     let shift = BUCKET_SHIFT.to_string();
     params.neutral("granularity", &[&shift], "buckets have one granularity")?;
     for key in ["min_nsec", "max_nsec"] {
@@ -272,7 +275,7 @@ pub(super) fn get_histogram(app: &App, params: &mut Params<'_>) -> Answer {
         "histogram": base64::engine::general_purpose::STANDARD.encode(bytes),
         "tsc_rate": Clock::get().ticks_per_second(),
         "bucket_shift": BUCKET_SHIFT,
-        // The names of later versions; the ranges are all that there are.
+        // The keys are those of later versions; the ranges are the only ones here.
         "granularity": BUCKET_SHIFT,
         "min_range": 0,
         "max_range": u64::BITS - BUCKET_SHIFT,
@@ -284,10 +287,10 @@ pub(super) fn raid_get_bdevs(app: &App, params: &mut Params<'_>) -> Answer {
     params.finish()?;
     let wanted = match category.as_str() {
         "all" | "online" => true,
-        // An array here is online or does not exist.
+        // An array is online here or does not exist.
         "configuring" | "offline" => false,
         other => {
-            let reason = format!("`{other}`: one of all, online, configuring, offline");
+            let reason = format!("`{other}`: use one of all, online, configuring, offline");
             return Err(params.error("category", reason));
         }
     };

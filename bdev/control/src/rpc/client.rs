@@ -1,4 +1,4 @@
-//! A client: one call after another on a connection.
+//! A client, which makes one call after another on a connection.
 
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -10,39 +10,39 @@ use serde_json::{Value, json};
 
 use super::frame::{Frame, Scanner};
 
-/// An answer is at most so long.
+/// Longest answer in bytes.
 const ANSWER_MAX: usize = 64 << 20;
 
-/// A call that failed.
+/// The reason why a call failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RpcError {
-    /// Nobody listens.
+    /// No server accepts the connection.
     #[error("{path}: {source}; {}", connect_hint(.path, .source))]
     Connect {
-        /// The socket.
+        /// Path of the socket.
         path: String,
-        /// Why.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
     /// The connection broke.
     #[error("JSON-RPC: {0}")]
     Io(#[from] io::Error),
-    /// The answer is none.
+    /// The answer is invalid.
     #[error("JSON-RPC: the answer is not what it should be: {0}")]
     Answer(String),
-    /// The server says no.
+    /// The server returned an error.
     #[error("{message} (code {code})")]
     Failed {
-        /// Its code: -32768 to -32000 as in JSON-RPC 2.0, else a negative errno.
+        /// Code of the error: -32768 to -32000 as in JSON-RPC 2.0, otherwise a negative errno.
         code: i64,
-        /// Its message.
+        /// Message of the error.
         message: String,
     },
 }
 
-/// What to do when nobody can be reached.
+/// Returns what to do when no server can be reached.
 fn connect_hint(path: &str, source: &io::Error) -> String {
     match source.kind() {
         io::ErrorKind::PermissionDenied => {
@@ -60,11 +60,11 @@ pub struct RpcClient {
 }
 
 impl RpcClient {
-    /// Connects to the socket `path`, which this user or root must serve; that, and each call, takes
-    /// at most `timeout`.
+    /// Connects to the socket `path`, which a process of this user or root must serve. The
+    /// connection, and each call, takes at most `timeout`.
     ///
     /// # Errors
-    /// [`RpcError::Connect`].
+    /// Fails with [`RpcError::Connect`].
     pub fn connect(path: &Path, timeout: Duration) -> Result<RpcClient, RpcError> {
         let failed = |source| RpcError::Connect {
             path: path.display().to_string(),
@@ -73,11 +73,11 @@ impl RpcClient {
         let stream = connect(path, timeout).map_err(|e| match e.kind() {
             io::ErrorKind::TimedOut => failed(io::Error::new(
                 io::ErrorKind::TimedOut,
-                format!("who serves it takes no connection within {timeout:?}"),
+                format!("its server accepted no connection within {timeout:?}"),
             )),
             _ => failed(e),
         })?;
-        // A name in a directory where everybody may make names says nothing of who serves it.
+        // A name in a directory where everybody may create names does not say who serves it.
         if !peer_is_own(&stream) {
             let text = "another user serves it, neither this one nor root";
             return Err(failed(io::Error::new(
@@ -90,10 +90,10 @@ impl RpcClient {
         Ok(RpcClient { stream, id: 0 })
     }
 
-    /// Calls a method. Blocks until the answer is there.
+    /// Calls a method. Blocks until the answer has arrived.
     ///
     /// # Errors
-    /// The server's own error, or what went wrong on the way.
+    /// Returns the server's error, or that of the connection.
     pub fn call(&mut self, method: &str, params: &Value) -> Result<Value, RpcError> {
         self.id += 1;
         let mut request = json!({ "jsonrpc": "2.0", "method": method, "id": self.id });

@@ -1,17 +1,17 @@
-//! Where a JSON message ends, found in one pass over the bytes as they come.
+//! The end of a JSON message, found in one pass over the bytes as they arrive.
 
-/// What the bytes so far are.
+/// The state of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Frame {
-    /// More must come.
+    /// The message is not complete.
     Partial,
-    /// A message ends after so many bytes.
+    /// The message ends after this many bytes.
     Complete(usize),
     /// No message begins like this.
     Garbage,
 }
 
-/// Follows brackets and strings; every byte is looked at once.
+/// Follows brackets and strings, and looks at every byte once.
 #[derive(Debug, Default)]
 pub(crate) struct Scanner {
     at: usize,
@@ -21,7 +21,7 @@ pub(crate) struct Scanner {
 }
 
 impl Scanner {
-    /// Goes on where it stopped. `buf` has grown at its end since, no more.
+    /// Continues where it stopped. Since then `buf` may only have grown at its end.
     pub(crate) fn scan(&mut self, buf: &[u8]) -> Frame {
         while let Some(byte) = buf.get(self.at) {
             self.at += 1;
@@ -51,7 +51,7 @@ impl Scanner {
         Frame::Partial
     }
 
-    /// Starts over, after a message was taken off the buffer.
+    /// Starts again, after a message was removed from the buffer.
     pub(crate) fn restart(&mut self) {
         *self = Scanner::default();
     }

@@ -6,15 +6,15 @@ use serde_json::{Value, json};
 use crate::config::App;
 use crate::config::json::{INVALID_REQUEST, MethodError, Object, PARSE_ERROR};
 
-/// Requests in one batch.
+/// Most requests in one batch.
 const BATCH_MAX: usize = 64;
 
-/// Answers a message: a request, or a batch of them. `None`: there is nothing to say.
+/// Answers a request or a batch of them. Returns `None` when no answer is needed.
 pub fn handle(app: &App, text: &[u8]) -> Option<String> {
     handle_until(app, text, &|| false)
 }
 
-/// As [`handle`]; a method that waits for something gives up when `gone` says so.
+/// Answers as [`handle`] does. A method that waits stops when `gone` returns true.
 pub(crate) fn handle_until(app: &App, text: &[u8], gone: &dyn Fn() -> bool) -> Option<String> {
     let error = |code, message: &str| failure(&Value::Null, &MethodError::new(code, message));
     let Ok(text) = std::str::from_utf8(text) else {
@@ -57,7 +57,7 @@ fn request(app: &App, raw: &RawValue, gone: &dyn Fn() -> bool) -> Option<Value> 
     let id: Option<Value> = match member("id").map(|raw| serde_json::from_str(raw.get())) {
         None => None,
         Some(Ok(id)) => Some(id),
-        // Not a notification: somebody waits for an answer, if not for this one.
+        // This is not a notification: the client waits for an answer.
         Some(Err(_)) => return invalid(&Value::Null, "`id` is a string or a number"),
     };
     let known = |id: &Value| id.is_string() || id.is_number() || id.is_null();
@@ -78,7 +78,7 @@ fn request(app: &App, raw: &RawValue, gone: &dyn Fn() -> bool) -> Option<Value> 
     if let Err(error) = &result {
         tracing::debug!(method, %error, "call failed");
     }
-    // Without an id it is a notification: nobody waits for an answer.
+    // Without an id it is a notification: the client does not wait for an answer.
     let id = id?;
     Some(match result {
         Ok(result) => json!({ "jsonrpc": "2.0", "id": id, "result": result }),

@@ -1,8 +1,8 @@
-//! JSON-RPC 2.0 on a Unix socket, with SPDK's method names and shapes, so that its `rpc.py` talks
-//! to a process of ours.
+//! JSON-RPC 2.0 on a Unix socket, with SPDK's method names and forms, so that SPDK's `rpc.py` works
+//! with a process of ours.
 //!
-//! Only the owner may connect. A client that sends nonsense, too much, or nothing for too long is
-//! told so where that is possible and let go; the others do not notice.
+//! Only the owner may connect. A client that sends invalid messages, too much, or nothing for too
+//! long gets an error where possible and is disconnected. Other clients are not affected.
 
 mod client;
 mod frame;

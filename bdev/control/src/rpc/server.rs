@@ -1,4 +1,4 @@
-//! The server: a thread that accepts, one for each client.
+//! The server: a thread that accepts, and one for each client.
 
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::FileTypeExt as _;
@@ -18,9 +18,9 @@ use super::frame::{Frame, Scanner};
 use super::message;
 use crate::config::App;
 
-/// How long a socket that is there already is given to take a connection.
+/// Longest wait for an existing socket to accept a connection.
 const STALE_PATIENCE: Duration = Duration::from_secs(1);
-/// What a client still sends after an error that ends the connection is thrown away for so long.
+/// Time for which bytes of a client are discarded after an error that ends the connection.
 const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Limits of a server.
@@ -28,11 +28,11 @@ const FAREWELL: Duration = Duration::from_secs(1);
 pub struct ServerOptions {
     /// Longest request, in bytes.
     pub request_max: usize,
-    /// Clients at a time.
+    /// Most clients at a time.
     pub clients_max: usize,
-    /// A request that has begun must be whole after this long, and an answer be taken.
+    /// Longest time for the rest of a request, and for the client to read an answer.
     pub patience: Duration,
-    /// A client that asks nothing is let go after this long.
+    /// Longest time between a client's requests. It is disconnected afterwards.
     pub idle_max: Duration,
 }
 
@@ -47,7 +47,7 @@ impl Default for ServerOptions {
     }
 }
 
-/// A JSON-RPC server on a Unix socket. Dropping it stops it and removes the socket.
+/// A JSON-RPC server on a Unix socket. Dropping this stops it and removes the socket.
 #[derive(Debug)]
 pub struct RpcServer {
     path: PathBuf,
@@ -59,7 +59,8 @@ impl RpcServer {
     /// Serves `app` on the socket `path`, which only the owner of this process may use.
     ///
     /// # Errors
-    /// [`BdevError::InUse`] when a server answers there already; whatever the system says.
+    /// Fails with [`BdevError::InUse`] when a server answers there already, and with the system's
+    /// errors.
     pub fn start(app: Arc<App>, path: &Path, options: ServerOptions) -> Result<Self, BdevError> {
         let os = |what: &str, e| BdevError::os(path.display().to_string(), what, e);
         clear_stale(path)?;
@@ -92,25 +93,25 @@ impl Drop for RpcServer {
     }
 }
 
-/// Removes the socket of a server that is gone; refuses to take over from one that lives.
+/// Removes the socket of a server that has ended. Refuses when a server is alive.
 pub(crate) fn clear_stale(path: &Path) -> Result<(), BdevError> {
     let device = path.display().to_string();
     match std::fs::symlink_metadata(path) {
         Err(_) => Ok(()),
         Ok(meta) if !meta.file_type().is_socket() => {
-            let reason = "exists and is no socket; choose another path".to_owned();
+            let reason = "exists and is not a socket; choose another path".to_owned();
             Err(BdevError::Unsafe { device, reason })
         }
         Ok(_) => match connect(path, STALE_PATIENCE) {
             Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)
                 .map_err(|e| BdevError::os(device, "remove a stale socket", e)),
-            // Somebody listens, even if he takes no connection or lets nobody connect.
+            // A server listens there, even if it does not accept the connection.
             _ => Err(BdevError::InUse { device, pid: None }),
         },
     }
 }
 
-/// One client less, however its thread ends.
+/// Reduces the number of clients when a client's thread ends in any way.
 struct Counted(Arc<AtomicUsize>);
 
 impl Drop for Counted {
@@ -139,7 +140,7 @@ fn accept(
         };
         if clients.load(Ordering::Acquire) >= options.clients_max {
             let clients_max = options.clients_max;
-            tracing::warn!(clients_max, "too many clients: one turned away");
+            tracing::warn!(clients_max, "too many clients: one was refused");
             turn_away(stream, clients_max);
             continue;
         }
@@ -151,25 +152,25 @@ fn accept(
             .spawn(move || {
                 let _count = count;
                 if let Err(error) = serve(&app, stream, &options, &stop) {
-                    tracing::debug!(%error, "client let go");
+                    tracing::debug!(%error, "client disconnected");
                 }
             });
         if let Err(error) = spawned {
-            tracing::warn!(%error, "no thread for a client: it is turned away");
+            tracing::warn!(%error, "no thread for a client: it was refused");
         }
     }
-    // Clients look at `stop` a few times a second.
+    // Clients' threads look at `stop` a few times a second.
     let start = Instant::now();
     while clients.load(Ordering::Acquire) > 0 && start.elapsed() < options.patience {
         thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// Serves one client, on a stream that is connected, until it goes, breaks a limit or `stop` is
-/// set. Blocks.
+/// Serves one client on a connected stream, until it disconnects, exceeds a limit or `stop` is set.
+/// Blocks.
 ///
 /// # Errors
-/// What the system says of the stream.
+/// Returns the system's errors of the stream.
 pub fn serve(
     app: &App,
     mut stream: UnixStream,
@@ -199,7 +200,7 @@ pub fn serve(
                 continue;
             }
             Frame::Garbage => {
-                // Where the next message begins nobody can say.
+                // The start of the next message is unknown.
                 return farewell(&mut stream, -32700, "not a JSON-RPC message");
             }
             Frame::Partial if buf.len() > options.request_max => {
@@ -241,13 +242,13 @@ pub fn serve(
     }
 }
 
-/// Says why a connection ends, without holding up those that wait to be accepted.
+/// Tells a client why its connection ends, without delaying other clients.
 fn turn_away(mut stream: UnixStream, clients_max: usize) {
     let message = format!("there are {clients_max} clients already; try again later");
     let _ = stream.set_nonblocking(true);
     let _ = say(&mut stream, -32000, &message);
     let _ = stream.shutdown(std::net::Shutdown::Write);
-    // A socket that is closed with bytes unread ends in an error on the other side.
+    // A socket that is closed with unread bytes causes an error on the other side.
     let mut piece = [0; 4096];
     for _ in 0..16 {
         if !matches!(stream.read(&mut piece), Ok(n) if n > 0) {
@@ -256,8 +257,8 @@ fn turn_away(mut stream: UnixStream, clients_max: usize) {
     }
 }
 
-/// Says why the connection ends, and takes what the client is still sending, so that it gets to
-/// read that.
+/// Tells the client why the connection ends, and reads what the client is still sending, so that
+/// the client reads the reason.
 fn farewell(stream: &mut UnixStream, code: i64, message: &str) -> io::Result<()> {
     say(stream, code, message)?;
     stream.shutdown(std::net::Shutdown::Write)?;

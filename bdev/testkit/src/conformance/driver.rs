@@ -1,4 +1,4 @@
-//! A channel that checks what it is given back.
+//! A channel that checks everything that it gets back.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -7,10 +7,10 @@ use pumice_bdev::{
     BlockDevice, Completion, DmaBuf, DmaSlice, IoChannel, IoError, Op, OpKind, SubmitError,
 };
 
-/// A device that takes longer hangs.
+/// Time after which an operation counts as hanging.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// What an operation looked like when it was submitted.
+/// The form of an operation when it was submitted.
 #[derive(Debug, PartialEq, Eq)]
 struct Shape {
     kind: OpKind,
@@ -57,13 +57,13 @@ impl Driver {
             block_size: dev.info().block_size,
             name: dev.info().name.clone(),
             flying: HashMap::new(),
-            // Tags are the submitter's: large ones as good as small ones.
+            // The submitter chooses the tags; large ones must work as well as small ones.
             next_tag: u64::MAX - 7,
             out: Vec::new(),
         }
     }
 
-    /// Submits; an operation that the device does not take must come back whole.
+    /// Submits. An operation that the device does not accept must come back unchanged.
     pub(super) fn submit(&mut self, op: Op) -> Result<u64, SubmitError> {
         self.next_tag = self.next_tag.wrapping_add(1);
         let tag = self.next_tag;
@@ -99,7 +99,7 @@ impl Driver {
         }
     }
 
-    /// Reaps at least one completion if anything is in flight.
+    /// Takes at least one completion if anything is in flight.
     pub(super) fn reap(&mut self) -> Vec<Completion> {
         let start = Instant::now();
         loop {
@@ -145,7 +145,7 @@ impl Driver {
         }
     }
 
-    /// Does one operation.
+    /// Runs one operation to its end.
     pub(super) fn run(&mut self, op: Op) -> (Op, Result<(), Box<IoError>>) {
         let mut op = op;
         let tag = loop {
@@ -194,7 +194,7 @@ impl Driver {
         }
     }
 
-    /// Does an operation that must succeed.
+    /// Runs an operation that must succeed.
     pub(super) fn must(&mut self, op: Op) -> Op {
         let (op, result) = self.run(op);
         if let Err(e) = result {
@@ -204,7 +204,7 @@ impl Driver {
     }
 }
 
-/// `len` bytes that say where they belong.
+/// Makes `len` bytes that depend on their position and `seed`.
 pub(super) fn pattern(len: usize, seed: u64) -> DmaSlice {
     let mut buf = DmaBuf::new(len).expect("DMA memory");
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;

@@ -1,4 +1,4 @@
-//! The conformance suite: what every block device must do, checked in one line.
+//! The conformance suite, which checks a block device against the contract in one call.
 //!
 //! ```
 //! let dev = pumice_bdev::open("malloc://4M")?;
@@ -6,7 +6,7 @@
 //! # Ok::<(), pumice_bdev::BdevError>(())
 //! ```
 //!
-//! Everything on the device is overwritten. The device should have at least 1 MiB; of a larger one
+//! It overwrites everything on the device. The device should have at least 1 MiB. Of a larger one
 //! the ends and the first 8 MiB are used.
 
 mod driver;
@@ -20,7 +20,7 @@ pub use model::ModelOptions;
 /// Runs the whole suite.
 ///
 /// # Panics
-/// When the device breaks the contract; the message says where and how.
+/// Panics when the device breaks the contract. The message says where and how.
 pub fn run(dev: &dyn BlockDevice) {
     rules::info(dev);
     rules::refusals(dev);
@@ -39,10 +39,10 @@ pub fn run(dev: &dyn BlockDevice) {
     }
 }
 
-/// Drives random operations against the device and a byte array, and compares.
+/// Runs random operations against the device and a byte array, and compares.
 ///
 /// # Panics
-/// When they differ; the message has the seed and the operation.
+/// Panics when they differ. The message has the seed and the operation.
 pub fn against_model(dev: &dyn BlockDevice, options: &ModelOptions) {
     model::run(dev, options);
 }

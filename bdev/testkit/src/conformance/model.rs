@@ -1,4 +1,4 @@
-//! Random operations against a byte array.
+//! Random operations compared with a byte array.
 
 use std::collections::HashMap;
 
@@ -8,18 +8,18 @@ use rand::{Rng, SeedableRng};
 
 use super::driver::{Driver, pattern};
 
-/// How many operations, over what, how.
+/// Options of a random run.
 #[derive(Debug, Clone)]
 pub struct ModelOptions {
-    /// Everything follows from it; printed when something is wrong.
+    /// Seed of all random choices. It is printed when the run fails.
     pub seed: u64,
-    /// Operations.
+    /// Number of operations.
     pub count: u64,
-    /// The first so many blocks are used.
+    /// Number of blocks to use, from the first on.
     pub span_blocks: u64,
-    /// Operations in flight; those never overlap.
+    /// Most operations in flight. They never overlap.
     pub depth: usize,
-    /// Errors are expected: an operation that fails leaves its blocks undefined until they are
+    /// Whether errors are expected: a failed operation leaves its blocks undefined until they are
     /// written again.
     pub tolerate_errors: bool,
 }
@@ -38,7 +38,7 @@ impl Default for ModelOptions {
 
 struct Model {
     bytes: Vec<u8>,
-    /// Blocks whose contents are known.
+    /// Whether each block's content is known.
     known: Vec<bool>,
     bs: usize,
 }
@@ -160,7 +160,7 @@ fn random_op(rng: &mut SmallRng, dev: &dyn BlockDevice, lba: u64, len: u64) -> O
     let bs = info.block_size as usize;
     let bytes = usize::try_from(len).expect("small") * bs;
     let fua = info.ops.has(OpKind::Fua) && rng.random_ratio(1, 4);
-    // Where a vector is cut.
+    // The places where a vector is divided.
     let cut = rng.random_range(0..=bytes / bs) * bs;
     let cuts = [0..cut, cut..bytes].into_iter().filter(|r| !r.is_empty());
     let buf = |n: usize| DmaBuf::new(n).expect("DMA memory");

@@ -1,4 +1,4 @@
-//! The rules of the contract, one function each.
+//! The rules of the contract, one function for each.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ fn bs(dev: &dyn BlockDevice) -> usize {
     dev.info().block_size as usize
 }
 
-/// Lengths in blocks worth trying, within the device and its limits.
+/// Returns the lengths in blocks to test, within the device and its limits.
 fn lengths(dev: &dyn BlockDevice) -> Vec<u64> {
     let info = dev.info();
     let max = if info.max_io_blocks == 0 {
@@ -35,7 +35,7 @@ fn lengths(dev: &dyn BlockDevice) -> Vec<u64> {
         boundary + 1,
         mega,
     ];
-    // The longest that it takes, where that is no more than a test should write.
+    // The longest that the device accepts, if that is not too much for a test.
     lengths.extend(Some(max).filter(|n| *n <= 16 * mega));
     lengths.retain(|n| *n > 0 && *n <= max && *n <= info.num_blocks);
     lengths.sort_unstable();
@@ -71,7 +71,7 @@ pub(super) fn info(dev: &dyn BlockDevice) {
     assert!(info.ops.has(OpKind::Read), "a device can be read");
 }
 
-/// What cannot be done is refused at once, with an error that names the device.
+/// A device refuses at once, with an error that names it, what it cannot do.
 pub(super) fn refusals(dev: &dyn BlockDevice) {
     let info = dev.info();
     let mut d = Driver::new(dev);
@@ -221,7 +221,7 @@ pub(super) fn refusals(dev: &dyn BlockDevice) {
     }
 }
 
-/// With nothing in flight, neither poll nor wait waits.
+/// Neither poll nor wait waits when nothing is in flight.
 pub(super) fn idle(dev: &dyn BlockDevice) {
     let mut d = Driver::new(dev);
     let start = Instant::now();
@@ -233,7 +233,8 @@ pub(super) fn idle(dev: &dyn BlockDevice) {
     );
 }
 
-/// What is written is read back, at both ends and at every length, with its neighbours unharmed.
+/// Written data is read back, at both ends and at every length, and the neighbouring blocks stay as
+/// they were.
 pub(super) fn round_trips(dev: &dyn BlockDevice) {
     let info = dev.info();
     if !info.ops.has(OpKind::Write) {
@@ -283,7 +284,7 @@ pub(super) fn round_trips(dev: &dyn BlockDevice) {
     }
 }
 
-/// Vectors are their parts, one after the other.
+/// A vectored operation has the effect of its parts, one after the other.
 pub(super) fn vectors(dev: &dyn BlockDevice) {
     let info = dev.info();
     if !info.ops.has(OpKind::Write) || info.num_blocks < 16 {
@@ -319,13 +320,13 @@ pub(super) fn vectors(dev: &dyn BlockDevice) {
     }
 }
 
-/// The blocks just before and just after a range.
+/// Returns the blocks just before and just after a range.
 fn neighbours(dev: &dyn BlockDevice, lba: u64, n: u64) -> impl Iterator<Item = u64> {
     let after = Some(lba + n).filter(|at| *at < dev.info().num_blocks);
     [lba.checked_sub(1), after].into_iter().flatten()
 }
 
-/// Zeroes read as zeroes, and so does what was unmapped where the device says so.
+/// Zeroed blocks read as zeroes, and so do unmapped ones where the device says so.
 pub(super) fn zeroes_and_unmap(dev: &dyn BlockDevice) {
     let info = dev.info();
     let bs = bs(dev);
@@ -466,7 +467,7 @@ pub(super) fn copies(dev: &dyn BlockDevice) {
     );
 }
 
-/// A full queue says so, gives the operation back, and goes on after a poll.
+/// A full queue returns `Busy` with the operation, and accepts again after a poll.
 pub(super) fn queue_full(dev: &dyn BlockDevice) {
     const MANY: u64 = 10_000;
     let info = dev.info();
@@ -496,7 +497,7 @@ pub(super) fn queue_full(dev: &dyn BlockDevice) {
     d.read(0, bs(dev));
 }
 
-/// Operations around a reset or an abort end once each, before it where it is a reset.
+/// Operations around a reset or an abort end once each, and before it where it is a reset.
 pub(super) fn reset_and_abort(dev: &dyn BlockDevice) {
     let info = dev.info();
     for kind in [OpKind::Reset, OpKind::Abort] {
@@ -536,7 +537,7 @@ pub(super) fn reset_and_abort(dev: &dyn BlockDevice) {
     }
 }
 
-/// Two channels, on two threads, see one device.
+/// Two channels on two threads access the same device.
 pub(super) fn two_channels(dev: &dyn BlockDevice) {
     let info = dev.info();
     if !info.ops.has(OpKind::Write) || info.num_blocks < 64 {

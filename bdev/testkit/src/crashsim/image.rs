@@ -1,11 +1,11 @@
-//! Contents of a device, cheap to copy: chunks are shared until one side writes.
+//! Contents of a device that are cheap to copy: copies share chunks until one of them writes.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 const CHUNK: usize = 64 << 10;
 
-/// The bytes of a simulated device. A copy shares what neither side has changed since.
+/// The bytes of a simulated device. A copy shares the chunks that neither side has changed since.
 #[derive(Clone)]
 pub struct CrashImage {
     chunks: Vec<Option<Arc<Vec<u8>>>>,
@@ -13,7 +13,7 @@ pub struct CrashImage {
 }
 
 impl CrashImage {
-    /// `len` zeroes.
+    /// Makes an image of `len` zeroes.
     pub fn zeroed(len: u64) -> CrashImage {
         let n =
             usize::try_from(len.div_ceil(CHUNK as u64)).expect("a simulated device fits memory");
@@ -23,7 +23,7 @@ impl CrashImage {
         }
     }
 
-    /// A copy of `bytes`.
+    /// Makes an image with a copy of `bytes`.
     pub fn from_bytes(bytes: &[u8]) -> CrashImage {
         let mut image = CrashImage::zeroed(bytes.len() as u64);
         image.write(0, bytes);
@@ -35,14 +35,14 @@ impl CrashImage {
         self.len
     }
 
-    /// All of it in one piece.
+    /// Returns all bytes.
     pub fn to_vec(&self) -> Vec<u8> {
         let mut bytes = vec![0; usize::try_from(self.len).expect("fits memory")];
         self.read(0, &mut bytes);
         bytes
     }
 
-    /// The next bytes at or behind `offset` that may have been written.
+    /// Returns the next range at or behind `offset` that may have been written.
     pub(super) fn next_written(&self, offset: u64) -> Option<Range<u64>> {
         let first = usize::try_from(offset / CHUNK as u64).unwrap_or(usize::MAX);
         let found = (first..self.chunks.len()).find(|i| self.chunks[*i].is_some())?;
@@ -50,10 +50,10 @@ impl CrashImage {
         Some(start.max(offset)..(start + CHUNK as u64).min(self.len))
     }
 
-    /// Fills `out` from byte `offset`.
+    /// Reads into `out` from byte `offset`.
     ///
     /// # Panics
-    /// When the range is not inside the image.
+    /// Panics when the range is not inside the image.
     pub fn read(&self, offset: u64, out: &mut [u8]) {
         let chunks = &self.chunks;
         for_chunks(self.len, offset, out.len(), |chunk, at, done, n| {
@@ -68,7 +68,7 @@ impl CrashImage {
     /// Writes `data` at byte `offset`.
     ///
     /// # Panics
-    /// When the range is not inside the image.
+    /// Panics when the range is not inside the image.
     pub fn write(&mut self, offset: u64, data: &[u8]) {
         let chunks = &mut self.chunks;
         for_chunks(self.len, offset, data.len(), |chunk, at, done, n| {
@@ -79,7 +79,7 @@ impl CrashImage {
     /// Fills `len` bytes from `offset` with `byte`.
     ///
     /// # Panics
-    /// When the range is not inside the image.
+    /// Panics when the range is not inside the image.
     pub fn fill(&mut self, offset: u64, len: usize, byte: u8) {
         let chunks = &mut self.chunks;
         for_chunks(self.len, offset, len, |chunk, at, _, n| {

@@ -1,22 +1,22 @@
-//! The log of a simulated device, and what its contents may be when power is cut.
+//! The log of a simulated device, and its possible contents after a power cut.
 
 use std::sync::Arc;
 
 use super::image::CrashImage;
 
-/// What a logged operation does to the medium.
+/// The effect of a logged operation on the medium.
 #[derive(Debug, Clone)]
 pub enum Action {
-    /// Bytes are written.
+    /// The bytes are written.
     Write(Arc<[u8]>),
-    /// Bytes become zero.
+    /// The blocks become zero.
     Zero,
-    /// Contents are given up; they become `filler`.
+    /// The contents are discarded and become `filler`.
     Unmap {
-        /// What unmapped blocks read as.
+        /// The byte that unmapped blocks read as.
         filler: u8,
     },
-    /// The cache is emptied of what had completed before.
+    /// Everything that had completed before becomes durable.
     Flush,
 }
 
@@ -25,38 +25,38 @@ pub enum Action {
 pub struct Change {
     /// Number of the operation, in order of submission on the device.
     pub id: u64,
-    /// What it does.
+    /// The effect.
     pub action: Action,
     /// First block.
     pub lba: u64,
     /// Length in blocks; 0 for a flush.
     pub len_blocks: u64,
-    /// Durable when it completes.
+    /// Whether it is durable when it completes.
     pub fua: bool,
 }
 
 /// An entry of the log.
 #[derive(Debug, Clone)]
 pub enum Event {
-    /// The device was given a change: it may land from now on.
+    /// A change was submitted: it may take effect from now on.
     Submitted(Arc<Change>),
-    /// The device said that the change is done.
+    /// The device completed a change.
     Completed {
-        /// Of which change.
+        /// Number of the change.
         id: u64,
     },
-    /// The test's own note, by [`super::CrashDevice::mark`].
+    /// A note of the test, by [`super::CrashDevice::mark`].
     Mark(u64),
 }
 
-/// A piece of a change of which nobody can say whether it survives a power cut.
+/// A part of a change that may or may not survive a power cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Unsettled {
     /// Number of the change.
     pub id: u64,
-    /// First block of the piece.
+    /// First block of the part.
     pub lba: u64,
-    /// Blocks in the piece: the tearing unit, or less at the ends.
+    /// Number of blocks: the tearing unit, or less at the ends.
     pub len_blocks: u64,
     /// Whether the device had completed the change.
     pub completed: bool,
@@ -69,15 +69,15 @@ struct Pending {
     settled: bool,
 }
 
-/// A walk along a log: what is durable for certain, and what may be.
+/// An iteration over a log, with the contents that are certainly durable and those that may be.
 #[derive(Debug, Clone)]
 pub struct CrashPoints {
     log: Arc<Vec<Event>>,
     at: usize,
-    /// Everything settled whose order with what is pending does not matter any more.
+    /// The settled changes whose order relative to pending ones no longer matters.
     base: CrashImage,
     pending: Vec<Pending>,
-    /// Flushes under way: id, and the numbers of the changes that each makes durable.
+    /// Flushes in flight: id, and the numbers of the changes that each one makes durable.
     flushes: Vec<(u64, Vec<u64>)>,
     block_size: u32,
     tear_blocks: u64,
@@ -104,12 +104,12 @@ impl CrashPoints {
         }
     }
 
-    /// Events passed: power is cut after so many.
+    /// Number of events passed, after which the power is cut.
     pub fn position(&self) -> usize {
         self.at
     }
 
-    /// Events in all.
+    /// Number of events of the log.
     pub fn len_events(&self) -> usize {
         self.log.len()
     }
@@ -122,7 +122,7 @@ impl CrashPoints {
         })
     }
 
-    /// Passes one more event; `None` at the end of the log.
+    /// Passes one more event. Returns `None` at the end of the log.
     pub fn advance(&mut self) -> Option<&Event> {
         let event = self.log.get(self.at)?.clone();
         self.at += 1;
@@ -159,8 +159,8 @@ impl CrashPoints {
         self.retire();
     }
 
-    /// Moves settled changes into the base, except where an earlier unsettled one overlaps: that
-    /// one must not come out on top of it later.
+    /// Moves settled changes into the base, except where an earlier unsettled one overlaps, because
+    /// that one must not overwrite them later.
     fn retire(&mut self) {
         let mut kept: Vec<Pending> = Vec::new();
         for p in std::mem::take(&mut self.pending) {
@@ -174,7 +174,7 @@ impl CrashPoints {
         self.pending = kept;
     }
 
-    /// Pieces whose fate is open here, in order of submission.
+    /// Returns the parts that may or may not survive here, in order of submission.
     pub fn unsettled(&self) -> Vec<Unsettled> {
         let open = self.pending.iter().filter(|p| !p.settled);
         open.flat_map(|p| self.pieces(p)).collect()
@@ -206,8 +206,8 @@ impl CrashPoints {
         })
     }
 
-    /// The contents if power is cut here: settled changes and those unsettled pieces that `choose`
-    /// accepts (it is asked for each, in order of submission).
+    /// Returns the contents after a power cut here: the settled changes and those unsettled parts
+    /// that `choose` accepts. It is asked for each, in order of submission.
     pub fn image(&self, choose: &mut dyn FnMut(&Unsettled) -> bool) -> CrashImage {
         let mut image = self.base.clone();
         for p in &self.pending {

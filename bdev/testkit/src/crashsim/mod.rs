@@ -1,9 +1,9 @@
 //! `crashsim`: a device in memory for crash tests.
 //!
-//! It keeps apart what is durable and what is in a volatile cache, logs every write, FUA, flush,
-//! write zeroes and unmap, and says afterwards what could be on the medium had power been cut
-//! after any event: everything certain, and any subset of what was unflushed or in flight, torn
-//! at block or page size. Completions come late and out of order, by a seed.
+//! It separates durable contents from those in a volatile cache, and logs every write, FUA, flush,
+//! write zeroes and unmap. Afterwards it returns the possible contents of the medium for a power
+//! cut after any event: everything durable, with any subset of what was unflushed or in flight,
+//! torn at block or page size. A seed determines the late and reordered completions.
 //!
 //! ```
 //! use pumice_bdev_testkit::crashsim::CrashDevice;
@@ -44,35 +44,38 @@ use pumice_bdev::{
     SubmitError,
 };
 
-/// What unmapped blocks read as unless they shall read as zeroes: a pattern that shows.
+/// The byte that unmapped blocks read as unless the options ask for zeroes: a pattern that is easy
+/// to see.
 const UNMAPPED: u8 = 0xa5;
-/// Operations in flight on a channel.
+/// Most operations in flight on a channel.
 const DEPTH: usize = 1024;
 
-/// How a [`CrashDevice`] behaves.
+/// Behaviour of a [`CrashDevice`].
 #[derive(Debug, Clone)]
 pub struct CrashOptions {
     /// Bytes per block.
     pub block_size: u32,
-    /// Volatile write cache: what has completed is durable only after a flush or with FUA.
+    /// Whether there is a volatile write cache: a completed write is durable only after a flush, or
+    /// with FUA.
     pub write_cache: bool,
-    /// For the order of completions.
+    /// Seed of the order of completions.
     pub seed: u64,
-    /// A write is torn at multiples of this many bytes: the block size or, for devices with larger
-    /// pages, 4096.
+    /// A power cut tears a write at multiples of this many bytes: the block size or, for devices
+    /// with larger pages, 4096.
     pub tear_bytes: u32,
-    /// Whether unmapped blocks read as zeroes; else as 0xa5.
+    /// Whether unmapped blocks read as zeroes; otherwise they read as 0xa5.
     pub unmap_zeroes: bool,
-    /// Writes with FUA are durable when they complete. Else the device refuses FUA, and only a flush makes
-    /// anything durable.
+    /// Whether the device supports FUA, which makes a write durable when it completes. Otherwise
+    /// only a flush makes anything durable.
     pub fua: bool,
-    /// The device copies by itself.
+    /// Whether the device supports copies.
     pub copy: bool,
-    /// The device writes zeroes without a buffer.
+    /// Whether the device supports writing zeroes without a buffer.
     pub write_zeroes: bool,
-    /// The device takes unmaps.
+    /// Whether the device supports unmaps.
     pub unmap: bool,
-    /// Completions come late and out of order. Else at the next poll, in order.
+    /// Whether completions come late and out of order; otherwise they come at the next poll, in
+    /// order.
     pub reorder: bool,
 }
 
@@ -93,7 +96,7 @@ impl Default for CrashOptions {
     }
 }
 
-/// A simulated device that remembers what was done to it, in order.
+/// A simulated device that records every operation, in order.
 #[derive(Debug, Clone)]
 pub struct CrashDevice {
     shared: Arc<Shared>,
@@ -123,13 +126,13 @@ impl State {
 }
 
 impl CrashDevice {
-    /// A device of zeroes; torn at blocks.
+    /// Makes a device of zeroes, on which writes are torn at blocks.
     pub fn new(block_size: u32, num_blocks: u64, write_cache: bool, seed: u64) -> CrashDevice {
         let image = CrashImage::zeroed(num_blocks * u64::from(block_size));
         CrashDevice::from_image(block_size, image, write_cache, seed)
     }
 
-    /// A device with these contents, as after a restart; its log is empty.
+    /// Makes a device with these contents and an empty log, as after a restart.
     pub fn from_image(
         block_size: u32,
         image: CrashImage,
@@ -147,10 +150,10 @@ impl CrashDevice {
         CrashDevice::with_options(&options, image)
     }
 
-    /// A device with these contents and this behaviour.
+    /// Makes a device with these contents and this behaviour.
     ///
     /// # Panics
-    /// When the contents are not whole blocks.
+    /// Panics when the contents are not whole blocks.
     pub fn with_options(options: &CrashOptions, image: CrashImage) -> CrashDevice {
         let bs = u64::from(options.block_size);
         assert!(
@@ -186,7 +189,7 @@ impl CrashDevice {
         }
     }
 
-    /// The log so far.
+    /// Returns the log so far.
     pub fn log(&self) -> Vec<Event> {
         self.shared.state.lock().log.clone()
     }
@@ -196,23 +199,24 @@ impl CrashDevice {
         self.shared.state.lock().log.len()
     }
 
-    /// Adds a note to the log: what the program under test had promised by then.
+    /// Adds a note to the log, for example that the program under test has promised something.
     pub fn mark(&self, note: u64) {
         self.shared.state.lock().log.push(Event::Mark(note));
     }
 
-    /// From the `n`-th event on, every operation fails as on a device without power. The log does
-    /// not grow any more.
+    /// Makes every operation from the `n`-th event on fail as on a device without power. The log no
+    /// longer grows.
     pub fn cut_power_after(&self, n_events: usize) {
         self.shared.state.lock().cut_at = n_events;
     }
 
-    /// What the device holds now, cache included.
+    /// Returns the device's current contents, those of the cache included.
     pub fn image(&self) -> CrashImage {
         self.shared.state.lock().live.clone()
     }
 
-    /// Walks along the log: at each event, what could be on the medium had power been cut there.
+    /// Iterates over the log: for each event, the possible contents of the medium after a power cut
+    /// there.
     pub fn crash_points(&self) -> CrashPoints {
         let state = self.shared.state.lock();
         let options = &self.shared.options;
@@ -221,8 +225,8 @@ impl CrashDevice {
         CrashPoints::new(log, base, options.block_size, tear, options.write_cache)
     }
 
-    /// The contents when power is cut after `n_events`, with those unsettled pieces that `choose`
-    /// accepts. For every point in turn, [`CrashDevice::crash_points`] is cheaper.
+    /// Returns the contents after a power cut after `n_events`, with those unsettled parts that
+    /// `choose` accepts. [`CrashDevice::crash_points`] is cheaper for every point in turn.
     pub fn image_after(
         &self,
         n_events: usize,
@@ -233,7 +237,7 @@ impl CrashDevice {
         points.image(choose)
     }
 
-    /// The device after power is cut after `n_events` and comes back.
+    /// Returns the device as it comes back from a power cut after `n_events`.
     #[must_use]
     pub fn reopen_after(
         &self,
@@ -276,7 +280,7 @@ impl BlockDevice for CrashDevice {
     }
 }
 
-/// What a device of this behaviour can do.
+/// Returns the operations that a device of this behaviour supports.
 fn ops(options: &CrashOptions) -> OpSet {
     let mut ops = OpSet::BASIC.with(OpKind::Abort);
     for (can, kind) in [
@@ -427,7 +431,7 @@ impl IoChannel for CrashChannel {
             self.queue.len()
         };
         for _ in 0..n {
-            // A reset ends what is before it: it is taken only when it is alone.
+            // A reset ends the operations before it, so it is accepted only when it is alone.
             let i = if self.shared.options.reorder {
                 self.rng.random_range(0..self.queue.len())
             } else {
