@@ -1,5 +1,5 @@
-# RocksDB on the file system on the driver on the device: filled, read, every key checked; and
-# again by another process, which finds it on the device.
+# Tests RocksDB on the file system, the driver and the device: it is filled and read, every key is checked, and another process
+# checks it again on the device.
 device=nvme://$(slot 8)/2
 bench() {
 	db_bench --device=$device --num=20000 --value_size=100 --write_buffer_size=1048576 \

@@ -1,10 +1,10 @@
-# Controllers that share a group, one with a single queue pair, and more vectors than there are.
+# Tests controllers that share a group, one with a single queue pair, and more vectors than are available.
 A=nvme://$(slot 8)/1 B=nvme://0000:00:08.1/1 one=nvme://$(slot 9)/1
-same_group() { # both at once, in one process
+same_group() { # drives both at once, in one process
 	[ "$(readlink /sys/bus/pci/devices/$(slot 8)/iommu_group)" = "$(readlink /sys/bus/pci/devices/0000:00:08.1/iommu_group)" ] || { echo "not in one group"; return 77; }
 	pumice bdev list $A $B && pumice bdev verify $A $B
 }
-many() { # eight controllers of 65 vectors each on two processors
+many() { # drives eight controllers of 65 vectors each on two processors
 	uris=""
 	for n in 10 11 12 13 14 15; do uris="$uris nvme://$(slot $n)/1"; done
 	pumice bdev list $A $B $uris

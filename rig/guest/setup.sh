@@ -1,5 +1,5 @@
-# The operator's tools on controllers that the kernel's driver has: whatever is in use stays,
-# what is free goes and comes back, and its data with it.
+# Tests the operator's tools on controllers of the kernel's driver: a controller in use stays with it, a free one is bound to
+# vfio-pci and back, and its data is intact.
 load crc32c_generic
 load ext4
 load vfio_iommu_type1
@@ -9,7 +9,7 @@ load loop
 sleep 1
 A=$(slot 8)
 driver() { basename "$(readlink /sys/bus/pci/devices/$A/driver)"; }
-refuses() { # refuses WORD COMMAND...: it fails, says the word, and the driver stays
+refuses() { # refuses WORD COMMAND...: the command fails, its message has the word, and the driver stays
 	word=$1; shift
 	"$@" > /tmp/refusal 2>&1 && { cat /tmp/refusal; echo "was not refused"; return 1; }
 	cat /tmp/refusal
@@ -23,7 +23,7 @@ mounted() {
 	echo hello > /mnt/fs/file
 	refuses "mounted at /mnt/fs" pumice setup bind $A && cat /mnt/fs/file && umount /mnt/fs
 }
-mounted_elsewhere() { # a mount that this process's table does not show
+mounted_elsewhere() { # there is a mount that this process's table does not show
 	unshare -m sh -c 'mount --make-rprivate /; mount -t ext4 /dev/nvme0n1 /mnt/fs && touch /tmp/there && sleep 6' &
 	for n in 1 2 3 4 5 6 7 8 9; do [ -e /tmp/there ] || sleep 0.5; done
 	[ -e /tmp/there ] || return 1
@@ -31,7 +31,7 @@ mounted_elsewhere() { # a mount that this process's table does not show
 	wait
 	return $r
 }
-looped() { # a loop device takes no claim and is no holder
+looped() { # a loop device does not claim the disk and is not a holder of it
 	losetup /dev/loop0 /dev/nvme0n1 || return 1
 	refuses "loop device loop0" pumice setup bind $A; r=$?
 	losetup -d /dev/loop0
@@ -68,7 +68,7 @@ handed_over() {
 	ls -ln $node | grep '998 *997'; r=$?
 	pumice setup unbind $A && return $r
 }
-ordinary_user() { # with his own limit lifted he drives the device, with it the limit is named
+ordinary_user() { # without a memlock limit a user can drive the device; with one, the error names the limit
 	pumice setup bind $A --user db || return 1
 	chmod 1777 /tmp
 	su db -c "pumice doctor $A && pumice-rig test verify nvme://$A/2" || return 1
@@ -78,7 +78,7 @@ ordinary_user() { # with his own limit lifted he drives the device, with it the 
 	cat /tmp/limited
 	grep 'memlock limit is .*ulimit -l unlimited' /tmp/limited && pumice setup unbind $A
 }
-busy() { # in use by another process: neither unbound nor waited for
+busy() { # a device that another process has is neither unbound nor waited for
 	pumice setup bind $A || return 1
 	node=/dev/vfio/$(basename "$(readlink /sys/bus/pci/devices/$A/iommu_group)")
 	sleep 20 <> $node & p=$!
@@ -90,7 +90,7 @@ busy() { # in use by another process: neither unbound nor waited for
 	[ $r != 0 ] && grep -q "process $p" /tmp/refusal && pumice setup unbind $A && [ "$(driver)" = nvme ]
 }
 pages() { pumice setup huge-pages 8 && [ $(cat /proc/sys/vm/nr_hugepages) = 8 ] && pumice setup huge-pages 0; }
-doctor() { # the controller is the kernel's: told so, with the command
+doctor() { # it says that the kernel has the controller, and prints the command that helps
 	pumice doctor $A; [ $? = 1 ] && pumice doctor $A --json | grep "setup bind $A"
 }
 step "status names the controllers" status

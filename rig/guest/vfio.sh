@@ -1,4 +1,4 @@
-# All kinds of namespaces, and what happens to devices: see MULTI in src/scenario.rs.
+# Tests all kinds of namespaces, and events of devices: see MULTI in src/scenario.rs.
 multi=nvme://$(slot 8)
 faulty=nvme://$(slot 9)/1
 slow=nvme://$(slot 11)/1
@@ -12,7 +12,7 @@ step "verify, polling" t verify $multi/1 --poll
 suite "on all namespaces" $multi
 step "sleep on the interrupt" t sleep $slow
 step "media errors" t media-errors $faulty 2048 4096
-in_use() { # a second process is told who has the device
+in_use() { # a second process is told which process has the device
 	pumice-rig test sleep $slow & p=$!
 	sleep 1
 	t verify $slow > /tmp/second && return 1

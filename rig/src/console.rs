@@ -1,36 +1,36 @@
-//! What the guest says on its serial line, and what that means.
+//! The lines that the guest writes to its serial console.
 
-/// Result of one step.
+/// Result of a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// It passed.
+    /// The step passed.
     Ok,
-    /// It failed, and how.
+    /// The step failed; the text says how.
     Failed(String),
-    /// It could not be run, and why.
+    /// The step could not be run; the text says why.
     Skipped(String),
 }
 
-/// One line from the guest, understood.
+/// A line of the guest.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Line<'a> {
     /// A step begins.
     Step(&'a str),
     /// A step ended.
     Test(&'a str, Verdict),
-    /// Something that the host is asked to do.
+    /// The host is asked to do something.
     Host(&'a str),
-    /// A kernel message that fails the run.
+    /// A kernel message fails the run.
     Kernel(&'a str),
-    /// Exit code of all steps.
+    /// The exit code of all steps.
     Exit(i32),
-    /// For the log only.
+    /// The line is for the log only.
     Text,
 }
 
-/// Reads one line; what is not of the protocol is [`Line::Text`].
+/// Parses a line. One that is not part of the protocol is [`Line::Text`].
 pub fn parse(line: &str) -> Line<'_> {
-    // The kernel may have left its own, unfinished text in front.
+    // The kernel may have written unfinished text of its own before it.
     let Some(at) = line.find("RIG-") else {
         return Line::Text;
     };
@@ -58,11 +58,12 @@ fn test(rest: &str) -> Option<Line<'_>> {
     Some(Line::Test(name, verdict))
 }
 
-/// Whether a line of QEMU's own error output tells of a DMA transfer that the IOMMU refused.
-/// QEMU's NVMe controller completes such a command with success, so nothing else would show it.
+/// Whether a line of QEMU's error output reports a DMA transfer that the IOMMU refused. QEMU's NVMe
+/// controller completes such a command with success, so nothing else would show it.
 pub fn is_dma_fault(stderr_line: &str) -> bool {
     let told_by_iommu = ["vtd_", "amdvi_"].iter().any(|p| stderr_line.contains(p));
-    // A guest that reads the queue of the IOMMU while it is being disabled is not a DMA fault.
+    // This message is not a DMA fault: the guest read the queue of the IOMMU while it was being
+    // disabled.
     told_by_iommu && !stderr_line.contains("_init")
 }
 

@@ -1,5 +1,5 @@
-//! Writer of "newc" cpio archives, the form the kernel unpacks as an initramfs
-//! (Linux `Documentation/driver-api/early-userspace/buffer-format.rst`).
+//! Writer of "newc" cpio archives, the format that the kernel unpacks as an initramfs (Linux
+//! `Documentation/driver-api/early-userspace/buffer-format.rst`).
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -15,14 +15,14 @@ struct Entry {
     data: Vec<u8>,
 }
 
-/// An archive in memory; parents of what is added come into being by themselves.
+/// An archive in memory. Missing parent directories are added.
 #[derive(Default)]
 pub struct Archive {
     entries: BTreeMap<String, Entry>,
 }
 
 impl Archive {
-    /// A directory and its parents.
+    /// Adds a directory and its parents.
     pub fn dir(&mut self, path: &str) {
         let path = path.trim_matches('/');
         let mut upto = String::new();
@@ -48,17 +48,17 @@ impl Archive {
             .insert(path.to_owned(), Entry { mode, device, data });
     }
 
-    /// A regular file.
+    /// Adds a regular file.
     pub fn file(&mut self, path: &str, permissions: u32, data: Vec<u8>) {
         self.add(path, S_IFREG | permissions, (0, 0), data);
     }
 
-    /// A symbolic link.
+    /// Adds a symbolic link.
     pub fn symlink(&mut self, path: &str, target: &str) {
         self.add(path, S_IFLNK | 0o777, (0, 0), target.as_bytes().to_vec());
     }
 
-    /// A character device node.
+    /// Adds a character device node.
     pub fn chardev(&mut self, path: &str, major: u32, minor: u32) {
         self.add(path, S_IFCHR | 0o600, (major, minor), Vec::new());
     }
@@ -128,7 +128,8 @@ mod tests {
         let text = String::from_utf8_lossy(&bytes);
         let at = |s: &str| text.find(s).unwrap_or_else(|| panic!("{s} is missing"));
         assert!(at("a\0") < at("a/b\0") && at("a/b\0") < at("a/b/c\0"));
-        // Size field of the file: the seventh of eight hexadecimal digits after the magic.
+        // The size field of the file is the seventh of eight hexadecimal digits after the magic
+        // number.
         let head = at("a/b/c\0") - 110;
         assert_eq!(&text[head..head + 6], "070701");
         assert_eq!(&text[head + 6 + 6 * 8..head + 6 + 7 * 8], "00000005");

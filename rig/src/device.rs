@@ -1,5 +1,5 @@
-//! Tests of the driver that need a particular device or something of the machine around it:
-//! injected errors, a slow disk under reset, removal. Each is run by a step of a scenario.
+//! Tests of the driver that need a particular device or a feature of the machine: injected errors,
+//! a slow disk under reset, removal. A step of a scenario runs each.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
@@ -18,11 +18,11 @@ use pumice_nvme::{
 /// A test.
 #[derive(Subcommand)]
 pub enum Test {
-    /// The namespaces are what `expect` says: `nsid:block_size` or `nsid:refused`, in order
+    /// Check that the namespaces are as expected
     Namespaces {
         /// Device
         uri: String,
-        /// As `1:512,2:4096,3:refused`
+        /// The namespaces in order, such as `1:512,2:4096,3:refused`
         expect: String,
     },
     /// Write, read back and compare at all sizes around the controller's limit
@@ -32,22 +32,22 @@ pub enum Test {
         /// Use SGLs
         #[arg(long)]
         sgl: bool,
-        /// Submission queue in the controller's memory
+        /// Put the submission queue into the controller's memory
         #[arg(long)]
         cmb: bool,
-        /// No interrupts
+        /// Use no interrupts
         #[arg(long)]
         poll: bool,
-        /// Without shadow doorbells
+        /// Use no shadow doorbells
         #[arg(long)]
         no_shadow: bool,
     },
-    /// Sleeping on a queue's interrupt uses no CPU and ends with the completion
+    /// Check that sleeping on a queue's interrupt uses no CPU and ends with the completion
     Sleep {
         /// A slow device
         uri: String,
     },
-    /// Media errors carry their status, their neighbours are unharmed
+    /// Check that media errors carry their status and leave their neighbours unharmed
     MediaErrors {
         /// Device with a bad sector for reads and one for writes
         uri: String,
@@ -56,16 +56,16 @@ pub enum Test {
         /// Sector that cannot be written
         write: u64,
     },
-    /// Controller resets with I/O in flight: every I/O ends exactly once
+    /// Reset the controller with I/O in flight and check that every I/O ends exactly once
     Reset {
         /// A slow device
         uri: String,
     },
-    /// The device is pulled with I/O in flight: everything ends with an error, nothing hangs
+    /// Remove the device with I/O in flight and check that every I/O ends with an error
     Removal {
         /// Device
         uri: String,
-        /// Its name in QEMU
+        /// Name of the device in QEMU
         id: String,
     },
 }
@@ -73,7 +73,7 @@ pub enum Test {
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 impl Test {
-    /// Runs it.
+    /// Runs the test.
     pub fn run(&self) -> ExitCode {
         match self.test() {
             Ok(()) => ExitCode::SUCCESS,
@@ -132,7 +132,7 @@ fn device(uri: &str, controller: ControllerOptions, queue: &QueueOptions) -> Res
 }
 
 impl Device {
-    /// Runs I/Os, as many at a time as the queue takes, to their ends.
+    /// Runs I/Os to their ends, as many at a time as the queue accepts.
     fn run(&mut self, ios: impl IntoIterator<Item = Op>) -> Result<Vec<Completion>> {
         let mut waiting: Vec<(u64, Op)> = (0..).zip(ios).collect();
         waiting.reverse();
@@ -175,7 +175,7 @@ impl Device {
     }
 }
 
-/// Bytes that tell where they belong: a small generator seeded with the place.
+/// Fills a buffer with bytes that depend on their position, from a small seeded generator.
 fn pattern(buf: &mut [u8], seed: u64) {
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     for word in buf.chunks_mut(8) {
@@ -250,7 +250,7 @@ fn verify(uri: &str, options: ControllerOptions, cmb: bool) -> Result<()> {
         places.push((n, lba, len));
         lba += u64::try_from(len / block)? + 1;
     }
-    // Scattered: blocks of different lengths, each at its own place in memory.
+    // Scattered buffers: blocks of different lengths, each at its own place in memory.
     let parts = [1usize, 3, 8, 2, 17];
     let mut whole = vec![0; parts.iter().sum::<usize>() * block];
     pattern(&mut whole, 99);
@@ -296,7 +296,7 @@ fn verify(uri: &str, options: ControllerOptions, cmb: bool) -> Result<()> {
         "scattered bytes differ".into()
     })?;
 
-    // Zeroes over a part, and the part only.
+    // Zeroes over a part of the blocks, and over that part only.
     let (_, first, len) = places[9];
     let blocks = u64::try_from(len / block)?;
     d.all_good([Op::WriteZeroes {
@@ -318,7 +318,7 @@ fn verify(uri: &str, options: ControllerOptions, cmb: bool) -> Result<()> {
         "zeroes in front of the range".into()
     })?;
 
-    // Many at once, and more of them than the queue is deep.
+    // Many I/Os at once, more than the queue's depth.
     let mut ios = Vec::new();
     for n in 0..300u64 {
         let mut buf = DmaBuf::new(block)?;
@@ -382,7 +382,7 @@ fn sleep(uri: &str) -> Result<()> {
     }
     let (wall, cpu) = (started.elapsed(), cpu_time()?.saturating_sub(cpu));
     println!("20 reads: {wall:?}, of which {cpu:?} on the CPU");
-    // Each takes 50 ms in the device; without interrupts it would be the 500 ms of the slice.
+    // Each read takes 50 ms in the device. Without interrupts it would take the 500 ms of a slice.
     check(wall < Duration::from_secs(9), || {
         "the interrupt does not wake".into()
     })?;
@@ -505,7 +505,7 @@ fn removal(uri: &str, id: &str) -> Result<()> {
             waiting -= 1;
             *endings.entry(status_of(&end)).or_default() += 1;
         }
-        // Work goes on until the device is gone.
+        // I/O continues until the device is gone.
         let io = Op::Read {
             lba: tag % 64,
             buf: DmaBuf::new(4096)?,
@@ -528,7 +528,8 @@ fn removal(uri: &str, id: &str) -> Result<()> {
     println!("events {events:?}");
     let told = events.iter().any(|e| matches!(e, ControllerEvent::Removed));
     check(told, || "no event tells of the removal".into())?;
-    // The kernel has the function back once the driver let go, with this process still here.
+    // The kernel has the function back when the driver has released it, with this process still
+    // running.
     let address = uri
         .trim_start_matches("nvme://")
         .split('/')

@@ -1,12 +1,12 @@
-//! What the rig needs from Debian: the kernel package and busybox-static, downloaded and unpacked
-//! (never installed) below a cache directory that outlives the clone.
+//! The Debian packages that the rig needs: the kernel package and busybox-static, downloaded and
+//! unpacked (never installed) below a cache directory that outlives the clone.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::Error;
 
-/// Paths of what was fetched.
+/// Paths of the fetched parts.
 pub struct Parts {
     /// Unpacked linux-image package.
     pub kernel: PathBuf,
@@ -16,7 +16,7 @@ pub struct Parts {
     pub kernel_name: String,
 }
 
-/// `$PUMICE_RIG_CACHE`, else `$XDG_CACHE_HOME/pumice/rig`, else `~/.cache/pumice/rig`.
+/// Returns `$PUMICE_RIG_CACHE`, else `$XDG_CACHE_HOME/pumice/rig`, else `~/.cache/pumice/rig`.
 pub fn cache_dir() -> PathBuf {
     let var = |name| std::env::var_os(name).filter(|v| !v.is_empty());
     if let Some(dir) = var("PUMICE_RIG_CACHE") {
@@ -29,7 +29,8 @@ pub fn cache_dir() -> PathBuf {
     base.join("pumice/rig")
 }
 
-/// Why the rig cannot run on this machine, if it cannot, with the command that mends it.
+/// Returns the reason why the rig cannot run on this machine, if there is one, with the command that
+/// helps.
 pub fn missing_tools() -> Option<String> {
     for (tool, package) in [
         ("qemu-system-x86_64", "qemu-system-x86"),
@@ -52,7 +53,7 @@ fn which(tool: &str) -> Option<PathBuf> {
         .find(|p| p.is_file())
 }
 
-/// Fetches and unpacks what is not in the cache yet.
+/// Fetches and unpacks the parts that are not in the cache yet.
 pub fn parts(cache: &Path) -> Result<Parts, Error> {
     let kernel_name = kernel_package(cache)?;
     let kernel = package(cache, &kernel_name)?;
@@ -64,7 +65,8 @@ pub fn parts(cache: &Path) -> Result<Parts, Error> {
     })
 }
 
-/// The package that `linux-image-amd64` depends on; without package lists, one in the cache.
+/// Returns the package that `linux-image-amd64` depends on or, without package lists, one in the
+/// cache.
 fn kernel_package(cache: &Path) -> Result<String, Error> {
     if let Some(name) = newest_kernel()? {
         return Ok(name);
@@ -77,7 +79,7 @@ fn kernel_package(cache: &Path) -> Result<String, Error> {
     if let Some(name) = kept {
         return Ok(name);
     }
-    // A fresh container has no lists; fetching them needs root, which is there then.
+    // A new container has no lists. Fetching them needs root, which such a container has.
     let updated = quiet(Command::new("apt-get").args(["-qq", "update"]));
     if let Some(name) = newest_kernel()? {
         return Ok(name);
@@ -126,14 +128,15 @@ fn package(cache: &Path, name: &str) -> Result<PathBuf, Error> {
     };
     if find().is_none() {
         let mut apt = Command::new("apt-get");
-        // apt's own sandbox user may not write into the cache directory of whoever runs this.
+        // The user of apt's sandbox may not write into the cache directory of another user.
         apt.args(["-q", "-o", "APT::Sandbox::User=root", "download", name])
             .current_dir(&downloads);
         quiet(&mut apt)?;
     }
     let deb =
         find().ok_or_else(|| Error::Other(format!("apt-get download {name} left no package")))?;
-    // Unpacked aside and renamed, so that an interrupted run leaves nothing half done behind.
+    // Unpacked elsewhere and then renamed, so that an interrupted run leaves nothing incomplete
+    // behind.
     let aside = cache.join(format!("unpacked/.{name}.{}", std::process::id()));
     quiet(Command::new("dpkg").arg("-x").arg(&deb).arg(&aside))?;
     match std::fs::rename(&aside, &unpacked) {
@@ -146,7 +149,7 @@ fn package(cache: &Path, name: &str) -> Result<PathBuf, Error> {
     }
 }
 
-/// Runs a command; its output is shown only when it fails.
+/// Runs a command, whose output is shown only when it fails.
 pub fn quiet(command: &mut Command) -> Result<(), Error> {
     let name = command.get_program().to_string_lossy().into_owned();
     let output = command

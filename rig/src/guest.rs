@@ -1,4 +1,4 @@
-//! What the guest's scripts need and busybox does not have.
+//! Commands that the guest's scripts need and busybox does not have.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -12,7 +12,7 @@ use clap::Subcommand;
 pub enum Cmd {
     /// Send one admin command without data through the kernel's own driver
     Admin {
-        /// Controller, as `/dev/nvme0`
+        /// Controller, such as `/dev/nvme0`
         device: String,
         /// Opcode
         opcode: u8,
@@ -23,7 +23,7 @@ pub enum Cmd {
     },
 }
 
-/// `struct nvme_passthru_cmd` of Linux `include/uapi/linux/nvme_ioctl.h`.
+/// The kernel's `struct nvme_passthru_cmd` (Linux `include/uapi/linux/nvme_ioctl.h`).
 #[repr(C)]
 #[derive(Default)]
 struct Passthrough {
@@ -49,11 +49,11 @@ struct Passthrough {
 
 const _: () = assert!(size_of::<Passthrough>() == 72);
 
-/// `_IOWR('N', 0x41, struct nvme_admin_cmd)`.
+/// The ioctl number `_IOWR('N', 0x41, struct nvme_admin_cmd)`.
 const NVME_IOCTL_ADMIN_CMD: libc::c_ulong = 0xc048_4e41;
 
 impl Cmd {
-    /// Runs it; the exit code is 1 for a status other than success.
+    /// Runs the command. The exit code is 1 for a status other than success.
     pub fn run(&self) -> ExitCode {
         let Cmd::Admin {
             device,

@@ -1,5 +1,5 @@
-//! The guest's root: one archive of busybox, modules and `/init`, kept per kernel package, and a
-//! small one per boot with the steps and the programs under test (the kernel unpacks both).
+//! The guest's root: one archive of busybox, modules and `/init`, kept for each kernel package, and
+//! a small one for each boot with the steps and the programs under test. The kernel unpacks both.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use crate::fetch::Parts;
 use crate::modules::Modules;
 use crate::{Error, kernel};
 
-/// Modules that a scenario may `load`; built-in ones are passed over.
+/// Modules that a scenario may `load`. Built-in ones are skipped.
 const MODULES: [&str; 9] = [
     "vfio",
     "vfio_iommu_type1",
@@ -25,15 +25,15 @@ const MODULES: [&str; 9] = [
 
 const INIT: &str = include_str!("../guest/init");
 
-/// What every boot shares.
+/// The parts that all boots share.
 pub struct Base {
-    /// vmlinux, or bzImage where it could not be unpacked.
+    /// Path of vmlinux, or of bzImage where that could not be unpacked.
     pub kernel: PathBuf,
     root: PathBuf,
 }
 
 impl Base {
-    /// Builds (or finds) kernel and base archive in the cache.
+    /// Makes the kernel and the base archive, or finds them in the cache.
     pub fn prepare(parts: &Parts, cache: &Path) -> Result<Base, Error> {
         let kernel = cache.join(format!("vmlinux-{}", parts.kernel_name));
         if !kernel.exists() {
@@ -42,7 +42,7 @@ impl Base {
             let image = kernel::vmlinux(&packed, &parts.busybox)?.unwrap_or(packed);
             write_whole(&kernel, &image)?;
         }
-        // The name carries what the archive was made from, so an old one is never taken.
+        // The name contains a hash of the archive's sources, so an old archive is never used.
         let stamp = fingerprint(INIT.as_bytes()) ^ fingerprint(MODULES.join(" ").as_bytes());
         let root = cache.join(format!("root-{}-{stamp:016x}.cpio", parts.kernel_name));
         if !root.exists() {
@@ -55,7 +55,7 @@ impl Base {
         Ok(Base { kernel, root })
     }
 
-    /// The initramfs of one boot: the base, `steps` as `/steps.sh`, and programs in `/bin`.
+    /// Makes the initramfs of one boot: the base, `steps` as `/steps.sh`, and programs in `/bin`.
     /// `db_bench` goes there with the libraries that it names.
     pub fn initramfs(
         &self,
@@ -93,8 +93,8 @@ impl Base {
     }
 }
 
-/// The program without what only a debugger reads, where binutils are there: the guest holds it
-/// in memory.
+/// Returns the program without debugging information, where binutils is installed: the guest keeps
+/// it in memory.
 fn stripped(program: &Path) -> Result<Vec<u8>, Error> {
     let done = tempfile::NamedTempFile::new()
         .ok()
@@ -114,7 +114,7 @@ fn stripped(program: &Path) -> Result<Vec<u8>, Error> {
     }
 }
 
-/// The shared libraries that a program is loaded with, its loader included, as ldd(1) tells.
+/// Returns the shared libraries that a program is loaded with, its loader included, from ldd(1).
 fn libraries(program: &Path) -> Result<Vec<PathBuf>, Error> {
     let output = Command::new("ldd")
         .arg(program)
@@ -128,8 +128,8 @@ fn libraries(program: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok(loaded(&text))
 }
 
-/// The paths in ldd's lines: `libm.so.6 => /lib/x86_64-linux-gnu/libm.so.6 (0x…)`, and for the
-/// loader `/lib64/ld-linux-x86-64.so.2 (0x…)`.
+/// Returns the paths in ldd's lines: `libm.so.6 => /lib/x86_64-linux-gnu/libm.so.6 (0x…)`, and for
+/// the loader `/lib64/ld-linux-x86-64.so.2 (0x…)`.
 fn loaded(ldd: &str) -> Vec<PathBuf> {
     ldd.lines()
         .filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')))
@@ -190,14 +190,15 @@ fn bzimage(package: &Path) -> Result<PathBuf, Error> {
         .ok_or_else(|| Error::Other(format!("{} has no vmlinuz", boot.display())))
 }
 
-/// Written aside and renamed: another run at the same time sees all of it or nothing.
+/// Writes a file under another name and renames it, so that a concurrent run sees all of it or
+/// nothing.
 fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let aside = path.with_extension(format!("part{}", std::process::id()));
     std::fs::write(&aside, bytes).map_err(|e| Error::at(&aside, e))?;
     std::fs::rename(&aside, path).map_err(|e| Error::at(path, e))
 }
 
-/// FNV-1a.
+/// Computes an FNV-1a hash.
 fn fingerprint(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)

@@ -1,4 +1,4 @@
-//! Takes the ELF `vmlinux` out of a bzImage: QEMU enters it by PVH without the slow detour of
+//! Extracts the ELF image `vmlinux` from a bzImage. QEMU enters it by PVH, without the slow
 //! real-mode set-up and decompression (Linux `Documentation/arch/x86/boot.rst`, `payload_offset`).
 
 use std::path::Path;
@@ -10,7 +10,7 @@ fn u32_at(image: &[u8], at: usize) -> Option<usize> {
     usize::try_from(u32::from_le_bytes(bytes.try_into().ok()?)).ok()
 }
 
-/// The compressed payload and the size that it has when unpacked.
+/// Returns the compressed payload and its unpacked size.
 fn payload(image: &[u8]) -> Option<(&[u8], usize)> {
     if image.get(0x202..0x206)? == [0; 4] || image.get(0x1fe..0x200)? != [0x55, 0xaa] {
         return None;
@@ -26,8 +26,8 @@ fn payload(image: &[u8]) -> Option<(&[u8], usize)> {
     Some((payload, unpacked))
 }
 
-/// The ELF image, or `None` when the packing is one that this machine cannot undo (then the
-/// bzImage itself boots as well, only more slowly).
+/// Returns the ELF image, or `None` when this machine has no tool for its compression. Then the
+/// bzImage is booted, which is slower.
 pub fn vmlinux(bzimage: &[u8], busybox: &Path) -> Result<Option<Vec<u8>>, Error> {
     let Some((packed, unpacked_len)) = payload(bzimage) else {
         return Ok(None);

@@ -1,5 +1,5 @@
-//! `pumice-rig`: boots Debian's kernel under QEMU, hands its NVMe controllers to the driver and
-//! runs the driver's suite there. See `rig/README.md`.
+//! `pumice-rig` boots Debian's kernel under QEMU, gives its NVMe controllers to the driver and runs
+//! the driver's suite there. See `rig/README.md`.
 
 mod console;
 mod cpio;
@@ -23,12 +23,12 @@ use clap::{Parser, Subcommand};
 use console::Verdict;
 use scenario::Programs;
 
-/// What went wrong on the host side.
+/// An error on the host.
 #[derive(Debug)]
 pub enum Error {
     /// A file and its error.
     Io(PathBuf, std::io::Error),
-    /// Anything else, in words.
+    /// Any other error, as text.
     Other(String),
 }
 
@@ -47,8 +47,8 @@ impl std::fmt::Display for Error {
     }
 }
 
-/// Runs `program args` with `input` on its standard input and returns its standard output,
-/// whatever its exit code (xz complains of bytes behind the stream, having written it all).
+/// Runs `program args` with `input` on its standard input and returns its standard output, whatever
+/// its exit code (xz reports bytes behind the stream as an error after it has written everything).
 pub fn run_filter(program: &Path, args: &[&str], input: &[u8]) -> Result<Vec<u8>, Error> {
     let mut child = Command::new(program)
         .args(args)
@@ -60,7 +60,7 @@ pub fn run_filter(program: &Path, args: &[&str], input: &[u8]) -> Result<Vec<u8>
     let stdin = child.stdin.take();
     let output = std::thread::scope(|scope| {
         scope.spawn(move || {
-            // A reader that has enough closes early; that is no error.
+            // A reader that needs no more closes early, which is not an error.
             stdin.map(|mut stdin| stdin.write_all(input));
         });
         child.wait_with_output()
@@ -81,22 +81,22 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Cmd {
-    /// Download what the guest is made of and say what else is missing
+    /// Download the parts of the guest and say what else is missing
     Fetch,
     /// Boot the scenarios and print `N passed, N failed, N skipped`
     Run {
-        /// Only these scenarios (by name; see --list)
+        /// Run only these scenarios (by name; see --list)
         scenarios: Vec<String>,
         /// Directory with the static guest binaries
         #[arg(long)]
         bin: PathBuf,
-        /// The database's benchmark, as it was built; scenarios that want it are skipped without
+        /// db_bench as it was built; scenarios that need it are skipped without it
         #[arg(long, default_value = "db_bench")]
         db_bench: PathBuf,
-        /// Name the scenarios and end
+        /// Print the names of the scenarios and exit
         #[arg(long)]
         list: bool,
-        /// Show the console while it runs
+        /// Show the console while a scenario runs
         #[arg(long, short)]
         verbose: bool,
         /// Keep the console of each boot in this directory
@@ -108,12 +108,12 @@ enum Cmd {
     },
     /// Boot the devices of a scenario and run shell commands in it
     Shell {
-        /// Whose devices
+        /// Scenario whose devices to boot
         scenario: String,
         /// Directory with the static guest binaries
         #[arg(long)]
         bin: PathBuf,
-        /// The database's benchmark, as it was built; scenarios that want it are skipped without
+        /// db_bench as it was built; scenarios that need it are skipped without it
         #[arg(long, default_value = "db_bench")]
         db_bench: PathBuf,
         /// Limit for the boot in seconds
@@ -125,7 +125,7 @@ enum Cmd {
     /// Test the driver on a device (in the guest)
     #[command(subcommand)]
     Test(device::Test),
-    /// What the guest's own scripts call
+    /// Run a command of the guest's own scripts
     #[command(subcommand, hide = true)]
     Guest(guest::Cmd),
 }

@@ -1,12 +1,12 @@
-//! Kernel modules of an unpacked linux-image package. The package carries no `modules.dep`
-//! (depmod runs when it is installed), so dependencies are read from each module's `.modinfo`.
+//! Kernel modules of an unpacked linux-image package. The package has no `modules.dep` (depmod runs
+//! when it is installed), so dependencies are read from each module's `.modinfo`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::{Error, run_filter};
 
-/// Modules by name, `-` written as `_`.
+/// The modules by name, with `-` written as `_`.
 pub struct Modules {
     paths: BTreeMap<String, PathBuf>,
     busybox: PathBuf,
@@ -34,8 +34,8 @@ impl Modules {
         })
     }
 
-    /// The names to load for `name`, dependencies first, with the bytes of each; empty when the
-    /// kernel has it built in (or does not have it at all).
+    /// Returns the modules to load for `name` with their bytes, dependencies first. Returns none
+    /// when the kernel has it built in (or does not have it at all).
     pub fn chain(&self, name: &str) -> Result<Vec<(String, Vec<u8>)>, Error> {
         let mut chain = Vec::new();
         self.collect(&canonical(name), &mut chain, 0)?;
@@ -83,7 +83,8 @@ fn module_name(path: &Path) -> Option<String> {
     matches!(rest, "" | ".xz" | ".gz").then(|| canonical(stem))
 }
 
-/// The `depends=` entry of a module's `.modinfo` section: NUL-separated strings in the file.
+/// Returns the `depends=` entry of a module's `.modinfo` section, which consists of NUL-separated
+/// strings.
 fn depends(module: &[u8]) -> Vec<String> {
     const KEY: &[u8] = b"depends=";
     module

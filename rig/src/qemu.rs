@@ -1,4 +1,4 @@
-//! One boot: the command line, the run under a time limit, and what came of it.
+//! One boot: QEMU's command line, its run under a time limit, and the result.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -10,55 +10,55 @@ use crate::Error;
 use crate::console::{self, Line, Verdict};
 use crate::qmp::Monitor;
 
-/// Which IOMMU the machine has.
+/// The IOMMU of the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Iommu {
-    /// VT-d.
+    /// Intel VT-d.
     Intel,
     /// AMD-Vi.
     Amd,
-    /// None: `uio` and no-IOMMU mode.
+    /// No IOMMU, for `uio` and no-IOMMU mode.
     None,
 }
 
-/// What a boot is given.
+/// The parameters of a boot.
 pub struct Boot<'a> {
-    /// vmlinux or bzImage.
+    /// Path of vmlinux or bzImage.
     pub kernel: &'a Path,
-    /// The initramfs.
+    /// Path of the initramfs.
     pub initrd: &'a Path,
     /// Directory for sockets of this run.
     pub work: &'a Path,
     /// IOMMU of the machine.
     pub iommu: Iommu,
-    /// Mode of the guest's init: `vfio`, `uio`, `kernel`, `none`.
+    /// Mode of the guest's init: `vfio`, `uio`, `kernel` or `none`.
     pub mode: &'a str,
-    /// 2 MiB pages to reserve in the guest.
+    /// Number of 2 MiB pages to reserve in the guest.
     pub huge_pages: u32,
-    /// Memory of the guest.
+    /// Memory of the guest in MiB.
     pub memory_mib: u32,
     /// Further arguments of QEMU: devices, block devices.
     pub devices: &'a [String],
-    /// Limit for the whole boot.
+    /// Time limit of the whole boot.
     pub timeout: Duration,
-    /// Show the console as it comes.
+    /// Whether to show the console while it runs.
     pub verbose: bool,
 }
 
-/// What came of a boot.
+/// The result of a boot.
 #[derive(Default)]
 pub struct Outcome {
     /// Each step with its verdict, in order.
     pub tests: Vec<(String, Verdict)>,
-    /// The guest's own exit code, if it came so far.
+    /// The guest's own exit code, if it got so far.
     pub exit: Option<i32>,
     /// Kernel messages and lines of QEMU that fail the run.
     pub faults: Vec<String>,
-    /// Why the boot ended early, if it did.
+    /// The reason why the boot ended early, if it did.
     pub broken: Option<String>,
-    /// Console and QEMU's errors, line by line.
+    /// Lines of the console and of QEMU's errors.
     pub log: Vec<String>,
-    /// From start to end.
+    /// Duration of the boot.
     pub wall: Duration,
 }
 
@@ -73,8 +73,8 @@ impl Boot<'_> {
         let mut machine = "q35,usb=off,vmport=off,smbus=off,sata=off".to_owned();
         let mut kernel_args = String::new();
         let mut command = Command::new("qemu-system-x86_64");
-        // Stock kernels do not start under every /dev/kvm of a nested host; plain emulation
-        // always does, and only counts and correctness are wanted here.
+        // Stock kernels do not start under every /dev/kvm of a nested host. Plain emulation always
+        // works, and only counts and correctness matter here.
         command.args(["-accel", "tcg,thread=multi"]);
         match self.iommu {
             Iommu::Intel => {
@@ -122,7 +122,7 @@ impl Boot<'_> {
         command
     }
 
-    /// Boots, follows the console to the end or the time limit, and tells what came of it.
+    /// Boots, follows the console to its end or the time limit, and returns the result.
     pub fn run(&self) -> Result<Outcome, Error> {
         let socket = self.work.join("monitor");
         let started = Instant::now();
@@ -266,7 +266,8 @@ impl Follower {
     }
 }
 
-/// Clock of the host in kHz, which spares the guest a calibration that goes wrong under load.
+/// Returns the clock of the host in kHz. With it the guest needs no calibration, which goes wrong
+/// under load.
 fn host_tsc_khz() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
     let mhz = text

@@ -1,4 +1,4 @@
-//! The few commands of QEMU's monitor protocol (QMP) that a scenario asks for while it runs.
+//! The commands of QEMU's monitor protocol (QMP) that a scenario needs while it runs.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::Error;
 
-/// A connection to the monitor, past its greeting.
+/// A connection to the monitor, after its greeting.
 pub struct Monitor {
     reader: BufReader<UnixStream>,
     writer: UnixStream,
@@ -48,7 +48,7 @@ impl Monitor {
             .map_err(|e| Error::Other(format!("QEMU's monitor: {e}: {line}")))
     }
 
-    /// Runs one command and waits for its answer; events in between are passed over.
+    /// Runs one command and waits for its answer. Skips events in between.
     pub fn run(&mut self, command: &str, arguments: &Value) -> Result<Value, Error> {
         let request = json!({ "execute": command, "arguments": arguments });
         writeln!(self.writer, "{request}")
@@ -64,7 +64,7 @@ impl Monitor {
         }
     }
 
-    /// Runs what a guest asked for: `device_del ID`, or a command with its arguments as JSON.
+    /// Runs a request of the guest: `device_del ID`, or a command with its arguments as JSON.
     pub fn request(&mut self, words: &str) -> Result<(), Error> {
         let (command, rest) = words.split_once(' ').unwrap_or((words, ""));
         let arguments = if rest.starts_with('{') {

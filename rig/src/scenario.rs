@@ -1,4 +1,4 @@
-//! The boots: which devices, which mode, which steps.
+//! The scenarios: devices, mode and steps of each boot.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -9,28 +9,28 @@ use crate::qemu::{Boot, Iommu, Outcome};
 
 /// One boot with its steps.
 pub struct Scenario {
-    /// For the command line.
+    /// Name on the command line.
     pub name: &'static str,
-    /// What it shows.
+    /// Description of what it tests.
     pub about: &'static str,
     iommu: Iommu,
     mode: &'static str,
     huge_pages: u32,
     disks: &'static [Disk],
-    /// Devices, in QEMU's words.
+    /// Devices, as arguments of QEMU.
     devices: &'static [&'static str],
     steps: &'static str,
     timeout_s: u64,
-    /// The steps run `db_bench`.
+    /// Whether the steps run `db_bench`.
     database: bool,
 }
 
-/// The programs that go to the guest.
+/// The programs for the guest.
 #[derive(Debug)]
 pub struct Programs {
-    /// Directory of the static ones.
+    /// Directory of the static programs.
     pub bin: PathBuf,
-    /// `db_bench`, which may be linked dynamically and may not have been built.
+    /// Path of `db_bench`, which may be linked dynamically and may not have been built.
     pub db_bench: PathBuf,
 }
 
@@ -38,29 +38,29 @@ pub struct Programs {
 enum Disk {
     /// A sparse file: node name and MiB.
     File(&'static str, u64),
-    /// Reads zeroes, forgets writes: node name, bytes, and latency in ns.
+    /// Reads zeroes and discards writes: node name, bytes, and latency in ns.
     Null(&'static str, u64, u64),
-    /// A sparse file behind fault rules in `blkdebug`'s words: node name, MiB, rules.
+    /// A sparse file with fault rules of `blkdebug`: node name, MiB, rules.
     Faulty(&'static str, u64, &'static str),
 }
 
-/// Slots on bus 0, which the steps name as `$(slot N)`.
+/// Slots of bus 0, which the steps name as `$(slot N)`.
 const MULTI: &[&str] = &[
-    // One controller with all kinds of namespaces.
+    // A controller with all kinds of namespaces.
     "nvme,id=n0,addr=0x8,serial=multi,max_ioqpairs=8,msix_qsize=9,mdts=5,cmb_size_mb=16",
     "nvme-ns,bus=n0,drive=d1,nsid=1,logical_block_size=512",
     "nvme-ns,bus=n0,drive=d2,nsid=2,logical_block_size=4096,physical_block_size=4096",
     "nvme-ns,bus=n0,drive=d3,nsid=3,logical_block_size=4096,physical_block_size=4096,ms=8,pi=1,pil=0,mset=0",
     "nvme-ns,bus=n0,drive=d4,nsid=4,logical_block_size=4096,physical_block_size=4096,zoned=on,zoned.zone_size=4M,zoned.zone_capacity=3M,zoned.max_open=4,zoned.max_active=8",
     "nvme-ns,bus=n0,drive=d5,nsid=5",
-    // One whose reads, writes and flushes fail where the rules say.
+    // A controller whose reads, writes and flushes fail according to the rules.
     "nvme,id=n1,addr=0x9,serial=faulty,max_ioqpairs=4,msix_qsize=5",
     "nvme-ns,bus=n1,drive=d6,nsid=1,logical_block_size=512",
-    // One that can be pulled.
+    // A controller that can be removed.
     "pcie-root-port,id=rp0,addr=0xa,slot=1,chassis=1",
     "nvme,id=n2,bus=rp0,serial=pulled,max_ioqpairs=4,msix_qsize=5",
     "nvme-ns,bus=n2,drive=d7,nsid=1,logical_block_size=4096,physical_block_size=4096",
-    // One that is slow enough for commands to be in flight when something happens.
+    // A controller that is slow enough for commands to be in flight when something happens.
     "nvme,id=n3,addr=0xb,serial=slow,max_ioqpairs=4,msix_qsize=5",
     "nvme-ns,bus=n3,drive=d8,nsid=1,logical_block_size=4096,physical_block_size=4096",
 ];
@@ -76,7 +76,7 @@ const MULTI_DISKS: &[Disk] = &[
     Disk::Null("d8", 256 << 20, 50_000_000),
 ];
 
-/// Sectors are of 512 bytes.
+/// The rules count sectors of 512 bytes.
 const FAULTS: &str = r#"
 [inject-error]
 event = "none"
@@ -93,7 +93,7 @@ sector = "4096"
 once = "off"
 "#;
 
-/// A controller with virtual functions; its namespace is shared among them.
+/// A controller with virtual functions, which share its namespace.
 const VIRTUAL: &[&str] = &[
     "pcie-root-port,id=rp0,addr=0xa,slot=1,chassis=1",
     "nvme-subsys,id=sub0,nqn=sub0",
@@ -110,8 +110,8 @@ const PLAIN: &[&str] = &[
 
 const PLAIN_DISKS: &[Disk] = &[Disk::File("d1", 256), Disk::File("d2", 256)];
 
-/// Two functions of a slot, which are in one group; one controller with a single queue pair; and
-/// six that want more interrupt vectors than two processors have.
+/// Two functions of a slot, which are in one group; a controller with a single queue pair; and six
+/// that ask for more interrupt vectors than two processors have.
 const EDGES: &[&str] = &[
     "nvme,id=n0,addr=0x8.0,multifunction=on,serial=first,max_ioqpairs=64,msix_qsize=65",
     "nvme-ns,bus=n0,drive=d1,nsid=1",
@@ -145,10 +145,10 @@ const EDGES_DISKS: &[Disk] = &[
     Disk::File("d9", 16),
 ];
 
-/// Sparse: a database takes what it writes.
+/// The disks are sparse: a database allocates what it writes.
 const DATABASE_DISKS: &[Disk] = &[Disk::File("d1", 64), Disk::File("d2", 2048)];
 
-/// Every scenario, in the order in which they run.
+/// Returns every scenario, in the order in which they run.
 pub fn all() -> Vec<Scenario> {
     vec![
         Scenario {
@@ -239,7 +239,7 @@ pub fn all() -> Vec<Scenario> {
 }
 
 impl Scenario {
-    /// Why it cannot run, if it cannot.
+    /// Returns the reason why it cannot run, if there is one.
     pub fn lacks(&self, programs: &Programs) -> Option<String> {
         (self.database && !programs.db_bench.is_file()).then(|| {
             format!(
@@ -249,7 +249,7 @@ impl Scenario {
         })
     }
 
-    /// Boots it and runs its steps, or `steps` in their place.
+    /// Boots it and runs its steps, or `steps` instead.
     pub fn boot(
         &self,
         base: &Base,
@@ -296,7 +296,7 @@ impl Scenario {
 }
 
 impl Programs {
-    /// What goes to the guest's `/bin` in every scenario.
+    /// Returns the programs for the guest's `/bin` that every scenario needs.
     fn guest(&self) -> Result<Vec<PathBuf>, Error> {
         let found = ["nvme-suite", "pumice", "pumice-rig"]
             .iter()
