@@ -1,4 +1,4 @@
-//! A block device of your own, in the manner of `passthru`: this one counts the bytes that pass.
+//! A block device of your own, modelled on `passthru`: it counts the bytes that pass.
 //!
 //! ```sh
 //! cargo run -p pumice-examples --no-default-features --example custom_bdev
@@ -14,7 +14,7 @@ use pumice_bdev::{
     SubmitError, uuid,
 };
 
-// 1. The device: shared by all threads, so it holds what they share.
+// 1. The device. All threads share it, so it holds their common state.
 #[derive(Debug)]
 struct Meter {
     info: DeviceInfo,
@@ -24,12 +24,13 @@ struct Meter {
 
 impl Meter {
     fn new(name: &str, base: Arc<dyn BlockDevice>) -> Meter {
-        // Most of what it says of itself is what the device below says.
+        // Most properties are those of the device below.
         let mut info = base.info().clone();
         name.clone_into(&mut info.name);
         info.module = "meter";
         "Meter".clone_into(&mut info.product);
-        // Its UUID is its own: the registry knows devices by it, too. The same name gives the same one.
+        // Its UUID is its own, since the registry knows devices by UUID too. The same name gives
+        // the same UUID.
         info.uuid = uuid::derived(format!("{name} on {:?}", info.uuid).as_bytes());
         Meter {
             info,
@@ -44,7 +45,7 @@ impl BlockDevice for Meter {
         &self.info
     }
 
-    // 2. A channel for each thread that asks, on top of a channel of the device below.
+    // 2. A channel for each thread that asks for one, on top of a channel of the device below.
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         Ok(Box::new(MeterChannel {
             base: self.base.open_channel()?,
@@ -61,12 +62,13 @@ struct MeterChannel {
 }
 
 impl IoChannel for MeterChannel {
-    // 3. Operations go down with their tag; what the device below refuses comes back whole.
+    // 3. Operations go down with their tag. An operation that the device below refuses comes back
+    // unchanged.
     fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
         self.base.submit(tag, op)
     }
 
-    // 4. Completions come up. What was appended to `out` is ours to look at and to change.
+    // 4. Completions come up. This channel may look at what was appended to `out` and change it.
     fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
         let before = out.len();
         let n = self.base.poll(out);
@@ -77,7 +79,7 @@ impl IoChannel for MeterChannel {
         n
     }
 
-    // 5. Waiting and counting are the base's own.
+    // 5. Waiting and counting are the base channel's.
     fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
         self.base.wait(timeout)
     }
@@ -88,7 +90,7 @@ impl IoChannel for MeterChannel {
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // 6. In the registry it stands on `Malloc0`, which nobody else may open meanwhile.
+    // 6. In the registry it is built on `Malloc0`, which nobody else can open meanwhile.
     let registry = Registry::new();
     registry.open("malloc://4M?name=Malloc0")?;
     let base = registry.claim("Malloc0", "Meter0")?;
@@ -107,11 +109,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     );
     println!("{}", registry.open("Malloc0").expect_err("it is claimed"));
 
-    // 7. The contract, in one line.
+    // 7. The conformance suite checks the contract.
     pumice_bdev_testkit::conformance::run(&*meter);
     println!("it conforms");
 
-    // 8. Removing the device below takes this one away first.
+    // 8. Removing the device below removes this one first.
     println!("removed, in order: {:?}", registry.remove("Malloc0")?);
     Ok(())
 }

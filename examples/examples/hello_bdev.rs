@@ -40,7 +40,7 @@ fn run() -> Result<String, Box<dyn std::error::Error>> {
             uri => name = Some(uri.to_owned()),
         }
     }
-    // Without a name: the first device that nothing stands on.
+    // Without a name: the first device that no other is built on.
     let name = match name {
         Some(name) => name,
         None => {
@@ -53,7 +53,7 @@ fn run() -> Result<String, Box<dyn std::error::Error>> {
     let dev = app.registry.open(&name)?;
     let info = dev.info();
 
-    // A channel belongs to one thread; `block_on` polls it while the futures run.
+    // A channel belongs to one thread. `block_on` polls it while the futures run.
     let ch = AsyncChannel::new(dev.open_channel()?);
     let mut buf = DmaBuf::zeroed(info.block_size as usize)?;
     buf[..5].copy_from_slice(b"hello");

@@ -1,4 +1,5 @@
-//! A first look at the blobstore: make a store, create a blob, give it a size, write, read back, delete.
+//! A first use of the blobstore: make a store, create a blob, give it a size, write, read back,
+//! delete.
 //!
 //! ```sh
 //! cargo run -p pumice-examples --no-default-features --example hello_blob                    # on 64 MiB of memory
@@ -24,7 +25,7 @@ fn hello() -> Result<(), Box<dyn std::error::Error>> {
     let mut configured = false;
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
-        // A configuration without a flag is how SPDK's example takes it.
+        // SPDK's example takes a configuration without a flag.
         let file = match arg.as_str() {
             "--json" | "-c" => args.next().ok_or("--json needs a file")?,
             "-b" => {
@@ -44,7 +45,7 @@ fn hello() -> Result<(), Box<dyn std::error::Error>> {
         configured = true;
     }
     println!("entry");
-    // Without a name: of a configuration the first device that nothing stands on.
+    // Without a name: the configuration's first device that no other is built on.
     let name = match name {
         Some(name) => name,
         None if configured => {
@@ -62,7 +63,7 @@ fn hello() -> Result<(), Box<dyn std::error::Error>> {
         dev.info().block_size
     );
 
-    // The store takes the whole device.
+    // The store uses the whole device.
     let store = Blobstore::init(dev, &InitOptions::default())?;
     println!("init complete: clusters of {} bytes", store.cluster_size());
 
@@ -75,7 +76,7 @@ fn hello() -> Result<(), Box<dyn std::error::Error>> {
         store.free_clusters()
     );
 
-    // A new blob has no clusters; this one gets all that there are.
+    // A new blob has no clusters. This one gets all free clusters.
     blob.resize(store.free_clusters())?;
     println!(
         "resized: the blob has {} used clusters",
@@ -85,7 +86,7 @@ fn hello() -> Result<(), Box<dyn std::error::Error>> {
     blob.sync_md()?;
     println!("sync complete");
 
-    // I/O goes through memory that the device can reach, in io units.
+    // I/O uses memory that the device can access, in io units.
     let unit = usize::try_from(store.io_unit_size())?;
     let mut data = DmaBuf::new(unit)?;
     data.fill(0x5a);

@@ -11,18 +11,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         dir.path().display()
     );
 
-    // The image is made, formatted and mounted; the database is made in it.
+    // The image is created, formatted and mounted, and the database is created in it.
     let db = pumice::Db::open(&device)?;
     db.put("apple", "red")?;
     db.put("pear", "green")?;
 
-    // Durable when it returns: one round trip to the device.
+    // The write is durable when this returns.
     let mut durable = WriteOptions::default();
     durable.set_sync(true);
     db.put_opt("plum", "blue", &durable)?;
     db.close()?;
 
-    // Once more, as after a restart.
+    // Open it again, as after a restart.
     let db = pumice::Db::open(&device)?;
     for item in db.iterator(IteratorMode::Start) {
         let (fruit, colour) = item?;

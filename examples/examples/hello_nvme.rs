@@ -1,7 +1,7 @@
 //! Writes a greeting to an NVMe namespace and reads it back.
 //!
-//! Without an argument it runs on a controller in this process: no device, no root, no set-up.
-//! With a URI it uses that one, and OVERWRITES its first block:
+//! Without an argument it runs on a controller in this process: no device, no root, no set-up. With
+//! a URI it uses that controller and OVERWRITES its first block:
 //!
 //! ```text
 //! cargo run -p pumice-examples --no-default-features --example hello_nvme
@@ -36,7 +36,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // A queue pair belongs to this thread.
     let mut queue = opened.controller.queue_pair(&QueueOptions::depth(8))?;
 
-    // Buffers are ordinary memory that the device can reach. They move into the I/O …
+    // Buffers are ordinary memory that the device can access. They move into the I/O …
     let mut block = DmaBuf::zeroed(ns.block_size() as usize)?;
     block[..12].copy_from_slice(b"Hello, NVMe!");
     let write = Op::Write {

@@ -1,1 +1,1 @@
-//! What the examples share: nothing but the licence. Each example is a file of its own in `examples/`.
+//! The package of the examples. Each example is a file of its own in `examples/`.

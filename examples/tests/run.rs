@@ -1,4 +1,4 @@
-//! Every example runs, and prints what its reader is told to expect.
+//! Every example runs and prints what it promises.
 
 use std::process::{Command, Output};
 
@@ -12,7 +12,7 @@ fn run(example: &str, args: &[&str]) -> Output {
     output.unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// What it prints when it ends well.
+/// Returns the output of an example that must succeed.
 fn says(example: &str, args: &[&str]) -> String {
     let output = run(example, args);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -24,14 +24,14 @@ fn says(example: &str, args: &[&str]) -> String {
     text
 }
 
-/// What it complains of when it fails.
+/// Returns the error output of an example that must fail.
 fn complains(example: &str, args: &[&str]) -> String {
     let output = run(example, args);
     assert!(!output.status.success(), "{example} {args:?}");
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// A configuration as SPDK's scripts write it.
+/// Makes a configuration as SPDK's scripts write it.
 fn configuration() -> (tempfile::TempDir, String) {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("bdevs.json");
