@@ -1,5 +1,5 @@
-# Sourced by the scripts beside it: goes to the top of the clone, chooses the target directory and the processor to build for,
-# and hands over the RocksDB library that `scripts/rocksdb` has compiled.
+# The scripts beside it source this: it goes to the top of the clone, chooses the target directory and the processor to build for,
+# and sets the variables for the RocksDB library that `scripts/rocksdb` has compiled.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # The packages below RocksDB, tested in the dev profile with debug assertions, and those that link it, in the one profile that it is
@@ -9,15 +9,15 @@ low=(-p pumice-io -p pumice-nvme -p pumice-nvme-soft -p pumice-bdev -p pumice-bd
 # shellcheck disable=SC2034
 high=(--release -p pumice -p pumice-cli -p pumice-bench -p pumice-examples)
 
-# A target directory outside the clone is used where one exists, so that clones share what takes long to compile.
+# A target directory outside the clone is used if it exists, so that clones share what takes long to compile.
 shared_target="${XDG_CACHE_HOME:-$HOME/.cache}/pumice/target"
 if [ -z "${CARGO_TARGET_DIR:-}" ] && [ -d "$shared_target" ]; then
     export CARGO_TARGET_DIR="$shared_target"
 fi
 target="${CARGO_TARGET_DIR:-$PWD/target}"
 
-# RocksDB computes checksums three times as fast with SSE4.2 and PCLMULQDQ (processors since 2010), but only where the compiler
-# may use them. PUMICE_CPU=native builds for this very machine; PUMICE_CPU=generic, or flags of one's own, leave it alone.
+# RocksDB computes checksums three times as fast with SSE4.2 and PCLMULQDQ (processors since 2010), but only if the compiler
+# may use them. PUMICE_CPU=native builds for this machine. PUMICE_CPU=generic, or your own RUSTFLAGS, leave the flags unchanged.
 if [ -z "${RUSTFLAGS+set}" ] && [ "$(uname -m)" = x86_64 ]; then
     case "${PUMICE_CPU:-v2}" in
         native) export RUSTFLAGS="-C target-cpu=native" ;;
