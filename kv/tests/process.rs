@@ -1,4 +1,5 @@
-//! Whole processes: killed in the middle of synced writes, and watched at the kernel's file system.
+//! Tests with whole processes: killed during synced writes, and watched in the kernel's file
+//! system.
 
 mod common;
 
@@ -24,7 +25,7 @@ fn options() -> DbOptions {
     })
 }
 
-/// Not a test: what the tests below run as a process of its own. Does nothing otherwise.
+/// This is not a test: the tests below run it as a process of its own. Otherwise it does nothing.
 #[test]
 fn child() {
     let (Ok(uri), Ok(mode)) = (std::env::var(URI), std::env::var(MODE)) else {
@@ -37,7 +38,7 @@ fn child() {
     }
 }
 
-/// Synced puts without end, each told when it is acknowledged.
+/// Makes synced puts without end, and reports each one when it is acknowledged.
 fn synced_puts(uri: &str) {
     let db = options().open(uri).unwrap();
     let mut n = (0..).find(|n| db.get(key(*n)).unwrap().is_none()).unwrap();
@@ -100,7 +101,7 @@ fn killed_twenty_times_every_acknowledged_key_is_there() {
         let wait = Duration::from_micros(rng.random_range(0..60_000));
         let mut since: Option<Instant> = None;
         let mut killed = false;
-        // After the kill the pipe still holds what was acknowledged before.
+        // After the kill the pipe still holds acknowledgements from before.
         for line in lines.map_while(Result::ok) {
             let Some(n) = line.strip_prefix("ack ") else {
                 continue;
@@ -131,8 +132,8 @@ fn killed_twenty_times_every_acknowledged_key_is_there() {
     println!("{} synced puts, 20 kills", acknowledged.unwrap() + 1);
 }
 
-/// Names in the root directory and the working directory, where files would land that take a path
-/// for the kernel's.
+/// Returns the names in the root directory and the working directory, where files would be created
+/// that take a path for the kernel's.
 fn kernel_sees(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> = [Path::new("/"), dir]
         .iter()

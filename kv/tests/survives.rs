@@ -1,5 +1,5 @@
-//! What survives what: the table in `kv/README.md`, a cell at a time, with whole processes. Power cuts
-//! are in `crash.rs`, on a simulated disk.
+//! Tests each cell of the table "What survives what" in `kv/README.md` with whole processes. Power
+//! cuts are in `crash.rs`, on a simulated disk.
 #![allow(unsafe_code, reason = "fork and resource limits are what is tested")]
 
 mod common;
@@ -43,7 +43,7 @@ fn check(db: &Db, keys: std::ops::Range<u64>, what: &str) {
     }
 }
 
-/// Not a test: what the tests below run as a process of its own. Does nothing otherwise.
+/// This is not a test: the tests below run it as a process of its own. Otherwise it does nothing.
 #[test]
 fn child() {
     let (Ok(uri), Ok(mode)) = (std::env::var(URI), std::env::var(MODE)) else {
@@ -104,7 +104,7 @@ fn say(what: &str) {
     out.flush().unwrap();
 }
 
-/// Threads put, with flushes and compactions under way, and are told when a put is acknowledged.
+/// Threads put, with flushes and compactions in progress, and report each acknowledged put.
 fn exit_among_writers(uri: &str) {
     let db = HELD.get_or_init(|| {
         let small = options().configure(|options| options.set_write_buffer_size(64 << 10));
@@ -124,8 +124,8 @@ fn exit_among_writers(uri: &str) {
     std::process::exit(0);
 }
 
-/// Children of a process with an open database: one exits, one drops what it inherited, one tries to use
-/// it. The parent goes on.
+/// Children of a process with an open database: one exits, one drops what it inherited, one tries
+/// to use it. The parent continues.
 fn a_fork_of_an_open_database(uri: &str) {
     let db = options().open(uri).unwrap();
     fill(&db, 0..PUTS / 2);
@@ -154,13 +154,13 @@ fn a_fork_of_an_open_database(uri: &str) {
     db.close().unwrap();
 }
 
-/// In a process of its own, since the limit on the length of files is the process's.
+/// This runs in a process of its own, since the limit on the length of files applies to a process.
 fn a_failed_close(uri: &str) {
     let db = options().open(uri).unwrap();
     let mut sync = WriteOptions::default();
     sync.set_sync(true);
     db.put_opt("first", "1", &sync).unwrap();
-    // Beyond this byte the kernel refuses to write: EFBIG, as good as a full disk.
+    // Beyond this byte the kernel refuses to write with EFBIG, which has the effect of a full disk.
     let limits = Limits::of_files(24 << 20);
     let mut put = 0;
     while put < 400_000 && db.put(key(put), value(put)).is_ok() {
@@ -201,7 +201,7 @@ fn an_end_that_cannot_keep(uri: &str) {
     std::process::exit(0);
 }
 
-/// A parent that has used Pumice and has nothing open any more; two workers with a database each.
+/// The parent has used Pumice and has nothing open. It forks two workers with a database each.
 fn two_forked_workers(uri: &str) {
     let parent = mount("malloc://256M", &MountOptions::new()).unwrap();
     let file = parent.open("/config", OpenOptions::CREATE).unwrap();
@@ -231,7 +231,7 @@ fn in_fork(child: &dyn Fn() -> i32) -> i32 {
 
 /// Runs `child` in a forked process, which then calls `exit`.
 fn fork(child: &dyn Fn() -> i32) -> i32 {
-    // SAFETY: what the child may use after a fork is what is tested.
+    // SAFETY: the test checks what the child may use after a fork.
     let pid = unsafe { libc::fork() };
     assert!(pid >= 0);
     if pid == 0 {
@@ -241,7 +241,7 @@ fn fork(child: &dyn Fn() -> i32) -> i32 {
     pid
 }
 
-/// The exit code of a forked child; 1000 and the signal that ended it.
+/// Returns the exit code of a forked child, or 1000 and the signal that ended it.
 fn wait(pid: i32) -> i32 {
     let started = Instant::now();
     loop {
@@ -257,7 +257,7 @@ fn wait(pid: i32) -> i32 {
             };
         }
         if started.elapsed() > common::LIMIT / 2 {
-            // SAFETY: our own child.
+            // SAFETY: it is our own child.
             unsafe { libc::kill(pid, libc::SIGKILL) };
             panic!("a forked child hangs");
         }
@@ -281,7 +281,7 @@ fn start(dir: &Path, mode: &str) -> Child {
         .unwrap()
 }
 
-/// Runs [`child`] to its end; what it printed.
+/// Runs [`child`] to its end. Returns its output.
 fn run(dir: &Path, mode: &str, succeeds: bool) -> String {
     let output = start(dir, mode).wait_with_output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -290,7 +290,7 @@ fn run(dir: &Path, mode: &str, succeeds: bool) -> String {
     text
 }
 
-/// Runs [`child`] until it says that it is ready, and kills it.
+/// Runs [`child`] until it reports that it is ready, and kills it.
 fn kill(dir: &Path, mode: &str) {
     let mut child = start(dir, mode);
     let lines = BufReader::new(child.stdout.take().unwrap()).lines();
@@ -313,7 +313,7 @@ fn an_end_keeps_all(mode: &str, succeeds: bool) {
     db.close().unwrap();
 }
 
-/// Where an end cannot keep what was put, it says so and ends.
+/// An end that cannot keep puts says so and ends.
 #[test]
 fn an_end_that_loses_something_says_so() {
     let _limit = watchdog();
@@ -368,7 +368,7 @@ fn acknowledged_puts_survive_an_exit_among_writers() {
         let db = reopened(dir.path());
         let acks = said.lines().filter_map(|line| line.strip_prefix("ack "));
         let mut acknowledged = 0;
-        // The last line may be cut short by the exit.
+        // The exit may cut the last line short.
         for n in acks.filter_map(|n| n.parse::<u64>().ok()) {
             if let Some(got) = db.get(key(n)).unwrap() {
                 assert_eq!(got, value(n), "key {n}");
@@ -384,7 +384,8 @@ fn acknowledged_puts_survive_an_exit_among_writers() {
     }
 }
 
-/// A kill may lose puts that were not synced, from the last one backwards; never one in the middle.
+/// A kill may lose puts that were not synced, from the last one backwards, and never one in the
+/// middle.
 #[test]
 fn a_kill_leaves_a_prefix_of_the_puts() {
     let _limit = watchdog();
@@ -418,7 +419,8 @@ fn two_forked_workers_have_a_database_each() {
     }
 }
 
-/// U7: the host is full when the database is closed; when there is room again, closing is called again.
+/// U7: the host is full when the database is closed. When there is space again, closing is
+/// repeated.
 #[test]
 fn a_failed_close_is_repeated_and_loses_nothing() {
     let _limit = watchdog();
@@ -455,6 +457,6 @@ impl Drop for Limits {
 }
 
 fn set(limit: &libc::rlimit) {
-    // SAFETY: a limit of this process's own.
+    // SAFETY: it is a limit of this process.
     assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, limit) }, 0);
 }

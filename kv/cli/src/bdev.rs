@@ -1,4 +1,4 @@
-//! `pumice bdev`: look at block devices, copy, zero, verify, serve them.
+//! `pumice bdev`: shows, copies, zeroes, verifies and serves block devices.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -14,29 +14,29 @@ use serde_json::{Value, json};
 
 use crate::serve;
 
-/// Bytes of one read or write.
+/// Number of bytes of one read or write.
 const CHUNK: u64 = 1 << 20;
-/// Reads and writes in flight.
+/// Number of reads and writes in flight.
 const DEPTH: u64 = 16;
 
 /// List, show, copy, zero, verify or serve block devices
 #[derive(Args)]
 pub struct Bdev {
-    /// Configuration file (SPDK's JSON) that says which devices there are
+    /// Configuration file (SPDK's JSON) with the devices
     #[arg(long = "json", short = 'c', value_name = "FILE", global = true)]
     config: Option<PathBuf>,
     #[command(subcommand)]
-    what: What,
+    action: Action,
 }
 
 #[derive(Subcommand)]
-enum What {
+enum Action {
     /// List the devices of a configuration, or those of the URIs
     List {
-        /// Devices by URI, beside those of the configuration
+        /// Devices by URI, in addition to those of the configuration
         uris: Vec<String>,
     },
-    /// Show everything about a device, as JSON
+    /// Show all properties of a device as JSON
     Info {
         /// Name, UUID or URI
         device: String,
@@ -45,17 +45,17 @@ enum What {
     Copy {
         /// Name or URI
         from: String,
-        /// Name or URI; what it holds is lost
+        /// Name or URI; its content is lost
         to: String,
-        /// Even if the destination holds anything but zeroes
+        /// Overwrite a destination that does not hold only zeroes
         #[arg(long)]
         force: bool,
     },
     /// Fill a device with zeroes
     Zero {
-        /// Name or URI; what it holds is lost
+        /// Name or URI; its content is lost
         device: String,
-        /// Even if it holds anything but zeroes
+        /// Overwrite a device that does not hold only zeroes
         #[arg(long)]
         force: bool,
     },
@@ -63,12 +63,13 @@ enum What {
     Verify {
         /// Name or URI
         device: String,
-        /// Another, which must hold the same
+        /// Another device, which must have the same content
         other: Option<String>,
     },
-    /// Hold devices and answer SPDK's JSON-RPC for them until SIGINT or SIGTERM
+    /// Open devices and answer SPDK's JSON-RPC for them until SIGINT or SIGTERM
     Serve {
-        /// Devices by URI, beside those of the configuration; methods make and remove more
+        /// Devices by URI, in addition to those of the configuration; methods can make and remove
+        /// more
         uris: Vec<String>,
         /// The Unix socket; only the owner of this process may connect
         #[arg(
@@ -78,7 +79,7 @@ enum What {
             default_value = "/var/tmp/spdk.sock"
         )]
         rpc_socket: PathBuf,
-        /// Serve statistics for Prometheus, too: a socket's path or a loopback address
+        /// Also serve statistics for Prometheus, on a socket's path or a loopback address
         #[arg(long, value_name = "ADDRESS")]
         metrics: Option<String>,
         /// Log everything of a component (bdev, bdev_io, nvme, rpc, …, all); may be repeated
@@ -100,43 +101,43 @@ pub fn run(args: &Bdev) -> ExitCode {
 }
 
 fn execute(args: &Bdev) -> Result<bool, String> {
-    if let What::Serve { log_flags, .. } = &args.what {
+    if let Action::Serve { log_flags, .. } = &args.action {
         pumice_bdev_control::logging::init("NOTICE", log_flags)?;
     }
     let app = App::new();
     if let Some(file) = &args.config {
         config::load_file(&app, file).map_err(|e| e.to_string())?;
     }
-    match &args.what {
-        What::List { uris } => {
+    match &args.action {
+        Action::List { uris } => {
             for uri in uris {
                 open_to_read(&app, uri)?;
             }
             list(&app)
         }
-        What::Info { device } => {
+        Action::Info { device } => {
             let name = open_to_read(&app, device)?.info().name.clone();
             let answer = app.call("bdev_get_bdevs", &json!({ "name": name }));
             let answer = answer.map_err(|e| e.to_string())?;
             print_json(answer.get(0).unwrap_or(&Value::Null));
             Ok(true)
         }
-        What::Copy { from, to, force } => {
+        Action::Copy { from, to, force } => {
             let (from, to) = (open_to_read(&app, from)?, open(&app, to)?);
             may_overwrite(&to, *force)?;
             copy(&*from, &*to)
         }
-        What::Zero { device, force } => {
+        Action::Zero { device, force } => {
             let dev = open(&app, device)?;
             may_overwrite(&dev, *force)?;
             zero(&*dev)
         }
-        What::Verify { device, other } => {
+        Action::Verify { device, other } => {
             let dev = open_to_read(&app, device)?;
             let other = other.as_ref().map(|o| open_to_read(&app, o)).transpose()?;
             verify(&*dev, other.as_deref())
         }
-        What::Serve {
+        Action::Serve {
             uris,
             rpc_socket,
             metrics,
@@ -154,7 +155,7 @@ fn open(app: &App, device: &str) -> Result<Arc<dyn BlockDevice>, String> {
     app.open(device).map_err(|e| e.to_string())
 }
 
-/// Beside others who read; nothing is made, lengthened or written.
+/// Opens a device for reading, which others may do at the same time. Creates and changes nothing.
 fn open_to_read(app: &App, device: &str) -> Result<Arc<dyn BlockDevice>, String> {
     let options = OpenOptions::new().read_only(true);
     app.open_with(device, options).map_err(|e| e.to_string())
@@ -166,7 +167,7 @@ fn channel(dev: &dyn BlockDevice) -> Result<AsyncChannel, String> {
     ))
 }
 
-/// Refuses to write over anything but zeroes.
+/// Refuses to overwrite anything but zeroes.
 fn may_overwrite(dev: &Arc<dyn BlockDevice>, force: bool) -> Result<(), String> {
     contents::may_overwrite(&**dev, Overwrite::forced(force)).map_err(|e| e.to_string())
 }
@@ -199,7 +200,7 @@ fn list(app: &App) -> Result<bool, String> {
     Ok(true)
 }
 
-/// A device is gone through in chunks of whole blocks that both sides take.
+/// Returns the length of the chunks for these devices, which is a multiple of their block sizes.
 fn chunk(devices: &[&dyn BlockDevice]) -> Result<u64, String> {
     let mut chunk = CHUNK;
     for info in devices.iter().map(|d| d.info()) {
@@ -218,7 +219,7 @@ fn chunk(devices: &[&dyn BlockDevice]) -> Result<u64, String> {
     Ok(chunk - chunk % unit)
 }
 
-/// Offsets and lengths of the next chunks in flight, in bytes.
+/// Returns the offsets and lengths of the next chunks in flight, in bytes.
 fn chunks(at: u64, end: u64, chunk: u64) -> Vec<(u64, u64)> {
     let mut chunks = Vec::new();
     let mut at = at;
@@ -245,7 +246,7 @@ fn copy(from: &dyn BlockDevice, to: &dyn BlockDevice) -> Result<bool, String> {
     let to_bs = u64::from(to.info().block_size);
     if len > room {
         return Err(format!(
-            "{} has {len} bytes, {} only {room}",
+            "{} has {len} bytes and {} only {room}",
             from.info().name,
             to.info().name
         ));
@@ -294,7 +295,7 @@ fn flush(dev: &dyn BlockDevice, ch: &AsyncChannel) -> Result<(), String> {
 }
 
 fn zero(dev: &dyn BlockDevice) -> Result<bool, String> {
-    /// A device answers now and then, so that an error has a place.
+    /// Number of bytes after which the device is asked, so that an error has a place.
     const STEP: u64 = 1 << 30;
     let info = dev.info();
     let ch = channel(dev)?;
@@ -319,7 +320,7 @@ fn zero(dev: &dyn BlockDevice) -> Result<bool, String> {
 }
 
 fn verify(dev: &dyn BlockDevice, other: Option<&dyn BlockDevice>) -> Result<bool, String> {
-    /// More are counted, not shown.
+    /// Most differences to print. Further ones are only counted.
     const SHOWN: u64 = 20;
     let len = dev.info().len_bytes();
     let mut devices = vec![dev];
@@ -384,8 +385,11 @@ fn verify(dev: &dyn BlockDevice, other: Option<&dyn BlockDevice>) -> Result<bool
 mod tests {
     use super::*;
 
-    fn bdev(what: What) -> Result<bool, String> {
-        execute(&Bdev { config: None, what })
+    fn bdev(action: Action) -> Result<bool, String> {
+        execute(&Bdev {
+            config: None,
+            action,
+        })
     }
 
     #[test]
@@ -398,13 +402,13 @@ mod tests {
             )
         };
         let (a, b) = (uri("a", "3M"), uri("b", "3M"));
-        // Who only reads makes no file.
+        // A command that only reads creates no file.
         for name in ["a", "b"] {
             let file = std::fs::File::create(dir.path().join(name)).unwrap();
             file.set_len(3 << 20).unwrap();
         }
         let verify = || {
-            bdev(What::Verify {
+            bdev(Action::Verify {
                 device: uri("a", "3M"),
                 other: Some(uri("b", "3M")),
             })
@@ -414,7 +418,7 @@ mod tests {
         bytes[2_500_000] = 7;
         std::fs::write(dir.path().join("a"), &bytes).unwrap();
         assert_eq!(verify(), Ok(false));
-        bdev(What::Copy {
+        bdev(Action::Copy {
             from: a.clone(),
             to: b.clone(),
             force: false,
@@ -422,7 +426,7 @@ mod tests {
         .unwrap();
         assert_eq!(verify(), Ok(true));
         let zero = |force| {
-            bdev(What::Zero {
+            bdev(Action::Zero {
                 device: uri("b", "3M"),
                 force,
             })
@@ -435,14 +439,14 @@ mod tests {
                 .iter()
                 .all(|b| *b == 0)
         );
-        let e = bdev(What::Copy {
+        let e = bdev(Action::Copy {
             from: a,
             to: uri("c", "1M"),
             force: false,
         })
         .unwrap_err();
         assert!(e.contains("only 1048576"), "{e}");
-        let e = bdev(What::Info {
+        let e = bdev(Action::Info {
             device: "Nvme0".into(),
         })
         .unwrap_err();

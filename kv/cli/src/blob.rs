@@ -1,4 +1,4 @@
-//! `pumice blob`: the blobs of a blobstore, one command each.
+//! `pumice blob`: commands for the blobs of a blobstore.
 
 mod dump;
 mod transfer;
@@ -23,7 +23,7 @@ use crate::signals;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Look into a blobstore and change it: blobs, xattrs, snapshots, contents
+/// Show and change a blobstore: blobs, xattrs, snapshots, contents
 #[derive(Args)]
 pub struct BlobArgs {
     #[command(subcommand)]
@@ -31,7 +31,7 @@ pub struct BlobArgs {
     /// Print JSON
     #[arg(long, global = true)]
     json: bool,
-    /// Device of the external snapshots, for clones of such
+    /// Device of the external snapshots of clones
     #[arg(long, global = true, value_name = "URI")]
     external: Option<String>,
 }
@@ -40,7 +40,7 @@ pub struct BlobArgs {
 struct Target {
     /// Device: file:///path, malloc://64M, …
     uri: String,
-    /// Blob, as 0x100000000
+    /// Blob, such as 0x100000000
     id: BlobId,
 }
 
@@ -59,7 +59,7 @@ enum Action {
         /// Type, at most 16 bytes: BLOBFS, LVOLSTORE, … [default: none]
         #[arg(long, default_value = "")]
         bstype: BsType,
-        /// Overwrite whatever the device holds
+        /// Overwrite any content of the device
         #[arg(long)]
         force: bool,
     },
@@ -68,7 +68,7 @@ enum Action {
         /// Device
         uri: String,
     },
-    /// Show a blob: size, flags, xattrs, where its clusters are
+    /// Show a blob: size, flags, xattrs, and the places of its clusters
     Show(Target),
     /// Create a blob; prints its id
     Create {
@@ -77,7 +77,7 @@ enum Action {
         /// Size in bytes, rounded up to clusters
         #[arg(long, default_value = "0", value_parser = parse_size)]
         size: u64,
-        /// Take clusters when they are first written
+        /// Allocate clusters when they are first written
         #[arg(long)]
         thin: bool,
         /// An xattr, repeatable
@@ -96,11 +96,11 @@ enum Action {
     SetXattr {
         #[command(flatten)]
         target: Target,
-        /// Its name
+        /// Name of the xattr
         name: String,
-        /// Its value; without one the xattr is removed
+        /// Value; without one the xattr is removed
         value: Option<String>,
-        /// What the value is
+        /// Form of the value
         #[arg(long, value_enum, default_value_t = Form::Text)]
         form: Form,
     },
@@ -110,7 +110,7 @@ enum Action {
     Clone(Target),
     /// Give a clone all its clusters and make it thick
     Inflate(Target),
-    /// Give a clone the clusters of its parent and make its parent's parent its parent
+    /// Copy the parent's clusters to a clone and make the parent's parent its parent
     Decouple(Target),
     /// Make a snapshot of the same size the parent of a blob
     SetParent {
@@ -119,7 +119,7 @@ enum Action {
         /// The snapshot
         parent: BlobId,
     },
-    /// Make a blob read-only, for good
+    /// Make a blob permanently read-only
     SetReadOnly(Target),
     /// Write a file into a blob
     Import {
@@ -127,9 +127,9 @@ enum Action {
         uri: String,
         /// Blob, or `new` for a new one, whose id is printed
         id: String,
-        /// File, or - for the standard input
+        /// File, or - for standard input
         file: PathBuf,
-        /// A new blob is thin: zeroes take no clusters
+        /// Make a new blob thin: zeroes take no clusters
         #[arg(long)]
         thin: bool,
     },
@@ -137,19 +137,19 @@ enum Action {
     Export {
         #[command(flatten)]
         target: Target,
-        /// File, or - for the standard output
+        /// File, or - for standard output
         file: PathBuf,
     },
     /// Print the super block, the masks and every metadata page, decoded
     Dump {
         /// Device
         uri: String,
-        /// Only pages of this blob
+        /// Print only pages of this blob
         id: Option<BlobId>,
     },
     /// Delete a blob
     Delete(Target),
-    /// Use the whole device, if it has become larger
+    /// Use the whole device after it has become larger
     Grow {
         /// Device
         uri: String,
@@ -158,11 +158,11 @@ enum Action {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Form {
-    /// The value as it stands
+    /// The value as text
     Text,
-    /// The value with a NUL behind it, as BlobFS has names
+    /// The value followed by a NUL, as in BlobFS's names
     Cstring,
-    /// A number, stored in eight bytes, little-endian, as BlobFS has lengths
+    /// A number, stored in eight bytes, little-endian, as in BlobFS's lengths
     U64,
     /// Hexadecimal digits
     Hex,
@@ -172,7 +172,7 @@ enum Form {
 pub fn run(args: &BlobArgs) -> ExitCode {
     match act(args) {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever reads the output may stop reading.
+        // The reader of the output may stop reading.
         Err(error) if is_broken_pipe(&*error) => ExitCode::SUCCESS,
         Err(error) => {
             complain!("pumice blob: {error}");
@@ -207,7 +207,7 @@ fn look(args: &BlobArgs, uri: &str) -> Result<Blobstore> {
     )?)
 }
 
-/// Loads the store, lets `change` change it, unloads it in order.
+/// Loads the store, calls `change`, and unloads the store in order.
 fn with_store<T>(
     args: &BlobArgs,
     uri: &str,
@@ -443,7 +443,7 @@ fn list(store: &Blobstore, as_json: bool) -> Result<()> {
     Ok(())
 }
 
-/// What is to be said of a blob.
+/// Returns the description of a blob.
 fn describe(store: &Blobstore, id: BlobId, all: bool) -> Value {
     let blob = match store.open(id) {
         Ok(blob) => blob,
@@ -486,7 +486,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The blob's own clusters: (first in the blob, first in the store, how many).
+/// Returns the blob's own clusters: (first in the blob, first in the store, how many).
 fn runs(blob: &Blob) -> Vec<(u64, u32, u64)> {
     let mut runs: Vec<(u64, u32, u64)> = Vec::new();
     for (index, cluster) in blob.extents().allocated() {

@@ -1,4 +1,4 @@
-//! `pumice config`: write and check configuration files.
+//! `pumice config`: writes and checks configuration files.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,23 +15,23 @@ use serde_json::{Value, json};
 #[derive(Args)]
 pub struct Config {
     #[command(subcommand)]
-    what: What,
+    action: Action,
 }
 
 #[derive(Subcommand)]
-enum What {
+enum Action {
     /// Find this machine's NVMe controllers and write a configuration that attaches them
     Gen {
-        /// Only those that no driver of the kernel has
+        /// Only controllers that no kernel driver has
         #[arg(long)]
         free: bool,
-        /// Directory that is the machine's `/`
+        /// Directory to use as the machine's `/`
         #[arg(long, default_value = "/", hide = true)]
         root: PathBuf,
     },
-    /// Check a configuration: its form, its methods; with --open also that its devices open
+    /// Check the form and the methods of a configuration; with --open also open its devices
     Check {
-        /// The file
+        /// Configuration file
         file: PathBuf,
         /// Open the devices, list and close them
         #[arg(long)]
@@ -41,9 +41,9 @@ enum What {
 
 /// Runs the command.
 pub fn run(args: &Config) -> ExitCode {
-    let result = match &args.what {
-        What::Gen { free, root } => generate(&Host::at(root), *free).map(|c| print_json(&c)),
-        What::Check { file, open } => check(file, *open).map(|text| say!("{text}")),
+    let result = match &args.action {
+        Action::Gen { free, root } => generate(&Host::at(root), *free).map(|c| print_json(&c)),
+        Action::Check { file, open } => check(file, *open).map(|text| say!("{text}")),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,4 +1,4 @@
-//! `pumice cp`: between BlobFS and the kernel's file system, both ways, and within BlobFS.
+//! `pumice cp`: copies between BlobFS and the kernel's file system, and within BlobFS.
 
 use std::fs::{self, File as KernelFile};
 use std::io::{ErrorKind, IsTerminal, Read, Write};
@@ -20,32 +20,32 @@ use crate::signals;
 
 /// Copy files into, out of, and within the file system
 ///
-/// Paths in the file system begin with a colon, the others are the kernel's, and `-` is standard
-/// input or output: `pumice cp disk.img :/db/CURRENT .` and `pumice cp disk.img -r backup :/db`.
-/// A file in the file system that is replaced is there until the new one is whole.
+/// Paths in the file system begin with a colon, other paths are the kernel's, and `-` is standard
+/// input or output: `pumice cp disk.img :/db/CURRENT .` and `pumice cp disk.img -r backup :/db`. A
+/// file in the file system is replaced when the new one is complete.
 #[derive(Args)]
 pub struct Cp {
     #[command(flatten)]
     change: Change,
-    /// The device
+    /// Device
     uri: String,
-    /// What to copy
+    /// Files and directories to copy
     #[arg(required = true, num_args = 1..)]
     from: Vec<String>,
-    /// Where to: a path for one file, or a directory
+    /// Destination: a path for one file, or a directory
     to: String,
-    /// Directories, with all that is in them
+    /// Copy directories with their content
     #[arg(short, long)]
     recursive: bool,
     /// Print JSON when done, and no progress
     #[arg(long)]
     json: bool,
-    /// No progress
+    /// Print no progress
     #[arg(short, long)]
     quiet: bool,
 }
 
-/// A path, and whose.
+/// A path, in one of the file systems.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Place {
     Ours(String),
@@ -112,8 +112,8 @@ impl std::fmt::Display for Place {
     }
 }
 
-/// Makes or empties a file of the kernel's. A new one is its user's alone: an image is private, and what
-/// was in it stays so.
+/// Creates or empties a file in the kernel's file system. Only its user can read a new one, since
+/// an image is private.
 pub fn create_private(path: &Path) -> std::io::Result<KernelFile> {
     KernelFile::options()
         .write(true)
@@ -127,7 +127,7 @@ fn kernel_error(path: &Path, e: &std::io::Error) -> Failure {
     Failure::from(format!("{}: {e}", path.display()))
 }
 
-/// One file or directory to be made.
+/// One file or directory to copy.
 struct Job {
     from: Place,
     to: Place,
@@ -135,7 +135,7 @@ struct Job {
     len: u64,
 }
 
-/// Runs it.
+/// Runs the command.
 pub fn cp(args: &Cp) -> ExitCode {
     let to = Place::parse(&args.to);
     if to == Place::Stream && args.json {
@@ -236,7 +236,7 @@ fn plan(
                 return Err(Failure::from(text));
             }
             let root = path.trim_end_matches('/');
-            // What is in a directory that is copied into itself was listed before it grew.
+            // The content of a directory that is copied into itself was listed before it grew.
             for (p, is_dir) in found {
                 let rest = p[root.len().min(p.len())..].trim_start_matches('/');
                 let target = if rest.is_empty() {
@@ -343,14 +343,14 @@ fn run_job(fs: &FileSystem, job: &Job, bar: &ProgressBar) -> Result<(), Failure>
     }
 }
 
-/// Makes the file `to` in one step: it has its name when it is whole and durable. What had the name
-/// before stays if that fails.
+/// Makes the file `to` in one step: it gets its name when it is complete and durable. An earlier
+/// file of the name stays if that fails.
 fn replace(
     fs: &FileSystem,
     to: &str,
     fill: impl FnOnce(&File) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
-    // What renaming would refuse in the end is refused before anything is copied.
+    // Everything that the rename would refuse is refused before anything is copied.
     let dir = to.trim_end_matches('/').rsplit_once('/');
     if let Some((dir, _)) = dir
         && !fs.stat(dir)?.is_dir
@@ -367,19 +367,20 @@ fn replace(
     if done.is_err()
         && let Err(e) = fs.unlink(UNFINISHED)
     {
-        complain!("pumice cp: {UNFINISHED} is left behind: {e}");
+        complain!("pumice cp: {UNFINISHED} could not be removed: {e}");
     }
     done
 }
 
-/// Standard input, read by a thread of its own: whoever waits for it still hears a signal.
+/// Standard input, read by a thread of its own, so that the caller can react to a signal while it
+/// waits.
 pub struct Input {
     chunks: Receiver<std::io::Result<Vec<u8>>>,
     rest: Vec<u8>,
 }
 
 impl Input {
-    /// Begins to read.
+    /// Starts to read.
     pub fn standard() -> Input {
         let (sender, chunks) = sync_channel(2);
         std::thread::spawn(move || {
@@ -404,7 +405,7 @@ impl Input {
 }
 
 impl Read for Input {
-    /// As any reader; `Interrupted` now and then while nothing comes.
+    /// Reads as any reader does. Returns `Interrupted` from time to time while nothing comes.
     fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
         if self.rest.is_empty() {
             self.rest = match self.chunks.recv_timeout(Duration::from_millis(50)) {

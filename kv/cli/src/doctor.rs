@@ -1,5 +1,5 @@
-//! `pumice doctor`: what this machine lacks for driving an NVMe device past the kernel, and the
-//! command that mends it.
+//! `pumice doctor`: what this machine lacks to drive an NVMe device in userspace, and the commands
+//! that help.
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -12,27 +12,27 @@ use pumice_nvme::dma::{Memlock, memlock};
 use pumice_nvme::pci::{Function, Host, PciAddress};
 use serde_json::{Value, json};
 
-/// Check IOMMU, modules, permissions and limits; say what is missing and how to mend it
+/// Check IOMMU, modules, permissions and limits; print what is missing and the command that helps
 #[derive(Args)]
 pub struct Doctor {
-    /// Only this controller, as 0000:01:00.0; without it all of them
+    /// Check only this controller, such as 0000:01:00.0; without it all of them
     address: Option<PciAddress>,
     /// Print JSON
     #[arg(long)]
     json: bool,
-    /// Directory that is the machine's `/`
+    /// Directory to use as the machine's `/`
     #[arg(long, default_value = "/", hide = true)]
     root: PathBuf,
 }
 
-/// How a check came out.
+/// The result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// As it should be.
+    /// Everything is in order.
     Good,
-    /// Works, but worth knowing.
+    /// It works, with a restriction.
     Note,
-    /// In the way.
+    /// Something is missing.
     Missing,
 }
 
@@ -70,14 +70,14 @@ impl Check {
     }
 }
 
-/// What does not come from files, so that tests can choose it.
+/// Properties of the process that do not come from files, so that tests can set them.
 struct Process {
     memlock: Memlock,
-    /// Whether the memlock limit binds (CAP_IPC_LOCK lifts it).
+    /// Whether the memlock limit does not apply (CAP_IPC_LOCK).
     unlimited: bool,
 }
 
-/// Runs it; exit code 1 when something is missing.
+/// Runs the command. The exit code is 1 when something is missing.
 pub fn run(args: &Doctor) -> ExitCode {
     let host = Host::at(&args.root);
     let status = host.read("/proc/self/status").ok().flatten();
@@ -120,7 +120,7 @@ fn as_text(checks: &[Check]) -> String {
     out
 }
 
-/// `CapEff` of proc(5); CAP_IPC_LOCK is bit 14 (capabilities(7)).
+/// Reads `CapEff` (proc(5)); CAP_IPC_LOCK is bit 14 (capabilities(7)).
 fn has_ipc_lock(status: &str) -> bool {
     status
         .lines()
@@ -144,7 +144,7 @@ fn examine(host: &Host, only: Option<PciAddress>, process: &Process) -> Vec<Chec
     huge_pages(host, uio || !translated, &mut checks);
     io_uring(host, &mut checks);
     if functions.is_empty() && only.is_none() && checks[0].state == State::Note {
-        // Nothing here could be driven past the kernel: what that would need is not missing.
+        // There is no device to drive, so nothing that it would need is missing.
         for check in &mut checks {
             if check.state == State::Missing {
                 check.state = State::Note;
@@ -180,7 +180,7 @@ fn controllers(host: &Host, only: Option<PciAddress>, checks: &mut Vec<Check>) -
     }
 }
 
-/// Whether device addresses are translated.
+/// Checks whether device addresses are translated.
 fn iommu(host: &Host, checks: &mut Vec<Check>) -> bool {
     let groups = host.names("/sys/kernel/iommu_groups").len();
     if groups > 0 && !host.names("/sys/class/iommu").is_empty() {
@@ -216,7 +216,8 @@ fn modules(host: &Host, uio: bool, checks: &mut Vec<Check>) {
         ]
     };
     for (module, name) in wanted {
-        // Built-in code has a directory there only when it has parameters; the driver's tells.
+        // Built-in code has a directory there only if it has parameters; the driver's directory
+        // tells.
         let there = host.path(&format!("/sys/module/{module}")).exists()
             || host.path(&format!("/sys/bus/pci/drivers/{name}")).exists();
         let what = format!("kernel module {name}");
@@ -350,8 +351,9 @@ fn controller(host: &Host, function: &Function, asked_for: bool, checks: &mut Ve
     });
 }
 
-/// Another function of the group that the kernel drives. What is in use, or is no NVMe controller
-/// (a network card, the disk that the machine runs from), is never to be pulled from its driver.
+/// Checks another function of the group that the kernel drives. A function that is in use, or that
+/// is not an NVMe controller (a network card, the disk of the machine), must never be unbound from
+/// its driver.
 fn neighbour(host: &Host, name: &str, group: u32, rival: PciAddress, driver: &str) -> Check {
     let shared = |what: String| {
         check(
@@ -368,7 +370,7 @@ fn neighbour(host: &Host, name: &str, group: u32, rival: PciAddress, driver: &st
         }
     };
     if !function.is_nvme() {
-        return shared("which is no NVMe controller".to_owned())
+        return shared("which is not an NVMe controller".to_owned())
             .fix("move one of the cards to another slot");
     }
     let uses = host.uses(&function);
@@ -380,7 +382,7 @@ fn neighbour(host: &Host, name: &str, group: u32, rival: PciAddress, driver: &st
         .fix("move one of the cards to another slot, or end that use first")
 }
 
-/// What a process with a modest cache pins.
+/// Number of bytes that a process with a small cache pins.
 const ENOUGH_BYTES: u64 = 1 << 30;
 
 fn limits(process: &Process, translated: bool, checks: &mut Vec<Check>) {
@@ -602,15 +604,18 @@ mod tests {
         let mounted = advice(&fake);
         assert!(mounted.contains("nvme1n1p1 is mounted at /"), "{mounted}");
         assert!(mounted.contains("another slot"), "{mounted}");
-        // What cannot be checked is in use.
+        // A source that cannot be checked counts as in use.
         fake.remove("/proc/self/mountinfo");
         let unchecked = advice(&fake);
         assert!(unchecked.contains("counts as in use"), "{unchecked}");
-        // A network card, or the controller of the root disk.
+        // The other function is a network card, or the controller of the root disk.
         let fake = ready();
         fake.other(OTHER, "0x010601\n", "ahci", Some(7));
         let sata = advice(&fake);
-        assert!(sata.contains("no NVMe controller -> move one"), "{sata}");
+        assert!(
+            sata.contains("not an NVMe controller -> move one"),
+            "{sata}"
+        );
         for text in [free, mounted, unchecked, sata] {
             assert!(!text.contains("unbind"), "{text}");
         }
@@ -626,7 +631,7 @@ mod tests {
         let checks = examine(&fake.host(), None, &poor);
         assert_eq!(find(&checks, "controllers").state, State::Note);
         assert_eq!(as_json(&checks)["ready"], true, "{checks:#?}");
-        // One that was asked for and is not there is missing.
+        // A controller that was named and does not exist is missing.
         let asked = examine(&fake.host(), Some(NVME.parse().expect("an address")), &poor);
         assert_eq!(as_json(&asked)["ready"], false);
     }

@@ -1,4 +1,4 @@
-//! A machine made of files, for tests of what looks at `/sys` and `/proc`.
+//! A machine made of files, for tests of code that reads `/sys` and `/proc`.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -10,7 +10,7 @@ use pumice_nvme::pci::Host;
 pub struct FakeHost(tempfile::TempDir);
 
 impl FakeHost {
-    /// A machine on which nothing is mounted and no process runs but this one.
+    /// Makes a machine on which nothing is mounted and only this process runs.
     pub fn new() -> FakeHost {
         let fake = FakeHost(tempfile::tempdir().expect("a directory"));
         fake.file("/proc/self/mountinfo", "");
@@ -78,7 +78,7 @@ impl FakeHost {
         self.function(address, "0x060400\n", "pcieport", group);
     }
 
-    /// A namespace of a controller with its partitions.
+    /// Adds a namespace of a controller with its partitions.
     pub fn block(
         &self,
         address: &str,
@@ -115,13 +115,13 @@ impl FakeHost {
         self.link(&format!("/proc/{pid}/fd/5"), open);
     }
 
-    /// A process in a mount namespace of its own, in which `table` is mounted.
+    /// Adds a process in a mount namespace of its own, with `table` as its mounts.
     pub fn mount_namespace(&self, pid: u32, table: &str) {
         self.link(&format!("/proc/{pid}/ns/mnt"), &format!("mnt:[{pid}]"));
         self.file(&format!("/proc/{pid}/mountinfo"), table);
     }
 
-    /// A node by any name; `None` where this process may not make one.
+    /// Adds a node of any name. Returns `None` where this process may not make one.
     pub fn node(&self, absolute: &str, major: u32, minor: u32) -> Option<()> {
         let path = self.path(absolute);
         fs::create_dir_all(path.parent().expect("a parent")).expect("made");

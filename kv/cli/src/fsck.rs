@@ -1,4 +1,4 @@
-//! `pumice fsck`: checks a blobstore, and mends it when asked to.
+//! `pumice fsck`: checks a blobstore, and repairs it on request.
 
 use std::process::ExitCode;
 
@@ -10,29 +10,29 @@ use serde_json::json;
 
 use crate::files::open_to_read;
 
-/// Errors were corrected.
+/// Exit code: errors were corrected.
 const CORRECTED: u8 = 1;
-/// Errors are left.
+/// Exit code: errors are left.
 const UNCORRECTED: u8 = 4;
-/// The check could not be done.
+/// Exit code: the check could not be done.
 pub const OPERATIONAL: u8 = 8;
-/// The command line makes no sense.
+/// Exit code: the command line is wrong.
 pub const USAGE: u8 = 16;
 
 /// Check a blobstore without writing: masks, owners of clusters, chains, checksums, snapshots
 ///
-/// Exit codes are fsck's: 0 no errors, 1 errors corrected, 4 errors left, 8 the check could not be done,
-/// 16 usage.
+/// The exit codes are fsck's: 0 no errors, 1 errors corrected, 4 errors left, 8 the check could not
+/// be done, 16 wrong usage.
 #[derive(Args)]
 pub struct Fsck {
     /// Device: file:///path, …
     uri: String,
-    /// Print what is going to be done, then do it: remove what is damaged, with all that it holds, end
-    /// what a crash left half done, write the masks anew. Copy what can still be read before:
+    /// Print the plan, then carry it out: remove damaged blobs with their content, complete or undo
+    /// what a crash interrupted, and write the masks again. First copy what can still be read with:
     /// pumice rescue
     #[arg(long)]
     repair: bool,
-    /// Only print what --repair would do
+    /// Only print the plan of --repair
     #[arg(long, conflicts_with = "repair")]
     dry_run: bool,
     /// Print JSON
@@ -77,11 +77,10 @@ fn examine(args: &Fsck) -> Result<u8, Box<dyn std::error::Error>> {
     Ok(code)
 }
 
-/// Says what a repair does before anything is changed.
+/// Prints what a repair will do, before anything is changed.
 fn print_plan(args: &Fsck, plan: &RepairPlan) {
     if args.json {
-        // The report has the same lines as `plan` when it is over; a reader of the terminal sees them
-        // now.
+        // The final report has the same lines as `plan`. A reader of the terminal sees them now.
         for line in plan.lines() {
             complain!("pumice fsck: plan: {line}");
         }
@@ -100,7 +99,7 @@ fn print(args: &Fsck, before: &Report, done: &[String], report: &Report) {
             .map(|finding| {
                 let severity = match finding.severity {
                     Severity::Note => "note",
-                    Severity::Mendable => "mendable",
+                    Severity::Repairable => "repairable",
                     Severity::Error => "error",
                 };
                 json!({ "severity": severity, "text": finding.text, "left": report.findings.contains(finding) })
@@ -139,11 +138,11 @@ fn print(args: &Fsck, before: &Report, done: &[String], report: &Report) {
     match (report.worst(), before.worst(), done.is_empty()) {
         (Some(Severity::Error), ..) => {
             say!(
-                "errors are left that cannot be mended without losing something; --dry-run shows what --repair gives up, pumice rescue copies what can be read"
+                "errors are left that cannot be repaired without losing something; --dry-run shows what --repair would remove, pumice rescue copies what can be read"
             );
         }
-        (Some(_), ..) => say!("errors are left; --repair mends them, --dry-run shows how"),
-        (None, _, false) => say!("mended"),
+        (Some(_), ..) => say!("errors are left; --repair corrects them, --dry-run shows how"),
+        (None, _, false) => say!("corrected"),
         (None, ..) => say!("no errors"),
     }
 }

@@ -1,4 +1,4 @@
-//! `pumice grow`: a larger file system, and a longer image file below it.
+//! `pumice grow`: makes a file system larger, and the image file below it longer.
 
 use std::process::ExitCode;
 
@@ -10,12 +10,13 @@ use serde_json::json;
 
 use crate::files::{Failure, fail, human};
 
-/// Make a file system larger, and the image file that it is on longer
+/// Make a file system larger, and the image file below it longer
 #[derive(Args)]
 pub struct Grow {
-    /// The device, which nobody may have mounted
+    /// Device, which must not be mounted
     uri: String,
-    /// Size that an image file gets: 8G. Without it the file system takes what its device has become
+    /// New size of an image file: 8G. Without it the file system uses the current size of its
+    /// device
     #[arg(value_parser = size)]
     size: Option<u64>,
     /// Print JSON
@@ -27,7 +28,7 @@ fn size(text: &str) -> Result<u64, String> {
     parse_size(text)
 }
 
-/// Runs it.
+/// Runs the command.
 pub fn run(args: &Grow) -> ExitCode {
     match pumice_blobfs::fs::grow(&args.uri, args.size) {
         Ok(space) if args.json => {

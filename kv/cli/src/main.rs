@@ -79,7 +79,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// fsck's exit codes are its own.
+/// Whether the command is fsck, which has exit codes of its own.
 fn is_fsck() -> bool {
     std::env::args().nth(1).is_some_and(|arg| arg == "fsck")
 }

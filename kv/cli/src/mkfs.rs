@@ -15,21 +15,21 @@ use crate::files::{Failure, fail, human};
 /// Make an empty file system on a device or an image file
 #[derive(Args)]
 pub struct Mkfs {
-    /// The device: file:///path, /path, malloc://1G, nvme://0000:01:00.0
+    /// Device: file:///path, /path, malloc://1G, nvme://0000:01:00.0
     uri: String,
-    /// Size of the image file that is made: 4G, 512M. One that is there must have it already. Its blocks
-    /// are of 4096 bytes unless the URI says block_size=512: such an image also works on a disk with
-    /// 512-byte sectors
+    /// Size of a new image file: 4G, 512M. An existing file must have this size already. A new
+    /// image has blocks of 4096 bytes unless the URI says block_size=512: such an image also works
+    /// on a disk with 512-byte sectors
     #[arg(long, value_parser = size)]
     size: Option<u64>,
-    /// Bytes of a cluster, the unit of allocation: a multiple of 4096
+    /// Bytes of a cluster, the unit of allocation; a multiple of 4096
     #[arg(long, value_parser = size, default_value = "64K")]
     cluster_size: u64,
-    /// Pages of metadata to begin with, at least 16; a file takes one or more. Two per MiB by default, at most
-    /// 16384; more are made when three quarters are used
+    /// Metadata pages to begin with, at least 16; a file uses one or more. The default is two per
+    /// MiB, at most 16384. More are added when three quarters are used
     #[arg(long)]
     md_pages: Option<u32>,
-    /// Format over whatever the device holds; without it only zeroes are
+    /// Overwrite any content of the device; without it only zeroes are overwritten
     #[arg(long)]
     force: bool,
     /// Print JSON
@@ -41,7 +41,7 @@ fn size(text: &str) -> Result<u64, String> {
     parse_size(text)
 }
 
-/// Runs it.
+/// Runs the command.
 pub fn run(args: &Mkfs) -> ExitCode {
     match make(args) {
         Ok(made) => {
@@ -78,7 +78,7 @@ fn make(args: &Mkfs) -> Result<StatFs, Failure> {
     format.md_pages = args.md_pages;
     format.force = args.force;
     FileSystem::format(Arc::clone(&dev), &format)?;
-    // What was made is what can be mounted.
+    // The result is checked by mounting it.
     let mut opts = MountOptions::default();
     opts.read_only = true;
     let fs = FileSystem::mount(dev, &opts)?;
@@ -87,14 +87,14 @@ fn make(args: &Mkfs) -> Result<StatFs, Failure> {
     Ok(made)
 }
 
-/// The URI of an image file that is made if there is none.
+/// Returns the URI of an image file that is created if it does not exist.
 fn with_size(uri: &str, size: Option<u64>) -> Result<String, Failure> {
     let Some(size) = size else {
         return Ok(uri.to_owned());
     };
     let is_file = uri.starts_with("file://") || !uri.contains("://");
     if !is_file {
-        let text = "--size is for image files; a device has the size that it has";
+        let text = "--size is for image files; the size of a device is fixed";
         return Err(Failure::from(text.to_owned()));
     }
     let uri = if uri.contains("://") {
@@ -103,8 +103,8 @@ fn with_size(uri: &str, size: Option<u64>) -> Result<String, Failure> {
         file_uri(uri)
     };
     let separator = if uri.contains('?') { '&' } else { '?' };
-    // An image made with blocks of 4096 bytes can be moved to a disk with such sectors, and is used on
-    // blocks of 512 bytes as well; the other way round nothing goes.
+    // An image with blocks of 4096 bytes can be moved to a disk with such sectors, and works on
+    // blocks of 512 bytes too. An image with blocks of 512 bytes works on these only.
     let block_size = if uri.contains("block_size=") {
         ""
     } else {

@@ -1,4 +1,4 @@
-//! `pumice nvme`: what a controller says of itself, its logs, reset and format.
+//! `pumice nvme`: shows a controller's properties and logs, resets and formats it.
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -14,7 +14,7 @@ use pumice_nvme::spec::{
 use pumice_nvme::{Controller, Namespace, Opened};
 use serde_json::{Value, json};
 
-/// Look at NVMe controllers and namespaces, reset and format them
+/// Show NVMe controllers and namespaces, reset and format them
 #[derive(Args)]
 pub struct Nvme {
     #[command(subcommand)]
@@ -35,7 +35,7 @@ struct Device {
 enum Command {
     /// List the NVMe functions of this machine, or a device's namespaces
     List {
-        /// A device; without it, all PCI functions
+        /// Device; without it, all PCI functions
         uri: Option<String>,
         /// Print JSON
         #[arg(long)]
@@ -45,13 +45,13 @@ enum Command {
     IdCtrl(Device),
     /// Identify a namespace
     IdNs(Device),
-    /// SMART / health log
+    /// Show the SMART / health log
     SmartLog(Device),
-    /// Error log
+    /// Show the error log
     ErrorLog {
         #[command(flatten)]
         device: Device,
-        /// Newest entries at most
+        /// Most entries to show, newest first
         #[arg(short = 'n', long, default_value_t = 64)]
         entries: usize,
     },
@@ -61,13 +61,13 @@ enum Command {
     Format {
         #[command(flatten)]
         device: Device,
-        /// Index of the LBA format, as `id-ns` lists them
+        /// Index of the LBA format in the list of `id-ns`
         #[arg(short, long)]
         lbaf: u8,
         /// 0 none, 1 user data erase, 2 cryptographic erase
         #[arg(short, long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=2))]
         ses: u8,
-        /// Do not ask
+        /// Do not ask for confirmation
         #[arg(long)]
         yes: bool,
     },
@@ -75,7 +75,7 @@ enum Command {
 
 type Error = Box<dyn std::error::Error>;
 
-/// A subcommand's result: for people and for programs.
+/// The result of a subcommand, as text and as JSON.
 struct Answer {
     text: String,
     json: Value,
@@ -125,7 +125,7 @@ fn with(
     f(&pumice_nvme_soft::open(&device.uri)?)
 }
 
-/// Aligned lines and the same as an object.
+/// Aligned lines, and the same as a JSON object.
 #[derive(Default)]
 struct Fields {
     text: String,
@@ -151,7 +151,7 @@ impl Fields {
     }
 }
 
-/// 128-bit counts as numbers where they fit, else as text.
+/// Returns a 128-bit number as a JSON number if it fits, otherwise as text.
 fn wide(n: u128) -> Value {
     u64::try_from(n).map_or_else(|_| Value::from(n.to_string()), Value::from)
 }
@@ -163,7 +163,7 @@ fn list(uri: Option<&str>) -> Result<Answer, Error> {
     }
 }
 
-/// From sysfs only: nothing is opened, so a disk in use is not disturbed.
+/// Lists the functions from sysfs only: no device is opened, so a disk in use is not disturbed.
 fn list_machine() -> Result<Answer, Error> {
     let mut text = format!(
         "{:<14} {:<11} {:<10} {:<16} {}\n",
@@ -409,7 +409,7 @@ fn format(opened: &Opened, lbaf: u8, ses: u8, yes: bool) -> Result<Answer, Error
     if !yes {
         if !std::io::stdin().is_terminal() {
             return Err(format!(
-                "formatting destroys all {} bytes of {name}; add --yes if that is meant",
+                "formatting destroys all {} bytes of {name}; add --yes to do it",
                 ns.len_bytes()
             )
             .into());

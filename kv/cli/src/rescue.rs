@@ -1,5 +1,5 @@
-//! `pumice rescue`: copies what can still be read of a file system to the kernel's, and lists what
-//! cannot.
+//! `pumice rescue`: copies the readable files of a file system to the kernel's, and lists the
+//! others.
 
 mod copy;
 mod salvage;
@@ -20,19 +20,20 @@ use serde_json::{Value, json};
 use crate::files::{Failure, human, open_to_read};
 use target::Target;
 
-/// Copy every file that can still be read to a directory of the kernel's, and list what cannot
+/// Copy every file that can still be read to a directory in the kernel's file system, and list the
+/// others
 ///
-/// Works on damaged file systems; nothing is written on the device. A part of a file that cannot be
-/// read becomes a hole, whose range is listed. What damaged metadata still tell of a file is copied,
-/// too, below `damaged` in the directory: check it before you use it. Files that exist in the directory
-/// are never overwritten.
+/// Works on damaged file systems and writes nothing to the device. A part of a file that cannot be
+/// read becomes a hole, whose range is listed. What undamaged metadata pages show of a damaged file
+/// is also copied, below `damaged` in the directory: check it before you use it. Existing files in
+/// the directory are never overwritten.
 ///
 /// Exit codes: 0 everything was copied, 1 something is missing, 2 nothing could be done.
 #[derive(Args)]
 pub struct Rescue {
-    /// The device
+    /// Device
     uri: String,
-    /// The directory; made if it is not there
+    /// Directory; created if it does not exist
     dir: PathBuf,
     /// Print JSON
     #[arg(long)]
@@ -42,23 +43,23 @@ pub struct Rescue {
 const INCOMPLETE: u8 = 1;
 const NOTHING: u8 = 2;
 
-/// Something that could not be copied as it should.
+/// A file or directory that could not be copied completely.
 struct Loss {
-    /// Its path in the file system, or its blob.
+    /// Path in the file system, or the blob.
     path: String,
     why: String,
-    /// Bytes that are holes in the copy; none: there is no copy.
+    /// Ranges of bytes that are holes in the copy; none if there is no copy.
     holes: Vec<Range<u64>>,
 }
 
-/// What was done.
+/// The result of a rescue.
 #[derive(Default)]
 struct Outcome {
     files: u64,
     dirs: u64,
     bytes: u64,
     losses: Vec<Loss>,
-    /// What the mount found wrong.
+    /// Problems that the mount found.
     problems: Vec<String>,
 }
 
@@ -71,7 +72,7 @@ impl Outcome {
         });
     }
 
-    /// A copy was made, with holes where nothing could be read.
+    /// Records a copy, with holes where nothing could be read.
     fn copied(&mut self, path: &str, copied: copy::Copied) {
         self.files += 1;
         self.bytes += copied.bytes;
@@ -85,7 +86,7 @@ impl Outcome {
     }
 }
 
-/// Runs it.
+/// Runs the command.
 pub fn run(args: &Rescue) -> ExitCode {
     match rescue(args) {
         Ok(outcome) => {
@@ -129,7 +130,7 @@ fn rescue(args: &Rescue) -> Result<Outcome, Failure> {
     Ok(outcome)
 }
 
-/// There is no file system to mount; its pages may still tell what is where.
+/// Copies from a file system that cannot be mounted, by what its metadata pages show.
 fn without_mount(
     dev: &Arc<dyn BlockDevice>,
     args: &Rescue,

@@ -1,4 +1,4 @@
-//! `pumice rpc`: call a method of a running process.
+//! `pumice rpc`: calls a method of a running process.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,13 +13,13 @@ use serde_json::Value;
 /// Call a method of a running process over its JSON-RPC socket
 #[derive(Args)]
 pub struct Rpc {
-    /// The socket of `pumice bdev serve`, or that a process was given with --rpc-socket
+    /// Socket of `pumice bdev serve`, or of a process with --rpc-socket
     #[arg(short = 's', long = "socket", default_value = "/var/tmp/spdk.sock")]
     socket: PathBuf,
     /// Seconds to wait for the answer
     #[arg(short = 't', long = "timeout", default_value_t = 60)]
     timeout_s: u64,
-    /// Method, as bdev_get_bdevs; rpc_get_methods lists them
+    /// Method, such as bdev_get_bdevs; rpc_get_methods lists them
     method: String,
     /// Parameters: a JSON object, or key=value pairs
     params: Vec<String>,
@@ -48,7 +48,7 @@ fn call(args: &Rpc) -> Result<Value, String> {
         .map_err(|e| e.to_string())
 }
 
-/// One JSON object, or pairs whose values are JSON where they can be and else text.
+/// Parses one JSON object, or pairs whose values are JSON if they can be parsed and otherwise text.
 fn params(words: &[String]) -> Result<Value, String> {
     if words.is_empty() {
         return Ok(Value::Null);

@@ -1,4 +1,4 @@
-//! `pumice bdev serve`: a process that holds block devices and answers for them.
+//! `pumice bdev serve`: a process that opens block devices and answers requests for them.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,7 +13,8 @@ use signal_hook::iterator::Signals;
 
 /// Serves until a signal ends it. Blocks.
 pub fn run(app: App, socket: &Path, metrics: Option<&str>) -> Result<bool, String> {
-    // Before the socket is there, so that whoever sees it may end the process.
+    // This comes before the socket exists, so that a process that sees the socket can send a
+    // signal.
     let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|e| format!("signals: {e}"))?;
     let app = Arc::new(app);
     let rpc = RpcServer::start(Arc::clone(&app), socket, ServerOptions::default())
@@ -27,7 +28,7 @@ pub fn run(app: App, socket: &Path, metrics: Option<&str>) -> Result<bool, Strin
     }
     say!("serving on {}; SIGINT or SIGTERM ends it", socket.display());
     signals.forever().next();
-    // Nobody asks any more when the devices go.
+    // No request is in progress when the devices are closed.
     drop((rpc, metrics));
     Ok(true)
 }

@@ -1,4 +1,4 @@
-//! `pumice setup`: which controllers there are, and giving one to Pumice and back.
+//! `pumice setup`: lists controllers, gives one to Pumice and back.
 
 mod change;
 mod huge_pages;
@@ -23,61 +23,61 @@ pub struct Setup {
     /// Print JSON
     #[arg(long, global = true)]
     json: bool,
-    /// Directory that is the machine's `/`
+    /// Directory to use as the machine's `/`
     #[arg(long, global = true, default_value = "/", hide = true)]
     root: PathBuf,
 }
 
 #[derive(Subcommand)]
 enum Action {
-    /// List the NVMe controllers: driver, IOMMU group, what they are used for (the default)
+    /// List the NVMe controllers with driver, IOMMU group and use (the default)
     Status,
     /// Take controllers from the kernel's driver for Pumice
     Bind {
-        /// PCI addresses, as 0000:01:00.0
+        /// PCI addresses, such as 0000:01:00.0
         #[arg(required = true)]
         addresses: Vec<PciAddress>,
-        /// Which way Pumice reaches them
-        #[arg(long, value_enum, default_value_t = Way::Vfio)]
-        driver: Way,
+        /// Driver to bind them to
+        #[arg(long, value_enum, default_value_t = BindDriver::Vfio)]
+        driver: BindDriver,
         /// User who may open them without being root
         #[arg(long)]
         user: Option<String>,
     },
-    /// Give controllers back to the driver that they had
+    /// Give controllers back to their earlier driver
     Unbind {
-        /// PCI addresses, as 0000:01:00.0
+        /// PCI addresses, such as 0000:01:00.0
         #[arg(required = true)]
         addresses: Vec<PciAddress>,
     },
     /// Reserve 2 MiB pages (only no-IOMMU and uio need them)
     HugePages {
-        /// How many; 0 gives them back
+        /// Number of pages; 0 releases them
         count: u64,
-        /// On this NUMA node only
+        /// Reserve on this NUMA node only
         #[arg(long)]
         node: Option<u32>,
     },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Way {
-    /// vfio-pci: behind the IOMMU, no root needed to use it
+enum BindDriver {
+    /// vfio-pci: behind the IOMMU, usable without root
     Vfio,
-    /// uio_pci_generic: without an IOMMU, root and huge pages needed, polling only
+    /// uio_pci_generic: without an IOMMU; needs root and huge pages, polls only
     Uio,
 }
 
-impl Way {
+impl BindDriver {
     fn driver(self) -> &'static str {
         match self {
-            Way::Vfio => "vfio-pci",
-            Way::Uio => "uio_pci_generic",
+            BindDriver::Vfio => "vfio-pci",
+            BindDriver::Uio => "uio_pci_generic",
         }
     }
 }
 
-/// Drivers under which a controller is Pumice's.
+/// Drivers under which a controller belongs to Pumice.
 const OURS: [&str; 2] = ["vfio-pci", "uio_pci_generic"];
 
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +93,7 @@ enum SetupError {
     },
 }
 
-/// Runs it; exit code 1 when something was refused or failed.
+/// Runs the command. The exit code is 1 when something was refused or failed.
 pub fn run(args: &Setup) -> ExitCode {
     let host = Host::at(&args.root);
     let result = match &args.action {
@@ -125,7 +125,7 @@ pub fn run(args: &Setup) -> ExitCode {
             if let SetupError::Pci(PciError::Io { source, .. }) | SetupError::Io { source, .. } = &e
                 && source.kind() == std::io::ErrorKind::PermissionDenied
             {
-                complain!("pumice setup: root is needed to change drivers: try again with sudo");
+                complain!("pumice setup: changing drivers needs root: try again with sudo");
             }
             ExitCode::FAILURE
         }
@@ -152,7 +152,7 @@ fn each(
     Ok(())
 }
 
-/// One controller for `status`.
+/// Describes one controller for `status`.
 fn describe(host: &Host, function: &Function) -> Value {
     let uses: Vec<String> = host
         .uses(function)

@@ -1,5 +1,5 @@
-//! SIGINT, SIGTERM and SIGHUP while a command changes a file system: the command stops at its next
-//! step, removes what is not whole and unmounts in order. A second signal ends it at once.
+//! SIGINT, SIGTERM and SIGHUP during a command that changes a file system: the command stops at its
+//! next step, removes incomplete files and unmounts in order. A second signal ends it at once.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -15,7 +15,8 @@ pub fn catch() -> Result<(), Failure> {
     let again = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM, SIGHUP] {
         let register = || {
-            // First the end for one that comes again, then the note of this one.
+            // The handler that ends the process on a second signal comes first, then the one that
+            // records this signal.
             flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&again))?;
             flag::register(signal, Arc::clone(&again))?;
             register_number(signal)
@@ -25,7 +26,7 @@ pub fn catch() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Notes which signal came.
+/// Records which signal came.
 fn register_number(signal: i32) -> std::io::Result<()> {
     let number = usize::try_from(signal).unwrap_or(0);
     flag::register_usize(signal, Arc::clone(numbers()), number).map(|_| ())
@@ -36,7 +37,7 @@ fn numbers() -> &'static Arc<AtomicUsize> {
     NUMBER.get_or_init(Arc::default)
 }
 
-/// The signal that was caught, if one was.
+/// Returns the signal that was caught, if there was one.
 pub fn caught() -> Option<usize> {
     match numbers().load(Ordering::Relaxed) {
         0 => None,
@@ -44,7 +45,7 @@ pub fn caught() -> Option<usize> {
     }
 }
 
-/// An error when a signal was caught. Asked at every step that may take long.
+/// Fails when a signal was caught. Called at every step that may take long.
 pub fn check() -> Result<(), Failure> {
     match caught() {
         None => Ok(()),
@@ -54,7 +55,7 @@ pub fn check() -> Result<(), Failure> {
     }
 }
 
-/// The exit code of a command: the shell's for a signal that was caught.
+/// Returns the exit code of a command: the shell's code for a signal if one was caught.
 pub fn exit_code(code: ExitCode) -> ExitCode {
     caught().map_or(code, |signal| {
         ExitCode::from(u8::try_from(128 + signal).unwrap_or(1))

@@ -1,4 +1,4 @@
-//! `pumice bdev` and `pumice rpc`, as a user calls them.
+//! Tests of `pumice bdev` and `pumice rpc` as commands.
 
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::process::{Child, Command, Stdio};
@@ -10,7 +10,7 @@ mod tool;
 
 use tool::{ok, pumice};
 
-/// The standard error of a command that has to fail.
+/// Returns the standard error of a command that has to fail.
 fn fails(args: &[&str]) -> String {
     let output = pumice(args);
     assert!(!output.status.success(), "{args:?}");
@@ -21,7 +21,7 @@ fn fails(args: &[&str]) -> String {
 struct Server(Child);
 
 impl Server {
-    /// Starts it and waits until it serves.
+    /// Starts it and waits until it answers.
     fn start(socket: &str, args: &[&str]) -> Server {
         let child = Command::new(env!("CARGO_BIN_EXE_pumice"))
             .args(["bdev", "serve", "-r", socket])
@@ -43,7 +43,7 @@ impl Server {
         server
     }
 
-    /// Ends it as an operator does; it has to end well.
+    /// Ends it with a signal. Its exit code has to be 0.
     fn end(mut self) {
         let id = self.0.id().to_string();
         assert!(Command::new("kill").arg(&id).status().unwrap().success());
@@ -81,7 +81,7 @@ fn devices_are_listed_copied_compared_and_zeroed() {
     bytes.fill(0);
     assert!(std::fs::read(dir.path().join("b")).unwrap() == bytes);
 
-    // What is recognised is not lost by mistake.
+    // Recognised content is not overwritten by mistake.
     ok(&["mkfs", &b]);
     assert!(fails(&["bdev", "copy", &a, &b]).contains("--force"));
     assert!(fails(&["bdev", "zero", &b]).contains("--force"));
@@ -113,7 +113,7 @@ fn a_served_device_is_made_seen_and_removed_from_outside() {
     let wrong = fails(&["rpc", "-s", socket, "bdev_get_bdevs", "name=Malloc"]);
     assert!(wrong.contains("did you mean `Malloc0`?"), "{wrong}");
 
-    // What it gives back starts another with the same devices.
+    // The saved configuration starts another process with the same devices.
     std::fs::write(&file, rpc(&["save_config"])).unwrap();
     rpc(&["bdev_null_delete", "name=N"]);
     assert!(!rpc(&["bdev_get_bdevs"]).contains("\"N\""));
@@ -126,7 +126,7 @@ fn a_served_device_is_made_seen_and_removed_from_outside() {
     assert_eq!(again[0]["uuid"], bdevs[0]["uuid"]);
     assert_eq!(again[1]["name"], "N");
 
-    // The socket belongs to a running process: a second one leaves it alone.
+    // The socket belongs to a running process, so a second one does not touch it.
     let second = fails(&["bdev", "serve", "-r", socket, "malloc://1M"]);
     assert!(second.contains(socket), "{second}");
     rpc(&["bdev_get_bdevs"]);

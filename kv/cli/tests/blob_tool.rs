@@ -1,4 +1,4 @@
-//! `pumice blob` and `pumice fsck`, as a user calls them.
+//! Tests of `pumice blob` and `pumice fsck` as commands.
 
 use std::io::Write;
 use std::path::Path;
@@ -11,12 +11,12 @@ mod tool;
 
 use tool::pumice;
 
-/// The standard output of a command that has to succeed, without the end of its last line.
+/// Returns the standard output of a command that has to succeed, without its last line end.
 fn ok(args: &[&str]) -> String {
     tool::ok(args).trim_end().to_owned()
 }
 
-/// The standard error of a command that has to fail with this code.
+/// Returns the standard error of a command that has to fail with this code.
 fn fails(code: i32, args: &[&str]) -> String {
     let output = pumice(args);
     assert_eq!(
@@ -32,7 +32,7 @@ fn json(args: &[&str]) -> Value {
     serde_json::from_str(&ok(&[args, &["--json"]].concat())).unwrap()
 }
 
-/// A store of 64 KiB clusters in an image file; gives its URI.
+/// Makes a store of 64 KiB clusters in an image file and returns its URI.
 fn store(dir: &Path) -> String {
     let uri = format!("file://{}", dir.join("store.img").display());
     let device = format!("{uri}?size=32M&create=1");
@@ -215,14 +215,14 @@ fn fsck_finds_mends_and_leaves() {
     let pristine = std::fs::read(&path).unwrap();
     assert_eq!(fsck(uri, false).0, Some(0));
 
-    // Clusters that are in use, free in their mask.
+    // Used clusters are marked free in the mask.
     let mut image = pristine.clone();
     let mask = u32::from_le_bytes(image[40..44].try_into().unwrap()) as usize * 4096;
     image[mask + 5 + 5] ^= 0xff;
     std::fs::write(&path, &image).unwrap();
     let (code, text) = fsck(uri, false);
     assert_eq!(code, Some(4), "{text}");
-    assert!(text.contains("--repair mends"), "{text}");
+    assert!(text.contains("--repair corrects"), "{text}");
     assert_eq!(
         std::fs::read(&path).unwrap(),
         image,
@@ -232,7 +232,8 @@ fn fsck_finds_mends_and_leaves() {
     assert_eq!(fsck(uri, true).0, Some(0));
     assert!(std::fs::read(&path).unwrap() == pristine);
 
-    // A damaged page: a repair says first what it gives up, and then nothing is wrong any more.
+    // A page is damaged: a repair first prints what it removes, and afterwards the store has no
+    // errors.
     let md_start = u32::from_le_bytes(image[48..52].try_into().unwrap()) as usize;
     let root = usize::from_str_radix(second.trim_start_matches("0x1"), 16).unwrap();
     let mut image = pristine.clone();
@@ -259,7 +260,7 @@ fn fsck_finds_mends_and_leaves() {
     fails(16, &["fsck", uri, "--no-such-option"]);
 }
 
-/// A short file of zeroes in a thin blob leaves what lies behind its end.
+/// Importing a short file of zeroes into a thin blob keeps the bytes behind its end.
 #[test]
 fn import_leaves_what_is_behind_the_end_of_the_file() {
     let dir = tempfile::tempdir().unwrap();
@@ -278,7 +279,7 @@ fn import_leaves_what_is_behind_the_end_of_the_file() {
     assert!(content[70_000..].iter().all(|byte| *byte == 7));
 }
 
-/// With nothing but its checksum wrong, a super block still leads to the pages.
+/// A super block whose checksum is wrong still leads to the pages.
 #[test]
 fn dump_of_a_store_with_a_damaged_super_block() {
     let dir = tempfile::tempdir().unwrap();
@@ -309,7 +310,7 @@ fn dump_of_a_store_with_a_damaged_super_block() {
             assert!(value["problem"].as_str().unwrap().contains("crc"));
         }
     }
-    // Figures that lead nowhere.
+    // The positions in the super block lead nowhere.
     image[48] ^= 0x80;
     image[51] ^= 0x80;
     std::fs::write(&path, &image).unwrap();

@@ -1,4 +1,4 @@
-//! `pumice mkfs`, `ls`, `cat`, `cp`, `rm`, `mv`, `df`, `stat`, as a user calls them.
+//! Tests of `pumice mkfs`, `ls`, `cat`, `cp`, `rm`, `mv`, `df` and `stat` as commands.
 
 use std::path::Path;
 use std::process::Command;
@@ -54,7 +54,7 @@ fn making_and_refusing_to() {
     );
     ok(&["mkfs", &uri, "--force"]);
     assert_eq!(json(&["df", &uri, "--json"])["cluster_size"], 65536);
-    // Something of somebody else's.
+    // The image has other content.
     let other = dir.path().join("other.img");
     let mut bytes = vec![0u8; 8 << 20];
     bytes[..4].copy_from_slice(b"XFSB");
@@ -75,7 +75,7 @@ fn an_image_can_be_moved_to_a_disk_with_sectors_of_4_kib() {
     let large = format!("file://{uri}?block_size=4096");
     ok(&["cp", &large, ":/file", ":/copy"]);
     assert_eq!(ok(&["cat", &uri, "/copy"]), "text");
-    // One that cannot be moved says what can be done.
+    // The error for a path that cannot be moved says what to do.
     let small = dir.path().join("small.img").to_str().unwrap().to_owned();
     ok(&[
         "mkfs",
@@ -154,7 +154,7 @@ fn files_go_in_and_out() {
         (&df["used_bytes"], &df["files"]),
         (&Value::from(0), &Value::from(0))
     );
-    // More than there is room for: said, and what was there is still good.
+    // The file does not fit: the error says so, and the old file is intact.
     std::fs::write(dir.path().join("huge"), vec![1; 80 << 20]).unwrap();
     ok(&["cp", &uri, &at("in/sub/small"), ":/small"]);
     assert!(fails(&["cp", &uri, &at("huge"), ":/huge"]).contains("no space"));
@@ -231,7 +231,8 @@ fn a_device_in_use_is_refused_with_its_owner() {
     ok(&["ls", &uri]);
 }
 
-/// Runs the command with a standard output that nobody reads: its exit code, and what it said.
+/// Runs the command with a standard output whose reader has gone. Returns its exit code and its
+/// error output.
 fn into_closed_pipe(args: &[&str]) -> (Option<i32>, String) {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
@@ -275,7 +276,7 @@ fn a_reader_that_goes_away_is_no_failure() {
         let (code, said) = into_closed_pipe(args);
         assert_eq!(code, Some(0), "{args:?}: {said}");
     }
-    // An exit code that means something stays what it is.
+    // An exit code with a meaning is not changed.
     let (code, said) = into_closed_pipe(&["doctor", "0000:01:00.0", "--root", &root]);
     assert_eq!(code, Some(1), "{said}");
     assert!(!said.contains("panicked"), "{said}");
@@ -309,7 +310,7 @@ fn a_terminal_obeys_no_name_and_no_message() {
     let hostile = "/x\u{9b}31mRED\u{202e}gpj.exe";
     let source = dir.path().join("source");
     std::fs::write(&source, b"text").unwrap();
-    // The library may refuse such names by now; images of before may have them all the same.
+    // The library may refuse such names by now, but older images may contain them.
     let put = pumice(&["cp", &uri, source.to_str().unwrap(), &format!(":{hostile}")]);
     let text = |output: &std::process::Output| {
         let both = [output.stdout.clone(), output.stderr.clone()].concat();
@@ -332,7 +333,7 @@ fn a_terminal_obeys_no_name_and_no_message() {
     assert!(said.contains("\\u{9b}31mRED"), "{said}");
 }
 
-/// A server's message is a line of text, whatever it holds.
+/// A server's message is printed on one line, whatever it contains.
 #[test]
 fn a_server_cannot_write_to_the_terminal() {
     use std::io::{Read as _, Write as _};

@@ -1,4 +1,5 @@
-//! Commands that only read: from a file that may only be read, several at once, and nothing changes.
+//! Commands that only read work on a file that may only be read, several at once, and change
+//! nothing.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -50,7 +51,7 @@ fn readers_share_and_change_nothing() {
     let (uri, id) = image(dir.path());
     let before = fs::read(&uri).unwrap();
     let time = fs::metadata(&uri).unwrap().modified().unwrap();
-    // Somebody else reads all the time.
+    // Another process reads all the time.
     let read_only = pumice_bdev::OpenOptions::new().read_only(true);
     let held = pumice_bdev::open_with(&uri, read_only).unwrap();
     for (n, args) in readers(&uri, &id, "").into_iter().enumerate() {
@@ -69,7 +70,7 @@ fn readers_share_and_change_nothing() {
     }
     assert!(fs::read(&uri).unwrap() == before);
     assert_eq!(fs::metadata(&uri).unwrap().modified().unwrap(), time);
-    // Who writes waits for them.
+    // A command that writes waits for them.
     let refused = tool::pumice(&["mkdir", &uri, "/d"]);
     let said = String::from_utf8_lossy(&refused.stderr);
     assert_eq!(refused.status.code(), Some(1), "{said}");
@@ -88,7 +89,7 @@ fn a_file_that_may_only_be_read_is_enough() {
     let out = dir.path().join("out");
     fs::create_dir(&out).unwrap();
     fs::set_permissions(&out, fs::Permissions::from_mode(0o777)).unwrap();
-    // The command where nobody can reach it.
+    // This copy of the command can be run by the user `nobody`.
     let program = dir.path().join("pumice");
     fs::copy(env!("CARGO_BIN_EXE_pumice"), &program).unwrap();
     let can_change_user = Command::new(&program)

@@ -1,5 +1,5 @@
-//! `pumice rescue`, and what `pumice fsck` and the commands that change something do about damage, as a
-//! user calls them.
+//! Tests of `pumice rescue`, and of how `pumice fsck` and the commands that change a file system
+//! handle damage.
 
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
@@ -30,8 +30,8 @@ struct Image {
 }
 
 impl Image {
-    /// A file system with a few files: `/db/one` of 5 MiB, `/db/two` of 3 MiB and 77 bytes, `/db/empty`, an
-    /// empty directory, a second name of `/db/two`.
+    /// Makes a file system with a few files: `/db/one` of 5 MiB, `/db/two` of 3 MiB and 77 bytes,
+    /// `/db/empty`, an empty directory, and a second name of `/db/two`.
     fn new() -> Image {
         let dir = tempfile::tempdir().unwrap();
         let uri = dir.path().join("disk.img").to_str().unwrap().to_owned();
@@ -63,13 +63,14 @@ impl Image {
         fs::read(&self.uri).unwrap()
     }
 
-    /// What `blob dump` shows of the blob with a file's name.
+    /// Returns the output of `blob dump` for the blob with a file's name.
     fn blob_of(&self, path: &str) -> String {
         let stat: Value = serde_json::from_str(&ok(&["stat", &self.uri, "--json", path])).unwrap();
         stat[0]["blob"].as_str().unwrap().to_owned()
     }
 
-    /// Where in the image a blob's metadata pages are: those with a descriptor of a type.
+    /// Returns the places of a blob's metadata pages in the image: those with a descriptor of a
+    /// type.
     fn pages_of(&self, id: &str, kind: &str) -> Vec<u64> {
         let dump: Value =
             serde_json::from_str(&ok(&["blob", "--json", "dump", &self.uri, id])).unwrap();
@@ -90,7 +91,7 @@ impl Image {
         file.write_all_at(&[0x5a; 512], at + 1000).unwrap();
     }
 
-    /// Runs the command: exit code, and all that it said.
+    /// Runs the command and returns its exit code and all of its output.
     fn run(&self, args: &[&str]) -> (i32, String) {
         let output = pumice(args);
         let said = [output.stdout, output.stderr].concat();
@@ -146,7 +147,7 @@ fn nothing_that_is_there_is_overwritten() {
     assert!(said.contains("lost: /db/one"), "{said}");
     same(&to.join("db/one"), b"mine");
     same(&to.join("db/two"), &pattern(3 * MIB + 77, 2));
-    // Where nothing can be done, nothing is.
+    // If nothing can be copied, nothing is created.
     let (code, said) = image.run(&["rescue", "/nowhere/image", to.to_str().unwrap()]);
     assert_eq!(code, 2, "{said}");
     let blank = image.path("blank");
@@ -175,7 +176,7 @@ fn a_damaged_root_costs_its_file_and_no_other() {
 
 #[test]
 fn what_undamaged_pages_tell_of_a_damaged_file_is_copied() {
-    // Clusters of 4 KiB: the file has several extent pages, or runs that are many.
+    // With clusters of 4 KiB the file has several extent pages, or many runs.
     let image = Image::new();
     let uri = image.path("small.img").to_str().unwrap().to_owned();
     ok(&[
@@ -196,7 +197,7 @@ fn what_undamaged_pages_tell_of_a_damaged_file_is_copied() {
     ok(&["cp", &image.uri, &source, ":/other"]);
     let pages = image.pages_of(&image.blob_of("/big"), "extent page");
     if pages.len() < 3 {
-        // The file is described in its root: nothing else can be damaged.
+        // The file is described in its root page, so nothing else can be damaged.
         println!("skipped: what_undamaged_pages_tell_of_a_damaged_file_is_copied: no extent pages");
         return;
     }
@@ -237,7 +238,7 @@ fn a_repair_says_first_what_it_gives_up() {
     let (code, said) = image.run(&["fsck", "--dry-run", &image.uri]);
     assert_eq!(code, 4, "{said}");
     assert!(said.contains(&format!("plan: remove blob {id}")), "{said}");
-    // Changes are refused, with the words that go on.
+    // Changes are refused, and the error names the options to continue.
     let (code, said) = image.run(&["rm", &image.uri, "/again"]);
     assert_eq!(code, 1, "{said}");
     assert!(

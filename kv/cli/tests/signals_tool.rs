@@ -1,4 +1,4 @@
-//! Commands that are ended by a signal in the middle of a change.
+//! Tests of commands that a signal ends during a change.
 
 use std::io::Write;
 use std::process::{Child, Command, Stdio};
@@ -11,7 +11,7 @@ mod tool;
 
 use tool::{ok, pumice};
 
-/// How long a command that was told to end may take; far longer than any does.
+/// Longest wait for the end of a command, far longer than any takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn image(dir: &std::path::Path) -> String {
@@ -25,7 +25,7 @@ fn used(uri: &str) -> u64 {
     df["used_bytes"].as_u64().unwrap()
 }
 
-/// A copy from standard input that has taken a good part of what it is given, and waits for more.
+/// Starts a copy from standard input that has read a large part of its input and waits for more.
 fn in_the_middle(args: &[&str]) -> Child {
     let mut child = Command::new(env!("CARGO_BIN_EXE_pumice"))
         .args(args)
@@ -34,7 +34,8 @@ fn in_the_middle(args: &[&str]) -> Child {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    // More than the pipe and the reader's buffers hold: the rest has been appended when this returns.
+    // This is more than the buffers of the pipe and the reader hold, so the rest has been appended
+    // when the write returns.
     let bytes = vec![0x5a; 24 << 20];
     child.stdin.as_mut().unwrap().write_all(&bytes).unwrap();
     child
@@ -92,7 +93,7 @@ fn a_copy_that_is_killed_is_gone_at_the_next_mount() {
         "text",
         "what was there is there"
     );
-    // Any mount for writing gives the space back.
+    // The next mount for writing frees the space.
     ok(&["rm", &uri, "-f", "/none"]);
     assert_eq!(used(&uri), before);
     assert_eq!(pumice(&["fsck", &uri]).status.code(), Some(0));

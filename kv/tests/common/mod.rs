@@ -1,4 +1,4 @@
-//! What the integration tests share.
+//! Helpers of the integration tests.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 use std::io::Read as _;
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf};
 
-/// Bytes of a test image of the file system's crate, unpacked.
+/// Returns the unpacked bytes of a test image of the file system's crate.
 pub fn image(name: &str) -> Vec<u8> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
         .join("../blobfs/tests/images")
@@ -20,7 +20,7 @@ pub fn image(name: &str) -> Vec<u8> {
     bytes
 }
 
-/// A device in memory with these bytes.
+/// Makes a device in memory with these bytes.
 pub fn memory_with(bytes: &[u8], block_size: u32) -> Arc<dyn BlockDevice> {
     let uri = format!("malloc://{}?block_size={block_size}", bytes.len());
     let device = pumice_bdev::open(&uri).unwrap();
@@ -42,7 +42,7 @@ pub fn key(n: u64) -> Vec<u8> {
     format!("key{n:012}").into_bytes()
 }
 
-/// A value of about 100 bytes that only `n` has.
+/// Returns a value of about 100 bytes that depends on `n`.
 pub fn value(n: u64) -> Vec<u8> {
     let mut x = n.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut bytes = Vec::with_capacity(104);
@@ -55,7 +55,7 @@ pub fn value(n: u64) -> Vec<u8> {
     bytes
 }
 
-/// How long a test may take on a busy machine.
+/// Longest time of a test on a busy machine.
 pub const LIMIT: Duration = Duration::from_secs(300);
 
 /// Turns a hang into a failure: the process ends with the test's name if this is not dropped within

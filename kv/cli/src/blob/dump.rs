@@ -1,4 +1,4 @@
-//! `pumice blob dump`: every metadata page, decoded, as text and as JSON.
+//! `pumice blob dump`: prints every metadata page, decoded, as text and as JSON.
 
 use std::io::{self, Write};
 use std::ops::Range;
@@ -16,7 +16,7 @@ use serde_json::{Map, Value, json};
 use super::Result;
 use crate::files::open_to_read;
 
-/// Prints the store on the device `uri`, or what of it belongs to `id`.
+/// Prints the store on the device `uri`, or the pages that belong to `id`.
 pub fn run(uri: &str, id: Option<BlobId>, as_json: bool) -> Result<()> {
     let dev = open_to_read(uri).map_err(|e| e.to_string())?;
     let mut dump = Dump::open(&dev)?;
@@ -171,7 +171,7 @@ fn ranges(ranges: &[Range<u32>]) -> String {
     format!("{count} used: {}", texts.join(" "))
 }
 
-/// A metadata page as it says of itself.
+/// Decodes a metadata page.
 fn decode(index: u32, page: &Page) -> Value {
     let header = PageHeader::read(page);
     let next = if header.next == INVALID_PAGE {

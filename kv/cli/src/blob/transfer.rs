@@ -1,4 +1,4 @@
-//! `pumice blob import` and `export`: contents of blobs from and to files.
+//! `pumice blob import` and `export`: copy contents of blobs from and to files.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -11,7 +11,7 @@ use super::{BlobArgs, Result, with_store};
 use crate::copy::{Input, create_private};
 use crate::signals;
 
-/// Writes a file into a blob, `new` for a new one.
+/// Writes a file into a blob, or into a new one for `new`.
 pub fn import(
     args: &BlobArgs,
     uri: &str,
@@ -46,7 +46,7 @@ pub fn import(
     Ok(())
 }
 
-/// Writes what can be read into a blob, cluster by cluster; a new blob grows with it.
+/// Writes the input into a blob, cluster by cluster. A new blob grows with it.
 fn fill(store: &Blobstore, id: BlobId, input: &mut dyn Read, grow: bool) -> Result<()> {
     let blob = store.open(id)?;
     let size = usize::try_from(store.cluster_size())?;
@@ -76,12 +76,12 @@ fn fill(store: &Blobstore, id: BlobId, input: &mut dyn Read, grow: bool) -> Resu
                 )
                 .into());
             }
-            // A few clusters at a time: each resize writes the metadata.
+            // The blob grows by several clusters at a time, since each resize writes metadata.
             blob.resize((blob.num_clusters() * 2).max(1))
                 .or_else(|_| blob.resize(blob.num_clusters() + 1))?;
         }
         let zero = buf[..len].iter().all(|byte| *byte == 0);
-        // What lies behind the end of the file stays as it is.
+        // The blob's bytes behind the end of the file stay as they are.
         let all = grow || len == size;
         if zero && all && blob.is_thin() {
             blob.write_zeroes_at(offset, store.cluster_size())?;

@@ -1,4 +1,4 @@
-//! Copying the files of a mounted file system, past what cannot be read.
+//! Copying the files of a mounted file system, without the parts that cannot be read.
 
 use std::collections::HashMap;
 use std::fs::{File as KernelFile, FileTimes};
@@ -13,25 +13,25 @@ use super::Outcome;
 use super::target::Target;
 use crate::files::{CHUNK, join};
 
-/// Bytes that are given up at once when they cannot be read.
+/// Number of bytes that are skipped when they cannot be read.
 const LEAST: usize = 4096;
 
-/// Fills a buffer from an offset on, or says why not.
+/// Fills a buffer from an offset on, or returns the reason why not.
 pub type Read<'a> = dyn Fn(u64, &mut [u8]) -> Result<(), String> + 'a;
 
-/// What a copy has.
+/// The result of a copy.
 #[derive(Default)]
 pub struct Copied {
     pub bytes: u64,
     pub holes: Vec<Range<u64>>,
-    /// Why the first hole could not be read.
+    /// The reason why the first hole could not be read.
     pub why: String,
 }
 
-/// Every file and directory below `/`.
+/// Copies every file and directory below `/`.
 pub fn all(fs: &FileSystem, target: &Target, outcome: &mut Outcome) {
     let mut dirs = vec!["/".to_owned()];
-    // Hard links are made again.
+    // Hard links are recreated.
     let mut copies: HashMap<BlobId, PathBuf> = HashMap::new();
     while let Some(dir) = dirs.pop() {
         let entries = match fs.list(&dir) {
@@ -101,13 +101,13 @@ fn one(
 
 fn finish(file: &KernelFile, stat: &Stat) -> Result<(), String> {
     let times = FileTimes::new().set_modified(stat.mtime);
-    // A time that the kernel does not take is no loss.
+    // A time that the kernel does not accept is not a loss.
     let _ = file.set_times(times);
     file.sync_all().map_err(|e| format!("the copy: {e}"))
 }
 
 impl Copied {
-    /// A range that is a hole in the copy.
+    /// Records a range that is a hole in the copy.
     pub fn miss(&mut self, range: Range<u64>, why: &str) {
         if self.holes.is_empty() {
             why.clone_into(&mut self.why);
@@ -119,7 +119,8 @@ impl Copied {
     }
 }
 
-/// Copies `len` bytes into a new file. What `read` cannot give becomes a hole; zeroes take no space.
+/// Copies `len` bytes into a new file. Ranges that `read` cannot read become holes; zeroes take no
+/// space.
 pub fn into(file: &KernelFile, len: u64, read: &Read<'_>) -> Result<Copied, String> {
     file.set_len(len).map_err(|e| format!("the copy: {e}"))?;
     let mut copied = Copied::default();
@@ -127,7 +128,7 @@ pub fn into(file: &KernelFile, len: u64, read: &Read<'_>) -> Result<Copied, Stri
     Ok(copied)
 }
 
-/// As [`into`], for a range of the file.
+/// Copies a range of the file as [`into`] does.
 pub fn into_range(
     file: &KernelFile,
     range: Range<u64>,
@@ -135,7 +136,7 @@ pub fn into_range(
     copied: &mut Copied,
 ) -> Result<(), String> {
     let mut buf = vec![0; CHUNK];
-    // Pieces to be read, the next one last.
+    // The ranges to read, the next one last.
     let mut pieces: Vec<(u64, usize)> = Vec::new();
     let mut at = range.start;
     while at < range.end || !pieces.is_empty() {
@@ -174,7 +175,7 @@ mod tests {
         let path = dir.path().join("copy");
         let file = KernelFile::create(&path).unwrap();
         let len = 3 * CHUNK as u64 + 777;
-        // Two bad places, one of them across two blocks, and the end.
+        // Two unreadable places, one of them across two blocks, and the end.
         let bad = [5000..5001, 1_048_570..1_060_000, len - 1..len];
         let read = |offset: u64, buf: &mut [u8]| {
             let end = offset + buf.len() as u64;

@@ -1,5 +1,5 @@
-//! Blobs that the store set aside: what their undamaged metadata pages still tell of them is
-//! collected, and the clusters that are known are read from the device.
+//! Damaged blobs: collects what their undamaged metadata pages show, and reads the known clusters
+//! from the device.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -16,33 +16,33 @@ use super::copy::{Copied, into_range};
 use super::target::Target;
 use super::{Loss, Outcome};
 
-/// Where such copies go.
+/// Directory of the copies.
 const PLACE: &str = "/damaged";
 
-/// What a cluster of a blob is known to be.
+/// What is known about a cluster of a blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Known {
-    /// It has no place, so it reads as zeroes.
+    /// The cluster is not allocated, so it reads as zeroes.
     Zeroes,
-    /// Its place in the store.
+    /// The cluster's place in the store.
     At(u32),
 }
 
-/// What a page says.
+/// The content of a metadata page.
 #[derive(Debug, Default, Clone)]
 struct Said {
     sequence: u32,
     next: u32,
     xattrs: Vec<(Vec<u8>, Vec<u8>)>,
-    /// Runs of clusters: place (0: none), length.
+    /// Runs of clusters: place (0: none) and length.
     runs: Vec<(u32, u32)>,
-    /// Clusters in all and the extent pages, where there is a table.
+    /// Number of clusters and the extent pages, if there is a table.
     table: Option<(u64, Vec<u32>)>,
-    /// First cluster and places, in an extent page.
+    /// First cluster and the places, in an extent page.
     extents: Option<(u32, Vec<u32>)>,
 }
 
-/// The geometry of the store, as its super block has it.
+/// The geometry of the store, from its super block.
 struct Store {
     cluster_size: u64,
     total_clusters: u64,
@@ -50,7 +50,7 @@ struct Store {
     block_size: u64,
 }
 
-/// Whether there is a file system's super block that leads to metadata pages.
+/// Whether the device has a file system's super block that leads to metadata pages.
 pub fn has_pages(dev: &Arc<dyn BlockDevice>) -> bool {
     let Ok(mut dump) = Dump::open(dev) else {
         return false;
@@ -60,7 +60,7 @@ pub fn has_pages(dev: &Arc<dyn BlockDevice>) -> bool {
     is_ours && dump.pages(|_, _| any = true).is_ok() && any
 }
 
-/// Copies what is left of the blobs, or of all where `only` is not given.
+/// Copies what is left of the blobs in `only`, or of all without it.
 pub fn blobs(
     dev: &Arc<dyn BlockDevice>,
     only: Option<&[BlobId]>,
@@ -178,12 +178,12 @@ fn read_page(page: &Page) -> Said {
     said
 }
 
-/// What is known of a blob.
+/// What is known about a blob.
 #[derive(Default)]
 struct Remains {
     xattrs: HashMap<Vec<u8>, Vec<u8>>,
     clusters: BTreeMap<u64, Known>,
-    /// Clusters in all, where a page says so.
+    /// Number of clusters, if a page has it.
     num_clusters: Option<u64>,
 }
 
@@ -191,7 +191,7 @@ impl Remains {
     fn of(id: BlobId, pages: &Pages, store: &Store) -> Remains {
         let mut remains = Remains::default();
         let mut chain = Vec::new();
-        // The chain from the root on, as far as it is whole.
+        // The chain from the root on, as far as it is undamaged.
         let mut at = id.page();
         while let Some(index) = at
             && let Some(said) = pages.get(&(id, index))
@@ -201,7 +201,7 @@ impl Remains {
             at = Some(said.next);
         }
         let listed: Option<Vec<u32>> = if chain.is_empty() {
-            // Without a root every page that the blob wrote is asked.
+            // Without a root, every page that the blob wrote is used.
             let mut all: Vec<_> = pages.iter().filter(|((of, _), _)| *of == id).collect();
             all.sort_unstable_by_key(|((_, index), said)| (said.sequence, *index));
             for (_, said) in all {
@@ -273,7 +273,7 @@ impl Remains {
         self.xattrs.get(name.as_bytes()).map(Vec::as_slice)
     }
 
-    /// Bytes of the file, never more than the store has.
+    /// Returns the number of bytes of the file, at most those of the store.
     fn len(&self, store: &Store) -> u64 {
         let last = self.clusters.keys().next_back().map_or(0, |last| last + 1);
         let clusters = self.num_clusters.unwrap_or(last).min(store.total_clusters);
@@ -331,7 +331,7 @@ fn one(
             outcome.losses.push(Loss {
                 path: shown,
                 why: format!(
-                    "damaged metadata; what they still tell is in {}",
+                    "damaged metadata; the recovered part is in {}",
                     at.display()
                 ),
                 holes: copied.holes,

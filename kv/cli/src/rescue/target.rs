@@ -1,4 +1,4 @@
-//! The directory that is copied to: nothing is written outside of it, and nothing over what is there.
+//! The target directory: nothing is written outside of it, and no existing file is overwritten.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -12,13 +12,13 @@ use crate::files::Failure;
 /// Longest name of the kernel's file systems in bytes.
 const NAME_MAX: usize = 255;
 
-/// A directory of the kernel's.
+/// A directory in the kernel's file system.
 pub struct Target {
     root: PathBuf,
 }
 
 impl Target {
-    /// Makes the directory if it is not there.
+    /// Makes the directory if it does not exist.
     pub fn make(root: &Path) -> Result<Target, Failure> {
         let failed = |e: io::Error| Failure::from(format!("{}: {e}", root.display()));
         match DirBuilder::new().mode(0o700).create(root) {
@@ -36,7 +36,7 @@ impl Target {
         })
     }
 
-    /// Makes a directory with those above it; one that is there is used, a link is not followed.
+    /// Makes a directory with its parents. Uses an existing one, and does not follow a link.
     pub fn dir(&self, path: &str) -> io::Result<PathBuf> {
         let mut at = self.root.clone();
         for name in path.split('/').filter(|name| !name.is_empty()) {
@@ -53,7 +53,7 @@ impl Target {
         Ok(at)
     }
 
-    /// Makes a file, and the directories above it.
+    /// Makes a file and its parent directories.
     pub fn file(&self, path: &str) -> io::Result<(File, PathBuf)> {
         let at = self.place(path)?;
         let file = File::options()
@@ -76,8 +76,8 @@ impl Target {
     }
 }
 
-/// A name as the kernel may have it: one component, that is no way up, shows what it is and is not
-/// too long.
+/// Returns a name that the kernel accepts: one component, which does not lead up, shows the
+/// original and is not too long.
 fn component(name: &str) -> String {
     let name = visible(name).replace(['/', '\0'], "_");
     let name = match name.as_str() {
@@ -87,7 +87,7 @@ fn component(name: &str) -> String {
     if name.len() <= NAME_MAX {
         return name;
     }
-    // Names that begin alike stay different.
+    // Names with the same beginning stay different.
     let sum = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |sum, byte| {
         (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });

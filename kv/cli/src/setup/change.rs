@@ -1,4 +1,4 @@
-//! Giving controllers to Pumice and back. Whatever can be refused is refused before anything
+//! Giving controllers to Pumice and back. Everything that can be refused is refused before anything
 //! is changed.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -8,9 +8,9 @@ use std::{fs, io};
 
 use pumice_nvme::pci::{Claims, Function, Group, Host, PciAddress};
 
-use super::{SetupError, Way, is_ours};
+use super::{BindDriver, SetupError, is_ours};
 
-/// What was there before, one file for each function; gone with the next boot, as bindings are.
+/// Earlier drivers, one file for each function. It is gone after a reboot, as bindings are.
 const STATE_DIR: &str = "/run/pumice/setup";
 
 /// A user to whom controllers are handed over.
@@ -21,22 +21,23 @@ pub struct User {
     gid: u32,
 }
 
-/// What `bind` was asked for, checked.
+/// A checked request to bind.
 pub struct Plan<'a> {
     addresses: &'a [PciAddress],
-    way: Way,
+    way: BindDriver,
     user: Option<User>,
 }
 
-/// Checks the user and every controller: of several none is taken when one of them has to stay.
+/// Checks the user and every controller. If one controller has to stay with its driver, none is
+/// bound.
 pub fn plan<'a>(
     host: &Host,
     addresses: &'a [PciAddress],
-    way: Way,
+    way: BindDriver,
     user: Option<&str>,
 ) -> Result<Plan<'a>, SetupError> {
     let user = user.map(|name| find_user(host, name)).transpose()?;
-    if user.is_some() && way == Way::Uio {
+    if user.is_some() && way == BindDriver::Uio {
         return Err(SetupError::Refused(
             "uio needs root (physical addresses), so there is nothing to hand over to a user"
                 .to_owned(),
@@ -59,7 +60,7 @@ pub fn plan<'a>(
     Ok(plan)
 }
 
-/// The group of a function whose memory accesses an IOMMU confines.
+/// Returns the group of a function whose memory accesses an IOMMU confines.
 fn guarded_group(function: &Function) -> Result<&Group, SetupError> {
     let group = function.group.as_ref().filter(|g| !g.no_iommu);
     group.ok_or_else(|| {
@@ -71,19 +72,19 @@ fn guarded_group(function: &Function) -> Result<&Group, SetupError> {
 }
 
 impl Plan<'_> {
-    /// What stands against giving a function away; nothing changes. The claims keep its disks
-    /// unused while they live.
+    /// Checks whether a function can be given away, without changing anything. The claims keep its
+    /// disks unused while they live.
     fn check(&self, host: &Host, function: &Function) -> Result<Claims, SetupError> {
         let address = function.address;
         let claims = host.claim(function).map_err(|uses| {
             let list: Vec<String> = uses.iter().map(|u| format!("  {u}")).collect();
             SetupError::Refused(format!(
-                "{address} is in use, and its data would be pulled from under its users:\n{}",
+                "{address} is in use, and its users would lose access to their data:\n{}",
                 list.join("\n")
             ))
         })?;
         refuse_if_open(host, function)?;
-        if self.way == Way::Uio {
+        if self.way == BindDriver::Uio {
             return Ok(claims);
         }
         let unsafe_mode = host
@@ -109,7 +110,7 @@ impl Plan<'_> {
         Ok(claims)
     }
 
-    /// Takes one controller, and says what was done.
+    /// Binds one controller, and returns a description of what was done.
     pub fn bind(&self, host: &Host, address: PciAddress) -> Result<String, SetupError> {
         let function = host.nvme_function(address)?;
         let driver = self.way.driver();
@@ -118,7 +119,7 @@ impl Plan<'_> {
         } else {
             let claims = self.check(host, &function)?;
             load_driver(host, driver)?;
-            // An address that was Pumice's in another way keeps what is remembered of it.
+            // A controller that was bound to Pumice by another driver keeps its recorded driver.
             if !is_ours(&function) {
                 remember(host, address, function.driver.as_deref())?;
             }
@@ -141,7 +142,7 @@ impl Plan<'_> {
     }
 }
 
-/// Loads the module when the driver is not there. `modprobe` knows where modules are.
+/// Loads the driver's module if the driver is missing. `modprobe` knows where modules are.
 fn load_driver(host: &Host, driver: &str) -> Result<(), SetupError> {
     let there = || {
         host.path(&format!("/sys/bus/pci/drivers/{driver}"))
@@ -172,15 +173,16 @@ fn hand_over(host: &Host, address: PciAddress, user: &User) -> Result<String, Se
     Ok(format!("\n{node} belongs to {} now", user.name))
 }
 
-/// A user by name, from wherever this machine has its users, or by number.
+/// Finds a user by name, wherever this machine has its users, or by number.
 fn find_user(host: &Host, name: &str) -> Result<User, SetupError> {
     let none = |why: &str| SetupError::Refused(format!("there is no user {name:?}{why}"));
     if name.is_empty() || name.starts_with('-') || name.contains([':', '\n', '\0']) {
-        return Err(none(": that is no user's name"));
+        return Err(none(": that is not a user's name"));
     }
     let passwd = host.read("/etc/passwd")?.unwrap_or_default();
     let found = user_ids(&passwd, name).or_else(|| {
-        // Users of LDAP and the like stand in no file; a made-up machine has none of them.
+        // Users of LDAP and similar services are in no file. A machine made of files has none of
+        // them.
         if !host.is_this_machine() {
             return None;
         }
@@ -201,7 +203,7 @@ fn find_user(host: &Host, name: &str) -> Result<User, SetupError> {
     }
 }
 
-/// User and group identifier in a line of passwd(5).
+/// Returns the user and group identifier in a line of passwd(5).
 fn fields_of(line: &str) -> Option<(u32, u32)> {
     let mut fields = line.split(':').skip(2);
     Some((fields.next()?.parse().ok()?, fields.next()?.parse().ok()?))
@@ -223,7 +225,7 @@ pub fn remember(host: &Host, address: PciAddress, driver: Option<&str>) -> Resul
     let dir = host.path(STATE_DIR);
     let write = || {
         fs::create_dir_all(&dir)?;
-        // What is read back becomes the name of a module: nobody else may write there, whatever
+        // The file's content becomes the name of a module: nobody else may write there, whatever
         // the umask was.
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o755))?;
         let whole = path.with_extension("new");
@@ -242,8 +244,8 @@ pub fn remember(host: &Host, address: PciAddress, driver: Option<&str>) -> Resul
     })
 }
 
-/// The driver of before: `None` nothing is remembered, `Some(None)` it had none. What somebody else
-/// may have written is not believed.
+/// Returns the earlier driver: `None` if none is recorded, `Some(None)` if there was no driver. A
+/// file that another user may have written is ignored.
 pub fn remembered(host: &Host, address: PciAddress) -> Option<Option<String>> {
     let path = state_path(host, address);
     let meta = fs::symlink_metadata(&path).ok()?;
@@ -258,14 +260,14 @@ pub fn remembered(host: &Host, address: PciAddress) -> Option<Option<String>> {
     is_driver_name(text).then(|| Some(text.to_owned()))
 }
 
-/// Whether a text can be a driver's name: it becomes an argument of `modprobe`.
+/// Whether a text can be a driver's name, since it becomes an argument of `modprobe`.
 fn is_driver_name(text: &str) -> bool {
     let word = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
     !text.starts_with('-') && text.len() <= 64 && text.bytes().all(word)
 }
 
-/// Processes that drive the function themselves: the kernel would wait for them, or they would
-/// go on with a device that is another's.
+/// Refuses while processes drive the function: the kernel would wait for them, or they would go on
+/// using a device that has another owner.
 fn refuse_if_open(host: &Host, function: &Function) -> Result<(), SetupError> {
     let address = function.address;
     let dir = format!("/sys/bus/pci/devices/{address}");
@@ -296,13 +298,13 @@ fn refuse_if_open(host: &Host, function: &Function) -> Result<(), SetupError> {
     )))
 }
 
-/// Gives one controller back, and says what was done.
+/// Gives one controller back, and returns a description of what was done.
 pub fn unbind(host: &Host, address: PciAddress) -> Result<String, SetupError> {
     let function = host.nvme_function(address)?;
     if !is_ours(&function) {
         let driver = function.driver.as_deref().unwrap_or("no driver");
         return Ok(format!(
-            "{address}: is not Pumice's, its driver is {driver}"
+            "{address}: is not Pumice's: its driver is {driver}"
         ));
     }
     refuse_if_open(host, &function)?;
@@ -315,8 +317,7 @@ pub fn unbind(host: &Host, address: PciAddress) -> Result<String, SetupError> {
     Ok(text)
 }
 
-/// The node of a group that has further functions stays; it is nobody's but root's again when none
-/// of them is Pumice's.
+/// Gives the group's node back to root, unless another function of the group belongs to Pumice.
 fn take_node_back(host: &Host, group: &Group) {
     let left = group
         .members

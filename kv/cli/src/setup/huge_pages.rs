@@ -8,7 +8,7 @@ use super::SetupError;
 const PAGE_KIB: u64 = 2048;
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
-/// How many pages there are and how many of them are free.
+/// Returns the number of pages, and of free ones.
 pub fn counts(host: &Host) -> Value {
     let number = |name: &str| read_number(host, &format!("{POOL}/{name}"));
     json!({ "size_kib": PAGE_KIB, "total": number("nr_hugepages"), "free": number("free_hugepages") })
@@ -18,8 +18,8 @@ fn read_number(host: &Host, path: &str) -> Option<u64> {
     host.read(path).ok().flatten()?.parse().ok()
 }
 
-/// Makes the number of pages `count`. When that is more than the machine can spare, or fewer could
-/// be reserved, the earlier number is put back.
+/// Sets the number of pages to `count`. If that is more than the machine can spare, or if fewer
+/// could be reserved, restores the earlier number.
 pub fn reserve(host: &Host, count: u64, node: Option<u32>) -> Result<String, SetupError> {
     let path = match node {
         None => format!("{POOL}/nr_hugepages"),
@@ -51,7 +51,7 @@ pub fn reserve(host: &Host, count: u64, node: Option<u32>) -> Result<String, Set
     )))
 }
 
-/// Refuses to take more than is free, less a reserve for everybody else.
+/// Refuses to reserve more than is free, less a reserve for other processes.
 fn check_room(host: &Host, more: u64, node: Option<u32>) -> Result<(), SetupError> {
     let (path, word) = match node {
         None => ("/proc/meminfo".to_owned(), "MemAvailable:"),
@@ -79,7 +79,8 @@ fn check_room(host: &Host, more: u64, node: Option<u32>) -> Result<(), SetupErro
     )))
 }
 
-/// A number of KiB in a table of memory (proc(5)); the tables of nodes have `Node 0` in front.
+/// Reads a number of KiB from a table of memory (proc(5)). The tables of nodes have `Node 0` in
+/// front.
 fn kib(table: &str, word: &str) -> Option<u64> {
     table.lines().find_map(|line| {
         let mut words = line.split_whitespace().skip_while(|w| *w != word);
@@ -121,7 +122,7 @@ mod tests {
 
     #[test]
     fn more_than_is_free_is_refused_before_anything_is_taken() {
-        // 512 MiB are free, 64 MiB of them stay: 224 pages.
+        // 512 MiB are free, of which 64 MiB must stay: 224 pages.
         let fake = machine();
         for count in [8 + 225, 99_999_999, u64::MAX] {
             let text = reserve(&fake.host(), count, None)

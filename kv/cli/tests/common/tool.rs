@@ -1,4 +1,4 @@
-//! The `pumice` command, as a user calls it.
+//! Helpers to run the `pumice` command.
 
 use std::process::{Command, Output};
 
@@ -9,7 +9,7 @@ pub fn pumice(args: &[&str]) -> Output {
         .unwrap()
 }
 
-/// The standard output of a command that has to succeed.
+/// Returns the standard output of a command that has to succeed.
 pub fn ok(args: &[&str]) -> String {
     let output = pumice(args);
     let errors = String::from_utf8_lossy(&output.stderr);

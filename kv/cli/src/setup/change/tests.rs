@@ -5,7 +5,7 @@ fn address(text: &str) -> PciAddress {
     text.parse().expect("an address")
 }
 
-fn refusal(fake: &FakeHost, at: &str, way: Way) -> String {
+fn refusal(fake: &FakeHost, at: &str, way: BindDriver) -> String {
     match plan(&fake.host(), &[address(at)], way, None) {
         Ok(_) => String::new(),
         Err(e) => e.to_string(),
@@ -19,7 +19,7 @@ fn a_free_controller_may_go() {
     let fake = FakeHost::new();
     fake.nvme(NVME, "nvme", Some(7));
     fake.block(NVME, "nvme0", "nvme0n1", "259:0", &[("nvme0n1p1", "259:1")]);
-    assert_eq!(refusal(&fake, NVME, Way::Vfio), "");
+    assert_eq!(refusal(&fake, NVME, BindDriver::Vfio), "");
 }
 
 #[test]
@@ -38,29 +38,31 @@ fn whatever_is_in_use_stays() {
         ],
     );
     fake.file("/proc/self/mountinfo", "22 1 0:21 / /proc rw - proc proc rw\n30 1 259:1 / /srv\\040data rw,noatime shared:1 - ext4 /dev/nvme0n1p1 rw\n");
-    let text = refusal(&fake, NVME, Way::Vfio);
+    let text = refusal(&fake, NVME, BindDriver::Vfio);
     assert!(text.contains("nvme0n1p1 is mounted at /srv data"), "{text}");
-    assert!(refusal(&fake, NVME, Way::Uio).contains("mounted"));
+    assert!(refusal(&fake, NVME, BindDriver::Uio).contains("mounted"));
 
     fake.file(
         "/proc/self/mountinfo",
         "30 1 0:42 / /b rw shared:1 - btrfs /dev/nvme0n1p2 rw\n",
     );
-    assert!(refusal(&fake, NVME, Way::Vfio).contains("mounted at /b"));
+    assert!(refusal(&fake, NVME, BindDriver::Vfio).contains("mounted at /b"));
 
     fake.file("/proc/self/mountinfo", "");
     fake.file(
         "/proc/swaps",
         "Filename Type Size Used Priority\n/dev/nvme0n1p3 partition 1 0 -2\n",
     );
-    assert!(refusal(&fake, NVME, Way::Vfio).contains("nvme0n1p3 is swap space"));
+    assert!(refusal(&fake, NVME, BindDriver::Vfio).contains("nvme0n1p3 is swap space"));
 
     fake.file(
         "/proc/swaps",
         "Filename Type Size Used Priority\n/dev/sda3 partition 1 0 -2\n",
     );
     fake.holder("nvme0n1", Some("nvme0n1p2"), "dm-3", Some("vg0-home"));
-    assert!(refusal(&fake, NVME, Way::Vfio).contains("nvme0n1p2 is part of dm-3 (vg0-home)"));
+    assert!(
+        refusal(&fake, NVME, BindDriver::Vfio).contains("nvme0n1p2 is part of dm-3 (vg0-home)")
+    );
 }
 
 #[test]
@@ -71,7 +73,7 @@ fn whole_disk_raid_and_open_files() {
     fake.block_device("nvme0n1", "259:0", &[]);
     fake.holder("nvme0n1", None, "md127", None);
     fake.process(4711, "qemu", "/dev/nvme0n1");
-    let text = refusal(&fake, NVME, Way::Vfio);
+    let text = refusal(&fake, NVME, BindDriver::Vfio);
     assert!(text.contains("nvme0n1 is part of md127"), "{text}");
     assert!(text.contains("open in process 4711 (qemu)"), "{text}");
 }
@@ -82,13 +84,13 @@ fn groups_go_as_a_whole() {
     fake.nvme(NVME, "nvme", Some(7));
     fake.nvme("0000:02:00.0", "nvme", Some(7));
     fake.bridge("0000:00:01.0", Some(7));
-    let text = refusal(&fake, NVME, Way::Vfio);
+    let text = refusal(&fake, NVME, BindDriver::Vfio);
     assert!(
         text.contains("0000:02:00.0 (nvme)") && !text.contains("0000:00:01.0"),
         "{text}"
     );
     let both = [address(NVME), address("0000:02:00.0")];
-    assert!(plan(&fake.host(), &both, Way::Vfio, None).is_ok());
+    assert!(plan(&fake.host(), &both, BindDriver::Vfio, None).is_ok());
 }
 
 #[test]
@@ -98,9 +100,9 @@ fn of_several_none_goes_when_one_is_in_use() {
     fake.nvme("0000:02:00.0", "nvme", Some(8));
     fake.block("0000:02:00.0", "nvme1", "nvme1n1", "259:4", &[]);
     let both = [address(NVME), address("0000:02:00.0")];
-    assert!(plan(&fake.host(), &both, Way::Vfio, None).is_ok());
+    assert!(plan(&fake.host(), &both, BindDriver::Vfio, None).is_ok());
     fake.process(4711, "qemu", "/dev/nvme1n1");
-    let error = plan(&fake.host(), &both, Way::Vfio, None).err();
+    let error = plan(&fake.host(), &both, BindDriver::Vfio, None).err();
     let text = error.map(|e| e.to_string()).unwrap_or_default();
     assert!(text.contains("process 4711"), "{text}");
 }
@@ -109,13 +111,13 @@ fn of_several_none_goes_when_one_is_in_use() {
 fn no_iommu_is_said() {
     let fake = FakeHost::new();
     fake.nvme(NVME, "nvme", None);
-    assert!(refusal(&fake, NVME, Way::Vfio).contains("no IOMMU group"));
-    assert_eq!(refusal(&fake, NVME, Way::Uio), "");
+    assert!(refusal(&fake, NVME, BindDriver::Vfio).contains("no IOMMU group"));
+    assert_eq!(refusal(&fake, NVME, BindDriver::Uio), "");
     fake.file(
         "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
         "Y\n",
     );
-    assert_eq!(refusal(&fake, NVME, Way::Vfio), "");
+    assert_eq!(refusal(&fake, NVME, BindDriver::Vfio), "");
 }
 
 #[test]
@@ -136,9 +138,9 @@ fn unbinding_waits_for_nobody() {
 fn other_devices_are_refused() {
     let fake = FakeHost::new();
     fake.bridge("0000:00:01.0", Some(1));
-    let text = refusal(&fake, "0000:00:01.0", Way::Vfio);
+    let text = refusal(&fake, "0000:00:01.0", BindDriver::Vfio);
     assert!(text.contains("no NVMe controller"), "{text}");
-    let text = refusal(&fake, "0000:09:00.0", Way::Vfio);
+    let text = refusal(&fake, "0000:09:00.0", BindDriver::Vfio);
     assert!(text.contains("no such PCI function"), "{text}");
 }
 
@@ -149,7 +151,7 @@ fn users() {
     assert_eq!(user_ids(passwd, "d"), None);
 }
 
-/// A machine with one controller, one disk of two partitions, and nothing that uses them.
+/// Makes a machine with one controller and one disk of two partitions, which nothing uses.
 fn one_disk() -> FakeHost {
     let fake = FakeHost::new();
     fake.nvme(NVME, "nvme", Some(7));
@@ -159,7 +161,7 @@ fn one_disk() -> FakeHost {
 }
 
 fn refused_for(fake: &FakeHost, word: &str) {
-    let text = refusal(fake, NVME, Way::Vfio);
+    let text = refusal(fake, NVME, BindDriver::Vfio);
     assert!(text.contains(word), "not {word}: {text:?}");
     assert_eq!(
         fake.host()
@@ -174,8 +176,8 @@ fn refused_for(fake: &FakeHost, word: &str) {
 #[test]
 fn loop_devices_and_targets_are_users() {
     let fake = one_disk();
-    assert_eq!(refusal(&fake, NVME, Way::Vfio), "");
-    // By any name: a link, and a device in the place of another's node.
+    assert_eq!(refusal(&fake, NVME, BindDriver::Vfio), "");
+    // The name does not matter: a link, and a device in the place of another's node.
     fake.link("/dev/disk/by-id/nvme-x", "../../nvme0n1");
     for path in ["/dev/nvme0n1", "/dev/disk/by-id/nvme-x", "/dev/nvme0n1p2"] {
         let fake = one_disk();
@@ -203,42 +205,42 @@ fn loop_devices_and_targets_are_users() {
         "Status: ACTIVATED\n TCM FILEIO ID: 0        File: /dev/nvme0n1p1  Size: 1\n",
     );
     refused_for(&fake, "nvme0n1p1 is open in the SCSI target (LIO) disk");
-    // Of another disk, or of a file: none of our business.
+    // The user has another disk, or a file, so it does not matter.
     let fake = one_disk();
     fake.block_device("sda", "8:0", &[]);
     fake.file("/sys/block/loop3/loop/backing_file", "/dev/sda");
     fake.file("/srv/image", "");
     fake.file("/sys/block/loop4/loop/backing_file", "/srv/image");
-    assert_eq!(refusal(&fake, NVME, Way::Vfio), "");
+    assert_eq!(refusal(&fake, NVME, BindDriver::Vfio), "");
 }
 
 #[test]
 fn what_cannot_be_checked_counts_as_in_use() {
-    // A loop device on what is not here any more.
+    // A loop device on a node that no longer exists.
     let fake = one_disk();
     fake.file("/sys/block/loop3/loop/backing_file", "/tmp/node (deleted)");
     refused_for(&fake, "losetup -d /dev/loop3");
-    // No table of mounts.
+    // There is no table of mounts.
     let fake = one_disk();
     fake.remove("/proc/self/mountinfo");
     refused_for(&fake, "what is mounted could not be checked");
-    // No node to claim.
+    // There is no node to claim.
     let fake = one_disk();
     fake.remove("/dev/nvme0n1");
     refused_for(&fake, "nvme0n1 could not be checked");
-    // Multipath of which the head does not show.
+    // A multipath controller whose head is not visible.
     let fake = FakeHost::new();
     fake.nvme(NVME, "nvme", Some(7));
     fake.block(NVME, "nvme0", "nvme1c0n1", "259:9", &[]);
     refused_for(&fake, "nvme1n1 could not be checked");
-    // A container that sees its own processes only.
+    // A container that sees only its own processes.
     let fake = one_disk();
     fake.link("/proc/self/ns/pid", "pid:[4026532000]");
     refused_for(&fake, "run this command on the host");
     let fake = one_disk();
     fake.link("/proc/self/ns/pid", "pid:[4026531836]");
-    assert_eq!(refusal(&fake, NVME, Way::Vfio), "");
-    // A target whose configuration does not show.
+    assert_eq!(refusal(&fake, NVME, BindDriver::Vfio), "");
+    // A target whose configuration is not visible.
     let fake = one_disk();
     fake.dir("/sys/module/nvmet");
     refused_for(&fake, "nvmet is loaded");
@@ -259,7 +261,7 @@ fn mounts_of_other_namespaces_are_mounts() {
 
 #[test]
 fn devices_are_known_by_number_not_by_name() {
-    // LVM's and other names of swap and mounts are links to the node.
+    // LVM's and other names of swap space and mounts are links to the node.
     let fake = one_disk();
     fake.link("/dev/disk/by-uuid/77", "../../nvme0n1p2");
     fake.file(
@@ -274,11 +276,11 @@ fn devices_are_known_by_number_not_by_name() {
         "Filename Type Size Used Priority\n/dev/disk/by-uuid/77 partition 1 0 -2\n",
     );
     refused_for(&fake, "nvme0n1p1 is swap space");
-    // Held without an entry in `holders`, named by the holder.
+    // Held without an entry in `holders`, but named by the holder.
     let fake = one_disk();
     fake.file("/sys/class/block/bcache0/slaves/nvme0n1p1", "");
     refused_for(&fake, "nvme0n1p1 is part of bcache0");
-    // The generic character device is a way to the same data.
+    // The generic character device leads to the same data.
     let fake = one_disk();
     fake.file("/sys/class/nvme-generic/ng0n1/dev", "240:0");
     fake.process(4711, "fio", "/dev/ng0n1");
@@ -320,12 +322,12 @@ fn the_user_is_looked_up_before_anything_changes() {
         Ok(plan) => format!("{:?}", plan.user),
         Err(e) => e.to_string(),
     };
-    assert!(told(Way::Vfio, "nosuch").contains("there is no user"));
-    assert!(told(Way::Vfio, "--help").contains("no user's name"));
-    assert!(told(Way::Uio, "db").contains("needs root"));
-    assert!(told(Way::Vfio, "db").contains("998"));
-    assert!(told(Way::Vfio, "998").contains("997"));
-    // No IOMMU: never to be handed over.
+    assert!(told(BindDriver::Vfio, "nosuch").contains("there is no user"));
+    assert!(told(BindDriver::Vfio, "--help").contains("not a user's name"));
+    assert!(told(BindDriver::Uio, "db").contains("needs root"));
+    assert!(told(BindDriver::Vfio, "db").contains("998"));
+    assert!(told(BindDriver::Vfio, "998").contains("997"));
+    // Without an IOMMU a device is never handed over.
     let fake = FakeHost::new();
     fake.nvme(NVME, "nvme", None);
     fake.file("/etc/passwd", "db:x:998:997::/:/bin/sh\n");
@@ -333,7 +335,7 @@ fn the_user_is_looked_up_before_anything_changes() {
         "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
         "Y",
     );
-    let refused = plan(&fake.host(), &at, Way::Vfio, Some("db")).err();
+    let refused = plan(&fake.host(), &at, BindDriver::Vfio, Some("db")).err();
     let text = refused.map(|e| e.to_string()).unwrap_or_default();
     assert!(text.contains("only root"), "{text}");
 }
@@ -362,6 +364,6 @@ fn a_controller_that_a_process_drives_does_not_change_its_driver() {
     let fake = FakeHost::new();
     fake.nvme(NVME, "vfio-pci", Some(7));
     fake.process(99, "db", "/dev/vfio/7");
-    let text = refusal(&fake, NVME, Way::Uio);
+    let text = refusal(&fake, NVME, BindDriver::Uio);
     assert!(text.contains("process 99 (db)"), "{text}");
 }
