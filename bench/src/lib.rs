@@ -1,4 +1,4 @@
-//! What the benchmark programs share.
+//! The parts that the benchmark programs share.
 
 #[cfg(feature = "db")]
 pub mod db_bench;

@@ -1,4 +1,4 @@
-//! Small comparisons, and what is left after one that was interrupted.
+//! Small comparisons, and the cleanup after one that was interrupted.
 #![cfg(feature = "db")]
 
 use std::path::Path;
@@ -12,7 +12,7 @@ fn fscompare(args: &[&str]) -> Command {
     c
 }
 
-/// Loop devices and mounting need root and a kernel that lets it.
+/// Whether loop devices and mounting work, which need root and a kernel that allows them.
 fn can_mount() -> bool {
     let root = std::fs::read_to_string("/proc/self/status")
         .is_ok_and(|s| s.lines().any(|l| l.starts_with("Uid:\t0\t0")));
@@ -111,14 +111,14 @@ fn an_interrupt_leaves_nothing() {
         .arg(&image)
         .arg("--kernel-dir")
         .arg(dir.path())
-        // The directory that it mounts on is made here.
+        // The directory of the mount point is made here.
         .env("TMPDIR", dir.path())
         .args(["--", "--duration=600"])
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    // Until db_bench itself runs, on the mounted file system where there is one.
+    // Wait until db_bench itself runs, on the mounted file system if there is one.
     let pid = running.id().to_string();
     let children = format!("/proc/{pid}/task/{pid}/children");
     let started = Instant::now();
@@ -166,7 +166,7 @@ fn mistakes_are_explained() {
         let e = say(&["--image", &mine, "--sides=ext4"]);
         assert!(e.contains("--force"), "{e}");
         let e = say(&["--device", &mine, "--force", "--sides=ext4"]);
-        assert!(e.contains("no block device"), "{e}");
+        assert!(e.contains("not a block device"), "{e}");
     }
     let e = say(&["--sides=mem", "--rounds=1", "--", "--nmu=5"]);
     assert!(e.contains("did you mean --num?"), "{e}");

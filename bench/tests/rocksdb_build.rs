@@ -1,4 +1,5 @@
-//! RocksDB as the scripts compile it: its instructions, a processor without them, and the way back to the ordinary build.
+//! Tests of RocksDB as the scripts compile it: its instructions, an older processor, and the
+//! ordinary build as a fallback.
 #![cfg(target_arch = "x86_64")]
 
 use std::process::Command;
@@ -11,9 +12,9 @@ fn rocksdb_has_its_fast_checksum() {
         );
         return;
     }
-    // 66 0F 3A 44: PCLMULQDQ (Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2B). Nothing else in this
-    // program has a reason to use it; the register operands and the selectors are those of RocksDB's two multiplications,
-    // of the low and of the high halves.
+    // 66 0F 3A 44 is PCLMULQDQ (Intel 64 and IA-32 Architectures Software Developer's Manual,
+    // volume 2B). Nothing else in this program has a reason to use it. The register operands and
+    // the selectors are those of RocksDB's two multiplications, of the low and of the high halves.
     let program = std::fs::read(env!("CARGO_BIN_EXE_db_bench")).unwrap();
     let selectors: Vec<u8> = program
         .windows(6)

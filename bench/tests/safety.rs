@@ -1,4 +1,4 @@
-//! The tools that write test patterns write over nothing that may not be lost.
+//! The tools that write test patterns do not overwrite other content.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -17,7 +17,7 @@ fn nvmeperf(workload: &str, uri: &str, force: bool) -> Output {
     command.output().unwrap()
 }
 
-/// 8 MiB of zeroes with something nobody knows in the middle.
+/// Makes 8 MiB of zeroes with unknown content in the middle.
 fn foreign(path: &Path) -> Vec<u8> {
     let mut bytes = vec![0; 8 << 20];
     bytes[5_000_000..5_000_100].fill(7);
@@ -36,11 +36,11 @@ fn refuses_unless_forced(tool: Tool, uri: &str, path: &Path, workloads: &[&str])
         assert!(said.contains("force"), "{workload}: {said}");
         assert!(std::fs::read(path).unwrap() == bytes, "{workload} wrote");
     }
-    // Reading needs no word and changes nothing.
+    // Reading needs no permission and changes nothing.
     let read = tool("randread", uri, false);
     assert!(read.status.success(), "{read:?}");
     assert!(std::fs::read(path).unwrap() == bytes, "a reader wrote");
-    // With the word, and where there is nothing to lose, it writes.
+    // With permission, and on a device that holds nothing, it writes.
     let forced = tool("randwrite", uri, true);
     assert!(forced.status.success(), "{forced:?}");
     std::fs::write(path, vec![0; 8 << 20]).unwrap();
@@ -64,7 +64,7 @@ fn bdevperf_writes_over_nothing_unless_forced() {
         "copy",
     ];
     refuses_unless_forced(bdevperf, &uri, &path, &workloads);
-    // What only lives in this process is nobody's.
+    // A device that exists only in this process needs no permission.
     let memory = bdevperf("randwrite", "malloc://16M", false);
     assert!(memory.status.success(), "{memory:?}");
 }

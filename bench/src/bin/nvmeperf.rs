@@ -16,7 +16,7 @@ use pumice_bench::nvmeperf::report::Report;
 use pumice_bench::nvmeperf::worker::{self, Shared};
 use pumice_bench::nvmeperf::{Kind, Workload};
 
-/// I/O on an NVMe namespace through the driver alone: rates, latencies, doorbells, instructions
+/// Measure the NVMe driver alone on a namespace: rates, latencies, doorbells, instructions
 #[derive(Parser)]
 #[command(name = "nvmeperf", version)]
 struct Args {
@@ -24,14 +24,14 @@ struct Args {
     /// vfio-user:///run/cntrl/1
     #[arg(default_value = "soft://null?size=1G")]
     uri: String,
-    /// read, write, rw, randread, randwrite, randrw. Writes need --force where
-    /// anything but zeroes is on the namespace.
+    /// read, write, rw, randread, randwrite, randrw. Writes need --force unless the namespace holds
+    /// only zeroes.
     #[arg(short, long, default_value = "randread")]
     workload: Kind,
-    /// Reads of a hundred I/Os, for rw and randrw
+    /// Percentage of reads, for rw and randrw
     #[arg(short = 'm', long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=100))]
     read_percent: u32,
-    /// Bytes of an I/O, as 4096 or 128K
+    /// Bytes of an I/O, such as 4096 or 128K
     #[arg(short = 'o', long, default_value = "4096")]
     io_size: String,
     /// I/Os in flight per queue pair
@@ -40,16 +40,16 @@ struct Args {
     /// Queue pairs, each with a thread of its own
     #[arg(short = 'c', long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     queues: u16,
-    /// Seconds
+    /// Duration in seconds
     #[arg(short, long, default_value_t = 5.0)]
     time: f64,
-    /// Stop each queue pair after so many I/Os, if that comes first
+    /// Stop each queue pair after this many I/Os, if that comes first
     #[arg(short = 'n', long, default_value_t = 0)]
     count: u64,
-    /// Sleep on interrupts when nothing is there, instead of polling on
+    /// Sleep until interrupts when nothing completes, instead of polling
     #[arg(long)]
     wait: bool,
-    /// Do not take times per I/O
+    /// Do not measure the time of each I/O
     #[arg(long)]
     no_latency: bool,
     /// Do not use SGLs
@@ -61,7 +61,7 @@ struct Args {
     /// Seed of the random blocks
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Write even on a namespace that holds anything but zeroes: what it holds is lost
+    /// Write even to a namespace that does not hold only zeroes: its content is lost
     #[arg(long)]
     force: bool,
     /// Print JSON
@@ -79,7 +79,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether something may be lost: reads lose nothing, and these devices are this process's own.
+/// Whether data may be lost: reads lose nothing, and these devices belong to this process only.
 fn writes(args: &Args) -> bool {
     let read_percent = args.workload.read_percent.unwrap_or(args.read_percent);
     let own = ["soft://null", "soft://memory"];
@@ -91,7 +91,7 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     options.sgl = !args.no_sgl;
     options.shadow_doorbells = !args.no_shadow;
     if writes(args) {
-        // The one rule of what may be written over is the block devices'.
+        // The block devices have the one rule for what may be overwritten.
         let dev = pumice_bdev::open(&args.uri)?;
         contents::may_overwrite(&*dev, Overwrite::forced(args.force))?;
     }
@@ -103,7 +103,7 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         .filter(|n| *n > 0 && n.is_multiple_of(ns.block_size() as usize))
         .ok_or_else(|| {
             format!(
-                "I/O size {} is no multiple of the block size {}",
+                "I/O size {} is not a multiple of the block size {}",
                 args.io_size,
                 ns.block_size()
             )
@@ -112,7 +112,7 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         return Err("the namespace is smaller than one I/O".into());
     }
     if !(args.time > 0.0 && args.time < 1e7) {
-        return Err("--time wants a number of seconds above 0".into());
+        return Err("--time needs a number of seconds above 0".into());
     }
     let workload = Workload {
         pattern: args.workload.pattern,
@@ -160,7 +160,7 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Waits for the end, with a line that shows how it goes when somebody looks.
+/// Waits for the end, and shows the progress on a terminal.
 fn watch(shared: &Shared, time: Duration, done: &dyn Fn() -> bool) {
     let start = Instant::now();
     let bar = if std::io::stderr().is_terminal() {

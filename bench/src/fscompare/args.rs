@@ -7,14 +7,14 @@ use pumice_bdev_control::complain;
 
 use super::side::Side;
 
-/// Compares file systems under RocksDB on the same disk: each in turn, several rounds, the same
-/// options and memory. Prints medians, spread, ratios, and each file system's own cost: its time less
-/// that of RocksDB's memory env in the same round.
+/// Compares file systems under RocksDB on the same disk: they take turns in several rounds with the
+/// same options and memory. Prints medians, spread, ratios, and each file system's own cost, which
+/// is its time less that of RocksDB's memory env in the same round.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 pub struct Args {
-    /// Image file on the disk to compare on. Made and removed; one that exists needs --force and is
-    /// overwritten and kept. Default: a file in a directory of its own in the temporary directory.
+    /// Image file on the disk to compare on. It is created and removed. An existing one needs
+    /// --force, is overwritten and kept. Default: a file in a temporary directory.
     #[arg(long, conflicts_with = "device")]
     pub image: Option<PathBuf>,
 
@@ -31,15 +31,15 @@ pub struct Args {
     #[arg(long)]
     pub kernel_dir: Option<PathBuf>,
 
-    /// Overwrite what the device or the image file holds.
+    /// Overwrite the content of the device or the image file.
     #[arg(long)]
     pub force: bool,
 
-    /// Sides, in order. host: the kernel's file system as it is, in --kernel-dir. ext4, xfs: made on
-    /// a loop device on the image file, or on --device (root). pumice: ours on the image file.
+    /// Sides, in order. host: an existing kernel file system, in --kernel-dir. ext4, xfs: made on a
+    /// loop device on the image file, or on --device (root). pumice: ours on the image file.
     /// pumice-dev: ours on the same loop device or --device (root). mem: RocksDB's memory env, the
-    /// file system that costs nothing. Default: all that this user can run with the programs that are
-    /// installed.
+    /// file system that costs nothing. Default: all that this user can run with the installed
+    /// programs.
     #[arg(long, value_delimiter = ',')]
     pub sides: Vec<Side>,
 
@@ -48,8 +48,8 @@ pub struct Args {
     pub baseline: Option<Side>,
 
     /// Benchmarks of db_bench, separated by commas. A semicolon ends a process: caches are dropped,
-    /// the file system is mounted again and the next benchmarks find the database as it was left,
-    /// with cold caches.
+    /// the file system is mounted again and the next benchmarks use the same database, with cold
+    /// caches.
     #[arg(long, default_value = "fillseq,fillrandom,readrandom")]
     pub benchmarks: String,
 
@@ -58,12 +58,12 @@ pub struct Args {
     pub rounds: u64,
 
     /// Bound the memory of each run, page cache included, by a control group of this size (root).
-    /// Ours gets as page cache what is left of it after RocksDB's memtables and block cache. The
-    /// memory env is not bounded: its files are memory.
+    /// Our page cache gets what RocksDB's memtables and block cache leave. The memory env is not
+    /// bounded, since its files are memory.
     #[arg(long, value_parser = bytes)]
     pub memory: Option<u64>,
 
-    /// Page cache of ours in bytes when --memory does not decide.
+    /// Size of our page cache in bytes without --memory.
     #[arg(long, default_value = "1G", value_parser = bytes)]
     pub fs_cache_size: u64,
 
@@ -71,7 +71,7 @@ pub struct Args {
     #[arg(long)]
     pub db_bench: Option<PathBuf>,
 
-    /// Write the results for machines to this file ('-': standard output, the table then goes to
+    /// Write the results as JSON to this file ('-': standard output; the table then goes to
     /// standard error).
     #[arg(long)]
     pub json: Option<String>,
@@ -81,45 +81,45 @@ pub struct Args {
     pub flags: Vec<String>,
 }
 
-/// What is to be done, decided.
+/// The checked plan of a comparison.
 #[derive(Debug, Clone)]
 pub struct Plan {
-    /// Sides in order.
+    /// The sides in order.
     pub sides: Vec<Side>,
-    /// The one to compare with.
+    /// The side to compare with.
     pub baseline: Side,
-    /// Benchmarks, one list for each process.
+    /// The benchmarks, one list for each process.
     pub stages: Vec<String>,
-    /// Rounds.
+    /// Number of rounds.
     pub rounds: u64,
-    /// The image file that was named; without it and a device one is made.
+    /// The named image file. Without it and a device one is made.
     pub image: Option<PathBuf>,
-    /// The device, when given.
+    /// The device, if one is given.
     pub device: Option<PathBuf>,
     /// Bytes of the image file.
     pub size: u64,
     /// Directory of the side "host".
     pub kernel_dir: PathBuf,
-    /// Overwrite what is there.
+    /// Whether to overwrite existing content.
     pub force: bool,
     /// Bytes of the control group.
     pub memory: Option<u64>,
     /// Bytes of our page cache.
     pub fs_cache_size: u64,
-    /// The program.
+    /// Path of db_bench.
     pub db_bench: PathBuf,
     /// Its flags on every side.
     pub flags: Vec<String>,
 }
 
-/// Bytes that RocksDB itself may take of a bounded memory: two memtables, the block cache, tables.
+/// Bytes that RocksDB itself may use of a bounded memory: two memtables, the block cache, tables.
 const ROCKSDB_BYTES: u64 = 2 * (64 << 20) + (32 << 20) + (96 << 20);
 
 impl Plan {
     /// Checks the command line against itself and this machine.
     ///
     /// # Errors
-    /// In words for the user.
+    /// Returns a message for the user.
     pub fn new(a: &Args) -> Result<Self, String> {
         let root = is_root();
         let mut sides = a.sides.clone();
@@ -224,10 +224,10 @@ fn is_root() -> bool {
         == Some("0")
 }
 
-/// `512M`, `4G`, `1048576`: more than nothing.
+/// Parses a size such as `512M`, `4G` or `1048576`, which must not be 0.
 fn bytes(text: &str) -> Result<u64, String> {
     match pumice_bdev::parse_size(text)? {
-        0 => Err("0 bytes are too few".to_owned()),
+        0 => Err("a size must not be 0".to_owned()),
         n => Ok(n),
     }
 }

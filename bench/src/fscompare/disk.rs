@@ -1,5 +1,5 @@
-//! The disk that is compared on: an image file with a loop device, or a device. What is made here is
-//! removed when its value goes.
+//! The disk of a comparison: an image file with a loop device, or a device. Everything created here
+//! is removed when its value is dropped.
 
 use std::fs::File;
 use std::io::Write;
@@ -14,10 +14,10 @@ use super::Stop;
 use super::args::Plan;
 use super::side::{Side, search_path};
 
-/// Runs a system program; its words are the error.
+/// Runs a system program. Its error output becomes the error.
 ///
 /// # Errors
-/// The program is missing or failed.
+/// Fails when the program is missing or fails.
 pub fn system(program: &str, args: &[&str]) -> Result<String, String> {
     let line = format!("{program} {}", args.join(" "));
     let out = Command::new(program)
@@ -32,25 +32,26 @@ pub fn system(program: &str, args: &[&str]) -> Result<String, String> {
     Err(format!("{line}: {} {words}", out.status))
 }
 
-/// Where the sides live.
+/// The disk on which the sides are.
 #[derive(Debug)]
 pub struct Disk {
     image: Option<Image>,
     device: Option<PathBuf>,
 }
 
-/// A device in use: the given one, or a loop device on the image file, detached at the end. It is
-/// attached for one side at a time: ours does not open an image file that is behind a loop device.
+/// A device in use: the given one, or a loop device on the image file, which is detached at the
+/// end. It is attached for one side at a time, since ours does not open an image file behind a loop
+/// device.
 #[derive(Debug)]
 pub enum InUse {
-    /// Given by `--device`.
+    /// The device of `--device`.
     Given(PathBuf),
-    /// On the image file.
+    /// A loop device on the image file.
     Loop(LoopDevice),
 }
 
 impl InUse {
-    /// Its path.
+    /// Path of the device.
     #[must_use]
     pub fn path(&self) -> &Path {
         match self {
@@ -64,7 +65,7 @@ impl Disk {
     /// Makes the image file and the loop device, or checks the device.
     ///
     /// # Errors
-    /// In words for the user.
+    /// Returns a message for the user.
     pub fn prepare(plan: &Plan, stop: &Stop) -> Result<Self, String> {
         if let Some(device) = &plan.device {
             let kind = std::fs::metadata(device)
@@ -72,7 +73,7 @@ impl Disk {
                 .file_type();
             if !kind.is_block_device() {
                 return Err(format!(
-                    "--device={} is no block device; give a file by --image",
+                    "--device={} is not a block device; give a file by --image",
                     device.display()
                 ));
             }
@@ -100,10 +101,10 @@ impl Disk {
         self.image.as_ref().map(|i| i.path.as_path())
     }
 
-    /// The device, or a loop device on the image file.
+    /// Returns the device, or a loop device on the image file.
     ///
     /// # Errors
-    /// What losetup said.
+    /// Returns losetup's error.
     pub fn device(&self) -> Result<InUse, String> {
         match (&self.device, &self.image) {
             (Some(d), _) => Ok(InUse::Given(d.clone())),
@@ -113,8 +114,8 @@ impl Disk {
     }
 }
 
-/// Whatever has claimed the device, or one of its partitions, keeps it: a mount of any namespace, swap
-/// space, a volume (open(2), `O_EXCL` of a block device).
+/// Refuses a device that is claimed, or a partition of which is: by a mount in any namespace, swap
+/// space or a volume (open(2), `O_EXCL` of a block device).
 fn refuse_used(device: &Path) -> Result<(), String> {
     let opened = File::options()
         .read(true)
@@ -130,12 +131,12 @@ fn refuse_used(device: &Path) -> Result<(), String> {
     }
 }
 
-/// An image file, removed at the end when it was made here.
+/// An image file, removed at the end if it was created here.
 #[derive(Debug)]
 struct Image {
     path: PathBuf,
     made: bool,
-    // Removed behind the file.
+    // Removed after the file.
     _dir: Option<tempfile::TempDir>,
 }
 
@@ -150,7 +151,8 @@ impl Drop for Image {
 }
 
 impl Image {
-    /// A file under a name that nobody else can take, in a directory that nobody else may enter.
+    /// Makes a file under a name that nobody else can take, in a directory that nobody else can
+    /// enter.
     fn temporary(size: u64, stop: &Stop) -> Result<Self, String> {
         let dir = tempfile::Builder::new()
             .prefix("fscompare-")
@@ -162,9 +164,9 @@ impl Image {
         Ok(image)
     }
 
-    /// A file of written zeros: no side then pays for the host's file system allocating blocks. It is
-    /// made anew, or, with `force`, overwritten; a link is never followed, since somebody else may
-    /// have put it there.
+    /// Makes a file of written zeroes, so that no side pays for the host's file system allocating
+    /// blocks. It is created, or overwritten with `force`. A link is never followed, since another
+    /// user may have made it.
     fn make(path: &Path, size: u64, force: bool, stop: &Stop) -> Result<Self, String> {
         let fail = |e: std::io::Error| format!("--image={}: {e}", path.display());
         let mut options = File::options();
@@ -226,7 +228,7 @@ impl Drop for LoopDevice {
     }
 }
 
-/// A mounted file system, unmounted at the end; its directory is temporary.
+/// A mounted file system, unmounted at the end. Its directory is temporary.
 #[derive(Debug)]
 pub struct Mounted {
     dir: tempfile::TempDir,
@@ -236,7 +238,7 @@ impl Mounted {
     /// Mounts the device.
     ///
     /// # Errors
-    /// What mount said.
+    /// Returns mount's error.
     pub fn at(device: &Path) -> Result<Self, String> {
         let dir = tempfile::Builder::new()
             .prefix("fscompare-")
@@ -250,7 +252,7 @@ impl Mounted {
         Ok(Self { dir })
     }
 
-    /// Where.
+    /// Path of the mount point.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.dir.path()
@@ -264,20 +266,20 @@ impl Drop for Mounted {
             if system("umount", &[&at]).is_ok() {
                 return;
             }
-            // A process that was killed may still hold a file for a moment.
+            // A process that was killed may still have a file open for a moment.
             std::thread::sleep(Duration::from_millis(100));
         }
         if let Err(e) = system("umount", &["--lazy", &at]) {
-            complain!("fscompare: {at} is left mounted: {e}");
+            complain!("fscompare: {at} could not be unmounted: {e}");
         }
     }
 }
 
-/// Makes a file system. Nothing is discarded: that would punch holes into an image file, which the
-/// next side would pay for.
+/// Makes a file system. Nothing is discarded, because that would punch holes into an image file,
+/// which the next side would pay for.
 ///
 /// # Errors
-/// What mkfs said.
+/// Returns mkfs's error.
 pub fn mkfs(kind: &str, device: &Path) -> Result<(), String> {
     let dev = device.display().to_string();
     match kind {
@@ -296,10 +298,10 @@ pub fn mkfs(kind: &str, device: &Path) -> Result<(), String> {
     .map(|_| ())
 }
 
-/// Writes everything back and forgets the page cache, where this user may.
+/// Writes everything back and drops the page cache, if this user may.
 ///
 /// # Errors
-/// Writing back failed.
+/// Fails when writing back fails.
 pub fn drop_caches() -> Result<bool, String> {
     system("sync", &[])?;
     Ok(std::fs::write("/proc/sys/vm/drop_caches", "3").is_ok())

@@ -1,18 +1,18 @@
-//! A bound on a run's memory that counts the page cache too: a control group.
+//! A control group, which bounds a run's memory including the page cache.
 
 use std::path::{Path, PathBuf};
 
-/// A control group of this process's, removed at the end.
+/// A control group of this process, removed at the end.
 #[derive(Debug)]
 pub struct Bound {
     dir: PathBuf,
 }
 
 impl Bound {
-    /// A group that holds at most `bytes`, in version 2 or version 1 of the interface.
+    /// Makes a group that uses at most `bytes`, in version 2 or version 1 of the interface.
     ///
     /// # Errors
-    /// In words for the user.
+    /// Returns a message for the user.
     pub fn new(bytes: u64) -> Result<Self, String> {
         let name = format!("fscompare-{}", std::process::id());
         let v2 = Path::new("/sys/fs/cgroup");
@@ -30,12 +30,14 @@ impl Bound {
         std::fs::create_dir(&dir).map_err(fail)?;
         let bound = Self { dir: dir.clone() };
         std::fs::write(dir.join(file), bytes.to_string()).map_err(fail)?;
-        // Without swap the bound is one on memory; where swap is not accounted this is not there.
+        // Without swap the bound is one on memory. Where swap is not accounted this file does not
+        // exist.
         let _ = std::fs::write(dir.join("memory.swap.max"), "0");
         Ok(bound)
     }
 
-    /// A command line that moves itself into the group and becomes `program`; its arguments follow.
+    /// Returns a command line that moves itself into the group and runs `program`; its arguments
+    /// follow.
     #[must_use]
     pub fn wrap(&self, program: &Path) -> Vec<String> {
         let procs = self.dir.join("cgroup.procs");
@@ -51,13 +53,16 @@ impl Bound {
 
 impl Drop for Bound {
     fn drop(&mut self) {
-        // The group of a process that just ended may be busy for a moment.
+        // The group of a process that has just ended may be busy for a moment.
         for _ in 0..20 {
             if std::fs::remove_dir(&self.dir).is_ok() {
                 return;
             }
             std::thread::sleep(std::time::Duration::from_millis(50));
         }
-        pumice_bdev_control::complain!("fscompare: control group {} is left", self.dir.display());
+        pumice_bdev_control::complain!(
+            "fscompare: control group {} could not be removed",
+            self.dir.display()
+        );
     }
 }

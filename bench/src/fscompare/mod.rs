@@ -1,4 +1,4 @@
-//! `fscompare`: the same RocksDB on several file systems of the same disk, in turn.
+//! `fscompare`: RocksDB on several file systems of the same disk, which take turns.
 
 pub mod args;
 pub mod disk;
@@ -18,15 +18,15 @@ use self::disk::Disk;
 use self::round::Runner;
 use self::table::Comparison;
 
-/// Asked to stop, by Ctrl-C or SIGTERM.
+/// A request to stop, by Ctrl-C or SIGTERM.
 #[derive(Debug, Clone, Default)]
 pub struct Stop(Arc<AtomicBool>);
 
 impl Stop {
-    /// Set by SIGINT and SIGTERM from now on.
+    /// Makes one that SIGINT and SIGTERM set from now on.
     ///
     /// # Errors
-    /// The handlers cannot be installed.
+    /// Fails when the handlers cannot be installed.
     pub fn on_signals() -> Result<Self, String> {
         let stop = Self::default();
         for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
@@ -36,10 +36,10 @@ impl Stop {
         Ok(stop)
     }
 
-    /// An error when it was asked for.
+    /// Fails when a stop was requested.
     ///
     /// # Errors
-    /// "interrupted".
+    /// Returns "interrupted".
     pub fn check(&self) -> Result<(), String> {
         if self.0.load(Ordering::Relaxed) {
             return Err("interrupted; mounts, loop devices and files made here are removed".into());
@@ -48,10 +48,11 @@ impl Stop {
     }
 }
 
-/// Runs the whole comparison. Everything made for it is gone when this returns, also with an error.
+/// Runs the whole comparison. Everything created for it is removed when this returns, also after an
+/// error.
 ///
 /// # Errors
-/// In words for the user.
+/// Returns a message for the user.
 pub fn run(args: &Args, stop: &Stop) -> Result<Comparison, String> {
     let plan = Plan::new(args)?;
     let disk = Disk::prepare(&plan, stop)?;
@@ -74,7 +75,7 @@ pub fn run(args: &Args, stop: &Stop) -> Result<Comparison, String> {
             }
             match stop.check().and_then(|()| runner.run(side)) {
                 Ok(reports) => comparison.add(side, reports),
-                // What was measured before is worth having.
+                // Results measured before the interruption are useful.
                 Err(e) if comparison.has_results() => {
                     comparison.cut_short = Some(e);
                     break 'rounds;

@@ -1,4 +1,4 @@
-//! One side, once: file system made, database benchmarked, everything taken down.
+//! One run of one side: make the file system, run the benchmarks, remove everything.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ pub struct Runner<'a> {
     scratch: tempfile::TempDir,
 }
 
-/// A process that does not outlive its value.
+/// A process that is killed when its value is dropped.
 struct Running(Child);
 
 impl Drop for Running {
@@ -36,10 +36,10 @@ impl Drop for Running {
 }
 
 impl<'a> Runner<'a> {
-    /// For this plan on this disk.
+    /// Makes a runner for this plan on this disk.
     ///
     /// # Errors
-    /// The memory cannot be bounded, or db_bench is not there.
+    /// Fails when the memory cannot be bounded, or db_bench does not exist.
     pub fn new(plan: &'a Plan, disk: &'a Disk, stop: &'a Stop) -> Result<Self, String> {
         if !plan.db_bench.is_file() {
             return Err(format!(
@@ -56,10 +56,10 @@ impl<'a> Runner<'a> {
         })
     }
 
-    /// One side through all stages; the reports of db_bench, one for each process.
+    /// Runs one side through all stages. Returns db_bench's reports, one for each process.
     ///
     /// # Errors
-    /// In words for the user.
+    /// Returns a message for the user.
     pub fn run(&self, side: Side) -> Result<Vec<Value>, String> {
         disk::drop_caches()?;
         let result = match side {
@@ -71,7 +71,7 @@ impl<'a> Runner<'a> {
                 let device = self.disk.device()?;
                 self.ours(device.path())
             }
-            // Memory does not outlive a process: all stages in one.
+            // Memory does not outlive a process, so all stages run in one.
             Side::Mem => self
                 .db_bench(side, &self.plan.stages.join(","), &["--env=mem".to_owned()])
                 .map(|r| vec![r]),
@@ -184,7 +184,7 @@ impl<'a> Runner<'a> {
             }
         };
         if !status.success() {
-            // On Ctrl-C the terminal tells both programs.
+            // On Ctrl-C the terminal signals both programs.
             self.stop.check()?;
             return Err(format!("db_bench {stage}: {status}\n{}", tail(&log)));
         }
@@ -193,7 +193,7 @@ impl<'a> Runner<'a> {
     }
 }
 
-/// The last lines of a log.
+/// Returns the last lines of a log.
 fn tail(log: &PathBuf) -> String {
     let text = std::fs::read_to_string(log).unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();

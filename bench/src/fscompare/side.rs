@@ -9,11 +9,11 @@ use serde::Serialize;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Side {
-    /// The kernel's, as it is, in a directory.
+    /// The existing kernel file system, in a directory.
     Host,
-    /// ext4, made for this.
+    /// ext4, made for the comparison.
     Ext4,
-    /// XFS, made for this.
+    /// XFS, made for the comparison.
     Xfs,
     /// Ours on the image file.
     Pumice,
@@ -24,7 +24,7 @@ pub enum Side {
 }
 
 impl Side {
-    /// All of them.
+    /// All sides.
     pub const ALL: [Self; 6] = [
         Self::Host,
         Self::Ext4,
@@ -34,7 +34,7 @@ impl Side {
         Self::Mem,
     ];
 
-    /// Mounting, or opening a block device.
+    /// Whether it needs root, to mount or to open a block device.
     #[must_use]
     pub fn needs_root(self) -> bool {
         matches!(self, Self::Ext4 | Self::Xfs | Self::PumiceDev)
@@ -46,7 +46,7 @@ impl Side {
         !(on_device && self == Self::Pumice)
     }
 
-    /// What this machine lacks to make the side's file system, in words for the user.
+    /// Returns the program that this machine lacks to make the side's file system, as a message.
     #[must_use]
     pub fn missing_program(self) -> Option<String> {
         let (program, package) = match self {
@@ -57,7 +57,7 @@ impl Side {
         missing(program, package, &search_path())
     }
 
-    /// Uses the loop or block device.
+    /// Whether it uses the loop or block device.
     #[must_use]
     pub fn needs_device(self) -> bool {
         self.needs_root()
@@ -69,7 +69,7 @@ fn missing(program: &str, package: &str, path: &str) -> Option<String> {
     (!found).then(|| format!("{program} is not installed (apt-get install {package})"))
 }
 
-/// Where system programs are. Debian keeps mkfs, losetup and the like out of a user's PATH.
+/// Returns the directories of system programs. Debian keeps mkfs and losetup out of a user's PATH.
 pub(super) fn search_path() -> String {
     std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin"
 }

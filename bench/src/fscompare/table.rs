@@ -1,4 +1,4 @@
-//! The results side by side.
+//! The table of results.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -19,16 +19,16 @@ pub struct Runs {
     pub ops_per_sec: Vec<f64>,
     /// Processor time of the process per operation, one for each round.
     pub cpu_us_per_op: Vec<f64>,
-    /// Every write was synced.
+    /// Whether every write was synced.
     pub synced: bool,
-    /// Words of the last run, such as "(632 of 1000 found)".
+    /// Message of the last run, such as "(632 of 1000 found)".
     pub message: String,
     /// Device writes, read operations and flushes per operation, where they are counted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub io_per_op: Option<IoPerOp>,
 }
 
-/// Device operations per operation of the benchmark; medians over the rounds.
+/// Device operations per operation of the benchmark, as medians over the rounds.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct IoPerOp {
     /// Reads.
@@ -39,47 +39,47 @@ pub struct IoPerOp {
     pub write_bytes: f64,
     /// Flushes.
     pub flushes: f64,
-    /// Counted at the block device, with what others did there.
+    /// Whether they were counted at the block device, including those of other users.
     pub whole_device: bool,
     #[serde(skip)]
     all: [Vec<f64>; 4],
 }
 
-/// Everything that was measured.
+/// All results of a comparison.
 #[derive(Debug, Serialize)]
 pub struct Comparison {
     sides: Vec<Side>,
     baseline: Side,
-    /// What each side is, and what its completed writes are worth.
+    /// The description of each side, with the durability of its completed writes.
     about: BTreeMap<Side, About>,
     memory: Option<u64>,
     fs_cache_size: u64,
     flags: Vec<String>,
-    /// In the order of the run: the benchmark, then the sides.
+    /// The benchmarks in the order of the run, each with its sides.
     benchmarks: Vec<(String, BTreeMap<Side, Runs>)>,
     summary: Vec<Line>,
-    /// Why not every round was run.
+    /// The reason why not every round was run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cut_short: Option<String>,
 }
 
-/// A side in words.
+/// The description of a side.
 #[derive(Debug, Clone, Serialize)]
 struct About {
     file_system: String,
     durability: String,
 }
 
-/// One line of the table.
+/// A line of the table.
 #[derive(Debug, Clone, Serialize)]
 pub struct Line {
-    /// The benchmark.
+    /// Name of the benchmark.
     pub benchmark: String,
     /// The side.
     pub side: Side,
     /// Median of microseconds per operation.
     pub micros_per_op: f64,
-    /// Least and greatest.
+    /// Least and greatest of the rounds.
     pub spread: (f64, f64),
     /// Median of the process's processor time per operation.
     pub cpu_us_per_op: f64,
@@ -89,12 +89,12 @@ pub struct Line {
     pub rate_to_baseline: Option<f64>,
     /// Median over the rounds of the time less the memory env's of the same round.
     pub own_cost_us: Option<f64>,
-    /// That by the baseline's own cost.
+    /// Own cost in relation to the baseline's own cost.
     pub own_cost_to_baseline: Option<f64>,
 }
 
 impl Comparison {
-    /// Nothing measured yet.
+    /// Makes an empty comparison.
     #[must_use]
     pub fn new(plan: &Plan) -> Self {
         Self {
@@ -116,7 +116,7 @@ impl Comparison {
         !self.benchmarks.is_empty()
     }
 
-    /// Adds one round of one side: the reports of its processes.
+    /// Adds one round of one side, which is the reports of its processes.
     pub fn add(&mut self, side: Side, reports: Vec<Value>) {
         let mut names: Vec<String> = Vec::new();
         for report in reports {
@@ -127,7 +127,7 @@ impl Comparison {
             });
             for r in report["results"].as_array().into_iter().flatten() {
                 let mut name = text(&r["name"]);
-                // The same benchmark twice in a run is two lines.
+                // The same benchmark twice in a run makes two lines.
                 let before = names.iter().filter(|n| **n == name).count();
                 names.push(name.clone());
                 if before > 0 {
@@ -146,7 +146,7 @@ impl Comparison {
         self.summary = self.lines();
     }
 
-    /// The lines of the table.
+    /// Returns the lines of the table.
     #[must_use]
     pub fn lines(&self) -> Vec<Line> {
         let mut out = Vec::new();
@@ -181,7 +181,7 @@ impl Comparison {
         out
     }
 
-    /// The table, with what each side is and how durable.
+    /// Returns the table, with the description and the durability of each side.
     #[must_use]
     pub fn render(&self) -> String {
         let mut out = String::new();

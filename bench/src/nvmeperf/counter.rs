@@ -1,11 +1,12 @@
-//! Instructions of the calling thread, where the machine counts them: perf_event_open(2).
+//! Counts the instructions of the calling thread, where the machine supports it:
+//! perf_event_open(2).
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::FromRawFd;
 
-/// A counter of the thread that made it, user mode only.
+/// A counter of user-mode instructions of the thread that made it.
 #[derive(Debug)]
 pub struct Instructions(File);
 
@@ -13,10 +14,10 @@ impl Instructions {
     /// Starts counting.
     ///
     /// # Errors
-    /// When the machine or the kernel's `perf_event_paranoid` does not let it.
+    /// Fails when the machine or the kernel's `perf_event_paranoid` does not allow it.
     pub fn start() -> io::Result<Instructions> {
-        // struct perf_event_attr, version 0 (64 bytes): type, size, config; the flags word is
-        // the sixth.
+        // struct perf_event_attr, version 0 (64 bytes): type, size, config; the flags are the sixth
+        // word.
         let mut attr = [0u64; 8];
         const HARDWARE: u64 = 0;
         attr[0] = HARDWARE | 64 << 32;
@@ -36,7 +37,7 @@ impl Instructions {
         Ok(Instructions(unsafe { File::from_raw_fd(fd) }))
     }
 
-    /// How many so far.
+    /// Returns the number so far.
     pub fn read(&mut self) -> io::Result<u64> {
         let mut value = [0; 8];
         self.0.read_exact(&mut value)?;

@@ -1,4 +1,4 @@
-//! `nvmeperf`: I/O on an NVMe namespace through the driver alone, nothing above it.
+//! `nvmeperf`: I/O on an NVMe namespace through the driver alone.
 
 pub mod counter;
 pub mod report;
@@ -15,35 +15,35 @@ pub enum Pattern {
     Random,
 }
 
-/// What the workers do.
+/// The work of the threads.
 #[derive(Debug, Clone)]
 pub struct Workload {
     /// Access pattern.
     pub pattern: Pattern,
-    /// Reads of a hundred I/Os.
+    /// Percentage of reads.
     pub read_percent: u32,
     /// Bytes of an I/O.
     pub io_bytes: usize,
     /// I/Os in flight per queue pair.
     pub depth: u16,
-    /// Queue pairs, one thread each.
+    /// Number of queue pairs, with one thread each.
     pub queues: u16,
-    /// Sleep when nothing is there, instead of polling on.
+    /// Whether to sleep when nothing completes, instead of polling.
     pub wait: bool,
-    /// Count latencies.
+    /// Whether to measure latencies.
     pub latency: bool,
     /// Seed of the random blocks.
     pub seed: u64,
-    /// Stop each worker after so many I/Os; 0: by time only.
+    /// Number of I/Os after which each worker stops; 0: by time only.
     pub count: u64,
 }
 
-/// The names that SPDK's and fio's users know: `read`, `randwrite`, `randrw`, …
+/// A workload by the name that SPDK's and fio's users know: `read`, `randwrite`, `randrw`, …
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Kind {
     /// Access pattern.
     pub pattern: Pattern,
-    /// Reads of a hundred, where the name says it.
+    /// Percentage of reads, if the name determines it.
     pub read_percent: Option<u32>,
 }
 
@@ -61,7 +61,7 @@ impl FromStr for Kind {
             "rw" => None,
             _ => {
                 return Err(format!(
-                    "'{text}' is none of read, write, rw, randread, randwrite, randrw"
+                    "'{text}' is not one of read, write, rw, randread, randwrite, randrw"
                 ));
             }
         };

@@ -1,4 +1,4 @@
-//! Figures for people and for programs.
+//! The results as a table and as JSON.
 
 use std::fmt::Write as _;
 
@@ -32,7 +32,7 @@ fn float(n: u64) -> f64 {
 }
 
 impl Report {
-    /// Sums up.
+    /// Adds up the results of the workers.
     pub fn new(workload: &Workload, results: &[Result]) -> Report {
         let ios: u64 = results.iter().map(|r| r.ios).sum();
         let per_io = |n: u64| float(n) / float(ios.max(1));
@@ -70,7 +70,7 @@ impl Report {
         }
     }
 
-    /// For programs.
+    /// Returns the results as JSON.
     pub fn json(&self, uri: &str, w: &Workload) -> Value {
         let latency = self.latency.as_ref().map(|h| {
             let mut map = serde_json::Map::new();
@@ -102,7 +102,7 @@ impl Report {
         })
     }
 
-    /// For people.
+    /// Returns the results as a table.
     pub fn table(&self) -> String {
         let mut text = String::new();
         let mut line = |name: &str, value: String| {

@@ -12,37 +12,37 @@ use pumice_nvme::{Completion, Controller, Namespace, Op, QueueOptions, QueuePair
 use super::counter::Instructions;
 use super::{Pattern, Workload};
 
-/// What a worker has done.
+/// The result of a worker.
 #[derive(Debug)]
 pub struct Result {
-    /// I/Os that ended.
+    /// Number of I/Os that ended.
     pub ios: u64,
-    /// From the first submission to the last completion.
+    /// Time from the first submission to the last completion.
     pub elapsed: Duration,
     /// Latencies in nanoseconds.
     pub latency: Option<Histogram<u64>>,
-    /// The queue pair's counts.
+    /// The queue pair's counters.
     pub queue: QueueStats,
-    /// User-mode instructions of the thread; or why they are not known.
+    /// User-mode instructions of the thread, or the reason why they are not known.
     pub instructions: std::result::Result<u64, String>,
 }
 
-/// What every worker is given.
+/// State that all workers share.
 #[derive(Debug)]
 pub struct Shared {
     /// The controller.
     pub controller: Arc<Controller>,
     /// The namespace.
     pub ns: Arc<Namespace>,
-    /// What to do.
+    /// The workload.
     pub workload: Workload,
     /// Set when the time is over.
     pub stop: AtomicBool,
-    /// I/Os that ended so far, of all workers; for the progress line.
+    /// Number of I/Os that have ended, of all workers, for the progress line.
     pub progress: AtomicU64,
 }
 
-/// Blocks in the worker's order.
+/// The blocks in the worker's order.
 struct Blocks {
     random: u64,
     next: u64,
@@ -54,7 +54,7 @@ struct Blocks {
 
 impl Blocks {
     fn draw(&mut self) -> u64 {
-        // xorshift64*
+        // The generator is xorshift64*.
         self.random ^= self.random >> 12;
         self.random ^= self.random << 25;
         self.random ^= self.random >> 27;
@@ -184,7 +184,7 @@ fn make(blocks: &mut Blocks, w: &Workload, buf: DmaBuf) -> Op {
     }
 }
 
-/// The next I/O with the buffer of one that has ended.
+/// Returns the next I/O, with the buffer of one that has ended.
 fn again(blocks: &mut Blocks, w: &Workload, io: Op) -> std::result::Result<Op, Error> {
     let lba = blocks.next();
     let read = is_read(blocks, w);
@@ -211,7 +211,7 @@ fn again(blocks: &mut Blocks, w: &Workload, io: Op) -> std::result::Result<Op, E
     })
 }
 
-/// The driver's two calls, out of line, so that a profiler tells its share from this tool's.
+/// The driver's two calls, out of line, so that a profiler separates their share from this tool's.
 #[inline(never)]
 fn accept(
     q: &mut QueuePair,
@@ -227,7 +227,7 @@ fn poll(q: &mut QueuePair, out: &mut Vec<Completion>) -> usize {
     q.poll(out)
 }
 
-/// One slot is free for every I/O that ended; only a reset in between makes the queue busy.
+/// One slot is free for every I/O that ended. Only a reset in between makes the queue busy.
 fn submit(q: &mut QueuePair, ns: &Namespace, tag: u64, io: Op) -> std::result::Result<(), Error> {
     let mut io = io;
     loop {

@@ -1,9 +1,9 @@
-//! Threads on cores.
+//! Binding threads to cores.
 #![allow(unsafe_code)]
 
 use std::io;
 
-/// Keeps the calling thread on a core.
+/// Binds the calling thread to a core.
 pub fn pin(core: usize) -> io::Result<()> {
     // SAFETY: cpu_set_t is a plain bit set, for which all zeroes are valid.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };

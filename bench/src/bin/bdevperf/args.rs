@@ -1,4 +1,4 @@
-//! Flags.
+//! Command-line arguments.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -21,7 +21,7 @@ pub struct Args {
     #[arg(short = 'w', value_name = "TYPE")]
     pub workload: String,
 
-    /// Seconds
+    /// Duration in seconds
     #[arg(short = 't', value_name = "SECONDS")]
     pub time_s: u64,
 
@@ -30,7 +30,7 @@ pub struct Args {
           value_parser = clap::value_parser!(u64).range(0..=100))]
     pub read_percent: u64,
 
-    /// Device to run on; may be repeated. Default: every device that nothing stands on
+    /// Device to run on; may be repeated. Default: every device that no other is built on
     #[arg(short = 'b', short_alias = 'T', value_name = "BDEV")]
     pub bdev: Vec<String>,
 
@@ -38,11 +38,11 @@ pub struct Args {
     #[arg(short = 'c', long = "config", value_name = "FILE")]
     pub config: Option<PathBuf>,
 
-    /// With a file: configuration, as -c. Without, or before a URI: results as JSON
+    /// With a file: configuration, as -c. Without, or before a URI: print results as JSON
     #[arg(long = "json", value_name = "FILE", num_args = 0..=1, require_equals = false)]
     pub json: Option<Option<String>>,
 
-    /// Results: table or json
+    /// Form of the results: table or json
     #[arg(long = "format", value_name = "FORMAT", default_value = "table",
           value_parser = ["table", "json"])]
     pub format: String,
@@ -51,35 +51,35 @@ pub struct Args {
     #[arg(short = 'm', value_name = "MASK")]
     pub core_mask: Option<String>,
 
-    /// Every core runs on each device, instead of devices spread over cores
+    /// Run on each device from every core, instead of distributing devices over cores
     #[arg(short = 'C')]
     pub every_core: bool,
 
-    /// Latency percentiles
+    /// Print latency percentiles
     #[arg(short = 'l')]
     pub latency: bool,
 
-    /// Print the rate so far every so many seconds, on standard error
+    /// Print the current rate at this interval in seconds, on standard error
     #[arg(short = 'S', value_name = "SECONDS")]
     pub period_s: Option<u64>,
 
-    /// Go on after operations that fail
+    /// Continue after operations that fail
     #[arg(short = 'f')]
     pub go_on: bool,
 
-    /// Warn of operations that take so many seconds
+    /// Warn about operations that take this many seconds
     #[arg(short = 'k', value_name = "SECONDS")]
     pub timeout_s: Option<u64>,
 
-    /// Write even on a device that holds anything but zeroes: what it holds is lost
+    /// Write even to a device that does not hold only zeroes: its content is lost
     #[arg(long)]
     pub force: bool,
 
-    /// Serve JSON-RPC on this Unix socket meanwhile
+    /// Serve JSON-RPC on this Unix socket during the run
     #[arg(short = 'r', long = "rpc-socket", value_name = "PATH")]
     pub rpc_socket: Option<PathBuf>,
 
-    /// Serve statistics for Prometheus meanwhile: a socket's path or a loopback address
+    /// Serve statistics for Prometheus during the run: a socket's path or a loopback address
     #[arg(long = "metrics", value_name = "ADDRESS")]
     pub metrics: Option<String>,
 
@@ -87,17 +87,17 @@ pub struct Args {
     #[arg(short = 'L', value_name = "COMPONENT")]
     pub log_flags: Vec<String>,
 
-    /// Devices by URI, beside those of the configuration
+    /// Devices by URI, in addition to those of the configuration
     #[arg(value_name = "URI")]
     pub uris: Vec<String>,
 }
 
-/// What a job does.
+/// The workload of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Work {
-    /// Reads and writes, so many percent reads.
+    /// Reads and writes; the number is the percentage of reads.
     ReadWrite(u64),
-    /// Write, read back, compare.
+    /// Writes, reads back and compares.
     Verify,
     /// Resets.
     Reset,
@@ -112,7 +112,7 @@ pub enum Work {
 }
 
 impl Work {
-    /// Whether it changes what is on the device.
+    /// Whether the workload changes the content of the device.
     pub fn writes(self) -> bool {
         match self {
             Work::ReadWrite(read_percent) => read_percent < 100,
@@ -122,7 +122,7 @@ impl Work {
     }
 }
 
-/// What every job shares.
+/// Settings that all jobs share.
 #[derive(Debug, Clone)]
 pub struct Settings {
     pub name: String,
@@ -139,14 +139,14 @@ fn is_uri(text: &str) -> bool {
 }
 
 impl Args {
-    /// The configuration file, if there is one.
+    /// Returns the configuration file, if there is one.
     pub fn config_file(&self) -> Option<&Path> {
         let json = self.json.as_ref().and_then(Option::as_deref);
         let json = json.filter(|text| !is_uri(text)).map(Path::new);
         self.config.as_deref().or(json)
     }
 
-    /// Devices by URI. The first of them may have been taken for the value of `--json`.
+    /// Returns the devices by URI. The first one may have been parsed as the value of `--json`.
     pub fn uris(&self) -> impl Iterator<Item = &str> {
         let json = self.json.as_ref().and_then(Option::as_deref);
         let first = json.filter(|text| is_uri(text));
@@ -155,7 +155,7 @@ impl Args {
             .chain(self.uris.iter().map(String::as_str))
     }
 
-    /// Whether results are to be JSON.
+    /// Whether results are printed as JSON.
     pub fn json_output(&self) -> bool {
         let without_file = match &self.json {
             None => false,
@@ -165,7 +165,7 @@ impl Args {
         self.format == "json" || without_file
     }
 
-    /// Checked.
+    /// Returns the checked settings.
     pub fn settings(&self) -> Result<Settings, String> {
         let io_bytes = pumice_bdev::parse_size(&self.io_size).map_err(|e| format!("-o {e}"))?;
         let io_bytes = usize::try_from(io_bytes).unwrap_or(usize::MAX);
@@ -193,7 +193,7 @@ impl Args {
             "copy" => (Work::Copy, false),
             other => {
                 return Err(format!(
-                    "-w {other}: one of read, write, randread, randwrite, rw, randrw, verify, \
+                    "-w {other}: use one of read, write, randread, randwrite, rw, randrw, verify, \
                      reset, unmap, flush, write_zeroes, copy"
                 ));
             }
@@ -209,7 +209,7 @@ impl Args {
         })
     }
 
-    /// Cores of the mask, in order; core 0 without one.
+    /// Returns the cores of the mask in order, or core 0 without a mask.
     pub fn cores(&self) -> Result<Vec<usize>, String> {
         let Some(mask) = &self.core_mask else {
             return Ok(vec![0]);

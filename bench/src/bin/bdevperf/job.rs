@@ -9,7 +9,7 @@ use pumice_bdev::{BlockDevice, Completion, DmaBuf, DmaSlice, IoChannel, Op, OpKi
 
 use super::args::{Settings, Work};
 
-/// What came of a job.
+/// The result of a job.
 pub struct Outcome {
     pub bdev: String,
     pub core: usize,
@@ -18,12 +18,12 @@ pub struct Outcome {
     pub failed: u64,
     pub miscompares: u64,
     pub first_error: Option<String>,
-    /// Of all kinds together.
+    /// Latencies of all kinds of operations together.
     pub latency: OpStats,
-    /// From the start of the process to the first operation.
+    /// Time from the start of the process to the first operation.
     pub first_io: Duration,
-    /// Processor time of the core's thread per operation, all its jobs together, in nanoseconds.
-    /// On a busy machine it says more than the rate does.
+    /// Processor time of the core's thread per operation, for all its jobs together, in
+    /// nanoseconds. On a busy machine it says more than the rate does.
     pub cpu_ns_per_io: f64,
 }
 
@@ -43,7 +43,7 @@ pub struct Job {
     depth: usize,
     io_blocks: u64,
     io_bytes: usize,
-    /// Places for operations on the device.
+    /// Number of places for operations on the device.
     places: u64,
     next_place: u64,
     rng: u64,
@@ -56,10 +56,10 @@ pub struct Job {
     first_error: Option<String>,
     stopping: bool,
     first_io: Option<Duration>,
-    /// What a full queue gave back.
+    /// Operations that a full queue returned.
     refused: Vec<(u64, Op)>,
-    /// Tags whose operations failed: they go on at the next turn, so that a device that refuses
-    /// everything ends with the time and not with the stack.
+    /// Tags whose operations failed. They continue at the next turn, so that a device that refuses
+    /// everything ends the run with the time and not with a stack overflow.
     idle: Vec<u64>,
 }
 
@@ -96,7 +96,7 @@ impl Job {
             ));
         }
         if settings.work == Work::Verify && !info.keeps_data {
-            return Err(format!("-w verify: `{name}` does not keep what is written"));
+            return Err(format!("-w verify: `{name}` does not keep written data"));
         }
         if settings.work == Work::Copy && places < 2 {
             return Err(format!(
@@ -166,7 +166,7 @@ impl Job {
             self.rng ^= self.rng << 13;
             self.rng ^= self.rng >> 7;
             self.rng ^= self.rng << 17;
-            // The high half of the product: evenly spread, without a division.
+            // The high half of the product is evenly distributed and needs no division.
             let product = u128::from(self.rng) * u128::from(self.places);
             u64::try_from(product >> 64).unwrap_or(0)
         } else {
@@ -181,7 +181,7 @@ impl Job {
         place * self.io_blocks
     }
 
-    /// The next operation. `None` when its buffers are gone, which errors may cause.
+    /// Returns the next operation, or `None` when its buffers are gone, which errors may cause.
     #[inline]
     fn next_op(&mut self) -> Option<Op> {
         let lba = self.place();
@@ -312,7 +312,7 @@ impl Job {
         }
         match op {
             Op::Write { lba, data, .. } if self.work == Work::Verify => {
-                // The same buffer reads it back: nothing of what was written is left in it.
+                // The same buffer reads it back, so nothing written is left in it.
                 if let Ok(mut buf) = data.try_into_buf() {
                     buf.fill(0);
                     if ok && !self.stopping {
@@ -342,7 +342,7 @@ impl Job {
     }
 }
 
-/// Bytes that belong to `seed`.
+/// Fills a buffer with bytes that depend on `seed`.
 fn fill(bytes: &mut [u8], seed: u64) {
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     for word in bytes.chunks_exact_mut(8) {
@@ -353,7 +353,7 @@ fn fill(bytes: &mut [u8], seed: u64) {
     }
 }
 
-/// Whether `bytes` belong to `seed`.
+/// Returns whether a buffer has the bytes of `seed`.
 fn check(bytes: &mut [u8], seed: u64) -> bool {
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     bytes.chunks_exact(8).all(|word| {
@@ -398,7 +398,7 @@ pub fn run(
     jobs.iter().map(|job| job.outcome(runtime, cpu)).collect()
 }
 
-/// Processor time of this thread in nanoseconds; 0 where the kernel does not say.
+/// Returns the processor time of this thread in nanoseconds; 0 where the kernel does not report it.
 fn cpu_ns() -> u64 {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
     text.split(' ')

@@ -1,4 +1,4 @@
-//! `bdevperf`: how fast a block device is, with the flags of SPDK's tool of that name.
+//! `bdevperf` measures block devices, with the flags of SPDK's tool of that name.
 
 mod affinity;
 mod args;
@@ -92,7 +92,7 @@ fn run(args: &Args, start: Instant) -> Result<bool, String> {
     Ok(!failed)
 }
 
-/// The devices to run on: those named, or all that nothing stands on.
+/// Returns the named devices, or all that no other is built on.
 fn chosen(app: &App, names: &[String]) -> Result<Vec<Bdev>, String> {
     let registry = &app.registry;
     if names.is_empty() {
@@ -117,7 +117,7 @@ fn chosen(app: &App, names: &[String]) -> Result<Vec<Bdev>, String> {
         .collect()
 }
 
-/// Which device runs on which core.
+/// A device and the core that it runs on.
 struct Placed {
     bdev: Bdev,
     core: usize,
@@ -146,7 +146,7 @@ fn plan(bdevs: &[Bdev], cores: &[usize], every_core: bool) -> Vec<Placed> {
         .collect()
 }
 
-/// One thread per core, with all the jobs of that core.
+/// Runs one thread per core, with all the jobs of that core.
 fn run_jobs(
     args: &Args,
     settings: &args::Settings,

@@ -1,4 +1,4 @@
-//! What came of it, as a table or as JSON.
+//! The results as a table or as JSON.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
