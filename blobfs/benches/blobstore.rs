@@ -1,7 +1,8 @@
-//! Measures the blobstore: what a blob costs over the bare device, creation and deletion, loading, snapshots.
+//! Measures the blobstore: the cost of a blob over the bare device, creation and deletion, loading,
+//! snapshots.
 //!
-//! `cargo bench -p pumice-blobfs --bench blobstore [-- io|files|load|snapshot]`. Medians of several rounds
-//! with their spread; both sides of a comparison take turns in one run.
+//! `cargo bench -p pumice-blobfs --bench blobstore [-- io|files|load|snapshot]` prints medians of several
+//! rounds with their spread. Both sides of a comparison take turns in one run.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -32,7 +33,7 @@ fn main() {
     }
 }
 
-/// The median and the extremes.
+/// Returns the median and the extremes.
 fn spread(mut values: Vec<f64>) -> (f64, f64, f64) {
     values.sort_by(f64::total_cmp);
     (
@@ -55,7 +56,7 @@ enum Side<'a> {
     Blob(&'a Blob),
 }
 
-/// One lane of a queue: I/O after I/O at random places.
+/// Runs one lane of a queue: one I/O after another at random places.
 async fn lane(
     ch: &AsyncChannel,
     side: Side<'_>,
@@ -93,7 +94,8 @@ async fn lane(
     }
 }
 
-/// Nanoseconds that this thread has had a processor. Unlike the clock, a busy machine does not change it.
+/// Returns the processor time of this thread in nanoseconds. Unlike the clock, it does not depend
+/// on a busy machine.
 fn processor_ns() -> f64 {
     let stat =
         std::fs::read_to_string("/proc/thread-self/schedstat").expect("the scheduler's figures");
@@ -104,7 +106,7 @@ fn processor_ns() -> f64 {
     ns.expect("the first figure is a time")
 }
 
-/// Nanoseconds per I/O, and those of them on the processor.
+/// Returns the nanoseconds per I/O, and the nanoseconds on the processor.
 fn round(ch: &AsyncChannel, side: Side<'_>, write: bool, count: u32, places: u64) -> [f64; 2] {
     let data = write.then(|| DmaBuf::zeroed(IO).expect("memory").freeze());
     let (start, processor) = (Instant::now(), processor_ns());
@@ -119,7 +121,7 @@ fn round(ch: &AsyncChannel, side: Side<'_>, write: bool, count: u32, places: u64
     .map(|ns| ns / total)
 }
 
-/// A device whose reads of the metadata work and whose data go nowhere.
+/// Makes a device whose metadata can be read and whose data is discarded.
 fn null_like() -> (Blobstore, Arc<dyn BlockDevice>) {
     let dev = pumice_bdev::open("malloc://64M?block_size=4096").expect("opens");
     let store = Blobstore::init(dev.clone(), &InitOptions::default()).expect("a store");
@@ -149,10 +151,12 @@ fn io() {
             println!("{name}: cannot be opened, left out");
             continue;
         };
-        // The blob's map from the store in memory, its I/O on this device: only the path is measured.
+        // The blob's map is from the store in memory and its I/O goes to this device: only the path
+        // is measured.
         let ch = AsyncChannel::new(dev.open_channel().expect("a channel"));
         let count = if name == "file" { 300 } else { 60_000 };
-        // Reads of a hole in a file, or of memory never touched, would not reach the medium.
+        // Reads of a hole in a file, or of memory that was never written, would not reach the
+        // medium.
         ch.block_on(async {
             let data = DmaBuf::zeroed(IO).expect("memory").freeze();
             for lba in base..base + places {
@@ -175,7 +179,7 @@ fn io() {
                 let (more, least, most) = spread(more.collect());
                 println!(
                     "{name} random {op} 4 KiB, depth {DEPTH}, {of}: bare {bare:.0} ns, blob {through:.0} ns, \
-                     dearer by {more:.0} ns ({least:.0} to {most:.0}), ratio {:.3}",
+                     more by {more:.0} ns ({least:.0} to {most:.0}), ratio {:.3}",
                     through / bare
                 );
             }

@@ -1,5 +1,5 @@
-//! The file system's own cost: an append, a read from memory beside the kernel's, a read from the
-//! device beside the bare device.
+//! Measures the file system's own cost: an append, a read from memory beside the kernel's, and a
+//! read from the device beside the bare device.
 //!
 //! Run with `cargo bench -p pumice-blobfs --bench fs`. Images go to `$PUMICE_BENCH_DIR`, or to the
 //! temporary directory.
@@ -35,13 +35,13 @@ fn filled(fs: &FileSystem, path: &str, len: u64) -> File {
     f
 }
 
-/// Time that this thread has had a processor, where the kernel says: other load does not count.
+/// Returns the processor time of this thread, if the kernel reports it: other load does not count.
 fn cpu_time() -> Option<Duration> {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
     Some(Duration::from_nanos(text.split(' ').next()?.parse().ok()?))
 }
 
-/// How long `f` takes: processor time, or else wall-clock time.
+/// Returns how long `f` takes: its processor time, or otherwise wall-clock time.
 fn timed(f: impl FnOnce()) -> Duration {
     let (cpu, wall) = (cpu_time(), Instant::now());
     f();
@@ -102,7 +102,7 @@ fn append(c: &mut Criterion) {
                 f.append(&[0; 70_000]).unwrap();
                 f.append(&record).unwrap();
                 let now = left.min(7000);
-                // Too short for the kernel's account of processor time.
+                // The run is too short for the kernel's measurement of processor time.
                 let start = Instant::now();
                 for _ in 0..now {
                     f.append(black_box(&record)).unwrap();
@@ -116,8 +116,8 @@ fn append(c: &mut Criterion) {
     group.finish();
 }
 
-/// Time of `n` operations shared by `threads` threads, summed over them: what does not get dearer
-/// with threads stays the same.
+/// Returns the time of `n` operations shared by `threads` threads, summed over them. It stays the
+/// same if an operation does not cost more with several threads.
 fn on_threads(threads: u64, n: u64, op: impl Fn(&mut Offsets) + Sync) -> Duration {
     let share = n.div_ceil(threads);
     std::thread::scope(|s| {

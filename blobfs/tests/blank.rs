@@ -1,4 +1,4 @@
-//! Nothing is made on a device that holds anything but zeroes, unless somebody says so.
+//! Nothing is made on a device that does not hold only zeroes, unless the caller permits it.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use pumice_blobfs::fs::{FileSystem, FormatOptions, FsError};
 
 const LEN: u64 = 64 << 20;
 
-/// A device of zeroes with one byte at `offset` that is none.
+/// Makes a device of zeroes with one other byte at `offset`.
 fn device(offset: u64) -> Arc<dyn BlockDevice> {
     let dev = open(&format!("malloc://{LEN}?block_size=4096")).unwrap();
     let ch = AsyncChannel::new(dev.open_channel().unwrap());
@@ -41,7 +41,7 @@ fn one_byte_keeps_everybody_away() {
         let mut how = FormatOptions::default();
         how.force = true;
         FileSystem::format(Arc::clone(&dev), &how).unwrap();
-        // A file system of our own is not formatted over either.
+        // A file system of our own is not overwritten either.
         let e = FileSystem::format(dev, &FormatOptions::default()).unwrap_err();
         assert!(e.to_string().contains("BlobFS"), "{e}");
     }
@@ -56,7 +56,7 @@ fn a_file_made_for_a_format_that_failed_is_gone() {
     how.cluster_size = 4097;
     FileSystem::format(open(&uri).unwrap(), &how).unwrap_err();
     assert!(!path.exists());
-    // A device too small for a store, and a block size that no store has.
+    // A device that is too small for a store, and a block size that no store has.
     for options in ["size=4K", "size=16M&block_size=8192"] {
         let uri = format!("{}?{options}&create=1", file_uri(&path));
         FileSystem::format(open(&uri).unwrap(), &FormatOptions::default()).unwrap_err();

@@ -1,4 +1,4 @@
-//! Blobs: creation, sizes, xattrs, data, exhaustion, and what of it is durable.
+//! Tests of blobs: creation, sizes, xattrs, data, exhaustion, and their durability.
 
 mod common;
 
@@ -81,7 +81,7 @@ fn a_store_of_each_geometry_loads_again() {
         Blobstore::init(memory(8192, 512), &InitOptions::default()),
         Err(Error::InvalidInput(_) | Error::Geometry { .. })
     ));
-    // With one page of metadata per cluster, clusters of one page leave no room.
+    // With one metadata page per cluster, clusters of one page leave no room.
     let opts = InitOptions {
         cluster_size: 4096,
         ..InitOptions::default()
@@ -156,13 +156,13 @@ fn sizes_up_and_down() {
             assert_eq!(blob.num_allocated(), size);
             assert_eq!(store.free_clusters(), free - size);
             if size > before {
-                // What is new reads as zeroes; then it is made not to.
+                // New clusters read as zeroes. Then they are written.
                 assert_eq!(read(&blob, (size - 1) * CLUSTER, 16384), [0; 16384]);
                 for index in before..size {
                     write(&blob, index * CLUSTER, &[index.to_le_bytes()[0] | 1; 4096]);
                 }
             }
-            // Without an unload, as after a crash, the same is there.
+            // The same is there without an unload, as after a crash.
             let again = memory_with(&content(store.device()), store.device().info().block_size);
             let again = Blobstore::load(again, &LoadOptions::default()).unwrap();
             assert_eq!(again.free_clusters(), store.free_clusters());
@@ -202,7 +202,7 @@ fn new_clusters_never_show_old_bytes() {
         write(&blob, 3 * CLUSTER + 4096, &[1; 4096]);
         assert_eq!(whole(&blob).iter().filter(|byte| **byte != 0).count(), 4096);
         assert!(whole(&blob).iter().all(|byte| *byte != 0xee));
-        // A caller who writes everything himself may do without the clearing.
+        // A caller who writes everything can do without the clearing.
         let opts = CreateOptions {
             init: ClusterInit::CallerWrites,
             ..thick(2)

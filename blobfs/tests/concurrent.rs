@@ -1,5 +1,5 @@
-//! Many at once: writers with a queue of I/O each while snapshots are made, clusters are given back and
-//! xattrs are written by others.
+//! Concurrent operations: writers with a queue of I/O each, while other threads make snapshots,
+//! free clusters and write xattrs.
 
 mod common;
 
@@ -45,9 +45,9 @@ fn filled(len: usize, byte: u8) -> DmaBuf {
     buf
 }
 
-/// Each thread has eight writes in flight, all of which take clusters, while snapshots are made one after
-/// another. No snapshot is refused for I/O that does not end, no write is lost, and each snapshot holds
-/// every write that had been acknowledged before it.
+/// Each thread has eight writes in flight, all of which allocate clusters, while snapshots are made
+/// one after another. No snapshot is refused because I/O does not end, no write is lost, and each
+/// snapshot has every write that had been acknowledged before it.
 #[test]
 fn snapshots_under_queues_of_writes() {
     const THREADS: u64 = 3;
@@ -125,7 +125,7 @@ fn snapshots_under_queues_of_writes() {
     assert!(strict::parse(&content(&dev)).clean);
 }
 
-/// Clusters are given back while the same thread has writes of the same blob in flight.
+/// Clusters are freed while the same thread has writes to the same blob in flight.
 #[test]
 fn unmap_among_writes_of_one_thread() {
     type Pending<'a> = Pin<Box<dyn Future<Output = Result<(), Error>> + 'a>>;
@@ -160,7 +160,7 @@ fn unmap_among_writes_of_one_thread() {
     }
 }
 
-/// Two threads that write the same pending xattrs: each change is written once.
+/// Two threads write the same pending xattrs: each change is written once.
 #[test]
 fn xattrs_synced_by_several_threads() {
     let (_dev, store) = store(16 << 20);
@@ -186,8 +186,9 @@ fn xattrs_synced_by_several_threads() {
     }
 }
 
-/// The last write of an unload fails, though the device has done it; the store is used on. The mark is
-/// taken off before anything else changes, so the next load does not believe masks that are old.
+/// The last write of an unload fails although the device has carried it out, and the store is used
+/// on. The clean mark is removed before anything else changes, so the next load does not use old
+/// masks.
 #[test]
 fn an_unload_that_fails_at_its_last_write() {
     for at_device in [false, true] {
@@ -205,7 +206,7 @@ fn an_unload_that_fails_at_its_last_write() {
         });
         store.unload().unwrap_err();
         if at_device {
-            // It was done all the same.
+            // The device carried it out nevertheless.
             let mut bytes = content(&base);
             bytes[16] = 1;
             let crc = crc32c::crc32c(&bytes[..4092]);

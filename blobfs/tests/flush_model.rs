@@ -1,10 +1,10 @@
-//! Which writes a flush has covered, in orders of steps that a test with threads hardly ever meets: what a
-//! caller was told to be durable is.
+//! A model of which writes a flush has covered, in orders of steps that a test with threads hardly
+//! ever meets: what a caller was told to be durable is durable.
 
 mod primitives {
     pub use shuttle::sync::atomic::{AtomicU64, Ordering};
 
-    /// A mutex without poison, as the library's.
+    /// A mutex without poison, like the library's.
     #[derive(Debug, Default)]
     pub struct Mutex<T>(shuttle::sync::Mutex<T>);
 
@@ -22,10 +22,10 @@ use std::sync::Arc;
 use flushes::Flushes;
 use primitives::{AtomicU64, Ordering};
 
-/// How many orders are tried, at random and by preemption at few points.
+/// Number of orders that are tried, at random and by preemption at few points.
 const ORDERS: usize = 3000;
 
-/// A bit for each write.
+/// A device, with a bit for each write.
 #[derive(Default)]
 struct Device {
     cache: AtomicU64,
@@ -33,7 +33,7 @@ struct Device {
 }
 
 impl Device {
-    /// Covers what is in the cache when it begins.
+    /// Makes durable what is in the cache when it begins.
     fn flush(&self) {
         let begun = self.cache.load(Ordering::SeqCst);
         shuttle::thread::yield_now();

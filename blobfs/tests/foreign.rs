@@ -1,4 +1,4 @@
-//! States that other writers leave: SPDK's half-done snapshots and resizes, old versions, damage.
+//! States that other writers leave: SPDK's interrupted snapshots and resizes, old versions, damage.
 
 mod common;
 
@@ -15,14 +15,14 @@ use pumice_blobfs::blobstore::{
 
 const CLUSTER: u64 = 16384;
 
-/// A store on disk, to be changed page by page.
+/// A store on disk that a test changes page by page.
 struct Image {
     bytes: Vec<u8>,
     md_start: usize,
 }
 
 impl Image {
-    /// What `make` leaves in a new store, not unloaded.
+    /// Makes a new store with the content that `make` adds, not unloaded.
     fn new(make: impl FnOnce(&Blobstore)) -> Image {
         let dev = memory(32 << 20, 4096);
         let opts = InitOptions {
@@ -55,7 +55,7 @@ impl Image {
         self.bytes[..4096].copy_from_slice(&sb.encode());
     }
 
-    /// A blob of one page, as it stands.
+    /// Returns the record of a blob of one page.
     fn record(&self, id: BlobId) -> BlobRecord {
         let mut reader = BlobReader::new(id);
         assert_eq!(reader.page(&self.page(id.page().unwrap())).unwrap(), None);
@@ -82,7 +82,7 @@ impl Image {
         Blobstore::load(memory_with(&self.bytes, 4096), &LoadOptions::default())
     }
 
-    /// The check accepts it as it stands; so it does what loading and unloading make of it.
+    /// Asserts that the check accepts the store, and the store after loading and unloading.
     fn check_legal(&self) {
         let dev = memory_with(&self.bytes, 4096);
         let report = check(&dev).unwrap();
@@ -126,7 +126,7 @@ fn root(page: u32) -> BlobId {
     BlobId::from_page(page)
 }
 
-/// Blob 0 with four clusters, its snapshot 2; the blob has written cluster 1 since.
+/// Makes blob 0 with four clusters and its snapshot 2. The blob has written cluster 1 since.
 fn with_snapshot() -> (Image, BlobId, BlobId) {
     let mut ids = (root(0), root(0));
     let image = Image::new(|store| {
@@ -143,7 +143,7 @@ fn with_snapshot() -> (Image, BlobId, BlobId) {
 
 #[test]
 fn snapshot_cut_before_it_was_filled() {
-    // A new thin blob that says what it is going to be, and shares nothing yet.
+    // A new thin blob is marked as an incomplete snapshot and shares nothing yet.
     let mut image = Image::new(|store| {
         mark(&create(store, 4, false), 2, 7);
         create(store, 4, true);
@@ -176,7 +176,7 @@ fn snapshot_cut_while_both_have_everything() {
     assert_eq!(store.blobs(), [root(0)]);
     assert_eq!(marks(&store.open(root(0)).unwrap()), [0, 0, 7, 0]);
     assert_eq!(store.free_clusters(), store.total_clusters() - 4);
-    // The clusters are the blob's alone again: they come back.
+    // The clusters belong to the blob alone again: they are free after its deletion.
     store.delete(root(0)).unwrap();
     assert_eq!(store.free_clusters(), store.total_clusters());
     assert_eq!(store.md_pages().used, 0);
@@ -221,8 +221,8 @@ fn removal_cut_after_the_mark() {
 
 #[test]
 fn removal_cut_after_the_clones_extent_pages() {
-    // SPDK rewrites the clone's extent pages in place before its root: both have the clusters, and the
-    // clone's parent is still the snapshot. Nothing that is written to the clone may reach the snapshot.
+    // SPDK rewrites the clone's extent pages in place before its root: both have the clusters, and
+    // the clone's parent is still the snapshot. No write to the clone may reach the snapshot.
     let (mut image, blob, snapshot) = with_snapshot();
     image.change(snapshot, |record| {
         record.flags.invalid |= Flags::INTERNAL_XATTRS;
@@ -253,7 +253,7 @@ fn removal_cut_after_the_clones_extent_pages() {
 #[test]
 fn removal_cut_after_the_clones_root() {
     let (mut image, blob, snapshot) = with_snapshot();
-    // The clone names the snapshot's clusters and no parent any more.
+    // The clone names the snapshot's clusters and has no parent.
     let (theirs, own) = (image.record(snapshot), image.record(blob));
     let (
         MapRecord::Table {
@@ -311,7 +311,7 @@ fn a_mark_that_names_nobody_is_left_alone() {
 
 #[test]
 fn a_resize_that_spdk_has_not_finished() {
-    // Up: the extent page is full, the table still says less.
+    // A larger size: the extent page is full, but the table still has the old size.
     let make = |store: &Blobstore| drop(create(store, 500, false));
     let mut image = Image::new(make);
     let MapRecord::Table { entries, .. } = image.record(root(0)).map else {
@@ -328,7 +328,8 @@ fn a_resize_that_spdk_has_not_finished() {
     assert_eq!(store.open(root(0)).unwrap().num_clusters(), 512);
     assert_eq!(store.free_clusters(), store.total_clusters() - 512);
 
-    // Down: the last page that stays is short already, the table still names the one behind it.
+    // A smaller size: the last remaining page is short already, but the table still names the one
+    // behind it.
     let mut image = Image::new(|store| drop(create(store, 600, false)));
     let MapRecord::Table { entries, .. } = image.record(root(0)).map else {
         panic!("a table")
@@ -521,7 +522,7 @@ fn damaged_blobs_are_set_aside_and_the_rest_loads() {
         assert!(matches!(store.open(root(0)), Err(Error::Damaged { .. })));
         assert_eq!(store.blobs(), [root(2)]);
         assert_eq!(marks(&store.open(root(2)).unwrap()), [0, 5, 0], "{what}");
-        // Its pages are not given to others, and an unload does not lose it.
+        // Its pages are not given to others, and an unload keeps it.
         let new = store.create(&CreateOptions {
             num_clusters: 2,
             ..CreateOptions::default()
@@ -535,7 +536,7 @@ fn damaged_blobs_are_set_aside_and_the_rest_loads() {
         drop(store);
         let store = Blobstore::load(dev, &LoadOptions::default()).unwrap();
         assert_eq!(store.damaged().len(), 1, "{what}");
-        // It can be deleted, by its id.
+        // It can be deleted by its id.
         store.delete(root(0)).unwrap();
         assert_eq!(store.damaged(), [], "{what}");
     }
@@ -564,7 +565,7 @@ fn unknown_flags() {
     mark(&blob, 0, 3);
     assert!(matches!(blob.resize(5), Err(Error::ReadOnly(_))));
     assert!(matches!(blob.set_xattr("a", b""), Err(Error::ReadOnly(_))));
-    // The clusters of what cannot be opened are not given to others.
+    // The clusters of a blob that cannot be opened are not given to others.
     assert_eq!(store.free_clusters(), store.total_clusters() - 3);
 }
 

@@ -1,4 +1,4 @@
-//! What is written, read again by a parser that shares nothing with the crate.
+//! Reads what the crate writes with a parser that shares nothing with it.
 
 mod common;
 
@@ -40,7 +40,7 @@ fn touch(blob: &Blob, cluster: u64) {
     write(blob, cluster * blob.store().cluster_size(), &[7; 4096]);
 }
 
-/// Everything that a store can hold, step by step.
+/// Makes every kind of content, step by step.
 fn fill(store: &Blobstore, mut after: impl FnMut(&str)) {
     for extent_table in [true, false] {
         let empty = create(store, 0, false, extent_table);
@@ -106,7 +106,7 @@ fn fill(store: &Blobstore, mut after: impl FnMut(&str)) {
     }
 }
 
-/// Every state of a store obeys the format: dirty after each step, clean after an unload.
+/// Every state of a store follows the format: dirty after each step, clean after an unload.
 #[test]
 fn every_state_is_as_the_format_says() {
     for (block_size, cluster_size, md_pages, bstype) in [
@@ -147,7 +147,7 @@ fn every_state_is_as_the_format_says() {
     }
 }
 
-/// The image of an empty store, field by field.
+/// Checks the image of an empty store field by field.
 #[test]
 fn the_super_block_of_a_new_store() {
     let word = |bytes: &[u8], at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
@@ -161,8 +161,8 @@ fn the_super_block_of_a_new_store() {
         .unload()
         .unwrap();
     let (ours, spdk) = (content(&dev), image("small-bs-4k.img"));
-    // SPDK made its store on a device of the same size with the same options: all but the id of the super
-    // blob is the same.
+    // SPDK made its store on a device of the same size with the same options: everything but the id
+    // of the super blob is the same.
     for at in (8..96).step_by(4).filter(|at| ![20, 24].contains(at)) {
         assert_eq!(word(&ours, at), word(&spdk, at), "offset {at}");
     }

@@ -1,4 +1,4 @@
-//! Files and names: what a caller sees, before and after a remount.
+//! Tests of files and names, before and after a remount.
 
 mod common;
 
@@ -44,7 +44,7 @@ fn put(fs: &FileSystem, path: &str, text: &str) {
     f.sync().unwrap();
 }
 
-/// Bytes in which every position shows.
+/// Makes bytes that depend on their position.
 fn pattern(seed: u64, len: usize) -> Vec<u8> {
     let mut x = seed | 1;
     let mut out = Vec::with_capacity(len + 8);
@@ -80,7 +80,7 @@ fn what_is_appended_is_read_back_at_once_and_after_a_remount() {
         let fs = remount(fs, &dev);
         let f = fs.open("/a", OpenOptions::READ).unwrap();
         assert!(all(&f) == data);
-        // Odd ranges from a cold cache.
+        // Odd ranges are read from a cold cache.
         for (off, len) in [
             (0, 1),
             (4095, 2),
@@ -254,7 +254,7 @@ fn names_directories_and_links() {
     // A rename between two names of one file does nothing.
     fs.rename("/db/a", "/db/a2").unwrap();
     assert!(fs.exists("/db/a").unwrap());
-    // The replaced name was one of two.
+    // The replaced name was one of two names of its file.
     fs.rename("/db/b", "/db/a").unwrap();
     assert_eq!(text(&fs, "/db/a"), "B");
     assert_eq!(text(&fs, "/db/a2"), "A");
@@ -349,7 +349,7 @@ fn an_open_file_outlives_its_name() {
     assert_eq!(fs.blobstore().blobs().len(), 4);
     drop((old, second, g));
     assert_eq!(fs.blobstore().blobs().len(), 1);
-    // Still open when the file system goes.
+    // The file is still open when the file system is dropped.
     let g = fs.open("/g", OpenOptions::READ).unwrap();
     fs.unlink("/g").unwrap();
     fs.unmount().unwrap();
@@ -493,7 +493,7 @@ fn reads_pinned_many_asynchronous_direct() {
         3,
         "nothing stays in memory"
     );
-    // Sequential reading is ahead of the reader.
+    // Sequential reading reads ahead.
     f.advise(Access::Sequential);
     let before = fs.io_stats();
     let mut out = vec![0; 4096];
@@ -543,7 +543,7 @@ fn a_sync_writes_what_it_must_and_no_more() {
         f.sync().unwrap();
     }
     let io = fs.io_stats().since(&before);
-    // A data block (two where the record crosses one) and the root.
+    // The writes are a data block (two where the record crosses one) and the root.
     assert_eq!((io.writes, io.flushes), (200, 0), "{io:?}");
     let before = fs.io_stats();
     for _ in 0..10 {

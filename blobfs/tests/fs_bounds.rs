@@ -1,4 +1,4 @@
-//! Images that are small and would take much memory or time: what a mount does is bounded.
+//! Small images that could take much memory or time: the work of a mount is bounded.
 
 mod common;
 
@@ -9,7 +9,7 @@ use pumice_bdev::BlockDevice;
 use pumice_blobfs::blobstore::{Blobstore, BsType, CreateOptions, InitOptions};
 use pumice_blobfs::fs::{FileSystem, MountOptions};
 
-/// A file system whose blobs have these xattrs.
+/// Makes a file system whose blobs have these xattrs.
 fn image(blobs: impl Iterator<Item = Vec<(&'static str, Vec<u8>)>>) -> Arc<dyn BlockDevice> {
     let dev = memory(64 << 20, 4096);
     let opts = InitOptions {
@@ -49,7 +49,7 @@ fn look_at(dev: &Arc<dyn BlockDevice>) -> FileSystem {
     FileSystem::mount(Arc::clone(dev), &opts).unwrap()
 }
 
-/// Resident memory of this process in bytes.
+/// Returns the resident memory of this process in bytes.
 fn resident() -> u64 {
     let text = std::fs::read_to_string("/proc/self/statm").unwrap();
     let pages: u64 = text.split(' ').nth(1).unwrap().parse().unwrap();
@@ -58,7 +58,7 @@ fn resident() -> u64 {
 
 #[test]
 fn deep_names_are_bounded() {
-    // 15 names each, 110 directories deep, no two alike.
+    // 15 names each, 110 directories deep, all different.
     let deep = |i: usize, k: usize| format!("/{i:04}{k:02}{}", "/d".repeat(110));
     let files = (0..200).map(|i| {
         let links: Vec<String> = (1..15).map(|k| deep(i, k)).collect();
@@ -105,6 +105,6 @@ fn recorded_renames_are_bounded() {
     let fs = look_at(&image(dirs));
     let ignored = fs.problems().iter().filter(|p| p.contains("many others"));
     assert_eq!(ignored.count(), 44);
-    // The latest are carried out.
+    // The latest renames are carried out.
     assert!(fs.exists("/to59").unwrap() && fs.exists("/from0").unwrap());
 }

@@ -1,5 +1,5 @@
-//! The end of a process and its forks: what an orderly end has to keep, what a child must not touch,
-//! and that an unmount gives up the device.
+//! Tests of the end of a process and of its forks: an orderly end keeps the data, a child does not
+//! touch the device, and an unmount releases it.
 #![allow(unsafe_code, reason = "fork is what is tested")]
 
 mod common;
@@ -32,12 +32,12 @@ fn mounted(uri: &str) -> FileSystem {
     FileSystem::mount(dev, &MountOptions::default()).unwrap()
 }
 
-/// Bytes of which every one is another's neighbour only here.
+/// Makes bytes whose order shows when a block is in the wrong place.
 fn bytes(len: usize) -> Vec<u8> {
     (0..=250).cycle().take(len).collect()
 }
 
-/// A mount with a file of which nothing is durable.
+/// Makes a mount with a file of which nothing is durable.
 fn appended(uri: &str) -> (FileSystem, File) {
     let fs = mounted(uri);
     let file = fs.open("/kept", OpenOptions::CREATE).unwrap();
@@ -54,7 +54,7 @@ fn assert_kept(uri: &str) {
     assert!(fs.problems().is_empty(), "{:?}", fs.problems());
 }
 
-/// Not a test: what the tests below run as a process of its own.
+/// Is not a test: the tests below run it as a process of its own.
 #[test]
 fn child() {
     let (Some(dir), Ok(how)) = (std::env::var_os(DIR), std::env::var(HOW)) else {
@@ -84,7 +84,7 @@ fn child() {
     }
 }
 
-/// Ends while other threads append; what they were told is written down before the end.
+/// Ends while other threads append. What they were told is written down before the end.
 fn exit_among_writers(uri: &str) {
     use std::io::Write as _;
     let fs = mounted(uri);
@@ -105,7 +105,8 @@ fn exit_among_writers(uri: &str) {
     std::process::exit(0);
 }
 
-/// A child of a mounted parent tries everything, drops its copies and exits; then the parent goes on.
+/// In a child of a mounted parent, tries everything, drops the copies and exits. Then the parent
+/// goes on.
 fn forked_child_ends(uri: &str) {
     let (fs, file) = appended(uri);
     let code = in_fork(|| {
@@ -127,7 +128,7 @@ fn forked_child_ends(uri: &str) {
         ];
         drop(file.clone());
         drop(fs.clone());
-        // And a mount of its own works beside them.
+        // A mount of its own works beside them.
         let own = FileSystem::mount(formatted(), &MountOptions::default()).unwrap();
         let kept = own.open("/own", OpenOptions::CREATE).unwrap();
         kept.append(b"mine").unwrap();
@@ -146,7 +147,7 @@ fn formatted() -> Arc<dyn BlockDevice> {
     dev
 }
 
-/// Runs `child` in a forked process, which then calls `exit`; its code.
+/// Runs `child` in a forked process, which then calls `exit`. Returns its code.
 fn in_fork(child: impl FnOnce() -> i32) -> i32 {
     // SAFETY: the child uses only what a forked child of this process may use, which is the test.
     let pid = unsafe { libc::fork() };
@@ -177,7 +178,7 @@ fn in_fork(child: impl FnOnce() -> i32) -> i32 {
     }
 }
 
-/// Runs [`child`]; its exit status and what it printed.
+/// Runs [`child`]. Returns its exit status and what it printed.
 fn run(dir: &Path, how: &str) -> (ExitStatus, String) {
     let mut process = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "child", "--nocapture"])
@@ -262,7 +263,7 @@ fn an_end_among_writers_keeps_what_they_were_told() {
     }
 }
 
-/// R11: the device is free after the unmount, whatever is left of it.
+/// The device is released by the unmount, whichever handles are left.
 #[test]
 fn an_unmount_gives_up_the_device_whatever_handles_are_left() {
     let dir = tempfile::tempdir().unwrap();
@@ -291,7 +292,7 @@ fn an_unmount_gives_up_the_device_whatever_handles_are_left() {
     assert_kept(&uri);
 }
 
-/// A second mount in the same process is told which process it is.
+/// A second mount in the same process names this process.
 #[test]
 fn in_use_by_this_process_says_so() {
     let dir = tempfile::tempdir().unwrap();
@@ -313,7 +314,7 @@ fn a_failed_unmount_is_repeated() {
         let file = fs.open("/kept", OpenOptions::CREATE).unwrap();
         file.append(&bytes(3_000_001)).unwrap();
         file.sync().unwrap();
-        // The masks and the super block lie in the first blocks.
+        // The masks and the super block are in the first blocks.
         dev.inject(Injection {
             op: Some(OpKind::Write),
             failure: Failure::Fail,

@@ -1,4 +1,4 @@
-//! BlobFS images that SPDK wrote: their files, and damage to them.
+//! Tests of BlobFS images that SPDK wrote: their files, and damage to them.
 
 mod common;
 
@@ -26,7 +26,7 @@ fn sum(fs: &FileSystem, path: &str) -> String {
     hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// (path, sum) of the files of an image.
+/// Returns (path, checksum) of the files of an image.
 fn recorded(name: &str) -> Vec<(String, String)> {
     let facts = facts(name);
     let mut files = Vec::new();
@@ -94,7 +94,7 @@ fn files_of_spdk_are_changed_and_remain_well_formed() {
     fs.unlink("/renamed.bin").unwrap();
     fs.unmount().unwrap();
     drop(fs);
-    // As SPDK demands it of every blob of a BlobFS.
+    // SPDK requires this of every blob of a BlobFS.
     let store = Blobstore::load(Arc::clone(&dev), &LoadOptions::default()).unwrap();
     assert_eq!(store.bstype().to_string(), "BLOBFS");
     for id in store.blobs() {
@@ -117,7 +117,7 @@ fn files_of_spdk_are_changed_and_remain_well_formed() {
     assert_eq!(fs.stat("/new").unwrap().len, 3_000_000);
 }
 
-/// Files with xattrs as given, in an otherwise ordinary BlobFS.
+/// Mounts a BlobFS that has files with these xattrs.
 fn with_blobs(blobs: &[&[(&str, &[u8])]]) -> FileSystem {
     let dev = memory(32 << 20, 4096);
     FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
@@ -140,7 +140,7 @@ fn with_blobs(blobs: &[&[(&str, &[u8])]]) -> FileSystem {
     FileSystem::mount(dev, &accepting()).unwrap()
 }
 
-/// Mounts what has damage, too.
+/// Returns options that accept damage.
 fn accepting() -> MountOptions {
     let mut opts = MountOptions::default();
     opts.accept_damage = true;
@@ -201,8 +201,8 @@ fn damage_is_reported_and_the_rest_mounts() {
     assert_eq!(fs.problems().len(), 11, "{:#?}", fs.problems());
 }
 
-/// Whatever is in the xattrs: a mount finds what it can and never panics, and a second mount finds
-/// the same.
+/// Whatever the xattrs contain, a mount finds what it can and never panics, and a second mount
+/// finds the same.
 #[test]
 fn nonsense_in_xattrs_is_no_panic() {
     use rand::rngs::SmallRng;
@@ -314,7 +314,7 @@ fn nonsense_in_xattrs_is_no_panic() {
 fn halves_of_a_replacement_are_put_together() {
     let len: &[u8] = &7u64.to_le_bytes();
     let id = |n: u64| ((1 << 32) | n).to_le_bytes();
-    // The ids: the first blob's root is page 0, and its extent page comes after.
+    // The first blob's root is page 0, and its extent page comes after it.
     let fs = with_blobs(&[
         &[
             ("name", b"/f\0"),

@@ -1,5 +1,5 @@
-//! Memory for buffers runs out: "try again" changes nothing. A binary of its own, since the limit of
-//! the arena is the process's.
+//! Tests of running out of memory for buffers, where "try again" changes nothing. This is a binary
+//! of its own, since the arena's limit applies to the process.
 
 mod common;
 
@@ -18,14 +18,14 @@ use pumice_nvme::dma;
 
 const MIB: usize = 1 << 20;
 
-/// One test at a time: they share the arena.
+/// Lets one test run at a time, since they share the arena.
 static ONE: parking_lot::Mutex<()> = parking_lot::Mutex::new(());
 
 fn limited() -> parking_lot::MutexGuard<'static, ()> {
     let one = ONE.lock();
     let mut options = dma::ArenaOptions::default();
     options.max_bytes = 64 << 20;
-    // Taken before, by an earlier test: then the limit is set.
+    // An earlier test may have taken buffers already: then the limit is set.
     let _ = dma::configure(options);
     one
 }
@@ -84,7 +84,7 @@ fn a_write_beyond_the_length_never_reaches_another_file() {
     f.append(&[1; 40_000]).unwrap();
     f.sync().unwrap();
     let taken = take_all_but(1);
-    // The first MiB of the append is held back.
+    // The first MiB of the append is delayed.
     let sb = fs.blobstore().super_block();
     let md_end = u64::from(sb.md_start.get()) + u64::from(sb.md_len.get());
     let data = Some((md_end.next_multiple_of(16), 1 << 20));
@@ -101,7 +101,7 @@ fn a_write_beyond_the_length_never_reaches_another_file() {
             g.sync().unwrap();
             ended.store(true, Ordering::Release);
         });
-        // Either the append waits for its write, or nothing does: then all of this goes first.
+        // Either the append waits for its write, or nothing does: then all of this comes first.
         let begun = Instant::now();
         while !ended.load(Ordering::Acquire) && begun.elapsed() < Duration::from_millis(500) {
             thread::sleep(Duration::from_millis(5));

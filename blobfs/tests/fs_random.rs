@@ -1,5 +1,5 @@
-//! The file system on a device that fails and takes its time, against a model. Seeded: a failure
-//! names its seed; `PUMICE_SEED=n` runs that one alone, `PUMICE_ROUNDS=n` runs more of them.
+//! Runs the file system on a device that fails and takes time, against a model. A failure prints
+//! its seed: `PUMICE_SEED=n` runs that one alone, and `PUMICE_ROUNDS=n` runs more of them.
 
 mod common;
 

@@ -1,5 +1,5 @@
-//! Space in all its kinds: a full file system opens, is read and emptied; metadata pages grow; small files
-//! take little; what is free is told truly.
+//! Tests of all kinds of space: a full file system opens, can be read and emptied; metadata pages
+//! grow; small files use little; the reported free space is true.
 
 mod common;
 
@@ -40,17 +40,17 @@ fn is_full(error: &FsError) -> bool {
     matches!(error, FsError::NoSpace { .. })
 }
 
-/// Nothing on the device contradicts anything else, by our check and by the second parser.
+/// Asserts that the device is consistent, by the check and by the second parser.
 fn verify(dev: &Arc<dyn BlockDevice>, what: &str) {
     let report = check(dev).unwrap();
     assert_eq!(report.worst(), None, "{what}: {:?}", report.findings);
     strict::parse_of(&content(dev), what);
 }
 
-/// Empty files until there is no page left for one, and a long one until there is no cluster.
+/// Makes empty files until there is no page left for one, and a long one until there is no cluster.
 fn fill(fs: &FileSystem) {
     let name = "first";
-    // Made while there is a page for it.
+    // The long file is created while there is a page for it.
     let f = fs.open(&format!("/{name}"), OpenOptions::CREATE).unwrap();
     let empty = |i: u32| fs.open(&format!("/{name}{i}"), OpenOptions::CREATE).err();
     let error = (0..).find_map(empty).unwrap();
@@ -71,14 +71,14 @@ fn fill(fs: &FileSystem) {
     f.sync().unwrap();
 }
 
-/// F5: sync, truncate and unmount of a file with space held ahead, with no page left.
+/// F5: sync, truncate and unmount of a file with preallocated space, with no page left.
 #[test]
 fn a_store_without_pages_can_be_synced_truncated_and_unmounted() {
     for table in [false, true] {
         let dev = memory(32 << 20, 4096);
         format(&dev, 65536, Some(24));
         if table {
-            // A file as earlier versions made it: with an extent page.
+            // A file as earlier versions made it, with an extent page.
             let store = Blobstore::load(Arc::clone(&dev), &LoadOptions::default()).unwrap();
             let xattrs = vec![
                 ("name".to_owned(), b"/a\0".to_vec()),
@@ -106,7 +106,8 @@ fn a_store_without_pages_can_be_synced_truncated_and_unmounted() {
         drop(fs);
         verify(&dev, "full");
 
-        // Full as it is, it mounts; what is needed for opening can be made; all can be deleted.
+        // The full file system can be mounted, the files needed for opening a database can be
+        // created, and everything can be deleted.
         let fs = mount(&dev);
         let error = fs.open("/more", OpenOptions::CREATE).unwrap_err();
         assert!(is_full(&error), "{error}");
@@ -150,7 +151,7 @@ fn an_old_store_with_not_a_page_left_is_emptied() {
         num_clusters,
         ..CreateOptions::default()
     };
-    // Two pages each; the last one is the root of an empty file.
+    // Two pages each. The last page is the root of an empty file.
     for i in 0..9 {
         store.create(&file(i, 3)).unwrap();
     }
@@ -190,7 +191,7 @@ fn an_old_store_with_not_a_page_left_is_emptied() {
     verify(&dev, "an old store, emptied");
 }
 
-/// R4: files of up to a cluster fill the device, not half of it.
+/// R4: files of up to a cluster fill the device, and not half of it.
 #[test]
 fn pages_grow_until_the_clusters_are_used_up() {
     for (cluster_size, md_pages) in [(65536, None), (65536, Some(16)), (1 << 20, Some(16))] {
@@ -226,7 +227,8 @@ fn pages_grow_until_the_clusters_are_used_up() {
     }
 }
 
-/// U6, R2, KA15: what a database leaves each time that it is opened is small here, too.
+/// U6, R2, KA15: the files that a database leaves each time that it is opened use little space here
+/// too.
 #[test]
 fn a_hundred_opens_take_as_many_pages_as_files_and_little_space() {
     let dev = memory(256 << 20, 512);
@@ -262,7 +264,7 @@ fn a_hundred_opens_take_as_many_pages_as_files_and_little_space() {
     fs.unmount().unwrap();
 }
 
-/// KA13: what `allocate` held goes back when the writer has finished, not before.
+/// KA13: space from `allocate` is freed when the writer has finished, not before.
 #[test]
 fn preallocation_goes_back_when_the_writer_has_finished() {
     let dev = memory(64 << 20, 512);
@@ -278,7 +280,7 @@ fn preallocation_goes_back_when_the_writer_has_finished() {
         f.allocated(),
         8_500_000u64.next_multiple_of(fs.statfs().cluster)
     );
-    // Still a file like any other.
+    // It is an ordinary file again.
     f.append(&vec![6; 3_000_000]).unwrap();
     f.sync().unwrap();
     let mut end = [0; 2];
@@ -289,7 +291,8 @@ fn preallocation_goes_back_when_the_writer_has_finished() {
     verify(&dev, "finished");
 }
 
-/// KC5: too few pages are refused with the least number that is taken, and the device stays as it was.
+/// KC5: too few pages are refused with the smallest number that is accepted, and the device stays
+/// as it was.
 #[test]
 fn too_few_metadata_pages_are_refused() {
     let dev = memory(16 << 20, 4096);
@@ -310,7 +313,8 @@ fn too_few_metadata_pages_are_refused() {
     fs.unmount().unwrap();
 }
 
-/// A file whose clusters lie all over the device gets an extent table when its runs fill the root page.
+/// A file whose clusters are scattered over the device gets an extent table when its runs fill the
+/// root page.
 #[test]
 fn a_scattered_file_gets_a_table() {
     let dev = memory(64 << 20, 4096);
@@ -322,7 +326,7 @@ fn a_scattered_file_gets_a_table() {
     );
     for i in 0..1500u32 {
         for f in [&a, &b] {
-            // One cluster at a time, in turn.
+            // The files take one cluster at a time, in turn.
             f.allocate(0, u64::from(i + 1) * 4096).unwrap();
             f.append(&[u8::try_from(i % 251).unwrap(); 4096]).unwrap();
         }
@@ -354,7 +358,7 @@ fn a_scattered_file_gets_a_table() {
     fs.unmount().unwrap();
 }
 
-/// A memory device on a host with so much room.
+/// A memory device on a host with limited space.
 #[derive(Debug)]
 struct Sparse {
     base: Arc<dyn BlockDevice>,
@@ -378,8 +382,8 @@ impl BlockDevice for Sparse {
     }
 }
 
-/// R5: a full host is an error of the append, before anything was promised; `free` tells the host's room;
-/// with room again, the same call works.
+/// R5: on a full host the append fails before anything was promised, `free` reports the host's
+/// space, and the same call works when there is space again.
 #[test]
 fn a_full_host_is_told_and_passes() {
     let sparse = Arc::new(Sparse {
@@ -428,7 +432,7 @@ fn a_full_host_is_told_and_passes() {
     fs.unmount().unwrap();
 }
 
-/// The file system takes what its device has become, and can do so again.
+/// The file system grows with its device, repeatedly.
 #[test]
 fn a_file_system_grows_with_its_device() {
     let small = memory(16 << 20, 4096);
@@ -441,7 +445,7 @@ fn a_file_system_grows_with_its_device() {
     drop(fs);
     let mut bytes = content(&small);
     bytes.resize(300 << 20, 0);
-    // More clusters than the old mask has bits.
+    // There are more clusters than the old mask has bits.
     let dev = memory_with(&bytes, 4096);
     let fs = mount(&dev);
     let same = fs.statfs();
@@ -464,7 +468,7 @@ fn a_file_system_grows_with_its_device() {
     fs.unmount().unwrap();
 }
 
-/// G12: a large device gets 64 MiB of metadata pages, not a part of its size.
+/// G12: a large device gets 64 MiB of metadata pages and not a share of its size.
 #[test]
 fn the_metadata_of_a_large_device_is_bounded() {
     let dir = tempfile::tempdir().unwrap();
@@ -481,7 +485,7 @@ fn the_metadata_of_a_large_device_is_bounded() {
     assert!(on_host <= 80 << 20, "{on_host} bytes");
 }
 
-/// `pumice grow`: the file and the file system on it, again and again; what is refused changes nothing.
+/// `pumice grow` can be repeated on the file and its file system. A refusal changes nothing.
 #[test]
 fn an_image_and_its_file_system_grow_in_one_step() {
     let dir = tempfile::tempdir().unwrap();
@@ -489,7 +493,7 @@ fn an_image_and_its_file_system_grow_in_one_step() {
     let uri = format!("file://{}", path.display());
     let len = || std::fs::metadata(&path).unwrap().len();
     std::fs::write(&path, vec![0; 16 << 20]).unwrap();
-    // Nothing is on it yet.
+    // The image has no content yet.
     assert!(grow(&uri, Some(64 << 20)).is_err());
     assert_eq!(len(), 16 << 20);
     let dev = pumice_bdev::open(&uri).unwrap();
@@ -497,19 +501,19 @@ fn an_image_and_its_file_system_grow_in_one_step() {
     let fs = mount(&dev);
     write_file(&fs, "/f", OpenOptions::CREATE, 5_000_000).unwrap();
     let before = fs.statfs();
-    // In use.
+    // The device is in use.
     assert!(grow(&uri, Some(64 << 20)).is_err());
     assert_eq!(len(), 16 << 20);
     fs.unmount().unwrap();
     drop((fs, dev));
-    // Shorter is not larger.
+    // A smaller size is refused.
     assert!(grow(&uri, Some(8 << 20)).is_err());
     assert_eq!(len(), 16 << 20);
     let after = grow(&uri, Some(64 << 20)).unwrap();
     assert_eq!(len(), 64 << 20);
     assert!(after.total > before.total + (44 << 20), "{after:?}");
     assert_eq!(grow(&uri, Some(64 << 20)).unwrap().total, after.total);
-    // A crash after the file was made longer.
+    // A crash happens after the file was made longer.
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     file.set_len(96 << 20).unwrap();
     drop(file);

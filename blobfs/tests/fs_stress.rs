@@ -1,4 +1,4 @@
-//! Many threads on one file system: each checks what it must find, whatever the others do.
+//! Many threads use one file system, and each checks what it must find.
 
 mod common;
 
@@ -11,7 +11,7 @@ use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, OpenOptions};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-/// The byte at `off` of file number `n`.
+/// Returns the byte at `off` of file number `n`.
 fn byte(n: u64, off: u64) -> u8 {
     u8::try_from((off.wrapping_mul(31) ^ (off >> 9) ^ n.wrapping_mul(97)) & 0xff).unwrap()
 }
@@ -138,7 +138,7 @@ fn files_come_and_go_in_all_threads() {
     assert_eq!((statfs.free, statfs.md_pages_used), (statfs.total, 0));
 }
 
-/// Syncing all files meets files that go and whose blob another file gets.
+/// Syncing all files meets files that are being deleted and whose blob is used for another file.
 #[test]
 fn all_files_are_synced_while_some_go() {
     let (dev, fs) = setup(8 << 20);
@@ -164,7 +164,8 @@ fn all_files_are_synced_while_some_go() {
             fs.sync().unwrap();
         }
     });
-    // Nothing but what was synced: no unmount. The device has another store on it as long as that is mounted.
+    // Only synced data counts: there is no unmount. The device has another store on it as long as
+    // that is mounted.
     let block_size = dev.info().block_size;
     let dev = memory_with(&content(&dev), block_size);
     let fs = FileSystem::mount(dev, &MountOptions::default()).unwrap();
@@ -193,7 +194,8 @@ fn concurrent_syncs_of_many_files() {
             });
         }
     });
-    // Nothing but what was synced: no unmount. The device has another store on it as long as that is mounted.
+    // Only synced data counts: there is no unmount. The device has another store on it as long as
+    // that is mounted.
     let block_size = dev.info().block_size;
     let dev = memory_with(&content(&dev), block_size);
     let fs = FileSystem::mount(dev, &MountOptions::default()).unwrap();

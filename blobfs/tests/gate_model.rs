@@ -1,5 +1,5 @@
-//! The gate of a blob, in orders of steps that a test with threads hardly ever meets: while it is closed and
-//! empty, nobody is inside.
+//! Tries the gate of a blob in orders of steps that a test with threads hardly ever meets: while it
+//! is closed and empty, nobody is inside.
 
 mod sync {
     pub use shuttle::sync::atomic::{AtomicUsize, Ordering};
@@ -12,12 +12,12 @@ use std::sync::Arc;
 use lanes::{LANES, Lanes};
 use sync::{AtomicUsize, Ordering};
 
-/// How many orders are tried, at random and by preemption at few points.
+/// Number of orders that are tried, at random and by preemption at few points.
 const ORDERS: usize = 3000;
 
 fn nobody_is_inside_while_clusters_move() {
     let lanes = Arc::new(Lanes::default());
-    // 1 while the closer has the clusters for itself.
+    // 1 while the closer has the clusters exclusively.
     let moving = Arc::new(AtomicUsize::new(0));
     let entered = Arc::new(AtomicUsize::new(0));
     let threads: Vec<_> = (0..2)

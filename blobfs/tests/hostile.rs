@@ -1,5 +1,5 @@
-//! Hostile images, from seeds: the fuzz targets' bodies on random input. Nothing may panic, and no I/O may
-//! go outside of the device.
+//! Runs the fuzz targets' bodies on seeded random input. Nothing may panic, and no I/O may go
+//! outside of the device.
 
 #[path = "common/hostile.rs"]
 mod hostile;
@@ -16,7 +16,7 @@ fn run(target: fn(&[u8]), max_len: usize, least: u64) {
         let mut rng = SmallRng::seed_from_u64(seed);
         let mut data = vec![0; rng.random_range(0..=max_len)];
         rng.fill_bytes(&mut data);
-        // Many bytes zero: figures that are nearly right.
+        // Many bytes are zero, so that values are nearly right.
         let keep: f64 = rng.random();
         for byte in &mut data {
             if rng.random_bool(keep) {

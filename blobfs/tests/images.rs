@@ -1,4 +1,5 @@
-//! Images that SPDK wrote: they load, list as SPDK lists them, and give the recorded contents.
+//! Tests of images that SPDK wrote: they load, list as SPDK lists them, and have the recorded
+//! contents.
 
 mod common;
 
@@ -48,7 +49,7 @@ fn check_contents(store: &Blobstore, facts: &str) {
     for (id, sum) in &sums {
         assert_eq!(&sha256(&whole(&store.open(*id).unwrap())), sum, "{id}");
     }
-    // The database image has sums of files instead.
+    // The database image has checksums of files instead.
     let files = facts.lines().filter(|line| line.starts_with('/'));
     let files: Vec<Vec<&str>> = files
         .map(|line| line.split_whitespace().collect())
@@ -69,7 +70,7 @@ fn check_contents(store: &Blobstore, facts: &str) {
     }
 }
 
-/// Only the super block and the masks, the pages before the metadata region, may differ.
+/// Asserts that only the super block and the masks, the pages before the metadata region, differ.
 fn assert_same_but_masks(before: &[u8], after: &[u8]) {
     let md_start = u32::from_le_bytes(before[48..52].try_into().unwrap()) as usize * 4096;
     assert_eq!(before.len(), after.len());
@@ -161,7 +162,7 @@ fn a_change_marks_the_store_dirty_and_an_unload_clean() {
         })
         .unwrap();
     assert_eq!(content(&dev)[16], 0);
-    // Without an unload the new blob is found by the scan.
+    // Without an unload the scan finds the new blob.
     drop(store);
     let store = Blobstore::load(dev.clone(), &opts).unwrap();
     assert_eq!(store.blobs().len(), before.len() + 1);
@@ -169,7 +170,7 @@ fn a_change_marks_the_store_dirty_and_an_unload_clean() {
     store.delete(id).unwrap();
     store.unload().unwrap();
     let after = content(&dev);
-    // What was taken and given back leaves no trace, but zeroed pages.
+    // Pages that were allocated and freed leave no trace but zeroes.
     assert_eq!(after[..4096], bytes[..4096]);
     let store = Blobstore::load(dev, &opts).unwrap();
     check(&store, &facts("small-blobfs-4096.img"));
@@ -190,7 +191,7 @@ fn refusals() {
         Err(Error::WrongType { .. })
     ));
     assert!(load(&bytes, Some(BsType::BLOBFS)).is_ok());
-    // A device that is smaller than the store.
+    // The device is smaller than the store.
     assert!(matches!(
         load(&bytes[..bytes.len() - (1 << 20)], None),
         Err(Error::Geometry { .. })
@@ -199,7 +200,7 @@ fn refusals() {
         load(&[0; 1 << 20], None),
         Err(Error::SuperBlock { .. })
     ));
-    // Larger is fine.
+    // A larger device is accepted.
     let mut larger = bytes.clone();
     larger.resize(bytes.len() + (5 << 20), 0);
     let store = load(&larger, None).unwrap();

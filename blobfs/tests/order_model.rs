@@ -6,7 +6,7 @@ mod sync {
     pub use shuttle::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     pub use shuttle::thread::{Thread, current, park};
 
-    /// A mutex without poison, as the library's.
+    /// A mutex without poison, like the library's.
     #[derive(Debug, Default)]
     pub struct Mutex<T>(shuttle::sync::Mutex<T>);
 
@@ -36,7 +36,7 @@ use format::BlobId;
 use order::{Order, Scope};
 use sync::{AtomicUsize, Ordering};
 
-/// How many orders are tried, at random and by preemption at few points.
+/// Number of orders that are tried, at random and by preemption at few points.
 const ORDERS: usize = 3000;
 
 /// An order, and how many are at each of two blobs.
@@ -80,7 +80,7 @@ fn all_kinds_of_waiters() {
                 world.change(ids);
             }
         }),
-        // A future that is polled by whoever comes first, then by somebody else.
+        // This is a future that is first polled by one thread, then by another.
         spawn(|world| {
             let mut waiting = Box::pin(world.order.enter_async(Scope::All));
             let mut nobody = Context::from_waker(Waker::noop());
@@ -90,7 +90,7 @@ fn all_kinds_of_waiters() {
             };
             world.change(&[0, 1]);
         }),
-        // A future that is dropped, before or after its turn has come.
+        // This is a future that is dropped, before or after its turn has come.
         spawn(|world| {
             let mut waiting = Box::pin(world.order.enter_async(blobs(&[1])));
             let mut nobody = Context::from_waker(Waker::noop());
@@ -109,7 +109,7 @@ fn all_kinds_of_waiters() {
     assert_eq!(world.done.load(Ordering::SeqCst), 4);
 }
 
-/// Who is forgotten sleeps for ever: the model ends with a deadlock then.
+/// One that is forgotten sleeps for ever, and the model then ends with a deadlock.
 #[test]
 fn everybody_who_waits_has_a_turn() {
     shuttle::check_random(all_kinds_of_waiters, ORDERS);

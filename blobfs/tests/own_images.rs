@@ -1,4 +1,5 @@
-//! Images that earlier versions of Pumice wrote: this one opens, checks, reads and changes them.
+//! Tests of images that earlier versions of Pumice wrote: this version opens, checks, reads and
+//! changes them.
 
 mod common;
 
@@ -21,7 +22,7 @@ enum Entry {
 
 type Tree = BTreeMap<String, Entry>;
 
-/// What OWN.tsv says of each image.
+/// Returns the content of OWN.tsv for each image.
 fn recorded() -> BTreeMap<String, Tree> {
     let text = std::fs::read_to_string(image_path("OWN.tsv")).unwrap();
     let mut images = BTreeMap::new();
@@ -92,7 +93,7 @@ fn every_image_mounts_and_shows_what_it_held() {
     for (name, expected) in images {
         let bytes = image(&name);
         let dev = memory_with(&bytes, 4096);
-        // A reader changes nothing, also where something has to be recovered.
+        // A reader changes nothing, even if something has to be recovered.
         let mut options = MountOptions::default();
         options.read_only = true;
         let fs = FileSystem::mount(Arc::clone(&dev), &options).unwrap();
@@ -102,7 +103,7 @@ fn every_image_mounts_and_shows_what_it_held() {
         drop(fs);
         assert!(content(&dev) == bytes, "{name}: a reader has written");
 
-        // A writer recovers it, and what it did is there after an orderly unmount.
+        // A writer recovers it, and its changes are there after an orderly unmount.
         let fs = FileSystem::mount(Arc::clone(&dev), &MountOptions::default()).unwrap();
         assert_eq!(tree(&fs), expected, "{name}");
         fs.unmount().unwrap();

@@ -1,5 +1,6 @@
-//! The pins of a frame, in all orders in which threads can see each other's steps: one release is the last, and
-//! whoever does it sees what was done under the others. It hands the frame to the cache, which may free it.
+//! A model of the pins of a frame, in all orders in which threads can see each other's steps. One
+//! release is the last, and whoever does it sees what was done under the others: it gives the frame
+//! to the cache, which may free it.
 
 mod primitives {
     pub use loom::sync::atomic::{AtomicUsize, Ordering};
@@ -14,7 +15,7 @@ use primitives::{AtomicUsize, Ordering};
 #[test]
 fn the_last_release_sees_all_that_was_done_under_the_others() {
     loom::model(|| {
-        // Held by whoever appends, then by two writes.
+        // It is held by whoever appends, then by two writes.
         let shared = Arc::new((Pins::new(true), [AtomicUsize::new(0), AtomicUsize::new(0)]));
         let last = Arc::new(AtomicUsize::new(0));
         let release = |shared: &(Pins, [AtomicUsize; 2]), last: &AtomicUsize| {

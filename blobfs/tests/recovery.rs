@@ -1,5 +1,5 @@
-//! Damage and read errors, most of all after an unclean stop: what could not be read is reported, kept, and
-//! given to nobody.
+//! Tests of damage and read errors, most of all after an unclean stop: blobs that could not be read
+//! are reported and kept, and their space is not given to others.
 
 mod common;
 
@@ -14,7 +14,7 @@ use pumice_blobfs::fs::{FileSystem, FormatOptions, FsError, MountOptions, OpenOp
 
 const CLUSTER: u64 = 8192;
 
-/// A store of three blobs that was not unloaded, and the blobs.
+/// Makes a store of three blobs that was not unloaded. Returns its bytes and the blobs.
 fn unclean() -> (Vec<u8>, Vec<BlobId>, u64) {
     let dev = memory(8 << 20, 4096);
     let opts = InitOptions {
@@ -54,7 +54,7 @@ fn one_cluster() -> CreateOptions {
     }
 }
 
-/// The store has one damaged blob, `id`: nothing is allocated, nothing of it is given away.
+/// Asserts that the store has one damaged blob, `id`, and that nothing is allocated or given away.
 fn assert_held(store: &Blobstore, id: BlobId, what: &str) {
     let damaged: Vec<BlobId> = store.damaged().into_iter().map(|(id, _)| id).collect();
     assert_eq!(damaged, [id], "{what}");
@@ -77,7 +77,7 @@ fn root_offset(md: u64, id: BlobId) -> usize {
 fn a_damaged_root_is_reported_and_kept_after_an_unclean_stop() {
     let (bytes, ids, md) = unclean();
     let root = root_offset(md, ids[1]);
-    // The page's id, its sequence number, descriptors, the unused rest, next, crc.
+    // The bytes are the page's id, its sequence number, descriptors, the unused rest, next and crc.
     for at in [0, 1, 2, 4, 7, 8, 16, 17, 40, 300, 3000, 4088, 4092, 4095] {
         let what = format!("byte {at} changed");
         let mut changed = bytes.clone();
@@ -89,7 +89,7 @@ fn a_damaged_root_is_reported_and_kept_after_an_unclean_stop() {
         assert_held(&store, ids[1], &what);
         let blob = store.open(ids[2]).unwrap();
         assert_eq!(read(&blob, 0, 4096), [3; 4096], "{what}");
-        // What needs no space works, and an unload does not make a clean store of it.
+        // Operations that need no space work, and an unload does not mark the store clean.
         write(&blob, 4096, &[9; 4096]);
         drop(blob);
         store.delete(ids[0]).unwrap();
@@ -98,7 +98,7 @@ fn a_damaged_root_is_reported_and_kept_after_an_unclean_stop() {
         let store = load(&dev);
         assert_held(&store, ids[1], &what);
         drop(store);
-        // With the byte as it was the blob is there, whole.
+        // With the original byte the blob is there completely.
         let mut healed = content(&dev);
         healed[root + at] ^= 0x41;
         let store = load(&memory_with(&healed, 4096));
@@ -139,7 +139,7 @@ fn a_page_that_cannot_be_read_is_tried_again_and_then_kept() {
             assert_held(&store, ids[1], &format!("page {page} unreadable"));
             drop(store);
             dev.clear();
-            // The medium was well: all is there, and nobody else has any of it.
+            // The medium works again: everything is there, and nobody else has any of it.
             let store = load(&faulty);
             assert_eq!(store.damaged(), []);
             let blob = store.open(ids[1]).unwrap();
@@ -232,7 +232,7 @@ fn a_repair_does_not_go_beyond_its_plan() {
     assert_eq!(load(&dev).blobs(), [ids[0]]);
 }
 
-/// A file system that was not unmounted, with a damaged root of `/log`.
+/// Makes a file system that was not unmounted, with a damaged root of `/log`.
 fn damaged_file_system(clean: bool) -> Vec<u8> {
     let dev = memory(32 << 20, 4096);
     FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
@@ -304,7 +304,7 @@ fn a_damaged_file_system_is_mounted_for_reading_only() {
     }
 }
 
-/// A store that was unloaded in order knows by its masks what a damaged blob holds.
+/// The masks of a store that was unloaded in order show what a damaged blob has.
 #[test]
 fn a_clean_store_goes_on_beside_a_damaged_blob() {
     let (bytes, ids, md) = unclean();

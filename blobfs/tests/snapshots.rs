@@ -1,4 +1,4 @@
-//! Snapshots, clones, inflation, external snapshots, growing.
+//! Tests of snapshots, clones, inflation, external snapshots and growing.
 
 mod common;
 
@@ -36,14 +36,15 @@ fn mark(blob: &Blob, cluster: u64, byte: u8) {
     write(blob, cluster * CLUSTER, &[byte; 4096]);
 }
 
-/// The first bytes of all clusters.
+/// Returns the first bytes of all clusters.
 fn marks(blob: &Blob) -> Vec<u8> {
     (0..blob.num_clusters())
         .map(|cluster| read(blob, cluster * CLUSTER, 4096)[1])
         .collect()
 }
 
-/// After an unload, and without one, the same is there and the check finds nothing.
+/// Asserts that the content is the same after an unload and without one, and that the check finds
+/// nothing.
 fn verify(store: &Blobstore) {
     let dev = memory_with(&content(store.device()), store.device().info().block_size);
     let again = Blobstore::load(dev.clone(), &LoadOptions::default()).unwrap();
@@ -99,7 +100,7 @@ fn snapshots_clones_and_copy_on_write() {
             store.clone_blob(blob.id(), &[]),
             Err(Error::InvalidInput(_))
         ));
-        // A parent of two, and a parent that is open, are not deleted.
+        // A parent of two clones, or an open parent, cannot be deleted.
         assert!(matches!(store.delete(one), Err(Error::Busy(_))));
         drop(frozen);
         assert!(matches!(store.delete(one), Err(Error::Busy(_))));
@@ -179,7 +180,7 @@ fn inflating_and_decoupling() {
         assert!(!clone.is_thin());
         assert_eq!((clone.num_allocated(), clone.parent()), (6, Parent::None));
         verify(&store);
-        // Nobody is left of two.
+        // Neither of the two clones is left.
         store.delete(two).unwrap();
         store.delete(one).unwrap();
         assert_eq!(marks(&clone), content);
@@ -230,7 +231,7 @@ fn sizes_that_differ_along_a_chain() {
     blob.resize(3).unwrap();
     let small = store.snapshot(blob.id(), &[]).unwrap();
     blob.resize(6).unwrap();
-    // Past the end of the small snapshot there is nothing, though the large one has data there.
+    // There is nothing past the end of the small snapshot, though the large one has data there.
     assert_eq!(marks(&blob), [1, 1, 1, 0, 0, 0]);
     verify(&store);
     let clone = store.open(store.clone_blob(small, &[]).unwrap()).unwrap();
@@ -324,7 +325,8 @@ fn external_snapshots() {
         store.unload().unwrap();
         assert_eq!(check(&dev).unwrap().findings, []);
 
-        // Without a way to open it the clone cannot be opened, the rest of the store can be used.
+        // Without a way to open the external snapshot the clone cannot be opened, but the rest of
+        // the store can be used.
         let store = Blobstore::load(dev.clone(), &LoadOptions::default()).unwrap();
         assert!(matches!(store.open(id), Err(Error::CannotOpen { .. })));
         store.create(&CreateOptions::default()).unwrap();
@@ -413,7 +415,7 @@ fn growing_with_the_device() {
     drop(store);
     let store = Blobstore::load(dev, &LoadOptions::default()).unwrap();
     assert_eq!(store.free_clusters(), 0);
-    // More clusters than the cluster mask has bits: it moves, with all the metadata.
+    // There are more clusters than the cluster mask has bits: it moves, with all the metadata.
     let opts = InitOptions {
         cluster_size: 4096,
         md_pages: Some(8),

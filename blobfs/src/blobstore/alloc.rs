@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-/// Which of `len` things are used. Takes the lowest free one first.
+/// A set of used numbers below `len`. It takes the lowest free one first.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Bitmap {
     words: Vec<u64>,
@@ -38,13 +38,13 @@ impl Bitmap {
         &self.words
     }
 
-    /// Is the bit used?
+    /// Whether the bit is used.
     pub fn is_set(&self, bit: u32) -> bool {
         assert!(bit < self.len, "bit {bit} of {}", self.len);
         self.words[bit as usize / 64] >> (bit % 64) & 1 != 0
     }
 
-    /// Marks a bit as used; tells whether it was free before.
+    /// Marks a bit as used. Returns whether it was free before.
     pub fn set(&mut self, bit: u32) -> bool {
         assert!(bit < self.len, "bit {bit} of {}", self.len);
         let word = &mut self.words[bit as usize / 64];
@@ -54,7 +54,7 @@ impl Bitmap {
         was_free
     }
 
-    /// Marks a bit as free; tells whether it was used before.
+    /// Marks a bit as free. Returns whether it was used before.
     pub fn clear(&mut self, bit: u32) -> bool {
         assert!(bit < self.len, "bit {bit} of {}", self.len);
         let index = bit as usize / 64;
@@ -95,20 +95,20 @@ impl Bitmap {
         None
     }
 
-    /// Are the `count` bits from `first` on all free?
+    /// Whether the `count` bits from `first` on are all free.
     pub fn is_free_run(&self, first: u32, count: u32) -> bool {
         first
             .checked_add(count)
             .is_some_and(|end| end <= self.len && self.next_used(first) >= end)
     }
 
-    /// The first of `count` free bits that follow one another, the lowest such run.
+    /// Returns the first of `count` consecutive free bits, in the lowest such run.
     pub fn find_run(&self, count: u32) -> Option<u32> {
         self.free_runs()
             .find_map(|run| (run.end - run.start >= count).then_some(run.start))
     }
 
-    /// The longest run of free bits; the lowest of several.
+    /// Returns the longest run of free bits, the lowest of several.
     pub fn longest_run(&self) -> Range<u32> {
         self.free_runs().fold(
             0..0,
@@ -131,12 +131,12 @@ impl Bitmap {
         })
     }
 
-    /// The first free bit from `from` on, or the length.
+    /// Returns the first free bit from `from` on, or the length.
     fn next_free(&self, from: u32) -> u32 {
         self.next(from, |word| !word)
     }
 
-    /// The first used bit from `from` on, or the length.
+    /// Returns the first used bit from `from` on, or the length.
     fn next_used(&self, from: u32) -> u32 {
         self.next(from, |word| word)
     }
@@ -156,7 +156,7 @@ impl Bitmap {
         self.len
     }
 
-    /// Marks everything used that `words` has used.
+    /// Marks every bit used that is used in `words`.
     pub fn merge(&mut self, words: &[u64]) {
         for (mine, other) in self.words.iter_mut().zip(words) {
             *mine |= other;
@@ -164,7 +164,7 @@ impl Bitmap {
         self.used = self.words.iter().map(|word| word.count_ones()).sum();
     }
 
-    /// Room for more; what is new is free.
+    /// Adds bits, which are free.
     pub fn grow(&mut self, len: u32) {
         assert!(len >= self.len, "a bitmap does not shrink");
         self.words.resize((len as usize).div_ceil(64), 0);

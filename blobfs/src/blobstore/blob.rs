@@ -15,7 +15,7 @@ use super::meta::{BlobMeta, ClearMethod, Parent};
 use super::ops::ClusterInit;
 use super::view::View;
 
-/// Name and new value of an xattr; `None`: removed.
+/// Name and new value of an xattr; `None` stands for removed.
 type PendingXattr = (Box<[u8]>, Option<Arc<[u8]>>);
 
 /// The part of an open blob that all its handles share.
@@ -27,7 +27,7 @@ pub(crate) struct Shared {
     pub meta: ArcSwap<BlobMeta>,
     /// Changes of xattrs that wait for [`Blob::sync_md`].
     pending: Mutex<Vec<PendingXattr>>,
-    /// Held while pending changes are written: two writers would each take them for theirs.
+    /// Held while pending changes are written, since two writers would each write the same changes.
     syncing: Mutex<()>,
     has_pending: AtomicBool,
 }
@@ -46,8 +46,8 @@ impl Shared {
     }
 }
 
-/// An open blob. Cheap to clone; the blob is closed when the last handle is dropped. May be used from any
-/// thread.
+/// An open blob. Clones are handles of the same blob, which is closed when the last handle is
+/// dropped. Any thread may use it.
 #[derive(Debug, Clone)]
 pub struct Blob {
     pub(crate) store: Blobstore,
@@ -55,68 +55,68 @@ pub struct Blob {
 }
 
 impl Blob {
-    /// Its id.
+    /// Id of the blob.
     #[must_use]
     pub fn id(&self) -> BlobId {
         self.shared.id
     }
 
-    /// The store that it is in.
+    /// The blobstore that contains it.
     #[must_use]
     pub fn store(&self) -> &Blobstore {
         &self.store
     }
 
-    /// Its size in clusters.
+    /// Size in clusters.
     #[must_use]
     pub fn num_clusters(&self) -> u64 {
         self.shared.view.load().num_clusters()
     }
 
-    /// Its size in bytes.
+    /// Size in bytes.
     #[must_use]
     pub fn len_bytes(&self) -> u64 {
         self.num_clusters() * self.store.cluster_size()
     }
 
-    /// How many clusters it holds itself.
+    /// Number of clusters that it has itself.
     #[must_use]
     pub fn num_allocated(&self) -> u64 {
         self.extents().num_allocated()
     }
 
-    /// Where its own clusters are: a snapshot, read without a lock. A resize makes a new one; entries of
-    /// this one change when a thin blob gets a cluster.
+    /// The map of its own clusters: a snapshot that is read without a lock. A resize makes a new
+    /// map. Entries of this one change when a thin blob gets a cluster.
     #[must_use]
     pub fn extents(&self) -> Arc<ExtentMap> {
         Arc::clone(&self.shared.view.load().own)
     }
 
-    /// May clusters be unallocated?
+    /// Whether clusters may be unallocated.
     #[must_use]
     pub fn is_thin(&self) -> bool {
         self.shared.meta.load().flags.thin()
     }
 
-    /// Is its data read-only, or the whole store?
+    /// Whether its data, or the whole store, is read-only.
     #[must_use]
     pub fn is_read_only(&self) -> bool {
         self.store.inner.read_only || self.shared.meta.load().flags.data_read_only()
     }
 
-    /// Where unallocated clusters are read from.
+    /// The source of unallocated clusters.
     #[must_use]
     pub fn parent(&self) -> Parent {
         self.shared.meta.load().parent()
     }
 
-    /// What happens to clusters that it gives back.
+    /// What happens to clusters that it frees.
     #[must_use]
     pub fn clear_method(&self) -> ClearMethod {
         self.shared.meta.load().clear_method()
     }
 
-    /// The value of an xattr, with changes that are not durable yet.
+    /// Returns the value of an xattr, with changes that are not durable yet.
     #[must_use]
     pub fn xattr(&self, name: &str) -> Option<Vec<u8>> {
         if self.shared.has_pending.load(Ordering::Acquire) {
@@ -136,7 +136,8 @@ impl Blob {
             .map(|value| value.to_vec())
     }
 
-    /// The names of its xattrs, with changes that are not durable yet. Bytes that are no UTF-8 are replaced.
+    /// Returns the names of its xattrs, with changes that are not durable yet. Bytes that are not
+    /// UTF-8 are replaced.
     #[must_use]
     pub fn xattr_names(&self) -> Vec<String> {
         self.xattrs()
@@ -145,7 +146,7 @@ impl Blob {
             .collect()
     }
 
-    /// Its xattrs, with changes that are not durable yet.
+    /// Returns its xattrs, with changes that are not durable yet.
     #[must_use]
     pub fn xattrs(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
         let mut meta = (**self.shared.meta.load()).clone();
@@ -161,19 +162,19 @@ impl Blob {
             .collect()
     }
 
-    /// Sets an xattr, in memory; [`Blob::sync_md`] makes it durable.
+    /// Sets an xattr in memory. [`Blob::sync_md`] makes it durable.
     ///
     /// # Errors
-    /// A name or value that cannot be stored, a read-only blob.
+    /// Fails for a name or value that cannot be stored, and for a read-only blob.
     pub fn set_xattr(&self, name: &str, value: &[u8]) -> Result<(), Error> {
         super::ops::check_xattr(name.as_bytes(), value)?;
         self.pend(name, Some(value.into()))
     }
 
-    /// Removes an xattr, in memory; [`Blob::sync_md`] makes it durable.
+    /// Removes an xattr in memory. [`Blob::sync_md`] makes it durable.
     ///
     /// # Errors
-    /// There is no such xattr, a read-only blob.
+    /// Fails when there is no such xattr, and for a read-only blob.
     pub fn remove_xattr(&self, name: &str) -> Result<(), Error> {
         if self.xattr(name).is_none() {
             return Err(Error::invalid(format!(
@@ -202,7 +203,7 @@ impl Blob {
     /// Makes changed xattrs durable. Blocks.
     ///
     /// # Errors
-    /// No metadata pages left, I/O errors; the changes then wait on.
+    /// Fails when no metadata pages are left, and with I/O errors. The changes then stay pending.
     pub fn sync_md(&self) -> Result<(), Error> {
         let _syncing = self.shared.syncing.lock();
         let changes: Vec<_> = self.shared.pending.lock().clone();
@@ -225,29 +226,29 @@ impl Blob {
         Ok(())
     }
 
-    /// Changes its size; durable on return. New clusters of a thick blob read as zeroes. Blocks; waits for
-    /// I/O in flight if it shrinks.
+    /// Changes its size. Durable on return. New clusters of a thick blob read as zeroes. Blocks;
+    /// waits for I/O in flight if the blob shrinks.
     ///
     /// # Errors
-    /// No space, a read-only blob, I/O errors.
+    /// Fails without space, for a read-only blob, and with I/O errors.
     pub fn resize(&self, num_clusters: u64) -> Result<(), Error> {
         self.resize_with(num_clusters, ClusterInit::Zeroes)
     }
 
-    /// As [`Blob::resize`], with a choice of what new clusters hold.
+    /// Changes its size as [`Blob::resize`] does, with a choice of the content of new clusters.
     ///
     /// # Errors
-    /// As [`Blob::resize`].
+    /// Fails as [`Blob::resize`] does.
     pub fn resize_with(&self, num_clusters: u64, init: ClusterInit) -> Result<(), Error> {
         let mut transaction = self.store.transaction();
         transaction.resize_with(self, num_clusters, init);
         transaction.commit().map(drop)
     }
 
-    /// Makes the blob read-only, for good. Waits for I/O in flight; durable on return.
+    /// Makes the blob permanently read-only. Waits for I/O in flight. Durable on return.
     ///
     /// # Errors
-    /// I/O errors.
+    /// Returns I/O errors.
     pub fn set_read_only(&self) -> Result<(), Error> {
         self.store.set_read_only(self.id())
     }

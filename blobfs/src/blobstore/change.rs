@@ -1,4 +1,4 @@
-//! Changes of metadata: staged in memory, made into a [`Batch`], then published.
+//! Changes of metadata: staged in memory, turned into a [`Batch`], then published.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use super::state::{Slot, State};
 pub(crate) enum MapChange {
     /// Nothing, or the map came with its extent pages from another blob.
     None,
-    /// The blob has a new map; extent pages that differ are written afresh.
+    /// The blob has a new map. Extent pages that differ are written to new pages.
     Replaced,
     /// Some entries change: (index, cluster), in order of index.
     Patch(Vec<(u64, u32)>),
@@ -33,36 +33,36 @@ pub(crate) enum MapChange {
 pub(crate) struct Staged {
     pub meta: BlobMeta,
     pub map: MapChange,
-    /// Something besides the map changes.
+    /// Whether something besides the map changes.
     pub other: bool,
     /// The version that is on disk.
     pub old: Option<Arc<BlobMeta>>,
 }
 
-/// A change in the making: commit it or roll it back.
+/// A change that is not committed yet. It must be committed or rolled back.
 #[derive(Debug, Default)]
 #[must_use = "what it has taken has to be given back: commit or roll back"]
 pub(crate) struct Change {
     pub staged: Vec<Staged>,
     pub deleted: Vec<Arc<BlobMeta>>,
-    /// Roots of damaged blobs that are given up.
+    /// Roots of damaged blobs that are deleted.
     pub discarded: Vec<u32>,
-    /// Puts content into newly taken clusters.
+    /// Operations that write the content of newly taken clusters.
     pub prepare: Vec<Op>,
     /// Clusters to release when the change is durable.
     pub freed_clusters: Vec<(u32, ClearMethod)>,
     /// Metadata pages to release when the change is durable.
     pub freed_pages: Vec<u32>,
-    /// A new super block, and the places and sizes that it gives.
+    /// A new super block, and the geometry that it describes.
     pub super_block: Option<Box<(SuperBlock, Geometry)>>,
-    /// How far into the reserve it may go.
+    /// How much of the reserve the change may use.
     pub spend: Spend,
     taken_clusters: Vec<u32>,
     taken_pages: Vec<u32>,
 }
 
 impl State {
-    /// The staged version of a blob; the current one if there is none yet.
+    /// Returns the staged version of a blob, which starts as a copy of the current one.
     pub fn stage<'c>(&self, change: &'c mut Change, id: BlobId) -> Result<&'c mut Staged, Error> {
         let found = change.staged.iter().position(|staged| staged.meta.id == id);
         let index = match found {
@@ -87,13 +87,13 @@ impl State {
         Ok(&mut change.staged[index])
     }
 
-    /// Takes a cluster.
+    /// Takes a free cluster.
     pub fn take_cluster(&mut self, change: &mut Change) -> Result<u32, Error> {
         Ok(self.take_clusters(change, 1, None)?[0])
     }
 
-    /// Takes `count` clusters: if possible those behind `last`, else others in one run, else whatever is
-    /// free, the lowest first.
+    /// Takes `count` clusters: the ones behind `last` if they are free, else others in one run,
+    /// else any free ones, lowest first.
     pub fn take_clusters(
         &mut self,
         change: &mut Change,
@@ -122,7 +122,8 @@ impl State {
         Ok(taken)
     }
 
-    /// While it is not known what a damaged blob holds, nothing is given to others.
+    /// Fails while it is not known which clusters a damaged blob holds, since nothing may be
+    /// allocated then.
     pub fn check_not_held(&self) -> Result<(), Error> {
         match self.held() {
             Some(id) => Err(Error::Held(id)),
@@ -130,7 +131,8 @@ impl State {
         }
     }
 
-    /// Takes a metadata page. Page 0 can only be a root: as an extent page it would not be recognised.
+    /// Takes a metadata page. Page 0 is only taken for a root, because an extent page would not be
+    /// recognised there.
     pub fn take_page(&mut self, change: &mut Change, root: bool) -> Result<u32, Error> {
         self.check_not_held()?;
         self.check_free_pages(1, change.spend)?;
@@ -152,7 +154,8 @@ impl State {
         }
     }
 
-    /// Lays out the pages of all staged blobs: what is to be written. The change then knows all that it takes.
+    /// Lays out the pages of all staged blobs and returns what has to be written. After this the
+    /// change names everything that it takes.
     pub fn batch(&mut self, change: &mut Change) -> Result<Batch, Error> {
         let mut batch = Batch::new(self.geo.clone());
         match &change.super_block {
@@ -193,7 +196,7 @@ impl State {
         change
             .freed_clusters
             .sort_unstable_by_key(|(cluster, _)| *cluster);
-        // A damaged blob may hold some of them, too (as a snapshot does while it is made or removed).
+        // A damaged blob may hold some of them too, as a snapshot does while it is made or removed.
         if self.held().is_none() {
             self.clear_clusters(&change.freed_clusters, &mut batch)?;
         }
@@ -266,8 +269,8 @@ impl State {
         Ok(())
     }
 
-    /// The commit point of a change that touches entries of one extent page and nothing else: that page,
-    /// rewritten in place.
+    /// Returns the commit point of a change that touches entries of one extent page and nothing
+    /// else: that page, rewritten in place.
     fn in_place(&self, staged: &Staged, patches: &[(u64, u32)]) -> Option<CommitPoint> {
         let per_page = EXTENTS_PER_PAGE as u64;
         let number = u32::try_from(patches.first()?.0 / per_page).ok()?;
@@ -290,7 +293,7 @@ impl State {
         })
     }
 
-    /// Writes the extent pages that have changed to fresh md pages.
+    /// Writes the extent pages that have changed to free metadata pages.
     fn lay_out_extent_pages(
         &mut self,
         change: &mut Change,
@@ -352,8 +355,8 @@ impl State {
         Ok(())
     }
 
-    /// After a change that failed: if it was the one that marks the store as not unloaded in order, the device may
-    /// have that mark or not.
+    /// Records that a change has failed. If it was the one that marks the store as not unloaded in
+    /// order, the device may or may not have that mark.
     pub fn note_mark_in_doubt(&mut self) {
         if !self.dirty {
             self.dirty = true;
@@ -361,7 +364,7 @@ impl State {
         }
     }
 
-    /// The change is durable: makes it visible and releases what it frees.
+    /// Makes a durable change visible and frees what it no longer needs.
     pub(super) fn publish(&mut self, change: Change) {
         self.dirty = true;
         self.clean_in_doubt = false;
@@ -462,7 +465,7 @@ pub(super) fn patched_page(meta: &BlobMeta, number: u32, patches: &[(u64, u32)])
     )
 }
 
-/// An empty map for a blob of this store.
+/// Returns an empty map for a blob of this store.
 pub(crate) fn empty_map(state: &State, num_clusters: u64, expected: u64) -> ExtentMap {
     ExtentMap::new(num_clusters, expected, state.geo.cluster_blocks())
 }

@@ -1,4 +1,4 @@
-//! A channel per thread and device, for as long as the device is wanted.
+//! A channel for each thread and device, for as long as the device is in use.
 
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,26 +13,26 @@ use pumice_bdev::{
 
 use super::error::Error;
 
-/// A device's channel that can be taken away from the thread that uses it.
+/// A device's channel that can be taken away from its thread.
 type Lease = Arc<Leasable>;
 /// See [`Lease`].
 type Leasable = Mutex<Leasing>;
 
-/// How long a closing waits for I/O in flight on the channels of all threads together.
+/// Longest wait of a closing for I/O in flight on the channels of all threads together.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long it holds one channel at a time; its thread wants to poll it, too.
+/// Longest time for which a closing holds one channel, since its thread has to poll it too.
 const SLICE: Duration = Duration::from_millis(1);
 
 struct Leasing {
     channel: Option<Box<dyn IoChannel>>,
-    /// Takes nothing new.
+    /// Whether new operations are refused.
     closing: bool,
-    /// Reaped by the one who closes, for the thread whose operations they are.
+    /// Completions that the closing thread has taken for the thread of the operations.
     left: Vec<Completion>,
 }
 
-/// The channels of all threads to one device. When it is closed or dropped, so are they: a thread that
-/// goes on living does not keep the device open.
+/// The channels of all threads to one device. They are closed when this is closed or dropped, so a
+/// living thread does not keep the device open.
 #[derive(Debug)]
 pub(crate) struct Channels {
     dev: Arc<dyn BlockDevice>,
@@ -74,7 +74,8 @@ impl Channels {
         }
     }
 
-    /// This thread's channel. While the thread ends, and its own data go, it is one for this call only.
+    /// Returns this thread's channel. While the thread ends and its thread-locals are being
+    /// dropped, the channel is for this call only.
     pub fn get(&self) -> Result<AsyncChannel, Error> {
         let found = CACHE.try_with(|cache| {
             let cache = cache.borrow();
@@ -116,8 +117,9 @@ impl Channels {
         Ok(channel)
     }
 
-    /// Takes nothing new on any channel, and waits until nothing is in flight. False, and all as before, if
-    /// that takes too long. The completions are kept for the threads whose operations they are.
+    /// Refuses new operations on every channel and waits until nothing is in flight. If that takes
+    /// too long, returns false and accepts operations again. The completions are kept for the
+    /// threads of the operations.
     pub fn quiesce(&self) -> bool {
         let all: Vec<Lease> = {
             let mut leases = self.leases.lock();
@@ -135,7 +137,7 @@ impl Channels {
         quiet
     }
 
-    /// After [`Channels::quiesce`]: takes operations again.
+    /// Accepts operations again after [`Channels::quiesce`].
     pub fn reopen(&self) {
         let mut leases = self.leases.lock();
         leases.closed = false;
@@ -144,7 +146,7 @@ impl Channels {
         }
     }
 
-    /// Closes all channels. What is still in flight is waited for, and its completions kept.
+    /// Closes all channels. Waits for operations in flight and keeps their completions.
     pub fn close(&self) {
         let all: Vec<Weak<Leasable>> = {
             let mut leases = self.leases.lock();
@@ -155,14 +157,14 @@ impl Channels {
         for lease in all.iter().filter_map(Weak::upgrade) {
             lease.lock().closing = true;
             drain(&lease, start);
-            // What has not come to an end by now is lost to its thread; dropping the channel waits for the
-            // buffers.
+            // The threads of operations that have not ended by now do not get their completions.
+            // Dropping the channel waits for the buffers.
             lease.lock().channel = None;
         }
     }
 }
 
-/// Polls a channel for its thread until nothing is in flight. False if that takes too long.
+/// Polls a channel for its thread until nothing is in flight. Returns false if that takes too long.
 fn drain(lease: &Lease, start: Instant) -> bool {
     loop {
         {
@@ -190,7 +192,7 @@ impl Drop for Channels {
     }
 }
 
-/// The channel that the thread sees. It holds nothing of the device: it lives as long as its thread.
+/// The channel that a thread has. It owns nothing of the device and lives as long as its thread.
 struct Leased {
     info: DeviceInfo,
     lease: Lease,

@@ -1,4 +1,4 @@
-//! `fsck`: what is on the device, checked without writing.
+//! `fsck`: checks the content of a device without writing.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -18,24 +18,24 @@ use super::store::Masks;
 use super::super_page::{self, Found};
 use super::{Blobstore, LoadOptions};
 
-/// How bad a finding is.
+/// The severity of a finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Severity {
-    /// Legal: what a crash leaves, or what is merely worth knowing.
+    /// Legal: what a crash leaves, or other information.
     Note,
-    /// Wrong, and mended by a repair without losing anything.
-    Mendable,
-    /// Wrong, and not to be mended without losing something: a repair removes damaged blobs, and leaves
-    /// clusters with several owners as they are.
+    /// Wrong, and corrected by a repair without losing anything.
+    Repairable,
+    /// Wrong, and not corrected without losing something: a repair removes damaged blobs, and
+    /// leaves clusters with several owners as they are.
     Error,
 }
 
-/// One thing that a check found.
+/// A finding of a check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
-    /// How bad it is.
+    /// The severity.
     pub severity: Severity,
-    /// What it is and where.
+    /// A description with the place.
     pub text: String,
 }
 
@@ -43,7 +43,7 @@ impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let severity = match self.severity {
             Severity::Note => "note",
-            Severity::Mendable => "error (mendable)",
+            Severity::Repairable => "error (repairable)",
             Severity::Error => "error",
         };
         write!(f, "{severity}: {}", self.text)
@@ -53,31 +53,31 @@ impl fmt::Display for Finding {
 /// The result of a check.
 #[derive(Debug, Clone, Default)]
 pub struct Report {
-    /// What was found, in the order of the checks.
+    /// The findings in the order of the checks.
     pub findings: Vec<Finding>,
-    /// Blobs that can be read.
+    /// Number of blobs that can be read.
     pub blobs: u64,
-    /// Blobs that are snapshots of others.
+    /// Number of blobs that are snapshots of others.
     pub snapshots: u64,
-    /// Clusters in use, those of the metadata included.
+    /// Number of used clusters, including those of the metadata.
     pub used_clusters: u64,
-    /// Clusters of the store.
+    /// Number of clusters of the store.
     pub total_clusters: u64,
-    /// Metadata pages in use.
+    /// Number of used metadata pages.
     pub used_pages: u64,
-    /// Pages of the metadata region.
+    /// Number of pages of the metadata region.
     pub total_pages: u64,
-    /// Was the store unloaded in order?
+    /// Whether the store was unloaded in order.
     pub clean: bool,
-    /// How many findings there are besides those in the list, and the worst of them.
+    /// Number of findings beyond those in the list, and the worst severity among them.
     untold: Option<(u64, Severity)>,
 }
 
-/// Findings that are told one by one; of more there is a count. An image must not take memory without bound.
+/// Most findings in the list; more are only counted. An image must not take unbounded memory.
 const MAX_FINDINGS: usize = 1000;
 
 impl Report {
-    /// The worst finding, or `None` if there is none but notes.
+    /// Returns the worst severity, or `None` if there are only notes.
     #[must_use]
     pub fn worst(&self) -> Option<Severity> {
         self.findings
@@ -96,7 +96,7 @@ impl Report {
         }
     }
 
-    /// Puts the count of what was left out at the end.
+    /// Appends the number of findings that were left out.
     fn close(&mut self) {
         if let Some((count, severity)) = self.untold.take() {
             let text = format!("{count} more findings of the same kinds");
@@ -105,20 +105,20 @@ impl Report {
     }
 }
 
-/// Checks a store without writing: super block, masks against metadata, every page that blobs use, clusters
-/// with two owners, snapshot trees. What a crash may leave, of Pumice's or SPDK's own order of writing, is
-/// legal and gives notes.
+/// Checks a store without writing: the super block, the masks against the metadata, every page that
+/// blobs use, clusters with two owners, and snapshot trees. States that a crash may leave, by
+/// Pumice's or SPDK's order of writing, are legal and give notes.
 ///
 /// # Errors
-/// There is no blobstore, its super block cannot be used, or the device fails.
+/// Fails when there is no blobstore, its super block cannot be used, or the device fails.
 pub fn check(dev: &Arc<dyn BlockDevice>) -> Result<Report, Error> {
     examine(dev).map(|(report, _)| report)
 }
 
-/// How the finding of an unclean store begins.
+/// The beginning of the finding for an unclean store.
 const NOT_UNLOADED: &str = "the store was not unloaded in order";
 
-/// The report, and the damaged blobs by themselves.
+/// Returns the report, and the damaged blobs separately.
 fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Error> {
     let dev: Arc<dyn BlockDevice> = Steady::new(Arc::clone(dev));
     let info = dev.info();
@@ -171,8 +171,8 @@ fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Err
             );
         }
         (None, true) => report.add(
-            Severity::Mendable,
-            "the store is marked clean, but a mask is no mask".to_owned(),
+            Severity::Repairable,
+            "the store is marked clean, but a mask is not valid".to_owned(),
         ),
         (Some(masks), true) => check_masks(&mut report, masks, &found, &geo),
     }
@@ -190,77 +190,79 @@ fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Err
     Ok((report, damaged))
 }
 
-/// What a repair would do: see [`plan`].
+/// The plan of a repair: see [`plan`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RepairPlan {
-    /// Damaged blobs that are removed, with all that they hold.
+    /// Damaged blobs that are removed with their content.
     pub removed: Vec<DamagedBlob>,
-    /// Findings that new masks and the end of half-done snapshots mend. Nothing is lost by that.
-    pub mended: Vec<String>,
+    /// Findings that new masks and the completion of interrupted snapshots correct, without any
+    /// loss.
+    pub corrected: Vec<String>,
 }
 
 /// A blob that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DamagedBlob {
-    /// Its id.
+    /// Id of the blob.
     pub id: BlobId,
-    /// Its xattr `name` (a file's path), if that can still be read.
+    /// Value of its xattr `name` (a file's path), if it can still be read.
     pub name: Option<String>,
-    /// What is wrong with it.
+    /// The damage.
     pub error: PageError,
 }
 
 impl RepairPlan {
-    /// Is there nothing to do?
+    /// Whether there is nothing to do.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.removed.is_empty() && self.mended.is_empty()
+        self.removed.is_empty() && self.corrected.is_empty()
     }
 
-    /// What will be done, a line each, those first that lose something.
+    /// Returns a line for each step, those that lose something first.
     #[must_use]
     pub fn lines(&self) -> Vec<String> {
         let removed = self.removed.iter().map(|blob| {
             let name = blob.name.as_deref();
             let name = name.map_or_else(String::new, |name| format!(" (\"{name}\")"));
             format!(
-                "remove blob {}{name} and give up what it holds: {}",
+                "remove blob {}{name} with its content: {}",
                 blob.id, blob.error
             )
         });
-        let mended = self.mended.iter().map(|text| format!("mend: {text}"));
-        removed.chain(mended).collect()
+        let corrected = self.corrected.iter().map(|text| format!("correct: {text}"));
+        removed.chain(corrected).collect()
     }
 }
 
-/// What [`apply`] would do on this device. Reads only. Blocks.
+/// Returns the plan for [`apply`] on this device. Only reads. Blocks.
 ///
 /// # Errors
-/// As [`check`].
+/// Fails as [`check`] does.
 pub fn plan(dev: &Arc<dyn BlockDevice>) -> Result<RepairPlan, Error> {
     let (report, removed) = examine(dev)?;
     let unclean = !report.clean;
-    let mended = report
+    let corrected = report
         .findings
         .iter()
         .filter(|finding| {
-            finding.severity == Severity::Mendable
+            finding.severity == Severity::Repairable
                 || (unclean && finding.text.starts_with(NOT_UNLOADED))
         })
         .map(|finding| finding.text.clone())
         .collect();
-    Ok(RepairPlan { removed, mended })
+    Ok(RepairPlan { removed, corrected })
 }
 
-/// Does what the plan says, and nothing more: removes its damaged blobs, completes or undoes snapshots, writes
-/// new masks, marks the store clean. Gives what was done, a line each. Clusters with several owners stay as
-/// they are. Blocks.
+/// Carries out the plan and nothing more: removes its damaged blobs, completes or undoes snapshots,
+/// writes new masks and marks the store clean. Returns a line for each step. Clusters with several
+/// owners stay as they are. Blocks.
 ///
 /// # Errors
-/// The store is loaded ([`Error::Busy`]); it has damage that the plan does not have ([`Error::DamagedStore`],
-/// and nothing was changed); as [`Blobstore::load`] and [`Blobstore::unload`].
+/// Fails when the store is loaded ([`Error::Busy`]), when it has damage that is not in the plan
+/// ([`Error::DamagedStore`]; nothing was changed), and as [`Blobstore::load`] and
+/// [`Blobstore::unload`] do.
 pub fn apply(dev: &Arc<dyn BlockDevice>, plan: &RepairPlan) -> Result<Vec<String>, Error> {
     let before = check(dev)?;
     let store = Blobstore::load_by_scan(Arc::clone(dev), &LoadOptions::default())?;
@@ -282,7 +284,7 @@ pub fn apply(dev: &Arc<dyn BlockDevice>, plan: &RepairPlan) -> Result<Vec<String
     store.unload()?;
     drop(store);
     if !damaged.is_empty() {
-        // What the removed blobs held is nobody's only now.
+        // Only now are the clusters and pages of the removed blobs free.
         let store = Blobstore::load_by_scan(Arc::clone(dev), &LoadOptions::default())?;
         store.unload()?;
     }
@@ -292,17 +294,17 @@ pub fn apply(dev: &Arc<dyn BlockDevice>, plan: &RepairPlan) -> Result<Vec<String
             .iter()
             .any(|(id, _)| finding.text.starts_with(&format!("blob {id}")));
         if !removed && !after.findings.contains(finding) {
-            done.push(format!("mended: {}", finding.text));
+            done.push(format!("corrected: {}", finding.text));
         }
     }
     Ok(done)
 }
 
-/// [`plan`] and [`apply`] in one: mends what a check calls mendable and what a crash left half done, and
-/// removes damaged blobs. Gives what was done. Blocks.
+/// Runs [`plan`] and [`apply`]: corrects repairable findings and states that a crash left, and
+/// removes damaged blobs. Returns a line for each step. Blocks.
 ///
 /// # Errors
-/// As [`apply`].
+/// Fails as [`apply`] does.
 pub fn repair(dev: &Arc<dyn BlockDevice>) -> Result<Vec<String>, Error> {
     apply(dev, &plan(dev)?)
 }
@@ -327,7 +329,7 @@ fn check_super(report: &mut Report, sb: &SuperBlock, found: &Scan, dev_bytes: u6
     }
 }
 
-/// Parents exist, there are no loops, marks name blobs that exist.
+/// Checks that parents exist, that there are no loops, and that marks name existing blobs.
 fn check_trees(report: &mut Report, found: &Scan) {
     let mut parents: HashSet<BlobId> = HashSet::new();
     // Blobs whose line of snapshots is known to end.
@@ -392,8 +394,8 @@ fn check_trees(report: &mut Report, found: &Scan) {
     }
 }
 
-/// Clusters and extent pages with two owners are legal between a snapshot that is being made or removed and
-/// its blob.
+/// Finds clusters and extent pages with two owners, which are legal between a snapshot that is
+/// being made or removed and its blob.
 fn check_owners(report: &mut Report, found: &Scan) {
     let pair = |meta: &BlobMeta| {
         let named = meta
@@ -467,7 +469,7 @@ fn check_masks(report: &mut Report, masks: &Masks, found: &Scan, geo: &Geometry)
                     if damaged {
                         Severity::Error
                     } else {
-                        Severity::Mendable
+                        Severity::Repairable
                     },
                     text,
                 );
@@ -479,14 +481,15 @@ fn check_masks(report: &mut Report, masks: &Masks, found: &Scan, geo: &Geometry)
     compare("blob ids", &masks.blobids, &roots);
 }
 
-/// Pages with a blob's content that no blob names: replaced, and a crash came before they were zeroed.
+/// Finds pages with a blob's content that no blob names: they were replaced, and a crash came
+/// before they were zeroed.
 fn check_orphans(report: &mut Report, found: &Scan) {
     let words = found.written.words().iter().zip(found.pages.words());
     let orphans: Vec<u64> = words.map(|(written, used)| written & !used).collect();
     let orphans: Vec<u32> = iter_words(&orphans).collect();
     if !orphans.is_empty() {
         let text = format!(
-            "{} metadata pages hold old content that no blob names any more: {}",
+            "{} metadata pages hold old content that no blob names: {}",
             orphans.len(),
             some(&orphans)
         );
@@ -494,7 +497,7 @@ fn check_orphans(report: &mut Report, found: &Scan) {
     }
 }
 
-/// The first few of a list.
+/// Formats the first few elements of a list.
 fn some(list: &[u32]) -> String {
     let more = if list.len() > 8 { ", …" } else { "" };
     let some: Vec<String> = list.iter().take(8).map(ToString::to_string).collect();

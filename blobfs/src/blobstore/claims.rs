@@ -1,7 +1,7 @@
-//! One store per device: which devices this process has loaded a store from.
+//! Claims of devices: a process loads at most one store from a device.
 //!
-//! Other processes are kept out by the device's own lock. Within a process nothing else would keep two stores
-//! from writing to one device, each by its own idea of what is free.
+//! The device's own lock excludes other processes. Without claims two stores of one process could
+//! write to one device, each with its own view of the free space.
 
 use std::collections::HashMap;
 use std::sync::LazyLock;
@@ -11,26 +11,26 @@ use pumice_bdev::BlockDevice;
 
 use super::error::Error;
 
-/// How a device is used.
+/// The use of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Use {
-    /// By so many stores that only read.
+    /// Used by this number of stores that only read.
     Read(usize),
-    /// By one store that may write.
+    /// Used by one store that may write.
     Write,
 }
 
 static USES: LazyLock<Mutex<HashMap<usize, Use>>> = LazyLock::new(Mutex::default);
 
-/// The right to use a device; given up when it is dropped. Whoever has it keeps the device alive.
+/// A claim of a device, released when it is dropped. Its owner keeps the device alive.
 #[derive(Debug)]
 pub(crate) struct Claim(usize);
 
 impl Claim {
-    /// Claims a device: alone, or for reading together with others that read.
+    /// Claims a device exclusively, or for reading together with other readers.
     ///
     /// # Errors
-    /// [`Error::Busy`].
+    /// Fails with [`Error::Busy`].
     pub fn new(dev: &dyn BlockDevice, read_only: bool) -> Result<Claim, Error> {
         let key = dev.identity();
         let mut uses = USES.lock();

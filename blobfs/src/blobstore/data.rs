@@ -1,4 +1,4 @@
-//! Where the bytes of a blob are: the one place that turns a range of a blob into ranges of the device.
+//! The one place that maps a range of a blob to ranges of the device.
 
 use std::ops::Range;
 
@@ -9,37 +9,37 @@ use super::error::Error;
 use super::gate::{Inside, Owed};
 use super::view::{Source, View};
 
-/// Where a part of a range lies.
+/// The place of a part of a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Place {
-    /// At this block of the device.
+    /// This block of the device.
     Device(u64),
-    /// Nowhere: it reads as zeroes.
+    /// No place: it reads as zeroes.
     Zeroes,
-    /// At this byte of the external snapshot.
+    /// This byte of the external snapshot.
     External(u64),
 }
 
-/// A part of a range of a blob: in one place, and short enough for one operation.
+/// A part of a range of a blob that is in one place and short enough for one operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Part {
-    /// Where it lies.
+    /// The place of the part.
     pub at: Place,
-    /// Where it begins in the range, in bytes.
+    /// Offset of the part in the range, in bytes.
     pub offset: u64,
-    /// How long it is, in bytes.
+    /// Length in bytes.
     pub len: u64,
 }
 
 impl Part {
-    /// The bytes of a buffer for the whole range that the part is.
+    /// Returns the part's bytes in a buffer for the whole range.
     pub fn bytes(&self) -> Range<usize> {
         let cast = |n: u64| usize::try_from(n).expect("the length of a buffer");
         cast(self.offset)..cast(self.offset + self.len)
     }
 }
 
-/// How ranges are cut.
+/// The rules for dividing ranges.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Cut {
     /// Bytes of a cluster.
@@ -51,8 +51,8 @@ pub(crate) struct Cut {
 }
 
 impl Cut {
-    /// Cuts `[offset, offset + len)` by where `source` says that each cluster lies. Neighbours on the device
-    /// stay together.
+    /// Divides `[offset, offset + len)` by the sources of its clusters. Clusters that are adjacent
+    /// on the device stay together.
     pub fn parts(&self, offset: u64, len: u64, source: impl Fn(u64) -> Source) -> Vec<Part> {
         let mut parts: Vec<Part> = Vec::with_capacity(1);
         let mut done = 0;
@@ -74,7 +74,7 @@ impl Cut {
         parts
     }
 
-    /// Adds a part, to the last one if it continues it.
+    /// Adds a part, to the last one if it continues that.
     fn add(&self, parts: &mut Vec<Part>, at: Place, offset: u64, len: u64) {
         if let Some(last) = parts.last_mut()
             && self.behind(last.at, last.len) == at
@@ -95,7 +95,7 @@ impl Cut {
         }
     }
 
-    /// The place `bytes` behind another.
+    /// Returns the place that is `bytes` behind another.
     fn behind(&self, at: Place, bytes: u64) -> Place {
         match at {
             Place::Device(lba) => Place::Device(lba + bytes / self.block),
@@ -105,7 +105,8 @@ impl Cut {
     }
 }
 
-/// The operations that write `data`, one slice behind the other, to `parts`. All parts lie on the device.
+/// Makes the operations that write `data`, consecutive slices, to `parts`, which all are on the
+/// device.
 pub(crate) fn write_ops(parts: &[Part], data: &[DmaSlice], fua: bool) -> Vec<Op> {
     let mut ops = Vec::with_capacity(parts.len());
     let mut slices = data.iter().cloned();
@@ -144,7 +145,7 @@ pub(crate) fn write_ops(parts: &[Part], data: &[DmaSlice], fua: bool) -> Vec<Op>
     ops
 }
 
-/// The bytes `range` of `data`, one slice behind the other, if they lie in one slice.
+/// Returns the bytes `range` of `data`, consecutive slices, if they are in one slice.
 pub(crate) fn slice_of(data: &[DmaSlice], range: Range<usize>) -> Option<DmaSlice> {
     let mut start = 0;
     for slice in data {
@@ -157,26 +158,28 @@ pub(crate) fn slice_of(data: &[DmaSlice], range: Range<usize>) -> Option<DmaSlic
     None
 }
 
-/// Bytes of a range of a blob on their way into memory.
+/// Bytes of a range of a blob that are being read into memory.
 #[derive(Debug)]
 pub(crate) enum Piece {
-    /// They are there.
+    /// The bytes are in memory.
     Filled(DmaBuf),
-    /// This operation brings them: a read into one buffer or into several.
+    /// This operation reads them, into one buffer or into several.
     FromDevice(Op),
 }
 
-/// The right to do I/O on a blob: while it lives, no cluster of the blob moves. The blob may grow.
+/// The right to do I/O on a blob. While it lives, no cluster of the blob moves, but the blob may
+/// grow.
 pub(crate) struct Access<'a> {
     pub blob: &'a Blob,
     pub inside: Inside<'a>,
 }
 
 impl Access<'_> {
-    /// Where a range that is written lies. What the blob does not have itself is [`Place::Zeroes`].
+    /// Returns the places of a range that is written. Clusters that the blob itself does not have
+    /// are [`Place::Zeroes`].
     ///
     /// # Errors
-    /// The blob or the store is read-only, the range lies outside of the blob.
+    /// Fails when the blob or the store is read-only, or the range lies outside of the blob.
     pub fn own_parts(&self, offset: u64, len: u64) -> Result<Vec<Part>, Error> {
         let view = self.blob.shared.view.load();
         self.blob.check_writable(&view)?;
@@ -185,10 +188,10 @@ impl Access<'_> {
         Ok(cut.parts(offset, len, |index| view.own_source(index)))
     }
 
-    /// Where a range that is read lies.
+    /// Returns the places of a range that is read.
     ///
     /// # Errors
-    /// The range lies outside of the blob.
+    /// Fails when the range lies outside of the blob.
     pub fn parts(&self, offset: u64, len: u64) -> Result<Vec<Part>, Error> {
         self.parts_in(&self.blob.shared.view.load(), offset, len)
     }
@@ -199,11 +202,12 @@ impl Access<'_> {
         Ok(cut.parts(offset, len, |index| view.source(index)))
     }
 
-    /// What brings `len` bytes from `offset` into memory, in order, in buffers of at most `longest` bytes.
-    /// Blocks if some of them lie in an external snapshot.
+    /// Returns what reads `len` bytes from `offset`, in order, in buffers of at most `longest`
+    /// bytes. Blocks if some of them are in an external snapshot.
     ///
     /// # Errors
-    /// The range lies outside of the blob, there is no memory, errors of the external snapshot.
+    /// Fails when the range lies outside of the blob, without memory, and with errors of the
+    /// external snapshot.
     pub fn pieces(&self, offset: u64, len: u64, longest: usize) -> Result<Vec<Piece>, Error> {
         let view = self.blob.shared.view.load();
         let parts = self.parts_in(&view, offset, len)?;
@@ -242,7 +246,8 @@ impl Access<'_> {
         Ok(pieces)
     }
 
-    /// Keeps the right for as long as what is returned lives, for I/O that outlives the call that starts it.
+    /// Keeps the right for as long as the result lives, for I/O that outlives the call that starts
+    /// it.
     pub fn hold(self) -> Owed {
         self.inside.owe(&self.blob.shared)
     }

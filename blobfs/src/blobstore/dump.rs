@@ -1,5 +1,5 @@
-//! What lies on a device, page by page, for people who look into a store. Nothing is taken for granted and
-//! nothing is written.
+//! The content of a device, page by page, for people who inspect a store. It trusts nothing and
+//! writes nothing.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,10 +16,10 @@ use super::format::{
 use super::geometry::Geometry;
 use super::mdio::MdIo;
 
-/// Pages read at once.
+/// Number of pages read at once.
 const READ_PAGES: u32 = 256;
 
-/// A look at a device.
+/// A reader of a device's content.
 #[derive(Debug)]
 pub struct Dump {
     io: MdIo,
@@ -28,16 +28,16 @@ pub struct Dump {
     problem: Option<String>,
 }
 
-/// A mask as it lies on disk.
+/// A mask as it is on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MaskDump {
     /// "metadata pages", "clusters" or "blob ids".
     pub name: &'static str,
     /// First page on the device.
     pub start: u32,
-    /// Pages.
+    /// Number of pages.
     pub len: u32,
-    /// The bits that are set, as ranges; or why this is no mask.
+    /// The bits that are set, as ranges, or the reason why this is not a mask.
     pub used: Result<Vec<Range<u32>>, String>,
 }
 
@@ -45,7 +45,7 @@ impl Dump {
     /// Reads the super block.
     ///
     /// # Errors
-    /// The device cannot be read, or has not even a page.
+    /// Fails when the device cannot be read, or has not even one page.
     pub fn open(dev: &Arc<dyn BlockDevice>) -> Result<Dump, Error> {
         let info = dev.info();
         let mut io = MdIo::new(dev)?;
@@ -68,7 +68,7 @@ impl Dump {
                 Err(error) => (None, Some(error.to_string())),
             },
             Err(error) => {
-                // With nothing but a wrong checksum, the figures may still lead to what is there.
+                // If only the checksum is wrong, the positions may still lead to the content.
                 let mut sealed = *page;
                 seal(&mut sealed);
                 let sb = SuperBlock::decode(&sealed).ok();
@@ -84,23 +84,23 @@ impl Dump {
         })
     }
 
-    /// The super block, right or wrong.
+    /// The super block, whether it is valid or not.
     #[must_use]
     pub fn super_block(&self) -> &RawSuperBlock {
         &self.raw
     }
 
-    /// Why the super block cannot be used. If it is only its checksum that is wrong, there are still masks
-    /// and pages to see.
+    /// The reason why the super block cannot be used. If only its checksum is wrong, masks and
+    /// pages can still be read.
     #[must_use]
     pub fn problem(&self) -> Option<&str> {
         self.problem.as_deref()
     }
 
-    /// The masks; none if the super block does not say where.
+    /// Reads the masks; none if the super block does not have their positions.
     ///
     /// # Errors
-    /// The device cannot be read.
+    /// Fails when the device cannot be read.
     pub fn masks(&mut self) -> Result<Vec<MaskDump>, Error> {
         let Some(geo) = self.geo.clone() else {
             return Ok(Vec::new());
@@ -159,10 +159,10 @@ impl Dump {
         Ok(masks)
     }
 
-    /// Hands every metadata page that is not all zero to `page`, with its index.
+    /// Calls `page` with every metadata page that is not all zero, and its index.
     ///
     /// # Errors
-    /// The device cannot be read.
+    /// Fails when the device cannot be read.
     pub fn pages(&mut self, mut page: impl FnMut(u32, &Page)) -> Result<(), Error> {
         let Some(geo) = self.geo.clone() else {
             return Ok(());
@@ -198,7 +198,7 @@ impl Dump {
     }
 }
 
-/// Sorted numbers as ranges.
+/// Converts sorted numbers to ranges.
 fn to_ranges(numbers: impl Iterator<Item = u32>) -> Vec<Range<u32>> {
     let mut ranges: Vec<Range<u32>> = Vec::new();
     for number in numbers {

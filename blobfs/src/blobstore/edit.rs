@@ -1,12 +1,13 @@
 //! Changes of metadata, from their turn in the order to their end.
 //!
-//! 1. An [`Edit`] is a turn in the [`order`](super::order): nobody else changes the blobs of its scope.
-//! 2. With the state locked a change is staged and gives a [`Batch`](super::commit::Batch).
+//! 1. An [`Edit`] is a turn in the [`order`](super::order): nobody else changes the blobs of its
+//!    scope.
+//! 2. With the state locked, a change is staged, which makes a [`Batch`](super::commit::Batch).
 //! 3. The batch is appended without that lock, beside those of other threads.
-//! 4. With the lock again the change is published, or what it has taken goes back.
+//! 4. With the lock again, the change is published, or what it has taken is given back.
 //!
-//! After a change whose outcome is open the store takes no others until that one is taken back, which each later
-//! change tries first.
+//! After a change whose outcome is open, the store accepts no others until that one is taken back.
+//! Each later change tries that first.
 
 use std::sync::Arc;
 
@@ -31,15 +32,15 @@ pub(crate) struct Edit<'a> {
     turn: Turn<'a>,
 }
 
-/// What an operation changes, and the open blobs whose I/O must not be in flight meanwhile.
+/// What an operation changes, and the open blobs that must have no I/O in flight meanwhile.
 pub(crate) type Plan = (Scope, Vec<Arc<Shared>>);
 
 impl Blobstore {
-    /// Waits until nobody else changes what the scope names. The state must not be locked, and the thread must not
-    /// have another edit.
+    /// Waits until nobody else changes what the scope names. The state must not be locked, and the
+    /// thread must not have another edit.
     ///
     /// # Errors
-    /// The store takes no changes.
+    /// Fails if the store accepts no changes.
     pub(crate) fn edit(&self, scope: &Scope) -> Result<Edit<'_>, Error> {
         loop {
             let turn = self.inner.order.enter(self.widened(scope));
@@ -57,7 +58,8 @@ impl Blobstore {
         }
     }
 
-    /// As [`Blobstore::edit`], for asynchronous code: this thread's own I/O goes on while it waits.
+    /// Begins an edit as [`Blobstore::edit`] does, for asynchronous code: this thread's own I/O
+    /// goes on while it waits.
     pub(crate) async fn edit_async(&self, scope: &Scope) -> Result<Edit<'_>, Error> {
         loop {
             let turn = self.inner.order.enter_async(self.widened(scope)).await;
@@ -67,9 +69,10 @@ impl Blobstore {
         }
     }
 
-    /// Waits until nobody else changes what the plan names, while no I/O is in flight on its open blobs and none
-    /// begins. Their gates are closed before the turn comes, since I/O behind them may need one. The plan is made
-    /// again when it has come: meanwhile more blobs may have been opened.
+    /// Waits until nobody else changes what the plan names, while no I/O is in flight on its open
+    /// blobs and none begins. Their gates are closed before the turn comes, since I/O that has
+    /// entered may need a turn. The plan is made again when the turn has come, because more blobs
+    /// may have been opened meanwhile.
     pub(crate) fn edit_frozen(
         &self,
         mut plan: impl FnMut(&State) -> Result<Plan, Error>,
@@ -88,7 +91,7 @@ impl Blobstore {
         }
     }
 
-    /// The scope of a change: everything if something has to be taken back first.
+    /// Returns the scope of a change, which is everything if something has to be taken back first.
     fn widened(&self, scope: &Scope) -> Scope {
         if self.inner.state.lock().wants_all() {
             Scope::All
@@ -97,7 +100,7 @@ impl Blobstore {
         }
     }
 
-    /// None: the turn's scope has become too small.
+    /// Begins the edit. Returns `None` if the turn's scope is no longer large enough.
     fn entered<'a>(&'a self, turn: Turn<'a>) -> Result<Option<Edit<'a>>, Error> {
         let edit = Edit { store: self, turn };
         if edit.turn.scope() == &Scope::All {
@@ -110,7 +113,7 @@ impl Blobstore {
     }
 }
 
-/// The error of a gate that does not empty.
+/// Returns the error of a gate that does not become empty.
 pub(crate) fn never_ends(id: BlobId) -> Error {
     Error::Busy(format!(
         "I/O to blob {id} does not come to an end; drive or await it before this operation"
@@ -118,12 +121,12 @@ pub(crate) fn never_ends(id: BlobId) -> Error {
 }
 
 impl State {
-    /// Must the next change be the only one, since it has something to take back first?
+    /// Whether the next change must be the only one, since it has something to take back first.
     fn wants_all(&self) -> bool {
         self.stopped.is_some()
     }
 
-    /// Does the store take changes?
+    /// Fails if the store accepts no changes.
     fn check_takes_changes(&self) -> Result<(), Error> {
         if self.unloaded {
             return Err(Error::Unloaded);
@@ -134,7 +137,7 @@ impl State {
         self.check_not_stopped()
     }
 
-    /// Is it known what the device holds?
+    /// Fails if it is not known what the device holds.
     pub fn check_not_stopped(&self) -> Result<(), Error> {
         match &self.stopped {
             Some(stop) => Err(Error::Stopped(stop.reason.clone())),
@@ -142,7 +145,7 @@ impl State {
         }
     }
 
-    /// Takes no changes from now on.
+    /// Stops changes from now on.
     pub fn stop(&mut self, error: &Error, for_good: bool) {
         let stop = self.stopped.get_or_insert_with(|| Stop {
             reason: error.to_string(),
@@ -153,17 +156,18 @@ impl State {
 }
 
 impl Edit<'_> {
-    /// The state, for a moment.
+    /// Locks the state, which must be held only briefly.
     pub fn state(&self) -> MutexGuard<'_, State> {
         self.store.inner.state.lock()
     }
 
-    /// Where things lie. While this edit covers everything, that stays.
+    /// Returns the geometry. It does not change while this edit covers everything.
     pub fn geometry(&self) -> Geometry {
         self.state().geo.clone()
     }
 
-    /// Stages a change and commits it. An operation of several commits that has failed at one of them, and undoes
+    /// Stages a change and commits it. If an operation of several commits has failed at one of them
+    /// and undoes those before it, this first takes back what that one has left.
     /// those before it, first takes back what that one has left.
     pub fn change(
         &self,
@@ -185,8 +189,8 @@ impl Edit<'_> {
         }
     }
 
-    /// Makes a change durable, then visible. On an error everything is as it was, unless it is
-    /// [`Error::Undecided`]: then the store takes no changes until it could take this one back.
+    /// Makes a change durable, then visible. After an error everything is as it was, unless it is
+    /// [`Error::Undecided`]: then the store accepts no changes until it can take this one back.
     pub fn commit(
         &self,
         mut state: MutexGuard<'_, State>,
@@ -212,7 +216,8 @@ impl Edit<'_> {
                 if !may_land(&error) {
                     state.rollback(change);
                 }
-                // Else the device may still write to what the change has taken: that stays taken until the next load.
+                // Otherwise the device may still write to what the change has taken, which
+                // therefore stays taken until the next load.
                 Err(error)
             }
             Err(Failure::Open { error, restore }) => {
@@ -227,8 +232,8 @@ impl Edit<'_> {
         }
     }
 
-    /// Tries to take back what was left open; the edit covers everything. On success the store takes changes
-    /// again.
+    /// Tries to take back what was left open. The edit covers everything. On success the store
+    /// accepts changes again.
     pub fn take_back_doubts(&self) {
         let doubts = std::mem::take(&mut self.state().doubts);
         for mut doubt in doubts {

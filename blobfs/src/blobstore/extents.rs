@@ -1,24 +1,24 @@
-//! Where the clusters of a blob are: [`ExtentMap`], read without a lock.
+//! The map of a blob's clusters, [`ExtentMap`], which is read without a lock.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::format::{EXTENTS_PER_PAGE, Run};
 
-/// Entries of a node of a sparse map.
+/// Number of entries of a node of a sparse map.
 const NODE: usize = 512;
-/// Clusters under one entry of a sparse map's top.
+/// Number of clusters under one entry of a sparse map's top.
 const TOP_SPAN: usize = NODE * NODE;
-/// Maps up to this size are dense whatever they hold.
+/// Largest map that is always dense.
 const DENSE_MAX: usize = 4096;
 
 type Leaf = Box<[AtomicU32]>;
 type Node = Box<[OnceLock<Leaf>]>;
 
-/// Cluster of a blob → cluster of the store, 0 where there is none.
+/// Maps a cluster of a blob to a cluster of the store, or to 0 if it is not allocated.
 ///
-/// Readers take no lock. A resize makes a new map; a cluster that a thin blob gets, or gives back, is
-/// changed in place. A huge thin blob takes memory only for what it holds.
+/// Readers take no lock. A resize makes a new map. A cluster that a thin blob allocates or frees is
+/// changed in place. A huge thin blob uses memory only for its allocated clusters.
 #[derive(Debug)]
 pub struct ExtentMap {
     num_clusters: usize,
@@ -37,7 +37,7 @@ fn atoms(len: usize) -> Box<[AtomicU32]> {
 }
 
 impl ExtentMap {
-    /// A map of unallocated clusters that is going to hold about `expected` allocated ones.
+    /// Makes a map of unallocated clusters, of which about `expected` will be allocated.
     pub(crate) fn new(num_clusters: u64, expected: u64, blocks_per_cluster: u64) -> ExtentMap {
         let num_clusters = usize::try_from(num_clusters).expect("at most 2^32 clusters");
         let dense = num_clusters <= DENSE_MAX || num_clusters as u64 / 4 <= expected;
@@ -57,13 +57,13 @@ impl ExtentMap {
         }
     }
 
-    /// Clusters of the blob.
+    /// Number of clusters of the blob.
     #[must_use]
     pub fn num_clusters(&self) -> u64 {
         self.num_clusters as u64
     }
 
-    /// The cluster of the store that is cluster `index` of the blob.
+    /// Returns the cluster of the store that is cluster `index` of the blob.
     #[inline]
     #[must_use]
     pub fn cluster(&self, index: u64) -> Option<u32> {
@@ -74,8 +74,8 @@ impl ExtentMap {
         }
     }
 
-    /// The first device block of cluster `index` of the blob, or `None` if it is not allocated (or lies
-    /// past the end).
+    /// Returns the first device block of cluster `index` of the blob, or `None` if it is not
+    /// allocated (or lies past the end).
     #[inline]
     #[must_use]
     pub fn lba(&self, index: u64) -> Option<u64> {
@@ -97,7 +97,7 @@ impl ExtentMap {
         }
     }
 
-    /// Changes an entry; 0 for unallocated.
+    /// Changes an entry; 0 stands for unallocated.
     pub(crate) fn set(&self, index: u64, cluster: u32) {
         let index = usize::try_from(index).expect("at most 2^32 clusters");
         assert!(
@@ -145,13 +145,13 @@ impl ExtentMap {
             })
     }
 
-    /// How many clusters are allocated.
+    /// Number of allocated clusters.
     #[must_use]
     pub fn num_allocated(&self) -> u64 {
         self.allocated().count() as u64
     }
 
-    /// The same clusters in a map of another size; what lies past its end is left out.
+    /// Returns a map of another size with the same clusters, without those past its end.
     pub(crate) fn resized(&self, num_clusters: u64, expected: u64) -> ExtentMap {
         let map = ExtentMap::new(num_clusters, expected, self.blocks_per_cluster);
         for (index, cluster) in self
@@ -163,19 +163,19 @@ impl ExtentMap {
         map
     }
 
-    /// The entries of extent page `number`, as many as it has to have.
+    /// Returns the entries of extent page `number`, as many as it must have.
     pub(crate) fn page(&self, number: u32) -> Vec<u32> {
         let start = number as usize * EXTENTS_PER_PAGE;
         let end = self.num_clusters.min(start + EXTENTS_PER_PAGE);
         (start..end).map(|index| self.get(index)).collect()
     }
 
-    /// How many extent pages the blob has.
+    /// Number of extent pages of the blob.
     pub(crate) fn num_pages(&self) -> u32 {
         u32::try_from(self.num_clusters.div_ceil(EXTENTS_PER_PAGE)).expect("at most 2^32 clusters")
     }
 
-    /// The clusters as runs, with `patches` (index, cluster) put over them.
+    /// Returns the clusters as runs, with `patches` (index, cluster) applied.
     pub(crate) fn runs(&self, patches: &[(u64, u32)]) -> Vec<Run> {
         let mut entries: std::collections::BTreeMap<u64, u32> = std::collections::BTreeMap::new();
         let mut runs: Vec<Run> = Vec::new();

@@ -9,16 +9,16 @@ use super::error::Error;
 use super::format::BlobId;
 use super::steady::Steady;
 
-/// Opens the external snapshot that a blob names by the bytes given.
+/// Opens the external snapshot that a blob names by these bytes.
 pub type OpenExternal = Arc<dyn ExternalOpener>;
 
-/// See [`OpenExternal`]. Implemented by every closure of this form.
+/// The interface of [`OpenExternal`]. Every closure of this form implements it.
 pub trait ExternalOpener: Send + Sync {
-    /// Opens the snapshot `ext_id` for `blob`. Is called with the metadata locked: it must not call the
-    /// blobstore.
+    /// Opens the snapshot `ext_id` for `blob`. It is called with the metadata locked and must not
+    /// call the blobstore.
     ///
     /// # Errors
-    /// Whatever the device's opening gives; the blob cannot be opened then.
+    /// Returns the error of opening the device. The blob cannot be opened then.
     fn open(&self, blob: BlobId, ext_id: &[u8]) -> Result<Arc<dyn BlockDevice>, BdevError>;
 }
 
@@ -53,13 +53,13 @@ impl External {
         }
     }
 
-    /// Its size in bytes.
+    /// Size in bytes.
     pub fn len_bytes(&self) -> u64 {
         self.dev.info().len_bytes()
     }
 
-    /// Fills `out` with what lies at `offset`, zeroes past the end. Blocks: the caller's channel is another
-    /// device's.
+    /// Reads into `out` from `offset`, zeroes past the end. Blocks, since the caller's channel
+    /// belongs to another device.
     pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), Error> {
         let info = self.dev.info();
         let block = u64::from(info.block_size);

@@ -1,5 +1,5 @@
-//! The gate of a blob: I/O passes it without touching a shared cache line, a metadata operation that moves
-//! clusters closes it and waits until what is inside has come out.
+//! The gate of a blob. I/O passes it without touching a shared cache line. A metadata operation
+//! that moves clusters closes it and waits until nothing is inside.
 
 use std::sync::Arc;
 use std::task::{Poll, Waker};
@@ -12,17 +12,17 @@ use super::blob::Shared;
 use super::format::BlobId;
 use super::lanes::{LANES, Lanes};
 
-/// How long a closing waits for I/O to come out.
+/// Longest wait of a closing for I/O to leave.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// See the module.
+/// The gate of a blob; see the module.
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
     lanes: Lanes,
     waiting: Mutex<Vec<Waker>>,
 }
 
-/// Somebody inside; leaves when dropped.
+/// I/O inside a gate. It leaves when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Inside<'a> {
     lanes: &'a Lanes,
@@ -41,14 +41,14 @@ impl Gate {
     #[inline]
     pub fn try_enter(&self) -> Option<Inside<'_>> {
         let lane = thread_number() % LANES;
-        // Made only after the entry: dropping it leaves.
+        // This is made only after the entry, since dropping it leaves.
         self.lanes.enter(lane).then(|| Inside {
             lanes: &self.lanes,
             lane,
         })
     }
 
-    /// Enters; waits while the gate is closed.
+    /// Enters. Waits while the gate is closed.
     #[inline]
     pub async fn enter(&self) -> Inside<'_> {
         match self.try_enter() {
@@ -64,14 +64,15 @@ impl Gate {
                 return Poll::Ready(inside);
             }
             self.waiting.lock().push(cx.waker().clone());
-            // It may have been opened before the waker was there.
+            // The gate may have been opened before the waker was there.
             self.try_enter().map_or(Poll::Pending, Poll::Ready)
         })
         .await
     }
 
-    /// Waits until nobody is inside. `drive` reaps I/O that no particular thread waits for. False if that takes
-    /// too long: most likely the caller's own thread has I/O in flight that it does not drive.
+    /// Waits until nobody is inside. `drive` takes completions of I/O that no particular thread
+    /// waits for. Returns false if that takes too long, most likely because the caller's own thread
+    /// has I/O in flight that it does not drive.
     fn wait_empty(&self, start: Instant, drive: &dyn Fn()) -> bool {
         let mut rounds = 0u32;
         while !self.lanes.is_empty() {
@@ -89,8 +90,9 @@ impl Gate {
         true
     }
 
-    /// Closes the gate, for asynchronous code: this thread's own I/O goes on while it waits until nobody is
-    /// inside; `drive` as in [`Frozen::close`]. `None` (and open again) if that takes too long.
+    /// Closes the gate, for asynchronous code: this thread's own I/O continues while it waits until
+    /// nobody is inside. `drive` is as in [`Frozen::close`]. Returns `None`, with the gate open
+    /// again, if that takes too long.
     pub async fn close_async(&self, drive: impl Fn()) -> Option<Closed<'_>> {
         self.shut();
         let closed = Closed { gate: self };
@@ -105,12 +107,12 @@ impl Gate {
         Some(closed)
     }
 
-    /// Lets nobody in any more.
+    /// Refuses entries from now on.
     fn shut(&self) {
         self.lanes.shut();
     }
 
-    /// Takes one `shut` back.
+    /// Undoes one `shut`.
     fn open(&self) {
         if !self.lanes.open() {
             return;
@@ -122,7 +124,7 @@ impl Gate {
     }
 }
 
-/// Lets the executor drive what else this thread has in flight, and other threads run.
+/// Lets the executor drive this thread's other I/O, and lets other threads run.
 pub(crate) async fn give_way() {
     let mut given = false;
     std::future::poll_fn(|cx| {
@@ -136,7 +138,7 @@ pub(crate) async fn give_way() {
     .await;
 }
 
-/// A closed gate; opens when dropped.
+/// A closed gate, which opens when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Closed<'a> {
     gate: &'a Gate,
@@ -148,12 +150,12 @@ impl Drop for Closed<'_> {
     }
 }
 
-/// Blobs whose gates are closed; they open when it is dropped.
+/// Blobs whose gates are closed. They open when this is dropped.
 #[derive(Debug, Default)]
 pub(crate) struct Frozen(Vec<Arc<Shared>>);
 
 impl Frozen {
-    /// Are the gates of all these closed?
+    /// Whether the gates of all these blobs are closed.
     pub fn covers(&self, blobs: &[Arc<Shared>]) -> bool {
         blobs.iter().all(|blob| self.has(blob))
     }
@@ -162,11 +164,12 @@ impl Frozen {
         self.0.iter().any(|closed| Arc::ptr_eq(closed, blob))
     }
 
-    /// Closes those gates that are open, and waits until no I/O is in flight behind them. Meanwhile `drive`
-    /// reaps I/O that no particular thread waits for. Not with the metadata locked: others need that meanwhile.
+    /// Closes those gates that are open, and waits until no I/O is in flight behind them. Meanwhile
+    /// `drive` takes completions of I/O that no particular thread waits for. Must not be called
+    /// with the metadata locked, which others need meanwhile.
     ///
     /// # Errors
-    /// The blob whose I/O does not come to an end.
+    /// Returns the blob whose I/O does not end.
     pub fn close(&mut self, blobs: Vec<Arc<Shared>>, drive: &dyn Fn()) -> Result<(), BlobId> {
         let first = self.0.len();
         for blob in blobs {
@@ -191,11 +194,11 @@ impl Drop for Frozen {
     }
 }
 
-/// The place inside a gate of I/O that outlives the call that began it; it leaves when it is dropped, which is
+/// The entry of I/O that outlives the call that began it. It leaves when this is dropped, which is
 /// when the device has answered.
 #[derive(Debug)]
 pub(crate) struct Owed {
-    /// The blob counts as open.
+    /// The blob, which counts as open.
     blob: Option<Arc<Shared>>,
     gate: Arc<Gate>,
     lane: usize,
@@ -203,14 +206,15 @@ pub(crate) struct Owed {
 
 impl Drop for Owed {
     fn drop(&mut self) {
-        // In this order: whoever finds the gate empty may delete the blob.
+        // In this order, since a thread that finds the gate empty may delete the blob.
         self.blob = None;
         self.gate.lanes.leave(self.lane);
     }
 }
 
 impl Inside<'_> {
-    /// Hands the place over to something that lives as long as it has to. `blob` is the one whose gate it is.
+    /// Passes the entry to an object that lives as long as necessary. `blob` is the blob of the
+    /// gate.
     pub fn owe(self, blob: &Arc<Shared>) -> Owed {
         assert!(
             std::ptr::eq(self.lanes, &raw const blob.gate.lanes),

@@ -1,4 +1,4 @@
-//! Where things lie on the device, from a checked super block.
+//! The places of everything on the device, from a checked super block.
 
 use std::ops::Range;
 
@@ -7,25 +7,26 @@ use pumice_bdev::DeviceInfo;
 use super::error::Error;
 use super::format::{PAGE_SIZE_U64, SuperBlock, mask_pages};
 
-/// Sizes and positions, all checked against the device.
+/// Sizes and positions that were checked against the device.
 #[derive(Debug, Clone)]
 pub(crate) struct Geometry {
-    /// Device block.
+    /// Bytes of a device block.
     pub block_size: u64,
     /// Bytes of a cluster.
     pub cluster_size: u64,
     /// Bytes of an io unit.
     pub io_unit_size: u32,
-    /// Clusters of the store, those of the metadata included.
+    /// Number of clusters of the store, including those of the metadata.
     pub total_clusters: u32,
-    /// Clusters at the front of the device that are never a blob's: the super block's.
+    /// Number of clusters at the front of the device that a blob never has: those of the super
+    /// block.
     pub front_clusters: u32,
-    /// Clusters that the masks and the metadata region touch. They begin at the front in a new store, and
-    /// lie anywhere once the region has moved.
+    /// Clusters of the masks and the metadata region. They begin at the front in a new store, and
+    /// may be anywhere after the region has moved.
     pub md_clusters: Range<u32>,
     /// First page of the metadata region.
     pub md_start: u32,
-    /// Pages of the metadata region.
+    /// Number of pages of the metadata region.
     pub md_len: u32,
 }
 
@@ -33,7 +34,7 @@ pub(crate) struct Geometry {
 struct Region(&'static str, u64, u64);
 
 impl Geometry {
-    /// Checks what `sb` says against itself and the device.
+    /// Checks the values of `sb` against each other and the device.
     pub fn new(sb: &SuperBlock, info: &DeviceInfo) -> Result<Geometry, Error> {
         let bad = |reason: String| Error::Geometry {
             device: info.name.clone(),
@@ -155,7 +156,7 @@ impl Geometry {
                     "the metadata takes more than the {total_clusters} clusters"
                 ))
             })?;
-        // The regions are sorted; the first is the super block.
+        // The regions are sorted. The first one is the super block.
         let begin = regions.get(1).map_or(0, |region| region.1) * PAGE_SIZE_U64 / cluster_size;
         let begin = u32::try_from(begin).expect("not behind the end, which is a u32");
         Ok(Geometry {
@@ -170,27 +171,27 @@ impl Geometry {
         })
     }
 
-    /// First block of a page of the device.
+    /// Returns the first block of a page of the device.
     pub fn page_lba(&self, page: u64) -> u64 {
         page * (PAGE_SIZE_U64 / self.block_size)
     }
 
-    /// First block of a metadata page, by its index in the region.
+    /// Returns the first block of a metadata page, by its index in the region.
     pub fn md_lba(&self, index: u32) -> u64 {
         self.page_lba(u64::from(self.md_start) + u64::from(index))
     }
 
-    /// First block of a cluster.
+    /// Returns the first block of a cluster.
     pub fn cluster_lba(&self, cluster: u32) -> u64 {
         u64::from(cluster) * self.cluster_blocks()
     }
 
-    /// Blocks of a cluster.
+    /// Number of blocks of a cluster.
     pub fn cluster_blocks(&self) -> u64 {
         self.cluster_size / self.block_size
     }
 
-    /// Is this the number of a cluster that may belong to a blob?
+    /// Whether this is the number of a cluster that may belong to a blob.
     pub fn is_data_cluster(&self, cluster: u64) -> bool {
         cluster >= u64::from(self.front_clusters)
             && !(u64::from(self.md_clusters.start)..u64::from(self.md_clusters.end))
@@ -198,19 +199,20 @@ impl Geometry {
             && cluster < u64::from(self.total_clusters)
     }
 
-    /// The clusters that no blob can have: the super block's, the masks', the metadata region's.
+    /// Returns the clusters that no blob can have: those of the super block, the masks and the
+    /// metadata region.
     pub fn own_clusters(&self) -> impl Iterator<Item = u32> + use<> {
         let front = self.front_clusters.min(self.md_clusters.start);
         (0..front).chain(self.md_clusters.clone())
     }
 
-    /// How many clusters blobs can have in all.
+    /// Number of clusters that blobs can have.
     pub fn data_clusters(&self) -> u32 {
         let front = self.front_clusters.min(self.md_clusters.start);
         self.total_clusters - front - (self.md_clusters.end - self.md_clusters.start)
     }
 
-    /// The lowest cluster that a blob can have; for messages.
+    /// Returns the lowest cluster that a blob can have, for messages.
     pub fn first_data_cluster(&self) -> u32 {
         if self.md_clusters.start <= self.front_clusters {
             self.md_clusters.end
@@ -219,13 +221,13 @@ impl Geometry {
         }
     }
 
-    /// Pages of a cluster.
+    /// Number of pages of a cluster.
     pub fn pages_per_cluster(&self) -> u64 {
         self.cluster_size / PAGE_SIZE_U64
     }
 }
 
-/// Where the masks and the metadata region go, one behind the other.
+/// The places of the masks and the metadata region, one after the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Layout {
     page_mask: u32,
@@ -235,13 +237,14 @@ pub(crate) struct Layout {
     mask_len: u32,
     md_start: u32,
     md_len: u32,
-    /// First page behind all of it.
+    /// The first page after all of them.
     pub end: u64,
 }
 
 impl Layout {
-    /// From page `at` on, for `md_len` metadata pages and `clusters` clusters. The cluster mask keeps room
-    /// for at least as many bits as there are pages. `None` if a position does not fit its field.
+    /// Computes the layout from page `at` on, for `md_len` metadata pages and `clusters` clusters.
+    /// The cluster mask has room for at least as many bits as there are pages. Returns `None` if a
+    /// position does not fit its field.
     pub fn at(at: u64, md_len: u32, clusters: u32) -> Option<Layout> {
         let pages = |bits: u32| u32::try_from(mask_pages(bits.into())).expect("at most 2^17 pages");
         let (mask_len, cluster_mask_len) = (pages(md_len), pages(clusters));
@@ -263,13 +266,13 @@ impl Layout {
         })
     }
 
-    /// Pages of the masks in front of the region.
+    /// Number of pages of the masks before the region.
     pub fn masks_len(md_len: u32, clusters: u32) -> u64 {
         let mask = mask_pages(md_len.into());
         2 * mask + mask_pages(clusters.into()).max(mask)
     }
 
-    /// Writes it into a super block.
+    /// Writes the layout into a super block.
     pub fn set(&self, sb: &mut SuperBlock) {
         sb.used_page_mask_start = self.page_mask.into();
         sb.used_page_mask_len = self.mask_len.into();

@@ -1,10 +1,11 @@
-//! A store that grows with its device, and a metadata region that grows or moves.
+//! Growth of a store with its device, and of its metadata region.
 //!
-//! The region grows in place where free clusters follow it and its masks have room for the bits. Else it
-//! moves: to a run of free clusters go the masks and a copy of the region with empty pages behind, all of
-//! it durable before one write of the super block switches over. The index of a page in the region stays,
-//! and with it every blob's id. Until that write the old place is untouched; after it the old clusters are
-//! free. A power cut leaves the one or the other, and a load of either finds the same blobs.
+//! The region grows in place where free clusters follow it and its masks have room for the bits.
+//! Otherwise it moves: the masks, and a copy of the region followed by empty pages, go to a run of
+//! free clusters. All of that is durable before one write of the super block switches over. A page
+//! keeps its index in the region, so every blob keeps its id. The old copy is untouched until that
+//! write, and its clusters are free after it. A power cut leaves one or the other, and a load of
+//! either finds the same blobs.
 
 use pumice_bdev::DeviceInfo;
 
@@ -17,15 +18,15 @@ use super::mdio::MdIo;
 use super::order::Scope;
 use super::state::State;
 
-/// A move is worth its while from this part of the region on.
+/// Divisor of the region: a move must gain at least this part of it.
 const LEAST_GAIN: u32 = 8;
 
-/// A way to more metadata pages.
+/// A way to get more metadata pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Growth {
     /// The region ends later.
     InPlace { md_len: u32 },
-    /// Masks and region go to the run of clusters from `first` on.
+    /// Masks and region move to the run of clusters from `first` on.
     Move { md_len: u32, first: u32 },
 }
 
@@ -38,12 +39,12 @@ impl Growth {
 }
 
 impl Blobstore {
-    /// Takes what the device has beyond the recorded size. Gives the number of new clusters, 0 if there is
-    /// nothing to gain. Where the cluster mask has no room for them, masks and metadata region move to new
-    /// clusters. One write of the super block switches over; durable on return. Blocks.
+    /// Takes what the device has beyond the recorded size. Returns the number of new clusters, 0 if
+    /// there are none. If the cluster mask has no room for them, masks and metadata region move to
+    /// new clusters. One write of the super block switches over. Durable on return. Blocks.
     ///
     /// # Errors
-    /// A store of an old version whose mask has no room, I/O errors.
+    /// Fails for a store of an old version whose mask has no room, and when the device fails.
     pub fn grow(&self) -> Result<u64, Error> {
         let edit = self.edit(&Scope::All)?;
         let info = self.inner.dev.info();
@@ -54,7 +55,7 @@ impl Blobstore {
         if wanted <= old {
             return Ok(0);
         }
-        // As the device says it, if that is not cut by the number of clusters.
+        // The size that the device reports, unless the number of clusters limits it.
         let size = if wanted < u32::MAX {
             info.len_bytes()
         } else {
@@ -73,11 +74,12 @@ impl Blobstore {
         Ok(u64::from(wanted - old))
     }
 
-    /// Gives the store at least `wanted` metadata pages: in place or by moving the region, or as many as
-    /// there is room for. Gives how many there are then. Durable on return. Blocks.
+    /// Enlarges the metadata region to at least `wanted` pages, or to as many as there is room for,
+    /// in place or by moving it. Returns the number that there are then. Durable on return. Blocks.
     ///
     /// # Errors
-    /// [`Error::NoMdPages`] if there is room for not even one more, a store of an old version, I/O errors.
+    /// Fails with [`Error::NoMdPages`] if there is no room for even one more, for a store of an old
+    /// version, and when the device fails.
     pub fn grow_md_pages(&self, wanted: u32) -> Result<u32, Error> {
         let edit = self.edit(&Scope::All)?;
         if wanted > edit.geometry().md_len {
@@ -89,7 +91,7 @@ impl Blobstore {
 }
 
 impl State {
-    /// Bits that the cluster mask has room for.
+    /// Returns the number of bits that the cluster mask has room for.
     fn cluster_mask_room(&self) -> u32 {
         let sb = &self.sb;
         let start = sb.used_cluster_mask_start.get();
@@ -106,12 +108,13 @@ impl State {
         mask_bits(next - start)
     }
 
-    /// May the metadata not grow?
+    /// Whether the store is of a version whose metadata cannot grow.
     fn is_old_version(&self) -> bool {
         self.sb.version.get() < 3 || self.sb.used_blobid_mask_len.get() == 0
     }
 
-    /// The way to `wanted` pages, or to as many as there is room for while `keep` clusters stay free.
+    /// Returns the way to `wanted` pages, or to as many as there is room for while `keep` clusters
+    /// stay free.
     fn best_growth(&self, wanted: u32, keep: u32) -> Result<Growth, Error> {
         let none = Error::NoMdPages {
             needed: u64::from(wanted - self.geo.md_len),
@@ -130,7 +133,7 @@ impl State {
         ways.max_by_key(|growth| growth.md_len()).ok_or(none)
     }
 
-    /// How far the region can grow where it is.
+    /// Returns how far the region can grow where it is.
     fn growth_in_place(&self, wanted: u32, keep: u32) -> Option<Growth> {
         let geo = &self.geo;
         let ends = geo.md_clusters.end;
@@ -146,7 +149,7 @@ impl State {
         let md_len = u32::try_from(limit)
             .unwrap_or(u32::MAX - geo.md_start)
             .min(mask_bits(masks));
-        // Up to the end of the cluster that the last wanted page lies in.
+        // This is the end of the cluster that the last wanted page is in.
         let full = (u64::from(geo.md_start) + u64::from(wanted))
             .next_multiple_of(geo.pages_per_cluster())
             - u64::from(geo.md_start);
@@ -154,11 +157,11 @@ impl State {
         (md_len > geo.md_len).then_some(Growth::InPlace { md_len })
     }
 
-    /// Where the region can move to and how long it is there.
+    /// Returns where the region can move to and how long it is there.
     fn growth_by_move(&self, wanted: u32, keep: u32) -> Option<Growth> {
         let (geo, total) = (&self.geo, self.geo.total_clusters);
         let old_clusters = geo.md_clusters.end - geo.md_clusters.start;
-        // The old place comes back.
+        // The clusters of the old copy become free.
         let most = self
             .clusters
             .free()
@@ -179,7 +182,7 @@ impl State {
         (md_len > geo.md_len + gain).then_some(Growth::Move { md_len, first })
     }
 
-    /// Lets memory follow a super block with other places or sizes.
+    /// Updates the state in memory to a super block with other positions or sizes.
     pub fn relocate(&mut self, new: Geometry) {
         self.clusters.grow(new.total_clusters);
         self.pages.grow(new.md_len);
@@ -200,7 +203,8 @@ impl Edit<'_> {
         self.store.inner.dev.info()
     }
 
-    /// Gives the region `wanted` pages, or as many as there is room for while `keep` clusters stay free.
+    /// Enlarges the region to `wanted` pages, or to as many as there is room for while `keep`
+    /// clusters stay free.
     pub fn grow_metadata(&self, wanted: u32, keep: u32) -> Result<(), Error> {
         let (geo, best, mut sb) = {
             let state = self.state();
@@ -236,7 +240,7 @@ impl Edit<'_> {
         Ok(())
     }
 
-    /// Moves masks and region to where there is room for `total` clusters.
+    /// Moves masks and region to where there is room for the bits of `total` clusters.
     fn move_metadata(&self, md_len: u32, total: u32, size: u64) -> Result<(), Error> {
         let (geo, needed, first, old_version) = {
             let state = self.state();
@@ -282,7 +286,7 @@ impl Edit<'_> {
         sb.size = size.into();
         let new = Geometry::new(&sb, self.info())?;
         let mut io = self.store.inner.md_channels.get()?;
-        // Old bytes of a file must not pass for a blob's root, nor for a mask.
+        // The old bytes of a file must not look like a blob's root, or like a mask.
         let start = old.page_lba(at);
         let zeroes = io.can().zeroes(start, old.page_lba(layout.end) - start)?;
         io.run(zeroes)?;
@@ -292,8 +296,9 @@ impl Edit<'_> {
         self.switch(sb)
     }
 
-    /// Copies the pages of the region to their new place, used or not: what a damaged blob may own is not
-    /// known. A page that cannot be read and that nobody uses stays empty.
+    /// Copies the pages of the region to their new positions, used or not, since it is not known
+    /// which pages a damaged blob owns. A page that cannot be read and that nothing uses stays
+    /// empty.
     fn copy_region(&self, io: &mut MdIo, old: &Geometry, new: &Geometry) -> Result<(), Error> {
         let per_read = io.can().max_io_blocks() * old.block_size / PAGE_SIZE_U64;
         let per_read = u32::try_from(per_read).unwrap_or(u32::MAX).max(1);
@@ -314,7 +319,7 @@ impl Edit<'_> {
         Ok(())
     }
 
-    /// Makes `sb` the super block, the commit point of every growth.
+    /// Makes `sb` the super block. This is the commit point of every growth.
     fn switch(&self, sb: SuperBlock) -> Result<(), Error> {
         let geo = Geometry::new(&sb, self.info())?;
         self.change(|_, change| {
@@ -339,20 +344,20 @@ fn copy_pages(
     io.run(writes)
 }
 
-/// Bits that a mask of so many pages has.
+/// Returns the number of bits in a mask of this many pages.
 fn mask_bits(pages: u32) -> u32 {
     let bytes = (u64::from(pages) * PAGE_SIZE_U64).saturating_sub(MASK_HEADER_LEN as u64);
     u32::try_from(bytes * 8).unwrap_or(u32::MAX)
 }
 
-/// Clusters that masks and region take.
+/// Returns the number of clusters that masks and region take.
 fn clusters_for(geo: &Geometry, md_len: u32, total: u32) -> u32 {
     let pages = Layout::masks_len(md_len, total) + u64::from(md_len);
     u32::try_from(pages.div_ceil(geo.pages_per_cluster())).unwrap_or(u32::MAX)
 }
 
-/// The longest region that fits so many clusters with its masks, but not more than `wanted` and what fills
-/// the last of the clusters that this takes.
+/// Returns the length of the longest region that fits into this many clusters together with its
+/// masks, but at most `wanted` and what fills the last cluster that this takes.
 fn pages_in(geo: &Geometry, clusters: u32, wanted: u32, total: u32) -> Option<u32> {
     let clusters = clusters.min(clusters_for(geo, wanted, total));
     let pages = u64::from(clusters) * geo.pages_per_cluster();

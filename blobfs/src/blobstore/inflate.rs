@@ -1,4 +1,4 @@
-//! Blobs made independent of their parents, or dependent on others; copies of what a blob holds itself.
+//! Changes of a blob's parent, and copies of the clusters that a blob has itself.
 
 use std::sync::Arc;
 
@@ -18,48 +18,49 @@ use super::state::State;
 use super::thin::copy_of;
 use super::view::View;
 
-/// Clusters that are copied before they are made durable.
+/// Number of clusters that are copied before they are made durable.
 const BATCH: usize = 32;
 
-/// Which clusters a blob gets of its own.
+/// The clusters that a blob is to have itself.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Which {
-    /// All.
+    /// All clusters.
     All,
-    /// Those that its parent has.
+    /// The clusters that its parent has.
     Parents,
 }
 
-/// Clusters that a blob is going to have, filled.
+/// Filled clusters that a blob will get.
 struct Copies {
     change: Change,
-    /// Index in the blob, cluster of the store.
+    /// Pairs of index in the blob and cluster of the store.
     list: Vec<(u64, u32)>,
     /// The blob as it was when the clusters were taken.
     below: Arc<View>,
 }
 
 impl Blobstore {
-    /// Gives a thin blob all its clusters, with the contents that it reads there; then it is thick and has
-    /// no parent. Durable on return. Blocks; other operations go on meanwhile.
+    /// Gives a thin blob all its clusters, with the content that it reads there. It is then thick
+    /// and has no parent. Durable on return. Blocks; other operations go on meanwhile.
     ///
     /// # Errors
-    /// Too few free clusters, a blob whose metadata is read-only, I/O errors; the blob is as it was then.
+    /// Fails if there are too few free clusters, if the blob's metadata is read-only, and when the
+    /// device fails. The blob is then as it was.
     pub fn inflate(&self, id: BlobId) -> Result<(), Error> {
         self.detach(id, Which::All)
     }
 
-    /// Gives a clone the clusters of its parent; its parent is then its parent's parent. It stays thin.
-    /// Durable on return. Blocks; other operations go on meanwhile.
+    /// Gives a clone the clusters of its parent. Its parent is then its parent's parent. It stays
+    /// thin. Durable on return. Blocks; other operations go on meanwhile.
     ///
     /// # Errors
-    /// The blob has no parent; otherwise as [`Blobstore::inflate`].
+    /// Fails if the blob has no parent, and as [`Blobstore::inflate`] does.
     pub fn decouple(&self, id: BlobId) -> Result<(), Error> {
         self.detach(id, Which::Parents)
     }
 
-    /// Takes the clusters, fills them in batches, then changes the blob in one commit; all over again if
-    /// meanwhile something else came to lie below the blob.
+    /// Takes the clusters, fills them in batches, then changes the blob in one commit. Starts again
+    /// if the blob's parents have changed meanwhile.
     fn detach(&self, id: BlobId, which: Which) -> Result<(), Error> {
         let blob = self.open(id)?;
         while let Some(copies) = self.begin_detach(&blob, which)? {
@@ -70,7 +71,7 @@ impl Blobstore {
         Ok(())
     }
 
-    /// Takes the clusters that the blob lacks and fills them. `None`: there is nothing to be done.
+    /// Takes the clusters that the blob lacks and fills them. Returns `None` if there are none.
     fn begin_detach(&self, blob: &Blob, which: Which) -> Result<Option<Copies>, Error> {
         let id = blob.id();
         let edit = self.edit(&Scope::Blobs(vec![id]))?;
@@ -85,7 +86,7 @@ impl Blobstore {
         if !meta.flags.thin() {
             return Ok(None);
         }
-        // A huge thin blob is refused without a look at every cluster.
+        // A huge thin blob is refused without looking at every cluster.
         let at_least = match which {
             Which::All => meta.map.num_clusters() - meta.map.num_allocated(),
             Which::Parents => 0,
@@ -99,7 +100,8 @@ impl Blobstore {
         };
         let taken = state.take_clusters(&mut copies.change, indices.len() as u64, None)?;
         copies.list.extend(indices.into_iter().zip(taken));
-        // Others may change the blob, and what lies below it, while it is copied: the end looks whether they have.
+        // Others may change the blob and its parents while it is copied. The end checks whether
+        // they have.
         drop(state);
         drop(edit);
         for batch in copies.list.chunks(BATCH) {
@@ -111,7 +113,7 @@ impl Blobstore {
         Ok(Some(copies))
     }
 
-    /// Fills clusters with what a blob reads there from below.
+    /// Fills clusters with what a blob reads there from its parents.
     fn copy_up(&self, below: &View, copies: &[(u64, u32)]) -> Result<(), Error> {
         let io = &mut *self.inner.md_channels.get()?;
         let geo = self.inner.state.lock().geo.clone();
@@ -119,11 +121,12 @@ impl Blobstore {
             let ops = copy_of(io, &geo, below, *index, geo.cluster_lba(*cluster))?;
             io.run(ops)?;
         }
-        // Durable before the map that names them.
+        // The copies are durable before the map that names them.
         io.flush()
     }
 
-    /// Changes the blob. `false`, and nothing is changed: what lies below it is no longer what was copied.
+    /// Changes the blob. Returns `false` and changes nothing if the blob's parents are no longer
+    /// those that were copied.
     fn end_detach(&self, blob: &Blob, which: Which, copies: Copies) -> Result<bool, Error> {
         let Copies {
             mut change,
@@ -162,11 +165,13 @@ impl Blobstore {
         }
     }
 
-    /// Makes `parent`, a read-only blob of the same size, what a blob reads where it has no clusters of its
-    /// own. It becomes thin. Waits for I/O in flight; durable on return. Blocks.
+    /// Makes `parent`, a read-only blob of the same size, the parent of a blob, which becomes thin.
+    /// Where the blob has no clusters of its own it then reads the parent's. Waits for I/O in
+    /// flight. Durable on return. Blocks.
     ///
     /// # Errors
-    /// Sizes differ, the parent is not read-only or descends from the blob, I/O errors.
+    /// Fails if the sizes differ, if the parent is not read-only or descends from the blob, and
+    /// when the device fails.
     pub fn set_parent(&self, id: BlobId, parent: BlobId) -> Result<(), Error> {
         let plan = |state: &State| Ok((Scope::All, state.open_family(id)));
         let (_frozen, edit) = self.edit_frozen(plan)?;
@@ -195,11 +200,13 @@ impl Blobstore {
         edit.relink(id, &Parent::Snapshot(parent))
     }
 
-    /// Makes an external snapshot what a blob reads where it has no clusters of its own. It becomes thin.
-    /// Waits for I/O in flight; durable on return. Blocks.
+    /// Makes an external snapshot the parent of a blob, which becomes thin. Where the blob has no
+    /// clusters of its own it then reads the external snapshot's. Waits for I/O in flight. Durable
+    /// on return. Blocks.
     ///
     /// # Errors
-    /// The snapshot cannot be opened by the way given at load, or is no whole number of clusters; I/O errors.
+    /// Fails if the function given at load cannot open the snapshot, if the snapshot is not a whole
+    /// number of clusters, and when the device fails.
     pub fn set_external_parent(&self, id: BlobId, external_id: &[u8]) -> Result<(), Error> {
         check_xattr(super::meta::EXTSNAP, external_id)?;
         let plan = |state: &State| Ok((Scope::All, state.open_family(id)));
@@ -219,11 +226,12 @@ impl Blobstore {
         edit.relink(id, &Parent::External(external_id.into()))
     }
 
-    /// Copies the clusters that a read-only blob has itself, and no others, to the same offsets of a device.
-    /// `progress` is told how many clusters are done. Blocks.
+    /// Copies the clusters that a read-only blob has itself, and no others, to the same offsets of
+    /// a device. Calls `progress` with the number of clusters that are done. Blocks.
     ///
     /// # Errors
-    /// The blob is not read-only, the device is too small or has larger blocks, I/O errors.
+    /// Fails if the blob is not read-only, if the device is too small or has larger blocks, and
+    /// when a device fails.
     pub fn shallow_copy(
         &self,
         id: BlobId,
@@ -280,7 +288,7 @@ impl Blobstore {
     }
 }
 
-/// Does the same lie below the blob in both views?
+/// Whether the blob has the same parents in both views.
 fn same_below(a: &View, b: &View) -> bool {
     let externals = match (&a.external, &b.external) {
         (None, None) => true,
@@ -298,7 +306,8 @@ fn same_below(a: &View, b: &View) -> bool {
         }
 }
 
-/// Clusters that a blob has to get; if they are more than `limit`, one more than that.
+/// Returns the clusters that a blob has to get. If they are more than `limit`, returns one more
+/// than that.
 fn missing(blob: &Blob, which: Which, limit: u64) -> Vec<u64> {
     let most = usize::try_from(limit)
         .unwrap_or(usize::MAX)
@@ -353,8 +362,8 @@ impl State {
         Ok(grown)
     }
 
-    /// Stages a blob with its copies and without its parent. Meanwhile it may have been written (then it
-    /// has clusters of its own there) and resized.
+    /// Stages a blob with its copies and without its parent. Meanwhile it may have been written,
+    /// and then has clusters of its own there, and it may have been resized.
     fn stage_detached(
         &mut self,
         change: &mut Change,
@@ -395,7 +404,7 @@ impl State {
 }
 
 impl Edit<'_> {
-    /// Changes a blob's parent. No I/O through it is in flight.
+    /// Changes a blob's parent. No I/O through the blob is in flight.
     fn relink(&self, id: BlobId, parent: &Parent) -> Result<(), Error> {
         self.change(|state, change| {
             state.check_writable(id)?;
@@ -425,7 +434,7 @@ mod tests {
             .unwrap()[0]
     }
 
-    /// A blob of four clusters of ones, all of them its snapshot's.
+    /// Makes a blob of four clusters of ones, all of which are its snapshot's.
     fn clone_of_four_clusters() -> (Blobstore, Blob) {
         let dev = pumice_bdev::open("malloc://8M?block_size=4096").unwrap();
         let opts = InitOptions {
@@ -443,7 +452,8 @@ mod tests {
         (store, blob)
     }
 
-    /// A snapshot made while clusters are copied holds what was written since: the copies are old.
+    /// A snapshot that is made while clusters are copied holds what was written since, so the
+    /// copies are out of date.
     #[test]
     fn a_snapshot_in_the_middle_of_an_inflation() {
         for which in [Which::All, Which::Parents] {
@@ -467,7 +477,7 @@ mod tests {
         }
     }
 
-    /// A write or a new size in the middle need no second beginning.
+    /// A write or a resize in the middle does not make it start again.
     #[test]
     fn writes_in_the_middle_of_an_inflation() {
         let (store, blob) = clone_of_four_clusters();

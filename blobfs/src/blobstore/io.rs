@@ -1,4 +1,5 @@
-//! The data path: reads and writes of open blobs on the caller's channel, without a lock that threads share.
+//! The data path: reads and writes of open blobs on the caller's channel, without a lock that
+//! threads share.
 
 use std::sync::Arc;
 
@@ -42,7 +43,8 @@ impl Blob {
         Ok(())
     }
 
-    /// The device block of an I/O within one cluster that the blob has itself; the common case.
+    /// Returns the device block of an I/O inside one cluster that the blob itself has, which is the
+    /// common case.
     #[inline]
     fn one_place(&self, view: &View, offset: u64, len: u64) -> Option<u64> {
         let inner = &self.store.inner;
@@ -54,10 +56,10 @@ impl Blob {
         Some(view.own.lba(index)? + within / inner.block_size)
     }
 
-    /// Reads into `buf` from byte `offset`; both in whole device blocks. Gives the buffer back.
+    /// Reads into `buf` from byte `offset`, both in whole device blocks. Returns the buffer.
     ///
     /// # Errors
-    /// A range outside of the blob, device errors.
+    /// Fails for a range outside of the blob, and with device errors.
     pub async fn read(&self, ch: &AsyncChannel, offset: u64, buf: DmaBuf) -> Result<DmaBuf, Error> {
         let inside = self.shared.gate.enter().await;
         let place = {
@@ -85,11 +87,12 @@ impl Blob {
         read
     }
 
-    /// Begins I/O on the blob; waits while its clusters move. A thread that has one `Access` must not ask for
-    /// another of the same blob: the one that moves clusters waits for the first and holds up the second.
+    /// Begins I/O on the blob. Waits while its clusters move. A thread that has one `Access` must
+    /// not ask for another of the same blob: a thread that moves clusters waits for the first and
+    /// blocks the second.
     ///
     /// # Errors
-    /// There is no channel to wait on.
+    /// Fails when there is no channel to wait on.
     pub(crate) fn access(&self) -> Result<Access<'_>, Error> {
         let inside = match self.shared.gate.try_enter() {
             Some(inside) => inside,
@@ -101,26 +104,28 @@ impl Blob {
         Ok(Access { blob: self, inside })
     }
 
-    /// Waits until no I/O is in flight on the blob, as before it is closed for good.
+    /// Waits until no I/O is in flight on the blob, before it is closed for good.
     ///
     /// # Errors
-    /// It does not come to an end.
+    /// Fails when the I/O does not end.
     pub(crate) fn quiesce(&self) -> Result<(), Error> {
         let blobs = vec![Arc::clone(&self.shared)];
         let drained = Frozen::default().close(blobs, &|| self.store.drive_shared());
         drained.map_err(never_ends)
     }
 
-    /// Writes `data` at byte `offset`, both in whole device blocks. A thin blob first gets the clusters
-    /// that it does not have (which blocks). With `fua` it is durable on return, else after
+    /// Writes `data` at byte `offset`, both in whole device blocks. A thin blob first gets its
+    /// missing clusters (which blocks). With `fua` the write is durable on return, otherwise after
     /// [`Blobstore::flush`](super::Blobstore::flush).
     ///
-    /// A write whose future is dropped while it is on its way may still land. Until the device has answered
-    /// (the channel is polled, or dropped), the blob counts as open, and no cluster of it can be moved.
+    /// A write whose future is dropped while it is in flight may still take effect. Until the
+    /// device has answered (the channel is polled, or dropped), the blob counts as open, and none
+    /// of its clusters can be moved.
     ///
     /// # Errors
-    /// A range outside of the blob, a read-only blob or store, no space, device errors. After a device error a
-    /// part may have been written; without space nothing was, unless others took clusters at the same time.
+    /// Fails for a range outside of the blob, for a read-only blob or store, without space, and
+    /// with device errors. After a device error a part may have been written. Without space nothing
+    /// was, unless others allocated clusters at the same time.
     pub async fn write(
         &self,
         ch: &AsyncChannel,
@@ -165,13 +170,13 @@ impl Blob {
         }
     }
 
-    /// Starts a write of `data`, one slice behind the other, at byte `offset`, all in whole device blocks, on
-    /// the channels that threads share; `done` gets the result, on whichever thread reaps it. A thin blob first
-    /// gets the clusters that it does not have, which blocks. With `fua`, which the device must support, the
-    /// write is durable when it is done.
+    /// Starts a write of `data`, consecutive slices, at byte `offset`, all in whole device blocks,
+    /// on the channels that threads share. `done` gets the result, on whichever thread takes the
+    /// completion. A thin blob first gets its missing clusters, which blocks. With `fua`, which the
+    /// device must support, the write is durable when it is done.
     ///
     /// # Errors
-    /// As [`Blob::write`]; `done` is not called then.
+    /// Fails as [`Blob::write`] does. `done` is not called then.
     pub(crate) fn start_write(
         &self,
         offset: u64,
@@ -205,8 +210,8 @@ impl Blob {
         cut.parts(offset, len, |index| view.own_source(index))
     }
 
-    /// Gives a thin blob the clusters of `missing`, one of the `parts` of a write of `data` at `offset`. Others
-    /// may take some away again before the write comes to them.
+    /// Gives a thin blob the clusters of `missing`, one of the `parts` of a write of `data` at
+    /// `offset`. Others may free some of them again before the write reaches them.
     async fn allocate_missing(
         &self,
         parts: &[Part],
@@ -248,8 +253,8 @@ impl Blob {
         info.write_cache && info.ops.has(OpKind::Fua)
     }
 
-    /// Is there a free cluster for each that an I/O at `offset` needs? A write that does not fit begins with
-    /// nothing; beside others that take clusters meanwhile it may end with a part.
+    /// Checks that there are enough free clusters for an I/O at `offset`. A write that does not fit
+    /// writes nothing. If others allocate clusters meanwhile it may end with a part.
     fn check_room(&self, parts: &[Part], offset: u64) -> Result<(), Error> {
         let size = self.store.cluster_size();
         let holes = parts.iter().filter(|part| part.at == Place::Zeroes);
@@ -257,7 +262,7 @@ impl Blob {
         self.store.check_room(needed.sum())
     }
 
-    /// A durable write on a device that has a cache and no FUA is followed by a flush.
+    /// Flushes after a durable write on a device that has a cache and no FUA.
     async fn flush_if(&self, ch: &AsyncChannel, durable: bool) -> Result<(), Error> {
         let info = self.store.device().info();
         if !durable || !info.write_cache || info.ops.has(OpKind::Fua) {
@@ -267,11 +272,11 @@ impl Blob {
         self.store.check_flushes()
     }
 
-    /// Makes `len` bytes from `offset` read as zeroes. On a thin blob without a parent, clusters that are
-    /// covered as a whole are given back.
+    /// Makes `len` bytes from `offset` read as zeroes. On a thin blob without a parent, completely
+    /// covered clusters are freed.
     ///
     /// # Errors
-    /// As [`Blob::write`].
+    /// Fails as [`Blob::write`] does.
     pub async fn write_zeroes(
         &self,
         ch: &AsyncChannel,
@@ -281,13 +286,13 @@ impl Blob {
         self.clear(ch, offset, len, true).await
     }
 
-    /// Says that the contents of `len` bytes from `offset` are not needed: they read as zeroes, or as they
-    /// were. On a thin blob without a parent, clusters that are covered as a whole are given back; I/O in
-    /// flight on the blob ends first, so while this future is pending its thread must not make a blocking
-    /// call on the same blob.
+    /// Declares that the contents of `len` bytes from `offset` are not needed: they read as zeroes,
+    /// or as before. On a thin blob without a parent, completely covered clusters are freed. I/O in
+    /// flight on the blob ends first, so while this future is pending its thread must not make a
+    /// blocking call on the same blob.
     ///
     /// # Errors
-    /// As [`Blob::write`].
+    /// Fails as [`Blob::write`] does.
     pub async fn unmap(&self, ch: &AsyncChannel, offset: u64, len: u64) -> Result<(), Error> {
         self.clear(ch, offset, len, false).await
     }
@@ -306,7 +311,7 @@ impl Blob {
             self.check_writable(&view)?;
             self.check_range(&view, offset, len)?;
         }
-        // Whole clusters of a thin blob go back.
+        // Whole clusters of a thin blob are freed.
         let whole = offset.div_ceil(size)..(offset + len) / size;
         if self.is_thin() && !whole.is_empty() {
             self.store.release(self, whole).await?;
@@ -380,19 +385,19 @@ impl Blob {
         }
     }
 
-    /// [`Blob::read`] on this thread's channel; blocks.
+    /// Reads as [`Blob::read`] does, on this thread's channel. Blocks.
     ///
     /// # Errors
-    /// As [`Blob::read`].
+    /// Fails as [`Blob::read`] does.
     pub fn read_at(&self, offset: u64, buf: DmaBuf) -> Result<DmaBuf, Error> {
         let ch = self.store.channel()?;
         ch.block_on(self.read(&ch, offset, buf))
     }
 
-    /// [`Blob::write`] on this thread's channel; blocks.
+    /// Writes as [`Blob::write`] does, on this thread's channel. Blocks.
     ///
     /// # Errors
-    /// As [`Blob::write`].
+    /// Fails as [`Blob::write`] does.
     pub fn write_at(&self, offset: u64, data: DmaSlice, fua: bool) -> Result<(), Error> {
         let ch = self.store.channel()?;
         ch.block_on(self.write(&ch, offset, data, fua))
@@ -401,7 +406,7 @@ impl Blob {
     /// Reads into several buffers one after another, all in flight together.
     ///
     /// # Errors
-    /// As [`Blob::read`].
+    /// Fails as [`Blob::read`] does.
     pub async fn read_vectored(
         &self,
         ch: &AsyncChannel,
@@ -423,7 +428,7 @@ impl Blob {
     /// Writes several buffers one after another, all in flight together.
     ///
     /// # Errors
-    /// As [`Blob::write`].
+    /// Fails as [`Blob::write`] does.
     pub async fn write_vectored(
         &self,
         ch: &AsyncChannel,
@@ -443,32 +448,32 @@ impl Blob {
             .collect()
     }
 
-    /// [`Blob::write_zeroes`] on this thread's channel; blocks.
+    /// Zeroes as [`Blob::write_zeroes`] does, on this thread's channel. Blocks.
     ///
     /// # Errors
-    /// As [`Blob::write`].
+    /// Fails as [`Blob::write`] does.
     pub fn write_zeroes_at(&self, offset: u64, len: u64) -> Result<(), Error> {
         let ch = self.store.channel()?;
         ch.block_on(self.write_zeroes(&ch, offset, len))
     }
 
-    /// [`Blob::unmap`] on this thread's channel; blocks.
+    /// Unmaps as [`Blob::unmap`] does, on this thread's channel. Blocks.
     ///
     /// # Errors
-    /// As [`Blob::write`].
+    /// Fails as [`Blob::write`] does.
     pub fn unmap_at(&self, offset: u64, len: u64) -> Result<(), Error> {
         let ch = self.store.channel()?;
         ch.block_on(self.unmap(&ch, offset, len))
     }
 }
 
-/// The clusters that a part of a range from byte `offset` on touches.
+/// Returns the clusters that a part of a range from byte `offset` on touches.
 fn clusters(part: Part, offset: u64, size: u64) -> std::ops::Range<u64> {
     let start = offset + part.offset;
     start / size..(start + part.len).div_ceil(size)
 }
 
-/// Fills `buf` with pieces, one behind the other.
+/// Reads consecutive pieces into `buf`.
 async fn read_pieces(
     ch: &AsyncChannel,
     pieces: Vec<Piece>,
@@ -493,8 +498,8 @@ async fn read_pieces(
     Ok(buf)
 }
 
-/// A write on its way. If its future is dropped before it has landed, the writer leaves the gate when the
-/// device has answered: until then the cluster must not be given to another blob.
+/// A write in flight. If its future is dropped before the write has ended, the write leaves the
+/// gate when the device has answered: until then the cluster must not be given to another blob.
 struct Landing<'a> {
     blob: &'a Blob,
     ch: &'a AsyncChannel,

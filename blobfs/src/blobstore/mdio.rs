@@ -1,4 +1,4 @@
-//! Metadata I/O: a channel for each change that is under way, many operations in flight on each.
+//! Metadata I/O: a channel for each change in progress, with many operations in flight on each.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
@@ -10,27 +10,27 @@ use pumice_bdev::{BlockDevice, DeviceInfo, DmaBuf, DmaSlice, Engine, IoError, Op
 
 use super::error::Error;
 
-/// Operations that are kept in flight on a channel.
+/// Number of operations that are kept in flight on a channel.
 const DEPTH: usize = 32;
-/// Channels of a store's metadata at most; a change that finds all of them in use waits for one.
+/// Most channels for a store's metadata. A change that finds all of them in use waits for one.
 const CHANNELS: usize = 16;
-/// Longest single read, write, or clearing of a device that gives no limit.
+/// Longest single read, write or clear on a device that gives no limit, in bytes.
 const MAX_IO_BYTES: u64 = 1 << 20;
-/// Longest single write-zeroes or unmap.
+/// Longest single write-zeroes or unmap, in bytes.
 const MAX_CLEAR_BYTES: u64 = 1 << 30;
 
 /// What makes a write durable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Persist {
-    /// Its completion: the device has no volatile cache.
+    /// Its completion, because the device has no volatile cache.
     Completion,
     /// FUA.
     Fua,
-    /// A flush after its completion: the device has a volatile cache and no FUA.
+    /// A flush after its completion, because the device has a volatile cache and no FUA.
     Flush,
 }
 
-/// What a device can do, and the operations that follow from it.
+/// What a device can do, and how operations for it are built.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Abilities {
     block_size: u64,
@@ -44,24 +44,24 @@ pub(crate) struct Abilities {
 /// Flushes of the metadata, which all its channels share.
 #[derive(Debug, Default)]
 struct Flushes {
-    /// How many runs of writes have completed.
+    /// Number of runs of writes that have completed.
     completed: AtomicU64,
-    /// How many of them a flush has covered.
+    /// Number of those that a flush has covered.
     covered: AtomicU64,
-    /// How many flushes have failed.
+    /// Number of flushes that have failed.
     failed: AtomicU64,
-    /// Held during a flush; the error of the last one that failed.
+    /// Held during a flush. Contains the error of the last one that failed.
     one: Mutex<Option<Box<IoError>>>,
 }
 
-/// A channel of the metadata.
+/// A channel for metadata.
 pub(crate) struct MdIo {
     engine: Engine<()>,
     can: Abilities,
     flushes: Arc<Flushes>,
 }
 
-/// The channels of a store's metadata.
+/// The channels for a store's metadata.
 #[derive(Debug)]
 pub(crate) struct MdChannels {
     dev: Arc<dyn BlockDevice>,
@@ -77,7 +77,7 @@ struct Pool {
     closed: bool,
 }
 
-/// A channel in use; it goes back when it is dropped.
+/// A channel in use. Dropping it returns it.
 #[derive(Debug)]
 pub(crate) struct Lent<'a> {
     io: Option<MdIo>,
@@ -91,7 +91,7 @@ impl std::fmt::Debug for MdIo {
 }
 
 impl MdChannels {
-    /// `first` is one that is open already.
+    /// Makes the channels; `first` is one that is open already.
     pub fn new(dev: Arc<dyn BlockDevice>, first: MdIo) -> MdChannels {
         MdChannels {
             dev,
@@ -105,11 +105,11 @@ impl MdChannels {
         }
     }
 
-    /// A channel for one change. Where the device has no more of them, or all are in use, this waits for one to
-    /// come back. Not for a thread that has one already.
+    /// Takes a channel for one change. If the device has no more of them, or all are in use, this
+    /// waits until one is returned. A thread that has one must not call this.
     ///
     /// # Errors
-    /// [`Error::Unloaded`].
+    /// Fails with [`Error::Unloaded`].
     pub fn get(&self) -> Result<Lent<'_>, Error> {
         let mut pool = self.channels.lock();
         let mut may_open = true;
@@ -150,7 +150,7 @@ impl MdChannels {
         }
     }
 
-    /// Closes all channels, between changes: what comes from now on is refused.
+    /// Closes all channels, between changes. Later requests fail.
     pub fn close(&self) {
         let mut pool = self.channels.lock();
         pool.closed = true;
@@ -184,7 +184,7 @@ impl Drop for Lent<'_> {
 }
 
 impl MdIo {
-    /// A channel that shares its flushes with no other.
+    /// Opens a channel that shares its flushes with no other.
     pub fn new(dev: &Arc<dyn BlockDevice>) -> Result<MdIo, Error> {
         MdIo::sharing(dev, Arc::default())
     }
@@ -197,13 +197,13 @@ impl MdIo {
         })
     }
 
-    /// What the device can do.
+    /// Returns what the device can do.
     pub fn can(&self) -> Abilities {
         self.can
     }
 
-    /// Does all operations, many at a time, and hands each to `done` as it completes, in any order. Returns
-    /// when none is in flight any more; after an error of `done` nothing new is begun.
+    /// Performs all operations, many at a time, and passes each to `done` as it completes, in any
+    /// order. Returns when none is in flight. After an error of `done` it begins no more.
     pub fn stream(
         &mut self,
         ops: impl IntoIterator<Item = Result<Op, Error>>,
@@ -239,12 +239,12 @@ impl MdIo {
         }
     }
 
-    /// Does all operations; the first error, when all have ended.
+    /// Performs all operations. Returns the first error when all have ended.
     pub fn run(&mut self, ops: impl IntoIterator<Item = Op>) -> Result<(), Error> {
         self.stream(ops.into_iter().map(Ok), |_, result| Ok(result?))
     }
 
-    /// Does writes and clearings such that they are durable when it returns.
+    /// Performs writes and clears so that they are durable on return.
     pub fn run_durable(&mut self, mut ops: Vec<Op>) -> Result<(), Error> {
         if ops.is_empty() {
             return Ok(());
@@ -266,14 +266,15 @@ impl MdIo {
         }
     }
 
-    /// Makes everything durable that has completed. Nothing to do without a volatile cache.
+    /// Makes everything durable that has completed. Does nothing if there is no volatile cache.
     pub fn flush(&mut self) -> Result<(), Error> {
         self.flush_since(self.flushes.failed.load(Ordering::Acquire))
     }
 
-    /// Makes everything durable that has completed, by one flush for all that wait for one. `failed` is how many
-    /// flushes had failed before the writes that it is to cover: one that failed since may have lost them, and
-    /// a later one that succeeds does not bring them back.
+    /// Makes everything durable that has completed, by one flush for all that wait for one.
+    /// `failed` is the number of flushes that had failed before the writes that it must cover. One
+    /// that failed since may have lost them, and a later one that succeeds does not bring them
+    /// back.
     fn flush_since(&mut self, failed: u64) -> Result<(), Error> {
         if self.can.persist == Persist::Completion {
             return Ok(());
@@ -321,7 +322,7 @@ impl MdIo {
 }
 
 impl Abilities {
-    /// What a device says of itself.
+    /// Reads what a device can do from its description.
     pub fn of(info: &DeviceInfo) -> Abilities {
         let block_size = u64::from(info.block_size);
         Abilities {
@@ -338,22 +339,22 @@ impl Abilities {
         }
     }
 
-    /// What makes a write durable.
+    /// Returns what makes a write durable.
     pub fn persist(&self) -> Persist {
         self.persist
     }
 
-    /// Can the device copy by itself?
+    /// Whether the device can copy by itself.
     pub fn can_copy(&self) -> bool {
         self.copy
     }
 
-    /// Longest read or write, in blocks.
+    /// Returns the length of the longest read or write, in blocks.
     pub fn max_io_blocks(&self) -> u64 {
         self.max_io_blocks
     }
 
-    /// Operations that write `bytes` (whole blocks) at `lba`.
+    /// Returns operations that write `bytes` (whole blocks) at `lba`.
     pub fn writes(&self, lba: u64, bytes: &[u8]) -> Result<Vec<Op>, Error> {
         let step =
             usize::try_from(self.max_io_blocks * self.block_size).expect("at most MAX_IO_BYTES");
@@ -370,12 +371,13 @@ impl Abilities {
         bytes.chunks(step).map(op).collect()
     }
 
-    /// As [`Abilities::zeroes`], by writing: on a sparse image the blocks have their place on the host from then on.
+    /// Returns operations like those of [`Abilities::zeroes`] that write, so that on a sparse image
+    /// the host allocates the blocks.
     pub fn written_zeroes(&self, lba: u64, len_blocks: u64) -> Result<Vec<Op>, Error> {
         self.zeroes_by(false, lba, len_blocks)
     }
 
-    /// Operations after which `len_blocks` blocks read as zeroes.
+    /// Returns operations after which `len_blocks` blocks read as zeroes.
     pub fn zeroes(&self, lba: u64, len_blocks: u64) -> Result<Vec<Op>, Error> {
         self.zeroes_by(self.write_zeroes, lba, len_blocks)
     }
@@ -411,7 +413,8 @@ impl Abilities {
         Ok(ops)
     }
 
-    /// Operations that tell the device that blocks are not needed; none if it cannot be told.
+    /// Returns operations that tell the device that blocks are not needed, or none if the device
+    /// cannot be told.
     pub fn unmaps(&self, lba: u64, len_blocks: u64) -> Vec<Op> {
         let step = if self.unmap {
             MAX_CLEAR_BYTES / self.block_size
@@ -424,14 +427,14 @@ impl Abilities {
     }
 }
 
-/// A copy of `bytes` that a device can read.
+/// Returns a copy of `bytes` that a device can read.
 pub(crate) fn dma(bytes: &[u8]) -> Result<DmaSlice, Error> {
     let mut buf = DmaBuf::new(bytes.len())?;
     buf.copy_from_slice(bytes);
     Ok(buf.freeze())
 }
 
-/// Cuts a range into pieces of at most `step`.
+/// Divides a range into pieces of at most `step`.
 fn pieces(start: u64, len: u64, step: u64) -> impl Iterator<Item = (u64, u64)> {
     (0..len.div_ceil(step)).map(move |i| (start + i * step, step.min(len - i * step)))
 }
@@ -499,8 +502,8 @@ mod tests {
         }
     }
 
-    /// The first flush was sent before the others had written, so it says nothing about them; one more serves
-    /// them all.
+    /// The first flush was sent before the others had written, so it does not cover them. One more
+    /// covers them all.
     #[test]
     fn one_flush_serves_all_that_wait_for_it_and_none_that_was_sent_before() {
         let (devices, all) = channels::<8>();
@@ -556,7 +559,7 @@ mod tests {
             let (mut one, result) = one.join().unwrap();
             result.unwrap_err();
             two.join().unwrap().unwrap_err();
-            // What is written again is durable.
+            // What is written once more is durable.
             one.run_durable(write(0)).unwrap();
         });
     }

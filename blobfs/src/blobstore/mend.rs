@@ -1,4 +1,4 @@
-//! At load: snapshots that a crash left half made or half removed.
+//! Repairs at load: snapshots that a crash left half made or half removed.
 
 use std::sync::Arc;
 
@@ -10,7 +10,8 @@ use super::meta::{BlobMeta, Parent, SNAPRM, SNAPTMP};
 use super::state::State;
 
 impl State {
-    /// The snapshots that are marked as half made or half removed, each with the blob that it names.
+    /// Returns the snapshots that are marked as half made or half removed, each with the blob that
+    /// it names.
     pub fn half_done(&self) -> Vec<(BlobId, BlobId)> {
         let marked = |meta: &BlobMeta| {
             let named = meta.internal_id(SNAPTMP);
@@ -24,9 +25,9 @@ impl State {
 }
 
 impl Edit<'_> {
-    /// Completes or undoes what a crash has cut. A snapshot whose blob names it as its parent is kept and
-    /// its mark goes; else the snapshot goes, and leaves its clusters to the blob. If that blob cannot be
-    /// opened, both stay as they are.
+    /// Completes or undoes what a crash has cut. A snapshot whose blob names it as its parent is
+    /// kept, without its mark. Any other is removed and leaves its clusters to the blob. If that
+    /// blob cannot be opened, both stay as they are.
     pub fn end_half_done(&self) -> Result<(), Error> {
         let marked = self.state().half_done();
         for (snapshot, named) in marked {
@@ -62,8 +63,8 @@ impl Edit<'_> {
         Ok(())
     }
 
-    /// A clone whose extent pages already name its snapshot's clusters, while its root does not say so: it
-    /// goes on reading them through the snapshot.
+    /// Repairs a clone whose extent pages already name its snapshot's clusters while its root does
+    /// not say so: it goes on reading them through the snapshot.
     fn unshare(&self, snapshot: BlobId, clone: BlobId) -> Result<(), Error> {
         let (theirs, own) = {
             let state = self.state();
@@ -95,7 +96,7 @@ impl Edit<'_> {
         Ok(())
     }
 
-    /// Removes a snapshot, and of its clusters and extent pages those that nobody else has.
+    /// Removes a snapshot, and those of its clusters and extent pages that nothing else uses.
     fn remove_half(&self, snapshot: BlobId) -> Result<(), Error> {
         let meta = Arc::clone(self.state().meta(snapshot)?);
         let method = meta.clear_method();
@@ -107,7 +108,7 @@ impl Edit<'_> {
             .copied()
             .collect();
         self.change(|state, change| {
-            // Clusters with a second owner are left out by the commit.
+            // The commit leaves out clusters that have a second owner.
             change
                 .freed_clusters
                 .extend(clusters.iter().map(|cluster| (*cluster, method)));

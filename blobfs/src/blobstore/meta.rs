@@ -1,4 +1,4 @@
-//! What the store knows of a blob.
+//! The metadata of a blob in memory.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -6,26 +6,27 @@ use std::sync::Arc;
 use super::extents::ExtentMap;
 use super::format::{BlobId, BlobRecord, Flags, MapRecord, TableEntry, Xattr};
 
-/// Internal xattr: the id of the parent snapshot.
+/// Internal xattr with the id of the parent snapshot.
 pub(crate) const SNAP: &[u8] = b"SNAP";
-/// Internal xattr: the id of the blob of which this is a snapshot in the making.
+/// Internal xattr of an incomplete snapshot, with the id of its blob.
 pub(crate) const SNAPTMP: &[u8] = b"SNAPTMP";
-/// Internal xattr: the id of the clone that takes over this snapshot's clusters.
+/// Internal xattr of a snapshot that is being deleted, with the id of the clone that takes its
+/// clusters.
 pub(crate) const SNAPRM: &[u8] = b"SNAPRM";
-/// Internal xattr: the id of the external snapshot.
+/// Internal xattr with the id of the external snapshot.
 pub(crate) const EXTSNAP: &[u8] = b"EXTSNAP";
 
-/// What happens to clusters that a blob gives back. Stored with the blob.
+/// What happens to clusters that a blob frees. It is stored with the blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ClearMethod {
-    /// Unmapped, if the device can.
+    /// They are unmapped, if the device supports it.
     #[default]
     Default,
-    /// Left as they are.
+    /// They are left as they are.
     None,
-    /// Unmapped, if the device can.
+    /// They are unmapped, if the device supports it.
     Unmap,
-    /// Overwritten with zeroes.
+    /// They are overwritten with zeroes.
     WriteZeroes,
 }
 
@@ -49,10 +50,10 @@ impl ClearMethod {
     }
 }
 
-/// Where a blob's unallocated clusters are read from.
+/// The source of a blob's unallocated clusters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Parent {
-    /// Nowhere: they read as zeroes.
+    /// No source: they read as zeroes.
     None,
     /// A snapshot in the same store.
     Snapshot(BlobId),
@@ -60,26 +61,27 @@ pub enum Parent {
     External(Arc<[u8]>),
 }
 
-/// A blob as it stands on disk. Never changed in place (but see [`ExtentMap`]): a change makes a new one.
+/// The state of a blob on disk. It is never changed in place (except for [`ExtentMap`]): a change
+/// makes a new one.
 #[derive(Debug, Clone)]
 pub(crate) struct BlobMeta {
     pub id: BlobId,
     pub flags: Flags,
     pub xattrs: Vec<Xattr>,
     pub internal: Vec<Xattr>,
-    /// Extent table, or run-length extents.
+    /// Whether the blob has an extent table instead of run-length extents.
     pub table: bool,
-    /// Md pages of the chain after the root.
+    /// Metadata pages of the chain after the root.
     pub chain: Vec<u32>,
-    /// Number of the extent page in the blob → its md page.
+    /// Metadata page of each extent page, by its number in the blob.
     pub extent_pages: BTreeMap<u32, u32>,
     pub map: Arc<ExtentMap>,
-    /// Extent pages and clusters behind the end of the blob that the table still names (a shrink that was
-    /// cut short). They are released when the blob is written next.
+    /// Extent pages and clusters behind the end of the blob that the table still names (an
+    /// interrupted shrink). They are freed when the blob is written next.
     pub trailing: Trailing,
 }
 
-/// See [`BlobMeta::trailing`].
+/// The pages and clusters of [`BlobMeta::trailing`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Trailing {
     pub pages: Vec<u32>,
@@ -110,7 +112,7 @@ impl BlobMeta {
             .map(|xattr| &xattr.value)
     }
 
-    /// A blob id in an internal xattr.
+    /// Returns a blob id in an internal xattr.
     pub fn internal_id(&self, name: &[u8]) -> Option<BlobId> {
         let value = self.internal(name)?;
         Some(BlobId(u64::from_le_bytes((**value).try_into().ok()?)))
@@ -128,7 +130,7 @@ impl BlobMeta {
         }
     }
 
-    /// Where unallocated clusters are read from. Only thin blobs have a parent.
+    /// Returns the source of unallocated clusters. Only thin blobs have a parent.
     pub fn parent(&self) -> Parent {
         if !self.flags.thin() {
             return Parent::None;
@@ -163,7 +165,7 @@ impl BlobMeta {
         }
     }
 
-    /// What is written on disk; `patches` lie over the map.
+    /// Returns the record to write to disk, with `patches` applied to the map.
     pub fn record(&self, patches: &[(u64, u32)]) -> BlobRecord {
         let map = if self.table {
             let mut entries = Vec::with_capacity(self.extent_pages.len());

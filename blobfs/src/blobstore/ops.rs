@@ -9,30 +9,30 @@ use super::format::{BlobId, Flags, MAX_XATTR_LEN, Xattr, encode_blob};
 use super::meta::{self, BlobMeta, ClearMethod, Parent, Trailing};
 use super::state::State;
 
-/// What newly mapped clusters hold.
+/// The content of newly mapped clusters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ClusterInit {
-    /// Zeroes, durably so before the clusters belong to the blob.
+    /// Zeroes, which are durable before the clusters belong to the blob.
     #[default]
     Zeroes,
-    /// Whatever was there. The caller promises that nobody reads a byte that was not written before.
+    /// The old content. The caller promises that nobody reads a byte that was not written before.
     CallerWrites,
 }
 
-/// How a blob is made.
+/// Options of a new blob.
 #[derive(Debug, Clone)]
 pub struct CreateOptions {
     /// Size in clusters.
     pub num_clusters: u64,
-    /// Clusters are taken when they are first written.
+    /// Whether clusters are allocated when they are first written.
     pub thin: bool,
-    /// Xattrs from the start.
+    /// Its first xattrs.
     pub xattrs: Vec<(String, Vec<u8>)>,
-    /// What happens to clusters that the blob gives back.
+    /// What happens to clusters that the blob frees.
     pub clear_method: ClearMethod,
-    /// What the clusters of a thick blob hold.
+    /// The content of the clusters of a thick blob.
     pub init: ClusterInit,
-    /// Extent table, as new blobs have it, or run-length extents as in old stores.
+    /// Whether it has an extent table, as new blobs do, or run-length extents, as in old stores.
     pub extent_table: bool,
     /// Makes a clone of an external snapshot, which the application finds by these bytes. The blob is thin.
     pub external_snapshot: Option<Vec<u8>>,
@@ -52,7 +52,7 @@ impl Default for CreateOptions {
     }
 }
 
-/// Can this be stored as an xattr?
+/// Checks whether this can be stored as an xattr.
 pub(crate) fn check_xattr(name: &[u8], value: &[u8]) -> Result<(), Error> {
     if name.is_empty() || name.contains(&0) {
         let text = format!(
@@ -170,7 +170,7 @@ impl State {
         Ok(())
     }
 
-    /// Stages an xattr; `None` removes it.
+    /// Stages an xattr. `None` removes it.
     pub fn set_xattr(
         &self,
         change: &mut Change,
@@ -199,7 +199,7 @@ impl State {
         Ok(())
     }
 
-    /// Stages the deletion of a blob that nobody has open and that is nobody's parent.
+    /// Stages the deletion of a blob that nobody has open and that is not a parent.
     pub fn delete(&self, change: &mut Change, id: BlobId) -> Result<(), Error> {
         self.check_no_children(id)?;
         if let Some(root) = id.page().filter(|root| self.damaged.contains_key(root)) {
@@ -250,7 +250,7 @@ impl State {
         )))
     }
 
-    /// May the blob's metadata be changed?
+    /// Checks whether the blob's metadata may be changed.
     pub fn check_writable(&self, id: BlobId) -> Result<(), Error> {
         let meta = self.meta(id)?;
         if meta.flags.unknown_invalid() != 0 {
@@ -264,8 +264,8 @@ impl State {
     }
 }
 
-/// Run-length extents that no longer fit the root become an extent table: a change of a long chain would
-/// write all of it.
+/// Changes run-length extents that no longer fit the root to an extent table, since each change of
+/// a long chain would write all of it.
 fn prefer_table(meta: &mut BlobMeta) {
     if !meta.table && encode_blob(&meta.record(&[])).len() > 1 {
         meta.table = true;

@@ -1,10 +1,11 @@
-//! The order of changes: of two that name the same blob, the later one begins when the earlier one has ended on the
-//! device and in memory. Changes of different blobs overlap.
+//! The order of changes. Of two changes that name the same blob, the later one begins when the
+//! earlier one has ended on the device and in memory. Changes of different blobs overlap.
 //!
-//! A thread enters the order before it looks at what it is going to change, and leaves it when the change is
-//! published or taken back. The state's own lock is held for moments only, never while a device works.
-//! Whoever waits is let in before anyone who came later and names the same blob, whether a sleeping thread or a
-//! future waits: asynchronous code that only tries would have next to no chance beside a thread in a loop.
+//! A thread enters the order before it reads what it is going to change, and leaves it when the
+//! change is published or taken back. The state's own lock is only held briefly, never while a
+//! device works. A waiting thread or future is let in before any that came later and names the same
+//! blob. Otherwise asynchronous code, which can only try, would have little chance beside a thread
+//! in a loop.
 //! `tests/order_model.rs` compiles this file a second time and tries the orders in which threads can take its steps.
 
 use std::collections::VecDeque;
@@ -18,14 +19,14 @@ use super::sync::{AtomicBool, Mutex, Ordering, Thread, current, park};
 /// What a change may touch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Scope {
-    /// Everything: no other change is under way.
+    /// Everything: no other change runs.
     All,
-    /// These blobs, and blobs that it creates.
+    /// These blobs, and blobs that the change creates.
     Blobs(Vec<BlobId>),
 }
 
 impl Scope {
-    /// Must one wait for the other?
+    /// Whether one must wait for the other.
     fn meets(&self, other: &Scope) -> bool {
         match (self, other) {
             (Scope::Blobs(a), Scope::Blobs(b)) => a.iter().any(|id| b.contains(id)),
@@ -33,7 +34,7 @@ impl Scope {
         }
     }
 
-    /// Does it allow all that the other one allows?
+    /// Whether it allows everything that the other one allows.
     pub fn covers(&self, other: &Scope) -> bool {
         match (self, other) {
             (Scope::All, _) => true,
@@ -66,7 +67,7 @@ struct Waiter {
     waker: Mutex<Waker>,
 }
 
-/// A place in the order whose turn has come. Dropping it lets in those who waited for it.
+/// A place in the order whose turn has come. Dropping it lets in those that waited for it.
 #[derive(Debug)]
 pub(crate) struct Turn<'a> {
     order: &'a Order,
@@ -75,7 +76,7 @@ pub(crate) struct Turn<'a> {
 }
 
 impl Turn<'_> {
-    /// What may be changed.
+    /// Returns what may be changed.
     pub fn scope(&self) -> &Scope {
         &self.scope
     }
@@ -96,7 +97,8 @@ impl Wake for Unpark {
 }
 
 impl Queue {
-    /// Does nothing that runs, and none of the first `before` that wait, name the same blob?
+    /// Whether neither a running change nor one of the first `before` waiting ones names the same
+    /// blob.
     fn is_free(&self, scope: &Scope, before: usize) -> bool {
         let waiting = self.waiting.iter().take(before).map(|(entry, _)| entry);
         !self
@@ -132,8 +134,8 @@ fn wake(waiters: Vec<Arc<Waiter>>) {
 }
 
 impl Order {
-    /// Waits until it is this scope's turn; the thread sleeps. Not with the state locked, nor within another
-    /// turn.
+    /// Waits until it is this scope's turn. The thread sleeps. It must not hold the state's lock or
+    /// another turn.
     pub fn enter(&self, scope: Scope) -> Turn<'_> {
         let waker = || Waker::from(Arc::new(Unpark(current())));
         let (number, waiter) = self.join(&scope, waker);
@@ -150,8 +152,8 @@ impl Order {
         }
     }
 
-    /// As [`Order::enter`], for asynchronous code: this thread's own I/O goes on while it waits. A future that is
-    /// dropped gives up its place.
+    /// Enters as [`Order::enter`] does, for asynchronous code: this thread's own I/O goes on while
+    /// it waits. A future that is dropped gives up its place.
     pub async fn enter_async(&self, scope: Scope) -> Turn<'_> {
         let mut waiting: Option<Waiting<'_>> = None;
         let number = poll_fn(|cx| {
@@ -178,7 +180,7 @@ impl Order {
         }
     }
 
-    /// Takes a place; with a waiter if its turn has not come yet.
+    /// Takes a place. Returns a waiter if its turn has not come yet.
     fn join(&self, scope: &Scope, waker: impl FnOnce() -> Waker) -> (u64, Option<Arc<Waiter>>) {
         let mut queue = self.0.lock();
         let number = queue.next;
@@ -221,7 +223,7 @@ impl Waiting<'_> {
     fn poll(&mut self, waker: &Waker) -> Poll<u64> {
         let waiter = self.waiter.as_ref().expect("polled after completion");
         waiter.waker.lock().clone_from(waker);
-        // Looked at after the waker is there: whoever grants it later wakes that one.
+        // This is read after the waker was stored: whoever grants the turn later wakes that one.
         if waiter.granted.load(Ordering::Acquire) {
             self.waiter = None;
             Poll::Ready(self.number)

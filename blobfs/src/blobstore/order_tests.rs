@@ -56,7 +56,7 @@ fn changes_of_different_blobs_overlap_and_one_of_all_does_not() {
     assert!(late.as_mut().poll(&mut cx).is_ready());
 }
 
-/// A dropped future takes nobody's turn with it, before and after it was granted.
+/// A dropped future does not block the turn of others, whether it was granted before or not.
 #[test]
 fn a_dropped_future_gives_up_its_place() {
     for granted in [false, true] {

@@ -19,33 +19,33 @@ use super::geometry::Geometry;
 use super::mdio::MdIo;
 use super::meta::{BlobMeta, Trailing};
 
-/// Pages that one read takes.
+/// Most pages of one read.
 const READ_PAGES: u32 = 256;
-/// Unneeded pages that are read along rather than beginning another read.
+/// Most unneeded pages that are read along instead of beginning another read.
 const GAP_PAGES: u32 = 16;
-/// How often the clusters of a store may be claimed in all; twice is legal for a moment (a snapshot being
-/// made or removed). A hostile image must not take memory without bound.
+/// Most claims of the store's clusters, per cluster. Two are legal for a moment (a snapshot being
+/// made or removed). A hostile image must not take unbounded memory.
 const CLAIMS_PER_CLUSTER: u64 = 4;
 
-/// How often a page that cannot be read is tried again, and how long the first pause is.
+/// Number of attempts to read a page, and the first pause between them.
 const READ_TRIES: u32 = 4;
 const READ_PAUSE: Duration = Duration::from_millis(1);
 
-/// Which pages are roots.
+/// The source of the roots.
 pub(crate) enum Roots<'a> {
-    /// Those that a scan of all pages shows to be.
+    /// A scan of all pages finds them.
     Scan {
-        /// A mask to be believed, if there is one: what it names is a root, whatever the page says.
+        /// A trusted mask, if there is one. Its pages are roots, whatever they contain.
         sure: Option<&'a [u64]>,
-        /// The mask of the last orderly unload, if there is one: what it names was a root then.
+        /// The mask of the last orderly unload, if there is one. Its pages were roots then.
         past: Option<&'a [u64]>,
     },
-    /// Those of a mask.
+    /// A mask has them.
     Mask(&'a [u64]),
 }
 
 impl Roots<'_> {
-    /// Does the mask that is to be believed name this page?
+    /// Whether the trusted mask has this page.
     fn lists(&self, index: u32) -> bool {
         match self {
             Roots::Scan { sure, .. } => sure.is_some_and(|words| bit(words, index)),
@@ -60,18 +60,18 @@ fn bit(words: &[u64], index: u32) -> bool {
         .is_some_and(|word| word >> (index % 64) & 1 != 0)
 }
 
-/// What the metadata region holds.
+/// The content of the metadata region.
 #[derive(Debug)]
 pub(crate) struct Scan {
-    /// By root page.
+    /// Blobs by root page.
     pub blobs: BTreeMap<u32, BlobMeta>,
     /// Blobs that cannot be used, by root page.
     pub damaged: BTreeMap<u32, PageError>,
-    /// What the root pages of damaged blobs still say, by root page.
+    /// What the root pages of damaged blobs still show, by root page.
     pub remains: BTreeMap<u32, Remains>,
-    /// Pages that blobs use, damaged ones as far as known.
+    /// Pages that blobs use, including those of damaged blobs as far as they are known.
     pub pages: Bitmap,
-    /// Pages that a blob has written, used or not; known after a scan only.
+    /// Pages that a blob has written, used or not. They are known after a scan only.
     pub written: Bitmap,
     /// Clusters that the metadata and blobs use.
     pub clusters: Bitmap,
@@ -80,16 +80,16 @@ pub(crate) struct Scan {
     /// Extent pages that more than one blob claims.
     pub shared_pages: HashSet<u32>,
     claims: u64,
-    /// Pages that may be damaged roots, unless a blob turns out to name them.
+    /// Pages that may be damaged roots, unless a blob names them.
     suspects: Vec<(u32, PageProblem)>,
-    /// Whole pages with another blob's id in their header: the root of that blob, the page.
+    /// Undamaged pages with another blob's id in their header: the root of that blob, and the page.
     others: Vec<(u32, u32)>,
 }
 
-/// What can still be told of a damaged blob.
+/// What can still be read of a damaged blob.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Remains {
-    /// Its xattr `name`, which for a file is its path.
+    /// Its xattr `name`, which is the path of a file.
     pub name: Option<String>,
 }
 
@@ -100,7 +100,7 @@ struct Partial {
     chain: Vec<u32>,
 }
 
-/// Reads all blobs. Fails only if the device cannot be used at all; what is wrong with one blob stands in
+/// Reads all blobs. Fails only if the device cannot be used at all. Errors of a blob are in
 /// [`Scan::damaged`].
 pub(crate) fn scan(io: &mut MdIo, geo: &Geometry, roots: &Roots<'_>) -> Result<Scan, Error> {
     let mut scan = Scan::empty(geo);
@@ -115,7 +115,7 @@ pub(crate) fn scan(io: &mut MdIo, geo: &Geometry, roots: &Roots<'_>) -> Result<S
 }
 
 impl Scan {
-    /// A store without blobs.
+    /// Returns the result for a store without blobs.
     pub fn empty(geo: &Geometry) -> Scan {
         let mut scan = Scan {
             blobs: BTreeMap::new(),
@@ -142,7 +142,7 @@ impl Scan {
         self.damaged.entry(root).or_insert(error);
     }
 
-    /// Damage behind a root that is whole.
+    /// Records damage behind an undamaged root.
     fn damage_partial(&mut self, partial: &Partial, page: u32, problem: PageProblem) {
         let name = partial.reader.xattr(b"name").and_then(printable);
         self.remains.insert(partial.root, Remains { name });
@@ -244,7 +244,7 @@ impl Scan {
         Ok(records)
     }
 
-    /// What an unlisted page is, as far as the page alone can tell.
+    /// Determines what an unlisted page is, as far as the page alone shows.
     fn look_at(
         &mut self,
         geo: &Geometry,
@@ -266,7 +266,8 @@ impl Scan {
             self.written.set(index);
         }
         if owner == Some(index) && header.sequence == 0 {
-            // A page with the id of its own place is a root, damaged or not: no other page has that.
+            // A page with the id of its own place is a root, damaged or not, since no other page
+            // has that id.
             return Kind::Root;
         }
         if stored == computed {
@@ -278,7 +279,8 @@ impl Scan {
         let was_root = past.is_some_and(|words| bit(words, index));
         let first_sector_is_blank = page[..512].iter().all(|byte| *byte == 0);
         let blank = first_sector_is_blank && (!was_root || page.iter().all(|byte| *byte == 0));
-        // Written by a change that a crash cut before its commit, and torn: a page of a chain or of extents.
+        // A crash before the commit cut the change that wrote it, and tore it: it is a page of a
+        // chain or of extents.
         let of_another = owner.is_some_and(|root| root < geo.md_len && root != index)
             && (header.sequence != 0 || first_kind(page) == Some(TYPE_EXTENT_PAGE));
         if blank || (of_another && !was_root) {
@@ -287,7 +289,7 @@ impl Scan {
         Kind::Suspect(PageProblem::Crc { stored, computed })
     }
 
-    /// Pages that nobody names and that may be roots are damaged roots.
+    /// Marks pages that nobody names and that may be roots as damaged roots.
     fn judge_suspects(&mut self) {
         for (index, problem) in std::mem::take(&mut self.suspects) {
             if self.pages.set(index) {
@@ -296,8 +298,8 @@ impl Scan {
         }
     }
 
-    /// Pages that carry the id of a damaged blob are its own, as far as they are whole, and so are the
-    /// clusters that they name.
+    /// Claims the undamaged pages with the id of a damaged blob, and the clusters that they name,
+    /// for that blob.
     fn claim_of_damaged(&mut self, io: &mut MdIo, geo: &Geometry) -> Result<(), Error> {
         let others = std::mem::take(&mut self.others);
         let mut pages: Vec<u32> = others
@@ -329,7 +331,7 @@ impl Scan {
         Ok(())
     }
 
-    /// Remembers what a root calls its blob, whole or damaged, for the messages.
+    /// Records the name in a root, damaged or not, for messages.
     fn note_name(&mut self, index: u32, page: &Page) {
         if stored_crc(page) == page_crc(page) {
             return;
@@ -437,7 +439,7 @@ impl Scan {
         }
     }
 
-    /// The map of a blob with run-length extents.
+    /// Adds the map of a blob with run-length extents.
     fn add_runs(
         &mut self,
         geo: &Geometry,
@@ -479,7 +481,8 @@ impl Scan {
         Ok(map)
     }
 
-    /// The map of a blob with an extent table. Everything readable is claimed, damage or not.
+    /// Adds the map of a blob with an extent table. Everything readable is claimed, even if there
+    /// is damage.
     fn add_table(
         &mut self,
         geo: &Geometry,
@@ -581,22 +584,22 @@ impl Scan {
     }
 }
 
-/// What a page is, as far as it can tell by itself.
+/// What a page is, as far as the page alone shows.
 enum Kind {
-    /// The root of a blob, whole or damaged.
+    /// The root of a blob, damaged or not.
     Root,
     /// Not a root: free, or a page that a blob names or has named.
     Other,
-    /// Perhaps a root.
+    /// Possibly a root.
     Suspect(PageProblem),
 }
 
-/// The type of a page's first descriptor.
+/// Returns the type of a page's first descriptor.
 fn first_kind(page: &Page) -> Option<u8> {
     Some(Descriptors::new(page).next()?.ok()?.kind)
 }
 
-/// The value of an xattr descriptor if the xattr is `name`.
+/// Returns the value of an xattr descriptor if the xattr is `name`.
 fn name_xattr(body: &[u8]) -> Option<String> {
     let (lens, rest) = body.split_at_checked(4)?;
     let name_len = usize::from(u16::from_le_bytes([lens[0], lens[1]]));
@@ -604,7 +607,7 @@ fn name_xattr(body: &[u8]) -> Option<String> {
     (name == b"name").then(|| printable(value)).flatten()
 }
 
-/// Text for a message, from bytes that may be anything.
+/// Converts arbitrary bytes to text for a message.
 fn printable(value: &[u8]) -> Option<String> {
     let text = value.strip_suffix(&[0]).unwrap_or(value);
     (!text.is_empty()).then(|| text.escape_ascii().to_string())
@@ -625,8 +628,8 @@ fn ranges(indices: impl Iterator<Item = u32>) -> impl Iterator<Item = Range<u32>
     })
 }
 
-/// Reads ranges of metadata pages, many at a time, and hands over each page with its index. A page that
-/// cannot be read comes with the error's text.
+/// Reads ranges of metadata pages, many at a time, and passes on each page with its index. A page
+/// that cannot be read comes with the error's text.
 fn read_pages(
     io: &mut MdIo,
     geo: &Geometry,
@@ -673,7 +676,7 @@ fn read_pages(
         }
         Ok(())
     })?;
-    // A read error may pass: nothing is decided from it before it has been tried again.
+    // A read error may be transient: nothing is decided from it before another attempt.
     for attempt in 1..=READ_TRIES {
         let mut failed = Vec::new();
         let last = attempt == READ_TRIES;

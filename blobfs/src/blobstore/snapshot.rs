@@ -1,4 +1,4 @@
-//! Snapshots and clones: made, and deleted.
+//! Making and deleting snapshots and clones.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,11 +15,13 @@ use super::state::State;
 use super::view::{Source, View};
 
 impl Blobstore {
-    /// Makes a read-only snapshot of a blob with the xattrs given; the blob becomes its clone. I/O in flight
-    /// on the blob ends first, what comes meanwhile waits. Durable on return. Blocks.
+    /// Makes a read-only snapshot of a blob, with these xattrs. The blob becomes its clone. I/O in
+    /// flight on the blob ends first, and I/O that comes meanwhile waits. Durable on return.
+    /// Blocks.
     ///
     /// # Errors
-    /// A read-only blob, no metadata pages, I/O that does not end, I/O errors.
+    /// Fails for a read-only blob, if there are no metadata pages, if I/O does not end, and when
+    /// the device fails.
     pub fn snapshot(&self, id: BlobId, xattrs: &[(String, Vec<u8>)]) -> Result<BlobId, Error> {
         let xattrs = to_xattrs(xattrs)?;
         let (_frozen, edit) = self.edit_frozen(|state| {
@@ -33,10 +35,11 @@ impl Blobstore {
         edit.snapshot(id, xattrs)
     }
 
-    /// Makes a thin clone of a read-only blob, with the xattrs given. Durable on return. Blocks.
+    /// Makes a thin clone of a read-only blob, with these xattrs. Durable on return. Blocks.
     ///
     /// # Errors
-    /// The blob is not read-only, no metadata pages, I/O errors.
+    /// Fails if the blob is not read-only, if there are no metadata pages, and when the device
+    /// fails.
     pub fn clone_blob(&self, id: BlobId, xattrs: &[(String, Vec<u8>)]) -> Result<BlobId, Error> {
         let xattrs = to_xattrs(xattrs)?;
         self.inner.state.lock().ancestry(id)?;
@@ -81,12 +84,12 @@ impl Blobstore {
         Ok(clone)
     }
 
-    /// Deletes a blob that is not open. A snapshot may have one clone, which takes over its clusters. A
-    /// damaged blob ([`Blobstore::damaged`]) without clones is given up with all that it holds. Durable on
-    /// return. Blocks.
+    /// Deletes a blob that is not open. A snapshot may have one clone, which takes over its
+    /// clusters. A damaged blob ([`Blobstore::damaged`]) without clones is deleted with everything
+    /// that it holds. Durable on return. Blocks.
     ///
     /// # Errors
-    /// The blob is open or has several clones, I/O errors.
+    /// Fails if the blob is open or has several clones, and when the device fails.
     pub fn delete(&self, id: BlobId) -> Result<(), Error> {
         let merges_into = |state: &State| -> Option<BlobId> {
             let children = state.children.get(&id).filter(|_| !state.is_damaged(id))?;
@@ -103,10 +106,10 @@ impl Blobstore {
         }
     }
 
-    /// Makes a blob read-only, for good. Waits for I/O in flight; durable on return. Blocks.
+    /// Makes a blob read-only for good. Waits for I/O in flight. Durable on return. Blocks.
     ///
     /// # Errors
-    /// No such blob, I/O errors.
+    /// Fails if there is no such blob, and when the device fails.
     pub fn set_read_only(&self, id: BlobId) -> Result<(), Error> {
         let (_frozen, edit) = self.edit_frozen(|state| {
             state.ancestry(id)?;
@@ -130,12 +133,12 @@ fn to_xattrs(xattrs: &[(String, Vec<u8>)]) -> Result<Vec<Xattr>, Error> {
     Ok(all)
 }
 
-/// Pages of a blob's chain besides the root.
+/// Returns the number of pages of a blob's chain besides the root.
 fn chain_len(meta: &BlobMeta) -> u64 {
     encode_blob(&meta.record(&[])).len() as u64 - 1
 }
 
-/// A snapshot whose making has failed and that could not be undone.
+/// A snapshot whose creation has failed and that could not be undone.
 #[derive(Debug)]
 pub(crate) struct HalfSnapshot {
     snapshot: BlobId,
@@ -144,8 +147,8 @@ pub(crate) struct HalfSnapshot {
 }
 
 impl Edit<'_> {
-    /// The three commits that make a snapshot. A crash after the first is undone by the next load, a crash
-    /// after the second is completed.
+    /// Performs the three commits that make a snapshot. The next load undoes it after a crash
+    /// between the first and the second, and completes it after a crash behind the second.
     fn snapshot(&self, id: BlobId, xattrs: Vec<Xattr>) -> Result<BlobId, Error> {
         let mut state = self.state();
         let origin = Arc::clone(state.meta(id)?);
@@ -194,9 +197,9 @@ impl Edit<'_> {
         Ok(snapshot)
     }
 
-    /// Takes the first commits of a snapshot back after the next has failed. If that fails as well, the store
-    /// stops until it could be done: the snapshot has its mark and the blob's clusters. (The next load would
-    /// make an end of it, too.)
+    /// Takes back the first commits of a snapshot after the next one has failed. If that fails as
+    /// well, the store stops until it can be done: the snapshot has its mark and the blob's
+    /// clusters. The next load would also resolve it.
     fn undo_snapshot(
         &self,
         snapshot: BlobId,
@@ -218,7 +221,7 @@ impl Edit<'_> {
         }
     }
 
-    /// Gives it back if it cannot be undone.
+    /// Tries to undo it. Returns it if that fails.
     pub(super) fn undo_half_snapshot(&self, mut half: HalfSnapshot) -> Result<(), HalfSnapshot> {
         if let Some(origin) = &half.origin {
             let old = self.state().meta(origin.id).map(|meta| meta.chain.clone());
@@ -237,7 +240,7 @@ impl Edit<'_> {
         self.forget(half.snapshot).map_err(|_| half)
     }
 
-    /// Commits a new version of a blob that keeps, or has given away, its extent pages.
+    /// Commits a new version of a blob that keeps its extent pages, or has given them away.
     fn replace(&self, id: BlobId, meta: BlobMeta) -> Result<(), Error> {
         self.change(|state, change| {
             let staged = state.stage(change, id)?;
@@ -247,7 +250,7 @@ impl Edit<'_> {
         })
     }
 
-    /// Deletes a blob, but neither its clusters nor its extent pages: they are another's.
+    /// Deletes a blob, but neither its clusters nor its extent pages, which belong to another.
     fn forget(&self, id: BlobId) -> Result<(), Error> {
         self.change(|state, change| {
             let meta = Arc::clone(state.meta(id)?);
@@ -257,8 +260,8 @@ impl Edit<'_> {
         })
     }
 
-    /// Two commits: the mark on the snapshot, then the clone with the snapshot's clusters, at once
-    /// followed by the end of the snapshot.
+    /// Performs two commits: the mark on the snapshot, then the clone with the snapshot's clusters
+    /// together with the end of the snapshot.
     fn delete_snapshot(&self, id: BlobId, clone: BlobId) -> Result<(), Error> {
         let mut state = self.state();
         if state.shared(id).is_some() {
@@ -312,7 +315,7 @@ impl Edit<'_> {
         change.freed_pages.extend(&marked.chain);
         change.deleted.push(marked);
         if let Err(error) = self.commit(state, change) {
-            // If the mark stays, the next load takes it off.
+            // If the mark stays, the next load removes it.
             if let Err(error) = self.replace_mark(id) {
                 tracing::warn!(blob = %id, %error, "the mark of a removal that failed stays until the next load");
             }
@@ -321,7 +324,7 @@ impl Edit<'_> {
         Ok(())
     }
 
-    /// Takes the mark of a removal off again.
+    /// Removes the mark of a deletion in progress.
     fn replace_mark(&self, id: BlobId) -> Result<(), Error> {
         self.change(|state, change| {
             let staged = state.stage(change, id)?;
@@ -364,8 +367,8 @@ impl State {
         Ok(())
     }
 
-    /// Past the end of a parent a clone reads zeroes. When the parent goes and its own parent is larger,
-    /// the zeroes have to become the clone's own.
+    /// Gives a clone zeroes of its own past the end of its parent, where it reads zeroes. When the
+    /// parent is deleted and the parent's parent is larger, that one's bytes would show instead.
     pub fn cover_tail(
         &mut self,
         change: &mut Change,

@@ -1,5 +1,5 @@
-//! What changes may take: a reserve of clusters and metadata pages that only opening and giving back may
-//! touch, and metadata pages that grow before they run out.
+//! What changes may take: a reserve of clusters and metadata pages that only opening and freeing
+//! may use, and a metadata region that grows before it is full.
 
 use super::Blobstore;
 use super::error::Error;
@@ -8,67 +8,67 @@ use super::geometry::Layout;
 use super::order::Scope;
 use super::state::State;
 
-/// Bytes of a file system for which it gets a metadata page to begin with.
+/// Bytes of a file system for each of its first metadata pages.
 const BYTES_PER_MD_PAGE: u64 = 512 << 10;
-/// Most metadata pages that a file system is made with: 64 MiB of them.
+/// Most metadata pages that a new file system has: 64 MiB.
 const MD_PAGES_MAX: u64 = 16384;
 
-/// Metadata pages that most changes do with.
+/// Number of metadata pages that is enough for most changes.
 const FEW_PAGES: u32 = 4;
-/// Most clusters that are kept back, in bytes.
+/// Most clusters in the reserve, in bytes.
 const RESERVE_MAX: u64 = 16 << 20;
 
-/// Part of a store that its metadata region grows to unasked, at most: one in so many. What it has taken it
-/// keeps.
+/// Divisor of the store: its metadata region grows by itself at most to this part of it. It never
+/// shrinks.
 const MD_SHARE: u64 = 8;
 
-/// How far into the reserve of a store a change may go.
+/// How much of the store's reserve a change may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Spend {
-    /// Not at all.
+    /// Nothing.
     #[default]
     Ordinary,
-    /// It makes the few small files without which an application cannot open its data: all reserved
-    /// clusters, and all but the last four of the reserved metadata pages.
+    /// All reserved clusters, and all but the last four reserved metadata pages. This is for the
+    /// few small files without which an application cannot open its data.
     Opening,
-    /// It deletes, truncates, renames or records a length: all that there is. What it takes it gives back
-    /// for the most part.
+    /// Everything. This is for deleting, truncating, renaming and recording a length, which free
+    /// most of what they take.
     Releasing,
 }
 
-/// What a store keeps back from ordinary changes; see [`Spend`]. A store is loaded without a reserve and
-/// does not grow its metadata by itself.
+/// What a store reserves from ordinary changes; see [`Spend`]. After a load a store has no reserve,
+/// and its metadata region does not grow by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct SpacePolicy {
-    /// One metadata page in eight is kept back, 8 to 64 of them, and one cluster in 32, at least 8 of them,
-    /// at most 16 MiB.
+    /// Whether one metadata page in eight (8 to 64 of them) and one cluster in 32 (at least 8, at
+    /// most 16 MiB) are reserved.
     pub reserve: bool,
-    /// The metadata region grows when three quarters of it are used.
+    /// Whether the metadata region grows when three quarters of it are used.
     pub grow_metadata: bool,
 }
 
 impl Blobstore {
-    /// Sets what is kept back, from the next change on.
+    /// Sets what is reserved, from the next change on.
     pub fn set_space_policy(&self, policy: SpacePolicy) {
         let mut state = self.inner.state.lock();
         state.policy = policy;
         state.growth_blocked = None;
     }
 
-    /// Clusters that an ordinary change can take.
+    /// Returns the number of clusters that an ordinary change can take.
     #[must_use]
     pub fn available_clusters(&self) -> u64 {
         let state = self.inner.state.lock();
         state.clusters_for(Spend::Ordinary)
     }
 
-    /// Clusters kept back from ordinary changes.
+    /// Returns the number of clusters that are reserved from ordinary changes.
     #[must_use]
     pub fn reserved_clusters(&self) -> u64 {
         self.inner.state.lock().reserve_clusters().into()
     }
 
-    /// Whether an ordinary change can take a metadata page, by growth of the region if need be.
+    /// Whether an ordinary change can take a metadata page, if necessary by growth of the region.
     #[must_use]
     pub fn can_take_md_page(&self) -> bool {
         let state = self.inner.state.lock();
@@ -76,7 +76,7 @@ impl Blobstore {
         grows || state.pages_for(Spend::Ordinary) > 0
     }
 
-    /// Metadata pages that a new store of this size would have.
+    /// Returns the number of metadata pages that a new store of this size would have.
     #[must_use]
     pub fn fitting_md_pages(&self) -> u64 {
         let state = self.inner.state.lock();
@@ -85,7 +85,8 @@ impl Blobstore {
         (size / BYTES_PER_MD_PAGE).clamp(1, MD_PAGES_MAX)
     }
 
-    /// Metadata pages that an ordinary change can take before the region has to grow.
+    /// Returns the number of metadata pages that an ordinary change can take before the region has
+    /// to grow.
     #[must_use]
     pub fn available_md_pages(&self) -> u64 {
         let state = self.inner.state.lock();
@@ -94,7 +95,7 @@ impl Blobstore {
 }
 
 impl State {
-    /// Metadata pages that ordinary changes leave.
+    /// Returns the number of metadata pages that ordinary changes leave.
     fn reserve_pages(&self) -> u32 {
         let pages = self.pages.len();
         if self.policy.reserve {
@@ -104,7 +105,7 @@ impl State {
         }
     }
 
-    /// Clusters that ordinary changes leave.
+    /// Returns the number of clusters that ordinary changes leave.
     fn reserve_clusters(&self) -> u32 {
         if !self.policy.reserve {
             return 0;
@@ -114,7 +115,7 @@ impl State {
         (clusters / 32).max(8).min(most.max(8)).min(clusters / 4)
     }
 
-    /// Clusters that a change may take.
+    /// Returns the number of clusters that a change may take.
     pub fn clusters_for(&self, spend: Spend) -> u64 {
         let kept = match spend {
             Spend::Ordinary => self.reserve_clusters(),
@@ -123,7 +124,7 @@ impl State {
         self.clusters.free().saturating_sub(kept).into()
     }
 
-    /// Metadata pages that a change may take.
+    /// Returns the number of metadata pages that a change may take.
     pub fn pages_for(&self, spend: Spend) -> u64 {
         let kept = match spend {
             Spend::Ordinary => self.reserve_pages(),
@@ -133,7 +134,7 @@ impl State {
         self.pages.free().saturating_sub(kept).into()
     }
 
-    /// Whether a change may take that many clusters.
+    /// Fails if a change may not take that many clusters.
     pub fn check_free_clusters(&self, needed: u64, spend: Spend) -> Result<(), Error> {
         if needed <= self.clusters_for(spend) {
             Ok(())
@@ -142,7 +143,7 @@ impl State {
         }
     }
 
-    /// Whether a change may take that many metadata pages.
+    /// Fails if a change may not take that many metadata pages.
     pub fn check_free_pages(&self, needed: u64, spend: Spend) -> Result<(), Error> {
         if needed <= self.pages_for(spend) {
             Ok(())
@@ -151,7 +152,7 @@ impl State {
         }
     }
 
-    /// The error of a store that is full.
+    /// Returns the error of a store that is full.
     pub fn no_space(&self, needed: u64, spend: Spend) -> Error {
         Error::NoSpace {
             needed,
@@ -160,7 +161,7 @@ impl State {
         }
     }
 
-    /// The error of a store whose metadata pages are used up.
+    /// Returns the error of a store whose metadata pages are used up.
     pub fn no_pages(&self, needed: u64, spend: Spend) -> Error {
         Error::NoMdPages {
             needed,
@@ -169,11 +170,13 @@ impl State {
         }
     }
 
-    /// The metadata pages that the region should grow to before a change that may take some: when three quarters are
-    /// used, and unless a try found no room and there is no more of it since.
+    /// Returns the number of metadata pages that the region should grow to before a change that may
+    /// take some. This is when three quarters are used, unless an attempt found no room and there
+    /// is no more of it since.
     fn wanted_growth(&mut self, spend: Spend) -> Option<u32> {
         let (used, len) = (u64::from(self.pages.used()), u64::from(self.pages.len()));
-        // A change takes few pages; whoever may not touch the reserve runs out before it does.
+        // A change takes few pages. One that may not use the reserve runs out before the store
+        // does.
         let few = self.pages_for(spend) < FEW_PAGES.into();
         let scarce = match spend {
             Spend::Releasing => used == len,
@@ -197,8 +200,8 @@ impl State {
 }
 
 impl Blobstore {
-    /// Before a change that may take metadata pages: lets the region grow if they are scarce. Where that is not
-    /// possible the change still has what is left, so this is not its error.
+    /// Lets the region grow if metadata pages are scarce, before a change that may take some. If it
+    /// cannot grow, the change still has what is left, so this is not an error of the change.
     pub(crate) fn grow_metadata_if_scarce(&self, spend: Spend) {
         if self.inner.state.lock().wanted_growth(spend).is_none() {
             return;
@@ -208,7 +211,7 @@ impl Blobstore {
         };
         let (wanted, keep) = {
             let mut state = edit.state();
-            // Somebody else may have been first.
+            // Another thread may have done it.
             let Some(wanted) = state.wanted_growth(spend) else {
                 return;
             };
@@ -224,15 +227,15 @@ impl Blobstore {
             Ok(()) => state.growth_blocked = None,
             Err(error) => {
                 let device = &self.inner.dev.info().name;
-                tracing::warn!(device, %error, "the metadata pages could not be made more");
+                tracing::warn!(device, %error, "the metadata region could not grow");
                 state.growth_blocked = Some(state.clusters.free());
             }
         }
     }
 }
 
-/// Metadata pages of a file system of `size` bytes if nobody says how many: two for each MiB, at most 16384,
-/// and as many more as its last cluster has room for.
+/// Returns the default number of metadata pages of a file system of `size` bytes: two for each MiB,
+/// at most 16384, and what fills the last cluster.
 pub(crate) fn default_md_pages(size: u64, cluster_size: u32) -> u32 {
     let wanted = (size / BYTES_PER_MD_PAGE).clamp(16, MD_PAGES_MAX);
     let wanted = u32::try_from(wanted).expect("bounded above");

@@ -35,18 +35,18 @@ impl Slot {
     }
 }
 
-/// Pages and clusters that are marked as used without a whole blob that has them.
+/// Pages and clusters that are marked as used but belong to no whole blob.
 #[derive(Debug)]
 pub(crate) struct Unowned {
     pub pages: Bitmap,
     pub clusters: Bitmap,
 }
 
-/// Why no changes are taken.
+/// Why no changes are accepted.
 #[derive(Debug)]
 pub(crate) struct Stop {
     pub reason: String,
-    /// What the device holds cannot be known before the next load.
+    /// Whether only the next load can find out what the device holds.
     pub for_good: bool,
 }
 
@@ -57,63 +57,64 @@ pub(crate) struct Doubt {
     pub restore: Restore,
 }
 
-/// All metadata in memory. It is locked for moments and does no I/O; whoever changes what is on the device holds
-/// an [`Edit`](super::edit::Edit).
+/// All metadata in memory. It is locked only briefly and does no I/O. Whoever changes what is on
+/// the device holds an [`Edit`](super::edit::Edit).
 #[derive(Debug)]
 pub(crate) struct State {
     pub sb: SuperBlock,
     pub geo: Geometry,
     /// What the device can do.
     pub can: Abilities,
-    /// The super block on disk says clean = 0.
+    /// Whether the super block on disk says clean = 0.
     pub dirty: bool,
-    /// A write of clean = 1 failed: the device may hold it all the same.
+    /// Whether a write of clean = 1 failed, so that the device may hold it all the same.
     pub clean_in_doubt: bool,
     pub unloaded: bool,
-    /// The store is being unloaded: no blob is opened.
+    /// Whether the store is being unloaded, so that no blob is opened.
     pub unloading: bool,
-    /// No change is taken.
+    /// Whether no change is accepted.
     pub read_only: bool,
-    /// No more changes are taken.
+    /// Why no more changes are accepted, if they are not.
     pub stopped: Option<Stop>,
-    /// What is to be taken back before changes are taken again.
+    /// What must be taken back before changes are accepted.
     pub doubts: Vec<Doubt>,
-    /// A snapshot that is to be undone before changes are taken again.
+    /// A snapshot that must be undone before changes are accepted.
     pub half_snapshot: Option<HalfSnapshot>,
     pub pages: Bitmap,
     pub clusters: Bitmap,
     pub policy: SpacePolicy,
     /// Free clusters at the last growth of the metadata that found no room.
     pub growth_blocked: Option<u32>,
-    /// By root page.
+    /// The blobs by root page.
     pub blobs: BTreeMap<u32, Slot>,
     pub damaged: BTreeMap<u32, PageError>,
-    /// What can still be told of damaged blobs.
+    /// What is still known of damaged blobs.
     pub remains: BTreeMap<u32, Remains>,
-    /// The store was not unloaded in order and had damaged blobs: what those hold is not known.
+    /// Whether the store was not unloaded in order and had damaged blobs, so that it is not known
+    /// what those hold.
     pub uncertain: bool,
-    /// While `uncertain`: what is marked as used and belongs to no whole blob.
+    /// What is marked as used and belongs to no whole blob. Present while `uncertain`.
     pub unowned: Option<Unowned>,
-    /// Snapshots that open blobs stand on, with what lies below them.
+    /// Snapshots that are ancestors of open blobs, with their own ancestors.
     pub lines: HashMap<BlobId, Arc<Line>>,
-    /// Snapshot → the blobs whose parent it is.
+    /// For each snapshot, the blobs whose parent it is.
     pub children: HashMap<BlobId, BTreeSet<BlobId>>,
-    /// Claimed by more than one blob: never released.
+    /// Clusters that more than one blob claims. They are never released.
     pub shared_clusters: HashSet<u32>,
-    /// As `shared_clusters`, extent pages.
+    /// Extent pages that more than one blob claims. They are never released.
     pub shared_pages: HashSet<u32>,
     pub open_external: Option<OpenExternal>,
     pub externals: HashMap<Arc<[u8]>, Weak<External>>,
 }
 
 impl State {
-    /// The blob for whose sake nothing is allocated.
+    /// Returns the blob because of which nothing is allocated.
     pub fn held(&self) -> Option<BlobId> {
         let (root, _) = self.damaged.first_key_value()?;
         self.uncertain.then(|| BlobId::from_page(*root))
     }
 
-    /// Notes what is marked as used and belongs to no whole blob.
+    /// Records what is marked as used and belongs to no whole blob.
     pub fn note_unowned(&mut self) {
         let mut pages = self.pages.clone();
         let mut clusters = self.clusters.clone();
@@ -135,7 +136,7 @@ impl State {
         self.unowned = Some(Unowned { pages, clusters });
     }
 
-    /// After the last damaged blob has gone: what only it can have had is free.
+    /// Frees what only a damaged blob can have held, after the last damaged blob has been deleted.
     pub fn release_unowned(&mut self) {
         self.uncertain = false;
         let Some(unowned) = self.unowned.take() else {
@@ -149,13 +150,13 @@ impl State {
         }
     }
 
-    /// Was the blob set aside at the load?
+    /// Whether the blob was left out at the load.
     pub fn is_damaged(&self, id: BlobId) -> bool {
         id.page()
             .is_some_and(|root| self.damaged.contains_key(&root))
     }
 
-    /// What is known of a blob.
+    /// Returns the metadata of a blob.
     pub fn meta(&self, id: BlobId) -> Result<&Arc<BlobMeta>, Error> {
         let root = id.page().ok_or(Error::NoSuchBlob(id))?;
         if let Some(slot) = self.blobs.get(&root) {
@@ -170,12 +171,12 @@ impl State {
         }
     }
 
-    /// The open blob, if it is open.
+    /// Returns the open blob, if it is open.
     pub fn shared(&self, id: BlobId) -> Option<Arc<Shared>> {
         self.blobs.get(&id.page()?)?.handle.upgrade()
     }
 
-    /// The blob and its ancestors, itself first; or why it cannot be read.
+    /// Returns the blob and its ancestors, itself first, or the reason why it cannot be read.
     pub fn ancestry(&self, id: BlobId) -> Result<(Vec<Arc<BlobMeta>>, Parent), Error> {
         let mut line = vec![Arc::clone(self.meta(id)?)];
         loop {
@@ -206,7 +207,7 @@ impl State {
         }
     }
 
-    /// What the data path needs of a blob.
+    /// Returns what the data path needs of a blob.
     pub fn view(&mut self, id: BlobId) -> Result<View, Error> {
         let meta = Arc::clone(self.meta(id)?);
         if meta.flags.unknown_invalid() != 0 {
@@ -232,7 +233,7 @@ impl State {
         })
     }
 
-    /// The snapshot `parent` of `blob`, and what lies below it.
+    /// Returns the snapshot `parent` of `blob`, and its ancestors.
     fn line(&mut self, blob: BlobId, parent: BlobId) -> Result<Arc<Line>, Error> {
         let mut missing: Vec<Arc<BlobMeta>> = Vec::new();
         let mut at = parent;
@@ -244,7 +245,7 @@ impl State {
                 meta.flags.unknown_invalid() == 0 && missing.len() < self.blobs.len()
             });
             let Some(meta) = usable.cloned() else {
-                // Says what is wrong.
+                // This returns the reason as an error.
                 self.ancestry(blob)?;
                 return Err(Error::NoSuchBlob(at));
             };
@@ -269,7 +270,7 @@ impl State {
         below.ok_or(Error::NoSuchBlob(parent))
     }
 
-    /// The external snapshot of a blob, opened by the application if it is not open yet.
+    /// Returns the external snapshot of a blob. The application opens it if it is not open yet.
     pub fn external(&mut self, blob: BlobId, ext_id: &Arc<[u8]>) -> Result<Arc<External>, Error> {
         if let Some(external) = self.externals.get(ext_id).and_then(Weak::upgrade) {
             return Ok(external);
@@ -293,7 +294,7 @@ impl State {
         Ok(external)
     }
 
-    /// Descendants of a blob, and the blob itself.
+    /// Returns a blob and its descendants.
     pub fn family(&self, id: BlobId) -> Vec<BlobId> {
         let mut family = vec![id];
         let mut seen: HashSet<BlobId> = HashSet::from([id]);
@@ -315,7 +316,7 @@ impl State {
         family
     }
 
-    /// Gives the open blobs among `id` and its descendants new views.
+    /// Updates the views of the open blobs among `id` and its descendants.
     pub fn rebuild_views(&mut self, id: BlobId) {
         let family = self.family(id);
         for member in &family {
@@ -334,7 +335,7 @@ impl State {
         }
     }
 
-    /// The open blobs whose I/O may pass through `id`'s clusters.
+    /// Returns the open blobs whose I/O may reach `id`'s clusters.
     pub fn open_family(&self, id: BlobId) -> Vec<Arc<Shared>> {
         self.family(id)
             .into_iter()

@@ -1,10 +1,10 @@
-//! The device as the blobstore and everything above it uses it: operations that fail with an error that may
-//! pass are tried again, here and nowhere above.
+//! The device as the blobstore and everything above it use it: operations that fail with a
+//! transient error are tried again, here and nowhere above.
 //!
-//! One policy for all: the metadata, the channels of threads and the file system's shared ones. An operation
-//! whose error says that the same operation may succeed ([`IoErrorKind::is_retryable`]) is sent again up to
-//! [`TRIES`] times, at once and then after pauses that double, a quarter of a second in all. Meanwhile it
-//! counts as in flight.
+//! There is one policy for the metadata, the channels of threads and the file system's shared
+//! channels. An operation whose error says that the same operation may succeed
+//! ([`IoErrorKind::is_retryable`]) is sent again up to [`TRIES`] times, at once and then after
+//! pauses that double, a quarter of a second in all. Meanwhile it counts as in flight.
 //!
 //! [`IoErrorKind::is_retryable`]: pumice_bdev::IoErrorKind::is_retryable
 
@@ -20,24 +20,24 @@ use pumice_bdev::{
     SubmitError,
 };
 
-/// How often an operation is sent again.
+/// Most times that an operation is sent again.
 const TRIES: u32 = 9;
 /// The pause before the second repetition; there is none before the first.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// See the module.
+/// A device that retries; see the module.
 #[derive(Debug)]
 pub(crate) struct Steady {
     inner: Arc<dyn BlockDevice>,
     lost: Arc<FailedFlush>,
 }
 
-/// The first flush that failed, of any channel.
+/// The first failed flush of any channel.
 #[derive(Debug, Default)]
 pub(crate) struct FailedFlush(Mutex<Option<Box<IoError>>>);
 
 impl FailedFlush {
-    /// Its error, if there was one.
+    /// Returns its error, if there was one.
     pub fn get(&self) -> Option<Box<IoError>> {
         self.0.lock().clone()
     }
@@ -89,7 +89,7 @@ impl BlockDevice for Steady {
     }
 }
 
-/// An operation that waits for its repetition.
+/// An operation that waits to be sent again.
 struct Again {
     tag: u64,
     op: Op,
@@ -100,14 +100,14 @@ struct SteadyChannel {
     inner: Box<dyn IoChannel>,
     lost: Arc<FailedFlush>,
     again: Vec<Again>,
-    /// Of operations that have failed: how often they were sent again.
+    /// Number of times that each failed operation was sent again.
     tries: HashMap<u64, u32>,
-    /// Given up while they were sent again.
+    /// Operations that ended while they waited.
     ended: Vec<Completion>,
 }
 
 impl SteadyChannel {
-    /// Keeps the operation for a repetition, or gives it back with its error.
+    /// Keeps the operation to be sent again, or returns it with its error.
     fn failed(&mut self, tag: u64, op: Op, error: Box<IoError>) -> Option<(Op, Box<IoError>)> {
         let tries = self.tries.entry(tag).or_insert(0);
         if !error.is_retryable() || op.kind() == OpKind::Abort || *tries == TRIES {
@@ -128,7 +128,7 @@ impl SteadyChannel {
         None
     }
 
-    /// Sends what is due.
+    /// Sends the operations that are due.
     fn repeat(&mut self) {
         let now = Instant::now();
         for waiting in std::mem::take(&mut self.again) {
@@ -150,7 +150,7 @@ impl SteadyChannel {
         }
     }
 
-    /// Takes failed operations out of `out[start..]` that are to be repeated.
+    /// Takes failed operations that are to be sent again out of `out[start..]`.
     #[cold]
     fn sift(&mut self, out: &mut Vec<Completion>, start: usize) {
         for completion in out.split_off(start) {

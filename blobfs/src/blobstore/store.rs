@@ -1,4 +1,4 @@
-//! The blobstore: making, loading, unloading, and what can be asked of it.
+//! [`Blobstore`]: making, loading and unloading a store, and its properties.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, OnceLock};
@@ -36,22 +36,22 @@ use super::steady::{FailedFlush, Steady};
 use super::super_page::{self, Found};
 use super::transaction::Transaction;
 
-/// How a store is made.
+/// Options of a new store.
 #[derive(Debug, Clone)]
 pub struct InitOptions {
     /// Bytes of a cluster, a multiple of 4096.
     pub cluster_size: u32,
-    /// Pages of the metadata region; by default one per cluster. A blob takes at least one. The region can
-    /// grow later ([`Blobstore::grow_md_pages`]).
+    /// Number of pages of the metadata region, by default one for each cluster. A blob takes at
+    /// least one. The region can grow later ([`Blobstore::grow_md_pages`]).
     pub md_pages: Option<u32>,
     /// What the store is used for.
     pub bstype: BsType,
     /// What happens to the device's data.
     pub clear_method: ClearMethod,
-    /// Opens external snapshots.
+    /// The function that opens external snapshots.
     pub open_external: Option<OpenExternal>,
-    /// Makes the store over whatever the device holds. Else a device that holds anything but zeroes
-    /// is refused.
+    /// Whether to make the store over whatever the device holds. Otherwise a device that holds
+    /// anything but zeroes is refused.
     pub force: bool,
 }
 
@@ -68,40 +68,42 @@ impl Default for InitOptions {
     }
 }
 
-/// How a store is loaded.
+/// Options of a load.
 #[derive(Debug, Clone, Default)]
 pub struct LoadOptions {
-    /// The type that it must have; `None` or [`BsType::NONE`]: any.
+    /// The type that the store must have; any if `None` or [`BsType::NONE`].
     pub bstype: Option<BsType>,
-    /// Opens external snapshots. Without it their clones cannot be opened.
+    /// The function that opens external snapshots. Without it their clones cannot be opened.
     pub open_external: Option<OpenExternal>,
-    /// Loads without ever writing: snapshots that a crash left half made stay as they are, and no change
-    /// is taken.
+    /// Whether to load without ever writing. Snapshots that a crash left half made then stay as
+    /// they are, and no change is accepted.
     pub read_only: bool,
-    /// A store with damaged blobs is not loaded: [`Error::DamagedStore`] names them, and nothing was written.
-    /// Else they are set aside ([`Blobstore::damaged`]).
+    /// Whether to refuse a store with damaged blobs: [`Error::DamagedStore`] then names them, and
+    /// nothing was written. Otherwise they are left out ([`Blobstore::damaged`]).
     pub refuse_damage: bool,
 }
 
 /// The longest single read or write of data, where the device takes as much.
 const MAX_IO_BYTES: u64 = 8 << 20;
-/// A metadata region of up to so many bytes is zeroed by writing, a larger one by the device.
+/// Largest metadata region, in bytes, that is zeroed by writing. A larger one is zeroed by the
+/// device.
 const MAX_WRITTEN_MD_BYTES: u64 = 80 << 20;
 
 /// Counts of clusters or metadata pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Usage {
-    /// All.
+    /// The number of all.
     pub total: u64,
-    /// In use.
+    /// The number in use.
     pub used: u64,
 }
 
-/// A blobstore: blobs of clusters on a block device, in SPDK's format. Cheap to clone; all clones are the
-/// same store. Metadata operations block and may be called from any thread; those of different blobs overlap.
+/// A blobstore: blobs of clusters on a block device, in SPDK's format. It is cheap to clone, and
+/// all clones are the same store. Metadata operations block and may be called from any thread;
+/// those of different blobs overlap.
 ///
-/// Dropping the last clone without [`Blobstore::unload`] loses nothing that was durable, but the next load
-/// has to scan the metadata.
+/// Dropping the last clone without [`Blobstore::unload`] loses nothing that was durable, but the
+/// next load has to scan the metadata.
 #[derive(Debug, Clone)]
 pub struct Blobstore {
     pub(crate) inner: Arc<Inner>,
@@ -120,20 +122,20 @@ pub(crate) struct Inner {
     pub cut: Cut,
     pub bstype: BsType,
     pub failed_flush: Arc<FailedFlush>,
-    /// Loaded so that nothing is ever written.
+    /// Whether it was loaded so that nothing is ever written.
     pub read_only: bool,
-    /// Given up at the unload.
+    /// Dropped at the unload.
     claim: Mutex<Option<Claim>>,
     pub md_channels: Arc<MdChannels>,
     /// How changes reach the device.
     pub commit: Box<dyn Commit>,
-    /// Who may change what. Entered before the state is locked.
+    /// Decides which changes may run at the same time. It is entered before the state is locked.
     pub order: Order,
-    /// Locked for moments, and never while a device works.
+    /// Locked only briefly, and never while a device works.
     pub state: Mutex<State>,
 }
 
-/// What a load has found.
+/// The result of a load.
 struct Loaded {
     io: MdIo,
     sb: SuperBlock,
@@ -145,15 +147,15 @@ struct Loaded {
 }
 
 impl Blobstore {
-    /// Makes an empty store on the device and loads it. Without [`InitOptions::force`] the device must
-    /// be blank, by the rule of [`contents`]: every block that may hold data is read. Blocks.
+    /// Makes an empty store on the device and loads it. Without [`InitOptions::force`] the device
+    /// must be blank, by the rule of [`contents`]: every block that may hold data is read. Blocks.
     ///
-    /// A crash on the way leaves a device without a store.
+    /// A crash in the middle leaves a device without a store.
     ///
     /// # Errors
-    /// [`BdevError::NotBlank`]; sizes that do not fit the device; I/O errors; [`Error::Busy`] if this process
-    /// has loaded a store from the device. An image file that opening the device has made is removed then,
-    /// when the device is closed.
+    /// Fails with [`BdevError::NotBlank`], for sizes that do not fit the device, when the device
+    /// fails, and with [`Error::Busy`] if this process has loaded a store from the device. An image
+    /// file that was created by opening the device is then removed when the device is closed.
     pub fn init(dev: Arc<dyn BlockDevice>, opts: &InitOptions) -> Result<Blobstore, Error> {
         let claim = Claim::new(&*dev, false)?;
         let formatting = Formatting::begin(&dev, Overwrite::forced(opts.force))?;
@@ -164,7 +166,8 @@ impl Blobstore {
         let mut io = MdIo::new(&dev)?;
         let sb = lay_out(info.len_bytes(), info.block_size, opts)?;
         let geo = Geometry::new(&sb, info)?;
-        // No old store any more, then no old metadata, then the new store.
+        // The old store becomes invalid first, then its metadata is cleared, then the new store is
+        // written.
         let can = io.can();
         let no_super = can.written_zeroes(0, geo.page_lba(1))?;
         io.run_durable(no_super)?;
@@ -180,7 +183,8 @@ impl Blobstore {
                 io.run(ops)?;
             }
         }
-        // A metadata page must not be without space on the host when it is first written: that is a commit.
+        // The host must have allocated a metadata page before it is first written, because that
+        // write is a commit.
         let (first, blocks) = (geo.page_lba(1), geo.md_lba(geo.md_len - 1));
         let metadata = if blocks * geo.block_size <= MAX_WRITTEN_MD_BYTES {
             can.written_zeroes(first, blocks)?
@@ -204,23 +208,25 @@ impl Blobstore {
         Ok(Blobstore::with_state(dev, failed_flush, claim, loaded))
     }
 
-    /// Loads a store: by its masks if it was unloaded in order, else by a scan of its metadata. Writes
-    /// nothing, unless a crash left a snapshot half made or half removed. A blob with damaged metadata is
-    /// set aside ([`Blobstore::damaged`]), the others load.
+    /// Loads a store: by its masks if it was unloaded in order, else by a scan of its metadata.
+    /// Writes nothing, unless a crash left a snapshot half made or half removed. A blob with
+    /// damaged metadata is left out ([`Blobstore::damaged`]), and the others are loaded.
     ///
-    /// If the store was not unloaded in order, it is not known which clusters and metadata pages a damaged
-    /// blob holds. Then nothing is allocated ([`Error::Held`]) until that blob is deleted, here or by
-    /// [`repair`](super::check::repair); everything else works. An unload leaves such a store as one that was
-    /// not unloaded in order. Blocks.
+    /// If the store was not unloaded in order, it is not known which clusters and metadata pages a
+    /// damaged blob holds. Then nothing is allocated ([`Error::Held`]) until that blob is deleted,
+    /// here or by [`repair`](super::check::repair). Everything else works. An unload leaves such a
+    /// store as one that was not unloaded in order. Blocks.
     ///
     /// # Errors
-    /// No store there, another type, figures that do not fit the device, I/O errors; [`Error::Busy`] if this
-    /// process has loaded a store from the device already (several may, if all are read-only).
+    /// Fails if there is no store, if it has another type, if its figures do not fit the device,
+    /// when the device fails, and with [`Error::Busy`] if this process has loaded a store from the
+    /// device already. Several may be loaded if all are read-only.
     pub fn load(dev: Arc<dyn BlockDevice>, opts: &LoadOptions) -> Result<Blobstore, Error> {
         Blobstore::load_with(dev, opts, false)
     }
 
-    /// Loads a store by a scan whatever its super block says; it is taken as not unloaded in order.
+    /// Loads a store by a scan whatever its super block says, as one that was not unloaded in
+    /// order.
     pub(crate) fn load_by_scan(
         dev: Arc<dyn BlockDevice>,
         opts: &LoadOptions,
@@ -262,13 +268,13 @@ impl Blobstore {
             });
         }
         let geo = Geometry::new(&sb, info)?;
-        // The masks of a store that was not unloaded in order are those of the last time that it was: not to
-        // be believed, but they know which roots and clusters there were.
+        // The masks of a store that was not unloaded in order are those of the last orderly unload.
+        // They cannot be trusted, but they name the roots and clusters of that time.
         let (masks, past) = Masks::read(&mut io, &geo, &sb)?;
         let blobids = masks.as_ref().map(|masks| &masks.blobids[..]);
         let roots = match blobids {
             Some(blobids) if sb.is_clean() && !by_scan => Roots::Mask(blobids),
-            // A root that a valid mask names and that is damaged is not to be forgotten.
+            // A damaged root that a valid mask names must not be forgotten.
             _ => Roots::Scan {
                 sure: blobids.filter(|_| sb.is_clean()),
                 past: past.blobids.as_deref(),
@@ -282,8 +288,8 @@ impl Blobstore {
         match (&roots, &masks) {
             (Roots::Mask(_), Some(masks)) => scan.trust(masks),
             _ if scan.damaged.is_empty() => {}
-            // What the damaged blobs hold is known by the masks if these are to be believed. Else old masks
-            // know some of it, and nothing is given away.
+            // Trusted masks know what the damaged blobs hold. Other masks know a part of it, and
+            // then nothing is allocated.
             _ => {
                 uncertain = masks.is_none() || !sb.is_clean();
                 if let Some(clusters) = &past.clusters {
@@ -415,14 +421,15 @@ impl Blobstore {
         }
     }
 
-    /// Ends the use of the store in order: waits for I/O in flight on the channels of all threads, writes the
-    /// masks, then marks it clean. Writes nothing if nothing has changed since a clean load. Blocks; the
-    /// metadata can be used while it waits for I/O.
+    /// Unloads the store in order: waits for I/O in flight on the channels of all threads, writes
+    /// the masks, then marks the store clean. Writes nothing if nothing has changed since a clean
+    /// load. Blocks; the metadata can be used while it waits for I/O.
     ///
     /// # Errors
-    /// Blobs are open, I/O that does not come to an end ([`Error::Busy`]), I/O errors: the store then stays
-    /// loaded. [`Error::Stopped`]: the store is unloaded, but not in order, since what the device holds of the
-    /// change that failed is not known; the next load finds out.
+    /// Fails if blobs are open, if I/O does not end ([`Error::Busy`]), and when the device fails;
+    /// the store then stays loaded. With [`Error::Stopped`] the store is unloaded, but not in
+    /// order, since it is not known what the device holds of the change that failed. The next load
+    /// finds out.
     pub fn unload(&self) -> Result<(), Error> {
         let inner = &self.inner;
         {
@@ -434,7 +441,7 @@ impl Blobstore {
             shared.drain();
         }
         let quiet = inner.channels.quiesce();
-        // Until it is unloaded nobody else changes anything.
+        // Nobody else changes anything until it is unloaded.
         let edit = self.edit_to_the_end();
         let ended = if quiet {
             edit.unload()
@@ -464,25 +471,27 @@ impl Blobstore {
         in_order
     }
 
-    /// Creates a blob; durable on return. Blocks.
+    /// Creates a blob, durably. Blocks.
     ///
     /// # Errors
-    /// No space, no metadata pages, options that cannot be, I/O errors.
+    /// Fails if there is no space or no metadata page, if an option is not valid, and when the
+    /// device fails.
     pub fn create(&self, opts: &CreateOptions) -> Result<BlobId, Error> {
         let mut transaction = self.transaction();
         let blob = transaction.create(opts.clone());
         Ok(transaction.commit()?.id(blob))
     }
 
-    /// Opens a blob; counted, so it may be open more than once.
+    /// Opens a blob. Opens are counted, so it may be open more than once.
     ///
     /// # Errors
-    /// No such blob, damaged metadata, a parent that is not there.
+    /// Fails if there is no such blob, if its metadata is damaged, and if its parent is missing.
     pub fn open(&self, id: BlobId) -> Result<Blob, Error> {
         if let Some(shared) = self.inner.state.lock().opened(id)? {
             return Ok(self.handle(shared));
         }
-        // A change that is under way may delete it, or take clusters from it: nobody looks at it meanwhile.
+        // A change in progress may delete it or take clusters from it, so nobody looks at it
+        // meanwhile.
         let _turn = self.inner.order.enter(Scope::Blobs(vec![id]));
         let mut state = self.inner.state.lock();
         let shared = match state.opened(id)? {
@@ -507,7 +516,7 @@ impl Blobstore {
         }
     }
 
-    /// The blobs, in order of their ids; without those that were set aside.
+    /// Returns the blobs in order of their ids, without those that were left out.
     #[must_use]
     pub fn blobs(&self) -> Vec<BlobId> {
         self.inner
@@ -519,7 +528,8 @@ impl Blobstore {
             .collect()
     }
 
-    /// The blobs that have `id` as their parent, in order of their ids. A blob that has some is a snapshot.
+    /// Returns the blobs that have `id` as their parent, in order of their ids. A blob that has
+    /// some is a snapshot.
     #[must_use]
     pub fn clones(&self, id: BlobId) -> Vec<BlobId> {
         let state = self.inner.state.lock();
@@ -527,7 +537,7 @@ impl Blobstore {
         children.copied().collect()
     }
 
-    /// Blobs that were set aside because their metadata is damaged, and why.
+    /// Returns the blobs that were left out because their metadata is damaged, and the reasons.
     #[must_use]
     pub fn damaged(&self) -> Vec<(BlobId, PageError)> {
         let state = self.inner.state.lock();
@@ -538,41 +548,42 @@ impl Blobstore {
             .collect()
     }
 
-    /// As [`Blobstore::damaged`], in words: a line for each blob, with its xattr `name` where that can still
-    /// be read.
+    /// Describes the damage of [`Blobstore::damaged`]: one line for each blob, with its xattr
+    /// `name` if that can still be read.
     #[must_use]
     pub fn damage(&self) -> Vec<String> {
         let state = self.inner.state.lock();
         describe_damage(&state.damaged, &state.remains)
     }
 
-    /// Bytes of a cluster.
+    /// Returns the number of bytes of a cluster.
     #[must_use]
     pub fn cluster_size(&self) -> u64 {
         self.inner.cluster_size
     }
 
-    /// Bytes of an io unit, the smallest read or write that SPDK does on this store.
+    /// Returns the number of bytes of an io unit, the smallest read or write that SPDK does on this
+    /// store.
     #[must_use]
     pub fn io_unit_size(&self) -> u32 {
         self.inner.io_unit_size
     }
 
-    /// What the store is used for.
+    /// Returns what the store is used for.
     #[must_use]
     pub fn bstype(&self) -> BsType {
         self.inner.bstype
     }
 
-    /// Clusters that blobs can have in all.
+    /// Returns the number of clusters for all blobs together.
     #[must_use]
     pub fn total_clusters(&self) -> u64 {
         let state = self.inner.state.lock();
         u64::from(state.geo.data_clusters())
     }
 
-    /// Clusters that can be allocated: those that nobody has, or none while allocation is held back
-    /// ([`Error::Held`]).
+    /// Returns the number of clusters that can be allocated: those that no blob has, or none while
+    /// nothing is allocated ([`Error::Held`]).
     #[must_use]
     pub fn free_clusters(&self) -> u64 {
         let state = self.inner.state.lock();
@@ -582,7 +593,7 @@ impl Blobstore {
         }
     }
 
-    /// Metadata pages.
+    /// Returns the number of metadata pages.
     #[must_use]
     pub fn md_pages(&self) -> Usage {
         let state = self.inner.state.lock();
@@ -592,22 +603,22 @@ impl Blobstore {
         }
     }
 
-    /// The super block as it stands in memory.
+    /// Returns the super block in memory.
     #[must_use]
     pub fn super_block(&self) -> SuperBlock {
         self.inner.state.lock().sb.clone()
     }
 
-    /// The application's super blob.
+    /// Returns the application's super blob.
     #[must_use]
     pub fn super_blob(&self) -> Option<BlobId> {
         self.inner.state.lock().sb.super_blob()
     }
 
-    /// Sets the application's super blob; durable on return. Blocks.
+    /// Sets the application's super blob, durably. Blocks.
     ///
     /// # Errors
-    /// I/O errors.
+    /// Fails when the device does.
     pub fn set_super_blob(&self, id: Option<BlobId>) -> Result<(), Error> {
         let edit = self.edit(&Scope::All)?;
         edit.change(|state, change| {
@@ -618,12 +629,12 @@ impl Blobstore {
         })
     }
 
-    /// Gives up a damaged blob ([`Blobstore::damaged`]) and all that it holds; its clones can no longer be
-    /// opened then. If it was the last of a store in which nothing could be allocated ([`Error::Held`]), that
-    /// is over. Durable on return. Blocks.
+    /// Deletes a damaged blob ([`Blobstore::damaged`]) and everything that it holds. Its clones can
+    /// no longer be opened then. If it was the last one of a store in which nothing was allocated
+    /// ([`Error::Held`]), allocation works from then on. Durable on return. Blocks.
     ///
     /// # Errors
-    /// The blob is not damaged, I/O errors.
+    /// Fails if the blob is not damaged, and when the device fails.
     pub fn delete_damaged(&self, id: BlobId) -> Result<(), Error> {
         let edit = self.edit(&Scope::All)?;
         edit.change(|state, change| {
@@ -636,7 +647,7 @@ impl Blobstore {
         })
     }
 
-    /// Ends half-made and half-removed snapshots, if there are any.
+    /// Completes or undoes half-made and half-removed snapshots, if there are any.
     pub(crate) fn end_half_done(&self) -> Result<(), Error> {
         if self.inner.state.lock().half_done().is_empty() {
             return Ok(());
@@ -644,15 +655,15 @@ impl Blobstore {
         self.edit(&Scope::All)?.end_half_done()
     }
 
-    /// A list of changes for one commit.
+    /// Begins a list of changes for one commit.
     pub fn transaction(&self) -> Transaction {
         Transaction::new(self.clone())
     }
 
-    /// This thread's channel to the device, made at the first use.
+    /// Returns this thread's channel to the device, which is opened at the first use.
     ///
     /// # Errors
-    /// The device gives no channel, the store is unloaded.
+    /// Fails if the device gives no channel, and if the store is unloaded.
     pub fn channel(&self) -> Result<AsyncChannel, Error> {
         self.inner.channels.get()
     }
@@ -691,12 +702,12 @@ impl Blobstore {
     /// Calls `f` with this thread's channel to the device.
     ///
     /// # Errors
-    /// As [`Blobstore::channel`].
+    /// Fails as [`Blobstore::channel`] does.
     pub fn with_channel<R>(&self, f: impl FnOnce(&AsyncChannel) -> R) -> Result<R, Error> {
         Ok(f(&self.channel()?))
     }
 
-    /// The device below.
+    /// Returns the device that holds the store.
     #[must_use]
     pub fn device(&self) -> &Arc<dyn BlockDevice> {
         &self.inner.dev
@@ -704,7 +715,7 @@ impl Blobstore {
 }
 
 impl State {
-    /// The blob, if it is open and can still be opened.
+    /// Returns the blob, if it is open and can still be opened.
     fn opened(&self, id: BlobId) -> Result<Option<Arc<Shared>>, Error> {
         if self.unloaded {
             return Err(Error::Unloaded);
@@ -715,7 +726,7 @@ impl State {
         Ok(self.shared(id))
     }
 
-    /// May the store be unloaded?
+    /// Fails if the store cannot be unloaded.
     fn check_unloadable(&self) -> Result<(), Error> {
         if self.unloaded {
             return Err(Error::Unloaded);
@@ -740,7 +751,7 @@ impl State {
         }
     }
 
-    /// The masks, each with the page where it begins.
+    /// Returns the masks, each with the page where it begins.
     fn masks(&self) -> Vec<(u32, Vec<u8>)> {
         let mut blobids = Bitmap::new(self.geo.md_len);
         for root in self.blobs.keys().chain(self.damaged.keys()) {
@@ -782,7 +793,7 @@ impl Edit<'_> {
             (state.held(), state.dirty)
         };
         if let Some(id) = held {
-            // Masks would give away what the damaged blob holds.
+            // Masks would let others allocate what the damaged blob holds.
             tracing::warn!(blob = %id, "the store stays marked as not unloaded in order: a blob is damaged");
             return self.store.inner.md_channels.get()?.flush();
         }
@@ -795,7 +806,7 @@ impl Edit<'_> {
     /// Writes the masks and marks the store clean.
     fn write_masks(&self) -> Result<(), Error> {
         let mut io = self.store.inner.md_channels.get()?;
-        // Data and metadata that are in a volatile cache come before the mark.
+        // Data and metadata that are in a volatile cache become durable before the mark.
         io.flush()?;
         let (masks, geo, mut sb) = {
             let state = self.state();
@@ -808,7 +819,7 @@ impl Edit<'_> {
         io.run_durable(ops)?;
         sb.clean = 1.into();
         let mark = io.can().writes(0, &sb.encode())?;
-        // After an error the device may hold the mark or not: the next change takes it off again.
+        // After an error the device may or may not hold the mark. The next change removes it.
         self.state().clean_in_doubt = true;
         io.run_durable(mark)?;
         let mut state = self.state();
@@ -823,7 +834,7 @@ fn damage_list(scan: &Scan) -> Vec<String> {
     describe_damage(&scan.damaged, &scan.remains)
 }
 
-/// A line for each damaged blob.
+/// Returns one line for each damaged blob.
 pub(crate) fn describe_damage(
     damaged: &BTreeMap<u32, PageError>,
     remains: &BTreeMap<u32, Remains>,
@@ -845,7 +856,7 @@ pub(crate) struct Masks {
     pub blobids: Vec<u64>,
 }
 
-/// What is left of the masks of an unload before the last changes.
+/// The readable parts of the masks of the last orderly unload.
 #[derive(Default)]
 pub(crate) struct PastMasks {
     pub clusters: Option<Vec<u64>>,
@@ -853,8 +864,8 @@ pub(crate) struct PastMasks {
 }
 
 impl Masks {
-    /// Reads the masks. `None` if one is absent or is not a mask: the metadata has to be scanned. What can be
-    /// read of them comes beside it.
+    /// Reads the masks. Returns `None` for them if one is missing or is not a mask; the metadata
+    /// must then be scanned. The parts that can be read are returned beside them.
     pub fn read(
         io: &mut MdIo,
         geo: &Geometry,
@@ -908,14 +919,15 @@ impl Masks {
 }
 
 impl Scan {
-    /// What the masks of a clean store call used is not given to anybody, even if no blob names it.
+    /// Marks what the masks of a clean store call used, so that it is not allocated even if no blob
+    /// names it.
     fn trust(&mut self, masks: &Masks) {
         self.pages.merge(&masks.pages);
         self.clusters.merge(masks.clusters.words());
     }
 }
 
-/// The super block of a new store.
+/// Lays out the super block of a new store.
 fn lay_out(size: u64, block_size: u32, opts: &InitOptions) -> Result<SuperBlock, Error> {
     let cluster_size = opts.cluster_size;
     if cluster_size < 4096 || !cluster_size.is_multiple_of(4096) {

@@ -1,11 +1,11 @@
-//! Reading and rewriting the super block so that a power cut leaves the old one or the new one, also on a device
-//! that writes no more than 512 bytes whole.
+//! Reads and rewrites the super block so that a power cut leaves the old one or the new one, also
+//! on a device that writes only 512 bytes atomically.
 //!
-//! All its fields lie in the first 512 bytes and its checksum in the last four of the page: a torn rewrite has the
-//! fields of one state and the checksum of the other. A rewrite of `clean` alone is recognised as such
-//! ([`SuperBlock::decode`]). Any other is written twice: first as a copy where the page mask begins, whose
-//! contents mean nothing in a store that is not clean, then in its place. A load that finds the super block torn
-//! takes the copy, if one of its ends fits.
+//! All fields are in the first 512 bytes of the page and its checksum is in the last four, so a
+//! torn rewrite has the fields of one state and the checksum of the other. A rewrite of `clean`
+//! alone is recognised as such ([`SuperBlock::decode`]). Any other is written twice: first as a
+//! copy where the page mask begins, whose content means nothing in a store that is not clean, then
+//! in place. A load that finds the super block torn takes the copy if one of its ends fits.
 
 use pumice_bdev::{DeviceInfo, Op};
 use zerocopy::FromBytes;
@@ -19,22 +19,22 @@ use super::format::{
 use super::geometry::Geometry;
 use super::mdio::{MdIo, dma};
 
-/// What the device writes whole at least.
+/// Least number of bytes that a device writes atomically.
 const SECTOR: usize = 512;
-/// Where the page mask begins in every store that Pumice or SPDK makes.
+/// The page where the page mask begins in every store that Pumice or SPDK makes.
 const FIRST_MASK_PAGE: u32 = 1;
 
-/// A super block as a load finds it.
+/// The super block that a load found.
 pub(crate) struct Found {
     pub sb: SuperBlock,
-    /// It is torn on the device, and this is the copy.
+    /// Whether it is torn on the device, and this is the copy.
     pub torn: bool,
 }
 
 /// Reads the super block. Writes nothing.
 ///
 /// # Errors
-/// There is none, or none that can be used; the device fails.
+/// Fails if there is none that can be used, and when the device fails.
 pub(crate) fn read(io: &mut MdIo, info: &DeviceInfo) -> Result<Found, Error> {
     let page = read_page(io, info, 0)?;
     let source = match SuperBlock::decode(&page) {
@@ -48,7 +48,7 @@ pub(crate) fn read(io: &mut MdIo, info: &DeviceInfo) -> Result<Found, Error> {
         };
         let end = PAGE_SIZE - SECTOR;
         let fits = page[..SECTOR] == copy[..SECTOR] || page[end..] == copy[end..];
-        // A mask, or anything else, has not the checksum of a page.
+        // A mask, or anything else, does not have the checksum of a page.
         if fits
             && stored_crc(&copy) == page_crc(&copy)
             && let Ok(mut sb) = SuperBlock::decode(&copy)
@@ -67,7 +67,7 @@ pub(crate) fn read(io: &mut MdIo, info: &DeviceInfo) -> Result<Found, Error> {
     })
 }
 
-/// Where the copy of a torn super block may be.
+/// Returns the pages where the copy of a torn super block may be.
 fn copy_places(page: &Page) -> impl Iterator<Item = u32> + use<> {
     let named = RawSuperBlock::read_from_bytes(page).map(|raw| raw.used_page_mask_start.get());
     let named = named.ok().filter(|at| *at > FIRST_MASK_PAGE);
@@ -81,10 +81,10 @@ fn read_page(io: &mut MdIo, info: &DeviceInfo, at: u32) -> Result<Page, Error> {
     Ok(buf[..PAGE_SIZE].try_into().expect("a page"))
 }
 
-/// Makes `new` the super block on the device, marked as not unloaded in order.
+/// Writes `new` as the super block, marked as not unloaded in order.
 ///
 /// # Errors
-/// [`Failure::TakenBack`]: the device has the old one, but perhaps with that mark.
+/// [`Failure::TakenBack`] means that the device has the old one, but perhaps with that mark.
 pub(crate) fn write(io: &mut MdIo, geo: &Geometry, new: &SuperBlock) -> Result<(), Failure> {
     let mut sb = new.clone();
     sb.clean = 0.into();
@@ -97,7 +97,7 @@ pub(crate) fn write(io: &mut MdIo, geo: &Geometry, new: &SuperBlock) -> Result<(
     let mut places = vec![sb.used_page_mask_start.get()];
     if let Ok(mut before) = SuperBlock::decode(&old) {
         if before.is_clean() {
-            // From here on the masks mean nothing. This may be torn: see the module.
+            // The masks mean nothing from here on. This write may be torn: see the module.
             before.clean = 0.into();
             old = before.encode();
             put(io, geo, 0, &old)?;
@@ -116,7 +116,8 @@ pub(crate) fn write(io: &mut MdIo, geo: &Geometry, new: &SuperBlock) -> Result<(
     } else if restore(io, geo, &old).is_err() {
         Some(Restore::SuperBlock(Box::new(old)))
     } else {
-        // A copy is looked at only beside a torn super block that it fits; better without.
+        // A copy is only used beside a torn super block that it fits, but it is better to have
+        // none.
         let blank = [0; PAGE_SIZE];
         for at in places {
             if let Err(error) = put(io, geo, at, &blank) {
@@ -129,10 +130,10 @@ pub(crate) fn write(io: &mut MdIo, geo: &Geometry, new: &SuperBlock) -> Result<(
     Err(Failure::Open { error, restore })
 }
 
-/// Makes the super block on the device this one.
+/// Writes this page as the super block.
 ///
 /// # Errors
-/// The device fails.
+/// Fails when the device does.
 pub(crate) fn restore(io: &mut MdIo, geo: &Geometry, old: &Page) -> Result<(), Error> {
     let found = io.read(0, PAGE_SIZE);
     if found.is_ok_and(|found| found[..] == old[..]) {
@@ -141,7 +142,7 @@ pub(crate) fn restore(io: &mut MdIo, geo: &Geometry, old: &Page) -> Result<(), E
     put(io, geo, 0, old)
 }
 
-/// Writes a page of this module's durably, some times if need be.
+/// Writes a super block or its copy durably, several times if necessary.
 fn put(io: &mut MdIo, geo: &Geometry, at: u32, page: &Page) -> Result<(), Error> {
     repeat(|| {
         let write = Op::Write {

@@ -1,4 +1,4 @@
-//! Clusters of thin blobs: taken at the first write, given back by unmap.
+//! Clusters of thin blobs: allocation at the first write, release by unmap.
 
 use std::ops::Range;
 
@@ -16,7 +16,7 @@ use super::order::Scope;
 use super::space::Spend;
 use super::view::{Source, View};
 
-/// What a newly taken cluster holds before it belongs to the blob.
+/// The content of a newly taken cluster before it belongs to the blob.
 #[derive(Debug)]
 pub(crate) enum Fill {
     /// What the blob reads there now: its parent's bytes, or zeroes.
@@ -28,14 +28,14 @@ pub(crate) enum Fill {
 }
 
 impl Blobstore {
-    /// Are so many clusters free?
+    /// Fails if fewer clusters are free.
     pub(crate) fn check_room(&self, needed: u64) -> Result<(), Error> {
         let state = self.inner.state.lock();
         state.check_free_clusters(needed, Spend::Ordinary)
     }
 
-    /// Gives a thin blob a cluster of its own at `index`, unless it has one. Durable on return. It waits for its
-    /// turn without blocking the thread, whose other I/O goes on.
+    /// Gives a thin blob a cluster of its own at `index`, unless it has one. Durable on return. It
+    /// waits for its turn without blocking the thread, whose other I/O goes on.
     pub(crate) async fn allocate(&self, blob: &Blob, index: u64, fill: Fill) -> Result<(), Error> {
         let id = blob.id();
         let edit = self.edit_async(&Scope::Blobs(vec![id])).await?;
@@ -74,8 +74,8 @@ impl Blobstore {
         edit.commit(state, change)
     }
 
-    /// Takes back the clusters of a thin blob without a parent. With a parent, or if the clusters are
-    /// shared, nothing happens: the parent's bytes would show.
+    /// Frees the clusters of a thin blob without a parent. With a parent, or if the clusters are
+    /// shared, it does nothing, because the parent's bytes would show.
     pub(crate) async fn release(&self, blob: &Blob, range: Range<u64>) -> Result<(), Error> {
         let id = blob.id();
         let held = |map: &ExtentMap| -> Vec<(u64, u32)> {
@@ -87,8 +87,8 @@ impl Blobstore {
         if held(&blob.extents()).is_empty() {
             return Ok(());
         }
-        // No I/O is on its way to these clusters when they go. The gate is closed before the turn comes: what is
-        // behind it may need one.
+        // No I/O to these clusters is in flight when they are freed. The gate is closed before the
+        // turn comes, since I/O that has entered may need a turn.
         let _closed = blob
             .shared
             .gate
@@ -119,7 +119,7 @@ impl Blobstore {
         edit.commit(state, change)
     }
 
-    /// Operations that put into a new cluster what a blob is to have there.
+    /// Returns operations that write the blob's content to a new cluster.
     fn content(&self, fill: Fill, view: &View, index: u64, cluster: u32) -> Result<Vec<Op>, Error> {
         let io = &mut *self.inner.md_channels.get()?;
         let geo = self.inner.state.lock().geo.clone();
@@ -131,11 +131,12 @@ impl Blobstore {
         }
     }
 
-    /// Makes durable whatever was written and has completed, on all threads. Blocks.
+    /// Makes everything durable that was written and has completed, on all threads. Blocks.
     ///
     /// # Errors
-    /// Device errors. Once a flush of the device has failed, by whomever, [`Error::Lost`] until the store is
-    /// loaded again: nobody can say any more what was in the device's cache then.
+    /// Fails when the device does. Once any flush of the device has failed, this returns
+    /// [`Error::Lost`] until the store is loaded again, since it is unknown what was in the
+    /// device's cache then.
     pub fn flush(&self) -> Result<(), Error> {
         if !self.inner.dev.info().write_cache {
             return Ok(());
@@ -145,7 +146,8 @@ impl Blobstore {
         self.check_flushes()
     }
 
-    /// A flush that succeeds says nothing about what an earlier one has lost.
+    /// Fails if a flush has failed: one that succeeds later says nothing about what the earlier one
+    /// has lost.
     pub(crate) fn check_flushes(&self) -> Result<(), Error> {
         match self.inner.failed_flush.get() {
             Some(error) => Err(Error::Lost(error)),
@@ -154,7 +156,7 @@ impl Blobstore {
     }
 }
 
-/// Operations that put at `lba` what a cluster of a blob shows through from below.
+/// Returns operations that copy to `lba` what a blob reads at a cluster from its parents.
 pub(crate) fn copy_of(
     io: &mut MdIo,
     geo: &Geometry,
@@ -201,7 +203,7 @@ pub(crate) fn copy_of(
     }
 }
 
-/// Operations that write `data` at `lba`.
+/// Returns operations that write `data` at `lba`.
 fn write_slices(can: Abilities, block_size: u64, lba: u64, data: &DmaSlice) -> Vec<Op> {
     let step = usize::try_from(can.max_io_blocks() * block_size).expect("at most 1 MiB");
     let starts = (0..data.len()).step_by(step);

@@ -15,13 +15,13 @@ use super::{Blobstore, Change};
 /// A blob that a [`Transaction`] creates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlobRef {
-    /// Which transaction creates it.
+    /// The number of the transaction that creates it.
     transaction: u64,
-    /// The how manieth of those that it creates.
+    /// Its position among those that the transaction creates.
     number: usize,
 }
 
-/// What a change applies to: an existing blob, or one that the same transaction creates.
+/// The blob that a change applies to: an existing one, or one that the same transaction creates.
 #[derive(Debug, Clone, Copy)]
 pub enum Target {
     /// A blob of the store.
@@ -56,9 +56,10 @@ enum Step {
     Delete(BlobId),
 }
 
-/// A list of changes. [`Transaction::commit`] checks all of them before it writes anything; on disk the
-/// roots of changed blobs are written in the order in which the blobs were first named, then deleted blobs
-/// are erased. A crash leaves each blob old or new, and no blob new before one that was named earlier.
+/// A list of changes. [`Transaction::commit`] checks all of them before it writes anything. The
+/// roots of changed blobs are then written in the order in which the blobs were first named, and
+/// the roots of deleted blobs are erased last. A crash leaves each blob old or new, and no blob new
+/// before one that was named earlier.
 #[derive(Debug)]
 #[must_use = "nothing happens before commit"]
 pub struct Transaction {
@@ -77,10 +78,10 @@ pub struct Committed {
 }
 
 impl Committed {
-    /// The id of a created blob.
+    /// Returns the id of a created blob.
     ///
     /// # Panics
-    /// The blob is one of another transaction.
+    /// Panics if another transaction creates the blob.
     #[must_use]
     pub fn id(&self, blob: BlobRef) -> BlobId {
         assert_eq!(
@@ -90,7 +91,7 @@ impl Committed {
         self.created[blob.number]
     }
 
-    /// The ids of all created blobs, in order.
+    /// Returns the ids of all created blobs, in order.
     #[must_use]
     pub fn ids(&self) -> &[BlobId] {
         &self.created
@@ -109,7 +110,7 @@ impl Transaction {
         }
     }
 
-    /// Lets it take from the store's reserve; see [`Spend`].
+    /// Sets how much of the store's reserve it may use; see [`Spend`].
     pub fn spend(&mut self, spend: Spend) {
         self.spend = spend;
     }
@@ -147,13 +148,13 @@ impl Transaction {
             .push(Step::Xattr(blob.into(), name.to_vec(), None));
     }
 
-    /// Changes the size; new clusters of a thick blob read as zeroes, those of a thin one as what lies below
-    /// (of a clone that shrinks and grows again, its snapshot's bytes).
+    /// Changes the size. New clusters of a thick blob read as zeroes; those of a thin one read as
+    /// its parent's (for a clone that shrinks and grows again, its snapshot's bytes).
     pub fn resize(&mut self, blob: impl Into<Target>, num_clusters: u64) {
         self.resize_with(blob, num_clusters, ClusterInit::Zeroes);
     }
 
-    /// Changes the size, with a choice of what new clusters hold.
+    /// Changes the size, with a choice of the content of new clusters.
     pub fn resize_with(&mut self, blob: impl Into<Target>, num_clusters: u64, init: ClusterInit) {
         self.steps
             .push(Step::Resize(blob.into(), num_clusters, init));
@@ -164,11 +165,13 @@ impl Transaction {
         self.steps.push(Step::Delete(id));
     }
 
-    /// Does it all; durable on return. Blocks, and waits for I/O in flight on blobs that shrink.
+    /// Makes all changes. They are durable on return. Blocks, and waits for I/O in flight on blobs
+    /// that shrink.
     ///
     /// # Errors
-    /// Whatever is wrong with one of the changes, no space, I/O errors; nothing is changed then, unless the
-    /// device failed at a commit point ([`Error::Stopped`] afterwards).
+    /// Fails if one of the changes is not valid, if there is no space, and when the device fails.
+    /// Nothing is changed then, unless the device failed at a commit point ([`Error::Stopped`]
+    /// afterwards).
     pub fn commit(self) -> Result<Committed, Error> {
         self.store.grow_metadata_if_scarce(self.spend);
         let (_frozen, edit) = self.store.edit_frozen(|state| Ok(self.plan(state)))?;
@@ -208,7 +211,7 @@ impl Transaction {
         Ok(())
     }
 
-    /// The blob that a step applies to, if its metadata may be changed.
+    /// Returns the blob that a step applies to, if its metadata may be changed.
     fn writable(
         &self,
         state: &State,
@@ -225,7 +228,8 @@ impl Transaction {
         }
     }
 
-    /// The blobs that this changes, and the open ones whose I/O may reach clusters that it gives back.
+    /// Returns the blobs that this changes, and the open ones whose I/O may reach clusters that it
+    /// frees.
     fn plan(&self, state: &State) -> Plan {
         let mut blobs = Vec::with_capacity(self.steps.len());
         let mut shrinking = Vec::new();
@@ -243,7 +247,7 @@ impl Transaction {
                         .meta(*id)
                         .is_ok_and(|meta| *size < meta.map.num_clusters());
                     if shrinks {
-                        // Nobody opens a blob meanwhile that would read what goes.
+                        // Nobody can open a blob meanwhile that would read what is freed.
                         blobs.extend(state.family(*id));
                         shrinking.extend(state.open_family(*id));
                     }

@@ -1,33 +1,34 @@
-//! What the data path sees of a blob: its map, its ancestors' maps, what lies below.
+//! The data path's view of a blob: its map and those of its ancestors.
 
 use std::sync::Arc;
 
 use super::extents::ExtentMap;
 use super::external::External;
 
-/// A blob's way to its data. Immutable but for entries of its own map.
+/// The sources of a blob's data. Immutable except for entries of its own map.
 #[derive(Debug)]
 pub(crate) struct View {
     /// The blob's own map.
     pub own: Arc<ExtentMap>,
-    /// Its parent's, and so on: shared with everything that has the same parent.
+    /// The maps of its parent and so on, shared by everything with the same parent.
     pub below: Option<Arc<Line>>,
     pub external: Option<Arc<External>>,
     pub read_only: bool,
 }
 
-/// A snapshot and what lies below it. A line of snapshots is kept once, however many blobs stand on it.
+/// A snapshot and its ancestors. A line of snapshots exists once, however many blobs use it.
 #[derive(Debug)]
 pub(crate) struct Line {
     pub map: Arc<ExtentMap>,
     pub below: Option<Arc<Line>>,
-    /// The external snapshot at the bottom.
+    /// The external snapshot at the end of the line.
     pub external_id: Option<Arc<[u8]>>,
 }
 
 impl Drop for Line {
     fn drop(&mut self) {
-        // One after the other: a long line must not end in a recursion as deep.
+        // The line is dropped one element after another, since a long line must not cause deep
+        // recursion.
         let mut next = self.below.take();
         while let Some(mut line) = next.and_then(Arc::into_inner) {
             next = line.below.take();
@@ -35,7 +36,7 @@ impl Drop for Line {
     }
 }
 
-/// Where a cluster of a blob is read from.
+/// The source of a blob's cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
     /// A cluster of the store.
@@ -47,7 +48,7 @@ pub(crate) enum Source {
 }
 
 impl View {
-    /// Clusters of the blob.
+    /// Number of clusters of the blob.
     #[inline]
     pub fn num_clusters(&self) -> u64 {
         self.own.num_clusters()
@@ -63,7 +64,7 @@ impl View {
         })
     }
 
-    /// Where cluster `index` is read from.
+    /// Returns the source of cluster `index`.
     #[inline]
     pub fn source(&self, index: u64) -> Source {
         match self.own.cluster(index) {
@@ -73,7 +74,7 @@ impl View {
         }
     }
 
-    /// Where the blob itself has cluster `index`.
+    /// Returns the source of cluster `index` in the blob itself.
     #[inline]
     pub fn own_source(&self, index: u64) -> Source {
         self.own
@@ -81,7 +82,7 @@ impl View {
             .map_or(Source::Zeroes, Source::Cluster)
     }
 
-    /// Where cluster `index` would be read from if the blob itself did not have it.
+    /// Returns the source of cluster `index` if the blob itself did not have it.
     pub fn parent_source(&self, index: u64) -> Source {
         for map in self.ancestors() {
             if let Some(cluster) = map.cluster(index) {
@@ -99,7 +100,7 @@ impl View {
         }
     }
 
-    /// Does anything lie below the blob's own clusters?
+    /// Whether there is anything below the blob's own clusters.
     pub fn has_backing(&self) -> bool {
         self.below.is_some() || self.external.is_some()
     }
@@ -120,7 +121,7 @@ mod tests {
         let store = Blobstore::init(dev, &opts).unwrap();
         let id = store.create(&CreateOptions::default()).unwrap();
         let snapshots: Vec<_> = (0..30).map(|_| store.snapshot(id, &[]).unwrap()).collect();
-        // Opened from the top, from the bottom, it is one line.
+        // It is one line, whether it is opened from the top or from the bottom.
         let blob = store.open(id).unwrap();
         let mut line = blob.shared.view.load().below.clone();
         for snapshot in snapshots.iter().rev() {

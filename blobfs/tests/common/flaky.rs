@@ -1,4 +1,4 @@
-//! A device on which chosen writes and flushes fail, done or not.
+//! A device on which chosen writes and flushes fail, whether they are carried out or not.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,16 +9,16 @@ use pumice_bdev::{
     BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, IoErrorKind, Op, OpKind, SubmitError,
 };
 
-/// Which operations fail: those that change the medium, counted from the arming.
+/// The operations that fail, counted among those that change the medium since the arming.
 #[derive(Debug, Clone, Copy)]
 pub struct Plan {
-    /// The first that fails.
+    /// Number of the first operation that fails.
     pub from: u64,
-    /// How many fail.
+    /// Number of operations that fail.
     pub count: u64,
-    /// With what.
+    /// The error.
     pub kind: IoErrorKind,
-    /// The device has done it all the same.
+    /// Whether the device carries out the operations nevertheless.
     pub done: bool,
 }
 
@@ -45,13 +45,13 @@ impl Flaky {
         })
     }
 
-    /// From now on operations fail as planned; `None`: none does.
+    /// Sets the plan for operations from now on; with `None` none fails.
     pub fn arm(&self, plan: Option<Plan>) {
         *self.faults.plan.lock() = plan;
         self.faults.seen.store(0, Ordering::SeqCst);
     }
 
-    /// Operations that change the medium, since the arming.
+    /// Number of operations that change the medium since the arming.
     #[allow(dead_code, reason = "each test binary uses a part of it")]
     pub fn seen(&self) -> u64 {
         self.faults.seen.load(Ordering::SeqCst)
@@ -82,7 +82,7 @@ struct FlakyChannel {
     info: DeviceInfo,
     base: Box<dyn IoChannel>,
     faults: Arc<Faults>,
-    /// Tags of operations that are done and reported as failed.
+    /// Tags of operations that were carried out and are reported as failed.
     failing: Vec<(u64, IoErrorKind)>,
     ended: Vec<Completion>,
 }

@@ -1,5 +1,5 @@
-//! Bytes that nobody should trust, made into a store and used like one. The fuzz targets and the seeded
-//! tests both call this.
+//! Makes a store out of untrusted bytes and uses it. The fuzz targets and the seeded tests call
+//! this.
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ fn put(dev: &Arc<dyn BlockDevice>, page: u64, bytes: &[u8]) {
     ch.block_on(ch.write(page, buf.freeze(), false)).unwrap();
 }
 
-/// An empty store, unloaded, and where its metadata begins.
+/// Makes an empty, unloaded store. Returns it with its super block.
 fn empty() -> (Arc<dyn BlockDevice>, SuperBlock) {
     let dev = pumice_bdev::open(&format!("malloc://{DEVICE}?block_size=4096")).unwrap();
     let opts = InitOptions {
@@ -37,7 +37,7 @@ fn empty() -> (Arc<dyn BlockDevice>, SuperBlock) {
     (dev, sb)
 }
 
-/// An error is fine, but not one that says that the device was used outside of its bounds.
+/// Accepts any error except one that says that the device was used outside of its bounds.
 fn fine<T>(result: Result<T, Error>) -> Option<T> {
     match result {
         Ok(value) => Some(value),
@@ -56,7 +56,7 @@ fn fine<T>(result: Result<T, Error>) -> Option<T> {
     }
 }
 
-/// Looks at everything, then changes much.
+/// Reads everything, then makes many changes.
 fn use_it(dev: &Arc<dyn BlockDevice>) {
     fine(check(dev));
     if let Some(mut dump) = fine(Dump::open(dev)) {
@@ -104,7 +104,7 @@ fn use_it(dev: &Arc<dyn BlockDevice>) {
     fine(repair(dev));
 }
 
-/// `data` as the super block: as it is, and over a right one with a right CRC.
+/// Uses `data` as the super block: as it is, and written over a valid one with a correct CRC.
 pub fn super_block(data: &[u8]) {
     let (dev, sb) = empty();
     let mut page: Page = [0; 4096];
@@ -113,7 +113,7 @@ pub fn super_block(data: &[u8]) {
     let _ = SuperBlock::decode(&page);
     put(&dev, 0, &page);
     use_it(&dev);
-    // Bytes 12 to 96 hold the figures.
+    // Bytes 12 to 96 hold the values.
     let mut page = sb.encode();
     for (at, byte) in data.iter().take(84).enumerate() {
         page[12 + at] ^= byte;
@@ -123,7 +123,7 @@ pub fn super_block(data: &[u8]) {
     use_it(&dev);
 }
 
-/// `data` as the three masks of a clean store with a few blobs.
+/// Uses `data` as the three masks of a clean store with a few blobs.
 pub fn masks(data: &[u8]) {
     let (dev, sb) = empty();
     let store = Blobstore::load(dev.clone(), &LoadOptions::default()).unwrap();
@@ -153,7 +153,7 @@ pub fn masks(data: &[u8]) {
             .block_on(ch.read(start.get().into(), DmaBuf::new(4096).unwrap()))
             .unwrap();
         page.copy_from_slice(&old);
-        // The header stays right for most inputs.
+        // The header stays valid for most inputs.
         let from = if flip % 8 == 0 { 0 } else { 5 };
         for (place, byte) in page[from..].iter_mut().zip(bytes) {
             *place ^= byte;
@@ -163,7 +163,7 @@ pub fn masks(data: &[u8]) {
     use_it(&dev);
 }
 
-/// `data` as metadata pages, CRCs and all.
+/// Uses `data` as metadata pages, including their CRCs.
 pub fn pages(data: &[u8]) {
     for chunk in data.chunks(4096) {
         let mut page: Page = [0; 4096];
@@ -180,7 +180,7 @@ pub fn pages(data: &[u8]) {
         &data[..data.len().min(MD_PAGES as usize * 4096)],
     );
     use_it(&dev);
-    // The same descriptors in pages that are roots, with right CRCs.
+    // The same descriptors in root pages with correct CRCs.
     put(&dev, 0, &sb.encode());
     for (index, chunk) in (0..MD_PAGES).zip(data.chunks(4072)) {
         let mut page: Page = [0; 4096];
@@ -198,7 +198,7 @@ pub fn pages(data: &[u8]) {
     use_it(&dev);
 }
 
-/// Takes numbers from bytes; zeroes when there are no more.
+/// Takes numbers from bytes, and zeroes when there are no more.
 struct Bytes<'a>(&'a [u8]);
 
 impl Bytes<'_> {
@@ -214,7 +214,7 @@ impl Bytes<'_> {
         self.byte() % end.max(1)
     }
 
-    /// A number that is most often small, sometimes wild.
+    /// Returns a number that is usually small and sometimes arbitrary.
     fn number(&mut self) -> u32 {
         match self.below(12) {
             0 => u32::from_le_bytes([self.byte(), self.byte(), self.byte(), self.byte()]),
@@ -225,7 +225,8 @@ impl Bytes<'_> {
     }
 }
 
-/// Pages with right CRCs whose fields come from `data`: roots, chains, extent pages that nearly fit together.
+/// Makes pages with correct CRCs whose fields come from `data`: roots, chains and extent pages that
+/// nearly fit together.
 pub fn structured(data: &[u8]) {
     let (dev, mut sb) = empty();
     let mut input = Bytes(data);

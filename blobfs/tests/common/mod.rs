@@ -1,4 +1,4 @@
-//! What the integration tests share.
+//! Helpers of the integration tests.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 pub mod faults;
@@ -14,14 +14,14 @@ use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf};
 use pumice_blobfs::blobstore::{Blob, BlobId, Blobstore};
 use sha2::{Digest, Sha256};
 
-/// A file in tests/images.
+/// Returns the path of a file in tests/images.
 pub fn image_path(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
         .join("tests/images")
         .join(name)
 }
 
-/// The bytes of an image.
+/// Returns the bytes of an image.
 pub fn image(name: &str) -> Vec<u8> {
     let packed = std::fs::read(image_path(&format!("{name}.zst"))).unwrap();
     let mut decoder = ruzstd::decoding::StreamingDecoder::new(&packed[..]).unwrap();
@@ -30,12 +30,12 @@ pub fn image(name: &str) -> Vec<u8> {
     bytes
 }
 
-/// An empty device in memory.
+/// Makes an empty device in memory.
 pub fn memory(len: u64, block_size: u32) -> Arc<dyn BlockDevice> {
     pumice_bdev::open(&format!("malloc://{len}?block_size={block_size}")).unwrap()
 }
 
-/// A device in memory with these bytes.
+/// Makes a device in memory with these bytes.
 pub fn memory_with(bytes: &[u8], block_size: u32) -> Arc<dyn BlockDevice> {
     let dev = memory(bytes.len() as u64, block_size);
     let ch = AsyncChannel::new(dev.open_channel().unwrap());
@@ -51,7 +51,7 @@ pub fn memory_with(bytes: &[u8], block_size: u32) -> Arc<dyn BlockDevice> {
     dev
 }
 
-/// All bytes of a device.
+/// Returns all bytes of a device.
 pub fn content(dev: &Arc<dyn BlockDevice>) -> Vec<u8> {
     let ch = AsyncChannel::new(dev.open_channel().unwrap());
     let info = dev.info();
@@ -79,10 +79,10 @@ pub fn write(blob: &Blob, offset: u64, bytes: &[u8]) {
     blob.write_at(offset, buf.freeze(), false).unwrap();
 }
 
-/// The whole content of a blob.
+/// Returns the whole content of a blob.
 pub fn whole(blob: &Blob) -> Vec<u8> {
     let mut bytes = Vec::new();
-    // In odd pieces, so that reads begin and end inside of clusters.
+    // It is read in parts of odd length, so that reads begin and end inside of clusters.
     let step = 3 * 1024 * 1024 - 4096;
     while (bytes.len() as u64) < blob.len_bytes() {
         let len = (blob.len_bytes() - bytes.len() as u64).min(step);
@@ -95,7 +95,7 @@ pub fn whole(blob: &Blob) -> Vec<u8> {
     bytes
 }
 
-/// The SHA-256 of bytes, as text.
+/// Returns the SHA-256 of bytes, as text.
 pub fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes)
         .iter()
@@ -103,7 +103,7 @@ pub fn sha256(bytes: &[u8]) -> String {
         .collect()
 }
 
-/// One image's part of IMAGES.txt.
+/// Returns one image's part of IMAGES.txt.
 pub fn facts(name: &str) -> String {
     let all = std::fs::read_to_string(image_path("IMAGES.txt")).unwrap();
     let mut parts = all.split("################ ");
@@ -113,7 +113,7 @@ pub fn facts(name: &str) -> String {
         .to_owned()
 }
 
-/// The checksums of blobs in a part of IMAGES.txt.
+/// Returns the checksums of blobs in a part of IMAGES.txt.
 pub fn blob_sums(facts: &str) -> Vec<(BlobId, String)> {
     let lines = facts.lines().filter_map(|line| {
         line.split_once("  ")
@@ -130,7 +130,7 @@ pub fn blob_sums(facts: &str) -> Vec<(BlobId, String)> {
         .collect()
 }
 
-/// What SPDK reports of the blobs of an image, and the same as the store says it.
+/// Describes the blobs of a store in the form in which IMAGES.txt has SPDK's report.
 pub fn listing(store: &Blobstore) -> Vec<String> {
     let mut lines = Vec::new();
     let ids = store.blobs();

@@ -1,9 +1,10 @@
 //! Random operations on a file system whose device fails, against a model in memory.
 //!
-//! Each thread has a directory of its own and knows what has to be in its files. An operation that
-//! fails has changed nothing, but for a write inside a file, which may have changed a part of its
-//! range; what a sync has called durable is there after the next mount; after a failed flush a sync
-//! may say data loss, and then a file is a beginning of what it was, as long as was durable at least.
+//! Each thread has a directory of its own and knows what its files must contain. An operation that
+//! fails has changed nothing, except for a write inside a file, which may have changed a part of
+//! its range. What a sync reported as durable is there after the next mount. After a failed flush a
+//! sync may report data loss; the file is then a beginning of what it was, and at least as long as
+//! what was durable.
 
 mod model;
 mod worker;
@@ -23,23 +24,23 @@ use self::worker::Worker;
 use super::faults::{Less, hang, mount_with};
 use super::memory;
 
-/// What goes wrong in a run.
+/// What fails in a run.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Faults {
-    /// Writes of data, write-zeroes and reads of data fail, and some pass.
+    /// Whether writes of data, write-zeroes and reads of data fail. Some of the faults pass.
     pub io: bool,
-    /// Writes of metadata fail.
+    /// Whether writes of metadata fail.
     pub metadata: bool,
-    /// Flushes fail.
+    /// Whether flushes fail.
     pub flushes: bool,
-    /// Operations on data take their time, in any order.
+    /// Whether operations on data take time and complete in any order.
     pub slow: bool,
-    /// Memory for buffers runs out: the caller sees to that.
+    /// Whether memory for buffers runs out. The caller causes that.
     pub memory: bool,
 }
 
-/// One run: some rounds of operations by `threads` threads, with a remount and a full comparison
-/// after each.
+/// Performs one run: some rounds of operations by `threads` threads, with a remount and a full
+/// comparison after each.
 pub fn run(seed: u64, faults: Faults, threads: usize, steps: usize) {
     let mut rng = SmallRng::seed_from_u64(seed);
     let block_size = [512, 4096][rng.random_range(0..2)];
@@ -48,7 +49,8 @@ pub fn run(seed: u64, faults: Faults, threads: usize, steps: usize) {
     let cached = faults.flushes || rng.random();
     let mut without = Vec::new();
     for kind in [OpKind::Fua, OpKind::WriteZeroes, OpKind::Unmap] {
-        // A device whose flushes fail has FUA: metadata that cannot be written is another test's.
+        // A device whose flushes fail has FUA, since this test does not cover metadata that cannot
+        // be written.
         if rng.random_range(0..3) == 0 && !(faults.flushes && kind == OpKind::Fua) {
             without.push(kind);
         }
@@ -56,7 +58,7 @@ pub fn run(seed: u64, faults: Faults, threads: usize, steps: usize) {
     base = Less::with_cache(base, &without, cached);
     let mut format = FormatOptions::default();
     format.cluster_size = [4096, 16 << 10, 64 << 10, 1 << 20][rng.random_range(0..4)];
-    // With few of them the region moves, or there is no room for that, and they run out.
+    // With few of them, the region moves, or there is no room for that and they run out.
     format.md_pages = Some([24, 100, 600][rng.random_range(0..3)]);
     FileSystem::format(Arc::clone(&base), &format).unwrap();
     let mut opts = MountOptions::default();
@@ -116,11 +118,11 @@ pub fn run(seed: u64, faults: Faults, threads: usize, steps: usize) {
     );
 }
 
-/// Blocks, as an injection takes them: the first, and how many.
+/// Blocks as an injection takes them: the first, and their number.
 type Blocks = (u64, u64);
 
-/// Where the file system has data now, in one or two pieces, and where metadata. The region of the metadata
-/// moves when it grows.
+/// Returns the blocks where the file system has data now, in one or two pieces, and those where it
+/// has metadata. The metadata region moves when it grows.
 fn places(fs: &FileSystem, dev: &ErrorDevice) -> (Vec<Blocks>, Blocks) {
     let per_page = 4096 / u64::from(dev.info().block_size);
     let (store, sb) = (fs.blobstore(), fs.blobstore().super_block());
@@ -196,12 +198,12 @@ fn all_steps(
     dev.resume();
 }
 
-/// The number in an environment variable.
+/// Returns the number in an environment variable.
 pub fn from_env(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
-/// Runs the seed in `PUMICE_SEED`, or `PUMICE_ROUNDS` of them, or `rounds`. What hangs, fails.
+/// Runs the seed in `PUMICE_SEED`, or `PUMICE_ROUNDS` seeds, or `rounds`. A run that hangs fails.
 pub fn rounds(name: &str, rounds: u64, faults: Faults, threads: usize, steps: usize) {
     let seeds = match from_env("PUMICE_SEED") {
         Some(seed) => seed..seed + 1,

@@ -1,5 +1,6 @@
-//! The on-disk format read a second time, from its description alone and with nothing of the crate: what
-//! Pumice writes has to be exactly so, after every power cut too, or SPDK's loader would refuse it.
+//! A second reader of the on-disk format, written from its description alone and sharing nothing
+//! with the crate. Everything that Pumice writes has to pass it, also after every power cut, or
+//! SPDK's loader would refuse it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -13,20 +14,20 @@ const INTERNAL_XATTRS: u64 = 2;
 const EXTENT_TABLE: u64 = 4;
 const EXTERNAL_CLONE: u64 = 8;
 
-/// A store as its bytes say.
+/// A store, as read from its bytes.
 pub struct Store {
-    /// The super block's mark of an orderly unload.
+    /// Whether the super block marks an orderly unload.
     pub clean: bool,
-    /// By id.
+    /// The blobs by id.
     pub blobs: BTreeMap<u64, Blob>,
 }
 
-/// A blob as its pages say.
+/// A blob, as read from its pages.
 pub struct Blob {
     flags: [u64; 3],
     xattrs: Vec<(Vec<u8>, Vec<u8>)>,
     internal: Vec<(Vec<u8>, Vec<u8>)>,
-    /// 0: unallocated.
+    /// The clusters; 0 for unallocated.
     clusters: Vec<u32>,
     extent_pages: Vec<u32>,
     chain: Vec<u32>,
@@ -44,7 +45,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
-/// CRC-32C bit by bit.
+/// Computes the CRC-32C bit by bit.
 fn crc32c(bytes: &[u8]) -> u32 {
     static TABLE: std::sync::OnceLock<[u32; 256]> = std::sync::OnceLock::new();
     let table = TABLE.get_or_init(|| {
@@ -67,7 +68,7 @@ fn mask_pages(bits: u64) -> u64 {
     (5 + bits.div_ceil(8)).div_ceil(PAGE as u64)
 }
 
-/// The descriptors of a page; what is behind the last is zero.
+/// Returns the descriptors of a page. Everything after the last one must be zero.
 fn descriptors<'a>(page: &'a [u8], what: &str) -> Vec<(u8, &'a [u8])> {
     let area = &page[16..4088];
     let mut all = Vec::new();
@@ -103,7 +104,7 @@ impl Blob {
         Some(u64_at(value, 0))
     }
 
-    /// The blob that a half-made or half-removed snapshot names.
+    /// Returns the blob that an incomplete or half-deleted snapshot names.
     fn marked(&self) -> Option<u64> {
         let (made, removed) = (self.id_in("SNAPTMP"), self.id_in("SNAPRM"));
         assert!(made.is_none() || removed.is_none(), "both marks");
@@ -111,7 +112,7 @@ impl Blob {
     }
 }
 
-/// As [`parse`]; a panic is followed by a line that says of what.
+/// Reads as [`parse`] does. A panic is followed by a line that says what was read.
 pub fn parse_of(bytes: &[u8], what: &str) -> Store {
     struct Say<'a>(&'a str);
     impl Drop for Say<'_> {
@@ -125,7 +126,7 @@ pub fn parse_of(bytes: &[u8], what: &str) -> Store {
     parse(bytes)
 }
 
-/// Reads a whole device. Panics, with the place, at everything that is not as the description has it.
+/// Reads a whole device. Panics, with the place, at everything that differs from the description.
 pub fn parse(bytes: &[u8]) -> Store {
     let sb = &bytes[..PAGE];
     assert_eq!(&sb[..8], b"SPDKBLOB");
@@ -146,11 +147,12 @@ pub fn parse(bytes: &[u8]) -> Store {
     assert!(size <= bytes.len() as u64, "size");
     assert!([512, 1024, 2048, 4096].contains(&u32_at(sb, 88)), "io unit");
     assert_eq!(u32_at(sb, 92), 4096, "md page size");
-    // Four of them keep the checksum as it was when the first sector alone is to change.
+    // Four of them keep the checksum the same when only the first sector changes.
     let reserved = [&sb[96..508], &sb[512..4092]].concat();
     assert!(reserved.iter().all(|byte| *byte == 0), "reserved bytes");
     let total = size / cluster_size;
-    // Behind the super block in a new store; at the beginning of any cluster once they have moved.
+    // They are behind the super block in a new store, and at the beginning of any cluster after
+    // they have moved.
     assert!(
         page_at == 1 || (page_at * PAGE as u64).is_multiple_of(cluster_size),
         "place of the page mask"
@@ -404,7 +406,7 @@ fn read_table<'a>(
 }
 
 impl Store {
-    /// Owners and parents. Gives what is used: md pages, clusters, roots.
+    /// Checks owners and parents. Returns what is used: metadata pages, clusters, roots.
     fn check(&self, own: &BTreeSet<u64>, total: u64, md_len: u64) -> [BTreeSet<u64>; 3] {
         let mut pages: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
         let mut clusters: BTreeMap<u64, Vec<u64>> = BTreeMap::new();
@@ -472,7 +474,7 @@ impl Store {
         }
     }
 
-    /// The blobs as SPDK reports them.
+    /// Describes the blobs in the form in which SPDK reports them.
     pub fn listing(&self) -> Vec<String> {
         let parents: BTreeSet<u64> = self
             .blobs

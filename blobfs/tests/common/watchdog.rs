@@ -1,4 +1,4 @@
-//! A limit in time for a test: one that hangs fails.
+//! A time limit for a test, so that a hang is a failure.
 
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
@@ -9,8 +9,8 @@ pub struct Watchdog {
     _alive: Sender<()>,
 }
 
-/// From now on the test `name` has `limit_s` seconds, many times what it needs: the limit is for
-/// hangs, and no machine should be too slow for it. `PUMICE_WATCHDOG_S` sets another.
+/// Gives the test `name` `limit_s` seconds from now, many times what it needs: the limit is for
+/// hangs, and no machine should be too slow for it. `PUMICE_WATCHDOG_S` sets another limit.
 pub fn watchdog(name: &str, limit_s: u64) -> Watchdog {
     let limit = std::env::var("PUMICE_WATCHDOG_S").ok();
     let limit_s = limit.and_then(|s| s.parse().ok()).unwrap_or(limit_s);

@@ -1,12 +1,15 @@
-//! Pages at their own places, in an order in which a crash between any two writes leaves the old or the new state.
+//! Writes pages in place, in an order in which a crash between any two writes leaves the old or the
+//! new state.
 //!
-//! First goes what nothing names yet, all together; then the commit points one by one, each durable before the next;
-//! then what nothing names any longer is cleared. Batches on their way together share nothing but flushes.
+//! What nothing names yet is written first, all together. Then come the commit points, one by one,
+//! each durable before the next. Then what nothing names any longer is cleared. Batches in flight
+//! together share nothing except flushes.
 //!
-//! After a commit point could not be written its page is the old one or the new one, or it is torn. It is read back.
-//! The new one, where it is durable, means that the change was made after all. Else the old pages are restored, in
-//! the opposite order, so that a power cut on the way leaves a state that a cut of the change itself could have
-//! left. Only if that fails, too, is the outcome open.
+//! When the write of a commit point has failed, its page is the old one or the new one, or it is
+//! torn. It is read back. If the new one is there and durable, the change was made after all.
+//! Otherwise the old pages are restored in the opposite order, so that a power cut in the middle
+//! leaves a state that a cut of the change itself could have left. The outcome is open only if that
+//! fails too.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +23,7 @@ use super::super::mdio::{MdChannels, MdIo, Persist, dma};
 use super::super::super_page;
 use super::{Batch, Commit, CommitPoint, Failure, Restore};
 
-/// How often the write of a commit point is done in all.
+/// Number of times that a commit point is written before it counts as failed.
 const COMMIT_TRIES: u32 = 3;
 /// The pause before the first repetition.
 const COMMIT_PAUSE: Duration = Duration::from_millis(1);
@@ -50,7 +53,7 @@ impl Commit for InPlace {
             erase,
             clear,
         } = batch;
-        // What nothing names yet, with the mark of a store that is not clean.
+        // What nothing names yet, together with the mark of a store that is not clean.
         let mut before = prepare;
         if let Some(page) = unmark {
             before.push(write(0, &page)?);
@@ -67,7 +70,7 @@ impl Commit for InPlace {
                 settle(io, &geo, &points[..=number], error)?;
             }
         }
-        // It may fail without harm: what nothing names any longer is cleared.
+        // A failure does no harm here: this clears what nothing names any longer.
         let zeroes = |index| write(geo.md_lba(index), &[0; PAGE_SIZE]);
         for op in erase
             .into_iter()
@@ -90,8 +93,8 @@ impl Commit for InPlace {
     }
 }
 
-/// After the write of the last of these commit points has failed: goes on if the page is there, else takes back all
-/// of them.
+/// After the write of the last of these commit points has failed: continues if the page is there,
+/// else takes all of them back.
 fn settle(
     io: &mut MdIo,
     geo: &Geometry,
@@ -144,12 +147,12 @@ fn restore_pages(
     Ok(())
 }
 
-/// What a page was found to be.
+/// The content of a page that was read back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Found {
-    /// As it was to be written.
+    /// The content that was to be written.
     New,
-    /// As it was before.
+    /// The content before.
     Old,
     /// Neither, or it cannot be read.
     Unknown,
@@ -169,7 +172,7 @@ fn read_back(io: &mut MdIo, geo: &Geometry, point: &CommitPoint) -> Found {
     let old = point.old.page();
     let is_whole = stored_crc(found) == page_crc(found);
     if *found == *old
-        // Another writer of the format may have encoded the same otherwise.
+        // Another writer of the format may have encoded the same content differently.
         || (is_whole
             && old.iter().any(|byte| *byte != 0)
             && PageHeader::read(found).id == PageHeader::read(&old).id)
@@ -188,15 +191,14 @@ fn write(lba: u64, page: &Page) -> Result<Op, Error> {
     })
 }
 
-/// Writes a metadata page durably, some times if need be.
-///
-/// The write of one page can be repeated: the bytes are the same. So it is, also after errors that are not called
-/// passing, before it counts as failed.
+/// Writes a metadata page durably, several times if necessary. The write can be repeated because
+/// the bytes are the same, and it is, also after errors that do not count as passing, before it
+/// counts as failed.
 fn write_page(io: &mut MdIo, geo: &Geometry, index: u32, page: &Page) -> Result<(), Error> {
     repeat(|| io.run_durable(vec![write(geo.md_lba(index), page)?]))
 }
 
-/// Does a write that can be repeated with the same bytes, some times if need be.
+/// Performs a write that can be repeated with the same bytes, several times if necessary.
 pub(in super::super) fn repeat(mut write: impl FnMut() -> Result<(), Error>) -> Result<(), Error> {
     let mut tries = 1;
     loop {
@@ -211,8 +213,8 @@ pub(in super::super) fn repeat(mut write: impl FnMut() -> Result<(), Error>) -> 
     }
 }
 
-/// May the same write succeed when it is repeated at once? Errors that are known to pass have been tried
-/// again below.
+/// Whether the same write may succeed when it is repeated at once. Errors that pass have been
+/// retried below.
 fn may_help(error: &Error) -> bool {
     let Error::Io(error) = error else {
         return false;
@@ -226,7 +228,7 @@ fn may_help(error: &Error) -> bool {
     )
 }
 
-/// May an operation that ended with this error still reach the medium?
+/// Whether an operation that ended with this error may still reach the medium.
 pub(in super::super) fn may_land(error: &Error) -> bool {
     matches!(error, Error::Io(error) if error.kind == IoErrorKind::TimedOut)
 }

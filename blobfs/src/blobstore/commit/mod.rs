@@ -1,8 +1,9 @@
-//! How a change reaches the device: a [`Batch`] says what is to be written, a [`Commit`] writes it.
+//! How a change reaches the device: a [`Batch`] says what to write, and a [`Commit`] writes it.
 //!
-//! A change is staged with the state locked, which gives a batch; appended without that lock, many at a time; and
-//! published, or taken back, with the lock again. Who changes what at the same time is for
-//! [`order`](super::order) to say: batches that are on their way together name different blobs.
+//! A change is staged with the state locked, which makes a batch. The batch is appended without
+//! that lock, and many batches may be at the same time. The change is then published or taken back,
+//! with the lock again. [`order`](super::order) decides which changes may run at the same time:
+//! batches in flight together name different blobs.
 
 pub(super) mod in_place;
 
@@ -19,26 +20,27 @@ use super::meta::BlobMeta;
 /// What one change writes.
 #[derive(Debug)]
 pub(crate) struct Batch {
-    /// Where the pages lie.
+    /// The positions of the pages.
     pub geo: Geometry,
-    /// The super block, of which nothing changes but the mark of a store that was unloaded in order.
+    /// The super block, if the mark of an orderly unload has to be removed. Nothing else in it
+    /// changes.
     pub unmark: Option<Box<Page>>,
-    /// Make ready the content of clusters that nothing names yet.
+    /// Operations that write the content of clusters that nothing names yet.
     pub prepare: Vec<Op>,
     /// Metadata pages that nothing names yet, with their index.
     pub fresh: Vec<(u32, Box<Page>)>,
-    /// A super block with other places, sizes or names.
+    /// A super block with other positions, sizes or names.
     pub super_block: Option<Box<SuperBlock>>,
     /// The pages whose writes make the change, in this order.
     pub points: Vec<CommitPoint>,
-    /// Metadata pages that nothing names any longer; they are zeroed.
+    /// Metadata pages that nothing names any longer. They are zeroed.
     pub erase: Vec<u32>,
-    /// Clear clusters that nothing names any longer.
+    /// Operations that clear clusters which nothing names any longer.
     pub clear: Vec<Op>,
 }
 
 impl Batch {
-    /// A batch that writes nothing.
+    /// Makes a batch that writes nothing.
     pub fn new(geo: Geometry) -> Batch {
         Batch {
             geo,
@@ -59,16 +61,16 @@ impl Batch {
 pub(crate) struct CommitPoint {
     /// Its index in the metadata region.
     pub index: u32,
-    /// What is written.
+    /// The content to write.
     pub page: Box<Page>,
-    /// What is there before.
+    /// The content before.
     pub old: Old,
 }
 
 /// What a page holds before a change. It is encoded only if the change has to be taken back.
 #[derive(Debug)]
 pub(crate) enum Old {
-    /// Nothing that a reader of the format makes sense of: the blob is new, or its root is damaged.
+    /// Nothing that a reader of the format recognises: the blob is new, or its root is damaged.
     Blank,
     /// The root of a blob.
     Root(Arc<BlobMeta>),
@@ -77,7 +79,7 @@ pub(crate) enum Old {
 }
 
 impl Old {
-    /// The page, to a reader of the format.
+    /// Returns the page as a reader of the format sees it.
     pub fn page(&self) -> Box<Page> {
         match self {
             Old::Blank => Box::new([0; PAGE_SIZE]),
@@ -92,16 +94,17 @@ impl Old {
     }
 }
 
-/// Why a batch was not written.
+/// The reason why a batch was not written.
 #[derive(Debug)]
 pub(crate) enum Failure {
     /// The device has the old state.
     TakenBack(Error),
-    /// A part of it may be on the device, now or later.
+    /// A part of the batch may be on the device, now or later.
     Open {
-        /// What went wrong first.
+        /// The first error.
         error: Error,
-        /// What has to be written to take it back. None if that cannot be told: a write may still land.
+        /// What has to be written to take the batch back. `None` if that is unknown, because a
+        /// write may still reach the device.
         restore: Option<Restore>,
     },
 }
@@ -112,7 +115,7 @@ impl From<Error> for Failure {
     }
 }
 
-/// What takes back a change of which a part is on the device.
+/// The writes that take back a change of which a part is on the device.
 #[derive(Debug)]
 pub(crate) enum Restore {
     /// These pages, in this order.
@@ -123,17 +126,17 @@ pub(crate) enum Restore {
 
 /// A way to write batches.
 pub(crate) trait Commit: std::fmt::Debug + Send + Sync {
-    /// Makes a batch durable. A crash on the way leaves the old or the new state of each blob, and none new before
-    /// one that comes earlier in the batch. Blocks; the state must not be locked. Batches of different threads
-    /// overlap; their blobs differ.
+    /// Makes a batch durable. A crash in the middle leaves the old or the new state of each blob,
+    /// and no new one before a new one that comes earlier in the batch. Blocks, so the state must
+    /// not be locked. Batches of different threads overlap; their blobs differ.
     ///
     /// # Errors
-    /// See [`Failure`].
+    /// Returns [`Failure`], which says what is on the device.
     fn append(&self, batch: Batch) -> Result<(), Failure>;
 
-    /// Takes back what a batch has left on the device; what is done goes out of `restore`.
+    /// Takes back what a batch has left on the device. What is done is removed from `restore`.
     ///
     /// # Errors
-    /// The device fails.
+    /// Fails when the device does.
     fn restore(&self, geo: &Geometry, restore: &mut Restore) -> Result<(), Error>;
 }

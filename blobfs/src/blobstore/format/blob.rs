@@ -1,4 +1,4 @@
-//! A blob's chain of metadata pages: flags, xattrs and where its clusters are.
+//! A blob's chain of metadata pages: flags, xattrs and the map of its clusters.
 
 use std::sync::Arc;
 
@@ -14,11 +14,11 @@ use super::{
 /// The three flag words of a blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Flags {
-    /// An unknown bit: the blob must not be opened.
+    /// With an unknown bit the blob must not be opened.
     pub invalid: u64,
-    /// An unknown bit: the blob is read-only.
+    /// With an unknown bit the blob is read-only.
     pub data_ro: u64,
-    /// An unknown bit: the blob's metadata is read-only. Bits 0 and 1 hold the clear method.
+    /// With an unknown bit the blob's metadata is read-only. Bits 0 and 1 hold the clear method.
     pub md_ro: u64,
 }
 
@@ -39,25 +39,25 @@ impl Flags {
     const KNOWN_INVALID: u64 =
         Self::THIN | Self::INTERNAL_XATTRS | Self::EXTENT_TABLE | Self::EXTERNAL_CLONE;
 
-    /// Bits of `invalid` that are not known: the blob must not be opened if there are any.
+    /// Returns the unknown bits of `invalid`. With any of them the blob must not be opened.
     #[must_use]
     pub fn unknown_invalid(&self) -> u64 {
         self.invalid & !Self::KNOWN_INVALID
     }
 
-    /// Is the blob thin-provisioned?
+    /// Whether the blob is thin-provisioned.
     #[must_use]
     pub fn thin(&self) -> bool {
         self.invalid & Self::THIN != 0
     }
 
-    /// May the blob's data be written?
+    /// Whether the blob's data must not be written.
     #[must_use]
     pub fn data_read_only(&self) -> bool {
         self.data_ro != 0
     }
 
-    /// May the blob's metadata be changed?
+    /// Whether the blob's metadata must not be changed.
     #[must_use]
     pub fn md_read_only(&self) -> bool {
         self.data_ro != 0 || self.md_ro & !Self::CLEAR_METHOD != 0
@@ -67,9 +67,9 @@ impl Flags {
 /// A name and a value, both bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Xattr {
-    /// Without a NUL.
+    /// Name, without a NUL.
     pub name: Arc<[u8]>,
-    /// May be empty.
+    /// Value, which may be empty.
     pub value: Arc<[u8]>,
 }
 
@@ -78,37 +78,38 @@ pub struct Xattr {
 pub struct Run {
     /// First cluster of the store, 0 for an unallocated run.
     pub cluster: u32,
-    /// Clusters.
+    /// Number of clusters.
     pub len: u32,
 }
 
 /// An entry of an extent table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TableEntry {
-    /// The md page of an extent page, 0 for a run of unallocated ones.
+    /// The metadata page of an extent page, or 0 for a run of unallocated ones.
     pub page: u32,
-    /// How many extent pages the entry stands for; 1 if `page` is not 0.
+    /// Number of extent pages that the entry stands for; 1 if `page` is not 0.
     pub count: u32,
 }
 
-/// Where a blob's clusters are, as its chain says.
+/// The map of a blob's clusters in its chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MapRecord {
     /// Run-length extents.
     Rle(Vec<Run>),
-    /// An extent table; the clusters stand in the extent pages.
+    /// An extent table. The clusters are in the extent pages.
     Table {
-        /// Clusters of the blob, as the table says. A crash may leave it unequal to what the pages hold.
+        /// Number of clusters of the blob in the table. After a crash it may differ from the number
+        /// in the pages.
         num_clusters: u64,
         /// The extent pages, in order.
         entries: Vec<TableEntry>,
     },
 }
 
-/// What the chain of a blob says.
+/// The content of a blob's chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlobRecord {
-    /// Its id.
+    /// Id of the blob.
     pub id: BlobId,
     /// Its flags.
     pub flags: Flags,
@@ -134,7 +135,7 @@ pub struct BlobReader {
 }
 
 impl BlobReader {
-    /// The value of an xattr that has been read so far.
+    /// Returns the value of an xattr that has been read so far.
     pub(crate) fn xattr(&self, name: &[u8]) -> Option<&[u8]> {
         self.xattrs
             .iter()
@@ -142,7 +143,7 @@ impl BlobReader {
             .map(|xattr| &*xattr.value)
     }
 
-    /// A reader for blob `id` before its root.
+    /// Makes a reader for blob `id`, before its root.
     #[must_use]
     pub fn new(id: BlobId) -> BlobReader {
         let (xattrs, internal, runs) = (Vec::new(), Vec::new(), Vec::new());
@@ -158,14 +159,14 @@ impl BlobReader {
         }
     }
 
-    /// How many pages were read.
+    /// Number of pages that were read.
     #[must_use]
     pub fn pages(&self) -> u32 {
         self.sequence
     }
 
-    /// Takes in the next page of the chain: CRC, id, sequence number and descriptors are checked. Gives the
-    /// index of the page after it, if there is one.
+    /// Reads the next page of the chain. Checks the CRC, the id, the sequence number and the
+    /// descriptors. Returns the index of the page after it, if there is one.
     pub fn page(&mut self, page: &Page) -> Result<Option<u32>, PageProblem> {
         check_crc(page)?;
         let header = PageHeader::read(page);
@@ -188,7 +189,7 @@ impl BlobReader {
         Ok((header.next != INVALID_PAGE).then_some(header.next))
     }
 
-    /// What was read, when the chain is at its end.
+    /// Returns what was read, at the end of the chain.
     #[must_use]
     pub fn finish(self) -> BlobRecord {
         let map = match self.table {
@@ -334,7 +335,7 @@ fn read_xattr(offset: usize, body: &[u8]) -> Result<Xattr, PageProblem> {
     })
 }
 
-/// Fills pages one after another; the last is always the one that is open.
+/// Fills pages one after another. The last one is always the open one.
 struct ChainWriter {
     id: BlobId,
     pages: Vec<Box<Page>>,
@@ -369,7 +370,7 @@ impl ChainWriter {
         DESCRIPTORS_LEN - self.used
     }
 
-    /// The body of a new descriptor of the open page, which must have the room.
+    /// Returns the body of a new descriptor in the open page, which must have room for it.
     fn descriptor(&mut self, kind: u8, len: usize) -> &mut [u8] {
         let page = self.pages.last_mut().expect("there is always an open page");
         let area = &mut page[DESCRIPTORS_AT..NEXT_AT][self.used..][..DESCRIPTOR_HEADER_LEN + len];
@@ -400,8 +401,8 @@ impl ChainWriter {
         body[4 + xattr.name.len()..].copy_from_slice(&xattr.value);
     }
 
-    /// Writes pairs of words in as many descriptors as are needed, each but the first in a page of its own,
-    /// each behind `head`.
+    /// Writes pairs of words in as many descriptors as necessary, each after `head` and each but
+    /// the first in a page of its own.
     fn pairs(&mut self, kind: u8, head: &[u8], mut pairs: &[(u32, u32)], even_if_empty: bool) {
         let mut first = even_if_empty;
         while first || !pairs.is_empty() {
@@ -425,8 +426,8 @@ impl ChainWriter {
     }
 }
 
-/// Encodes a blob's chain: flags, xattrs, internal xattrs, clusters, in the order in which SPDK writes
-/// them. The pages still want [`seal_chain`], which tells them where they will lie.
+/// Encodes a blob's chain: flags, xattrs, internal xattrs and clusters, in SPDK's order. The pages
+/// still need [`seal_chain`], which sets their places.
 #[must_use]
 pub fn encode_blob(record: &BlobRecord) -> Vec<Box<Page>> {
     let mut writer = ChainWriter::new(record.id);
@@ -464,7 +465,8 @@ pub fn encode_blob(record: &BlobRecord) -> Vec<Box<Page>> {
     writer.pages
 }
 
-/// Links the pages of a chain (`chain`: the indices of the second, the third …) and seals them.
+/// Links the pages of a chain (`chain`: the indices of the second page, the third …) and seals
+/// them.
 pub fn seal_chain(pages: &mut [Box<Page>], chain: &[u32]) {
     assert_eq!(
         pages.len(),
@@ -552,7 +554,7 @@ mod tests {
 
     #[test]
     fn table_in_a_nearly_full_page() {
-        // Whatever the room that is left in the page, the table starts here or in the next.
+        // Whatever room is left in the page, the table starts here or in the next one.
         for len in 3960..=MAX_XATTR_LEN - 2 {
             for n in [0, 1, 2, 600] {
                 let mut r = record(table(n), vec![xattr("xx", len)]);
@@ -580,7 +582,7 @@ mod tests {
         );
     }
 
-    /// A root page with these descriptors.
+    /// Makes a root page with these descriptors.
     fn page_of(descriptors: &[(u8, &[u8])]) -> Box<Page> {
         let mut writer = ChainWriter::new(BlobId::from_page(7));
         for (kind, body) in descriptors {

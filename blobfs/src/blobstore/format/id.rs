@@ -3,27 +3,27 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// Bit 32 is set in every id; the low half is the index of the blob's root page.
+/// Bit 32 is set in every id. The low half is the index of the blob's root page.
 const ID_BASE: u64 = 1 << 32;
 
-/// Identifies a blob: bit 32 set, the index of its root metadata page in the low half. An id is used
-/// again after its blob has been deleted.
+/// Identifies a blob: bit 32 is set, and the low half is the index of its root metadata page. An id
+/// is used again after its blob was deleted.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BlobId(pub u64);
 
 impl BlobId {
-    /// "No blob" on disk.
+    /// The value on disk for "no blob".
     pub const INVALID: BlobId = BlobId(u64::MAX);
-    /// On disk, the parent of a clone of an external snapshot.
+    /// The parent on disk of a clone of an external snapshot.
     pub const EXTERNAL_SNAPSHOT: BlobId = BlobId(u64::MAX - 1);
 
-    /// The id of the blob whose root is metadata page `page`.
+    /// Returns the id of the blob whose root is metadata page `page`.
     #[must_use]
     pub fn from_page(page: u32) -> BlobId {
         BlobId(ID_BASE | u64::from(page))
     }
 
-    /// The root page that the id names, or `None` if this is no id of a blob.
+    /// Returns the root page that the id names, or `None` if it is not an id of a blob.
     #[must_use]
     pub fn page(self) -> Option<u32> {
         if self.0 >> 32 != 1 {
@@ -45,7 +45,7 @@ impl fmt::Debug for BlobId {
     }
 }
 
-/// A text that is no blob id.
+/// The text is not a blob id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` is no blob id; write it as 0x100000000 (see `pumice blob list`)")]
 pub struct ParseBlobIdError(String);

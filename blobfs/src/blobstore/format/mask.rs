@@ -5,7 +5,7 @@ use super::{PAGE_SIZE, PAGE_SIZE_U64};
 /// Bytes of a mask before its bits.
 pub const MASK_HEADER_LEN: usize = 5;
 
-/// Which of the three masks.
+/// The kind of a mask.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MaskKind {
     /// Metadata pages: roots, chain pages and extent pages.
@@ -16,43 +16,44 @@ pub enum MaskKind {
     BlobIds = 2,
 }
 
-/// Why bytes are not the mask that they should be. The masks of a store that was never unloaded are all
-/// zero and give this too.
+/// The reason why bytes are not the expected mask. The masks of a store that was never unloaded are
+/// all zero and give this too.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MaskError {
-    /// Its first byte.
+    /// The first byte is wrong.
     #[error("mask of type {found}, must be {:?}", expected)]
     Kind {
-        /// What was expected there.
+        /// The expected kind.
         expected: MaskKind,
-        /// What is there.
+        /// The byte that was found.
         found: u8,
     },
-    /// The number of bits.
+    /// The number of bits is wrong.
     #[error("mask of {found} bits, must have {expected}")]
     Length {
-        /// What the super block's figures give.
+        /// The number that the super block gives.
         expected: u32,
-        /// What the mask says.
+        /// The number in the mask.
         found: u32,
     },
-    /// Fewer bytes than the bits need.
+    /// There are fewer bytes than the bits need.
     #[error("mask of {bits} bits in {bytes} bytes")]
     Short {
-        /// Bits.
+        /// Number of bits.
         bits: u32,
-        /// Bytes there.
+        /// Number of bytes.
         bytes: usize,
     },
 }
 
-/// Pages that a mask of `bits` bits takes on disk.
+/// Returns the number of pages that a mask of `bits` bits takes on disk.
 #[must_use]
 pub fn mask_pages(bits: u64) -> u64 {
     (bits.div_ceil(8) + MASK_HEADER_LEN as u64).div_ceil(PAGE_SIZE_U64)
 }
 
-/// The bits of a mask as words, bit i of the mask in bit i % 64 of word i / 64; bits past the end are 0.
+/// Decodes the bits of a mask to words: bit i of the mask is bit i % 64 of word i / 64. Bits past
+/// the end are 0.
 pub fn decode_mask(bytes: &[u8], kind: MaskKind, bits: u32) -> Result<Vec<u64>, MaskError> {
     let (head, body) = bytes
         .split_at_checked(MASK_HEADER_LEN)
@@ -93,7 +94,7 @@ pub fn decode_mask(bytes: &[u8], kind: MaskKind, bits: u32) -> Result<Vec<u64>, 
     Ok(words)
 }
 
-/// The bytes of a mask, whole pages, filled up with zeroes.
+/// Encodes a mask as whole pages, padded with zeroes.
 #[must_use]
 pub fn encode_mask(kind: MaskKind, bits: u32, words: &[u64]) -> Vec<u8> {
     let pages = usize::try_from(mask_pages(u64::from(bits))).expect("at most 2^17 pages");

@@ -1,8 +1,8 @@
 //! The on-disk format: super block, masks, metadata pages and their descriptors.
 //!
-//! Pure encoding and decoding, no I/O. Decoding is total: any bytes give a value or a typed error that
-//! names the place, in memory bounded by the size of the input. The format is that of SPDK's blobstore,
-//! versions 1 to 3; `docs/format.md` describes it.
+//! This is pure encoding and decoding without I/O. Decoding is total: any bytes give a value or a
+//! typed error that names the place, in memory bounded by the size of the input. The format is that
+//! of SPDK's blobstore, versions 1 to 3; `docs/format.md` describes it.
 
 mod blob;
 mod id;
@@ -22,31 +22,32 @@ pub use page::{
 };
 pub use super_block::{BsType, RawSuperBlock, SuperBlock, SuperBlockError};
 
-/// Bytes of a metadata page, of the super block, and the unit of the positions in the super block.
+/// Number of bytes of a metadata page and of the super block, and the unit of positions in the
+/// super block.
 pub const PAGE_SIZE: usize = 4096;
 /// [`PAGE_SIZE`] for arithmetic on device offsets.
 pub const PAGE_SIZE_U64: u64 = 4096;
-/// `next` of the last page of a chain.
+/// The value of `next` in the last page of a chain.
 pub const INVALID_PAGE: u32 = u32::MAX;
-/// Clusters that a full extent page describes.
+/// Number of clusters that a full extent page describes.
 pub const EXTENTS_PER_PAGE: usize = 512;
-/// Bytes of a metadata page that hold descriptors.
+/// Number of bytes of a metadata page that hold descriptors.
 pub const DESCRIPTORS_LEN: usize = 4072;
-/// Largest body of one descriptor: it has to fit a page with its own header.
+/// Length of the largest descriptor body: it has to fit a page with its own header.
 pub const MAX_DESCRIPTOR_BODY: usize = DESCRIPTORS_LEN - 5;
 /// Largest sum of the lengths of an xattr's name and value.
 pub const MAX_XATTR_LEN: usize = MAX_DESCRIPTOR_BODY - 4;
 
-/// One metadata page in memory.
+/// A metadata page in memory.
 pub type Page = [u8; PAGE_SIZE];
 
-/// CRC-32C of a page without its last four bytes, as stored in them.
+/// Computes the CRC-32C of a page without its last four bytes, which store it.
 #[must_use]
 pub fn page_crc(page: &Page) -> u32 {
     crc32c::crc32c(&page[..PAGE_SIZE - 4])
 }
 
-/// The CRC that a page carries.
+/// Returns the CRC that a page stores.
 #[must_use]
 pub fn stored_crc(page: &Page) -> u32 {
     let mut bytes = [0; 4];

@@ -8,26 +8,26 @@ use super::{
     stored_crc,
 };
 
-/// Type byte of a descriptor: nothing; with length 0 the end of the page.
+/// Descriptor type of padding, which ends the page if its length is 0.
 pub const TYPE_PADDING: u8 = 0;
-/// Type byte of a descriptor: run-length extents.
+/// Descriptor type of run-length extents.
 pub const TYPE_EXTENT_RLE: u8 = 1;
-/// Type byte of a descriptor: an xattr.
+/// Descriptor type of an xattr.
 pub const TYPE_XATTR: u8 = 2;
-/// Type byte of a descriptor: the flags.
+/// Descriptor type of the flags.
 pub const TYPE_FLAGS: u8 = 3;
-/// Type byte of a descriptor: an internal xattr.
+/// Descriptor type of an internal xattr.
 pub const TYPE_XATTR_INTERNAL: u8 = 4;
-/// Type byte of a descriptor: an extent table.
+/// Descriptor type of an extent table.
 pub const TYPE_EXTENT_TABLE: u8 = 5;
-/// Type byte of a descriptor: the clusters of an extent page.
+/// Descriptor type of the clusters of an extent page.
 pub const TYPE_EXTENT_PAGE: u8 = 6;
 
 /// Offset of the descriptors in a page.
 pub(super) const DESCRIPTORS_AT: usize = 16;
 /// Offset of `next`.
 pub(super) const NEXT_AT: usize = DESCRIPTORS_AT + DESCRIPTORS_LEN;
-/// Bytes of a descriptor's type and length.
+/// Number of bytes of a descriptor's type and length.
 pub(super) const DESCRIPTOR_HEADER_LEN: usize = 5;
 
 /// The first 16 bytes of a metadata page.
@@ -42,7 +42,7 @@ pub struct RawPageHeader {
 const _: () = assert!(size_of::<RawPageHeader>() == DESCRIPTORS_AT);
 const _: () = assert!(NEXT_AT + 8 == PAGE_SIZE);
 
-/// What a metadata page says about itself.
+/// The header of a metadata page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PageHeader {
     /// The blob that wrote the page.
@@ -54,7 +54,7 @@ pub struct PageHeader {
 }
 
 impl PageHeader {
-    /// Reads the header; does not check the CRC.
+    /// Reads the header without checking the CRC.
     #[must_use]
     pub fn read(page: &Page) -> PageHeader {
         let (raw, _) =
@@ -67,7 +67,7 @@ impl PageHeader {
         }
     }
 
-    /// Writes the header into a page; the CRC is not touched.
+    /// Writes the header into a page without changing the CRC.
     pub fn write(self, page: &mut Page) {
         let raw = RawPageHeader {
             id: self.id.0.into(),
@@ -79,7 +79,7 @@ impl PageHeader {
     }
 }
 
-/// What is wrong with a metadata page.
+/// The reason why a metadata page is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[expect(missing_docs, reason = "the texts say it")]
 pub enum PageProblem {
@@ -112,7 +112,7 @@ pub enum PageProblem {
     TooManyClusters,
     #[error("an extent page where a page of a chain should be")]
     UnexpectedExtentPage,
-    #[error("is no extent page (first descriptor has type {0})")]
+    #[error("is not an extent page (first descriptor has type {0})")]
     NotExtentPage(u8),
     #[error("extent page with a next page {0}")]
     ExtentPageNext(u32),
@@ -134,13 +134,13 @@ pub enum PageProblem {
     Unreadable(String),
 }
 
-/// A damaged metadata page: its index in the metadata region, and what is wrong.
+/// A damaged metadata page.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("metadata page {page}: {problem}")]
 pub struct PageError {
     /// Index of the page in the metadata region.
     pub page: u32,
-    /// What is wrong with it.
+    /// The damage.
     pub problem: PageProblem,
 }
 
@@ -154,18 +154,19 @@ pub(super) fn check_crc(page: &Page) -> Result<(), PageProblem> {
     }
 }
 
-/// One descriptor of a page.
+/// A descriptor of a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Descriptor<'a> {
-    /// Where it starts, counted from the start of the page.
+    /// Its offset in the page.
     pub offset: usize,
     /// Its type byte.
     pub kind: u8,
-    /// What follows its header.
+    /// The bytes after its header.
     pub body: &'a [u8],
 }
 
-/// The descriptors of a page, in order, up to the terminating one. Stops after an error.
+/// Iterates over the descriptors of a page, in order, up to the terminating one. Stops after an
+/// error.
 #[derive(Debug)]
 pub struct Descriptors<'a> {
     area: &'a [u8],
@@ -173,7 +174,7 @@ pub struct Descriptors<'a> {
 }
 
 impl<'a> Descriptors<'a> {
-    /// Walks the descriptors of `page`.
+    /// Iterates over the descriptors of `page`.
     #[must_use]
     pub fn new(page: &'a Page) -> Descriptors<'a> {
         Descriptors {
@@ -205,7 +206,7 @@ impl<'a> Iterator for Descriptors<'a> {
     }
 }
 
-/// Little-endian u32s of a body whose length is a multiple of four.
+/// Returns the little-endian u32s of a body whose length is a multiple of four.
 pub(super) fn words(body: &[u8]) -> impl Iterator<Item = u32> + '_ {
     body.chunks_exact(4)
         .map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
@@ -214,7 +215,7 @@ pub(super) fn words(body: &[u8]) -> impl Iterator<Item = u32> + '_ {
 /// The content of an extent page.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExtentPage {
-    /// The blob that wrote it: after a snapshot not the one that it belongs to.
+    /// The blob that wrote it. After a snapshot it is not the blob that the page belongs to.
     pub written_by: BlobId,
     /// The first cluster of the blob that it describes.
     pub start: u32,
@@ -222,7 +223,7 @@ pub struct ExtentPage {
     pub clusters: Vec<u32>,
 }
 
-/// Decodes an extent page: CRC, sequence, next and type are checked, the id is not.
+/// Decodes an extent page. Checks the CRC, sequence, next and type, but not the id.
 pub fn decode_extent_page(page: &Page) -> Result<ExtentPage, PageProblem> {
     check_crc(page)?;
     let header = PageHeader::read(page);
@@ -258,7 +259,7 @@ pub fn decode_extent_page(page: &Page) -> Result<ExtentPage, PageProblem> {
     })
 }
 
-/// Encodes an extent page, sealed.
+/// Encodes and seals an extent page.
 #[must_use]
 pub fn encode_extent_page(id: BlobId, start: u32, clusters: &[u32]) -> Box<Page> {
     assert!(
@@ -302,7 +303,7 @@ mod tests {
                     clusters
                 }
             );
-            // Exactly the clusters, no padding to 512.
+            // The descriptor has exactly the clusters, without padding to 512.
             assert_eq!(
                 u32::from_le_bytes(page[17..21].try_into().unwrap()),
                 4 + 4 * n

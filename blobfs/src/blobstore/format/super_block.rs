@@ -9,10 +9,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::{BlobId, PAGE_SIZE, Page, page_crc, seal};
 
 const SIGNATURE: [u8; 8] = *b"SPDKBLOB";
-/// The version that is written.
+/// The version that Pumice writes.
 const VERSION: u32 = 3;
 
-/// The super block as it lies on disk. Positions and lengths are in pages of 4096 bytes.
+/// The super block in its form on disk. Positions and lengths are in pages of 4096 bytes.
 #[derive(Debug, Clone, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 #[expect(
@@ -48,16 +48,16 @@ const _: () = assert!(std::mem::offset_of!(RawSuperBlock, bstype) == 56);
 const _: () = assert!(std::mem::offset_of!(RawSuperBlock, size) == 80);
 const _: () = assert!(std::mem::offset_of!(RawSuperBlock, reserved) == 96);
 
-/// What a store is used for: sixteen bytes of zero-padded text. All zero: any.
+/// The type of a store: sixteen bytes of zero-padded text. All zeroes stand for any type.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub struct BsType(pub [u8; 16]);
 
 impl BsType {
-    /// No particular use.
+    /// No type.
     pub const NONE: BsType = BsType([0; 16]);
-    /// Holds a BlobFS file system.
+    /// The type of a BlobFS file system.
     pub const BLOBFS: BsType = BsType(*b"BLOBFS\0\0\0\0\0\0\0\0\0\0");
-    /// Holds logical volumes.
+    /// The type of a store of logical volumes.
     pub const LVOLSTORE: BsType = BsType(*b"LVOLSTORE\0\0\0\0\0\0\0");
 }
 
@@ -95,37 +95,37 @@ impl FromStr for BsType {
     }
 }
 
-/// Why bytes are no super block that can be loaded.
+/// The reason why bytes are not a super block that can be loaded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SuperBlockError {
-    /// The signature is not there: most likely no blobstore.
+    /// The signature is missing: most likely there is no blobstore.
     #[error("no blobstore signature at byte 0 (found \"{}\")", .0.escape_ascii())]
     Signature([u8; 8]),
-    /// A version outside 1 to 3.
+    /// The version is outside of 1 to 3.
     #[error("blobstore version {0:#x}; versions 1 to 3 can be loaded")]
     Version(u32),
-    /// The checksum does not fit the bytes.
+    /// The checksum does not match the bytes.
     #[error("super block: crc {stored:#010x} is stored, {computed:#010x} computed")]
     Crc {
-        /// What the last four bytes say.
+        /// The checksum in the last four bytes.
         stored: u32,
-        /// What the others give.
+        /// The checksum of the other bytes.
         computed: u32,
     },
-    /// The length field.
+    /// The length field is wrong.
     #[error("super block: length {0}, must be 4096")]
     Length(u32),
 }
 
-/// A super block whose signature, version, length and CRC are right. What it says is not checked against
-/// a device yet.
+/// A super block whose signature, version, length and CRC are right. Its values are not checked
+/// against a device yet.
 #[derive(Clone)]
 pub struct SuperBlock {
     raw: Box<RawSuperBlock>,
 }
 
 impl SuperBlock {
-    /// An empty version-3 super block; the caller fills in the rest.
+    /// Makes an empty super block of version 3. The caller sets the other fields.
     #[must_use]
     pub fn new() -> SuperBlock {
         let mut raw =
@@ -139,8 +139,9 @@ impl SuperBlock {
 
     /// Checks signature, version, length and CRC, in this order.
     ///
-    /// A rewrite that only changed `clean` and was torn by a power cut, so that the CRC is the one of the
-    /// other state, is accepted as not clean: the masks are not trusted then.
+    /// A rewrite that changed only `clean` may have been torn by a power cut, so that the CRC is
+    /// that of the other state. Such a super block is accepted as not clean, so the masks are not
+    /// trusted.
     pub fn decode(page: &Page) -> Result<SuperBlock, SuperBlockError> {
         let mut raw = Box::new(RawSuperBlock::read_from_bytes(page).expect("sizes are equal"));
         if raw.signature != SIGNATURE {
@@ -151,7 +152,8 @@ impl SuperBlock {
         }
         let (stored, computed) = (raw.crc.get(), page_crc(page));
         if stored != computed {
-            // `clean` is in the first sector, the CRC in the last: all that differs between the states.
+            // `clean` is in the first sector and the CRC in the last: the states differ in nothing
+            // else.
             raw.clean = u32::from(raw.clean.get() == 0).into();
             let mut other: Page = [0; PAGE_SIZE];
             other.copy_from_slice(raw.as_bytes());
@@ -169,7 +171,7 @@ impl SuperBlock {
         Ok(SuperBlock { raw })
     }
 
-    /// The bytes, reserved ones as they were read, with a fresh CRC.
+    /// Returns the bytes with a new CRC. Reserved bytes are as they were read.
     #[must_use]
     pub fn encode(&self) -> Page {
         let mut page = [0; PAGE_SIZE];
@@ -178,7 +180,7 @@ impl SuperBlock {
         page
     }
 
-    /// Was the store unloaded in order? Only then are the masks valid.
+    /// Whether the store was unloaded in order. Only then are the masks valid.
     #[must_use]
     pub fn is_clean(&self) -> bool {
         self.raw.clean.get() != 0

@@ -1,24 +1,24 @@
-//! A file as it has to be.
+//! The expected content of a file.
 
 use std::ops::Range;
 
 use pumice_blobfs::fs::File;
 
-/// A file as it has to be.
+/// The expected content of a file.
 #[derive(Default)]
 pub struct Model {
     pub data: Vec<u8>,
-    /// Bytes of which nobody knows whether a failed write has changed them.
+    /// Bytes that a failed write may or may not have changed.
     pub unsure: Vec<Range<usize>>,
-    /// At least so many bytes are durable.
+    /// At least this many bytes are durable.
     pub durable: usize,
-    /// A sync has said data loss, or may.
+    /// Whether a sync has reported data loss, or may do so.
     pub doubtful: bool,
     pub handle: Option<File>,
 }
 
 impl Model {
-    /// These bytes are known.
+    /// Records that these bytes are known.
     pub fn sure(&mut self, range: Range<usize>) {
         let parts = std::mem::take(&mut self.unsure);
         for r in parts {

@@ -1,4 +1,4 @@
-//! One thread's operations, and what has to be in its files.
+//! One thread's operations, and the expected content of its files.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock};
@@ -13,7 +13,7 @@ use super::super::faults::{fail, fault};
 use super::model::Model;
 use super::{Faults, places};
 
-/// Bytes to write: two places of it differ, unless they are a multiple of 251 apart.
+/// Bytes to write. Two places of it differ, unless their distance is a multiple of 251.
 static PATTERN: LazyLock<Vec<u8>> = LazyLock::new(|| (0..251u8).cycle().take(3_000_000).collect());
 
 /// See the module.
@@ -22,7 +22,7 @@ pub struct Worker {
     pub dev: Arc<ErrorDevice>,
     pub faults: Faults,
     pub dir: String,
-    /// How many files there are at the most.
+    /// Most files that there are.
     pub names: usize,
     pub rng: SmallRng,
     pub files: BTreeMap<String, Model>,
@@ -30,7 +30,7 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Runs `what`; if it panics, says what was done before.
+    /// Runs `what`. If it panics, prints what was done before.
     pub fn guarded(&mut self, seed: u64, what: impl FnOnce(&mut Worker)) {
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| what(self)));
         if let Err(panic) = result {
@@ -47,7 +47,7 @@ impl Worker {
         self.log.push(what);
     }
 
-    /// An operation has failed: with one of the errors that the run provokes?
+    /// Checks that an operation has failed with one of the errors that the run provokes.
     fn expected(&self, what: &str, e: &FsError) {
         let fine = match e {
             FsError::NoSpace { .. } => true,
@@ -70,7 +70,7 @@ impl Worker {
         format!("{}/{name}", self.dir)
     }
 
-    /// The file at a random path, made if need be.
+    /// Returns the file at a random path, which is made if it does not exist.
     fn file(&mut self) -> Option<(String, File)> {
         let path = self.path();
         if let Some(f) = self.files.get(&path).and_then(|m| m.handle.clone()) {
@@ -117,14 +117,14 @@ impl Worker {
         }
     }
 
-    /// No write of data arrives, while something is done to one file; then everything works, and what is
-    /// in memory only because it could not be written is still there.
+    /// Lets all writes of data fail while something is done to one file. Then everything works, and
+    /// what is in memory only because it could not be written is still there.
     fn bad_spell(&mut self) {
         if !self.faults.io {
             return;
         }
         let names = std::mem::replace(&mut self.names, 1);
-        self.note("a bad spell".to_owned());
+        self.note("all writes of data fail".to_owned());
         for blocks in places(&self.fs, &self.dev).0 {
             self.dev.inject(fail(OpKind::Write, u64::MAX, Some(blocks)));
         }
@@ -142,7 +142,7 @@ impl Worker {
             self.close();
         }
         self.dev.clear();
-        self.note("the bad spell is over".to_owned());
+        self.note("writes of data work".to_owned());
         if let Some((_, f)) = self.file()
             && self.rng.random()
         {
@@ -399,7 +399,7 @@ impl Worker {
         }
     }
 
-    /// The faults are over: everything becomes durable, but for what a failed flush has lost.
+    /// Makes everything durable when the faults are over, except for what a failed flush has lost.
     pub fn settle(&mut self) {
         let paths: Vec<String> = self.files.keys().cloned().collect();
         for path in paths {
@@ -407,7 +407,8 @@ impl Worker {
                 Some(f) => f,
                 None => self.fs.open(&path, OpenOptions::READ).unwrap(),
             };
-            // A write that failed while it was on its way may be told only now; it is sent again then.
+            // A failure of a write that was in flight may be reported only now. The write is then
+            // sent again.
             let told = |e: &FsError| matches!(e, FsError::Io { data_loss, .. } if !data_loss);
             let result = f
                 .sync()
@@ -427,7 +428,7 @@ impl Worker {
         }
     }
 
-    /// After a mount: each file is as it has to be.
+    /// Checks after a mount that each file is as expected.
     pub fn compare(&mut self) {
         self.note("mounted again".to_owned());
         let mut there: Vec<String> = Vec::new();
