@@ -37,9 +37,9 @@ pub struct AsyncChannel {
 
 struct Inner {
     engine: RefCell<Engine<Owner>>,
-    /// Those whose operations are over, while nothing is borrowed.
+    /// Wakers of futures whose operations have ended. They are called while nothing is borrowed.
     woken: RefCell<Vec<Waker>>,
-    /// Dropped after the engine: what it is in flight with is theirs.
+    /// Dropped after the engine, whose operations in flight use these objects.
     keepers: RefCell<Vec<Keeper>>,
     signal: Arc<Signal>,
     depth: Cell<u32>,
@@ -51,13 +51,13 @@ struct Keeper {
     kept: Box<dyn Any>,
 }
 
-/// What an operation belongs to.
+/// The owner of an operation.
 enum Owner {
-    /// A future that waits for it.
+    /// A future that waits for the operation.
     Waits(Waker),
-    /// A future that has not fetched it yet.
+    /// A future that has not fetched the result yet.
     Done(Op, Result<(), Box<IoError>>),
-    /// Its future was dropped: the completion frees the tag.
+    /// Nobody: the future was dropped, and the completion frees the tag.
     Orphan,
 }
 

@@ -1,5 +1,6 @@
-//! Changes of many threads at once: those of different blobs are on the device together, those of one blob come one
-//! after the other, and what one of them frees is nobody else's before it is durable.
+//! Tests of changes by many threads at once. Those of different blobs are on the device together,
+//! those of one blob come one after the other, and what a change frees belongs to nobody else
+//! before the change is durable.
 
 mod common;
 #[path = "common/flaky.rs"]
@@ -27,7 +28,7 @@ use pumice_blobfs::blobstore::{
 use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, OpenOptions};
 use rand::prelude::*;
 
-/// More than anything here takes; a hang is a failure.
+/// Longer than anything here takes: a hang is a failure.
 const LIMIT: Duration = Duration::from_secs(60);
 const CLUSTER: u64 = 16384;
 
@@ -39,7 +40,7 @@ fn wait_for(what: &str, mut until: impl FnMut() -> bool) {
     }
 }
 
-/// Writes that meet: once armed, the device keeps each of them back until so many are in flight.
+/// Writes that meet. Once armed, the device holds each of them back until this many are in flight.
 #[derive(Debug)]
 struct Meeting {
     base: Arc<dyn BlockDevice>,
@@ -48,7 +49,7 @@ struct Meeting {
 
 #[derive(Debug, Default)]
 struct Met {
-    /// How many have to meet.
+    /// Number of writes that have to meet.
     wanted: AtomicUsize,
     here: AtomicUsize,
     gone: AtomicBool,
@@ -74,7 +75,7 @@ impl Meeting {
         self.shared.wanted.store(wanted, Ordering::SeqCst);
     }
 
-    /// Lets go on what waits, whether all have met or not. Gives how many have.
+    /// Lets the waiting writes continue, whether all have met or not. Returns how many have.
     fn end(&self) -> usize {
         self.shared.wanted.store(0, Ordering::SeqCst);
         self.shared.gone.store(true, Ordering::SeqCst);
@@ -140,7 +141,8 @@ impl IoChannel for MeetingChannel {
     }
 }
 
-/// Runs the jobs, a thread each. Their writes end only when as many are in flight; gives how many were.
+/// Runs the jobs, each on a thread. Their writes end only when this many are in flight. Returns how
+/// many were.
 fn meet<T: Send + 'static>(
     dev: &Meeting,
     wanted: usize,
@@ -181,8 +183,8 @@ fn changes_of_different_blobs_are_in_flight_together() {
     }
 }
 
-/// Eight files, eight threads, one sync each: first the eight writes of data are in flight together, then the eight
-/// of lengths.
+/// Eight threads sync eight files, once each: first the eight writes of data are in flight
+/// together, then the eight of lengths.
 #[test]
 fn syncs_of_different_files_are_in_flight_together() {
     let dev = Meeting::new(memory(64 << 20, 4096));
@@ -207,7 +209,7 @@ fn syncs_of_different_files_are_in_flight_together() {
     for file in &files {
         file.append(&[3; 100]).unwrap();
     }
-    // The lengths: the data are on the device already.
+    // These are the lengths: the data is on the device already.
     let mut lengths = Vec::new();
     for file in &files {
         file.range_sync(0, u64::MAX).unwrap();
@@ -231,7 +233,7 @@ fn held_store() -> (Arc<ErrorDevice>, Blobstore) {
     (dev, store)
 }
 
-/// The next write of a blob's root hangs.
+/// Makes the next write of a blob's root hang.
 fn hang_root(dev: &ErrorDevice, store: &Blobstore, id: BlobId) {
     let root = id.0 & u64::from(u32::MAX);
     dev.inject(Injection {
@@ -259,7 +261,7 @@ fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Task<T
 }
 
 impl<T> Task<T> {
-    /// Is it still at it a good while later? Never wrong if it has to be.
+    /// Whether it is still running a while later. This is never wrong if it has to be.
     fn still_waits(&self) -> bool {
         self.ended.recv_timeout(Duration::from_millis(100)).is_err() && !self.thread.is_finished()
     }
@@ -288,13 +290,13 @@ fn changes_of_one_blob_come_one_after_the_other_and_others_do_not_wait() {
     let its_store = store.clone();
     let second = spawn(move || {
         let mut change = its_store.transaction();
-        // Seen by the first change would be: "no such xattr".
+        // If the first change were visible, this would fail with "no such xattr".
         change.remove_xattr(one, "n");
         change.set_xattr(one, "m", b"2");
         change.commit().map(drop)
     });
     assert!(second.still_waits());
-    // What is not durable is not seen.
+    // A change that is not durable is not visible.
     let seen = store.clone();
     let seen = spawn(move || seen.open(other).unwrap().xattr("n"));
     assert_eq!(seen.join("opening another blob"), None);
@@ -312,7 +314,8 @@ fn changes_of_one_blob_come_one_after_the_other_and_others_do_not_wait() {
     );
 }
 
-/// While the deletion is not durable its clusters and pages are not given to others, and nobody opens the blob.
+/// While the deletion is not durable, its clusters and pages are not given to others, and nobody
+/// opens the blob.
 #[test]
 fn what_a_change_frees_is_nobodys_before_it_is_durable() {
     let (dev, store) = held_store();
@@ -348,7 +351,7 @@ fn what_a_change_frees_is_nobodys_before_it_is_durable() {
         (gone, its_clusters.clone())
     );
 
-    // The same in a transaction, beside which others create blobs.
+    // The same holds in a transaction beside which others create blobs.
     hang_root(&dev, &store, new);
     let its_store = store.clone();
     let deletion = spawn(move || {
@@ -370,7 +373,7 @@ fn what_a_change_frees_is_nobodys_before_it_is_durable() {
     deletion.join("the deletion").unwrap();
 }
 
-/// The metadata region moves when no change is on its way to its pages.
+/// The metadata region moves when no change is being written to its pages.
 #[test]
 fn a_growth_waits_for_changes_on_their_way() {
     let (dev, store) = held_store();
@@ -391,7 +394,7 @@ fn a_growth_waits_for_changes_on_their_way() {
     assert_eq!(store.open(one).unwrap().xattr("n"), Some(b"1".to_vec()));
 }
 
-/// The unload waits, too: its masks and its mark come after every change.
+/// The unload waits too: its masks and its mark come after every change.
 #[test]
 fn an_unload_waits_for_changes_on_their_way() {
     let (dev, store) = held_store();
@@ -412,10 +415,10 @@ fn an_unload_waits_for_changes_on_their_way() {
 
 const THREADS: u64 = 4;
 
-/// What a thread's blob is: the value of its xattr and its size.
+/// The state of a thread's blob: the value of its xattr and its size.
 type Shape = (u64, u64);
 
-/// A step of a thread: what its blob was to become, and what came of it.
+/// A step of a thread: the state that its blob was to get, and the result.
 struct Step {
     wanted: Shape,
     result: Result<(), Error>,
@@ -425,7 +428,8 @@ fn mark(thread: u64, step: usize) -> u64 {
     thread << 32 | step as u64
 }
 
-/// Changes its own blob again and again: its value, its size, or all of it by a new blob in its place.
+/// Changes its own blob repeatedly: its value, its size, or all of it by a new blob that replaces
+/// it.
 fn work(store: &Blobstore, dev: &CrashDevice, thread: u64, seed: u64, steps: usize) -> Vec<Step> {
     let mut rng = SmallRng::seed_from_u64(seed * 64 + thread);
     let mut blob: Option<BlobId> = None;
@@ -461,7 +465,7 @@ fn work(store: &Blobstore, dev: &CrashDevice, thread: u64, seed: u64, steps: usi
             shape = wanted;
         }
         dev.mark(mark(thread, step));
-        // Whatever is found in a cluster is zeroes or its owner's.
+        // The content of a cluster is zeroes or its owner's.
         if let (Ok(_), Some(id)) = (&result, blob) {
             let opened = store.open(id).unwrap();
             for index in 0..shape.1 {
@@ -488,7 +492,8 @@ fn filled(byte: u8) -> pumice_bdev::DmaSlice {
     buf.freeze()
 }
 
-/// What a thread's blob may be after a cut: the last acknowledged state, or the one that was on its way.
+/// Returns the states that a thread's blob may have after a cut: the last acknowledged one, or the
+/// one in progress.
 fn allowed(steps: &[Step], acknowledged: usize) -> Vec<Option<Shape>> {
     let made = |step: &&Step| step.result.is_ok();
     let last = steps[..acknowledged].iter().rfind(made);
@@ -501,7 +506,7 @@ fn allowed(steps: &[Step], acknowledged: usize) -> Vec<Option<Shape>> {
     allowed
 }
 
-/// Holds a device after a cut against what the threads know.
+/// Compares a device after a cut with what the threads know.
 fn hold_against(image: &CrashImage, histories: &[Vec<Step>], acknowledged: &[usize], what: &str) {
     strict::parse_of(&image.to_vec(), what);
     let options = CrashOptions {
@@ -541,7 +546,7 @@ fn hold_against(image: &CrashImage, histories: &[Vec<Step>], acknowledged: &[usi
             .remove(&u8::try_from(thread).unwrap())
             .unwrap_or_default();
         let allowed = allowed(steps, *acknowledged);
-        // A new blob in an old one's place: between the two commit points both are there.
+        // A new blob replaces an old one: between the two commit points both are there.
         let fits = |shape: &Shape| allowed.contains(&Some(*shape));
         let whole = match owned.len() {
             0 => allowed.contains(&None),
@@ -559,8 +564,8 @@ fn from_env(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
-/// Threads, faults and power cuts. What was acknowledged is there, what failed is not, and no two blobs share
-/// anything.
+/// Runs threads with faults and power cuts. What was acknowledged is there, what failed is not, and
+/// no two blobs share anything.
 #[test]
 fn threads_faults_and_power_cuts() {
     let seeds = match from_env("PUMICE_SEED") {

@@ -357,7 +357,7 @@ fn xattrs_of_many_pages() {
     }
 }
 
-/// What was written before a snapshot, and is in the device's cache only, is durable with the snapshot.
+/// Data that was written before a snapshot and is only in the device's cache is durable with the snapshot.
 #[test]
 fn data_in_the_cache_become_durable_with_a_snapshot() {
     for ability in [Ability::Usual, Ability::NoFua] {

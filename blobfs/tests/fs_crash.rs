@@ -225,7 +225,7 @@ fn workload(w: &mut Work) {
     w.unlink("/cp/a");
 }
 
-/// What is wrong with a mounted file system, if it should be in state `s`.
+/// Returns the differences between a mounted file system and state `s`.
 fn differs(fs: &FileSystem, s: &State) -> Option<String> {
     let mut dirs = vec![String::new()];
     let mut seen = 0;

@@ -201,7 +201,7 @@ fn damage_is_reported_and_the_rest_mounts() {
     assert_eq!(fs.problems().len(), 11, "{:#?}", fs.problems());
 }
 
-/// Whatever the xattrs contain, a mount finds what it can and never panics, and a second mount
+/// A mount finds what it can and never panics, whatever the xattrs contain, and a second mount
 /// finds the same.
 #[test]
 fn nonsense_in_xattrs_is_no_panic() {

@@ -98,7 +98,7 @@ impl World {
         !self.names.keys().any(|p| p.starts_with(&format!("{dir}/")))
     }
 
-    /// What the same operation says of the model: whether it works.
+    /// Performs the same operation on the model. Returns whether it works.
     fn can_rename(&self, from: &str, to: &str) -> bool {
         let (source, target) = (self.names.get(from), self.names.get(to));
         match (source, target) {

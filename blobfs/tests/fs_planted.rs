@@ -38,7 +38,7 @@ fn data_blocks() -> Option<(u64, u64)> {
     Some((144, 1 << 20))
 }
 
-/// What a device has after a power cut that takes everything that was not durable.
+/// Returns the content of a device after a power cut that takes everything that was not durable.
 fn after_power_cut(dev: &CrashDevice) -> CrashImage {
     let mut points = dev.crash_points();
     while points.advance().is_some() {}

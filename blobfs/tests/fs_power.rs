@@ -281,7 +281,7 @@ impl Promise {
     }
 }
 
-/// What is wrong with a mounted file system, if it should be in state `s`.
+/// Returns the differences between a mounted file system and state `s`.
 fn differs(fs: &FileSystem, s: &State) -> Option<String> {
     let there = fs.list("/").unwrap();
     let names: Vec<String> = there.iter().map(|e| format!("/{}", e.name)).collect();

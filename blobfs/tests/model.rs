@@ -43,7 +43,7 @@ fn device(image: CrashImage, write_cache: bool, seed: u64) -> CrashDevice {
     CrashDevice::with_options(&options, image)
 }
 
-/// What the store holds, as a model.
+/// Returns the content of the store as a model.
 fn observe(store: &Blobstore) -> Blobs {
     assert_eq!(store.damaged(), []);
     let mut blobs = Blobs::new();

@@ -1,5 +1,6 @@
-//! The order of changes, in orders of steps that a test with threads hardly ever meets: changes of one blob are not
-//! under way together, nobody who waits is forgotten, and a future that is dropped takes nobody's turn with it.
+//! A model of the order of changes, in orders of steps that a test with threads hardly ever meets:
+//! changes of one blob do not run together, nobody who waits is forgotten, and a future that is
+//! dropped does not block the turn of others.
 
 mod sync {
     pub use shuttle::sync::MutexGuard;
@@ -39,7 +40,7 @@ use sync::{AtomicUsize, Ordering};
 /// Number of orders that are tried, at random and by preemption at few points.
 const ORDERS: usize = 3000;
 
-/// An order, and how many are at each of two blobs.
+/// An order, and the number of threads at each of two blobs.
 #[derive(Default)]
 struct World {
     order: Order,
@@ -52,7 +53,7 @@ fn blobs(ids: &[u64]) -> Scope {
 }
 
 impl World {
-    /// Is at these blobs, and looks that nobody else is.
+    /// Enters these blobs, and checks that nobody else is at them.
     fn change(&self, ids: &[usize]) {
         for id in ids {
             let others = self.inside[*id].fetch_add(1, Ordering::SeqCst);
@@ -72,7 +73,7 @@ fn all_kinds_of_waiters() {
         shuttle::thread::spawn(move || work(&world))
     };
     let threads = [
-        // Threads that sleep.
+        // These threads sleep.
         spawn(|world| {
             for ids in [&[0][..], &[0, 1]] {
                 let scope = blobs(&ids.iter().map(|id| *id as u64).collect::<Vec<_>>());

@@ -156,7 +156,7 @@ impl NvmeError {
     }
 }
 
-/// Why a command ended without success, or is not sent.
+/// The reason why a command failed or was not sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Cause {
     /// The controller completed the command with this status.
@@ -178,7 +178,7 @@ pub(crate) enum Cause {
 }
 
 impl Cause {
-    /// What it is for who submitted the operation.
+    /// Returns the kind of the error of the operation.
     fn kind(self) -> IoErrorKind {
         match self {
             Cause::Status(status) => match status.code() {
@@ -200,7 +200,7 @@ impl Cause {
         }
     }
 
-    /// The error of an operation on `device`; `detail` says more, such as the command.
+    /// Returns the error of an operation on `device`; `detail` says more, such as the command.
     pub fn error(self, device: &str, block_size: u32, op: &Op, detail: &str) -> Box<IoError> {
         let detail = match detail {
             "" => self.to_string(),
@@ -231,7 +231,7 @@ impl std::fmt::Display for Cause {
     }
 }
 
-/// What is wrong with an operation.
+/// The reason why an operation is invalid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum InvalidIo {
     /// A length that is not a multiple of the block size.
@@ -274,7 +274,7 @@ pub(crate) enum InvalidIo {
 }
 
 impl InvalidIo {
-    /// What it is for who submitted the operation.
+    /// Returns the kind of the error of the operation.
     pub fn kind(self) -> IoErrorKind {
         match self {
             InvalidIo::Length { .. } | InvalidIo::Empty | InvalidIo::NotAligned => {
@@ -282,13 +282,13 @@ impl InvalidIo {
             }
             InvalidIo::OutOfRange { .. } => IoErrorKind::OutOfRange,
             InvalidIo::Unsupported(_) | InvalidIo::Format(_) => IoErrorKind::Unsupported,
-            // The namespace is not there, or not as it was.
+            // The namespace is gone or has changed.
             InvalidIo::Stale(_) => IoErrorKind::Removed,
         }
     }
 }
 
-/// A duration in milliseconds, for logs.
+/// Returns a duration in milliseconds, for logs.
 pub(crate) fn millis(d: Duration) -> u64 {
     u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
 }

@@ -70,13 +70,13 @@ impl Resetting {
     }
 }
 
-/// An error of the driver's, as the device's: it names the device, then the controller.
+/// Turns an error of the driver into one of the device: it names the device, then the controller.
 fn of_device(info: &DeviceInfo, error: &mut IoError) {
     error.detail = format!("{}: {}", error.device, error.detail);
     error.device.clone_from(&info.name);
 }
 
-/// What the driver has ended, as what the device has.
+/// Turns a completion of the driver into one of the device.
 pub(super) fn settle(target: &Target, mut done: Completion) -> Completion {
     if let Err(error) = &mut done.result {
         of_device(&target.info, error);
@@ -87,7 +87,7 @@ pub(super) fn settle(target: &Target, mut done: Completion) -> Completion {
     done
 }
 
-/// What the driver has refused, as what the device refuses.
+/// Turns a refusal of the driver into one of the device.
 pub(super) fn refused(info: &DeviceInfo, mut e: SubmitError) -> SubmitError {
     if let SubmitError::Refused(_, error) = &mut e {
         of_device(info, error);

@@ -30,7 +30,7 @@ struct Inner {
     pair: QueuePair,
     /// The channel and its tag of each operation in flight.
     owners: Slots<(u64, u64)>,
-    /// What was reaped for others than who reaped it. A channel that is gone has no entry.
+    /// Completions that one channel took for another, by channel. A dropped channel has no entry.
     for_others: BTreeMap<u64, Vec<Completion>>,
     done: Vec<Completion>,
     next_channel: u64,

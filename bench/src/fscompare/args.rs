@@ -108,7 +108,7 @@ pub struct Plan {
     pub fs_cache_size: u64,
     /// Path of db_bench.
     pub db_bench: PathBuf,
-    /// Its flags on every side.
+    /// Flags of db_bench on every side.
     pub flags: Vec<String>,
 }
 

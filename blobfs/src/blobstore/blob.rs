@@ -104,13 +104,13 @@ impl Blob {
         self.store.inner.read_only || self.shared.meta.load().flags.data_read_only()
     }
 
-    /// The source of unallocated clusters.
+    /// Returns the source of unallocated clusters.
     #[must_use]
     pub fn parent(&self) -> Parent {
         self.shared.meta.load().parent()
     }
 
-    /// What happens to clusters that it frees.
+    /// Returns the treatment of clusters that the blob frees.
     #[must_use]
     pub fn clear_method(&self) -> ClearMethod {
         self.shared.meta.load().clear_method()

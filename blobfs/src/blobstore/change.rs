@@ -17,7 +17,7 @@ use super::meta::{BlobMeta, ClearMethod, Parent, Trailing};
 use super::space::Spend;
 use super::state::{Slot, State};
 
-/// What a staged change does to the map of a blob.
+/// The effect of a staged change on the map of a blob.
 #[derive(Debug)]
 pub(crate) enum MapChange {
     /// Nothing, or the map came with its extent pages from another blob.
@@ -55,7 +55,7 @@ pub(crate) struct Change {
     pub freed_pages: Vec<u32>,
     /// A new super block, and the geometry that it describes.
     pub super_block: Option<Box<(SuperBlock, Geometry)>>,
-    /// How much of the reserve the change may use.
+    /// The part of the reserve that the change may use.
     pub spend: Spend,
     taken_clusters: Vec<u32>,
     taken_pages: Vec<u32>,

@@ -32,7 +32,7 @@ pub(crate) struct Edit<'a> {
     turn: Turn<'a>,
 }
 
-/// What an operation changes, and the open blobs that must have no I/O in flight meanwhile.
+/// The blobs that an operation changes, and the open ones that must have no I/O in flight meanwhile.
 pub(crate) type Plan = (Scope, Vec<Arc<Shared>>);
 
 impl Blobstore {

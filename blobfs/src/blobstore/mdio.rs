@@ -19,10 +19,10 @@ const MAX_IO_BYTES: u64 = 1 << 20;
 /// Longest single write-zeroes or unmap, in bytes.
 const MAX_CLEAR_BYTES: u64 = 1 << 30;
 
-/// What makes a write durable.
+/// The event that makes a write durable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Persist {
-    /// Its completion, because the device has no volatile cache.
+    /// The completion of the write, because the device has no volatile cache.
     Completion,
     /// FUA.
     Fua,
@@ -30,7 +30,7 @@ pub(crate) enum Persist {
     Flush,
 }
 
-/// What a device can do, and how operations for it are built.
+/// The abilities of a device; it builds operations for the device.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Abilities {
     block_size: u64,

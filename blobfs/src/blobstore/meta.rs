@@ -16,7 +16,7 @@ pub(crate) const SNAPRM: &[u8] = b"SNAPRM";
 /// Internal xattr with the id of the external snapshot.
 pub(crate) const EXTSNAP: &[u8] = b"EXTSNAP";
 
-/// What happens to clusters that a blob frees. It is stored with the blob.
+/// The treatment of clusters that a blob frees. It is stored with the blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ClearMethod {
     /// They are unmapped, if the device supports it.

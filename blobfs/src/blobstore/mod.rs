@@ -1,13 +1,14 @@
 //! A blobstore in SPDK's format: blobs of clusters on a block device, thin or thick, with xattrs,
 //! snapshots and clones.
 //!
-//! [`Blobstore`] is the store, [`Blob`] an open blob. Metadata operations block and are durable on return. Those that
-//! change different blobs overlap, those of one blob come one after the other. Every change is a batch that is
-//! written in an order in which a crash leaves the old or the new state. Data goes over per-thread channels
-//! ([`Blobstore::with_channel`]) and takes no lock that threads share.
+//! [`Blobstore`] is the store, [`Blob`] an open blob. Metadata operations block and are durable on
+//! return. Those that change different blobs overlap; those of one blob come one after the other.
+//! Every change is a batch that is written in an order in which a crash leaves the old or the new
+//! state. Data goes over per-thread channels ([`Blobstore::with_channel`]) and takes no lock that
+//! threads share.
 //!
-//! Everything on disk is data: damaged metadata is an error that names the blob and the page, and the other
-//! blobs load.
+//! Everything on disk is untrusted: damaged metadata is an error that names the blob and the page,
+//! and the other blobs load.
 
 mod alloc;
 mod blob;
@@ -47,7 +48,7 @@ mod thin;
 mod transaction;
 mod view;
 
-/// What [`lanes`] counts with and [`lock`] waits with; their models have others.
+/// The primitives of [`lanes`] and [`order`]. Their models replace them.
 mod sync {
     pub(crate) use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     pub(crate) use std::thread::{Thread, current, park};

@@ -26,9 +26,9 @@ pub struct CreateOptions {
     pub num_clusters: u64,
     /// Whether clusters are allocated when they are first written.
     pub thin: bool,
-    /// Its first xattrs.
+    /// The first xattrs.
     pub xattrs: Vec<(String, Vec<u8>)>,
-    /// What happens to clusters that the blob frees.
+    /// The treatment of clusters that the blob frees.
     pub clear_method: ClearMethod,
     /// The content of the clusters of a thick blob.
     pub init: ClusterInit,

@@ -16,7 +16,7 @@ use std::task::{Poll, Wake, Waker};
 use super::format::BlobId;
 use super::sync::{AtomicBool, Mutex, Ordering, Thread, current, park};
 
-/// What a change may touch.
+/// The blobs that a change may touch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Scope {
     /// Everything: no other change runs.

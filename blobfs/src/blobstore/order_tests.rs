@@ -1,4 +1,4 @@
-//! Tests of the order of changes, apart from it: its file is compiled into a model, too.
+//! Tests of the order of changes. They are apart from it because a model compiles its file too.
 
 use std::future::Future;
 use std::pin::pin;
@@ -12,7 +12,7 @@ fn blobs(pages: &[u32]) -> Scope {
     Scope::Blobs(pages.iter().map(|page| BlobId::from_page(*page)).collect())
 }
 
-/// Whoever waits is next, whatever a thread that enters in a loop does.
+/// A waiting future is next, whatever a thread that enters in a loop does.
 #[test]
 fn the_turn_goes_to_the_one_who_has_waited_longest() {
     let order = Order::default();
@@ -21,7 +21,7 @@ fn the_turn_goes_to_the_one_who_has_waited_longest() {
     let mut first = pin!(order.enter_async(blobs(&[1, 2])));
     let mut second = pin!(order.enter_async(blobs(&[2])));
     assert!(first.as_mut().poll(&mut cx).is_pending());
-    // Nothing that runs names blob 2, but the first in the queue does.
+    // No running change names blob 2, but the first in the queue does.
     assert!(second.as_mut().poll(&mut cx).is_pending());
     drop(running);
     assert!(second.as_mut().poll(&mut cx).is_pending());
@@ -41,7 +41,7 @@ fn changes_of_different_blobs_overlap_and_one_of_all_does_not() {
     let new = order.enter(blobs(&[]));
     let mut all = pin!(order.enter_async(Scope::All));
     assert!(all.as_mut().poll(&mut cx).is_pending());
-    // Those that come later wait for it, or it would never have its turn.
+    // Those that come later wait for it, or it would never get its turn.
     let mut late = pin!(order.enter_async(blobs(&[4])));
     assert!(late.as_mut().poll(&mut cx).is_pending());
     drop(one);
@@ -94,7 +94,8 @@ fn many_threads_count() {
                     };
                     let _turn = order.enter(blobs(&wanted));
                     for number in wanted {
-                        // Read and written apart: two at once would lose one.
+                        // The value is read and written separately: two threads at once would lose
+                        // an increment.
                         let seen = counters[number as usize].load(Ordering::Relaxed);
                         std::thread::yield_now();
                         counters[number as usize].store(seen + 1, Ordering::Relaxed);

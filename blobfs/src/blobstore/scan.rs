@@ -67,7 +67,7 @@ pub(crate) struct Scan {
     pub blobs: BTreeMap<u32, BlobMeta>,
     /// Blobs that cannot be used, by root page.
     pub damaged: BTreeMap<u32, PageError>,
-    /// What the root pages of damaged blobs still show, by root page.
+    /// The readable parts of damaged blobs, by root page.
     pub remains: BTreeMap<u32, Remains>,
     /// Pages that blobs use, including those of damaged blobs as far as they are known.
     pub pages: Bitmap,
@@ -86,10 +86,10 @@ pub(crate) struct Scan {
     others: Vec<(u32, u32)>,
 }
 
-/// What can still be read of a damaged blob.
+/// The readable parts of a damaged blob.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Remains {
-    /// Its xattr `name`, which is the path of a file.
+    /// The xattr `name`, which is the path of a file.
     pub name: Option<String>,
 }
 
@@ -584,7 +584,7 @@ impl Scan {
     }
 }
 
-/// What a page is, as far as the page alone shows.
+/// The kind of a page, as far as the page alone shows it.
 enum Kind {
     /// The root of a blob, damaged or not.
     Root,

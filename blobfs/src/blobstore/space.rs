@@ -22,7 +22,7 @@ const RESERVE_MAX: u64 = 16 << 20;
 /// shrinks.
 const MD_SHARE: u64 = 8;
 
-/// How much of the store's reserve a change may use.
+/// The part of the store's reserve that a change may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Spend {
     /// Nothing.
@@ -36,7 +36,7 @@ pub enum Spend {
     Releasing,
 }
 
-/// What a store reserves from ordinary changes; see [`Spend`]. After a load a store has no reserve,
+/// The reserve that ordinary changes cannot use; see [`Spend`]. After a load a store has no reserve,
 /// and its metadata region does not grow by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct SpacePolicy {

@@ -42,7 +42,7 @@ pub(crate) struct Unowned {
     pub clusters: Bitmap,
 }
 
-/// Why no changes are accepted.
+/// The reason why no changes are accepted.
 #[derive(Debug)]
 pub(crate) struct Stop {
     pub reason: String,
@@ -63,7 +63,7 @@ pub(crate) struct Doubt {
 pub(crate) struct State {
     pub sb: SuperBlock,
     pub geo: Geometry,
-    /// What the device can do.
+    /// Abilities of the device.
     pub can: Abilities,
     /// Whether the super block on disk says clean = 0.
     pub dirty: bool,
@@ -74,9 +74,9 @@ pub(crate) struct State {
     pub unloading: bool,
     /// Whether no change is accepted.
     pub read_only: bool,
-    /// Why no more changes are accepted, if they are not.
+    /// The reason why no more changes are accepted, if there is one.
     pub stopped: Option<Stop>,
-    /// What must be taken back before changes are accepted.
+    /// Changes that must be taken back before others are accepted.
     pub doubts: Vec<Doubt>,
     /// A snapshot that must be undone before changes are accepted.
     pub half_snapshot: Option<HalfSnapshot>,
@@ -88,7 +88,7 @@ pub(crate) struct State {
     /// The blobs by root page.
     pub blobs: BTreeMap<u32, Slot>,
     pub damaged: BTreeMap<u32, PageError>,
-    /// What is still known of damaged blobs.
+    /// The readable parts of damaged blobs.
     pub remains: BTreeMap<u32, Remains>,
     /// Whether the store was not unloaded in order and had damaged blobs, so that it is not known
     /// what those hold.

@@ -19,7 +19,7 @@ use super::view::{Source, View};
 /// The content of a newly taken cluster before it belongs to the blob.
 #[derive(Debug)]
 pub(crate) enum Fill {
-    /// What the blob reads there now: its parent's bytes, or zeroes.
+    /// The content that the blob reads there now: its parent's bytes, or zeroes.
     Backing,
     /// Zeroes.
     Zeroes,

@@ -17,7 +17,7 @@ use super::{Blobstore, Change};
 pub struct BlobRef {
     /// The number of the transaction that creates it.
     transaction: u64,
-    /// Its position among those that the transaction creates.
+    /// Position of the blob among those that the transaction creates.
     number: usize,
 }
 

@@ -24,7 +24,7 @@ use self::worker::Worker;
 use super::faults::{Less, hang, mount_with};
 use super::memory;
 
-/// What fails in a run.
+/// The faults of a run.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Faults {
     /// Whether writes of data, write-zeroes and reads of data fail. Some of the faults pass.

@@ -1,4 +1,4 @@
-//! What went wrong with one operation.
+//! Errors of one operation.
 
 use std::fmt;
 use std::io;
@@ -13,9 +13,9 @@ pub enum IoErrorKind {
     OutOfRange,
     /// A length or a buffer is empty or not aligned as the device requires.
     Misaligned,
-    /// The operation is longer than the device takes.
+    /// The operation is longer than the device accepts.
     TooLong,
-    /// The device cannot do it.
+    /// The device does not support the operation.
     Unsupported,
     /// The device cannot be written.
     ReadOnly,
@@ -23,7 +23,7 @@ pub enum IoErrorKind {
     NoSpace,
     /// The medium could not read or write the data.
     Media,
-    /// The transfer ended early. It may also be that the backing file was made shorter.
+    /// The transfer ended early. The backing file may have been made shorter.
     Short {
         /// Number of bytes that were transferred.
         done_bytes: u64,
@@ -37,9 +37,9 @@ pub enum IoErrorKind {
     Aborted,
     /// The operation did not complete in time. It may still take effect.
     TimedOut,
-    /// The device is gone.
+    /// The device was removed.
     Removed,
-    /// The device is busy with something that excludes this operation; try again.
+    /// The device is busy with something that excludes this operation. It can be tried again.
     Busy,
     /// An NVMe status (NVM Express Base Specification 2.0, section 3.3.3.2.1).
     Nvme {
@@ -52,7 +52,7 @@ pub enum IoErrorKind {
     },
     /// Another error of the operating system, by errno.
     Os(i32),
-    /// No memory for it.
+    /// There is no memory for the operation.
     NoMemory,
 }
 
@@ -67,7 +67,7 @@ impl IoErrorKind {
         }
     }
 
-    /// From an errno.
+    /// Returns the kind of an errno.
     pub fn from_errno(errno: i32) -> IoErrorKind {
         match errno {
             libc::ENOSPC | libc::EDQUOT | libc::EFBIG => IoErrorKind::NoSpace,
@@ -113,8 +113,9 @@ impl fmt::Display for IoErrorKind {
     }
 }
 
-/// The status that an NVMe controller has completed a command with: the 15 bits of the completion queue entry, from the status
-/// code to Do Not Retry (NVM Express Base Specification 2.0, section 3.3.3.2.1).
+/// The status of a command that an NVMe controller completed: the 15 bits of the completion queue
+/// entry from the status code to Do Not Retry (NVM Express Base Specification 2.0, section
+/// 3.3.3.2.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct NvmeStatus(pub u16);
 
@@ -131,11 +132,11 @@ pub struct IoError {
     pub len_bytes: u64,
     /// Block size of the device, so that the text can give the byte offset.
     pub block_size: u32,
-    /// The class of the error.
+    /// The kind of error.
     pub kind: IoErrorKind,
     /// The status of the NVMe command, if a controller has completed one.
     pub nvme_status: Option<NvmeStatus>,
-    /// More about the cause. May be empty.
+    /// More about the cause; may be empty.
     pub detail: String,
 }
 

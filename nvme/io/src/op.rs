@@ -62,11 +62,11 @@ pub enum Op {
         /// Number of blocks.
         len_blocks: u64,
     },
-    /// Read the blocks and check them without transferring anything.
+    /// Lets the device read and check the blocks without transferring them.
     Verify {
         /// First block.
         lba: u64,
-        /// How many.
+        /// Number of blocks.
         len_blocks: u64,
     },
     /// Compares the blocks with `data`. A difference is [`crate::IoErrorKind::Miscompare`].
@@ -249,7 +249,7 @@ impl OpSet {
         self.0 & 1 << kind as u16 != 0
     }
 
-    /// The kinds in the set, in order.
+    /// Returns the kinds in the set, in order.
     pub fn iter(self) -> impl Iterator<Item = OpKind> {
         OpKind::ALL.into_iter().filter(move |k| self.has(*k))
     }
@@ -262,7 +262,7 @@ impl fmt::Debug for OpSet {
 }
 
 impl Op {
-    /// The kind of the operation.
+    /// Returns the kind of the operation.
     pub const fn kind(&self) -> OpKind {
         match self {
             Op::Read { .. } | Op::ReadV { .. } => OpKind::Read,
@@ -280,7 +280,8 @@ impl Op {
         }
     }
 
-    /// The first block that it touches (for a copy: the first block written); 0 where it has none.
+    /// Returns the first block of the operation (for a copy: the first block written); 0 if it has
+    /// none.
     pub fn lba(&self) -> u64 {
         match self {
             Op::Read { lba, .. }
@@ -298,7 +299,7 @@ impl Op {
         }
     }
 
-    /// Number of the device's bytes that it touches; saturating.
+    /// Returns the number of the device's bytes that the operation covers, saturating.
     pub fn len_bytes(&self, block_size: u32) -> u64 {
         match self {
             Op::Read { buf, .. } => buf.len() as u64,
@@ -314,7 +315,7 @@ impl Op {
         }
     }
 
-    /// Whether it asks for force unit access.
+    /// Whether the operation asks for force unit access.
     pub fn fua(&self) -> bool {
         match self {
             Op::Write { fua, .. } | Op::WriteV { fua, .. } | Op::WriteZeroes { fua, .. } => *fua,
@@ -338,8 +339,8 @@ impl Op {
         }
     }
 
-    /// Moves the operation `delta` blocks further on (wrapping: callers add an offset that the
-    /// device's size bounds).
+    /// Moves the operation forward by `delta` blocks. The addition wraps: callers add an offset
+    /// that the device's size bounds.
     pub fn shift(&mut self, delta: u64) {
         match self {
             Op::Read { lba, .. }
@@ -392,7 +393,7 @@ impl SubmitError {
         }
     }
 
-    /// The operation that was not taken.
+    /// Returns the operation.
     pub fn op_mut(&mut self) -> &mut Op {
         match self {
             SubmitError::Busy(op) | SubmitError::Refused(op, _) => op,

@@ -179,7 +179,7 @@ impl SoftController {
         &self.0.shared.faults
     }
 
-    /// Its counters.
+    /// Counters of the controller.
     pub fn stats(&self) -> SoftStats {
         SoftStats {
             commands: self.0.shared.commands.load(Ordering::Relaxed),

@@ -260,7 +260,7 @@ fn what_is_not_a_socket_stays() {
     assert_eq!(dir.path().read_dir().expect("listed").count(), 2);
 }
 
-/// Whatever the umask, no other user can connect to the controller.
+/// No other user can connect to the controller, whatever the umask.
 #[test]
 fn the_socket_is_its_owners() {
     use std::os::unix::fs::PermissionsExt;

@@ -17,7 +17,7 @@ use super::format::{BlobId, PAGE_SIZE, Page, SuperBlock, encode_blob, seal_chain
 use super::geometry::Geometry;
 use super::meta::BlobMeta;
 
-/// What one change writes.
+/// The writes of one change.
 #[derive(Debug)]
 pub(crate) struct Batch {
     /// The positions of the pages.
@@ -59,7 +59,7 @@ impl Batch {
 /// one cluster.
 #[derive(Debug)]
 pub(crate) struct CommitPoint {
-    /// Its index in the metadata region.
+    /// Index of the page in the metadata region.
     pub index: u32,
     /// The content to write.
     pub page: Box<Page>,
@@ -67,7 +67,7 @@ pub(crate) struct CommitPoint {
     pub old: Old,
 }
 
-/// What a page holds before a change. It is encoded only if the change has to be taken back.
+/// The content of a page before a change. It is encoded only if the change has to be taken back.
 #[derive(Debug)]
 pub(crate) enum Old {
     /// Nothing that a reader of the format recognises: the blob is new, or its root is damaged.
@@ -103,7 +103,7 @@ pub(crate) enum Failure {
     Open {
         /// The first error.
         error: Error,
-        /// What has to be written to take the batch back. `None` if that is unknown, because a
+        /// The writes that take the batch back. `None` if they are unknown, because a
         /// write may still reach the device.
         restore: Option<Restore>,
     },

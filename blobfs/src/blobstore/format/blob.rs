@@ -111,13 +111,13 @@ pub enum MapRecord {
 pub struct BlobRecord {
     /// Id of the blob.
     pub id: BlobId,
-    /// Its flags.
+    /// Flags of the blob.
     pub flags: Flags,
     /// The user's xattrs.
     pub xattrs: Vec<Xattr>,
     /// The store's own xattrs.
     pub internal: Vec<Xattr>,
-    /// Its clusters.
+    /// Clusters of the blob.
     pub map: MapRecord,
 }
 

@@ -157,9 +157,9 @@ pub(super) fn check_crc(page: &Page) -> Result<(), PageProblem> {
 /// A descriptor of a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Descriptor<'a> {
-    /// Its offset in the page.
+    /// Offset of the descriptor in the page.
     pub offset: usize,
-    /// Its type byte.
+    /// Type byte of the descriptor.
     pub kind: u8,
     /// The bytes after its header.
     pub body: &'a [u8],

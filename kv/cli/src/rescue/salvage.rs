@@ -19,7 +19,7 @@ use super::{Loss, Outcome};
 /// Directory of the copies.
 const PLACE: &str = "/damaged";
 
-/// What is known about a cluster of a blob.
+/// The state of a cluster of a blob, as far as it is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Known {
     /// The cluster is not allocated, so it reads as zeroes.
@@ -178,7 +178,7 @@ fn read_page(page: &Page) -> Said {
     said
 }
 
-/// What is known about a blob.
+/// The facts that are known about a blob.
 #[derive(Default)]
 struct Remains {
     xattrs: HashMap<Vec<u8>, Vec<u8>>,
