@@ -157,11 +157,7 @@ fn first_data(
 ) -> Result<Option<u64>, BdevError> {
     let info = dev.info();
     let block = u64::from(info.block_size);
-    let chunk_blocks = match info.max_io_blocks {
-        0 => CHUNK / block,
-        max => (CHUNK / block).min(u64::from(max)),
-    }
-    .max(1);
+    let chunk_blocks = info.transfer_blocks(CHUNK);
     let channel = AsyncChannel::new(dev.open_channel()?);
     let mut at = 0;
     while let Some(range) = dev.next_data(at)? {

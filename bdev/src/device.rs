@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use pumice_io::process::Birth;
-use pumice_io::{Completion, IoError, IoErrorKind, Op, OpKind, OpSet, SubmitError};
+use pumice_io::{Completion, IoError, IoErrorKind, Limits, Op, OpKind, OpSet, SubmitError};
 
 use crate::error::BdevError;
 
@@ -30,10 +30,8 @@ pub struct DeviceInfo {
     pub write_cache: bool,
     /// A write of at most so many blocks is never torn by a power cut.
     pub atomic_unit_blocks: u32,
-    /// I/O that does not cross a multiple of this is faster; 0: no such boundary.
-    pub optimal_io_boundary_blocks: u32,
-    /// Longest read, write, compare; 0: unlimited.
-    pub max_io_blocks: u32,
+    /// How long a read, write or compare may be, and what I/O had better not cross.
+    pub limits: Limits,
     /// Addresses of buffers must be multiples of this. [`crate::DmaBuf`] always satisfies 512.
     pub buf_align: u32,
     /// Operations it supports.
@@ -59,8 +57,7 @@ impl DeviceInfo {
             num_blocks,
             write_cache: false,
             atomic_unit_blocks: 1,
-            optimal_io_boundary_blocks: 0,
-            max_io_blocks: 0,
+            limits: Limits::default(),
             buf_align: 1,
             ops: OpSet::BASIC,
             keeps_data: true,
@@ -98,10 +95,7 @@ impl DeviceInfo {
     /// one block.
     pub fn transfer_blocks(&self, cap_bytes: u64) -> u64 {
         let cap = (cap_bytes / u64::from(self.block_size)).max(1);
-        match self.max_io_blocks {
-            0 => cap,
-            limit => cap.min(limit.into()),
-        }
+        self.limits.at_most(cap)
     }
 
     /// An error of this device.
@@ -122,7 +116,7 @@ impl DeviceInfo {
         };
         let blocks = len >> self.block_size.trailing_zeros();
         let fits = lba < self.num_blocks && blocks <= self.num_blocks - lba;
-        let short = self.max_io_blocks == 0 || blocks <= u64::from(self.max_io_blocks);
+        let short = blocks == self.limits.at_most(blocks);
         let plain = self.ops.has(op.kind()) && !op.fua() && self.is_here();
         if len & mask == 0 && len != 0 && fits && short && plain {
             return Ok(());
@@ -194,15 +188,15 @@ impl DeviceInfo {
             return Err(self.error(op, IoErrorKind::OutOfRange, "the ranges of a copy overlap"));
         }
         let max = if kind == OpKind::CompareAndWrite {
-            self.atomic_unit_blocks
+            blocks.min(self.atomic_unit_blocks.into())
         } else {
-            self.max_io_blocks
+            self.limits.at_most(blocks)
         };
         let transfers = !matches!(
             kind,
             OpKind::WriteZeroes | OpKind::Unmap | OpKind::Verify | OpKind::Copy
         );
-        if max != 0 && transfers && blocks > u64::from(max) {
+        if transfers && blocks > max {
             let detail = format!("at most {max} blocks of {bs} bytes in one {kind}");
             return Err(self.error(op, IoErrorKind::TooLong, detail));
         }

@@ -24,8 +24,8 @@
 //!
 //! **Geometry.** [`DeviceInfo::block_size`] is a power of two, at least 512. Addresses and
 //! `len_blocks` count blocks; lengths of data are those of the buffers and are whole blocks.
-//! [`DeviceInfo::max_io_blocks`] bounds one read, write or compare;
-//! [`DeviceInfo::optimal_io_boundary_blocks`] is what I/O had better not cross;
+//! [`DeviceInfo::limits`] bound one read, write or compare, and name
+//! what I/O had better not cross;
 //! [`DeviceInfo::buf_align`] is what the address of each buffer must be a multiple of.
 //!
 //! **Buffers** are owned: they move into an [`Op`] and come back with its [`Completion`], whole and
@@ -117,8 +117,8 @@ pub use pumice_io::dma::{DmaBuf, DmaError, DmaSlice};
 pub use pumice_io::process;
 pub use pumice_io::uri::{file_uri, parse_size};
 pub use pumice_io::{
-    CompareAndWrite, Completion, IoError, IoErrorKind, NvmeStatus, Op, OpKind, OpSet, SubmitError,
-    ZoneAction,
+    CompareAndWrite, Completion, IoError, IoErrorKind, Limits, NvmeStatus, Op, OpKind, OpSet,
+    SubmitError, ZoneAction,
 };
 pub use shared::{Outcome, SharedChannels, Ticket, thread_number};
 pub use uri::{OpenOptions, open, open_with};

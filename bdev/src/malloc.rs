@@ -12,7 +12,7 @@ use std::time::Duration;
 use parking_lot::RwLock;
 use pumice_io::sys::Zeroed;
 use pumice_io::uri::Uri;
-use pumice_io::{Completion, IoError, IoErrorKind, Op, OpKind, OpSet, SubmitError};
+use pumice_io::{Completion, IoError, IoErrorKind, Limits, Op, OpKind, OpSet, SubmitError};
 
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
@@ -109,7 +109,7 @@ impl Malloc {
         let mut info = DeviceInfo::new(&name, "malloc", options.block_size, options.num_blocks);
         "Malloc disk".clone_into(&mut info.product);
         info.uuid = options.uuid.unwrap_or_else(uuid::random);
-        info.optimal_io_boundary_blocks = options.optimal_io_boundary_blocks;
+        info.limits = Limits::new(0, options.optimal_io_boundary_blocks);
         info.unmap_zeroes = true;
         info.ops = OpSet::BASIC
             .with(OpKind::Unmap)

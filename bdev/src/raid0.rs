@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pumice_io::sys::wait_readable;
-use pumice_io::{Completion, IoError, IoErrorKind, Op, OpKind, OpSet, SubmitError};
+use pumice_io::{Completion, IoError, IoErrorKind, Limits, Op, OpKind, OpSet, SubmitError};
 
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
@@ -91,15 +91,12 @@ impl Raid0 {
         info.unmap_zeroes = legs.iter().all(|l| l.info().unmap_zeroes);
         info.buf_align = legs.iter().map(|l| l.info().buf_align).max().unwrap_or(1);
         let strip = u32::try_from(strip_blocks).unwrap_or(u32::MAX);
-        info.optimal_io_boundary_blocks = strip;
-        let limits = legs
-            .iter()
-            .map(|l| l.info().max_io_blocks)
-            .filter(|n| *n > 0);
-        info.max_io_blocks = limits
-            .min()
-            .unwrap_or(u32::MAX)
-            .min(strip.saturating_mul(PARTS_MAX));
+        let of_legs = legs.iter().map(|l| Limits {
+            boundary_blocks: None,
+            ..l.info().limits
+        });
+        let own = Limits::new(strip.saturating_mul(PARTS_MAX), strip);
+        info.limits = of_legs.fold(own, Limits::and);
         let common = legs.iter().map(|l| l.info().ops);
         info.ops = common
             .reduce(OpSet::intersection)

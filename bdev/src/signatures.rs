@@ -24,10 +24,7 @@ pub(crate) fn recognise(dev: &dyn BlockDevice) -> Result<Option<Contents>, BdevE
     let channel = AsyncChannel::new(dev.open_channel()?);
     let read = |from: u64, len: u64| -> Result<Vec<u8>, BdevError> {
         let mut bytes = Vec::new();
-        let limit = match info.max_io_blocks {
-            0 => len,
-            n => (u64::from(n) * block).min(len),
-        };
+        let limit = info.transfer_blocks(len) * block;
         while (bytes.len() as u64) < len {
             let n = limit.min(len - bytes.len() as u64);
             let n = usize::try_from(n).unwrap_or(1 << 20);

@@ -42,15 +42,12 @@ impl Split {
         let fair = info.num_blocks / count;
         let blocks = match size_mb.filter(|mb| *mb > 0) {
             Some(mb) => mb.saturating_mul(1 << 20) / bs,
-            None if info.optimal_io_boundary_blocks > 1 => {
-                let boundary = u64::from(info.optimal_io_boundary_blocks);
-                if fair >= boundary {
-                    fair - fair % boundary
-                } else {
-                    fair
+            None => match info.limits.boundary_blocks {
+                Some(boundary) if fair >= boundary.get().into() => {
+                    fair - fair % u64::from(boundary.get())
                 }
-            }
-            None => fair,
+                _ => fair,
+            },
         };
         if blocks == 0 || blocks > fair {
             return invalid(format!(

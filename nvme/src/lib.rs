@@ -11,7 +11,7 @@ pub mod transport;
 
 pub use controller::{Controller, ControllerEvent, ControllerOptions};
 pub use error::NvmeError;
-pub use namespace::{Limits, Namespace, Supports};
+pub use namespace::{CommandLimits, Namespace, Supports};
 pub use open::{Opened, open, open_with};
 pub use pumice_io::{Completion, IoError, IoErrorKind, Op, SubmitError, dma};
 pub use queue::{AsyncQueue, QueueOptions, QueuePair};

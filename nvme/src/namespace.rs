@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use pumice_io::Limits;
+
 use crate::spec::{IdentifyNamespace, NsDescriptor};
 
 /// What a controller can do with a namespace's blocks, from ONCS and VWC.
@@ -22,17 +24,15 @@ pub struct Supports {
 
 /// Limits of one command, in blocks; a request beyond them is split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
+pub struct CommandLimits {
     /// Namespace.
     pub nsid: u32,
     /// log2 of the block size.
     pub block_shift: u32,
     /// Size of the namespace.
     pub num_blocks: u64,
-    /// Blocks of a command with data (MDTS); 0 if the format cannot be used.
-    pub transfer_blocks: u32,
-    /// A command must not cross a multiple of this (NOIOB); 0: may.
-    pub boundary_blocks: u32,
+    /// Blocks of a command with data (MDTS), and what it should not cross (NOIOB).
+    pub data: Limits,
     /// Blocks of a write zeroes.
     pub zeroes_blocks: u32,
     /// Blocks of a verify.
@@ -64,7 +64,7 @@ pub struct Limits {
 /// buffer holds. After a format it is to be had anew from the controller.
 #[derive(Debug, Clone)]
 pub struct Namespace {
-    pub(crate) limits: Limits,
+    pub(crate) limits: CommandLimits,
     pub(crate) title: Title,
     pub(crate) identify: Box<IdentifyNamespace>,
     pub(crate) descriptors: Vec<NsDescriptor>,
@@ -138,7 +138,7 @@ impl Namespace {
     }
 
     /// Limits of single commands.
-    pub fn limits(&self) -> &Limits {
+    pub fn limits(&self) -> &CommandLimits {
         &self.limits
     }
 

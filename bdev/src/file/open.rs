@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use pumice_io::sys::file as sys;
 use pumice_io::uri::Uri;
-use pumice_io::{OpKind, OpSet};
+use pumice_io::{Limits, OpKind, OpSet};
 
 use super::probe::{self, Backing, Discard};
 use super::{Shared, make};
@@ -318,7 +318,7 @@ fn describe(
         .uuid
         .unwrap_or_else(|| uuid::derived(identity.as_bytes()));
     info.write_cache = backing.write_cache;
-    info.max_io_blocks = MAX_IO / block_size;
+    info.limits = Limits::new(MAX_IO / block_size, 0);
     info.buf_align = mem_align;
     info.unmap_zeroes = backing.discard == Discard::PunchHole;
     info.ops = OpSet::NONE

@@ -293,7 +293,8 @@ impl Nvme {
         }
         info.write_cache = namespace.write_cache();
         info.atomic_unit_blocks = namespace.atomic_power_blocks().max(1);
-        info.optimal_io_boundary_blocks = namespace.limits().boundary_blocks;
+        // The driver cuts what is longer than a command.
+        info.limits.boundary_blocks = namespace.limits().data.boundary_blocks;
         info.buf_align = 4;
         let supports = namespace.supports();
         info.unmap_zeroes = namespace.deallocated_reads_zero();

@@ -204,9 +204,8 @@ fn list(app: &App) -> Result<bool, String> {
 fn chunk(devices: &[&dyn BlockDevice]) -> Result<u64, String> {
     let mut chunk = CHUNK;
     for info in devices.iter().map(|d| d.info()) {
-        if info.max_io_blocks > 0 {
-            chunk = chunk.min(u64::from(info.max_io_blocks) * u64::from(info.block_size));
-        }
+        let block_size = u64::from(info.block_size);
+        chunk = info.limits.at_most(chunk / block_size) * block_size;
     }
     let unit = devices
         .iter()

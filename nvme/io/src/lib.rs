@@ -3,10 +3,12 @@
 pub mod cpu;
 pub mod dma;
 mod error;
+mod limits;
 mod op;
 pub mod process;
 pub mod sys;
 pub mod uri;
 
 pub use error::{IoError, IoErrorKind, NvmeStatus};
+pub use limits::Limits;
 pub use op::{CompareAndWrite, Completion, Op, OpKind, OpSet, SubmitError, ZoneAction};

@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use pumice_io::Limits;
 use zerocopy::FromBytes;
 
 use super::{Controller, Core, Info};
 use crate::dma::DmaBuf;
 use crate::error::NvmeError;
-use crate::namespace::{Limits, Namespace, Supports, Title};
+use crate::namespace::{CommandLimits, Namespace, Supports, Title};
 use crate::spec::{
     Cns, Command, FeatureId, IdentifyController, IdentifyNamespace, IdentifyNvmController,
     NsDescriptor, Oncs, Reg, SOURCE_RANGES_MAX, Vs, ns_descriptors, ns_list,
@@ -308,7 +309,13 @@ fn unusable(
     None
 }
 
-fn limits(info: &Info, nsid: u32, ns: &IdentifyNamespace, usable: bool, page_shift: u32) -> Limits {
+fn limits(
+    info: &Info,
+    nsid: u32,
+    ns: &IdentifyNamespace,
+    usable: bool,
+    page_shift: u32,
+) -> CommandLimits {
     let shift = u32::from(ns.format().lbads.clamp(9, 16));
     let oncs = info.identify.oncs.get();
     let transfer = u32::try_from(info.transfer_bytes >> shift)
@@ -330,12 +337,11 @@ fn limits(info: &Info, nsid: u32, ns: &IdentifyNamespace, usable: bool, page_shi
     };
     let nvm = info.nvm.as_deref();
     let or_max = |v: u32| if v == 0 { u32::MAX } else { v };
-    Limits {
+    CommandLimits {
         nsid,
         block_shift: shift,
         num_blocks: ns.nsze.get(),
-        transfer_blocks: if usable { transfer } else { 0 },
-        boundary_blocks: u32::from(ns.noiob.get()),
+        data: Limits::new(transfer, ns.noiob.get().into()),
         zeroes_blocks: sized(nvm.map(|n| n.wzsl)),
         verify_blocks: sized(nvm.map(|n| n.vsl)),
         deallocate_blocks: nvm.map_or(u32::MAX, |n| or_max(n.dmrsl.get())),

@@ -2,12 +2,12 @@
 
 use std::sync::atomic::Ordering;
 
-use pumice_io::Op;
+use pumice_io::{Limits, Op};
 
 use super::data::{ListArea, NotMapped, PointerStyle, Segment, point_at_many};
 use crate::dma::AddressTable;
 use crate::error::InvalidIo;
-use crate::namespace::Limits;
+use crate::namespace::CommandLimits;
 use crate::spec::{Command, IoFlags, IoOpcode};
 
 /// What is left to do of an I/O that takes more than the plain case of one command.
@@ -19,8 +19,8 @@ pub(crate) enum Work {
         flags: IoFlags,
         lba: u64,
         left: u64,
-        /// Most blocks of a command.
-        max: u32,
+        /// What a command is cut at.
+        cut: Limits,
         /// Byte of the data that comes next; `None`: the command has no data.
         pos: Option<usize>,
     },
@@ -32,7 +32,7 @@ pub(crate) enum Work {
 
 /// `blocks` from `lba` lie in the namespace and are not none.
 #[inline]
-pub(super) fn check_range(limits: &Limits, lba: u64, blocks: u64) -> Result<(), InvalidIo> {
+pub(super) fn check_range(limits: &CommandLimits, lba: u64, blocks: u64) -> Result<(), InvalidIo> {
     if blocks == 0 {
         return Err(InvalidIo::Empty);
     }
@@ -48,7 +48,7 @@ pub(super) fn check_range(limits: &Limits, lba: u64, blocks: u64) -> Result<(), 
 
 /// A buffer is whole blocks and starts at a multiple of four bytes; returns its blocks.
 #[inline]
-pub(super) fn check_segment(limits: &Limits, s: &Segment) -> Result<u64, InvalidIo> {
+pub(super) fn check_segment(limits: &CommandLimits, s: &Segment) -> Result<u64, InvalidIo> {
     let mask = (1usize << limits.block_shift) - 1;
     if s.len & mask != 0 {
         return Err(InvalidIo::Length {
@@ -62,7 +62,10 @@ pub(super) fn check_segment(limits: &Limits, s: &Segment) -> Result<u64, Invalid
     Ok((s.len >> limits.block_shift) as u64)
 }
 
-fn check_all(limits: &Limits, segments: impl Iterator<Item = Segment>) -> Result<u64, InvalidIo> {
+fn check_all(
+    limits: &CommandLimits,
+    segments: impl Iterator<Item = Segment>,
+) -> Result<u64, InvalidIo> {
     let mut blocks = 0;
     for s in segments {
         blocks += check_segment(limits, &s)?;
@@ -72,7 +75,7 @@ fn check_all(limits: &Limits, segments: impl Iterator<Item = Segment>) -> Result
 
 /// Checks an I/O against its namespace and says what there is to do. Flush has no work: it is
 /// one plain command.
-pub(super) fn plan(limits: &Limits, io: &Op) -> Result<Option<Work>, InvalidIo> {
+pub(super) fn plan(limits: &CommandLimits, io: &Op) -> Result<Option<Work>, InvalidIo> {
     if !limits.usable {
         return Err(InvalidIo::Format(limits.nsid));
     }
@@ -83,26 +86,25 @@ pub(super) fn plan(limits: &Limits, io: &Op) -> Result<Option<Work>, InvalidIo> 
             Err(InvalidIo::Unsupported(what))
         }
     };
-    let blocks = |op, lba, left, max, pos, flags| {
+    let blocks = |op, lba, left, cut, pos, flags| {
         check_range(limits, lba, left)?;
         Ok(Some(Work::Blocks {
             op,
             flags,
             lba,
             left,
-            max,
+            cut,
             pos,
         }))
     };
-    let transfer = limits.transfer_blocks;
     match io {
         Op::Read { lba, buf } => {
             let n = check_segment(limits, &buf.into())?;
-            blocks(IoOpcode::READ, *lba, n, transfer, Some(0), IoFlags::NONE)
+            blocks(IoOpcode::READ, *lba, n, limits.data, Some(0), IoFlags::NONE)
         }
         Op::ReadV { lba, bufs } => {
             let n = check_all(limits, bufs.iter().map(Segment::from))?;
-            blocks(IoOpcode::READ, *lba, n, transfer, Some(0), IoFlags::NONE)
+            blocks(IoOpcode::READ, *lba, n, limits.data, Some(0), IoFlags::NONE)
         }
         Op::Write { lba, data, fua } => {
             let n = check_segment(limits, &data.into())?;
@@ -110,7 +112,7 @@ pub(super) fn plan(limits: &Limits, io: &Op) -> Result<Option<Work>, InvalidIo> 
                 IoOpcode::WRITE,
                 *lba,
                 n,
-                transfer,
+                limits.data,
                 Some(0),
                 IoFlags::fua(*fua),
             )
@@ -121,7 +123,7 @@ pub(super) fn plan(limits: &Limits, io: &Op) -> Result<Option<Work>, InvalidIo> 
                 IoOpcode::WRITE,
                 *lba,
                 n,
-                transfer,
+                limits.data,
                 Some(0),
                 IoFlags::fua(*fua),
             )
@@ -129,7 +131,14 @@ pub(super) fn plan(limits: &Limits, io: &Op) -> Result<Option<Work>, InvalidIo> 
         Op::Compare { lba, data } => {
             need(limits.supports.compare, "compare")?;
             let n = check_segment(limits, &data.into())?;
-            blocks(IoOpcode::COMPARE, *lba, n, transfer, Some(0), IoFlags::NONE)
+            blocks(
+                IoOpcode::COMPARE,
+                *lba,
+                n,
+                limits.data,
+                Some(0),
+                IoFlags::NONE,
+            )
         }
         Op::WriteZeroes {
             lba,
@@ -141,17 +150,17 @@ pub(super) fn plan(limits: &Limits, io: &Op) -> Result<Option<Work>, InvalidIo> 
             if limits.zeroes_may_deallocate {
                 flags = flags.with(IoFlags::DEALLOCATE);
             }
-            let max = limits.zeroes_blocks;
-            blocks(IoOpcode::WRITE_ZEROES, *lba, *len_blocks, max, None, flags)
+            let cut = Limits::new(limits.zeroes_blocks, 0);
+            blocks(IoOpcode::WRITE_ZEROES, *lba, *len_blocks, cut, None, flags)
         }
         Op::Verify { lba, len_blocks } => {
             need(limits.supports.verify, "verify")?;
-            let max = limits.verify_blocks;
+            let cut = Limits::new(limits.verify_blocks, 0);
             blocks(
                 IoOpcode::VERIFY,
                 *lba,
                 *len_blocks,
-                max,
+                cut,
                 None,
                 IoFlags::NONE,
             )
@@ -199,7 +208,7 @@ impl Work {
     /// Makes the next command; its data pointer or range list goes into the slot's area.
     pub fn next_command(
         &mut self,
-        limits: &Limits,
+        limits: &CommandLimits,
         io: &Op,
         table: &AddressTable,
         style: PointerStyle,
@@ -211,14 +220,10 @@ impl Work {
                 flags,
                 lba,
                 left,
-                max,
+                cut,
                 pos,
             } => {
-                let mut n = (*left).min(u64::from(*max)).min(65_536);
-                if limits.boundary_blocks > 0 && pos.is_some() {
-                    let boundary = u64::from(limits.boundary_blocks);
-                    n = n.min(boundary - *lba % boundary);
-                }
+                let mut n = cut.first(*lba, *left);
                 let mut command = Command::new(op.0, limits.nsid);
                 if let Some(at) = pos {
                     let want = usize::try_from(n).map_err(|_| NotMapped)? << limits.block_shift;

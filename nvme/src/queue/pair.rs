@@ -21,7 +21,7 @@ use super::wait::{Interrupting, Spin};
 use crate::controller::{Controller, Core};
 use crate::dma::{AddressTable, DmaShared};
 use crate::error::{Cause, InvalidIo};
-use crate::namespace::{Limits, Namespace};
+use crate::namespace::{CommandLimits, Namespace};
 use crate::spec::{
     BlocksIo, Command, Completion, IoFlags, IoOpcode, QueuePriority, Status, decode,
 };
@@ -578,7 +578,7 @@ impl QueuePair {
 
 /// A read or write of one buffer that fits one command as it is: the command, and its data.
 #[inline]
-fn plain(limits: &Limits, io: &Op) -> Option<(BlocksIo, Segment)> {
+fn plain(limits: &CommandLimits, io: &Op) -> Option<(BlocksIo, Segment)> {
     let (op, lba, segment, flags) = match io {
         Op::Read { lba, buf } => (IoOpcode::READ, *lba, Segment::from(buf), IoFlags::NONE),
         Op::Write { lba, data, fua } => (
@@ -593,15 +593,8 @@ fn plain(limits: &Limits, io: &Op) -> Option<(BlocksIo, Segment)> {
     let whole = blocks << limits.block_shift == segment.len && segment.offset & 3 == 0;
     let blocks = blocks as u64;
     let end = lba.checked_add(blocks)?;
-    // No blocks at all are more than any limit. A namespace that cannot be used allows none.
-    if !whole
-        || blocks.wrapping_sub(1) >= u64::from(limits.transfer_blocks)
-        || end > limits.num_blocks
-    {
-        return None;
-    }
-    let boundary = u64::from(limits.boundary_blocks);
-    if boundary != 0 && lba / boundary != (end - 1) / boundary {
+    let one_command = limits.data.first(lba, blocks) == blocks;
+    if !whole || blocks == 0 || !one_command || end > limits.num_blocks || !limits.usable {
         return None;
     }
     let entry = BlocksIo {

@@ -7,7 +7,7 @@ use super::data::ListArea;
 use super::pair::QueuePair;
 use super::slot::SlotState;
 use crate::error::Cause;
-use crate::namespace::Limits;
+use crate::namespace::CommandLimits;
 use crate::spec::Command;
 
 /// An I/O of which some parts are in flight and others have not been sent yet.
@@ -15,7 +15,7 @@ use crate::spec::Command;
 pub(crate) struct Split {
     pub tag: u64,
     pub io: Op,
-    pub limits: Limits,
+    pub limits: CommandLimits,
     pub(super) work: Work,
     /// Number of commands that have not ended.
     pub outstanding: usize,
@@ -44,7 +44,7 @@ impl QueuePair {
     /// send the others.
     pub(super) fn submit_split(
         &mut self,
-        limits: &Limits,
+        limits: &CommandLimits,
         tag: u64,
         io: Op,
         work: Work,

@@ -1,5 +1,6 @@
 //! Methods that return information: devices, statistics, histograms.
 
+use std::num::NonZeroU32;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -78,8 +79,8 @@ pub(crate) fn describe(bdev: &Bdev) -> Value {
         "zoned": false,
         "write_cache": info.write_cache,
         "atomic_unit_blocks": info.atomic_unit_blocks,
-        "max_io_blocks": info.max_io_blocks,
-        "optimal_io_boundary": info.optimal_io_boundary_blocks,
+        "max_io_blocks": info.limits.max_blocks.map_or(0, NonZeroU32::get),
+        "optimal_io_boundary": info.limits.boundary_blocks.map_or(0, NonZeroU32::get),
         "supported_io_types": {
             "read": has(OpKind::Read),
             "write": has(OpKind::Write),

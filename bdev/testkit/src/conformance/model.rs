@@ -78,11 +78,7 @@ pub(super) fn run(dev: &dyn BlockDevice, options: &ModelOptions) {
     let mut rng = SmallRng::seed_from_u64(options.seed);
     let mut d = Driver::new(dev);
     let mut flying: HashMap<u64, (u64, u64)> = HashMap::new();
-    let max = if info.max_io_blocks == 0 {
-        span
-    } else {
-        u64::from(info.max_io_blocks).min(span)
-    };
+    let max = info.limits.at_most(span);
     let mut n = 0;
     while n < options.count || !flying.is_empty() {
         if n < options.count && flying.len() < options.depth {

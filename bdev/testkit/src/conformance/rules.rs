@@ -16,12 +16,8 @@ fn bs(dev: &dyn BlockDevice) -> usize {
 /// Returns the lengths in blocks to test, within the device and its limits.
 fn lengths(dev: &dyn BlockDevice) -> Vec<u64> {
     let info = dev.info();
-    let max = if info.max_io_blocks == 0 {
-        u64::MAX
-    } else {
-        u64::from(info.max_io_blocks)
-    };
-    let boundary = u64::from(info.optimal_io_boundary_blocks);
+    let max = info.limits.at_most(u64::MAX);
+    let boundary = info.limits.boundary_blocks.map_or(0, |n| n.get().into());
     let page = (4096 / u64::from(info.block_size)).max(1);
     let mega = (1 << 20) / u64::from(info.block_size);
     let mut lengths = vec![
@@ -175,8 +171,8 @@ pub(super) fn refusals(dev: &dyn BlockDevice) {
         .into_iter()
         .filter(|(kind, _)| !info.ops.has(*kind));
     wrong.extend(unsupported.map(|(_, op)| (op, IoErrorKind::Unsupported)));
-    let longest = u64::from(info.max_io_blocks);
-    if longest > 0 && longest < info.num_blocks && longest <= (16 << 20) / bs as u64 {
+    let longest = info.limits.at_most(u64::MAX);
+    if longest < info.num_blocks && longest <= (16 << 20) / bs as u64 {
         let len = blocks(dev, longest) + bs;
         wrong.push((read(0, len), IoErrorKind::TooLong));
         if info.ops.has(OpKind::Write) {

@@ -104,10 +104,7 @@ fn collect(dev: &Arc<dyn BlockDevice>, only: Option<&[BlobId]>) -> Result<(Store
     let store = Store {
         cluster_size,
         total_clusters: size.checked_div(cluster_size).unwrap_or(0),
-        max_io_bytes: match info.max_io_blocks {
-            0 => 1 << 20,
-            n => (u64::from(n) * block_size).min(1 << 20),
-        },
+        max_io_bytes: info.transfer_blocks(1 << 20) * block_size,
         block_size,
     };
     let wanted: Option<HashSet<BlobId>> = only.map(|ids| ids.iter().copied().collect());

@@ -92,10 +92,10 @@ fn large(b: &Bench) -> Outcome {
 fn boundary(b: &Bench) -> Outcome {
     let mut any = false;
     for ns in b.namespaces()? {
-        let boundary = u64::from(ns.limits().boundary_blocks);
-        if boundary == 0 {
+        let Some(boundary) = ns.limits().data.boundary_blocks else {
             continue;
-        }
+        };
+        let boundary = u64::from(boundary.get());
         any = true;
         let mut q = b.queue(8)?;
         let blocks = usize::try_from(boundary).unwrap_or(1) + 2;
