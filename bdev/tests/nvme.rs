@@ -10,6 +10,7 @@ use pumice_bdev::{
     AsyncChannel, BdevError, BlockDevice, DmaBuf, IoErrorKind, Op, SubmitError, open,
 };
 use pumice_bdev_control::config::App;
+use pumice_nvme::controller::Phase;
 use pumice_nvme::spec::{IoOpcode, Status};
 use pumice_nvme::{Controller, ControllerOptions};
 use pumice_nvme_soft::{
@@ -365,6 +366,28 @@ fn a_late_operation_is_aborted_at_the_controller() {
     assert_eq!(e.kind, IoErrorKind::Aborted, "{e}");
     read().unwrap();
     assert_eq!(ch.in_flight(), 0);
+}
+
+/// What finds the controller in a reset waits for its end.
+#[test]
+fn a_future_that_meets_a_reset_is_woken() {
+    let mut config = SoftConfig::new(vec![SoftNamespace::new(
+        Box::new(MemoryBackend::new(4 << 20)),
+        512,
+    )]);
+    config.ready_delay = Duration::from_millis(100);
+    let soft = SoftController::new(config).unwrap();
+    let controller = Controller::new(soft.transport(), ControllerOptions::default()).unwrap();
+    let namespaces = controller.namespaces();
+    let dev = pumice_bdev::nvme::devices("N", &controller, namespaces, "soft").unwrap();
+    let ch = AsyncChannel::new(dev[0].open_channel().unwrap());
+    let resets = Arc::clone(&controller);
+    let reset = thread::spawn(move || resets.reset());
+    while controller.phase() == Phase::Live {
+        thread::yield_now();
+    }
+    ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
+    reset.join().unwrap().unwrap();
 }
 
 #[test]

@@ -14,4 +14,4 @@ pub use error::NvmeError;
 pub use namespace::{CommandLimits, Namespace, Supports};
 pub use open::{Opened, open, open_with};
 pub use pumice_io::{Completion, IoError, IoErrorKind, Op, SubmitError, dma};
-pub use queue::{AsyncQueue, QueueOptions, QueuePair};
+pub use queue::{QueueOptions, QueuePair};

@@ -3,13 +3,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use pumice_nvme::controller::Phase;
 use pumice_nvme::dma::DmaBuf;
 use pumice_nvme::spec::{AdminOpcode, Cns, Command, FormatNvm, Status};
-use pumice_nvme::{AsyncQueue, NvmeError, Op, QueuePair, SubmitError};
+use pumice_nvme::{NvmeError, Op, QueuePair, SubmitError};
 use pumice_nvme_soft::{Fault, FaultRule};
 
 use common::*;
@@ -164,48 +163,6 @@ fn waiting_during_a_reset_is_sleeping() {
         assert!(returns < 50, "{returns} returns");
         settle(&mut q);
     }
-}
-
-struct Woken(AtomicBool);
-
-impl Wake for Woken {
-    fn wake(self: Arc<Self>) {
-        self.0.store(true, Ordering::SeqCst);
-    }
-}
-
-/// A future that has to wait for a reset is woken when the reset has ended.
-#[test]
-fn a_future_that_meets_a_reset_is_woken() {
-    let _watchdog = watchdog();
-    let rig = rig_with(|config, _| config.ready_delay = Duration::from_millis(100));
-    let q = AsyncQueue::new(queue(&rig, |_| {}), Arc::clone(&rig.ns));
-    let controller = Arc::clone(&rig.controller);
-    let reset = std::thread::spawn(move || controller.reset());
-    while rig.controller.phase() == Phase::Live {
-        std::thread::yield_now();
-    }
-    let woken = Arc::new(Woken(AtomicBool::new(false)));
-    let waker = Waker::from(Arc::clone(&woken));
-    let mut future = Box::pin(q.read(0, DmaBuf::new(512).unwrap()));
-    assert!(
-        future
-            .as_mut()
-            .poll(&mut Context::from_waker(&waker))
-            .is_pending()
-    );
-    reset.join().unwrap().unwrap();
-    let start = Instant::now();
-    let result = loop {
-        q.poll();
-        if woken.0.swap(false, Ordering::SeqCst)
-            && let Poll::Ready(result) = future.as_mut().poll(&mut Context::from_waker(&waker))
-        {
-            break result;
-        }
-        assert!(start.elapsed() < PATIENCE, "never woken");
-    };
-    assert!(result.is_ok());
 }
 
 #[test]

@@ -2,13 +2,11 @@
 //!
 //! A [`QueuePair`] belongs to one thread at a time (`Send`, not `Sync`). It takes [`Op`]s with
 //! a tag, never blocks, and hands them back from [`QueuePair::poll`]; [`QueuePair::wait`] spins
-//! for as long as that has paid lately and then sleeps on the queue's interrupt. [`AsyncQueue`]
-//! puts futures on top.
+//! for as long as that has paid lately and then sleeps on the queue's interrupt.
 //!
 //! [`Op`]: pumice_io::Op
 
 mod abort;
-mod asynch;
 mod bounce;
 mod build;
 mod data;
@@ -22,7 +20,6 @@ mod stats;
 mod trace;
 mod wait;
 
-pub use asynch::{AsyncError, AsyncQueue};
 pub use pair::{QueueOptions, QueuePair};
 pub use stats::QueueStats;
 

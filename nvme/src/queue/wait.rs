@@ -134,12 +134,6 @@ impl QueuePair {
         word != self.seen && state::phase(word) != Phase::Resetting
     }
 
-    /// Whether an I/O of one command would be accepted or refused now, rather than told to wait.
-    pub(super) fn takes_more(&self) -> bool {
-        self.dead.is_some()
-            || (self.core.state.load(Ordering::Acquire) == self.seen && self.slots.next().is_some())
-    }
-
     /// Rings the doorbells and acknowledges every consumed entry: before a sleep the controller
     /// must not believe that the queue is fuller than it is.
     pub(super) fn ring_all(&mut self) {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pumice_io::dma::DmaBuf;
-use pumice_nvme::queue::{AsyncQueue, QueueOptions, QueuePair};
+use pumice_nvme::queue::{QueueOptions, QueuePair};
 use pumice_nvme::spec::QueuePriority;
 use pumice_nvme::{Namespace, NvmeError, Op, SubmitError};
 
@@ -21,7 +21,6 @@ pub(super) const TESTS: &[Entry] = &[
     ("interrupt_off_while_polling", interrupt_off_while_polling),
     ("controller_memory_queue", controller_memory),
     ("priorities", priorities),
-    ("futures", futures),
     ("latency_histogram", histogram),
 ];
 
@@ -307,30 +306,6 @@ fn priorities(b: &Bench) -> Outcome {
         )?;
     }
     Ok(())
-}
-
-fn futures(b: &Bench) -> Outcome {
-    let ns = Arc::clone(&b.namespaces()?[0]);
-    let q = AsyncQueue::new(b.queue(4)?, Arc::clone(&ns));
-    let size = ns.block_size() as usize;
-    let want = pattern(&ns, 20, 2, b.seed)?;
-    let data = DmaBuf::copy_from(&want)?.freeze();
-    let got = q.block_on(async {
-        q.write(20, data, false).await?;
-        q.flush().await?;
-        // The I/O of a dropped future ends by itself.
-        drop(
-            q.read(
-                0,
-                DmaBuf::new(size)
-                    .map_err(|e| pumice_nvme::queue::AsyncError::Refused(e.to_string()))?,
-            ),
-        );
-        let buf = DmaBuf::new(2 * size)
-            .map_err(|e| pumice_nvme::queue::AsyncError::Refused(e.to_string()))?;
-        q.read(20, buf).await
-    })?;
-    same("futures", &got, &want)
 }
 
 fn histogram(b: &Bench) -> Outcome {
