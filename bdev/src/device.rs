@@ -1,4 +1,4 @@
-//! The two traits that a module implements, and what a device says of itself.
+//! The two traits that a module implements, and the description of a device.
 
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
@@ -9,43 +9,45 @@ use pumice_io::{Completion, IoError, IoErrorKind, Limits, Op, OpKind, OpSet, Sub
 
 use crate::error::BdevError;
 
-/// What a device is. Fixed for the life of the [`BlockDevice`].
+/// The properties of a device. They are fixed for the life of the [`BlockDevice`].
 #[derive(Debug, Clone)]
 pub struct DeviceInfo {
-    /// Its name, unique in a registry.
+    /// Name of the device, unique in a registry.
     pub name: String,
-    /// Other names it answers to.
+    /// Other names by which it can be opened.
     pub aliases: Vec<String>,
-    /// What it is, for people: "Malloc disk", "File", the model number of an NVMe namespace.
+    /// Description for people: "Malloc disk", "File", or the model number of an NVMe namespace.
     pub product: String,
-    /// The module that made it: "malloc", "file", "nvme", …
+    /// Name of the module that made it: "malloc", "file", "nvme", …
     pub module: &'static str,
-    /// Its identity.
+    /// UUID of the device.
     pub uuid: [u8; 16],
     /// Bytes per block: a power of two, at least 512.
     pub block_size: u32,
     /// Capacity in blocks.
     pub num_blocks: u64,
-    /// Volatile write cache: a completed write is durable only after a flush, or with FUA.
+    /// Whether there is a volatile write cache: a completed write is durable only after a flush, or
+    /// with FUA.
     pub write_cache: bool,
-    /// A write of at most so many blocks is never torn by a power cut.
+    /// A power cut never tears a write of at most this many blocks.
     pub atomic_unit_blocks: u32,
-    /// How long a read, write or compare may be, and what I/O had better not cross.
+    /// The longest read, write or compare, and the boundary that I/O should not cross.
     pub limits: Limits,
     /// Addresses of buffers must be multiples of this. [`crate::DmaBuf`] always satisfies 512.
     pub buf_align: u32,
-    /// Operations it supports.
+    /// The operations that it supports.
     pub ops: OpSet,
-    /// Whether what is written can be read back (false: `null`).
+    /// Whether written data can be read back (false: `null`).
     pub keeps_data: bool,
     /// Whether unmapped blocks read as zeroes.
     pub unmap_zeroes: bool,
-    /// The process that opened it.
+    /// The process that opened the device.
     birth: Birth,
 }
 
 impl DeviceInfo {
-    /// A device with the usual properties: no volatile cache, one block atomic, no limits.
+    /// Makes a description with the usual properties: no volatile cache, one atomic block, no
+    /// limits.
     pub fn new(name: &str, module: &'static str, block_size: u32, num_blocks: u64) -> DeviceInfo {
         DeviceInfo {
             name: name.to_owned(),
@@ -66,14 +68,14 @@ impl DeviceInfo {
         }
     }
 
-    /// Whether this is still the process that opened the device, and not a forked child of it. What
-    /// the device is made of (a ring, threads, queues, a lock on a file) is not a child's.
+    /// Whether this is the process that opened the device, and not a forked child of it. The
+    /// resources of the device (a ring, threads, queues, a lock on a file) are not a child's.
     #[inline]
     pub fn is_here(&self) -> bool {
         self.birth.is_here()
     }
 
-    /// An error in a forked child, see [`is_here`](Self::is_here).
+    /// Returns an error in a forked child, see [`is_here`](Self::is_here).
     pub(crate) fn still_here(&self) -> Result<(), BdevError> {
         if self.is_here() {
             return Ok(());
@@ -86,28 +88,28 @@ impl DeviceInfo {
         })
     }
 
-    /// Capacity in bytes.
+    /// Returns the capacity in bytes.
     pub fn len_bytes(&self) -> u64 {
         self.num_blocks.saturating_mul(u64::from(self.block_size))
     }
 
-    /// The longest read or write in blocks: what the device takes at once, and not more than `cap_bytes` or
-    /// one block.
+    /// Returns the longest read or write in blocks: at most what the device accepts, and at most
+    /// `cap_bytes` or one block.
     pub fn transfer_blocks(&self, cap_bytes: u64) -> u64 {
         let cap = (cap_bytes / u64::from(self.block_size)).max(1);
         self.limits.at_most(cap)
     }
 
-    /// An error of this device.
+    /// Makes an error of this device.
     pub fn error(&self, op: &Op, kind: IoErrorKind, detail: impl Into<String>) -> Box<IoError> {
         IoError::new(&self.name, self.block_size, op, kind, detail)
     }
 
-    /// Whether the device can do `op`: supported, inside the device, aligned, not too long. A
-    /// module calls this first in [`IoChannel::submit`]; what passes, it can rely on.
+    /// Checks whether the device can do `op`: it is supported, inside the device, aligned and not
+    /// too long. A module calls this first in [`IoChannel::submit`] and can rely on it afterwards.
     #[inline]
     pub fn check(&self, op: &Op) -> Result<(), Box<IoError>> {
-        // The common cases first, without a table: whole blocks inside the device.
+        // The common cases come first, without a table: whole blocks inside the device.
         let mask = u64::from(self.block_size) - 1;
         let (lba, len) = match op {
             Op::Read { lba, buf } => (*lba, buf.len() as u64),
@@ -204,92 +206,91 @@ impl DeviceInfo {
     }
 }
 
-/// A block device: shared by threads, each of which does I/O through a channel of its own.
+/// A block device. Threads share it, and each of them does I/O through a channel of its own.
 pub trait BlockDevice: Send + Sync + std::fmt::Debug {
-    /// What it is.
+    /// The device's properties.
     fn info(&self) -> &DeviceInfo;
 
-    /// A channel for one thread. May block (NVMe: creates a queue pair).
+    /// Opens a channel for one thread. May block (NVMe creates a queue pair).
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError>;
 
-    /// A number by which the same device is known through every wrapper and clone: users of a device that must
-    /// be its only one compare it. Wrappers over the whole of one device give that device's. Valid as long as
-    /// the device lives.
+    /// A number that identifies the device through every wrapper and clone. Users that must be a
+    /// device's only one compare it. A wrapper over the whole of one device returns that device's
+    /// number. It is valid as long as the device lives.
     fn identity(&self) -> usize {
         std::ptr::from_ref(self).cast::<()>().addr()
     }
 
-    /// Facts about the device that only its module knows, for `bdev_get_bdevs`'
-    /// `driver_specific`.
+    /// Properties that only the device's module knows, for `driver_specific` of `bdev_get_bdevs`.
     fn driver_specific(&self) -> serde_json::Value {
         serde_json::Value::Object(serde_json::Map::new())
     }
 
-    /// The first range of blocks, at or behind `lba`, that may hold anything but zeroes; `None`:
-    /// everything from `lba` on reads as zeroes, and the device knows that without reading. A range
-    /// that begins at the device's end says that there is data which no block shows (the end of a
-    /// file that is not whole blocks). May block.
+    /// Returns the first range of blocks, at or behind `lba`, that may hold anything but zeroes.
+    /// `None` says that everything from `lba` on reads as zeroes, as the device knows without
+    /// reading. A range that begins at the device's end says that there is data which no block
+    /// shows (the end of a file that is not whole blocks). May block.
     ///
     /// # Errors
-    /// When the device cannot say.
+    /// Fails when the device cannot determine it.
     fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
         let end = self.info().num_blocks;
         Ok((lba < end).then_some(lba..end))
     }
 
-    /// Whether the file that opening this device has made, if it has, stays when the device is
-    /// closed. It does unless this is called with `false`; the last call counts. A file that was
-    /// there before always stays.
+    /// Sets whether a file that opening this device has created stays when the device is closed. It
+    /// stays unless this is called with `false`; the last call counts. A file that existed before
+    /// always stays.
     fn keep_file(&self, keep: bool) {
         let _ = keep;
     }
 
-    /// What a device that takes its space only when it is written (a sparse image) can still get from
-    /// the file system below. `None` for one whose blocks are all there, or where that is not known.
-    /// Asks the kernel, does not block on the device.
+    /// Returns the space that a device which allocates on writing (a sparse image) can still get
+    /// from the file system below. `None` when all its blocks are allocated, or when it is not
+    /// known. Asks the kernel; does not block on the device.
     fn host_space(&self) -> Option<HostSpace> {
         None
     }
 }
 
-/// Space below a device; see [`BlockDevice::host_space`].
+/// The space below a device; see [`BlockDevice::host_space`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HostSpace {
-    /// Bytes that the file system below has left.
+    /// Bytes that are free in the file system below.
     pub free_bytes: u64,
-    /// Bytes of the device that have blocks there already.
+    /// Bytes of the device that are allocated there already.
     pub allocated_bytes: u64,
 }
 
-/// The way of one thread to a device. Dropping it with operations in flight blocks until the
-/// device is done with their buffers, or keeps these alive until it is.
+/// A channel of one thread to a device. Dropping it with operations in flight blocks until the
+/// device no longer uses their buffers, or keeps the buffers alive until then.
 pub trait IoChannel: Send {
-    /// Takes an operation. Never blocks. `tag` comes back with the completion; tags of operations
+    /// Submits an operation. Never blocks. `tag` comes back with the completion. Tags of operations
     /// in flight on a channel must differ.
     ///
     /// # Errors
     /// [`SubmitError::Busy`] when the queue is full, [`SubmitError::Refused`] when the operation
-    /// cannot be done; both give the operation back, and nothing of it will complete.
+    /// cannot be done. Both return the operation, of which nothing will complete.
     fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError>;
 
-    /// Hands what was submitted to the device (rings doorbells, enters the ring), then moves what
-    /// has completed into `out`. Never blocks. Returns how many were added.
+    /// Passes submitted operations to the device (rings doorbells, enters the ring), then moves
+    /// completions into `out`. Never blocks. Returns the number of completions added.
     fn poll(&mut self, out: &mut Vec<Completion>) -> usize;
 
-    /// Hands what was submitted to the device, then returns when a completion may be there, after
-    /// a bounded spin and then asleep, or when `timeout` is over, or at once if nothing is in
-    /// flight.
+    /// Passes submitted operations to the device and waits for a completion: spins for a bounded
+    /// time, then sleeps. Returns when there may be a completion, when `timeout` is over, or at
+    /// once if nothing is in flight.
     ///
     /// # Errors
-    /// When sleeping itself fails; completions may still be polled for.
+    /// Fails when sleeping itself fails. Completions can still be polled.
     fn wait(&mut self, timeout: Duration) -> Result<(), BdevError>;
 
-    /// Operations submitted and not yet handed back.
+    /// Number of operations that were submitted and not handed back yet.
     fn in_flight(&self) -> usize;
 
-    /// A descriptor that polls readable when a completion may be there, for event loops and for
-    /// devices that wait for several channels at once. What was submitted must have been handed to
-    /// the device by [`IoChannel::poll`] before.
+    /// A descriptor that is readable when there may be a completion, for event loops and for
+    /// devices that wait for several channels at once. [`IoChannel::poll`] must have passed the
+    /// submitted operations to the device before.
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }

@@ -18,9 +18,8 @@
 //!
 //! # The contract
 //!
-//! A [`BlockDevice`] is shared by threads; an [`IoChannel`] belongs to one thread at a time (it may
-//! be moved). The crate `pumice-bdev-testkit` checks in one line
-//! (`conformance::run`) what follows.
+//! Threads share a [`BlockDevice`]. An [`IoChannel`] belongs to one thread at a time (it may be
+//! moved). `conformance::run` of the crate `pumice-bdev-testkit` checks the following in one call.
 //!
 //! **Geometry.** [`DeviceInfo::block_size`] is a power of two, at least 512. Addresses and
 //! `len_blocks` count blocks; lengths of data are those of the buffers and are whole blocks.
@@ -28,12 +27,12 @@
 //! what I/O had better not cross;
 //! [`DeviceInfo::buf_align`] is what the address of each buffer must be a multiple of.
 //!
-//! **Buffers** are owned: they move into an [`Op`] and come back with its [`Completion`], whole and
-//! whatever its result. A channel that is dropped with operations in flight waits for the device,
-//! or keeps the buffers until it is done.
+//! **Buffers** are owned: they move into an [`Op`] and come back with its [`Completion`], unchanged
+//! in number and length, whatever its result. A channel that is dropped with operations in flight
+//! waits for the device, or keeps the buffers until the device no longer uses them.
 //!
-//! **Operations.** [`DeviceInfo::ops`] says which there are; others are refused as
-//! [`IoErrorKind::Unsupported`]. Zone commands are declared and refused by every module.
+//! **Operations.** [`DeviceInfo::ops`] lists the supported ones. Others are refused as
+//! [`IoErrorKind::Unsupported`]. Zone commands are declared, and every module refuses them.
 //!
 //! | operation | meaning |
 //! | --- | --- |
@@ -41,7 +40,7 @@
 //! | flush | every write that had completed when it was submitted is durable when it completes |
 //! | FUA | of a write or write zeroes: durable when it completes |
 //! | write zeroes | the blocks read as zeroes |
-//! | unmap | the blocks' contents are given up; they read as zeroes if [`DeviceInfo::unmap_zeroes`] |
+//! | unmap | the blocks' contents are discarded; they read as zeroes if [`DeviceInfo::unmap_zeroes`] |
 //! | compare, compare-and-write | differences are [`IoErrorKind::Miscompare`]; the latter is atomic, for at most [`DeviceInfo::atomic_unit_blocks`] |
 //! | copy | inside the device; ranges that overlap are refused |
 //! | reset | everything in flight on the channel ends first |
@@ -54,33 +53,35 @@
 //! What is submitted after a completion was handed back sees that operation's effect, on any
 //! channel.
 //!
-//! **Flow.** [`IoChannel::submit`] and [`IoChannel::poll`] never block. A full queue gives the
-//! operation back as [`SubmitError::Busy`]; what can never be done, as [`SubmitError::Refused`], at
-//! once. Each operation that was taken completes once. [`IoChannel::wait`] spins briefly, then
-//! sleeps.
+//! **Flow.** [`IoChannel::submit`] and [`IoChannel::poll`] never block. A full queue returns the
+//! operation as [`SubmitError::Busy`], at once. An operation that can never be done is returned as
+//! [`SubmitError::Refused`]. Each accepted operation completes once. [`IoChannel::wait`] spins
+//! briefly, then sleeps.
 //!
 //! **Errors** name the device, the operation, the place and the cause ([`IoError`]). An operation
-//! that failed, timed out or was aborted may have been done in part, or may still land.
+//! that failed, timed out or was aborted may have been done in part, or may still take effect.
 //!
 //! # Modules
 //!
 //! | module | device |
 //! | --- | --- |
 //! | [`malloc`] | memory of this process |
-//! | [`mod@null`] | nothing; for measuring |
+//! | [`mod@null`] | nothing; for measurements |
 //! | [`mod@file`] | an image file, block or loop device, through io_uring |
 //! | [`nvme`] | a namespace of an NVMe controller: PCIe, vfio-user, soft |
-//! | [`passthru`] | another device; the template for a module of your own |
+//! | [`passthru`] | another device; a template for your own module |
 //! | [`delay`] | another device, slower |
-//! | [`error_inject`] | another device, failing on demand |
+//! | [`error_inject`] | another device, with injected faults |
 //! | [`split`] | a part of another device |
 //! | [`raid0`] | several devices, striped |
 //!
-//! Modules that come (mirrors, encryption, partitions, logical volumes) stand beside these: a file
-//! or folder here, a row in the control crate's `config/methods.rs`, a test that runs `conformance::run`.
+//! Further modules (mirrors, encryption, partitions, logical volumes) go beside these: a file or
+//! folder here, a row in the control crate's `config/methods.rs`, a test that runs
+//! `conformance::run`.
 //!
-//! Around them: the [`registry`] (names, claims, hot removal, statistics). Every I/O is a `tracing` span at trace level, target
-//! `pumice_bdev::io`. The crate `pumice-bdev-control` configures and observes: SPDK's JSON files, JSON-RPC, metrics, logging.
+//! The [`registry`] has names, claims, hot removal and statistics. Every I/O is a `tracing` span at
+//! trace level, target `pumice_bdev::io`. The crate `pumice-bdev-control` has SPDK's JSON files,
+//! JSON-RPC, metrics and logging.
 
 pub mod contents;
 pub mod delay;

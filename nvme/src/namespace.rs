@@ -7,65 +7,67 @@ use pumice_io::Limits;
 
 use crate::spec::{IdentifyNamespace, NsDescriptor};
 
-/// What a controller can do with a namespace's blocks, from ONCS and VWC.
+/// The optional commands that a controller supports for a namespace, from ONCS and VWC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Supports {
-    /// Compare.
+    /// Whether it supports Compare.
     pub compare: bool,
-    /// Write zeroes.
+    /// Whether it supports Write Zeroes.
     pub write_zeroes: bool,
-    /// Dataset management (deallocate).
+    /// Whether it supports Dataset Management (deallocate).
     pub deallocate: bool,
-    /// Verify.
+    /// Whether it supports Verify.
     pub verify: bool,
-    /// Copy, descriptor format 0.
+    /// Whether it supports Copy with descriptor format 0.
     pub copy: bool,
 }
 
-/// Limits of one command, in blocks; a request beyond them is split.
+/// The limits of one command, in blocks. The driver splits requests that exceed them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CommandLimits {
-    /// Namespace.
+    /// Namespace identifier.
     pub nsid: u32,
-    /// log2 of the block size.
+    /// Base-2 logarithm of the block size.
     pub block_shift: u32,
-    /// Size of the namespace.
+    /// Size of the namespace in blocks.
     pub num_blocks: u64,
-    /// Blocks of a command with data (MDTS), and what it should not cross (NOIOB).
+    /// Limits of a command with data: most blocks (MDTS), and the boundary that it should not cross
+    /// (NOIOB).
     pub data: Limits,
-    /// Blocks of a write zeroes.
+    /// Most blocks of a Write Zeroes.
     pub zeroes_blocks: u32,
-    /// Blocks of a verify.
+    /// Most blocks of a Verify.
     pub verify_blocks: u32,
-    /// Blocks of a deallocated range.
+    /// Most blocks of one deallocated range.
     pub deallocate_blocks: u32,
-    /// Blocks of all ranges of a deallocate command.
+    /// Most blocks of all ranges of a deallocate command.
     pub deallocate_total_blocks: u64,
-    /// Ranges of a deallocate command.
+    /// Most ranges of a deallocate command.
     pub deallocate_ranges: u32,
-    /// Ranges of a copy.
+    /// Most ranges of a Copy.
     pub copy_ranges: u32,
-    /// Blocks of a copy's range.
+    /// Most blocks of one range of a Copy.
     pub copy_range_blocks: u32,
-    /// Blocks of a copy.
+    /// Most blocks of a Copy.
     pub copy_blocks: u32,
-    /// A write zeroes may deallocate, since deallocated blocks read as zeroes (DLFEAT bit 3).
+    /// Whether a Write Zeroes may deallocate because deallocated blocks read as zeroes (DLFEAT bit
+    /// 3).
     pub zeroes_may_deallocate: bool,
-    /// What there is.
+    /// The optional commands that are supported.
     pub supports: Supports,
-    /// The format can be used.
+    /// Whether the driver can do I/O on blocks of this format.
     pub usable: bool,
 }
 
-/// A namespace as the driver uses it.
+/// A namespace of an open controller.
 ///
-/// It is good for queue pairs of its own controller, and for as long as the namespace has the
-/// block size that is noted here: with another one the device would transfer more than an I/O's
-/// buffer holds. After a format it is to be had anew from the controller.
+/// It works with the queue pairs of its own controller only, and for as long as the namespace has
+/// the block size that is recorded here: with another one the device would transfer more than an
+/// I/O's buffer holds. After a format, ask the controller for the namespace again.
 #[derive(Debug, Clone)]
 pub struct Namespace {
     pub(crate) limits: CommandLimits,
-    pub(crate) title: Title,
+    pub(crate) validity: FormatValidity,
     pub(crate) identify: Box<IdentifyNamespace>,
     pub(crate) descriptors: Vec<NsDescriptor>,
     pub(crate) unusable: Option<String>,
@@ -74,15 +76,15 @@ pub struct Namespace {
     pub(crate) atomic_power_blocks: u32,
 }
 
-/// For which controller a namespace's format is known to be the one noted; shared by all
-/// handles of the namespace.
+/// The number of the controller for which a namespace's recorded format is known to be current. All
+/// handles of the namespace share it.
 #[derive(Debug, Clone)]
-pub(crate) struct Title(Arc<AtomicU64>);
+pub(crate) struct FormatValidity(Arc<AtomicU64>);
 
-impl Title {
-    /// Good for the controller of this number, which is not 0.
-    pub fn of(controller: u64) -> Title {
-        Title(Arc::new(AtomicU64::new(controller)))
+impl FormatValidity {
+    /// Declares the format current for the controller of this number, which is not 0.
+    pub fn of(controller: u64) -> FormatValidity {
+        FormatValidity(Arc::new(AtomicU64::new(controller)))
     }
 
     #[inline]
@@ -90,12 +92,12 @@ impl Title {
         self.0.load(Ordering::Relaxed) == controller
     }
 
-    /// No I/O is accepted for the handles that share it.
+    /// Makes every I/O of the handles that share this fail.
     pub fn withdraw(&self) {
         self.0.store(0, Ordering::SeqCst);
     }
 
-    pub fn is_shared_with(&self, other: &Title) -> bool {
+    pub fn is_shared_with(&self, other: &FormatValidity) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
@@ -105,60 +107,61 @@ impl Title {
 }
 
 impl Namespace {
-    /// Whether it is the same namespace, and commands made for the one mean the same bytes on the
-    /// other. A number alone is no identity: another namespace may have it by now.
+    /// Whether both are the same namespace with the same format, so that a command made for one
+    /// means the same bytes on the other. The identifier alone does not tell: another namespace may
+    /// have it by now.
     pub(crate) fn is_same(&self, other: &Namespace) -> bool {
         let format = |n: &Namespace| (n.limits.nsid, n.limits.block_shift, n.limits.usable);
         let ids = |n: &Namespace| (n.identify.nguid, n.identify.eui64, n.uuid());
         let nameless = ids(self) == ([0; 16], [0; 8], [0; 16]);
-        // Of one without any name, the size has to do.
+        // A namespace without any unique name is compared by its size.
         format(self) == format(other)
             && ids(self) == ids(other)
             && (!nameless || self.limits.num_blocks == other.limits.num_blocks)
     }
 
-    /// Namespace identifier.
+    /// Returns the namespace identifier.
     pub fn nsid(&self) -> u32 {
         self.limits.nsid
     }
 
-    /// Block size in bytes.
+    /// Returns the block size in bytes.
     pub fn block_size(&self) -> u32 {
         1 << self.limits.block_shift
     }
 
-    /// Size in blocks.
+    /// Returns the size in blocks.
     pub fn num_blocks(&self) -> u64 {
         self.limits.num_blocks
     }
 
-    /// Size in bytes.
+    /// Returns the size in bytes.
     pub fn len_bytes(&self) -> u64 {
         self.limits.num_blocks << self.limits.block_shift
     }
 
-    /// Limits of single commands.
+    /// The limits of single commands.
     pub fn limits(&self) -> &CommandLimits {
         &self.limits
     }
 
-    /// What there is beside read, write and flush.
+    /// The optional commands that are supported.
     pub fn supports(&self) -> Supports {
         self.limits.supports
     }
 
-    /// Whether the controller has a volatile write cache: then a completed write is durable
-    /// only after a flush, or when written with FUA.
+    /// Whether the controller has a volatile write cache. If so, a completed write is durable only
+    /// after a flush, or when it was written with FUA.
     pub fn write_cache(&self) -> bool {
         self.write_cache
     }
 
-    /// Blocks that are written as a whole, whatever happens beside (AWUN, NAWUN).
+    /// Number of blocks that a write changes as a whole, whatever other commands do (AWUN, NAWUN).
     pub fn atomic_blocks(&self) -> u32 {
         self.atomic_blocks
     }
 
-    /// Blocks that are written as a whole even when power fails (AWUPF, NAWUPF).
+    /// Number of blocks that a write changes as a whole even when power fails (AWUPF, NAWUPF).
     pub fn atomic_power_blocks(&self) -> u32 {
         self.atomic_power_blocks
     }
@@ -173,24 +176,24 @@ impl Namespace {
         self.limits.zeroes_may_deallocate
     }
 
-    /// Why I/O on this namespace is refused, if it is: block metadata, a block size out of
-    /// range, another command set.
+    /// The reason why I/O on this namespace is refused, if it is: block metadata, an unsupported
+    /// block size, or another command set.
     pub fn unusable(&self) -> Option<&str> {
         self.unusable.as_deref()
     }
 
-    /// The identify structure.
+    /// Returns the identify structure.
     pub fn identify(&self) -> &IdentifyNamespace {
         &self.identify
     }
 
-    /// The identification descriptors.
+    /// Returns the identification descriptors.
     pub fn descriptors(&self) -> &[NsDescriptor] {
         &self.descriptors
     }
 
-    /// The best globally unique name: UUID, NGUID or EUI-64 (in the first eight bytes); zeroes
-    /// when the device has none.
+    /// The device's best globally unique name: UUID, NGUID or EUI-64 (in the first eight bytes).
+    /// All zeroes when it has none.
     pub fn uuid(&self) -> [u8; 16] {
         for d in &self.descriptors {
             if let NsDescriptor::Uuid(id) = d {

@@ -1,19 +1,20 @@
-//! How long one operation may be.
+//! Limits of the length of one operation.
 
 use std::num::NonZeroU32;
 use std::ops::Range;
 
-/// How many blocks one read, write or compare may have, and which places it should not cross.
+/// The most blocks of one read, write or compare, and the boundary that it should not cross.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Limits {
-    /// The most blocks of one operation; `None`: any number.
+    /// Most blocks of one operation; `None`: any number.
     pub max_blocks: Option<NonZeroU32>,
-    /// An operation that crosses a multiple of this many blocks takes longer; `None`: there is no such place.
+    /// An operation that crosses a multiple of this many blocks takes longer; `None`: there is no
+    /// such boundary.
     pub boundary_blocks: Option<NonZeroU32>,
 }
 
 impl Limits {
-    /// Limits from fields in which 0 stands for none, as NVMe and SPDK have them.
+    /// Makes limits from fields in which 0 stands for none, as in NVMe and SPDK.
     pub fn new(max_blocks: u32, boundary_blocks: u32) -> Limits {
         Limits {
             max_blocks: NonZeroU32::new(max_blocks),
@@ -21,7 +22,7 @@ impl Limits {
         }
     }
 
-    /// How many of `blocks` one operation may have.
+    /// Returns how many of `blocks` one operation may have.
     #[inline]
     pub fn at_most(self, blocks: u64) -> u64 {
         match self.max_blocks {
@@ -30,8 +31,8 @@ impl Limits {
         }
     }
 
-    /// How many of the blocks from `lba` on the first operation has, when they are cut at the limits: at least one, unless
-    /// there are none.
+    /// Returns how many of the blocks from `lba` on the first operation has when they are cut at
+    /// the limits: at least one, unless there are none.
     #[inline]
     pub fn first(self, lba: u64, blocks: u64) -> u64 {
         let most = self.at_most(blocks);
@@ -44,7 +45,7 @@ impl Limits {
         }
     }
 
-    /// The ranges of blocks that `range` is cut into.
+    /// Divides `range` into the ranges of its operations.
     pub fn pieces(self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
         let Range { mut start, end } = range;
         std::iter::from_fn(move || {
@@ -55,7 +56,7 @@ impl Limits {
         })
     }
 
-    /// The limits of what is done by several devices together: the shorter of each.
+    /// Returns the limits of what several devices do together: the smaller of each.
     #[must_use]
     pub fn and(self, other: Limits) -> Limits {
         let shorter = |a: Option<NonZeroU32>, b: Option<NonZeroU32>| match (a, b) {

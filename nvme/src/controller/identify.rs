@@ -10,26 +10,26 @@ use zerocopy::FromBytes;
 use super::{Controller, Core, Info};
 use crate::dma::DmaBuf;
 use crate::error::NvmeError;
-use crate::namespace::{CommandLimits, Namespace, Supports, Title};
+use crate::namespace::{CommandLimits, FormatValidity, Namespace, Supports};
 use crate::spec::{
     Cns, Command, FeatureId, IdentifyController, IdentifyNamespace, IdentifyNvmController,
     NsDescriptor, Oncs, Reg, SOURCE_RANGES_MAX, Vs, ns_descriptors, ns_list,
 };
 
-/// Data of one command at most, whatever the controller allows: bounds the PRP list.
+/// Most bytes of one command's data, whatever the controller allows. It bounds the PRP list.
 pub(super) const TRANSFER_MAX: usize = 1 << 20;
-/// Namespaces that are looked at; more are named in the log and left alone.
+/// Most namespaces to use. The log names the number of those that are ignored.
 const NAMESPACES_MAX: usize = 1024;
 
 impl Core {
-    /// Identify, one page.
+    /// Runs an Identify that returns one page.
     pub(super) fn identify_page(&self, cns: Cns, nsid: u32) -> Result<DmaBuf, NvmeError> {
         let page = self.admin_buffer(4096)?;
         let (_, data) = self.admin(Command::identify(cns, nsid), Some(page))?;
         data.ok_or_else(|| self.protocol("identify lost its buffer"))
     }
 
-    /// Zeroes for an admin command's data.
+    /// Takes a zeroed buffer for an admin command's data.
     pub(super) fn admin_buffer(&self, len: usize) -> Result<DmaBuf, NvmeError> {
         let mut buf = DmaBuf::new_in(self.transport.domain(), len)?;
         buf.fill(0);
@@ -102,13 +102,14 @@ impl Core {
             .map(|(completion, _)| completion.dw0)
     }
 
-    /// Weighted round robin, where asked for and there (Base section 5.27.1.1).
+    /// Sets up weighted round robin where it was asked for and is supported (Base section
+    /// 5.27.1.1).
     pub(super) fn configure_arbitration(&self) {
         let Some(weights) = self.options.arbitration.filter(|_| self.cap.ams_wrr()) else {
             return;
         };
         let z = |w: u16| u32::from(w.clamp(1, 256) - 1);
-        // Burst: no limit (7).
+        // No limit of the burst (7).
         let value = 7 | z(weights.low) << 8 | z(weights.medium) << 16 | z(weights.high) << 24;
         let command = Command::set_feature(FeatureId::ARBITRATION, 0, value, false);
         if let Err(error) = self.admin(command, None) {
@@ -127,7 +128,7 @@ impl Core {
         }
     }
 
-    /// Finds the active namespaces anew.
+    /// Lists the active namespaces again.
     pub(super) fn list_namespaces(&self) -> Result<(), NvmeError> {
         let listed = self.list_once();
         let again = !matches!(listed, Ok(false));
@@ -135,8 +136,8 @@ impl Core {
         listed.map(|_| ())
     }
 
-    /// As [`list_namespaces`](Self::list_namespaces). True: some could not be identified now, and
-    /// may be later.
+    /// Lists as [`list_namespaces`](Self::list_namespaces) does. Returns whether some could not be
+    /// identified now and may be later.
     fn list_once(&self) -> Result<bool, NvmeError> {
         let mut remembered = self.remembered.lock();
         let info = self.info()?;
@@ -149,7 +150,7 @@ impl Core {
                     found.insert(nsid, ns);
                 }
                 Ok(None) => {}
-                // A namespace that cannot be identified does not take the others along.
+                // A namespace that cannot be identified does not affect the others.
                 Err(NvmeError::Status { status, .. }) => {
                     unknown |= !status.do_not_retry();
                     tracing::warn!(device = self.name(), nsid, %status, "namespace not identified");
@@ -159,21 +160,22 @@ impl Core {
         }
         let mut listed = BTreeMap::new();
         for (nsid, mut now) in found {
-            // Handles stay good over a reset or a rescan, and come back with their namespace.
+            // Handles stay valid over a reset or a rescan, and again when their namespace comes
+            // back.
             if let Some(before) = remembered.get(&nsid)
                 && now.is_same(before)
             {
-                now.title = before.title.clone();
-                now.title.restore(self.number);
+                now.validity = before.validity.clone();
+                now.validity.restore(self.number);
             }
             listed.insert(nsid, Arc::new(now));
         }
         for (nsid, before) in remembered.iter() {
             if listed
                 .get(nsid)
-                .is_none_or(|now| !now.title.is_shared_with(&before.title))
+                .is_none_or(|now| !now.validity.is_shared_with(&before.validity))
             {
-                before.title.withdraw();
+                before.validity.withdraw();
             }
         }
         remembered.extend(listed.iter().map(|(nsid, ns)| (*nsid, Arc::clone(ns))));
@@ -215,7 +217,7 @@ impl Core {
         Ok((1..=u32::try_from(count).unwrap_or(0)).collect())
     }
 
-    /// `None`: inactive.
+    /// Identifies a namespace. Returns `None` when it is inactive.
     fn identify_namespace(&self, info: &Info, nsid: u32) -> Result<Option<Namespace>, NvmeError> {
         let page = self.identify_page(Cns::NAMESPACE, nsid)?;
         let identify = IdentifyNamespace::read_from_bytes(&page)
@@ -227,7 +229,7 @@ impl Core {
         if (info.version.mjr(), info.version.mnr()) >= (1, 3) {
             match self.identify_page(Cns::NS_DESCRIPTORS, nsid) {
                 Ok(page) => descriptors = ns_descriptors(&page),
-                // Without them another namespace might pass for the one that was here.
+                // Without the descriptors another namespace could be taken for the earlier one.
                 Err(NvmeError::Status { status, .. }) if status.may_pass() => {
                     return Err(NvmeError::Status {
                         device: self.name().to_owned(),
@@ -250,7 +252,7 @@ impl Core {
         }
         let id = &info.identify;
         let one_more = |z: u16| u32::from(z) + 1;
-        // NSFEAT bit 1: the namespace's own atomicity fields count.
+        // NSFEAT bit 1: the namespace has its own atomicity fields.
         let own = identify.nsfeat & 2 != 0;
         let atomic = |own_z: u16, all_z: u16| {
             if own {
@@ -261,7 +263,7 @@ impl Core {
         };
         Ok(Some(Namespace {
             limits: limits(info, nsid, &identify, unusable.is_none(), self.page_shift),
-            title: Title::of(self.number),
+            validity: FormatValidity::of(self.number),
             atomic_blocks: atomic(identify.nawun_z.get(), id.awun_z.get()),
             atomic_power_blocks: atomic(identify.nawupf_z.get(), id.awupf_z.get()),
             write_cache: info.write_cache,
@@ -272,7 +274,7 @@ impl Core {
     }
 }
 
-/// Why a namespace's format cannot be used.
+/// Returns the reason why a namespace's format cannot be used, if there is one.
 fn unusable(
     identify: &IdentifyNamespace,
     descriptors: &[NsDescriptor],
@@ -321,8 +323,8 @@ fn limits(
     let transfer = u32::try_from(info.transfer_bytes >> shift)
         .unwrap_or(1)
         .clamp(1, 65_536);
-    // Size limits of commands without data: powers of two of the smallest page, 0 for none
-    // given. Without the field, MDTS is what older hosts keep to.
+    // Size limits of commands without data are powers of two of the smallest page; 0 means that
+    // none is given. Without the field, older hosts use MDTS.
     let sized = |exponent: Option<u8>| match exponent {
         None => transfer,
         Some(0) => 65_536,
@@ -363,7 +365,7 @@ fn limits(
             write_zeroes: oncs & Oncs::WRITE_ZEROES != 0,
             deallocate: oncs & Oncs::DATASET_MANAGEMENT != 0,
             verify: oncs & Oncs::VERIFY != 0,
-            // Descriptor format 0 must be among those supported, and the limits be given.
+            // The controller must support descriptor format 0 and give its limits.
             copy: oncs & Oncs::COPY != 0 && ns.mssrl.get() != 0 && ns.mcl.get() != 0,
         },
         usable,
@@ -371,18 +373,18 @@ fn limits(
 }
 
 impl Controller {
-    /// The controller's identify structure.
+    /// Reads the controller's identify structure.
     pub fn identify(&self) -> Result<IdentifyController, NvmeError> {
         Ok((*self.core.info()?.identify).clone())
     }
 
-    /// The active namespaces, in ascending order. They are listed at bring-up, after a reset,
-    /// and when the controller says that they changed.
+    /// Returns the active namespaces in ascending order. They are listed at bring-up, after a
+    /// reset, and when the controller reports that they changed.
     pub fn namespaces(&self) -> Vec<Arc<Namespace>> {
         self.core.namespaces.read().values().cloned().collect()
     }
 
-    /// One namespace.
+    /// Returns the active namespace with this identifier.
     pub fn namespace(&self, nsid: u32) -> Result<Arc<Namespace>, NvmeError> {
         let all = self.core.namespaces.read();
         all.get(&nsid).cloned().ok_or_else(|| {
@@ -399,7 +401,7 @@ impl Controller {
         })
     }
 
-    /// Lists the namespaces anew. Blocks for a few admin commands per namespace.
+    /// Lists the namespaces again. Blocks for a few admin commands per namespace.
     pub fn rescan(&self) -> Result<(), NvmeError> {
         self.core.wait_live()?;
         self.core.list_namespaces()

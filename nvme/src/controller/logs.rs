@@ -49,7 +49,7 @@ impl Core {
             }
             // This concerns all namespaces, since a controller may format all at once (FNA bit 0).
             for ns in self.namespaces.read().values() {
-                ns.title.withdraw();
+                ns.validity.withdraw();
             }
         }
         let result = run();

@@ -1,4 +1,4 @@
-//! From an I/O to commands: validation and splitting into what a command may carry.
+//! Validation of an I/O, and its division into commands.
 
 use std::sync::atomic::Ordering;
 
@@ -10,7 +10,7 @@ use crate::error::InvalidIo;
 use crate::namespace::CommandLimits;
 use crate::spec::{Command, IoFlags, IoOpcode};
 
-/// What is left to do of an I/O that takes more than the plain case of one command.
+/// The rest of an I/O that takes more than one plain command.
 #[derive(Debug)]
 pub(crate) enum Work {
     /// Consecutive blocks.
@@ -19,9 +19,9 @@ pub(crate) enum Work {
         flags: IoFlags,
         lba: u64,
         left: u64,
-        /// What a command is cut at.
+        /// Limits at which commands are cut.
         cut: Limits,
-        /// Byte of the data that comes next; `None`: the command has no data.
+        /// Byte of the data that comes next; `None` for a command without data.
         pos: Option<usize>,
     },
     /// Blocks to deallocate.
@@ -30,7 +30,7 @@ pub(crate) enum Work {
     Copy { from: u64, to: u64, left: u64 },
 }
 
-/// `blocks` from `lba` lie in the namespace and are not none.
+/// Checks that `blocks`, at least one, lie in the namespace from `lba` on.
 #[inline]
 pub(super) fn check_range(limits: &CommandLimits, lba: u64, blocks: u64) -> Result<(), InvalidIo> {
     if blocks == 0 {
@@ -46,7 +46,8 @@ pub(super) fn check_range(limits: &CommandLimits, lba: u64, blocks: u64) -> Resu
     }
 }
 
-/// A buffer is whole blocks and starts at a multiple of four bytes; returns its blocks.
+/// Checks that a buffer holds whole blocks and starts at a multiple of four bytes. Returns its
+/// blocks.
 #[inline]
 pub(super) fn check_segment(limits: &CommandLimits, s: &Segment) -> Result<u64, InvalidIo> {
     let mask = (1usize << limits.block_shift) - 1;
@@ -73,8 +74,8 @@ fn check_all(
     Ok(blocks)
 }
 
-/// Checks an I/O against its namespace and says what there is to do. Flush has no work: it is
-/// one plain command.
+/// Checks an I/O against its namespace and returns the work to do. A flush needs none: it is one
+/// plain command.
 pub(super) fn plan(limits: &CommandLimits, io: &Op) -> Result<Option<Work>, InvalidIo> {
     if !limits.usable {
         return Err(InvalidIo::Format(limits.nsid));
@@ -189,7 +190,7 @@ pub(super) fn plan(limits: &CommandLimits, io: &Op) -> Result<Option<Work>, Inva
         }
         Op::CompareAndWrite(_) => Err(InvalidIo::Unsupported("fused operations")),
         Op::Zone { .. } => Err(InvalidIo::Unsupported("zones")),
-        // The queue pair does the one itself, the controller the other.
+        // The queue pair performs an abort and the controller a reset.
         Op::Abort { .. } | Op::Reset => Err(InvalidIo::Unsupported("a command for it")),
         Op::Flush => Ok(None),
     }
@@ -205,7 +206,7 @@ impl Work {
         }
     }
 
-    /// Makes the next command; its data pointer or range list goes into the slot's area.
+    /// Makes the next command. Its data pointer or range list goes into the slot's list area.
     pub fn next_command(
         &mut self,
         limits: &CommandLimits,
@@ -235,7 +236,7 @@ impl Work {
                     n = (whole >> limits.block_shift) as u64;
                     *at += whole;
                     if whole < covered {
-                        // The pointer must describe what the command transfers.
+                        // The pointer must describe exactly what the command transfers.
                         point(&mut command, io, table, *at - whole, whole, style, area)?;
                     }
                 }

@@ -1,4 +1,4 @@
-//! The queue pair: submission and completion of the plain case, one command per I/O.
+//! The queue pair: submission and completion in the plain case of one command per I/O.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -26,28 +26,29 @@ use crate::spec::{
     BlocksIo, Command, Completion, IoFlags, IoOpcode, QueuePriority, Status, decode,
 };
 
-/// What a queue pair shall be like.
+/// Options of a queue pair.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct QueueOptions {
-    /// Commands in flight at most, 1 to 4095; fewer when the controller's queues are shorter.
+    /// Most commands in flight, 1 to 4095. It is lower when the controller's queues are shorter.
     pub depth: u16,
-    /// Class under weighted arbitration.
+    /// Priority class under weighted round robin arbitration.
     pub priority: QueuePriority,
-    /// Ask for an interrupt vector, so that [`QueuePair::wait`] can sleep until woken. Without
-    /// one it sleeps in short naps. Through VFIO the vector is switched off while completions
-    /// are found by polling; a controller in another process (vfio-user) interrupts for each.
+    /// Whether to use an interrupt vector, with which [`QueuePair::wait`] sleeps until the device
+    /// interrupts. Without one it sleeps in short naps. Through VFIO the vector is switched off
+    /// while the thread finds completions by polling; a controller in another process (vfio-user)
+    /// interrupts for each completion.
     pub interrupt: bool,
-    /// Place the submission queue in the controller's memory buffer, if it has one.
+    /// Whether to place the submission queue in the controller's memory buffer, if there is one.
     pub controller_memory: bool,
-    /// Count latencies, submission to completion. Off, it costs nothing.
+    /// Whether to record latencies, submission to completion. Costs nothing when it is off.
     pub histogram: bool,
-    /// A command without completion for this long is aborted, and if that does not help, the
-    /// controller reset.
+    /// Time after which a command without completion is aborted. If that does not help, the
+    /// controller is reset.
     pub timeout: Duration,
-    /// How often a command is sent again when its status allows it.
+    /// Most times that a command is sent again when its status allows it.
     pub max_retries: u8,
-    /// `wait` spins no longer than this before it sleeps.
+    /// Longest time that `wait` spins before it sleeps.
     pub spin_max: Duration,
 }
 
@@ -67,7 +68,7 @@ impl Default for QueueOptions {
 }
 
 impl QueueOptions {
-    /// The defaults with another depth.
+    /// Returns the default options with another depth.
     pub fn depth(depth: u16) -> QueueOptions {
         QueueOptions {
             depth,
@@ -76,27 +77,27 @@ impl QueueOptions {
     }
 }
 
-/// A submission and a completion queue, owned by one thread.
+/// A submission and a completion queue, which one thread owns.
 #[derive(Debug)]
 pub struct QueuePair {
     pub(crate) core: Arc<Core>,
-    /// The controller's number.
+    /// Number of the controller that made it.
     pub(crate) owner: u64,
     /// Keeps the controller enabled.
     pub(crate) _controller: Arc<Controller>,
     pub(crate) shared: Arc<QueueShared>,
-    /// The controller's state word under which the rings are good.
+    /// The controller's state word for which the rings are valid.
     pub(crate) seen: u64,
     pub(crate) dead: Option<Cause>,
     pub(crate) sq: SubmissionRing,
     pub(crate) cq: CompletionRing,
     pub(crate) slots: Slots,
     pub(crate) lists: Arc<DmaShared>,
-    /// The device's address of each slot's list.
+    /// The device address of each slot's list area.
     pub(crate) list_addresses: Vec<u64>,
     pub(crate) list_words: usize,
     pub(crate) table: Arc<AddressTable>,
-    /// The callers' I/Os, where the device may not see their buffers.
+    /// The callers' I/Os, where the device must not see their buffers.
     pub(crate) bounce: Option<Box<Bounce>>,
     pub(crate) style: PointerStyle,
     pub(crate) splits: Vec<Option<Box<Split>>>,
@@ -104,14 +105,14 @@ pub struct QueuePair {
     pub(crate) waiting_splits: VecDeque<u32>,
     pub(crate) retrying: VecDeque<(Instant, u16)>,
     pub(crate) backlog: Vec<IoCompletion>,
-    /// Who submitted what is in the slots, while commands are logged.
+    /// The span that submitted each slot's I/O, while commands are logged.
     pub(crate) spans: Vec<Option<tracing::Span>>,
     pub(crate) options: QueueOptions,
     pub(crate) epoch: Instant,
     pub(crate) polls: u32,
     pub(crate) next_tick_ms: u64,
     pub(crate) histogram: Option<Box<Histogram<u64>>>,
-    /// Completions are counted by latency or logged.
+    /// Whether latencies are recorded or commands are logged.
     pub(crate) observed: bool,
     pub(crate) stats: QueueStats,
     pub(crate) spin: Spin,
@@ -120,22 +121,22 @@ pub struct QueuePair {
 }
 
 impl QueuePair {
-    /// Queue identifier, from 1.
+    /// Returns the queue identifier, from 1.
     pub fn qid(&self) -> u16 {
         self.shared.qid
     }
 
-    /// Commands that can be in flight.
+    /// The largest number of commands in flight.
     pub fn depth(&self) -> usize {
         self.slots.len()
     }
 
-    /// Whether the submission queue lies in the controller's memory buffer.
+    /// Whether the submission queue is in the controller memory buffer.
     pub fn in_controller_memory(&self) -> bool {
         matches!(self.shared.sq_mem, QueueMem::Controller(..))
     }
 
-    /// I/Os that were accepted and not handed back yet.
+    /// Number of I/Os that were accepted and not handed back yet.
     pub fn in_flight(&self) -> usize {
         if !self.core.birth.is_here() {
             return 0;
@@ -145,12 +146,12 @@ impl QueuePair {
         self.slots.in_use() - in_splits + splits + self.backlog.len()
     }
 
-    /// The controller.
+    /// Returns the controller.
     pub fn controller(&self) -> &Arc<Controller> {
         &self._controller
     }
 
-    /// Counts since the queue pair was made.
+    /// Counters since the queue pair was made.
     pub fn stats(&self) -> QueueStats {
         QueueStats {
             sq_doorbells: self.sq.rings(),
@@ -159,17 +160,18 @@ impl QueuePair {
         }
     }
 
-    /// Latencies in nanoseconds, submission to completion, if they are counted.
+    /// Latencies in nanoseconds, submission to completion, if they are recorded.
     pub fn histogram(&self) -> Option<&Histogram<u64>> {
         self.histogram.as_deref()
     }
 
-    /// Accepts an I/O, to be handed back by [`poll`](Self::poll) with its tag. Never blocks and
-    /// does not ring the doorbell: `poll` does, once for all that was submitted before it.
+    /// Accepts an I/O, which [`poll`](Self::poll) hands back with its tag. Never blocks. Does not
+    /// ring the doorbell: `poll` does, once for everything that was submitted before it.
     ///
     /// # Errors
-    /// The I/O comes back when the queue is full or the controller is being reset ([`SubmitError::Busy`]), and when it is wrong
-    /// for the namespace or the controller is gone ([`SubmitError::Refused`]).
+    /// Returns the I/O when the queue is full or the controller is being reset
+    /// ([`SubmitError::Busy`]), and when the I/O is invalid for the namespace or the controller was
+    /// removed ([`SubmitError::Refused`]).
     #[inline]
     pub fn submit(&mut self, ns: &Namespace, tag: u64, io: Op) -> Result<(), SubmitError> {
         if self.must_catch_up() && !self.catch_up() {
@@ -184,7 +186,8 @@ impl QueuePair {
         self.submit_here(ns, tag, io)
     }
 
-    /// The controller is not as it was, or this is a forked child's copy of the queue pair.
+    /// Whether the controller's state has changed, or this is a forked child's copy of the queue
+    /// pair.
     #[inline]
     fn must_catch_up(&self) -> bool {
         self.core.state.load(Ordering::Acquire) != self.seen || !self.core.birth.is_here()
@@ -199,7 +202,7 @@ impl QueuePair {
         if self.slots.next().is_none() {
             return Err(SubmitError::Busy(io));
         }
-        // A copy would be as it must be: what is wrong with the buffers is said of them.
+        // A copy would be valid. An error has to be about the caller's buffers.
         if !Bounce::is_aligned(&io) {
             return self.submit_here(ns, tag, io);
         }
@@ -218,7 +221,7 @@ impl QueuePair {
 
     #[inline]
     fn submit_here(&mut self, ns: &Namespace, tag: u64, io: Op) -> Result<(), SubmitError> {
-        if !ns.title.is_of(self.owner) {
+        if !ns.validity.is_of(self.owner) {
             return Err(self.invalid(ns, io, InvalidIo::Stale(ns.limits.nsid)));
         }
         let Some((entry, segment)) = plain(&ns.limits, &io) else {
@@ -230,14 +233,14 @@ impl QueuePair {
         }
     }
 
-    /// Why an operation that would be right is not taken.
+    /// Refuses a valid operation, with the cause.
     #[cold]
     fn refuse(&self, ns: &Namespace, op: Op, cause: Cause) -> SubmitError {
         let error = cause.error(self.core.name(), ns.block_size(), &op, "");
         SubmitError::Refused(op, error)
     }
 
-    /// Why an operation can never be done.
+    /// Refuses an operation that can never be done.
     #[cold]
     fn invalid(&self, ns: &Namespace, op: Op, why: InvalidIo) -> SubmitError {
         let (device, detail) = (self.core.name(), why.to_string());
@@ -267,7 +270,7 @@ impl QueuePair {
         Ok(())
     }
 
-    /// A plain I/O whose data pointer takes the slot's list.
+    /// Submits a plain I/O whose data pointer needs the slot's list area.
     #[inline(never)]
     fn submit_listed(&mut self, ns: &Namespace, tag: u64, io: Op) -> Result<(), SubmitError> {
         let Some((entry, segment)) = plain(&ns.limits, &io) else {
@@ -282,7 +285,7 @@ impl QueuePair {
         }
     }
 
-    /// The pointer to a command's data by the slot's list.
+    /// Makes a command's data pointer in the slot's list area.
     fn point_by_list(&self, slot: u16, segment: Segment) -> Result<Pointer, NotMapped> {
         let at = usize::from(slot);
         let area = ListArea {
@@ -297,7 +300,7 @@ impl QueuePair {
         })
     }
 
-    /// Notes when a command was sent, and logs it, if that is wanted.
+    /// Records the time at which a command was sent, and logs it, if either is wanted.
     #[cold]
     fn observe_command(&mut self, slot: u16) {
         if self.histogram.is_some() {
@@ -325,8 +328,8 @@ impl QueuePair {
         }
     }
 
-    /// Rings the doorbells for what was submitted, and hands back what has ended. Never blocks.
-    /// Returns how many were added to `out`.
+    /// Rings the doorbells for submitted I/Os and hands back those that have ended. Never blocks.
+    /// Returns how many it added to `out`.
     #[inline]
     pub fn poll(&mut self, out: &mut Vec<IoCompletion>) -> usize {
         let before = out.len();
@@ -343,15 +346,15 @@ impl QueuePair {
     fn poll_here(&mut self, out: &mut Vec<IoCompletion>) -> usize {
         let before = out.len();
         if self.must_catch_up() && !self.catch_up() {
-            // The completion memory may be a later generation's by now; what it still holds of
-            // ours is taken when the reset is over.
+            // The completion memory may belong to a later generation by now. What it still holds of
+            // this one is taken when the reset has ended.
             out.append(&mut self.backlog);
             return out.len() - before;
         }
         if self.sq.is_dirty() || self.cq.wants_ack() {
             self.ring();
         }
-        // Bounded, whatever the device writes.
+        // The loop is bounded, whatever the device writes.
         for _ in 0..self.shared.cq_entries {
             let Some(completion) = self.cq.pop() else {
                 break;
@@ -384,8 +387,8 @@ impl QueuePair {
         out.append(&mut self.backlog);
     }
 
-    /// Writes the doorbells, unless a reset has begun: the registers may belong to another
-    /// generation of the queues by then.
+    /// Writes the doorbells, unless a reset has begun: the registers may then belong to another
+    /// generation of the queues.
     #[inline]
     pub(super) fn ring(&mut self) {
         let Self {
@@ -397,7 +400,7 @@ impl QueuePair {
             ..
         } = self;
         shared.ringing.while_in(&core.state, *seen, || {
-            // Room for completions before there is more to complete.
+            // Make room for completions before there are more commands to complete.
             if cq.wants_ack() {
                 cq.ack();
             }
@@ -405,8 +408,8 @@ impl QueuePair {
         });
     }
 
-    /// Takes one completion. What it says is checked: it must name this queue and a command
-    /// that is in flight, with its sequence number.
+    /// Takes one completion and checks it: it must name this queue and a command in flight, with
+    /// its sequence number.
     #[inline]
     pub(super) fn complete(&mut self, c: Completion, out: &mut Vec<IoCompletion>) {
         let plain = c.status().is_success()
@@ -420,7 +423,7 @@ impl QueuePair {
         }
     }
 
-    /// As [`complete`](Self::complete), whatever the completion is and whatever its I/O.
+    /// Handles every completion that [`complete`](Self::complete) does not.
     #[inline(never)]
     fn complete_other(&mut self, c: Completion, out: &mut Vec<IoCompletion>) {
         let named = self.slots.named_by(&c);
@@ -439,8 +442,8 @@ impl QueuePair {
         out.append(&mut self.backlog);
     }
 
-    /// A completion that no command of ours can have: the device cannot be trusted with
-    /// anything that is in flight, so its queues go.
+    /// Handles a completion that matches no command of ours. The device cannot be trusted with
+    /// anything in flight, so its queues are deleted by a reset.
     #[cold]
     fn impossible(&mut self, c: Completion) {
         self.core.request_reset(&format!(
@@ -500,7 +503,8 @@ impl QueuePair {
                 self.retrying.push_back((when, slot));
                 continue;
             }
-            // A new identifier: a late completion of the earlier attempt is not this one's.
+            // The slot gets a new identifier, so that a late completion of the earlier attempt is
+            // not taken for this one's.
             self.slots.rename(slot);
             let command = self.slots[slot].command();
             self.stats.retries += 1;
@@ -508,7 +512,7 @@ impl QueuePair {
         }
     }
 
-    /// Ends a command; the I/O ends with it unless it has other parts.
+    /// Ends a command. Its I/O ends too, unless it has other parts.
     pub(super) fn finish_command(&mut self, slot: u16, failure: Option<Cause>) {
         let entry = &mut self.slots[slot];
         let (tag, split, started_ns) = (entry.tag, entry.split, entry.started_ns);
@@ -546,7 +550,7 @@ impl QueuePair {
         }
     }
 
-    /// An I/O that is not a plain read or write of one command.
+    /// Submits an I/O that is not a plain read or write of one command.
     #[cold]
     fn submit_other(&mut self, ns: &Namespace, tag: u64, io: Op) -> Result<(), SubmitError> {
         if let Op::Abort { tag: target } = io {
@@ -576,7 +580,8 @@ impl QueuePair {
     }
 }
 
-/// A read or write of one buffer that fits one command as it is: the command, and its data.
+/// Returns the command and the data of a read or write of one buffer that fits one command as it
+/// is.
 #[inline]
 fn plain(limits: &CommandLimits, io: &Op) -> Option<(BlocksIo, Segment)> {
     let (op, lba, segment, flags) = match io {
