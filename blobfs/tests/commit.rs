@@ -401,7 +401,11 @@ fn an_unload_waits_for_changes_on_their_way() {
     let one = store.create(&CreateOptions::default()).unwrap();
     hang_root(&dev, &store, one);
     let its_store = store.clone();
-    let change = spawn(move || its_store.delete(one));
+    let change = spawn(move || {
+        let mut change = its_store.transaction();
+        change.delete(one);
+        change.commit().map(drop)
+    });
     wait_for("the root is held back", || dev.injections().is_empty());
     let its_store = store.clone();
     let unload = spawn(move || its_store.unload());
