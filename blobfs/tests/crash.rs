@@ -1,6 +1,7 @@
-//! Power cuts: for each operation of several steps, power is cut after every event on the device, with and
-//! without a volatile cache of which any part is lost. What is on the device is then as the format has it,
-//! so SPDK loads it; the store opens, passes the check, and holds the old or the new state.
+//! Tests of power cuts: for each operation of several steps, power is cut after every event on the
+//! device, with and without a volatile cache of which any part is lost. The content of the device
+//! then obeys the format, so SPDK loads it; the store opens, passes the check, and holds the old or
+//! the new state.
 
 mod common;
 
@@ -16,7 +17,7 @@ use rand::prelude::*;
 const CLUSTER: u64 = 8192;
 
 fn device(image: CrashImage, write_cache: bool, seed: u64) -> CrashDevice {
-    // Metadata pages are written whole or not at all: a torn one is another protocol's business.
+    // Metadata pages are written whole or not at all: this protocol does not cover torn ones.
     let options = CrashOptions {
         block_size: 4096,
         write_cache,
@@ -27,18 +28,18 @@ fn device(image: CrashImage, write_cache: bool, seed: u64) -> CrashDevice {
     CrashDevice::with_options(&options, image)
 }
 
-/// A device that can do other things than most.
+/// A device that supports other operations than most.
 #[derive(Debug, Clone, Copy)]
 enum Ability {
-    /// FUA, write zeroes and unmap.
+    /// It supports FUA, write zeroes and unmap.
     Usual,
     /// Only a flush makes anything durable.
     NoFua,
-    /// Copies by itself, which cannot carry FUA.
+    /// It copies by itself, which cannot carry FUA.
     Copies,
-    /// Nothing but reads, writes and flushes.
+    /// It supports only reads, writes and flushes.
     Plain,
-    /// Blocks of 512 bytes.
+    /// It has blocks of 512 bytes.
     SmallBlocks,
 }
 
@@ -68,7 +69,7 @@ fn load(dev: &CrashDevice) -> Blobstore {
     Blobstore::load(Arc::new(dev.clone()), &LoadOptions::default()).unwrap()
 }
 
-/// Everything that can be seen of a store.
+/// Describes everything that can be seen of a store.
 fn describe(store: &Blobstore) -> Vec<String> {
     assert_eq!(store.damaged(), []);
     let mut lines = listing(store);
@@ -96,7 +97,8 @@ fn describe(store: &Blobstore) -> Vec<String> {
     lines
 }
 
-/// After a power cut: the store opens and passes the check, and is the same after an orderly unload.
+/// Checks a state after a power cut: the store opens and passes the check, and is the same after an
+/// orderly unload.
 fn state_after(image: &CrashImage, allowed: &[&[String]], what: &str) {
     state_after_on(image, allowed, what, Ability::Usual);
 }
@@ -147,7 +149,8 @@ fn state_after_on(image: &CrashImage, allowed: &[&[String]], what: &str, ability
     );
 }
 
-/// A load that has something to mend is cut as well: the next one finds the old or the new state, too.
+/// Cuts the power in a load that has something to repair: the next load finds the old or the new
+/// state too.
 fn cut_in_the_load(image: &CrashImage, allowed: &[&[String]], what: &str, ability: Ability) {
     let dev = able(image.clone(), true, 5, ability);
     drop(load(&dev));
@@ -165,7 +168,7 @@ fn cut_in_the_load(image: &CrashImage, allowed: &[&[String]], what: &str, abilit
     }
 }
 
-/// A small store with a few blobs of all kinds, a long extent table among them.
+/// Makes a small store with a few blobs of all kinds, one of them with a long extent table.
 fn setup(table: bool) -> (CrashImage, Vec<BlobId>) {
     setup_on(&device(CrashImage::zeroed(4 << 20), false, 0), table)
 }
@@ -200,9 +203,9 @@ fn setup_on(dev: &CrashDevice, table: bool) -> (CrashImage, Vec<BlobId>) {
         );
         ids.push(id);
     }
-    // A cluster that holds nothing but zeroes.
+    // This cluster holds only zeroes.
     write(&store.open(ids[2]).unwrap(), 520 * CLUSTER, &[0; 4096]);
-    // A chain: snapshot a of blob 1, then b, then a clone of a.
+    // This is a chain: snapshot a of blob 1, then b, then a clone of a.
     let a = store.snapshot(ids[1], &[]).unwrap();
     write(&store.open(ids[1]).unwrap(), 2 * CLUSTER, &[21; 4096]);
     let b = store
@@ -214,7 +217,7 @@ fn setup_on(dev: &CrashDevice, table: bool) -> (CrashImage, Vec<BlobId>) {
     (dev.image(), ids)
 }
 
-/// Cuts power at every event of `op`.
+/// Cuts the power at every event of `op`.
 fn cut_everywhere(name: &str, op: impl Fn(&Blobstore, &[BlobId])) {
     let mut states = 0;
     for table in [true, false] {
@@ -271,7 +274,7 @@ fn cut_everywhere(name: &str, op: impl Fn(&Blobstore, &[BlobId])) {
                         points.position(),
                         points.len_events()
                     );
-                    // What was acknowledged is there, whatever of the rest is lost.
+                    // What was acknowledged is there, whatever part of the rest is lost.
                     let ended = points.position() == points.len_events();
                     let allowed: &[&[String]] = if ended { &[&new] } else { &[&old, &new] };
                     state_after_on(&image, allowed, &what, ability);
@@ -299,7 +302,7 @@ fn create() {
 
 #[test]
 fn resize() {
-    // Thick and thin, within an extent page and over its end, up and down.
+    // The blobs are thick and thin; the sizes stay in an extent page or cross its end, up and down.
     for (number, size) in [(0, 9), (0, 1), (2, 1030), (2, 513), (2, 400), (1, 2)] {
         cut_everywhere("resize", |store, ids| {
             store.open(ids[number]).unwrap().resize(size).unwrap();
@@ -307,7 +310,7 @@ fn resize() {
     }
 }
 
-/// Every page of a chain of several changes.
+/// Changes every page of a chain of several.
 #[test]
 fn xattrs_of_many_pages() {
     cut_everywhere("prepare", |store, ids| {
@@ -374,7 +377,7 @@ fn data_in_the_cache_become_durable_with_a_snapshot() {
     }
 }
 
-/// As the last, by an unload; and by a durable write where the device has no FUA.
+/// The same holds for an unload, and for a durable write if the device has no FUA.
 #[test]
 fn data_in_the_cache_become_durable_with_an_unload_and_a_durable_write() {
     for (ability, fua) in [
@@ -402,8 +405,8 @@ fn data_in_the_cache_become_durable_with_an_unload_and_a_durable_write() {
     }
 }
 
-/// On a device that tears at 512 bytes the super block is the old or the new one after every cut, also after a
-/// second cut while the load puts it back.
+/// On a device that tears at 512 bytes the super block is the old or the new one after every cut,
+/// also after a second cut while the load restores it.
 #[test]
 fn a_torn_super_block_is_put_together_again() {
     let torn_device = |image: CrashImage, write_cache: bool, seed: u64| {
@@ -452,7 +455,7 @@ fn a_torn_super_block_is_put_together_again() {
             let mut points = dev.crash_points();
             while points.advance().is_some() {
                 let open = points.unsettled().len();
-                // Every subset of two halves: one sector, all but one, at each place.
+                // These are subsets of two halves: one sector, all but one, at each place.
                 for cut in 0..=open {
                     for reverse in [false, true] {
                         let mut number = 0;
@@ -472,7 +475,7 @@ fn a_torn_super_block_is_put_together_again() {
                         let found = describe(&load(&second));
                         assert!(allowed.contains(&found), "{what}: {found:#?}");
                         states += 1;
-                        // A second cut, while the load writes.
+                        // This is a second cut, while the load writes.
                         let mut again = second.crash_points();
                         while again.advance().is_some() {
                             let open = again.unsettled().len();
@@ -499,7 +502,7 @@ fn a_torn_super_block_is_put_together_again() {
 
 #[test]
 fn first_write_to_a_thin_blob() {
-    // The content changes by the write itself, which is atomic here: one page, or one whole cluster.
+    // The write itself changes the content, and is atomic here: one page, or one whole cluster.
     cut_everywhere("write", |store, ids| {
         let blob = store.open(ids[2]).unwrap();
         let mut buf = pumice_bdev::DmaBuf::new(8192).unwrap();
@@ -511,7 +514,7 @@ fn first_write_to_a_thin_blob() {
 #[test]
 fn copy_on_write() {
     cut_everywhere("copy on write", |store, ids| {
-        // Writes what is there already: the cluster moves, the content stays.
+        // This writes what is there already: the cluster moves, and the content stays.
         let blob = store.open(ids[1]).unwrap();
         let same = read(&blob, 5 * CLUSTER, 4096);
         write(&blob, 5 * CLUSTER, &same);
@@ -559,8 +562,8 @@ fn inflate_and_decouple() {
     cut_everywhere("decouple", |store, ids| store.decouple(ids[1]).unwrap());
 }
 
-/// A power cut while the state that an earlier one left is mended, by a load or by a repair, is mended by
-/// the next.
+/// A power cut while the state that an earlier one left is repaired, by a load or by a repair, is
+/// repaired by the next.
 #[test]
 fn mending() {
     type Op = fn(&Blobstore, &[BlobId]);
@@ -653,15 +656,16 @@ fn grow() {
     }
 }
 
-/// Everything but the counts: what a growth of the metadata must not change.
+/// Describes everything except the counts, which a growth of the metadata changes.
 fn blobs_of(store: &Blobstore) -> Vec<String> {
     let mut lines = describe(store);
     lines.pop();
     lines
 }
 
-/// Cuts power everywhere in a growth of the metadata region: the same blobs under the same ids before and
-/// after, whatever part of the unsettled writes is lost, and after a second cut while it is mended.
+/// Cuts the power everywhere in a growth of the metadata region: the same blobs have the same ids
+/// before and after, whatever part of the writes that are not durable is lost, and after a second
+/// cut during the repair.
 fn cut_growth(name: &str, base: &CrashImage, op: impl Fn(&Blobstore), moves: bool) {
     for (block_size, tear_bytes, write_cache) in
         [(4096, 4096, false), (4096, 4096, true), (512, 512, true)]
@@ -701,7 +705,7 @@ fn cut_growth(name: &str, base: &CrashImage, op: impl Fn(&Blobstore), moves: boo
                 let store = load(&first);
                 assert_eq!(blobs_of(&store), old, "{what}");
                 grown += u32::from(store.super_block().md_len.get() != md_len);
-                // A second growth, cut once more.
+                // A second growth is cut once more.
                 op(&store);
                 drop(store);
                 let mut second = first.crash_points();
@@ -721,7 +725,7 @@ fn cut_growth(name: &str, base: &CrashImage, op: impl Fn(&Blobstore), moves: boo
     }
 }
 
-/// As [`state_after`], for a store whose counts may be the old or the new ones.
+/// Checks as [`state_after`] does, for a store whose counts may be the old or the new ones.
 fn state_of(image: &CrashImage, old: &[String], tear_bytes: u32, what: &str) {
     if tear_bytes == 4096 {
         strict::parse_of(&image.to_vec(), what);
@@ -731,7 +735,7 @@ fn state_of(image: &CrashImage, old: &[String], tear_bytes: u32, what: &str) {
     let report = check(&as_dyn).unwrap_or_else(|error| panic!("{what}: {error}"));
     assert_eq!(report.worst(), None, "{what}: {:?}", report.findings);
     let store = load(&dev);
-    // All free clusters and pages can be had, and none of them is anybody's.
+    // All free clusters and pages can be allocated, and none of them belongs to anybody.
     let clusters = store.free_clusters();
     let more = CreateOptions {
         num_clusters: clusters,
@@ -774,14 +778,15 @@ fn grow_of_the_metadata_by_a_move() {
     }
 }
 
-/// A write that fails anywhere in a growth: the store goes on as it was, and a load finds the same blobs.
+/// When a write fails anywhere in a growth, the store goes on as it was, and a load finds the same
+/// blobs.
 #[test]
 fn a_growth_of_the_metadata_that_fails_changes_nothing() {
     use pumice_bdev::OpKind;
     use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
     let (base, _) = setup(true);
     let mut failed = 0;
-    // The super block, then places of the new region.
+    // This is the super block, then places of the new region.
     for lba in [0, 300, 320, 340, 360, 400] {
         let crash = device(base.clone(), true, 7);
         let dev = Arc::new(ErrorDevice::new(None, Arc::new(crash.clone())));
@@ -815,7 +820,7 @@ fn a_growth_of_the_metadata_that_fails_changes_nothing() {
 
 #[test]
 fn grow_of_the_metadata_in_place() {
-    // An empty store's region is followed by free clusters.
+    // Free clusters follow an empty store's region.
     let dev = device(CrashImage::zeroed(4 << 20), false, 0);
     let opts = InitOptions {
         cluster_size: 8192,
@@ -836,7 +841,7 @@ fn grow_of_the_metadata_in_place() {
     );
 }
 
-/// A device that is so much larger that the cluster mask has no room: masks and region move, too.
+/// When a device grows so much that the cluster mask has no room, masks and region move too.
 #[test]
 fn grow_that_moves_the_masks() {
     let dev = device(CrashImage::zeroed(4 << 20), false, 0);
@@ -907,7 +912,7 @@ fn init() {
                     _ => rng.random_bool(0.5),
                 });
                 let after = device(image.clone(), false, 0);
-                // The old store, none, or the new one, which is empty.
+                // It is the old store, none, or the new one, which is empty.
                 match Blobstore::load(Arc::new(after.clone()), &LoadOptions::default()) {
                     Ok(store) if store.cluster_size() == 8192 => {}
                     Ok(_) => {

@@ -1,7 +1,8 @@
-//! Power cuts: after every event of a small workload, with subsets of what was not durable.
+//! Tests of power cuts: after every event of a small workload, with subsets of what was not
+//! durable.
 //!
-//! The device tears writes between blocks only; blocks are 4096 bytes, as long as there is no
-//! journal that could repair a torn page of metadata.
+//! The device tears writes between blocks only. Blocks have 4096 bytes, because there is no journal
+//! that could repair a torn page of metadata.
 
 mod common;
 
@@ -14,7 +15,7 @@ use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, OpenOptions};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-/// A file as it has to be: all of the first `synced` bytes, and perhaps more of `data`.
+/// The expected state of a file: all of the first `synced` bytes, and perhaps more of `data`.
 #[derive(Clone, Debug, PartialEq)]
 struct Promise {
     data: Arc<Vec<u8>>,
@@ -52,7 +53,7 @@ impl Work {
         format.cluster_size = 64 << 10;
         format.md_pages = Some(128);
         FileSystem::format(Arc::new(dev.clone()), &format).unwrap();
-        // Only what comes after counts.
+        // Only later events count.
         let dev = CrashDevice::with_options(&options, dev.image());
         let fs = FileSystem::mount(Arc::new(dev.clone()), &MountOptions::default()).unwrap();
         Work {
@@ -101,7 +102,7 @@ impl Work {
         let bytes: Vec<u8> = (0..len)
             .map(|i| first.wrapping_add(u8::try_from(i % 241).unwrap()))
             .collect();
-        // Open only now and then, so that tails are closed and opened again.
+        // The file is open only some of the time, so that tails are closed and opened again.
         f.append(&bytes).unwrap();
         Arc::make_mut(&mut self.now.get_mut(path).unwrap().data).extend(bytes);
         self.done();
@@ -154,7 +155,7 @@ impl Work {
         self.done();
     }
 
-    /// Removes or replaces a file that is open, writes on, and closes it.
+    /// Removes or replaces a file that is open, continues to write it, and closes it.
     fn orphan(&mut self, path: &str, replace: bool) {
         let f = self.fs.open(path, OpenOptions::READ).unwrap();
         if replace {
@@ -283,7 +284,7 @@ fn check(image: CrashImage, write_cache: bool, before: &State, after: &State, wh
             );
         }
     }
-    // It is good for going on: what is deleted comes back.
+    // It can be used: what is deleted becomes free.
     let is_dir = |p: &String| fs.stat(p).unwrap().is_dir;
     let mut all: Vec<String> = Vec::new();
     let mut dirs = vec![String::new()];

@@ -1,4 +1,5 @@
-//! A device that fails: nothing acknowledged is lost, errors come where they belong.
+//! Tests with a device that fails: nothing acknowledged is lost, and errors are reported where they
+//! belong.
 
 mod common;
 
@@ -14,7 +15,7 @@ fn setup() -> (Arc<ErrorDevice>, FileSystem) {
     setup_on(memory(64 << 20, 4096))
 }
 
-/// With a volatile write cache.
+/// Makes a mount on a device with a volatile write cache.
 fn setup_cached() -> (Arc<ErrorDevice>, FileSystem) {
     setup_on(Arc::new(CrashDevice::new(4096, 16 << 10, true, 5)))
 }
@@ -53,7 +54,7 @@ fn failed_write_behind_is_reported_and_sent_again() {
     assert!(matches!(error, FsError::Io { .. }), "{error}");
     assert!(error.to_string().contains("/f"), "{error}");
     dev.clear();
-    // What could not be written is still there to be read, and to be written.
+    // What could not be written can still be read, and written.
     let mut out = vec![0; data.len()];
     f.read_at(0, &mut out).unwrap();
     assert!(out == data);
@@ -91,7 +92,7 @@ fn an_old_version_of_a_block_never_replaces_a_newer_one() {
             f.append(&[n; 100]).unwrap();
             let _ = f.sync();
         }
-        // What is acknowledged in the end is all of it.
+        // All of it is acknowledged in the end.
         while f.sync().is_err() {}
         drop(f);
         let fs = again(&dev, fs);
@@ -113,7 +114,8 @@ fn a_full_buffer_that_cannot_be_sent_is_not_forgotten() {
     f.sync().unwrap_err();
     let rest = vec![2; (1 << 20) - 100];
     f.append(&rest).unwrap();
-    // The next byte needs a new buffer, and the old one cannot go: its first block has failed.
+    // The next byte needs a new buffer, and the old one cannot be written: its first block has
+    // failed.
     for _ in 0..3 {
         f.append(&[3]).unwrap_err();
         assert_eq!(f.len(), 1 << 20);
@@ -161,7 +163,7 @@ fn after_a_failed_flush_bytes_are_sent_again_or_reported_lost() {
     );
     small.allocate(0, 8 << 20).unwrap();
     large.allocate(0, 8 << 20).unwrap();
-    // In the device's cache, since nothing is synced yet.
+    // The bytes are in the device's cache, since nothing is synced yet.
     small.append(&[1; 8192]).unwrap();
     small.range_sync(0, 8192).unwrap();
     large.append(&[2; 3 << 20]).unwrap();
@@ -170,7 +172,7 @@ fn after_a_failed_flush_bytes_are_sent_again_or_reported_lost() {
     dev.inject(injection(OpKind::Flush, Failure::Fail, 1));
     let lost = small.sync().unwrap_err();
     assert!(lost.is_data_loss(), "{lost}");
-    // The device may have dropped what it had cached. A later flush succeeds and proves nothing.
+    // The device may have dropped what it had cached. A flush that succeeds later proves nothing.
     let before = fs.io_stats();
     small.sync().unwrap();
     let sent = fs.io_stats().since(&before);
@@ -184,7 +186,7 @@ fn after_a_failed_flush_bytes_are_sent_again_or_reported_lost() {
         let lost = large.sync().unwrap_err();
         assert!(lost.is_data_loss(), "{lost}");
     }
-    // Others are not concerned.
+    // Other files are not affected.
     let other = fs.open("/other", OpenOptions::CREATE).unwrap();
     other.append(&[3; 2 << 20]).unwrap();
     other.range_sync(0, 1 << 20).unwrap();
@@ -229,7 +231,7 @@ fn a_failed_read_fails_that_read() {
     dev.inject(injection(OpKind::Read, Failure::Fail, 1));
     let h = f.read_async(1 << 20, 5000).unwrap();
     assert!(h.read_into(&mut [0; 5000]).is_err());
-    // A read-ahead that fails is nobody's error.
+    // A readahead that fails is not an error of any caller.
     dev.inject(injection(OpKind::Read, Failure::Fail, 1));
     f.prefetch(2 << 20, 100_000).unwrap();
     assert_eq!(f.read_at(2 << 20, &mut out).unwrap(), 100);
@@ -243,7 +245,7 @@ fn a_failed_commit_keeps_the_old_name() {
         f.append(text.as_bytes()).unwrap();
         f.sync().unwrap();
     }
-    // One failed write of a metadata page is no reason to give up; many are.
+    // One failed write of a metadata page does not stop the file system; many do.
     dev.inject(injection(OpKind::Write, Failure::Fail, 100));
     assert!(fs.rename("/a", "/b").is_err());
     dev.clear();

@@ -1,5 +1,5 @@
-//! What was acknowledged is there, and what failed has changed nothing: one test for each way in
-//! which a device, or the lack of space, has broken that.
+//! What was acknowledged is there, and what failed has changed nothing. There is one test for each
+//! way in which a failing device, or the lack of space, has broken that.
 
 mod common;
 
@@ -18,7 +18,7 @@ use pumice_blobfs::fs::{Access, FileSystem, FormatOptions, FsError, MountOptions
 
 const MIB: usize = 1 << 20;
 
-/// Clusters of 1 MiB, so that it is known where data begin.
+/// Clusters of 1 MiB, so that the place of data is known.
 fn format_1m() -> FormatOptions {
     let mut format = FormatOptions::default();
     format.cluster_size = 1 << 20;
@@ -38,13 +38,13 @@ fn setup(write_behind_bytes: usize) -> (Arc<ErrorDevice>, FileSystem) {
     setup_with(base, &format_1m(), &options(write_behind_bytes))
 }
 
-/// With a volatile write cache.
+/// Makes a mount on a device with a volatile write cache.
 fn setup_cached() -> (Arc<ErrorDevice>, FileSystem) {
     let base = Arc::new(CrashDevice::new(4096, 16 << 10, true, 5));
     setup_with(base, &format_1m(), &MountOptions::default())
 }
 
-/// Small clusters and few metadata pages.
+/// Makes a mount with small clusters and few metadata pages.
 fn setup_small(md_pages: u32) -> (Arc<ErrorDevice>, FileSystem) {
     let mut format = FormatOptions::default();
     format.cluster_size = 64 << 10;
@@ -52,12 +52,12 @@ fn setup_small(md_pages: u32) -> (Arc<ErrorDevice>, FileSystem) {
     setup_with(memory(32 << 20, 4096), &format, &MountOptions::default())
 }
 
-/// The same where clusters are small and metadata pages few.
+/// Returns the blocks that hold data of files with the clusters and metadata pages of `setup_small`.
 fn small_data_blocks() -> Option<(u64, u64)> {
     Some((32, 1 << 20))
 }
 
-/// Blocks that hold data of files, not metadata.
+/// Returns the blocks that hold data of files, not metadata.
 fn data_blocks() -> Option<(u64, u64)> {
     Some((144, 1 << 20))
 }
@@ -65,7 +65,7 @@ fn data_blocks() -> Option<(u64, u64)> {
 #[test]
 fn an_append_of_several_mib_that_fails_changes_nothing() {
     let _limit = watchdog("a long append that fails", 120);
-    // With writes that are waited for, and with so many in memory that it takes long to fail.
+    // Writes are waited for, or so many are kept in memory that it takes long to fail.
     for write_behind in [1, 4 * MIB] {
         let (dev, fs) = setup(write_behind);
         let f = fs.open("/f", OpenOptions::CREATE).unwrap();
@@ -127,7 +127,7 @@ fn a_gap_after_a_failed_append_is_zeroes() {
 #[test]
 fn a_failed_write_stays_in_memory_through_a_failed_append_and_a_close() {
     let _limit = watchdog("a failed write, a failed append, a close", 120);
-    // The second way is a write past the end, whose gap fails.
+    // The second case is a write past the end, whose gap fails.
     for past_the_end in [false, true] {
         let mut opts = MountOptions::default();
         opts.cache_bytes = 64 << 10;
@@ -148,7 +148,7 @@ fn a_failed_write_stays_in_memory_through_a_failed_append_and_a_close() {
         failed.unwrap_err();
         drop(f);
         dev.clear();
-        // Something passes through the cache.
+        // This passes through the cache.
         assert!(all(&g) == vec![9; 2 * MIB]);
         let f = fs.open("/f", OpenOptions::READ).unwrap();
         assert_eq!(all(&f), [1; 76]);
@@ -201,7 +201,7 @@ fn a_read_that_is_overtaken_by_a_truncation_ends() {
         thread::spawn(move || f.read_at(0, &mut vec![0; len]).unwrap())
     };
     thread::sleep(Duration::from_millis(100));
-    // The truncation waits for the read ahead, whose clusters it gives back.
+    // The truncation waits for the readahead, whose clusters it frees.
     let cutter = {
         let f = f.clone();
         thread::spawn(move || f.truncate((MIB + 5050) as u64))
@@ -225,8 +225,8 @@ fn a_page_that_was_cut_short_by_an_old_end_of_the_file_hangs_nobody() {
     drop(f);
     let fs = again(&dev, fs);
     let f = fs.open("/f", OpenOptions::READ).unwrap();
-    // A read-ahead and a read of the last page are under way while the file grows. It has its clusters
-    // already: to give some back would wait for the reads.
+    // A readahead and a read of the last page are in flight while the file grows. It has its
+    // clusters already: freeing some would wait for the reads.
     f.allocate(0, 5 * MIB as u64).unwrap();
     dev.inject(hang(OpKind::Read, 2, None));
     f.prefetch(0, 4096).unwrap();
@@ -260,7 +260,7 @@ fn a_replacement_that_fails_throws_nothing_away() {
         f.sync().unwrap_err();
         f.append(&[3; 100]).unwrap();
         drop(f);
-        // Neither can be committed.
+        // Neither of them can be committed.
         dev.inject(fail(OpKind::Write, FOREVER, None));
         if unlink {
             fs.unlink("/f").unwrap_err();
@@ -332,7 +332,7 @@ fn allocated_space_is_kept_for_its_file() {
     while b.append(&vec![2; MIB]).is_ok() {}
     assert_eq!(a.allocated(), 8 << 20);
     a.append(&vec![1; 8 * MIB]).unwrap();
-    // What is left when the file has been closed is anybody's.
+    // What is left when the file has been closed may belong to anybody.
     let c = fs.open("/c", OpenOptions::CREATE).unwrap();
     fs.unlink("/a").unwrap();
     drop(a);
@@ -364,7 +364,7 @@ fn what_is_written_once_more_is_out_of_doubt() {
     assert!(f.sync().unwrap_err().is_data_loss());
     f.write_at(MIB as u64, &vec![5; 2 * MIB]).unwrap();
     f.sync().unwrap();
-    // The same for what is cut off.
+    // The same holds for what is cut off.
     f.append(&vec![6; 3 * MIB]).unwrap();
     f.range_sync(0, 6 << 20).unwrap();
     dev.inject(fail(OpKind::Flush, 1, None));
@@ -389,7 +389,7 @@ fn bytes_that_were_read_back_after_a_failed_flush_stay_in_doubt() {
     f.range_sync(0, 4096).unwrap();
     dev.inject(fail(OpKind::Flush, 1, None));
     assert!(f.sync().unwrap_err().is_data_loss());
-    // The buffer goes; the next one begins with what the device says.
+    // The buffer is dropped, and the next one begins with what the device returns.
     drop(f);
     let f = fs.open("/f", OpenOptions::READ).unwrap();
     f.invalidate(0, u64::MAX);
@@ -397,7 +397,7 @@ fn bytes_that_were_read_back_after_a_failed_flush_stay_in_doubt() {
     assert!(f.sync().unwrap_err().is_data_loss());
     f.write_at(50, &[3; 10]).unwrap();
     assert!(f.sync().unwrap_err().is_data_loss());
-    // What nobody can make durable can be given up, and is named.
+    // What cannot be made durable can be given up, and the error names it.
     drop(f);
     let lost = fs.unmount_anyway().unwrap();
     assert_eq!(lost.len(), 1);
@@ -440,7 +440,7 @@ fn a_device_without_fua_gets_its_flush() {
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     f.append(&[1; 5000]).unwrap();
     f.sync().unwrap();
-    // The power goes, and with it everything in the device's cache.
+    // The power is cut, and everything in the device's cache is lost.
     let mut points = base.crash_points();
     while points.advance().is_some() {}
     let image = points.image(&mut |_| false);
@@ -486,7 +486,8 @@ fn nobody_waits_for_a_writer_to_learn_of_a_file() {
         let f = f.clone();
         thread::spawn(move || f.append(&vec![1; 4 * MIB]))
     };
-    // It holds the append lock until the device goes on, which it does only after all of this.
+    // This thread holds the append lock until the device continues, which it does only after all of
+    // this.
     while f.allocated() == 0 || dev.injections()[0].count == FOREVER {
         thread::yield_now();
     }
@@ -518,7 +519,7 @@ fn a_block_that_cannot_be_written_stops_neither_truncation_nor_unmount() {
     f.sync().unwrap_err();
     let error = fs.unmount().unwrap_err();
     assert!(error.to_string().contains("/f"), "{error}");
-    // What fails is thrown away.
+    // What cannot be written is dropped.
     f.truncate(5000).unwrap();
     assert_eq!(all(&f), [1; 5000]);
     f.append(&vec![3; 2 * MIB]).unwrap();
@@ -526,7 +527,7 @@ fn a_block_that_cannot_be_written_stops_neither_truncation_nor_unmount() {
     f.truncate(0).unwrap();
     f.sync().unwrap();
     drop(f);
-    // And so it is with what nobody cut off, when the mount has to end.
+    // The same holds for what was not cut off when the mount must end.
     let f = fs.open("/g", OpenOptions::CREATE).unwrap();
     f.append(&[1; 5000]).unwrap();
     fs.unmount().unwrap_err();
@@ -607,7 +608,7 @@ fn a_full_host_is_told_to_the_next_append() {
     f.allocate(0, 16 << 20).unwrap();
     f.append(&[1; 100]).unwrap();
     full.store(true, Ordering::Release);
-    // A second buffer may be filled before it is known that the first has no place.
+    // A second buffer may be filled before it is known that there is no space for the first.
     let taken = (0..8)
         .take_while(|_| f.append(&vec![2; MIB]).is_ok())
         .count();
@@ -623,14 +624,14 @@ fn a_full_host_is_told_to_the_next_append() {
     assert!(content_of(&fs, "/f") == want);
 }
 
-/// The block of the root page of a file or directory.
+/// Returns the block of the root page of a file or directory.
 fn root_block(fs: &FileSystem, path: &str) -> (u64, u64) {
     let id = fs.stat(path).unwrap().blob_id.unwrap();
     let md_start = u64::from(fs.blobstore().super_block().md_start.get());
     (md_start + (id.0 & 0xffff_ffff), 1)
 }
 
-/// Whether the error says that the change may be done all the same.
+/// Whether the error says that the change may have been made all the same.
 fn is_open(e: &FsError) -> bool {
     e.to_string().contains("open")
 }

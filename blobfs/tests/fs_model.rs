@@ -1,5 +1,5 @@
-//! Random operations against a model that keeps everything in a map. Seeded: a failure names its
-//! seed; `PUMICE_SEED=n` runs that one alone, `PUMICE_ROUNDS=n` runs more of them.
+//! Random operations against a model that keeps everything in a map. A failure prints its seed:
+//! `PUMICE_SEED=n` runs that one alone, and `PUMICE_ROUNDS=n` runs more of them.
 
 mod common;
 
@@ -41,7 +41,7 @@ impl World {
         let dev: Arc<dyn BlockDevice> = if rng.random() {
             memory(len, block_size)
         } else {
-            // Completions late and out of order.
+            // Completions are late and out of order.
             let options = CrashOptions {
                 block_size,
                 write_cache: true,
@@ -418,7 +418,7 @@ fn run(seed: u64, steps: usize) {
             world.step();
         }
         world.remount();
-        // Everything can be given back.
+        // Everything can be freed.
         let paths: Vec<String> = world.names.keys().rev().cloned().collect();
         for path in paths {
             match world.names[&path] {

@@ -1,5 +1,6 @@
-//! One test for each bug that was planted in the file system and that no test had noticed, and for
-//! some of the same kinds. Operations are held back by the device, not by chance.
+//! One test for each bug that was planted in the file system and that no test had noticed, and
+//! tests for bugs of the same kinds. The device holds operations back, so the result does not
+//! depend on chance.
 
 mod common;
 
@@ -17,7 +18,7 @@ use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, OpenOptions, Re
 
 const MIB: usize = 1 << 20;
 
-/// Clusters of 1 MiB, so that it is known where data begin.
+/// Clusters of 1 MiB, so that the place of data is known.
 fn format_1m() -> FormatOptions {
     let mut format = FormatOptions::default();
     format.cluster_size = 1 << 20;
@@ -33,7 +34,7 @@ fn setup() -> (Arc<ErrorDevice>, FileSystem) {
     setup_on(memory(64 << 20, 4096))
 }
 
-/// Blocks that hold data of files, not metadata.
+/// Returns the blocks that hold data of files, not metadata.
 fn data_blocks() -> Option<(u64, u64)> {
     Some((144, 1 << 20))
 }
@@ -69,7 +70,7 @@ fn a_flush_does_not_cover_what_completes_while_it_is_under_way() {
     while !dev.injections().is_empty() {
         thread::yield_now();
     }
-    // The flush is under way. Now the write of the other file completes.
+    // The flush is in flight. Now the write of the other file completes.
     b.write_at(0, &[3; 4096]).unwrap();
     let before = fs.io_stats();
     dev.resume();
@@ -106,7 +107,7 @@ fn overwritten_bytes_are_durable_after_a_sync() {
     assert!(content_of(&fs, "/f") == want);
 }
 
-/// M23: cutting what was not synced makes nothing durable that was not written.
+/// M23: a truncation of what was not synced makes nothing durable that was not written.
 #[test]
 fn a_truncation_makes_no_length_durable_that_was_not_synced() {
     let _limit = watchdog("M23", 120);
@@ -152,8 +153,8 @@ fn a_read_only_mount_of_a_crashed_image_writes_nothing() {
     assert_eq!(crashed.len_events(), 0);
 }
 
-/// M47: what a reader got of a place that was cut off meanwhile is not given to it: it may be another
-/// file's by then.
+/// M47: a reader does not get the bytes of a place that was cut off meanwhile, because the place
+/// may belong to another file by then.
 #[test]
 fn a_reader_does_not_get_what_was_cut_off_meanwhile() {
     let _limit = watchdog("M47", 120);
@@ -212,7 +213,7 @@ fn what_was_cut_off_is_zeroes_when_the_file_grows_again() {
     }
 }
 
-/// M50: dropping a file from the cache spares what has not been written yet.
+/// M50: dropping a file from the cache keeps what has not been written yet.
 #[test]
 fn invalidation_spares_what_is_on_its_way() {
     let _limit = watchdog("M50", 120);
@@ -290,7 +291,7 @@ fn of_several_reads_the_one_that_failed_says_so() {
     }
 }
 
-/// The block of the device that a read of the file at `off` needs.
+/// Returns the block of the device that a read of the file at `off` needs.
 fn find_block(dev: &ErrorDevice, f: &pumice_blobfs::fs::File, off: u64) -> Option<u64> {
     let last = dev.info().num_blocks;
     let found = (144..last).step_by(256).find(|lba| {
@@ -329,8 +330,8 @@ fn a_passing_error_is_nobodys_error() {
     dev.clear();
 }
 
-/// As M18: the length that a sync makes durable is the one whose bytes it has written, not the one
-/// that the file has by then.
+/// Like M18: the length that a sync makes durable is the one whose bytes it has written, not the
+/// one that the file has by then.
 #[test]
 fn a_sync_covers_no_byte_that_was_appended_meanwhile() {
     let _limit = watchdog("a sync beside an append", 120);

@@ -1,7 +1,7 @@
 //! Power cuts in the middle of random operations: overwriting, gaps, truncation of what was not
-//! synced, replaced names, remounts; on devices with and without a write cache, FUA, write-zeroes and
-//! unmap, with blocks of 512 and of 4096 bytes. The power is cut once more while a mount recovers.
-//! Seeded: `PUMICE_SEED=n` runs one seed alone, `PUMICE_ROUNDS=n` runs more of them.
+//! synced, replaced names, remounts. The devices have or lack a write cache, FUA, write-zeroes and
+//! unmap, and have blocks of 512 or of 4096 bytes. The power is cut once more while a mount
+//! recovers. `PUMICE_SEED=n` runs one seed alone, and `PUMICE_ROUNDS=n` runs more of them.
 //!
 //! No write of 4096 bytes is torn: metadata has no journal that could repair that.
 
@@ -19,8 +19,8 @@ use pumice_blobfs::fs::{File, FileSystem, FormatOptions, MountOptions, OpenOptio
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-/// A file as it has to be: its first `synced` bytes are there. A byte is that of `data` or, if it was
-/// overwritten since the last sync, one that it was before.
+/// The expected state of a file: its first `synced` bytes are there. A byte is that of `data` or,
+/// if it was overwritten since the last sync, one that it was before.
 #[derive(Clone, Default)]
 struct Promise {
     data: Arc<Vec<u8>>,
@@ -82,7 +82,7 @@ impl Work {
         format.cluster_size = [16 << 10, 64 << 10][rng.random_range(0..2)];
         format.md_pages = Some(160);
         FileSystem::format(base, &format).unwrap();
-        // Only what comes after counts.
+        // Only later events count.
         let (dev, base) = kind.device(dev.image());
         let mut opts = MountOptions::default();
         opts.write_behind_bytes = [1, 32 << 20][rng.random_range(0..2)];
@@ -116,7 +116,7 @@ impl Work {
         format!("/{}", ["a", "b", "c", "d"][self.rng.random_range(0..4)])
     }
 
-    /// The file at a random path; making it is an operation of its own.
+    /// Returns the file at a random path. Making it is an operation of its own.
     fn file(&mut self) -> (String, File) {
         let path = self.path();
         if let Some(f) = self.handles.get(&path) {
@@ -313,7 +313,8 @@ fn differs(fs: &FileSystem, s: &State) -> Option<String> {
     None
 }
 
-/// Mounts the image, checks it, and what comes after; and once more with a cut in the recovery.
+/// Mounts the image, checks it, and checks the states that follow, also after a cut in the
+/// recovery.
 fn check(kind: &Kind, image: &CrashImage, states: [&State; 2], rng: &mut SmallRng, what: &str) {
     if rng.random_range(0..4) == 0 {
         let (dev, base) = kind.device(image.clone());
@@ -358,7 +359,7 @@ fn is_one_of(fs: &FileSystem, [before, after]: [&State; 2], what: &str) {
     }
 }
 
-/// It is as it has to be, no cluster has two owners, and everything can be given back.
+/// Checks that it is as expected, that no cluster has two owners, and that everything can be freed.
 fn end(fs: &FileSystem, states: [&State; 2], what: &str) {
     is_one_of(fs, states, what);
     let store = fs.blobstore();

@@ -1,4 +1,5 @@
-//! One operation is held back on the device: what has to wait for it waits, and nothing else does.
+//! Tests in which the device holds one operation back: what has to wait for it waits, and nothing
+//! else does.
 
 mod common;
 
@@ -19,7 +20,7 @@ use pumice_blobfs::blobstore::{
 };
 
 const CLUSTER: u64 = 16384;
-/// More than anything here takes; a hang is a failure.
+/// Longer than anything here takes: a hang is a failure.
 const LIMIT: Duration = Duration::from_secs(60);
 
 fn store_on(base: Arc<dyn BlockDevice>) -> (Arc<ErrorDevice>, Blobstore) {
@@ -45,7 +46,7 @@ fn blob(store: &Blobstore, num_clusters: u64, thin: bool) -> Blob {
     store.open(store.create(&opts).unwrap()).unwrap()
 }
 
-/// The next operation of a kind hangs; with `blob` only one that touches its first cluster.
+/// Makes the next operation of a kind hang; with `blob` only one that touches its first cluster.
 fn hang(dev: &ErrorDevice, op: OpKind, blob: Option<&Blob>) {
     let first = blob.map(|blob| blob.extents().lba(0).unwrap());
     dev.inject(Injection {
@@ -65,7 +66,7 @@ fn wait_for(what: &str, mut until: impl FnMut() -> bool) {
     }
 }
 
-/// A thread whose end can be asked for and waited for with a limit.
+/// A thread whose end can be polled, and waited for with a limit.
 struct Task<T> {
     thread: JoinHandle<T>,
     ended: mpsc::Receiver<()>,
@@ -82,7 +83,7 @@ fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Task<T
 }
 
 impl<T> Task<T> {
-    /// Is it still at it a good while later? Never wrong if it has to be.
+    /// Whether it is still running a while later. This is never wrong if it has to be.
     fn still_waits(&self) -> bool {
         self.ended.recv_timeout(Duration::from_millis(100)).is_err() && !self.thread.is_finished()
     }
@@ -93,7 +94,7 @@ impl<T> Task<T> {
     }
 }
 
-/// A write to the first cluster of the blob, held back by the device.
+/// Starts a write to the first cluster of the blob, which the device holds back.
 fn held_write(dev: &ErrorDevice, blob: &Blob, byte: u8) -> Task<()> {
     hang(dev, OpKind::Write, Some(blob));
     let blob = blob.clone();
@@ -102,7 +103,8 @@ fn held_write(dev: &ErrorDevice, blob: &Blob, byte: u8) -> Task<()> {
     writer
 }
 
-/// `op` on a blob waits for a write to it that is held back, and meanwhile the metadata can be used.
+/// Checks that `op` on a blob waits for a write to it that is held back, and that the metadata can
+/// be used meanwhile.
 fn waits_for_a_write(
     thin: bool,
     op: impl FnOnce(Blobstore, Blob) -> Result<(), Error> + Send + 'static,
@@ -114,7 +116,7 @@ fn waits_for_a_write(
     let (its_store, its_blob) = (store.clone(), blob.clone());
     let task = spawn(move || op(its_store, its_blob));
     assert!(task.still_waits(), "it does not wait for a write in flight");
-    // Others go on, all the while.
+    // Others continue all the while.
     let other = store.clone();
     let others = spawn(move || {
         for _ in 0..20 {
@@ -135,7 +137,7 @@ fn a_snapshot_waits_for_writes_in_flight() {
     let blob = waits_for_a_write(false, |store, blob| {
         store.snapshot(blob.id(), &[]).map(drop)
     });
-    // The write came before the snapshot, so it is in it.
+    // The write came before the snapshot, so the snapshot contains it.
     let store = blob.store();
     let snapshot = store
         .blobs()
@@ -198,7 +200,7 @@ fn the_deletion_of_a_snapshot_waits_for_writes_to_its_clone() {
     assert_eq!(read(&blob, 4096, 4096), [1; 4096]);
 }
 
-/// B4: a flush that the device has not ended when another thread unloads.
+/// B4: the device has not ended a flush when another thread unloads.
 #[test]
 fn a_flush_beside_an_unload_ends() {
     let (dev, store) = store_on(Arc::new(CrashDevice::new(4096, 2048, true, 1)));
@@ -211,7 +213,7 @@ fn a_flush_beside_an_unload_ends() {
     let other = store.clone();
     let unload = spawn(move || other.unload());
     assert!(unload.still_waits(), "an unload waits for I/O in flight");
-    // It waits without the metadata.
+    // It waits without holding the metadata.
     assert!(matches!(store.blobs()[..], []));
     dev.resume();
     unload.join("the unload").unwrap();
@@ -266,7 +268,8 @@ fn a_dropped_write_that_has_landed_is_not_waited_for() {
     assert!(start.elapsed() < Duration::from_secs(15));
 }
 
-/// Two writers of one cluster that is not there yet: it is taken once, and both halves are there.
+/// Two writers write to one cluster that is not allocated yet: it is allocated once, and both
+/// halves are there.
 #[test]
 fn two_writers_take_a_cluster_once() {
     let (_dev, store) = store();
@@ -303,7 +306,7 @@ fn two_writers_take_a_cluster_once() {
     }
 }
 
-/// First writes to a thin blob go on beside a thread that changes metadata in a loop.
+/// First writes to a thin blob continue beside a thread that changes metadata in a loop.
 #[test]
 fn first_writes_have_their_turn() {
     let (_dev, store) = store();
@@ -323,7 +326,7 @@ fn first_writes_have_their_turn() {
     looping.join("the loop");
 }
 
-/// B9: one device, one store.
+/// B9: one device carries one loaded store.
 #[test]
 fn a_device_is_loaded_once() {
     let dev = memory(8 << 20, 4096);
@@ -346,7 +349,7 @@ fn a_device_is_loaded_once() {
         busy(Blobstore::load(Arc::clone(dev), &read_only));
         busy(Blobstore::init(Arc::clone(dev), &opts));
     }
-    // Given up by an unload although a handle is left, and by a drop.
+    // An unload releases it although a handle is left, and so does a drop.
     a.unload().unwrap();
     let b = Blobstore::load(Arc::clone(&through), &read_only).unwrap();
     let c = Blobstore::load(Arc::clone(&dev), &read_only).unwrap();
@@ -376,7 +379,7 @@ fn a_read_only_store_takes_no_writes() {
             blob.id()
         })
         .collect();
-    // As after a crash: the store was not unloaded.
+    // The state is that after a crash: the store was not unloaded.
     let bytes = content(&dev);
     let copy = memory_with(&bytes, 4096);
     let opts = LoadOptions {
@@ -409,7 +412,7 @@ fn a_read_only_store_takes_no_writes() {
     assert!(content(&copy) == bytes, "it wrote");
 }
 
-/// B6: a blob that a transaction deletes cannot be changed by it.
+/// B6: a transaction cannot change a blob that it deletes.
 #[test]
 fn a_deleted_blob_is_not_changed_by_the_same_transaction() {
     let (_dev, store) = store();
@@ -466,7 +469,7 @@ fn a_blob_is_written_from_a_thread_local_that_goes() {
     let blob = blob(&store, 1, false);
     let its = blob.clone();
     let thread = spawn(move || {
-        // Whichever is dropped first: the channel of the thread or this.
+        // The channel of the thread and this may be dropped in either order.
         AT_END.with_borrow_mut(|at_end| at_end.0 = Some(its.clone()));
         write(&its, 0, &[8; 4096]);
     });
@@ -474,7 +477,7 @@ fn a_blob_is_written_from_a_thread_local_that_goes() {
     assert_eq!(read(&blob, 0, 4096), [9; 4096]);
 }
 
-/// B21: what one transaction creates is not a blob of another.
+/// B21: a blob that one transaction creates cannot be used in another.
 #[test]
 fn a_blob_of_another_transaction_is_refused() {
     let (_dev, store) = store();

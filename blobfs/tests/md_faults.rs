@@ -1,5 +1,5 @@
-//! Writes and flushes of metadata that fail: what fails has changed nothing, now and after the next load, and
-//! the store goes on when the device does.
+//! Tests in which writes and flushes of metadata fail: what fails has changed nothing, now and
+//! after the next load, and the store works when the device does.
 
 mod common;
 #[path = "common/flaky.rs"]
@@ -137,14 +137,15 @@ const CHANGES: [(&str, Change); 11] = [
     }),
 ];
 
-/// Every write and flush of every change fails: once, a few times, or until the fault is over; done or not.
+/// Lets every write and flush of every change fail: once, a few times, or until the fault is over;
+/// carried out or not.
 #[test]
 fn what_fails_has_changed_nothing_and_the_store_goes_on() {
     let (base, ids) = setup();
     let mut rounds = 0;
     for (name, change) in CHANGES {
         for (write_cache, fua) in [(false, true), (true, true), (true, false)] {
-            // How many there are, and the two states.
+            // These are the number of operations, and the two states.
             let plain = device(base.clone(), write_cache, fua);
             let counting = Flaky::new(Arc::new(plain.clone()));
             let store = load(counting.clone());
@@ -184,7 +185,8 @@ fn what_fails_has_changed_nothing_and_the_store_goes_on() {
                         let result = change(&store, &ids);
                         flaky.arm(None);
                         let undecided = matches!(result, Err(Error::Undecided(_)));
-                        // A write to a thin blob takes the cluster first; then the data may fail.
+                        // A write to a thin blob allocates the cluster first. After that the data
+                        // may fail.
                         let allowed = match &result {
                             Ok(()) => vec![&new],
                             Err(_) if name == "first write" => vec![&old, &new],
@@ -194,7 +196,7 @@ fn what_fails_has_changed_nothing_and_the_store_goes_on() {
                             let found = describe(&store);
                             assert!(allowed.contains(&&found), "{what}: {result:?}: {found:#?}");
                         }
-                        // Durable as it is, to one who loads it after a power cut.
+                        // The state is durable, as a load after a power cut shows.
                         let mut points = dev.crash_points();
                         while points.advance().is_some() {}
                         let image = points.image(&mut |_| false);
@@ -216,7 +218,7 @@ fn what_fails_has_changed_nothing_and_the_store_goes_on() {
                                 "{what}: after a cut: {found:#?}\n{result:?}"
                             );
                         }
-                        // The device works: so does the store.
+                        // The device works, and so does the store.
                         let made = store.create(&CreateOptions::default());
                         let made =
                             made.unwrap_or_else(|error| panic!("{what}: afterwards: {error}"));
@@ -290,7 +292,7 @@ fn passing_faults_of_data_pass() {
     assert_eq!(read(&blob, 0, 4096), [9; 4096]);
 }
 
-/// A device that takes no more writes: the store says so, is unloaded, and loads again.
+/// When a device accepts no more writes, the store says so, is unloaded, and loads again.
 #[test]
 fn a_store_that_stopped_says_so_at_the_unload() {
     let (base, ids) = setup();
@@ -311,13 +313,14 @@ fn a_store_that_stopped_says_so_at_the_unload() {
     assert!(matches!(store.unload(), Err(Error::Stopped(_))));
     assert!(matches!(store.unload(), Err(Error::Unloaded)));
     flaky.arm(None);
-    // Not in order, but whole; and given up, so that it can be loaded.
+    // It is not unloaded in order, but whole, and it is released, so that it can be loaded again.
     let store = load(flaky);
     assert!(!store.blobs().contains(&ids[2]));
     store.unload().unwrap();
 }
 
-/// A write that has timed out may still land: where it goes to is nobody else's until the next load.
+/// A write that has timed out may still reach the device, so its target belongs to nobody else
+/// until the next load.
 #[test]
 fn what_a_late_write_may_reach_is_given_to_nobody() {
     let (base, ids) = setup();
@@ -340,8 +343,8 @@ fn what_a_late_write_may_reach_is_given_to_nobody() {
     store.unload().unwrap();
 }
 
-/// A flush that failed says of what was written before it that it may be lost; a later one does not take
-/// that back.
+/// A flush that failed means that what was written before it may be lost. A later flush does not
+/// change that.
 #[test]
 fn a_failed_flush_stays_failed() {
     let (base, ids) = setup();
@@ -372,7 +375,7 @@ fn a_failed_flush_stays_failed() {
     store.snapshot(ids[0], &[]).unwrap();
 }
 
-/// The same when the flush that failed was one of the metadata.
+/// The same holds when the failed flush was one of the metadata.
 #[test]
 fn a_failed_flush_of_metadata_is_remembered_for_data() {
     let (base, ids) = setup();
@@ -390,8 +393,8 @@ fn a_failed_flush_of_metadata_is_remembered_for_data() {
     assert!(matches!(store.flush(), Err(Error::Lost(_))));
 }
 
-/// The metadata region is zeroed by writing: on a sparse image a command may only punch holes, and then the
-/// host may have no space for a page when it is first written.
+/// The metadata region is zeroed by writing. On a sparse image a command may only punch holes, and
+/// then the host may have no space for a page when it is first written.
 #[test]
 fn the_metadata_region_has_its_place_from_the_start() {
     let dev = Arc::new(ErrorDevice::new(None, memory(8 << 20, 4096)));

@@ -1,5 +1,5 @@
-//! Random operations on many blobs against a model in memory, with power cuts and reloads in between.
-//! The seed is in the message of a failure; `PUMICE_SEED` and `PUMICE_STEPS` run others.
+//! Random operations on many blobs against a model in memory, with power cuts and reloads in
+//! between. A failure prints the seed; `PUMICE_SEED` and `PUMICE_STEPS` run others.
 
 mod common;
 
@@ -19,7 +19,7 @@ const PAGE: u64 = 4096;
 const PAGES_PER_CLUSTER: usize = 2;
 const CLUSTER: u64 = PAGE * PAGES_PER_CLUSTER as u64;
 
-/// A blob: each page holds one value.
+/// A blob, each page of which holds one value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Model {
     pages: Vec<u8>,
@@ -87,7 +87,7 @@ fn children(blobs: &Blobs, id: BlobId) -> Vec<BlobId> {
         .collect()
 }
 
-/// Is the error one that a full store or a wrong request gives?
+/// Whether the error is one that a full store or a wrong request causes.
 fn refused(error: &Error) -> bool {
     matches!(
         error,
@@ -99,8 +99,8 @@ fn refused(error: &Error) -> bool {
     )
 }
 
-/// Does one random operation on the store and on the model. Tells whether a power cut in its middle leaves
-/// either the old or the new state.
+/// Performs one random operation on the store and on the model. Returns whether a power cut in its
+/// middle leaves either the old or the new state.
 fn step(store: &Blobstore, blobs: &mut Blobs, rng: &mut SmallRng) -> (String, bool) {
     let any = blobs.keys().copied().choose(rng);
     let kind = if blobs.len() < 3 {
@@ -174,12 +174,12 @@ fn step(store: &Blobstore, blobs: &mut Blobs, rng: &mut SmallRng) -> (String, bo
             let blob = store.open(id).unwrap();
             let result = blob.write_zeroes_at(first as u64 * PAGE, count as u64 * PAGE);
             expect(&result, writable);
-            // Zeroing is durable after a flush.
+            // Zeroes are durable after a flush.
             store.flush().unwrap();
             if result.is_ok() {
                 blobs.get_mut(&id).unwrap().pages[first..first + count].fill(0);
             } else if writable {
-                // A store that fills up on the way may have zeroed a part.
+                // A store that becomes full meanwhile may have zeroed a part.
                 let now = observe(store);
                 blobs.insert(id, now[&id].clone());
             }
@@ -325,7 +325,8 @@ fn run(seed: u64, steps: u32) {
             assert!(strict::parse_of(&dev.image().to_vec(), &context()).clean);
             store = Blobstore::load(Arc::new(dev.clone()), &LoadOptions::default()).unwrap();
         } else if cut < 4 {
-            // Power is cut, in the middle of the operation if that has to leave old or new.
+            // The power is cut, in the middle of the operation if that has to leave the old or the
+            // new state.
             let end = dev.len_events();
             let at = if atomic && cut < 3 {
                 rng.random_range(start..=end)

@@ -375,7 +375,7 @@ fn cannot_connect(device: &str, path: &Path, source: io::Error) -> TransportErro
             };
         }
         io::ErrorKind::ConnectionRefused => {
-            "nobody serves the socket any more: the controller's process has ended; start it again"
+            "nobody serves the socket: the controller's process has ended; start it again"
         }
         io::ErrorKind::PermissionDenied => {
             "no permission to connect to the socket: run as the user of the controller's process, or change the socket's mode"
