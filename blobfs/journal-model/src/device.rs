@@ -27,12 +27,12 @@ pub const PAGE0: usize = RING0 + RING;
 pub const DATA0: usize = PAGE0 + 2 * PAGES;
 pub const BLOCKS: usize = DATA0 + CLUSTERS * CB;
 
-/// What a block holds.
+/// The content of a block.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Cell {
     Zero,
     Data([u16; BB]),
-    /// One half of a metadata page; the page's CRC is good if both halves are of the same image.
+    /// One half of a metadata page. The page's CRC is good if both halves are of the same image.
     Half(Rc<Page>),
     /// Block `.0` of a batch; its CRC is good if all blocks are of the same batch.
     Part(usize, Rc<Batch>),
@@ -41,13 +41,13 @@ pub enum Cell {
         guard: bool,
         epoch: u32,
     },
-    /// What was here has rotted: it can be read, and its CRC is wrong.
+    /// The content has rotted: it can be read, and its CRC is wrong.
     Rotten,
     /// The device cannot read it.
     Unreadable,
 }
 
-/// What kind of device.
+/// The kind of a device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
     NoCache,
@@ -55,7 +55,7 @@ pub enum Kind {
     FlushOnly,
 }
 
-/// Who waits for an operation.
+/// The one that waits for an operation.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Owner {
     /// The batch's own blocks, or data that goes with it.
@@ -67,7 +67,7 @@ pub enum Owner {
     CheckFlush,
     CheckHead,
     CheckHeadFlush,
-    /// Somebody who is gone.
+    /// A process that has died.
     Nobody,
 }
 
@@ -163,14 +163,14 @@ impl Device {
         op
     }
 
-    /// What a read returns.
+    /// Returns the content that a read finds.
     pub fn read(&self, addr: usize) -> &Cell {
         self.cache[addr]
             .last()
             .map_or(&self.durable[addr], |(_, cell)| cell)
     }
 
-    /// Is a write of this block on its way? `forgotten`: also one that nobody waits for any more.
+    /// Whether a write of this block is in flight. With `forgotten`, also one that nobody waits for.
     pub fn busy(&self, addr: usize, forgotten: bool) -> bool {
         let counts = |op: &&Op| forgotten || op.owner != Owner::Nobody;
         self.flying
@@ -179,7 +179,7 @@ impl Device {
             .any(|op| op.writes.iter().any(|(at, _)| *at == addr))
     }
 
-    /// Does it all at once, durably.
+    /// Performs all writes at once, durably.
     pub fn put(&mut self, writes: &[(usize, Cell)]) {
         for (addr, cell) in writes {
             self.land(*addr, cell.clone(), false);
@@ -187,7 +187,7 @@ impl Device {
         self.make_durable(u64::MAX);
     }
 
-    /// The blocks on which a power cut has a choice, with the choices.
+    /// Returns the blocks on which a power cut has a choice, with the choices.
     pub fn choices(&self) -> Vec<(usize, Vec<Cell>)> {
         let mut found = Vec::new();
         for addr in 0..BLOCKS {
@@ -209,7 +209,7 @@ impl Device {
         found
     }
 
-    /// The device after a power cut in which `pick(number of choices)` was taken for each such block.
+    /// Returns the device after a power cut in which `pick(number of choices)` was taken for each such block.
     pub fn cut(&self, mut pick: impl FnMut(usize) -> usize) -> Device {
         let mut after = Device::new(self.kind);
         after.durable.clone_from(&self.durable);
@@ -220,7 +220,7 @@ impl Device {
         after
     }
 
-    /// The process dies: nobody waits for its operations any more, but they stay on their way.
+    /// Lets the process die: nobody waits for its operations, but they stay in flight.
     pub fn kill(&mut self) {
         for op in &mut self.flying {
             op.owner = Owner::Nobody;

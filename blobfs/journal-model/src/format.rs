@@ -40,13 +40,13 @@ pub enum Record {
         at: usize,
         byte: u16,
     },
-    /// What was carried from `from` on is void (a truncation, or a deletion: from 0).
+    /// Makes void what was carried from `from` on (a truncation, or a deletion: from 0).
     Cut {
         id: usize,
         generation: u32,
         from: usize,
     },
-    /// What was carried of this byte is void.
+    /// Makes void what was carried of this byte.
     Revoke {
         id: usize,
         generation: u32,
@@ -84,7 +84,7 @@ pub struct Head {
     pub upto: u32,
 }
 
-/// What recovery decides.
+/// The decisions of recovery.
 #[derive(Debug)]
 pub struct Verdict {
     /// None: torn, and not rebuilt.
@@ -95,11 +95,11 @@ pub struct Verdict {
     pub head: Head,
     /// The header's slot that may be overwritten.
     pub slot: usize,
-    /// Where the next batch goes.
+    /// Position of the next batch.
     pub pos: usize,
     pub seq: u32,
     pub pred: u64,
-    /// Why nothing may be written: the ring is damaged, and what has been found may not be all.
+    /// The reason why nothing may be written: the ring is damaged, and what has been found may not be all.
     pub damage: Option<String>,
 }
 
@@ -118,7 +118,7 @@ pub fn page_cells(id: usize, page: &Page) -> [(usize, Cell); 2] {
     ]
 }
 
-/// The block of byte `at` of a file, and the byte in it.
+/// Returns the block of byte `at` of a file, and the byte in it.
 pub fn locate(meta: &Meta, at: usize) -> Option<(usize, usize)> {
     let block = at / BB;
     let cluster = (*meta.map.get(block / CB)?)?;
@@ -162,7 +162,7 @@ fn apply(pages: &mut [Option<Page>], record: &Record) {
     }
 }
 
-/// The batches from the header's tail on, each with its place: by epoch, exact sequence and predecessor's CRC.
+/// Returns the batches from the header's tail on, each with its place: by epoch, exact sequence and predecessor's CRC.
 pub fn walk(dev: &Device, rules: &Rules, from: &Verdict) -> Vec<(usize, Rc<Batch>)> {
     let (mut pos, mut seq, mut pred) = (from.head.pos, from.head.seq, from.head.pred);
     let mut batches = Vec::new();
@@ -184,7 +184,7 @@ pub fn walk(dev: &Device, rules: &Rules, from: &Verdict) -> Vec<(usize, Rc<Batch
     batches
 }
 
-/// Is what follows the last batch, at `pos` and with the sequence `seq`, the end or damage? A power cut alone
+/// Tells the end from damage behind the last batch, at `pos` and with the sequence `seq`. A power cut alone
 /// leaves both headers whole, every block readable, and nothing behind a batch that is not whole.
 fn damage(dev: &Device, rules: &Rules, epoch: u32, pos: usize, seq: u32) -> Option<String> {
     if rules.damage_headers
@@ -210,7 +210,7 @@ fn damage(dev: &Device, rules: &Rules, epoch: u32, pos: usize, seq: u32) -> Opti
     ))
 }
 
-/// Reads the device and decides what is to be put in place. Pure: writes nothing.
+/// Reads the device and decides what to put in place. Writes nothing.
 pub fn recover(dev: &Device, rules: &Rules) -> Verdict {
     let (guard, first) = match dev.read(SUPER) {
         Cell::Super { guard, epoch } => (*guard, *epoch),
@@ -331,7 +331,7 @@ pub fn recover(dev: &Device, rules: &Rules) -> Verdict {
     verdict
 }
 
-/// What recovery does with the device after its verdict: steps, each durable before the next.
+/// Returns the steps of recovery after its verdict, each durable before the next.
 pub fn recovery_steps(verdict: &Verdict, rules: &Rules) -> Vec<(Vec<(usize, Cell)>, bool)> {
     let mut steps = Vec::new();
     if !verdict.guard || verdict.damage.is_some() {

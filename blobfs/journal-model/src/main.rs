@@ -27,7 +27,7 @@ use device::Kind;
 use rules::{MOST, Rules, table};
 use world::{Broken, KINDS, coverage, search};
 
-/// Tells all stories on all kinds of device. Gives the number of states, and the stories that are broken.
+/// Tells all stories on all kinds of device. Returns the number of states, and the stories that are broken.
 fn stories(rules: &Rules, budget: u64, aloud: bool) -> (u64, Vec<String>) {
     let (mut total, mut broken) = (0, Vec::new());
     for (name, story) in scenario::STORIES {
@@ -46,7 +46,7 @@ fn stories(rules: &Rules, budget: u64, aloud: bool) -> (u64, Vec<String>) {
     (total, broken)
 }
 
-/// How these rules break the promise: in a story, or in a walk.
+/// Returns how these rules break the promise: in a story, or in a walk.
 fn first_broken(rules: &Rules) -> Option<String> {
     let (_, told) = stories(rules, 300, false);
     if let Some(story) = told.first() {

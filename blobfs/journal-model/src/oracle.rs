@@ -52,11 +52,11 @@ pub struct Oracle {
     files: BTreeMap<u32, History>,
 }
 
-/// What a recovery found: generation, name and bytes of each file.
+/// The files that a recovery found: generation, name and bytes of each file.
 pub type Found = Vec<(u32, u8, Vec<u16>)>;
 
 impl Oracle {
-    /// From here on the promise is about what was found now.
+    /// Makes the promise about what was found now.
     pub fn rebase(found: &Found) -> Oracle {
         let mut oracle = Oracle {
             names: vec![found.iter().map(|(g, n, _)| (*n, *g)).collect()],
@@ -159,7 +159,7 @@ impl Oracle {
         }
     }
 
-    /// Is this an outcome that the promise allows?
+    /// Checks that the promise allows this outcome.
     pub fn check(&self, found: &Found) -> Result<(), String> {
         let names: Names = found.iter().map(|(g, n, _)| (*n, *g)).collect();
         if names.len() != found.len() || !self.names[self.acked_name..].contains(&names) {
@@ -179,7 +179,7 @@ impl Oracle {
 }
 
 impl History {
-    /// The shortest length that is allowed after this many truncations.
+    /// Returns the shortest length that is allowed after this many truncations.
     fn floor(&self, cuts: usize) -> usize {
         let before = if cuts == 0 {
             0

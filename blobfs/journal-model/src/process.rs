@@ -31,7 +31,7 @@ struct State {
     next: u16,
 }
 
-/// What a mount finds.
+/// The files that a mount finds.
 fn found(s: &State, r: &Rules) -> Vec<u16> {
     let mut bytes = s.device.clone();
     if r.epoch_checked && !s.epochs.contains(&s.epoch) {
@@ -95,7 +95,7 @@ fn steps(s: &State, op: usize, r: &Rules) -> Vec<State> {
     steps
 }
 
-/// Tries everything; how many states there were, and the first that breaks the promise.
+/// Tries everything. Returns the number of states, and the first that breaks the promise.
 pub fn search(r: &Rules) -> (u64, Option<String>) {
     fn go(s: &State, r: &Rules, path: &mut Vec<usize>, states: &mut u64) -> Option<String> {
         const NAMES: [&str; 6] = [

@@ -1,6 +1,6 @@
 //! The rules of the protocol as switches, and what the protocol is without each of them.
 
-/// When freed clusters and ids may be used again.
+/// The time at which freed clusters and ids may be used again.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Release {
     /// When the batch that frees them is composed.
@@ -9,7 +9,7 @@ pub enum Release {
     Durable,
 }
 
-/// When a page is journaled as a whole.
+/// The time at which a page is journaled as a whole.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Whole {
     Never,
@@ -19,7 +19,7 @@ pub enum Whole {
     SinceBegun,
 }
 
-/// When other bytes may go in place over carried ones.
+/// The time at which other bytes may go in place over carried ones.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Over {
     Free,
@@ -29,7 +29,7 @@ pub enum Over {
     NotInRing,
 }
 
-/// What happens when a data write fails and its batch does not.
+/// The effect of a data write that fails while its batch does not.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Failed {
     Ignored,

@@ -360,7 +360,7 @@ fn go(world: &World, story: &[Act], budget: &mut u64) -> Result<u64, (String, Ve
     Ok(states)
 }
 
-/// Tries a story; the number of states, or what is broken and how it came to that.
+/// Tries a story. Returns the number of states, or the broken promise and how it came to that.
 pub fn tell(
     kind: Kind,
     rules: &Rules,

@@ -27,7 +27,7 @@ fn crc32c(fields: Fields) -> u32 {
     !crc
 }
 
-/// What a reader takes a super block for, if it knows it.
+/// The state that a reader recognises in a super block, if it recognises one.
 fn recognise(first: Fields, crc: u32, neighbours: bool) -> Option<Fields> {
     let epochs = if neighbours {
         vec![first.2, first.2 + 1, first.2.wrapping_sub(1)]
@@ -50,7 +50,7 @@ fn recognise(first: Fields, crc: u32, neighbours: bool) -> Option<Fields> {
     None
 }
 
-/// Prints what is recognised; whether all of it is, with the neighbouring epochs.
+/// Prints what is recognised. Returns whether all of it is, with the neighbouring epochs.
 pub fn check() -> bool {
     let changes: [(&str, Fields, Fields); 5] = [
         ("guard set, same epoch", (VERSION, 1, 7), (GUARD, 0, 7)),

@@ -110,7 +110,7 @@ pub fn check(
 }
 
 impl World {
-    /// A copy, to try something else.
+    /// Makes a copy, to try something else.
     pub fn fork(&self) -> World {
         World {
             dev: self.dev.clone(),
@@ -341,7 +341,7 @@ impl World {
         Ok(true)
     }
 
-    /// One thing happens.
+    /// Lets one thing happen.
     fn step(&mut self) -> Result<bool, String> {
         let World {
             dev,
@@ -527,7 +527,7 @@ fn walk(kind: Kind, rules: &Rules, seed: u64, steps: usize) -> (u64, Option<Brok
 
 pub const KINDS: [Kind; 3] = [Kind::NoCache, Kind::Fua, Kind::FlushOnly];
 
-/// Walks until `budget` states have been checked, or enough walks are broken. Gives the states checked, the
+/// Walks until `budget` states have been checked, or enough walks are broken. Returns the states checked, the
 /// states until the first broken walk, how many were broken, and the shortest.
 pub fn search(
     rules: &Rules,
@@ -557,7 +557,7 @@ pub fn search(
     (states, first, broken, best)
 }
 
-/// What happens in walks of the whole protocol, so that one can see that something does.
+/// Counts what happens in walks of the whole protocol, so that one can see that something does.
 pub fn coverage(walks: u64) {
     let mut counts = std::collections::BTreeMap::<String, u64>::new();
     let mut laps = 0;

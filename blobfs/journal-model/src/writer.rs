@@ -24,7 +24,7 @@ pub struct File {
     pub jlen: usize,
     /// Per byte: 0 not in place, 1 in place but perhaps only in the cache, 2 durable in place.
     placed: Vec<u8>,
-    /// What `placed` was when the byte's synced value was overwritten.
+    /// The value of `placed` when the byte's synced value was overwritten.
     was_placed: Vec<u8>,
     /// Overwritten below `jlen` since the last sync.
     dirty: Vec<bool>,
@@ -848,7 +848,7 @@ impl Writer {
         self.settle(o, r);
     }
 
-    /// The write at `index` fails; `landed` of its blocks have landed all the same.
+    /// Lets the write at `index` fail, although `landed` of its blocks have landed.
     pub fn fail(&mut self, dev: &mut Device, r: &Rules, index: usize, landed: &[bool]) -> bool {
         let Owner::Batch(seq) = dev.flying[index].owner else {
             return false;
@@ -979,7 +979,7 @@ impl Writer {
         }
     }
 
-    /// The greatest sequence up to which everything is durable.
+    /// Returns the greatest sequence up to which everything is durable.
     fn durable_upto(&self) -> u32 {
         let done = self
             .ring
@@ -988,7 +988,7 @@ impl Writer {
         done.last().map_or(self.tail - 1, |info| info.batch.seq)
     }
 
-    /// The value that recovery would put at this byte, if a batch in the ring carries it.
+    /// Returns the value that recovery would put at this byte, if a batch in the ring carries it.
     fn carried(&self, generation: u32, at: usize) -> Option<u16> {
         let mut found = None;
         for info in &self.ring {
@@ -1017,7 +1017,7 @@ impl Writer {
         found
     }
 
-    /// Does a batch carry bytes that are nowhere else?
+    /// Whether a batch carries bytes that are nowhere else.
     fn owes(&self, info: &Info, r: &Rules) -> bool {
         let needed = 1;
         r.owed_pins_ring
@@ -1069,7 +1069,7 @@ impl Writer {
             })
     }
 
-    /// May this block of the file go to its place now?
+    /// Whether this block of the file may go to its place now.
     fn may_write(&self, dev: &Device, r: &Rules, id: usize, block: usize) -> bool {
         let file = self.files[id].as_ref().expect("checked");
         let meta = Meta {
