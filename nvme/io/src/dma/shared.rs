@@ -21,16 +21,15 @@ pub struct DmaShared {
 }
 
 impl DmaShared {
-    /// Takes `len` bytes of zeroes; `len` is a multiple of 8.
-    ///
-    /// # Panics
-    /// Panics when `len` is not a multiple of 8.
     #[cfg(test)]
     pub fn zeroed(len: usize) -> Result<DmaShared, DmaError> {
         DmaShared::zeroed_in(None, len)
     }
 
-    /// Takes memory as [`zeroed`](Self::zeroed) does, from a domain if one is named.
+    /// Takes `len` bytes of zeroes, from a domain if one is named; `len` is a multiple of 8.
+    ///
+    /// # Panics
+    /// Panics when `len` is not a multiple of 8.
     pub fn zeroed_in(domain: Option<&DmaDomain>, len: usize) -> Result<DmaShared, DmaError> {
         assert!(
             len.is_multiple_of(8),

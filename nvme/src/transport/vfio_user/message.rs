@@ -256,7 +256,7 @@ pub fn region_access(region: u32, offset: u64, count: u32, data: &[u8]) -> Vec<u
         .done()
 }
 
-/// Length of the fixed part of [`region_access`].
+/// Length of the fixed part of a region access.
 pub const REGION_ACCESS_LEN: usize = 16;
 
 /// Makes a protocol version with the capabilities as JSON, ended by a NUL.
