@@ -114,6 +114,7 @@ pub use device::{BlockDevice, DeviceInfo, HostSpace, IoChannel};
 pub use engine::{Engine, Refused};
 pub use error::BdevError;
 pub use executor::{AsyncChannel, Io, IoOutcome, join_all};
+pub use module::{Call, call_for};
 pub use pumice_io::dma::{DmaBuf, DmaError, DmaSlice};
 pub use pumice_io::process;
 pub use pumice_io::uri::{file_uri, parse_size};

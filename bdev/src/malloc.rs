@@ -16,7 +16,7 @@ use pumice_io::{Completion, IoError, IoErrorKind, Limits, Op, OpKind, OpSet, Sub
 
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
-use crate::module::Module;
+use crate::module::{Module, memory_params};
 use crate::queue::{Completed, refuse};
 use crate::uri::size_in_place;
 use crate::uuid;
@@ -509,6 +509,7 @@ impl Drop for MallocChannel {
 pub(crate) static MODULE: Module = Module {
     examples: &["malloc://1G"],
     open: |uri, _| open_uri(uri),
+    call: |_, info| Some(("bdev_malloc_create", memory_params(info))),
 };
 
 fn open_uri(uri: &mut Uri) -> Result<Arc<dyn BlockDevice>, BdevError> {

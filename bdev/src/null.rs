@@ -12,7 +12,7 @@ use pumice_io::{Completion, Op, OpKind, OpSet, SubmitError};
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
 use crate::malloc::check_geometry;
-use crate::module::Module;
+use crate::module::{Module, memory_params};
 use crate::queue::{Completed, refuse};
 use crate::uri::size_in_place;
 use crate::uuid;
@@ -97,6 +97,7 @@ impl IoChannel for NullChannel {
 pub(crate) static MODULE: Module = Module {
     examples: &["null://1T"],
     open: |uri, _| open_uri(uri),
+    call: |_, info| Some(("bdev_null_create", memory_params(info))),
 };
 
 fn open_uri(uri: &mut Uri) -> Result<Arc<dyn BlockDevice>, BdevError> {

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use pumice_io::sys::file as sys;
 use pumice_io::uri::Uri;
 use pumice_io::{Limits, OpKind, OpSet};
+use serde_json::json;
 
 use super::probe::{self, Backing, Discard};
 use super::{Shared, make};
@@ -18,7 +19,7 @@ use crate::contents::{self, Contents};
 use crate::device::{BlockDevice, DeviceInfo};
 use crate::error::BdevError;
 use crate::malloc::check_geometry;
-use crate::module::Module;
+use crate::module::{Call, Module};
 use crate::uuid;
 
 /// Longest wait for a living owner's lock: udev holds a lock for a moment when a device changes.
@@ -74,7 +75,35 @@ pub struct FileOptions {
 pub(crate) static MODULE: Module = Module {
     examples: &["file:///path?size=4G"],
     open: open_uri,
+    call,
 };
+
+/// The call of a configuration that makes the device again.
+fn call(uri: &mut Uri, info: &DeviceInfo) -> Option<Call> {
+    // The reader may have another working directory.
+    let path = uri.path();
+    let path = std::path::absolute(&path).unwrap_or(path);
+    let mut params = json!({
+        "name": info.name,
+        "filename": path.display().to_string(),
+        "block_size": info.block_size,
+    });
+    if !info.ops.has(OpKind::Write) {
+        params["readonly"] = json!(true);
+    }
+    // Parameters of our own stand for options that SPDK's method does not have.
+    if uri.flag("buffered").ok()? {
+        params["direct"] = json!(false);
+    }
+    if uri.flag("no_io_uring").ok()? {
+        params["io_uring"] = json!(false);
+    }
+    match uri.option("prealloc").as_deref() {
+        None | Some("off") => {}
+        Some(how) => params["prealloc"] = json!(how),
+    }
+    Some(("bdev_aio_create", params))
+}
 
 fn open_uri(uri: &mut Uri, how: crate::OpenOptions) -> Result<Arc<dyn BlockDevice>, BdevError> {
     let growing = how.grow_bytes().is_some();

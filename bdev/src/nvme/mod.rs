@@ -12,6 +12,7 @@ use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 use pumice_io::process::{Birth, PerProcess};
+use pumice_io::uri::Uri;
 use pumice_io::{IoError, Op, OpKind, OpSet};
 use pumice_nvme::spec::IdentifyController;
 use pumice_nvme::transport::{NvmeUri, TransportError};
@@ -21,7 +22,7 @@ use serde_json::{Value, json};
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
 use crate::flush_fault::FlushFault;
-use crate::module::Module;
+use crate::module::{Call, Module};
 use channel::NvmeChannel;
 use shared::{SharedChannel, SharedQueue};
 
@@ -250,7 +251,17 @@ pub(crate) static MODULE: Module = Module {
             false => uri.to_string(),
         })
     },
+    call,
 };
+
+/// The call of a configuration that attaches the controller again, with all its namespaces.
+fn call(uri: &mut Uri, info: &DeviceInfo) -> Option<Call> {
+    let (trtype, traddr) = address(&uri.to_string());
+    // The names are made again from the first part of this one.
+    let base = info.name.rsplit_once('n').map_or("", |(base, _)| base);
+    let params = json!({ "name": base, "trtype": trtype, "traddr": traddr });
+    Some(("bdev_nvme_attach_controller", params))
+}
 
 /// Opens one namespace by URI: the one that it names, or the only one.
 fn open_uri(uri: &str) -> Result<Arc<dyn BlockDevice>, BdevError> {

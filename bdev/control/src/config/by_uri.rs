@@ -2,10 +2,7 @@
 
 use std::sync::Arc;
 
-use pumice_bdev::{BdevError, BlockDevice, DeviceInfo, OpKind, OpenOptions};
-use pumice_io::uri::Uri;
-use pumice_nvme::transport::NvmeUri;
-use serde_json::{Value, json};
+use pumice_bdev::{BdevError, BlockDevice, OpenOptions, call_for};
 
 use super::app::{App, Created};
 
@@ -44,68 +41,10 @@ impl App {
     }
 }
 
-/// Returns the call that makes a device as `uri` did, or `None` for a module without one.
-fn call_for(uri: &str, info: &DeviceInfo) -> Option<(&'static str, Value)> {
-    let mut parsed = Uri::parse(uri, &[]).ok()?;
-    let uuid = pumice_bdev::uuid::format(&info.uuid);
-    let memory = json!({
-        "name": info.name,
-        "num_blocks": info.num_blocks,
-        "block_size": info.block_size,
-        "uuid": uuid,
-    });
-    let nvme = |trtype: &str, traddr: &str| {
-        // The names are made again from the first part's name.
-        let base = info.name.rsplit_once('n').map_or("", |(base, _)| base);
-        json!({ "name": base, "trtype": trtype, "traddr": traddr })
-    };
-    Some(match info.module {
-        "malloc" => ("bdev_malloc_create", memory),
-        "null" => ("bdev_null_create", memory),
-        "file" => {
-            // The reader may have another working directory.
-            let path = parsed.path();
-            let path = std::path::absolute(&path)
-                .unwrap_or(path)
-                .display()
-                .to_string();
-            let mut params = json!({
-                "name": info.name,
-                "filename": path,
-                "block_size": info.block_size,
-            });
-            if !info.ops.has(OpKind::Write) {
-                params["readonly"] = json!(true);
-            }
-            // Parameters of our own stand for options that SPDK's method does not have.
-            if parsed.flag("buffered").ok()? {
-                params["direct"] = json!(false);
-            }
-            if parsed.flag("no_io_uring").ok()? {
-                params["io_uring"] = json!(false);
-            }
-            match parsed.option("prealloc").as_deref() {
-                None | Some("off") => {}
-                Some(how) => params["prealloc"] = json!(how),
-            }
-            ("bdev_aio_create", params)
-        }
-        "nvme" => {
-            // The call makes all namespaces of the controller.
-            let address = NvmeUri::parse(uri).ok()?.address;
-            let params = match parsed.scheme() {
-                "vfio-user" => nvme("VFIOUSER", &address),
-                "soft" => nvme("SOFT", parsed.tail()),
-                _ => nvme("PCIe", &address),
-            };
-            ("bdev_nvme_attach_controller", params)
-        }
-        _ => return None,
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use pumice_bdev::DeviceInfo;
+
     use super::*;
     use crate::config;
 

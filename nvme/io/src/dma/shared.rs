@@ -21,6 +21,7 @@ pub struct DmaShared {
 }
 
 impl DmaShared {
+    /// Takes `len` bytes of zeroes from the process's arena.
     #[cfg(test)]
     pub fn zeroed(len: usize) -> Result<DmaShared, DmaError> {
         DmaShared::zeroed_in(None, len)
