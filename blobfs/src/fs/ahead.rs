@@ -6,14 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 use pumice_bdev::{IoError, Ticket};
 
-use super::core::Core;
 use super::error::{FsError, Result};
 use super::file::Open;
 use super::inode::Inode;
-use super::read::{Chunk, copy_chunks};
+use super::read::{Chunk, Reader, copy_chunks};
 
-/// One read of a read-ahead.
-const STEP: u64 = 256 << 10;
 /// First window of a reader that has turned out to be sequential.
 const FIRST: u64 = 64 << 10;
 
@@ -43,122 +40,49 @@ impl Pattern {
     pub fn passed(&self, end: u64) -> bool {
         end > self.marker.load(Ordering::Relaxed)
     }
-}
 
-impl Core {
     /// Before a read that is not in memory: detects sequential readers and starts the window.
-    pub fn ahead_of_miss(
-        &self,
-        ino: &Arc<Inode>,
-        pattern: &Pattern,
-        off: u64,
-        len: usize,
-        eager: bool,
-    ) {
-        let max = self.window_max();
+    pub fn missed(&self, reader: &Reader, ino: &Arc<Inode>, off: u64, len: usize, eager: bool) {
+        let max = reader.window_max();
         let end = off + len as u64;
         let page = super::frame::PAGE as u64;
-        let expected = pattern.next.swap(end, Ordering::Relaxed);
+        let expected = self.next.swap(end, Ordering::Relaxed);
         let sequential = eager
             || (expected != u64::MAX && off <= expected.next_multiple_of(page) && end > expected);
         if max == 0 || !sequential || end >= ino.len() {
-            pattern.marker.store(u64::MAX, Ordering::Relaxed);
-            pattern.window.store(0, Ordering::Relaxed);
+            self.marker.store(u64::MAX, Ordering::Relaxed);
+            self.window.store(0, Ordering::Relaxed);
             return;
         }
-        let window = (pattern.window.load(Ordering::Relaxed) * 2).clamp(FIRST.min(max), max);
-        pattern.window.store(window, Ordering::Relaxed);
-        self.extend_window(ino, pattern, end, end, window);
+        let window = (self.window.load(Ordering::Relaxed) * 2).clamp(FIRST.min(max), max);
+        self.window.store(window, Ordering::Relaxed);
+        self.extend(reader, ino, end, end, window);
     }
 
     /// After a read that passed the marker: the next window.
     #[cold]
-    pub fn ahead_of_hit(&self, ino: &Arc<Inode>, pattern: &Pattern, end: u64) {
-        let ahead = pattern.ahead.load(Ordering::Relaxed);
-        if end > ahead.saturating_add(self.window_max()) || ahead >= ino.len() {
-            pattern.marker.store(u64::MAX, Ordering::Relaxed);
+    pub fn hit(&self, reader: &Reader, ino: &Arc<Inode>, end: u64) {
+        let ahead = self.ahead.load(Ordering::Relaxed);
+        if end > ahead.saturating_add(reader.window_max()) || ahead >= ino.len() {
+            self.marker.store(u64::MAX, Ordering::Relaxed);
             return;
         }
         let window =
-            (pattern.window.load(Ordering::Relaxed) * 2).clamp(FIRST, self.window_max().max(FIRST));
-        pattern.window.store(window, Ordering::Relaxed);
-        pattern.next.store(end, Ordering::Relaxed);
-        self.extend_window(ino, pattern, end, ahead.max(end), window);
+            (self.window.load(Ordering::Relaxed) * 2).clamp(FIRST, reader.window_max().max(FIRST));
+        self.window.store(window, Ordering::Relaxed);
+        self.next.store(end, Ordering::Relaxed);
+        self.extend(reader, ino, end, ahead.max(end), window);
     }
 
-    fn window_max(&self) -> u64 {
-        (self.opts.read_ahead_bytes as u64).min(self.cache.stats().capacity_bytes / 8)
-    }
-
-    fn extend_window(&self, ino: &Arc<Inode>, pattern: &Pattern, end: u64, from: u64, window: u64) {
+    fn extend(&self, reader: &Reader, ino: &Arc<Inode>, end: u64, from: u64, window: u64) {
         let upto = (end + window).min(ino.len());
-        pattern.ahead.store(upto, Ordering::Relaxed);
-        pattern
-            .marker
+        self.ahead.store(upto, Ordering::Relaxed);
+        self.marker
             .store(upto.saturating_sub(window / 2), Ordering::Relaxed);
         if upto > from
-            && let Err(error) = self.prefetch(ino, from, upto - from)
+            && let Err(error) = reader.prefetch(ino, from, upto - from)
         {
             tracing::debug!(file = ino.path(), %error, "read-ahead failed");
-        }
-    }
-
-    /// Starts reads of what is not in memory of `[off, off + len)`, several at once, and returns.
-    pub fn prefetch(&self, ino: &Arc<Inode>, off: u64, len: u64) -> Result<()> {
-        self.check_mounted(|| ino.path())?;
-        let end = off.saturating_add(len).min(ino.len());
-        let mut at = off;
-        while at < end {
-            let step_end = (at / STEP * STEP + STEP).min(end);
-            let missing = ino.frames.first_missing(at, step_end);
-            if let Some(missing) = missing
-                && !self.is_ahead(ino, missing.start)
-            {
-                let want = usize::try_from(step_end - at).unwrap_or(0);
-                let mut runs = ino.ahead.lock();
-                runs.runs.retain(|(_, t)| !t.is_done());
-                let ticket = self.start_read(ino, at, want, true, |_| {})?;
-                if let Some(ticket) = ticket {
-                    runs.runs.push((missing.start..step_end, ticket));
-                }
-                ino.ahead_count.store(runs.runs.len(), Ordering::Release);
-            }
-            at = step_end;
-        }
-        Ok(())
-    }
-
-    fn is_ahead(&self, ino: &Inode, off: u64) -> bool {
-        ino.ahead_count.load(Ordering::Acquire) > 0
-            && ino
-                .ahead
-                .lock()
-                .runs
-                .iter()
-                .any(|(r, t)| r.contains(&off) && !t.is_done())
-    }
-
-    /// If a read that covers `off` is under way, waits for it.
-    pub fn wait_ahead(&self, ino: &Inode, off: u64) -> bool {
-        if ino.ahead_count.load(Ordering::Acquire) == 0 {
-            return false;
-        }
-        let ticket = {
-            let mut ahead = ino.ahead.lock();
-            ahead.runs.retain(|(_, t)| !t.is_done());
-            ino.ahead_count.store(ahead.runs.len(), Ordering::Release);
-            ahead
-                .runs
-                .iter()
-                .find(|(r, _)| r.contains(&off))
-                .map(|(_, t)| t.clone())
-        };
-        match ticket {
-            Some(ticket) => {
-                self.shared().wait(&ticket);
-                true
-            }
-            None => false,
         }
     }
 }
@@ -191,12 +115,14 @@ impl std::fmt::Debug for ReadHandle {
 impl ReadHandle {
     pub(crate) fn start(open: &Arc<Open>, off: u64, len: usize) -> Result<ReadHandle> {
         let core = &open.core;
-        core.check_mounted(|| open.ino.path())?;
+        core.vol.check_mounted(|| open.ino.path())?;
         let arrived: Arc<Arrived> = Arc::default();
         let slot = Arc::clone(&arrived);
         let keep = !open.is_direct();
         let epoch = open.ino.epoch.load(Ordering::Acquire);
-        let ticket = core.start_read(&open.ino, off, len, keep, move |r| *slot.lock() = Some(r))?;
+        let ticket = core
+            .reader
+            .start_read(&open.ino, off, len, keep, move |r| *slot.lock() = Some(r))?;
         Ok(ReadHandle {
             open: Arc::clone(open),
             off,
@@ -215,7 +141,7 @@ impl ReadHandle {
     /// Whether [`ReadHandle::read_into`] would return at once. Reaps completions; never blocks.
     pub fn poll(&self) -> bool {
         match &self.ticket {
-            Some(ticket) => self.open.core.shared().poll(ticket),
+            Some(ticket) => self.open.core.vol.shared().poll(ticket),
             None => true,
         }
     }
@@ -227,7 +153,7 @@ impl ReadHandle {
     /// Waits until the data is there.
     pub fn wait(&self) {
         if let Some(ticket) = &self.ticket {
-            self.open.core.shared().wait(ticket);
+            self.open.core.vol.shared().wait(ticket);
         }
     }
 
@@ -247,7 +173,7 @@ impl ReadHandle {
             None => Vec::new(),
         };
         if ino.epoch.load(Ordering::Acquire) != self.epoch {
-            return self.open.core.read_at(ino, self.off, out, false);
+            return self.open.core.reader.read_at(ino, self.off, out, false);
         }
         let len = ino.len();
         if self.off >= len {
@@ -260,8 +186,8 @@ impl ReadHandle {
         }
         // Evicted since: read what is left now.
         let keep = !self.open.is_direct();
-        let rest =
-            (self.open.core).read_at(ino, self.off + done as u64, &mut out[done..n], keep)?;
+        let reader = &self.open.core.reader;
+        let rest = reader.read_at(ino, self.off + done as u64, &mut out[done..n], keep)?;
         Ok(done + rest)
     }
 

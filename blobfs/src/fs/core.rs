@@ -1,186 +1,246 @@
-//! What all files of a mount share: device, blobstore, cache, counters.
+//! A mount: the rooms that it consists of, and how it ends.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use crossbeam::atomic::AtomicCell;
-use pumice_bdev::process::Birth;
-use pumice_bdev::{BlockDevice, Op, SharedChannels};
-
+use super::append::Appender;
+use super::buffers::Buffers;
 use super::cache::Cache;
-use super::durable::{Durability, lost};
-use super::error::{FsError, Result, SpaceKind};
+use super::durable::Durability;
+use super::error::{FsError, Result};
 use super::exit::Ended;
 use super::inode::Inode;
-use super::metered::Metered;
-use super::names::Namespace;
-use super::options::MountOptions;
-use crate::blobstore::{Blobstore, Error as StoreError};
+use super::life::Lives;
+use super::names::Names;
+use super::namespace::Namespace;
+use super::overwrite::Overwriter;
+use super::read::Reader;
+use super::space::Space;
+use super::sync::Syncer;
+use super::truncate::Truncater;
+use super::volume::{Phase, Volume};
+use super::writeback::Writeback;
 
-/// How far an unmount has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Phase {
-    /// There was none, or it has failed.
-    Mounted,
-    /// Nothing new begins; the files are being made durable and closed.
-    Ending,
-    /// The files are finished and the blobstore is not unloaded yet: an unmount that failed at the
-    /// last step goes on there.
-    Unloading,
-    /// The device has been given up.
-    Unmounted,
-}
-
-/// A mounted file system.
+/// A mounted file system. Each room owns its state; the later ones use those before.
 pub(crate) struct Core {
-    pub store: Blobstore,
-    pub metered: Arc<Metered>,
-    pub dev: Arc<dyn BlockDevice>,
+    pub vol: Arc<Volume>,
     pub cache: Arc<Cache>,
-    pub writes: Arc<Durability>,
-    pub names: Namespace,
-    pub opts: MountOptions,
-    pub phase: AtomicCell<Phase>,
-    /// In which process it was mounted: in a forked child it is the parent's.
-    pub born: Birth,
+    pub names: Arc<Names>,
+    pub reader: Arc<Reader>,
+    pub space: Arc<Space>,
+    pub buffers: Arc<Buffers>,
+    pub appender: Arc<Appender>,
+    pub overwriter: Overwriter,
+    pub truncater: Truncater,
+    pub syncer: Syncer,
+    pub lives: Arc<Lives>,
+    pub namespace: Namespace,
     /// Told when the mount has come to its end.
     pub ended: Arc<Ended>,
-    /// Bytes of a write to the device are a multiple of this.
-    pub block: usize,
-    pub cluster: u64,
-    pub write_cache: bool,
-    pub fua: bool,
     /// What the mount found wrong and left alone.
     pub problems: Vec<String>,
 }
 
 impl Core {
-    /// The error of a closed mount, or of a read-only one.
-    pub fn check_writable(&self, path: impl Fn() -> String) -> Result<()> {
-        self.check_mounted(&path)?;
-        if self.opts.read_only {
-            Err(FsError::ReadOnly { path: path() })
-        } else {
-            Ok(())
+    /// Builds the rooms.
+    pub fn new(
+        vol: Arc<Volume>,
+        cache: Arc<Cache>,
+        writes: Arc<Durability>,
+        names: Names,
+        problems: Vec<String>,
+    ) -> Core {
+        let names = Arc::new(names);
+        let reader = Arc::new(Reader {
+            vol: Arc::clone(&vol),
+            cache: Arc::clone(&cache),
+        });
+        let writeback = Arc::new(Writeback {
+            vol: Arc::clone(&vol),
+            writes,
+        });
+        let space = Arc::new(Space {
+            vol: Arc::clone(&vol),
+            writeback: Arc::clone(&writeback),
+            names: Arc::clone(&names),
+        });
+        let buffers = Arc::new(Buffers {
+            vol: Arc::clone(&vol),
+            reader: Arc::clone(&reader),
+            writeback: Arc::clone(&writeback),
+            space: Arc::clone(&space),
+        });
+        let appender = Arc::new(Appender {
+            vol: Arc::clone(&vol),
+            writeback: Arc::clone(&writeback),
+            space: Arc::clone(&space),
+            buffers: Arc::clone(&buffers),
+        });
+        let lives = Arc::new(Lives {
+            vol: Arc::clone(&vol),
+            names: Arc::clone(&names),
+            writeback: Arc::clone(&writeback),
+            buffers: Arc::clone(&buffers),
+        });
+        Core {
+            overwriter: Overwriter {
+                vol: Arc::clone(&vol),
+                reader: Arc::clone(&reader),
+                writeback: Arc::clone(&writeback),
+                space: Arc::clone(&space),
+                buffers: Arc::clone(&buffers),
+                appender: Arc::clone(&appender),
+            },
+            truncater: Truncater {
+                vol: Arc::clone(&vol),
+                reader: Arc::clone(&reader),
+                writeback: Arc::clone(&writeback),
+                space: Arc::clone(&space),
+                buffers: Arc::clone(&buffers),
+                appender: Arc::clone(&appender),
+            },
+            syncer: Syncer {
+                vol: Arc::clone(&vol),
+                writeback,
+                space: Arc::clone(&space),
+                buffers: Arc::clone(&buffers),
+            },
+            namespace: Namespace {
+                vol: Arc::clone(&vol),
+                names: Arc::clone(&names),
+                lives: Arc::clone(&lives),
+                cache: Arc::clone(&cache),
+            },
+            vol,
+            cache,
+            names,
+            reader,
+            space,
+            buffers,
+            appender,
+            lives,
+            ended: Arc::default(),
+            problems,
         }
     }
 
-    /// The error of a mount that was made by the process that this one was forked from. Asked before
-    /// any lock is taken: in a forked child its holder may not be there.
-    #[inline]
-    pub fn check_fork(&self) -> Result<()> {
-        if !self.born.is_here() {
-            return Err(self.forked());
+    /// Ends the use of every file: data and lengths durable, spare clusters back, blobs closed.
+    pub fn unmount(&self) -> Result<()> {
+        self.end(false).map(|_| ())
+    }
+
+    /// As [`Core::unmount`]; what cannot be made durable is given up, and returned.
+    pub fn unmount_anyway(&self) -> Result<Vec<FsError>> {
+        self.end(true)
+    }
+
+    fn end(&self, give_up: bool) -> Result<Vec<FsError>> {
+        self.vol.check_fork()?;
+        let _ops = self.names.ops.lock();
+        if self.vol.phase.load() == Phase::Unloading {
+            return self.unload().map(|()| Vec::new());
         }
+        self.vol
+            .check_mounted(|| self.vol.dev.info().name.clone())?;
+        let inodes = self.names.inodes();
+        if !self.vol.opts.read_only {
+            // The others are durable all the same if one fails.
+            let mut result = Ok(());
+            for ino in &inodes {
+                result = result.and(self.syncer.sync(ino));
+            }
+            if !give_up {
+                result?;
+            }
+        }
+        // From here on nothing new begins; what was appended meanwhile is written, too.
+        self.vol.phase.store(Phase::Ending);
+        let lost = match self.finish(&inodes, give_up) {
+            Ok(lost) => lost,
+            Err(e) => {
+                self.vol.phase.store(Phase::Mounted);
+                return Err(e);
+            }
+        };
+        self.vol.phase.store(Phase::Unloading);
+        self.unload()?;
+        Ok(lost)
+    }
+
+    /// The last step of an unmount, which can be repeated: the device is given up when it is done.
+    fn unload(&self) -> Result<()> {
+        match self.vol.store.unload() {
+            Ok(()) | Err(crate::blobstore::Error::Unloaded) => {}
+            Err(e) => return Err(self.vol.store_error("unmount", e)),
+        }
+        self.vol.phase.store(Phase::Unmounted);
+        self.vol.metered.release();
+        self.ended.set();
         Ok(())
     }
 
-    pub fn check_mounted(&self, path: impl Fn() -> String) -> Result<()> {
-        self.check_fork()?;
-        if self.phase.load() == Phase::Mounted {
-            Ok(())
-        } else {
-            Err(FsError::Unmounted { path: path() })
-        }
+    /// Whether an unmount has still something to do.
+    pub fn is_unfinished(&self) -> bool {
+        self.vol.born.is_here()
+            && matches!(self.vol.phase.load(), Phase::Mounted | Phase::Unloading)
     }
 
-    /// Turns a blobstore error into ours.
-    pub fn store_error(&self, context: impl Into<String>, e: StoreError) -> FsError {
-        store_error(context, e, self.store.available_clusters() * self.cluster)
-    }
-
-    /// The error of a commit; it says so if the change may have been made all the same.
-    pub fn commit_error(&self, what: String, e: StoreError) -> FsError {
-        let before = matches!(e, StoreError::Stopped(_));
-        let error = self.store_error(what.clone(), e);
-        // The store stops when it does not know what the device has.
-        let stopped = || {
-            let probe = self.store.transaction().commit();
-            matches!(probe, Err(StoreError::Stopped(_)))
-        };
-        if !before && stopped() {
-            let source = Arc::new(error);
-            return FsError::Undecided { what, source };
-        }
-        error
-    }
-
-    /// The channels that all threads share.
-    pub fn shared(&self) -> &SharedChannels {
-        self.store.shared().expect("they were opened at the mount")
-    }
-
-    /// Makes every completed write up to `seq` durable. Concurrent callers share flushes.
-    pub fn flush_upto(&self, seq: u64) -> Result<()> {
-        if !self.write_cache {
-            return Ok(());
-        }
-        self.writes.flushes.cover(seq, || {
-            self.shared().run(vec![Op::Flush]).map_err(|e| {
-                // Others have been noted where they came back from the device.
-                if e.is_retryable() {
-                    self.writes.flush_failed(&e);
+    fn finish(&self, inodes: &[Arc<Inode>], give_up: bool) -> Result<Vec<FsError>> {
+        let mut lost = Vec::new();
+        if !self.vol.opts.read_only {
+            for ino in inodes {
+                ino.tail.lock().stop_fast_path();
+                match self.syncer.sync_inner(ino) {
+                    Ok(()) => {}
+                    Err(e) if give_up => {
+                        tracing::error!(error = %e, "bytes that could not be made durable are given up");
+                        self.give_up_bytes(ino);
+                        lost.push(e);
+                    }
+                    Err(e) => return Err(e),
                 }
-                lost(&e)
-            })
-        })
-    }
-
-    /// Writes zeroes over `[off, off + len)` of a file (multiples of the block size) and waits.
-    /// What was written is not durable yet; returns the sequence to flush up to.
-    pub fn zero_range(&self, ino: &Inode, off: u64, len: u64) -> Result<u64> {
-        /// As much is on its way together.
-        const STEP: u64 = 64 << 20;
-        let blob = ino.blob()?;
-        let begun = self.writes.begin();
-        let mut done = 0;
-        while done < len {
-            let now = STEP.min(len - done);
-            blob.write_zeroes_at(off + done, now)
-                .map_err(|e| self.store_error(format!("{}: zeroing a gap", ino.path()), e))?;
-            done += now;
+                let mut tail = ino.tail.lock();
+                let needed = ino.len().div_ceil(self.vol.cluster);
+                if tail.grown
+                    && tail.allocated / self.vol.cluster > needed
+                    && !ino.is_thin()
+                    && let Err(error) = self.space.resize(ino, &mut tail, needed)
+                {
+                    tracing::warn!(file = ino.path(), %error, "space allocated ahead was not given back");
+                }
+            }
         }
-        Ok(self.writes.completed(begun))
+        let orphans: Vec<Arc<Inode>> = self
+            .names
+            .orphans
+            .lock()
+            .values()
+            .filter_map(std::sync::Weak::upgrade)
+            .collect();
+        for ino in &orphans {
+            self.lives.reap(ino);
+        }
+        self.vol.shared().drain();
+        for ino in inodes.iter().chain(&orphans) {
+            ino.tail.lock().drop_buffer();
+            ino.close_blob();
+            ino.frames.remove_from(0);
+        }
+        Ok(lost)
     }
-}
 
-/// Turns a blobstore error into ours; `free_bytes` is for the text.
-pub(crate) fn store_error(context: impl Into<String>, e: StoreError, free_bytes: u64) -> FsError {
-    let context = context.into();
-    match e {
-        StoreError::NoSpace { .. } => FsError::NoSpace {
-            what: context,
-            kind: SpaceKind::Clusters,
-            free_bytes,
-        },
-        StoreError::NoMdPages { .. } => FsError::NoSpace {
-            what: context,
-            kind: SpaceKind::MetadataPages,
-            free_bytes,
-        },
-        StoreError::Io(e) => FsError::io(context, e),
-        StoreError::Lost(e) => FsError::Io {
-            context,
-            source: Arc::from(e),
-            data_loss: true,
-        },
-        StoreError::Device(e) => FsError::from(e),
-        StoreError::Dma(e) => FsError::from(e),
-        StoreError::Damaged { blob, source } => FsError::Corrupt {
-            blob: blob.0,
-            reason: format!("{context}: {source}"),
-        },
-        StoreError::ReadOnly(blob) => FsError::ReadOnly {
-            path: format!("{context}: blob {blob}"),
-        },
-        e => FsError::Store {
-            context,
-            source: Arc::new(e),
-        },
+    /// Cuts the file, in memory, to what is durable.
+    fn give_up_bytes(&self, ino: &Arc<Inode>) {
+        self.lives.quiesce(ino);
+        let durable = ino.durable_len.load(Ordering::Acquire);
+        ino.len.store(durable, Ordering::Release);
+        ino.epoch.fetch_add(1, Ordering::AcqRel);
+        self.lives.forget_bytes(ino);
     }
 }
 
 impl std::fmt::Debug for Core {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "FileSystem({})", self.dev.info().name)
+        write!(f, "FileSystem({})", self.vol.dev.info().name)
     }
 }

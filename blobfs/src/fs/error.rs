@@ -346,7 +346,7 @@ mod tests {
             free: 1,
             total: 9,
         };
-        let no_space = crate::fs::core::store_error("append", no_space, 4096);
+        let no_space = crate::fs::volume::store_error("append", no_space, 4096);
         let cases = [
             (FsError::not_found("/f"), libc::ENOENT, false),
             (FsError::Exists { path: path() }, libc::EEXIST, false),

@@ -18,7 +18,6 @@ use arc_swap::ArcSwapOption;
 use parking_lot::{Condvar, Mutex};
 
 use super::core::Core;
-use super::error::FsError;
 
 /// How long the end of the process waits for another thread that is dropping a mount already.
 const DROPPING: Duration = Duration::from_secs(60);
@@ -73,7 +72,7 @@ pub(crate) fn register(core: &Arc<Core>) {
     let known = Known {
         core: Arc::downgrade(core),
         ended: Arc::clone(&core.ended),
-        device: core.dev.info().name.as_str().into(),
+        device: core.vol.dev.info().name.as_str().into(),
     };
     MOUNTS.rcu(|mounts| {
         let live = mounts.iter().flat_map(|mounts| mounts.iter());
@@ -133,14 +132,4 @@ extern "C" fn in_child() {
     }
     // Its memory was the parent's, too; a copy of it is no use to anybody.
     std::mem::forget(mounts);
-}
-
-impl Core {
-    /// The error of a mount that belongs to the process that this one was forked from.
-    #[cold]
-    pub(super) fn forked(&self) -> FsError {
-        FsError::Forked {
-            device: self.dev.info().name.clone(),
-        }
-    }
 }

@@ -29,7 +29,7 @@ impl Open {
 
 impl Drop for Open {
     fn drop(&mut self) {
-        self.core.close(&self.ino);
+        self.core.lives.close(&self.ino);
     }
 }
 
@@ -123,7 +123,7 @@ impl File {
     /// No space, and then the file is as it was; a device error while allocating.
     #[inline]
     pub fn append(&self, data: &[u8]) -> Result<()> {
-        self.open.core.append(&self.open.ino, data)
+        self.open.core.appender.append(&self.open.ino, data)
     }
 
     /// Writes at `off`; a gap past the end becomes zeroes. Bytes inside the file go to the device
@@ -132,8 +132,8 @@ impl File {
     /// # Errors
     /// As [`File::append`], and what the device says.
     pub fn write_at(&self, off: u64, data: &[u8]) -> Result<()> {
-        self.core().check_fork()?;
-        self.core().write_at(self.ino(), off, data)
+        self.core().vol.check_fork()?;
+        self.core().overwriter.write_at(self.ino(), off, data)
     }
 
     /// Reads at `off` into `buf`. Returns how much there was: less than `buf` has only at the end
@@ -144,7 +144,7 @@ impl File {
     #[inline]
     pub fn read_at(&self, off: u64, buf: &mut [u8]) -> Result<usize> {
         let open = &*self.open;
-        open.core.check_fork()?;
+        open.core.vol.check_fork()?;
         let len = open.ino.len();
         if off >= len {
             return Ok(0);
@@ -154,7 +154,7 @@ impl File {
         if open.ino.frames.copy(off, &mut buf[..n]) == n {
             open.core.cache.count_hit();
             if open.pattern.passed(end) {
-                open.core.ahead_of_hit(&open.ino, &open.pattern, end);
+                open.pattern.hit(&open.core.reader, &open.ino, end);
             }
             return Ok(n);
         }
@@ -167,17 +167,17 @@ impl File {
         let direct = open.is_direct();
         let access = open.access.load(Ordering::Relaxed);
         if !direct && access != RANDOM {
-            open.core
-                .ahead_of_miss(&open.ino, &open.pattern, off, n, access == SEQUENTIAL);
+            open.pattern
+                .missed(&open.core.reader, &open.ino, off, n, access == SEQUENTIAL);
         }
-        open.core.read_at(&open.ino, off, buf, !direct)
+        open.core.reader.read_at(&open.ino, off, buf, !direct)
     }
 
     /// The bytes without a copy, if all of them are in one buffer in memory.
     #[inline]
     pub fn read_pinned(&self, off: u64, len: usize) -> Option<Pinned> {
         let end = off.checked_add(len as u64)?;
-        if end > self.len() || self.core().check_fork().is_err() {
+        if end > self.len() || self.core().vol.check_fork().is_err() {
             return None;
         }
         let frame = self.ino().frames.find(off)?;
@@ -186,8 +186,7 @@ impl File {
         frame.bytes.get(range.clone())?;
         self.core().cache.count_hit();
         if self.open.pattern.passed(end) {
-            self.core()
-                .ahead_of_hit(self.ino(), &self.open.pattern, end);
+            self.open.pattern.hit(&self.core().reader, self.ino(), end);
         }
         Some(Pinned { frame, range })
     }
@@ -195,6 +194,7 @@ impl File {
     /// Does several reads; what is not in memory is in flight together.
     pub fn read_many(&self, requests: &mut [ReadRequest<'_>]) {
         self.core()
+            .reader
             .read_many(self.ino(), requests, !self.open.is_direct());
     }
 
@@ -211,8 +211,8 @@ impl File {
     /// # Errors
     /// No space for a longer one, device errors; the file is then as it was.
     pub fn truncate(&self, len: u64) -> Result<()> {
-        self.core().check_fork()?;
-        self.core().truncate(self.ino(), len)
+        self.core().vol.check_fork()?;
+        self.core().truncater.truncate(self.ino(), len)
     }
 
     /// Allocates space up to `off + len`, so that writes there cannot fail for want of it. The
@@ -221,8 +221,8 @@ impl File {
     /// # Errors
     /// No space.
     pub fn allocate(&self, off: u64, len: u64) -> Result<()> {
-        self.core().check_fork()?;
-        self.core().allocate(self.ino(), off, len)
+        self.core().vol.check_fork()?;
+        self.core().truncater.allocate(self.ino(), off, len)
     }
 
     /// Starts writing what has been appended, if it is 256 KiB or more; durability is
@@ -233,12 +233,14 @@ impl File {
     #[inline]
     pub fn flush(&self) -> Result<()> {
         const WORTH: u64 = 256 << 10;
-        self.core().check_fork()?;
+        self.core().vol.check_fork()?;
         let started = self.open.ino.started.load(Ordering::Relaxed);
         if self.len() < started + WORTH {
             return Ok(());
         }
-        self.core().start_write_behind(self.ino(), WORTH, u64::MAX)
+        self.core()
+            .buffers
+            .start_write_behind(self.ino(), WORTH, u64::MAX)
     }
 
     /// Data and length are durable on return. Free if nothing has changed.
@@ -246,7 +248,7 @@ impl File {
     /// # Errors
     /// What the device says; the data stays in memory, and the next sync writes it again.
     pub fn sync(&self) -> Result<()> {
-        self.core().sync(self.ino())
+        self.core().syncer.sync(self.ino())
     }
 
     /// Starts writing the whole blocks of `[off, off + len)` and of what lies before, without
@@ -255,8 +257,9 @@ impl File {
     /// # Errors
     /// As [`File::append`].
     pub fn range_sync(&self, off: u64, len: u64) -> Result<()> {
-        self.core().check_fork()?;
+        self.core().vol.check_fork()?;
         self.core()
+            .buffers
             .start_write_behind(self.ino(), 1, off.saturating_add(len))
     }
 
@@ -268,13 +271,13 @@ impl File {
         if self.open.is_direct() {
             Ok(())
         } else {
-            self.core().prefetch(self.ino(), off, len)
+            self.core().reader.prefetch(self.ino(), off, len)
         }
     }
 
     /// Drops what is in memory of a range and does not have to be.
     pub fn invalidate(&self, off: u64, len: u64) {
-        if self.core().check_fork().is_err() {
+        if self.core().vol.check_fork().is_err() {
             return;
         }
         let end = off.saturating_add(len).min(self.len());

@@ -13,14 +13,15 @@ use pumice_bdev::process::Birth;
 use pumice_bdev::{BlockDevice, OpKind};
 
 use super::cache::Cache;
-use super::core::{Core, Phase, store_error};
+use super::core::Core;
 use super::durable::Durability;
 use super::error::{FsError, Result};
 use super::inode::{Inode, xattr};
 use super::metered::Metered;
-use super::names::{Dir, Entry, Namespace, decode_names, encode_name, encode_names};
+use super::names::{Dir, Entry, Names, decode_names, encode_name, encode_names};
 use super::options::MountOptions;
 use super::path;
+use super::volume::{Phase, Volume, store_error};
 use crate::blobstore::{
     Blob, BlobId, Blobstore, BsType, Error as StoreError, LoadOptions, Spend, Transaction,
 };
@@ -139,23 +140,25 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
     store
         .open_shared(opts.shared_channels)
         .map_err(|e| store_error(format!("{}: mount", info.name), e, 0))?;
-    Ok(Core {
+    let vol = Arc::new(Volume {
         cluster: store.cluster_size(),
         store,
         metered,
         dev: counted,
-        cache,
-        writes,
-        names: Namespace::new(map, seq),
         opts: opts.clone(),
         phase: AtomicCell::new(Phase::Mounted),
         born: Birth::now(),
-        ended: Arc::default(),
         block: io_unit,
         write_cache: info.write_cache,
         fua: info.ops.has(OpKind::Fua),
-        problems: loader.problems,
-    })
+    });
+    Ok(Core::new(
+        vol,
+        cache,
+        writes,
+        Names::new(map, seq),
+        loader.problems,
+    ))
 }
 
 /// Why there is nothing to mount, as well as can be said.

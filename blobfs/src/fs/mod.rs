@@ -20,7 +20,7 @@
 //!
 //! # Locks
 //! In this order; a later one may be taken while an earlier one is held, never the other way round:
-//! 1. `Namespace::ops`: changes of names, held while they are made durable.
+//! 1. `Names::ops`: changes of names, held while they are made durable.
 //! 2. `Inode::sync_lock`: one sync or truncation of a file at a time.
 //! 3. `Inode::tail`, the append lock: appends, overwrites, allocation.
 //! 4. The blobstore's own.
@@ -36,7 +36,8 @@
 //! the first.
 
 mod ahead;
-mod behind;
+mod append;
+mod buffers;
 mod cache;
 mod core;
 mod durable;
@@ -46,15 +47,16 @@ mod file;
 mod fill;
 mod flushes;
 mod frame;
-mod grow;
 mod inode;
+mod life;
 mod load;
 mod memory;
 mod metered;
 mod mount;
 mod names;
-mod ops;
+mod namespace;
 mod options;
+mod overwrite;
 mod path;
 mod pins;
 mod read;
@@ -63,9 +65,11 @@ mod space;
 mod store_tests;
 mod sync;
 mod tail;
+mod truncate;
 mod unflushed;
 mod view;
-mod write;
+mod volume;
+mod writeback;
 
 /// What [`flushes`] and [`pins`] are made of; their models have others.
 mod primitives {

@@ -10,7 +10,7 @@ use pumice_bdev::contents::{Formatting, Overwrite};
 use pumice_bdev::{BdevError, BlockDevice};
 
 use super::cache::CacheStats;
-use super::core::{Core, store_error};
+use super::core::Core;
 use super::error::{FsError, Result};
 use super::file::File;
 use super::inode::Inode;
@@ -18,6 +18,7 @@ use super::metered::IoStats;
 use super::names::Entry;
 use super::options::{FormatOptions, MountOptions, OpenOptions};
 use super::view::StoreView;
+use super::volume::store_error;
 use super::{exit, load, path};
 use crate::blobstore::{BlobId, Blobstore, BsType, InitOptions, default_md_pages};
 
@@ -98,7 +99,7 @@ pub struct FileLock {
 
 impl Drop for FileLock {
     fn drop(&mut self) {
-        if self.core.check_fork().is_ok() {
+        if self.core.vol.check_fork().is_ok() {
             self.core.names.locked.lock().remove(&self.id.0);
         }
         self.file = None;
@@ -111,11 +112,11 @@ impl Drop for Core {
             // Nobody is left who could try once more.
             && let Err(error) = self.unmount_anyway()
         {
-            tracing::error!(device = self.dev.info().name, %error, "the file system could not be unmounted in order");
+            tracing::error!(device = self.vol.dev.info().name, %error, "the file system could not be unmounted in order");
         }
         // What is in flight keeps its file, and that the channels.
-        if self.check_fork().is_ok() {
-            self.shared().drain();
+        if self.vol.check_fork().is_ok() {
+            self.vol.shared().drain();
         }
         self.ended.set();
     }
@@ -233,7 +234,7 @@ impl FileSystem {
     /// [`FsError::NoSpace`], name errors.
     pub fn open(&self, path: &str, how: OpenOptions) -> Result<File> {
         let path = path::normalise(path)?;
-        let ino = self.core.open(&path, how)?;
+        let ino = self.core.namespace.open(&path, how)?;
         let file = File::new(Arc::clone(&self.core), ino);
         if how.truncate {
             file.truncate(0)?;
@@ -246,7 +247,7 @@ impl FileSystem {
     /// # Errors
     /// [`FsError::NotFound`], [`FsError::IsDir`], device errors.
     pub fn unlink(&self, path: &str) -> Result<()> {
-        self.core.unlink(&path::normalise(path)?)
+        self.core.namespace.unlink(&path::normalise(path)?)
     }
 
     /// Renames a file, replacing a file of the new name, or a directory, replacing an empty one.
@@ -257,6 +258,7 @@ impl FileSystem {
     /// and device errors.
     pub fn rename(&self, from: &str, to: &str) -> Result<()> {
         self.core
+            .namespace
             .rename(&path::normalise(from)?, &path::normalise(to)?)
     }
 
@@ -266,6 +268,7 @@ impl FileSystem {
     /// [`FsError::NotFound`], [`FsError::Exists`], [`FsError::IsDir`], too many links, device errors.
     pub fn link(&self, from: &str, to: &str) -> Result<()> {
         self.core
+            .namespace
             .link(&path::normalise(from)?, &path::normalise(to)?)
     }
 
@@ -283,7 +286,7 @@ impl FileSystem {
     /// [`FsError::NotFound`], name errors.
     pub fn stat(&self, path: &str) -> Result<Stat> {
         let path = path::normalise(path)?;
-        self.core.check_mounted(|| path.clone())?;
+        self.core.vol.check_mounted(|| path.clone())?;
         if path == "/" {
             let mtime = UNIX_EPOCH;
             return Ok(Stat {
@@ -326,7 +329,7 @@ impl FileSystem {
     /// # Errors
     /// [`FsError::Exists`], [`FsError::NotFound`] for its parent, [`FsError::NoSpace`], device errors.
     pub fn mkdir(&self, path: &str) -> Result<()> {
-        self.core.mkdir(&path::normalise(path)?)
+        self.core.namespace.mkdir(&path::normalise(path)?)
     }
 
     /// Removes an empty directory. Durable on return.
@@ -334,7 +337,7 @@ impl FileSystem {
     /// # Errors
     /// [`FsError::NotEmpty`], [`FsError::NotFound`], [`FsError::NotDir`], device errors.
     pub fn rmdir(&self, path: &str) -> Result<()> {
-        self.core.rmdir(&path::normalise(path)?)
+        self.core.namespace.rmdir(&path::normalise(path)?)
     }
 
     /// The entries of a directory, in order of their names.
@@ -343,7 +346,7 @@ impl FileSystem {
     /// [`FsError::NotFound`], [`FsError::NotDir`].
     pub fn list(&self, dir: &str) -> Result<Vec<DirEntry>> {
         let dir = path::normalise(dir)?;
-        self.core.check_mounted(|| dir.clone())?;
+        self.core.vol.check_mounted(|| dir.clone())?;
         self.core.names.check_dir(&dir)?;
         let entry = |(p, e): (String, Entry)| {
             let name = path::base(&p).to_owned();
@@ -375,7 +378,7 @@ impl FileSystem {
     /// As [`FileSystem::list`].
     pub fn sync_dir(&self, dir: &str) -> Result<()> {
         let dir = path::normalise(dir)?;
-        self.core.check_mounted(|| dir.clone())?;
+        self.core.vol.check_mounted(|| dir.clone())?;
         self.core.names.check_dir(&dir)
     }
 
@@ -384,11 +387,11 @@ impl FileSystem {
     /// # Errors
     /// The first file's that fails; the others are synced all the same.
     pub fn sync(&self) -> Result<()> {
-        self.core.check_fork()?;
+        self.core.vol.check_fork()?;
         let mut result = Ok(());
         for ino in self.core.names.hold_files() {
-            result = result.and(self.core.sync(&ino));
-            self.core.close(&ino);
+            result = result.and(self.core.syncer.sync(&ino));
+            self.core.lives.close(&ino);
         }
         result
     }
@@ -430,7 +433,7 @@ impl FileSystem {
     /// Whether the mount was made by the process that this one was forked from: every call answers
     /// [`FsError::Forked`] then.
     pub fn is_inherited(&self) -> bool {
-        self.core().check_fork().is_err()
+        self.core().vol.check_fork().is_err()
     }
 
     /// Counters of the page cache.
@@ -440,7 +443,7 @@ impl FileSystem {
 
     /// What was sent to the device since the mount.
     pub fn io_stats(&self) -> IoStats {
-        self.core.metered.stats()
+        self.core.vol.metered.stats()
     }
 
     /// The blobstore below, to look at.

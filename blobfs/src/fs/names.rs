@@ -1,6 +1,6 @@
 //! Names in memory: a map from path to file or directory.
 //!
-//! Changes are serialised by [`Namespace::ops`], which is held while they are made durable; the
+//! Changes are serialised by [`Names::ops`], which is held while they are made durable; the
 //! map's own lock is held only to look or to change an entry, never during I/O.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -35,7 +35,7 @@ pub(crate) struct Ops {
 }
 
 /// See the module.
-pub(crate) struct Namespace {
+pub(crate) struct Names {
     pub map: RwLock<BTreeMap<String, Entry>>,
     pub ops: Mutex<Ops>,
     /// Blobs of files that hold a lock (`LOCK`).
@@ -44,9 +44,9 @@ pub(crate) struct Namespace {
     pub orphans: Mutex<HashMap<u64, Weak<Inode>>>,
 }
 
-impl Namespace {
-    pub fn new(map: BTreeMap<String, Entry>, seq: u64) -> Namespace {
-        Namespace {
+impl Names {
+    pub fn new(map: BTreeMap<String, Entry>, seq: u64) -> Names {
+        Names {
             map: RwLock::new(map),
             ops: Mutex::new(Ops { seq }),
             locked: Mutex::default(),
@@ -200,7 +200,7 @@ mod tests {
     fn children_are_direct_and_complete() {
         let paths = ["/a", "/a-b", "/a.b", "/a/x", "/a/x/y", "/a/z", "/a0", "/b"];
         let map = paths.iter().map(|p| ((*p).to_owned(), dir())).collect();
-        let names = Namespace::new(map, 1);
+        let names = Names::new(map, 1);
         let list =
             |d: &str| -> Vec<String> { names.children(d).into_iter().map(|(p, _)| p).collect() };
         assert_eq!(list("/a"), ["/a/x", "/a/z"]);

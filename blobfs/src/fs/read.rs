@@ -5,14 +5,17 @@ use std::sync::atomic::Ordering;
 
 use pumice_bdev::{DmaBuf, IoError, Op, Outcome, Ticket};
 
-use super::core::Core;
+use super::cache::Cache;
 use super::error::{FsError, Result};
 use super::fill::FillBuf;
 use super::frame::{Frame, PAGE, split};
 use super::inode::Inode;
+use super::volume::Volume;
 use crate::blobstore::Blob;
 use crate::blobstore::data::{Access, Piece};
 
+/// One read of a read-ahead.
+const STEP: u64 = 256 << 10;
 /// Longest frame that a read makes.
 pub(crate) const FRAME_MAX: usize = 64 << 10;
 
@@ -25,7 +28,7 @@ pub(crate) struct Chunk {
 
 impl Chunk {
     /// Copies what it has at `off`; 0 if it has none of it.
-    fn copy(&self, off: u64, out: &mut [u8]) -> usize {
+    pub fn copy(&self, off: u64, out: &mut [u8]) -> usize {
         let Some(skip) = off
             .checked_sub(self.off)
             .and_then(|s| usize::try_from(s).ok())
@@ -76,7 +79,7 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    fn add(&mut self, buf: &DmaBuf, at: &mut u64, len: u64) {
+    pub fn add(&mut self, buf: &DmaBuf, at: &mut u64, len: u64) {
         // A run that was cut inside a page cannot be cached as pages.
         self.keep &= at.is_multiple_of(PAGE as u64) && buf.len().is_multiple_of(PAGE);
         let valid = usize::try_from(len.saturating_sub(*at)).unwrap_or(usize::MAX);
@@ -86,7 +89,7 @@ impl Plan {
 
     /// Turns the buffers that have come back into chunks, and into cache. Takes as many of `ops` as
     /// belong to the plan.
-    fn finish(self, ino: &Inode, ops: &mut impl Iterator<Item = Op>) -> Vec<Chunk> {
+    pub fn finish(self, ino: &Inode, ops: &mut impl Iterator<Item = Op>) -> Vec<Chunk> {
         let mut bufs = Vec::with_capacity(self.places.len());
         for filled in self.filled {
             match filled.map_or_else(|| ops.next(), |buf| Some(Op::Read { lba: 0, buf })) {
@@ -132,7 +135,13 @@ impl<'a> ReadRequest<'a> {
     }
 }
 
-impl Core {
+/// Reads files.
+pub(crate) struct Reader {
+    pub vol: Arc<Volume>,
+    pub cache: Arc<Cache>,
+}
+
+impl Reader {
     /// Reads at `off` what is there, at most `out.len()` bytes. With `keep`, what came from the
     /// device stays in memory.
     #[inline]
@@ -152,7 +161,7 @@ impl Core {
 
     #[cold]
     fn read_slow(&self, ino: &Inode, off: u64, out: &mut [u8], keep: bool) -> Result<usize> {
-        self.check_mounted(|| ino.path())?;
+        self.vol.check_mounted(|| ino.path())?;
         loop {
             let epoch = ino.epoch.load(Ordering::Acquire);
             let len = ino.len();
@@ -221,7 +230,8 @@ impl Core {
         let Some(blob) = blob else {
             return Err(FsError::Unmounted { path: ino.path() });
         };
-        blob.access().map_err(|e| self.store_error(ino.path(), e))
+        blob.access()
+            .map_err(|e| self.vol.store_error(ino.path(), e))
     }
 
     /// The operations that bring what is missing of `[off, off + want)` into memory, and what becomes
@@ -256,7 +266,7 @@ impl Core {
             let mut from = missing.start;
             let pieces = access
                 .pieces(from, missing.end - from, FRAME_MAX)
-                .map_err(|e| self.store_error(ino.path(), e))?;
+                .map_err(|e| self.vol.store_error(ino.path(), e))?;
             for piece in pieces {
                 match piece {
                     Piece::Filled(buf) => {
@@ -283,8 +293,8 @@ impl Core {
     /// Reads on this thread's channel, everything in flight together; the operations come back in
     /// order.
     fn read_ops(&self, ino: &Inode, mut ops: Vec<Op>) -> Result<Vec<Op>> {
-        let channel = self.store.channel();
-        let channel = channel.map_err(|e| self.store_error(ino.path(), e))?;
+        let channel = self.vol.store.channel();
+        let channel = channel.map_err(|e| self.vol.store_error(ino.path(), e))?;
         let failed = |e| FsError::io(format!("{}: read", ino.path()), e);
         if ops.len() == 1
             && let Some(op) = ops.pop()
@@ -351,7 +361,7 @@ impl Core {
         ranges: &[(usize, u64, usize)],
         keep: bool,
     ) -> Result<Vec<Vec<Chunk>>> {
-        self.check_mounted(|| ino.path())?;
+        self.vol.check_mounted(|| ino.path())?;
         let blob = ino.blob.load();
         let access = self.access(ino, &blob)?;
         let (mut plans, mut ops) = (Vec::with_capacity(ranges.len()), Vec::new());
@@ -391,7 +401,70 @@ impl Core {
             let chunks = |()| plan.finish(&file, &mut o.ops.into_iter());
             done(o.result.map(chunks));
         };
-        Ok(Some(self.shared().submit(ops, on_done)))
+        Ok(Some(self.vol.shared().submit(ops, on_done)))
+    }
+
+    /// Starts reads of what is not in memory of `[off, off + len)`, several at once, and returns.
+    pub fn prefetch(&self, ino: &Arc<Inode>, off: u64, len: u64) -> Result<()> {
+        self.vol.check_mounted(|| ino.path())?;
+        let end = off.saturating_add(len).min(ino.len());
+        let mut at = off;
+        while at < end {
+            let step_end = (at / STEP * STEP + STEP).min(end);
+            let missing = ino.frames.first_missing(at, step_end);
+            if let Some(missing) = missing
+                && !self.is_ahead(ino, missing.start)
+            {
+                let want = usize::try_from(step_end - at).unwrap_or(0);
+                let mut runs = ino.ahead.lock();
+                runs.runs.retain(|(_, t)| !t.is_done());
+                let ticket = self.start_read(ino, at, want, true, |_| {})?;
+                if let Some(ticket) = ticket {
+                    runs.runs.push((missing.start..step_end, ticket));
+                }
+                ino.ahead_count.store(runs.runs.len(), Ordering::Release);
+            }
+            at = step_end;
+        }
+        Ok(())
+    }
+
+    fn is_ahead(&self, ino: &Inode, off: u64) -> bool {
+        ino.ahead_count.load(Ordering::Acquire) > 0
+            && ino
+                .ahead
+                .lock()
+                .runs
+                .iter()
+                .any(|(r, t)| r.contains(&off) && !t.is_done())
+    }
+
+    /// If a read that covers `off` is under way, waits for it.
+    pub fn wait_ahead(&self, ino: &Inode, off: u64) -> bool {
+        if ino.ahead_count.load(Ordering::Acquire) == 0 {
+            return false;
+        }
+        let ticket = {
+            let mut ahead = ino.ahead.lock();
+            ahead.runs.retain(|(_, t)| !t.is_done());
+            ino.ahead_count.store(ahead.runs.len(), Ordering::Release);
+            ahead
+                .runs
+                .iter()
+                .find(|(r, _)| r.contains(&off))
+                .map(|(_, t)| t.clone())
+        };
+        match ticket {
+            Some(ticket) => {
+                self.vol.shared().wait(&ticket);
+                true
+            }
+            None => false,
+        }
+    }
+
+    pub fn window_max(&self) -> u64 {
+        (self.vol.opts.read_ahead_bytes as u64).min(self.cache.stats().capacity_bytes / 8)
     }
 }
 
@@ -407,21 +480,21 @@ mod tests {
         let dev = pumice_bdev::open("malloc://16M?block_size=4096").unwrap();
         FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
         let core = load::mount(&dev, &MountOptions::default()).unwrap();
-        let ino = core.open("/f", OpenOptions::CREATE).unwrap();
-        core.append(&ino, &[7; 8192]).unwrap();
-        core.sync(&ino).unwrap();
+        let ino = core.namespace.open("/f", OpenOptions::CREATE).unwrap();
+        core.appender.append(&ino, &[7; 8192]).unwrap();
+        core.syncer.sync(&ino).unwrap();
         let epoch = ino.epoch.load(Ordering::Acquire);
-        core.truncate(&ino, 5050).unwrap();
+        core.truncater.truncate(&ino, 5050).unwrap();
         let mut out = [0; 100];
-        let read = core.read_missing(&ino, 5000, &mut out, epoch, true);
+        let read = core.reader.read_missing(&ino, 5000, &mut out, epoch, true);
         assert!(matches!(read, Ok(Read::Overtaken)));
-        assert_eq!(core.read_at(&ino, 5000, &mut out, true).unwrap(), 50);
-        core.truncate(&ino, 0).unwrap();
+        assert_eq!(core.reader.read_at(&ino, 5000, &mut out, true).unwrap(), 50);
+        core.truncater.truncate(&ino, 0).unwrap();
         // Not even its clusters are there any more.
-        let read = core.read_missing(&ino, 5000, &mut out, epoch, true);
+        let read = core.reader.read_missing(&ino, 5000, &mut out, epoch, true);
         assert!(matches!(read, Ok(Read::Overtaken)));
-        assert_eq!(core.read_at(&ino, 5000, &mut out, true).unwrap(), 0);
-        core.close(&ino);
+        assert_eq!(core.reader.read_at(&ino, 5000, &mut out, true).unwrap(), 0);
+        core.lives.close(&ino);
         core.unmount().unwrap();
     }
 }

@@ -5,32 +5,48 @@
 //! unmounted: those changes may use the reserve, and giving space back is never an error.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
+use parking_lot::MutexGuard;
 use pumice_bdev::{OpenOptions, open_with};
 
-use super::core::Core;
 use super::error::{FsError, Result, SpaceKind};
 use super::file::File;
 use super::inode::Inode;
 use super::mount::{FileSystem, StatFs};
+use super::names::Names;
 use super::options::MountOptions;
-use crate::blobstore::SpacePolicy;
+use super::tail::Tail;
+use super::volume::Volume;
+use super::writeback::Writeback;
+use crate::blobstore::{ClusterInit, SpacePolicy, Spend};
 
+/// Least step of allocation ahead after a file's first cluster.
+const GROW_MIN: u64 = 1 << 20;
+/// Largest step of allocation ahead of an appending writer.
+const GROW_MAX: u64 = 64 << 20;
 /// How long an essential file may get at the expense of the reserve.
-pub(crate) const ESSENTIAL_MAX: u64 = 1 << 20;
+const ESSENTIAL_MAX: u64 = 1 << 20;
 /// What a mounted file system keeps back, and that its metadata grows.
 pub(crate) const POLICY: SpacePolicy = SpacePolicy {
     reserve: true,
     grow_metadata: true,
 };
 
-impl Core {
+/// Gives files clusters and takes them back.
+pub(crate) struct Space {
+    pub vol: Arc<Volume>,
+    pub writeback: Arc<Writeback>,
+    pub names: Arc<Names>,
+}
+
+impl Space {
     /// Bytes that the file system below a sparse image has room for, beyond what files have been promised.
     /// `None`: nothing can run out there.
     pub fn host_room(&self) -> Option<u64> {
-        let host = self.dev.host_space()?;
-        let unused = self.store.free_clusters() * self.cluster;
-        let used = self.dev.info().len_bytes().saturating_sub(unused);
+        let host = self.vol.dev.host_space()?;
+        let unused = self.vol.store.free_clusters() * self.vol.cluster;
+        let used = self.vol.dev.info().len_bytes().saturating_sub(unused);
         Some((host.free_bytes + host.allocated_bytes).saturating_sub(used))
     }
 
@@ -48,11 +64,127 @@ impl Core {
 
     /// Bytes that files can still take.
     pub fn free_bytes(&self) -> u64 {
-        if !self.store.can_take_md_page() {
+        if !self.vol.store.can_take_md_page() {
             return 0;
         }
-        let free = self.store.available_clusters() * self.cluster;
+        let free = self.vol.store.available_clusters() * self.vol.cluster;
         self.host_room().map_or(free, |host| free.min(host))
+    }
+
+    /// Sees to it that the first `end` bytes have clusters: exactly those, or some ahead.
+    ///
+    /// # Errors
+    /// Nothing has changed if there is no space.
+    pub fn reserve(&self, ino: &Arc<Inode>, tail: &mut Tail, end: u64, exact: bool) -> Result<()> {
+        if end <= tail.allocated {
+            return Ok(());
+        }
+        let needed = end.div_ceil(self.vol.cluster);
+        let have = tail.allocated / self.vol.cluster;
+        let bytes = |clusters: u64| (clusters - have) * self.vol.cluster;
+        let ahead = if exact {
+            needed
+        } else {
+            let step = match have {
+                0 => 0,
+                have => (have * 3)
+                    .max(GROW_MIN / self.vol.cluster)
+                    .min(GROW_MAX / self.vol.cluster),
+            };
+            needed.max(have + step)
+        };
+        // The last clusters are not worth holding ahead.
+        let spare = self.vol.store.available_clusters();
+        let host = self.host_room().unwrap_or(u64::MAX);
+        let want = if ahead - have > spare / 4 || bytes(ahead) > host / 4 {
+            needed
+        } else {
+            ahead
+        };
+        match self.extend(ino, tail, want) {
+            Err(FsError::NoSpace { .. }) => {
+                self.trim_others(ino);
+                self.extend(ino, tail, needed)
+            }
+            result => result,
+        }
+    }
+
+    /// Gives a file more clusters, if there is room for their bytes below the device, too.
+    pub fn extend(&self, ino: &Inode, tail: &mut Tail, clusters: u64) -> Result<()> {
+        let end = clusters * self.vol.cluster;
+        self.check_host(ino, end - tail.allocated)?;
+        let essential = ino.essential.load(Ordering::Relaxed) && end <= ESSENTIAL_MAX;
+        let spend = if essential {
+            Spend::Opening
+        } else {
+            Spend::Ordinary
+        };
+        self.set_clusters(ino, tail, clusters, spend)
+    }
+
+    /// Changes the number of clusters, mostly to fewer; durable on return.
+    pub fn resize(&self, ino: &Inode, tail: &mut Tail, clusters: u64) -> Result<()> {
+        self.set_clusters(ino, tail, clusters, Spend::Releasing)
+    }
+
+    fn set_clusters(
+        &self,
+        ino: &Inode,
+        tail: &mut Tail,
+        clusters: u64,
+        spend: Spend,
+    ) -> Result<()> {
+        // What a file gives back may be another's at once: no write may be on its way there.
+        self.writeback
+            .wait_overlapping(tail, clusters * self.vol.cluster, u64::MAX);
+        let mut tx = self.vol.store.transaction();
+        tx.spend(spend);
+        tx.resize_with(ino.id, clusters, ClusterInit::CallerWrites);
+        tx.commit().map_err(|e| {
+            self.vol
+                .store_error(format!("{}: {clusters} clusters", ino.path()), e)
+        })?;
+        tail.grown |= clusters * self.vol.cluster > tail.allocated;
+        self.resized(ino, tail, clusters);
+        Ok(())
+    }
+
+    /// Takes note of a new number of clusters.
+    pub fn resized(&self, ino: &Inode, tail: &mut Tail, clusters: u64) {
+        tail.allocated = clusters * self.vol.cluster;
+        ino.allocated.store(tail.allocated, Ordering::Release);
+        tail.stop_fast_path();
+    }
+
+    /// Gives clusters that files hold ahead back to the store, but not those of `not`.
+    pub fn trim_others(&self, not: &Inode) {
+        for ino in self.names.inodes() {
+            if ino.id == not.id || ino.is_thin() || ino.is_frozen() {
+                continue;
+            }
+            // Who appends right now needs what it holds.
+            if let Some(tail) = ino.tail.try_lock() {
+                self.trim(&ino, tail);
+            }
+        }
+    }
+
+    /// Gives the clusters past the end of the file back.
+    pub fn trim(&self, ino: &Inode, mut tail: MutexGuard<'_, Tail>) {
+        let needed = ino.len().div_ceil(self.vol.cluster);
+        // Whoever deletes a file must be the last to have its blob.
+        if ino.is_going()
+            || tail.reserved
+            || !tail.grown
+            || tail.allocated / self.vol.cluster <= needed
+            || self.vol.check_writable(String::new).is_err()
+        {
+            return;
+        }
+        if let Err(error) = self.resize(ino, &mut tail, needed) {
+            tracing::warn!(file = ino.path(), %error, "space allocated ahead was not given back");
+        }
     }
 
     /// Nobody is going to append any more: gives back what was allocated past the end. That it could not
@@ -69,7 +201,7 @@ impl File {
     /// by [`File::allocate`], goes back at once. Appending stays possible. Blocks while the new size is
     /// made durable.
     pub fn finish_writing(&self) {
-        self.core().finish_writing(self.ino());
+        self.core().space.finish_writing(self.ino());
     }
 }
 
@@ -78,17 +210,19 @@ impl FileSystem {
     /// which has no mount, nothing is there: all are 0.
     pub fn statfs(&self) -> StatFs {
         let core = self.core();
-        if core.check_fork().is_err() {
+        if core.vol.check_fork().is_err() {
             return StatFs::default();
         }
-        let pages = core.store.md_pages();
+        let pages = core.vol.store.md_pages();
         StatFs {
-            total: (core.store.total_clusters() - core.store.reserved_clusters()) * core.cluster,
-            free: core.free_bytes(),
-            used: (core.store.total_clusters() - core.store.free_clusters()) * core.cluster,
-            unused: core.store.free_clusters() * core.cluster,
-            host_free: core.host_room(),
-            cluster: core.cluster,
+            total: (core.vol.store.total_clusters() - core.vol.store.reserved_clusters())
+                * core.vol.cluster,
+            free: core.space.free_bytes(),
+            used: (core.vol.store.total_clusters() - core.vol.store.free_clusters())
+                * core.vol.cluster,
+            unused: core.vol.store.free_clusters() * core.vol.cluster,
+            host_free: core.space.host_room(),
+            cluster: core.vol.cluster,
             files: core.names.inodes().len() as u64,
             md_pages: pages.total,
             md_pages_used: pages.used,
@@ -97,8 +231,8 @@ impl FileSystem {
 
     /// Bytes that can still be written; see [`StatFs::free`]. In a forked child 0.
     pub fn free_bytes(&self) -> u64 {
-        match self.core().check_fork() {
-            Ok(()) => self.core().free_bytes(),
+        match self.core().vol.check_fork() {
+            Ok(()) => self.core().space.free_bytes(),
             Err(_) => 0,
         }
     }
@@ -111,29 +245,31 @@ impl FileSystem {
     /// Device errors. That there is no room for more metadata pages is none.
     pub fn grow(&self) -> Result<u64> {
         let core = self.core();
-        core.check_writable(|| core.dev.info().name.clone())?;
+        core.vol
+            .check_writable(|| core.vol.dev.info().name.clone())?;
         let gained = core
+            .vol
             .store
             .grow()
-            .map_err(|e| core.store_error("growing the file system", e))?;
-        let pages = core.store.md_pages();
+            .map_err(|e| core.vol.store_error("growing the file system", e))?;
+        let pages = core.vol.store.md_pages();
         let wanted = if pages.used * 4 >= pages.total * 3 {
             pages.total * 2
         } else {
-            core.store.fitting_md_pages()
+            core.vol.store.fitting_md_pages()
         };
         if wanted > pages.total {
             let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
-            match core.store.grow_md_pages(wanted) {
+            match core.vol.store.grow_md_pages(wanted) {
                 Ok(_) => {}
                 Err(error @ crate::blobstore::Error::NoMdPages { .. }) => {
                     tracing::warn!(%error, "the metadata pages could not be made more");
                 }
-                Err(e) => return Err(core.store_error("growing the metadata pages", e)),
+                Err(e) => return Err(core.vol.store_error("growing the metadata pages", e)),
             }
         }
-        core.store.set_space_policy(POLICY);
-        Ok(gained * core.cluster)
+        core.vol.store.set_space_policy(POLICY);
+        Ok(gained * core.vol.cluster)
     }
 }
 

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pumice_bdev::delay::{Delay, Latencies};
-use pumice_bdev::{BlockDevice, DmaBuf};
+use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice_bdev::{BlockDevice, DmaBuf, OpKind};
 
 use super::{File, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions};
 use crate::blobstore::check::check;
@@ -32,7 +33,7 @@ fn file(fs: &FileSystem, path: &str, byte: u8, len: u64) -> File {
 }
 
 fn store(fs: &FileSystem) -> &Blobstore {
-    &fs.core().store
+    &fs.core().vol.store
 }
 
 /// The first `len` bytes of a blob.
@@ -138,6 +139,36 @@ fn snapshots_beside_writers_stay_as_they_are() {
     for (id, bytes) in &taken {
         assert!(bytes_of(&fs, *id, 4 * MIB) == *bytes, "snapshot {id}");
     }
+}
+
+/// A snapshot has all of a write that was on its way when it was taken, or nothing of it.
+#[test]
+fn a_snapshot_waits_for_writes_in_flight() {
+    let base = pumice_bdev::open("malloc://64M?block_size=4096").unwrap();
+    let dev = Arc::new(ErrorDevice::new(None, base));
+    let fs = mount_on(Arc::clone(&dev) as Arc<dyn BlockDevice>);
+    let f = file(&fs, "/f", 1, 2 * MIB);
+    let cluster = fs.blobstore().extents(f.blob_id()).unwrap().lba(0).unwrap();
+    dev.inject(Injection {
+        op: Some(OpKind::Write),
+        failure: Failure::Hang,
+        count: 1,
+        range: Some((cluster, 1)),
+        queue_depth: 0,
+    });
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| f.write_at(0, &[2; 4096]));
+        while !dev.injections().is_empty() {
+            std::thread::yield_now();
+        }
+        let snapshot = scope.spawn(|| store(&fs).snapshot(f.blob_id(), &[]));
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!snapshot.is_finished());
+        dev.resume();
+        let id = snapshot.join().unwrap().unwrap();
+        writer.join().unwrap().unwrap();
+        assert_eq!(bytes_of(&fs, id, 4096), [2; 4096]);
+    });
 }
 
 /// Writes that no thread waits for do not hold up the one that moves clusters.

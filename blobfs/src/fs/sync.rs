@@ -3,14 +3,24 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::behind::{Pending, failure};
-use super::core::Core;
+use super::buffers::Buffers;
 use super::error::Result;
 use super::inode::{Inode, Life, now_ns, xattr};
+use super::space::Space;
 use super::tail::Tail;
+use super::volume::Volume;
+use super::writeback::{Pending, Writeback, failure};
 use crate::blobstore::{Error as StoreError, Spend};
 
-impl Core {
+/// See the module.
+pub(crate) struct Syncer {
+    pub vol: Arc<Volume>,
+    pub writeback: Arc<Writeback>,
+    pub space: Arc<Space>,
+    pub buffers: Arc<Buffers>,
+}
+
+impl Syncer {
     /// Data and length of the file are durable on return.
     ///
     /// The bytes not yet on their way are written, with FUA if they are all that the device may
@@ -22,13 +32,13 @@ impl Core {
     /// flush it does so with what is still in the append buffer; where that is not all, it and each
     /// later sync of the file fail, since nobody knows what the device has kept.
     pub fn sync(&self, ino: &Arc<Inode>) -> Result<()> {
-        self.check_mounted(|| ino.path())?;
+        self.vol.check_mounted(|| ino.path())?;
         self.sync_inner(ino)
     }
 
     /// As [`Core::sync`], also while unmounting.
     pub fn sync_inner(&self, ino: &Arc<Inode>) -> Result<()> {
-        if self.opts.read_only {
+        if self.vol.opts.read_only {
             return Ok(());
         }
         let _one = ino.sync_lock.lock();
@@ -36,17 +46,17 @@ impl Core {
             let mut tail = ino.tail.lock();
             tail.prune(ino);
             self.resend_doubtful(ino, &mut tail)?;
-            self.resend_failed(ino, &tail)?;
+            self.writeback.resend_failed(ino, &tail)?;
             let target = ino.len();
             let others = !tail.pending.is_empty() || self.needs_flush(ino);
-            let fua = self.write_cache && self.fua && !others;
-            self.submit_upto(ino, &mut tail, target, fua)?;
+            let fua = self.vol.write_cache && self.vol.fua && !others;
+            self.buffers.submit_upto(ino, &mut tail, target, fua)?;
             (target, tail.pending.clone())
         };
         self.wait_all(ino, &pending)?;
         let upto = ino.unflushed.load(Ordering::Acquire);
         if self.needs_flush(ino) {
-            self.flush_upto(upto)?;
+            self.writeback.flush_upto(upto)?;
         }
         self.flushed_upto(ino, upto)?;
         if target != ino.durable_len.load(Ordering::Acquire)
@@ -64,7 +74,7 @@ impl Core {
         }
         loop {
             for p in pending {
-                self.wait_pending(p);
+                self.writeback.wait_pending(p);
             }
             let mut tail = ino.tail.lock();
             if let Some(failed) = pending.iter().find(|p| p.has_failed()) {
@@ -81,12 +91,12 @@ impl Core {
     /// A flush covers the file's writes up to `upto`; but if one has failed that was to cover some of
     /// them, they are in doubt.
     fn flushed_upto(&self, ino: &Inode, upto: u64) -> Result<()> {
-        if !self.write_cache {
+        if !self.vol.write_cache {
             return Ok(());
         }
         let mut tail = ino.tail.lock();
         let mut covered = tail.unflushed.iter().filter(|(_, s)| *s.start() <= upto);
-        if let Some(e) = covered.find_map(|(_, seqs)| self.writes.doubt(&seqs)) {
+        if let Some(e) = covered.find_map(|(_, seqs)| self.writeback.writes.doubt(&seqs)) {
             return Err(e);
         }
         drop(covered);
@@ -97,7 +107,7 @@ impl Core {
     /// After a failed flush: what is in doubt goes to the device again, if all of it is in the append
     /// buffer as the writer supplied it.
     fn resend_doubtful(&self, ino: &Inode, tail: &mut Tail) -> Result<()> {
-        let in_doubt = |(range, seqs)| Some((range, self.writes.doubt(&seqs)?));
+        let in_doubt = |(range, seqs)| Some((range, self.writeback.writes.doubt(&seqs)?));
         let doubtful: Vec<_> = tail.unflushed.iter().filter_map(in_doubt).collect();
         let Some((first, error)) = doubtful.first() else {
             return Ok(());
@@ -105,7 +115,7 @@ impl Core {
         if !tail.supplies(first.start) {
             return Err(error.clone().in_file(&ino.path(), first.start));
         }
-        self.wait_overlapping(tail, 0, u64::MAX);
+        self.writeback.wait_overlapping(tail, 0, u64::MAX);
         tail.prune(ino);
         tail.submitted = tail.submitted.min(first.start);
         for (range, _) in doubtful {
@@ -115,7 +125,8 @@ impl Core {
     }
 
     fn needs_flush(&self, ino: &Inode) -> bool {
-        self.write_cache && ino.unflushed.load(Ordering::Acquire) > self.writes.flushes.covered()
+        self.vol.write_cache
+            && ino.unflushed.load(Ordering::Acquire) > self.writeback.writes.flushes.covered()
     }
 
     /// Writes the root with the length `len`, whose bytes are durable. A file that was written in
@@ -123,15 +134,15 @@ impl Core {
     fn commit_length(&self, ino: &Arc<Inode>, len: u64) -> Result<()> {
         let mut tail = ino.tail.lock();
         tail.syncs = tail.syncs.saturating_add(1);
-        let needed = len.div_ceil(self.cluster);
+        let needed = len.div_ceil(self.vol.cluster);
         let trim = tail.syncs == 1
             && !tail.reserved
             && !ino.is_thin()
             && ino.len() == len
-            && tail.allocated / self.cluster > needed;
+            && tail.allocated / self.vol.cluster > needed;
         let mtime = now_ns();
         let commit = |clusters: Option<u64>| {
-            let mut tx = self.store.transaction();
+            let mut tx = self.vol.store.transaction();
             tx.spend(Spend::Releasing);
             tx.set_xattr(ino.id, xattr::LENGTH, &len.to_le_bytes());
             tx.set_xattr(ino.id, xattr::MTIME, &mtime.to_le_bytes());
@@ -140,10 +151,10 @@ impl Core {
             }
             tx.commit().map(drop)
         };
-        let failed = |e| self.store_error(format!("{}: sync", ino.path()), e);
+        let failed = |e| self.vol.store_error(format!("{}: sync", ino.path()), e);
         if trim {
             match commit(Some(needed)) {
-                Ok(()) => self.resized(ino, &mut tail, needed),
+                Ok(()) => self.space.resized(ino, &mut tail, needed),
                 // Giving back is optional; the length is not.
                 Err(StoreError::NoMdPages { .. }) => commit(None).map_err(failed)?,
                 Err(e) => return Err(failed(e)),

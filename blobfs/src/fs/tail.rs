@@ -9,25 +9,11 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use parking_lot::MutexGuard;
-use pumice_bdev::DmaBuf;
-
-use super::behind::Pending;
-use super::core::Core;
-use super::error::{FsError, Result};
 use super::fill::{FillBuf, FillWriter};
-use super::frame::{Frame, PAGE, REGION, split};
+use super::frame::{Frame, REGION};
 use super::inode::Inode;
-use super::space::ESSENTIAL_MAX;
 use super::unflushed::Unflushed;
-use crate::blobstore::{ClusterInit, Spend};
-
-/// First size of the tail buffer of a new file; most files stay below it.
-const SMALL: usize = 64 << 10;
-/// Least step of allocation ahead after a file's first cluster.
-const GROW_MIN: u64 = 1 << 20;
-/// Largest step of allocation ahead of an appending writer.
-const GROW_MAX: u64 = 64 << 20;
+use super::writeback::Pending;
 
 /// The end of a file: what the append lock protects.
 ///
@@ -120,15 +106,30 @@ impl Tail {
     }
 
     /// The buffer, if all of `[from, upto)` is in it.
-    fn holding(&self, from: u64, upto: u64) -> Option<&Arc<Frame>> {
+    pub fn holding(&self, from: u64, upto: u64) -> Option<&Arc<Frame>> {
         let frame = self.frame.as_ref()?;
-        let base = self.region as u64 * REGION as u64;
+        let base = self.base();
         (base <= from && upto - base <= frame.bytes.filled() as u64).then_some(frame)
     }
 
     /// Whether the region is the one being appended to.
     pub fn is_tail(&self, region: usize) -> bool {
-        self.frame.is_some() && self.region == region
+        self.frame_of(region).is_some()
+    }
+
+    /// Whether there is a buffer, and the region is another one than its.
+    pub fn is_past(&self, region: usize) -> bool {
+        self.frame.is_some() && self.region != region
+    }
+
+    /// The buffer, if it is of this region.
+    pub fn frame_of(&self, region: usize) -> Option<&Arc<Frame>> {
+        self.frame.as_ref().filter(|_| self.region == region)
+    }
+
+    /// Where the region of the buffer begins.
+    pub fn base(&self) -> u64 {
+        self.region as u64 * REGION as u64
     }
 
     /// Whether there is a buffer, and its bytes from `off` on came from the writer.
@@ -207,6 +208,18 @@ impl Tail {
         self.room = 0;
     }
 
+    /// Takes the buffer away; nothing can be appended to it any more.
+    pub fn take_buffer(&mut self) -> Option<Arc<Frame>> {
+        self.writer = None;
+        self.room = 0;
+        self.frame.take()
+    }
+
+    /// Forgets the buffer, of a file that is gone or is about to be closed for good.
+    pub fn drop_buffer(&mut self) {
+        drop(self.take_buffer());
+    }
+
     /// Makes `frame` the whole frame of its region; see [`Tail::set_frame`].
     pub fn replace_whole(&self, ino: &Inode, frame: &Arc<Frame>) {
         for p in &self.pending {
@@ -214,328 +227,4 @@ impl Tail {
         }
         ino.frames.install_whole(frame);
     }
-}
-
-impl Core {
-    /// Makes `at`, the end of what was pushed, the beginning of free room: starts a buffer, or
-    /// hands a full one to the device and starts the next.
-    pub fn next_buffer(&self, ino: &Arc<Inode>, tail: &mut Tail, at: u64) -> Result<()> {
-        // Whether or not there is a writer: an append that failed here has taken it away.
-        if tail.frame.is_some() && split(at).0 != tail.region {
-            self.bound_failed(ino, tail)?;
-            self.hand_over(ino, tail, at)?;
-            self.back_pressure(ino, tail);
-        }
-        self.open_buffer(ino, tail, at)
-    }
-
-    /// Hands everything up to `at` to the device, without waiting, and closes the buffer: it becomes
-    /// cache when it has arrived.
-    pub fn hand_over(&self, ino: &Arc<Inode>, tail: &mut Tail, at: u64) -> Result<()> {
-        self.submit_upto(ino, tail, at, false)?;
-        if let Some(frame) = tail.frame.take() {
-            frame.release_dirty();
-        }
-        tail.writer = None;
-        tail.room = 0;
-        Ok(())
-    }
-
-    /// Starts a tail buffer for position `at`, with what the file has before it in its region.
-    fn open_buffer(&self, ino: &Arc<Inode>, tail: &mut Tail, at: u64) -> Result<()> {
-        let (region, filled) = split(at);
-        let bytes = if let Some(old) = tail.frame.as_ref().filter(|_| tail.region == region) {
-            let head = old
-                .bytes
-                .get(0..filled)
-                .expect("the buffer holds what was appended");
-            tail_buffer(at, head)?
-        } else {
-            let mut head = DmaBuf::new(filled.max(1))?;
-            self.read_exact(ino, at - filled as u64, &mut head[..filled])?;
-            let bytes = tail_buffer(at, &head[..filled])?;
-            tail.supplied_from = at;
-            bytes
-        };
-        self.set_buffer(ino, tail, at, bytes);
-        Ok(())
-    }
-
-    /// Replaces the tail buffer by one in which `data` stands at `off`; both inside it.
-    pub fn patch_buffer(
-        &self,
-        ino: &Arc<Inode>,
-        tail: &mut Tail,
-        off: u64,
-        data: &[u8],
-    ) -> Result<()> {
-        let len = ino.len();
-        let base = tail.region as u64 * REGION as u64;
-        let Some(old) = tail.holding(base, len).filter(|_| off >= base) else {
-            return Err(ino.lost(tail.submitted, len));
-        };
-        let filled = usize::try_from(len - base).unwrap_or(0);
-        let mut buf = DmaBuf::new(old.bytes.cap())?;
-        let bytes = old
-            .bytes
-            .get(0..filled)
-            .expect("the buffer holds what was appended");
-        buf[..filled].copy_from_slice(bytes);
-        let at = split(off).1;
-        buf[at..at + data.len()].copy_from_slice(data);
-        self.set_buffer(ino, tail, off, Arc::new(FillBuf::from_buf(buf, filled)));
-        tail.submitted = tail.submitted.min(off);
-        Ok(())
-    }
-
-    /// Forgets the tail buffer of a file that is gone or is about to be closed for good.
-    pub fn drop_buffer(&self, tail: &mut Tail) {
-        tail.writer = None;
-        tail.frame = None;
-        tail.room = 0;
-    }
-
-    /// Makes `bytes` the tail buffer at `at`.
-    pub fn set_buffer(&self, ino: &Arc<Inode>, tail: &mut Tail, at: u64, bytes: Arc<FillBuf>) {
-        let writer = bytes.writer();
-        let frame = Frame::new(&ino.frames, split(at).0, 0, bytes, true);
-        tail.set_frame(ino, frame, writer);
-    }
-
-    /// Hands the bytes up to `upto` to the device; the last block is padded with zeroes.
-    pub fn submit_upto(
-        &self,
-        ino: &Arc<Inode>,
-        tail: &mut Tail,
-        upto: u64,
-        fua: bool,
-    ) -> Result<()> {
-        let block = self.block as u64;
-        if tail.submitted >= upto {
-            return Ok(());
-        }
-        let frame = tail.holding(tail.submitted, upto).cloned();
-        let frame = frame.ok_or_else(|| ino.lost(tail.submitted, upto))?;
-        let base = tail.region as u64 * REGION as u64;
-        let from = (tail.submitted / block * block).max(base);
-        let whole_end = upto / block * block;
-        // One write of a block in flight, and none waiting to be sent again, which would replace
-        // this one.
-        self.settle_overlapping(ino, tail, from, upto.next_multiple_of(block))?;
-        let at = |off: u64| usize::try_from(off - base).unwrap_or(usize::MAX);
-        let mut slices = Vec::with_capacity(2);
-        if whole_end > from {
-            slices.push(frame.bytes.dma(at(from)..at(whole_end)));
-        }
-        if upto > whole_end {
-            let last = whole_end.max(from);
-            let bytes = frame
-                .bytes
-                .get(at(last)..at(upto))
-                .expect("the buffer holds what was appended");
-            let mut bounce = DmaBuf::new(self.block)?;
-            bounce[..bytes.len()].copy_from_slice(bytes);
-            bounce[bytes.len()..].fill(0);
-            slices.push(bounce.freeze());
-        }
-        frame.hold_dirty();
-        tail.sent += 1;
-        let range = from..upto.next_multiple_of(block);
-        let supplied_from = tail.submitted.max(tail.supplied_from);
-        let pending = Pending::new(tail.sent, range, supplied_from, fua, frame, slices);
-        let pending = Arc::new(pending);
-        tail.submitted = upto;
-        ino.started.store(upto, Ordering::Relaxed);
-        tail.pending.push(Arc::clone(&pending));
-        self.send(ino, &pending)
-    }
-
-    /// Sees to it that the first `end` bytes have clusters: exactly those, or some ahead.
-    ///
-    /// # Errors
-    /// Nothing has changed if there is no space.
-    pub fn reserve(&self, ino: &Arc<Inode>, tail: &mut Tail, end: u64, exact: bool) -> Result<()> {
-        if end <= tail.allocated {
-            return Ok(());
-        }
-        let needed = end.div_ceil(self.cluster);
-        let have = tail.allocated / self.cluster;
-        let bytes = |clusters: u64| (clusters - have) * self.cluster;
-        let ahead = if exact {
-            needed
-        } else {
-            let step = match have {
-                0 => 0,
-                have => (have * 3)
-                    .max(GROW_MIN / self.cluster)
-                    .min(GROW_MAX / self.cluster),
-            };
-            needed.max(have + step)
-        };
-        // The last clusters are not worth holding ahead.
-        let spare = self.store.available_clusters();
-        let host = self.host_room().unwrap_or(u64::MAX);
-        let want = if ahead - have > spare / 4 || bytes(ahead) > host / 4 {
-            needed
-        } else {
-            ahead
-        };
-        match self.extend(ino, tail, want) {
-            Err(FsError::NoSpace { .. }) => {
-                self.trim_others(ino);
-                self.extend(ino, tail, needed)
-            }
-            result => result,
-        }
-    }
-
-    /// Gives a file more clusters, if there is room for their bytes below the device, too.
-    fn extend(&self, ino: &Inode, tail: &mut Tail, clusters: u64) -> Result<()> {
-        let end = clusters * self.cluster;
-        self.check_host(ino, end - tail.allocated)?;
-        let essential = ino.essential.load(Ordering::Relaxed) && end <= ESSENTIAL_MAX;
-        let spend = if essential {
-            Spend::Opening
-        } else {
-            Spend::Ordinary
-        };
-        self.set_clusters(ino, tail, clusters, spend)
-    }
-
-    /// Changes the number of clusters, mostly to fewer; durable on return.
-    pub fn resize(&self, ino: &Inode, tail: &mut Tail, clusters: u64) -> Result<()> {
-        self.set_clusters(ino, tail, clusters, Spend::Releasing)
-    }
-
-    fn set_clusters(
-        &self,
-        ino: &Inode,
-        tail: &mut Tail,
-        clusters: u64,
-        spend: Spend,
-    ) -> Result<()> {
-        // What a file gives back may be another's at once: no write may be on its way there.
-        self.wait_overlapping(tail, clusters * self.cluster, u64::MAX);
-        let mut tx = self.store.transaction();
-        tx.spend(spend);
-        tx.resize_with(ino.id, clusters, ClusterInit::CallerWrites);
-        tx.commit()
-            .map_err(|e| self.store_error(format!("{}: {clusters} clusters", ino.path()), e))?;
-        tail.grown |= clusters * self.cluster > tail.allocated;
-        self.resized(ino, tail, clusters);
-        Ok(())
-    }
-
-    /// Takes note of a new number of clusters.
-    pub fn resized(&self, ino: &Inode, tail: &mut Tail, clusters: u64) {
-        tail.allocated = clusters * self.cluster;
-        ino.allocated.store(tail.allocated, Ordering::Release);
-        tail.room = 0;
-    }
-
-    /// Gives clusters that files hold ahead back to the store, but not those of `not`.
-    pub fn trim_others(&self, not: &Inode) {
-        for ino in self.names.inodes() {
-            if ino.id == not.id || ino.is_thin() || ino.is_frozen() {
-                continue;
-            }
-            // Who appends right now needs what it holds.
-            if let Some(tail) = ino.tail.try_lock() {
-                self.trim(&ino, tail);
-            }
-        }
-    }
-
-    /// Gives the clusters past the end of the file back.
-    pub fn trim(&self, ino: &Inode, mut tail: MutexGuard<'_, Tail>) {
-        let needed = ino.len().div_ceil(self.cluster);
-        // Whoever deletes a file must be the last to have its blob.
-        if ino.is_going()
-            || tail.reserved
-            || !tail.grown
-            || tail.allocated / self.cluster <= needed
-            || self.check_writable(String::new).is_err()
-        {
-            return;
-        }
-        if let Err(error) = self.resize(ino, &mut tail, needed) {
-            tracing::warn!(file = ino.path(), %error, "space allocated ahead was not given back");
-        }
-    }
-
-    /// Starts the write of what has gathered, if it is much: for callers who flush after each
-    /// record without wanting durability.
-    pub fn start_write_behind(&self, ino: &Arc<Inode>, min: u64, upto: u64) -> Result<()> {
-        let mut tail = ino.tail.lock();
-        let block = self.block as u64;
-        let upto = upto.min(ino.len()) / block * block;
-        if upto < tail.submitted.saturating_add(min) {
-            return Ok(());
-        }
-        self.submit_upto(ino, &mut tail, upto, false)?;
-        self.back_pressure(ino, &mut tail);
-        Ok(())
-    }
-
-    /// The last handle is gone: the tail goes to the device and becomes cache, and what was
-    /// allocated ahead goes back.
-    pub fn seal(&self, ino: &Arc<Inode>) -> Result<()> {
-        let mut tail = ino.tail.lock();
-        // Whoever deletes it took over, perhaps has its clusters already.
-        if ino.is_going() {
-            return Ok(());
-        }
-        let sealed = self.seal_buffer(ino, &mut tail);
-        tail.reserved = false;
-        // Less than that waits for an unmount, or for somebody who needs it: a log is deleted soon,
-        // and a table was allocated about as large as it has become.
-        let spare =
-            (tail.allocated / self.cluster).saturating_sub(ino.len().div_ceil(self.cluster));
-        if spare * self.cluster > tail.allocated / 4 {
-            self.trim(ino, tail);
-        }
-        sealed
-    }
-
-    fn seal_buffer(&self, ino: &Arc<Inode>, tail: &mut Tail) -> Result<()> {
-        let len = ino.len();
-        self.hand_over(ino, tail, len)?;
-        tail.prune(ino);
-        self.shrink_frame(ino, tail, len);
-        Ok(())
-    }
-
-    /// Replaces the frame of the last region by one of the size that its bytes need, if it is much
-    /// larger and nothing of it is on its way.
-    fn shrink_frame(&self, ino: &Inode, tail: &Tail, len: u64) {
-        let (region, filled) = split(len);
-        let Some(frame) = ino.frames.whole(region) else {
-            return;
-        };
-        let cap = filled.next_multiple_of(PAGE);
-        if filled == 0 || frame.bytes.cap() < 2 * cap || !tail.pending.is_empty() {
-            return;
-        }
-        let (Some(bytes), Ok(mut buf)) = (frame.bytes.get(0..filled), DmaBuf::zeroed(cap)) else {
-            return;
-        };
-        buf[..filled].copy_from_slice(bytes);
-        let bytes = Arc::new(FillBuf::from_buf(buf, filled));
-        let small = Frame::new(&ino.frames, region, 0, bytes, true);
-        tail.replace_whole(ino, &small);
-        small.release_dirty();
-    }
-}
-
-/// A buffer for the region of `at` that begins with `head`.
-pub(crate) fn tail_buffer(at: u64, head: &[u8]) -> Result<Arc<FillBuf>> {
-    let (region, filled) = split(at);
-    let cap = if region == 0 && filled < SMALL / 2 {
-        SMALL
-    } else {
-        REGION
-    };
-    let mut buf = DmaBuf::new(cap)?;
-    buf[..filled].copy_from_slice(head);
-    Ok(Arc::new(FillBuf::from_buf(buf, filled)))
 }

@@ -26,13 +26,13 @@ impl<'a> StoreView<'a> {
     /// The ids of all blobs: files, directories and what is neither.
     #[must_use]
     pub fn blobs(&self) -> Vec<BlobId> {
-        self.core.store.blobs()
+        self.core.vol.store.blobs()
     }
 
     /// Blobs that were set aside because their metadata is damaged.
     #[must_use]
     pub fn damaged(&self) -> Vec<BlobId> {
-        let damaged = self.core.store.damaged().into_iter();
+        let damaged = self.core.vol.store.damaged().into_iter();
         damaged.map(|(id, _)| id).collect()
     }
 
@@ -49,24 +49,24 @@ impl<'a> StoreView<'a> {
     /// Bytes of a cluster.
     #[must_use]
     pub fn cluster_size(&self) -> u64 {
-        self.core.store.cluster_size()
+        self.core.vol.store.cluster_size()
     }
 
     /// Clusters that belong to no blob.
     #[must_use]
     pub fn free_clusters(&self) -> u64 {
-        self.core.store.free_clusters()
+        self.core.vol.store.free_clusters()
     }
 
     /// Metadata pages, and how many of them are used.
     #[must_use]
     pub fn md_pages(&self) -> Usage {
-        self.core.store.md_pages()
+        self.core.vol.store.md_pages()
     }
 
     /// The super block.
     #[must_use]
     pub fn super_block(&self) -> SuperBlock {
-        self.core.store.super_block()
+        self.core.vol.store.super_block()
     }
 }

@@ -8,12 +8,15 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::core::Core;
+use super::buffers::Buffers;
 use super::error::{FsError, Result};
 use super::fill::{FillBuf, FillWriter};
 use super::frame::{Frame, REGION, split};
 use super::inode::{Inode, now_ns};
+use super::space::Space;
 use super::tail::Tail;
+use super::volume::Volume;
+use super::writeback::Writeback;
 
 /// A gap up to this goes through the tail buffer as zeroes; a longer one is zeroed by the device.
 const GAP_COPY_MAX: u64 = 4 << 20;
@@ -32,12 +35,20 @@ pub(crate) struct Growth {
     sent: u64,
 }
 
-impl Core {
+/// Makes files longer.
+pub(crate) struct Appender {
+    pub vol: Arc<Volume>,
+    pub writeback: Arc<Writeback>,
+    pub space: Arc<Space>,
+    pub buffers: Arc<Buffers>,
+}
+
+impl Appender {
     /// Appends `data`. Nothing but a copy if it fits; see [`super::tail`].
     #[inline]
     pub fn append(&self, ino: &Arc<Inode>, data: &[u8]) -> Result<()> {
         // The buffer of an inherited file is the parent's memory.
-        self.check_fork()?;
+        self.vol.check_fork()?;
         let mut tail = ino.tail.lock();
         self.append_locked(ino, &mut tail, data)
     }
@@ -78,7 +89,7 @@ impl Core {
     ///
     /// # Errors
     /// The file is then as it was.
-    fn grow(
+    pub fn grow(
         &self,
         ino: &Arc<Inode>,
         tail: &mut Tail,
@@ -86,7 +97,7 @@ impl Core {
         more: u64,
         fill: impl FnOnce(&mut Tail, &mut Growth) -> Result<()>,
     ) -> Result<()> {
-        self.check_writable(|| ino.path())?;
+        self.vol.check_writable(|| ino.path())?;
         if ino.is_frozen() {
             return Err(FsError::ReadOnly { path: ino.path() });
         }
@@ -96,7 +107,7 @@ impl Core {
         if end == ino.len() {
             return Ok(());
         }
-        self.reserve(ino, tail, end, false)?;
+        self.space.reserve(ino, tail, end, false)?;
         let mut growth = self.begin(ino, tail)?;
         if let Err(e) = fill(tail, &mut growth) {
             self.take_back(ino, tail, growth);
@@ -112,11 +123,11 @@ impl Core {
 
     /// Sees to it that there is a buffer with room at the end of the file. Whatever this changes is
     /// right also if nothing is appended.
-    fn begin(&self, ino: &Arc<Inode>, tail: &mut Tail) -> Result<Growth> {
+    pub fn begin(&self, ino: &Arc<Inode>, tail: &mut Tail) -> Result<Growth> {
         let len = ino.len();
         tail.stop_fast_path();
         if tail.writer_room() == 0 {
-            self.next_buffer(ino, tail, len)?;
+            self.buffers.next_buffer(ino, tail, len)?;
         }
         let bytes = tail.buffer().ok_or_else(|| ino.lost(tail.submitted, len))?;
         Ok(Growth {
@@ -142,7 +153,7 @@ impl Core {
         })
     }
 
-    fn push_zeroes(
+    pub fn push_zeroes(
         &self,
         ino: &Arc<Inode>,
         tail: &mut Tail,
@@ -153,7 +164,7 @@ impl Core {
     }
 
     /// Pushes `total` bytes: `copy` gets the writer, how much has been pushed, and how much to push.
-    fn push(
+    pub fn push(
         &self,
         ino: &Arc<Inode>,
         tail: &mut Tail,
@@ -166,7 +177,7 @@ impl Core {
             let left = usize::try_from(total - done).unwrap_or(usize::MAX);
             let n = tail.writer_room().min(left);
             if n == 0 {
-                self.next_buffer(ino, tail, growth.at)?;
+                self.buffers.next_buffer(ino, tail, growth.at)?;
                 continue;
             }
             tail.with_writer(|writer| copy(writer, done, n));
@@ -190,10 +201,12 @@ impl Core {
         }
         let head = growth.at.next_multiple_of(region) - growth.at;
         self.push_zeroes(ino, tail, growth, head)?;
-        self.hand_over(ino, tail, growth.at)?;
+        self.buffers.hand_over(ino, tail, growth.at)?;
         let upto = to / region * region;
         ino.frames.remove_from(split(growth.at).0);
-        let seq = self.zero_range(ino, growth.at, upto - growth.at)?;
+        let seq = self
+            .writeback
+            .zero_range(ino, growth.at, upto - growth.at)?;
         tail.note_written(ino, growth.at..upto, growth.at..upto, seq);
         growth.at = upto;
         tail.submitted = upto;
@@ -206,7 +219,7 @@ impl Core {
     fn take_back(&self, ino: &Arc<Inode>, tail: &mut Tail, growth: Growth) {
         let started = tail.take_sent_after(growth.sent);
         for p in &started {
-            self.wait_pending(p);
+            self.writeback.wait_pending(p);
         }
         let region = split(growth.len).0;
         let base = region as u64 * REGION as u64;
@@ -214,7 +227,7 @@ impl Core {
             growth.submitted
         } else {
             // A write that began in the block of the old end may have damaged it: once more.
-            (growth.submitted / self.block as u64 * self.block as u64).max(base)
+            (growth.submitted / self.vol.block as u64 * self.vol.block as u64).max(base)
         };
         tail.supplied_from = growth.supplied_from;
         tail.cut_unflushed(growth.len);

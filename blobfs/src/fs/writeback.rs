@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use pumice_bdev::{DmaSlice, IoError, Ticket};
+use pumice_bdev::{DmaSlice, IoError, Op, Ticket};
 
-use super::core::Core;
-use super::durable::{Begun, Durability};
+use super::durable::{Begun, Durability, lost};
 use super::error::{FsError, Result};
 use super::frame::{Frame, REGION};
 use super::inode::Inode;
 use super::tail::Tail;
+use super::volume::Volume;
 use crate::blobstore::Error as StoreError;
 
 /// A write on its way.
@@ -88,7 +88,13 @@ impl Pending {
     }
 }
 
-impl Core {
+/// Sends the bytes of files to the device, and makes them durable.
+pub(crate) struct Writeback {
+    pub vol: Arc<Volume>,
+    pub writes: Arc<Durability>,
+}
+
+impl Writeback {
     /// Sends a write, for the first time or again.
     pub fn send(&self, ino: &Arc<Inode>, pending: &Arc<Pending>) -> Result<()> {
         let slices = match &*pending.data.lock() {
@@ -120,7 +126,7 @@ impl Core {
                 Ok(())
             }
             e => {
-                let e = self.store_error(ino.path(), e);
+                let e = self.vol.store_error(ino.path(), e);
                 *pending.error.lock() = Some(e.clone());
                 Err(e)
             }
@@ -173,7 +179,7 @@ impl Core {
             bytes += p.bytes;
             full |= p.error.lock().as_ref().is_some_and(FsError::is_no_space);
         }
-        if !full && bytes <= self.opts.write_behind_bytes.max(REGION) {
+        if !full && bytes <= self.vol.opts.write_behind_bytes.max(REGION) {
             return Ok(());
         }
         self.resend_failed(ino, tail)?;
@@ -186,7 +192,7 @@ impl Core {
     pub fn wait_pending(&self, pending: &Pending) {
         let ticket = pending.ticket.lock().clone();
         if let Some(ticket) = ticket {
-            self.shared().wait(&ticket);
+            self.vol.shared().wait(&ticket);
         }
     }
 
@@ -208,18 +214,67 @@ impl Core {
 
     /// Waits while too much is on its way, preferably for this file's own.
     pub fn back_pressure(&self, ino: &Inode, tail: &mut Tail) {
-        let limit = self.opts.write_behind_bytes.max(REGION);
+        let limit = self.vol.opts.write_behind_bytes.max(REGION);
         while self.writes.in_flight.load(Ordering::Relaxed) > limit {
             match tail.pending.iter().find(|p| !p.is_over()) {
                 Some(p) => self.wait_pending(p),
                 None => {
-                    if !self.shared().wait_any() {
+                    if !self.vol.shared().wait_any() {
                         break;
                     }
                 }
             }
         }
         tail.prune(ino);
+    }
+
+    /// Writes whole blocks of a file and waits.
+    pub fn write_through(&self, ino: &Arc<Inode>, from: u64, slice: &DmaSlice) -> Result<()> {
+        let result = Arc::new(Mutex::new(Ok(())));
+        let slot = Arc::clone(&result);
+        let done = move |written| *slot.lock() = written;
+        let ticket = ino
+            .blob()?
+            .start_write(from, std::slice::from_ref(slice), false, done)
+            .map_err(|e| self.vol.store_error(ino.path(), e))?;
+        self.vol.shared().wait(&ticket);
+        std::mem::replace(&mut *result.lock(), Ok(()))
+            .map_err(|e| FsError::io(format!("{}: writing at offset {from}", ino.path()), e))
+    }
+
+    /// Writes zeroes over `[off, off + len)` of a file (multiples of the block size) and waits.
+    /// What was written is not durable yet; returns the sequence to flush up to.
+    pub fn zero_range(&self, ino: &Inode, off: u64, len: u64) -> Result<u64> {
+        /// As much is on its way together.
+        const STEP: u64 = 64 << 20;
+        let blob = ino.blob()?;
+        let begun = self.writes.begin();
+        let mut done = 0;
+        while done < len {
+            let now = STEP.min(len - done);
+            blob.write_zeroes_at(off + done, now).map_err(|e| {
+                self.vol
+                    .store_error(format!("{}: zeroing a gap", ino.path()), e)
+            })?;
+            done += now;
+        }
+        Ok(self.writes.completed(begun))
+    }
+
+    /// Makes every completed write up to `seq` durable. Concurrent callers share flushes.
+    pub fn flush_upto(&self, seq: u64) -> Result<()> {
+        if !self.vol.write_cache {
+            return Ok(());
+        }
+        self.writes.flushes.cover(seq, || {
+            self.vol.shared().run(vec![Op::Flush]).map_err(|e| {
+                // Others have been noted where they came back from the device.
+                if e.is_retryable() {
+                    self.writes.flush_failed(&e);
+                }
+                lost(&e)
+            })
+        })
     }
 }
 

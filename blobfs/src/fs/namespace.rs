@@ -1,36 +1,33 @@
 //! Operations on names: open, create, unlink, rename, link, directories.
 //!
-//! Each is one commit of metadata and durable on return. All hold [`Namespace::ops`] throughout;
+//! Each is one commit of metadata and durable on return. All hold [`Names::ops`] throughout;
 //! looking up and opening existing files does not.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::core::{Core, Phase};
+use super::cache::Cache;
 use super::error::{FsError, Result};
-use super::inode::{Inode, Life, now_ns, xattr};
-use super::names::{Dir, Entry, Opened, Ops, encode_name, encode_names};
+use super::inode::{Inode, now_ns, xattr};
+use super::life::Lives;
+use super::names::{Dir, Entry, Names, Opened, Ops, encode_name, encode_names};
 use super::options::OpenOptions;
 use super::path;
-use crate::blobstore::{ClearMethod, CreateOptions, Spend, Transaction};
+use super::volume::Volume;
+use crate::blobstore::{ClearMethod, CreateOptions, Spend};
 
-/// Longest list of further names of a file, in bytes.
-const LINKS_MAX: usize = 3000;
-
-/// What happens to a file that loses a name.
-enum Loss {
-    /// It has others.
-    Name,
-    /// It is open: marked, and deleted at the last close.
-    Orphan,
-    /// It is deleted.
-    Gone,
+/// See the module.
+pub(crate) struct Namespace {
+    pub vol: Arc<Volume>,
+    pub names: Arc<Names>,
+    pub lives: Arc<Lives>,
+    pub cache: Arc<Cache>,
 }
 
-impl Core {
+impl Namespace {
     /// Opens or makes the file at the normalised `path`.
     pub fn open(&self, path: &str, how: OpenOptions) -> Result<Arc<Inode>> {
-        self.check_mounted(|| path.to_owned())?;
+        self.vol.check_mounted(|| path.to_owned())?;
         loop {
             match self.names.open_file(path)? {
                 Some(Opened::Dying) => drop(self.names.ops.lock()),
@@ -38,7 +35,7 @@ impl Core {
                     if !how.exclusive && !how.fresh {
                         return Ok(ino);
                     }
-                    self.close(&ino);
+                    self.lives.close(&ino);
                     if how.exclusive {
                         return Err(FsError::Exists {
                             path: path.to_owned(),
@@ -57,7 +54,7 @@ impl Core {
 
     fn create(&self, path: &str, how: OpenOptions) -> Result<Arc<Inode>> {
         let mut ops = self.names.ops.lock();
-        self.check_writable(|| path.to_owned())?;
+        self.vol.check_writable(|| path.to_owned())?;
         self.names.check_dir(path::parent(path))?;
         let old = match self.names.get(path) {
             None => None,
@@ -91,7 +88,7 @@ impl Core {
         if let Some(old) = &old {
             xattrs.push((xattr::REPLACES.to_owned(), old.id.0.to_le_bytes().to_vec()));
         }
-        let mut tx = self.store.transaction();
+        let mut tx = self.vol.store.transaction();
         if how.essential {
             tx.spend(Spend::Opening);
         }
@@ -101,20 +98,21 @@ impl Core {
         });
         let loss = old
             .as_ref()
-            .map(|old| self.lose_name(&mut tx, old, path))
+            .map(|old| self.lives.lose_name(&mut tx, old, path))
             .transpose()?;
         let committed = match tx.commit() {
             Ok(committed) => committed,
             Err(e) => {
-                self.undo_loss(old.as_ref(), loss);
-                return Err(self.commit_error(format!("{path}: create"), e));
+                self.lives.undo_loss(old.as_ref(), loss);
+                return Err(self.vol.commit_error(format!("{path}: create"), e));
             }
         };
         let id = committed.id(new);
         let blob = self
+            .vol
             .store
             .open(id)
-            .map_err(|e| self.store_error(format!("{path}: create"), e))?;
+            .map_err(|e| self.vol.store_error(format!("{path}: create"), e))?;
         let ino = Inode::new(blob, 0, vec![path.to_owned()], mtime, &self.cache);
         ino.essential.store(how.essential, Ordering::Relaxed);
         ino.opens.fetch_add(1, Ordering::SeqCst);
@@ -122,13 +120,13 @@ impl Core {
             .map
             .write()
             .insert(path.to_owned(), Entry::File(Arc::clone(&ino)));
-        self.settle_loss(old, loss, path);
+        self.lives.settle_loss(old, loss, path);
         Ok(ino)
     }
 
     /// How blobs of files and directories are made.
     fn create_options(&self) -> CreateOptions {
-        let clear_method = if self.opts.discard {
+        let clear_method = if self.vol.opts.discard {
             ClearMethod::Unmap
         } else {
             ClearMethod::None
@@ -141,177 +139,20 @@ impl Core {
         }
     }
 
-    /// The last handle of `ino` may be gone.
-    pub fn close(&self, ino: &Arc<Inode>) {
-        if self.check_fork().is_err() {
-            return;
-        }
-        if ino.opens.fetch_sub(1, Ordering::SeqCst) > 1 {
-            return;
-        }
-        if matches!(ino.life.load(), Life::Orphan | Life::Gone) {
-            self.reap(ino);
-        } else if let Err(error) = self.seal(ino) {
-            tracing::warn!(file = ino.path(), %error, "closing: data stays in memory until the next sync");
-        }
-    }
-
-    /// Deletes a file without a name that nobody has open any more.
-    fn reap(&self, ino: &Arc<Inode>) {
-        let first = ino.life.compare_exchange(Life::Orphan, Life::Gone);
-        if first.is_err() {
-            return;
-        }
-        self.quiesce(ino);
-        self.forget_bytes(ino);
-        if ino.blob.swap(None).is_none() {
-            return;
-        }
-        let id = ino.id;
-        let mut tx = self.releasing();
-        tx.delete(id);
-        if let Err(error) = tx.commit() {
-            // It stays marked: the next mount deletes it.
-            tracing::warn!(blob = %id, %error, "a deleted file could not be removed; the next mount will");
-        }
-        self.names.orphans.lock().remove(&id.0);
-    }
-
-    /// Waits until nothing of the file is on its way to the device or from it. What has not been
-    /// written stays: the file may keep its name.
-    fn quiesce(&self, ino: &Arc<Inode>) {
-        let mut tail = ino.tail.lock();
-        self.wait_overlapping(&tail, 0, u64::MAX);
-        if let Ok(blob) = ino.blob()
-            && let Err(error) = blob.quiesce()
-        {
-            tracing::warn!(file = ino.path(), %error, "the file is given up all the same");
-        }
-        tail.prune(ino);
-    }
-
-    /// The file is gone: so is what of it is in memory.
-    fn forget_bytes(&self, ino: &Arc<Inode>) {
-        let mut tail = ino.tail.lock();
-        self.drop_buffer(&mut tail);
-        tail.pending.clear();
-        tail.submitted = ino.len();
-        ino.frames.remove_from(0);
-    }
-
-    /// A change that gives space back, or takes none for good: it may use the reserve.
-    fn releasing(&self) -> Transaction {
-        let mut tx = self.store.transaction();
-        tx.spend(Spend::Releasing);
-        tx
-    }
-
-    /// Adds to `tx` what `ino` losing the name `path` means on disk.
-    fn lose_name(&self, tx: &mut Transaction, ino: &Arc<Inode>, path: &str) -> Result<Loss> {
-        let names: Vec<String> = ino
-            .names
-            .lock()
-            .iter()
-            .filter(|n| *n != path)
-            .cloned()
-            .collect();
-        if !names.is_empty() {
-            self.stage_names(tx, ino, &names)?;
-            return Ok(Loss::Name);
-        }
-        let open = {
-            // Who opens holds the map: either it is counted here, or it sees that the file is dying.
-            let _map = self.names.map.write();
-            let open = ino.opens.load(Ordering::SeqCst) > 0;
-            if !open {
-                ino.life.store(Life::Dying);
-            }
-            open
-        };
-        if open {
-            tx.set_xattr(ino.id, xattr::IS_DELETED, &[1]);
-            return Ok(Loss::Orphan);
-        }
-        self.quiesce(ino);
-        // The store deletes no blob that is open.
-        ino.close_blob();
-        tx.delete(ino.id);
-        Ok(Loss::Gone)
-    }
-
-    /// The commit failed: the file keeps its name.
-    fn undo_loss(&self, ino: Option<&Arc<Inode>>, loss: Option<Loss>) {
-        let (Some(ino), Some(Loss::Gone)) = (ino, loss) else {
-            return;
-        };
-        match self.store.open(ino.id) {
-            Ok(blob) => ino.blob.store(Some(Arc::new(blob))),
-            Err(error) => {
-                tracing::error!(file = ino.path(), %error, "a file that could not be deleted cannot be used until the next mount");
-            }
-        }
-        ino.life.store(Life::Named);
-    }
-
-    /// The commit is durable: memory follows.
-    fn settle_loss(&self, ino: Option<Arc<Inode>>, loss: Option<Loss>, path: &str) {
-        let (Some(ino), Some(loss)) = (ino, loss) else {
-            return;
-        };
-        ino.names.lock().retain(|n| n != path);
-        match loss {
-            Loss::Name => {}
-            Loss::Orphan => {
-                self.names
-                    .orphans
-                    .lock()
-                    .insert(ino.id.0, Arc::downgrade(&ino));
-                ino.life.store(Life::Orphan);
-                if ino.opens.load(Ordering::SeqCst) == 0 {
-                    self.reap(&ino);
-                }
-            }
-            Loss::Gone => {
-                ino.life.store(Life::Gone);
-                self.forget_bytes(&ino);
-            }
-        }
-    }
-
-    /// Adds a change of a file's names to `tx`.
-    pub fn stage_names(&self, tx: &mut Transaction, ino: &Inode, names: &[String]) -> Result<()> {
-        let Some((first, rest)) = names.split_first() else {
-            return Err(FsError::invalid(&ino.path(), "a file needs a name"));
-        };
-        let links = encode_names(rest);
-        if links.len() > LINKS_MAX {
-            return Err(FsError::TooManyLinks {
-                path: first.clone(),
-            });
-        }
-        tx.set_xattr(ino.id, xattr::NAME, &encode_name(first));
-        if !links.is_empty() {
-            tx.set_xattr(ino.id, xattr::LINKS, &links);
-        } else if ino.blob()?.xattr(xattr::LINKS).is_some() {
-            tx.remove_xattr(ino.id, xattr::LINKS);
-        }
-        Ok(())
-    }
-
     /// Removes a file's name; the file goes with the last one and the last handle.
     pub fn unlink(&self, path: &str) -> Result<()> {
-        self.check_fork()?;
+        self.vol.check_fork()?;
         let _ops = self.names.ops.lock();
-        self.check_writable(|| path.to_owned())?;
+        self.vol.check_writable(|| path.to_owned())?;
         let ino = self.file(path)?;
-        let mut tx = self.releasing();
-        let loss = self.lose_name(&mut tx, &ino, path)?;
+        let mut tx = self.vol.releasing();
+        let loss = self.lives.lose_name(&mut tx, &ino, path)?;
         if let Err(e) = tx.commit() {
-            self.undo_loss(Some(&ino), Some(loss));
-            return Err(self.commit_error(format!("{path}: unlink"), e));
+            self.lives.undo_loss(Some(&ino), Some(loss));
+            return Err(self.vol.commit_error(format!("{path}: unlink"), e));
         }
         self.names.map.write().remove(path);
-        self.settle_loss(Some(ino), Some(loss), path);
+        self.lives.settle_loss(Some(ino), Some(loss), path);
         Ok(())
     }
 
@@ -336,9 +177,9 @@ impl Core {
 
     /// Renames a file or a directory. What has the new name is replaced in one step.
     pub fn rename(&self, from: &str, to: &str) -> Result<()> {
-        self.check_fork()?;
+        self.vol.check_fork()?;
         let mut ops = self.names.ops.lock();
-        self.check_writable(|| from.to_owned())?;
+        self.vol.check_writable(|| from.to_owned())?;
         let source = match self.names.get(from) {
             Some(Entry::File(ino)) => ino,
             Some(Entry::Dir(dir)) => return self.rename_dir(&mut ops, &dir, from, to),
@@ -366,19 +207,19 @@ impl Core {
         };
         let rename_one = |n: &String| if n == from { to.to_owned() } else { n.clone() };
         let names: Vec<String> = source.names.lock().iter().map(rename_one).collect();
-        let mut tx = self.releasing();
-        self.stage_names(&mut tx, &source, &names)?;
+        let mut tx = self.vol.releasing();
+        self.lives.stage_names(&mut tx, &source, &names)?;
         if let Some(target) = &target {
             tx.set_xattr(source.id, xattr::SEQ, &next_seq(&mut ops).to_le_bytes());
             tx.set_xattr(source.id, xattr::REPLACES, &target.id.0.to_le_bytes());
         }
         let loss = target
             .as_ref()
-            .map(|t| self.lose_name(&mut tx, t, to))
+            .map(|t| self.lives.lose_name(&mut tx, t, to))
             .transpose()?;
         if let Err(e) = tx.commit() {
-            self.undo_loss(target.as_ref(), loss);
-            return Err(self.commit_error(format!("{from}: rename to {to}"), e));
+            self.lives.undo_loss(target.as_ref(), loss);
+            return Err(self.vol.commit_error(format!("{from}: rename to {to}"), e));
         }
         *source.names.lock() = names;
         {
@@ -386,15 +227,15 @@ impl Core {
             map.remove(from);
             map.insert(to.to_owned(), Entry::File(source));
         }
-        self.settle_loss(target, loss, to);
+        self.lives.settle_loss(target, loss, to);
         Ok(())
     }
 
     /// Gives a file another name.
     pub fn link(&self, from: &str, to: &str) -> Result<()> {
-        self.check_fork()?;
+        self.vol.check_fork()?;
         let _ops = self.names.ops.lock();
-        self.check_writable(|| to.to_owned())?;
+        self.vol.check_writable(|| to.to_owned())?;
         let ino = self.file(from)?;
         self.names.check_dir(path::parent(to))?;
         if to == "/" || self.names.get(to).is_some() {
@@ -404,10 +245,10 @@ impl Core {
         }
         let mut names = ino.names.lock().clone();
         names.push(to.to_owned());
-        let mut tx = self.store.transaction();
-        self.stage_names(&mut tx, &ino, &names)?;
+        let mut tx = self.vol.store.transaction();
+        self.lives.stage_names(&mut tx, &ino, &names)?;
         tx.commit()
-            .map_err(|e| self.commit_error(format!("{from}: link to {to}"), e))?;
+            .map_err(|e| self.vol.commit_error(format!("{from}: link to {to}"), e))?;
         *ino.names.lock() = names;
         self.names
             .map
@@ -418,9 +259,9 @@ impl Core {
 
     /// Makes a directory.
     pub fn mkdir(&self, path: &str) -> Result<()> {
-        self.check_fork()?;
+        self.vol.check_fork()?;
         let _ops = self.names.ops.lock();
-        self.check_writable(|| path.to_owned())?;
+        self.vol.check_writable(|| path.to_owned())?;
         if path == "/" || self.names.get(path).is_some() {
             return Err(FsError::Exists {
                 path: path.to_owned(),
@@ -428,14 +269,14 @@ impl Core {
         }
         self.names.check_dir(path::parent(path))?;
         let mtime = now_ns();
-        let mut tx = self.store.transaction();
+        let mut tx = self.vol.store.transaction();
         let new = tx.create(CreateOptions {
             xattrs: marker_xattrs(path, mtime),
             ..self.create_options()
         });
         let committed = tx
             .commit()
-            .map_err(|e| self.commit_error(format!("{path}: mkdir"), e))?;
+            .map_err(|e| self.vol.commit_error(format!("{path}: mkdir"), e))?;
         let dir = Dir {
             marker: parking_lot::Mutex::new(Some(committed.id(new))),
             mtime_ns: mtime,
@@ -449,9 +290,9 @@ impl Core {
 
     /// Removes an empty directory.
     pub fn rmdir(&self, path: &str) -> Result<()> {
-        self.check_fork()?;
+        self.vol.check_fork()?;
         let _ops = self.names.ops.lock();
-        self.check_writable(|| path.to_owned())?;
+        self.vol.check_writable(|| path.to_owned())?;
         let dir = match self.names.get(path) {
             Some(Entry::Dir(dir)) => dir,
             Some(Entry::File(_)) => {
@@ -471,10 +312,10 @@ impl Core {
         }
         let marker = *dir.marker.lock();
         if let Some(id) = marker {
-            let mut tx = self.releasing();
+            let mut tx = self.vol.releasing();
             tx.delete(id);
             tx.commit()
-                .map_err(|e| self.commit_error(format!("{path}: rmdir"), e))?;
+                .map_err(|e| self.vol.commit_error(format!("{path}: rmdir"), e))?;
         }
         self.names.map.write().remove(path);
         Ok(())
@@ -526,7 +367,7 @@ impl Core {
             }
         }
         // What is refused is refused here, before there is an intent that a mount would carry out.
-        let mut tx = self.releasing();
+        let mut tx = self.vol.releasing();
         let mut renamed: Vec<(Arc<Inode>, Vec<String>)> = Vec::new();
         let mut seen = std::collections::HashSet::new();
         for (p, entry) in &below {
@@ -540,7 +381,7 @@ impl Core {
                         }
                     };
                     let names: Vec<String> = ino.names.lock().iter().map(new_name).collect();
-                    self.stage_names(&mut tx, ino, &names)?;
+                    self.lives.stage_names(&mut tx, ino, &names)?;
                     renamed.push((Arc::clone(ino), names));
                 }
                 Entry::Dir(d) => {
@@ -551,13 +392,13 @@ impl Core {
                 Entry::File(_) => {}
             }
         }
-        let fail = |e| self.commit_error(format!("{from}: rename to {to}"), e);
+        let fail = |e| self.vol.commit_error(format!("{from}: rename to {to}"), e);
         // One: the intent, on a marker that the directory may not have yet.
         let intent = encode_names(&[from.to_owned(), to.to_owned()]);
         let known = *dir.marker.lock();
         let marker = match known {
             Some(id) => {
-                let mut tx = self.releasing();
+                let mut tx = self.vol.releasing();
                 tx.set_xattr(id, xattr::RENAME, &intent);
                 tx.commit().map_err(fail)?;
                 id
@@ -565,7 +406,7 @@ impl Core {
             None => {
                 let mut xattrs = marker_xattrs(from, now_ns());
                 xattrs.push((xattr::RENAME.to_owned(), intent));
-                let mut tx = self.releasing();
+                let mut tx = self.vol.releasing();
                 let new = tx.create(CreateOptions {
                     xattrs,
                     ..self.create_options()
@@ -585,7 +426,7 @@ impl Core {
         }
         if let Err(e) = tx.commit() {
             // Nothing was renamed, and the next mount must not do it either.
-            let mut tx = self.releasing();
+            let mut tx = self.vol.releasing();
             tx.remove_xattr(marker, xattr::RENAME);
             if let Err(error) = tx.commit() {
                 tracing::error!(from, to, %error, "the intent of a failed rename stays");
@@ -609,118 +450,6 @@ impl Core {
             map.insert(moved(&p), entry);
         }
         Ok(())
-    }
-
-    /// Ends the use of every file: data and lengths durable, spare clusters back, blobs closed.
-    pub fn unmount(&self) -> Result<()> {
-        self.end(false).map(|_| ())
-    }
-
-    /// As [`Core::unmount`]; what cannot be made durable is given up, and returned.
-    pub fn unmount_anyway(&self) -> Result<Vec<FsError>> {
-        self.end(true)
-    }
-
-    fn end(&self, give_up: bool) -> Result<Vec<FsError>> {
-        self.check_fork()?;
-        let _ops = self.names.ops.lock();
-        if self.phase.load() == Phase::Unloading {
-            return self.unload().map(|()| Vec::new());
-        }
-        self.check_mounted(|| self.dev.info().name.clone())?;
-        let inodes = self.names.inodes();
-        if !self.opts.read_only {
-            // The others are durable all the same if one fails.
-            let mut result = Ok(());
-            for ino in &inodes {
-                result = result.and(self.sync(ino));
-            }
-            if !give_up {
-                result?;
-            }
-        }
-        // From here on nothing new begins; what was appended meanwhile is written, too.
-        self.phase.store(Phase::Ending);
-        let lost = match self.finish(&inodes, give_up) {
-            Ok(lost) => lost,
-            Err(e) => {
-                self.phase.store(Phase::Mounted);
-                return Err(e);
-            }
-        };
-        self.phase.store(Phase::Unloading);
-        self.unload()?;
-        Ok(lost)
-    }
-
-    /// The last step of an unmount, which can be repeated: the device is given up when it is done.
-    fn unload(&self) -> Result<()> {
-        match self.store.unload() {
-            Ok(()) | Err(crate::blobstore::Error::Unloaded) => {}
-            Err(e) => return Err(self.store_error("unmount", e)),
-        }
-        self.phase.store(Phase::Unmounted);
-        self.metered.release();
-        self.ended.set();
-        Ok(())
-    }
-
-    /// Whether an unmount has still something to do.
-    pub fn is_unfinished(&self) -> bool {
-        self.born.is_here() && matches!(self.phase.load(), Phase::Mounted | Phase::Unloading)
-    }
-
-    fn finish(&self, inodes: &[Arc<Inode>], give_up: bool) -> Result<Vec<FsError>> {
-        let mut lost = Vec::new();
-        if !self.opts.read_only {
-            for ino in inodes {
-                ino.tail.lock().stop_fast_path();
-                match self.sync_inner(ino) {
-                    Ok(()) => {}
-                    Err(e) if give_up => {
-                        tracing::error!(error = %e, "bytes that could not be made durable are given up");
-                        self.give_up_bytes(ino);
-                        lost.push(e);
-                    }
-                    Err(e) => return Err(e),
-                }
-                let mut tail = ino.tail.lock();
-                let needed = ino.len().div_ceil(self.cluster);
-                if tail.grown
-                    && tail.allocated / self.cluster > needed
-                    && !ino.is_thin()
-                    && let Err(error) = self.resize(ino, &mut tail, needed)
-                {
-                    tracing::warn!(file = ino.path(), %error, "space allocated ahead was not given back");
-                }
-            }
-        }
-        let orphans: Vec<Arc<Inode>> = self
-            .names
-            .orphans
-            .lock()
-            .values()
-            .filter_map(std::sync::Weak::upgrade)
-            .collect();
-        for ino in &orphans {
-            self.reap(ino);
-        }
-        self.shared().drain();
-        for ino in inodes.iter().chain(&orphans) {
-            self.drop_buffer(&mut ino.tail.lock());
-            ino.close_blob();
-            ino.frames.remove_from(0);
-        }
-        Ok(lost)
-    }
-
-    /// Cuts the file, in memory, to what is durable.
-    fn give_up_bytes(&self, ino: &Arc<Inode>) {
-        self.quiesce(ino);
-        let durable = ino.durable_len.load(Ordering::Acquire);
-        ino.len.store(durable, Ordering::Release);
-        ino.epoch.fetch_add(1, Ordering::AcqRel);
-        self.forget_bytes(ino);
     }
 }
 

@@ -1,0 +1,152 @@
+//! The length of a file, and its space: truncation, allocation.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use pumice_bdev::DmaBuf;
+
+use super::append::Appender;
+use super::buffers::{Buffers, tail_buffer};
+use super::error::{FsError, Result};
+use super::frame::split;
+use super::inode::{Inode, now_ns, xattr};
+use super::read::Reader;
+use super::space::Space;
+use super::tail::Tail;
+use super::volume::Volume;
+use super::writeback::Writeback;
+use crate::blobstore::{ClusterInit, Error as StoreError, Spend};
+
+/// See the module.
+pub(crate) struct Truncater {
+    pub vol: Arc<Volume>,
+    pub reader: Arc<Reader>,
+    pub writeback: Arc<Writeback>,
+    pub space: Arc<Space>,
+    pub buffers: Arc<Buffers>,
+    pub appender: Arc<Appender>,
+}
+
+impl Truncater {
+    /// Sets the length. A shorter one is durable on return, since the clusters behind it, and the
+    /// bytes of its last block, may be used again at once.
+    pub fn truncate(&self, ino: &Arc<Inode>, new_len: u64) -> Result<()> {
+        let _one = ino.sync_lock.lock();
+        let mut tail = ino.tail.lock();
+        self.vol.check_writable(|| ino.path())?;
+        if ino.is_frozen() {
+            return Err(FsError::ReadOnly { path: ino.path() });
+        }
+        if new_len >= ino.len() {
+            self.appender.append_after_gap(ino, &mut tail, new_len, &[])
+        } else {
+            self.shorten(ino, &mut tail, new_len)
+        }
+    }
+
+    /// Cuts the file. What could not be written of the part that goes is of no interest any more.
+    fn shorten(&self, ino: &Arc<Inode>, tail: &mut Tail, new_len: u64) -> Result<()> {
+        // What is cut may be another file's at once: no write may be on its way there.
+        self.writeback.wait_overlapping(tail, new_len, u64::MAX);
+        tail.prune(ino);
+        let len = ino.len();
+        // What the tail's region keeps has to be at hand before anything is cut.
+        let (region, kept) = split(new_len);
+        let mut head = DmaBuf::new(kept.max(1))?;
+        self.reader
+            .read_exact(ino, new_len - kept as u64, &mut head[..kept])?;
+        let buffer = if kept > 0 {
+            Some(tail_buffer(new_len, &head[..kept])?)
+        } else {
+            None
+        };
+        // From here on no reader starts on what is cut, and one that is at it reads again.
+        ino.len.store(new_len, Ordering::Release);
+        ino.epoch.fetch_add(1, Ordering::AcqRel);
+        if let Err(e) = self.commit_shorter(ino, tail, new_len) {
+            ino.len.store(len, Ordering::Release);
+            return Err(e);
+        }
+        let supplied_from = match tail.is_tail(region) {
+            true => tail.supplied_from.min(new_len),
+            false => new_len,
+        };
+        tail.drop_buffer();
+        // A write that has failed and began before the cut: its bytes are in the buffer.
+        let cut = tail.take_beyond(new_len);
+        let begun = cut.iter().map(|p| p.from).min().unwrap_or(new_len);
+        tail.submitted = tail.submitted.min(begun).min(new_len);
+        tail.supplied_from = supplied_from;
+        tail.cut_unflushed(new_len);
+        tail.reserved = false;
+        ino.started.store(tail.submitted, Ordering::Relaxed);
+        match buffer {
+            Some(buffer) => {
+                self.buffers.set_buffer(ino, tail, new_len, buffer);
+                ino.frames.remove_from(region + 1);
+            }
+            None => ino.frames.remove_from(region),
+        }
+        ino.mtime_ns.store(now_ns(), Ordering::Relaxed);
+        tail.check(new_len);
+        Ok(())
+    }
+
+    /// Makes a shorter length durable and gives the clusters behind it back. The length on the device
+    /// does not grow: it covers only what was durable before.
+    fn commit_shorter(&self, ino: &Arc<Inode>, tail: &mut Tail, new_len: u64) -> Result<()> {
+        let old_durable = ino.durable_len.load(Ordering::Acquire);
+        if old_durable <= new_len && tail.allocated <= new_len.next_multiple_of(self.vol.cluster) {
+            return Ok(());
+        }
+        let durable = old_durable.min(new_len);
+        let have = tail.allocated / self.vol.cluster;
+        let wanted = if ino.is_thin() {
+            have
+        } else {
+            new_len.div_ceil(self.vol.cluster)
+        };
+        let commit = |clusters: u64| {
+            let mut tx = self.vol.store.transaction();
+            tx.spend(Spend::Releasing);
+            tx.set_xattr(ino.id, xattr::LENGTH, &durable.to_le_bytes());
+            tx.set_xattr(ino.id, xattr::MTIME, &now_ns().to_le_bytes());
+            if clusters != have {
+                tx.resize_with(ino.id, clusters, ClusterInit::CallerWrites);
+            }
+            tx.commit().map(|_| clusters)
+        };
+        let committed = match commit(wanted) {
+            // Without a page for the shorter map the clusters stay, ahead of the file.
+            Err(StoreError::NoMdPages { .. }) => {
+                tail.grown = true;
+                commit(have)
+            }
+            result => result,
+        };
+        let clusters = committed.map_err(|e| {
+            self.vol
+                .store_error(format!("{}: truncate to {new_len}", ino.path()), e)
+        })?;
+        self.space.resized(ino, tail, clusters);
+        ino.durable_len.store(durable, Ordering::Release);
+        Ok(())
+    }
+
+    /// Allocates clusters for `[off, off + len)` and everything before, without a change of the
+    /// length.
+    pub fn allocate(&self, ino: &Arc<Inode>, off: u64, len: u64) -> Result<()> {
+        self.vol.check_writable(|| ino.path())?;
+        let end = off
+            .checked_add(len)
+            .ok_or_else(|| FsError::invalid(&ino.path(), "a file longer than 2^64 bytes"))?;
+        let mut tail = ino.tail.lock();
+        if ino.is_thin() {
+            return Ok(());
+        }
+        self.space.reserve(ino, &mut tail, end, true)?;
+        // Kept until the last handle is closed or the file is cut.
+        tail.reserved = true;
+        Ok(())
+    }
+}
