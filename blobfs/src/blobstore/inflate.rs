@@ -10,6 +10,7 @@ use super::change::{Change, MapChange};
 use super::edit::Edit;
 use super::error::Error;
 use super::format::{BlobId, Flags};
+use super::mdio::{Abilities, Persist};
 use super::meta::{ClearMethod, Parent};
 use super::ops::check_xattr;
 use super::order::Scope;
@@ -281,7 +282,7 @@ impl Blobstore {
             done += 1;
             progress(done);
         }
-        if info.write_cache {
+        if Abilities::of(info).persist() != Persist::Completion {
             out.block_on(out.flush())?;
         }
         Ok(done)

@@ -3,18 +3,17 @@
 
 use std::sync::Arc;
 
-use pumice_bdev::{AsyncChannel, DmaBuf, DmaSlice, IoError, Op, OpKind, Ticket, join_all};
+use pumice_bdev::{AsyncChannel, DmaBuf, DmaSlice, IoError, Op, Ticket, join_all};
 
 use super::blob::Blob;
 use super::data::{Access, Cut, Part, Piece, Place, slice_of, write_ops};
 use super::edit::never_ends;
 use super::error::Error;
 use super::gate::{Frozen, Inside};
+use super::mdio::Persist;
 use super::thin::Fill;
 use super::view::View;
 
-/// Longest single write of zeroes to a device that has no operation for it.
-const ZEROES_BYTES: usize = 1 << 20;
 /// Longest part of a range that is cleared.
 const CLEAR_BYTES: u64 = 1 << 30;
 
@@ -249,8 +248,7 @@ impl Blob {
     }
 
     fn needs_fua(&self) -> bool {
-        let info = self.store.device().info();
-        info.write_cache && info.ops.has(OpKind::Fua)
+        self.store.inner.can.persist() == Persist::Fua
     }
 
     /// Checks that there are enough free clusters for an I/O at `offset`. A write that does not fit
@@ -264,8 +262,7 @@ impl Blob {
 
     /// Flushes after a durable write on a device that has a cache and no FUA.
     async fn flush_if(&self, ch: &AsyncChannel, durable: bool) -> Result<(), Error> {
-        let info = self.store.device().info();
-        if !durable || !info.write_cache || info.ops.has(OpKind::Fua) {
+        if !durable || self.store.inner.can.persist() != Persist::Flush {
             return Ok(());
         }
         ch.flush().await?;
@@ -316,8 +313,6 @@ impl Blob {
         if self.is_thin() && !whole.is_empty() {
             self.store.release(self, whole).await?;
         }
-        let info = self.store.device().info();
-        let unmap = !zero && info.ops.has(OpKind::Unmap);
         loop {
             let inside = self.shared.gate.enter().await;
             let (parts, backed) = {
@@ -345,40 +340,23 @@ impl Blob {
             }
             let landing = Landing::new(self, ch, inside);
             let mut ops = Vec::new();
-            let mut zeroes: Option<DmaSlice> = None;
             for part in &parts {
                 let Place::Device(lba) = part.at else {
                     continue;
                 };
-                let len_blocks = part.len / inner.block_size;
-                if unmap {
-                    ops.push(Op::Unmap { lba, len_blocks });
-                } else if info.ops.has(OpKind::WriteZeroes) {
-                    ops.push(Op::WriteZeroes {
-                        lba,
-                        len_blocks,
-                        fua: false,
-                    });
-                } else {
-                    let whole = match &zeroes {
-                        Some(whole) => whole.clone(),
-                        None => zeroes
-                            .insert(DmaBuf::zeroed(ZEROES_BYTES.min(part.bytes().len()))?.freeze())
-                            .clone(),
-                    };
-                    let bytes = part.bytes().len();
-                    for start in (0..bytes).step_by(whole.len()) {
-                        ops.push(Op::Write {
-                            lba: lba + start as u64 / inner.block_size,
-                            data: whole.slice(0..whole.len().min(bytes - start)),
-                            fua: false,
-                        });
-                    }
+                let blocks = part.len / inner.block_size;
+                let unmaps = match zero {
+                    true => Vec::new(),
+                    false => inner.can.unmaps(lba, blocks),
+                };
+                match unmaps.is_empty() {
+                    true => ops.extend(inner.can.zeroes(lba, blocks)?),
+                    false => ops.extend(unmaps),
                 }
             }
-            let results = join_all(ops.into_iter().map(|op| ch.io(op))).await;
+            let outcomes = ch.io_all(ops).await;
             landing.landed();
-            for (_, result) in results {
+            for (_, result) in outcomes {
                 result?;
             }
             return Ok(());

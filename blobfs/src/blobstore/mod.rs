@@ -58,6 +58,7 @@ mod sync {
 
 pub(crate) use change::Change;
 pub(crate) use error::some as some_lines;
+pub(crate) use mdio::{Abilities, Persist};
 pub(crate) use space::default_md_pages;
 
 pub use blob::Blob;

@@ -25,7 +25,7 @@ use super::format::{
     mask_pages,
 };
 use super::geometry::{Geometry, Layout};
-use super::mdio::{MdChannels, MdIo};
+use super::mdio::{Abilities, MdChannels, MdIo};
 use super::meta::ClearMethod;
 use super::ops::CreateOptions;
 use super::order::{Order, Scope};
@@ -118,6 +118,8 @@ pub(crate) struct Inner {
     pub cluster_size: u64,
     pub io_unit_size: u32,
     pub block_size: u64,
+    /// What the device can do.
+    pub can: Abilities,
     /// How ranges of blobs become operations.
     pub cut: Cut,
     pub bstype: BsType,
@@ -406,6 +408,7 @@ impl Blobstore {
             cluster_size,
             io_unit_size,
             block_size,
+            can: state.can,
             cut,
             bstype,
             failed_flush,

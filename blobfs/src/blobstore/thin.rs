@@ -11,7 +11,7 @@ use super::edit::never_ends;
 use super::error::Error;
 use super::extents::ExtentMap;
 use super::geometry::Geometry;
-use super::mdio::{Abilities, MdIo};
+use super::mdio::{Abilities, MdIo, Persist};
 use super::order::Scope;
 use super::space::Spend;
 use super::view::{Source, View};
@@ -138,7 +138,7 @@ impl Blobstore {
     /// [`Error::Lost`] until the store is loaded again, since it is unknown what was in the
     /// device's cache then.
     pub fn flush(&self) -> Result<(), Error> {
-        if !self.inner.dev.info().write_cache {
+        if self.inner.can.persist() == Persist::Completion {
             return Ok(());
         }
         let ch = self.channel()?;

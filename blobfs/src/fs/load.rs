@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use crossbeam::atomic::AtomicCell;
 use parking_lot::Mutex;
+use pumice_bdev::BlockDevice;
 use pumice_bdev::contents::{self, Contents};
 use pumice_bdev::process::Birth;
-use pumice_bdev::{BlockDevice, OpKind};
 
 use super::cache::Cache;
 use super::core::Core;
@@ -23,7 +23,8 @@ use super::options::MountOptions;
 use super::path;
 use super::volume::{Phase, Volume, store_error};
 use crate::blobstore::{
-    Blob, BlobId, Blobstore, BsType, Error as StoreError, LoadOptions, Spend, Transaction,
+    Abilities, Blob, BlobId, Blobstore, BsType, Error as StoreError, LoadOptions, Persist, Spend,
+    Transaction,
 };
 
 /// The name of a file that is not whole yet, until it is renamed to the name that it is for. A file
@@ -94,7 +95,8 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
             ),
         ));
     }
-    let writes = Arc::new(Durability::new(info.write_cache));
+    let persist = Abilities::of(&info).persist();
+    let writes = Arc::new(Durability::new(persist != Persist::Completion));
     let metered = Metered::new(Arc::clone(dev), Arc::clone(&writes));
     let counted: Arc<dyn BlockDevice> = Arc::clone(&metered) as Arc<dyn BlockDevice>;
     let load = LoadOptions {
@@ -149,8 +151,7 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
         phase: AtomicCell::new(Phase::Mounted),
         born: Birth::now(),
         block: io_unit,
-        write_cache: info.write_cache,
-        fua: info.ops.has(OpKind::Fua),
+        persist,
     });
     Ok(Core::new(
         vol,

@@ -10,7 +10,7 @@ use super::space::Space;
 use super::tail::Tail;
 use super::volume::Volume;
 use super::writeback::{Pending, Writeback, failure};
-use crate::blobstore::{Error as StoreError, Spend};
+use crate::blobstore::{Error as StoreError, Persist, Spend};
 
 /// See the module.
 pub(crate) struct Syncer {
@@ -49,7 +49,7 @@ impl Syncer {
             self.writeback.resend_failed(ino, &tail)?;
             let target = ino.len();
             let others = !tail.pending.is_empty() || self.needs_flush(ino);
-            let fua = self.vol.write_cache && self.vol.fua && !others;
+            let fua = self.vol.persist == Persist::Fua && !others;
             self.buffers.submit_upto(ino, &mut tail, target, fua)?;
             (target, tail.pending.clone())
         };
@@ -91,7 +91,7 @@ impl Syncer {
     /// A flush covers the file's writes up to `upto`; but if one has failed that was to cover some of
     /// them, they are in doubt.
     fn flushed_upto(&self, ino: &Inode, upto: u64) -> Result<()> {
-        if !self.vol.write_cache {
+        if self.vol.persist == Persist::Completion {
             return Ok(());
         }
         let mut tail = ino.tail.lock();
@@ -125,7 +125,7 @@ impl Syncer {
     }
 
     fn needs_flush(&self, ino: &Inode) -> bool {
-        self.vol.write_cache
+        self.vol.persist != Persist::Completion
             && ino.unflushed.load(Ordering::Acquire) > self.writeback.writes.flushes.covered()
     }
 

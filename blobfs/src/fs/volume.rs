@@ -9,7 +9,7 @@ use pumice_bdev::{BlockDevice, SharedChannels};
 use super::error::{FsError, Result, SpaceKind};
 use super::metered::Metered;
 use super::options::MountOptions;
-use crate::blobstore::{Blobstore, Error as StoreError, Spend, Transaction};
+use crate::blobstore::{Blobstore, Error as StoreError, Persist, Spend, Transaction};
 
 /// How far an unmount has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,8 +37,8 @@ pub(crate) struct Volume {
     /// Bytes of a write to the device are a multiple of this.
     pub block: usize,
     pub cluster: u64,
-    pub write_cache: bool,
-    pub fua: bool,
+    /// What makes a write durable.
+    pub persist: Persist,
 }
 
 impl Volume {

@@ -14,7 +14,7 @@ use super::frame::{Frame, REGION};
 use super::inode::Inode;
 use super::tail::Tail;
 use super::volume::Volume;
-use crate::blobstore::Error as StoreError;
+use crate::blobstore::{Error as StoreError, Persist};
 
 /// A write on its way.
 pub(crate) struct Pending {
@@ -263,7 +263,7 @@ impl Writeback {
 
     /// Makes every completed write up to `seq` durable. Concurrent callers share flushes.
     pub fn flush_upto(&self, seq: u64) -> Result<()> {
-        if !self.vol.write_cache {
+        if self.vol.persist == Persist::Completion {
             return Ok(());
         }
         self.writes.flushes.cover(seq, || {
