@@ -93,7 +93,8 @@ pub(crate) struct State {
     /// Whether the store was not unloaded in order and had damaged blobs, so that it is not known
     /// what those hold.
     pub uncertain: bool,
-    /// What is marked as used and belongs to no whole blob. Present while `uncertain`.
+    /// Pages and clusters that are marked as used and belong to no whole blob. Present while
+    /// `uncertain`.
     pub unowned: Option<Unowned>,
     /// Snapshots that are ancestors of open blobs, with their own ancestors.
     pub lines: HashMap<BlobId, Arc<Line>>,

@@ -44,9 +44,9 @@ pub struct InitOptions {
     /// Number of pages of the metadata region, by default one for each cluster. A blob takes at
     /// least one. The region can grow later ([`Blobstore::grow_md_pages`]).
     pub md_pages: Option<u32>,
-    /// What the store is used for.
+    /// The type, which says what the store is used for.
     pub bstype: BsType,
-    /// What happens to the device's data.
+    /// The treatment of the device's data.
     pub clear_method: ClearMethod,
     /// The function that opens external snapshots.
     pub open_external: Option<OpenExternal>,
@@ -118,9 +118,9 @@ pub(crate) struct Inner {
     pub cluster_size: u64,
     pub io_unit_size: u32,
     pub block_size: u64,
-    /// What the device can do.
+    /// Abilities of the device.
     pub can: Abilities,
-    /// How ranges of blobs become operations.
+    /// The rules for dividing ranges of blobs into operations.
     pub cut: Cut,
     pub bstype: BsType,
     pub failed_flush: Arc<FailedFlush>,
@@ -129,7 +129,7 @@ pub(crate) struct Inner {
     /// Dropped at the unload.
     claim: Mutex<Option<Claim>>,
     pub md_channels: Arc<MdChannels>,
-    /// How changes reach the device.
+    /// Writes changes to the device.
     pub commit: Box<dyn Commit>,
     /// Decides which changes may run at the same time. It is entered before the state is locked.
     pub order: Order,

@@ -1,4 +1,4 @@
-//! Reads ahead of the reader, and reads that somebody else waits for.
+//! Readahead, and reads that another thread waits for.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,17 +11,18 @@ use super::file::Open;
 use super::inode::Inode;
 use super::read::{Chunk, Reader, copy_chunks};
 
-/// First window of a reader that has turned out to be sequential.
+/// First window of a sequential reader.
 const FIRST: u64 = 64 << 10;
 
-/// What a handle knows about how it is read.
+/// A handle's access pattern.
 #[derive(Default)]
 pub(crate) struct Pattern {
-    /// Where the last miss ended: a miss that begins there is sequential.
+    /// End of the last miss. A miss that begins there is sequential.
     next: AtomicU64,
-    /// A read that passes this starts the next window; `u64::MAX` while not sequential.
+    /// A read that passes this starts the next window; `u64::MAX` while the reader is not
+    /// sequential.
     marker: AtomicU64,
-    /// What has been asked for ahead ends here.
+    /// End of the range that was read ahead.
     ahead: AtomicU64,
     window: AtomicU64,
 }
@@ -41,7 +42,7 @@ impl Pattern {
         end > self.marker.load(Ordering::Relaxed)
     }
 
-    /// Before a read that is not in memory: detects sequential readers and starts the window.
+    /// Handles a read that is not in memory: recognises sequential readers and starts the window.
     pub fn missed(&self, reader: &Reader, ino: &Arc<Inode>, off: u64, len: usize, eager: bool) {
         let max = reader.window_max();
         let end = off + len as u64;
@@ -59,7 +60,7 @@ impl Pattern {
         self.extend(reader, ino, end, end, window);
     }
 
-    /// After a read that passed the marker: the next window.
+    /// Starts the next window after a read that passed the marker.
     #[cold]
     pub fn hit(&self, reader: &Reader, ino: &Arc<Inode>, end: u64) {
         let ahead = self.ahead.load(Ordering::Relaxed);
@@ -89,12 +90,12 @@ impl Pattern {
 
 type Arrived = Mutex<Option<std::result::Result<Vec<Chunk>, Box<IoError>>>>;
 
-/// A read under way; see [`File::read_async`](super::File::read_async). Dropping it cancels it.
+/// A read in flight; see [`File::read_async`](super::File::read_async). Dropping it cancels it.
 pub struct ReadHandle {
     open: Arc<Open>,
     off: u64,
     len: usize,
-    /// The file's truncations when it began.
+    /// The number of truncations of the file when the read began.
     epoch: u64,
     ticket: Option<Ticket>,
     arrived: Arc<Arrived>,
@@ -138,7 +139,7 @@ impl ReadHandle {
         self.off
     }
 
-    /// Whether [`ReadHandle::read_into`] would return at once. Reaps completions; never blocks.
+    /// Whether [`ReadHandle::read_into`] would return at once. Takes completions. Never blocks.
     pub fn poll(&self) -> bool {
         match &self.ticket {
             Some(ticket) => self.open.core.vol.shared().poll(ticket),
@@ -150,18 +151,18 @@ impl ReadHandle {
         self.ticket.as_ref().is_none_or(Ticket::is_done)
     }
 
-    /// Waits until the data is there.
+    /// Waits until the data has arrived.
     pub fn wait(&self) {
         if let Some(ticket) = &self.ticket {
             self.open.core.vol.shared().wait(ticket);
         }
     }
 
-    /// Waits, and copies the data to `out`. Returns how much there is: less than was asked for at
-    /// the end of the file.
+    /// Waits, and copies the data to `out`. Returns the number of bytes, which is less than
+    /// requested at the end of the file.
     ///
     /// # Errors
-    /// The device's.
+    /// Returns the device's error.
     pub fn read_into(self, out: &mut [u8]) -> Result<usize> {
         self.wait();
         let ino = &self.open.ino;
@@ -184,13 +185,13 @@ impl ReadHandle {
         if done == n {
             return Ok(n);
         }
-        // Evicted since: read what is left now.
+        // It was evicted since: read the rest now.
         let keep = !self.open.is_direct();
         let reader = &self.open.core.reader;
         let rest = reader.read_at(ino, self.off + done as u64, &mut out[done..n], keep)?;
         Ok(done + rest)
     }
 
-    /// Gives the read up. Its buffers live until the device is done with them.
+    /// Cancels the read. Its buffers live until the device no longer uses them.
     pub fn cancel(self) {}
 }

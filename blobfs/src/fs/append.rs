@@ -1,9 +1,9 @@
-//! Making a file longer: appended bytes, and the zeroes of a gap. All of it or nothing.
+//! Making a file longer, by appended bytes and the zeroes of a gap, completely or not at all.
 //!
-//! A long append hands full buffers to the device as it goes. Until it has ended well, the length
-//! stays as it was and a [`Growth`] keeps what is needed to take everything back: after an error
-//! length, buffer, frame and what counts as handed over are those of before, and no write is on its
-//! way beyond the length.
+//! A long append writes full buffers to the device as it proceeds. Until it has succeeded, the
+//! length stays the same and a [`Growth`] keeps what is needed to undo everything. After an error
+//! the length, the buffer, the frame and the record of submitted bytes are those from before, and
+//! no write is in flight beyond the length.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,24 +18,24 @@ use super::tail::Tail;
 use super::volume::Volume;
 use super::writeback::Writeback;
 
-/// A gap up to this goes through the tail buffer as zeroes; a longer one is zeroed by the device.
+/// Longest gap that goes through the tail buffer as zeroes. The device zeroes a longer one.
 const GAP_COPY_MAX: u64 = 4 << 20;
 
-/// A file being made longer; see the module.
+/// A file that is being made longer; see the module.
 pub(crate) struct Growth {
-    /// The length when it began.
+    /// The length at its beginning.
     len: u64,
-    /// The end of what has been pushed.
+    /// The end of the pushed bytes.
     at: u64,
-    /// The buffer that holds the end of the file as it was.
+    /// The buffer with the earlier end of the file.
     bytes: Arc<FillBuf>,
     submitted: u64,
     supplied_from: u64,
-    /// Writes handed to the device before.
+    /// Number of writes submitted before.
     sent: u64,
 }
 
-/// Makes files longer.
+/// Appends to files.
 pub(crate) struct Appender {
     pub vol: Arc<Volume>,
     pub writeback: Arc<Writeback>,
@@ -44,10 +44,10 @@ pub(crate) struct Appender {
 }
 
 impl Appender {
-    /// Appends `data`. Nothing but a copy if it fits; see [`super::tail`].
+    /// Appends `data`. It is only a copy if the data fits; see [`super::tail`].
     #[inline]
     pub fn append(&self, ino: &Arc<Inode>, data: &[u8]) -> Result<()> {
-        // The buffer of an inherited file is the parent's memory.
+        // In a forked child the buffer is the parent's memory.
         self.vol.check_fork()?;
         let mut tail = ino.tail.lock();
         self.append_locked(ino, &mut tail, data)
@@ -85,10 +85,10 @@ impl Appender {
         })
     }
 
-    /// Makes the file `off + more` bytes long with what `fill` pushes.
+    /// Makes the file `off + more` bytes long with the bytes that `fill` pushes.
     ///
     /// # Errors
-    /// The file is then as it was.
+    /// The file is then unchanged.
     pub fn grow(
         &self,
         ino: &Arc<Inode>,
@@ -121,8 +121,8 @@ impl Appender {
         Ok(())
     }
 
-    /// Sees to it that there is a buffer with room at the end of the file. Whatever this changes is
-    /// right also if nothing is appended.
+    /// Makes sure that there is a buffer with room at the end of the file. Its changes are valid
+    /// even if nothing is appended.
     pub fn begin(&self, ino: &Arc<Inode>, tail: &mut Tail) -> Result<Growth> {
         let len = ino.len();
         tail.stop_fast_path();
@@ -163,7 +163,8 @@ impl Appender {
         self.push(ino, tail, growth, n, |writer, _, n| writer.push_zeroes(n))
     }
 
-    /// Pushes `total` bytes: `copy` gets the writer, how much has been pushed, and how much to push.
+    /// Pushes `total` bytes: `copy` gets the writer, the number of bytes pushed, and the number to
+    /// push.
     pub fn push(
         &self,
         ino: &Arc<Inode>,
@@ -187,7 +188,7 @@ impl Appender {
         Ok(())
     }
 
-    /// Pushes zeroes up to `to`; of a long gap the device zeroes the whole regions.
+    /// Pushes zeroes up to `to`. In a long gap the device zeroes the whole regions.
     fn push_gap(
         &self,
         ino: &Arc<Inode>,
@@ -213,9 +214,9 @@ impl Appender {
         self.push_zeroes(ino, tail, growth, to - upto)
     }
 
-    /// The growth has failed: the file is as it was when it began. Waits for the writes that it has
-    /// started, since the clusters past the length may go to another file as soon as the append
-    /// lock is free.
+    /// Undoes a failed growth: the file is as it was at the beginning. Waits for the writes that
+    /// the growth has started, since the clusters past the length may go to another file as soon as
+    /// the append lock is free.
     fn take_back(&self, ino: &Arc<Inode>, tail: &mut Tail, growth: Growth) {
         let started = tail.take_sent_after(growth.sent);
         for p in &started {
@@ -226,14 +227,15 @@ impl Appender {
         tail.submitted = if started.is_empty() && tail.sent == growth.sent {
             growth.submitted
         } else {
-            // A write that began in the block of the old end may have damaged it: once more.
+            // A write that began in the block of the old end may have damaged that block: write it
+            // again.
             (growth.submitted / self.vol.block as u64 * self.vol.block as u64).max(base)
         };
         tail.supplied_from = growth.supplied_from;
         tail.cut_unflushed(growth.len);
         ino.started.store(tail.submitted, Ordering::Relaxed);
         let frame = Frame::new(&ino.frames, region, 0, growth.bytes, true);
-        // The buffer is filled past the length: the next growth copies what counts.
+        // The buffer is filled past the length: the next growth copies the valid part.
         tail.set_frame(ino, frame, None);
         ino.frames.remove_from(region + 1);
         drop(started);

@@ -1,4 +1,5 @@
-//! The append buffers of files: started, handed to the device when they are full, given up at the last close.
+//! The append buffers of files: starting one, submitting a full one, dropping the last one at the
+//! last close.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,10 +16,10 @@ use super::tail::Tail;
 use super::volume::Volume;
 use super::writeback::{Pending, Writeback};
 
-/// First size of the tail buffer of a new file; most files stay below it.
+/// First size of the tail buffer of a new file. Most files stay below it.
 const SMALL: usize = 64 << 10;
 
-/// See the module.
+/// Manages the append buffers.
 pub(crate) struct Buffers {
     pub vol: Arc<Volume>,
     pub reader: Arc<Reader>,
@@ -27,10 +28,10 @@ pub(crate) struct Buffers {
 }
 
 impl Buffers {
-    /// Makes `at`, the end of what was pushed, the beginning of free room: starts a buffer, or
-    /// hands a full one to the device and starts the next.
+    /// Makes `at`, the end of the pushed bytes, the beginning of free room: starts a buffer, or
+    /// submits a full one and starts the next.
     pub fn next_buffer(&self, ino: &Arc<Inode>, tail: &mut Tail, at: u64) -> Result<()> {
-        // Whether or not there is a writer: an append that failed here has taken it away.
+        // Whether or not there is a writer: an append that failed here has removed it.
         if tail.is_past(split(at).0) {
             self.writeback.bound_failed(ino, tail)?;
             self.hand_over(ino, tail, at)?;
@@ -39,8 +40,8 @@ impl Buffers {
         self.open_buffer(ino, tail, at)
     }
 
-    /// Hands everything up to `at` to the device, without waiting, and closes the buffer: it becomes
-    /// cache when it has arrived.
+    /// Submits everything up to `at` without waiting, and closes the buffer, which becomes cache
+    /// when the write has completed.
     pub fn hand_over(&self, ino: &Arc<Inode>, tail: &mut Tail, at: u64) -> Result<()> {
         self.submit_upto(ino, tail, at, false)?;
         if let Some(frame) = tail.take_buffer() {
@@ -49,7 +50,7 @@ impl Buffers {
         Ok(())
     }
 
-    /// Starts a tail buffer for position `at`, with what the file has before it in its region.
+    /// Starts a tail buffer for position `at`, with the file's earlier bytes in its region.
     fn open_buffer(&self, ino: &Arc<Inode>, tail: &mut Tail, at: u64) -> Result<()> {
         let (region, filled) = split(at);
         let bytes = if let Some(old) = tail.frame_of(region) {
@@ -70,7 +71,7 @@ impl Buffers {
         Ok(())
     }
 
-    /// Replaces the tail buffer by one in which `data` stands at `off`; both inside it.
+    /// Replaces the tail buffer by one with `data` at `off`; both are inside it.
     pub fn patch_buffer(
         &self,
         ino: &Arc<Inode>,
@@ -104,7 +105,7 @@ impl Buffers {
         tail.set_frame(ino, frame, writer);
     }
 
-    /// Hands the bytes up to `upto` to the device; the last block is padded with zeroes.
+    /// Submits the bytes up to `upto`. The last block is padded with zeroes.
     pub fn submit_upto(
         &self,
         ino: &Arc<Inode>,
@@ -121,8 +122,8 @@ impl Buffers {
         let base = tail.base();
         let from = (tail.submitted / block * block).max(base);
         let whole_end = upto / block * block;
-        // One write of a block in flight, and none waiting to be sent again, which would replace
-        // this one.
+        // There is one write of a block in flight, and none waiting to be sent again, which would
+        // replace this one.
         self.writeback
             .settle_overlapping(ino, tail, from, upto.next_multiple_of(block))?;
         let at = |off: u64| usize::try_from(off - base).unwrap_or(usize::MAX);
@@ -153,8 +154,8 @@ impl Buffers {
         self.writeback.send(ino, &pending)
     }
 
-    /// Starts the write of what has gathered, if it is much: for callers who flush after each
-    /// record without wanting durability.
+    /// Starts writing the collected bytes, if there are many: for callers who flush after each
+    /// record without needing durability.
     pub fn start_write_behind(&self, ino: &Arc<Inode>, min: u64, upto: u64) -> Result<()> {
         let mut tail = ino.tail.lock();
         let block = self.vol.block as u64;
@@ -167,17 +168,17 @@ impl Buffers {
         Ok(())
     }
 
-    /// The last handle is gone: the tail goes to the device and becomes cache, and what was
-    /// allocated ahead goes back.
+    /// Handles the drop of the last handle: the tail is written and becomes cache, and what was
+    /// allocated ahead is freed.
     pub fn seal(&self, ino: &Arc<Inode>) -> Result<()> {
         let mut tail = ino.tail.lock();
-        // Whoever deletes it took over, perhaps has its clusters already.
+        // A thread that deletes the file has taken over, and may have freed its clusters already.
         if ino.is_going() {
             return Ok(());
         }
         let sealed = self.seal_buffer(ino, &mut tail);
         tail.reserved = false;
-        // Less than that waits for an unmount, or for somebody who needs it: a log is deleted soon,
+        // Fewer clusters wait for an unmount, or for a file that needs them: a log is deleted soon,
         // and a table was allocated about as large as it has become.
         let spare = (tail.allocated / self.vol.cluster)
             .saturating_sub(ino.len().div_ceil(self.vol.cluster));
@@ -196,7 +197,7 @@ impl Buffers {
     }
 
     /// Replaces the frame of the last region by one of the size that its bytes need, if it is much
-    /// larger and nothing of it is on its way.
+    /// larger and none of it is in flight.
     fn shrink_frame(&self, ino: &Inode, tail: &Tail, len: u64) {
         let (region, filled) = split(len);
         let Some(frame) = ino.frames.whole(region) else {
@@ -217,7 +218,7 @@ impl Buffers {
     }
 }
 
-/// A buffer for the region of `at` that begins with `head`.
+/// Makes a buffer for the region of `at` that begins with `head`.
 pub(crate) fn tail_buffer(at: u64, head: &[u8]) -> Result<Arc<FillBuf>> {
     let (region, filled) = split(at);
     let cap = if region == 0 && filled < SMALL / 2 {

@@ -1,9 +1,9 @@
-//! Which clean frames stay in memory: a byte-bounded clock.
+//! The policy for clean frames in memory: a clock with a bound in bytes.
 //!
-//! The files' tables own the frames; the cache only remembers them (weakly), sums their bytes and
-//! takes the ones out that nobody has used since the hand last came by. A hit does not come here:
-//! it sets a bit in its frame. A frame with unwritten bytes is not known here at all, so it cannot
-//! be evicted.
+//! The files' tables own the frames. The cache only has weak references to them, adds up their
+//! bytes and evicts those that nobody has used since the hand last passed. A hit does not come
+//! here: it sets a bit in its frame. A frame with unwritten bytes is not in the cache at all, so it
+//! cannot be evicted.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -22,22 +22,22 @@ const STRIPES: usize = 16;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CacheStats {
-    /// Reads that were answered from memory alone.
+    /// Number of reads that were answered from memory alone.
     pub hits: u64,
-    /// Reads that needed the device.
+    /// Number of reads that needed the device.
     pub misses: u64,
-    /// Bytes of clean frames in memory now.
+    /// Current bytes of clean frames in memory.
     pub used_bytes: u64,
-    /// The bound.
+    /// The bound in bytes.
     pub capacity_bytes: u64,
-    /// Frames taken out to make room.
+    /// Number of evicted frames.
     pub evictions: u64,
 }
 
 #[derive(Default)]
 struct Shard {
     frames: VecDeque<Weak<Frame>>,
-    /// Dead entries are swept when the queue has grown to this.
+    /// Length of the queue at which dead entries are removed.
     sweep_at: usize,
 }
 
@@ -96,8 +96,8 @@ impl Cache {
         }
     }
 
-    /// Takes in a clean frame that is in its file's table, and makes room if that is too much.
-    /// Takes no other lock than one shard's and, for victims, their file's table lock.
+    /// Adds a clean frame that is in its file's table, and makes room if necessary. Takes no lock
+    /// but one shard's and, for evicted frames, their files' table locks.
     pub fn admit(&self, frame: &Arc<Frame>) {
         let bytes = frame.bytes.cap();
         let before = frame.set_charge(bytes);
@@ -119,10 +119,10 @@ impl Cache {
         shard.frames.push_back(frame);
     }
 
-    /// Moves the hand until something has been freed; false if there is nothing left to free.
+    /// Moves the hand until a frame was evicted. Returns false if there is nothing left to evict.
     fn evict_one(&self) -> bool {
         let mut empty = 0;
-        // Every frame is passed at most twice: once to take its marks away, once to take it.
+        // Every frame is passed at most twice: once to clear its marks, once to evict it.
         let mut budget = 1 << 20;
         while empty < SHARDS && budget > 0 {
             budget -= 1;

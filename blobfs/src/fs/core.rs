@@ -1,4 +1,4 @@
-//! A mount: the rooms that it consists of, and how it ends.
+//! A mount: its parts, and how it ends.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -21,7 +21,7 @@ use super::truncate::Truncater;
 use super::volume::{Phase, Volume};
 use super::writeback::Writeback;
 
-/// A mounted file system. Each room owns its state; the later ones use those before.
+/// A mounted file system. Each part owns its state, and the later ones use the earlier ones.
 pub(crate) struct Core {
     pub vol: Arc<Volume>,
     pub cache: Arc<Cache>,
@@ -35,14 +35,14 @@ pub(crate) struct Core {
     pub syncer: Syncer,
     pub lives: Arc<Lives>,
     pub namespace: Namespace,
-    /// Told when the mount has come to its end.
+    /// Notified when the mount has ended.
     pub ended: Arc<Ended>,
-    /// What the mount found wrong and left alone.
+    /// Problems that the mount found and left alone.
     pub problems: Vec<String>,
 }
 
 impl Core {
-    /// Builds the rooms.
+    /// Makes the parts.
     pub fn new(
         vol: Arc<Volume>,
         cache: Arc<Cache>,
@@ -124,12 +124,13 @@ impl Core {
         }
     }
 
-    /// Ends the use of every file: data and lengths durable, spare clusters back, blobs closed.
+    /// Ends the use of every file: data and lengths are durable, spare clusters are freed, and
+    /// blobs are closed.
     pub fn unmount(&self) -> Result<()> {
         self.end(false).map(|_| ())
     }
 
-    /// As [`Core::unmount`]; what cannot be made durable is given up, and returned.
+    /// Unmounts as [`Core::unmount`] does, but drops and returns what cannot be made durable.
     pub fn unmount_anyway(&self) -> Result<Vec<FsError>> {
         self.end(true)
     }
@@ -144,7 +145,7 @@ impl Core {
             .check_mounted(|| self.vol.dev.info().name.clone())?;
         let inodes = self.names.inodes();
         if !self.vol.opts.read_only {
-            // The others are durable all the same if one fails.
+            // If one fails, the others are made durable nevertheless.
             let mut result = Ok(());
             for ino in &inodes {
                 result = result.and(self.syncer.sync(ino));
@@ -153,7 +154,7 @@ impl Core {
                 result?;
             }
         }
-        // From here on nothing new begins; what was appended meanwhile is written, too.
+        // From here on nothing new begins. What was appended meanwhile is written too.
         self.vol.phase.store(Phase::Ending);
         let lost = match self.finish(&inodes, give_up) {
             Ok(lost) => lost,
@@ -167,7 +168,8 @@ impl Core {
         Ok(lost)
     }
 
-    /// The last step of an unmount, which can be repeated: the device is given up when it is done.
+    /// Does the last step of an unmount, which can be repeated: the device is released when it is
+    /// done.
     fn unload(&self) -> Result<()> {
         match self.vol.store.unload() {
             Ok(()) | Err(crate::blobstore::Error::Unloaded) => {}
@@ -179,7 +181,7 @@ impl Core {
         Ok(())
     }
 
-    /// Whether an unmount has still something to do.
+    /// Whether an unmount is incomplete.
     pub fn is_unfinished(&self) -> bool {
         self.vol.born.is_here()
             && matches!(self.vol.phase.load(), Phase::Mounted | Phase::Unloading)
@@ -193,7 +195,7 @@ impl Core {
                 match self.syncer.sync_inner(ino) {
                     Ok(()) => {}
                     Err(e) if give_up => {
-                        tracing::error!(error = %e, "bytes that could not be made durable are given up");
+                        tracing::error!(error = %e, "bytes that could not be made durable are dropped");
                         self.give_up_bytes(ino);
                         lost.push(e);
                     }
@@ -206,7 +208,7 @@ impl Core {
                     && !ino.is_thin()
                     && let Err(error) = self.space.resize(ino, &mut tail, needed)
                 {
-                    tracing::warn!(file = ino.path(), %error, "space allocated ahead was not given back");
+                    tracing::warn!(file = ino.path(), %error, "space allocated ahead was not freed");
                 }
             }
         }
@@ -229,7 +231,7 @@ impl Core {
         Ok(lost)
     }
 
-    /// Cuts the file, in memory, to what is durable.
+    /// Truncates the file in memory to its durable length.
     fn give_up_bytes(&self, ino: &Arc<Inode>) {
         self.lives.quiesce(ino);
         let durable = ino.durable_len.load(Ordering::Acquire);

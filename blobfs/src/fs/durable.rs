@@ -1,9 +1,9 @@
-//! What the device has made durable, and what nobody knows of since a flush has failed.
+//! What is durable on the device, and what is in doubt after a failed flush.
 //!
 //! Completed writes without FUA are numbered. A flush covers those up to the number that was
-//! reached when it was sent. After a flush has failed, a device may have dropped what it was to
-//! cover, and a later flush that succeeds says nothing about it: the numbers stay in doubt. The
-//! failed flush may be anybody's, of data or of metadata: [`super::metered`] sees them all.
+//! reached when it was sent. After a failed flush, the device may have dropped what the flush was
+//! to cover, and a later successful flush says nothing about it: those numbers stay in doubt. The
+//! failed flush may be of data or of metadata: [`super::metered`] sees them all.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -15,7 +15,7 @@ use super::error::FsError;
 use super::flushes::Flushes;
 use super::unflushed::Seqs;
 
-/// So many failed flushes are told apart; older ones become one.
+/// Most failed flushes that are distinguished. Older ones become one.
 const DOUBTS_MAX: usize = 64;
 
 /// Writes with sequences above `after` and up to `upto` were in the device's cache when a flush
@@ -26,16 +26,16 @@ struct Doubt {
     error: FsError,
 }
 
-/// How many flushes had failed when a write was sent; see [`Durability::begin`].
+/// Number of failed flushes when a write was sent; see [`Durability::begin`].
 #[derive(Clone, Copy)]
 pub(crate) struct Begun(u64);
 
-/// See the module. What completions of writes count in; separate from the mount, so that they do
-/// not keep it alive.
+/// The counters of completed writes; see the module. They are separate from the mount, so that
+/// completions do not keep it alive.
 pub(crate) struct Durability {
-    /// The device has a volatile write cache; else what has completed is durable.
+    /// Whether the device has a volatile write cache. Otherwise completed writes are durable.
     volatile: bool,
-    /// Bytes handed to the device and not completed.
+    /// Number of bytes of writes that have not completed.
     pub in_flight: AtomicUsize,
     pub flushes: Flushes,
     failures: AtomicU64,
@@ -59,19 +59,21 @@ impl Durability {
         }
     }
 
-    /// A write without FUA is about to be sent.
+    /// Records that a write without FUA is about to be sent.
     pub fn begin(&self) -> Begun {
         Begun(self.failures.load(Ordering::Acquire))
     }
 
-    /// The write has completed. Returns the sequence that a flush has to cover; 0: none has to.
+    /// Records that the write has completed. Returns the sequence that a flush has to cover, or 0
+    /// if none has to.
     pub fn completed(&self, begun: Begun) -> u64 {
         if !self.volatile {
             return 0;
         }
         let mut doubts = self.doubts.lock();
         let seq = self.flushes.completed();
-        // A flush failed while it was on its way: perhaps it was already in the cache.
+        // A flush failed while the write was in flight, so the write may have been in the cache
+        // already.
         if self.failures.load(Ordering::Acquire) != begun.0
             && let Some(error) = doubts.last().map(|d| d.error.clone())
         {
@@ -80,7 +82,7 @@ impl Durability {
         seq
     }
 
-    /// A flush has failed.
+    /// Records that a flush has failed.
     pub fn flush_failed(&self, error: &IoError) {
         if self.volatile {
             let mut doubts = self.doubts.lock();
@@ -90,7 +92,8 @@ impl Durability {
         }
     }
 
-    /// Why writes with these sequences may be lost, if a flush of one of them has failed.
+    /// Returns the reason why writes with these sequences may be lost, if a flush of one of them
+    /// has failed.
     pub fn doubt(&self, seqs: &Seqs) -> Option<FsError> {
         let doubts = self.doubts.lock();
         let d = doubts
@@ -100,7 +103,7 @@ impl Durability {
     }
 }
 
-/// What a failed flush means for those who needed it.
+/// Returns the error of a failed flush for those who needed it.
 pub(crate) fn lost(error: &IoError) -> FsError {
     FsError::Io {
         context: "flush".to_owned(),

@@ -4,49 +4,50 @@ use std::sync::Arc;
 
 use pumice_bdev::{BdevError, DmaError, IoError, IoErrorKind};
 
-/// What went wrong, with the path and the cause in the text. [`FsError::errno`] gives the
-/// number that a C caller expects.
+/// An error of the file system, with the path and the cause in its text. [`FsError::errno`] returns
+/// the number that a C caller expects.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum FsError {
-    /// No file or directory of that name.
+    /// There is no file or directory of that name.
     #[error("{path}: no such file or directory")]
     NotFound {
-        /// The path asked for.
+        /// The requested path.
         path: String,
     },
-    /// The name is taken.
+    /// A file or directory has the name already.
     #[error("{path}: exists already")]
     Exists {
-        /// The path.
+        /// The existing path.
         path: String,
     },
-    /// A directory was needed.
+    /// The path is not a directory.
     #[error("{path}: not a directory")]
     NotDir {
-        /// The path.
+        /// Path of the file.
         path: String,
     },
-    /// A file was needed.
+    /// The path is a directory.
     #[error("{path}: is a directory")]
     IsDir {
-        /// The path.
+        /// Path of the directory.
         path: String,
     },
     /// The directory still has entries.
     #[error("{path}: directory not empty")]
     NotEmpty {
-        /// The path.
+        /// Path of the directory.
         path: String,
     },
-    /// No space left, of one kind or another. Nothing was changed.
+    /// There is no space of some kind. Nothing was changed.
     #[error("{what}: {}", .kind.text(*.free_bytes))]
     NoSpace {
-        /// What needed the space.
+        /// The operation that needed the space.
         what: String,
-        /// What ran out.
+        /// The kind of space.
         kind: SpaceKind,
-        /// Bytes that are free: of the file system's clusters, or for [`SpaceKind::Host`] below the image.
+        /// Number of free bytes: of the file system's clusters, or for [`SpaceKind::Host`] below
+        /// the image.
         free_bytes: u64,
     },
     /// The name is too long for the format.
@@ -54,119 +55,119 @@ pub enum FsError {
     NameTooLong {
         /// The path.
         path: String,
-        /// Its length in bytes.
+        /// Length of the path in bytes.
         len: usize,
-        /// The limit.
+        /// Most bytes.
         max: usize,
     },
-    /// Another handle holds the lock.
+    /// Another handle holds the lock of the file.
     #[error("{path}: locked by another user in this process")]
     Locked {
-        /// The path.
+        /// Path of the file.
         path: String,
     },
-    /// An argument that cannot be.
+    /// An argument is invalid.
     #[error("{what}: {reason}")]
     InvalidInput {
         /// The argument or the path.
         what: String,
-        /// What is wrong and what would be right.
+        /// The reason, and a correct form.
         reason: String,
     },
     /// The file system is mounted read-only.
     #[error("{path}: the file system is mounted read-only")]
     ReadOnly {
-        /// What was to be changed.
+        /// The path that was to be changed.
         path: String,
     },
-    /// The device failed.
+    /// An operation of the device failed.
     #[error("{context}: {source}")]
     Io {
-        /// What was being done.
+        /// The operation of the file system.
         context: String,
         /// The device's error.
         source: Arc<IoError>,
-        /// Bytes that were accepted before may be lost.
+        /// Whether bytes that were accepted before may be lost.
         data_loss: bool,
     },
-    /// The device failed in the middle of the change: it may be done, or may be finished by the next
-    /// mount. Until then the file system goes on with the state of before.
+    /// The device failed in the middle of a change, which may be done, or may be completed by the
+    /// next mount. Until then the file system continues with the old state.
     #[error("{what}: the outcome is open, the next mount decides: {source}")]
     Undecided {
-        /// What was being done.
+        /// The change.
         what: String,
-        /// Why it failed.
+        /// The error.
         source: Arc<FsError>,
     },
-    /// What is on the device contradicts itself.
+    /// The metadata on the device is inconsistent.
     #[error("blob {blob:#x}: {reason}; `pumice fsck` can say more")]
     Corrupt {
-        /// The blob.
+        /// Id of the blob.
         blob: u64,
-        /// What is wrong.
+        /// The inconsistency.
         reason: String,
     },
-    /// The file system has damage, and was to be mounted for writing. Nothing was written.
+    /// The file system is damaged, and was to be mounted for writing. Nothing was written.
     #[error(
         "{device}: the file system is damaged: {}; mount it read-only to copy what can be read; \
          `pumice fsck --repair` gives up what is damaged, and the mount option accept_damage goes on without it",
         crate::blobstore::some_lines(.damage)
     )]
     Damaged {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// What is damaged, a line each, with the path where it is known.
+        /// A line for each damage, with the path where it is known.
         damage: Vec<String>,
     },
-    /// Another process has the device.
+    /// Another process, or another part of this one, has the device.
     #[error("{device}: in use by {}", owner(*.pid))]
     InUse {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// Its owner, where the kernel says.
+        /// The process that has it, where the kernel says.
         pid: Option<u32>,
     },
-    /// The device holds something else.
+    /// The device has other content.
     #[error("{device}: holds {found}; {hint}")]
     Foreign {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// What was recognised.
+        /// The recognised content.
         found: String,
-        /// What to do.
+        /// The advice to the user.
         hint: String,
     },
-    /// The file system was mounted by the process that this one was forked from.
+    /// The parent of this process mounted the file system.
     #[error(
         "{device}: mounted by the parent of this process: a mount is not inherited; mount in the \
          child, or fork before mounting"
     )]
     Forked {
-        /// The device.
+        /// Name of the device.
         device: String,
     },
-    /// The file has as many names as fit into its metadata.
+    /// The file has as many names as its metadata can hold.
     #[error("{path}: too many hard links to one file; copy it instead")]
     TooManyLinks {
-        /// The name that it has already.
+        /// A name that it has.
         path: String,
     },
-    /// The file system has been unmounted under this handle.
+    /// The file system was unmounted.
     #[error("{path}: the file system has been unmounted")]
     Unmounted {
-        /// What was asked for.
+        /// The requested path.
         path: String,
     },
-    /// No memory for buffers.
+    /// There is no memory for buffers.
     #[error("no buffer memory: {0}")]
     NoMemory(Arc<DmaError>),
-    /// An error of the device as a whole.
+    /// The device as a whole failed.
     #[error("{0}")]
     Device(Arc<BdevError>),
-    /// The blobstore refused.
+    /// An error of the blobstore.
     #[error("{context}: {source}")]
     Store {
-        /// What was being done.
+        /// The operation of the file system.
         context: String,
         /// The blobstore's error.
         source: Arc<crate::blobstore::Error>,
@@ -183,15 +184,15 @@ fn owner(pid: Option<u32>) -> String {
     }
 }
 
-/// What a file system can run out of.
+/// A kind of space that a file system can run out of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SpaceKind {
-    /// Clusters, of which files are made.
+    /// The clusters, of which files consist.
     Clusters,
-    /// Metadata pages, with no room for more of them.
+    /// Metadata pages, when there is no room for more of them.
     MetadataPages,
-    /// Room on the kernel's file system that holds a sparse image.
+    /// Space on the kernel's file system that holds a sparse image.
     Host,
 }
 
@@ -216,7 +217,7 @@ impl SpaceKind {
 pub type Result<T> = std::result::Result<T, FsError>;
 
 impl FsError {
-    /// The errno that a kernel file system would give.
+    /// Returns the errno that a kernel file system would return.
     pub fn errno(&self) -> i32 {
         match self {
             FsError::NotFound { .. } => libc::ENOENT,
@@ -246,8 +247,8 @@ impl FsError {
         }
     }
 
-    /// Whether the same call may succeed when tried again: after space has been freed, or a
-    /// passing fault of the device.
+    /// Whether the same call may succeed when it is tried again: after space was freed, or after a
+    /// transient fault of the device.
     pub fn is_retryable(&self) -> bool {
         match self {
             FsError::NoSpace { .. } | FsError::NoMemory(_) => true,
@@ -273,7 +274,7 @@ impl FsError {
         self.errno() == libc::ENOSPC
     }
 
-    /// The same, naming the bytes of the file that it means.
+    /// Returns the same error with the position in the file.
     pub(crate) fn in_file(self, path: &str, off: u64) -> FsError {
         match self {
             FsError::Io {

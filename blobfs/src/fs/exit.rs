@@ -1,13 +1,13 @@
-//! The end of the process, and its forks.
+//! The end of a process, and its forks.
 //!
-//! What was appended and not synced is in this process's memory. A process that ends in order
-//! (`exit`, `main` returns) does not drop what is in a `static` or was forgotten, so one handler
-//! unmounts every file system that is still mounted then. It works from a thread of its own, since
-//! the exiting one has lost its thread-local channels.
+//! Appended bytes that were not synced are in this process's memory. A process that ends in order
+//! (`exit`, `main` returns) does not drop what is in a `static` or was forgotten, so a handler
+//! unmounts every file system that is still mounted then. It works in a thread of its own, since
+//! the exiting thread has lost its thread-local channels.
 //!
-//! A forked child has copies of the parent's mounts, whose buffers and rings are the parent's. The
-//! child forgets them: every call answers [`FsError::Forked`], nothing is unmounted, and the
-//! child's own mounts are its own.
+//! A forked child has copies of the parent's mounts, whose buffers and rings belong to the parent.
+//! The child ignores them: every call returns [`FsError::Forked`], and nothing is unmounted. The
+//! child's own mounts work.
 #![allow(unsafe_code)]
 
 use std::io::Write as _;
@@ -19,10 +19,10 @@ use parking_lot::{Condvar, Mutex};
 
 use super::core::Core;
 
-/// How long the end of the process waits for another thread that is dropping a mount already.
+/// Longest wait at the end of the process for another thread that is dropping a mount.
 const DROPPING: Duration = Duration::from_secs(60);
 
-/// Told when a mount has come to its end, by an unmount or a drop.
+/// Notified when a mount has ended, by an unmount or a drop.
 #[derive(Debug, Default)]
 pub(crate) struct Ended {
     ended: Mutex<bool>,
@@ -43,7 +43,7 @@ impl Ended {
     }
 }
 
-/// A mount as the registry knows it; it does not keep it.
+/// A weak reference to a mount in the registry.
 #[derive(Clone)]
 struct Known {
     core: Weak<Core>,
@@ -51,10 +51,10 @@ struct Known {
     device: Arc<str>,
 }
 
-/// The mounts of this process. Without a lock, so that a forked child never finds one taken.
+/// The mounts of this process. There is no lock, so a forked child never finds one locked.
 static MOUNTS: ArcSwapOption<Vec<Known>> = ArcSwapOption::const_empty();
 
-/// Takes note of a new mount.
+/// Registers a new mount.
 pub(crate) fn register(core: &Arc<Core>) {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -94,7 +94,7 @@ extern "C" fn at_exit() {
         .spawn(unmount_all);
     match unmounting {
         Ok(thread) => drop(thread.join()),
-        // No thread to be had: this one does what it can without its channels.
+        // No thread can be started: this one does what is possible without its channels.
         Err(_) => drop(std::panic::catch_unwind(unmount_all)),
     }
 }
@@ -112,7 +112,7 @@ fn unmount_all() {
         {
             let device = &known.device;
             tracing::error!(%device, %error, "the file system could not be unmounted at exit");
-            // Nobody is left who could be told otherwise, and bytes may be lost.
+            // There is nobody else to tell, and bytes may be lost.
             let _ = writeln!(
                 std::io::stderr(),
                 "pumice: {device}: unmounting at exit failed, what was not synced may be lost: {error}"
@@ -121,15 +121,15 @@ fn unmount_all() {
     }
 }
 
-/// In the only thread of a forked child: the parent's mounts are not this process's.
+/// Runs in the only thread of a forked child, and makes it ignore the parent's mounts.
 extern "C" fn in_child() {
     let mounts = MOUNTS.swap(None);
     for known in mounts.iter().flat_map(|mounts| mounts.iter()) {
         if let Some(core) = known.core.upgrade() {
-            // Never dropped here: its rings and buffers are shared with the parent.
+            // It is never dropped here, since its rings and buffers are shared with the parent.
             std::mem::forget(core);
         }
     }
-    // Its memory was the parent's, too; a copy of it is no use to anybody.
+    // Its memory belonged to the parent too, and a copy is useless.
     std::mem::forget(mounts);
 }

@@ -12,7 +12,7 @@ use super::inode::Inode;
 use super::options::Access;
 use super::read::ReadRequest;
 
-/// What the clones of a handle share.
+/// State that the clones of a handle share.
 pub(crate) struct Open {
     pub core: Arc<Core>,
     pub ino: Arc<Inode>,
@@ -37,9 +37,9 @@ const NORMAL: u8 = 0;
 const RANDOM: u8 = 1;
 const SEQUENTIAL: u8 = 2;
 
-/// An open file. Clones share one handle. It stays usable after the file has lost its name, until
-/// the last handle is dropped. May be used by many threads at once; appends are ordered by a lock
-/// of the file, reads take none.
+/// An open file. Clones share one handle. It can be used after the file has lost its name, until
+/// the last handle is dropped. Many threads may use it at once: a lock of the file orders appends,
+/// and reads take no lock.
 #[derive(Clone)]
 pub struct File {
     open: Arc<Open>,
@@ -51,7 +51,7 @@ impl std::fmt::Debug for File {
     }
 }
 
-/// Bytes of a file in memory, kept there as long as this lives.
+/// Bytes of a file in memory, which stay there as long as this lives.
 pub struct Pinned {
     frame: Arc<Frame>,
     range: Range<usize>,
@@ -91,56 +91,54 @@ impl File {
         &self.open.core
     }
 
-    /// Length in bytes: one atomic load.
+    /// Length in bytes. Costs one atomic load.
     #[inline]
-    #[expect(
-        clippy::len_without_is_empty,
-        reason = "the length of a file is no container's"
-    )]
+    #[expect(clippy::len_without_is_empty, reason = "a file is not a container")]
     pub fn len(&self) -> u64 {
         self.open.ino.len()
     }
 
-    /// Its path, or what stands for it when it has none any more.
+    /// Returns a path of the file, or a text in its place when it has none.
     pub fn path(&self) -> String {
         self.ino().path()
     }
 
-    /// The blob it is kept in.
+    /// Returns the blob that stores the file.
     pub fn blob_id(&self) -> crate::blobstore::BlobId {
         self.ino().id
     }
 
-    /// Whether both handles are of one file.
+    /// Whether both handles belong to the same file.
     pub fn same_file(&self, other: &File) -> bool {
         Arc::ptr_eq(self.ino(), other.ino())
     }
 
-    /// Appends: a copy into the tail buffer, as a rule. Blocks when a full buffer is started and
-    /// more than the write-behind limit is on its way, and when clusters are allocated.
+    /// Appends bytes, usually by a copy into the tail buffer. Blocks when a buffer is full and more
+    /// than the writeback limit is in flight, and when clusters are allocated.
     ///
     /// # Errors
-    /// No space, and then the file is as it was; a device error while allocating.
+    /// Fails when there is no space (the file is then unchanged), and with a device error during
+    /// the allocation.
     #[inline]
     pub fn append(&self, data: &[u8]) -> Result<()> {
         self.open.core.appender.append(&self.open.ino, data)
     }
 
-    /// Writes at `off`; a gap past the end becomes zeroes. Bytes inside the file go to the device
-    /// before this returns (not durably), unless they are in the tail buffer.
+    /// Writes at `off`. A gap past the end becomes zeroes. Bytes inside the file are written to the
+    /// device before this returns (not durably), unless they are in the tail buffer.
     ///
     /// # Errors
-    /// As [`File::append`], and what the device says.
+    /// Fails as [`File::append`] does, and with the device's error.
     pub fn write_at(&self, off: u64, data: &[u8]) -> Result<()> {
         self.core().vol.check_fork()?;
         self.core().overwriter.write_at(self.ino(), off, data)
     }
 
-    /// Reads at `off` into `buf`. Returns how much there was: less than `buf` has only at the end
-    /// of the file.
+    /// Reads at `off` into `buf`. Returns the number of bytes, which is less than the length of
+    /// `buf` only at the end of the file.
     ///
     /// # Errors
-    /// What the device says.
+    /// Returns the device's error.
     #[inline]
     pub fn read_at(&self, off: u64, buf: &mut [u8]) -> Result<usize> {
         let open = &*self.open;
@@ -173,7 +171,7 @@ impl File {
         open.core.reader.read_at(&open.ino, off, buf, !direct)
     }
 
-    /// The bytes without a copy, if all of them are in one buffer in memory.
+    /// Returns the bytes without a copy, if all of them are in one buffer in memory.
     #[inline]
     pub fn read_pinned(&self, off: u64, len: usize) -> Option<Pinned> {
         let end = off.checked_add(len as u64)?;
@@ -191,45 +189,46 @@ impl File {
         Some(Pinned { frame, range })
     }
 
-    /// Does several reads; what is not in memory is in flight together.
+    /// Carries out several reads. Those that are not in memory are in flight together.
     pub fn read_many(&self, requests: &mut [ReadRequest<'_>]) {
         self.core()
             .reader
             .read_many(self.ino(), requests, !self.open.is_direct());
     }
 
-    /// Starts a read and returns.
+    /// Starts a read and returns without waiting for it.
     ///
     /// # Errors
-    /// No memory for it, the file system was unmounted.
+    /// Fails when there is no memory for it, or the file system was unmounted.
     pub fn read_async(&self, off: u64, len: usize) -> Result<ReadHandle> {
         ReadHandle::start(&self.open, off, len)
     }
 
-    /// Sets the length; new bytes are zeroes. A shorter length is durable on return.
+    /// Sets the length. New bytes are zeroes. A shorter length is durable on return.
     ///
     /// # Errors
-    /// No space for a longer one, device errors; the file is then as it was.
+    /// Fails when there is no space for a longer file, and with device errors. The file is then
+    /// unchanged.
     pub fn truncate(&self, len: u64) -> Result<()> {
         self.core().vol.check_fork()?;
         self.core().truncater.truncate(self.ino(), len)
     }
 
-    /// Allocates space up to `off + len`, so that writes there cannot fail for want of it. The
+    /// Allocates space up to `off + len`, so that writes there cannot fail for lack of it. The
     /// length stays.
     ///
     /// # Errors
-    /// No space.
+    /// Fails when there is no space.
     pub fn allocate(&self, off: u64, len: u64) -> Result<()> {
         self.core().vol.check_fork()?;
         self.core().truncater.allocate(self.ino(), off, len)
     }
 
-    /// Starts writing what has been appended, if it is 256 KiB or more; durability is
-    /// [`File::sync`]'s. Costs two loads otherwise, so it may be called after each record.
+    /// Starts writing appended bytes, if there are at least 256 KiB. Only [`File::sync`] makes them
+    /// durable. With less, it costs two loads, so it may be called after each record.
     ///
     /// # Errors
-    /// As [`File::append`].
+    /// Fails as [`File::append`] does.
     #[inline]
     pub fn flush(&self) -> Result<()> {
         const WORTH: u64 = 256 << 10;
@@ -243,19 +242,19 @@ impl File {
             .start_write_behind(self.ino(), WORTH, u64::MAX)
     }
 
-    /// Data and length are durable on return. Free if nothing has changed.
+    /// Makes data and length durable. Costs nothing if nothing has changed.
     ///
     /// # Errors
-    /// What the device says; the data stays in memory, and the next sync writes it again.
+    /// Returns the device's error. The data stays in memory, and the next sync writes it again.
     pub fn sync(&self) -> Result<()> {
         self.core().syncer.sync(self.ino())
     }
 
-    /// Starts writing the whole blocks of `[off, off + len)` and of what lies before, without
-    /// waiting for them.
+    /// Starts writing the whole blocks of `[off, off + len)` and everything before them, without
+    /// waiting.
     ///
     /// # Errors
-    /// As [`File::append`].
+    /// Fails as [`File::append`] does.
     pub fn range_sync(&self, off: u64, len: u64) -> Result<()> {
         self.core().vol.check_fork()?;
         self.core()
@@ -263,10 +262,10 @@ impl File {
             .start_write_behind(self.ino(), 1, off.saturating_add(len))
     }
 
-    /// Starts reading a range into memory, and returns.
+    /// Starts to read a range into the page cache, and returns without waiting for it.
     ///
     /// # Errors
-    /// No memory for it.
+    /// Fails when there is no memory for it.
     pub fn prefetch(&self, off: u64, len: u64) -> Result<()> {
         if self.open.is_direct() {
             Ok(())
@@ -275,7 +274,7 @@ impl File {
         }
     }
 
-    /// Drops what is in memory of a range and does not have to be.
+    /// Drops cached bytes of a range that need not stay in memory.
     pub fn invalidate(&self, off: u64, len: u64) {
         if self.core().vol.check_fork().is_err() {
             return;
@@ -284,7 +283,7 @@ impl File {
         self.ino().frames.drop_clean(off, end);
     }
 
-    /// Says how the handle is going to be read.
+    /// Sets the expected access pattern of the handle.
     pub fn advise(&self, access: Access) {
         let value = match access {
             Access::Normal | Access::WillNeed => NORMAL,
@@ -302,14 +301,14 @@ impl File {
         self.open.access.store(value, Ordering::Relaxed);
     }
 
-    /// Direct I/O for this handle: what it reads and writes does not stay in memory. What is
-    /// there is still used, so direct and buffered handles agree.
+    /// Sets direct I/O for this handle: data that it reads and writes does not stay in memory. Data
+    /// in memory is still used, so direct and buffered handles agree.
     pub fn set_direct(&self, on: bool) {
         self.open.direct.store(on, Ordering::Relaxed);
         self.ino().frames.set_transient(on);
     }
 
-    /// Space that the file takes, in bytes.
+    /// Returns the space that the file uses, in bytes.
     pub fn allocated(&self) -> u64 {
         self.ino().allocated.load(Ordering::Acquire)
     }

@@ -1,9 +1,9 @@
-//! Memory that one thread appends to while others read what is already there.
+//! Memory that one thread appends to while others read what it contains already.
 //!
 //! A [`FillBuf`] is a DMA buffer with a fill mark. Bytes below the mark never change again and may
-//! be read, or given to a device, by anybody; bytes above it belong to the one [`FillWriter`]. That
-//! is what lets an append be a `memcpy` and an atomic store, and lets a full buffer become page
-//! cache and the source of a device write without a copy.
+//! be read, or passed to a device, by anybody. Bytes above it belong to the one [`FillWriter`]. So
+//! an append is a `memcpy` and an atomic store, and a full buffer becomes page cache and the source
+//! of a device write without a copy.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -15,7 +15,7 @@ use pumice_bdev::{DmaBuf, DmaSlice};
 
 /// A buffer that grows by appending; see the module.
 pub(crate) struct FillBuf {
-    /// The whole buffer. Only ever dereferenced through sub-slices below the mark.
+    /// The whole buffer. It is only ever dereferenced through sub-slices below the mark.
     whole: DmaSlice,
     ptr: NonNull<u8>,
     cap: usize,
@@ -31,7 +31,7 @@ unsafe impl Send for FillBuf {}
 unsafe impl Sync for FillBuf {}
 
 impl FillBuf {
-    /// A buffer whose first `filled` bytes are those of `buf`.
+    /// Makes a buffer whose first `filled` bytes are those of `buf`.
     pub fn from_buf(mut buf: DmaBuf, filled: usize) -> FillBuf {
         let cap = buf.len();
         assert!(filled <= cap, "filled {filled} of {cap}");
@@ -45,18 +45,18 @@ impl FillBuf {
         }
     }
 
-    /// Capacity in bytes.
+    /// Returns the capacity in bytes.
     pub fn cap(&self) -> usize {
         self.cap
     }
 
-    /// Bytes that are there to be read.
+    /// Number of bytes that can be read.
     #[inline]
     pub fn filled(&self) -> usize {
         self.filled.load(Ordering::Acquire)
     }
 
-    /// The bytes of `range`, if all of them are below the mark.
+    /// Returns the bytes of `range`, if all of them are below the mark.
     #[inline]
     pub fn get(&self, range: Range<usize>) -> Option<&[u8]> {
         if range.start > range.end || range.end > self.filled() {
@@ -69,16 +69,16 @@ impl FillBuf {
         })
     }
 
-    /// The bytes of `range`, for a device to read.
+    /// Returns the bytes of `range`, for a device to read.
     ///
     /// # Panics
-    /// When a byte of the range is not filled yet.
+    /// Panics when a byte of the range is not filled yet.
     pub fn dma(&self, range: Range<usize>) -> DmaSlice {
         assert!(range.end <= self.filled(), "{range:?} is not filled");
         self.whole.slice(range)
     }
 
-    /// The writer; `None` if it was taken before.
+    /// Returns the writer, or `None` if it was taken before.
     pub fn writer(self: &Arc<Self>) -> Option<FillWriter> {
         if self.writer_taken.swap(true, Ordering::AcqRel) {
             return None;
@@ -96,14 +96,14 @@ impl std::fmt::Debug for FillBuf {
     }
 }
 
-/// The right to append to a [`FillBuf`]. Not clonable: there is one for each buffer.
+/// The right to append to a [`FillBuf`]. It cannot be cloned: each buffer has one.
 pub(crate) struct FillWriter {
     buf: Arc<FillBuf>,
     filled: usize,
 }
 
 impl FillWriter {
-    /// Bytes that still fit.
+    /// Number of bytes that still fit.
     #[inline]
     pub fn room(&self) -> usize {
         self.buf.cap - self.filled
@@ -112,7 +112,7 @@ impl FillWriter {
     /// Appends `bytes` and publishes them.
     ///
     /// # Panics
-    /// When they do not fit.
+    /// Panics when they do not fit.
     #[inline]
     pub fn push(&mut self, bytes: &[u8]) {
         assert!(bytes.len() <= self.room(), "a full buffer was pushed to");
@@ -133,7 +133,7 @@ impl FillWriter {
     /// Appends `n` zeroes.
     ///
     /// # Panics
-    /// When they do not fit.
+    /// Panics when they do not fit.
     pub fn push_zeroes(&mut self, n: usize) {
         assert!(n <= self.room(), "a full buffer was pushed to");
         // SAFETY: as in `push`.

@@ -1,9 +1,9 @@
-//! What a file has in memory: frames, found through a table that is read without a lock.
+//! The memory of a file: frames, found through a table that is read without a lock.
 //!
-//! A file is cut into regions of 1 MiB. A region is either one *whole* frame (its bytes were
+//! A file is divided into regions of 1 MiB. A region is either one *whole* frame (its bytes were
 //! appended, and the append buffer became the cache) or up to 256 page slots that point to frames
-//! of one or more pages (its bytes were read). Readers follow `ArcSwap` pointers; whoever changes
-//! them holds [`FileCache::lock`], which no hit takes.
+//! of one or more pages (its bytes were read). Readers follow `ArcSwap` pointers. A thread that
+//! changes them holds [`FileCache::lock`], which no hit takes.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -22,7 +22,7 @@ pub(crate) const PAGE: usize = 4096;
 pub(crate) const REGION: usize = 1 << 20;
 const PAGES: usize = REGION / PAGE;
 
-/// `n / REGION` and the rest.
+/// Returns `n / REGION` and the rest.
 #[inline]
 pub(crate) fn split(off: u64) -> (usize, usize) {
     #[expect(
@@ -39,12 +39,12 @@ pub(crate) fn split(off: u64) -> (usize, usize) {
 pub(crate) struct Frame {
     /// The bytes.
     pub bytes: Arc<FillBuf>,
-    /// Where they begin in the region; a multiple of the page size.
+    /// Offset in the region, a multiple of the page size.
     pub start: usize,
-    /// Which region of the file.
+    /// Number of the region in the file.
     pub region: usize,
-    /// Device writes that must complete before the frame may be evicted, and one more while it
-    /// is appended to.
+    /// Number of device writes that must complete before the frame may be evicted, plus one while
+    /// it is being appended to.
     dirty: Pins,
     hot: [AtomicU64; PAGES / 64],
     charge: AtomicUsize,
@@ -72,8 +72,8 @@ impl Frame {
         })
     }
 
-    /// Marks the page at `off` (in the region) as used since the clock last came by. Writes the
-    /// shared word only when the bit is not set yet.
+    /// Marks the page at `off` (in the region) as used since the clock last passed. Writes the
+    /// shared word only if the bit is not set yet.
     #[inline]
     fn touch(&self, off: usize) {
         let page = off / PAGE;
@@ -84,27 +84,27 @@ impl Frame {
         }
     }
 
-    /// Takes the marks away and returns them.
+    /// Clears the marks and returns them.
     pub fn take_hot(&self) -> [u64; PAGES / 64] {
         std::array::from_fn(|i| self.hot[i].swap(0, Ordering::Relaxed))
     }
 
-    /// Where its bytes end in the region.
+    /// Returns the end of its bytes in the region.
     fn end(&self) -> usize {
         self.start + self.bytes.filled()
     }
 
-    /// Whether it holds a whole region's buffer.
+    /// Whether it has a whole region's buffer.
     pub fn is_large(&self) -> bool {
         self.bytes.cap() > 64 << 10
     }
 
-    /// One more write must complete before the frame is clean.
+    /// Records one more write that must complete before the frame is clean.
     pub fn hold_dirty(&self) {
         self.dirty.hold();
     }
 
-    /// One write less; the last one hands the frame to the cache.
+    /// Records that a write has completed. The last one adds the frame to the cache.
     pub fn release_dirty(self: &Arc<Self>) {
         if !self.dirty.release() {
             return;
@@ -145,14 +145,14 @@ const SEGMENT0: usize = 8;
 
 /// The frames of one file.
 pub(crate) struct FileCache {
-    /// Segment k holds `8 << k` regions; allocated when first needed, never moved.
+    /// Segment k has `8 << k` regions. It is allocated when first needed and never moved.
     segments: [OnceLock<Box<[Region]>>; SEGMENTS],
-    /// Held by whoever changes the table.
+    /// Held by a thread that changes the table.
     lock: Mutex<()>,
-    /// Counts changes of existing bytes; a page read from the device is only installed if none
-    /// happened meanwhile.
+    /// Number of changes of existing bytes. A page that was read from the device is only installed
+    /// if there was none meanwhile.
     generation: AtomicU64,
-    /// Frames are not kept after their last write (direct I/O).
+    /// Whether frames are dropped after their last write (direct I/O).
     transient: AtomicBool,
     cache: Arc<Cache>,
 }
@@ -174,7 +174,7 @@ impl FileCache {
         })
     }
 
-    /// Frames are not kept after their last write, or are again.
+    /// Sets whether frames are dropped after their last write.
     pub fn set_transient(&self, on: bool) {
         self.transient.store(on, Ordering::Relaxed);
     }
@@ -192,13 +192,13 @@ impl FileCache {
         &segment[i]
     }
 
-    /// To be taken before a read from the device; see [`FileCache::install`].
+    /// Returns the generation, before a read from the device; see [`FileCache::install`].
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
     }
 
-    /// Copies what is cached at `off` until the first byte that is not. Returns how much; sets the
-    /// marks of the pages touched.
+    /// Copies cached bytes at `off` up to the first byte that is not cached. Returns their number,
+    /// and marks the pages as used.
     #[inline]
     pub fn copy(&self, off: u64, out: &mut [u8]) -> usize {
         let mut done = 0;
@@ -231,7 +231,7 @@ impl FileCache {
         }
     }
 
-    /// The frame that holds the byte at `off`.
+    /// Returns the frame that has the byte at `off`.
     #[inline]
     pub fn find(&self, off: u64) -> Option<Arc<Frame>> {
         let (region_no, at) = split(off);
@@ -247,7 +247,7 @@ impl FileCache {
         Some(frame)
     }
 
-    /// The whole frame of a region.
+    /// Returns the whole frame of a region.
     pub fn whole(&self, region: usize) -> Option<Arc<Frame>> {
         self.region(region)?.whole.load_full()
     }
@@ -258,8 +258,8 @@ impl FileCache {
             .is_some_and(|f| Arc::ptr_eq(&f, frame))
     }
 
-    /// The first run of pages in `[from, to)` (byte offsets) that is not cached, as byte offsets
-    /// rounded to pages, not crossing a region.
+    /// Returns the first run of pages in `[from, to)` (byte offsets) that is not cached, as byte
+    /// offsets rounded to pages, inside one region.
     pub fn first_missing(&self, from: u64, to: u64) -> Option<Range<u64>> {
         let page = PAGE as u64;
         let mut at = from / page * page;
@@ -284,14 +284,14 @@ impl FileCache {
         run
     }
 
-    /// Whether the bytes from `in_region` up to `end` in the region, all of one page, are there; and
-    /// how far that is known, in bytes.
+    /// Returns whether the bytes from `in_region` up to `end` in the region, all of one page, are
+    /// cached, and for how many bytes the answer holds.
     fn cached(&self, region_no: usize, in_region: usize, end: usize) -> (bool, u64) {
         let page = PAGE as u64;
         let region = self.region(region_no);
         if let Some(frame) = region.and_then(|r| r.whole.load_full()) {
             let filled = frame.bytes.filled();
-            // Whole pages of it at once.
+            // Check whole pages at once.
             let pages = filled.saturating_sub(in_region) / PAGE * PAGE;
             return (filled >= end, (pages as u64).max(page));
         }
@@ -299,14 +299,14 @@ impl FileCache {
             .and_then(|r| r.pages.get())
             .map(|p| &p[in_region / PAGE]);
         let frame = slot.and_then(arc_swap::ArcSwapAny::load_full);
-        // A page at the end of the file may have been cut short when the file was shorter.
+        // A page at the end of the file may be short from a time when the file was shorter.
         (frame.is_some_and(|f| f.end() >= end), page)
     }
 
-    /// Puts a frame of pages that was read from the device into the slots it covers that are free or
-    /// show less, unless bytes of the file were changed since `generation` was taken. Hands it to the
-    /// cache. `len` is asked for the length of the file as it is now: a frame that shows less than
-    /// the file has is not taken, since nothing would replace it.
+    /// Puts a frame of pages that were read from the device into the slots that it covers and that
+    /// are empty or have fewer bytes, unless bytes of the file were changed since `generation` was
+    /// taken. Adds it to the cache. `len` returns the current length of the file: a frame with
+    /// fewer bytes than the file has is not installed, since nothing would replace it.
     pub fn install(&self, generation: u64, frame: &Arc<Frame>, len: impl Fn() -> u64) -> bool {
         {
             let _guard = self.lock.lock();
@@ -317,7 +317,7 @@ impl FileCache {
             if region.whole.load().is_some() {
                 return false;
             }
-            // Whoever makes the file longer from here on puts a whole frame in place of this.
+            // A thread that makes the file longer from here on replaces this with a whole frame.
             let begins = frame.region as u64 * REGION as u64 + frame.start as u64;
             let exists = len().saturating_sub(begins).min(frame.bytes.cap() as u64);
             if (frame.bytes.filled() as u64) < exists {
@@ -344,7 +344,7 @@ impl FileCache {
         true
     }
 
-    /// Makes `frame` the whole frame of its region; page slots of the region are emptied.
+    /// Makes `frame` the whole frame of its region, and empties the region's page slots.
     pub fn install_whole(&self, frame: &Arc<Frame>) {
         let _guard = self.lock.lock();
         self.generation.fetch_add(1, Ordering::Release);
@@ -376,7 +376,7 @@ impl FileCache {
         }
     }
 
-    /// Forgets everything in regions from `first` on.
+    /// Removes everything in regions from `first` on.
     pub fn remove_from(&self, first: usize) {
         let _guard = self.lock.lock();
         self.generation.fetch_add(1, Ordering::Release);
@@ -392,7 +392,7 @@ impl FileCache {
         }
     }
 
-    /// Forgets all of a region, which has no unwritten bytes.
+    /// Removes everything of a region, which has no unwritten bytes.
     pub fn forget_region(&self, region: usize) {
         let _guard = self.lock.lock();
         self.generation.fetch_add(1, Ordering::Release);
@@ -402,7 +402,7 @@ impl FileCache {
         }
     }
 
-    /// Forgets clean frames that begin in `[from, to)`.
+    /// Removes clean frames that begin in `[from, to)`.
     pub fn drop_clean(&self, from: u64, to: u64) {
         let _guard = self.lock.lock();
         let mut at = from / PAGE as u64 * PAGE as u64;
@@ -428,7 +428,7 @@ impl FileCache {
         }
     }
 
-    /// Takes `frame` out of the table, wherever it still is.
+    /// Removes `frame` from the table, wherever it still is.
     pub fn remove(&self, frame: &Arc<Frame>) {
         let _guard = self.lock.lock();
         self.remove_locked(frame);
@@ -457,8 +457,8 @@ impl FileCache {
         }
     }
 
-    /// Takes a whole frame out, but keeps copies of the pages in `hot`, as frames of their own.
-    /// Returns these; the caller hands them to the cache.
+    /// Removes a whole frame, but keeps copies of the pages in `hot`, as frames of their own.
+    /// Returns these; the caller adds them to the cache.
     pub fn thin_out(
         self: &Arc<Self>,
         frame: &Arc<Frame>,
@@ -519,7 +519,7 @@ fn clear_pages(region: &Region) {
     }
 }
 
-/// Where `off` lies in the region `region`, or at its end.
+/// Returns the position of `off` in the region `region`, or its end.
 fn split_end(off: u64, region: usize) -> usize {
     let base = region as u64 * REGION as u64;
     usize::try_from(off - base).unwrap_or(REGION)

@@ -21,23 +21,23 @@ pub(crate) mod xattr {
     pub const NAME: &str = "name";
     /// Length in bytes, u64.
     pub const LENGTH: &str = "length";
-    /// One byte; the file is gone as soon as nobody has it open.
+    /// One byte; the file is deleted as soon as nobody has it open.
     pub const IS_DELETED: &str = "is_deleted";
     /// Further names, each with a NUL.
     pub const LINKS: &str = "pumice.links";
     /// One byte; the blob marks a directory.
     pub const DIR: &str = "pumice.dir";
-    /// u64; of two blobs with one name, the higher has it.
+    /// u64; of two blobs with one name, the higher one has it.
     pub const SEQ: &str = "pumice.seq";
     /// u64; the id of the blob from which this one took a name.
     pub const REPLACES: &str = "pumice.replaces";
-    /// Two paths, each with a NUL: a rename of this directory that has to be finished.
+    /// Two paths, each with a NUL: an incomplete rename of this directory.
     pub const RENAME: &str = "pumice.rename";
     /// u64; nanoseconds since 1970.
     pub const MTIME: &str = "pumice.mtime";
 }
 
-/// Now, in nanoseconds since 1970.
+/// Returns the current time in nanoseconds since 1970.
 pub(crate) fn now_ns() -> u64 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -45,56 +45,57 @@ pub(crate) fn now_ns() -> u64 {
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Reads in flight ahead of the reader.
+/// Readahead in flight.
 #[derive(Default)]
 pub(crate) struct Ahead {
     pub runs: Vec<(std::ops::Range<u64>, Ticket)>,
 }
 
-/// How far the life of a file has come.
+/// The state of a file's life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Life {
-    /// It has a name.
+    /// The file has a name.
     Named,
-    /// It is being deleted or replaced while nobody has it open. A thread that wants to open it waits
-    /// for `ops` and looks again.
+    /// It is being deleted or replaced while nobody has it open. A thread that wants to open it
+    /// waits for `ops` and looks again.
     Dying,
-    /// Its last name is gone; the last close deletes it.
+    /// The last name was removed. The last close deletes the file.
     Orphan,
-    /// Its blob has been deleted, or a thread is about to delete it.
+    /// The blob has been deleted, or a thread is about to delete it.
     Gone,
 }
 
-/// A file, open or not. Fields without a lock of their own are written under `tail`.
+/// A file, open or not. Fields without a lock of their own are written with `tail` locked.
 pub(crate) struct Inode {
     pub id: BlobId,
-    /// The blob; taken out to delete it.
+    /// The blob, which is taken out to delete it.
     pub blob: ArcSwapOption<Blob>,
-    /// Bytes that have clusters, for those who do not hold `tail`.
+    /// Number of bytes that have clusters, for threads that do not hold `tail`.
     pub allocated: AtomicU64,
-    /// Length that readers see.
+    /// The length that readers see.
     pub len: AtomicU64,
-    /// Length on the device.
+    /// The length on the device.
     pub durable_len: AtomicU64,
-    /// About as much as has been handed to the device.
+    /// About the number of bytes that were submitted.
     pub started: AtomicU64,
     /// Sequence of the last write that a flush has to cover.
     pub unflushed: AtomicU64,
     pub frames: Arc<FileCache>,
     /// The append lock.
     pub tail: Mutex<Tail>,
-    /// One sync or truncation at a time. Taken before `tail`.
+    /// Allows one sync or truncation at a time. Taken before `tail`.
     pub sync_lock: Mutex<()>,
-    /// Counts truncations: a read of the device that overlaps one is done again.
+    /// Number of truncations. A read from the device that overlaps one is repeated.
     pub epoch: AtomicU64,
     pub ahead: Mutex<Ahead>,
     pub ahead_count: AtomicUsize,
-    /// Opening needs it: it may go into the reserve.
+    /// Whether opening an application's data needs the file, so that it may use the reserve.
     pub essential: AtomicBool,
-    /// Paths; the first is in the xattr `name`. Changed under the namespace's `ops`.
+    /// The paths, of which the first is in the xattr `name`. They are changed with the namespace's
+    /// `ops` held.
     pub names: Mutex<Vec<String>>,
     pub mtime_ns: AtomicU64,
-    /// Open handles.
+    /// Number of open handles.
     pub opens: AtomicUsize,
     pub life: AtomicCell<Life>,
 }
@@ -130,7 +131,7 @@ impl Inode {
         })
     }
 
-    /// The blob, unless it has been deleted or the file system unmounted.
+    /// Returns the blob, unless it was deleted or the file system unmounted.
     pub fn blob(&self) -> Result<Arc<Blob>> {
         let blob = self.blob.load_full();
         blob.ok_or_else(|| FsError::Unmounted { path: self.path() })
@@ -141,19 +142,19 @@ impl Inode {
         self.blob.store(None);
     }
 
-    /// Whether clusters may be unallocated: such a file keeps the clusters that it has. A snapshot of the
-    /// blob makes it thin.
+    /// Whether clusters may be unallocated. Such a file keeps its clusters. A snapshot of the blob
+    /// makes it thin.
     pub fn is_thin(&self) -> bool {
         self.blob.load().as_ref().is_some_and(|blob| blob.is_thin())
     }
 
-    /// Whether it can only be read.
+    /// Whether the file can only be read.
     pub fn is_frozen(&self) -> bool {
         let blob = self.blob.load();
         blob.as_ref().is_some_and(|blob| blob.is_read_only())
     }
 
-    /// Its path, for errors.
+    /// Returns its path, for errors.
     pub fn path(&self) -> String {
         let names = self.names.lock();
         names
@@ -162,19 +163,20 @@ impl Inode {
             .unwrap_or_else(|| format!("deleted file (blob {})", self.id))
     }
 
-    /// The error of bytes that were accepted and are not in memory any more. Only a defect of the
-    /// file system can cause it; better an error than a length over bytes that were never written.
+    /// Returns the error of bytes that were accepted and are not in memory. Only a defect of the
+    /// file system can cause it. An error is better than a length over bytes that were never
+    /// written.
     pub fn lost(&self, from: u64, upto: u64) -> FsError {
         FsError::Corrupt {
             blob: self.id.0,
             reason: format!(
-                "{}: bytes {from} to {upto} were accepted and are not in memory any more",
+                "{}: bytes {from} to {upto} were accepted and are not in memory",
                 self.path()
             ),
         }
     }
 
-    /// Whether its blob is or may soon be deleted: what it has is not written any more.
+    /// Whether its blob is deleted or may be soon, so that nothing of it needs to be written.
     pub fn is_going(&self) -> bool {
         matches!(self.life.load(), Life::Dying | Life::Gone)
     }

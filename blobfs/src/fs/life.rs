@@ -1,4 +1,4 @@
-//! How files end: they lose their names, are closed for the last time, are deleted.
+//! How files end: they lose their names, are closed for the last time, and are deleted.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,20 +11,20 @@ use super::volume::Volume;
 use super::writeback::Writeback;
 use crate::blobstore::Transaction;
 
-/// Longest list of further names of a file, in bytes.
+/// Most bytes of the list of a file's further names.
 const LINKS_MAX: usize = 3000;
 
-/// What happens to a file that loses a name.
+/// The effect on a file that loses a name.
 pub(crate) enum Loss {
-    /// It has others.
+    /// It has other names.
     Name,
-    /// It is open: marked, and deleted at the last close.
+    /// It is open: it is marked, and deleted at the last close.
     Orphan,
     /// It is deleted.
     Gone,
 }
 
-/// See the module.
+/// Deletes files when nothing uses them.
 pub(crate) struct Lives {
     pub vol: Arc<Volume>,
     pub names: Arc<Names>,
@@ -33,7 +33,7 @@ pub(crate) struct Lives {
 }
 
 impl Lives {
-    /// The last handle of `ino` may be gone.
+    /// Handles the drop of a handle of `ino`, possibly the last one.
     pub fn close(&self, ino: &Arc<Inode>) {
         if self.vol.check_fork().is_err() {
             return;
@@ -48,7 +48,7 @@ impl Lives {
         }
     }
 
-    /// Deletes a file without a name that nobody has open any more.
+    /// Deletes a file without a name that nobody has open.
     pub fn reap(&self, ino: &Arc<Inode>) {
         let first = ino.life.compare_exchange(Life::Orphan, Life::Gone);
         if first.is_err() {
@@ -63,26 +63,26 @@ impl Lives {
         let mut tx = self.vol.releasing();
         tx.delete(id);
         if let Err(error) = tx.commit() {
-            // It stays marked: the next mount deletes it.
+            // It stays marked, so the next mount deletes it.
             tracing::warn!(blob = %id, %error, "a deleted file could not be removed; the next mount will");
         }
         self.names.orphans.lock().remove(&id.0);
     }
 
-    /// Waits until nothing of the file is on its way to the device or from it. What has not been
-    /// written stays: the file may keep its name.
+    /// Waits until no I/O of the file is in flight. Bytes that were not written stay, since the
+    /// file may keep its name.
     pub fn quiesce(&self, ino: &Arc<Inode>) {
         let mut tail = ino.tail.lock();
         self.writeback.wait_overlapping(&tail, 0, u64::MAX);
         if let Ok(blob) = ino.blob()
             && let Err(error) = blob.quiesce()
         {
-            tracing::warn!(file = ino.path(), %error, "the file is given up all the same");
+            tracing::warn!(file = ino.path(), %error, "the file is dropped nevertheless");
         }
         tail.prune(ino);
     }
 
-    /// The file is gone: so is what of it is in memory.
+    /// Drops the memory of a deleted file.
     pub fn forget_bytes(&self, ino: &Arc<Inode>) {
         let mut tail = ino.tail.lock();
         tail.drop_buffer();
@@ -91,7 +91,7 @@ impl Lives {
         ino.frames.remove_from(0);
     }
 
-    /// Adds to `tx` what `ino` losing the name `path` means on disk.
+    /// Adds to `tx` the changes on disk when `ino` loses the name `path`.
     pub fn lose_name(&self, tx: &mut Transaction, ino: &Arc<Inode>, path: &str) -> Result<Loss> {
         let names: Vec<String> = ino
             .names
@@ -105,7 +105,8 @@ impl Lives {
             return Ok(Loss::Name);
         }
         let open = {
-            // Who opens holds the map: either it is counted here, or it sees that the file is dying.
+            // A thread that opens a file holds the map: it is either counted here, or sees that the
+            // file is dying.
             let _map = self.names.map.write();
             let open = ino.opens.load(Ordering::SeqCst) > 0;
             if !open {
@@ -118,13 +119,13 @@ impl Lives {
             return Ok(Loss::Orphan);
         }
         self.quiesce(ino);
-        // The store deletes no blob that is open.
+        // The store does not delete a blob that is open.
         ino.close_blob();
         tx.delete(ino.id);
         Ok(Loss::Gone)
     }
 
-    /// The commit failed: the file keeps its name.
+    /// Undoes the loss of a name after a failed commit: the file keeps its name.
     pub fn undo_loss(&self, ino: Option<&Arc<Inode>>, loss: Option<Loss>) {
         let (Some(ino), Some(Loss::Gone)) = (ino, loss) else {
             return;
@@ -138,7 +139,7 @@ impl Lives {
         ino.life.store(Life::Named);
     }
 
-    /// The commit is durable: memory follows.
+    /// Updates memory after the commit is durable.
     pub fn settle_loss(&self, ino: Option<Arc<Inode>>, loss: Option<Loss>, path: &str) {
         let (Some(ino), Some(loss)) = (ino, loss) else {
             return;

@@ -1,7 +1,8 @@
-//! Mounting: from the blobs' xattrs to the map of names; finishing what a crash cut short.
+//! Mounting: builds the map of names from the blobs' xattrs, and completes what a crash
+//! interrupted.
 //!
-//! Everything read here is data. A blob that cannot be a file is reported ([`Core::problems`]) and
-//! left alone; the others mount.
+//! Everything read here is untrusted. A blob that cannot be a file is reported ([`Core::problems`])
+//! and left alone. The others are mounted.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -27,12 +28,12 @@ use crate::blobstore::{
     Transaction,
 };
 
-/// The name of a file that is not whole yet, until it is renamed to the name that it is for. A file
-/// that has it when the file system is mounted was left by a process that was killed: it is not shown,
-/// and a mount for writing removes it.
+/// The name of an incomplete file, until it is renamed to its own name. A file that has it when the
+/// file system is mounted was left by a killed process: it is not shown, and a mount for writing
+/// removes it.
 pub const UNFINISHED: &str = "/.pumice-unfinished";
 
-/// What an unfinished file was called before.
+/// The earlier name of an incomplete file.
 const UNFINISHED_BEFORE: &str = "/.pumice-cp.part";
 
 fn is_unfinished(blob: &Blob) -> bool {
@@ -43,23 +44,23 @@ fn is_unfinished(blob: &Blob) -> bool {
     })
 }
 
-/// Problems that are told one by one; of more there is a count.
+/// Most problems that are listed. Further ones are counted.
 const MAX_PROBLEMS: usize = 100;
-/// Recorded renames of directories that a mount finishes. They run one at a time, so that more than one is
-/// there only after one has failed.
+/// Most recorded renames of directories that a mount completes. Renames run one at a time, so there
+/// is more than one only after one has failed.
 const MAX_RENAMES: usize = 16;
-/// Bytes of the paths of directories that are only implied by the names of files. An image must not take
-/// memory without bound; a database has a few directories.
+/// Most bytes of the paths of directories that are only implied by the names of files. An image
+/// must not take unbounded memory; a database has a few directories.
 const MAX_IMPLIED_BYTES: usize = 32 << 20;
 
-/// What an implied directory costs besides its path.
+/// Cost of an implied directory besides its path.
 const IMPLIED_COST: usize = 128;
 
-/// A blob that says it is a file or a directory.
+/// A blob that is marked as a file or a directory.
 struct Found {
     id: BlobId,
     names: Vec<String>,
-    /// Names were changed in memory and have to be written.
+    /// Whether names were changed in memory and have to be written.
     changed: bool,
     len: u64,
     is_dir: bool,
@@ -69,14 +70,14 @@ struct Found {
     mtime_ns: u64,
 }
 
-/// What the mount makes of the blobs.
+/// The state of a mount in progress.
 struct Loader {
     store: Blobstore,
     read_only: bool,
     problems: Vec<String>,
-    /// How many more there are.
+    /// Number of problems that are not listed.
     untold: usize,
-    /// Those of the problems by which something is lost.
+    /// The problems that lose something.
     damage: Vec<String>,
     found: Vec<Found>,
     /// Blobs that were deleted while they were open.
@@ -162,7 +163,7 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
     ))
 }
 
-/// Why there is nothing to mount, as well as can be said.
+/// Returns the reason why there is nothing to mount.
 fn refuse(dev: &Arc<dyn BlockDevice>, e: StoreError) -> FsError {
     let device = dev.info().name.clone();
     let hint = "make a file system with `pumice mkfs`".to_owned();
@@ -194,7 +195,7 @@ fn u64_of(bytes: &[u8]) -> Option<u64> {
     Some(u64::from_le_bytes(bytes.try_into().ok()?))
 }
 
-/// Whether a path is as we would write it, and not the root.
+/// Whether a path is normalised, and not the root.
 fn is_normal(name: &str) -> bool {
     name != "/" && path::normalise(name).is_ok_and(|n| n == name)
 }
@@ -208,7 +209,7 @@ impl Loader {
         }
     }
 
-    /// A problem by which something is lost.
+    /// Records a problem that loses something.
     fn damage(&mut self, id: BlobId, what: impl std::fmt::Display) {
         if self.damage.len() < MAX_PROBLEMS {
             self.damage.push(format!("blob {id}: {what}"));
@@ -258,11 +259,14 @@ impl Loader {
     fn read_blob(&mut self, blob: &Blob) {
         let id = blob.id();
         let Some(raw) = blob.xattr(xattr::NAME) else {
-            self.problem(id, "has no name, so it is no file; left alone");
+            self.problem(id, "has no name, so it is not a file; left alone");
             return;
         };
         let Some(len) = blob.xattr(xattr::LENGTH).as_deref().and_then(u64_of) else {
-            self.problem(id, "has no length of 8 bytes, so it is no file; left alone");
+            self.problem(
+                id,
+                "has no length of 8 bytes, so it is not a file; left alone",
+            );
             return;
         };
         let mut names = vec![self.first_name(id, &raw)];
@@ -321,7 +325,7 @@ impl Loader {
         });
     }
 
-    /// The path in the xattr `name`, or one that stands for it.
+    /// Returns the path in the xattr `name`, or one that replaces it.
     fn first_name(&mut self, id: BlobId, raw: &[u8]) -> String {
         let text = raw.strip_suffix(&[0]).unwrap_or(raw);
         let stand_in = format!("/.pumice-blob-{id}");
@@ -359,7 +363,7 @@ impl Loader {
         }
     }
 
-    /// Rolls renames of directories forward whose intent is recorded.
+    /// Completes recorded renames of directories.
     fn finish_renames(&mut self) -> Result<()> {
         let mut intents: Vec<(usize, String, String)> = self
             .found
@@ -367,7 +371,7 @@ impl Loader {
             .enumerate()
             .filter_map(|(i, f)| f.rename.clone().map(|(from, to)| (i, from, to)))
             .collect();
-        // Each goes over all names: the latest ones, in their order.
+        // Each goes over all names, so only the latest are completed, in their order.
         if intents.len() > MAX_RENAMES {
             intents.sort_by_key(|(i, ..)| self.found[*i].seq);
             for (marker, from, to) in intents.drain(..intents.len() - MAX_RENAMES) {
@@ -434,8 +438,8 @@ impl Loader {
         Ok(())
     }
 
-    /// Commits. A device error fails the mount; what the blobstore refuses (a blob with clones,
-    /// say) is reported.
+    /// Commits. A device error fails the mount. A refusal of the blobstore (of a blob with clones,
+    /// for example) is reported.
     fn commit(&mut self, id: BlobId, mut tx: Transaction, what: &str) -> Result<()> {
         tx.spend(Spend::Releasing);
         match tx.commit() {
@@ -463,9 +467,9 @@ impl Loader {
         Ok(())
     }
 
-    /// Gives each name to one blob. Where a crash left a replacement half done, the replaced one
-    /// loses the name, and goes with its last; other duplicates are reported and shown under
-    /// names of their own.
+    /// Gives each name to one blob. Where a crash interrupted a replacement, the replaced blob
+    /// loses the name, and is deleted with its last name. Other duplicates are reported and shown
+    /// under names of their own.
     fn resolve_names(&mut self) -> Result<()> {
         let mut claims: HashMap<String, Vec<usize>> = HashMap::new();
         for (i, f) in self.found.iter().enumerate() {
@@ -497,7 +501,7 @@ impl Loader {
                 self.problem(
                     id,
                     format!(
-                        "has the name {name}, which blob {winner_id} has, too; shown as {shown}"
+                        "has the name {name}, which blob {winner_id} also has; shown as {shown}"
                     ),
                 );
                 for n in self.found[loser].names.iter_mut().filter(|n| **n == name) {
@@ -523,7 +527,7 @@ impl Loader {
         Ok(())
     }
 
-    /// The map of names, and the greatest sequence number used.
+    /// Builds the map of names, and returns the greatest sequence number used.
     fn build(&mut self, cache: &Arc<Cache>, unclean: bool) -> (BTreeMap<String, Entry>, u64) {
         let mut map = BTreeMap::new();
         let found = std::mem::take(&mut self.found);
@@ -549,7 +553,7 @@ impl Loader {
             };
             let ino = Inode::new(blob, f.len, f.names.clone(), f.mtime_ns, cache);
             if unclean {
-                // What was held ahead when the crash came.
+                // These clusters were allocated ahead when the crash came.
                 ino.tail.lock().grown = true;
             }
             for name in f.names {
@@ -565,7 +569,8 @@ impl Loader {
         let names: Vec<String> = map.keys().cloned().collect();
         let mut implied_bytes = 0;
         for name in names {
-            // A name in directories that are left out is left out itself, or a listing would not find it.
+            // A name in directories that are left out is left out itself, or a listing would not
+            // find it.
             if implied_bytes > MAX_IMPLIED_BYTES {
                 let parent = path::parent(&name);
                 let missing = parent != "/" && !map.contains_key(parent);

@@ -1,18 +1,18 @@
-//! How much memory a cache may take when nobody said so.
+//! The default size of the page cache.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-/// Bound of the page cache by default, where there is memory enough.
+/// Default size of the page cache on a machine with enough memory.
 const MOST: u64 = 256 << 20;
-/// The least; less slows every read and saves nothing worth it.
+/// Least default size. A smaller one would slow every read and save little.
 const LEAST: u64 = 8 << 20;
-/// The part of the memory that this process may use. The rest is for the program, its own caches and
+/// Divisor of the memory that this process may use. The rest is for the program, its own caches and
 /// memtables, and for data on its way to the device.
 const PART: u64 = 8;
 
-/// Bound of the page cache in bytes: an eighth of the machine's memory, or of the control group's limit
-/// where that is lower, between 8 and 256 MiB.
+/// Returns the default size of the page cache in bytes: an eighth of the machine's memory, or of
+/// the control group's limit where that is lower, between 8 and 256 MiB.
 pub(crate) fn default_cache_bytes() -> u64 {
     static BYTES: OnceLock<u64> = OnceLock::new();
     *BYTES.get_or_init(|| cache_bytes(limit(Path::new("/proc"), Path::new("/sys/fs/cgroup"))))
@@ -22,7 +22,8 @@ fn cache_bytes(limit: Option<u64>) -> u64 {
     limit.map_or(MOST, |bytes| (bytes / PART).clamp(LEAST, MOST))
 }
 
-/// Bytes that this process can use: the least of the machine's and of every control group's around it.
+/// Returns the number of bytes that this process can use: the least of the machine's memory and of
+/// the limits of all control groups around it.
 fn limit(proc: &Path, cgroups: &Path) -> Option<u64> {
     let groups = std::fs::read_to_string(proc.join("self/cgroup")).unwrap_or_default();
     let files = groups.lines().flat_map(|line| limit_files(line, cgroups));
@@ -30,15 +31,16 @@ fn limit(proc: &Path, cgroups: &Path) -> Option<u64> {
     limits.chain(machine(proc)).min()
 }
 
-/// The files that may limit the memory of the group in a line of `/proc/self/cgroup`: its own, and those
-/// of the groups that it is in. In a container the path may be the host's; the group is then the top.
+/// Returns the files that may limit the memory of the group in a line of `/proc/self/cgroup`: its
+/// own, and those of the groups that it is in. In a container the path may be the host's, and the
+/// group is then at the top.
 fn limit_files(line: &str, cgroups: &Path) -> Vec<PathBuf> {
     let mut parts = line.splitn(3, ':').skip(1);
     let (Some(controllers), Some(path)) = (parts.next(), parts.next()) else {
         return Vec::new();
     };
     let (tops, name) = if controllers.is_empty() {
-        // Version 2, where version 1 has other controllers mounted beside it as well.
+        // This is where version 2 is mounted when version 1 has other controllers beside it.
         ([cgroups.to_owned(), cgroups.join("unified")], "memory.max")
     } else if controllers.split(',').any(|c| c == "memory") {
         (
@@ -54,7 +56,7 @@ fn limit_files(line: &str, cgroups: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// The machine's memory.
+/// Returns the machine's memory in bytes.
 fn machine(proc: &Path) -> Option<u64> {
     let text = std::fs::read_to_string(proc.join("meminfo")).ok()?;
     let line = text
@@ -68,7 +70,7 @@ fn machine(proc: &Path) -> Option<u64> {
 mod tests {
     use super::*;
 
-    /// A machine with these files, below `proc` and `cgroup`.
+    /// Makes a machine with these files below `proc` and `cgroup`, and returns its limit.
     fn machine_with(files: &[(&str, &str)]) -> (tempfile::TempDir, Option<u64>) {
         let dir = tempfile::tempdir().unwrap();
         for (name, text) in files {
@@ -109,7 +111,7 @@ mod tests {
             ("cgroup/system.slice/memory.max", "104857600\n"),
         ]);
         assert_eq!(v2, Some(104_857_600));
-        // In a container: the path is the host's, the file is at the top.
+        // This is a container: the path is the host's, and the file is at the top.
         let (_dir, inside) = machine_with(&[
             MACHINE,
             ("proc/self/cgroup", "0::/../../kubepods/x\n"),

@@ -1,5 +1,5 @@
-//! The device as the file system and its blobstore see it: the same, with every operation counted
-//! and every failed flush noted, whoever sent it.
+//! The device as the file system and its blobstore use it, with every operation counted and every
+//! failed flush recorded.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -13,30 +13,30 @@ use pumice_bdev::{
 
 use super::durable::Durability;
 
-/// What was sent to the device since the mount, metadata included.
+/// Operations sent to the device since the mount, including those of the metadata.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct IoStats {
-    /// Read operations.
+    /// Number of read operations.
     pub reads: u64,
-    /// Bytes read.
+    /// Number of bytes read.
     pub read_bytes: u64,
-    /// Write operations.
+    /// Number of write operations.
     pub writes: u64,
-    /// Of these, with force unit access.
+    /// Number of write operations with force unit access.
     pub fua_writes: u64,
-    /// Bytes written.
+    /// Number of bytes written.
     pub written_bytes: u64,
-    /// Flushes.
+    /// Number of flushes.
     pub flushes: u64,
-    /// Write-zeroes operations.
+    /// Number of write-zeroes operations.
     pub write_zeroes: u64,
-    /// Unmaps.
+    /// Number of unmaps.
     pub unmaps: u64,
 }
 
 impl IoStats {
-    /// The difference to an earlier snapshot.
+    /// Returns the difference to an earlier snapshot.
     #[must_use]
     pub fn since(&self, earlier: &IoStats) -> IoStats {
         IoStats {
@@ -52,7 +52,7 @@ impl IoStats {
     }
 }
 
-/// One channel's counters; only that channel adds to them, so nothing is contended.
+/// The counters of one channel. Only that channel adds to them, so there is no contention.
 #[derive(Debug, Default)]
 struct Counters {
     reads: AtomicU64,
@@ -82,7 +82,7 @@ impl Counters {
 #[derive(Debug, Default)]
 struct All {
     live: Vec<Arc<CachePadded<Counters>>>,
-    /// Sums of channels that are gone.
+    /// Sums of the dropped channels.
     past: IoStats,
 }
 
@@ -90,7 +90,7 @@ struct All {
 #[derive(Debug)]
 pub(crate) struct Metered {
     info: DeviceInfo,
-    /// The only reference that a mount has to the device; given up at the unmount.
+    /// The only reference of a mount to the device, which the unmount drops.
     identity: usize,
     inner: parking_lot::Mutex<Option<Arc<dyn BlockDevice>>>,
     durability: Arc<Durability>,
@@ -108,7 +108,7 @@ impl Metered {
         })
     }
 
-    /// Gives up the device: no channel can be opened from now on. Those that are open keep it.
+    /// Releases the device: no channel can be opened from now on. Open ones keep it.
     pub fn release(&self) {
         let device = self.inner.lock().take();
         drop(device);
@@ -117,7 +117,7 @@ impl Metered {
     pub fn stats(&self) -> IoStats {
         let mut all = self.all.lock();
         let mut past = all.past;
-        // A channel whose counters nobody else holds is gone.
+        // A channel whose counters have no other reference was dropped.
         all.live.retain(|c| {
             let live = Arc::strong_count(c) > 1;
             if !live {
@@ -174,7 +174,7 @@ struct MeteredChannel {
 }
 
 impl MeteredChannel {
-    /// An error that passes means that the flush was not done; who sent it tries again.
+    /// A transient error means that the flush was not carried out, and its sender tries again.
     fn flush_failed(&self, error: &IoError) {
         if !error.is_retryable() {
             self.durability.flush_failed(error);
@@ -191,7 +191,7 @@ impl IoChannel for MeteredChannel {
             }
             return Err(e);
         }
-        // One writer: a plain add would do, but the sum is read by others.
+        // There is one writer, so a plain addition would do, but others read the sum.
         let add = |c: &AtomicU64, n: u64| c.store(c.load(Ordering::Relaxed) + n, Ordering::Relaxed);
         let c = &self.counters;
         match kind {

@@ -1,39 +1,40 @@
-//! BlobFS: files, directories and links in an SPDK blobstore, with a page cache and write-behind.
+//! BlobFS: files, directories and links in an SPDK blobstore, with a page cache and writeback.
 //!
-//! [`FileSystem`] is a mount, [`File`] a handle. All calls may come from any thread and may block on
-//! the device; the calling thread does its own I/O.
+//! [`FileSystem`] is a mount, and [`File`] a handle. Any thread may make any call, which may block
+//! on the device. The calling thread does its own I/O.
 //!
 //! # On disk
-//! As SPDK's BlobFS has it: a file is a blob with the xattrs `name` and `length`. Directories, links
-//! and what makes a rename atomic are xattrs with the prefix `pumice.`, which SPDK ignores; see
-//! `docs/blobfs.md`.
+//! The format is that of SPDK's BlobFS: a file is a blob with the xattrs `name` and `length`.
+//! Directories, links and the records of renames are xattrs with the prefix `pumice.`, which SPDK
+//! ignores; see `docs/blobfs.md`.
 //!
 //! # Durability
 //! Operations on names are durable on return, one after the other. Data is durable after
-//! [`File::sync`]; the length on the device only ever covers bytes that are durable. What was
-//! appended and not synced is lost when the process is killed. An orderly end of the process (`exit`,
+//! [`File::sync`]. The length on the device only ever covers bytes that are durable. Appended bytes
+//! that were not synced are lost when the process is killed. An orderly end of the process (`exit`,
 //! a return from `main`) unmounts what is still mounted.
 //!
 //! # Forks
-//! A mount belongs to the process that made it. In a forked child its handles answer
+//! A mount belongs to the process that made it. In a forked child its handles return
 //! [`FsError::Forked`], and dropping them or ending the child does nothing to the device.
 //!
 //! # Locks
-//! In this order; a later one may be taken while an earlier one is held, never the other way round:
+//! Locks are taken in this order. A later one may be taken while an earlier one is held, never the
+//! other way round:
 //! 1. `Names::ops`: changes of names, held while they are made durable.
 //! 2. `Inode::sync_lock`: one sync or truncation of a file at a time.
 //! 3. `Inode::tail`, the append lock: appends, overwrites, allocation.
-//! 4. The blobstore's own.
+//! 4. The blobstore's: a turn in its order of changes, then its state.
 //! 5. The lock of `Flushes`: one flush of the device at a time.
-//! 6. Leaves, never held while the device is waited for: the map of names, `FileCache::lock`, the
-//!    cache's shards. And the shared channels' locks, held while their owner sleeps, in slices of a
-//!    millisecond.
+//! 6. Leaves, never held while waiting for the device: the map of names, `FileCache::lock`, the
+//!    cache's shards. The shared channels' locks are leaves too, but are held while their owner
+//!    sleeps, in slices of a millisecond.
 //!
-//! Reading takes none of 1 to 5: a hit takes no lock at all, a miss the leaves. A read or a write of
-//! the device waits while clusters of its file move. The thread that moves them waits until no I/O is
-//! in flight on the file, holding what it holds of 1 to 3, and reaps the shared channels meanwhile: so
-//! a completion takes nothing but leaves, and a thread does not begin a second I/O on a file inside
-//! the first.
+//! Reading takes none of 1 to 5: a hit takes no lock at all, and a miss only leaves. A read or a
+//! write of the device waits while clusters of its file move. The thread that moves them waits
+//! until no I/O is in flight on the file, with its locks of 1 to 3 held, and meanwhile takes
+//! completions of the shared channels. So a completion takes nothing but leaves, and a thread does
+//! not begin a second I/O on a file inside the first.
 
 mod ahead;
 mod append;
@@ -71,7 +72,7 @@ mod view;
 mod volume;
 mod writeback;
 
-/// What [`flushes`] and [`pins`] are made of; their models have others.
+/// The primitives of [`flushes`] and [`pins`]. Their models replace them.
 mod primitives {
     pub(crate) use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 

@@ -22,8 +22,9 @@ use super::volume::store_error;
 use super::{exit, load, path};
 use crate::blobstore::{BlobId, Blobstore, BsType, InitOptions, default_md_pages};
 
-/// A mounted file system. Cheap to clone; when the last handle (of it, or of a file in it) is
-/// dropped without [`FileSystem::unmount`], it is unmounted as well as that can be done.
+/// A mounted file system. Clones are handles of the same mount. When the last handle (of it, or of
+/// a file in it) is dropped without [`FileSystem::unmount`], the file system is unmounted as far as
+/// possible.
 #[derive(Clone)]
 pub struct FileSystem {
     core: Arc<Core>,
@@ -35,21 +36,21 @@ impl std::fmt::Debug for FileSystem {
     }
 }
 
-/// What is known of a file or directory.
+/// Properties of a file or directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stat {
     /// Length in bytes.
     pub len: u64,
-    /// A directory.
+    /// Whether it is a directory.
     pub is_dir: bool,
-    /// Last change; the epoch if it is not known.
+    /// Time of the last change; the epoch if it is not known.
     pub mtime: SystemTime,
-    /// The blob; `None` for a directory that only names imply.
+    /// Id of the blob; `None` for a directory that only names imply.
     pub blob_id: Option<BlobId>,
-    /// Space taken, in bytes.
+    /// Space in use, in bytes.
     pub allocated: u64,
-    /// Names of the file.
+    /// Number of names of the file.
     pub links: usize,
 }
 
@@ -58,7 +59,7 @@ pub struct Stat {
 pub struct DirEntry {
     /// The last component of its path.
     pub name: String,
-    /// A directory.
+    /// Whether it is a directory.
     pub is_dir: bool,
     /// Length in bytes.
     pub len: u64,
@@ -68,24 +69,24 @@ pub struct DirEntry {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StatFs {
-    /// Bytes for files, without those kept back.
+    /// Bytes for files, without the reserve.
     pub total: u64,
-    /// Bytes that can be written: without what is kept back for opening, and not more than the file system
-    /// below a sparse image has room for. 0 if no file can be made for want of metadata pages.
+    /// Bytes that can be written: without the reserve for opening, and at most what the file system
+    /// below a sparse image has room for. 0 if no file can be made for lack of metadata pages.
     pub free: u64,
-    /// Bytes that files have, allocated ahead included.
+    /// Bytes of the files' clusters, including those allocated ahead.
     pub used: u64,
-    /// Bytes that are nobody's, those kept back included.
+    /// Bytes that belong to no file, including the reserve.
     pub unused: u64,
-    /// Of a sparse image: bytes that the file system below has room for.
+    /// Bytes that the file system below a sparse image has room for.
     pub host_free: Option<u64>,
     /// Bytes of a cluster.
     pub cluster: u64,
-    /// Files.
+    /// Number of files.
     pub files: u64,
-    /// Metadata pages, and how many of them are used.
+    /// Number of metadata pages.
     pub md_pages: u64,
-    /// Metadata pages used.
+    /// Number of used metadata pages.
     pub md_pages_used: u64,
 }
 
@@ -109,12 +110,12 @@ impl Drop for FileLock {
 impl Drop for Core {
     fn drop(&mut self) {
         if self.is_unfinished()
-            // Nobody is left who could try once more.
+            // There is nobody left to try again.
             && let Err(error) = self.unmount_anyway()
         {
             tracing::error!(device = self.vol.dev.info().name, %error, "the file system could not be unmounted in order");
         }
-        // What is in flight keeps its file, and that the channels.
+        // Operations in flight keep their file alive, and that keeps the channels.
         if self.vol.check_fork().is_ok() {
             self.vol.shared().drain();
         }
@@ -122,7 +123,7 @@ impl Drop for Core {
     }
 }
 
-/// Why a device is not formatted.
+/// Returns the reason why a device is not formatted.
 fn refuse_format(e: BdevError) -> FsError {
     match e {
         BdevError::NotBlank { device, contents } => FsError::Foreign {
@@ -139,13 +140,13 @@ impl FileSystem {
         &self.core
     }
 
-    /// Makes an empty file system on the device. Without [`FormatOptions::force`] the device must be
-    /// blank, by the rule of [`contents`]: every block that may hold data is read. Blocks.
+    /// Makes an empty file system on the device. Without [`FormatOptions::force`] the device must
+    /// be blank, by the rule of [`contents`]: every block that may hold data is read. Blocks.
     ///
     /// # Errors
-    /// [`FsError::Foreign`] when the device holds anything but zeroes, or could not be read as a whole;
-    /// sizes that do not fit; device errors. An image file that opening the device has made is removed
-    /// then, when the device is closed.
+    /// [`FsError::Foreign`] when the device holds anything but zeroes, or could not be read as a
+    /// whole; sizes that do not fit; device errors. An image file that opening the device has
+    /// created is then removed when the device is closed.
     pub fn format(dev: Arc<dyn BlockDevice>, opts: &FormatOptions) -> Result<()> {
         let info = dev.info();
         let formatting =
@@ -176,7 +177,7 @@ impl FileSystem {
                     .unwrap_or_else(|| default_md_pages(info.len_bytes(), opts.cluster_size)),
             ),
             bstype: BsType::BLOBFS,
-            // It has been looked at.
+            // It has been examined.
             force: true,
             ..InitOptions::default()
         };
@@ -189,11 +190,11 @@ impl FileSystem {
         Ok(())
     }
 
-    /// Mounts. Finishes what a crash has cut short; writes nothing if there is nothing to finish.
-    /// Blocks.
+    /// Mounts. Completes what a crash has interrupted, and writes nothing if there is nothing to
+    /// complete. Blocks.
     ///
     /// # Errors
-    /// There is no file system, or something else; damaged global metadata; device errors.
+    /// There is no file system, or other content; damaged global metadata; device errors.
     #[expect(clippy::needless_pass_by_value, reason = "the mount owns the device")]
     pub fn mount(dev: Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<FileSystem> {
         let core = Arc::new(load::mount(&dev, opts)?);
@@ -202,32 +203,32 @@ impl FileSystem {
     }
 
     /// Makes everything durable and ends the use of the device in order: its lock is free on
-    /// return, whatever handles are left. They give [`FsError::Unmounted`] from then on.
+    /// return, whatever handles are left. They return [`FsError::Unmounted`] from then on.
     ///
     /// # Errors
-    /// Device errors, with the file and the bytes that could not be made durable. Nothing is thrown
-    /// away then: the file system stays mounted, or, where only the blobstore's last page is missing,
+    /// Device errors, with the file and the bytes that could not be made durable. Nothing is lost
+    /// then: the file system stays mounted or, where only the blobstore's last page is missing,
     /// waits for the next call of this. [`FileSystem::unmount_anyway`] ends the mount without those
     /// bytes.
     pub fn unmount(&self) -> Result<()> {
         self.core.unmount()
     }
 
-    /// As [`FileSystem::unmount`], but what cannot be made durable is given up: the file keeps the
-    /// length that is durable. Returns an error for each such file; none if nothing was lost.
+    /// Unmounts as [`FileSystem::unmount`] does, but drops what cannot be made durable: the file
+    /// keeps its durable length. Returns an error for each such file, and none if nothing was lost.
     ///
     /// # Errors
-    /// The metadata could not be written; the next mount recovers.
+    /// The metadata could not be written. The next mount recovers.
     pub fn unmount_anyway(&self) -> Result<Vec<FsError>> {
         self.core.unmount_anyway()
     }
 
-    /// What the mount found wrong and left alone, a line each.
+    /// Returns a line for each problem that the mount found and left alone.
     pub fn problems(&self) -> &[String] {
         &self.core.problems
     }
 
-    /// Opens a file, or makes it, as `how` says. What is made is durable, and empty, on return.
+    /// Opens a file, or creates it, as `how` says. A created file is durable, and empty, on return.
     ///
     /// # Errors
     /// [`FsError::NotFound`] also for a missing directory, [`FsError::IsDir`], [`FsError::Exists`],
@@ -242,7 +243,7 @@ impl FileSystem {
         Ok(file)
     }
 
-    /// Removes a file's name. Durable on return.
+    /// Removes a name of a file. Durable on return.
     ///
     /// # Errors
     /// [`FsError::NotFound`], [`FsError::IsDir`], device errors.
@@ -250,8 +251,8 @@ impl FileSystem {
         self.core.namespace.unlink(&path::normalise(path)?)
     }
 
-    /// Renames a file, replacing a file of the new name, or a directory, replacing an empty one.
-    /// One step, even across a crash. Durable on return.
+    /// Renames a file, replacing a file of the new name, or a directory, replacing an empty one. It
+    /// is one step, even across a crash. Durable on return.
     ///
     /// # Errors
     /// [`FsError::NotFound`], [`FsError::IsDir`], [`FsError::NotDir`], [`FsError::NotEmpty`], name
@@ -262,7 +263,7 @@ impl FileSystem {
             .rename(&path::normalise(from)?, &path::normalise(to)?)
     }
 
-    /// Gives a file a further name. Durable on return.
+    /// Gives a file another name. Durable on return.
     ///
     /// # Errors
     /// [`FsError::NotFound`], [`FsError::Exists`], [`FsError::IsDir`], too many links, device errors.
@@ -272,15 +273,15 @@ impl FileSystem {
             .link(&path::normalise(from)?, &path::normalise(to)?)
     }
 
-    /// How many names a file has.
+    /// Returns the number of names of a file.
     ///
     /// # Errors
-    /// As [`FileSystem::stat`].
+    /// Fails as [`FileSystem::stat`] does.
     pub fn num_links(&self, path: &str) -> Result<u64> {
         Ok(self.stat(path)?.links as u64)
     }
 
-    /// What is known of a path.
+    /// Returns the properties of a path.
     ///
     /// # Errors
     /// [`FsError::NotFound`], name errors.
@@ -312,7 +313,7 @@ impl FileSystem {
         }
     }
 
-    /// Whether there is a file or directory.
+    /// Whether there is a file or directory of that path.
     ///
     /// # Errors
     /// Name errors, the file system was unmounted.
@@ -324,7 +325,7 @@ impl FileSystem {
         }
     }
 
-    /// Makes a directory. Durable on return.
+    /// Creates a directory. Durable on return.
     ///
     /// # Errors
     /// [`FsError::Exists`], [`FsError::NotFound`] for its parent, [`FsError::NoSpace`], device errors.
@@ -340,7 +341,7 @@ impl FileSystem {
         self.core.namespace.rmdir(&path::normalise(path)?)
     }
 
-    /// The entries of a directory, in order of their names.
+    /// Returns the entries of a directory, in order of their names.
     ///
     /// # Errors
     /// [`FsError::NotFound`], [`FsError::NotDir`].
@@ -372,10 +373,10 @@ impl FileSystem {
             .collect())
     }
 
-    /// Makes the names in a directory durable: they are already.
+    /// Makes the names in a directory durable, which they are already.
     ///
     /// # Errors
-    /// As [`FileSystem::list`].
+    /// Fails as [`FileSystem::list`] does.
     pub fn sync_dir(&self, dir: &str) -> Result<()> {
         let dir = path::normalise(dir)?;
         self.core.vol.check_mounted(|| dir.clone())?;
@@ -385,7 +386,7 @@ impl FileSystem {
     /// Syncs every file.
     ///
     /// # Errors
-    /// The first file's that fails; the others are synced all the same.
+    /// Returns the error of the first file that fails. The others are synced nevertheless.
     pub fn sync(&self) -> Result<()> {
         self.core.vol.check_fork()?;
         let mut result = Ok(());
@@ -399,18 +400,18 @@ impl FileSystem {
     /// Whether both paths are names of one file.
     ///
     /// # Errors
-    /// As [`FileSystem::stat`].
+    /// Fails as [`FileSystem::stat`] does.
     pub fn same_file(&self, a: &str, b: &str) -> Result<bool> {
         let (a, b) = (path::normalise(a)?, path::normalise(b)?);
         let (x, y) = (self.stat(&a)?, self.stat(&b)?);
         Ok(a == b || (x.blob_id.is_some() && x.blob_id == y.blob_id))
     }
 
-    /// Locks a path exclusively, making the file if there is none. Other processes are kept out by
-    /// the lock on the device.
+    /// Locks a path exclusively, creating the file if necessary. The lock on the device excludes
+    /// other processes.
     ///
     /// # Errors
-    /// [`FsError::Locked`] at once if it is locked; as [`FileSystem::open`].
+    /// [`FsError::Locked`] at once if it is locked; otherwise as [`FileSystem::open`].
     pub fn lock(&self, path: &str) -> Result<FileLock> {
         let how = OpenOptions {
             essential: true,
@@ -441,12 +442,12 @@ impl FileSystem {
         self.core.cache.stats()
     }
 
-    /// What was sent to the device since the mount.
+    /// Operations sent to the device since the mount.
     pub fn io_stats(&self) -> IoStats {
         self.core.vol.metered.stats()
     }
 
-    /// The blobstore below, to look at.
+    /// A read-only view of the blobstore.
     pub fn blobstore(&self) -> StoreView<'_> {
         StoreView::new(&self.core)
     }

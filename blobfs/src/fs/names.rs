@@ -1,7 +1,7 @@
 //! Names in memory: a map from path to file or directory.
 //!
-//! Changes are serialised by [`Names::ops`], which is held while they are made durable; the
-//! map's own lock is held only to look or to change an entry, never during I/O.
+//! [`Names::ops`] serialises changes and is held while they are made durable. The map's own lock is
+//! held only to look at or change an entry, never during I/O.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::Ordering;
@@ -16,31 +16,31 @@ use crate::blobstore::BlobId;
 
 /// A directory.
 pub(crate) struct Dir {
-    /// Its marker; `None` for one that only files' names imply.
+    /// The blob of the directory, or `None` if only the names of files imply the directory.
     pub marker: Mutex<Option<BlobId>>,
     pub mtime_ns: u64,
 }
 
-/// What a path leads to.
+/// The file or directory of a path.
 #[derive(Clone)]
 pub(crate) enum Entry {
     File(Arc<Inode>),
     Dir(Arc<Dir>),
 }
 
-/// What the holder of `ops` may use up.
+/// State that the holder of `ops` may change.
 pub(crate) struct Ops {
     /// The next value of the xattr `pumice.seq`.
     pub seq: u64,
 }
 
-/// See the module.
+/// The names of the file system; see the module.
 pub(crate) struct Names {
     pub map: RwLock<BTreeMap<String, Entry>>,
     pub ops: Mutex<Ops>,
-    /// Blobs of files that hold a lock (`LOCK`).
+    /// Blobs of files that have a lock (`LOCK`).
     pub locked: Mutex<HashSet<u64>>,
-    /// Files without a name that are still open.
+    /// Open files without a name.
     pub orphans: Mutex<HashMap<u64, Weak<Inode>>>,
 }
 
@@ -54,12 +54,12 @@ impl Names {
         }
     }
 
-    /// What `path` leads to; the root is no entry.
+    /// Returns the entry of `path`. The root has no entry.
     pub fn get(&self, path: &str) -> Option<Entry> {
         self.map.read().get(path).cloned()
     }
 
-    /// The file at `path`, with one more handle counted, unless it is about to go.
+    /// Returns the file at `path` with one more handle counted, unless it is about to be deleted.
     pub fn open_file(&self, path: &str) -> Result<Option<Opened>> {
         if path == "/" {
             return Err(FsError::IsDir {
@@ -80,7 +80,7 @@ impl Names {
         }
     }
 
-    /// Every file, once. Linear in their number.
+    /// Returns every file once. Takes time linear in their number.
     pub fn inodes(&self) -> Vec<Arc<Inode>> {
         let map = self.map.read();
         let mut seen = HashSet::with_capacity(map.len());
@@ -92,8 +92,8 @@ impl Names {
             .collect()
     }
 
-    /// Every file, once, with one more handle counted, so that none is deleted meanwhile; but not
-    /// those about to go.
+    /// Returns every file once, with one more handle counted so that none is deleted meanwhile.
+    /// Leaves out those that are about to be deleted.
     pub fn hold_files(&self) -> Vec<Arc<Inode>> {
         let map = self.map.read();
         let mut seen = HashSet::with_capacity(map.len());
@@ -110,10 +110,10 @@ impl Names {
         held
     }
 
-    /// Whether `dir` can have entries.
+    /// Checks that `dir` can have entries.
     ///
     /// # Errors
-    /// It does not exist, or is a file.
+    /// Fails when it does not exist, or is a file.
     pub fn check_dir(&self, dir: &str) -> Result<()> {
         if dir == "/" {
             return Ok(());
@@ -127,7 +127,7 @@ impl Names {
         }
     }
 
-    /// The entries directly in `dir`.
+    /// Returns the entries directly in `dir`.
     pub fn children(&self, dir: &str) -> Vec<(String, Entry)> {
         let prefix = path::dir_prefix(dir);
         self.below(&prefix)
@@ -136,7 +136,7 @@ impl Names {
             .collect()
     }
 
-    /// All entries whose path begins with `prefix`.
+    /// Returns all entries whose path begins with `prefix`.
     pub fn below(&self, prefix: &str) -> Vec<(String, Entry)> {
         let map = self.map.read();
         let from = std::ops::Bound::Excluded(prefix.to_owned());
@@ -146,7 +146,7 @@ impl Names {
             .collect()
     }
 
-    /// Whether anything is in `dir`.
+    /// Whether `dir` has no entries.
     pub fn is_empty_dir(&self, dir: &str) -> bool {
         let prefix = path::dir_prefix(dir);
         let map = self.map.read();
@@ -157,26 +157,26 @@ impl Names {
     }
 }
 
-/// See [`Namespace::open_file`].
+/// The result of [`Namespace::open_file`].
 pub(crate) enum Opened {
     File(Arc<Inode>),
-    /// Take the lock `ops` to wait for the end of it, and look again.
+    /// The file is about to be deleted. Take the lock `ops` to wait for that, and look again.
     Dying,
 }
 
-/// A name as BlobFS stores it: with a NUL.
+/// Encodes a name as BlobFS stores it, with a NUL.
 pub(crate) fn encode_name(name: &str) -> Vec<u8> {
     let mut bytes = name.as_bytes().to_vec();
     bytes.push(0);
     bytes
 }
 
-/// Several names as the xattrs hold them.
+/// Encodes several names as the xattrs store them.
 pub(crate) fn encode_names<'a>(names: impl IntoIterator<Item = &'a String>) -> Vec<u8> {
     names.into_iter().flat_map(|n| encode_name(n)).collect()
 }
 
-/// Takes names apart that [`encode_names`] made.
+/// Decodes names that [`encode_names`] encoded.
 pub(crate) fn decode_names(bytes: &[u8]) -> Option<Vec<String>> {
     let bytes = bytes.strip_suffix(&[0])?;
     bytes

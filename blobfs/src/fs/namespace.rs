@@ -1,7 +1,7 @@
 //! Operations on names: open, create, unlink, rename, link, directories.
 //!
-//! Each is one commit of metadata and durable on return. All hold [`Names::ops`] throughout;
-//! looking up and opening existing files does not.
+//! Each of them is one commit of metadata and durable on return. All hold [`Names::ops`]
+//! throughout; looking up and opening existing files does not.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,7 +16,7 @@ use super::path;
 use super::volume::Volume;
 use crate::blobstore::{ClearMethod, CreateOptions, Spend};
 
-/// See the module.
+/// Performs the operations on names.
 pub(crate) struct Namespace {
     pub vol: Arc<Volume>,
     pub names: Arc<Names>,
@@ -25,7 +25,7 @@ pub(crate) struct Namespace {
 }
 
 impl Namespace {
-    /// Opens or makes the file at the normalised `path`.
+    /// Opens or creates the file at the normalised `path`.
     pub fn open(&self, path: &str, how: OpenOptions) -> Result<Arc<Inode>> {
         self.vol.check_mounted(|| path.to_owned())?;
         loop {
@@ -63,7 +63,7 @@ impl Namespace {
                     path: path.to_owned(),
                 });
             }
-            // Somebody else was first.
+            // Another thread was first.
             Some(Entry::File(_)) if how.exclusive => {
                 return Err(FsError::Exists {
                     path: path.to_owned(),
@@ -124,7 +124,7 @@ impl Namespace {
         Ok(ino)
     }
 
-    /// How blobs of files and directories are made.
+    /// Returns the options of blobs for files and directories.
     fn create_options(&self) -> CreateOptions {
         let clear_method = if self.vol.opts.discard {
             ClearMethod::Unmap
@@ -133,13 +133,14 @@ impl Namespace {
         };
         CreateOptions {
             clear_method,
-            // A small file takes one page so; a long one gets a table when its runs fill the page.
+            // So a small file takes one page, and a long one gets a table when its runs fill the
+            // page.
             extent_table: false,
             ..CreateOptions::default()
         }
     }
 
-    /// Removes a file's name; the file goes with the last one and the last handle.
+    /// Removes a name of a file. The file is deleted with its last name and its last handle.
     pub fn unlink(&self, path: &str) -> Result<()> {
         self.vol.check_fork()?;
         let _ops = self.names.ops.lock();
@@ -156,7 +157,7 @@ impl Namespace {
         Ok(())
     }
 
-    /// The file at `path`.
+    /// Returns the file at `path`.
     fn file(&self, path: &str) -> Result<Arc<Inode>> {
         if path == "/" {
             return Err(FsError::IsDir {
@@ -175,7 +176,7 @@ impl Namespace {
         }
     }
 
-    /// Renames a file or a directory. What has the new name is replaced in one step.
+    /// Renames a file or a directory. A file of the new name is replaced in one step.
     pub fn rename(&self, from: &str, to: &str) -> Result<()> {
         self.vol.check_fork()?;
         let mut ops = self.names.ops.lock();
@@ -201,7 +202,7 @@ impl Namespace {
                     path: to.to_owned(),
                 });
             }
-            // The same name, or two names of one file: nothing happens (POSIX rename).
+            // It is the same name, or two names of one file: nothing happens (POSIX rename).
             Some(Entry::File(ino)) if Arc::ptr_eq(&ino, &source) => return Ok(()),
             Some(Entry::File(ino)) => Some(ino),
         };
@@ -257,7 +258,7 @@ impl Namespace {
         Ok(())
     }
 
-    /// Makes a directory.
+    /// Creates a directory.
     pub fn mkdir(&self, path: &str) -> Result<()> {
         self.vol.check_fork()?;
         let _ops = self.names.ops.lock();
@@ -321,8 +322,8 @@ impl Namespace {
         Ok(())
     }
 
-    /// Renames a directory with all that is in it: the intent, every name, the directory's own
-    /// name, in this order. A mount after a crash in between goes on from the intent.
+    /// Renames a directory with its content: the intent, every name, and the directory's own name,
+    /// in this order. A mount after a crash in between continues from the intent.
     fn rename_dir(&self, ops: &mut Ops, dir: &Arc<Dir>, from: &str, to: &str) -> Result<()> {
         if from == to {
             return Ok(());
@@ -366,7 +367,8 @@ impl Namespace {
                 });
             }
         }
-        // What is refused is refused here, before there is an intent that a mount would carry out.
+        // Everything that can be refused is refused here, before there is an intent that a mount
+        // would carry out.
         let mut tx = self.vol.releasing();
         let mut renamed: Vec<(Arc<Inode>, Vec<String>)> = Vec::new();
         let mut seen = std::collections::HashSet::new();
@@ -393,7 +395,7 @@ impl Namespace {
             }
         }
         let fail = |e| self.vol.commit_error(format!("{from}: rename to {to}"), e);
-        // One: the intent, on a marker that the directory may not have yet.
+        // First the intent, in a marker that the directory may not have yet.
         let intent = encode_names(&[from.to_owned(), to.to_owned()]);
         let known = *dir.marker.lock();
         let marker = match known {
@@ -416,7 +418,7 @@ impl Namespace {
                 id
             }
         };
-        // Two: everything in it, then the directory itself.
+        // Then everything in it, and finally the directory itself.
         tx.set_xattr(marker, xattr::NAME, &encode_name(to));
         tx.remove_xattr(marker, xattr::RENAME);
         if let Some(old) = replaced {
@@ -425,7 +427,7 @@ impl Namespace {
             tx.delete(old);
         }
         if let Err(e) = tx.commit() {
-            // Nothing was renamed, and the next mount must not do it either.
+            // Nothing was renamed, and the next mount must not rename it either.
             let mut tx = self.vol.releasing();
             tx.remove_xattr(marker, xattr::RENAME);
             if let Err(error) = tx.commit() {
@@ -453,7 +455,7 @@ impl Namespace {
     }
 }
 
-/// Xattrs of a directory's marker.
+/// Returns the xattrs of a directory's marker.
 fn marker_xattrs(path: &str, mtime: u64) -> Vec<(String, Vec<u8>)> {
     vec![
         (xattr::NAME.to_owned(), encode_name(path)),

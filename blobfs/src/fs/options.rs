@@ -1,21 +1,23 @@
 //! Options of formatting, mounting and opening.
 
-/// How a file system is made.
+/// Options of a new file system.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct FormatOptions {
-    /// Bytes of a cluster, the unit of allocation: a multiple of 4096. 64 KiB by default; larger ones take
-    /// less memory and metadata for very long files, and more space for small ones.
+    /// Bytes of a cluster, the unit of allocation: a multiple of 4096. The default is 64 KiB.
+    /// Larger ones need less memory and metadata for very long files, and more space for small
+    /// ones.
     pub cluster_size: u32,
-    /// Pages of the metadata region to begin with, at least [`FormatOptions::MIN_MD_PAGES`]; a file needs
-    /// one or more. By default two per MiB, at most 16384. The region grows when three quarters are used.
+    /// Number of metadata pages to begin with, at least [`FormatOptions::MIN_MD_PAGES`]; a file
+    /// needs one or more. The default is two per MiB, at most 16384. The region grows when three
+    /// quarters are used.
     pub md_pages: Option<u32>,
-    /// Format over whatever the device holds.
+    /// Whether to overwrite any content of the device.
     pub force: bool,
 }
 
 impl FormatOptions {
-    /// The fewest metadata pages that a file system is made with.
+    /// The smallest number of metadata pages of a new file system.
     pub const MIN_MD_PAGES: u32 = 16;
 }
 
@@ -29,27 +31,28 @@ impl Default for FormatOptions {
     }
 }
 
-/// How a file system is mounted.
+/// Options of a mount.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct MountOptions {
-    /// Bound of the page cache in bytes. Unwritten data does not count. By default an eighth of the
+    /// Bound of the page cache in bytes, without unwritten data. The default is an eighth of the
     /// machine's memory, or of the control group's limit where that is lower, at most 256 MiB.
     pub cache_bytes: u64,
-    /// Nothing is ever written.
+    /// Whether nothing is ever written.
     pub read_only: bool,
-    /// Mounts for writing although blobs are damaged, without the files that they were: what was in them
-    /// counts as lost. Without it such a mount fails with [`FsError::Damaged`](super::FsError::Damaged).
+    /// Whether to mount for writing although blobs are damaged, without their files: their content
+    /// counts as lost. Otherwise such a mount fails with
+    /// [`FsError::Damaged`](super::FsError::Damaged).
     pub accept_damage: bool,
-    /// Bytes on their way to the device at which an appending thread waits.
+    /// Number of bytes in flight at which an appending thread waits.
     pub write_behind_bytes: usize,
-    /// Channels that threads share for writes and read-ahead.
+    /// Number of channels that threads share for writes and readahead.
     pub shared_channels: usize,
-    /// Longest read-ahead in bytes; 0: none.
+    /// Longest readahead in bytes; 0 for none.
     pub read_ahead_bytes: usize,
-    /// Files made by this mount tell the device (TRIM, hole punching) when they give clusters
-    /// back. Off by default, as with the kernel's file systems: it makes deletion slower, and in
-    /// an image file the next write into the hole as well.
+    /// Whether files made by this mount tell the device (TRIM, hole punching) when they free
+    /// clusters. Off by default, as with the kernel's file systems: it slows deletion and, in an
+    /// image file, the next write into the hole.
     pub discard: bool,
 }
 
@@ -67,25 +70,25 @@ impl Default for MountOptions {
     }
 }
 
-/// How a file is opened.
+/// Options for opening a file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct OpenOptions {
-    /// Make the file if there is none.
+    /// Creates the file if it does not exist.
     pub create: bool,
-    /// Cut it to length 0.
+    /// Truncates it to length 0.
     pub truncate: bool,
-    /// Make the file; an error if there is one.
+    /// Creates the file, and fails if it exists.
     pub exclusive: bool,
-    /// Make a new file; one of that name is replaced, in one step, and lives on for those who
+    /// Creates a new file. One of that name is replaced in one step, and stays usable for those who
     /// have it open.
     pub fresh: bool,
-    /// One of the few small files without which an application cannot open its data: on a full file system
-    /// it, and its first MiB, may come from what is kept back for that.
+    /// Whether it is one of the small files that an application needs to open its data. On a full
+    /// file system it, and its first MiB, may use the reserve.
     pub essential: bool,
 }
 
 impl OpenOptions {
-    /// An existing file.
+    /// Opens an existing file.
     pub const READ: OpenOptions = OpenOptions {
         create: false,
         truncate: false,
@@ -93,12 +96,12 @@ impl OpenOptions {
         fresh: false,
         essential: false,
     };
-    /// An existing file, or a new one.
+    /// Opens an existing file, or creates it.
     pub const CREATE: OpenOptions = OpenOptions {
         create: true,
         ..OpenOptions::READ
     };
-    /// A new file in place of whatever has the name.
+    /// Creates a new file in place of one that has the name.
     pub const FRESH: OpenOptions = OpenOptions {
         create: true,
         fresh: true,
@@ -106,21 +109,21 @@ impl OpenOptions {
     };
 }
 
-/// What a handle is going to be used for.
+/// The expected use of a handle.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Access {
-    /// Read-ahead when reads turn out to be sequential.
+    /// Readahead when reads turn out to be sequential.
     #[default]
     Normal,
-    /// No read-ahead.
+    /// No readahead.
     Random,
-    /// Read-ahead from the first read on.
+    /// Readahead from the first read on.
     Sequential,
-    /// As `Normal`; what is read should stay in memory.
+    /// As `Normal`; read data should stay in memory.
     WillNeed,
-    /// The contents need not stay in memory: drops clean cached pages.
+    /// The contents need not stay in memory: clean cached pages are dropped.
     DontNeed,
-    /// For a writer: what is appended is not read soon (a write-ahead log), so its buffers are used
-    /// again as soon as they are on the device instead of becoming cache.
+    /// For a writer: appended data is not read soon (a write-ahead log), so its buffers are used
+    /// again once they are on the device, instead of becoming cache.
     NoReuse,
 }

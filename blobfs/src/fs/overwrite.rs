@@ -1,4 +1,4 @@
-//! Writes inside a file: through to the device, and then to the cache.
+//! Writes inside a file: to the device first, then to the cache.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,7 +17,7 @@ use super::tail::Tail;
 use super::volume::Volume;
 use super::writeback::Writeback;
 
-/// See the module.
+/// Performs writes inside files.
 pub(crate) struct Overwriter {
     pub vol: Arc<Volume>,
     pub reader: Arc<Reader>,
@@ -28,8 +28,8 @@ pub(crate) struct Overwriter {
 }
 
 impl Overwriter {
-    /// Writes `data` at `off`. Past the end a gap becomes zeroes. Bytes inside the file are
-    /// written through to the device, unless they are still in the tail buffer.
+    /// Writes `data` at `off`. A gap past the end becomes zeroes. Bytes inside the file are written
+    /// through to the device, unless they are still in the tail buffer.
     pub fn write_at(&self, ino: &Arc<Inode>, off: u64, data: &[u8]) -> Result<()> {
         let mut tail = ino.tail.lock();
         let len = ino.len();
@@ -81,8 +81,8 @@ impl Overwriter {
         let end = off + data.len() as u64;
         let from = off / page * page;
         let upto = end.next_multiple_of(page);
-        // All of the region: its frame is replaced by one that counts as written. What has failed is
-        // sent again first.
+        // The write covers all of the region: its frame is replaced by one that counts as written.
+        // Failed writes are sent again first.
         let base = off / REGION as u64 * REGION as u64;
         self.writeback
             .settle_overlapping(ino, tail, base, base + REGION as u64)?;
@@ -104,22 +104,22 @@ impl Overwriter {
         let slice = buf.freeze();
         let begun = self.writeback.writes.begin();
         let written = self.writeback.write_through(ino, from, &slice);
-        // Also after an error: a part may be in the device's cache.
+        // This holds also after an error, since a part may be in the device's cache.
         let supplied = if written.is_ok() { off..end } else { off..off };
         let seq = self.writeback.writes.completed(begun);
         tail.note_written(ino, from..upto, supplied, seq);
         if written.is_err() || self.show(ino, tail, from, &slice[..have]).is_err() {
-            // The cache no longer says what the device has, and nothing in it is unwritten.
+            // The cache no longer has what the device has, and nothing in it is unwritten.
             ino.frames.forget_region(split(base).0);
         }
         written
     }
 
-    /// Shows `bytes`, whole pages at `from` that have been written, in the cache; the last page may
-    /// be cut short by the end of the file.
+    /// Shows `bytes`, whole written pages at `from`, in the cache. The end of the file may cut the
+    /// last page short.
     ///
     /// # Errors
-    /// There is no memory for it; the cache may then show a part.
+    /// Fails when there is no memory for it. The cache may then show a part.
     fn show(&self, ino: &Arc<Inode>, tail: &Tail, from: u64, bytes: &[u8]) -> Result<()> {
         let (region, start) = split(from);
         if let Some(old) = ino.frames.whole(region) {

@@ -2,14 +2,14 @@
 
 use super::error::{FsError, Result};
 
-/// Longest path in bytes, the leading slash included, the stored NUL not.
+/// Longest path in bytes, including the leading slash but not the stored NUL.
 pub const NAME_MAX: usize = 255;
 
-/// `path` without doubled or trailing slashes and without `.` components; a missing leading slash
-/// is added.
+/// Returns `path` without doubled or trailing slashes and without `.` components. A missing leading
+/// slash is added.
 ///
 /// # Errors
-/// `..`, NUL bytes and control characters are refused, and so is what is too long.
+/// Fails for `..`, for NUL bytes and control characters, and for a path that is too long.
 pub(crate) fn normalise(path: &str) -> Result<String> {
     let mut out = String::with_capacity(path.len() + 1);
     for part in path.split('/') {
@@ -46,7 +46,7 @@ pub(crate) fn normalise(path: &str) -> Result<String> {
     Ok(out)
 }
 
-/// The directory of a normalised path; the root is its own.
+/// Returns the directory of a normalised path. The root's is the root.
 pub(crate) fn parent(path: &str) -> &str {
     match path.rfind('/') {
         None | Some(0) => "/",
@@ -54,12 +54,12 @@ pub(crate) fn parent(path: &str) -> &str {
     }
 }
 
-/// The last component of a normalised path.
+/// Returns the last component of a normalised path.
 pub(crate) fn base(path: &str) -> &str {
     path.rfind('/').map_or(path, |i| &path[i + 1..])
 }
 
-/// The prefix that everything in directory `dir` has.
+/// Returns the prefix of everything in directory `dir`.
 pub(crate) fn dir_prefix(dir: &str) -> String {
     if dir == "/" {
         "/".to_owned()

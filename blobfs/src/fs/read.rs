@@ -1,4 +1,4 @@
-//! Reading: from memory without a lock, from the device on the calling thread's own channel.
+//! Reading, from memory without a lock, and from the device on the calling thread's own channel.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,7 +14,7 @@ use super::volume::Volume;
 use crate::blobstore::Blob;
 use crate::blobstore::data::{Access, Piece};
 
-/// One read of a read-ahead.
+/// Length of one read of a readahead.
 const STEP: u64 = 256 << 10;
 /// Longest frame that a read makes.
 pub(crate) const FRAME_MAX: usize = 64 << 10;
@@ -27,7 +27,7 @@ pub(crate) struct Chunk {
 }
 
 impl Chunk {
-    /// Copies what it has at `off`; 0 if it has none of it.
+    /// Copies its bytes at `off`. Returns their number, which is 0 if it has none.
     pub fn copy(&self, off: u64, out: &mut [u8]) -> usize {
         let Some(skip) = off
             .checked_sub(self.off)
@@ -46,8 +46,8 @@ impl Chunk {
     }
 }
 
-/// Copies to `out` what `chunks` or the cache have of a file at `off`, until the first byte that
-/// neither has. Returns how much.
+/// Copies the bytes of a file at `off` that `chunks` or the cache have to `out`, up to the first
+/// byte that neither has. Returns their number.
 pub(crate) fn copy_chunks(ino: &Inode, chunks: &[Chunk], off: u64, out: &mut [u8]) -> usize {
     let mut done = 0;
     while done < out.len() {
@@ -61,18 +61,19 @@ pub(crate) fn copy_chunks(ino: &Inode, chunks: &[Chunk], off: u64, out: &mut [u8
     done
 }
 
-/// How a read of existing bytes has ended.
+/// The result of a read of existing bytes.
 enum Read {
     Filled,
-    /// The file was truncated meanwhile; what has been copied counts for nothing.
+    /// The file was truncated meanwhile, so the copied bytes do not count.
     Overtaken,
 }
 
-/// What becomes of reads of one file when their operations are done.
+/// The completion of reads of one file, once their operations are done.
 pub(crate) struct Plan {
-    /// In the order of the file: what was there without the device; `None` for an operation.
+    /// Buffers in the order of the file that were filled without the device; `None` for an
+    /// operation.
     filled: Vec<Option<DmaBuf>>,
-    /// Offset in the file and bytes that count, of each buffer in the same order.
+    /// Offset in the file and number of valid bytes of each buffer, in the same order.
     places: Vec<(u64, usize)>,
     generation: u64,
     keep: bool,
@@ -80,15 +81,15 @@ pub(crate) struct Plan {
 
 impl Plan {
     pub fn add(&mut self, buf: &DmaBuf, at: &mut u64, len: u64) {
-        // A run that was cut inside a page cannot be cached as pages.
+        // A run that was divided inside a page cannot be cached as pages.
         self.keep &= at.is_multiple_of(PAGE as u64) && buf.len().is_multiple_of(PAGE);
         let valid = usize::try_from(len.saturating_sub(*at)).unwrap_or(usize::MAX);
         self.places.push((*at, valid.min(buf.len())));
         *at += buf.len() as u64;
     }
 
-    /// Turns the buffers that have come back into chunks, and into cache. Takes as many of `ops` as
-    /// belong to the plan.
+    /// Turns the returned buffers into chunks, and into cache. Takes as many of `ops` as belong to
+    /// the plan.
     pub fn finish(self, ino: &Inode, ops: &mut impl Iterator<Item = Op>) -> Vec<Chunk> {
         let mut bufs = Vec::with_capacity(self.places.len());
         for filled in self.filled {
@@ -118,14 +119,14 @@ impl Plan {
 pub struct ReadRequest<'a> {
     /// Offset in the file.
     pub off: u64,
-    /// Where the data goes.
+    /// The buffer to fill.
     pub buf: &'a mut [u8],
-    /// Bytes read (less than the buffer at the end of the file), or why not. Filled in.
+    /// The result: the number of bytes (less than the buffer at the end of the file), or the error.
     pub result: Result<usize>,
 }
 
 impl<'a> ReadRequest<'a> {
-    /// A request.
+    /// Makes a request.
     pub fn new(off: u64, buf: &'a mut [u8]) -> ReadRequest<'a> {
         ReadRequest {
             off,
@@ -142,8 +143,8 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
-    /// Reads at `off` what is there, at most `out.len()` bytes. With `keep`, what came from the
-    /// device stays in memory.
+    /// Reads existing bytes at `off`, at most `out.len()`. With `keep`, bytes from the device stay
+    /// in memory.
     #[inline]
     pub fn read_at(&self, ino: &Inode, off: u64, out: &mut [u8], keep: bool) -> Result<usize> {
         let len = ino.len();
@@ -170,7 +171,7 @@ impl Reader {
             }
             let n = usize::try_from(len - off).map_or(out.len(), |rest| rest.min(out.len()));
             let read = self.read_missing(ino, off, &mut out[..n], epoch, keep);
-            // What a truncation has taken away is no error of the device.
+            // A read of bytes that a truncation has removed is not an error of the device.
             if ino.epoch.load(Ordering::Acquire) == epoch && !matches!(read, Ok(Read::Overtaken)) {
                 return read.map(|_| n);
             }
@@ -178,7 +179,7 @@ impl Reader {
     }
 
     /// Fills `out`, all of it inside the file. Each round copies something, or waits for one
-    /// read-ahead, or reads from the device what the next round copies: so it ends.
+    /// readahead, or reads from the device what the next round copies, so it ends.
     fn read_missing(
         &self,
         ino: &Inode,
@@ -201,7 +202,7 @@ impl Reader {
             if ino.epoch.load(Ordering::Acquire) != epoch || ino.len() <= at {
                 return Ok(Read::Overtaken);
             }
-            // Once for each place: what was read ahead may not have been kept.
+            // Once for each place, since bytes that were read ahead may not have been kept.
             if !waited && self.wait_ahead(ino, at) {
                 waited = true;
                 continue;
@@ -209,7 +210,7 @@ impl Reader {
             let blob = ino.blob.load();
             let access = self.access(ino, &blob)?;
             let Some((plan, ops)) = self.plan(&access, ino, at, out.len() - done, keep)? else {
-                // It has come into memory since it was looked for.
+                // It has come into memory since the lookup.
                 continue;
             };
             let ops = self.read_ops(ino, ops)?;
@@ -225,7 +226,7 @@ impl Reader {
         }
     }
 
-    /// Begins to read a file; no cluster of it moves while what is returned lives.
+    /// Begins to read a file. No cluster of it moves while the result lives.
     fn access<'b>(&self, ino: &Inode, blob: &'b Option<Arc<Blob>>) -> Result<Access<'b>> {
         let Some(blob) = blob else {
             return Err(FsError::Unmounted { path: ino.path() });
@@ -234,8 +235,8 @@ impl Reader {
             .map_err(|e| self.vol.store_error(ino.path(), e))
     }
 
-    /// The operations that bring what is missing of `[off, off + want)` into memory, and what becomes
-    /// of them; `None` if nothing is missing.
+    /// Returns the operations that read the missing parts of `[off, off + want)` into memory, and
+    /// their completion. Returns `None` if nothing is missing.
     fn plan(
         &self,
         access: &Access<'_>,
@@ -244,9 +245,9 @@ impl Reader {
         want: usize,
         keep: bool,
     ) -> Result<Option<(Plan, Vec<Op>)>> {
-        // In this order: a file that grows after the length was taken has a new generation, or the
-        // frame of its end in memory. And before it is asked where its clusters are: it has those
-        // of its length.
+        // The order matters: a file that grows after the length was taken has a new generation, or
+        // the frame of its end in memory. And the length is taken before the places of the
+        // clusters: the file has the clusters of its length.
         let generation = ino.frames.generation();
         let len = ino.len();
         let end = (off + want as u64).min(len);
@@ -290,8 +291,8 @@ impl Reader {
         Ok((!plan.places.is_empty()).then_some((plan, ops)))
     }
 
-    /// Reads on this thread's channel, everything in flight together; the operations come back in
-    /// order.
+    /// Reads on this thread's channel, with everything in flight together. Returns the operations
+    /// in order.
     fn read_ops(&self, ino: &Inode, mut ops: Vec<Op>) -> Result<Vec<Op>> {
         let channel = self.vol.store.channel();
         let channel = channel.map_err(|e| self.vol.store_error(ino.path(), e))?;
@@ -309,8 +310,8 @@ impl Reader {
         done.collect::<std::result::Result<_, _>>().map_err(failed)
     }
 
-    /// Fills `out` from `off`; an error if the file is shorter. For callers who hold the append lock:
-    /// no truncation can overtake them.
+    /// Fills `out` from `off`. Fails if the file is shorter. For callers who hold the append lock,
+    /// so that no truncation can overtake them.
     pub fn read_exact(&self, ino: &Inode, off: u64, out: &mut [u8]) -> Result<()> {
         if out.is_empty() {
             return Ok(());
@@ -322,7 +323,7 @@ impl Reader {
         }
     }
 
-    /// Does several reads together: everything that is not in memory is in flight at once.
+    /// Carries out several reads together: everything that is not in memory is in flight at once.
     pub fn read_many(&self, ino: &Inode, requests: &mut [ReadRequest<'_>], keep: bool) {
         let epoch = ino.epoch.load(Ordering::Acquire);
         let len = ino.len();
@@ -348,13 +349,13 @@ impl Reader {
             let r = &mut requests[i];
             let chunks = chunks.get(k).map_or(&[][..], Vec::as_slice);
             if !still || copy_chunks(ino, chunks, off, &mut r.buf[..n]) < n {
-                // One by one, so that an error comes to the request that it belongs to.
+                // The requests are repeated one by one, so that an error goes to its own request.
                 r.result = self.read_at(ino, r.off, r.buf, keep);
             }
         }
     }
 
-    /// Brings what is missing of several ranges (each with a number, which is the caller's) into memory.
+    /// Reads the missing parts of several ranges (each with the caller's number) into memory.
     fn read_together(
         &self,
         ino: &Inode,
@@ -379,8 +380,8 @@ impl Reader {
         Ok(chunks.map(Option::unwrap_or_default).collect())
     }
 
-    /// Starts reads of what is missing of `[off, off + want)` on a shared channel. `done` gets the
-    /// chunks. `None` if nothing is missing.
+    /// Starts reads of the missing parts of `[off, off + want)` on a shared channel. `done` gets
+    /// the chunks. Returns `None` if nothing is missing.
     pub fn start_read(
         &self,
         ino: &Arc<Inode>,
@@ -404,7 +405,7 @@ impl Reader {
         Ok(Some(self.vol.shared().submit(ops, on_done)))
     }
 
-    /// Starts reads of what is not in memory of `[off, off + len)`, several at once, and returns.
+    /// Starts reads of the missing parts of `[off, off + len)`, several at once, and returns.
     pub fn prefetch(&self, ino: &Arc<Inode>, off: u64, len: u64) -> Result<()> {
         self.vol.check_mounted(|| ino.path())?;
         let end = off.saturating_add(len).min(ino.len());
@@ -439,7 +440,7 @@ impl Reader {
                 .any(|(r, t)| r.contains(&off) && !t.is_done())
     }
 
-    /// If a read that covers `off` is under way, waits for it.
+    /// Waits for a read in flight that covers `off`, if there is one.
     pub fn wait_ahead(&self, ino: &Inode, off: u64) -> bool {
         if ino.ahead_count.load(Ordering::Acquire) == 0 {
             return false;
@@ -474,7 +475,7 @@ mod tests {
     use super::super::{FileSystem, load};
     use super::*;
 
-    /// A reader whose idea of the length is older than a truncation stops, and looks again.
+    /// A reader with a length from before a truncation stops, and looks again.
     #[test]
     fn a_reader_outlives_a_truncation() {
         let dev = pumice_bdev::open("malloc://16M?block_size=4096").unwrap();
@@ -490,7 +491,7 @@ mod tests {
         assert!(matches!(read, Ok(Read::Overtaken)));
         assert_eq!(core.reader.read_at(&ino, 5000, &mut out, true).unwrap(), 50);
         core.truncater.truncate(&ino, 0).unwrap();
-        // Not even its clusters are there any more.
+        // Not even its clusters exist.
         let read = core.reader.read_missing(&ino, 5000, &mut out, epoch, true);
         assert!(matches!(read, Ok(Read::Overtaken)));
         assert_eq!(core.reader.read_at(&ino, 5000, &mut out, true).unwrap(), 0);

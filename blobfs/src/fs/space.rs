@@ -1,8 +1,9 @@
-//! Space: what can still be written, what is kept back, what is given back, and growing.
+//! Space: how much can be written, the reserve, freeing, and growing.
 //!
-//! A file system has space of three kinds: clusters, metadata pages, and, below a sparse image, room on the
-//! kernel's file system. Whatever ran out, files can be deleted and truncated, the file system mounted and
-//! unmounted: those changes may use the reserve, and giving space back is never an error.
+//! A file system has space of three kinds: clusters, metadata pages and, below a sparse image,
+//! space on the kernel's file system. Whatever ran out, files can be deleted and truncated, and the
+//! file system mounted and unmounted: those changes may use the reserve, and a failure to free
+//! space is never an error.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -21,19 +22,19 @@ use super::volume::Volume;
 use super::writeback::Writeback;
 use crate::blobstore::{ClusterInit, SpacePolicy, Spend};
 
-/// Least step of allocation ahead after a file's first cluster.
+/// Smallest step of allocation ahead after a file's first cluster.
 const GROW_MIN: u64 = 1 << 20;
 /// Largest step of allocation ahead of an appending writer.
 const GROW_MAX: u64 = 64 << 20;
-/// How long an essential file may get at the expense of the reserve.
+/// Longest part of an essential file that may use the reserve.
 const ESSENTIAL_MAX: u64 = 1 << 20;
-/// What a mounted file system keeps back, and that its metadata grows.
+/// The reserve of a mounted file system, and that its metadata grows.
 pub(crate) const POLICY: SpacePolicy = SpacePolicy {
     reserve: true,
     grow_metadata: true,
 };
 
-/// Gives files clusters and takes them back.
+/// Allocates clusters for files and frees them.
 pub(crate) struct Space {
     pub vol: Arc<Volume>,
     pub writeback: Arc<Writeback>,
@@ -41,8 +42,8 @@ pub(crate) struct Space {
 }
 
 impl Space {
-    /// Bytes that the file system below a sparse image has room for, beyond what files have been promised.
-    /// `None`: nothing can run out there.
+    /// Returns the bytes that the file system below a sparse image has room for, beyond what files
+    /// have been promised. `None` if nothing can run out there.
     pub fn host_room(&self) -> Option<u64> {
         let host = self.vol.dev.host_space()?;
         let unused = self.vol.store.free_clusters() * self.vol.cluster;
@@ -62,7 +63,7 @@ impl Space {
         }
     }
 
-    /// Bytes that files can still take.
+    /// Number of bytes that files can still use.
     pub fn free_bytes(&self) -> u64 {
         if !self.vol.store.can_take_md_page() {
             return 0;
@@ -71,7 +72,7 @@ impl Space {
         self.host_room().map_or(free, |host| free.min(host))
     }
 
-    /// Sees to it that the first `end` bytes have clusters: exactly those, or some ahead.
+    /// Makes sure that the first `end` bytes have clusters: exactly those, or some ahead.
     ///
     /// # Errors
     /// Nothing has changed if there is no space.
@@ -110,7 +111,7 @@ impl Space {
         }
     }
 
-    /// Gives a file more clusters, if there is room for their bytes below the device, too.
+    /// Gives a file more clusters, if there is also room for their bytes below the device.
     pub fn extend(&self, ino: &Inode, tail: &mut Tail, clusters: u64) -> Result<()> {
         let end = clusters * self.vol.cluster;
         self.check_host(ino, end - tail.allocated)?;
@@ -123,7 +124,7 @@ impl Space {
         self.set_clusters(ino, tail, clusters, spend)
     }
 
-    /// Changes the number of clusters, mostly to fewer; durable on return.
+    /// Changes the number of clusters, usually to fewer. Durable on return.
     pub fn resize(&self, ino: &Inode, tail: &mut Tail, clusters: u64) -> Result<()> {
         self.set_clusters(ino, tail, clusters, Spend::Releasing)
     }
@@ -135,7 +136,7 @@ impl Space {
         clusters: u64,
         spend: Spend,
     ) -> Result<()> {
-        // What a file gives back may be another's at once: no write may be on its way there.
+        // Freed clusters may belong to another file at once, so no write to them may be in flight.
         self.writeback
             .wait_overlapping(tail, clusters * self.vol.cluster, u64::MAX);
         let mut tx = self.vol.store.transaction();
@@ -150,30 +151,30 @@ impl Space {
         Ok(())
     }
 
-    /// Takes note of a new number of clusters.
+    /// Records a new number of clusters.
     pub fn resized(&self, ino: &Inode, tail: &mut Tail, clusters: u64) {
         tail.allocated = clusters * self.vol.cluster;
         ino.allocated.store(tail.allocated, Ordering::Release);
         tail.stop_fast_path();
     }
 
-    /// Gives clusters that files hold ahead back to the store, but not those of `not`.
+    /// Frees clusters that files hold ahead, but not those of `not`.
     pub fn trim_others(&self, not: &Inode) {
         for ino in self.names.inodes() {
             if ino.id == not.id || ino.is_thin() || ino.is_frozen() {
                 continue;
             }
-            // Who appends right now needs what it holds.
+            // A file that is being appended to needs what it holds.
             if let Some(tail) = ino.tail.try_lock() {
                 self.trim(&ino, tail);
             }
         }
     }
 
-    /// Gives the clusters past the end of the file back.
+    /// Frees the clusters past the end of the file.
     pub fn trim(&self, ino: &Inode, mut tail: MutexGuard<'_, Tail>) {
         let needed = ino.len().div_ceil(self.vol.cluster);
-        // Whoever deletes a file must be the last to have its blob.
+        // A thread that deletes a file must have the last reference to its blob.
         if ino.is_going()
             || tail.reserved
             || !tail.grown
@@ -183,12 +184,12 @@ impl Space {
             return;
         }
         if let Err(error) = self.resize(ino, &mut tail, needed) {
-            tracing::warn!(file = ino.path(), %error, "space allocated ahead was not given back");
+            tracing::warn!(file = ino.path(), %error, "space allocated ahead was not freed");
         }
     }
 
-    /// Nobody is going to append any more: gives back what was allocated past the end. That it could not
-    /// be is no error.
+    /// Frees what was allocated past the end of a file that nobody will append to. A failure is not
+    /// an error.
     pub fn finish_writing(&self, ino: &Arc<Inode>) {
         let mut tail = ino.tail.lock();
         tail.reserved = false;
@@ -197,8 +198,8 @@ impl Space {
 }
 
 impl File {
-    /// Says that nobody is going to append to the file any more: what was allocated past its end, ahead or
-    /// by [`File::allocate`], goes back at once. Appending stays possible. Blocks while the new size is
+    /// Declares that nobody will append to the file: what was allocated past its end, ahead or by
+    /// [`File::allocate`], is freed at once. Appending stays possible. Blocks while the new size is
     /// made durable.
     pub fn finish_writing(&self) {
         self.core().space.finish_writing(self.ino());
@@ -237,12 +238,12 @@ impl FileSystem {
         }
     }
 
-    /// Takes what the device has beyond the file system, and gives it metadata pages for its size, or
-    /// twice as many if three quarters are used. Gives the bytes gained. May be repeated, also after a power
-    /// cut; durable on return. Blocks.
+    /// Uses the part of the device beyond the file system, and adds metadata pages for its size, or
+    /// doubles them if three quarters are used. Returns the bytes gained. May be repeated, also
+    /// after a power cut. Durable on return. Blocks.
     ///
     /// # Errors
-    /// Device errors. That there is no room for more metadata pages is none.
+    /// Returns device errors. Lack of room for more metadata pages is not an error.
     pub fn grow(&self) -> Result<u64> {
         let core = self.core();
         core.vol
@@ -273,18 +274,18 @@ impl FileSystem {
     }
 }
 
-/// Makes the file system on the device that `uri` names larger. With `size_bytes` the device is an image
-/// file, which is made that long first; without, the file system takes what the device has become. Gives
-/// what the file system has then.
+/// Makes the file system on the device that `uri` names larger. With `size_bytes` the device is an
+/// image file, which is first made that long. Otherwise the file system uses the current size of
+/// the device. Returns the new sizes.
 ///
-/// It may be repeated, after a crash too: what is done already is left as it is. Nothing is changed if
-/// there is no file system that can be mounted, or if it is in use. Durable on return. Blocks.
+/// It may be repeated, also after a crash: completed steps are left as they are. Nothing is changed
+/// if there is no file system that can be mounted, or if it is in use. Durable on return. Blocks.
 ///
 /// # Errors
-/// The device cannot be opened, is no image file, or is longer than `size_bytes`; there is no file system;
-/// device errors.
+/// Fails when the device cannot be opened, is not an image file, or is longer than `size_bytes`;
+/// when there is no file system; and with device errors.
 pub fn grow(uri: &str, size_bytes: Option<u64>) -> Result<StatFs> {
-    // A look first: what holds no file system is not made longer.
+    // Look first: a device without a file system is not made longer.
     let look = MountOptions {
         read_only: true,
         ..MountOptions::default()

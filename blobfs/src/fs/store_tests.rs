@@ -1,4 +1,4 @@
-//! Files that are written while the blobstore below is told to move, share or take their clusters.
+//! Tests of files that are written while the blobstore below moves, shares or frees their clusters.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -36,14 +36,14 @@ fn store(fs: &FileSystem) -> &Blobstore {
     &fs.core().vol.store
 }
 
-/// The first `len` bytes of a blob.
+/// Returns the first `len` bytes of a blob.
 fn bytes_of(fs: &FileSystem, id: BlobId, len: u64) -> Vec<u8> {
     let blob = store(fs).open(id).unwrap();
     let len = usize::try_from(len).unwrap();
     blob.read_at(0, DmaBuf::new(len).unwrap()).unwrap().to_vec()
 }
 
-/// What the device has of a file, and no cache.
+/// Reads from the device, without the cache.
 fn read(f: &File, off: u64, len: usize) -> Vec<u8> {
     f.invalidate(0, u64::MAX);
     let mut out = vec![0; len];
@@ -51,7 +51,7 @@ fn read(f: &File, off: u64, len: usize) -> Vec<u8> {
     out
 }
 
-/// Unmounts, finds nothing wrong with the store, and mounts once more.
+/// Unmounts, checks the store, and mounts again.
 fn again(fs: FileSystem, dev: &Arc<dyn BlockDevice>) -> FileSystem {
     fs.unmount().unwrap();
     drop(fs);
@@ -65,7 +65,7 @@ fn a_snapshot_of_a_file_that_is_written_stays_as_it_is() {
     let (fs, dev) = mount();
     let f = file(&fs, "/f", 1, 2 * MIB);
     let snapshot = store(&fs).snapshot(f.blob_id(), &[]).unwrap();
-    // In place, over the end, and with a gap behind it: each way that a write takes.
+    // In place, over the end, and with a gap behind it: each kind of write.
     f.write_at(0, &[2; 4096]).unwrap();
     f.write_at(2 * MIB - 100, &[3; 5000]).unwrap();
     f.write_at(9 * MIB, &[4; 100]).unwrap();
@@ -88,7 +88,7 @@ fn a_snapshot_of_a_file_that_is_written_stays_as_it_is() {
     assert!(bytes_of(&fs, snapshot, 2 * MIB) == whole);
     let f = fs.open(&path, OpenOptions::default()).unwrap();
     expect(&f);
-    // A truncation keeps what the file shares with its snapshot.
+    // A truncation keeps the clusters that the file shares with its snapshot.
     f.truncate(5000).unwrap();
     f.truncate(MIB).unwrap();
     assert_eq!(read(&f, 4096, 2000)[904..], [0; 1096]);
@@ -171,7 +171,7 @@ fn a_snapshot_waits_for_writes_in_flight() {
     });
 }
 
-/// Writes that no thread waits for do not hold up the one that moves clusters.
+/// Writes that no thread waits for do not block the thread that moves clusters.
 #[test]
 fn a_snapshot_drives_what_is_in_flight() {
     let base = pumice_bdev::open("malloc://64M?block_size=4096").unwrap();
@@ -216,7 +216,7 @@ fn a_file_that_was_made_read_only_is_not_written() {
     assert_eq!(read(&f, 0, 4096), [1; 4096]);
 }
 
-/// A file is deleted although a read ahead of it is in flight, which nobody waits for.
+/// A file is deleted although a readahead is in flight that nobody waits for.
 #[test]
 fn reads_ahead_do_not_keep_a_file() {
     let base = pumice_bdev::open("malloc://64M?block_size=4096").unwrap();

@@ -12,7 +12,7 @@ use super::volume::Volume;
 use super::writeback::{Pending, Writeback, failure};
 use crate::blobstore::{Error as StoreError, Persist, Spend};
 
-/// See the module.
+/// Makes files durable.
 pub(crate) struct Syncer {
     pub vol: Arc<Volume>,
     pub writeback: Arc<Writeback>,
@@ -21,22 +21,23 @@ pub(crate) struct Syncer {
 }
 
 impl Syncer {
-    /// Data and length of the file are durable on return.
+    /// Makes data and length of the file durable.
     ///
-    /// The bytes not yet on their way are written, with FUA if they are all that the device may
-    /// still hold in a volatile cache, else followed by one flush that concurrent syncs share;
-    /// then the blob's root page with the new length. Nothing is written when nothing changed.
+    /// Bytes that were not submitted yet are written, with FUA if they are all that the device may
+    /// still have in a volatile cache, otherwise followed by one flush that concurrent syncs share.
+    /// Then the blob's root page is written with the new length. Nothing is written when nothing
+    /// changed.
     ///
     /// # Errors
-    /// On a failed write the bytes stay in memory, and the next sync sends them again. After a failed
-    /// flush it does so with what is still in the append buffer; where that is not all, it and each
-    /// later sync of the file fail, since nobody knows what the device has kept.
+    /// After a failed write the bytes stay in memory, and the next sync sends them again. After a
+    /// failed flush it sends what is still in the append buffer. If that is not all, it and each
+    /// later sync of the file fail, since it is unknown what the device has kept.
     pub fn sync(&self, ino: &Arc<Inode>) -> Result<()> {
         self.vol.check_mounted(|| ino.path())?;
         self.sync_inner(ino)
     }
 
-    /// As [`Core::sync`], also while unmounting.
+    /// Syncs as [`Core::sync`] does, also while unmounting.
     pub fn sync_inner(&self, ino: &Arc<Inode>) -> Result<()> {
         if self.vol.opts.read_only {
             return Ok(());
@@ -67,7 +68,7 @@ impl Syncer {
         Ok(())
     }
 
-    /// Waits until all of these writes have arrived. Somebody else may send one again meanwhile.
+    /// Waits until all of these writes have completed. Another thread may send one again meanwhile.
     fn wait_all(&self, ino: &Arc<Inode>, pending: &[Arc<Pending>]) -> Result<()> {
         if pending.is_empty() {
             return Ok(());
@@ -88,8 +89,8 @@ impl Syncer {
         }
     }
 
-    /// A flush covers the file's writes up to `upto`; but if one has failed that was to cover some of
-    /// them, they are in doubt.
+    /// Records that a flush covers the file's writes up to `upto`. If an earlier flush of some of
+    /// them has failed, they stay in doubt.
     fn flushed_upto(&self, ino: &Inode, upto: u64) -> Result<()> {
         if self.vol.persist == Persist::Completion {
             return Ok(());
@@ -104,8 +105,8 @@ impl Syncer {
         Ok(())
     }
 
-    /// After a failed flush: what is in doubt goes to the device again, if all of it is in the append
-    /// buffer as the writer supplied it.
+    /// After a failed flush, sends what is in doubt again, if all of it is in the append buffer as
+    /// the writer supplied it.
     fn resend_doubtful(&self, ino: &Inode, tail: &mut Tail) -> Result<()> {
         let in_doubt = |(range, seqs)| Some((range, self.writeback.writes.doubt(&seqs)?));
         let doubtful: Vec<_> = tail.unflushed.iter().filter_map(in_doubt).collect();
@@ -129,8 +130,8 @@ impl Syncer {
             && ino.unflushed.load(Ordering::Acquire) > self.writeback.writes.flushes.covered()
     }
 
-    /// Writes the root with the length `len`, whose bytes are durable. A file that was written in
-    /// one go gives back what was allocated ahead, in the same commit.
+    /// Writes the root with the length `len`, whose bytes are durable. For a file that was written
+    /// in one go, frees what was allocated ahead in the same commit.
     fn commit_length(&self, ino: &Arc<Inode>, len: u64) -> Result<()> {
         let mut tail = ino.tail.lock();
         tail.syncs = tail.syncs.saturating_add(1);
@@ -155,7 +156,7 @@ impl Syncer {
         if trim {
             match commit(Some(needed)) {
                 Ok(()) => self.space.resized(ino, &mut tail, needed),
-                // Giving back is optional; the length is not.
+                // Freeing is optional; the length is not.
                 Err(StoreError::NoMdPages { .. }) => commit(None).map_err(failed)?,
                 Err(e) => return Err(failed(e)),
             }

@@ -1,9 +1,9 @@
-//! Appending: a `memcpy` into the file's tail buffer, and write-behind of what is full.
+//! Appending: a `memcpy` into the file's tail buffer, and writeback of full buffers.
 //!
-//! The tail buffer covers the region (1 MiB) that the end of the file lies in and is at the same
-//! time that region's frame, so readers see it. When it is full it goes to the device as one
-//! write, submitted by the appending thread, which does not wait; it becomes clean page cache when
-//! the write completes, wherever that is noticed.
+//! The tail buffer covers the region (1 MiB) that contains the end of the file and is also that
+//! region's frame, so readers see it. When it is full the appending thread submits it as one write
+//! and does not wait. It becomes clean page cache when the write completes, on whichever thread
+//! notices that.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -15,37 +15,37 @@ use super::inode::Inode;
 use super::unflushed::Unflushed;
 use super::writeback::Pending;
 
-/// The end of a file: what the append lock protects.
+/// The end of a file, which the append lock protects.
 ///
 /// Whenever the lock is free:
 /// - `submitted <= len`, and all bytes of `[submitted, len)` are in the buffer;
-/// - each write in `pending` that has not arrived holds the frame of its region dirty, and that
-///   frame is in the file's table, so its bytes can be read and can be sent again;
+/// - each write in `pending` that has not completed holds the frame of its region dirty, and that
+///   frame is in the file's table, so its bytes can be read and sent again;
 /// - no write in `pending` goes beyond the block in which the file ends.
 pub(crate) struct Tail {
     writer: Option<FillWriter>,
     /// The frame that `writer` fills.
     frame: Option<Arc<Frame>>,
     region: usize,
-    /// Bytes that can be appended with nothing but a copy.
+    /// Number of bytes that can be appended by a copy alone.
     room: usize,
-    /// Bytes that have clusters.
+    /// Number of bytes that have clusters.
     pub allocated: u64,
-    /// Bytes below this have been handed to the device.
+    /// Bytes below this were submitted to the device.
     pub submitted: u64,
-    /// The buffer's bytes from here on came from the writer; those before may have been read back
+    /// The first byte of the buffer that came from the writer. Those before may have been read back
     /// from the device.
     pub supplied_from: u64,
     pub pending: Vec<Arc<Pending>>,
-    /// Writes handed to the device so far; numbers them.
+    /// Number of writes submitted so far.
     pub sent: u64,
-    /// A caller allocated space ahead: it is not trimmed while the file is open.
+    /// Whether a caller allocated space ahead, which is not freed while the file is open.
     pub reserved: bool,
-    /// Clusters past the end are ours to give back.
+    /// Whether clusters past the end may be freed.
     pub grown: bool,
-    /// Syncs so far that had something to do.
+    /// Number of syncs that had something to do.
     pub syncs: u32,
-    /// What has been written and waits for a flush.
+    /// Written ranges that wait for a flush.
     pub unflushed: Unflushed,
 }
 
@@ -68,14 +68,14 @@ impl Tail {
         }
     }
 
-    /// The invariants that need no look into the table; checked in debug builds.
+    /// Checks the invariants that need no look into the table, in debug builds.
     pub fn check(&self, len: u64) {
         debug_assert!(self.submitted <= len, "{} > {len}", self.submitted);
         debug_assert!(self.submitted == len || self.holding(self.submitted, len).is_some());
         debug_assert!(self.room == 0 || self.writer.is_some());
     }
 
-    /// Copies `data` to the buffer if there is room for nothing but that.
+    /// Copies `data` to the buffer if nothing else is necessary. Returns whether it did.
     #[inline]
     pub fn push_fast(&mut self, data: &[u8]) -> bool {
         match &mut self.writer {
@@ -88,24 +88,24 @@ impl Tail {
         }
     }
 
-    /// Bytes that fit into the buffer.
+    /// Number of bytes that fit into the buffer.
     pub fn writer_room(&self) -> usize {
         self.writer.as_ref().map_or(0, FillWriter::room)
     }
 
-    /// Lets `push` append to the buffer, if there is one.
+    /// Calls `push` to append to the buffer, if there is one.
     pub fn with_writer(&mut self, push: impl FnOnce(&mut FillWriter)) {
         if let Some(writer) = &mut self.writer {
             push(writer);
         }
     }
 
-    /// The buffer's bytes.
+    /// Returns the buffer's bytes.
     pub fn buffer(&self) -> Option<Arc<FillBuf>> {
         self.frame.as_ref().map(|frame| Arc::clone(&frame.bytes))
     }
 
-    /// The buffer, if all of `[from, upto)` is in it.
+    /// Returns the buffer, if all of `[from, upto)` is in it.
     pub fn holding(&self, from: u64, upto: u64) -> Option<&Arc<Frame>> {
         let frame = self.frame.as_ref()?;
         let base = self.base();
@@ -117,17 +117,17 @@ impl Tail {
         self.frame_of(region).is_some()
     }
 
-    /// Whether there is a buffer, and the region is another one than its.
+    /// Whether there is a buffer of another region than this.
     pub fn is_past(&self, region: usize) -> bool {
         self.frame.is_some() && self.region != region
     }
 
-    /// The buffer, if it is of this region.
+    /// Returns the buffer, if it is of this region.
     pub fn frame_of(&self, region: usize) -> Option<&Arc<Frame>> {
         self.frame.as_ref().filter(|_| self.region == region)
     }
 
-    /// Where the region of the buffer begins.
+    /// Returns the offset of the buffer's region in the file.
     pub fn base(&self) -> u64 {
         self.region as u64 * REGION as u64
     }
@@ -137,18 +137,18 @@ impl Tail {
         self.frame.is_some() && self.supplied_from <= off
     }
 
-    /// The next append takes the slow path.
+    /// Makes the next append take the slow path.
     pub fn stop_fast_path(&mut self) {
         self.room = 0;
     }
 
-    /// Appends that fit into the buffer and into the clusters need no more than a copy.
+    /// Lets appends that fit into the buffer and into the clusters be a copy alone.
     pub fn allow_fast_path(&mut self, len: u64) {
         let space = usize::try_from(self.allocated - len).unwrap_or(usize::MAX);
         self.room = self.writer_room().min(space);
     }
 
-    /// Forgets finished writes, and remembers what of them a flush has to cover.
+    /// Removes finished writes, and records which of their ranges a flush has to cover.
     pub fn prune(&mut self, ino: &Inode) {
         let mut written = Vec::new();
         self.pending.retain(|p| match p.written_seq() {
@@ -164,8 +164,8 @@ impl Tail {
         }
     }
 
-    /// Takes note of a completed write of `range`, of which the bytes `supplied` came from the
-    /// writer. A flush has to cover `seq`; 0: it is durable.
+    /// Records a completed write of `range`, of which the bytes `supplied` came from the writer. A
+    /// flush has to cover `seq`; 0 says that it is durable.
     pub fn note_written(&mut self, ino: &Inode, range: Range<u64>, supplied: Range<u64>, seq: u64) {
         if seq > 0 {
             ino.unflushed.fetch_max(seq, Ordering::AcqRel);
@@ -176,13 +176,12 @@ impl Tail {
         }
     }
 
-    /// Bytes from `len` on do not exist any more: whether a flush has covered them is of no
-    /// interest.
+    /// Records that bytes from `len` on no longer exist, so that no flush has to cover them.
     pub fn cut_unflushed(&mut self, len: u64) {
         self.unflushed.cut(len..u64::MAX);
     }
 
-    /// Takes out the writes that were handed over after the first `sent`.
+    /// Takes out the writes that were submitted after the first `sent`.
     pub fn take_sent_after(&mut self, sent: u64) -> Vec<Arc<Pending>> {
         let all = std::mem::take(&mut self.pending);
         let (kept, taken) = all.into_iter().partition(|p| p.no <= sent);
@@ -198,8 +197,8 @@ impl Tail {
         taken
     }
 
-    /// Makes `frame` the buffer, in place of whatever the table has for its region. Writes of the
-    /// region that have not arrived hold it dirty from now on, and no longer the one before.
+    /// Makes `frame` the buffer, in place of the table's frame for its region. Writes of the region
+    /// that have not completed hold it dirty from now on, and no longer the earlier one.
     pub fn set_frame(&mut self, ino: &Inode, frame: Arc<Frame>, writer: Option<FillWriter>) {
         self.replace_whole(ino, &frame);
         self.writer = writer;
@@ -208,14 +207,14 @@ impl Tail {
         self.room = 0;
     }
 
-    /// Takes the buffer away; nothing can be appended to it any more.
+    /// Takes the buffer away, so that nothing can be appended to it.
     pub fn take_buffer(&mut self) -> Option<Arc<Frame>> {
         self.writer = None;
         self.room = 0;
         self.frame.take()
     }
 
-    /// Forgets the buffer, of a file that is gone or is about to be closed for good.
+    /// Drops the buffer of a file that is deleted or is about to be closed for good.
     pub fn drop_buffer(&mut self) {
         drop(self.take_buffer());
     }

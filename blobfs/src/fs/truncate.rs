@@ -1,4 +1,4 @@
-//! The length of a file, and its space: truncation, allocation.
+//! The length of a file and its space: truncation and allocation.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,7 +17,7 @@ use super::volume::Volume;
 use super::writeback::Writeback;
 use crate::blobstore::{ClusterInit, Error as StoreError, Spend};
 
-/// See the module.
+/// Sets lengths and allocates space.
 pub(crate) struct Truncater {
     pub vol: Arc<Volume>,
     pub reader: Arc<Reader>,
@@ -44,13 +44,13 @@ impl Truncater {
         }
     }
 
-    /// Cuts the file. What could not be written of the part that goes is of no interest any more.
+    /// Truncates the file. Bytes of the removed part that could not be written do not matter.
     fn shorten(&self, ino: &Arc<Inode>, tail: &mut Tail, new_len: u64) -> Result<()> {
-        // What is cut may be another file's at once: no write may be on its way there.
+        // The removed part may belong to another file at once, so no write to it may be in flight.
         self.writeback.wait_overlapping(tail, new_len, u64::MAX);
         tail.prune(ino);
         let len = ino.len();
-        // What the tail's region keeps has to be at hand before anything is cut.
+        // The bytes that the tail's region keeps have to be available before anything is removed.
         let (region, kept) = split(new_len);
         let mut head = DmaBuf::new(kept.max(1))?;
         self.reader
@@ -60,7 +60,7 @@ impl Truncater {
         } else {
             None
         };
-        // From here on no reader starts on what is cut, and one that is at it reads again.
+        // From here on no reader starts on the removed part, and one that has started reads again.
         ino.len.store(new_len, Ordering::Release);
         ino.epoch.fetch_add(1, Ordering::AcqRel);
         if let Err(e) = self.commit_shorter(ino, tail, new_len) {
@@ -72,7 +72,7 @@ impl Truncater {
             false => new_len,
         };
         tail.drop_buffer();
-        // A write that has failed and began before the cut: its bytes are in the buffer.
+        // A failed write that began before the new end: its bytes are in the buffer.
         let cut = tail.take_beyond(new_len);
         let begun = cut.iter().map(|p| p.from).min().unwrap_or(new_len);
         tail.submitted = tail.submitted.min(begun).min(new_len);
@@ -92,7 +92,7 @@ impl Truncater {
         Ok(())
     }
 
-    /// Makes a shorter length durable and gives the clusters behind it back. The length on the device
+    /// Makes a shorter length durable and frees the clusters behind it. The length on the device
     /// does not grow: it covers only what was durable before.
     fn commit_shorter(&self, ino: &Arc<Inode>, tail: &mut Tail, new_len: u64) -> Result<()> {
         let old_durable = ino.durable_len.load(Ordering::Acquire);
@@ -117,7 +117,7 @@ impl Truncater {
             tx.commit().map(|_| clusters)
         };
         let committed = match commit(wanted) {
-            // Without a page for the shorter map the clusters stay, ahead of the file.
+            // Without a page for the shorter map the file keeps the clusters.
             Err(StoreError::NoMdPages { .. }) => {
                 tail.grown = true;
                 commit(have)
@@ -133,7 +133,7 @@ impl Truncater {
         Ok(())
     }
 
-    /// Allocates clusters for `[off, off + len)` and everything before, without a change of the
+    /// Allocates clusters for `[off, off + len)` and everything before, without changing the
     /// length.
     pub fn allocate(&self, ino: &Arc<Inode>, off: u64, len: u64) -> Result<()> {
         self.vol.check_writable(|| ino.path())?;
@@ -145,7 +145,7 @@ impl Truncater {
             return Ok(());
         }
         self.space.reserve(ino, &mut tail, end, true)?;
-        // Kept until the last handle is closed or the file is cut.
+        // They are kept until the last handle is closed or the file is truncated.
         tail.reserved = true;
         Ok(())
     }

@@ -1,25 +1,25 @@
-//! What of a file the device has taken and may still hold in a volatile cache.
+//! The parts of a file that the device has accepted and may still have in a volatile cache.
 //!
-//! Byte ranges, each with the sequences of the writes that a flush has to cover before the range is
-//! durable. A range leaves when a flush has covered it, when it is written once more (the new write
-//! takes its place) or when the file is cut below it. So a failed flush leaves a file in doubt about
-//! exactly those bytes that nobody has supplied since.
+//! Byte ranges are recorded with the sequences of the writes that a flush has to cover before the
+//! range is durable. A range is removed when a flush has covered it, when it is written again (the
+//! new write replaces it) or when the file is truncated below it. So after a failed flush exactly
+//! those bytes are in doubt that nobody has supplied since.
 
 use std::collections::BTreeMap;
 use std::ops::{Range, RangeInclusive};
 
-/// Sequences of writes.
+/// Sequence numbers of writes.
 pub(crate) type Seqs = RangeInclusive<u64>;
 
-/// See the module.
+/// The unflushed ranges of a file; see the module.
 #[derive(Debug, Default)]
 pub(crate) struct Unflushed {
-    /// By their beginnings, disjoint.
+    /// The ranges by their beginnings; they are disjoint.
     ranges: BTreeMap<u64, (u64, Seqs)>,
 }
 
 impl Unflushed {
-    /// `range` was supplied by the user and written with the sequence `seq`.
+    /// Records that the user supplied `range` and that it was written with the sequence `seq`.
     pub fn written(&mut self, range: Range<u64>, seq: u64) {
         if range.is_empty() {
             return;
@@ -27,7 +27,7 @@ impl Unflushed {
         self.cut(range.clone());
         let mut start = range.start;
         let mut seqs = seq..=seq;
-        // An appending writer adds to one range.
+        // An appending writer extends one range.
         if let Some((from, (end, before))) = self.ranges.range(..range.start).next_back()
             && *end == range.start
         {
@@ -37,8 +37,8 @@ impl Unflushed {
         self.ranges.insert(start, (range.end, seqs));
     }
 
-    /// `range` was written with the sequence `seq`, with bytes that may have been read from the
-    /// device: what was in doubt stays so.
+    /// Records that `range` was written with the sequence `seq`, with bytes that may have been read
+    /// from the device: bytes in doubt stay so.
     pub fn rewritten(&mut self, range: Range<u64>, seq: u64) {
         for (part, seqs) in self.take(range.clone()) {
             let seqs = *seqs.start()..=(*seqs.end()).max(seq);
@@ -57,12 +57,12 @@ impl Unflushed {
         }
     }
 
-    /// `range` is durable, or does not exist any more.
+    /// Records that `range` is durable, or no longer exists.
     pub fn cut(&mut self, range: Range<u64>) {
         self.take(range);
     }
 
-    /// A flush has covered the sequences up to `upto`.
+    /// Records that a flush has covered the sequences up to `upto`.
     pub fn flushed(&mut self, upto: u64) {
         self.ranges.retain(|_, (_, seqs)| *seqs.end() > upto);
         for (_, seqs) in self.ranges.values_mut() {
@@ -70,7 +70,7 @@ impl Unflushed {
         }
     }
 
-    /// All ranges, in order.
+    /// Returns all ranges, in order.
     pub fn iter(&self) -> impl Iterator<Item = (Range<u64>, Seqs)> + '_ {
         self.ranges
             .iter()
@@ -82,7 +82,7 @@ impl Unflushed {
         inside.map(|(start, (end, _))| *start..*end).collect()
     }
 
-    /// Takes out what lies in `range`, and returns it.
+    /// Removes the ranges in `range`, and returns them.
     fn take(&mut self, range: Range<u64>) -> Vec<(Range<u64>, Seqs)> {
         let before = self.ranges.range(..range.start).next_back();
         let first = before.filter(|(_, (end, _))| *end > range.start);

@@ -1,12 +1,12 @@
-//! The blobstore below a mount, to look at.
+//! A read-only view of the blobstore below a mount.
 
 use super::core::Core;
 use crate::blobstore::format::SuperBlock;
 use crate::blobstore::{BlobId, ExtentMap, Usage};
 
-/// What can be seen of the blobstore below a mounted file system. There is nothing in it that
-/// changes the store: clusters that move, or blobs that shrink or vanish, behind the file system's
-/// back would put one file's bytes into another.
+/// A read-only view of the blobstore below a mounted file system. It cannot change the store:
+/// clusters that move, or blobs that shrink or vanish, without the file system's knowledge would
+/// put one file's bytes into another.
 #[derive(Clone, Copy)]
 pub struct StoreView<'a> {
     core: &'a Core,
@@ -23,7 +23,7 @@ impl<'a> StoreView<'a> {
         StoreView { core }
     }
 
-    /// The ids of all blobs: files, directories and what is neither.
+    /// The ids of all blobs: files, directories and others.
     #[must_use]
     pub fn blobs(&self) -> Vec<BlobId> {
         self.core.vol.store.blobs()
@@ -36,10 +36,10 @@ impl<'a> StoreView<'a> {
         damaged.map(|(id, _)| id).collect()
     }
 
-    /// Where the clusters of a file are; `None` if the blob is no file with a name.
+    /// Returns the map of a file's clusters, or `None` if the blob is not a file with a name.
     #[must_use]
     pub fn extents(&self, id: BlobId) -> Option<std::sync::Arc<ExtentMap>> {
-        // No file is deleted meanwhile: that needs its blob closed.
+        // No file is deleted meanwhile, since that needs its blob closed.
         let _ops = self.core.names.ops.lock();
         let files = self.core.names.inodes();
         let file = files.iter().find(|ino| ino.id == id)?;
@@ -52,13 +52,13 @@ impl<'a> StoreView<'a> {
         self.core.vol.store.cluster_size()
     }
 
-    /// Clusters that belong to no blob.
+    /// Number of clusters that belong to no blob.
     #[must_use]
     pub fn free_clusters(&self) -> u64 {
         self.core.vol.store.free_clusters()
     }
 
-    /// Metadata pages, and how many of them are used.
+    /// Number of metadata pages, and of used ones.
     #[must_use]
     pub fn md_pages(&self) -> Usage {
         self.core.vol.store.md_pages()

@@ -1,4 +1,5 @@
-//! What every room of a mount knows: the blobstore, the device, the options, how far an unmount has come.
+//! The state that all parts of a mount use: the blobstore, the device, the options, and the phase
+//! of an unmount.
 
 use std::sync::Arc;
 
@@ -11,38 +12,38 @@ use super::metered::Metered;
 use super::options::MountOptions;
 use crate::blobstore::{Blobstore, Error as StoreError, Persist, Spend, Transaction};
 
-/// How far an unmount has come.
+/// The phase of an unmount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {
-    /// There was none, or it has failed.
+    /// There was no unmount, or it has failed.
     Mounted,
-    /// Nothing new begins; the files are being made durable and closed.
+    /// Nothing new begins. The files are being made durable and closed.
     Ending,
-    /// The files are finished and the blobstore is not unloaded yet: an unmount that failed at the
-    /// last step goes on there.
+    /// Whether the files are closed and the blobstore is not unloaded yet: an unmount that failed
+    /// at its last step continues there.
     Unloading,
-    /// The device has been given up.
+    /// The device has been released.
     Unmounted,
 }
 
-/// See the module.
+/// The state that all parts of a mount use.
 pub(crate) struct Volume {
     pub store: Blobstore,
     pub metered: Arc<Metered>,
     pub dev: Arc<dyn BlockDevice>,
     pub opts: MountOptions,
     pub phase: AtomicCell<Phase>,
-    /// In which process it was mounted: in a forked child it is the parent's.
+    /// The process that mounted it. In a forked child that is the parent.
     pub born: Birth,
-    /// Bytes of a write to the device are a multiple of this.
+    /// Lengths of writes to the device are multiples of this.
     pub block: usize,
     pub cluster: u64,
-    /// What makes a write durable.
+    /// The event that makes a write durable.
     pub persist: Persist,
 }
 
 impl Volume {
-    /// The error of a closed mount, or of a read-only one.
+    /// Returns the error of a closed or a read-only mount.
     pub fn check_writable(&self, path: impl Fn() -> String) -> Result<()> {
         self.check_mounted(&path)?;
         if self.opts.read_only {
@@ -52,8 +53,8 @@ impl Volume {
         }
     }
 
-    /// The error of a mount that was made by the process that this one was forked from. Asked before
-    /// any lock is taken: in a forked child its holder may not be there.
+    /// Returns the error of a mount that the parent of this process made. It is checked before any
+    /// lock is taken, since in a forked child the holder of the lock may not exist.
     #[inline]
     pub fn check_fork(&self) -> Result<()> {
         if !self.born.is_here() {
@@ -62,7 +63,7 @@ impl Volume {
         Ok(())
     }
 
-    /// The error of a mount that belongs to the process that this one was forked from.
+    /// Returns the error of a mount that belongs to the parent of this process.
     #[cold]
     fn forked(&self) -> FsError {
         FsError::Forked {
@@ -79,16 +80,16 @@ impl Volume {
         }
     }
 
-    /// Turns a blobstore error into ours.
+    /// Converts an error of the blobstore.
     pub fn store_error(&self, context: impl Into<String>, e: StoreError) -> FsError {
         store_error(context, e, self.store.available_clusters() * self.cluster)
     }
 
-    /// The error of a commit; it says so if the change may have been made all the same.
+    /// Returns the error of a commit, which says so if the change may have been made nevertheless.
     pub fn commit_error(&self, what: String, e: StoreError) -> FsError {
         let before = matches!(e, StoreError::Stopped(_));
         let error = self.store_error(what.clone(), e);
-        // The store stops when it does not know what the device has.
+        // The store stops when it does not know the state of the device.
         let stopped = || {
             let probe = self.store.transaction().commit();
             matches!(probe, Err(StoreError::Stopped(_)))
@@ -100,12 +101,12 @@ impl Volume {
         error
     }
 
-    /// The channels that all threads share.
+    /// Returns the channels that all threads share.
     pub fn shared(&self) -> &SharedChannels {
         self.store.shared().expect("they were opened at the mount")
     }
 
-    /// A change that gives space back, or takes none for good: it may use the reserve.
+    /// Makes a transaction that frees space, or takes none permanently: it may use the reserve.
     pub fn releasing(&self) -> Transaction {
         let mut tx = self.store.transaction();
         tx.spend(Spend::Releasing);
@@ -113,7 +114,7 @@ impl Volume {
     }
 }
 
-/// Turns a blobstore error into ours; `free_bytes` is for the text.
+/// Converts an error of the blobstore; `free_bytes` is for the text.
 pub(crate) fn store_error(context: impl Into<String>, e: StoreError, free_bytes: u64) -> FsError {
     let context = context.into();
     match e {

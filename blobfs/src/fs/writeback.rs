@@ -1,5 +1,4 @@
-//! Write-behind: writes of a file's bytes on their way to the device, and what becomes of those that
-//! fail.
+//! Writeback: writes of a file's bytes in flight, and the handling of those that fail.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,28 +15,28 @@ use super::tail::Tail;
 use super::volume::Volume;
 use crate::blobstore::{Error as StoreError, Persist};
 
-/// A write on its way.
+/// A write in flight.
 pub(crate) struct Pending {
     /// The number among the file's writes, from 1.
     pub no: u64,
     pub from: u64,
     pub upto: u64,
-    /// The bytes from here on came from the writer; those before may have been read back.
+    /// The first byte that came from the writer. Those before may have been read back.
     pub supplied_from: u64,
     pub fua: bool,
     pub bytes: usize,
-    /// What is written, kept until it has been: a failed write is sent again by the next sync.
+    /// The data, which is kept until it is written: the next sync sends a failed write again.
     data: Mutex<Option<(Arc<Frame>, Vec<DmaSlice>)>>,
     error: Mutex<Option<FsError>>,
-    /// Completed without error.
+    /// Whether it completed without error.
     written: AtomicBool,
-    /// Sequence for the flush; 0 with FUA.
+    /// Sequence that a flush has to cover; 0 with FUA.
     seq: AtomicU64,
     ticket: Mutex<Option<Ticket>>,
 }
 
 impl Pending {
-    /// A write of `slices`, bytes `range` of the file, which `frame` holds in memory.
+    /// Makes a write of `slices`, bytes `range` of the file, which `frame` has in memory.
     pub fn new(
         no: u64,
         range: Range<u64>,
@@ -65,14 +64,15 @@ impl Pending {
         self.ticket.lock().as_ref().is_none_or(Ticket::is_done)
     }
 
-    /// Over and on the device: the sequence that a flush has to cover, 0 if none has to.
+    /// Returns the sequence that a flush has to cover (0 if none has to) once the write is on the
+    /// device.
     pub fn written_seq(&self) -> Option<u64> {
         let written = self.written.load(Ordering::Acquire) && self.is_over();
         written.then(|| self.seq.load(Ordering::Relaxed))
     }
 
-    /// From now on it is `frame` that stays dirty until the write has arrived, if it is of the same
-    /// region: it takes the place of the frame that did until now.
+    /// Makes `frame`, if it is of the same region, the frame that stays dirty until the write has
+    /// completed, instead of the earlier one.
     pub fn hold_instead(&self, frame: &Arc<Frame>) {
         if let Some((held, _)) = &mut *self.data.lock()
             && held.region == frame.region
@@ -82,13 +82,13 @@ impl Pending {
         }
     }
 
-    /// Over, and what it carries is not on the device.
+    /// Whether it has ended and its data is not on the device.
     pub fn has_failed(&self) -> bool {
         self.is_over() && !self.written.load(Ordering::Acquire)
     }
 }
 
-/// Sends the bytes of files to the device, and makes them durable.
+/// Writes the bytes of files to the device, and makes them durable.
 pub(crate) struct Writeback {
     pub vol: Arc<Volume>,
     pub writes: Arc<Durability>,
@@ -142,10 +142,10 @@ impl Writeback {
         }
     }
 
-    /// As [`Core::wait_overlapping`]; one that has failed is sent again.
+    /// Waits as [`Core::wait_overlapping`] does, and sends a failed write again.
     ///
     /// # Errors
-    /// It has failed again.
+    /// Fails when it fails again.
     pub fn settle_overlapping(
         &self,
         ino: &Arc<Inode>,
@@ -167,11 +167,11 @@ impl Writeback {
         }
     }
 
-    /// What could not be written stays in memory: no more of it than may be on its way, and nothing
-    /// more where there is no space for it below (the host of an image file is full).
+    /// Bounds the data that could not be written and stays in memory: by the limit of writeback
+    /// and, if there is no space below (the host of an image file is full), to none.
     ///
     /// # Errors
-    /// There is more, and the device still does not take it.
+    /// Fails when there is more and the device still does not accept it.
     pub fn bound_failed(&self, ino: &Arc<Inode>, tail: &mut Tail) -> Result<()> {
         let failed = tail.pending.iter().filter(|p| p.has_failed());
         let (mut bytes, mut full) = (0, false);
@@ -188,7 +188,7 @@ impl Writeback {
         self.write_error(ino, tail).map_or(Ok(()), Err)
     }
 
-    /// Waits for one write, whatever it comes to.
+    /// Waits for one write, whatever its result.
     pub fn wait_pending(&self, pending: &Pending) {
         let ticket = pending.ticket.lock().clone();
         if let Some(ticket) = ticket {
@@ -206,13 +206,13 @@ impl Writeback {
         Ok(())
     }
 
-    /// The error of a failed write, if there is one.
+    /// Returns the error of a failed write, if there is one.
     pub fn write_error(&self, ino: &Inode, tail: &Tail) -> Option<FsError> {
         let failed = tail.pending.iter().find(|p| p.has_failed());
         failed.map(|p| failure(ino, p))
     }
 
-    /// Waits while too much is on its way, preferably for this file's own.
+    /// Waits while too much is in flight, preferably for this file's own writes.
     pub fn back_pressure(&self, ino: &Inode, tail: &mut Tail) {
         let limit = self.vol.opts.write_behind_bytes.max(REGION);
         while self.writes.in_flight.load(Ordering::Relaxed) > limit {
@@ -243,9 +243,9 @@ impl Writeback {
     }
 
     /// Writes zeroes over `[off, off + len)` of a file (multiples of the block size) and waits.
-    /// What was written is not durable yet; returns the sequence to flush up to.
+    /// They are not durable yet. Returns the sequence to flush up to.
     pub fn zero_range(&self, ino: &Inode, off: u64, len: u64) -> Result<u64> {
-        /// As much is on its way together.
+        /// Number of bytes in flight together.
         const STEP: u64 = 64 << 20;
         let blob = ino.blob()?;
         let begun = self.writes.begin();
@@ -268,7 +268,7 @@ impl Writeback {
         }
         self.writes.flushes.cover(seq, || {
             self.vol.shared().run(vec![Op::Flush]).map_err(|e| {
-                // Others have been noted where they came back from the device.
+                // Other failures were recorded where they came back from the device.
                 if e.is_retryable() {
                     self.writes.flush_failed(&e);
                 }
@@ -278,7 +278,7 @@ impl Writeback {
     }
 }
 
-/// Why a write has failed.
+/// Returns the reason why a write has failed.
 pub(crate) fn failure(ino: &Inode, pending: &Pending) -> FsError {
     let context = format!("{}: writing at offset {}", ino.path(), pending.from);
     match pending.error.lock().clone() {
@@ -314,7 +314,7 @@ impl Pending {
                 }
             }
             Err(e) => {
-                tracing::error!(error = %e, "write-behind failed; the data stays in memory for the next sync");
+                tracing::error!(error = %e, "writeback failed; the data stays in memory for the next sync");
                 *self.error.lock() = Some(FsError::io("write-behind", e));
             }
         }

@@ -47,7 +47,7 @@ impl fmt::Debug for BlobId {
 
 /// The text is not a blob id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no blob id; write it as 0x100000000 (see `pumice blob list`)")]
+#[error("`{0}` is not a blob id; write it as 0x100000000 (see `pumice blob list`)")]
 pub struct ParseBlobIdError(String);
 
 impl FromStr for BlobId {
