@@ -11,49 +11,7 @@ use std::time::{Duration, Instant};
 
 use pumice_bdev::file::{File, FileOptions};
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, IoErrorKind, Op, open};
-
-const IO_URING_SETUP: u32 = 425;
-const IO_URING_ENTER: u32 = 426;
-const IO_URING_REGISTER: u32 = 427;
-
-/// From now on, and in all that this process starts, the system call `nr` fails with `errno`.
-fn deny(nr: u32, errno: i32) {
-    let errno = u32::try_from(errno).unwrap();
-    let op = |code: u32, k, jt, jf| libc::sock_filter {
-        code: u16::try_from(code).unwrap(),
-        jt,
-        jf,
-        k,
-    };
-    let mut filter = [
-        // The number of the call is the first word of what the filter sees.
-        op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, nr, 0, 1),
-        op(
-            libc::BPF_RET | libc::BPF_K,
-            libc::SECCOMP_RET_ERRNO | errno,
-            0,
-            0,
-        ),
-        op(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0, 0),
-    ];
-    let program = libc::sock_fprog {
-        len: 4,
-        filter: filter.as_mut_ptr(),
-    };
-    // SAFETY: plain numbers, and a program of the length that it says, which the kernel copies.
-    unsafe {
-        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
-        let flags = libc::SECCOMP_FILTER_FLAG_TSYNC;
-        let done = libc::syscall(
-            libc::SYS_seccomp,
-            libc::SECCOMP_SET_MODE_FILTER,
-            flags,
-            &raw const program,
-        );
-        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
-    }
-}
+use pumice_confine::deny_from_now_on;
 
 /// Runs `child`, a test of this file, in a process of its own, for at most a minute.
 fn in_child(child: &str, case: &str) {
@@ -124,7 +82,7 @@ fn use_it(ch: &AsyncChannel, byte: u8) {
 
 #[test]
 fn without_io_uring_threads_do_it() {
-    for nr in [IO_URING_SETUP, IO_URING_ENTER, IO_URING_REGISTER] {
+    for nr in pumice_confine::IO_URING {
         for errno in [libc::EPERM, libc::ENOSYS, libc::EBADF] {
             for when in ["before", "after"] {
                 in_child("child_without_a_call", &format!("{nr} {errno} {when}"));
@@ -141,13 +99,13 @@ fn child_without_a_call() {
     let words: Vec<&str> = case.split(' ').collect();
     let (nr, errno) = (words[0].parse().unwrap(), words[1].parse().unwrap());
     if words[2] == "before" {
-        deny(nr, errno);
+        deny_from_now_on(&[nr], errno);
     }
     let dev = File::open(&options).unwrap();
     let ch = AsyncChannel::new(dev.open_channel().unwrap());
     if words[2] == "after" {
         use_it(&ch, 1);
-        deny(nr, errno);
+        deny_from_now_on(&[nr], errno);
     }
     use_it(&ch, 2);
     use_it(&ch, 3);
@@ -178,7 +136,7 @@ fn child_confined_with_writes_in_flight() {
         }
         ch.poll(&mut out);
         if !drop_it {
-            deny(IO_URING_ENTER, libc::EPERM);
+            deny_from_now_on(&[libc::SYS_io_uring_enter], libc::EPERM);
         }
         for tag in 50..100 {
             ch.submit(tag, write(tag)).unwrap();
@@ -237,7 +195,7 @@ fn child_without_fdatasync() {
             for op in [Op::Flush, write(true), zeroes(true)] {
                 try_it(op).unwrap();
             }
-            deny(u32::try_from(libc::SYS_fdatasync).unwrap(), libc::EIO);
+            deny_from_now_on(&[libc::SYS_fdatasync], libc::EIO);
         }
         for op in [Op::Flush, write(true), zeroes(true)] {
             let e = try_it(op).unwrap_err();
@@ -260,7 +218,7 @@ fn child_without_fsync() {
     let Some((options, _)) = case() else {
         return;
     };
-    deny(u32::try_from(libc::SYS_fsync).unwrap(), libc::EIO);
+    deny_from_now_on(&[libc::SYS_fsync], libc::EIO);
     let e = File::open(&options).unwrap_err().to_string();
     assert!(e.contains("sync"), "{e}");
     assert!(!options.path.exists());

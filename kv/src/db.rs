@@ -89,6 +89,9 @@ impl Default for DbOptions {
         options.create_missing_column_families(true);
         // RocksDB keeps a thousand info logs, one of each opening, and a file takes a cluster.
         options.set_keep_log_file_num(10);
+        if let Some(bytes) = memtable_bytes(fs::Memory::of_this_process()) {
+            options.set_write_buffer_size(bytes);
+        }
         DbOptions {
             path: "/".to_owned(),
             options,
@@ -98,6 +101,15 @@ impl Default for DbOptions {
             env: EnvOptions::default(),
         }
     }
+}
+
+/// The size of a memtable where RocksDB's default of 64 MiB, two of them, is too much for the memory that
+/// the process may use: a sixteenth of that, at least 4 MiB.
+fn memtable_bytes(memory: Option<fs::Memory>) -> Option<usize> {
+    let bytes = (memory?.limit_bytes / 16).max(4 << 20);
+    usize::try_from(bytes)
+        .ok()
+        .filter(|bytes| *bytes < 64 << 20)
 }
 
 impl std::fmt::Debug for DbOptions {

@@ -37,8 +37,8 @@ pub(super) fn make(options: &FileOptions, size: u64) -> Result<Option<Shared>, B
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let Some((draft, direct)) = Draft::new(parent, path, options.buffered)
-        .map_err(|e| os("make the file".to_owned(), e))?
+    let Some((draft, direct)) =
+        Draft::new(parent, path, options.buffered).map_err(|e| os(cannot_make(parent, &e), e))?
     else {
         return Ok(None);
     };
@@ -76,6 +76,20 @@ pub(super) fn make(options: &FileOptions, size: u64) -> Result<Option<Shared>, B
         made: true,
     };
     Ok(Some(found.into_shared(options)))
+}
+
+/// What failed when a file could not be made, and what to do.
+fn cannot_make(parent: &Path, error: &io::Error) -> String {
+    let parent = parent.display();
+    match error.raw_os_error() {
+        Some(libc::ENOENT) => format!("make the file (make its directory {parent} first)"),
+        Some(libc::EACCES | libc::EPERM | libc::EROFS) => {
+            format!(
+                "make the file (choose a directory other than {parent} that this user may write in)"
+            )
+        }
+        _ => "make the file".to_owned(),
+    }
 }
 
 /// A file that is not complete. Dropped, it is gone.

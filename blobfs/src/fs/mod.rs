@@ -84,6 +84,7 @@ pub use cache::CacheStats;
 pub use error::{FsError, Result, SpaceKind};
 pub use file::{File, Pinned};
 pub use load::UNFINISHED;
+pub use memory::Memory;
 pub use metered::IoStats;
 pub use mount::{DirEntry, FileLock, FileSystem, Stat, StatFs};
 pub use options::{Access, FormatOptions, MountOptions, OpenOptions};

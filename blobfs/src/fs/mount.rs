@@ -437,6 +437,19 @@ impl FileSystem {
         self.core().vol.check_fork().is_err()
     }
 
+    /// The name of the device.
+    #[must_use]
+    pub fn device_name(&self) -> &str {
+        &self.core.vol.dev.info().name
+    }
+
+    /// Bytes that were appended and are on their way to the device.
+    #[must_use]
+    pub fn writeback_bytes(&self) -> u64 {
+        let in_flight = &self.core.space.writeback.writes.in_flight;
+        in_flight.load(Ordering::Relaxed) as u64
+    }
+
     /// Counters of the page cache.
     pub fn cache_stats(&self) -> CacheStats {
         self.core.cache.stats()

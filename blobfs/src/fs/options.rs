@@ -36,7 +36,8 @@ impl Default for FormatOptions {
 #[non_exhaustive]
 pub struct MountOptions {
     /// Bound of the page cache in bytes, without unwritten data. The default is an eighth of the
-    /// machine's memory, or of the control group's limit where that is lower, at most 256 MiB.
+    /// machine's memory, or of the control group's limit where that is lower, at most a quarter of
+    /// what is free, between 8 and 256 MiB.
     pub cache_bytes: u64,
     /// Whether nothing is ever written.
     pub read_only: bool,
@@ -44,7 +45,8 @@ pub struct MountOptions {
     /// counts as lost. Otherwise such a mount fails with
     /// [`FsError::Damaged`](super::FsError::Damaged).
     pub accept_damage: bool,
-    /// Number of bytes in flight at which an appending thread waits.
+    /// Number of bytes in flight at which an appending thread waits. The default is a sixteenth of
+    /// the memory that this process may use, between 4 and 32 MiB.
     pub write_behind_bytes: usize,
     /// Number of channels that threads share for writes and readahead.
     pub shared_channels: usize,
@@ -62,7 +64,7 @@ impl Default for MountOptions {
             cache_bytes: super::memory::default_cache_bytes(),
             read_only: false,
             accept_damage: false,
-            write_behind_bytes: 32 << 20,
+            write_behind_bytes: super::memory::default_behind_bytes(),
             shared_channels: 4,
             read_ahead_bytes: 1 << 20,
             discard: false,

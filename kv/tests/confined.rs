@@ -1,0 +1,201 @@
+//! A program that embeds a database, in the surroundings of a container: it works, or the error says what to do.
+//!
+//! The program is this test itself, started again.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use pumice::rocksdb::WriteOptions;
+use pumice_confine::Confinement;
+
+mod common;
+
+use common::{key, value};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Runs `child`, a test of this file, confined. `None`, and a line that says so, where this machine cannot do that.
+fn run(confinement: &Confinement, dir: &Path, child: &str, case: &str) -> Option<Output> {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
+        .args(["--exact", "--nocapture", "--test-threads=1", child])
+        .env("PUMICE_CONFINED", dir)
+        .env("PUMICE_CASE", case);
+    match confinement.run(&mut command, PATIENCE) {
+        Ok(output) => Some(output),
+        Err(reason) => {
+            println!("skipped: {child}: {reason}");
+            None
+        }
+    }
+}
+
+fn succeeds(name: &str, output: &Output) {
+    let said = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success() && said.contains("1 passed"),
+        "{name}: {}\n{said}{errors}",
+        output.status
+    );
+}
+
+/// The directory of a child, and its case; `None` in the parent.
+fn case() -> Option<(PathBuf, String)> {
+    let dir = PathBuf::from(std::env::var_os("PUMICE_CONFINED")?);
+    Some((dir, std::env::var("PUMICE_CASE").unwrap()))
+}
+
+fn uri(dir: &Path) -> String {
+    format!("file://{}/kv.img?size=256M&create=1", dir.display())
+}
+
+#[test]
+fn a_database_works_in_any_surroundings() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, confinement) in pumice_confine::surroundings(dir.path()) {
+        if let Some(output) = run(&confinement, dir.path(), "child_uses_a_database", name) {
+            succeeds(name, &output);
+        }
+        let _ = std::fs::remove_file(dir.path().join("kv.img"));
+    }
+}
+
+/// A hundred MiB of values: more than 128 MiB of memory can hold beside RocksDB's and the file system's default caches.
+#[test]
+fn child_uses_a_database() {
+    let Some((dir, _)) = case() else {
+        return;
+    };
+    let db = pumice::Db::open(&uri(&dir)).unwrap();
+    let mut durable = WriteOptions::default();
+    durable.set_sync(true);
+    let big = vec![7_u8; 64 << 10];
+    for n in 0..1600 {
+        db.put(key(n), value(n)).unwrap();
+        db.put([&key(n)[..], b"big"].concat(), &big).unwrap();
+    }
+    db.put_opt(b"last", b"one", &durable).unwrap();
+    db.close().unwrap();
+    drop(db);
+    let db = pumice::Db::open(&uri(&dir)).unwrap();
+    for n in 0..1600 {
+        assert_eq!(db.get(key(n)).unwrap(), Some(value(n)));
+        let found = db.get([&key(n)[..], b"big"].concat()).unwrap();
+        assert!(found.is_some_and(|found| found == big), "{n}");
+    }
+    assert_eq!(db.get(b"last").unwrap().as_deref(), Some(&b"one"[..]));
+    db.close().unwrap();
+}
+
+/// A service that confines itself when it has opened its database.
+#[test]
+fn a_database_goes_on_when_io_uring_goes() {
+    for call in pumice_confine::IO_URING {
+        let dir = tempfile::tempdir().unwrap();
+        let (all, case) = (Confinement::new(), call.to_string());
+        if let Some(output) = run(&all, dir.path(), "child_confines_itself", &case) {
+            succeeds(&case, &output);
+        }
+    }
+}
+
+#[test]
+fn child_confines_itself() {
+    let Some((dir, case)) = case() else {
+        return;
+    };
+    let db = pumice::Db::open(&uri(&dir)).unwrap();
+    let mut durable = WriteOptions::default();
+    durable.set_sync(true);
+    for n in 0..1000 {
+        db.put(key(n), value(n)).unwrap();
+    }
+    db.put_opt(b"before", b"1", &durable).unwrap();
+    pumice_confine::deny_from_now_on(&[case.parse().unwrap()], libc::EPERM);
+    for n in 1000..30_000 {
+        db.put(key(n), value(n)).unwrap();
+    }
+    db.put_opt(b"after", b"2", &durable).unwrap();
+    db.flush().unwrap();
+    // A thread that has no channel yet.
+    std::thread::scope(|scope| {
+        scope.spawn(|| assert_eq!(db.get(key(29_999)).unwrap(), Some(value(29_999))));
+    });
+    db.close().unwrap();
+    drop(db);
+    let db = pumice::Db::open(&uri(&dir)).unwrap();
+    for n in 0..30_000 {
+        assert_eq!(db.get(key(n)).unwrap(), Some(value(n)), "{n}");
+    }
+    db.close().unwrap();
+}
+
+/// Another user's image can be read; an error says how.
+#[test]
+fn an_image_that_cannot_be_written_can_be_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let db = pumice::Db::open(&uri(dir.path())).unwrap();
+    db.put(b"fruit", b"apple").unwrap();
+    db.close().unwrap();
+    drop(db);
+    let image = dir.path().join("kv.img");
+    let everybody = |mode| std::os::unix::fs::PermissionsExt::from_mode(mode);
+    std::fs::set_permissions(dir.path(), everybody(0o755)).unwrap();
+    std::fs::set_permissions(&image, everybody(0o644)).unwrap();
+    let elsewhere = tempfile::tempdir().unwrap();
+    for (name, confinement) in [
+        ("another user", Confinement::new().other_user()),
+        (
+            "a read-only image",
+            Confinement::new().read_only_root(elsewhere.path()),
+        ),
+        (
+            "another user and a read-only image",
+            Confinement::new()
+                .other_user()
+                .read_only_root(elsewhere.path()),
+        ),
+    ] {
+        if let Some(output) = run(&confinement, dir.path(), "child_reads_only", name) {
+            succeeds(name, &output);
+        }
+    }
+}
+
+#[test]
+fn child_reads_only() {
+    let Some((dir, _)) = case() else {
+        return;
+    };
+    let error = pumice::Db::open(&uri(&dir)).unwrap_err().to_string();
+    assert!(error.contains("read_only=1"), "{error}");
+    let uri = format!("file://{}/kv.img", dir.display());
+    let reader = pumice::DbOptions::new().read_only(true);
+    let db = reader.open(&uri).unwrap();
+    assert_eq!(db.get(b"fruit").unwrap().as_deref(), Some(&b"apple"[..]));
+    db.close().unwrap();
+}
+
+/// An image cannot be made where nothing can be written; the error says what to do.
+#[test]
+fn without_a_place_for_the_image_the_error_says_so() {
+    let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let confinement = Confinement::new().read_only_root(elsewhere.path());
+    if let Some(output) = run(&confinement, dir.path(), "child_has_no_place", "") {
+        succeeds("no place", &output);
+    }
+}
+
+#[test]
+fn child_has_no_place() {
+    let Some((dir, _)) = case() else {
+        return;
+    };
+    let error = pumice::Db::open(&uri(&dir)).unwrap_err().to_string();
+    assert!(
+        error.contains("Read-only file system") && error.contains("kv.img"),
+        "{error}"
+    );
+}
