@@ -2,10 +2,13 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory as _, Parser};
 use pumice_bench::fscompare::{self, Stop, args::Args, table::Comparison};
 
 fn main() -> ExitCode {
+    if let Some(code) = pumice_describe::asked(Args::command()) {
+        return code;
+    }
     let args = Args::parse();
     let done = Stop::on_signals()
         .and_then(|stop| fscompare::run(&args, &stop))

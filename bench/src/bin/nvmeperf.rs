@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use clap::Parser;
+use clap::{CommandFactory as _, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
 use pumice_bdev::contents::{self, Overwrite};
 use pumice_io::uri::parse_size;
@@ -70,6 +70,9 @@ struct Args {
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = pumice_describe::asked(Args::command()) {
+        return code;
+    }
     match run(&Args::parse()) {
         Ok(()) => pumice_bdev_control::terminal::finished("nvmeperf", ExitCode::SUCCESS),
         Err(error) => {

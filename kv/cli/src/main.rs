@@ -23,7 +23,7 @@ mod signals;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 
 /// Tools for Pumice's devices, blobstores and file systems.
 #[derive(Parser)]
@@ -58,6 +58,9 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = pumice_describe::asked(Cli::command()) {
+        return code;
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use clap::Parser;
+use clap::{CommandFactory as _, Parser};
 use pumice_bdev::OpenOptions;
 use pumice_bdev::contents::{self, Overwrite};
 use pumice_bdev::registry::{Bdev, TimeoutAction};
@@ -22,6 +22,9 @@ use args::Args;
 use job::{Job, Outcome};
 
 fn main() -> ExitCode {
+    if let Some(code) = pumice_describe::asked(Args::command()) {
+        return code;
+    }
     let start = Instant::now();
     let args = Args::parse();
     match run(&args, start) {
