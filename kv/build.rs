@@ -11,7 +11,8 @@ fn main() {
 
 mod shim {
     use std::env;
-    use std::path::PathBuf;
+    use std::path::{Path, PathBuf};
+    use std::process::Command;
 
     /// The shim's translation units, in `shim/`.
     const UNITS: [&str; 6] = [
@@ -43,5 +44,51 @@ mod shim {
             build.file(PathBuf::from("shim").join(unit));
         }
         build.compile("pumice_shim");
+        check_version(&build, &include);
+    }
+
+    /// A library from elsewhere (`ROCKSDB_LIB_DIR`) must be the RocksDB that these headers describe: with another one the
+    /// shim's classes would not have the layout that the library expects. A program is linked with the library and asked.
+    fn check_version(build: &cc::Build, include: &Path) {
+        println!("cargo::rerun-if-env-changed=ROCKSDB_LIB_DIR");
+        let Some(library) = env::var_os("ROCKSDB_LIB_DIR") else {
+            return;
+        };
+        let out = env::var_os("OUT_DIR")
+            .map(PathBuf::from)
+            .expect("cargo names a directory for the output");
+        let (source, program) = (out.join("version.cc"), out.join("version"));
+        let text = "#include <cstdio>\n#include <rocksdb/version.h>\nint main() {\n  std::printf(\"%d.%d.%d %s\", \
+                    ROCKSDB_MAJOR, ROCKSDB_MINOR, ROCKSDB_PATCH, \
+                    rocksdb::GetRocksVersionAsString(true).c_str());\n}\n";
+        std::fs::write(&source, text).expect("the output directory can be written");
+        let mut compiler = build.get_compiler().to_command();
+        compiler.arg(&source).arg("-o").arg(&program);
+        compiler
+            .arg("-I")
+            .arg(include)
+            .arg("-L")
+            .arg(&library)
+            .arg("-lrocksdb");
+        // Where such a program cannot be linked or run (another machine's library), the check at start remains.
+        if !compiler.output().is_ok_and(|made| made.status.success()) {
+            return;
+        }
+        let Ok(said) = Command::new(&program)
+            .env("LD_LIBRARY_PATH", &library)
+            .output()
+        else {
+            return;
+        };
+        let said = String::from_utf8_lossy(&said.stdout);
+        if let Some((headers, linked)) = said.split_once(' ')
+            && headers != linked
+        {
+            let library = Path::new(&library).display();
+            println!(
+                "cargo::error=ROCKSDB_LIB_DIR={library} has RocksDB {linked}, but the headers of librocksdb-sys describe {headers}: \
+                 name a library of RocksDB {headers}, or unset ROCKSDB_LIB_DIR and let cargo compile it"
+            );
+        }
     }
 }
