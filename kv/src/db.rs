@@ -1,14 +1,17 @@
 //! A database and the file system that it lives in.
 
+use std::ffi::CStr;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex};
 
 use pumice_blobfs::fs::{self, FileSystem, FsError};
-use rocksdb::{DBWithThreadMode, Env, FlushOptions, MultiThreaded, Options, properties};
+use rocksdb::{CStrLike, DBWithThreadMode, Env, FlushOptions, MultiThreaded, Options, properties};
 
+#[cfg(feature = "inspect")]
+use crate::inspect::{App, Inspection, Look};
 use crate::plugin::Gate;
 use crate::plugin::path::normal;
-use crate::{EnvOptions, Error, MountOptions, mount};
+use crate::{EnvOptions, Error, MountOptions, figures, mount_device};
 
 /// The database type of the `rocksdb` crate that [`Db`] is made of.
 pub type Rocks = DBWithThreadMode<MultiThreaded>;
@@ -36,7 +39,7 @@ pub type Rocks = DBWithThreadMode<MultiThreaded>;
 /// ```
 pub struct Db {
     /// Taken by the drop only.
-    db: Option<Rocks>,
+    db: Option<Arc<Rocks>>,
     /// As it was opened, with its environment.
     options: Options,
     env: Env,
@@ -47,6 +50,9 @@ pub struct Db {
     read_only: bool,
     owns_fs: bool,
     closed: Mutex<bool>,
+    /// Gone when the database is closed.
+    #[cfg(feature = "inspect")]
+    inspection: Mutex<Option<Inspection>>,
 }
 
 /// How a [`Db`] is opened.
@@ -80,6 +86,8 @@ pub struct DbOptions {
     read_only: bool,
     mount: MountOptions,
     env: EnvOptions,
+    #[cfg(feature = "inspect")]
+    look: Look,
 }
 
 impl Default for DbOptions {
@@ -99,6 +107,8 @@ impl Default for DbOptions {
             read_only: false,
             mount: MountOptions::default(),
             env: EnvOptions::default(),
+            #[cfg(feature = "inspect")]
+            look: Look::default(),
         }
     }
 }
@@ -139,7 +149,8 @@ impl std::fmt::Debug for Db {
 
 impl DbOptions {
     /// A database at `/`, made if it is not there, with RocksDB's own defaults, except that ten of
-    /// its info logs are kept and not a thousand.
+    /// its info logs are kept and not a thousand, and that a memtable takes at most a sixteenth of
+    /// the memory that this process may use.
     #[must_use]
     pub fn new() -> DbOptions {
         DbOptions::default()
@@ -198,6 +209,26 @@ impl DbOptions {
         self
     }
 
+    /// While the database is open, the process answers questions about it on the socket `path`: `pumice df`, `ls` and
+    /// `stat` ask there when they find the device in use, `pumice top` shows what the process does, and any client of
+    /// JSON-RPC can ask (`pumice rpc`). The socket has mode 0600, nothing can be changed through it, and closing
+    /// removes it. Needs the feature `inspect`.
+    #[cfg(feature = "inspect")]
+    #[must_use]
+    pub fn rpc_socket(mut self, path: impl Into<std::path::PathBuf>) -> DbOptions {
+        self.look.rpc_socket = Some(path.into());
+        self
+    }
+
+    /// While the database is open, its figures, the file system's and the device's are served as text for Prometheus on
+    /// `address`: the path of a Unix socket, or a loopback address (`127.0.0.1:9100`). Needs the feature `inspect`.
+    #[cfg(feature = "inspect")]
+    #[must_use]
+    pub fn metrics(mut self, address: &str) -> DbOptions {
+        self.look.metrics = Some(address.to_owned());
+        self
+    }
+
     /// Mounts the file system on the device that `uri` names and opens the database in it. A
     /// device that holds nothing is formatted first, unless [`MountOptions::format_empty`] was
     /// cleared. [`Db::close`] unmounts.
@@ -209,7 +240,13 @@ impl DbOptions {
         if self.read_only {
             how = how.read_only(true);
         }
-        self.open_on(mount(uri, &how)?, true)
+        let device = crate::mount::open_device(uri, &how)?;
+        #[cfg(feature = "inspect")]
+        let (device, app) = self.look.counted(device)?;
+        let db = self.open_on(mount_device(&device, &how)?, true)?;
+        #[cfg(feature = "inspect")]
+        db.inspect(&self.look, app)?;
+        Ok(db)
     }
 
     /// Opens the database in a file system that is mounted already and stays so.
@@ -217,7 +254,10 @@ impl DbOptions {
     /// # Errors
     /// [`Error::Path`], [`Error::RocksDb`], [`Error::Full`].
     pub fn open_in(&self, fs: &FileSystem) -> Result<Db, Error> {
-        self.open_on(fs.clone(), false)
+        let db = self.open_on(fs.clone(), false)?;
+        #[cfg(feature = "inspect")]
+        db.inspect(&self.look, Arc::default())?;
+        Ok(db)
     }
 
     fn open_on(&self, fs: FileSystem, owns_fs: bool) -> Result<Db, Error> {
@@ -238,7 +278,7 @@ impl DbOptions {
             }
         })?;
         Ok(Db {
-            db: Some(db),
+            db: Some(Arc::new(db)),
             options,
             env,
             gate,
@@ -247,6 +287,8 @@ impl DbOptions {
             read_only: self.read_only,
             owns_fs,
             closed: Mutex::new(false),
+            #[cfg(feature = "inspect")]
+            inspection: Mutex::new(None),
         })
     }
 
@@ -355,6 +397,8 @@ impl Db {
                 Err(e) => return Err(e.into()),
             }
         }
+        #[cfg(feature = "inspect")]
+        self.stop_inspection();
         self.gate.close();
         *closed = true;
         if lost {
@@ -362,6 +406,72 @@ impl Db {
             return Err(Error::Unlogged { path });
         }
         Ok(())
+    }
+
+    #[cfg(feature = "inspect")]
+    fn inspect(&self, look: &Look, app: Arc<App>) -> Result<(), Error> {
+        let db = self.db.as_ref().map(Arc::downgrade).unwrap_or_default();
+        let inspection = look.start(&self.fs, db, app)?;
+        *self
+            .inspection
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = inspection;
+        Ok(())
+    }
+
+    /// Nobody asks any longer, and the device's last user beside the file system is gone.
+    #[cfg(feature = "inspect")]
+    fn stop_inspection(&self) {
+        let mut inspection = self
+            .inspection
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        drop(inspection.take());
+    }
+
+    /// A property of RocksDB's (`rocksdb.stats`, of the default column family), or a figure of the file system's:
+    /// [`Db::property_int_value`].
+    ///
+    /// # Errors
+    /// As [`rocksdb::DBWithThreadMode::property_value`].
+    pub fn property_value(&self, name: impl CStrLike) -> Result<Option<String>, rocksdb::Error> {
+        self.property(
+            name,
+            |figure| figure.to_string(),
+            |db, name| db.property_value(name),
+        )
+    }
+
+    /// A property of RocksDB's that is a number, or a figure of the file system's: `pumice.free-bytes`,
+    /// `pumice.cache-hits`, `pumice.device-written-bytes` and the others that `kv/README.md` lists. `None`: there is no
+    /// such property.
+    ///
+    /// # Errors
+    /// As [`rocksdb::DBWithThreadMode::property_int_value`].
+    pub fn property_int_value(&self, name: impl CStrLike) -> Result<Option<u64>, rocksdb::Error> {
+        self.property(
+            name,
+            |figure| figure,
+            |db, name| db.property_int_value(name),
+        )
+    }
+
+    fn property<T>(
+        &self,
+        name: impl CStrLike,
+        from_figure: fn(u64) -> T,
+        from_rocksdb: fn(&Rocks, &CStr) -> Result<Option<T>, rocksdb::Error>,
+    ) -> Result<Option<T>, rocksdb::Error> {
+        let Ok(name) = name.bake() else {
+            // A name with a NUL in it is nobody's.
+            return Ok(None);
+        };
+        match name.to_str() {
+            Ok(text) if text.starts_with("pumice.") => {
+                Ok(figures::property(&self.fs, text).map(from_figure))
+            }
+            _ => from_rocksdb(self.rocksdb(), &name),
+        }
     }
 
     /// Makes what was put durable. RocksDB gives up a log for good when a write or sync of it has
@@ -418,6 +528,8 @@ impl Drop for Db {
             std::mem::forget(db);
             return;
         }
+        #[cfg(feature = "inspect")]
+        self.stop_inspection();
         drop(db);
         self.gate.close();
         if self.owns_fs {

@@ -55,10 +55,18 @@
 //! A database belongs to the process that opened it: in a forked child an inherited one answers with
 //! errors, and dropping it does nothing.
 
+//!
+//! # Features
+//! `inspect`: a running process can be looked into, by [`Inspection`] and `DbOptions::rpc_socket`. Without it the crate
+//! needs fewer others.
+
 mod copies;
 mod db;
 mod env;
 mod error;
+mod figures;
+#[cfg(feature = "inspect")]
+mod inspect;
 mod mount;
 pub mod plugin;
 mod uri;
@@ -71,6 +79,9 @@ pub use {
     pumice_blobfs::fs::{self, FileSystem, FormatOptions, FsError, grow},
     uri::{env_from_uri, register_uri},
 };
+
+#[cfg(feature = "inspect")]
+pub use inspect::Inspection;
 
 /// The block devices below, for [`mount_device`] and [`Error::Device`].
 pub use pumice_bdev as bdev;

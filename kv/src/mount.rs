@@ -32,7 +32,8 @@ impl MountOptions {
     }
 
     /// Bound of the page cache in bytes. Unless called, an eighth of the memory that this process may
-    /// use (the machine's, or the limit of its control group), between 8 and 256 MiB.
+    /// use (the machine's, or the limit of its control group), at most a quarter of what is free,
+    /// between 8 and 256 MiB.
     #[must_use]
     pub fn cache_bytes(mut self, bytes: u64) -> MountOptions {
         self.fs.cache_bytes = bytes;
@@ -83,12 +84,19 @@ impl MountOptions {
 /// [`Error::Device`] if the device cannot be opened, for instance because another process has it;
 /// [`Error::NotEmpty`] if it holds something else; [`Error::FileSystem`].
 pub fn mount(uri: &str, options: &MountOptions) -> Result<FileSystem, Error> {
+    mount_device(&open_device(uri, options)?, options)
+}
+
+/// The device that `uri` names, opened as `options` need it.
+pub(crate) fn open_device(
+    uri: &str,
+    options: &MountOptions,
+) -> Result<Arc<dyn BlockDevice>, Error> {
     let how = OpenOptions::new().read_only(options.fs.read_only);
-    let device = pumice_bdev::open_with(uri, how).map_err(|source| Error::Device {
+    pumice_bdev::open_with(uri, how).map_err(|source| Error::Device {
         uri: uri.to_owned(),
         source,
-    })?;
-    mount_device(&device, options)
+    })
 }
 
 /// As [`mount`], on a device that is open already.

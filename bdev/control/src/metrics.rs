@@ -133,6 +133,17 @@ impl MetricsServer {
     /// Fails for an address that is not loopback, for a path that exists, and with the system's
     /// errors.
     pub fn start(registry: Registry, address: &str) -> Result<MetricsServer, BdevError> {
+        MetricsServer::serve(move || render(&registry), address)
+    }
+
+    /// As [`MetricsServer::start`], with the text that `render` gives at each request.
+    ///
+    /// # Errors
+    /// As [`MetricsServer::start`].
+    pub fn serve(
+        render: impl Fn() -> String + Send + 'static,
+        address: &str,
+    ) -> Result<MetricsServer, BdevError> {
         let os = |what: &str, e| BdevError::os(address, what, e);
         let (mut socket, mut port) = (None, None);
         let listener = if let Ok(addr) = address.parse::<SocketAddr>() {
@@ -163,7 +174,7 @@ impl MetricsServer {
             while !stopping.load(Ordering::Acquire) {
                 match listener.accept() {
                     Ok(stream) => {
-                        let _ = answer(&registry, stream);
+                        let _ = answer(&render, stream);
                     }
                     Err(_) => thread::sleep(Duration::from_millis(50)),
                 }
@@ -196,7 +207,7 @@ impl Drop for MetricsServer {
     }
 }
 
-fn answer(registry: &Registry, mut stream: Box<dyn Stream>) -> io::Result<()> {
+fn answer(render: &dyn Fn() -> String, mut stream: Box<dyn Stream>) -> io::Result<()> {
     let start = Instant::now();
     let mut request = Vec::new();
     let mut piece = [0; 1024];
@@ -210,7 +221,7 @@ fn answer(registry: &Registry, mut stream: Box<dyn Stream>) -> io::Result<()> {
     }
     let found = request.starts_with(b"GET /metrics ") || request.starts_with(b"GET / ");
     let (status, body) = if found {
-        ("200 OK", render(registry))
+        ("200 OK", render())
     } else {
         ("404 Not Found", "only GET /metrics\n".to_owned())
     };

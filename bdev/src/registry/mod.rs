@@ -493,6 +493,10 @@ impl BlockDevice for Bdev {
         self.entry.dev.host_space()
     }
 
+    fn identity(&self) -> usize {
+        self.entry.dev.identity()
+    }
+
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         if self.entry.is_removed() {
             return Err(BdevError::Removed {
@@ -540,6 +544,10 @@ impl BlockDevice for Claimed {
 
     fn host_space(&self) -> Option<crate::HostSpace> {
         self.bdev.host_space()
+    }
+
+    fn identity(&self) -> usize {
+        self.bdev.identity()
     }
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {

@@ -1,9 +1,10 @@
-//! `pumice ls|cat|rm|mv|df|stat|mkdir|rmdir`: the files of a BlobFS that nobody has mounted.
+//! `pumice ls|cat|rm|mv|df|stat|mkdir|rmdir`: the files of a BlobFS that nobody has mounted. What a process has mounted, `ls`,
+//! `df` and `stat` ask that process for.
 
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use pumice_bdev::{BdevError, BlockDevice};
@@ -12,6 +13,7 @@ use pumice_bdev_control::{complain, say};
 use pumice_blobfs::fs::{Access, FileSystem, FsError, MountOptions, OpenOptions, Stat};
 use serde_json::{Value, json};
 
+use crate::holder::Holder;
 use crate::signals;
 
 /// Bytes that go through memory at once.
@@ -218,7 +220,16 @@ pub fn mounted<R>(
             pumice_bdev::open(uri)?
         }
     };
-    let fs = FileSystem::mount(dev, &opts).map_err(|e| match e {
+    on_device(uri, dev, &opts, f)
+}
+
+fn on_device<R>(
+    uri: &str,
+    dev: Arc<dyn BlockDevice>,
+    opts: &MountOptions,
+    f: impl FnOnce(&FileSystem) -> Result<R, Failure>,
+) -> Result<R, Failure> {
+    let fs = FileSystem::mount(dev, opts).map_err(|e| match e {
         FsError::Damaged { .. } => Failure(format!(
             "{e}; here that is --accept-damage, and `pumice rescue` copies what can be read"
         )),
@@ -232,6 +243,96 @@ pub fn mounted<R>(
     let value = result?;
     unmounted?;
     Ok(value)
+}
+
+/// Where the answers of the commands that only look come from.
+enum Source<'a> {
+    Mounted(&'a FileSystem),
+    /// Another process has it mounted.
+    Process(Holder),
+}
+
+impl Source<'_> {
+    fn stat(&mut self, path: &str) -> Result<Value, Failure> {
+        match self {
+            Source::Mounted(fs) => Ok(as_json(path, &fs.stat(path)?)),
+            Source::Process(holder) => holder.ask("pumice_get_file", &json!({ "path": path })),
+        }
+    }
+
+    /// What is in a directory.
+    fn files(&mut self, dir: &str) -> Result<Vec<Value>, Failure> {
+        match self {
+            Source::Mounted(fs) => {
+                let names = fs
+                    .list(dir)?
+                    .into_iter()
+                    .map(|entry| join(dir, &entry.name));
+                names
+                    .map(|path| Ok(as_json(&path, &fs.stat(&path)?)))
+                    .collect()
+            }
+            Source::Process(holder) => {
+                match holder.ask("pumice_get_files", &json!({ "path": dir }))? {
+                    Value::Array(files) => Ok(files),
+                    _ => Err(Failure(
+                        "the process answers with something else".to_owned(),
+                    )),
+                }
+            }
+        }
+    }
+
+    fn statfs(&mut self) -> Result<Value, Failure> {
+        match self {
+            Source::Mounted(fs) => {
+                let s = fs.statfs();
+                Ok(json!({
+                    "device": fs.device_name(),
+                    "total_bytes": s.total,
+                    "free_bytes": s.free,
+                    "used_bytes": s.used,
+                    "host_free_bytes": s.host_free,
+                    "cluster_size": s.cluster,
+                    "files": s.files,
+                    "md_pages": s.md_pages,
+                    "md_pages_used": s.md_pages_used,
+                }))
+            }
+            Source::Process(holder) => holder.ask("pumice_get_statfs", &Value::Null),
+        }
+    }
+}
+
+/// Mounts to read, or asks the process that has the device, and says so.
+fn looked<R>(
+    uri: &str,
+    f: impl FnOnce(&mut Source<'_>) -> Result<R, Failure>,
+) -> Result<R, Failure> {
+    let how = pumice_bdev::OpenOptions::new().read_only(true);
+    let dev = match pumice_bdev::open_with(uri, how) {
+        Ok(dev) => dev,
+        Err(BdevError::InUse {
+            device,
+            pid: Some(pid),
+        }) => {
+            let Some(holder) = Holder::find(&device, pid) else {
+                let e = BdevError::InUse {
+                    device,
+                    pid: Some(pid),
+                };
+                return Err(Failure(format!(
+                    "{e}; a process that opens it with `DbOptions::rpc_socket` can be asked"
+                )));
+            };
+            complain!("pumice: {device}: process {pid} has it and answers");
+            return f(&mut Source::Process(holder));
+        }
+        Err(e) => return Err(e.into()),
+    };
+    let mut opts = MountOptions::default();
+    opts.read_only = true;
+    on_device(uri, dev, &opts, |fs| f(&mut Source::Mounted(fs)))
 }
 
 /// Bytes for people.
@@ -288,6 +389,22 @@ fn as_json(path: &str, s: &Stat) -> Value {
     })
 }
 
+fn text<'a>(file: &'a Value, key: &str) -> &'a str {
+    file[key].as_str().unwrap_or_default()
+}
+
+fn number(file: &Value, key: &str) -> u64 {
+    file[key].as_u64().unwrap_or(0)
+}
+
+fn is_dir(file: &Value) -> bool {
+    text(file, "type") == "directory"
+}
+
+fn modified(file: &Value) -> String {
+    date(UNIX_EPOCH + Duration::from_nanos(number(file, "modified_ns")))
+}
+
 /// `dir` and a name in it.
 pub fn join(dir: &str, name: &str) -> String {
     format!("{}/{name}", dir.trim_end_matches('/'))
@@ -318,43 +435,46 @@ fn or_root(paths: &[String]) -> Vec<String> {
     }
 }
 
+/// What is listed below `path`, directories before what is in them.
+fn listed(source: &mut Source<'_>, path: &str, recursive: bool) -> Result<Vec<Value>, Failure> {
+    let top = source.stat(path)?;
+    if !is_dir(&top) {
+        return Ok(vec![top]);
+    }
+    let mut found = source.files(path)?;
+    let mut at = 0;
+    while recursive && at < found.len() {
+        if is_dir(&found[at]) {
+            let dir = text(&found[at], "path").to_owned();
+            found.extend(source.files(&dir)?);
+        }
+        at += 1;
+    }
+    Ok(found)
+}
+
 /// Runs `pumice ls`.
 pub fn ls(args: &Ls) -> ExitCode {
-    let list = |fs: &FileSystem| {
+    let list = |source: &mut Source<'_>| {
         let mut all = Vec::new();
         for path in or_root(&args.paths) {
-            if args.recursive {
-                all.extend(walk(fs, &path)?.into_iter().skip(1).map(|(p, _)| p));
-            } else if fs.stat(&path)?.is_dir {
-                all.extend(fs.list(&path)?.into_iter().map(|e| join(&path, &e.name)));
-            } else {
-                all.push(path);
-            }
+            all.extend(listed(source, &path, args.recursive)?);
         }
-        let mut stats = Vec::new();
-        for path in all {
-            let stat = fs.stat(&path)?;
-            stats.push((path, stat));
-        }
-        Ok(stats)
+        Ok(all)
     };
-    let result = mounted(&args.uri, Mode::Read, list).map(|stats| {
+    let result = looked(&args.uri, list).map(|files| {
         if args.json {
-            let all: Vec<Value> = stats.iter().map(|(p, s)| as_json(p, s)).collect();
-            print_json(&Value::Array(all));
+            print_json(&Value::Array(files));
             return;
         }
-        let width = stats
-            .iter()
-            .map(|(_, s)| s.len.to_string().len())
-            .max()
-            .unwrap_or(0);
-        let line = |(path, s): &(String, Stat)| {
-            let end = if s.is_dir { "/" } else { "" };
-            let path = visible(path);
-            format!("{:>width$}  {:19}  {path}{end}\n", s.len, date(s.mtime))
+        let len = |file: &Value| number(file, "length").to_string();
+        let width = files.iter().map(|file| len(file).len()).max().unwrap_or(0);
+        let line = |file: &Value| {
+            let end = if is_dir(file) { "/" } else { "" };
+            let (modified, path) = (modified(file), visible(text(file, "path")));
+            format!("{:>width$}  {modified:19}  {path}{end}\n", len(file))
         };
-        print(&stats.iter().map(line).collect::<String>());
+        print(&files.iter().map(line).collect::<String>());
     });
     ended("ls", result)
 }
@@ -437,67 +557,55 @@ pub fn mv(args: &Mv) -> ExitCode {
 
 /// Runs `pumice df`.
 pub fn df(args: &Df) -> ExitCode {
-    let result = mounted(&args.uri, Mode::Read, |fs| Ok(fs.statfs())).map(|s| {
+    let result = looked(&args.uri, |source| source.statfs()).map(|mut s| {
+        if let Value::Object(figures) = &mut s {
+            figures.insert("device".to_owned(), args.uri.clone().into());
+        }
         if args.json {
-            let all = json!({
-                "device": args.uri,
-                "total_bytes": s.total,
-                "free_bytes": s.free,
-                "used_bytes": s.used,
-                "host_free_bytes": s.host_free,
-                "cluster_size": s.cluster,
-                "files": s.files,
-                "md_pages": s.md_pages,
-                "md_pages_used": s.md_pages_used,
-            });
-            print_json(&all);
+            print_json(&s);
             return;
         }
-        let used = s.used;
+        let (used, total) = (number(&s, "used_bytes"), number(&s, "total_bytes"));
         say!("device          {}", args.uri);
-        say!("total           {}", human(s.total));
+        say!("total           {}", human(total));
         say!(
             "used            {} ({} %)",
             human(used),
-            used * 100 / s.total.max(1)
+            used.saturating_mul(100) / total.max(1)
         );
-        say!("free            {}", human(s.free));
-        if let Some(host) = s.host_free {
+        say!("free            {}", human(number(&s, "free_bytes")));
+        if let Some(host) = s["host_free_bytes"].as_u64() {
             say!("room below      {}", human(host));
         }
-        say!("cluster         {}", human(s.cluster));
-        say!("files           {}", s.files);
-        say!("metadata pages  {} of {} used", s.md_pages_used, s.md_pages);
+        say!("cluster         {}", human(number(&s, "cluster_size")));
+        say!("files           {}", number(&s, "files"));
+        let (pages, pages_used) = (number(&s, "md_pages"), number(&s, "md_pages_used"));
+        say!("metadata pages  {pages_used} of {pages} used");
     });
     ended("df", result)
 }
 
 /// Runs `pumice stat`.
 pub fn stat(args: &StatArgs) -> ExitCode {
-    let look = |fs: &FileSystem| {
-        let mut all = Vec::new();
-        for path in or_root(&args.paths) {
-            let s = fs.stat(&path)?;
-            all.push((path, s));
-        }
-        Ok(all)
+    let look = |source: &mut Source<'_>| {
+        let paths = or_root(&args.paths);
+        paths.iter().map(|path| source.stat(path)).collect()
     };
-    let result = mounted(&args.uri, Mode::Read, look).map(|all| {
+    let result = looked(&args.uri, look).map(|all: Vec<Value>| {
         if args.json {
-            let all: Vec<Value> = all.iter().map(|(p, s)| as_json(p, s)).collect();
             print_json(&Value::Array(all));
             return;
         }
-        for (path, s) in all {
-            say!("path       {}", visible(&path));
-            say!("type       {}", if s.is_dir { "directory" } else { "file" });
-            say!("length     {} bytes", s.len);
-            say!("allocated  {}", human(s.allocated));
-            say!("links      {}", s.links);
-            say!("modified   {}", date(s.mtime));
+        for file in all {
+            say!("path       {}", visible(text(&file, "path")));
+            say!("type       {}", visible(text(&file, "type")));
+            say!("length     {} bytes", number(&file, "length"));
+            say!("allocated  {}", human(number(&file, "allocated")));
+            say!("links      {}", number(&file, "links"));
+            say!("modified   {}", modified(&file));
             say!(
                 "blob       {}",
-                s.blob_id.map_or("none".to_owned(), |id| id.to_string())
+                visible(file["blob"].as_str().unwrap_or("none"))
             );
         }
     });
@@ -536,7 +644,6 @@ pub fn rmdir(args: &Rmdir) -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     #[test]
     fn sizes_and_dates_for_people() {

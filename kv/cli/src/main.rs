@@ -13,6 +13,7 @@ mod fake_host;
 mod files;
 mod fsck;
 mod grow;
+mod holder;
 mod mkfs;
 mod nvme;
 mod rescue;
@@ -20,6 +21,7 @@ mod rpc;
 mod serve;
 mod setup;
 mod signals;
+mod top;
 
 use std::process::ExitCode;
 
@@ -55,6 +57,7 @@ enum Command {
     Bdev(bdev::Bdev),
     Config(config::Config),
     Rpc(rpc::Rpc),
+    Top(top::Top),
 }
 
 fn main() -> ExitCode {
@@ -109,5 +112,6 @@ fn run(command: Command) -> ExitCode {
         Command::Bdev(args) => bdev::run(&args),
         Command::Config(args) => config::run(&args),
         Command::Rpc(args) => rpc::run(&args),
+        Command::Top(args) => top::run(&args),
     }
 }

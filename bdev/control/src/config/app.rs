@@ -1,7 +1,7 @@
 //! What the methods act on: a registry, and what was made by which call.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use pumice_bdev::delay::Delay;
@@ -20,6 +20,22 @@ pub struct App {
     pub registry: Registry,
     pub(crate) state: Mutex<State>,
     pub(crate) notifications: Arc<Mutex<Notifications>>,
+    /// Where this is set, nothing can be changed.
+    subject: OnceLock<Subject>,
+}
+
+/// What a process answers questions about beside its block devices.
+struct Subject {
+    methods: &'static [&'static str],
+    answer: Box<AnswerFn>,
+}
+
+type AnswerFn = dyn Fn(&str, &Value) -> Result<Value, MethodError> + Send + Sync;
+
+impl std::fmt::Debug for Subject {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.methods.fmt(f)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -50,6 +66,7 @@ impl Default for App {
             registry,
             state: Mutex::default(),
             notifications,
+            subject: OnceLock::new(),
         }
     }
 }
@@ -58,6 +75,31 @@ impl App {
     /// With an empty registry.
     pub fn new() -> App {
         App::default()
+    }
+
+    /// From now on this answers questions only: `methods`, with what `answer` gives, and those of its own that change
+    /// nothing. Only the first call counts.
+    pub fn answer_only(
+        &self,
+        methods: &'static [&'static str],
+        answer: impl Fn(&str, &Value) -> Result<Value, MethodError> + Send + Sync + 'static,
+    ) {
+        let answer = Box::new(answer);
+        let _ = self.subject.set(Subject { methods, answer });
+    }
+
+    /// The names of the methods that can be called.
+    pub(crate) fn methods(&self) -> Vec<&'static str> {
+        let all = super::methods::METHODS.iter();
+        match self.subject.get() {
+            None => all.map(|method| method.name).collect(),
+            Some(subject) => {
+                let looks = all.filter(|method| method.only_looks());
+                let mut names: Vec<&str> = looks.map(|method| method.name).collect();
+                names.extend(subject.methods);
+                names
+            }
+        }
     }
 
     /// Calls a method by name. `params` are as in JSON-RPC.
@@ -86,9 +128,22 @@ impl App {
         params: Option<&serde_json::value::RawValue>,
         gone: &dyn Fn() -> bool,
     ) -> Result<Value, MethodError> {
+        if let Some(subject) = self.subject.get()
+            && subject.methods.contains(&method)
+        {
+            let params = params.map_or(Ok(Value::Null), |raw| serde_json::from_str(raw.get()));
+            let params = params.map_err(|e| MethodError::param("params", e))?;
+            return (subject.answer)(method, &params);
+        }
         let Some(found) = super::methods::find(method) else {
-            return Err(super::methods::unknown(method));
+            return Err(super::methods::unknown(method, &self.methods()));
         };
+        if self.subject.get().is_some() && !found.only_looks() {
+            let message = format!(
+                "`{method}`: this process answers questions only; rpc_get_methods lists them"
+            );
+            return Err(MethodError::new(-i64::from(libc::EPERM), message));
+        }
         let mut params = Params::new(params)?.until(gone);
         tracing::debug!(method, "call");
         (found.run)(self, &mut params)

@@ -21,7 +21,11 @@ pub fn check_form(file: &str, text: &str) -> Result<usize, ConfigError> {
     let mut names = Names::default();
     for call in &calls {
         let Some(method) = methods::find(&call.method) else {
-            return Err(blame(&text, call, methods::unknown(&call.method)));
+            return Err(blame(
+                &text,
+                call,
+                methods::unknown(&call.method, &nothing.methods()),
+            ));
         };
         let checked =
             Params::only_check(call.params).and_then(|mut p| (method.run)(&nothing, &mut p));

@@ -4,20 +4,18 @@ use serde_json::{Value, json};
 
 use super::app::App;
 use super::json::{MethodError, Params};
-use super::methods::METHODS;
 use crate::logging;
 
 type Answer = Result<Value, MethodError>;
 
-pub(super) fn get_methods(_: &App, params: &mut Params<'_>) -> Answer {
+pub(super) fn get_methods(app: &App, params: &mut Params<'_>) -> Answer {
     // Those of now: what a process calls to get started has been called.
     let current = params.flag("current")?;
     params.ignore(&["include_aliases"]);
     params.finish()?;
-    let listed = METHODS
-        .iter()
-        .filter(|m| !current || m.name != "framework_start_init");
-    Ok(listed.map(|m| json!(m.name)).collect())
+    let names = app.methods().into_iter();
+    let listed = names.filter(|name| !current || *name != "framework_start_init");
+    Ok(listed.map(|name| json!(name)).collect())
 }
 
 pub(super) fn get_version(_: &App, params: &mut Params<'_>) -> Answer {

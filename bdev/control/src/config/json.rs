@@ -30,7 +30,8 @@ pub(crate) const PARSE_ERROR: i64 = -32700;
 pub(crate) const CHECKED: i64 = i64::MIN;
 
 impl MethodError {
-    pub(crate) fn new(code: i64, message: impl Into<String>) -> MethodError {
+    /// An error with this code.
+    pub fn new(code: i64, message: impl Into<String>) -> MethodError {
         MethodError {
             code,
             message: message.into(),
@@ -39,7 +40,8 @@ impl MethodError {
         }
     }
 
-    pub(crate) fn param(key: &str, reason: impl fmt::Display) -> MethodError {
+    /// What is wrong with the parameter `key`.
+    pub fn param(key: &str, reason: impl fmt::Display) -> MethodError {
         MethodError {
             code: INVALID_PARAMS,
             message: format!("`{key}`: {reason}"),

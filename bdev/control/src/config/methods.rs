@@ -17,6 +17,13 @@ pub(crate) struct Method {
     stands_on_another: bool,
 }
 
+impl Method {
+    /// Whether it changes nothing.
+    pub(crate) fn only_looks(&self) -> bool {
+        self.name.contains("_get_")
+    }
+}
+
 const fn plain(name: &'static str, run: Run) -> Method {
     Method {
         name,
@@ -109,8 +116,9 @@ pub(crate) fn stands_on_another(name: &str) -> bool {
     find(name).is_some_and(|m| m.stands_on_another)
 }
 
-pub(crate) fn unknown(name: &str) -> MethodError {
-    let names: Vec<String> = METHODS.iter().map(|m| m.name.to_owned()).collect();
+/// The error for a name that is not among `known`.
+pub(crate) fn unknown(name: &str, known: &[&str]) -> MethodError {
+    let names: Vec<String> = known.iter().map(|&name| name.to_owned()).collect();
     let shown: String = name.chars().take(80).collect();
     let hint = pumice_bdev::registry::nearest(name, &names)
         .map_or_else(String::new, |near| format!("; did you mean `{near}`?"));

@@ -1,0 +1,228 @@
+//! The figures of a file system and of the database in it, each named once: for Prometheus, for JSON-RPC, and as RocksDB
+//! properties (`pumice.free-bytes`).
+
+#![cfg_attr(
+    not(feature = "inspect"),
+    allow(dead_code, reason = "without it there are only the properties")
+)]
+
+use std::fmt::Write as _;
+
+use pumice_blobfs::fs::{CacheStats, FileSystem, IoStats, StatFs};
+
+use crate::Rocks;
+
+/// What the figures of a file system are taken from.
+pub(crate) struct Snapshot {
+    space: StatFs,
+    cache: CacheStats,
+    io: IoStats,
+    writeback_bytes: u64,
+}
+
+impl Snapshot {
+    pub(crate) fn of(fs: &FileSystem) -> Snapshot {
+        Snapshot {
+            space: fs.statfs(),
+            cache: fs.cache_stats(),
+            io: fs.io_stats(),
+            writeback_bytes: fs.writeback_bytes(),
+        }
+    }
+
+    /// Every figure that there is, with its value.
+    pub(crate) fn figures(&self) -> impl Iterator<Item = (&'static Figure, u64)> {
+        FIGURES
+            .iter()
+            .filter_map(|figure| Some((figure, (figure.value)(self)?)))
+    }
+}
+
+/// Whether a figure only grows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Gauge,
+    Counter,
+}
+
+/// A figure of a file system.
+pub(crate) struct Figure {
+    /// Its name in JSON. Prometheus has `pumice_fs_` before it and, for a counter, `_total` behind it.
+    pub(crate) name: &'static str,
+    help: &'static str,
+    kind: Kind,
+    value: fn(&Snapshot) -> Option<u64>,
+}
+
+const fn gauge(
+    name: &'static str,
+    help: &'static str,
+    value: fn(&Snapshot) -> Option<u64>,
+) -> Figure {
+    Figure {
+        name,
+        help,
+        kind: Kind::Gauge,
+        value,
+    }
+}
+
+const fn counter(
+    name: &'static str,
+    help: &'static str,
+    value: fn(&Snapshot) -> Option<u64>,
+) -> Figure {
+    Figure {
+        name,
+        help,
+        kind: Kind::Counter,
+        value,
+    }
+}
+
+/// The figures of a file system.
+static FIGURES: &[Figure] = &[
+    gauge("total_bytes", "Bytes for files.", |s| Some(s.space.total)),
+    gauge("free_bytes", "Bytes that can be written.", |s| {
+        Some(s.space.free)
+    }),
+    gauge("used_bytes", "Bytes that files have.", |s| {
+        Some(s.space.used)
+    }),
+    gauge(
+        "host_free_bytes",
+        "Bytes that the file system below a sparse image has room for.",
+        |s| s.space.host_free,
+    ),
+    gauge("cluster_size", "Bytes of a cluster.", |s| {
+        Some(s.space.cluster)
+    }),
+    gauge("files", "Files.", |s| Some(s.space.files)),
+    gauge("md_pages", "Metadata pages.", |s| Some(s.space.md_pages)),
+    gauge("md_pages_used", "Metadata pages that are used.", |s| {
+        Some(s.space.md_pages_used)
+    }),
+    gauge(
+        "writeback_bytes",
+        "Bytes that were appended and are on their way to the device.",
+        |s| Some(s.writeback_bytes),
+    ),
+    gauge(
+        "cache_used_bytes",
+        "Bytes of clean pages in the page cache.",
+        |s| Some(s.cache.used_bytes),
+    ),
+    gauge(
+        "cache_capacity_bytes",
+        "The bound of the page cache.",
+        |s| Some(s.cache.capacity_bytes),
+    ),
+    counter(
+        "cache_hits",
+        "Reads that were answered from memory alone.",
+        |s| Some(s.cache.hits),
+    ),
+    counter("cache_misses", "Reads that needed the device.", |s| {
+        Some(s.cache.misses)
+    }),
+    counter(
+        "cache_evictions",
+        "Pages that made room for others in the page cache.",
+        |s| Some(s.cache.evictions),
+    ),
+    counter("device_reads", "Reads sent to the device.", |s| {
+        Some(s.io.reads)
+    }),
+    counter("device_read_bytes", "Bytes read from the device.", |s| {
+        Some(s.io.read_bytes)
+    }),
+    counter("device_writes", "Writes sent to the device.", |s| {
+        Some(s.io.writes)
+    }),
+    counter(
+        "device_fua_writes",
+        "Writes with force unit access, which are among device_writes.",
+        |s| Some(s.io.fua_writes),
+    ),
+    counter(
+        "device_written_bytes",
+        "Bytes written to the device.",
+        |s| Some(s.io.written_bytes),
+    ),
+    counter("device_flushes", "Flushes sent to the device.", |s| {
+        Some(s.io.flushes)
+    }),
+    counter(
+        "device_write_zeroes",
+        "Write-zeroes operations sent to the device.",
+        |s| Some(s.io.write_zeroes),
+    ),
+    counter("device_unmaps", "Unmaps sent to the device.", |s| {
+        Some(s.io.unmaps)
+    }),
+];
+
+/// RocksDB's own integer properties that are worth watching, without their `rocksdb.`.
+static ROCKSDB: &[(&str, Kind)] = &[
+    ("estimate-num-keys", Kind::Gauge),
+    ("estimate-live-data-size", Kind::Gauge),
+    ("total-sst-files-size", Kind::Gauge),
+    ("live-sst-files-size", Kind::Gauge),
+    ("cur-size-all-mem-tables", Kind::Gauge),
+    ("num-immutable-mem-table", Kind::Gauge),
+    ("mem-table-flush-pending", Kind::Gauge),
+    ("num-running-flushes", Kind::Gauge),
+    ("compaction-pending", Kind::Gauge),
+    ("num-running-compactions", Kind::Gauge),
+    ("estimate-pending-compaction-bytes", Kind::Gauge),
+    ("block-cache-usage", Kind::Gauge),
+    ("block-cache-capacity", Kind::Gauge),
+    ("num-snapshots", Kind::Gauge),
+    ("actual-delayed-write-rate", Kind::Gauge),
+    ("is-write-stopped", Kind::Gauge),
+    ("background-errors", Kind::Counter),
+];
+
+/// RocksDB's figures of a database, by their names without `rocksdb.`.
+pub(crate) fn of_rocksdb(db: &Rocks) -> impl Iterator<Item = (&'static str, Kind, u64)> {
+    ROCKSDB.iter().filter_map(|(name, kind)| {
+        let value = db.property_int_value(&format!("rocksdb.{name}")).ok()??;
+        Some((*name, *kind, value))
+    })
+}
+
+/// The value of the property `pumice.NAME`, whose name is a figure's with dashes.
+pub(crate) fn property(fs: &FileSystem, property: &str) -> Option<u64> {
+    let name = property.strip_prefix("pumice.")?.replace('-', "_");
+    let figure = FIGURES.iter().find(|figure| figure.name == name)?;
+    (figure.value)(&Snapshot::of(fs))
+}
+
+/// All figures in the text format of Prometheus (0.0.4), labelled with the device's name.
+pub(crate) fn prometheus(device: &str, fs: &FileSystem, db: Option<&Rocks>) -> String {
+    let device = device
+        .replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('\n', "\\n");
+    let mut text = String::new();
+    let mut row = |name: &str, help: &str, kind: Kind, value: u64| {
+        let (kind, end) = match kind {
+            Kind::Gauge => ("gauge", ""),
+            Kind::Counter => ("counter", "_total"),
+        };
+        let _ = writeln!(
+            text,
+            "# HELP {name}{end} {help}\n# TYPE {name}{end} {kind}\n{name}{end}{{device=\"{device}\"}} {value}"
+        );
+    };
+    for (figure, value) in Snapshot::of(fs).figures() {
+        let name = format!("pumice_fs_{}", figure.name);
+        row(&name, figure.help, figure.kind, value);
+    }
+    for (name, kind, value) in db.into_iter().flat_map(of_rocksdb) {
+        let help = format!("RocksDB's property rocksdb.{name}.");
+        let name = format!("pumice_rocksdb_{}", name.replace('-', "_"));
+        row(&name, &help, kind, value);
+    }
+    text
+}

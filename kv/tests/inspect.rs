@@ -1,0 +1,204 @@
+//! A look into a running process: JSON-RPC, figures for Prometheus, properties.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::time::Duration;
+
+use pumice::{Db, DbOptions, Inspection, MountOptions};
+use pumice_bdev_control::rpc::{RpcClient, RpcError};
+use serde_json::{Value, json};
+
+mod common;
+
+use common::{key, value};
+
+fn client(socket: &Path) -> RpcClient {
+    RpcClient::connect(socket, Duration::from_secs(10)).unwrap()
+}
+
+fn ask(client: &mut RpcClient, method: &str, params: &Value) -> Value {
+    client
+        .call(method, params)
+        .unwrap_or_else(|e| panic!("{method}: {e}"))
+}
+
+#[test]
+fn a_database_answers_as_long_as_it_is_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, socket) = (dir.path().join("kv.img"), dir.path().join("rpc.sock"));
+    let uri = format!("file://{}?size=64M&create=1", image.display());
+    let db = DbOptions::new().rpc_socket(&socket).open(&uri).unwrap();
+    for n in 0..1000 {
+        db.put(key(n), value(n)).unwrap();
+    }
+    db.flush().unwrap();
+    let mode = socket.metadata().unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let mut client = client(&socket);
+    let statfs = ask(&mut client, "pumice_get_statfs", &Value::Null);
+    assert_eq!(statfs["device"], image.to_str().unwrap());
+    assert_eq!(
+        statfs["free_bytes"],
+        db.property_int_value("pumice.free-bytes").unwrap().unwrap()
+    );
+    let files = ask(&mut client, "pumice_get_files", &json!({ "path": "/" }));
+    let current = files
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|f| f["path"] == "/CURRENT");
+    assert_eq!(current.unwrap()["type"], "file");
+    let same = ask(
+        &mut client,
+        "pumice_get_file",
+        &json!({ "path": "/CURRENT" }),
+    );
+    assert_eq!(Some(&same), current);
+    let stats = ask(&mut client, "pumice_get_stats", &Value::Null);
+    assert_eq!(stats["rocksdb"]["estimate_num_keys"], 1000);
+    assert!(stats["fs"]["device_writes"].as_u64() > Some(0));
+    let counts = stats["latency"].as_array().unwrap().iter();
+    let ops: u64 = counts.map(|pair| pair[1].as_u64().unwrap()).sum();
+    assert!(ops > 0, "the device's operations have latencies");
+    assert!(!stats["channels"].as_array().unwrap().is_empty());
+    // SPDK's methods that only look.
+    let bdevs = ask(&mut client, "bdev_get_bdevs", &Value::Null);
+    assert_eq!(bdevs[0]["name"], image.to_str().unwrap());
+    // The device goes with the database, whoever is connected.
+    db.close().unwrap();
+    assert!(!socket.exists());
+    Db::open(&uri).unwrap().close().unwrap();
+}
+
+#[test]
+fn nothing_can_be_changed_through_the_socket() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("rpc.sock");
+    let fs = pumice::mount("malloc://64M", &MountOptions::new()).unwrap();
+    let inspection = Inspection::new(&fs).rpc_socket(&socket).unwrap();
+    let mut client = client(&socket);
+    let names = ask(&mut client, "rpc_get_methods", &Value::Null);
+    let names: Vec<&str> = names
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(Value::as_str)
+        .collect();
+    assert!(names.contains(&"pumice_get_stats") && names.contains(&"bdev_get_iostat"));
+    assert!(names.iter().all(|name| name.contains("_get_")), "{names:?}");
+    for method in [
+        "bdev_malloc_create",
+        "spdk_kill_instance",
+        "bdev_reset_iostat",
+        "log_set_level",
+    ] {
+        let error = client.call(method, &Value::Null).unwrap_err();
+        let RpcError::Failed { code, message } = error else {
+            panic!("{error}")
+        };
+        assert_eq!(code, -i64::from(libc::EPERM));
+        assert!(message.contains("questions only"), "{message}");
+    }
+    // Wrong questions are errors.
+    for (params, code) in [
+        (json!({ "path": 7 }), -32602),
+        (json!({ "path": "/nowhere" }), -i64::from(libc::ENOENT)),
+        (json!([1]), -i64::from(libc::ENOENT)),
+    ] {
+        match client.call("pumice_get_file", &params) {
+            Err(RpcError::Failed { code: found, .. }) => assert_eq!(found, code, "{params}"),
+            // An array has no path, so it asks for `/`.
+            other => assert!(params.is_array() && other.is_ok(), "{params}: {other:?}"),
+        }
+    }
+    drop(client);
+    drop(inspection);
+    assert!(!socket.exists());
+    fs.unmount().unwrap();
+}
+
+#[test]
+fn a_socket_that_cannot_be_made_fails_the_opening() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = format!("file://{}/kv.img?size=64M&create=1", dir.path().display());
+    let socket = dir.path().join("no/such/directory/rpc.sock");
+    let error = DbOptions::new().rpc_socket(&socket).open(&uri).unwrap_err();
+    assert!(error.to_string().contains("rpc.sock"), "{error}");
+    let error = DbOptions::new()
+        .metrics("0.0.0.0:0")
+        .open(&uri)
+        .unwrap_err();
+    assert!(error.to_string().contains("loopback"), "{error}");
+    // What failed holds nothing.
+    Db::open(&uri).unwrap().close().unwrap();
+}
+
+#[test]
+fn figures_for_prometheus() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("metrics.sock");
+    let fs = pumice::mount("malloc://64M", &MountOptions::new()).unwrap();
+    let db = DbOptions::new()
+        .metrics(path.to_str().unwrap())
+        .open_in(&fs)
+        .unwrap();
+    db.put(b"key", b"value").unwrap();
+    let mut stream = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    for line in [
+        "# TYPE pumice_fs_free_bytes gauge",
+        "# TYPE pumice_fs_cache_hits_total counter",
+        "pumice_rocksdb_estimate_num_keys{device=\"",
+    ] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+    db.close().unwrap();
+    assert!(!path.exists());
+    // On a port.
+    let inspection = Inspection::new(&fs).metrics("127.0.0.1:0").unwrap();
+    let port = inspection.metrics_port().unwrap();
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    assert!(text.contains("pumice_fs_total_bytes"), "{text}");
+}
+
+#[test]
+fn figures_are_properties() {
+    let db = Db::open("malloc://64M").unwrap();
+    db.put(b"key", b"value").unwrap();
+    let total = db.property_int_value("pumice.total-bytes").unwrap();
+    assert_eq!(total, Some(db.file_system().statfs().total));
+    assert_eq!(
+        db.property_value("pumice.total-bytes").unwrap(),
+        total.map(|n| n.to_string())
+    );
+    // Those that the page lists, and no others.
+    let page = include_str!("../README.md");
+    let list = page.split("There are `total-bytes`").nth(1).unwrap();
+    let list = list.split("`device-unmaps`").next().unwrap();
+    let listed = list.split('`').skip(1).step_by(2);
+    let listed: Vec<&str> = ["total-bytes", "device-unmaps"]
+        .into_iter()
+        .chain(listed)
+        .collect();
+    for name in &listed {
+        let value = db.property_int_value(&format!("pumice.{name}")).unwrap();
+        assert!(value.is_some() || *name == "host-free-bytes", "{name}");
+    }
+    assert_eq!(
+        db.property_int_value("pumice.no-such-figure").unwrap(),
+        None
+    );
+    assert_eq!(
+        db.property_int_value("rocksdb.estimate-num-keys").unwrap(),
+        Some(1)
+    );
+    assert!(db.property_value("rocksdb.stats").unwrap().is_some());
+    db.close().unwrap();
+}
