@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
+use pumice_bdev::registry::Bdev;
 use pumice_bdev::stats::bucket_end;
 use pumice_bdev::{BlockDevice, OpKind};
 pub(crate) use pumice_bdev_control::config::App;
@@ -259,7 +260,7 @@ impl Subject {
     fn latency(&self) -> Value {
         let clock = Clock::get();
         let bdevs = self.app.upgrade().map(|app| app.registry.list());
-        let histogram = bdevs.iter().flatten().find_map(|bdev| bdev.histogram());
+        let histogram = bdevs.iter().flatten().find_map(Bdev::histogram);
         histogram
             .unwrap_or_default()
             .into_iter()
@@ -272,7 +273,7 @@ impl Subject {
     /// What was done through each channel that is open: one for each thread that reads, and those that threads share.
     fn channels(&self) -> Value {
         let bdevs = self.app.upgrade().map(|app| app.registry.list());
-        let channels = bdevs.iter().flatten().flat_map(|bdev| bdev.channel_stats());
+        let channels = bdevs.iter().flatten().flat_map(Bdev::channel_stats);
         channels
             .map(|(id, stats)| {
                 let (reads, writes) = (stats.of(OpKind::Read), stats.of(OpKind::Write));

@@ -557,10 +557,14 @@ pub fn mv(args: &Mv) -> ExitCode {
 
 /// Runs `pumice df`.
 pub fn df(args: &Df) -> ExitCode {
-    let result = looked(&args.uri, |source| source.statfs()).map(|mut s| {
-        if let Value::Object(figures) = &mut s {
+    let ask = |source: &mut Source<'_>| {
+        let mut answer = source.statfs()?;
+        if let Value::Object(figures) = &mut answer {
             figures.insert("device".to_owned(), args.uri.clone().into());
         }
+        Ok(answer)
+    };
+    let result = looked(&args.uri, ask).map(|s| {
         if args.json {
             print_json(&s);
             return;
