@@ -1,367 +1,256 @@
-//! Small runs of every benchmark, each followed by a look at every key.
-#![cfg(feature = "db")]
+//! The real `db_bench` on our file system: small runs by its own flags, each followed by a look at every key.
 
-use std::process::Command;
+use std::path::Path;
+use std::process::{Command, Output};
 
-use pumice_bench::db_bench::flags::Flags;
-use pumice_bench::db_bench::plan::BENCHMARKS;
-use pumice_bench::db_bench::report::{BenchResult, Report};
-use pumice_bench::db_bench::runner;
+use serde_json::Value;
 
-fn small(env: &str, benchmarks: &str) -> Flags {
-    Flags {
-        benchmarks: benchmarks.to_owned(),
-        env: env.to_owned(),
-        num: 2000,
-        seed: 11,
-        progress_reports: false,
-        // Small tables and memtables: flushes and compactions happen in a small run too.
-        write_buffer_size: 64 << 10,
-        target_file_size_base: 64 << 10,
-        max_bytes_for_level_base: 256 << 10,
-        ..Flags::default()
-    }
+/// Small tables and memtables: flushes and compactions happen in a small run, too.
+const SMALL: [&str; 6] = [
+    "--num=3000",
+    "--seed=11",
+    "--write_buffer_size=65536",
+    "--target_file_size_base=65536",
+    "--max_bytes_for_level_base=262144",
+    "--progress_reports=false",
+];
+
+fn db_bench() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_db_bench"))
 }
 
-fn run(f: &Flags) -> Result<(Report, String), String> {
-    let mut text = String::new();
-    let report = runner::run(f, &mut |line| {
-        text.push_str(line);
-        text.push('\n');
-    })?;
-    Ok((report, text))
+fn text(out: &Output) -> String {
+    let (stdout, stderr) = (&out.stdout, &out.stderr);
+    String::from_utf8_lossy(stdout).into_owned() + &String::from_utf8_lossy(stderr)
 }
 
-fn one<'a>(r: &'a Report, name: &str) -> &'a BenchResult {
-    r.results
+/// Runs with the small sizes and these flags; the report.
+fn run(flags: &[&str]) -> Value {
+    let out = db_bench()
+        .args(SMALL)
+        .args(flags)
+        .arg("--json")
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{flags:?}: {}", text(&out));
+    serde_json::from_slice(&out.stdout).unwrap_or_else(|e| panic!("{flags:?}: {e}\n{}", text(&out)))
+}
+
+fn result<'a>(report: &'a Value, name: &str) -> &'a Value {
+    let results = report["results"].as_array().unwrap();
+    results
         .iter()
-        .find(|b| b.name == name)
-        .unwrap_or_else(|| panic!("no result for {name}"))
+        .find(|r| r["name"] == name)
+        .unwrap_or_else(|| panic!("no result for {name}: {report:#}"))
+}
+
+fn image(dir: &Path) -> String {
+    format!(
+        "--device=file://{}?size=512M&create=1",
+        dir.join("disk.img").display()
+    )
 }
 
 #[test]
-fn every_benchmark_runs_and_every_key_is_as_written() {
-    for (name, _) in BENCHMARKS {
-        let f = Flags {
-            reads: 500,
-            num: 3000,
-            seek_nexts: 3,
-            ..small("mem", &format!("fillrandom,{name},verify"))
-        };
-        let (report, text) = run(&f).unwrap_or_else(|e| panic!("{name}: {e}"));
-        assert!(
-            one(&report, "verify")
-                .message
-                .contains("every key as written"),
-            "{name}:\n{text}"
-        );
-    }
-}
-
-#[test]
-fn every_benchmark_runs_on_our_file_system() {
-    let names: Vec<&str> = BENCHMARKS.iter().map(|(n, _)| *n).collect();
-    // All in one run: each benchmark finds what the ones before have left.
-    let f = Flags {
-        reads: 500,
-        num: 3000,
-        device: "malloc://512M".into(),
-        ..small("pumice", &names.join(",verify,"))
-    };
-    let (report, text) = run(&f).unwrap();
-    let verified = report.results.iter().filter(|r| r.name == "verify");
-    for v in verified {
-        assert!(v.message.contains("every key as written"), "{text}");
-    }
-    let sync = one(&report, "fillsync");
-    let io = sync.io.unwrap();
-    // Three puts; each has to reach the device before it is acknowledged.
-    assert!(io.writes >= sync.operations, "{io:?}");
-}
-
-#[test]
-fn the_image_file_made_for_a_run_is_gone_afterwards() {
+fn without_flags_it_fills_reads_and_looks_at_every_key() {
     let dir = tempfile::tempdir().unwrap();
-    let f = Flags {
-        image_dir: dir.path().display().to_string(),
-        ..small(
-            "pumice",
-            "fillrandom,compact,fillsync,overwrite,verify,readrandom",
-        )
-    };
-    let (report, text) = run(&f).unwrap();
-    assert!(
-        text.contains("File system: Pumice's BlobFS on an image file in "),
-        "{text}"
-    );
-    assert!(report.info.durability.sync_is_durable);
+    let out = db_bench()
+        .args(["--num=5000", "--compression_type=none"])
+        .arg(format!("--image_dir={}", dir.path().display()))
+        .output()
+        .unwrap();
+    let said = text(&out);
+    assert!(out.status.success(), "{said}");
+    for part in [
+        "Built for:  ",
+        "File system: Pumice's BlobFS on an image file in ",
+        "Durability: a synced write when the device says so",
+        "fillrandom   : ",
+        "readrandom   : ",
+        "per operation",
+        "device writes/reads/flushes",
+        "each the same by a scan and by Get",
+    ] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 
 #[test]
-fn a_database_on_a_device_is_found_again() {
+fn a_database_on_an_image_is_found_again_with_every_key() {
     let dir = tempfile::tempdir().unwrap();
-    let image = dir.path().join("disk.img");
-    let device = format!("file://{}", image.display());
-    let on = |benchmarks: &str, size: &str| Flags {
-        device: device.clone() + size,
-        ..small("pumice", benchmarks)
-    };
-    run(&on("fillseq", "?size=512M&create=1")).unwrap();
-    let again = Flags {
-        use_existing_db: true,
-        ..on("readrandom,overwrite,verify", "")
-    };
-    let (report, _) = run(&again).unwrap();
-    assert_eq!(one(&report, "readrandom").found, Some((2000, 2000)));
-    let other = Flags {
-        db: "/elsewhere".into(),
-        ..again.clone()
-    };
-    let e = run(&other).unwrap_err();
-    assert!(e.contains("does not exist"), "{e}");
-    let read_only = Flags {
-        readonly: true,
-        ..again
-    };
-    let read_only = Flags {
-        benchmarks: "readseq,verify".into(),
-        ..read_only
-    };
-    let (report, _) = run(&read_only).unwrap();
-    assert_eq!(one(&report, "readseq").operations, 2000);
-    // A fresh run finds the file system and only replaces the database.
-    run(&on("fillrandom,verify", "")).unwrap();
-}
-
-#[test]
-fn several_threads_with_batches_and_overwrites() {
-    let list = "fillseq,overwrite,deleterandom,updaterandom,readrandomwriterandom,readwhilewriting,multireadwhilewriting,seekrandomwhilewriting,verify,compact,verify";
-    for (env, batch_size) in [("mem", 1_u64), ("mem", 7), ("pumice", 1)] {
-        let f = Flags {
-            threads: 3,
-            batch_size: i64::try_from(batch_size).unwrap(),
-            ..small(env, list)
-        };
-        let (report, _) = run(&f).unwrap();
-        let per_thread = 2000 / batch_size * batch_size;
-        assert_eq!(one(&report, "overwrite").operations, 3 * per_thread);
-        assert_eq!(
-            one(&report, "verify").found.map(|(_, asked)| asked),
-            Some(2000)
-        );
-    }
-}
-
-#[test]
-fn readrandom_finds_what_fillseq_wrote() {
-    let f = small(
-        "mem",
-        "fillseq,readrandom,multireadrandom,readseq,readmissing",
-    );
-    for multiread_batched in [false, true] {
-        let f = Flags {
-            multiread_batched,
-            ..f.clone()
-        };
-        let (report, text) = run(&f).unwrap();
-        for name in ["readrandom", "multireadrandom"] {
-            assert_eq!(one(&report, name).found, Some((2000, 2000)), "{name}");
-        }
-        assert_eq!(one(&report, "readseq").operations, 2000);
-        assert_eq!(one(&report, "readmissing").found, Some((0, 2000)));
-        assert!(text.contains("(2000 of 2000 found)"), "{text}");
-    }
-}
-
-#[test]
-fn shapes_of_keys_and_values() {
-    let base = small(
-        "mem",
-        "fillrandom,readrandom,deleteseq,filluniquerandom,verify",
-    );
-    for f in [
-        Flags {
-            key_size: 2,
-            ..base.clone()
-        },
-        Flags {
-            key_size: 24,
-            prefix_size: 12,
-            keys_per_prefix: 10,
-            ..base.clone()
-        },
-        Flags {
-            value_size: 0,
-            ..base.clone()
-        },
-        Flags {
-            value_size_distribution_type: "uniform".into(),
-            value_size_max: 5000,
-            ..base.clone()
-        },
-        Flags {
-            value_size_distribution_type: "normal".into(),
-            value_size_max: 900,
-            ..base.clone()
-        },
-        Flags {
-            compression_type: "zstd".into(),
-            same_value_percentage: 50,
-            ..base.clone()
-        },
-        Flags {
-            enable_blob_files: true,
-            min_blob_size: 10,
-            ..base.clone()
-        },
-        Flags {
-            disable_wal: true,
-            bloom_bits: 10,
-            cache_size: -1,
-            ..base.clone()
-        },
-    ] {
-        let (report, text) = run(&f).unwrap_or_else(|e| panic!("{f:?}: {e}"));
-        assert_eq!(one(&report, "verify").found, Some((2000, 2000)), "{text}");
-    }
-    let tiny = Flags {
-        key_size: 1,
-        ..base
-    };
-    assert!(run(&tiny).unwrap_err().contains("not distinct"));
-}
-
-#[test]
-fn the_kernels_file_system_keeps_a_database() {
-    let dir = tempfile::tempdir().unwrap();
-    let db = dir.path().join("db").display().to_string();
-    let list = "fillseq,fillsync,fillseq,verify,levelstats";
-    let f = Flags {
-        db: db.clone(),
-        ..small("kernel", list)
-    };
-    let (report, text) = run(&f).unwrap();
-    assert!(one(&report, "fillsync").synced && !one(&report, "fillseq").synced);
-    assert!(text.contains("Level Files Size(MB)"), "{text}");
-    let log = std::fs::read_to_string(dir.path().join("db/LOG")).unwrap();
-    let version = format!("RocksDB version: {}\n", runner::ROCKSDB_VERSION);
-    assert!(log.contains(&version), "another RocksDB is linked");
-
-    let again = Flags {
-        db: db.clone(),
-        use_existing_db: true,
-        ..small("kernel", "fillseq,readrandom,verify")
-    };
-    let (report, text) = run(&again).unwrap();
-    assert!(text.contains("fillseq      : skipped (--use_existing_db is true)"));
-    assert_eq!(one(&report, "readrandom").found, Some((2000, 2000)));
-    assert!(one(&report, "verify").message.contains("scan: 2000 keys"));
-
-    let read_only = Flags {
-        readonly: true,
-        ..again.clone()
-    };
-    assert!(run(&read_only).is_ok());
-    let missing = Flags {
-        db: db + "-none",
-        ..again
-    };
-    assert!(run(&missing).unwrap_err().contains("does not exist"));
-}
-
-#[test]
-fn a_stranger_in_the_database_is_found() {
-    let dir = tempfile::tempdir().unwrap();
-    let db = dir.path().join("db").display().to_string();
-    run(&Flags {
-        db: db.clone(),
-        ..small("kernel", "fillseq")
-    })
-    .unwrap();
-    rocksdb::DB::open_default(&db)
-        .unwrap()
-        .put(b"stranger", b"")
-        .unwrap();
-    let f = Flags {
-        db,
-        use_existing_db: true,
-        ..small("kernel", "verify")
-    };
-    assert!(run(&f).unwrap_err().contains("none that db_bench writes"));
-}
-
-#[test]
-fn repeats_histograms_statistics_and_durations() {
-    let f = Flags {
-        histogram: true,
-        statistics: true,
-        ..small("mem", "fillrandom,readrandom[W1-X3]")
-    };
-    let (report, text) = run(&f).unwrap();
-    assert_eq!(report.results.len(), 4);
-    assert!(text.contains("readrandom [MEDIAN 3 runs] : "), "{text}");
-    assert!(
-        text.contains("Microseconds per read:\nCount: 2000 "),
-        "{text}"
-    );
-    assert!(text.contains("rocksdb.number.keys.read"), "{text}");
-    assert_eq!(one(&report, "fillrandom").latency["write"].count, 2000);
-
-    let f = Flags {
-        duration: 1,
-        ..small("mem", "fillseq,readrandom")
-    };
-    let (report, _) = run(&f).unwrap();
-    assert_eq!(one(&report, "fillseq").operations, 2000);
-    let timed = one(&report, "readrandom");
-    assert!(timed.seconds >= 1.0 && timed.operations > 2000);
-}
-
-#[test]
-fn a_rate_limit_is_kept() {
-    let f = Flags {
-        benchmark_write_rate_limit: 2_000_000,
-        ..small("mem", "fillseq")
-    };
-    let (report, _) = run(&f).unwrap();
-    // 232 000 bytes at 2 MB a second.
-    assert!(one(&report, "fillseq").seconds >= 0.1);
-}
-
-#[test]
-fn the_program_speaks_json_and_explains_itself() {
-    let program = env!("CARGO_BIN_EXE_db_bench");
-    let out = Command::new(program)
-        .args([
-            "--env=mem",
-            "--benchmarks=fillseq,verify",
-            "-num",
-            "1000",
-            "--json",
-            "--seed=3",
-        ])
+    let device = image(dir.path());
+    let filled = run(&[&device, "--benchmarks=fillseq", "--verify"]);
+    assert_eq!(filled["verified_keys"], 3000);
+    let again = run(&[
+        &device,
+        "--use_existing_db",
+        "--benchmarks=readrandom,overwrite,compact,readseq",
+        "--verify",
+    ]);
+    assert_eq!(again["verified_keys"], 3000);
+    let found = &result(&again, "readrandom")["message"];
+    assert!(found.as_str().unwrap().contains("(3000 of 3000 found)"), "{found}");
+    assert_eq!(result(&again, "readseq")["operations"], 3000);
+    // Another directory of the same device is another database.
+    let other = run(&[&device, "--db=/x/y/other", "--benchmarks=fillseq", "--verify"]);
+    assert_eq!(other["verified_keys"], 3000);
+    let missing = db_bench()
+        .args([&device, "--db=/none", "--use_existing_db", "--benchmarks=readrandom"])
         .output()
         .unwrap();
-    assert!(out.status.success());
-    let v: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
-    assert_eq!(v["results"][0]["name"], "fillseq");
-    assert_eq!(v["results"][0]["operations"], 1000);
-    assert_eq!(v["results"][1]["found"][0], 1000);
-    assert_eq!(v["durability"]["sync_is_durable"], false);
-    assert_eq!(v["flags"]["num"], "1000");
-    assert!(String::from_utf8_lossy(&out.stderr).contains("fillseq      : "));
+    assert_eq!(missing.status.code(), Some(1), "{}", text(&missing));
+}
 
-    let wrong = Command::new(program).arg("--treads=3").output().unwrap();
-    assert_eq!(wrong.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&wrong.stderr).contains("did you mean --"));
-    let wrong = Command::new(program)
+#[test]
+fn a_key_that_is_damaged_on_the_device_is_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = image(dir.path());
+    // 'value' alone in the tables, so that they can be found on the device.
+    run(&[
+        &device,
+        "--benchmarks=fillseq,compact,flush",
+        "--compression_type=none",
+        "--value_size=1000",
+    ]);
+    let path = dir.path().join("disk.img");
+    let mut bytes = std::fs::read(&path).unwrap();
+    // The key of number 1500 as db_bench writes it, in every copy.
+    let mut key = 1500_u64.to_be_bytes().to_vec();
+    key.extend_from_slice(b"00000000");
+    let places: Vec<usize> = bytes
+        .windows(key.len())
+        .enumerate()
+        .filter(|(_, w)| *w == &key[..])
+        .map(|(at, _)| at)
+        .collect();
+    assert!(!places.is_empty(), "the key is not on the device");
+    for at in places {
+        bytes[at + key.len() + 100] ^= 1;
+    }
+    std::fs::write(&path, bytes).unwrap();
+    let out = db_bench()
+        .args(SMALL)
+        .args([&device, "--use_existing_db", "--benchmarks=levelstats", "--verify"])
+        .output()
+        .unwrap();
+    let said = text(&out);
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(said.contains("--verify: Corruption"), "{said}");
+}
+
+#[test]
+fn a_synced_put_reaches_the_device_before_it_is_acknowledged() {
+    let report = run(&["--device=malloc://512M", "--benchmarks=fillsync", "--writes=50"]);
+    let sync = result(&report, "fillsync");
+    assert_eq!(sync["synced"], true);
+    assert_eq!(sync["operations"], 50);
+    assert!(sync["io"]["writes"].as_u64().unwrap() >= 50, "{sync:#}");
+    assert_eq!(report["durability"]["sync_is_durable"], false, "memory");
+}
+
+#[test]
+fn rocksdbs_benchmarks_of_every_kind_run() {
+    for (benchmarks, flags) in [
+        ("fillrandom,mixgraph", &["--key_size=48", "--mix_get_ratio=0.83", "--mix_put_ratio=0.14", "--mix_seek_ratio=0.03", "--keyrange_num=1", "--reads=2000"][..]),
+        ("fillseq,mergerandom,readrandommergerandom", &["--merge_operator=stringappend", "--merge_keys=500"]),
+        ("fillrandom,readrandom,readwhilewriting", &["--num_column_families=4", "--reads=500"]),
+        ("fillseq,readrandom", &["--transaction_db", "--num=1000"]),
+        ("randomtransaction", &["--optimistic_transaction_db", "--transaction_sets=4", "--num=500"]),
+        ("fillseq,readrandom", &["--num_multi_db=3", "--num=1000", "--wal_dir=/logs"]),
+        ("fillseq,multireadrandom,seekrandom,readreverse,updaterandom", &["--multiread_batched", "--seek_nexts=5", "--reads=500"]),
+        ("fillseq,readseq", &["--use_direct_reads", "--use_direct_io_for_flush_and_compaction"]),
+        ("fillseq,backup,restore", &[]),
+        ("fillrandom,readrandom", &["--enable_blob_files", "--min_blob_size=10"]),
+        ("fillseq,multireadrandom", &["--async_io", "--use_direct_reads", "--cache_size=65536"]),
+    ] {
+        let list = format!("--benchmarks={benchmarks}");
+        let mut all = vec!["--device=malloc://768M", &list];
+        all.extend_from_slice(flags);
+        let report = run(&all);
+        let ran = report["results"].as_array().unwrap();
+        assert!(!ran.is_empty(), "{benchmarks}: {report:#}");
+        if benchmarks.contains("readrandommergerandom") {
+            assert!(result(&report, "readrandommergerandom")["operations"].as_u64().unwrap() > 0);
+        }
+    }
+}
+
+#[test]
+fn every_database_and_column_family_is_looked_at() {
+    let families = run(&[
+        "--device=malloc://512M",
+        "--benchmarks=fillseq",
+        "--num_column_families=4",
+        "--verify",
+    ]);
+    assert_eq!(families["verified_keys"], 3000);
+    let databases = run(&[
+        "--device=malloc://512M",
+        "--benchmarks=fillseq",
+        "--num_multi_db=2",
+        "--verify",
+    ]);
+    assert_eq!(databases["verified_keys"], 2 * 3000);
+}
+
+#[test]
+fn the_other_file_systems_run_the_same_tool() {
+    let dir = tempfile::tempdir().unwrap();
+    let db = format!("--db={}", dir.path().join("db").display());
+    let kernel = run(&["--env=kernel", &db, "--benchmarks=fillseq", "--verify"]);
+    assert_eq!(kernel["verified_keys"], 3000);
+    let log = std::fs::read_to_string(dir.path().join("db/LOG")).unwrap();
+    let version = format!("RocksDB version: {}\n", pumice_rocksdb_tools::rocksdb_version());
+    assert!(log.contains(&version), "another RocksDB is linked");
+    let memory = run(&["--env=mem", "--benchmarks=fillseq,readrandom", "--verify"]);
+    assert_eq!(memory["verified_keys"], 3000);
+    assert_eq!(memory["file_system"], "RocksDB's memory env");
+    // RocksDB's own way to name ours.
+    let uri = run(&["--fs_uri=blobfs://malloc://512M", "--benchmarks=fillseq", "--verify"]);
+    assert_eq!(uri["verified_keys"], 3000);
+}
+
+#[test]
+fn the_report_of_a_run_over_time_is_a_file_of_the_kernels() {
+    let dir = tempfile::tempdir().unwrap();
+    let csv = dir.path().join("report.csv");
+    let file = format!("--report_file={}", csv.display());
+    run(&[
+        "--device=malloc://512M",
+        "--benchmarks=fillseq,readrandom",
+        "--duration=3",
+        "--report_interval_seconds=1",
+        &file,
+    ]);
+    let report = std::fs::read_to_string(&csv).unwrap();
+    assert!(report.starts_with("secs_elapsed,interval_qps"), "{report}");
+    assert!(report.lines().count() >= 2, "{report}");
+}
+
+#[test]
+fn a_wrong_flag_names_the_nearest() {
+    for (wrong, said) in [
+        (&["--treads=3"][..], "did you mean --threads?"),
+        (&["--fs_cache_sise=1"], "did you mean --fs_cache_size?"),
+        (&["--num=many"], "--num=many: not a value"),
+        (&["--readwritepercent=101"], "not a value"),
+        (&["--env=floppy"], "one of pumice"),
+    ] {
+        let out = db_bench().args(wrong).output().unwrap();
+        assert_eq!(out.status.code(), Some(2), "{wrong:?}: {}", text(&out));
+        assert!(text(&out).contains(said), "{wrong:?}: {}", text(&out));
+    }
+    // A benchmark that is not there ends the run with RocksDB's own words.
+    let out = db_bench()
         .args(["--env=mem", "--benchmarks=fillsec"])
         .output()
         .unwrap();
-    assert_eq!(wrong.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&wrong.stderr).contains("did you mean fillseq?"));
-    let help = Command::new(program).arg("--help").output().unwrap();
-    let help = String::from_utf8_lossy(&help.stdout);
-    assert!(help.contains("--write_buffer_size") && help.contains("readwhilewriting"));
+    assert_eq!(out.status.code(), Some(1), "{}", text(&out));
+    assert!(text(&out).contains("unknown benchmark 'fillsec'"), "{}", text(&out));
+    let help = db_bench().arg("--help").output().unwrap();
+    let help = text(&help);
+    for flag in ["--write_buffer_size", "--device", "readwhilewriting"] {
+        assert!(help.contains(flag), "{flag}");
+    }
 }

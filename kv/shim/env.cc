@@ -49,7 +49,15 @@ rocksdb::FileSystem* Make(const std::string& uri, std::unique_ptr<rocksdb::FileS
 extern "C" void* pumice_env_new(const pumice_fs_ops* ops, const void* fs, uint32_t forbid) {
   try {
     auto owned = std::make_shared<pumice::BlobFileSystem>(ops, fs, forbid);
-    return Wrap(rocksdb::NewCompositeEnv(owned));
+    return rocksdb::NewCompositeEnv(owned).release();
+  } catch (...) {
+    return nullptr;
+  }
+}
+
+extern "C" void* pumice_env_wrap(void* env) {
+  try {
+    return Wrap(std::unique_ptr<rocksdb::Env>(static_cast<rocksdb::Env*>(env)));
   } catch (...) {
     return nullptr;
   }

@@ -116,8 +116,11 @@ struct pumice_fs_ops {
 
 // Given by C++ to Rust.
 
-// An rocksdb_env_t over the file system; takes ownership of `fs`. Null: out of memory.
+// A `rocksdb::Env*` over the file system; takes ownership of `fs`. Null: out of memory.
 void* pumice_env_new(const struct pumice_fs_ops* ops, const void* fs, uint32_t forbid);
+
+// That environment as an rocksdb_env_t, which owns it from then on. Null: out of memory.
+void* pumice_env_wrap(void* env);
 
 // Mounts what a URI names: answers 0 and a table and handle, or a negative errno with a last fault.
 typedef int64_t (*pumice_mount_fn)(const char* uri, size_t len,

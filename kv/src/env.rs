@@ -1,5 +1,7 @@
 //! RocksDB environments over a file system.
 
+use std::ffi::c_void;
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use pumice_blobfs::fs::FileSystem;
@@ -96,6 +98,17 @@ impl EnvOptions {
     /// [`Error::Path`] for a root that no directory can have, [`Error::Memory`].
     pub fn build<F: PluginFs>(&self, fs: F) -> Result<rocksdb::Env, Error> {
         Ok(self.build_gated(fs)?.0)
+    }
+
+    /// As [`EnvOptions::build`], as a C++ `rocksdb::Env*`, for C++ code in the same program. That code owns it, and deletes it
+    /// after the last database that was opened with it, or never.
+    ///
+    /// # Errors
+    /// As [`EnvOptions::build`].
+    pub fn build_cpp(&self, fs: &FileSystem) -> Result<NonNull<c_void>, Error> {
+        let root = normal(&self.root)?;
+        let made = plugin::make_cpp_env(fs.clone(), &root, self.forbid);
+        Ok(made.map_err(|e| Error::Memory(e.0))?.0)
     }
 
     /// As [`EnvOptions::build`], with what ends the environment's use while handles on it are left.

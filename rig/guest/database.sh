@@ -5,7 +5,7 @@ bench() {
 	db_bench --device=$device --num=20000 --value_size=100 --write_buffer_size=1048576 \
 		--compression_type=none --stats_interval_seconds=0 "$@"
 }
-step "the database fills and reads" bench --benchmarks=fillrandom,readrandom,verify
-step "it is there for the next process" bench --use_existing_db=1 --benchmarks=verify,readrandom
+step "the database fills and reads" bench --benchmarks=fillrandom,readrandom --verify
+step "it is there for the next process" bench --use_existing_db=1 --benchmarks=readrandom --verify
 step "synced writes" bench --use_existing_db=1 --sync=1 --num=200 --benchmarks=fillrandom
 step "the file system is whole" pumice fsck $device

@@ -1,22 +1,39 @@
-//! RocksDB's `db_bench` on the kernel's file system, in memory, or on Pumice's own.
+//! RocksDB's own `db_bench` on Pumice's file system, the kernel's, or in memory.
 
-use std::io::Write as _;
+use std::io::Write;
 use std::process::ExitCode;
 
-use pumice_bench::db_bench::{flags, gflags, plan, report::Report, runner};
+use pumice_bench::db_bench::flags::{self, Flags};
+use pumice_bench::db_bench::gflags::{self, Parsed};
+use pumice_bench::db_bench::listen::Listener;
+use pumice_bench::db_bench::ours::Ours;
+use pumice_bench::db_bench::report::{self, Report, RunInfo};
+use pumice_bench::db_bench::target::Target;
+use pumice_bench::db_bench::workload::Workload;
+use pumice_rocksdb_tools::db_bench;
+
+/// What runs without `--benchmarks`.
+const DEFAULT_BENCHMARKS: &str = "fillrandom,readrandom";
+
+const INTRO: &str = "db_bench: RocksDB's own benchmark tool, on Pumice's file system (--env=pumice, the default), on the kernel's\n(--env=kernel) or in memory (--env=mem). Without --benchmarks: fillrandom, readrandom, and a look at every key.";
 
 fn main() -> ExitCode {
-    let flags = match flags::parse(std::env::args().skip(1)) {
-        Ok(gflags::Parsed::Run(flags, _)) => flags,
-        Ok(gflags::Parsed::Help) => {
-            pumice_bdev_control::terminal::print(&gflags::help::<flags::Flags>(&intro()));
+    let known = db_bench::flags();
+    let (mut own, given, ignored) = match flags::parse(std::env::args().skip(1), &known) {
+        Ok(Parsed::Run {
+            own,
+            others,
+            ignored,
+        }) => (own, others, ignored),
+        Ok(Parsed::Help) => {
+            pumice_bdev_control::terminal::print(&gflags::help::<Flags>(INTRO, &known));
             return ExitCode::SUCCESS;
         }
-        Ok(gflags::Parsed::Version) => {
+        Ok(Parsed::Version) => {
             pumice_bdev_control::say!(
                 "db_bench {} (RocksDB {})",
                 env!("CARGO_PKG_VERSION"),
-                runner::ROCKSDB_VERSION
+                pumice_rocksdb_tools::rocksdb_version()
             );
             return ExitCode::SUCCESS;
         }
@@ -25,23 +42,90 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let to_stderr = flags.json == "-";
-    let mut say = |line: &str| {
-        // A closed pipe is no reason to stop in the middle of a benchmark.
-        if to_stderr {
-            let _ = writeln!(std::io::stderr(), "{line}");
-        } else {
-            let _ = writeln!(std::io::stdout(), "{line}");
+    for word in ignored {
+        pumice_bdev_control::complain!("db_bench: '{word}' is ignored: flags start with --");
+    }
+    for (name, value) in &given {
+        if db_bench::set(name, value).is_err() {
+            pumice_bdev_control::complain!("db_bench: --{name}={value}: not a value that it can have");
+            return ExitCode::from(2);
         }
-    };
-    let done = runner::run(&flags, &mut say).and_then(|r| write_json(&flags.json, &r));
-    match done {
-        Ok(()) => pumice_bdev_control::terminal::finished("db_bench", ExitCode::SUCCESS),
+    }
+    if !given.iter().any(|(name, _)| name == "benchmarks") {
+        own.verify = true;
+        if db_bench::set("benchmarks", DEFAULT_BENCHMARKS).is_err() {
+            return ExitCode::FAILURE;
+        }
+    }
+    if let Err(e) = flags::check(&own) {
+        pumice_bdev_control::complain!("db_bench: {e}");
+        return ExitCode::from(2);
+    }
+    match run(&own, given) {
+        Ok(code) => pumice_bdev_control::terminal::finished("db_bench", code),
         Err(e) => {
             pumice_bdev_control::complain!("db_bench: {e}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn run(own: &Flags, given: Vec<(String, String)>) -> Result<ExitCode, String> {
+    pumice::register_uri();
+    let workload = Workload::of_process();
+    let target = Target::open(own, &workload)?;
+    set("db", &target.db)?;
+    let report_file = workload.report_file.filter(|_| target.ours.is_some());
+    if report_file.is_some() {
+        set("report_file", Ours::report_path())?;
+    }
+    let info = RunInfo {
+        env: own.env.clone(),
+        file_system: target.words.clone(),
+        db: target.db.clone(),
+        durability: target.durability.clone(),
+        built_for: report::built_for(),
+        flags: given.into_iter().collect(),
+    };
+    let mut out: Box<dyn Write + Send> = if own.json == "-" {
+        Box::new(std::io::stderr())
+    } else {
+        Box::new(std::io::stdout())
+    };
+    // A closed pipe is not a reason to stop, here and below.
+    let _ = writeln!(out, "{}", report::header(&info));
+    let io = || target.io();
+    let mut listener = Listener::new(out, &io, workload.sync);
+    let code = db_bench::run(&target.files, |text| listener.hear(text)).map_err(|e| e.to_string())?;
+    let results = std::mem::take(&mut listener.results);
+    if code == 0 && !results.is_empty() {
+        listener.hear(report::summary(&results).as_bytes());
+        listener.hear(b"\n");
+    }
+    let mut verified_keys = None;
+    if code == 0 && own.verify {
+        let keys = db_bench::verify().map_err(|e| format!("--verify: {e}"))?;
+        listener.hear(
+            format!("  verified: {keys} keys, each the same by a scan and by Get\n").as_bytes(),
+        );
+        verified_keys = Some(keys);
+    }
+    drop(listener);
+    if let (Some(path), Some(ours)) = (&report_file, &target.ours) {
+        ours.copy_report(path)?;
+    }
+    target.close()?;
+    let report = Report {
+        info,
+        results,
+        verified_keys,
+    };
+    write_json(&own.json, &report)?;
+    Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+}
+
+fn set(name: &str, value: &str) -> Result<(), String> {
+    db_bench::set(name, value).map_err(|_| format!("--{name}={value}: refused by RocksDB's tool"))
 }
 
 fn write_json(path: &str, report: &Report) -> Result<(), String> {
@@ -54,12 +138,4 @@ fn write_json(path: &str, report: &Report) -> Result<(), String> {
         return Ok(());
     }
     std::fs::write(path, text + "\n").map_err(|e| format!("--json={path}: {e}"))
-}
-
-fn intro() -> String {
-    let mut text = "db_bench: RocksDB's benchmarks on the kernel's file system (--env=kernel), in memory (--env=mem)\nor on Pumice's own (the default). Flags and results are those of RocksDB's tool.\n\nBenchmarks for --benchmarks:\n".to_owned();
-    for (name, what) in plan::BENCHMARKS {
-        text.push_str(&format!("  {name:<23} {what}\n"));
-    }
-    text
 }

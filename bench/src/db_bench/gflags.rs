@@ -1,12 +1,14 @@
 //! A command line in the style of gflags, as RocksDB's `db_bench` takes it.
 //!
 //! `--name=value`, `-name=value`, `--name value`, `--switch`, `--noswitch`; a dash and an underscore
-//! in a name are the same; `--flagfile=PATH` reads more flags, one a line. The flags of a program are
-//! one struct made by the [`flags!`](crate::flags) macro, so that a flag has a type, a default and a
-//! line of help in one place.
+//! in a name are the same; `--flagfile=PATH` reads more flags, one a line; `--undefok=NAMES` lets unknown flags of these
+//! names pass. The program's own flags are one struct made by the [`flags!`](crate::flags) macro, so that a flag has a type,
+//! a default and a line of help in one place.
 
 use std::fmt::Write as _;
 use std::path::Path;
+
+use pumice_rocksdb_tools::db_bench::Flag;
 
 /// What a flag's value can be: parsed from text, shown in `--help`.
 pub trait FlagValue: Sized {
@@ -97,8 +99,6 @@ pub trait FlagSet: Default {
     /// # Errors
     /// What was expected, when the text is no value of the flag's type; the name must be in the table.
     fn set(&mut self, name: &str, text: &str) -> Result<(), String>;
-    /// Every flag's value as text, in the order of the table.
-    fn values(&self) -> Vec<(&'static str, String)>;
 }
 
 /// What is wrong with a command line. The text says what to do next.
@@ -130,9 +130,6 @@ pub enum FlagError {
         /// Its type.
         kind: &'static str,
     },
-    /// A word that is no flag.
-    #[error("'{0}' is no flag; flags start with -- (see --help)")]
-    Stray(String),
     /// The flag file cannot be read.
     #[error("--flagfile={path}: {cause}")]
     File {
@@ -146,32 +143,52 @@ pub enum FlagError {
 /// What came of a command line.
 #[derive(Debug)]
 pub enum Parsed<F> {
-    /// Flags to run with, and the names of those given.
-    Run(F, Vec<String>),
+    /// Flags to run with.
+    Run {
+        /// The program's own.
+        own: F,
+        /// The other tool's that were given, with their values, in order.
+        others: Vec<(String, String)>,
+        /// Words that are not flags; gflags ignores them, too.
+        ignored: Vec<String>,
+    },
     /// `--help` was asked for.
     Help,
     /// `--version` was asked for.
     Version,
 }
 
-/// Parses `args` (without the program's name). `refused` names flags that the reader may know from
-/// elsewhere, with the reason for their absence.
+/// Parses `args` (without the program's name). Flags that are not in the set `F` are looked up among `others`, those of the
+/// tool that the program wraps, which are not set but returned.
 ///
 /// # Errors
 /// The first thing that is wrong.
 pub fn parse<F: FlagSet>(
     args: impl IntoIterator<Item = String>,
-    refused: &[(&str, &str)],
+    others: &[Flag],
 ) -> Result<Parsed<F>, FlagError> {
     let table = F::table();
-    let mut flags = F::default();
+    let mut own = F::default();
     let mut given = Vec::new();
+    let mut ignored = Vec::new();
+    let mut unknown: Vec<String> = Vec::new();
+    let mut undefok: Vec<String> = Vec::new();
     let mut queue: Vec<String> = args.into_iter().collect();
     queue.reverse();
     let mut files_left = 16_u32;
+    // The kind of a flag, if there is one of that name.
+    let kind = |name: &str| {
+        let ours = table.iter().find(|f| f.name == name).map(|f| f.kind);
+        ours.or_else(|| others.iter().find(|f| f.name == name).map(|f| f.kind.name()))
+    };
     while let Some(arg) = queue.pop() {
+        if arg == "--" {
+            ignored.extend(queue.drain(..).rev());
+            break;
+        }
         let Some(body) = arg.strip_prefix("--").or_else(|| arg.strip_prefix('-')) else {
-            return Err(FlagError::Stray(arg));
+            ignored.push(arg);
+            continue;
         };
         let (raw_name, value) = match body.split_once('=') {
             Some((n, v)) => (n, Some(v.to_owned())),
@@ -179,13 +196,20 @@ pub fn parse<F: FlagSet>(
         };
         let name = raw_name.replace('-', "_");
         match name.as_str() {
-            "" => return Err(FlagError::Stray(arg)),
-            "help" | "h" => return Ok(Parsed::Help),
+            "help" | "h" | "helpfull" | "helpshort" => return Ok(Parsed::Help),
             "version" => return Ok(Parsed::Version),
-            "flagfile" => {
-                let path = value
+            "undefok" | "flagfile" => {
+                let text = value
                     .or_else(|| queue.pop())
-                    .ok_or(FlagError::Missing { name, kind: "path" })?;
+                    .ok_or_else(|| FlagError::Missing {
+                        name: name.clone(),
+                        kind: "string",
+                    })?;
+                if name == "undefok" {
+                    undefok.extend(text.split(',').map(|n| n.trim().replace('-', "_")));
+                    continue;
+                }
+                let path = text;
                 if files_left == 0 {
                     let cause = "too many flag files, or one that names itself".to_owned();
                     return Err(FlagError::File { path, cause });
@@ -199,46 +223,54 @@ pub fn parse<F: FlagSet>(
             }
             _ => {}
         }
-        if let Some(info) = table.iter().find(|f| f.name == name) {
+        if let Some(kind) = kind(&name) {
             let text = match value {
                 Some(v) => v,
-                None if info.kind == bool::KIND => "true".to_owned(),
-                None => queue.pop().ok_or(FlagError::Missing {
+                None if kind == bool::KIND => "true".to_owned(),
+                None => queue.pop().ok_or_else(|| FlagError::Missing {
                     name: name.clone(),
-                    kind: info.kind,
+                    kind,
                 })?,
             };
-            flags
-                .set(info.name, &text)
-                .map_err(|expected| FlagError::Value {
-                    name: name.clone(),
-                    value: text.clone(),
-                    expected,
-                })?;
-            given.push(name);
+            given.push((name, text));
             continue;
         }
         let negated = name.strip_prefix("no").filter(|_| value.is_none());
-        let switch = negated.and_then(|n| {
-            let n = n.strip_prefix('_').unwrap_or(n);
-            table.iter().find(|f| f.name == n && f.kind == bool::KIND)
-        });
-        if let Some(info) = switch {
-            let done = flags.set(info.name, "false");
-            debug_assert!(done.is_ok(), "false is a bool");
-            given.push(info.name.to_owned());
-            continue;
+        let switch = negated
+            .map(|n| n.strip_prefix('_').unwrap_or(n))
+            .filter(|n| kind(n) == Some(bool::KIND));
+        match switch {
+            Some(switch) => given.push((switch.to_owned(), "false".to_owned())),
+            None => unknown.push(name),
         }
-        let hint = match refused.iter().find(|(n, _)| *n == name) {
-            Some((_, why)) => format!(": {why}"),
-            None => nearest(&name, table.iter().map(|f| f.name))
-                .map_or(" (see --help)".to_owned(), |n| {
-                    format!("; did you mean --{n}?")
-                }),
-        };
+    }
+    if let Some(name) = unknown.into_iter().find(|name| !undefok.contains(name)) {
+        let known = table
+            .iter()
+            .map(|f| f.name)
+            .chain(others.iter().map(|f| &f.name[..]));
+        let hint = nearest(&name, known).map_or(" (see --help)".to_owned(), |n| {
+            format!("; did you mean --{n}?")
+        });
         return Err(FlagError::Unknown { name, hint });
     }
-    Ok(Parsed::Run(flags, given))
+    let mut rest = Vec::new();
+    for (name, value) in given {
+        if !table.iter().any(|f| f.name == name) {
+            rest.push((name, value));
+        } else if let Err(expected) = own.set(&name, &value) {
+            return Err(FlagError::Value {
+                name,
+                value,
+                expected,
+            });
+        }
+    }
+    Ok(Parsed::Run {
+        own,
+        others: rest,
+        ignored,
+    })
 }
 
 fn read_flagfile(path: &Path) -> Result<Vec<String>, String> {
@@ -250,15 +282,26 @@ fn read_flagfile(path: &Path) -> Result<Vec<String>, String> {
         .collect())
 }
 
-/// The help page.
+/// The help page: the program's own flags, then the other tool's.
 #[must_use]
-pub fn help<F: FlagSet>(intro: &str) -> String {
-    let mut out = format!("{intro}\n\nFlags:\n");
+pub fn help<F: FlagSet>(intro: &str, others: &[Flag]) -> String {
+    let mut out = format!("{intro}\n\nFlags that choose the file system, and what is told about it:\n");
     for f in F::table() {
         let _ = writeln!(
             out,
             "  --{} ({})\n      type: {}  default: {}",
             f.name, f.help, f.kind, f.default
+        );
+    }
+    out.push_str("\nRocksDB's own flags:\n");
+    for f in others {
+        let _ = writeln!(
+            out,
+            "  --{} ({})\n      type: {}  default: {}",
+            f.name,
+            f.help,
+            f.kind.name(),
+            f.value
         );
     }
     out
@@ -332,16 +375,14 @@ macro_rules! flags {
                 }
                 Ok(())
             }
-            fn values(&self) -> Vec<(&'static str, String)> {
-                use $crate::db_bench::gflags::FlagValue;
-                vec![$((stringify!($name), self.$name.show()),)*]
-            }
         }
     };
 }
 
 #[cfg(test)]
 mod tests {
+    use pumice_rocksdb_tools::db_bench::Kind;
+
     use super::*;
 
     flags! {
@@ -356,13 +397,51 @@ mod tests {
     }
 
     fn run(args: &[&str]) -> Result<T, FlagError> {
-        match parse::<T>(
-            args.iter().map(|s| (*s).to_owned()),
-            &[("gone", "not here")],
-        )? {
-            Parsed::Run(t, _) => Ok(t),
+        Ok(both(args)?.0)
+    }
+
+    /// Our flags, and those of the other tool that were given.
+    #[allow(clippy::type_complexity, reason = "a pair of lists in a test")]
+    fn both(args: &[&str]) -> Result<(T, Vec<(String, String)>, Vec<String>), FlagError> {
+        let other = |name: &str, kind| Flag {
+            name: name.to_owned(),
+            kind,
+            value: String::new(),
+            help: "theirs".to_owned(),
+        };
+        let others = [
+            other("reads", Kind::Value("int64")),
+            other("histogram", Kind::Bool),
+        ];
+        match parse::<T>(args.iter().map(|s| (*s).to_owned()), &others)? {
+            Parsed::Run {
+                own,
+                others,
+                ignored,
+            } => Ok((own, others, ignored)),
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn the_other_tools_flags_are_handed_on() {
+        let args = ["--reads", "5", "--num=7", "--histogram", "--nohistogram", "left"];
+        let (own, others, ignored) = both(&args).unwrap();
+        assert_eq!(own.num, 7);
+        let others: Vec<_> = others.iter().map(|(n, v)| (&n[..], &v[..])).collect();
+        assert_eq!(
+            others,
+            [("reads", "5"), ("histogram", "true"), ("histogram", "false")]
+        );
+        assert_eq!(ignored, ["left"]);
+    }
+
+    #[test]
+    fn undefok_lets_a_flag_of_another_version_pass() {
+        let args = ["--use_cache=1", "--num=3", "--undefok=use_cache,other"];
+        assert_eq!(run(&args).unwrap().num, 3);
+        let e = run(&["--undefok=other", "--use_cache=1"]).unwrap_err();
+        assert!(e.to_string().contains("unknown flag --use_cache"), "{e}");
     }
 
     #[test]
@@ -407,14 +486,16 @@ mod tests {
             say(&["--use_existing_bd"]),
             "unknown flag --use_existing_bd; did you mean --use_existing_db?"
         );
-        assert_eq!(say(&["--gone=1"]), "unknown flag --gone: not here");
+        assert_eq!(
+            say(&["--histogramm"]),
+            "unknown flag --histogramm; did you mean --histogram?"
+        );
         assert_eq!(say(&["--zzzzzz"]), "unknown flag --zzzzzz (see --help)");
         assert!(say(&["--num=many"]).contains("expected a number from"));
         assert!(say(&["--num=99999999999999999999"]).contains("expected a number"));
         assert!(say(&["--sync=maybe"]).contains("true or false"));
         assert!(say(&["--compression_ratio=nan"]).contains("finite"));
         assert_eq!(say(&["--num"]), "--num needs a value: --num=<i64>");
-        assert!(say(&["fillseq"]).contains("is no flag"));
         assert!(say(&["--flagfile=/nowhere/at/all"]).starts_with("--flagfile=/nowhere/at/all: "));
     }
 
@@ -433,9 +514,19 @@ mod tests {
 
     #[test]
     fn help_lists_every_flag() {
-        let page = help::<T>("intro");
+        let theirs = Flag {
+            name: "reads".to_owned(),
+            kind: Kind::Value("int64"),
+            value: "-1".to_owned(),
+            help: "how many".to_owned(),
+        };
+        let page = help::<T>("intro", &[theirs]);
         for f in T::table() {
             assert!(page.contains(&format!("--{} (", f.name)), "{}", f.name);
         }
+        assert!(
+            page.contains("--reads (how many)\n      type: int64  default: -1"),
+            "{page}"
+        );
     }
 }

@@ -6,18 +6,17 @@ use std::path::Path;
 use std::sync::Arc;
 
 use pumice_bdev::BlockDevice;
-use pumice_bdev::contents::{self, Contents};
 use pumice_bdev_control::config::App;
-use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions};
-use rocksdb::Env;
+use pumice_bdev::contents::{self, Contents};
+use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, OpenOptions};
 
 use super::flags::Flags;
 use super::report::IoCount;
-use super::runner::value_size;
 use super::target::Durability;
+use super::workload::Workload;
 
-/// Where a database is when `--db` says nothing.
-const DEFAULT_DB: &str = "/dbbench";
+/// Where `--report_file` is written in our file system, to be copied to the kernel's at the end.
+const REPORT: &str = "/.db_bench-report.csv";
 
 /// A mounted file system of ours.
 #[derive(Debug)]
@@ -25,7 +24,6 @@ pub struct Ours {
     fs: FileSystem,
     device: Arc<dyn BlockDevice>,
     name: String,
-    root: String,
     cache_bytes: u64,
     // The image file made for this run. It has no name, so that it is gone when the process is,
     // however that ends.
@@ -37,13 +35,12 @@ impl std::fmt::Display for Ours {
         let info = self.device.info();
         write!(
             out,
-            "Pumice's BlobFS on {} ({}, blocks of {} bytes, {} MiB), page cache of {} MiB, database in {}",
+            "Pumice's BlobFS on {} ({}, blocks of {} bytes, {} MiB), page cache of {} MiB",
             self.name,
             info.product,
             info.block_size,
             (info.num_blocks * u64::from(info.block_size)) >> 20,
-            self.cache_bytes >> 20,
-            self.root
+            self.cache_bytes >> 20
         )
     }
 }
@@ -53,15 +50,15 @@ impl Ours {
     ///
     /// # Errors
     /// In words for the user.
-    pub fn open(f: &Flags) -> Result<Self, String> {
+    pub fn open(f: &Flags, workload: &Workload) -> Result<Self, String> {
         let mut image = None;
         let (device, name) = if !f.spdk.is_empty() {
             (configured(f)?, format!("{} of {}", f.spdk_bdev, f.spdk))
         } else if f.device.is_empty() {
-            if f.use_existing_db {
+            if workload.use_existing_db {
                 return Err("--use_existing_db: name the --device that holds the database; without it an empty image file is made".to_owned());
             }
-            let (file, uri, name) = make_image(f)?;
+            let (file, uri, name) = make_image(f, workload)?;
             image = Some(file);
             (open_device(&uri)?, name)
         } else {
@@ -71,7 +68,7 @@ impl Ours {
         let there = contents::recognise(&*device).map_err(|e| fail(&e))?;
         let is_ours = there == Some(Contents::Ours(contents::Ours::BlobFs));
         if f.force_format || (f.format && !is_ours) {
-            if f.use_existing_db && !is_ours {
+            if workload.use_existing_db && !is_ours {
                 let what = there.map_or("nothing known".to_owned(), |t| t.to_string());
                 return Err(format!(
                     "{name} holds {what}: --use_existing_db needs a file system of ours there"
@@ -99,32 +96,39 @@ impl Ours {
             fs,
             device,
             name,
-            root: if f.db.is_empty() {
-                DEFAULT_DB.to_owned()
-            } else {
-                f.db.clone()
-            },
             cache_bytes: how.cache_bytes,
             _image: image,
         })
     }
 
-    /// The env for RocksDB. The database's directory is its root.
-    ///
-    /// # Errors
-    /// A directory that cannot be.
-    pub fn env(&self) -> Result<Env, String> {
-        pumice::EnvOptions::new()
-            .root(&self.root)
-            .build(self.fs.clone())
-            .map_err(|e| e.to_string())
+    /// The file system.
+    #[must_use]
+    pub fn fs(&self) -> &FileSystem {
+        &self.fs
     }
 
-    /// The database's directory in the env: its root, since RocksDB's crate makes the path that it
-    /// is given as a directory of the kernel's, and `/` is there already.
+    /// Lets RocksDB write the report of `--report_interval_seconds`, which it writes through the database's environment, into
+    /// our file system; the path to give it.
     #[must_use]
-    pub fn db(&self) -> String {
-        "/".to_owned()
+    pub fn report_path() -> &'static str {
+        REPORT
+    }
+
+    /// Copies that report to `path` of the kernel's file system.
+    ///
+    /// # Errors
+    /// In words for the user.
+    pub fn copy_report(&self, path: &str) -> Result<(), String> {
+        let fail = |e: &dyn std::fmt::Display| format!("--report_file={path}: {e}");
+        let file = self
+            .fs
+            .open(REPORT, OpenOptions::READ)
+            .map_err(|e| fail(&e))?;
+        let mut bytes = vec![0; usize::try_from(file.len()).unwrap_or(0)];
+        file.read_at(0, &mut bytes).map_err(|e| fail(&e))?;
+        drop(file);
+        std::fs::write(path, bytes).map_err(|e| fail(&e))?;
+        self.fs.unlink(REPORT).map_err(|e| fail(&e))
     }
 
     /// What a completed write is worth.
@@ -184,15 +188,14 @@ fn open_device(uri: &str) -> Result<Arc<dyn BlockDevice>, String> {
 /// The device that an SPDK configuration names.
 fn configured(f: &Flags) -> Result<Arc<dyn BlockDevice>, String> {
     let app = App::new();
-    pumice_bdev_control::config::load_file(&app, Path::new(&f.spdk))
-        .map_err(|e| format!("--spdk: {e}"))?;
+    pumice_bdev_control::config::load_file(&app, Path::new(&f.spdk)).map_err(|e| format!("--spdk: {e}"))?;
     app.registry
         .open(&f.spdk_bdev)
         .map_err(|e| format!("--spdk_bdev={}: {e}", f.spdk_bdev))
 }
 
 /// An image file without a name, the URI that opens it, and what to call it.
-fn make_image(f: &Flags) -> Result<(File, String, String), String> {
+fn make_image(f: &Flags, workload: &Workload) -> Result<(File, String, String), String> {
     let dir = if f.image_dir.is_empty() {
         std::env::temp_dir()
     } else {
@@ -201,7 +204,7 @@ fn make_image(f: &Flags) -> Result<(File, String, String), String> {
     let size = if f.image_size > 0 {
         f.image_size
     } else {
-        likely_size(f)
+        likely_size(workload)
     };
     let fail = |e: std::io::Error| format!("an image file in {}: {e}", dir.display());
     let file = tempfile::tempfile_in(&dir).map_err(fail)?;
@@ -213,18 +216,15 @@ fn make_image(f: &Flags) -> Result<(File, String, String), String> {
 
 /// Bytes that the benchmarks may need: everything that is written three times over (log, tables, and
 /// a compaction's output before its input goes), and room for small runs.
-fn likely_size(f: &Flags) -> u64 {
-    let entry = u64::from(f.key_size.unsigned_abs()) + value_size(f).average() as u64 + 16;
-    let threads = u64::from(f.threads.unsigned_abs());
-    let num = u64::try_from(f.num).unwrap_or(0);
-    let writes = f.writes_or_num().saturating_mul(threads).max(num);
+fn likely_size(w: &Workload) -> u64 {
+    let entry = w.key_size.saturating_add(w.value_size).saturating_add(16);
+    let writes = w.writes.saturating_mul(w.threads).max(w.num);
     // With a duration the number of writes is not known; half a million a second is more than any.
-    let timed = u64::from(f.duration.unsigned_abs())
-        .saturating_mul(500_000)
-        .min(100_000_000);
+    let timed = w.duration.saturating_mul(500_000).min(100_000_000);
     let raw = writes.max(timed).saturating_mul(entry);
     let size = raw.saturating_mul(3).saturating_add(2 << 30);
-    size.next_multiple_of(1 << 20)
+    // Sparse, and never more than a file may have.
+    size.min(1 << 43).next_multiple_of(1 << 20)
 }
 
 #[cfg(test)]
@@ -233,20 +233,21 @@ mod tests {
 
     #[test]
     fn an_image_has_room_for_what_is_written() {
-        let f = Flags::default();
-        assert!(likely_size(&f) >= (2 << 30) + 3 * 132_000_000);
-        let more = Flags { threads: 4, ..f };
+        let w = Workload::default();
+        assert!(likely_size(&w) >= (2 << 30) + 3 * 132_000_000);
+        let more = Workload { threads: 4, ..w };
         assert!(likely_size(&more) >= (2 << 30) + 12 * 132_000_000);
         assert_eq!(likely_size(&more) % (1 << 20), 0);
     }
 
     #[test]
     fn a_database_from_before_needs_a_device() {
-        let f = Flags {
+        let w = Workload {
             use_existing_db: true,
-            ..Flags::default()
+            ..Workload::default()
         };
-        assert!(Ours::open(&f).unwrap_err().contains("--device"));
+        let refused = Ours::open(&Flags::default(), &w).unwrap_err();
+        assert!(refused.contains("--device"), "{refused}");
     }
 
     #[test]
@@ -263,7 +264,8 @@ mod tests {
             spdk_cache_size: 16,
             ..Flags::default()
         };
-        let ours = Ours::open(&f).unwrap();
+        let w = Workload::default();
+        let ours = Ours::open(&f, &w).unwrap();
         let words = ours.to_string();
         assert!(
             words.contains("Malloc0") && words.contains("page cache of 16 MiB"),
@@ -274,13 +276,13 @@ mod tests {
             spdk_bdev: "Malloc1".into(),
             ..f.clone()
         };
-        assert!(Ours::open(&other).unwrap_err().contains("Malloc"));
+        assert!(Ours::open(&other, &w).unwrap_err().contains("Malloc"));
         let none = Flags {
             spdk: "/nowhere/at/all.json".into(),
             ..f
         };
         assert!(
-            Ours::open(&none)
+            Ours::open(&none, &w)
                 .unwrap_err()
                 .contains("/nowhere/at/all.json")
         );
@@ -297,20 +299,24 @@ mod tests {
             device: format!("file://{}", path.display()),
             ..Flags::default()
         };
-        let e = Ours::open(&f).unwrap_err();
+        let w = Workload::default();
+        let e = Ours::open(&f, &w).unwrap_err();
         assert!(e.contains("XFS") && e.contains("--force_format"), "{e}");
         assert!(std::fs::read(&path).unwrap() == bytes, "nothing changed");
         let existing = Flags {
-            use_existing_db: true,
             format: false,
             ..f.clone()
         };
-        assert!(Ours::open(&existing).is_err());
+        let again = Workload {
+            use_existing_db: true,
+            ..Workload::default()
+        };
+        assert!(Ours::open(&existing, &again).is_err());
         let forced = Flags {
             force_format: true,
             ..f.clone()
         };
-        Ours::open(&forced).unwrap().close().unwrap();
-        Ours::open(&f).unwrap().close().unwrap();
+        Ours::open(&forced, &w).unwrap().close().unwrap();
+        Ours::open(&f, &w).unwrap().close().unwrap();
     }
 }

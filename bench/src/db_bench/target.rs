@@ -3,12 +3,16 @@
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use rocksdb::Env;
+use pumice_rocksdb_tools::Files;
 use serde::Serialize;
 
 use super::flags::Flags;
 use super::ours::Ours;
 use super::report::IoCount;
+use super::workload::Workload;
+
+/// Where a database is when `--db` says nothing, but in the kernel's file system.
+const DEFAULT_DB: &str = "/dbbench";
 
 /// What a completed write is worth.
 #[derive(Debug, Clone, Serialize, PartialEq, Eq)]
@@ -24,52 +28,34 @@ pub struct Durability {
 
 /// A file system ready for a database.
 pub struct Target {
-    env: Env,
-    db: String,
-    words: String,
-    durability: Durability,
-    ours: Option<Ours>,
+    /// Given to RocksDB's tool.
+    pub files: Files,
+    /// The database's directory, for `--db`.
+    pub db: String,
+    /// The file system in words.
+    pub words: String,
+    /// What a completed write is worth.
+    pub durability: Durability,
+    /// Set where the file system is ours.
+    pub ours: Option<Ours>,
     /// The kernel's block device below.
     mount: Option<Mount>,
-    // A directory of the kernel's that RocksDB's crate wants to exist, removed at the end.
-    _host_dir: Option<tempfile::TempDir>,
-}
-
-impl std::fmt::Display for Target {
-    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        out.write_str(&self.words)
-    }
 }
 
 impl Target {
-    /// Makes ready what `--env` asks for.
+    /// Makes ready what the flags ask for.
     ///
     /// # Errors
     /// In words for the user.
-    pub fn open(f: &Flags) -> Result<Self, String> {
-        match f.env.as_str() {
-            "kernel" => kernel(f),
-            "mem" => mem(f),
-            _ => ours(f),
+    pub fn open(f: &Flags, workload: &Workload) -> Result<Self, String> {
+        if let Some(uri) = &workload.uri {
+            return named(f, workload, uri);
         }
-    }
-
-    /// The env for RocksDB's options.
-    #[must_use]
-    pub fn env(&self) -> Env {
-        self.env.clone()
-    }
-
-    /// The database's directory in it.
-    #[must_use]
-    pub fn db(&self) -> &str {
-        &self.db
-    }
-
-    /// What a completed write is worth.
-    #[must_use]
-    pub fn durability(&self) -> &Durability {
-        &self.durability
+        match &f.env[..] {
+            "kernel" => kernel(workload),
+            "mem" => memory(workload),
+            _ => ours(f, workload),
+        }
     }
 
     /// Device operations so far, where they can be counted.
@@ -81,25 +67,52 @@ impl Target {
         }
     }
 
-    /// Ends it in order. The database must be closed.
+    /// Ends it in order. The databases must be closed.
     ///
     /// # Errors
     /// In words for the user.
     pub fn close(self) -> Result<(), String> {
-        let Self { env, ours, .. } = self;
-        drop(env);
-        ours.map_or(Ok(()), Ours::close)
+        self.ours.map_or(Ok(()), Ours::close)
     }
 }
 
-fn kernel(f: &Flags) -> Result<Target, String> {
-    let db = if f.db.is_empty() {
+fn or_default(db: &str) -> String {
+    if db.is_empty() {
+        DEFAULT_DB.to_owned()
+    } else {
+        db.to_owned()
+    }
+}
+
+/// What RocksDB's own `--fs_uri` or `--env_uri` names.
+fn named(f: &Flags, workload: &Workload, uri: &str) -> Result<Target, String> {
+    if !(f.device.is_empty() && f.spdk.is_empty()) {
+        return Err(format!(
+            "--device or --spdk, and RocksDB's own {uri}: give one of them"
+        ));
+    }
+    Ok(Target {
+        files: Files::Kernel,
+        db: workload.db.clone(),
+        words: format!("what {uri} names"),
+        durability: Durability {
+            words: "not known".to_owned(),
+            sync_is_durable: false,
+            write_cache: None,
+        },
+        ours: None,
+        mount: None,
+    })
+}
+
+fn kernel(workload: &Workload) -> Result<Target, String> {
+    let db = if workload.db.is_empty() {
         own_directory(&std::env::temp_dir())?
     } else {
-        PathBuf::from(&f.db)
+        PathBuf::from(&workload.db)
     };
     let fail = |e: &dyn std::fmt::Display| format!("--db={}: {e}", db.display());
-    if !f.db.is_empty() {
+    if !workload.db.is_empty() {
         std::fs::create_dir_all(&db).map_err(|e| fail(&e))?;
     }
     let mount = Mount::of(&db).map_err(|e| fail(&e))?;
@@ -108,7 +121,11 @@ fn kernel(f: &Flags) -> Result<Target, String> {
     let words = if memory {
         "nothing survives power loss: the file system is memory".to_owned()
     } else {
-        let sync = if f.use_fsync { "fsync" } else { "fdatasync" };
+        let sync = if workload.use_fsync {
+            "fsync"
+        } else {
+            "fdatasync"
+        };
         let cache = match device {
             Some(true) => "the device has a volatile write cache, which the kernel flushes",
             Some(false) => "the device has no volatile write cache",
@@ -119,7 +136,7 @@ fn kernel(f: &Flags) -> Result<Target, String> {
         )
     };
     Ok(Target {
-        env: Env::new().map_err(|e| e.to_string())?,
+        files: Files::Kernel,
         words: format!(
             "kernel's {} on {} at {}",
             mount.kind, mount.source, mount.point
@@ -132,7 +149,44 @@ fn kernel(f: &Flags) -> Result<Target, String> {
         },
         ours: None,
         mount: Some(mount),
-        _host_dir: None,
+    })
+}
+
+fn memory(workload: &Workload) -> Result<Target, String> {
+    if workload.use_existing_db {
+        return Err(
+            "--use_existing_db with --env=mem: memory holds no database from before".to_owned(),
+        );
+    }
+    Ok(Target {
+        files: Files::Memory,
+        db: or_default(&workload.db),
+        words: "RocksDB's memory env".to_owned(),
+        durability: Durability {
+            words: "nothing survives the end of the process".to_owned(),
+            sync_is_durable: false,
+            write_cache: None,
+        },
+        ours: None,
+        mount: None,
+    })
+}
+
+fn ours(f: &Flags, workload: &Workload) -> Result<Target, String> {
+    if workload.simulates_a_disk {
+        return Err(
+            "RocksDB simulates disks on the kernel's file system only; give --env=kernel as well"
+                .to_owned(),
+        );
+    }
+    let ours = Ours::open(f, workload)?;
+    Ok(Target {
+        files: Files::Pumice(ours.fs().clone()),
+        db: or_default(&workload.db),
+        words: ours.to_string(),
+        durability: ours.durability(),
+        ours: Some(ours),
+        mount: None,
     })
 }
 
@@ -164,46 +218,6 @@ fn own_directory(temp: &Path) -> Result<PathBuf, String> {
         return Err(fail("another user made it, or may write to it"));
     }
     Ok(dir)
-}
-
-fn mem(f: &Flags) -> Result<Target, String> {
-    if f.use_existing_db {
-        return Err(
-            "--use_existing_db with --env=mem: memory holds no database from before".to_owned(),
-        );
-    }
-    let dir = tempfile::tempdir().map_err(|e| format!("a temporary directory: {e}"))?;
-    let db = if f.db.is_empty() {
-        dir.path().display().to_string()
-    } else {
-        f.db.clone()
-    };
-    Ok(Target {
-        env: Env::mem_env().map_err(|e| e.to_string())?,
-        db,
-        words: "RocksDB's memory env".to_owned(),
-        durability: Durability {
-            words: "nothing survives the end of the process".to_owned(),
-            sync_is_durable: false,
-            write_cache: None,
-        },
-        ours: None,
-        mount: None,
-        _host_dir: Some(dir),
-    })
-}
-
-fn ours(f: &Flags) -> Result<Target, String> {
-    let ours = Ours::open(f)?;
-    Ok(Target {
-        env: ours.env()?,
-        db: ours.db(),
-        words: ours.to_string(),
-        durability: ours.durability(),
-        ours: Some(ours),
-        mount: None,
-        _host_dir: None,
-    })
 }
 
 /// Where a directory of the kernel's is mounted.
@@ -336,16 +350,38 @@ mod tests {
     }
 
     #[test]
+    fn two_choices_of_a_file_system_are_refused() {
+        let f = Flags {
+            device: "malloc://64M".into(),
+            ..Flags::default()
+        };
+        let named = Workload {
+            uri: Some("--fs_uri=posix://".into()),
+            ..Workload::default()
+        };
+        let refused = Target::open(&f, &named).err().unwrap();
+        assert!(refused.contains("give one"), "{refused}");
+        let simulated = Workload {
+            simulates_a_disk: true,
+            ..Workload::default()
+        };
+        let refused = Target::open(&f, &simulated).err().unwrap();
+        assert!(refused.contains("--env=kernel"), "{refused}");
+    }
+
+    #[test]
     fn the_memory_env_says_that_nothing_lasts() {
-        let t = Target::open(&Flags {
+        let f = Flags {
             env: "mem".into(),
             ..Flags::default()
-        })
-        .unwrap();
-        assert!(!t.durability().sync_is_durable);
-        let dir = PathBuf::from(t.db());
-        assert!(dir.is_dir());
-        t.close().unwrap();
-        assert!(!dir.exists());
+        };
+        let t = Target::open(&f, &Workload::default()).unwrap();
+        assert!(!t.durability.sync_is_durable);
+        assert_eq!(t.db, "/dbbench");
+        let again = Workload {
+            use_existing_db: true,
+            ..Workload::default()
+        };
+        assert!(Target::open(&f, &again).is_err());
     }
 }

@@ -10,6 +10,7 @@ use std::cell::RefCell;
 use std::ffi::{c_char, c_void};
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::NonNull;
 use std::slice;
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
@@ -734,6 +735,7 @@ type MountFn = unsafe extern "C" fn(
 
 unsafe extern "C" {
     fn pumice_env_new(ops: *const Ops, fs: Handle, forbid: u32) -> *mut c_void;
+    fn pumice_env_wrap(env: *mut c_void) -> *mut c_void;
     fn pumice_register_uri(mount: MountFn);
     fn pumice_env_from_uri(
         uri: Chars,
@@ -743,13 +745,33 @@ unsafe extern "C" {
     ) -> *mut c_void;
 }
 
-/// A RocksDB environment over `fs`, whose `/` is the directory `root` of it, and what ends its use.
-/// What `forbid` names is not claimed, whatever the implementation can do.
+/// As [`make_cpp_env`], as the environment of the `rocksdb` crate.
 pub(crate) fn make_env<F: PluginFs>(
     fs: F,
     root: &str,
     forbid: Abilities,
 ) -> std::result::Result<(rocksdb::Env, Arc<Gate>), EnvError> {
+    let (env, gate) = make_cpp_env(fs, root, forbid)?;
+    // SAFETY: a new environment, whose ownership passes on.
+    let env = unsafe { pumice_env_wrap(env.as_ptr()) };
+    if env.is_null() {
+        return Err(out_of_memory());
+    }
+    // SAFETY: a new rocksdb_env_t, whose ownership passes on.
+    Ok((unsafe { rocksdb::Env::from_raw(env.cast()) }, gate))
+}
+
+fn out_of_memory() -> EnvError {
+    EnvError("RocksDB could not make an environment: out of memory".into())
+}
+
+/// A `rocksdb::Env*` over `fs`, whose `/` is the directory `root` of it, and what ends its use.
+/// What `forbid` names is not claimed, whatever the implementation can do.
+pub(crate) fn make_cpp_env<F: PluginFs>(
+    fs: F,
+    root: &str,
+    forbid: Abilities,
+) -> std::result::Result<(NonNull<c_void>, Arc<Gate>), EnvError> {
     let root = resolve("/", root.as_bytes()).map_err(|fault| EnvError(fault.text))?;
     let forbid = [
         (forbid.async_reads, ops::CAN_ASYNC),
@@ -770,13 +792,8 @@ pub(crate) fn make_env<F: PluginFs>(
     // SAFETY: the table belongs to the type of the handle, lives for ever, and is laid out as
     // pumice_fs.h says; the handle is given away.
     let env = unsafe { pumice_env_new(Table::<F>::OPS, fs, forbid) };
-    if env.is_null() {
-        return Err(EnvError(
-            "RocksDB could not make an environment: out of memory".into(),
-        ));
-    }
-    // SAFETY: a new rocksdb_env_t, whose ownership passes on.
-    Ok((unsafe { rocksdb::Env::from_raw(env.cast()) }, gate))
+    let env = NonNull::new(env).ok_or_else(out_of_memory)?;
+    Ok((env, gate))
 }
 
 /// What a URI that C++ code opens is mounted by: the file system and the root inside it.

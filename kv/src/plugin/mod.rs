@@ -14,7 +14,7 @@ mod ops;
 pub(crate) mod path;
 
 pub use fault::Fault;
-pub(crate) use ffi::{UriMount, env_from_uri, make_env, register};
+pub(crate) use ffi::{UriMount, env_from_uri, make_cpp_env, make_env, register};
 pub(crate) use gate::Gate;
 pub use memory::{MemoryFile, MemoryFs};
 

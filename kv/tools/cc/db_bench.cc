@@ -1,0 +1,149 @@
+// RocksDB's db_bench as functions: its flags one by one, a run on a given environment, and a look at every key afterwards.
+
+// The library has a function of this name, too (build_version.cc).
+#define RocksDbIOUringEnable DbBenchIOUringEnable
+// Included, so that its file-static environment can be set: the only other way is a URI.
+#include "tools/db_bench_tool.cc"
+
+#include "tools.h"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+
+namespace {
+
+using rocksdb::ColumnFamilyDescriptor;
+using rocksdb::ColumnFamilyHandle;
+using rocksdb::DB;
+using rocksdb::Status;
+
+// What a stdio stream calls for its output: the listener of a run.
+struct Listener {
+  pumice_said_fn said;
+  void* arg;
+};
+
+ssize_t Say(void* cookie, const char* text, size_t len) {
+  auto* listener = static_cast<Listener*>(cookie);
+  listener->said(listener->arg, text, len);
+  return static_cast<ssize_t>(len);
+}
+
+// Reads every key of one database by a scan and by Get, and compares. Adds to `keys`.
+Status VerifyDatabase(const std::string& path, uint64_t* keys) {
+  rocksdb::Options options;
+  options.env = FLAGS_env;
+  options.wal_dir = FLAGS_wal_dir;
+  if (!FLAGS_merge_operator.empty()) {
+    options.merge_operator = rocksdb::MergeOperators::CreateFromStringId(FLAGS_merge_operator);
+  }
+  std::vector<std::string> names;
+  Status s = DB::ListColumnFamilies(options, path, &names);
+  if (!s.ok()) {
+    return s;
+  }
+  std::vector<ColumnFamilyDescriptor> families;
+  for (const std::string& name : names) {
+    families.emplace_back(name, rocksdb::ColumnFamilyOptions(options));
+  }
+  std::vector<ColumnFamilyHandle*> handles;
+  std::unique_ptr<DB> db;
+  s = DB::OpenForReadOnly(options, path, families, &handles, &db);
+  if (!s.ok()) {
+    return s;
+  }
+  rocksdb::ReadOptions read;
+  read.total_order_seek = true;
+  read.fill_cache = false;
+  for (ColumnFamilyHandle* handle : handles) {
+    std::unique_ptr<rocksdb::Iterator> scan(db->NewIterator(read, handle));
+    rocksdb::PinnableSlice value;
+    for (scan->SeekToFirst(); s.ok() && scan->Valid(); scan->Next()) {
+      value.Reset();
+      s = db->Get(read, handle, scan->key(), &value);
+      if (s.IsNotFound()) {
+        s = Status::Corruption("a scan finds a key that Get does not", scan->key().ToString(true));
+      } else if (s.ok() && value != scan->value()) {
+        s = Status::Corruption("a scan and Get give different values", scan->key().ToString(true));
+      }
+      ++*keys;
+    }
+    if (s.ok()) {
+      s = scan->status();
+    }
+  }
+  for (ColumnFamilyHandle* handle : handles) {
+    db->DestroyColumnFamilyHandle(handle).PermitUncheckedError();
+  }
+  return s;
+}
+
+}  // namespace
+
+extern "C" void pumice_db_bench_flags(pumice_flag_fn each, void* arg) {
+  for (gflags::Flag* flag = gflags::Flag::first; flag != nullptr; flag = flag->next) {
+    const std::string value = flag->Value();
+    each(arg, flag->name, flag->type, value.c_str(), flag->help);
+  }
+}
+
+extern "C" int pumice_db_bench_set(const char* name, const char* value) {
+  for (gflags::Flag* flag = gflags::Flag::first; flag != nullptr; flag = flag->next) {
+    if (std::strcmp(flag->name, name) == 0) {
+      return flag->Set(value) ? 0 : 1;
+    }
+  }
+  return 1;
+}
+
+extern "C" int pumice_db_bench_run(void* env, pumice_said_fn said, void* arg) {
+  Listener listener{said, arg};
+  FILE* lines = fopencookie(&listener, "w", {nullptr, Say, nullptr, nullptr});
+  if (lines == nullptr) {
+    std::perror("db_bench");
+    return 1;
+  }
+  setvbuf(lines, nullptr, _IOLBF, BUFSIZ);
+  if (env != nullptr) {
+    FLAGS_env = static_cast<rocksdb::Env*>(env);
+  }
+  FILE* const terminal = stdout;
+  stdout = lines;
+  char name[] = "db_bench";
+  char* argv[] = {name, nullptr};
+  int code = 1;
+  try {
+    code = rocksdb::db_bench_tool(1, argv);
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "db_bench: %s\n", e.what());
+  }
+  stdout = terminal;
+  std::fclose(lines);
+  return code;
+}
+
+extern "C" int pumice_db_bench_verify(uint64_t* keys, char* error, size_t error_len) {
+  *keys = 0;
+  std::string failed;
+  try {
+    Status s;
+    if (FLAGS_num_multi_db > 1) {
+      for (int i = 0; s.ok() && i < FLAGS_num_multi_db; i++) {
+        s = VerifyDatabase(FLAGS_db + "/" + std::to_string(i), keys);
+      }
+    } else {
+      s = VerifyDatabase(FLAGS_db, keys);
+    }
+    if (s.ok()) {
+      return 0;
+    }
+    failed = s.ToString();
+  } catch (const std::exception& e) {
+    failed = e.what();
+  }
+  const size_t len = std::min(failed.size(), error_len - 1);
+  std::memcpy(error, failed.data(), len);
+  error[len] = '\0';
+  return 1;
+}

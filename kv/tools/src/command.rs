@@ -1,0 +1,50 @@
+//! What the programs `pumice-ldb` and `pumice-sst_dump` share: the device before the tool's own arguments.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use pumice::{MountOptions, mount};
+
+use crate::Files;
+
+/// Whether a tool changes what is on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// The device is opened for reading only, and several programs may do so at a time.
+    Read,
+    /// The device is opened for writing.
+    Write,
+}
+
+/// Mounts the device that the first argument names, runs `tool` with the others, and unmounts.
+pub fn run(
+    name: &str,
+    access: fn(&[OsString]) -> Access,
+    tool: fn(&Files, &[OsString]) -> Result<i32, pumice::Error>,
+) -> ExitCode {
+    let mut args = std::env::args_os().skip(1);
+    let Some(device) = args.next().filter(|first| !first.as_encoded_bytes().starts_with(b"-")) else {
+        eprintln!(
+            "usage: pumice {name} DEVICE [ARGUMENTS of RocksDB's {name}]\n\
+             DEVICE is an image file, a block device or a device URI; paths in the arguments are paths of the file system\n\
+             on it. `pumice {name} DEVICE --help` prints RocksDB's own help."
+        );
+        return ExitCode::from(2);
+    };
+    let args: Vec<OsString> = args.collect();
+    let options = MountOptions::new()
+        .read_only(access(&args) == Access::Read)
+        .format_empty(None);
+    let done = mount(&device.to_string_lossy(), &options).and_then(|fs| {
+        let code = tool(&Files::Pumice(fs.clone()), &args)?;
+        fs.unmount()?;
+        Ok(code)
+    });
+    match done {
+        Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
+        Err(error) => {
+            eprintln!("pumice {name}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
