@@ -90,13 +90,26 @@ fn a_database_on_an_image_is_found_again_with_every_key() {
     ]);
     assert_eq!(again["verified_keys"], 3000);
     let found = &result(&again, "readrandom")["message"];
-    assert!(found.as_str().unwrap().contains("(3000 of 3000 found)"), "{found}");
+    assert!(
+        found.as_str().unwrap().contains("(3000 of 3000 found)"),
+        "{found}"
+    );
     assert_eq!(result(&again, "readseq")["operations"], 3000);
     // Another directory of the same device is another database.
-    let other = run(&[&device, "--db=/x/y/other", "--benchmarks=fillseq", "--verify"]);
+    let other = run(&[
+        &device,
+        "--db=/x/y/other",
+        "--benchmarks=fillseq",
+        "--verify",
+    ]);
     assert_eq!(other["verified_keys"], 3000);
     let missing = db_bench()
-        .args([&device, "--db=/none", "--use_existing_db", "--benchmarks=readrandom"])
+        .args([
+            &device,
+            "--db=/none",
+            "--use_existing_db",
+            "--benchmarks=readrandom",
+        ])
         .output()
         .unwrap();
     assert_eq!(missing.status.code(), Some(1), "{}", text(&missing));
@@ -131,7 +144,12 @@ fn a_key_that_is_damaged_on_the_device_is_found() {
     std::fs::write(&path, bytes).unwrap();
     let out = db_bench()
         .args(SMALL)
-        .args([&device, "--use_existing_db", "--benchmarks=levelstats", "--verify"])
+        .args([
+            &device,
+            "--use_existing_db",
+            "--benchmarks=levelstats",
+            "--verify",
+        ])
         .output()
         .unwrap();
     let said = text(&out);
@@ -141,7 +159,11 @@ fn a_key_that_is_damaged_on_the_device_is_found() {
 
 #[test]
 fn a_synced_put_reaches_the_device_before_it_is_acknowledged() {
-    let report = run(&["--device=malloc://512M", "--benchmarks=fillsync", "--writes=50"]);
+    let report = run(&[
+        "--device=malloc://512M",
+        "--benchmarks=fillsync",
+        "--writes=50",
+    ]);
     let sync = result(&report, "fillsync");
     assert_eq!(sync["synced"], true);
     assert_eq!(sync["operations"], 50);
@@ -152,17 +174,58 @@ fn a_synced_put_reaches_the_device_before_it_is_acknowledged() {
 #[test]
 fn rocksdbs_benchmarks_of_every_kind_run() {
     for (benchmarks, flags) in [
-        ("fillrandom,mixgraph", &["--key_size=48", "--mix_get_ratio=0.83", "--mix_put_ratio=0.14", "--mix_seek_ratio=0.03", "--keyrange_num=1", "--reads=2000"][..]),
-        ("fillseq,mergerandom,readrandommergerandom", &["--merge_operator=stringappend", "--merge_keys=500"]),
-        ("fillrandom,readrandom,readwhilewriting", &["--num_column_families=4", "--reads=500"]),
+        (
+            "fillrandom,mixgraph",
+            &[
+                "--key_size=48",
+                "--mix_get_ratio=0.83",
+                "--mix_put_ratio=0.14",
+                "--mix_seek_ratio=0.03",
+                "--keyrange_num=1",
+                "--reads=2000",
+            ][..],
+        ),
+        (
+            "fillseq,mergerandom,readrandommergerandom",
+            &["--merge_operator=stringappend", "--merge_keys=500"],
+        ),
+        (
+            "fillrandom,readrandom,readwhilewriting",
+            &["--num_column_families=4", "--reads=500"],
+        ),
         ("fillseq,readrandom", &["--transaction_db", "--num=1000"]),
-        ("randomtransaction", &["--optimistic_transaction_db", "--transaction_sets=4", "--num=500"]),
-        ("fillseq,readrandom", &["--num_multi_db=3", "--num=1000", "--wal_dir=/logs"]),
-        ("fillseq,multireadrandom,seekrandom,readreverse,updaterandom", &["--multiread_batched", "--seek_nexts=5", "--reads=500"]),
-        ("fillseq,readseq", &["--use_direct_reads", "--use_direct_io_for_flush_and_compaction"]),
+        (
+            "randomtransaction",
+            &[
+                "--optimistic_transaction_db",
+                "--transaction_sets=4",
+                "--num=500",
+            ],
+        ),
+        (
+            "fillseq,readrandom",
+            &["--num_multi_db=3", "--num=1000", "--wal_dir=/logs"],
+        ),
+        (
+            "fillseq,multireadrandom,seekrandom,readreverse,updaterandom",
+            &["--multiread_batched", "--seek_nexts=5", "--reads=500"],
+        ),
+        (
+            "fillseq,readseq",
+            &[
+                "--use_direct_reads",
+                "--use_direct_io_for_flush_and_compaction",
+            ],
+        ),
         ("fillseq,backup,restore", &[]),
-        ("fillrandom,readrandom", &["--enable_blob_files", "--min_blob_size=10"]),
-        ("fillseq,multireadrandom", &["--async_io", "--use_direct_reads", "--cache_size=65536"]),
+        (
+            "fillrandom,readrandom",
+            &["--enable_blob_files", "--min_blob_size=10"],
+        ),
+        (
+            "fillseq,multireadrandom",
+            &["--async_io", "--use_direct_reads", "--cache_size=65536"],
+        ),
     ] {
         let list = format!("--benchmarks={benchmarks}");
         let mut all = vec!["--device=malloc://768M", &list];
@@ -171,7 +234,12 @@ fn rocksdbs_benchmarks_of_every_kind_run() {
         let ran = report["results"].as_array().unwrap();
         assert!(!ran.is_empty(), "{benchmarks}: {report:#}");
         if benchmarks.contains("readrandommergerandom") {
-            assert!(result(&report, "readrandommergerandom")["operations"].as_u64().unwrap() > 0);
+            assert!(
+                result(&report, "readrandommergerandom")["operations"]
+                    .as_u64()
+                    .unwrap()
+                    > 0
+            );
         }
     }
 }
@@ -201,13 +269,20 @@ fn the_other_file_systems_run_the_same_tool() {
     let kernel = run(&["--env=kernel", &db, "--benchmarks=fillseq", "--verify"]);
     assert_eq!(kernel["verified_keys"], 3000);
     let log = std::fs::read_to_string(dir.path().join("db/LOG")).unwrap();
-    let version = format!("RocksDB version: {}\n", pumice_rocksdb_tools::rocksdb_version());
+    let version = format!(
+        "RocksDB version: {}\n",
+        pumice_rocksdb_tools::rocksdb_version()
+    );
     assert!(log.contains(&version), "another RocksDB is linked");
     let memory = run(&["--env=mem", "--benchmarks=fillseq,readrandom", "--verify"]);
     assert_eq!(memory["verified_keys"], 3000);
     assert_eq!(memory["file_system"], "RocksDB's memory env");
     // RocksDB's own way to name ours.
-    let uri = run(&["--fs_uri=blobfs://malloc://512M", "--benchmarks=fillseq", "--verify"]);
+    let uri = run(&[
+        "--fs_uri=blobfs://malloc://512M",
+        "--benchmarks=fillseq",
+        "--verify",
+    ]);
     assert_eq!(uri["verified_keys"], 3000);
 }
 
@@ -247,7 +322,11 @@ fn a_wrong_flag_names_the_nearest() {
         .output()
         .unwrap();
     assert_eq!(out.status.code(), Some(1), "{}", text(&out));
-    assert!(text(&out).contains("unknown benchmark 'fillsec'"), "{}", text(&out));
+    assert!(
+        text(&out).contains("unknown benchmark 'fillsec'"),
+        "{}",
+        text(&out)
+    );
     let help = db_bench().arg("--help").output().unwrap();
     let help = text(&help);
     for flag in ["--write_buffer_size", "--device", "readwhilewriting"] {

@@ -77,7 +77,12 @@ fn ext4_and_ours_on_the_same_image() {
     ])
     .arg("--image")
     .arg(&image)
-    .args(["--", "--num=20000", "--writes=20", "--write_buffer_size=1000000"])
+    .args([
+        "--",
+        "--num=20000",
+        "--writes=20",
+        "--write_buffer_size=1000000",
+    ])
     .output()
     .unwrap();
     let err = String::from_utf8_lossy(&out.stderr);

@@ -17,7 +17,6 @@ namespace {
 
 // One read and the copy of its request: RocksDB's own may be gone before the data arrives.
 struct PendingRead {
-  const pumice_fs_ops* ops;
   std::string name;
   void* pending;  // null once settled
   std::function<void(FSReadRequest&, void*)> cb;
@@ -27,7 +26,7 @@ struct PendingRead {
 
   ~PendingRead() {
     if (pending != nullptr) {
-      ops->read_cancel(pending);
+      pumice_read_cancel(pending);
     }
   }
 
@@ -40,20 +39,20 @@ struct PendingRead {
   }
 
   void Finish() {
-    const int64_t got = ops->read_finish(pending, req.scratch, req.len);
+    const int64_t got = pumice_read_finish(pending, req.scratch, req.len);
     pending = nullptr;
     if (got >= 0) {
       req.result = Slice(req.scratch, static_cast<size_t>(got));
       req.status = IOStatus::OK();
     } else {
       req.result = Slice(req.scratch, 0);
-      req.status = LastFault(ops, {"reading", name}, nullptr);
+      req.status = LastFault({"reading", name}, nullptr);
     }
     Call();
   }
 
   void Abort() {
-    ops->read_cancel(pending);
+    pumice_read_cancel(pending);
     pending = nullptr;
     req.result = Slice(req.scratch, 0);
     req.status = IOStatus::Aborted();
@@ -68,11 +67,10 @@ void Delete(void* handle) { delete static_cast<PendingRead*>(handle); }
 IOStatus StartRead(const Opened& at, FSReadRequest& req,
                    std::function<void(FSReadRequest&, void*)> cb, void* cb_arg, void** io_handle,
                    rocksdb::IOHandleDeleter* del_fn, IODebugContext* dbg) {
-  const pumice_fs_ops* ops = at.file.ops();
   *io_handle = nullptr;
   std::unique_ptr<PendingRead> read;
   try {
-    read.reset(new PendingRead{ops, at.name, nullptr, std::move(cb), cb_arg, {}, nullptr});
+    read.reset(new PendingRead{at.name, nullptr, std::move(cb), cb_arg, {}, nullptr});
     read->req.offset = req.offset;
     read->req.len = req.len;
     read->req.scratch = req.scratch;
@@ -84,10 +82,10 @@ IOStatus StartRead(const Opened& at, FSReadRequest& req,
   } catch (const std::bad_alloc&) {
     return IOStatus::IOError(IOStatus::kMemoryLimit);
   }
-  const int64_t started = ops->read_start(at.file.get(), req.offset, req.len, &read->pending);
+  const int64_t started = pumice_read_start(at.file.get(), req.offset, req.len, &read->pending);
   if (started < 0) {
     *del_fn = nullptr;
-    return LastFault(ops, {"reading", at.name}, dbg);
+    return LastFault({"reading", at.name}, dbg);
   }
   PendingRead* handle = read.release();
   *io_handle = handle;

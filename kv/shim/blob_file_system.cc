@@ -48,11 +48,9 @@ void AddEntry(void* arg, const char* name, size_t len, uint64_t file_len,
 
 }  // namespace
 
-BlobFileSystem::BlobFileSystem(const pumice_fs_ops* ops, const void* fs, uint32_t forbid)
-    : ops_(ops), fs_(fs), alignment_(ops->alignment(fs)), supported_(0) {
-  const uint32_t can = ops->abilities(fs) & ~forbid;
-  const auto claim = [&](uint32_t ability, FSSupportedOps op) {
-    if ((can & ability) != 0) {
+BlobFileSystem::BlobFileSystem(const void* fs, uint32_t offers) : fs_(fs), supported_(0) {
+  const auto claim = [&](uint32_t offer, FSSupportedOps op) {
+    if ((offers & offer) != 0) {
       supported_ |= int64_t{1} << op;
     }
   };
@@ -62,18 +60,18 @@ BlobFileSystem::BlobFileSystem(const pumice_fs_ops* ops, const void* fs, uint32_
   claim(PUMICE_CAN_REREAD, FSSupportedOps::kVerifyAndReconstructRead);
 }
 
-BlobFileSystem::~BlobFileSystem() { ops_->fs_release(fs_); }
+BlobFileSystem::~BlobFileSystem() { pumice_fs_release(fs_); }
 
 IOStatus BlobFileSystem::Open(const std::string& name, uint32_t how, const char* doing,
                               IODebugContext* dbg, const void** file) {
-  if (ops_->open(fs_, name.data(), name.size(), how, file) < 0) {
-    return LastFault(ops_, {doing, name}, dbg);
+  if (pumice_open(fs_, name.data(), name.size(), how, file) < 0) {
+    return LastFault({doing, name}, dbg);
   }
   return IOStatus::OK();
 }
 
 Opened BlobFileSystem::Wrap(const void* file, const std::string& name, bool direct) const {
-  return Opened{FileHandle(ops_, file), fs_, name, alignment_, direct};
+  return Opened{FileHandle(file), fs_, name, direct};
 }
 
 IOStatus BlobFileSystem::NewSequentialFile(const std::string& name, const FileOptions& options,
@@ -84,7 +82,7 @@ IOStatus BlobFileSystem::NewSequentialFile(const std::string& name, const FileOp
   const void* file = nullptr;
   IOStatus s = Open(name, direct ? PUMICE_OPEN_DIRECT : 0, "opening", dbg, &file);
   if (s.ok()) {
-    ops_->advise(file, PUMICE_ACCESS_SEQUENTIAL);
+    pumice_advise(file, PUMICE_ACCESS_SEQUENTIAL);
     result->reset(new SequentialFile(Wrap(file, name, direct)));
   }
   return s;
@@ -174,14 +172,14 @@ IOStatus BlobFileSystem::NewDirectory(const std::string& name, const IOOptions& 
   if (stat.is_dir == 0) {
     return IOStatus::IOError("opening directory " + name, "it is a file");
   }
-  result->reset(new Directory(ops_, fs_, name, stat.file_id));
+  result->reset(new Directory(fs_, name, stat.file_id));
   return s;
 }
 
 IOStatus BlobFileSystem::Stat(const std::string& name, const char* doing, pumice_stat* out,
                               IODebugContext* dbg) {
-  if (ops_->stat(fs_, name.data(), name.size(), out) < 0) {
-    return LastFault(ops_, {doing, name}, dbg);
+  if (pumice_stat_path(fs_, name.data(), name.size(), out) < 0) {
+    return LastFault({doing, name}, dbg);
   }
   return IOStatus::OK();
 }
@@ -189,8 +187,8 @@ IOStatus BlobFileSystem::Stat(const std::string& name, const char* doing, pumice
 IOStatus BlobFileSystem::FileExists(const std::string& name, const IOOptions& /*options*/,
                                     IODebugContext* dbg) {
   pumice_stat stat{};
-  if (ops_->stat(fs_, name.data(), name.size(), &stat) < 0) {
-    return LastFaultOfLookup(ops_, {"looking up", name}, dbg);
+  if (pumice_stat_path(fs_, name.data(), name.size(), &stat) < 0) {
+    return LastFaultOfLookup({"looking up", name}, dbg);
   }
   return IOStatus::OK();
 }
@@ -199,9 +197,9 @@ IOStatus BlobFileSystem::GetChildren(const std::string& dir, const IOOptions& op
                                      std::vector<std::string>* result, IODebugContext* dbg) {
   result->clear();
   Listing listing{options.do_not_recurse, result, nullptr};
-  if (ops_->list(fs_, dir.data(), dir.size(), AddEntry, &listing) < 0) {
+  if (pumice_list(fs_, dir.data(), dir.size(), AddEntry, &listing) < 0) {
     result->clear();
-    return LastFaultOfLookup(ops_, {"listing", dir}, dbg);
+    return LastFaultOfLookup({"listing", dir}, dbg);
   }
   return IOStatus::OK();
 }
@@ -212,17 +210,17 @@ IOStatus BlobFileSystem::GetChildrenFileAttributes(const std::string& dir,
                                                    IODebugContext* dbg) {
   result->clear();
   Listing listing{options.do_not_recurse, nullptr, result};
-  if (ops_->list(fs_, dir.data(), dir.size(), AddEntry, &listing) < 0) {
+  if (pumice_list(fs_, dir.data(), dir.size(), AddEntry, &listing) < 0) {
     result->clear();
-    return LastFaultOfLookup(ops_, {"listing", dir}, dbg);
+    return LastFaultOfLookup({"listing", dir}, dbg);
   }
   return IOStatus::OK();
 }
 
 IOStatus BlobFileSystem::DeleteFile(const std::string& name, const IOOptions& /*options*/,
                                     IODebugContext* dbg) {
-  if (ops_->remove(fs_, name.data(), name.size()) < 0) {
-    return LastFault(ops_, {"deleting", name}, dbg);
+  if (pumice_remove(fs_, name.data(), name.size()) < 0) {
+    return LastFault({"deleting", name}, dbg);
   }
   return IOStatus::OK();
 }
@@ -234,17 +232,17 @@ IOStatus BlobFileSystem::Truncate(const std::string& name, size_t size,
   if (!s.ok()) {
     return s;
   }
-  const FileHandle handle(ops_, file);
-  if (ops_->truncate(handle.get(), size) < 0) {
-    return LastFault(ops_, {"truncating", name}, dbg);
+  const FileHandle handle(file);
+  if (pumice_truncate(handle.get(), size) < 0) {
+    return LastFault({"truncating", name}, dbg);
   }
   return s;
 }
 
 IOStatus BlobFileSystem::CreateDir(const std::string& name, const IOOptions& /*options*/,
                                    IODebugContext* dbg) {
-  if (ops_->mkdir(fs_, name.data(), name.size()) < 0) {
-    return LastFault(ops_, {"creating directory", name}, dbg);
+  if (pumice_mkdir(fs_, name.data(), name.size()) < 0) {
+    return LastFault({"creating directory", name}, dbg);
   }
   return IOStatus::OK();
 }
@@ -252,21 +250,21 @@ IOStatus BlobFileSystem::CreateDir(const std::string& name, const IOOptions& /*o
 IOStatus BlobFileSystem::CreateDirIfMissing(const std::string& name, const IOOptions& /*options*/,
                                             IODebugContext* dbg) {
   pumice_stat stat{};
-  if (ops_->stat(fs_, name.data(), name.size(), &stat) >= 0) {
+  if (pumice_stat_path(fs_, name.data(), name.size(), &stat) >= 0) {
     return stat.is_dir != 0 ? IOStatus::OK()
                             : IOStatus::IOError("creating directory " + name, "it is a file");
   }
   // With its parents: a user who keeps a path of the kernel's file system has none of them here.
-  if (ops_->make_dirs(fs_, name.data(), name.size()) < 0) {
-    return LastFault(ops_, {"creating directory", name}, dbg);
+  if (pumice_make_dirs(fs_, name.data(), name.size()) < 0) {
+    return LastFault({"creating directory", name}, dbg);
   }
   return IOStatus::OK();
 }
 
 IOStatus BlobFileSystem::DeleteDir(const std::string& name, const IOOptions& /*options*/,
                                    IODebugContext* dbg) {
-  if (ops_->rmdir(fs_, name.data(), name.size()) < 0) {
-    return LastFault(ops_, {"deleting directory", name}, dbg);
+  if (pumice_rmdir(fs_, name.data(), name.size()) < 0) {
+    return LastFault({"deleting directory", name}, dbg);
   }
   return IOStatus::OK();
 }
@@ -290,16 +288,16 @@ IOStatus BlobFileSystem::GetFileModificationTime(const std::string& name,
 
 IOStatus BlobFileSystem::RenameFile(const std::string& from, const std::string& to,
                                     const IOOptions& /*options*/, IODebugContext* dbg) {
-  if (ops_->rename(fs_, from.data(), from.size(), to.data(), to.size()) < 0) {
-    return LastFault(ops_, {"renaming", from}, dbg);
+  if (pumice_rename(fs_, from.data(), from.size(), to.data(), to.size()) < 0) {
+    return LastFault({"renaming", from}, dbg);
   }
   return IOStatus::OK();
 }
 
 IOStatus BlobFileSystem::LinkFile(const std::string& from, const std::string& to,
                                   const IOOptions& /*options*/, IODebugContext* dbg) {
-  if (ops_->link(fs_, from.data(), from.size(), to.data(), to.size()) < 0) {
-    return LastFault(ops_, {"linking", from}, dbg);
+  if (pumice_link(fs_, from.data(), from.size(), to.data(), to.size()) < 0) {
+    return LastFault({"linking", from}, dbg);
   }
   return IOStatus::OK();
 }
@@ -312,9 +310,9 @@ IOStatus BlobFileSystem::SyncFile(const std::string& name, const FileOptions& /*
   if (!s.ok()) {
     return s;
   }
-  const FileHandle handle(ops_, file);
-  if (ops_->sync(handle.get()) < 0) {
-    return LastFault(ops_, {"syncing", name}, dbg);
+  const FileHandle handle(file);
+  if (pumice_sync(handle.get()) < 0) {
+    return LastFault({"syncing", name}, dbg);
   }
   return s;
 }
@@ -346,8 +344,8 @@ IOStatus BlobFileSystem::LockFile(const std::string& name, const IOOptions& /*op
                                   rocksdb::FileLock** lock, IODebugContext* dbg) {
   *lock = nullptr;
   void* handle = nullptr;
-  if (ops_->lock(fs_, name.data(), name.size(), &handle) < 0) {
-    return LastFault(ops_, {"locking", name}, dbg);
+  if (pumice_lock(fs_, name.data(), name.size(), &handle) < 0) {
+    return LastFault({"locking", name}, dbg);
   }
   *lock = new Lock(handle);
   return IOStatus::OK();
@@ -356,7 +354,7 @@ IOStatus BlobFileSystem::LockFile(const std::string& name, const IOOptions& /*op
 IOStatus BlobFileSystem::UnlockFile(rocksdb::FileLock* lock, const IOOptions& /*options*/,
                                     IODebugContext* /*dbg*/) {
   auto* held = static_cast<Lock*>(lock);
-  ops_->unlock(held->handle);
+  pumice_unlock(held->handle);
   delete held;
   return IOStatus::OK();
 }
@@ -380,8 +378,8 @@ IOStatus BlobFileSystem::GetAbsolutePath(const std::string& path, const IOOption
 
 IOStatus BlobFileSystem::GetFreeSpace(const std::string& path, const IOOptions& /*options*/,
                                       uint64_t* free, IODebugContext* dbg) {
-  if (ops_->free_bytes(fs_, free) < 0) {
-    return LastFault(ops_, {"asking the free space of", path}, dbg);
+  if (pumice_free_bytes(fs_, free) < 0) {
+    return LastFault({"asking the free space of", path}, dbg);
   }
   return IOStatus::OK();
 }

@@ -15,8 +15,8 @@ namespace pumice {
 
 class BlobFileSystem final : public rocksdb::FileSystem {
  public:
-  // Takes ownership of `fs`. `forbid`: abilities (PUMICE_CAN_*) not to be claimed.
-  BlobFileSystem(const pumice_fs_ops* ops, const void* fs, uint32_t forbid);
+  // Takes ownership of `fs`, and claims what `offers` (PUMICE_CAN_*) says.
+  BlobFileSystem(const void* fs, uint32_t offers);
   ~BlobFileSystem() override;
 
   static const char* kClassName() { return "BlobFS"; }
@@ -113,9 +113,7 @@ class BlobFileSystem final : public rocksdb::FileSystem {
   rocksdb::IOStatus Stat(const std::string& name, const char* doing, pumice_stat* out,
                          rocksdb::IODebugContext* dbg);
 
-  const pumice_fs_ops* const ops_;
   const void* const fs_;
-  const size_t alignment_;
   int64_t supported_;
 };
 

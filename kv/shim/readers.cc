@@ -19,29 +19,28 @@ namespace {
 
 inline IOStatus ReadAt(const Opened& at, uint64_t offset, size_t n, Slice* result, char* scratch,
                        IODebugContext* dbg) {
-  const int64_t got = at.file.ops()->read_at(at.file.get(), offset, scratch, n);
+  const int64_t got = pumice_read_at(at.file.get(), offset, scratch, n);
   if (PUMICE_LIKELY(got >= 0)) {
     *result = Slice(scratch, static_cast<size_t>(got));
     return IOStatus::OK();
   }
   *result = Slice(scratch, 0);
-  return LastFault(at.file.ops(), {"reading", at.name}, dbg);
+  return LastFault({"reading", at.name}, dbg);
 }
 
 IOStatus Drop(const Opened& at, uint64_t offset, uint64_t length) {
   if (length == 0) {
     length = UINT64_MAX - offset;
   }
-  if (at.file.ops()->invalidate(at.file.get(), offset, length) < 0) {
-    return LastFault(at.file.ops(), {"dropping the cache of", at.name}, nullptr);
+  if (pumice_invalidate(at.file.get(), offset, length) < 0) {
+    return LastFault({"dropping the cache of", at.name}, nullptr);
   }
   return IOStatus::OK();
 }
 
 // Releases what `read_many` lent; small enough to live inside the std::function.
 struct Unpin {
-  const pumice_fs_ops* ops;
-  void operator()(void* pin) const { ops->pin_release(pin); }
+  void operator()(void* pin) const { pumice_pin_release(pin); }
 };
 
 }  // namespace
@@ -54,7 +53,7 @@ IOStatus SequentialFile::Read(size_t n, const IOOptions& /*options*/, Slice* res
 }
 
 IOStatus SequentialFile::Skip(uint64_t n) {
-  const uint64_t len = at_.file.ops()->file_len(at_.file.get());
+  const uint64_t len = pumice_file_len(at_.file.get());
   const uint64_t left = len > position_ ? len - position_ : 0;
   position_ += std::min(n, left);
   return IOStatus::OK();
@@ -86,8 +85,8 @@ IOStatus RandomAccessFile::Prefetch(uint64_t offset, size_t n, const IOOptions& 
   if (at_.direct) {
     return IOStatus::NotSupported("Prefetch: the file is read past the cache");
   }
-  if (at_.file.ops()->prefetch(at_.file.get(), offset, n) < 0) {
-    return LastFault(at_.file.ops(), {"prefetching", at_.name}, dbg);
+  if (pumice_prefetch(at_.file.get(), offset, n) < 0) {
+    return LastFault({"prefetching", at_.name}, dbg);
   }
   return IOStatus::OK();
 }
@@ -112,9 +111,8 @@ IOStatus RandomAccessFile::MultiRead(FSReadRequest* reqs, size_t count, const IO
                 nullptr,        0,           nullptr,
                 nullptr};
   }
-  const pumice_fs_ops* ops = at_.file.ops();
-  if (ops->read_many(at_.file.get(), reads, count) < 0) {
-    return LastFault(ops, {"reading", at_.name}, dbg);
+  if (pumice_read_many(at_.file.get(), reads, count) < 0) {
+    return LastFault({"reading", at_.name}, dbg);
   }
   for (size_t i = 0; i < count; i++) {
     FSReadRequest& req = reqs[i];
@@ -124,13 +122,13 @@ IOStatus RandomAccessFile::MultiRead(FSReadRequest* reqs, size_t count, const IO
                                                 : reinterpret_cast<const char*>(read.data);
       req.result = Slice(data, static_cast<size_t>(read.got));
       if (read.pin != nullptr) {
-        req.fs_scratch = rocksdb::FSAllocationPtr(read.pin, Unpin{ops});
+        req.fs_scratch = rocksdb::FSAllocationPtr(read.pin, Unpin{});
       }
       req.status = IOStatus::OK();
     } else {
-      ops->fault_take(read.fault);
+      pumice_fault_take(read.fault);
       req.result = Slice(req.scratch, 0);
-      req.status = LastFault(ops, {"reading", at_.name}, dbg);
+      req.status = LastFault({"reading", at_.name}, dbg);
     }
   }
   return IOStatus::OK();
@@ -145,7 +143,7 @@ IOStatus RandomAccessFile::ReadAsync(FSReadRequest& req, const IOOptions& option
 }
 
 IOStatus RandomAccessFile::GetFileSize(uint64_t* result) {
-  *result = at_.file.ops()->file_len(at_.file.get());
+  *result = pumice_file_len(at_.file.get());
   return IOStatus::OK();
 }
 
@@ -154,7 +152,7 @@ IOStatus RandomAccessFile::InvalidateCache(size_t offset, size_t length) {
 }
 
 size_t RandomAccessFile::GetUniqueId(char* id, size_t max_size) const {
-  return UniqueId(at_.file.ops()->file_id(at_.file.get()), at_.mount, id, max_size);
+  return UniqueId(pumice_file_id(at_.file.get()), at_.mount, id, max_size);
 }
 
 void RandomAccessFile::Hint(AccessPattern pattern) {
@@ -176,7 +174,7 @@ void RandomAccessFile::Hint(AccessPattern pattern) {
       access = PUMICE_ACCESS_WONT_NEED;
       break;
   }
-  at_.file.ops()->advise(at_.file.get(), access);
+  pumice_advise(at_.file.get(), access);
 }
 
 size_t UniqueId(uint64_t file_id, const void* mount, char* id, size_t max_size) {

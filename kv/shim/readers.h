@@ -12,10 +12,8 @@ namespace pumice {
 // A handle on a Rust file, released with its owner.
 class FileHandle {
  public:
-  FileHandle(const pumice_fs_ops* ops, const void* file) : ops_(ops), file_(file) {}
-  FileHandle(FileHandle&& from) noexcept : ops_(from.ops_), file_(from.file_) {
-    from.file_ = nullptr;
-  }
+  explicit FileHandle(const void* file) : file_(file) {}
+  FileHandle(FileHandle&& from) noexcept : file_(from.file_) { from.file_ = nullptr; }
   FileHandle(const FileHandle&) = delete;
   FileHandle& operator=(const FileHandle&) = delete;
   FileHandle& operator=(FileHandle&&) = delete;
@@ -23,15 +21,13 @@ class FileHandle {
 
   void Release() {
     if (file_ != nullptr) {
-      ops_->file_release(file_);
+      pumice_file_release(file_);
       file_ = nullptr;
     }
   }
-  const pumice_fs_ops* ops() const { return ops_; }
   const void* get() const { return file_; }
 
  private:
-  const pumice_fs_ops* ops_;
   const void* file_;
 };
 
@@ -40,7 +36,6 @@ struct Opened {
   FileHandle file;
   const void* mount;  // tells the files of one mount from another's; never followed
   std::string name;
-  size_t alignment;
   bool direct;
 };
 
@@ -56,7 +51,7 @@ class SequentialFile final : public rocksdb::FSSequentialFile {
                                    rocksdb::IODebugContext* dbg) override;
   rocksdb::IOStatus InvalidateCache(size_t offset, size_t length) override;
   bool use_direct_io() const override { return at_.direct; }
-  size_t GetRequiredBufferAlignment() const override { return at_.alignment; }
+  size_t GetRequiredBufferAlignment() const override { return PUMICE_ALIGNMENT; }
 
  private:
   Opened at_;
@@ -84,7 +79,7 @@ class RandomAccessFile final : public rocksdb::FSRandomAccessFile {
   size_t GetUniqueId(char* id, size_t max_size) const override;
   void Hint(AccessPattern pattern) override;
   bool use_direct_io() const override { return at_.direct; }
-  size_t GetRequiredBufferAlignment() const override { return at_.alignment; }
+  size_t GetRequiredBufferAlignment() const override { return PUMICE_ALIGNMENT; }
 
  private:
   // Passes a read around the cache when RocksDB found the first answer damaged.

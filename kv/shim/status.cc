@@ -38,9 +38,9 @@ IOStatus Make(const pumice_fault& fault, const std::string& what, const std::str
 
 }  // namespace
 
-IOStatus LastFault(const pumice_fs_ops* ops, Where where, IODebugContext* dbg) {
+IOStatus LastFault(Where where, IODebugContext* dbg) {
   pumice_fault fault{};
-  ops->last_fault(&fault);
+  pumice_last_fault(&fault);
   const std::string text(fault.text, fault.text_len);
   std::string what(where.doing);
   what += ' ';
@@ -57,16 +57,16 @@ IOStatus LastFault(const pumice_fs_ops* ops, Where where, IODebugContext* dbg) {
   return s;
 }
 
-IOStatus LastFaultOfLookup(const pumice_fs_ops* ops, Where where, IODebugContext* dbg) {
+IOStatus LastFaultOfLookup(Where where, IODebugContext* dbg) {
   pumice_fault fault{};
-  ops->last_fault(&fault);
+  pumice_last_fault(&fault);
   switch (fault.err) {
     case ENOENT:
     case ENOTDIR:
     case ENAMETOOLONG:
       return IOStatus::NotFound();
     default:
-      return LastFault(ops, where, dbg);
+      return LastFault(where, dbg);
   }
 }
 

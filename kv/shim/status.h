@@ -20,10 +20,10 @@ struct Where {
 };
 
 // The IOStatus of this thread's last fault. `dbg` gets the file and the text when there is one.
-IOStatus LastFault(const pumice_fs_ops* ops, Where where, IODebugContext* dbg);
+IOStatus LastFault(Where where, IODebugContext* dbg);
 
 // The same for FileExists and GetChildren, which answer NotFound where others answer PathNotFound.
-IOStatus LastFaultOfLookup(const pumice_fs_ops* ops, Where where, IODebugContext* dbg);
+IOStatus LastFaultOfLookup(Where where, IODebugContext* dbg);
 
 // A memory-mapped mode was asked for.
 IOStatus RefuseMmap(const char* option, const std::string& name);

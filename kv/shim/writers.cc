@@ -13,17 +13,16 @@ using rocksdb::Slice;
 WritableFile::WritableFile(Opened opened, const rocksdb::FileOptions& options)
     : FSWritableFile(options),
       at_(std::move(opened)),
-      size_(at_.file.ops()->file_len(at_.file.get())),
+      size_(pumice_file_len(at_.file.get())),
       prepared_end_(UINT64_MAX) {}
 
 IOStatus WritableFile::Append(const Slice& data, const IOOptions& /*options*/,
                               IODebugContext* dbg) {
-  const pumice_fs_ops* ops = at_.file.ops();
-  if (PUMICE_LIKELY(ops->append(at_.file.get(), data.data(), data.size()) >= 0)) {
+  if (PUMICE_LIKELY(pumice_append(at_.file.get(), data.data(), data.size()) >= 0)) {
     size_ += data.size();
     return IOStatus::OK();
   }
-  return LastFault(ops, {"appending to", at_.name}, dbg);
+  return LastFault({"appending to", at_.name}, dbg);
 }
 
 IOStatus WritableFile::Append(const Slice& data, const IOOptions& options,
@@ -33,12 +32,11 @@ IOStatus WritableFile::Append(const Slice& data, const IOOptions& options,
 
 IOStatus WritableFile::PositionedAppend(const Slice& data, uint64_t offset,
                                         const IOOptions& /*options*/, IODebugContext* dbg) {
-  const pumice_fs_ops* ops = at_.file.ops();
-  if (PUMICE_LIKELY(ops->write_at(at_.file.get(), offset, data.data(), data.size()) >= 0)) {
+  if (PUMICE_LIKELY(pumice_write_at(at_.file.get(), offset, data.data(), data.size()) >= 0)) {
     size_ = offset + data.size();
     return IOStatus::OK();
   }
-  return LastFault(ops, {"writing", at_.name}, dbg);
+  return LastFault({"writing", at_.name}, dbg);
 }
 
 IOStatus WritableFile::PositionedAppend(const Slice& data, uint64_t offset,
@@ -50,18 +48,16 @@ IOStatus WritableFile::PositionedAppend(const Slice& data, uint64_t offset,
 
 IOStatus WritableFile::Truncate(uint64_t size, const IOOptions& /*options*/,
                                 IODebugContext* dbg) {
-  const pumice_fs_ops* ops = at_.file.ops();
-  if (ops->truncate(at_.file.get(), size) < 0) {
-    return LastFault(ops, {"truncating", at_.name}, dbg);
+  if (pumice_truncate(at_.file.get(), size) < 0) {
+    return LastFault({"truncating", at_.name}, dbg);
   }
   size_ = size;
   return IOStatus::OK();
 }
 
 IOStatus WritableFile::Close(const IOOptions& /*options*/, IODebugContext* dbg) {
-  const pumice_fs_ops* ops = at_.file.ops();
-  if (ops->finish(at_.file.get()) < 0) {
-    return LastFault(ops, {"closing", at_.name}, dbg);
+  if (pumice_finish(at_.file.get()) < 0) {
+    return LastFault({"closing", at_.name}, dbg);
   }
   return IOStatus::OK();
 }
@@ -71,11 +67,10 @@ IOStatus WritableFile::Flush(const IOOptions& /*options*/, IODebugContext* /*dbg
 }
 
 IOStatus WritableFile::Sync(const IOOptions& /*options*/, IODebugContext* dbg) {
-  const pumice_fs_ops* ops = at_.file.ops();
-  if (PUMICE_LIKELY(ops->sync(at_.file.get()) >= 0)) {
+  if (PUMICE_LIKELY(pumice_sync(at_.file.get()) >= 0)) {
     return IOStatus::OK();
   }
-  return LastFault(ops, {"syncing", at_.name}, dbg);
+  return LastFault({"syncing", at_.name}, dbg);
 }
 
 IOStatus WritableFile::Fsync(const IOOptions& options, IODebugContext* dbg) {
@@ -87,27 +82,24 @@ IOStatus WritableFile::RangeSync(uint64_t offset, uint64_t nbytes, const IOOptio
   if (strict_bytes_per_sync_) {
     return Sync(options, dbg);
   }
-  const pumice_fs_ops* ops = at_.file.ops();
-  if (ops->range_sync(at_.file.get(), offset, nbytes) < 0) {
-    return LastFault(ops, {"writing back", at_.name}, dbg);
+  if (pumice_range_sync(at_.file.get(), offset, nbytes) < 0) {
+    return LastFault({"writing back", at_.name}, dbg);
   }
   return IOStatus::OK();
 }
 
 IOStatus WritableFile::Allocate(uint64_t offset, uint64_t len, const IOOptions& /*options*/,
                                 IODebugContext* dbg) {
-  const pumice_fs_ops* ops = at_.file.ops();
-  if (ops->allocate(at_.file.get(), offset, len) < 0) {
-    return LastFault(ops, {"allocating for", at_.name}, dbg);
+  if (pumice_allocate(at_.file.get(), offset, len) < 0) {
+    return LastFault({"allocating for", at_.name}, dbg);
   }
   return IOStatus::OK();
 }
 
 IOStatus WritableFile::InvalidateCache(size_t offset, size_t length) {
-  const pumice_fs_ops* ops = at_.file.ops();
   const uint64_t len = length == 0 ? UINT64_MAX - offset : length;
-  if (ops->invalidate(at_.file.get(), offset, len) < 0) {
-    return LastFault(ops, {"dropping the cache of", at_.name}, nullptr);
+  if (pumice_invalidate(at_.file.get(), offset, len) < 0) {
+    return LastFault({"dropping the cache of", at_.name}, nullptr);
   }
   return IOStatus::OK();
 }
@@ -141,24 +133,23 @@ uint64_t WritableFile::GetFileSize(const IOOptions& /*options*/, IODebugContext*
 }
 
 size_t WritableFile::GetUniqueId(char* id, size_t max_size) const {
-  return UniqueId(at_.file.ops()->file_id(at_.file.get()), at_.mount, id, max_size);
+  return UniqueId(pumice_file_id(at_.file.get()), at_.mount, id, max_size);
 }
 
 IOStatus RandomRWFile::Write(uint64_t offset, const Slice& data, const IOOptions& /*options*/,
                              IODebugContext* dbg) {
-  const pumice_fs_ops* ops = at_.file.ops();
-  if (ops->write_at(at_.file.get(), offset, data.data(), data.size()) < 0) {
-    return LastFault(ops, {"writing", at_.name}, dbg);
+  if (pumice_write_at(at_.file.get(), offset, data.data(), data.size()) < 0) {
+    return LastFault({"writing", at_.name}, dbg);
   }
   return IOStatus::OK();
 }
 
 IOStatus RandomRWFile::Read(uint64_t offset, size_t n, const IOOptions& /*options*/, Slice* result,
                             char* scratch, IODebugContext* dbg) const {
-  const int64_t got = at_.file.ops()->read_at(at_.file.get(), offset, scratch, n);
+  const int64_t got = pumice_read_at(at_.file.get(), offset, scratch, n);
   if (got < 0) {
     *result = Slice(scratch, 0);
-    return LastFault(at_.file.ops(), {"reading", at_.name}, dbg);
+    return LastFault({"reading", at_.name}, dbg);
   }
   *result = Slice(scratch, static_cast<size_t>(got));
   return IOStatus::OK();
@@ -169,24 +160,22 @@ IOStatus RandomRWFile::Flush(const IOOptions& /*options*/, IODebugContext* /*dbg
 }
 
 IOStatus RandomRWFile::Sync(const IOOptions& /*options*/, IODebugContext* dbg) {
-  const pumice_fs_ops* ops = at_.file.ops();
-  if (ops->sync(at_.file.get()) < 0) {
-    return LastFault(ops, {"syncing", at_.name}, dbg);
+  if (pumice_sync(at_.file.get()) < 0) {
+    return LastFault({"syncing", at_.name}, dbg);
   }
   return IOStatus::OK();
 }
 
 IOStatus RandomRWFile::Close(const IOOptions& /*options*/, IODebugContext* dbg) {
-  const pumice_fs_ops* ops = at_.file.ops();
-  if (ops->finish(at_.file.get()) < 0) {
-    return LastFault(ops, {"closing", at_.name}, dbg);
+  if (pumice_finish(at_.file.get()) < 0) {
+    return LastFault({"closing", at_.name}, dbg);
   }
   return IOStatus::OK();
 }
 
 IOStatus Directory::Fsync(const IOOptions& /*options*/, IODebugContext* dbg) {
-  if (ops_->sync_dir(fs_, name_.data(), name_.size()) < 0) {
-    return LastFault(ops_, {"syncing directory", name_}, dbg);
+  if (pumice_sync_dir(fs_, name_.data(), name_.size()) < 0) {
+    return LastFault({"syncing directory", name_}, dbg);
   }
   return IOStatus::OK();
 }

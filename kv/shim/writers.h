@@ -54,7 +54,7 @@ class WritableFile final : public rocksdb::FSWritableFile {
   size_t GetUniqueId(char* id, size_t max_size) const override;
   bool IsSyncThreadSafe() const override { return true; }
   bool use_direct_io() const override { return at_.direct; }
-  size_t GetRequiredBufferAlignment() const override { return at_.alignment; }
+  size_t GetRequiredBufferAlignment() const override { return PUMICE_ALIGNMENT; }
 
  private:
   Opened at_;
@@ -82,7 +82,7 @@ class RandomRWFile final : public rocksdb::FSRandomRWFile {
   rocksdb::IOStatus Close(const rocksdb::IOOptions& options,
                           rocksdb::IODebugContext* dbg) override;
   bool use_direct_io() const override { return at_.direct; }
-  size_t GetRequiredBufferAlignment() const override { return at_.alignment; }
+  size_t GetRequiredBufferAlignment() const override { return PUMICE_ALIGNMENT; }
 
  private:
   Opened at_;
@@ -90,8 +90,8 @@ class RandomRWFile final : public rocksdb::FSRandomRWFile {
 
 class Directory final : public rocksdb::FSDirectory {
  public:
-  Directory(const pumice_fs_ops* ops, const void* fs, std::string name, uint64_t file_id)
-      : ops_(ops), fs_(fs), name_(std::move(name)), file_id_(file_id) {}
+  Directory(const void* fs, std::string name, uint64_t file_id)
+      : fs_(fs), name_(std::move(name)), file_id_(file_id) {}
 
   rocksdb::IOStatus Fsync(const rocksdb::IOOptions& options,
                           rocksdb::IODebugContext* dbg) override;
@@ -100,7 +100,6 @@ class Directory final : public rocksdb::FSDirectory {
   size_t GetUniqueId(char* id, size_t max_size) const override;
 
  private:
-  const pumice_fs_ops* ops_;
   const void* fs_;  // of the file system, which outlives its directories
   const std::string name_;
   const uint64_t file_id_;

@@ -4,7 +4,7 @@ use pumice_blobfs::fs::{FileSystem, FsError};
 use rocksdb::backup::{BackupEngine, BackupEngineInfo, BackupEngineOptions, RestoreOptions};
 use rocksdb::checkpoint::Checkpoint;
 
-use crate::plugin::path::{from_root, normal};
+use crate::plugin::{from_root, normal};
 use crate::{Db, Error};
 
 impl Db {
@@ -12,7 +12,7 @@ impl Db {
     /// tables are linked, not copied, as long as a file can have another link. `path` must not exist.
     ///
     /// # Errors
-    /// [`Error::Path`], [`Error::RocksDb`].
+    /// [`Error::FileSystem`], [`Error::RocksDb`].
     pub fn checkpoint(&self, path: &str) -> Result<(), Error> {
         let checkpoint = Checkpoint::new(self.rocksdb())?;
         let made = Made::parents_of(&self.fs, path)?;
@@ -25,7 +25,7 @@ impl Db {
     /// system; what an earlier backup there holds is not copied again.
     ///
     /// # Errors
-    /// [`Error::Path`], [`Error::RocksDb`].
+    /// [`Error::FileSystem`], [`Error::RocksDb`].
     pub fn backup(&self, path: &str) -> Result<(), Error> {
         let made = Made::parents_of(&self.fs, path)?;
         self.engine(path)?
@@ -37,7 +37,7 @@ impl Db {
     /// The backups at `path`, oldest first; none where nothing or something else is.
     ///
     /// # Errors
-    /// [`Error::Path`], [`Error::RocksDb`].
+    /// [`Error::FileSystem`], [`Error::RocksDb`].
     pub fn backups(&self, path: &str) -> Result<Vec<BackupEngineInfo>, Error> {
         if !self.holds_backups(path)? {
             return Ok(Vec::new());
@@ -49,7 +49,7 @@ impl Db {
     /// from where [`DbOptions::path`](crate::DbOptions::path) opens it. If it fails, nothing is left of it.
     ///
     /// # Errors
-    /// [`Error::Directory`] if there is no backup at `path`, or something at `to`; [`Error::Path`],
+    /// [`Error::Directory`] if there is no backup at `path`, or something at `to`; [`Error::FileSystem`],
     /// [`Error::RocksDb`].
     pub fn restore_backup(&self, path: &str, to: &str) -> Result<(), Error> {
         if self.backups(path)?.is_empty() {
@@ -108,10 +108,7 @@ impl Db {
 
     /// `path` of the file system as the database's environment calls it.
     fn inside(&self, path: &str) -> Result<String, Error> {
-        from_root(&self.root, &normal(path)?).map_err(|fault| Error::Path {
-            path: path.to_owned(),
-            reason: fault.text,
-        })
+        Ok(from_root(&self.root, &normal(path)?))
     }
 }
 

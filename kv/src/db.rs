@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex};
 use pumice_blobfs::fs::{self, FileSystem, FsError};
 use rocksdb::{CStrLike, DBWithThreadMode, Env, FlushOptions, MultiThreaded, Options, properties};
 
+use crate::error::is_no_space;
 #[cfg(feature = "inspect")]
 use crate::inspect::{App, Inspection, Look};
-use crate::plugin::Gate;
-use crate::plugin::path::normal;
+use crate::plugin::{Binding, normal};
+use crate::shared::Use;
 use crate::{EnvOptions, Error, MountOptions, figures, mount_device};
 
 /// The database type of the `rocksdb` crate that [`Db`] is made of.
@@ -44,11 +45,12 @@ pub struct Db {
     options: Options,
     env: Env,
     /// Ends the use of `env`.
-    gate: Arc<Gate>,
+    binding: Arc<Binding>,
     pub(crate) fs: FileSystem,
     pub(crate) root: String,
     read_only: bool,
-    owns_fs: bool,
+    /// Set if opening mounted the file system, or shared one that opening another database has mounted.
+    mounted: Option<Use>,
     closed: Mutex<bool>,
     /// Gone when the database is closed.
     #[cfg(feature = "inspect")]
@@ -231,7 +233,11 @@ impl DbOptions {
 
     /// Mounts the file system on the device that `uri` names and opens the database in it. A
     /// device that holds nothing is formatted first, unless [`MountOptions::format_empty`] was
-    /// cleared. [`Db::close`] unmounts.
+    /// cleared.
+    ///
+    /// A process may open several databases of one device this way, each at a [path](DbOptions::path) of its own. They
+    /// share one file system, mounted as the first one asked, and the [`Db::close`] of the last unmounts it. Devices of
+    /// memory (`malloc://…`) are new each time.
     ///
     /// # Errors
     /// [`Error::Device`], [`Error::FileSystem`], [`Error::RocksDb`], [`Error::Full`].
@@ -240,10 +246,20 @@ impl DbOptions {
         if self.read_only {
             how = how.read_only(true);
         }
-        let device = crate::mount::open_device(uri, &how)?;
         #[cfg(feature = "inspect")]
-        let (device, app) = self.look.counted(device)?;
-        let db = self.open_on(mount_device(&device, &how)?, true)?;
+        let mut app = Arc::default();
+        let mounted = Use::of(uri, how.is_read_only(), || {
+            let device = crate::mount::open_device(uri, &how)?;
+            #[cfg(feature = "inspect")]
+            let device = {
+                let (device, counted) = self.look.counted(device)?;
+                app = counted;
+                device
+            };
+            mount_device(&device, &how)
+        })?;
+        let fs = mounted.fs().clone();
+        let db = self.open_on(fs, Some(mounted))?;
         #[cfg(feature = "inspect")]
         db.inspect(&self.look, app)?;
         Ok(db)
@@ -252,17 +268,17 @@ impl DbOptions {
     /// Opens the database in a file system that is mounted already and stays so.
     ///
     /// # Errors
-    /// [`Error::Path`], [`Error::RocksDb`], [`Error::Full`].
+    /// [`Error::FileSystem`], [`Error::RocksDb`], [`Error::Full`].
     pub fn open_in(&self, fs: &FileSystem) -> Result<Db, Error> {
-        let db = self.open_on(fs.clone(), false)?;
+        let db = self.open_on(fs.clone(), None)?;
         #[cfg(feature = "inspect")]
         db.inspect(&self.look, Arc::default())?;
         Ok(db)
     }
 
-    fn open_on(&self, fs: FileSystem, owns_fs: bool) -> Result<Db, Error> {
+    fn open_on(&self, fs: FileSystem, mounted: Option<Use>) -> Result<Db, Error> {
         let root = normal(&self.path)?;
-        let (env, gate) = self.env.clone().root(&root).build_gated(fs.clone())?;
+        let (env, binding) = self.env.clone().root(&root).build_bound(&fs)?;
         let mut options = self.options.clone();
         options.set_env(&env);
         if self.read_only {
@@ -281,11 +297,11 @@ impl DbOptions {
             db: Some(Arc::new(db)),
             options,
             env,
-            gate,
+            binding,
             fs,
             root,
             read_only: self.read_only,
-            owns_fs,
+            mounted,
             closed: Mutex::new(false),
             #[cfg(feature = "inspect")]
             inspection: Mutex::new(None),
@@ -313,18 +329,13 @@ impl DbOptions {
     /// Deletes the database's files.
     ///
     /// # Errors
-    /// [`Error::Path`], [`Error::RocksDb`].
+    /// [`Error::FileSystem`], [`Error::RocksDb`].
     pub fn destroy_in(&self, fs: &FileSystem) -> Result<(), Error> {
-        let env = self.env.clone().root(&self.path).build(fs.clone())?;
+        let env = self.env.clone().root(&self.path).build(fs)?;
         let mut options = self.options.clone();
         options.set_env(&env);
         Ok(Rocks::destroy(&options, "/")?)
     }
-}
-
-/// RocksDB's errors keep their kind as text only.
-fn is_no_space(error: &rocksdb::Error) -> bool {
-    error.kind() == rocksdb::ErrorKind::IOError && error.as_ref().contains("No space left")
 }
 
 impl Db {
@@ -390,16 +401,12 @@ impl Db {
             self.settle()?;
             self.background_errors() > failures
         };
-        if self.owns_fs {
-            match self.fs.unmount() {
-                // Somebody with a handle of it was faster.
-                Ok(()) | Err(FsError::Unmounted { .. }) => {}
-                Err(e) => return Err(e.into()),
-            }
+        if let Some(mounted) = &self.mounted {
+            mounted.end()?;
         }
         #[cfg(feature = "inspect")]
         self.stop_inspection();
-        self.gate.close();
+        self.binding.close();
         *closed = true;
         if lost {
             let path = self.root.clone();
@@ -531,16 +538,7 @@ impl Drop for Db {
         #[cfg(feature = "inspect")]
         self.stop_inspection();
         drop(db);
-        self.gate.close();
-        if self.owns_fs {
-            match self.fs.unmount() {
-                Ok(()) | Err(FsError::Unmounted { .. }) => {}
-                Err(error) => {
-                    let device = format!("{:?}", self.fs);
-                    tracing::error!(device, %error, "the database was dropped and could not be closed in order");
-                }
-            }
-        }
+        self.binding.close();
     }
 }
 

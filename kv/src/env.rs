@@ -7,8 +7,7 @@ use std::sync::Arc;
 use pumice_blobfs::fs::FileSystem;
 
 use crate::Error;
-use crate::plugin::path::normal;
-use crate::plugin::{self, Abilities, Gate, PluginFs};
+use crate::plugin::{self, Binding, normal, offers};
 
 /// An environment for `rocksdb::Options::set_env` whose files are all in `fs`.
 ///
@@ -17,16 +16,16 @@ use crate::plugin::{self, Abilities, Gate, PluginFs};
 #[must_use]
 pub fn env(fs: &FileSystem) -> rocksdb::Env {
     EnvOptions::new()
-        .build(fs.clone())
-        .expect("the root `/` is a good one")
+        .build(fs)
+        .expect("the root `/` is a path that a directory can have")
 }
 
 /// How an environment uses its file system.
 ///
 /// ```
-/// # use pumice::{EnvOptions, plugin::MemoryFs};
-/// let fs = MemoryFs::new(64 << 20);
-/// let env = EnvOptions::new().root("/orders").build(fs)?;
+/// # use pumice::{EnvOptions, MountOptions};
+/// let fs = pumice::mount("malloc://256M", &MountOptions::new())?;
+/// let env = EnvOptions::new().root("/orders").build(&fs)?;
 /// let mut options = pumice::rocksdb::Options::default();
 /// options.set_env(&env);
 /// options.create_if_missing(true);
@@ -38,14 +37,15 @@ pub fn env(fs: &FileSystem) -> rocksdb::Env {
 #[derive(Clone, Debug)]
 pub struct EnvOptions {
     root: String,
-    forbid: Abilities,
+    /// Of `plugin::offers`.
+    offers: u32,
 }
 
 impl Default for EnvOptions {
     fn default() -> Self {
         EnvOptions {
             root: "/".to_owned(),
-            forbid: Abilities::default(),
+            offers: offers::ASYNC_READS | offers::LENDING | offers::PREFETCH | offers::REREADING,
         }
     }
 }
@@ -72,14 +72,14 @@ impl EnvOptions {
     /// Whether `ReadAsync` is offered (`ReadOptions::async_io`). On unless called.
     #[must_use]
     pub fn async_reads(mut self, offered: bool) -> EnvOptions {
-        self.forbid.async_reads = !offered;
+        self.offer(offers::ASYNC_READS, offered);
         self
     }
 
     /// Whether cached blocks are lent to RocksDB without a copy. On unless called.
     #[must_use]
     pub fn lend_cached(mut self, offered: bool) -> EnvOptions {
-        self.forbid.pins = !offered;
+        self.offer(offers::LENDING, offered);
         self
     }
 
@@ -87,17 +87,25 @@ impl EnvOptions {
     /// On unless called.
     #[must_use]
     pub fn prefetch(mut self, offered: bool) -> EnvOptions {
-        self.forbid.prefetch = !offered;
+        self.offer(offers::PREFETCH, offered);
         self
     }
 
-    /// An environment over `fs`. It keeps its clone of `fs` until the last clone of the environment
-    /// and the last database opened with it are gone.
+    fn offer(&mut self, what: u32, offered: bool) {
+        if offered {
+            self.offers |= what;
+        } else {
+            self.offers &= !what;
+        }
+    }
+
+    /// An environment over `fs`. It keeps the file system mounted until the last clone of the environment
+    /// and the last database opened with it are gone, or [`FileSystem::unmount`] ends its use.
     ///
     /// # Errors
-    /// [`Error::Path`] for a root that no directory can have, [`Error::Memory`].
-    pub fn build<F: PluginFs>(&self, fs: F) -> Result<rocksdb::Env, Error> {
-        Ok(self.build_gated(fs)?.0)
+    /// [`Error::FileSystem`] for a root that no directory can have, [`Error::Environment`].
+    pub fn build(&self, fs: &FileSystem) -> Result<rocksdb::Env, Error> {
+        Ok(self.build_bound(fs)?.0)
     }
 
     /// As [`EnvOptions::build`], as a C++ `rocksdb::Env*`, for C++ code in the same program. That code owns it, and deletes it
@@ -107,16 +115,17 @@ impl EnvOptions {
     /// As [`EnvOptions::build`].
     pub fn build_cpp(&self, fs: &FileSystem) -> Result<NonNull<c_void>, Error> {
         let root = normal(&self.root)?;
-        let made = plugin::make_cpp_env(fs.clone(), &root, self.forbid);
-        Ok(made.map_err(|e| Error::Memory(e.0))?.0)
+        let made = plugin::make_cpp_env(fs.clone(), root, self.offers);
+        Ok(made.map_err(|e| Error::Environment(e.0))?.0)
     }
 
     /// As [`EnvOptions::build`], with what ends the environment's use while handles on it are left.
-    pub(crate) fn build_gated<F: PluginFs>(
+    pub(crate) fn build_bound(
         &self,
-        fs: F,
-    ) -> Result<(rocksdb::Env, Arc<Gate>), Error> {
+        fs: &FileSystem,
+    ) -> Result<(rocksdb::Env, Arc<Binding>), Error> {
         let root = normal(&self.root)?;
-        plugin::make_env(fs, &root, self.forbid).map_err(|e| Error::Memory(e.0))
+        let made = plugin::make_env(fs.clone(), root, self.offers);
+        made.map_err(|e| Error::Environment(e.0))
     }
 }

@@ -1,27 +1,24 @@
 //! What can go wrong above the file system.
 
-use pumice_bdev::{BdevError, IoError};
+use std::error::Error as StdError;
+
+use pumice_bdev::{BdevError, IoErrorKind};
 use pumice_blobfs::fs::FsError;
 
 /// A failure of mounting, opening or using a database.
+///
+/// [`Error::kind`] says what kind of failure it is. The text names what failed; the causes are its
+/// [sources](StdError::source), and [`chain`] writes all of them in one line.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The device could not be opened.
-    #[error("{uri}: {source}")]
+    /// The device could not be opened or looked at.
+    #[error("the device {uri} could not be opened")]
     Device {
         /// As it was given.
         uri: String,
         /// Why.
         source: BdevError,
-    },
-    /// The device could not be read when it was looked at.
-    #[error("{device}: {source}")]
-    Read {
-        /// The device.
-        device: String,
-        /// Why.
-        source: Box<IoError>,
     },
     /// The device is not formatted, and not empty either.
     #[error(
@@ -34,21 +31,21 @@ pub enum Error {
         /// What is on it.
         found: String,
     },
-    /// No memory for buffers.
-    #[error("no buffer memory: {0}")]
-    Memory(String),
+    /// RocksDB's environment over the file system could not be made.
+    #[error("the environment could not be made: {0}")]
+    Environment(String),
     /// The file system's own.
     #[error(transparent)]
     FileSystem(#[from] FsError),
     /// RocksDB's own, with the file system's cause in its text.
     #[error(transparent)]
     RocksDb(#[from] rocksdb::Error),
-    /// RocksDB's registry could not open a URI.
+    /// A `blobfs://` URI could not be opened.
     #[error("{uri}: {reason}")]
     Uri {
         /// As it was given.
         uri: String,
-        /// RocksDB's text.
+        /// RocksDB's text, or what is wrong with the URI.
         reason: String,
     },
     /// A directory that cannot be used for what was asked.
@@ -61,8 +58,9 @@ pub enum Error {
     },
     /// The database could not be opened for want of space.
     #[error(
-        "{source}; the file system is full: `DbOptions::read_only` still reads it, `pumice rm` \
-         deletes files that are not the database's, `pumice grow` makes it larger"
+        "the database could not be opened because the file system is full: `DbOptions::read_only` \
+         still reads it, `pumice rm` deletes files that are not the database's, `pumice grow` makes \
+         it larger"
     )]
     Full {
         /// RocksDB's own.
@@ -78,12 +76,210 @@ pub enum Error {
         /// The database's directory.
         path: String,
     },
-    /// A path that no file can have.
-    #[error("path {path:?}: {reason}")]
-    Path {
-        /// As it was given.
-        path: String,
-        /// What is wrong with it.
-        reason: String,
-    },
+}
+
+/// The kinds of failures, what each stops, and how to go on.
+///
+/// | kind | what it stops | how to go on |
+/// | --- | --- | --- |
+/// | [`NotFound`](ErrorKind::NotFound) | this call | name a file, device or database that is there, or let it be made |
+/// | [`AlreadyExists`](ErrorKind::AlreadyExists) | this call | choose another name |
+/// | [`InvalidInput`](ErrorKind::InvalidInput) | this call | change the argument that the text names |
+/// | [`InUse`](ErrorKind::InUse) | opening | end the process or drop the database that has it, and try again |
+/// | [`NoSpace`](ErrorKind::NoSpace) | writes; reads go on | delete files or `pumice grow`; RocksDB then resumes by itself, or `put` again |
+/// | [`ReadOnly`](ErrorKind::ReadOnly) | writes; reads go on | mount for writing |
+/// | [`PermissionDenied`](ErrorKind::PermissionDenied) | opening | run as a user who may open the device, or open it for reading only |
+/// | [`Corrupt`](ErrorKind::Corrupt) | what is damaged, and mounting for writing | mount read-only and copy what can be read, `pumice fsck --repair`, `pumice rescue` |
+/// | [`Foreign`](ErrorKind::Foreign) | formatting | choose another device, or `pumice mkfs --force` |
+/// | [`DeviceGone`](ErrorKind::DeviceGone) | everything on the device | attach it again, drop the database, and open it again |
+/// | [`Device`](ErrorKind::Device) | this call; a failed sync stays failed | the text names the device and the place; `close` may be called again when the fault has passed |
+/// | [`TryAgain`](ErrorKind::TryAgain) | this call | call again |
+/// | [`OutOfMemory`](ErrorKind::OutOfMemory) | this call | free memory, or give the page cache less |
+/// | [`Unsupported`](ErrorKind::Unsupported) | this call | do without the option that the text names |
+/// | [`Closed`](ErrorKind::Closed) | every call with this handle | open the database or mount the file system again |
+/// | [`Other`](ErrorKind::Other) | this call | read the text |
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// There is no such file, directory, device or database.
+    NotFound,
+    /// There is one of that name.
+    AlreadyExists,
+    /// An argument, a path, a URI or an option that cannot be.
+    InvalidInput,
+    /// Another process or another handle has it.
+    InUse,
+    /// No space is left.
+    NoSpace,
+    /// It was opened for reading only.
+    ReadOnly,
+    /// The operating system does not permit it.
+    PermissionDenied,
+    /// What is on the device contradicts itself or a checksum.
+    Corrupt,
+    /// The device holds something that is not a file system of Pumice.
+    Foreign,
+    /// The device was removed.
+    DeviceGone,
+    /// The device failed.
+    Device,
+    /// It failed for now.
+    TryAgain,
+    /// There is no memory for it.
+    OutOfMemory,
+    /// It cannot be done here.
+    Unsupported,
+    /// The file system was unmounted, the database was closed, or they belong to another process.
+    Closed,
+    /// Anything else.
+    Other,
+}
+
+impl Error {
+    /// The kind of the failure.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Error::Device { source, .. } => of_errno(source.errno()),
+            Error::NotEmpty { .. } => ErrorKind::Foreign,
+            Error::Environment(_) => ErrorKind::OutOfMemory,
+            Error::FileSystem(e) => of_fs(e),
+            Error::RocksDb(e) => of_rocksdb(e),
+            Error::Uri { .. } | Error::Directory { .. } => ErrorKind::InvalidInput,
+            Error::Full { .. } => ErrorKind::NoSpace,
+            Error::Unlogged { .. } => ErrorKind::Device,
+        }
+    }
+}
+
+fn of_fs(e: &FsError) -> ErrorKind {
+    match e {
+        FsError::Foreign { .. } => ErrorKind::Foreign,
+        FsError::Io { source, .. } if source.kind == IoErrorKind::Removed => ErrorKind::DeviceGone,
+        e => match of_errno(e.errno()) {
+            ErrorKind::Device if e.is_retryable() => ErrorKind::TryAgain,
+            kind => kind,
+        },
+    }
+}
+
+fn of_errno(errno: i32) -> ErrorKind {
+    match errno {
+        libc::ENOENT => ErrorKind::NotFound,
+        libc::EEXIST => ErrorKind::AlreadyExists,
+        libc::EINVAL | libc::ENAMETOOLONG | libc::ENOTDIR | libc::EISDIR | libc::ENOTEMPTY => {
+            ErrorKind::InvalidInput
+        }
+        libc::EBUSY | libc::EAGAIN => ErrorKind::InUse,
+        libc::ENOSPC | libc::EDQUOT => ErrorKind::NoSpace,
+        libc::EROFS => ErrorKind::ReadOnly,
+        libc::EACCES | libc::EPERM => ErrorKind::PermissionDenied,
+        libc::EUCLEAN => ErrorKind::Corrupt,
+        libc::ENODEV | libc::ENXIO => ErrorKind::DeviceGone,
+        libc::EIO | libc::ETIMEDOUT | libc::EILSEQ | libc::ENODATA => ErrorKind::Device,
+        libc::ENOMEM => ErrorKind::OutOfMemory,
+        libc::EOPNOTSUPP | libc::ENOSYS | libc::EMLINK => ErrorKind::Unsupported,
+        libc::EBADF => ErrorKind::Closed,
+        _ => ErrorKind::Other,
+    }
+}
+
+/// RocksDB's errors are a code and a text; the code of every I/O error is the same.
+fn of_rocksdb(e: &rocksdb::Error) -> ErrorKind {
+    use rocksdb::ErrorKind as Rocks;
+    match e.kind() {
+        Rocks::NotFound | Rocks::ColumnFamilyDropped => ErrorKind::NotFound,
+        Rocks::Corruption => ErrorKind::Corrupt,
+        Rocks::NotSupported => ErrorKind::Unsupported,
+        Rocks::InvalidArgument => ErrorKind::InvalidInput,
+        Rocks::IOError if is_no_space(e) => ErrorKind::NoSpace,
+        Rocks::IOError if e.as_ref().contains(CLOSED) => ErrorKind::Closed,
+        Rocks::IOError if e.as_ref().contains("device removed") => ErrorKind::DeviceGone,
+        Rocks::IOError => ErrorKind::Device,
+        Rocks::ShutdownInProgress => ErrorKind::Closed,
+        Rocks::Busy | Rocks::TryAgain | Rocks::TimedOut | Rocks::Aborted => ErrorKind::TryAgain,
+        _ => ErrorKind::Other,
+    }
+}
+
+/// What a call answers through the environment of a database that was closed.
+pub(crate) const CLOSED: &str = "the database has been closed";
+
+/// Whether RocksDB ran out of space.
+pub(crate) fn is_no_space(e: &rocksdb::Error) -> bool {
+    e.kind() == rocksdb::ErrorKind::IOError && e.as_ref().contains("No space left")
+}
+
+/// An error and its causes in one line: what failed, then why. A cause that the text before it names already is left out.
+#[must_use]
+pub fn chain(error: &dyn StdError) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(e) = cause {
+        let text = e.to_string();
+        if !line.contains(&text) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
+        cause = e.source();
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Db, DbOptions, MountOptions, mount};
+
+    #[test]
+    fn every_kind_of_failure_is_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| format!("file://{}", dir.path().join(name).display());
+        let kind = |uri: &str| Db::open(uri).err().unwrap().kind();
+        assert_eq!(kind(&at("missing.img")), ErrorKind::NotFound);
+        assert_eq!(kind("floppy://a"), ErrorKind::InvalidInput);
+        let mut bytes = vec![0_u8; 16 << 20];
+        bytes[..4].copy_from_slice(b"XFSB");
+        std::fs::write(dir.path().join("xfs.img"), &bytes).unwrap();
+        assert_eq!(kind(&at("xfs.img")), ErrorKind::Foreign);
+
+        let image = at("kv.img");
+        let fs = mount(&format!("{image}?size=64M&create=1"), &MountOptions::new()).unwrap();
+        assert_eq!(kind(&image), ErrorKind::InUse);
+        let missing = Error::from(fs.unlink("/missing").unwrap_err());
+        assert_eq!(missing.kind(), ErrorKind::NotFound);
+        fs.mkdir("/dir").unwrap();
+        let taken = Error::from(fs.mkdir("/dir").unwrap_err());
+        assert_eq!(taken.kind(), ErrorKind::AlreadyExists);
+        let bad = DbOptions::new().path("/a\0b").open_in(&fs).err().unwrap();
+        assert_eq!(bad.kind(), ErrorKind::InvalidInput);
+        let db = DbOptions::new().path("/db").open_in(&fs).unwrap();
+        let twice = DbOptions::new().path("/db").open_in(&fs).err().unwrap();
+        assert_eq!(twice.kind(), ErrorKind::Device, "{twice}");
+        db.close().unwrap();
+        let closed = Error::from(db.put("a", "b").unwrap_err());
+        assert_eq!(closed.kind(), ErrorKind::Closed, "{closed}");
+        drop(db);
+        fs.unmount().unwrap();
+        let unmounted = Error::from(fs.mkdir("/x").unwrap_err());
+        assert_eq!(unmounted.kind(), ErrorKind::Closed);
+        let reading = DbOptions::new().path("/db").read_only(true);
+        let db = reading.open(&image).unwrap();
+        let refused = Error::from(db.put("a", "b").unwrap_err());
+        assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
+        let refused = Error::from(db.file_system().mkdir("/x").unwrap_err());
+        assert_eq!(refused.kind(), ErrorKind::ReadOnly);
+    }
+
+    #[test]
+    fn a_chain_names_every_cause_once() {
+        let error = mount("file:///nowhere/at/all.img", &MountOptions::new())
+            .err()
+            .unwrap();
+        assert!(error.source().is_some());
+        let line = chain(&error);
+        assert!(line.contains("could not be opened: "), "{line}");
+        assert_eq!(line.matches("all.img").count(), 2, "{line}");
+        assert!(!error.to_string().contains("o such file"), "{error}");
+    }
 }

@@ -68,13 +68,14 @@ mod figures;
 #[cfg(feature = "inspect")]
 mod inspect;
 mod mount;
-pub mod plugin;
+mod plugin;
+mod shared;
 mod uri;
 
 pub use {
     db::{Db, DbOptions, Rocks},
     env::{EnvOptions, env},
-    error::Error,
+    error::{Error, ErrorKind, chain},
     mount::{MountOptions, mount, mount_device},
     pumice_blobfs::fs::{self, FileSystem, FormatOptions, FsError, grow},
     uri::{env_from_uri, register_uri},

@@ -48,6 +48,10 @@ impl MountOptions {
         self
     }
 
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.fs.read_only
+    }
+
     /// Mounts for writing although blobs are damaged, without the files that they were. Unless called
     /// such a mount is refused, with an error that names the damage; reading needs no word.
     #[must_use]

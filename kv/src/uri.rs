@@ -2,8 +2,7 @@
 
 use pumice_blobfs::fs::FileSystem;
 
-use crate::plugin::{Fault, UriMount, env_from_uri as make_env_from_uri, register};
-use crate::{Error, MountOptions, mount};
+use crate::{Error, MountOptions, mount, plugin};
 
 /// Teaches RocksDB in this process the URIs `blobfs://DEVICE[?…]`, where DEVICE is a path or a
 /// device URI: `blobfs:///tmp/kv.img`, `blobfs://malloc://1G`. So `--fs_uri` of its tools, and
@@ -15,7 +14,7 @@ use crate::{Error, MountOptions, mount};
 ///
 /// What is mounted this way is unmounted when the process exits, as every mount is.
 pub fn register_uri() {
-    register::<BlobFsUri>();
+    plugin::register_uri();
 }
 
 /// The environment that RocksDB's registry gives for a URI, after [`register_uri`].
@@ -24,13 +23,11 @@ pub fn register_uri() {
 /// [`Error::Uri`] with RocksDB's text.
 pub fn env_from_uri(uri: &str) -> Result<rocksdb::Env, Error> {
     register_uri();
-    make_env_from_uri(uri).map_err(|e| Error::Uri {
+    plugin::env_from_uri(uri).map_err(|e| Error::Uri {
         uri: uri.to_owned(),
         reason: e.0,
     })
 }
-
-struct BlobFsUri;
 
 /// The parts of a `blobfs://` URI.
 #[derive(Debug, PartialEq, Eq)]
@@ -79,21 +76,18 @@ fn parse(uri: &str) -> Result<Parsed, String> {
     })
 }
 
-impl UriMount for BlobFsUri {
-    type Fs = FileSystem;
-
-    fn mount(uri: &str) -> Result<(FileSystem, String), Fault> {
-        let parsed = parse(uri).map_err(|e| Fault::new(libc::EINVAL, format!("{uri}: {e}")))?;
-        let mut options = MountOptions::new();
-        if let Some(bytes) = parsed.cache_bytes {
-            options = options.cache_bytes(bytes);
-        }
-        let fs = mount(&parsed.device, &options).map_err(|e| match e {
-            Error::FileSystem(e) => Fault::from(e),
-            other => Fault::new(libc::EIO, other.to_string()),
-        })?;
-        Ok((fs, parsed.root))
+/// Mounts what a `blobfs://` URI names: the file system, and the root in it in its normal form.
+pub(crate) fn mount_uri(uri: &str) -> Result<(FileSystem, String), Error> {
+    let parsed = parse(uri).map_err(|reason| Error::Uri {
+        uri: uri.to_owned(),
+        reason,
+    })?;
+    let mut options = MountOptions::new();
+    if let Some(bytes) = parsed.cache_bytes {
+        options = options.cache_bytes(bytes);
     }
+    let root = plugin::normal(&parsed.root)?;
+    Ok((mount(&parsed.device, &options)?, root))
 }
 
 #[cfg(test)]

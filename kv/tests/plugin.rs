@@ -1,22 +1,22 @@
-//! The C++ shim alone, over a file system in memory: RocksDB's calls arrive, its answers are right.
+//! The C++ shim over BlobFS on a device in memory: RocksDB's calls arrive, its answers are right.
 
 mod common;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::watchdog;
-use pumice::EnvOptions;
-use pumice::plugin::{Fault, How, MemoryFs, PluginFile, PluginFs};
+use pumice::bdev::BlockDevice;
+use pumice::bdev::OpKind;
+use pumice::bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice::fs::OpenOptions;
 use pumice::rocksdb::backup::{BackupEngine, BackupEngineOptions, RestoreOptions};
 use pumice::rocksdb::checkpoint::Checkpoint;
 use pumice::rocksdb::{
     BlockBasedOptions, DB, DBCompressionType, Env, ErrorKind, IteratorMode, Options, ReadOptions,
     WriteOptions,
 };
-
-const CAPACITY: u64 = 512 << 20;
+use pumice::{EnvOptions, FileSystem, MountOptions, mount, mount_device};
 
 fn options(env: &Env) -> Options {
     let mut options = Options::default();
@@ -26,10 +26,19 @@ fn options(env: &Env) -> Options {
     options
 }
 
-fn memory() -> (MemoryFs, Env) {
-    let fs = MemoryFs::new(CAPACITY);
-    let env = EnvOptions::new().build(fs.clone()).unwrap();
+fn memory() -> (FileSystem, Env) {
+    let fs = mount("malloc://512M", &MountOptions::new()).unwrap();
+    let env = pumice::env(&fs);
     (fs, env)
+}
+
+/// Options whose table reads all come to the file system.
+fn without_block_cache(env: &Env) -> Options {
+    let mut opts = options(env);
+    let mut table = BlockBasedOptions::default();
+    table.disable_cache();
+    opts.set_block_based_table_factory(&table);
+    opts
 }
 
 fn key(n: u32) -> Vec<u8> {
@@ -56,7 +65,7 @@ fn check(db: &DB, keys: std::ops::Range<u32>) {
     }
 }
 
-fn names(fs: &MemoryFs, dir: &str) -> Vec<String> {
+fn names(fs: &FileSystem, dir: &str) -> Vec<String> {
     fs.list(dir)
         .unwrap()
         .into_iter()
@@ -90,24 +99,14 @@ fn put_flush_compact_reopen() {
 #[test]
 fn iterators_read_ahead_asynchronously() {
     let _limit = watchdog();
-    let (fs, env) = memory();
-    let started = Arc::new(AtomicU64::new(0));
+    let (_fs, env) = memory();
     let db = DB::open(&options(&env), "/").unwrap();
     fill(&db, 0..60_000);
     db.flush().unwrap();
     drop(db);
-    let mut opts = options(&env);
-    let mut table = BlockBasedOptions::default();
-    table.disable_cache();
-    opts.set_block_based_table_factory(&table);
+    let mut opts = without_block_cache(&env);
+    opts.enable_statistics();
     let db = DB::open(&opts, "/").unwrap();
-    let count = Arc::clone(&started);
-    fs.set_faults(Some(Box::new(move |call, _| {
-        if call == "read_start" {
-            count.fetch_add(1, Ordering::Relaxed);
-        }
-        None
-    })));
     let mut reads = ReadOptions::default();
     reads.set_async_io(true);
     reads.set_readahead_size(256 * 1024);
@@ -119,10 +118,12 @@ fn iterators_read_ahead_asynchronously() {
         seen += 1;
     }
     assert_eq!(seen, 60_000);
-    assert!(
-        started.load(Ordering::Relaxed) > 10,
-        "no read was asynchronous"
-    );
+    let statistics = opts.get_statistics().unwrap();
+    let asynchronous = statistics
+        .lines()
+        .find(|line| line.starts_with("rocksdb.async.read.bytes"))
+        .expect("RocksDB counts them");
+    assert!(!asynchronous.contains("COUNT : 0 "), "{asynchronous}");
     // Given up half way: what is in flight is aborted.
     let mut reads = ReadOptions::default();
     reads.set_async_io(true);
@@ -138,25 +139,27 @@ fn iterators_read_ahead_asynchronously() {
 #[test]
 fn an_asynchronous_read_that_fails_is_an_error_of_the_iterator() {
     let _limit = watchdog();
-    let (fs, env) = memory();
-    let db = DB::open(&options(&env), "/").unwrap();
+    let base = pumice::bdev::open("malloc://512M?block_size=4096").unwrap();
+    let faulty = Arc::new(ErrorDevice::new(None, base));
+    let device: Arc<dyn BlockDevice> = Arc::clone(&faulty) as Arc<dyn BlockDevice>;
+    let fs = mount_device(&device, &MountOptions::new()).unwrap();
+    let db = DB::open(&options(&pumice::env(&fs)), "/").unwrap();
     fill(&db, 0..60_000);
     db.flush().unwrap();
     drop(db);
-    let mut opts = options(&env);
-    let mut table = BlockBasedOptions::default();
-    table.disable_cache();
-    opts.set_block_based_table_factory(&table);
+    fs.unmount().unwrap();
+    // With nothing in the page cache.
+    let fs = mount_device(&device, &MountOptions::new()).unwrap();
+    let mut opts = without_block_cache(&pumice::env(&fs));
+    opts.set_use_direct_reads(true);
     let db = DB::open(&opts, "/").unwrap();
-    let left = AtomicU64::new(20);
-    fs.set_faults(Some(Box::new(move |call, path| {
-        let reads = call == "read" && path.ends_with(".sst");
-        let dead = reads
-            && left
-                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1))
-                .is_err();
-        dead.then(|| Fault::new(libc::EIO, "the device is gone: lba 4711"))
-    })));
+    faulty.inject(Injection {
+        op: Some(OpKind::Read),
+        failure: Failure::Fail,
+        count: u64::MAX,
+        range: None,
+        queue_depth: 0,
+    });
     let mut reads = ReadOptions::default();
     reads.set_async_io(true);
     reads.set_readahead_size(64 * 1024);
@@ -164,20 +167,16 @@ fn an_asynchronous_read_that_fails_is_an_error_of_the_iterator() {
         .iterator_opt(IteratorMode::Start, reads)
         .find_map(std::result::Result::err)
         .expect("the scan must not end as if the database did");
-    assert!(error.to_string().contains("lba 4711"), "{error}");
+    assert!(error.to_string().contains("injected"), "{error}");
 }
 
 #[test]
 fn multi_get_reads_together_and_point_reads_borrow() {
     let _limit = watchdog();
     for lend in [true, false] {
-        let fs = MemoryFs::new(CAPACITY);
-        let env = EnvOptions::new().lend_cached(lend).build(fs).unwrap();
-        let mut opts = options(&env);
-        let mut table = BlockBasedOptions::default();
-        table.disable_cache();
-        opts.set_block_based_table_factory(&table);
-        let db = DB::open(&opts, "/").unwrap();
+        let (fs, _) = memory();
+        let env = EnvOptions::new().lend_cached(lend).build(&fs).unwrap();
+        let db = DB::open(&without_block_cache(&env), "/").unwrap();
         fill(&db, 0..20_000);
         db.flush().unwrap();
         check(&db, 0..2_000);
@@ -233,14 +232,6 @@ fn recycled_logs_are_read_back() {
     let mut opts = options(&env);
     opts.set_recycle_log_file_num(4);
     opts.set_write_buffer_size(1 << 20);
-    let renames = Arc::new(AtomicU64::new(0));
-    let count = Arc::clone(&renames);
-    fs.set_faults(Some(Box::new(move |call, path| {
-        if call == "rename" && path.ends_with(".log") {
-            count.fetch_add(1, Ordering::Relaxed);
-        }
-        None
-    })));
     let db = DB::open(&opts, "/").unwrap();
     let mut sync = WriteOptions::default();
     sync.set_sync(true);
@@ -252,7 +243,13 @@ fn recycled_logs_are_read_back() {
         }
     }
     drop(db);
-    assert!(renames.load(Ordering::Relaxed) > 0, "no log was recycled");
+    let log = fs.open("/LOG", OpenOptions::READ).unwrap();
+    let mut text = vec![0; usize::try_from(log.len()).unwrap()];
+    log.read_at(0, &mut text).unwrap();
+    assert!(
+        String::from_utf8_lossy(&text).contains("reusing log"),
+        "no log was recycled"
+    );
     let db = DB::open(&opts, "/").unwrap();
     check(&db, 0..60_000);
 }
@@ -290,7 +287,7 @@ fn checkpoint_and_backup() {
         .unwrap();
     drop(db);
     let at = |root: &str| {
-        let env = EnvOptions::new().root(root).build(fs.clone()).unwrap();
+        let env = EnvOptions::new().root(root).build(&fs).unwrap();
         DB::open(&options(&env), "/").unwrap()
     };
     check(&at("/checkpoint"), 0..11_000);
@@ -342,10 +339,9 @@ fn a_database_is_locked_while_it_is_open() {
 #[test]
 fn a_full_file_system_is_no_space_and_loses_nothing() {
     let _limit = watchdog();
-    let fs = MemoryFs::new(8 << 20);
-    let env = EnvOptions::new().build(fs).unwrap();
-    let mut opts = options(&env);
-    opts.set_write_buffer_size(256 << 10);
+    let fs = mount("malloc://24M", &MountOptions::new()).unwrap();
+    let mut opts = options(&pumice::env(&fs));
+    opts.set_write_buffer_size(1 << 20);
     // When a flush finds no space, RocksDB stops writes that its own recovery then waits for,
     // unless there is always room for one more memtable.
     opts.set_max_write_buffer_number(1000);
@@ -363,58 +359,12 @@ fn a_full_file_system_is_no_space_and_loses_nothing() {
 }
 
 #[test]
-fn failures_keep_their_text_and_a_panic_is_one() {
-    let _limit = watchdog();
-    let (fs, env) = memory();
-    let db = DB::open(&options(&env), "/").unwrap();
-    fs.set_faults(Some(Box::new(|call, path| {
-        assert!(call != "append" || !path.ends_with(".log"), "boom");
-        None
-    })));
-    let error = db.put(key(1), value(1)).unwrap_err().to_string();
-    assert!(error.contains("panicked: boom"), "{error}");
-    drop(db);
-    fs.set_faults(Some(Box::new(|call, path| {
-        (call == "open" && path.ends_with("CURRENT"))
-            .then(|| Fault::new(libc::EIO, "namespace 1: lba 99: unrecovered read error"))
-    })));
-    let error = DB::open(&options(&env), "/").err().unwrap().to_string();
-    assert!(error.contains("lba 99"), "{error}");
-}
-
-#[test]
-fn old_readers_keep_what_a_new_file_replaced() {
-    let _limit = watchdog();
-    let fs = MemoryFs::new(CAPACITY);
-    let write = How {
-        create: true,
-        fresh: true,
-        ..How::default()
-    };
-    let old = fs.open("/f", write).unwrap();
-    old.append(b"old").unwrap();
-    let new = fs.open("/f", write).unwrap();
-    new.append(b"new!").unwrap();
-    let mut buf = [0; 8];
-    assert_eq!(old.read_at(0, &mut buf).unwrap(), 3);
-    assert_eq!(&buf[..3], b"old");
-    assert_eq!(fs.stat("/f").unwrap().len, 4);
-    drop((old, new));
-    fs.remove("/f").unwrap();
-    assert_eq!(
-        fs.free_bytes().unwrap(),
-        CAPACITY,
-        "space of dropped files comes back"
-    );
-}
-
-#[test]
 fn many_databases_in_one_file_system() {
     let _limit = watchdog();
-    let fs = MemoryFs::new(CAPACITY);
+    let (fs, _) = memory();
     let mut open = BTreeMap::new();
     for name in ["/a", "/b/c", "/"] {
-        let env = EnvOptions::new().root(name).build(fs.clone()).unwrap();
+        let env = EnvOptions::new().root(name).build(&fs).unwrap();
         let db = DB::open(&options(&env), "/").unwrap();
         db.put("who", name).unwrap();
         db.flush().unwrap();

@@ -96,7 +96,8 @@ fn run(own: &Flags, given: Vec<(String, String)>) -> Result<ExitCode, String> {
     let _ = writeln!(out, "{}", report::header(&info));
     let io = || target.io();
     let mut listener = Listener::new(out, &io, workload.sync);
-    let code = db_bench::run(&target.files, |text| listener.hear(text)).map_err(|e| e.to_string())?;
+    let code =
+        db_bench::run(&target.files, |text| listener.hear(text)).map_err(|e| e.to_string())?;
     let results = std::mem::take(&mut listener.results);
     if code == 0 && !results.is_empty() {
         listener.hear(report::summary(&results).as_bytes());

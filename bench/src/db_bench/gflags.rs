@@ -179,7 +179,12 @@ pub fn parse<F: FlagSet>(
     // The kind of a flag, if there is one of that name.
     let kind = |name: &str| {
         let ours = table.iter().find(|f| f.name == name).map(|f| f.kind);
-        ours.or_else(|| others.iter().find(|f| f.name == name).map(|f| f.kind.name()))
+        ours.or_else(|| {
+            others
+                .iter()
+                .find(|f| f.name == name)
+                .map(|f| f.kind.name())
+        })
     };
     while let Some(arg) = queue.pop() {
         if arg == "--" {
@@ -285,7 +290,8 @@ fn read_flagfile(path: &Path) -> Result<Vec<String>, String> {
 /// The help page: the program's own flags, then the other tool's.
 #[must_use]
 pub fn help<F: FlagSet>(intro: &str, others: &[Flag]) -> String {
-    let mut out = format!("{intro}\n\nFlags that choose the file system, and what is told about it:\n");
+    let mut out =
+        format!("{intro}\n\nFlags that choose the file system, and what is told about it:\n");
     for f in F::table() {
         let _ = writeln!(
             out,
@@ -425,13 +431,24 @@ mod tests {
 
     #[test]
     fn the_other_tools_flags_are_handed_on() {
-        let args = ["--reads", "5", "--num=7", "--histogram", "--nohistogram", "left"];
+        let args = [
+            "--reads",
+            "5",
+            "--num=7",
+            "--histogram",
+            "--nohistogram",
+            "left",
+        ];
         let (own, others, ignored) = both(&args).unwrap();
         assert_eq!(own.num, 7);
         let others: Vec<_> = others.iter().map(|(n, v)| (&n[..], &v[..])).collect();
         assert_eq!(
             others,
-            [("reads", "5"), ("histogram", "true"), ("histogram", "false")]
+            [
+                ("reads", "5"),
+                ("histogram", "true"),
+                ("histogram", "false")
+            ]
         );
         assert_eq!(ignored, ["left"]);
     }

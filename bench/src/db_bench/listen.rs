@@ -86,7 +86,16 @@ fn parse_result(line: &str) -> Option<BenchResult> {
     let (name, rest) = line.split_once(" : ")?;
     let (numbers, words) = rest.split_once(';')?;
     let numbers: Vec<&str> = numbers.split_whitespace().collect();
-    let [us, "micros/op", rate, "ops/sec", seconds, "seconds", count, "operations"] = numbers[..]
+    let [
+        us,
+        "micros/op",
+        rate,
+        "ops/sec",
+        seconds,
+        "seconds",
+        count,
+        "operations",
+    ] = numbers[..]
     else {
         return None;
     };
@@ -172,6 +181,9 @@ mod tests {
             .map(|r| (r.io.unwrap().writes, r.synced))
             .collect();
         assert_eq!(counted, [(10, true), (3, false)]);
-        assert!(out.0.lock().unwrap().starts_with(text), "passed on as it is");
+        assert!(
+            out.0.lock().unwrap().starts_with(text),
+            "passed on as it is"
+        );
     }
 }

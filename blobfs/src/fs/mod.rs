@@ -88,7 +88,7 @@ pub use memory::Memory;
 pub use metered::IoStats;
 pub use mount::{DirEntry, FileLock, FileSystem, Stat, StatFs};
 pub use options::{Access, FormatOptions, MountOptions, OpenOptions};
-pub use path::NAME_MAX;
+pub use path::{NAME_MAX, normalise};
 pub use read::ReadRequest;
 pub use space::grow;
 pub use view::StoreView;

@@ -10,7 +10,7 @@ pub const NAME_MAX: usize = 255;
 ///
 /// # Errors
 /// Fails for `..`, for NUL bytes and control characters, and for a path that is too long.
-pub(crate) fn normalise(path: &str) -> Result<String> {
+pub fn normalise(path: &str) -> Result<String> {
     let mut out = String::with_capacity(path.len() + 1);
     for part in path.split('/') {
         match part {

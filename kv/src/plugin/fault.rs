@@ -1,11 +1,15 @@
 //! Failures as they cross into RocksDB.
 
 use std::any::Any;
-use std::fmt;
 
-/// A failure of a plugin file system: an errno, what RocksDB wants to know beyond it, and a text.
+use pumice_blobfs::fs::FsError;
+
+/// Answer of everything that can fail here.
+pub(crate) type Result<T> = std::result::Result<T, Fault>;
+
+/// A failure: an errno, what RocksDB decides by beyond it, and a text.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Fault {
+pub(crate) struct Fault {
     /// Positive errno; RocksDB's status follows from it (`kv/shim/status.cc`).
     pub errno: i32,
     /// The same call may succeed later: RocksDB resumes by itself.
@@ -27,22 +31,7 @@ impl Fault {
         }
     }
 
-    /// No such file or directory.
-    #[must_use]
-    pub fn not_found(path: &str) -> Fault {
-        Fault::new(libc::ENOENT, format!("no such file or directory: {path}"))
-    }
-
-    /// No space; RocksDB may retry when some was freed.
-    pub fn no_space(text: impl Into<String>) -> Fault {
-        Fault {
-            retryable: true,
-            ..Fault::new(libc::ENOSPC, text)
-        }
-    }
-
     /// A panic below the plugin, as an error instead of an abort.
-    #[must_use]
     pub fn from_panic(payload: &(dyn Any + Send)) -> Fault {
         let text = payload
             .downcast_ref::<&str>()
@@ -56,10 +45,58 @@ impl Fault {
     }
 }
 
-impl fmt::Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
+impl From<crate::Error> for Fault {
+    fn from(e: crate::Error) -> Fault {
+        match e {
+            crate::Error::FileSystem(e) => Fault::from(e),
+            e => Fault::new(libc::EIO, crate::error::chain(&e)),
+        }
     }
 }
 
-impl std::error::Error for Fault {}
+impl From<FsError> for Fault {
+    fn from(e: FsError) -> Fault {
+        Fault {
+            errno: e.errno(),
+            retryable: e.is_retryable(),
+            data_loss: e.is_data_loss(),
+            text: crate::error::chain(&e),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use pumice_bdev::{DmaBuf, IoError, IoErrorKind, Op};
+
+    use super::*;
+
+    /// What RocksDB decides by: whether it may try again, and the errno.
+    #[test]
+    fn faults_keep_what_rocksdb_decides_by() {
+        let fs = crate::mount("malloc://16M", &crate::MountOptions::new()).unwrap();
+        let file = fs
+            .open("/f", pumice_blobfs::fs::OpenOptions::CREATE)
+            .unwrap();
+        let full = Fault::from(file.allocate(0, 1 << 30).unwrap_err());
+        assert_eq!((full.errno, full.retryable), (libc::ENOSPC, true));
+        let missing = Fault::from(fs.unlink("/missing").unwrap_err());
+        assert_eq!((missing.errno, missing.retryable), (libc::ENOENT, false));
+        let block = Op::Read {
+            lba: 99,
+            buf: DmaBuf::new(4096).unwrap(),
+        };
+        let media = Fault::from(FsError::Io {
+            context: "/f".to_owned(),
+            source: Arc::from(IoError::new("disk", 4096, &block, IoErrorKind::Media, "")),
+            data_loss: true,
+        });
+        assert_eq!(
+            (media.errno, media.retryable, media.data_loss),
+            (libc::EIO, false, true)
+        );
+        assert!(media.text.contains("LBA 99"), "{}", media.text);
+    }
+}

@@ -1,67 +1,50 @@
-//! Paths as RocksDB writes them, made normal.
+//! Paths as RocksDB writes them, below the root of an environment. Their normal form is the file system's.
 
-use super::{Fault, Result};
+use std::borrow::Cow;
+
+use pumice_blobfs::fs;
+
 use crate::Error;
 
-/// `path` below `root`, normal: RocksDB writes `//CURRENT` for a database at `/`. Components `.`
-/// and empty ones vanish; `..` goes up from wherever it stands, also out of `root`, and stays at
-/// `/` there. A relative path is taken from `root`.
-pub(crate) fn resolve(root: &str, path: &[u8]) -> Result<String> {
-    let path = std::str::from_utf8(path).map_err(|_| {
-        Fault::new(
-            libc::EINVAL,
-            format!("path {:?} is not UTF-8", String::from_utf8_lossy(path)),
-        )
-    })?;
-    if path.contains('\0') {
-        return Err(Fault::new(
-            libc::EINVAL,
-            format!("path {path:?} holds a NUL"),
-        ));
+/// `path` below `root`, for the file system, which makes it normal. `..` goes up from wherever it stands, also out of
+/// `root`, and stays at `/` there. A relative path is taken from `root`.
+pub(crate) fn resolve<'a>(root: &str, path: &'a str) -> Cow<'a, str> {
+    if !path.contains("..") {
+        return match root {
+            "/" => Cow::Borrowed(path),
+            root => Cow::Owned(format!("{root}/{path}")),
+        };
     }
-    let mut normal = String::with_capacity(root.len() + path.len() + 1);
+    let mut resolved = String::with_capacity(root.len() + path.len() + 1);
     for component in root.split('/').chain(path.split('/')) {
         match component {
             "" | "." => {}
-            ".." => normal.truncate(normal.rfind('/').unwrap_or(0)),
+            ".." => resolved.truncate(resolved.rfind('/').unwrap_or(0)),
             name => {
-                normal.push('/');
-                normal.push_str(name);
+                resolved.push('/');
+                resolved.push_str(name);
             }
         }
     }
-    if normal.is_empty() {
-        normal.push('/');
-    }
-    Ok(normal)
+    Cow::Owned(resolved)
 }
 
-/// A path of the whole file system, normal, or why no file can have it.
-pub(crate) fn normal(path: &str) -> std::result::Result<String, Error> {
-    checked(path).map_err(|reason| Error::Path {
-        path: path.to_owned(),
-        reason,
-    })
+/// A path of the whole file system, normal.
+///
+/// # Errors
+/// [`Error::FileSystem`] for a path that no file can have.
+pub(crate) fn normal(path: &str) -> Result<String, Error> {
+    Ok(fs::normalise(&resolve("/", path))?)
 }
 
-fn checked(path: &str) -> std::result::Result<String, String> {
-    let normal = resolve("/", path.as_bytes()).map_err(|fault| fault.text)?;
-    if normal.chars().any(char::is_control) {
-        return Err("it holds a control character".to_owned());
-    }
-    Ok(normal)
-}
-
-/// How a path of the whole file system is written inside an environment rooted at `root`, such
+/// How a normal path of the whole file system is written inside an environment rooted at `root`, such
 /// that [`resolve`] gives it back.
-pub(crate) fn from_root(root: &str, path: &str) -> Result<String> {
-    let absolute = resolve("/", path.as_bytes())?;
-    let root = resolve("/", root.as_bytes())?;
+pub(crate) fn from_root(root: &str, path: &str) -> String {
     if root == "/" {
-        return Ok(absolute);
+        return path.to_owned();
     }
     let depth = root.matches('/').count();
-    Ok(format!("{}{absolute}", "/..".repeat(depth)))
+    format!("{}{path}", "/..".repeat(depth))
 }
 
 #[cfg(test)]
@@ -69,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_become_normal() {
+    fn paths_are_below_the_root() {
         for (root, path, normal) in [
             ("/", "/", "/"),
             ("/", "", "/"),
@@ -84,31 +67,26 @@ mod tests {
             ("/a/b", "/../../c", "/c"),
             ("/", "/...", "/..."),
         ] {
-            assert_eq!(
-                resolve(root, path.as_bytes()).unwrap(),
-                normal,
-                "{root} {path}"
-            );
+            let resolved = resolve(root, path);
+            assert_eq!(fs::normalise(&resolved).unwrap(), normal, "{root} {path}");
         }
     }
 
     #[test]
-    fn foreign_bytes_are_refused() {
-        assert_eq!(resolve("/", b"/\xff").unwrap_err().errno, libc::EINVAL);
-        assert_eq!(resolve("/", b"/a\0b").unwrap_err().errno, libc::EINVAL);
+    fn paths_that_no_file_can_have_are_refused() {
+        for bad in ["/a\0b", "/a\nb", &"/x".repeat(200)] {
+            assert!(normal(bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]
     fn outside_paths_come_back() {
-        for root in ["/", "/db", "/a/b/c", "//a/./b"] {
+        for root in ["/", "/db", "/a/b/c"] {
             for path in ["/", "/x", "/a/b/x", "/db"] {
-                let inside = from_root(root, path).unwrap();
+                let inside = from_root(root, path);
                 assert!(inside.starts_with('/'));
-                assert_eq!(
-                    resolve(root, inside.as_bytes()).unwrap(),
-                    path,
-                    "{root} {path}"
-                );
+                let resolved = resolve(root, &inside);
+                assert_eq!(fs::normalise(&resolved).unwrap(), path, "{root} {path}");
             }
         }
     }

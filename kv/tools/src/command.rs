@@ -23,7 +23,10 @@ pub fn run(
     tool: fn(&Files, &[OsString]) -> Result<i32, pumice::Error>,
 ) -> ExitCode {
     let mut args = std::env::args_os().skip(1);
-    let Some(device) = args.next().filter(|first| !first.as_encoded_bytes().starts_with(b"-")) else {
+    let Some(device) = args
+        .next()
+        .filter(|first| !first.as_encoded_bytes().starts_with(b"-"))
+    else {
         eprintln!(
             "usage: pumice {name} DEVICE [ARGUMENTS of RocksDB's {name}]\n\
              DEVICE is an image file, a block device or a device URI; paths in the arguments are paths of the file system\n\

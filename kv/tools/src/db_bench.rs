@@ -36,7 +36,6 @@ impl Kind {
     }
 }
 
-
 /// A flag of RocksDB's tool.
 #[derive(Clone, Debug)]
 pub struct Flag {

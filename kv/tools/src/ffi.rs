@@ -9,13 +9,8 @@ use std::slice;
 
 use crate::Files;
 
-type FlagFn = unsafe extern "C" fn(
-    *mut c_void,
-    *const c_char,
-    *const c_char,
-    *const c_char,
-    *const c_char,
-);
+type FlagFn =
+    unsafe extern "C" fn(*mut c_void, *const c_char, *const c_char, *const c_char, *const c_char);
 type SaidFn = unsafe extern "C" fn(*mut c_void, *const c_char, usize);
 
 unsafe extern "C" {

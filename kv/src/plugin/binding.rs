@@ -1,16 +1,17 @@
 //! The end of an environment's use, before the last handle on it is gone.
 
-use std::any::Any;
 use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{Fault, Result};
+use pumice_blobfs::fs::FileLock;
+
+use super::fault::{Fault, Result};
 
 /// What an environment and the files opened through it share: while it is open, calls go through;
 /// once it is closed they fail, and the locks taken through it are free.
 #[derive(Debug, Default)]
-pub(crate) struct Gate {
+pub(crate) struct Binding {
     closed: AtomicBool,
     locks: Mutex<Locks>,
 }
@@ -18,10 +19,10 @@ pub(crate) struct Gate {
 #[derive(Debug, Default)]
 struct Locks {
     next: usize,
-    held: HashMap<usize, Box<dyn Any + Send>>,
+    held: HashMap<usize, FileLock>,
 }
 
-impl Gate {
+impl Binding {
     /// Whether calls go through.
     ///
     /// # Errors
@@ -41,8 +42,8 @@ impl Gate {
         drop(held);
     }
 
-    /// Keeps a lock until [`Gate::unlock`] or [`Gate::close`].
-    pub fn hold(&self, lock: Box<dyn Any + Send>) -> Result<usize> {
+    /// Keeps a lock until [`Binding::unlock`] or [`Binding::close`].
+    pub fn hold(&self, lock: FileLock) -> Result<usize> {
         let mut locks = self.locks();
         // Under the mutex, so that a lock is not left behind by a close at the same time.
         self.check()?;
@@ -67,5 +68,5 @@ impl Gate {
 
 #[cold]
 fn closed() -> Fault {
-    Fault::new(libc::EBADF, "the database has been closed")
+    Fault::new(libc::EBADF, crate::error::CLOSED)
 }

@@ -1,0 +1,153 @@
+// What crosses between C++ and Rust, and the only place that says so. `kv/build.rs` makes the header `pumice_fs.h` of this
+// list, and `plugin/mod.rs` makes the Rust declarations of it and checks the types of the functions that Rust gives.
+//
+// A function that can fail answers a count or zero when it succeeded, and a negative errno when it did not;
+// `pumice_last_fault` then tells the rest, on the same thread, until the next call there. No function throws or unwinds.
+// Paths and data are (pointer, length) pairs, not NUL-terminated, and are only borrowed for the call, except where a handle
+// says that it keeps them. A file system, a file, a lock and a read are opaque pointers that their release functions end.
+
+/// FNV-1a of a text.
+const fn word_of(text: &str) -> u64 {
+    let bytes = text.as_bytes();
+    let mut word = 0xcbf2_9ce4_8422_2325_u64;
+    let mut i = 0;
+    while i < bytes.len() {
+        word = (word ^ bytes[i] as u64).wrapping_mul(0x0100_0000_01b3);
+        i += 1;
+    }
+    word
+}
+
+contract! {
+    constants {
+        /// In `pumice_fault`: the same call may succeed later, and RocksDB resumes by itself.
+        PUMICE_RETRYABLE = 1;
+        /// In `pumice_fault`: bytes that were durable are gone or damaged.
+        PUMICE_DATA_LOSS = 2;
+        /// For `pumice_open`: make the file if there is none.
+        PUMICE_OPEN_CREATE = 1;
+        /// For `pumice_open`: a new, empty inode under this name.
+        PUMICE_OPEN_FRESH = 2;
+        /// For `pumice_open`: past the page cache.
+        PUMICE_OPEN_DIRECT = 4;
+        /// For `pumice_advise`.
+        PUMICE_ACCESS_NORMAL = 0;
+        PUMICE_ACCESS_RANDOM = 1;
+        PUMICE_ACCESS_SEQUENTIAL = 2;
+        PUMICE_ACCESS_WILL_NEED = 3;
+        PUMICE_ACCESS_WONT_NEED = 4;
+        /// What an environment offers to RocksDB, which becomes its FSSupportedOps: reads that return before the data is there.
+        PUMICE_CAN_ASYNC = 1;
+        /// Cached memory is lent.
+        PUMICE_CAN_PIN = 2;
+        /// Prefetching.
+        PUMICE_CAN_PREFETCH = 4;
+        /// After `pumice_invalidate` a read asks the device again.
+        PUMICE_CAN_REREAD = 8;
+        /// Alignment in bytes of direct reads and writes: offset, length and memory.
+        PUMICE_ALIGNMENT = 4096;
+    }
+    structs {
+        /// What is known of a failure beyond its errno.
+        struct pumice_fault {
+            /// The errno, positive.
+            err: i32,
+            /// PUMICE_RETRYABLE, PUMICE_DATA_LOSS.
+            flags: u32,
+            /// UTF-8, for people.
+            text: *const c_char,
+            text_len: usize,
+        }
+        /// One read of a batch.
+        struct pumice_read {
+            offset: u64,
+            len: usize,
+            /// Null: the file system gives memory of its own.
+            buf: *mut u8,
+            /// That memory, kept alive by `pin` until `pumice_pin_release`.
+            data: *const u8,
+            /// Bytes read, or a negative errno with `fault` for `pumice_fault_take`.
+            got: i64,
+            pin: *mut c_void,
+            fault: *mut c_void,
+        }
+        struct pumice_stat {
+            len: u64,
+            /// Seconds since 1970.
+            mtime_s: u64,
+            /// The same for all names of one file, on one mount.
+            file_id: u64,
+            links: u32,
+            is_dir: u32,
+        }
+    }
+    callbacks {
+        /// Called for each entry of a directory; must not throw.
+        fn pumice_name_fn(arg: *mut c_void, name: *const c_char, len: usize, file_len: u64, is_dir: u32);
+    }
+    rust {
+        /// The file system. Every function may be called from any thread.
+        fn pumice_fs_release(fs: *const c_void);
+        fn pumice_last_fault(out: *mut pumice_fault);
+        fn pumice_open(fs: *const c_void, path: *const c_char, len: usize, how: u32, file: *mut *const c_void) -> i64;
+        fn pumice_remove(fs: *const c_void, path: *const c_char, len: usize) -> i64;
+        fn pumice_rename(fs: *const c_void, from: *const c_char, from_len: usize, to: *const c_char, to_len: usize) -> i64;
+        fn pumice_link(fs: *const c_void, from: *const c_char, from_len: usize, to: *const c_char, to_len: usize) -> i64;
+        fn pumice_stat_path(fs: *const c_void, path: *const c_char, len: usize, out: *mut pumice_stat) -> i64;
+        fn pumice_mkdir(fs: *const c_void, path: *const c_char, len: usize) -> i64;
+        /// With the directories above it; it may exist.
+        fn pumice_make_dirs(fs: *const c_void, path: *const c_char, len: usize) -> i64;
+        fn pumice_rmdir(fs: *const c_void, path: *const c_char, len: usize) -> i64;
+        fn pumice_list(fs: *const c_void, path: *const c_char, len: usize, each: pumice_name_fn, arg: *mut c_void) -> i64;
+        fn pumice_sync_dir(fs: *const c_void, path: *const c_char, len: usize) -> i64;
+        fn pumice_lock(fs: *const c_void, path: *const c_char, len: usize, lock: *mut *mut c_void) -> i64;
+        fn pumice_unlock(lock: *mut c_void);
+        fn pumice_free_bytes(fs: *const c_void, out: *mut u64) -> i64;
+
+        /// A file. Any thread, also at once; the handle keeps the inode alive.
+        fn pumice_file_release(file: *const c_void);
+        fn pumice_file_len(file: *const c_void) -> u64;
+        fn pumice_file_id(file: *const c_void) -> u64;
+        fn pumice_append(file: *const c_void, data: *const c_char, len: usize) -> i64;
+        fn pumice_write_at(file: *const c_void, offset: u64, data: *const c_char, len: usize) -> i64;
+        fn pumice_read_at(file: *const c_void, offset: u64, buf: *mut c_char, len: usize) -> i64;
+        fn pumice_read_many(file: *const c_void, reads: *mut pumice_read, count: usize) -> i64;
+        fn pumice_truncate(file: *const c_void, len: u64) -> i64;
+        fn pumice_allocate(file: *const c_void, offset: u64, len: u64) -> i64;
+        /// The writer closes: nobody is going to append.
+        fn pumice_finish(file: *const c_void) -> i64;
+        fn pumice_sync(file: *const c_void) -> i64;
+        fn pumice_range_sync(file: *const c_void, offset: u64, len: u64) -> i64;
+        fn pumice_prefetch(file: *const c_void, offset: u64, len: u64) -> i64;
+        fn pumice_invalidate(file: *const c_void, offset: u64, len: u64) -> i64;
+        fn pumice_advise(file: *const c_void, access: u32);
+
+        /// Ends a loan of `pumice_read_many`.
+        fn pumice_pin_release(pin: *mut c_void);
+        /// Makes a fault of `pumice_read_many` this thread's last one.
+        fn pumice_fault_take(fault: *mut c_void);
+
+        /// Answers 1 when the data is there already.
+        fn pumice_read_start(file: *const c_void, offset: u64, len: usize, pending: *mut *mut c_void) -> i64;
+        /// Waits, and releases.
+        fn pumice_read_finish(pending: *mut c_void, buf: *mut c_char, len: usize) -> i64;
+        /// Waits if it must, and releases.
+        fn pumice_read_cancel(pending: *mut c_void);
+
+        /// Mounts what a URI names.
+        fn pumice_mount_uri(uri: *const c_char, len: usize, fs: *mut *const c_void) -> i64;
+    }
+    cpp {
+        /// 0 if both sides were compiled from this list (`contract`: Rust's PUMICE_CONTRACT) and the RocksDB that is linked is the
+        /// one of the headers; else 1, and why in `error`.
+        fn pumice_check(contract: u64, error: *mut c_char, error_len: usize) -> u32;
+        /// A `rocksdb::Env*` over the file system, which it owns; `offers`: PUMICE_CAN_*. Null: out of memory.
+        fn pumice_env_new(fs: *const c_void, offers: u32) -> *mut c_void;
+        /// That environment as an rocksdb_env_t, which owns it from then on. Null: out of memory.
+        fn pumice_env_wrap(env: *mut c_void) -> *mut c_void;
+        /// Makes `blobfs://…` known to RocksDB's object registry, for `--fs_uri` of its tools. Once.
+        fn pumice_register_uri();
+        /// RocksDB's own answer to opening `uri` through the registry: null, or an rocksdb_env_t.
+        fn pumice_env_from_uri(uri: *const c_char, len: usize, error: *mut c_char, error_len: usize) -> *mut c_void;
+    }
+}
