@@ -47,7 +47,9 @@ fn main() -> ExitCode {
     }
     for (name, value) in &given {
         if db_bench::set(name, value).is_err() {
-            pumice_bdev_control::complain!("db_bench: --{name}={value}: not a value that it can have");
+            pumice_bdev_control::complain!(
+                "db_bench: --{name}={value}: not a value that it can have"
+            );
             return ExitCode::from(2);
         }
     }

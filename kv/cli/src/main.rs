@@ -17,6 +17,7 @@ mod holder;
 mod mkfs;
 mod nvme;
 mod rescue;
+mod rocksdb;
 mod rpc;
 mod serve;
 mod setup;
@@ -58,6 +59,9 @@ enum Command {
     Config(config::Config),
     Rpc(rpc::Rpc),
     Top(top::Top),
+    Ldb(rocksdb::Ldb),
+    #[command(name = "sst_dump")]
+    SstDump(rocksdb::SstDump),
 }
 
 fn main() -> ExitCode {
@@ -113,5 +117,7 @@ fn run(command: Command) -> ExitCode {
         Command::Config(args) => config::run(&args),
         Command::Rpc(args) => rpc::run(&args),
         Command::Top(args) => top::run(&args),
+        Command::Ldb(args) => rocksdb::ldb(&args),
+        Command::SstDump(args) => rocksdb::sst_dump(&args),
     }
 }

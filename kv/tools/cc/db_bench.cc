@@ -114,7 +114,8 @@ extern "C" int pumice_db_bench_run(void* env, pumice_said_fn said, void* arg) {
   char* argv[] = {name, nullptr};
   int code = 1;
   try {
-    code = rocksdb::db_bench_tool(1, argv);
+    static rocksdb::DefaultHooks hooks;
+    code = rocksdb::db_bench_tool(1, argv, hooks);
   } catch (const std::exception& e) {
     std::fprintf(stderr, "db_bench: %s\n", e.what());
   }

@@ -46,7 +46,7 @@ pub fn run(
     match done {
         Ok(code) => ExitCode::from(u8::try_from(code).unwrap_or(1)),
         Err(error) => {
-            eprintln!("pumice {name}: {error}");
+            eprintln!("pumice {name}: {}", pumice::chain(&error));
             ExitCode::FAILURE
         }
     }
