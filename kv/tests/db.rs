@@ -357,6 +357,8 @@ fn what_is_not_ours_is_refused() {
     assert!(mount(&uri, &never).is_err());
     let db = Db::open(&uri).unwrap();
     let error = Db::open(&uri).err().unwrap().to_string();
+    assert!(error.contains("LOCK"), "{error}");
+    let error = pumice::chain(&mount(&uri, &never).err().unwrap());
     assert!(error.contains("in use"), "{error}");
     db.close().unwrap();
     assert!(matches!(

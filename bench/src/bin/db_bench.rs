@@ -1,6 +1,6 @@
 //! RocksDB's own `db_bench` on Pumice's file system, the kernel's, or in memory.
 
-use std::io::Write;
+use std::io::{IsTerminal as _, Write};
 use std::process::ExitCode;
 
 use pumice_bench::db_bench::flags::{self, Flags};
@@ -58,6 +58,18 @@ fn main() -> ExitCode {
         if db_bench::set("benchmarks", DEFAULT_BENCHMARKS).is_err() {
             return ExitCode::FAILURE;
         }
+    }
+    // Its counter goes back to the start of the line each time, which is of no use in a file.
+    let progress = [
+        "progress_reports",
+        "stats_interval",
+        "stats_interval_seconds",
+    ];
+    if !std::io::stderr().is_terminal()
+        && !given.iter().any(|(name, _)| progress.contains(&&name[..]))
+        && db_bench::set("progress_reports", "false").is_err()
+    {
+        return ExitCode::FAILURE;
     }
     if let Err(e) = flags::check(&own) {
         pumice_bdev_control::complain!("db_bench: {e}");

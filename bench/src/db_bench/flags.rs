@@ -18,7 +18,7 @@ crate::flags! {
         spdk: String = "", "SPDK JSON configuration file that defines the block device --spdk_bdev";
         spdk_bdev: String = "", "name of the block device in the configuration of --spdk";
         spdk_cache_size: u64 = 0_u64, "page cache of --env=pumice in MiB, as SPDK's db_bench took it; 0: --fs_cache_size";
-        json: String = "", "write results for machines to this file ('-': standard output, the text then goes to standard error)";
+        json: String = "", "write results for machines to this file ('-': standard output; the text then goes to standard error, except the few lines that backup, restore and timing flags print themselves)";
         verify: bool = false, "after the benchmarks read every key of the database back by a scan and by Get, and compare; on without --benchmarks";
     }
 }

@@ -6,8 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use pumice_bdev::BlockDevice;
-use pumice_bdev_control::config::App;
 use pumice_bdev::contents::{self, Contents};
+use pumice_bdev_control::config::App;
 use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, OpenOptions};
 
 use super::flags::Flags;
@@ -188,7 +188,8 @@ fn open_device(uri: &str) -> Result<Arc<dyn BlockDevice>, String> {
 /// The device that an SPDK configuration names.
 fn configured(f: &Flags) -> Result<Arc<dyn BlockDevice>, String> {
     let app = App::new();
-    pumice_bdev_control::config::load_file(&app, Path::new(&f.spdk)).map_err(|e| format!("--spdk: {e}"))?;
+    pumice_bdev_control::config::load_file(&app, Path::new(&f.spdk))
+        .map_err(|e| format!("--spdk: {e}"))?;
     app.registry
         .open(&f.spdk_bdev)
         .map_err(|e| format!("--spdk_bdev={}: {e}", f.spdk_bdev))

@@ -130,6 +130,6 @@ fn the_device_comes_first() {
             .output()
             .unwrap();
         assert_eq!(out.status.code(), Some(1), "{}", text(&out));
-        assert!(text(&out).contains("No such file"), "{}", text(&out));
+        assert!(text(&out).contains("no such file"), "{}", text(&out));
     }
 }
