@@ -114,9 +114,10 @@ fn main() -> io::Result<()> {
 
 /// What the build script of a direct dependency tells.
 fn dependency(what: &str, of: &str) -> PathBuf {
-    env::var_os(format!("DEP_{what}"))
-        .map(PathBuf::from)
-        .unwrap_or_else(|| panic!("{of} did not tell its {what}"))
+    match env::var_os(format!("DEP_{what}")) {
+        Some(told) => PathBuf::from(told),
+        None => panic!("{of} did not tell its {what}"),
+    }
 }
 
 /// The processor that Rust builds for is the tools' too, as it is RocksDB's.

@@ -1,5 +1,4 @@
 //! The C++ functions of `cc/tools.h`.
-#![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, OsString, c_char, c_int, c_void};
 use std::os::unix::ffi::OsStringExt as _;

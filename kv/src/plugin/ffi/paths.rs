@@ -101,9 +101,10 @@ macro_rules! paths_calls {
             to_len: usize,
         ) -> i64 {
             guard(|| {
-                // SAFETY: the shim passes a live file system and readable paths.
-                let (mounted, from, to) =
-                    unsafe { (usable_fs(fs)?, text(from, from_len)?, text(to, to_len)?) };
+                // SAFETY: the shim passes a live file system.
+                let mounted = unsafe { usable_fs(fs) }?;
+                // SAFETY: the shim passes readable paths.
+                let (from, to) = unsafe { (text(from, from_len)?, text(to, to_len)?) };
                 let (from, to) = (resolve(&mounted.root, from), resolve(&mounted.root, to));
                 $call(&mounted.fs, &from, &to)?;
                 Ok(0)
