@@ -1,6 +1,7 @@
 //! The `pumice` command: one subcommand per module.
 
 // `pumice_bdev_control::say!` and `complain!` print: see `pumice_bdev_control::terminal`.
+#![forbid(unsafe_code)]
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
 mod bdev;
