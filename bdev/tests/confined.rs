@@ -1,5 +1,5 @@
-//! A process that may not make a system call: each operation ends, with a result or an error, and
-//! nothing that needed the call passes for done.
+//! Tests of a process that may not make a certain system call: each operation ends with a result or
+//! an error, and no operation that needed the call is reported as done.
 //!
 //! Each case runs in a process of its own, under a seccomp filter that gives one call an errno.
 #![allow(unsafe_code)]
@@ -37,7 +37,7 @@ fn in_child(child: &str, case: &str) {
     panic!("{child} {case}: still running after a minute");
 }
 
-/// The image of a child, and its case; `None` in the parent.
+/// Returns the image and the case of a child, or `None` in the parent.
 fn case() -> Option<(FileOptions, String)> {
     let dir = PathBuf::from(std::env::var_os("PUMICE_CONFINED")?);
     let options = FileOptions {
@@ -49,7 +49,7 @@ fn case() -> Option<(FileOptions, String)> {
     Some((options, std::env::var("PUMICE_CASE").unwrap()))
 }
 
-/// Writes, reads and flushes on `ch`, singly and many at once.
+/// Writes, reads and flushes on `ch`, one operation at a time and many at once.
 fn use_it(ch: &AsyncChannel, byte: u8) {
     let filled = |len: usize| {
         let mut buf = DmaBuf::new(len).unwrap();
@@ -158,7 +158,8 @@ fn child_confined_with_writes_in_flight() {
     }
 }
 
-/// A flush, and FUA, where `fdatasync` is refused: if it were not called, they would succeed.
+/// Where `fdatasync` is refused, a flush and a write with FUA must fail: if it were not called,
+/// they would succeed.
 #[test]
 fn threads_sync_what_must_be_durable() {
     in_child("child_without_fdatasync", "");
@@ -175,7 +176,7 @@ fn child_without_fdatasync() {
             buffered,
             ..options.clone()
         };
-        // Opened again each time: a flush that failed is not forgotten.
+        // The device is opened again each time, because it remembers a failed flush.
         let try_it = |op: Op| {
             let dev = File::open(&options).unwrap();
             let ch = AsyncChannel::new(dev.open_channel().unwrap());
@@ -207,7 +208,7 @@ fn child_without_fdatasync() {
     }
 }
 
-/// A new image is durable, and its name with it, or it is not there.
+/// A new image is durable together with its name, or it does not exist.
 #[test]
 fn a_new_image_is_synced() {
     in_child("child_without_fsync", "");
@@ -227,7 +228,8 @@ fn child_without_fsync() {
     assert!(!options.path.exists());
 }
 
-/// The kernel reports a failed write-back once. Afterwards no flush may claim those bytes.
+/// The kernel reports a failed writeback once. Afterwards no flush may claim that those bytes are
+/// durable.
 #[test]
 fn after_a_failed_sync_no_flush_succeeds() {
     in_child("child_with_a_failed_sync", "ring");
@@ -270,11 +272,12 @@ fn child_with_a_failed_sync() {
         let buf = DmaBuf::zeroed(4096).unwrap().freeze();
         ch.block_on(ch.write(0, buf, true)).unwrap_err();
     }
-    // Reading goes on.
+    // Reading still works.
     ch.block_on(ch.read(0, DmaBuf::new(4096).unwrap())).unwrap();
 }
 
-/// ext4 on a loop device whose backing file lies on a full tmpfs: writes fail behind one's back.
+/// ext4 on a loop device whose backing file is on a full tmpfs, so that writes fail after they were
+/// accepted.
 struct FullHost {
     dir: PathBuf,
 }
@@ -310,7 +313,8 @@ impl Drop for FullHost {
     }
 }
 
-/// A forked child that drops what it inherited takes neither the lock nor the file from its parent.
+/// A forked child that drops the devices it inherited takes neither the lock nor the file from its
+/// parent.
 #[test]
 fn a_forked_child_leaves_the_lock_alone() {
     in_child("child_that_forks", "");
@@ -328,7 +332,7 @@ fn child_that_forks() {
     let pid = unsafe { libc::fork() };
     if pid == 0 {
         drop(dev);
-        // SAFETY: ends the process at once.
+        // SAFETY: the call ends the process at once.
         unsafe { libc::_exit(0) };
     }
     assert!(pid > 0);

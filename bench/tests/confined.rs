@@ -1,4 +1,4 @@
-//! `db_bench` in the surroundings of a container.
+//! Tests of `db_bench` in the environment of a container.
 
 use std::process::Command;
 use std::time::Duration;

@@ -1,4 +1,5 @@
-//! The container file and its page: the example runs under the restrictions that the page's command names.
+//! Tests of the container file and its page: the example runs under the restrictions that the
+//! page's command names.
 #![cfg(feature = "db")]
 
 use std::path::{Path, PathBuf};
@@ -22,7 +23,7 @@ fn example() -> PathBuf {
     path
 }
 
-/// What `docker run` with these arguments takes away. `data` is where the volume is.
+/// Returns the restrictions of `docker run` with these arguments. `data` is the volume's directory.
 fn confinement(arguments: &[&str], data: &Path) -> Confinement {
     let mut confinement = Confinement::new().docker_seccomp();
     let mut rest = arguments.iter();
@@ -72,7 +73,8 @@ fn the_command_of_the_page_works() {
     }
 }
 
-/// The second stage of the container file installs nothing, so the program may need nothing that is not in it.
+/// The second stage of the container file installs nothing, so the program may need no library that
+/// the base image lacks.
 #[test]
 fn the_base_image_has_the_libraries() {
     let stages = file("Containerfile");
@@ -83,7 +85,7 @@ fn the_base_image_has_the_libraries() {
     for line in said.lines() {
         let name = line.trim().split(' ').next().unwrap();
         let file = name.rsplit('/').next().unwrap();
-        // Those that the package manager of Debian itself is linked with.
+        // These are the libraries that Debian's own package manager is linked with.
         let there = [
             "linux-vdso.so.1",
             "libstdc++.so.6",

@@ -1,5 +1,5 @@
-//! The figures of a file system and of the database in it, each named once: for Prometheus, for JSON-RPC, and as RocksDB
-//! properties (`pumice.free-bytes`).
+//! The figures of a file system and of the database in it. Each is named once, for Prometheus, for
+//! JSON-RPC, and as a RocksDB property (`pumice.free-bytes`).
 
 #![cfg_attr(
     not(feature = "inspect"),
@@ -12,7 +12,7 @@ use pumice_blobfs::fs::{CacheStats, FileSystem, IoStats, StatFs};
 
 use crate::Rocks;
 
-/// What the figures of a file system are taken from.
+/// The values that the figures of a file system are computed from.
 pub(crate) struct Snapshot {
     space: StatFs,
     cache: CacheStats,
@@ -30,7 +30,7 @@ impl Snapshot {
         }
     }
 
-    /// Every figure that there is, with its value.
+    /// Returns every figure that exists, with its value.
     pub(crate) fn figures(&self) -> impl Iterator<Item = (&'static Figure, u64)> {
         FIGURES
             .iter()
@@ -47,7 +47,8 @@ pub(crate) enum Kind {
 
 /// A figure of a file system.
 pub(crate) struct Figure {
-    /// Its name in JSON. Prometheus has `pumice_fs_` before it and, for a counter, `_total` behind it.
+    /// The name in JSON. Prometheus puts `pumice_fs_` before it and, for a counter, `_total` after
+    /// it.
     pub(crate) name: &'static str,
     help: &'static str,
     kind: Kind,
@@ -183,7 +184,7 @@ static ROCKSDB: &[(&str, Kind)] = &[
     ("background-errors", Kind::Counter),
 ];
 
-/// RocksDB's figures of a database, by their names without `rocksdb.`.
+/// Returns RocksDB's figures of a database, by their names without `rocksdb.`.
 pub(crate) fn of_rocksdb(db: &Rocks) -> impl Iterator<Item = (&'static str, Kind, u64)> {
     ROCKSDB.iter().filter_map(|(name, kind)| {
         let value = db.property_int_value(&format!("rocksdb.{name}")).ok()??;
@@ -191,14 +192,14 @@ pub(crate) fn of_rocksdb(db: &Rocks) -> impl Iterator<Item = (&'static str, Kind
     })
 }
 
-/// The value of the property `pumice.NAME`, whose name is a figure's with dashes.
+/// Returns the value of the property `pumice.NAME`, where NAME is a figure's name with dashes.
 pub(crate) fn property(fs: &FileSystem, property: &str) -> Option<u64> {
     let name = property.strip_prefix("pumice.")?.replace('-', "_");
     let figure = FIGURES.iter().find(|figure| figure.name == name)?;
     (figure.value)(&Snapshot::of(fs))
 }
 
-/// All figures in the text format of Prometheus (0.0.4), labelled with the device's name.
+/// Returns all figures in the text format of Prometheus (0.0.4), labelled with the device's name.
 pub(crate) fn prometheus(device: &str, fs: &FileSystem, db: Option<&Rocks>) -> String {
     let device = device
         .replace('\\', "\\\\")

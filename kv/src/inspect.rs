@@ -1,4 +1,5 @@
-//! What a running process tells of its file system and its database: JSON-RPC on a socket, and figures for Prometheus.
+//! Inspection of a running process's file system and database: JSON-RPC on a socket, and figures
+//! for Prometheus.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
@@ -17,7 +18,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{Error, Rocks, figures};
 
-/// The methods that a process answers beside those of the block devices that only look.
+/// The methods that a process answers beside the reading methods of the block devices.
 const METHODS: &[&str] = &[
     "pumice_get_file",
     "pumice_get_files",
@@ -25,10 +26,11 @@ const METHODS: &[&str] = &[
     "pumice_get_statfs",
 ];
 
-/// Answers questions about a mounted file system as long as it lives: `pumice df`, `ls` and `stat` ask it when the process
-/// has the device, and `pumice top` shows its figures. [`DbOptions::rpc_socket`](crate::DbOptions::rpc_socket) and
-/// [`DbOptions::metrics`](crate::DbOptions::metrics) start one with a database; this is for programs that use the
-/// `rocksdb` crate, or no database.
+/// Answers questions about a mounted file system while it lives. `pumice df`, `ls` and `stat` ask
+/// it when the process has the device, and `pumice top` shows its figures.
+/// [`DbOptions::rpc_socket`](crate::DbOptions::rpc_socket) and
+/// [`DbOptions::metrics`](crate::DbOptions::metrics) start one with a database. This type is for
+/// programs that use the `rocksdb` crate, or no database.
 ///
 /// ```
 /// # let dir = tempfile::tempdir()?;
@@ -41,18 +43,19 @@ const METHODS: &[&str] = &[
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// It only tells: no method changes anything. The sockets are private: no other user but root can connect.
+/// No method changes anything. The sockets are private: no user except root and the owner can
+/// connect.
 #[derive(Debug)]
 pub struct Inspection {
     app: Arc<App>,
     subject: Subject,
     rpc: Option<RpcServer>,
     metrics: Option<MetricsServer>,
-    /// Of the process whose threads serve.
+    /// The process whose threads serve.
     pid: u32,
 }
 
-/// What `DbOptions` was told of looking inside.
+/// The options of `DbOptions` for inspection.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Look {
     pub(crate) rpc_socket: Option<PathBuf>,
@@ -60,7 +63,8 @@ pub(crate) struct Look {
 }
 
 impl Look {
-    /// The device as it is to be mounted: where somebody may look, it counts what is done to it.
+    /// Returns the device to mount. If the process may be inspected, it counts what is done to the
+    /// device.
     pub(crate) fn counted(
         &self,
         device: Arc<dyn BlockDevice>,
@@ -95,13 +99,13 @@ impl Look {
     }
 }
 
-/// What is looked at.
+/// The objects that are inspected.
 #[derive(Clone)]
 struct Subject {
     fs: FileSystem,
-    /// Not there when the database is being closed.
+    /// Empty while the database is being closed.
     db: Weak<Rocks>,
-    /// The devices, counted, where opening has put them into a registry.
+    /// The devices with their counters, if opening has put them into a registry.
     app: Weak<App>,
     start: Instant,
 }
@@ -113,13 +117,13 @@ impl std::fmt::Debug for Subject {
 }
 
 impl Inspection {
-    /// Of a file system. Nothing listens yet.
+    /// Makes an inspection of a file system. Nothing listens yet.
     #[must_use]
     pub fn new(fs: &FileSystem) -> Inspection {
         Inspection::with(fs, Weak::new(), Arc::new(App::new()))
     }
 
-    /// Also of a database, and of the device that is registered in `app`.
+    /// Makes an inspection also of a database, and of the device that is registered in `app`.
     pub(crate) fn with(fs: &FileSystem, db: Weak<Rocks>, app: Arc<App>) -> Inspection {
         let subject = Subject {
             fs: fs.clone(),
@@ -141,10 +145,11 @@ impl Inspection {
         }
     }
 
-    /// Answers JSON-RPC on the socket `path`, which is made with mode 0600, and removed when this is dropped.
+    /// Answers JSON-RPC on the socket `path`, which is made with mode 0600 and removed when this is
+    /// dropped.
     ///
     /// # Errors
-    /// [`Error::Device`] when something else is there, or whatever the system says.
+    /// Fails with [`Error::Device`] if something else is there, and when the system does.
     pub fn rpc_socket(mut self, path: &Path) -> Result<Inspection, Error> {
         let server = RpcServer::start(Arc::clone(&self.app), path, ServerOptions::default());
         self.rpc = Some(server.map_err(|source| Error::Device {
@@ -154,11 +159,12 @@ impl Inspection {
         Ok(self)
     }
 
-    /// Serves the figures as text for Prometheus on `address`: the path of a Unix socket, or a loopback address
-    /// (`127.0.0.1:9100`; port 0: any).
+    /// Serves the figures as text for Prometheus on `address`: the path of a Unix socket, or a
+    /// loopback address (`127.0.0.1:9100`; port 0 is any free port).
     ///
     /// # Errors
-    /// [`Error::Device`] for an address that is not loopback, a path that is taken, whatever the system says.
+    /// Fails with [`Error::Device`] for an address that is not loopback, if the path is taken, and
+    /// when the system does.
     pub fn metrics(mut self, address: &str) -> Result<Inspection, Error> {
         let subject = self.subject.clone();
         let server = MetricsServer::serve(move || subject.prometheus(), address);
@@ -169,7 +175,7 @@ impl Inspection {
         Ok(self)
     }
 
-    /// The port of [`Inspection::metrics`], on a loopback address.
+    /// Returns the port of [`Inspection::metrics`] on a loopback address.
     #[must_use]
     pub fn metrics_port(&self) -> Option<u16> {
         self.metrics.as_ref()?.port()
@@ -179,7 +185,7 @@ impl Inspection {
 impl Drop for Inspection {
     fn drop(&mut self) {
         if self.pid != std::process::id() {
-            // In a forked child: the threads and the sockets are the parent's.
+            // In a forked child the threads and the sockets are the parent's.
             std::mem::forget((self.rpc.take(), self.metrics.take()));
         }
     }
@@ -217,7 +223,7 @@ impl Subject {
                     let path = format!("{}/{}", dir.trim_end_matches('/'), entry.name);
                     match self.fs.stat(&path) {
                         Ok(stat) => files.push(file(&path, &stat)),
-                        // It has gone since.
+                        // It was removed meanwhile.
                         Err(FsError::NotFound { .. }) => {}
                         Err(e) => return Err(failed(e)),
                     }
@@ -255,8 +261,8 @@ impl Subject {
         })
     }
 
-    /// The device's latencies since it was opened: pairs of a latency in ns and how many operations took at most that, and
-    /// more than the pair before says.
+    /// Returns the device's latencies since it was opened: pairs of a latency in ns and the number
+    /// of operations that took at most that, and more than the pair before.
     fn latency(&self) -> Value {
         let clock = Clock::get();
         let bdevs = self.app.upgrade().map(|app| app.registry.list());
@@ -270,7 +276,8 @@ impl Subject {
             .collect()
     }
 
-    /// What was done through each channel that is open: one for each thread that reads, and those that threads share.
+    /// Returns the operations of each open channel: one for each thread that reads, and those that
+    /// threads share.
     fn channels(&self) -> Value {
         let bdevs = self.app.upgrade().map(|app| app.registry.list());
         let channels = bdevs.iter().flatten().flat_map(Bdev::channel_stats);

@@ -1,6 +1,7 @@
-//! A program that embeds a database, in the surroundings of a container: it works, or the error says what to do.
+//! Tests of a program that embeds a database, in the environment of a container: it works, or the
+//! error says what to do.
 //!
-//! The program is this test itself, started again.
+//! The program is this test itself, started once more.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -15,7 +16,8 @@ use common::{key, value};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Runs `child`, a test of this file, confined. `None`, and a line that says so, where this machine cannot do that.
+/// Runs `child`, a test of this file, confined. Returns `None` and prints a line if this machine
+/// cannot do that.
 fn run(confinement: &Confinement, dir: &Path, child: &str, case: &str) -> Option<Output> {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
@@ -41,7 +43,7 @@ fn succeeds(name: &str, output: &Output) {
     );
 }
 
-/// The directory of a child, and its case; `None` in the parent.
+/// Returns the directory of a child and its case; `None` in the parent.
 fn case() -> Option<(PathBuf, String)> {
     let dir = PathBuf::from(std::env::var_os("PUMICE_CONFINED")?);
     Some((dir, std::env::var("PUMICE_CASE").unwrap()))
@@ -62,7 +64,8 @@ fn a_database_works_in_any_surroundings() {
     }
 }
 
-/// A hundred MiB of values: more than 128 MiB of memory can hold beside RocksDB's and the file system's default caches.
+/// Writes a hundred MiB of values: more than 128 MiB of memory can hold beside the default caches
+/// of RocksDB and the file system.
 #[test]
 fn child_uses_a_database() {
     let Some((dir, _)) = case() else {
@@ -89,7 +92,7 @@ fn child_uses_a_database() {
     db.close().unwrap();
 }
 
-/// A service that confines itself when it has opened its database.
+/// A service confines itself after it has opened its database.
 #[test]
 fn a_database_goes_on_when_io_uring_goes() {
     for call in pumice_confine::IO_URING {
@@ -119,7 +122,7 @@ fn child_confines_itself() {
     }
     db.put_opt(b"after", b"2", &durable).unwrap();
     db.flush().unwrap();
-    // A thread that has no channel yet.
+    // This thread has no channel yet.
     std::thread::scope(|scope| {
         scope.spawn(|| assert_eq!(db.get(key(29_999)).unwrap(), Some(value(29_999))));
     });
@@ -178,7 +181,7 @@ fn child_reads_only() {
     db.close().unwrap();
 }
 
-/// An image cannot be made where nothing can be written; the error says what to do.
+/// An image cannot be made where nothing can be written. The error says what to do.
 #[test]
 fn without_a_place_for_the_image_the_error_says_so() {
     let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

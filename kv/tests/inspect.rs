@@ -1,4 +1,4 @@
-//! A look into a running process: JSON-RPC, figures for Prometheus, properties.
+//! Tests of inspection: JSON-RPC, figures for Prometheus, properties.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -63,10 +63,10 @@ fn a_database_answers_as_long_as_it_is_open() {
     let ops: u64 = counts.map(|pair| pair[1].as_u64().unwrap()).sum();
     assert!(ops > 0, "the device's operations have latencies");
     assert!(!stats["channels"].as_array().unwrap().is_empty());
-    // SPDK's methods that only look.
+    // These are SPDK's methods that only read.
     let bdevs = ask(&mut client, "bdev_get_bdevs", &Value::Null);
     assert_eq!(bdevs[0]["name"], image.to_str().unwrap());
-    // The device goes with the database, whoever is connected.
+    // The device is released with the database, whoever is connected.
     db.close().unwrap();
     assert!(!socket.exists());
     Db::open(&uri).unwrap().close().unwrap();
@@ -101,7 +101,7 @@ fn nothing_can_be_changed_through_the_socket() {
         assert_eq!(code, -i64::from(libc::EPERM));
         assert!(message.contains("questions only"), "{message}");
     }
-    // Wrong questions are errors.
+    // Invalid questions are errors.
     for (params, code) in [
         (json!({ "path": 7 }), -32602),
         (json!({ "path": "/nowhere" }), -i64::from(libc::ENOENT)),
@@ -131,7 +131,7 @@ fn a_socket_that_cannot_be_made_fails_the_opening() {
         .open(&uri)
         .unwrap_err();
     assert!(error.to_string().contains("loopback"), "{error}");
-    // What failed holds nothing.
+    // The failed attempt holds nothing.
     Db::open(&uri).unwrap().close().unwrap();
 }
 
@@ -158,7 +158,7 @@ fn figures_for_prometheus() {
     }
     db.close().unwrap();
     assert!(!path.exists());
-    // On a port.
+    // This one is on a port.
     let inspection = Inspection::new(&fs).metrics("127.0.0.1:0").unwrap();
     let port = inspection.metrics_port().unwrap();
     let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
@@ -178,7 +178,7 @@ fn figures_are_properties() {
         db.property_value("pumice.total-bytes").unwrap(),
         total.map(|n| n.to_string())
     );
-    // Those that the page lists, and no others.
+    // The properties are those that the page lists, and no others.
     let page = include_str!("../README.md");
     let list = page.split("There are `total-bytes`").nth(1).unwrap();
     let list = list.split("`device-unmaps`").next().unwrap();

@@ -1,4 +1,4 @@
-//! Making an image file: complete, or not at all.
+//! Creation of an image file, completely or not at all.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -12,9 +12,9 @@ use super::{Shared, probe};
 use crate::error::BdevError;
 use crate::malloc::check_geometry;
 
-/// Makes the image file of `size` bytes that `options` describe. The file gets its name when it is
-/// complete and durable, so that neither an error nor the end of the process leaves a part of one.
-/// `None`: the name has been taken meanwhile.
+/// Creates the image file of `size` bytes that `options` describe. The file gets its name when it
+/// is complete and durable, so that neither an error nor the end of the process leaves a part of
+/// one. Returns `None` when another file has got the name meanwhile.
 pub(super) fn make(options: &FileOptions, size: u64) -> Result<Option<Shared>, BdevError> {
     let path = &options.path;
     let shown = path.display().to_string();
@@ -92,9 +92,9 @@ fn cannot_make(parent: &Path, error: &io::Error) -> String {
     }
 }
 
-/// A file that is not complete. Dropped, it is gone.
+/// A file that is not complete. Dropping it removes the file.
 struct Draft {
-    /// `None` once it is complete.
+    /// The open file, or `None` once it is complete.
     file: Option<File>,
     /// A name that the file has.
     named: Option<PathBuf>,
@@ -114,8 +114,9 @@ impl Draft {
             .expect("only `keep` takes it, with the draft")
     }
 
-    /// A new file in `parent`, without a name where the file system can do that, else with its
-    /// own; and whether its I/O is direct. `None`: there is a file of that name.
+    /// Creates a file in `parent`, without a name where the file system supports that, otherwise
+    /// with its own. Also returns whether its I/O is direct. Returns `None` when there is a file of
+    /// that name.
     fn new(parent: &Path, path: &Path, buffered: bool) -> io::Result<Option<(Draft, bool)>> {
         let mut how = OpenOptions::new();
         how.read(true).write(true).mode(0o600);
@@ -137,7 +138,7 @@ impl Draft {
         }
     }
 
-    /// Gives the file its name. `None`: the name is taken.
+    /// Gives the file its name. Returns `None` when another file has the name.
     fn publish(mut self, path: &Path) -> io::Result<Option<Draft>> {
         if self.named.is_none() {
             match sys::link(self.file(), path) {
@@ -149,7 +150,7 @@ impl Draft {
         Ok(Some(self))
     }
 
-    /// The file stays.
+    /// Keeps the file.
     fn keep(mut self) -> File {
         self.file.take().expect("nobody else takes it")
     }
@@ -175,7 +176,7 @@ pub(super) fn remove(file: &File, path: &Path) {
     }
 }
 
-/// Opens with `O_DIRECT` where the file system has it and `buffered` is not set.
+/// Opens with `O_DIRECT` if the file system supports it and `buffered` is not set.
 fn open_direct(
     how: &OpenOptions,
     path: &Path,

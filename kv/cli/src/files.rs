@@ -16,17 +16,17 @@ use serde_json::{Value, json};
 use crate::holder::Holder;
 use crate::signals;
 
-/// Bytes that go through memory at once.
+/// Number of bytes that are copied at once.
 pub const CHUNK: usize = 1 << 20;
 
 /// List directories, or show files
 #[derive(Args)]
 pub struct Ls {
-    /// The device
+    /// Device
     uri: String,
     /// Paths in the file system; `/` by default
     paths: Vec<String>,
-    /// What is in directories below, too
+    /// List directories recursively
     #[arg(short = 'R', long)]
     recursive: bool,
     /// Print JSON
@@ -37,7 +37,7 @@ pub struct Ls {
 /// Print files
 #[derive(Args)]
 pub struct Cat {
-    /// The device
+    /// Device
     uri: String,
     /// Paths in the file system
     #[arg(required = true)]
@@ -49,46 +49,46 @@ pub struct Cat {
 pub struct Rm {
     #[command(flatten)]
     change: Change,
-    /// The device
+    /// Device
     uri: String,
     /// Paths in the file system
     #[arg(required = true)]
     paths: Vec<String>,
-    /// Directories, with all that is in them
+    /// Remove directories with their content
     #[arg(short, long)]
     recursive: bool,
-    /// No error for what is not there
+    /// Ignore files that do not exist
     #[arg(short, long)]
     force: bool,
 }
 
-/// Rename a file or a directory; a file of the new name is replaced
+/// Rename a file or a directory; replaces an existing file
 #[derive(Args)]
 pub struct Mv {
     #[command(flatten)]
     change: Change,
-    /// The device
+    /// Device
     uri: String,
-    /// Its path
+    /// Current path
     from: String,
-    /// Its new path, or a directory to move it into
+    /// New path, or a directory to move it into
     to: String,
 }
 
-/// Show how full the file system is
+/// Show the used and free space of the file system
 #[derive(Args)]
 pub struct Df {
-    /// The device
+    /// Device
     uri: String,
     /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
-/// Show all that is known of files
+/// Show all properties of files
 #[derive(Args)]
 pub struct StatArgs {
-    /// The device
+    /// Device
     uri: String,
     /// Paths in the file system; `/` by default
     paths: Vec<String>,
@@ -102,12 +102,12 @@ pub struct StatArgs {
 pub struct Mkdir {
     #[command(flatten)]
     change: Change,
-    /// The device
+    /// Device
     uri: String,
     /// Paths in the file system
     #[arg(required = true)]
     paths: Vec<String>,
-    /// With those above, and no error for what is there
+    /// Also make missing parents, and accept existing directories
     #[arg(short, long)]
     parents: bool,
 }
@@ -117,14 +117,14 @@ pub struct Mkdir {
 pub struct Rmdir {
     #[command(flatten)]
     change: Change,
-    /// The device
+    /// Device
     uri: String,
     /// Paths in the file system
     #[arg(required = true)]
     paths: Vec<String>,
 }
 
-/// Why a command failed, for people.
+/// The reason why a command failed, as a message.
 #[derive(Debug)]
 pub struct Failure(String);
 
@@ -152,7 +152,7 @@ impl std::fmt::Display for Failure {
     }
 }
 
-/// Says why, and gives the exit code.
+/// Prints the reason and returns the exit code.
 pub fn fail(command: &str, e: &Failure) -> ExitCode {
     complain!("pumice {command}: {e}");
     ExitCode::FAILURE
@@ -167,25 +167,25 @@ fn ended(command: &str, result: Outcome) -> ExitCode {
     }
 }
 
-/// How a command mounts.
+/// The way in which a command mounts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
-    /// Nothing is written; others may read at the same time, and the file need not be writable.
+    /// For reading only: others may read at the same time, and the file need not be writable.
     Read,
-    /// For changes; with `accept_damage` also where blobs are damaged.
+    /// For changes; with `accept_damage` also when blobs are damaged.
     Write { accept_damage: bool },
 }
 
-/// What commands that change a file system have in common.
+/// Options of commands that change a file system.
 #[derive(Args)]
 pub struct Change {
-    /// Go on although files are damaged: what was in them counts as lost
+    /// Continue although files are damaged: their content counts as lost
     #[arg(long)]
     accept_damage: bool,
 }
 
 impl Change {
-    /// How to mount for it.
+    /// Returns the way to mount for the change.
     pub fn mode(&self) -> Mode {
         Mode::Write {
             accept_damage: self.accept_damage,
@@ -193,7 +193,7 @@ impl Change {
     }
 }
 
-/// Opens a device that nothing is written on, beside others who read.
+/// Opens a device for reading, which others may do at the same time.
 pub fn open_to_read(uri: &str) -> Result<Arc<dyn BlockDevice>, Failure> {
     Ok(pumice_bdev::open_with(
         uri,
@@ -201,7 +201,7 @@ pub fn open_to_read(uri: &str) -> Result<Arc<dyn BlockDevice>, Failure> {
     )?)
 }
 
-/// Mounts, calls `f`, unmounts. What the mount found wrong goes to standard error.
+/// Mounts, calls `f` and unmounts. Problems that the mount found go to standard error.
 pub fn mounted<R>(
     uri: &str,
     mode: Mode,
@@ -231,7 +231,7 @@ fn on_device<R>(
 ) -> Result<R, Failure> {
     let fs = FileSystem::mount(dev, opts).map_err(|e| match e {
         FsError::Damaged { .. } => Failure(format!(
-            "{e}; here that is --accept-damage, and `pumice rescue` copies what can be read"
+            "{e}; this command's option for that is --accept-damage, and `pumice rescue` copies what can be read"
         )),
         e => e.into(),
     })?;
@@ -335,7 +335,7 @@ fn looked<R>(
     on_device(uri, dev, &opts, |fs| f(&mut Source::Mounted(fs)))
 }
 
-/// Bytes for people.
+/// Formats a number of bytes for people.
 pub fn human(bytes: u64) -> String {
     let mut unit = "B";
     let mut whole = bytes;
@@ -355,7 +355,8 @@ pub fn human(bytes: u64) -> String {
     }
 }
 
-/// A time in UTC: days to a date by counting from March (the calendar repeats after 400 years).
+/// Formats a time in UTC. It converts days to a date by counting from March (the calendar repeats
+/// after 400 years).
 fn date(time: SystemTime) -> String {
     let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     if seconds == 0 {
@@ -405,12 +406,12 @@ fn modified(file: &Value) -> String {
     date(UNIX_EPOCH + Duration::from_nanos(number(file, "modified_ns")))
 }
 
-/// `dir` and a name in it.
+/// Returns the path of a name in `dir`.
 pub fn join(dir: &str, name: &str) -> String {
     format!("{}/{name}", dir.trim_end_matches('/'))
 }
 
-/// The files below `path`, itself included, directories before what is in them.
+/// Returns `path` and everything below it, directories before their content.
 pub fn walk(fs: &FileSystem, path: &str) -> Result<Vec<(String, bool)>, Failure> {
     let is_dir = fs.stat(path)?.is_dir;
     let mut found = vec![(path.to_owned(), is_dir)];
@@ -495,7 +496,7 @@ pub fn cat(args: &Cat) -> ExitCode {
                 }
                 match out.write_all(&buf[..n]) {
                     Ok(()) => at += n as u64,
-                    // The reader of the pipe has seen enough.
+                    // The reader of the pipe has stopped reading.
                     Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
                     Err(e) => return Err(Failure(format!("standard output: {e}"))),
                 }

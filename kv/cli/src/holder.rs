@@ -1,4 +1,4 @@
-//! The process that has a device, asked on the socket where it answers questions.
+//! The process that has a device, as the server of a socket where it answers questions.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
@@ -10,11 +10,11 @@ use serde_json::Value;
 
 use crate::files::Failure;
 
-/// A process is given this long for an answer.
+/// Time within which a process must answer.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// No more sockets of a directory are tried.
 const NAMES_MAX: usize = 64;
-/// The flag of a socket that takes connections, in `/proc/net/unix`.
+/// The flag of a socket that accepts connections, in `/proc/net/unix`.
 const ACCEPTS: &str = "00010000";
 
 /// A process that has a device and answers questions about it.
@@ -23,7 +23,8 @@ pub struct Holder {
 }
 
 impl Holder {
-    /// The process `pid`, if it answers questions about the device that this process knows as `device`.
+    /// Returns the process `pid`, if it answers questions about the device that this process knows
+    /// as `device`.
     pub fn find(device: &str, pid: u32) -> Option<Holder> {
         let proc = PathBuf::from(format!("/proc/{pid}"));
         sockets(&proc).iter().find_map(|socket| {
@@ -34,7 +35,7 @@ impl Holder {
         })
     }
 
-    /// The process that serves a socket.
+    /// Returns the process that serves a socket.
     pub fn connect(socket: &Path) -> Result<Holder, Failure> {
         let client = RpcClient::connect(socket, TIMEOUT);
         let client = client.map_err(|e| Failure::from(e.to_string()))?;
@@ -47,7 +48,8 @@ impl Holder {
     }
 }
 
-/// The Unix sockets on which a process takes connections, as paths that this process can use.
+/// Returns the Unix sockets on which a process accepts connections, as paths that this process can
+/// use.
 fn sockets(proc: &Path) -> Vec<PathBuf> {
     let text = fs::read_to_string(proc.join("net/unix")).unwrap_or_default();
     let descriptors = fs::read_dir(proc.join("fd"));
@@ -62,7 +64,8 @@ fn sockets(proc: &Path) -> Vec<PathBuf> {
     };
     text.lines()
         .filter_map(|line| {
-            // Address, references, protocol, flags, type, state, inode, and a path if it has one.
+            // The columns are address, references, protocol, flags, type, state, inode, and a path
+            // if there is one.
             let mut words = line.split_whitespace();
             let flags = words.nth(3)?;
             let inode = words.nth(2)?;
@@ -97,7 +100,7 @@ fn names(bound: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Whether the process's name of an image, and ours, are of the same file.
+/// Whether the process's name of an image and ours name the same file.
 fn is_same_file(proc: &Path, theirs: &str, ours: &str) -> bool {
     let theirs = if theirs.starts_with('/') {
         PathBuf::from(format!("{}{theirs}", proc.join("root").display()))

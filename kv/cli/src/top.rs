@@ -1,4 +1,4 @@
-//! `pumice top`: what a running process does to its file system and its database, as its socket tells.
+//! `pumice top`: what a running process does to its file system and its database, from its socket.
 
 mod report;
 mod view;
@@ -21,7 +21,7 @@ use crate::holder::Holder;
 use crate::signals;
 use report::{Report, Sample};
 
-/// How soon a key, a signal or another size of the terminal is noticed.
+/// Time within which a key, a signal or a new size of the terminal is noticed.
 const NOTICE: Duration = Duration::from_millis(100);
 
 /// Show what a running process does: throughput, latencies, cache, database
@@ -29,13 +29,13 @@ const NOTICE: Duration = Duration::from_millis(100);
 pub struct Top {
     /// The device that the process has, or the socket on which it answers
     target: String,
-    /// Seconds between two looks, 0.1 to 3600
+    /// Seconds between two reports, 0.1 to 3600
     #[arg(short, long, default_value = "1", value_parser = interval)]
     interval: Duration,
-    /// Print a line of JSON for each look
+    /// Print a line of JSON for each report
     #[arg(long)]
     json: bool,
-    /// Look once: the averages since the process began to answer
+    /// Print one report: the averages since the process began to answer
     #[arg(long)]
     once: bool,
 }
@@ -69,7 +69,7 @@ pub fn run(args: &Top) -> ExitCode {
     }
 }
 
-/// The process that serves the socket, or has the device.
+/// Returns the process that serves the socket, or has the device.
 fn find(target: &str) -> Result<Holder, Failure> {
     let path = Path::new(target);
     if path
@@ -110,7 +110,7 @@ fn tell(args: &Top, report: &Report, with_heading: bool) {
     say!("{}", report.line());
 }
 
-/// A line for each look, until a signal comes or the process ends.
+/// Prints a line for each interval, until a signal comes or the process ends.
 fn lines(args: &Top, holder: &mut Holder) -> Result<(), Failure> {
     let mut before = look(holder)?;
     for count in 0_u64.. {
@@ -128,7 +128,7 @@ fn lines(args: &Top, holder: &mut Holder) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The view on a terminal, until a key or a signal ends it.
+/// Shows the view on a terminal, until a key or a signal ends it.
 fn watch(args: &Top, holder: &mut Holder) -> Result<(), Failure> {
     let mut before = look(holder)?;
     let mut report = Report::since_the_start(&before);
@@ -141,7 +141,7 @@ fn watch(args: &Top, holder: &mut Holder) -> Result<(), Failure> {
             let drawn = screen.draw(&target, &report);
             drawn.map_err(|e| format!("the terminal: {e}"))?;
         }
-        // Until it is time to look again, or there is something else to draw.
+        // This waits until the next report is due, or there is something else to draw.
         let wait = next.saturating_duration_since(Instant::now()).min(NOTICE);
         match screen
             .asked(wait)

@@ -1,4 +1,5 @@
-//! The `pumice` command in the surroundings of a container: it works, or the error says what to do.
+//! Tests of the `pumice` command in the environment of a container: it works, or the error says
+//! what to do.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
@@ -9,7 +10,7 @@ use pumice_confine::Confinement;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Runs the command, confined. `None`, and a line that says so, where this machine cannot do that.
+/// Runs the command, confined. Returns `None` and prints a line if this machine cannot do that.
 fn pumice(confinement: &Confinement, name: &str, args: &[&str]) -> Option<Output> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pumice"));
     match confinement.run(command.args(args), PATIENCE) {
@@ -21,7 +22,7 @@ fn pumice(confinement: &Confinement, name: &str, args: &[&str]) -> Option<Output
     }
 }
 
-/// What it prints when it ends well.
+/// Returns what it prints when it succeeds.
 fn says(confinement: &Confinement, name: &str, args: &[&str]) -> Option<String> {
     let output = pumice(confinement, name, args)?;
     let errors = String::from_utf8_lossy(&output.stderr);
@@ -44,7 +45,7 @@ fn text(path: &Path) -> String {
     path.to_str().unwrap().to_owned()
 }
 
-/// A file that everybody may read.
+/// Makes a file that everybody may read.
 fn source(dir: &Path) -> String {
     let source = dir.join("source");
     std::fs::write(&source, "text").unwrap();

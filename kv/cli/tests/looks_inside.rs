@@ -1,4 +1,4 @@
-//! `pumice df`, `ls`, `stat` and `top` on what a process, this one, has mounted.
+//! Tests of `pumice df`, `ls`, `stat` and `top` on what this process has mounted.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -62,7 +62,7 @@ fn a_process_is_asked_for_what_it_has_mounted() {
     assert_eq!(df["total_bytes"], total);
     let stat = json(&["stat", image, "/CURRENT", "--json"]);
     let held = json(&["ls", image, "--json", "-R"]);
-    // Another name of the same file.
+    // This is another name of the same file.
     let linked = running.socket.with_file_name("link.img");
     std::os::unix::fs::symlink(image, &linked).unwrap();
     assert_eq!(
@@ -71,7 +71,7 @@ fn a_process_is_asked_for_what_it_has_mounted() {
     );
     let output = pumice(&["stat", image, "/nowhere"]);
     assert_eq!(output.status.code(), Some(1));
-    // The same answers as when nobody has it.
+    // The answers are the same as when nobody has it.
     running.db.close().unwrap();
     assert_eq!(json(&["stat", image, "/CURRENT", "--json"]), stat);
     assert_eq!(json(&["df", image, "--json"])["total_bytes"], total);
@@ -135,7 +135,8 @@ fn top_refreshes_and_resizes_and_quits() {
         for n in 0..20_000_u32 {
             running.db.put(n.to_be_bytes(), b"").unwrap();
         }
-        // Only what differs is drawn, and everything in another size: the number is shown as a whole then.
+        // Only what differs is drawn, but everything after a change of the size: the number is then
+        // shown as a whole.
         terminal.resize(40, 120);
         terminal.wait_for("20001", PATIENCE);
         terminal.resize(12, 40);
@@ -144,7 +145,7 @@ fn top_refreshes_and_resizes_and_quits() {
         let status = terminal.end(PATIENCE);
         assert!(status.success(), "{keys:?}: {status}");
         assert!(terminal.is_cooked().unwrap(), "{keys:?}");
-        // The screen that was there before is back.
+        // The screen that was there before is restored.
         terminal.wait_for("\x1b[?1049l", PATIENCE);
     }
 }
@@ -158,7 +159,7 @@ fn top_leaves_the_terminal_in_order_when_it_is_ended() {
     assert!(killed.unwrap().success());
     assert_eq!(terminal.end(PATIENCE).code(), Some(128 + 15));
     assert!(terminal.is_cooked().unwrap());
-    // The process that is looked at ends.
+    // The process that `top` shows ends.
     let mut terminal = top(&running);
     terminal.wait_for("quits", PATIENCE);
     running.db.close().unwrap();

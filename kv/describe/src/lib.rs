@@ -1,6 +1,7 @@
 //! Man pages and shell completions, made by a program from the definition of its own command line.
 //!
-//! Every program of Pumice's that calls [`asked`] first knows two more command lines, which its help does not list:
+//! Every program of Pumice that calls [`asked`] first accepts these command lines, which its help
+//! does not list:
 //!
 //! ```text
 //! pumice --generate man DIRECTORY     writes pumice.1, and a page for each subcommand
@@ -20,7 +21,8 @@ use clap_complete::Shell;
 /// The option that asks for a description.
 const OPTION: &str = "--generate";
 
-/// Does what `--generate` asks for, if the program was called with it, and gives the exit code to end with.
+/// Does what `--generate` asks for, if the program was called with it, and returns the exit code to
+/// end with.
 #[must_use]
 pub fn asked(command: Command) -> Option<ExitCode> {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();

@@ -1,6 +1,6 @@
-//! Runs a program with less than a process usually has, as a container does: system calls that answer an
-//! error, limits, no capabilities, a read-only root, another user, little memory. No container engine is
-//! needed, and what one test confines is gone with the process that it has started.
+//! Runs a program with fewer rights than a process usually has, as a container does: system calls
+//! that return an error, limits, no capabilities, a read-only root, another user, little memory. No
+//! container engine is needed, and a confinement ends with the process that it was made for.
 //!
 //! ```no_run
 //! use std::process::Command;
@@ -13,7 +13,7 @@
 //! assert!(output.is_ok_and(|output| output.status.success()));
 //! ```
 //!
-//! [`Terminal`] runs one on a pseudo-terminal.
+//! [`Terminal`] runs a program on a pseudo-terminal.
 #![allow(unsafe_code)]
 
 mod terminal;
@@ -43,8 +43,9 @@ pub const IO_URING: [i64; 3] = [
     libc::SYS_io_uring_register,
 ];
 
-/// What Docker's default seccomp profile refuses with EPERM to a container without capabilities, as Docker's
-/// documentation lists it ("Seccomp security profiles for Docker"), and io_uring, which it refuses since version 25.
+/// The calls that Docker's default seccomp profile refuses with EPERM to a container without
+/// capabilities, as Docker's documentation lists them ("Seccomp security profiles for Docker"), and
+/// those of io_uring, which it refuses since version 25.
 const DOCKER: &[i64] = &[
     libc::SYS_acct,
     libc::SYS_add_key,
@@ -93,12 +94,12 @@ const DOCKER: &[i64] = &[
 #[derive(Clone, Copy, Debug)]
 struct Denied {
     nr: i64,
-    /// Only with one of these bits in the argument of this index.
+    /// Restricts the failure to calls with one of these bits in the argument of this index.
     with: Option<(u32, i32)>,
     errno: i32,
 }
 
-/// What a program that [`Confinement::run`] starts has to do without.
+/// The restrictions of a program that [`Confinement::run`] starts.
 #[derive(Clone, Debug, Default)]
 pub struct Confinement {
     denied: Vec<Denied>,
@@ -111,20 +112,20 @@ pub struct Confinement {
 }
 
 impl Confinement {
-    /// Nothing is confined yet.
+    /// Makes one without restrictions.
     #[must_use]
     pub fn new() -> Confinement {
         Confinement::default()
     }
 
-    /// System calls, by number, that fail with `errno`.
+    /// Makes system calls, by number, fail with `errno`.
     #[must_use]
     pub fn deny(mut self, calls: &[i64], errno: i32) -> Confinement {
         self.denied.extend(always(calls, errno));
         self
     }
 
-    /// The calls that Docker's default seccomp profile refuses.
+    /// Makes the calls fail that Docker's default seccomp profile refuses.
     #[must_use]
     pub fn docker_seccomp(self) -> Confinement {
         self.deny(DOCKER, libc::EPERM)
@@ -132,7 +133,7 @@ impl Confinement {
             .deny(&[libc::SYS_clone3], libc::ENOSYS)
     }
 
-    /// The system has no huge pages.
+    /// Hides huge pages.
     #[must_use]
     pub fn without_huge_pages(mut self) -> Confinement {
         let with_bits = |nr, argument, bits| Denied {
@@ -147,62 +148,64 @@ impl Confinement {
         self
     }
 
-    /// At most this many open files (`ulimit -n`).
+    /// Allows at most this many open files (`ulimit -n`).
     #[must_use]
     pub fn open_files(mut self, count: u64) -> Confinement {
         self.limits.push((libc::RLIMIT_NOFILE, count));
         self
     }
 
-    /// No memory may be locked (`ulimit -l 0`), for which the process must not have CAP_IPC_LOCK either.
+    /// Allows no locked memory (`ulimit -l 0`). The process must not have CAP_IPC_LOCK either.
     #[must_use]
     pub fn without_locked_memory(mut self) -> Confinement {
         self.limits.push((libc::RLIMIT_MEMLOCK, 0));
         self.without_capabilities()
     }
 
-    /// Root without a single capability.
+    /// Runs the program as root without a single capability.
     #[must_use]
     pub fn without_capabilities(mut self) -> Confinement {
         self.no_capabilities = true;
         self
     }
 
-    /// A user who owns nothing but the directory of [`Confinement::read_only_root`], if that is set.
+    /// Runs the program as a user who owns nothing except the directory of
+    /// [`Confinement::read_only_root`], if that is set.
     #[must_use]
     pub fn other_user(mut self) -> Confinement {
         self.other_user = true;
         self
     }
 
-    /// Everything is read-only but for `writable`.
+    /// Makes everything read-only except `writable`.
     #[must_use]
     pub fn read_only_root(mut self, writable: &Path) -> Confinement {
         self.writable = Some(writable.to_owned());
         self
     }
 
-    /// Nothing can be made in `/dev/shm`.
+    /// Allows nothing to be made in `/dev/shm`.
     #[must_use]
     pub fn without_shared_memory(mut self) -> Confinement {
         self.no_shared_memory = true;
         self
     }
 
-    /// A control group with so much memory, and no swap.
+    /// Runs the program in a control group with this much memory and no swap.
     #[must_use]
     pub fn memory(mut self, bytes: u64) -> Confinement {
         self.memory_bytes = Some(bytes);
         self
     }
 
-    /// Runs a command to its end, and kills it when that takes longer than `patience`.
+    /// Runs a command to its end, and kills it if that takes longer than `patience`.
     ///
     /// # Errors
-    /// Why this machine cannot confine a program in this way, for a test that then prints that it is skipped.
+    /// Returns the reason why this machine cannot confine a program in this way. A test then prints
+    /// that it is skipped.
     ///
     /// # Panics
-    /// If the program cannot be started, or does not end in time.
+    /// Panics if the program cannot be started, or does not end in time.
     pub fn run(&self, command: &mut Command, patience: Duration) -> Result<Output, String> {
         let group = self.memory_bytes.map(Group::new).transpose()?;
         self.can_be_done()?;
@@ -235,7 +238,7 @@ impl Confinement {
         Ok(output.unwrap_or_else(|e| panic!("{command:?}: {e}")))
     }
 
-    /// Whether this process may do to a child what is asked.
+    /// Fails if this process may not confine a child in this way.
     fn can_be_done(&self) -> Result<(), String> {
         let wants_root = self.other_user
             || self.no_capabilities
@@ -273,7 +276,7 @@ impl Confinement {
         if self.no_shared_memory && shared_memory.exists() {
             mounts.push((path(shared_memory), Mount::Empty));
         }
-        // A bind mount of what is writable has to be there before all else becomes read-only.
+        // The writable directory needs a bind mount before everything else becomes read-only.
         mounts.sort_by_key(|(_, mount)| *mount != Mount::Writable);
         Steps {
             procs: group.map(|group| path(&group.dir.join("cgroup.procs"))),
@@ -286,8 +289,8 @@ impl Confinement {
     }
 }
 
-/// What containers and services take away, each alone and then all at once. `writable` is the one directory that can
-/// be written where the root cannot.
+/// Returns the restrictions of containers and services, each alone and then all at once. `writable`
+/// is the one directory that can be written when the root cannot.
 #[must_use]
 pub fn surroundings(writable: &Path) -> Vec<(&'static str, Confinement)> {
     let new = Confinement::new;
@@ -323,10 +326,11 @@ pub fn surroundings(writable: &Path) -> Vec<(&'static str, Confinement)> {
     ]
 }
 
-/// From now on, and in all that this process starts, these system calls fail with `errno`, in every thread.
+/// Makes these system calls fail with `errno` from now on, in every thread of this process and in
+/// everything that it starts.
 ///
 /// # Panics
-/// If the kernel has no seccomp filters.
+/// Panics if the kernel has no seccomp filters.
 pub fn deny_from_now_on(calls: &[i64], errno: i32) {
     let denied: Vec<Denied> = always(calls, errno).collect();
     install(&filter(&denied)).expect("the kernel takes a seccomp filter");
@@ -339,7 +343,7 @@ enum Mount {
     Empty,
 }
 
-/// What happens between fork and exec, in order.
+/// The steps between fork and exec, in order.
 struct Steps {
     procs: Option<CString>,
     mounts: Vec<(CString, Mount)>,
@@ -378,7 +382,8 @@ impl Steps {
             match how {
                 Mount::Writable => mount(Some(path.as_c_str()), path, None, libc::MS_BIND)?,
                 Mount::ReadOnly => {
-                    // Some mounts of the kernel's own cannot be changed, and nothing is stored on them.
+                    // Some mounts of the kernel itself cannot be changed, and nothing is stored on
+                    // them.
                     let flags = libc::MS_REMOUNT | libc::MS_BIND | libc::MS_RDONLY;
                     let done = mount(None, path, None, flags);
                     if path.as_bytes() == b"/" {
@@ -439,7 +444,7 @@ fn mount(
     })
 }
 
-/// These calls, whatever their arguments.
+/// Makes these calls fail whatever their arguments are.
 fn always(calls: &[i64], errno: i32) -> impl Iterator<Item = Denied> {
     calls.iter().map(move |nr| Denied {
         nr: *nr,
@@ -448,7 +453,7 @@ fn always(calls: &[i64], errno: i32) -> impl Iterator<Item = Denied> {
     })
 }
 
-/// A program for the kernel: these calls fail, all others are allowed.
+/// Makes a filter program for the kernel: these calls fail, and all others are allowed.
 fn filter(denied: &[Denied]) -> Vec<libc::sock_filter> {
     let op = |code: u32, k: u32, jf: u8| libc::sock_filter {
         code: u16::try_from(code).expect("a code has 16 bits"),
@@ -458,7 +463,8 @@ fn filter(denied: &[Denied]) -> Vec<libc::sock_filter> {
     };
     let load = |offset: u32| op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset, 0);
     let jump = |test: u32, k: u32, jf: u8| op(libc::BPF_JMP | test | libc::BPF_K, k, jf);
-    // The number of the call is the first word of what the filter sees; the arguments begin at byte 16, of 8 bytes each.
+    // The number of the call is the first word of the filter's input. The arguments begin at byte
+    // 16 and have 8 bytes each.
     let mut program = vec![load(0)];
     for Denied { nr, with, errno } in denied {
         let nr = u32::try_from(*nr).expect("numbers of calls are small");
@@ -504,7 +510,7 @@ fn install(filter: &[libc::sock_filter]) -> io::Result<()> {
     Ok(())
 }
 
-/// Where file systems are mounted, `/` first.
+/// Returns the mount points of file systems, `/` first.
 fn mount_points() -> Vec<PathBuf> {
     let text = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     let mut points: Vec<PathBuf> = text
@@ -517,7 +523,7 @@ fn mount_points() -> Vec<PathBuf> {
     points
 }
 
-/// The same command with another program.
+/// Returns the same command with another program.
 fn copied(command: &Command, program: impl AsRef<std::ffi::OsStr>) -> Command {
     let mut new = Command::new(program);
     new.args(command.get_args());
@@ -557,14 +563,14 @@ impl Drop for Copied {
     }
 }
 
-/// A name in `dir` that no other test takes.
+/// Returns a name in `dir` that no other test uses.
 fn fresh_path(dir: &Path) -> PathBuf {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let number = COUNT.fetch_add(1, Ordering::Relaxed);
     dir.join(format!("pumice-test-{}-{number}", std::process::id()))
 }
 
-/// A control group that is removed when nobody is in it any longer.
+/// A control group that is removed when no process is in it.
 struct Group {
     dir: PathBuf,
 }
@@ -580,7 +586,7 @@ impl Group {
                 .and_then(|()| fs::write(dir.join(limit), memory_bytes.to_string()));
             match made {
                 Ok(()) => {
-                    // Without an account of swap there is nothing to forbid.
+                    // Without swap accounting there is nothing to forbid.
                     let _ = fs::write(dir.join("memory.swap.max"), "0");
                     let _ = fs::write(dir.join("memory.swappiness"), "0");
                     return Ok(Group { dir });
@@ -597,7 +603,7 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // The kernel takes a moment to forget who was in it.
+        // The kernel needs a moment until the group is empty.
         for _ in 0..100 {
             if fs::remove_dir(&self.dir).is_ok() {
                 return;

@@ -20,10 +20,10 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Starts a command on a terminal of so many rows and columns.
+    /// Starts a command on a terminal of this many rows and columns.
     ///
     /// # Panics
-    /// If there is no pseudo-terminal, or the program cannot be started.
+    /// Panics if there is no pseudo-terminal, or if the program cannot be started.
     pub fn run(command: &mut Command, rows: u16, columns: u16) -> Terminal {
         let (mut master, mut slave) = (-1, -1);
         let size = size(rows, columns);
@@ -59,7 +59,7 @@ impl Terminal {
         );
         thread::spawn(move || {
             let mut piece = [0; 4096];
-            // An error is the end: nobody has the other side open.
+            // An error is the end, because nobody has the other side open.
             while let Ok(n @ 1..) = source.read(&mut piece) {
                 let mut shown = sink.lock().unwrap_or_else(PoisonError::into_inner);
                 shown.extend_from_slice(&piece[..n]);
@@ -75,17 +75,18 @@ impl Terminal {
     /// Types keys.
     ///
     /// # Panics
-    /// If the terminal is gone.
+    /// Panics if the terminal is closed.
     pub fn type_keys(&mut self, keys: &str) {
         self.master
             .write_all(keys.as_bytes())
             .expect("the terminal");
     }
 
-    /// Gives the terminal another size, which the kernel tells the program by SIGWINCH, and forgets what was shown.
+    /// Gives the terminal another size, which the kernel reports to the program by SIGWINCH, and
+    /// forgets what was shown.
     ///
     /// # Panics
-    /// If the terminal is gone.
+    /// Panics if the terminal is closed.
     pub fn resize(&mut self, rows: u16, columns: u16) {
         self.forget();
         let size = size(rows, columns);
@@ -103,7 +104,7 @@ impl Terminal {
             .clear();
     }
 
-    /// What was shown, with the control sequences.
+    /// Returns what was shown, with the control sequences.
     #[must_use]
     pub fn shown(&self) -> String {
         let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
@@ -113,7 +114,7 @@ impl Terminal {
     /// Waits until a text is shown.
     ///
     /// # Panics
-    /// If it is not after `patience`.
+    /// Panics if it is not shown within `patience`.
     pub fn wait_for(&self, text: &str, patience: Duration) {
         let start = Instant::now();
         while !self.shown().contains(text) {
@@ -126,7 +127,7 @@ impl Terminal {
         }
     }
 
-    /// The number of the process.
+    /// Returns the number of the process.
     #[must_use]
     pub fn id(&self) -> u32 {
         self.child.id()
@@ -135,7 +136,7 @@ impl Terminal {
     /// Waits for the end of the program.
     ///
     /// # Panics
-    /// If it goes on after `patience`.
+    /// Panics if it runs longer than `patience`.
     pub fn end(&mut self, patience: Duration) -> ExitStatus {
         let start = Instant::now();
         loop {
@@ -147,10 +148,10 @@ impl Terminal {
         }
     }
 
-    /// Whether the terminal takes lines and shows what is typed, as a shell needs it.
+    /// Whether the terminal accepts lines and shows what is typed, as a shell needs it.
     ///
     /// # Errors
-    /// What the system says.
+    /// Fails when the system does.
     pub fn is_cooked(&self) -> io::Result<bool> {
         // SAFETY: all bits zero are a value of this plain structure, which the call fills.
         let mut settings: libc::termios = unsafe { std::mem::zeroed() };

@@ -1,4 +1,4 @@
-//! What the methods act on: a registry, and what was made by which call.
+//! The state that methods change: a registry, and the calls that made its devices.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
@@ -13,10 +13,10 @@ use serde_json::{Value, json};
 use super::json::{MethodError, Params};
 use super::process_methods::Notifications;
 
-/// A process's devices with the calls that made them: what configuration files and JSON-RPC drive.
+/// A process's devices with the calls that made them, for configuration files and JSON-RPC.
 #[derive(Debug)]
 pub struct App {
-    /// The devices.
+    /// The registry of the devices.
     pub registry: Registry,
     pub(crate) state: Mutex<State>,
     pub(crate) notifications: Arc<Mutex<Notifications>>,
@@ -40,9 +40,9 @@ impl std::fmt::Debug for Subject {
 
 #[derive(Debug, Default)]
 pub(crate) struct State {
-    /// Calls that made devices, in order.
+    /// The calls that made devices, in order.
     pub(crate) created: Vec<Created>,
-    /// Calls that set options, by method: the last one counts.
+    /// The calls that set options, by method. A later call replaces an earlier one.
     pub(crate) options: BTreeMap<String, Value>,
     pub(crate) errors: BTreeMap<String, Arc<ErrorDevice>>,
     pub(crate) delays: BTreeMap<String, Arc<Delay>>,
@@ -72,7 +72,7 @@ impl Default for App {
 }
 
 impl App {
-    /// With an empty registry.
+    /// Makes an `App` with an empty registry.
     pub fn new() -> App {
         App::default()
     }
@@ -102,10 +102,10 @@ impl App {
         }
     }
 
-    /// Calls a method by name. `params` are as in JSON-RPC.
+    /// Calls a method by name. `params` are those of JSON-RPC.
     ///
     /// # Errors
-    /// An unknown method, parameters that do not fit, whatever the method says.
+    /// Fails for an unknown method, for invalid parameters and with the method's own errors.
     pub fn call(&self, method: &str, params: &Value) -> Result<Value, MethodError> {
         let text = params.to_string();
         let raw = serde_json::from_str(&text).map_err(|e| MethodError::param("params", e))?;
@@ -120,8 +120,8 @@ impl App {
         self.call_until(method, params, &|| false)
     }
 
-    /// As [`App::call_raw`]; a method that waits gives up when `gone` says that nobody wants its
-    /// answer any longer.
+    /// Calls a method as [`App::call_raw`] does. A method that waits stops when `gone` says that
+    /// nobody waits for its answer.
     pub(crate) fn call_until(
         &self,
         method: &str,
@@ -149,12 +149,11 @@ impl App {
         (found.run)(self, &mut params)
     }
 
-    /// Notes which devices a call has made, for [`App::config`].
+    /// Records which devices a call has made, for [`App::config`].
     pub(crate) fn note(&self, method: &'static str, params: &Params<'_>, bdevs: &[String]) {
         let mut params = params.to_value();
         if let (Value::Object(map), [name]) = (&mut params, bdevs) {
-            // A name or an identity that was chosen here is written down, so that it is the same
-            // next time.
+            // A name or UUID that was chosen here is saved, so that it is the same next time.
             if method == "bdev_malloc_create" {
                 map.insert("name".to_owned(), json!(name));
             }
@@ -174,7 +173,7 @@ impl App {
         });
     }
 
-    /// Removes a device and what stands on it; it must have been made by one of `methods`.
+    /// Removes a device and those on top of it. The device must belong to `module`.
     pub(crate) fn delete(&self, name: &str, module: &str) -> Result<Value, MethodError> {
         let bdev = self
             .registry
@@ -192,9 +191,10 @@ impl App {
         Ok(json!(true))
     }
 
-    /// Makes a device again, with parameters that `change` has changed: how it gets another size,
-    /// which is fixed while it is open. It must have been made by one of `methods` and be unused.
-    /// When it cannot be made with the new ones, it is made again as it was.
+    /// Makes a device again with parameters that `change` has changed, which is how it gets another
+    /// size, since the size of an open device is fixed. It must have been made by one of `methods`
+    /// and be unused. If it cannot be made with the new parameters, it is made again with the old
+    /// ones.
     pub(crate) fn remake(
         &self,
         name: &str,
@@ -251,7 +251,7 @@ impl App {
         delays.retain(|name, _| there(name));
     }
 
-    /// The configuration that makes these devices again, of the subsystem `bdev`.
+    /// Returns the calls of the subsystem `bdev` that make these devices again.
     pub fn bdev_config(&self) -> Vec<Value> {
         self.forget_removed();
         let state = self.state.lock();
@@ -266,7 +266,7 @@ impl App {
         config
     }
 
-    /// The whole configuration, as a file.
+    /// Returns the whole configuration, as a file has it.
     pub fn config(&self) -> Value {
         json!({ "subsystems": [{ "subsystem": "bdev", "config": self.bdev_config() }] })
     }

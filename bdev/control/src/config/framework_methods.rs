@@ -9,7 +9,7 @@ use crate::logging;
 type Answer = Result<Value, MethodError>;
 
 pub(super) fn get_methods(app: &App, params: &mut Params<'_>) -> Answer {
-    // Those of now: what a process calls to get started has been called.
+    // The list has only methods of a started process.
     let current = params.flag("current")?;
     params.ignore(&["include_aliases"]);
     params.finish()?;
@@ -52,7 +52,7 @@ pub(super) fn save_config(app: &App, params: &mut Params<'_>) -> Answer {
     Ok(app.config())
 }
 
-/// The process answers, so it has started.
+/// Answers at once: a process that answers has started.
 pub(super) fn ready(_: &App, params: &mut Params<'_>) -> Answer {
     params.finish()?;
     Ok(json!(true))
@@ -63,7 +63,7 @@ fn flag(params: &mut Params<'_>) -> Result<String, MethodError> {
     params.finish()?;
     if flag != "all" && !logging::COMPONENTS.iter().any(|(name, _)| *name == flag) {
         let known: Vec<&str> = logging::COMPONENTS.iter().map(|(name, _)| *name).collect();
-        let reason = format!("`{flag}`: one of all, {}", known.join(", "));
+        let reason = format!("`{flag}`: use one of all, {}", known.join(", "));
         return Err(params.error("flag", reason));
     }
     Ok(flag)

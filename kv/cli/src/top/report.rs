@@ -1,8 +1,8 @@
-//! What happened between two looks at a process.
+//! The report of what happened between two samples of a process.
 
 use serde_json::{Value, json};
 
-/// The figures of a process at one moment, as it tells them.
+/// The figures of a process at one moment, as it reports them.
 pub struct Sample {
     stats: Value,
 }
@@ -22,7 +22,8 @@ impl Sample {
         self.stats["uptime_ms"].as_u64().unwrap_or(0)
     }
 
-    /// Latencies in ns, and how many operations took at most that and more than the one before.
+    /// Returns latencies in ns, each with the number of operations that took at most that and more
+    /// than the one before.
     fn latency(&self) -> impl Iterator<Item = (u64, u64)> {
         let pairs = self.stats["latency"].as_array().into_iter().flatten();
         pairs.filter_map(|pair| Some((pair[0].as_u64()?, pair[1].as_u64()?)))
@@ -34,7 +35,7 @@ impl Sample {
     }
 }
 
-/// What a channel did in a second.
+/// The operations of a channel in a second.
 pub struct Channel {
     pub id: u64,
     pub reads: f64,
@@ -42,7 +43,7 @@ pub struct Channel {
     pub bytes: f64,
 }
 
-/// Rates between two looks, and levels at the second one.
+/// Rates between two samples, and levels at the second one.
 pub struct Report {
     pub seconds: f64,
     pub reads: f64,
@@ -50,15 +51,16 @@ pub struct Report {
     pub writes: f64,
     pub written_bytes: f64,
     pub flushes: f64,
-    /// The part of reads that the page cache answered; `None` where there were none.
+    /// The part of reads that the page cache answered; `None` if there were none.
     pub hit_rate: Option<f64>,
-    /// Latencies of the device in ns, at 50, 99 and 99.9 % and the longest; `None` where there was no operation.
+    /// Latencies of the device in ns: 50, 99 and 99.9 % and the longest; `None` if there was no
+    /// operation.
     pub latency_ns: Option<[u64; 4]>,
     pub writeback_bytes: u64,
     pub cache: (u64, u64),
     pub space: (u64, u64),
     pub channels: Vec<Channel>,
-    /// RocksDB's, by name: empty where there is no database.
+    /// RocksDB's figures by name; empty if there is no database.
     pub rocksdb: Vec<(String, u64)>,
 }
 
@@ -70,7 +72,7 @@ fn double(n: u64) -> f64 {
 impl Report {
     pub const HEADING: &str = "   reads/s  read MiB/s   writes/s write MiB/s  flushes/s  hit %   p50 us   p99 us  writeback MiB";
 
-    /// The averages since the process began to answer.
+    /// Returns the averages since the process began to answer.
     pub fn since_the_start(sample: &Sample) -> Report {
         Report::between(&Sample::new(&Value::Null), sample)
     }
@@ -169,7 +171,7 @@ impl Report {
     }
 }
 
-/// The latencies of what ended between two looks.
+/// Returns the latencies of operations that ended between two samples.
 fn percentiles(before: &Sample, after: &Sample) -> Option<[u64; 4]> {
     let earlier: std::collections::BTreeMap<u64, u64> = before.latency().collect();
     let counts: Vec<(u64, u64)> = after
@@ -198,7 +200,7 @@ fn percentiles(before: &Sample, after: &Sample) -> Option<[u64; 4]> {
     Some([at(500), at(990), at(999), longest])
 }
 
-/// What each channel that is open did, the busiest first.
+/// Returns the operations of each open channel, the busiest first.
 fn channels(before: &Sample, after: &Sample, seconds: f64) -> Vec<Channel> {
     let all = after.stats["channels"].as_array().into_iter().flatten();
     let mut channels: Vec<Channel> = all
@@ -247,7 +249,7 @@ mod tests {
         let report = Report::between(&before, &after);
         assert!((report.reads - 100.0).abs() < 1e-9, "{}", report.reads);
         assert_eq!(report.hit_rate, Some(0.75));
-        // 198 at 2 us, one at 9, one at 50.
+        // There are 198 operations at 2 us, one at 9, and one at 50.
         assert_eq!(report.latency_ns, Some([2000, 2000, 50_000, 50_000]));
         assert!((report.channels[0].reads - 100.0).abs() < 1e-9);
         assert_eq!(report.rocksdb, [("num_snapshots".to_owned(), 3)]);
@@ -263,7 +265,7 @@ mod tests {
         assert_eq!((report.hit_rate, report.latency_ns), (None, None));
         assert!(report.reads.abs() < 1e-9);
         assert!(report.line().contains('-'));
-        // An answer of another kind is no reason to panic.
+        // An answer of another kind must not cause a panic.
         let odd = Sample::new(&json!({ "latency": 7, "channels": { "a": 1 }, "fs": [] }));
         Report::between(&sample, &odd);
         Report::since_the_start(&odd);

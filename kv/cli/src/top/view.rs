@@ -14,7 +14,7 @@ use ratatui::{DefaultTerminal, Frame};
 use super::report::Report;
 use crate::files::human;
 
-/// What the user asks for.
+/// A request of the user.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Asked {
     Nothing,
@@ -23,7 +23,7 @@ pub enum Asked {
     End,
 }
 
-/// The terminal, with the view in it until this is dropped.
+/// The terminal, which shows the view until this is dropped.
 pub struct Screen {
     terminal: DefaultTerminal,
 }
