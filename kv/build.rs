@@ -1,5 +1,5 @@
-//! Makes the header of what crosses between C++ and Rust, and compiles the C++ shim against the headers of the RocksDB that
-//! librocksdb-sys builds.
+//! Makes the header of the contract between C++ and Rust, and compiles the C++ shim against the
+//! headers of the RocksDB that librocksdb-sys builds.
 
 use std::env;
 use std::ffi::{c_char, c_void};
@@ -18,7 +18,7 @@ const UNITS: [&str; 6] = [
     "env.cc",
 ];
 
-/// The list, as the C++ side sees it.
+/// Makes the C++ side of the contract.
 macro_rules! contract {
     ($($all:tt)*) => {
         const WORD: u64 = word_of(stringify!($($all)*));
@@ -42,7 +42,7 @@ macro_rules! declarations {
             struct $struct { $($field: $fty,)* }
         )*
 
-        /// The header.
+        /// Returns the text of the header.
         fn header() -> String {
             let mut out = String::new();
             $({
@@ -91,7 +91,7 @@ fn comment(out: &mut String, indent: &str, text: &str) {
     let _ = writeln!(out, "{indent}//{text}");
 }
 
-/// A type of Rust as C++ writes it.
+/// Returns a Rust type as C++ writes it.
 fn cpp_type(rust: &str) -> String {
     let rust = rust
         .replace("* const ", "*const ")
@@ -108,7 +108,7 @@ fn cpp_type(rust: &str) -> String {
         "usize" => "size_t".to_owned(),
         "u8" | "u32" | "u64" => format!("uint{}_t", &rust[1..]),
         "i32" | "i64" => format!("int{}_t", &rust[1..]),
-        // A struct or a callback of the list.
+        // The type is a struct or a callback of the contract.
         name => name.to_owned(),
     }
 }
@@ -125,7 +125,8 @@ fn prototype(out: &mut String, name: &str, args: &[String], answer: &str) {
     let _ = writeln!(out, "{answer} {name}({});", args.join(", "));
 }
 
-/// Lets the C++ compiler check the layout that Rust gives a struct, where both compile for the same machine.
+/// Lets the C++ compiler check the layout that Rust gives a struct, if both compile for the same
+/// machine.
 fn layout(out: &mut String, name: &str, size: usize, fields: &[(&str, usize)]) {
     if env::var_os("HOST") != env::var_os("TARGET") {
         return;

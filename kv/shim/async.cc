@@ -15,7 +15,7 @@ using rocksdb::Slice;
 
 namespace {
 
-// One read and the copy of its request: RocksDB's own may be gone before the data arrives.
+// One read and a copy of its request, because RocksDB may free its own before the data arrives.
 struct PendingRead {
   std::string name;
   void* pending;  // null once settled

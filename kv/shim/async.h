@@ -10,9 +10,9 @@
 
 namespace pumice {
 
-// Starts `req`. On success `*io_handle` is a read that Poll or AbortIO settles, or one settled
-// already, its callback run, when the data was in memory. On failure there is no handle and the
-// callback does not run.
+// Starts `req`. On success `*io_handle` is a read that Poll or AbortIO settles. When the data was
+// in memory the read is settled already and its callback has run. On failure there is no handle
+// and the callback does not run.
 rocksdb::IOStatus StartRead(const Opened& at, rocksdb::FSReadRequest& req,
                             std::function<void(rocksdb::FSReadRequest&, void*)> cb, void* cb_arg,
                             void** io_handle, rocksdb::IOHandleDeleter* del_fn,
@@ -21,7 +21,7 @@ rocksdb::IOStatus StartRead(const Opened& at, rocksdb::FSReadRequest& req,
 // Waits for each read that is not settled and runs its callback.
 void PollReads(std::vector<void*>& io_handles);
 
-// Gives up each read that is not settled; its callback runs with Aborted.
+// Gives up each read that is not settled. Its callback runs with Aborted.
 void AbortReads(std::vector<void*>& io_handles);
 
 }  // namespace pumice

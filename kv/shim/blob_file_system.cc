@@ -25,7 +25,7 @@ class Lock final : public rocksdb::FileLock {
   void* const handle;
 };
 
-// `dir` as one entry of a listing, for both forms of GetChildren.
+// Reads one entry of a listing from `dir`, for both forms of GetChildren.
 struct Listing {
   bool files_only;
   std::vector<std::string>* names;
@@ -254,7 +254,7 @@ IOStatus BlobFileSystem::CreateDirIfMissing(const std::string& name, const IOOpt
     return stat.is_dir != 0 ? IOStatus::OK()
                             : IOStatus::IOError("creating directory " + name, "it is a file");
   }
-  // With its parents: a user who keeps a path of the kernel's file system has none of them here.
+  // The parents are made too: a path that a user brings from a kernel file system has none here.
   if (pumice_make_dirs(fs_, name.data(), name.size()) < 0) {
     return LastFault({"creating directory", name}, dbg);
   }
@@ -406,7 +406,8 @@ IOStatus BlobFileSystem::AbortIO(std::vector<void*>& io_handles) {
 
 FileOptions BlobFileSystem::OptimizeForLogWrite(const FileOptions& file_options,
                                                 const DBOptions& options) const {
-  // Logs and manifests are many small appends, which direct writes would make whole blocks of.
+  // Logs and manifests are many small appends, and a direct write would write a whole block for
+  // each.
   FileOptions best = FileSystem::OptimizeForLogWrite(file_options, options);
   best.use_mmap_writes = false;
   best.use_direct_writes = false;

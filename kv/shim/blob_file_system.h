@@ -1,5 +1,5 @@
-// The RocksDB FileSystem over a Rust one. Every call goes to it; none falls through to the
-// kernel's file system.
+// RocksDB's FileSystem, implemented by the file system in Rust. Every call goes there; none falls
+// through to the kernel's file system.
 
 #pragma once
 
@@ -36,8 +36,9 @@ class BlobFileSystem final : public rocksdb::FileSystem {
                                        const rocksdb::FileOptions& options,
                                        std::unique_ptr<rocksdb::FSWritableFile>* result,
                                        rocksdb::IODebugContext* dbg) override;
-  // ReuseWritableFile is the base's: a rename and a new inode. Overwriting the old one in place
-  // would save its allocation and cost a read and a write of the device for each record.
+  // ReuseWritableFile is left to the base class, which renames and makes a new inode. To overwrite
+  // the old one in place would save its allocation, but would read and write the device for each
+  // record.
   rocksdb::IOStatus NewRandomRWFile(const std::string& name, const rocksdb::FileOptions& options,
                                     std::unique_ptr<rocksdb::FSRandomRWFile>* result,
                                     rocksdb::IODebugContext* dbg) override;

@@ -13,8 +13,8 @@
 #include "rocksdb/utilities/object_registry.h"
 #include "rocksdb/version.h"
 
-// As db/c.cc of RocksDB 11.8 defines it, and nowhere in a header: what the C API, and so the
-// `rocksdb` crate, takes for an environment. rocksdb_env_destroy deletes both.
+// The struct that the C API, and so the `rocksdb` crate, takes for an environment. No header has
+// it: this repeats the definition in db/c.cc of RocksDB 11.8. rocksdb_env_destroy deletes both.
 struct rocksdb_env_t {
   rocksdb::Env* rep;
   bool is_default;
@@ -92,7 +92,7 @@ extern "C" void* pumice_env_wrap(void* env) {
 }
 
 extern "C" void pumice_register_uri() {
-  // The registry is RocksDB's own and never destroyed before its users.
+  // RocksDB owns the registry and never destroys it before its users.
   rocksdb::ObjectLibrary::Default()->AddFactory<rocksdb::FileSystem>(
       rocksdb::ObjectLibrary::PatternEntry("blobfs", false).AddSeparator("://"), Make);
 }

@@ -38,7 +38,8 @@ IOStatus Drop(const Opened& at, uint64_t offset, uint64_t length) {
   return IOStatus::OK();
 }
 
-// Releases what `read_many` lent; small enough to live inside the std::function.
+// Releases what `read_many` lent. It is small enough for std::function to store it without an
+// allocation.
 struct Unpin {
   void operator()(void* pin) const { pumice_pin_release(pin); }
 };
@@ -178,7 +179,8 @@ void RandomAccessFile::Hint(AccessPattern pattern) {
 }
 
 size_t UniqueId(uint64_t file_id, const void* mount, char* id, size_t max_size) {
-  // Three varints, as RocksDB's own: an identifier is then no other's prefix and no single varint.
+  // Three varints, as in RocksDB's own file systems. So no identifier is the prefix of another, and
+  // none is a single varint.
   const uint64_t parts[] = {reinterpret_cast<uintptr_t>(mount), file_id, 0};
   constexpr size_t kMost = 3 * 10;
   if (max_size < kMost) {

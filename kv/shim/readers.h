@@ -9,7 +9,7 @@
 
 namespace pumice {
 
-// A handle on a Rust file, released with its owner.
+// A handle on a file of the Rust file system. Its destructor releases it.
 class FileHandle {
  public:
   explicit FileHandle(const void* file) : file_(file) {}
@@ -31,10 +31,10 @@ class FileHandle {
   const void* file_;
 };
 
-// How a file was opened: what the open functions of the file system hand to its files.
+// How a file was opened: what the open functions of the file system pass to its files.
 struct Opened {
   FileHandle file;
-  const void* mount;  // tells the files of one mount from another's; never followed
+  const void* mount;  // identifies the mount; compared, never dereferenced
   std::string name;
   bool direct;
 };
@@ -82,13 +82,13 @@ class RandomAccessFile final : public rocksdb::FSRandomAccessFile {
   size_t GetRequiredBufferAlignment() const override { return PUMICE_ALIGNMENT; }
 
  private:
-  // Passes a read around the cache when RocksDB found the first answer damaged.
+  // Makes the read bypass the cache when RocksDB has found the first answer damaged.
   void DropIfAsked(const rocksdb::IOOptions& options, uint64_t offset, size_t n) const;
 
   Opened at_;
 };
 
-// A file identifier as RocksDB wants it: unique on this mount, never the prefix of another.
+// Makes a file identifier as RocksDB wants it: unique on this mount, never the prefix of another.
 size_t UniqueId(uint64_t file_id, const void* mount, char* id, size_t max_size);
 
 }  // namespace pumice

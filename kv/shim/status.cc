@@ -12,7 +12,7 @@ IOStatus Make(const pumice_fault& fault, const std::string& what, const std::str
     case ENOSPC:
       return IOStatus::NoSpace(what, text);
     case ENOENT:
-      // Where users of files of the kernel's look first: ingestion, backups, options.
+      // A user who is used to the kernel's files gives such paths: ingestion, backups, options.
       return IOStatus::PathNotFound(
           what, text + " (paths are inside the Pumice file system; `pumice cp` copies files of the "
                        "kernel's into it)");
@@ -26,8 +26,7 @@ IOStatus Make(const pumice_fault& fault, const std::string& what, const std::str
       return IOStatus::Aborted(what, text);
     case ETIMEDOUT:
       return IOStatus::TimedOut(what, text);
-    // A file with as many links as it can have: RocksDB copies what cannot be linked, if it is
-    // told so by this status.
+    // The file has as many links as it can have. This status makes RocksDB copy the file instead.
     case EMLINK:
     case EOPNOTSUPP:
       return IOStatus::NotSupported(what, text);

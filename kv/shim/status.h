@@ -1,4 +1,4 @@
-// Failures of the Rust file system as RocksDB's IOStatus.
+// Converts failures of the Rust file system to RocksDB's IOStatus.
 
 #pragma once
 
@@ -13,19 +13,19 @@ namespace pumice {
 using rocksdb::IODebugContext;
 using rocksdb::IOStatus;
 
-// What failed, for the message; built only when something did.
+// What failed, for the message. It is built only after a failure.
 struct Where {
   const char* doing;
   const std::string& name;
 };
 
-// The IOStatus of this thread's last fault. `dbg` gets the file and the text when there is one.
+// Returns the IOStatus of this thread's last fault. `dbg` gets the file and the text of it.
 IOStatus LastFault(Where where, IODebugContext* dbg);
 
 // The same for FileExists and GetChildren, which answer NotFound where others answer PathNotFound.
 IOStatus LastFaultOfLookup(Where where, IODebugContext* dbg);
 
-// A memory-mapped mode was asked for.
+// The answer to a request for a memory-mapped mode.
 IOStatus RefuseMmap(const char* option, const std::string& name);
 
 #define PUMICE_LIKELY(x) __builtin_expect(static_cast<bool>(x), 1)

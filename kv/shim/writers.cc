@@ -120,7 +120,7 @@ void WritableFile::PrepareWrite(size_t offset, size_t len, const IOOptions& opti
     return;
   }
   const size_t needed = (offset + len + block_size_ - 1) / block_size_;
-  // No room for the future is no failure of this write, which answers for itself.
+  // That there is no room for future writes is not a failure of this write, which reports its own.
   Allocate(uint64_t{block_size_} * blocks_, uint64_t{block_size_} * (needed - blocks_), options,
            dbg)
       .PermitUncheckedError();

@@ -9,14 +9,14 @@
 
 namespace pumice {
 
-// A log, a table, a manifest: written from its start to its end by one thread at a time.
+// A log, a table or a manifest, which one thread at a time writes from its start to its end.
 //
-// The cost of a put is this class's: RocksDB calls GetFileSize, Append, Flush and PrepareWrite
-// for every record. The size is kept here and Flush does nothing, since what was appended is in the
-// file system's memory and seen by every reader at once.
+// What a put costs is decided here: RocksDB calls GetFileSize, Append, Flush and PrepareWrite for
+// every record. The size is kept here, and Flush does nothing, since what was appended is in the
+// file system's memory and every reader sees it at once.
 class WritableFile final : public rocksdb::FSWritableFile {
  public:
-  // Writing starts at the present end.
+  // Writing starts at the current end of the file.
   WritableFile(Opened opened, const rocksdb::FileOptions& options);
 
   rocksdb::IOStatus Append(const rocksdb::Slice& data, const rocksdb::IOOptions& options,
@@ -59,7 +59,7 @@ class WritableFile final : public rocksdb::FSWritableFile {
  private:
   Opened at_;
   uint64_t size_;
-  uint64_t prepared_end_;  // PrepareWrite has nothing to do below this
+  uint64_t prepared_end_;  // PrepareWrite does nothing below this
   size_t block_size_ = 0;  // of preallocation
   size_t blocks_ = 0;      // preallocated so far
 };

@@ -8,8 +8,9 @@ use crate::plugin::{from_root, normal};
 use crate::{Db, Error};
 
 impl Db {
-    /// A copy of the database as it is now, openable on its own, at `path` of the same file system:
-    /// tables are linked, not copied, as long as a file can have another link. `path` must not exist.
+    /// Makes a copy of the database in its current state at `path` of the same file system, which
+    /// can be opened on its own. Tables are linked and not copied, as long as a file can have
+    /// another link. `path` must not exist.
     ///
     /// # Errors
     /// [`Error::FileSystem`], [`Error::RocksDb`].
@@ -21,8 +22,8 @@ impl Db {
         Ok(())
     }
 
-    /// Adds a backup of the database, memtables and all, to the ones at `path` of the same file
-    /// system; what an earlier backup there holds is not copied again.
+    /// Adds a backup of the database, including its memtables, to those at `path` of the same file
+    /// system. Files of an earlier backup there are not copied again.
     ///
     /// # Errors
     /// [`Error::FileSystem`], [`Error::RocksDb`].
@@ -34,7 +35,7 @@ impl Db {
         Ok(())
     }
 
-    /// The backups at `path`, oldest first; none where nothing or something else is.
+    /// Returns the backups at `path`, oldest first, or none if there are none.
     ///
     /// # Errors
     /// [`Error::FileSystem`], [`Error::RocksDb`].
@@ -45,8 +46,9 @@ impl Db {
         Ok(self.engine(path)?.get_backup_info())
     }
 
-    /// Restores the latest backup at `path` into the directory `to`, which must be missing or empty,
-    /// from where [`DbOptions::path`](crate::DbOptions::path) opens it. If it fails, nothing is left of it.
+    /// Restores the latest backup at `path` into the directory `to`, which must be missing or
+    /// empty, and from which [`DbOptions::path`](crate::DbOptions::path) opens it. If it fails,
+    /// nothing of it is left.
     ///
     /// # Errors
     /// [`Error::Directory`] if there is no backup at `path`, or something at `to`; [`Error::FileSystem`],
@@ -67,7 +69,8 @@ impl Db {
         Ok(())
     }
 
-    /// A directory with anything in it may be somebody's database: this one's, or another's.
+    /// Checks that the directory is missing or empty: its content could be this database, or
+    /// another one.
     fn check_restorable(&self, to: &str) -> Result<(), Error> {
         let path = normal(to)?;
         let refuse = |reason: &str| {
@@ -91,8 +94,8 @@ impl Db {
         }
     }
 
-    /// Whether there is what RocksDB's engine makes for its backups. It makes it where it is missing,
-    /// so it is not asked about any other place.
+    /// Whether the directory has the files that RocksDB's backup engine makes. The engine makes
+    /// missing ones, so it is not asked about any other place.
     fn holds_backups(&self, path: &str) -> Result<bool, Error> {
         match self.fs.stat(&format!("{}/meta", normal(path)?)) {
             Ok(stat) => Ok(stat.is_dir),
@@ -106,23 +109,23 @@ impl Db {
         Ok(BackupEngine::open(&options, self.env())?)
     }
 
-    /// `path` of the file system as the database's environment calls it.
+    /// Returns `path` of the file system as the database's environment names it.
     fn inside(&self, path: &str) -> Result<String, Error> {
         Ok(from_root(&self.root, &normal(path)?))
     }
 }
 
-/// Directories that were made for something, which go again if that fails.
+/// Directories that were made for an operation, and are removed if it fails.
 struct Made<'a> {
     fs: &'a FileSystem,
-    /// Outermost first.
+    /// The directories, outermost first.
     dirs: Vec<String>,
-    /// What fills the innermost goes with it, because that was empty or missing.
+    /// The innermost directory if it was empty or missing: then its content is removed too.
     filled: Option<String>,
 }
 
 impl<'a> Made<'a> {
-    /// RocksDB makes the directory itself, and takes those above for granted.
+    /// RocksDB makes the directory itself, but expects its parents.
     fn parents_of(fs: &'a FileSystem, path: &str) -> Result<Made<'a>, Error> {
         let path = normal(path)?;
         let mut made = Made {
@@ -153,7 +156,7 @@ impl<'a> Made<'a> {
         Ok(())
     }
 
-    /// It succeeded: they stay.
+    /// Keeps the directories, because the operation succeeded.
     fn keep(mut self) {
         self.dirs.clear();
         self.filled = None;
@@ -171,7 +174,7 @@ impl Drop for Made<'_> {
             }
         }
         for dir in self.dirs.drain(..).rev() {
-            // One that somebody uses by now stays.
+            // One that is used by now stays.
             let _ = self.fs.rmdir(&dir);
         }
     }

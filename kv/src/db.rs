@@ -1,4 +1,4 @@
-//! A database and the file system that it lives in.
+//! A database and its file system.
 
 use std::ffi::CStr;
 use std::ops::Deref;
@@ -14,19 +14,19 @@ use crate::plugin::{Binding, normal};
 use crate::shared::Use;
 use crate::{EnvOptions, Error, MountOptions, figures, mount_device};
 
-/// The database type of the `rocksdb` crate that [`Db`] is made of.
+/// The database type of the `rocksdb` crate that [`Db`] wraps.
 pub type Rocks = DBWithThreadMode<MultiThreaded>;
 
 /// A RocksDB database inside a Pumice file system.
 ///
-/// It dereferences to [`rocksdb::DBWithThreadMode`], so reading and writing are that type's:
-/// `get`, `put`, `delete`, `merge`, `write` a `WriteBatch`, `iterator`, `snapshot`, `cf_handle`,
-/// `create_cf`, `flush`, `compact_range`, `property_value` and the rest. What is here is what
-/// concerns the file system: opening, checkpoints, backups, closing.
+/// It dereferences to [`rocksdb::DBWithThreadMode`], so reading and writing are that type's: `get`,
+/// `put`, `delete`, `merge`, `write` a `WriteBatch`, `iterator`, `snapshot`, `cf_handle`,
+/// `create_cf`, `flush`, `compact_range`, `property_value` and the rest. The methods here concern
+/// the file system: opening, checkpoints, backups, closing.
 ///
-/// `Send` and `Sync`: threads share it by reference or in an `Arc`, and each drives the device by a
-/// queue of its own. Threads of one process, that is: in a forked child an inherited `Db` answers
-/// with errors, and dropping it there does nothing; see [`FileSystem`].
+/// `Send` and `Sync`: threads share it by reference or in an `Arc`, and each drives the device
+/// through a queue of its own. This applies to threads of one process: in a forked child an
+/// inherited `Db` returns errors, and dropping it there does nothing; see [`FileSystem`].
 ///
 /// ```
 /// let dir = tempfile::tempdir()?;
@@ -39,9 +39,9 @@ pub type Rocks = DBWithThreadMode<MultiThreaded>;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct Db {
-    /// Taken by the drop only.
+    /// The database, which only the drop takes.
     db: Option<Arc<Rocks>>,
-    /// As it was opened, with its environment.
+    /// The options of its opening, with its environment.
     options: Options,
     env: Env,
     /// Ends the use of `env`.
@@ -49,7 +49,7 @@ pub struct Db {
     pub(crate) fs: FileSystem,
     pub(crate) root: String,
     read_only: bool,
-    /// Set if opening mounted the file system, or shared one that opening another database has mounted.
+    /// The shared mount, if opening made it or found one of another database.
     mounted: Option<Use>,
     closed: Mutex<bool>,
     /// Gone when the database is closed.
@@ -57,7 +57,7 @@ pub struct Db {
     inspection: Mutex<Option<Inspection>>,
 }
 
-/// How a [`Db`] is opened.
+/// Options of opening a [`Db`].
 ///
 /// ```
 /// # let dir = tempfile::tempdir()?;
@@ -97,7 +97,8 @@ impl Default for DbOptions {
         let mut options = Options::default();
         options.create_if_missing(true);
         options.create_missing_column_families(true);
-        // RocksDB keeps a thousand info logs, one of each opening, and a file takes a cluster.
+        // By default RocksDB keeps a thousand info logs, one of each opening, and a file takes a
+        // cluster.
         options.set_keep_log_file_num(10);
         if let Some(bytes) = memtable_bytes(fs::Memory::of_this_process()) {
             options.set_write_buffer_size(bytes);
@@ -158,15 +159,15 @@ impl DbOptions {
         DbOptions::default()
     }
 
-    /// The directory of the file system that holds the database; several databases may share one.
-    /// `/` unless called.
+    /// Sets the directory of the database in the file system, which several databases may share.
+    /// The default is `/`.
     #[must_use]
     pub fn path(mut self, path: &str) -> DbOptions {
         path.clone_into(&mut self.path);
         self
     }
 
-    /// RocksDB's options, in place of the present ones. The environment is set by opening.
+    /// Replaces RocksDB's options. Opening sets their environment.
     #[must_use]
     pub fn rocksdb(mut self, options: Options) -> DbOptions {
         self.options = options;
@@ -180,8 +181,8 @@ impl DbOptions {
         self
     }
 
-    /// Options of one column family, which is made if it is not there. Those that the database has
-    /// and that are not named here are opened with the database's options.
+    /// Sets the options of one column family, which is created if it does not exist. Existing
+    /// families that are not named here are opened with the database's options.
     #[must_use]
     pub fn column_family(mut self, name: &str, options: Options) -> DbOptions {
         self.column_families.retain(|(known, _)| known != name);
@@ -189,22 +190,22 @@ impl DbOptions {
         self
     }
 
-    /// Refuses writes. Nothing is made, neither an image nor a file system nor a database, and
-    /// [`DbOptions::open`] opens the device for reading only and writes nothing to it.
+    /// Refuses writes. Nothing is created, neither an image nor a file system nor a database.
+    /// [`DbOptions::open`] then opens the device for reading only and writes nothing to it.
     #[must_use]
     pub fn read_only(mut self, read_only: bool) -> DbOptions {
         self.read_only = read_only;
         self
     }
 
-    /// How [`DbOptions::open`] mounts.
+    /// Sets how [`DbOptions::open`] mounts.
     #[must_use]
     pub fn mount(mut self, mount: MountOptions) -> DbOptions {
         self.mount = mount;
         self
     }
 
-    /// How RocksDB uses the file system. The root is set by [`DbOptions::path`].
+    /// Sets how RocksDB uses the file system. [`DbOptions::path`] sets the root.
     #[must_use]
     pub fn env(mut self, env: EnvOptions) -> DbOptions {
         self.env = env;
@@ -231,12 +232,12 @@ impl DbOptions {
         self
     }
 
-    /// Mounts the file system on the device that `uri` names and opens the database in it. A
-    /// device that holds nothing is formatted first, unless [`MountOptions::format_empty`] was
-    /// cleared.
+    /// Mounts the file system on the device that `uri` names and opens the database in it. A device
+    /// that holds nothing is formatted first, unless [`MountOptions::format_empty`] was cleared.
     ///
-    /// A process may open several databases of one device this way, each at a [path](DbOptions::path) of its own. They
-    /// share one file system, mounted as the first one asked, and the [`Db::close`] of the last unmounts it. Devices of
+    /// A process may open several databases of one device this way, each at a
+    /// [path](DbOptions::path) of its own. They share one file system, which is mounted with the
+    /// options of the first one, and the [`Db::close`] of the last one unmounts it. Devices in
     /// memory (`malloc://…`) are new each time.
     ///
     /// # Errors
@@ -265,7 +266,7 @@ impl DbOptions {
         Ok(db)
     }
 
-    /// Opens the database in a file system that is mounted already and stays so.
+    /// Opens the database in a mounted file system, which stays mounted.
     ///
     /// # Errors
     /// [`Error::FileSystem`], [`Error::RocksDb`], [`Error::Full`].
@@ -282,7 +283,7 @@ impl DbOptions {
         let mut options = self.options.clone();
         options.set_env(&env);
         if self.read_only {
-            // RocksDB makes a missing directory otherwise, also to read what is not in it.
+            // Without this RocksDB makes a missing directory, even to read from it.
             options.create_if_missing(false);
             options.create_missing_column_families(false);
         }
@@ -308,11 +309,11 @@ impl DbOptions {
         })
     }
 
-    /// Opens with every column family that there is or was asked for, the default one by its name,
-    /// so that the handles are the same the first time and later.
+    /// Opens with every column family that exists or was requested, the default one by its name, so
+    /// that the handles are the same the first time and later.
     fn open_families(&self, options: &Options) -> Result<Rocks, rocksdb::Error> {
         let mut families = self.column_families.clone();
-        // A database that is not there yet has none; what else is wrong, opening will say.
+        // A database that does not exist has none. Opening reports other errors.
         let found = Rocks::list_cf(options, "/").unwrap_or_default();
         for name in found.into_iter().chain(["default".to_owned()]) {
             if !families.iter().any(|(known, _)| *known == name) {
@@ -339,28 +340,28 @@ impl DbOptions {
 }
 
 impl Db {
-    /// The database at `/` of the device that `uri` names, both made if they are not there:
-    /// [`DbOptions::new`] has the choices.
+    /// Opens the database at `/` of the device that `uri` names, creating both if they do not
+    /// exist. [`DbOptions::new`] has the choices.
     ///
     /// # Errors
-    /// As [`DbOptions::open`].
+    /// Fails as [`DbOptions::open`] does.
     pub fn open(uri: &str) -> Result<Db, Error> {
         DbOptions::new().open(uri)
     }
 
-    /// The database itself.
+    /// The database of the `rocksdb` crate.
     #[must_use]
     pub fn rocksdb(&self) -> &Rocks {
         self.db.as_ref().expect("only the drop takes it")
     }
 
-    /// The file system that it lives in.
+    /// The file system of the database.
     #[must_use]
     pub fn file_system(&self) -> &FileSystem {
         &self.fs
     }
 
-    /// The environment that it was opened with, whose `/` is the database's directory.
+    /// The environment of the database, whose `/` is the database's directory.
     #[must_use]
     pub fn env(&self) -> &Env {
         &self.env
@@ -372,16 +373,15 @@ impl Db {
         &self.root
     }
 
-    /// Makes everything written so far durable, then closes the database and, if opening mounted
-    /// the file system, unmounts that and gives up the device. What is left of the database (this
-    /// handle, clones of its [`Db::env`]) answers with errors from then on; the directory, or the
-    /// device, can be opened again at once. Dropping does the same without telling what failed.
-    /// Closing twice is closing once.
+    /// Makes everything written so far durable, closes the database and, if opening mounted the
+    /// file system, unmounts that and releases the device. Remaining handles (this one, clones of
+    /// its [`Db::env`]) return errors from then on. The directory, or the device, can be opened
+    /// again at once. Dropping does the same without reporting errors. A second call does nothing.
     ///
     /// # Errors
-    /// [`Error::RocksDb`], [`Error::FileSystem`]: nothing is thrown away, the database stays as
-    /// usable as the fault allows, and `close` can be called again when that has passed.
-    /// [`Error::Unlogged`] is the exception: the database is closed.
+    /// [`Error::RocksDb`], [`Error::FileSystem`]: nothing is lost, the database stays as usable as
+    /// the fault allows, and `close` can be called again when the fault has passed. After
+    /// [`Error::Unlogged`] the database is closed.
     pub fn close(&self) -> Result<(), Error> {
         let mut closed = self
             .closed
@@ -397,7 +397,7 @@ impl Db {
             self.settle()?;
             let failures = self.background_errors();
             self.rocksdb().cancel_all_background_work(true);
-            // What was put meanwhile.
+            // Puts that came meanwhile.
             self.settle()?;
             self.background_errors() > failures
         };
@@ -481,10 +481,10 @@ impl Db {
         }
     }
 
-    /// Makes what was put durable. RocksDB gives up a log for good when a write or sync of it has
-    /// failed; what was put is in the log's file all the same, so the file system can make it durable
-    /// when the fault has passed. Where it is in RocksDB's own buffer yet, tables of the same contents
-    /// do as well.
+    /// Makes all puts durable. RocksDB stops using a log when a write or sync of it has failed. Its
+    /// puts are in the log's file nevertheless, so the file system can make them durable when the
+    /// fault has passed. If they are still in RocksDB's own buffer, tables with the same contents
+    /// are as good.
     fn settle(&self) -> Result<(), Error> {
         let db = self.rocksdb();
         let Err(failed) = db.flush_wal(true) else {
@@ -500,8 +500,8 @@ impl Db {
             .map_err(|_| failed.into())
     }
 
-    /// Whether puts may be in a buffer of RocksDB's instead of the log's file (`manual_wal_flush`). The
-    /// options are RocksDB's own and tell nothing, but it writes them to a file.
+    /// Whether puts may be in a buffer of RocksDB's instead of the log's file (`manual_wal_flush`).
+    /// The options are RocksDB's own and cannot be read, but it writes them to a file.
     fn buffers_its_log(&self) -> bool {
         let read = || -> Result<String, FsError> {
             let files = self.fs.list(&self.root)?;
@@ -516,7 +516,7 @@ impl Db {
         !read().is_ok_and(|text| text.contains("manual_wal_flush=false"))
     }
 
-    /// How often RocksDB's background work has failed.
+    /// Returns how often RocksDB's background work has failed.
     fn background_errors(&self) -> u64 {
         self.rocksdb()
             .property_int_value(properties::BACKGROUND_ERRORS)

@@ -9,10 +9,10 @@ use pumice_blobfs::fs::FileSystem;
 use crate::Error;
 use crate::plugin::{self, Binding, normal, offers};
 
-/// An environment for `rocksdb::Options::set_env` whose files are all in `fs`.
+/// Makes an environment for `rocksdb::Options::set_env` whose files are all in `fs`.
 ///
-/// It keeps `fs` mounted until the last clone of it and the last database opened with it are gone,
-/// or [`FileSystem::unmount`] ends its use.
+/// It keeps `fs` mounted until its last clone and the last database opened with it are dropped, or
+/// [`FileSystem::unmount`] ends its use.
 #[must_use]
 pub fn env(fs: &FileSystem) -> rocksdb::Env {
     EnvOptions::new()
@@ -20,7 +20,7 @@ pub fn env(fs: &FileSystem) -> rocksdb::Env {
         .expect("the root `/` is a path that a directory can have")
 }
 
-/// How an environment uses its file system.
+/// Options of an environment's use of its file system.
 ///
 /// ```
 /// # use pumice::{EnvOptions, MountOptions};
@@ -37,7 +37,7 @@ pub fn env(fs: &FileSystem) -> rocksdb::Env {
 #[derive(Clone, Debug)]
 pub struct EnvOptions {
     root: String,
-    /// Of `plugin::offers`.
+    /// The bits of `plugin::offers`.
     offers: u32,
 }
 
@@ -51,40 +51,40 @@ impl Default for EnvOptions {
 }
 
 impl EnvOptions {
-    /// The whole file system, with everything that it can do.
+    /// Offers the whole file system, with all of its abilities.
     #[must_use]
     pub fn new() -> EnvOptions {
         EnvOptions::default()
     }
 
-    /// The directory that the environment calls `/`; made, with its parents, when a database is
-    /// created there.
+    /// Sets the directory that the environment calls `/`. It is created, with its parents, when a
+    /// database is created there.
     ///
-    /// `rocksdb::DB::open` makes its path as a directory of the *kernel's* file system, always. So
-    /// a database is best opened at `/`, which is there already, in an environment rooted where its
-    /// files are to be. A path with `..` leads out of the root, as far as the file system's own.
+    /// `rocksdb::DB::open` always creates its path as a directory of the *kernel's* file system. So
+    /// open a database at `/`, which exists there, in an environment whose root is the directory
+    /// for its files. A path with `..` leads out of the root, up to the file system's own.
     #[must_use]
     pub fn root(mut self, root: &str) -> EnvOptions {
         root.clone_into(&mut self.root);
         self
     }
 
-    /// Whether `ReadAsync` is offered (`ReadOptions::async_io`). On unless called.
+    /// Sets whether `ReadAsync` is offered (`ReadOptions::async_io`). The default is yes.
     #[must_use]
     pub fn async_reads(mut self, offered: bool) -> EnvOptions {
         self.offer(offers::ASYNC_READS, offered);
         self
     }
 
-    /// Whether cached blocks are lent to RocksDB without a copy. On unless called.
+    /// Sets whether cached blocks are lent to RocksDB without a copy. The default is yes.
     #[must_use]
     pub fn lend_cached(mut self, offered: bool) -> EnvOptions {
         self.offer(offers::LENDING, offered);
         self
     }
 
-    /// Whether RocksDB prefetches through the file system, or, when not, into buffers of its own.
-    /// On unless called.
+    /// Sets whether RocksDB prefetches through the file system, or into its own buffers. The
+    /// default is yes.
     #[must_use]
     pub fn prefetch(mut self, offered: bool) -> EnvOptions {
         self.offer(offers::PREFETCH, offered);
@@ -99,8 +99,9 @@ impl EnvOptions {
         }
     }
 
-    /// An environment over `fs`. It keeps the file system mounted until the last clone of the environment
-    /// and the last database opened with it are gone, or [`FileSystem::unmount`] ends its use.
+    /// Makes an environment over `fs`. It keeps the file system mounted until the last clone of the
+    /// environment and the last database opened with it are dropped, or [`FileSystem::unmount`]
+    /// ends its use.
     ///
     /// # Errors
     /// [`Error::FileSystem`] for a root that no directory can have, [`Error::Environment`].
@@ -108,18 +109,20 @@ impl EnvOptions {
         Ok(self.build_bound(fs)?.0)
     }
 
-    /// As [`EnvOptions::build`], as a C++ `rocksdb::Env*`, for C++ code in the same program. That code owns it, and deletes it
-    /// after the last database that was opened with it, or never.
+    /// Makes an environment as [`EnvOptions::build`] does, as a C++ `rocksdb::Env*` for C++ code in
+    /// the same program. That code owns it, and deletes it after the last database that was opened
+    /// with it, or never.
     ///
     /// # Errors
-    /// As [`EnvOptions::build`].
+    /// Fails as [`EnvOptions::build`] does.
     pub fn build_cpp(&self, fs: &FileSystem) -> Result<NonNull<c_void>, Error> {
         let root = normal(&self.root)?;
         let made = plugin::make_cpp_env(fs.clone(), root, self.offers);
         Ok(made.map_err(|e| Error::Environment(e.0))?.0)
     }
 
-    /// As [`EnvOptions::build`], with what ends the environment's use while handles on it are left.
+    /// Makes an environment as [`EnvOptions::build`] does, with an object that ends its use while
+    /// there are handles.
     pub(crate) fn build_bound(
         &self,
         fs: &FileSystem,

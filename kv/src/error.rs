@@ -1,79 +1,79 @@
-//! What can go wrong above the file system.
+//! Errors above the file system.
 
 use std::error::Error as StdError;
 
 use pumice_bdev::{BdevError, IoErrorKind};
 use pumice_blobfs::fs::FsError;
 
-/// A failure of mounting, opening or using a database.
+/// An error of mounting, opening or using a database.
 ///
-/// [`Error::kind`] says what kind of failure it is. The text names what failed; the causes are its
+/// [`Error::kind`] returns the kind of failure. The text names what failed. The causes are its
 /// [sources](StdError::source), and [`chain`] writes all of them in one line.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The device could not be opened or looked at.
+    /// The device could not be opened or examined.
     #[error("the device {uri} could not be opened")]
     Device {
-        /// As it was given.
+        /// The URI as it was given.
         uri: String,
-        /// Why.
+        /// The reason.
         source: BdevError,
     },
-    /// The device is not formatted, and not empty either.
+    /// The device has no file system, and is not empty either.
     #[error(
         "{device}: holds {found}, and no file system that Pumice knows; nothing was changed; if \
          nobody needs it, `pumice mkfs --force` makes one there"
     )]
     NotEmpty {
-        /// The device.
+        /// Name of the device.
         device: String,
-        /// What is on it.
+        /// The content of the device.
         found: String,
     },
     /// RocksDB's environment over the file system could not be made.
     #[error("the environment could not be made: {0}")]
     Environment(String),
-    /// The file system's own.
+    /// An error of the file system.
     #[error(transparent)]
     FileSystem(#[from] FsError),
-    /// RocksDB's own, with the file system's cause in its text.
+    /// An error of RocksDB, with the file system's cause in its text.
     #[error(transparent)]
     RocksDb(#[from] rocksdb::Error),
     /// A `blobfs://` URI could not be opened.
     #[error("{uri}: {reason}")]
     Uri {
-        /// As it was given.
+        /// The URI as it was given.
         uri: String,
-        /// RocksDB's text, or what is wrong with the URI.
+        /// RocksDB's text, or the error in the URI.
         reason: String,
     },
-    /// A directory that cannot be used for what was asked.
+    /// A directory cannot be used as requested.
     #[error("{path}: {reason}")]
     Directory {
-        /// The directory, in the file system.
+        /// Path of the directory in the file system.
         path: String,
-        /// Why not, and what to do.
+        /// The reason, and what to do.
         reason: String,
     },
-    /// The database could not be opened for want of space.
+    /// The database could not be opened for lack of space.
     #[error(
         "the database could not be opened because the file system is full: `DbOptions::read_only` \
          still reads it, `pumice rm` deletes files that are not the database's, `pumice grow` makes \
          it larger"
     )]
     Full {
-        /// RocksDB's own.
+        /// RocksDB's error.
         source: rocksdb::Error,
     },
-    /// Closing wrote everything that a log holds, but RocksDB could not write what was put with
+    /// Closing wrote everything that a log has, but RocksDB could not write puts with
     /// `disable_wal`.
     #[error(
         "{path}: what was put without a log (`disable_wal`) could not be written to a table; the \
          rest is durable"
     )]
     Unlogged {
-        /// The database's directory.
+        /// Path of the database's directory.
         path: String,
     },
 }
@@ -103,40 +103,40 @@ pub enum Error {
 pub enum ErrorKind {
     /// There is no such file, directory, device or database.
     NotFound,
-    /// There is one of that name.
+    /// There is one of that name already.
     AlreadyExists,
-    /// An argument, a path, a URI or an option that cannot be.
+    /// An argument, a path, a URI or an option is invalid.
     InvalidInput,
     /// Another process or another handle has it.
     InUse,
-    /// No space is left.
+    /// There is no space.
     NoSpace,
     /// It was opened for reading only.
     ReadOnly,
     /// The operating system does not permit it.
     PermissionDenied,
-    /// What is on the device contradicts itself or a checksum.
+    /// The content of the device is inconsistent or does not match a checksum.
     Corrupt,
-    /// The device holds something that is not a file system of Pumice.
+    /// The device has content that is not a file system of Pumice.
     Foreign,
     /// The device was removed.
     DeviceGone,
     /// The device failed.
     Device,
-    /// It failed for now.
+    /// The call failed temporarily.
     TryAgain,
     /// There is no memory for it.
     OutOfMemory,
-    /// It cannot be done here.
+    /// It is not supported.
     Unsupported,
     /// The file system was unmounted, the database was closed, or they belong to another process.
     Closed,
-    /// Anything else.
+    /// Another error.
     Other,
 }
 
 impl Error {
-    /// The kind of the failure.
+    /// Returns the kind of the failure.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
         match self {
@@ -184,7 +184,8 @@ fn of_errno(errno: i32) -> ErrorKind {
     }
 }
 
-/// RocksDB's errors are a code and a text; the code of every I/O error is the same.
+/// Returns the kind of RocksDB's error, which is a code and a text; the code of every I/O error is
+/// the same.
 fn of_rocksdb(e: &rocksdb::Error) -> ErrorKind {
     use rocksdb::ErrorKind as Rocks;
     match e.kind() {
@@ -202,7 +203,7 @@ fn of_rocksdb(e: &rocksdb::Error) -> ErrorKind {
     }
 }
 
-/// What a call answers through the environment of a database that was closed.
+/// The error of a call through the environment of a closed database.
 pub(crate) const CLOSED: &str = "the database has been closed";
 
 /// Whether RocksDB ran out of space.
@@ -210,7 +211,8 @@ pub(crate) fn is_no_space(e: &rocksdb::Error) -> bool {
     e.kind() == rocksdb::ErrorKind::IOError && e.as_ref().contains("No space left")
 }
 
-/// An error and its causes in one line: what failed, then why. A cause that the text before it names already is left out.
+/// Returns an error and its causes in one line: what failed, then why. Leaves out a cause that the
+/// text before it contains already.
 #[must_use]
 pub fn chain(error: &dyn StdError) -> String {
     let mut line = error.to_string();

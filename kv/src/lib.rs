@@ -1,14 +1,14 @@
-//! RocksDB whose files live in a userspace file system.
+//! RocksDB with its files in a userspace file system.
 //!
 //! Every file of a database (log, tables, MANIFEST, `LOCK`, info log) is in BlobFS, on a device
-//! that this process drives itself: an NVMe controller, polled, past the kernel, or an image file,
-//! a block device, or memory. The kernel's file system never sees one.
+//! that this process drives itself: an NVMe controller that is polled without the kernel, an image
+//! file, a block device, or memory. The kernel's file system never sees a database file.
 //!
 //! ```
 //! # let dir = tempfile::tempdir()?;
 //! # let image = dir.path().join("kv.img");
 //! # let image = image.display();
-//! // An image file of 1 GiB (sparse), made and formatted if it is not there.
+//! // A sparse image file of 1 GiB, created and formatted if it does not exist.
 //! let db = pumice::Db::open(&format!("file://{image}?size=1G&create=1"))?;
 //!
 //! db.put(b"fruit", b"apple")?;
@@ -30,9 +30,9 @@
 //! ```
 //!
 //! # For users of the `rocksdb` crate
-//! [`env()`] is the one line that changes: the environment of the options. Everything else of the
-//! crate works as before, on files of ours. Open the database at `/` (see [`EnvOptions::root`] for
-//! why), and use this crate's re-export [`rocksdb`], which is the version that fits.
+//! Only one line changes, the options' environment: [`env()`]. Everything else of the crate works
+//! as before, on Pumice's files. Open the database at `/` (see [`EnvOptions::root`] for the
+//! reason), and use this crate's re-export [`rocksdb`], which is the version that fits.
 //!
 //! ```
 //! # let device = "malloc://256M";
@@ -46,13 +46,13 @@
 //! ```
 //!
 //! # Threads, blocking, durability
-//! Everything may be called from any thread, and blocks on the device's I/O. A write with
-//! `WriteOptions::set_sync(true)` is durable when it returns, whatever the device: by FUA or a
-//! flush. Without, it is in this process's memory until the file system writes it: it survives an
+//! Any thread may call everything, and calls block on the device's I/O. A write with
+//! `WriteOptions::set_sync(true)` is durable when it returns, on any device: by FUA or a flush.
+//! Without it, the data is in this process's memory until the file system writes it. It survives an
 //! orderly end of the process (`close`, a drop, `exit`, a return from `main` with the database in a
 //! `static`), and may be lost when the process is killed. `kv/README.md` has the table.
 //!
-//! A database belongs to the process that opened it: in a forked child an inherited one answers with
+//! A database belongs to the process that opened it. In a forked child an inherited one returns
 //! errors, and dropping it does nothing.
 
 //!
@@ -84,10 +84,10 @@ pub use {
 #[cfg(feature = "inspect")]
 pub use inspect::Inspection;
 
-/// The block devices below, for [`mount_device`] and [`Error::Device`].
+/// The block devices, for [`mount_device`] and [`Error::Device`].
 pub use pumice_bdev as bdev;
 
-/// The `rocksdb` crate that this one extends, in the version that it is built for.
+/// The `rocksdb` crate in the version that this crate is built for.
 pub use rocksdb;
 
 /// The README's examples, so that they compile and run.

@@ -1,4 +1,4 @@
-//! From a URI to a mounted file system.
+//! Mounting a file system by URI.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use pumice_blobfs::fs::{self, FileSystem, FormatOptions, FsError};
 
 use crate::Error;
 
-/// How [`mount`] mounts.
+/// Options of [`mount`].
 #[derive(Clone, Debug)]
 pub struct MountOptions {
     fs: fs::MountOptions,
@@ -25,7 +25,7 @@ impl Default for MountOptions {
 }
 
 impl MountOptions {
-    /// Read and write; an empty device is formatted.
+    /// Reads and writes; an empty device is formatted.
     #[must_use]
     pub fn new() -> MountOptions {
         MountOptions::default()
@@ -40,7 +40,7 @@ impl MountOptions {
         self
     }
 
-    /// Nothing is written to the device, and nothing is made: [`mount`] opens the device for reading
+    /// Writes nothing to the device and creates nothing: [`mount`] opens the device for reading
     /// only, and several processes may read one image at a time.
     #[must_use]
     pub fn read_only(mut self, read_only: bool) -> MountOptions {
@@ -52,25 +52,25 @@ impl MountOptions {
         self.fs.read_only
     }
 
-    /// Mounts for writing although blobs are damaged, without the files that they were. Unless called
-    /// such a mount is refused, with an error that names the damage; reading needs no word.
+    /// Mounts for writing although blobs are damaged, without their files. Otherwise such a mount
+    /// is refused, with an error that names the damage. Reading needs no permission.
     #[must_use]
     pub fn accept_damage(mut self, accept: bool) -> MountOptions {
         self.fs.accept_damage = accept;
         self
     }
 
-    /// How a device that holds nothing but zeroes is formatted; `None`: not at all. A device with
-    /// anything else on it never is: that is `pumice mkfs --force`. To know, every block that may
-    /// hold data is read: of an image file what was ever written, of a block device without a
-    /// file system all of it.
+    /// Sets how a device that holds nothing but zeroes is formatted; `None`: not at all. A device
+    /// with other content is never formatted: that is `pumice mkfs --force`. To find out, every
+    /// block that may hold data is read: of an image file everything that was ever written, of a
+    /// block device without a file system all of it.
     #[must_use]
     pub fn format_empty(mut self, how: Option<FormatOptions>) -> MountOptions {
         self.format_empty = how;
         self
     }
 
-    /// The file system's own options, in place of the present ones.
+    /// Replaces the file system's own options.
     #[must_use]
     pub fn file_system(mut self, options: fs::MountOptions) -> MountOptions {
         self.fs = options;
@@ -82,7 +82,7 @@ impl MountOptions {
 /// `file:///dev/nvme0n1`, `malloc://1G`, … ([`pumice_bdev::open`] has them all).
 ///
 /// The file system is unmounted by [`FileSystem::unmount`], or when the last handle, environment
-/// and database on it are gone.
+/// and database on it are dropped.
 ///
 /// # Errors
 /// [`Error::Device`] if the device cannot be opened, for instance because another process has it;
@@ -103,10 +103,10 @@ pub(crate) fn open_device(
     })
 }
 
-/// As [`mount`], on a device that is open already.
+/// Mounts as [`mount`] does, on an open device.
 ///
 /// # Errors
-/// As [`mount`].
+/// Fails as [`mount`] does.
 pub fn mount_device(
     device: &Arc<dyn BlockDevice>,
     options: &MountOptions,

@@ -1,4 +1,5 @@
-//! The file systems that `DbOptions::open` has mounted: one for each device, whatever the number of databases on it.
+//! The file systems that `DbOptions::open` has mounted: one for each device, whatever the number of
+//! its databases.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,7 +9,8 @@ use pumice_blobfs::fs::{FileSystem, FsError};
 
 use crate::Error;
 
-/// What names a device: the process, since a mount is not inherited; the place; and whether it is mounted for reading only.
+/// The identity of a mounted device: the process, since a mount is not inherited; the place; and
+/// whether it is mounted for reading only.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Device {
     process: u32,
@@ -58,12 +60,12 @@ impl Use {
                     read_only,
                 };
                 let mut devices = locked(&DEVICES);
-                // An entry that nobody else has is of a device that is not mounted any longer.
+                // An entry without another reference belongs to a device that is no longer mounted.
                 devices.retain(|_, entry| Arc::strong_count(entry) > 1);
                 Arc::clone(devices.entry(device).or_default())
             }
         };
-        // Others wait here while this device is mounted, and only those who want this device.
+        // Others who want this device, and only these, wait here while it is being mounted.
         let mut mounted = locked(&entry);
         let usable = |fs: &FileSystem| !matches!(fs.exists("/"), Err(FsError::Unmounted { .. }));
         let fs = match mounted.fs.take().filter(usable) {
@@ -89,10 +91,10 @@ impl Use {
         &self.fs
     }
 
-    /// Ends the use; the last one unmounts. Once it has succeeded, again is nothing.
+    /// Ends the use. The last one unmounts. After a success, a second call does nothing.
     pub fn end(&self) -> Result<(), FsError> {
         if self.process != std::process::id() {
-            // In a forked child it is the parent's.
+            // In a forked child it belongs to the parent.
             return Ok(());
         }
         let mut over = locked(&self.over);
@@ -102,7 +104,7 @@ impl Use {
         let mut mounted = locked(&self.entry);
         if mounted.users <= 1 {
             match self.fs.unmount() {
-                // Somebody with a handle of it was faster.
+                // Another thread with a handle of it was faster.
                 Ok(()) | Err(FsError::Unmounted { .. }) => {}
                 Err(e) => return Err(e),
             }
@@ -123,7 +125,7 @@ impl Drop for Use {
     }
 }
 
-/// What a URI names, if that is the same device each time.
+/// Returns the place that a URI names, if that is the same device each time.
 fn place(uri: &str) -> Option<String> {
     let base = uri.split_once('?').map_or(uri, |(base, _)| base);
     match base.split_once("://") {
@@ -134,7 +136,7 @@ fn place(uri: &str) -> Option<String> {
     }
 }
 
-/// The path without links, also of a file that is not there yet.
+/// Returns the path without links, also of a file that does not exist yet.
 fn canonical(path: &str) -> String {
     let path = Path::new(path);
     let real = path.canonicalize().or_else(|e| {

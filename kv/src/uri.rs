@@ -1,26 +1,26 @@
-//! `blobfs://…`: file systems for RocksDB's own C++ tools, by URI.
+//! `blobfs://…` URIs, which name file systems for RocksDB's own C++ tools.
 
 use pumice_blobfs::fs::FileSystem;
 
 use crate::{Error, MountOptions, mount, plugin};
 
-/// Teaches RocksDB in this process the URIs `blobfs://DEVICE[?…]`, where DEVICE is a path or a
-/// device URI: `blobfs:///tmp/kv.img`, `blobfs://malloc://1G`. So `--fs_uri` of its tools, and
-/// `FileSystem::CreateFromString`, find Pumice. Beside the device's own parameters there are
+/// Registers the URIs `blobfs://DEVICE[?…]` with RocksDB in this process, where DEVICE is a path or
+/// a device URI: `blobfs:///tmp/kv.img`, `blobfs://malloc://1G`. So `--fs_uri` of its tools, and
+/// `FileSystem::CreateFromString`, find Pumice. In addition to the device's parameters there are
 /// `root=/dir` (the directory that becomes `/`) and `cache=SIZE`.
 ///
-/// RocksDB takes a `=` for its own option syntax. There, write `:` for it (`?size:1G&create`) or
-/// the URI as `id={…}`.
+/// RocksDB interprets a `=` as its own option syntax. Write `:` instead (`?size:1G&create`), or the
+/// URI as `id={…}`.
 ///
-/// What is mounted this way is unmounted when the process exits, as every mount is.
+/// A file system that is mounted this way is unmounted when the process exits, as every mount is.
 pub fn register_uri() {
     plugin::register_uri();
 }
 
-/// The environment that RocksDB's registry gives for a URI, after [`register_uri`].
+/// Returns the environment that RocksDB's registry makes for a URI, after [`register_uri`].
 ///
 /// # Errors
-/// [`Error::Uri`] with RocksDB's text.
+/// Fails with [`Error::Uri`] and RocksDB's text.
 pub fn env_from_uri(uri: &str) -> Result<rocksdb::Env, Error> {
     register_uri();
     plugin::env_from_uri(uri).map_err(|e| Error::Uri {
@@ -76,7 +76,7 @@ fn parse(uri: &str) -> Result<Parsed, String> {
     })
 }
 
-/// Mounts what a `blobfs://` URI names: the file system, and the root in it in its normal form.
+/// Mounts the file system that a `blobfs://` URI names. Returns it and the normalised root in it.
 pub(crate) fn mount_uri(uri: &str) -> Result<(FileSystem, String), Error> {
     let parsed = parse(uri).map_err(|reason| Error::Uri {
         uri: uri.to_owned(),

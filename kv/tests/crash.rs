@@ -1,5 +1,5 @@
-//! Power cuts: at every event of a small workload, whatever of the unflushed writes got through,
-//! the database opens and holds what was acknowledged.
+//! Power cuts at every event of a small workload: whatever of the unflushed writes became durable,
+//! the database opens and has the acknowledged keys.
 
 mod common;
 
@@ -17,7 +17,7 @@ const BLOCK: u32 = 4096;
 const BLOCKS: u64 = 12 << 10;
 const PUTS: u64 = 60;
 
-/// Marks of the workload beside those of acknowledged keys: keys up to here are in a table.
+/// Marks of the workload other than acknowledged keys. This one: keys up to here are in a table.
 const FLUSHED: u64 = 1 << 32;
 /// The database was closed and the file system unmounted.
 const CLOSED: u64 = 2 << 32;
@@ -36,7 +36,7 @@ fn mount_options() -> MountOptions {
     MountOptions::new().cache_bytes(16 << 20)
 }
 
-/// Puts with sync or without, with tables written in between.
+/// Makes puts with or without sync, and writes tables in between.
 fn workload(device: &Arc<CrashDevice>, synced: bool) {
     let dynamic: Arc<dyn BlockDevice> = Arc::clone(device) as Arc<dyn BlockDevice>;
     let fs = mount_device(&dynamic, &mount_options()).unwrap();
@@ -57,7 +57,7 @@ fn workload(device: &Arc<CrashDevice>, synced: bool) {
     device.mark(CLOSED);
 }
 
-/// Opens what is left and looks for keys 1 to `acknowledged`.
+/// Opens the database after a cut and looks for keys 1 to `acknowledged`.
 fn check(image: CrashImage, acknowledged: u64, write_cache: bool, what: &str) {
     let device: Arc<dyn BlockDevice> =
         Arc::new(CrashDevice::from_image(BLOCK, image, write_cache, 7));
@@ -103,7 +103,7 @@ fn every_cut(write_cache: bool, synced: bool) {
             };
             acknowledged = acknowledged.max(durable);
         }
-        // Before the database was first there, formatting and creation may start over.
+        // Before the database existed, formatting and creation may start again.
         if !mounted {
             continue;
         }
@@ -134,7 +134,7 @@ fn power_cut_without_a_write_cache() {
     every_cut(false, true);
 }
 
-/// What was put without sync survives as far as a flush made tables of it, and wholly after a close.
+/// Puts without sync survive as far as a flush made tables of them, and completely after a close.
 #[test]
 fn power_cut_after_flushes_and_after_the_close() {
     let _limit = watchdog();

@@ -1,4 +1,4 @@
-//! `pumice::Db` on BlobFS.
+//! Tests of `pumice::Db` on BlobFS.
 
 mod common;
 
@@ -61,7 +61,7 @@ fn everything_is_there_after_reopening() {
     assert_eq!(db.iterator(IteratorMode::Start).count(), 80_999);
     let files: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
     assert_eq!(files.len(), 1, "only the image: {files:?}");
-    // Dropped instead of closed: the same.
+    // The same when it is dropped instead of closed.
     drop(db);
     assert_eq!(
         Db::open(&uri)
@@ -186,7 +186,7 @@ fn checkpoints_and_backups_of_one_database_among_several() {
     fs.unmount().unwrap();
 }
 
-/// Ingestion writes a global sequence number into the table by a random-rw file, or moves it.
+/// Ingestion writes a global sequence number into the table through a random-rw file, or moves it.
 #[test]
 fn table_files_are_ingested() {
     let _limit = watchdog();
@@ -205,7 +205,7 @@ fn table_files_are_ingested() {
         writer.finish().unwrap();
         let mut how = IngestExternalFileOptions::default();
         how.set_move_files(moved);
-        // The table overlaps the memtable: it gets a sequence number above what is there.
+        // The table overlaps the memtable, so it gets a sequence number above the existing ones.
         how.set_allow_global_seqno(true);
         db.ingest_external_file_opts(&how, vec![&path]).unwrap();
         assert_eq!(
@@ -325,11 +325,11 @@ fn a_full_device_is_no_space_and_loses_nothing() {
     assert!(error.to_string().contains("No space left"), "{error}");
     check(&db, 0..written);
     drop(db);
-    // Closed full, opened full: for reading at least.
+    // It was closed full and is opened full: it can at least be read.
     let db = options.clone().read_only(true).open_in(&fs).unwrap();
     check(&db, 0..written.min(10_000));
     drop(db);
-    // For writing it opens if recovery needs no space; if it does, the error names the ways out.
+    // For writing it opens if recovery needs no space. If it does, the error names the ways out.
     match options.open_in(&fs) {
         Ok(db) => check(&db, 0..written),
         Err(error) => {
@@ -396,8 +396,8 @@ fn the_registry_mounts_by_uri() {
     assert!(error.contains("/no/such/file"), "{error}");
 }
 
-/// SPDK's db_bench made 100 000 puts of 63 186 different keys. (Its readseq tells one less: it counts
-/// the steps from key to key.)
+/// SPDK's db_bench made 100 000 puts of 63 186 different keys. (Its readseq reports one less: it
+/// counts the steps from key to key.)
 #[test]
 fn a_database_that_spdk_left_opens_and_holds_all_its_keys() {
     let _limit = watchdog();
@@ -418,7 +418,7 @@ fn a_database_that_spdk_left_opens_and_holds_all_its_keys() {
     db.close().unwrap();
 }
 
-/// Names of everything below a directory.
+/// Returns the names of everything below a directory.
 fn tree(fs: &pumice::FileSystem, dir: &str) -> Vec<String> {
     let mut all = Vec::new();
     for entry in fs.list(dir).unwrap() {
@@ -431,14 +431,14 @@ fn tree(fs: &pumice::FileSystem, dir: &str) -> Vec<String> {
     all
 }
 
-/// The same without what is in `/db`, where RocksDB works by itself.
+/// Returns the same without the content of `/db`, where RocksDB works by itself.
 fn outside(fs: &pumice::FileSystem) -> Vec<String> {
     let mut all = tree(fs, "/");
     all.retain(|path| !path.starts_with("/db/"));
     all
 }
 
-/// KA4, KA4b: what is in a directory stays, above all the open database's own files.
+/// KA4, KA4b: the content of a directory stays, above all the open database's own files.
 #[test]
 fn a_backup_is_restored_into_a_missing_or_empty_directory_only() {
     let _limit = watchdog();
@@ -469,7 +469,7 @@ fn a_backup_is_restored_into_a_missing_or_empty_directory_only() {
     db.flush().unwrap();
     db.close().unwrap();
     check(&uncompressed().path("/db").open_in(&fs).unwrap(), 0..3_500);
-    // Closed now, and still somebody's.
+    // It is closed now, but still has content.
     assert!(other.restore_backup("/bk", "/db").is_err());
     fs.mkdir("/empty").unwrap();
     for to in ["/empty", "/a/b/new"] {
@@ -482,7 +482,7 @@ fn a_backup_is_restored_into_a_missing_or_empty_directory_only() {
     }
 }
 
-/// KA17: asking makes nothing, and what fails leaves nothing.
+/// KA17: asking creates nothing, and a failure leaves nothing.
 #[test]
 fn asking_for_backups_and_failing_make_nothing() {
     let _limit = watchdog();
@@ -498,10 +498,10 @@ fn asking_for_backups_and_failing_make_nothing() {
         let error = db.restore_backup(from, "/new/place").expect_err(from);
         assert!(error.to_string().contains("no backup"), "{error}");
     }
-    // A checkpoint in a place that is taken.
+    // A checkpoint in an existing place is refused.
     assert!(db.checkpoint("/there").is_err());
     assert_eq!(outside(&fs), before);
-    // A backup of which a table is damaged: what was restored of it goes again.
+    // A table of the backup is damaged: the restored part is removed again.
     db.backup("/bk").unwrap();
     let table = tree(&fs, "/bk")
         .into_iter()
@@ -515,7 +515,7 @@ fn asking_for_backups_and_failing_make_nothing() {
     assert_eq!(outside(&fs), before);
 }
 
-/// Reading makes nothing: no image, no file system, no database.
+/// Reading creates nothing: no image, no file system, no database.
 #[test]
 fn a_database_that_is_only_read_is_not_made() {
     let _limit = watchdog();
@@ -533,7 +533,7 @@ fn a_database_that_is_only_read_is_not_made() {
     assert_eq!(tree(&fs, "/"), Vec::<String>::new());
 }
 
-/// U7: closing takes a shared handle, and what is left of the database is harmless.
+/// U7: closing takes a shared handle, and remaining handles of the database are harmless.
 #[test]
 fn closed_by_a_shared_handle_and_opened_again_at_once() {
     let _limit = watchdog();
@@ -555,7 +555,7 @@ fn closed_by_a_shared_handle_and_opened_again_at_once() {
     assert_eq!(again.get("late").unwrap(), None);
     again.close().unwrap();
     drop(again);
-    // Dropped instead of closed, the same.
+    // The same when it is dropped instead of closed.
     let db = uncompressed().open(&uri).unwrap();
     let _env = db.env().clone();
     db.put("more", "3").unwrap();
@@ -564,7 +564,7 @@ fn closed_by_a_shared_handle_and_opened_again_at_once() {
     assert_eq!(db.get("more").unwrap().as_deref(), Some(&b"3"[..]));
 }
 
-/// In a file system of others the directory is free after the close, and the old handle cannot write
+/// In a mounted file system the directory is free after the close, and the old handle cannot write
 /// beside the new one.
 #[test]
 fn a_directory_is_free_after_the_close() {
@@ -585,7 +585,7 @@ fn a_directory_is_free_after_the_close() {
     fs.unmount().unwrap();
 }
 
-/// U7: a close that fails says so, and is called again when the fault has passed.
+/// U7: a failed close says so, and can be called again when the fault has passed.
 #[test]
 fn a_close_that_failed_is_called_again() {
     let _limit = watchdog();
@@ -600,7 +600,8 @@ fn a_close_that_failed_is_called_again() {
         op: Some(OpKind::Write),
         failure: Failure::Fail,
         count: u64::MAX,
-        // Data: a metadata page that cannot be written stops the store, which is another matter.
+        // This is data: a metadata page that cannot be written stops the store, which is another
+        // case.
         range: Some((1024, 60_000)),
         queue_depth: 0,
     });
@@ -636,7 +637,7 @@ fn the_default_column_family_has_a_name_the_first_time() {
     assert!(db.cf_handle("default").is_some());
 }
 
-/// R2, U6: each opening makes an info log; ten of them stay.
+/// R2, U6: each opening makes an info log, of which ten stay.
 #[test]
 fn info_logs_of_earlier_openings_do_not_pile_up() {
     let _limit = watchdog();
@@ -653,7 +654,7 @@ fn info_logs_of_earlier_openings_do_not_pile_up() {
     assert!(logs <= 12, "{logs} info logs");
 }
 
-/// KA6, U20: a path whose parents are missing, as a user of the `rocksdb` crate hands it over.
+/// KA6, U20: the parents of the path are missing, as when a user of the `rocksdb` crate passes it.
 #[test]
 fn missing_parents_of_a_databases_directory_are_made() {
     let _limit = watchdog();
@@ -672,14 +673,14 @@ fn missing_parents_of_a_databases_directory_are_made() {
     options.set_env(&env);
     drop(pumice::rocksdb::DB::open(&options, &path).unwrap());
     assert!(fs.stat(&format!("/ten/ant{path}/CURRENT")).is_ok());
-    // A file in the way is an error, not a parent.
+    // A file in place of a parent is an error.
     fs.open("/file", OpenOptions::CREATE).unwrap();
     let env = EnvOptions::new().root("/file").build(&fs).unwrap();
     options.set_env(&env);
     assert!(pumice::rocksdb::DB::open(&options, "/").is_err());
 }
 
-/// KA7, R12: a file has only so many names; RocksDB copies what cannot be linked.
+/// KA7, R12: a file can have a limited number of names. RocksDB copies what cannot be linked.
 #[test]
 fn checkpoints_go_on_beyond_the_links_that_a_file_can_have() {
     let _limit = watchdog();
@@ -698,7 +699,7 @@ fn checkpoints_go_on_beyond_the_links_that_a_file_can_have() {
     }
 }
 
-/// KA18, L8: a root is data.
+/// KA18, L8: a root is untrusted data.
 #[test]
 fn a_root_that_cannot_be_is_an_error() {
     let fs = mount("malloc://64M", &MountOptions::new()).unwrap();
@@ -710,7 +711,7 @@ fn a_root_that_cannot_be_is_an_error() {
     }
 }
 
-/// KA9: the error of a file that is the kernel's names the way.
+/// KA9: the error for a file of the kernel's file system says what to do.
 #[test]
 fn a_file_of_the_kernels_is_named_as_such() {
     let _limit = watchdog();
@@ -720,7 +721,7 @@ fn a_file_of_the_kernels_is_named_as_such() {
     assert!(error.to_string().contains("pumice cp"), "{error}");
 }
 
-/// M306, R7: RocksDB goes on by itself when there is room again.
+/// M306, R7: RocksDB continues by itself when there is space again.
 #[test]
 fn puts_go_on_when_space_was_freed() {
     let _limit = watchdog();
@@ -750,7 +751,7 @@ fn puts_go_on_when_space_was_freed() {
     db.close().unwrap();
 }
 
-/// R6: the log's metadata is damaged. What it held must not be passed over in silence.
+/// R6: the log's metadata is damaged. Its loss must not go unnoticed.
 #[test]
 fn a_database_on_a_damaged_file_system_is_not_opened_unasked() {
     let _limit = watchdog();
@@ -785,7 +786,7 @@ fn a_database_on_a_damaged_file_system_is_not_opened_unasked() {
     let error = mount(&uri, &MountOptions::new()).err().unwrap().to_string();
     assert!(error.contains("accept_damage"), "{error}");
     assert!(std::fs::read(&image).unwrap() == bytes, "it was written to");
-    // Reading needs no word, and going on takes the one that the error names.
+    // Reading needs no permission, and continuing takes the option that the error names.
     let reading = MountOptions::new().read_only(true);
     let fs = mount(&uri, &reading).unwrap();
     assert!(!fs.problems().is_empty());
@@ -809,18 +810,18 @@ fn several_databases_of_one_device_are_opened_by_its_uri() {
     let b = at("/b").open(&link.display().to_string()).unwrap();
     fill(&a, 0..100);
     fill(&b, 100..200);
-    // One of them twice is refused, and leaves the others alone.
+    // Opening one of them twice is refused, and does not affect the others.
     assert!(at("/a").open(&uri).is_err());
     a.close().unwrap();
     a.close().unwrap();
     check(&b, 100..200);
     b.put("still", "open").unwrap();
-    // The device belongs to this process until the last is closed.
+    // The device belongs to this process until the last database is closed.
     let other = MountOptions::new();
     assert_eq!(mount(&uri, &other).err().unwrap().kind(), ErrorKind::InUse);
     b.close().unwrap();
     mount(&uri, &other).unwrap().unmount().unwrap();
-    // A dropped one counts as closed, and a failed opening does not hold the device.
+    // A dropped database counts as closed, and a failed opening does not keep the device.
     drop(at("/a").open(&uri).unwrap());
     assert!(at("/a\0").open(&uri).is_err());
     let b = at("/b").open(&uri).unwrap();

@@ -1,4 +1,5 @@
-//! The C++ shim over BlobFS on a device in memory: RocksDB's calls arrive, its answers are right.
+//! Tests of the C++ shim over BlobFS on a device in memory: RocksDB's calls arrive, and its answers
+//! are right.
 
 mod common;
 
@@ -32,7 +33,7 @@ fn memory() -> (FileSystem, Env) {
     (fs, env)
 }
 
-/// Options whose table reads all come to the file system.
+/// Returns options with which all table reads go to the file system.
 fn without_block_cache(env: &Env) -> Options {
     let mut opts = options(env);
     let mut table = BlockBasedOptions::default();
@@ -124,7 +125,7 @@ fn iterators_read_ahead_asynchronously() {
         .find(|line| line.starts_with("rocksdb.async.read.bytes"))
         .expect("RocksDB counts them");
     assert!(!asynchronous.contains("COUNT : 0 "), "{asynchronous}");
-    // Given up half way: what is in flight is aborted.
+    // The iterator is dropped half way: reads in flight are aborted.
     let mut reads = ReadOptions::default();
     reads.set_async_io(true);
     reads.set_readahead_size(256 * 1024);
@@ -148,7 +149,7 @@ fn an_asynchronous_read_that_fails_is_an_error_of_the_iterator() {
     db.flush().unwrap();
     drop(db);
     fs.unmount().unwrap();
-    // With nothing in the page cache.
+    // The page cache is empty.
     let fs = mount_device(&device, &MountOptions::new()).unwrap();
     let mut opts = without_block_cache(&pumice::env(&fs));
     opts.set_use_direct_reads(true);

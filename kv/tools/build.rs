@@ -1,8 +1,8 @@
-//! Compiles RocksDB's command-line tools from the sources that librocksdb-sys brings.
+//! Compiles RocksDB's command-line tools from librocksdb-sys's sources.
 //!
-//! That takes a minute, so the archive is kept beside the RocksDB library that `scripts/rocksdb` has compiled, under a name
-//! made from all that it is compiled from, and every profile and target directory uses it. Without that library it is
-//! compiled into cargo's own directory.
+//! That takes a minute, so the archive is kept beside the RocksDB library that `scripts/rocksdb`
+//! has compiled, under a name made from everything that it is compiled from. Every profile and
+//! target directory uses it. Without that library it is compiled into cargo's own directory.
 
 use std::collections::hash_map::DefaultHasher;
 use std::env;
@@ -23,7 +23,7 @@ const UNITS: [&str; 8] = [
     "db_stress_tool/db_stress_compression_manager.cc",
 ];
 
-/// What is compiled of this crate.
+/// The sources of this crate.
 const OWN: [&str; 4] = [
     "cc/db_bench.cc",
     "cc/tools.cc",
@@ -31,7 +31,8 @@ const OWN: [&str; 4] = [
     "cc/gflags/gflags.h",
 ];
 
-/// What librocksdb-sys's build script defines on Linux: RocksDB's headers have to look the same here and there.
+/// The definitions of librocksdb-sys's build script on Linux: RocksDB's headers have to be the same
+/// in both.
 const DEFINES: [(&str, Option<&str>); 16] = [
     ("SNAPPY", Some("1")),
     ("LZ4", Some("1")),
@@ -48,7 +49,7 @@ const DEFINES: [(&str, Option<&str>); 16] = [
     ("ROCKSDB_AUXV_GETAUXVAL_PRESENT", None),
     ("ROCKSDB_FALLOCATE_PRESENT", None),
     ("ROCKSDB_RANGESYNC_PRESENT", None),
-    // The tools are nothing but a message without it.
+    // Without it the tools consist of a message.
     ("GFLAGS", Some("1")),
 ];
 
@@ -112,7 +113,7 @@ fn main() -> io::Result<()> {
     Ok(())
 }
 
-/// What the build script of a direct dependency tells.
+/// Returns a value that the build script of a direct dependency has set.
 fn dependency(what: &str, of: &str) -> PathBuf {
     match env::var_os(format!("DEP_{what}")) {
         Some(told) => PathBuf::from(told),
@@ -120,7 +121,7 @@ fn dependency(what: &str, of: &str) -> PathBuf {
     }
 }
 
-/// The processor that Rust builds for is the tools' too, as it is RocksDB's.
+/// Sets the processor that Rust builds for, as it is set for RocksDB.
 fn processor_flags(build: &mut cc::Build) {
     let flags = env::var("CARGO_ENCODED_RUSTFLAGS").unwrap_or_default();
     let cpu = flags
@@ -135,12 +136,12 @@ fn processor_flags(build: &mut cc::Build) {
     }
 }
 
-/// Where the archive is kept, if there is a library from `scripts/rocksdb`.
+/// Returns the place where the archive is kept, if there is a library from `scripts/rocksdb`.
 fn kept_archive(build: &cc::Build, sources: &Path) -> io::Result<Option<PathBuf>> {
     let Some(folder) = env::var_os("ROCKSDB_LIB_DIR").map(PathBuf::from) else {
         return Ok(None);
     };
-    // The folder of somebody else's library is left alone.
+    // The folder of another library is not touched.
     if !folder.join("lock").exists() || !folder.join("librocksdb.a").exists() {
         return Ok(None);
     }

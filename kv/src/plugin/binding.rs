@@ -1,4 +1,4 @@
-//! The end of an environment's use, before the last handle on it is gone.
+//! The end of an environment's use before its last handle is dropped.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -8,8 +8,8 @@ use pumice_blobfs::fs::FileLock;
 
 use super::fault::{Fault, Result};
 
-/// What an environment and the files opened through it share: while it is open, calls go through;
-/// once it is closed they fail, and the locks taken through it are free.
+/// State that an environment and the files opened through it share. While it is open, calls work.
+/// Once it is closed they fail, and the locks taken through it are free.
 #[derive(Debug, Default)]
 pub(crate) struct Binding {
     closed: AtomicBool,
@@ -23,10 +23,10 @@ struct Locks {
 }
 
 impl Binding {
-    /// Whether calls go through.
+    /// Checks that calls work.
     ///
     /// # Errors
-    /// It was closed.
+    /// Fails when it was closed.
     #[inline]
     pub fn check(&self) -> Result<()> {
         if self.closed.load(Ordering::Relaxed) {
@@ -45,7 +45,7 @@ impl Binding {
     /// Keeps a lock until [`Binding::unlock`] or [`Binding::close`].
     pub fn hold(&self, lock: FileLock) -> Result<usize> {
         let mut locks = self.locks();
-        // Under the mutex, so that a lock is not left behind by a close at the same time.
+        // The mutex is held, so that a concurrent close does not leave a lock behind.
         self.check()?;
         locks.next += 1;
         let id = locks.next;

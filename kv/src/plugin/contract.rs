@@ -1,10 +1,12 @@
-// What crosses between C++ and Rust, and the only place that says so. `kv/build.rs` makes the header `pumice_fs.h` of this
-// list, and `plugin/mod.rs` makes the Rust declarations of it and checks the types of the functions that Rust gives.
+// The contract between C++ and Rust, in the only place that has it. `kv/build.rs` makes the header
+// `pumice_fs.h` from this list. `plugin/mod.rs` makes the Rust declarations from it and checks the
+// types of the functions that Rust implements.
 //
-// A function that can fail answers a count or zero when it succeeded, and a negative errno when it did not;
-// `pumice_last_fault` then tells the rest, on the same thread, until the next call there. No function throws or unwinds.
-// Paths and data are (pointer, length) pairs, not NUL-terminated, and are only borrowed for the call, except where a handle
-// says that it keeps them. A file system, a file, a lock and a read are opaque pointers that their release functions end.
+// A function that can fail returns a count or zero when it succeeded, and a negative errno when it
+// did not. `pumice_last_fault` then returns the rest, on the same thread, until the next call
+// there. No function throws or unwinds. Paths and data are (pointer, length) pairs, not
+// NUL-terminated, and are only borrowed for the call, except where a handle is said to keep them. A
+// file system, a file, a lock and a read are opaque pointers, which their release functions end.
 
 /// FNV-1a of a text.
 const fn word_of(text: &str) -> u64 {
@@ -20,41 +22,42 @@ const fn word_of(text: &str) -> u64 {
 
 contract! {
     constants {
-        /// In `pumice_fault`: the same call may succeed later, and RocksDB resumes by itself.
+        /// Bit of `pumice_fault`: the same call may succeed later, and RocksDB resumes by itself.
         PUMICE_RETRYABLE = 1;
-        /// In `pumice_fault`: bytes that were durable are gone or damaged.
+        /// Bit of `pumice_fault`: durable bytes are lost or damaged.
         PUMICE_DATA_LOSS = 2;
-        /// For `pumice_open`: make the file if there is none.
+        /// Bit for `pumice_open`: create the file if it does not exist.
         PUMICE_OPEN_CREATE = 1;
-        /// For `pumice_open`: a new, empty inode under this name.
+        /// Bit for `pumice_open`: make a new, empty inode under this name.
         PUMICE_OPEN_FRESH = 2;
-        /// For `pumice_open`: past the page cache.
+        /// Bit for `pumice_open`: bypass the page cache.
         PUMICE_OPEN_DIRECT = 4;
-        /// For `pumice_advise`.
+        /// Values for `pumice_advise`.
         PUMICE_ACCESS_NORMAL = 0;
         PUMICE_ACCESS_RANDOM = 1;
         PUMICE_ACCESS_SEQUENTIAL = 2;
         PUMICE_ACCESS_WILL_NEED = 3;
         PUMICE_ACCESS_WONT_NEED = 4;
-        /// What an environment offers to RocksDB, which becomes its FSSupportedOps: reads that return before the data is there.
+        /// Bits of the abilities that an environment offers to RocksDB as its FSSupportedOps. This
+        /// one: reads that return before the data has arrived.
         PUMICE_CAN_ASYNC = 1;
-        /// Cached memory is lent.
+        /// The ability to lend cached memory.
         PUMICE_CAN_PIN = 2;
-        /// Prefetching.
+        /// The ability to prefetch.
         PUMICE_CAN_PREFETCH = 4;
-        /// After `pumice_invalidate` a read asks the device again.
+        /// The ability to read from the device again after `pumice_invalidate`.
         PUMICE_CAN_REREAD = 8;
         /// Alignment in bytes of direct reads and writes: offset, length and memory.
         PUMICE_ALIGNMENT = 4096;
     }
     structs {
-        /// What is known of a failure beyond its errno.
+        /// The details of a failure beyond its errno.
         struct pumice_fault {
             /// The errno, positive.
             err: i32,
-            /// PUMICE_RETRYABLE, PUMICE_DATA_LOSS.
+            /// PUMICE_RETRYABLE and PUMICE_DATA_LOSS.
             flags: u32,
-            /// UTF-8, for people.
+            /// Text for people, in UTF-8.
             text: *const c_char,
             text_len: usize,
         }
@@ -62,18 +65,18 @@ contract! {
         struct pumice_read {
             offset: u64,
             len: usize,
-            /// Null: the file system gives memory of its own.
+            /// Null if the file system provides the memory.
             buf: *mut u8,
             /// That memory, kept alive by `pin` until `pumice_pin_release`.
             data: *const u8,
-            /// Bytes read, or a negative errno with `fault` for `pumice_fault_take`.
+            /// Number of bytes read, or a negative errno with `fault` for `pumice_fault_take`.
             got: i64,
             pin: *mut c_void,
             fault: *mut c_void,
         }
         struct pumice_stat {
             len: u64,
-            /// Seconds since 1970.
+            /// Time of the last change in seconds since 1970.
             mtime_s: u64,
             /// The same for all names of one file, on one mount.
             file_id: u64,
@@ -95,7 +98,7 @@ contract! {
         fn pumice_link(fs: *const c_void, from: *const c_char, from_len: usize, to: *const c_char, to_len: usize) -> i64;
         fn pumice_stat_path(fs: *const c_void, path: *const c_char, len: usize, out: *mut pumice_stat) -> i64;
         fn pumice_mkdir(fs: *const c_void, path: *const c_char, len: usize) -> i64;
-        /// With the directories above it; it may exist.
+        /// Creates a directory with its parents; it may exist.
         fn pumice_make_dirs(fs: *const c_void, path: *const c_char, len: usize) -> i64;
         fn pumice_rmdir(fs: *const c_void, path: *const c_char, len: usize) -> i64;
         fn pumice_list(fs: *const c_void, path: *const c_char, len: usize, each: pumice_name_fn, arg: *mut c_void) -> i64;
@@ -104,7 +107,7 @@ contract! {
         fn pumice_unlock(lock: *mut c_void);
         fn pumice_free_bytes(fs: *const c_void, out: *mut u64) -> i64;
 
-        /// A file. Any thread, also at once; the handle keeps the inode alive.
+        /// The file. Any number of threads may use it at once. The handle keeps the inode alive.
         fn pumice_file_release(file: *const c_void);
         fn pumice_file_len(file: *const c_void) -> u64;
         fn pumice_file_id(file: *const c_void) -> u64;
@@ -114,7 +117,7 @@ contract! {
         fn pumice_read_many(file: *const c_void, reads: *mut pumice_read, count: usize) -> i64;
         fn pumice_truncate(file: *const c_void, len: u64) -> i64;
         fn pumice_allocate(file: *const c_void, offset: u64, len: u64) -> i64;
-        /// The writer closes: nobody is going to append.
+        /// The writer closes: nobody will append.
         fn pumice_finish(file: *const c_void) -> i64;
         fn pumice_sync(file: *const c_void) -> i64;
         fn pumice_range_sync(file: *const c_void, offset: u64, len: u64) -> i64;
@@ -127,27 +130,31 @@ contract! {
         /// Makes a fault of `pumice_read_many` this thread's last one.
         fn pumice_fault_take(fault: *mut c_void);
 
-        /// Answers 1 when the data is there already.
+        /// Returns 1 when the data has arrived already.
         fn pumice_read_start(file: *const c_void, offset: u64, len: usize, pending: *mut *mut c_void) -> i64;
-        /// Waits, and releases.
+        /// Waits, and releases the read.
         fn pumice_read_finish(pending: *mut c_void, buf: *mut c_char, len: usize) -> i64;
-        /// Waits if it must, and releases.
+        /// Waits if necessary, and releases the read.
         fn pumice_read_cancel(pending: *mut c_void);
 
-        /// Mounts what a URI names.
+        /// Mounts the file system that a URI names.
         fn pumice_mount_uri(uri: *const c_char, len: usize, fs: *mut *const c_void) -> i64;
     }
     cpp {
-        /// 0 if both sides were compiled from this list (`contract`: Rust's PUMICE_CONTRACT) and the RocksDB that is linked is the
-        /// one of the headers; else 1, and why in `error`.
+        /// Returns 0 if both sides were compiled from this list (`contract`: Rust's
+        /// PUMICE_CONTRACT) and the linked RocksDB is that of the headers; otherwise 1, with the
+        /// reason in `error`.
         fn pumice_check(contract: u64, error: *mut c_char, error_len: usize) -> u32;
-        /// A `rocksdb::Env*` over the file system, which it owns; `offers`: PUMICE_CAN_*. Null: out of memory.
+        /// Makes a `rocksdb::Env*` over the file system, which it owns; `offers`: PUMICE_CAN_*.
+        /// Null if there is no memory.
         fn pumice_env_new(fs: *const c_void, offers: u32) -> *mut c_void;
-        /// That environment as an rocksdb_env_t, which owns it from then on. Null: out of memory.
+        /// Wraps that environment as an rocksdb_env_t, which owns it from then on. Null if there is
+        /// no memory.
         fn pumice_env_wrap(env: *mut c_void) -> *mut c_void;
-        /// Makes `blobfs://…` known to RocksDB's object registry, for `--fs_uri` of its tools. Once.
+        /// Registers `blobfs://…` with RocksDB's object registry, for `--fs_uri` of its tools.
+        /// Called once.
         fn pumice_register_uri();
-        /// RocksDB's own answer to opening `uri` through the registry: null, or an rocksdb_env_t.
+        /// Opens `uri` through RocksDB's registry. Returns null, or an rocksdb_env_t.
         fn pumice_env_from_uri(uri: *const c_char, len: usize, error: *mut c_char, error_len: usize) -> *mut c_void;
     }
 }

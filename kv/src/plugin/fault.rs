@@ -1,27 +1,27 @@
-//! Failures as they cross into RocksDB.
+//! Failures in the form in which they cross into RocksDB.
 
 use std::any::Any;
 
 use pumice_blobfs::fs::FsError;
 
-/// Answer of everything that can fail here.
+/// The result of everything that can fail here.
 pub(crate) type Result<T> = std::result::Result<T, Fault>;
 
-/// A failure: an errno, what RocksDB decides by beyond it, and a text.
+/// A failure: an errno, the bits by which RocksDB decides what to do, and a text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Fault {
-    /// Positive errno; RocksDB's status follows from it (`kv/shim/status.cc`).
+    /// The positive errno, from which RocksDB's status follows (`kv/shim/status.cc`).
     pub errno: i32,
-    /// The same call may succeed later: RocksDB resumes by itself.
+    /// Whether the same call may succeed later, so that RocksDB resumes by itself.
     pub retryable: bool,
-    /// Bytes that were durable are gone or damaged.
+    /// Whether durable bytes are lost or damaged.
     pub data_loss: bool,
-    /// For people: device, offset, cause.
+    /// The text: device, offset, cause.
     pub text: String,
 }
 
 impl Fault {
-    /// A failure that is final and loses nothing.
+    /// Makes a failure that is final and loses nothing.
     pub fn new(errno: i32, text: impl Into<String>) -> Fault {
         Fault {
             errno,
@@ -31,7 +31,7 @@ impl Fault {
         }
     }
 
-    /// A panic below the plugin, as an error instead of an abort.
+    /// Makes an error of a panic below the plugin, which would otherwise abort.
     pub fn from_panic(payload: &(dyn Any + Send)) -> Fault {
         let text = payload
             .downcast_ref::<&str>()
@@ -73,7 +73,7 @@ mod tests {
 
     use super::*;
 
-    /// What RocksDB decides by: whether it may try again, and the errno.
+    /// The errno and the retry bit, by which RocksDB decides, are kept.
     #[test]
     fn faults_keep_what_rocksdb_decides_by() {
         let fs = crate::mount("malloc://16M", &crate::MountOptions::new()).unwrap();

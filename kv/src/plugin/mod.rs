@@ -1,4 +1,5 @@
-//! Between RocksDB's C++ `FileSystem` (`kv/shim`) and BlobFS. `contract.rs` lists what crosses.
+//! The connection between RocksDB's C++ `FileSystem` (`kv/shim`) and BlobFS. `contract.rs` lists
+//! the functions.
 
 mod binding;
 mod fault;
@@ -9,7 +10,7 @@ pub(crate) use binding::Binding;
 pub(crate) use ffi::{env_from_uri, make_cpp_env, make_env, register_uri};
 pub(crate) use path::{from_root, normal};
 
-/// What an environment may offer to RocksDB.
+/// The abilities that an environment may offer to RocksDB.
 pub(crate) mod offers {
     pub(crate) use super::contract::{
         PUMICE_CAN_ASYNC as ASYNC_READS, PUMICE_CAN_PIN as LENDING,
@@ -17,7 +18,7 @@ pub(crate) mod offers {
     };
 }
 
-/// The Rust side of the list.
+/// Makes the Rust side of the contract.
 #[allow(
     non_camel_case_types,
     dead_code,
@@ -29,7 +30,7 @@ mod contract {
 
     macro_rules! contract {
         ($($all:tt)*) => {
-            /// What both sides were compiled from.
+            /// A hash of the list from which both sides were compiled.
             pub(crate) const PUMICE_CONTRACT: u64 = word_of(stringify!($($all)*));
             declarations! { $($all)* }
         };
@@ -52,7 +53,7 @@ mod contract {
                 pub(crate) struct $struct { $($(#[$fdoc])* pub(crate) $field: $fty,)* }
             )*
             $($(#[$bdoc])* pub(crate) type $callback = unsafe extern "C" fn($($bty),*);)*
-            // Each function that Rust gives has the type that C++ calls it by.
+            // Each function that Rust implements has the type by which C++ calls it.
             $(const _: unsafe extern "C" fn($($rty),*) $(-> $rret)? = super::ffi::$rust;)*
             unsafe extern "C" {
                 $($(#[$pdoc])* pub(crate) fn $cpp($($parg: $pty),*) $(-> $pret)?;)*

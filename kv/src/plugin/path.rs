@@ -1,4 +1,4 @@
-//! Paths as RocksDB writes them, below the root of an environment. Their normal form is the file system's.
+//! RocksDB's paths below the root of an environment. The file system normalises them.
 
 use std::borrow::Cow;
 
@@ -6,8 +6,8 @@ use pumice_blobfs::fs;
 
 use crate::Error;
 
-/// `path` below `root`, for the file system, which makes it normal. `..` goes up from wherever it stands, also out of
-/// `root`, and stays at `/` there. A relative path is taken from `root`.
+/// Returns `path` below `root`, for the file system, which normalises it. `..` goes up from its
+/// place, also out of `root`, and stays at `/`. A relative path starts at `root`.
 pub(crate) fn resolve<'a>(root: &str, path: &'a str) -> Cow<'a, str> {
     if !path.contains("..") {
         return match root {
@@ -29,16 +29,16 @@ pub(crate) fn resolve<'a>(root: &str, path: &'a str) -> Cow<'a, str> {
     Cow::Owned(resolved)
 }
 
-/// A path of the whole file system, normal.
+/// Normalises a path of the whole file system.
 ///
 /// # Errors
-/// [`Error::FileSystem`] for a path that no file can have.
+/// Fails with [`Error::FileSystem`] for a path that no file can have.
 pub(crate) fn normal(path: &str) -> Result<String, Error> {
     Ok(fs::normalise(&resolve("/", path))?)
 }
 
-/// How a normal path of the whole file system is written inside an environment rooted at `root`, such
-/// that [`resolve`] gives it back.
+/// Returns a normalised path of the whole file system as it is written inside an environment with
+/// the root `root`, so that [`resolve`] returns the original.
 pub(crate) fn from_root(root: &str, path: &str) -> String {
     if root == "/" {
         return path.to_owned();

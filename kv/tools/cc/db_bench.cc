@@ -1,8 +1,8 @@
-// RocksDB's db_bench as functions: its flags one by one, a run on a given environment, and a look at every key afterwards.
+// RocksDB's db_bench as functions: its flags one by one, a run on a given environment, and a check of every key afterwards.
 
-// The library has a function of this name, too (build_version.cc).
+// The library has a function of this name too (build_version.cc).
 #define RocksDbIOUringEnable DbBenchIOUringEnable
-// Included, so that its file-static environment can be set: the only other way is a URI.
+// The source is included so that its file-static environment can be set. The only other way is a URI.
 #include "tools/db_bench_tool.cc"
 
 #include "tools.h"
@@ -18,7 +18,7 @@ using rocksdb::ColumnFamilyHandle;
 using rocksdb::DB;
 using rocksdb::Status;
 
-// What a stdio stream calls for its output: the listener of a run.
+// A stdio stream calls this with its output, which goes to the listener of a run.
 struct Listener {
   pumice_said_fn said;
   void* arg;
@@ -30,7 +30,7 @@ ssize_t Say(void* cookie, const char* text, size_t len) {
   return static_cast<ssize_t>(len);
 }
 
-// Reads every key of one database by a scan and by Get, and compares. Adds to `keys`.
+// Reads every key of one database by a scan and by Get, and compares the two. Adds their number to `keys`.
 Status VerifyDatabase(const std::string& path, uint64_t* keys) {
   rocksdb::Options options;
   options.env = FLAGS_env;

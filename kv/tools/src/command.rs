@@ -1,4 +1,5 @@
-//! What the programs `pumice-ldb` and `pumice-sst_dump` share: the device before the tool's own arguments.
+//! The common part of the programs `pumice-ldb` and `pumice-sst_dump`: the device before the tool's
+//! own arguments.
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -7,10 +8,10 @@ use pumice::{MountOptions, mount};
 
 use crate::Files;
 
-/// Whether a tool changes what is on the device.
+/// Whether a tool changes the content of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// The device is opened for reading only, and several programs may do so at a time.
+    /// The device is opened for reading only, which several programs may do at a time.
     Read,
     /// The device is opened for writing.
     Write,

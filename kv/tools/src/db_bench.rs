@@ -1,15 +1,15 @@
-//! `db_bench` in parts: its flags, a run, and a look at every key.
+//! The parts of `db_bench`: its flags, a run, and a check of every key.
 //!
-//! The flags are RocksDB's own static variables: one set for the process, and one run.
+//! The flags are RocksDB's static variables, so there is one set for the process, and one run.
 
 use crate::{Files, ffi};
 
-/// What a flag's value is.
+/// The kind of a flag's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// A switch: `--sync`, `--nosync`, `--sync=true`.
     Bool,
-    /// A number or a text, named as gflags names its type.
+    /// A number or a text, with gflags' name of its type.
     Value(&'static str),
 }
 
@@ -26,7 +26,7 @@ impl Kind {
         }
     }
 
-    /// The name that gflags gives the type.
+    /// Returns gflags' name of the type.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -43,7 +43,7 @@ pub struct Flag {
     pub name: String,
     /// The type of its value.
     pub kind: Kind,
-    /// Its present value: the default one, unless it was set.
+    /// Its current value, which is the default unless it was set.
     pub value: String,
     /// RocksDB's description.
     pub help: String,
@@ -72,8 +72,8 @@ pub struct Refused;
 /// Sets a flag.
 ///
 /// # Errors
-/// [`Refused`] if there is no such flag or it cannot have this value; where the value is of the right type, RocksDB has
-/// told the reason on standard error.
+/// Returns [`Refused`] if there is no such flag or it cannot have this value. If the value has the
+/// right type, RocksDB has printed the reason on standard error.
 pub fn set(name: &str, value: &str) -> Result<(), Refused> {
     if ffi::set(name, value) {
         Ok(())
@@ -82,20 +82,21 @@ pub fn set(name: &str, value: &str) -> Result<(), Refused> {
     }
 }
 
-/// Runs `db_bench` with the flags that were set; its exit code. `said` gets what it prints on standard output, in pieces.
-/// A fatal error of the benchmark ends the process with exit code 1, after what is mounted has been unmounted.
+/// Runs `db_bench` with the flags that were set, and returns its exit code. `said` gets its
+/// standard output in parts. A fatal error of the benchmark ends the process with exit code 1,
+/// after everything mounted has been unmounted.
 ///
 /// # Errors
-/// The environment could not be made.
+/// Fails when the environment could not be made.
 pub fn run(files: &Files, said: impl FnMut(&[u8]) + Send) -> Result<i32, pumice::Error> {
     ffi::run(files, said)
 }
 
-/// Opens the databases of the [`run`] for reading, reads each key by a scan and by `Get`, with checksums verified, and
-/// compares the two; the number of keys.
+/// Opens the databases of the [`run`] for reading, reads each key by a scan and by `Get`, with
+/// checksums verified, and compares the two. Returns the number of keys.
 ///
 /// # Errors
-/// RocksDB's text, with the key where the two differ.
+/// Returns RocksDB's text, with the key for which the two differ.
 pub fn verify() -> Result<u64, String> {
     ffi::verify()
 }

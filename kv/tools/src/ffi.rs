@@ -23,10 +23,10 @@ unsafe extern "C" {
     fn pumice_sst_dump(env: *mut c_void, argc: c_int, argv: *mut *mut c_char) -> c_int;
 }
 
-/// One flag of `db_bench` as C++ tells it: name, type, value, help.
+/// A flag of `db_bench` from C++: name, type, value, help.
 pub(crate) type RawFlag = [String; 4];
 
-/// Every flag of `db_bench`.
+/// Returns every flag of `db_bench`.
 pub(crate) fn flags() -> Vec<RawFlag> {
     unsafe extern "C" fn each(
         arg: *mut c_void,
@@ -38,7 +38,7 @@ pub(crate) fn flags() -> Vec<RawFlag> {
         // SAFETY: `arg` is the vector below, which nobody else uses during the call.
         let flags = unsafe { &mut *arg.cast::<Vec<RawFlag>>() };
         flags.push([name, kind, value, help].map(|text| {
-            // SAFETY: C++ passes texts that end with a NUL and are good for the call.
+            // SAFETY: C++ passes texts that end with a NUL and are valid for the call.
             unsafe { CStr::from_ptr(text) }
                 .to_string_lossy()
                 .into_owned()
@@ -50,7 +50,7 @@ pub(crate) fn flags() -> Vec<RawFlag> {
     flags
 }
 
-/// Sets a flag of `db_bench`; false for a value that it cannot have.
+/// Sets a flag of `db_bench`. Returns false for a value that it cannot have.
 pub(crate) fn set(name: &str, value: &str) -> bool {
     let (Ok(name), Ok(value)) = (CString::new(name), CString::new(value)) else {
         return false;
@@ -59,18 +59,18 @@ pub(crate) fn set(name: &str, value: &str) -> bool {
     unsafe { pumice_db_bench_set(name.as_ptr(), value.as_ptr()) == 0 }
 }
 
-/// The version of the RocksDB that is linked.
+/// Returns the version of the linked RocksDB.
 pub(crate) fn version() -> String {
-    // SAFETY: it takes nothing, and its answer is a static text.
+    // SAFETY: the function takes no arguments, and returns a static text.
     let text = unsafe { CStr::from_ptr(pumice_rocksdb_version()) };
     text.to_string_lossy().into_owned()
 }
 
-/// The environment over `files`; it lives as long as the process.
+/// Returns the environment over `files`, which lives as long as the process.
 fn env(files: &Files) -> Result<*mut c_void, pumice::Error> {
     match files {
         Files::Kernel => Ok(ptr::null_mut()),
-        // SAFETY: it takes nothing.
+        // SAFETY: the function takes no arguments.
         Files::Memory => Ok(unsafe { pumice_memory_env() }),
         Files::Pumice(fs) => Ok(pumice::EnvOptions::new().build_cpp(fs)?.as_ptr()),
     }
@@ -101,7 +101,7 @@ pub(crate) fn run<S: FnMut(&[u8]) + Send>(files: &Files, said: S) -> Result<c_in
     Ok(unsafe { pumice_db_bench_run(env, hear::<S>, ptr::from_mut(&mut said).cast()) })
 }
 
-/// Reads every key of the databases of the run back.
+/// Reads back every key of the run's databases.
 pub(crate) fn verify() -> Result<u64, String> {
     let mut keys = 0;
     let mut error = [0_u8; 1024];
@@ -115,20 +115,20 @@ pub(crate) fn verify() -> Result<u64, String> {
     Err(text.to_string_lossy().into_owned())
 }
 
-/// Which of the two tools that take a command line.
+/// A tool that takes a command line.
 #[derive(Clone, Copy)]
 pub(crate) enum Tool {
     Ldb,
     SstDump,
 }
 
-/// Runs a tool; its exit code.
+/// Runs a tool and returns its exit code.
 pub(crate) fn tool(tool: Tool, files: &Files, args: &[OsString]) -> Result<c_int, pumice::Error> {
     let name = match tool {
         Tool::Ldb => "ldb",
         Tool::SstDump => "sst_dump",
     };
-    // An argument from a command line holds no NUL; one that does is cut there, as C would.
+    // An argument from a command line contains no NUL. One that does is cut there, as in C.
     let mut texts: Vec<Vec<u8>> = std::iter::once(OsString::from(name))
         .chain(args.iter().cloned())
         .map(|arg| {

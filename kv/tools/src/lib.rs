@@ -1,9 +1,10 @@
-//! RocksDB's own command-line tools, compiled from the sources that the `librocksdb-sys` crate brings, on the kernel's file
-//! system, in memory, or on Pumice's.
+//! RocksDB's own command-line tools, compiled from the sources of the `librocksdb-sys` crate, on
+//! the kernel's file system, in memory, or on Pumice's file system.
 //!
-//! [`ldb`] and [`sst_dump`] take the arguments that RocksDB's documentation gives them; paths in them are paths of the file
-//! system that is passed. [`db_bench`] has the benchmark tool in parts, for the program `db_bench` of `pumice-bench`.
-//! The programs `pumice-ldb` and `pumice-sst_dump` are what `pumice ldb` and `pumice sst_dump` run.
+//! [`ldb`] and [`sst_dump`] take the arguments of RocksDB's documentation. Paths in them are paths
+//! of the passed file system. [`db_bench`] has the parts of the benchmark tool, for the program
+//! `db_bench` of `pumice-bench`. `pumice ldb` and `pumice sst_dump` run the programs `pumice-ldb`
+//! and `pumice-sst_dump`.
 
 #[allow(unsafe_code)]
 mod ffi;
@@ -15,10 +16,10 @@ use std::ffi::OsString;
 
 use pumice::{Error, FileSystem};
 
-/// The file system that a tool works on.
+/// The file system for a tool.
 #[derive(Clone, Debug)]
 pub enum Files {
-    /// The kernel's, or what the tool's own `--fs_uri` or `--env_uri` names.
+    /// The kernel's, or the one of the tool's own `--fs_uri` or `--env_uri`.
     Kernel,
     /// RocksDB's environment in memory, new and empty.
     Memory,
@@ -26,24 +27,24 @@ pub enum Files {
     Pumice(FileSystem),
 }
 
-/// The version of RocksDB that is linked, such as `11.8.1`.
+/// Returns the version of the linked RocksDB, such as `11.8.1`.
 #[must_use]
 pub fn rocksdb_version() -> String {
     ffi::version()
 }
 
-/// Runs `ldb`; its exit code.
+/// Runs `ldb` and returns its exit code.
 ///
 /// # Errors
-/// The environment could not be made.
+/// Fails when the environment could not be made.
 pub fn ldb(files: &Files, args: &[OsString]) -> Result<i32, Error> {
     ffi::tool(ffi::Tool::Ldb, files, args)
 }
 
-/// Runs `sst_dump`; its exit code. It ends the process itself when an argument is wrong.
+/// Runs `sst_dump` and returns its exit code. It ends the process itself when an argument is wrong.
 ///
 /// # Errors
-/// The environment could not be made.
+/// Fails when the environment could not be made.
 pub fn sst_dump(files: &Files, args: &[OsString]) -> Result<i32, Error> {
     ffi::tool(ffi::Tool::SstDump, files, args)
 }

@@ -1,4 +1,4 @@
-//! Environments over a file system, and the URI for RocksDB's own tools.
+//! Environments over a file system, and URIs for RocksDB's own tools.
 
 use std::ffi::{c_char, c_void};
 use std::ptr::NonNull;
@@ -32,23 +32,24 @@ pub(in crate::plugin) unsafe extern "C" fn pumice_mount_uri(
     })
 }
 
-/// For C++ programs that link this crate: as [`crate::register_uri`], before `main`.
+/// Registers URIs as [`crate::register_uri`] does, before `main`, for C++ programs that link this
+/// crate.
 #[unsafe(no_mangle)]
 extern "C" fn pumice_register_blobfs() {
     guard_value((), crate::register_uri);
 }
 
-/// Why no environment could be made.
+/// The reason why no environment could be made.
 #[derive(Debug)]
 pub(crate) struct EnvError(pub String);
 
-/// A text that C++ has written.
+/// Converts a text that C++ has written.
 fn written(text: &[u8]) -> String {
     let end = text.iter().position(|b| *b == 0).unwrap_or(text.len());
     String::from_utf8_lossy(&text[..end]).into_owned()
 }
 
-/// Whether the two sides and the RocksDB that is linked belong together.
+/// Checks that the two sides and the linked RocksDB belong together.
 fn check() -> std::result::Result<(), EnvError> {
     let mut error = [0_u8; 512];
     let (text, room) = (error.as_mut_ptr().cast(), error.len());
@@ -63,8 +64,8 @@ fn out_of_memory() -> EnvError {
     EnvError("RocksDB could not make an environment: out of memory".into())
 }
 
-/// A `rocksdb::Env*` over `fs`, whose `/` is the directory `root` of it, in its normal form, and what ends its use.
-/// It offers to RocksDB what `offers` says.
+/// Makes a `rocksdb::Env*` over `fs`, whose `/` is the directory `root` of it (normalised), and the
+/// object that ends its use. It offers the abilities in `offers` to RocksDB.
 pub(crate) fn make_cpp_env(
     fs: FileSystem,
     root: String,
@@ -84,7 +85,7 @@ pub(crate) fn make_cpp_env(
     Ok((env, binding))
 }
 
-/// As [`make_cpp_env`], as the environment of the `rocksdb` crate.
+/// Makes an environment as [`make_cpp_env`] does, as that of the `rocksdb` crate.
 pub(crate) fn make_env(
     fs: FileSystem,
     root: String,
@@ -100,14 +101,14 @@ pub(crate) fn make_env(
     Ok((unsafe { rocksdb::Env::from_raw(env.cast()) }, binding))
 }
 
-/// Makes `blobfs://…` known to RocksDB in this process; again is nothing.
+/// Registers `blobfs://…` with RocksDB in this process. A second call does nothing.
 pub(crate) fn register_uri() {
     static ONCE: std::sync::Once = std::sync::Once::new();
-    // SAFETY: it takes nothing.
+    // SAFETY: the function takes no arguments.
     ONCE.call_once(|| unsafe { pumice_register_uri() });
 }
 
-/// The environment that RocksDB itself makes of a registered URI.
+/// Returns the environment that RocksDB makes for a registered URI.
 pub(crate) fn env_from_uri(uri: &str) -> std::result::Result<rocksdb::Env, EnvError> {
     let mut error = [0_u8; 1024];
     let (text, room) = (error.as_mut_ptr().cast(), error.len());
@@ -134,7 +135,7 @@ mod tests {
         let text = written(&error);
         assert!(text.contains("cargo clean -p pumice"), "{text}");
         assert!(check().is_ok());
-        // Less room than text is not overrun.
+        // A text that does not fit is cut off.
         let mut small = [b'x'; 8];
         // SAFETY: the pointer goes with its length.
         unsafe { pumice_check(PUMICE_CONTRACT ^ 1, small.as_mut_ptr().cast(), 4) };

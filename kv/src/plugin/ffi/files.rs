@@ -12,7 +12,7 @@ use crate::plugin::contract::{
 };
 use crate::plugin::fault::{Fault, Result};
 
-/// Memory lent to RocksDB by `pumice_read_many`.
+/// Memory that `pumice_read_many` lends to RocksDB.
 enum Lent {
     Cached(Pinned),
     Owned(Vec<u8>),
@@ -27,7 +27,7 @@ impl Lent {
     }
 }
 
-/// A file, for calls that end with their environment.
+/// Returns a file, for calls that end with their environment.
 ///
 /// # Safety
 /// As [`opened`].
@@ -39,7 +39,7 @@ unsafe fn usable<'a>(file: *const c_void) -> Result<&'a File> {
     Ok(&opened.file)
 }
 
-/// Functions of a file that answer nothing but whether they succeeded.
+/// Functions of a file that return only whether they succeeded.
 macro_rules! file_calls {
     ($($name:ident($($arg:ident: $ty:ty),*) => |$file:ident| $call:expr;)*) => {$(
         #[unsafe(no_mangle)]
@@ -64,7 +64,7 @@ file_calls! {
     pumice_sync() => |file| file.sync();
     pumice_range_sync(offset: u64, len: u64) => |file| file.range_sync(offset, len);
     pumice_prefetch(offset: u64, len: u64) => |file| file.prefetch(offset, len);
-    // Starts writing back what is dirty, without waiting, and gives back what was allocated past the end.
+    // This starts writing dirty bytes, without waiting, and frees what was allocated past the end.
     pumice_finish() => |file| file.flush().map(|()| file.finish_writing());
     pumice_invalidate(offset: u64, len: u64) => |file| Ok::<(), FsError>(file.invalidate(offset, len));
 }
@@ -113,7 +113,7 @@ pub(in crate::plugin) unsafe extern "C" fn pumice_read_many(
     guard(|| {
         // SAFETY: the shim passes a live file and an array of its own with `len` reads.
         let (file, raws) = unsafe { (usable(file)?, slice::from_raw_parts_mut(reads, len)) };
-        // What is cached and may be lent needs no buffer and no copy.
+        // Cached bytes that can be lent need no buffer and no copy.
         let mut left = 0;
         for raw in &mut *raws {
             let pinned = raw
@@ -132,7 +132,7 @@ pub(in crate::plugin) unsafe extern "C" fn pumice_read_many(
     })
 }
 
-/// Reads what `pumice_read_many` could not lend, `left` of them.
+/// Reads the `left` requests that `pumice_read_many` could not lend.
 fn read_rest(file: &File, raws: &mut [pumice_read], left: usize) {
     let open = |raw: &pumice_read| raw.pin.is_null();
     let mut own: Vec<Vec<u8>> = raws

@@ -1,9 +1,9 @@
 //! The C functions that the shim calls, over BlobFS.
 //!
-//! A handle on the C++ side is a pointer from `Box::into_raw`: [`Mounted`] for a file system, [`Opened`] for a file,
-//! [`Locked`] for a lock, `ReadHandle` for a read. C++ releases each exactly once, after the last call with
-//! it, and calls with one handle from many threads at once, for which these types are `Sync`. No panic leaves a function:
-//! [`guard`] makes it an error.
+//! A handle on the C++ side is a pointer from `Box::into_raw`: [`Mounted`] for a file system,
+//! [`Opened`] for a file, [`Locked`] for a lock, `ReadHandle` for a read. C++ releases each exactly
+//! once, after the last call with it. Many threads may call with one handle at once, for which
+//! these types are `Sync`. No panic leaves a function: [`guard`] makes it an error.
 #![allow(unsafe_code)]
 
 mod env;
@@ -27,7 +27,7 @@ use super::binding::Binding;
 use super::contract::{PUMICE_DATA_LOSS, PUMICE_RETRYABLE, pumice_fault};
 use super::fault::{Fault, Result};
 
-/// A file system and the directory of it that an environment calls `/`, in its normal form.
+/// A file system, and its directory that an environment calls `/`, normalised.
 struct Mounted {
     fs: FileSystem,
     root: String,
@@ -50,11 +50,11 @@ thread_local! {
     static LAST: RefCell<Fault> = RefCell::new(Fault::new(libc::EIO, "no failure"));
 }
 
-/// Keeps `fault` for `pumice_last_fault` and answers its errno, negative.
+/// Keeps `fault` for `pumice_last_fault` and returns its negative errno.
 #[cold]
 fn remember(fault: Fault) -> i64 {
     let errno = i64::from(fault.errno.max(1));
-    // A thread that is ending has no place for the text any more.
+    // A thread that is ending has no place for the text.
     let _ = LAST.try_with(|last| *last.borrow_mut() = fault);
     -errno
 }
@@ -68,7 +68,7 @@ fn guard(call: impl FnOnce() -> Result<i64>) -> i64 {
     }
 }
 
-/// For what cannot fail: a panic is swallowed, after its message went to the panic hook.
+/// Runs a call that cannot fail. A panic is ignored after its message went to the panic hook.
 fn guard_value<T>(otherwise: T, call: impl FnOnce() -> T) -> T {
     catch_unwind(AssertUnwindSafe(call)).unwrap_or(otherwise)
 }
@@ -160,10 +160,10 @@ pub(super) unsafe extern "C" fn pumice_fault_take(fault: *mut c_void) {
 mod tests {
     use super::*;
 
-    /// The text of this thread's last fault, as C++ reads it.
+    /// Returns the text of this thread's last fault, as C++ reads it.
     fn last() -> (i32, String) {
         let mut fault = std::mem::MaybeUninit::uninit();
-        // SAFETY: the function writes all of it, and its text is good until the next call.
+        // SAFETY: the function writes all of it, and its text is valid until the next call.
         unsafe {
             pumice_last_fault(fault.as_mut_ptr());
             let fault = fault.assume_init();

@@ -13,7 +13,7 @@ use crate::plugin::contract::{
 use crate::plugin::fault::Result;
 use crate::plugin::path::resolve;
 
-/// An environment, for calls that end with it.
+/// Returns an environment, for calls that end with it.
 ///
 /// # Safety
 /// As [`mounted`].
@@ -41,7 +41,7 @@ unsafe fn on_path(
     })
 }
 
-/// Makes the directories above the normal `path`, where they are missing.
+/// Makes the missing parent directories of the normalised `path`.
 fn make_parents(fs: &FileSystem, path: &str) -> Result<()> {
     for (at, _) in path.match_indices('/').skip(1) {
         match fs.mkdir(&path[..at]) {
@@ -52,8 +52,8 @@ fn make_parents(fs: &FileSystem, path: &str) -> Result<()> {
     Ok(())
 }
 
-/// The files that RocksDB makes, or begins, whenever it opens a database. On a full file system they may
-/// come from what is kept back, so that the database can be opened, read and emptied.
+/// Whether the path is one of the files that RocksDB makes whenever it opens a database. On a full
+/// file system they may use the reserve, so that the database can be opened, read and emptied.
 fn is_essential(path: &str) -> bool {
     let name = path.rsplit('/').next().unwrap_or(path);
     let extension = name.rsplit_once('.').map(|(_, extension)| extension);
@@ -63,7 +63,7 @@ fn is_essential(path: &str) -> bool {
         || matches!(extension, Some("dbtmp" | "log"))
 }
 
-/// Functions of one path that answer nothing but whether they succeeded.
+/// Functions of one path that return only whether they succeeded.
 macro_rules! path_calls {
     ($($name:ident => $call:expr;)*) => {$(
         #[unsafe(no_mangle)]
@@ -193,7 +193,7 @@ pub(in crate::plugin) unsafe extern "C" fn pumice_mkdir(
     let mkdir = |mounted: &Mounted, path: &str| {
         let path = fs::normalise(path)?;
         if path == mounted.root {
-            // RocksDB takes the parents of its `/` for granted.
+            // RocksDB expects the parents of its `/`.
             make_parents(&mounted.fs, &path)?;
         }
         Ok(mounted.fs.mkdir(&path).map(|()| 0)?)
@@ -202,8 +202,8 @@ pub(in crate::plugin) unsafe extern "C" fn pumice_mkdir(
     unsafe { on_path(fs, path, len, mkdir) }
 }
 
-/// A database's directory with those above, which the `rocksdb` crate makes in the kernel's
-/// file system before it asks for the last one here.
+/// Makes a database's directory with its parents. The `rocksdb` crate makes the parents in the
+/// kernel's file system before it asks for the last directory here.
 #[unsafe(no_mangle)]
 pub(in crate::plugin) unsafe extern "C" fn pumice_make_dirs(
     fs: *const c_void,
@@ -235,8 +235,8 @@ pub(in crate::plugin) unsafe extern "C" fn pumice_list(
         for entry in &entries {
             let name = entry.name.as_bytes();
             let is_dir = u32::from(entry.is_dir);
-            // SAFETY: `each` and `arg` belong together and are good for this call; the
-            // function does not throw (noexcept) and copies the name.
+            // SAFETY: `each` and `arg` belong together and are valid for this call; the function
+            // does not throw (noexcept) and copies the name.
             unsafe { each(arg, name.as_ptr().cast(), name.len(), entry.len, is_dir) };
         }
         Ok(count(entries.len()))
@@ -293,7 +293,7 @@ mod tests {
     use crate::plugin::contract::PUMICE_RETRYABLE;
     use crate::plugin::ffi::{pumice_file_id, pumice_file_release};
 
-    /// An environment's file system, as C++ has it.
+    /// An environment's file system, as C++ holds it.
     struct Handle(*const c_void);
 
     impl Handle {
@@ -307,7 +307,7 @@ mod tests {
             Handle(Box::into_raw(Box::new(mounted)).cast_const().cast())
         }
 
-        /// The identity of the file at `path`, opened in this way.
+        /// Returns the identity of the file at `path`, opened in this way.
         fn id(&self, path: &str, how: u32) -> u64 {
             let mut file = ptr::null();
             // SAFETY: the file system is live, the path is readable, the handle is released once.
@@ -350,7 +350,7 @@ mod tests {
             stat.assume_init()
         };
         assert_eq!((stat.file_id, stat.links), (a, 2));
-        // A new inode under the old name.
+        // This is a new inode under the old name.
         assert_ne!(fs.id("/a", make), a);
     }
 

@@ -1,5 +1,5 @@
-// The part of the gflags interface that RocksDB's db_bench_tool.cc uses. Every flag is in one list, which the program's
-// own command line reads and sets (db_bench.cc), so that the gflags library is not needed.
+// The part of the gflags interface that RocksDB's db_bench_tool.cc uses, so that the gflags library is not needed. Every flag
+// is in one list, which the program's own command line reads and sets (db_bench.cc).
 
 #pragma once
 
@@ -25,7 +25,7 @@ class Flag {
     first = this;
   }
   virtual ~Flag() = default;
-  // Sets the flag, unless `text` is not a value of its type or its validator refuses the value.
+  // Sets the flag, unless `text` is not a value of its type or its validator refuses it.
   virtual bool Set(const char* text) = 0;
   virtual std::string Value() const = 0;
   virtual bool Valid() const = 0;
@@ -134,7 +134,7 @@ bool RegisterFlagValidator(const T* value, bool (*validate)(const char* name, T 
 inline void SetUsageMessage(const std::string& /*usage*/) {}
 inline void SetVersionString(const std::string& /*version*/) {}
 
-// The command line has been read already. As in gflags, every validator is asked once more, also about defaults.
+// The command line has been read already. As in gflags, every validator is called once more, also for defaults.
 inline uint32_t ParseCommandLineFlags(int* /*argc*/, char*** /*argv*/, bool /*remove_flags*/) {
   for (Flag* flag = Flag::first; flag != nullptr; flag = flag->next) {
     if (!flag->Valid()) {
