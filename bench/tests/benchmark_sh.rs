@@ -1,9 +1,9 @@
-//! RocksDB's own `tools/benchmark.sh`, unmodified, on an image.
+//! A test that runs RocksDB's own `tools/benchmark.sh`, unmodified, on an image.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The script, in the sources that librocksdb-sys brings.
+/// Returns the script, in the sources that librocksdb-sys brings.
 fn script() -> PathBuf {
     let metadata = Command::new(env!("CARGO"))
         .args(["metadata", "--format-version=1", "--offline"])
@@ -58,7 +58,8 @@ fn its_tests_run_on_an_image() {
             .env("MAX_BYTES_FOR_LEVEL_BASE_MB", "4")
             .env("MAX_BACKGROUND_JOBS", "2")
             .env("COMPRESSION_TYPE", "lz4")
-            // The durations of its tests are those of a benchmark; here it is the number of writes that ends them.
+            // The durations of its tests are those of a benchmark. Here the number of writes ends
+            // them.
             .env("DURATION", if test == "bulkload" { "0" } else { "1" })
             .output()
             .unwrap();

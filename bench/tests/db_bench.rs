@@ -1,11 +1,12 @@
-//! The real `db_bench` on our file system: small runs by its own flags, each followed by a look at every key.
+//! Tests of the real `db_bench` on our file system: small runs by its own flags, each followed by a
+//! check of every key.
 
 use std::path::Path;
 use std::process::{Command, Output};
 
 use serde_json::Value;
 
-/// Small tables and memtables: flushes and compactions happen in a small run, too.
+/// Small tables and memtables, so that flushes and compactions happen in a small run too.
 const SMALL: [&str; 6] = [
     "--num=3000",
     "--seed=11",
@@ -24,7 +25,7 @@ fn text(out: &Output) -> String {
     String::from_utf8_lossy(stdout).into_owned() + &String::from_utf8_lossy(stderr)
 }
 
-/// Runs with the small sizes and these flags; the report.
+/// Runs with the small sizes and these flags. Returns the report.
 fn run(flags: &[&str]) -> Value {
     let dir = tempfile::tempdir().unwrap();
     let json = dir.path().join("report.json");
@@ -98,7 +99,7 @@ fn a_database_on_an_image_is_found_again_with_every_key() {
         "{found}"
     );
     assert_eq!(result(&again, "readseq")["operations"], 3000);
-    // Another directory of the same device is another database.
+    // Another directory of the same device holds another database.
     let other = run(&[
         &device,
         "--db=/x/y/other",
@@ -112,7 +113,7 @@ fn a_database_on_an_image_is_found_again_with_every_key() {
 fn a_key_that_is_damaged_on_the_device_is_found() {
     let dir = tempfile::tempdir().unwrap();
     let device = image(dir.path());
-    // 'value' alone in the tables, so that they can be found on the device.
+    // The tables contain 'value' alone, so that they can be found on the device.
     run(&[
         &device,
         "--benchmarks=fillseq,compact,flush",
@@ -121,7 +122,7 @@ fn a_key_that_is_damaged_on_the_device_is_found() {
     ]);
     let path = dir.path().join("disk.img");
     let mut bytes = std::fs::read(&path).unwrap();
-    // The key of number 1500 as db_bench writes it, in every copy.
+    // This is the key of number 1500 as db_bench writes it, in every copy.
     let mut key = 1500_u64.to_be_bytes().to_vec();
     key.extend_from_slice(b"00000000");
     let places: Vec<usize> = bytes
@@ -266,7 +267,7 @@ fn the_other_file_systems_run_the_same_tool() {
     let memory = run(&["--env=mem", "--benchmarks=fillseq,readrandom", "--verify"]);
     assert_eq!(memory["verified_keys"], 3000);
     assert_eq!(memory["file_system"], "RocksDB's memory env");
-    // RocksDB's own way to name ours.
+    // This is RocksDB's own way to name our file system.
     let uri = run(&[
         "--fs_uri=blobfs://malloc://512M",
         "--benchmarks=fillseq",
@@ -321,7 +322,7 @@ fn a_wrong_flag_names_the_nearest() {
         assert_eq!(out.status.code(), Some(2), "{wrong:?}: {}", text(&out));
         assert!(text(&out).contains(said), "{wrong:?}: {}", text(&out));
     }
-    // A benchmark that is not there ends the run with RocksDB's own words.
+    // A benchmark that does not exist ends the run with RocksDB's own message.
     let out = db_bench()
         .args(["--env=mem", "--benchmarks=fillsec"])
         .output()

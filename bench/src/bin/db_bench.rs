@@ -12,7 +12,7 @@ use pumice_bench::db_bench::target::Target;
 use pumice_bench::db_bench::workload::Workload;
 use pumice_rocksdb_tools::db_bench;
 
-/// What runs without `--benchmarks`.
+/// Benchmarks that run without `--benchmarks`.
 const DEFAULT_BENCHMARKS: &str = "fillrandom,readrandom";
 
 const INTRO: &str = "db_bench: RocksDB's own benchmark tool, on Pumice's file system (--env=pumice, the default), on the kernel's\n(--env=kernel) or in memory (--env=mem). Without --benchmarks: fillrandom, readrandom, and a look at every key.";

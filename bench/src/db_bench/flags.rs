@@ -5,7 +5,7 @@ use pumice_rocksdb_tools::db_bench::Flag;
 use super::gflags::{self, FlagError, Parsed};
 
 crate::flags! {
-    /// What a run can be told beside RocksDB's own flags.
+    /// Flags of a run beside RocksDB's own.
     Flags {
         env: String = "pumice", "file system below RocksDB: pumice (ours, on --device), kernel (the directory --db of the kernel's file system), mem (RocksDB's own memory env); --fs_uri and --env_uri choose among RocksDB's";
         device: String = "", "block device for --env=pumice as a URI, for example file:///path/disk.img?size=8G or malloc://2G; empty: an image file, made, formatted and removed";
@@ -26,14 +26,14 @@ crate::flags! {
 /// Parses the command line, without the program's name.
 ///
 /// # Errors
-/// The first thing that is wrong.
+/// Returns the first error, as text for the user.
 pub fn parse(
     args: impl IntoIterator<Item = String>,
     rocksdb: &[Flag],
 ) -> Result<Parsed<Flags>, FlagError> {
     let mut args: Vec<String> = args.into_iter().collect();
     for arg in &mut args {
-        // Alone it means standard output.
+        // Alone, the flag means standard output.
         if matches!(&arg[..], "--json" | "-json") {
             arg.push_str("=-");
         }
@@ -42,7 +42,7 @@ pub fn parse(
 }
 
 impl Flags {
-    /// Bytes of our page cache.
+    /// Returns the size of our page cache in bytes.
     #[must_use]
     pub fn page_cache_bytes(&self) -> u64 {
         match self.spdk_cache_size {
@@ -55,7 +55,7 @@ impl Flags {
 /// Checks flags against each other.
 ///
 /// # Errors
-/// In words for the user.
+/// Returns a text for the user.
 pub fn check(f: &Flags) -> Result<(), String> {
     if !["pumice", "kernel", "mem"].contains(&&f.env[..]) {
         return Err(format!("--env={}: one of pumice, kernel, mem", f.env));

@@ -10,16 +10,16 @@ use std::path::Path;
 
 use pumice_rocksdb_tools::db_bench::Flag;
 
-/// What a flag's value can be: parsed from text, shown in `--help`.
+/// A value that a flag can have: parsed from text, shown in `--help`.
 pub trait FlagValue: Sized {
     /// The word for the type in help and errors.
     const KIND: &'static str;
     /// Reads the text after `=`.
     ///
     /// # Errors
-    /// What was expected, for the message.
+    /// Returns a description of what was expected, for the message.
     fn parse(text: &str) -> Result<Self, String>;
-    /// The value as `--help` shows it.
+    /// Returns the value as `--help` shows it.
     fn show(&self) -> String;
 }
 
@@ -92,24 +92,25 @@ pub struct FlagInfo {
 
 /// A struct of flags, made by the [`flags!`](crate::flags) macro.
 pub trait FlagSet: Default {
-    /// Every flag in the order of its definition.
+    /// Returns every flag in the order of its definition.
     fn table() -> Vec<FlagInfo>;
     /// Sets a flag by name.
     ///
     /// # Errors
-    /// What was expected, when the text is no value of the flag's type; the name must be in the table.
+    /// Returns a description of what was expected if the text is not a value of the flag's type.
+    /// The name must be in the table.
     fn set(&mut self, name: &str, text: &str) -> Result<(), String>;
 }
 
-/// What is wrong with a command line. The text says what to do next.
+/// An error in a command line. The text says what to do next.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum FlagError {
-    /// No such flag.
+    /// There is no such flag.
     #[error("unknown flag --{name}{hint}")]
     Unknown {
-        /// As given.
+        /// The name as given.
         name: String,
-        /// Nearest flag, or why it is not there.
+        /// The nearest flag, or the reason why there is none.
         hint: String,
     },
     /// The value does not parse.
@@ -117,52 +118,52 @@ pub enum FlagError {
     Value {
         /// The flag.
         name: String,
-        /// As given.
+        /// The value as given.
         value: String,
-        /// What would have been right.
+        /// A description of what was expected.
         expected: String,
     },
-    /// A flag at the end that needs a value.
+    /// The last flag needs a value.
     #[error("--{name} needs a value: --{name}=<{kind}>")]
     Missing {
         /// The flag.
         name: String,
-        /// Its type.
+        /// The type of the flag.
         kind: &'static str,
     },
     /// The flag file cannot be read.
     #[error("--flagfile={path}: {cause}")]
     File {
-        /// As given.
+        /// The path as given.
         path: String,
-        /// The system's words.
+        /// The system's error.
         cause: String,
     },
 }
 
-/// What came of a command line.
+/// The result of parsing a command line.
 #[derive(Debug)]
 pub enum Parsed<F> {
     /// Flags to run with.
     Run {
-        /// The program's own.
+        /// The program's own flags.
         own: F,
-        /// The other tool's that were given, with their values, in order.
+        /// The other tool's flags that were given, with their values, in order.
         others: Vec<(String, String)>,
-        /// Words that are not flags; gflags ignores them, too.
+        /// Words that are not flags. gflags ignores them too.
         ignored: Vec<String>,
     },
-    /// `--help` was asked for.
+    /// The command line asks for the help.
     Help,
-    /// `--version` was asked for.
+    /// The command line asks for the version.
     Version,
 }
 
-/// Parses `args` (without the program's name). Flags that are not in the set `F` are looked up among `others`, those of the
-/// tool that the program wraps, which are not set but returned.
+/// Parses `args` (without the program's name). Flags that are not in the set `F` are looked up
+/// among `others`, the flags of the tool that the program wraps. Those are not set but returned.
 ///
 /// # Errors
-/// The first thing that is wrong.
+/// Returns the first error.
 pub fn parse<F: FlagSet>(
     args: impl IntoIterator<Item = String>,
     others: &[Flag],
@@ -176,7 +177,7 @@ pub fn parse<F: FlagSet>(
     let mut queue: Vec<String> = args.into_iter().collect();
     queue.reverse();
     let mut files_left = 16_u32;
-    // The kind of a flag, if there is one of that name.
+    // Returns the kind of a flag, if there is one of that name.
     let kind = |name: &str| {
         let ours = table.iter().find(|f| f.name == name).map(|f| f.kind);
         ours.or_else(|| {
@@ -287,7 +288,7 @@ fn read_flagfile(path: &Path) -> Result<Vec<String>, String> {
         .collect())
 }
 
-/// The help page: the program's own flags, then the other tool's.
+/// Returns the help page: the program's own flags, then the other tool's.
 #[must_use]
 pub fn help<F: FlagSet>(intro: &str, others: &[Flag]) -> String {
     let mut out =
@@ -313,7 +314,7 @@ pub fn help<F: FlagSet>(intro: &str, others: &[Flag]) -> String {
     out
 }
 
-/// The name in `known` that is closest to `name`, if any is close enough to be meant.
+/// Returns the name in `known` that is closest to `name`, if one is close enough.
 pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let limit = (name.len() / 3).max(1) + 1;
     known
@@ -327,7 +328,7 @@ pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&
         .map(|(_, k)| k)
 }
 
-/// Edits (insert, delete, replace, swap of neighbours) from `a` to `b`.
+/// Returns the number of edits (insert, delete, replace, swap of neighbours) from `a` to `b`.
 fn distance(a: &str, b: &str) -> usize {
     let (a, b) = (a.as_bytes(), b.as_bytes());
     let mut before: Vec<usize> = Vec::new();
@@ -406,7 +407,7 @@ mod tests {
         Ok(both(args)?.0)
     }
 
-    /// Our flags, and those of the other tool that were given.
+    /// Returns our flags, and those of the other tool that were given.
     #[allow(clippy::type_complexity, reason = "a pair of lists in a test")]
     fn both(args: &[&str]) -> Result<(T, Vec<(String, String)>, Vec<String>), FlagError> {
         let other = |name: &str, kind| Flag {

@@ -1,22 +1,22 @@
-//! Listens to what RocksDB's tool prints: passes it on, and takes the counts of the file system and of the processor where a
-//! benchmark begins and ends.
+//! Reads the output of RocksDB's tool: passes it on, and takes the counts of the file system and of
+//! the processor when a benchmark begins and ends.
 
 use std::io::Write;
 
 use super::report::{BenchResult, IoCount, cpu_seconds};
 
-/// What is counted around a benchmark.
+/// Counts at one moment.
 #[derive(Clone, Copy, Debug, Default)]
 struct Counts {
     io: Option<IoCount>,
     cpu: Option<f64>,
 }
 
-/// Takes the tool's output in pieces.
+/// Receives the tool's output in pieces.
 pub struct Listener<'a> {
     out: Box<dyn Write + Send>,
     io: &'a (dyn Fn() -> Option<IoCount> + Sync),
-    /// Every write is synced.
+    /// Whether every write is synced.
     sync: bool,
     line: Vec<u8>,
     began: Counts,
@@ -25,7 +25,8 @@ pub struct Listener<'a> {
 }
 
 impl<'a> Listener<'a> {
-    /// Passes everything to `out`, and asks `io` for the device's operations so far.
+    /// Makes a listener that passes everything to `out` and asks `io` for the number of device
+    /// operations so far.
     pub fn new(
         out: Box<dyn Write + Send>,
         io: &'a (dyn Fn() -> Option<IoCount> + Sync),
@@ -48,7 +49,7 @@ impl<'a> Listener<'a> {
         }
     }
 
-    /// Takes a piece of text.
+    /// Receives a piece of text.
     pub fn hear(&mut self, text: &[u8]) {
         // A closed pipe is not a reason to stop in the middle of a benchmark.
         let _ = self.out.write_all(text).and_then(|()| self.out.flush());
@@ -80,7 +81,7 @@ impl<'a> Listener<'a> {
     }
 }
 
-/// A line as `Stats::Report` of RocksDB's tool prints it:
+/// Parses a line as `Stats::Report` of RocksDB's tool prints it:
 /// `fillseq      :       2.345 micros/op 426439 ops/sec 2.345 seconds 1000000 operations;   47.2 MB/s (words)`.
 fn parse_result(line: &str) -> Option<BenchResult> {
     let (name, rest) = line.split_once(" : ")?;

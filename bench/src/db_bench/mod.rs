@@ -1,4 +1,5 @@
-//! What `db_bench` has beside RocksDB's own tool: the choice of the file system, and what that counted.
+//! The parts of `db_bench` beside RocksDB's own tool: the choice of the file system, and its
+//! counts.
 
 pub mod flags;
 pub mod gflags;

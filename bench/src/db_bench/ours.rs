@@ -15,7 +15,7 @@ use super::report::IoCount;
 use super::target::Durability;
 use super::workload::Workload;
 
-/// Where `--report_file` is written in our file system, to be copied to the kernel's at the end.
+/// Path in our file system of the `--report_file`, which is copied to the kernel's at the end.
 const REPORT: &str = "/.db_bench-report.csv";
 
 /// A mounted file system of ours.
@@ -25,7 +25,7 @@ pub struct Ours {
     device: Arc<dyn BlockDevice>,
     name: String,
     cache_bytes: u64,
-    // The image file made for this run. It has no name, so that it is gone when the process is,
+    // The image file made for this run. It has no name, so that it is removed with the process,
     // however that ends.
     _image: Option<File>,
 }
@@ -46,10 +46,10 @@ impl std::fmt::Display for Ours {
 }
 
 impl Ours {
-    /// Opens the device, formats it where asked, mounts it.
+    /// Opens the device, formats it if necessary, and mounts it.
     ///
     /// # Errors
-    /// In words for the user.
+    /// Returns a text for the user.
     pub fn open(f: &Flags, workload: &Workload) -> Result<Self, String> {
         let mut image = None;
         let (device, name) = if !f.spdk.is_empty() {
@@ -101,23 +101,23 @@ impl Ours {
         })
     }
 
-    /// The file system.
+    /// Returns the file system.
     #[must_use]
     pub fn fs(&self) -> &FileSystem {
         &self.fs
     }
 
-    /// Lets RocksDB write the report of `--report_interval_seconds`, which it writes through the database's environment, into
-    /// our file system; the path to give it.
+    /// Returns the path for the report of `--report_interval_seconds`, which RocksDB writes through
+    /// the database's environment into our file system.
     #[must_use]
     pub fn report_path() -> &'static str {
         REPORT
     }
 
-    /// Copies that report to `path` of the kernel's file system.
+    /// Copies that report to `path` in the kernel's file system.
     ///
     /// # Errors
-    /// In words for the user.
+    /// Returns a text for the user.
     pub fn copy_report(&self, path: &str) -> Result<(), String> {
         let fail = |e: &dyn std::fmt::Display| format!("--report_file={path}: {e}");
         let file = self
@@ -131,7 +131,7 @@ impl Ours {
         self.fs.unlink(REPORT).map_err(|e| fail(&e))
     }
 
-    /// What a completed write is worth.
+    /// Returns the guarantee of a completed write.
     #[must_use]
     pub fn durability(&self) -> Durability {
         let info = self.device.info();
@@ -157,7 +157,7 @@ impl Ours {
         }
     }
 
-    /// Device operations so far.
+    /// Returns the number of device operations so far.
     #[must_use]
     pub fn io(&self) -> IoCount {
         let s = self.fs.io_stats();
@@ -174,7 +174,7 @@ impl Ours {
     /// Unmounts.
     ///
     /// # Errors
-    /// In words for the user.
+    /// Returns a text for the user.
     pub fn close(self) -> Result<(), String> {
         let Self { fs, name, .. } = self;
         fs.unmount().map_err(|e| format!("{name}: unmount: {e}"))
@@ -185,7 +185,7 @@ fn open_device(uri: &str) -> Result<Arc<dyn BlockDevice>, String> {
     pumice_bdev::open(uri).map_err(|e| e.to_string())
 }
 
-/// The device that an SPDK configuration names.
+/// Opens the device that an SPDK configuration names.
 fn configured(f: &Flags) -> Result<Arc<dyn BlockDevice>, String> {
     let app = App::new();
     pumice_bdev_control::config::load_file(&app, Path::new(&f.spdk))
@@ -195,7 +195,7 @@ fn configured(f: &Flags) -> Result<Arc<dyn BlockDevice>, String> {
         .map_err(|e| format!("--spdk_bdev={}: {e}", f.spdk_bdev))
 }
 
-/// An image file without a name, the URI that opens it, and what to call it.
+/// Makes an image file without a name. Returns it, the URI that opens it, and a name for messages.
 fn make_image(f: &Flags, workload: &Workload) -> Result<(File, String, String), String> {
     let dir = if f.image_dir.is_empty() {
         std::env::temp_dir()
@@ -215,16 +215,17 @@ fn make_image(f: &Flags, workload: &Workload) -> Result<(File, String, String), 
     Ok((file, uri, name))
 }
 
-/// Bytes that the benchmarks may need: everything that is written three times over (log, tables, and
-/// a compaction's output before its input goes), and room for small runs.
+/// Returns the number of bytes that the benchmarks may need: three times everything that is written
+/// (log, tables, and a compaction's output before its input is deleted), and room for small runs.
 fn likely_size(w: &Workload) -> u64 {
     let entry = w.key_size.saturating_add(w.value_size).saturating_add(16);
     let writes = w.writes.saturating_mul(w.threads).max(w.num);
-    // With a duration the number of writes is not known; half a million a second is more than any.
+    // With a duration the number of writes is unknown. Half a million a second is more than any run
+    // makes.
     let timed = w.duration.saturating_mul(500_000).min(100_000_000);
     let raw = writes.max(timed).saturating_mul(entry);
     let size = raw.saturating_mul(3).saturating_add(2 << 30);
-    // Sparse, and never more than a file may have.
+    // The file is sparse, and never larger than a file may be.
     size.min(1 << 43).next_multiple_of(1 << 20)
 }
 

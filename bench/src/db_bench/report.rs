@@ -1,4 +1,4 @@
-//! The results for machines, and the summary at the end.
+//! The results as JSON, and the summary at the end.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -10,52 +10,53 @@ use super::target::Durability;
 /// The result of one benchmark.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct BenchResult {
-    /// The benchmark.
+    /// Name of the benchmark.
     pub name: String,
     /// Microseconds per operation of one thread.
     pub micros_per_op: f64,
     /// Operations per second of all threads.
     pub ops_per_sec: f64,
-    /// From the first thread's start to the last one's end.
+    /// Seconds from the first thread's start to the last one's end.
     pub seconds: f64,
-    /// Operations of all threads.
+    /// Number of operations of all threads.
     pub operations: u64,
     /// MB of keys and values per second, when the benchmark counts them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mb_per_sec: Option<f64>,
-    /// Words at the end of the line, such as "(632 of 1000 found)".
+    /// The rest of the line, such as "(632 of 1000 found)".
     #[serde(skip_serializing_if = "String::is_empty")]
     pub message: String,
-    /// Writes of this benchmark that were made durable before they were acknowledged: all or none.
+    /// Whether this benchmark's writes were durable before they were acknowledged: all or none.
     pub synced: bool,
-    /// Microseconds of processor time per operation, of all threads of the process and of the kernel
-    /// on their behalf: steadier than time on a busy machine.
+    /// Microseconds of processor time per operation, of all threads of the process and of the
+    /// kernel on their behalf. They vary less than time on a busy machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_us_per_op: Option<f64>,
-    /// What the file system did during the benchmark, where it counts that.
+    /// The operations of the device during the benchmark, if they can be counted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub io: Option<IoCount>,
 }
 
-/// Device operations.
+/// Numbers of device operations.
 #[derive(Debug, Clone, Copy, Default, Serialize, PartialEq, Eq)]
 pub struct IoCount {
-    /// Read operations.
+    /// Number of reads.
     pub reads: u64,
     /// Bytes read.
     pub read_bytes: u64,
-    /// Write operations.
+    /// Number of writes.
     pub writes: u64,
     /// Bytes written.
     pub write_bytes: u64,
-    /// Flushes of the device's write cache.
+    /// Number of flushes of the device's write cache.
     pub flushes: u64,
-    /// Counted at the kernel's block device: what others did there is in it.
+    /// Whether they were counted at the kernel's block device, which includes the operations of
+    /// others.
     pub whole_device: bool,
 }
 
 impl IoCount {
-    /// What was added since `earlier`.
+    /// Returns the difference to `earlier`.
     #[must_use]
     pub fn since(self, earlier: Self) -> Self {
         Self {
@@ -69,37 +70,37 @@ impl IoCount {
     }
 }
 
-/// What ran, where and how durably.
+/// The conditions of a run: what ran, where and how durably.
 #[derive(Debug, Clone, Serialize)]
 pub struct RunInfo {
     /// `pumice`, `kernel` or `mem`.
     pub env: String,
-    /// The file system below RocksDB, in words.
+    /// Description of the file system below RocksDB.
     pub file_system: String,
-    /// The database's directory.
+    /// Directory of the database.
     pub db: String,
-    /// What a completed write is worth.
+    /// The guarantee of a completed write.
     pub durability: Durability,
-    /// What the program was compiled for.
+    /// The instructions that the program was compiled for.
     pub built_for: String,
     /// RocksDB's flags that were given.
     pub flags: BTreeMap<String, String>,
 }
 
-/// Everything, for machines.
+/// The results of a run, for JSON.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
-    /// What ran.
+    /// The conditions of the run.
     #[serde(flatten)]
     pub info: RunInfo,
     /// The results in the order of the run.
     pub results: Vec<BenchResult>,
-    /// Keys that a scan and `Get` agree on, with --verify.
+    /// Number of keys on which a scan and `Get` agree, with --verify.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verified_keys: Option<u64>,
 }
 
-/// The lines above RocksDB's own header.
+/// Returns the lines above RocksDB's own header.
 #[must_use]
 pub fn header(info: &RunInfo) -> String {
     format!(
@@ -108,7 +109,8 @@ pub fn header(info: &RunInfo) -> String {
     )
 }
 
-/// The table at the end. No line of it begins with a benchmark's name, since scripts look for lines that do.
+/// Returns the table at the end. No line of it begins with a benchmark's name, since scripts look
+/// for lines that do.
 #[must_use]
 pub fn summary(results: &[BenchResult]) -> String {
     let mut out = format!(
@@ -142,7 +144,7 @@ pub fn summary(results: &[BenchResult]) -> String {
     out
 }
 
-/// The instructions that the build uses, and what that means for RocksDB's checksums.
+/// Describes the instructions that the build uses, and what that means for RocksDB's checksums.
 #[must_use]
 pub fn built_for() -> String {
     let crc32c = if pumice_io::cpu::has_fast_crc32c() {
@@ -153,12 +155,12 @@ pub fn built_for() -> String {
     format!("{} ({crc32c})", pumice_io::cpu::built_for())
 }
 
-/// Processor time of this process so far, in seconds (proc(5): utime and stime in `/proc/self/stat`,
-/// hundredths of a second on Linux).
+/// Returns the processor time of this process so far, in seconds (proc(5): utime and stime in
+/// `/proc/self/stat`, hundredths of a second on Linux).
 #[must_use]
 pub fn cpu_seconds() -> Option<f64> {
     let text = std::fs::read_to_string("/proc/self/stat").ok()?;
-    // The name, in brackets, may hold spaces.
+    // The name, in brackets, may contain spaces.
     let (_, fields) = text.rsplit_once(')')?;
     let mut fields = fields.split_whitespace().skip(11);
     let user: f64 = fields.next()?.parse().ok()?;
@@ -166,7 +168,8 @@ pub fn cpu_seconds() -> Option<f64> {
     Some((user + system) / 100.0)
 }
 
-/// The middle value, the mean of the two middle ones when their number is even; 0 of nothing.
+/// Returns the median, which is the mean of the two middle values if their number is even; 0 for no
+/// values.
 #[must_use]
 pub fn median(v: &[f64]) -> f64 {
     let mut s = v.to_vec();

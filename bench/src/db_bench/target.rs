@@ -11,42 +11,42 @@ use super::ours::Ours;
 use super::report::IoCount;
 use super::workload::Workload;
 
-/// Where a database is when `--db` says nothing, but in the kernel's file system.
+/// Directory of a database without `--db`, except in the kernel's file system.
 const DEFAULT_DB: &str = "/dbbench";
 
-/// What a completed write is worth.
+/// The guarantee of a completed write.
 #[derive(Debug, Clone, Serialize, PartialEq, Eq)]
 pub struct Durability {
-    /// In words.
+    /// A description.
     pub words: String,
-    /// A synced write survives power loss.
+    /// Whether a synced write survives power loss.
     pub sync_is_durable: bool,
-    /// The device may hold completed writes in a cache of its own that loses power: a sync has to
-    /// flush it. `None` when that is not known.
+    /// Whether the device may hold completed writes in a cache that loses its content without
+    /// power, so that a sync has to flush it. `None` if that is unknown.
     pub write_cache: Option<bool>,
 }
 
 /// A file system ready for a database.
 pub struct Target {
-    /// Given to RocksDB's tool.
+    /// The files that RocksDB's tool uses.
     pub files: Files,
-    /// The database's directory, for `--db`.
+    /// Directory of the database, for `--db`.
     pub db: String,
-    /// The file system in words.
+    /// Description of the file system.
     pub words: String,
-    /// What a completed write is worth.
+    /// The guarantee of a completed write.
     pub durability: Durability,
-    /// Set where the file system is ours.
+    /// Our file system, if it is used.
     pub ours: Option<Ours>,
-    /// The kernel's block device below.
+    /// The mount of the kernel's file system, if it is used.
     mount: Option<Mount>,
 }
 
 impl Target {
-    /// Makes ready what the flags ask for.
+    /// Opens the file system that the flags choose.
     ///
     /// # Errors
-    /// In words for the user.
+    /// Returns a text for the user.
     pub fn open(f: &Flags, workload: &Workload) -> Result<Self, String> {
         if let Some(uri) = &workload.uri {
             return named(f, workload, uri);
@@ -58,7 +58,7 @@ impl Target {
         }
     }
 
-    /// Device operations so far, where they can be counted.
+    /// Returns the number of device operations so far, if they can be counted.
     #[must_use]
     pub fn io(&self) -> Option<IoCount> {
         match &self.ours {
@@ -67,10 +67,10 @@ impl Target {
         }
     }
 
-    /// Ends it in order. The databases must be closed.
+    /// Ends the use in order. The databases must be closed.
     ///
     /// # Errors
-    /// In words for the user.
+    /// Returns a text for the user.
     pub fn close(self) -> Result<(), String> {
         self.ours.map_or(Ok(()), Ours::close)
     }
@@ -84,7 +84,7 @@ fn or_default(db: &str) -> String {
     }
 }
 
-/// What RocksDB's own `--fs_uri` or `--env_uri` names.
+/// Opens what RocksDB's own `--fs_uri` or `--env_uri` names.
 fn named(f: &Flags, workload: &Workload, uri: &str) -> Result<Target, String> {
     if !(f.device.is_empty() && f.spdk.is_empty()) {
         return Err(format!(
@@ -190,8 +190,9 @@ fn ours(f: &Flags, workload: &Workload) -> Result<Target, String> {
     })
 }
 
-/// The user's own directory for databases in a place where everybody may make names. One that
-/// somebody else made, or may write to, is refused: RocksDB follows the links that it finds there.
+/// Makes the user's own directory for databases in a place where everybody may make names. One that
+/// another user made, or may write to, is refused, because RocksDB follows the links that it finds
+/// there.
 fn own_directory(temp: &Path) -> Result<PathBuf, String> {
     let me = std::fs::metadata("/proc/self")
         .map_err(|e| format!("/proc/self: {e}"))?
@@ -209,7 +210,7 @@ fn own_directory(temp: &Path) -> Result<PathBuf, String> {
         }
         _ => {}
     }
-    // Of the name itself: not of what a link leads to.
+    // This looks at the name itself, not at the target of a link.
     let meta = std::fs::symlink_metadata(&dir).map_err(|e| fail(&e.to_string()))?;
     if !meta.is_dir() {
         return Err(fail("it is not a directory"));
@@ -220,24 +221,24 @@ fn own_directory(temp: &Path) -> Result<PathBuf, String> {
     Ok(dir)
 }
 
-/// Where a directory of the kernel's is mounted.
+/// A mount of the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
     /// `ext4`, `xfs`, `tmpfs`, …
     pub kind: String,
     /// The device, as mount names it.
     pub source: String,
-    /// Where.
+    /// The mount point.
     pub point: String,
     /// `major:minor`.
     pub device: String,
 }
 
 impl Mount {
-    /// The mount that holds `path`.
+    /// Returns the mount that holds `path`.
     ///
     /// # Errors
-    /// The path cannot be resolved, or no mount is listed for it.
+    /// Fails if the path cannot be resolved, or if no mount is listed for it.
     pub fn of(path: &Path) -> std::io::Result<Self> {
         let full = path.canonicalize()?;
         let table = std::fs::read_to_string("/proc/self/mountinfo")?;
@@ -249,7 +250,7 @@ impl Mount {
             .ok_or_else(|| std::io::Error::other("not in /proc/self/mountinfo"))
     }
 
-    /// One line of mountinfo (proc(5)).
+    /// Parses one line of mountinfo (proc(5)).
     fn parse(line: &str) -> Option<Self> {
         let (left, right) = line.split_once(" - ")?;
         let left: Vec<&str> = left.split(' ').collect();
@@ -262,8 +263,8 @@ impl Mount {
         })
     }
 
-    /// What the block device did so far, whoever asked for it (kernel's
-    /// Documentation/block/stat.rst).
+    /// Returns the number of operations of the block device so far, whoever requested them
+    /// (kernel's Documentation/block/stat.rst).
     #[must_use]
     pub fn io(&self) -> Option<IoCount> {
         let file = Path::new("/sys/dev/block").join(&self.device).join("stat");
@@ -283,11 +284,11 @@ impl Mount {
         })
     }
 
-    /// Whether the block device has a volatile write cache, as the kernel knows it.
+    /// Whether the kernel says that the block device has a volatile write cache.
     #[must_use]
     pub fn write_cache(&self) -> Option<bool> {
         let dir = Path::new("/sys/dev/block").join(&self.device);
-        // A partition has no queue of its own; its parent has.
+        // A partition has no queue, but its parent has.
         let text = [
             dir.join("queue/write_cache"),
             dir.join("../queue/write_cache"),
@@ -322,10 +323,10 @@ mod tests {
         let mode = |p: &Path| std::fs::metadata(p).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode(&dir), 0o700);
         assert_eq!(own_directory(temp.path()).unwrap(), dir, "found again");
-        // Somebody else may write there.
+        // Another user may write there.
         std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o777)).unwrap();
         assert!(own_directory(temp.path()).unwrap_err().contains("--db"));
-        // A link to a directory of one's own is somebody else's choice.
+        // A link to a directory of one's own may be another user's choice.
         std::fs::remove_dir(&dir).unwrap();
         let elsewhere = temp.path().join("elsewhere");
         std::fs::create_dir(&elsewhere).unwrap();

@@ -1,8 +1,8 @@
-//! What the choice of the file system depends on among RocksDB's own flags.
+//! The flags of RocksDB's tool on which the choice of the file system depends.
 
 use pumice_rocksdb_tools::db_bench::{self, Flag};
 
-/// The flags of RocksDB's tool that matter here, as they are set.
+/// The relevant flags of RocksDB's tool, as they are set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Workload {
     /// `--db`.
@@ -11,30 +11,30 @@ pub struct Workload {
     pub use_existing_db: bool,
     /// `--fs_uri=…` or `--env_uri=…`, if it is given.
     pub uri: Option<String>,
-    /// RocksDB puts an environment of its own over the kernel's file system.
+    /// Whether RocksDB puts an environment of its own over the kernel's file system.
     pub simulates_a_disk: bool,
     /// `--sync`.
     pub sync: bool,
     /// `--use_fsync`.
     pub use_fsync: bool,
-    /// Keys.
+    /// Number of keys.
     pub num: u64,
-    /// Writes of each thread.
+    /// Number of writes of each thread.
     pub writes: u64,
-    /// Threads.
+    /// Number of threads.
     pub threads: u64,
-    /// Seconds, or 0.
+    /// Duration in seconds, or 0.
     pub duration: u64,
-    /// Bytes of a key.
+    /// Length of a key in bytes.
     pub key_size: u64,
-    /// Bytes of a value, at most.
+    /// Greatest length of a value in bytes.
     pub value_size: u64,
     /// `--report_file`, if a report is to be written.
     pub report_file: Option<String>,
 }
 
 impl Default for Workload {
-    /// With RocksDB's defaults.
+    /// Returns RocksDB's defaults.
     fn default() -> Self {
         Workload {
             db: String::new(),
@@ -55,7 +55,7 @@ impl Default for Workload {
 }
 
 impl Workload {
-    /// Of the flags as they are set in this process.
+    /// Returns the flags as they are set in this process.
     #[must_use]
     pub fn of_process() -> Self {
         Self::of(&db_bench::flags())
@@ -67,7 +67,7 @@ impl Workload {
             flag.map(|f| &f.value[..]).unwrap_or_default()
         };
         let on = |name: &str| text(name) == "true";
-        // Below 0 means that another flag decides.
+        // A number below 0 means that another flag decides.
         let number = |name: &str| text(name).parse::<u64>().ok();
         let num = number("num").unwrap_or(0);
         let value_size = match text("value_size_distribution_type") {
