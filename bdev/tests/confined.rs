@@ -158,7 +158,7 @@ fn child_confined_with_writes_in_flight() {
     }
 }
 
-/// Where `fdatasync` is refused, a flush and a write with FUA must fail: if it were not called,
+/// A flush and a write with FUA must fail where `fdatasync` is refused: if it were not called,
 /// they would succeed.
 #[test]
 fn threads_sync_what_must_be_durable() {

@@ -368,7 +368,7 @@ fn a_late_operation_is_aborted_at_the_controller() {
     assert_eq!(ch.in_flight(), 0);
 }
 
-/// What finds the controller in a reset waits for its end.
+/// An operation that meets a reset of the controller waits for its end.
 #[test]
 fn a_future_that_meets_a_reset_is_woken() {
     let mut config = SoftConfig::new(vec![SoftNamespace::new(

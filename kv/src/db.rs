@@ -151,7 +151,7 @@ impl std::fmt::Debug for Db {
 }
 
 impl DbOptions {
-    /// A database at `/`, made if it is not there, with RocksDB's own defaults, except that ten of
+    /// Opens the database at `/`, made if it does not exist, with RocksDB's defaults, except that ten of
     /// its info logs are kept and not a thousand, and that a memtable takes at most a sixteenth of
     /// the memory that this process may use.
     #[must_use]

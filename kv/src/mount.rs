@@ -31,7 +31,7 @@ impl MountOptions {
         MountOptions::default()
     }
 
-    /// Bound of the page cache in bytes. Unless called, an eighth of the memory that this process may
+    /// Sets the bound of the page cache in bytes. The default is an eighth of the memory that this process may
     /// use (the machine's, or the limit of its control group), at most a quarter of what is free,
     /// between 8 and 256 MiB.
     #[must_use]

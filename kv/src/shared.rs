@@ -43,7 +43,7 @@ pub(crate) struct Use {
 }
 
 impl Use {
-    /// Mounts the device that `uri` names by `mount`, or shares its file system where a database of this process has
+    /// Mounts the device that `uri` names by `mount`, or shares its file system if a database of this process has
     /// mounted it.
     pub fn of(
         uri: &str,

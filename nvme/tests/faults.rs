@@ -16,7 +16,7 @@ use common::*;
 
 mod common;
 
-/// What is said of an I/O that failed.
+/// Returns the error text of an I/O that failed.
 fn text(done: &Completion) -> String {
     done.result.as_ref().unwrap_err().to_string()
 }

@@ -78,7 +78,7 @@ pub(super) fn make(options: &FileOptions, size: u64) -> Result<Option<Shared>, B
     Ok(Some(found.into_shared(options)))
 }
 
-/// What failed when a file could not be made, and what to do.
+/// Describes why a file could not be made, and what to do.
 fn cannot_make(parent: &Path, error: &io::Error) -> String {
     let parent = parent.display();
     match error.raw_os_error() {

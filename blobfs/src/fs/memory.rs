@@ -25,7 +25,7 @@ const BEHIND_PART: u64 = 16;
 pub struct Memory {
     /// The limit in bytes.
     pub limit_bytes: u64,
-    /// What was free below the limit when this was first asked, in bytes. What the kernel caches of files counts
+    /// Bytes that were free below the limit when this was first asked. What the kernel caches of files counts
     /// as free.
     pub free_bytes: u64,
 }
@@ -129,7 +129,7 @@ impl Group {
             .collect()
     }
 
-    /// Its limit, and what is free below it. `None` where it has no limit.
+    /// Returns the limit and the free memory below it. `None` if there is no limit.
     fn memory(&self) -> Option<Memory> {
         let limit_bytes = self.number(self.names.limit)?;
         let used = self.number(self.names.used).unwrap_or(0);

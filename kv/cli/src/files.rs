@@ -245,7 +245,7 @@ fn on_device<R>(
     Ok(value)
 }
 
-/// Where the answers of the commands that only look come from.
+/// The source of the answers of commands that change nothing.
 enum Source<'a> {
     Mounted(&'a FileSystem),
     /// Another process has it mounted.
@@ -260,7 +260,7 @@ impl Source<'_> {
         }
     }
 
-    /// What is in a directory.
+    /// Returns the content of a directory.
     fn files(&mut self, dir: &str) -> Result<Vec<Value>, Failure> {
         match self {
             Source::Mounted(fs) => {
@@ -436,7 +436,7 @@ fn or_root(paths: &[String]) -> Vec<String> {
     }
 }
 
-/// What is listed below `path`, directories before what is in them.
+/// Returns the entries below `path`, each directory before its content.
 fn listed(source: &mut Source<'_>, path: &str, recursive: bool) -> Result<Vec<Value>, Failure> {
     let top = source.stat(path)?;
     if !is_dir(&top) {

@@ -43,7 +43,7 @@ pub struct Flag {
     pub name: String,
     /// The type of its value.
     pub kind: Kind,
-    /// Its current value, which is the default unless it was set.
+    /// The current value, which is the default unless it was set.
     pub value: String,
     /// RocksDB's description.
     pub help: String,

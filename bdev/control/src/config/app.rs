@@ -20,11 +20,11 @@ pub struct App {
     pub registry: Registry,
     pub(crate) state: Mutex<State>,
     pub(crate) notifications: Arc<Mutex<Notifications>>,
-    /// Where this is set, nothing can be changed.
+    /// The subject of a process that only answers questions. If it is set, nothing can be changed.
     subject: OnceLock<Subject>,
 }
 
-/// What a process answers questions about beside its block devices.
+/// The subject of questions to a process, beside its block devices.
 struct Subject {
     methods: &'static [&'static str],
     answer: Box<AnswerFn>,

@@ -40,7 +40,7 @@ impl MethodError {
         }
     }
 
-    /// What is wrong with the parameter `key`.
+    /// Makes the error of an invalid parameter `key`.
     pub fn param(key: &str, reason: impl fmt::Display) -> MethodError {
         MethodError {
             code: INVALID_PARAMS,

@@ -41,7 +41,7 @@ impl Screen {
             .map(|_| ())
     }
 
-    /// What the user asks for within `wait`.
+    /// Returns the user's request that comes within `wait`.
     pub fn asked(&mut self, wait: Duration) -> io::Result<Asked> {
         if !event::poll(wait)? {
             return Ok(Asked::Nothing);

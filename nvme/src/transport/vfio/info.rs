@@ -108,7 +108,7 @@ pub(crate) struct RegionInfo {
     pub flags: u32,
     /// Size in bytes; zero where the region does not exist.
     pub size: u64,
-    /// Its offset in the device's descriptor.
+    /// Offset of the region in the device's descriptor.
     pub offset: u64,
     /// The parts that may be mapped: offset inside the region and length.
     pub mappable: Vec<(u64, u64)>,
