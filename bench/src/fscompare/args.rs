@@ -11,7 +11,7 @@ use super::side::Side;
 /// same options and memory. Prints medians, spread, ratios, and each file system's own cost, which
 /// is its time less that of RocksDB's memory env in the same round.
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
+#[command(name = "fscompare", version, max_term_width = 100)]
 pub struct Args {
     /// Image file on the disk to compare on. It is created and removed. An existing one needs
     /// --force, is overwritten and kept. Default: a file in a temporary directory.
