@@ -139,7 +139,7 @@ fn other_devices_are_refused() {
     let fake = FakeHost::new();
     fake.bridge("0000:00:01.0", Some(1));
     let text = refusal(&fake, "0000:00:01.0", BindDriver::Vfio);
-    assert!(text.contains("no NVMe controller"), "{text}");
+    assert!(text.contains("not an NVMe controller"), "{text}");
     let text = refusal(&fake, "0000:09:00.0", BindDriver::Vfio);
     assert!(text.contains("no such PCI function"), "{text}");
 }
