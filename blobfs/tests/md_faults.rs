@@ -341,6 +341,9 @@ fn what_a_late_write_may_reach_is_given_to_nobody() {
     assert_ne!(store.md_pages(), free.1);
     store.open(ids[3]).unwrap().resize(6).unwrap();
     store.unload().unwrap();
+    let as_dyn: Arc<dyn BlockDevice> = Arc::new(dev);
+    assert_eq!(check(&as_dyn).unwrap().worst(), None);
+    assert_eq!(load(as_dyn).free_clusters(), free.0 - 2);
 }
 
 /// A flush that failed means that what was written before it may be lost. A later flush does not

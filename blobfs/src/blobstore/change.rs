@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use pumice_bdev::Op;
 
+use super::alloc::Bitmap;
 use super::commit::{Batch, CommitPoint, Old};
 use super::error::Error;
 use super::extents::ExtentMap;
@@ -59,6 +60,18 @@ pub(crate) struct Change {
     pub spend: Spend,
     taken_clusters: Vec<u32>,
     taken_pages: Vec<u32>,
+}
+
+impl Change {
+    /// Marks as free what it has taken.
+    pub fn give_back(&self, pages: &mut Bitmap, clusters: &mut Bitmap) {
+        for cluster in &self.taken_clusters {
+            clusters.clear(*cluster);
+        }
+        for page in &self.taken_pages {
+            pages.clear(*page);
+        }
+    }
 }
 
 impl State {
@@ -145,13 +158,8 @@ impl State {
     }
 
     /// Gives back what a change has taken.
-    pub fn rollback(&mut self, change: Change) {
-        for cluster in change.taken_clusters {
-            self.clusters.clear(cluster);
-        }
-        for page in change.taken_pages {
-            self.pages.clear(page);
-        }
+    pub fn rollback(&mut self, change: &Change) {
+        change.give_back(&mut self.pages, &mut self.clusters);
     }
 
     /// Lays out the pages of all staged blobs and returns what has to be written. After this the

@@ -183,7 +183,7 @@ impl Edit<'_> {
         match stage(&mut state, &mut change) {
             Ok(()) => self.commit(state, change),
             Err(error) => {
-                state.rollback(change);
+                state.rollback(&change);
                 Err(error)
             }
         }
@@ -199,7 +199,7 @@ impl Edit<'_> {
         let batch = match state.batch(&mut change) {
             Ok(batch) => batch,
             Err(error) => {
-                state.rollback(change);
+                state.rollback(&change);
                 return Err(error);
             }
         };
@@ -213,11 +213,11 @@ impl Edit<'_> {
             }
             Err(Failure::TakenBack(error)) => {
                 state.note_mark_in_doubt();
-                if !may_land(&error) {
-                    state.rollback(change);
+                if may_land(&error) {
+                    state.late.push(change);
+                } else {
+                    state.rollback(&change);
                 }
-                // Otherwise the device may still write to what the change has taken, which
-                // therefore stays taken until the next load.
                 Err(error)
             }
             Err(Failure::Open { error, restore }) => {
@@ -243,7 +243,7 @@ impl Edit<'_> {
             match restored {
                 Ok(()) => {
                     tracing::warn!("a change whose outcome was open was taken back");
-                    state.rollback(doubt.change);
+                    state.rollback(&doubt.change);
                 }
                 Err(_) => state.doubts.push(doubt),
             }

@@ -107,7 +107,7 @@ impl Blobstore {
         drop(edit);
         for batch in copies.list.chunks(BATCH) {
             if let Err(error) = self.copy_up(&copies.below, batch) {
-                self.inner.state.lock().rollback(copies.change);
+                self.inner.state.lock().rollback(&copies.change);
                 return Err(error);
             }
         }
@@ -138,12 +138,12 @@ impl Blobstore {
         let (_frozen, edit) = match frozen {
             Ok(frozen) => frozen,
             Err(error) => {
-                self.inner.state.lock().rollback(change);
+                self.inner.state.lock().rollback(&change);
                 return Err(error);
             }
         };
         if !same_below(&below, &blob.shared.view.load()) {
-            edit.state().rollback(change);
+            edit.state().rollback(&change);
             return Ok(false);
         }
         let grown = edit.state().take_grown(&mut change, blob, which, &list);
@@ -160,7 +160,7 @@ impl Blobstore {
         match staged {
             Ok(state) => edit.commit(state, change).map(|()| true),
             Err(error) => {
-                edit.state().rollback(change);
+                edit.state().rollback(&change);
                 Err(error)
             }
         }

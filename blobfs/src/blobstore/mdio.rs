@@ -308,7 +308,11 @@ impl MdIo {
 
     /// Reads whole blocks.
     pub fn read(&mut self, lba: u64, len: usize) -> Result<DmaBuf, Error> {
-        let buf = DmaBuf::new(len)?;
+        self.read_into(lba, DmaBuf::new(len)?)
+    }
+
+    /// Reads whole blocks into a buffer. It is gone if that fails.
+    pub fn read_into(&mut self, lba: u64, buf: DmaBuf) -> Result<DmaBuf, Error> {
         let mut read = None;
         self.stream([Ok(Op::Read { lba, buf })], |op, result| {
             result?;

@@ -176,7 +176,7 @@ impl Edit<'_> {
 
         let needed = chain_len(&first) + chain_len(&clone) + chain_len(&last);
         if let Err(error) = state.check_free_pages(needed, change.spend) {
-            state.rollback(change);
+            state.rollback(&change);
             return Err(error);
         }
         change.staged.push(Staged {
@@ -275,7 +275,7 @@ impl Edit<'_> {
         // Everything that may run out is tried before the mark is written.
         let mut change = Change::default();
         if let Err(error) = state.stage_merge(&mut change, &snapshot, clone) {
-            state.rollback(change);
+            state.rollback(&change);
             return Err(error);
         }
         drop(state);
@@ -287,7 +287,7 @@ impl Edit<'_> {
         });
         let mut state = self.state();
         if let Err(error) = marked {
-            state.rollback(change);
+            state.rollback(&change);
             return Err(error);
         }
         let marked = Arc::clone(state.meta(id)?);

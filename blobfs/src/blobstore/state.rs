@@ -78,6 +78,9 @@ pub(crate) struct State {
     pub stopped: Option<Stop>,
     /// Changes that must be taken back before others are accepted.
     pub doubts: Vec<Doubt>,
+    /// Changes that failed because a write timed out. The write may still land, so what they have
+    /// taken stays taken until the next load.
+    pub late: Vec<Change>,
     /// A snapshot that must be undone before changes are accepted.
     pub half_snapshot: Option<HalfSnapshot>,
     pub pages: Bitmap,

@@ -25,7 +25,7 @@ use super::format::{
     mask_pages,
 };
 use super::geometry::{Geometry, Layout};
-use super::mdio::{Abilities, MdChannels, MdIo};
+use super::mdio::{Abilities, MdChannels, MdIo, dma};
 use super::meta::ClearMethod;
 use super::ops::CreateOptions;
 use super::order::{Order, Scope};
@@ -316,7 +316,7 @@ impl Blobstore {
             open_external: opts.open_external.clone(),
         };
         if torn && !opts.read_only {
-            super_page::restore(&mut loaded.io, &loaded.geo, &loaded.sb.encode())?;
+            super_page::restore(&mut loaded.io, &loaded.geo, &dma(&loaded.sb.encode())?)?;
         }
         let store = Blobstore::with_state(dev, failed_flush, claim, loaded);
         let held = {
@@ -381,6 +381,7 @@ impl Blobstore {
             read_only,
             stopped: None,
             doubts: Vec::new(),
+            late: Vec::new(),
             half_snapshot: None,
             pages: scan.pages,
             clusters: scan.clusters,
@@ -760,17 +761,18 @@ impl State {
         for root in self.blobs.keys().chain(self.damaged.keys()) {
             blobids.set(*root);
         }
+        // No blob names what late writes may still reach: it is free from the next load on.
+        let (mut pages, mut clusters) = (self.pages.clone(), self.clusters.clone());
+        for change in &self.late {
+            change.give_back(&mut pages, &mut clusters);
+        }
         let sb = &self.sb;
         let mask = |start: U32, kind, bits: &Bitmap| {
             (start.get(), encode_mask(kind, bits.len(), bits.words()))
         };
         let mut masks = vec![
-            mask(sb.used_page_mask_start, MaskKind::Pages, &self.pages),
-            mask(
-                sb.used_cluster_mask_start,
-                MaskKind::Clusters,
-                &self.clusters,
-            ),
+            mask(sb.used_page_mask_start, MaskKind::Pages, &pages),
+            mask(sb.used_cluster_mask_start, MaskKind::Clusters, &clusters),
         ];
         if sb.used_blobid_mask_len.get() != 0 {
             masks.push(mask(sb.used_blobid_mask_start, MaskKind::BlobIds, &blobids));

@@ -7,7 +7,7 @@
 //! copy where the page mask begins, whose content means nothing in a store that is not clean, then
 //! in place. A load that finds the super block torn takes the copy if one of its ends fits.
 
-use pumice_bdev::{DeviceInfo, Op};
+use pumice_bdev::{DeviceInfo, DmaSlice, Op};
 use zerocopy::FromBytes;
 
 use super::commit::in_place::{may_land, repeat};
@@ -100,11 +100,12 @@ pub(crate) fn write(io: &mut MdIo, geo: &Geometry, new: &SuperBlock) -> Result<(
             // The masks mean nothing from here on. This write may be torn: see the module.
             before.clean = 0.into();
             old = before.encode();
-            put(io, geo, 0, &old)?;
+            put(io, geo, 0, &dma(&old)?)?;
         }
         places.push(before.used_page_mask_start.get());
         places.dedup();
     }
+    let (old, new, blank) = (dma(&old)?, dma(&new)?, dma(&[0; PAGE_SIZE])?);
     for at in &places {
         put(io, geo, *at, &new)?;
     }
@@ -114,11 +115,10 @@ pub(crate) fn write(io: &mut MdIo, geo: &Geometry, new: &SuperBlock) -> Result<(
     let restore = if may_land(&error) {
         None
     } else if restore(io, geo, &old).is_err() {
-        Some(Restore::SuperBlock(Box::new(old)))
+        Some(Restore::SuperBlock(old))
     } else {
         // A copy is only used beside a torn super block that it fits, but it is better to have
         // none.
-        let blank = [0; PAGE_SIZE];
         for at in places {
             if let Err(error) = put(io, geo, at, &blank) {
                 tracing::warn!(%error, "the copy of a super block that was not written stays");
@@ -134,7 +134,7 @@ pub(crate) fn write(io: &mut MdIo, geo: &Geometry, new: &SuperBlock) -> Result<(
 ///
 /// # Errors
 /// Fails when the device does.
-pub(crate) fn restore(io: &mut MdIo, geo: &Geometry, old: &Page) -> Result<(), Error> {
+pub(crate) fn restore(io: &mut MdIo, geo: &Geometry, old: &DmaSlice) -> Result<(), Error> {
     let found = io.read(0, PAGE_SIZE);
     if found.is_ok_and(|found| found[..] == old[..]) {
         return Ok(());
@@ -143,11 +143,11 @@ pub(crate) fn restore(io: &mut MdIo, geo: &Geometry, old: &Page) -> Result<(), E
 }
 
 /// Writes a super block or its copy durably, several times if necessary.
-fn put(io: &mut MdIo, geo: &Geometry, at: u32, page: &Page) -> Result<(), Error> {
+fn put(io: &mut MdIo, geo: &Geometry, at: u32, page: &DmaSlice) -> Result<(), Error> {
     repeat(|| {
         let write = Op::Write {
             lba: geo.page_lba(at.into()),
-            data: dma(page)?,
+            data: page.clone(),
             fua: false,
         };
         io.run_durable(vec![write])

@@ -59,7 +59,7 @@ impl Blobstore {
         match self.content(fill, &view, index, cluster) {
             Ok(ops) => change.prepare = ops,
             Err(error) => {
-                edit.state().rollback(change);
+                edit.state().rollback(&change);
                 return Err(error);
             }
         }
@@ -67,7 +67,7 @@ impl Blobstore {
         match state.stage(&mut change, id) {
             Ok(staged) => staged.map = MapChange::Patch(vec![(index, cluster)]),
             Err(error) => {
-                state.rollback(change);
+                state.rollback(&change);
                 return Err(error);
             }
         }

@@ -14,14 +14,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use pumice_bdev::{IoErrorKind, Op};
+use pumice_bdev::{DmaBuf, DmaSlice, IoErrorKind, Op};
 
 use super::super::error::Error;
 use super::super::format::{PAGE_SIZE, Page, PageHeader, page_crc, stored_crc};
 use super::super::geometry::Geometry;
 use super::super::mdio::{MdChannels, MdIo, Persist, dma};
 use super::super::super_page;
-use super::{Batch, Commit, CommitPoint, Failure, Restore};
+use super::{Batch, Commit, CommitPoint, Failure, Old, Restore};
 
 /// Number of times that a commit point is written before it counts as failed.
 const COMMIT_TRIES: u32 = 3;
@@ -53,31 +53,46 @@ impl Commit for InPlace {
             erase,
             clear,
         } = batch;
-        // What nothing names yet, together with the mark of a store that is not clean.
+        // All memory is taken before the first write: a change must not end half-way for want of it.
         let mut before = prepare;
         if let Some(page) = unmark {
-            before.push(write(0, &page)?);
+            before.push(write(0, dma(&page[..])?));
         }
         for (index, page) in fresh {
-            before.push(write(geo.md_lba(index), &page)?);
+            before.push(write(geo.md_lba(index), dma(&page[..])?));
         }
+        let points = points
+            .into_iter()
+            .map(Prepared::new)
+            .collect::<Result<Vec<_>, Error>>()?;
+        let mut spare = DmaBuf::new(PAGE_SIZE).map_err(Error::from)?;
+        let mut after = Vec::new();
+        if !erase.is_empty() {
+            let zeroes = dma(&[0; PAGE_SIZE])?;
+            after.extend(
+                erase
+                    .into_iter()
+                    .map(|index| write(geo.md_lba(index), zeroes.clone())),
+            );
+        }
+        after.extend(clear);
+
+        // What nothing names yet, together with the mark of a store that is not clean.
         io.run_durable(before)?;
         if let Some(super_block) = super_block {
             super_page::write(io, &geo, &super_block)?;
         }
-        for (number, point) in points.iter().enumerate() {
-            if let Err(error) = write_page(io, &geo, point.index, &point.page) {
-                settle(io, &geo, &points[..=number], error)?;
+        let mut done = Vec::with_capacity(points.len());
+        for point in points {
+            let written = write_page(io, &geo, point.index, &point.page);
+            done.push(point);
+            if let Err(error) = written {
+                (spare, done) = settle(io, &geo, spare, done, error)?;
             }
         }
         // A failure does no harm here: this clears what nothing names any longer.
-        let zeroes = |index| write(geo.md_lba(index), &[0; PAGE_SIZE]);
-        for op in erase
-            .into_iter()
-            .map(zeroes)
-            .chain(clear.into_iter().map(Ok))
-        {
-            if let Err(error) = op.and_then(|op| io.run([op])) {
+        for op in after {
+            if let Err(error) = io.run([op]) {
                 tracing::warn!(%error, "what is no longer used could not be cleared");
             }
         }
@@ -93,14 +108,34 @@ impl Commit for InPlace {
     }
 }
 
-/// After the write of the last of these commit points has failed: continues if the page is there,
-/// else takes all of them back.
+/// A commit point with all the memory that it takes to write it and to take it back.
+struct Prepared {
+    index: u32,
+    page: DmaSlice,
+    old: Old,
+    restore: DmaBuf,
+}
+
+impl Prepared {
+    fn new(point: CommitPoint) -> Result<Prepared, Error> {
+        Ok(Prepared {
+            index: point.index,
+            page: dma(&point.page[..])?,
+            old: point.old,
+            restore: DmaBuf::new(PAGE_SIZE)?,
+        })
+    }
+}
+
+/// After the write of the last of these commit points has failed: gives them back, with the memory
+/// to read a page, if the page is there. Else takes all of them back.
 fn settle(
     io: &mut MdIo,
     geo: &Geometry,
-    points: &[CommitPoint],
+    spare: DmaBuf,
+    mut points: Vec<Prepared>,
     error: Error,
-) -> Result<(), Failure> {
+) -> Result<(DmaBuf, Vec<Prepared>), Failure> {
     if may_land(&error) {
         // Whatever is read or written now, the device may still write the new page over it.
         return Err(Failure::Open {
@@ -108,18 +143,23 @@ fn settle(
             restore: None,
         });
     }
-    let (last, done) = points.split_last().expect("one has failed");
-    let found = read_back(io, geo, last);
-    if found == Found::New && io.can().persist() == Persist::Completion {
+    let last = points.last().expect("one has failed");
+    let (found, spare) = read_back(io, geo, spare, last);
+    if found == Found::New
+        && io.can().persist() == Persist::Completion
+        && let Some(spare) = spare
+    {
         tracing::warn!(%error, "a metadata write was reported as failed, but the page is there");
-        return Ok(());
+        return Ok((spare, points));
     }
-    let undo = if found == Found::Old { done } else { points };
-    let mut pages = undo
-        .iter()
-        .rev()
-        .map(|point| (point.index, point.old.page()))
-        .collect();
+    if found == Found::Old {
+        points.pop();
+    }
+    let old = |mut point: Prepared| {
+        point.restore.copy_from_slice(&point.old.page()[..]);
+        (point.index, point.restore.freeze())
+    };
+    let mut pages = points.into_iter().rev().map(old).collect();
     match restore_pages(io, geo, &mut pages) {
         Ok(()) => {
             tracing::warn!(%error, "a metadata write failed; the change was taken back");
@@ -135,7 +175,7 @@ fn settle(
 fn restore_pages(
     io: &mut MdIo,
     geo: &Geometry,
-    pages: &mut Vec<(u32, Box<Page>)>,
+    pages: &mut Vec<(u32, DmaSlice)>,
 ) -> Result<(), Error> {
     while let Some((index, page)) = pages.first() {
         if let Err(error) = write_page(io, geo, *index, page) {
@@ -158,15 +198,25 @@ enum Found {
     Unknown,
 }
 
-/// Reads the page of a commit point whose write has failed.
-fn read_back(io: &mut MdIo, geo: &Geometry, point: &CommitPoint) -> Found {
-    let Ok(found) = io.read(geo.md_lba(point.index), PAGE_SIZE) else {
+/// Reads the page of a commit point whose write has failed. Gives the memory back if the page could
+/// be read.
+fn read_back(
+    io: &mut MdIo,
+    geo: &Geometry,
+    spare: DmaBuf,
+    point: &Prepared,
+) -> (Found, Option<DmaBuf>) {
+    match io.read_into(geo.md_lba(point.index), spare) {
+        Ok(page) => (compare(&page, point), Some(page)),
+        Err(_) => (Found::Unknown, None),
+    }
+}
+
+fn compare(found: &[u8], point: &Prepared) -> Found {
+    let Ok(found) = <&Page>::try_from(found) else {
         return Found::Unknown;
     };
-    let Ok(found) = <&Page>::try_from(&found[..]) else {
-        return Found::Unknown;
-    };
-    if *found == *point.page {
+    if found[..] == point.page[..] {
         return Found::New;
     }
     let old = point.old.page();
@@ -183,19 +233,19 @@ fn read_back(io: &mut MdIo, geo: &Geometry, point: &CommitPoint) -> Found {
     }
 }
 
-fn write(lba: u64, page: &Page) -> Result<Op, Error> {
-    Ok(Op::Write {
+fn write(lba: u64, data: DmaSlice) -> Op {
+    Op::Write {
         lba,
-        data: dma(page)?,
+        data,
         fua: false,
-    })
+    }
 }
 
 /// Writes a metadata page durably, several times if necessary. The write can be repeated because
 /// the bytes are the same, and it is, also after errors that do not count as passing, before it
 /// counts as failed.
-fn write_page(io: &mut MdIo, geo: &Geometry, index: u32, page: &Page) -> Result<(), Error> {
-    repeat(|| io.run_durable(vec![write(geo.md_lba(index), page)?]))
+fn write_page(io: &mut MdIo, geo: &Geometry, index: u32, page: &DmaSlice) -> Result<(), Error> {
+    repeat(|| io.run_durable(vec![write(geo.md_lba(index), page.clone())]))
 }
 
 /// Performs a write that can be repeated with the same bytes, several times if necessary.

@@ -9,7 +9,7 @@ pub(super) mod in_place;
 
 use std::sync::Arc;
 
-use pumice_bdev::Op;
+use pumice_bdev::{DmaSlice, Op};
 
 use super::change::patched_page;
 use super::error::Error;
@@ -119,9 +119,9 @@ impl From<Error> for Failure {
 #[derive(Debug)]
 pub(crate) enum Restore {
     /// These pages, in this order.
-    Pages(Vec<(u32, Box<Page>)>),
+    Pages(Vec<(u32, DmaSlice)>),
     /// The super block.
-    SuperBlock(Box<Page>),
+    SuperBlock(DmaSlice),
 }
 
 /// A way to write batches.

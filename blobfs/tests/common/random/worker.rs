@@ -59,7 +59,7 @@ impl Worker {
             }
             FsError::Store { .. } => self.faults.io || self.faults.metadata || self.faults.memory,
             // The device has the old state when it can be written again.
-            FsError::Undecided { .. } => self.faults.metadata || self.faults.memory,
+            FsError::Undecided { .. } => self.faults.metadata,
             _ => false,
         };
         assert!(fine, "{what}: {e}");
