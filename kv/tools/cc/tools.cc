@@ -35,7 +35,11 @@ extern "C" const char* pumice_rocksdb_version() {
   return version.c_str();
 }
 
-extern "C" void* pumice_memory_env() { return rocksdb::NewMemEnv(rocksdb::Env::Default()); }
+extern "C" void* pumice_memory_env() {
+  // The files of RocksDB's memory environment, whose own clock stands still, with the clock of the system.
+  rocksdb::Env* memory = rocksdb::NewMemEnv(rocksdb::Env::Default());
+  return rocksdb::NewCompositeEnv(memory->GetFileSystem()).release();
+}
 
 extern "C" int pumice_ldb(void* env, int argc, char** argv) {
   return Guarded("ldb", env, [&](const rocksdb::Options& options) {
