@@ -81,6 +81,7 @@ fn the_base_image_has_the_libraries() {
     let last = stages.rsplit("FROM ").next().unwrap();
     assert!(last.starts_with("debian:bookworm-slim\n") && !last.contains("apt"));
     let output = Command::new("ldd").arg(example()).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
     let said = String::from_utf8(output.stdout).unwrap();
     for line in said.lines() {
         let name = line.trim().split(' ').next().unwrap();
