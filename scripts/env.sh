@@ -5,7 +5,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # The packages below RocksDB, tested in the dev profile with debug assertions, and those that link it, in the one profile that it is
 # compiled in. Always whole: with another selection cargo compiles the dependencies with other features.
 # shellcheck disable=SC2034
-low=(-p pumice-io -p pumice-nvme -p pumice-nvme-soft -p pumice-bdev -p pumice-bdev-control -p pumice-bdev-testkit -p pumice-describe -p pumice-confine -p pumice-blobfs -p pumice-rig)
+low=(
+    -p pumice-tidy -p pumice-io -p pumice-nvme -p pumice-nvme-soft -p pumice-bdev -p pumice-bdev-control
+    -p pumice-bdev-testkit -p pumice-describe -p pumice-confine -p pumice-blobfs -p pumice-rig
+)
 # shellcheck disable=SC2034
 high=(--release -p pumice -p pumice-cli -p pumice-rocksdb-tools -p pumice-bench -p pumice-examples)
 
