@@ -20,6 +20,14 @@ pub enum Error {
         /// The reason.
         source: BdevError,
     },
+    /// A socket or an address could not be listened on.
+    #[error("{address} could not be listened on")]
+    Listen {
+        /// The path of the socket, or the address.
+        address: String,
+        /// The reason.
+        source: BdevError,
+    },
     /// The device has no file system, and is not empty either.
     #[error(
         "{device}: holds {found}, and no file system that Pumice knows; nothing was changed; if \
@@ -140,7 +148,7 @@ impl Error {
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Error::Device { source, .. } => of_errno(source.errno()),
+            Error::Device { source, .. } | Error::Listen { source, .. } => of_errno(source.errno()),
             Error::NotEmpty { .. } => ErrorKind::Foreign,
             Error::Environment(_) => ErrorKind::OutOfMemory,
             Error::FileSystem(e) => of_fs(e),

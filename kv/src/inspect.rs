@@ -149,11 +149,11 @@ impl Inspection {
     /// dropped.
     ///
     /// # Errors
-    /// Fails with [`Error::Device`] if something else is there, and when the system does.
+    /// Fails with [`Error::Listen`] if something else is there, and when the system does.
     pub fn rpc_socket(mut self, path: &Path) -> Result<Inspection, Error> {
         let server = RpcServer::start(Arc::clone(&self.app), path, ServerOptions::default());
-        self.rpc = Some(server.map_err(|source| Error::Device {
-            uri: path.display().to_string(),
+        self.rpc = Some(server.map_err(|source| Error::Listen {
+            address: path.display().to_string(),
             source,
         })?);
         Ok(self)
@@ -163,13 +163,13 @@ impl Inspection {
     /// loopback address (`127.0.0.1:9100`; port 0 is any free port).
     ///
     /// # Errors
-    /// Fails with [`Error::Device`] for an address that is not loopback, if the path is taken, and
+    /// Fails with [`Error::Listen`] for an address that is not loopback, if the path is taken, and
     /// when the system does.
     pub fn metrics(mut self, address: &str) -> Result<Inspection, Error> {
         let subject = self.subject.clone();
         let server = MetricsServer::serve(move || subject.prometheus(), address);
-        self.metrics = Some(server.map_err(|source| Error::Device {
-            uri: address.to_owned(),
+        self.metrics = Some(server.map_err(|source| Error::Listen {
+            address: address.to_owned(),
             source,
         })?);
         Ok(self)

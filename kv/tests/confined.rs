@@ -172,7 +172,7 @@ fn child_reads_only() {
     let Some((dir, _)) = case() else {
         return;
     };
-    let error = pumice::Db::open(&uri(&dir)).unwrap_err().to_string();
+    let error = pumice::chain(&pumice::Db::open(&uri(&dir)).unwrap_err());
     assert!(error.contains("read_only=1"), "{error}");
     let uri = format!("file://{}/kv.img", dir.display());
     let reader = pumice::DbOptions::new().read_only(true);
@@ -196,7 +196,7 @@ fn child_has_no_place() {
     let Some((dir, _)) = case() else {
         return;
     };
-    let error = pumice::Db::open(&uri(&dir)).unwrap_err().to_string();
+    let error = pumice::chain(&pumice::Db::open(&uri(&dir)).unwrap_err());
     assert!(
         error.contains("Read-only file system") && error.contains("kv.img"),
         "{error}"
