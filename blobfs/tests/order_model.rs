@@ -1,11 +1,16 @@
 //! A model of the order of changes, in orders of steps that a test with threads hardly ever meets:
-//! changes of one blob do not run together, nobody who waits is forgotten, and a future that is
-//! dropped does not block the turn of others.
+//! changes of one blob do not run together, nobody who waits is forgotten, and neither a future that
+//! is dropped nor a thread that gives up blocks the turn of others.
 
 mod sync {
     pub use shuttle::sync::MutexGuard;
     pub use shuttle::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-    pub use shuttle::thread::{Thread, current, park};
+    pub use shuttle::thread::{Thread, current};
+
+    /// In the model time stands still.
+    pub fn park_timeout(_: std::time::Duration) {
+        shuttle::thread::park();
+    }
 
     /// A mutex without poison, like the library's.
     #[derive(Debug, Default)]
@@ -32,6 +37,7 @@ mod order;
 use std::future::Future as _;
 use std::sync::Arc;
 use std::task::{Context, Waker};
+use std::time::Duration;
 
 use format::BlobId;
 use order::{Order, Scope};
@@ -39,6 +45,8 @@ use sync::{AtomicUsize, Ordering};
 
 /// Number of orders that are tried, at random and by preemption at few points.
 const ORDERS: usize = 3000;
+/// The wait of a thread that does not give up.
+const LIMIT: Duration = Duration::from_secs(3600);
 
 /// An order, and the number of threads at each of two blobs.
 #[derive(Default)]
@@ -77,7 +85,7 @@ fn all_kinds_of_waiters() {
         spawn(|world| {
             for ids in [&[0][..], &[0, 1]] {
                 let scope = blobs(&ids.iter().map(|id| *id as u64).collect::<Vec<_>>());
-                let _turn = world.order.enter(scope);
+                let _turn = world.order.enter(scope, LIMIT).unwrap();
                 world.change(ids);
             }
         }),
@@ -99,14 +107,21 @@ fn all_kinds_of_waiters() {
                 shuttle::thread::yield_now();
             }
             drop(waiting);
-            let _turn = world.order.enter(blobs(&[1]));
+            let _turn = world.order.enter(blobs(&[1]), LIMIT).unwrap();
             world.change(&[1]);
+        }),
+        // This thread gives up at once, perhaps when its turn has just come.
+        spawn(|world| {
+            if let Some(_turn) = world.order.enter(blobs(&[0]), Duration::ZERO) {
+                world.change(&[0]);
+                world.done.fetch_sub(1, Ordering::SeqCst);
+            }
         }),
     ];
     for thread in threads {
         thread.join().unwrap();
     }
-    let _turn = world.order.enter(Scope::All);
+    let _turn = world.order.enter(Scope::All, LIMIT).unwrap();
     assert_eq!(world.done.load(Ordering::SeqCst), 4);
 }
 

@@ -20,7 +20,7 @@ use super::commit::Failure;
 use super::commit::in_place::may_land;
 use super::error::Error;
 use super::format::BlobId;
-use super::gate::Frozen;
+use super::gate::{DRAIN_TIMEOUT, Frozen};
 use super::geometry::Geometry;
 use super::order::{Scope, Turn};
 use super::state::{Doubt, State, Stop};
@@ -40,10 +40,10 @@ impl Blobstore {
     /// thread must not have another edit.
     ///
     /// # Errors
-    /// Fails if the store accepts no changes.
+    /// Fails if the store accepts no changes, and if the turn does not come.
     pub(crate) fn edit(&self, scope: &Scope) -> Result<Edit<'_>, Error> {
         loop {
-            let turn = self.inner.order.enter(self.widened(scope));
+            let turn = self.turn(self.widened(scope))?;
             if let Some(edit) = self.entered(turn)? {
                 return Ok(edit);
             }
@@ -51,11 +51,28 @@ impl Blobstore {
     }
 
     /// Waits until nobody changes anything, in order to unload the store.
-    pub(crate) fn edit_to_the_end(&self) -> Edit<'_> {
-        Edit {
+    ///
+    /// # Errors
+    /// Fails if the turn does not come.
+    pub(crate) fn edit_to_the_end(&self) -> Result<Edit<'_>, Error> {
+        Ok(Edit {
             store: self,
-            turn: self.inner.order.enter(Scope::All),
-        }
+            turn: self.turn(Scope::All)?,
+        })
+    }
+
+    /// Waits for a turn in the order of changes.
+    ///
+    /// # Errors
+    /// Fails if it does not come.
+    pub(crate) fn turn(&self, scope: Scope) -> Result<Turn<'_>, Error> {
+        let turn = self.inner.order.enter(scope, DRAIN_TIMEOUT);
+        turn.ok_or_else(|| {
+            Error::Busy(
+                "another change of the same blobs does not come to an end; poll or drop its future before this operation"
+                    .to_owned(),
+            )
+        })
     }
 
     /// Begins an edit as [`Blobstore::edit`] does, for asynchronous code: this thread's own I/O
@@ -168,7 +185,6 @@ impl Edit<'_> {
 
     /// Stages a change and commits it. If an operation of several commits has failed at one of them
     /// and undoes those before it, this first takes back what that one has left.
-    /// those before it, first takes back what that one has left.
     pub fn change(
         &self,
         stage: impl FnOnce(&mut State, &mut Change) -> Result<(), Error>,

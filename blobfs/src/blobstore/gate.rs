@@ -12,8 +12,8 @@ use super::blob::Shared;
 use super::format::BlobId;
 use super::lanes::{LANES, Lanes};
 
-/// Longest wait of a closing for I/O to leave.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longest wait of a closing for I/O to leave, and of a thread for its turn in the order of changes.
+pub(super) const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The gate of a blob; see the module.
 #[derive(Debug, Default)]

@@ -121,6 +121,10 @@ impl Blob {
     /// device has answered (the channel is polled, or dropped), the blob counts as open, and none
     /// of its clusters can be moved.
     ///
+    /// The first write to a cluster of a thin blob is a change of metadata. A future that has to
+    /// make one must be polled or dropped: until then other changes of the blob wait, of this thread
+    /// and of others, and those that block fail with [`Error::Busy`] after 20 seconds.
+    ///
     /// # Errors
     /// Fails for a range outside of the blob, for a read-only blob or store, without space, and
     /// with device errors. After a device error a part may have been written. Without space nothing
@@ -270,7 +274,8 @@ impl Blob {
     }
 
     /// Makes `len` bytes from `offset` read as zeroes. On a thin blob without a parent, completely
-    /// covered clusters are freed.
+    /// covered clusters are freed, which is a change of metadata: the future must be polled or
+    /// dropped, as that of [`Blob::write`].
     ///
     /// # Errors
     /// Fails as [`Blob::write`] does.
@@ -284,7 +289,8 @@ impl Blob {
     }
 
     /// Declares that the contents of `len` bytes from `offset` are not needed: they read as zeroes,
-    /// or as before. On a thin blob without a parent, completely covered clusters are freed. I/O in
+    /// or as before. On a thin blob without a parent, completely covered clusters are freed, which is
+    /// a change of metadata: the future must be polled or dropped, as that of [`Blob::write`]. I/O in
     /// flight on the blob ends first, so while this future is pending its thread must not make a
     /// blocking call on the same blob.
     ///

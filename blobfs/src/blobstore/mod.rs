@@ -51,7 +51,7 @@ mod view;
 /// The primitives of [`lanes`] and [`order`]. Their models replace them.
 mod sync {
     pub(crate) use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-    pub(crate) use std::thread::{Thread, current, park};
+    pub(crate) use std::thread::{Thread, current, park_timeout};
 
     pub(crate) use parking_lot::Mutex;
 }

@@ -12,9 +12,10 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Poll, Wake, Waker};
+use std::time::{Duration, Instant};
 
 use super::format::BlobId;
-use super::sync::{AtomicBool, Mutex, Ordering, Thread, current, park};
+use super::sync::{AtomicBool, Mutex, Ordering, Thread, current, park_timeout};
 
 /// The blobs that a change may touch.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -135,21 +136,29 @@ fn wake(waiters: Vec<Arc<Waiter>>) {
 
 impl Order {
     /// Waits until it is this scope's turn. The thread sleeps. It must not hold the state's lock or
-    /// another turn.
-    pub fn enter(&self, scope: Scope) -> Turn<'_> {
+    /// another turn. Returns `None` if that takes longer than `limit`, most likely because a turn
+    /// belongs to a future that is not polled, perhaps one of this thread.
+    pub fn enter(&self, scope: Scope, limit: Duration) -> Option<Turn<'_>> {
+        let deadline = Instant::now() + limit;
         let waker = || Waker::from(Arc::new(Unpark(current())));
         let (number, waiter) = self.join(&scope, waker);
         while waiter
             .as_ref()
             .is_some_and(|waiter| !waiter.granted.load(Ordering::Acquire))
         {
-            park();
+            let now = Instant::now();
+            if now >= deadline {
+                // It may have been granted by now, and is given up all the same.
+                self.leave(number);
+                return None;
+            }
+            park_timeout(deadline - now);
         }
-        Turn {
+        Some(Turn {
             order: self,
             number,
             scope,
-        }
+        })
     }
 
     /// Enters as [`Order::enter`] does, for asynchronous code: this thread's own I/O goes on while

@@ -4,12 +4,18 @@ use std::future::Future;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use super::format::BlobId;
-use super::order::{Order, Scope};
+use super::order::{Order, Scope, Turn};
 
 fn blobs(pages: &[u32]) -> Scope {
     Scope::Blobs(pages.iter().map(|page| BlobId::from_page(*page)).collect())
+}
+
+fn enter(order: &Order, scope: Scope) -> Turn<'_> {
+    let turn = order.enter(scope, Duration::from_secs(60));
+    turn.expect("nobody keeps the turn")
 }
 
 /// A waiting future is next, whatever a thread that enters in a loop does.
@@ -17,7 +23,7 @@ fn blobs(pages: &[u32]) -> Scope {
 fn the_turn_goes_to_the_one_who_has_waited_longest() {
     let order = Order::default();
     let mut cx = Context::from_waker(Waker::noop());
-    let running = order.enter(blobs(&[1]));
+    let running = enter(&order, blobs(&[1]));
     let mut first = pin!(order.enter_async(blobs(&[1, 2])));
     let mut second = pin!(order.enter_async(blobs(&[2])));
     assert!(first.as_mut().poll(&mut cx).is_pending());
@@ -36,9 +42,9 @@ fn the_turn_goes_to_the_one_who_has_waited_longest() {
 fn changes_of_different_blobs_overlap_and_one_of_all_does_not() {
     let order = Order::default();
     let mut cx = Context::from_waker(Waker::noop());
-    let one = order.enter(blobs(&[1]));
-    let two = order.enter(blobs(&[2, 3]));
-    let new = order.enter(blobs(&[]));
+    let one = enter(&order, blobs(&[1]));
+    let two = enter(&order, blobs(&[2, 3]));
+    let new = enter(&order, blobs(&[]));
     let mut all = pin!(order.enter_async(Scope::All));
     assert!(all.as_mut().poll(&mut cx).is_pending());
     // Those that come later wait for it, or it would never get its turn.
@@ -62,7 +68,7 @@ fn a_dropped_future_gives_up_its_place() {
     for granted in [false, true] {
         let order = Order::default();
         let mut cx = Context::from_waker(Waker::noop());
-        let held = order.enter(Scope::All);
+        let held = enter(&order, Scope::All);
         let mut gone = Box::pin(order.enter_async(Scope::All));
         let mut next = pin!(order.enter_async(blobs(&[7])));
         assert!(gone.as_mut().poll(&mut cx).is_pending());
@@ -75,8 +81,29 @@ fn a_dropped_future_gives_up_its_place() {
             drop(held);
         }
         assert!(next.as_mut().poll(&mut cx).is_ready());
-        drop(order.enter(Scope::All));
+        drop(enter(&order, Scope::All));
     }
+}
+
+/// A future that has its turn and is not polled holds others up, but not for ever: a thread gives
+/// up, and its place with that.
+#[test]
+fn a_thread_gives_up_its_place_when_the_turn_does_not_come() {
+    let order = Order::default();
+    let mut cx = Context::from_waker(Waker::noop());
+    let held = enter(&order, Scope::All);
+    let mut granted = pin!(order.enter_async(blobs(&[1])));
+    assert!(granted.as_mut().poll(&mut cx).is_pending());
+    drop(held);
+    for scope in [Scope::All, blobs(&[1])] {
+        assert!(order.enter(scope, Duration::from_millis(5)).is_none());
+    }
+    drop(enter(&order, blobs(&[2])));
+    let Poll::Ready(turn) = granted.as_mut().poll(&mut cx) else {
+        panic!("its turn had come");
+    };
+    drop(turn);
+    drop(enter(&order, Scope::All));
 }
 
 #[test]
@@ -92,7 +119,7 @@ fn many_threads_count() {
                         3 => vec![0, 1, 2],
                         one => vec![one],
                     };
-                    let _turn = order.enter(blobs(&wanted));
+                    let _turn = enter(order, blobs(&wanted));
                     for number in wanted {
                         // The value is read and written separately: two threads at once would lose
                         // an increment.

@@ -446,14 +446,19 @@ impl Blobstore {
         }
         let quiet = inner.channels.quiesce();
         // Nobody else changes anything until it is unloaded.
-        let edit = self.edit_to_the_end();
-        let ended = if quiet {
-            edit.unload()
-        } else {
-            Err(Error::Busy(
-                "I/O on a channel of the store does not come to an end; drive or await it before unloading"
-                    .to_owned(),
-            ))
+        let (_edit, ended) = match self.edit_to_the_end() {
+            Ok(edit) if quiet => {
+                let ended = edit.unload();
+                (Some(edit), ended)
+            }
+            Ok(edit) => {
+                let error = Error::Busy(
+                    "I/O on a channel of the store does not come to an end; drive or await it before unloading"
+                        .to_owned(),
+                );
+                (Some(edit), Err(error))
+            }
+            Err(error) => (None, Err(error)),
         };
         let mut state = inner.state.lock();
         state.unloading = false;
@@ -489,14 +494,15 @@ impl Blobstore {
     /// Opens a blob. Opens are counted, so it may be open more than once.
     ///
     /// # Errors
-    /// Fails if there is no such blob, if its metadata is damaged, and if its parent is missing.
+    /// Fails if there is no such blob, if its metadata is damaged, if its parent is missing, and if
+    /// a change of it does not come to an end ([`Error::Busy`]).
     pub fn open(&self, id: BlobId) -> Result<Blob, Error> {
         if let Some(shared) = self.inner.state.lock().opened(id)? {
             return Ok(self.handle(shared));
         }
         // A change in progress may delete it or take clusters from it, so nobody looks at it
         // meanwhile.
-        let _turn = self.inner.order.enter(Scope::Blobs(vec![id]));
+        let _turn = self.turn(Scope::Blobs(vec![id]))?;
         let mut state = self.inner.state.lock();
         let shared = match state.opened(id)? {
             Some(shared) => shared,
