@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use common::*;
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
-use pumice_bdev::{BlockDevice, DmaBuf, OpKind};
-use pumice_bdev_testkit::crashsim::CrashDevice;
+use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, OpKind};
+use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions};
 use pumice_blobfs::blobstore::{
     Blob, BlobId, Blobstore, CreateOptions, Error, InitOptions, LoadOptions,
 };
@@ -156,6 +156,77 @@ fn a_shrink_waits_for_writes_in_flight() {
         transaction.resize(&blob, 0);
         transaction.commit().map(drop)
     });
+}
+
+/// The deletion of a damaged blob in the same transaction does not change that.
+#[test]
+fn a_shrink_beside_the_deletion_of_a_damaged_blob_waits_for_writes_in_flight() {
+    let (dev, store) = store();
+    let shrinks = blob(&store, 4, false).id();
+    let damaged = blob(&store, 1, false).id();
+    let root = u64::from(store.super_block().md_start.get()) + (damaged.0 & u64::from(u32::MAX));
+    store.unload().unwrap();
+    let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    let mut page = ch
+        .block_on(ch.read(root, DmaBuf::new(4096).unwrap()))
+        .unwrap();
+    page[100] ^= 1;
+    ch.block_on(ch.write(root, page.freeze(), false)).unwrap();
+    drop(ch);
+    let store = Blobstore::load(dev.clone(), &LoadOptions::default()).unwrap();
+    assert_eq!(store.damaged().len(), 1);
+    let blob = store.open(shrinks).unwrap();
+    let writer = held_write(&dev, &blob, 2);
+    let task = spawn(move || {
+        let mut both = store.transaction();
+        both.delete(damaged);
+        both.resize(shrinks, 0);
+        both.commit().map(drop)
+    });
+    assert!(task.still_waits(), "it does not wait for a write in flight");
+    dev.resume();
+    writer.join("the write");
+    task.join("the transaction").unwrap();
+    assert_eq!(blob.num_clusters(), 0);
+}
+
+/// Copies are written to a volatile cache. `op` fails when a flush fails that another has sent
+/// before the one which makes the copies durable.
+fn fails_with_a_flush_beside_its_copies(
+    op: impl FnOnce(&Blobstore, BlobId) -> Result<(), Error> + Send + 'static,
+) {
+    let options = CrashOptions {
+        block_size: 4096,
+        write_cache: true,
+        fua: false,
+        ..CrashOptions::default()
+    };
+    let base = CrashDevice::with_options(&options, CrashImage::zeroed(8 << 20));
+    let (dev, store) = store_on(Arc::new(base));
+    let blob = blob(&store, 4, false);
+    write(&blob, 0, &[1; 16384]);
+    store.snapshot(blob.id(), &[]).unwrap();
+    hang(&dev, OpKind::Write, None);
+    let (its_store, id) = (store.clone(), blob.id());
+    let task = spawn(move || op(&its_store, id));
+    wait_for("a copy is held back", || dev.injections().is_empty());
+    dev.inject(Injection {
+        op: Some(OpKind::Flush),
+        failure: Failure::Fail,
+        count: 1,
+        range: None,
+        queue_depth: 0,
+    });
+    store.flush().unwrap_err();
+    dev.resume();
+    let result = task.join("the operation");
+    assert!(matches!(result, Err(Error::Io(_))), "{result:?}");
+}
+
+#[test]
+fn a_flush_that_fails_beside_copies_fails_them() {
+    fails_with_a_flush_beside_its_copies(|store, id| store.inflate(id));
+    fails_with_a_flush_beside_its_copies(|store, _| store.grow_md_pages(1000).map(drop));
 }
 
 #[test]

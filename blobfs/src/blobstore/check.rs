@@ -120,9 +120,11 @@ const NOT_UNLOADED: &str = "the store was not unloaded in order";
 
 /// Returns the report, and the damaged blobs separately.
 fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Error> {
-    let dev: Arc<dyn BlockDevice> = Steady::new(Arc::clone(dev));
+    let steady = Steady::new(Arc::clone(dev));
+    let failed_flush = steady.failed_flush();
+    let dev: Arc<dyn BlockDevice> = steady;
     let info = dev.info();
-    let mut io = MdIo::new(&dev)?;
+    let mut io = MdIo::new(&dev, failed_flush)?;
     let Found { sb, torn } = super_page::read(&mut io, info)?;
     let geo = Geometry::new(&sb, info)?;
     let (masks, past) = Masks::read(&mut io, &geo, &sb)?;

@@ -48,7 +48,7 @@ impl Dump {
     /// Fails when the device cannot be read, or has not even one page.
     pub fn open(dev: &Arc<dyn BlockDevice>) -> Result<Dump, Error> {
         let info = dev.info();
-        let mut io = MdIo::new(dev)?;
+        let mut io = MdIo::new(dev, Arc::default())?;
         if info.len_bytes() < PAGE_SIZE_U64 {
             let reason = format!(
                 "a device of {} bytes is too small for a blobstore",

@@ -289,9 +289,10 @@ impl Edit<'_> {
         // The old bytes of a file must not look like a blob's root, or like a mask.
         let start = old.page_lba(at);
         let zeroes = io.can().zeroes(start, old.page_lba(layout.end) - start)?;
+        let failed = io.failed_flushes();
         io.run(zeroes)?;
         self.copy_region(&mut io, &old, &new)?;
-        io.flush()?;
+        io.flush_since(failed)?;
         drop(io);
         self.switch(sb)
     }

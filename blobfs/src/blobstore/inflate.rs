@@ -118,12 +118,13 @@ impl Blobstore {
     fn copy_up(&self, below: &View, copies: &[(u64, u32)]) -> Result<(), Error> {
         let io = &mut *self.inner.md_channels.get()?;
         let geo = self.inner.state.lock().geo.clone();
+        let failed = io.failed_flushes();
         for (index, cluster) in copies {
             let ops = copy_of(io, &geo, below, *index, geo.cluster_lba(*cluster))?;
             io.run(ops)?;
         }
         // The copies are durable before the map that names them.
-        io.flush()
+        io.flush_since(failed)
     }
 
     /// Changes the blob. Returns `false` and changes nothing if the blob's parents are no longer

@@ -9,6 +9,7 @@ use parking_lot::{Condvar, Mutex};
 use pumice_bdev::{BlockDevice, DeviceInfo, DmaBuf, DmaSlice, Engine, IoError, Op, OpKind};
 
 use super::error::Error;
+use super::steady::FailedFlush;
 
 /// Number of operations that are kept in flight on a channel.
 const DEPTH: usize = 32;
@@ -48,10 +49,10 @@ struct Flushes {
     completed: AtomicU64,
     /// Number of those that a flush has covered.
     covered: AtomicU64,
-    /// Number of flushes that have failed.
-    failed: AtomicU64,
-    /// Held during a flush. Contains the error of the last one that failed.
-    one: Mutex<Option<Box<IoError>>>,
+    /// Those that have failed, of all channels of the device.
+    failed: Arc<FailedFlush>,
+    /// Held during a flush.
+    one: Mutex<()>,
 }
 
 /// A channel for metadata.
@@ -184,9 +185,14 @@ impl Drop for Lent<'_> {
 }
 
 impl MdIo {
-    /// Opens a channel that shares its flushes with no other.
-    pub fn new(dev: &Arc<dyn BlockDevice>) -> Result<MdIo, Error> {
-        MdIo::sharing(dev, Arc::default())
+    /// Opens a channel that shares its flushes with no other. `failed` are the failed flushes of all
+    /// channels of the device.
+    pub fn new(dev: &Arc<dyn BlockDevice>, failed: Arc<FailedFlush>) -> Result<MdIo, Error> {
+        let flushes = Flushes {
+            failed,
+            ..Flushes::default()
+        };
+        MdIo::sharing(dev, Arc::new(flushes))
     }
 
     fn sharing(dev: &Arc<dyn BlockDevice>, flushes: Arc<Flushes>) -> Result<MdIo, Error> {
@@ -257,7 +263,7 @@ impl MdIo {
             }
         }
         let unfit = !each || ops.iter().any(|op| !op.fua());
-        let failed = self.flushes.failed.load(Ordering::Acquire);
+        let failed = self.failed_flushes();
         self.run(ops)?;
         if unfit {
             self.flush_since(failed)
@@ -268,42 +274,40 @@ impl MdIo {
 
     /// Makes everything durable that has completed. Does nothing if there is no volatile cache.
     pub fn flush(&mut self) -> Result<(), Error> {
-        self.flush_since(self.flushes.failed.load(Ordering::Acquire))
+        self.flush_since(self.failed_flushes())
+    }
+
+    /// Returns the number of flushes that have failed on any channel, for
+    /// [`MdIo::flush_since`].
+    pub fn failed_flushes(&self) -> u64 {
+        self.flushes.failed.count()
     }
 
     /// Makes everything durable that has completed, by one flush for all that wait for one.
     /// `failed` is the number of flushes that had failed before the writes that it must cover. One
-    /// that failed since may have lost them, and a later one that succeeds does not bring them
-    /// back.
-    fn flush_since(&mut self, failed: u64) -> Result<(), Error> {
+    /// that failed since, on any channel, may have lost them, and a later one that succeeds does not
+    /// bring them back.
+    pub fn flush_since(&mut self, failed: u64) -> Result<(), Error> {
         if self.can.persist == Persist::Completion {
             return Ok(());
         }
         let flushes = Arc::clone(&self.flushes);
         let mine = flushes.completed.fetch_add(1, Ordering::AcqRel) + 1;
-        let mut last_error = flushes.one.lock();
-        if flushes.failed.load(Ordering::Acquire) != failed
-            && let Some(error) = last_error.clone()
-        {
-            return Err(Error::Io(error));
-        }
+        let _one = flushes.one.lock();
+        let check = || match flushes.failed.get() {
+            Some(error) if flushes.failed.count() != failed => Err(Error::Io(error)),
+            _ => Ok(()),
+        };
+        check()?;
         if flushes.covered.load(Ordering::Acquire) >= mine {
             return Ok(());
         }
         let covers = flushes.completed.load(Ordering::Acquire);
-        match self.run([Op::Flush]) {
-            Ok(()) => {
-                flushes.covered.store(covers, Ordering::Release);
-                Ok(())
-            }
-            Err(error) => {
-                if let Error::Io(error) = &error {
-                    *last_error = Some(error.clone());
-                }
-                flushes.failed.fetch_add(1, Ordering::AcqRel);
-                Err(error)
-            }
-        }
+        self.run([Op::Flush])?;
+        // Those of other channels do not wait for this lock.
+        check()?;
+        flushes.covered.store(covers, Ordering::Release);
+        Ok(())
     }
 
     /// Reads whole blocks.
@@ -445,7 +449,9 @@ fn pieces(start: u64, len: u64, step: u64) -> impl Iterator<Item = (u64, u64)> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::steady::Steady;
     use super::*;
+    use pumice_bdev::AsyncChannel;
     use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
     use pumice_bdev_testkit::crashsim::{Action, CrashDevice, CrashImage, CrashOptions, Event};
 
@@ -455,6 +461,7 @@ mod tests {
         fails: Arc<ErrorDevice>,
         base: CrashDevice,
         flushes: Arc<Flushes>,
+        steady: Arc<Steady>,
     }
 
     fn channels<const N: usize>() -> (Devices, [MdIo; N]) {
@@ -467,14 +474,19 @@ mod tests {
         let base = CrashDevice::with_options(&options, CrashImage::zeroed(1 << 20));
         let fails = Arc::new(ErrorDevice::new(None, Arc::new(base.clone())));
         let holds = Arc::new(ErrorDevice::new(None, fails.clone()));
-        let as_dyn: Arc<dyn BlockDevice> = holds.clone();
-        let flushes: Arc<Flushes> = Arc::default();
+        let steady = Steady::new(holds.clone());
+        let as_dyn: Arc<dyn BlockDevice> = steady.clone();
+        let flushes = Arc::new(Flushes {
+            failed: steady.failed_flush(),
+            ..Flushes::default()
+        });
         let all = std::array::from_fn(|_| MdIo::sharing(&as_dyn, Arc::clone(&flushes)).unwrap());
         let devices = Devices {
             holds,
             fails,
             base,
             flushes,
+            steady,
         };
         (devices, all)
     }
@@ -565,6 +577,31 @@ mod tests {
             two.join().unwrap().unwrap_err();
             // What is written once more is durable.
             one.run_durable(write(0)).unwrap();
+        });
+    }
+
+    /// The flush may have been one of data, and it may have failed between a write and the flush
+    /// that was to cover it, or during that flush.
+    #[test]
+    fn a_failed_flush_of_another_channel_counts() {
+        let (devices, [mut io]) = channels::<1>();
+        let data = AsyncChannel::new(devices.steady.open_channel().unwrap());
+        let failed = io.failed_flushes();
+        io.run(write(0)).unwrap();
+        inject(&devices.fails, Failure::Fail);
+        data.block_on(data.flush()).unwrap_err();
+        io.flush_since(failed).unwrap_err();
+
+        inject(&devices.holds, Failure::Hang);
+        std::thread::scope(|scope| {
+            let held = scope.spawn(move || io.run_durable(write(0)));
+            until("the flush is held back", || {
+                devices.holds.injections().is_empty()
+            });
+            inject(&devices.fails, Failure::Fail);
+            data.block_on(data.flush()).unwrap_err();
+            devices.holds.resume();
+            held.join().unwrap().unwrap_err();
         });
     }
 }

@@ -32,14 +32,26 @@ pub(crate) struct Steady {
     lost: Arc<FailedFlush>,
 }
 
-/// The first failed flush of any channel.
+/// The failed flushes of all channels.
 #[derive(Debug, Default)]
-pub(crate) struct FailedFlush(Mutex<Option<Box<IoError>>>);
+pub(crate) struct FailedFlush(Mutex<(u64, Option<Box<IoError>>)>);
 
 impl FailedFlush {
-    /// Returns its error, if there was one.
+    /// Returns the error of the first one, if there was one.
     pub fn get(&self) -> Option<Box<IoError>> {
-        self.0.lock().clone()
+        self.0.lock().1.clone()
+    }
+
+    /// Returns their number. A writer reads it before its first write and again after the flush
+    /// that makes the writes durable: one that has failed in between may have lost them.
+    pub fn count(&self) -> u64 {
+        self.0.lock().0
+    }
+
+    fn add(&self, error: &IoError) {
+        let mut failed = self.0.lock();
+        failed.0 += 1;
+        failed.1.get_or_insert_with(|| Box::new(error.clone()));
     }
 }
 
@@ -51,7 +63,7 @@ impl Steady {
         })
     }
 
-    /// The first failed flush.
+    /// The failed flushes of all channels.
     pub fn failed_flush(&self) -> Arc<FailedFlush> {
         Arc::clone(&self.lost)
     }
@@ -113,7 +125,7 @@ impl SteadyChannel {
         if !error.is_retryable() || op.kind() == OpKind::Abort || *tries == TRIES {
             self.tries.remove(&tag);
             if op.kind() == OpKind::Flush {
-                self.lost.0.lock().get_or_insert_with(|| error.clone());
+                self.lost.add(&error);
             }
             return Some((op, error));
         }
@@ -275,5 +287,6 @@ mod tests {
         assert!(ch.block_on(ch.flush()).is_err());
         assert!(ch.block_on(ch.flush()).is_ok());
         assert!(dev.failed_flush().get().is_some());
+        assert_eq!(dev.failed_flush().count(), 1);
     }
 }

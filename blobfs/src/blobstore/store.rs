@@ -165,7 +165,7 @@ impl Blobstore {
         let failed_flush = steady.failed_flush();
         let dev: Arc<dyn BlockDevice> = steady;
         let info = dev.info();
-        let mut io = MdIo::new(&dev)?;
+        let mut io = MdIo::new(&dev, Arc::clone(&failed_flush))?;
         let sb = lay_out(info.len_bytes(), info.block_size, opts)?;
         let geo = Geometry::new(&sb, info)?;
         // The old store becomes invalid first, then its metadata is cleared, then the new store is
@@ -257,7 +257,7 @@ impl Blobstore {
                 reason,
             });
         }
-        let mut io = MdIo::new(&dev)?;
+        let mut io = MdIo::new(&dev, Arc::clone(&failed_flush))?;
         let Found { sb, torn } = super_page::read(&mut io, info)?;
         if let Some(wanted) = opts.bstype
             && wanted != BsType::NONE

@@ -169,7 +169,8 @@ impl Transaction {
     /// that shrink.
     ///
     /// # Errors
-    /// Fails if one of the changes is not valid, if there is no space, and when the device fails.
+    /// Fails if one of the changes is not valid, if there is no space, if I/O or another change of
+    /// the same blobs does not come to an end ([`Error::Busy`]), and when the device fails.
     /// Nothing is changed then, unless the device failed at a commit point ([`Error::Stopped`]
     /// afterwards).
     pub fn commit(self) -> Result<Committed, Error> {
@@ -232,6 +233,8 @@ impl Transaction {
     /// frees.
     fn plan(&self, state: &State) -> Plan {
         let mut blobs = Vec::with_capacity(self.steps.len());
+        // It is not known what a damaged blob shares with others.
+        let mut all = false;
         let mut shrinking = Vec::new();
         for step in &self.steps {
             match step {
@@ -239,7 +242,7 @@ impl Transaction {
                 | Step::Xattr(Target::New(_), ..)
                 | Step::Resize(Target::New(_), ..) => {}
                 Step::Xattr(Target::Id(id), ..) => blobs.push(*id),
-                Step::Delete(id) if state.is_damaged(*id) => return (Scope::All, Vec::new()),
+                Step::Delete(id) if state.is_damaged(*id) => all = true,
                 Step::Delete(id) => blobs.push(*id),
                 Step::Resize(Target::Id(id), size, _) => {
                     blobs.push(*id);
@@ -254,6 +257,7 @@ impl Transaction {
                 }
             }
         }
-        (Scope::Blobs(blobs), shrinking)
+        let scope = if all { Scope::All } else { Scope::Blobs(blobs) };
+        (scope, shrinking)
     }
 }
