@@ -160,7 +160,7 @@ fn a_shrink_waits_for_writes_in_flight() {
 
 /// The deletion of a damaged blob in the same transaction does not change that.
 #[test]
-fn a_shrink_beside_the_deletion_of_a_damaged_blob_waits_for_writes_in_flight() {
+fn a_shrink_beside_a_damaged_blob_waits() {
     let (dev, store) = store();
     let shrinks = blob(&store, 4, false).id();
     let damaged = blob(&store, 1, false).id();
@@ -225,7 +225,7 @@ fn fails_with_a_flush_beside_its_copies(
 
 #[test]
 fn a_flush_that_fails_beside_copies_fails_them() {
-    fails_with_a_flush_beside_its_copies(|store, id| store.inflate(id));
+    fails_with_a_flush_beside_its_copies(Blobstore::inflate);
     fails_with_a_flush_beside_its_copies(|store, _| store.grow_md_pages(1000).map(drop));
 }
 

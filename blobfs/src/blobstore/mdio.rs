@@ -185,8 +185,7 @@ impl Drop for Lent<'_> {
 }
 
 impl MdIo {
-    /// Opens a channel that shares its flushes with no other. `failed` are the failed flushes of all
-    /// channels of the device.
+    /// Opens a channel with flushes of its own. `failed` are the failed ones of all channels.
     pub fn new(dev: &Arc<dyn BlockDevice>, failed: Arc<FailedFlush>) -> Result<MdIo, Error> {
         let flushes = Flushes {
             failed,
@@ -277,16 +276,14 @@ impl MdIo {
         self.flush_since(self.failed_flushes())
     }
 
-    /// Returns the number of flushes that have failed on any channel, for
-    /// [`MdIo::flush_since`].
+    /// Returns the number of flushes that have failed on any channel.
     pub fn failed_flushes(&self) -> u64 {
         self.flushes.failed.count()
     }
 
     /// Makes everything durable that has completed, by one flush for all that wait for one.
-    /// `failed` is the number of flushes that had failed before the writes that it must cover. One
-    /// that failed since, on any channel, may have lost them, and a later one that succeeds does not
-    /// bring them back.
+    /// `failed` is [`MdIo::failed_flushes`] before the writes that it must cover. A flush that has
+    /// failed since may have lost them, and a later one does not bring them back.
     pub fn flush_since(&mut self, failed: u64) -> Result<(), Error> {
         if self.can.persist == Persist::Completion {
             return Ok(());
@@ -476,10 +473,8 @@ mod tests {
         let holds = Arc::new(ErrorDevice::new(None, fails.clone()));
         let steady = Steady::new(holds.clone());
         let as_dyn: Arc<dyn BlockDevice> = steady.clone();
-        let flushes = Arc::new(Flushes {
-            failed: steady.failed_flush(),
-            ..Flushes::default()
-        });
+        let first = MdIo::new(&as_dyn, steady.failed_flush()).unwrap();
+        let flushes = first.flushes;
         let all = std::array::from_fn(|_| MdIo::sharing(&as_dyn, Arc::clone(&flushes)).unwrap());
         let devices = Devices {
             holds,
@@ -580,8 +575,7 @@ mod tests {
         });
     }
 
-    /// The flush may have been one of data, and it may have failed between a write and the flush
-    /// that was to cover it, or during that flush.
+    /// It may have failed between a write and the flush that was to cover it, or during that flush.
     #[test]
     fn a_failed_flush_of_another_channel_counts() {
         let (devices, [mut io]) = channels::<1>();
@@ -591,7 +585,6 @@ mod tests {
         inject(&devices.fails, Failure::Fail);
         data.block_on(data.flush()).unwrap_err();
         io.flush_since(failed).unwrap_err();
-
         inject(&devices.holds, Failure::Hang);
         std::thread::scope(|scope| {
             let held = scope.spawn(move || io.run_durable(write(0)));
