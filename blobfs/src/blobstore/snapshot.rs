@@ -228,6 +228,8 @@ impl Edit<'_> {
             let undone = old.and_then(|chain| {
                 let meta = BlobMeta {
                     chain,
+                    // The second commit has freed it.
+                    trailing: Trailing::default(),
                     ..(**origin).clone()
                 };
                 self.replace(origin.id, meta)
