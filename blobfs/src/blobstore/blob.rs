@@ -120,20 +120,23 @@ impl Blob {
     #[must_use]
     pub fn xattr(&self, name: &str) -> Option<Vec<u8>> {
         if self.shared.has_pending.load(Ordering::Acquire) {
-            let pending = self.shared.pending.lock();
-            if let Some((_, value)) = pending
-                .iter()
-                .rev()
-                .find(|(pending, _)| **pending == *name.as_bytes())
-            {
-                return value.as_ref().map(|value| value.to_vec());
-            }
+            self.xattr_with(&self.shared.pending.lock(), name.as_bytes())
+        } else {
+            self.xattr_with(&[], name.as_bytes())
         }
-        self.shared
-            .meta
-            .load()
-            .xattr(name.as_bytes())
-            .map(|value| value.to_vec())
+    }
+
+    /// Returns the value of an xattr with these pending changes.
+    fn xattr_with(&self, pending: &[PendingXattr], name: &[u8]) -> Option<Vec<u8>> {
+        match pending.iter().rev().find(|(changed, _)| **changed == *name) {
+            Some((_, value)) => value.as_ref().map(|value| value.to_vec()),
+            None => self
+                .shared
+                .meta
+                .load()
+                .xattr(name)
+                .map(|value| value.to_vec()),
+        }
     }
 
     /// Returns the names of its xattrs, with changes that are not durable yet. Bytes that are not
@@ -176,12 +179,6 @@ impl Blob {
     /// # Errors
     /// Fails when there is no such xattr, and for a read-only blob.
     pub fn remove_xattr(&self, name: &str) -> Result<(), Error> {
-        if self.xattr(name).is_none() {
-            return Err(Error::invalid(format!(
-                "blob {} has no xattr `{name}`",
-                self.id()
-            )));
-        }
         self.pend(name, None)
     }
 
@@ -192,10 +189,14 @@ impl Blob {
         if self.shared.meta.load().flags.md_read_only() {
             return Err(Error::ReadOnly(self.id()));
         }
-        self.shared
-            .pending
-            .lock()
-            .push((name.as_bytes().into(), value));
+        let mut pending = self.shared.pending.lock();
+        if value.is_none() && self.xattr_with(&pending, name.as_bytes()).is_none() {
+            return Err(Error::invalid(format!(
+                "blob {} has no xattr `{name}`",
+                self.id()
+            )));
+        }
+        pending.push((name.as_bytes().into(), value));
         self.shared.has_pending.store(true, Ordering::Release);
         Ok(())
     }
