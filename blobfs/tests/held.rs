@@ -503,6 +503,20 @@ fn a_deleted_blob_is_not_changed_by_the_same_transaction() {
     assert_eq!(store.blobs(), [id]);
 }
 
+/// A transaction without a change leaves the mark of an orderly unload.
+#[test]
+fn an_empty_transaction_writes_nothing() {
+    let (dev, store) = store();
+    store.unload().unwrap();
+    let as_dyn: Arc<dyn BlockDevice> = dev.clone();
+    let before = content(&as_dyn);
+    let store = Blobstore::load(dev, &LoadOptions::default()).unwrap();
+    assert_eq!(store.transaction().commit().unwrap().ids(), []);
+    assert!(content(&as_dyn) == before);
+    store.create(&CreateOptions::default()).unwrap();
+    assert!(content(&as_dyn) != before);
+}
+
 /// B13: a write for which there is not enough space changes nothing.
 #[test]
 fn a_write_without_space_changes_nothing() {

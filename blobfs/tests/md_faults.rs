@@ -346,6 +346,39 @@ fn what_a_late_write_may_reach_is_given_to_nobody() {
     assert_eq!(load(as_dyn).free_clusters(), free.0 - 2);
 }
 
+/// The same holds for what a change frees, if an operation that clears it has timed out.
+#[test]
+fn what_a_late_clear_may_reach_is_given_to_nobody() {
+    let (base, ids) = setup();
+    // The first operation of the deletion is its commit point, and the others clear.
+    let (mut late, mut operations) = (None, 2);
+    while late < Some(operations - 1) {
+        let dev = device(base.clone(), false, true);
+        let flaky = Flaky::new(Arc::new(dev.clone()));
+        let store = load(flaky.clone());
+        store.set_super_blob(Some(ids[0])).unwrap();
+        let free = (store.free_clusters(), store.md_pages());
+        flaky.arm(Some(Plan {
+            from: late.unwrap_or(0),
+            count: late.map_or(0, |_| 1),
+            kind: IoErrorKind::TimedOut,
+            done: true,
+        }));
+        store.delete(ids[2]).unwrap();
+        operations = flaky.seen();
+        assert!(operations > 2);
+        flaky.arm(None);
+        let freed = store.free_clusters() - free.0;
+        assert_eq!(freed, late.map_or(2, |_| 0), "{late:?}");
+        assert_eq!(store.md_pages() == free.1, late.is_some(), "{late:?}");
+        store.unload().unwrap();
+        let as_dyn: Arc<dyn BlockDevice> = Arc::new(dev);
+        assert_eq!(check(&as_dyn).unwrap().worst(), None);
+        assert_eq!(load(as_dyn).free_clusters(), free.0 + 2);
+        late = Some(late.map_or(1, |late| late + 1));
+    }
+}
+
 /// A flush that failed means that what was written before it may be lost. A later flush does not
 /// change that.
 #[test]

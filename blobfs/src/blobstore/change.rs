@@ -63,6 +63,16 @@ pub(crate) struct Change {
 }
 
 impl Change {
+    /// Moves what it frees to a change that has taken it.
+    pub fn keep_freed(&mut self) -> Change {
+        let clusters = std::mem::take(&mut self.freed_clusters);
+        Change {
+            taken_clusters: clusters.into_iter().map(|(cluster, _)| cluster).collect(),
+            taken_pages: std::mem::take(&mut self.freed_pages),
+            ..Change::default()
+        }
+    }
+
     /// Marks as free what it has taken.
     pub fn give_back(&self, pages: &mut Bitmap, clusters: &mut Bitmap) {
         for cluster in &self.taken_clusters {

@@ -16,8 +16,8 @@ use parking_lot::MutexGuard;
 use super::Blobstore;
 use super::blob::Shared;
 use super::change::Change;
-use super::commit::Failure;
 use super::commit::in_place::may_land;
+use super::commit::{Cleared, Failure};
 use super::error::Error;
 use super::format::BlobId;
 use super::gate::{DRAIN_TIMEOUT, Frozen};
@@ -59,6 +59,16 @@ impl Blobstore {
             store: self,
             turn: self.turn(Scope::All)?,
         })
+    }
+
+    /// Whether it is not known what the device holds of an earlier change. Tries to take that one
+    /// back, and writes nothing else.
+    pub(crate) fn is_stopped(&self) -> bool {
+        if self.inner.state.lock().wants_all() {
+            // The edit ends at once. What it finds is in the state.
+            let _ = self.edit(&Scope::All);
+        }
+        self.inner.state.lock().wants_all()
     }
 
     /// Waits for a turn in the order of changes.
@@ -223,7 +233,11 @@ impl Edit<'_> {
         let appended = self.store.inner.commit.append(batch);
         let mut state = self.state();
         match appended {
-            Ok(()) => {
+            Ok(cleared) => {
+                if cleared == Cleared::MayLand {
+                    let late = change.keep_freed();
+                    state.late.push(late);
+                }
                 state.publish(change);
                 Ok(())
             }

@@ -78,8 +78,8 @@ pub(crate) struct State {
     pub stopped: Option<Stop>,
     /// Changes that must be taken back before others are accepted.
     pub doubts: Vec<Doubt>,
-    /// Changes that failed because a write timed out. The write may still land, so what they have
-    /// taken stays taken until the next load.
+    /// Changes of which a write or a clear has timed out. It may still land, so what they have taken
+    /// or freed stays taken until the next load.
     pub late: Vec<Change>,
     /// A snapshot that must be undone before changes are accepted.
     pub half_snapshot: Option<HalfSnapshot>,

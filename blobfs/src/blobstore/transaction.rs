@@ -174,9 +174,17 @@ impl Transaction {
     /// Nothing is changed then, unless the device failed at a commit point ([`Error::Stopped`]
     /// afterwards).
     pub fn commit(self) -> Result<Committed, Error> {
-        self.store.grow_metadata_if_scarce(self.spend);
+        if !self.steps.is_empty() {
+            self.store.grow_metadata_if_scarce(self.spend);
+        }
         let (_frozen, edit) = self.store.edit_frozen(|state| Ok(self.plan(state)))?;
         let mut created = Vec::with_capacity(self.created);
+        if self.steps.is_empty() {
+            return Ok(Committed {
+                transaction: self.number,
+                created,
+            });
+        }
         edit.change(|state, change| {
             change.spend = self.spend;
             for step in &self.steps {

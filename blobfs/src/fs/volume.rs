@@ -90,11 +90,7 @@ impl Volume {
         let before = matches!(e, StoreError::Stopped(_));
         let error = self.store_error(what.clone(), e);
         // The store stops when it does not know the state of the device.
-        let stopped = || {
-            let probe = self.store.transaction().commit();
-            matches!(probe, Err(StoreError::Stopped(_)))
-        };
-        if !before && stopped() {
+        if !before && self.store.is_stopped() {
             let source = Arc::new(error);
             return FsError::Undecided { what, source };
         }

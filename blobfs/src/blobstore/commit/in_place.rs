@@ -21,7 +21,7 @@ use super::super::format::{PAGE_SIZE, Page, PageHeader, page_crc, stored_crc};
 use super::super::geometry::Geometry;
 use super::super::mdio::{MdChannels, MdIo, Persist, dma};
 use super::super::super_page;
-use super::{Batch, Commit, CommitPoint, Failure, Old, Restore};
+use super::{Batch, Cleared, Commit, CommitPoint, Failure, Old, Restore};
 
 /// Number of times that a commit point is written before it counts as failed.
 const COMMIT_TRIES: u32 = 3;
@@ -41,7 +41,7 @@ impl InPlace {
 }
 
 impl Commit for InPlace {
-    fn append(&self, batch: Batch) -> Result<(), Failure> {
+    fn append(&self, batch: Batch) -> Result<Cleared, Failure> {
         let io = &mut *self.channels.get()?;
         let Batch {
             geo,
@@ -90,13 +90,17 @@ impl Commit for InPlace {
                 (spare, done) = settle(io, &geo, spare, done, error)?;
             }
         }
-        // A failure does no harm here: this clears what nothing names any longer.
+        // Only one that may still land does harm here: this clears what nothing names any longer.
+        let mut cleared = Cleared::Ended;
         for op in after {
             if let Err(error) = io.run([op]) {
                 tracing::warn!(%error, "what is no longer used could not be cleared");
+                if may_land(&error) {
+                    cleared = Cleared::MayLand;
+                }
             }
         }
-        Ok(())
+        Ok(cleared)
     }
 
     fn restore(&self, geo: &Geometry, restore: &mut Restore) -> Result<(), Error> {

@@ -94,6 +94,15 @@ impl Old {
     }
 }
 
+/// Whether the pages and clusters that a written batch has cleared may be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cleared {
+    /// Nothing reaches them any longer.
+    Ended,
+    /// An operation that clears them has timed out and may still reach them.
+    MayLand,
+}
+
 /// The reason why a batch was not written.
 #[derive(Debug)]
 pub(crate) enum Failure {
@@ -132,7 +141,7 @@ pub(crate) trait Commit: std::fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// Returns [`Failure`], which says what is on the device.
-    fn append(&self, batch: Batch) -> Result<(), Failure>;
+    fn append(&self, batch: Batch) -> Result<Cleared, Failure>;
 
     /// Takes back what a batch has left on the device. What is done is removed from `restore`.
     ///
