@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use common::*;
 use pumice_bdev::BlockDevice;
+use pumice_blobfs::blobstore::{Blobstore, LoadOptions};
 use pumice_blobfs::fs::{
     Access, File, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions, ReadRequest,
 };
@@ -614,4 +615,56 @@ fn format_refuses_what_it_knows() {
     let empty = memory(16 << 20, 512);
     let error = FileSystem::mount(empty, &MountOptions::default()).unwrap_err();
     assert!(error.to_string().contains("mkfs"), "{error}");
+}
+
+#[test]
+fn no_offset_or_length_is_too_large_to_be_refused() {
+    let dev = formatted(16 << 20, 4096);
+    let fs = mount(&dev);
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    f.append(b"bytes").unwrap();
+    let no_space = |result: Result<(), FsError>| {
+        assert!(matches!(result, Err(FsError::NoSpace { .. })), "{result:?}");
+    };
+    for len in [u64::MAX, 1 << 63, 1 << 48, 1 << 40] {
+        no_space(f.truncate(len));
+        no_space(f.allocate(0, len));
+        no_space(f.write_at(len - 9, b"x"));
+    }
+    let result = f.write_at(u64::MAX - 9, &[1; 100]);
+    assert!(result.is_err());
+    for off in [u64::MAX, u64::MAX - 9, 5] {
+        let read = f.read_async(off, 100).unwrap();
+        assert_eq!(read.read_into(&mut [0; 100]).unwrap(), 0);
+        assert_eq!(f.read_at(off, &mut [0; 100]).unwrap(), 0);
+    }
+    assert_eq!(all(&f), b"bytes");
+    drop(f);
+    drop(remount(fs, &dev));
+}
+
+/// The file would keep its clusters for ever, as the blob cannot become smaller.
+#[test]
+fn a_file_of_a_read_only_blob_is_given_no_space() {
+    let dev = formatted(16 << 20, 4096);
+    let fs = mount(&dev);
+    put(&fs, "/f", "text");
+    fs.unmount().unwrap();
+    drop(fs);
+    let store = Blobstore::load(Arc::clone(&dev), &LoadOptions::default()).unwrap();
+    for id in store.blobs() {
+        store.set_read_only(id).unwrap();
+    }
+    store.unload().unwrap();
+    let fs = mount(&dev);
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    let before = f.allocated();
+    for result in [f.allocate(0, 4 << 20), f.append(b"x"), f.truncate(0)] {
+        assert!(
+            matches!(result, Err(FsError::ReadOnly { .. })),
+            "{result:?}"
+        );
+    }
+    assert_eq!(f.allocated(), before);
+    assert_eq!(text(&fs, "/f"), "text");
 }

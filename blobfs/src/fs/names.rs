@@ -157,7 +157,7 @@ impl Names {
     }
 }
 
-/// The result of [`Namespace::open_file`].
+/// The result of [`Names::open_file`].
 pub(crate) enum Opened {
     File(Arc<Inode>),
     /// The file is about to be deleted. Take the lock `ops` to wait for that, and look again.

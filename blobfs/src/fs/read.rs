@@ -250,7 +250,7 @@ impl Reader {
         // clusters: the file has the clusters of its length.
         let generation = ino.frames.generation();
         let len = ino.len();
-        let end = (off + want as u64).min(len);
+        let end = off.saturating_add(want as u64).min(len);
         let mut plan = Plan {
             filled: Vec::with_capacity(1),
             places: Vec::with_capacity(1),

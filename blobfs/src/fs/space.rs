@@ -81,6 +81,14 @@ impl Space {
             return Ok(());
         }
         let needed = end.div_ceil(self.vol.cluster);
+        // A blob has no more clusters than that, however large the store is.
+        if needed > u64::from(u32::MAX) {
+            return Err(FsError::NoSpace {
+                what: format!("{}: {end} bytes", ino.path()),
+                kind: SpaceKind::Clusters,
+                free_bytes: self.free_bytes(),
+            });
+        }
         let have = tail.allocated / self.vol.cluster;
         let bytes = |clusters: u64| (clusters - have) * self.vol.cluster;
         let ahead = if exact {

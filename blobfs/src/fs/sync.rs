@@ -37,7 +37,7 @@ impl Syncer {
         self.sync_inner(ino)
     }
 
-    /// Syncs as [`Core::sync`] does, also while unmounting.
+    /// Syncs as [`Syncer::sync`] does, also while unmounting.
     pub fn sync_inner(&self, ino: &Arc<Inode>) -> Result<()> {
         if self.vol.opts.read_only {
             return Ok(());

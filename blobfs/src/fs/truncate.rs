@@ -137,6 +137,9 @@ impl Truncater {
     /// length.
     pub fn allocate(&self, ino: &Arc<Inode>, off: u64, len: u64) -> Result<()> {
         self.vol.check_writable(|| ino.path())?;
+        if ino.is_frozen() {
+            return Err(FsError::ReadOnly { path: ino.path() });
+        }
         let end = off
             .checked_add(len)
             .ok_or_else(|| FsError::invalid(&ino.path(), "a file longer than 2^64 bytes"))?;

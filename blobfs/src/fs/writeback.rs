@@ -142,7 +142,7 @@ impl Writeback {
         }
     }
 
-    /// Waits as [`Core::wait_overlapping`] does, and sends a failed write again.
+    /// Waits as [`Writeback::wait_overlapping`] does, and sends a failed write again.
     ///
     /// # Errors
     /// Fails when it fails again.
