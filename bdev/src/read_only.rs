@@ -41,6 +41,10 @@ impl BlockDevice for ReadOnly {
         &self.info
     }
 
+    fn identity(&self) -> usize {
+        self.base.identity()
+    }
+
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         Ok(Box::new(ReadOnlyChannel {
             info: Arc::clone(&self.info),

@@ -237,8 +237,9 @@ impl DbOptions {
     ///
     /// A process may open several databases of one device this way, each at a
     /// [path](DbOptions::path) of its own. They share one file system, which is mounted with the
-    /// options of the first one, and the [`Db::close`] of the last one unmounts it. Devices in
-    /// memory (`malloc://…`) are new each time.
+    /// options of the first one, and the [`Db::close`] of the last one unmounts it. A file is one
+    /// device under all its names, and each namespace of an NVMe controller is a device of its own.
+    /// Devices in memory (`malloc://…`) are new each time.
     ///
     /// # Errors
     /// [`Error::Device`], [`Error::FileSystem`], [`Error::RocksDb`], [`Error::Full`].
@@ -249,8 +250,8 @@ impl DbOptions {
         }
         #[cfg(feature = "inspect")]
         let mut app = Arc::default();
-        let mounted = Use::of(uri, how.is_read_only(), || {
-            let device = crate::mount::open_device(uri, &how)?;
+        let open = || crate::mount::open_device(uri, &how);
+        let mounted = Use::of(uri, how.is_read_only(), open, |device| {
             #[cfg(feature = "inspect")]
             let device = {
                 let (device, counted) = self.look.counted(device)?;
@@ -401,11 +402,12 @@ impl Db {
             self.settle()?;
             self.background_errors() > failures
         };
+        // Whoever opens the device next finds it free: the inspection has it too.
+        #[cfg(feature = "inspect")]
+        self.stop_inspection();
         if let Some(mounted) = &self.mounted {
             mounted.end()?;
         }
-        #[cfg(feature = "inspect")]
-        self.stop_inspection();
         self.binding.close();
         *closed = true;
         if lost {

@@ -2,88 +2,156 @@
 //! its databases.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use pumice_bdev::{BlockDevice, file};
 use pumice_blobfs::fs::{FileSystem, FsError};
+use pumice_io::process::{Birth, PerProcess};
+use pumice_io::uri::Uri;
 
 use crate::Error;
 
-/// The identity of a mounted device: the process, since a mount is not inherited; the place; and
-/// whether it is mounted for reading only.
+/// The property by which devices are told apart.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Device {
-    process: u32,
-    place: String,
-    read_only: bool,
+enum Key {
+    /// A file, by its UUID, which does not depend on the path.
+    File([u8; 16]),
+    /// A file that does not exist yet, by its path.
+    Missing(PathBuf),
+    /// Another device, by the identity that it has while it is open.
+    Open(usize),
 }
 
+impl Key {
+    /// Returns the key of the file that has this path now.
+    fn of_path(path: PathBuf) -> Key {
+        match path.metadata() {
+            Ok(meta) => Key::File(file::uuid_of(&meta)),
+            Err(_) => Key::Missing(std::path::absolute(&path).unwrap_or(path)),
+        }
+    }
+}
+
+/// A key of the table: a device, and whether it is mounted for reading only.
+type Place = (Key, bool);
+
 /// A device's file system and the number of databases that use it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Mounted {
-    fs: Option<FileSystem>,
+    fs: Arc<FileSystem>,
+    key: Key,
     users: usize,
 }
 
-type Entry = Arc<Mutex<Mounted>>;
+impl Mounted {
+    fn is_usable(&self) -> bool {
+        !matches!(self.fs.exists("/"), Err(FsError::Unmounted { .. }))
+    }
 
-static DEVICES: Mutex<BTreeMap<Device, Entry>> = Mutex::new(BTreeMap::new());
+    /// Whether it is the device that was meant. A missing file became the one that was made at its
+    /// path.
+    fn is_of(&self, key: &Key) -> bool {
+        self.key == *key || matches!(key, Key::Missing(_))
+    }
+}
+
+type Entry = Arc<Mutex<Option<Mounted>>>;
+
+/// A mount is not inherited by a forked child, nor is a lock that another thread had at the fork.
+static DEVICES: PerProcess<Mutex<BTreeMap<Place, Entry>>> = PerProcess::new(Mutex::default);
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Returns the entry of a device, which is made if there is none.
+fn entry_of(place: &Place) -> Entry {
+    let mut devices = locked(DEVICES.get());
+    // An entry without another reference belongs to a device that is no longer used, and is empty.
+    devices.retain(|_, entry| Arc::strong_count(entry) > 1);
+    Arc::clone(devices.entry(place.clone()).or_default())
+}
+
 /// A database's use of a mounted file system.
 #[derive(Debug)]
 pub(crate) struct Use {
-    fs: FileSystem,
+    fs: Arc<FileSystem>,
     entry: Entry,
-    process: u32,
+    birth: Birth,
     over: Mutex<bool>,
 }
 
 impl Use {
-    /// Mounts the device that `uri` names by `mount`, or shares its file system if a database of this process has
-    /// mounted it.
+    /// Opens the device that `uri` names by `open` and mounts it by `mount`, or shares its file
+    /// system if a database of this process has mounted it.
     pub fn of(
         uri: &str,
         read_only: bool,
-        mount: impl FnOnce() -> Result<FileSystem, Error>,
+        open: impl Fn() -> Result<Arc<dyn BlockDevice>, Error>,
+        mount: impl FnOnce(Arc<dyn BlockDevice>) -> Result<FileSystem, Error>,
     ) -> Result<Use, Error> {
-        let entry = match place(uri) {
-            // Memory is a new device each time.
-            None => Entry::default(),
-            Some(place) => {
-                let device = Device {
-                    process: std::process::id(),
-                    place,
-                    read_only,
-                };
-                let mut devices = locked(&DEVICES);
-                // An entry without another reference belongs to a device that is no longer mounted.
-                devices.retain(|_, entry| Arc::strong_count(entry) > 1);
-                Arc::clone(devices.entry(device).or_default())
-            }
-        };
-        // Others who want this device, and only these, wait here while it is being mounted.
-        let mut mounted = locked(&entry);
-        let usable = |fs: &FileSystem| !matches!(fs.exists("/"), Err(FsError::Unmounted { .. }));
-        let fs = match mounted.fs.take().filter(usable) {
-            Some(fs) => fs,
+        let file = Uri::parse(uri, &[]).ok().filter(|u| u.scheme() == "file");
+        // A file is locked by its opening, so it is told by its path. Other devices can be opened
+        // more than once.
+        let (key, device) = match file {
+            Some(file) => (Key::of_path(file.path()), None),
             None => {
-                mounted.users = 0;
-                mount()?
+                let device = open()?;
+                (Key::Open(device.identity()), Some(device))
             }
         };
-        mounted.fs = Some(fs.clone());
-        mounted.users += 1;
-        drop(mounted);
-        Ok(Use {
+        let place = (key, read_only);
+        let mut entry = entry_of(&place);
+        // Others who want this device, and only these, wait here while it is being mounted.
+        let mut slot = locked(&entry);
+        if let Some(mounted) = slot.as_mut().filter(|mounted| mounted.is_usable()) {
+            if mounted.is_of(&place.0) {
+                mounted.users += 1;
+                let fs = Arc::clone(&mounted.fs);
+                drop(slot);
+                return Ok(Use::new(fs, entry));
+            }
+            // The path has another file since the key was made. That is not shared.
+            drop(slot);
+            entry = Entry::default();
+            slot = locked(&entry);
+        }
+        let device = device.map_or_else(open, Ok)?;
+        let key = match &place.0 {
+            Key::Open(identity) => Key::Open(*identity),
+            Key::File(_) | Key::Missing(_) => Key::File(device.info().uuid),
+        };
+        let fs = Arc::new(mount(device)?);
+        let earlier = slot.replace(Mounted {
+            fs: Arc::clone(&fs),
+            key: key.clone(),
+            users: 1,
+        });
+        let mut devices = locked(DEVICES.get());
+        if key != place.0
+            && devices
+                .get(&place)
+                .is_some_and(|known| Arc::ptr_eq(known, &entry))
+        {
+            devices.remove(&place);
+        }
+        devices
+            .entry((key, read_only))
+            .or_insert_with(|| Arc::clone(&entry));
+        drop(devices);
+        drop(slot);
+        drop(earlier);
+        Ok(Use::new(fs, entry))
+    }
+
+    fn new(fs: Arc<FileSystem>, entry: Entry) -> Use {
+        Use {
             fs,
             entry,
-            process: std::process::id(),
+            birth: Birth::now(),
             over: Mutex::new(false),
-        })
+        }
     }
 
     /// The file system.
@@ -93,7 +161,7 @@ impl Use {
 
     /// Ends the use. The last one unmounts. After a success, a second call does nothing.
     pub fn end(&self) -> Result<(), FsError> {
-        if self.process != std::process::id() {
+        if !self.birth.is_here() {
             // In a forked child it belongs to the parent.
             return Ok(());
         }
@@ -101,80 +169,47 @@ impl Use {
         if *over {
             return Ok(());
         }
-        let mut mounted = locked(&self.entry);
-        if mounted.users <= 1 {
-            match self.fs.unmount() {
-                // Another thread with a handle of it was faster.
-                Ok(()) | Err(FsError::Unmounted { .. }) => {}
-                Err(e) => return Err(e),
+        let mut slot = locked(&self.entry);
+        match self.mine(&mut slot) {
+            Some(mounted) if mounted.users > 1 => mounted.users -= 1,
+            Some(_) => {
+                match self.fs.unmount() {
+                    // Another thread with a handle of it was faster.
+                    Ok(()) | Err(FsError::Unmounted { .. }) => {}
+                    Err(e) => return Err(e),
+                }
+                *slot = None;
             }
-            mounted.fs = None;
+            // It was unmounted by another handle, and the device has been mounted again.
+            None => {}
         }
-        mounted.users = mounted.users.saturating_sub(1);
         *over = true;
         Ok(())
+    }
+
+    /// Returns the entry's mount if that is the one of this use.
+    fn mine<'a>(&self, slot: &'a mut Option<Mounted>) -> Option<&'a mut Mounted> {
+        slot.as_mut().filter(|m| Arc::ptr_eq(&m.fs, &self.fs))
     }
 }
 
 impl Drop for Use {
     fn drop(&mut self) {
-        if let Err(error) = self.end() {
-            let device = format!("{:?}", self.fs);
-            tracing::error!(device, %error, "the database was dropped and could not be closed in order");
-        }
-    }
-}
-
-/// Returns the place that a URI names, if that is the same device each time.
-fn place(uri: &str) -> Option<String> {
-    let base = uri.split_once('?').map_or(uri, |(base, _)| base);
-    match base.split_once("://") {
-        None => Some(canonical(base)),
-        Some(("file", path)) => Some(canonical(path)),
-        Some(("nvme" | "vfio-user", _)) => Some(base.to_owned()),
-        Some(_) => None,
-    }
-}
-
-/// Returns the path without links, also of a file that does not exist yet.
-fn canonical(path: &str) -> String {
-    let path = Path::new(path);
-    let real = path.canonicalize().or_else(|e| {
-        let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
-            return Err(e);
+        let Err(error) = self.end() else { return };
+        let device = format!("{:?}", self.fs);
+        tracing::error!(device, %error, "the database was dropped and could not be closed in order");
+        // Without this the table would keep the device.
+        let mut slot = locked(&self.entry);
+        let left = match self.mine(&mut slot) {
+            // Another database has joined meanwhile.
+            Some(mounted) if mounted.users > 1 => {
+                mounted.users -= 1;
+                None
+            }
+            Some(_) => slot.take(),
+            None => None,
         };
-        let dir = if dir.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            dir
-        };
-        Ok::<_, std::io::Error>(dir.canonicalize()?.join(name))
-    });
-    real.unwrap_or_else(|_| path.to_owned())
-        .to_string_lossy()
-        .into_owned()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_device_has_one_place() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("a.img");
-        let uri = format!("file://{}", file.display());
-        let before = place(&format!("{uri}?size=1G&create=1")).unwrap();
-        std::fs::write(&file, "").unwrap();
-        assert_eq!(place(&uri).unwrap(), before);
-        assert_eq!(place(&file.display().to_string()).unwrap(), before);
-        let link = dir.path().join("link");
-        std::os::unix::fs::symlink(&file, &link).unwrap();
-        assert_eq!(place(&link.display().to_string()).unwrap(), before);
-        assert_eq!(place("malloc://1G"), None);
-        assert_ne!(
-            place("nvme://0000:01:00.0/1"),
-            place("nvme://0000:01:00.0/2")
-        );
+        drop(slot);
+        drop(left);
     }
 }

@@ -104,6 +104,10 @@ impl FormatValidity {
     pub fn restore(&self, controller: u64) {
         self.0.store(controller, Ordering::SeqCst);
     }
+
+    fn address(&self) -> usize {
+        Arc::as_ptr(&self.0).addr()
+    }
 }
 
 impl Namespace {
@@ -118,6 +122,12 @@ impl Namespace {
         format(self) == format(other)
             && ids(self) == ids(other)
             && (!nameless || self.limits.num_blocks == other.limits.num_blocks)
+    }
+
+    /// Returns a number that all handles of the namespace share, also those of before and after a
+    /// rescan, and no other live namespace has.
+    pub fn identity(&self) -> usize {
+        self.validity.address()
     }
 
     /// Returns the namespace identifier.

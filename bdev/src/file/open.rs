@@ -257,14 +257,13 @@ pub(super) struct Found {
 impl Found {
     pub(super) fn into_shared(self, options: &FileOptions) -> Shared {
         let meta = &self.meta;
-        let identity = format!("{}:{}:{}", meta.dev(), meta.ino(), meta.rdev());
         let info = describe(
             options,
             &self.backing,
             self.block_size,
             self.len,
             self.mem_align,
-            &identity,
+            uuid_of(meta),
         );
         let (device, path) = (&info.name, options.path.display());
         let (len, block_size, direct) = (self.len, self.block_size, self.direct);
@@ -329,13 +328,20 @@ fn reserve_missing(file: &File, meta: &std::fs::Metadata, shown: &str) -> Result
         .map_err(|e| BdevError::os(shown, format!("prealloc: reserve {len} bytes"), e))
 }
 
+/// Returns the UUID that the device of a file has if the options give none. It depends on the file
+/// alone, not on the path by which it is opened.
+pub fn uuid_of(meta: &std::fs::Metadata) -> [u8; 16] {
+    let identity = format!("{}:{}:{}", meta.dev(), meta.ino(), meta.rdev());
+    uuid::derived(identity.as_bytes())
+}
+
 fn describe(
     options: &FileOptions,
     backing: &Backing,
     block_size: u32,
     len: u64,
     mem_align: u32,
-    identity: &str,
+    uuid: [u8; 16],
 ) -> DeviceInfo {
     let name = options
         .name
@@ -343,9 +349,7 @@ fn describe(
         .unwrap_or_else(|| options.path.display().to_string());
     let mut info = DeviceInfo::new(&name, "file", block_size, len / u64::from(block_size));
     info.product.clone_from(&backing.product);
-    info.uuid = options
-        .uuid
-        .unwrap_or_else(|| uuid::derived(identity.as_bytes()));
+    info.uuid = options.uuid.unwrap_or(uuid);
     info.write_cache = backing.write_cache;
     info.limits = Limits::new(MAX_IO / block_size, 0);
     info.buf_align = mem_align;

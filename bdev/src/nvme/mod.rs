@@ -352,6 +352,11 @@ impl BlockDevice for Nvme {
         &self.info
     }
 
+    /// Openings of one namespace are one device.
+    fn identity(&self) -> usize {
+        self.namespace.identity()
+    }
+
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         let what = Target {
             info: Arc::clone(&self.info),
