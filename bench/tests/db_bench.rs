@@ -247,6 +247,7 @@ fn every_database_and_column_family_is_looked_at() {
         "--device=malloc://512M",
         "--benchmarks=fillseq",
         "--num_multi_db=2",
+        "--wal_dir=/logs",
         "--verify",
     ]);
     assert_eq!(databases["verified_keys"], 2 * 3000);

@@ -44,7 +44,7 @@ const METHODS: &[&str] = &[
 /// ```
 ///
 /// No method changes anything. The sockets are private: no user except root and the owner can
-/// connect.
+/// connect. Figures on a loopback address can be read by every user of the machine.
 #[derive(Debug)]
 pub struct Inspection {
     app: Arc<App>,

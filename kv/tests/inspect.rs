@@ -101,6 +101,10 @@ fn nothing_can_be_changed_through_the_socket() {
         assert_eq!(code, -i64::from(libc::EPERM));
         assert!(message.contains("questions only"), "{message}");
     }
+    let error = client
+        .call("bdev_get_iostat", &json!({ "reset_mode": "all" }))
+        .unwrap_err();
+    assert!(error.to_string().contains("questions only"), "{error}");
     // Invalid questions are errors.
     for (params, code) in [
         (json!({ "path": 7 }), -32602),

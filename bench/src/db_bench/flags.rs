@@ -38,7 +38,16 @@ pub fn parse(
             arg.push_str("=-");
         }
     }
-    gflags::parse(args, rocksdb)
+    let is_verify = |arg: &String| {
+        let name = arg.trim_start_matches('-').split('=').next();
+        matches!(name, Some("verify" | "noverify"))
+    };
+    let says_verify = args.iter().any(is_verify);
+    let mut parsed: Parsed<Flags> = gflags::parse(args, rocksdb)?;
+    if let Parsed::Run { own, others, .. } = &mut parsed {
+        own.verify |= !says_verify && others.iter().all(|(name, _)| name != "benchmarks");
+    }
+    Ok(parsed)
 }
 
 impl Flags {
@@ -75,6 +84,22 @@ pub fn check(f: &Flags) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn keys_are_verified_without_benchmarks_unless_told_not_to() {
+        let others = pumice_rocksdb_tools::db_bench::flags();
+        let verify = |line: &str| {
+            let args = line.split_whitespace().map(String::from);
+            match parse(args, &others) {
+                Ok(Parsed::Run { own, .. }) => own.verify,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert!(verify("") && verify("--verify --benchmarks=fillseq"));
+        for line in ["--benchmarks=fillseq", "--noverify", "--verify=false"] {
+            assert!(!verify(line), "{line}");
+        }
+    }
 
     #[test]
     fn contradictions_are_refused() {

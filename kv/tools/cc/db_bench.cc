@@ -31,10 +31,10 @@ ssize_t Say(void* cookie, const char* text, size_t len) {
 }
 
 // Reads every key of one database by a scan and by Get, and compares the two. Adds their number to `keys`.
-Status VerifyDatabase(const std::string& path, uint64_t* keys) {
+Status VerifyDatabase(const std::string& path, const std::string& wal_dir, uint64_t* keys) {
   rocksdb::Options options;
   options.env = FLAGS_env;
-  options.wal_dir = FLAGS_wal_dir;
+  options.wal_dir = wal_dir;
   if (!FLAGS_merge_operator.empty()) {
     options.merge_operator = rocksdb::MergeOperators::CreateFromStringId(FLAGS_merge_operator);
   }
@@ -131,10 +131,11 @@ extern "C" int pumice_db_bench_verify(uint64_t* keys, char* error, size_t error_
     Status s;
     if (FLAGS_num_multi_db > 1) {
       for (int i = 0; s.ok() && i < FLAGS_num_multi_db; i++) {
-        s = VerifyDatabase(FLAGS_db + "/" + std::to_string(i), keys);
+        const std::string number = "/" + std::to_string(i);
+        s = VerifyDatabase(FLAGS_db + number, FLAGS_wal_dir.empty() ? "" : FLAGS_wal_dir + number, keys);
       }
     } else {
-      s = VerifyDatabase(FLAGS_db, keys);
+      s = VerifyDatabase(FLAGS_db, FLAGS_wal_dir, keys);
     }
     if (s.ok()) {
       return 0;

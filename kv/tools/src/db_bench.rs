@@ -84,7 +84,7 @@ pub fn set(name: &str, value: &str) -> Result<(), Refused> {
 
 /// Runs `db_bench` with the flags that were set, and returns its exit code. `said` gets its
 /// standard output in parts. A fatal error of the benchmark ends the process with exit code 1,
-/// after everything mounted has been unmounted.
+/// in some cases without an unmount.
 ///
 /// # Errors
 /// Fails when the environment could not be made.

@@ -88,6 +88,11 @@ impl App {
         let _ = self.subject.set(Subject { methods, answer });
     }
 
+    /// Whether this process takes no changes: see [`App::answer_only`].
+    pub(crate) fn only_answers(&self) -> bool {
+        self.subject.get().is_some()
+    }
+
     /// The names of the methods that can be called.
     pub(crate) fn methods(&self) -> Vec<&'static str> {
         let all = super::methods::METHODS.iter();
@@ -138,7 +143,7 @@ impl App {
         let Some(found) = super::methods::find(method) else {
             return Err(super::methods::unknown(method, &self.methods()));
         };
-        if self.subject.get().is_some() && !found.only_looks() {
+        if self.only_answers() && !found.only_looks() {
             let message = format!(
                 "`{method}`: this process answers questions only; rpc_get_methods lists them"
             );

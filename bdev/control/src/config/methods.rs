@@ -18,7 +18,7 @@ pub(crate) struct Method {
 }
 
 impl Method {
-    /// Whether it changes nothing.
+    /// Whether it changes nothing. `bdev_get_iostat` looks at its own `reset_mode`.
     pub(crate) fn only_looks(&self) -> bool {
         self.name.contains("_get_")
     }

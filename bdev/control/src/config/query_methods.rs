@@ -191,6 +191,12 @@ pub(super) fn get_iostat(app: &App, params: &mut Params<'_>) -> Answer {
         return Err(params.error("names", "not together with `name`"));
     }
     params.finish()?;
+    if mode != ResetMode::None && app.only_answers() {
+        return Err(MethodError::new(
+            -i64::from(libc::EPERM),
+            "this process answers questions only: reset_mode must be none".to_owned(),
+        ));
+    }
     let bdevs = match names {
         None => asked(app, name.clone())?,
         Some(names) => {

@@ -8,6 +8,7 @@ use pumice_rocksdb_tools::ldb;
 
 /// The commands of ldb that write nothing.
 const READERS: [&str; 17] = [
+    "approxsize",
     "checkconsistency",
     "dump",
     "dump_live_files",
@@ -24,12 +25,13 @@ const READERS: [&str; 17] = [
     "multi_get",
     "multi_get_entity",
     "scan",
-    "--help",
 ];
 
+/// The command is the first word that is not an option; what follows it may be a key or a value.
 fn access(args: &[OsString]) -> Access {
-    let reads = |arg: &OsString| READERS.iter().any(|reader| arg == reader);
-    if args.iter().any(reads) {
+    let is_option = |arg: &&OsString| arg.as_encoded_bytes().starts_with(b"-");
+    let command = args.iter().find(|arg| !is_option(arg));
+    if command.is_none_or(|command| READERS.iter().any(|reader| command == reader)) {
         Access::Read
     } else {
         Access::Write
@@ -38,4 +40,33 @@ fn access(args: &[OsString]) -> Access {
 
 fn main() -> ExitCode {
     run("ldb", access, ldb)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_says_whether_anything_is_written() {
+        let of = |line: &str| {
+            let args: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+            access(&args)
+        };
+        for line in [
+            "--db=/ scan",
+            "scan --db=/",
+            "approxsize --from=a",
+            "--help",
+        ] {
+            assert!(matches!(of(line), Access::Read), "{line}");
+        }
+        for line in [
+            "put get scan",
+            "--db=/ delete scan",
+            "batchput a dump",
+            "compact",
+        ] {
+            assert!(matches!(of(line), Access::Write), "{line}");
+        }
+    }
 }
