@@ -5,7 +5,8 @@ mod common;
 use std::sync::Arc;
 
 use common::*;
-use pumice_bdev::BlockDevice;
+use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice_bdev::{BlockDevice, OpKind};
 use pumice_blobfs::blobstore::{Blobstore, LoadOptions};
 use pumice_blobfs::fs::{
     Access, File, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions, ReadRequest,
@@ -643,7 +644,6 @@ fn no_offset_or_length_is_too_large_to_be_refused() {
     drop(remount(fs, &dev));
 }
 
-/// The file would keep its clusters for ever, as the blob cannot become smaller.
 #[test]
 fn a_file_of_a_read_only_blob_is_given_no_space() {
     let dev = formatted(16 << 20, 4096);
@@ -659,7 +659,13 @@ fn a_file_of_a_read_only_blob_is_given_no_space() {
     let fs = mount(&dev);
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     let before = f.allocated();
-    for result in [f.allocate(0, 4 << 20), f.append(b"x"), f.truncate(0)] {
+    // The file has the first byte already.
+    for result in [
+        f.allocate(0, 1),
+        f.allocate(0, 4 << 20),
+        f.append(b"x"),
+        f.truncate(0),
+    ] {
         assert!(
             matches!(result, Err(FsError::ReadOnly { .. })),
             "{result:?}"
@@ -667,4 +673,29 @@ fn a_file_of_a_read_only_blob_is_given_no_space() {
     }
     assert_eq!(f.allocated(), before);
     assert_eq!(text(&fs, "/f"), "text");
+}
+
+/// It does not even remove the mark of an orderly unload, to find out whether the store has stopped.
+#[test]
+fn a_name_operation_that_fails_writes_no_super_block() {
+    let dev = formatted(16 << 20, 4096);
+    let fs = mount(&dev);
+    put(&fs, "/f", "text");
+    fs.unmount().unwrap();
+    drop(fs);
+    let before = content(&dev);
+    let fails = Arc::new(ErrorDevice::new(None, Arc::clone(&dev)));
+    let fs = FileSystem::mount(fails.clone(), &MountOptions::default()).unwrap();
+    fails.inject(Injection {
+        op: Some(OpKind::Write),
+        failure: Failure::Fail,
+        count: 1,
+        range: Some((0, 1)),
+        queue_depth: 0,
+    });
+    fs.rename("/f", "/g").unwrap_err();
+    assert_eq!(fails.injections(), []);
+    assert!(content(&dev)[..4096] == before[..4096]);
+    fs.rename("/f", "/g").unwrap();
+    assert!(content(&dev)[..4096] != before[..4096]);
 }
