@@ -204,6 +204,7 @@ fn of_rocksdb(e: &rocksdb::Error) -> ErrorKind {
         Rocks::IOError if is_no_space(e) => ErrorKind::NoSpace,
         Rocks::IOError if e.as_ref().contains(CLOSED) => ErrorKind::Closed,
         Rocks::IOError if e.as_ref().contains("device removed") => ErrorKind::DeviceGone,
+        Rocks::IOError if e.as_ref().contains("locked by another user") => ErrorKind::InUse,
         Rocks::IOError => ErrorKind::Device,
         Rocks::ShutdownInProgress => ErrorKind::Closed,
         Rocks::Busy | Rocks::TryAgain | Rocks::TimedOut | Rocks::Aborted => ErrorKind::TryAgain,
@@ -265,7 +266,7 @@ mod tests {
         assert_eq!(bad.kind(), ErrorKind::InvalidInput);
         let db = DbOptions::new().path("/db").open_in(&fs).unwrap();
         let twice = DbOptions::new().path("/db").open_in(&fs).err().unwrap();
-        assert_eq!(twice.kind(), ErrorKind::Device, "{twice}");
+        assert_eq!(twice.kind(), ErrorKind::InUse, "{twice}");
         db.close().unwrap();
         let closed = Error::from(db.put("a", "b").unwrap_err());
         assert_eq!(closed.kind(), ErrorKind::Closed, "{closed}");

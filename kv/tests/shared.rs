@@ -6,7 +6,7 @@ use std::path::Path;
 
 use common::watchdog;
 use pumice::bdev::file_uri;
-use pumice::{Db, DbOptions, MountOptions, mount};
+use pumice::{Db, DbOptions, ErrorKind, MountOptions, mount};
 use pumice_nvme_soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace, SoftServer};
 
 fn open(uri: &str, path: &str) -> Db {
@@ -42,6 +42,8 @@ fn each_namespace_of_a_controller_is_a_device() {
     // Two spellings of one namespace are one device, which is mounted once.
     let again = open(&format!("{controller}/1"), "/b");
     assert!(share(&one, &again));
+    let twice = DbOptions::new().path("/a").open(&namespace(1));
+    assert_eq!(twice.err().unwrap().kind(), ErrorKind::InUse);
     for options in [MountOptions::new(), MountOptions::new().read_only(true)] {
         let refused = mount(&namespace(1), &options).err().unwrap();
         assert!(refused.to_string().contains("busy"), "{refused}");
