@@ -57,7 +57,7 @@
 
 //!
 //! # Features
-//! `inspect`: a running process can be looked into, by [`Inspection`] and `DbOptions::rpc_socket`. Without it the crate
+//! `inspect`: a running process can be looked into, by `Inspection` and `DbOptions::rpc_socket`. Without it the crate
 //! needs fewer others.
 
 mod copies;
