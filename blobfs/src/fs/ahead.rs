@@ -8,6 +8,7 @@ use pumice_bdev::{IoError, Ticket};
 
 use super::error::{FsError, Result};
 use super::file::Open;
+use super::frame::PAGE;
 use super::inode::Inode;
 use super::read::{Chunk, Reader, copy_chunks};
 
@@ -46,7 +47,7 @@ impl Pattern {
     pub fn missed(&self, reader: &Reader, ino: &Arc<Inode>, off: u64, len: usize, eager: bool) {
         let max = reader.window_max();
         let end = off + len as u64;
-        let page = super::frame::PAGE as u64;
+        let page = PAGE as u64;
         let expected = self.next.swap(end, Ordering::Relaxed);
         let sequential = eager
             || (expected != u64::MAX && off <= expected.next_multiple_of(page) && end > expected);
@@ -121,9 +122,13 @@ impl ReadHandle {
         let slot = Arc::clone(&arrived);
         let keep = !open.is_direct();
         let epoch = open.ino.epoch.load(Ordering::Acquire);
-        let ticket = core
-            .reader
-            .start_read(&open.ino, off, len, keep, move |r| *slot.lock() = Some(r))?;
+        // What is in flight already is not read once more: it is taken from memory afterwards.
+        let ticket = match open.ino.ahead.covering(off) {
+            Some((run, ticket)) if run.end >= off.saturating_add(len as u64) => Some(ticket),
+            _ => core
+                .reader
+                .start_read(&open.ino, off, len, keep, move |r| *slot.lock() = Some(r))?,
+        };
         Ok(ReadHandle {
             open: Arc::clone(open),
             off,

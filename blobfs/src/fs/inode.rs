@@ -7,11 +7,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use arc_swap::ArcSwapOption;
 use crossbeam::atomic::AtomicCell;
 use parking_lot::Mutex;
-use pumice_bdev::Ticket;
 
 use super::cache::Cache;
 use super::error::{FsError, Result};
 use super::frame::FileCache;
+use super::runs::Ahead;
 use super::tail::Tail;
 use crate::blobstore::{Blob, BlobId};
 
@@ -43,12 +43,6 @@ pub(crate) fn now_ns() -> u64 {
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// Readahead in flight.
-#[derive(Default)]
-pub(crate) struct Ahead {
-    pub runs: Vec<(std::ops::Range<u64>, Ticket)>,
 }
 
 /// The state of a file's life.
@@ -87,8 +81,7 @@ pub(crate) struct Inode {
     pub sync_lock: Mutex<()>,
     /// Number of truncations. A read from the device that overlaps one is repeated.
     pub epoch: AtomicU64,
-    pub ahead: Mutex<Ahead>,
-    pub ahead_count: AtomicUsize,
+    pub ahead: Ahead,
     /// Whether opening an application's data needs the file, so that it may use the reserve.
     pub essential: AtomicBool,
     /// The paths, of which the first is in the xattr `name`. They are changed with the namespace's
@@ -119,8 +112,7 @@ impl Inode {
             tail: Mutex::new(Tail::new(len, allocated)),
             sync_lock: Mutex::new(()),
             epoch: AtomicU64::new(0),
-            ahead: Mutex::default(),
-            ahead_count: AtomicUsize::new(0),
+            ahead: Ahead::default(),
             allocated: AtomicU64::new(allocated),
             essential: AtomicBool::new(false),
             names: Mutex::new(names),

@@ -61,6 +61,7 @@ mod overwrite;
 mod path;
 mod pins;
 mod read;
+mod runs;
 mod space;
 #[cfg(test)]
 mod store_tests;

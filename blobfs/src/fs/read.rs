@@ -8,14 +8,12 @@ use pumice_bdev::{DmaBuf, IoError, Op, Outcome, Ticket};
 use super::cache::Cache;
 use super::error::{FsError, Result};
 use super::fill::FillBuf;
-use super::frame::{Frame, PAGE, split};
+use super::frame::{Frame, PAGE, REGION, split};
 use super::inode::Inode;
 use super::volume::Volume;
 use crate::blobstore::Blob;
 use crate::blobstore::data::{Access, Piece};
 
-/// Length of one read of a readahead.
-const STEP: u64 = 256 << 10;
 /// Longest frame that a read makes.
 pub(crate) const FRAME_MAX: usize = 64 << 10;
 
@@ -327,21 +325,39 @@ impl Reader {
     pub fn read_many(&self, ino: &Inode, requests: &mut [ReadRequest<'_>], keep: bool) {
         let epoch = ino.epoch.load(Ordering::Acquire);
         let len = ino.len();
-        let mut missed = Vec::new();
+        let (mut missed, mut under_way) = (Vec::new(), Vec::new());
         for (i, r) in requests.iter_mut().enumerate() {
             let inside = len.saturating_sub(r.off);
             let n = usize::try_from(inside).map_or(r.buf.len(), |n| n.min(r.buf.len()));
             r.result = Ok(n);
             if ino.frames.copy(r.off, &mut r.buf[..n]) == n {
                 self.cache.count_hit();
+            } else if ino.ahead.covering(r.off).is_some() {
+                under_way.push(i);
             } else {
                 self.cache.count_miss();
                 missed.push((i, r.off, n));
             }
         }
-        if missed.is_empty() {
-            return;
+        if !missed.is_empty() {
+            self.read_missed(ino, requests, missed, epoch, keep);
         }
+        // What is in flight already is waited for rather than read once more.
+        for i in under_way {
+            let r = &mut requests[i];
+            r.result = self.read_at(ino, r.off, r.buf, keep);
+        }
+    }
+
+    /// Carries out the requests of `missed` (number, offset, length inside the file) together.
+    fn read_missed(
+        &self,
+        ino: &Inode,
+        requests: &mut [ReadRequest<'_>],
+        missed: Vec<(usize, u64, usize)>,
+        epoch: u64,
+        keep: bool,
+    ) {
         let read = self.read_together(ino, &missed, keep);
         let still = ino.epoch.load(Ordering::Acquire) == epoch;
         let chunks = read.ok().filter(|_| still).unwrap_or_default();
@@ -405,63 +421,31 @@ impl Reader {
         Ok(Some(self.vol.shared().submit(ops, on_done)))
     }
 
-    /// Starts reads of the missing parts of `[off, off + len)`, several at once, and returns.
+    /// Starts reads of the parts of `[off, off + len)` that are neither in memory nor in flight,
+    /// and returns.
+    ///
+    /// # Errors
+    /// Fails when the file system was unmounted, and without memory.
     pub fn prefetch(&self, ino: &Arc<Inode>, off: u64, len: u64) -> Result<()> {
         self.vol.check_mounted(|| ino.path())?;
         let end = off.saturating_add(len).min(ino.len());
-        let mut at = off;
-        while at < end {
-            let step_end = (at / STEP * STEP + STEP).min(end);
-            let missing = ino.frames.first_missing(at, step_end);
-            if let Some(missing) = missing
-                && !self.is_ahead(ino, missing.start)
-            {
-                let want = usize::try_from(step_end - at).unwrap_or(0);
-                let mut runs = ino.ahead.lock();
-                runs.runs.retain(|(_, t)| !t.is_done());
-                let ticket = self.start_read(ino, at, want, true, |_| {})?;
-                if let Some(ticket) = ticket {
-                    runs.runs.push((missing.start..step_end, ticket));
-                }
-                ino.ahead_count.store(runs.runs.len(), Ordering::Release);
-            }
-            at = step_end;
-        }
-        Ok(())
-    }
-
-    fn is_ahead(&self, ino: &Inode, off: u64) -> bool {
-        ino.ahead_count.load(Ordering::Acquire) > 0
-            && ino
-                .ahead
-                .lock()
-                .runs
-                .iter()
-                .any(|(r, t)| r.contains(&off) && !t.is_done())
+        // Whole pages, so that what follows does not read the last one again; no read crosses a
+        // region, since no frame does.
+        let page = PAGE as u64;
+        let pages = off / page * page..end.next_multiple_of(page);
+        ino.ahead.fill(pages, REGION as u64, |part| {
+            let want = usize::try_from(part.end - part.start).unwrap_or(usize::MAX);
+            self.start_read(ino, part.start, want, true, |_| {})
+        })
     }
 
     /// Waits for a read in flight that covers `off`, if there is one.
     pub fn wait_ahead(&self, ino: &Inode, off: u64) -> bool {
-        if ino.ahead_count.load(Ordering::Acquire) == 0 {
+        let Some((_, ticket)) = ino.ahead.covering(off) else {
             return false;
-        }
-        let ticket = {
-            let mut ahead = ino.ahead.lock();
-            ahead.runs.retain(|(_, t)| !t.is_done());
-            ino.ahead_count.store(ahead.runs.len(), Ordering::Release);
-            ahead
-                .runs
-                .iter()
-                .find(|(r, _)| r.contains(&off))
-                .map(|(_, t)| t.clone())
         };
-        match ticket {
-            Some(ticket) => {
-                self.vol.shared().wait(&ticket);
-                true
-            }
-            None => false,
-        }
+        self.vol.shared().wait(&ticket);
+        true
     }
 
     pub fn window_max(&self) -> u64 {
