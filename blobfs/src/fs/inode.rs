@@ -12,6 +12,7 @@ use super::cache::Cache;
 use super::error::{FsError, Result};
 use super::frame::FileCache;
 use super::runs::Ahead;
+use super::syncs::Syncs;
 use super::tail::Tail;
 use crate::blobstore::{Blob, BlobId};
 
@@ -77,8 +78,8 @@ pub(crate) struct Inode {
     pub frames: Arc<FileCache>,
     /// The append lock.
     pub tail: Mutex<Tail>,
-    /// Allows one sync or truncation at a time. Taken before `tail`.
-    pub sync_lock: Mutex<()>,
+    /// Allows one sync or truncation at a time. Its lock is taken before `tail`.
+    pub syncs: Syncs,
     /// Number of truncations. A read from the device that overlaps one is repeated.
     pub epoch: AtomicU64,
     pub ahead: Ahead,
@@ -110,7 +111,7 @@ impl Inode {
             unflushed: AtomicU64::new(0),
             frames: FileCache::new(cache),
             tail: Mutex::new(Tail::new(len, allocated)),
-            sync_lock: Mutex::new(()),
+            syncs: Syncs::default(),
             epoch: AtomicU64::new(0),
             ahead: Ahead::default(),
             allocated: AtomicU64::new(allocated),

@@ -19,22 +19,11 @@
 //! [`FsError::Forked`], and dropping them or ending the child does nothing to the device.
 //!
 //! # Locks
-//! Locks are taken in this order. A later one may be taken while an earlier one is held, never the
-//! other way round:
-//! 1. `Names::ops`: changes of names, held while they are made durable.
-//! 2. `Inode::sync_lock`: one sync or truncation of a file at a time.
-//! 3. `Inode::tail`, the append lock: appends, overwrites, allocation.
-//! 4. The blobstore's: a turn in its order of changes, then its state.
-//! 5. The lock of `Flushes`: one flush of the device at a time.
-//! 6. Leaves, never held while waiting for the device: the map of names, `FileCache::lock`, the
-//!    cache's shards. The shared channels' locks are leaves too, but are held while their owner
-//!    sleeps, in slices of a millisecond.
-//!
-//! Reading takes none of 1 to 5: a hit takes no lock at all, and a miss only leaves. A read or a
-//! write of the device waits while clusters of its file move. The thread that moves them waits
-//! until no I/O is in flight on the file, with its locks of 1 to 3 held, and meanwhile takes
-//! completions of the shared channels. So a completion takes nothing but leaves, and a thread does
-//! not begin a second I/O on a file inside the first.
+//! `docs/architecture.md` has their order. A read or a write of the device waits while clusters of
+//! its file move. The thread that moves them waits until no I/O is in flight on the file, with the
+//! locks of names, sync and append held, and takes completions of the shared channels meanwhile. So
+//! a completion takes nothing but leaves, and a thread does not begin a second I/O on a file inside
+//! the first.
 
 mod ahead;
 mod append;
@@ -66,6 +55,7 @@ mod space;
 #[cfg(test)]
 mod store_tests;
 mod sync;
+mod syncs;
 mod tail;
 mod truncate;
 mod unflushed;

@@ -21,7 +21,8 @@ pub(crate) struct Syncer {
 }
 
 impl Syncer {
-    /// Makes data and length of the file durable.
+    /// Makes data and length of the file durable. Threads that wait for a sync under way share the
+    /// next one.
     ///
     /// Bytes that were not submitted yet are written, with FUA if they are all that the device may
     /// still have in a volatile cache, otherwise followed by one flush that concurrent syncs share.
@@ -42,7 +43,12 @@ impl Syncer {
         if self.vol.opts.read_only {
             return Ok(());
         }
-        let _one = ino.sync_lock.lock();
+        let asked = ino.syncs.ask();
+        ino.syncs.once_since(asked, || self.sync_now(ino))
+    }
+
+    /// Makes durable what the file has at this moment. No other sync of the file is under way.
+    fn sync_now(&self, ino: &Arc<Inode>) -> Result<()> {
         let (target, pending) = {
             let mut tail = ino.tail.lock();
             tail.prune(ino);

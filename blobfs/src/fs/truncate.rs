@@ -31,7 +31,7 @@ impl Truncater {
     /// Sets the length. A shorter one is durable on return, since the clusters behind it, and the
     /// bytes of its last block, may be used again at once.
     pub fn truncate(&self, ino: &Arc<Inode>, new_len: u64) -> Result<()> {
-        let _one = ino.sync_lock.lock();
+        let _one = ino.syncs.hold_off();
         let mut tail = ino.tail.lock();
         self.vol.check_writable(|| ino.path())?;
         if ino.is_frozen() {
