@@ -11,7 +11,7 @@ use pumice_blobfs::fs::{File, FileSystem, FormatOptions, MountOptions, OpenOptio
 const MIB: u64 = 1 << 20;
 
 /// Returns a file of `len` bytes that is not in memory, on a device whose reads take a while.
-fn cold_file(len: u64) -> (FileSystem, File) {
+fn cold_file(len: u64, options: &MountOptions) -> (FileSystem, File) {
     let dev = memory(64 * MIB, 4096);
     FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
     let fs = FileSystem::mount(Arc::clone(&dev), &MountOptions::default()).unwrap();
@@ -28,7 +28,7 @@ fn cold_file(len: u64) -> (FileSystem, File) {
         ..Latencies::default()
     };
     let dev = Delay::new("slow", dev, slow);
-    let fs = FileSystem::mount(Arc::new(dev), &MountOptions::default()).unwrap();
+    let fs = FileSystem::mount(Arc::new(dev), options).unwrap();
     let file = fs.open("/f", OpenOptions::READ).unwrap();
     (fs, file)
 }
@@ -48,7 +48,7 @@ fn check(offset: u64, bytes: &[u8]) {
 #[test]
 fn an_iterator_reads_each_byte_once_and_in_large_steps() {
     let len = 8 * MIB;
-    let (fs, file) = cold_file(len);
+    let (fs, file) = cold_file(len, &MountOptions::default());
     let before = fs.io_stats();
     let (mut window, mut limit) = (8 << 10, 0);
     let mut block = vec![0; 4101];
@@ -74,7 +74,7 @@ fn an_iterator_reads_each_byte_once_and_in_large_steps() {
 
 #[test]
 fn reads_of_what_is_in_flight_reach_the_device_once() {
-    let (fs, file) = cold_file(4 * MIB);
+    let (fs, file) = cold_file(4 * MIB, &MountOptions::default());
     let before = fs.io_stats();
     file.prefetch(0, MIB).unwrap();
     let offsets = [0, 5000, 70_000, 900_000, MIB - 100, 2 * MIB, 3 * MIB + 77];
@@ -101,7 +101,7 @@ fn reads_of_what_is_in_flight_reach_the_device_once() {
 /// A window that begins inside one in flight reads the rest of it, and not nothing.
 #[test]
 fn windows_that_overlap_are_joined() {
-    let (fs, file) = cold_file(4 * MIB);
+    let (fs, file) = cold_file(4 * MIB, &MountOptions::default());
     let before = fs.io_stats();
     file.prefetch(300_000, 100_000).unwrap();
     file.prefetch(100_000, 50_000).unwrap();
@@ -114,4 +114,35 @@ fn windows_that_overlap_are_joined() {
     assert_eq!(file.read_at(90_000, &mut out).unwrap(), 600_000);
     check(90_000, &out);
     assert_eq!(fs.io_stats().since(&before).reads, started.reads);
+}
+
+/// Reads a page at a time from the start, and returns the bytes that the device was asked for.
+fn read_pages(fs: &FileSystem, file: &File, pages: u64) -> u64 {
+    let before = fs.io_stats();
+    let mut page = vec![0; 4096];
+    for at in (0..pages).map(|page| page * 4096) {
+        assert_eq!(file.read_at(at, &mut page).unwrap(), 4096);
+        check(at, &page);
+    }
+    fs.io_stats().since(&before).read_bytes
+}
+
+#[test]
+fn the_first_window_is_64_kib_and_windows_grow_to_what_the_options_say() {
+    let (fs, file) = cold_file(8 * MIB, &MountOptions::default());
+    assert_eq!(read_pages(&fs, &file, 1), 4096, "one read tells nothing");
+    assert_eq!(read_pages(&fs, &file, 2), 4096 + (64 << 10));
+    assert!(read_pages(&fs, &file, 1024) >= 4 * MIB);
+    assert!(read_pages(&fs, &file, 1024) == 0, "all of it is in memory");
+
+    let mut narrow = MountOptions::default();
+    narrow.read_ahead_bytes = 16 << 10;
+    let (fs, file) = cold_file(8 * MIB, &narrow);
+    for pages in [2, 10, 100, 1000] {
+        let before = fs.io_stats();
+        read_pages(&fs, &file, pages);
+        file.invalidate(0, u64::MAX);
+        let asked = fs.io_stats().since(&before).read_bytes;
+        assert!(asked <= pages * 4096 + (16 << 10), "{pages}: {asked}");
+    }
 }

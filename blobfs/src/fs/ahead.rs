@@ -12,7 +12,7 @@ use super::frame::PAGE;
 use super::inode::Inode;
 use super::read::{Chunk, Reader, copy_chunks};
 
-/// First window of a sequential reader.
+/// First window of a sequential reader. What a caller asks for by `prefetch` has no window.
 const FIRST: u64 = 64 << 10;
 
 /// A handle's access pattern.
@@ -56,8 +56,7 @@ impl Pattern {
             self.window.store(0, Ordering::Relaxed);
             return;
         }
-        let window = (self.window.load(Ordering::Relaxed) * 2).clamp(FIRST.min(max), max);
-        self.window.store(window, Ordering::Relaxed);
+        let window = self.widen(max);
         self.extend(reader, ino, end, end, window);
     }
 
@@ -69,11 +68,16 @@ impl Pattern {
             self.marker.store(u64::MAX, Ordering::Relaxed);
             return;
         }
-        let window =
-            (self.window.load(Ordering::Relaxed) * 2).clamp(FIRST, reader.window_max().max(FIRST));
-        self.window.store(window, Ordering::Relaxed);
+        let window = self.widen(reader.window_max());
         self.next.store(end, Ordering::Relaxed);
         self.extend(reader, ino, end, ahead.max(end), window);
+    }
+
+    /// Doubles the window, up to `max`.
+    fn widen(&self, max: u64) -> u64 {
+        let window = (self.window.load(Ordering::Relaxed) * 2).clamp(FIRST.min(max), max);
+        self.window.store(window, Ordering::Relaxed);
+        window
     }
 
     fn extend(&self, reader: &Reader, ino: &Arc<Inode>, end: u64, from: u64, window: u64) {
