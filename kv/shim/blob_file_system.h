@@ -1,5 +1,6 @@
-// RocksDB's FileSystem, implemented by the file system in Rust. Every call goes there; none falls
-// through to the kernel's file system.
+// RocksDB's FileSystem, implemented by the file system in Rust. No call falls through to the
+// kernel's file system. What does not depend on the files (SupportedOps, absolute paths, the Flush of
+// a writer that has no buffer of its own) is answered here.
 
 #pragma once
 

@@ -183,7 +183,7 @@ fn figures_are_properties() {
         db.property_value("pumice.total-bytes").unwrap(),
         total.map(|n| n.to_string())
     );
-    // The properties are those that the page lists, and no others.
+    // The properties that the page lists are there.
     let page = include_str!("../README.md");
     let list = page.split("There are `total-bytes`").nth(1).unwrap();
     let list = list.split("`device-unmaps`").next().unwrap();

@@ -380,7 +380,6 @@ impl Controller {
     /// there are queue pairs, see [`format`](Self::format). The device is only given a buffer of
     /// the driver, as long as the command can need, or, for a vendor specific command with data, as
     /// long as any command's data can be.
-    /// a command's data can be.
     pub fn admin_command(
         &self,
         command: Command,
