@@ -47,7 +47,8 @@
 //! | abort | the device is asked; the operation still completes by itself, once |
 //!
 //! **Durability.** With [`DeviceInfo::write_cache`], a completed write is durable only after a flush
-//! or with FUA. A write of at most [`DeviceInfo::atomic_unit_blocks`] is not torn by a power cut.
+//! or with FUA. A power cut tears no write of one buffer within an aligned group of
+//! [`DeviceInfo::atomic_unit_blocks`].
 //!
 //! **Order.** There is none between operations in flight: those that overlap have undefined results.
 //! What is submitted after a completion was handed back sees that operation's effect, on any
@@ -76,7 +77,7 @@
 //! | [`raid0`] | several devices, striped |
 //!
 //! Further modules (mirrors, encryption, partitions, logical volumes) go beside these: a file or
-//! folder here, a row in the control crate's `config/methods.rs`, a test that runs
+//! folder here, one in the control crate's `config/modules`, each with a row, and a test that runs
 //! `conformance::run`.
 //!
 //! The [`registry`] has names, claims, hot removal and statistics. Every I/O is a `tracing` span at

@@ -1,11 +1,10 @@
 //! The state that methods change: a registry, and the calls that made its devices.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
-use pumice_bdev::delay::Delay;
-use pumice_bdev::error_inject::ErrorDevice;
 use pumice_bdev::registry::Registry;
 use pumice_bdev::{BdevError, BlockDevice};
 use serde_json::{Value, json};
@@ -44,9 +43,9 @@ pub(crate) struct State {
     pub(crate) created: Vec<Created>,
     /// The calls that set options, by method. A later call replaces an earlier one.
     pub(crate) options: BTreeMap<String, Value>,
-    pub(crate) errors: BTreeMap<String, Arc<ErrorDevice>>,
-    pub(crate) delays: BTreeMap<String, Arc<Delay>>,
-    pub(crate) controllers: BTreeMap<String, super::nvme::Controller>,
+    /// The devices that methods change after they were made, by name.
+    kept: BTreeMap<String, Arc<dyn Any + Send + Sync>>,
+    pub(crate) controllers: BTreeMap<String, super::modules::nvme::Controller>,
 }
 
 /// A call and the devices that it made.
@@ -95,16 +94,16 @@ impl App {
 
     /// The names of the methods that can be called.
     pub(crate) fn methods(&self) -> Vec<&'static str> {
-        let all = super::methods::METHODS.iter();
-        match self.subject.get() {
-            None => all.map(|method| method.name).collect(),
-            Some(subject) => {
-                let looks = all.filter(|method| method.only_looks());
-                let mut names: Vec<&str> = looks.map(|method| method.name).collect();
-                names.extend(subject.methods);
-                names
-            }
+        let all = super::methods::all();
+        let mut names: Vec<&str> = all
+            .filter(|method| !self.only_answers() || method.only_looks())
+            .map(|method| method.name)
+            .collect();
+        names.sort_unstable();
+        if let Some(subject) = self.subject.get() {
+            names.extend(subject.methods);
         }
+        names
     }
 
     /// Calls a method by name. `params` are those of JSON-RPC.
@@ -157,17 +156,17 @@ impl App {
     /// Records which devices a call has made, for [`App::config`].
     pub(crate) fn note(&self, method: &'static str, params: &Params<'_>, bdevs: &[String]) {
         let mut params = params.to_value();
-        if let (Value::Object(map), [name]) = (&mut params, bdevs) {
+        let makes = super::methods::makes(method);
+        if let (Value::Object(map), [name], Some(makes)) = (&mut params, bdevs, makes)
+            && let Some(bdev) = self.registry.get(name)
+        {
             // A name or UUID that was chosen here is saved, so that it is the same next time.
-            if method == "bdev_malloc_create" {
-                map.insert("name".to_owned(), json!(name));
-            }
-            let random = ["bdev_malloc_create", "bdev_null_create", "bdev_raid_create"];
-            if random.contains(&method)
-                && let Some(bdev) = self.registry.get(name)
-            {
-                let uuid = pumice_bdev::uuid::format(&bdev.info().uuid);
-                map.insert("uuid".to_owned(), json!(uuid));
+            for key in makes.chosen {
+                let value = match *key {
+                    "uuid" => pumice_bdev::uuid::format(&bdev.info().uuid),
+                    _ => name.clone(),
+                };
+                map.insert((*key).to_owned(), json!(value));
             }
         }
         let bdevs = bdevs.to_vec();
@@ -176,6 +175,17 @@ impl App {
             params,
             bdevs,
         });
+    }
+
+    /// Keeps a device that methods change later.
+    pub(super) fn keep(&self, name: &str, device: Arc<dyn Any + Send + Sync>) {
+        self.state.lock().kept.insert(name.to_owned(), device);
+    }
+
+    /// Returns the device of this name that was kept, if it is a `T`.
+    pub(super) fn kept<T: Any + Send + Sync>(&self, name: &str) -> Option<Arc<T>> {
+        let found = self.state.lock().kept.get(name).cloned();
+        found.and_then(|device| device.downcast().ok())
     }
 
     /// Removes a device and those on top of it. The device must belong to `module`.
@@ -245,15 +255,8 @@ impl App {
     pub(crate) fn forget_removed(&self) {
         let mut state = self.state.lock();
         let there = |name: &String| self.registry.get(name).is_some();
-        let State {
-            created,
-            errors,
-            delays,
-            ..
-        } = &mut *state;
-        created.retain(|c| c.bdevs.iter().any(there));
-        errors.retain(|name, _| there(name));
-        delays.retain(|name, _| there(name));
+        state.created.retain(|c| c.bdevs.iter().any(there));
+        state.kept.retain(|name, _| there(name));
     }
 
     /// Returns the calls of the subsystem `bdev` that make these devices again.

@@ -1,10 +1,11 @@
 //! Checks of a configuration that carry out none of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use pumice_bdev::registry::nearest;
 
 use super::json::{CHECKED, MethodError, Params};
+use super::methods::Given;
 use super::{App, Call, ConfigError, Text, blame, methods, parse};
 
 /// Checks a configuration without carrying it out: its form, that the methods exist, that their
@@ -54,48 +55,34 @@ struct Names {
     given: Vec<String>,
     /// The NVMe controllers, whose namespaces only the devices know.
     controllers: Vec<String>,
-    /// Whether there are devices called `Malloc` and a number.
-    unnamed: bool,
+    /// The words of the devices that are called a word and a number.
+    numbered: BTreeSet<&'static str>,
     /// Base devices with the devices on top of them.
     taken: BTreeMap<String, String>,
 }
 
 impl Names {
     fn give(&mut self, call: &Call<'_>) -> Result<(), MethodError> {
+        let Some(makes) = methods::makes(&call.method) else {
+            return Ok(());
+        };
         let mut params = Params::new(call.params)?;
-        let given: Vec<String> = match call.method.as_str() {
-            "bdev_nvme_attach_controller" => {
-                self.controllers.extend(params.opt_string("name")?);
+        let given = match (makes.names)(&mut params)? {
+            Given::Names(names) => names,
+            Given::Numbered(word) => {
+                self.numbered.insert(word);
                 return Ok(());
             }
-            "bdev_malloc_create" => {
-                let name = params.opt_string("name")?;
-                self.unnamed |= name.is_none();
-                name.into_iter().collect()
+            Given::Namespaces(controller) => {
+                self.controllers.push(controller);
+                return Ok(());
             }
-            "bdev_null_create"
-            | "bdev_aio_create"
-            | "bdev_uring_create"
-            | "bdev_passthru_create"
-            | "bdev_delay_create"
-            | "bdev_raid_create" => params.opt_string("name")?.into_iter().collect(),
-            "bdev_error_create" => {
-                let base = params.opt_string("base_name")?;
-                base.map(|base| format!("EE_{base}")).into_iter().collect()
-            }
-            "bdev_split_create" => {
-                let base = params.opt_string("base_bdev")?.unwrap_or_default();
-                let count = params.opt_u64("split_count")?.unwrap_or(0).min(4096);
-                (0..count).map(|i| format!("{base}p{i}")).collect()
-            }
-            _ => return Ok(()),
         };
         for name in given {
             if self.given.contains(&name) {
-                let key = if call.method == "bdev_error_create" {
-                    "base_name"
-                } else {
-                    "name"
+                let key = match params.opt_string("name") {
+                    Ok(Some(_)) => "name",
+                    _ => makes.on.unwrap_or("name"),
                 };
                 return Err(params.error(key, format!("there is a bdev `{name}` already")));
             }
@@ -105,25 +92,19 @@ impl Names {
     }
 
     fn take(&mut self, call: &Call<'_>) -> Result<(), MethodError> {
-        if !methods::stands_on_another(&call.method) {
+        let Some(key) = methods::makes(&call.method).and_then(|makes| makes.on) else {
             return Ok(());
-        }
+        };
         let mut params = Params::new(call.params)?;
         let by = params.opt_string("name")?;
         let by = by.unwrap_or_else(|| call.method.clone());
-        for key in ["base_bdev_name", "base_name", "base_bdev"] {
-            if let Some(base) = params.opt_string(key)? {
-                self.take_one(&params, key, &base, &by)?;
-            }
-        }
-        for base in params
-            .opt_strings("base_bdevs")
-            .ok()
-            .flatten()
-            .into_iter()
-            .flatten()
-        {
-            self.take_one(&params, "base_bdevs", &base, &by)?;
+        // Several devices are a list.
+        let bases = match params.opt_strings(key) {
+            Ok(list) => list.unwrap_or_default(),
+            Err(_) => params.opt_string(key)?.into_iter().collect(),
+        };
+        for base in bases {
+            self.take_one(&params, key, &base, &by)?;
         }
         Ok(())
     }
@@ -142,7 +123,7 @@ impl Names {
             nsid.is_some_and(|n| n.parse::<u32>().is_ok())
         };
         let known = self.given.iter().any(|n| n == base)
-            || (self.unnamed && base.starts_with("Malloc"))
+            || self.numbered.iter().any(|word| base.starts_with(word))
             || pumice_bdev::uuid::parse(base).is_some()
             || self.controllers.iter().any(of_controller);
         if !known {

@@ -12,13 +12,12 @@
 //! before its base device.
 
 mod app;
-mod bdev_methods;
 mod by_uri;
 mod check;
 mod framework_methods;
 pub(crate) mod json;
 mod methods;
-mod nvme;
+mod modules;
 mod process_methods;
 mod query_methods;
 

@@ -288,24 +288,3 @@ pub(super) fn get_histogram(app: &App, params: &mut Params<'_>) -> Answer {
         "max_range": u64::BITS - BUCKET_SHIFT,
     }))
 }
-
-pub(super) fn raid_get_bdevs(app: &App, params: &mut Params<'_>) -> Answer {
-    let category = params.string("category")?;
-    params.finish()?;
-    let wanted = match category.as_str() {
-        "all" | "online" => true,
-        // An array is online here or does not exist.
-        "configuring" | "offline" => false,
-        other => {
-            let reason = format!("`{other}`: use one of all, online, configuring, offline");
-            return Err(params.error("category", reason));
-        }
-    };
-    let raids = app
-        .registry
-        .list()
-        .into_iter()
-        .filter(|b| wanted && b.info().module == "raid");
-    let describe = |b: Bdev| b.driver_specific().get_mut("raid").map(Value::take);
-    Ok(raids.filter_map(describe).collect())
-}

@@ -10,10 +10,25 @@ use pumice_io::uri::uri_of;
 use pumice_nvme::controller::Phase;
 use serde_json::{Value, json};
 
-use super::app::App;
-use super::json::{MethodError, Params};
+use super::super::app::App;
+use super::super::json::{MethodError, Params};
+use super::super::methods::{Answer, Given, Makes, Method};
 
-type Answer = Result<Value, MethodError>;
+pub(super) static METHODS: &[Method] = &[
+    Method {
+        makes: Some(Makes::new(|params| {
+            let name = params.opt_string("name")?;
+            Ok(name.map_or(Given::Names(Vec::new()), Given::Namespaces))
+        })),
+        ..Method::new("bdev_nvme_attach_controller", attach_controller)
+    },
+    Method::new("bdev_nvme_detach_controller", detach_controller),
+    Method::new("bdev_nvme_get_controller_health_info", health_info),
+    Method::new("bdev_nvme_get_controllers", get_controllers),
+    Method::new("bdev_nvme_reset_controller", reset_controller),
+    Method::new("bdev_nvme_set_hotplug", set_hotplug),
+    Method::new("bdev_nvme_set_options", set_options),
+];
 
 /// Interval at which a controller without I/O is asked whether it is still there.
 const WATCH_EVERY: Duration = Duration::from_millis(250);
@@ -49,7 +64,7 @@ fn transport(
     }
 }
 
-pub(super) fn attach_controller(app: &App, params: &mut Params<'_>) -> Answer {
+fn attach_controller(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.string("name")?;
     let trtype = params.string("trtype")?;
     let traddr = params.string("traddr")?;
@@ -145,7 +160,7 @@ fn watch(registry: Registry, controller: Weak<pumice_nvme::Controller>, bdevs: V
     }
 }
 
-pub(super) fn detach_controller(app: &App, params: &mut Params<'_>) -> Answer {
+fn detach_controller(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.string("name")?;
     params.ignore(&[
         "trtype",
@@ -185,7 +200,7 @@ fn attached(app: &App, name: &str) -> Result<Arc<pumice_nvme::Controller>, Metho
 
 /// Resets a controller. I/O in flight is sent again or ends with an error. Blocks until the reset
 /// has ended.
-pub(super) fn reset_controller(app: &App, params: &mut Params<'_>) -> Answer {
+fn reset_controller(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.string("name")?;
     params.neutral(
         "cntlid",
@@ -200,7 +215,7 @@ pub(super) fn reset_controller(app: &App, params: &mut Params<'_>) -> Answer {
 
 /// Returns the SMART / health log in the specification's units, except for the temperatures, which
 /// are in degrees Celsius.
-pub(super) fn health_info(app: &App, params: &mut Params<'_>) -> Answer {
+fn health_info(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.string("name")?;
     params.finish()?;
     let controller = attached(app, &name)?;
@@ -251,7 +266,7 @@ pub(super) fn health_info(app: &App, params: &mut Params<'_>) -> Answer {
     Ok(info)
 }
 
-pub(super) fn get_controllers(app: &App, params: &mut Params<'_>) -> Answer {
+fn get_controllers(app: &App, params: &mut Params<'_>) -> Answer {
     let wanted = params.opt_string("name")?;
     params.finish()?;
     let state = app.state.lock();
@@ -285,7 +300,7 @@ pub(super) fn get_controllers(app: &App, params: &mut Params<'_>) -> Answer {
     Ok(found.into())
 }
 
-pub(super) fn set_hotplug(app: &App, params: &mut Params<'_>) -> Answer {
+fn set_hotplug(app: &App, params: &mut Params<'_>) -> Answer {
     let enable = params.flag("enable")?;
     params.ignore(&["period_us"]);
     params.finish()?;
@@ -337,7 +352,7 @@ const OTHER_OPTIONS: &[&str] = &[
 
 /// Sets options of the driver. Time-outs and their action take effect. Settings of queues and
 /// reconnection have no counterpart here and are kept for `save_config`.
-pub(super) fn set_options(app: &App, params: &mut Params<'_>) -> Answer {
+fn set_options(app: &App, params: &mut Params<'_>) -> Answer {
     let action = params.opt_string("action_on_timeout")?;
     let timeout_us = params.opt_u64("timeout_us")?;
     let action = match action.as_deref() {
