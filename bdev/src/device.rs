@@ -29,7 +29,8 @@ pub struct DeviceInfo {
     /// Whether there is a volatile write cache: a completed write is durable only after a flush, or
     /// with FUA.
     pub write_cache: bool,
-    /// A power cut never tears a write of at most this many blocks.
+    /// A power cut tears no write of one buffer that lies within an aligned group of this many
+    /// blocks.
     pub atomic_unit_blocks: u32,
     /// The longest read, write or compare, and the boundary that I/O should not cross.
     pub limits: Limits,

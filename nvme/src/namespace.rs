@@ -74,6 +74,7 @@ pub struct Namespace {
     pub(crate) write_cache: bool,
     pub(crate) atomic_blocks: u32,
     pub(crate) atomic_power_blocks: u32,
+    pub(crate) untorn_blocks: u32,
 }
 
 /// The number of the controller for which a namespace's recorded format is known to be current. All
@@ -171,9 +172,18 @@ impl Namespace {
         self.atomic_blocks
     }
 
-    /// Number of blocks that a write changes as a whole even when power fails (AWUPF, NAWUPF).
+    /// Number of blocks that a command changes as a whole even when power fails (AWUPF, NAWUPF),
+    /// unless it crosses a boundary of the namespace (NABSPF). See also
+    /// [`untorn_blocks`](Self::untorn_blocks).
     pub fn atomic_power_blocks(&self) -> u32 {
         self.atomic_power_blocks
+    }
+
+    /// The largest power of two such that a power cut tears no write of one buffer that lies within
+    /// an aligned group of so many blocks: the driver sends it as one command, and it crosses no
+    /// boundary.
+    pub fn untorn_blocks(&self) -> u32 {
+        self.untorn_blocks
     }
 
     /// Whether deallocated blocks read as zeroes (DLFEAT).

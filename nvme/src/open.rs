@@ -54,8 +54,20 @@ impl Opened {
 }
 
 /// The controllers that this process has open. A URI of another namespace of one of them shares the
-/// controller.
-static OPEN: PerProcess<Mutex<HashMap<String, Weak<Controller>>>> = PerProcess::new(Mutex::default);
+/// controller. Each device has a lock of its own, which is held over its bring-up, so that two
+/// threads that open one device get one controller, and a device that does not respond delays no
+/// other.
+static OPEN: PerProcess<Mutex<HashMap<String, Device>>> = PerProcess::new(Mutex::default);
+
+type Device = Arc<Mutex<Weak<Controller>>>;
+
+/// Returns the entry of a device, and forgets those that nobody uses.
+fn entry(key: String) -> Device {
+    let mut open = OPEN.get().lock();
+    // An entry without a second reference is not locked.
+    open.retain(|_, device| Arc::strong_count(device) > 1 || device.lock().strong_count() > 0);
+    Arc::clone(open.entry(key).or_default())
+}
 
 /// Opens the controller that a URI names, with default options; see
 /// [`NvmeUri`](crate::transport::NvmeUri) for the forms. Blocks for bring-up.
@@ -72,17 +84,15 @@ pub fn open_with(uri: &str, options: ControllerOptions) -> Result<Opened, NvmeEr
     let uri = NvmeUri::parse(uri)?;
     let nsid = uri.nsid;
     check_parameters(&uri)?;
-    let key = device_key(&uri);
-    // The lock is held over bring-up, so that two threads that open one device get one controller.
-    let mut open = OPEN.get().lock();
-    open.retain(|_, c| c.strong_count() > 0);
-    if let Some(controller) = open.get(&key).and_then(Weak::upgrade)
+    let device = entry(device_key(&uri));
+    let mut device = device.lock();
+    if let Some(controller) = device.upgrade()
         && matches!(controller.phase(), Phase::Live | Phase::Resetting)
     {
         return Ok(Opened { controller, nsid });
     }
     let controller = Controller::new(open_transport(&uri)?, options)?;
-    open.insert(key, Arc::downgrade(&controller));
+    *device = Arc::downgrade(&controller);
     Ok(Opened { controller, nsid })
 }
 

@@ -303,7 +303,7 @@ impl Nvme {
             info.uuid = crate::uuid::derived(format!("{serial}/{}", namespace.nsid()).as_bytes());
         }
         info.write_cache = namespace.write_cache();
-        info.atomic_unit_blocks = namespace.atomic_power_blocks().max(1);
+        info.atomic_unit_blocks = namespace.untorn_blocks();
         // The driver cuts what is longer than a command.
         info.limits.boundary_blocks = namespace.limits().data.boundary_blocks;
         info.buf_align = 4;

@@ -180,6 +180,10 @@ impl Engine {
             AdminOpcode::SET_FEATURES => self.set_features(c),
             AdminOpcode::GET_FEATURES => self.get_features(c),
             AdminOpcode::ABORT => {
+                let sent = self.late.iter().filter(|l| l.is_abort).count();
+                if sent >= usize::from(identify::ABORTS_MAX) {
+                    return bad(Status::ABORT_LIMIT);
+                }
                 let (sqid, cid) = ((c.cdw10 & 0xffff) as u16, (c.cdw10 >> 16) as u16);
                 // Bit 0: the command was not aborted.
                 ok(u32::from(!self.abort_late(sqid, cid)))
@@ -454,8 +458,9 @@ impl Engine {
         let targets: Vec<usize> = match c.nsid {
             u32::MAX => (0..self.media.len()).collect(),
             0 => return bad(Status::INVALID_NAMESPACE),
-            n if (n as usize) <= self.media.len() => vec![n as usize - 1],
-            _ => return bad(Status::INVALID_NAMESPACE),
+            n if (n as usize) > self.media.len() => return bad(Status::INVALID_NAMESPACE),
+            _ if self.config.formats_all => (0..self.media.len()).collect(),
+            n => vec![n as usize - 1],
         };
         for n in targets {
             if self.media[n].format(shift).is_err() {

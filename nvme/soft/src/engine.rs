@@ -6,7 +6,7 @@ use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use pumice_nvme::spec::{
-    AsyncEvent, AsyncEventType, Cc, Cmbmsc, Command, Completion, Csts, Reg, Status,
+    AdminOpcode, AsyncEvent, AsyncEventType, Cc, Cmbmsc, Command, Completion, Csts, Reg, Status,
 };
 use pumice_nvme::transport::TransportEvent;
 
@@ -32,9 +32,11 @@ pub(super) enum Outcome {
     Held,
 }
 
-struct Late {
+pub(super) struct Late {
     when: Instant,
     sqid: u16,
+    /// Whether it completes an Abort.
+    pub is_abort: bool,
     completion: Completion,
 }
 
@@ -51,7 +53,7 @@ pub(super) struct Engine {
     pub shadow: Option<Shadow>,
     pub pieces: Vec<(u64, usize)>,
     pub scratch: Vec<u8>,
-    late: Vec<Late>,
+    pub(super) late: Vec<Late>,
     cc: Cc,
     /// Time at which CSTS.RDY follows CC.EN.
     ready_at: Option<Instant>,
@@ -459,6 +461,7 @@ impl Engine {
             Some(Fault::Delay(by)) => self.late.push(Late {
                 when: Instant::now() + by,
                 sqid: qid,
+                is_abort: qid == 0 && command.opcode == AdminOpcode::ABORT.0,
                 completion,
             }),
             Some(Fault::WrongPhase) => self.complete(cqid, completion, true),

@@ -8,6 +8,8 @@ use zerocopy::{FromZeros, IntoBytes};
 use super::SoftConfig;
 use super::media::SoftNamespace;
 
+/// Most Aborts at a time.
+pub(super) const ABORTS_MAX: u8 = 4;
 /// Version 2.0 of the NVMe specification.
 pub(super) const VERSION: u32 = 0x2_0000;
 
@@ -34,7 +36,8 @@ pub(super) fn controller(config: &SoftConfig, name: &str) -> IdentifyController 
         oacs |= Oacs::DOORBELL_BUFFER;
     }
     id.oacs = oacs.into();
-    id.acl_z = 3;
+    id.acl_z = ABORTS_MAX - 1;
+    id.fna = u8::from(config.formats_all);
     id.aerl_z = 7;
     id.frmw = 0x3;
     id.lpa = 1 << 2;

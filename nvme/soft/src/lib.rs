@@ -86,6 +86,10 @@ pub struct SoftConfig {
     pub ready_delay: Duration,
     /// CAP.TO, in units of 500 ms.
     pub timeout_500ms: u8,
+    /// Whether a format of one namespace formats all of them.
+    pub formats_all: bool,
+    /// PCI vendor and device identifiers to appear as.
+    pub pci_id: Option<(u16, u16)>,
     /// Time that the thread spins without work before it sleeps.
     pub spin: Duration,
     /// Whether it is served to another process, see [`SoftConfig::served`].
@@ -108,6 +112,8 @@ impl SoftConfig {
             vectors: 65,
             ready_delay: Duration::ZERO,
             timeout_500ms: 10,
+            formats_all: false,
+            pci_id: None,
             spin: Duration::from_micros(100),
             served: false,
         }

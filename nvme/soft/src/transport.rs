@@ -57,6 +57,7 @@ impl Shared {
 /// The driver's transport to a soft controller.
 struct SoftTransport {
     shared: Arc<Shared>,
+    pci_id: Option<(u16, u16)>,
     bar_len: usize,
     /// The file of the registers, when they are shared with another process.
     register_file: Option<File>,
@@ -144,6 +145,7 @@ impl SoftController {
             name: name.clone(),
         });
         power_on(&shared, &config);
+        let pci_id = config.pci_id;
         let engine = Engine::new(Arc::clone(&shared), config);
         let handle = std::thread::Builder::new()
             .name(name.clone())
@@ -155,6 +157,7 @@ impl SoftController {
             })?;
         Ok(SoftController(Arc::new(SoftTransport {
             shared,
+            pci_id,
             bar_len,
             register_file,
             engine: Mutex::new(Some(handle)),
@@ -360,6 +363,10 @@ unsafe impl Transport for SoftTransport {
 
     fn kind(&self) -> &'static str {
         "soft"
+    }
+
+    fn pci_id(&self) -> Option<(u16, u16)> {
+        self.pci_id
     }
 
     fn read32(&self, offset: u32) -> Result<u32, TransportError> {

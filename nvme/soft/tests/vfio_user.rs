@@ -1,5 +1,7 @@
 //! Tests of the driver over a vfio-user socket, against a soft controller behind it.
 
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -417,4 +419,36 @@ fn a_stopped_controller_changes_no_buffer_that_came_back() {
             .count();
         assert_eq!((bufs.len(), changed), (6, 0), "round {round}");
     }
+}
+
+/// Reads a message, whose length is in its header.
+fn message(stream: &mut UnixStream) -> Vec<u8> {
+    let mut message = vec![0; 16];
+    stream.read_exact(&mut message).expect("a header");
+    let len = u32::from_le_bytes([message[4], message[5], message[6], message[7]]);
+    message.resize(len as usize, 0);
+    stream.read_exact(&mut message[16..]).expect("a body");
+    message
+}
+
+/// A device that does not respond while it is opened delays the opening of no other.
+#[test]
+fn a_silent_device_delays_no_other_opening() {
+    let silent = tempfile::tempdir().expect("a directory");
+    let listener = UnixListener::bind(silent.path().join("cntrl")).expect("bound");
+    let uri = format!("vfio-user://{}?timeout_ms=60000", silent.path().display());
+    let first = std::thread::spawn(move || pumice_nvme::open(&uri).is_err());
+    let (mut connection, _) = listener.accept().expect("connected");
+    // It gives another target's answer to the first message, and none after that.
+    let behind = target();
+    let mut real = UnixStream::connect(behind.path().join("cntrl")).expect("connected");
+    real.write_all(&message(&mut connection)).expect("sent");
+    connection.write_all(&message(&mut real)).expect("sent");
+    message(&mut connection);
+    let target = target();
+    let uri = format!("vfio-user://{}", target.path().display());
+    let opened = pumice_nvme::open(&uri).expect("opened");
+    assert!(!first.is_finished(), "the silent device's time was over");
+    drop((opened, connection));
+    assert!(first.join().expect("no panic"), "nobody answered");
 }

@@ -15,8 +15,6 @@ pub(super) const ADMIN_ENTRIES: u16 = 32;
 /// Number of asynchronous event requests to keep outstanding.
 const EVENTS: usize = 4;
 const LIST_LEN: usize = 4096;
-/// Time-out of a format: with a secure erase it takes minutes.
-const FORMAT_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Longest time for which a device may say that it is not ready yet.
 const NOT_READY_PATIENCE: Duration = Duration::from_secs(10);
@@ -32,6 +30,8 @@ enum SlotState {
     Abandoned,
     /// The command is an asynchronous event request.
     Event,
+    /// The command is an Abort, for which nobody waits.
+    Abort,
     Done(Completion),
     /// A reset ended the command.
     Lost,
@@ -186,12 +186,14 @@ impl Core {
         if !self.birth.is_here() {
             return Err(self.gone(Cause::OtherProcess));
         }
-        let start = Instant::now();
-        let timeout = match AdminOpcode(command.opcode) {
+        let mut start = Instant::now();
+        let formats = AdminOpcode(command.opcode) == AdminOpcode::FORMAT_NVM;
+        let timeout = match formats {
             // The command may erase the whole medium before it completes.
-            AdminOpcode::FORMAT_NVM => self.options.admin_timeout.max(FORMAT_TIMEOUT),
-            _ => self.options.admin_timeout,
+            true => self.options.format_timeout,
+            false => self.options.admin_timeout,
         };
+        let mut left_percent = u32::MAX;
         let text = |c: &Command| decode::admin_command(c).to_string();
         let unfinished = |what: &str| NvmeError::Unfinished {
             device: self.name().to_owned(),
@@ -248,10 +250,25 @@ impl Core {
                 _ => {}
             }
             let waited = start.elapsed();
-            if waited > timeout || self.transport.is_gone() {
-                entry.state = SlotState::Abandoned;
+            let gone = self.transport.is_gone();
+            if waited > timeout && formats && !gone {
                 drop(guard);
-                if self.transport.is_gone() {
+                let left = self.format_left(command.nsid);
+                if left.is_some_and(|left| left < left_percent) {
+                    left_percent = left.unwrap_or(0);
+                    start = Instant::now();
+                    continue;
+                }
+                guard = self.admin.lock();
+                self.admin_reap(&mut guard);
+                if !matches!(guard.slots[slot].state, SlotState::Pending) {
+                    continue;
+                }
+            }
+            if waited > timeout || gone {
+                guard.slots[slot].state = SlotState::Abandoned;
+                drop(guard);
+                if gone {
                     return Err(self.gone(Cause::Removed));
                 }
                 let what = format!("no completion within {} ms", millis(timeout));
@@ -350,7 +367,10 @@ impl Core {
                 s.command.cid == completion.cid
                     && matches!(
                         s.state,
-                        SlotState::Pending | SlotState::Abandoned | SlotState::Event
+                        SlotState::Pending
+                            | SlotState::Abandoned
+                            | SlotState::Event
+                            | SlotState::Abort
                     )
             });
             if !known || completion.sq_id != 0 {
@@ -363,6 +383,11 @@ impl Core {
             let entry = &mut queue.slots[slot];
             match entry.state {
                 SlotState::Pending => entry.state = SlotState::Done(completion),
+                SlotState::Abort => {
+                    entry.state = SlotState::Free;
+                    // The keeper may send the next one.
+                    self.wake.signal();
+                }
                 SlotState::Event => {
                     entry.state = SlotState::Free;
                     if completion.status().is_success() {
@@ -401,12 +426,23 @@ impl Core {
     }
 
     /// Sends an Abort without waiting for it: the aborted command's own completion shows the
-    /// result.
-    pub(super) fn send_abort(&self, sqid: u16, cid: u16) {
+    /// result. Returns false when the controller has as many as it takes (ACL), or the queue is
+    /// full.
+    pub(super) fn send_abort(&self, sqid: u16, cid: u16) -> bool {
+        let most = self.info().map_or(1, |i| usize::from(i.identify.acl_z) + 1);
         let mut queue = self.admin.lock();
+        self.admin_reap(&mut queue);
+        let is_abort = |s: &&Slot| matches!(s.state, SlotState::Abort);
+        if queue.slots.iter().filter(is_abort).count() >= most {
+            return false;
+        }
         let command = Command::abort(sqid, cid);
-        if let Err(error) = self.admin_send(&mut queue, command, &mut None, SlotState::Abandoned) {
-            tracing::debug!(device = self.name(), %error, "abort not sent");
+        match self.admin_send(&mut queue, command, &mut None, SlotState::Abort) {
+            Ok(sent) => sent.is_some(),
+            Err(error) => {
+                tracing::debug!(device = self.name(), %error, "abort not sent");
+                true
+            }
         }
     }
 

@@ -11,6 +11,7 @@ use pumice_io::sys::EventFd;
 
 use super::admin::{ADMIN_ENTRIES, AdminQueue};
 use super::keeper::Requests;
+use super::quirks::Quirks;
 use super::state::{self, Phase};
 use super::{ControllerOptions, Core, Registry};
 use crate::error::{NvmeError, millis};
@@ -67,6 +68,7 @@ impl Core {
             state: AtomicU64::new(state::word(0, Phase::Resetting)),
             options,
             cap,
+            quirks: Quirks::of(transport.pci_id()),
             page_shift,
             admin: Mutex::new(AdminQueue::new(transport.domain(), page_shift)?),
             admin_done: Condvar::new(),
@@ -140,6 +142,7 @@ impl Core {
     /// Frees the memory that the device could access: it is disabled.
     pub(super) fn quiet(&self) {
         self.admin_lose_all();
+        self.forget_aborts();
         self.free_stuck_queues();
         self.kept_until_quiet.lock().clear();
         *self.shadow.write() = None;
@@ -219,6 +222,7 @@ impl Core {
             }
             self.transport
                 .write32(Reg::CC, cc.with_en(false).with_shn(0).into())?;
+            std::thread::sleep(self.quirks.quiet_after_disable());
         }
         self.wait_csts("not ready after disable", timeout, false, |c| !c.rdy())
     }

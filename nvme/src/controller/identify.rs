@@ -261,11 +261,15 @@ impl Core {
                 one_more(all_z)
             }
         };
+        let power_blocks = atomic(identify.nawupf_z.get(), id.awupf_z.get());
+        let mut limits = limits(info, nsid, &identify, unusable.is_none(), self.page_shift);
+        self.quirks.adjust(&mut limits, id, self.page_shift);
         Ok(Some(Namespace {
-            limits: limits(info, nsid, &identify, unusable.is_none(), self.page_shift),
+            limits,
             validity: FormatValidity::of(self.number),
             atomic_blocks: atomic(identify.nawun_z.get(), id.awun_z.get()),
-            atomic_power_blocks: atomic(identify.nawupf_z.get(), id.awupf_z.get()),
+            atomic_power_blocks: power_blocks,
+            untorn_blocks: untorn_blocks(&limits, &identify, power_blocks),
             write_cache: info.write_cache,
             identify: Box::new(identify),
             descriptors,
@@ -309,6 +313,30 @@ fn unusable(
         return Some(format!("its size, {} blocks, is absurd", identify.nsze));
     }
     None
+}
+
+/// Returns the largest power of two such that a power cut tears no write of one buffer that lies
+/// within a group of so many blocks, counted from block 0. Such a write has to be one command, and
+/// must not cross one of the namespace's atomic boundaries.
+fn untorn_blocks(limits: &CommandLimits, ns: &IdentifyNamespace, power_blocks: u32) -> u32 {
+    let mut most = power_blocks;
+    if let Some(max) = limits.data.max_blocks {
+        most = most.min(max.get());
+    }
+    if let Some(boundary) = limits.data.boundary_blocks {
+        most = most.min(lowest_bit(boundary.get()));
+    }
+    // NABSPF and NABO, where NSFEAT bit 1 says that the namespace has them.
+    if ns.nsfeat & 2 != 0 && ns.nabspf_z.get() != 0 {
+        let (size, first) = (u32::from(ns.nabspf_z.get()) + 1, u32::from(ns.nabo.get()));
+        most = most.min(lowest_bit(size)).min(lowest_bit(first));
+    }
+    1 << most.max(1).ilog2()
+}
+
+/// Returns the largest power of two that divides `n`; every power of two divides 0.
+fn lowest_bit(n: u32) -> u32 {
+    1u32.checked_shl(n.trailing_zeros()).unwrap_or(u32::MAX)
 }
 
 fn limits(

@@ -1,6 +1,7 @@
 //! The keeper: one thread for each controller, which handles asynchronous events, aborts, resets
 //! and removal, and sleeps in between. No I/O passes through it.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,6 +17,8 @@ use crate::transport::TransportEvent;
 
 /// Time between two looks at the status register.
 const TICK: Duration = Duration::from_secs(1);
+/// Most aborts that wait to be sent. A command that is not aborted leads to a reset.
+const ABORTS_MAX: usize = 4096;
 
 /// Requests of queue pairs and callers to the keeper.
 #[derive(Debug, Default)]
@@ -23,7 +26,8 @@ pub(super) struct Requests {
     pub stop: bool,
     /// State word at the time of the request, and its reason.
     reset: Option<(u64, String)>,
-    aborts: Vec<(u16, u16)>,
+    /// Commands to abort, as queue and command identifiers.
+    aborts: VecDeque<(u16, u16)>,
 }
 
 impl Core {
@@ -43,8 +47,8 @@ impl Core {
     /// Asks for an Abort of a command. Does not block.
     pub(crate) fn request_abort(&self, sqid: u16, cid: u16) {
         let mut requests = self.requests.lock();
-        if requests.aborts.len() < 64 {
-            requests.aborts.push((sqid, cid));
+        if requests.aborts.len() < ABORTS_MAX {
+            requests.aborts.push_back((sqid, cid));
         }
         drop(requests);
         self.wake.signal();
@@ -53,9 +57,9 @@ impl Core {
     fn keep(&self) {
         loop {
             self.wake.drain();
-            let (stop, reset, aborts) = {
+            let (stop, reset) = {
                 let mut r = self.requests.lock();
-                (r.stop, r.reset.take(), std::mem::take(&mut r.aborts))
+                (r.stop, r.reset.take())
             };
             if stop {
                 return;
@@ -67,15 +71,31 @@ impl Core {
                 self.transport_event(event);
             }
             if self.phase() == Phase::Live {
-                for (sqid, cid) in aborts {
-                    self.send_abort(sqid, cid);
-                }
+                self.send_aborts();
                 self.async_events();
                 self.look_at_status();
                 self.list_what_was_missed();
             }
             self.rest();
         }
+    }
+
+    /// Sends the aborts that were asked for, as many as the controller takes at a time.
+    fn send_aborts(&self) {
+        loop {
+            let Some((sqid, cid)) = self.requests.lock().aborts.pop_front() else {
+                return;
+            };
+            if !self.send_abort(sqid, cid) {
+                self.requests.lock().aborts.push_front((sqid, cid));
+                return;
+            }
+        }
+    }
+
+    /// Forgets the aborts that were not sent: a reset has ended every command.
+    pub(super) fn forget_aborts(&self) {
+        self.requests.lock().aborts.clear();
     }
 
     fn rest(&self) {

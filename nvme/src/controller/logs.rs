@@ -5,12 +5,20 @@ use zerocopy::FromBytes;
 use super::{Controller, Core};
 use crate::dma::DmaBuf;
 use crate::error::NvmeError;
+use crate::namespace::Namespace;
 use crate::spec::{
-    Command, ErrorLogEntry, FeatureId, FirmwareSlotLog, FormatNvm, LogPage, Oacs, SmartLog,
+    Cns, Command, ErrorLogEntry, FeatureId, FirmwareSlotLog, FormatNvm, IdentifyNamespace, LogPage,
+    Oacs, SmartLog,
 };
 
 /// The namespace identifier that stands for all namespaces.
 const ALL: u32 = u32::MAX;
+
+/// Bits of FNA (Base figure 275): a format formats all namespaces; a secure erase erases all; the
+/// command for all namespaces is not supported.
+const FNA_FORMATS_ALL: u8 = 1 << 0;
+const FNA_ERASES_ALL: u8 = 1 << 1;
+const FNA_NO_BROADCAST: u8 = 1 << 3;
 
 impl Core {
     pub(super) fn log_page(
@@ -56,6 +64,30 @@ impl Core {
         let listed = self.list_namespaces();
         let done = result?;
         listed.map(|()| done)
+    }
+}
+
+impl Core {
+    /// Returns the percentage that is left of a format, added up over the namespaces that report it
+    /// (FPI). `None` when none of them does.
+    pub(super) fn format_left(&self, nsid: u32) -> Option<u32> {
+        let formatted: Vec<u32> = {
+            let namespaces = self.namespaces.read();
+            let reports = |ns: &Namespace| ns.identify.fpi & 0x80 != 0;
+            let ids = namespaces.iter().filter(|(_, ns)| reports(ns));
+            ids.map(|(id, _)| *id)
+                .filter(|id| nsid == ALL || nsid == *id)
+                .collect()
+        };
+        let left = |id| {
+            let page = self.identify_page(Cns::NAMESPACE, id).ok()?;
+            let ns = IdentifyNamespace::read_from_bytes(&page).ok()?;
+            Some(u32::from(ns.fpi & 0x7f))
+        };
+        formatted
+            .into_iter()
+            .filter_map(left)
+            .reduce(|all, one| all + one)
     }
 }
 
@@ -140,12 +172,63 @@ impl Controller {
     }
 
     /// Formats a namespace: all its data is lost. Blocks for as long as the device takes, at most
-    /// ten minutes (or the admin time-out, if that is longer). Lists the namespaces again. Handles
-    /// that [`namespace`](Self::namespace) returned earlier are no longer valid if the block size
-    /// has changed.
+    /// [`format_timeout`](super::ControllerOptions::format_timeout) without progress. Lists the
+    /// namespaces again. Handles that [`namespace`](Self::namespace) returned earlier are no longer
+    /// valid if the block size has changed.
+    ///
     /// # Errors
-    /// Refuses while there are queue pairs, because their commands are made for the old block size.
+    /// Refuses while there are queue pairs, because their commands are made for the old block size;
+    /// and when the controller would format its other namespaces too, see
+    /// [`format_all`](Self::format_all).
     pub fn format(&self, nsid: u32, format: FormatNvm) -> Result<(), NvmeError> {
+        self.can_format(nsid, format)?;
+        let count = self.core.namespaces.read().len();
+        if count > 1 && self.formats_all(format)? {
+            return Err(NvmeError::Unsupported {
+                device: self.name().to_owned(),
+                what: format!(
+                    "the controller cannot format namespace {nsid} alone: it formats all {count} \
+                     at once (FNA); to lose them all, use Controller::format_all"
+                ),
+            });
+        }
+        self.admin_command(Command::format(nsid, format), None)?;
+        Ok(())
+    }
+
+    /// Formats all namespaces, as [`format`](Self::format) does one.
+    ///
+    /// # Errors
+    /// Fails as `format` does, and when the controller can only format one at a time.
+    pub fn format_all(&self, format: FormatNvm) -> Result<(), NvmeError> {
+        let ids: Vec<u32> = self.core.namespaces.read().keys().copied().collect();
+        for nsid in &ids {
+            self.can_format(*nsid, format)?;
+        }
+        let no_broadcast = self.core.info()?.identify.fna & FNA_NO_BROADCAST != 0;
+        let nsid = match no_broadcast {
+            false => ALL,
+            // The command for one namespace formats all of them.
+            true if self.formats_all(format)? => ids.first().copied().unwrap_or(ALL),
+            true => {
+                return Err(NvmeError::Unsupported {
+                    device: self.name().to_owned(),
+                    what: "the controller formats one namespace at a time; name each".into(),
+                });
+            }
+        };
+        self.admin_command(Command::format(nsid, format), None)?;
+        Ok(())
+    }
+
+    /// Whether a format of one namespace formats all of them: Base figure 275, FNA.
+    fn formats_all(&self, format: FormatNvm) -> Result<bool, NvmeError> {
+        let fna = self.core.info()?.identify.fna;
+        let erases = format.secure_erase != 0;
+        Ok(fna & FNA_FORMATS_ALL != 0 || (erases && fna & FNA_ERASES_ALL != 0))
+    }
+
+    fn can_format(&self, nsid: u32, format: FormatNvm) -> Result<(), NvmeError> {
         let info = self.core.info()?;
         if info.identify.oacs.get() & Oacs::FORMAT == 0 {
             return Err(NvmeError::Unsupported {
@@ -163,7 +246,6 @@ impl Controller {
                 ),
             });
         }
-        self.admin_command(Command::format(nsid, format), None)?;
         Ok(())
     }
 }

@@ -29,6 +29,7 @@ mod logs;
 mod memory;
 mod passthrough;
 mod queues;
+mod quirks;
 mod reset;
 pub(crate) mod state;
 
@@ -36,6 +37,7 @@ use admin::AdminQueue;
 use keeper::Requests;
 use memory::ControllerMemory;
 use passthrough::Prepared;
+use quirks::Quirks;
 pub use state::Phase;
 
 /// Options of a controller's bring-up.
@@ -53,9 +55,11 @@ pub struct ControllerOptions {
     /// Weights of round robin arbitration between the queues' priority classes, where the
     /// controller offers it.
     pub arbitration: Option<Weights>,
-    /// Time after which an admin command without completion causes a reset. Format NVM is given at
-    /// least ten minutes.
+    /// Time after which an admin command without completion causes a reset.
     pub admin_timeout: Duration,
+    /// The same for Format NVM, which may erase the whole medium. It begins again whenever the
+    /// namespace reports progress (FPI).
+    pub format_timeout: Duration,
 }
 
 impl Default for ControllerOptions {
@@ -67,6 +71,7 @@ impl Default for ControllerOptions {
             sgl: true,
             arbitration: None,
             admin_timeout: Duration::from_secs(20),
+            format_timeout: Duration::from_secs(600),
         }
     }
 }
@@ -124,6 +129,7 @@ pub(crate) struct Core {
     pub state: AtomicU64,
     options: ControllerOptions,
     cap: Cap,
+    quirks: Quirks,
     /// log2 of the page size in use.
     pub page_shift: u32,
     admin: Mutex<AdminQueue>,

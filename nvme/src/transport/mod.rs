@@ -192,6 +192,12 @@ pub unsafe trait Transport: Send + Sync + fmt::Debug {
     /// The kind of transport: `vfio`, `uio`, `vfio-user` or `soft`.
     fn kind(&self) -> &'static str;
 
+    /// The PCI vendor and device identifiers, if it is a PCI function. Some controllers deviate
+    /// from the specification and are known by them.
+    fn pci_id(&self) -> Option<(u16, u16)> {
+        None
+    }
+
     /// Reads the 32-bit register at `offset` of BAR 0. Returns all ones when the device is gone.
     fn read32(&self, offset: u32) -> Result<u32, TransportError>;
 

@@ -32,6 +32,7 @@ pub(crate) const DRIVER: &str = "uio_pci_generic";
 #[derive(Debug)]
 pub struct Uio {
     name: String,
+    pci_id: (u16, u16),
     host: Host,
     dir: String,
     bar: MappedBar,
@@ -125,6 +126,7 @@ impl Uio {
         device.enable().map_err(command)?;
         Ok(Arc::new(Uio {
             bar,
+            pci_id: (function.vendor, function.device),
             name,
             host,
             dir,
@@ -221,6 +223,10 @@ unsafe impl Transport for Uio {
 
     fn kind(&self) -> &'static str {
         "uio"
+    }
+
+    fn pci_id(&self) -> Option<(u16, u16)> {
+        Some(self.pci_id)
     }
 
     fn read32(&self, offset: u32) -> Result<u32, TransportError> {

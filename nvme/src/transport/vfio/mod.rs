@@ -47,6 +47,7 @@ const MAX_VECTORS: u16 = 1024;
 #[derive(Debug)]
 pub struct Vfio {
     name: String,
+    pci_id: Option<(u16, u16)>,
     bar: MappedBar,
     bars: Vec<RegionInfo>,
     table: Arc<AddressTable>,
@@ -149,6 +150,7 @@ impl Vfio {
         device.enable().map_err(io("PCI command register"))?;
         Ok(Arc::new(Vfio {
             bar: MappedBar::new(&name, bar0),
+            pci_id: host.function(address).ok().map(|f| (f.vendor, f.device)),
             name,
             bars,
             table,
@@ -246,6 +248,10 @@ unsafe impl Transport for Vfio {
 
     fn kind(&self) -> &'static str {
         "vfio"
+    }
+
+    fn pci_id(&self) -> Option<(u16, u16)> {
+        self.pci_id
     }
 
     fn read32(&self, offset: u32) -> Result<u32, TransportError> {
