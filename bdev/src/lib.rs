@@ -104,7 +104,6 @@ pub mod raid0;
 pub mod read_only;
 pub mod registry;
 mod shared;
-mod signatures;
 mod slots;
 pub mod split;
 pub mod stats;
@@ -115,7 +114,7 @@ pub use device::{BlockDevice, DeviceInfo, HostSpace, IoChannel};
 pub use engine::{Engine, Refused};
 pub use error::BdevError;
 pub use executor::{AsyncChannel, Io, IoOutcome, join_all};
-pub use module::{Call, call_for};
+pub use module::{Call, OpenOptions};
 pub use pumice_io::dma::{DmaBuf, DmaError, DmaSlice};
 pub use pumice_io::process;
 pub use pumice_io::uri::{file_uri, parse_size};
@@ -124,7 +123,7 @@ pub use pumice_io::{
     SubmitError, ZoneAction,
 };
 pub use shared::{Outcome, SharedChannels, Ticket, thread_number};
-pub use uri::{OpenOptions, open, open_with};
+pub use uri::{call_for, open, open_with};
 
 /// The README's example, as a test.
 #[cfg(doctest)]

@@ -16,9 +16,8 @@ use pumice_io::{Completion, IoError, IoErrorKind, Limits, Op, OpKind, OpSet, Sub
 
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
-use crate::module::{Module, memory_params};
+use crate::module::{Module, memory_params, size_in_place};
 use crate::queue::{Completed, refuse};
-use crate::uri::size_in_place;
 use crate::uuid;
 
 /// The smallest allocation: a huge page, since random access to small pages costs a walk through

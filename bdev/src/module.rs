@@ -1,11 +1,10 @@
-//! The table of modules.
+//! What a module that opens devices by URI consists of.
 
 use std::sync::Arc;
 
-use pumice_io::uri::Uri;
+use pumice_io::uri::{Uri, UriError, parse_size};
 use serde_json::{Value, json};
 
-use crate::OpenOptions;
 use crate::device::{BlockDevice, DeviceInfo};
 use crate::error::BdevError;
 
@@ -26,14 +25,6 @@ pub(crate) struct Module {
 /// A method of SPDK's configurations, and its parameters.
 pub type Call = (&'static str, Value);
 
-/// Returns the call of a configuration that makes a device as `uri` did; `info` is the device's. Returns `None` for a URI that
-/// cannot be taken apart, and for a module without such a method.
-pub fn call_for(uri: &str, info: &DeviceInfo) -> Option<Call> {
-    let mut uri = Uri::parse(uri, &[]).ok()?;
-    let module = MODULES.iter().find(|m| m.opens(uri.scheme()))?;
-    (module.call)(&mut uri, info)
-}
-
 /// Returns the parameters of a device that is made of its size alone.
 pub(crate) fn memory_params(info: &DeviceInfo) -> Value {
     json!({
@@ -52,11 +43,58 @@ impl Module {
     }
 }
 
-/// Every module that opens devices by URI.
-pub(crate) static MODULES: &[&Module] = &[
-    &crate::file::MODULE,
-    &crate::malloc::MODULE,
-    &crate::null::MODULE,
-    #[cfg(feature = "nvme")]
-    &crate::nvme::MODULE,
-];
+/// Options of [`open_with`](crate::open_with).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct OpenOptions {
+    read_only: bool,
+    grow_bytes: Option<u64>,
+}
+
+impl OpenOptions {
+    /// Opens for reading and writing.
+    pub fn new() -> OpenOptions {
+        OpenOptions::default()
+    }
+
+    /// Opens for reading only, whatever the URI says: no byte, no length and no file is changed or
+    /// created. A file or block device need not be writable. Several processes may read it at once,
+    /// while none has it open for writing.
+    #[must_use]
+    pub fn read_only(mut self, read_only: bool) -> OpenOptions {
+        self.read_only = read_only;
+        self
+    }
+
+    /// Makes a shorter image file this long, durably, if it holds one of our stores or nothing. The
+    /// content has to be grown afterwards. The step can be repeated after a crash. Refuses a longer
+    /// file, and every device that is not a file.
+    #[must_use]
+    pub fn grow_to(mut self, bytes: u64) -> OpenOptions {
+        self.grow_bytes = Some(bytes);
+        self
+    }
+
+    pub(crate) fn grow_bytes(self) -> Option<u64> {
+        self.grow_bytes
+    }
+
+    /// Whether it opens for reading only.
+    pub fn is_read_only(self) -> bool {
+        self.read_only
+    }
+}
+
+/// Returns the size in `malloc://1G` or `null://1T`, in blocks.
+pub(crate) fn size_in_place(uri: &mut Uri, block_size: u32) -> Result<u64, UriError> {
+    let size = match uri.place()? {
+        "" => uri.size("size")?,
+        text => Some(parse_size(text).map_err(|e| uri.invalid(e))?),
+    };
+    let Some(size) = size else {
+        return Err(uri.invalid(format!("no size; write {}://1G", uri.scheme())));
+    };
+    if block_size == 0 || !size.is_multiple_of(u64::from(block_size)) {
+        return Err(uri.invalid(format!("{size} bytes are not whole blocks of {block_size}")));
+    }
+    Ok(size / u64::from(block_size))
+}

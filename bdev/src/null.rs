@@ -12,9 +12,8 @@ use pumice_io::{Completion, Op, OpKind, OpSet, SubmitError};
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
 use crate::malloc::check_geometry;
-use crate::module::{Module, memory_params};
+use crate::module::{Module, memory_params, size_in_place};
 use crate::queue::{Completed, refuse};
-use crate::uri::size_in_place;
 use crate::uuid;
 
 /// A block device that does nothing.

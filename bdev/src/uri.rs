@@ -1,54 +1,22 @@
-//! Devices by URI: `file:///path?size=4G`, `malloc://1G`, `null://1T`.
+//! Devices by URI, and the table of the modules that open them.
 
 use std::sync::Arc;
 
-use pumice_io::uri::{Uri, UriError, parse_size};
+use pumice_io::uri::Uri;
 
-use crate::device::BlockDevice;
+use crate::device::{BlockDevice, DeviceInfo};
 use crate::error::BdevError;
-use crate::module::MODULES;
+use crate::module::{Call, Module, OpenOptions};
 use crate::read_only::ReadOnly;
 
-/// Options of [`open_with`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct OpenOptions {
-    read_only: bool,
-    grow_bytes: Option<u64>,
-}
-
-impl OpenOptions {
-    /// Opens for reading and writing.
-    pub fn new() -> OpenOptions {
-        OpenOptions::default()
-    }
-
-    /// Opens for reading only, whatever the URI says: no byte, no length and no file is changed or
-    /// created. A file or block device need not be writable. Several processes may read it at once,
-    /// while none has it open for writing.
-    #[must_use]
-    pub fn read_only(mut self, read_only: bool) -> OpenOptions {
-        self.read_only = read_only;
-        self
-    }
-
-    /// Makes a shorter image file this long, durably, if it holds one of our stores or nothing. The
-    /// content has to be grown afterwards. The step can be repeated after a crash. Refuses a longer
-    /// file, and every device that is not a file.
-    #[must_use]
-    pub fn grow_to(mut self, bytes: u64) -> OpenOptions {
-        self.grow_bytes = Some(bytes);
-        self
-    }
-
-    pub(crate) fn grow_bytes(self) -> Option<u64> {
-        self.grow_bytes
-    }
-
-    /// Whether it opens for reading only.
-    pub fn is_read_only(self) -> bool {
-        self.read_only
-    }
-}
+/// Every module that opens devices by URI.
+static MODULES: &[&Module] = &[
+    &crate::file::MODULE,
+    &crate::malloc::MODULE,
+    &crate::null::MODULE,
+    #[cfg(feature = "nvme")]
+    &crate::nvme::MODULE,
+];
 
 /// Opens the device that a URI names.
 ///
@@ -75,7 +43,7 @@ pub fn open(uri: &str) -> Result<Arc<dyn BlockDevice>, BdevError> {
 /// # Errors
 /// Fails as [`open`] does.
 pub fn open_with(uri: &str, options: OpenOptions) -> Result<Arc<dyn BlockDevice>, BdevError> {
-    if options.grow_bytes.is_some() && options.read_only {
+    if options.grow_bytes().is_some() && options.is_read_only() {
         return Err(BdevError::InvalidUri {
             uri: uri.to_owned(),
             reason: "open for reading only, it cannot grow".to_owned(),
@@ -83,7 +51,7 @@ pub fn open_with(uri: &str, options: OpenOptions) -> Result<Arc<dyn BlockDevice>
     }
     let examples: Vec<&str> = MODULES.iter().flat_map(|m| m.examples).copied().collect();
     let mut parsed = Uri::parse(uri, &examples)?;
-    if options.grow_bytes.is_some() && parsed.scheme() != "file" {
+    if options.grow_bytes().is_some() && parsed.scheme() != "file" {
         return Err(parsed
             .invalid("only an image file can be made longer")
             .into());
@@ -94,26 +62,19 @@ pub fn open_with(uri: &str, options: OpenOptions) -> Result<Arc<dyn BlockDevice>
         return Err(parsed.invalid(reason).into());
     };
     let dev = (module.open)(&mut parsed, options)?;
-    Ok(if options.read_only {
+    Ok(if options.is_read_only() {
         ReadOnly::of(dev)
     } else {
         dev
     })
 }
 
-/// Returns the size in `malloc://1G` or `null://1T`, in blocks.
-pub(crate) fn size_in_place(uri: &mut Uri, block_size: u32) -> Result<u64, UriError> {
-    let size = match uri.place()? {
-        "" => uri.size("size")?,
-        text => Some(parse_size(text).map_err(|e| uri.invalid(e))?),
-    };
-    let Some(size) = size else {
-        return Err(uri.invalid(format!("no size; write {}://1G", uri.scheme())));
-    };
-    if block_size == 0 || !size.is_multiple_of(u64::from(block_size)) {
-        return Err(uri.invalid(format!("{size} bytes are not whole blocks of {block_size}")));
-    }
-    Ok(size / u64::from(block_size))
+/// Returns the call of a configuration that makes a device as `uri` did; `info` is the device's. Returns `None` for a URI that
+/// cannot be taken apart, and for a module without such a method.
+pub fn call_for(uri: &str, info: &DeviceInfo) -> Option<Call> {
+    let mut uri = Uri::parse(uri, &[]).ok()?;
+    let module = MODULES.iter().find(|m| m.opens(uri.scheme()))?;
+    (module.call)(&mut uri, info)
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod completion;
 pub mod cpu;
 pub mod dma;
 mod error;
@@ -9,6 +10,7 @@ pub mod process;
 pub mod sys;
 pub mod uri;
 
+pub use completion::{Completion, SubmitError};
 pub use error::{IoError, IoErrorKind, NvmeStatus};
 pub use limits::Limits;
-pub use op::{CompareAndWrite, Completion, Op, OpKind, OpSet, SubmitError, ZoneAction};
+pub use op::{CompareAndWrite, Op, OpKind, OpSet, ZoneAction};

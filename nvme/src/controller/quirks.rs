@@ -54,7 +54,7 @@ impl Quirks {
         }
     }
 
-    /// How long to leave the status register alone after the controller was disabled.
+    /// The time for which the status register is left alone after the controller was disabled.
     pub fn quiet_after_disable(self) -> Duration {
         match self.late_status {
             true => Duration::from_millis(2300),

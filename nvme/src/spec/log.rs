@@ -3,7 +3,7 @@
 use zerocopy::little_endian::{U16, U32, U64, U128};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::completion::Status;
+use super::status::Status;
 
 open_enum! {
     /// Log page identifiers: Base figure 202.

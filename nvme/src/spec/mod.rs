@@ -64,7 +64,7 @@ pub use command::{
     AdminOpcode, Cns, Command, DsmRange, FormatNvm, IoFlags, IoOpcode, Opcode, QueuePriority,
     SOURCE_RANGES_MAX, SourceRange,
 };
-pub use completion::{Completion, Status};
+pub use completion::Completion;
 pub use feature::{AsyncEvent, AsyncEventType, FeatureId};
 pub use identify::{
     IdentifyController, IdentifyNamespace, IdentifyNvmController, LbaFormat, NsDescriptor, Oacs,
@@ -73,4 +73,4 @@ pub use identify::{
 pub use log::{ErrorLogEntry, FirmwareSlotLog, LogPage, SmartLog};
 pub use regs::{Cap, Cc, Cmbloc, Cmbmsc, Cmbsz, Crto, Csts, Reg, Vs, doorbell_offset};
 pub use sgl::SglDescriptor;
-pub use status::{StatusCodeType, status_name};
+pub use status::{Status, StatusCodeType, status_name};

@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::collections::BTreeMap;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 
 use parking_lot::Mutex;
 use pumice_bdev::registry::Registry;
@@ -10,7 +10,7 @@ use pumice_bdev::{BdevError, BlockDevice};
 use serde_json::{Value, json};
 
 use super::json::{MethodError, Params};
-use super::process_methods::Notifications;
+use super::notifications::Notifications;
 
 /// A process's devices with the calls that made them, for configuration files and JSON-RPC.
 #[derive(Debug)]
@@ -45,7 +45,16 @@ pub(crate) struct State {
     pub(crate) options: BTreeMap<String, Value>,
     /// The devices that methods change after they were made, by name.
     kept: BTreeMap<String, Arc<dyn Any + Send + Sync>>,
-    pub(crate) controllers: BTreeMap<String, super::modules::nvme::Controller>,
+    pub(crate) controllers: BTreeMap<String, Attached>,
+}
+
+/// An attached NVMe controller.
+#[derive(Debug)]
+pub(crate) struct Attached {
+    pub(super) trtype: &'static str,
+    pub(super) traddr: String,
+    pub(super) bdevs: Vec<String>,
+    pub(super) controller: Weak<pumice_nvme::Controller>,
 }
 
 /// A call and the devices that it made.

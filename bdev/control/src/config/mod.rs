@@ -18,6 +18,7 @@ mod framework_methods;
 pub(crate) mod json;
 mod methods;
 mod modules;
+mod notifications;
 mod process_methods;
 mod query_methods;
 

@@ -3,9 +3,6 @@
 //! There are no reactors and no threads of a framework here: the thread that wants I/O does it. The
 //! methods say so in SPDK's form, with empty lists, so that scripts work.
 
-use std::collections::VecDeque;
-
-use pumice_bdev::registry::Event;
 use pumice_io::sys::Clock;
 use serde_json::{Value, json};
 
@@ -13,31 +10,6 @@ use super::app::App;
 use super::json::{MethodError, Params};
 
 type Answer = Result<Value, MethodError>;
-
-/// Number of notifications that are kept.
-const KEPT: usize = 1024;
-
-/// Added and removed devices, the newest last.
-#[derive(Debug, Default)]
-pub(crate) struct Notifications {
-    /// The number of the oldest notification that is kept.
-    first: u64,
-    kept: VecDeque<(&'static str, String)>,
-}
-
-impl Notifications {
-    pub(crate) fn note(&mut self, event: &Event) {
-        let entry = match event {
-            Event::Added(name) => ("bdev_register", name.clone()),
-            Event::Removed(name) => ("bdev_unregister", name.clone()),
-        };
-        self.kept.push_back(entry);
-        if self.kept.len() > KEPT {
-            self.kept.pop_front();
-            self.first += 1;
-        }
-    }
-}
 
 pub(super) fn kill_instance(_: &App, params: &mut Params<'_>) -> Answer {
     let name = params.string("sig_name")?;
@@ -87,7 +59,7 @@ pub(super) fn get_notifications(app: &App, params: &mut Params<'_>) -> Answer {
     let max = params.opt_u64("max")?.unwrap_or(u64::MAX);
     params.finish()?;
     let notifications = app.notifications.lock();
-    let numbered = (notifications.first..).zip(&notifications.kept);
+    let numbered = notifications.numbered();
     Ok(numbered
         .filter(|(n, _)| *n >= id)
         .take(usize::try_from(max).unwrap_or(usize::MAX))

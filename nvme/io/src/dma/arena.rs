@@ -112,7 +112,7 @@ struct Growth {
     total: usize,
 }
 
-pub(super) struct Arena {
+struct Arena {
     id: u32,
     /// The number of its first chunk. Chunks are numbered through all arenas.
     first_chunk: usize,
@@ -329,7 +329,8 @@ impl DmaDomain {
     /// Registers a mapper as [`register_mapper`] does, for the domain's regions.
     pub fn register_mapper(&self, mapper: Arc<dyn DmaMapper>) -> Result<MapperGuard, DmaError> {
         let id = self.arena.register_mapper(mapper)?;
-        Ok(MapperGuard::of_domain(Arc::clone(&self.arena), id))
+        let arena = Arc::clone(&self.arena);
+        Ok(MapperGuard::new(move || arena.unregister_mapper(id)))
     }
 
     /// Takes a block that holds `len` bytes.
@@ -431,7 +432,7 @@ impl Arena {
         Ok(id)
     }
 
-    pub(super) fn unregister_mapper(&self, id: u64) {
+    fn unregister_mapper(&self, id: u64) {
         let mut growth = self.growth.lock();
         if let Some(at) = growth.mappers.iter().position(|(i, _)| *i == id) {
             let (_, mapper) = growth.mappers.swap_remove(at);
@@ -558,11 +559,7 @@ pub fn configure(options: ArenaOptions) -> Result<(), DmaError> {
 /// lock held: they must not take DMA memory themselves.
 pub fn register_mapper(mapper: Arc<dyn DmaMapper>) -> Result<MapperGuard, DmaError> {
     let id = MAIN.get().register_mapper(mapper)?;
-    Ok(MapperGuard::of_process(id))
-}
-
-pub(super) fn unregister_mapper(id: u64) {
-    MAIN.get().unregister_mapper(id);
+    Ok(MapperGuard::new(move || MAIN.get().unregister_mapper(id)))
 }
 
 /// Returns the current sizes of the process's arena.

@@ -1,9 +1,7 @@
 //! Mappers, which make regions accessible to devices.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::arena::{self, Arena};
 use super::error::DmaError;
 use super::region::{CHUNK_LEN, Region, RegionId};
 use crate::process::Birth;
@@ -31,42 +29,31 @@ pub unsafe trait DmaMapper: Send + Sync {
 /// Keeps a mapper registered. When it is dropped, every region is unmapped from the mapper.
 #[must_use = "dropping the guard unmaps everything"]
 pub struct MapperGuard {
-    /// The domain that it is registered with, if that is not the process's arena.
-    domain: Option<Arc<Arena>>,
-    id: u64,
+    unregister: Box<dyn Fn() + Send + Sync>,
     birth: Birth,
 }
 
 impl MapperGuard {
-    pub(super) fn of_process(id: u64) -> MapperGuard {
+    /// Makes the guard of a registration that `unregister` ends.
+    pub(super) fn new(unregister: impl Fn() + Send + Sync + 'static) -> MapperGuard {
         MapperGuard {
-            domain: None,
-            id,
+            unregister: Box::new(unregister),
             birth: Birth::now(),
-        }
-    }
-
-    pub(super) fn of_domain(arena: Arc<Arena>, id: u64) -> MapperGuard {
-        MapperGuard {
-            domain: Some(arena),
-            ..MapperGuard::of_process(id)
         }
     }
 }
 
 impl std::fmt::Debug for MapperGuard {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "MapperGuard({})", self.id)
+        f.write_str("MapperGuard")
     }
 }
 
 impl Drop for MapperGuard {
     fn drop(&mut self) {
-        match &self.domain {
-            // In a forked child the registration belongs to the parent.
-            _ if !self.birth.is_here() => {}
-            Some(domain) => domain.unregister_mapper(self.id),
-            None => arena::unregister_mapper(self.id),
+        // In a forked child the registration belongs to the parent.
+        if self.birth.is_here() {
+            (self.unregister)();
         }
     }
 }

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::super::app::App;
 use super::super::json::{MethodError, Params};
 use super::super::methods::{Answer, Given, Makes, Method};
-use super::{delete, stack};
+use super::devices::{delete, stack};
 
 pub(super) static METHODS: &[Method] = &[
     Method {

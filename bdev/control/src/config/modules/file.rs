@@ -9,7 +9,7 @@ use serde_json::json;
 use super::super::app::App;
 use super::super::json::Params;
 use super::super::methods::{Answer, Makes, Method};
-use super::{add, delete};
+use super::devices::{add, delete};
 
 pub(super) static METHODS: &[Method] = &[
     Method {

@@ -10,7 +10,7 @@ use pumice_io::uri::uri_of;
 use pumice_nvme::controller::Phase;
 use serde_json::{Value, json};
 
-use super::super::app::App;
+use super::super::app::{App, Attached};
 use super::super::json::{MethodError, Params};
 use super::super::methods::{Answer, Given, Makes, Method};
 
@@ -32,15 +32,6 @@ pub(super) static METHODS: &[Method] = &[
 
 /// Interval at which a controller without I/O is asked whether it is still there.
 const WATCH_EVERY: Duration = Duration::from_millis(250);
-
-/// An attached controller.
-#[derive(Debug)]
-pub(crate) struct Controller {
-    trtype: &'static str,
-    traddr: String,
-    bdevs: Vec<String>,
-    controller: Weak<pumice_nvme::Controller>,
-}
 
 /// Returns the name of a transport in SPDK's spelling, and the URI of an address.
 fn transport(
@@ -121,7 +112,7 @@ fn attach_controller(app: &App, params: &mut Params<'_>) -> Answer {
         Arc::downgrade(&controller),
         names.clone(),
     );
-    let attached = Controller {
+    let attached = Attached {
         trtype,
         traddr,
         bdevs: names.clone(),

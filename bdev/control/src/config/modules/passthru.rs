@@ -8,7 +8,7 @@ use serde_json::json;
 use super::super::app::App;
 use super::super::json::Params;
 use super::super::methods::{Answer, Makes, Method};
-use super::{delete, stack};
+use super::devices::{delete, stack};
 
 pub(super) static METHODS: &[Method] = &[
     Method {

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::super::app::App;
 use super::super::json::{MethodError, Params};
 use super::super::methods::{Answer, Makes, Method, other_options};
-use super::delete;
+use super::devices::delete;
 
 pub(super) static METHODS: &[Method] = &[
     Method {

@@ -1,9 +1,10 @@
 //! Signatures at the beginning and the end of a device that show what it contains.
 
-use crate::contents::{Contents, Ours};
 use crate::error::BdevError;
 use crate::executor::AsyncChannel;
 use crate::{BlockDevice, DmaBuf};
+
+use super::kinds::{Contents, Ours};
 
 /// Number of bytes to read at the beginning.
 const HEAD: u64 = 256 << 10;

@@ -4,7 +4,6 @@
 //! Only a device that holds nothing but zeroes is written without permission. Any other content,
 //! and content that could not be read, needs the option that the error names.
 
-use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,59 +13,17 @@ use crate::error::BdevError;
 use crate::executor::AsyncChannel;
 use crate::{BlockDevice, DmaBuf};
 
+mod kinds;
+mod signatures;
+
+pub use kinds::{Contents, Ours};
+
 /// Number of bytes of one read.
 const CHUNK: u64 = 1 << 20;
 /// Number of reads in flight.
 const DEPTH: u64 = 8;
 /// Interval at which a long examination is logged.
 const LOG_EVERY: Duration = Duration::from_secs(10);
-
-/// The content of a device.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Contents {
-    /// Only zeroes. All of them were read, or the device knows them to be zeroes.
-    Blank,
-    /// A store in the format of this project.
-    Ours(Ours),
-    /// Other content: its name, or the offset of the first byte that is not zero.
-    Foreign(String),
-    /// The device could not be read, so it counts as in use. The text says why.
-    Unknown(String),
-}
-
-/// A store in SPDK's format.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Ours {
-    /// A BlobFS.
-    BlobFs,
-    /// A blobstore without a type.
-    Blobstore,
-    /// A blobstore of another type, for instance `LVOLSTORE`.
-    Typed(String),
-}
-
-impl fmt::Display for Ours {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Ours::BlobFs => f.write_str("BlobFS (SPDK blobstore)"),
-            Ours::Blobstore => f.write_str("SPDK blobstore"),
-            Ours::Typed(name) => write!(f, "SPDK blobstore ({name})"),
-        }
-    }
-}
-
-impl fmt::Display for Contents {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Contents::Blank => f.write_str("nothing but zeroes"),
-            Contents::Ours(ours) => ours.fmt(f),
-            Contents::Foreign(found) => f.write_str(found),
-            Contents::Unknown(why) => write!(f, "what could not be read ({why})"),
-        }
-    }
-}
 
 /// Progress of the examination of a whole device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,7 +62,7 @@ impl Overwrite {
 /// # Errors
 /// Fails when the device cannot be read.
 pub fn recognise(dev: &dyn BlockDevice) -> Result<Option<Contents>, BdevError> {
-    crate::signatures::recognise(dev)
+    signatures::recognise(dev)
 }
 
 /// Determines the content of the device. Reads every block that may hold data (a block device as a
