@@ -17,8 +17,9 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
-use super::buddy::{Buddy, CLASSES, MAX_SHIFT, Place, class_len, class_of};
+use super::buddy::{CLASSES, MAX_SHIFT, Place, class_of};
 use super::error::DmaError;
+use super::free::{self, FreeBlocks};
 use super::mapper::{AddressTable, DmaMapper, MAX_CHUNKS, MapperGuard};
 use super::region::{CHUNK_LEN, Region, RegionId};
 use crate::process::{self, PerProcess};
@@ -95,14 +96,33 @@ pub(super) struct Block {
     pub class: u8,
 }
 
-/// A list of blocks. This is a wrapper because a bare pointer is not `Send`.
-#[derive(Default)]
-struct BlockList(Vec<Block>);
-
 #[allow(unsafe_code)]
 // SAFETY: only the owner of a block may access its bytes, which belong to the process-wide arena
 // and to no thread; moving the block to another thread moves that right.
-unsafe impl Send for BlockList {}
+unsafe impl Send for Block {}
+
+impl free::Block for Block {
+    type Region = (u32, Arc<Region>);
+
+    fn at(regions: &[(u32, Arc<Region>)], place: Place, class: usize) -> Block {
+        let (arena, region) = &regions[place.slot as usize];
+        Block {
+            ptr: region.ptr(place.offset as usize),
+            region: region.id(),
+            offset: place.offset,
+            arena: *arena,
+            slot: u16::try_from(place.slot).expect("MAX_CHUNKS regions at most"),
+            class: u8::try_from(class).expect("few classes"),
+        }
+    }
+
+    fn place(&self) -> Place {
+        Place {
+            slot: u32::from(self.slot),
+            offset: self.offset,
+        }
+    }
+}
 
 struct Growth {
     options: ArenaOptions,
@@ -117,10 +137,9 @@ struct Arena {
     /// The number of its first chunk. Chunks are numbered through all arenas.
     first_chunk: usize,
     max_chunks: usize,
-    /// Lock order: `growth`, then `buddy`, then one of `lists`.
+    /// Locked before any list of the free blocks.
     growth: Mutex<Growth>,
-    buddy: Mutex<(Buddy, Vec<Arc<Region>>)>,
-    lists: [Mutex<BlockList>; CLASSES],
+    free: FreeBlocks<Block>,
     used: AtomicBool,
     /// Whether a domain has no handle left, so that it is freed with its last block.
     closed: AtomicBool,
@@ -187,7 +206,7 @@ impl Drop for ThreadCache {
         for class in 0..CLASSES {
             let blocks = self.list(class);
             if !blocks.is_empty() {
-                MAIN.get().lists[class].lock().0.append(blocks);
+                MAIN.get().free.give(class, blocks.drain(..));
             }
         }
     }
@@ -250,11 +269,11 @@ pub(super) fn give(block: Block) {
         // threads that only allocate.
         let keep = list.len() / 2;
         list.push(block);
-        MAIN.get().lists[class].lock().0.extend(list.drain(keep..));
+        MAIN.get().free.give(class, list.drain(keep..));
         true
     });
     if kept != Ok(true) {
-        MAIN.get().lists[class].lock().0.push(block);
+        MAIN.get().free.give(class, [block]);
     }
 }
 
@@ -266,7 +285,7 @@ fn take_slow(class: usize) -> Result<Block, DmaError> {
     if !got.is_empty() {
         let kept = CACHE.try_with(|c| c.borrow_mut().list(class).append(&mut got));
         if kept.is_err() {
-            arena.lists[class].lock().0.append(&mut got);
+            arena.free.give(class, got);
         }
     }
     Ok(block)
@@ -281,7 +300,7 @@ fn give_to_domain(block: Block) {
     let Some(arena) = DOMAINS.get().lock().get(&block.arena).cloned() else {
         return;
     };
-    arena.lists[usize::from(block.class)].lock().0.push(block);
+    arena.free.give(usize::from(block.class), [block]);
     arena.forget_if_unused();
 }
 
@@ -338,7 +357,7 @@ impl DmaDomain {
         let class = class_for(len)?;
         let mut got = self.arena.take_some(class)?;
         let block = got.pop().expect("at least one block");
-        self.arena.lists[class].lock().0.append(&mut got);
+        self.arena.free.give(class, got);
         Ok(block)
     }
 }
@@ -363,8 +382,7 @@ impl Arena {
                 next_mapper: 0,
                 total: 0,
             }),
-            buddy: Mutex::new((Buddy::default(), Vec::new())),
-            lists: std::array::from_fn(|_| Mutex::new(BlockList::default())),
+            free: FreeBlocks::new(),
             used: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         }
@@ -373,44 +391,14 @@ impl Arena {
     /// Takes at least one block of a class, and at most as many as a thread's cache should get.
     fn take_some(&self, class: usize) -> Result<Vec<Block>, DmaError> {
         let want = (thread_limit(class) / 2).max(1);
-        let mut got = Vec::with_capacity(want);
-        {
-            let mut list = self.lists[class].lock();
-            let keep = list.0.len().saturating_sub(want);
-            got.extend(list.0.drain(keep..));
-        }
-        if got.is_empty() {
-            self.refill(class, want, &mut got);
-        }
-        if got.is_empty() {
-            let mut growth = self.growth.lock();
-            // Another thread may have grown the arena while this one waited.
-            self.refill(class, want, &mut got);
-            if got.is_empty() {
-                self.collect();
-                self.refill(class, want, &mut got);
-            }
-            // Threads that find the class lists empty take from a new region without the growth
-            // lock, so one region may not be enough.
-            while got.is_empty() {
-                self.grow(&mut growth, class_len(class))?;
-                self.refill(class, want, &mut got);
-            }
-        }
-        Ok(got)
-    }
-
-    fn free_bytes(&self) -> usize {
-        let mut free = self.buddy.lock().0.free_bytes();
-        for (class, list) in self.lists.iter().enumerate() {
-            free += list.lock().0.len() * class_len(class);
-        }
-        free
+        let grow = |growth: &mut Growth, need| self.grow(growth, need);
+        self.free.take(class, want, &self.growth, grow)
     }
 
     /// Frees the memory of a domain without a handle when its last block is freed.
     fn forget_if_unused(&self) {
-        if self.closed.load(Ordering::SeqCst) && self.free_bytes() == self.growth.lock().total {
+        if self.closed.load(Ordering::SeqCst) && self.free.free_bytes() == self.growth.lock().total
+        {
             DOMAINS.get().lock().remove(&self.id);
         }
     }
@@ -438,39 +426,6 @@ impl Arena {
             let (_, mapper) = growth.mappers.swap_remove(at);
             for region in &growth.regions {
                 mapper.unmap(region);
-            }
-        }
-    }
-
-    fn refill(&self, class: usize, want: usize, out: &mut Vec<Block>) {
-        let mut guard = self.buddy.lock();
-        let (buddy, regions) = &mut *guard;
-        while out.len() < want {
-            let Some(place) = buddy.take(class) else {
-                break;
-            };
-            let region = &regions[place.slot as usize];
-            out.push(Block {
-                ptr: region.ptr(place.offset as usize),
-                region: region.id(),
-                offset: place.offset,
-                arena: self.id,
-                slot: u16::try_from(place.slot).expect("MAX_CHUNKS regions at most"),
-                class: u8::try_from(class).expect("few classes"),
-            });
-        }
-    }
-
-    /// Moves the blocks of the class lists back to the buddy lists, so that free neighbours join.
-    fn collect(&self) {
-        let mut guard = self.buddy.lock();
-        for (class, list) in self.lists.iter().enumerate() {
-            for block in list.lock().0.drain(..) {
-                let place = Place {
-                    slot: u32::from(block.slot),
-                    offset: block.offset,
-                };
-                guard.0.give(place, class);
             }
         }
     }
@@ -530,9 +485,7 @@ impl Arena {
         }
         growth.total += len;
         growth.regions.push(Arc::clone(&region));
-        let mut guard = self.buddy.lock();
-        guard.0.add_region(len);
-        guard.1.push(region);
+        self.free.add((self.id, region), len);
         tracing::debug!(len, total = growth.total, "DMA arena grown");
         Ok(())
     }
@@ -571,7 +524,7 @@ pub fn stats() -> ArenaStats {
     };
     ArenaStats {
         total_bytes,
-        free_bytes: arena.free_bytes(),
+        free_bytes: arena.free.free_bytes(),
         regions,
     }
 }

@@ -26,6 +26,7 @@ mod buddy;
 mod buf;
 mod entries;
 mod error;
+mod free;
 mod limits;
 mod mapper;
 mod phys;
@@ -33,6 +34,10 @@ mod region;
 mod shared;
 #[cfg(test)]
 mod tests;
+
+mod sync {
+    pub(super) use parking_lot::Mutex;
+}
 
 pub use arena::{
     ArenaOptions, ArenaStats, DmaDomain, HugePages, configure, register_mapper, stats,

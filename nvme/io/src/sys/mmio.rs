@@ -5,10 +5,9 @@ use std::any::Any;
 use std::fmt;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
-use std::thread::Thread;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
-use parking_lot::Mutex;
+use super::kick::Kick;
 
 /// A mapped part of a device's memory, accessed only with single aligned loads and stores.
 ///
@@ -86,48 +85,6 @@ impl MmioMap {
     pub fn as_u64(&self) -> &[AtomicU64] {
         // SAFETY: aligned, mapped for `len` bytes, alive as long as `self`.
         unsafe { std::slice::from_raw_parts(self.base.cast::<AtomicU64>().as_ptr(), self.len / 8) }
-    }
-}
-
-/// Wakes a controller thread of this process that went to sleep.
-#[derive(Debug, Default)]
-pub struct Kick {
-    asleep: AtomicBool,
-    thread: Mutex<Option<Thread>>,
-}
-
-impl Kick {
-    /// Registers the calling thread as the one that sleeps. Called once, before the first
-    /// [`sleep_unless`](Self::sleep_unless).
-    pub fn attach(&self) {
-        *self.thread.lock() = Some(std::thread::current());
-    }
-
-    /// Sleeps until woken or until the time is over, unless `busy` finds work after the intention
-    /// to sleep was announced.
-    pub fn sleep_unless(&self, timeout: std::time::Duration, busy: impl FnOnce() -> bool) {
-        self.asleep.store(true, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
-        if !busy() {
-            std::thread::park_timeout(timeout);
-        }
-        self.asleep.store(false, Ordering::SeqCst);
-    }
-
-    /// Wakes the thread if it sleeps. Stores before the call are visible to its `busy`.
-    #[inline]
-    pub fn wake(&self) {
-        fence(Ordering::SeqCst);
-        if self.asleep.load(Ordering::Relaxed) {
-            self.wake_slow();
-        }
-    }
-
-    #[cold]
-    fn wake_slow(&self) {
-        if let Some(thread) = &*self.thread.lock() {
-            thread.unpark();
-        }
     }
 }
 
