@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use pumice_io::process::Birth;
 use pumice_io::sys::file as sys;
-use pumice_io::{IoError, Op};
+use pumice_io::{IoError, IoErrorKind, Op};
 
 use crate::DmaSlice;
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
@@ -266,7 +266,43 @@ impl Shared {
     fn check(&self, op: &Op) -> Result<(), Box<IoError>> {
         self.info.check(op)?;
         self.flush_fault.check(&self.info, op)?;
-        ring::check_buffers(self, op)
+        self.check_buffers(op)
+    }
+
+    /// Checks buffers: direct I/O requires aligned memory, and a vector has at most `IOV_MAX` parts.
+    fn check_buffers(&self, op: &Op) -> Result<(), Box<IoError>> {
+        let mask = self.mem_align - 1;
+        let parts = |n: usize| {
+            if n <= 1024 {
+                return Ok(());
+            }
+            Err(self.info.error(
+                op,
+                IoErrorKind::TooLong,
+                format!("{n} buffers, at most 1024"),
+            ))
+        };
+        let aligned = match op {
+            Op::Read { buf, .. } => buf.as_ptr().addr() & mask == 0,
+            Op::Write { data, .. } => data.as_ptr().addr() & mask == 0,
+            Op::ReadV { bufs, .. } => {
+                parts(bufs.len())?;
+                bufs.iter().all(|b| b.as_ptr().addr() & mask == 0)
+            }
+            Op::WriteV { data, .. } => {
+                parts(data.len())?;
+                data.iter().all(|d| d.as_ptr().addr() & mask == 0)
+            }
+            _ => true,
+        };
+        if aligned {
+            return Ok(());
+        }
+        let detail = format!(
+            "direct I/O needs buffers aligned to {} bytes",
+            self.mem_align
+        );
+        Err(self.info.error(op, IoErrorKind::Misaligned, detail))
     }
 
     /// Returns a buffer of zeroes to write from.
