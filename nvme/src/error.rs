@@ -274,8 +274,13 @@ pub(crate) enum InvalidIo {
 }
 
 impl InvalidIo {
+    /// Returns the error of an operation on `device`.
+    pub fn error(self, device: &str, block_size: u32, op: &Op) -> Box<IoError> {
+        IoError::new(device, block_size, op, self.kind(), self.to_string())
+    }
+
     /// Returns the kind of the error of the operation.
-    pub fn kind(self) -> IoErrorKind {
+    fn kind(self) -> IoErrorKind {
         match self {
             InvalidIo::Length { .. } | InvalidIo::Empty | InvalidIo::NotAligned => {
                 IoErrorKind::Misaligned

@@ -1,14 +1,10 @@
 //! Making and deleting I/O queue pairs.
 
 use std::any::Any;
-use std::cell::Cell;
-use std::collections::VecDeque;
-use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use hdrhistogram::Histogram;
 use parking_lot::{Mutex, MutexGuard};
 use pumice_io::sys::barrier;
 
@@ -17,8 +13,8 @@ use super::{Controller, Core, QueueUse, Registered, Registry};
 use crate::dma::DmaShared;
 use crate::error::NvmeError;
 use crate::queue::{
-    Bank, Bell, CompletionRing, Interrupting, PointerStyle, QueueMem, QueueOptions, QueuePair,
-    QueueShared, QueueStats, Ringing, Slots, Spin, SubmissionRing,
+    Bank, Bell, CompletionRing, Lists, Parts, PointerStyle, QueueMem, QueueOptions, QueuePair,
+    QueueShared, Ringing, SubmissionRing,
 };
 use crate::spec::{AdminOpcode, Command, FeatureId, Status, doorbell_offset};
 
@@ -336,74 +332,29 @@ impl Controller {
         list_len: usize,
         (sq_bell, cq_bell): (Bell, Bell),
     ) -> Result<QueuePair, NvmeError> {
-        let core = Arc::clone(&self.core);
+        let core = &self.core;
         // If a reset has happened meanwhile, the state word shows it and the pair catches up.
         let current = shared.bank.lock().current;
         let depth = shared.sq_entries - 1;
-        let mut list_addresses = Vec::with_capacity(usize::from(depth));
-        for n in 0..depth {
-            let offset = lists.region_offset() + usize::from(n) * list_len;
-            let list_address = core
-                .table
-                .translate(lists.region(), offset)
-                .ok_or_else(|| core.protocol("list memory is not mapped for the device"))?
-                .0;
-            list_addresses.push(list_address);
-        }
+        let lists = Lists::new(lists, &core.table, depth, list_len)
+            .map_err(|_| core.protocol("list memory is not mapped for the device"))?;
         // Entries that are consumed but not acknowledged are room that the controller lacks. There
         // are never so many that it cannot post a completion for every command in flight.
         let spare = shared.cq_entries - 1 - depth.min(shared.cq_entries - 1);
         let ack_at = spare.min(shared.cq_entries / 4).max(1);
-        let histogram = if options.histogram {
-            // The histogram covers one nanosecond to one minute with two significant digits.
-            Histogram::new_with_bounds(1, 60_000_000_000, 2)
-                .ok()
-                .map(Box::new)
-        } else {
-            None
-        };
-        let style = PointerStyle {
-            page_len: 1 << core.page_shift,
-            sgl: core.info()?.sgl,
-        };
-        Ok(QueuePair {
+        let memory = Arc::clone(&shared.cq_mem[current]);
+        let parts = Parts {
             sq: SubmissionRing::new(shared.sq_mem.clone(), shared.sq_entries, sq_bell),
-            cq: CompletionRing::new(
-                Arc::clone(&shared.cq_mem[current]),
-                shared.cq_entries,
-                ack_at,
-                cq_bell,
-            ),
-            slots: Slots::new(shared.qid, depth),
-            table: Arc::clone(&core.table),
-            bounce: core.transport.domain().map(|_| Box::default()),
-            _controller: Arc::clone(self),
+            cq: CompletionRing::new(memory, shared.cq_entries, ack_at, cq_bell),
             shared,
-            seen: word,
-            dead: None,
+            word,
             lists,
-            list_addresses,
-            list_words: list_len / 8,
-            style,
-            splits: Vec::new(),
-            free_splits: Vec::new(),
-            waiting_splits: VecDeque::new(),
-            retrying: VecDeque::new(),
-            backlog: Vec::new(),
-            spans: Vec::new(),
-            options: options.clone(),
-            epoch: Instant::now(),
-            polls: 0,
-            next_tick_ms: 0,
-            observed: histogram.is_some(),
-            histogram,
-            stats: QueueStats::default(),
-            spin: Spin::new(),
-            interrupting: Interrupting::new(),
-            not_sync: PhantomData::<Cell<()>>,
-            owner: core.number,
-            core,
-        })
+            style: PointerStyle {
+                page_len: 1 << core.page_shift,
+                sgl: core.info()?.sgl,
+            },
+        };
+        Ok(QueuePair::new(self, options, parts))
     }
 }
 

@@ -8,7 +8,7 @@ use super::data::{ListArea, NotMapped, PointerStyle, Segment, point_at_many};
 use crate::dma::AddressTable;
 use crate::error::InvalidIo;
 use crate::namespace::CommandLimits;
-use crate::spec::{Command, IoFlags, IoOpcode};
+use crate::spec::{BlocksIo, Command, IoFlags, IoOpcode};
 
 /// The rest of an I/O that takes more than one plain command.
 #[derive(Debug)]
@@ -194,6 +194,38 @@ pub(super) fn plan(limits: &CommandLimits, io: &Op) -> Result<Option<Work>, Inva
         Op::Abort { .. } | Op::Reset => Err(InvalidIo::Unsupported("a command for it")),
         Op::Flush => Ok(None),
     }
+}
+
+/// Returns the command and the data of a read or write of one buffer that fits one command as it
+/// is.
+#[inline]
+pub(super) fn plain(limits: &CommandLimits, io: &Op) -> Option<(BlocksIo, Segment)> {
+    let (op, lba, segment, flags) = match io {
+        Op::Read { lba, buf } => (IoOpcode::READ, *lba, Segment::from(buf), IoFlags::NONE),
+        Op::Write { lba, data, fua } => (
+            IoOpcode::WRITE,
+            *lba,
+            Segment::from(data),
+            IoFlags::fua(*fua),
+        ),
+        _ => return None,
+    };
+    let blocks = segment.len >> limits.block_shift;
+    let whole = blocks << limits.block_shift == segment.len && segment.offset & 3 == 0;
+    let blocks = blocks as u64;
+    let end = lba.checked_add(blocks)?;
+    let one_command = limits.data.first(lba, blocks) == blocks;
+    if !whole || blocks == 0 || !one_command || end > limits.num_blocks || !limits.usable {
+        return None;
+    }
+    let entry = BlocksIo {
+        op,
+        nsid: limits.nsid,
+        lba,
+        blocks: u32::try_from(blocks).ok()?,
+        flags,
+    };
+    Some((entry, segment))
 }
 
 impl Work {

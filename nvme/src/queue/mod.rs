@@ -6,25 +6,33 @@
 //!
 //! [`Op`]: pumice_io::Op
 
-mod abort;
 mod bounce;
 mod build;
+mod commands;
 mod data;
+mod interrupt;
+mod lists;
+mod observer;
+mod options;
+mod outgoing;
 mod pair;
-mod recover;
+mod parts;
+mod retries;
 mod ring;
+mod rings;
 mod shared;
 mod slot;
+mod spin;
 mod split;
 mod stats;
-mod trace;
-mod wait;
+mod watch;
 
-pub use pair::{QueueOptions, QueuePair};
+pub use options::QueueOptions;
+pub use pair::QueuePair;
 pub use stats::QueueStats;
 
 pub(crate) use data::{ListArea, PointerStyle, admin_prp};
+pub(crate) use lists::Lists;
+pub(crate) use parts::Parts;
 pub(crate) use ring::{Bell, CompletionRing, QueueMem, Shadow, SubmissionRing};
 pub(crate) use shared::{Bank, QueueShared, Ringing};
-pub(crate) use slot::Slots;
-pub(crate) use wait::{Interrupting, Spin};

@@ -4,7 +4,7 @@ use std::ops::{Index, IndexMut};
 
 use pumice_io::{Completion as IoCompletion, Op};
 
-use crate::spec::{Command, Completion};
+use crate::spec::{Command, Completion, decode};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SlotState {
@@ -99,6 +99,23 @@ impl Slot {
         let [head, prp1, prp2, lba, cdw12] = self.kept;
         Command::from_words([head, 0, 0, prp1, prp2, lba, cdw12, 0])
     }
+
+    /// Returns the size of the blocks of the command, which is all of `io`.
+    pub fn block_size(&self, io: &Op) -> u32 {
+        // The command counts its blocks from 0.
+        let blocks = u64::from(self.command().cdw12 & 0xffff) + 1;
+        u32::try_from(io.len_bytes(1) / blocks).unwrap_or(0)
+    }
+
+    /// Returns the command in words.
+    pub fn in_words(&self, qid: u16) -> String {
+        let command = self.command();
+        let command = decode::io_command(qid, &command);
+        match self.retries {
+            0 | NO_RETRY => command.to_string(),
+            retries => format!("{command} (sent again {retries} times)"),
+        }
+    }
 }
 
 #[inline]
@@ -160,10 +177,6 @@ impl Slots {
 
     pub fn numbers(&self) -> std::ops::Range<u16> {
         0..u16::try_from(self.slots.len()).expect("at most 4095 slots")
-    }
-
-    pub fn iter(&self) -> impl Iterator<Item = &Slot> {
-        self.slots.iter()
     }
 
     /// Takes a free slot, if there is one, and returns it with its number. Its state is still
