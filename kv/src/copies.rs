@@ -1,11 +1,26 @@
-//! Checkpoints and backups.
+//! Checkpoints, backups, and copies outside the file system.
 
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use pumice_blobfs::fs as blob;
 use pumice_blobfs::fs::{FileSystem, FsError};
+use pumice_io::process::PerProcess;
 use rocksdb::backup::{BackupEngine, BackupEngineInfo, BackupEngineOptions, RestoreOptions};
 use rocksdb::checkpoint::Checkpoint;
 
 use crate::plugin::{from_root, normal};
 use crate::{Db, Error};
+
+/// The checkpoint of an export. A process that was killed while exporting leaves it, and the next
+/// export removes it.
+const EXPORTED: &str = "/.pumice-export";
+
+/// Bytes that an export copies at a time.
+const PIECE: usize = 1 << 20;
 
 impl Db {
     /// Makes a copy of the database in its current state at `path` of the same file system, which
@@ -67,6 +82,36 @@ impl Db {
         engine.restore_from_latest_backup(&to, &to, &RestoreOptions::default())?;
         made.keep();
         Ok(())
+    }
+
+    /// Copies the database in its current state, memtables included, to the directory `to` of the
+    /// kernel's file system, where RocksDB opens it without Pumice, and `pumice cp` brings it back.
+    /// The directory must be missing or empty. It is private to the user, and everything is durable
+    /// on return. If it fails, nothing of it is left. Puts go on meanwhile: a checkpoint holds the
+    /// state, so that tables stay until they are copied.
+    ///
+    /// # Errors
+    /// [`Error::Outside`] if the directory is not empty or cannot be written, [`Error::FileSystem`],
+    /// [`Error::RocksDb`].
+    pub fn export(&self, to: &Path) -> Result<(), Error> {
+        static ONE: PerProcess<Mutex<()>> = PerProcess::new(Mutex::default);
+        let _one = ONE.get().lock().unwrap_or_else(PoisonError::into_inner);
+        let outside = Outside::new(to)?;
+        let exported = || Made {
+            fs: &self.fs,
+            dirs: vec![EXPORTED.to_owned()],
+            filled: Some(EXPORTED.to_owned()),
+        };
+        // What a killed process has left.
+        drop(exported());
+        let _removed_at_last = exported();
+        self.checkpoint(EXPORTED)?;
+        for entry in self.fs.list(EXPORTED)? {
+            let path = format!("{EXPORTED}/{}", entry.name);
+            let file = self.fs.open(&path, blob::OpenOptions::READ)?;
+            outside.write(&entry.name, &file)?;
+        }
+        outside.keep()
     }
 
     /// Checks that the directory is missing or empty: its content could be this database, or
@@ -169,7 +214,7 @@ impl Drop for Made<'_> {
             for entry in self.fs.list(&dir).unwrap_or_default() {
                 let path = format!("{dir}/{}", entry.name);
                 if let Err(error) = self.fs.unlink(&path) {
-                    tracing::warn!(path, %error, "a part of a failed restore stays");
+                    tracing::warn!(path, %error, "a file that nobody needs stays");
                 }
             }
         }
@@ -177,5 +222,88 @@ impl Drop for Made<'_> {
             // One that is used by now stays.
             let _ = self.fs.rmdir(&dir);
         }
+    }
+}
+
+/// A directory of the kernel's file system that is being filled, and is removed if that fails.
+struct Outside {
+    dir: PathBuf,
+    /// Whether it was missing.
+    made: bool,
+    kept: bool,
+}
+
+impl Outside {
+    fn new(dir: &Path) -> Result<Outside, Error> {
+        let made = match DirBuilder::new().mode(0o700).create(dir) {
+            Ok(()) => true,
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => false,
+            Err(e) => return Err(outside(dir, e)),
+        };
+        let mut entries = dir.read_dir().map_err(|e| outside(dir, e))?;
+        if entries.next().is_some() {
+            let error = io::Error::from_raw_os_error(libc::ENOTEMPTY);
+            return Err(outside(dir, error));
+        }
+        Ok(Outside {
+            dir: dir.to_owned(),
+            made,
+            kept: false,
+        })
+    }
+
+    /// Copies a file into it.
+    fn write(&self, name: &str, file: &blob::File) -> Result<(), Error> {
+        let path = self.dir.join(name);
+        let mut options = OpenOptions::new();
+        options.write(true).create_new(true).mode(0o600);
+        let mut copy = options.open(&path).map_err(|e| outside(&path, e))?;
+        let mut piece = vec![0; PIECE];
+        let mut at = 0;
+        loop {
+            let got = file.read_at(at, &mut piece)?;
+            if got == 0 {
+                return copy.sync_all().map_err(|e| outside(&path, e));
+            }
+            let written = copy.write_all(&piece[..got]);
+            written.map_err(|e| outside(&path, e))?;
+            at += got as u64;
+        }
+    }
+
+    /// Makes the names durable, and the directory permanent.
+    fn keep(mut self) -> Result<(), Error> {
+        let parent = match self.dir.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        for dir in [self.dir.as_path(), parent] {
+            let synced = File::open(dir).and_then(|dir| dir.sync_all());
+            synced.map_err(|e| outside(dir, e))?;
+        }
+        self.kept = true;
+        Ok(())
+    }
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        // It was empty, so that everything in it is from here.
+        for entry in self.dir.read_dir().into_iter().flatten().flatten() {
+            let _ = std::fs::remove_file(entry.path());
+        }
+        if self.made {
+            let _ = std::fs::remove_dir(&self.dir);
+        }
+    }
+}
+
+fn outside(path: &Path, source: io::Error) -> Error {
+    Error::Outside {
+        path: path.display().to_string(),
+        source,
     }
 }

@@ -2,16 +2,19 @@
 
 use std::ffi::CStr;
 use std::ops::Deref;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pumice_blobfs::fs::{self, FileSystem, FsError};
-use rocksdb::{CStrLike, DBWithThreadMode, Env, FlushOptions, MultiThreaded, Options, properties};
+use rocksdb::{
+    BoundColumnFamily, CStrLike, DBWithThreadMode, Env, FlushOptions, MultiThreaded, Options,
+};
 
-use crate::error::is_no_space;
+use crate::error::{chain, is_no_space};
 #[cfg(feature = "inspect")]
-use crate::inspect::{App, Inspection, Look};
+use crate::inspect::{Inspection, Look, Registry};
 use crate::plugin::{Binding, normal};
 use crate::shared::Use;
+use crate::unlogged::{self, Refused};
 use crate::{EnvOptions, Error, MountOptions, figures, mount_device};
 
 /// The database type of the `rocksdb` crate that [`Db`] wraps.
@@ -52,6 +55,7 @@ pub struct Db {
     /// The shared mount, if opening made it or found one of another database.
     mounted: Option<Use>,
     closed: Mutex<bool>,
+    refused: Mutex<Refused>,
     /// Gone when the database is closed.
     #[cfg(feature = "inspect")]
     inspection: Mutex<Option<Inspection>>,
@@ -215,7 +219,9 @@ impl DbOptions {
     /// While the database is open, the process answers questions about it on the socket `path`: `pumice df`, `ls` and
     /// `stat` ask there when they find the device in use, `pumice top` shows what the process does, and any client of
     /// JSON-RPC can ask (`pumice rpc`). The socket has mode 0600, nothing can be changed through it, and closing
-    /// removes it. Needs the feature `inspect`.
+    /// removes it. Of several databases that share a device, the one that mounts it decides whether its operations are
+    /// counted one by one: without this option or [`DbOptions::metrics`] there are no latencies and no channels. Needs the
+    /// feature `inspect`.
     #[cfg(feature = "inspect")]
     #[must_use]
     pub fn rpc_socket(mut self, path: impl Into<std::path::PathBuf>) -> DbOptions {
@@ -248,22 +254,20 @@ impl DbOptions {
         if self.read_only {
             how = how.read_only(true);
         }
-        #[cfg(feature = "inspect")]
-        let mut app = Arc::default();
         let open = || crate::mount::open_device(uri, &how);
-        let mounted = Use::of(uri, how.is_read_only(), open, |device| {
+        let mounted = Use::of(uri, how.is_read_only(), open, |device, counted| {
             #[cfg(feature = "inspect")]
-            let device = {
-                let (device, counted) = self.look.counted(device)?;
-                app = counted;
-                device
-            };
+            let device = self.look.counted(device, counted)?;
+            #[cfg(not(feature = "inspect"))]
+            let _ = counted;
             mount_device(&device, &how)
         })?;
+        #[cfg(feature = "inspect")]
+        let counted = mounted.counted();
         let fs = mounted.fs().clone();
         let db = self.open_on(fs, Some(mounted))?;
         #[cfg(feature = "inspect")]
-        db.inspect(&self.look, app)?;
+        db.inspect(&self.look, counted)?;
         Ok(db)
     }
 
@@ -274,7 +278,7 @@ impl DbOptions {
     pub fn open_in(&self, fs: &FileSystem) -> Result<Db, Error> {
         let db = self.open_on(fs.clone(), None)?;
         #[cfg(feature = "inspect")]
-        db.inspect(&self.look, Arc::default())?;
+        db.inspect(&self.look, Registry::new())?;
         Ok(db)
     }
 
@@ -305,6 +309,7 @@ impl DbOptions {
             read_only: self.read_only,
             mounted,
             closed: Mutex::new(false),
+            refused: Mutex::default(),
             #[cfg(feature = "inspect")]
             inspection: Mutex::new(None),
         })
@@ -377,54 +382,59 @@ impl Db {
     /// Makes everything written so far durable, closes the database and, if opening mounted the
     /// file system, unmounts that and releases the device. Remaining handles (this one, clones of
     /// its [`Db::env`]) return errors from then on. The directory, or the device, can be opened
-    /// again at once. Dropping does the same without reporting errors. A second call does nothing.
+    /// again at once. Dropping does the same, and reports errors to `tracing` only. A second call
+    /// does nothing.
+    ///
+    /// What was put without a log is written to tables, also with RocksDB's option
+    /// `avoid_flush_during_shutdown`.
     ///
     /// # Errors
-    /// [`Error::RocksDb`], [`Error::FileSystem`]: nothing is lost, the database stays as usable as
-    /// the fault allows, and `close` can be called again when the fault has passed. After
-    /// [`Error::Unlogged`] the database is closed.
+    /// [`Error::RocksDb`], [`Error::FileSystem`], [`Error::Unlogged`]: nothing is lost, the
+    /// database stays as usable as the fault allows, and `close` can be called again when the fault
+    /// has passed. Only what has no log may be beyond writing then: RocksDB writes no table after an
+    /// error that it takes for a lasting one. It can still be read. Dropping gives up what could not
+    /// be written.
     pub fn close(&self) -> Result<(), Error> {
-        let mut closed = self
-            .closed
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut closed = self.is_closed();
         if *closed {
             return Ok(());
         }
-        let lost = if self.read_only {
+        if self.read_only {
             self.rocksdb().cancel_all_background_work(true);
-            false
         } else {
             self.settle()?;
-            let failures = self.background_errors();
+            self.write_unlogged()?;
             self.rocksdb().cancel_all_background_work(true);
             // Puts that came meanwhile.
             self.settle()?;
-            self.background_errors() > failures
+        }
+        // Whoever opens the device next finds it free: the inspection has it too. While the device
+        // cannot be released, there is something to be asked about.
+        let stop = || {
+            #[cfg(feature = "inspect")]
+            self.stop_inspection();
         };
-        // Whoever opens the device next finds it free: the inspection has it too.
-        #[cfg(feature = "inspect")]
-        self.stop_inspection();
-        if let Some(mounted) = &self.mounted {
-            mounted.end()?;
+        match &self.mounted {
+            Some(mounted) => mounted.end(stop)?,
+            None => stop(),
         }
         self.binding.close();
         *closed = true;
-        if lost {
-            let path = self.root.clone();
-            return Err(Error::Unlogged { path });
-        }
         Ok(())
     }
 
+    fn is_closed(&self) -> MutexGuard<'_, bool> {
+        self.closed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     #[cfg(feature = "inspect")]
-    fn inspect(&self, look: &Look, app: Arc<App>) -> Result<(), Error> {
+    fn inspect(&self, look: &Look, counted: Registry) -> Result<(), Error> {
         let db = self.db.as_ref().map(Arc::downgrade).unwrap_or_default();
-        let inspection = look.start(&self.fs, db, app)?;
+        let inspection = look.start(&self.fs, db, counted)?;
         *self
             .inspection
             .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner) = inspection;
+            .unwrap_or_else(PoisonError::into_inner) = inspection;
         Ok(())
     }
 
@@ -434,7 +444,7 @@ impl Db {
         let mut inspection = self
             .inspection
             .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+            .unwrap_or_else(PoisonError::into_inner);
         drop(inspection.take());
     }
 
@@ -495,11 +505,32 @@ impl Db {
         if !self.buffers_its_log() && self.fs.sync().is_ok() {
             return Ok(());
         }
-        let names = Rocks::list_cf(&self.options, "/").map_err(|_| failed.clone())?;
-        let families: Vec<_> = names.iter().filter_map(|name| db.cf_handle(name)).collect();
+        let families = self.families().map_err(|_| failed.clone())?;
         let families: Vec<_> = families.iter().collect();
         db.flush_cfs_opt(&families, &FlushOptions::default())
             .map_err(|_| failed.into())
+    }
+
+    /// Writes what was put without a log.
+    fn write_unlogged(&self) -> Result<(), Error> {
+        let written = self.families().and_then(|families| {
+            let families: Vec<_> = families.iter().collect();
+            let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+            unlogged::write(self.rocksdb(), &families, &mut refused)
+        });
+        written.map_err(|source| Error::Unlogged {
+            path: self.root.clone(),
+            source,
+        })
+    }
+
+    /// Returns the column families that exist.
+    fn families(&self) -> Result<Vec<Arc<BoundColumnFamily<'_>>>, rocksdb::Error> {
+        let names = Rocks::list_cf(&self.options, "/")?;
+        let handles = names
+            .iter()
+            .filter_map(|name| self.rocksdb().cf_handle(name));
+        Ok(handles.collect())
     }
 
     /// Whether puts may be in a buffer of RocksDB's instead of the log's file (`manual_wal_flush`).
@@ -517,20 +548,18 @@ impl Db {
         };
         !read().is_ok_and(|text| text.contains("manual_wal_flush=false"))
     }
-
-    /// Returns how often RocksDB's background work has failed.
-    fn background_errors(&self) -> u64 {
-        self.rocksdb()
-            .property_int_value(properties::BACKGROUND_ERRORS)
-            .ok()
-            .flatten()
-            .unwrap_or(0)
-    }
 }
 
 impl Drop for Db {
     fn drop(&mut self) {
         let inherited = self.fs.is_inherited();
+        if !inherited
+            && !self.read_only
+            && !*self.is_closed()
+            && let Err(error) = self.write_unlogged()
+        {
+            tracing::error!(error = %chain(&error), "the database was dropped and loses it");
+        }
         let db = self.db.take();
         if inherited {
             // RocksDB would wait for threads that only the parent has.

@@ -64,6 +64,14 @@ pub enum Error {
         /// The reason, and what to do.
         reason: String,
     },
+    /// A path of the kernel's file system could not be written.
+    #[error("{path} could not be written")]
+    Outside {
+        /// The path.
+        path: String,
+        /// The kernel's error.
+        source: std::io::Error,
+    },
     /// The database could not be opened for lack of space.
     #[error(
         "the database could not be opened because the file system is full: `DbOptions::read_only` \
@@ -74,15 +82,18 @@ pub enum Error {
         /// RocksDB's error.
         source: rocksdb::Error,
     },
-    /// Closing wrote everything that a log has, but RocksDB could not write puts with
-    /// `disable_wal`.
+    /// Closing made everything durable that a log has, but RocksDB could not write puts with
+    /// `disable_wal` to a table. The database is still open.
     #[error(
         "{path}: what was put without a log (`disable_wal`) could not be written to a table; the \
-         rest is durable"
+         rest is durable; the database is still open, so read what is in memory alone, or `close` \
+         again when there is room; dropping the database loses it"
     )]
     Unlogged {
         /// Path of the database's directory.
         path: String,
+        /// RocksDB's error.
+        source: rocksdb::Error,
     },
 }
 
@@ -152,10 +163,10 @@ impl Error {
             Error::NotEmpty { .. } => ErrorKind::Foreign,
             Error::Environment(_) => ErrorKind::OutOfMemory,
             Error::FileSystem(e) => of_fs(e),
-            Error::RocksDb(e) => of_rocksdb(e),
+            Error::RocksDb(source) | Error::Unlogged { source, .. } => of_rocksdb(source),
             Error::Uri { .. } | Error::Directory { .. } => ErrorKind::InvalidInput,
+            Error::Outside { source, .. } => of_errno(source.raw_os_error().unwrap_or(libc::EIO)),
             Error::Full { .. } => ErrorKind::NoSpace,
-            Error::Unlogged { .. } => ErrorKind::Device,
         }
     }
 }

@@ -6,10 +6,10 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use pumice_bdev::registry::Bdev;
+pub(crate) use pumice_bdev::registry::Registry;
 use pumice_bdev::stats::bucket_end;
 use pumice_bdev::{BlockDevice, OpKind};
-pub(crate) use pumice_bdev_control::config::App;
-use pumice_bdev_control::config::MethodError;
+use pumice_bdev_control::config::{App, MethodError};
 use pumice_bdev_control::metrics::{self, MetricsServer};
 use pumice_bdev_control::rpc::{RpcServer, ServerOptions};
 use pumice_blobfs::fs::{FileSystem, FsError, Stat};
@@ -63,32 +63,33 @@ pub(crate) struct Look {
 }
 
 impl Look {
-    /// Returns the device to mount. If the process may be inspected, it counts what is done to the
-    /// device.
+    /// Returns the device to mount. If the process may be inspected, it is registered, and what is
+    /// done to it is counted.
     pub(crate) fn counted(
         &self,
         device: Arc<dyn BlockDevice>,
-    ) -> Result<(Arc<dyn BlockDevice>, Arc<App>), Error> {
-        let app = Arc::new(App::new());
+        registry: &Registry,
+    ) -> Result<Arc<dyn BlockDevice>, Error> {
         if self.rpc_socket.is_none() && self.metrics.is_none() {
-            return Ok((device, app));
+            return Ok(device);
         }
         let uri = device.info().name.clone();
-        let bdev = app.registry.register(device, Vec::new());
+        let bdev = registry.register(device, Vec::new());
         let bdev = bdev.map_err(|source| Error::Device { uri, source })?;
-        Ok((Arc::new(bdev), app))
+        bdev.enable_histogram(true, None);
+        Ok(Arc::new(bdev))
     }
 
     pub(crate) fn start(
         &self,
         fs: &FileSystem,
         db: Weak<Rocks>,
-        app: Arc<App>,
+        counted: Registry,
     ) -> Result<Option<Inspection>, Error> {
         if self.rpc_socket.is_none() && self.metrics.is_none() {
             return Ok(None);
         }
-        let mut inspection = Inspection::with(fs, db, app);
+        let mut inspection = Inspection::with(fs, db, counted);
         if let Some(path) = &self.rpc_socket {
             inspection = inspection.rpc_socket(path)?;
         }
@@ -120,20 +121,20 @@ impl Inspection {
     /// Makes an inspection of a file system. Nothing listens yet.
     #[must_use]
     pub fn new(fs: &FileSystem) -> Inspection {
-        Inspection::with(fs, Weak::new(), Arc::new(App::new()))
+        Inspection::with(fs, Weak::new(), Registry::new())
     }
 
-    /// Makes an inspection also of a database, and of the device that is registered in `app`.
-    pub(crate) fn with(fs: &FileSystem, db: Weak<Rocks>, app: Arc<App>) -> Inspection {
+    /// Makes an inspection also of a database, and of the device in the registry.
+    pub(crate) fn with(fs: &FileSystem, db: Weak<Rocks>, counted: Registry) -> Inspection {
+        let mut app = App::new();
+        app.registry = counted;
+        let app = Arc::new(app);
         let subject = Subject {
             fs: fs.clone(),
             db,
             app: Arc::downgrade(&app),
             start: Instant::now(),
         };
-        for bdev in app.registry.list() {
-            bdev.enable_histogram(true, None);
-        }
         let asked = subject.clone();
         app.answer_only(METHODS, move |method, params| asked.answer(method, params));
         Inspection {

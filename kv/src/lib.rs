@@ -70,6 +70,7 @@ mod inspect;
 mod mount;
 mod plugin;
 mod shared;
+mod unlogged;
 mod uri;
 
 pub use {

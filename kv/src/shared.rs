@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use pumice_bdev::registry::Registry;
 use pumice_bdev::{BlockDevice, file};
 use pumice_blobfs::fs::{FileSystem, FsError};
 use pumice_io::process::{Birth, PerProcess};
@@ -40,6 +41,12 @@ type Place = (Key, bool);
 #[derive(Debug)]
 struct Mounted {
     fs: Arc<FileSystem>,
+    /// The device with its counters, if the database that mounted it is inspected.
+    #[cfg_attr(
+        not(feature = "inspect"),
+        expect(dead_code, reason = "only an inspection asks")
+    )]
+    counted: Registry,
     key: Key,
     users: usize,
 }
@@ -83,13 +90,14 @@ pub(crate) struct Use {
 }
 
 impl Use {
-    /// Opens the device that `uri` names by `open` and mounts it by `mount`, or shares its file
-    /// system if a database of this process has mounted it.
+    /// Opens the device that `uri` names by `open` and mounts it by `mount`, which puts it into the
+    /// registry if it is to be counted, or shares its file system if a database of this process has
+    /// mounted it.
     pub fn of(
         uri: &str,
         read_only: bool,
         open: impl Fn() -> Result<Arc<dyn BlockDevice>, Error>,
-        mount: impl FnOnce(Arc<dyn BlockDevice>) -> Result<FileSystem, Error>,
+        mount: impl FnOnce(Arc<dyn BlockDevice>, &Registry) -> Result<FileSystem, Error>,
     ) -> Result<Use, Error> {
         let file = Uri::parse(uri, &[]).ok().filter(|u| u.scheme() == "file");
         // A file is locked by its opening, so it is told by its path. Other devices can be opened
@@ -122,9 +130,11 @@ impl Use {
             Key::Open(identity) => Key::Open(*identity),
             Key::File(_) | Key::Missing(_) => Key::File(device.info().uuid),
         };
-        let fs = Arc::new(mount(device)?);
+        let counted = Registry::new();
+        let fs = Arc::new(mount(device, &counted)?);
         let earlier = slot.replace(Mounted {
             fs: Arc::clone(&fs),
+            counted,
             key: key.clone(),
             users: 1,
         });
@@ -159,8 +169,18 @@ impl Use {
         &self.fs
     }
 
-    /// Ends the use. The last one unmounts. After a success, a second call does nothing.
-    pub fn end(&self) -> Result<(), FsError> {
+    /// The registry with the device, if it is counted.
+    #[cfg(feature = "inspect")]
+    pub fn counted(&self) -> Registry {
+        let mut slot = locked(&self.entry);
+        let mounted = self.mine(&mut slot);
+        mounted.map_or_else(Registry::new, |mounted| mounted.counted.clone())
+    }
+
+    /// Ends the use. The last one unmounts. `released` is called when it is certain that the use
+    /// ends, and before anybody else can open the device. After a success, a second call does
+    /// nothing.
+    pub fn end(&self, released: impl FnOnce()) -> Result<(), FsError> {
         if !self.birth.is_here() {
             // In a forked child it belongs to the parent.
             return Ok(());
@@ -171,17 +191,21 @@ impl Use {
         }
         let mut slot = locked(&self.entry);
         match self.mine(&mut slot) {
-            Some(mounted) if mounted.users > 1 => mounted.users -= 1,
+            Some(mounted) if mounted.users > 1 => {
+                mounted.users -= 1;
+                released();
+            }
             Some(_) => {
                 match self.fs.unmount() {
                     // Another thread with a handle of it was faster.
                     Ok(()) | Err(FsError::Unmounted { .. }) => {}
                     Err(e) => return Err(e),
                 }
+                released();
                 *slot = None;
             }
             // It was unmounted by another handle, and the device has been mounted again.
-            None => {}
+            None => released(),
         }
         *over = true;
         Ok(())
@@ -195,7 +219,9 @@ impl Use {
 
 impl Drop for Use {
     fn drop(&mut self) {
-        let Err(error) = self.end() else { return };
+        let Err(error) = self.end(|| ()) else {
+            return;
+        };
         let device = format!("{:?}", self.fs);
         tracing::error!(device, %error, "the database was dropped and could not be closed in order");
         // Without this the table would keep the device.
@@ -211,5 +237,64 @@ impl Drop for Use {
         };
         drop(slot);
         drop(left);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pumice_bdev::OpKind;
+    use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+    use pumice_blobfs::fs::OpenOptions;
+
+    use super::*;
+    use crate::{MountOptions, mount_device};
+
+    /// The use of a device on which there is something to write and every write fails.
+    fn cannot_be_unmounted() -> (Arc<ErrorDevice>, Use) {
+        let base = pumice_bdev::open("malloc://64M").unwrap();
+        let faulty = Arc::new(ErrorDevice::new(None, base));
+        let device: Arc<dyn BlockDevice> = Arc::clone(&faulty) as Arc<dyn BlockDevice>;
+        let open = move || Ok(Arc::clone(&device));
+        let mount = |device, _: &Registry| mount_device(&device, &MountOptions::new());
+        let one = Use::of("malloc://64M", false, open, mount).unwrap();
+        let file = one.fs().open("/f", OpenOptions::CREATE).unwrap();
+        file.append(&[7; 5000]).unwrap();
+        faulty.inject(Injection {
+            op: Some(OpKind::Write),
+            failure: Failure::Fail,
+            count: u64::MAX,
+            range: None,
+            queue_depth: 0,
+        });
+        (faulty, one)
+    }
+
+    /// Nothing is released before the unmount, and nobody else can mount before it is.
+    #[test]
+    fn a_failed_unmount_releases_nothing() {
+        let (device, one) = cannot_be_unmounted();
+        one.end(|| panic!("released")).unwrap_err();
+        assert!(one.fs().exists("/f").unwrap());
+        device.clear();
+        let mut released = false;
+        let mounted = || one.entry.try_lock().is_ok();
+        while one.end(|| released = !mounted()).is_err() {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        assert!(released, "while the entry was locked");
+        one.end(|| panic!("twice")).unwrap();
+    }
+
+    #[test]
+    fn a_drop_after_a_failed_unmount_leaves_nothing() {
+        let (device, one) = cannot_be_unmounted();
+        let identity = device.identity();
+        one.end(|| ()).unwrap_err();
+        let fs = Arc::downgrade(&one.fs);
+        drop(one);
+        assert!(fs.upgrade().is_none(), "the file system is still there");
+        drop(entry_of(&(Key::Missing(PathBuf::from("/another")), false)));
+        let devices = locked(DEVICES.get());
+        assert!(!devices.keys().any(|(key, _)| *key == Key::Open(identity)));
     }
 }

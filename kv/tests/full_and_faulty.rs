@@ -4,28 +4,27 @@ mod common;
 
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{key, value, watchdog};
+use common::{check, key, value, watchdog};
 use pumice::bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice::bdev::{BlockDevice, OpKind, open};
-use pumice::rocksdb::{DBCompressionType, IteratorMode, WriteOptions};
-use pumice::{Db, DbOptions, Error, FileSystem, FormatOptions, MountOptions, mount_device};
+use pumice::fs::OpenOptions;
+use pumice::rocksdb::{DBCompressionType, IteratorMode, Options, WriteOptions};
+use pumice::{
+    Db, DbOptions, Error, ErrorKind, FileSystem, FormatOptions, MountOptions, mount_device,
+};
 use pumice_bdev_testkit::crashsim::CrashDevice;
+use tracing::field::Field;
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Level, Metadata, Subscriber};
 
 fn options(write_buffer: usize) -> DbOptions {
     DbOptions::new().configure(|options| {
         options.set_compression_type(DBCompressionType::None);
         options.set_write_buffer_size(write_buffer);
     })
-}
-
-fn check(db: &Db, keys: std::ops::Range<u64>) {
-    for n in keys {
-        let got = db.get(key(n)).unwrap();
-        assert_eq!(got.as_deref(), Some(&value(n)[..]), "key {n}");
-    }
 }
 
 /// KA5, L3, R7: RocksDB goes on after one failed write of metadata, and so does the file system.
@@ -72,6 +71,183 @@ fn puts_go_on_after_a_passing_fault_of_metadata() {
         let fs = mount_device(&device, &MountOptions::new()).unwrap();
         check(&options(64 << 10).open_in(&fs).unwrap(), 0..3000);
     }
+}
+
+/// A device in memory whose writes can be made to fail, and a file system on it.
+fn faulty() -> (Arc<ErrorDevice>, FileSystem) {
+    let base = open("malloc://64M?block_size=4096").unwrap();
+    let faulty = Arc::new(ErrorDevice::new(None, base));
+    let device: Arc<dyn BlockDevice> = Arc::clone(&faulty) as Arc<dyn BlockDevice>;
+    let fs = mount_device(&device, &MountOptions::new()).unwrap();
+    (faulty, fs)
+}
+
+/// Every write fails from now on.
+fn fail_writes(device: &ErrorDevice) {
+    device.inject(Injection {
+        op: Some(OpKind::Write),
+        failure: Failure::Fail,
+        count: u64::MAX,
+        range: None,
+        queue_depth: 0,
+    });
+}
+
+fn unlogged() -> WriteOptions {
+    let mut options = WriteOptions::default();
+    options.disable_wal(true);
+    options
+}
+
+/// K1: RocksDB's own close passes over the failure of its last flush.
+#[test]
+fn a_close_that_loses_what_has_no_log_says_so() {
+    let _limit = watchdog();
+    type Write = fn(&Db);
+    let writes: [(&str, Write); 4] = [
+        ("put", |db| db.put_opt("u", "1", &unlogged()).unwrap()),
+        ("delete", |db| db.delete_opt(key(7), &unlogged()).unwrap()),
+        ("second family", |db| {
+            let second = db.cf_handle("second").unwrap();
+            db.put_cf_opt(&second, "u", "1", &unlogged()).unwrap();
+        }),
+        ("a family made later", |db| {
+            db.create_cf("later", &Options::default()).unwrap();
+            let later = db.cf_handle("later").unwrap();
+            db.put_cf_opt(&later, "u", "1", &unlogged()).unwrap();
+        }),
+    ];
+    for (what, write) in writes {
+        for atomic in [false, true] {
+            let (device, fs) = faulty();
+            let options = options(1 << 20)
+                .configure(|options| options.set_atomic_flush(atomic))
+                .column_family("second", Options::default());
+            let db = options.open_in(&fs).unwrap();
+            for n in 0..100 {
+                db.put(key(n), value(n)).unwrap();
+            }
+            write(&db);
+            db.flush_wal(true).unwrap();
+            fail_writes(&device);
+            let error = db.close().expect_err(what);
+            assert!(matches!(error, Error::Unlogged { .. }), "{what}: {error}");
+            assert_eq!(error.kind(), ErrorKind::Device, "{what}");
+            // Still open: what cannot be written can be read, and copied elsewhere.
+            assert!(db.get(key(8)).unwrap().is_some(), "{what}");
+            assert!(matches!(db.close(), Err(Error::Unlogged { .. })), "{what}");
+        }
+    }
+}
+
+/// A close needs no table for what has a log.
+#[test]
+fn a_close_without_room_for_tables_keeps_what_has_a_log() {
+    let _limit = watchdog();
+    let (device, fs) = faulty();
+    let db = options(1 << 20).open_in(&fs).unwrap();
+    for n in 0..100 {
+        db.put(key(n), value(n)).unwrap();
+    }
+    db.flush_wal(true).unwrap();
+    fail_writes(&device);
+    db.close().unwrap();
+    device.clear();
+    check(&options(1 << 20).open_in(&fs).unwrap(), 0..100);
+}
+
+/// A close puts what has no log into tables, tombstones included.
+#[test]
+fn a_close_writes_what_has_no_log() {
+    let _limit = watchdog();
+    let (_, fs) = faulty();
+    for round in 0..2 {
+        let db = options(1 << 20).open_in(&fs).unwrap();
+        check(&db, 0..round * 10);
+        for n in round * 10..round * 10 + 10 {
+            db.put_opt(key(n), value(n), &unlogged()).unwrap();
+        }
+        // Only tombstones: they have no key that could be looked for.
+        db.flush().unwrap();
+        db.delete_opt(key(100), &unlogged()).unwrap();
+        db.put(key(100), value(100)).unwrap();
+        db.delete_opt(key(100), &unlogged()).unwrap();
+        db.close().unwrap();
+    }
+    let db = options(1 << 20).open_in(&fs).unwrap();
+    check(&db, 0..20);
+    assert_eq!(db.get(key(100)).unwrap(), None, "came back from the log");
+}
+
+/// There is room again between two closes.
+#[test]
+fn a_close_is_repeated_and_keeps_what_has_no_log() {
+    let _limit = watchdog();
+    let (_, fs) = faulty();
+    let db = options(32 << 20).open_in(&fs).unwrap();
+    for n in 0..50_000 {
+        db.put_opt(key(n), value(n), &unlogged()).unwrap();
+    }
+    let ballast = fs.open("/ballast", OpenOptions::CREATE).unwrap();
+    while ballast.append(&vec![1; 1 << 20]).is_ok() {}
+    drop(ballast);
+    let error = db.close().expect_err("no room for a table");
+    assert!(matches!(error, Error::Unlogged { .. }), "{error}");
+    assert_eq!(error.kind(), ErrorKind::NoSpace);
+    check(&db, 0..50_000);
+    fs.unlink("/ballast").unwrap();
+    let started = Instant::now();
+    while let Err(error) = db.close() {
+        let error = pumice::chain(&error);
+        assert!(started.elapsed() < common::LIMIT / 12, "never: {error}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    drop(db);
+    check(&options(1 << 20).open_in(&fs).unwrap(), 0..50_000);
+}
+
+/// Keeps the errors that are logged.
+#[derive(Clone, Default)]
+struct Logged(Arc<Mutex<Vec<String>>>);
+
+impl Subscriber for Logged {
+    fn enabled(&self, meta: &Metadata<'_>) -> bool {
+        *meta.level() == Level::ERROR
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn event(&self, event: &Event<'_>) {
+        let mut text = String::new();
+        event.record(&mut |_: &Field, value: &dyn std::fmt::Debug| {
+            text.push_str(&format!("{value:?} "));
+        });
+        self.0.lock().unwrap().push(text);
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+    fn enter(&self, _: &Id) {}
+    fn exit(&self, _: &Id) {}
+}
+
+/// A drop has nobody to return an error to.
+#[test]
+fn a_drop_that_loses_what_has_no_log_is_logged() {
+    let _limit = watchdog();
+    let (device, fs) = faulty();
+    let db = options(1 << 20).open_in(&fs).unwrap();
+    db.put_opt("u", "1", &unlogged()).unwrap();
+    fail_writes(&device);
+    let logged = Logged::default();
+    tracing::subscriber::with_default(logged.clone(), || drop(db));
+    let logged = logged.0.lock().unwrap();
+    assert!(
+        logged.iter().any(|text| text.contains("without a log")),
+        "{logged:?}"
+    );
 }
 
 /// R5, U8: the file system of the kernel that holds the image is full.

@@ -72,6 +72,37 @@ fn a_database_answers_as_long_as_it_is_open() {
     Db::open(&uri).unwrap().close().unwrap();
 }
 
+/// The operations of a shared device are counted for each of its databases.
+#[test]
+fn databases_that_share_a_device_share_its_figures() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = format!("file://{}/kv.img?size=64M&create=1", dir.path().display());
+    let sockets = ["a", "b"].map(|name| dir.path().join(name));
+    let open = |n: usize| {
+        let options = DbOptions::new().path(["/a", "/b"][n]);
+        options.rpc_socket(&sockets[n]).open(&uri).unwrap()
+    };
+    let (first, second) = (open(0), open(1));
+    second.put(b"key", b"value").unwrap();
+    second.flush().unwrap();
+    let operations = |socket: &Path| -> u64 {
+        let stats = ask(&mut client(socket), "pumice_get_stats", &Value::Null);
+        assert!(!stats["channels"].as_array().unwrap().is_empty());
+        let counts = stats["latency"].as_array().unwrap().iter();
+        counts.map(|pair| pair[1].as_u64().unwrap()).sum()
+    };
+    let of_first = operations(&sockets[0]);
+    let of_second = operations(&sockets[1]);
+    assert!(of_first > 0 && of_second >= of_first);
+    // The one that mounted the device is gone.
+    first.close().unwrap();
+    second.put(b"key", b"other").unwrap();
+    second.flush().unwrap();
+    assert!(operations(&sockets[1]) > of_second);
+    second.close().unwrap();
+    Db::open(&uri).unwrap().close().unwrap();
+}
+
 #[test]
 fn nothing_can_be_changed_through_the_socket() {
     let dir = tempfile::tempdir().unwrap();

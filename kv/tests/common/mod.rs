@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
+use pumice::rocksdb::DBCompressionType;
+use pumice::{Db, DbOptions};
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf};
 
 /// Returns the unpacked bytes of a test image of the file system's crate.
@@ -53,6 +55,40 @@ pub fn value(n: u64) -> Vec<u8> {
         bytes.extend_from_slice(&x.to_le_bytes());
     }
     bytes
+}
+
+/// Options without compression, so that tables have the size of what is in them.
+pub fn uncompressed() -> DbOptions {
+    DbOptions::new().configure(|options| options.set_compression_type(DBCompressionType::None))
+}
+
+pub fn fill(db: &Db, keys: std::ops::Range<u64>) {
+    for n in keys {
+        db.put(key(n), value(n)).unwrap();
+    }
+}
+
+pub fn check(db: &Db, keys: std::ops::Range<u64>) {
+    for n in keys {
+        assert_eq!(
+            db.get(key(n)).unwrap().as_deref(),
+            Some(&value(n)[..]),
+            "key {n}"
+        );
+    }
+}
+
+/// Returns the names of everything below a directory.
+pub fn tree(fs: &pumice::FileSystem, dir: &str) -> Vec<String> {
+    let mut all = Vec::new();
+    for entry in fs.list(dir).unwrap() {
+        let path = format!("{}/{}", dir.trim_end_matches('/'), entry.name);
+        all.push(path.clone());
+        if entry.is_dir {
+            all.extend(tree(fs, &path));
+        }
+    }
+    all
 }
 
 /// Longest time of a test on a busy machine.
