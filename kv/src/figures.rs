@@ -55,112 +55,65 @@ pub(crate) struct Figure {
     value: fn(&Snapshot) -> Option<u64>,
 }
 
-const fn gauge(
-    name: &'static str,
-    help: &'static str,
-    value: fn(&Snapshot) -> Option<u64>,
-) -> Figure {
-    Figure {
-        name,
-        help,
-        kind: Kind::Gauge,
-        value,
-    }
-}
-
-const fn counter(
-    name: &'static str,
-    help: &'static str,
-    value: fn(&Snapshot) -> Option<u64>,
-) -> Figure {
-    Figure {
-        name,
-        help,
-        kind: Kind::Counter,
-        value,
-    }
+/// A row of the table: the kind, the name, the help, and the value in a [`Snapshot`].
+macro_rules! figure {
+    ($kind:ident $name:ident $help:literal, $($value:ident).+) => {
+        figure!($kind $name $help, |s| Some(s.$($value).+))
+    };
+    ($kind:ident $name:ident $help:literal, $value:expr) => {
+        Figure {
+            name: stringify!($name),
+            help: $help,
+            kind: Kind::$kind,
+            value: $value,
+        }
+    };
 }
 
 /// The figures of a file system.
 static FIGURES: &[Figure] = &[
-    gauge("total_bytes", "Bytes for files.", |s| Some(s.space.total)),
-    gauge("free_bytes", "Bytes that can be written.", |s| {
-        Some(s.space.free)
-    }),
-    gauge("used_bytes", "Bytes that files have.", |s| {
-        Some(s.space.used)
-    }),
-    gauge(
-        "host_free_bytes",
+    figure!(Gauge total_bytes "Bytes for files.", space.total),
+    figure!(Gauge free_bytes "Bytes that can be written.", space.free),
+    figure!(Gauge used_bytes "Bytes that files have.", space.used),
+    figure!(
+        Gauge host_free_bytes
         "Bytes that the file system below a sparse image has room for.",
-        |s| s.space.host_free,
+        |s| s.space.host_free
     ),
-    gauge("cluster_size", "Bytes of a cluster.", |s| {
-        Some(s.space.cluster)
-    }),
-    gauge("files", "Files.", |s| Some(s.space.files)),
-    gauge("md_pages", "Metadata pages.", |s| Some(s.space.md_pages)),
-    gauge("md_pages_used", "Metadata pages that are used.", |s| {
-        Some(s.space.md_pages_used)
-    }),
-    gauge(
-        "writeback_bytes",
+    figure!(Gauge cluster_size "Bytes of a cluster.", space.cluster),
+    figure!(Gauge files "Files.", space.files),
+    figure!(Gauge md_pages "Metadata pages.", space.md_pages),
+    figure!(Gauge md_pages_used "Metadata pages that are used.", space.md_pages_used),
+    figure!(
+        Gauge writeback_bytes
         "Bytes that were appended and are on their way to the device.",
-        |s| Some(s.writeback_bytes),
+        writeback_bytes
     ),
-    gauge(
-        "cache_used_bytes",
-        "Bytes of clean pages in the page cache.",
-        |s| Some(s.cache.used_bytes),
-    ),
-    gauge(
-        "cache_capacity_bytes",
-        "The bound of the page cache.",
-        |s| Some(s.cache.capacity_bytes),
-    ),
-    counter(
-        "cache_hits",
-        "Reads that were answered from memory alone.",
-        |s| Some(s.cache.hits),
-    ),
-    counter("cache_misses", "Reads that needed the device.", |s| {
-        Some(s.cache.misses)
-    }),
-    counter(
-        "cache_evictions",
+    figure!(Gauge cache_used_bytes "Bytes of clean pages in the page cache.", cache.used_bytes),
+    figure!(Gauge cache_capacity_bytes "The bound of the page cache.", cache.capacity_bytes),
+    figure!(Counter cache_hits "Reads that were answered from memory alone.", cache.hits),
+    figure!(Counter cache_misses "Reads that needed the device.", cache.misses),
+    figure!(
+        Counter cache_evictions
         "Pages that made room for others in the page cache.",
-        |s| Some(s.cache.evictions),
+        cache.evictions
     ),
-    counter("device_reads", "Reads sent to the device.", |s| {
-        Some(s.io.reads)
-    }),
-    counter("device_read_bytes", "Bytes read from the device.", |s| {
-        Some(s.io.read_bytes)
-    }),
-    counter("device_writes", "Writes sent to the device.", |s| {
-        Some(s.io.writes)
-    }),
-    counter(
-        "device_fua_writes",
+    figure!(Counter device_reads "Reads sent to the device.", io.reads),
+    figure!(Counter device_read_bytes "Bytes read from the device.", io.read_bytes),
+    figure!(Counter device_writes "Writes sent to the device.", io.writes),
+    figure!(
+        Counter device_fua_writes
         "Writes with force unit access, which are among device_writes.",
-        |s| Some(s.io.fua_writes),
+        io.fua_writes
     ),
-    counter(
-        "device_written_bytes",
-        "Bytes written to the device.",
-        |s| Some(s.io.written_bytes),
-    ),
-    counter("device_flushes", "Flushes sent to the device.", |s| {
-        Some(s.io.flushes)
-    }),
-    counter(
-        "device_write_zeroes",
+    figure!(Counter device_written_bytes "Bytes written to the device.", io.written_bytes),
+    figure!(Counter device_flushes "Flushes sent to the device.", io.flushes),
+    figure!(
+        Counter device_write_zeroes
         "Write-zeroes operations sent to the device.",
-        |s| Some(s.io.write_zeroes),
+        io.write_zeroes
     ),
-    counter("device_unmaps", "Unmaps sent to the device.", |s| {
-        Some(s.io.unmaps)
-    }),
+    figure!(Counter device_unmaps "Unmaps sent to the device.", io.unmaps),
 ];
 
 /// RocksDB's own integer properties that are worth watching, without their `rocksdb.`.

@@ -262,20 +262,26 @@ fn mounts_of_other_namespaces_are_mounts() {
 #[test]
 fn devices_are_known_by_number_not_by_name() {
     // LVM's and other names of swap space and mounts are links to the node.
-    let fake = one_disk();
-    fake.link("/dev/disk/by-uuid/77", "../../nvme0n1p2");
-    fake.file(
-        "/proc/self/mountinfo",
-        "30 1 0:42 / /b rw - btrfs /dev/disk/by-uuid/77 rw\n",
-    );
-    refused_for(&fake, "mounted at /b");
-    let fake = one_disk();
-    fake.link("/dev/disk/by-uuid/77", "/dev/nvme0n1p1");
-    fake.file(
-        "/proc/swaps",
-        "Filename Type Size Used Priority\n/dev/disk/by-uuid/77 partition 1 0 -2\n",
-    );
-    refused_for(&fake, "nvme0n1p1 is swap space");
+    let name = "/dev/disk/by-uuid/77";
+    for (node, file, line, said) in [
+        (
+            "../../nvme0n1p2",
+            "/proc/self/mountinfo",
+            format!("30 1 0:42 / /b rw - btrfs {name} rw\n"),
+            "mounted at /b",
+        ),
+        (
+            "/dev/nvme0n1p1",
+            "/proc/swaps",
+            format!("Filename Type Size Used Priority\n{name} partition 1 0 -2\n"),
+            "nvme0n1p1 is swap space",
+        ),
+    ] {
+        let fake = one_disk();
+        fake.link(name, node);
+        fake.file(file, &line);
+        refused_for(&fake, said);
+    }
     // Held without an entry in `holders`, but named by the holder.
     let fake = one_disk();
     fake.file("/sys/class/block/bcache0/slaves/nvme0n1p1", "");
