@@ -4,7 +4,8 @@
 //! There is one policy for the metadata, the channels of threads and the file system's shared
 //! channels. An operation whose error says that the same operation may succeed
 //! ([`IoErrorKind::is_retryable`]) is sent again up to [`TRIES`] times, at once and then after
-//! pauses that double, a quarter of a second in all. Meanwhile it counts as in flight.
+//! pauses that double, a quarter of a second in all. Meanwhile it counts as in flight. One that is
+//! due goes before operations that come later: while it finds no room, nothing else is submitted.
 //!
 //! [`IoErrorKind::is_retryable`]: pumice_bdev::IoErrorKind::is_retryable
 
@@ -24,6 +25,8 @@ use pumice_bdev::{
 const TRIES: u32 = 9;
 /// The pause before the second repetition; there is none before the first.
 const PAUSE: Duration = Duration::from_millis(1);
+/// The pause when others have all places of a queue.
+const FULL: Duration = Duration::from_micros(20);
 
 /// A device that retries; see the module.
 #[derive(Debug)]
@@ -75,13 +78,8 @@ impl BlockDevice for Steady {
     }
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
-        Ok(Box::new(SteadyChannel {
-            inner: self.inner.open_channel()?,
-            lost: Arc::clone(&self.lost),
-            again: Vec::new(),
-            tries: HashMap::new(),
-            ended: Vec::new(),
-        }))
+        let inner = self.inner.open_channel()?;
+        Ok(Box::new(SteadyChannel::new(inner, Arc::clone(&self.lost))))
     }
 
     fn identity(&self) -> usize {
@@ -112,6 +110,8 @@ struct SteadyChannel {
     inner: Box<dyn IoChannel>,
     lost: Arc<FailedFlush>,
     again: Vec<Again>,
+    /// Whether an operation that was due found no room.
+    full: bool,
     /// Number of times that each failed operation was sent again.
     tries: HashMap<u64, u32>,
     /// Operations that ended while they waited.
@@ -119,6 +119,17 @@ struct SteadyChannel {
 }
 
 impl SteadyChannel {
+    fn new(inner: Box<dyn IoChannel>, lost: Arc<FailedFlush>) -> SteadyChannel {
+        SteadyChannel {
+            inner,
+            lost,
+            again: Vec::new(),
+            full: false,
+            tries: HashMap::new(),
+            ended: Vec::new(),
+        }
+    }
+
     /// Keeps the operation to be sent again, or returns it with its error.
     fn failed(&mut self, tag: u64, op: Op, error: Box<IoError>) -> Option<(Op, Box<IoError>)> {
         let tries = self.tries.entry(tag).or_insert(0);
@@ -140,18 +151,24 @@ impl SteadyChannel {
         None
     }
 
-    /// Sends the operations that are due.
-    fn repeat(&mut self) {
+    /// Sends the operations that are due, as many as there is room for. Returns whether there was
+    /// one.
+    fn repeat(&mut self) -> bool {
         let now = Instant::now();
+        let mut sent = false;
+        self.full = false;
         for waiting in std::mem::take(&mut self.again) {
-            if waiting.at > now {
+            if self.full || waiting.at > now {
                 self.again.push(waiting);
                 continue;
             }
             let Again { tag, op, at } = waiting;
             match self.inner.submit(tag, op) {
-                Ok(()) => {}
-                Err(SubmitError::Busy(op)) => self.again.push(Again { tag, op, at }),
+                Ok(()) => sent = true,
+                Err(SubmitError::Busy(op)) => {
+                    self.full = true;
+                    self.again.push(Again { tag, op, at });
+                }
                 Err(SubmitError::Refused(op, error)) => {
                     if let Some((op, error)) = self.failed(tag, op, error) {
                         let result = Err(error);
@@ -160,6 +177,7 @@ impl SteadyChannel {
                 }
             }
         }
+        sent
     }
 
     /// Takes failed operations that are to be sent again out of `out[start..]`.
@@ -185,6 +203,9 @@ impl SteadyChannel {
 
 impl IoChannel for SteadyChannel {
     fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
+        if self.full {
+            return Err(SubmitError::Busy(op));
+        }
         match self.inner.submit(tag, op) {
             Err(SubmitError::Refused(op, error)) => match self.failed(tag, op, error) {
                 Some((op, error)) => Err(SubmitError::Refused(op, error)),
@@ -196,18 +217,30 @@ impl IoChannel for SteadyChannel {
 
     fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
         let start = out.len();
-        if !self.again.is_empty() {
-            self.repeat();
-        }
-        self.inner.poll(out);
-        if !self.tries.is_empty() || out[start..].iter().any(|c| c.result.is_err()) {
-            self.sift(out, start);
+        loop {
+            let now = out.len();
+            self.inner.poll(out);
+            if !self.tries.is_empty() || out[now..].iter().any(|c| c.result.is_err()) {
+                self.sift(out, now);
+            }
+            // What is due gets the room that was made, and then has to reach the device.
+            if self.again.is_empty() || !self.repeat() {
+                break;
+            }
         }
         out.append(&mut self.ended);
         out.len() - start
     }
 
     fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
+        if self.full {
+            // Room is made by completions.
+            if self.inner.in_flight() > 0 {
+                return self.inner.wait(timeout);
+            }
+            std::thread::sleep(timeout.min(FULL));
+            return Ok(());
+        }
         let Some(due) = self.again.iter().map(|again| again.at).min() else {
             return self.inner.wait(timeout);
         };
@@ -231,9 +264,11 @@ impl IoChannel for SteadyChannel {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
     use super::*;
     use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
-    use pumice_bdev::{AsyncChannel, DmaBuf};
+    use pumice_bdev::{AsyncChannel, DmaBuf, Engine, IoErrorKind};
 
     fn device(count: u64, op: OpKind, failure: Failure) -> Arc<Steady> {
         let base = pumice_bdev::open("malloc://1M?block_size=4096").unwrap();
@@ -277,6 +312,129 @@ mod tests {
         for ((op, result), lba) in done.iter().zip(0..) {
             assert_eq!((op.lba(), result.is_ok()), (lba, true));
         }
+    }
+
+    /// A queue with few places, of which others have some. It completes one operation at a poll, and
+    /// the first ones of block 0 fail.
+    #[derive(Default)]
+    struct Narrow {
+        taken: VecDeque<(u64, Op)>,
+        order: Vec<u64>,
+        failures: u32,
+        waits: Vec<Duration>,
+        others: usize,
+    }
+
+    #[derive(Clone, Default)]
+    struct Shared(Arc<Mutex<Narrow>>);
+
+    const PLACES: usize = 2;
+
+    impl IoChannel for Shared {
+        fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
+            let mut narrow = self.0.lock();
+            if narrow.taken.len() + narrow.others >= PLACES {
+                return Err(SubmitError::Busy(op));
+            }
+            narrow.order.push(op.lba());
+            narrow.taken.push_back((tag, op));
+            Ok(())
+        }
+
+        fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+            let mut narrow = self.0.lock();
+            let Some((tag, op)) = narrow.taken.pop_front() else {
+                return 0;
+            };
+            let mut result = Ok(());
+            if op.lba() == 0 && narrow.failures > 0 {
+                narrow.failures -= 1;
+                let info = pumice_bdev::open("null://1M").unwrap().info().clone();
+                result = Err(info.error(&op, IoErrorKind::NoMemory, "injected"));
+            }
+            out.push(Completion { tag, op, result });
+            1
+        }
+
+        fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
+            self.0.lock().waits.push(timeout);
+            Ok(())
+        }
+
+        fn in_flight(&self) -> usize {
+            self.0.lock().taken.len()
+        }
+    }
+
+    fn narrow(failures: u32) -> (Shared, SteadyChannel) {
+        let shared = Shared::default();
+        shared.0.lock().failures = failures;
+        let channel = SteadyChannel::new(Box::new(shared.clone()), Arc::default());
+        (shared, channel)
+    }
+
+    fn read(lba: u64) -> Op {
+        let buf = DmaBuf::new(4096).unwrap();
+        Op::Read { lba, buf }
+    }
+
+    #[test]
+    fn a_repeated_operation_does_not_starve_behind_new_ones() {
+        let (_, channel) = narrow(3);
+        let limit = Instant::now() + Duration::from_secs(20);
+        let mut engine = Engine::new(Box::new(channel));
+        let mut next = 0;
+        let mut first_is_done = false;
+        while !first_is_done {
+            // There is always more to do than there is room.
+            while engine.in_flight() < 4 * PLACES {
+                engine.submit((), read(next)).unwrap();
+                next += 1;
+            }
+            engine.reap(|_, (), op, result| {
+                assert!(result.is_ok());
+                first_is_done |= op.lba() == 0;
+                None
+            });
+            assert!(Instant::now() < limit, "block 0 is not read, others are");
+        }
+    }
+
+    #[test]
+    fn what_is_due_goes_first_and_is_waited_for_without_spinning() {
+        let (shared, mut channel) = narrow(1);
+        let mut out = Vec::new();
+        channel.submit(0, read(0)).unwrap();
+        shared.0.lock().others = PLACES;
+        assert_eq!(channel.poll(&mut out), 0);
+        assert_eq!(channel.in_flight(), 1);
+        // Room that others make is for the operation that is due.
+        shared.0.lock().others = PLACES - 1;
+        assert!(matches!(
+            channel.submit(1, read(1)),
+            Err(SubmitError::Busy(_))
+        ));
+        channel.poll(&mut out);
+        assert_eq!(shared.0.lock().order, [0, 0]);
+        channel.poll(&mut out);
+        assert!(matches!(
+            &out[..],
+            [Completion {
+                tag: 0,
+                result: Ok(()),
+                ..
+            }]
+        ));
+
+        // While all places are taken, a wait lasts until there may be room.
+        shared.0.lock().failures = 1;
+        shared.0.lock().others = 0;
+        channel.submit(0, read(0)).unwrap();
+        channel.submit(1, read(1)).unwrap();
+        shared.0.lock().others = PLACES - 1;
+        channel.poll(&mut out);
+        channel.wait(Duration::from_secs(7)).unwrap();
+        assert_eq!(shared.0.lock().waits, [Duration::from_secs(7)]);
     }
 
     #[test]
