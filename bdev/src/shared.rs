@@ -80,6 +80,8 @@ pub fn thread_number() -> usize {
 /// The shared channels; see the module.
 pub struct SharedChannels {
     channels: Vec<Mutex<Engine<Part>>>,
+    /// Number of batches whose completion has not returned.
+    unfinished: AtomicUsize,
 }
 
 impl SharedChannels {
@@ -99,7 +101,10 @@ impl SharedChannels {
                 }
             }
         }
-        Ok(SharedChannels { channels })
+        Ok(SharedChannels {
+            channels,
+            unfinished: AtomicUsize::new(0),
+        })
     }
 
     /// Starts `ops`. `on_done` runs once, without a lock, on whichever thread takes the last
@@ -122,6 +127,7 @@ impl SharedChannels {
                 on_done: Some(Box::new(on_done)),
             }),
         });
+        self.unfinished.fetch_add(1, Ordering::Relaxed);
         let mut finished = Vec::new();
         if ops.is_empty() {
             finished.push(Arc::clone(&batch));
@@ -133,7 +139,7 @@ impl SharedChannels {
         }
         reap(&mut channel, &mut finished);
         drop(channel);
-        finish(finished);
+        self.finish(finished);
         Ticket(batch)
     }
 
@@ -152,7 +158,7 @@ impl SharedChannels {
     /// Takes completions of the ticket's channel. Returns whether the batch is done.
     pub fn poll(&self, ticket: &Ticket) -> bool {
         if !ticket.is_done() {
-            try_reap(&self.channels[ticket.0.channel]);
+            self.try_reap(&self.channels[ticket.0.channel]);
         }
         ticket.is_done()
     }
@@ -166,7 +172,9 @@ impl SharedChannels {
 
     /// Takes completions of every channel. Never blocks.
     pub fn poll_all(&self) {
-        self.channels.iter().for_each(try_reap);
+        self.channels
+            .iter()
+            .for_each(|channel| self.try_reap(channel));
     }
 
     /// Waits a slice for any completion of any channel. Returns false if nothing is in flight.
@@ -190,9 +198,19 @@ impl SharedChannels {
         }
     }
 
-    /// Waits until nothing is in flight on any channel.
+    /// Waits until nothing is in flight on any channel and all completions have returned, those
+    /// that run on other threads included. Must not be called by a completion.
     pub fn drain(&self) {
-        while self.wait_any() {}
+        loop {
+            if self.wait_any() {
+                continue;
+            }
+            if self.unfinished.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            // A completion is running on another thread.
+            std::thread::yield_now();
+        }
     }
 
     fn drive(&self, index: usize) {
@@ -209,7 +227,42 @@ impl SharedChannels {
             }
         }
         MutexGuard::unlock_fair(channel);
-        finish(finished);
+        self.finish(finished);
+    }
+
+    /// Takes completions, unless another thread is doing so.
+    fn try_reap(&self, channel: &Mutex<Engine<Part>>) {
+        if let Some(mut channel) = channel.try_lock() {
+            let mut finished = Vec::new();
+            reap(&mut channel, &mut finished);
+            drop(channel);
+            self.finish(finished);
+        }
+    }
+
+    /// Runs the completions of batches whose operations have ended.
+    fn finish(&self, finished: Vec<Arc<Batch>>) {
+        for batch in finished {
+            let _returns = Returns(&self.unfinished);
+            let mut state = batch.state.lock();
+            let on_done = state.on_done.take();
+            let ops = state.ops.iter_mut().filter_map(Option::take).collect();
+            let result = state.error.take().map_or(Ok(()), Err);
+            drop(state);
+            if let Some(on_done) = on_done {
+                on_done(Outcome { ops, result });
+            }
+            batch.done.store(true, Ordering::Release);
+        }
+    }
+}
+
+/// Counts a completion as returned when it is dropped, also by a panic.
+struct Returns<'a>(&'a AtomicUsize);
+
+impl Drop for Returns<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
     }
 }
 
@@ -222,16 +275,6 @@ impl Drop for SharedChannels {
 impl std::fmt::Debug for SharedChannels {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "SharedChannels({})", self.channels.len())
-    }
-}
-
-/// Takes completions, unless another thread is doing so.
-fn try_reap(channel: &Mutex<Engine<Part>>) {
-    if let Some(mut channel) = channel.try_lock() {
-        let mut finished = Vec::new();
-        reap(&mut channel, &mut finished);
-        drop(channel);
-        finish(finished);
     }
 }
 
@@ -256,20 +299,6 @@ fn complete(
     drop(state);
     if batch.remaining.fetch_sub(1, Ordering::AcqRel) == 1 {
         finished.push(batch);
-    }
-}
-
-fn finish(finished: Vec<Arc<Batch>>) {
-    for batch in finished {
-        let mut state = batch.state.lock();
-        let on_done = state.on_done.take();
-        let ops = state.ops.iter_mut().filter_map(Option::take).collect();
-        let result = state.error.take().map_or(Ok(()), Err);
-        drop(state);
-        if let Some(on_done) = on_done {
-            on_done(Outcome { ops, result });
-        }
-        batch.done.store(true, Ordering::Release);
     }
 }
 
@@ -321,6 +350,27 @@ mod tests {
         let t = shared.submit(vec![read(0), read(1 << 50)], move |o| tx.send(o).unwrap());
         shared.wait(&t);
         assert!(rx.try_recv().unwrap().result.is_err());
+    }
+
+    #[test]
+    fn a_drain_waits_for_completions_on_other_threads() {
+        let shared = Arc::new(channels());
+        let ended = Arc::new(AtomicBool::new(false));
+        let (running, is_running) = std::sync::mpsc::channel();
+        let (other, ends) = (Arc::clone(&shared), Arc::clone(&ended));
+        let reaper = std::thread::spawn(move || {
+            let buf = DmaBuf::new(512).unwrap();
+            let ticket = other.submit(vec![Op::Read { lba: 0, buf }], move |_| {
+                running.send(()).unwrap();
+                std::thread::sleep(Duration::from_millis(50));
+                ends.store(true, Ordering::Release);
+            });
+            other.wait(&ticket);
+        });
+        is_running.recv().unwrap();
+        shared.drain();
+        assert!(ended.load(Ordering::Acquire));
+        reaper.join().unwrap();
     }
 
     #[test]
