@@ -412,8 +412,13 @@ impl FileCache {
                 at += (REGION - in_region) as u64;
                 continue;
             };
-            let clean = region.whole.load().as_ref().is_some_and(|f| !f.is_dirty());
-            if clean && in_region == 0 && to - at >= REGION as u64 {
+            // The last region of a file ends before its frame does.
+            let clean = region
+                .whole
+                .load()
+                .as_ref()
+                .is_some_and(|f| !f.is_dirty() && to - at >= f.bytes.filled() as u64);
+            if clean && in_region == 0 {
                 region.whole.store(None);
             }
             if let Some(pages) = region.pages.get() {
@@ -612,6 +617,22 @@ mod tests {
             Some(edge - 4096..edge)
         );
         assert_eq!(fc.first_missing(edge, edge + 1), Some(edge..edge + 4096));
+    }
+
+    #[test]
+    fn the_clean_frame_of_a_short_last_region_is_dropped() {
+        let fc = FileCache::new(&Cache::new(64 << 20));
+        let buf = DmaBuf::new(REGION).unwrap();
+        let short = Frame::new(&fc, 0, 0, Arc::new(FillBuf::from_buf(buf, 5000)), true);
+        fc.install_whole(&short);
+        let mut byte = [0u8; 1];
+        fc.drop_clean(0, 5000);
+        assert_eq!(fc.copy(0, &mut byte), 1, "it is dirty");
+        short.release_dirty();
+        fc.drop_clean(0, 4999);
+        assert_eq!(fc.copy(0, &mut byte), 1, "a byte of it is to stay");
+        fc.drop_clean(0, 5000);
+        assert_eq!(fc.copy(0, &mut byte), 0);
     }
 
     #[test]
