@@ -2,7 +2,9 @@
 
 mod common;
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::time::Duration;
 
 use common::*;
 use pumice_bdev::BlockDevice;
@@ -344,6 +346,62 @@ fn external_snapshots() {
         assert!(whole(&store.open(id).unwrap()) == model);
         store.unload().unwrap();
     }
+}
+
+/// The function that opens an external snapshot is called without a lock: it may use the store.
+#[test]
+fn an_external_snapshot_is_opened_without_a_lock() {
+    let base = memory_with(&vec![7; usize::try_from(4 * CLUSTER).unwrap()], 512);
+    let known: Arc<OnceLock<Blobstore>> = Arc::default();
+    let calls = Arc::new(AtomicUsize::new(0));
+    let (store_of, count) = (Arc::clone(&known), Arc::clone(&calls));
+    let open: OpenExternal = Arc::new(move |_: BlobId, _: &[u8]| {
+        count.fetch_add(1, Ordering::SeqCst);
+        let store = store_of.get().unwrap().clone();
+        let (sent, received) = mpsc::channel();
+        // In a thread of its own, so that a lock is a failure and not a hang.
+        std::thread::spawn(move || sent.send(store.create(&CreateOptions::default())));
+        let created = received.recv_timeout(Duration::from_secs(10));
+        created.expect("the store can be used").unwrap();
+        Ok(base.clone())
+    });
+    let opts = InitOptions {
+        cluster_size: 16384,
+        open_external: Some(open),
+        ..InitOptions::default()
+    };
+    let store = Blobstore::init(memory(8 << 20, 4096), &opts).unwrap();
+    known.set(store.clone()).unwrap();
+    let create = CreateOptions {
+        num_clusters: 4,
+        thin: true,
+        ..CreateOptions::default()
+    };
+    let [first, second] = [(); 2].map(|()| store.create(&create).unwrap());
+    let mut opened = 0;
+    let mut opens = |step: &str| {
+        let now = calls.load(Ordering::SeqCst);
+        assert_eq!(now - opened, 1, "{step}");
+        opened = now;
+    };
+    store.set_external_parent(first, b"base").unwrap();
+    opens("a new parent");
+    assert_eq!(marks(&store.open(first).unwrap()), [7; 4]);
+    opens("an opening");
+    let snapshot = store.snapshot(first, &[]).unwrap();
+    let blob = store.open(second).unwrap();
+    store.set_parent(second, snapshot).unwrap();
+    opens("a parent that has one");
+    assert_eq!(marks(&blob), [7; 4]);
+    drop(blob);
+    store.inflate(second).unwrap();
+    opens("an inflation");
+    store.delete(snapshot).unwrap();
+    opens("the deletion of a parent");
+    store.decouple(first).unwrap();
+    opens("a decoupling");
+    assert_eq!(marks(&store.open(first).unwrap()), [7; 4]);
+    verify(&store);
 }
 
 #[test]

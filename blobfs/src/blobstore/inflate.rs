@@ -175,6 +175,8 @@ impl Blobstore {
     /// Fails if the sizes differ, if the parent is not read-only or descends from the blob, and
     /// when the device fails.
     pub fn set_parent(&self, id: BlobId, parent: BlobId) -> Result<(), Error> {
+        // While it is open, so is an external snapshot below it, which the blob's handles need.
+        let _parent = self.open(parent)?;
         let plan = |state: &State| Ok((Scope::All, state.open_family(id)));
         let (_frozen, edit) = self.edit_frozen(plan)?;
         let state = edit.state();
@@ -211,13 +213,9 @@ impl Blobstore {
     /// number of clusters, and when the device fails.
     pub fn set_external_parent(&self, id: BlobId, external_id: &[u8]) -> Result<(), Error> {
         check_xattr(super::meta::EXTSNAP, external_id)?;
-        let plan = |state: &State| Ok((Scope::All, state.open_family(id)));
-        let (_frozen, edit) = self.edit_frozen(plan)?;
-        let external = {
-            let mut state = edit.state();
-            state.meta(id)?;
-            state.external(id, &external_id.into())?
-        };
+        self.inner.state.lock().meta(id)?;
+        // It stays open until the blob's handles have it.
+        let external = self.open_external(id, &external_id.into())?;
         if !external.len_bytes().is_multiple_of(self.cluster_size()) {
             return Err(Error::invalid(format!(
                 "the external snapshot has {} bytes, not a whole number of clusters of {}",
@@ -225,6 +223,8 @@ impl Blobstore {
                 self.cluster_size()
             )));
         }
+        let plan = |state: &State| Ok((Scope::All, state.open_family(id)));
+        let (_frozen, edit) = self.edit_frozen(plan)?;
         edit.relink(id, &Parent::External(external_id.into()))
     }
 

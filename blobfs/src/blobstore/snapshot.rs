@@ -95,6 +95,12 @@ impl Blobstore {
             let children = state.children.get(&id).filter(|_| !state.is_damaged(id))?;
             children.first().copied().filter(|_| children.len() == 1)
         };
+        // The clone's handles will need it.
+        let merges = merges_into(&self.inner.state.lock()).is_some();
+        let _external = match merges {
+            true => self.open_external_of(id)?,
+            false => None,
+        };
         let (_frozen, edit) = self.edit_frozen(|state| {
             let open = merges_into(state).map(|clone| state.open_family(clone));
             Ok((Scope::All, open.unwrap_or_default()))

@@ -111,6 +111,9 @@ pub(crate) struct State {
     pub externals: HashMap<Arc<[u8]>, Weak<External>>,
 }
 
+/// The snapshots below a blob, and the name of the external one at the end.
+type Below = (Option<Arc<Line>>, Option<Arc<[u8]>>);
+
 impl State {
     /// Returns the blob because of which nothing is allocated.
     pub fn held(&self) -> Option<BlobId> {
@@ -211,30 +214,42 @@ impl State {
         }
     }
 
-    /// Returns what the data path needs of a blob.
+    /// Returns what the data path needs of a blob. An external snapshot below it must be open.
     pub fn view(&mut self, id: BlobId) -> Result<View, Error> {
-        let meta = Arc::clone(self.meta(id)?);
-        if meta.flags.unknown_invalid() != 0 {
-            self.ancestry(id)?;
-        }
-        let (below, external_id) = match meta.parent() {
-            Parent::None => (None, None),
-            Parent::External(external_id) => (None, Some(external_id)),
-            Parent::Snapshot(parent) => {
-                let line = self.line(id, parent)?;
-                let external_id = line.external_id.clone();
-                (Some(line), external_id)
-            }
-        };
+        let (below, external_id) = self.below(id)?;
         let external = external_id
-            .map(|external_id| self.external(id, &external_id))
+            .map(|external_id| self.opened_external(id, &external_id))
             .transpose()?;
+        let meta = self.meta(id)?;
         Ok(View {
             own: Arc::clone(&meta.map),
             below,
             external,
             read_only: meta.flags.data_read_only(),
         })
+    }
+
+    /// Returns the name of the external snapshot below a blob.
+    pub fn external_id(&mut self, id: BlobId) -> Result<Option<Arc<[u8]>>, Error> {
+        Ok(self.below(id)?.1)
+    }
+
+    /// Returns what is below a blob: snapshots, and the name of an external one below those.
+    fn below(&mut self, id: BlobId) -> Result<Below, Error> {
+        let meta = self.meta(id)?;
+        let parent = meta.parent();
+        if meta.flags.unknown_invalid() != 0 {
+            self.ancestry(id)?;
+        }
+        match parent {
+            Parent::None => Ok((None, None)),
+            Parent::External(external_id) => Ok((None, Some(external_id))),
+            Parent::Snapshot(parent) => {
+                let line = self.line(id, parent)?;
+                let external_id = line.external_id.clone();
+                Ok((Some(line), external_id))
+            }
+        }
     }
 
     /// Returns the snapshot `parent` of `blob`, and its ancestors.
@@ -272,30 +287,6 @@ impl State {
             below = Some(line);
         }
         below.ok_or(Error::NoSuchBlob(parent))
-    }
-
-    /// Returns the external snapshot of a blob. The application opens it if it is not open yet.
-    pub fn external(&mut self, blob: BlobId, ext_id: &Arc<[u8]>) -> Result<Arc<External>, Error> {
-        if let Some(external) = self.externals.get(ext_id).and_then(Weak::upgrade) {
-            return Ok(external);
-        }
-        let open = self.open_external.as_ref().ok_or_else(|| Error::CannotOpen {
-            blob,
-            reason: "it is a clone of an external snapshot, and no way to open one was given at load".to_owned(),
-        })?;
-        let dev = open.open(blob, ext_id).map_err(|error| Error::CannotOpen {
-            blob,
-            reason: format!(
-                "its external snapshot \"{}\": {error}",
-                ext_id.escape_ascii()
-            ),
-        })?;
-        let external = Arc::new(External::new(dev));
-        self.externals
-            .retain(|_, external| external.strong_count() > 0);
-        self.externals
-            .insert(Arc::clone(ext_id), Arc::downgrade(&external));
-        Ok(external)
     }
 
     /// Returns a blob and its descendants.

@@ -501,21 +501,30 @@ impl Blobstore {
             return Ok(self.handle(shared));
         }
         // A change in progress may delete it or take clusters from it, so nobody looks at it
-        // meanwhile.
-        let _turn = self.turn(Scope::Blobs(vec![id]))?;
-        let mut state = self.inner.state.lock();
-        let shared = match state.opened(id)? {
-            Some(shared) => shared,
-            None => {
-                let view = state.view(id)?;
-                let meta = Arc::clone(state.meta(id)?);
-                let shared = Arc::new(Shared::new(meta, view));
-                let root = id.page().expect("it has metadata");
-                let slot = state.blobs.get_mut(&root).expect("it has metadata");
-                slot.handle = Arc::downgrade(&shared);
-                shared
+        // meanwhile. One that ends before the turn comes may have given it another parent.
+        loop {
+            let external = self.open_external_of(id)?;
+            let _turn = self.turn(Scope::Blobs(vec![id]))?;
+            let mut state = self.inner.state.lock();
+            if let Some(shared) = state.opened(id)? {
+                return Ok(self.handle(shared));
             }
+            let named = state.external_id(id)?;
+            if named.is_none_or(|named| state.is_external(&named, external.as_ref())) {
+                return Ok(self.handle(state.make_handle(id)?));
+            }
+        }
+    }
+
+    /// Opens a blob that a change has just created, while its turn lasts: so nothing has to be
+    /// waited for. The blob has no parent.
+    pub(crate) fn open_created(&self, id: BlobId) -> Result<Blob, Error> {
+        let mut state = self.inner.state.lock();
+        let shared = match state.shared(id) {
+            Some(shared) => shared,
+            None => state.make_handle(id)?,
         };
+        drop(state);
         Ok(self.handle(shared))
     }
 
@@ -725,6 +734,17 @@ impl Blobstore {
 }
 
 impl State {
+    /// Makes the part that the handles of a blob share. The blob is not open.
+    fn make_handle(&mut self, id: BlobId) -> Result<Arc<Shared>, Error> {
+        let view = self.view(id)?;
+        let meta = Arc::clone(self.meta(id)?);
+        let shared = Arc::new(Shared::new(meta, view));
+        let root = id.page().expect("it has metadata");
+        let slot = self.blobs.get_mut(&root).expect("it has metadata");
+        slot.handle = Arc::downgrade(&shared);
+        Ok(shared)
+    }
+
     /// Returns the blob, if it is open and can still be opened.
     fn opened(&self, id: BlobId) -> Result<Option<Arc<Shared>>, Error> {
         if self.unloaded {

@@ -174,28 +174,39 @@ impl Transaction {
     /// Nothing is changed then, unless the device failed at a commit point ([`Error::Stopped`]
     /// afterwards).
     pub fn commit(self) -> Result<Committed, Error> {
+        self.commit_then(|_| ()).map(|(committed, ())| committed)
+    }
+
+    /// Makes all changes as [`Transaction::commit`] does, and opens a blob that they create and
+    /// that has no parent. Opening it waits for nothing.
+    pub(crate) fn commit_and_open(self, blob: BlobRef) -> Result<Blob, Error> {
+        let store = self.store.clone();
+        let (_, opened) = self.commit_then(|committed| store.open_created(committed.id(blob)))?;
+        opened
+    }
+
+    /// Makes all changes, and calls `then` before anybody else changes their blobs.
+    fn commit_then<T>(self, then: impl FnOnce(&Committed) -> T) -> Result<(Committed, T), Error> {
         if !self.steps.is_empty() {
             self.store.grow_metadata_if_scarce(self.spend);
         }
         let (_frozen, edit) = self.store.edit_frozen(|state| Ok(self.plan(state)))?;
         let mut created = Vec::with_capacity(self.created);
-        if self.steps.is_empty() {
-            return Ok(Committed {
-                transaction: self.number,
-                created,
-            });
+        if !self.steps.is_empty() {
+            edit.change(|state, change| {
+                change.spend = self.spend;
+                for step in &self.steps {
+                    self.stage(state, change, step, &mut created)?;
+                }
+                Ok(())
+            })?;
         }
-        edit.change(|state, change| {
-            change.spend = self.spend;
-            for step in &self.steps {
-                self.stage(state, change, step, &mut created)?;
-            }
-            Ok(())
-        })?;
-        Ok(Committed {
+        let committed = Committed {
             transaction: self.number,
             created,
-        })
+        };
+        let then = then(&committed);
+        Ok((committed, then))
     }
 
     fn stage(

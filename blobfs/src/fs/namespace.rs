@@ -100,19 +100,13 @@ impl Namespace {
             .as_ref()
             .map(|old| self.lives.lose_name(&mut tx, old, path))
             .transpose()?;
-        let committed = match tx.commit() {
-            Ok(committed) => committed,
+        let blob = match tx.commit_and_open(new) {
+            Ok(blob) => blob,
             Err(e) => {
                 self.lives.undo_loss(old.as_ref(), loss);
                 return Err(self.vol.commit_error(format!("{path}: create"), e));
             }
         };
-        let id = committed.id(new);
-        let blob = self
-            .vol
-            .store
-            .open(id)
-            .map_err(|e| self.vol.store_error(format!("{path}: create"), e))?;
         let ino = Inode::new(blob, 0, vec![path.to_owned()], mtime, &self.cache);
         ino.essential.store(how.essential, Ordering::Relaxed);
         ino.opens.fetch_add(1, Ordering::SeqCst);

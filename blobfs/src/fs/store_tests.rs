@@ -171,6 +171,43 @@ fn a_snapshot_waits_for_writes_in_flight() {
     });
 }
 
+/// A new file is opened with its creation: a later change of the whole store, which the device does
+/// not end, keeps nobody from it.
+#[test]
+fn a_created_file_is_open_before_a_later_change_begins() {
+    let base = pumice_bdev::open("malloc://64M?block_size=4096").unwrap();
+    let dev = Arc::new(ErrorDevice::new(None, base));
+    let fs = mount_on(Arc::clone(&dev) as Arc<dyn BlockDevice>);
+    drop(file(&fs, "/f", 1, 5000));
+    let hang = |range| Injection {
+        op: Some(OpKind::Write),
+        failure: Failure::Hang,
+        count: 1,
+        range: Some(range),
+        queue_depth: 0,
+    };
+    dev.inject(hang((1, 1000)));
+    std::thread::scope(|scope| {
+        let creator = scope.spawn(|| fs.open("/f", OpenOptions::FRESH));
+        while !dev.injections().is_empty() {
+            std::thread::yield_now();
+        }
+        dev.inject(hang((0, 1)));
+        let later = scope.spawn(|| store(&fs).set_super_blob(Some(BlobId::from_page(7))));
+        // It waits for the creation.
+        std::thread::sleep(Duration::from_millis(50));
+        dev.resume();
+        let created = creator.join().unwrap();
+        while !dev.injections().is_empty() {
+            std::thread::yield_now();
+        }
+        dev.resume();
+        later.join().unwrap().unwrap();
+        assert_eq!(created.unwrap().len(), 0);
+    });
+    assert_eq!(fs.open("/f", OpenOptions::READ).unwrap().len(), 0);
+}
+
 /// Writes that no thread waits for do not block the thread that moves clusters.
 #[test]
 fn a_snapshot_drives_what_is_in_flight() {
