@@ -348,6 +348,37 @@ fn external_snapshots() {
     }
 }
 
+#[test]
+fn a_snapshot_in_the_middle_of_a_chain_is_cut_off() {
+    for inflate in [true, false] {
+        let store = store(8 << 20);
+        let blob = create(&store, 4, true, true);
+        mark(&blob, 0, 1);
+        mark(&blob, 1, 1);
+        let oldest = store.snapshot(blob.id(), &[]).unwrap();
+        mark(&blob, 1, 2);
+        let middle = store.snapshot(blob.id(), &[]).unwrap();
+        mark(&blob, 2, 3);
+        match inflate {
+            true => store.inflate(middle).unwrap(),
+            false => store.decouple(middle).unwrap(),
+        }
+        let cut = store.open(middle).unwrap();
+        assert_eq!(
+            (cut.parent(), cut.is_thin(), cut.num_allocated()),
+            (Parent::None, !inflate, if inflate { 4 } else { 2 })
+        );
+        assert!(cut.is_read_only());
+        drop(cut);
+        store.delete(oldest).unwrap();
+        assert_eq!(marks(&store.open(middle).unwrap()), [1, 2, 0, 0]);
+        assert_eq!(marks(&blob), [1, 2, 3, 0]);
+        mark(&blob, 0, 4);
+        assert_eq!(marks(&store.open(middle).unwrap()), [1, 2, 0, 0]);
+        verify(&store);
+    }
+}
+
 /// The function that opens an external snapshot is called without a lock: it may use the store.
 #[test]
 fn an_external_snapshot_is_opened_without_a_lock() {

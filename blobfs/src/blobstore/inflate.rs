@@ -42,11 +42,12 @@ struct Copies {
 
 impl Blobstore {
     /// Gives a thin blob all its clusters, with the content that it reads there. It is then thick
-    /// and has no parent. Durable on return. Blocks; other operations go on meanwhile.
+    /// and has no parent. The blob may be a snapshot, whose content stays the same. Durable on
+    /// return. Blocks; other operations go on meanwhile.
     ///
     /// # Errors
-    /// Fails if there are too few free clusters, if the blob's metadata is read-only, and when the
-    /// device fails. The blob is then as it was.
+    /// Fails if there are too few free clusters, if a newer version forbids changes of the blob's
+    /// metadata, and when the device fails. The blob is then as it was.
     pub fn inflate(&self, id: BlobId) -> Result<(), Error> {
         self.detach(id, Which::All)
     }
@@ -77,7 +78,7 @@ impl Blobstore {
         let id = blob.id();
         let edit = self.edit(&Scope::Blobs(vec![id]))?;
         let mut state = edit.state();
-        state.check_writable(id)?;
+        state.check_copyable(id)?;
         let meta = Arc::clone(state.meta(id)?);
         if which == Which::Parents && meta.parent() == Parent::None {
             return Err(Error::invalid(format!(
@@ -343,6 +344,21 @@ fn missing(blob: &Blob, which: Which, limit: u64) -> Vec<u64> {
 }
 
 impl State {
+    /// Checks whether a blob may get clusters of its own. A snapshot may: that a blob is read-only
+    /// is said of its content.
+    fn check_copyable(&self, id: BlobId) -> Result<(), Error> {
+        let flags = self.meta(id)?.flags;
+        self.ancestry(id)?;
+        let content = Flags {
+            data_ro: flags.data_ro & !Flags::READ_ONLY,
+            ..flags
+        };
+        if content.md_read_only() {
+            return Err(Error::ReadOnly(id));
+        }
+        Ok(())
+    }
+
     /// Takes clusters for what the blob has grown by since the list was made.
     fn take_grown(
         &mut self,
