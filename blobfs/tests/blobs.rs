@@ -81,10 +81,17 @@ fn a_store_of_each_geometry_loads_again() {
         Blobstore::init(memory(8192, 512), &InitOptions::default()),
         Err(Error::InvalidInput(_) | Error::Geometry { .. })
     ));
-    // With one metadata page per cluster, clusters of one page leave no room.
+    // By default clusters of one page have room beside the metadata pages.
     let opts = InitOptions {
         cluster_size: 4096,
         ..InitOptions::default()
+    };
+    let store = Blobstore::init(memory(1 << 24, 512), &opts).unwrap();
+    assert_eq!(store.md_pages().total, 1024);
+    assert!(store.free_clusters() > 3000);
+    let opts = InitOptions {
+        md_pages: Some(4096),
+        ..opts
     };
     let error = Blobstore::init(memory(1 << 24, 512), &opts)
         .unwrap_err()

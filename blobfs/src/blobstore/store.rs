@@ -41,8 +41,9 @@ use super::transaction::Transaction;
 pub struct InitOptions {
     /// Bytes of a cluster, a multiple of 4096.
     pub cluster_size: u32,
-    /// Number of pages of the metadata region, by default one for each cluster. A blob takes at
-    /// least one. The region can grow later ([`Blobstore::grow_md_pages`]).
+    /// Number of pages of the metadata region, by default one for each cluster, but not more than a
+    /// quarter of the device. A blob takes at least one. The region can grow later
+    /// ([`Blobstore::grow_md_pages`]).
     pub md_pages: Option<u32>,
     /// The type, which says what the store is used for.
     pub bstype: BsType,
@@ -975,7 +976,10 @@ fn lay_out(size: u64, block_size: u32, opts: &InitOptions) -> Result<SuperBlock,
             ));
         }
         Some(md_len) => md_len,
-        None => clusters.max(1),
+        // Clusters of 4096 bytes would otherwise have a page each, which leaves no room for them.
+        None => clusters
+            .min(u32::try_from(size / (4 * PAGE_SIZE_U64)).unwrap_or(u32::MAX))
+            .max(1),
     };
     let too_much = |md_clusters: u64| {
         Error::invalid(format!(
