@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use common::*;
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
-use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, OpKind};
+use pumice_bdev::{AsyncChannel, BdevError, BlockDevice, DmaBuf, OpKind};
 use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions};
 use pumice_blobfs::blobstore::{
     Blob, BlobId, Blobstore, CreateOptions, Error, InitOptions, LoadOptions,
@@ -413,7 +413,8 @@ fn a_device_is_loaded_once() {
     };
     let busy = |result: Result<Blobstore, Error>| {
         let error = result.unwrap_err();
-        assert!(matches!(error, Error::Busy(_)), "{error}");
+        let in_use = matches!(error, Error::Device(BdevError::InUse { .. }));
+        assert!(in_use, "{error}");
     };
     for dev in [&dev, &through] {
         busy(Blobstore::load(Arc::clone(dev), &LoadOptions::default()));

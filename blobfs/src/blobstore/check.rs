@@ -4,6 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
 
+#[cfg(doc)]
+use pumice_bdev::BdevError;
 use pumice_bdev::BlockDevice;
 
 use super::alloc::{Bitmap, iter_words};
@@ -262,8 +264,8 @@ pub fn plan(dev: &Arc<dyn BlockDevice>) -> Result<RepairPlan, Error> {
 /// owners stay as they are. Blocks.
 ///
 /// # Errors
-/// Fails when the store is loaded ([`Error::Busy`]), when it has damage that is not in the plan
-/// ([`Error::DamagedStore`]; nothing was changed), and as [`Blobstore::load`] and
+/// Fails when the store is loaded ([`BdevError::InUse`]), when it has damage that is not in the
+/// plan ([`Error::DamagedStore`]; nothing was changed), and as [`Blobstore::load`] and
 /// [`Blobstore::unload`] do.
 pub fn apply(dev: &Arc<dyn BlockDevice>, plan: &RepairPlan) -> Result<Vec<String>, Error> {
     let before = check(dev)?;

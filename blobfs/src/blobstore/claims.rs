@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::LazyLock;
 
 use parking_lot::Mutex;
-use pumice_bdev::BlockDevice;
+use pumice_bdev::{BdevError, BlockDevice};
 
 use super::error::Error;
 
@@ -30,7 +30,7 @@ impl Claim {
     /// Claims a device exclusively, or for reading together with other readers.
     ///
     /// # Errors
-    /// Fails with [`Error::Busy`].
+    /// Fails with [`BdevError::InUse`].
     pub fn new(dev: &dyn BlockDevice, read_only: bool) -> Result<Claim, Error> {
         let key = dev.identity();
         let mut uses = USES.lock();
@@ -39,10 +39,10 @@ impl Claim {
             (None, false) => Use::Write,
             (Some(Use::Read(n)), true) => Use::Read(n + 1),
             (Some(_), _) => {
-                return Err(Error::Busy(format!(
-                    "{}: this process has loaded a store from this device already; unload that first",
-                    dev.info().name
-                )));
+                return Err(Error::Device(BdevError::InUse {
+                    device: dev.info().name.clone(),
+                    pid: Some(std::process::id()),
+                }));
             }
         };
         uses.insert(key, next);

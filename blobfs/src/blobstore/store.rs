@@ -157,8 +157,8 @@ impl Blobstore {
     ///
     /// # Errors
     /// Fails with [`BdevError::NotBlank`], for sizes that do not fit the device, when the device
-    /// fails, and with [`Error::Busy`] if this process has loaded a store from the device. An image
-    /// file that was created by opening the device is then removed when the device is closed.
+    /// fails, and with [`BdevError::InUse`] if this process has loaded a store from the device. An
+    /// image file that was created by opening the device is then removed when the device is closed.
     pub fn init(dev: Arc<dyn BlockDevice>, opts: &InitOptions) -> Result<Blobstore, Error> {
         let claim = Claim::new(&*dev, false)?;
         let formatting = Formatting::begin(&dev, Overwrite::forced(opts.force))?;
@@ -222,7 +222,7 @@ impl Blobstore {
     ///
     /// # Errors
     /// Fails if there is no store, if it has another type, if its figures do not fit the device,
-    /// when the device fails, and with [`Error::Busy`] if this process has loaded a store from the
+    /// when the device fails, and with [`BdevError::InUse`] if this process has loaded a store from the
     /// device already. Several may be loaded if all are read-only.
     pub fn load(dev: Arc<dyn BlockDevice>, opts: &LoadOptions) -> Result<Blobstore, Error> {
         Blobstore::load_with(dev, opts, false)

@@ -330,6 +330,7 @@ impl From<BdevError> for FsError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fs::{FileSystem, FormatOptions, MountOptions};
 
     fn io(kind: IoErrorKind) -> FsError {
         let dev = pumice_bdev::open("malloc://1M").unwrap();
@@ -369,5 +370,17 @@ mod tests {
             assert_eq!(error.is_retryable(), retryable, "{error}");
             assert_eq!(error.is_no_space(), errno == libc::ENOSPC, "{error}");
         }
+    }
+
+    #[test]
+    fn a_device_that_is_mounted_already_is_in_use() {
+        let dev = pumice_bdev::open("malloc://64M?block_size=4096").unwrap();
+        FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
+        let mount = || FileSystem::mount(Arc::clone(&dev), &MountOptions::default());
+        let fs = mount().unwrap();
+        let twice = mount().unwrap_err();
+        assert_eq!(twice.errno(), libc::EBUSY, "{twice}");
+        fs.unmount().unwrap();
+        mount().unwrap();
     }
 }
