@@ -170,7 +170,8 @@ impl AsyncChannel {
     }
 
     /// Runs `future` to its end on this thread: polls it, then the channel. When neither makes
-    /// progress, the channel spins briefly and then sleeps.
+    /// progress, the channel spins briefly and then sleeps. The future is polled at least every 10 ms,
+    /// also if nothing has woken it, so that it can keep to a time limit.
     pub fn block_on<F: Future>(&self, future: F) -> F::Output {
         let mut future = pin!(future);
         let depth = self.inner.depth.get();
@@ -191,10 +192,14 @@ impl AsyncChannel {
             {
                 return out;
             }
-            if !signal.woken.load(Ordering::SeqCst) {
+            let idled = !signal.woken.load(Ordering::SeqCst);
+            if idled {
                 self.idle(&signal);
             }
-            self.pump();
+            if self.pump() == 0 && idled {
+                // A future with a time limit looks at the clock.
+                signal.woken.store(true, Ordering::Relaxed);
+            }
         }
     }
 
@@ -545,6 +550,19 @@ mod tests {
         assert_eq!(Rc::strong_count(&kept), 2);
         ch.drain();
         assert_eq!(Rc::strong_count(&kept), 1);
+    }
+
+    #[test]
+    fn a_future_that_nobody_wakes_can_give_up() {
+        let ch = channel();
+        let deadline = std::time::Instant::now() + Duration::from_millis(5);
+        ch.block_on(std::future::poll_fn(|_| {
+            if std::time::Instant::now() < deadline {
+                Poll::Pending
+            } else {
+                Poll::Ready(())
+            }
+        }));
     }
 
     #[test]

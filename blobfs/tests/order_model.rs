@@ -91,17 +91,18 @@ fn all_kinds_of_waiters() {
         }),
         // This is a future that is first polled by one thread, then by another.
         spawn(|world| {
-            let mut waiting = Box::pin(world.order.enter_async(Scope::All));
+            let mut waiting = Box::pin(world.order.enter_async(Scope::All, LIMIT));
             let mut nobody = Context::from_waker(Waker::noop());
-            let _turn = match waiting.as_mut().poll(&mut nobody) {
+            let turn = match waiting.as_mut().poll(&mut nobody) {
                 std::task::Poll::Ready(turn) => turn,
                 std::task::Poll::Pending => shuttle::future::block_on(waiting),
             };
+            let _turn = turn.unwrap();
             world.change(&[0, 1]);
         }),
         // This is a future that is dropped, before or after its turn has come.
         spawn(|world| {
-            let mut waiting = Box::pin(world.order.enter_async(blobs(&[1])));
+            let mut waiting = Box::pin(world.order.enter_async(blobs(&[1]), LIMIT));
             let mut nobody = Context::from_waker(Waker::noop());
             if waiting.as_mut().poll(&mut nobody).is_pending() {
                 shuttle::thread::yield_now();

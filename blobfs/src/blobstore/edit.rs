@@ -77,19 +77,21 @@ impl Blobstore {
     /// Fails if it does not come.
     pub(crate) fn turn(&self, scope: Scope) -> Result<Turn<'_>, Error> {
         let turn = self.inner.order.enter(scope, DRAIN_TIMEOUT);
-        turn.ok_or_else(|| {
-            Error::Busy(
-                "another change of the same blobs does not come to an end; poll or drop its future before this operation"
-                    .to_owned(),
-            )
-        })
+        turn.ok_or_else(turn_never_comes)
     }
 
     /// Begins an edit as [`Blobstore::edit`] does, for asynchronous code: this thread's own I/O
     /// goes on while it waits.
+    ///
+    /// # Errors
+    /// Fails as [`Blobstore::edit`] does.
     pub(crate) async fn edit_async(&self, scope: &Scope) -> Result<Edit<'_>, Error> {
         loop {
-            let turn = self.inner.order.enter_async(self.widened(scope)).await;
+            let turn = self
+                .inner
+                .order
+                .enter_async(self.widened(scope), DRAIN_TIMEOUT);
+            let turn = turn.await.ok_or_else(turn_never_comes)?;
             if let Some(edit) = self.entered(turn)? {
                 return Ok(edit);
             }
@@ -138,6 +140,14 @@ impl Blobstore {
         edit.state().check_takes_changes()?;
         Ok(Some(edit))
     }
+}
+
+/// Returns the error of a turn that does not come.
+fn turn_never_comes() -> Error {
+    Error::Busy(
+        "another change of the same blobs does not come to an end; poll or drop its future before this operation"
+            .to_owned(),
+    )
 }
 
 /// Returns the error of a gate that does not become empty.

@@ -162,31 +162,33 @@ impl Order {
     }
 
     /// Enters as [`Order::enter`] does, for asynchronous code: this thread's own I/O goes on while
-    /// it waits. A future that is dropped gives up its place.
-    pub async fn enter_async(&self, scope: Scope) -> Turn<'_> {
+    /// it waits. A future that is dropped gives up its place. The limit takes effect when the future
+    /// is next polled, and nothing wakes it for that.
+    pub async fn enter_async(&self, scope: Scope, limit: Duration) -> Option<Turn<'_>> {
         let mut waiting: Option<Waiting<'_>> = None;
         let number = poll_fn(|cx| {
             if let Some(place) = &mut waiting {
                 return place.poll(cx.waker());
             }
             match self.join(&scope, || cx.waker().clone()) {
-                (number, None) => Poll::Ready(number),
+                (number, None) => Poll::Ready(Some(number)),
                 (number, Some(waiter)) => {
                     waiting = Some(Waiting {
                         order: self,
                         number,
                         waiter: Some(waiter),
+                        deadline: Instant::now() + limit,
                     });
                     Poll::Pending
                 }
             }
         })
-        .await;
-        Turn {
+        .await?;
+        Some(Turn {
             order: self,
             number,
             scope,
-        }
+        })
     }
 
     /// Takes a place. Returns a waiter if its turn has not come yet.
@@ -226,16 +228,20 @@ struct Waiting<'a> {
     order: &'a Order,
     number: u64,
     waiter: Option<Arc<Waiter>>,
+    deadline: Instant,
 }
 
 impl Waiting<'_> {
-    fn poll(&mut self, waker: &Waker) -> Poll<u64> {
+    /// Returns the number of the place when its turn has come, or `None` when it is given up.
+    fn poll(&mut self, waker: &Waker) -> Poll<Option<u64>> {
         let waiter = self.waiter.as_ref().expect("polled after completion");
         waiter.waker.lock().clone_from(waker);
         // This is read after the waker was stored: whoever grants the turn later wakes that one.
         if waiter.granted.load(Ordering::Acquire) {
             self.waiter = None;
-            Poll::Ready(self.number)
+            Poll::Ready(Some(self.number))
+        } else if Instant::now() >= self.deadline {
+            Poll::Ready(None)
         } else {
             Poll::Pending
         }
