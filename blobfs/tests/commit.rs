@@ -5,12 +5,13 @@
 mod common;
 #[path = "common/flaky.rs"]
 mod flaky;
+#[path = "common/task.rs"]
+mod task;
 
 use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -27,18 +28,9 @@ use pumice_blobfs::blobstore::{
 };
 use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, OpenOptions};
 use rand::prelude::*;
+use task::{LIMIT, spawn, wait_for};
 
-/// Longer than anything here takes: a hang is a failure.
-const LIMIT: Duration = Duration::from_secs(60);
 const CLUSTER: u64 = 16384;
-
-fn wait_for(what: &str, mut until: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !until() {
-        assert!(start.elapsed() < LIMIT, "{what}: not within {LIMIT:?}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
 
 /// Writes that meet. Once armed, the device holds each of them back until this many are in flight.
 #[derive(Debug)]
@@ -243,33 +235,6 @@ fn hang_root(dev: &ErrorDevice, store: &Blobstore, id: BlobId) {
         range: Some((u64::from(store.super_block().md_start.get()) + root, 1)),
         queue_depth: 0,
     });
-}
-
-struct Task<T> {
-    thread: JoinHandle<T>,
-    ended: mpsc::Receiver<()>,
-}
-
-fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Task<T> {
-    let (tell, ended) = mpsc::channel();
-    let thread = std::thread::spawn(move || {
-        let result = work();
-        let _ = tell.send(());
-        result
-    });
-    Task { thread, ended }
-}
-
-impl<T> Task<T> {
-    /// Whether it is still running a while later. This is never wrong if it has to be.
-    fn still_waits(&self) -> bool {
-        self.ended.recv_timeout(Duration::from_millis(100)).is_err() && !self.thread.is_finished()
-    }
-
-    fn join(self, what: &str) -> T {
-        wait_for(what, || self.thread.is_finished());
-        self.thread.join().unwrap()
-    }
 }
 
 fn set(store: &Blobstore, id: BlobId, value: &[u8]) -> Result<(), Error> {

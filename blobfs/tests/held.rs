@@ -2,13 +2,13 @@
 //! else does.
 
 mod common;
+#[path = "common/task.rs"]
+mod task;
 
 use std::future::Future as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
 use std::task::{Context, Waker};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::*;
@@ -18,10 +18,9 @@ use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions};
 use pumice_blobfs::blobstore::{
     Blob, BlobId, Blobstore, CreateOptions, Error, InitOptions, LoadOptions,
 };
+use task::{Task, spawn, wait_for};
 
 const CLUSTER: u64 = 16384;
-/// Longer than anything here takes: a hang is a failure.
-const LIMIT: Duration = Duration::from_secs(60);
 
 fn store_on(base: Arc<dyn BlockDevice>) -> (Arc<ErrorDevice>, Blobstore) {
     let dev = Arc::new(ErrorDevice::new(None, base));
@@ -56,42 +55,6 @@ fn hang(dev: &ErrorDevice, op: OpKind, blob: Option<&Blob>) {
         range: first.map(|lba| (lba, CLUSTER / 4096)),
         queue_depth: 0,
     });
-}
-
-fn wait_for(what: &str, mut until: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !until() {
-        assert!(start.elapsed() < LIMIT, "{what}: not within {LIMIT:?}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// A thread whose end can be polled, and waited for with a limit.
-struct Task<T> {
-    thread: JoinHandle<T>,
-    ended: mpsc::Receiver<()>,
-}
-
-fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Task<T> {
-    let (tell, ended) = mpsc::channel();
-    let thread = std::thread::spawn(move || {
-        let result = work();
-        let _ = tell.send(());
-        result
-    });
-    Task { thread, ended }
-}
-
-impl<T> Task<T> {
-    /// Whether it is still running a while later. This is never wrong if it has to be.
-    fn still_waits(&self) -> bool {
-        self.ended.recv_timeout(Duration::from_millis(100)).is_err() && !self.thread.is_finished()
-    }
-
-    fn join(self, what: &str) -> T {
-        wait_for(what, || self.thread.is_finished());
-        self.thread.join().unwrap()
-    }
 }
 
 /// Starts a write to the first cluster of the blob, which the device holds back.
