@@ -174,7 +174,7 @@ impl<T> Engine<T> {
         if let Err(error) = self.channel.wait(timeout) {
             tracing::warn!(%error, "waiting for completions failed; polling instead");
             thread::sleep(FAILED);
-        } else if self.channel.in_flight() == 0 && !self.waiting.is_empty() {
+        } else if !self.waiting.is_empty() && self.channel.in_flight() == 0 {
             // The device is being reset, or others have all places. The channel may know for how
             // long, so it is not asked again at once.
             thread::sleep(FULL);

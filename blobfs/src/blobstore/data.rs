@@ -210,6 +210,13 @@ impl Access<'_> {
     /// external snapshot.
     pub fn pieces(&self, offset: u64, len: u64, longest: usize) -> Result<Vec<Piece>, Error> {
         let view = self.blob.shared.view.load();
+        if len <= longest as u64 {
+            self.blob.check_range(&view, offset, len)?;
+            if let Some(lba) = self.blob.one_place(&view, offset, len) {
+                let buf = DmaBuf::new(usize::try_from(len).expect("at most `longest`"))?;
+                return Ok(vec![Piece::FromDevice(Op::Read { lba, buf })]);
+            }
+        }
         let parts = self.parts_in(&view, offset, len)?;
         let mut pieces = Vec::with_capacity(parts.len());
         for part in parts {

@@ -45,7 +45,7 @@ impl Blob {
     /// Returns the device block of an I/O inside one cluster that the blob itself has, which is the
     /// common case.
     #[inline]
-    fn one_place(&self, view: &View, offset: u64, len: u64) -> Option<u64> {
+    pub(crate) fn one_place(&self, view: &View, offset: u64, len: u64) -> Option<u64> {
         let inner = &self.store.inner;
         let index = offset / inner.cluster_size;
         let within = offset % inner.cluster_size;

@@ -76,6 +76,11 @@ impl Cache {
         self.misses[thread_number() % STRIPES].fetch_add(1, Ordering::Relaxed);
     }
 
+    /// The bound in bytes.
+    pub fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
     /// Bytes of clean frames.
     pub fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)

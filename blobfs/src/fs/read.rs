@@ -86,27 +86,36 @@ impl Plan {
         *at += buf.len() as u64;
     }
 
+    /// Returns the offset in the file where it begins to read.
+    fn begins(&self) -> Option<u64> {
+        self.places.first().map(|(off, _)| *off)
+    }
+
     /// Turns the returned buffers into chunks, and into cache. Takes as many of `ops` as belong to
     /// the plan.
     pub fn finish(self, ino: &Inode, ops: &mut impl Iterator<Item = Op>) -> Vec<Chunk> {
-        let mut bufs = Vec::with_capacity(self.places.len());
-        for filled in self.filled {
-            match filled.map_or_else(|| ops.next(), |buf| Some(Op::Read { lba: 0, buf })) {
-                Some(Op::Read { buf, .. }) => bufs.push(buf),
-                Some(Op::ReadV { bufs: many, .. }) => bufs.extend(many),
-                _ => {}
-            }
-        }
-        let mut chunks = Vec::with_capacity(bufs.len());
-        for (buf, (off, valid)) in bufs.into_iter().zip(self.places) {
+        let (keep, generation) = (self.keep, self.generation);
+        let mut chunks = Vec::with_capacity(self.places.len());
+        let mut places = self.places.into_iter();
+        let mut add = |buf: DmaBuf| {
+            let Some((off, valid)) = places.next() else {
+                return;
+            };
             let valid = valid.min(buf.len());
             let bytes = Arc::new(FillBuf::from_buf(buf, valid));
-            if self.keep {
+            if keep {
                 let (region, start) = split(off);
                 let frame = Frame::new(&ino.frames, region, start, Arc::clone(&bytes), false);
-                ino.frames.install(self.generation, &frame, || ino.len());
+                ino.frames.install(generation, &frame, || ino.len());
             }
             chunks.push(Chunk { off, bytes });
+        };
+        for filled in self.filled {
+            match filled.map_or_else(|| ops.next(), |buf| Some(Op::Read { lba: 0, buf })) {
+                Some(Op::Read { buf, .. }) => add(buf),
+                Some(Op::ReadV { bufs, .. }) => bufs.into_iter().for_each(&mut add),
+                _ => {}
+            }
         }
         chunks
     }
@@ -168,7 +177,8 @@ impl Reader {
                 return Ok(0);
             }
             let n = usize::try_from(len - off).map_or(out.len(), |rest| rest.min(out.len()));
-            let read = self.read_missing(ino, off, &mut out[..n], epoch, keep);
+            // The caller has looked into memory, and the plan looks again.
+            let read = self.read_missing(ino, off, &mut out[..n], 0, epoch, keep);
             // A read of bytes that a truncation has removed is not an error of the device.
             if ino.epoch.load(Ordering::Acquire) == epoch && !matches!(read, Ok(Read::Overtaken)) {
                 return read.map(|_| n);
@@ -176,23 +186,20 @@ impl Reader {
         }
     }
 
-    /// Fills `out`, all of it inside the file. Each round copies something, or waits for one
-    /// readahead, or reads from the device what the next round copies, so it ends.
+    /// Fills `out`, all of it inside the file, from `done` on. Each round reads from the device and
+    /// copies something, or copies what has come into memory, or waits for one readahead, so it
+    /// ends.
     fn read_missing(
         &self,
         ino: &Inode,
         off: u64,
         out: &mut [u8],
+        mut done: usize,
         epoch: u64,
         keep: bool,
     ) -> Result<Read> {
-        let mut done = 0;
-        let mut chunks: Vec<Chunk> = Vec::new();
         let mut waited = false;
         loop {
-            let copied = copy_chunks(ino, &chunks, off + done as u64, &mut out[done..]);
-            done += copied;
-            waited &= copied == 0;
             if done == out.len() {
                 return Ok(Read::Filled);
             }
@@ -202,20 +209,31 @@ impl Reader {
             }
             // Once for each place, since bytes that were read ahead may not have been kept.
             if !waited && self.wait_ahead(ino, at) {
-                waited = true;
+                let copied = ino.frames.copy(at, &mut out[done..]);
+                done += copied;
+                waited = copied == 0;
                 continue;
             }
             let blob = ino.blob.load();
             let access = self.access(ino, &blob)?;
             let Some((plan, ops)) = self.plan(&access, ino, at, out.len() - done, keep)? else {
                 // It has come into memory since the lookup.
+                done += ino.frames.copy(at, &mut out[done..]);
                 continue;
             };
+            // What the plan has found in memory may have been evicted since, and is read next time.
+            let reads_it = plan.begins().is_some_and(|begin| begin <= at);
             let ops = self.read_ops(ino, ops)?;
             drop(access);
-            chunks = plan.finish(ino, &mut ops.into_iter());
-            let found = chunks.iter().any(|c| c.copy(at, &mut [0]) > 0);
-            if !found && ino.epoch.load(Ordering::Acquire) == epoch && ino.len() > at {
+            let chunks = plan.finish(ino, &mut ops.into_iter());
+            let copied = copy_chunks(ino, &chunks, at, &mut out[done..]);
+            done += copied;
+            waited &= copied == 0;
+            if copied == 0
+                && reads_it
+                && ino.epoch.load(Ordering::Acquire) == epoch
+                && ino.len() > at
+            {
                 return Err(FsError::Corrupt {
                     blob: ino.id.0,
                     reason: format!("no data at offset {at} of {}", ino.path()),
@@ -315,7 +333,8 @@ impl Reader {
             return Ok(());
         }
         let epoch = ino.epoch.load(Ordering::Acquire);
-        match self.read_missing(ino, off, out, epoch, false)? {
+        let done = ino.frames.copy(off, out);
+        match self.read_missing(ino, off, out, done, epoch, false)? {
             Read::Filled => Ok(()),
             Read::Overtaken => Err(ino.lost(off, off + out.len() as u64)),
         }
@@ -449,7 +468,7 @@ impl Reader {
     }
 
     pub fn window_max(&self) -> u64 {
-        (self.vol.opts.read_ahead_bytes as u64).min(self.cache.stats().capacity_bytes / 8)
+        (self.vol.opts.read_ahead_bytes as u64).min(self.cache.capacity() / 8)
     }
 }
 
@@ -471,12 +490,16 @@ mod tests {
         let epoch = ino.epoch.load(Ordering::Acquire);
         core.truncater.truncate(&ino, 5050).unwrap();
         let mut out = [0; 100];
-        let read = core.reader.read_missing(&ino, 5000, &mut out, epoch, true);
+        let read = core
+            .reader
+            .read_missing(&ino, 5000, &mut out, 0, epoch, true);
         assert!(matches!(read, Ok(Read::Overtaken)));
         assert_eq!(core.reader.read_at(&ino, 5000, &mut out, true).unwrap(), 50);
         core.truncater.truncate(&ino, 0).unwrap();
         // Not even its clusters exist.
-        let read = core.reader.read_missing(&ino, 5000, &mut out, epoch, true);
+        let read = core
+            .reader
+            .read_missing(&ino, 5000, &mut out, 0, epoch, true);
         assert!(matches!(read, Ok(Read::Overtaken)));
         assert_eq!(core.reader.read_at(&ino, 5000, &mut out, true).unwrap(), 0);
         core.lives.close(&ino);
