@@ -10,8 +10,8 @@ use pumice_bdev::BlockDevice;
 
 use super::alloc::{Bitmap, iter_words};
 use super::error::Error;
-use super::format::{BlobId, PageError, SuperBlock};
-use super::geometry::Geometry;
+use super::format::{BlobId, PAGE_SIZE_U64, PageError, SuperBlock};
+use super::geometry::{Geometry, tears_pages};
 use super::mdio::MdIo;
 use super::meta::{BlobMeta, Parent, SNAPRM, SNAPTMP, Trailing};
 use super::scan::{Roots, Scan, scan};
@@ -151,6 +151,13 @@ fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Err
     if torn {
         let text = "the super block was torn while it was changed; its copy is used, and the next load puts it back";
         report.add(Severity::Note, text.to_owned());
+    }
+    if let Some(whole) = tears_pages(info) {
+        let text = format!(
+            "the device promises to write {whole} bytes whole, and a metadata page has {PAGE_SIZE_U64}: \
+             a power cut can tear the page that is being written"
+        );
+        report.add(Severity::Note, text);
     }
     check_super(&mut report, &sb, &found, info.len_bytes(), &geo);
     for (root, error) in &found.damaged {

@@ -30,6 +30,12 @@ pub(crate) struct Geometry {
     pub md_len: u32,
 }
 
+/// Returns how many bytes a device writes whole, if that is less than a metadata page.
+pub(crate) fn tears_pages(info: &DeviceInfo) -> Option<u64> {
+    let whole = u64::from(info.atomic_unit_blocks) * u64::from(info.block_size);
+    (whole < PAGE_SIZE_U64).then_some(whole)
+}
+
 /// A region of the device in pages.
 struct Region(&'static str, u64, u64);
 

@@ -24,7 +24,7 @@ use super::format::{
     BlobId, BsType, MaskKind, PAGE_SIZE_U64, PageError, SuperBlock, decode_mask, encode_mask,
     mask_pages,
 };
-use super::geometry::{Geometry, Layout};
+use super::geometry::{Geometry, Layout, tears_pages};
 use super::mdio::{Abilities, MdChannels, MdIo, dma};
 use super::meta::ClearMethod;
 use super::ops::CreateOptions;
@@ -271,6 +271,13 @@ impl Blobstore {
             });
         }
         let geo = Geometry::new(&sb, info)?;
+        if let Some(whole_bytes) = tears_pages(info) {
+            tracing::info!(
+                device = info.name,
+                whole_bytes,
+                "a power cut can tear a metadata page that is being written"
+            );
+        }
         // The masks of a store that was not unloaded in order are those of the last orderly unload.
         // They cannot be trusted, but they name the roots and clusters of that time.
         let (masks, past) = Masks::read(&mut io, &geo, &sb)?;
