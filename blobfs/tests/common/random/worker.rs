@@ -143,12 +143,12 @@ impl Worker {
         }
         self.dev.clear();
         self.note("writes of data work".to_owned());
-        if let Some((_, f)) = self.file()
-            && self.rng.random()
-        {
-            f.invalidate(0, u64::MAX);
+        if let Some((path, f)) = self.file() {
+            if self.rng.random() {
+                f.invalidate(0, u64::MAX);
+            }
+            self.read_whole(&path, &f);
         }
-        self.read();
         self.names = names;
     }
 
@@ -394,6 +394,19 @@ impl Worker {
             Ok(n) => {
                 assert_eq!(n, want.min(len - off), "read of {path} at {off}");
                 self.files[&path].compare(&path, off, &out[..n]);
+            }
+            Err(e) => self.expected("read", &e),
+        }
+    }
+
+    fn read_whole(&mut self, path: &str, f: &File) {
+        let mut out = vec![0; self.files[path].data.len()];
+        let read = f.read_at(0, &mut out);
+        self.note(format!("read all of {path}: {read:?}"));
+        match read {
+            Ok(n) => {
+                assert_eq!(n, out.len(), "read of {path}");
+                self.files[path].compare(path, 0, &out);
             }
             Err(e) => self.expected("read", &e),
         }
