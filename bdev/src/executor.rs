@@ -14,11 +14,11 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use pumice_io::{IoError, Op};
 
 use crate::device::IoChannel;
 use crate::engine::Engine;
+use crate::join::join_all;
 use crate::{DmaBuf, DmaSlice};
 
 /// Longest sleep while a future may also be woken from another thread.
@@ -391,84 +391,10 @@ impl Drop for Io {
     }
 }
 
-/// The futures of a [`join_all`] that were woken, by their numbers.
-struct Joined {
-    woken: Mutex<Vec<usize>>,
-    /// The waker of the whole.
-    whole: Mutex<Waker>,
-}
-
-/// Wakes one future of a [`join_all`].
-struct Child {
-    number: usize,
-    is_woken: AtomicBool,
-    joined: Arc<Joined>,
-}
-
-impl Wake for Child {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        if !self.is_woken.swap(true, Ordering::AcqRel) {
-            self.joined.woken.lock().push(self.number);
-        }
-        let whole = self.joined.whole.lock().clone();
-        whole.wake();
-    }
-}
-
-/// Runs futures together on one thread. Returns their outputs in the order given. A wake polls the
-/// futures that were woken; a poll without one polls all of them.
-pub async fn join_all<F: Future>(futures: impl IntoIterator<Item = F>) -> Vec<F::Output> {
-    let mut running = Vec::new();
-    let joined = Arc::new(Joined {
-        woken: Mutex::default(),
-        whole: Mutex::new(Waker::noop().clone()),
-    });
-    for (number, future) in futures.into_iter().enumerate() {
-        let child = Arc::new(Child {
-            number,
-            is_woken: AtomicBool::new(false),
-            joined: Arc::clone(&joined),
-        });
-        running.push(Some((Box::pin(future), child)));
-    }
-    let mut outs: Vec<Option<F::Output>> = running.iter().map(|_| None).collect();
-    let mut left = running.len();
-    std::future::poll_fn(move |cx| {
-        joined.whole.lock().clone_from(cx.waker());
-        let mut now = std::mem::take(&mut *joined.woken.lock());
-        if now.is_empty() {
-            now.extend(0..running.len());
-        }
-        for number in now {
-            let Some((future, child)) = &mut running[number] else {
-                continue;
-            };
-            // A wake from here on is for the next poll.
-            child.is_woken.store(false, Ordering::Release);
-            let waker = Waker::from(Arc::clone(child));
-            if let Poll::Ready(out) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
-                outs[number] = Some(out);
-                running[number] = None;
-                left -= 1;
-            }
-        }
-        if left > 0 {
-            return Poll::Pending;
-        }
-        Poll::Ready(outs.drain(..).flatten().collect())
-    })
-    .await
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::BdevError;
-    use pumice_io::{Completion, IoErrorKind, SubmitError};
+    use pumice_io::IoErrorKind;
 
     fn channel() -> AsyncChannel {
         let dev = crate::open("malloc://1M?block_size=512").unwrap();
@@ -593,65 +519,6 @@ mod tests {
         assert_eq!(Rc::strong_count(&kept), 2);
         ch.drain();
         assert_eq!(Rc::strong_count(&kept), 1);
-    }
-
-    /// A channel whose operations complete one by one.
-    struct OneByOne {
-        base: Box<dyn IoChannel>,
-        ended: Vec<Completion>,
-    }
-
-    impl IoChannel for OneByOne {
-        fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
-            self.base.submit(tag, op)
-        }
-
-        fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
-            self.base.poll(&mut self.ended);
-            let one = self.ended.pop();
-            let n = usize::from(one.is_some());
-            out.extend(one);
-            n
-        }
-
-        fn wait(&mut self, _timeout: Duration) -> Result<(), BdevError> {
-            Ok(())
-        }
-
-        fn in_flight(&self) -> usize {
-            self.base.in_flight() + self.ended.len()
-        }
-    }
-
-    /// Each of many futures that run together is polled when it can go on, and not with every other.
-    #[test]
-    fn together_each_is_polled_for_itself() {
-        const MANY: u64 = 400;
-        let dev = crate::open("malloc://1M?block_size=512").unwrap();
-        let ch = AsyncChannel::new(Box::new(OneByOne {
-            base: dev.open_channel().unwrap(),
-            ended: Vec::new(),
-        }));
-        let polls = Cell::new(0);
-        let futures = (0..MANY).map(|lba| {
-            let (ch, polls) = (&ch, &polls);
-            let read = |lba| {
-                let buf = DmaBuf::new(512).unwrap();
-                ch.io(Op::Read { lba, buf })
-            };
-            let mut both = Box::pin(async move {
-                read(lba).await.1.unwrap();
-                read(MANY - lba).await.1.unwrap();
-                lba
-            });
-            std::future::poll_fn(move |cx| {
-                polls.set(polls.get() + 1);
-                both.as_mut().poll(cx)
-            })
-        });
-        let done = ch.block_on(join_all(futures));
-        assert!(done.into_iter().eq(0..MANY));
-        assert_eq!(polls.get(), 3 * MANY);
     }
 
     #[test]

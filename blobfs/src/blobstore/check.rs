@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 #[cfg(doc)]
 use pumice_bdev::BdevError;
-use pumice_bdev::BlockDevice;
+use pumice_bdev::{BlockDevice, DeviceInfo};
 
 use super::alloc::{Bitmap, iter_words};
 use super::error::Error;
@@ -98,6 +98,16 @@ impl Report {
         }
     }
 
+    fn note_torn_pages(&mut self, info: &DeviceInfo) {
+        if let Some(whole) = tears_pages(info) {
+            let text = format!(
+                "the device promises to write {whole} bytes whole, and a metadata page has {PAGE_SIZE_U64}: \
+                 a power cut can tear the page that is being written"
+            );
+            self.add(Severity::Note, text);
+        }
+    }
+
     /// Appends the number of findings that were left out.
     fn close(&mut self) {
         if let Some((count, severity)) = self.untold.take() {
@@ -152,13 +162,7 @@ fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Err
         let text = "the super block was torn while it was changed; its copy is used, and the next load puts it back";
         report.add(Severity::Note, text.to_owned());
     }
-    if let Some(whole) = tears_pages(info) {
-        let text = format!(
-            "the device promises to write {whole} bytes whole, and a metadata page has {PAGE_SIZE_U64}: \
-             a power cut can tear the page that is being written"
-        );
-        report.add(Severity::Note, text);
-    }
+    report.note_torn_pages(info);
     check_super(&mut report, &sb, &found, info.len_bytes(), &geo);
     for (root, error) in &found.damaged {
         let name = found.remains.get(root).and_then(|r| r.name.as_deref());

@@ -4,11 +4,9 @@ use std::sync::Arc;
 
 use pumice_bdev::{BdevError, BlockDevice, DmaBuf};
 
-use super::Blobstore;
 use super::channels::Channels;
 use super::error::Error;
 use super::format::BlobId;
-use super::state::State;
 use super::steady::Steady;
 
 /// Opens the external snapshot that a blob names by these bytes.
@@ -87,94 +85,5 @@ impl External {
             done += now;
         }
         Ok(())
-    }
-}
-
-impl Blobstore {
-    /// Returns the external snapshot below a blob, if there is one. The application opens it if it
-    /// is not open yet. It stays open while the result exists. No lock may be held.
-    pub(crate) fn open_external_of(&self, id: BlobId) -> Result<Option<Arc<External>>, Error> {
-        let external_id = self.inner.state.lock().external_id(id)?;
-        external_id
-            .map(|external_id| self.open_external(id, &external_id))
-            .transpose()
-    }
-
-    /// Returns the external snapshot that a blob names by these bytes, as
-    /// [`Blobstore::open_external_of`] does.
-    pub(crate) fn open_external(
-        &self,
-        blob: BlobId,
-        external_id: &Arc<[u8]>,
-    ) -> Result<Arc<External>, Error> {
-        let open = {
-            let state = self.inner.state.lock();
-            if let Some(external) = state.external(external_id) {
-                return Ok(external);
-            }
-            state.open_external.clone()
-        };
-        let open = open.ok_or_else(|| Error::CannotOpen {
-            blob,
-            reason:
-                "it is a clone of an external snapshot, and no way to open one was given at load"
-                    .to_owned(),
-        })?;
-        let dev = open
-            .open(blob, external_id)
-            .map_err(|error| Error::CannotOpen {
-                blob,
-                reason: format!(
-                    "its external snapshot \"{}\": {error}",
-                    external_id.escape_ascii()
-                ),
-            })?;
-        let opened = Arc::new(External::new(dev));
-        let mut state = self.inner.state.lock();
-        // Another thread may have been first.
-        Ok(state.external(external_id).unwrap_or_else(|| {
-            state.add_external(external_id, &opened);
-            opened
-        }))
-    }
-}
-
-impl State {
-    /// Returns an external snapshot, if it is open.
-    fn external(&self, external_id: &Arc<[u8]>) -> Option<Arc<External>> {
-        self.externals.get(external_id)?.upgrade()
-    }
-
-    /// Whether `external` is the open one of this name.
-    pub(super) fn is_external(
-        &self,
-        external_id: &Arc<[u8]>,
-        external: Option<&Arc<External>>,
-    ) -> bool {
-        let open = self.external(external_id);
-        open.zip(external)
-            .is_some_and(|(open, external)| Arc::ptr_eq(&open, external))
-    }
-
-    fn add_external(&mut self, external_id: &Arc<[u8]>, external: &Arc<External>) {
-        self.externals
-            .retain(|_, external| external.strong_count() > 0);
-        self.externals
-            .insert(Arc::clone(external_id), Arc::downgrade(external));
-    }
-
-    /// Returns the external snapshot below `blob`, which must be open.
-    pub(super) fn opened_external(
-        &self,
-        blob: BlobId,
-        external_id: &Arc<[u8]>,
-    ) -> Result<Arc<External>, Error> {
-        self.external(external_id).ok_or_else(|| Error::CannotOpen {
-            blob,
-            reason: format!(
-                "its external snapshot \"{}\" is not open",
-                external_id.escape_ascii()
-            ),
-        })
     }
 }

@@ -9,6 +9,7 @@ use super::blob::Blob;
 use super::change::{Change, MapChange};
 use super::edit::Edit;
 use super::error::Error;
+use super::external::External;
 use super::format::{BlobId, Flags};
 use super::mdio::{Abilities, Persist};
 use super::meta::{ClearMethod, Parent};
@@ -288,6 +289,55 @@ impl Blobstore {
             out.block_on(out.flush())?;
         }
         Ok(done)
+    }
+}
+
+impl Blobstore {
+    /// Returns the external snapshot below a blob, if there is one. The application opens it if it
+    /// is not open yet. It stays open while the result exists. No lock may be held.
+    pub(crate) fn open_external_of(&self, id: BlobId) -> Result<Option<Arc<External>>, Error> {
+        let external_id = self.inner.state.lock().external_id(id)?;
+        external_id
+            .map(|external_id| self.open_external(id, &external_id))
+            .transpose()
+    }
+
+    /// Returns the external snapshot that a blob names by these bytes, as
+    /// [`Blobstore::open_external_of`] does.
+    pub(crate) fn open_external(
+        &self,
+        blob: BlobId,
+        external_id: &Arc<[u8]>,
+    ) -> Result<Arc<External>, Error> {
+        let open = {
+            let state = self.inner.state.lock();
+            if let Some(external) = state.external(external_id) {
+                return Ok(external);
+            }
+            state.open_external.clone()
+        };
+        let open = open.ok_or_else(|| Error::CannotOpen {
+            blob,
+            reason:
+                "it is a clone of an external snapshot, and no way to open one was given at load"
+                    .to_owned(),
+        })?;
+        let dev = open
+            .open(blob, external_id)
+            .map_err(|error| Error::CannotOpen {
+                blob,
+                reason: format!(
+                    "its external snapshot \"{}\": {error}",
+                    external_id.escape_ascii()
+                ),
+            })?;
+        let opened = Arc::new(External::new(dev));
+        let mut state = self.inner.state.lock();
+        // Another thread may have been first.
+        Ok(state.external(external_id).unwrap_or_else(|| {
+            state.add_external(external_id, &opened);
+            opened
+        }))
     }
 }
 

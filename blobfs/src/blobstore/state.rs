@@ -289,6 +289,40 @@ impl State {
         below.ok_or(Error::NoSuchBlob(parent))
     }
 
+    /// Returns an external snapshot, if it is open.
+    pub fn external(&self, external_id: &Arc<[u8]>) -> Option<Arc<External>> {
+        self.externals.get(external_id)?.upgrade()
+    }
+
+    /// Whether `external` is the open one of this name.
+    pub fn is_external(&self, external_id: &Arc<[u8]>, external: Option<&Arc<External>>) -> bool {
+        let open = self.external(external_id);
+        open.zip(external)
+            .is_some_and(|(open, external)| Arc::ptr_eq(&open, external))
+    }
+
+    pub fn add_external(&mut self, external_id: &Arc<[u8]>, external: &Arc<External>) {
+        self.externals
+            .retain(|_, external| external.strong_count() > 0);
+        self.externals
+            .insert(Arc::clone(external_id), Arc::downgrade(external));
+    }
+
+    /// Returns the external snapshot below `blob`, which must be open.
+    pub fn opened_external(
+        &self,
+        blob: BlobId,
+        external_id: &Arc<[u8]>,
+    ) -> Result<Arc<External>, Error> {
+        self.external(external_id).ok_or_else(|| Error::CannotOpen {
+            blob,
+            reason: format!(
+                "its external snapshot \"{}\" is not open",
+                external_id.escape_ascii()
+            ),
+        })
+    }
+
     /// Returns a blob and its descendants.
     pub fn family(&self, id: BlobId) -> Vec<BlobId> {
         let mut family = vec![id];

@@ -326,11 +326,11 @@ mod tests {
     }
 
     #[derive(Clone, Default)]
-    struct Shared(Arc<Mutex<Narrow>>);
+    struct NarrowChannel(Arc<Mutex<Narrow>>);
 
     const PLACES: usize = 2;
 
-    impl IoChannel for Shared {
+    impl IoChannel for NarrowChannel {
         fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
             let mut narrow = self.0.lock();
             if narrow.taken.len() + narrow.others >= PLACES {
@@ -366,8 +366,8 @@ mod tests {
         }
     }
 
-    fn narrow(failures: u32) -> (Shared, SteadyChannel) {
-        let shared = Shared::default();
+    fn narrow(failures: u32) -> (NarrowChannel, SteadyChannel) {
+        let shared = NarrowChannel::default();
         shared.0.lock().failures = failures;
         let channel = SteadyChannel::new(Box::new(shared.clone()), Arc::default());
         (shared, channel)
