@@ -128,6 +128,10 @@ impl BlockDevice for Delay {
         self.base.identity()
     }
 
+    fn own_channels(&self) -> Option<usize> {
+        self.base.own_channels()
+    }
+
     fn driver_specific(&self) -> serde_json::Value {
         let l = self.latencies();
         serde_json::json!({ "delay": {

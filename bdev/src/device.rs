@@ -215,6 +215,12 @@ pub trait BlockDevice: Send + Sync + std::fmt::Debug {
     /// Opens a channel for one thread. May block (NVMe creates a queue pair).
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError>;
 
+    /// The number of channels that have a queue of the hardware for themselves; further ones share
+    /// one. `None` says that there is no such limit.
+    fn own_channels(&self) -> Option<usize> {
+        None
+    }
+
     /// A number that identifies the device through every wrapper and clone. Users that must be a
     /// device's only one compare it. A wrapper over the whole of one device returns that device's
     /// number. It is valid as long as the device lives.

@@ -209,6 +209,10 @@ impl BlockDevice for ErrorDevice {
         self.base.identity()
     }
 
+    fn own_channels(&self) -> Option<usize> {
+        self.base.own_channels()
+    }
+
     fn driver_specific(&self) -> serde_json::Value {
         let base = &self.base.info().name;
         serde_json::json!({ "error_disk": { "base_bdev": base } })

@@ -58,6 +58,10 @@ impl BlockDevice for Passthru {
         self.base.identity()
     }
 
+    fn own_channels(&self) -> Option<usize> {
+        self.base.own_channels()
+    }
+
     fn driver_specific(&self) -> serde_json::Value {
         serde_json::json!({
             "passthru": { "name": self.info.name, "base_bdev_name": self.base.info().name }

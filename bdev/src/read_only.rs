@@ -45,6 +45,10 @@ impl BlockDevice for ReadOnly {
         self.base.identity()
     }
 
+    fn own_channels(&self) -> Option<usize> {
+        self.base.own_channels()
+    }
+
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         Ok(Box::new(ReadOnlyChannel {
             info: Arc::clone(&self.info),

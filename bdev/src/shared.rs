@@ -8,9 +8,9 @@
 //! Locks: a channel's lock is a leaf. It is held while the channel sleeps, in slices, and given
 //! up between them to whoever queues for it; completions run after it has been released.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
 use pumice_io::{IoError, Op};
@@ -21,6 +21,9 @@ use crate::error::BdevError;
 
 /// Longest wait on a shared channel, so that other threads can use it.
 const SLICE: Duration = Duration::from_millis(1);
+
+/// The pause before a device that has refused a channel is asked again.
+const REFUSED: Duration = Duration::from_secs(1);
 
 /// The result of a batch. The operations are in the given order.
 #[derive(Debug)]
@@ -77,46 +80,93 @@ pub fn thread_number() -> usize {
     MINE.with(|mine| *mine)
 }
 
-/// The shared channels; see the module.
+/// The shared channels; see the module. There is one at first. Another is opened when a thread has
+/// operations and finds each of them in use.
 pub struct SharedChannels {
-    channels: Vec<Mutex<Engine<Part>>>,
+    channels: Box<[OnceLock<Mutex<Engine<Part>>>]>,
+    /// Number of open channels, which are the first of them.
+    open: AtomicUsize,
+    /// The source of further ones, until they are closed. Nobody waits for this lock, which is held
+    /// while the device makes a channel.
+    more: Mutex<Option<More>>,
     /// Number of batches whose completion has not returned.
     unfinished: AtomicUsize,
 }
 
+/// The source of channels.
+struct More {
+    dev: Arc<dyn BlockDevice>,
+    /// The device is asked again from then on, since it has refused a channel.
+    not_before: Option<Instant>,
+}
+
 impl SharedChannels {
-    /// Opens `want` channels, or as many as the device allows.
+    /// Opens a channel of `dev`. There will be at most `most`, or as many as the device allows, and
+    /// at most half of those that the device has queues for: the others are for threads.
     ///
     /// # Errors
     /// Fails when the device allows none.
-    pub fn new(dev: &Arc<dyn BlockDevice>, want: usize) -> Result<SharedChannels, BdevError> {
-        let mut channels = Vec::new();
-        for n in 0..want.max(1) {
-            match dev.open_channel() {
-                Ok(channel) => channels.push(Mutex::new(Engine::new(channel))),
-                Err(e) if n == 0 => return Err(e),
-                Err(e) => {
-                    tracing::debug!(device = %dev.info().name, channels = n, error = %e, "fewer shared channels than wanted");
-                    break;
-                }
-            }
-        }
+    pub fn new(dev: &Arc<dyn BlockDevice>, most: usize) -> Result<SharedChannels, BdevError> {
+        let first = OnceLock::from(Mutex::new(Engine::new(dev.open_channel()?)));
+        let most = dev.own_channels().map_or(most, |own| most.min(own / 2));
+        let later = (1..most).map(|_| OnceLock::new());
         Ok(SharedChannels {
-            channels,
+            channels: std::iter::once(first).chain(later).collect(),
+            open: AtomicUsize::new(1),
+            more: Mutex::new(Some(More {
+                dev: Arc::clone(dev),
+                not_before: None,
+            })),
             unfinished: AtomicUsize::new(0),
         })
+    }
+
+    /// The open channels.
+    fn opened(&self) -> impl Iterator<Item = &Mutex<Engine<Part>>> {
+        let open = self.open.load(Ordering::Acquire);
+        self.channels[..open].iter().filter_map(OnceLock::get)
+    }
+
+    fn channel(&self, index: usize) -> &Mutex<Engine<Part>> {
+        self.channels[index].get().expect("an open channel")
+    }
+
+    /// Opens another channel, unless another thread is doing so. Returns its number.
+    fn open_another(&self) -> Option<usize> {
+        let mut more = self.more.try_lock()?;
+        let more = more.as_mut()?;
+        let index = self.open.load(Ordering::Acquire);
+        let place = self.channels.get(index)?;
+        if more.not_before.is_some_and(|then| Instant::now() < then) {
+            return None;
+        }
+        let channel = match more.dev.open_channel() {
+            Ok(channel) => channel,
+            Err(error) => {
+                let device = &more.dev.info().name;
+                tracing::debug!(%device, channels = index, %error, "the device gives no more channels");
+                more.not_before = Some(Instant::now() + REFUSED);
+                return None;
+            }
+        };
+        place.get_or_init(|| Mutex::new(Engine::new(channel)));
+        self.open.store(index + 1, Ordering::Release);
+        Some(index)
     }
 
     /// Starts `ops`. `on_done` runs once, without a lock, on whichever thread takes the last
     /// completion (possibly this one, at once).
     pub fn submit(&self, ops: Vec<Op>, on_done: impl FnOnce(Outcome) + Send + 'static) -> Ticket {
-        let n = self.channels.len();
+        let n = self.open.load(Ordering::Acquire);
         let first = thread_number() % n;
         let free = (0..n).find_map(|k| {
             let i = (first + k) % n;
-            self.channels[i].try_lock().map(|guard| (i, guard))
+            self.channel(i).try_lock().map(|guard| (i, guard))
         });
-        let (index, mut channel) = free.unwrap_or_else(|| (first, self.channels[first].lock()));
+        let (index, mut channel) = free.unwrap_or_else(|| {
+            let index = self.open_another().unwrap_or(first);
+            (index, self.channel(index).lock())
+        });
         let batch = Arc::new(Batch {
             channel: index,
             remaining: AtomicUsize::new(ops.len()),
@@ -158,7 +208,7 @@ impl SharedChannels {
     /// Takes completions of the ticket's channel. Returns whether the batch is done.
     pub fn poll(&self, ticket: &Ticket) -> bool {
         if !ticket.is_done() {
-            self.try_reap(&self.channels[ticket.0.channel]);
+            self.try_reap(self.channel(ticket.0.channel));
         }
         ticket.is_done()
     }
@@ -166,25 +216,28 @@ impl SharedChannels {
     /// Drives the ticket's channel until the batch is done.
     pub fn wait(&self, ticket: &Ticket) {
         while !ticket.is_done() {
-            self.drive(ticket.0.channel);
+            self.drive(ticket.0.channel, || ticket.is_done());
         }
     }
 
-    /// Takes completions of every channel. Never blocks.
-    pub fn poll_all(&self) {
-        self.channels
-            .iter()
-            .for_each(|channel| self.try_reap(channel));
+    /// Takes completions of every channel. Returns whether a batch has ended. Never blocks.
+    pub fn poll_all(&self) -> bool {
+        let ended = self.opened().filter(|channel| self.try_reap(channel));
+        ended.count() > 0
     }
 
     /// Waits a slice for any completion of any channel. Returns false if nothing is in flight.
     pub fn wait_any(&self) -> bool {
-        let n = self.channels.len();
+        // What has ended on one channel does not wait for what has not on another.
+        if self.poll_all() {
+            return true;
+        }
+        let n = self.open.load(Ordering::Acquire);
         let first = thread_number() % n;
         for k in 0..n {
             let i = (first + k) % n;
-            if self.channels[i].lock().in_flight() > 0 {
-                self.drive(i);
+            if self.channel(i).lock().in_flight() > 0 {
+                self.drive(i, || false);
                 return true;
             }
         }
@@ -193,7 +246,8 @@ impl SharedChannels {
 
     /// Releases the channels: later operations are refused. Nothing may be in flight.
     pub fn close(&self, info: &DeviceInfo) {
-        for channel in &self.channels {
+        self.more.lock().take();
+        for channel in self.opened() {
             channel.lock().close(info);
         }
     }
@@ -213,11 +267,13 @@ impl SharedChannels {
         }
     }
 
-    fn drive(&self, index: usize) {
+    /// Takes completions of a channel, or waits a slice for one. Does not wait if `is_done` by the
+    /// time that the channel is free: another thread may have taken the completion.
+    fn drive(&self, index: usize, is_done: impl Fn() -> bool) {
         let mut finished = Vec::new();
-        let mut channel = self.channels[index].lock();
+        let mut channel = self.channel(index).lock();
         reap(&mut channel, &mut finished);
-        if finished.is_empty() {
+        if finished.is_empty() && !is_done() {
             if channel.in_flight() > 0 {
                 channel.wait(SLICE);
                 reap(&mut channel, &mut finished);
@@ -230,14 +286,17 @@ impl SharedChannels {
         self.finish(finished);
     }
 
-    /// Takes completions, unless another thread is doing so.
-    fn try_reap(&self, channel: &Mutex<Engine<Part>>) {
-        if let Some(mut channel) = channel.try_lock() {
-            let mut finished = Vec::new();
-            reap(&mut channel, &mut finished);
-            drop(channel);
-            self.finish(finished);
-        }
+    /// Takes completions, unless another thread is doing so. Returns whether a batch has ended.
+    fn try_reap(&self, channel: &Mutex<Engine<Part>>) -> bool {
+        let Some(mut channel) = channel.try_lock() else {
+            return false;
+        };
+        let mut finished = Vec::new();
+        reap(&mut channel, &mut finished);
+        drop(channel);
+        let any = !finished.is_empty();
+        self.finish(finished);
+        any
     }
 
     /// Runs the completions of batches whose operations have ended.
@@ -274,7 +333,7 @@ impl Drop for SharedChannels {
 
 impl std::fmt::Debug for SharedChannels {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "SharedChannels({})", self.channels.len())
+        write!(f, "SharedChannels({})", self.opened().count())
     }
 }
 
@@ -305,7 +364,128 @@ fn complete(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{DmaBuf, DmaSlice};
+    use crate::{Completion, DmaBuf, DmaSlice, IoChannel, SubmitError};
+
+    /// A device that gives `left` channels. Waiting for one of them is a mistake.
+    #[derive(Debug)]
+    struct Few {
+        base: Arc<dyn BlockDevice>,
+        left: AtomicUsize,
+    }
+
+    struct Unwaited(Box<dyn IoChannel>);
+
+    impl BlockDevice for Few {
+        fn info(&self) -> &DeviceInfo {
+            self.base.info()
+        }
+
+        fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
+            let taken = self
+                .left
+                .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
+            if taken.is_err() {
+                return Err(BdevError::Unsupported {
+                    device: self.info().name.clone(),
+                    reason: "it has no more channels".to_owned(),
+                });
+            }
+            Ok(Box::new(Unwaited(self.base.open_channel()?)))
+        }
+    }
+
+    impl IoChannel for Unwaited {
+        fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
+            self.0.submit(tag, op)
+        }
+
+        fn poll(&mut self, _out: &mut Vec<Completion>) -> usize {
+            0
+        }
+
+        fn wait(&mut self, _timeout: Duration) -> Result<(), BdevError> {
+            panic!("nobody has to wait here");
+        }
+
+        fn in_flight(&self) -> usize {
+            self.0.in_flight()
+        }
+    }
+
+    #[test]
+    fn channels_are_opened_when_they_are_needed_and_the_device_has_them() {
+        let base = crate::open("malloc://1M?block_size=512").unwrap();
+        let dev: Arc<dyn BlockDevice> = Arc::new(Few {
+            base,
+            left: AtomicUsize::new(3),
+        });
+        let shared = SharedChannels::new(&dev, 8).unwrap();
+        let mut tickets = Vec::new();
+        for _ in 0..10 {
+            tickets.push(shared.submit(Vec::new(), |_| {}));
+        }
+        assert_eq!(shared.opened().count(), 1, "one thread needs one");
+        let mut held = vec![shared.channel(0).lock()];
+        for n in 1..3 {
+            let ticket = shared.submit(Vec::new(), |_| {});
+            assert_eq!((ticket.0.channel, shared.opened().count()), (n, n + 1));
+            held.push(shared.channel(n).lock());
+        }
+        assert_eq!(shared.open_another(), None, "the device gives no more");
+        assert!(shared.more.lock().as_ref().unwrap().not_before.is_some());
+        drop(held);
+
+        let two = crate::open("malloc://1M?block_size=512").unwrap();
+        let shared = SharedChannels::new(&two, 2).unwrap();
+        assert_eq!(shared.open_another(), Some(1));
+        assert_eq!(shared.open_another(), None, "two are allowed");
+        shared.close(two.info());
+        assert!(shared.more.lock().is_none());
+    }
+
+    #[test]
+    fn whose_batch_is_done_does_not_wait_for_others() {
+        let base = crate::open("malloc://1M?block_size=512").unwrap();
+        let dev: Arc<dyn BlockDevice> = Arc::new(Few {
+            base,
+            left: AtomicUsize::new(1),
+        });
+        let shared = SharedChannels::new(&dev, 1).unwrap();
+        let buf = DmaBuf::new(512).unwrap();
+        let never = shared.submit(vec![Op::Read { lba: 0, buf }], |_| {});
+        shared.drive(0, || true);
+        assert!(!never.is_done());
+        // What is in flight stays there: its channel never says that it is done.
+        std::mem::forget(shared);
+    }
+
+    #[test]
+    fn what_has_ended_is_taken_although_another_channel_is_busy() {
+        let base = crate::open("malloc://1M?block_size=512").unwrap();
+        let busy: Arc<dyn BlockDevice> = Arc::new(Few {
+            base: Arc::clone(&base),
+            left: AtomicUsize::new(1),
+        });
+        let shared = SharedChannels::new(&busy, 2).unwrap();
+        let read = || {
+            let buf = DmaBuf::new(512).unwrap();
+            vec![Op::Read { lba: 0, buf }]
+        };
+        // The first channel never completes anything, and whoever waits for it panics.
+        let never = shared.submit(read(), |_| {});
+        let quick = Mutex::new(Engine::new(base.open_channel().unwrap()));
+        shared.channels[1].get_or_init(|| quick);
+        shared.open.store(2, Ordering::Release);
+        let held = shared.channel(0).lock();
+        let ended = shared.submit(read(), |_| {});
+        drop(held);
+        assert_eq!(ended.0.channel, 1);
+        while !ended.is_done() {
+            assert!(shared.wait_any());
+        }
+        assert!(!never.is_done());
+        std::mem::forget(shared);
+    }
 
     fn channels() -> SharedChannels {
         let dev = crate::open("malloc://4M?block_size=512").unwrap();

@@ -352,6 +352,11 @@ impl BlockDevice for Nvme {
         &self.info
     }
 
+    fn own_channels(&self) -> Option<usize> {
+        // The last queue pair is the one that is shared.
+        Some(usize::from(self.queues.controller.queue_limit()).saturating_sub(1))
+    }
+
     /// Openings of one namespace are one device.
     fn identity(&self) -> usize {
         self.namespace.identity()

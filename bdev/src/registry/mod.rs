@@ -497,6 +497,10 @@ impl BlockDevice for Bdev {
         self.entry.dev.identity()
     }
 
+    fn own_channels(&self) -> Option<usize> {
+        self.entry.dev.own_channels()
+    }
+
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         if self.entry.is_removed() {
             return Err(BdevError::Removed {
@@ -548,6 +552,10 @@ impl BlockDevice for Claimed {
 
     fn identity(&self) -> usize {
         self.bdev.identity()
+    }
+
+    fn own_channels(&self) -> Option<usize> {
+        self.bdev.own_channels()
     }
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {

@@ -86,6 +86,10 @@ impl BlockDevice for Steady {
         self.inner.identity()
     }
 
+    fn own_channels(&self) -> Option<usize> {
+        self.inner.own_channels()
+    }
+
     fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
         self.inner.next_data(lba)
     }

@@ -147,6 +147,10 @@ impl BlockDevice for Metered {
         self.identity
     }
 
+    fn own_channels(&self) -> Option<usize> {
+        self.inner.lock().as_ref()?.own_channels()
+    }
+
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         let device = self.inner.lock().clone();
         let inner = device

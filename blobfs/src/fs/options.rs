@@ -48,7 +48,8 @@ pub struct MountOptions {
     /// Number of bytes in flight at which an appending thread waits. The default is a sixteenth of
     /// the memory that this process may use, between 4 and 32 MiB.
     pub write_behind_bytes: usize,
-    /// Number of channels that threads share for writes and readahead.
+    /// Most channels that threads share for writes and readahead. There is one at first; others are
+    /// opened when threads need them at the same time, as far as the device has them.
     pub shared_channels: usize,
     /// Longest readahead in bytes; 0 for none.
     pub read_ahead_bytes: usize,
@@ -65,7 +66,7 @@ impl Default for MountOptions {
             read_only: false,
             accept_damage: false,
             write_behind_bytes: super::memory::default_behind_bytes(),
-            shared_channels: 4,
+            shared_channels: 16,
             read_ahead_bytes: 1 << 20,
             discard: false,
         }
