@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock, mpsc};
 use std::time::Duration;
 
 use common::*;
-use pumice_bdev::BlockDevice;
+use pumice_bdev::{BdevError, BlockDevice};
 use pumice_blobfs::blobstore::check::check;
 use pumice_blobfs::blobstore::{
     Blob, BlobId, Blobstore, CreateOptions, Error, InitOptions, LoadOptions, OpenExternal, Parent,
@@ -433,6 +433,49 @@ fn an_external_snapshot_is_opened_without_a_lock() {
     opens("a decoupling");
     assert_eq!(marks(&store.open(first).unwrap()), [7; 4]);
     verify(&store);
+}
+
+/// A device that is opened already cannot be opened by others, so two threads share one opening.
+#[test]
+fn threads_open_an_external_snapshot_once() {
+    let base = memory_with(&vec![7; usize::try_from(4 * CLUSTER).unwrap()], 512);
+    let open_now = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&open_now);
+    let open: OpenExternal = Arc::new(move |_: BlobId, _: &[u8]| {
+        let before = count.fetch_add(1, Ordering::SeqCst);
+        // The other thread has time to come here, too.
+        std::thread::sleep(Duration::from_millis(20));
+        count.fetch_sub(1, Ordering::SeqCst);
+        if before > 0 {
+            return Err(BdevError::Unsupported {
+                device: "base".to_owned(),
+                reason: "it is open already".to_owned(),
+            });
+        }
+        Ok(base.clone())
+    });
+    let opts = InitOptions {
+        cluster_size: 16384,
+        open_external: Some(open),
+        ..InitOptions::default()
+    };
+    let store = Blobstore::init(memory(8 << 20, 4096), &opts).unwrap();
+    let create = CreateOptions {
+        num_clusters: 4,
+        thin: true,
+        ..CreateOptions::default()
+    };
+    let ids = [(); 2].map(|()| store.create(&create).unwrap());
+    for id in ids {
+        store.set_external_parent(id, b"base").unwrap();
+    }
+    std::thread::scope(|scope| {
+        for id in ids {
+            let store = &store;
+            scope.spawn(move || assert_eq!(marks(&store.open(id).unwrap()), [7; 4]));
+        }
+    });
+    store.unload().unwrap();
 }
 
 #[test]

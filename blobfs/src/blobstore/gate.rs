@@ -63,7 +63,11 @@ impl Gate {
             if let Some(inside) = self.try_enter() {
                 return Poll::Ready(inside);
             }
-            self.waiting.lock().push(cx.waker().clone());
+            let mut waiting = self.waiting.lock();
+            if !waiting.iter().any(|waker| waker.will_wake(cx.waker())) {
+                waiting.push(cx.waker().clone());
+            }
+            drop(waiting);
             // The gate may have been opened before the waker was there.
             self.try_enter().map_or(Poll::Pending, Poll::Ready)
         })

@@ -309,6 +309,11 @@ impl Blobstore {
         blob: BlobId,
         external_id: &Arc<[u8]>,
     ) -> Result<Arc<External>, Error> {
+        if let Some(external) = self.inner.state.lock().external(external_id) {
+            return Ok(external);
+        }
+        // Many devices can be opened once only: another thread that opens it is waited for.
+        let _opening = self.inner.opening.lock();
         let open = {
             let state = self.inner.state.lock();
             if let Some(external) = state.external(external_id) {
@@ -333,7 +338,7 @@ impl Blobstore {
             })?;
         let opened = Arc::new(External::new(dev));
         let mut state = self.inner.state.lock();
-        // Another thread may have been first.
+        // The application may have opened it by opening another blob.
         Ok(state.external(external_id).unwrap_or_else(|| {
             state.add_external(external_id, &opened);
             opened

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, OnceLock};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, ReentrantMutex};
 use pumice_bdev::contents::{Formatting, Overwrite};
 use pumice_bdev::{AsyncChannel, BlockDevice, SharedChannels};
 #[cfg(doc)]
@@ -116,6 +116,9 @@ pub(crate) struct Inner {
     pub channels: Channels,
     /// For I/O that outlives the call that begins it; opened at the first use.
     pub shared: OnceLock<SharedChannels>,
+    /// Held while the application opens an external snapshot, so that it opens each once. Never taken
+    /// with the state locked; an application may open another blob meanwhile.
+    pub opening: ReentrantMutex<()>,
     pub cluster_size: u64,
     pub io_unit_size: u32,
     pub block_size: u64,
@@ -414,6 +417,7 @@ impl Blobstore {
             dev,
             channels,
             shared: OnceLock::new(),
+            opening: ReentrantMutex::new(()),
             cluster_size,
             io_unit_size,
             block_size,
