@@ -208,8 +208,9 @@ impl Controller {
         let no_broadcast = self.core.info()?.identify.fna & FNA_NO_BROADCAST != 0;
         let nsid = match no_broadcast {
             false => ALL,
-            // The command for one namespace formats all of them.
-            true if self.formats_all(format)? => ids.first().copied().unwrap_or(ALL),
+            // The command for one namespace formats all of them, and erases them, which FNA says
+            // apart.
+            true if self.does_all(format)? => ids.first().copied().unwrap_or(ALL),
             true => {
                 return Err(NvmeError::Unsupported {
                     device: self.name().to_owned(),
@@ -221,7 +222,16 @@ impl Controller {
         Ok(())
     }
 
-    /// Whether a format of one namespace formats all of them: Base figure 275, FNA.
+    /// Whether a command for one namespace does to all of them what `format` asks for.
+    fn does_all(&self, format: FormatNvm) -> Result<bool, NvmeError> {
+        let all = match format.secure_erase {
+            0 => FNA_FORMATS_ALL,
+            _ => FNA_ERASES_ALL,
+        };
+        Ok(self.core.info()?.identify.fna & all != 0)
+    }
+
+    /// Whether a format of one namespace formats or erases others: Base figure 275, FNA.
     fn formats_all(&self, format: FormatNvm) -> Result<bool, NvmeError> {
         let fna = self.core.info()?.identify.fna;
         let erases = format.secure_erase != 0;

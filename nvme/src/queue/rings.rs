@@ -82,7 +82,6 @@ impl Rings {
     }
 
     /// Whether the controller's state has changed, and a reset has ended.
-    #[inline]
     pub fn are_outdated(&self) -> bool {
         let word = self.state();
         word != self.seen && state::phase(word) != Phase::Resetting
