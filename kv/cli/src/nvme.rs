@@ -67,6 +67,9 @@ enum Command {
         /// 0 none, 1 user data erase, 2 cryptographic erase
         #[arg(short, long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=2))]
         ses: u8,
+        /// Format every namespace of the controller
+        #[arg(long)]
+        all: bool,
         /// Do not ask for confirmation
         #[arg(long)]
         yes: bool,
@@ -96,8 +99,19 @@ pub fn run(args: &Nvme) -> ExitCode {
             device: d,
             lbaf,
             ses,
+            all,
             yes,
-        } => (with(d, |o| format(o, *lbaf, *ses, *yes)), d.json),
+        } => {
+            let format = FormatNvm {
+                lbaf: *lbaf,
+                secure_erase: *ses,
+            };
+            let done = with(d, |o| match all {
+                false => format_one(o, format, *yes),
+                true => format_all(o, format, *yes),
+            });
+            (done, d.json)
+        }
     };
     match answer {
         Ok(answer) => {
@@ -403,43 +417,60 @@ fn reset(opened: &Opened) -> Result<Answer, Error> {
     })
 }
 
-fn format(opened: &Opened, lbaf: u8, ses: u8, yes: bool) -> Result<Answer, Error> {
-    let ns = opened.namespace()?;
-    let name = format!("{} namespace {}", opened.controller.name(), ns.nsid());
-    if !yes {
-        if !std::io::stdin().is_terminal() {
-            return Err(format!(
-                "formatting destroys all {} bytes of {name}; add --yes to do it",
-                ns.len_bytes()
-            )
-            .into());
-        }
-        complain!(
-            "All {} bytes of {name} will be lost. Type yes and Enter.",
-            ns.len_bytes()
-        );
-        let mut line = String::new();
-        std::io::stdin().read_line(&mut line)?;
-        if line.trim() != "yes" {
-            return Err("not formatted".into());
-        }
+/// Asks whether `name` may be formatted.
+fn confirm(name: &str, len_bytes: u64, yes: bool) -> Result<(), Error> {
+    if yes {
+        return Ok(());
     }
-    let format = FormatNvm {
-        lbaf,
-        secure_erase: ses,
-    };
-    opened.controller.format(ns.nsid(), format)?;
-    let now = opened.controller.namespace(ns.nsid())?;
-    Ok(Answer {
+    if !std::io::stdin().is_terminal() {
+        let what = format!("formatting destroys all {len_bytes} bytes of {name}");
+        return Err(format!("{what}; add --yes to do it").into());
+    }
+    complain!("All {len_bytes} bytes of {name} will be lost. Type yes and Enter.");
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line)?;
+    match line.trim() {
+        "yes" => Ok(()),
+        _ => Err("not formatted".into()),
+    }
+}
+
+/// Returns the answer about a namespace that was formatted.
+fn formatted(controller: &Controller, ns: &Namespace) -> Answer {
+    let (name, nsid) = (controller.name(), ns.nsid());
+    let (blocks, block_size) = (ns.num_blocks(), ns.block_size());
+    Answer {
         text: format!(
-            "{name}: formatted, {} blocks of {} bytes\n",
-            now.num_blocks(),
-            now.block_size()
+            "{name} namespace {nsid}: formatted, {blocks} blocks of {block_size} bytes\n"
         ),
         json: json!({
-            "name": opened.controller.name(), "nsid": ns.nsid(),
-            "num_blocks": now.num_blocks(), "block_size": now.block_size(),
+            "name": name, "nsid": nsid, "num_blocks": blocks, "block_size": block_size,
         }),
+    }
+}
+
+fn format_one(opened: &Opened, format: FormatNvm, yes: bool) -> Result<Answer, Error> {
+    let ns = opened.namespace()?;
+    let controller = &opened.controller;
+    let name = format!("{} namespace {}", controller.name(), ns.nsid());
+    confirm(&name, ns.len_bytes(), yes)?;
+    controller.format(ns.nsid(), format)?;
+    let now = controller.namespace(ns.nsid())?;
+    Ok(formatted(controller, &now))
+}
+
+fn format_all(opened: &Opened, format: FormatNvm, yes: bool) -> Result<Answer, Error> {
+    let controller = &opened.controller;
+    let before = controller.namespaces();
+    let name = format!("all {} namespaces of {}", before.len(), controller.name());
+    confirm(&name, before.iter().map(|ns| ns.len_bytes()).sum(), yes)?;
+    controller.format_all(format)?;
+    let now = controller.namespaces();
+    let each = now.iter().map(|ns| formatted(controller, ns));
+    let (text, list): (String, Vec<Value>) = each.map(|one| (one.text, one.json)).unzip();
+    Ok(Answer {
+        text,
+        json: list.into(),
     })
 }
 
@@ -472,12 +503,31 @@ mod tests {
     #[test]
     fn format_wants_a_yes() {
         let o = open();
+        let large = FormatNvm {
+            lbaf: 1,
+            secure_erase: 0,
+        };
         if !std::io::stdin().is_terminal() {
-            let error = format(&o, 1, 0, false).err().unwrap().to_string();
-            assert!(error.contains("--yes"), "{error}");
+            for refused in [format_one(&o, large, false), format_all(&o, large, false)] {
+                let error = refused.err().unwrap().to_string();
+                assert!(error.contains("--yes"), "{error}");
+            }
         }
-        let answer = format(&o, 1, 0, true).unwrap();
+        let answer = format_one(&o, large, true).unwrap();
         assert_eq!(answer.json["block_size"], 4096);
-        assert!(format(&o, 7, 0, true).is_err());
+        let unknown = FormatNvm { lbaf: 7, ..large };
+        assert!(format_one(&o, unknown, true).is_err());
+    }
+
+    #[test]
+    fn all_namespaces_are_formatted() {
+        let o = pumice_nvme_soft::open("soft://memory?size=4M&namespaces=3").unwrap();
+        let large = FormatNvm {
+            lbaf: 1,
+            secure_erase: 0,
+        };
+        let answer = format_all(&o, large, true).unwrap();
+        assert_eq!(answer.text.lines().count(), 3);
+        assert_eq!(answer.json[2]["block_size"], 4096);
     }
 }

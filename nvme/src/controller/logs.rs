@@ -188,7 +188,7 @@ impl Controller {
                 device: self.name().to_owned(),
                 what: format!(
                     "the controller cannot format namespace {nsid} alone: it formats all {count} \
-                     at once (FNA); to lose them all, use Controller::format_all"
+                     at once (FNA); to lose them all, use Controller::format_all, or `pumice nvme format --all`"
                 ),
             });
         }
