@@ -14,7 +14,7 @@ use super::format::{
     encode_extent_page, seal_chain,
 };
 use super::geometry::Geometry;
-use super::meta::{BlobMeta, ClearMethod, Parent, Trailing};
+use super::meta::{BlobMeta, ClearMethod, Parent, Trailing, patched_page};
 use super::space::Spend;
 use super::state::{Slot, State};
 
@@ -178,9 +178,12 @@ impl State {
         let mut batch = Batch::new(self.geo.clone());
         match &change.super_block {
             Some(new) => batch.super_block = Some(Box::new(new.0.clone())),
-            None if !self.dirty || self.clean_in_doubt => {
+            None if !self.dirty || self.clean_in_doubt || self.wants_guard() => {
                 let mut sb = self.sb.clone();
                 sb.clean = 0.into();
+                if self.journal.is_some() {
+                    sb.set_guard(true);
+                }
                 batch.unmark = Some(Box::new(sb.encode()));
             }
             None => {}
@@ -219,6 +222,11 @@ impl State {
             self.clear_clusters(&change.freed_clusters, &mut batch)?;
         }
         Ok(batch)
+    }
+
+    /// Whether the super block has no guard, and needs one before anything is in the journal.
+    fn wants_guard(&self) -> bool {
+        self.journal.is_some() && !self.sb.is_guarded()
     }
 
     fn clear_clusters(&self, freed: &[(u32, ClearMethod)], batch: &mut Batch) -> Result<(), Error> {
@@ -387,6 +395,9 @@ impl State {
         self.dirty = true;
         self.clean_in_doubt = false;
         self.sb.clean = 0.into();
+        if self.journal.is_some() {
+            self.sb.set_guard(true);
+        }
         if let Some(new) = change.super_block {
             let (sb, geo) = *new;
             self.sb = sb;
@@ -467,20 +478,6 @@ impl State {
             }
         }
     }
-}
-
-pub(super) fn patched_page(meta: &BlobMeta, number: u32, patches: &[(u64, u32)]) -> Box<Page> {
-    let start = u64::from(number) * EXTENTS_PER_PAGE as u64;
-    let mut entries = meta.map.page(number);
-    for (index, cluster) in patches {
-        let at = usize::try_from(index - start).expect("within the page");
-        entries[at] = *cluster;
-    }
-    encode_extent_page(
-        meta.id,
-        u32::try_from(start).expect("at most 2^32 clusters"),
-        &entries,
-    )
 }
 
 /// Returns an empty map for a blob of this store.

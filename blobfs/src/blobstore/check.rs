@@ -12,6 +12,7 @@ use super::alloc::{Bitmap, iter_words};
 use super::error::Error;
 use super::format::{BlobId, PAGE_SIZE_U64, PageError, SuperBlock};
 use super::geometry::{Geometry, tears_pages};
+use super::journal::recovery::{self, Treat};
 use super::mdio::MdIo;
 use super::meta::{BlobMeta, Parent, SNAPRM, SNAPTMP, Trailing};
 use super::scan::{Roots, Scan, scan};
@@ -71,6 +72,8 @@ pub struct Report {
     pub total_pages: u64,
     /// Whether the store was unloaded in order.
     pub clean: bool,
+    /// The reason why the journal may have lost changes, if it is damaged.
+    pub journal_damage: Option<String>,
     /// Number of findings beyond those in the list, and the worst severity among them.
     untold: Option<(u64, Severity)>,
 }
@@ -139,6 +142,7 @@ fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Err
     let mut io = MdIo::new(&dev, failed_flush)?;
     let Found { sb, torn } = super_page::read(&mut io, info)?;
     let geo = Geometry::new(&sb, info)?;
+    let journal = recovery::find(&mut io, &geo, &sb, &info.name, Treat::ReadOnly)?;
     let (masks, past) = Masks::read(&mut io, &geo, &sb)?;
     let listed = masks
         .as_ref()
@@ -156,8 +160,10 @@ fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Err
         used_clusters: found.clusters.used().into(),
         used_pages: found.pages.used().into(),
         clean: sb.is_clean(),
+        journal_damage: journal.and_then(|journal| journal.damage),
         ..Report::default()
     };
+    check_journal(&mut report, io.replayed().len());
     if torn {
         let text = "the super block was torn while it was changed; its copy is used, and the next load puts it back";
         report.add(Severity::Note, text.to_owned());
@@ -201,8 +207,7 @@ fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Err
         name: found.remains.get(&root).and_then(|r| r.name.clone()),
         error,
     });
-    let damaged = damaged.collect();
-    Ok((report, damaged))
+    Ok((report, damaged.collect()))
 }
 
 /// The plan of a repair: see [`plan`].
@@ -211,6 +216,8 @@ fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Err
 pub struct RepairPlan {
     /// Damaged blobs that are removed with their content.
     pub removed: Vec<DamagedBlob>,
+    /// The damage of the journal, because of which changes may be missing. They are given up.
+    pub journal: Option<String>,
     /// Findings that new masks and the completion of interrupted snapshots correct, without any
     /// loss.
     pub corrected: Vec<String>,
@@ -232,7 +239,7 @@ impl RepairPlan {
     /// Whether there is nothing to do.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.removed.is_empty() && self.corrected.is_empty()
+        self.removed.is_empty() && self.journal.is_none() && self.corrected.is_empty()
     }
 
     /// Returns a line for each step, those that lose something first.
@@ -246,8 +253,12 @@ impl RepairPlan {
                 blob.id, blob.error
             )
         });
+        let journal = self
+            .journal
+            .iter()
+            .map(|damage| format!("give up the changes that the journal may have lost: {damage}"));
         let corrected = self.corrected.iter().map(|text| format!("correct: {text}"));
-        removed.chain(corrected).collect()
+        removed.chain(journal).chain(corrected).collect()
     }
 }
 
@@ -267,20 +278,30 @@ pub fn plan(dev: &Arc<dyn BlockDevice>) -> Result<RepairPlan, Error> {
         })
         .map(|finding| finding.text.clone())
         .collect();
-    Ok(RepairPlan { removed, corrected })
+    Ok(RepairPlan {
+        removed,
+        journal: report.journal_damage,
+        corrected,
+    })
 }
 
-/// Carries out the plan and nothing more: removes its damaged blobs, completes or undoes snapshots,
+/// Carries out the plan and nothing more: removes its damaged blobs, gives up what a damaged
+/// journal has lost, completes or undoes snapshots,
 /// writes new masks and marks the store clean. Returns a line for each step. Clusters with several
 /// owners stay as they are. Blocks.
 ///
 /// # Errors
 /// Fails when the store is loaded ([`BdevError::InUse`]), when it has damage that is not in the
-/// plan ([`Error::DamagedStore`]; nothing was changed), and as [`Blobstore::load`] and
+/// plan ([`Error::DamagedStore`], [`Error::Journal`]; nothing was changed), and as
+/// [`Blobstore::load`] and
 /// [`Blobstore::unload`] do.
 pub fn apply(dev: &Arc<dyn BlockDevice>, plan: &RepairPlan) -> Result<Vec<String>, Error> {
     let before = check(dev)?;
-    let store = Blobstore::load_by_scan(Arc::clone(dev), &LoadOptions::default())?;
+    let load = LoadOptions {
+        accept_journal_damage: plan.journal.is_some(),
+        ..LoadOptions::default()
+    };
+    let store = Blobstore::load_by_scan(Arc::clone(dev), &load)?;
     let planned: HashSet<BlobId> = plan.removed.iter().map(|blob| blob.id).collect();
     let damaged = store.damaged();
     if damaged.iter().any(|(id, _)| !planned.contains(id)) {
@@ -322,6 +343,19 @@ pub fn apply(dev: &Arc<dyn BlockDevice>, plan: &RepairPlan) -> Result<Vec<String
 /// Fails as [`apply`] does.
 pub fn repair(dev: &Arc<dyn BlockDevice>) -> Result<Vec<String>, Error> {
     apply(dev, &plan(dev)?)
+}
+
+fn check_journal(report: &mut Report, pages: usize) {
+    if let Some(damage) = &report.journal_damage {
+        let text = format!("the journal is damaged: {damage}; changes that it held may be missing");
+        report.add(Severity::Error, text);
+    }
+    if pages > 0 {
+        let text = format!(
+            "{pages} metadata pages are in the journal and not in place; the next load puts them there"
+        );
+        report.add(Severity::Note, text);
+    }
 }
 
 fn check_super(report: &mut Report, sb: &SuperBlock, found: &Scan, dev_bytes: u64, geo: &Geometry) {

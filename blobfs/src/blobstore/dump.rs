@@ -10,10 +10,14 @@ use zerocopy::FromBytes;
 use super::alloc::iter_words;
 use super::error::Error;
 use super::format::{
-    MaskKind, PAGE_SIZE, PAGE_SIZE_U64, Page, RawSuperBlock, SuperBlock, decode_mask, mask_pages,
-    seal,
+    BlobId, MaskKind, PAGE_SIZE, PAGE_SIZE_U64, Page, RawSuperBlock, SuperBlock, decode_mask,
+    mask_pages, seal,
 };
 use super::geometry::Geometry;
+use super::journal::format::RingPlace;
+use super::journal::recovery::fits;
+pub use super::journal::walk::FoundBatch;
+use super::journal::walk::{OnDevice, walk};
 use super::mdio::MdIo;
 
 /// Number of pages read at once.
@@ -26,6 +30,26 @@ pub struct Dump {
     raw: Box<RawSuperBlock>,
     geo: Option<Geometry>,
     problem: Option<String>,
+    place: Option<RingPlace>,
+    guarded: bool,
+}
+
+/// The journal as it is on disk.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct JournalDump {
+    /// The blob that holds it.
+    pub blob: BlobId,
+    /// Bytes of its file.
+    pub len: u64,
+    /// Whether a load puts in place what it holds. Otherwise everything is there.
+    pub counts: bool,
+    /// The epoch of the header that counts, or `None` if no header can be used.
+    pub epoch: Option<u64>,
+    /// The batches of that epoch from the header's tail on.
+    pub batches: Vec<FoundBatch>,
+    /// The damage, if there is some.
+    pub damage: Option<String>,
 }
 
 /// A mask as it is on disk.
@@ -62,23 +86,30 @@ impl Dump {
         let buf = io.read(0, PAGE_SIZE.max(info.block_size as usize))?;
         let page: &Page = buf[..PAGE_SIZE].try_into().expect("a page");
         let raw = Box::new(RawSuperBlock::read_from_bytes(page).expect("sizes are equal"));
-        let (geo, problem) = match SuperBlock::decode(page) {
-            Ok(sb) => match Geometry::new(&sb, info) {
-                Ok(geo) => (Some(geo), None),
-                Err(error) => (None, Some(error.to_string())),
-            },
+        let (sb, mut problem) = match SuperBlock::decode(page) {
+            Ok(sb) => (Some(sb), None),
             Err(error) => {
                 // If only the checksum is wrong, the positions may still lead to the content.
                 let mut sealed = *page;
                 seal(&mut sealed);
-                let sb = SuperBlock::decode(&sealed).ok();
-                let geo = sb.and_then(|sb| Geometry::new(&sb, info).ok());
-                (geo, Some(error.to_string()))
+                (SuperBlock::decode(&sealed).ok(), Some(error.to_string()))
             }
         };
+        let geo = sb.as_ref().and_then(|sb| {
+            let geo = Geometry::new(sb, info).map_err(|error| error.to_string());
+            match geo {
+                Ok(geo) => Some(geo),
+                Err(error) => {
+                    problem.get_or_insert(error);
+                    None
+                }
+            }
+        });
         Ok(Dump {
             io,
             raw,
+            guarded: sb.as_ref().is_some_and(SuperBlock::is_guarded),
+            place: sb.and_then(|sb| RingPlace::read(&sb).ok()?),
             geo,
             problem,
         })
@@ -95,6 +126,24 @@ impl Dump {
     #[must_use]
     pub fn problem(&self) -> Option<&str> {
         self.problem.as_deref()
+    }
+
+    /// Reads the journal; `None` if the super block does not have its place.
+    pub fn journal(&mut self) -> Option<JournalDump> {
+        let (geo, place) = (self.geo.as_ref()?, self.place.as_ref()?);
+        if !fits(place, geo) {
+            return None;
+        }
+        let mut file = OnDevice::new(&mut self.io, geo.cluster_lba(place.cluster), place.len);
+        let walked = walk(&mut file, place.blob, place.len);
+        Some(JournalDump {
+            blob: place.blob,
+            len: place.len,
+            counts: self.guarded,
+            epoch: walked.header.map(|(header, _)| header.epoch),
+            batches: walked.batches,
+            damage: walked.damage,
+        })
     }
 
     /// Reads the masks; none if the super block does not have their positions.

@@ -16,13 +16,13 @@ use parking_lot::MutexGuard;
 use super::Blobstore;
 use super::blob::Shared;
 use super::change::Change;
-use super::commit::in_place::may_land;
 use super::commit::{Cleared, Failure};
 use super::error::Error;
 use super::format::BlobId;
 use super::gate::{DRAIN_TIMEOUT, Frozen};
 use super::geometry::Geometry;
 use super::order::{Scope, Turn};
+use super::retry::may_land;
 use super::state::{Doubt, State, Stop};
 
 /// The right to change what its scope names.

@@ -67,6 +67,18 @@ pub enum Error {
         /// A line for each damaged blob.
         damage: Vec<String>,
     },
+    /// The store was not unloaded in order, and its journal is damaged, so that changes may be
+    /// missing. Nothing was written.
+    #[error(
+        "{device}: the journal is damaged, and changes that it held may be missing: {reason}; load the store \
+         read-only to copy what is there, or give up what is missing with `pumice fsck --repair`"
+    )]
+    Journal {
+        /// Name of the device.
+        device: String,
+        /// The damage.
+        reason: String,
+    },
     /// Nothing can be allocated: the store was not unloaded in order, a blob is damaged, and it is
     /// not known which clusters and metadata pages it has.
     #[error(

@@ -1,5 +1,6 @@
 //! Metadata I/O: a channel for each change in progress, with many operations in flight on each.
 
+use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,6 +10,7 @@ use parking_lot::{Condvar, Mutex};
 use pumice_bdev::{BlockDevice, DeviceInfo, DmaBuf, DmaSlice, Engine, IoError, Op, OpKind};
 
 use super::error::Error;
+use super::format::Page;
 use super::steady::FailedFlush;
 
 /// Number of operations that are kept in flight on a channel.
@@ -60,6 +62,8 @@ pub(crate) struct MdIo {
     engine: Engine<()>,
     can: Abilities,
     flushes: Arc<Flushes>,
+    /// Metadata pages that a journal has and the device does not, of a load that writes nothing.
+    replayed: Arc<BTreeMap<u32, Arc<Page>>>,
 }
 
 /// The channels for a store's metadata.
@@ -199,7 +203,18 @@ impl MdIo {
             engine: Engine::new(dev.open_channel()?),
             can: Abilities::of(dev.info()),
             flushes,
+            replayed: Arc::default(),
         })
+    }
+
+    /// Has reads of metadata pages find these instead of what is in their places.
+    pub fn set_replayed(&mut self, pages: BTreeMap<u32, Arc<Page>>) {
+        self.replayed = Arc::new(pages);
+    }
+
+    /// Returns the pages that take the place of the device's.
+    pub fn replayed(&self) -> Arc<BTreeMap<u32, Arc<Page>>> {
+        Arc::clone(&self.replayed)
     }
 
     /// Returns what the device can do.
@@ -344,6 +359,11 @@ impl Abilities {
         }
     }
 
+    /// Returns the bytes of a block.
+    pub fn block_size(&self) -> u64 {
+        self.block_size
+    }
+
     /// Returns what makes a write durable.
     pub fn persist(&self) -> Persist {
         self.persist
@@ -445,156 +465,4 @@ fn pieces(start: u64, len: u64, step: u64) -> impl Iterator<Item = (u64, u64)> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::steady::Steady;
-    use super::*;
-    use pumice_bdev::AsyncChannel;
-    use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
-    use pumice_bdev_testkit::crashsim::{Action, CrashDevice, CrashImage, CrashOptions, Event};
-
-    /// Devices on top of one that makes nothing durable without a flush.
-    struct Devices {
-        holds: Arc<ErrorDevice>,
-        fails: Arc<ErrorDevice>,
-        base: CrashDevice,
-        flushes: Arc<Flushes>,
-        steady: Arc<Steady>,
-    }
-
-    fn channels<const N: usize>() -> (Devices, [MdIo; N]) {
-        let options = CrashOptions {
-            block_size: 4096,
-            write_cache: true,
-            fua: false,
-            ..CrashOptions::default()
-        };
-        let base = CrashDevice::with_options(&options, CrashImage::zeroed(1 << 20));
-        let fails = Arc::new(ErrorDevice::new(None, Arc::new(base.clone())));
-        let holds = Arc::new(ErrorDevice::new(None, fails.clone()));
-        let steady = Steady::new(holds.clone());
-        let as_dyn: Arc<dyn BlockDevice> = steady.clone();
-        let first = MdIo::new(&as_dyn, steady.failed_flush()).unwrap();
-        let flushes = first.flushes;
-        let all = std::array::from_fn(|_| MdIo::sharing(&as_dyn, Arc::clone(&flushes)).unwrap());
-        let devices = Devices {
-            holds,
-            fails,
-            base,
-            flushes,
-            steady,
-        };
-        (devices, all)
-    }
-
-    fn inject(dev: &ErrorDevice, failure: Failure) {
-        dev.inject(Injection {
-            op: Some(OpKind::Flush),
-            failure,
-            count: 1,
-            range: None,
-            queue_depth: 0,
-        });
-    }
-
-    fn write(lba: u64) -> Vec<Op> {
-        let data = DmaBuf::zeroed(4096).unwrap().freeze();
-        vec![Op::Write {
-            lba,
-            data,
-            fua: false,
-        }]
-    }
-
-    fn until(what: &str, mut done: impl FnMut() -> bool) {
-        let start = std::time::Instant::now();
-        while !done() {
-            assert!(start.elapsed() < Duration::from_secs(60), "{what}");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    /// The first flush was sent before the others had written, so it does not cover them. One more
-    /// covers them all.
-    #[test]
-    fn one_flush_serves_all_that_wait_for_it_and_none_that_was_sent_before() {
-        let (devices, all) = channels::<8>();
-        inject(&devices.holds, Failure::Hang);
-        std::thread::scope(|scope| {
-            let mut all = all.into_iter();
-            let mut first = all.next().unwrap();
-            let first = scope.spawn(move || first.run_durable(write(0)));
-            until("the first flush is held back", || {
-                devices.holds.injections().is_empty()
-            });
-            let others: Vec<_> = (1..)
-                .zip(all)
-                .map(|(lba, mut io)| scope.spawn(move || io.run_durable(write(lba))))
-                .collect();
-            until("all have written", || {
-                devices.flushes.completed.load(Ordering::Acquire) == 8
-            });
-            assert!(others.iter().all(|other| !other.is_finished()));
-            devices.holds.resume();
-            first.join().unwrap().unwrap();
-            for other in others {
-                other.join().unwrap().unwrap();
-            }
-        });
-        let flush = |event: &Event| match event {
-            Event::Submitted(change) => matches!(change.action, Action::Flush),
-            _ => false,
-        };
-        let flushes = devices.base.log().into_iter().filter(flush).count();
-        assert_eq!(flushes, 2);
-    }
-
-    /// A flush that fails while another channel's writes are in the cache may have lost them.
-    #[test]
-    fn a_failed_flush_fails_all_whose_writes_it_may_have_lost() {
-        let (devices, [mut one, mut two]) = channels::<2>();
-        inject(&devices.holds, Failure::Hang);
-        inject(&devices.fails, Failure::Fail);
-        std::thread::scope(|scope| {
-            let one = scope.spawn(move || {
-                let result = one.run_durable(write(0));
-                (one, result)
-            });
-            until("the flush is held back", || {
-                devices.holds.injections().is_empty()
-            });
-            let two = scope.spawn(move || two.run_durable(write(1)));
-            until("both have written", || {
-                devices.flushes.completed.load(Ordering::Acquire) == 2
-            });
-            devices.holds.resume();
-            let (mut one, result) = one.join().unwrap();
-            result.unwrap_err();
-            two.join().unwrap().unwrap_err();
-            // What is written once more is durable.
-            one.run_durable(write(0)).unwrap();
-        });
-    }
-
-    /// It may have failed between a write and the flush that was to cover it, or during that flush.
-    #[test]
-    fn a_failed_flush_of_another_channel_counts() {
-        let (devices, [mut io]) = channels::<1>();
-        let data = AsyncChannel::new(devices.steady.open_channel().unwrap());
-        let failed = io.failed_flushes();
-        io.run(write(0)).unwrap();
-        inject(&devices.fails, Failure::Fail);
-        data.block_on(data.flush()).unwrap_err();
-        io.flush_since(failed).unwrap_err();
-        inject(&devices.holds, Failure::Hang);
-        std::thread::scope(|scope| {
-            let held = scope.spawn(move || io.run_durable(write(0)));
-            until("the flush is held back", || {
-                devices.holds.injections().is_empty()
-            });
-            inject(&devices.fails, Failure::Fail);
-            data.block_on(data.flush()).unwrap_err();
-            devices.holds.resume();
-            held.join().unwrap().unwrap_err();
-        });
-    }
-}
+mod tests;

@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::extents::ExtentMap;
-use super::format::{BlobId, BlobRecord, Flags, MapRecord, TableEntry, Xattr};
+use super::format::{
+    BlobId, BlobRecord, EXTENTS_PER_PAGE, Flags, MapRecord, Page, TableEntry, Xattr,
+    encode_extent_page,
+};
 
 /// Internal xattr with the id of the parent snapshot.
 pub(crate) const SNAP: &[u8] = b"SNAP";
@@ -210,4 +213,19 @@ pub(crate) fn set(xattrs: &mut Vec<Xattr>, name: &[u8], value: &[u8]) {
             value: value.into(),
         }),
     }
+}
+
+/// Returns an extent page with some entries changed.
+pub(crate) fn patched_page(meta: &BlobMeta, number: u32, patches: &[(u64, u32)]) -> Box<Page> {
+    let start = u64::from(number) * EXTENTS_PER_PAGE as u64;
+    let mut entries = meta.map.page(number);
+    for (index, cluster) in patches {
+        let at = usize::try_from(index - start).expect("within the page");
+        entries[at] = *cluster;
+    }
+    encode_extent_page(
+        meta.id,
+        u32::try_from(start).expect("at most 2^32 clusters"),
+        &entries,
+    )
 }

@@ -29,7 +29,9 @@ mod geometry;
 mod grow;
 mod inflate;
 mod io;
+mod journal;
 mod lanes;
+mod make_journal;
 mod mdio;
 mod mend;
 mod meta;
@@ -37,6 +39,7 @@ mod ops;
 mod order;
 #[cfg(test)]
 mod order_tests;
+mod retry;
 mod scan;
 mod snapshot;
 mod space;

@@ -636,6 +636,20 @@ fn read_pages(
     ranges: &mut dyn Iterator<Item = Range<u32>>,
     mut page: impl FnMut(u32, Result<&Page, String>),
 ) -> Result<(), Error> {
+    let replayed = io.replayed();
+    read_in_place(io, geo, ranges, |index, read| match replayed.get(&index) {
+        Some(newer) => page(index, Ok(newer)),
+        None => page(index, read),
+    })
+}
+
+/// Reads pages as they are on the device.
+fn read_in_place(
+    io: &mut MdIo,
+    geo: &Geometry,
+    ranges: &mut dyn Iterator<Item = Range<u32>>,
+    mut page: impl FnMut(u32, Result<&Page, String>),
+) -> Result<(), Error> {
     let read = |range: Range<u32>| {
         let buf = DmaBuf::new(range.len() * PAGE_SIZE)?;
         Ok(Op::Read {

@@ -69,6 +69,8 @@ pub(crate) struct State {
     pub dirty: bool,
     /// Whether a write of clean = 1 failed, so that the device may hold it all the same.
     pub clean_in_doubt: bool,
+    /// The blob that holds the journal. Applications do not see it.
+    pub journal: Option<BlobId>,
     pub unloaded: bool,
     /// Whether the store is being unloaded, so that no blob is opened.
     pub unloading: bool,
@@ -166,6 +168,12 @@ impl State {
     /// Returns the metadata of a blob.
     pub fn meta(&self, id: BlobId) -> Result<&Arc<BlobMeta>, Error> {
         let root = id.page().ok_or(Error::NoSuchBlob(id))?;
+        if self.journal == Some(id) {
+            return Err(Error::CannotOpen {
+                blob: id,
+                reason: "it holds the journal of the store".to_owned(),
+            });
+        }
         if let Some(slot) = self.blobs.get(&root) {
             return Ok(&slot.meta);
         }

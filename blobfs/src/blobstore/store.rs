@@ -25,6 +25,8 @@ use super::format::{
     mask_pages,
 };
 use super::geometry::{Geometry, Layout, tears_pages};
+use super::journal::Journal;
+use super::journal::recovery::{self, Treat};
 use super::mdio::{Abilities, MdChannels, MdIo, dma};
 use super::meta::ClearMethod;
 use super::ops::CreateOptions;
@@ -51,6 +53,11 @@ pub struct InitOptions {
     pub clear_method: ClearMethod,
     /// The function that opens external snapshots.
     pub open_external: Option<OpenExternal>,
+    /// Bytes of a journal, rounded up to clusters, at least 128 KiB; none by default. With one, a
+    /// change of metadata is one write to the journal, which changes of several threads share, and
+    /// a page that a power cut tears is made whole again. SPDK refuses such a store until it has
+    /// been unloaded in order.
+    pub journal: Option<u64>,
     /// Whether to make the store over whatever the device holds. Otherwise a device that holds
     /// anything but zeroes is refused.
     pub force: bool,
@@ -64,6 +71,7 @@ impl Default for InitOptions {
             bstype: BsType::NONE,
             clear_method: ClearMethod::Default,
             open_external: None,
+            journal: None,
             force: false,
         }
     }
@@ -82,6 +90,9 @@ pub struct LoadOptions {
     /// Whether to refuse a store with damaged blobs: [`Error::DamagedStore`] then names them, and
     /// nothing was written. Otherwise they are left out ([`Blobstore::damaged`]).
     pub refuse_damage: bool,
+    /// Whether to give up the changes that a damaged journal has lost. Otherwise a store with one
+    /// can only be loaded read-only ([`Error::Journal`]).
+    pub accept_journal_damage: bool,
 }
 
 /// The longest single read or write of data, where the device takes as much.
@@ -112,6 +123,10 @@ pub struct Blobstore {
 
 #[derive(Debug)]
 pub(crate) struct Inner {
+    /// Writes changes to the device. It is dropped before the claim, since it may still write then.
+    pub commit: Box<dyn Commit>,
+    /// Dropped at the unload.
+    claim: Mutex<Option<Claim>>,
     pub dev: Arc<dyn BlockDevice>,
     pub channels: Channels,
     /// For I/O that outlives the call that begins it; opened at the first use.
@@ -130,11 +145,9 @@ pub(crate) struct Inner {
     pub failed_flush: Arc<FailedFlush>,
     /// Whether it was loaded so that nothing is ever written.
     pub read_only: bool,
-    /// Dropped at the unload.
-    claim: Mutex<Option<Claim>>,
     pub md_channels: Arc<MdChannels>,
-    /// Writes changes to the device.
-    pub commit: Box<dyn Commit>,
+    /// The reason why changes may be missing, if the load has found the journal damaged.
+    pub journal_damage: Option<String>,
     /// Decides which changes may run at the same time. It is entered before the state is locked.
     pub order: Order,
     /// Locked only briefly, and never while a device works.
@@ -150,13 +163,16 @@ struct Loaded {
     dirty: bool,
     read_only: bool,
     open_external: Option<OpenExternal>,
+    journal: Option<recovery::FoundJournal>,
+    journal_damage: Option<String>,
 }
 
 impl Blobstore {
     /// Makes an empty store on the device and loads it. Without [`InitOptions::force`] the device
     /// must be blank, by the rule of [`contents`]: every block that may hold data is read. Blocks.
     ///
-    /// A crash in the middle leaves a device without a store.
+    /// A crash in the middle leaves a device without a store, or one without the journal that was
+    /// asked for.
     ///
     /// # Errors
     /// Fails with [`BdevError::NotBlank`], for sizes that do not fit the device, when the device
@@ -165,11 +181,11 @@ impl Blobstore {
     pub fn init(dev: Arc<dyn BlockDevice>, opts: &InitOptions) -> Result<Blobstore, Error> {
         let claim = Claim::new(&*dev, false)?;
         let formatting = Formatting::begin(&dev, Overwrite::forced(opts.force))?;
-        let steady = Steady::new(dev);
+        let steady = Steady::new(Arc::clone(&dev));
         let failed_flush = steady.failed_flush();
-        let dev: Arc<dyn BlockDevice> = steady;
-        let info = dev.info();
-        let mut io = MdIo::new(&dev, Arc::clone(&failed_flush))?;
+        let steady: Arc<dyn BlockDevice> = steady;
+        let info = steady.info();
+        let mut io = MdIo::new(&steady, Arc::clone(&failed_flush))?;
         let sb = lay_out(info.len_bytes(), info.block_size, opts)?;
         let geo = Geometry::new(&sb, info)?;
         // The old store becomes invalid first, then its metadata is cleared, then the new store is
@@ -200,7 +216,6 @@ impl Blobstore {
         io.run_durable(metadata)?;
         let write = can.writes(0, &sb.encode())?;
         io.run_durable(write)?;
-        formatting.finish();
         let scan = Scan::empty(&geo);
         let loaded = Loaded {
             io,
@@ -210,8 +225,23 @@ impl Blobstore {
             dirty: true,
             read_only: false,
             open_external: opts.open_external.clone(),
+            journal: None,
+            journal_damage: None,
         };
-        Ok(Blobstore::with_state(dev, failed_flush, claim, loaded))
+        let store = Blobstore::with_state(steady, failed_flush, claim, loaded);
+        let Some(bytes) = opts.journal else {
+            formatting.finish();
+            return Ok(store);
+        };
+        store.make_journal(bytes)?;
+        store.unload()?;
+        formatting.finish();
+        drop(store);
+        let load = LoadOptions {
+            open_external: opts.open_external.clone(),
+            ..LoadOptions::default()
+        };
+        Blobstore::load(dev, &load)
     }
 
     /// Loads a store: by its masks if it was unloaded in order, else by a scan of its metadata.
@@ -281,6 +311,14 @@ impl Blobstore {
                 "a power cut can tear a metadata page that is being written"
             );
         }
+        let treat = if opts.read_only {
+            Treat::ReadOnly
+        } else if opts.accept_journal_damage {
+            Treat::Damaged
+        } else {
+            Treat::Whole
+        };
+        let journal = recovery::find(&mut io, &geo, &sb, &info.name, treat)?;
         // The masks of a store that was not unloaded in order are those of the last orderly unload.
         // They cannot be trusted, but they name the roots and clusters of that time.
         let (masks, past) = Masks::read(&mut io, &geo, &sb)?;
@@ -317,6 +355,19 @@ impl Blobstore {
             });
         }
         let dirty = !sb.is_clean() || by_scan;
+        let journal_damage = journal.as_ref().and_then(|found| found.damage.clone());
+        let journal = journal.filter(|journal| {
+            let place = &journal.place;
+            let meta = place.blob.page().and_then(|root| scan.blobs.get(&root));
+            let is_its = meta.is_some_and(|meta| recovery::is_of(meta, place));
+            if !is_its {
+                tracing::warn!(
+                    device = info.name,
+                    "another program has changed the journal's blob; the journal is no longer used"
+                );
+            }
+            is_its
+        });
         let mut loaded = Loaded {
             io,
             sb,
@@ -325,6 +376,8 @@ impl Blobstore {
             dirty,
             read_only: opts.read_only,
             open_external: opts.open_external.clone(),
+            journal,
+            journal_damage,
         };
         if torn && !opts.read_only {
             super_page::restore(&mut loaded.io, &loaded.geo, &dma(&loaded.sb.encode())?)?;
@@ -363,6 +416,8 @@ impl Blobstore {
             dirty,
             read_only,
             open_external,
+            journal,
+            journal_damage,
         } = loaded;
         let (cluster_size, io_unit_size, block_size) =
             (geo.cluster_size, geo.io_unit_size, geo.block_size);
@@ -387,6 +442,7 @@ impl Blobstore {
             can: io.can(),
             dirty,
             clean_in_doubt: false,
+            journal: journal.as_ref().map(|journal| journal.place.blob),
             unloaded: false,
             unloading: false,
             read_only,
@@ -413,6 +469,19 @@ impl Blobstore {
         state.index_children();
         let channels = Channels::new(Arc::clone(&dev));
         let md_channels = Arc::new(MdChannels::new(Arc::clone(&dev), io));
+        let commit: Box<dyn Commit> = match journal {
+            Some(found) => {
+                let (channels, geo) = (Arc::clone(&md_channels), &state.geo);
+                Box::new(Journal::new(
+                    channels,
+                    geo,
+                    &found.place,
+                    found.heads,
+                    found.begun,
+                ))
+            }
+            None => Box::new(InPlace::new(Arc::clone(&md_channels))),
+        };
         let inner = Inner {
             dev,
             channels,
@@ -427,7 +496,8 @@ impl Blobstore {
             failed_flush,
             read_only,
             claim: Mutex::new(Some(claim)),
-            commit: Box::new(InPlace::new(Arc::clone(&md_channels))),
+            journal_damage,
+            commit,
             md_channels,
             order: Order::default(),
             state: Mutex::new(state),
@@ -484,6 +554,7 @@ impl Blobstore {
         let in_order = state.check_not_stopped();
         drop(state);
         inner.channels.close();
+        inner.commit.end();
         inner.md_channels.close();
         if let Some(shared) = inner.shared.get() {
             shared.close(inner.dev.info());
@@ -547,16 +618,27 @@ impl Blobstore {
         }
     }
 
-    /// Returns the blobs in order of their ids, without those that were left out.
+    /// Returns the blobs in order of their ids, without those that were left out, and without the
+    /// one that holds the journal.
     #[must_use]
     pub fn blobs(&self) -> Vec<BlobId> {
-        self.inner
-            .state
-            .lock()
-            .blobs
-            .values()
-            .map(|slot| slot.meta.id)
-            .collect()
+        let state = self.inner.state.lock();
+        let ids = state.blobs.values().map(|slot| slot.meta.id);
+        ids.filter(|id| state.journal != Some(*id)).collect()
+    }
+
+    /// Returns the blob that holds the journal, if the store has one ([`InitOptions::journal`]). It
+    /// cannot be opened or changed.
+    #[must_use]
+    pub fn journal(&self) -> Option<BlobId> {
+        self.inner.state.lock().journal
+    }
+
+    /// Returns the reason why changes may be missing, if the journal was damaged when the store was
+    /// loaded.
+    #[must_use]
+    pub fn journal_damage(&self) -> Option<&str> {
+        self.inner.journal_damage.as_deref()
     }
 
     /// Returns the blobs that have `id` as their parent, in order of their ids. A blob that has
@@ -838,6 +920,7 @@ impl Edit<'_> {
         if let Some(id) = held {
             // Masks would let others allocate what the damaged blob holds.
             tracing::warn!(blob = %id, "the store stays marked as not unloaded in order: a blob is damaged");
+            self.store.inner.commit.settle()?;
             return self.store.inner.md_channels.get()?.flush();
         }
         if dirty {
@@ -848,6 +931,8 @@ impl Edit<'_> {
 
     /// Writes the masks and marks the store clean.
     fn write_masks(&self) -> Result<(), Error> {
+        let commit = &self.store.inner.commit;
+        commit.settle()?;
         let mut io = self.store.inner.md_channels.get()?;
         // Data and metadata that are in a volatile cache become durable before the mark.
         io.flush()?;
@@ -861,6 +946,10 @@ impl Edit<'_> {
         }
         io.run_durable(ops)?;
         sb.clean = 1.into();
+        if sb.is_guarded() {
+            sb.set_guard(false);
+        }
+        commit.end();
         let mark = io.can().writes(0, &sb.encode())?;
         // After an error the device may or may not hold the mark. The next change removes it.
         self.state().clean_in_doubt = true;

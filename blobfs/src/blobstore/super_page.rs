@@ -10,7 +10,6 @@
 use pumice_bdev::{DeviceInfo, DmaSlice, Op};
 use zerocopy::FromBytes;
 
-use super::commit::in_place::{may_land, repeat};
 use super::commit::{Failure, Restore};
 use super::error::Error;
 use super::format::{
@@ -18,6 +17,7 @@ use super::format::{
 };
 use super::geometry::Geometry;
 use super::mdio::{MdIo, dma};
+use super::retry::{may_land, repeat};
 
 /// Least number of bytes that a device writes atomically.
 const SECTOR: usize = 512;

@@ -104,6 +104,7 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
         bstype: Some(BsType::BLOBFS),
         read_only: opts.read_only,
         refuse_damage: !opts.read_only && !opts.accept_damage,
+        accept_journal_damage: opts.accept_damage,
         ..LoadOptions::default()
     };
     let store = Blobstore::load(Arc::clone(&counted), &load).map_err(|e| refuse(dev, e))?;
@@ -117,6 +118,10 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
         found: Vec::new(),
         deleted: Vec::new(),
     };
+    if let Some(damage) = store.journal_damage() {
+        let text = format!("the journal is damaged, and changes may be missing: {damage}");
+        loader.problems.push(text);
+    }
     store.set_space_policy(super::space::POLICY);
     loader.read_blobs();
     if load.refuse_damage && !loader.damage.is_empty() {

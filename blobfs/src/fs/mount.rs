@@ -177,6 +177,7 @@ impl FileSystem {
                     .unwrap_or_else(|| default_md_pages(info.len_bytes(), opts.cluster_size)),
             ),
             bstype: BsType::BLOBFS,
+            journal: opts.journal,
             // It has been examined.
             force: true,
             ..InitOptions::default()

@@ -12,6 +12,10 @@ pub struct FormatOptions {
     /// needs one or more. The default is two per MiB, at most 16384. The region grows when three
     /// quarters are used.
     pub md_pages: Option<u32>,
+    /// Bytes of a journal for changes of metadata, rounded up to clusters, at least 128 KiB. There
+    /// is none by default, since it is new; see
+    /// [`InitOptions::journal`](crate::blobstore::InitOptions::journal).
+    pub journal: Option<u64>,
     /// Whether to overwrite any content of the device.
     pub force: bool,
 }
@@ -26,6 +30,7 @@ impl Default for FormatOptions {
         FormatOptions {
             cluster_size: 64 << 10,
             md_pages: None,
+            journal: None,
             force: false,
         }
     }
@@ -41,8 +46,8 @@ pub struct MountOptions {
     pub cache_bytes: u64,
     /// Whether nothing is ever written.
     pub read_only: bool,
-    /// Whether to mount for writing although blobs are damaged, without their files: their content
-    /// counts as lost. Otherwise such a mount fails with
+    /// Whether to mount for writing although blobs are damaged, without their files, or the journal
+    /// is, without the changes that it may have lost: what is missing counts as lost. Otherwise such a mount fails with
     /// [`FsError::Damaged`](super::FsError::Damaged).
     pub accept_damage: bool,
     /// Number of bytes in flight at which an appending thread waits. The default is a sixteenth of

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 pub mod faults;
+pub mod journal;
 pub mod random;
 pub mod strict;
 pub mod watchdog;

@@ -147,7 +147,15 @@ pub fn parse(bytes: &[u8]) -> Store {
     assert!(size <= bytes.len() as u64, "size");
     assert!([512, 1024, 2048, 4096].contains(&u32_at(sb, 88)), "io unit");
     assert_eq!(u32_at(sb, 92), 4096, "md page size");
-    let reserved = &sb[96..4092];
+    let free_from = if sb[96..104] == *b"PUMJRNL1" {
+        // The place of the journal, in one piece.
+        assert_eq!(u32_at(sb, 120), 1, "pieces of the journal");
+        assert_eq!(u32_at(sb, 112) % 4096, 0, "length of the journal");
+        136
+    } else {
+        96
+    };
+    let reserved = &sb[free_from..4092];
     assert!(reserved.iter().all(|byte| *byte == 0), "reserved bytes");
     let total = size / cluster_size;
     // They are behind the super block in a new store, and at the beginning of any cluster after

@@ -12,21 +12,16 @@
 //! fails too.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use pumice_bdev::{DmaBuf, DmaSlice, IoErrorKind, Op};
+use pumice_bdev::{DmaBuf, DmaSlice, Op};
 
 use super::super::error::Error;
 use super::super::format::{PAGE_SIZE, Page, PageHeader, page_crc, stored_crc};
 use super::super::geometry::Geometry;
 use super::super::mdio::{MdChannels, MdIo, Persist, dma};
+use super::super::retry::{may_land, repeat};
 use super::super::super_page;
 use super::{Batch, Cleared, Commit, CommitPoint, Failure, Old, Restore};
-
-/// Number of times that a commit point is written before it counts as failed.
-const COMMIT_TRIES: u32 = 3;
-/// The pause before the first repetition.
-const COMMIT_PAUSE: Duration = Duration::from_millis(1);
 
 /// See the module.
 #[derive(Debug)]
@@ -90,17 +85,7 @@ impl Commit for InPlace {
                 (spare, done) = settle(io, &geo, spare, done, error)?;
             }
         }
-        // Only one that may still land does harm here: this clears what nothing names any longer.
-        let mut cleared = Cleared::Ended;
-        for op in after {
-            if let Err(error) = io.run([op]) {
-                tracing::warn!(%error, "what is no longer used could not be cleared");
-                if may_land(&error) {
-                    cleared = Cleared::MayLand;
-                }
-            }
-        }
-        Ok(cleared)
+        Ok(clear_all(io, after))
     }
 
     fn restore(&self, geo: &Geometry, restore: &mut Restore) -> Result<(), Error> {
@@ -108,8 +93,30 @@ impl Commit for InPlace {
         match restore {
             Restore::Pages(pages) => restore_pages(io, geo, pages),
             Restore::SuperBlock(old) => super_page::restore(io, geo, old),
+            // There is no journal.
+            Restore::Ring => Ok(()),
         }
     }
+
+    fn settle(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn end(&self) {}
+}
+
+/// Clears what nothing names any longer. An error does harm only if the operation may still land.
+pub(in super::super) fn clear_all(io: &mut MdIo, ops: Vec<Op>) -> Cleared {
+    let mut cleared = Cleared::Ended;
+    for op in ops {
+        if let Err(error) = io.run([op]) {
+            tracing::warn!(%error, "what is no longer used could not be cleared");
+            if may_land(&error) {
+                cleared = Cleared::MayLand;
+            }
+        }
+    }
+    cleared
 }
 
 /// A commit point with all the memory that it takes to write it and to take it back.
@@ -250,39 +257,4 @@ fn write(lba: u64, data: DmaSlice) -> Op {
 /// counts as failed.
 fn write_page(io: &mut MdIo, geo: &Geometry, index: u32, page: &DmaSlice) -> Result<(), Error> {
     repeat(|| io.run_durable(vec![write(geo.md_lba(index), page.clone())]))
-}
-
-/// Performs a write that can be repeated with the same bytes, several times if necessary.
-pub(in super::super) fn repeat(mut write: impl FnMut() -> Result<(), Error>) -> Result<(), Error> {
-    let mut tries = 1;
-    loop {
-        match write() {
-            Err(error) if tries < COMMIT_TRIES && may_help(&error) => {
-                tracing::warn!(%error, "a metadata page is written again");
-                std::thread::sleep(COMMIT_PAUSE * 4u32.pow(tries - 1));
-                tries += 1;
-            }
-            result => return result,
-        }
-    }
-}
-
-/// Whether the same write may succeed when it is repeated at once. Errors that pass have been
-/// retried below.
-fn may_help(error: &Error) -> bool {
-    let Error::Io(error) = error else {
-        return false;
-    };
-    matches!(
-        error.kind,
-        IoErrorKind::Media
-            | IoErrorKind::Short { .. }
-            | IoErrorKind::Nvme { .. }
-            | IoErrorKind::Os(_)
-    )
-}
-
-/// Whether an operation that ended with this error may still reach the medium.
-pub(in super::super) fn may_land(error: &Error) -> bool {
-    matches!(error, Error::Io(error) if error.kind == IoErrorKind::TimedOut)
 }

@@ -11,11 +11,10 @@ use std::sync::Arc;
 
 use pumice_bdev::{DmaSlice, Op};
 
-use super::change::patched_page;
 use super::error::Error;
 use super::format::{BlobId, PAGE_SIZE, Page, SuperBlock, encode_blob, seal_chain};
 use super::geometry::Geometry;
-use super::meta::BlobMeta;
+use super::meta::{BlobMeta, patched_page};
 
 /// The writes of one change.
 #[derive(Debug)]
@@ -131,6 +130,8 @@ pub(crate) enum Restore {
     Pages(Vec<(u32, DmaSlice)>),
     /// The super block.
     SuperBlock(DmaSlice),
+    /// An epoch of the journal that begins behind the batch.
+    Ring,
 }
 
 /// A way to write batches.
@@ -148,4 +149,14 @@ pub(crate) trait Commit: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// Fails when the device does.
     fn restore(&self, geo: &Geometry, restore: &mut Restore) -> Result<(), Error>;
+
+    /// Puts everything in place that was appended. No batch is appended meanwhile.
+    ///
+    /// # Errors
+    /// Fails when the device does.
+    fn settle(&self) -> Result<(), Error>;
+
+    /// Ends a use of the device, behind [`Commit::settle`], before it is marked clean. The next
+    /// batch begins another.
+    fn end(&self);
 }

@@ -11,6 +11,11 @@ use super::{BlobId, PAGE_SIZE, Page, page_crc, seal};
 const SIGNATURE: [u8; 8] = *b"SPDKBLOB";
 /// The version that Pumice writes.
 const VERSION: u32 = 3;
+/// The version of a store whose journal may hold changes that are not in place. Readers that do not
+/// know the journal refuse it.
+const GUARDED: u32 = 0x8000_0003;
+/// The first reserved bytes of a store with a journal.
+const JOURNAL_SIGNATURE: [u8; 8] = *b"PUMJRNL1";
 
 /// The super block in its form on disk. Positions and lengths are in pages of 4096 bytes.
 #[derive(Debug, Clone, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -139,30 +144,42 @@ impl SuperBlock {
 
     /// Checks signature, version, length and CRC, in this order.
     ///
-    /// A rewrite that changed only `clean` may have been torn by a power cut, so that the CRC is
-    /// that of the other state. Such a super block is accepted as not clean, so the masks are not
+    /// A rewrite that changed only `version`, for a journal, and `clean` may have been torn by a power
+    /// cut, so that the CRC is that of the other state. Such a super block is accepted as not clean, so the masks are not
     /// trusted.
     pub fn decode(page: &Page) -> Result<SuperBlock, SuperBlockError> {
         let mut raw = Box::new(RawSuperBlock::read_from_bytes(page).expect("sizes are equal"));
         if raw.signature != SIGNATURE {
             return Err(SuperBlockError::Signature(raw.signature));
         }
-        if !(1..=VERSION).contains(&raw.version.get()) {
-            return Err(SuperBlockError::Version(raw.version.get()));
+        let version = raw.version.get();
+        let has_journal = raw.reserved.starts_with(&JOURNAL_SIGNATURE);
+        let is_known = (1..=VERSION).contains(&version) || (has_journal && version == GUARDED);
+        if !is_known {
+            return Err(SuperBlockError::Version(version));
         }
         let (stored, computed) = (raw.crc.get(), page_crc(page));
         if stored != computed {
-            // `clean` is in the first sector and the CRC in the last: the states differ in nothing
-            // else.
-            raw.clean = u32::from(raw.clean.get() == 0).into();
-            let mut other: Page = [0; PAGE_SIZE];
-            other.copy_from_slice(raw.as_bytes());
-            if stored != page_crc(&other) {
+            // `version` and `clean` are in the first sector and the CRC in the last: the states
+            // differ in nothing else.
+            let versions = [version, if version == GUARDED { VERSION } else { GUARDED }];
+            let versions = &versions[..if has_journal { 2 } else { 1 }];
+            let other = versions.iter().find(|other| {
+                [0, 1].into_iter().any(|clean: u32| {
+                    (raw.version, raw.clean) = ((**other).into(), clean.into());
+                    let mut page: Page = [0; PAGE_SIZE];
+                    page.copy_from_slice(raw.as_bytes());
+                    stored == page_crc(&page)
+                })
+            });
+            let Some(other) = other else {
                 return Err(SuperBlockError::Crc { stored, computed });
-            }
+            };
             tracing::warn!(
                 "super block: torn while the store was loaded or unloaded; taken as not clean"
             );
+            // The ring is empty when the guard comes and when it goes.
+            raw.version = version.max(*other).into();
             raw.clean = 0.into();
         }
         if raw.length.get() != 4096 {
@@ -178,6 +195,17 @@ impl SuperBlock {
         page.copy_from_slice(self.raw.as_bytes());
         seal(&mut page);
         page
+    }
+
+    /// Whether a journal may hold changes that are not in place.
+    #[must_use]
+    pub fn is_guarded(&self) -> bool {
+        self.raw.version.get() == GUARDED
+    }
+
+    /// Sets or removes the guard of a store with a journal.
+    pub(crate) fn set_guard(&mut self, guard: bool) {
+        self.raw.version = if guard { GUARDED } else { VERSION }.into();
     }
 
     /// Whether the store was unloaded in order. Only then are the masks valid.

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use pumice_bdev_control::terminal::{Lines, print_json};
 use pumice_blobfs::blobstore::BlobId;
-use pumice_blobfs::blobstore::dump::{Dump, MaskDump};
+use pumice_blobfs::blobstore::dump::{Dump, FoundBatch, JournalDump, MaskDump};
 use pumice_blobfs::blobstore::format::{
     Descriptor, Descriptors, INVALID_PAGE, Page, PageHeader, RawSuperBlock, TYPE_EXTENT_PAGE,
     TYPE_EXTENT_RLE, TYPE_EXTENT_TABLE, TYPE_FLAGS, TYPE_PADDING, TYPE_XATTR, TYPE_XATTR_INTERNAL,
@@ -28,6 +28,7 @@ pub fn run(uri: &str, id: Option<BlobId>, as_json: bool) -> Result<()> {
     } else {
         Vec::new()
     };
+    let journal = if id.is_none() { dump.journal() } else { None };
     if !as_json && id.is_none() {
         writeln!(out, "super block")?;
         for (name, value) in &super_block {
@@ -49,6 +50,9 @@ pub fn run(uri: &str, id: Option<BlobId>, as_json: bool) -> Result<()> {
                 Err(error) => writeln!(out, "  no mask: {error}")?,
             }
         }
+        if let Some(journal) = &journal {
+            print_journal(&mut out, journal)?;
+        }
     }
     let mut pages = Vec::new();
     let mut failed = Ok(());
@@ -67,7 +71,10 @@ pub fn run(uri: &str, id: Option<BlobId>, as_json: bool) -> Result<()> {
     failed?;
     if as_json {
         let masks: Vec<Value> = masks.iter().map(mask_value).collect();
-        let value = json!({ "super_block": super_block, "problem": problem, "masks": masks, "pages": pages });
+        let journal = journal.as_ref().map(journal_value);
+        let value = json!({
+            "super_block": super_block, "problem": problem, "masks": masks, "journal": journal, "pages": pages,
+        });
         print_json(&value);
     }
     match (problem, id) {
@@ -151,6 +158,58 @@ fn mask_value(mask: &MaskDump) -> Value {
             json!({ "name": mask.name, "start": mask.start, "len": mask.len, "problem": error })
         }
     }
+}
+
+fn print_journal(out: &mut impl Write, journal: &JournalDump) -> io::Result<()> {
+    let counts = if journal.counts {
+        "its batches are not all in place"
+    } else {
+        "everything is in place"
+    };
+    let JournalDump { blob, len, .. } = journal;
+    writeln!(out, "journal in blob {blob}, {len} bytes: {counts}")?;
+    match journal.epoch {
+        Some(epoch) => writeln!(out, "  epoch {epoch}")?,
+        None => writeln!(out, "  no header can be used")?,
+    }
+    for batch in &journal.batches {
+        let pages: Vec<String> = batch.pages.iter().map(ToString::to_string).collect();
+        let FoundBatch {
+            at,
+            units,
+            sequence,
+            ..
+        } = batch;
+        writeln!(
+            out,
+            "  batch {sequence} at unit {at}, {units} units: pages {}",
+            pages.join(" ")
+        )?;
+    }
+    if let Some(damage) = &journal.damage {
+        writeln!(out, "  damaged: {damage}")?;
+    }
+    Ok(())
+}
+
+fn journal_value(journal: &JournalDump) -> Value {
+    let batches: Vec<Value> = journal
+        .batches
+        .iter()
+        .map(|batch| {
+            json!({
+                "sequence": batch.sequence, "at": batch.at, "units": batch.units, "pages": batch.pages,
+            })
+        })
+        .collect();
+    json!({
+        "blob": journal.blob.to_string(),
+        "len": journal.len,
+        "counts": journal.counts,
+        "epoch": journal.epoch,
+        "batches": batches,
+        "damage": journal.damage,
+    })
 }
 
 fn ranges(ranges: &[Range<u32>]) -> String {

@@ -1,0 +1,119 @@
+//! The two headers of the ring, which are written in turn.
+//!
+//! Rule 13: each use of the ring begins with a header of a new epoch, durable before the guard, so
+//! that nothing that an earlier use has left counts. Rule 7: the tail moves on only when everything
+//! before it is in place and durable.
+
+use std::hash::{BuildHasher, RandomState};
+
+use pumice_bdev::Op;
+
+use super::super::error::Error;
+use super::super::format::{BlobId, PAGE_SIZE};
+use super::super::geometry::Geometry;
+use super::super::mdio::{MdIo, dma};
+use super::super::retry::repeat;
+use super::format::{Header, RING_AT, RingPlace, SECOND_HEADER_AT, Spot};
+
+/// The headers. Whoever has them is the only one who writes them, or writes pages in place.
+#[derive(Debug)]
+pub(crate) struct Heads {
+    /// First block of the ring's file.
+    lba: u64,
+    block: u64,
+    /// The one that counts.
+    current: Header,
+    /// The number of the current one.
+    slot: usize,
+    /// Whether the other one can be used too.
+    both: bool,
+}
+
+impl Heads {
+    /// The headers of the ring in this place, of which `found` counts, if one does.
+    pub fn new(
+        geo: &Geometry,
+        place: &RingPlace,
+        found: Option<(Header, usize)>,
+        both: bool,
+    ) -> Heads {
+        let block = geo.block_size;
+        let unit = u32::try_from(block).expect("at most a page");
+        let units = (place.len - RING_AT) / block;
+        let (mut current, slot) = found.unwrap_or((
+            Header {
+                epoch: 0,
+                salt: 0,
+                turn: 0,
+                tail: Spot::first(0),
+                unit,
+                units,
+                blob: BlobId(0),
+            },
+            1,
+        ));
+        // The device may have other blocks than when they were written.
+        (current.unit, current.units, current.blob) = (unit, units, place.blob);
+        Heads {
+            lba: geo.cluster_lba(place.cluster),
+            block,
+            current,
+            slot,
+            both,
+        }
+    }
+
+    /// The mark of the current epoch's batches.
+    pub fn mark(&self) -> u64 {
+        self.current.mark()
+    }
+
+    /// Makes an epoch with an empty ring durable, whose first batch is this one.
+    pub fn begin(&mut self, io: &mut MdIo, tail: Spot) -> Result<(), Error> {
+        let next = Header {
+            epoch: self.current.epoch.wrapping_add(1),
+            salt: RandomState::new().hash_one(self.current.epoch),
+            tail,
+            ..self.current.clone()
+        };
+        self.write(io, next)?;
+        if !self.both {
+            let again = self.current.clone();
+            self.write(io, again)?;
+            self.both = true;
+        }
+        Ok(())
+    }
+
+    /// Makes a new tail durable.
+    pub fn move_tail(&mut self, io: &mut MdIo, tail: Spot) -> Result<(), Error> {
+        let next = Header {
+            tail,
+            ..self.current.clone()
+        };
+        self.write(io, next)
+    }
+
+    /// Writes a header in place of the one that does not count.
+    fn write(&mut self, io: &mut MdIo, mut next: Header) -> Result<(), Error> {
+        next.turn = self.current.turn + 1;
+        let slot = 1 - self.slot;
+        let at = [0, SECOND_HEADER_AT][slot];
+        let mut page = [0; PAGE_SIZE];
+        let bytes = next.encode();
+        page[..bytes.len()].copy_from_slice(&bytes);
+        let len = usize::try_from(self.block).expect("at most a page");
+        let data = dma(&page[..len])?;
+        let lba = self.lba + at / self.block;
+        repeat(|| {
+            let data = data.clone();
+            io.run_durable(vec![Op::Write {
+                lba,
+                data,
+                fua: false,
+            }])
+        })?;
+        (self.current, self.slot) = (next, slot);
+        Ok(())
+    }
+}

@@ -1,0 +1,200 @@
+//! Changes through a journal: the pages of a change are one append to a ring, and reach their
+//! places later.
+//!
+//! A batch holds the new content of every page that its changes write, so it is the commit point of
+//! all of them, and a page that a power cut tears in its place is written again from it.
+//!
+//! - Rule 2: one batch is on its way. The next is composed when it is durable, of all that has
+//!   arrived meanwhile, which is how changes of different threads share a write.
+//! - Rule 4: a batch whose flush fails is written and flushed again.
+//! - Rule 5: changes are acknowledged in the order of their batches. Any waiting thread composes
+//!   and writes the next one, so none depends on another thread that runs. After a write that fails
+//!   for good, an epoch without that batch is begun: then none of its changes was made.
+//! - Rule 6: a batch takes at most a quarter of the ring. The pages of a larger change that nothing
+//!   names yet go in place, behind a checkpoint, so that the ring has nothing that a recovery could
+//!   write over them; its commit points are one batch. Only if these are too many for one is each
+//!   written in place, in the order of [`in_place`](super::commit::in_place).
+//! - Rules 7 and 8: a checkpoint fixes the newest durable batch, writes the pages as of that batch in
+//!   place, flushes, and moves the tail behind it. Each batch has whole pages.
+//! - Rule 9: the pages and clusters that a change frees belong to nobody until its batch is durable.
+//! - Rule 14: before the first batch the super block gets the guard, a version that SPDK and earlier
+//!   versions of Pumice refuse. It stays until an orderly unload, which empties the ring first.
+//!
+//! [`heads`] keeps rule 13, [`walk`] rule 12, [`recovery`] rules 12 and 24.
+
+pub(crate) mod format;
+pub(crate) mod heads;
+pub(crate) mod recovery;
+mod ring;
+pub(crate) mod walk;
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use parking_lot::Mutex;
+use pumice_bdev::process::Birth;
+
+use super::commit::in_place::{InPlace, clear_all};
+use super::commit::{Batch, Cleared, Commit, Failure, Restore};
+use super::error::Error;
+use super::format::{PAGE_SIZE, Page};
+use super::geometry::Geometry;
+use super::mdio::MdChannels;
+use format::{Image, RingPlace, batch_bytes};
+use heads::Heads;
+use ring::Ring;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Journal {
+    ring: Arc<Ring>,
+    in_place: InPlace,
+    /// The latest checkpoint in the background.
+    background: Mutex<Option<JoinHandle<()>>>,
+    /// The process that has its thread.
+    born: Birth,
+}
+
+impl Commit for Journal {
+    fn append(&self, mut batch: Batch) -> Result<Cleared, Failure> {
+        if batch.super_block.is_some() {
+            self.settle()?;
+            return self.in_place.append(batch);
+        }
+        let fresh = batch.fresh.iter().map(|(index, page)| (*index, &**page));
+        let points = batch.points.iter().map(|point| (point.index, &*point.page));
+        let named: Vec<Image> = fresh.chain(points).map(image).collect();
+        let blank = Arc::new([0; PAGE_SIZE]);
+        let erased = batch.erase.iter().map(|index| (*index, Arc::clone(&blank)));
+        let pages: Vec<Image> = named.into_iter().chain(erased).collect();
+        if batch_bytes(&pages) > self.ring.most() {
+            return self.append_large(batch);
+        }
+        let prepare = std::mem::take(&mut batch.prepare);
+        if !prepare.is_empty() {
+            self.ring.channels.get()?.run_durable(prepare)?;
+        }
+        if !pages.is_empty() {
+            self.ring.submit(pages, batch.unmark, batch.geo)?;
+        }
+        self.empty_in_background();
+        if batch.clear.is_empty() {
+            return Ok(Cleared::Ended);
+        }
+        // The change is made. Whether anything can be cleared does not matter to it.
+        let io = self.ring.channels.get();
+        Ok(io.map_or(Cleared::Ended, |mut io| clear_all(&mut io, batch.clear)))
+    }
+
+    fn restore(&self, geo: &Geometry, restore: &mut Restore) -> Result<(), Error> {
+        match restore {
+            Restore::Ring => self.ring.make_void(&mut *self.ring.channels.get()?),
+            Restore::Pages(_) | Restore::SuperBlock(_) => self.in_place.restore(geo, restore),
+        }
+    }
+
+    fn settle(&self) -> Result<(), Error> {
+        self.ring.empty(&mut *self.ring.channels.get()?)
+    }
+
+    fn end(&self) {
+        self.join();
+        self.ring.end();
+    }
+}
+
+impl Drop for Journal {
+    fn drop(&mut self) {
+        // Nothing is written after the claim of the device has been given up.
+        self.join();
+    }
+}
+
+impl Journal {
+    /// The journal in this place. `begun` says whether the super block has the guard, and the ring
+    /// an epoch that is empty.
+    pub fn new(
+        channels: Arc<MdChannels>,
+        geo: &Geometry,
+        place: &RingPlace,
+        heads: Heads,
+        begun: bool,
+    ) -> Journal {
+        Journal {
+            ring: Arc::new(Ring::new(Arc::clone(&channels), geo, place, heads, begun)),
+            in_place: InPlace::new(channels),
+            background: Mutex::new(None),
+            born: Birth::now(),
+        }
+    }
+
+    /// Waits until no checkpoint runs in the background.
+    fn join(&self) {
+        let thread = self.background.lock().take();
+        self.wait_for(thread);
+    }
+
+    fn wait_for(&self, thread: Option<JoinHandle<()>>) {
+        let Some(thread) = thread else { return };
+        if self.born.is_here() {
+            // A panic in it has been reported where it happened.
+            let _ = thread.join();
+        } else {
+            // A forked child has the handle of a thread that it does not have.
+            std::mem::forget(thread);
+        }
+    }
+
+    /// Makes a change whose pages do not fit a batch: those that nothing names yet go in place, then
+    /// the commit points are one batch. If they do not fit one either, each is written in place.
+    fn append_large(&self, mut batch: Batch) -> Result<Cleared, Failure> {
+        let guard = batch.unmark.take();
+        self.ring.begin_and_empty(guard.as_deref(), &batch.geo)?;
+        let points = batch.points.iter().map(|point| (point.index, &*point.page));
+        let points: Vec<Image> = points.map(image).collect();
+        if batch_bytes(&points) > self.ring.most() {
+            return self.in_place.append(batch);
+        }
+        batch.points.clear();
+        let after = Batch {
+            erase: std::mem::take(&mut batch.erase),
+            clear: std::mem::take(&mut batch.clear),
+            ..Batch::new(batch.geo.clone())
+        };
+        let geo = batch.geo.clone();
+        self.in_place.append(batch)?;
+        self.ring.submit(points, guard, geo)?;
+        // The change is made. Whether anything can be cleared does not matter to it.
+        Ok(self.in_place.append(after).unwrap_or(Cleared::Ended))
+    }
+
+    /// Begins a checkpoint on a thread of its own if half of the ring is in use.
+    fn empty_in_background(&self) {
+        if !self.ring.begin_background() {
+            return;
+        }
+        let ring = Arc::clone(&self.ring);
+        let checkpoint = move || {
+            let done = ring.channels.get().and_then(|mut io| ring.empty(&mut io));
+            if let Err(error) = done {
+                tracing::warn!(%error, "the journal could not be emptied; it is tried again before it is full");
+            }
+            ring.end_background();
+        };
+        let name = "pumice-journal".to_owned();
+        match std::thread::Builder::new().name(name).spawn(checkpoint) {
+            Ok(thread) => {
+                let before = self.background.lock().replace(thread);
+                self.wait_for(before);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "no thread to empty the journal; a change does it when it is full");
+                self.ring.end_background();
+            }
+        }
+    }
+}
+
+fn image((index, page): (u32, &Page)) -> Image {
+    (index, Arc::new(*page))
+}

@@ -1,0 +1,184 @@
+//! Finding a journal at a load, and putting in place what a crash has left in it.
+//!
+//! - Rule 12: nothing is written before a flush, since what was read may be in a cache only. Then
+//!   pages go in place, a flush, a header with a new epoch; only then anything else. A crash in the
+//!   middle leaves the ring as it was. A damaged ring is not written to unless the caller accepts
+//!   the loss.
+//! - Rule 13: the blob of the journal is compared with the super block before it is used.
+//! - Rule 24: a load that may not write reads the pages of the ring from memory.
+
+use super::super::error::Error;
+use super::super::format::{PAGE_SIZE_U64, SuperBlock};
+use super::super::geometry::Geometry;
+use super::super::mdio::MdIo;
+use super::super::meta::BlobMeta;
+use super::format::{RING_AT, RingPlace, Spot};
+use super::heads::Heads;
+use super::ring::put_pages;
+use super::walk::{OnDevice, Walked, newer, read_headers, walk};
+
+/// The name of the journal's blob, which is not a path: no file can have it. SPDK's file system
+/// needs a name and a length of every blob.
+pub(crate) const NAME: &[u8] = b"pumice.journal";
+/// Least bytes of a journal.
+pub(crate) const LEAST_BYTES: u64 = 128 << 10;
+
+/// A journal that a load has found.
+#[derive(Debug)]
+pub(crate) struct FoundJournal {
+    pub place: RingPlace,
+    pub heads: Heads,
+    /// Whether the super block has the guard, and the ring an epoch that is empty.
+    pub begun: bool,
+    /// The reason why changes may be missing.
+    pub damage: Option<String>,
+}
+
+/// The treatment of a journal by a load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Treat {
+    /// It writes nothing.
+    ReadOnly,
+    /// It puts in place what is there, unless the journal is damaged.
+    Whole,
+    /// It puts in place what is there, and gives up what damage has cost.
+    Damaged,
+}
+
+/// Finds the journal of a store, and recovers from it. A load that writes nothing reads its pages
+/// from memory from then on.
+///
+/// # Errors
+/// Fails if the super block has the guard and the journal is damaged, unless that is accepted or
+/// nothing is written; if its place cannot be used then; and when the device fails.
+pub(crate) fn find(
+    io: &mut MdIo,
+    geo: &Geometry,
+    sb: &SuperBlock,
+    device: &str,
+    treat: Treat,
+) -> Result<Option<FoundJournal>, Error> {
+    let place = match place_of(sb, geo) {
+        Ok(Some(place)) => place,
+        Ok(None) => return Ok(None),
+        Err(reason) if sb.is_guarded() => return Err(damaged(device, reason)),
+        Err(reason) => {
+            tracing::warn!(device, reason, "the journal is not used");
+            return Ok(None);
+        }
+    };
+    let mut file = OnDevice::new(io, geo.cluster_lba(place.cluster), place.len);
+    if sb.is_guarded() {
+        let mut walked = walk(&mut file, place.blob, place.len);
+        drop_foreign(&mut walked, geo);
+        return recover(io, geo, place, walked, device, treat).map(Some);
+    }
+    let headers = read_headers(&mut file, place.blob, place.len);
+    let both = headers.iter().all(Option::is_some);
+    Ok(Some(FoundJournal {
+        place,
+        heads: Heads::new(geo, &place, newer(&headers), both),
+        begun: false,
+        damage: None,
+    }))
+}
+
+fn damaged(device: &str, reason: String) -> Error {
+    let device = device.to_owned();
+    Error::Journal { device, reason }
+}
+
+/// Returns the place of the journal, if the super block has one, or the reason why it cannot be
+/// used.
+fn place_of(sb: &SuperBlock, geo: &Geometry) -> Result<Option<RingPlace>, String> {
+    match RingPlace::read(sb)? {
+        Some(place) if !fits(&place, geo) => {
+            Err("its place in the super block is not inside the store".to_owned())
+        }
+        place => Ok(place),
+    }
+}
+
+/// Leaves out pages that the metadata region does not have.
+fn drop_foreign(walked: &mut Walked, geo: &Geometry) {
+    let foreign = walked.pages.split_off(&geo.md_len);
+    if let Some((index, _)) = foreign.first_key_value() {
+        let reason = format!("it has metadata page {index}, and there are {}", geo.md_len);
+        walked.damage.get_or_insert(reason);
+    }
+}
+
+/// Puts in place what the ring has, or has it read from memory.
+fn recover(
+    io: &mut MdIo,
+    geo: &Geometry,
+    place: RingPlace,
+    walked: Walked,
+    device: &str,
+    treat: Treat,
+) -> Result<FoundJournal, Error> {
+    let Walked {
+        header,
+        both,
+        batches,
+        pages,
+        damage,
+    } = walked;
+    if let Some(reason) = &damage {
+        if treat == Treat::Whole {
+            return Err(damaged(device, reason.clone()));
+        }
+        tracing::error!(
+            device,
+            reason,
+            "the journal is damaged; changes may be missing"
+        );
+    }
+    let mut heads = Heads::new(geo, &place, header, both);
+    if treat == Treat::ReadOnly {
+        io.set_replayed(pages);
+    } else {
+        io.flush()?;
+        put_pages(io, geo, pages.iter().map(|(index, page)| (*index, &**page)))?;
+        heads.begin(io, Spot::first(0))?;
+        let (batches, pages) = (batches.len(), pages.len());
+        tracing::info!(
+            device,
+            batches,
+            pages,
+            "put in place what was in the journal"
+        );
+    }
+    Ok(FoundJournal {
+        place,
+        heads,
+        begun: true,
+        damage,
+    })
+}
+
+/// Whether the place is inside of the clusters that a blob may have.
+pub(crate) fn fits(place: &RingPlace, geo: &Geometry) -> bool {
+    let first = u64::from(place.cluster);
+    let end = first + u64::from(place.count);
+    let outside_metadata =
+        end <= geo.md_clusters.start.into() || first >= geo.md_clusters.end.into();
+    place.count > 0
+        && geo.is_data_cluster(first)
+        && geo.is_data_cluster(end - 1)
+        && outside_metadata
+        && place.len.is_multiple_of(PAGE_SIZE_U64)
+        && (LEAST_BYTES..=u64::from(place.count) * geo.cluster_size).contains(&place.len)
+}
+
+/// Whether this blob is the one that holds the journal.
+pub(crate) fn is_of(meta: &BlobMeta, place: &RingPlace) -> bool {
+    let expected = (0u64..).zip(place.cluster..);
+    meta.id == place.blob
+        && meta.xattr(b"name").is_some_and(|name| **name == *NAME)
+        && meta.map.num_clusters() == u64::from(place.count)
+        && meta.map.num_allocated() == u64::from(place.count)
+        && meta.map.allocated().eq(expected.take(place.count as usize))
+}
+
+const _: () = assert!(LEAST_BYTES > RING_AT);

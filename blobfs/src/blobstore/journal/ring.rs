@@ -1,0 +1,485 @@
+//! The ring in memory: who waits for a batch, what is in it, and its checkpoints. The rules that
+//! this keeps (2, 4 to 9 and 14) are at the [module](super) that it belongs to.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use pumice_bdev::{DmaSlice, Op};
+
+use super::super::commit::{Failure, Restore};
+use super::super::error::Error;
+use super::super::format::Page;
+use super::super::geometry::Geometry;
+use super::super::mdio::{MdChannels, MdIo, dma};
+use super::super::retry::{may_land, repeat};
+use super::format::{
+    BATCH_LEN, Image, MOST_OF_RING, RING_AT, RingPlace, Spot, encode_batch, record_bytes,
+};
+use super::heads::Heads;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Ring {
+    pub channels: Arc<MdChannels>,
+    /// First block of the ring.
+    lba: u64,
+    /// Bytes of a unit of the ring: of a block.
+    unit: u64,
+    /// Number of its units.
+    units: u64,
+    log: Mutex<Log>,
+    /// A batch has ended.
+    ended: Condvar,
+    /// Held by whoever writes headers, or pages in place. It is locked with a channel in hand, and
+    /// before the log.
+    heads: Mutex<Heads>,
+}
+
+/// The state of the ring, and those who wait. It is locked only briefly.
+#[derive(Debug)]
+struct Log {
+    /// Whether this use of the ring has its epoch, and the super block its guard.
+    begun: bool,
+    /// The reason why nothing is appended.
+    broken: Option<Halt>,
+    /// Whether a batch is on its way.
+    writing: bool,
+    /// Whether a checkpoint in the background has begun and not ended.
+    checkpointing: bool,
+    waiting: VecDeque<Waiting>,
+    /// The results of those that have not fetched theirs.
+    results: HashMap<u64, Result<(), Failure>>,
+    next_ticket: u64,
+    /// The mark of the epoch's batches.
+    mark: u64,
+    /// The next batch.
+    head: Spot,
+    /// Units from the oldest batch that is not in place to the head.
+    used: u64,
+    /// Pages that are durable in the ring and not in place, each with the number of its batch.
+    pages: HashMap<u32, (u64, Arc<Page>)>,
+    /// The places of those pages.
+    geo: Geometry,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Halt {
+    /// A batch that failed may be on the device. An epoch that begins behind it, at this unit,
+    /// makes it void.
+    Batch(u64),
+    /// A write that has timed out may still land, so nothing is written before the next load.
+    ForGood,
+}
+
+/// A change that waits for its batch.
+#[derive(Debug)]
+struct Waiting {
+    ticket: u64,
+    pages: Vec<Image>,
+    /// Bytes of its records.
+    bytes: u64,
+    guard: Option<Box<Page>>,
+    geo: Geometry,
+}
+
+/// The reason why a batch was not written.
+#[derive(Debug)]
+struct BatchFault {
+    error: Error,
+    /// Whether a part of it may be on the device.
+    open: bool,
+    /// Whether an epoch behind it takes it back.
+    void: bool,
+}
+
+impl From<Error> for BatchFault {
+    fn from(error: Error) -> BatchFault {
+        BatchFault {
+            error,
+            open: false,
+            void: false,
+        }
+    }
+}
+
+impl BatchFault {
+    /// Returns the failure of one of the batch's changes.
+    fn failure(&self) -> Failure {
+        let error = match &self.error {
+            Error::Io(error) => Error::Io(error.clone()),
+            other => Error::Stopped(other.to_string()),
+        };
+        if !self.open {
+            return Failure::TakenBack(error);
+        }
+        Failure::Open {
+            error,
+            restore: self.void.then_some(Restore::Ring),
+        }
+    }
+}
+
+impl Log {
+    /// Begins an epoch.
+    fn reset(&mut self, mark: u64, head: Spot) {
+        self.mark = mark;
+        self.head = head;
+        self.used = 0;
+        self.pages.clear();
+    }
+
+    /// Takes the changes of the next batch, in the order of their arrival.
+    fn next_group(&mut self, most: u64) -> Vec<Waiting> {
+        let mut bytes = BATCH_LEN as u64;
+        let mut group = Vec::new();
+        while let Some(next) = self.waiting.front() {
+            bytes += next.bytes;
+            if bytes > most && !group.is_empty() {
+                break;
+            }
+            group.extend(self.waiting.pop_front());
+        }
+        group
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        match self.broken {
+            None => Ok(()),
+            Some(_) => Err(Error::Stopped(
+                "a write to the journal has failed, and it is not known what is on the device"
+                    .to_owned(),
+            )),
+        }
+    }
+}
+
+impl Ring {
+    pub fn new(
+        channels: Arc<MdChannels>,
+        geo: &Geometry,
+        place: &RingPlace,
+        heads: Heads,
+        begun: bool,
+    ) -> Ring {
+        Ring {
+            channels,
+            lba: geo.cluster_lba(place.cluster) + RING_AT / geo.block_size,
+            unit: geo.block_size,
+            units: (place.len - RING_AT) / geo.block_size,
+            log: Mutex::new(Log {
+                begun,
+                broken: None,
+                writing: false,
+                checkpointing: false,
+                waiting: VecDeque::new(),
+                results: HashMap::new(),
+                next_ticket: 0,
+                mark: heads.mark(),
+                head: Spot::first(0),
+                used: 0,
+                pages: HashMap::new(),
+                geo: geo.clone(),
+            }),
+            ended: Condvar::new(),
+            heads: Mutex::new(heads),
+        }
+    }
+
+    /// Returns the most bytes of a batch.
+    pub fn most(&self) -> u64 {
+        self.units / MOST_OF_RING * self.unit
+    }
+
+    /// Whether a checkpoint in the background is due. It has begun then.
+    pub fn begin_background(&self) -> bool {
+        let mut log = self.log.lock();
+        let due = !log.checkpointing && log.broken.is_none() && log.used > self.units / 2;
+        log.checkpointing |= due;
+        due
+    }
+
+    pub fn end_background(&self) {
+        self.log.lock().checkpointing = false;
+    }
+
+    /// Ends this use of the ring, which is empty. The next change begins another.
+    pub fn end(&self) {
+        self.log.lock().begun = false;
+    }
+
+    /// Makes a change durable, together with those that arrive at the same time.
+    ///
+    /// # Errors
+    /// Returns [`Failure`], which says what is on the device.
+    pub fn submit(
+        &self,
+        pages: Vec<Image>,
+        guard: Option<Box<Page>>,
+        geo: Geometry,
+    ) -> Result<(), Failure> {
+        let mut log = self.log.lock();
+        let ticket = log.next_ticket;
+        log.next_ticket += 1;
+        let bytes = pages.iter().map(|(_, page)| record_bytes(page)).sum();
+        log.waiting.push_back(Waiting {
+            ticket,
+            pages,
+            bytes,
+            guard,
+            geo,
+        });
+        loop {
+            if let Some(result) = log.results.remove(&ticket) {
+                return result;
+            }
+            if log.writing {
+                self.ended.wait(&mut log);
+                continue;
+            }
+            log.writing = true;
+            let group = log.next_group(self.most());
+            let written = MutexGuard::unlocked(&mut log, || self.write(&group));
+            log.writing = false;
+            for waiting in group {
+                let result = written.as_ref().map_err(BatchFault::failure).copied();
+                log.results.insert(waiting.ticket, result);
+            }
+            self.ended.notify_all();
+        }
+    }
+
+    /// Writes the batch of these changes. The caller is the only one who does.
+    fn write(&self, group: &[Waiting]) -> Result<(), BatchFault> {
+        let io = &mut *self.channels.get()?;
+        let first = &group[0];
+        let guard = group.iter().find_map(|waiting| waiting.guard.as_deref());
+        self.begin(io, guard, &first.geo)?;
+        let bytes = BATCH_LEN as u64 + group.iter().map(|waiting| waiting.bytes).sum::<u64>();
+        let units = bytes.div_ceil(self.unit);
+        let (at, taken, head, mark) = self.room(io, units)?;
+        let pages = || group.iter().flat_map(|waiting| &waiting.pages);
+        let unit = usize::try_from(self.unit).expect("at most a page");
+        let (batch, crc) = encode_batch(mark, head, unit, pages());
+        let data = self.pieces(io, at, &batch)?;
+        let written = repeat(|| {
+            let op = |(lba, data): &(u64, DmaSlice)| Op::Write {
+                lba: *lba,
+                data: data.clone(),
+                fua: false,
+            };
+            io.run_durable(data.iter().map(op).collect())
+        });
+        let behind = (at + units) % self.units;
+        if let Err(error) = written {
+            return Err(self.failed_batch(io, error, behind));
+        }
+        let mut log = self.log.lock();
+        let number = head.sequence;
+        log.head = Spot {
+            at: behind,
+            sequence: number + 1,
+            before: crc,
+        };
+        log.used += taken;
+        log.pages
+            .extend(pages().map(|(index, page)| (*index, (number, Arc::clone(page)))));
+        log.geo = first.geo.clone();
+        Ok(())
+    }
+
+    /// Begins this use of the ring, if it has not begun: an epoch, then the guard.
+    fn begin(&self, io: &mut MdIo, guard: Option<&Page>, geo: &Geometry) -> Result<(), Error> {
+        self.log.lock().check()?;
+        if self.log.lock().begun {
+            return Ok(());
+        }
+        let guard = guard.ok_or_else(|| {
+            Error::Stopped("the journal would be used without its guard".to_owned())
+        })?;
+        let mut heads = self.heads.lock();
+        // Another thread may have done it.
+        if self.log.lock().begun {
+            return Ok(());
+        }
+        let (first, data) = (Spot::first(0), dma(guard)?);
+        heads.begin(io, first).map_err(|error| self.noted(error))?;
+        let guarded = repeat(|| {
+            let data = data.clone();
+            io.run_durable(vec![Op::Write {
+                lba: 0,
+                data,
+                fua: false,
+            }])
+        });
+        guarded.map_err(|error| self.noted(error))?;
+        let mut log = self.log.lock();
+        log.reset(heads.mark(), first);
+        log.geo = geo.clone();
+        log.begun = true;
+        Ok(())
+    }
+
+    /// Begins this use of the ring and empties it, before a change that goes in place.
+    pub fn begin_and_empty(&self, guard: Option<&Page>, geo: &Geometry) -> Result<(), Error> {
+        let io = &mut *self.channels.get()?;
+        self.begin(io, guard, geo)?;
+        self.empty(io)
+    }
+
+    /// Returns where a batch of so many units goes, how many it takes with those before the ring's
+    /// end that it does not fit into, its spot, and its mark. Empties the ring if it is full.
+    fn room(&self, io: &mut MdIo, units: u64) -> Result<(u64, u64, Spot, u64), Error> {
+        let mut tries = 2;
+        loop {
+            {
+                let log = self.log.lock();
+                let behind = self.units - log.head.at;
+                let (at, taken) = if units <= behind {
+                    (log.head.at, units)
+                } else {
+                    (0, behind + units)
+                };
+                if log.used + taken <= self.units {
+                    return Ok((at, taken, log.head, log.mark));
+                }
+            }
+            tries -= 1;
+            if tries == 0 {
+                return Err(Error::invalid("a change does not fit the journal"));
+            }
+            self.empty(io)?;
+        }
+    }
+
+    /// Returns the writes of a batch.
+    fn pieces(&self, io: &MdIo, at: u64, batch: &[u8]) -> Result<Vec<(u64, DmaSlice)>, Error> {
+        let step = usize::try_from(io.can().max_io_blocks() * self.unit).expect("at most 1 MiB");
+        let mut lba = self.lba + at;
+        let mut pieces = Vec::new();
+        for piece in batch.chunks(step) {
+            pieces.push((lba, dma(piece)?));
+            lba += piece.len() as u64 / self.unit;
+        }
+        Ok(pieces)
+    }
+
+    /// Makes a batch void that could not be written, and of which a part may be on the device. The
+    /// next one begins at `behind`.
+    fn failed_batch(&self, io: &mut MdIo, error: Error, behind: u64) -> BatchFault {
+        if may_land(&error) {
+            return BatchFault {
+                error: self.noted(error),
+                open: true,
+                void: false,
+            };
+        }
+        self.log.lock().broken = Some(Halt::Batch(behind));
+        let open = match self.make_void(io) {
+            Ok(()) => {
+                tracing::warn!(%error, "a write to the journal failed; its changes were taken back");
+                false
+            }
+            Err(again) => {
+                tracing::error!(%error, %again, "a write to the journal failed, and could not be taken back");
+                true
+            }
+        };
+        BatchFault {
+            error,
+            open,
+            void: true,
+        }
+    }
+
+    /// Notes that nothing may be written any longer, if a write that ended with this error may
+    /// still land.
+    fn noted(&self, error: Error) -> Error {
+        if may_land(&error) {
+            self.log.lock().broken = Some(Halt::ForGood);
+        }
+        error
+    }
+
+    /// Puts everything in place that was durable when this began, and frees its part of the ring.
+    ///
+    /// # Errors
+    /// Fails when the device does. What was in the ring is still there.
+    pub fn empty(&self, io: &mut MdIo) -> Result<(), Error> {
+        let mut heads = self.heads.lock();
+        let (head, used, pages, geo) = {
+            let log = self.log.lock();
+            log.check()?;
+            if log.used == 0 {
+                return Ok(());
+            }
+            (log.head, log.used, log.pages.clone(), log.geo.clone())
+        };
+        self.put(io, &geo, &pages)?;
+        heads
+            .move_tail(io, head)
+            .map_err(|error| self.noted(error))?;
+        let mut log = self.log.lock();
+        log.used -= used;
+        // What later batches have changed is in the ring still.
+        log.pages.retain(|_, (number, _)| *number >= head.sequence);
+        Ok(())
+    }
+
+    /// Begins an epoch without the batch that has failed, if there is one: what is durable goes in
+    /// place first.
+    ///
+    /// # Errors
+    /// Fails when the device does. Nothing is appended then.
+    pub fn make_void(&self, io: &mut MdIo) -> Result<(), Error> {
+        let mut heads = self.heads.lock();
+        let (behind, pages, geo) = {
+            let log = self.log.lock();
+            match log.broken {
+                None => return Ok(()),
+                Some(Halt::ForGood) => return log.check(),
+                Some(Halt::Batch(behind)) => (behind, log.pages.clone(), log.geo.clone()),
+            }
+        };
+        self.put(io, &geo, &pages)?;
+        let first = Spot::first(behind);
+        heads.begin(io, first).map_err(|error| self.noted(error))?;
+        let mut log = self.log.lock();
+        log.reset(heads.mark(), first);
+        log.broken = None;
+        Ok(())
+    }
+
+    /// Makes pages durable in their places.
+    fn put(
+        &self,
+        io: &mut MdIo,
+        geo: &Geometry,
+        pages: &HashMap<u32, (u64, Arc<Page>)>,
+    ) -> Result<(), Error> {
+        let mut pages: Vec<(u32, &Page)> = pages
+            .iter()
+            .map(|(index, (_, page))| (*index, &**page))
+            .collect();
+        pages.sort_unstable_by_key(|(index, _)| *index);
+        put_pages(io, geo, pages).map_err(|error| self.noted(error))
+    }
+}
+
+/// Writes pages in their places and makes them durable.
+pub(super) fn put_pages<'a>(
+    io: &mut MdIo,
+    geo: &Geometry,
+    pages: impl IntoIterator<Item = (u32, &'a Page)>,
+) -> Result<(), Error> {
+    let failed = io.failed_flushes();
+    let ops = pages.into_iter().map(|(index, page)| {
+        Ok(Op::Write {
+            lba: geo.md_lba(index),
+            data: dma(page)?,
+            fua: false,
+        })
+    });
+    io.stream(ops, |_, result| Ok(result?))?;
+    io.flush_since(failed)
+}
