@@ -176,17 +176,16 @@ impl State {
     /// change names everything that it takes.
     pub fn batch(&mut self, change: &mut Change) -> Result<Batch, Error> {
         let mut batch = Batch::new(self.geo.clone());
-        match &change.super_block {
-            Some(new) => batch.super_block = Some(Box::new(new.0.clone())),
-            None if !self.dirty || self.clean_in_doubt || self.wants_guard() => {
-                let mut sb = self.sb.clone();
-                sb.clean = 0.into();
+        match &mut change.super_block {
+            Some(new) => {
                 if self.journal.is_some() {
-                    sb.set_guard(true);
+                    // It must not take away the guard of a ring that has begun.
+                    new.0.set_guard(true);
+                    batch.unmark = self.unmark();
                 }
-                batch.unmark = Some(Box::new(sb.encode()));
+                batch.super_block = Some(Box::new(new.0.clone()));
             }
-            None => {}
+            None => batch.unmark = self.unmark(),
         }
         let mut staged = std::mem::take(&mut change.staged);
         let result = staged
@@ -224,9 +223,19 @@ impl State {
         Ok(batch)
     }
 
-    /// Whether the super block has no guard, and needs one before anything is in the journal.
-    fn wants_guard(&self) -> bool {
-        self.journal.is_some() && !self.sb.is_guarded()
+    /// Returns the super block without the mark of an orderly unload, and with the guard of a store
+    /// with a journal, unless the device has it so.
+    fn unmark(&self) -> Option<Box<Page>> {
+        let wants_guard = self.journal.is_some() && !self.sb.is_guarded();
+        if self.dirty && !self.clean_in_doubt && !wants_guard {
+            return None;
+        }
+        let mut sb = self.sb.clone();
+        sb.clean = 0.into();
+        if self.journal.is_some() {
+            sb.set_guard(true);
+        }
+        Some(Box::new(sb.encode()))
     }
 
     fn clear_clusters(&self, freed: &[(u32, ClearMethod)], batch: &mut Batch) -> Result<(), Error> {

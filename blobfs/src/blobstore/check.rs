@@ -160,7 +160,7 @@ fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Err
         used_clusters: found.clusters.used().into(),
         used_pages: found.pages.used().into(),
         clean: sb.is_clean(),
-        journal_damage: journal.and_then(|journal| journal.damage),
+        journal_damage: journal.damage,
         ..Report::default()
     };
     check_journal(&mut report, io.replayed().len());
@@ -292,9 +292,8 @@ pub fn plan(dev: &Arc<dyn BlockDevice>) -> Result<RepairPlan, Error> {
 ///
 /// # Errors
 /// Fails when the store is loaded ([`BdevError::InUse`]), when it has damage that is not in the
-/// plan ([`Error::DamagedStore`], [`Error::Journal`]; nothing was changed), and as
-/// [`Blobstore::load`] and
-/// [`Blobstore::unload`] do.
+/// plan ([`Error::DamagedStore`], [`Error::Journal`]; nothing was changed then, except that pages
+/// of the journal may be in place), and as [`Blobstore::load`] and [`Blobstore::unload`] do.
 pub fn apply(dev: &Arc<dyn BlockDevice>, plan: &RepairPlan) -> Result<Vec<String>, Error> {
     let before = check(dev)?;
     let load = LoadOptions {

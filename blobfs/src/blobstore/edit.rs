@@ -253,6 +253,9 @@ impl Edit<'_> {
             }
             Err(Failure::TakenBack(error)) => {
                 state.note_mark_in_doubt();
+                if self.store.inner.commit.is_halted() {
+                    state.stop(&error, true);
+                }
                 if may_land(&error) {
                     state.late.push(change);
                 } else {

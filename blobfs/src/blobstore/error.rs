@@ -56,7 +56,8 @@ pub enum Error {
         #[source]
         source: PageError,
     },
-    /// The store has damaged blobs, and was to be loaded only if it had none. Nothing was written.
+    /// The store has damaged blobs, and was to be loaded only if it had none. Nothing was written
+    /// but what the journal had, if the store has one.
     #[error(
         "{device}: {} damaged: {}; load it read-only, or accept the damage",
         count(.damage.len()), some(.damage)

@@ -4,7 +4,7 @@ use super::Blobstore;
 use super::error::Error;
 use super::journal::format::{RingPlace, Spot};
 use super::journal::heads::Heads;
-use super::journal::recovery::{LEAST_BYTES, NAME, is_of};
+use super::journal::recovery::{LEAST_BYTES, MOST_BYTES, NAME, is_of};
 use super::ops::{ClusterInit, CreateOptions};
 use super::order::Scope;
 
@@ -18,8 +18,13 @@ impl Blobstore {
                 "a journal of {bytes} bytes is too small; it has at least {LEAST_BYTES}"
             )));
         }
+        if bytes > MOST_BYTES {
+            return Err(Error::invalid(format!(
+                "a journal of {bytes} bytes is too large; it has at most {MOST_BYTES}"
+            )));
+        }
         let count = bytes.div_ceil(geo.cluster_size);
-        let len = count * geo.cluster_size;
+        let len = (count * geo.cluster_size).min(MOST_BYTES);
         if count > u64::from(geo.data_clusters() / 2) {
             return Err(Error::invalid(format!(
                 "a journal of {len} bytes takes more than half of the store; make it smaller, or leave it out"

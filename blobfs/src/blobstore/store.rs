@@ -14,8 +14,8 @@ use super::alloc::Bitmap;
 use super::blob::{Blob, Shared};
 use super::channels::Channels;
 use super::claims::Claim;
-use super::commit::Commit;
 use super::commit::in_place::InPlace;
+use super::commit::{Commit, Failure};
 use super::data::Cut;
 use super::edit::Edit;
 use super::error::Error;
@@ -26,11 +26,13 @@ use super::format::{
 };
 use super::geometry::{Geometry, Layout, tears_pages};
 use super::journal::Journal;
+use super::journal::format::RingPlace;
 use super::journal::recovery::{self, Treat};
 use super::mdio::{Abilities, MdChannels, MdIo, dma};
 use super::meta::ClearMethod;
 use super::ops::CreateOptions;
 use super::order::{Order, Scope};
+use super::retry::may_land;
 use super::scan::{Remains, Roots, Scan, scan};
 use super::space::SpacePolicy;
 use super::state::{Slot, State};
@@ -53,10 +55,11 @@ pub struct InitOptions {
     pub clear_method: ClearMethod,
     /// The function that opens external snapshots.
     pub open_external: Option<OpenExternal>,
-    /// Bytes of a journal, rounded up to clusters, at least 128 KiB; none by default. With one, a
-    /// change of metadata is one write to the journal, which changes of several threads share, and
-    /// a page that a power cut tears is made whole again. SPDK refuses such a store until it has
-    /// been unloaded in order.
+    /// Bytes of a journal, rounded up to clusters, 128 KiB to 256 MiB; none by default, since it is
+    /// new. With one, a change of metadata is one write to the journal, which changes of several
+    /// threads share, and a page that a power cut tears is made whole again. The exception is a
+    /// change of so many blobs that their roots take more than a quarter of the journal: it is
+    /// written as without one. SPDK refuses such a store until it has been unloaded in order.
     pub journal: Option<u64>,
     /// Whether to make the store over whatever the device holds. Otherwise a device that holds
     /// anything but zeroes is refused.
@@ -88,7 +91,8 @@ pub struct LoadOptions {
     /// they are, and no change is accepted.
     pub read_only: bool,
     /// Whether to refuse a store with damaged blobs: [`Error::DamagedStore`] then names them, and
-    /// nothing was written. Otherwise they are left out ([`Blobstore::damaged`]).
+    /// nothing was written but what the journal had. Otherwise they are left out
+    /// ([`Blobstore::damaged`]).
     pub refuse_damage: bool,
     /// Whether to give up the changes that a damaged journal has lost. Otherwise a store with one
     /// can only be loaded read-only ([`Error::Journal`]).
@@ -172,7 +176,7 @@ impl Blobstore {
     /// must be blank, by the rule of [`contents`]: every block that may hold data is read. Blocks.
     ///
     /// A crash in the middle leaves a device without a store, or one without the journal that was
-    /// asked for.
+    /// asked for, perhaps with an empty blob for it, named `pumice.journal`.
     ///
     /// # Errors
     /// Fails with [`BdevError::NotBlank`], for sizes that do not fit the device, when the device
@@ -245,8 +249,9 @@ impl Blobstore {
     }
 
     /// Loads a store: by its masks if it was unloaded in order, else by a scan of its metadata.
-    /// Writes nothing, unless a crash left a snapshot half made or half removed. A blob with
-    /// damaged metadata is left out ([`Blobstore::damaged`]), and the others are loaded.
+    /// Writes nothing, unless a crash left a snapshot half made or half removed, a torn super block,
+    /// or changes in a journal. A blob with damaged metadata is left out ([`Blobstore::damaged`]),
+    /// and the others are loaded.
     ///
     /// If the store was not unloaded in order, it is not known which clusters and metadata pages a
     /// damaged blob holds. Then nothing is allocated ([`Error::Held`]) until that blob is deleted,
@@ -318,7 +323,7 @@ impl Blobstore {
         } else {
             Treat::Whole
         };
-        let journal = recovery::find(&mut io, &geo, &sb, &info.name, treat)?;
+        let search = recovery::find(&mut io, &geo, &sb, &info.name, treat)?;
         // The masks of a store that was not unloaded in order are those of the last orderly unload.
         // They cannot be trusted, but they name the roots and clusters of that time.
         let (masks, past) = Masks::read(&mut io, &geo, &sb)?;
@@ -355,8 +360,8 @@ impl Blobstore {
             });
         }
         let dirty = !sb.is_clean() || by_scan;
-        let journal_damage = journal.as_ref().and_then(|found| found.damage.clone());
-        let journal = journal.filter(|journal| {
+        let journal_damage = search.damage;
+        let journal = search.journal.filter(|journal| {
             let place = &journal.place;
             let meta = place.blob.page().and_then(|root| scan.blobs.get(&root));
             let is_its = meta.is_some_and(|meta| recovery::is_of(meta, place));
@@ -381,6 +386,12 @@ impl Blobstore {
         };
         if torn && !opts.read_only {
             super_page::restore(&mut loaded.io, &loaded.geo, &dma(&loaded.sb.encode())?)?;
+        }
+        if loaded.sb.is_guarded() && loaded.journal.is_none() && !opts.read_only {
+            // Its clusters may be given to others, whose bytes must not be read as a ring.
+            RingPlace::remove(&mut loaded.sb);
+            let removed = super_page::write(&mut loaded.io, &loaded.geo, &loaded.sb);
+            removed.map_err(Failure::into_error)?;
         }
         let store = Blobstore::with_state(dev, failed_flush, claim, loaded);
         let held = {
@@ -544,6 +555,11 @@ impl Blobstore {
         };
         let mut state = inner.state.lock();
         state.unloading = false;
+        if let Err(error) = &ended
+            && inner.commit.is_halted()
+        {
+            state.stop(error, true);
+        }
         if let Err(error) = ended
             && !matches!(error, Error::Stopped(_))
         {
@@ -933,6 +949,11 @@ impl Edit<'_> {
     fn write_masks(&self) -> Result<(), Error> {
         let commit = &self.store.inner.commit;
         commit.settle()?;
+        // Whatever fails from here on: the next change begins another use of the journal, and
+        // removes the mark of an orderly unload.
+        self.state().clean_in_doubt = true;
+        // Before a channel is taken, since this may wait for a thread that needs one.
+        commit.end();
         let mut io = self.store.inner.md_channels.get()?;
         // Data and metadata that are in a volatile cache become durable before the mark.
         io.flush()?;
@@ -949,12 +970,16 @@ impl Edit<'_> {
         if sb.is_guarded() {
             sb.set_guard(false);
         }
-        commit.end();
         let mark = io.can().writes(0, &sb.encode())?;
-        // After an error the device may or may not hold the mark. The next change removes it.
-        self.state().clean_in_doubt = true;
-        io.run_durable(mark)?;
+        let marked = io.run_durable(mark);
         let mut state = self.state();
+        if let Err(error) = marked {
+            if may_land(&error) {
+                // It could land behind the change that removes it.
+                state.stop(&error, true);
+            }
+            return Err(error);
+        }
         state.clean_in_doubt = false;
         state.sb = sb;
         state.dirty = false;

@@ -103,6 +103,10 @@ impl Commit for InPlace {
     }
 
     fn end(&self) {}
+
+    fn is_halted(&self) -> bool {
+        false
+    }
 }
 
 /// Clears what nothing names any longer. An error does harm only if the operation may still land.

@@ -117,6 +117,15 @@ pub(crate) enum Failure {
     },
 }
 
+impl Failure {
+    /// Returns the first error.
+    pub fn into_error(self) -> Error {
+        match self {
+            Failure::TakenBack(error) | Failure::Open { error, .. } => error,
+        }
+    }
+}
+
 impl From<Error> for Failure {
     fn from(error: Error) -> Failure {
         Failure::TakenBack(error)
@@ -157,6 +166,10 @@ pub(crate) trait Commit: std::fmt::Debug + Send + Sync {
     fn settle(&self) -> Result<(), Error>;
 
     /// Ends a use of the device, behind [`Commit::settle`], before it is marked clean. The next
-    /// batch begins another.
+    /// batch begins another. It may wait for a thread that needs a channel, so the caller has none.
     fn end(&self);
+
+    /// Whether nothing can be appended or put in place before the next load, since a write that has
+    /// timed out may still land.
+    fn is_halted(&self) -> bool;
 }

@@ -185,6 +185,10 @@ impl SuperBlock {
         if raw.length.get() != 4096 {
             return Err(SuperBlockError::Length(raw.length.get()));
         }
+        if raw.version.get() == GUARDED {
+            // The masks do not know what the ring has.
+            raw.clean = 0.into();
+        }
         Ok(SuperBlock { raw })
     }
 
@@ -316,6 +320,15 @@ mod tests {
             assert!(SuperBlock::decode(&page).is_err());
         }
         assert!(SuperBlock::decode(&clean.encode()).unwrap().is_clean());
+    }
+
+    #[test]
+    fn a_store_with_a_guard_is_not_clean() {
+        let mut sb = SuperBlock::new();
+        sb.reserved[..8].copy_from_slice(&JOURNAL_SIGNATURE);
+        sb.set_guard(true);
+        sb.clean = 1.into();
+        assert!(!SuperBlock::decode(&sb.encode()).unwrap().is_clean());
     }
 
     #[test]

@@ -101,6 +101,12 @@ impl RingPlace {
         let bytes = raw.as_bytes();
         sb.reserved[..bytes.len()].copy_from_slice(bytes);
     }
+
+    /// Removes the place from a super block, and the guard.
+    pub fn remove(sb: &mut SuperBlock) {
+        sb.set_guard(false);
+        sb.reserved[..size_of::<RawRingPlace>()].fill(0);
+    }
 }
 
 impl RawRingPlace {

@@ -58,7 +58,9 @@ pub(crate) struct Journal {
 impl Commit for Journal {
     fn append(&self, mut batch: Batch) -> Result<Cleared, Failure> {
         if batch.super_block.is_some() {
-            self.settle()?;
+            // The guard is there before it, as before any change: the next one may be in the ring.
+            let guard = batch.unmark.take();
+            self.ring.begin_and_empty(guard.as_deref(), &batch.geo)?;
             return self.in_place.append(batch);
         }
         let fresh = batch.fresh.iter().map(|(index, page)| (*index, &**page));
@@ -74,7 +76,7 @@ impl Commit for Journal {
         if !prepare.is_empty() {
             self.ring.channels.get()?.run_durable(prepare)?;
         }
-        if !pages.is_empty() {
+        if !pages.is_empty() || batch.unmark.is_some() {
             self.ring.submit(pages, batch.unmark, batch.geo)?;
         }
         self.empty_in_background();
@@ -100,6 +102,10 @@ impl Commit for Journal {
     fn end(&self) {
         self.join();
         self.ring.end();
+    }
+
+    fn is_halted(&self) -> bool {
+        self.ring.is_halted()
     }
 }
 

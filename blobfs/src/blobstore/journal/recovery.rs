@@ -22,6 +22,8 @@ use super::walk::{OnDevice, Walked, newer, read_headers, walk};
 pub(crate) const NAME: &[u8] = b"pumice.journal";
 /// Least bytes of a journal.
 pub(crate) const LEAST_BYTES: u64 = 128 << 10;
+/// Most bytes of a journal. A load has its pages in memory.
+pub(crate) const MOST_BYTES: u64 = 256 << 20;
 
 /// A journal that a load has found.
 #[derive(Debug)]
@@ -30,6 +32,13 @@ pub(crate) struct FoundJournal {
     pub heads: Heads,
     /// Whether the super block has the guard, and the ring an epoch that is empty.
     pub begun: bool,
+}
+
+/// The result of looking for a journal.
+#[derive(Debug, Default)]
+pub(crate) struct Search {
+    /// The journal, if there is one that can be used.
+    pub journal: Option<FoundJournal>,
     /// The reason why changes may be missing.
     pub damage: Option<String>,
 }
@@ -49,43 +58,62 @@ pub(crate) enum Treat {
 /// from memory from then on.
 ///
 /// # Errors
-/// Fails if the super block has the guard and the journal is damaged, unless that is accepted or
-/// nothing is written; if its place cannot be used then; and when the device fails.
+/// Fails if the super block has the guard and the journal is damaged, or its place cannot be used,
+/// unless that is accepted or nothing is written; and when the device fails.
 pub(crate) fn find(
     io: &mut MdIo,
     geo: &Geometry,
     sb: &SuperBlock,
     device: &str,
     treat: Treat,
-) -> Result<Option<FoundJournal>, Error> {
+) -> Result<Search, Error> {
     let place = match place_of(sb, geo) {
         Ok(Some(place)) => place,
-        Ok(None) => return Ok(None),
-        Err(reason) if sb.is_guarded() => return Err(damaged(device, reason)),
+        Ok(None) => return Ok(Search::default()),
+        Err(reason) if sb.is_guarded() => {
+            accept(device, &reason, treat)?;
+            return Ok(Search {
+                journal: None,
+                damage: Some(reason),
+            });
+        }
         Err(reason) => {
             tracing::warn!(device, reason, "the journal is not used");
-            return Ok(None);
+            return Ok(Search::default());
         }
     };
     let mut file = OnDevice::new(io, geo.cluster_lba(place.cluster), place.len);
     if sb.is_guarded() {
         let mut walked = walk(&mut file, place.blob, place.len);
         drop_foreign(&mut walked, geo);
-        return recover(io, geo, place, walked, device, treat).map(Some);
+        return recover(io, geo, place, walked, device, treat);
     }
     let headers = read_headers(&mut file, place.blob, place.len);
     let both = headers.iter().all(Option::is_some);
-    Ok(Some(FoundJournal {
-        place,
-        heads: Heads::new(geo, &place, newer(&headers), both),
-        begun: false,
+    Ok(Search {
+        journal: Some(FoundJournal {
+            place,
+            heads: Heads::new(geo, &place, newer(&headers), both),
+            begun: false,
+        }),
         damage: None,
-    }))
+    })
 }
 
-fn damaged(device: &str, reason: String) -> Error {
-    let device = device.to_owned();
-    Error::Journal { device, reason }
+/// Fails if a load that treats the journal in this way does not go on with this damage.
+fn accept(device: &str, reason: &str, treat: Treat) -> Result<(), Error> {
+    if treat == Treat::Whole {
+        return Err(Error::Journal {
+            device: device.to_owned(),
+            reason: reason.to_owned(),
+        });
+    }
+    tracing::error!(
+        device,
+        reason,
+        "the journal is damaged; changes may be missing"
+    );
+    Ok(())
 }
 
 /// Returns the place of the journal, if the super block has one, or the reason why it cannot be
@@ -116,30 +144,29 @@ fn recover(
     walked: Walked,
     device: &str,
     treat: Treat,
-) -> Result<FoundJournal, Error> {
+) -> Result<Search, Error> {
     let Walked {
         header,
         both,
         batches,
         pages,
-        damage,
+        mut damage,
     } = walked;
     if let Some(reason) = &damage {
-        if treat == Treat::Whole {
-            return Err(damaged(device, reason.clone()));
-        }
-        tracing::error!(
-            device,
-            reason,
-            "the journal is damaged; changes may be missing"
-        );
+        accept(device, reason, treat)?;
     }
     let mut heads = Heads::new(geo, &place, header, both);
     if treat == Treat::ReadOnly {
         io.set_replayed(pages);
     } else {
         io.flush()?;
-        put_pages(io, geo, pages.iter().map(|(index, page)| (*index, &**page)))?;
+        let lost = put_pages(io, geo, pages.iter().map(|(index, page)| (*index, &**page)))?;
+        if let Some((index, error)) = lost.into_iter().next() {
+            if treat == Treat::Whole {
+                return Err(error);
+            }
+            damage.get_or_insert(format!("metadata page {index} cannot be written: {error}"));
+        }
         heads.begin(io, Spot::first(0))?;
         let (batches, pages) = (batches.len(), pages.len());
         tracing::info!(
@@ -149,10 +176,12 @@ fn recover(
             "put in place what was in the journal"
         );
     }
-    Ok(FoundJournal {
-        place,
-        heads,
-        begun: true,
+    Ok(Search {
+        journal: Some(FoundJournal {
+            place,
+            heads,
+            begun: true,
+        }),
         damage,
     })
 }
@@ -168,7 +197,8 @@ pub(crate) fn fits(place: &RingPlace, geo: &Geometry) -> bool {
         && geo.is_data_cluster(end - 1)
         && outside_metadata
         && place.len.is_multiple_of(PAGE_SIZE_U64)
-        && (LEAST_BYTES..=u64::from(place.count) * geo.cluster_size).contains(&place.len)
+        && (LEAST_BYTES..=MOST_BYTES).contains(&place.len)
+        && place.len <= u64::from(place.count) * geo.cluster_size
 }
 
 /// Whether this blob is the one that holds the journal.

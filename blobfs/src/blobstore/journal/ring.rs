@@ -199,6 +199,11 @@ impl Ring {
         due
     }
 
+    /// Whether a write that has timed out may still land, so that nothing else is written.
+    pub fn is_halted(&self) -> bool {
+        self.log.lock().broken == Some(Halt::ForGood)
+    }
+
     pub fn end_background(&self) {
         self.log.lock().checkpointing = false;
     }
@@ -462,24 +467,54 @@ impl Ring {
             .map(|(index, (_, page))| (*index, &**page))
             .collect();
         pages.sort_unstable_by_key(|(index, _)| *index);
-        put_pages(io, geo, pages).map_err(|error| self.noted(error))
+        let lost = put_pages(io, geo, pages).map_err(|error| self.noted(error))?;
+        lost.into_iter()
+            .next()
+            .map_or(Ok(()), |(_, error)| Err(error))
     }
 }
 
-/// Writes pages in their places and makes them durable.
+/// Writes pages in their places and makes them durable, each several times if necessary. Returns
+/// those that cannot be written.
+///
+/// # Errors
+/// Fails when a flush does, and when a write may still land.
 pub(super) fn put_pages<'a>(
     io: &mut MdIo,
     geo: &Geometry,
     pages: impl IntoIterator<Item = (u32, &'a Page)>,
-) -> Result<(), Error> {
+) -> Result<Vec<(u32, Error)>, Error> {
     let failed = io.failed_flushes();
-    let ops = pages.into_iter().map(|(index, page)| {
-        Ok(Op::Write {
-            lba: geo.md_lba(index),
-            data: dma(page)?,
-            fua: false,
-        })
-    });
-    io.stream(ops, |_, result| Ok(result?))?;
-    io.flush_since(failed)
+    let mut again = Vec::new();
+    let write = |index: u32, data: DmaSlice| Op::Write {
+        lba: geo.md_lba(index),
+        data,
+        fua: false,
+    };
+    let pages: Vec<(u32, &Page)> = pages.into_iter().collect();
+    let ops = pages
+        .iter()
+        .map(|(index, page)| Ok(write(*index, dma(&page[..])?)));
+    io.stream(ops, |op, result| match result.map_err(Error::from) {
+        Err(error) if may_land(&error) => Err(error),
+        Err(_) => {
+            again.push(op.lba());
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    })?;
+    io.flush_since(failed)?;
+    let mut lost = Vec::new();
+    for (index, page) in pages {
+        if !again.contains(&geo.md_lba(index)) {
+            continue;
+        }
+        let data = dma(&page[..])?;
+        match repeat(|| io.run_durable(vec![write(index, data.clone())])) {
+            Err(error) if may_land(&error) => return Err(error),
+            Err(error) => lost.push((index, error)),
+            Ok(()) => {}
+        }
+    }
+    Ok(lost)
 }

@@ -230,6 +230,8 @@ pub(crate) struct OnDevice<'a> {
     len: u64,
     block: u64,
     window: Option<(u64, DmaBuf)>,
+    /// The latest window that could not be read. Its blocks are read one by one.
+    unreadable: Option<u64>,
 }
 
 impl OnDevice<'_> {
@@ -242,6 +244,7 @@ impl OnDevice<'_> {
             len,
             block,
             window: None,
+            unreadable: None,
         }
     }
 
@@ -264,8 +267,15 @@ impl RingFile for OnDevice<'_> {
             let here = at + done;
             let window = here / step * step;
             let now = (window + step - here).min(len - done);
-            if self.window.as_ref().is_none_or(|(at, _)| *at != window) {
+            let held = self.window.as_ref().map(|(at, _)| *at);
+            if held != Some(window) {
+                self.window = None;
+            }
+            if self.window.is_none() && self.unreadable != Some(window) {
                 self.window = self.blocks(window, step).ok();
+                if self.window.is_none() {
+                    self.unreadable = Some(window);
+                }
             }
             // A block that cannot be read must not hide those beside it.
             let exact;
