@@ -197,9 +197,8 @@ fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Err
         ),
         (Some(masks), true) => check_masks(&mut report, masks, &found, &geo),
     }
-    for meta in found.blobs.values() {
-        check_blob(&mut report, meta);
-    }
+    let blobs = found.blobs.values();
+    blobs.for_each(|meta| check_blob(&mut report, meta));
     check_orphans(&mut report, &found);
     report.close();
     let damaged = found.damaged.into_iter().map(|(root, error)| DamagedBlob {

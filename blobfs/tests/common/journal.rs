@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions};
 use pumice_blobfs::blobstore::format::SuperBlock;
-use pumice_blobfs::blobstore::{BlobId, Blobstore, CreateOptions, InitOptions, LoadOptions};
+use pumice_blobfs::blobstore::{BlobId, Blobstore, CreateOptions, Error, InitOptions, LoadOptions};
 
 use super::{listing, whole};
 
@@ -120,4 +120,12 @@ pub fn make(store: &Blobstore) {
 pub fn nth(store: &Blobstore, n: usize) -> BlobId {
     let blobs = store.blobs();
     blobs[n % blobs.len()]
+}
+
+/// Changes an xattr of the first blob.
+pub fn set(store: &Blobstore, byte: u8) -> Result<(), Error> {
+    let blob = store.open(nth(store, 0))?;
+    let mut all = store.transaction();
+    all.set_xattr(&blob, "v", &[byte; 100]);
+    all.commit().map(drop)
 }
