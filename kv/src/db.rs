@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pumice_blobfs::fs::{self, FileSystem, FsError};
 use rocksdb::{
-    BoundColumnFamily, CStrLike, DBWithThreadMode, Env, FlushOptions, MultiThreaded, Options,
+    BoundColumnFamily, CStrLike, DBWithThreadMode, DEFAULT_COLUMN_FAMILY_NAME, Env, FlushOptions,
+    MultiThreaded, Options,
 };
 
 use crate::error::{chain, is_no_space};
@@ -513,11 +514,17 @@ impl Db {
 
     /// Writes what was put without a log.
     fn write_unlogged(&self) -> Result<(), Error> {
-        let written = self.families().and_then(|families| {
-            let families: Vec<_> = families.iter().collect();
-            let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-            unlogged::write(self.rocksdb(), &families, &mut refused)
-        });
+        // The default family answers for all of them if it has something in memory. The list of
+        // them is in the MANIFEST, which need not be readable.
+        if let Some(default) = self.rocksdb().cf_handle(DEFAULT_COLUMN_FAMILY_NAME)
+            && unlogged::all_logged(self.rocksdb(), &default)
+        {
+            return Ok(());
+        }
+        let families = self.families()?;
+        let families: Vec<_> = families.iter().collect();
+        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        let written = unlogged::write(self.rocksdb(), &families, &mut refused);
         written.map_err(|source| Error::Unlogged {
             path: self.root.clone(),
             source,
@@ -553,12 +560,17 @@ impl Db {
 impl Drop for Db {
     fn drop(&mut self) {
         let inherited = self.fs.is_inherited();
+        // There is no later time to wait for.
+        *self
+            .refused
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner) = None;
         if !inherited
             && !self.read_only
             && !*self.is_closed()
             && let Err(error) = self.write_unlogged()
         {
-            tracing::error!(error = %chain(&error), "the database was dropped and loses it");
+            tracing::error!(error = %chain(&error), "the database was dropped and may lose what was put without a log");
         }
         let db = self.db.take();
         if inherited {

@@ -57,7 +57,7 @@ fn holds_entries(db: &Rocks, family: &impl AsColumnFamilyRef) -> bool {
 /// RocksDB knows and has no property for it, but a read of what is persisted passes the memtables
 /// once there was such a write, and RocksDB counts the memtables that a read looks into. The key is
 /// one of the family's, because its comparator may not take every key.
-fn all_logged(db: &Rocks, family: &(impl AsColumnFamilyRef + Sync)) -> bool {
+pub(crate) fn all_logged(db: &Rocks, family: &(impl AsColumnFamilyRef + Sync)) -> bool {
     let look = || {
         let mut newest = ReadOptions::default();
         newest.set_read_tier(ReadTier::Memtable);

@@ -179,6 +179,12 @@ fn a_close_writes_what_has_no_log() {
     assert_eq!(db.get(key(100)).unwrap(), None, "came back from the log");
 }
 
+/// Leaves no room.
+fn fill(fs: &FileSystem) {
+    let ballast = fs.open("/ballast", OpenOptions::CREATE).unwrap();
+    while ballast.append(&vec![1; 1 << 20]).is_ok() {}
+}
+
 /// There is room again between two closes.
 #[test]
 fn a_close_is_repeated_and_keeps_what_has_no_log() {
@@ -188,9 +194,7 @@ fn a_close_is_repeated_and_keeps_what_has_no_log() {
     for n in 0..50_000 {
         db.put_opt(key(n), value(n), &unlogged()).unwrap();
     }
-    let ballast = fs.open("/ballast", OpenOptions::CREATE).unwrap();
-    while ballast.append(&vec![1; 1 << 20]).is_ok() {}
-    drop(ballast);
+    fill(&fs);
     let error = db.close().expect_err("no room for a table");
     assert!(matches!(error, Error::Unlogged { .. }), "{error}");
     assert_eq!(error.kind(), ErrorKind::NoSpace);
@@ -248,6 +252,61 @@ fn a_drop_that_loses_what_has_no_log_is_logged() {
         logged.iter().any(|text| text.contains("without a log")),
         "{logged:?}"
     );
+}
+
+/// The list of the families is in the MANIFEST, which CURRENT names.
+#[test]
+fn a_close_lists_the_families_only_if_it_has_to() {
+    let _limit = watchdog();
+    let (_, fs) = faulty();
+    let db = options(1 << 20).open_in(&fs).unwrap();
+    for n in 0..10 {
+        db.put(key(n), value(n)).unwrap();
+    }
+    fs.rename("/CURRENT", "/elsewhere").unwrap();
+    db.close().expect("every put has a log");
+    fs.rename("/elsewhere", "/CURRENT").unwrap();
+
+    let db = options(1 << 20).open_in(&fs).unwrap();
+    check(&db, 0..10);
+    db.put_opt(key(10), value(10), &unlogged()).unwrap();
+    fs.rename("/CURRENT", "/elsewhere").unwrap();
+    let error = db.close().expect_err("which families there are is unknown");
+    assert!(matches!(error, Error::RocksDb(_)), "{error}");
+    check(&db, 0..11);
+    fs.rename("/elsewhere", "/CURRENT").unwrap();
+    db.close().unwrap();
+    drop(db);
+    check(&options(1 << 20).open_in(&fs).unwrap(), 0..11);
+}
+
+/// A drop soon after a close that failed writes what was put when there was room again.
+#[test]
+fn a_drop_after_a_failed_close_tries_again() {
+    let _limit = watchdog();
+    let (_, fs) = faulty();
+    let options = options(32 << 20).configure(|options| {
+        options.set_avoid_flush_during_shutdown(true);
+    });
+    let db = options.open_in(&fs).unwrap();
+    for n in 0..50_000 {
+        db.put_opt(key(n), value(n), &unlogged()).unwrap();
+    }
+    fill(&fs);
+    db.close().expect_err("no room for a table");
+    fs.unlink("/ballast").unwrap();
+    let started = Instant::now();
+    while let Err(error) = db.put_opt("u", "1", &unlogged()) {
+        assert!(started.elapsed() < common::LIMIT / 12, "never: {error}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let logged = Logged::default();
+    tracing::subscriber::with_default(logged.clone(), || drop(db));
+    let logged = logged.0.lock().unwrap();
+    assert!(logged.is_empty(), "{logged:?}");
+    let db = options.open_in(&fs).unwrap();
+    check(&db, 0..50_000);
+    assert_eq!(db.get("u").unwrap().as_deref(), Some(&b"1"[..]));
 }
 
 /// R5, U8: the file system of the kernel that holds the image is full.
