@@ -91,6 +91,35 @@ fn a_format_of_one_namespace_spares_the_others() {
     assert_eq!(first_byte(&rig), 0);
 }
 
+/// A controller that takes no format for all namespaces gets one for each, whatever it erases with.
+#[test]
+fn namespaces_are_formatted_one_by_one() {
+    let _watchdog = watchdog();
+    let rig = rig_with(|config, _| config.formats_one_by_one = true);
+    let spaces = [1, 2].map(|nsid| rig.controller.namespace(nsid).unwrap());
+    for secure_erase in [0, 1] {
+        let mut q = queue(&rig, |_| {});
+        for ns in &spaces {
+            q.submit(ns, 1, write(0, 7)).unwrap();
+            assert!(settle(&mut q)[0].result.is_ok());
+        }
+        drop(q);
+        let format = FormatNvm {
+            secure_erase,
+            ..FormatNvm::default()
+        };
+        rig.controller.format_all(format).unwrap();
+        let mut q = queue(&rig, |_| {});
+        for ns in &spaces {
+            q.submit(ns, 1, read(0)).unwrap();
+            let pumice_nvme::Op::Read { buf, .. } = settle(&mut q).remove(0).op else {
+                panic!("another operation");
+            };
+            assert_eq!(buf[0], 0, "namespace {}, erase {secure_erase}", ns.nsid());
+        }
+    }
+}
+
 /// A controller with one namespace formats it, whatever else it would format.
 #[test]
 fn a_controller_of_one_namespace_is_formatted() {

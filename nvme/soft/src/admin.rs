@@ -456,6 +456,7 @@ impl Engine {
             return bad(Status::INVALID_FORMAT);
         }
         let targets: Vec<usize> = match c.nsid {
+            u32::MAX if self.config.formats_one_by_one => return bad(Status::INVALID_NAMESPACE),
             u32::MAX => (0..self.media.len()).collect(),
             0 => return bad(Status::INVALID_NAMESPACE),
             n if (n as usize) > self.media.len() => return bad(Status::INVALID_NAMESPACE),

@@ -37,7 +37,7 @@ pub(super) fn controller(config: &SoftConfig, name: &str) -> IdentifyController 
     }
     id.oacs = oacs.into();
     id.acl_z = ABORTS_MAX - 1;
-    id.fna = u8::from(config.formats_all);
+    id.fna = u8::from(config.formats_all) | u8::from(config.formats_one_by_one) << 3;
     id.aerl_z = 7;
     id.frmw = 0x3;
     id.lpa = 1 << 2;

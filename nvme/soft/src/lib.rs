@@ -88,6 +88,8 @@ pub struct SoftConfig {
     pub timeout_500ms: u8,
     /// Whether a format of one namespace formats all of them.
     pub formats_all: bool,
+    /// Whether a format names one namespace, and never all of them by the broadcast value.
+    pub formats_one_by_one: bool,
     /// PCI vendor and device identifiers to appear as.
     pub pci_id: Option<(u16, u16)>,
     /// Time that the thread spins without work before it sleeps.
@@ -113,6 +115,7 @@ impl SoftConfig {
             ready_delay: Duration::ZERO,
             timeout_500ms: 10,
             formats_all: false,
+            formats_one_by_one: false,
             pci_id: None,
             spin: Duration::from_micros(100),
             served: false,

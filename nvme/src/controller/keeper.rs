@@ -93,6 +93,12 @@ impl Core {
         }
     }
 
+    /// Forgets the aborts for a submission queue that is gone.
+    pub(super) fn forget_aborts_of(&self, qid: u16) {
+        let mut requests = self.requests.lock();
+        requests.aborts.retain(|(sqid, _)| *sqid != qid);
+    }
+
     /// Forgets the aborts that were not sent: a reset has ended every command.
     pub(super) fn forget_aborts(&self) {
         self.requests.lock().aborts.clear();

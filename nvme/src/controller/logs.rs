@@ -199,36 +199,19 @@ impl Controller {
     /// Formats all namespaces, as [`format`](Self::format) does one.
     ///
     /// # Errors
-    /// Fails as `format` does, and when the controller can only format one at a time.
+    /// Fails as `format` does. A controller that takes no command for all of them gets one for each,
+    /// so that some may be formatted then.
     pub fn format_all(&self, format: FormatNvm) -> Result<(), NvmeError> {
         let ids: Vec<u32> = self.core.namespaces.read().keys().copied().collect();
         for nsid in &ids {
             self.can_format(*nsid, format)?;
         }
         let no_broadcast = self.core.info()?.identify.fna & FNA_NO_BROADCAST != 0;
-        let nsid = match no_broadcast {
-            false => ALL,
-            // The command for one namespace formats all of them, and erases them, which FNA says
-            // apart.
-            true if self.does_all(format)? => ids.first().copied().unwrap_or(ALL),
-            true => {
-                return Err(NvmeError::Unsupported {
-                    device: self.name().to_owned(),
-                    what: "the controller formats one namespace at a time; name each".into(),
-                });
-            }
-        };
-        self.admin_command(Command::format(nsid, format), None)?;
+        let targets = if no_broadcast { ids } else { vec![ALL] };
+        for nsid in targets {
+            self.admin_command(Command::format(nsid, format), None)?;
+        }
         Ok(())
-    }
-
-    /// Whether a command for one namespace does to all of them what `format` asks for.
-    fn does_all(&self, format: FormatNvm) -> Result<bool, NvmeError> {
-        let all = match format.secure_erase {
-            0 => FNA_FORMATS_ALL,
-            _ => FNA_ERASES_ALL,
-        };
-        Ok(self.core.info()?.identify.fna & all != 0)
     }
 
     /// Whether a format of one namespace formats or erases others: Base figure 275, FNA.

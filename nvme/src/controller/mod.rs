@@ -58,7 +58,7 @@ pub struct ControllerOptions {
     /// Time after which an admin command without completion causes a reset.
     pub admin_timeout: Duration,
     /// The same for Format NVM, which may erase the whole medium. It begins again whenever the
-    /// namespace reports progress (FPI).
+    /// namespace reports progress (FPI), of which its first report counts as some.
     pub format_timeout: Duration,
 }
 

@@ -58,6 +58,8 @@ impl Core {
         self.mark_queue(q.qid, QueueUse::Going);
         let done = self.delete_queues(q);
         if done {
+            // Another queue pair may get the identifier, and its commands the same numbers.
+            self.forget_aborts_of(q.qid);
             self.give_queue_memory(q);
             self.queues.lock().queues.remove(&q.qid);
         } else {

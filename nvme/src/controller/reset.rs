@@ -11,7 +11,7 @@ impl Core {
     ///
     /// Stops the doorbells, disables the controller (which ends every queue and every transfer),
     /// enables it and creates its queues again, each on its second completion memory. Owners see
-    /// the new state word and settle their commands, see `queue::recover`.
+    /// the new state word and settle their commands, see `queue::commands`.
     pub(crate) fn reset(&self, word: u64, reason: &str) {
         if !state::is_due(self.state.load(Ordering::Acquire), word) {
             return;
