@@ -216,7 +216,8 @@ pub trait BlockDevice: Send + Sync + std::fmt::Debug {
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError>;
 
     /// The number of channels that have a queue of the hardware for themselves; further ones share
-    /// one. `None` says that there is no such limit.
+    /// one. `None` says that there is no such limit. A wrapper returns what is below it; one over
+    /// several devices, the least.
     fn own_channels(&self) -> Option<usize> {
         None
     }

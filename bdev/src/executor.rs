@@ -171,8 +171,8 @@ impl AsyncChannel {
     }
 
     /// Runs `future` to its end on this thread: polls it, then the channel. When neither makes
-    /// progress, the channel spins briefly and then sleeps. The future is polled at least every 10 ms,
-    /// also if nothing has woken it, so that it can keep to a time limit.
+    /// progress, the channel spins briefly and then sleeps. A future that nothing has woken is
+    /// polled after at most 10 ms without a completion, so that it can keep to a time limit.
     pub fn block_on<F: Future>(&self, future: F) -> F::Output {
         let mut future = pin!(future);
         let depth = self.inner.depth.get();

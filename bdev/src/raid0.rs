@@ -130,6 +130,10 @@ impl BlockDevice for Raid0 {
         })
     }
 
+    fn own_channels(&self) -> Option<usize> {
+        self.legs.iter().filter_map(|leg| leg.own_channels()).min()
+    }
+
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         let legs: Result<Vec<_>, BdevError> = self
             .legs

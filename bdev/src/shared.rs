@@ -13,6 +13,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
+use pumice_io::process::Birth;
 use pumice_io::{IoError, Op};
 
 use crate::device::{BlockDevice, DeviceInfo};
@@ -86,11 +87,13 @@ pub struct SharedChannels {
     channels: Box<[OnceLock<Mutex<Engine<Part>>>]>,
     /// Number of open channels, which are the first of them.
     open: AtomicUsize,
-    /// The source of further ones, until they are closed. Nobody waits for this lock, which is held
-    /// while the device makes a channel.
+    /// The source of further ones, until they are closed. The lock is held while the device makes a
+    /// channel, and only [`SharedChannels::close`] waits for it.
     more: Mutex<Option<More>>,
     /// Number of batches whose completion has not returned.
     unfinished: AtomicUsize,
+    /// The process that opened them. In a forked child nothing of theirs ends.
+    born: Birth,
 }
 
 /// The source of channels.
@@ -118,6 +121,7 @@ impl SharedChannels {
                 not_before: None,
             })),
             unfinished: AtomicUsize::new(0),
+            born: Birth::now(),
         })
     }
 
@@ -253,8 +257,12 @@ impl SharedChannels {
     }
 
     /// Waits until nothing is in flight on any channel and all completions have returned, those
-    /// that run on other threads included. Must not be called by a completion.
+    /// that run on other threads included. Must not be called by a completion. Returns at once in a
+    /// forked child, to which they do not belong.
     pub fn drain(&self) {
+        if !self.born.is_here() {
+            return;
+        }
         loop {
             if self.wait_any() {
                 continue;
@@ -301,8 +309,11 @@ impl SharedChannels {
 
     /// Runs the completions of batches whose operations have ended.
     fn finish(&self, finished: Vec<Arc<Batch>>) {
+        if finished.is_empty() {
+            return;
+        }
+        let _returns = Returns(&self.unfinished, finished.len());
         for batch in finished {
-            let _returns = Returns(&self.unfinished);
             let mut state = batch.state.lock();
             let on_done = state.on_done.take();
             let ops = state.ops.iter_mut().filter_map(Option::take).collect();
@@ -316,12 +327,12 @@ impl SharedChannels {
     }
 }
 
-/// Counts a completion as returned when it is dropped, also by a panic.
-struct Returns<'a>(&'a AtomicUsize);
+/// Counts so many completions as returned when it is dropped, also by a panic of one of them.
+struct Returns<'a>(&'a AtomicUsize, usize);
 
 impl Drop for Returns<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Release);
+        self.0.fetch_sub(self.1, Ordering::Release);
     }
 }
 
@@ -370,6 +381,7 @@ mod tests {
     #[derive(Debug)]
     struct Few {
         base: Arc<dyn BlockDevice>,
+        own: Option<usize>,
         left: AtomicUsize,
     }
 
@@ -378,6 +390,10 @@ mod tests {
     impl BlockDevice for Few {
         fn info(&self) -> &DeviceInfo {
             self.base.info()
+        }
+
+        fn own_channels(&self) -> Option<usize> {
+            self.own
         }
 
         fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
@@ -417,6 +433,7 @@ mod tests {
         let base = crate::open("malloc://1M?block_size=512").unwrap();
         let dev: Arc<dyn BlockDevice> = Arc::new(Few {
             base,
+            own: None,
             left: AtomicUsize::new(3),
         });
         let shared = SharedChannels::new(&dev, 8).unwrap();
@@ -444,10 +461,33 @@ mod tests {
     }
 
     #[test]
+    fn half_of_the_hardware_is_for_threads() {
+        for (own, most) in [
+            (None, 8),
+            (Some(64), 8),
+            (Some(5), 2),
+            (Some(1), 1),
+            (Some(0), 1),
+        ] {
+            let dev: Arc<dyn BlockDevice> = Arc::new(Few {
+                base: crate::open("malloc://1M?block_size=512").unwrap(),
+                own,
+                left: AtomicUsize::new(1),
+            });
+            let halves = crate::split::Split::new(&dev, 2, None).unwrap();
+            let wrapped: Arc<dyn BlockDevice> = Arc::new(halves.into_iter().next().unwrap());
+            assert_eq!(wrapped.own_channels(), own);
+            let shared = SharedChannels::new(&wrapped, 8).unwrap();
+            assert_eq!(shared.channels.len(), most, "{own:?}");
+        }
+    }
+
+    #[test]
     fn whose_batch_is_done_does_not_wait_for_others() {
         let base = crate::open("malloc://1M?block_size=512").unwrap();
         let dev: Arc<dyn BlockDevice> = Arc::new(Few {
             base,
+            own: None,
             left: AtomicUsize::new(1),
         });
         let shared = SharedChannels::new(&dev, 1).unwrap();
@@ -464,6 +504,7 @@ mod tests {
         let base = crate::open("malloc://1M?block_size=512").unwrap();
         let busy: Arc<dyn BlockDevice> = Arc::new(Few {
             base: Arc::clone(&base),
+            own: None,
             left: AtomicUsize::new(1),
         });
         let shared = SharedChannels::new(&busy, 2).unwrap();

@@ -88,6 +88,10 @@ impl BlockDevice for Split {
         })
     }
 
+    fn own_channels(&self) -> Option<usize> {
+        self.base.own_channels()
+    }
+
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         Ok(Box::new(SplitChannel {
             info: Arc::clone(&self.info),

@@ -69,8 +69,8 @@ pub fn open_with(uri: &str, options: OpenOptions) -> Result<Arc<dyn BlockDevice>
     })
 }
 
-/// Returns the call of a configuration that makes a device as `uri` did; `info` is the device's. Returns `None` for a URI that
-/// cannot be taken apart, and for a module without such a method.
+/// Returns the call of a configuration that makes a device as `uri` did; `info` is the device's.
+/// Returns `None` for a URI that cannot be taken apart, and for a module without such a method.
 pub fn call_for(uri: &str, info: &DeviceInfo) -> Option<Call> {
     let mut uri = Uri::parse(uri, &[]).ok()?;
     let module = MODULES.iter().find(|m| m.opens(uri.scheme()))?;

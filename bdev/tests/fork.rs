@@ -3,7 +3,10 @@
 
 use std::sync::Arc;
 
-use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, IoChannel, IoErrorKind, Op, open};
+use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice_bdev::{
+    AsyncChannel, BlockDevice, DmaBuf, IoChannel, IoErrorKind, Op, OpKind, SharedChannels, open,
+};
 
 /// Runs `child` in a forked process and returns its process identifier.
 #[allow(unsafe_code)]
@@ -100,6 +103,33 @@ fn an_inherited_device_refuses_and_is_dropped_without_harm() {
         write(&dev, 4, 8);
         assert!(reads_back(&dev, 4, 8), "{uri}");
     }
+}
+
+/// A batch that the parent has in flight never ends in the child, which does not wait for it.
+#[test]
+fn a_child_drops_shared_channels_with_a_batch_in_flight() {
+    let base = open("malloc://4M").unwrap();
+    let dev = Arc::new(ErrorDevice::new(None, base));
+    dev.inject(Injection {
+        op: Some(OpKind::Read),
+        failure: Failure::Hang,
+        count: 1,
+        range: None,
+        queue_depth: 0,
+    });
+    let shared = SharedChannels::new(&(Arc::clone(&dev) as Arc<dyn BlockDevice>), 2).unwrap();
+    let buf = DmaBuf::new(4096).unwrap();
+    let ticket = shared.submit(vec![Op::Read { lba: 0, buf }], |_| {});
+    let mut inherited = Some(shared);
+    let child = spawn(&mut || {
+        drop(inherited.take());
+        true
+    });
+    assert_eq!(join(child), 0);
+    assert!(!ticket.is_done());
+    dev.resume();
+    drop(inherited);
+    assert!(ticket.is_done());
 }
 
 /// Two workers, each with its own image, are forked from a process that has used the library.

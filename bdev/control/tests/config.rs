@@ -358,6 +358,15 @@ fn a_check_finds_what_loading_would() {
     assert!(e.line == 5 && e.message.contains("taken by `P`"), "{e}");
     let e = check(&[malloc("M"), malloc("M")].join(",\n"));
     assert!(e.line == 4 && e.message.contains("already"), "{e}");
+    // A RAID's bases may be one string.
+    let raid = |bases: &str| {
+        let params = json!({ "name": "R", "raid_level": "raid0", "base_bdevs": bases });
+        json!({ "method": "bdev_raid_create", "params": params }).to_string()
+    };
+    let e = check(&[malloc("A"), malloc("B"), raid("A C")].join(",\n"));
+    assert!(e.line == 5 && e.message.contains("no bdev `C`"), "{e}");
+    let both = [malloc("A"), malloc("B"), raid("A  B")].join(",\n");
+    config::check_form("c", &bdev_config(&both)).unwrap();
     let nvme = r#"{"method":"bdev_nvme_attach_controller","params":{"name":"Nvme0","trtype":"PCIe","traddr":"0000:5e:00.0"}}"#;
     let split = r#"{"method":"bdev_split_create","params":{"base_bdev":"P","split_count":2}}"#;
     let good = [

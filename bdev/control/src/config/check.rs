@@ -92,16 +92,15 @@ impl Names {
     }
 
     fn take(&mut self, call: &Call<'_>) -> Result<(), MethodError> {
-        let Some(key) = methods::makes(&call.method).and_then(|makes| makes.on) else {
+        let Some((makes, key)) = methods::makes(&call.method).and_then(|m| Some((m, m.on?))) else {
             return Ok(());
         };
         let mut params = Params::new(call.params)?;
         let by = params.opt_string("name")?;
         let by = by.unwrap_or_else(|| call.method.clone());
-        // Several devices are a list.
-        let bases = match params.opt_strings(key) {
-            Ok(list) => list.unwrap_or_default(),
-            Err(_) => params.opt_string(key)?.into_iter().collect(),
+        let bases = match makes.several {
+            true => params.opt_names(key)?.unwrap_or_default(),
+            false => params.opt_string(key)?.into_iter().collect(),
         };
         for base in bases {
             self.take_one(&params, key, &base, &by)?;

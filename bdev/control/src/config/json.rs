@@ -249,6 +249,19 @@ impl<'a> Params<'a> {
         self.get(key, "an array of strings")
     }
 
+    /// Names as an array, or as one string with spaces between them, as users of rpc.py write them.
+    pub(crate) fn opt_names(
+        &mut self,
+        key: &'static str,
+    ) -> Result<Option<Vec<String>>, MethodError> {
+        self.opt_strings(key).or_else(|e| {
+            let text = self.opt_string(key).ok().flatten().ok_or(e)?;
+            Ok(Some(
+                text.split_whitespace().map(ToOwned::to_owned).collect(),
+            ))
+        })
+    }
+
     pub(crate) fn opt_uuid(&mut self, key: &'static str) -> Result<Option<[u8; 16]>, MethodError> {
         let Some(text) = self.opt_string(key)? else {
             return Ok(None);

@@ -23,6 +23,8 @@ pub(super) struct Makes {
     pub names: fn(&mut Params<'_>) -> Result<Given, MethodError>,
     /// The parameter that names the devices below, which may be made later.
     pub on: Option<&'static str>,
+    /// Whether that parameter names several.
+    pub several: bool,
     /// The parameters that are saved with the value that was chosen here: `name`, `uuid`.
     pub chosen: &'static [&'static str],
 }
@@ -62,6 +64,7 @@ impl Makes {
         Makes {
             names,
             on: None,
+            several: false,
             chosen: &[],
         }
     }

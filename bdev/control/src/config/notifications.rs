@@ -27,6 +27,7 @@ impl Notifications {
             self.first += 1;
         }
     }
+
     /// Returns what is kept, with numbers, the oldest first.
     pub(crate) fn numbered(&self) -> impl Iterator<Item = (u64, &(&'static str, String))> {
         (self.first..).zip(&self.kept)

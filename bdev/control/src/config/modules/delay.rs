@@ -76,6 +76,8 @@ fn update_latency(app: &App, params: &mut Params<'_>) -> Answer {
             ),
         });
     };
+    // Held over both, so that calls at the same time do not undo each other.
+    let mut state = app.state.lock();
     let mut latencies = delay.latencies();
     *which(&mut latencies) = us;
     delay.set_latencies(latencies);
@@ -83,7 +85,6 @@ fn update_latency(app: &App, params: &mut Params<'_>) -> Answer {
     let made = |c: &&mut super::super::app::Created| {
         c.method == "bdev_delay_create" && c.bdevs.contains(&name)
     };
-    let mut state = app.state.lock();
     if let Some(created) = state.created.iter_mut().find(made)
         && let Value::Object(map) = &mut created.params
     {

@@ -16,6 +16,7 @@ pub(super) static METHODS: &[Method] = &[
     Method {
         makes: Some(Makes {
             on: Some("base_bdevs"),
+            several: true,
             chosen: &["uuid"],
             ..Makes::named()
         }),
@@ -33,15 +34,8 @@ fn create(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.string("name")?;
     let strip_kb = params.opt_u32("strip_size_kb")?.unwrap_or(64);
     let level = params.string("raid_level")?;
-    // rpc.py's users may also write the names as one string, separated by spaces.
-    let bases = match params.opt_strings("base_bdevs") {
-        Ok(Some(bases)) => bases,
-        Ok(None) => return Err(MethodError::param("base_bdevs", "missing")),
-        Err(e) => match params.opt_string("base_bdevs") {
-            Ok(Some(text)) => text.split_whitespace().map(ToOwned::to_owned).collect(),
-            _ => return Err(e),
-        },
-    };
+    let bases = params.opt_names("base_bdevs")?;
+    let bases = bases.ok_or_else(|| MethodError::param("base_bdevs", "missing"))?;
     let uuid = params.opt_uuid("uuid")?;
     params.neutral(
         "superblock",
