@@ -77,6 +77,7 @@ fn reads_of_what_is_in_flight_reach_the_device_once() {
     let (fs, file) = cold_file(4 * MIB, &MountOptions::default());
     let before = fs.io_stats();
     file.prefetch(0, MIB).unwrap();
+    let ahead = file.read_async(200_000, 50_000).unwrap();
     let offsets = [0, 5000, 70_000, 900_000, MIB - 100, 2 * MIB, 3 * MIB + 77];
     let mut bufs = [[0; 100]; 7];
     let mut requests: Vec<_> = offsets
@@ -89,13 +90,21 @@ fn reads_of_what_is_in_flight_reach_the_device_once() {
         assert_eq!(r.result.unwrap(), 100);
         check(r.off, r.buf);
     }
-    let ahead = file.read_async(200_000, 50_000).unwrap();
     file.prefetch(100_000, 500_000).unwrap();
     let mut out = vec![0; 50_000];
     assert_eq!(ahead.read_into(&mut out).unwrap(), 50_000);
     check(200_000, &out);
     let io = fs.io_stats().since(&before);
     assert_eq!(io.read_bytes, MIB + 2 * 4096, "{io:?}");
+
+    // A read may reach beyond the end.
+    let before = fs.io_stats();
+    file.prefetch(3 * MIB + 500_000, MIB).unwrap();
+    let ahead = file.read_async(4 * MIB - 1000, 50_000).unwrap();
+    assert_eq!(ahead.read_into(&mut out).unwrap(), 1000);
+    check(4 * MIB - 1000, &out[..1000]);
+    let read = fs.io_stats().since(&before).read_bytes;
+    assert_eq!(read, MIB - 500_000 / 4096 * 4096, "{read}");
 }
 
 /// A window that begins inside one in flight reads the rest of it, and not nothing.

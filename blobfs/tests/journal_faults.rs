@@ -4,6 +4,9 @@
 mod common;
 #[path = "common/flaky.rs"]
 mod flaky;
+#[path = "common/task.rs"]
+#[allow(dead_code, reason = "this binary needs a part of it")]
+mod task;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -201,8 +204,7 @@ impl pumice_bdev::IoChannel for NarrowChannel {
 #[test]
 fn rule_7_an_unload_waits_for_a_checkpoint_without_holding_the_only_channel() {
     let device = DEVICES[0];
-    let (done, ended) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
+    let unloads = task::spawn(move || {
         for _ in 0..5 {
             let base = device.with(device.store(), 7);
             let dev = Narrow {
@@ -218,9 +220,6 @@ fn rule_7_an_unload_waits_for_a_checkpoint_without_holding_the_only_channel() {
             store.unload().unwrap();
             assert_eq!(version(&base.image()), (3, 1));
         }
-        done.send(()).unwrap();
     });
-    ended
-        .recv_timeout(Duration::from_secs(60))
-        .expect("the unload does not end");
+    unloads.join("the unload");
 }

@@ -12,6 +12,7 @@ use super::alloc::{Bitmap, iter_words};
 use super::error::Error;
 use super::format::{BlobId, PAGE_SIZE_U64, PageError, SuperBlock};
 use super::geometry::{Geometry, tears_pages};
+use super::journal::format::RingPlace;
 use super::journal::recovery::{self, Treat};
 use super::mdio::MdIo;
 use super::meta::{BlobMeta, Parent, SNAPRM, SNAPTMP, Trailing};
@@ -168,7 +169,11 @@ fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Err
         let text = "the super block was torn while it was changed; its copy is used, and the next load puts it back";
         report.add(Severity::Note, text.to_owned());
     }
-    report.note_torn_pages(info);
+    match &journal.journal {
+        // There a torn page is made whole.
+        Some(journal) => check_journals_blob(&mut report, &journal.place, &found),
+        None => report.note_torn_pages(info),
+    }
     check_super(&mut report, &sb, &found, info.len_bytes(), &geo);
     for (root, error) in &found.damaged {
         let name = found.remains.get(root).and_then(|r| r.name.as_deref());
@@ -220,6 +225,16 @@ pub struct RepairPlan {
     /// Findings that new masks and the completion of interrupted snapshots correct, without any
     /// loss.
     pub corrected: Vec<String>,
+}
+
+/// A journal whose blob is another's is not used any more.
+fn check_journals_blob(report: &mut Report, place: &RingPlace, found: &Scan) {
+    let root = place.blob.page();
+    let meta = root.and_then(|root| found.blobs.get(&root));
+    if !meta.is_some_and(|meta| recovery::is_of(meta, place)) {
+        let text = "the journal's blob is not as the super block has it: the next load goes on without the journal";
+        report.add(Severity::Note, text.to_owned());
+    }
 }
 
 /// A blob that cannot be used.

@@ -193,13 +193,15 @@ impl Access<'_> {
     /// # Errors
     /// Fails when the range lies outside of the blob.
     pub fn parts(&self, offset: u64, len: u64) -> Result<Vec<Part>, Error> {
-        self.parts_in(&self.blob.shared.view.load(), offset, len)
+        let view = self.blob.shared.view.load();
+        self.blob.check_range(&view, offset, len)?;
+        Ok(self.parts_in(&view, offset, len))
     }
 
-    fn parts_in(&self, view: &View, offset: u64, len: u64) -> Result<Vec<Part>, Error> {
-        self.blob.check_range(view, offset, len)?;
+    /// The parts of a range that lies in the blob.
+    fn parts_in(&self, view: &View, offset: u64, len: u64) -> Vec<Part> {
         let cut = &self.blob.store.inner.cut;
-        Ok(cut.parts(offset, len, |index| view.source(index)))
+        cut.parts(offset, len, |index| view.source(index))
     }
 
     /// Returns what reads `len` bytes from `offset`, in order, in buffers of at most `longest`
@@ -210,14 +212,14 @@ impl Access<'_> {
     /// external snapshot.
     pub fn pieces(&self, offset: u64, len: u64, longest: usize) -> Result<Vec<Piece>, Error> {
         let view = self.blob.shared.view.load();
-        if len <= longest as u64 {
-            self.blob.check_range(&view, offset, len)?;
-            if let Some(lba) = self.blob.one_place(&view, offset, len) {
-                let buf = DmaBuf::new(usize::try_from(len).expect("at most `longest`"))?;
-                return Ok(vec![Piece::FromDevice(Op::Read { lba, buf })]);
-            }
+        self.blob.check_range(&view, offset, len)?;
+        if len <= longest as u64
+            && let Some(lba) = self.blob.one_place(&view, offset, len)
+        {
+            let buf = DmaBuf::new(usize::try_from(len).expect("at most `longest`"))?;
+            return Ok(vec![Piece::FromDevice(Op::Read { lba, buf })]);
         }
-        let parts = self.parts_in(&view, offset, len)?;
+        let parts = self.parts_in(&view, offset, len);
         let mut pieces = Vec::with_capacity(parts.len());
         for part in parts {
             let total = part.bytes().len();

@@ -105,11 +105,16 @@ impl Dump {
                 }
             }
         });
+        let place = sb.as_ref().map_or(Ok(None), RingPlace::read);
+        let place = place.unwrap_or_else(|reason| {
+            problem.get_or_insert(format!("the place of the journal: {reason}"));
+            None
+        });
         Ok(Dump {
             io,
             raw,
             guarded: sb.as_ref().is_some_and(SuperBlock::is_guarded),
-            place: sb.and_then(|sb| RingPlace::read(&sb).ok()?),
+            place,
             geo,
             problem,
         })

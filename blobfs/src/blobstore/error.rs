@@ -1,5 +1,7 @@
 //! Errors of the blobstore.
 
+use std::sync::Arc;
+
 use pumice_bdev::{BdevError, DmaError, IoError};
 
 use super::format::{BlobId, BsType, PageError, SuperBlockError};
@@ -17,6 +19,9 @@ pub enum Error {
     /// There is no memory for I/O.
     #[error(transparent)]
     Dma(#[from] DmaError),
+    /// The error of a batch of the journal, which all changes in it share.
+    #[error(transparent)]
+    Shared(Arc<Error>),
     /// The super block is missing or damaged.
     #[error("{device}: {source}")]
     SuperBlock {

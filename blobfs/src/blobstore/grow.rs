@@ -206,7 +206,6 @@ impl Edit<'_> {
     /// Enlarges the region to `wanted` pages, or to as many as there is room for while `keep`
     /// clusters stay free.
     pub fn grow_metadata(&self, wanted: u32, keep: u32) -> Result<(), Error> {
-        self.store.inner.commit.settle()?;
         let (geo, best, mut sb) = {
             let state = self.state();
             state.check_not_held()?;
@@ -243,8 +242,6 @@ impl Edit<'_> {
 
     /// Moves masks and region to where there is room for the bits of `total` clusters.
     fn move_metadata(&self, md_len: u32, total: u32, size: u64) -> Result<(), Error> {
-        // The region is copied from the device.
-        self.store.inner.commit.settle()?;
         let (geo, needed, first, old_version) = {
             let state = self.state();
             state.check_not_held()?;
@@ -274,6 +271,8 @@ impl Edit<'_> {
 
     /// Copies the region to the clusters from `first` on, then switches over.
     fn move_to(&self, first: u32, md_len: u32, total: u32, size: u64) -> Result<(), Error> {
+        // The region is copied from the device.
+        self.store.inner.commit.settle()?;
         let (old, mut sb) = {
             let state = self.state();
             (state.geo.clone(), state.sb.clone())

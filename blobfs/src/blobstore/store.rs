@@ -309,13 +309,6 @@ impl Blobstore {
             });
         }
         let geo = Geometry::new(&sb, info)?;
-        if let Some(whole_bytes) = tears_pages(info) {
-            tracing::info!(
-                device = info.name,
-                whole_bytes,
-                "a power cut can tear a metadata page that is being written"
-            );
-        }
         let treat = if opts.read_only {
             Treat::ReadOnly
         } else if opts.accept_journal_damage {
@@ -368,11 +361,20 @@ impl Blobstore {
             if !is_its {
                 tracing::warn!(
                     device = info.name,
-                    "another program has changed the journal's blob; the journal is no longer used"
+                    "the journal's blob is damaged, or another program has changed it: the journal is no longer used"
                 );
             }
             is_its
         });
+        if journal.is_none()
+            && let Some(whole_bytes) = tears_pages(info)
+        {
+            tracing::info!(
+                device = info.name,
+                whole_bytes,
+                "a power cut can tear a metadata page that is being written"
+            );
+        }
         let mut loaded = Loaded {
             io,
             sb,
@@ -797,8 +799,8 @@ impl Blobstore {
         self.inner.channels.get()
     }
 
-    /// Opens `want` channels that all threads share, or as many as the device gives, for I/O that outlives the
-    /// call that begins it. Done once; later calls change nothing.
+    /// Opens the channels that all threads share, at most `want`, one at first, for I/O that outlives
+    /// the call that begins it. Done once; later calls change nothing.
     ///
     /// # Errors
     /// The device gives none.

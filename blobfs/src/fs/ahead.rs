@@ -126,9 +126,10 @@ impl ReadHandle {
         let slot = Arc::clone(&arrived);
         let keep = !open.is_direct();
         let epoch = open.ino.epoch.load(Ordering::Acquire);
-        // What is in flight already is not read once more: it is taken from memory afterwards.
+        // What is in flight as a whole is not read once more: it is taken from memory afterwards.
+        let end = off.saturating_add(len as u64).min(open.ino.len());
         let ticket = match open.ino.ahead.covering(off) {
-            Some((run, ticket)) if run.end >= off.saturating_add(len as u64) => Some(ticket),
+            Some((run, ticket)) if run.end >= end => Some(ticket),
             _ => core
                 .reader
                 .start_read(&open.ino, off, len, keep, move |r| *slot.lock() = Some(r))?,

@@ -47,8 +47,8 @@ pub struct MountOptions {
     /// Whether nothing is ever written.
     pub read_only: bool,
     /// Whether to mount for writing although blobs are damaged, without their files, or the journal
-    /// is, without the changes that it may have lost: what is missing counts as lost. Otherwise such a mount fails with
-    /// [`FsError::Damaged`](super::FsError::Damaged).
+    /// is, without the changes that it may have lost: what is missing counts as lost. Otherwise such
+    /// a mount fails with [`FsError::Damaged`](super::FsError::Damaged).
     pub accept_damage: bool,
     /// Number of bytes in flight at which an appending thread waits. The default is a sixteenth of
     /// the memory that this process may use, between 4 and 32 MiB.

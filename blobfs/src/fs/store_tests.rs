@@ -197,12 +197,18 @@ fn a_created_file_is_open_before_a_later_change_begins() {
         // It waits for the creation.
         std::thread::sleep(Duration::from_millis(50));
         dev.resume();
-        let created = creator.join().unwrap();
+        let begun = Instant::now();
+        while !creator.is_finished() && begun.elapsed() < Duration::from_secs(60) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let in_time = creator.is_finished();
         while !dev.injections().is_empty() {
             std::thread::yield_now();
         }
         dev.resume();
         later.join().unwrap().unwrap();
+        assert!(in_time, "it waited for the later change");
+        let created = creator.join().unwrap();
         assert_eq!(created.unwrap().len(), 0);
     });
     assert_eq!(fs.open("/f", OpenOptions::READ).unwrap().len(), 0);

@@ -169,7 +169,8 @@ impl Journal {
         };
         let geo = batch.geo.clone();
         self.in_place.append(batch)?;
-        self.ring.submit(points, guard, geo)?;
+        // The ring has begun, so that the guard is there.
+        self.ring.submit(points, None, geo)?;
         // The change is made. Whether anything can be cleared does not matter to it.
         Ok(self.in_place.append(after).unwrap_or(Cleared::Ended))
     }

@@ -89,7 +89,7 @@ pub(crate) fn find(
         return recover(io, geo, place, walked, device, treat);
     }
     let headers = read_headers(&mut file, place.blob, place.len);
-    let both = headers.iter().all(Option::is_some);
+    let both = headers.iter().all(Result::is_ok);
     Ok(Search {
         journal: Some(FoundJournal {
             place,

@@ -86,7 +86,7 @@ struct Waiting {
 /// The reason why a batch was not written.
 #[derive(Debug)]
 struct BatchFault {
-    error: Error,
+    error: Arc<Error>,
     /// Whether a part of it may be on the device.
     open: bool,
     /// Whether an epoch behind it takes it back.
@@ -96,7 +96,7 @@ struct BatchFault {
 impl From<Error> for BatchFault {
     fn from(error: Error) -> BatchFault {
         BatchFault {
-            error,
+            error: Arc::new(error),
             open: false,
             void: false,
         }
@@ -106,9 +106,10 @@ impl From<Error> for BatchFault {
 impl BatchFault {
     /// Returns the failure of one of the batch's changes.
     fn failure(&self) -> Failure {
-        let error = match &self.error {
+        let error = match &*self.error {
             Error::Io(error) => Error::Io(error.clone()),
-            other => Error::Stopped(other.to_string()),
+            Error::Stopped(reason) => Error::Stopped(reason.clone()),
+            _ => Error::Shared(Arc::clone(&self.error)),
         };
         if !self.open {
             return Failure::TakenBack(error);
@@ -374,7 +375,7 @@ impl Ring {
     fn failed_batch(&self, io: &mut MdIo, error: Error, behind: u64) -> BatchFault {
         if may_land(&error) {
             return BatchFault {
-                error: self.noted(error),
+                error: Arc::new(self.noted(error)),
                 open: true,
                 void: false,
             };
@@ -391,7 +392,7 @@ impl Ring {
             }
         };
         BatchFault {
-            error,
+            error: Arc::new(error),
             open,
             void: true,
         }

@@ -60,19 +60,24 @@ pub(crate) struct Walked {
     pub damage: Option<String>,
 }
 
+/// Both headers, or the reasons why they cannot be used.
+pub(crate) type Headers = [Result<Header, String>; 2];
+
 /// Reads both headers.
-pub(crate) fn read_headers(file: &mut dyn RingFile, blob: BlobId, len: u64) -> [Option<Header>; 2] {
+pub(crate) fn read_headers(file: &mut dyn RingFile, blob: BlobId, len: u64) -> Headers {
     [0, SECOND_HEADER_AT].map(|at| {
         let mut bytes = [0; HEADER_LEN];
-        file.read(at, &mut bytes).ok()?;
-        Header::decode(&bytes, blob, len)
+        let read = file.read(at, &mut bytes);
+        read.map_err(|error| error.to_string())?;
+        let header = Header::decode(&bytes, blob, len);
+        header.ok_or_else(|| "it is not a header of this journal".to_owned())
     })
 }
 
 /// Returns the header that counts, with its number.
-pub(crate) fn newer(headers: &[Option<Header>; 2]) -> Option<(Header, usize)> {
+pub(crate) fn newer(headers: &Headers) -> Option<(Header, usize)> {
     let used = headers.iter().zip(0..);
-    used.filter_map(|(header, slot)| Some((header.clone()?, slot)))
+    used.filter_map(|(header, slot)| Some((header.clone().ok()?, slot)))
         .max_by_key(|(header, _)| header.turn)
 }
 
@@ -81,12 +86,13 @@ pub(crate) fn walk(file: &mut dyn RingFile, blob: BlobId, len: u64) -> Walked {
     let headers = read_headers(file, blob, len);
     let mut walked = Walked {
         header: newer(&headers),
-        both: headers.iter().all(Option::is_some),
+        both: headers.iter().all(Result::is_ok),
         ..Walked::default()
     };
-    if let Some(number) = headers.iter().position(Option::is_none) {
-        walked.damage = Some(format!("header {number} cannot be used"));
-    }
+    walked.damage = headers.iter().zip(0..).find_map(|(header, number)| {
+        let why = header.as_ref().err()?;
+        Some(format!("header {number} cannot be used: {why}"))
+    });
     let Some((header, _)) = walked.header.clone() else {
         return walked;
     };

@@ -178,7 +178,7 @@ fn damage_and_the_end_are_told_apart() {
 
     let (mut memory, _) = MemoryRing::new(180, &batches);
     memory.bytes[4096 + 20] ^= 1;
-    let reason = "header 1 cannot be used";
+    let reason = "header 1 cannot be used: it is not a header of this journal";
     assert_eq!(whole(&mut memory).as_deref(), Some(reason));
     assert_eq!(memory.walk().batches.len(), 4);
     memory.bytes[20] ^= 1;
