@@ -17,7 +17,7 @@ use crate::{Db, Error};
 
 /// The checkpoint of an export. A process that was killed while exporting leaves it, and the next
 /// export removes it.
-const EXPORTED: &str = "/.pumice-export";
+pub(crate) const EXPORTED: &str = "/.pumice-export";
 
 /// Bytes that an export copies at a time.
 const PIECE: usize = 1 << 20;
@@ -86,8 +86,8 @@ impl Db {
 
     /// Copies the database in its current state, memtables included, to the directory `to` of the
     /// kernel's file system, where RocksDB opens it without Pumice, and `pumice cp` brings it back.
-    /// The directory must be missing or empty. It is private to the user, and everything is durable
-    /// on return. If it fails, nothing of it is left. Puts go on meanwhile: a checkpoint holds the
+    /// The directory must be missing or empty. One that was missing is made private to the user, as
+    /// the files are, and everything is durable on return. If it fails, nothing of it is left. Puts go on meanwhile: a checkpoint holds the
     /// state, so that tables stay until they are copied.
     ///
     /// # Errors

@@ -10,6 +10,7 @@ use rocksdb::{
     MultiThreaded, Options,
 };
 
+use crate::copies;
 use crate::error::{chain, is_no_space};
 #[cfg(feature = "inspect")]
 use crate::inspect::{Inspection, Look, Registry};
@@ -55,7 +56,7 @@ pub struct Db {
     read_only: bool,
     /// The shared mount, if opening made it or found one of another database.
     mounted: Option<Use>,
-    closed: Mutex<bool>,
+    closing: Mutex<Closing>,
     refused: Mutex<Refused>,
     /// Gone when the database is closed.
     #[cfg(feature = "inspect")]
@@ -283,8 +284,12 @@ impl DbOptions {
         Ok(db)
     }
 
-    fn open_on(&self, fs: FileSystem, mounted: Option<Use>) -> Result<Db, Error> {
+    pub(crate) fn open_on(&self, fs: FileSystem, mounted: Option<Use>) -> Result<Db, Error> {
         let root = normal(&self.path)?;
+        if root == copies::EXPORTED {
+            let reason = "`Db::export` works there; choose another directory".to_owned();
+            return Err(Error::Directory { path: root, reason });
+        }
         let (env, binding) = self.env.clone().root(&root).build_bound(&fs)?;
         let mut options = self.options.clone();
         options.set_env(&env);
@@ -309,7 +314,7 @@ impl DbOptions {
             root,
             read_only: self.read_only,
             mounted,
-            closed: Mutex::new(false),
+            closing: Mutex::new(Closing::Open),
             refused: Mutex::default(),
             #[cfg(feature = "inspect")]
             inspection: Mutex::new(None),
@@ -393,19 +398,24 @@ impl Db {
     /// [`Error::RocksDb`], [`Error::FileSystem`], [`Error::Unlogged`]: nothing is lost, the
     /// database stays as usable as the fault allows, and `close` can be called again when the fault
     /// has passed. Only what has no log may be beyond writing then: RocksDB writes no table after an
-    /// error that it takes for a lasting one. It can still be read. Dropping gives up what could not
-    /// be written.
+    /// error that it takes for a lasting one. It can still be read. For ten seconds after
+    /// [`Error::Unlogged`], `close` returns the same error, so that RocksDB can recover. Once
+    /// everything is written and the unmount fails, RocksDB writes no table any more: what is put
+    /// from then on needs a log. Dropping gives up what could not be written.
     pub fn close(&self) -> Result<(), Error> {
-        let mut closed = self.is_closed();
-        if *closed {
+        let mut closing = self.closing();
+        if *closing == Closing::Closed {
             return Ok(());
         }
         if self.read_only {
             self.rocksdb().cancel_all_background_work(true);
         } else {
             self.settle()?;
-            self.write_unlogged()?;
-            self.rocksdb().cancel_all_background_work(true);
+            if *closing == Closing::Open {
+                self.write_unlogged()?;
+                self.rocksdb().cancel_all_background_work(true);
+                *closing = Closing::Stopped;
+            }
             // Puts that came meanwhile.
             self.settle()?;
         }
@@ -420,12 +430,12 @@ impl Db {
             None => stop(),
         }
         self.binding.close();
-        *closed = true;
+        *closing = Closing::Closed;
         Ok(())
     }
 
-    fn is_closed(&self) -> MutexGuard<'_, bool> {
-        self.closed.lock().unwrap_or_else(PoisonError::into_inner)
+    fn closing(&self) -> MutexGuard<'_, Closing> {
+        self.closing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     #[cfg(feature = "inspect")]
@@ -507,7 +517,7 @@ impl Db {
             return Ok(());
         }
         let families = self.families().map_err(|_| failed.clone())?;
-        let families: Vec<_> = families.iter().collect();
+        let families: Vec<_> = families.iter().map(|(_, family)| family).collect();
         db.flush_cfs_opt(&families, &FlushOptions::default())
             .map_err(|_| failed.into())
     }
@@ -516,13 +526,13 @@ impl Db {
     fn write_unlogged(&self) -> Result<(), Error> {
         // The default family answers for all of them if it has something in memory. The list of
         // them is in the MANIFEST, which need not be readable.
-        if let Some(default) = self.rocksdb().cf_handle(DEFAULT_COLUMN_FAMILY_NAME)
-            && unlogged::all_logged(self.rocksdb(), &default)
+        let name = DEFAULT_COLUMN_FAMILY_NAME;
+        if let Some(default) = self.rocksdb().cf_handle(name)
+            && unlogged::all_logged(self.rocksdb(), name, &default)
         {
             return Ok(());
         }
         let families = self.families()?;
-        let families: Vec<_> = families.iter().collect();
         let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         let written = unlogged::write(self.rocksdb(), &families, &mut refused);
         written.map_err(|source| Error::Unlogged {
@@ -531,13 +541,13 @@ impl Db {
         })
     }
 
-    /// Returns the column families that exist.
-    fn families(&self) -> Result<Vec<Arc<BoundColumnFamily<'_>>>, rocksdb::Error> {
+    /// Returns the column families that exist, with their names.
+    fn families(&self) -> Result<Vec<Family<'_>>, rocksdb::Error> {
         let names = Rocks::list_cf(&self.options, "/")?;
         let handles = names
-            .iter()
-            .filter_map(|name| self.rocksdb().cf_handle(name));
-        Ok(handles.collect())
+            .into_iter()
+            .filter_map(|name| Some((self.rocksdb().cf_handle(&name)?, name)));
+        Ok(handles.map(|(family, name)| (name, family)).collect())
     }
 
     /// Whether puts may be in a buffer of RocksDB's instead of the log's file (`manual_wal_flush`).
@@ -557,6 +567,21 @@ impl Db {
     }
 }
 
+/// How far a database is on its way to being closed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Closing {
+    /// It is open.
+    Open,
+    /// Everything is in logs and tables, and RocksDB writes no more tables. The device has not been
+    /// released.
+    Stopped,
+    /// It is closed.
+    Closed,
+}
+
+/// A column family with its name.
+type Family<'a> = (String, Arc<BoundColumnFamily<'a>>);
+
 impl Drop for Db {
     fn drop(&mut self) {
         let inherited = self.fs.is_inherited();
@@ -567,7 +592,7 @@ impl Drop for Db {
             .unwrap_or_else(PoisonError::into_inner) = None;
         if !inherited
             && !self.read_only
-            && !*self.is_closed()
+            && *self.closing() == Closing::Open
             && let Err(error) = self.write_unlogged()
         {
             tracing::error!(error = %chain(&error), "the database was dropped and may lose what was put without a log");

@@ -251,22 +251,32 @@ mod tests {
 
     /// The use of a device on which there is something to write and every write fails.
     fn cannot_be_unmounted() -> (Arc<ErrorDevice>, Use) {
+        let (faulty, one) = faulty();
+        let file = one.fs().open("/f", OpenOptions::CREATE).unwrap();
+        file.append(&[7; 5000]).unwrap();
+        fail_writes(&faulty, None);
+        (faulty, one)
+    }
+
+    /// The use of a device that can be given faults.
+    fn faulty() -> (Arc<ErrorDevice>, Use) {
         let base = pumice_bdev::open("malloc://64M").unwrap();
         let faulty = Arc::new(ErrorDevice::new(None, base));
         let device: Arc<dyn BlockDevice> = Arc::clone(&faulty) as Arc<dyn BlockDevice>;
         let open = move || Ok(Arc::clone(&device));
         let mount = |device, _: &Registry| mount_device(&device, &MountOptions::new());
         let one = Use::of("malloc://64M", false, open, mount).unwrap();
-        let file = one.fs().open("/f", OpenOptions::CREATE).unwrap();
-        file.append(&[7; 5000]).unwrap();
-        faulty.inject(Injection {
+        (faulty, one)
+    }
+
+    fn fail_writes(device: &ErrorDevice, range: Option<(u64, u64)>) {
+        device.inject(Injection {
             op: Some(OpKind::Write),
             failure: Failure::Fail,
             count: u64::MAX,
-            range: None,
+            range,
             queue_depth: 0,
         });
-        (faulty, one)
     }
 
     /// Nothing is released before the unmount, and nobody else can mount before it is.
@@ -278,11 +288,37 @@ mod tests {
         device.clear();
         let mut released = false;
         let mounted = || one.entry.try_lock().is_ok();
+        let started = std::time::Instant::now();
         while one.end(|| released = !mounted()).is_err() {
+            assert!(started.elapsed().as_secs() < 60, "it is never unmounted");
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
         assert!(released, "while the entry was locked");
         one.end(|| panic!("twice")).unwrap();
+    }
+
+    /// A close whose unmount has failed can be repeated, whatever was put meanwhile.
+    #[test]
+    fn a_close_is_repeated_after_a_failed_unmount() {
+        let (device, one) = faulty();
+        let fs = one.fs().clone();
+        let mut options = crate::DbOptions::new();
+        options = options.configure(|options| options.create_if_missing(true));
+        let db = options.open_on(fs, Some(one)).unwrap();
+        let mut unlogged = rocksdb::WriteOptions::default();
+        unlogged.disable_wal(true);
+        db.put_opt("a", "1", &unlogged).unwrap();
+        db.flush().unwrap();
+        // The super block, which the unmount writes last.
+        fail_writes(&device, Some((0, 1)));
+        db.close().unwrap_err();
+        device.clear();
+        db.put("b", "2").unwrap();
+        let started = std::time::Instant::now();
+        while let Err(error) = db.close() {
+            assert!(started.elapsed().as_secs() < 60, "{error}");
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
     }
 
     #[test]

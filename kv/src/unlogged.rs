@@ -23,15 +23,15 @@ pub(crate) type Refused = Option<(Instant, Error)>;
 /// RocksDB does this when it closes a database, but tells nobody when it fails.
 pub(crate) fn write<C: AsColumnFamilyRef + Sync>(
     db: &Rocks,
-    families: &[&C],
+    families: &[(String, C)],
     refused: &mut Refused,
 ) -> Result<(), Error> {
-    let held: Vec<&C> = families
-        .iter()
-        .filter(|family| holds_entries(db, **family))
-        .copied()
-        .collect();
-    if held.is_empty() || held.iter().any(|family| all_logged(db, *family)) {
+    let held = || {
+        families
+            .iter()
+            .filter(|(_, family)| holds_entries(db, family))
+    };
+    if held().all(|_| false) || held().any(|(name, family)| all_logged(db, name, family)) {
         return Ok(());
     }
     if let Some((when, error)) = refused
@@ -39,6 +39,7 @@ pub(crate) fn write<C: AsColumnFamilyRef + Sync>(
     {
         return Err(error.clone());
     }
+    let held: Vec<&C> = held().map(|(_, family)| family).collect();
     let written = db.flush_cfs_opt(&held, &FlushOptions::default());
     *refused = written.clone().err().map(|error| (Instant::now(), error));
     written
@@ -56,13 +57,24 @@ fn holds_entries(db: &Rocks, family: &impl AsColumnFamilyRef) -> bool {
 ///
 /// RocksDB knows and has no property for it, but a read of what is persisted passes the memtables
 /// once there was such a write, and RocksDB counts the memtables that a read looks into. The key is
-/// one of the family's, because its comparator may not take every key.
-pub(crate) fn all_logged(db: &Rocks, family: &(impl AsColumnFamilyRef + Sync)) -> bool {
+/// one of the family's, in a memtable or in a table, because its comparator may not take every key.
+pub(crate) fn all_logged(db: &Rocks, name: &str, family: &(impl AsColumnFamilyRef + Sync)) -> bool {
     let look = || {
         let mut newest = ReadOptions::default();
         newest.set_read_tier(ReadTier::Memtable);
         let mut keys = db.iterator_cf_opt(family, newest, IteratorMode::Start);
-        let Some(Ok((key, _))) = keys.next() else {
+        let in_memory = keys
+            .next()
+            .and_then(Result::ok)
+            .map(|(key, _)| key.into_vec());
+        // Deletions alone are no keys of an iterator.
+        let in_a_table = || {
+            let mut files = db.live_files().ok()?.into_iter();
+            files
+                .find(|file| file.column_family_name == name)?
+                .start_key
+        };
+        let Some(key) = in_memory.or_else(in_a_table) else {
             return false;
         };
         let mut persisted = ReadOptions::default();
@@ -70,8 +82,9 @@ pub(crate) fn all_logged(db: &Rocks, family: &(impl AsColumnFamilyRef + Sync)) -
         set_perf_stats(PerfStatsLevel::EnableCount);
         let mut context = PerfContext::default();
         context.reset();
-        let found = db.get_pinned_cf_opt(family, key, &persisted);
-        found.is_ok() && context.metric(PerfMetric::GetFromMemtableCount) > 0
+        // Whether it is found, and can be read, does not matter.
+        drop(db.get_pinned_cf_opt(family, key, &persisted));
+        context.metric(PerfMetric::GetFromMemtableCount) > 0
     };
     // The level and the counters belong to a thread, and the caller's are the caller's.
     std::thread::scope(|scope| {

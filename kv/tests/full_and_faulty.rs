@@ -156,6 +156,27 @@ fn a_close_without_room_for_tables_keeps_what_has_a_log() {
     check(&options(1 << 20).open_in(&fs).unwrap(), 0..100);
 }
 
+/// Deletions that are in the log need no table either.
+#[test]
+fn a_close_without_room_for_tables_keeps_deletions_that_have_a_log() {
+    let _limit = watchdog();
+    let (device, fs) = faulty();
+    let db = options(1 << 20).open_in(&fs).unwrap();
+    for n in 0..100 {
+        db.put(key(n), value(n)).unwrap();
+    }
+    db.flush().unwrap();
+    for n in 0..100 {
+        db.delete(key(n)).unwrap();
+    }
+    db.flush_wal(true).unwrap();
+    fail_writes(&device);
+    db.close().unwrap();
+    device.clear();
+    let db = options(1 << 20).open_in(&fs).unwrap();
+    assert!(db.iterator(IteratorMode::Start).next().is_none());
+}
+
 /// A close puts what has no log into tables, tombstones included.
 #[test]
 fn a_close_writes_what_has_no_log() {
@@ -285,9 +306,7 @@ fn a_close_lists_the_families_only_if_it_has_to() {
 fn a_drop_after_a_failed_close_tries_again() {
     let _limit = watchdog();
     let (_, fs) = faulty();
-    let options = options(32 << 20).configure(|options| {
-        options.set_avoid_flush_during_shutdown(true);
-    });
+    let options = options(32 << 20);
     let db = options.open_in(&fs).unwrap();
     for n in 0..50_000 {
         db.put_opt(key(n), value(n), &unlogged()).unwrap();

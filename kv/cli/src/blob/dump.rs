@@ -162,7 +162,7 @@ fn mask_value(mask: &MaskDump) -> Value {
 
 fn print_journal(out: &mut impl Write, journal: &JournalDump) -> io::Result<()> {
     let counts = if journal.counts {
-        "its batches are not all in place"
+        "a load puts its batches in place"
     } else {
         "everything is in place"
     };
