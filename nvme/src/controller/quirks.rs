@@ -1,6 +1,7 @@
 //! Controllers that deviate from the specification.
 //!
-//! Source of the identifiers: the table of the Linux driver (`drivers/nvme/host/pci.c`).
+//! Source of the identifiers: the table of the Linux driver (`drivers/nvme/host/pci.c`), compared
+//! in November 2026.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -33,8 +34,22 @@ const LATE_STATUS: &[PciId] = &[
 const NO_WRITE_ZEROES: &[PciId] = &[
     (0x8086, 0x5845), // QEMU before 6.0
     (0x8086, 0xf1a5), // Intel 600p, P3100
-    (0x1c5c, 0x1504), // SK hynix PC400
+    (0x144d, 0xa809), // Samsung MZALQ256HBJD
+    (0x144d, 0xa80b), // Samsung PM9B1
+    (0x144d, 0xa822), // Samsung PM1725a
     (0x15b7, 0x2001), // SanDisk Skyhawk
+    (0x1987, 0x5019), // Phison E19
+    (0x1987, 0x5021), // Phison E21
+    (0x1c5c, 0x1504), // SK hynix PC400
+    (0x1c5c, 0x1d59), // SK hynix BC901
+    (0x1cc4, 0x6302), // UMIS RPJTJ256MGE1QDY
+    (0x1cc4, 0x6303), // UMIS RPJTJ512MGE1QDY
+    (0x1d97, 0x2263), // SPCC
+    (0x2646, 0x5016), // Kingston OM3PGP4, OS21011
+    (0x2646, 0x5018), // Kingston OM8SFP4
+    (0x2646, 0x501a), // Kingston OM8PGP4, OS21005
+    (0x2646, 0x501b), // Kingston OM8PGP4, OS21005
+    (0x2646, 0x501e), // Kingston OM3PGP4, OS21011
 ];
 const STRIPE: &[PciId] = &[
     (0x8086, 0x0953), // Intel P3500, P3600, P3700
