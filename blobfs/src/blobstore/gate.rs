@@ -15,6 +15,10 @@ use super::lanes::{LANES, Lanes};
 /// Longest wait of a closing for I/O to leave, and of a thread for its turn in the order of changes.
 pub(super) const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// Longest wait of I/O at a closed gate. The change behind it may wait for other I/O and for the
+/// device, and has limits of its own for both.
+pub(super) const ENTRY_TIMEOUT: Duration = Duration::from_mins(2);
+
 /// The gate of a blob; see the module.
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
@@ -48,20 +52,26 @@ impl Gate {
         })
     }
 
-    /// Enters. Waits while the gate is closed.
+    /// Enters. Waits while the gate is closed. Returns `None` if that takes longer than `limit`, most
+    /// likely because the gate was closed by a future that is not polled. The limit takes effect
+    /// when this future is next polled.
     #[inline]
-    pub async fn enter(&self) -> Inside<'_> {
+    pub async fn enter(&self, limit: Duration) -> Option<Inside<'_>> {
         match self.try_enter() {
-            Some(inside) => inside,
-            None => self.enter_slow().await,
+            Some(inside) => Some(inside),
+            None => self.enter_slow(limit).await,
         }
     }
 
     #[cold]
-    async fn enter_slow(&self) -> Inside<'_> {
+    async fn enter_slow(&self, limit: Duration) -> Option<Inside<'_>> {
+        let deadline = Instant::now() + limit;
         std::future::poll_fn(|cx| {
             if let Some(inside) = self.try_enter() {
-                return Poll::Ready(inside);
+                return Poll::Ready(Some(inside));
+            }
+            if Instant::now() >= deadline {
+                return Poll::Ready(None);
             }
             let mut waiting = self.waiting.lock();
             if !waiting.iter().any(|waker| waker.will_wake(cx.waker())) {
@@ -69,7 +79,8 @@ impl Gate {
             }
             drop(waiting);
             // The gate may have been opened before the waker was there.
-            self.try_enter().map_or(Poll::Pending, Poll::Ready)
+            self.try_enter()
+                .map_or(Poll::Pending, |inside| Poll::Ready(Some(inside)))
         })
         .await
     }
@@ -253,5 +264,24 @@ mod tests {
         drop(inside);
         closer.join().unwrap();
         assert!(gate.try_enter().is_some());
+    }
+
+    #[test]
+    fn whoever_waits_at_a_gate_that_stays_closed_gives_up() {
+        let gate = Gate::default();
+        let mut closing = Box::pin(gate.close_async(|| ()));
+        let waker = Waker::noop();
+        let mut cx = std::task::Context::from_waker(waker);
+        let Poll::Ready(Some(closed)) = closing.as_mut().poll(&mut cx) else {
+            panic!("nobody is inside");
+        };
+        let limit = Duration::from_millis(5);
+        let mut entry = Box::pin(gate.enter(limit));
+        assert!(entry.as_mut().poll(&mut cx).is_pending());
+        std::thread::sleep(limit);
+        assert!(matches!(entry.as_mut().poll(&mut cx), Poll::Ready(None)));
+        drop(closed);
+        let mut entry = Box::pin(gate.enter(limit));
+        assert!(matches!(entry.as_mut().poll(&mut cx), Poll::Ready(Some(_))));
     }
 }

@@ -9,7 +9,7 @@ use super::blob::Blob;
 use super::data::{Access, Cut, Part, Piece, Place, slice_of, write_ops};
 use super::edit::never_ends;
 use super::error::Error;
-use super::gate::{Frozen, Inside};
+use super::gate::{ENTRY_TIMEOUT, Frozen, Inside};
 use super::mdio::Persist;
 use super::thin::Fill;
 use super::view::View;
@@ -58,9 +58,10 @@ impl Blob {
     /// Reads into `buf` from byte `offset`, both in whole device blocks. Returns the buffer.
     ///
     /// # Errors
-    /// Fails for a range outside of the blob, and with device errors.
+    /// Fails for a range outside of the blob, with device errors, and with [`Error::Busy`] if the
+    /// blob's clusters move for longer than two minutes.
     pub async fn read(&self, ch: &AsyncChannel, offset: u64, buf: DmaBuf) -> Result<DmaBuf, Error> {
-        let inside = self.shared.gate.enter().await;
+        let inside = self.enter().await?;
         let place = {
             let view = self.shared.view.load();
             self.check_range(&view, offset, buf.len() as u64)?;
@@ -86,18 +87,35 @@ impl Blob {
         read
     }
 
+    /// Passes the blob's gate. Waits while its clusters move.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] if they move for longer than [`ENTRY_TIMEOUT`].
+    #[inline]
+    async fn enter(&self) -> Result<Inside<'_>, Error> {
+        let inside = self.shared.gate.enter(ENTRY_TIMEOUT).await;
+        inside.ok_or_else(|| {
+            Error::Busy(format!(
+                "the clusters of blob {} have been moving for {} s; poll or drop the future that \
+                 moves them",
+                self.shared.id,
+                ENTRY_TIMEOUT.as_secs()
+            ))
+        })
+    }
+
     /// Begins I/O on the blob. Waits while its clusters move. A thread that has one `Access` must
     /// not ask for another of the same blob: a thread that moves clusters waits for the first and
     /// blocks the second.
     ///
     /// # Errors
-    /// Fails when there is no channel to wait on.
+    /// Fails when there is no channel to wait on, and when the clusters move for too long.
     pub(crate) fn access(&self) -> Result<Access<'_>, Error> {
         let inside = match self.shared.gate.try_enter() {
             Some(inside) => inside,
             None => {
                 let ch = self.store.channel()?;
-                ch.block_on(self.shared.gate.enter())
+                ch.block_on(self.enter())?
             }
         };
         Ok(Access { blob: self, inside })
@@ -138,7 +156,7 @@ impl Blob {
     ) -> Result<(), Error> {
         let len = data.len() as u64;
         loop {
-            let inside = self.shared.gate.enter().await;
+            let inside = self.enter().await?;
             let (place, parts) = {
                 let view = self.shared.view.load();
                 self.check_writable(&view)?;
@@ -320,7 +338,7 @@ impl Blob {
             self.store.release(self, whole).await?;
         }
         loop {
-            let inside = self.shared.gate.enter().await;
+            let inside = self.enter().await?;
             let (parts, backed) = {
                 let view = self.shared.view.load();
                 self.check_range(&view, offset, len)?;
