@@ -97,6 +97,13 @@ impl<T: Send + Sync + 'static> PerProcess<T> {
     #[cold]
     fn renew(&self) -> &'static T {
         let old = self.made.load(Ordering::Acquire);
+        // SAFETY: the pointer is null or a leaked box, see below.
+        if let Some(made) = unsafe { old.as_ref() }
+            && made.birth.is_here()
+        {
+            // Another thread has made it since this one looked.
+            return &made.value;
+        }
         let fresh = Box::into_raw(Box::new(Made {
             birth: Birth::now(),
             value: (self.make)(),
@@ -123,6 +130,15 @@ impl<T> fmt::Debug for PerProcess<T> {
 mod tests {
     use super::*;
     use parking_lot::Mutex;
+
+    #[test]
+    fn two_threads_at_once_get_one_value() {
+        static LIST: PerProcess<Mutex<Vec<u32>>> = PerProcess::new(Mutex::default);
+        let first = LIST.get();
+        // So it is for a thread that looked before the value was there, and comes here afterwards.
+        assert!(std::ptr::eq(first, LIST.renew()));
+        assert!(std::ptr::eq(first, LIST.get()));
+    }
 
     #[test]
     fn a_child_has_its_own_and_knows_it() {
