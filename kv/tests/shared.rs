@@ -46,7 +46,10 @@ fn each_namespace_of_a_controller_is_a_device() {
     assert_eq!(twice.err().unwrap().kind(), ErrorKind::InUse);
     for options in [MountOptions::new(), MountOptions::new().read_only(true)] {
         let refused = mount(&namespace(1), &options).err().unwrap();
-        assert!(refused.to_string().contains("busy"), "{refused}");
+        assert!(
+            refused.to_string().contains("in use by this process"),
+            "{refused}"
+        );
     }
     for db in [&one, &again, &two] {
         db.close().unwrap();
