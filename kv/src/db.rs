@@ -400,8 +400,8 @@ impl Db {
     /// has passed. Only what has no log may be beyond writing then: RocksDB writes no table after an
     /// error that it takes for a lasting one. It can still be read. For ten seconds after
     /// [`Error::Unlogged`], `close` returns the same error, so that RocksDB can recover. Once
-    /// everything is written and the unmount fails, RocksDB writes no table any more: what is put
-    /// from then on needs a log. Dropping gives up what could not be written.
+    /// everything is written and the unmount fails, RocksDB writes no table any more: puts fail, or
+    /// need a log. Dropping gives up what could not be written.
     pub fn close(&self) -> Result<(), Error> {
         let mut closing = self.closing();
         if *closing == Closing::Closed {
