@@ -410,14 +410,16 @@ impl Db {
         if self.read_only {
             self.rocksdb().cancel_all_background_work(true);
         } else {
-            self.settle()?;
             if *closing == Closing::Open {
+                self.settle()?;
                 self.write_unlogged()?;
                 self.rocksdb().cancel_all_background_work(true);
                 *closing = Closing::Stopped;
             }
-            // Puts that came meanwhile.
-            self.settle()?;
+            if *closing != Closing::Unmounting {
+                // Puts that came meanwhile.
+                self.settle()?;
+            }
         }
         // Whoever opens the device next finds it free: the inspection has it too. While the device
         // cannot be released, there is something to be asked about.
@@ -426,7 +428,11 @@ impl Db {
             self.stop_inspection();
         };
         match &self.mounted {
-            Some(mounted) => mounted.end(stop)?,
+            Some(mounted) => mounted.end(stop).inspect_err(|_| {
+                if self.is_being_unmounted() {
+                    *closing = Closing::Unmounting;
+                }
+            })?,
             None => stop(),
         }
         self.binding.close();
@@ -522,6 +528,11 @@ impl Db {
             .map_err(|_| failed.into())
     }
 
+    /// Whether the file system has refused everything since an unmount began.
+    fn is_being_unmounted(&self) -> bool {
+        matches!(self.fs.sync_dir("/"), Err(FsError::Unmounted { .. }))
+    }
+
     /// Writes what was put without a log.
     fn write_unlogged(&self) -> Result<(), Error> {
         // The default family answers for all of them if it has something in memory. The list of
@@ -575,6 +586,8 @@ enum Closing {
     /// Everything is in logs and tables, and RocksDB writes no more tables. The device has not been
     /// released.
     Stopped,
+    /// The file system has written everything, and refuses puts. It could not be unmounted.
+    Unmounting,
     /// It is closed.
     Closed,
 }
