@@ -2,6 +2,7 @@
 
 #[cfg(feature = "db")]
 pub mod db_bench;
-#[cfg(feature = "db")]
+#[cfg(feature = "compare")]
 pub mod fscompare;
+#[cfg(feature = "perf")]
 pub mod nvmeperf;

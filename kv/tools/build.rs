@@ -11,25 +11,52 @@ use std::hash::{Hash, Hasher};
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// The translation units, in RocksDB's sources; `db_bench_tool.cc` is in `cc/db_bench.cc`.
-const UNITS: [&str; 8] = [
-    "tools/ldb_cmd.cc",
-    "tools/sst_dump_tool.cc",
-    "test_util/testutil.cc",
-    "tools/simulated_hybrid_file_system.cc",
-    "tools/ldb_tool.cc",
-    "tools/tool_hooks.cc",
-    "utilities/blob_db/blob_dump_tool.cc",
-    "db_stress_tool/db_stress_compression_manager.cc",
+/// The sources of a library.
+struct Library {
+    /// The name of the library, and of the feature that needs it.
+    name: &'static str,
+    /// The source of this crate. It is optimised as RocksDB's own release build is where it runs
+    /// beside what is measured.
+    own: &'static str,
+    measured: bool,
+    /// The other translation units, in RocksDB's sources.
+    units: &'static [&'static str],
+}
+
+const LIBRARIES: [Library; 3] = [
+    Library {
+        name: "common",
+        own: "cc/common.cc",
+        measured: false,
+        units: &[],
+    },
+    Library {
+        name: "db_bench",
+        // It includes `tools/db_bench_tool.cc`.
+        own: "cc/db_bench.cc",
+        measured: true,
+        units: &[
+            "test_util/testutil.cc",
+            "tools/simulated_hybrid_file_system.cc",
+            "tools/tool_hooks.cc",
+        ],
+    },
+    Library {
+        name: "ldb",
+        own: "cc/ldb.cc",
+        measured: false,
+        units: &[
+            "tools/ldb_cmd.cc",
+            "tools/sst_dump_tool.cc",
+            "tools/ldb_tool.cc",
+            "utilities/blob_db/blob_dump_tool.cc",
+            "db_stress_tool/db_stress_compression_manager.cc",
+        ],
+    },
 ];
 
-/// The sources of this crate.
-const OWN: [&str; 4] = [
-    "cc/db_bench.cc",
-    "cc/tools.cc",
-    "cc/tools.h",
-    "cc/gflags/gflags.h",
-];
+/// The headers of this crate.
+const HEADERS: [&str; 2] = ["cc/tools.h", "cc/gflags/gflags.h"];
 
 /// The definitions of librocksdb-sys's build script on Linux: RocksDB's headers have to be the same
 /// in both.
@@ -58,6 +85,9 @@ fn main() -> io::Result<()> {
     println!("cargo::rerun-if-changed=cc");
     println!("cargo::rerun-if-env-changed=DOCS_RS");
     println!("cargo::rerun-if-env-changed=ROCKSDB_LIB_DIR");
+    for variable in ["CXX", "CXXFLAGS"] {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
     // docs.rs has no RocksDB and links nothing.
     if env::var_os("DOCS_RS").is_some() {
         return Ok(());
@@ -80,37 +110,49 @@ fn main() -> io::Result<()> {
         .include(sources.join("rocksdb"))
         .include(zstd)
         .include("cc/gflags")
-        .include("cc");
+        .include("cc")
+        .cargo_metadata(false);
     for (name, value) in DEFINES {
         build.define(name, value);
     }
     processor_flags(&mut build);
-    let rocksdb = sources.join("rocksdb");
-    build.cargo_metadata(false);
 
-    let kept = kept_archive(&build, &sources)?;
-    let archive = out.join("libpumice_rocksdb_tools.a");
+    println!("cargo::rustc-link-search=native={}", out.display());
+    for library in &LIBRARIES {
+        let feature = format!("CARGO_FEATURE_{}", library.name.to_uppercase());
+        if library.name == "common" || env::var_os(feature).is_some() {
+            provide(library, &build, &sources, &out)?;
+            println!("cargo::rustc-link-lib=static=pumice_{}", library.name);
+        }
+    }
+    println!("cargo::rustc-link-lib=dylib=stdc++");
+    Ok(())
+}
+
+/// Puts a library into cargo's directory: the one that is kept, or a new one.
+fn provide(library: &Library, build: &cc::Build, sources: &Path, out: &Path) -> io::Result<()> {
+    let kept = kept_archive(library, build, sources)?;
+    let archive = out.join(format!("libpumice_{}.a", library.name));
     if let Some(kept) = &kept
         && kept.exists()
     {
         fs::copy(kept, &archive)?;
-    } else {
-        // What runs beside what is measured, in the optimisation of RocksDB's own release build.
-        let mut measured = build.clone();
-        measured.opt_level(2).file("cc/db_bench.cc");
-        build
-            .file("cc/tools.cc")
-            .files(UNITS.iter().map(|unit| rocksdb.join(unit)))
-            .objects(measured.compile_intermediates())
-            .compile("pumice_rocksdb_tools");
-        if let Some(kept) = &kept {
-            keep(&archive, kept)?;
-        }
+        return Ok(());
     }
-    println!("cargo::rustc-link-search=native={}", out.display());
-    println!("cargo::rustc-link-lib=static=pumice_rocksdb_tools");
-    println!("cargo::rustc-link-lib=dylib=stdc++");
-    Ok(())
+    let mut own = build.clone();
+    if library.measured {
+        own.opt_level(2);
+    }
+    let units = library.units.iter();
+    build
+        .clone()
+        .objects(own.file(library.own).compile_intermediates())
+        .files(units.map(|unit| sources.join("rocksdb").join(unit)))
+        .compile(&format!("pumice_{}", library.name));
+    match &kept {
+        Some(kept) => keep(&archive, kept),
+        None => Ok(()),
+    }
 }
 
 /// Returns a value that the build script of a direct dependency has set.
@@ -137,7 +179,11 @@ fn processor_flags(build: &mut cc::Build) {
 }
 
 /// Returns the place where the archive is kept, if there is a library from `scripts/rocksdb`.
-fn kept_archive(build: &cc::Build, sources: &Path) -> io::Result<Option<PathBuf>> {
+fn kept_archive(
+    library: &Library,
+    build: &cc::Build,
+    sources: &Path,
+) -> io::Result<Option<PathBuf>> {
     let Some(folder) = env::var_os("ROCKSDB_LIB_DIR").map(PathBuf::from) else {
         return Ok(None);
     };
@@ -146,18 +192,24 @@ fn kept_archive(build: &cc::Build, sources: &Path) -> io::Result<Option<PathBuf>
         return Ok(None);
     }
     let mut key = DefaultHasher::new();
-    let compiler = build.get_compiler();
-    sources.file_name().hash(&mut key);
-    compiler.path().hash(&mut key);
-    let version = compiler.to_command().arg("--version").output()?;
+    // The compiler with all of its flags: those from here, from CXXFLAGS, and for the target.
+    let compiler = build.get_compiler().to_command();
+    format!("{compiler:?}").hash(&mut key);
+    let version = build
+        .get_compiler()
+        .to_command()
+        .arg("--version")
+        .output()?;
     version.stdout.hash(&mut key);
-    for file in OWN.iter().chain(&["build.rs"]) {
+    for variable in ["TARGET", "CARGO_ENCODED_RUSTFLAGS"] {
+        env::var_os(variable).hash(&mut key);
+    }
+    sources.file_name().hash(&mut key);
+    for file in [library.own, "build.rs"].iter().chain(&HEADERS) {
         fs::read(file)?.hash(&mut key);
     }
-    env::var("CARGO_ENCODED_RUSTFLAGS")
-        .unwrap_or_default()
-        .hash(&mut key);
-    Ok(Some(folder.join(format!("tools-{:016x}.a", key.finish()))))
+    let name = format!("{}-{:016x}.a", library.name, key.finish());
+    Ok(Some(folder.join(name)))
 }
 
 /// Copies in one step, since two builds may do it at once.

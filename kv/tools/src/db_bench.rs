@@ -2,7 +2,8 @@
 //!
 //! The flags are RocksDB's static variables, so there is one set for the process, and one run.
 
-use crate::{Files, ffi};
+use crate::Files;
+use crate::ffi::db_bench as ffi;
 
 /// The kind of a flag's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,62 +1,18 @@
 //! The C++ functions of `cc/tools.h`.
 
-use std::ffi::{CStr, CString, OsString, c_char, c_int, c_void};
-use std::os::unix::ffi::OsStringExt as _;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ffi::{CStr, c_char, c_void};
 use std::ptr;
-use std::slice;
 
 use crate::Files;
 
-type FlagFn =
-    unsafe extern "C" fn(*mut c_void, *const c_char, *const c_char, *const c_char, *const c_char);
-type SaidFn = unsafe extern "C" fn(*mut c_void, *const c_char, usize);
+#[cfg(feature = "db_bench")]
+pub(crate) mod db_bench;
+#[cfg(feature = "ldb")]
+pub(crate) mod ldb;
 
 unsafe extern "C" {
-    fn pumice_db_bench_flags(each: FlagFn, arg: *mut c_void);
-    fn pumice_db_bench_set(name: *const c_char, value: *const c_char) -> c_int;
-    fn pumice_db_bench_run(env: *mut c_void, said: SaidFn, arg: *mut c_void) -> c_int;
-    fn pumice_db_bench_verify(keys: *mut u64, error: *mut c_char, error_len: usize) -> c_int;
     fn pumice_rocksdb_version() -> *const c_char;
     fn pumice_memory_env() -> *mut c_void;
-    fn pumice_ldb(env: *mut c_void, argc: c_int, argv: *mut *mut c_char) -> c_int;
-    fn pumice_sst_dump(env: *mut c_void, argc: c_int, argv: *mut *mut c_char) -> c_int;
-}
-
-/// A flag of `db_bench` from C++: name, type, value, help.
-pub(crate) type RawFlag = [String; 4];
-
-/// Returns every flag of `db_bench`.
-pub(crate) fn flags() -> Vec<RawFlag> {
-    unsafe extern "C" fn each(
-        arg: *mut c_void,
-        name: *const c_char,
-        kind: *const c_char,
-        value: *const c_char,
-        help: *const c_char,
-    ) {
-        // SAFETY: `arg` is the vector below, which nobody else uses during the call.
-        let flags = unsafe { &mut *arg.cast::<Vec<RawFlag>>() };
-        flags.push([name, kind, value, help].map(|text| {
-            // SAFETY: C++ passes texts that end with a NUL and are valid for the call.
-            unsafe { CStr::from_ptr(text) }
-                .to_string_lossy()
-                .into_owned()
-        }));
-    }
-    let mut flags: Vec<RawFlag> = Vec::new();
-    // SAFETY: `each` takes what is passed with it.
-    unsafe { pumice_db_bench_flags(each, ptr::from_mut(&mut flags).cast()) };
-    flags
-}
-
-/// Sets a flag of `db_bench`. Returns false for a value that it cannot have.
-pub(crate) fn set(name: &str, value: &str) -> bool {
-    let (Ok(name), Ok(value)) = (CString::new(name), CString::new(value)) else {
-        return false;
-    };
-    // SAFETY: both texts end with a NUL and outlive the call.
-    unsafe { pumice_db_bench_set(name.as_ptr(), value.as_ptr()) == 0 }
 }
 
 /// Returns the version of the linked RocksDB.
@@ -67,6 +23,7 @@ pub(crate) fn version() -> String {
 }
 
 /// Returns the environment over `files`, which lives as long as the process.
+#[cfg(any(feature = "db_bench", feature = "ldb"))]
 fn env(files: &Files) -> Result<*mut c_void, pumice::Error> {
     match files {
         Files::Kernel => Ok(ptr::null_mut()),
@@ -74,82 +31,4 @@ fn env(files: &Files) -> Result<*mut c_void, pumice::Error> {
         Files::Memory => Ok(unsafe { pumice_memory_env() }),
         Files::Pumice(fs) => Ok(pumice::EnvOptions::new().build_cpp(fs)?.as_ptr()),
     }
-}
-
-/// Runs `db_bench` with the flags that were set.
-pub(crate) fn run<S: FnMut(&[u8]) + Send>(files: &Files, said: S) -> Result<c_int, pumice::Error> {
-    unsafe extern "C" fn hear<S: FnMut(&[u8]) + Send>(
-        arg: *mut c_void,
-        text: *const c_char,
-        len: usize,
-    ) {
-        // SAFETY: `arg` is the closure below. The stream that calls holds its lock, so no two calls are at the same time.
-        let said = unsafe { &mut *arg.cast::<S>() };
-        let bytes = if len == 0 {
-            &[]
-        } else {
-            // SAFETY: C++ passes `len` readable bytes.
-            unsafe { slice::from_raw_parts(text.cast(), len) }
-        };
-        // A panic must not cross into C++. Its message went to the panic hook.
-        let _ = catch_unwind(AssertUnwindSafe(|| said(bytes)));
-    }
-    let env = env(files)?;
-    let mut said = said;
-    // SAFETY: the environment is new and never freed; `hear` takes what is passed with it, which outlives the call. Where
-    // db_bench ends the process, this frame is still there.
-    Ok(unsafe { pumice_db_bench_run(env, hear::<S>, ptr::from_mut(&mut said).cast()) })
-}
-
-/// Reads back every key of the run's databases.
-pub(crate) fn verify() -> Result<u64, String> {
-    let mut keys = 0;
-    let mut error = [0_u8; 1024];
-    // SAFETY: both places are writable, and the length is the text's.
-    let code =
-        unsafe { pumice_db_bench_verify(&raw mut keys, error.as_mut_ptr().cast(), error.len()) };
-    if code == 0 {
-        return Ok(keys);
-    }
-    let text = CStr::from_bytes_until_nul(&error).unwrap_or_default();
-    Err(text.to_string_lossy().into_owned())
-}
-
-/// A tool that takes a command line.
-#[derive(Clone, Copy)]
-pub(crate) enum Tool {
-    Ldb,
-    SstDump,
-}
-
-/// Runs a tool and returns its exit code.
-pub(crate) fn tool(tool: Tool, files: &Files, args: &[OsString]) -> Result<c_int, pumice::Error> {
-    let name = match tool {
-        Tool::Ldb => "ldb",
-        Tool::SstDump => "sst_dump",
-    };
-    // An argument from a command line contains no NUL. One that does is cut there, as in C.
-    let mut texts: Vec<Vec<u8>> = std::iter::once(OsString::from(name))
-        .chain(args.iter().cloned())
-        .map(|arg| {
-            let mut bytes = arg.into_vec();
-            bytes.push(0);
-            bytes
-        })
-        .collect();
-    let mut argv: Vec<*mut c_char> = texts
-        .iter_mut()
-        .map(|text| text.as_mut_ptr().cast())
-        .collect();
-    let argc = c_int::try_from(argv.len()).unwrap_or(c_int::MAX);
-    argv.push(ptr::null_mut());
-    let env = env(files)?;
-    // SAFETY: `argv` is an array of `argc` texts that end with a NUL and of a null, and outlives the call; the environment
-    // is new and never freed.
-    Ok(unsafe {
-        match tool {
-            Tool::Ldb => pumice_ldb(env, argc, argv.as_mut_ptr()),
-            Tool::SstDump => pumice_sst_dump(env, argc, argv.as_mut_ptr()),
-        }
-    })
 }

@@ -5,16 +5,23 @@
 //! of the passed file system. [`db_bench`] has the parts of the benchmark tool, for the program
 //! `db_bench` of `pumice-bench`. `pumice ldb` and `pumice sst_dump` run the programs `pumice-ldb`
 //! and `pumice-sst_dump`.
+//!
+//! The features `db_bench` and `ldb`, both on by default, choose what is compiled.
 
 #[allow(unsafe_code)]
 mod ffi;
 
+#[cfg(feature = "ldb")]
 pub mod command;
+#[cfg(feature = "db_bench")]
 pub mod db_bench;
 
+#[cfg(feature = "ldb")]
 use std::ffi::OsString;
 
-use pumice::{Error, FileSystem};
+#[cfg(feature = "ldb")]
+use pumice::Error;
+use pumice::FileSystem;
 
 /// The file system for a tool.
 #[derive(Clone, Debug)]
@@ -37,14 +44,16 @@ pub fn rocksdb_version() -> String {
 ///
 /// # Errors
 /// Fails when the environment could not be made.
+#[cfg(feature = "ldb")]
 pub fn ldb(files: &Files, args: &[OsString]) -> Result<i32, Error> {
-    ffi::tool(ffi::Tool::Ldb, files, args)
+    ffi::ldb::tool(ffi::ldb::Tool::Ldb, files, args)
 }
 
 /// Runs `sst_dump` and returns its exit code. It ends the process itself when an argument is wrong.
 ///
 /// # Errors
 /// Fails when the environment could not be made.
+#[cfg(feature = "ldb")]
 pub fn sst_dump(files: &Files, args: &[OsString]) -> Result<i32, Error> {
-    ffi::tool(ffi::Tool::SstDump, files, args)
+    ffi::ldb::tool(ffi::ldb::Tool::SstDump, files, args)
 }

@@ -4,13 +4,10 @@
 
 #include <cstdio>
 #include <exception>
-#include <string>
 
-#include "rocksdb/env.h"
 #include "rocksdb/ldb_tool.h"
 #include "rocksdb/options.h"
 #include "rocksdb/sst_dump_tool.h"
-#include "rocksdb/version.h"
 
 namespace {
 
@@ -29,17 +26,6 @@ int Guarded(const char* name, void* env, Run run) {
 }
 
 }  // namespace
-
-extern "C" const char* pumice_rocksdb_version() {
-  static const std::string version = rocksdb::GetRocksVersionAsString(true);
-  return version.c_str();
-}
-
-extern "C" void* pumice_memory_env() {
-  // The files of RocksDB's memory environment, whose own clock stands still, with the clock of the system.
-  rocksdb::Env* memory = rocksdb::NewMemEnv(rocksdb::Env::Default());
-  return rocksdb::NewCompositeEnv(memory->GetFileSystem()).release();
-}
 
 extern "C" int pumice_ldb(void* env, int argc, char** argv) {
   return Guarded("ldb", env, [&](const rocksdb::Options& options) {
