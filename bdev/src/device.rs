@@ -40,6 +40,8 @@ pub struct DeviceInfo {
     pub ops: OpSet,
     /// Whether written data can be read back (false: `null`).
     pub keeps_data: bool,
+    /// Whether written data is still there when the process has ended (false: `malloc`, `null`).
+    pub outlives_process: bool,
     /// Whether unmapped blocks read as zeroes.
     pub unmap_zeroes: bool,
     /// The process that opened the device.
@@ -64,6 +66,7 @@ impl DeviceInfo {
             buf_align: 1,
             ops: OpSet::BASIC,
             keeps_data: true,
+            outlives_process: true,
             unmap_zeroes: false,
             birth: Birth::now(),
         }

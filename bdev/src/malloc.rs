@@ -106,6 +106,7 @@ impl Malloc {
             .unwrap_or_else(|| format!("Malloc{}", NEXT.fetch_add(1, Ordering::Relaxed)));
         check_geometry(&name, options.block_size, options.num_blocks)?;
         let mut info = DeviceInfo::new(&name, "malloc", options.block_size, options.num_blocks);
+        info.outlives_process = false;
         "Malloc disk".clone_into(&mut info.product);
         info.uuid = options.uuid.unwrap_or_else(uuid::random);
         info.limits = Limits::new(0, options.optimal_io_boundary_blocks);

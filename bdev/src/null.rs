@@ -40,6 +40,7 @@ impl Null {
         "Null disk".clone_into(&mut info.product);
         info.uuid = uuid.unwrap_or_else(uuid::random);
         info.keeps_data = false;
+        info.outlives_process = false;
         info.ops = OpSet::BASIC.with(OpKind::Unmap).with(OpKind::Abort);
         Ok(Null {
             info: Arc::new(info),

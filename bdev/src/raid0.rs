@@ -91,6 +91,7 @@ impl Raid0 {
         info.uuid = uuid.unwrap_or_else(crate::uuid::random);
         info.write_cache = legs.iter().any(|l| l.info().write_cache);
         info.keeps_data = legs.iter().all(|l| l.info().keeps_data);
+        info.outlives_process = legs.iter().all(|l| l.info().outlives_process);
         info.unmap_zeroes = legs.iter().all(|l| l.info().unmap_zeroes);
         info.buf_align = legs.iter().map(|l| l.info().buf_align).max().unwrap_or(1);
         let strip = u32::try_from(strip_blocks).unwrap_or(u32::MAX);

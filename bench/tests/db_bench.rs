@@ -136,19 +136,30 @@ fn a_key_that_is_damaged_on_the_device_is_found() {
         bytes[at + key.len() + 100] ^= 1;
     }
     std::fs::write(&path, bytes).unwrap();
+    let (json, csv) = (dir.path().join("json"), dir.path().join("csv"));
     let out = db_bench()
         .args(SMALL)
         .args([
             &device,
             "--use_existing_db",
-            "--benchmarks=levelstats",
+            "--benchmarks=readrandom",
+            "--reads=10",
+            "--report_interval_seconds=1",
             "--verify",
         ])
+        .arg(format!("--json={}", json.display()))
+        .arg(format!("--report_file={}", csv.display()))
         .output()
         .unwrap();
     let said = text(&out);
     assert_eq!(out.status.code(), Some(1), "{said}");
     assert!(said.contains("--verify: Corruption"), "{said}");
+    // What was measured is there nevertheless.
+    let report: Value = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
+    assert_eq!(result(&report, "readrandom")["operations"], 10);
+    let found = report["verify_error"].as_str().unwrap();
+    assert!(found.starts_with("Corruption"), "{found}");
+    assert!(csv.exists());
 }
 
 #[test]
@@ -275,6 +286,26 @@ fn the_other_file_systems_run_the_same_tool() {
         "--verify",
     ]);
     assert_eq!(uri["verified_keys"], 3000);
+    assert_eq!(uri["env"], "uri");
+}
+
+/// The tables and keys of every kind can be looked at.
+#[test]
+fn every_key_is_looked_at_as_the_database_was_written() {
+    for flags in [
+        &["--user_timestamp_size=8"][..],
+        &["--merge_operator=stringappend"],
+        &["--prefix_size=8", "--memtablerep=prefix_hash"],
+    ] {
+        let mut all = vec![
+            "--device=malloc://512M",
+            "--benchmarks=fillrandom",
+            "--verify",
+        ];
+        all.extend_from_slice(flags);
+        let report = run(&all);
+        assert!(report["verified_keys"].as_u64() > Some(1500), "{flags:?}");
+    }
 }
 
 #[test]

@@ -93,7 +93,7 @@ fn run(own: &Flags, given: Vec<(String, String)>) -> Result<ExitCode, String> {
         set("report_file", Ours::report_path())?;
     }
     let info = RunInfo {
-        env: own.env.clone(),
+        env: target.env,
         file_system: target.words.clone(),
         db: target.db.clone(),
         durability: target.durability.clone(),
@@ -116,13 +116,11 @@ fn run(own: &Flags, given: Vec<(String, String)>) -> Result<ExitCode, String> {
         listener.hear(report::summary(&results).as_bytes());
         listener.hear(b"\n");
     }
-    let mut verified_keys = None;
-    if code == 0 && own.verify {
-        let keys = db_bench::verify().map_err(|e| format!("--verify: {e}"))?;
+    let verified = (code == 0 && own.verify).then(db_bench::verify);
+    if let Some(Ok(keys)) = &verified {
         listener.hear(
             format!("  verified: {keys} keys, each the same by a scan and by Get\n").as_bytes(),
         );
-        verified_keys = Some(keys);
     }
     drop(listener);
     if let (Some(path), Some(ours)) = (&report_file, &target.ours) {
@@ -132,9 +130,15 @@ fn run(own: &Flags, given: Vec<(String, String)>) -> Result<ExitCode, String> {
     let report = Report {
         info,
         results,
-        verified_keys,
+        verified_keys: verified
+            .as_ref()
+            .and_then(|keys| keys.as_ref().ok().copied()),
+        verify_error: verified.and_then(Result::err),
     };
     write_json(&own.json, &report)?;
+    if let Some(error) = report.verify_error {
+        return Err(format!("--verify: {error}"));
+    }
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
 }
 

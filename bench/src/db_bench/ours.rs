@@ -135,9 +135,7 @@ impl Ours {
     #[must_use]
     pub fn durability(&self) -> Durability {
         let info = self.device.info();
-        let memory = ["malloc", "null"]
-            .iter()
-            .any(|m| self.name.starts_with(&format!("{m}://")));
+        let memory = !info.outlives_process;
         let cache = if info.write_cache {
             "the device has a volatile write cache: FUA or a flush"
         } else {
@@ -268,6 +266,7 @@ mod tests {
         };
         let w = Workload::default();
         let ours = Ours::open(&f, &w).unwrap();
+        assert!(!ours.durability().sync_is_durable, "it is memory");
         let words = ours.to_string();
         assert!(
             words.contains("Malloc0") && words.contains("page cache of 16 MiB"),
@@ -319,6 +318,8 @@ mod tests {
             ..f.clone()
         };
         Ours::open(&forced, &w).unwrap().close().unwrap();
-        Ours::open(&f, &w).unwrap().close().unwrap();
+        let ours = Ours::open(&f, &w).unwrap();
+        assert!(ours.durability().sync_is_durable, "it is a file");
+        ours.close().unwrap();
     }
 }

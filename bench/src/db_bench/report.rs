@@ -73,8 +73,8 @@ impl IoCount {
 /// The conditions of a run: what ran, where and how durably.
 #[derive(Debug, Clone, Serialize)]
 pub struct RunInfo {
-    /// `pumice`, `kernel` or `mem`.
-    pub env: String,
+    /// `pumice`, `kernel`, `mem`, or `uri`: what RocksDB's own `--fs_uri` or `--env_uri` names.
+    pub env: &'static str,
     /// Description of the file system below RocksDB.
     pub file_system: String,
     /// Directory of the database.
@@ -98,6 +98,9 @@ pub struct Report {
     /// Number of keys on which a scan and `Get` agree, with --verify.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verified_keys: Option<u64>,
+    /// What --verify found, if it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verify_error: Option<String>,
 }
 
 /// Returns the lines above RocksDB's own header.

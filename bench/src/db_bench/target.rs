@@ -28,6 +28,8 @@ pub struct Durability {
 
 /// A file system ready for a database.
 pub struct Target {
+    /// `pumice`, `kernel`, `mem`, or `uri` for what RocksDB's own flag names.
+    pub env: &'static str,
     /// The files that RocksDB's tool uses.
     pub files: Files,
     /// Directory of the database, for `--db`.
@@ -91,7 +93,14 @@ fn named(f: &Flags, workload: &Workload, uri: &str) -> Result<Target, String> {
             "--device or --spdk, and RocksDB's own {uri}: give one of them"
         ));
     }
+    if f.env != Flags::default().env {
+        return Err(format!(
+            "--env={}, and RocksDB's own {uri}: give one of them",
+            f.env
+        ));
+    }
     Ok(Target {
+        env: "uri",
         files: Files::Kernel,
         db: workload.db.clone(),
         words: format!("what {uri} names"),
@@ -136,6 +145,7 @@ fn kernel(workload: &Workload) -> Result<Target, String> {
         )
     };
     Ok(Target {
+        env: "kernel",
         files: Files::Kernel,
         words: format!(
             "kernel's {} on {} at {}",
@@ -159,6 +169,7 @@ fn memory(workload: &Workload) -> Result<Target, String> {
         );
     }
     Ok(Target {
+        env: "mem",
         files: Files::Memory,
         db: or_default(&workload.db),
         words: "RocksDB's memory env".to_owned(),
@@ -181,6 +192,7 @@ fn ours(f: &Flags, workload: &Workload) -> Result<Target, String> {
     }
     let ours = Ours::open(f, workload)?;
     Ok(Target {
+        env: "pumice",
         files: Files::Pumice(ours.fs().clone()),
         db: or_default(&workload.db),
         words: ours.to_string(),
@@ -362,6 +374,15 @@ mod tests {
         };
         let refused = Target::open(&f, &named).err().unwrap();
         assert!(refused.contains("give one"), "{refused}");
+        for env in ["mem", "kernel"] {
+            let f = Flags {
+                env: env.into(),
+                ..Flags::default()
+            };
+            let refused = Target::open(&f, &named).err().unwrap();
+            assert!(refused.contains(&format!("--env={env}, and")), "{refused}");
+        }
+        assert_eq!(Target::open(&Flags::default(), &named).unwrap().env, "uri");
         let simulated = Workload {
             simulates_a_disk: true,
             ..Workload::default()

@@ -5,6 +5,7 @@
 // The source is included so that its file-static environment can be set. The only other way is a URI.
 #include "tools/db_bench_tool.cc"
 
+#include "rocksdb/utilities/options_util.h"
 #include "tools.h"
 
 #include <algorithm>
@@ -32,21 +33,18 @@ ssize_t Say(void* cookie, const char* text, size_t len) {
 
 // Reads every key of one database by a scan and by Get, and compares the two. Adds their number to `keys`.
 Status VerifyDatabase(const std::string& path, const std::string& wal_dir, uint64_t* keys) {
-  rocksdb::Options options;
-  options.env = FLAGS_env;
-  options.wal_dir = wal_dir;
-  if (!FLAGS_merge_operator.empty()) {
-    options.merge_operator = rocksdb::MergeOperators::CreateFromStringId(FLAGS_merge_operator);
-  }
-  std::vector<std::string> names;
-  Status s = DB::ListColumnFamilies(options, path, &names);
+  // The options that it was written with say which tables, comparators and merge operators it has.
+  rocksdb::DBOptions options;
+  std::vector<ColumnFamilyDescriptor> families;
+  rocksdb::ConfigOptions config;
+  config.env = FLAGS_env;
+  config.ignore_unknown_options = true;
+  Status s = rocksdb::LoadLatestOptions(config, path, &options, &families);
   if (!s.ok()) {
     return s;
   }
-  std::vector<ColumnFamilyDescriptor> families;
-  for (const std::string& name : names) {
-    families.emplace_back(name, rocksdb::ColumnFamilyOptions(options));
-  }
+  options.env = FLAGS_env;
+  options.wal_dir = wal_dir;
   std::vector<ColumnFamilyHandle*> handles;
   std::unique_ptr<DB> db;
   s = DB::OpenForReadOnly(options, path, families, &handles, &db);
@@ -57,6 +55,10 @@ Status VerifyDatabase(const std::string& path, const std::string& wal_dir, uint6
   read.total_order_seek = true;
   read.fill_cache = false;
   for (ColumnFamilyHandle* handle : handles) {
+    // The newest version of each key.
+    const std::string newest(handle->GetComparator()->timestamp_size(), '\xff');
+    const rocksdb::Slice timestamp(newest);
+    read.timestamp = newest.empty() ? nullptr : &timestamp;
     std::unique_ptr<rocksdb::Iterator> scan(db->NewIterator(read, handle));
     rocksdb::PinnableSlice value;
     for (scan->SeekToFirst(); s.ok() && scan->Valid(); scan->Next()) {
