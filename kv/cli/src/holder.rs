@@ -35,6 +35,24 @@ impl Holder {
         })
     }
 
+    /// Returns a process that has opened the file `device` for reading and answers questions about
+    /// it.
+    pub fn of_reader(device: &str) -> Option<Holder> {
+        let file = fs::metadata(device).ok()?;
+        let (major, minor) = (libc::major(file.dev()), libc::minor(file.dev()));
+        let inode = format!("{major:02x}:{minor:02x}:{}", file.ino());
+        let locks = fs::read_to_string("/proc/locks").ok()?;
+        // An example: "3: FLOCK  ADVISORY  READ 1234 fe:00:131 0 EOF".
+        locks.lines().find_map(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            if words.get(1) != Some(&"FLOCK") || words.get(5) != Some(&&inode[..]) {
+                return None;
+            }
+            let pid = words[4].parse().ok()?;
+            Holder::find(device, pid)
+        })
+    }
+
     /// Returns the process that serves a socket.
     pub fn connect(socket: &Path) -> Result<Holder, Failure> {
         let client = RpcClient::connect(socket, TIMEOUT);

@@ -80,7 +80,11 @@ fn find(target: &str) -> Result<Holder, Failure> {
     }
     let how = pumice_bdev::OpenOptions::new().read_only(true);
     match pumice_bdev::open_with(target, how) {
-        Ok(_) => Err(format!("{target}: no process has it; start one that uses it").into()),
+        Ok(device) => Holder::of_reader(&device.info().name).ok_or_else(|| {
+            let text = "no process writes to it, and none that reads it answers questions; one \
+                        that opens it with `DbOptions::rpc_socket` does";
+            format!("{target}: {text}").into()
+        }),
         Err(BdevError::InUse {
             device,
             pid: Some(pid),

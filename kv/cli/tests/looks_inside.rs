@@ -94,7 +94,19 @@ fn a_process_that_answers_nothing_is_named() {
     db.close().unwrap();
     let output = pumice(&["top", &image]);
     let errors = String::from_utf8(output.stderr).unwrap();
-    assert!(errors.contains("no process has it"), "{errors}");
+    assert!(errors.contains("no process writes to it"), "{errors}");
+}
+
+#[test]
+fn top_asks_a_process_that_only_reads() {
+    let running = running();
+    running.db.close().unwrap();
+    let socket = running.socket.as_path();
+    let reader = DbOptions::new().read_only(true).rpc_socket(socket);
+    let db = reader.open(&format!("file://{}", running.image)).unwrap();
+    let once = json(&["top", &running.image, "--once", "--json"]);
+    assert_eq!(once["rocksdb"]["estimate_num_keys"], 1);
+    db.close().unwrap();
 }
 
 #[test]
