@@ -6,6 +6,7 @@
 
 use std::collections::hash_map::DefaultHasher;
 use std::env;
+use std::ffi::OsStr;
 use std::fs;
 use std::hash::{Hash, Hasher};
 use std::io;
@@ -193,13 +194,19 @@ fn kept_archive(
     }
     let mut key = DefaultHasher::new();
     // The compiler with all of its flags: those from here, from CXXFLAGS, and for the target.
-    let compiler = build.get_compiler().to_command();
-    format!("{compiler:?}").hash(&mut key);
-    let version = build
-        .get_compiler()
-        .to_command()
-        .arg("--version")
-        .output()?;
+    // Not the folders: they differ between clones and target directories, their files do not.
+    let compiler = build.get_compiler();
+    compiler.path().hash(&mut key);
+    let folder_of = [OsStr::new("-I"), OsStr::new("-isystem")];
+    let mut arguments = compiler.args().iter();
+    while let Some(argument) = arguments.next() {
+        if folder_of.contains(&argument.as_os_str()) {
+            arguments.next();
+        } else {
+            argument.hash(&mut key);
+        }
+    }
+    let version = compiler.to_command().arg("--version").output()?;
     version.stdout.hash(&mut key);
     for variable in ["TARGET", "CARGO_ENCODED_RUSTFLAGS"] {
         env::var_os(variable).hash(&mut key);
