@@ -295,7 +295,11 @@ fn every_key_is_looked_at_as_the_database_was_written() {
     for flags in [
         &["--user_timestamp_size=8"][..],
         &["--merge_operator=stringappend"],
-        &["--prefix_size=8", "--memtablerep=prefix_hash"],
+        &[
+            "--prefix_size=8",
+            "--memtablerep=prefix_hash",
+            "--allow_concurrent_memtable_write=0",
+        ],
     ] {
         let mut all = vec![
             "--device=malloc://512M",
