@@ -213,7 +213,10 @@ fn answer(render: &dyn Fn() -> String, mut stream: Box<dyn Stream>) -> io::Resul
     let mut piece = [0; 1024];
     while !request.windows(4).any(|w| w == b"\r\n\r\n") && !request.windows(2).any(|w| w == b"\n\n")
     {
-        let n = stream.read(&mut piece)?;
+        let n = match stream.read(&mut piece) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            other => other?,
+        };
         request.extend_from_slice(&piece[..n]);
         if n == 0 || request.len() > 8192 || start.elapsed() > Duration::from_secs(2) {
             break;

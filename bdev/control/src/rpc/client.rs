@@ -3,7 +3,7 @@
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pumice_io::sys::socket::{connect, peer_is_own};
 use serde_json::{Value, json};
@@ -56,6 +56,7 @@ fn connect_hint(path: &str, source: &io::Error) -> String {
 #[derive(Debug)]
 pub struct RpcClient {
     stream: UnixStream,
+    timeout: Duration,
     id: u64,
 }
 
@@ -87,7 +88,11 @@ impl RpcClient {
         }
         stream.set_read_timeout(Some(timeout)).map_err(failed)?;
         stream.set_write_timeout(Some(timeout)).map_err(failed)?;
-        Ok(RpcClient { stream, id: 0 })
+        Ok(RpcClient {
+            stream,
+            timeout,
+            id: 0,
+        })
     }
 
     /// Calls a method. Blocks until the answer has arrived.
@@ -123,6 +128,7 @@ impl RpcClient {
         let mut buf = Vec::new();
         let mut piece = [0; 16 << 10];
         let mut scanner = Scanner::default();
+        let deadline = Instant::now() + self.timeout;
         loop {
             match scanner.scan(&buf) {
                 Frame::Complete(end) => {
@@ -135,13 +141,20 @@ impl RpcClient {
                 }
                 Frame::Partial => {}
             }
-            match self.stream.read(&mut piece)? {
-                0 => {
+            if Instant::now() >= deadline {
+                return Err(io::Error::from(io::ErrorKind::TimedOut).into());
+            }
+            match self.stream.read(&mut piece) {
+                Ok(0) => {
                     return Err(RpcError::Answer(
                         "the server closed the connection".to_owned(),
                     ));
                 }
-                n => buf.extend_from_slice(&piece[..n]),
+                Ok(n) => buf.extend_from_slice(&piece[..n]),
+                // A signal, for example of a terminal that has another size: signal(7) says that a
+                // read with a timeout is not restarted.
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e.into()),
             }
         }
     }
