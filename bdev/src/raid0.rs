@@ -79,10 +79,8 @@ impl Raid0 {
         let shortest = legs.iter().map(|l| l.info().num_blocks).min().unwrap_or(0);
         let usable = shortest - shortest % strip_blocks;
         if usable == 0 {
-            return invalid(
-                "base_bdevs",
-                format!("a device is shorter than {strip_kb} KiB"),
-            );
+            let reason = format!("a device is shorter than {strip_kb} KiB");
+            return invalid("base_bdevs", reason);
         }
         let num_blocks = usable.saturating_mul(legs.len() as u64);
         crate::malloc::check_geometry(name, bs, num_blocks)?;

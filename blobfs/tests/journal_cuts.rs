@@ -16,7 +16,7 @@ use pumice_blobfs::blobstore::check::{Severity, check};
 use pumice_blobfs::blobstore::{Blobstore, CreateOptions, LoadOptions};
 use rand::prelude::*;
 
-/// What a load that may not write, in which every blob is read-only, can be compared by.
+/// Everything that two loads that may not write, in which every blob is read-only, are compared by.
 fn contents(store: &Blobstore) -> Vec<String> {
     let lines = listing(store).into_iter();
     lines.map(|line| line.replace(" ro=1", " ro=0")).collect()

@@ -6,17 +6,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pumice_blobfs::fs::{self, FileSystem, FsError};
 use rocksdb::{
-    BoundColumnFamily, CStrLike, DBWithThreadMode, DEFAULT_COLUMN_FAMILY_NAME, Env, FlushOptions,
-    MultiThreaded, Options,
+    CStrLike, DBWithThreadMode, DEFAULT_COLUMN_FAMILY_NAME, Env, FlushOptions, MultiThreaded,
+    Options,
 };
 
+use crate::closing::{Closing, buffers_its_log};
 use crate::copies;
 use crate::error::{chain, is_no_space};
 #[cfg(feature = "inspect")]
 use crate::inspect::{Inspection, Look, Registry};
 use crate::plugin::{Binding, normal};
 use crate::shared::Use;
-use crate::unlogged::{self, Refused};
+use crate::unlogged::{self, Family, Refused};
 use crate::{EnvOptions, Error, MountOptions, figures, mount_device};
 
 /// The database type of the `rocksdb` crate that [`Db`] wraps.
@@ -400,7 +401,7 @@ impl Db {
     /// has passed. Only what has no log may be beyond writing then: RocksDB writes no table after an
     /// error that it takes for a lasting one. It can still be read. For ten seconds after
     /// [`Error::Unlogged`], `close` returns the same error, so that RocksDB can recover. Once
-    /// everything is written and the unmount fails, RocksDB writes no table any more: puts fail, or
+    /// everything is written and the unmount fails, RocksDB has stopped writing tables: puts fail, or
     /// need a log. Dropping gives up what could not be written.
     pub fn close(&self) -> Result<(), Error> {
         let mut closing = self.closing();
@@ -519,7 +520,7 @@ impl Db {
         let Err(failed) = db.flush_wal(true) else {
             return Ok(());
         };
-        if !self.buffers_its_log() && self.fs.sync().is_ok() {
+        if !buffers_its_log(&self.fs, &self.root) && self.fs.sync().is_ok() {
             return Ok(());
         }
         let families = self.families().map_err(|_| failed.clone())?;
@@ -560,40 +561,7 @@ impl Db {
             .filter_map(|name| Some((self.rocksdb().cf_handle(&name)?, name)));
         Ok(handles.map(|(family, name)| (name, family)).collect())
     }
-
-    /// Whether puts may be in a buffer of RocksDB's instead of the log's file (`manual_wal_flush`).
-    /// The options are RocksDB's own and cannot be read, but it writes them to a file.
-    fn buffers_its_log(&self) -> bool {
-        let read = || -> Result<String, FsError> {
-            let files = self.fs.list(&self.root)?;
-            let names = files.into_iter().map(|file| file.name);
-            let newest = names.filter(|name| name.starts_with("OPTIONS-")).max();
-            let path = format!("{}/{}", self.root, newest.unwrap_or_default());
-            let file = self.fs.open(&path, fs::OpenOptions::READ)?;
-            let mut bytes = vec![0; usize::try_from(file.len()).unwrap_or(0)];
-            file.read_at(0, &mut bytes)?;
-            Ok(String::from_utf8_lossy(&bytes).into_owned())
-        };
-        !read().is_ok_and(|text| text.contains("manual_wal_flush=false"))
-    }
 }
-
-/// How far a database is on its way to being closed.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Closing {
-    /// It is open.
-    Open,
-    /// Everything is in logs and tables, and RocksDB writes no more tables. The device has not been
-    /// released.
-    Stopped,
-    /// The file system has written everything, and refuses puts. It could not be unmounted.
-    Unmounting,
-    /// It is closed.
-    Closed,
-}
-
-/// A column family with its name.
-type Family<'a> = (String, Arc<BoundColumnFamily<'a>>);
 
 impl Drop for Db {
     fn drop(&mut self) {

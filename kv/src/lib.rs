@@ -60,6 +60,7 @@
 //! `inspect`: a running process can be looked into, by `Inspection` and `DbOptions::rpc_socket`. Without it the crate
 //! needs fewer others.
 
+mod closing;
 mod copies;
 mod db;
 mod env;

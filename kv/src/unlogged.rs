@@ -1,11 +1,12 @@
 //! What was put without a log: RocksDB has it in memtables alone.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rocksdb::perf::{PerfContext, PerfMetric, PerfStatsLevel, set_perf_stats};
 use rocksdb::{
-    AsColumnFamilyRef, DBWithThreadMode, Error, FlushOptions, IteratorMode, MultiThreaded,
-    ReadOptions, ReadTier,
+    AsColumnFamilyRef, BoundColumnFamily, DBWithThreadMode, Error, FlushOptions, IteratorMode,
+    MultiThreaded, ReadOptions, ReadTier,
 };
 
 type Rocks = DBWithThreadMode<MultiThreaded>;
@@ -14,6 +15,9 @@ type Rocks = DBWithThreadMode<MultiThreaded>;
 /// five seconds whether there is room again, and flushes then. A flush that fails meanwhile holds
 /// it up.
 const QUIET: Duration = Duration::from_secs(10);
+
+/// A column family with its name.
+pub(crate) type Family<'a> = (String, Arc<BoundColumnFamily<'a>>);
 
 /// The last flush that failed.
 pub(crate) type Refused = Option<(Instant, Error)>;
@@ -67,7 +71,7 @@ pub(crate) fn all_logged(db: &Rocks, name: &str, family: &(impl AsColumnFamilyRe
             .next()
             .and_then(Result::ok)
             .map(|(key, _)| key.into_vec());
-        // Deletions alone are no keys of an iterator.
+        // An iterator passes over deletions, so that there may be none.
         let in_a_table = || {
             let mut files = db.live_files().ok()?.into_iter();
             files

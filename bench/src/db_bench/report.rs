@@ -98,7 +98,7 @@ pub struct Report {
     /// Number of keys on which a scan and `Get` agree, with --verify.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verified_keys: Option<u64>,
-    /// What --verify found, if it failed.
+    /// The findings of `--verify`, if it failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verify_error: Option<String>,
 }

@@ -175,14 +175,7 @@ fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Err
         None => report.note_torn_pages(info),
     }
     check_super(&mut report, &sb, &found, info.len_bytes(), &geo);
-    for (root, error) in &found.damaged {
-        let name = found.remains.get(root).and_then(|r| r.name.as_deref());
-        let name = name.map_or_else(String::new, |name| format!(" (\"{name}\")"));
-        report.add(
-            Severity::Error,
-            format!("blob {}{name}: {error}", BlobId::from_page(*root)),
-        );
-    }
+    note_damaged(&mut report, &found);
     check_trees(&mut report, &found);
     check_owners(&mut report, &found);
     match (&masks, sb.is_clean()) {
@@ -227,7 +220,19 @@ pub struct RepairPlan {
     pub corrected: Vec<String>,
 }
 
-/// A journal whose blob is another's is not used any more.
+/// Adds each blob that cannot be used.
+fn note_damaged(report: &mut Report, found: &Scan) {
+    for (root, error) in &found.damaged {
+        let name = found.remains.get(root).and_then(|r| r.name.as_deref());
+        let name = name.map_or_else(String::new, |name| format!(" (\"{name}\")"));
+        report.add(
+            Severity::Error,
+            format!("blob {}{name}: {error}", BlobId::from_page(*root)),
+        );
+    }
+}
+
+/// Another program may have changed the journal's blob: the journal is left unused then.
 fn check_journals_blob(report: &mut Report, place: &RingPlace, found: &Scan) {
     let root = place.blob.page();
     let meta = root.and_then(|root| found.blobs.get(&root));
