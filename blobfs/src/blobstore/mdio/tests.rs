@@ -149,3 +149,23 @@ fn a_failed_flush_of_another_channel_counts() {
         held.join().unwrap().unwrap_err();
     });
 }
+
+/// One that waits for its turn to flush finds that another's flush has covered it.
+#[test]
+fn a_flush_that_succeeds_does_not_bring_back_what_an_earlier_one_has_lost() {
+    let (devices, [mut late, mut other]) = channels::<2>();
+    let failed = late.failed_flushes();
+    late.run(write(0)).unwrap();
+    inject(&devices.fails, Failure::Fail);
+    other.run_durable(write(1)).unwrap_err();
+    other.run_durable(write(1)).unwrap();
+    // The late one was counted before the last flush, and has waited since.
+    let flushes = &devices.flushes;
+    let counted = flushes.completed.load(Ordering::Acquire) + 1;
+    flushes.covered.store(counted, Ordering::Release);
+    late.flush_since(failed).unwrap_err();
+    // What is written after that is covered by the same flush.
+    let failed = late.failed_flushes();
+    flushes.covered.store(counted + 1, Ordering::Release);
+    late.flush_since(failed).unwrap();
+}
