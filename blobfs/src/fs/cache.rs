@@ -176,7 +176,7 @@ mod tests {
         let (region, start) = split(page * PAGE as u64);
         let fill = Arc::new(FillBuf::from_buf(buf, PAGE));
         let frame = Frame::new(fc, region, start, fill, false);
-        assert!(fc.install(fc.generation(), &frame, || u64::MAX));
+        assert!(fc.install(fc.generation(), &frame));
     }
 
     #[test]

@@ -305,9 +305,9 @@ impl FileCache {
 
     /// Puts a frame of pages that were read from the device into the slots that it covers and that
     /// are empty or have fewer bytes, unless bytes of the file were changed since `generation` was
-    /// taken. Adds it to the cache. `len` returns the current length of the file: a frame with
-    /// fewer bytes than the file has is not installed, since nothing would replace it.
-    pub fn install(&self, generation: u64, frame: &Arc<Frame>, len: impl Fn() -> u64) -> bool {
+    /// taken. Adds it to the cache. A page that an old end of the file had cut short counts as
+    /// missing once the file has grown, and is replaced in this way.
+    pub fn install(&self, generation: u64, frame: &Arc<Frame>) -> bool {
         {
             let _guard = self.lock.lock();
             if self.generation.load(Ordering::Relaxed) != generation {
@@ -315,12 +315,6 @@ impl FileCache {
             }
             let region = self.region_or_new(frame.region);
             if region.whole.load().is_some() {
-                return false;
-            }
-            // A thread that makes the file longer from here on replaces this with a whole frame.
-            let begins = frame.region as u64 * REGION as u64 + frame.start as u64;
-            let exists = len().saturating_sub(begins).min(frame.bytes.cap() as u64);
-            if (frame.bytes.filled() as u64) < exists {
                 return false;
             }
             let pages = region
@@ -581,7 +575,7 @@ mod tests {
         let fc = FileCache::new(&cache);
         let off = 9 * REGION as u64 + 8192;
         assert_eq!(fc.first_missing(off + 5, off + 10), Some(off..off + 4096));
-        assert!(fc.install(0, &page_frame(&fc, off, 2, 1), || u64::MAX));
+        assert!(fc.install(0, &page_frame(&fc, off, 2, 1)));
         let mut out = [0u8; 6000];
         assert_eq!(fc.copy(off + 3000, &mut out), 5192);
         assert_eq!(fc.first_missing(off, off + 8192), None);
@@ -600,7 +594,7 @@ mod tests {
         assert_eq!(fc.copy(off + 4096, &mut two), 2);
         assert_eq!(two, [2, 2]);
         assert!(
-            !fc.install(0, &page_frame(&fc, off + 16384, 1, 9), || u64::MAX),
+            !fc.install(0, &page_frame(&fc, off + 16384, 1, 9)),
             "stale generation"
         );
         fc.remove_from(9);
@@ -639,7 +633,7 @@ mod tests {
     fn a_whole_frame_hides_pages_and_thins_out() {
         let cache = Cache::new(64 << 20);
         let fc = FileCache::new(&cache);
-        assert!(fc.install(0, &page_frame(&fc, 0, 1, 1), || u64::MAX));
+        assert!(fc.install(0, &page_frame(&fc, 0, 1, 1)));
         let whole = page_frame(&fc, 0, PAGES, 2);
         fc.install_whole(&whole);
         cache.admit(&whole);

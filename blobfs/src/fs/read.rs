@@ -106,7 +106,7 @@ impl Plan {
             if keep {
                 let (region, start) = split(off);
                 let frame = Frame::new(&ino.frames, region, start, Arc::clone(&bytes), false);
-                ino.frames.install(generation, &frame, || ino.len());
+                ino.frames.install(generation, &frame);
             }
             chunks.push(Chunk { off, bytes });
         };
