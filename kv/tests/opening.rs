@@ -78,7 +78,11 @@ fn closed_by_a_shared_handle_and_opened_again_at_once() {
     fill(&db, 0..1_000);
     Arc::clone(&db).close().unwrap();
     db.close().unwrap();
-    // R11: neither the database, nor its environment, nor options with it keep the device.
+    // R11: neither the database, nor its environment, nor options with it keep the device. Another
+    // database would share the mount, if it was still there.
+    let alone = mount(&uri, &MountOptions::new()).unwrap();
+    alone.unmount().unwrap();
+    drop(alone);
     let again = uncompressed().open(&uri).unwrap();
     check(&again, 0..1_000);
     assert!(db.put("late", "1").is_err());
