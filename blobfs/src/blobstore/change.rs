@@ -6,6 +6,7 @@ use std::sync::Arc;
 use pumice_bdev::Op;
 
 use super::alloc::Bitmap;
+use super::carried::{Carried, Patch};
 use super::commit::{Batch, CommitPoint, Old};
 use super::error::Error;
 use super::extents::ExtentMap;
@@ -56,6 +57,8 @@ pub(crate) struct Change {
     pub freed_pages: Vec<u32>,
     /// A new super block, and the geometry that it describes.
     pub super_block: Option<Box<(SuperBlock, Geometry)>>,
+    /// Bytes of blobs that the batch carries, and their places.
+    pub carried: Vec<(Carried, Vec<Patch>)>,
     /// The part of the reserve that the change may use.
     pub spend: Spend,
     taken_clusters: Vec<u32>,
@@ -194,6 +197,7 @@ impl State {
         change.staged = staged;
         result?;
         batch.prepare.append(&mut change.prepare);
+        batch.carried.append(&mut change.carried);
         let erase_root = |index: u32, old: Old| CommitPoint {
             index,
             page: Box::new([0; PAGE_SIZE]),

@@ -164,7 +164,7 @@ fn examine(dev: &Arc<dyn BlockDevice>) -> Result<(Report, Vec<DamagedBlob>), Err
         journal_damage: journal.damage,
         ..Report::default()
     };
-    check_journal(&mut report, io.replayed().len());
+    check_journal(&mut report, io.replayed().len(), journal.blocks.len());
     if torn {
         let text = "the super block was torn while it was changed; its copy is used, and the next load puts it back";
         report.add(Severity::Note, text.to_owned());
@@ -363,7 +363,7 @@ pub fn repair(dev: &Arc<dyn BlockDevice>) -> Result<Vec<String>, Error> {
     apply(dev, &plan(dev)?)
 }
 
-fn check_journal(report: &mut Report, pages: usize) {
+fn check_journal(report: &mut Report, pages: usize, blocks: usize) {
     if let Some(damage) = &report.journal_damage {
         let text = format!("the journal is damaged: {damage}; changes that it held may be missing");
         report.add(Severity::Error, text);
@@ -371,6 +371,12 @@ fn check_journal(report: &mut Report, pages: usize) {
     if pages > 0 {
         let text = format!(
             "{pages} metadata pages are in the journal and not in place; the next load puts them there"
+        );
+        report.add(Severity::Note, text);
+    }
+    if blocks > 0 {
+        let text = format!(
+            "{blocks} blocks of blobs are in the journal and not in place; the next load puts them there"
         );
         report.add(Severity::Note, text);
     }

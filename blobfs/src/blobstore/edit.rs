@@ -138,6 +138,10 @@ impl Blobstore {
             return Ok(None);
         }
         edit.state().check_takes_changes()?;
+        if edit.turn.scope() == &Scope::All {
+            // It may move clusters, or copy them.
+            self.inner.commit.put_owed(None)?;
+        }
         Ok(Some(edit))
     }
 }

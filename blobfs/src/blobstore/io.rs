@@ -155,6 +155,7 @@ impl Blob {
         fua: bool,
     ) -> Result<(), Error> {
         let len = data.len() as u64;
+        self.settle()?;
         loop {
             let inside = self.enter().await?;
             let (place, parts) = {
@@ -206,6 +207,7 @@ impl Blob {
         done: impl FnOnce(Result<(), Box<IoError>>) + Send + 'static,
     ) -> Result<Ticket, Error> {
         let len = data.iter().map(|slice| slice.len() as u64).sum();
+        self.settle()?;
         loop {
             let access = self.access()?;
             let parts = access.own_parts(offset, len)?;
@@ -332,6 +334,7 @@ impl Blob {
             self.check_writable(&view)?;
             self.check_range(&view, offset, len)?;
         }
+        self.settle()?;
         // Whole clusters of a thin blob are freed.
         let whole = offset.div_ceil(size)..(offset + len) / size;
         if self.is_thin() && !whole.is_empty() {

@@ -12,6 +12,8 @@
 
 mod alloc;
 mod blob;
+mod carried;
+mod carry;
 mod change;
 mod channels;
 pub mod check;
@@ -59,6 +61,7 @@ mod sync {
     pub(crate) use parking_lot::Mutex;
 }
 
+pub(crate) use carry::Carrying;
 pub(crate) use change::Change;
 pub(crate) use error::some as some_lines;
 pub(crate) use mdio::{Abilities, Persist};

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::carried::Carried;
 use super::change::{Change, MapChange, Staged, empty_map};
 use super::error::Error;
 use super::format::{BlobId, Flags, MAX_XATTR_LEN, Xattr, encode_blob};
@@ -196,6 +197,21 @@ impl State {
             }
         }
         staged.other = true;
+        Ok(())
+    }
+
+    /// Stages bytes that the batch carries. The blob has all of their clusters itself, and they stay
+    /// in their places while the bytes are owed.
+    pub fn carry(&self, change: &mut Change, carried: Carried) -> Result<(), Error> {
+        let id = carried.blob;
+        let staged = self.stage(change, id)?;
+        let meta = &staged.meta;
+        let fixed = !meta.flags.thin() && !meta.flags.data_read_only();
+        let patches = carried.patches(&meta.map, &self.geo).filter(|_| fixed);
+        let patches = patches
+            .ok_or_else(|| Error::invalid(format!("blob {id}: these bytes cannot be carried")))?;
+        staged.other = true;
+        change.carried.push((carried, patches));
         Ok(())
     }
 

@@ -283,7 +283,7 @@ impl Blobstore {
         let claim = Claim::new(&*dev, opts.read_only)?;
         let steady = Steady::new(dev);
         let failed_flush = steady.failed_flush();
-        let dev: Arc<dyn BlockDevice> = steady;
+        let dev: Arc<dyn BlockDevice> = Arc::clone(&steady) as Arc<dyn BlockDevice>;
         let info = dev.info();
         let name = || info.name.clone();
         if info.len_bytes() < PAGE_SIZE_U64 {
@@ -317,6 +317,7 @@ impl Blobstore {
             Treat::Whole
         };
         let search = recovery::find(&mut io, &geo, &sb, &info.name, treat)?;
+        steady.set_replayed(search.blocks);
         // The masks of a store that was not unloaded in order are those of the last orderly unload.
         // They cannot be trusted, but they name the roots and clusters of that time.
         let (masks, past) = Masks::read(&mut io, &geo, &sb)?;

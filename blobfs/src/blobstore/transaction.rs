@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::blob::Blob;
+use super::carried::Carried;
 use super::edit::Plan;
 use super::error::Error;
 use super::format::BlobId;
@@ -54,6 +55,7 @@ enum Step {
     Xattr(Target, Vec<u8>, Option<Vec<u8>>),
     Resize(Target, u64, ClusterInit),
     Delete(BlobId),
+    Carry(Carried),
 }
 
 /// A list of changes. [`Transaction::commit`] checks all of them before it writes anything. The
@@ -165,6 +167,18 @@ impl Transaction {
         self.steps.push(Step::Delete(id));
     }
 
+    /// Has the journal carry `bytes`, at `offset` in a blob whose content ends with them. The caller
+    /// has [announced](Blob::begin_carry) it, and sets the length of the content. The commit fails with
+    /// [`Error::InvalidInput`], and has changed nothing, if the bytes have to be written instead.
+    pub(crate) fn carry(&mut self, blob: BlobId, offset: u64, bytes: &[u8]) {
+        self.steps.push(Step::Carry(Carried {
+            blob,
+            offset,
+            bytes: bytes.into(),
+            ends: true,
+        }));
+    }
+
     /// Makes all changes. They are durable on return. Blocks, and waits for I/O in flight on blobs
     /// that shrink.
     ///
@@ -191,6 +205,10 @@ impl Transaction {
             self.store.grow_metadata_if_scarce(self.spend);
         }
         let (_frozen, edit) = self.store.edit_frozen(|state| Ok(self.plan(state)))?;
+        let freeing = self.freeing(&edit.state());
+        if !freeing.is_empty() {
+            self.store.inner.commit.put_owed(Some(&freeing))?;
+        }
         let mut created = Vec::with_capacity(self.created);
         if !self.steps.is_empty() {
             edit.change(|state, change| {
@@ -227,8 +245,23 @@ impl Transaction {
                 state.resize(change, id, *size, *init)?;
             }
             Step::Delete(id) => state.delete(change, *id)?,
+            Step::Carry(carried) => state.carry(change, carried.clone())?,
         }
         Ok(())
+    }
+
+    /// Returns the blobs that lose clusters.
+    fn freeing(&self, state: &State) -> Vec<BlobId> {
+        let shrinks = |id: BlobId, size: u64| {
+            let meta = state.meta(id);
+            meta.is_ok_and(|meta| size < meta.map.num_clusters())
+        };
+        let freeing = self.steps.iter().filter_map(|step| match step {
+            Step::Delete(id) => Some(*id),
+            Step::Resize(Target::Id(id), size, _) if shrinks(*id, *size) => Some(*id),
+            _ => None,
+        });
+        freeing.collect()
     }
 
     /// Returns the blob that a step applies to, if its metadata may be changed.
@@ -260,7 +293,9 @@ impl Transaction {
                 Step::Create(_)
                 | Step::Xattr(Target::New(_), ..)
                 | Step::Resize(Target::New(_), ..) => {}
-                Step::Xattr(Target::Id(id), ..) => blobs.push(*id),
+                Step::Xattr(Target::Id(id), ..) | Step::Carry(Carried { blob: id, .. }) => {
+                    blobs.push(*id);
+                }
                 Step::Delete(id) if state.is_damaged(*id) => all = true,
                 Step::Delete(id) => blobs.push(*id),
                 Step::Resize(Target::Id(id), size, _) => {

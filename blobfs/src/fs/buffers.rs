@@ -44,6 +44,7 @@ impl Buffers {
     /// when the write has completed.
     pub fn hand_over(&self, ino: &Arc<Inode>, tail: &mut Tail, at: u64) -> Result<()> {
         self.submit_upto(ino, tail, at, false)?;
+        ino.settle()?;
         if let Some(frame) = tail.take_buffer() {
             frame.release_dirty();
         }
@@ -95,6 +96,7 @@ impl Buffers {
         buf[at..at + data.len()].copy_from_slice(data);
         self.set_buffer(ino, tail, off, Arc::new(FillBuf::from_buf(buf, filled)));
         tail.submitted = tail.submitted.min(off);
+        tail.patches += 1;
         Ok(())
     }
 

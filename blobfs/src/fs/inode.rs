@@ -14,6 +14,7 @@ use super::frame::FileCache;
 use super::runs::Ahead;
 use super::syncs::Syncs;
 use super::tail::Tail;
+use super::volume::store_error;
 use crate::blobstore::{Blob, BlobId};
 
 /// Names of the xattrs of a file. Those with the prefix `pumice.` are ours, and SPDK ignores them.
@@ -128,6 +129,16 @@ impl Inode {
     pub fn blob(&self) -> Result<Arc<Blob>> {
         let blob = self.blob.load_full();
         blob.ok_or_else(|| FsError::Unmounted { path: self.path() })
+    }
+
+    /// Has the bytes put in place that the journal has carried. The caller holds the append lock.
+    ///
+    /// # Errors
+    /// Fails when the device does. The bytes are still in the journal.
+    pub fn settle(&self) -> Result<()> {
+        let blob = self.blob.load_full();
+        let settled = blob.map_or(Ok(()), |blob| blob.settle());
+        settled.map_err(|e| store_error(self.path(), e, 0))
     }
 
     /// Closes the blob.

@@ -1,4 +1,4 @@
-//! Making files durable: data first, then the length.
+//! Making files durable: data first, then the length; or both at once, in the journal.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,7 +10,20 @@ use super::space::Space;
 use super::tail::Tail;
 use super::volume::Volume;
 use super::writeback::{Pending, Writeback, failure};
-use crate::blobstore::{Error as StoreError, Persist, Spend};
+use crate::blobstore::{Carrying, Error as StoreError, Persist, Spend};
+
+/// Most bytes of an append that the journal carries. Carried bytes are written twice, so a longer
+/// append, whose second write takes longer than the wait that it saves, goes to its place at once.
+const CARRY_MAX: u64 = 32 << 10;
+
+/// An append that the journal is going to carry.
+struct Append {
+    carrying: Carrying,
+    from: u64,
+    bytes: Vec<u8>,
+    /// [`Tail::patches`] at its beginning.
+    patches: u64,
+}
 
 /// Makes files durable.
 pub(crate) struct Syncer {
@@ -28,6 +41,9 @@ impl Syncer {
     /// still have in a volatile cache, otherwise followed by one flush that concurrent syncs share.
     /// Then the blob's root page is written with the new length. Nothing is written when nothing
     /// changed.
+    ///
+    /// On a store with a journal, a short append to a file whose earlier bytes are durable is in the
+    /// same write to the journal as the length. A checkpoint puts it in place.
     ///
     /// # Errors
     /// After a failed write the bytes stay in memory, and the next sync sends them again. After a
@@ -49,6 +65,9 @@ impl Syncer {
 
     /// Makes durable what the file has at this moment. No other sync of the file is under way.
     fn sync_now(&self, ino: &Arc<Inode>) -> Result<()> {
+        if self.sync_carried(ino)? {
+            return Ok(());
+        }
         let (target, pending) = {
             let mut tail = ino.tail.lock();
             tail.prune(ino);
@@ -72,6 +91,76 @@ impl Syncer {
             self.commit_length(ino, target)?;
         }
         Ok(())
+    }
+
+    /// Has the journal carry what was appended, together with the new length. Returns whether it did.
+    fn sync_carried(&self, ino: &Arc<Inode>) -> Result<bool> {
+        if !self.vol.store.carries() {
+            return Ok(false);
+        }
+        if let Err(error) = self.vol.store.make_carry_room() {
+            tracing::warn!(%error, "the journal could not be emptied");
+        }
+        let Some(append) = self.begin_append(ino)? else {
+            return Ok(false);
+        };
+        let target = append.from + append.bytes.len() as u64;
+        let mtime = now_ns();
+        let mut tx = self.vol.store.transaction();
+        tx.spend(Spend::Releasing);
+        tx.set_xattr(ino.id, xattr::LENGTH, &target.to_le_bytes());
+        tx.set_xattr(ino.id, xattr::MTIME, &mtime.to_le_bytes());
+        tx.carry(ino.id, append.from, &append.bytes);
+        match tx.commit() {
+            Ok(_) => {}
+            // The blob is not one whose bytes can be carried.
+            Err(StoreError::InvalidInput(_)) => return Ok(false),
+            Err(e) => return Err(self.vol.store_error(format!("{}: sync", ino.path()), e)),
+        }
+        // Whoever has the append lock may wait for this.
+        drop(append.carrying);
+        let mut tail = ino.tail.lock();
+        // Bytes that were replaced meanwhile have not been submitted.
+        if tail.patches == append.patches {
+            tail.submitted = tail.submitted.max(target);
+            ino.started.store(tail.submitted, Ordering::Relaxed);
+        }
+        ino.durable_len.store(target, Ordering::Release);
+        ino.mtime_ns.store(mtime, Ordering::Relaxed);
+        Ok(true)
+    }
+
+    /// Returns what was appended since the last sync, if it is short, and nothing else of the file
+    /// has to become durable. Most files are synced once and closed, which would cost a checkpoint,
+    /// so the first sync is an ordinary one.
+    fn begin_append(&self, ino: &Arc<Inode>) -> Result<Option<Append>> {
+        let mut tail = ino.tail.lock();
+        tail.prune(ino);
+        let (from, target) = (tail.submitted, ino.len());
+        let len = target - from;
+        let is_append = tail.syncs > 0
+            && from >= ino.durable_len.load(Ordering::Acquire)
+            && tail.pending.is_empty()
+            && tail.unflushed.is_empty()
+            && ino.life.load() == Life::Named;
+        if !is_append || !(1..=CARRY_MAX).contains(&len) || ino.is_thin() || ino.is_frozen() {
+            return Ok(None);
+        }
+        let (Some(frame), base) = (tail.holding(from, target).cloned(), tail.base()) else {
+            return Err(ino.lost(from, target));
+        };
+        let Some(carrying) = ino.blob()?.begin_carry(len) else {
+            return Ok(None);
+        };
+        tail.syncs = tail.syncs.saturating_add(1);
+        let at = |off: u64| usize::try_from(off - base).unwrap_or(usize::MAX);
+        let bytes = frame.bytes.get(at(from)..at(target));
+        Ok(Some(Append {
+            carrying,
+            from,
+            bytes: bytes.expect("the buffer holds what was appended").to_vec(),
+            patches: tail.patches,
+        }))
     }
 
     /// Waits until all of these writes have completed. Another thread may send one again meanwhile.

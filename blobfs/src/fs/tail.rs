@@ -4,6 +4,10 @@
 //! region's frame, so readers see it. When it is full the appending thread submits it as one write
 //! and does not wait. It becomes clean page cache when the write completes, on whichever thread
 //! notices that.
+//!
+//! Bytes that the journal has carried count as submitted. Until they are in place, readers get them
+//! from the tail buffer only, so it is kept: [`Buffers`](super::buffers::Buffers) has them put in
+//! place before it lets a buffer become cache.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -43,6 +47,8 @@ pub(crate) struct Tail {
     pub reserved: bool,
     /// Whether clusters past the end may be freed.
     pub grown: bool,
+    /// Number of times that bytes of the buffer were replaced.
+    pub patches: u64,
     /// Number of syncs that had something to do.
     pub syncs: u32,
     /// Written ranges that wait for a flush.
@@ -63,6 +69,7 @@ impl Tail {
             sent: 0,
             reserved: false,
             grown: false,
+            patches: 0,
             syncs: 0,
             unflushed: Unflushed::default(),
         }

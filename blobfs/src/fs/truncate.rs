@@ -49,6 +49,7 @@ impl Truncater {
         // The removed part may belong to another file at once, so no write to it may be in flight.
         self.writeback.wait_overlapping(tail, new_len, u64::MAX);
         tail.prune(ino);
+        ino.settle()?;
         let len = ino.len();
         // The bytes that the tail's region keeps have to be available before anything is removed.
         let (region, kept) = split(new_len);

@@ -70,6 +70,11 @@ impl Unflushed {
         }
     }
 
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.ranges.is_empty()
+    }
+
     /// Returns all ranges, in order.
     pub fn iter(&self) -> impl Iterator<Item = (Range<u64>, Seqs)> + '_ {
         self.ranges

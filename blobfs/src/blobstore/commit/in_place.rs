@@ -44,10 +44,14 @@ impl Commit for InPlace {
             prepare,
             fresh,
             super_block,
+            carried,
             points,
             erase,
             clear,
         } = batch;
+        if !carried.is_empty() {
+            return Err(Error::invalid("only a journal carries bytes").into());
+        }
         // All memory is taken before the first write: a change must not end half-way for want of it.
         let mut before = prepare;
         if let Some(page) = unmark {

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use pumice_bdev::{DmaSlice, Op};
 
+use super::carried::{Carried, Patch};
 use super::error::Error;
 use super::format::{BlobId, PAGE_SIZE, Page, SuperBlock, encode_blob, seal_chain};
 use super::geometry::Geometry;
@@ -30,6 +31,8 @@ pub(crate) struct Batch {
     pub fresh: Vec<(u32, Box<Page>)>,
     /// A super block with other positions, sizes or names.
     pub super_block: Option<Box<SuperBlock>>,
+    /// Bytes of blobs that the batch carries, and their places.
+    pub carried: Vec<(Carried, Vec<Patch>)>,
     /// The pages whose writes make the change, in this order.
     pub points: Vec<CommitPoint>,
     /// Metadata pages that nothing names any longer. They are zeroed.
@@ -47,6 +50,7 @@ impl Batch {
             prepare: Vec::new(),
             fresh: Vec::new(),
             super_block: None,
+            carried: Vec::new(),
             points: Vec::new(),
             erase: Vec::new(),
             clear: Vec::new(),
@@ -168,6 +172,46 @@ pub(crate) trait Commit: std::fmt::Debug + Send + Sync {
     /// Ends a use of the device, behind [`Commit::settle`], before it is marked clean. The next
     /// batch begins another. It may wait for a thread that needs a channel, so the caller has none.
     fn end(&self);
+
+    /// Whether batches can carry bytes of blobs.
+    fn carries(&self) -> bool {
+        false
+    }
+
+    /// Makes room if no bytes could be carried for want of it. The caller has no channel.
+    ///
+    /// # Errors
+    /// Fails when the device does.
+    fn make_carry_room(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Records that a batch is going to carry `len` bytes of a blob, until [`Commit::end_carry`].
+    /// Returns whether it may.
+    fn begin_carry(&self, _blob: BlobId, _len: u64) -> bool {
+        false
+    }
+
+    /// Ends what [`Commit::begin_carry`] has begun. The batch is durable, or there is none.
+    fn end_carry(&self, _blob: BlobId) {}
+
+    /// Waits for batches that are going to carry bytes of a blob, and puts in place what is owed to
+    /// it. The caller has neither a turn in the order of changes nor a channel.
+    ///
+    /// # Errors
+    /// Fails when the device does.
+    fn settle_blob(&self, _blob: BlobId) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Puts in place what is owed to these blobs, or to all. The caller has their turn in the order
+    /// of changes, and no channel.
+    ///
+    /// # Errors
+    /// Fails when the device does.
+    fn put_owed(&self, _blobs: Option<&[BlobId]>) -> Result<(), Error> {
+        Ok(())
+    }
 
     /// Whether nothing can be appended or put in place before the next load, since a write that has
     /// timed out may still land.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use super::super::carried::Carried;
 use super::super::format::{BlobId, PAGE_SIZE, Page, SuperBlock};
 
 /// Bytes of the ring's file before the ring: two headers, a page each.
@@ -27,12 +28,18 @@ const BATCH_SIGNATURE: [u8; 4] = *b"PJB1";
 const VERSION: u32 = 1;
 /// A metadata page's new content.
 const PAGE: u16 = 1;
+/// Bytes of a blob.
+const CARRY: u16 = 3;
+/// The flag of bytes with which the content of the blob ends.
+const ENDS: u32 = 1;
 /// A metadata page that becomes zero.
 const ERASE: u16 = 8;
 /// Bytes of a record before its body.
 const RECORD_LEN: usize = 8;
 /// Bytes of the body of a record before a page.
 const INDEX_LEN: usize = 8;
+/// Bytes of the body of a record before those of a blob.
+const CARRY_LEN: usize = 24;
 
 /// The place of the journal, in the reserved bytes of the super block.
 #[derive(Debug, Clone, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -308,6 +315,11 @@ pub(crate) fn record_bytes(page: &Page) -> u64 {
     (RECORD_LEN + INDEX_LEN + body) as u64
 }
 
+/// Returns the number of bytes of a record that carries `len` bytes.
+pub(crate) fn carried_bytes(len: u64) -> u64 {
+    (RECORD_LEN + CARRY_LEN) as u64 + len.next_multiple_of(8)
+}
+
 fn is_blank(page: &Page) -> bool {
     page.iter().all(|byte| *byte == 0)
 }
@@ -318,6 +330,7 @@ pub(crate) fn encode_batch<'a>(
     spot: Spot,
     unit: usize,
     pages: impl IntoIterator<Item = &'a Image>,
+    carried: impl IntoIterator<Item = &'a Carried>,
 ) -> (Vec<u8>, u32) {
     let mut bytes = vec![0; BATCH_LEN];
     let mut records = 0;
@@ -334,6 +347,20 @@ pub(crate) fn encode_batch<'a>(
         bytes.extend_from_slice(&index.to_le_bytes());
         bytes.extend_from_slice(&[0; 4]);
         bytes.extend_from_slice(body);
+        records += 1;
+    }
+    for carried in carried {
+        let n = u32::try_from(carried.bytes.len()).expect("a part of a batch");
+        let len = u32::try_from(CARRY_LEN).expect("small") + n.next_multiple_of(8);
+        bytes.extend_from_slice(&CARRY.to_le_bytes());
+        bytes.extend_from_slice(&[0; 2]);
+        bytes.extend_from_slice(&len.to_le_bytes());
+        bytes.extend_from_slice(&carried.blob.0.to_le_bytes());
+        bytes.extend_from_slice(&carried.offset.to_le_bytes());
+        bytes.extend_from_slice(&n.to_le_bytes());
+        bytes.extend_from_slice(&(if carried.ends { ENDS } else { 0 }).to_le_bytes());
+        bytes.extend_from_slice(&carried.bytes);
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
         records += 1;
     }
     let used = bytes.len();
@@ -364,11 +391,18 @@ pub(crate) fn batch_crc(bytes: &[u8]) -> u32 {
     crc32c::crc32c_append(head, &bytes[BATCH_LEN..])
 }
 
+/// The records of a batch.
+#[derive(Debug, Default)]
+pub(crate) struct Records {
+    pub pages: Vec<Image>,
+    pub carried: Vec<Carried>,
+}
+
 /// Reads the records of a batch whose checksum is right. Returns the reason if they are of a newer
 /// version, or not records.
-pub(crate) fn decode_records(head: &BatchHead, bytes: &[u8]) -> Result<Vec<Image>, String> {
+pub(crate) fn decode_records(head: &BatchHead, bytes: &[u8]) -> Result<Records, String> {
     let mut rest = &bytes[BATCH_LEN..];
-    let mut pages = Vec::new();
+    let mut records = Records::default();
     let blank = Arc::new([0; PAGE_SIZE]);
     for number in 0..head.records {
         let record = || format!("record {number} of batch {}", head.sequence);
@@ -381,6 +415,12 @@ pub(crate) fn decode_records(head: &BatchHead, bytes: &[u8]) -> Result<Vec<Image
             return Err(format!("{} is cut short", record()));
         };
         rest = behind;
+        if kind == CARRY
+            && let Some(carried) = decode_carried(body)
+        {
+            records.carried.push(carried);
+            continue;
+        }
         let page = match (kind, body.len()) {
             (ERASE, INDEX_LEN) => Arc::clone(&blank),
             (PAGE, n) if n == INDEX_LEN + PAGE_SIZE => {
@@ -395,7 +435,24 @@ pub(crate) fn decode_records(head: &BatchHead, bytes: &[u8]) -> Result<Vec<Image
             }
         };
         let index = u32::from_le_bytes([body[0], body[1], body[2], body[3]]);
-        pages.push((index, page));
+        records.pages.push((index, page));
     }
-    Ok(pages)
+    Ok(records)
+}
+
+/// Reads the body of a record that carries bytes, if it is one of this version.
+fn decode_carried(body: &[u8]) -> Option<Carried> {
+    let (head, bytes) = body.split_first_chunk::<CARRY_LEN>()?;
+    let u64_at = |at: usize| u64::from_le_bytes(head[at..at + 8].try_into().expect("8 bytes"));
+    let u32_at = |at: usize| u32::from_le_bytes(head[at..at + 4].try_into().expect("4 bytes"));
+    let (len, flags) = (u32_at(16) as usize, u32_at(20));
+    if flags > ENDS || len.next_multiple_of(8) != bytes.len() {
+        return None;
+    }
+    Some(Carried {
+        blob: BlobId(u64_at(0)),
+        offset: u64_at(8),
+        bytes: bytes[..len].into(),
+        ends: flags == ENDS,
+    })
 }

@@ -20,10 +20,15 @@
 //! - Rule 14: before the first batch the super block gets the guard, a version that SPDK and earlier
 //!   versions of Pumice refuse. It stays until an orderly unload, which empties the ring first.
 //!
+//! - Rules 20 to 22: bytes of a blob that a batch carries are owed until a checkpoint has put them in
+//!   the blob's own clusters; see [`carry`](super::carry). They count as one more reason to wait: a
+//!   carried append stops while half of the ring is in use.
+//!
 //! [`heads`] keeps rule 13, [`walk`] rule 12, [`recovery`] rules 12 and 24.
 
 pub(crate) mod format;
 pub(crate) mod heads;
+pub(crate) mod place;
 pub(crate) mod recovery;
 mod ring;
 pub(crate) mod walk;
@@ -37,10 +42,10 @@ use pumice_bdev::process::Birth;
 use super::commit::in_place::{InPlace, clear_all};
 use super::commit::{Batch, Cleared, Commit, Failure, Restore};
 use super::error::Error;
-use super::format::{PAGE_SIZE, Page};
+use super::format::{BlobId, PAGE_SIZE, Page};
 use super::geometry::Geometry;
 use super::mdio::MdChannels;
-use format::{Image, RingPlace, batch_bytes};
+use format::{Image, RingPlace, batch_bytes, carried_bytes};
 use heads::Heads;
 use ring::Ring;
 
@@ -63,13 +68,21 @@ impl Commit for Journal {
             self.ring.begin_and_empty(guard.as_deref(), &batch.geo)?;
             return self.in_place.append(batch);
         }
+        let carried = std::mem::take(&mut batch.carried);
         let fresh = batch.fresh.iter().map(|(index, page)| (*index, &**page));
         let points = batch.points.iter().map(|point| (point.index, &*point.page));
         let named: Vec<Image> = fresh.chain(points).map(image).collect();
         let blank = Arc::new([0; PAGE_SIZE]);
         let erased = batch.erase.iter().map(|index| (*index, Arc::clone(&blank)));
         let pages: Vec<Image> = named.into_iter().chain(erased).collect();
-        if batch_bytes(&pages) > self.ring.most() {
+        let more = carried
+            .iter()
+            .map(|(carried, _)| carried_bytes(carried.bytes.len() as u64));
+        let bytes = batch_bytes(&pages) + more.sum::<u64>();
+        if bytes > self.ring.most() {
+            if !carried.is_empty() {
+                return Err(Error::invalid("the bytes do not fit a batch of the journal").into());
+            }
             return self.append_large(batch);
         }
         let prepare = std::mem::take(&mut batch.prepare);
@@ -77,7 +90,7 @@ impl Commit for Journal {
             self.ring.channels.get()?.run_durable(prepare)?;
         }
         if !pages.is_empty() || batch.unmark.is_some() {
-            self.ring.submit(pages, batch.unmark, batch.geo)?;
+            self.ring.submit(pages, carried, batch.unmark, batch.geo)?;
         }
         self.empty_in_background();
         if batch.clear.is_empty() {
@@ -106,6 +119,42 @@ impl Commit for Journal {
 
     fn is_halted(&self) -> bool {
         self.ring.is_halted()
+    }
+
+    fn carries(&self) -> bool {
+        true
+    }
+
+    fn make_carry_room(&self) -> Result<(), Error> {
+        if self.ring.has_carry_room() {
+            return Ok(());
+        }
+        self.ring.empty(&mut *self.ring.channels.get()?)
+    }
+
+    fn begin_carry(&self, blob: BlobId, len: u64) -> bool {
+        self.ring.begin_carry(blob, len)
+    }
+
+    fn end_carry(&self, blob: BlobId) {
+        self.ring.end_carry(blob);
+    }
+
+    fn settle_blob(&self, blob: BlobId) -> Result<(), Error> {
+        while self.ring.waits_for(blob) {
+            let io = &mut *self.ring.channels.get()?;
+            // After a batch that failed, the next change may not come before this.
+            self.ring.make_void(io)?;
+            self.ring.empty(io)?;
+        }
+        Ok(())
+    }
+
+    fn put_owed(&self, blobs: Option<&[BlobId]>) -> Result<(), Error> {
+        if !self.ring.owes(blobs) {
+            return Ok(());
+        }
+        self.ring.empty(&mut *self.ring.channels.get()?)
     }
 }
 
@@ -170,7 +219,7 @@ impl Journal {
         let geo = batch.geo.clone();
         self.in_place.append(batch)?;
         // The ring has begun, so that the guard is there.
-        self.ring.submit(points, None, geo)?;
+        self.ring.submit(points, Vec::new(), None, geo)?;
         // The change is made. Whether anything can be cleared does not matter to it.
         Ok(self.in_place.append(after).unwrap_or(Cleared::Ended))
     }

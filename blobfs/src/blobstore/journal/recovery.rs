@@ -1,19 +1,28 @@
 //! Finding a journal at a load, and putting in place what a crash has left in it.
 //!
+//! - Rules 20 to 22: bytes that batches carry go in order, byte-exact, into the clusters that their
+//!   blob has in its last map. None of them has moved since, see [`carry`](super::super::carry).
 //! - Rule 12: nothing is written before a flush, since what was read may be in a cache only. Then
 //!   pages go in place, a flush, a header with a new epoch; only then anything else. A crash in the
 //!   middle leaves the ring as it was. A damaged ring is not written to unless the caller accepts
 //!   the loss.
 //! - Rule 13: the blob of the journal is compared with the super block before it is used.
-//! - Rule 24: a load that may not write reads the pages of the ring from memory.
+//! - Rule 24: a load that may not write reads what is in the ring from memory.
 
+use std::collections::BTreeMap;
+
+use super::super::alloc::Bitmap;
+use super::super::carried::{Carried, Patch};
 use super::super::error::Error;
-use super::super::format::{PAGE_SIZE_U64, SuperBlock};
+use super::super::format::{BlobId, PAGE_SIZE_U64, SuperBlock};
 use super::super::geometry::Geometry;
 use super::super::mdio::MdIo;
 use super::super::meta::BlobMeta;
+use super::super::retry::may_land;
+use super::super::scan::{Roots, scan};
 use super::format::{RING_AT, RingPlace, Spot};
 use super::heads::Heads;
+use super::place::{Blocks, blocks_of, write_blocks};
 use super::ring::put_pages;
 use super::walk::{OnDevice, Walked, newer, read_headers, walk};
 
@@ -41,6 +50,8 @@ pub(crate) struct Search {
     pub journal: Option<FoundJournal>,
     /// The reason why changes may be missing.
     pub damage: Option<String>,
+    /// Blocks of blobs that are in the journal and not in place, of a load that writes nothing.
+    pub blocks: Blocks,
 }
 
 /// The treatment of a journal by a load.
@@ -73,8 +84,8 @@ pub(crate) fn find(
         Err(reason) if sb.is_guarded() => {
             accept(device, &reason, treat)?;
             return Ok(Search {
-                journal: None,
                 damage: Some(reason),
+                ..Search::default()
             });
         }
         Err(reason) => {
@@ -96,7 +107,7 @@ pub(crate) fn find(
             heads: Heads::new(geo, &place, newer(&headers), both),
             begun: false,
         }),
-        damage: None,
+        ..Search::default()
     })
 }
 
@@ -150,17 +161,29 @@ fn recover(
         both,
         batches,
         pages,
+        carried,
         mut damage,
     } = walked;
+    // Its pages are read as they are going to be.
+    io.set_replayed(pages.clone());
+    let (patches, missing) = places_of(io, geo, &carried)?;
+    damage = damage.or(missing);
     if let Some(reason) = &damage {
         accept(device, reason, treat)?;
     }
     let mut heads = Heads::new(geo, &place, header, both);
-    if treat == Treat::ReadOnly {
-        io.set_replayed(pages);
-    } else {
+    let (mut blocks, mut unplaced) = blocks_of(io, &patches);
+    if treat != Treat::ReadOnly {
+        io.set_replayed(BTreeMap::new());
         io.flush()?;
-        let lost = put_pages(io, geo, pages.iter().map(|(index, page)| (*index, &**page)))?;
+        let failed = io.failed_flushes();
+        unplaced = write_blocks(io, &blocks).err().or(unplaced);
+        blocks.clear();
+        if let Some(error) = unplaced.take_if(|error| treat == Treat::Whole || may_land(error)) {
+            return Err(error);
+        }
+        let images = pages.iter().map(|(index, page)| (*index, &**page));
+        let lost = put_pages(io, geo, images, failed)?;
         if let Some((index, error)) = lost.into_iter().next() {
             if treat == Treat::Whole {
                 return Err(error);
@@ -168,13 +191,17 @@ fn recover(
             damage.get_or_insert(format!("metadata page {index} cannot be written: {error}"));
         }
         heads.begin(io, Spot::first(0))?;
-        let (batches, pages) = (batches.len(), pages.len());
+        let (batches, pages, carried) = (batches.len(), pages.len(), carried.len());
         tracing::info!(
             device,
             batches,
             pages,
+            carried,
             "put in place what was in the journal"
         );
+    }
+    if let Some(error) = unplaced {
+        damage.get_or_insert(format!("bytes of a blob cannot be put in place: {error}"));
     }
     Ok(Search {
         journal: Some(FoundJournal {
@@ -183,7 +210,40 @@ fn recover(
             begun: true,
         }),
         damage,
+        blocks,
     })
+}
+
+/// Returns the places of bytes that batches carry, by the maps that their blobs have at the end, and
+/// the reason if some have none, which no power cut causes.
+fn places_of(
+    io: &mut MdIo,
+    geo: &Geometry,
+    carried: &[Carried],
+) -> Result<(Vec<Patch>, Option<String>), Error> {
+    if carried.is_empty() {
+        return Ok((Vec::new(), None));
+    }
+    let root = |blob: BlobId| blob.page().filter(|root| *root < geo.md_len);
+    let mut roots = Bitmap::new(geo.md_len);
+    for root in carried.iter().filter_map(|carried| root(carried.blob)) {
+        roots.set(root);
+    }
+    let found = scan(io, geo, &Roots::Mask(roots.words()))?;
+    let (mut patches, mut missing) = (Vec::new(), None);
+    for carried in carried {
+        let meta = root(carried.blob).and_then(|root| found.blobs.get(&root));
+        match meta.and_then(|meta| carried.patches(&meta.map, geo)) {
+            Some(places) => patches.extend(places),
+            None => {
+                let Carried { blob, offset, .. } = carried;
+                missing.get_or_insert(format!(
+                    "it has bytes of blob {blob} at offset {offset}, where the blob has no cluster"
+                ));
+            }
+        }
+    }
+    Ok((patches, missing))
 }
 
 /// Whether the place is inside of the clusters that a blob may have.

@@ -3,20 +3,27 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use pumice_bdev::{DmaSlice, Op};
 
+use super::super::carried::{Carried, Patch};
 use super::super::commit::{Failure, Restore};
 use super::super::error::Error;
-use super::super::format::Page;
+use super::super::format::{BlobId, Page};
 use super::super::geometry::Geometry;
 use super::super::mdio::{MdChannels, MdIo, dma};
 use super::super::retry::{may_land, repeat};
 use super::format::{
-    BATCH_LEN, Image, MOST_OF_RING, RING_AT, RingPlace, Spot, encode_batch, record_bytes,
+    BATCH_LEN, Image, MOST_OF_RING, RING_AT, RingPlace, Spot, carried_bytes, encode_batch,
+    record_bytes,
 };
 use super::heads::Heads;
+use super::place::{blocks_of, write_blocks};
+
+/// Most bytes that are owed, which are in memory, before carried appends wait for a checkpoint.
+const OWED_BYTES: u64 = 4 << 20;
 
 /// See the module.
 #[derive(Debug)]
@@ -29,7 +36,9 @@ pub(super) struct Ring {
     /// Number of its units.
     units: u64,
     log: Mutex<Log>,
-    /// A batch has ended.
+    /// The number of blobs in [`Log::owed`], so that a write of data takes no lock for nothing.
+    owing: AtomicUsize,
+    /// A batch has ended, or an append that was to be carried.
     ended: Condvar,
     /// Held by whoever writes headers, or pages in place. It is locked with a channel in hand, and
     /// before the log.
@@ -61,6 +70,20 @@ struct Log {
     pages: HashMap<u32, (u64, Arc<Page>)>,
     /// The places of those pages.
     geo: Geometry,
+    /// Blobs that are owed bytes, or are going to be.
+    owed: HashMap<BlobId, Debt>,
+    /// The number of those bytes.
+    owed_bytes: u64,
+}
+
+/// What is owed to a blob.
+#[derive(Debug, Default)]
+struct Debt {
+    /// The number of appends that are being carried.
+    carrying: u32,
+    /// Bytes that are durable in the ring and not in place, in order, each with the number of its
+    /// batch.
+    patches: Vec<(u64, Patch)>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +100,7 @@ enum Halt {
 struct Waiting {
     ticket: u64,
     pages: Vec<Image>,
+    carried: Vec<(Carried, Vec<Patch>)>,
     /// Bytes of its records.
     bytes: u64,
     guard: Option<Box<Page>>,
@@ -128,6 +152,32 @@ impl Log {
         self.head = head;
         self.used = 0;
         self.pages.clear();
+        self.forget_owed(u64::MAX);
+    }
+
+    /// Forgets what batches before this one owe. It is in place, or void.
+    fn forget_owed(&mut self, number: u64) {
+        self.owed_bytes = 0;
+        for debt in self.owed.values_mut() {
+            debt.patches.retain(|(batch, _)| *batch >= number);
+            let left = debt.patches.iter().map(|(_, patch)| patch.bytes().len());
+            self.owed_bytes += left.sum::<usize>() as u64;
+        }
+        self.owed
+            .retain(|_, debt| debt.carrying > 0 || !debt.patches.is_empty());
+    }
+
+    /// Whether carried appends need not wait for a checkpoint of a ring of so many units.
+    fn has_carry_room(&self, units: u64) -> bool {
+        self.used <= units / 2 && self.owed_bytes <= OWED_BYTES
+    }
+
+    /// Returns everything that is owed, in the order of the batches.
+    fn all_owed(&self) -> Vec<Patch> {
+        let mut all: Vec<&(u64, Patch)> =
+            self.owed.values().flat_map(|debt| &debt.patches).collect();
+        all.sort_by_key(|(number, _)| *number);
+        all.into_iter().map(|(_, patch)| patch.clone()).collect()
     }
 
     /// Takes the changes of the next batch, in the order of their arrival.
@@ -181,7 +231,10 @@ impl Ring {
                 used: 0,
                 pages: HashMap::new(),
                 geo: geo.clone(),
+                owed: HashMap::new(),
+                owed_bytes: 0,
             }),
+            owing: AtomicUsize::new(0),
             ended: Condvar::new(),
             heads: Mutex::new(heads),
         }
@@ -209,6 +262,64 @@ impl Ring {
         self.log.lock().checkpointing = false;
     }
 
+    /// Whether carried appends need not wait for a checkpoint.
+    pub fn has_carry_room(&self) -> bool {
+        self.log.lock().has_carry_room(self.units)
+    }
+
+    /// Records that a batch is going to carry `len` bytes of a blob. Returns whether it may.
+    pub fn begin_carry(&self, blob: BlobId, len: u64) -> bool {
+        let mut log = self.log.lock();
+        // The other half of a batch is for the blob's pages.
+        if log.broken.is_some() || !log.has_carry_room(self.units) || len > self.most() / 2 {
+            return false;
+        }
+        log.owed.entry(blob).or_default().carrying += 1;
+        self.owing.store(log.owed.len(), Ordering::Release);
+        true
+    }
+
+    /// Ends what [`Ring::begin_carry`] has begun.
+    pub fn end_carry(&self, blob: BlobId) {
+        let mut log = self.log.lock();
+        if let Some(debt) = log.owed.get_mut(&blob) {
+            debt.carrying -= 1;
+            if debt.carrying == 0 && debt.patches.is_empty() {
+                log.owed.remove(&blob);
+            }
+        }
+        self.owing.store(log.owed.len(), Ordering::Release);
+        self.ended.notify_all();
+    }
+
+    /// Whether bytes are owed to a blob, after those have ended that are being carried.
+    #[inline]
+    pub fn waits_for(&self, blob: BlobId) -> bool {
+        self.owing.load(Ordering::Acquire) > 0 && self.waits_for_slow(blob)
+    }
+
+    #[cold]
+    fn waits_for_slow(&self, blob: BlobId) -> bool {
+        let mut log = self.log.lock();
+        loop {
+            match log.owed.get(&blob) {
+                None => return false,
+                Some(debt) if debt.carrying > 0 => self.ended.wait(&mut log),
+                Some(debt) => return !debt.patches.is_empty(),
+            }
+        }
+    }
+
+    /// Whether bytes are owed to one of these blobs, or to any.
+    pub fn owes(&self, blobs: Option<&[BlobId]>) -> bool {
+        let log = self.log.lock();
+        let owes = |debt: &Debt| !debt.patches.is_empty();
+        match blobs {
+            Some(blobs) => blobs.iter().filter_map(|blob| log.owed.get(blob)).any(owes),
+            None => log.owed.values().any(owes),
+        }
+    }
+
     /// Ends this use of the ring, which is empty. The next change begins another.
     pub fn end(&self) {
         self.log.lock().begun = false;
@@ -221,16 +332,25 @@ impl Ring {
     pub fn submit(
         &self,
         pages: Vec<Image>,
+        carried: Vec<(Carried, Vec<Patch>)>,
         guard: Option<Box<Page>>,
         geo: Geometry,
     ) -> Result<(), Failure> {
         let mut log = self.log.lock();
         let ticket = log.next_ticket;
         log.next_ticket += 1;
-        let bytes = pages.iter().map(|(_, page)| record_bytes(page)).sum();
+        let bytes = pages
+            .iter()
+            .map(|(_, page)| record_bytes(page))
+            .sum::<u64>()
+            + carried
+                .iter()
+                .map(|(carried, _)| carried_bytes(carried.bytes.len() as u64))
+                .sum::<u64>();
         log.waiting.push_back(Waiting {
             ticket,
             pages,
+            carried,
             bytes,
             guard,
             geo,
@@ -266,7 +386,9 @@ impl Ring {
         let (at, taken, head, mark) = self.room(io, units)?;
         let pages = || group.iter().flat_map(|waiting| &waiting.pages);
         let unit = usize::try_from(self.unit).expect("at most a page");
-        let (batch, crc) = encode_batch(mark, head, unit, pages());
+        let carried = || group.iter().flat_map(|waiting| &waiting.carried);
+        let bytes_of = carried().map(|(carried, _)| carried);
+        let (batch, crc) = encode_batch(mark, head, unit, pages(), bytes_of);
         let data = self.pieces(io, at, &batch)?;
         let written = repeat(|| {
             let op = |(lba, data): &(u64, DmaSlice)| Op::Write {
@@ -291,6 +413,13 @@ impl Ring {
         log.pages
             .extend(pages().map(|(index, page)| (*index, (number, Arc::clone(page)))));
         log.geo = first.geo.clone();
+        for (carried, patches) in carried() {
+            log.owed_bytes += carried.bytes.len() as u64;
+            let debt = log.owed.entry(carried.blob).or_default();
+            debt.patches
+                .extend(patches.iter().map(|patch| (number, patch.clone())));
+        }
+        self.owing.store(log.owed.len(), Ordering::Release);
         Ok(())
     }
 
@@ -413,15 +542,16 @@ impl Ring {
     /// Fails when the device does. What was in the ring is still there.
     pub fn empty(&self, io: &mut MdIo) -> Result<(), Error> {
         let mut heads = self.heads.lock();
-        let (head, used, pages, geo) = {
+        let (head, used, pages, owed, geo) = {
             let log = self.log.lock();
             log.check()?;
             if log.used == 0 {
                 return Ok(());
             }
-            (log.head, log.used, log.pages.clone(), log.geo.clone())
+            let (pages, owed) = (log.pages.clone(), log.all_owed());
+            (log.head, log.used, pages, owed, log.geo.clone())
         };
-        self.put(io, &geo, &pages)?;
+        self.put(io, &geo, &pages, &owed)?;
         heads
             .move_tail(io, head)
             .map_err(|error| self.noted(error))?;
@@ -429,6 +559,8 @@ impl Ring {
         log.used -= used;
         // What later batches have changed is in the ring still.
         log.pages.retain(|_, (number, _)| *number >= head.sequence);
+        log.forget_owed(head.sequence);
+        self.owing.store(log.owed.len(), Ordering::Release);
         Ok(())
     }
 
@@ -439,44 +571,54 @@ impl Ring {
     /// Fails when the device does. Nothing is appended then.
     pub fn make_void(&self, io: &mut MdIo) -> Result<(), Error> {
         let mut heads = self.heads.lock();
-        let (behind, pages, geo) = {
+        let (behind, pages, owed, geo) = {
             let log = self.log.lock();
             match log.broken {
                 None => return Ok(()),
                 Some(Halt::ForGood) => return log.check(),
-                Some(Halt::Batch(behind)) => (behind, log.pages.clone(), log.geo.clone()),
+                Some(Halt::Batch(behind)) => {
+                    let (pages, owed) = (log.pages.clone(), log.all_owed());
+                    (behind, pages, owed, log.geo.clone())
+                }
             }
         };
-        self.put(io, &geo, &pages)?;
+        self.put(io, &geo, &pages, &owed)?;
         let first = Spot::first(behind);
         heads.begin(io, first).map_err(|error| self.noted(error))?;
         let mut log = self.log.lock();
         log.reset(heads.mark(), first);
         log.broken = None;
+        self.owing.store(log.owed.len(), Ordering::Release);
         Ok(())
     }
 
-    /// Makes pages durable in their places.
+    /// Makes pages, and bytes of blobs, durable in their places.
     fn put(
         &self,
         io: &mut MdIo,
         geo: &Geometry,
         pages: &HashMap<u32, (u64, Arc<Page>)>,
+        owed: &[Patch],
     ) -> Result<(), Error> {
+        let failed = io.failed_flushes();
+        let (blocks, unreadable) = blocks_of(io, owed);
+        unreadable.map_or(Ok(()), Err)?;
+        write_blocks(io, &blocks).map_err(|error| self.noted(error))?;
         let mut pages: Vec<(u32, &Page)> = pages
             .iter()
             .map(|(index, (_, page))| (*index, &**page))
             .collect();
         pages.sort_unstable_by_key(|(index, _)| *index);
-        let lost = put_pages(io, geo, pages).map_err(|error| self.noted(error))?;
+        let lost = put_pages(io, geo, pages, failed).map_err(|error| self.noted(error))?;
         lost.into_iter()
             .next()
             .map_or(Ok(()), |(_, error)| Err(error))
     }
 }
 
-/// Writes pages in their places and makes them durable, each several times if necessary. Returns
-/// those that cannot be written.
+/// Writes pages in their places and makes them durable, each several times if necessary, together
+/// with what was written since `failed` was the number of flushes that had failed. Returns the pages
+/// that cannot be written.
 ///
 /// # Errors
 /// Fails when a flush does, and when a write may still land.
@@ -484,8 +626,8 @@ pub(super) fn put_pages<'a>(
     io: &mut MdIo,
     geo: &Geometry,
     pages: impl IntoIterator<Item = (u32, &'a Page)>,
+    failed: u64,
 ) -> Result<Vec<(u32, Error)>, Error> {
-    let failed = io.failed_flushes();
     let mut again = Vec::new();
     let write = |index: u32, data: DmaSlice| Op::Write {
         lba: geo.md_lba(index),

@@ -15,12 +15,13 @@ use std::sync::Arc;
 
 use pumice_bdev::DmaBuf;
 
+use super::super::carried::Carried;
 use super::super::error::Error;
 use super::super::format::{BlobId, Page};
 use super::super::mdio::MdIo;
 use super::format::{
-    BATCH_LEN, BatchHead, HEADER_LEN, Header, MOST_OF_RING, RING_AT, SECOND_HEADER_AT, Spot,
-    batch_crc, decode_records,
+    BATCH_LEN, BatchHead, HEADER_LEN, Header, MOST_OF_RING, RING_AT, Records, SECOND_HEADER_AT,
+    Spot, batch_crc, decode_records,
 };
 
 /// The ring's file.
@@ -43,6 +44,8 @@ pub struct FoundBatch {
     pub sequence: u64,
     /// The metadata pages that it changes.
     pub pages: Vec<u32>,
+    /// The bytes of blobs that it carries: the blob, the offset and the number of bytes.
+    pub carried: Vec<(BlobId, u64, u64)>,
 }
 
 /// The content of a ring.
@@ -56,6 +59,8 @@ pub(crate) struct Walked {
     pub batches: Vec<FoundBatch>,
     /// The new contents of the pages.
     pub pages: BTreeMap<u32, Arc<Page>>,
+    /// The bytes of blobs, in order.
+    pub carried: Vec<Carried>,
     /// The reason why there may have been more than what was found.
     pub damage: Option<String>,
 }
@@ -104,12 +109,18 @@ pub(crate) fn walk(file: &mut dyn RingFile, blob: BlobId, len: u64) -> Walked {
             Ok(Some(found)) => {
                 left -= found.taken;
                 spot = found.next;
-                let pages = found.pages.iter().map(|(index, _)| *index).collect();
+                let Records { pages, carried } = found.records;
+                let range = |carried: &Carried| {
+                    let len = carried.bytes.len() as u64;
+                    (carried.blob, carried.offset, len)
+                };
                 walked.batches.push(FoundBatch {
-                    pages,
+                    pages: pages.iter().map(|(index, _)| *index).collect(),
+                    carried: carried.iter().map(range).collect(),
                     ..found.batch
                 });
-                walked.pages.extend(found.pages);
+                walked.pages.extend(pages);
+                walked.carried.extend(carried);
             }
             Ok(None) => break,
             Err(reason) => {
@@ -134,7 +145,7 @@ struct Ring<'a> {
 
 struct Next {
     batch: FoundBatch,
-    pages: Vec<(u32, Arc<Page>)>,
+    records: Records,
     /// Units that it takes, with those before the ring's end that it does not fit into.
     taken: u64,
     next: Spot,
@@ -189,15 +200,16 @@ impl Ring<'_> {
         if batch_crc(&bytes) != head.crc {
             return Ok(None);
         }
-        let pages = decode_records(&head, &bytes)?;
+        let records = decode_records(&head, &bytes)?;
         Ok(Some(Next {
             batch: FoundBatch {
                 at,
                 units: head.units,
                 sequence: head.sequence,
                 pages: Vec::new(),
+                carried: Vec::new(),
             },
-            pages,
+            records,
             taken: head.units,
             next: Spot {
                 at: (at + head.units) % units,

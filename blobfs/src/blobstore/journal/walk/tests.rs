@@ -57,7 +57,8 @@ impl MemoryRing {
         let mut places = Vec::new();
         for pages in batches {
             let images: Vec<Image> = pages.iter().map(|index| image(*index)).collect();
-            let (batch, crc) = encode_batch(header.mark(), spot, UNIT as usize, &images);
+            let carried: Vec<Carried> = pages.iter().map(|index| carried(*index)).collect();
+            let (batch, crc) = encode_batch(header.mark(), spot, UNIT as usize, &images, &carried);
             let units = batch.len() as u64 / u64::from(UNIT);
             let place = if spot.at + units > UNITS { 0 } else { spot.at };
             let at = usize::try_from(RING_AT + place * u64::from(UNIT)).unwrap();
@@ -88,6 +89,16 @@ fn image(index: u32) -> Image {
     (index, Arc::new([byte; PAGE_SIZE]))
 }
 
+/// Bytes of a blob, of every length that a record rounds up.
+fn carried(index: u32) -> Carried {
+    Carried {
+        blob: BlobId::from_page(index),
+        offset: u64::from(index) * 1000,
+        bytes: vec![9; index as usize % 50].into(),
+        ends: index.is_multiple_of(2),
+    }
+}
+
 fn batches() -> impl Strategy<Value = (u64, Vec<Vec<u32>>)> {
     let pages = proptest::collection::vec(0u32..1000, 0..4);
     (0..UNITS, proptest::collection::vec(pages, 0..5))
@@ -107,6 +118,8 @@ proptest! {
         for (index, page) in walked.pages {
             prop_assert_eq!(page, image(index).1);
         }
+        let expected: Vec<_> = batches.iter().flatten().map(|index| carried(*index)).collect();
+        prop_assert_eq!(walked.carried, expected);
     }
 
     /// A change of any bytes is found, is behind the end, or loses the last batch, as a power cut
@@ -192,7 +205,8 @@ fn a_record_of_a_newer_version_is_damage() {
     let (mut memory, places) = MemoryRing::new(0, &[vec![1], vec![2]]);
     let at = usize::try_from(RING_AT + places[1] * u64::from(UNIT)).unwrap();
     memory.bytes[at + BATCH_LEN] = 77;
-    let used = BATCH_LEN + 16 + PAGE_SIZE;
+    // A page, and two bytes of a blob.
+    let used = BATCH_LEN + 16 + PAGE_SIZE + 40;
     let crc = batch_crc(&memory.bytes[at..at + used]);
     memory.bytes[at + 60..at + 64].copy_from_slice(&crc.to_le_bytes());
     let damage = memory.walk().damage.unwrap();

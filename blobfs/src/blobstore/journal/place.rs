@@ -1,0 +1,80 @@
+//! Putting the bytes that batches carry into the clusters of their blobs.
+//!
+//! Rule 20: they are byte-exact. Of a block that they begin in the middle of, the bytes before them
+//! are read from the device. Zeroes follow the end of the content in its last block.
+
+use std::collections::BTreeMap;
+
+use super::super::carried::Patch;
+use super::super::error::Error;
+use super::super::mdio::MdIo;
+use super::super::retry::{may_land, repeat};
+
+/// Blocks of the device and their new contents.
+pub(crate) type Blocks = BTreeMap<u64, Box<[u8]>>;
+
+/// Returns the blocks that these patches change, one after another. A block of which they change a
+/// part, and that cannot be read, is left out, and the first error is returned beside the others.
+pub(super) fn blocks_of<'a>(
+    io: &mut MdIo,
+    patches: impl IntoIterator<Item = &'a Patch>,
+) -> (Blocks, Option<Error>) {
+    let unit = io.can().block_size();
+    let size = usize::try_from(unit).expect("at most a page");
+    let (mut blocks, mut failed) = (Blocks::new(), None);
+    for patch in patches {
+        let mut rest = patch.bytes();
+        let mut at = patch.at;
+        while !rest.is_empty() {
+            let (lba, skip) = (at / unit, usize::try_from(at % unit).expect("in a block"));
+            let (now, behind) = rest.split_at(rest.len().min(size - skip));
+            let end = skip + now.len();
+            let zeroed = behind.is_empty() && patch.ends;
+            at += now.len() as u64;
+            rest = behind;
+            let is_whole = skip == 0 && (end == size || zeroed);
+            if !is_whole && !blocks.contains_key(&lba) {
+                match io.read(lba, size) {
+                    Ok(there) => blocks.insert(lba, there[..].into()),
+                    Err(error) => {
+                        failed.get_or_insert(error);
+                        continue;
+                    }
+                };
+            }
+            let block = blocks
+                .entry(lba)
+                .or_insert_with(|| vec![0; size].into_boxed_slice());
+            block[skip..end].copy_from_slice(now);
+            if zeroed {
+                block[end..].fill(0);
+            }
+        }
+    }
+    (blocks, failed)
+}
+
+/// Writes blocks, each several times if necessary. A flush has to follow.
+///
+/// # Errors
+/// Returns the first error. The others are written nevertheless, unless a write may still land.
+pub(super) fn write_blocks(io: &mut MdIo, blocks: &Blocks) -> Result<(), Error> {
+    let mut result = Ok(());
+    let all: Vec<(&u64, &Box<[u8]>)> = blocks.iter().collect();
+    for run in all.chunk_by(|a, b| a.0 + 1 == *b.0) {
+        let bytes: Vec<u8> = run
+            .iter()
+            .flat_map(|(_, block)| block.iter())
+            .copied()
+            .collect();
+        let written = repeat(|| {
+            let writes = io.can().writes(*run[0].0, &bytes)?;
+            io.run(writes)
+        });
+        if written.as_ref().is_err_and(may_land) {
+            return written;
+        }
+        result = result.and(written);
+    }
+    result
+}

@@ -1,0 +1,718 @@
+//! Small syncs whose bytes the journal carries. Each test names the rules of the protocol that it is
+//! about.
+
+mod common;
+#[path = "common/flaky.rs"]
+mod flaky;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use common::faults::{Less, all, content_of};
+use common::journal::{DEVICES, Device};
+use common::watchdog::watchdog;
+use flaky::{Flaky, Plan};
+use pumice_bdev::{BlockDevice, IoErrorKind, OpKind};
+use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage};
+use pumice_blobfs::blobstore::check::{Severity, check};
+use pumice_blobfs::fs::{File, FileSystem, FormatOptions, IoStats, MountOptions, OpenOptions};
+use rand::prelude::*;
+
+/// The smallest ring: a few syncs fill half of it.
+const RING: u64 = 128 << 10;
+const SIZE: u64 = 8 << 20;
+const CLUSTER: u32 = 16 << 10;
+
+fn options(journal: u64) -> FormatOptions {
+    let mut format = FormatOptions::default();
+    format.cluster_size = CLUSTER;
+    format.md_pages = Some(100);
+    format.journal = Some(journal);
+    format
+}
+
+/// An empty file system with the smallest journal.
+fn formatted(device: Device) -> CrashImage {
+    let dev = device.with(CrashImage::zeroed(SIZE), 0);
+    FileSystem::format(Arc::new(dev.clone()), &options(RING)).unwrap();
+    dev.image()
+}
+
+fn mount(dev: Arc<dyn BlockDevice>) -> FileSystem {
+    FileSystem::mount(dev, &MountOptions::default()).unwrap()
+}
+
+fn mount_read_only(dev: Arc<dyn BlockDevice>) -> FileSystem {
+    let mut opts = MountOptions::default();
+    opts.read_only = true;
+    FileSystem::mount(dev, &opts).unwrap()
+}
+
+fn create(fs: &FileSystem, path: &str) -> File {
+    fs.open(path, OpenOptions::CREATE).unwrap()
+}
+
+/// Bytes that tell where they belong.
+fn bytes(seed: usize, len: usize) -> Vec<u8> {
+    let byte = |i: usize| u8::try_from((seed * 31 + i * 7 + i / 251) % 251).unwrap() + 1;
+    (0..len).map(byte).collect()
+}
+
+/// The device after a power cut that has lost whatever it may lose, or nothing.
+fn cut(device: Device, dev: &CrashDevice, keep: bool) -> CrashDevice {
+    device.with(dev.image_after(dev.len_events(), &mut |_| keep), 1)
+}
+
+/// Mounts what a power cut has left, whatever it has lost, and compares a file.
+fn assert_survives(device: Device, dev: &CrashDevice, path: &str, expected: &[u8], what: &str) {
+    for keep in [false, true] {
+        let fs = mount(Arc::new(cut(device, dev, keep)));
+        let found = content_of(&fs, path);
+        assert!(found == expected, "{what}, {keep}: {path} has other bytes");
+    }
+}
+
+/// A device in memory with a file system and a journal of this many bytes.
+fn in_memory(journal: u64, write_cache: bool) -> FileSystem {
+    let base = pumice_bdev::open("malloc://128M?block_size=4096").unwrap();
+    let without: &[OpKind] = if write_cache { &[OpKind::Fua] } else { &[] };
+    let dev = Less::with_cache(base, without, write_cache);
+    let mut format = options(journal);
+    format.cluster_size = 1 << 20;
+    FileSystem::format(Arc::clone(&dev), &format).unwrap();
+    mount(dev)
+}
+
+/// Returns what `f` sends to the device.
+fn sent(fs: &FileSystem, f: impl FnOnce()) -> IoStats {
+    let before = fs.io_stats();
+    f();
+    fs.io_stats().since(&before)
+}
+
+#[test]
+fn rule_20_a_small_sync_is_one_write() {
+    for write_cache in [false, true] {
+        let fs = in_memory(16 << 20, write_cache);
+        let f = create(&fs, "/log");
+        f.append(&bytes(0, 138)).unwrap();
+        f.sync().unwrap();
+        let hundred = sent(&fs, || {
+            for n in 0..100 {
+                f.append(&bytes(n, 138)).unwrap();
+                f.sync().unwrap();
+            }
+        });
+        assert!(hundred.writes <= 101, "{hundred:?}");
+        assert!(
+            hundred.flushes <= if write_cache { 101 } else { 0 },
+            "{hundred:?}"
+        );
+        let thousand = sent(&fs, || {
+            for n in 0..1000 {
+                f.append(&bytes(n, 138)).unwrap();
+                f.sync().unwrap();
+            }
+        });
+        assert!(thousand.writes <= 1050, "{thousand:?}");
+        println!("write cache: {write_cache}; 100 syncs: {hundred:?}; 1000 syncs: {thousand:?}");
+        // A sync without anything new writes nothing.
+        let none = sent(&fs, || f.sync().unwrap());
+        assert_eq!((none.writes, none.flushes), (0, 0));
+        drop(f);
+        fs.unmount().unwrap();
+    }
+}
+
+/// Without a journal nothing changes: data, then the length.
+#[test]
+fn a_store_without_a_journal_writes_data_first() {
+    let base = pumice_bdev::open("malloc://64M?block_size=4096").unwrap();
+    FileSystem::format(Arc::clone(&base), &FormatOptions::default()).unwrap();
+    let fs = mount(base);
+    let f = create(&fs, "/log");
+    f.append(&bytes(0, 138)).unwrap();
+    f.sync().unwrap();
+    let hundred = sent(&fs, || {
+        for n in 0..100 {
+            f.append(&bytes(n, 138)).unwrap();
+            f.sync().unwrap();
+        }
+    });
+    assert_eq!(hundred.writes, 200);
+}
+
+/// Threads that sync files of their own share batches.
+#[test]
+fn rules_2_and_20_syncs_of_threads_share_a_write() {
+    let _limit = watchdog("shared batches", 300);
+    for threads in [1, 8] {
+        let fs = in_memory(32 << 20, false);
+        let files: Vec<File> = (0..threads)
+            .map(|n| create(&fs, &format!("/log{n}")))
+            .collect();
+        for f in &files {
+            f.append(b"first").unwrap();
+            f.sync().unwrap();
+        }
+        let syncs = 400;
+        let all = sent(&fs, || {
+            std::thread::scope(|scope| {
+                for f in &files {
+                    scope.spawn(move || {
+                        for n in 0..syncs {
+                            f.append(&bytes(n, 138)).unwrap();
+                            f.sync().unwrap();
+                        }
+                    });
+                }
+            });
+        });
+        #[expect(clippy::cast_precision_loss, reason = "for a person")]
+        let each = all.writes as f64 / (threads * syncs) as f64;
+        println!("{threads} threads: {each:.3} writes per sync, {all:?}");
+        assert!(each < 1.05, "{threads} threads: {each} writes per sync");
+    }
+}
+
+/// What is expected of a file: its bytes, and the number of them that are synced.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Promise {
+    data: Vec<u8>,
+    synced: usize,
+}
+
+type State = BTreeMap<String, Promise>;
+
+/// Returns the difference between a file system and a state.
+fn differs(fs: &FileSystem, state: &State) -> Option<String> {
+    let there = fs.list("/").unwrap();
+    let names: Vec<String> = there.iter().map(|e| format!("/{}", e.name)).collect();
+    if !names.iter().eq(state.keys()) {
+        return Some(format!("names {names:?}, not {:?}", state.keys()));
+    }
+    for (path, promise) in state {
+        let found = content_of(fs, path);
+        let (len, synced) = (found.len(), promise.synced);
+        if len < synced || len > promise.data.len() {
+            return Some(format!("{path} has {len} bytes, {synced} are synced"));
+        }
+        if let Some(i) = (0..len).find(|i| found[*i] != promise.data[*i]) {
+            let (is, not) = (found[i], promise.data[i]);
+            return Some(format!("{path}: byte {i} of {len} is {is}, not {not}"));
+        }
+    }
+    None
+}
+
+fn assert_one_of(fs: &FileSystem, states: [&State; 2], what: &str) {
+    assert_eq!(fs.problems(), [] as [String; 0], "{what}");
+    if let (Some(old), Some(new)) = (differs(fs, states[0]), differs(fs, states[1])) {
+        panic!("{what}: neither the old state ({old}) nor the new ({new})");
+    }
+}
+
+/// Checks a state after a power cut; if `deep`, also after a second cut anywhere in the recovery.
+fn check_state(device: Device, image: &CrashImage, states: [&State; 2], what: &str, deep: bool) {
+    let dev = device.with(image.clone(), 5);
+    let as_dyn: Arc<dyn BlockDevice> = Arc::new(dev.clone());
+    let report = check(&as_dyn).unwrap_or_else(|error| panic!("{what}: {error}"));
+    let worst = report.findings.iter().map(|finding| finding.severity).max();
+    assert!(
+        worst.is_none_or(|worst| worst == Severity::Note),
+        "{what}: {:?}",
+        report.findings
+    );
+    // Rule 24: a mount that may not write sees the same, and writes nothing.
+    let fs = mount_read_only(Arc::clone(&as_dyn));
+    assert_one_of(&fs, states, &format!("{what}, read-only"));
+    fs.unmount().unwrap();
+    drop(fs);
+    assert_eq!(dev.len_events(), 0, "{what}: a read-only mount has written");
+    let fs = mount(as_dyn);
+    assert_one_of(&fs, states, what);
+    if deep {
+        let mut points = dev.crash_points();
+        while points.advance().is_some() {
+            for keep in [false, true] {
+                let again = points.image(&mut |_| keep);
+                let second = mount(Arc::new(device.with(again, 6)));
+                let what = format!("{what}, second cut after event {}", points.position());
+                assert_one_of(&second, states, &what);
+            }
+        }
+    }
+    fs.unmount().unwrap();
+}
+
+/// Files that are appended to and synced, and now and then truncated, deleted, renamed, closed.
+struct Work {
+    dev: CrashDevice,
+    fs: FileSystem,
+    handles: BTreeMap<String, File>,
+    now: State,
+    /// The state after each operation, and the event at which it was acknowledged.
+    history: Vec<(usize, String, State)>,
+    rng: SmallRng,
+    appends: usize,
+}
+
+impl Work {
+    fn new(device: Device, seed: u64) -> Work {
+        let dev = device.with(formatted(device), seed);
+        Work {
+            fs: mount(Arc::new(dev.clone())),
+            dev,
+            handles: BTreeMap::new(),
+            now: State::new(),
+            history: vec![(0, "nothing".to_owned(), State::new())],
+            rng: SmallRng::seed_from_u64(seed),
+            appends: 0,
+        }
+    }
+
+    fn done(&mut self, what: String) {
+        self.history
+            .push((self.dev.len_events(), what, self.now.clone()));
+    }
+
+    fn file(&mut self) -> (String, File) {
+        let path = ["/a", "/b", "/c"][self.rng.random_range(0..3)].to_owned();
+        if !self.handles.contains_key(&path) {
+            let f = create(&self.fs, &path);
+            self.handles.insert(path.clone(), f);
+            if !self.now.contains_key(&path) {
+                self.now.insert(path.clone(), Promise::default());
+                self.done(format!("create {path}"));
+            }
+        }
+        let f = self.handles[&path].clone();
+        (path, f)
+    }
+
+    fn step(&mut self) {
+        let (path, f) = self.file();
+        let promise = self.now.get_mut(&path).unwrap();
+        let what = match self.rng.random_range(0..100u32) {
+            0..8 => {
+                let to = self.rng.random_range(0..=promise.data.len());
+                f.truncate(to as u64).unwrap();
+                promise.data.truncate(to);
+                promise.synced = promise.synced.min(to);
+                format!("truncate {path} to {to}")
+            }
+            8..12 => {
+                drop(f);
+                self.handles.remove(&path);
+                self.fs.unlink(&path).unwrap();
+                self.now.remove(&path);
+                format!("unlink {path}")
+            }
+            12..16 => {
+                let promise = promise.clone();
+                self.fs.rename(&path, "/d").unwrap();
+                self.now.remove(&path);
+                self.handles.remove(&path);
+                drop(f);
+                self.now.insert("/d".to_owned(), promise);
+                format!("rename {path} /d")
+            }
+            16..19 => {
+                f.range_sync(0, u64::MAX).unwrap();
+                format!("range_sync {path}")
+            }
+            19..22 => {
+                drop(f);
+                self.handles.remove(&path);
+                format!("close {path}")
+            }
+            n => {
+                let most = match n {
+                    22..25 => 90_000,
+                    25..40 => 9000,
+                    _ => 300,
+                };
+                let more = bytes(self.appends, self.rng.random_range(1..most));
+                self.appends += 1;
+                f.append(&more).unwrap();
+                promise.data.extend(&more);
+                let what = format!("append {} to {path}", more.len());
+                self.done(what);
+                if n.is_multiple_of(4) {
+                    return;
+                }
+                f.sync().unwrap();
+                let promise = self.now.get_mut(&path).unwrap();
+                promise.synced = promise.data.len();
+                format!("sync {path}")
+            }
+        };
+        self.done(what);
+    }
+}
+
+#[test]
+fn rules_9_and_20_to_22_a_power_cut_anywhere_leaves_what_was_synced() {
+    for (device, seed) in DEVICES.into_iter().zip(1..) {
+        let _limit = watchdog(&format!("{device:?}"), 900);
+        let mut work = Work::new(device, seed);
+        for _ in 0..90 {
+            work.step();
+        }
+        let mut points = work.dev.crash_points();
+        let mut states = 0;
+        while points.advance().is_some() {
+            let at = points.position();
+            let done = work
+                .history
+                .iter()
+                .rposition(|(event, _, _)| *event <= at)
+                .unwrap();
+            let before = &work.history[done].2;
+            let (_, op, after) = &work.history[(done + 1).min(work.history.len() - 1)];
+            let open = points.unsettled().len();
+            for round in 0..if open == 0 { 1 } else { 3 } {
+                let image = points.image(&mut |_| match round {
+                    0 => false,
+                    1 => true,
+                    _ => work.rng.random_bool(0.5),
+                });
+                let what = format!("{device:?}, seed {seed}, event {at}, in {op:?}, {round}");
+                check_state(device, &image, [before, after], &what, at % 16 == 0);
+                states += 1;
+            }
+        }
+        println!("{device:?}: {states} states");
+        assert!(states > 100);
+    }
+}
+
+#[test]
+fn rule_12_a_cut_anywhere_in_the_recovery_changes_nothing() {
+    for device in DEVICES {
+        let dev = device.with(formatted(device), 3);
+        let fs = mount(Arc::new(dev.clone()));
+        let mut state = State::new();
+        for path in ["/a", "/b"] {
+            let f = create(&fs, path);
+            let promise = state.entry(path.to_owned()).or_default();
+            for n in 0..3 {
+                let more = bytes(n, 3000 + n);
+                f.append(&more).unwrap();
+                f.sync().unwrap();
+                promise.data.extend(&more);
+                promise.synced = promise.data.len();
+            }
+            // It is closed only after the power cut.
+            std::mem::forget(f);
+        }
+        for keep in [false, true] {
+            let image = dev.image_after(dev.len_events(), &mut |_| keep);
+            let what = format!("{device:?}, {keep}");
+            check_state(device, &image, [&state, &state], &what, true);
+        }
+        std::mem::forget(fs);
+    }
+}
+
+/// What is owed is read from memory, and from the device after the last handle is gone.
+#[test]
+fn rule_20_readers_see_what_is_owed() {
+    let base = pumice_bdev::open("malloc://64M?block_size=512").unwrap();
+    FileSystem::format(Arc::clone(&base), &options(1 << 20)).unwrap();
+    let mut opts = MountOptions::default();
+    opts.cache_bytes = 0;
+    let fs = FileSystem::mount(base, &opts).unwrap();
+    let mut expected = Vec::new();
+    for round in 0..40 {
+        let f = create(&fs, "/log");
+        for n in 0..round % 4 + 1 {
+            let more = bytes(round + n, 1 + round * 97 % 5000);
+            f.append(&more).unwrap();
+            f.sync().unwrap();
+            expected.extend(more);
+            f.invalidate(0, u64::MAX);
+            assert!(all(&f) == expected, "round {round}");
+        }
+        drop(f);
+        let f = fs.open("/log", OpenOptions::READ).unwrap();
+        f.invalidate(0, u64::MAX);
+        assert!(all(&f) == expected, "round {round}, opened again");
+    }
+    fs.unmount().unwrap();
+}
+
+/// Bytes go in place over those that were carried: an overwrite of the buffer, one behind it, and an
+/// append after a truncation. A power cut leaves the newer ones.
+#[test]
+fn rule_21_older_bytes_never_go_over_newer_ones() {
+    for device in DEVICES {
+        let dev = device.with(formatted(device), 3);
+        let fs = mount(Arc::new(dev.clone()));
+        let f = create(&fs, "/a");
+        let mut expected = bytes(1, 700);
+        f.append(&expected).unwrap();
+        f.sync().unwrap();
+        for round in 0..12 {
+            let what = format!("{device:?}, round {round}");
+            // Carried.
+            let more = bytes(round + 50, 900);
+            f.append(&more).unwrap();
+            f.sync().unwrap();
+            expected.extend(&more);
+            let newer = bytes(round + 200, 300);
+            match round % 3 {
+                0 => {
+                    let at = expected.len() - 600;
+                    f.write_at(at as u64, &newer).unwrap();
+                    expected[at..at + 300].copy_from_slice(&newer);
+                }
+                1 => {
+                    let to = expected.len() - 500;
+                    f.truncate(to as u64).unwrap();
+                    expected.truncate(to);
+                    f.append(&newer).unwrap();
+                    expected.extend(&newer);
+                }
+                _ => {
+                    // Longer than what is carried.
+                    let long = bytes(round + 300, 50_000);
+                    let at = expected.len() - 100;
+                    f.write_at(at as u64, &long).unwrap();
+                    expected.truncate(at);
+                    expected.extend(&long);
+                }
+            }
+            f.sync().unwrap();
+            assert!(all(&f) == expected, "{what}");
+            assert_survives(device, &dev, "/a", &expected, &what);
+        }
+        drop(f);
+        fs.unmount().unwrap();
+    }
+}
+
+/// The clusters of a file whose bytes were carried go to another file.
+#[test]
+fn rule_22_a_file_gets_no_bytes_of_one_that_had_its_clusters() {
+    for device in DEVICES {
+        for deleted in [false, true] {
+            let what = format!("{device:?}, {deleted}");
+            let dev = device.with(formatted(device), 3);
+            let fs = mount(Arc::new(dev.clone()));
+            let f = create(&fs, "/a");
+            // The last cluster has carried bytes only.
+            f.append(&bytes(1, CLUSTER as usize)).unwrap();
+            f.sync().unwrap();
+            f.append(&bytes(2, 900)).unwrap();
+            f.sync().unwrap();
+            if deleted {
+                fs.unlink("/a").unwrap();
+            } else {
+                f.truncate(0).unwrap();
+            }
+            drop(f);
+            // Files that take whatever is free.
+            let full: Vec<u8> = (0..64).flat_map(|n| bytes(n, CLUSTER as usize)).collect();
+            let mut written = Vec::new();
+            for n in 0..6 {
+                let path = format!("/b{n}");
+                let f = create(&fs, &path);
+                f.append(&full).unwrap();
+                f.sync().unwrap();
+                written.push(path);
+            }
+            for path in &written {
+                assert_survives(device, &dev, path, &full, &what);
+            }
+            fs.unmount().unwrap();
+        }
+    }
+}
+
+/// Each write and flush of a carried sync fails, and is carried out or not. The sync fails or
+/// succeeds, what was synced before is there, and a later sync writes everything.
+#[test]
+fn rules_4_and_5_a_batch_that_fails_acknowledges_nothing() {
+    let mut failures = 0;
+    for device in DEVICES {
+        for (done, count) in [(false, 1), (true, 1), (false, 3), (true, 3), (false, 20)] {
+            for from in 0..6 {
+                let what = format!("{device:?}, from {from}, {count}, done {done}");
+                let dev = device.with(formatted(device), 3);
+                let flaky = Flaky::new(Arc::new(dev.clone()));
+                let fs = mount(flaky.clone());
+                let f = create(&fs, "/a");
+                let mut expected = Vec::new();
+                for n in 0..3 {
+                    expected.extend(bytes(n, 200));
+                    f.append(&bytes(n, 200)).unwrap();
+                    f.sync().unwrap();
+                }
+                flaky.arm(Some(Plan {
+                    from,
+                    count,
+                    kind: IoErrorKind::Media,
+                    done,
+                }));
+                let before = expected.clone();
+                expected.extend(bytes(7, 333));
+                f.append(&bytes(7, 333)).unwrap();
+                let synced = f.sync();
+                flaky.arm(None);
+                assert!(all(&f) == expected, "{what}");
+                if synced.is_ok() {
+                    assert_survives(device, &dev, "/a", &expected, &what);
+                } else {
+                    failures += 1;
+                    for keep in [false, true] {
+                        let fs = mount(Arc::new(cut(device, &dev, keep)));
+                        let found = content_of(&fs, "/a");
+                        assert!(
+                            found == before || found == expected,
+                            "{what}, {keep}: {} bytes",
+                            found.len()
+                        );
+                    }
+                }
+                expected.extend(bytes(8, 100));
+                f.append(&bytes(8, 100)).unwrap();
+                // One sync may find the failure of an earlier flush.
+                if let Err(error) = f.sync() {
+                    println!("{what}: {error}");
+                    f.sync().unwrap_or_else(|error| panic!("{what}: {error}"));
+                }
+                assert!(all(&f) == expected, "{what}");
+                assert_survives(device, &dev, "/a", &expected, &what);
+            }
+        }
+    }
+    println!("{failures} syncs have failed");
+    assert!(failures > 0);
+}
+
+/// A checkpoint fails at each of its writes. Nothing that was synced is lost, and the file can be
+/// used when the device works again.
+#[test]
+fn rules_7_and_20_a_checkpoint_that_fails_loses_nothing() {
+    let mut failures = 0;
+    for device in DEVICES {
+        for done in [false, true] {
+            for from in 0..6 {
+                let what = format!("{device:?}, from {from}, done {done}");
+                let dev = device.with(formatted(device), 3);
+                let flaky = Flaky::new(Arc::new(dev.clone()));
+                let fs = mount(flaky.clone());
+                let f = create(&fs, "/a");
+                let mut expected = Vec::new();
+                for more in [bytes(1, 2000), bytes(2, 3000)] {
+                    f.append(&more).unwrap();
+                    f.sync().unwrap();
+                    expected.extend(more);
+                }
+                flaky.arm(Some(Plan {
+                    from,
+                    count: 20,
+                    kind: IoErrorKind::Media,
+                    done,
+                }));
+                // It has the bytes put in place.
+                let truncated = f.truncate(4000);
+                flaky.arm(None);
+                match &truncated {
+                    Ok(()) => expected.truncate(4000),
+                    Err(_) => failures += 1,
+                }
+                assert!(all(&f) == expected, "{what}");
+                if truncated.is_ok() {
+                    assert_survives(device, &dev, "/a", &expected, &what);
+                }
+                f.append(&bytes(8, 100)).unwrap();
+                expected.extend(bytes(8, 100));
+                if let Err(error) = f.sync() {
+                    println!("{what}: {error}");
+                    f.sync().unwrap_or_else(|error| panic!("{what}: {error}"));
+                }
+                assert_survives(device, &dev, "/a", &expected, &what);
+                drop(f);
+                assert!(content_of(&fs, "/a") == expected, "{what}");
+            }
+        }
+    }
+    println!("{failures} truncations have failed");
+    assert!(failures > 0);
+}
+
+/// Many threads sync, truncate, overwrite and close files on the smallest ring. Every wait ends, and
+/// what each has synced last is there after a power cut.
+#[test]
+fn rule_23_threads_beside_one_another_on_the_smallest_ring() {
+    let _limit = watchdog("threads", 300);
+    for device in DEVICES {
+        let dev = device.with(formatted(device), 3);
+        let fs = mount(Arc::new(dev.clone()));
+        let shared = create(&fs, "/shared");
+        let ends: Vec<(String, Vec<u8>)> = std::thread::scope(|scope| {
+            let (fs, shared) = (&fs, &shared);
+            let threads: Vec<_> = (0..6)
+                .map(|number| {
+                    scope.spawn(move || {
+                        let mut rng = SmallRng::seed_from_u64(number);
+                        let path = format!("/own{number}");
+                        let mut f = create(fs, &path);
+                        let mut data: Vec<u8> = Vec::new();
+                        for n in 0..60 {
+                            let more = bytes(n, rng.random_range(1..1500));
+                            f.append(&more).unwrap();
+                            data.extend(&more);
+                            match n % 20 {
+                                7 => {
+                                    let to = data.len() / 2;
+                                    f.truncate(to as u64).unwrap();
+                                    data.truncate(to);
+                                }
+                                11 => {
+                                    drop(f);
+                                    f = create(fs, &path);
+                                }
+                                13 => {
+                                    let at = data.len() / 3;
+                                    f.write_at(at as u64, b"over").unwrap();
+                                    let end = data.len().max(at + 4);
+                                    data.resize(end, 0);
+                                    data[at..at + 4].copy_from_slice(b"over");
+                                }
+                                17 => {
+                                    let other = format!("/other{number}");
+                                    create(fs, &other).append(&more).unwrap();
+                                    fs.unlink(&other).unwrap();
+                                }
+                                _ => {}
+                            }
+                            f.sync().unwrap();
+                            assert!(all(&f) == data, "{path}, {n}");
+                            shared.append(&[u8::try_from(number).unwrap(); 9]).unwrap();
+                            shared.sync().unwrap();
+                        }
+                        (path, data)
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        });
+        let what = format!("{device:?}");
+        for (path, data) in &ends {
+            assert_survives(device, &dev, path, data, &what);
+        }
+        let appended = all(&shared);
+        assert_eq!(appended.len(), 6 * 60 * 9);
+        assert_survives(device, &dev, "/shared", &appended, &what);
+        drop(shared);
+        fs.unmount().unwrap();
+        drop(fs);
+        let fs = mount(Arc::new(dev));
+        for (path, data) in &ends {
+            assert!(content_of(&fs, path) == *data, "{what}: {path}");
+        }
+    }
+}
