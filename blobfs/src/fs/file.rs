@@ -5,12 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use super::ahead::{Pattern, ReadHandle};
+use super::attributes::Attributes;
 use super::core::Core;
-use super::error::Result;
+use super::error::{FsError, Result};
 use super::frame::Frame;
-use super::inode::Inode;
+use super::inode::{Inode, ns};
 use super::options::Access;
 use super::read::ReadRequest;
+use super::stat::Stat;
 
 /// State that the clones of a handle share.
 pub(crate) struct Open {
@@ -248,6 +250,39 @@ impl File {
     /// Returns the device's error. The data stays in memory, and the next sync writes it again.
     pub fn sync(&self) -> Result<()> {
         self.core().syncer.sync(self.ino())
+    }
+
+    /// Makes the data durable, and the length if it has changed. Attributes that were set are only written with a length.
+    ///
+    /// # Errors
+    /// Fails as [`File::sync`] does.
+    pub fn sync_data(&self) -> Result<()> {
+        self.core().syncer.sync_data(self.ino())
+    }
+
+    /// Returns the properties of the file, which need not have a name any more.
+    #[must_use]
+    pub fn stat(&self) -> Stat {
+        Stat::of_file(self.ino())
+    }
+
+    /// Sets the mode or the time of the last change. They are durable after [`File::sync`]. The time stays until the file
+    /// is changed.
+    ///
+    /// # Errors
+    /// The file system is mounted read-only or was unmounted, or the file is a read-only blob.
+    pub fn set_attributes(&self, attributes: &Attributes) -> Result<()> {
+        let ino = self.ino();
+        self.core().vol.check_writable(|| ino.path())?;
+        if ino.is_frozen() {
+            return Err(FsError::ReadOnly { path: ino.path() });
+        }
+        let mut own = ino.own.lock();
+        if let Some(modified) = attributes.modified {
+            ino.mtime_ns.store(ns(modified), Ordering::Relaxed);
+        }
+        own.change(attributes.mode, attributes.modified.map(|_| ino.len()));
+        Ok(())
     }
 
     /// Starts writing the whole blocks of `[off, off + len)` and everything before them, without

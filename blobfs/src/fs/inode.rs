@@ -8,6 +8,7 @@ use arc_swap::ArcSwapOption;
 use crossbeam::atomic::AtomicCell;
 use parking_lot::Mutex;
 
+use super::attributes::{MODE_BITS, Own};
 use super::cache::Cache;
 use super::error::{FsError, Result};
 use super::frame::FileCache;
@@ -37,13 +38,24 @@ pub(crate) mod xattr {
     pub const RENAME: &str = "pumice.rename";
     /// u64; nanoseconds since 1970.
     pub const MTIME: &str = "pumice.mtime";
+    /// u32; permission bits.
+    pub const MODE: &str = "pumice.mode";
+}
+
+/// Returns the mode that an xattr holds.
+pub(crate) fn decode_mode(raw: &[u8]) -> Option<u32> {
+    let mode = u32::from_le_bytes(raw.try_into().ok()?);
+    Some(mode & MODE_BITS)
 }
 
 /// Returns the current time in nanoseconds since 1970.
 pub(crate) fn now_ns() -> u64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
+    ns(SystemTime::now())
+}
+
+/// Returns a time in nanoseconds since 1970.
+pub(crate) fn ns(time: SystemTime) -> u64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
@@ -90,6 +102,8 @@ pub(crate) struct Inode {
     /// `ops` held.
     pub names: Mutex<Vec<String>>,
     pub mtime_ns: AtomicU64,
+    /// What was set on the file. A leaf among the locks.
+    pub own: Mutex<Own>,
     /// Number of open handles.
     pub opens: AtomicUsize,
     pub life: AtomicCell<Life>,
@@ -101,6 +115,7 @@ impl Inode {
         len: u64,
         names: Vec<String>,
         mtime_ns: u64,
+        mode: Option<u32>,
         cache: &Arc<Cache>,
     ) -> Arc<Inode> {
         let allocated = blob.num_clusters() * blob.store().cluster_size();
@@ -119,6 +134,7 @@ impl Inode {
             essential: AtomicBool::new(false),
             names: Mutex::new(names),
             mtime_ns: AtomicU64::new(mtime_ns),
+            own: Mutex::new(Own::new(mode)),
             opens: AtomicUsize::new(0),
             life: AtomicCell::new(Life::Named),
             blob: ArcSwapOption::from_pointee(blob),

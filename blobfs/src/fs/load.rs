@@ -8,7 +8,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use crossbeam::atomic::AtomicCell;
-use parking_lot::Mutex;
 use pumice_bdev::BlockDevice;
 use pumice_bdev::contents::{self, Contents};
 use pumice_bdev::process::Birth;
@@ -17,7 +16,7 @@ use super::cache::Cache;
 use super::core::Core;
 use super::durable::Durability;
 use super::error::{FsError, Result};
-use super::inode::{Inode, xattr};
+use super::inode::{Inode, decode_mode, xattr};
 use super::metered::Metered;
 use super::names::{Dir, Entry, Names, decode_names, encode_name, encode_names};
 use super::options::MountOptions;
@@ -68,6 +67,7 @@ struct Found {
     replaces: Option<u64>,
     rename: Option<(String, String)>,
     mtime_ns: u64,
+    mode: Option<u32>,
 }
 
 /// The state of a mount in progress.
@@ -327,6 +327,7 @@ impl Loader {
                 .as_deref()
                 .and_then(u64_of)
                 .unwrap_or(0),
+            mode: blob.xattr(xattr::MODE).as_deref().and_then(decode_mode),
         });
     }
 
@@ -539,10 +540,7 @@ impl Loader {
         let seq = found.iter().map(|f| f.seq).max().unwrap_or(0);
         for f in found {
             if f.is_dir {
-                let dir = Dir {
-                    marker: Mutex::new(Some(f.id)),
-                    mtime_ns: f.mtime_ns,
-                };
+                let dir = Dir::new(Some(f.id), f.mtime_ns, f.mode);
                 map.insert(f.names[0].clone(), Entry::Dir(Arc::new(dir)));
                 continue;
             }
@@ -556,7 +554,7 @@ impl Loader {
                     continue;
                 }
             };
-            let ino = Inode::new(blob, f.len, f.names.clone(), f.mtime_ns, cache);
+            let ino = Inode::new(blob, f.len, f.names.clone(), f.mtime_ns, f.mode, cache);
             if unclean {
                 // These clusters were allocated ahead when the crash came.
                 ino.tail.lock().grown = true;
@@ -599,10 +597,7 @@ impl Loader {
                         break;
                     }
                     None => {
-                        let implied = Dir {
-                            marker: Mutex::new(None),
-                            mtime_ns: 0,
-                        };
+                        let implied = Dir::new(None, 0, None);
                         implied_bytes += dir.len() + IMPLIED_COST;
                         map.insert(dir.to_owned(), Entry::Dir(Arc::new(implied)));
                     }

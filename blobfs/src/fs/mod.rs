@@ -27,6 +27,7 @@
 
 mod ahead;
 mod append;
+mod attributes;
 mod buffers;
 mod cache;
 mod core;
@@ -52,6 +53,7 @@ mod pins;
 mod read;
 mod runs;
 mod space;
+mod stat;
 #[cfg(test)]
 mod store_tests;
 mod sync;
@@ -71,15 +73,17 @@ mod primitives {
 }
 
 pub use ahead::ReadHandle;
+pub use attributes::Attributes;
 pub use cache::CacheStats;
 pub use error::{FsError, Result, SpaceKind};
 pub use file::{File, Pinned};
 pub use load::UNFINISHED;
 pub use memory::Memory;
 pub use metered::IoStats;
-pub use mount::{DirEntry, FileLock, FileSystem, Stat, StatFs};
+pub use mount::{DirEntry, FileLock, FileSystem, StatFs};
 pub use options::{Access, FormatOptions, MountOptions, OpenOptions};
 pub use path::{NAME_MAX, normalise};
 pub use read::ReadRequest;
 pub use space::grow;
+pub use stat::Stat;
 pub use view::StoreView;

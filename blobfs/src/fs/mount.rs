@@ -2,21 +2,21 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 #[cfg(doc)]
 use pumice_bdev::contents;
 use pumice_bdev::contents::{Formatting, Overwrite};
 use pumice_bdev::{BdevError, BlockDevice};
 
+use super::attributes::Attributes;
 use super::cache::CacheStats;
 use super::core::Core;
 use super::error::{FsError, Result};
 use super::file::File;
-use super::inode::Inode;
 use super::metered::IoStats;
 use super::names::Entry;
 use super::options::{FormatOptions, MountOptions, OpenOptions};
+use super::stat::Stat;
 use super::view::StoreView;
 use super::volume::store_error;
 use super::{exit, load, path};
@@ -34,24 +34,6 @@ impl std::fmt::Debug for FileSystem {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.core.fmt(f)
     }
-}
-
-/// Properties of a file or directory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Stat {
-    /// Length in bytes.
-    pub len: u64,
-    /// Whether it is a directory.
-    pub is_dir: bool,
-    /// Time of the last change; the epoch if it is not known.
-    pub mtime: SystemTime,
-    /// Id of the blob; `None` for a directory that only names imply.
-    pub blob_id: Option<BlobId>,
-    /// Space in use, in bytes.
-    pub allocated: u64,
-    /// Number of names of the file.
-    pub links: usize,
 }
 
 /// An entry of a directory.
@@ -289,29 +271,41 @@ impl FileSystem {
     pub fn stat(&self, path: &str) -> Result<Stat> {
         let path = path::normalise(path)?;
         self.core.vol.check_mounted(|| path.clone())?;
-        if path == "/" {
-            let mtime = UNIX_EPOCH;
-            return Ok(Stat {
-                len: 0,
-                is_dir: true,
-                mtime,
-                blob_id: None,
-                allocated: 0,
-                links: 1,
-            });
-        }
         match self.core.names.get(&path) {
-            Some(Entry::File(ino)) => Ok(file_stat(&ino)),
-            Some(Entry::Dir(dir)) => Ok(Stat {
-                len: 0,
-                is_dir: true,
-                mtime: UNIX_EPOCH + Duration::from_nanos(dir.mtime_ns),
-                blob_id: *dir.marker.lock(),
-                allocated: 0,
-                links: 1,
-            }),
+            Some(Entry::File(ino)) => Ok(Stat::of_file(&ino)),
+            Some(Entry::Dir(dir)) => Ok(Stat::of_dir(&dir)),
+            None if path == "/" => Ok(Stat::of_dir(&self.core.names.root)),
             None => Err(FsError::not_found(&path)),
         }
+    }
+
+    /// Returns all paths of the file at `path`, or `path` itself for a directory.
+    ///
+    /// # Errors
+    /// Fails as [`FileSystem::stat`] does.
+    pub fn names(&self, path: &str) -> Result<Vec<String>> {
+        let path = path::normalise(path)?;
+        self.core.vol.check_mounted(|| path.clone())?;
+        match self.core.names.get(&path) {
+            Some(Entry::File(ino)) => Ok(ino.names.lock().clone()),
+            None if path != "/" => Err(FsError::not_found(&path)),
+            _ => Ok(vec![path]),
+        }
+    }
+
+    /// Sets the mode or the time of the last change. Durable on return for a directory other than the root, which keeps them
+    /// until the unmount; for a file after the next sync.
+    ///
+    /// # Errors
+    /// Fails as [`FileSystem::stat`] does, and with the device's error.
+    pub fn set_attributes(&self, path: &str, attributes: &Attributes) -> Result<()> {
+        let path = path::normalise(path)?;
+        if matches!(self.core.names.get(&path), Some(Entry::File(_))) {
+            return self
+                .open(&path, OpenOptions::READ)?
+                .set_attributes(attributes);
+        }
+        self.core.namespace.set_dir_attributes(&path, attributes)
     }
 
     /// Whether there is a file or directory of that path.
@@ -464,16 +458,5 @@ impl FileSystem {
     /// A read-only view of the blobstore.
     pub fn blobstore(&self) -> StoreView<'_> {
         StoreView::new(&self.core)
-    }
-}
-
-fn file_stat(ino: &Inode) -> Stat {
-    Stat {
-        len: ino.len(),
-        is_dir: false,
-        mtime: UNIX_EPOCH + Duration::from_nanos(ino.mtime_ns.load(Ordering::Relaxed)),
-        blob_id: Some(ino.id),
-        allocated: ino.allocated.load(Ordering::Acquire),
-        links: ino.names.lock().len(),
     }
 }

@@ -4,13 +4,15 @@
 //! held only to look at or change an entry, never during I/O.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::atomic::Ordering;
+use std::ops::Bound;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
+use crossbeam::atomic::AtomicCell;
 use parking_lot::{Mutex, RwLock};
 
 use super::error::{FsError, Result};
-use super::inode::{Inode, Life};
+use super::inode::{Inode, Life, now_ns};
 use super::path;
 use crate::blobstore::BlobId;
 
@@ -18,7 +20,19 @@ use crate::blobstore::BlobId;
 pub(crate) struct Dir {
     /// The blob of the directory, or `None` if only the names of files imply the directory.
     pub marker: Mutex<Option<BlobId>>,
-    pub mtime_ns: u64,
+    /// Time of the last change of its entries in memory, or the one that was set.
+    pub mtime_ns: AtomicU64,
+    pub mode: AtomicCell<Option<u32>>,
+}
+
+impl Dir {
+    pub fn new(marker: Option<BlobId>, mtime_ns: u64, mode: Option<u32>) -> Dir {
+        Dir {
+            marker: Mutex::new(marker),
+            mtime_ns: AtomicU64::new(mtime_ns),
+            mode: AtomicCell::new(mode),
+        }
+    }
 }
 
 /// The file or directory of a path.
@@ -37,6 +51,8 @@ pub(crate) struct Ops {
 /// The names of the file system; see the module.
 pub(crate) struct Names {
     pub map: RwLock<BTreeMap<String, Entry>>,
+    /// The root, which has no entry in the map and no blob.
+    pub root: Arc<Dir>,
     pub ops: Mutex<Ops>,
     /// Blobs of files that have a lock (`LOCK`).
     pub locked: Mutex<HashSet<u64>>,
@@ -48,6 +64,7 @@ impl Names {
     pub fn new(map: BTreeMap<String, Entry>, seq: u64) -> Names {
         Names {
             map: RwLock::new(map),
+            root: Arc::new(Dir::new(None, 0, None)),
             ops: Mutex::new(Ops { seq }),
             locked: Mutex::default(),
             orphans: Mutex::default(),
@@ -57,6 +74,16 @@ impl Names {
     /// Returns the entry of `path`. The root has no entry.
     pub fn get(&self, path: &str) -> Option<Entry> {
         self.map.read().get(path).cloned()
+    }
+
+    /// Records that the entries of `dir` have changed.
+    pub fn touch(&self, dir: &str) {
+        let now = now_ns();
+        match self.map.read().get(dir) {
+            Some(Entry::Dir(dir)) => dir.mtime_ns.store(now, Ordering::Relaxed),
+            Some(Entry::File(_)) => {}
+            None => self.root.mtime_ns.store(now, Ordering::Relaxed),
+        }
     }
 
     /// Returns the file at `path` with one more handle counted, unless it is about to be deleted.
@@ -130,10 +157,29 @@ impl Names {
     /// Returns the entries directly in `dir`.
     pub fn children(&self, dir: &str) -> Vec<(String, Entry)> {
         let prefix = path::dir_prefix(dir);
-        self.below(&prefix)
-            .into_iter()
-            .filter(|(p, _)| !p[prefix.len()..].contains('/'))
-            .collect()
+        let map = self.map.read();
+        let mut found = Vec::new();
+        let mut from = Bound::Excluded(prefix.clone());
+        loop {
+            let mut next = None;
+            for (p, entry) in map.range((from, Bound::Unbounded)) {
+                if !p.starts_with(&prefix) {
+                    break;
+                }
+                match p[prefix.len()..].find('/') {
+                    None => found.push((p.clone(), entry.clone())),
+                    // What is in a directory ends before its name with the character that follows the slash.
+                    Some(end) => {
+                        next = Some(format!("{}0", &p[..prefix.len() + end]));
+                        break;
+                    }
+                }
+            }
+            match next {
+                Some(next) => from = Bound::Included(next),
+                None => return found,
+            }
+        }
     }
 
     /// Returns all entries whose path begins with `prefix`.
@@ -190,10 +236,7 @@ mod tests {
     use super::*;
 
     fn dir() -> Entry {
-        Entry::Dir(Arc::new(Dir {
-            marker: Mutex::new(None),
-            mtime_ns: 0,
-        }))
+        Entry::Dir(Arc::new(Dir::new(None, 0, None)))
     }
 
     #[test]

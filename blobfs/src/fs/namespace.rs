@@ -6,9 +6,10 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::attributes::{Attributes, MODE_BITS};
 use super::cache::Cache;
 use super::error::{FsError, Result};
-use super::inode::{Inode, now_ns, xattr};
+use super::inode::{Inode, now_ns, ns, xattr};
 use super::life::Lives;
 use super::names::{Dir, Entry, Names, Opened, Ops, encode_name, encode_names};
 use super::options::OpenOptions;
@@ -107,13 +108,14 @@ impl Namespace {
                 return Err(self.vol.commit_error(format!("{path}: create"), e));
             }
         };
-        let ino = Inode::new(blob, 0, vec![path.to_owned()], mtime, &self.cache);
+        let ino = Inode::new(blob, 0, vec![path.to_owned()], mtime, None, &self.cache);
         ino.essential.store(how.essential, Ordering::Relaxed);
         ino.opens.fetch_add(1, Ordering::SeqCst);
         self.names
             .map
             .write()
             .insert(path.to_owned(), Entry::File(Arc::clone(&ino)));
+        self.names.touch(path::parent(path));
         self.lives.settle_loss(old, loss, path);
         Ok(ino)
     }
@@ -147,6 +149,7 @@ impl Namespace {
             return Err(self.vol.commit_error(format!("{path}: unlink"), e));
         }
         self.names.map.write().remove(path);
+        self.names.touch(path::parent(path));
         self.lives.settle_loss(Some(ino), Some(loss), path);
         Ok(())
     }
@@ -222,6 +225,7 @@ impl Namespace {
             map.remove(from);
             map.insert(to.to_owned(), Entry::File(source));
         }
+        self.touch_both(from, to);
         self.lives.settle_loss(target, loss, to);
         Ok(())
     }
@@ -249,6 +253,7 @@ impl Namespace {
             .map
             .write()
             .insert(to.to_owned(), Entry::File(ino));
+        self.names.touch(path::parent(to));
         Ok(())
     }
 
@@ -272,15 +277,67 @@ impl Namespace {
         let committed = tx
             .commit()
             .map_err(|e| self.vol.commit_error(format!("{path}: mkdir"), e))?;
-        let dir = Dir {
-            marker: parking_lot::Mutex::new(Some(committed.id(new))),
-            mtime_ns: mtime,
-        };
+        let dir = Dir::new(Some(committed.id(new)), mtime, None);
         self.names
             .map
             .write()
             .insert(path.to_owned(), Entry::Dir(Arc::new(dir)));
+        self.names.touch(path::parent(path));
         Ok(())
+    }
+
+    /// Sets attributes of a directory. They are durable on return; the root's last until the unmount.
+    pub fn set_dir_attributes(&self, path: &str, attributes: &Attributes) -> Result<()> {
+        self.vol.check_fork()?;
+        let _ops = self.names.ops.lock();
+        self.vol.check_writable(|| path.to_owned())?;
+        let dir = match self.names.get(path) {
+            Some(Entry::Dir(dir)) => dir,
+            Some(Entry::File(_)) => {
+                return Err(FsError::NotDir {
+                    path: path.to_owned(),
+                });
+            }
+            None if path == "/" => Arc::clone(&self.names.root),
+            None => return Err(FsError::not_found(path)),
+        };
+        let mtime = attributes
+            .modified
+            .map_or_else(|| dir.mtime_ns.load(Ordering::Relaxed), ns);
+        let mode = attributes.mode.map(|mode| mode & MODE_BITS);
+        let mode = mode.or(dir.mode.load());
+        if path != "/" {
+            let mut xattrs = marker_xattrs(path, mtime);
+            xattrs.extend(mode.map(|mode| (xattr::MODE.to_owned(), mode.to_le_bytes().to_vec())));
+            let mut tx = self.vol.store.transaction();
+            let known = *dir.marker.lock();
+            let new = match known {
+                Some(id) => {
+                    for (name, value) in &xattrs {
+                        tx.set_xattr(id, name, value);
+                    }
+                    None
+                }
+                None => Some(tx.create(CreateOptions {
+                    xattrs,
+                    ..self.create_options()
+                })),
+            };
+            let committed = tx
+                .commit()
+                .map_err(|e| self.vol.commit_error(format!("{path}: attributes"), e))?;
+            if let Some(new) = new {
+                *dir.marker.lock() = Some(committed.id(new));
+            }
+        }
+        dir.mtime_ns.store(mtime, Ordering::Relaxed);
+        dir.mode.store(mode);
+        Ok(())
+    }
+
+    fn touch_both(&self, from: &str, to: &str) {
+        self.names.touch(path::parent(from));
+        self.names.touch(path::parent(to));
     }
 
     /// Removes an empty directory.
@@ -313,6 +370,7 @@ impl Namespace {
                 .map_err(|e| self.vol.commit_error(format!("{path}: rmdir"), e))?;
         }
         self.names.map.write().remove(path);
+        self.names.touch(path::parent(path));
         Ok(())
     }
 
@@ -445,6 +503,8 @@ impl Namespace {
         for (p, entry) in below {
             map.insert(moved(&p), entry);
         }
+        drop(map);
+        self.touch_both(from, to);
         Ok(())
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::attributes::Moment;
 use super::buffers::Buffers;
 use super::error::Result;
 use super::inode::{Inode, Life, now_ns, xattr};
@@ -10,7 +11,7 @@ use super::space::Space;
 use super::tail::Tail;
 use super::volume::Volume;
 use super::writeback::{Pending, Writeback, failure};
-use crate::blobstore::{Carrying, Error as StoreError, Persist, Spend};
+use crate::blobstore::{Carrying, Error as StoreError, Persist, Spend, Transaction};
 
 /// Most bytes of an append that the journal carries. Carried bytes are written twice, so a longer
 /// append, whose second write takes longer than the wait that it saves, goes to its place at once.
@@ -54,8 +55,25 @@ impl Syncer {
         self.sync_inner(ino)
     }
 
+    /// Makes data and length durable, and leaves out attributes that were set if the length has not changed.
+    ///
+    /// # Errors
+    /// Fails as [`Syncer::sync`] does.
+    pub fn sync_data(&self, ino: &Arc<Inode>) -> Result<()> {
+        self.vol.check_mounted(|| ino.path())?;
+        self.sync_shared(ino)
+    }
+
     /// Syncs as [`Syncer::sync`] does, also while unmounting.
     pub fn sync_inner(&self, ino: &Arc<Inode>) -> Result<()> {
+        self.sync_shared(ino)?;
+        if ino.own.lock().is_unwritten() {
+            self.commit_attributes(ino)?;
+        }
+        Ok(())
+    }
+
+    fn sync_shared(&self, ino: &Arc<Inode>) -> Result<()> {
         if self.vol.opts.read_only {
             return Ok(());
         }
@@ -142,6 +160,7 @@ impl Syncer {
             && from >= ino.durable_len.load(Ordering::Acquire)
             && tail.pending.is_empty()
             && tail.unflushed.is_empty()
+            && !ino.own.lock().is_unwritten()
             && ino.life.load() == Life::Named;
         if !is_append || !(1..=CARRY_MAX).contains(&len) || ino.is_thin() || ino.is_frozen() {
             return Ok(None);
@@ -236,12 +255,17 @@ impl Syncer {
             && !ino.is_thin()
             && ino.len() == len
             && tail.allocated / self.vol.cluster > needed;
-        let mtime = now_ns();
+        let moment = ino.own.lock().moment(len);
+        let mtime = if moment.keeps_time {
+            ino.mtime_ns.load(Ordering::Relaxed)
+        } else {
+            now_ns()
+        };
         let commit = |clusters: Option<u64>| {
             let mut tx = self.vol.store.transaction();
             tx.spend(Spend::Releasing);
             tx.set_xattr(ino.id, xattr::LENGTH, &len.to_le_bytes());
-            tx.set_xattr(ino.id, xattr::MTIME, &mtime.to_le_bytes());
+            stage_attributes(&mut tx, ino, mtime, moment);
             if let Some(clusters) = clusters {
                 tx.resize(ino.id, clusters);
             }
@@ -260,7 +284,39 @@ impl Syncer {
             commit(None).map_err(failed)?;
         }
         ino.durable_len.store(len, Ordering::Release);
-        ino.mtime_ns.store(mtime, Ordering::Relaxed);
+        if ino.own.lock().wrote(moment) {
+            ino.mtime_ns.store(mtime, Ordering::Relaxed);
+        }
         Ok(())
+    }
+
+    /// Writes the attributes that were set, if the file still has a name.
+    fn commit_attributes(&self, ino: &Arc<Inode>) -> Result<()> {
+        let _one = ino.syncs.hold_off();
+        let moment = {
+            let own = ino.own.lock();
+            if !own.is_unwritten() || matches!(ino.life.load(), Life::Orphan | Life::Gone) {
+                return Ok(());
+            }
+            own.moment(ino.len())
+        };
+        let mtime = ino.mtime_ns.load(Ordering::Relaxed);
+        let mut tx = self.vol.store.transaction();
+        tx.spend(Spend::Releasing);
+        stage_attributes(&mut tx, ino, mtime, moment);
+        tx.commit().map_err(|e| {
+            self.vol
+                .store_error(format!("{}: attributes", ino.path()), e)
+        })?;
+        ino.own.lock().wrote(moment);
+        Ok(())
+    }
+}
+
+/// Adds the attributes of a file to `tx`.
+fn stage_attributes(tx: &mut Transaction, ino: &Inode, mtime: u64, moment: Moment) {
+    tx.set_xattr(ino.id, xattr::MTIME, &mtime.to_le_bytes());
+    if let Some(mode) = moment.mode {
+        tx.set_xattr(ino.id, xattr::MODE, &mode.to_le_bytes());
     }
 }

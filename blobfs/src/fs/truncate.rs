@@ -88,6 +88,7 @@ impl Truncater {
             }
             None => ino.frames.remove_from(region),
         }
+        ino.own.lock().untime();
         ino.mtime_ns.store(now_ns(), Ordering::Relaxed);
         tail.check(new_len);
         Ok(())
