@@ -185,6 +185,11 @@ pub struct Change {
 }
 
 impl Change {
+    /// Whether to continue although files are damaged.
+    pub fn accepts_damage(&self) -> bool {
+        self.accept_damage
+    }
+
     /// Returns the way to mount for the change.
     pub fn mode(&self) -> Mode {
         Mode::Write {

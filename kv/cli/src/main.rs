@@ -16,6 +16,7 @@ mod fsck;
 mod grow;
 mod holder;
 mod mkfs;
+mod mount;
 mod nvme;
 mod rescue;
 mod rocksdb;
@@ -46,6 +47,7 @@ enum Command {
     Rescue(rescue::Rescue),
     Mkfs(mkfs::Mkfs),
     Grow(grow::Grow),
+    Mount(mount::Mount),
     Ls(files::Ls),
     Cat(files::Cat),
     Cp(copy::Cp),
@@ -104,6 +106,7 @@ fn run(command: Command) -> ExitCode {
         Command::Rescue(args) => rescue::run(&args),
         Command::Mkfs(args) => mkfs::run(&args),
         Command::Grow(args) => grow::run(&args),
+        Command::Mount(args) => mount::run(&args),
         Command::Ls(args) => files::ls(&args),
         Command::Cat(args) => files::cat(&args),
         Command::Cp(args) => copy::cp(&args),
