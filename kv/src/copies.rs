@@ -9,11 +9,12 @@ use std::sync::{Mutex, PoisonError};
 use pumice_blobfs::fs as blob;
 use pumice_blobfs::fs::{FileSystem, FsError};
 use pumice_io::process::PerProcess;
+use rocksdb::Env;
 use rocksdb::backup::{BackupEngine, BackupEngineInfo, BackupEngineOptions, RestoreOptions};
 use rocksdb::checkpoint::Checkpoint;
 
 use crate::plugin::{from_root, normal};
-use crate::{Db, Error};
+use crate::{Db, DbOptions, Error};
 
 /// The checkpoint of an export. A process that was killed while exporting leaves it, and the next
 /// export removes it.
@@ -55,7 +56,7 @@ impl Db {
     /// # Errors
     /// [`Error::FileSystem`], [`Error::RocksDb`].
     pub fn backups(&self, path: &str) -> Result<Vec<BackupEngineInfo>, Error> {
-        if !self.holds_backups(path)? {
+        if !holds_backups(&self.fs, path)? {
             return Ok(Vec::new());
         }
         Ok(self.engine(path)?.get_backup_info())
@@ -69,19 +70,13 @@ impl Db {
     /// [`Error::Directory`] if there is no backup at `path`, or something at `to`; [`Error::FileSystem`],
     /// [`Error::RocksDb`].
     pub fn restore_backup(&self, path: &str, to: &str) -> Result<(), Error> {
-        if self.backups(path)?.is_empty() {
-            return Err(Error::Directory {
-                path: normal(path)?,
-                reason: "there is no backup in it; `Db::backup` makes one".to_owned(),
-            });
+        if normal(to)? == self.root {
+            return Err(not_restorable(
+                self.root.clone(),
+                "it is the directory of this database, which is open",
+            ));
         }
-        let mut engine = self.engine(path)?;
-        self.check_restorable(to)?;
-        let made = Made::with_parents(&self.fs, to)?;
-        let to = self.inside(to)?;
-        engine.restore_from_latest_backup(&to, &to, &RestoreOptions::default())?;
-        made.keep();
-        Ok(())
+        restore(&self.fs, self.env(), &self.root, (path, to))
     }
 
     /// Copies the database in its current state, memtables included, to the directory `to` of the
@@ -114,49 +109,108 @@ impl Db {
         outside.keep()
     }
 
-    /// Checks that the directory is missing or empty: its content could be this database, or
-    /// another one.
-    fn check_restorable(&self, to: &str) -> Result<(), Error> {
-        let path = normal(to)?;
-        let refuse = |reason: &str| {
-            Err(Error::Directory {
-                path: path.clone(),
-                reason: format!("{reason}; a backup is restored into a missing or empty directory"),
-            })
-        };
-        if path == self.root {
-            return refuse("it is the directory of this database, which is open");
-        }
-        match self.fs.list(&path) {
-            Ok(entries) if entries.is_empty() => Ok(()),
-            Ok(entries) if entries.iter().any(|entry| entry.name == "LOCK") => {
-                refuse("it holds a database")
-            }
-            Ok(_) => refuse("it is not empty"),
-            Err(FsError::NotFound { .. }) => Ok(()),
-            Err(FsError::NotDir { .. }) => refuse("it is a file"),
-            Err(e) => Err(e.into()),
-        }
-    }
-
-    /// Whether the directory has the files that RocksDB's backup engine makes. The engine makes
-    /// missing ones, so it is not asked about any other place.
-    fn holds_backups(&self, path: &str) -> Result<bool, Error> {
-        match self.fs.stat(&format!("{}/meta", normal(path)?)) {
-            Ok(stat) => Ok(stat.is_dir),
-            Err(FsError::NotFound { .. } | FsError::NotDir { .. }) => Ok(false),
-            Err(e) => Err(e.into()),
-        }
-    }
-
     fn engine(&self, path: &str) -> Result<BackupEngine, Error> {
-        let options = BackupEngineOptions::new(self.inside(path)?)?;
-        Ok(BackupEngine::open(&options, self.env())?)
+        engine(self.env(), &self.inside(path)?)
     }
 
     /// Returns `path` of the file system as the database's environment names it.
     fn inside(&self, path: &str) -> Result<String, Error> {
         Ok(from_root(&self.root, &normal(path)?))
+    }
+}
+
+impl DbOptions {
+    /// Restores the latest backup at `backup` of the file system, which [`Db::backup`] has made, into the directory
+    /// [`DbOptions::path`], which must be missing or empty, without a database that is open. If it fails, nothing of it is
+    /// left.
+    ///
+    /// ```
+    /// # use pumice::{DbOptions, MountOptions};
+    /// let fs = pumice::mount("malloc://256M", &MountOptions::new())?;
+    /// let db = DbOptions::new().path("/orders").open_in(&fs)?;
+    /// db.put(b"key", b"value")?;
+    /// db.backup("/backups")?;
+    /// db.close()?;
+    /// drop(db);
+    /// DbOptions::new().path("/orders").destroy_in(&fs)?;
+    /// fs.rmdir("/orders")?;
+    ///
+    /// let options = DbOptions::new().path("/again");
+    /// options.restore_in(&fs, "/backups")?;
+    /// let db = options.open_in(&fs)?;
+    /// assert_eq!(db.get(b"key")?.as_deref(), Some(&b"value"[..]));
+    /// # db.close()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Directory`] if there is no backup at `backup`, or something at the path; [`Error::FileSystem`],
+    /// [`Error::RocksDb`].
+    pub fn restore_in(&self, fs: &FileSystem, backup: &str) -> Result<(), Error> {
+        let env = self.env.clone().root("/").build(fs)?;
+        restore(fs, &env, "/", (backup, &self.path))
+    }
+}
+
+/// Restores the latest backup at `backup` into `to`. `root` is the directory that `env` calls `/`.
+fn restore(
+    fs: &FileSystem,
+    env: &Env,
+    root: &str,
+    (backup, to): (&str, &str),
+) -> Result<(), Error> {
+    let inside = |path: &str| Ok::<_, Error>(from_root(root, &normal(path)?));
+    let none = || Error::Directory {
+        path: backup.to_owned(),
+        reason: "there is no backup in it; `Db::backup` makes one".to_owned(),
+    };
+    if !holds_backups(fs, backup)? {
+        return Err(none());
+    }
+    let mut engine = engine(env, &inside(backup)?)?;
+    if engine.get_backup_info().is_empty() {
+        return Err(none());
+    }
+    check_restorable(fs, to)?;
+    let made = Made::with_parents(fs, to)?;
+    let to = inside(to)?;
+    engine.restore_from_latest_backup(&to, &to, &RestoreOptions::default())?;
+    made.keep();
+    Ok(())
+}
+
+fn engine(env: &Env, path: &str) -> Result<BackupEngine, Error> {
+    Ok(BackupEngine::open(&BackupEngineOptions::new(path)?, env)?)
+}
+
+fn not_restorable(path: String, reason: &str) -> Error {
+    let reason = format!("{reason}; a backup is restored into a missing or empty directory");
+    Error::Directory { path, reason }
+}
+
+/// Checks that the directory is missing or empty: its content could be a database.
+fn check_restorable(fs: &FileSystem, to: &str) -> Result<(), Error> {
+    let path = normal(to)?;
+    let refuse = |reason: &str| Err(not_restorable(path.clone(), reason));
+    match fs.list(&path) {
+        Ok(entries) if entries.is_empty() => Ok(()),
+        Ok(entries) if entries.iter().any(|entry| entry.name == "LOCK") => {
+            refuse("it holds a database")
+        }
+        Ok(_) => refuse("it is not empty"),
+        Err(FsError::NotFound { .. }) => Ok(()),
+        Err(FsError::NotDir { .. }) => refuse("it is a file"),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Whether the directory has the files that RocksDB's backup engine makes. The engine makes missing ones, so it is not asked
+/// about any other place.
+fn holds_backups(fs: &FileSystem, path: &str) -> Result<bool, Error> {
+    match fs.stat(&format!("{}/meta", normal(path)?)) {
+        Ok(stat) => Ok(stat.is_dir),
+        Err(FsError::NotFound { .. } | FsError::NotDir { .. }) => Ok(false),
+        Err(e) => Err(e.into()),
     }
 }
 

@@ -89,12 +89,12 @@ pub struct Db {
 /// ```
 #[derive(Clone)]
 pub struct DbOptions {
-    path: String,
+    pub(crate) path: String,
     options: Options,
     column_families: Vec<(String, Options)>,
     read_only: bool,
     mount: MountOptions,
-    env: EnvOptions,
+    pub(crate) env: EnvOptions,
     #[cfg(feature = "inspect")]
     look: Look,
 }
@@ -551,6 +551,23 @@ impl Db {
             path: self.root.clone(),
             source,
         })
+    }
+
+    /// Returns the names of the column families that the database has.
+    ///
+    /// ```
+    /// # let options = pumice::rocksdb::Options::default();
+    /// let fs = pumice::mount("malloc://256M", &pumice::MountOptions::new())?;
+    /// let db = pumice::DbOptions::new().column_family("events", options).open_in(&fs)?;
+    /// assert_eq!(db.column_families()?, ["default", "events"]);
+    /// # db.close()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::RocksDb`] if the MANIFEST cannot be read.
+    pub fn column_families(&self) -> Result<Vec<String>, Error> {
+        Ok(Rocks::list_cf(&self.options, "/")?)
     }
 
     /// Returns the column families that exist, with their names.
