@@ -18,7 +18,7 @@ fn rocksdbs_tools_are_found_on_the_path_and_get_their_arguments() {
             .output()
             .unwrap()
     };
-    for tool in ["ldb", "sst_dump"] {
+    for tool in ["db", "ldb", "sst_dump"] {
         let missing = run(tool);
         let said = String::from_utf8_lossy(&missing.stderr);
         assert_eq!(missing.status.code(), Some(1), "{said}");

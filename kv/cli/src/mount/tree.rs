@@ -398,12 +398,11 @@ impl Tree {
         let file = self.handle(id)?;
         let end = at.checked_add(len).ok_or(Errno::EFBIG)?;
         file.allocate(at, len).or_errno()?;
+        self.unsynced.store(true, Ordering::Relaxed);
         if !keep_size && end > file.len() {
-            self.unsynced.store(true, Ordering::Relaxed);
             file.truncate(end).or_errno()?;
-            self.modified_now(&file)?;
         }
-        Ok(())
+        self.modified_now(&file)
     }
 
     /// Makes a file durable: `data_only` without attributes that its length does not need.

@@ -70,10 +70,6 @@ impl Mounted {
         }
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
-        self.at.join(name)
-    }
-
     /// Sends a signal to the process.
     pub fn signal(&self, name: &str) {
         signal(name, &self.child.id().to_string());
