@@ -62,6 +62,7 @@ enum Command {
     Config(config::Config),
     Rpc(rpc::Rpc),
     Top(top::Top),
+    Db(rocksdb::DbTool),
     Ldb(rocksdb::Ldb),
     #[command(name = "sst_dump")]
     SstDump(rocksdb::SstDump),
@@ -121,6 +122,7 @@ fn run(command: Command) -> ExitCode {
         Command::Config(args) => config::run(&args),
         Command::Rpc(args) => rpc::run(&args),
         Command::Top(args) => top::run(&args),
+        Command::Db(args) => rocksdb::db(&args),
         Command::Ldb(args) => rocksdb::ldb(&args),
         Command::SstDump(args) => rocksdb::sst_dump(&args),
     }

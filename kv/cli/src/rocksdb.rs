@@ -1,4 +1,4 @@
-//! RocksDB's tools. They are programs of their own, since this one does not link RocksDB.
+//! What needs RocksDB: `pumice db`, and RocksDB's own tools. They are programs of their own, since this one does not link it.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt as _;
@@ -7,6 +7,20 @@ use std::process::{Command, ExitCode};
 
 use clap::Args;
 use pumice_bdev_control::complain;
+
+/// Look into a database on a device, and change, copy and check it: get, scan, dump, verify, backup and the rest
+#[derive(Args)]
+#[command(name = "db", disable_help_flag = true)]
+pub struct DbTool {
+    /// A command and its arguments, the device first: `scan disk.img --limit 10`; `--help` lists them
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "ARGUMENT"
+    )]
+    arguments: Vec<OsString>,
+}
 
 /// Run RocksDB's ldb on the databases of a file system: get, put, scan, dump, repair and the rest
 #[derive(Args)]
@@ -34,6 +48,11 @@ pub struct SstDump {
         value_name = "DEVICE ARGUMENT"
     )]
     arguments: Vec<OsString>,
+}
+
+/// Becomes `pumice-db`.
+pub fn db(args: &DbTool) -> ExitCode {
+    become_program("db", &args.arguments)
 }
 
 /// Becomes `pumice-ldb`.
