@@ -1,82 +1,23 @@
 //! Small syncs whose bytes the journal carries. Each test names the rules of the protocol that it is
 //! about.
 
+#[path = "common/carry.rs"]
+mod carry;
 mod common;
 #[path = "common/flaky.rs"]
 mod flaky;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use carry::*;
 use common::faults::{Less, all, content_of};
-use common::journal::{DEVICES, Device};
+use common::journal::DEVICES;
 use common::watchdog::watchdog;
 use flaky::{Flaky, Plan};
 use pumice_bdev::delay::{Delay, Latencies};
 use pumice_bdev::{BlockDevice, IoErrorKind, OpKind};
-use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage};
-use pumice_blobfs::blobstore::check::{Severity, check};
 use pumice_blobfs::fs::{File, FileSystem, FormatOptions, IoStats, MountOptions, OpenOptions};
 use rand::prelude::*;
-
-/// The smallest ring: a few syncs fill half of it.
-const RING: u64 = 128 << 10;
-const SIZE: u64 = 8 << 20;
-const CLUSTER: u32 = 16 << 10;
-
-fn options(journal: u64) -> FormatOptions {
-    let mut format = FormatOptions::default();
-    format.cluster_size = CLUSTER;
-    format.md_pages = Some(100);
-    format.journal = Some(journal);
-    format
-}
-
-/// An empty file system with a journal of this many bytes.
-fn formatted_with(device: Device, journal: u64) -> CrashImage {
-    let dev = device.with(CrashImage::zeroed(SIZE), 0);
-    FileSystem::format(Arc::new(dev.clone()), &options(journal)).unwrap();
-    dev.image()
-}
-
-/// An empty file system with the smallest journal.
-fn formatted(device: Device) -> CrashImage {
-    formatted_with(device, RING)
-}
-
-fn mount(dev: Arc<dyn BlockDevice>) -> FileSystem {
-    FileSystem::mount(dev, &MountOptions::default()).unwrap()
-}
-
-fn mount_read_only(dev: Arc<dyn BlockDevice>) -> FileSystem {
-    let mut opts = MountOptions::default();
-    opts.read_only = true;
-    FileSystem::mount(dev, &opts).unwrap()
-}
-
-fn create(fs: &FileSystem, path: &str) -> File {
-    fs.open(path, OpenOptions::CREATE).unwrap()
-}
-
-/// Bytes that tell where they belong.
-fn bytes(seed: usize, len: usize) -> Vec<u8> {
-    let byte = |i: usize| u8::try_from((seed * 31 + i * 7 + i / 251) % 251).unwrap() + 1;
-    (0..len).map(byte).collect()
-}
-
-/// The device after a power cut that has lost whatever it may lose, or nothing.
-fn cut(device: Device, dev: &CrashDevice, keep: bool) -> CrashDevice {
-    device.with(dev.image_after(dev.len_events(), &mut |_| keep), 1)
-}
-
-/// Mounts what a power cut has left, whatever it has lost, and compares a file.
-fn assert_survives(device: Device, dev: &CrashDevice, path: &str, expected: &[u8], what: &str) {
-    for keep in [false, true] {
-        let fs = mount(Arc::new(cut(device, dev, keep)));
-        let found = content_of(&fs, path);
-        assert!(found == expected, "{what}, {keep}: {path} has other bytes");
-    }
-}
 
 /// A device in memory, whose writes take a while, with a file system and a journal of this many bytes.
 fn in_memory(journal: u64, write_cache: bool, write_us: u64) -> FileSystem {
@@ -187,182 +128,6 @@ fn rules_2_and_20_syncs_of_threads_share_a_write() {
     }
 }
 
-/// What is expected of a file: its bytes, and the number of them that are synced.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct Promise {
-    data: Vec<u8>,
-    synced: usize,
-}
-
-type State = BTreeMap<String, Promise>;
-
-/// Returns the difference between a file system and a state.
-fn differs(fs: &FileSystem, state: &State) -> Option<String> {
-    let there = fs.list("/").unwrap();
-    let names: Vec<String> = there.iter().map(|e| format!("/{}", e.name)).collect();
-    if !names.iter().eq(state.keys()) {
-        return Some(format!("names {names:?}, not {:?}", state.keys()));
-    }
-    for (path, promise) in state {
-        let found = content_of(fs, path);
-        let (len, synced) = (found.len(), promise.synced);
-        if len < synced || len > promise.data.len() {
-            return Some(format!("{path} has {len} bytes, {synced} are synced"));
-        }
-        if let Some(i) = (0..len).find(|i| found[*i] != promise.data[*i]) {
-            let (is, not) = (found[i], promise.data[i]);
-            return Some(format!("{path}: byte {i} of {len} is {is}, not {not}"));
-        }
-    }
-    None
-}
-
-fn assert_one_of(fs: &FileSystem, states: [&State; 2], what: &str) {
-    assert_eq!(fs.problems(), [] as [String; 0], "{what}");
-    if let (Some(old), Some(new)) = (differs(fs, states[0]), differs(fs, states[1])) {
-        panic!("{what}: neither the old state ({old}) nor the new ({new})");
-    }
-}
-
-/// Checks a state after a power cut; if `deep`, also after a second cut anywhere in the recovery.
-fn check_state(device: Device, image: &CrashImage, states: [&State; 2], what: &str, deep: bool) {
-    let dev = device.with(image.clone(), 5);
-    let as_dyn: Arc<dyn BlockDevice> = Arc::new(dev.clone());
-    let report = check(&as_dyn).unwrap_or_else(|error| panic!("{what}: {error}"));
-    let worst = report.findings.iter().map(|finding| finding.severity).max();
-    assert!(
-        worst.is_none_or(|worst| worst == Severity::Note),
-        "{what}: {:?}",
-        report.findings
-    );
-    // Rule 24: a mount that may not write sees the same, and writes nothing.
-    let fs = mount_read_only(Arc::clone(&as_dyn));
-    assert_one_of(&fs, states, &format!("{what}, read-only"));
-    fs.unmount().unwrap();
-    drop(fs);
-    assert_eq!(dev.len_events(), 0, "{what}: a read-only mount has written");
-    let fs = mount(as_dyn);
-    assert_one_of(&fs, states, what);
-    if deep {
-        let mut points = dev.crash_points();
-        while points.advance().is_some() {
-            for keep in [false, true] {
-                let again = points.image(&mut |_| keep);
-                let second = mount(Arc::new(device.with(again, 6)));
-                let what = format!("{what}, second cut after event {}", points.position());
-                assert_one_of(&second, states, &what);
-            }
-        }
-    }
-    fs.unmount().unwrap();
-}
-
-/// Files that are appended to and synced, and now and then truncated, deleted, renamed, closed.
-struct Work {
-    dev: CrashDevice,
-    fs: FileSystem,
-    handles: BTreeMap<String, File>,
-    now: State,
-    /// The state after each operation, and the event at which it was acknowledged.
-    history: Vec<(usize, String, State)>,
-    rng: SmallRng,
-    appends: usize,
-}
-
-impl Work {
-    fn new(device: Device, seed: u64) -> Work {
-        let dev = device.with(formatted(device), seed);
-        Work {
-            fs: mount(Arc::new(dev.clone())),
-            dev,
-            handles: BTreeMap::new(),
-            now: State::new(),
-            history: vec![(0, "nothing".to_owned(), State::new())],
-            rng: SmallRng::seed_from_u64(seed),
-            appends: 0,
-        }
-    }
-
-    fn done(&mut self, what: String) {
-        self.history
-            .push((self.dev.len_events(), what, self.now.clone()));
-    }
-
-    fn file(&mut self) -> (String, File) {
-        let path = ["/a", "/b", "/c"][self.rng.random_range(0..3)].to_owned();
-        if !self.handles.contains_key(&path) {
-            let f = create(&self.fs, &path);
-            self.handles.insert(path.clone(), f);
-            if !self.now.contains_key(&path) {
-                self.now.insert(path.clone(), Promise::default());
-                self.done(format!("create {path}"));
-            }
-        }
-        let f = self.handles[&path].clone();
-        (path, f)
-    }
-
-    fn step(&mut self) {
-        let (path, f) = self.file();
-        let promise = self.now.get_mut(&path).unwrap();
-        let what = match self.rng.random_range(0..100u32) {
-            0..8 => {
-                let to = self.rng.random_range(0..=promise.data.len());
-                f.truncate(to as u64).unwrap();
-                promise.data.truncate(to);
-                promise.synced = promise.synced.min(to);
-                format!("truncate {path} to {to}")
-            }
-            8..12 => {
-                drop(f);
-                self.handles.remove(&path);
-                self.fs.unlink(&path).unwrap();
-                self.now.remove(&path);
-                format!("unlink {path}")
-            }
-            12..16 => {
-                let promise = promise.clone();
-                self.fs.rename(&path, "/d").unwrap();
-                self.now.remove(&path);
-                self.handles.remove(&path);
-                drop(f);
-                self.now.insert("/d".to_owned(), promise);
-                format!("rename {path} /d")
-            }
-            16..19 => {
-                f.range_sync(0, u64::MAX).unwrap();
-                format!("range_sync {path}")
-            }
-            19..22 => {
-                drop(f);
-                self.handles.remove(&path);
-                format!("close {path}")
-            }
-            n => {
-                let most = match n {
-                    22..25 => 90_000,
-                    25..40 => 9000,
-                    _ => 300,
-                };
-                let more = bytes(self.appends, self.rng.random_range(1..most));
-                self.appends += 1;
-                f.append(&more).unwrap();
-                promise.data.extend(&more);
-                let what = format!("append {} to {path}", more.len());
-                self.done(what);
-                if n.is_multiple_of(4) {
-                    return;
-                }
-                f.sync().unwrap();
-                let promise = self.now.get_mut(&path).unwrap();
-                promise.synced = promise.data.len();
-                format!("sync {path}")
-            }
-        };
-        self.done(what);
-    }
-}
-
 #[test]
 fn rules_9_and_20_to_22_a_power_cut_anywhere_leaves_what_was_synced() {
     for (device, seed) in DEVICES.into_iter().zip(1..) {
@@ -390,7 +155,13 @@ fn rules_9_and_20_to_22_a_power_cut_anywhere_leaves_what_was_synced() {
                     _ => work.rng.random_bool(0.5),
                 });
                 let what = format!("{device:?}, seed {seed}, event {at}, in {op:?}, {round}");
-                check_state(device, &image, [before, after], &what, at % 16 == 0);
+                check_state(
+                    device,
+                    &image,
+                    [before, after],
+                    &what,
+                    at.is_multiple_of(16),
+                );
                 states += 1;
             }
         }
@@ -427,7 +198,7 @@ fn rule_12_a_cut_anywhere_in_the_recovery_changes_nothing() {
     }
 }
 
-/// What is owed is read from memory, and from the device after the last handle is gone.
+/// Owed bytes are read from memory, and from the device after the last handle is gone.
 #[test]
 fn rule_20_readers_see_what_is_owed() {
     let base = pumice_bdev::open("malloc://64M?block_size=512").unwrap();
@@ -454,7 +225,7 @@ fn rule_20_readers_see_what_is_owed() {
     fs.unmount().unwrap();
 }
 
-/// What was written to the file before, and waits for a flush, is durable too when a sync returns.
+/// Bytes that were written to the file before, and wait for a flush, are durable too when a sync returns.
 #[test]
 fn rule_2_a_sync_is_not_carried_over_bytes_that_are_not_durable() {
     for device in DEVICES {

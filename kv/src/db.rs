@@ -4,21 +4,24 @@ use std::ffi::CStr;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pumice_blobfs::fs::{self, FileSystem, FsError};
+use pumice_blobfs::fs::{FileSystem, FsError};
 use rocksdb::{
     CStrLike, DBWithThreadMode, DEFAULT_COLUMN_FAMILY_NAME, Env, FlushOptions, MultiThreaded,
     Options,
 };
 
 use crate::closing::{Closing, buffers_its_log};
-use crate::copies;
-use crate::error::{chain, is_no_space};
+use crate::error::chain;
 #[cfg(feature = "inspect")]
 use crate::inspect::{Inspection, Look, Registry};
-use crate::plugin::{Binding, normal};
+use crate::plugin::Binding;
 use crate::shared::Use;
 use crate::unlogged::{self, Family, Refused};
-use crate::{EnvOptions, Error, MountOptions, figures, mount_device};
+use crate::{Error, figures};
+
+mod options;
+
+pub use options::DbOptions;
 
 /// The database type of the `rocksdb` crate that [`Db`] wraps.
 pub type Rocks = DBWithThreadMode<MultiThreaded>;
@@ -64,291 +67,11 @@ pub struct Db {
     inspection: Mutex<Option<Inspection>>,
 }
 
-/// Options of opening a [`Db`].
-///
-/// ```
-/// # let dir = tempfile::tempdir()?;
-/// # let device = format!("file://{}/kv.img?size=256M&create=1", dir.path().display());
-/// use pumice::rocksdb::{Options, WriteOptions};
-///
-/// let mut events = Options::default();
-/// events.set_enable_blob_files(true);
-/// let db = pumice::DbOptions::new()
-///     .path("/orders")
-///     .configure(|options| options.set_write_buffer_size(32 << 20))
-///     .column_family("events", events)
-///     .open(&device)?;
-///
-/// let mut sync = WriteOptions::default();
-/// sync.set_sync(true);
-/// let events = db.cf_handle("events").ok_or("no such column family")?;
-/// db.put_cf_opt(&events, b"1", b"shipped", &sync)?;
-/// # drop(events);
-/// # db.close()?;
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-#[derive(Clone)]
-pub struct DbOptions {
-    pub(crate) path: String,
-    options: Options,
-    column_families: Vec<(String, Options)>,
-    read_only: bool,
-    mount: MountOptions,
-    pub(crate) env: EnvOptions,
-    #[cfg(feature = "inspect")]
-    look: Look,
-}
-
-impl Default for DbOptions {
-    fn default() -> Self {
-        let mut options = Options::default();
-        options.create_if_missing(true);
-        options.create_missing_column_families(true);
-        // By default RocksDB keeps a thousand info logs, one of each opening, and a file takes a
-        // cluster.
-        options.set_keep_log_file_num(10);
-        if let Some(bytes) = memtable_bytes(fs::Memory::of_this_process()) {
-            options.set_write_buffer_size(bytes);
-        }
-        DbOptions {
-            path: "/".to_owned(),
-            options,
-            column_families: Vec::new(),
-            read_only: false,
-            mount: MountOptions::default(),
-            env: EnvOptions::default(),
-            #[cfg(feature = "inspect")]
-            look: Look::default(),
-        }
-    }
-}
-
-/// The size of a memtable where RocksDB's default of 64 MiB, two of them, is too much for the memory that
-/// the process may use: a sixteenth of that, at least 4 MiB.
-fn memtable_bytes(memory: Option<fs::Memory>) -> Option<usize> {
-    let bytes = (memory?.limit_bytes / 16).max(4 << 20);
-    usize::try_from(bytes)
-        .ok()
-        .filter(|bytes| *bytes < 64 << 20)
-}
-
-impl std::fmt::Debug for DbOptions {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let names: Vec<&str> = self
-            .column_families
-            .iter()
-            .map(|(name, _)| &name[..])
-            .collect();
-        f.debug_struct("DbOptions")
-            .field("path", &self.path)
-            .field("column_families", &names)
-            .field("read_only", &self.read_only)
-            .field("mount", &self.mount)
-            .field("env", &self.env)
-            .finish_non_exhaustive()
-    }
-}
-
 impl std::fmt::Debug for Db {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Db")
             .field("path", &self.root)
             .finish_non_exhaustive()
-    }
-}
-
-impl DbOptions {
-    /// Opens the database at `/`, made if it does not exist, with RocksDB's defaults, except that ten of
-    /// its info logs are kept and not a thousand, and that a memtable takes at most a sixteenth of
-    /// the memory that this process may use.
-    #[must_use]
-    pub fn new() -> DbOptions {
-        DbOptions::default()
-    }
-
-    /// Sets the directory of the database in the file system, which several databases may share.
-    /// The default is `/`.
-    #[must_use]
-    pub fn path(mut self, path: &str) -> DbOptions {
-        path.clone_into(&mut self.path);
-        self
-    }
-
-    /// Replaces RocksDB's options. Opening sets their environment.
-    #[must_use]
-    pub fn rocksdb(mut self, options: Options) -> DbOptions {
-        self.options = options;
-        self
-    }
-
-    /// Changes RocksDB's options.
-    #[must_use]
-    pub fn configure(mut self, change: impl FnOnce(&mut Options)) -> DbOptions {
-        change(&mut self.options);
-        self
-    }
-
-    /// Sets the options of one column family, which is created if it does not exist. Existing
-    /// families that are not named here are opened with the database's options.
-    #[must_use]
-    pub fn column_family(mut self, name: &str, options: Options) -> DbOptions {
-        self.column_families.retain(|(known, _)| known != name);
-        self.column_families.push((name.to_owned(), options));
-        self
-    }
-
-    /// Refuses writes. Nothing is created, neither an image nor a file system nor a database.
-    /// [`DbOptions::open`] then opens the device for reading only and writes nothing to it.
-    #[must_use]
-    pub fn read_only(mut self, read_only: bool) -> DbOptions {
-        self.read_only = read_only;
-        self
-    }
-
-    /// Sets how [`DbOptions::open`] mounts.
-    #[must_use]
-    pub fn mount(mut self, mount: MountOptions) -> DbOptions {
-        self.mount = mount;
-        self
-    }
-
-    /// Sets how RocksDB uses the file system. [`DbOptions::path`] sets the root.
-    #[must_use]
-    pub fn env(mut self, env: EnvOptions) -> DbOptions {
-        self.env = env;
-        self
-    }
-
-    /// While the database is open, the process answers questions about it on the socket `path`: `pumice df`, `ls` and
-    /// `stat` ask there when they find the device in use, `pumice top` shows what the process does, and any client of
-    /// JSON-RPC can ask (`pumice rpc`). The socket has mode 0600, nothing can be changed through it, and closing
-    /// removes it. Of several databases that share a device, the one that mounts it decides whether its operations are
-    /// counted one by one: without this option or [`DbOptions::metrics`] there are no latencies and no channels. Needs the
-    /// feature `inspect`.
-    #[cfg(feature = "inspect")]
-    #[must_use]
-    pub fn rpc_socket(mut self, path: impl Into<std::path::PathBuf>) -> DbOptions {
-        self.look.rpc_socket = Some(path.into());
-        self
-    }
-
-    /// While the database is open, its figures, the file system's and the device's are served as text for Prometheus on
-    /// `address`: the path of a Unix socket, or a loopback address (`127.0.0.1:9100`). Needs the feature `inspect`.
-    #[cfg(feature = "inspect")]
-    #[must_use]
-    pub fn metrics(mut self, address: &str) -> DbOptions {
-        self.look.metrics = Some(address.to_owned());
-        self
-    }
-
-    /// Mounts the file system on the device that `uri` names and opens the database in it. A device
-    /// that holds nothing is formatted first, unless [`MountOptions::format_empty`] was cleared.
-    ///
-    /// A process may open several databases of one device this way, each at a
-    /// [path](DbOptions::path) of its own. They share one file system, which is mounted with the
-    /// options of the first one, and the [`Db::close`] of the last one unmounts it. A file is one
-    /// device under all its names, and each namespace of an NVMe controller is a device of its own.
-    /// Devices in memory (`malloc://…`) are new each time.
-    ///
-    /// # Errors
-    /// [`Error::Device`], [`Error::FileSystem`], [`Error::RocksDb`], [`Error::Full`].
-    pub fn open(&self, uri: &str) -> Result<Db, Error> {
-        let mut how = self.mount.clone();
-        if self.read_only {
-            how = how.read_only(true);
-        }
-        let open = || crate::mount::open_device(uri, &how);
-        let mounted = Use::of(uri, how.is_read_only(), open, |device, counted| {
-            #[cfg(feature = "inspect")]
-            let device = self.look.counted(device, counted)?;
-            #[cfg(not(feature = "inspect"))]
-            let _ = counted;
-            mount_device(&device, &how)
-        })?;
-        #[cfg(feature = "inspect")]
-        let counted = mounted.counted();
-        let fs = mounted.fs().clone();
-        let db = self.open_on(fs, Some(mounted))?;
-        #[cfg(feature = "inspect")]
-        db.inspect(&self.look, counted)?;
-        Ok(db)
-    }
-
-    /// Opens the database in a mounted file system, which stays mounted.
-    ///
-    /// # Errors
-    /// [`Error::FileSystem`], [`Error::RocksDb`], [`Error::Full`].
-    pub fn open_in(&self, fs: &FileSystem) -> Result<Db, Error> {
-        let db = self.open_on(fs.clone(), None)?;
-        #[cfg(feature = "inspect")]
-        db.inspect(&self.look, Registry::new())?;
-        Ok(db)
-    }
-
-    pub(crate) fn open_on(&self, fs: FileSystem, mounted: Option<Use>) -> Result<Db, Error> {
-        let root = normal(&self.path)?;
-        if root == copies::EXPORTED {
-            let reason = "`Db::export` works there; choose another directory".to_owned();
-            return Err(Error::Directory { path: root, reason });
-        }
-        let (env, binding) = self.env.clone().root(&root).build_bound(&fs)?;
-        let mut options = self.options.clone();
-        options.set_env(&env);
-        if self.read_only {
-            // Without this RocksDB makes a missing directory, even to read from it.
-            options.create_if_missing(false);
-            options.create_missing_column_families(false);
-        }
-        let db = self.open_families(&options).map_err(|error| {
-            if is_no_space(&error) {
-                Error::Full { source: error }
-            } else {
-                error.into()
-            }
-        })?;
-        Ok(Db {
-            db: Some(Arc::new(db)),
-            options,
-            env,
-            binding,
-            fs,
-            root,
-            read_only: self.read_only,
-            mounted,
-            closing: Mutex::new(Closing::Open),
-            refused: Mutex::default(),
-            #[cfg(feature = "inspect")]
-            inspection: Mutex::new(None),
-        })
-    }
-
-    /// Opens with every column family that exists or was requested, the default one by its name, so
-    /// that the handles are the same the first time and later.
-    fn open_families(&self, options: &Options) -> Result<Rocks, rocksdb::Error> {
-        let mut families = self.column_families.clone();
-        // A database that does not exist has none. Opening reports other errors.
-        let found = Rocks::list_cf(options, "/").unwrap_or_default();
-        for name in found.into_iter().chain(["default".to_owned()]) {
-            if !families.iter().any(|(known, _)| *known == name) {
-                families.push((name, options.clone()));
-            }
-        }
-        if self.read_only {
-            Rocks::open_cf_with_opts_for_read_only(options, "/", families, false)
-        } else {
-            Rocks::open_cf_with_opts(options, "/", families)
-        }
-    }
-
-    /// Deletes the database's files.
-    ///
-    /// # Errors
-    /// [`Error::FileSystem`], [`Error::RocksDb`].
-    pub fn destroy_in(&self, fs: &FileSystem) -> Result<(), Error> {
-        let env = self.env.clone().root(&self.path).build(fs)?;
-        let mut options = self.options.clone();
-        options.set_env(&env);
-        Ok(Rocks::destroy(&options, "/")?)
     }
 }
 

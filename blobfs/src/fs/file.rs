@@ -260,7 +260,7 @@ impl File {
         self.core().syncer.sync_data(self.ino())
     }
 
-    /// Returns the properties of the file, which need not have a name any more.
+    /// Returns the properties of the file, which may have lost its name.
     #[must_use]
     pub fn stat(&self) -> Stat {
         Stat::of_file(self.ino())

@@ -102,7 +102,7 @@ pub(crate) struct Inode {
     /// `ops` held.
     pub names: Mutex<Vec<String>>,
     pub mtime_ns: AtomicU64,
-    /// What was set on the file. A leaf among the locks.
+    /// The attributes that were set. A leaf among the locks.
     pub own: Mutex<Own>,
     /// Number of open handles.
     pub opens: AtomicUsize,

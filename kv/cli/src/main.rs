@@ -47,7 +47,7 @@ enum Command {
     Rescue(rescue::Rescue),
     Mkfs(mkfs::Mkfs),
     Grow(grow::Grow),
-    Mount(mount::Mount),
+    Mount(mount::MountArgs),
     Ls(files::Ls),
     Cat(files::Cat),
     Cp(copy::Cp),

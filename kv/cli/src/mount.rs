@@ -1,5 +1,6 @@
 //! `pumice mount`: the files of a device in a directory, for every program, through FUSE.
 
+mod errno;
 mod kernel;
 mod table;
 mod tree;
@@ -41,7 +42,7 @@ const CACHE_BYTES: u64 = 64 << 20;
 ///
 /// Stays in the foreground. SIGINT, SIGTERM or `fusermount3 -u DIR` unmounts; the exit code is 0 when everything is durable.
 #[derive(Args)]
-pub struct Mount {
+pub struct MountArgs {
     #[command(flatten)]
     change: Change,
     /// Device
@@ -57,21 +58,21 @@ pub struct Mount {
 }
 
 /// Runs `pumice mount`.
-pub fn run(args: &Mount) -> ExitCode {
+pub fn run(args: &MountArgs) -> ExitCode {
     match mount(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => fail("mount", &e),
     }
 }
 
-/// What ends a mount.
+/// The reasons for which a mount ends.
 enum End {
     /// Somebody has unmounted it, and the last request is answered.
     Unmounted,
     Signal,
 }
 
-fn mount(args: &Mount) -> Result<(), Failure> {
+fn mount(args: &MountArgs) -> Result<(), Failure> {
     let owner = check_dir(&args.dir)?;
     let mut opts = MountOptions::default();
     opts.cache_bytes = CACHE_BYTES;
@@ -147,7 +148,7 @@ fn catch(events: Sender<End>) -> Result<(), Failure> {
 
 /// Serves the kernel's requests until the mount ends.
 fn serve(
-    args: &Mount,
+    args: &MountArgs,
     fs: &FileSystem,
     (uid, gid): (u32, u32),
     events: Sender<End>,
@@ -207,7 +208,7 @@ fn is_over(ends: &Receiver<End>, patience: Duration) -> bool {
     false
 }
 
-fn config(args: &Mount) -> Config {
+fn config(args: &MountArgs) -> Config {
     let mut config = Config::default();
     config.mount_options = vec![
         MountOption::FSName(args.uri.replace(',', ";")),

@@ -56,7 +56,7 @@ enum Operation {
     Whole(PathBuf),
 }
 
-/// What both file systems have to answer.
+/// The answer that both file systems have to give.
 #[derive(Debug, PartialEq, Eq)]
 enum Answer {
     Done,
@@ -157,21 +157,25 @@ impl Side {
             Operation::Unlink(path) => fs::remove_file(at(path))?,
             Operation::Mkdir(path) => fs::create_dir(at(path))?,
             Operation::Rmdir(path) => fs::remove_dir(at(path))?,
-            Operation::List(path) => {
-                let entries = fs::read_dir(at(path))?;
-                let entry = |e: io::Result<fs::DirEntry>| {
-                    let e = e?;
-                    let is_dir = e.file_type()?.is_dir();
-                    Ok((e.file_name().into_string().unwrap(), is_dir))
-                };
-                let mut names = entries.map(entry).collect::<io::Result<Vec<_>>>()?;
-                names.sort();
-                return Ok(Answer::Names(names));
-            }
+            Operation::List(path) => return Ok(Answer::Names(names(&at(path))?)),
             Operation::Whole(path) => return Ok(Answer::Bytes(fs::read(at(path))?)),
         }
         Ok(Answer::Done)
     }
+}
+
+/// Returns the names in a directory, and whether they are directories.
+fn names(path: &Path) -> io::Result<Vec<(String, bool)>> {
+    let entry = |e: io::Result<fs::DirEntry>| {
+        let e = e?;
+        let is_dir = e.file_type()?.is_dir();
+        Ok((e.file_name().into_string().unwrap(), is_dir))
+    };
+    let mut names = fs::read_dir(path)?
+        .map(entry)
+        .collect::<io::Result<Vec<_>>>()?;
+    names.sort();
+    Ok(names)
 }
 
 struct Generator {
@@ -209,8 +213,9 @@ impl Generator {
             _ => self.rng.random_range(0..400_000),
         };
         let (first, step) = (self.rng.random::<u8>(), self.rng.random::<u8>());
+        let low = |n: usize| n.to_le_bytes()[0];
         (0..len)
-            .map(|i: usize| first.wrapping_add(step.wrapping_mul((i >> 3) as u8)) ^ i as u8)
+            .map(|i: usize| first.wrapping_add(step.wrapping_mul(low(i >> 3))) ^ low(i))
             .collect()
     }
 
@@ -330,7 +335,7 @@ fn round(seed: u64) {
     }
     same(seed, &at, &theirs);
     drop((our, their));
-    if seed % 2 == 0 {
+    if seed.is_multiple_of(2) {
         mounted.unmount(&uri);
     } else {
         mounted.end("-TERM", &uri);

@@ -158,17 +158,9 @@ fn files_directories_and_links_survive_a_remount() {
     assert_eq!(meta.mode(), 0o100_751);
     assert_eq!(meta.modified().unwrap(), then);
     assert_eq!(meta.len(), 5_000_004);
-    assert_eq!(
-        fs::metadata(m.at.join("moved/b/c"))
-            .unwrap()
-            .modified()
-            .unwrap(),
-        then
-    );
-    assert_eq!(
-        fs::metadata(m.at.join("moved/b")).unwrap().mode(),
-        0o041_700
-    );
+    let meta = |name: &str| fs::metadata(m.at.join(name)).unwrap();
+    assert_eq!(meta("moved/b/c").modified().unwrap(), then);
+    assert_eq!(meta("moved/b").mode(), 0o041_700);
     let mut file = File::open(m.at.join("holes")).unwrap();
     let mut bytes = Vec::new();
     file.seek(SeekFrom::Start(69_999)).unwrap();
@@ -297,7 +289,18 @@ fn errors_have_the_numbers_of_a_kernel_file_system() {
     };
     assert_eq!(no_replace("g", "d/f"), Err(nix::errno::Errno::EEXIST));
     no_replace("g", "h").unwrap();
-    // Space.
+    m.unmount(&uri);
+}
+
+#[test]
+fn a_full_device_and_allocation_have_the_numbers_of_a_kernel_file_system() {
+    if !can_mount("a_full_device_and_allocation_have_the_numbers_of_a_kernel_file_system") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let uri = image(dir.path(), "64M");
+    let m = Mounted::new(&uri, &dir.path().join("mnt"), &[]);
+    let is = |expected: i32, found: Option<i32>| assert_eq!(found, Some(expected));
     let file = File::create(m.at.join("big")).unwrap();
     is(libc::ENOSPC, errno(file.set_len(1 << 40)));
     assert_eq!(

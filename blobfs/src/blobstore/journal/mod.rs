@@ -26,8 +26,10 @@
 //!
 //! [`heads`] keeps rule 13, [`walk`] rule 12, [`recovery`] rules 12 and 24.
 
+mod fault;
 pub(crate) mod format;
 pub(crate) mod heads;
+mod owed;
 pub(crate) mod place;
 pub(crate) mod recovery;
 mod ring;

@@ -9,17 +9,19 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use pumice_bdev::{DmaSlice, Op};
 
 use super::super::carried::{Carried, Patch};
-use super::super::commit::{Failure, Restore};
+use super::super::commit::Failure;
 use super::super::error::Error;
 use super::super::format::{BlobId, Page};
 use super::super::geometry::Geometry;
 use super::super::mdio::{MdChannels, MdIo, dma};
 use super::super::retry::{may_land, repeat};
+use super::fault::BatchFault;
 use super::format::{
     BATCH_LEN, Image, MOST_OF_RING, RING_AT, RingPlace, Spot, carried_bytes, encode_batch,
     record_bytes,
 };
 use super::heads::Heads;
+use super::owed::Owed;
 use super::place::{blocks_of, write_blocks};
 
 /// Most bytes that are owed, which are in memory, before carried appends wait for a checkpoint.
@@ -70,20 +72,7 @@ struct Log {
     pages: HashMap<u32, (u64, Arc<Page>)>,
     /// The places of those pages.
     geo: Geometry,
-    /// Blobs that are owed bytes, or are going to be.
-    owed: HashMap<BlobId, Debt>,
-    /// The number of those bytes.
-    owed_bytes: u64,
-}
-
-/// What is owed to a blob.
-#[derive(Debug, Default)]
-struct Debt {
-    /// The number of appends that are being carried.
-    carrying: u32,
-    /// Bytes that are durable in the ring and not in place, in order, each with the number of its
-    /// batch.
-    patches: Vec<(u64, Patch)>,
+    owed: Owed,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,44 +96,6 @@ struct Waiting {
     geo: Geometry,
 }
 
-/// The reason why a batch was not written.
-#[derive(Debug)]
-struct BatchFault {
-    error: Arc<Error>,
-    /// Whether a part of it may be on the device.
-    open: bool,
-    /// Whether an epoch behind it takes it back.
-    void: bool,
-}
-
-impl From<Error> for BatchFault {
-    fn from(error: Error) -> BatchFault {
-        BatchFault {
-            error: Arc::new(error),
-            open: false,
-            void: false,
-        }
-    }
-}
-
-impl BatchFault {
-    /// Returns the failure of one of the batch's changes.
-    fn failure(&self) -> Failure {
-        let error = match &*self.error {
-            Error::Io(error) => Error::Io(error.clone()),
-            Error::Stopped(reason) => Error::Stopped(reason.clone()),
-            _ => Error::Shared(Arc::clone(&self.error)),
-        };
-        if !self.open {
-            return Failure::TakenBack(error);
-        }
-        Failure::Open {
-            error,
-            restore: self.void.then_some(Restore::Ring),
-        }
-    }
-}
-
 impl Log {
     /// Begins an epoch.
     fn reset(&mut self, mark: u64, head: Spot) {
@@ -152,32 +103,12 @@ impl Log {
         self.head = head;
         self.used = 0;
         self.pages.clear();
-        self.forget_owed(u64::MAX);
-    }
-
-    /// Forgets what batches before this one owe. It is in place, or void.
-    fn forget_owed(&mut self, number: u64) {
-        self.owed_bytes = 0;
-        for debt in self.owed.values_mut() {
-            debt.patches.retain(|(batch, _)| *batch >= number);
-            let left = debt.patches.iter().map(|(_, patch)| patch.bytes().len());
-            self.owed_bytes += left.sum::<usize>() as u64;
-        }
-        self.owed
-            .retain(|_, debt| debt.carrying > 0 || !debt.patches.is_empty());
+        self.owed.forget(u64::MAX);
     }
 
     /// Whether carried appends need not wait for a checkpoint of a ring of so many units.
     fn has_carry_room(&self, units: u64) -> bool {
-        self.used <= units / 2 && self.owed_bytes <= OWED_BYTES
-    }
-
-    /// Returns everything that is owed, in the order of the batches.
-    fn all_owed(&self) -> Vec<Patch> {
-        let mut all: Vec<&(u64, Patch)> =
-            self.owed.values().flat_map(|debt| &debt.patches).collect();
-        all.sort_by_key(|(number, _)| *number);
-        all.into_iter().map(|(_, patch)| patch.clone()).collect()
+        self.used <= units / 2 && self.owed.bytes() <= OWED_BYTES
     }
 
     /// Takes the changes of the next batch, in the order of their arrival.
@@ -231,8 +162,7 @@ impl Ring {
                 used: 0,
                 pages: HashMap::new(),
                 geo: geo.clone(),
-                owed: HashMap::new(),
-                owed_bytes: 0,
+                owed: Owed::default(),
             }),
             owing: AtomicUsize::new(0),
             ended: Condvar::new(),
@@ -274,7 +204,7 @@ impl Ring {
         if log.broken.is_some() || !log.has_carry_room(self.units) || len > self.most() / 2 {
             return false;
         }
-        log.owed.entry(blob).or_default().carrying += 1;
+        log.owed.begin(blob);
         self.owing.store(log.owed.len(), Ordering::Release);
         true
     }
@@ -282,12 +212,7 @@ impl Ring {
     /// Ends what [`Ring::begin_carry`] has begun.
     pub fn end_carry(&self, blob: BlobId) {
         let mut log = self.log.lock();
-        if let Some(debt) = log.owed.get_mut(&blob) {
-            debt.carrying -= 1;
-            if debt.carrying == 0 && debt.patches.is_empty() {
-                log.owed.remove(&blob);
-            }
-        }
+        log.owed.end(blob);
         self.owing.store(log.owed.len(), Ordering::Release);
         self.ended.notify_all();
     }
@@ -301,22 +226,18 @@ impl Ring {
     #[cold]
     fn waits_for_slow(&self, blob: BlobId) -> bool {
         let mut log = self.log.lock();
-        loop {
-            match log.owed.get(&blob) {
-                None => return false,
-                Some(debt) if debt.carrying > 0 => self.ended.wait(&mut log),
-                Some(debt) => return !debt.patches.is_empty(),
-            }
+        while log.owed.is_carrying(blob) {
+            self.ended.wait(&mut log);
         }
+        log.owed.has(blob)
     }
 
     /// Whether bytes are owed to one of these blobs, or to any.
     pub fn owes(&self, blobs: Option<&[BlobId]>) -> bool {
         let log = self.log.lock();
-        let owes = |debt: &Debt| !debt.patches.is_empty();
         match blobs {
-            Some(blobs) => blobs.iter().filter_map(|blob| log.owed.get(blob)).any(owes),
-            None => log.owed.values().any(owes),
+            Some(blobs) => blobs.iter().any(|blob| log.owed.has(*blob)),
+            None => log.owed.bytes() > 0,
         }
     }
 
@@ -414,10 +335,7 @@ impl Ring {
             .extend(pages().map(|(index, page)| (*index, (number, Arc::clone(page)))));
         log.geo = first.geo.clone();
         for (carried, patches) in carried() {
-            log.owed_bytes += carried.bytes.len() as u64;
-            let debt = log.owed.entry(carried.blob).or_default();
-            debt.patches
-                .extend(patches.iter().map(|patch| (number, patch.clone())));
+            log.owed.add(carried.blob, number, patches);
         }
         self.owing.store(log.owed.len(), Ordering::Release);
         Ok(())
@@ -548,7 +466,7 @@ impl Ring {
             if log.used == 0 {
                 return Ok(());
             }
-            let (pages, owed) = (log.pages.clone(), log.all_owed());
+            let (pages, owed) = (log.pages.clone(), log.owed.all());
             (log.head, log.used, pages, owed, log.geo.clone())
         };
         self.put(io, &geo, &pages, &owed)?;
@@ -559,7 +477,7 @@ impl Ring {
         log.used -= used;
         // What later batches have changed is in the ring still.
         log.pages.retain(|_, (number, _)| *number >= head.sequence);
-        log.forget_owed(head.sequence);
+        log.owed.forget(head.sequence);
         self.owing.store(log.owed.len(), Ordering::Release);
         Ok(())
     }
@@ -577,7 +495,7 @@ impl Ring {
                 None => return Ok(()),
                 Some(Halt::ForGood) => return log.check(),
                 Some(Halt::Batch(behind)) => {
-                    let (pages, owed) = (log.pages.clone(), log.all_owed());
+                    let (pages, owed) = (log.pages.clone(), log.owed.all());
                     (behind, pages, owed, log.geo.clone())
                 }
             }

@@ -18,9 +18,9 @@ use fuser::{
 };
 use pumice_blobfs::fs::NAME_MAX;
 
-use super::tree::{BLOCK, Change, Tree};
+use super::tree::{BLOCK, Changes, Tree};
 
-/// How long the kernel may use what it was told. Nothing changes but by the kernel's own requests.
+/// Time for which the kernel may use what it was told. Nothing changes but by the kernel's own requests.
 const VALID: Duration = Duration::from_secs(3600);
 /// Numbers of inodes are not used twice while the kernel knows them.
 const GENERATION: Generation = Generation(0);
@@ -175,7 +175,7 @@ impl Filesystem for Kernel {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let change = Change {
+        let change = Changes {
             mode,
             uid,
             gid,

@@ -28,17 +28,17 @@ struct Node<H> {
     lookups: u64,
     /// One of its paths, unless it has none.
     path: Option<String>,
-    kind: Kind<H>,
+    kind: NodeKind<H>,
 }
 
-enum Kind<H> {
+enum NodeKind<H> {
     Dir,
     File { blob: u64, open: Vec<(u64, H)> },
 }
 
-/// What a number stands for.
+/// The file or directory that a number stands for.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Found<H> {
+pub enum Resolved<H> {
     Dir {
         path: Option<String>,
     },
@@ -55,7 +55,7 @@ impl<H: Clone> Table<H> {
         let root = Node {
             lookups: 1,
             path: Some("/".to_owned()),
-            kind: Kind::Dir,
+            kind: NodeKind::Dir,
         };
         Table {
             nodes: HashMap::from([(ROOT, root)]),
@@ -66,12 +66,12 @@ impl<H: Clone> Table<H> {
     }
 
     /// Returns what a number stands for.
-    pub fn find(&self, number: u64) -> Option<Found<H>> {
+    pub fn find(&self, number: u64) -> Option<Resolved<H>> {
         let node = self.nodes.get(&number)?;
         let path = node.path.clone();
         Some(match &node.kind {
-            Kind::Dir => Found::Dir { path },
-            Kind::File { open, .. } => Found::File {
+            NodeKind::Dir => Resolved::Dir { path },
+            NodeKind::File { open, .. } => Resolved::File {
                 path,
                 open: open.first().map(|(_, handle)| handle.clone()),
             },
@@ -108,7 +108,7 @@ impl<H: Clone> Table<H> {
         let node = self.nodes.entry(number).or_insert_with(|| Node {
             lookups: 0,
             path: None,
-            kind: Kind::File {
+            kind: NodeKind::File {
                 blob,
                 open: Vec::new(),
             },
@@ -125,7 +125,7 @@ impl<H: Clone> Table<H> {
         let node = self.nodes.entry(number).or_insert_with(|| Node {
             lookups: 0,
             path: Some(path.to_owned()),
-            kind: Kind::Dir,
+            kind: NodeKind::Dir,
         });
         node.lookups += 1;
         if self.dirs.insert(path.to_owned(), number).is_none() && blob.is_none() {
@@ -147,7 +147,7 @@ impl<H: Clone> Table<H> {
 
     fn drop_unused(&mut self, number: u64) {
         let unused = |node: &Node<H>| {
-            let is_open = matches!(&node.kind, Kind::File { open, .. } if !open.is_empty());
+            let is_open = matches!(&node.kind, NodeKind::File { open, .. } if !open.is_empty());
             node.lookups == 0 && !is_open
         };
         if !self.nodes.get(&number).is_some_and(unused) {
@@ -157,22 +157,22 @@ impl<H: Clone> Table<H> {
             return;
         };
         match (node.kind, node.path) {
-            (Kind::File { blob, .. }, _) => {
+            (NodeKind::File { blob, .. }, _) => {
                 if self.files.get(&blob) == Some(&number) {
                     self.files.remove(&blob);
                 }
             }
-            (Kind::Dir, Some(path)) => {
+            (NodeKind::Dir, Some(path)) => {
                 self.dirs.remove(&path);
             }
-            (Kind::Dir, None) => {}
+            (NodeKind::Dir, None) => {}
         }
     }
 
     /// Records that a file was opened as `id`.
     pub fn opened(&mut self, number: u64, id: u64, handle: H) {
         if let Some(Node {
-            kind: Kind::File { open, .. },
+            kind: NodeKind::File { open, .. },
             ..
         }) = self.nodes.get_mut(&number)
         {
@@ -182,7 +182,7 @@ impl<H: Clone> Table<H> {
 
     /// Records that a handle was closed, and returns it, since dropping it may take long.
     pub fn closed(&mut self, number: u64, id: u64) -> Option<H> {
-        let Kind::File { open, .. } = &mut self.nodes.get_mut(&number)?.kind else {
+        let NodeKind::File { open, .. } = &mut self.nodes.get_mut(&number)?.kind else {
             return None;
         };
         let at = open.iter().position(|(known, _)| *known == id)?;
@@ -235,7 +235,7 @@ impl<H: Clone> Table<H> {
                 continue;
             }
             let moved = format!("{to}{rest}");
-            if matches!(node.kind, Kind::Dir) {
+            if matches!(node.kind, NodeKind::Dir) {
                 self.dirs.remove(path.as_str());
                 self.dirs.insert(moved.clone(), *number);
             }
@@ -260,7 +260,7 @@ mod tests {
 
     fn path(table: &Table<u32>, number: u64) -> Option<String> {
         match table.find(number).expect("known") {
-            Found::Dir { path } | Found::File { path, .. } => path,
+            Resolved::Dir { path } | Resolved::File { path, .. } => path,
         }
     }
 
@@ -309,7 +309,7 @@ mod tests {
         let found = table.find(old);
         assert!(matches!(
             found,
-            Some(Found::File {
+            Some(Resolved::File {
                 path: None,
                 open: Some(70)
             })

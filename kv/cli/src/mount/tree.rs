@@ -11,14 +11,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use fuser::{Errno, FileAttr, FileType, INodeNo, RenameFlags};
 use parking_lot::{Mutex, MutexGuard, RwLock};
-use pumice_bdev_control::complain;
 use pumice_blobfs::fs::{
     Attributes, File, FileSystem, FsError, NAME_MAX, OpenOptions, Stat, StatFs, UNFINISHED,
 };
 
-use super::table::{Found, ROOT, Table};
-
-type Result<T> = std::result::Result<T, Errno>;
+use super::errno::{OrErrno, Result, failed};
+use super::table::{ROOT, Resolved, Table};
 
 /// Bytes of a block in the answers of `statfs` and `stat`.
 pub const BLOCK: u32 = 4096;
@@ -50,46 +48,24 @@ struct Open {
 
 struct OpenDir {
     number: u64,
-    entries: Arc<Vec<Entry>>,
+    entries: Arc<Vec<Listed>>,
 }
 
 /// An entry of a directory that is being read.
-pub struct Entry {
+pub struct Listed {
     pub name: String,
     pub number: u64,
     pub kind: FileType,
 }
 
-/// What `setattr` is to change.
+/// The properties that `setattr` is to change.
 #[derive(Default)]
-pub struct Change {
+pub struct Changes {
     pub mode: Option<u32>,
     pub uid: Option<u32>,
     pub gid: Option<u32>,
     pub size: Option<u64>,
     pub modified: Option<SystemTime>,
-}
-
-/// Returns the number of an error. Those that a user cannot explain are printed, too.
-fn failed(error: &FsError) -> Errno {
-    let number = match error {
-        FsError::Unmounted { .. } => libc::ENOTCONN,
-        error => error.errno(),
-    };
-    if matches!(number, libc::EIO | libc::EUCLEAN) {
-        complain!("pumice mount: {error}");
-    }
-    Errno::from_i32(number)
-}
-
-trait OrErrno<T> {
-    fn or_errno(self) -> Result<T>;
-}
-
-impl<T> OrErrno<T> for std::result::Result<T, FsError> {
-    fn or_errno(self) -> Result<T> {
-        self.map_err(|e| failed(&e))
-    }
 }
 
 impl Tree {
@@ -116,9 +92,9 @@ impl Tree {
     /// Returns the path of a directory that has a name.
     fn dir(&self, number: u64) -> Result<String> {
         match self.table().find(number) {
-            Some(Found::Dir { path: Some(path) }) => Ok(path),
-            Some(Found::Dir { path: None }) => Err(Errno::ENOENT),
-            Some(Found::File { .. }) => Err(Errno::ENOTDIR),
+            Some(Resolved::Dir { path: Some(path) }) => Ok(path),
+            Some(Resolved::Dir { path: None }) => Err(Errno::ENOENT),
+            Some(Resolved::File { .. }) => Err(Errno::ENOTDIR),
             None => Err(Errno::ESTALE),
         }
     }
@@ -219,14 +195,14 @@ impl Tree {
     fn attributes_now(&self, number: u64) -> Result<FileAttr> {
         let found = self.table().find(number);
         let stat = match found.ok_or(Errno::ESTALE)? {
-            Found::File {
+            Resolved::File {
                 open: Some(file), ..
             } => file.stat(),
-            Found::File { path, open: None } => {
+            Resolved::File { path, open: None } => {
                 self.fs.stat(&path.ok_or(Errno::ESTALE)?).or_errno()?
             }
-            Found::Dir { path: Some(path) } => self.fs.stat(&path).or_errno()?,
-            Found::Dir { path: None } => {
+            Resolved::Dir { path: Some(path) } => self.fs.stat(&path).or_errno()?,
+            Resolved::Dir { path: None } => {
                 // It was removed, and is somebody's working directory.
                 let mut root = self.fs.stat("/").or_errno()?;
                 root.links = 0;
@@ -239,11 +215,11 @@ impl Tree {
     /// Returns a handle of a file, which need not have a name if it is open.
     fn file(&self, number: u64) -> Result<File> {
         match self.table().find(number) {
-            Some(Found::Dir { .. }) => Err(Errno::EISDIR),
-            Some(Found::File {
+            Some(Resolved::Dir { .. }) => Err(Errno::EISDIR),
+            Some(Resolved::File {
                 path: Some(path), ..
             }) => self.fs.open(&path, OpenOptions::READ).or_errno(),
-            Some(Found::File {
+            Some(Resolved::File {
                 open: Some(file), ..
             }) => Ok(file),
             _ => Err(Errno::ESTALE),
@@ -251,7 +227,7 @@ impl Tree {
     }
 
     /// Changes attributes, and returns all of them.
-    pub fn change(&self, number: u64, change: &Change) -> Result<FileAttr> {
+    pub fn change(&self, number: u64, change: &Changes) -> Result<FileAttr> {
         let other = |new: Option<u32>, own: u32| new.is_some_and(|new| new != own);
         if other(change.uid, self.uid) || other(change.gid, self.gid) {
             return Err(Errno::EPERM);
@@ -262,7 +238,7 @@ impl Tree {
             modified: change.modified,
         };
         let found = self.table().find(number).ok_or(Errno::ESTALE)?;
-        if let Found::Dir { path } = found {
+        if let Resolved::Dir { path } = found {
             if change.size.is_some() {
                 return Err(Errno::EISDIR);
             }
@@ -529,10 +505,10 @@ impl Tree {
         let _order = self.order.write();
         let to = self.new_child(parent, name)?;
         let from = match self.table().find(number) {
-            Some(Found::File {
+            Some(Resolved::File {
                 path: Some(path), ..
             }) => path,
-            Some(Found::Dir { .. }) => return Err(Errno::EPERM),
+            Some(Resolved::Dir { .. }) => return Err(Errno::EPERM),
             _ => return Err(Errno::ENOENT),
         };
         self.fs.link(&from, &to).or_errno()?;
@@ -554,7 +530,7 @@ impl Tree {
     }
 
     /// Returns the entries of an open directory, read again if it is read from the beginning.
-    pub fn listed(&self, id: u64, at: u64) -> Result<Arc<Vec<Entry>>> {
+    pub fn listed(&self, id: u64, at: u64) -> Result<Arc<Vec<Listed>>> {
         let (number, entries) = {
             let dirs = self.dirs.lock();
             let dir = dirs.get(&id).ok_or(Errno::EBADF)?;
@@ -570,7 +546,7 @@ impl Tree {
         Ok(entries)
     }
 
-    fn entries(&self, number: u64) -> Result<Arc<Vec<Entry>>> {
+    fn entries(&self, number: u64) -> Result<Arc<Vec<Listed>>> {
         let _order = self.order.read();
         let path = match self.dir(number) {
             Ok(path) => path,
@@ -584,7 +560,7 @@ impl Tree {
         let mut entries = Vec::with_capacity(listed.len() + 2);
         let table = self.table();
         for (name, number) in [(".", number), ("..", table.dir_number(above, above_blob))] {
-            entries.push(Entry {
+            entries.push(Listed {
                 name: name.to_owned(),
                 number,
                 kind: FileType::Directory,
@@ -600,7 +576,7 @@ impl Tree {
                 Some(blob) if !stat.is_dir => table.file_number(blob),
                 blob => table.dir_number(&path, blob),
             };
-            entries.push(Entry {
+            entries.push(Listed {
                 name: entry.name,
                 number,
                 kind: kind(stat.is_dir),

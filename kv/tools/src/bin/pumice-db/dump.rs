@@ -16,7 +16,7 @@ use pumice::Db;
 use pumice::rocksdb::{IteratorMode, Options, ReadOptions, WriteBatch};
 
 use crate::text::Form;
-use crate::{Failure, family};
+use crate::{DbFailure, family};
 
 /// The first line of a dump, without the form.
 const HEADER: &str = "pumice-db-dump 1";
@@ -29,7 +29,7 @@ pub fn dump(
     families: &[String],
     form: Form,
     out: &mut impl Write,
-) -> Result<u64, Failure> {
+) -> Result<u64, DbFailure> {
     let hex = if form == Form::Hex { " hex" } else { "" };
     writeln!(out, "{HEADER}{hex}")?;
     let mut records = 0;
@@ -57,12 +57,12 @@ struct Reader<R> {
 }
 
 impl<R: BufRead> Reader<R> {
-    fn wrong(&self, why: impl std::fmt::Display) -> Failure {
-        Failure::from(format!("standard input, line {}: {why}", self.number))
+    fn wrong(&self, why: impl std::fmt::Display) -> DbFailure {
+        DbFailure::from(format!("standard input, line {}: {why}", self.number))
     }
 
     /// Returns the next line without its end.
-    fn line(&mut self) -> Result<Option<Vec<u8>>, Failure> {
+    fn line(&mut self) -> Result<Option<Vec<u8>>, DbFailure> {
         let mut line = Vec::new();
         let n = self.lines.read_until(b'\n', &mut line)?;
         self.number += 1;
@@ -72,7 +72,7 @@ impl<R: BufRead> Reader<R> {
         Ok((n > 0).then_some(line))
     }
 
-    fn header(&mut self) -> Result<(), Failure> {
+    fn header(&mut self) -> Result<(), DbFailure> {
         let line = self.line()?.unwrap_or_default();
         let rest = line.strip_prefix(HEADER.as_bytes());
         self.form = match rest {
@@ -87,13 +87,13 @@ impl<R: BufRead> Reader<R> {
         Ok(())
     }
 
-    fn bytes(&self, text: &[u8]) -> Result<Vec<u8>, Failure> {
+    fn bytes(&self, text: &[u8]) -> Result<Vec<u8>, DbFailure> {
         self.form.read(text).map_err(|e| self.wrong(e))
     }
 }
 
 /// Puts every record of a dump into the database, and returns their number. Families that are missing are made with `create`.
-pub fn load(db: &Db, input: impl BufRead, create: bool) -> Result<u64, Failure> {
+pub fn load(db: &Db, input: impl BufRead, create: bool) -> Result<u64, DbFailure> {
     let mut reader = Reader {
         lines: input,
         number: 0,

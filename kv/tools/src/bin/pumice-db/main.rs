@@ -20,13 +20,13 @@ use text::Form;
 /// Look into a database on a device, and change, copy and check it
 #[derive(Parser)]
 #[command(name = "pumice-db", bin_name = "pumice db", version)]
-struct Cli {
+struct DbTool {
     #[command(subcommand)]
-    command: Command,
+    command: DbCommand,
 }
 
 #[derive(Subcommand)]
-enum Command {
+enum DbCommand {
     Get(Get),
     Put(Put),
     Delete(Delete),
@@ -41,9 +41,9 @@ enum Command {
     Export(Export),
 }
 
-/// Where the database is.
+/// The place of the database.
 #[derive(Args)]
-struct Place {
+struct DbPlace {
     /// Device: an image file, a block device or a URI
     device: String,
     /// Directory of the database in the device's file system
@@ -51,7 +51,7 @@ struct Place {
     path: String,
 }
 
-/// Which keys, and how they are written.
+/// The keys, and how they are written.
 #[derive(Args)]
 struct Keys {
     /// Column family
@@ -66,7 +66,7 @@ struct Keys {
 #[derive(Args)]
 struct Get {
     #[command(flatten)]
-    place: Place,
+    place: DbPlace,
     /// Key
     key: String,
     #[command(flatten)]
@@ -80,7 +80,7 @@ struct Get {
 #[derive(Args)]
 struct Put {
     #[command(flatten)]
-    place: Place,
+    place: DbPlace,
     /// Key
     key: String,
     /// Value
@@ -96,7 +96,7 @@ struct Put {
 #[derive(Args)]
 struct Delete {
     #[command(flatten)]
-    place: Place,
+    place: DbPlace,
     /// Key
     key: String,
     #[command(flatten)]
@@ -107,7 +107,7 @@ struct Delete {
 #[derive(Args)]
 struct Scan {
     #[command(flatten)]
-    place: Place,
+    place: DbPlace,
     #[command(flatten)]
     keys: Keys,
     /// First key
@@ -128,7 +128,7 @@ struct Scan {
 #[derive(Args)]
 struct Dump {
     #[command(flatten)]
-    place: Place,
+    place: DbPlace,
     /// Only this column family
     #[arg(long)]
     cf: Option<String>,
@@ -141,7 +141,7 @@ struct Dump {
 #[derive(Args)]
 struct Load {
     #[command(flatten)]
-    place: Place,
+    place: DbPlace,
     /// Make the database, and column families, if there are none
     #[arg(long)]
     create: bool,
@@ -151,7 +151,7 @@ struct Load {
 #[derive(Args)]
 struct Look {
     #[command(flatten)]
-    place: Place,
+    place: DbPlace,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -168,7 +168,7 @@ struct Verify {
 #[derive(Args)]
 struct CopyTo {
     #[command(flatten)]
-    place: Place,
+    place: DbPlace,
     /// Directory in the file system, which must not exist
     to: String,
 }
@@ -177,7 +177,7 @@ struct CopyTo {
 #[derive(Args)]
 struct Backup {
     #[command(flatten)]
-    place: Place,
+    place: DbPlace,
     /// Directory of backups in the file system
     to: String,
 }
@@ -186,7 +186,7 @@ struct Backup {
 #[derive(Args)]
 struct Restore {
     #[command(flatten)]
-    place: Place,
+    place: DbPlace,
     /// Directory of backups in the file system
     from: String,
 }
@@ -195,56 +195,56 @@ struct Restore {
 #[derive(Args)]
 struct Export {
     #[command(flatten)]
-    place: Place,
+    place: DbPlace,
     /// Directory, missing or empty
     to: PathBuf,
 }
 
 /// The reason why a command failed, as a message.
 #[derive(Debug)]
-struct Failure {
+struct DbFailure {
     text: String,
     /// Whether the reader of the output went away.
     is_closed_pipe: bool,
 }
 
-impl From<String> for Failure {
-    fn from(text: String) -> Failure {
-        Failure {
+impl From<String> for DbFailure {
+    fn from(text: String) -> DbFailure {
+        DbFailure {
             text,
             is_closed_pipe: false,
         }
     }
 }
 
-impl From<pumice::Error> for Failure {
-    fn from(e: pumice::Error) -> Failure {
-        Failure::from(pumice::chain(&e))
+impl From<pumice::Error> for DbFailure {
+    fn from(e: pumice::Error) -> DbFailure {
+        DbFailure::from(pumice::chain(&e))
     }
 }
 
-impl From<pumice::rocksdb::Error> for Failure {
-    fn from(e: pumice::rocksdb::Error) -> Failure {
-        Failure::from(e.to_string())
+impl From<pumice::rocksdb::Error> for DbFailure {
+    fn from(e: pumice::rocksdb::Error) -> DbFailure {
+        DbFailure::from(e.to_string())
     }
 }
 
-impl From<io::Error> for Failure {
-    fn from(e: io::Error) -> Failure {
-        Failure {
+impl From<io::Error> for DbFailure {
+    fn from(e: io::Error) -> DbFailure {
+        DbFailure {
             is_closed_pipe: e.kind() == io::ErrorKind::BrokenPipe,
             text: format!("standard input or output: {e}"),
         }
     }
 }
 
-type Outcome = Result<(), Failure>;
+type Outcome = Result<(), DbFailure>;
 
 fn main() -> ExitCode {
-    if let Some(code) = pumice_describe::asked(Cli::command()) {
+    if let Some(code) = pumice_describe::asked(DbTool::command()) {
         return code;
     }
-    let command = Cli::parse().command;
+    let command = DbTool::parse().command;
     let (name, result) = run(command);
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -256,26 +256,26 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> (&'static str, Outcome) {
+fn run(command: DbCommand) -> (&'static str, Outcome) {
     match command {
-        Command::Get(args) => ("get", get(&args)),
-        Command::Put(args) => ("put", put(&args)),
-        Command::Delete(args) => ("delete", delete(&args)),
-        Command::Scan(args) => ("scan", scan(&args)),
-        Command::Dump(args) => ("dump", dump(&args)),
-        Command::Load(args) => ("load", load(&args)),
-        Command::Stats(args) => ("stats", stats(&args)),
-        Command::Verify(args) => ("verify", verify(&args.look)),
-        Command::Checkpoint(args) => (
+        DbCommand::Get(args) => ("get", get(&args)),
+        DbCommand::Put(args) => ("put", put(&args)),
+        DbCommand::Delete(args) => ("delete", delete(&args)),
+        DbCommand::Scan(args) => ("scan", scan(&args)),
+        DbCommand::Dump(args) => ("dump", dump(&args)),
+        DbCommand::Load(args) => ("load", load(&args)),
+        DbCommand::Stats(args) => ("stats", stats(&args)),
+        DbCommand::Verify(args) => ("verify", verify(&args.look)),
+        DbCommand::Checkpoint(args) => (
             "checkpoint",
             changing(&args.place, false, |db| Ok(db.checkpoint(&args.to)?)),
         ),
-        Command::Backup(args) => (
+        DbCommand::Backup(args) => (
             "backup",
             changing(&args.place, false, |db| Ok(db.backup(&args.to)?)),
         ),
-        Command::Restore(args) => ("restore", restore(&args)),
-        Command::Export(args) => (
+        DbCommand::Restore(args) => ("restore", restore(&args)),
+        DbCommand::Export(args) => (
             "export",
             changing(&args.place, false, |db| Ok(db.export(&args.to)?)),
         ),
@@ -283,26 +283,29 @@ fn run(command: Command) -> (&'static str, Outcome) {
 }
 
 /// Opens the database for reading only, which several programs may do at a time.
-fn reading<R>(place: &Place, f: impl FnOnce(&Db) -> Result<R, Failure>) -> Result<R, Failure> {
+fn reading<R>(
+    place: &DbPlace,
+    f: impl FnOnce(&Db) -> Result<R, DbFailure>,
+) -> Result<R, DbFailure> {
     let options = DbOptions::new().read_only(true);
     with(place, &options, f)
 }
 
 /// Opens the database, which is made if there is none and `create` says so.
 fn changing<R>(
-    place: &Place,
+    place: &DbPlace,
     create: bool,
-    f: impl FnOnce(&Db) -> Result<R, Failure>,
-) -> Result<R, Failure> {
+    f: impl FnOnce(&Db) -> Result<R, DbFailure>,
+) -> Result<R, DbFailure> {
     let options = DbOptions::new().configure(|options| options.create_if_missing(create));
     with(place, &options, f)
 }
 
 fn with<R>(
-    place: &Place,
+    place: &DbPlace,
     options: &DbOptions,
-    f: impl FnOnce(&Db) -> Result<R, Failure>,
-) -> Result<R, Failure> {
+    f: impl FnOnce(&Db) -> Result<R, DbFailure>,
+) -> Result<R, DbFailure> {
     let options = options.clone().path(&place.path).mount(unformatted());
     let db = options.open(&place.device)?;
     let result = f(&db);
@@ -317,11 +320,11 @@ fn unformatted() -> MountOptions {
 }
 
 /// Returns a column family.
-fn family<'a>(db: &'a Db, name: &str) -> Result<Arc<BoundColumnFamily<'a>>, Failure> {
+fn family<'a>(db: &'a Db, name: &str) -> Result<Arc<BoundColumnFamily<'a>>, DbFailure> {
     if let Some(family) = db.cf_handle(name) {
         return Ok(family);
     }
-    Err(Failure::from(format!(
+    Err(DbFailure::from(format!(
         "there is no column family \"{}\"; there are: {}",
         name.escape_debug(),
         db.column_families()?.join(", ")
@@ -335,7 +338,7 @@ fn get(args: &Get) -> Outcome {
         Ok(db.get_cf(&family(db, &args.keys.cf)?, &key)?)
     })?;
     let Some(value) = value else {
-        return Err(Failure::from("there is no such key".to_owned()));
+        return Err(DbFailure::from("there is no such key".to_owned()));
     };
     let mut out = io::stdout().lock();
     if args.json {
@@ -479,7 +482,7 @@ fn verify(args: &Look) -> Outcome {
             for record in db.iterator_cf_opt(&family(db, &name)?, how, IteratorMode::Start) {
                 record.map_err(|e| {
                     let name = name.escape_debug();
-                    Failure::from(format!("{name}: after {records} records: {e}"))
+                    DbFailure::from(format!("{name}: after {records} records: {e}"))
                 })?;
                 records += 1;
             }
@@ -507,5 +510,5 @@ fn restore(args: &Restore) -> Outcome {
         .restore_in(&fs, &args.from);
     let unmounted = fs.unmount();
     restored?;
-    unmounted.map_err(|e| Failure::from(e.to_string()))
+    unmounted.map_err(|e| DbFailure::from(e.to_string()))
 }
