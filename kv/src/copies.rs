@@ -133,7 +133,6 @@ impl DbOptions {
     /// db.close()?;
     /// drop(db);
     /// DbOptions::new().path("/orders").destroy_in(&fs)?;
-    /// fs.rmdir("/orders")?;
     ///
     /// let options = DbOptions::new().path("/again");
     /// options.restore_in(&fs, "/backups")?;
