@@ -4,7 +4,7 @@
 //! fails has changed nothing, except for a write inside a file, which may have changed a part of
 //! its range. What a sync reported as durable is there after the next mount. After a failed flush a
 //! sync may report data loss; the file is then a beginning of what it was, and at least as long as
-//! what was durable.
+//! what was durable. What has been written inside it since the last sync may be missing.
 
 mod model;
 mod worker;

@@ -10,6 +10,8 @@ pub struct Model {
     pub data: Vec<u8>,
     /// Bytes that a failed write may or may not have changed.
     pub unsure: Vec<Range<usize>>,
+    /// Bytes that were written since the last sync, not by appends.
+    pub unsynced: Vec<Range<usize>>,
     /// At least this many bytes are durable.
     pub durable: usize,
     /// Whether a sync has reported data loss, or may do so.
@@ -31,6 +33,13 @@ impl Model {
                 }
             }
         }
+    }
+
+    /// Records that a sync has made everything durable.
+    pub fn is_durable(&mut self) {
+        self.durable = self.data.len();
+        self.doubtful = false;
+        self.unsynced.clear();
     }
 
     pub fn compare(&self, path: &str, off: usize, got: &[u8]) {

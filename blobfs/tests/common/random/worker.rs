@@ -34,7 +34,13 @@ impl Worker {
     pub fn guarded(&mut self, seed: u64, what: impl FnOnce(&mut Worker)) {
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| what(self)));
         if let Err(panic) = result {
-            let tail = self.log.len().saturating_sub(40).max(1);
+            // All of it, for the seed that runs alone.
+            let shown = if std::env::var_os("PUMICE_SEED").is_some() {
+                usize::MAX
+            } else {
+                40
+            };
+            let tail = self.log.len().saturating_sub(shown).max(1);
             eprintln!("{}\n{:#?}", self.log[0], &self.log[tail..]);
             eprintln!("{} {seed}: PUMICE_SEED runs it alone", self.dir);
             self.dev.clear();
@@ -213,6 +219,7 @@ impl Worker {
                 model.data.resize(len.max(end), 0);
                 model.data[off..end].copy_from_slice(&data);
                 model.sure(off..end);
+                model.unsynced.push(off..end);
             }
             Err(e) => {
                 if off < len {
@@ -267,8 +274,7 @@ impl Worker {
                 let model = self.files.get_mut(&path).unwrap();
                 match result {
                     Ok(()) => {
-                        model.durable = model.data.len();
-                        model.doubtful = false;
+                        model.is_durable();
                     }
                     Err(e) => {
                         model.doubtful |= e.is_data_loss();
@@ -430,8 +436,7 @@ impl Worker {
             let model = self.files.get_mut(&path).unwrap();
             match result {
                 Ok(()) => {
-                    model.durable = model.data.len();
-                    model.doubtful = false;
+                    model.is_durable();
                 }
                 Err(e) => {
                     assert!(self.faults.flushes && e.is_data_loss(), "{path}: {e}");
@@ -461,6 +466,8 @@ impl Worker {
                     model.data.len()
                 );
                 model.data.truncate(len);
+                let unsynced = std::mem::take(&mut model.unsynced);
+                model.unsure.extend(unsynced);
             }
             assert_eq!(len, model.data.len(), "length of {path}");
             let mut out = vec![0; len];
