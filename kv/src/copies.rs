@@ -173,7 +173,11 @@ fn restore(
     check_restorable(fs, to)?;
     let made = Made::with_parents(fs, to)?;
     let to = inside(to)?;
-    engine.restore_from_latest_backup(&to, &to, &RestoreOptions::default())?;
+    let restored = engine.restore_from_latest_backup(&to, &to, &RestoreOptions::default());
+    // After an error its threads may still copy, and it waits for them when it is dropped. What they have made is removed
+    // after that.
+    drop(engine);
+    restored?;
     made.keep();
     Ok(())
 }
