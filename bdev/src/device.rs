@@ -232,6 +232,13 @@ pub trait BlockDevice: Send + Sync + std::fmt::Debug {
         std::ptr::from_ref(self).cast::<()>().addr()
     }
 
+    /// A text that names the device to every process of this machine, for as long as it is there; it can be part of a file's
+    /// name. `None` if the device is gone when its process ends, or has no such name. A wrapper over the whole of one device
+    /// returns that device's name.
+    fn host_name(&self) -> Option<String> {
+        None
+    }
+
     /// Properties that only the device's module knows, for `driver_specific` of `bdev_get_bdevs`.
     fn driver_specific(&self) -> serde_json::Value {
         serde_json::Value::Object(serde_json::Map::new())

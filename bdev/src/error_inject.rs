@@ -209,6 +209,10 @@ impl BlockDevice for ErrorDevice {
         self.base.identity()
     }
 
+    fn host_name(&self) -> Option<String> {
+        self.base.host_name()
+    }
+
     fn own_channels(&self) -> Option<usize> {
         self.base.own_channels()
     }

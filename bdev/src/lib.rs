@@ -119,6 +119,7 @@ pub use join::join_all;
 pub use module::{Call, OpenOptions};
 pub use pumice_io::dma::{DmaBuf, DmaError, DmaSlice};
 pub use pumice_io::process;
+pub use pumice_io::sys::SharedMemory;
 pub use pumice_io::uri::{file_uri, parse_size};
 pub use pumice_io::{
     CompareAndWrite, Completion, IoError, IoErrorKind, Limits, NvmeStatus, Op, OpKind, OpSet,

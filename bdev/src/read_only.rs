@@ -45,6 +45,10 @@ impl BlockDevice for ReadOnly {
         self.base.identity()
     }
 
+    fn host_name(&self) -> Option<String> {
+        self.base.host_name()
+    }
+
     fn own_channels(&self) -> Option<usize> {
         self.base.own_channels()
     }

@@ -255,6 +255,54 @@ fn a_flush_beside_an_unload_ends() {
     assert!(store.flush().is_err());
 }
 
+/// Starts a read of block 0 in another thread, on the store's channel, which the device holds back.
+fn held_read(dev: &ErrorDevice, store: &Blobstore) -> Task<bool> {
+    hang(dev, OpKind::Read, None);
+    let (ready, channel) = std::sync::mpsc::channel();
+    let weak = {
+        let store = store.clone();
+        spawn(move || {
+            let ch = store.channel().unwrap();
+            drop(store);
+            ready.send(()).unwrap();
+            ch.block_on(ch.read(0, DmaBuf::new(4096).unwrap())).is_ok()
+        })
+    };
+    channel.recv().unwrap();
+    wait_for("the read is held back", || dev.injections().is_empty());
+    weak
+}
+
+/// B4: what is in flight ends before the store is marked clean.
+#[test]
+fn a_store_is_not_clean_before_its_io_has_ended() {
+    let base = memory(8 << 20, 4096);
+    let (dev, store) = store_on(Arc::clone(&base));
+    blob(&store, 1, false);
+    let read = held_read(&dev, &store);
+    let other = store.clone();
+    let unload = spawn(move || other.unload());
+    assert!(unload.still_waits(), "an unload waits for I/O in flight");
+    let clean = |bytes: &[u8]| u32::from_le_bytes(bytes[16..20].try_into().unwrap());
+    assert_eq!(clean(&content(&base)), 0, "it is marked clean already");
+    dev.resume();
+    unload.join("the unload").unwrap();
+    assert!(read.join("the read"));
+    assert_eq!(clean(&content(&base)), 1);
+}
+
+/// B4: a store that is dropped leaves the completions to the threads of the operations.
+#[test]
+fn a_read_beside_a_drop_ends() {
+    let (dev, store) = store();
+    let read = held_read(&dev, &store);
+    let dropping = spawn(move || drop(store));
+    assert!(dropping.still_waits(), "a drop waits for I/O in flight");
+    dev.resume();
+    dropping.join("the drop");
+    assert!(read.join("the read"));
+}
+
 /// B4b: the future of a write is dropped, and the device is slow.
 #[test]
 fn a_dropped_write_keeps_its_clusters_until_the_device_has_answered() {

@@ -48,9 +48,10 @@
 //! # Threads, blocking, durability
 //! Any thread may call everything, and calls block on the device's I/O. A write with
 //! `WriteOptions::set_sync(true)` is durable when it returns, on any device: by FUA or a flush.
-//! Without it, the data is in this process's memory until the file system writes it. It survives an
-//! orderly end of the process (`close`, a drop, `exit`, a return from `main` with the database in a
-//! `static`), and may be lost when the process is killed. `kv/README.md` has the table.
+//! Without it, the data is in memory until the file system writes it. It survives an orderly end of
+//! the process (`close`, a drop, `exit`, a return from `main` with the database in a `static`), and
+//! its kill, by a log in shared memory that the next open puts in place, and may be lost by a power
+//! cut. `kv/README.md` has the table.
 //!
 //! A database belongs to the process that opened it. In a forked child an inherited one returns
 //! errors, and dropping it does nothing.

@@ -60,6 +60,14 @@ impl MountOptions {
         self
     }
 
+    /// Whether what is not synced may be lost when the process is killed, as it is by a power cut. Otherwise it is kept in shared
+    /// memory too, which costs a copy of each write; see [`fs::MountOptions::volatile`].
+    #[must_use]
+    pub fn volatile(mut self, volatile: bool) -> MountOptions {
+        self.fs.volatile = volatile;
+        self
+    }
+
     /// Sets how a device that holds nothing but zeroes is formatted; `None`: not at all. A device
     /// with other content is never formatted: that is `pumice mkfs --force`. To find out, every
     /// block that may hold data is read: of an image file everything that was ever written, of a

@@ -105,6 +105,15 @@ impl BlockDevice for File {
         &self.shared.info
     }
 
+    fn host_name(&self) -> Option<String> {
+        let meta = self.shared.file.metadata().ok()?;
+        Some(if self.shared.is_block_device {
+            format!("block-{:x}", meta.rdev())
+        } else {
+            format!("file-{:x}-{:x}", meta.dev(), meta.ino())
+        })
+    }
+
     fn host_space(&self) -> Option<crate::HostSpace> {
         let shared = &self.shared;
         if shared.is_block_device {

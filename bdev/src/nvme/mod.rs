@@ -357,6 +357,18 @@ impl BlockDevice for Nvme {
         Some(usize::from(self.queues.controller.queue_limit()).saturating_sub(1))
     }
 
+    /// The serial number and the namespace of a device that is there without this process.
+    fn host_name(&self) -> Option<String> {
+        let lasts = ["nvme:", "vfio-user:"];
+        let identify = self.queues.controller.identify().ok()?;
+        let serial = String::from_utf8_lossy(&identify.sn).trim().to_owned();
+        let is_named =
+            !serial.is_empty() && lasts.iter().any(|scheme| self.uri.starts_with(scheme));
+        let plain = |c: char| if c.is_ascii_alphanumeric() { c } else { '_' };
+        let serial: String = serial.chars().map(plain).collect();
+        is_named.then(|| format!("nvme-{serial}-{}", self.namespace.nsid()))
+    }
+
     /// Openings of one namespace are one device.
     fn identity(&self) -> usize {
         self.namespace.identity()

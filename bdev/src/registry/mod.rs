@@ -497,6 +497,10 @@ impl BlockDevice for Bdev {
         self.entry.dev.identity()
     }
 
+    fn host_name(&self) -> Option<String> {
+        self.entry.dev.host_name()
+    }
+
     fn own_channels(&self) -> Option<usize> {
         self.entry.dev.own_channels()
     }
@@ -552,6 +556,10 @@ impl BlockDevice for Claimed {
 
     fn identity(&self) -> usize {
         self.bdev.identity()
+    }
+
+    fn host_name(&self) -> Option<String> {
+        self.bdev.host_name()
     }
 
     fn own_channels(&self) -> Option<usize> {

@@ -91,6 +91,7 @@ impl Ours {
         }
         let mut how = MountOptions::default();
         how.cache_bytes = f.page_cache_bytes();
+        how.volatile = f.volatile;
         let fs = FileSystem::mount(Arc::clone(&device), &how).map_err(|e| fail(&e))?;
         Ok(Self {
             fs,

@@ -116,6 +116,10 @@ impl BlockDevice for Steady {
     fn host_space(&self) -> Option<HostSpace> {
         self.inner.host_space()
     }
+
+    fn host_name(&self) -> Option<String> {
+        self.inner.host_name()
+    }
 }
 
 /// An operation that waits to be sent again.

@@ -97,6 +97,9 @@ pub struct LoadOptions {
     /// Whether to give up the changes that a damaged journal has lost. Otherwise a store with one
     /// can only be loaded read-only ([`Error::Journal`]).
     pub accept_journal_damage: bool,
+    /// Whether the caller looks after the log in shared memory that a killed process may have left for the store
+    /// ([`SuperBlock::session`]). Otherwise a load that writes gives it up, since what the log says may not hold any longer.
+    pub keep_session: bool,
 }
 
 /// The longest single read or write of data, where the device takes as much.
@@ -412,6 +415,9 @@ impl Blobstore {
             );
         } else if !opts.read_only {
             store.end_half_done()?;
+        }
+        if !opts.read_only && !opts.keep_session && store.super_block().session() != 0 {
+            store.set_session(0)?;
         }
         Ok(store)
     }
@@ -756,6 +762,17 @@ impl Blobstore {
         edit.change(|state, change| {
             let mut sb = state.sb.clone();
             sb.super_blob = id.unwrap_or(BlobId::INVALID).0.into();
+            change.super_block = Some(Box::new((sb, state.geo.clone())));
+            Ok(())
+        })
+    }
+
+    /// Names the log in shared memory that belongs to the store from now on; 0 for none. Durable on return. Blocks.
+    pub(crate) fn set_session(&self, session: u64) -> Result<(), Error> {
+        let edit = self.edit(&Scope::All)?;
+        edit.change(|state, change| {
+            let mut sb = state.sb.clone();
+            sb.set_session(session);
             change.super_block = Some(Box::new((sb, state.geo.clone())));
             Ok(())
         })

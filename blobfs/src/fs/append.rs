@@ -13,6 +13,7 @@ use super::error::{FsError, Result};
 use super::fill::{FillBuf, FillWriter};
 use super::frame::{Frame, REGION, split};
 use super::inode::{Inode, now_ns};
+use super::recorder::Recorder;
 use super::space::Space;
 use super::tail::Tail;
 use super::volume::Volume;
@@ -41,6 +42,7 @@ pub(crate) struct Appender {
     pub writeback: Arc<Writeback>,
     pub space: Arc<Space>,
     pub buffers: Arc<Buffers>,
+    pub recorder: Arc<Recorder>,
 }
 
 impl Appender {
@@ -49,8 +51,17 @@ impl Appender {
     pub fn append(&self, ino: &Arc<Inode>, data: &[u8]) -> Result<()> {
         // In a forked child the buffer is the parent's memory.
         self.vol.check_fork()?;
-        let mut tail = ino.tail.lock();
-        self.append_locked(ino, &mut tail, data)
+        let mut room = self.recorder.room(data.len());
+        {
+            let mut tail = ino.tail.lock();
+            let len = ino.len();
+            self.append_locked(ino, &mut tail, data)?;
+            room.note(ino, &mut tail, len, len, data);
+        }
+        if room.too_long {
+            self.recorder.sync_instead(ino);
+        }
+        Ok(())
     }
 
     #[inline]

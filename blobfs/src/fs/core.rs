@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use parking_lot::Mutex;
+
 use super::append::Appender;
 use super::buffers::Buffers;
 use super::cache::Cache;
@@ -15,6 +17,8 @@ use super::names::Names;
 use super::namespace::Namespace;
 use super::overwrite::Overwriter;
 use super::read::Reader;
+use super::recorder::Recorder;
+use super::shm_log::ShmLog;
 use super::space::Space;
 use super::sync::Syncer;
 use super::truncate::Truncater;
@@ -32,9 +36,10 @@ pub(crate) struct Core {
     pub appender: Arc<Appender>,
     pub overwriter: Overwriter,
     pub truncater: Truncater,
-    pub syncer: Syncer,
+    pub syncer: Arc<Syncer>,
     pub lives: Arc<Lives>,
     pub namespace: Namespace,
+    pub log: Arc<ShmLog>,
     /// Notified when the mount has ended.
     pub ended: Arc<Ended>,
     /// Problems that the mount found and left alone.
@@ -48,6 +53,7 @@ impl Core {
         cache: Arc<Cache>,
         writes: Arc<Durability>,
         names: Names,
+        log: Arc<ShmLog>,
         problems: Vec<String>,
     ) -> Core {
         let names = Arc::new(names);
@@ -70,17 +76,33 @@ impl Core {
             writeback: Arc::clone(&writeback),
             space: Arc::clone(&space),
         });
-        let appender = Arc::new(Appender {
-            vol: Arc::clone(&vol),
-            writeback: Arc::clone(&writeback),
-            space: Arc::clone(&space),
-            buffers: Arc::clone(&buffers),
-        });
         let lives = Arc::new(Lives {
             vol: Arc::clone(&vol),
             names: Arc::clone(&names),
             writeback: Arc::clone(&writeback),
             buffers: Arc::clone(&buffers),
+            log: Arc::clone(&log),
+        });
+        let syncer = Arc::new(Syncer {
+            vol: Arc::clone(&vol),
+            writeback: Arc::clone(&writeback),
+            space: Arc::clone(&space),
+            buffers: Arc::clone(&buffers),
+            log: Arc::clone(&log),
+        });
+        let recorder = Arc::new(Recorder {
+            log: Arc::clone(&log),
+            syncer: Arc::clone(&syncer),
+            names: Arc::clone(&names),
+            lives: Arc::clone(&lives),
+            turn: Mutex::default(),
+        });
+        let appender = Arc::new(Appender {
+            vol: Arc::clone(&vol),
+            writeback: Arc::clone(&writeback),
+            space: Arc::clone(&space),
+            buffers: Arc::clone(&buffers),
+            recorder,
         });
         Core {
             overwriter: Overwriter {
@@ -94,17 +116,12 @@ impl Core {
             truncater: Truncater {
                 vol: Arc::clone(&vol),
                 reader: Arc::clone(&reader),
-                writeback: Arc::clone(&writeback),
+                writeback,
                 space: Arc::clone(&space),
                 buffers: Arc::clone(&buffers),
                 appender: Arc::clone(&appender),
             },
-            syncer: Syncer {
-                vol: Arc::clone(&vol),
-                writeback,
-                space: Arc::clone(&space),
-                buffers: Arc::clone(&buffers),
-            },
+            syncer,
             namespace: Namespace {
                 vol: Arc::clone(&vol),
                 names: Arc::clone(&names),
@@ -119,6 +136,7 @@ impl Core {
             buffers,
             appender,
             lives,
+            log,
             ended: Arc::default(),
             problems,
         }
@@ -171,6 +189,7 @@ impl Core {
     /// Does the last step of an unmount, which can be repeated: the device is released when it is
     /// done.
     fn unload(&self) -> Result<()> {
+        self.log.end();
         match self.vol.store.unload() {
             Ok(()) | Err(crate::blobstore::Error::Unloaded) => {}
             Err(e) => return Err(self.vol.store_error("unmount", e)),

@@ -347,4 +347,11 @@ impl File {
     pub fn allocated(&self) -> u64 {
         self.ino().allocated.load(Ordering::Acquire)
     }
+
+    /// Declares that nobody will append to the file: what was allocated past its end, ahead or by
+    /// [`File::allocate`], is freed at once. Appending stays possible. Blocks while the new size is
+    /// made durable.
+    pub fn finish_writing(&self) {
+        self.core().space.finish_writing(self.ino());
+    }
 }

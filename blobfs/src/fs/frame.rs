@@ -603,6 +603,19 @@ mod tests {
     }
 
     #[test]
+    fn a_page_that_was_cut_short_is_missing_once_the_file_has_grown_and_is_replaced() {
+        let fc = FileCache::new(&Cache::new(1 << 20));
+        let short = Arc::new(FillBuf::from_buf(DmaBuf::new(PAGE).unwrap(), 1000));
+        assert!(fc.install(0, &Frame::new(&fc, 0, 0, short, false)));
+        assert_eq!(fc.first_missing(0, 1000), None);
+        assert_eq!(fc.first_missing(0, 1001), Some(0..4096));
+        assert!(fc.install(0, &page_frame(&fc, 0, 1, 7)));
+        assert_eq!(fc.first_missing(0, 4096), None);
+        let mut out = [0; PAGE];
+        assert_eq!((fc.copy(0, &mut out), out[PAGE - 1]), (PAGE, 7));
+    }
+
+    #[test]
     fn a_miss_never_crosses_a_region() {
         let fc = FileCache::new(&Cache::new(1 << 20));
         let edge = REGION as u64;

@@ -7,6 +7,7 @@ use super::buffers::Buffers;
 use super::error::{FsError, Result};
 use super::inode::{Inode, Life, xattr};
 use super::names::{Names, encode_name, encode_names};
+use super::shm_log::ShmLog;
 use super::volume::Volume;
 use super::writeback::Writeback;
 use crate::blobstore::Transaction;
@@ -30,6 +31,7 @@ pub(crate) struct Lives {
     pub names: Arc<Names>,
     pub writeback: Arc<Writeback>,
     pub buffers: Arc<Buffers>,
+    pub log: Arc<ShmLog>,
 }
 
 impl Lives {
@@ -153,12 +155,14 @@ impl Lives {
                     .lock()
                     .insert(ino.id.0, Arc::downgrade(&ino));
                 ino.life.store(Life::Orphan);
+                self.log.gone(&ino);
                 if ino.opens.load(Ordering::SeqCst) == 0 {
                     self.reap(&ino);
                 }
             }
             Loss::Gone => {
                 ino.life.store(Life::Gone);
+                self.log.gone(&ino);
                 self.forget_bytes(&ino);
             }
         }

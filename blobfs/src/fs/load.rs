@@ -21,6 +21,8 @@ use super::metered::Metered;
 use super::names::{Dir, Entry, Names, decode_names, encode_name, encode_names};
 use super::options::MountOptions;
 use super::path;
+use super::shm_log::ShmLog;
+use super::shm_replay;
 use super::volume::{Phase, Volume, store_error};
 use crate::blobstore::{
     Abilities, Blob, BlobId, Blobstore, BsType, Error as StoreError, LoadOptions, Persist, Spend,
@@ -105,6 +107,7 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
         read_only: opts.read_only,
         refuse_damage: !opts.read_only && !opts.accept_damage,
         accept_journal_damage: opts.accept_damage,
+        keep_session: true,
         ..LoadOptions::default()
     };
     let store = Blobstore::load(Arc::clone(&counted), &load).map_err(|e| refuse(dev, e))?;
@@ -124,6 +127,17 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
     }
     store.set_space_policy(super::space::POLICY);
     loader.read_blobs();
+    let host_name = dev.host_name();
+    let lens = loader.found.iter().map(|f| (f.id.0, f.len)).collect();
+    let left = shm_replay::find(host_name.as_deref(), &store, &lens);
+    loader.damage.extend(left.damage.iter().cloned());
+    loader.problems.extend(left.damage.iter().cloned());
+    if opts.read_only && left.has_changes() {
+        tracing::warn!(
+            device = info.name,
+            "a killed process had not synced all that it wrote; the next mount for writing puts it in place"
+        );
+    }
     if load.refuse_damage && !loader.damage.is_empty() {
         return Err(FsError::Damaged {
             device: info.name,
@@ -159,13 +173,14 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
         block: io_unit,
         persist,
     });
-    Ok(Core::new(
-        vol,
-        cache,
-        writes,
-        Names::new(map, seq),
-        loader.problems,
-    ))
+    let log = Arc::new(ShmLog::new(&vol, host_name.as_deref()));
+    let names = Names::new(map, seq);
+    let core = Core::new(vol, cache, writes, names, Arc::clone(&log), loader.problems);
+    if !opts.read_only {
+        left.put_in_place(&core, host_name.as_deref())?;
+        log.arm();
+    }
+    Ok(core)
 }
 
 /// Returns the reason why there is nothing to mount.

@@ -143,6 +143,10 @@ impl BlockDevice for Metered {
         self.inner.lock().as_ref()?.host_space()
     }
 
+    fn host_name(&self) -> Option<String> {
+        self.inner.lock().as_ref()?.host_name()
+    }
+
     fn identity(&self) -> usize {
         self.identity
     }

@@ -10,9 +10,10 @@
 //!
 //! # Durability
 //! Operations on names are durable on return, one after the other. Data is durable after
-//! [`File::sync`]. The length on the device only ever covers bytes that are durable. Appended bytes
-//! that were not synced are lost when the process is killed. An orderly end of the process (`exit`,
-//! a return from `main`) unmounts what is still mounted.
+//! [`File::sync`]. The length on the device only ever covers bytes that are durable. What was
+//! written and not synced survives a kill of the process in a log in shared memory
+//! ([`MountOptions::volatile`]), and no power cut. An orderly end of the process (`exit`, a return
+//! from `main`) unmounts what is still mounted.
 //!
 //! # Forks
 //! A mount belongs to the process that made it. In a forked child its handles return
@@ -51,7 +52,11 @@ mod overwrite;
 mod path;
 mod pins;
 mod read;
+mod recorder;
 mod runs;
+mod shm_log;
+mod shm_replay;
+mod shm_ring;
 mod space;
 mod stat;
 #[cfg(test)]
@@ -80,10 +85,9 @@ pub use file::{File, Pinned};
 pub use load::UNFINISHED;
 pub use memory::Memory;
 pub use metered::IoStats;
-pub use mount::{DirEntry, FileLock, FileSystem, StatFs};
+pub use mount::{DirEntry, FileLock, FileSystem, StatFs, grow};
 pub use options::{Access, FormatOptions, MountOptions, OpenOptions};
 pub use path::{NAME_MAX, normalise};
 pub use read::ReadRequest;
-pub use space::grow;
 pub use stat::Stat;
 pub use view::StoreView;

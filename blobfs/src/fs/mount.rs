@@ -459,4 +459,99 @@ impl FileSystem {
     pub fn blobstore(&self) -> StoreView<'_> {
         StoreView::new(&self.core)
     }
+
+    /// Space and counts. Linear in the number of files; [`FileSystem::free_bytes`] is not. In a forked child,
+    /// which has no mount, nothing is there: all are 0.
+    pub fn statfs(&self) -> StatFs {
+        let core = self.core();
+        if core.vol.check_fork().is_err() {
+            return StatFs::default();
+        }
+        let pages = core.vol.store.md_pages();
+        StatFs {
+            total: (core.vol.store.total_clusters() - core.vol.store.reserved_clusters())
+                * core.vol.cluster,
+            free: core.space.free_bytes(),
+            used: (core.vol.store.total_clusters() - core.vol.store.free_clusters())
+                * core.vol.cluster,
+            unused: core.vol.store.free_clusters() * core.vol.cluster,
+            host_free: core.space.host_room(),
+            cluster: core.vol.cluster,
+            files: core.names.inodes().len() as u64,
+            md_pages: pages.total,
+            md_pages_used: pages.used,
+        }
+    }
+
+    /// Bytes that can still be written; see [`StatFs::free`]. In a forked child 0.
+    pub fn free_bytes(&self) -> u64 {
+        match self.core().vol.check_fork() {
+            Ok(()) => self.core().space.free_bytes(),
+            Err(_) => 0,
+        }
+    }
+
+    /// Uses the part of the device beyond the file system, and adds metadata pages for its size, or
+    /// doubles them if three quarters are used. Returns the bytes gained. May be repeated, also
+    /// after a power cut. Durable on return. Blocks.
+    ///
+    /// # Errors
+    /// Returns device errors. Lack of room for more metadata pages is not an error.
+    pub fn grow(&self) -> Result<u64> {
+        let core = self.core();
+        core.vol
+            .check_writable(|| core.vol.dev.info().name.clone())?;
+        let gained = core
+            .vol
+            .store
+            .grow()
+            .map_err(|e| core.vol.store_error("growing the file system", e))?;
+        let pages = core.vol.store.md_pages();
+        let wanted = if pages.used * 4 >= pages.total * 3 {
+            pages.total * 2
+        } else {
+            core.vol.store.fitting_md_pages()
+        };
+        if wanted > pages.total {
+            let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
+            match core.vol.store.grow_md_pages(wanted) {
+                Ok(_) => {}
+                Err(error @ crate::blobstore::Error::NoMdPages { .. }) => {
+                    tracing::warn!(%error, "the metadata pages could not be made more");
+                }
+                Err(e) => return Err(core.vol.store_error("growing the metadata pages", e)),
+            }
+        }
+        core.vol.store.set_space_policy(super::space::POLICY);
+        Ok(gained * core.vol.cluster)
+    }
+}
+
+/// Makes the file system on the device that `uri` names larger. With `size_bytes` the device is an
+/// image file, which is first made that long. Otherwise the file system uses the current size of
+/// the device. Returns the new sizes.
+///
+/// It may be repeated, also after a crash: completed steps are left as they are. Nothing is changed
+/// if there is no file system that can be mounted, or if it is in use. Durable on return. Blocks.
+///
+/// # Errors
+/// Fails when the device cannot be opened, is not an image file, or is longer than `size_bytes`;
+/// when there is no file system; and with device errors.
+pub fn grow(uri: &str, size_bytes: Option<u64>) -> Result<StatFs> {
+    // Look first: a device without a file system is not made longer.
+    let look = MountOptions {
+        read_only: true,
+        ..MountOptions::default()
+    };
+    let device = pumice_bdev::open_with(uri, pumice_bdev::OpenOptions::new().read_only(true))?;
+    FileSystem::mount(device, &look)?.unmount()?;
+    let device = match size_bytes {
+        Some(bytes) => pumice_bdev::open_with(uri, pumice_bdev::OpenOptions::new().grow_to(bytes))?,
+        None => pumice_bdev::open_with(uri, pumice_bdev::OpenOptions::new())?,
+    };
+    let fs = FileSystem::mount(device, &MountOptions::default())?;
+    fs.grow()?;
+    let space = fs.statfs();
+    fs.unmount()?;
+    Ok(space)
 }

@@ -119,6 +119,17 @@ impl Names {
             .collect()
     }
 
+    /// Counts one more handle of a file, so that it is not deleted meanwhile. Returns false if it has no name or is about to lose
+    /// its last one.
+    pub fn hold(&self, ino: &Inode) -> bool {
+        let _map = self.map.read();
+        let named = ino.life.load() == Life::Named;
+        if named {
+            ino.opens.fetch_add(1, Ordering::SeqCst);
+        }
+        named
+    }
+
     /// Returns every file once, with one more handle counted so that none is deleted meanwhile.
     /// Leaves out those that are about to be deleted.
     pub fn hold_files(&self) -> Vec<Arc<Inode>> {

@@ -50,6 +50,10 @@ pub struct MountOptions {
     /// is, without the changes that it may have lost: what is missing counts as lost. Otherwise such
     /// a mount fails with [`FsError::Damaged`](super::FsError::Damaged).
     pub accept_damage: bool,
+    /// Whether what is not synced may be lost when the process is killed, as it is by a power cut. Otherwise, on a device that is
+    /// there without this process, it is kept in shared memory (`/dev/shm`, 16 MiB, or a sixteenth of the memory that this
+    /// process may use), and the next mount until the machine restarts puts it in place.
+    pub volatile: bool,
     /// Number of bytes in flight at which an appending thread waits. The default is a sixteenth of
     /// the memory that this process may use, between 4 and 32 MiB.
     pub write_behind_bytes: usize,
@@ -70,6 +74,7 @@ impl Default for MountOptions {
             cache_bytes: super::memory::default_cache_bytes(),
             read_only: false,
             accept_damage: false,
+            volatile: false,
             write_behind_bytes: super::memory::default_behind_bytes(),
             shared_channels: 16,
             read_ahead_bytes: 1 << 20,

@@ -31,10 +31,35 @@ impl Overwriter {
     /// Writes `data` at `off`. A gap past the end becomes zeroes. Bytes inside the file are written
     /// through to the device, unless they are still in the tail buffer.
     pub fn write_at(&self, ino: &Arc<Inode>, off: u64, data: &[u8]) -> Result<()> {
-        let mut tail = ino.tail.lock();
+        let mut room = self.appender.recorder.room(data.len());
+        {
+            let mut tail = ino.tail.lock();
+            let len = ino.len();
+            let kept = self.write_locked(ino, &mut tail, off, data)?;
+            if off + data.len() as u64 > len {
+                room.note(ino, &mut tail, len, off, data);
+            } else {
+                room.note_inside(ino, &mut tail, off, data, kept);
+            }
+        }
+        if room.too_long {
+            self.appender.recorder.sync_instead(ino);
+        }
+        Ok(())
+    }
+
+    /// Writes as [`Overwriter::write_at`] does. Returns whether some of it is only in memory.
+    fn write_locked(
+        &self,
+        ino: &Arc<Inode>,
+        tail: &mut Tail,
+        off: u64,
+        data: &[u8],
+    ) -> Result<bool> {
         let len = ino.len();
         if off == len {
-            return self.appender.append_locked(ino, &mut tail, data);
+            self.appender.append_locked(ino, tail, data)?;
+            return Ok(true);
         }
         self.vol.check_writable(|| ino.path())?;
         if ino.is_frozen() {
@@ -44,35 +69,36 @@ impl Overwriter {
             .checked_add(data.len() as u64)
             .ok_or_else(|| FsError::invalid(&ino.path(), "a file longer than 2^64 bytes"))?;
         if data.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         if off > len {
-            return self.appender.append_after_gap(ino, &mut tail, off, data);
+            self.appender.append_after_gap(ino, tail, off, data)?;
+            return Ok(true);
         }
-        self.space.reserve(ino, &mut tail, end, false)?;
+        self.space.reserve(ino, tail, end, false)?;
         let inside = usize::try_from(len - off)
             .unwrap_or(usize::MAX)
             .min(data.len());
-        let mut done = 0;
+        let (mut done, mut kept) = (0, inside < data.len());
         while done < inside {
             let at = off + done as u64;
             let (region, in_region) = split(at);
             let n = (REGION - in_region).min(inside - done);
             let piece = &data[done..done + n];
             if tail.is_tail(region) {
-                self.buffers.patch_buffer(ino, &mut tail, at, piece)?;
+                self.buffers.patch_buffer(ino, tail, at, piece)?;
                 tail.stop_fast_path();
+                kept = true;
             } else {
-                self.overwrite(ino, &mut tail, at, piece)?;
+                self.overwrite(ino, tail, at, piece)?;
             }
             done += n;
         }
         ino.mtime_ns.store(now_ns(), Ordering::Relaxed);
         if inside < data.len() {
-            self.appender.append_locked(ino, &mut tail, &data[inside..])
-        } else {
-            Ok(())
+            self.appender.append_locked(ino, tail, &data[inside..])?;
         }
+        Ok(kept)
     }
 
     /// Replaces bytes of one region that is not the tail: device first, then cache.

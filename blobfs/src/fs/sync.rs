@@ -7,6 +7,7 @@ use super::attributes::Moment;
 use super::buffers::Buffers;
 use super::error::Result;
 use super::inode::{Inode, Life, now_ns, xattr};
+use super::shm_log::ShmLog;
 use super::space::Space;
 use super::tail::Tail;
 use super::volume::Volume;
@@ -32,6 +33,7 @@ pub(crate) struct Syncer {
     pub writeback: Arc<Writeback>,
     pub space: Arc<Space>,
     pub buffers: Arc<Buffers>,
+    pub log: Arc<ShmLog>,
 }
 
 impl Syncer {
@@ -78,7 +80,12 @@ impl Syncer {
             return Ok(());
         }
         let asked = ino.syncs.ask();
-        ino.syncs.once_since(asked, || self.sync_now(ino))
+        ino.syncs.once_since(asked, || {
+            let mark = self.log.mark();
+            self.sync_now(ino)?;
+            self.log.recorded(ino, mark);
+            Ok(())
+        })
     }
 
     /// Makes durable what the file has at this moment. No other sync of the file is under way.

@@ -19,6 +19,15 @@ use super::inode::Inode;
 use super::unflushed::Unflushed;
 use super::writeback::Pending;
 
+/// The entries of a file in the log. The append lock protects it.
+#[derive(Default)]
+pub(crate) struct Logged {
+    /// Position of the first that the device may not have.
+    pub from: Option<u64>,
+    /// Position of the last one, of any kind.
+    pub last: Option<u64>,
+}
+
 /// The end of a file, which the append lock protects.
 ///
 /// Whenever the lock is free:
@@ -53,6 +62,8 @@ pub(crate) struct Tail {
     pub syncs: u32,
     /// Written ranges that wait for a flush.
     pub unflushed: Unflushed,
+    /// The entries in the log in shared memory.
+    pub logged: Logged,
 }
 
 impl Tail {
@@ -72,6 +83,7 @@ impl Tail {
             patches: 0,
             syncs: 0,
             unflushed: Unflushed::default(),
+            logged: Logged::default(),
         }
     }
 

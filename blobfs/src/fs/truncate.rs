@@ -31,17 +31,24 @@ impl Truncater {
     /// Sets the length. A shorter one is durable on return, since the clusters behind it, and the
     /// bytes of its last block, may be used again at once.
     pub fn truncate(&self, ino: &Arc<Inode>, new_len: u64) -> Result<()> {
+        let mut room = self.appender.recorder.room(0);
         let _one = ino.syncs.hold_off();
         let mut tail = ino.tail.lock();
         self.vol.check_writable(|| ino.path())?;
         if ino.is_frozen() {
             return Err(FsError::ReadOnly { path: ino.path() });
         }
-        if new_len >= ino.len() {
-            self.appender.append_after_gap(ino, &mut tail, new_len, &[])
+        let len = ino.len();
+        if new_len >= len {
+            self.appender
+                .append_after_gap(ino, &mut tail, new_len, &[])?;
+            room.note(ino, &mut tail, len, new_len, &[]);
         } else {
-            self.shorten(ino, &mut tail, new_len)
+            room.note_cutting(ino, &mut tail, new_len);
+            self.shorten(ino, &mut tail, new_len)?;
+            room.note_cut(ino, &mut tail, new_len);
         }
+        Ok(())
     }
 
     /// Truncates the file. Bytes of the removed part that could not be written do not matter.

@@ -67,6 +67,10 @@ impl BlockDevice for Flaky {
         self.base.identity()
     }
 
+    fn host_name(&self) -> Option<String> {
+        self.base.host_name()
+    }
+
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         Ok(Box::new(FlakyChannel {
             info: self.base.info().clone(),

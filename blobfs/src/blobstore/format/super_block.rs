@@ -14,6 +14,8 @@ const VERSION: u32 = 3;
 /// The version of a store whose journal may hold changes that are not in place. Readers that do not
 /// know the journal refuse it.
 const GUARDED: u32 = 0x8000_0003;
+/// Offset of the session in the reserved bytes: behind the place of a journal, in the first 512 bytes of the page.
+const SESSION_AT: usize = 400 - 96;
 /// The first reserved bytes of a store with a journal.
 const JOURNAL_SIGNATURE: [u8; 8] = *b"PUMJRNL1";
 
@@ -210,6 +212,18 @@ impl SuperBlock {
     /// Sets or removes the guard of a store with a journal.
     pub(crate) fn set_guard(&mut self, guard: bool) {
         self.raw.version = if guard { GUARDED } else { VERSION }.into();
+    }
+
+    /// The number of the log in shared memory that belongs to the store while it is in use; 0 for none.
+    #[must_use]
+    pub fn session(&self) -> u64 {
+        let bytes = &self.raw.reserved[SESSION_AT..SESSION_AT + 8];
+        u64::from_le_bytes(bytes.try_into().expect("eight bytes"))
+    }
+
+    /// Sets the number of the log in shared memory.
+    pub(crate) fn set_session(&mut self, session: u64) {
+        self.raw.reserved[SESSION_AT..SESSION_AT + 8].copy_from_slice(&session.to_le_bytes());
     }
 
     /// Whether the store was unloaded in order. Only then are the masks valid.

@@ -1,5 +1,7 @@
-//! Mapped BARs that can be replaced while other threads hold their addresses.
+//! Mapped files: BARs that can be replaced while other threads hold their addresses, and memory that outlives the process.
 #![allow(unsafe_code)]
+
+mod shared_memory;
 
 use std::ffi::CStr;
 use std::io;
@@ -9,6 +11,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+
+pub use shared_memory::SharedMemory;
 
 use super::MmioMap;
 use crate::process::Birth;

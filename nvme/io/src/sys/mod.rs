@@ -16,7 +16,7 @@ mod zeroed;
 pub use clock::Clock;
 pub use eventfd::EventFd;
 pub use kick::Kick;
-pub use mapping::{Absent, DeviceMapping, keeps_its_length, shared_file};
+pub use mapping::{Absent, DeviceMapping, SharedMemory, keeps_its_length, shared_file};
 pub use mmio::{Doorbell, MmioMap};
 pub use poll::{any_readable, wait_readable};
 pub use private_socket::bind_private;

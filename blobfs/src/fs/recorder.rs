@@ -1,0 +1,110 @@
+//! Room in the log in shared memory, by syncs of the files whose entries are the oldest.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use super::inode::Inode;
+use super::life::Lives;
+use super::names::Names;
+use super::shm_log::{Room, ShmLog};
+use super::shm_ring::{HEADER, entry_bytes};
+use super::sync::Syncer;
+
+/// From this length on, data is long.
+const LONG: u64 = 64 << 10;
+/// Number of entries without data that a write makes at most.
+const MARKS: u64 = 2;
+
+/// Keeps room in the log, by syncs.
+pub(crate) struct Recorder {
+    pub log: Arc<ShmLog>,
+    pub syncer: Arc<Syncer>,
+    pub names: Arc<Names>,
+    pub lives: Arc<Lives>,
+    /// Held by a thread that syncs for the others.
+    pub turn: Mutex<()>,
+}
+
+impl Recorder {
+    /// Takes room for a write of `data` bytes, with no lock held. May sync other files for it. Blocks.
+    #[inline]
+    pub fn room(&self, data: usize) -> Room<'_> {
+        let log = &*self.log;
+        if log.is_off() {
+            return log.no_room();
+        }
+        let bytes = entry_bytes(data) + MARKS * HEADER as u64;
+        if log.is_on()
+            && bytes < LONG
+            && log.used() < log.limit() / 4 * 3
+            && let Some(room) = log.try_take(bytes)
+        {
+            return room;
+        }
+        self.make_room(bytes)
+    }
+
+    #[cold]
+    fn make_room(&self, bytes: u64) -> Room<'_> {
+        let log = &*self.log;
+        log.make();
+        let too_long = bytes > log.limit() / 2;
+        let bytes = if too_long {
+            entry_bytes(0) * MARKS
+        } else {
+            bytes
+        };
+        let wanted = if bytes >= LONG { 2 } else { 3 };
+        if log.used() > log.limit() / 4 * wanted
+            && let Some(turn) = self.turn.try_lock()
+        {
+            self.record_oldest();
+            drop(turn);
+        }
+        loop {
+            if !log.is_on() {
+                return log.no_room();
+            }
+            if let Some(mut room) = log.try_take(bytes) {
+                room.too_long = too_long;
+                return room;
+            }
+            // The turns come one after the other, and each frees something or ends the log.
+            let _turn = self.turn.lock();
+            if log.used() + bytes > log.limit() {
+                self.record_oldest();
+            }
+        }
+    }
+
+    /// Syncs the file with the oldest entry. If that frees nothing, there is no log from then on.
+    fn record_oldest(&self) {
+        let log = &*self.log;
+        let Some((at, ino)) = log.oldest() else {
+            return;
+        };
+        if !self.names.hold(&ino) {
+            // It is being deleted, which needs no room here.
+            std::thread::sleep(Duration::from_millis(1));
+            return;
+        }
+        let synced = self.syncer.sync(&ino);
+        let stuck = log.oldest().is_some_and(|(first, _)| first == at);
+        self.lives.close(&ino);
+        if let Err(error) = synced {
+            log.give_up(&format!("{}: {error}", ino.path()));
+        } else if stuck {
+            log.give_up("a sync has freed nothing of it");
+        }
+    }
+
+    /// Makes data durable that is too long for the log. The data is accepted in any case, so a failure is told by the next sync.
+    #[cold]
+    pub fn sync_instead(&self, ino: &Arc<Inode>) {
+        if let Err(error) = self.syncer.sync(ino) {
+            tracing::warn!(file = ino.path(), %error, "long data could not be synced, and is lost if the process is killed");
+        }
+    }
+}

@@ -1,0 +1,600 @@
+//! What a killed process has written and not synced is there at the next mount (`blobfs/src/fs/shm_log.rs`).
+
+mod common;
+#[path = "common/flaky.rs"]
+mod flaky;
+
+use std::io::{BufRead, BufReader, Write as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use flaky::{Flaky, Plan};
+use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice_bdev::{BlockDevice, IoErrorKind, OpKind};
+use pumice_blobfs::fs::{File, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions};
+use rand::prelude::*;
+
+const DIR: &str = "PUMICE_KILLED_DIR";
+const HOW: &str = "PUMICE_KILLED_HOW";
+const SEED: &str = "PUMICE_KILLED_SEED";
+
+struct Image {
+    dir: tempfile::TempDir,
+}
+
+impl Image {
+    fn new(journal: Option<u64>) -> Image {
+        let dir = tempfile::tempdir().unwrap();
+        let image = Image { dir };
+        let dev = pumice_bdev::open(&format!("{}?size=96M&create=1", image.uri())).unwrap();
+        let mut format = FormatOptions::default();
+        format.journal = journal;
+        FileSystem::format(dev, &format).unwrap();
+        image
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("image")
+    }
+
+    fn uri(&self) -> String {
+        uri_in(self.dir.path())
+    }
+
+    fn log(&self) -> PathBuf {
+        let meta = std::fs::metadata(self.path()).unwrap();
+        PathBuf::from(format!(
+            "/dev/shm/pumice-file-{:x}-{:x}",
+            meta.dev(),
+            meta.ino()
+        ))
+    }
+
+    fn device(&self) -> Arc<dyn BlockDevice> {
+        pumice_bdev::open(&self.uri()).unwrap()
+    }
+
+    fn mount(&self) -> FileSystem {
+        FileSystem::mount(self.device(), &MountOptions::default()).unwrap()
+    }
+
+    /// Runs `child` with `how`, kills it when it says that it is ready, and returns what it said before.
+    fn killed(&self, how: &str, seed: u64) -> Vec<String> {
+        self.killed_after(u64::MAX, how, seed)
+    }
+
+    /// As [`Image::killed`], but kills it when it has acknowledged `acks` changes. It may have made others since.
+    fn killed_after(&self, acks: u64, how: &str, seed: u64) -> Vec<String> {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["child", "--exact", "--nocapture"])
+            .env(DIR, self.dir.path())
+            .env(HOW, how)
+            .env(SEED, seed.to_string())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = Vec::new();
+        for line in BufReader::new(child.stdout.take().unwrap()).lines() {
+            let line = line.unwrap();
+            if line == "ready" || acknowledged(std::slice::from_ref(&line)) >= acks {
+                child.kill().unwrap();
+            }
+            said.push(line);
+        }
+        let status = child.wait().unwrap();
+        assert_eq!(status.code(), None, "{how}: it ended by itself: {said:?}");
+        said
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        if self.path().exists() {
+            let _ = std::fs::remove_file(self.log());
+        }
+    }
+}
+
+fn uri_in(dir: &Path) -> String {
+    format!("file://{}/image", dir.display())
+}
+
+fn bytes(len: usize, seed: u8) -> Vec<u8> {
+    (0..=250u8)
+        .map(|b| b.wrapping_add(seed))
+        .cycle()
+        .take(len)
+        .collect()
+}
+
+fn all(file: &File) -> Vec<u8> {
+    let mut out = vec![0; usize::try_from(file.len()).unwrap()];
+    assert_eq!(file.read_at(0, &mut out).unwrap(), out.len());
+    out
+}
+
+fn contents(fs: &FileSystem, path: &str) -> Vec<u8> {
+    all(&fs.open(path, OpenOptions::READ).unwrap())
+}
+
+fn ready() -> ! {
+    println!("ready");
+    loop {
+        std::thread::park();
+    }
+}
+
+/// Is not a test, but what the tests below run.
+#[test]
+fn child() {
+    let (Some(dir), Ok(how)) = (std::env::var_os(DIR), std::env::var(HOW)) else {
+        return;
+    };
+    let uri = uri_in(Path::new(&dir));
+    let seed: u64 = std::env::var(SEED).unwrap().parse().unwrap();
+    let volatile = how == "volatile";
+    let mut options = MountOptions::default();
+    options.volatile = volatile;
+    let fs = FileSystem::mount(pumice_bdev::open(&uri).unwrap(), &options).unwrap();
+    let open = |path: &str| fs.open(path, OpenOptions::CREATE).unwrap();
+    match &how[..] {
+        "append" | "volatile" => {
+            let a = open("/a");
+            for n in 0..1000_u32 {
+                a.append(&n.to_le_bytes()).unwrap();
+            }
+            open("/b").append(&bytes(3_000_001, 1)).unwrap();
+        }
+        "kinds" => every_kind(&fs),
+        "long" => {
+            // Longer than the log takes at once, and than the log.
+            open("/long").append(&bytes(20 << 20, 3)).unwrap();
+            for n in 0..30 {
+                open(&format!("/{n}")).append(&bytes(1 << 20, n)).unwrap();
+            }
+        }
+        "many" => {
+            for n in 0..600_u32 {
+                open(&format!("/{n}")).append(&n.to_le_bytes()).unwrap();
+                if n % 3 == 0 {
+                    fs.unlink(&format!("/{n}")).unwrap();
+                }
+            }
+        }
+        "random" => random(&fs, seed, seed * 37 % 400 + 1, |n| println!("ack {n}")),
+        "endless" => random(&fs, seed, u64::MAX, |n| println!("ack {n}")),
+        "threads" => {
+            std::thread::scope(|scope| {
+                for thread in 0..3_u64 {
+                    let fs = &fs;
+                    scope.spawn(move || {
+                        let file = fs.open(&format!("/{thread}"), OpenOptions::CREATE).unwrap();
+                        let mut random = StdRng::seed_from_u64(seed + thread);
+                        for n in 0..4000_u64 {
+                            file.append(&n.to_le_bytes().repeat(random.random_range(1..600)))
+                                .unwrap();
+                            if random.random_range(0..40) == 0 {
+                                file.sync().unwrap();
+                            }
+                        }
+                        println!("length {thread} {}", file.len());
+                    });
+                }
+            });
+        }
+        other => panic!("{HOW}={other}"),
+    }
+    ready()
+}
+
+fn every_kind(fs: &FileSystem) {
+    let open = |path: &str| fs.open(path, OpenOptions::CREATE).unwrap();
+    // Written over in memory, and through to the device behind entries that are in the log.
+    let over = open("/over");
+    over.append(&bytes(3 << 20, 1)).unwrap();
+    over.write_at(100, &bytes(5000, 90)).unwrap();
+    over.write_at((3 << 20) - 10, &bytes(30, 80)).unwrap();
+    // Synced, then written over inside, through to the device, which needs no entry.
+    let synced = open("/synced");
+    synced.append(&bytes(3 << 20, 2)).unwrap();
+    synced.sync().unwrap();
+    synced.write_at(200, &bytes(100, 70)).unwrap();
+    synced.append(b"end").unwrap();
+    synced.write_at(250, &bytes(100, 71)).unwrap();
+    // Cut and appended to again, synced and not.
+    let cut = open("/cut");
+    cut.append(&bytes(100, 3)).unwrap();
+    cut.sync().unwrap();
+    cut.append(&bytes(100, 4)).unwrap();
+    cut.truncate(50).unwrap();
+    cut.append(&bytes(30, 5)).unwrap();
+    let cut = open("/cut and synced");
+    cut.append(&bytes(100, 3)).unwrap();
+    cut.truncate(50).unwrap();
+    cut.append(&bytes(30, 5)).unwrap();
+    cut.sync().unwrap();
+    cut.write_at(60, b"X").unwrap();
+    cut.append(b"end").unwrap();
+    // A synced file that was only cut.
+    let shorter = open("/shorter");
+    shorter.append(&bytes(9000, 3)).unwrap();
+    shorter.sync().unwrap();
+    shorter.truncate(8000).unwrap();
+    // Gaps, short and long, and a length.
+    let gap = open("/gap");
+    gap.append(b"begin").unwrap();
+    gap.write_at(9 << 20, b"end").unwrap();
+    gap.truncate(10 << 20).unwrap();
+    // A name that another file gets, whose blob has the number of a deleted one.
+    open("/deleted").append(&bytes(70_000, 6)).unwrap();
+    fs.unlink("/deleted").unwrap();
+    open("/new").append(b"new").unwrap();
+    let orphan = open("/orphan");
+    orphan.append(b"nothing").unwrap();
+    fs.unlink("/orphan").unwrap();
+    orphan.append(b"of it").unwrap();
+    open("/from").append(&bytes(1000, 7)).unwrap();
+    open("/to").append(&bytes(2000, 8)).unwrap();
+    fs.rename("/from", "/to").unwrap();
+    fs.link("/to", "/link").unwrap();
+    std::mem::forget(orphan);
+}
+
+fn check_every_kind(fs: &FileSystem) {
+    let mut over = bytes(3 << 20, 1);
+    over[100..5100].copy_from_slice(&bytes(5000, 90));
+    over.truncate((3 << 20) - 10);
+    over.extend(bytes(30, 80));
+    assert!(contents(fs, "/over") == over);
+    let mut synced = bytes(3 << 20, 2);
+    synced[200..300].copy_from_slice(&bytes(100, 70));
+    synced[250..350].copy_from_slice(&bytes(100, 71));
+    synced.extend(b"end");
+    assert!(contents(fs, "/synced") == synced);
+    let cut = [bytes(50, 3), bytes(30, 5)].concat();
+    assert_eq!(contents(fs, "/cut"), cut);
+    let mut cut = [&cut[..], b"end"].concat();
+    cut[60] = b'X';
+    assert_eq!(contents(fs, "/cut and synced"), cut);
+    assert_eq!(contents(fs, "/shorter"), bytes(8000, 3));
+    let mut gap = vec![0; 10 << 20];
+    gap[..5].copy_from_slice(b"begin");
+    gap[9 << 20..(9 << 20) + 3].copy_from_slice(b"end");
+    assert!(contents(fs, "/gap") == gap);
+    assert_eq!(contents(fs, "/new"), b"new");
+    assert_eq!(contents(fs, "/to"), bytes(1000, 7));
+    assert_eq!(contents(fs, "/link"), bytes(1000, 7));
+    for gone in ["/deleted", "/orphan", "/from"] {
+        assert!(!fs.exists(gone).unwrap(), "{gone}");
+    }
+}
+
+const NAMES: [&str; 3] = ["/a", "/b", "/c"];
+
+/// Makes `count` changes of a few files, at random, and calls `told` after each has returned.
+fn random(fs: &FileSystem, seed: u64, count: u64, told: impl Fn(u64)) {
+    let mut random = StdRng::seed_from_u64(seed);
+    for n in 0..count {
+        let path = NAMES[random.random_range(0..NAMES.len())];
+        let file = fs.open(path, OpenOptions::CREATE).unwrap();
+        let long = random.random_range(0..20) == 0;
+        let len = random.random_range(1..if long { 2 << 20 } else { 6000 });
+        let data = bytes(len, random.random());
+        let at = random.random_range(0..=file.len() + 1);
+        let other = NAMES[random.random_range(0..NAMES.len())];
+        match random.random_range(0..20) {
+            0..=9 => file.append(&data).unwrap(),
+            10..=12 => file.write_at(at, &data).unwrap(),
+            13 => file.write_at(at + 9000, &data).unwrap(),
+            14..=15 => file.truncate(at).unwrap(),
+            16..=17 => file.sync().unwrap(),
+            18 => drop(fs.unlink(path)),
+            _ => fs.rename(path, other).unwrap(),
+        }
+        told(n + 1);
+    }
+}
+
+/// Returns what the files have after the first `count` changes, on a device in memory.
+fn expected(seed: u64, count: u64) -> Vec<Option<Vec<u8>>> {
+    let memory = pumice_bdev::open("malloc://96M").unwrap();
+    FileSystem::format(Arc::clone(&memory), &FormatOptions::default()).unwrap();
+    let fs = FileSystem::mount(memory, &MountOptions::default()).unwrap();
+    random(&fs, seed, count, |_| ());
+    all_of(&fs)
+}
+
+fn all_of(fs: &FileSystem) -> Vec<Option<Vec<u8>>> {
+    let has = |path: &&str| fs.exists(path).unwrap();
+    NAMES
+        .iter()
+        .map(|path| has(path).then(|| contents(fs, path)))
+        .collect()
+}
+
+/// Whether a file that a kill has interrupted in a change has its bytes from before or after it.
+fn is_between(found: &[u8], before: &[u8], after: &[u8]) -> bool {
+    let lens = [before.len(), after.len()];
+    (found.len() >= lens[0].min(lens[1]) && found.len() <= lens[0].max(lens[1]))
+        && (0..found.len()).all(|at| {
+            let byte = found.get(at);
+            byte == before.get(at) || byte == after.get(at)
+        })
+}
+
+#[test]
+fn unsynced_appends_are_there_after_a_kill() {
+    for journal in [None, Some(1 << 20)] {
+        let image = Image::new(journal);
+        image.killed("append", 0);
+        assert!(image.log().exists());
+        let fs = image.mount();
+        let numbers: Vec<u8> = (0..1000_u32).flat_map(u32::to_le_bytes).collect();
+        assert!(contents(&fs, "/a") == numbers);
+        assert!(contents(&fs, "/b") == bytes(3_000_001, 1));
+        assert!(fs.problems().is_empty(), "{:?}", fs.problems());
+        assert!(!image.log().exists(), "it has served");
+        fs.unmount().unwrap();
+    }
+}
+
+#[test]
+fn a_volatile_mount_has_no_log() {
+    let image = Image::new(None);
+    image.killed("volatile", 0);
+    assert!(!image.log().exists());
+    assert!(contents(&image.mount(), "/a").is_empty());
+}
+
+#[test]
+fn every_kind_of_change_is_there_after_a_kill() {
+    for journal in [None, Some(1 << 20)] {
+        let image = Image::new(journal);
+        image.killed("kinds", 0);
+        let fs = image.mount();
+        check_every_kind(&fs);
+        fs.unmount().unwrap();
+        check_every_kind(&image.mount());
+    }
+}
+
+#[test]
+fn more_than_the_log_takes_is_there_after_a_kill() {
+    let image = Image::new(None);
+    image.killed("long", 0);
+    let fs = image.mount();
+    assert!(contents(&fs, "/long") == bytes(20 << 20, 3));
+    for n in 0..30 {
+        assert!(contents(&fs, &format!("/{n}")) == bytes(1 << 20, n), "{n}");
+    }
+}
+
+#[test]
+fn many_short_files_are_there_after_a_kill() {
+    let image = Image::new(Some(1 << 20));
+    image.killed("many", 0);
+    let fs = image.mount();
+    for n in 0..600_u32 {
+        let path = format!("/{n}");
+        match n % 3 {
+            0 => assert!(!fs.exists(&path).unwrap()),
+            _ => assert_eq!(contents(&fs, &path), n.to_le_bytes(), "{n}"),
+        }
+    }
+}
+
+#[test]
+fn threads_that_append_and_sync_lose_nothing() {
+    for seed in 0..3 {
+        let image = Image::new(Some(1 << 20));
+        let said = image.killed("threads", seed);
+        let fs = image.mount();
+        let mut files = 0;
+        for line in said.iter().filter_map(|line| line.strip_prefix("length ")) {
+            let (thread, len) = line.split_once(' ').unwrap();
+            assert_eq!(
+                contents(&fs, &format!("/{thread}")).len(),
+                len.parse::<usize>().unwrap()
+            );
+            files += 1;
+        }
+        assert_eq!(files, 3);
+    }
+}
+
+fn rounds() -> u64 {
+    std::env::var("PUMICE_ROUNDS").map_or(8, |n| n.parse().unwrap())
+}
+
+fn acknowledged(said: &[String]) -> u64 {
+    let acks = said.iter().filter_map(|line| line.strip_prefix("ack "));
+    acks.filter_map(|n| n.parse().ok()).max().unwrap_or(0)
+}
+
+#[test]
+fn random_changes_are_there_after_a_kill() {
+    for seed in 0..rounds() {
+        let image = Image::new((seed % 2 == 0).then_some(1 << 20));
+        let count = acknowledged(&image.killed("random", seed));
+        assert_eq!(count, seed * 37 % 400 + 1);
+        let fs = image.mount();
+        assert!(all_of(&fs) == expected(seed, count), "seed {seed}");
+        assert!(fs.problems().is_empty(), "seed {seed}: {:?}", fs.problems());
+    }
+}
+
+/// The kill comes in the middle of a change, which is there, or not, or in part; what came before is there.
+#[test]
+fn a_kill_in_the_middle_of_a_change_loses_nothing_before_it() {
+    for seed in 1000..1000 + rounds() {
+        let image = Image::new((seed % 2 == 0).then_some(1 << 20));
+        let count = acknowledged(&image.killed_after(seed % 61 + 1, "endless", seed));
+        let found = all_of(&image.mount());
+        let (before, after) = (expected(seed, count), expected(seed, count + 1));
+        for ((found, before), after) in found.iter().zip(&before).zip(&after) {
+            let fits = found == before
+                || found == after
+                || matches!((found, before, after), (Some(f), Some(b), Some(a)) if is_between(f, b, a));
+            assert!(fits, "seed {seed}, {count} changes");
+        }
+    }
+}
+
+/// Nothing is lost when the device fails while the log is put in place.
+#[test]
+fn a_mount_that_fails_leaves_the_log() {
+    for skip in 0..200 {
+        let image = Image::new(None);
+        image.killed("kinds", 0);
+        let dev = Flaky::new(image.device());
+        dev.arm(Some(Plan {
+            from: skip,
+            count: u64::MAX,
+            kind: IoErrorKind::Media,
+            done: false,
+        }));
+        let mount = FileSystem::mount(dev.clone(), &MountOptions::default());
+        let failed = mount.is_err();
+        drop((mount, dev));
+        check_every_kind(&image.mount());
+        if !failed {
+            assert!(skip > 3);
+            return;
+        }
+    }
+    panic!("it never succeeds");
+}
+
+/// A reader changes nothing, and shows what the device has.
+#[test]
+fn a_read_only_mount_leaves_the_log() {
+    let image = Image::new(None);
+    image.killed("append", 0);
+    let before = std::fs::read(image.path()).unwrap();
+    let mut options = MountOptions::default();
+    options.read_only = true;
+    let dev = pumice_bdev::open_with(
+        &image.uri(),
+        pumice_bdev::OpenOptions::new().read_only(true),
+    )
+    .unwrap();
+    let fs = FileSystem::mount(dev, &options).unwrap();
+    assert!(contents(&fs, "/a").is_empty());
+    fs.unmount().unwrap();
+    assert!(std::fs::read(image.path()).unwrap() == before);
+    assert_eq!(contents(&image.mount(), "/a").len(), 4000);
+}
+
+/// A log counts for the session on the device only: not for a copy, nor after a mount that did not know it.
+#[test]
+fn a_log_that_does_not_belong_to_the_store_is_not_used() {
+    let image = Image::new(None);
+    image.killed("append", 0);
+    // The log is out of sight of a mount that changes the store, as in another container.
+    let aside = image.dir.path().join("aside");
+    std::fs::copy(image.log(), &aside).unwrap();
+    std::fs::remove_file(image.log()).unwrap();
+    let fs = image.mount();
+    assert!(contents(&fs, "/a").is_empty());
+    fs.open("/mine", OpenOptions::CREATE).unwrap();
+    // It ends without an orderly unmount.
+    let copy = image.dir.path().join("copy");
+    std::fs::copy(image.path(), &copy).unwrap();
+    fs.unmount().unwrap();
+    std::fs::copy(&copy, image.path()).unwrap();
+    put_back(&aside, &image.log());
+    let fs = image.mount();
+    assert!(contents(&fs, "/a").is_empty());
+    assert!(fs.exists("/mine").unwrap());
+    assert!(!image.log().exists(), "a log of nothing is removed");
+}
+
+fn put_back(from: &Path, to: &Path) {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create_new(true).mode(0o600);
+    let all = std::fs::read(from).unwrap();
+    options.open(to).unwrap().write_all(&all).unwrap();
+}
+
+/// The store is refused for writing, and the word that the error names goes on without the log.
+#[test]
+fn a_damaged_log_is_told() {
+    let image = Image::new(None);
+    image.killed("append", 0);
+    let log = std::fs::OpenOptions::new()
+        .write(true)
+        .open(image.log())
+        .unwrap();
+    log.write_all_at(b"rot", 5000).unwrap();
+    let before = std::fs::read(image.path()).unwrap();
+    let refused = FileSystem::mount(image.device(), &MountOptions::default()).unwrap_err();
+    assert!(matches!(refused, FsError::Damaged { .. }), "{refused}");
+    assert!(
+        refused.to_string().contains("/dev/shm/pumice-file-"),
+        "{refused}"
+    );
+    assert!(std::fs::read(image.path()).unwrap() == before);
+    let mut options = MountOptions::default();
+    options.accept_damage = true;
+    let fs = FileSystem::mount(image.device(), &options).unwrap();
+    assert!(contents(&fs, "/a").is_empty());
+    assert!(!fs.problems().is_empty());
+    fs.unmount().unwrap();
+    image.mount();
+}
+
+/// The device has less than the killed process had synced.
+#[test]
+fn a_device_that_was_set_back_is_told() {
+    let image = Image::new(None);
+    let fs = image.mount();
+    fs.open("/early", OpenOptions::CREATE)
+        .unwrap()
+        .append(b"early")
+        .unwrap();
+    // The session is on the device, and nothing is synced.
+    let back = std::fs::read(image.path()).unwrap();
+    let log = image.dir.path().join("log");
+    let early = fs.open("/early", OpenOptions::READ).unwrap();
+    early.sync().unwrap();
+    early.append(b" and late").unwrap();
+    std::fs::copy(image.log(), &log).unwrap();
+    drop(early);
+    fs.unmount().unwrap();
+    std::fs::write(image.path(), back).unwrap();
+    put_back(&log, &image.log());
+    let refused = FileSystem::mount(image.device(), &MountOptions::default()).unwrap_err();
+    assert!(refused.to_string().contains("set back"), "{refused}");
+}
+
+/// A device that cannot keep up with the log ends the log, and nothing else.
+#[test]
+fn a_log_that_cannot_be_emptied_is_given_up() {
+    let image = Image::new(None);
+    let dev = Arc::new(ErrorDevice::new(None, image.device()));
+    let fs = FileSystem::mount(dev.clone(), &MountOptions::default()).unwrap();
+    let small = fs.open("/small", OpenOptions::CREATE).unwrap();
+    small.append(b"pins the log").unwrap();
+    let blobs = fs.blobstore();
+    let lba = blobs.extents(small.blob_id()).unwrap().lba(0).unwrap();
+    dev.inject(Injection {
+        op: Some(OpKind::Write),
+        failure: Failure::Fail,
+        count: u64::MAX,
+        range: Some((lba, 8)),
+        queue_depth: 0,
+    });
+    let big = fs.open("/big", OpenOptions::CREATE).unwrap();
+    for n in 0..40 {
+        big.append(&bytes(1 << 20, n)).unwrap();
+    }
+    assert!(!image.log().exists());
+    assert_eq!(big.len(), 40 << 20);
+    dev.clear();
+    fs.unmount().unwrap();
+    drop((fs, small, big, dev));
+    assert_eq!(contents(&image.mount(), "/small"), b"pins the log");
+}
