@@ -528,7 +528,7 @@ fn a_damaged_log_is_told() {
         .write(true)
         .open(image.log())
         .unwrap();
-    log.write_all_at(b"rot", 5000).unwrap();
+    log.write_all_at(b"rot", 4096 + 20 * 48 + 16).unwrap();
     let before = std::fs::read(image.path()).unwrap();
     let refused = FileSystem::mount(image.device(), &MountOptions::default()).unwrap_err();
     assert!(matches!(refused, FsError::Damaged { .. }), "{refused}");

@@ -1,6 +1,6 @@
 //! The ring of the log in shared memory: its bytes, and its entries.
 //!
-//! An entry has a header of 40 bytes, and is padded to eight: its CRC-32C, its kind, its position (bytes written before it,
+//! An entry has a header of 40 bytes, and is padded to eight: the header's checksum, its kind, its position (bytes written before it,
 //! which no two entries share), the blob, and two numbers that depend on the kind. It is there once the head is past it,
 //! which one store publishes, so a killed process leaves whole entries only.
 
@@ -19,6 +19,63 @@ const WORD_HEAD: usize = 3;
 /// Number of bytes in the file that are words.
 const WORDS_BYTES: usize = 4096;
 pub(super) const HEADER: usize = 40;
+
+/// The fixed part of an entry.
+struct EntryHeader {
+    kind: u32,
+    at: u64,
+    blob: u64,
+    first: u64,
+    second: u64,
+}
+
+impl EntryHeader {
+    /// Returns a checksum of its fields. The data is not covered: it is in memory, like the kernel's own page cache.
+    #[inline]
+    fn sum(&self) -> u32 {
+        let words = [
+            u64::from(self.kind),
+            self.at,
+            self.blob,
+            self.first,
+            self.second,
+        ];
+        let mix = |sum: u64, word: &u64| {
+            (sum ^ word)
+                .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                .rotate_left(29)
+        };
+        let sum = words.iter().fold(MAGIC, mix);
+        #[expect(clippy::cast_possible_truncation, reason = "a half of each is taken")]
+        ((sum >> 32) as u32 ^ sum as u32)
+    }
+
+    #[inline]
+    fn encode(&self) -> [u8; HEADER] {
+        let mut bytes = [0; HEADER];
+        bytes[..4].copy_from_slice(&self.sum().to_le_bytes());
+        bytes[4..8].copy_from_slice(&self.kind.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.at.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.blob.to_le_bytes());
+        bytes[24..32].copy_from_slice(&self.first.to_le_bytes());
+        bytes[32..40].copy_from_slice(&self.second.to_le_bytes());
+        bytes
+    }
+
+    fn decode(bytes: &[u8; HEADER]) -> Option<EntryHeader> {
+        let word32 = |i: usize| u32::from_le_bytes(bytes[i..i + 4].try_into().expect("four bytes"));
+        let word64 =
+            |i: usize| u64::from_le_bytes(bytes[i..i + 8].try_into().expect("eight bytes"));
+        let header = EntryHeader {
+            kind: word32(4),
+            at: word64(8),
+            blob: word64(16),
+            first: word64(24),
+            second: word64(32),
+        };
+        (header.sum() == word32(0)).then_some(header)
+    }
+}
 
 /// A change of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,18 +142,22 @@ pub(super) struct ShmRing {
     memory: SharedMemory,
     head: u64,
     tail: u64,
+    /// The number of bytes, a power of two, less one.
+    mask: u64,
 }
 
 impl ShmRing {
-    /// Makes an empty ring of `bytes` bytes.
+    /// Makes an empty ring of `bytes` bytes, rounded down to a power of two.
     pub fn create(path: &Path, session: u64, bytes: usize) -> io::Result<ShmRing> {
-        let memory = SharedMemory::create(path, WORDS_BYTES + bytes.next_multiple_of(8))?;
+        let mask = (1 << bytes.max(8).ilog2()) - 1;
+        let memory = SharedMemory::create(path, WORDS_BYTES + mask + 1)?;
         memory.word(WORD_SESSION).store(session, Ordering::Relaxed);
         memory.word(WORD_MAGIC).store(MAGIC, Ordering::Release);
         Ok(ShmRing {
             memory,
             head: 0,
             tail: 0,
+            mask: mask as u64,
         })
     }
 
@@ -110,14 +171,19 @@ impl ShmRing {
         let (head, tail) = (word(WORD_HEAD), word(WORD_TAIL));
         let its = word(WORD_MAGIC) == MAGIC && word(WORD_SESSION) == session && session != 0;
         let used = head.checked_sub(tail);
-        if !its || used.is_none_or(|used| used > memory.len() as u64) || !tail.is_multiple_of(8) {
+        let bytes = memory.len() as u64;
+        let fits = used.is_some_and(|used| used <= bytes)
+            && tail.is_multiple_of(8)
+            && bytes.is_power_of_two();
+        if !its || !fits {
             return Ok(None);
         }
-        Ok(Some(ShmRing { memory, head, tail }))
-    }
-
-    fn capacity(&self) -> u64 {
-        self.memory.len() as u64 / 8 * 8
+        Ok(Some(ShmRing {
+            memory,
+            head,
+            tail,
+            mask: bytes - 1,
+        }))
     }
 
     /// The position of the next entry.
@@ -141,20 +207,27 @@ impl ShmRing {
     pub fn push(&mut self, blob: u64, what: &What<&[u8]>) -> Option<u64> {
         let data = what.data();
         let (at, len) = (self.head, entry_bytes(data.len()));
-        if at - self.tail + len > self.capacity() {
+        if at - self.tail + len > self.mask + 1 {
             return None;
         }
         let (kind, first, second) = what.encode();
-        let mut header = [0; HEADER];
-        header[4..8].copy_from_slice(&kind.to_le_bytes());
-        header[8..16].copy_from_slice(&at.to_le_bytes());
-        header[16..24].copy_from_slice(&blob.to_le_bytes());
-        header[24..32].copy_from_slice(&first.to_le_bytes());
-        header[32..40].copy_from_slice(&second.to_le_bytes());
-        let crc = crc32c::crc32c_append(crc32c::crc32c(&header[4..]), data);
-        header[..4].copy_from_slice(&crc.to_le_bytes());
-        self.put(at, &header);
-        self.put(at + HEADER as u64, data);
+        let header = EntryHeader {
+            kind,
+            at,
+            blob,
+            first,
+            second,
+        };
+        let header = header.encode();
+        let (start, first) = self.split(at, HEADER + data.len());
+        if first == HEADER + data.len() {
+            let (head, rest) = self.memory.bytes_mut(start, first).split_at_mut(HEADER);
+            head.copy_from_slice(&header);
+            rest.copy_from_slice(data);
+        } else {
+            self.put(at, &header);
+            self.put(at + HEADER as u64, data);
+        }
         self.head = at + len;
         // The entry is there, as a whole, from here on.
         self.memory
@@ -164,13 +237,12 @@ impl ShmRing {
     }
 
     /// Copies bytes to a position, around the end.
-    #[inline]
+    #[cold]
     fn put(&mut self, at: u64, bytes: &[u8]) {
         let (start, first) = self.split(at, bytes.len());
-        self.memory.write(start, &bytes[..first]);
-        if first < bytes.len() {
-            self.memory.write(0, &bytes[first..]);
-        }
+        let (head, rest) = bytes.split_at(first);
+        self.memory.bytes_mut(start, first).copy_from_slice(head);
+        self.memory.bytes_mut(0, rest.len()).copy_from_slice(rest);
     }
 
     fn get(&self, at: u64, out: &mut [u8]) {
@@ -183,10 +255,10 @@ impl ShmRing {
 
     /// Returns where `len` bytes at a position begin, and how many are there before the end.
     #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "a position in memory")]
     fn split(&self, at: u64, len: usize) -> (usize, usize) {
-        let capacity = self.capacity();
-        let start = usize::try_from(at % capacity).unwrap_or(0);
-        (start, len.min(self.memory.len() / 8 * 8 - start))
+        let start = at & self.mask;
+        (start as usize, len.min((self.mask + 1 - start) as usize))
     }
 
     /// Reads all entries, from the oldest on.
@@ -213,24 +285,23 @@ impl ShmRing {
         }
         let mut header = [0; HEADER];
         self.get(at, &mut header);
-        let word32 =
-            |i: usize| u32::from_le_bytes(header[i..i + 4].try_into().expect("four bytes"));
-        let word64 =
-            |i: usize| u64::from_le_bytes(header[i..i + 8].try_into().expect("eight bytes"));
-        let (crc, kind, first, second) = (word32(0), word32(4), word64(24), word64(32));
+        let EntryHeader {
+            kind,
+            at: its,
+            blob,
+            first,
+            second,
+        } = EntryHeader::decode(&header)?;
         let data_len = if kind == 1 { second } else { 0 };
         let data_len = usize::try_from(data_len)
             .ok()
             .filter(|len| *len as u64 <= left)?;
         let len = entry_bytes(data_len);
-        if len > left || word64(8) != at {
+        if len > left || its != at {
             return None;
         }
         let mut data = vec![0; data_len];
         self.get(at + HEADER as u64, &mut data);
-        if crc != crc32c::crc32c_append(crc32c::crc32c(&header[4..]), &data) {
-            return None;
-        }
         let what = match kind {
             1 => What::Bytes { off: first, data },
             2 => What::Zeroes {
@@ -247,7 +318,6 @@ impl ShmRing {
             7 => What::Long,
             _ => return None,
         };
-        let blob = word64(16);
         Some((LogEntry { at, blob, what }, len))
     }
 
@@ -324,12 +394,12 @@ mod tests {
 
     #[test]
     fn a_full_ring_takes_nothing_and_loses_nothing() {
-        let (_dir, mut ring) = ring(160);
+        let (_dir, mut ring) = ring(256);
         assert_eq!(ring.push(1, &SEVENS), Some(0));
-        assert_eq!(ring.push(1, &What::Gone), None);
+        assert_eq!(ring.push(1, &SEVENS), None);
         assert_eq!(ring.entries().unwrap().len(), 1);
         ring.set_tail(144);
-        assert_eq!(ring.push(2, &What::Gone), Some(144));
+        assert_eq!(ring.push(2, &SEVENS), Some(144));
         assert_eq!(ring.entries().unwrap()[0].blob, 2);
     }
 
@@ -343,8 +413,8 @@ mod tests {
             ring.get(at, &mut byte);
             ring.put(at, &[byte[0] ^ 0x10]);
             let read = ring.entries();
-            // Padding counts for nothing.
-            assert_eq!(read.is_ok(), at >= 140, "byte {at}: {read:?}");
+            // Data is not covered.
+            assert_eq!(read.is_ok(), at >= 40, "byte {at}: {read:?}");
         }
     }
 }

@@ -111,6 +111,7 @@ impl SharedMemory {
     }
 
     /// Number of bytes behind the words.
+    #[inline]
     pub fn len(&self) -> usize {
         self.len - WORDS_LEN
     }
@@ -124,6 +125,7 @@ impl SharedMemory {
     ///
     /// # Panics
     /// Panics if there is no such word, or in a forked child.
+    #[inline]
     pub fn word(&self, index: usize) -> &AtomicU64 {
         assert!(index < WORDS_LEN / 8 && self.birth.is_here());
         // SAFETY: the word is inside the mapping, which is aligned to a page and lives as long as `self`, and is only ever
@@ -131,19 +133,16 @@ impl SharedMemory {
         unsafe { self.base.cast::<AtomicU64>().add(index).as_ref() }
     }
 
-    /// Copies `bytes` to `at`.
+    /// Returns `len` bytes at `at`.
     ///
     /// # Panics
-    /// Panics if they do not fit, or in a forked child.
+    /// Panics if they are not there, or in a forked child.
     #[inline]
-    pub fn write(&mut self, at: usize, bytes: &[u8]) {
-        assert!(at <= self.len() && bytes.len() <= self.len() - at && self.birth.is_here());
-        // SAFETY: the range lies behind the words and inside the mapping, and `&mut self` excludes every other access of this
-        // process. `bytes` is memory of another kind, so they do not overlap.
-        unsafe {
-            let to = self.base.as_ptr().add(WORDS_LEN + at);
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
-        }
+    pub fn bytes_mut(&mut self, at: usize, len: usize) -> &mut [u8] {
+        assert!(at <= self.len() && len <= self.len() - at && self.birth.is_here());
+        // SAFETY: the range lies behind the words and inside the mapping, which lives as long as `self`, and `&mut self` excludes
+        // every other access of this process.
+        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr().add(WORDS_LEN + at), len) }
     }
 
     /// Copies bytes at `at` to `out`.
@@ -152,7 +151,7 @@ impl SharedMemory {
     /// Panics if they are not there, or in a forked child.
     pub fn read(&self, at: usize, out: &mut [u8]) {
         assert!(at <= self.len() && out.len() <= self.len() - at && self.birth.is_here());
-        // SAFETY: as in `write`; `&self` excludes writes.
+        // SAFETY: as in `bytes_mut`; `&self` excludes writes, and `out` is memory of another kind.
         unsafe {
             let from = self.base.as_ptr().add(WORDS_LEN + at);
             std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len());
@@ -201,7 +200,7 @@ mod tests {
         let mut memory = SharedMemory::create(&path, 8192).expect("made");
         assert_eq!(memory.len(), 4096);
         memory.word(511).store(7, Ordering::Release);
-        memory.write(4093, &[1, 2, 3]);
+        memory.bytes_mut(4093, 3).copy_from_slice(&[1, 2, 3]);
         assert!(SharedMemory::create(&path, 8192).is_err(), "it exists");
         drop(memory);
         let memory = SharedMemory::open(&path).expect("opened");
@@ -250,6 +249,6 @@ mod tests {
     fn bytes_past_the_end_are_not_written() {
         let dir = tempfile::tempdir().expect("a directory");
         let mut memory = SharedMemory::create(&dir.path().join("log"), 8192).expect("made");
-        memory.write(4094, &[1, 2, 3]);
+        memory.bytes_mut(4094, 3);
     }
 }
