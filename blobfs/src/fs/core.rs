@@ -42,6 +42,8 @@ pub(crate) struct Core {
     pub log: Arc<ShmLog>,
     /// Notified when the mount has ended.
     pub ended: Arc<Ended>,
+    /// Whether a log in shared memory has writes that this mount, which only reads, does not show.
+    pub hides_writes: bool,
     /// Problems that the mount found and left alone.
     pub problems: Vec<String>,
 }
@@ -138,6 +140,7 @@ impl Core {
             lives,
             log,
             ended: Arc::default(),
+            hides_writes: false,
             problems,
         }
     }

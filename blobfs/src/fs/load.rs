@@ -132,12 +132,6 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
     let left = shm_replay::find(host_name.as_deref(), &store, &lens);
     loader.damage.extend(left.damage.iter().cloned());
     loader.problems.extend(left.damage.iter().cloned());
-    if opts.read_only && left.has_changes() {
-        tracing::warn!(
-            device = info.name,
-            "a killed process had not synced all that it wrote; the next mount for writing puts it in place"
-        );
-    }
     if load.refuse_damage && !loader.damage.is_empty() {
         return Err(FsError::Damaged {
             device: info.name,
@@ -175,8 +169,10 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
     });
     let log = Arc::new(ShmLog::new(&vol, host_name.as_deref()));
     let names = Names::new(map, seq);
-    let core = Core::new(vol, cache, writes, names, Arc::clone(&log), loader.problems);
-    if !opts.read_only {
+    let mut core = Core::new(vol, cache, writes, names, Arc::clone(&log), loader.problems);
+    if opts.read_only {
+        core.hides_writes = left.has_changes();
+    } else {
         left.put_in_place(&core, host_name.as_deref())?;
         log.arm();
     }

@@ -206,6 +206,13 @@ impl FileSystem {
         self.core.unmount_anyway()
     }
 
+    /// Whether a killed process has written what this mount does not show, because it only reads: the next mount for writing puts
+    /// it in place from shared memory.
+    #[must_use]
+    pub fn hides_writes(&self) -> bool {
+        self.core.hides_writes
+    }
+
     /// Returns a line for each problem that the mount found and left alone.
     pub fn problems(&self) -> &[String] {
         &self.core.problems

@@ -221,6 +221,8 @@ pub fn mounted<R>(
         }
         Mode::Write { accept_damage } => {
             opts.accept_damage = accept_damage;
+            // A command that is killed leaves nothing that has to be kept.
+            opts.volatile = true;
             signals::catch()?;
             pumice_bdev::open(uri)?
         }
@@ -242,6 +244,12 @@ fn on_device<R>(
     })?;
     for problem in fs.problems() {
         complain!("pumice: {uri}: {problem}");
+    }
+    if fs.hides_writes() {
+        complain!(
+            "pumice: {uri}: what a killed process had not synced is in shared memory and not shown; \
+             the next mount for writing puts it in place"
+        );
     }
     let result = f(&fs);
     let unmounted = fs.unmount();

@@ -4,12 +4,13 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 #[path = "common/tool.rs"]
 mod tool;
 
-use tool::ok;
+use pumice_blobfs::fs::{FileSystem, MountOptions, OpenOptions};
+use tool::{ok, pumice};
 
 fn readers(uri: &str, id: &str, out: &str) -> Vec<Vec<String>> {
     [
@@ -132,4 +133,64 @@ fn a_reader_makes_no_file_and_changes_no_length() {
         assert!(!dir.path().join("missing").exists(), "{command}");
         assert!(!dir.path().join("out").exists(), "{command}");
     }
+}
+
+/// Is not a test, but what the next one runs: it appends, and is killed.
+#[test]
+fn child() {
+    use std::io::Read as _;
+    let Ok(uri) = std::env::var("PUMICE_KILLED_URI") else {
+        return;
+    };
+    let dev = pumice_bdev::open(&uri).unwrap();
+    let fs = FileSystem::mount(dev, &MountOptions::default()).unwrap();
+    let file = fs.open("/file", OpenOptions::READ).unwrap();
+    file.append(b" and more").unwrap();
+    println!("ready");
+    let _ = std::io::stdin().read(&mut [0]);
+}
+
+#[test]
+fn readers_say_that_a_killed_process_left_writes() {
+    use std::io::{BufRead as _, BufReader};
+    let dir = tempfile::tempdir().unwrap();
+    let (uri, id) = image(dir.path());
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["child", "--exact", "--nocapture"])
+        .env("PUMICE_KILLED_URI", &uri)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let said = lines.map_while(Result::ok).any(|line| {
+        let ready = line == "ready";
+        if ready {
+            child.kill().unwrap();
+        }
+        ready
+    });
+    assert!(said);
+    child.wait().unwrap();
+    let before = fs::read(&uri).unwrap();
+    for args in readers(&uri, &id, dir.path().join("out").to_str().unwrap()) {
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let out = pumice(&args);
+        assert!(
+            out.status.success(),
+            "{args:?}: {}",
+            String::from_utf8_lossy(&out.stderr)
+        );
+        if args[0] == "cat" {
+            assert_eq!(out.stdout, b"text");
+            let said = String::from_utf8_lossy(&out.stderr).into_owned();
+            assert!(
+                said.contains("the next mount for writing puts it in place"),
+                "{said}"
+            );
+        }
+    }
+    assert!(fs::read(&uri).unwrap() == before);
+    ok(&["mv", &uri, "/file", "/renamed"]);
+    assert_eq!(ok(&["cat", &uri, "/renamed"]), "text and more");
 }
