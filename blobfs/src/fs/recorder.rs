@@ -8,8 +8,7 @@ use parking_lot::Mutex;
 use super::inode::Inode;
 use super::life::Lives;
 use super::names::Names;
-use super::shm_log::{Room, ShmLog};
-use super::shm_ring::{HEADER, entry_bytes};
+use super::shm_log::{Room, ShmLog, room_for};
 use super::sync::Syncer;
 
 /// From this length on, data is long.
@@ -35,7 +34,7 @@ impl Recorder {
         if log.is_off() {
             return log.no_room();
         }
-        let bytes = entry_bytes(data) + MARKS * HEADER as u64;
+        let bytes = room_for(data, MARKS);
         if log.is_on()
             && bytes < LONG
             && log.used() < log.limit() / 4 * 3
@@ -51,11 +50,7 @@ impl Recorder {
         let log = &*self.log;
         log.make();
         let too_long = bytes > log.limit() / 2;
-        let bytes = if too_long {
-            entry_bytes(0) * MARKS
-        } else {
-            bytes
-        };
+        let bytes = if too_long { room_for(0, MARKS) } else { bytes };
         let wanted = if bytes >= LONG { 2 } else { 3 };
         if log.used() > log.limit() / 4 * wanted
             && let Some(turn) = self.turn.try_lock()

@@ -38,6 +38,9 @@ const DIRECTORY: &str = "/dev/shm";
 /// The length of a log, where there is memory enough.
 const MOST_BYTES: usize = 16 << 20;
 
+/// Most bytes of an entry. A longer one would hold the log for too long: others append short records meanwhile.
+const PIECE: usize = 64 << 10;
+
 /// Whether a mount has a log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Presence {
@@ -71,6 +74,11 @@ pub(crate) struct ShmLog {
     used: AtomicU64,
     state: Mutex<LogState>,
     making: Mutex<()>,
+}
+
+/// Returns the bytes that the entries of a write of `data` bytes take at most, with `marks` entries without data.
+pub(super) fn room_for(data: usize, marks: u64) -> u64 {
+    entry_bytes(data) + (marks + (data / PIECE) as u64) * entry_bytes(0)
 }
 
 /// Room for the entries of one write. Dropping it gives back what was not used.
@@ -344,7 +352,8 @@ impl Room<'_> {
             let new_len = off;
             self.spend(ino, tail, &What::Zeroes { old_len, new_len });
         }
-        if !data.is_empty() {
+        for (data, piece) in data.chunks(PIECE).zip(0..) {
+            let off = off + piece * PIECE as u64;
             self.spend(ino, tail, &What::Bytes { off, data });
         }
     }

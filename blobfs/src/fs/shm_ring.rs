@@ -18,7 +18,7 @@ const WORD_TAIL: usize = 2;
 const WORD_HEAD: usize = 3;
 /// Number of bytes in the file that are words.
 const WORDS_BYTES: usize = 4096;
-pub(super) const HEADER: usize = 40;
+const HEADER: usize = 40;
 
 /// The fixed part of an entry.
 struct EntryHeader {
