@@ -42,7 +42,7 @@ pub(crate) struct Core {
     pub log: Arc<ShmLog>,
     /// Notified when the mount has ended.
     pub ended: Arc<Ended>,
-    /// Whether a log in shared memory has writes that this mount, which only reads, does not show.
+    /// See [`super::mount::FileSystem::hides_writes`].
     pub hides_writes: bool,
     /// Problems that the mount found and left alone.
     pub problems: Vec<String>,

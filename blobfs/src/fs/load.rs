@@ -171,7 +171,7 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
     let names = Names::new(map, seq);
     let mut core = Core::new(vol, cache, writes, names, Arc::clone(&log), loader.problems);
     if opts.read_only {
-        core.hides_writes = left.has_changes();
+        core.hides_writes = left.show(&core);
     } else {
         left.put_in_place(&core, host_name.as_deref())?;
         log.arm();

@@ -57,6 +57,7 @@ mod runs;
 mod shm_log;
 mod shm_replay;
 mod shm_ring;
+mod shm_show;
 mod space;
 mod stat;
 #[cfg(test)]

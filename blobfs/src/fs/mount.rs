@@ -206,8 +206,8 @@ impl FileSystem {
         self.core.unmount_anyway()
     }
 
-    /// Whether a killed process has written what this mount does not show, because it only reads: the next mount for writing puts
-    /// it in place from shared memory.
+    /// Whether a killed process has written what this mount, which only reads, does not show: its log in shared memory cannot be
+    /// read, or there is no memory for it. The next mount for writing puts it in place, or says why not.
     #[must_use]
     pub fn hides_writes(&self) -> bool {
         self.core.hides_writes

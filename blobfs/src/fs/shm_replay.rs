@@ -12,6 +12,7 @@ use super::error::Result;
 use super::inode::Inode;
 use super::shm_log::place_of;
 use super::shm_ring::{LogEntry, ShmRing, What};
+use super::shm_show::show;
 use super::volume::Phase;
 use crate::blobstore::Blobstore;
 
@@ -26,6 +27,8 @@ pub(super) struct Left {
     changes: BTreeMap<u64, Vec<What<Vec<u8>>>>,
     /// A line for each reason why the log cannot be used.
     pub damage: Vec<String>,
+    /// Whether there is a log that cannot be opened.
+    unreadable: bool,
 }
 
 /// Looks for the log of the store's session, and reads it. Changes nothing. `lens` has the lengths of the files, by their blobs.
@@ -49,7 +52,8 @@ pub(super) fn find(host_name: Option<&str>, store: &Blobstore, lens: &HashMap<u6
         Ok(None) => {}
         Err(error) => {
             let place = place.display();
-            tracing::warn!(%place, %error, "a log in shared memory cannot be read; what was not synced is lost");
+            tracing::warn!(%place, %error, "a log in shared memory cannot be read");
+            left.unreadable = true;
         }
     }
     left
@@ -100,9 +104,20 @@ impl Left {
             .collect();
     }
 
-    /// Whether there are changes that the device does not have.
-    pub fn has_changes(&self) -> bool {
-        !self.changes.is_empty()
+    /// Shows the changes in a mount that only reads. Returns whether some of them are not shown.
+    pub fn show(&self, core: &Core) -> bool {
+        let mut hides = self.unreadable || !self.damage.is_empty();
+        if self.damage.is_empty() {
+            for ino in core.names.inodes() {
+                if let Some(changes) = self.changes.get(&ino.id.0)
+                    && let Err(error) = show(core, &ino, changes)
+                {
+                    tracing::warn!(file = ino.path(), %error, "what a killed process had not synced is not shown");
+                    hides = true;
+                }
+            }
+        }
+        hides
     }
 
     /// Puts the changes in place, durably, and ends the session. The mount does not write to a log of its own yet.

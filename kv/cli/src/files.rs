@@ -247,8 +247,8 @@ fn on_device<R>(
     }
     if fs.hides_writes() {
         complain!(
-            "pumice: {uri}: what a killed process had not synced is in shared memory and not shown; \
-             the next mount for writing puts it in place"
+            "pumice: {uri}: what a killed process had not synced is in shared memory and cannot be shown; \
+             the next mount for writing puts it in place, or says why not"
         );
     }
     let result = f(&fs);
