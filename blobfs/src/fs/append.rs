@@ -59,7 +59,7 @@ impl Appender {
             room.note(ino, &mut tail, len, len, data);
         }
         if room.too_long {
-            self.recorder.sync_instead(ino);
+            self.recorder.place_instead(ino);
         }
         Ok(())
     }

@@ -43,7 +43,7 @@ impl Overwriter {
             }
         }
         if room.too_long {
-            self.appender.recorder.sync_instead(ino);
+            self.appender.recorder.place_instead(ino);
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! Room in the log in shared memory, by syncs of the files whose entries are the oldest.
+//! Room in the log in shared memory: the files whose entries are the oldest are written to their clusters.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,18 +16,18 @@ const LONG: u64 = 64 << 10;
 /// Number of entries without data that a write makes at most.
 const MARKS: u64 = 2;
 
-/// Keeps room in the log, by syncs.
+/// Keeps room in the log.
 pub(crate) struct Recorder {
     pub log: Arc<ShmLog>,
     pub syncer: Arc<Syncer>,
     pub names: Arc<Names>,
     pub lives: Arc<Lives>,
-    /// Held by a thread that syncs for the others.
+    /// Held by a thread that makes room for the others.
     pub turn: Mutex<()>,
 }
 
 impl Recorder {
-    /// Takes room for a write of `data` bytes, with no lock held. May sync other files for it. Blocks.
+    /// Takes room for a write of `data` bytes, with no lock held. May write other files for it. Blocks.
     #[inline]
     pub fn room(&self, data: usize) -> Room<'_> {
         let log = &*self.log;
@@ -74,7 +74,8 @@ impl Recorder {
         }
     }
 
-    /// Syncs the file with the oldest entry. If that frees nothing, there is no log from then on.
+    /// Places the file with the oldest entry, or syncs it if nothing was written to it since it was placed. If that frees nothing,
+    /// there is no log from then on.
     fn record_oldest(&self) {
         let log = &*self.log;
         let Some((at, ino)) = log.oldest() else {
@@ -85,21 +86,26 @@ impl Recorder {
             std::thread::sleep(Duration::from_millis(1));
             return;
         }
-        let synced = self.syncer.sync(&ino);
+        let is_placed = ino.tail.lock().logged.is_placed;
+        let done = if is_placed {
+            self.syncer.sync(&ino)
+        } else {
+            self.syncer.place(&ino)
+        };
         let stuck = log.oldest().is_some_and(|(first, _)| first == at);
         self.lives.close(&ino);
-        if let Err(error) = synced {
+        if let Err(error) = done {
             log.give_up(&format!("{}: {error}", ino.path()));
         } else if stuck {
-            log.give_up("a sync has freed nothing of it");
+            log.give_up("nothing of it could be freed");
         }
     }
 
-    /// Makes data durable that is too long for the log. The data is accepted in any case, so a failure is told by the next sync.
+    /// Places data that is too long for the log. The data is accepted in any case, so a failure is told by the next sync.
     #[cold]
-    pub fn sync_instead(&self, ino: &Arc<Inode>) {
-        if let Err(error) = self.syncer.sync(ino) {
-            tracing::warn!(file = ino.path(), %error, "long data could not be synced, and is lost if the process is killed");
+    pub fn place_instead(&self, ino: &Arc<Inode>) {
+        if let Err(error) = self.syncer.place(ino) {
+            tracing::warn!(file = ino.path(), %error, "long data could not be written, and is lost if the process is killed");
         }
     }
 }

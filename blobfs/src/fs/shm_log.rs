@@ -10,13 +10,15 @@
 //!   put in place over it.
 //! - A sync takes the log's head first. When the file is durable, `Recorded` says that the entries below that head are on the
 //!   device, and frees them.
+//! - When room is needed, the bytes of a file are written to its clusters, and `Placed` takes the place of their entries. That
+//!   costs no flush and no length on the device: a kill takes nothing from a device's cache.
 //! - The end of a name that was the file's last frees its entries too, before the blob's number can belong to another file.
 //! - The log belongs to a session, a random number in the super block, which is durable before the first entry. Every mount
 //!   that does not find the log of its session changes or clears the number, so no log outlives a change that it does not
 //!   know.
 //!
-//! The log is made by a mount's first write. Its room is bounded: when half of it is in use, whoever writes long data syncs
-//! the file with the oldest entry; at three quarters, everybody does ([`super::recorder`]). Where there is no shared memory, or it
+//! The log is made by a mount's first write. Its room is bounded: when half of it is in use, whoever writes long data
+//! places the file with the oldest entry; at three quarters, everybody does ([`super::recorder`]). Where there is no shared memory, or it
 //! fails, the mount goes on without the log, and says so.
 
 use std::collections::BTreeMap;
@@ -30,7 +32,7 @@ use parking_lot::Mutex;
 
 use super::inode::{Inode, Life};
 use super::shm_ring::{ShmRing, What, entry_bytes};
-use super::tail::Tail;
+use super::tail::{Logged, Tail};
 use super::volume::Volume;
 
 /// The directory of the logs.
@@ -229,14 +231,29 @@ impl ShmLog {
             return;
         };
         tail.logged.last = Some(at);
+        tail.logged.is_placed = false;
         if tail.logged.from.is_none() {
             tail.logged.from = Some(at);
             state.oldest.insert((at, ino.id.0), Arc::downgrade(ino));
         }
     }
 
-    /// Records that the device has what the entries of the file below `mark` say.
+    /// Records that the file on the device has all that its entries below `mark` say.
     pub fn recorded(&self, ino: &Arc<Inode>, mark: u64) {
+        let what = What::Recorded {
+            len: ino.durable_len.load(Ordering::Acquire),
+            upto: mark,
+        };
+        self.replace(ino, mark, &what);
+    }
+
+    /// Records that the file's clusters have all that its entries below `mark` say, up to `len`. No truncation is under way.
+    pub fn placed(&self, ino: &Arc<Inode>, mark: u64, len: u64) {
+        self.replace(ino, mark, &What::Placed { len, upto: mark });
+    }
+
+    /// Adds an entry that takes the place of those of the file below `mark`, and frees them.
+    fn replace(&self, ino: &Arc<Inode>, mark: u64, what: &What<&[u8]>) {
         if !self.is_on() {
             return;
         }
@@ -244,23 +261,26 @@ impl ShmLog {
         let Some(from) = tail.logged.from.filter(|from| *from < mark) else {
             return;
         };
-        let what = What::Recorded {
-            len: ino.durable_len.load(Ordering::Acquire),
-            upto: mark,
-        };
         let more = tail.logged.last.is_some_and(|last| last >= mark);
+        let stays = matches!(what, What::Placed { .. });
         let mut state = self.state.lock();
         let Some(ring) = &mut state.ring else { return };
-        // Without room for the mark the entries stay, which costs room and nothing else.
-        let Some(at) = ring.push(ino.id.0, &what) else {
+        // Without room for it the entries stay, which costs room and nothing else.
+        let Some(at) = ring.push(ino.id.0, what) else {
             return;
         };
         self.used.fetch_add(entry_bytes(0), Ordering::Relaxed);
-        tail.logged.last = Some(at);
-        tail.logged.from = more.then_some(mark);
+        let oldest = stays.then_some(at);
+        let oldest = if more { Some(mark) } else { oldest };
+        tail.logged = Logged {
+            from: oldest,
+            last: Some(at),
+            is_placed: stays && !more,
+        };
         state.oldest.remove(&(from, ino.id.0));
-        if more {
-            state.oldest.insert((mark, ino.id.0), Arc::downgrade(ino));
+        if let Some(oldest) = oldest {
+            let key = (oldest, ino.id.0);
+            state.oldest.insert(key, Arc::downgrade(ino));
         }
         self.free(&mut state);
     }

@@ -12,7 +12,7 @@ use super::error::Result;
 use super::inode::Inode;
 use super::shm_log::place_of;
 use super::shm_ring::{LogEntry, ShmRing, What};
-use super::shm_show::show;
+use super::shm_show::{lengthen, show};
 use super::volume::Phase;
 use crate::blobstore::Blobstore;
 
@@ -76,6 +76,12 @@ impl Left {
                         .or_default()
                         .retain(|(at, _)| *at >= upto);
                     recorded.insert(blob, len);
+                }
+                What::Placed { len, upto } => {
+                    let all = changes.entry(blob).or_default();
+                    all.retain(|(at, _)| *at >= upto);
+                    // It comes before what was written while it was made.
+                    all.insert(0, (upto, What::Placed { len, upto }));
                 }
                 what => {
                     // The cut may have been made.
@@ -190,6 +196,7 @@ fn needed(changes: &[Placed], mut len: u64) -> Option<u64> {
             What::Bytes { off, data } => (*off, off + data.len() as u64),
             What::Zeroes { old_len, new_len } => (*old_len, *new_len),
             What::Cut { len: cut } => (0, len.min(*cut)),
+            What::Placed { len, .. } => (0, *len),
             What::Long => return None,
             _ => continue,
         };
@@ -214,6 +221,12 @@ fn redo(core: &Core, ino: &std::sync::Arc<Inode>, what: &What<Vec<u8>>) -> Resul
             core.truncater.truncate(ino, *new_len)
         }
         What::Cut { len: cut } if *cut < len => core.truncater.truncate(ino, *cut),
+        What::Placed { len: placed, .. } => {
+            lengthen(ino, *placed);
+            // The length must not be durable before the bytes that it covers.
+            let flushed = core.vol.store.flush();
+            flushed.map_err(|e| core.vol.store_error(ino.path(), e))
+        }
         _ => Ok(()),
     }
 }

@@ -90,6 +90,9 @@ pub(super) enum What<D> {
     Cut { len: u64 },
     /// The device has the file with at least this length, and all that the entries below this position say.
     Recorded { len: u64, upto: u64 },
+    /// The file's clusters hold its first `len` bytes, though its length on the device may be less. The entries below this
+    /// position count for nothing.
+    Placed { len: u64, upto: u64 },
     /// The file was deleted.
     Gone,
     /// Something was written that is too long for the log, and is being synced. It may be missing.
@@ -107,6 +110,7 @@ impl<D: AsRef<[u8]>> What<D> {
             What::Recorded { len, upto } => (5, len, upto),
             What::Gone => (6, 0, 0),
             What::Long => (7, 0, 0),
+            What::Placed { len, upto } => (8, len, upto),
         }
     }
 
@@ -316,6 +320,10 @@ impl ShmRing {
             },
             6 => What::Gone,
             7 => What::Long,
+            8 => What::Placed {
+                len: first,
+                upto: second,
+            },
             _ => return None,
         };
         Some((LogEntry { at, blob, what }, len))

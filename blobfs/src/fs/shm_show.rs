@@ -30,7 +30,7 @@ struct Shown<'a> {
 /// Shows a file with these changes.
 ///
 /// # Errors
-/// Nothing is shown then: there is no memory for it, or the device fails.
+/// A part is not shown then: there is no memory for it, or the device fails.
 pub(super) fn show(core: &Core, ino: &Arc<Inode>, changes: &[What<Vec<u8>>]) -> Result<()> {
     let mut shown = Shown {
         core,
@@ -46,10 +46,27 @@ pub(super) fn show(core: &Core, ino: &Arc<Inode>, changes: &[What<Vec<u8>>]) -> 
                 shown.lengthen(*new_len)?;
             }
             What::Cut { len } if *len < shown.len => shown.cut(*len),
+            What::Placed { len, .. } => {
+                lengthen(ino, *len);
+                shown.len = ino.len();
+                shown.valid = ino.len();
+            }
             _ => {}
         }
     }
     shown.install()
+}
+
+/// Gives a file the length that its clusters have bytes for, if it has less. A cut that was made afterwards has taken clusters away.
+pub(super) fn lengthen(ino: &Inode, len: u64) {
+    let mut tail = ino.tail.lock();
+    let old = ino.len();
+    if len > old && len <= tail.allocated {
+        *tail = Tail::new(len, tail.allocated);
+        ino.frames.remove_from(split(old).0);
+        ino.len.store(len, Ordering::Release);
+        ino.started.store(len, Ordering::Relaxed);
+    }
 }
 
 impl Shown<'_> {

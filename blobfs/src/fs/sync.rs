@@ -88,6 +88,28 @@ impl Syncer {
         })
     }
 
+    /// Writes what the file has at this moment to its clusters, not durably, and tells the log in shared memory.
+    ///
+    /// # Errors
+    /// Returns the device's error. The bytes stay in memory.
+    pub fn place(&self, ino: &Arc<Inode>) -> Result<()> {
+        self.vol.check_mounted(|| ino.path())?;
+        // A truncation would come between the length and its entry.
+        let _one = ino.syncs.hold_off();
+        let mark = self.log.mark();
+        let (len, pending) = {
+            let mut tail = ino.tail.lock();
+            tail.prune(ino);
+            self.writeback.resend_failed(ino, &tail)?;
+            let len = ino.len();
+            self.buffers.submit_upto(ino, &mut tail, len, false)?;
+            (len, tail.pending.clone())
+        };
+        self.wait_all(ino, &pending)?;
+        self.log.placed(ino, mark, len);
+        Ok(())
+    }
+
     /// Makes durable what the file has at this moment. No other sync of the file is under way.
     fn sync_now(&self, ino: &Arc<Inode>) -> Result<()> {
         if self.sync_carried(ino)? {

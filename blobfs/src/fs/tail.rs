@@ -26,6 +26,8 @@ pub(crate) struct Logged {
     pub from: Option<u64>,
     /// Position of the last one, of any kind.
     pub last: Option<u64>,
+    /// Whether the first and only one says that its clusters have its bytes.
+    pub is_placed: bool,
 }
 
 /// The end of a file, which the append lock protects.
