@@ -1,0 +1,140 @@
+//! The orders of the log in shared memory, with devices that hold operations back or lose power. A process is not killed here: its
+//! mount is forgotten, and another one is made of what the device has.
+
+#[path = "killed/changes.rs"]
+#[allow(dead_code, reason = "each test binary uses a part of it")]
+mod changes;
+mod common;
+#[path = "killed/named.rs"]
+mod named;
+#[path = "common/task.rs"]
+mod task;
+
+use std::sync::Arc;
+
+use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice_bdev::{BlockDevice, OpKind};
+use pumice_bdev_testkit::crashsim::CrashDevice;
+use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, OpenOptions};
+use rand::prelude::*;
+
+use changes::{bytes, contents};
+use named::Named;
+use task::{spawn, wait_for};
+
+/// Returns a name of a device that no other test or process uses.
+fn name(test: &str) -> String {
+    format!("test-{test}-{}", std::process::id())
+}
+
+fn mount(dev: Arc<dyn BlockDevice>) -> FileSystem {
+    FileSystem::mount(dev, &MountOptions::default()).unwrap()
+}
+
+fn formatted() -> (Arc<dyn BlockDevice>, Arc<ErrorDevice>) {
+    let base: Arc<dyn BlockDevice> = Arc::new(CrashDevice::new(4096, 16384, true, 5));
+    FileSystem::format(Arc::clone(&base), &FormatOptions::default()).unwrap();
+    let device = Arc::new(ErrorDevice::new(None, Arc::clone(&base)));
+    (base, device)
+}
+
+fn hold_a_write(device: &ErrorDevice, range: Option<(u64, u64)>) {
+    device.inject(Injection {
+        op: Some(OpKind::Write),
+        failure: Failure::Hang,
+        count: 1,
+        range,
+        queue_depth: 0,
+    });
+}
+
+#[test]
+fn what_is_appended_during_a_sync_is_kept() {
+    let (base, device) = formatted();
+    let name = name("sync");
+    let killed = mount(Named::on(device.clone(), &name));
+    let file = killed.open("/file", OpenOptions::CREATE).unwrap();
+    file.append(&bytes(1000, 1)).unwrap();
+    hold_a_write(&device, None);
+    let syncing = file.clone();
+    let sync = spawn(move || syncing.sync());
+    wait_for("a write is held back", || device.injections().is_empty());
+    file.append(&bytes(500, 2)).unwrap();
+    device.resume();
+    sync.join("the sync").unwrap();
+    std::mem::forget((killed, file));
+    let found = contents(&mount(Named::on(base, &name)), "/file");
+    assert!(found == [bytes(1000, 1), bytes(500, 2)].concat());
+}
+
+/// The entries of a file are not given up for its clusters before these have its bytes.
+#[test]
+fn bytes_are_kept_until_they_are_in_their_place() {
+    let (base, device) = formatted();
+    let name = name("place");
+    let killed = mount(Named::on(device.clone(), &name));
+    let file = killed.open("/file", OpenOptions::CREATE).unwrap();
+    file.append(&bytes(1000, 1)).unwrap();
+    let lba = killed
+        .blobstore()
+        .extents(file.blob_id())
+        .unwrap()
+        .lba(0)
+        .unwrap();
+    hold_a_write(&device, Some((lba, 1)));
+    let big = killed.open("/big", OpenOptions::CREATE).unwrap();
+    let filling = spawn(move || {
+        // The log has no room for all of it, so the file before it is written.
+        for n in 0..16 {
+            big.append(&bytes(1 << 20, n)).unwrap();
+        }
+        std::mem::forget(big);
+    });
+    wait_for("a write is held back", || device.injections().is_empty());
+    assert!(filling.still_waits(), "somebody waits for the write");
+    let next = mount(Named::on(base, &name));
+    assert!(contents(&next, "/file") == bytes(1000, 1));
+    next.unmount().unwrap();
+    device.resume();
+    filling.join("the appends");
+    std::mem::forget((killed, file));
+}
+
+/// A kill leaves bytes in the device's cache. The mount that puts the log in place has a power cut, which loses the log too: a
+/// length covers only bytes that are there.
+#[test]
+fn a_power_cut_while_the_log_is_put_in_place_leaves_no_length_without_its_bytes() {
+    let name = name("power");
+    let device = Arc::new(CrashDevice::new(4096, 16384, true, 5));
+    FileSystem::format(device.clone(), &FormatOptions::default()).unwrap();
+    let mount =
+        |dev: Arc<dyn BlockDevice>| FileSystem::mount(dev, &MountOptions::default()).unwrap();
+    let killed = mount(Named::on(device.clone(), &name));
+    let open = |path: &str| killed.open(path, OpenOptions::CREATE).unwrap();
+    // The first is too long for the log.
+    let all = [("/long", 9 << 20), ("/short", 70_000)];
+    for (path, len) in all {
+        open(path).append(&bytes(len, 1)).unwrap();
+    }
+    // It is neither unmounted nor dropped.
+    std::mem::forget(killed);
+    let before = device.len_events();
+    let fs = mount(Named::on(device.clone(), &name));
+    for (path, len) in all {
+        assert!(contents(&fs, path) == bytes(len, 1), "{path}");
+    }
+    let end = device.len_events();
+    fs.unmount().unwrap();
+    let mut random = StdRng::seed_from_u64(1);
+    for cut in before..=end {
+        let fs = mount(Arc::new(device.reopen_after(cut, &mut |_| random.random())));
+        for (path, len) in all {
+            let found = contents(&fs, path);
+            assert!(
+                found[..] == bytes(len, 1)[..found.len()],
+                "cut {cut}: {path}"
+            );
+            assert!(cut < end || found.len() == len, "cut {cut}: {path}");
+        }
+    }
+}
