@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck disable=SC2034
 low=(
     -p pumice-tidy -p pumice-io -p pumice-nvme -p pumice-nvme-soft -p pumice-bdev -p pumice-bdev-control
-    -p pumice-bdev-testkit -p pumice-describe -p pumice-confine -p pumice-blobfs -p pumice-leveldb -p pumice-rig
+    -p pumice-bdev-testkit -p pumice-describe -p pumice-confine -p pumice-blobfs -p pumice-leveldb -p pumice-rig -p pumice-rocksdb-fs
 )
 # shellcheck disable=SC2034
 high=(--release -p pumice -p pumice-cli -p pumice-rocksdb-tools -p pumice-bench -p pumice-examples)

@@ -32,3 +32,52 @@ pub(crate) fn buffers_its_log(fs: &FileSystem, root: &str) -> bool {
     };
     !read().is_ok_and(|text| text.contains("manual_wal_flush=false"))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+    use pumice_bdev::{BlockDevice, OpKind};
+    use pumice_rocksdb_fs::Use;
+    use rocksdb::WriteOptions;
+
+    use crate::{DbOptions, Error, MountOptions, mount_device};
+
+    /// A close whose unmount has failed can be repeated: it does not flush a second time, which
+    /// RocksDB would refuse.
+    #[test]
+    fn a_close_is_repeated_after_a_failed_unmount() {
+        let base = pumice_bdev::open("malloc://64M").unwrap();
+        let faulty = Arc::new(ErrorDevice::new(None, base));
+        let device: Arc<dyn BlockDevice> = Arc::clone(&faulty) as Arc<dyn BlockDevice>;
+        let open = move || Ok::<_, Error>(Arc::clone(&device));
+        let one = Use::of("malloc://64M", false, open, |device, _| {
+            mount_device(&device, &MountOptions::new())
+        })
+        .unwrap();
+        let fs = one.fs().clone();
+        let db = DbOptions::new().open_on(fs, Some(one)).unwrap();
+        let mut unlogged = WriteOptions::default();
+        unlogged.disable_wal(true);
+        db.put_opt("a", "1", &unlogged).unwrap();
+        db.flush().unwrap();
+        // The super block, which the unmount writes last.
+        faulty.inject(Injection {
+            op: Some(OpKind::Write),
+            failure: Failure::Fail,
+            count: u64::MAX,
+            range: Some((0, 1)),
+            queue_depth: 0,
+        });
+        db.close().unwrap_err();
+        faulty.clear();
+        db.put("b", "2").unwrap_err();
+        let started = Instant::now();
+        while let Err(error) = db.close() {
+            assert!(started.elapsed().as_secs() < 60, "{error}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}

@@ -9,11 +9,11 @@ use std::sync::{Mutex, PoisonError};
 use pumice_blobfs::fs as blob;
 use pumice_blobfs::fs::{FileSystem, FsError};
 use pumice_io::process::PerProcess;
+use pumice_rocksdb_fs::{from_root, normal};
 use rocksdb::Env;
 use rocksdb::backup::{BackupEngine, BackupEngineInfo, BackupEngineOptions, RestoreOptions};
 use rocksdb::checkpoint::Checkpoint;
 
-use crate::plugin::{from_root, normal};
 use crate::{Db, DbOptions, Error};
 
 /// The checkpoint of an export. A process that was killed while exporting leaves it, and the next

@@ -5,17 +5,15 @@ use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pumice_blobfs::fs::{FileSystem, FsError};
+use pumice_rocksdb_fs::{Binding, Use, chain};
 use rocksdb::{
     CStrLike, DBWithThreadMode, DEFAULT_COLUMN_FAMILY_NAME, Env, FlushOptions, MultiThreaded,
     Options,
 };
 
 use crate::closing::{Closing, buffers_its_log};
-use crate::error::chain;
 #[cfg(feature = "inspect")]
 use crate::inspect::{Inspection, Look, Registry};
-use crate::plugin::Binding;
-use crate::shared::Use;
 use crate::unlogged::{self, Family, Refused};
 use crate::{Error, figures};
 

@@ -5,9 +5,10 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use pumice_blobfs::fs::FileSystem;
+use pumice_rocksdb_fs::{Binding, normal, offers};
 
 use crate::Error;
-use crate::plugin::{self, Binding, normal, offers};
+use crate::plugin;
 
 /// Makes an environment for `rocksdb::Options::set_env` whose files are all in `fs`.
 ///
@@ -37,7 +38,7 @@ pub fn env(fs: &FileSystem) -> rocksdb::Env {
 #[derive(Clone, Debug)]
 pub struct EnvOptions {
     root: String,
-    /// The bits of `plugin::offers`.
+    /// The bits of [`offers`].
     offers: u32,
 }
 

@@ -1,19 +1,18 @@
 //! Errors above the file system.
 
-use std::error::Error as StdError;
-
 use pumice_bdev::{BdevError, IoErrorKind};
 use pumice_blobfs::fs::FsError;
+use pumice_rocksdb_fs::{CLOSED, MountError, text};
 
 /// An error of mounting, opening or using a database.
 ///
 /// [`Error::kind`] returns the kind of failure. The text names what failed. The causes are its
-/// [sources](StdError::source), and [`chain`] writes all of them in one line.
+/// [sources](std::error::Error::source), and [`chain`](crate::chain) writes all of them in one line.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// The device could not be opened or examined.
-    #[error("the device {uri} could not be opened")]
+    #[error("{}", text::not_opened(uri))]
     Device {
         /// The URI as it was given.
         uri: String,
@@ -29,10 +28,7 @@ pub enum Error {
         source: BdevError,
     },
     /// The device has no file system, and is not empty either.
-    #[error(
-        "{device}: holds {found}, and no file system that Pumice knows; nothing was changed; if \
-         nobody needs it, `pumice mkfs --force` makes one there"
-    )]
+    #[error("{}", text::not_empty(device, found))]
     NotEmpty {
         /// Name of the device.
         device: String,
@@ -154,6 +150,17 @@ pub enum ErrorKind {
     Other,
 }
 
+impl From<MountError> for Error {
+    fn from(e: MountError) -> Error {
+        match e {
+            MountError::Device { uri, source } => Error::Device { uri, source },
+            MountError::NotEmpty { device, found } => Error::NotEmpty { device, found },
+            MountError::FileSystem(e) => Error::FileSystem(e),
+            MountError::Uri { uri, reason } => Error::Uri { uri, reason },
+        }
+    }
+}
+
 impl Error {
     /// Returns the kind of the failure.
     #[must_use]
@@ -223,29 +230,9 @@ fn of_rocksdb(e: &rocksdb::Error) -> ErrorKind {
     }
 }
 
-/// The error of a call through the environment of a closed database.
-pub(crate) const CLOSED: &str = "the database has been closed";
-
 /// Whether RocksDB ran out of space.
 pub(crate) fn is_no_space(e: &rocksdb::Error) -> bool {
     e.kind() == rocksdb::ErrorKind::IOError && e.as_ref().contains("No space left")
-}
-
-/// Returns an error and its causes in one line: what failed, then why. Leaves out a cause that the
-/// text before it contains already.
-#[must_use]
-pub fn chain(error: &dyn StdError) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(e) = cause {
-        let text = e.to_string();
-        if !line.contains(&text) {
-            line.push_str(": ");
-            line.push_str(&text);
-        }
-        cause = e.source();
-    }
-    line
 }
 
 #[cfg(test)]
@@ -291,17 +278,5 @@ mod tests {
         assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
         let refused = Error::from(db.file_system().mkdir("/x").unwrap_err());
         assert_eq!(refused.kind(), ErrorKind::ReadOnly);
-    }
-
-    #[test]
-    fn a_chain_names_every_cause_once() {
-        let error = mount("file:///nowhere/at/all.img", &MountOptions::new())
-            .err()
-            .unwrap();
-        assert!(error.source().is_some());
-        let line = chain(&error);
-        assert!(line.contains("could not be opened: "), "{line}");
-        assert_eq!(line.matches("all.img").count(), 2, "{line}");
-        assert!(!error.to_string().contains("o such file"), "{error}");
     }
 }

@@ -71,16 +71,16 @@ mod figures;
 mod inspect;
 mod mount;
 mod plugin;
-mod shared;
 mod unlogged;
 mod uri;
 
 pub use {
     db::{Db, DbOptions, Rocks},
     env::{EnvOptions, env},
-    error::{Error, ErrorKind, chain},
-    mount::{MountOptions, mount, mount_device},
+    error::{Error, ErrorKind},
+    mount::{mount, mount_device},
     pumice_blobfs::fs::{self, FileSystem, FormatOptions, FsError, grow},
+    pumice_rocksdb_fs::{MountOptions, chain},
     uri::{env_from_uri, register_uri},
 };
 

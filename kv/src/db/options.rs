@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use pumice_blobfs::fs::{self, FileSystem};
+use pumice_rocksdb_fs::{Use, normal, open_device};
 use rocksdb::Options;
 
 use super::{Db, Rocks};
@@ -11,8 +12,6 @@ use crate::copies;
 use crate::error::is_no_space;
 #[cfg(feature = "inspect")]
 use crate::inspect::{Look, Registry};
-use crate::plugin::normal;
-use crate::shared::Use;
 use crate::{EnvOptions, Error, MountOptions, mount_device};
 
 /// Options of opening a [`Db`].
@@ -200,7 +199,7 @@ impl DbOptions {
         if self.read_only {
             how = how.read_only(true);
         }
-        let open = || crate::mount::open_device(uri, &how);
+        let open = || Ok::<_, Error>(open_device(uri, &how)?);
         let mounted = Use::of(uri, how.is_read_only(), open, |device, counted| {
             #[cfg(feature = "inspect")]
             let device = self.look.counted(device, counted)?;

@@ -6,6 +6,7 @@
 
 #include "readers.h"
 #include "rocksdb/file_system.h"
+#include "version.h"
 
 namespace pumice {
 

@@ -6,11 +6,11 @@ use std::slice;
 use pumice_blobfs::fs::{Access, File, FsError, Pinned, ReadHandle, ReadRequest};
 
 use super::{Opened, bytes, bytes_mut, count, guard, guard_value, opened};
-use crate::plugin::contract::{
+use crate::contract::{
     PUMICE_ACCESS_RANDOM, PUMICE_ACCESS_SEQUENTIAL, PUMICE_ACCESS_WILL_NEED,
     PUMICE_ACCESS_WONT_NEED, pumice_read,
 };
-use crate::plugin::fault::{Fault, Result};
+use crate::fault::{Fault, Result};
 
 /// Memory that `pumice_read_many` lends to RocksDB.
 enum Lent {
@@ -43,7 +43,7 @@ unsafe fn usable<'a>(file: *const c_void) -> Result<&'a File> {
 macro_rules! file_calls {
     ($($name:ident($($arg:ident: $ty:ty),*) => |$file:ident| $call:expr;)*) => {$(
         #[unsafe(no_mangle)]
-        pub(in crate::plugin) unsafe extern "C" fn $name(file: *const c_void, $($arg: $ty),*) -> i64 {
+        pub(crate) unsafe extern "C" fn $name(file: *const c_void, $($arg: $ty),*) -> i64 {
             guard(|| {
                 // SAFETY: the shim passes a live file, and readable data where it passes data.
                 unsafe {
@@ -70,28 +70,28 @@ file_calls! {
 }
 
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_file_release(file: *const c_void) {
+pub(crate) unsafe extern "C" fn pumice_file_release(file: *const c_void) {
     // SAFETY: `file` is from Box::into_raw in `pumice_open`; the shim releases it once, last.
     let file = unsafe { Box::from_raw(file.cast_mut().cast::<Opened>()) };
     guard_value((), || drop(file));
 }
 
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_file_len(file: *const c_void) -> u64 {
+pub(crate) unsafe extern "C" fn pumice_file_len(file: *const c_void) -> u64 {
     // SAFETY: the shim passes a live file.
     let opened = unsafe { opened(file) };
     guard_value(0, || opened.file.len())
 }
 
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_file_id(file: *const c_void) -> u64 {
+pub(crate) unsafe extern "C" fn pumice_file_id(file: *const c_void) -> u64 {
     // SAFETY: the shim passes a live file.
     let opened = unsafe { opened(file) };
     guard_value(0, || opened.file.blob_id().0)
 }
 
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_read_at(
+pub(crate) unsafe extern "C" fn pumice_read_at(
     file: *const c_void,
     offset: u64,
     buf: *mut c_char,
@@ -105,7 +105,7 @@ pub(in crate::plugin) unsafe extern "C" fn pumice_read_at(
 }
 
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_read_many(
+pub(crate) unsafe extern "C" fn pumice_read_many(
     file: *const c_void,
     reads: *mut pumice_read,
     len: usize,
@@ -181,14 +181,14 @@ fn lend(raw: &mut pumice_read, lent: Lent) {
 }
 
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_pin_release(pin: *mut c_void) {
+pub(crate) unsafe extern "C" fn pumice_pin_release(pin: *mut c_void) {
     // SAFETY: `pin` is from Box::into_raw in `lend`; RocksDB gives it back once.
     let lent = unsafe { Box::from_raw(pin.cast::<Lent>()) };
     guard_value((), || drop(lent));
 }
 
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_advise(file: *const c_void, access: u32) {
+pub(crate) unsafe extern "C" fn pumice_advise(file: *const c_void, access: u32) {
     let access = match access {
         PUMICE_ACCESS_RANDOM => Access::Random,
         PUMICE_ACCESS_SEQUENTIAL => Access::Sequential,
@@ -202,7 +202,7 @@ pub(in crate::plugin) unsafe extern "C" fn pumice_advise(file: *const c_void, ac
 }
 
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_read_start(
+pub(crate) unsafe extern "C" fn pumice_read_start(
     file: *const c_void,
     offset: u64,
     len: usize,
@@ -219,7 +219,7 @@ pub(in crate::plugin) unsafe extern "C" fn pumice_read_start(
 }
 
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_read_finish(
+pub(crate) unsafe extern "C" fn pumice_read_finish(
     pending: *mut c_void,
     buf: *mut c_char,
     len: usize,
@@ -233,7 +233,7 @@ pub(in crate::plugin) unsafe extern "C" fn pumice_read_finish(
 }
 
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_read_cancel(pending: *mut c_void) {
+pub(crate) unsafe extern "C" fn pumice_read_cancel(pending: *mut c_void) {
     // SAFETY: `pending` is from Box::into_raw in `pumice_read_start`, and finished or cancelled once.
     let read = unsafe { Box::from_raw(pending.cast::<ReadHandle>()) };
     guard_value((), || drop(read));

@@ -2,9 +2,7 @@
 
 use std::borrow::Cow;
 
-use pumice_blobfs::fs;
-
-use crate::Error;
+use pumice_blobfs::fs::{self, FsError};
 
 /// Returns `path` below `root`, for the file system, which normalises it. `..` goes up from its
 /// place, also out of `root`, and stays at `/`. A relative path starts at `root`.
@@ -32,14 +30,15 @@ pub(crate) fn resolve<'a>(root: &str, path: &'a str) -> Cow<'a, str> {
 /// Normalises a path of the whole file system.
 ///
 /// # Errors
-/// Fails with [`Error::FileSystem`] for a path that no file can have.
-pub(crate) fn normal(path: &str) -> Result<String, Error> {
-    Ok(fs::normalise(&resolve("/", path))?)
+/// Fails for a path that no file can have.
+pub fn normal(path: &str) -> Result<String, FsError> {
+    fs::normalise(&resolve("/", path))
 }
 
 /// Returns a normalised path of the whole file system as it is written inside an environment with
-/// the root `root`, so that [`resolve`] returns the original.
-pub(crate) fn from_root(root: &str, path: &str) -> String {
+/// the root `root`, from which it leads back to the original.
+#[must_use]
+pub fn from_root(root: &str, path: &str) -> String {
     if root == "/" {
         return path.to_owned();
     }

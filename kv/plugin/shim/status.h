@@ -7,6 +7,7 @@
 #include "pumice_fs.h"
 #include "rocksdb/file_system.h"
 #include "rocksdb/io_status.h"
+#include "version.h"
 
 namespace pumice {
 

@@ -7,11 +7,11 @@ use std::time::UNIX_EPOCH;
 use pumice_blobfs::fs::{self, Access, FileSystem, FsError, OpenOptions};
 
 use super::{Locked, Mounted, Opened, count, guard, guard_value, mounted, text};
-use crate::plugin::contract::{
+use crate::contract::{
     PUMICE_OPEN_CREATE, PUMICE_OPEN_DIRECT, PUMICE_OPEN_FRESH, pumice_name_fn, pumice_stat,
 };
-use crate::plugin::fault::Result;
-use crate::plugin::path::resolve;
+use crate::fault::Result;
+use crate::path::resolve;
 
 /// Returns an environment, for calls that end with it.
 ///
@@ -67,7 +67,7 @@ fn is_essential(path: &str) -> bool {
 macro_rules! path_calls {
     ($($name:ident => $call:expr;)*) => {$(
         #[unsafe(no_mangle)]
-        pub(in crate::plugin) unsafe extern "C" fn $name(
+        pub(crate) unsafe extern "C" fn $name(
             fs: *const c_void,
             path: *const c_char,
             len: usize,
@@ -93,7 +93,7 @@ path_calls! {
 macro_rules! paths_calls {
     ($($name:ident => $call:expr;)*) => {$(
         #[unsafe(no_mangle)]
-        pub(in crate::plugin) unsafe extern "C" fn $name(
+        pub(crate) unsafe extern "C" fn $name(
             fs: *const c_void,
             from: *const c_char,
             from_len: usize,
@@ -119,14 +119,14 @@ paths_calls! {
 }
 
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_fs_release(fs: *const c_void) {
+pub(crate) unsafe extern "C" fn pumice_fs_release(fs: *const c_void) {
     // SAFETY: `fs` is from Box::into_raw; the shim releases it once, last.
     let mounted = unsafe { Box::from_raw(fs.cast_mut().cast::<Mounted>()) };
     guard_value((), || drop(mounted));
 }
 
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_open(
+pub(crate) unsafe extern "C" fn pumice_open(
     fs: *const c_void,
     path: *const c_char,
     len: usize,
@@ -149,8 +149,12 @@ pub(in crate::plugin) unsafe extern "C" fn pumice_open(
             // A write-ahead log is read again only by recovery.
             file.advise(Access::NoReuse);
         }
-        let binding = Arc::clone(&mounted.binding);
-        let handle = Box::into_raw(Box::new(Opened { file, binding }));
+        let opened = Opened {
+            file,
+            binding: Arc::clone(&mounted.binding),
+            _share: mounted.share.clone(),
+        };
+        let handle = Box::into_raw(Box::new(opened));
         // SAFETY: the shim passes a place for the handle.
         unsafe { out.write(handle.cast_const().cast()) };
         Ok(0)
@@ -160,7 +164,7 @@ pub(in crate::plugin) unsafe extern "C" fn pumice_open(
 }
 
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_stat_path(
+pub(crate) unsafe extern "C" fn pumice_stat_path(
     fs: *const c_void,
     path: *const c_char,
     len: usize,
@@ -185,7 +189,7 @@ pub(in crate::plugin) unsafe extern "C" fn pumice_stat_path(
 }
 
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_mkdir(
+pub(crate) unsafe extern "C" fn pumice_mkdir(
     fs: *const c_void,
     path: *const c_char,
     len: usize,
@@ -205,7 +209,7 @@ pub(in crate::plugin) unsafe extern "C" fn pumice_mkdir(
 /// Makes a database's directory with its parents. The `rocksdb` crate makes the parents in the
 /// kernel's file system before it asks for the last directory here.
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_make_dirs(
+pub(crate) unsafe extern "C" fn pumice_make_dirs(
     fs: *const c_void,
     path: *const c_char,
     len: usize,
@@ -223,7 +227,7 @@ pub(in crate::plugin) unsafe extern "C" fn pumice_make_dirs(
 }
 
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_list(
+pub(crate) unsafe extern "C" fn pumice_list(
     fs: *const c_void,
     path: *const c_char,
     len: usize,
@@ -246,7 +250,7 @@ pub(in crate::plugin) unsafe extern "C" fn pumice_list(
 }
 
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_lock(
+pub(crate) unsafe extern "C" fn pumice_lock(
     fs: *const c_void,
     path: *const c_char,
     len: usize,
@@ -265,17 +269,14 @@ pub(in crate::plugin) unsafe extern "C" fn pumice_lock(
 }
 
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_unlock(lock: *mut c_void) {
+pub(crate) unsafe extern "C" fn pumice_unlock(lock: *mut c_void) {
     // SAFETY: `lock` is from Box::into_raw in `pumice_lock`; the shim gives it back once.
     let lock = unsafe { Box::from_raw(lock.cast::<Locked>()) };
     guard_value((), || lock.binding.unlock(lock.id));
 }
 
 #[unsafe(no_mangle)]
-pub(in crate::plugin) unsafe extern "C" fn pumice_free_bytes(
-    fs: *const c_void,
-    out: *mut u64,
-) -> i64 {
+pub(crate) unsafe extern "C" fn pumice_free_bytes(fs: *const c_void, out: *mut u64) -> i64 {
     guard(|| {
         // SAFETY: the shim passes a live file system.
         let mounted = unsafe { usable_fs(fs) }?;
@@ -290,8 +291,8 @@ mod tests {
     use std::ptr;
 
     use super::*;
-    use crate::plugin::contract::PUMICE_RETRYABLE;
-    use crate::plugin::ffi::{pumice_file_id, pumice_file_release};
+    use crate::contract::PUMICE_RETRYABLE;
+    use crate::ffi::{pumice_file_id, pumice_file_release};
 
     /// An environment's file system, as C++ holds it.
     struct Handle(*const c_void);
@@ -299,12 +300,7 @@ mod tests {
     impl Handle {
         fn new() -> Handle {
             let fs = crate::mount("malloc://64M", &crate::MountOptions::new()).unwrap();
-            let mounted = Mounted {
-                fs,
-                root: "/".to_owned(),
-                binding: Arc::default(),
-            };
-            Handle(Box::into_raw(Box::new(mounted)).cast_const().cast())
+            Handle(crate::handle(fs, "/".to_owned(), Arc::default()))
         }
 
         /// Returns the identity of the file at `path`, opened in this way.
@@ -363,7 +359,7 @@ mod tests {
         let mut fault = std::mem::MaybeUninit::uninit();
         // SAFETY: the function writes all of it.
         let fault = unsafe {
-            crate::plugin::ffi::pumice_last_fault(fault.as_mut_ptr());
+            crate::ffi::pumice_last_fault(fault.as_mut_ptr());
             fault.assume_init()
         };
         assert_eq!(

@@ -2,11 +2,11 @@
 
 #pragma once
 
-#include <functional>
 #include <vector>
 
 #include "readers.h"
 #include "rocksdb/file_system.h"
+#include "version.h"
 
 namespace pumice {
 
@@ -14,8 +14,7 @@ namespace pumice {
 // in memory the read is settled already and its callback has run. On failure there is no handle
 // and the callback does not run.
 rocksdb::IOStatus StartRead(const Opened& at, rocksdb::FSReadRequest& req,
-                            std::function<void(rocksdb::FSReadRequest&, void*)> cb, void* cb_arg,
-                            void** io_handle, rocksdb::IOHandleDeleter* del_fn,
+                            ReadCallback cb, void* cb_arg, void** io_handle, rocksdb::IOHandleDeleter* del_fn,
                             rocksdb::IODebugContext* dbg);
 
 // Waits for each read that is not settled and runs its callback.

@@ -18,11 +18,13 @@ namespace {
 // One read and a copy of its request, because RocksDB may free its own before the data arrives.
 struct PendingRead {
   std::string name;
-  void* pending;  // null once settled
-  std::function<void(FSReadRequest&, void*)> cb;
-  void* cb_arg;
+  void* pending = nullptr;  // null once settled
+  ReadCallback cb;
+  void* cb_arg = nullptr;
   FSReadRequest req;
+#if PUMICE_HAS_SUPPORTED_OPS
   std::unique_ptr<char[]> own_scratch;  // when RocksDB brought none
+#endif
 
   ~PendingRead() {
     if (pending != nullptr) {
@@ -31,10 +33,12 @@ struct PendingRead {
   }
 
   void Call() {
+#if PUMICE_HAS_SUPPORTED_OPS
     if (own_scratch) {
-      req.fs_scratch = rocksdb::FSAllocationPtr(
+      req.fs_scratch = decltype(req.fs_scratch)(
           own_scratch.release(), [](void* p) { delete[] static_cast<char*>(p); });
     }
+#endif
     cb(req, cb_arg);
   }
 
@@ -65,19 +69,24 @@ void Delete(void* handle) { delete static_cast<PendingRead*>(handle); }
 }  // namespace
 
 IOStatus StartRead(const Opened& at, FSReadRequest& req,
-                   std::function<void(FSReadRequest&, void*)> cb, void* cb_arg, void** io_handle,
+                   ReadCallback cb, void* cb_arg, void** io_handle,
                    rocksdb::IOHandleDeleter* del_fn, IODebugContext* dbg) {
   *io_handle = nullptr;
   std::unique_ptr<PendingRead> read;
   try {
-    read.reset(new PendingRead{at.name, nullptr, std::move(cb), cb_arg, {}, nullptr});
+    read.reset(new PendingRead());
+    read->name = at.name;
+    read->cb = std::move(cb);
+    read->cb_arg = cb_arg;
     read->req.offset = req.offset;
     read->req.len = req.len;
     read->req.scratch = req.scratch;
+#if PUMICE_HAS_SUPPORTED_OPS
     if (req.scratch == nullptr) {
       read->own_scratch.reset(new char[req.len]);
       read->req.scratch = read->own_scratch.get();
     }
+#endif
     *del_fn = Delete;
   } catch (const std::bad_alloc&) {
     return IOStatus::IOError(IOStatus::kMemoryLimit);

@@ -11,6 +11,7 @@
 #include "pumice_fs.h"
 #include "readers.h"
 #include "rocksdb/file_system.h"
+#include "version.h"
 
 namespace pumice {
 
@@ -79,9 +80,11 @@ class BlobFileSystem final : public rocksdb::FileSystem {
   rocksdb::IOStatus LinkFile(const std::string& from, const std::string& to,
                              const rocksdb::IOOptions& options,
                              rocksdb::IODebugContext* dbg) override;
+#if PUMICE_HAS_SYNC_FILE
   rocksdb::IOStatus SyncFile(const std::string& name, const rocksdb::FileOptions& file_options,
                              const rocksdb::IOOptions& options, bool use_fsync,
                              rocksdb::IODebugContext* dbg) override;
+#endif
   rocksdb::IOStatus NumFileLinks(const std::string& name, const rocksdb::IOOptions& options,
                                  uint64_t* count, rocksdb::IODebugContext* dbg) override;
   rocksdb::IOStatus AreFilesSame(const std::string& first, const std::string& second,
@@ -105,7 +108,9 @@ class BlobFileSystem final : public rocksdb::FileSystem {
                                            const rocksdb::DBOptions& options) const override;
   rocksdb::FileOptions OptimizeForManifestWrite(
       const rocksdb::FileOptions& file_options) const override;
+#if PUMICE_HAS_SUPPORTED_OPS
   void SupportedOps(int64_t& supported) override { supported = supported_; }
+#endif
 
  private:
   // Opens `name`; on success `*opened` has the handle.
@@ -116,7 +121,9 @@ class BlobFileSystem final : public rocksdb::FileSystem {
                          rocksdb::IODebugContext* dbg);
 
   const void* const fs_;
-  int64_t supported_;
+#if PUMICE_HAS_SUPPORTED_OPS
+  int64_t supported_ = 0;
+#endif
 };
 
 }  // namespace pumice

@@ -1,6 +1,11 @@
-// The contract between C++ and Rust, in the only place that has it. `kv/build.rs` makes the header
-// `pumice_fs.h` from this list. `plugin/mod.rs` makes the Rust declarations from it and checks the
-// types of the functions that Rust implements.
+// The contract between C++ and Rust, in the only place that has it. `build.rs` makes the headers
+// `pumice_fs.h` and `pumice_embed.h` from this list. `lib.rs` makes the Rust declarations from it and
+// checks the types of the functions that Rust implements.
+//
+// The functions of `pumice_fs.h` are the C ABI of the library `libpumice_fs`. Whoever changes one of
+// them, or a constant or a struct, raises PUMICE_ABI_VERSION; a test reminds of it. Who adds a
+// function without changing another gives it a bit of PUMICE_CAN_* instead, which the shim demands
+// from then on.
 //
 // A function that can fail returns a count or zero when it succeeded, and a negative errno when it
 // did not. `pumice_last_fault` then returns the rest, on the same thread, until the next call
@@ -8,20 +13,10 @@
 // NUL-terminated, and are only borrowed for the call, except where a handle is said to keep them. A
 // file system, a file, a lock and a read are opaque pointers, which their release functions end.
 
-/// FNV-1a of a text.
-const fn word_of(text: &str) -> u64 {
-    let bytes = text.as_bytes();
-    let mut word = 0xcbf2_9ce4_8422_2325_u64;
-    let mut i = 0;
-    while i < bytes.len() {
-        word = (word ^ bytes[i] as u64).wrapping_mul(0x0100_0000_01b3);
-        i += 1;
-    }
-    word
-}
-
 contract! {
     constants {
+        /// Version of this ABI. Another one has other functions, structs or constants.
+        PUMICE_ABI_VERSION = 1;
         /// Bit of `pumice_fault`: the same call may succeed later, and RocksDB resumes by itself.
         PUMICE_RETRYABLE = 1;
         /// Bit of `pumice_fault`: durable bytes are lost or damaged.
@@ -38,8 +33,8 @@ contract! {
         PUMICE_ACCESS_SEQUENTIAL = 2;
         PUMICE_ACCESS_WILL_NEED = 3;
         PUMICE_ACCESS_WONT_NEED = 4;
-        /// Bits of the abilities that an environment offers to RocksDB as its FSSupportedOps. This
-        /// one: reads that return before the data has arrived.
+        /// Bits of the abilities that the library has, and that an environment offers to RocksDB as its
+        /// FSSupportedOps. This one: reads that return before the data has arrived.
         PUMICE_CAN_ASYNC = 1;
         /// The ability to lend cached memory.
         PUMICE_CAN_PIN = 2;
@@ -51,6 +46,21 @@ contract! {
         PUMICE_ALIGNMENT = 4096;
     }
     structs {
+        /// What the code that calls this ABI was compiled for.
+        struct pumice_abi {
+            /// The size of this struct. A longer one of a later header has more fields at its end.
+            size: u32,
+            /// PUMICE_ABI_VERSION.
+            version: u32,
+            /// The abilities that it needs: PUMICE_CAN_*.
+            features: u64,
+            /// The sizes of the structs that cross.
+            fault_size: u32,
+            read_size: u32,
+            stat_size: u32,
+            /// Zero.
+            reserved: u32,
+        }
         /// The details of a failure beyond its errno.
         struct pumice_fault {
             /// The errno, positive.
@@ -89,6 +99,10 @@ contract! {
         fn pumice_name_fn(arg: *mut c_void, name: *const c_char, len: usize, file_len: u64, is_dir: u32);
     }
     rust {
+        /// Is called before anything else. Returns 0 if this library is what `needed` asks for;
+        /// otherwise 1, with a text in `error` that names both, cut off to its length.
+        fn pumice_abi_check(needed: *const pumice_abi, error: *mut c_char, error_len: usize) -> u32;
+
         /// The file system. Every function may be called from any thread.
         fn pumice_fs_release(fs: *const c_void);
         fn pumice_last_fault(out: *mut pumice_fault);
@@ -137,14 +151,15 @@ contract! {
         /// Waits if necessary, and releases the read.
         fn pumice_read_cancel(pending: *mut c_void);
 
-        /// Mounts the file system that a URI names.
+        /// Mounts the file system that a URI names, or shares it if this process has it mounted by
+        /// the URI of the same device. It is unmounted when the last of these, and of the files that
+        /// were opened through them, is released.
         fn pumice_mount_uri(uri: *const c_char, len: usize, fs: *mut *const c_void) -> i64;
     }
     cpp {
-        /// Returns 0 if both sides were compiled from this list (`contract`: Rust's
-        /// PUMICE_CONTRACT) and the linked RocksDB is that of the headers; otherwise 1, with the
-        /// reason in `error`.
-        fn pumice_check(contract: u64, error: *mut c_char, error_len: usize) -> u32;
+        /// Returns 0 if the shim fits the library, and RocksDB the shim; otherwise 1, with the reason
+        /// in `error`.
+        fn pumice_shim_check(error: *mut c_char, error_len: usize) -> u32;
         /// Makes a `rocksdb::Env*` over the file system, which it owns; `offers`: PUMICE_CAN_*.
         /// Null if there is no memory.
         fn pumice_env_new(fs: *const c_void, offers: u32) -> *mut c_void;

@@ -1,5 +1,4 @@
-//! The file systems that `DbOptions::open` has mounted: one for each device, whatever the number of
-//! its databases.
+//! The file systems that were mounted by a URI: one for each device, whatever the number of its users.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -10,8 +9,6 @@ use pumice_bdev::{BlockDevice, file};
 use pumice_blobfs::fs::{FileSystem, FsError};
 use pumice_io::process::{Birth, PerProcess};
 use pumice_io::uri::Uri;
-
-use crate::Error;
 
 /// The property by which devices are told apart.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -37,21 +34,17 @@ impl Key {
 /// A key of the table: a device, and whether it is mounted for reading only.
 type Place = (Key, bool);
 
-/// A device's file system and the number of databases that use it.
+/// A device's file system and the number of its users.
 #[derive(Debug)]
-struct Mounted {
+struct SharedMount {
     fs: Arc<FileSystem>,
-    /// The device with its counters, if the database that mounted it is inspected.
-    #[cfg_attr(
-        not(feature = "inspect"),
-        expect(dead_code, reason = "only an inspection asks")
-    )]
+    /// The device with its counters, if the user that mounted it wants them.
     counted: Registry,
     key: Key,
     users: usize,
 }
 
-impl Mounted {
+impl SharedMount {
     fn is_usable(&self) -> bool {
         !matches!(self.fs.exists("/"), Err(FsError::Unmounted { .. }))
     }
@@ -63,7 +56,7 @@ impl Mounted {
     }
 }
 
-type Entry = Arc<Mutex<Option<Mounted>>>;
+type Entry = Arc<Mutex<Option<SharedMount>>>;
 
 /// A mount is not inherited by a forked child, nor is a lock that another thread had at the fork.
 static DEVICES: PerProcess<Mutex<BTreeMap<Place, Entry>>> = PerProcess::new(Mutex::default);
@@ -80,9 +73,9 @@ fn entry_of(place: &Place) -> Entry {
     Arc::clone(devices.entry(place.clone()).or_default())
 }
 
-/// A database's use of a mounted file system.
+/// One user's share of a mounted file system. The end of the last one unmounts it.
 #[derive(Debug)]
-pub(crate) struct Use {
+pub struct Use {
     fs: Arc<FileSystem>,
     entry: Entry,
     birth: Birth,
@@ -91,14 +84,17 @@ pub(crate) struct Use {
 
 impl Use {
     /// Opens the device that `uri` names by `open` and mounts it by `mount`, which puts it into the
-    /// registry if it is to be counted, or shares its file system if a database of this process has
-    /// mounted it.
-    pub fn of(
+    /// registry if it is to be counted, or shares its file system if this process has mounted it this
+    /// way.
+    ///
+    /// # Errors
+    /// Fails as `open` and `mount` do.
+    pub fn of<E>(
         uri: &str,
         read_only: bool,
-        open: impl Fn() -> Result<Arc<dyn BlockDevice>, Error>,
-        mount: impl FnOnce(Arc<dyn BlockDevice>, &Registry) -> Result<FileSystem, Error>,
-    ) -> Result<Use, Error> {
+        open: impl Fn() -> Result<Arc<dyn BlockDevice>, E>,
+        mount: impl FnOnce(Arc<dyn BlockDevice>, &Registry) -> Result<FileSystem, E>,
+    ) -> Result<Use, E> {
         let file = Uri::parse(uri, &[]).ok().filter(|u| u.scheme() == "file");
         // A file is locked by its opening, so it is told by its path. Other devices can be opened
         // more than once.
@@ -132,7 +128,7 @@ impl Use {
         };
         let counted = Registry::new();
         let fs = Arc::new(mount(device, &counted)?);
-        let earlier = slot.replace(Mounted {
+        let earlier = slot.replace(SharedMount {
             fs: Arc::clone(&fs),
             counted,
             key: key.clone(),
@@ -165,12 +161,13 @@ impl Use {
     }
 
     /// The file system.
+    #[must_use]
     pub fn fs(&self) -> &FileSystem {
         &self.fs
     }
 
     /// The registry with the device, if it is counted.
-    #[cfg(feature = "inspect")]
+    #[must_use]
     pub fn counted(&self) -> Registry {
         let mut slot = locked(&self.entry);
         let mounted = self.mine(&mut slot);
@@ -180,6 +177,9 @@ impl Use {
     /// Ends the use. The last one unmounts. `released` is called when it is certain that the use
     /// ends, and before anybody else can open the device. After a success, a second call does
     /// nothing.
+    ///
+    /// # Errors
+    /// Fails as [`FileSystem::unmount`] does. Then the use goes on.
     pub fn end(&self, released: impl FnOnce()) -> Result<(), FsError> {
         if !self.birth.is_here() {
             // In a forked child it belongs to the parent.
@@ -212,7 +212,7 @@ impl Use {
     }
 
     /// Returns the entry's mount if that is the one of this use.
-    fn mine<'a>(&self, slot: &'a mut Option<Mounted>) -> Option<&'a mut Mounted> {
+    fn mine<'a>(&self, slot: &'a mut Option<SharedMount>) -> Option<&'a mut SharedMount> {
         slot.as_mut().filter(|m| Arc::ptr_eq(&m.fs, &self.fs))
     }
 }
@@ -223,11 +223,11 @@ impl Drop for Use {
             return;
         };
         let device = format!("{:?}", self.fs);
-        tracing::error!(device, %error, "the database was dropped and could not be closed in order");
+        tracing::error!(device, %error, "the last user of the file system is gone, and it could not be unmounted in order");
         // Without this the table would keep the device.
         let mut slot = locked(&self.entry);
         let left = match self.mine(&mut slot) {
-            // Another database has joined meanwhile.
+            // Another user has joined meanwhile.
             Some(mounted) if mounted.users > 1 => {
                 mounted.users -= 1;
                 None
@@ -247,7 +247,7 @@ mod tests {
     use pumice_blobfs::fs::OpenOptions;
 
     use super::*;
-    use crate::{MountOptions, mount_device};
+    use crate::{MountError, MountOptions, mount_device};
 
     /// The use of a device on which there is something to write and every write fails.
     fn cannot_be_unmounted() -> (Arc<ErrorDevice>, Use) {
@@ -263,7 +263,7 @@ mod tests {
         let base = pumice_bdev::open("malloc://64M").unwrap();
         let faulty = Arc::new(ErrorDevice::new(None, base));
         let device: Arc<dyn BlockDevice> = Arc::clone(&faulty) as Arc<dyn BlockDevice>;
-        let open = move || Ok(Arc::clone(&device));
+        let open = move || Ok::<_, MountError>(Arc::clone(&device));
         let mount = |device, _: &Registry| mount_device(&device, &MountOptions::new());
         let one = Use::of("malloc://64M", false, open, mount).unwrap();
         (faulty, one)
@@ -295,31 +295,6 @@ mod tests {
         }
         assert!(released, "while the entry was locked");
         one.end(|| panic!("twice")).unwrap();
-    }
-
-    /// A close whose unmount has failed can be repeated: it does not flush a second time, which
-    /// RocksDB would refuse.
-    #[test]
-    fn a_close_is_repeated_after_a_failed_unmount() {
-        let (device, one) = faulty();
-        let fs = one.fs().clone();
-        let mut options = crate::DbOptions::new();
-        options = options.configure(|options| options.create_if_missing(true));
-        let db = options.open_on(fs, Some(one)).unwrap();
-        let mut unlogged = rocksdb::WriteOptions::default();
-        unlogged.disable_wal(true);
-        db.put_opt("a", "1", &unlogged).unwrap();
-        db.flush().unwrap();
-        // The super block, which the unmount writes last.
-        fail_writes(&device, Some((0, 1)));
-        db.close().unwrap_err();
-        device.clear();
-        db.put("b", "2").unwrap_err();
-        let started = std::time::Instant::now();
-        while let Err(error) = db.close() {
-            assert!(started.elapsed().as_secs() < 60, "{error}");
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
     }
 
     #[test]

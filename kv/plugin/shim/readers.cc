@@ -38,11 +38,13 @@ IOStatus Drop(const Opened& at, uint64_t offset, uint64_t length) {
   return IOStatus::OK();
 }
 
+#if PUMICE_HAS_SUPPORTED_OPS
 // Releases what `read_many` lent. It is small enough for std::function to store it without an
 // allocation.
 struct Unpin {
   void operator()(void* pin) const { pumice_pin_release(pin); }
 };
+#endif
 
 }  // namespace
 
@@ -70,9 +72,13 @@ IOStatus SequentialFile::InvalidateCache(size_t offset, size_t length) {
 }
 
 void RandomAccessFile::DropIfAsked(const IOOptions& options, uint64_t offset, size_t n) const {
+#if PUMICE_HAS_REREADING
   if (__builtin_expect(options.verify_and_reconstruct_read, false)) {
     Drop(at_, offset, n).PermitUncheckedError();
   }
+#else
+  (void)options, (void)offset, (void)n;
+#endif
 }
 
 IOStatus RandomAccessFile::Read(uint64_t offset, size_t n, const IOOptions& options, Slice* result,
@@ -122,9 +128,11 @@ IOStatus RandomAccessFile::MultiRead(FSReadRequest* reqs, size_t count, const IO
       const char* data = req.scratch != nullptr ? req.scratch
                                                 : reinterpret_cast<const char*>(read.data);
       req.result = Slice(data, static_cast<size_t>(read.got));
+#if PUMICE_HAS_SUPPORTED_OPS
       if (read.pin != nullptr) {
-        req.fs_scratch = rocksdb::FSAllocationPtr(read.pin, Unpin{});
+        req.fs_scratch = decltype(req.fs_scratch)(read.pin, Unpin{});
       }
+#endif
       req.status = IOStatus::OK();
     } else {
       pumice_fault_take(read.fault);
@@ -136,17 +144,18 @@ IOStatus RandomAccessFile::MultiRead(FSReadRequest* reqs, size_t count, const IO
 }
 
 IOStatus RandomAccessFile::ReadAsync(FSReadRequest& req, const IOOptions& options,
-                                     std::function<void(FSReadRequest&, void*)> cb, void* cb_arg,
-                                     void** io_handle, rocksdb::IOHandleDeleter* del_fn,
-                                     IODebugContext* dbg) {
+                                     ReadCallback cb, void* cb_arg, void** io_handle,
+                                     rocksdb::IOHandleDeleter* del_fn, IODebugContext* dbg) {
   DropIfAsked(options, req.offset, req.len);
   return StartRead(at_, req, std::move(cb), cb_arg, io_handle, del_fn, dbg);
 }
 
+#if PUMICE_HAS_SIZE_OF_OPEN_FILE
 IOStatus RandomAccessFile::GetFileSize(uint64_t* result) {
   *result = pumice_file_len(at_.file.get());
   return IOStatus::OK();
 }
+#endif
 
 IOStatus RandomAccessFile::InvalidateCache(size_t offset, size_t length) {
   return Drop(at_, offset, length);

@@ -11,7 +11,7 @@ use super::fault::{Fault, Result};
 /// State that an environment and the files opened through it share. While it is open, calls work.
 /// Once it is closed they fail, and the locks taken through it are free.
 #[derive(Debug, Default)]
-pub(crate) struct Binding {
+pub struct Binding {
     closed: AtomicBool,
     locks: Mutex<Locks>,
 }
@@ -28,7 +28,7 @@ impl Binding {
     /// # Errors
     /// Fails when it was closed.
     #[inline]
-    pub fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         if self.closed.load(Ordering::Relaxed) {
             return Err(closed());
         }
@@ -43,7 +43,7 @@ impl Binding {
     }
 
     /// Keeps a lock until [`Binding::unlock`] or [`Binding::close`].
-    pub fn hold(&self, lock: FileLock) -> Result<usize> {
+    pub(crate) fn hold(&self, lock: FileLock) -> Result<usize> {
         let mut locks = self.locks();
         // The mutex is held, so that a concurrent close does not leave a lock behind.
         self.check()?;
@@ -54,7 +54,7 @@ impl Binding {
     }
 
     /// Frees a lock, unless closing did.
-    pub fn unlock(&self, id: usize) {
+    pub(crate) fn unlock(&self, id: usize) {
         let lock = self.locks().held.remove(&id);
         drop(lock);
     }
@@ -68,5 +68,5 @@ impl Binding {
 
 #[cold]
 fn closed() -> Fault {
-    Fault::new(libc::EBADF, crate::error::CLOSED)
+    Fault::new(libc::EBADF, crate::CLOSED)
 }

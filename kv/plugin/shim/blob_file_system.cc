@@ -12,7 +12,6 @@ namespace pumice {
 
 using rocksdb::DBOptions;
 using rocksdb::FileOptions;
-using rocksdb::FSSupportedOps;
 using rocksdb::IODebugContext;
 using rocksdb::IOOptions;
 using rocksdb::IOStatus;
@@ -21,7 +20,7 @@ namespace {
 
 class Lock final : public rocksdb::FileLock {
  public:
-  explicit Lock(void* handle) : handle(handle) {}
+  explicit Lock(void* held) : handle(held) {}
   void* const handle;
 };
 
@@ -48,16 +47,24 @@ void AddEntry(void* arg, const char* name, size_t len, uint64_t file_len,
 
 }  // namespace
 
-BlobFileSystem::BlobFileSystem(const void* fs, uint32_t offers) : fs_(fs), supported_(0) {
-  const auto claim = [&](uint32_t offer, FSSupportedOps op) {
+BlobFileSystem::BlobFileSystem(const void* fs, uint32_t offers) : fs_(fs) {
+#if PUMICE_HAS_SUPPORTED_OPS
+  const auto claim = [&](uint32_t offer, rocksdb::FSSupportedOps op) {
     if ((offers & offer) != 0) {
       supported_ |= int64_t{1} << op;
     }
   };
-  claim(PUMICE_CAN_ASYNC, FSSupportedOps::kAsyncIO);
-  claim(PUMICE_CAN_PIN, FSSupportedOps::kFSBuffer);
-  claim(PUMICE_CAN_PREFETCH, FSSupportedOps::kFSPrefetch);
-  claim(PUMICE_CAN_REREAD, FSSupportedOps::kVerifyAndReconstructRead);
+  claim(PUMICE_CAN_ASYNC, rocksdb::FSSupportedOps::kAsyncIO);
+  claim(PUMICE_CAN_PIN, rocksdb::FSSupportedOps::kFSBuffer);
+#if PUMICE_HAS_REREADING
+  claim(PUMICE_CAN_REREAD, rocksdb::FSSupportedOps::kVerifyAndReconstructRead);
+#endif
+#if PUMICE_HAS_PREFETCH_OP
+  claim(PUMICE_CAN_PREFETCH, rocksdb::FSSupportedOps::kFSPrefetch);
+#endif
+#else
+  (void)offers;
+#endif
 }
 
 BlobFileSystem::~BlobFileSystem() { pumice_fs_release(fs_); }
@@ -302,6 +309,7 @@ IOStatus BlobFileSystem::LinkFile(const std::string& from, const std::string& to
   return IOStatus::OK();
 }
 
+#if PUMICE_HAS_SYNC_FILE
 IOStatus BlobFileSystem::SyncFile(const std::string& name, const FileOptions& /*file_options*/,
                                   const IOOptions& /*options*/, bool /*use_fsync*/,
                                   IODebugContext* dbg) {
@@ -316,6 +324,7 @@ IOStatus BlobFileSystem::SyncFile(const std::string& name, const FileOptions& /*
   }
   return s;
 }
+#endif
 
 IOStatus BlobFileSystem::NumFileLinks(const std::string& name, const IOOptions& /*options*/,
                                       uint64_t* count, IODebugContext* dbg) {

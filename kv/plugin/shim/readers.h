@@ -2,12 +2,25 @@
 
 #pragma once
 
+#include <functional>
 #include <string>
 
 #include "pumice_fs.h"
 #include "rocksdb/file_system.h"
+#include "version.h"
 
 namespace pumice {
+
+// The callback of an async read, whose request is const in older versions.
+template <typename Method>
+struct CallbackOf;
+template <typename Class, typename Signature>
+struct CallbackOf<rocksdb::IOStatus (Class::*)(
+    rocksdb::FSReadRequest&, const rocksdb::IOOptions&, std::function<Signature>, void*, void**,
+    rocksdb::IOHandleDeleter*, rocksdb::IODebugContext*)> {
+  using type = std::function<Signature>;
+};
+using ReadCallback = CallbackOf<decltype(&rocksdb::FSRandomAccessFile::ReadAsync)>::type;
 
 // A handle on a file of the Rust file system. Its destructor releases it.
 class FileHandle {
@@ -71,10 +84,12 @@ class RandomAccessFile final : public rocksdb::FSRandomAccessFile {
                               const rocksdb::IOOptions& options,
                               rocksdb::IODebugContext* dbg) override;
   rocksdb::IOStatus ReadAsync(rocksdb::FSReadRequest& req, const rocksdb::IOOptions& options,
-                              std::function<void(rocksdb::FSReadRequest&, void*)> cb, void* cb_arg,
-                              void** io_handle, rocksdb::IOHandleDeleter* del_fn,
+                              ReadCallback cb, void* cb_arg, void** io_handle,
+                              rocksdb::IOHandleDeleter* del_fn,
                               rocksdb::IODebugContext* dbg) override;
+#if PUMICE_HAS_SIZE_OF_OPEN_FILE
   rocksdb::IOStatus GetFileSize(uint64_t* result) override;
+#endif
   rocksdb::IOStatus InvalidateCache(size_t offset, size_t length) override;
   size_t GetUniqueId(char* id, size_t max_size) const override;
   void Hint(AccessPattern pattern) override;

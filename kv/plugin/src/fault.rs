@@ -4,13 +4,15 @@ use std::any::Any;
 
 use pumice_blobfs::fs::FsError;
 
+use crate::{MountError, chain};
+
 /// The result of everything that can fail here.
 pub(crate) type Result<T> = std::result::Result<T, Fault>;
 
 /// A failure: an errno, the bits by which RocksDB decides what to do, and a text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Fault {
-    /// The positive errno, from which RocksDB's status follows (`kv/shim/status.cc`).
+    /// The positive errno, from which RocksDB's status follows (`shim/status.cc`).
     pub errno: i32,
     /// Whether the same call may succeed later, so that RocksDB resumes by itself.
     pub retryable: bool,
@@ -45,11 +47,11 @@ impl Fault {
     }
 }
 
-impl From<crate::Error> for Fault {
-    fn from(e: crate::Error) -> Fault {
+impl From<MountError> for Fault {
+    fn from(e: MountError) -> Fault {
         match e {
-            crate::Error::FileSystem(e) => Fault::from(e),
-            e => Fault::new(libc::EIO, crate::error::chain(&e)),
+            MountError::FileSystem(e) => Fault::from(e),
+            e => Fault::new(libc::EIO, chain(&e)),
         }
     }
 }
@@ -60,7 +62,7 @@ impl From<FsError> for Fault {
             errno: e.errno(),
             retryable: e.is_retryable(),
             data_loss: e.is_data_loss(),
-            text: crate::error::chain(&e),
+            text: chain(&e),
         }
     }
 }

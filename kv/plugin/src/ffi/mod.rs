@@ -6,14 +6,14 @@
 //! these types are `Sync`. No panic leaves a function: [`guard`] makes it an error.
 #![allow(unsafe_code)]
 
-mod env;
 mod files;
 mod paths;
+mod start;
 
-pub(super) use env::pumice_mount_uri;
-pub(crate) use env::{env_from_uri, make_cpp_env, make_env, register_uri};
-pub(super) use files::*;
-pub(super) use paths::*;
+pub(crate) use files::*;
+pub(crate) use paths::*;
+pub use start::handle;
+pub(crate) use start::{pumice_abi_check, pumice_mount_uri};
 
 use std::cell::RefCell;
 use std::ffi::{c_char, c_void};
@@ -23,21 +23,26 @@ use std::sync::Arc;
 
 use pumice_blobfs::fs::{File, FileSystem};
 
-use super::binding::Binding;
-use super::contract::{PUMICE_DATA_LOSS, PUMICE_RETRYABLE, pumice_fault};
-use super::fault::{Fault, Result};
+use crate::Use;
+use crate::binding::Binding;
+use crate::contract::{PUMICE_DATA_LOSS, PUMICE_RETRYABLE, pumice_fault};
+use crate::fault::{Fault, Result};
 
 /// A file system, and its directory that an environment calls `/`, normalised.
 struct Mounted {
     fs: FileSystem,
     root: String,
     binding: Arc<Binding>,
+    /// The share of the mount, if a URI has named it.
+    share: Option<Arc<Use>>,
 }
 
 /// A file that was opened through an environment.
 struct Opened {
     file: File,
     binding: Arc<Binding>,
+    /// Keeps the file system mounted. The fields are dropped in this order.
+    _share: Option<Arc<Use>>,
 }
 
 /// A lock that was taken through an environment, which holds it.
@@ -111,7 +116,7 @@ unsafe fn text<'a>(path: *const c_char, len: usize) -> Result<&'a str> {
 }
 
 /// # Safety
-/// `fs` is a live file system of `pumice_env_new` or `pumice_mount_uri`.
+/// `fs` is a live file system of [`handle`] or `pumice_mount_uri`.
 unsafe fn mounted<'a>(fs: *const c_void) -> &'a Mounted {
     // SAFETY: a live handle points to a Mounted, shared.
     unsafe { &*fs.cast::<Mounted>() }
@@ -125,7 +130,7 @@ unsafe fn opened<'a>(file: *const c_void) -> &'a Opened {
 }
 
 #[unsafe(no_mangle)]
-pub(super) unsafe extern "C" fn pumice_last_fault(out: *mut pumice_fault) {
+pub(crate) unsafe extern "C" fn pumice_last_fault(out: *mut pumice_fault) {
     static GONE: &str = "the thread is ending";
     let raw = LAST
         .try_with(|last| {
@@ -150,7 +155,7 @@ pub(super) unsafe extern "C" fn pumice_last_fault(out: *mut pumice_fault) {
 }
 
 #[unsafe(no_mangle)]
-pub(super) unsafe extern "C" fn pumice_fault_take(fault: *mut c_void) {
+pub(crate) unsafe extern "C" fn pumice_fault_take(fault: *mut c_void) {
     // SAFETY: `fault` is from Box::into_raw in `read_rest`, and given back once.
     let fault = unsafe { Box::from_raw(fault.cast::<Fault>()) };
     remember(*fault);
