@@ -1,0 +1,5 @@
+//! `libpumice_fs.so` and `libpumice_fs.a`: the functions of `pumice_fs.h`, which `pumice-rocksdb-fs`
+//! has. `scripts/plugin` builds and installs them.
+#![forbid(unsafe_code)]
+
+extern crate pumice_rocksdb_fs as _;
