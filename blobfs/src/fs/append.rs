@@ -242,6 +242,8 @@ impl Appender {
             // again.
             (growth.submitted / self.vol.block as u64 * self.vol.block as u64).max(base)
         };
+        // A sync that the journal carries meanwhile must not count that block as submitted.
+        tail.lowered += 1;
         tail.supplied_from = growth.supplied_from;
         tail.cut_unflushed(growth.len);
         ino.started.store(tail.submitted, Ordering::Relaxed);

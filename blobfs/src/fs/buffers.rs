@@ -96,7 +96,7 @@ impl Buffers {
         buf[at..at + data.len()].copy_from_slice(data);
         self.set_buffer(ino, tail, off, Arc::new(FillBuf::from_buf(buf, filled)));
         tail.submitted = tail.submitted.min(off);
-        tail.patches += 1;
+        tail.lowered += 1;
         Ok(())
     }
 

@@ -23,8 +23,8 @@ struct Append {
     carrying: Carrying,
     from: u64,
     bytes: Vec<u8>,
-    /// [`Tail::patches`] at its beginning.
-    patches: u64,
+    /// [`Tail::lowered`] at its beginning.
+    lowered: u64,
 }
 
 /// Makes files durable.
@@ -167,8 +167,8 @@ impl Syncer {
         // Whoever has the append lock may wait for this.
         drop(append.carrying);
         let mut tail = ino.tail.lock();
-        // Bytes that were replaced meanwhile have not been submitted.
-        if tail.patches == append.patches {
+        // What has become unsubmitted meanwhile stays so: the next sync writes it.
+        if tail.lowered == append.lowered {
             tail.submitted = tail.submitted.max(target);
             ino.started.store(tail.submitted, Ordering::Relaxed);
         }
@@ -207,7 +207,7 @@ impl Syncer {
             carrying,
             from,
             bytes: bytes.expect("the buffer holds what was appended").to_vec(),
-            patches: tail.patches,
+            lowered: tail.lowered,
         }))
     }
 

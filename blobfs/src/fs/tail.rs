@@ -58,8 +58,9 @@ pub(crate) struct Tail {
     pub reserved: bool,
     /// Whether clusters past the end may be freed.
     pub grown: bool,
-    /// Number of times that bytes of the buffer were replaced.
-    pub patches: u64,
+    /// Number of times that bytes became unsubmitted again: they were replaced in the buffer, or a
+    /// failed write may have damaged them on the device.
+    pub lowered: u64,
     /// Number of syncs that had something to do.
     pub syncs: u32,
     /// Written ranges that wait for a flush.
@@ -82,7 +83,7 @@ impl Tail {
             sent: 0,
             reserved: false,
             grown: false,
-            patches: 0,
+            lowered: 0,
             syncs: 0,
             unflushed: Unflushed::default(),
             logged: Logged::default(),
