@@ -4,8 +4,16 @@
 #[path = "common/hostile.rs"]
 mod hostile;
 
+mod common;
+
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use common::journal::{DEVICES, RING};
+use hostile::forge::{carry, forge};
+use pumice_bdev::BlockDevice;
+use pumice_bdev_testkit::crashsim::CrashImage;
+use pumice_blobfs::fs::{FileSystem, FormatOptions, FsError, MountOptions, OpenOptions};
 use rand::prelude::*;
 
 /// Runs `target` on random bytes, at least `least` inputs, for at most about a second more.
@@ -47,4 +55,54 @@ fn raw_pages() {
 #[test]
 fn structured_pages() {
     run(hostile::structured, 400, 200);
+}
+
+#[test]
+fn journals() {
+    run(hostile::journal, 400, 150);
+}
+
+/// The length of a ring bounds the memory and the reads of a recovery, also when each record has one byte and its block
+/// has to be read for it.
+#[test]
+fn a_journal_of_single_bytes_takes_no_more_memory_than_its_ring() {
+    for (blocks, fits) in [(60, true), (650, false)] {
+        let device = DEVICES[0];
+        let dev = device.with(CrashImage::zeroed(32 << 20), 1);
+        let mut format = FormatOptions::default();
+        format.journal = Some(RING);
+        FileSystem::format(Arc::new(dev.clone()), &format).unwrap();
+        let fs = FileSystem::mount(Arc::new(dev.clone()), &MountOptions::default()).unwrap();
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.append(&vec![1; 8 << 20]).unwrap();
+        f.sync().unwrap();
+        let blob = f.blob_id().0;
+        drop(f);
+        fs.unmount().unwrap();
+        drop(fs);
+        let fs = FileSystem::mount(Arc::new(dev.clone()), &MountOptions::default()).unwrap();
+        fs.mkdir("/begins").unwrap();
+        let dev: Arc<dyn BlockDevice> = Arc::new(device.with(dev.image(), 1));
+        std::mem::forget(fs);
+        let byte = |n: u64| carry(blob, n * 4096 + 7, &[9]);
+        forge(&dev, &(0..blocks).map(byte).collect::<Vec<_>>());
+        let mut opts = MountOptions::default();
+        let whole = FileSystem::mount(Arc::clone(&dev), &opts);
+        if fits {
+            let fs = whole.unwrap();
+            let mut bytes = [0; 2];
+            let f = fs.open("/f", OpenOptions::READ).unwrap();
+            f.read_at(59 * 4096 + 6, &mut bytes).unwrap();
+            assert_eq!(bytes, [1, 9]);
+            continue;
+        }
+        let error = whole.unwrap_err();
+        assert!(matches!(error, FsError::Store { .. }), "{error}");
+        assert!(error.to_string().contains("blocks"), "{error}");
+        opts.read_only = true;
+        let fs = FileSystem::mount(dev, &opts).unwrap();
+        assert!(fs.problems()[0].contains("blocks"), "{:?}", fs.problems());
+        let reads = fs.io_stats().reads;
+        assert!(reads < 100, "{reads} reads");
+    }
 }

@@ -1,6 +1,9 @@
 //! Makes a store out of untrusted bytes and uses it. The fuzz targets and the seeded tests call
 //! this.
 
+#[path = "forge.rs"]
+pub mod forge;
+
 use std::sync::Arc;
 
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, IoErrorKind};
@@ -329,4 +332,67 @@ fn root(input: &mut Bytes<'_>, id: BlobId) -> Page {
     pages.truncate(1);
     seal_chain(&mut pages, &[]);
     *pages[0]
+}
+
+/// Makes a store with a journal that was not unloaded, and returns it with the id of a blob.
+fn with_journal() -> (Arc<dyn BlockDevice>, BlobId) {
+    let dev = pumice_bdev::open(&format!("malloc://{DEVICE}?block_size=4096")).unwrap();
+    let opts = InitOptions {
+        cluster_size: CLUSTER,
+        md_pages: Some(MD_PAGES),
+        journal: Some(128 << 10),
+        ..InitOptions::default()
+    };
+    let store = Blobstore::init(dev.clone(), &opts).unwrap();
+    let create = CreateOptions {
+        num_clusters: 3,
+        ..CreateOptions::default()
+    };
+    let id = store.create(&create).unwrap();
+    store.unload().unwrap();
+    drop(store);
+    // A change begins the journal.
+    let store = Blobstore::load(dev.clone(), &LoadOptions::default()).unwrap();
+    store.create(&create).unwrap();
+    drop(store);
+    (dev, id)
+}
+
+/// Uses `data` for the records of a batch in the journal, whose checksums are right.
+pub fn journal(data: &[u8]) {
+    let (dev, id) = with_journal();
+    let mut input = Bytes(data);
+    let mut records = Vec::new();
+    for _ in 0..=input.below(5) {
+        let place = u32::from(input.below(24));
+        let blob = if input.below(6) == 0 {
+            BlobId::from_page(input.number())
+        } else {
+            id
+        };
+        records.push(match input.below(8) {
+            0 => forge::erase(input.number()),
+            1 => {
+                let mut page = root(&mut input, BlobId::from_page(place));
+                seal(&mut page);
+                forge::page(place, &page)
+            }
+            2 => {
+                let kind = u16::from(input.below(10));
+                (kind, (0..input.below(70)).map(|_| input.byte()).collect())
+            }
+            n => {
+                let bytes: Vec<u8> = (0..input.below(200)).map(|_| input.byte()).collect();
+                let offset = u64::from(input.number()) << (n * 2);
+                let (kind, mut body) = forge::carry(blob.0, offset, &bytes);
+                if input.below(5) == 0 {
+                    // The number of bytes, or a flag.
+                    body[16 + usize::from(input.below(8))] ^= input.byte();
+                }
+                (kind, body)
+            }
+        });
+    }
+    forge::forge(&dev, &records);
+    use_it(&dev);
 }

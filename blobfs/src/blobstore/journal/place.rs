@@ -13,6 +13,22 @@ use super::super::retry::{may_land, repeat};
 /// Blocks of the device and their new contents.
 pub(crate) type Blocks = BTreeMap<u64, Box<[u8]>>;
 
+/// Returns the number of blocks that these patches change.
+pub(super) fn count_blocks(patches: &[Patch], unit: u64) -> u64 {
+    let range = |patch: &Patch| {
+        let end = patch.at + patch.bytes().len() as u64;
+        (patch.at / unit, end.div_ceil(unit))
+    };
+    let mut ranges: Vec<(u64, u64)> = patches.iter().map(range).collect();
+    ranges.sort_unstable();
+    let (mut count, mut upto) = (0, 0);
+    for (from, end) in ranges {
+        count += end.saturating_sub(from.max(upto));
+        upto = upto.max(end);
+    }
+    count
+}
+
 /// Returns the blocks that these patches change, one after another. A block of which they change a
 /// part, and that cannot be read, is left out, and the first error is returned beside the others.
 pub(super) fn blocks_of<'a>(

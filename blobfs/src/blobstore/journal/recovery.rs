@@ -22,7 +22,7 @@ use super::super::retry::may_land;
 use super::super::scan::{Roots, scan};
 use super::format::{RING_AT, RingPlace, Spot};
 use super::heads::Heads;
-use super::place::{Blocks, blocks_of, write_blocks};
+use super::place::{Blocks, blocks_of, count_blocks, write_blocks};
 use super::ring::put_pages;
 use super::walk::{OnDevice, Walked, newer, read_headers, walk};
 
@@ -33,6 +33,10 @@ pub(crate) const NAME: &[u8] = b"pumice.journal";
 pub(crate) const LEAST_BYTES: u64 = 128 << 10;
 /// Most bytes of a journal. A load has its pages in memory.
 pub(crate) const MOST_BYTES: u64 = 256 << 20;
+
+/// More blocks than this times the ring's bytes are damage. A batch has a page for each blob that it
+/// has bytes of, and these begin and end in blocks that they may not fill.
+const BLOCKS_PER_RING: u64 = 2;
 
 /// A journal that a load has found.
 #[derive(Debug)]
@@ -166,8 +170,17 @@ fn recover(
     } = walked;
     // Its pages are read as they are going to be.
     io.set_replayed(pages.clone());
-    let (patches, missing) = places_of(io, geo, &carried)?;
+    let (mut patches, missing) = places_of(io, geo, &carried)?;
     damage = damage.or(missing);
+    let blocks = count_blocks(&patches, geo.block_size);
+    if blocks > BLOCKS_PER_RING * place.len / geo.block_size {
+        let reason = format!(
+            "it has bytes for {blocks} blocks of blobs, more than a ring of {} bytes can",
+            place.len
+        );
+        damage.get_or_insert(reason);
+        patches.clear();
+    }
     if let Some(reason) = &damage {
         accept(device, reason, treat)?;
     }
