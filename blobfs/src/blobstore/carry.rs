@@ -8,6 +8,7 @@
 
 use super::Blobstore;
 use super::blob::Blob;
+use super::commit::BeginCarry;
 use super::error::Error;
 use super::format::BlobId;
 
@@ -42,15 +43,17 @@ impl Blobstore {
 
 impl Blob {
     /// Announces an append of `len` bytes that a [`Transaction`](super::Transaction) carries. No
-    /// write of the blob is in flight, and the caller lets nobody else begin one meanwhile. Returns
-    /// `None` if the append has to be written to the blob instead.
-    pub(crate) fn begin_carry(&self, len: u64) -> Option<Carrying> {
-        let begun = self.store.inner.commit.begin_carry(self.id(), len);
-        // This is made only after the beginning, since dropping it ends it.
-        begun.then(|| Carrying {
-            store: self.store.clone(),
-            blob: self.id(),
-        })
+    /// write of the blob is in flight, and the caller lets nobody else begin one meanwhile.
+    pub(crate) fn begin_carry(&self, len: u64) -> BeginCarry<Carrying> {
+        match self.store.inner.commit.begin_carry(self.id(), len) {
+            // This is made only after the beginning, since dropping it ends it.
+            BeginCarry::Begun(()) => BeginCarry::Begun(Carrying {
+                store: self.store.clone(),
+                blob: self.id(),
+            }),
+            BeginCarry::NoRoom => BeginCarry::NoRoom,
+            BeginCarry::Refused => BeginCarry::Refused,
+        }
     }
 
     /// Waits for appends that are being carried, and has what is owed to the blob put in place. The

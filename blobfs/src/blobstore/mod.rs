@@ -63,6 +63,7 @@ mod sync {
 
 pub(crate) use carry::Carrying;
 pub(crate) use change::Change;
+pub(crate) use commit::BeginCarry;
 pub(crate) use error::some as some_lines;
 pub(crate) use mdio::{Abilities, Persist};
 pub(crate) use space::default_md_pages;

@@ -12,7 +12,7 @@ use super::space::Space;
 use super::tail::Tail;
 use super::volume::Volume;
 use super::writeback::{Pending, Writeback, failure};
-use crate::blobstore::{Carrying, Error as StoreError, Persist, Spend, Transaction};
+use crate::blobstore::{BeginCarry, Carrying, Error as StoreError, Persist, Spend, Transaction};
 
 /// Most bytes of an append that the journal carries. Carried bytes are written twice, so a longer
 /// append, whose second write takes longer than the wait that it saves, goes to its place at once.
@@ -145,10 +145,16 @@ impl Syncer {
         if !self.vol.store.carries() {
             return Ok(false);
         }
-        if let Err(error) = self.vol.store.make_carry_room() {
-            tracing::warn!(%error, "the journal could not be emptied");
+        let mut begun = self.begin_append(ino)?;
+        // Only a sync that has something to carry waits for a checkpoint, without the append lock.
+        if matches!(begun, BeginCarry::NoRoom) {
+            if let Err(error) = self.vol.store.make_carry_room() {
+                tracing::warn!(%error, "the journal could not be emptied");
+                return Ok(false);
+            }
+            begun = self.begin_append(ino)?;
         }
-        let Some(append) = self.begin_append(ino)? else {
+        let BeginCarry::Begun(append) = begun else {
             return Ok(false);
         };
         let target = append.from + append.bytes.len() as u64;
@@ -180,7 +186,7 @@ impl Syncer {
     /// Returns what was appended since the last sync, if it is short, and nothing else of the file
     /// has to become durable. Most files are synced once and closed, which would cost a checkpoint,
     /// so the first sync is an ordinary one.
-    fn begin_append(&self, ino: &Arc<Inode>) -> Result<Option<Append>> {
+    fn begin_append(&self, ino: &Arc<Inode>) -> Result<BeginCarry<Append>> {
         let mut tail = ino.tail.lock();
         tail.prune(ino);
         let (from, target) = (tail.submitted, ino.len());
@@ -192,18 +198,20 @@ impl Syncer {
             && !ino.own.lock().is_unwritten()
             && ino.life.load() == Life::Named;
         if !is_append || !(1..=CARRY_MAX).contains(&len) || ino.is_thin() || ino.is_frozen() {
-            return Ok(None);
+            return Ok(BeginCarry::Refused);
         }
         let (Some(frame), base) = (tail.holding(from, target).cloned(), tail.base()) else {
             return Err(ino.lost(from, target));
         };
-        let Some(carrying) = ino.blob()?.begin_carry(len) else {
-            return Ok(None);
+        let carrying = match ino.blob()?.begin_carry(len) {
+            BeginCarry::Begun(carrying) => carrying,
+            BeginCarry::NoRoom => return Ok(BeginCarry::NoRoom),
+            BeginCarry::Refused => return Ok(BeginCarry::Refused),
         };
         tail.syncs = tail.syncs.saturating_add(1);
         let at = |off: u64| usize::try_from(off - base).unwrap_or(usize::MAX);
         let bytes = frame.bytes.get(at(from)..at(target));
-        Ok(Some(Append {
+        Ok(BeginCarry::Begun(Append {
             carrying,
             from,
             bytes: bytes.expect("the buffer holds what was appended").to_vec(),

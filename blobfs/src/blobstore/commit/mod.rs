@@ -147,6 +147,17 @@ pub(crate) enum Restore {
     Ring,
 }
 
+/// The answer to the announcement of an append that is to be carried.
+#[derive(Debug)]
+pub(crate) enum BeginCarry<T> {
+    /// It has begun.
+    Begun(T),
+    /// It may begin behind a checkpoint; see [`Commit::make_carry_room`].
+    NoRoom,
+    /// It has to be written to the blob instead.
+    Refused,
+}
+
 /// A way to write batches.
 pub(crate) trait Commit: std::fmt::Debug + Send + Sync {
     /// Makes a batch durable. A crash in the middle leaves the old or the new state of each blob,
@@ -186,10 +197,10 @@ pub(crate) trait Commit: std::fmt::Debug + Send + Sync {
         Ok(())
     }
 
-    /// Records that a batch is going to carry `len` bytes of a blob, until [`Commit::end_carry`].
-    /// Returns whether it may.
-    fn begin_carry(&self, _blob: BlobId, _len: u64) -> bool {
-        false
+    /// Records that a batch is going to carry `len` bytes of a blob, until [`Commit::end_carry`],
+    /// if it may.
+    fn begin_carry(&self, _blob: BlobId, _len: u64) -> BeginCarry<()> {
+        BeginCarry::Refused
     }
 
     /// Ends what [`Commit::begin_carry`] has begun. The batch is durable, or there is none.

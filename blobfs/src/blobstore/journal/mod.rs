@@ -42,7 +42,7 @@ use parking_lot::Mutex;
 use pumice_bdev::process::Birth;
 
 use super::commit::in_place::{InPlace, clear_all};
-use super::commit::{Batch, Cleared, Commit, Failure, Restore};
+use super::commit::{Batch, BeginCarry, Cleared, Commit, Failure, Restore};
 use super::error::Error;
 use super::format::{BlobId, PAGE_SIZE, Page};
 use super::geometry::Geometry;
@@ -134,7 +134,7 @@ impl Commit for Journal {
         self.ring.empty(&mut *self.ring.channels.get()?)
     }
 
-    fn begin_carry(&self, blob: BlobId, len: u64) -> bool {
+    fn begin_carry(&self, blob: BlobId, len: u64) -> BeginCarry<()> {
         self.ring.begin_carry(blob, len)
     }
 

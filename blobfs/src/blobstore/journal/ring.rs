@@ -9,7 +9,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use pumice_bdev::{DmaSlice, Op};
 
 use super::super::carried::{Carried, Patch};
-use super::super::commit::Failure;
+use super::super::commit::{BeginCarry, Failure};
 use super::super::error::Error;
 use super::super::format::{BlobId, Page};
 use super::super::geometry::Geometry;
@@ -197,16 +197,19 @@ impl Ring {
         self.log.lock().has_carry_room(self.units)
     }
 
-    /// Records that a batch is going to carry `len` bytes of a blob. Returns whether it may.
-    pub fn begin_carry(&self, blob: BlobId, len: u64) -> bool {
+    /// Records that a batch is going to carry `len` bytes of a blob, if it may.
+    pub fn begin_carry(&self, blob: BlobId, len: u64) -> BeginCarry<()> {
         let mut log = self.log.lock();
         // The other half of a batch is for the blob's pages.
-        if log.broken.is_some() || !log.has_carry_room(self.units) || len > self.most() / 2 {
-            return false;
+        if log.broken.is_some() || len > self.most() / 2 {
+            return BeginCarry::Refused;
+        }
+        if !log.has_carry_room(self.units) {
+            return BeginCarry::NoRoom;
         }
         log.owed.begin(blob);
         self.owing.store(log.owed.len(), Ordering::Release);
-        true
+        BeginCarry::Begun(())
     }
 
     /// Ends what [`Ring::begin_carry`] has begun.

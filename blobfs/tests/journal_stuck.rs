@@ -1,0 +1,124 @@
+//! Checkpoints that do not end, or that fail for good, and what goes on beside them. Each test names the rules of the
+//! protocol that it is about.
+
+mod common;
+#[path = "common/held.rs"]
+mod held;
+#[path = "common/task.rs"]
+mod task;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use common::faults::{fail, hang};
+use held::*;
+use pumice_bdev::OpKind;
+use pumice_bdev::error_inject::ErrorDevice;
+use pumice_blobfs::fs::{File, FileSystem, MountOptions, OpenOptions, Result};
+use task::{Task, spawn, wait_for};
+
+const MIB: u64 = 1 << 20;
+
+/// Units of the ring of a journal of this many bytes. A carried sync of a short append takes two: its page, and the
+/// bytes.
+fn units(journal: u64) -> usize {
+    usize::try_from((journal - 8192) / 4096).unwrap()
+}
+
+/// Appends and syncs in a thread of its own, until something fails or `most` are done. Each file gets its turn.
+struct Syncs {
+    done: Arc<AtomicUsize>,
+    thread: Task<Result<()>>,
+}
+
+impl Syncs {
+    fn begin(files: &[File], len: usize, most: usize) -> Syncs {
+        let done = Arc::new(AtomicUsize::new(0));
+        let (count, files) = (Arc::clone(&done), files.to_vec());
+        let thread = spawn(move || {
+            for f in files.iter().cycle().take(most) {
+                f.append(&vec![9; len])?;
+                f.sync()?;
+                count.fetch_add(1, Ordering::SeqCst);
+            }
+            Ok(())
+        });
+        Syncs { done, thread }
+    }
+
+    fn done(&self) -> usize {
+        self.done.load(Ordering::SeqCst)
+    }
+}
+
+/// A file system whose next checkpoint hangs at its first write, which is to one of these files.
+fn hanging(journal: u64, files: usize) -> (Arc<ErrorDevice>, FileSystem, Vec<File>) {
+    let (dev, fs) = with_journal(journal, &MountOptions::default());
+    let files: Vec<File> = (0..files).map(|n| carried(&fs, &format!("/{n}"))).collect();
+    for f in &files {
+        f.allocate(0, MIB).unwrap();
+    }
+    for f in &files {
+        dev.inject(hang(OpKind::Write, 1, first_cluster(&fs, f)));
+    }
+    (dev, fs, files)
+}
+
+/// Makes so many changes of one page, and returns their number.
+fn fs_changes(fs: &FileSystem, count: usize) -> usize {
+    for n in 0..count {
+        fs.mkdir(&format!("/d{n}")).unwrap();
+    }
+    count
+}
+
+/// A sync that has nothing to carry does not wait for a checkpoint, however full the ring is.
+#[test]
+fn rule_23_a_sync_of_an_unchanged_file_waits_for_no_checkpoint() {
+    let (dev, fs, files) = hanging(MIB, 1);
+    let unchanged = carried(&fs, "/unchanged");
+    let syncs = Syncs::begin(&files, 100, 1000);
+    arrived(&dev, "a checkpoint");
+    wait_for("half of the ring", || syncs.done() > 50);
+    assert!(syncs.thread.still_waits());
+    let before = fs.io_stats();
+    // The last handle stays, whose end would wait for the checkpoint.
+    let other = unchanged.clone();
+    let sync = spawn(move || other.sync());
+    sync.join("a sync of an unchanged file").unwrap();
+    let sent = fs.io_stats().since(&before);
+    assert_eq!((sent.writes, sent.reads), (0, 0), "{sent:?}");
+    dev.resume();
+    syncs.thread.join("the syncs").unwrap();
+    drop((files, unchanged));
+    fs.unmount().unwrap();
+}
+
+/// An unmount with many files does not try for each of them what fails for good.
+#[test]
+fn rule_23_an_unmount_tries_a_checkpoint_that_fails_once() {
+    let (dev, fs) = with_journal(128 << 10, &MountOptions::default());
+    for n in 0..50 {
+        let f = fs.open(&format!("/{n}"), OpenOptions::CREATE).unwrap();
+        f.append(&[1; 10]).unwrap();
+        f.sync().unwrap();
+    }
+    let fs = common::faults::again(&dev, fs);
+    let files: Vec<File> = (0..50)
+        .map(|n| fs.open(&format!("/{n}"), OpenOptions::READ).unwrap())
+        .collect();
+    dev.inject(fail(OpKind::Write, 1_000_000, metadata(&fs)));
+    // Each takes two units, and the last is behind half of the ring.
+    let changes = fs_changes(&fs, units(128 << 10) / 2 / 2 + 2) as u64;
+    let before = fs.io_stats();
+    fs.unmount().unwrap_err();
+    let sent = fs.io_stats().since(&before);
+    // Each page once with the others and three times by itself; one such checkpoint may run in the background.
+    assert!(
+        sent.writes < 3 * 4 * changes,
+        "{sent:?} for {changes} pages"
+    );
+    dev.clear();
+    fs.unmount().unwrap();
+    drop(files);
+}
