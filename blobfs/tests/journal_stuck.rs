@@ -14,7 +14,7 @@ use common::faults::{fail, hang};
 use held::*;
 use pumice_bdev::OpKind;
 use pumice_bdev::error_inject::ErrorDevice;
-use pumice_blobfs::fs::{File, FileSystem, MountOptions, OpenOptions, Result};
+use pumice_blobfs::fs::{File, FileSystem, FsError, MountOptions, OpenOptions, Result};
 use task::{Task, spawn, wait_for};
 
 const MIB: u64 = 1 << 20;
@@ -121,4 +121,53 @@ fn rule_23_an_unmount_tries_a_checkpoint_that_fails_once() {
     dev.clear();
     fs.unmount().unwrap();
     drop(files);
+}
+
+/// A metadata page that cannot be written: what fails at once, and what goes on until the ring is full.
+#[test]
+fn rule_21_one_page_that_cannot_be_written_and_what_fails_for_it() {
+    let (dev, fs) = with_journal(4 * MIB, &MountOptions::default());
+    let (f, g) = (carried(&fs, "/f"), carried(&fs, "/g"));
+    let other = fs.open("/other", OpenOptions::CREATE).unwrap();
+    other.append(&[1; 100]).unwrap();
+    other.sync().unwrap();
+    dev.inject(fail(OpKind::Write, 1_000_000, metadata(&fs)));
+    let told = |result: Result<()>, what: &str| {
+        let error = result.unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, FsError::Io { .. }), "{what}: {text}");
+        assert!(
+            text.contains("putting in place what the journal has"),
+            "{what}: {text}"
+        );
+        assert!(!text.contains("writing at offset"), "{what}: {text}");
+    };
+    // These go on.
+    f.append(&[3; 100]).unwrap();
+    f.sync().unwrap();
+    fs.mkdir("/d").unwrap();
+    fs.rename("/d", "/e").unwrap();
+    other.append(&vec![2; 50_000]).unwrap();
+    other.sync().unwrap();
+    other.write_at(0, &[3; 10]).unwrap();
+    other.sync().unwrap();
+    other.truncate(50).unwrap();
+    fs.unlink("/other").unwrap();
+    drop(other);
+    // These do not, since the files are owed bytes.
+    told(f.truncate(10), "a truncation");
+    // The close keeps what it cannot put in place.
+    drop(g);
+    told(fs.unlink("/g"), "a deletion");
+    let g = fs.open("/g", OpenOptions::READ).unwrap();
+    assert_eq!(g.len(), 150);
+    f.append(&vec![4; 40_000]).unwrap();
+    told(f.sync(), "a sync of what is too long to be carried");
+    f.write_at(0, &[5; 10]).unwrap();
+    told(f.sync(), "a sync of an overwrite");
+    assert_eq!(f.len(), 40_250);
+    dev.clear();
+    f.sync().unwrap();
+    drop((f, g));
+    fs.unmount().unwrap();
 }

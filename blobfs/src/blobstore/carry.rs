@@ -60,7 +60,7 @@ impl Blob {
     /// caller has no turn in the order of changes, and has not passed the gate.
     ///
     /// # Errors
-    /// Fails when the device does.
+    /// Fails with [`Error::Owed`] when the device fails.
     #[inline]
     pub(crate) fn settle(&self) -> Result<(), Error> {
         self.store.inner.commit.settle_blob(self.id())

@@ -19,6 +19,10 @@ pub enum Error {
     /// There is no memory for I/O.
     #[error(transparent)]
     Dma(#[from] DmaError),
+    /// The journal has bytes of a blob that cannot be put in place, which has to come before a write to
+    /// the blob, its deletion, and a change that moves clusters. They are still in the journal.
+    #[error("putting in place what the journal has: {0}")]
+    Owed(#[source] Box<IoError>),
     /// The error of a batch of the journal, which all changes in it share.
     #[error(transparent)]
     Shared(Arc<Error>),
@@ -191,6 +195,14 @@ pub(crate) fn some(lines: &[String]) -> String {
 }
 
 impl Error {
+    /// Returns the error of a checkpoint for those who wait for what is owed.
+    pub(crate) fn owed(error: Error) -> Error {
+        match error {
+            Error::Io(error) => Error::Owed(error),
+            error => error,
+        }
+    }
+
     pub(crate) fn invalid(text: impl Into<String>) -> Error {
         Error::InvalidInput(text.into())
     }

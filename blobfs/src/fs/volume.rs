@@ -125,6 +125,10 @@ pub(crate) fn store_error(context: impl Into<String>, e: StoreError, free_bytes:
             free_bytes,
         },
         StoreError::Io(e) => FsError::io(context, e),
+        StoreError::Owed(e) => FsError::io(
+            format!("{context}: putting in place what the journal has"),
+            e,
+        ),
         StoreError::Lost(e) => FsError::Io {
             context,
             source: Arc::from(e),

@@ -15,6 +15,9 @@ use super::tail::Tail;
 use super::volume::Volume;
 use crate::blobstore::{Error as StoreError, Persist};
 
+/// The context of the error of a write that the device got; [`failure`] says more.
+const SENT: &str = "write-behind";
+
 /// A write in flight.
 pub(crate) struct Pending {
     /// The number among the file's writes, from 1.
@@ -123,6 +126,13 @@ impl Writeback {
         match error {
             StoreError::Io(e) => {
                 pending.complete(&self.writes, begun, Err(e));
+                Ok(())
+            }
+            // It was not sent. It waits for the next sync, as a write that has failed does.
+            e @ StoreError::Owed(_) => {
+                let e = self.vol.store_error(ino.path(), e);
+                tracing::error!(error = %e, "no writeback; the data stays in memory for the next sync");
+                *pending.error.lock() = Some(e);
                 Ok(())
             }
             e => {
@@ -283,8 +293,10 @@ pub(crate) fn failure(ino: &Inode, pending: &Pending) -> FsError {
     let context = format!("{}: writing at offset {}", ino.path(), pending.from);
     match pending.error.lock().clone() {
         Some(FsError::Io {
-            source, data_loss, ..
-        }) => FsError::Io {
+            context: sent,
+            source,
+            data_loss,
+        }) if sent == SENT => FsError::Io {
             context,
             source,
             data_loss,
@@ -315,7 +327,7 @@ impl Pending {
             }
             Err(e) => {
                 tracing::error!(error = %e, "writeback failed; the data stays in memory for the next sync");
-                *self.error.lock() = Some(FsError::io("write-behind", e));
+                *self.error.lock() = Some(FsError::io(SENT, e));
             }
         }
     }

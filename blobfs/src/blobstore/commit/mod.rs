@@ -210,7 +210,7 @@ pub(crate) trait Commit: std::fmt::Debug + Send + Sync {
     /// it. The caller has neither a turn in the order of changes nor a channel.
     ///
     /// # Errors
-    /// Fails when the device does.
+    /// Fails with [`Error::Owed`] when the device fails.
     fn settle_blob(&self, _blob: BlobId) -> Result<(), Error> {
         Ok(())
     }
@@ -219,7 +219,7 @@ pub(crate) trait Commit: std::fmt::Debug + Send + Sync {
     /// of changes, and no channel.
     ///
     /// # Errors
-    /// Fails when the device does.
+    /// Fails with [`Error::Owed`] when the device fails.
     fn put_owed(&self, _blobs: Option<&[BlobId]>) -> Result<(), Error> {
         Ok(())
     }

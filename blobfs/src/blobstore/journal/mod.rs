@@ -146,8 +146,8 @@ impl Commit for Journal {
         while self.ring.waits_for(blob) {
             let io = &mut *self.ring.channels.get()?;
             // After a batch that failed, the next change may not come before this.
-            self.ring.make_void(io)?;
-            self.ring.empty(io)?;
+            let settled = self.ring.make_void(io).and_then(|()| self.ring.empty(io));
+            settled.map_err(Error::owed)?;
         }
         Ok(())
     }
@@ -156,7 +156,8 @@ impl Commit for Journal {
         if !self.ring.owes(blobs) {
             return Ok(());
         }
-        self.ring.empty(&mut *self.ring.channels.get()?)
+        let io = &mut *self.ring.channels.get()?;
+        self.ring.empty(io).map_err(Error::owed)
     }
 }
 
