@@ -1,8 +1,17 @@
 //! Modes and times that are set on files and directories.
 
+mod common;
+#[path = "common/held.rs"]
+mod held;
+#[path = "common/task.rs"]
+#[allow(dead_code, reason = "this binary needs a part of it")]
+mod task;
+
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use common::faults::again;
+use held::{begin_sync, carried, with_journal};
 use pumice_bdev::BlockDevice;
 use pumice_blobfs::fs::{
     Attributes, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions, Stat,
@@ -147,5 +156,53 @@ fn directories_change_with_their_entries_and_names_are_told() {
         let refused = fs.set_attributes(path, &set(0o600, 1));
         assert!(matches!(refused, Err(FsError::ReadOnly { .. })), "{path}");
     }
+    fs.unmount().unwrap();
+}
+
+/// A time that is set while a sync is on its way, carried by the journal or not, and with more bytes behind those of
+/// the sync or not.
+#[test]
+fn a_time_that_is_set_beside_a_sync_lasts() {
+    for is_carried in [false, true] {
+        for grows in [false, true] {
+            let what = format!("carried {is_carried}, grows {grows}");
+            let (dev, fs) = with_journal(4 << 20, &MountOptions::default());
+            let f = if is_carried {
+                carried(&fs, "/f")
+            } else {
+                fs.open("/f", OpenOptions::CREATE).unwrap()
+            };
+            f.append(&[3; 60]).unwrap();
+            let sync = begin_sync(&dev, &f);
+            if grows {
+                f.append(b"more").unwrap();
+            }
+            f.set_attributes(&set(0o640, 1000)).unwrap();
+            dev.resume();
+            sync.join("the sync").unwrap();
+            assert!(has(&f.stat(), 0o640, 1000), "{what}: {:?}", f.stat());
+            f.sync().unwrap();
+            assert!(has(&f.stat(), 0o640, 1000), "{what}, synced");
+            drop(f);
+            let fs = again(&dev, fs);
+            let stat = fs.stat("/f").unwrap();
+            assert!(has(&stat, 0o640, 1000), "{what}, again: {stat:?}");
+            fs.unmount().unwrap();
+        }
+    }
+}
+
+/// A sync of an append that the journal could carry writes the mode and the time that were set.
+#[test]
+fn a_short_append_does_not_hide_what_was_set() {
+    let (dev, fs) = with_journal(4 << 20, &MountOptions::default());
+    let f = carried(&fs, "/f");
+    f.append(b"short").unwrap();
+    f.set_attributes(&set(0o640, 1000)).unwrap();
+    f.sync().unwrap();
+    assert!(has(&f.stat(), 0o640, 1000));
+    drop(f);
+    let fs = again(&dev, fs);
+    assert!(has(&fs.stat("/f").unwrap(), 0o640, 1000));
     fs.unmount().unwrap();
 }

@@ -33,7 +33,8 @@ pub(crate) struct Own {
 #[derive(Clone, Copy)]
 pub(crate) struct Moment {
     pub mode: Option<u32>,
-    /// Whether the time of the file was set, and not changed since by a longer or shorter length.
+    /// Whether the time of the file was set, and the length that is written is not longer than the
+    /// file was then.
     pub keeps_time: bool,
     changed: u64,
 }
@@ -66,7 +67,8 @@ impl Own {
     pub fn moment(&self, len: u64) -> Moment {
         Moment {
             mode: self.mode,
-            keeps_time: self.timed_at == Some(len),
+            // The file may have grown since the sync began, and its time was set behind that.
+            keeps_time: self.timed_at.is_some_and(|at| at >= len),
             changed: self.changed,
         }
     }
@@ -95,6 +97,7 @@ mod tests {
         assert_eq!(own.mode, Some(0o755));
         let moment = own.moment(7);
         assert!(moment.keeps_time && !own.moment(8).keeps_time);
+        assert!(own.moment(6).keeps_time, "an earlier length of a sync");
         own.change(None, None);
         assert!(!own.wrote(moment) && own.is_unwritten());
         let moment = own.moment(7);

@@ -25,6 +25,8 @@ struct Append {
     bytes: Vec<u8>,
     /// [`Tail::lowered`] at its beginning.
     lowered: u64,
+    /// The attributes then, all of which were written before.
+    moment: Moment,
 }
 
 /// Makes files durable.
@@ -158,7 +160,7 @@ impl Syncer {
             return Ok(false);
         };
         let target = append.from + append.bytes.len() as u64;
-        let mtime = now_ns();
+        let mtime = time_to_write(ino, append.moment);
         let mut tx = self.vol.store.transaction();
         tx.spend(Spend::Releasing);
         tx.set_xattr(ino.id, xattr::LENGTH, &target.to_le_bytes());
@@ -179,7 +181,7 @@ impl Syncer {
             ino.started.store(tail.submitted, Ordering::Relaxed);
         }
         ino.durable_len.store(target, Ordering::Release);
-        ino.mtime_ns.store(mtime, Ordering::Relaxed);
+        show_time(ino, append.moment, mtime);
         Ok(true)
     }
 
@@ -191,11 +193,15 @@ impl Syncer {
         tail.prune(ino);
         let (from, target) = (tail.submitted, ino.len());
         let len = target - from;
+        let (moment, is_unwritten) = {
+            let own = ino.own.lock();
+            (own.moment(target), own.is_unwritten())
+        };
         let is_append = tail.syncs > 0
             && from >= ino.durable_len.load(Ordering::Acquire)
             && tail.pending.is_empty()
             && tail.unflushed.is_empty()
-            && !ino.own.lock().is_unwritten()
+            && !is_unwritten
             && ino.life.load() == Life::Named;
         if !is_append || !(1..=CARRY_MAX).contains(&len) || ino.is_thin() || ino.is_frozen() {
             return Ok(BeginCarry::Refused);
@@ -216,6 +222,7 @@ impl Syncer {
             from,
             bytes: bytes.expect("the buffer holds what was appended").to_vec(),
             lowered: tail.lowered,
+            moment,
         }))
     }
 
@@ -293,11 +300,7 @@ impl Syncer {
             && ino.len() == len
             && tail.allocated / self.vol.cluster > needed;
         let moment = ino.own.lock().moment(len);
-        let mtime = if moment.keeps_time {
-            ino.mtime_ns.load(Ordering::Relaxed)
-        } else {
-            now_ns()
-        };
+        let mtime = time_to_write(ino, moment);
         let commit = |clusters: Option<u64>| {
             let mut tx = self.vol.store.transaction();
             tx.spend(Spend::Releasing);
@@ -321,9 +324,7 @@ impl Syncer {
             commit(None).map_err(failed)?;
         }
         ino.durable_len.store(len, Ordering::Release);
-        if ino.own.lock().wrote(moment) {
-            ino.mtime_ns.store(mtime, Ordering::Relaxed);
-        }
+        show_time(ino, moment, mtime);
         Ok(())
     }
 
@@ -347,6 +348,24 @@ impl Syncer {
         })?;
         ino.own.lock().wrote(moment);
         Ok(())
+    }
+}
+
+/// Returns the time to write with a length: the one that was set, or this moment.
+fn time_to_write(ino: &Inode, moment: Moment) -> u64 {
+    if moment.keeps_time {
+        ino.mtime_ns.load(Ordering::Relaxed)
+    } else {
+        now_ns()
+    }
+}
+
+/// Records that `moment` was written with the time `mtime`, and shows that time unless another was
+/// set meanwhile. Whoever sets a time holds the same lock.
+fn show_time(ino: &Inode, moment: Moment, mtime: u64) {
+    let mut own = ino.own.lock();
+    if own.wrote(moment) {
+        ino.mtime_ns.store(mtime, Ordering::Relaxed);
     }
 }
 
