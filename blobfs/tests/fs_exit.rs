@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use common::memory;
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{BlockDevice, OpKind};
-use pumice_blobfs::fs::{File, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions};
+use pumice_blobfs::fs::{
+    Attributes, File, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions,
+};
 
 const DIR: &str = "PUMICE_EXIT_DIR";
 const HOW: &str = "PUMICE_EXIT_HOW";
@@ -119,12 +121,22 @@ fn forked_child_ends(uri: &str) {
             file.truncate(0).is_err_and(forked),
             fs.unlink("/kept").is_err_and(forked),
             fs.mkdir("/d").is_err_and(forked),
+            file.set_attributes(&Attributes::default())
+                .is_err_and(forked),
+            fs.set_attributes("/kept", &Attributes::default())
+                .is_err_and(forked),
+            fs.set_attributes("/none", &Attributes::default())
+                .is_err_and(forked),
+            fs.stat("/kept").is_err_and(forked),
             fs.open("/new", OpenOptions::CREATE).is_err_and(forked),
             fs.unmount().is_err_and(forked),
             fs.statfs().total == 0 && fs.free_bytes() == 0,
             fs.is_inherited(),
             // What the process had is only looked at.
             file.allocated() > 0,
+            // Nothing is that takes a lock, whose holder may not exist here.
+            file.stat().len == 3_000_001 && file.stat().links == 0,
+            !file.path().contains("/kept"),
         ];
         drop(file.clone());
         drop(fs.clone());

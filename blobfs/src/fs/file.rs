@@ -100,9 +100,12 @@ impl File {
         self.open.ino.len()
     }
 
-    /// Returns a path of the file, or a text in its place when it has none.
+    /// Returns a path of the file, or a text in its place when it has none, and in a forked child.
     pub fn path(&self) -> String {
-        self.ino().path()
+        match self.core().vol.check_fork() {
+            Ok(()) => self.ino().path(),
+            Err(_) => format!("file of the parent (blob {})", self.ino().id),
+        }
     }
 
     /// Returns the blob that stores the file.
@@ -260,10 +263,14 @@ impl File {
         self.core().syncer.sync_data(self.ino())
     }
 
-    /// Returns the properties of the file, which may have lost its name.
+    /// Returns the properties of the file, which may have lost its name. In a forked child, which has
+    /// no mount, it leaves out those that a lock protects: the names and the mode.
     #[must_use]
     pub fn stat(&self) -> Stat {
-        Stat::of_file(self.ino())
+        match self.core().vol.check_fork() {
+            Ok(()) => Stat::of_file(self.ino()),
+            Err(_) => Stat::of_inherited_file(self.ino()),
+        }
     }
 
     /// Sets the mode or the time of the last change. They are durable after [`File::sync`]. The time stays until the file

@@ -307,6 +307,7 @@ impl FileSystem {
     /// Fails as [`FileSystem::stat`] does, and with the device's error.
     pub fn set_attributes(&self, path: &str, attributes: &Attributes) -> Result<()> {
         let path = path::normalise(path)?;
+        self.core.vol.check_fork()?;
         if matches!(self.core.names.get(&path), Some(Entry::File(_))) {
             return self
                 .open(&path, OpenOptions::READ)?

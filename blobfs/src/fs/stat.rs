@@ -30,13 +30,22 @@ pub struct Stat {
 impl Stat {
     pub(crate) fn of_file(ino: &Inode) -> Stat {
         Stat {
+            links: ino.names.lock().len(),
+            mode: ino.own.lock().mode,
+            ..Stat::of_inherited_file(ino)
+        }
+    }
+
+    /// Returns what can be told of a file in a forked child, where the holder of a lock may not exist.
+    pub(crate) fn of_inherited_file(ino: &Inode) -> Stat {
+        Stat {
             len: ino.len(),
             is_dir: false,
             mtime: UNIX_EPOCH + Duration::from_nanos(ino.mtime_ns.load(Ordering::Relaxed)),
             blob_id: Some(ino.id),
             allocated: ino.allocated.load(Ordering::Acquire),
-            links: ino.names.lock().len(),
-            mode: ino.own.lock().mode,
+            links: 0,
+            mode: None,
         }
     }
 
