@@ -117,6 +117,36 @@ fn a_write_beyond_the_length_never_reaches_another_file() {
     assert!(content_of(&fs, "/f") == vec![1; 40_000]);
 }
 
+/// The changes of a batch of the journal share its error, and each can be tried again.
+#[test]
+fn a_batch_that_finds_no_memory_can_be_tried_again() {
+    let _one = limited();
+    let _limit = watchdog("a batch without memory", 120);
+    let mut format = FormatOptions::default();
+    format.journal = Some(1 << 20);
+    let (dev, fs) = setup_with(memory(16 << 20, 4096), &format, &MountOptions::default());
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    f.append(&[1; 40]).unwrap();
+    f.sync().unwrap();
+    f.append(&[2; 40]).unwrap();
+    let mut taken = take_all_but(0);
+    for shift in (9..20).rev() {
+        taken.extend(std::iter::from_fn(|| DmaBuf::new(1 << shift).ok()));
+    }
+    let errors = [f.sync().unwrap_err(), fs.mkdir("/d").unwrap_err()];
+    drop(taken);
+    for error in errors {
+        assert!(matches!(error, FsError::NoMemory(_)), "{error}");
+        assert!(error.is_retryable(), "{error}");
+        assert_eq!(error.errno(), libc::ENOMEM, "{error}");
+    }
+    f.sync().unwrap();
+    fs.mkdir("/d").unwrap();
+    drop(f);
+    let fs = again(&dev, fs);
+    assert!(content_of(&fs, "/f") == [[1; 40], [2; 40]].concat());
+}
+
 #[test]
 fn random_operations_without_memory() {
     let _one = limited();

@@ -18,7 +18,7 @@ pub enum Error {
     Device(#[from] BdevError),
     /// There is no memory for I/O.
     #[error(transparent)]
-    Dma(#[from] DmaError),
+    Dma(Arc<DmaError>),
     /// The journal has bytes of a blob that cannot be put in place, which has to come before a write to
     /// the blob, its deletion, and a change that moves clusters. They are still in the journal.
     #[error("putting in place what the journal has: {0}")]
@@ -192,6 +192,12 @@ pub(crate) fn some(lines: &[String]) -> String {
         text.push_str("; …");
     }
     text
+}
+
+impl From<DmaError> for Error {
+    fn from(error: DmaError) -> Error {
+        Error::Dma(Arc::new(error))
+    }
 }
 
 impl Error {

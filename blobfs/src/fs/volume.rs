@@ -135,7 +135,7 @@ pub(crate) fn store_error(context: impl Into<String>, e: StoreError, free_bytes:
             data_loss: true,
         },
         StoreError::Device(e) => FsError::from(e),
-        StoreError::Dma(e) => FsError::from(e),
+        StoreError::Dma(e) => FsError::NoMemory(e),
         StoreError::Damaged { blob, source } => FsError::Corrupt {
             blob: blob.0,
             reason: format!("{context}: {source}"),

@@ -30,6 +30,8 @@ impl BatchFault {
     pub fn failure(&self) -> Failure {
         let error = match &*self.error {
             Error::Io(error) => Error::Io(error.clone()),
+            // Each change has the error that it would have alone, so that it can be tried again.
+            Error::Dma(error) => Error::Dma(Arc::clone(error)),
             Error::Stopped(reason) => Error::Stopped(reason.clone()),
             _ => Error::Shared(Arc::clone(&self.error)),
         };
