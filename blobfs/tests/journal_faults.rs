@@ -214,7 +214,7 @@ fn rule_7_an_unload_waits_for_a_checkpoint_without_holding_the_only_channel() {
             let store = Blobstore::load(Arc::new(dev), &LoadOptions::default()).unwrap();
             make(&store);
             // Each takes two of thirty blocks, so a checkpoint begins with the last.
-            for byte in 0..7 {
+            for byte in 0..3 {
                 set(&store, byte).unwrap();
             }
             store.unload().unwrap();

@@ -64,12 +64,96 @@ fn hanging(journal: u64, files: usize) -> (Arc<ErrorDevice>, FileSystem, Vec<Fil
     (dev, fs, files)
 }
 
+/// A checkpoint begins at a quarter of the ring, in the background, and syncs are carried on while it runs.
+#[test]
+fn rule_23_carried_syncs_go_on_beside_a_checkpoint() {
+    let (dev, fs, files) = hanging(MIB, 1);
+    let quarter = units(MIB) / 4 / 2;
+    let syncs = Syncs::begin(&files, 100, quarter);
+    syncs.thread.join("a quarter of the ring").unwrap();
+    arrived(&dev, "a checkpoint at a quarter of the ring");
+    let before = fs.io_stats();
+    let more = Syncs::begin(&files, 100, quarter / 2);
+    more.thread.join("syncs beside the checkpoint").unwrap();
+    let sent = fs.io_stats().since(&before);
+    assert_eq!(sent.writes, quarter as u64 / 2, "{sent:?}");
+    dev.resume();
+    drop(files);
+    fs.unmount().unwrap();
+}
+
+/// Another checkpoint begins when half of what may be owed is.
+#[test]
+fn rule_23_a_checkpoint_begins_at_two_mib_that_are_owed() {
+    let (dev, fs, files) = hanging(32 * MIB, 4);
+    let syncs = Syncs::begin(&files, 32 << 10, 2 * 32);
+    syncs.thread.join("two MiB").unwrap();
+    assert_eq!(dev.injections().len(), 4, "it began too early");
+    let one = Syncs::begin(&files, 32 << 10, 1);
+    one.thread.join("one more").unwrap();
+    wait_for("a checkpoint", || dev.injections().len() == 3);
+    dev.clear();
+    dev.resume();
+    drop(files);
+    fs.unmount().unwrap();
+}
+
+/// While a checkpoint hangs, carried syncs stop at half of the ring, and other changes go on in the other half.
+#[test]
+fn rule_23_carried_syncs_stop_at_half_of_the_ring() {
+    let (dev, fs, files) = hanging(MIB, 1);
+    let syncs = Syncs::begin(&files, 100, 1000);
+    arrived(&dev, "a checkpoint");
+    // Those before the files were there have taken a few units.
+    let most = units(MIB) / 2 / 2 + 1;
+    wait_for("half of the ring", || syncs.done() + 10 >= most);
+    let other = {
+        let fs = fs.clone();
+        spawn(move || fs_changes(&fs, 20))
+    };
+    assert_eq!(other.join("changes beside the checkpoint"), 20);
+    assert!(syncs.thread.still_waits());
+    let stopped = syncs.done();
+    assert!(
+        stopped <= most,
+        "{stopped} syncs, {most} fit half of the ring"
+    );
+    dev.resume();
+    syncs.thread.join("the syncs").unwrap();
+    drop(files);
+    fs.unmount().unwrap();
+}
+
 /// Makes so many changes of one page, and returns their number.
 fn fs_changes(fs: &FileSystem, count: usize) -> usize {
     for n in 0..count {
         fs.mkdir(&format!("/d{n}")).unwrap();
     }
     count
+}
+
+/// While a checkpoint hangs, carried syncs stop when 4 MiB are owed.
+#[test]
+fn rule_23_carried_syncs_stop_at_four_mib_that_are_owed() {
+    let (dev, fs, files) = hanging(32 * MIB, 8);
+    let owed = 8 * 50;
+    let syncs = Syncs::begin(&files, 32 << 10, 8 * 20);
+    // The last one begins with exactly 4 MiB or a little less.
+    let most = (4 * MIB as usize - owed) / (32 << 10) + 1;
+    wait_for("four MiB", || syncs.done() == most);
+    assert!(syncs.thread.still_waits());
+    let stopped = syncs.done();
+    let other = {
+        let fs = fs.clone();
+        spawn(move || fs_changes(&fs, 20))
+    };
+    assert_eq!(other.join("changes beside the checkpoint"), 20);
+    dev.clear();
+    dev.resume();
+    syncs.thread.join("the syncs").unwrap();
+    assert_eq!(stopped, most);
+    drop(files);
+    fs.unmount().unwrap();
 }
 
 /// A sync that has nothing to carry does not wait for a checkpoint, however full the ring is.

@@ -227,7 +227,7 @@ impl Journal {
         Ok(self.in_place.append(after).unwrap_or(Cleared::Ended))
     }
 
-    /// Begins a checkpoint on a thread of its own if half of the ring is in use.
+    /// Begins a checkpoint on a thread of its own if one is due.
     fn empty_in_background(&self) {
         if !self.ring.begin_background() {
             return;

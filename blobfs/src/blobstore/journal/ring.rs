@@ -175,10 +175,13 @@ impl Ring {
         self.units / MOST_OF_RING * self.unit
     }
 
-    /// Whether a checkpoint in the background is due. It has begun then.
+    /// Whether a checkpoint in the background is due. It has begun then. That is at half of what
+    /// carried appends wait at, so that they go on while it runs.
     pub fn begin_background(&self) -> bool {
         let mut log = self.log.lock();
-        let due = !log.checkpointing && log.broken.is_none() && log.used > self.units / 2;
+        let due = !log.checkpointing
+            && log.broken.is_none()
+            && (log.used > self.units / 4 || log.owed.bytes() > OWED_BYTES / 2);
         log.checkpointing |= due;
         due
     }
