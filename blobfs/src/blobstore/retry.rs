@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pumice_bdev::IoErrorKind;
+use pumice_bdev::{IoErrorKind, OpKind};
 
 use super::error::Error;
 
@@ -41,7 +41,38 @@ fn may_help(error: &Error) -> bool {
     )
 }
 
-/// Whether an operation that ended with this error may still reach the medium.
+/// Whether an operation that ended with this error may still change the medium. A read never does.
 pub(crate) fn may_land(error: &Error) -> bool {
-    matches!(error, Error::Io(error) if error.kind == IoErrorKind::TimedOut)
+    matches!(error, Error::Io(error)
+        if error.kind == IoErrorKind::TimedOut && error.op != OpKind::Read)
+}
+
+#[cfg(test)]
+mod tests {
+    use pumice_bdev::{DmaBuf, Op};
+
+    use super::*;
+
+    #[test]
+    fn what_has_timed_out_may_land_unless_it_is_a_read() {
+        let dev = pumice_bdev::open("malloc://1M").unwrap();
+        let buf = || DmaBuf::zeroed(4096).unwrap();
+        let ops = [
+            (Op::Read { lba: 0, buf: buf() }, false),
+            (
+                Op::Write {
+                    lba: 0,
+                    data: buf().freeze(),
+                    fua: false,
+                },
+                true,
+            ),
+            (Op::Flush, true),
+        ];
+        for (op, may) in ops {
+            let error = |kind| Error::Io(dev.info().error(&op, kind, "test"));
+            assert_eq!(may_land(&error(IoErrorKind::TimedOut)), may, "{op:?}");
+            assert!(!may_land(&error(IoErrorKind::Media)), "{op:?}");
+        }
+    }
 }
