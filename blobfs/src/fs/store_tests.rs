@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use pumice_bdev::delay::{Delay, Latencies};
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
-use pumice_bdev::{BlockDevice, DmaBuf, OpKind};
+use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, OpKind};
 
 use super::{File, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions};
 use crate::blobstore::check::check;
@@ -214,6 +214,46 @@ fn a_created_file_is_open_before_a_later_change_begins() {
         assert_eq!(created.unwrap().len(), 0);
     });
     assert_eq!(fs.open("/f", OpenOptions::READ).unwrap().len(), 0);
+}
+
+/// A snapshot, and metadata that moves, come after what the journal owes a file is in its clusters (rules 11 and 22).
+#[test]
+fn what_the_journal_owes_is_in_place_before_clusters_move() {
+    let expected = [[1; 100], [2; 100]].concat();
+    let change: [(&str, fn(&FileSystem, &File)); 2] = [
+        ("a snapshot", |fs, f| {
+            let snapshot = store(fs).snapshot(f.blob_id(), &[]).unwrap();
+            let expected = [[1; 100], [2; 100]].concat();
+            assert!(bytes_of(fs, snapshot, 4096)[..200] == expected);
+        }),
+        ("more metadata", |fs, _| {
+            let pages = store(fs).super_block().md_len.get();
+            assert!(store(fs).grow_md_pages(pages + 1000).unwrap() > pages);
+        }),
+    ];
+    for (what, change) in change {
+        let dev = pumice_bdev::open("malloc://64M?block_size=4096").unwrap();
+        let mut format = FormatOptions::default();
+        format.journal = Some(4 * MIB);
+        FileSystem::format(Arc::clone(&dev), &format).unwrap();
+        let fs = FileSystem::mount(Arc::clone(&dev), &MountOptions::default()).unwrap();
+        let f = file(&fs, "/f", 1, 100);
+        f.append(&[2; 100]).unwrap();
+        f.sync().unwrap();
+        let lba = fs.blobstore().extents(f.blob_id()).unwrap().lba(0).unwrap();
+        let on_device = || {
+            let ch = AsyncChannel::new(dev.open_channel().unwrap());
+            let buf = DmaBuf::new(4096).unwrap();
+            ch.block_on(ch.read(lba, buf)).unwrap()[..200].to_vec()
+        };
+        assert!(on_device()[100..] == [0; 100], "{what}: it was not carried");
+        change(&fs, &f);
+        assert!(on_device() == expected, "{what}");
+        drop(f);
+        let fs = again(fs, &dev);
+        let f = fs.open("/f", OpenOptions::READ).unwrap();
+        assert!(read(&f, 0, 200) == expected, "{what}");
+    }
 }
 
 /// Writes that no thread waits for do not block the thread that moves clusters.
