@@ -62,6 +62,48 @@ fn no_more_aborts_are_sent_than_the_controller_takes() {
     assert!(refused.is_empty(), "{refused:?}");
 }
 
+/// A queue pair ends while aborts of its commands wait for the controller to take them. The next one gets its number,
+/// and its commands the same numbers: they are not aborted.
+#[test]
+fn aborts_for_a_queue_that_is_gone_do_not_reach_its_successor() {
+    let _watchdog = watchdog();
+    let rig = rig();
+    let faults = rig.soft.faults();
+    faults.add(FaultRule::admin(
+        AdminOpcode::ABORT,
+        Fault::Delay(Duration::from_secs(1)),
+    ));
+    faults.add(FaultRule::io(IoOpcode::READ, Fault::Delay(NEVER)).times(13));
+    let mut q = queue(&rig, |options| {
+        options.max_retries = 0;
+        options.timeout = SOON;
+    });
+    let qid = q.qid();
+    for tag in 0..13 {
+        q.submit(&rig.ns, tag, read(tag)).unwrap();
+    }
+    // Four aborts are on their way, and nine wait.
+    let start = Instant::now();
+    while faults.struck() < 13 + 4 {
+        q.poll(&mut Vec::new());
+        assert!(start.elapsed() < PATIENCE, "no aborts");
+    }
+    drop(q);
+    // They take longer than the aborts that are on their way.
+    faults.add(FaultRule::io(
+        IoOpcode::READ,
+        Fault::Delay(Duration::from_secs(3)),
+    ));
+    let mut q = queue(&rig, |options| options.max_retries = 0);
+    assert_eq!(q.qid(), qid);
+    for tag in 0..13 {
+        q.submit(&rig.ns, tag, read(tag)).unwrap();
+    }
+    for done in settle(&mut q) {
+        assert!(done.result.is_ok(), "{:?}", done.result);
+    }
+}
+
 /// The controller says that a format of one namespace formats all of them.
 #[test]
 fn a_format_of_one_namespace_spares_the_others() {

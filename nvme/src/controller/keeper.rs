@@ -26,8 +26,39 @@ pub(super) struct Requests {
     pub stop: bool,
     /// State word at the time of the request, and its reason.
     reset: Option<(u64, String)>,
-    /// Commands to abort, as queue and command identifiers.
-    aborts: VecDeque<(u16, u16)>,
+    aborts: Aborts,
+}
+
+/// Commands to abort, as queue and command identifiers, in the order in which they were asked for.
+#[derive(Debug, Default)]
+struct Aborts {
+    waiting: VecDeque<(u16, u16)>,
+}
+
+impl Aborts {
+    /// Adds one, unless too many wait.
+    fn ask(&mut self, sqid: u16, cid: u16) {
+        if self.waiting.len() < ABORTS_MAX {
+            self.waiting.push_back((sqid, cid));
+        }
+    }
+
+    /// Returns the next one. It stays until it was sent, so that it can be forgotten meanwhile.
+    fn next(&self) -> Option<(u16, u16)> {
+        self.waiting.front().copied()
+    }
+
+    /// Removes the next one, which was sent, unless it was forgotten meanwhile.
+    fn sent(&mut self, abort: (u16, u16)) {
+        if self.next() == Some(abort) {
+            self.waiting.pop_front();
+        }
+    }
+
+    /// Forgets those for a submission queue.
+    fn forget(&mut self, qid: u16) {
+        self.waiting.retain(|(sqid, _)| *sqid != qid);
+    }
 }
 
 impl Core {
@@ -46,11 +77,7 @@ impl Core {
 
     /// Asks for an Abort of a command. Does not block.
     pub(crate) fn request_abort(&self, sqid: u16, cid: u16) {
-        let mut requests = self.requests.lock();
-        if requests.aborts.len() < ABORTS_MAX {
-            requests.aborts.push_back((sqid, cid));
-        }
-        drop(requests);
+        self.requests.lock().aborts.ask(sqid, cid);
         self.wake.signal();
     }
 
@@ -83,25 +110,24 @@ impl Core {
     /// Sends the aborts that were asked for, as many as the controller takes at a time.
     fn send_aborts(&self) {
         loop {
-            let Some((sqid, cid)) = self.requests.lock().aborts.pop_front() else {
+            let Some((sqid, cid)) = self.requests.lock().aborts.next() else {
                 return;
             };
             if !self.send_abort(sqid, cid) {
-                self.requests.lock().aborts.push_front((sqid, cid));
                 return;
             }
+            self.requests.lock().aborts.sent((sqid, cid));
         }
     }
 
     /// Forgets the aborts for a submission queue that is gone.
     pub(super) fn forget_aborts_of(&self, qid: u16) {
-        let mut requests = self.requests.lock();
-        requests.aborts.retain(|(sqid, _)| *sqid != qid);
+        self.requests.lock().aborts.forget(qid);
     }
 
     /// Forgets the aborts that were not sent: a reset has ended every command.
     pub(super) fn forget_aborts(&self) {
-        self.requests.lock().aborts.clear();
+        self.requests.lock().aborts = Aborts::default();
     }
 
     fn rest(&self) {
@@ -216,5 +242,28 @@ pub(super) fn start(core: Arc<Core>) -> Option<JoinHandle<()>> {
             tracing::error!(device, %error, "no keeper thread: resets and removal will not be handled");
             None
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The keeper has one in hand while its queue pair ends, and the controller takes no more.
+    #[test]
+    fn an_abort_that_is_forgotten_while_it_is_sent_does_not_come_back() {
+        let mut aborts = Aborts::default();
+        for (sqid, cid) in [(1, 7), (2, 8), (1, 9)] {
+            aborts.ask(sqid, cid);
+        }
+        let in_hand = aborts.next().unwrap();
+        assert_eq!(in_hand, (1, 7));
+        aborts.forget(1);
+        // Whether it was sent or not.
+        assert_eq!(aborts.next(), Some((2, 8)));
+        aborts.sent(in_hand);
+        assert_eq!(aborts.next(), Some((2, 8)));
+        aborts.sent((2, 8));
+        assert_eq!(aborts.next(), None);
     }
 }
