@@ -213,12 +213,15 @@ fn answer(render: &dyn Fn() -> String, mut stream: Box<dyn Stream>) -> io::Resul
     let mut piece = [0; 1024];
     while !request.windows(4).any(|w| w == b"\r\n\r\n") && !request.windows(2).any(|w| w == b"\n\n")
     {
+        if start.elapsed() > Duration::from_secs(2) {
+            break;
+        }
         let n = match stream.read(&mut piece) {
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             other => other?,
         };
         request.extend_from_slice(&piece[..n]);
-        if n == 0 || request.len() > 8192 || start.elapsed() > Duration::from_secs(2) {
+        if n == 0 || request.len() > 8192 {
             break;
         }
     }
@@ -234,4 +237,34 @@ fn answer(render: &dyn Fn() -> String, mut stream: Box<dyn Stream>) -> io::Resul
         "HTTP/1.0 {status}\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {len}\r\n\
          Connection: close\r\n\r\n{body}"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A connection whose every read is interrupted by a signal.
+    struct Interrupted;
+
+    impl io::Read for Interrupted {
+        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+            thread::sleep(Duration::from_millis(10));
+            Err(io::ErrorKind::Interrupted.into())
+        }
+    }
+
+    impl io::Write for Interrupted {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn signals_do_not_lengthen_a_request() {
+        answer(&String::new, Box::new(Interrupted)).unwrap();
+    }
 }

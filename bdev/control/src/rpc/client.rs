@@ -141,9 +141,12 @@ impl RpcClient {
                 }
                 Frame::Partial => {}
             }
-            if Instant::now() >= deadline {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
                 return Err(io::Error::from(io::ErrorKind::TimedOut).into());
             }
+            // The whole answer has the time of the call, not each piece of it.
+            self.stream.set_read_timeout(Some(left))?;
             match self.stream.read(&mut piece) {
                 Ok(0) => {
                     return Err(RpcError::Answer(
@@ -154,6 +157,8 @@ impl RpcClient {
                 // A signal, for example of a terminal that has another size: signal(7) says that a
                 // read with a timeout is not restarted.
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                // The time is over.
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 Err(e) => return Err(e.into()),
             }
         }
@@ -163,6 +168,33 @@ impl RpcClient {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A server that sends a piece of an answer and no more does not get the time of the call again.
+    #[test]
+    fn a_call_has_one_time_limit_for_all_pieces_of_its_answer() {
+        let (stream, mut server) = UnixStream::pair().unwrap();
+        let timeout = Duration::from_secs(2);
+        stream.set_read_timeout(Some(timeout)).unwrap();
+        let mut client = RpcClient {
+            stream,
+            timeout,
+            id: 0,
+        };
+        let late = std::thread::spawn(move || {
+            let mut request = [0; 1024];
+            assert!(server.read(&mut request).unwrap() > 0);
+            std::thread::sleep(Duration::from_millis(100));
+            server.write_all(b"{").unwrap();
+            server
+        });
+        let error = client.call("get", &Value::Null).unwrap_err();
+        let timed_out =
+            matches!(&error, RpcError::Io(error) if error.kind() == io::ErrorKind::TimedOut);
+        assert!(timed_out, "{error}");
+        let last = client.stream.read_timeout().unwrap().unwrap();
+        assert!(last < timeout, "{last:?} for the second piece");
+        drop(late.join().unwrap());
+    }
 
     #[test]
     fn the_hint_fits_the_error() {
