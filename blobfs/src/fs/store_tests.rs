@@ -220,7 +220,8 @@ fn a_created_file_is_open_before_a_later_change_begins() {
 #[test]
 fn what_the_journal_owes_is_in_place_before_clusters_move() {
     let expected = [[1; 100], [2; 100]].concat();
-    let change: [(&str, fn(&FileSystem, &File)); 2] = [
+    type Change = fn(&FileSystem, &File);
+    let changes: [(&str, Change); 2] = [
         ("a snapshot", |fs, f| {
             let snapshot = store(fs).snapshot(f.blob_id(), &[]).unwrap();
             let expected = [[1; 100], [2; 100]].concat();
@@ -231,10 +232,12 @@ fn what_the_journal_owes_is_in_place_before_clusters_move() {
             assert!(store(fs).grow_md_pages(pages + 1000).unwrap() > pages);
         }),
     ];
-    for (what, change) in change {
+    for (what, change) in changes {
         let dev = pumice_bdev::open("malloc://64M?block_size=4096").unwrap();
-        let mut format = FormatOptions::default();
-        format.journal = Some(4 * MIB);
+        let format = FormatOptions {
+            journal: Some(4 * MIB),
+            ..FormatOptions::default()
+        };
         FileSystem::format(Arc::clone(&dev), &format).unwrap();
         let fs = FileSystem::mount(Arc::clone(&dev), &MountOptions::default()).unwrap();
         let f = file(&fs, "/f", 1, 100);
