@@ -14,6 +14,7 @@ use rocksdb::{
 use crate::closing::{Closing, buffers_its_log};
 #[cfg(feature = "inspect")]
 use crate::inspect::{Inspection, Look, Registry};
+use crate::recorded::Kept;
 use crate::unlogged::{self, Family, Refused};
 use crate::{Error, figures};
 
@@ -56,6 +57,8 @@ pub struct Db {
     pub(crate) fs: FileSystem,
     pub(crate) root: String,
     read_only: bool,
+    /// The content of the newest `OPTIONS` file, if this opening must not change it.
+    kept: Option<Kept>,
     /// The shared mount, if opening made it or found one of another database.
     mounted: Option<Use>,
     closing: Mutex<Closing>,
@@ -133,6 +136,7 @@ impl Db {
             self.rocksdb().cancel_all_background_work(true);
         } else {
             if *closing == Closing::Open {
+                self.keep_recorded_options()?;
                 self.settle()?;
                 self.write_unlogged()?;
                 self.rocksdb().cancel_all_background_work(true);
@@ -160,6 +164,14 @@ impl Db {
         self.binding.close();
         *closing = Closing::Closed;
         Ok(())
+    }
+
+    /// Brings back what [`DbOptions::try_load_options`] promises to keep.
+    pub(crate) fn keep_recorded_options(&self) -> Result<(), Error> {
+        match &self.kept {
+            Some(kept) => kept.restore(&self.fs, &self.root),
+            None => Ok(()),
+        }
     }
 
     fn closing(&self) -> MutexGuard<'_, Closing> {

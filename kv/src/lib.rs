@@ -71,6 +71,7 @@ mod figures;
 mod inspect;
 mod mount;
 mod plugin;
+mod recorded;
 mod unlogged;
 mod uri;
 
@@ -81,6 +82,7 @@ pub use {
     mount::{mount, mount_device},
     pumice_blobfs::fs::{self, FileSystem, FormatOptions, FsError, grow},
     pumice_rocksdb_fs::{MountOptions, chain},
+    recorded::RecordedOptions,
     uri::{env_from_uri, register_uri},
 };
 

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use pumice_blobfs::fs::{self, FileSystem};
 use pumice_rocksdb_fs::{Use, normal, open_device};
-use rocksdb::Options;
+use rocksdb::{ColumnFamilyDescriptor, DBRecoveryMode, Options};
 
 use super::{Db, Rocks};
 use crate::closing::Closing;
@@ -12,6 +12,7 @@ use crate::copies;
 use crate::error::is_no_space;
 #[cfg(feature = "inspect")]
 use crate::inspect::{Look, Registry};
+use crate::recorded::{Kept, RecordedOptions};
 use crate::{EnvOptions, Error, MountOptions, mount_device};
 
 /// Options of opening a [`Db`].
@@ -43,6 +44,9 @@ pub struct DbOptions {
     options: Options,
     column_families: Vec<(String, Options)>,
     read_only: bool,
+    /// Whether the options that the database has recorded take the place of these.
+    as_recorded: bool,
+    wal_recovery: Option<DBRecoveryMode>,
     mount: MountOptions,
     pub(crate) env: EnvOptions,
     #[cfg(feature = "inspect")]
@@ -65,6 +69,8 @@ impl Default for DbOptions {
             options,
             column_families: Vec::new(),
             read_only: false,
+            as_recorded: false,
+            wal_recovery: None,
             mount: MountOptions::default(),
             env: EnvOptions::default(),
             #[cfg(feature = "inspect")]
@@ -93,6 +99,7 @@ impl std::fmt::Debug for DbOptions {
             .field("path", &self.path)
             .field("column_families", &names)
             .field("read_only", &self.read_only)
+            .field("as_recorded", &self.as_recorded)
             .field("mount", &self.mount)
             .field("env", &self.env)
             .finish_non_exhaustive()
@@ -144,6 +151,36 @@ impl DbOptions {
     #[must_use]
     pub fn read_only(mut self, read_only: bool) -> DbOptions {
         self.read_only = read_only;
+        self
+    }
+
+    /// Opens an existing database as a tool does that does not know the options of the database's program: with those that
+    /// its newest `OPTIONS` file has, for every column family, as RocksDB's `ldb --try_load_options` does. There is no
+    /// automatic compaction, since a compaction filter or merge operator of the program may be missing, and the content of
+    /// that file stays the newest. Without such a file the options that were set here are used.
+    ///
+    /// ```
+    /// # use pumice::{DbOptions, MountOptions, RecordedOptions};
+    /// let fs = pumice::mount("malloc://256M", &MountOptions::new())?;
+    /// let db = DbOptions::new().configure(|options| options.set_num_levels(4)).open_in(&fs)?;
+    /// db.close()?;
+    /// let db = DbOptions::new().try_load_options().open_in(&fs)?;
+    /// db.put(b"key", b"value")?;
+    /// db.close()?;
+    /// let recorded = RecordedOptions::of(&fs, "/")?.ok_or("no options")?;
+    /// assert!(recorded.text().contains("num_levels=4"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn try_load_options(mut self) -> DbOptions {
+        self.as_recorded = true;
+        self
+    }
+
+    /// Sets what opening does about damage in the write-ahead log, whatever the other options say.
+    #[must_use]
+    pub fn wal_recovery_mode(mut self, mode: DBRecoveryMode) -> DbOptions {
+        self.wal_recovery = Some(mode);
         self
     }
 
@@ -234,20 +271,49 @@ impl DbOptions {
             return Err(Error::Directory { path: root, reason });
         }
         let (env, binding) = self.env.clone().root(&root).build_bound(&fs)?;
-        let mut options = self.options.clone();
+        let exists = self.as_recorded && fs.exists(&format!("{root}/CURRENT"))?;
+        let recorded = if exists {
+            RecordedOptions::of(&fs, &root)?
+        } else {
+            None
+        };
+        let (mut options, families) = match &recorded {
+            Some(recorded) => {
+                let (options, families) = recorded.quiet()?;
+                (options, Some(families))
+            }
+            None => (self.options.clone(), None),
+        };
         options.set_env(&env);
+        if let Some(mode) = self.wal_recovery {
+            options.set_wal_recovery_mode(mode);
+        }
+        if exists {
+            options.create_if_missing(false);
+            options.create_missing_column_families(false);
+            options.set_error_if_exists(false);
+            options.set_disable_auto_compactions(true);
+        }
         if self.read_only {
             // Without this RocksDB makes a missing directory, even to read from it.
             options.create_if_missing(false);
             options.create_missing_column_families(false);
         }
-        let db = self.open_families(&options).map_err(|error| {
+        let opened = match families {
+            Some(families) => self.open_recorded(&options, families),
+            None => self.open_families(&options),
+        };
+        let db = opened.map_err(|error| {
             if is_no_space(&error) {
                 Error::Full { source: error }
             } else {
                 error.into()
             }
         })?;
+        let kept = (exists && !self.read_only).then(|| Kept::new(recorded));
+        if let Some(kept) = &kept {
+            kept.restore(&fs, &root)?;
+        }
         Ok(Db {
             db: Some(Arc::new(db)),
             options,
@@ -256,6 +322,7 @@ impl DbOptions {
             fs,
             root,
             read_only: self.read_only,
+            kept,
             mounted,
             closing: Mutex::new(Closing::Open),
             refused: Mutex::default(),
@@ -279,6 +346,27 @@ impl DbOptions {
             Rocks::open_cf_with_opts_for_read_only(options, "/", families, false)
         } else {
             Rocks::open_cf_with_opts(options, "/", families)
+        }
+    }
+
+    /// Opens with the column families that exist, each with its recorded options if it has some.
+    fn open_recorded(
+        &self,
+        options: &Options,
+        mut families: Vec<ColumnFamilyDescriptor>,
+    ) -> Result<Rocks, rocksdb::Error> {
+        if let Ok(found) = Rocks::list_cf(options, "/") {
+            families.retain(|family| found.iter().any(|name| name == family.name()));
+            for name in found {
+                if !families.iter().any(|family| family.name() == name) {
+                    families.push(ColumnFamilyDescriptor::new(name, options.clone()));
+                }
+            }
+        }
+        if self.read_only {
+            Rocks::open_cf_descriptors_read_only(options, "/", families, false)
+        } else {
+            Rocks::open_cf_descriptors(options, "/", families)
         }
     }
 
