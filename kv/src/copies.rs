@@ -44,9 +44,14 @@ impl Db {
     /// # Errors
     /// [`Error::FileSystem`], [`Error::RocksDb`].
     pub fn backup(&self, path: &str) -> Result<(), Error> {
-        let made = Made::parents_of(&self.fs, path)?;
-        self.engine(path)?
-            .create_new_backup_flush(self.rocksdb(), true)?;
+        self.keep_recorded_options()?;
+        let mut made = Made::parents_of(&self.fs, path)?;
+        made.expect_backups(path)?;
+        let mut engine = self.engine(path)?;
+        let backed_up = engine.create_new_backup_flush(self.rocksdb(), true);
+        // What is left of one that failed is removed after the engine has ended its work.
+        drop(engine);
+        backed_up?;
         made.keep();
         Ok(())
     }
@@ -167,13 +172,20 @@ fn restore(
         return Err(none());
     }
     let mut engine = engine(env, &inside(backup)?)?;
-    if engine.get_backup_info().is_empty() {
-        return Err(none());
-    }
-    check_restorable(fs, to)?;
-    let made = Made::with_parents(fs, to)?;
-    let to = inside(to)?;
-    let restored = engine.restore_from_latest_backup(&to, &to, &RestoreOptions::default());
+    let infos = engine.get_backup_info();
+    let sound: Vec<u32> = infos.iter().map(|info| info.backup_id).collect();
+    let number = chosen(&recorded, &sound, number).map_err(refuse)?;
+    let unfinished = || Made {
+        fs,
+        dirs: vec![RESTORED.to_owned()],
+        filled: Some(RESTORED.to_owned()),
+    };
+    // What a killed process has left.
+    drop(unfinished());
+    let made = unfinished();
+    let parents = Made::parents_of(fs, to)?;
+    let into = inside(RESTORED)?;
+    let restored = engine.restore_from_backup(&into, &into, &RestoreOptions::default(), number);
     // After an error its threads may still copy, and it waits for them when it is dropped. What they have made is removed
     // after that.
     drop(engine);
@@ -243,6 +255,14 @@ impl<'a> Made<'a> {
 
     fn with_parents(fs: &'a FileSystem, path: &str) -> Result<Made<'a>, Error> {
         let mut made = Made::parents_of(fs, path)?;
+        let path = normal(path)?;
+        made.dir(&path)?;
+        made.filled = Some(path);
+        Ok(made)
+    }
+
+    /// Adds the directories that RocksDB's backup engine makes in `path`, as far as they are missing.
+    fn expect_backups(&mut self, path: &str) -> Result<(), Error> {
         let path = normal(path)?;
         made.dir(&path)?;
         made.filled = Some(path);

@@ -127,6 +127,24 @@ fn asking_for_backups_and_failing_make_nothing() {
     assert_eq!(outside(&fs), before);
 }
 
+/// The engine makes its directories one after the other, and the last one cannot be made.
+#[test]
+fn a_first_backup_that_fails_leaves_no_directories() {
+    let _limit = watchdog();
+    let fs = mount("malloc://256M", &MountOptions::new()).unwrap();
+    let db = uncompressed().path("/db").open_in(&fs).unwrap();
+    fill(&db, 0..100);
+    fs.mkdir("/bk").unwrap();
+    fs.open("/bk/meta", OpenOptions::CREATE).unwrap();
+    let before = outside(&fs);
+    db.backup("/bk").expect_err("a file is in the way");
+    assert_eq!(outside(&fs), before);
+    fs.unlink("/bk/meta").unwrap();
+    db.backup("/bk").unwrap();
+    db.restore_backup("/bk", "/again").unwrap();
+    check(&uncompressed().path("/again").open_in(&fs).unwrap(), 0..100);
+}
+
 /// KA7, R12: a file can have a limited number of names. RocksDB copies what cannot be linked.
 #[test]
 fn checkpoints_go_on_beyond_the_links_that_a_file_can_have() {
