@@ -106,8 +106,9 @@ impl Db {
         drop(exported());
         let _removed_at_last = exported();
         self.checkpoint(EXPORTED)?;
-        for entry in self.fs.list(EXPORTED)? {
-            let path = format!("{EXPORTED}/{}", entry.name);
+        let entries = self.fs.list(EXPORTED)?;
+        for name in current_last(entries.into_iter().map(|entry| entry.name).collect()) {
+            let path = format!("{EXPORTED}/{name}");
             let file = self.fs.open(&path, blob::OpenOptions::READ)?;
             outside.write(&entry.name, &file)?;
         }
@@ -302,6 +303,12 @@ impl Drop for Made<'_> {
     }
 }
 
+/// Puts the file that makes a directory a database last, so that RocksDB does not open a part.
+fn current_last(mut names: Vec<String>) -> Vec<String> {
+    names.sort_by_key(|name| name == "CURRENT");
+    names
+}
+
 /// A directory of the kernel's file system that is being filled, and is removed if that fails.
 struct Outside {
     dir: PathBuf,
@@ -382,5 +389,18 @@ fn outside(path: &Path, source: io::Error) -> Error {
     Error::Outside {
         path: path.display().to_string(),
         source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_of_an_export_is_not_a_database() {
+        let names = ["000012.sst", "CURRENT", "MANIFEST-000005", "OPTIONS-000007"];
+        let ordered = current_last(names.map(str::to_owned).to_vec());
+        assert_eq!(ordered.last().map(String::as_str), Some("CURRENT"));
+        assert_eq!(ordered.len(), names.len());
     }
 }
