@@ -20,6 +20,10 @@ use crate::{Db, DbOptions, Error};
 /// export removes it.
 pub(crate) const EXPORTED: &str = "/.pumice-export";
 
+/// The directory of a restore until it is complete. A process that was killed while restoring leaves it, and the next
+/// restore removes it.
+pub(crate) const RESTORED: &str = "/.pumice-restore";
+
 /// Bytes that an export copies at a time.
 const PIECE: usize = 1 << 20;
 
@@ -29,8 +33,14 @@ impl Db {
     /// another link. `path` must not exist.
     ///
     /// # Errors
-    /// [`Error::FileSystem`], [`Error::RocksDb`].
+    /// [`Error::Directory`] if there is something at `path`, [`Error::FileSystem`], [`Error::RocksDb`].
     pub fn checkpoint(&self, path: &str) -> Result<(), Error> {
+        if self.fs.exists(&normal(path)?)? {
+            let reason = "there is something; a checkpoint is made where nothing is".to_owned();
+            let path = path.to_owned();
+            return Err(Error::Directory { path, reason });
+        }
+        self.keep_recorded_options()?;
         let checkpoint = Checkpoint::new(self.rocksdb())?;
         let made = Made::parents_of(&self.fs, path)?;
         checkpoint.create_checkpoint(self.inside(path)?)?;
@@ -72,8 +82,8 @@ impl Db {
     /// nothing of it is left.
     ///
     /// # Errors
-    /// [`Error::Directory`] if there is no backup at `path`, or something at `to`; [`Error::FileSystem`],
-    /// [`Error::RocksDb`].
+    /// [`Error::Directory`] if there is no backup at `path`, if the latest one is damaged, or if something is at `to`;
+    /// [`Error::FileSystem`], [`Error::RocksDb`].
     pub fn restore_backup(&self, path: &str, to: &str) -> Result<(), Error> {
         if normal(to)? == self.root {
             return Err(not_restorable(
@@ -81,7 +91,7 @@ impl Db {
                 "it is the directory of this database, which is open",
             ));
         }
-        restore(&self.fs, self.env(), &self.root, (path, to))
+        restore(&self.fs, self.env(), &self.root, (path, to), None).map(drop)
     }
 
     /// Copies the database in its current state, memtables included, to the directory `to` of the
@@ -110,7 +120,7 @@ impl Db {
         for name in current_last(entries.into_iter().map(|entry| entry.name).collect()) {
             let path = format!("{EXPORTED}/{name}");
             let file = self.fs.open(&path, blob::OpenOptions::READ)?;
-            outside.write(&entry.name, &file)?;
+            outside.write(&name, &file)?;
         }
         outside.keep()
     }
@@ -149,29 +159,50 @@ impl DbOptions {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Directory`] if there is no backup at `backup`, or something at the path; [`Error::FileSystem`],
-    /// [`Error::RocksDb`].
+    /// [`Error::Directory`] if there is no backup at `backup`, if the latest one is damaged, or if something is at the
+    /// path; [`Error::FileSystem`], [`Error::RocksDb`].
     pub fn restore_in(&self, fs: &FileSystem, backup: &str) -> Result<(), Error> {
+        self.restore_backup_in(fs, backup, None).map(drop)
+    }
+
+    /// Restores as [`DbOptions::restore_in`] does, the backup with this number or the latest one, and returns its number.
+    ///
+    /// # Errors
+    /// Fails as [`DbOptions::restore_in`] does, and with [`Error::Directory`] if there is no backup of this number.
+    pub fn restore_backup_in(
+        &self,
+        fs: &FileSystem,
+        backup: &str,
+        number: Option<u32>,
+    ) -> Result<u32, Error> {
         let env = self.env.clone().root("/").build(fs)?;
-        restore(fs, &env, "/", (backup, &self.path))
+        restore(fs, &env, "/", (backup, &self.path), number)
     }
 }
 
-/// Restores the latest backup at `backup` into `to`. `root` is the directory that `env` calls `/`.
+/// Restores a backup at `backup`, the latest one without a number, into `to`, and returns its number. `root` is the directory
+/// that `env` calls `/`.
 fn restore(
     fs: &FileSystem,
     env: &Env,
     root: &str,
     (backup, to): (&str, &str),
-) -> Result<(), Error> {
-    let inside = |path: &str| Ok::<_, Error>(from_root(root, &normal(path)?));
-    let none = || Error::Directory {
+    number: Option<u32>,
+) -> Result<u32, Error> {
+    static ONE: PerProcess<Mutex<()>> = PerProcess::new(Mutex::default);
+    let _one = ONE.get().lock().unwrap_or_else(PoisonError::into_inner);
+    check_restorable(fs, to)?;
+    let recorded = recorded_backups(fs, backup)?;
+    let refuse = |reason: String| Error::Directory {
         path: backup.to_owned(),
-        reason: "there is no backup in it; `Db::backup` makes one".to_owned(),
+        reason,
     };
-    if !holds_backups(fs, backup)? {
-        return Err(none());
+    if recorded.is_empty() {
+        return Err(refuse(
+            "there is no backup in it; `Db::backup` makes one".to_owned(),
+        ));
     }
+    let inside = |path: &str| Ok::<_, Error>(from_root(root, &normal(path)?));
     let mut engine = engine(env, &inside(backup)?)?;
     let infos = engine.get_backup_info();
     let sound: Vec<u32> = infos.iter().map(|info| info.backup_id).collect();
@@ -191,8 +222,63 @@ fn restore(
     // after that.
     drop(engine);
     restored?;
+    fs.rename(RESTORED, &normal(to)?)?;
+    parents.keep();
     made.keep();
-    Ok(())
+    Ok(number)
+}
+
+/// Returns the number of the backup to restore, or the reason why there is none. RocksDB opens a directory of backups without
+/// those that are damaged, so the numbers of its files are compared.
+fn chosen(recorded: &[u32], sound: &[u32], number: Option<u32>) -> Result<u32, String> {
+    let list = |numbers: &[u32]| {
+        let texts: Vec<String> = numbers.iter().map(u32::to_string).collect();
+        texts.join(", ")
+    };
+    let wanted = number.or_else(|| recorded.iter().max().copied());
+    if let Some(wanted) = wanted.filter(|wanted| sound.contains(wanted)) {
+        return Ok(wanted);
+    }
+    let wanted = wanted.unwrap_or_default();
+    let others = match sound.last() {
+        Some(last) => format!(
+            "these can be restored: {}; `pumice db restore --backup {last}` restores one of them",
+            list(sound)
+        ),
+        None => "none of them can be restored".to_owned(),
+    };
+    if !recorded.contains(&wanted) {
+        return Err(format!("there is no backup {wanted}; {others}"));
+    }
+    let damaged: Vec<u32> = recorded
+        .iter()
+        .copied()
+        .filter(|number| !sound.contains(number))
+        .collect();
+    let what = if damaged.len() == 1 {
+        "backup"
+    } else {
+        "backups"
+    };
+    let verb = if damaged.len() == 1 { "is" } else { "are" };
+    Err(format!(
+        "{what} {} {verb} damaged; {others}",
+        list(&damaged)
+    ))
+}
+
+/// Returns the numbers of the backups in a directory, damaged or not, in order.
+fn recorded_backups(fs: &FileSystem, path: &str) -> Result<Vec<u32>, Error> {
+    if !holds_backups(fs, path)? {
+        return Ok(Vec::new());
+    }
+    let files = fs.list(&format!("{}/meta", normal(path)?))?;
+    let mut numbers: Vec<u32> = files
+        .iter()
+        .filter_map(|file| file.name.parse().ok())
+        .collect();
+    numbers.sort_unstable();
+    Ok(numbers)
 }
 
 fn engine(env: &Env, path: &str) -> Result<BackupEngine, Error> {
@@ -254,20 +340,16 @@ impl<'a> Made<'a> {
         Ok(made)
     }
 
-    fn with_parents(fs: &'a FileSystem, path: &str) -> Result<Made<'a>, Error> {
-        let mut made = Made::parents_of(fs, path)?;
-        let path = normal(path)?;
-        made.dir(&path)?;
-        made.filled = Some(path);
-        Ok(made)
-    }
-
     /// Adds the directories that RocksDB's backup engine makes in `path`, as far as they are missing.
     fn expect_backups(&mut self, path: &str) -> Result<(), Error> {
         let path = normal(path)?;
-        made.dir(&path)?;
-        made.filled = Some(path);
-        Ok(made)
+        for dir in ["", "/meta", "/private", "/shared", "/shared_checksum"] {
+            let dir = format!("{path}{dir}");
+            if !self.fs.exists(&dir)? {
+                self.dirs.push(dir);
+            }
+        }
+        Ok(())
     }
 
     fn dir(&mut self, path: &str) -> Result<(), Error> {

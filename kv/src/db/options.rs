@@ -266,8 +266,8 @@ impl DbOptions {
 
     pub(crate) fn open_on(&self, fs: FileSystem, mounted: Option<Use>) -> Result<Db, Error> {
         let root = normal(&self.path)?;
-        if root == copies::EXPORTED {
-            let reason = "`Db::export` works there; choose another directory".to_owned();
+        if [copies::EXPORTED, copies::RESTORED].contains(&&root[..]) {
+            let reason = "exports and restores work there; choose another directory".to_owned();
             return Err(Error::Directory { path: root, reason });
         }
         let (env, binding) = self.env.clone().root(&root).build_bound(&fs)?;
