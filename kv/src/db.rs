@@ -126,7 +126,8 @@ impl Db {
     /// error that it takes for a lasting one. It can still be read. For ten seconds after
     /// [`Error::Unlogged`], `close` returns the same error, so that RocksDB can recover. Once
     /// everything is written and the unmount fails, RocksDB has stopped writing tables: puts fail, or
-    /// need a log. Dropping gives up what could not be written.
+    /// need a log. After one without a log, `close` returns [`Error::Unlogged`], and so it does after any put if there was
+    /// one without a log before, since RocksDB does not tell which it was. Dropping gives up what could not be written.
     pub fn close(&self) -> Result<(), Error> {
         let mut closing = self.closing();
         if *closing == Closing::Closed {
@@ -143,8 +144,9 @@ impl Db {
                 *closing = Closing::Stopped;
             }
             if *closing != Closing::Unmounting {
-                // Puts that came meanwhile.
+                // Puts that came meanwhile. RocksDB writes no table of those without a log any longer, so this fails.
                 self.settle()?;
+                self.write_unlogged()?;
             }
         }
         // Whoever opens the device next finds it free: the inspection has it too. While the device

@@ -95,6 +95,7 @@ fn child() {
         "fork" => a_fork_of_an_open_database(&uri),
         "workers" => two_forked_workers(&uri),
         "failed close" => a_failed_close(&uri),
+        "unlogged after a failed close" => a_put_without_a_log_after_a_failed_close(&uri),
         "failed exit" => an_end_that_cannot_keep(&uri),
         other => panic!("{MODE}={other}"),
     }
@@ -182,6 +183,35 @@ fn a_failed_close(uri: &str) {
     let again = options().open(uri).unwrap();
     check(&again, 0..put, "after the second close");
     assert_eq!(again.get("first").unwrap().as_deref(), Some(&b"1"[..]));
+    again.close().unwrap();
+}
+
+/// RocksDB writes no table any longer after a close whose unmount failed.
+fn a_put_without_a_log_after_a_failed_close(uri: &str) {
+    let db = options().open(uri).unwrap();
+    db.put("logged", "1").unwrap();
+    db.flush_wal(true).unwrap();
+    let other = db.file_system().open("/other", OpenOptions::CREATE);
+    let other = other.unwrap();
+    let limits = Limits::of_files(24 << 20);
+    other.append(&vec![1; 2 << 20]).unwrap();
+    while other.len() < 64 << 20 && other.append(&vec![1; 1 << 20]).is_ok() {}
+    let error = db.close().expect_err("closed, with nowhere to write to");
+    assert!(matches!(error, pumice::Error::FileSystem(_)), "{error}");
+    let mut unlogged = WriteOptions::default();
+    unlogged.disable_wal(true);
+    db.put_opt("unlogged", "2", &unlogged).unwrap();
+    drop(limits);
+    drop(other);
+    for _ in 0..2 {
+        let error = db.close().expect_err("it is in memory alone");
+        let lost = matches!(error, pumice::Error::Unlogged { .. });
+        assert!(lost, "{}", pumice::chain(&error));
+        assert_eq!(db.get("unlogged").unwrap().as_deref(), Some(&b"2"[..]));
+    }
+    drop(db);
+    let again = options().open(uri).unwrap();
+    assert_eq!(again.get("logged").unwrap().as_deref(), Some(&b"1"[..]));
     again.close().unwrap();
 }
 
@@ -439,6 +469,13 @@ fn two_forked_workers_have_a_database_each() {
         check(&db, mine, "after the workers");
         assert_eq!(db.iterator(IteratorMode::Start).count(), 100_000);
     }
+}
+
+#[test]
+fn a_put_without_a_log_after_a_failed_close_is_not_lost_in_silence() {
+    let _limit = watchdog();
+    let dir = tempfile::tempdir().unwrap();
+    run(dir.path(), "unlogged after a failed close", true);
 }
 
 /// U7: the host is full when the database is closed. When there is space again, closing is
