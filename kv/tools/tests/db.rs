@@ -1,69 +1,10 @@
 //! `pumice db` on a database of an image.
 
-use std::io::Write as _;
-use std::path::Path;
-use std::process::{Command, Output, Stdio};
+mod common;
 
-use pumice::rocksdb::{DBCompressionType, Options};
-use pumice::{Db, DbOptions};
-
-fn run(args: &[&str], input: &[u8]) -> Output {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_pumice-db"))
-        .args(args)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    // A command that refuses does not read.
-    let _ = child.stdin.take().unwrap().write_all(input);
-    child.wait_with_output().unwrap()
-}
-
-fn ok(args: &[&str]) -> String {
-    let output = run(args, b"");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{args:?}: {said}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn refused(args: &[&str]) -> String {
-    let output = run(args, b"");
-    assert_eq!(output.status.code(), Some(1), "{args:?}");
-    String::from_utf8(output.stderr).unwrap()
-}
-
-/// Makes a database with two column families and with bytes of every kind.
-fn image(dir: &Path) -> String {
-    let path = dir.join("kv.img").to_str().unwrap().to_owned();
-    let db = DbOptions::new()
-        .path("/orders")
-        .configure(|options| options.set_compression_type(DBCompressionType::None))
-        .column_family("events", Options::default())
-        .open(&format!("file://{path}?size=256M&create=1"))
-        .unwrap();
-    for n in 0..300u32 {
-        db.put(format!("key{n:03}"), format!("value {n}")).unwrap();
-    }
-    db.flush().unwrap();
-    let events = db.cf_handle("events").unwrap();
-    for b in 0..=255u8 {
-        db.put_cf(&events, [b, b'\t', b'\\'], [b'\n', b, 0])
-            .unwrap();
-    }
-    db.put_cf(&events, b"", b"").unwrap();
-    drop(events);
-    db.close().unwrap();
-    path
-}
-
-/// Opens the database, calls `f` and closes it.
-fn opened<R>(uri: &str, path: &str, f: impl FnOnce(&Db) -> R) -> R {
-    let db = DbOptions::new().path(path).open(uri).unwrap();
-    let result = f(&db);
-    db.close().unwrap();
-    result
-}
+use common::{image, ok, opened, refused, run};
+use pumice::DbOptions;
+use pumice::rocksdb::Options;
 
 #[test]
 fn keys_are_read_and_changed() {
@@ -216,4 +157,32 @@ fn a_damaged_table_is_found() {
     std::fs::write(&uri, bytes).unwrap();
     let said = refused(&["verify", &uri, "--path", "/orders"]);
     assert!(said.to_lowercase().contains("corruption"), "{said}");
+}
+
+#[test]
+fn a_name_reaches_the_terminal_escaped() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = &format!("{}", dir.path().join("kv.img").display())[..];
+    let db = DbOptions::new()
+        .column_family("red\u{1b}[31m", Options::default())
+        .open(&format!("file://{uri}?size=64M&create=1"))
+        .unwrap();
+    db.close().unwrap();
+    for args in [
+        &["get", uri, "key", "--cf", "none"][..],
+        &["put", uri, "key", "value", "--cf", "none"],
+    ] {
+        let said = refused(args);
+        assert!(said.contains(r"red\u{1b}[31m"), "{said}");
+        assert!(!said.contains('\u{1b}'), "{said}");
+    }
+}
+
+#[test]
+fn a_restore_needs_a_place() {
+    let without = run(&["restore", "disk.img", "/backups"], b"");
+    assert_eq!(without.status.code(), Some(2));
+    let said = String::from_utf8_lossy(&without.stderr);
+    assert!(said.contains("--path"), "{said}");
+    assert!(ok(&["restore", "--help"]).contains("`/restored`"));
 }

@@ -2,243 +2,25 @@
 
 #![forbid(unsafe_code)]
 
+mod args;
 mod dump;
+mod failure;
+mod place;
 mod text;
 
 use std::io::{self, BufWriter, Write};
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 
-use clap::{Args, CommandFactory as _, Parser, Subcommand};
-use pumice::rocksdb::{BoundColumnFamily, Direction, IteratorMode, ReadOptions};
-use pumice::{Db, DbOptions, MountOptions};
+use clap::{CommandFactory as _, Parser as _};
+use pumice::rocksdb::{Direction, IteratorMode, ReadOptions};
+use pumice::{DbOptions, RecordedOptions};
 use serde_json::{Map, Value, json};
 
+use args::{DbCommand, DbTool, Delete, Dump, Export, Get, Load, Look, Put, Restore, Scan};
+use failure::{DbFailure, Outcome, complain};
+use place::{Missing, Unopened, changing, family, on_device, reading};
 use text::Form;
-
-/// Look into a database on a device, and change, copy and check it
-#[derive(Parser)]
-#[command(name = "pumice-db", bin_name = "pumice db", version)]
-struct DbTool {
-    #[command(subcommand)]
-    command: DbCommand,
-}
-
-#[derive(Subcommand)]
-enum DbCommand {
-    Get(Get),
-    Put(Put),
-    Delete(Delete),
-    Scan(Scan),
-    Dump(Dump),
-    Load(Load),
-    Stats(Look),
-    Verify(Verify),
-    Checkpoint(CopyTo),
-    Backup(Backup),
-    Restore(Restore),
-    Export(Export),
-}
-
-/// The place of the database.
-#[derive(Args)]
-struct DbPlace {
-    /// Device: an image file, a block device or a URI
-    device: String,
-    /// Directory of the database in the device's file system
-    #[arg(long, default_value = "/")]
-    path: String,
-}
-
-/// The keys, and how they are written.
-#[derive(Args)]
-struct Keys {
-    /// Column family
-    #[arg(long, default_value = "default")]
-    cf: String,
-    /// Keys and values are hexadecimal digits
-    #[arg(long)]
-    hex: bool,
-}
-
-/// Print the value of a key
-#[derive(Args)]
-struct Get {
-    #[command(flatten)]
-    place: DbPlace,
-    /// Key
-    key: String,
-    #[command(flatten)]
-    keys: Keys,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-}
-
-/// Set the value of a key, durably
-#[derive(Args)]
-struct Put {
-    #[command(flatten)]
-    place: DbPlace,
-    /// Key
-    key: String,
-    /// Value
-    value: String,
-    #[command(flatten)]
-    keys: Keys,
-    /// Make the database if there is none
-    #[arg(long)]
-    create: bool,
-}
-
-/// Delete a key, durably
-#[derive(Args)]
-struct Delete {
-    #[command(flatten)]
-    place: DbPlace,
-    /// Key
-    key: String,
-    #[command(flatten)]
-    keys: Keys,
-}
-
-/// Print keys and values in order, a line each, with a tab between them and `\xNN` for bytes that cannot be printed
-#[derive(Args)]
-struct Scan {
-    #[command(flatten)]
-    place: DbPlace,
-    #[command(flatten)]
-    keys: Keys,
-    /// First key
-    #[arg(long)]
-    from: Option<String>,
-    /// Key before which to stop
-    #[arg(long)]
-    to: Option<String>,
-    /// Most keys
-    #[arg(long)]
-    limit: Option<usize>,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-}
-
-/// Write everything to standard output as text, which `load` reads
-#[derive(Args)]
-struct Dump {
-    #[command(flatten)]
-    place: DbPlace,
-    /// Only this column family
-    #[arg(long)]
-    cf: Option<String>,
-    /// Write hexadecimal digits
-    #[arg(long)]
-    hex: bool,
-}
-
-/// Put everything from standard input, which `dump` has written, into the database
-#[derive(Args)]
-struct Load {
-    #[command(flatten)]
-    place: DbPlace,
-    /// Make the database, and column families, if there are none
-    #[arg(long)]
-    create: bool,
-}
-
-/// Show sizes and counts
-#[derive(Args)]
-struct Look {
-    #[command(flatten)]
-    place: DbPlace,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-}
-
-/// Read every record with its checksum
-#[derive(Args)]
-struct Verify {
-    #[command(flatten)]
-    look: Look,
-}
-
-/// Make a second database with the same content, which shares the tables, in the same file system
-#[derive(Args)]
-struct CopyTo {
-    #[command(flatten)]
-    place: DbPlace,
-    /// Directory in the file system, which must not exist
-    to: String,
-}
-
-/// Add a backup to those in a directory of the same file system
-#[derive(Args)]
-struct Backup {
-    #[command(flatten)]
-    place: DbPlace,
-    /// Directory of backups in the file system
-    to: String,
-}
-
-/// Restore the latest backup into --path, which must be missing or empty
-#[derive(Args)]
-struct Restore {
-    #[command(flatten)]
-    place: DbPlace,
-    /// Directory of backups in the file system
-    from: String,
-}
-
-/// Copy the database to a directory of the kernel's file system, where RocksDB opens it without Pumice
-#[derive(Args)]
-struct Export {
-    #[command(flatten)]
-    place: DbPlace,
-    /// Directory, missing or empty
-    to: PathBuf,
-}
-
-/// The reason why a command failed, as a message.
-#[derive(Debug)]
-struct DbFailure {
-    text: String,
-    /// Whether the reader of the output went away.
-    is_closed_pipe: bool,
-}
-
-impl From<String> for DbFailure {
-    fn from(text: String) -> DbFailure {
-        DbFailure {
-            text,
-            is_closed_pipe: false,
-        }
-    }
-}
-
-impl From<pumice::Error> for DbFailure {
-    fn from(e: pumice::Error) -> DbFailure {
-        DbFailure::from(pumice::chain(&e))
-    }
-}
-
-impl From<pumice::rocksdb::Error> for DbFailure {
-    fn from(e: pumice::rocksdb::Error) -> DbFailure {
-        DbFailure::from(e.to_string())
-    }
-}
-
-impl From<io::Error> for DbFailure {
-    fn from(e: io::Error) -> DbFailure {
-        DbFailure {
-            is_closed_pipe: e.kind() == io::ErrorKind::BrokenPipe,
-            text: format!("standard input or output: {e}"),
-        }
-    }
-}
-
-type Outcome = Result<(), DbFailure>;
 
 fn main() -> ExitCode {
     if let Some(code) = pumice_describe::asked(DbTool::command()) {
@@ -250,7 +32,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if e.is_closed_pipe => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("pumice db {name}: {}", e.text);
+            complain(&format!("pumice db {name}: {}", e.text));
             ExitCode::FAILURE
         }
     }
@@ -266,69 +48,25 @@ fn run(command: DbCommand) -> (&'static str, Outcome) {
         DbCommand::Load(args) => ("load", load(&args)),
         DbCommand::Stats(args) => ("stats", stats(&args)),
         DbCommand::Verify(args) => ("verify", verify(&args.look)),
-        DbCommand::Checkpoint(args) => (
-            "checkpoint",
-            changing(&args.place, false, |db| Ok(db.checkpoint(&args.to)?)),
-        ),
-        DbCommand::Backup(args) => (
-            "backup",
-            changing(&args.place, false, |db| Ok(db.backup(&args.to)?)),
-        ),
+        DbCommand::Checkpoint(args) => {
+            let check = |found: &Unopened<'_>| found.require_nothing_at(&args.to);
+            let make = |db: &pumice::Db| Ok(db.checkpoint(&args.to)?);
+            (
+                "checkpoint",
+                changing(&args.place, Missing::Refuse, check, make),
+            )
+        }
+        DbCommand::Backup(args) => {
+            let check = |found: &Unopened<'_>| found.require_no_file_at(&args.to);
+            let make = |db: &pumice::Db| Ok(db.backup(&args.to)?);
+            (
+                "backup",
+                changing(&args.place, Missing::Refuse, check, make),
+            )
+        }
         DbCommand::Restore(args) => ("restore", restore(&args)),
-        DbCommand::Export(args) => (
-            "export",
-            changing(&args.place, false, |db| Ok(db.export(&args.to)?)),
-        ),
+        DbCommand::Export(args) => ("export", export(&args)),
     }
-}
-
-/// Opens the database for reading only, which several programs may do at a time.
-fn reading<R>(
-    place: &DbPlace,
-    f: impl FnOnce(&Db) -> Result<R, DbFailure>,
-) -> Result<R, DbFailure> {
-    let options = DbOptions::new().read_only(true);
-    with(place, &options, f)
-}
-
-/// Opens the database, which is made if there is none and `create` says so.
-fn changing<R>(
-    place: &DbPlace,
-    create: bool,
-    f: impl FnOnce(&Db) -> Result<R, DbFailure>,
-) -> Result<R, DbFailure> {
-    let options = DbOptions::new().configure(|options| options.create_if_missing(create));
-    with(place, &options, f)
-}
-
-fn with<R>(
-    place: &DbPlace,
-    options: &DbOptions,
-    f: impl FnOnce(&Db) -> Result<R, DbFailure>,
-) -> Result<R, DbFailure> {
-    let options = options.clone().path(&place.path).mount(unformatted());
-    let db = options.open(&place.device)?;
-    let result = f(&db);
-    let closed = db.close();
-    let value = result?;
-    closed?;
-    Ok(value)
-}
-
-fn unformatted() -> MountOptions {
-    MountOptions::new().format_empty(None)
-}
-
-/// Returns a column family.
-fn family<'a>(db: &'a Db, name: &str) -> Result<Arc<BoundColumnFamily<'a>>, DbFailure> {
-    if let Some(family) = db.cf_handle(name) {
-        return Ok(family);
-    }
-    Err(DbFailure::from(format!(
-        "there is no column family \"{}\"; there are: {}",
-        name.escape_debug(),
-        db.column_families()?.join(", ")
-    )))
 }
 
 fn get(args: &Get) -> Outcome {
@@ -361,15 +99,31 @@ fn get(args: &Get) -> Outcome {
 fn put(args: &Put) -> Outcome {
     let key = text::argument(&args.key, args.keys.hex)?;
     let value = text::argument(&args.value, args.keys.hex)?;
-    changing(&args.place, args.create, |db| {
-        Ok(db.put_cf(&family(db, &args.keys.cf)?, key, value)?)
+    let cf = &args.keys.cf;
+    let check = |found: &Unopened<'_>| {
+        found.require_family(cf)?;
+        let recorded = RecordedOptions::of(found.fs, found.path)?;
+        let options = recorded.and_then(|recorded| recorded.family(cf));
+        if options.is_some_and(|options| options.contains("TtlCompactionFilter")) {
+            return Err(DbFailure::from(
+                "the values of this database end with the time of their put (a TTL), and this command writes none; \
+                 `pumice ldb put --ttl` does"
+                    .to_owned(),
+            ));
+        }
+        Ok(())
+    };
+    changing(&args.place, Missing::of(args.create), check, |db| {
+        Ok(db.put_cf(&family(db, cf)?, key, value)?)
     })
 }
 
 fn delete(args: &Delete) -> Outcome {
     let key = text::argument(&args.key, args.keys.hex)?;
-    changing(&args.place, false, |db| {
-        Ok(db.delete_cf(&family(db, &args.keys.cf)?, key)?)
+    let cf = &args.keys.cf;
+    let check = |found: &Unopened<'_>| found.require_family(cf);
+    changing(&args.place, Missing::Refuse, check, |db| {
+        Ok(db.delete_cf(&family(db, cf)?, key)?)
     })
 }
 
@@ -420,10 +174,17 @@ fn dump(args: &Dump) -> Outcome {
 }
 
 fn load(args: &Load) -> Outcome {
-    let records = changing(&args.place, args.create, |db| {
-        dump::load(db, io::stdin().lock(), args.create)
+    let mut reader = dump::Reader::new(io::stdin().lock());
+    let first = reader.begin()?;
+    let missing = Missing::of(args.create);
+    let check = |found: &Unopened<'_>| match &first {
+        Some(name) if !args.create => found.require_family(name),
+        _ => Ok(()),
+    };
+    let records = changing(&args.place, missing, check, |db| {
+        reader.load(db, first.as_deref(), missing)
     })?;
-    eprintln!("{records} records");
+    complain(&format!("{records} records"));
     Ok(())
 }
 
@@ -504,11 +265,34 @@ fn verify(args: &Look) -> Outcome {
 }
 
 fn restore(args: &Restore) -> Outcome {
-    let fs = pumice::mount(&args.place.device, &unformatted())?;
-    let restored = DbOptions::new()
-        .path(&args.place.path)
-        .restore_in(&fs, &args.from);
-    let unmounted = fs.unmount();
-    restored?;
-    unmounted.map_err(|e| DbFailure::from(e.to_string()))
+    let number = on_device(&args.device, |fs| {
+        let options = DbOptions::new().path(&args.path);
+        Ok(options.restore_backup_in(fs, &args.from, args.backup)?)
+    })?;
+    Ok(writeln!(io::stdout(), "backup {number} is restored")?)
+}
+
+fn export(args: &Export) -> Outcome {
+    let check = |_: &Unopened<'_>| require_empty(&args.to);
+    let make = |db: &pumice::Db| Ok(db.export(&args.to)?);
+    changing(&args.place, Missing::Refuse, check, make)
+}
+
+/// Refuses a directory of the kernel's file system that is not empty, or cannot be made.
+fn require_empty(dir: &Path) -> Outcome {
+    let shown = dir.display().to_string();
+    let refuse = |why: String| Err(DbFailure::from(format!("{}: {why}", shown.escape_debug())));
+    match dir.read_dir() {
+        Ok(entries) => match entries.count() {
+            0 => Ok(()),
+            _ => refuse("is not empty; give a missing or empty directory".to_owned()),
+        },
+        Err(e) if e.kind() == io::ErrorKind::NotFound => match dir.parent() {
+            Some(above) if !above.as_os_str().is_empty() && !above.is_dir() => {
+                refuse("the directory above it does not exist".to_owned())
+            }
+            _ => Ok(()),
+        },
+        Err(e) => refuse(e.to_string()),
+    }
 }
