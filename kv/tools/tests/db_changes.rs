@@ -300,6 +300,37 @@ fn a_restore_that_was_killed_is_in_nobodys_way() {
 }
 
 #[test]
+fn a_damaged_record_of_the_log_is_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = &format!("{}", dir.path().join("kv.img").display())[..];
+    let db = DbOptions::new()
+        .open(&format!("file://{uri}?size=64M&create=1"))
+        .unwrap();
+    for n in 0..300u32 {
+        db.put(format!("key{n:03}"), format!("value {n}.")).unwrap();
+    }
+    db.close().unwrap();
+    let sound = ok(&["verify", uri]);
+    assert!(sound.contains("300 records"), "{sound}");
+    let mut bytes = std::fs::read(uri).unwrap();
+    let places: Vec<usize> = (0..bytes.len() - 10)
+        .filter(|at| bytes[*at..].starts_with(b"value 150."))
+        .collect();
+    assert_eq!(places.len(), 1, "the log alone has it");
+    bytes[places[0]] ^= 1;
+    std::fs::write(uri, bytes).unwrap();
+    for command in ["verify", "dump"] {
+        let said = refused(&[command, uri]);
+        assert!(
+            said.to_lowercase().contains("corruption"),
+            "{command}: {said}"
+        );
+    }
+    // What comes before it can be read.
+    assert_eq!(ok(&["get", uri, "key007"]), "value 7.\n");
+}
+
+#[test]
 fn nothing_follows_the_last_line_of_a_dump() {
     let dir = tempfile::tempdir().unwrap();
     let uri = &image(dir.path())[..];

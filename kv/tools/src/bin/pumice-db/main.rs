@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 
 use args::{DbCommand, DbTool, Delete, Dump, Export, Get, Load, Look, Put, Restore, Scan};
 use failure::{DbFailure, Outcome, complain};
-use place::{Missing, Unopened, changing, family, on_device, reading};
+use place::{Missing, Unopened, changing, family, on_device, reading, reading_all};
 use text::Form;
 
 fn main() -> ExitCode {
@@ -163,7 +163,7 @@ fn scan(args: &Scan) -> Outcome {
 }
 
 fn dump(args: &Dump) -> Outcome {
-    reading(&args.place, |db| {
+    reading_all(&args.place, |db| {
         let families = match &args.cf {
             Some(name) => vec![name.clone()],
             None => db.column_families()?,
@@ -233,7 +233,7 @@ fn stats(args: &Look) -> Outcome {
 }
 
 fn verify(args: &Look) -> Outcome {
-    let found = reading(&args.place, |db| {
+    let found = reading_all(&args.place, |db| {
         let mut found = Vec::new();
         for name in db.column_families()? {
             let mut how = ReadOptions::default();

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use pumice::rocksdb::{BoundColumnFamily, Options};
+use pumice::rocksdb::{BoundColumnFamily, DBRecoveryMode, Options};
 use pumice::{Db, DbOptions, EnvOptions, FileSystem, MountOptions, Rocks};
 
 use crate::args::DbPlace;
@@ -76,6 +76,15 @@ pub fn reading<R>(
     f: impl FnOnce(&Db) -> Result<R, DbFailure>,
 ) -> Result<R, DbFailure> {
     read_with(place, DbOptions::new(), f)
+}
+
+/// Opens the database as [`reading`] does, unless a record of its log is damaged. The last one may be incomplete.
+pub fn reading_all<R>(
+    place: &DbPlace,
+    f: impl FnOnce(&Db) -> Result<R, DbFailure>,
+) -> Result<R, DbFailure> {
+    let strict = DBRecoveryMode::TolerateCorruptedTailRecords;
+    read_with(place, DbOptions::new().wal_recovery_mode(strict), f)
 }
 
 fn read_with<R>(
