@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::process::Command;
+
 use common::{image, ok, opened, refused, run};
 use pumice::DbOptions;
 use pumice::rocksdb::Options;
@@ -157,6 +159,28 @@ fn a_damaged_table_is_found() {
     std::fs::write(&uri, bytes).unwrap();
     let said = refused(&["verify", &uri, "--path", "/orders"]);
     assert!(said.to_lowercase().contains("corruption"), "{said}");
+}
+
+#[test]
+fn a_reader_that_goes_away_is_an_error_of_a_dump_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = &image(dir.path())[..];
+    let code = |args: &[&str], closed_errors: bool| {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pumice-db"));
+        command.args(args).args(["--path", "/orders"]);
+        if closed_errors {
+            command.stderr(writer.try_clone().unwrap());
+        }
+        command.stdout(writer).status().unwrap().code()
+    };
+    assert_eq!(code(&["scan", uri], false), Some(0));
+    assert_eq!(code(&["scan", uri, "--json"], false), Some(0));
+    assert_eq!(code(&["dump", uri], false), Some(1));
+    // The message has nowhere to go.
+    assert_eq!(code(&["dump", uri], true), Some(1));
+    assert_eq!(code(&["get", uri, "none"], true), Some(1));
 }
 
 #[test]

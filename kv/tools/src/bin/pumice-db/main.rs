@@ -27,10 +27,12 @@ fn main() -> ExitCode {
         return code;
     }
     let command = DbTool::parse().command;
+    // Whoever reads the first records of a scan has what he wants.
+    let may_be_cut = matches!(command, DbCommand::Scan(_));
     let (name, result) = run(command);
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(e) if e.is_closed_pipe => ExitCode::SUCCESS,
+        Err(e) if e.is_closed_pipe && may_be_cut => ExitCode::SUCCESS,
         Err(e) => {
             complain(&format!("pumice db {name}: {}", e.text));
             ExitCode::FAILURE
@@ -142,24 +144,42 @@ fn scan(args: &Scan) -> Outcome {
             None => IteratorMode::Start,
         };
         let records = db.iterator_cf_opt(&family(db, &args.keys.cf)?, how, mode);
-        let mut all = Vec::new();
-        for record in records.take(args.limit.unwrap_or(usize::MAX)) {
-            let (key, value) = record?;
-            if args.json {
-                let mut object = Map::new();
-                text::insert(&mut object, "key", &key, hex);
-                text::insert(&mut object, "value", &value, hex);
-                all.push(Value::Object(object));
-            } else {
+        let records = records.take(args.limit.unwrap_or(usize::MAX));
+        if args.json {
+            write_array(records, hex, &mut out)?;
+        } else {
+            for record in records {
+                let (key, value) = record?;
                 let form = Form::of(hex);
                 writeln!(out, "{}\t{}", form.write(&key), form.write(&value))?;
             }
         }
-        if args.json {
-            writeln!(out, "{:#}", Value::Array(all))?;
-        }
         Ok(out.flush()?)
     })
+}
+
+/// Writes records as a JSON array, an element a line, without keeping them.
+fn write_array<E>(
+    records: impl Iterator<Item = Result<(Box<[u8]>, Box<[u8]>), E>>,
+    hex: bool,
+    out: &mut impl Write,
+) -> Outcome
+where
+    DbFailure: From<E>,
+{
+    let mut before = "[\n";
+    for record in records {
+        let (key, value) = record?;
+        let mut object = Map::new();
+        text::insert(&mut object, "key", &key, hex);
+        text::insert(&mut object, "value", &value, hex);
+        write!(out, "{before}  {}", Value::Object(object))?;
+        before = ",\n";
+    }
+    if before == "[\n" {
+        return Ok(writeln!(out, "[]")?);
+    }
+    Ok(writeln!(out, "\n]")?)
 }
 
 fn dump(args: &Dump) -> Outcome {
@@ -294,5 +314,28 @@ fn require_empty(dir: &Path) -> Outcome {
             _ => Ok(()),
         },
         Err(e) => refuse(e.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_array_is_written_while_it_is_read() {
+        let record = |key: &[u8]| Ok((Box::from(key), Box::from(&b"\xff"[..])));
+        let mut out = Vec::new();
+        let records = [record(b"a"), Err("stops".to_owned()), record(b"b")];
+        let stopped = write_array(records.into_iter(), false, &mut out);
+        assert_eq!(stopped.unwrap_err().text, "stops");
+        let written = String::from_utf8(out).unwrap();
+        assert_eq!(written, "[\n  {\"key\":\"a\",\"value_hex\":\"ff\"}");
+        for keys in [&[][..], &[&b"a"[..]], &[b"a", b"b"]] {
+            let mut out = Vec::new();
+            let records = keys.iter().map(|key| record(key));
+            write_array::<String>(records, true, &mut out).unwrap();
+            let all: Value = serde_json::from_slice(&out).unwrap();
+            assert_eq!(all.as_array().unwrap().len(), keys.len());
+        }
     }
 }
