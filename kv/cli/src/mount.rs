@@ -2,8 +2,10 @@
 
 mod errno;
 mod kernel;
+mod owner;
 mod table;
 mod tree;
+mod unsynced;
 
 use std::fs;
 use std::io;

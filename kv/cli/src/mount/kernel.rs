@@ -18,7 +18,8 @@ use fuser::{
 };
 use pumice_blobfs::fs::NAME_MAX;
 
-use super::tree::{BLOCK, Changes, Tree};
+use super::owner::BLOCK;
+use super::tree::{Changes, Tree};
 
 /// Time for which the kernel may use what it was told. Nothing changes but by the kernel's own requests.
 const VALID: Duration = Duration::from_secs(3600);

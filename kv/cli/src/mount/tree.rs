@@ -6,23 +6,19 @@
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
-use fuser::{Errno, FileAttr, FileType, INodeNo, RenameFlags};
+use fuser::{Errno, FileAttr, FileType, RenameFlags};
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use pumice_blobfs::fs::{
     Attributes, File, FileSystem, FsError, NAME_MAX, OpenOptions, Stat, StatFs, UNFINISHED,
 };
 
 use super::errno::{OrErrno, Result, failed};
+use super::owner::{DIR_MODE, FILE_MODE, Ownership, kind};
 use super::table::{ROOT, Resolved, Table};
-
-/// Bytes of a block in the answers of `statfs` and `stat`.
-pub const BLOCK: u32 = 4096;
-/// The modes of files and directories whose mode was never set.
-const FILE_MODE: u32 = 0o644;
-const DIR_MODE: u32 = 0o755;
+use super::unsynced::Unsynced;
 
 /// A mounted tree; see the module.
 pub struct Tree {
@@ -32,12 +28,8 @@ pub struct Tree {
     files: RwLock<HashMap<u64, Open>>,
     dirs: Mutex<HashMap<u64, OpenDir>>,
     next: AtomicU64,
-    /// Whether something was changed that is not durable yet.
-    unsynced: AtomicBool,
-    uid: u32,
-    gid: u32,
-    /// The time of the mount, which stands for unknown times.
-    since: SystemTime,
+    unsynced: Unsynced,
+    owner: Ownership,
 }
 
 #[derive(Clone)]
@@ -78,10 +70,12 @@ impl Tree {
             files: RwLock::default(),
             dirs: Mutex::default(),
             next: AtomicU64::new(1),
-            unsynced: AtomicBool::new(false),
-            uid,
-            gid,
-            since: SystemTime::now(),
+            unsynced: Unsynced::default(),
+            owner: Ownership {
+                uid,
+                gid,
+                since: SystemTime::now(),
+            },
         }
     }
 
@@ -123,37 +117,6 @@ impl Tree {
         Ok(path)
     }
 
-    fn attr(&self, number: u64, stat: &Stat) -> FileAttr {
-        let modified = if stat.mtime == UNIX_EPOCH && stat.is_dir {
-            self.since
-        } else {
-            stat.mtime
-        };
-        let default = if stat.is_dir { DIR_MODE } else { FILE_MODE };
-        let mode = stat.mode.unwrap_or(default);
-        FileAttr {
-            ino: INodeNo(number),
-            size: if stat.is_dir {
-                u64::from(BLOCK)
-            } else {
-                stat.len
-            },
-            blocks: stat.allocated.div_ceil(512),
-            atime: modified,
-            mtime: modified,
-            ctime: modified,
-            crtime: modified,
-            kind: kind(stat.is_dir),
-            perm: u16::try_from(mode).unwrap_or(0),
-            nlink: u32::try_from(stat.links).unwrap_or(u32::MAX),
-            uid: self.uid,
-            gid: self.gid,
-            rdev: 0,
-            blksize: BLOCK,
-            flags: 0,
-        }
-    }
-
     /// Counts a reference of the kernel to what is at `path`.
     fn enter(&self, path: &str, stat: &Stat) -> FileAttr {
         let blob = stat.blob_id.map(|id| id.0);
@@ -162,7 +125,7 @@ impl Tree {
             (_, false, Some(blob)) => self.table().enter_file(path, blob),
             _ => self.table().enter_dir(path, blob),
         };
-        self.attr(number, stat)
+        self.owner.attributes(number, stat)
     }
 
     /// Looks a name up. `None`: there is none.
@@ -209,7 +172,7 @@ impl Tree {
                 root
             }
         };
-        Ok(self.attr(number, &stat))
+        Ok(self.owner.attributes(number, &stat))
     }
 
     /// Returns a handle of a file, which need not have a name if it is open.
@@ -229,14 +192,14 @@ impl Tree {
     /// Changes attributes, and returns all of them.
     pub fn change(&self, number: u64, change: &Changes) -> Result<FileAttr> {
         let other = |new: Option<u32>, own: u32| new.is_some_and(|new| new != own);
-        if other(change.uid, self.uid) || other(change.gid, self.gid) {
+        if other(change.uid, self.owner.uid) || other(change.gid, self.owner.gid) {
             return Err(Errno::EPERM);
         }
-        let _order = self.order.read();
         let mut attributes = Attributes {
             mode: change.mode,
             modified: change.modified,
         };
+        let _order = self.order.read();
         let found = self.table().find(number).ok_or(Errno::ESTALE)?;
         if let Resolved::Dir { path } = found {
             if change.size.is_some() {
@@ -249,15 +212,17 @@ impl Tree {
             return self.attributes_now(number);
         }
         let file = self.file(number)?;
-        if let Some(size) = change.size {
-            file.truncate(size).or_errno()?;
-            attributes.modified.get_or_insert_with(SystemTime::now);
-        }
-        if attributes != Attributes::default() {
-            file.set_attributes(&attributes).or_errno()?;
-            self.unsynced.store(true, Ordering::Relaxed);
-        }
-        Ok(self.attr(number, &file.stat()))
+        self.unsynced.after(|| {
+            if let Some(size) = change.size {
+                file.truncate(size).or_errno()?;
+                attributes.modified.get_or_insert_with(SystemTime::now);
+            }
+            if attributes != Attributes::default() {
+                file.set_attributes(&attributes).or_errno()?;
+            }
+            Ok::<_, Errno>(())
+        })?;
+        Ok(self.owner.attributes(number, &file.stat()))
     }
 
     /// Makes a regular file, which is not opened.
@@ -306,8 +271,8 @@ impl Tree {
             mode: Some(mode),
             modified: Some(SystemTime::now()),
         };
-        self.unsynced.store(true, Ordering::Relaxed);
-        file.set_attributes(&attributes).or_errno()
+        self.unsynced
+            .after(|| file.set_attributes(&attributes).or_errno())
     }
 
     fn opened(&self, number: u64, file: File) -> u64 {
@@ -351,17 +316,10 @@ impl Tree {
     /// Writes to an open file, all or nothing.
     pub fn write(&self, id: u64, at: u64, bytes: &[u8]) -> Result<()> {
         let file = self.handle(id)?;
-        self.unsynced.store(true, Ordering::Relaxed);
-        file.write_at(at, bytes).or_errno()?;
-        self.modified_now(&file)
-    }
-
-    fn modified_now(&self, file: &File) -> Result<()> {
-        let attributes = Attributes {
-            mode: None,
-            modified: Some(SystemTime::now()),
-        };
-        file.set_attributes(&attributes).or_errno()
+        self.unsynced.after(|| {
+            file.write_at(at, bytes).or_errno()?;
+            modified_now(&file)
+        })
     }
 
     /// Allocates space, and makes the file as long as that unless `keep_size`.
@@ -373,12 +331,13 @@ impl Tree {
         };
         let file = self.handle(id)?;
         let end = at.checked_add(len).ok_or(Errno::EFBIG)?;
-        file.allocate(at, len).or_errno()?;
-        self.unsynced.store(true, Ordering::Relaxed);
-        if !keep_size && end > file.len() {
-            file.truncate(end).or_errno()?;
-        }
-        self.modified_now(&file)
+        self.unsynced.after(|| {
+            file.allocate(at, len).or_errno()?;
+            if !keep_size && end > file.len() {
+                file.truncate(end).or_errno()?;
+            }
+            modified_now(&file)
+        })
     }
 
     /// Makes a file durable: `data_only` without attributes that its length does not need.
@@ -393,14 +352,14 @@ impl Tree {
 
     /// Makes everything durable that was changed since the last call.
     pub fn sync_changed(&self) -> std::result::Result<(), FsError> {
-        if !self.unsynced.swap(false, Ordering::Relaxed) {
+        if !self.unsynced.take() {
             return Ok(());
         }
         let synced = self.fs.sync();
-        if synced.is_err() {
-            self.unsynced.store(true, Ordering::Relaxed);
+        match synced {
+            Ok(()) => Ok(()),
+            Err(_) => self.unsynced.after(|| synced),
         }
-        synced
     }
 
     /// Makes a directory.
@@ -591,10 +550,10 @@ impl Tree {
     }
 }
 
-fn kind(is_dir: bool) -> FileType {
-    if is_dir {
-        FileType::Directory
-    } else {
-        FileType::RegularFile
-    }
+fn modified_now(file: &File) -> Result<()> {
+    let attributes = Attributes {
+        mode: None,
+        modified: Some(SystemTime::now()),
+    };
+    file.set_attributes(&attributes).or_errno()
 }
