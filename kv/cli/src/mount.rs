@@ -4,6 +4,8 @@ mod errno;
 mod kernel;
 mod owner;
 mod table;
+#[cfg(test)]
+mod tests;
 mod tree;
 mod unsynced;
 

@@ -199,19 +199,22 @@ impl Tree {
             mode: change.mode,
             modified: change.modified,
         };
-        let _order = self.order.read();
-        let found = self.table().find(number).ok_or(Errno::ESTALE)?;
-        if let Resolved::Dir { path } = found {
-            if change.size.is_some() {
-                return Err(Errno::EISDIR);
+        let file = {
+            let _order = self.order.read();
+            let found = self.table().find(number).ok_or(Errno::ESTALE)?;
+            if let Resolved::Dir { path } = found {
+                if change.size.is_some() {
+                    return Err(Errno::EISDIR);
+                }
+                if attributes != Attributes::default() {
+                    let path = path.ok_or(Errno::ENOENT)?;
+                    self.fs.set_attributes(&path, &attributes).or_errno()?;
+                }
+                return self.attributes_now(number);
             }
-            if attributes != Attributes::default() {
-                let path = path.ok_or(Errno::ENOENT)?;
-                self.fs.set_attributes(&path, &attributes).or_errno()?;
-            }
-            return self.attributes_now(number);
-        }
-        let file = self.file(number)?;
+            self.file(number)?
+        };
+        // Nobody else waits while a sync of this file holds the truncation up.
         self.unsynced.after(|| {
             if let Some(size) = change.size {
                 file.truncate(size).or_errno()?;
