@@ -34,8 +34,8 @@ use crate::blobstore::{
 /// removes it.
 pub const UNFINISHED: &str = "/.pumice-unfinished";
 
-/// The earlier name of an incomplete file.
-const UNFINISHED_BEFORE: &str = "/.pumice-cp.part";
+/// The earlier name of an incomplete file, which a mount treats in the same way.
+pub const UNFINISHED_BEFORE: &str = "/.pumice-cp.part";
 
 fn is_unfinished(blob: &Blob) -> bool {
     blob.xattr(xattr::NAME).is_some_and(|raw| {

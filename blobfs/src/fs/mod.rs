@@ -83,7 +83,7 @@ pub use attributes::Attributes;
 pub use cache::CacheStats;
 pub use error::{FsError, Result, SpaceKind};
 pub use file::{File, Pinned};
-pub use load::UNFINISHED;
+pub use load::{UNFINISHED, UNFINISHED_BEFORE};
 pub use memory::Memory;
 pub use metered::IoStats;
 pub use mount::{DirEntry, FileLock, FileSystem, StatFs, grow};

@@ -276,10 +276,13 @@ fn errors_have_the_numbers_of_a_kernel_file_system() {
     std::os::unix::fs::chown(m.at.join("d/f"), Some(own.uid()), Some(own.gid())).unwrap();
     let fifo = Command::new("mkfifo").arg(m.at.join("p")).output().unwrap();
     assert!(!fifo.status.success());
-    is(
-        libc::EPERM,
-        errno(fs::write(m.at.join(".pumice-unfinished"), "")),
-    );
+    for taken in [".pumice-unfinished", ".pumice-cp.part"] {
+        let taken = m.at.join(taken);
+        is(libc::EPERM, errno(fs::write(&taken, "")));
+        is(libc::EPERM, errno(fs::create_dir(&taken)));
+        is(libc::EPERM, errno(fs::rename(m.at.join("d/f"), &taken)));
+        is(libc::EPERM, errno(fs::hard_link(m.at.join("d/f"), &taken)));
+    }
     // Renames that do not replace.
     fs::write(m.at.join("g"), "").unwrap();
     let no_replace = |from: &str, to: &str| {

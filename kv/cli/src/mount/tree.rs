@@ -13,6 +13,7 @@ use fuser::{Errno, FileAttr, FileType, RenameFlags};
 use parking_lot::{Mutex, MutexGuard, RwLock};
 use pumice_blobfs::fs::{
     Attributes, File, FileSystem, FsError, NAME_MAX, OpenOptions, Stat, StatFs, UNFINISHED,
+    UNFINISHED_BEFORE,
 };
 
 use super::errno::{OrErrno, Result, failed};
@@ -111,7 +112,7 @@ impl Tree {
     fn new_child(&self, parent: u64, name: &OsStr) -> Result<String> {
         let path = self.child(parent, name)?;
         // The next mount would remove it.
-        if path == UNFINISHED {
+        if [UNFINISHED, UNFINISHED_BEFORE].contains(&&path[..]) {
             return Err(Errno::EPERM);
         }
         Ok(path)
