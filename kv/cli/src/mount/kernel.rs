@@ -1,7 +1,7 @@
 //! The kernel's requests, answered by a [`Tree`].
 //!
 //! A fixed number of threads read requests and answer each before they read the next. A sync may take as long as the device
-//! likes, so syncs have threads of their own, and reads and writes of other files go on.
+//! likes, so syncs, and renames that need one, have threads of their own, and reads and writes of other files go on.
 
 use std::ffi::OsStr;
 use std::io;
@@ -18,6 +18,7 @@ use fuser::{
 };
 use pumice_blobfs::fs::NAME_MAX;
 
+use super::errno::OrErrno as _;
 use super::owner::BLOCK;
 use super::tree::{Changes, Tree};
 
@@ -35,17 +36,13 @@ const SYNC_THREADS: usize = 4;
 /// The kernel's side of a mount.
 pub struct Kernel {
     tree: Arc<Tree>,
-    syncs: Sender<Syncing>,
+    syncs: Sender<SyncJob>,
     /// Called when the last request is answered.
     ended: Box<dyn Fn() + Send + Sync>,
 }
 
-/// A file that is to be synced for a process that waits.
-struct Syncing {
-    handle: u64,
-    data_only: bool,
-    reply: ReplyEmpty,
-}
+/// A request that syncs a file, for a process that waits.
+type SyncJob = Box<dyn FnOnce(&Tree) + Send>;
 
 impl Kernel {
     /// Makes the kernel's side of `tree`, and starts the threads for syncs. They end with it. `ended` is called when the mount
@@ -59,25 +56,28 @@ impl Kernel {
                 .name(format!("sync-{i}"))
                 .spawn(move || {
                     while let Some(sync) = next(&queue) {
-                        run(&tree, sync);
+                        sync(&tree);
                     }
                 })?;
         }
         let ended = Box::new(ended);
         Ok(Kernel { tree, syncs, ended })
     }
+
+    /// Has a thread for syncs carry out a request.
+    fn sync(&self, sync: impl FnOnce(&Tree) + Send + 'static) {
+        if let Err(unsent) = self.syncs.send(Box::new(sync)) {
+            (unsent.0)(&self.tree);
+        }
+    }
 }
 
-fn next(queue: &Mutex<Receiver<Syncing>>) -> Option<Syncing> {
+fn next(queue: &Mutex<Receiver<SyncJob>>) -> Option<SyncJob> {
     queue
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .recv()
         .ok()
-}
-
-fn run(tree: &Tree, sync: Syncing) {
-    done(sync.reply, tree.sync_file(sync.handle, sync.data_only));
 }
 
 fn done(reply: ReplyEmpty, result: Result<(), Errno>) {
@@ -250,10 +250,23 @@ impl Filesystem for Kernel {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        let renamed = self
-            .tree
-            .rename((parent.0, name), (newparent.0, newname), flags);
-        done(reply, renamed);
+        let (from, to) = ((parent.0, name), (newparent.0, newname));
+        let file = if flags.is_empty() {
+            self.tree.replacement(from, to)
+        } else {
+            None
+        };
+        let Some(file) = file else {
+            return done(reply, self.tree.rename(from, to, flags));
+        };
+        let (name, newname) = (name.to_owned(), newname.to_owned());
+        self.sync(move |tree| {
+            let synced = file.sync().or_errno();
+            drop(file);
+            let renamed = synced
+                .and_then(|()| tree.rename((parent.0, &name), (newparent.0, &newname), flags));
+            done(reply, renamed);
+        });
     }
 
     fn link(
@@ -366,14 +379,7 @@ impl Filesystem for Kernel {
         datasync: bool,
         reply: ReplyEmpty,
     ) {
-        let sync = Syncing {
-            handle: fh.0,
-            data_only: datasync,
-            reply,
-        };
-        if let Err(unsent) = self.syncs.send(sync) {
-            run(&self.tree, unsent.0);
-        }
+        self.sync(move |tree| done(reply, tree.sync_file(fh.0, datasync)));
     }
 
     fn opendir(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {

@@ -428,6 +428,22 @@ impl Tree {
             .file_lost(blob, path, other.map(String::as_str));
     }
 
+    /// Returns the file that a rename would give the name of another one. Its bytes have to be durable before the name is,
+    /// as a program expects that replaces a file in one step. The kernel changes no name of the two directories meanwhile.
+    pub fn replacement(
+        &self,
+        (parent, name): (u64, &OsStr),
+        (new_parent, new_name): (u64, &OsStr),
+    ) -> Option<File> {
+        let _order = self.order.read();
+        let to = self.child(new_parent, new_name).ok()?;
+        if self.fs.stat(&to).ok()?.is_dir {
+            return None;
+        }
+        let from = self.child(parent, name).ok()?;
+        self.fs.open(&from, OpenOptions::READ).ok()
+    }
+
     /// Renames a file or directory.
     pub fn rename(
         &self,

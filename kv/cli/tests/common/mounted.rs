@@ -1,4 +1,5 @@
 //! A `pumice mount` for tests, with a watchdog.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
