@@ -164,6 +164,8 @@ fn serve(
         .and_then(|kernel| Session::new(kernel, &args.dir, &config(args)))
         .and_then(Session::spawn)
         .map_err(|e| not_mounted(&args.dir, &e))?;
+    let device = device_of(&args.dir);
+    let is_ours = || device.is_some() && device_of(&args.dir) == device;
     let dir = args.dir.display();
     say!(
         "{} is mounted in {dir}; `fusermount3 -u {dir}` or SIGINT unmounts it",
@@ -183,6 +185,10 @@ fn serve(
     match end {
         // Dropping the session would unmount what somebody else may have mounted there by now.
         End::Unmounted => std::mem::forget(session),
+        End::Signal if !is_ours() => {
+            complain!("pumice mount: {dir}: shows another file system, which stays");
+            std::mem::forget(session);
+        }
         End::Signal => {
             // This unmounts, unless a file is open, and returns before the last request is answered.
             drop(session);
@@ -191,12 +197,19 @@ fn serve(
                     "pumice mount: {dir}: files are open there; they return errors in {} seconds",
                     GRACE.as_secs()
                 );
-                detach(&args.dir)?;
+                if is_ours() {
+                    detach(&args.dir)?;
+                }
                 is_over(ends, GRACE);
             }
         }
     }
     Ok(())
+}
+
+/// Returns the number of the file system that a directory shows.
+fn device_of(dir: &Path) -> Option<u64> {
+    Some(fs::metadata(dir).ok()?.dev())
 }
 
 /// Waits until the last request is answered, but no longer than `patience`.
