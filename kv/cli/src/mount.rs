@@ -23,11 +23,11 @@ use clap::Args;
 use fuser::{Config, MountOption, Session, SessionACL};
 use pumice_bdev_control::{complain, say};
 use pumice_blobfs::fs::{FileSystem, FsError, MountOptions};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
 use crate::files::{Change, Failure, fail, open_to_read};
+use crate::signals::not_ignored;
 use kernel::Kernel;
 use tree::Tree;
 
@@ -131,12 +131,12 @@ fn check_dir(dir: &Path) -> Result<(u32, u32), Failure> {
     Ok((own.uid(), own.gid()))
 }
 
-/// Reports the first signal to `events`. A second one ends the process at once.
+/// Reports the first signal that is not ignored to `events`. A second one ends the process at once.
 fn catch(events: Sender<End>) -> Result<(), Failure> {
-    let numbers = [SIGINT, SIGTERM, SIGHUP];
+    let numbers = not_ignored();
     let failed = |e: io::Error| Failure::from(format!("signals: {e}"));
     let again = Arc::new(AtomicBool::new(false));
-    for signal in numbers {
+    for signal in numbers.iter().copied() {
         flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&again))
             .map_err(failed)?;
         flag::register(signal, Arc::clone(&again)).map_err(failed)?;

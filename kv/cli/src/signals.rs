@@ -10,10 +10,23 @@ use signal_hook::flag;
 
 use crate::files::Failure;
 
-/// Catches the signals from now on.
+/// Returns those of the signals that this process did not inherit as ignored, as it does behind `nohup`.
+pub fn not_ignored() -> Vec<i32> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mut fields = status.lines().filter_map(|line| line.split_once(':'));
+    let mask = fields.find(|(name, _)| *name == "SigIgn");
+    let ignored = mask
+        .and_then(|(_, mask)| u64::from_str_radix(mask.trim(), 16).ok())
+        .unwrap_or(0);
+    let mut signals = vec![SIGINT, SIGTERM, SIGHUP];
+    signals.retain(|signal| ignored & (1 << (signal - 1)) == 0);
+    signals
+}
+
+/// Catches the signals from now on, but those that are ignored.
 pub fn catch() -> Result<(), Failure> {
     let again = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
+    for signal in not_ignored() {
         let register = || {
             // The handler that ends the process on a second signal comes first, then the one that
             // records this signal.

@@ -4,15 +4,19 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 #[path = "common/mounted.rs"]
 mod mounted;
 #[path = "common/tool.rs"]
 mod tool;
 
-use mounted::{Mounted, can_mount, image};
+use mounted::{Mounted, can_mount, image, sound};
 use tool::ok;
+
+/// Longest wait for what takes no time.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Makes a directory with an image of its own.
 fn beside(dir: &Path, name: &str) -> String {
@@ -52,6 +56,73 @@ fn a_signal_leaves_what_somebody_else_has_mounted_there() {
     sound(&first);
     // Its drop unmounts the directory, so it is the last.
     drop(ours);
+}
+
+/// Starts a program in a shell that ignores SIGHUP, as `nohup` does.
+fn behind_nohup(args: &[&str]) -> Child {
+    Command::new("sh")
+        .args(["-c", "trap '' HUP; exec \"$0\" \"$@\""])
+        .arg(env!("CARGO_BIN_EXE_pumice"))
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+fn send(signal: &str, child: &Child) {
+    let pid = child.id().to_string();
+    let sent = Command::new("kill").args([signal, &pid]).status().unwrap();
+    assert!(sent.success());
+}
+
+/// Waits until a process has an empty queue of signals, so that the last one was delivered or thrown away.
+fn has_no_pending_signal(child: &Child) {
+    let started = Instant::now();
+    loop {
+        let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+        let pending = status.lines().find(|line| line.starts_with("ShdPnd:"));
+        if pending.unwrap().ends_with("0000000000000000") {
+            return;
+        }
+        assert!(started.elapsed() < PATIENCE);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_signal_that_was_ignored_stays_ignored() {
+    if !can_mount("a_signal_that_was_ignored_stays_ignored") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let uri = image(dir.path(), "64M");
+    let at = dir.path().join("mnt");
+    fs::create_dir(&at).unwrap();
+    let mut child = behind_nohup(&["mount", &uri, at.to_str().unwrap()]);
+    let mut line = String::new();
+    let mut out = std::io::BufReader::new(child.stdout.take().unwrap());
+    std::io::BufRead::read_line(&mut out, &mut line).unwrap();
+    assert!(line.contains("is mounted in"), "{line}");
+    for _ in 0..2 {
+        // A second signal would end the process at once.
+        send("-HUP", &child);
+        has_no_pending_signal(&child);
+        fs::write(at.join("file"), "text").unwrap();
+    }
+    send("-TERM", &child);
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    sound(&uri);
+    // The commands that change something do the same.
+    let mut child = behind_nohup(&["cp", &uri, "-", ":/copied"]);
+    let mut input = child.stdin.take().unwrap();
+    input.write_all(&vec![1; 8 << 20]).unwrap();
+    send("-HUP", &child);
+    has_no_pending_signal(&child);
+    input.write_all(b"end").unwrap();
+    drop(input);
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_eq!(ok(&["cat", &uri, "/copied"]).len(), (8 << 20) + 3);
 }
 
 #[test]
