@@ -9,11 +9,12 @@ mod tests;
 mod tree;
 mod unsynced;
 
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -78,6 +79,7 @@ enum End {
 
 fn mount(args: &MountArgs) -> Result<(), Failure> {
     let owner = check_dir(&args.dir)?;
+    check_fuse(owner.0).map_err(|e| not_mounted(&args.dir, &e))?;
     let mut opts = MountOptions::default();
     opts.cache_bytes = CACHE_BYTES;
     opts.read_only = args.read_only;
@@ -129,6 +131,36 @@ fn check_dir(dir: &Path) -> Result<(u32, u32), Failure> {
     // Of this process: there is a directory of its own for it in /proc.
     let own = fs::metadata("/proc/self").map_err(|e| Failure::from(format!("/proc/self: {e}")))?;
     Ok((own.uid(), own.gid()))
+}
+
+/// Checks that this process, of the user `uid`, can use FUSE, before anything is changed.
+fn check_fuse(uid: u32) -> io::Result<()> {
+    fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse")?;
+    if uid == 0 {
+        // Root mounts by itself.
+        return Ok(());
+    }
+    let named = std::env::var_os("FUSERMOUNT_PATH");
+    let programs = match named {
+        Some(program) => vec![program],
+        None => vec!["fusermount3".into(), "fusermount".into()],
+    };
+    let runs = |program: OsString| {
+        let mut version = Command::new(program);
+        version
+            .arg("-V")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        version.status().map(drop)
+    };
+    programs
+        .into_iter()
+        .map(runs)
+        .reduce(io::Result::or)
+        .unwrap_or(Ok(()))
 }
 
 /// Reports the first signal that is not ignored to `events`. A second one ends the process at once.
@@ -248,8 +280,8 @@ fn config(args: &MountArgs) -> Config {
 fn not_mounted(dir: &Path, e: &io::Error) -> Failure {
     let advice = match e.kind() {
         io::ErrorKind::NotFound => {
-            "is there a /dev/fuse? `modprobe fuse` makes it, and a container needs `--device /dev/fuse`; \
-             users other than root need fusermount3 (package fuse3)"
+            "is there a /dev/fuse? `modprobe fuse` makes it, and a container needs \
+             `--device /dev/fuse --cap-add SYS_ADMIN`; users other than root need fusermount3 (package fuse3)"
         }
         io::ErrorKind::PermissionDenied => {
             "a container needs `--device /dev/fuse --cap-add SYS_ADMIN`; for users other than root, \

@@ -13,7 +13,7 @@ mod mounted;
 mod tool;
 
 use mounted::{Mounted, can_mount, image, sound};
-use tool::ok;
+use tool::{ok, pumice};
 
 /// Longest wait for what takes no time.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -123,6 +123,50 @@ fn a_signal_that_was_ignored_stays_ignored() {
     drop(input);
     assert_eq!(child.wait().unwrap().code(), Some(0));
     assert_eq!(ok(&["cat", &uri, "/copied"]).len(), (8 << 20) + 3);
+}
+
+#[test]
+fn an_image_stays_as_it_is_where_nothing_can_be_mounted() {
+    let name = "an_image_stays_as_it_is_where_nothing_can_be_mounted";
+    if !can_mount(name) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let uri = image(dir.path(), "64M");
+    let at = dir.path().join("mnt");
+    let mut killed = Mounted::new(&uri, &at, &[]);
+    fs::write(at.join("file"), "text").unwrap();
+    killed.signal("-KILL");
+    killed.wait();
+    drop(killed);
+    let before = fs::read(&uri).unwrap();
+    // Without a /dev/fuse.
+    let output = Command::new("unshare")
+        .args([
+            "-m",
+            "sh",
+            "-c",
+            "mount -t tmpfs none /dev && echo hidden && exec \"$0\" \"$@\"",
+        ])
+        .arg(env!("CARGO_BIN_EXE_pumice"))
+        .args(["mount", &uri, at.to_str().unwrap()])
+        .output();
+    let output = match output {
+        Ok(output) if output.stdout.starts_with(b"hidden") => output,
+        _ => {
+            println!("skipped: {name}: /dev cannot be hidden");
+            return;
+        }
+    };
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(
+        text.contains("--device /dev/fuse --cap-add SYS_ADMIN"),
+        "{text}"
+    );
+    assert!(fs::read(&uri).unwrap() == before);
+    let fsck = pumice(&["fsck", &uri]);
+    assert_ne!(fsck.status.code(), Some(2), "{fsck:?}");
 }
 
 #[test]
