@@ -230,12 +230,12 @@ pub fn mounted<R>(
     on_device(uri, dev, &opts, f)
 }
 
-fn on_device<R>(
+/// Mounts. Problems that are found go to standard error.
+pub fn mount_device(
     uri: &str,
     dev: Arc<dyn BlockDevice>,
     opts: &MountOptions,
-    f: impl FnOnce(&FileSystem) -> Result<R, Failure>,
-) -> Result<R, Failure> {
+) -> Result<FileSystem, Failure> {
     let fs = FileSystem::mount(dev, opts).map_err(|e| match e {
         FsError::Damaged { .. } => Failure(format!(
             "{e}; this command's option for that is --accept-damage, and `pumice rescue` copies what can be read"
@@ -251,6 +251,16 @@ fn on_device<R>(
              the next mount for writing puts it in place, or says why not"
         );
     }
+    Ok(fs)
+}
+
+fn on_device<R>(
+    uri: &str,
+    dev: Arc<dyn BlockDevice>,
+    opts: &MountOptions,
+    f: impl FnOnce(&FileSystem) -> Result<R, Failure>,
+) -> Result<R, Failure> {
+    let fs = mount_device(uri, dev, opts)?;
     let result = f(&fs);
     let unmounted = fs.unmount();
     let value = result?;

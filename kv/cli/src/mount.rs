@@ -27,7 +27,7 @@ use pumice_blobfs::fs::{FileSystem, FsError, MountOptions};
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
-use crate::files::{Change, Failure, fail, open_to_read};
+use crate::files::{Change, Failure, fail, mount_device, open_to_read};
 use crate::signals::not_ignored;
 use kernel::Kernel;
 use tree::Tree;
@@ -55,7 +55,7 @@ pub struct MountArgs {
     /// An empty directory, in which the files appear
     dir: PathBuf,
     /// Change nothing; other readers may have the device at the same time
-    #[arg(short, long)]
+    #[arg(short, long, conflicts_with = "accept_damage")]
     read_only: bool,
     /// Let other users in, too, as far as the permission bits allow
     #[arg(long)]
@@ -91,10 +91,7 @@ fn mount(args: &MountArgs) -> Result<(), Failure> {
     } else {
         pumice_bdev::open(&args.uri)?
     };
-    let fs = FileSystem::mount(dev, &opts)?;
-    for problem in fs.problems() {
-        complain!("pumice: {}: {problem}", args.uri);
-    }
+    let fs = mount_device(&args.uri, dev, &opts)?;
     let served = serve(args, &fs, owner, events, &ends);
     let unmounted = unmount(&fs);
     served.and(unmounted)

@@ -85,6 +85,8 @@ fn what_cannot_be_mounted_is_refused_with_what_to_do() {
     fs::remove_file(at.join("file")).unwrap();
     let none = dir.path().join("none.img");
     refused(&["mount", none.to_str().unwrap(), to]);
+    let both = pumice(&["mount", "--read-only", "--accept-damage", &uri, to]);
+    assert_eq!(both.status.code(), Some(2), "{both:?}");
     // A device has one writer.
     let mounted = Mounted::new(&uri, &at, &[]);
     let other = dir.path().join("other");
