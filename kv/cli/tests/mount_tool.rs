@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, FileTimes, OpenOptions, Permissions};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -294,6 +294,62 @@ fn errors_have_the_numbers_of_a_kernel_file_system() {
     };
     assert_eq!(no_replace("g", "d/f"), Err(nix::errno::Errno::EEXIST));
     no_replace("g", "h").unwrap();
+    m.unmount(&uri);
+}
+
+#[test]
+fn what_is_not_supported_has_the_number_of_the_documents_table() {
+    if !can_mount("what_is_not_supported_has_the_number_of_the_documents_table") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let uri = image(dir.path(), "64M");
+    let m = Mounted::new(&uri, &dir.path().join("mnt"), &[]);
+    fs::create_dir(m.at.join("d")).unwrap();
+    fs::write(m.at.join("d/f"), "").unwrap();
+    fs::write(m.at.join("d/g"), "").unwrap();
+    let tmpfile = File::options()
+        .write(true)
+        .custom_flags(libc::O_TMPFILE)
+        .open(&m.at);
+    assert_eq!(errno(tmpfile), Some(libc::EOPNOTSUPP));
+    let python = "import os, fcntl, sys\n\
+        def number(f):\n try: f()\n except OSError as e: return e.errno\n\
+        d = os.open('d/f', os.O_RDWR)\n\
+        print(*map(number, [\n\
+        lambda: os.setxattr('d/f', 'user.a', b'x'), lambda: os.getxattr('d/f', 'user.a'),\n\
+        lambda: os.listxattr('d/f'), lambda: os.removexattr('d/f', 'user.a'),\n\
+        lambda: fcntl.ioctl(d, 0x40041234, b'1234')]))";
+    let asked = Command::new("python3")
+        .args(["-c", python])
+        .current_dir(&m.at)
+        .output();
+    match asked {
+        Ok(output) => {
+            let unsupported = libc::EOPNOTSUPP;
+            let expected = format!(
+                "{unsupported} {unsupported} {unsupported} {unsupported} {}\n",
+                libc::ENOTTY
+            );
+            assert_eq!(
+                String::from_utf8_lossy(&output.stdout),
+                expected,
+                "{output:?}"
+            );
+        }
+        Err(_) => println!("skipped: python3 in mount_tool: there is none"),
+    }
+    for flags in [RenameFlags::RENAME_EXCHANGE, RenameFlags::RENAME_WHITEOUT] {
+        let cwd = nix::fcntl::AT_FDCWD;
+        let renamed = renameat2(cwd, &m.at.join("d/f"), cwd, &m.at.join("d/g"), flags);
+        assert_eq!(renamed, Err(nix::errno::Errno::EINVAL));
+    }
+    // The time of the inode's last change is that of its bytes.
+    let file = File::options().write(true).open(m.at.join("d/f")).unwrap();
+    let then = UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    file.set_times(FileTimes::new().set_modified(then)).unwrap();
+    assert_eq!(file.metadata().unwrap().ctime(), 1_000_000_000);
+    drop(file);
     m.unmount(&uri);
 }
 

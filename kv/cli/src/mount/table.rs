@@ -2,8 +2,10 @@
 //!
 //! The number of a file or directory is the id of its blob, so it is the same after the next mount. A blob's id may be used
 //! again while the kernel still knows the number of a deleted file: the new file then gets the id with other high bits.
+//! A directory that has no blob, since only the names in it imply it, gets a hash of its path.
 
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
 /// The number of the root directory, as FUSE has it.
 pub const ROOT: u64 = 1;
@@ -19,8 +21,6 @@ pub struct Table<H> {
     files: HashMap<u64, u64>,
     /// From paths of directories to numbers.
     dirs: HashMap<String, u64>,
-    /// Number of directories without a blob that were given a number.
-    implied: u64,
 }
 
 struct Node<H> {
@@ -61,7 +61,6 @@ impl<H: Clone> Table<H> {
             nodes: HashMap::from([(ROOT, root)]),
             files: HashMap::new(),
             dirs: HashMap::from([("/".to_owned(), ROOT)]),
-            implied: 0,
         }
     }
 
@@ -89,8 +88,19 @@ impl<H: Clone> Table<H> {
         let known = self.dirs.get(path).copied();
         known.unwrap_or_else(|| match blob {
             Some(blob) => self.free_number(blob),
-            None => IMPLIED | self.implied,
+            None => self.implied_number(path),
         })
+    }
+
+    fn implied_number(&self, path: &str) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        path.hash(&mut hasher);
+        let hash = hasher.finish();
+        let nth = |n: u64| IMPLIED | hash.wrapping_add(n) & (IMPLIED - 1);
+        let mut numbers = (0..).map(nth);
+        numbers
+            .find(|number| !self.nodes.contains_key(number))
+            .unwrap_or(IMPLIED)
     }
 
     fn free_number(&self, blob: u64) -> u64 {
@@ -128,9 +138,7 @@ impl<H: Clone> Table<H> {
             kind: NodeKind::Dir,
         });
         node.lookups += 1;
-        if self.dirs.insert(path.to_owned(), number).is_none() && blob.is_none() {
-            self.implied += 1;
-        }
+        self.dirs.insert(path.to_owned(), number);
         number
     }
 
@@ -346,6 +354,17 @@ mod tests {
         table.forget(beside, 1);
         table.forget(replaced, 1);
         assert_eq!(table.len(), 1);
-        assert_ne!(table.enter_dir("/x", None), implied, "not used again");
+    }
+
+    #[test]
+    fn directories_without_a_blob_have_different_numbers_before_the_kernel_knows_them() {
+        let mut table = Table::<u32>::new();
+        let listed = [table.dir_number("/a", None), table.dir_number("/b", None)];
+        assert_ne!(listed[0], listed[1]);
+        assert_eq!(table.enter_dir("/b", None), listed[1]);
+        assert_eq!(table.enter_dir("/a", None), listed[0]);
+        // A new one at the path of one that the kernel still knows is another.
+        table.dir_removed("/a");
+        assert_ne!(table.enter_dir("/a", None), listed[0]);
     }
 }
