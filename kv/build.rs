@@ -8,9 +8,8 @@ use std::process::Command;
 
 /// Returns a value that the build script of a direct dependency has set.
 fn told(variable: &str) -> PathBuf {
-    env::var_os(variable)
-        .map(PathBuf::from)
-        .unwrap_or_else(|| panic!("no dependency has told {variable}"))
+    let told = env::var_os(variable);
+    PathBuf::from(told.unwrap_or_else(|| panic!("no dependency has told {variable}")))
 }
 
 /// Returns the shim's sources: those of the plugin, and the one for programs in Rust.
