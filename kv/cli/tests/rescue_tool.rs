@@ -249,7 +249,7 @@ fn a_repair_says_first_what_it_gives_up() {
     {
         Ok(_) => commands.push(mount.to_vec()),
         Err(e) => {
-            println!("skipped: mount in a_repair_says_first_what_it_gives_up: /dev/fuse: {e}")
+            println!("skipped: mount in a_repair_says_first_what_it_gives_up: /dev/fuse: {e}");
         }
     }
     for command in commands {

@@ -101,7 +101,7 @@ fn read_with<R>(
              the next mount for writing puts it in place, or says why not",
         );
     }
-    closed(db, f)
+    closed(&db, f)
 }
 
 /// Opens the database with its own options and calls `f`, if `check` finds nothing wrong before.
@@ -118,7 +118,7 @@ pub fn changing<R>(
             .path(&place.path)
             .configure(|options| options.create_if_missing(create))
             .try_load_options();
-        closed(options.open_in(fs)?, f)
+        closed(&options.open_in(fs)?, f)
     })
 }
 
@@ -157,8 +157,8 @@ fn found<'a>(
     Ok(Unopened { fs, path, families })
 }
 
-fn closed<R>(db: Db, f: impl FnOnce(&Db) -> Result<R, DbFailure>) -> Result<R, DbFailure> {
-    let result = f(&db);
+fn closed<R>(db: &Db, f: impl FnOnce(&Db) -> Result<R, DbFailure>) -> Result<R, DbFailure> {
+    let result = f(db);
     let closed = db.close();
     let value = result?;
     closed?;
