@@ -40,8 +40,10 @@ fn its_tests_run_on_an_image() {
         "readrandom",
         "readwhilewriting",
         "fwdrange",
-        "mergerandom",
         "multireadrandom",
+        // The last one: RocksDB's MultiGet crashes, on the kernel's file system too, where tables have merge operands and no merge
+        // operator is given.
+        "mergerandom",
     ] {
         let run = Command::new("bash")
             .arg(script())

@@ -27,7 +27,12 @@ fn used(uri: &str) -> u64 {
 
 /// Starts a copy from standard input that has read a large part of its input and waits for more.
 fn in_the_middle(args: &[&str]) -> Child {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_pumice"))
+    // The test may run with a signal ignored, as below nohup.
+    let mut child = Command::new("env")
+        .args([
+            "--default-signal=HUP,INT,TERM",
+            env!("CARGO_BIN_EXE_pumice"),
+        ])
         .args(args)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
