@@ -36,7 +36,11 @@ impl Overwriter {
             let mut tail = ino.tail.lock();
             let len = ino.len();
             let kept = self.write_locked(ino, &mut tail, off, data)?;
-            if off + data.len() as u64 > len {
+            // Empty data changes nothing, not even beyond the end.
+            if data.is_empty() {
+                return Ok(());
+            }
+            if ino.len() > len {
                 room.note(ino, &mut tail, len, off, data);
             } else {
                 room.note_inside(ino, &mut tail, off, data, kept);

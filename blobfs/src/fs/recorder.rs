@@ -79,6 +79,8 @@ impl Recorder {
     fn record_oldest(&self) {
         let log = &*self.log;
         let Some((at, ino)) = log.oldest() else {
+            // Others have taken the room, and have not written yet.
+            std::thread::sleep(Duration::from_millis(1));
             return;
         };
         if !self.names.hold(&ino) {

@@ -193,7 +193,7 @@ fn needed(changes: &[Placed], mut len: u64) -> Option<u64> {
     let cut = changes.iter().rposition(|(_, what)| is_cut(what));
     for (index, (_, what)) in changes.iter().enumerate() {
         let (begins, ends) = match what {
-            What::Bytes { off, data } => (*off, off + data.len() as u64),
+            What::Bytes { off, data } => (*off, off.saturating_add(data.len() as u64)),
             What::Zeroes { old_len, new_len } => (*old_len, *new_len),
             What::Cut { len: cut } => (0, len.min(*cut)),
             What::Placed { len, .. } => (0, *len),

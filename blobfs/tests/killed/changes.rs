@@ -68,6 +68,7 @@ pub fn every_kind(fs: &FileSystem) {
     gap.append(b"begin").unwrap();
     gap.write_at(9 << 20, b"end").unwrap();
     gap.truncate(10 << 20).unwrap();
+    gap.write_at(11 << 20, b"").unwrap();
     // A name that another file gets, whose blob has the number of a deleted one.
     open("/deleted").append(&bytes(70_000, 6)).unwrap();
     fs.unlink("/deleted").unwrap();
