@@ -78,6 +78,11 @@ pub(crate) struct ShmLog {
     making: Mutex<()>,
 }
 
+/// Returns the length of a log, a power of two, where this much memory may be used for it.
+fn ring_bytes(memory: usize) -> usize {
+    1 << MOST_BYTES.min(memory).max(4096).ilog2()
+}
+
 /// Returns the bytes that the entries of a write of `data` bytes take at most, with `marks` entries without data.
 pub(super) fn room_for(data: usize, marks: u64) -> u64 {
     entry_bytes(data) + (marks + (data / PIECE) as u64) * entry_bytes(0)
@@ -108,7 +113,7 @@ impl ShmLog {
             vol: Arc::clone(vol),
             presence: AtomicCell::new(Presence::Off),
             place: host_name.filter(|_| wanted).map(place_of),
-            bytes: MOST_BYTES.min(super::memory::default_behind_bytes()),
+            bytes: ring_bytes(super::memory::default_behind_bytes()),
             used: AtomicU64::new(0),
             state: Mutex::default(),
             making: Mutex::default(),
@@ -411,5 +416,37 @@ impl Room<'_> {
     fn spend(&mut self, ino: &Arc<Inode>, tail: &mut Tail, what: &What<&[u8]>) {
         self.bytes -= what.entry_bytes();
         self.log.push(ino, tail, what);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The ring has as many bytes as the log counts with, whatever memory there is.
+    #[test]
+    fn a_log_is_as_long_as_its_ring() {
+        for (memory, bytes) in [
+            (4 << 20, 4 << 20),
+            (6_700_000, 4 << 20),
+            (33 << 20, 16 << 20),
+        ] {
+            assert_eq!(ring_bytes(memory), bytes);
+            let dir = tempfile::tempdir().unwrap();
+            let ring = ShmRing::create(&dir.path().join("log"), 1, bytes).unwrap();
+            assert_eq!(ring.capacity(), bytes as u64);
+        }
+    }
+
+    #[test]
+    fn the_room_of_a_write_is_enough_for_its_pieces() {
+        for data in [0, 1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE, 5 * PIECE + 7] {
+            let bytes = vec![0; data];
+            let pieces: u64 = bytes
+                .chunks(PIECE)
+                .map(|piece| entry_bytes(piece.len()))
+                .sum();
+            assert!(pieces <= room_for(data, 0), "{data}");
+        }
     }
 }

@@ -151,17 +151,17 @@ pub(super) struct ShmRing {
 }
 
 impl ShmRing {
-    /// Makes an empty ring of `bytes` bytes, rounded down to a power of two.
+    /// Makes an empty ring of `bytes` bytes, a power of two.
     pub fn create(path: &Path, session: u64, bytes: usize) -> io::Result<ShmRing> {
-        let mask = (1 << bytes.max(8).ilog2()) - 1;
-        let memory = SharedMemory::create(path, WORDS_BYTES + mask + 1)?;
+        assert!(bytes.is_power_of_two());
+        let memory = SharedMemory::create(path, WORDS_BYTES + bytes)?;
         memory.word(WORD_SESSION).store(session, Ordering::Relaxed);
         memory.word(WORD_MAGIC).store(MAGIC, Ordering::Release);
         Ok(ShmRing {
             memory,
             head: 0,
             tail: 0,
-            mask: mask as u64,
+            mask: bytes as u64 - 1,
         })
     }
 
@@ -175,7 +175,7 @@ impl ShmRing {
         let (head, tail) = (word(WORD_HEAD), word(WORD_TAIL));
         let its = word(WORD_MAGIC) == MAGIC && word(WORD_SESSION) == session && session != 0;
         let used = head.checked_sub(tail);
-        let bytes = memory.len() as u64;
+        let bytes = memory.num_bytes() as u64;
         let fits = used.is_some_and(|used| used <= bytes)
             && tail.is_multiple_of(8)
             && bytes.is_power_of_two();
@@ -188,6 +188,11 @@ impl ShmRing {
             tail,
             mask: bytes - 1,
         }))
+    }
+
+    /// Number of bytes that entries may take.
+    pub fn capacity(&self) -> u64 {
+        self.mask + 1
     }
 
     /// The position of the next entry.
@@ -211,7 +216,7 @@ impl ShmRing {
     pub fn push(&mut self, blob: u64, what: &What<&[u8]>) -> Option<u64> {
         let data = what.data();
         let (at, len) = (self.head, entry_bytes(data.len()));
-        if at - self.tail + len > self.mask + 1 {
+        if at - self.tail + len > self.capacity() {
             return None;
         }
         let (kind, first, second) = what.encode();
@@ -262,7 +267,7 @@ impl ShmRing {
     #[expect(clippy::cast_possible_truncation, reason = "a position in memory")]
     fn split(&self, at: u64, len: usize) -> (usize, usize) {
         let start = at & self.mask;
-        (start as usize, len.min((self.mask + 1 - start) as usize))
+        (start as usize, len.min((self.capacity() - start) as usize))
     }
 
     /// Reads all entries, from the oldest on.

@@ -62,21 +62,7 @@ impl DeviceMapping {
         if len == 0 {
             return Err(invalid());
         }
-        // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                fd.as_raw_fd(),
-                offset,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let base = NonNull::new(base.cast::<u8>()).ok_or_else(invalid)?;
+        let base = map_shared(fd, offset, len)?;
         let mapping = Arc::new(DeviceMapping {
             base,
             len,
@@ -168,6 +154,25 @@ impl Drop for DeviceMapping {
         // reference to it.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
     }
+}
+
+/// Maps `len` bytes of a file, to be read and written, where the kernel likes.
+fn map_shared(fd: BorrowedFd<'_>, offset: libc::off_t, len: usize) -> io::Result<NonNull<u8>> {
+    // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
+    let base = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED,
+            fd.as_raw_fd(),
+            offset,
+        )
+    };
+    if base == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    NonNull::new(base.cast::<u8>()).ok_or_else(|| io::ErrorKind::InvalidInput.into())
 }
 
 /// Makes a file of `len` zeroes in memory, to be shared with another process, which cannot change

@@ -1,7 +1,7 @@
 //! A named file in memory, mapped, that is left when the process is killed.
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
@@ -82,21 +82,7 @@ impl SharedMemory {
         if len <= WORDS_LEN {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                file.as_raw_fd(),
-                0,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let base = NonNull::new(base.cast::<u8>()).ok_or(io::ErrorKind::InvalidInput)?;
+        let base = super::map_shared(file.as_fd(), 0, len)?;
         let memory = SharedMemory {
             path: path.to_owned(),
             base,
@@ -112,13 +98,8 @@ impl SharedMemory {
 
     /// Number of bytes behind the words.
     #[inline]
-    pub fn len(&self) -> usize {
+    pub fn num_bytes(&self) -> usize {
         self.len - WORDS_LEN
-    }
-
-    /// Whether there are no bytes, which is never so.
-    pub fn is_empty(&self) -> bool {
-        false
     }
 
     /// Returns the word at `index`, one of 512.
@@ -139,9 +120,10 @@ impl SharedMemory {
     /// Panics if they are not there, or in a forked child.
     #[inline]
     pub fn bytes_mut(&mut self, at: usize, len: usize) -> &mut [u8] {
-        assert!(at <= self.len() && len <= self.len() - at && self.birth.is_here());
+        assert!(at <= self.num_bytes() && len <= self.num_bytes() - at && self.birth.is_here());
         // SAFETY: the range lies behind the words and inside the mapping, which lives as long as `self`, and `&mut self` excludes
-        // every other access of this process.
+        // every other access of this process. Another one could only map it if it were of the same user and took the file for its own:
+        // the file has the name of a device that this process holds for itself.
         unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr().add(WORDS_LEN + at), len) }
     }
 
@@ -150,7 +132,9 @@ impl SharedMemory {
     /// # Panics
     /// Panics if they are not there, or in a forked child.
     pub fn read(&self, at: usize, out: &mut [u8]) {
-        assert!(at <= self.len() && out.len() <= self.len() - at && self.birth.is_here());
+        assert!(
+            at <= self.num_bytes() && out.len() <= self.num_bytes() - at && self.birth.is_here()
+        );
         // SAFETY: as in `bytes_mut`; `&self` excludes writes, and `out` is memory of another kind.
         unsafe {
             let from = self.base.as_ptr().add(WORDS_LEN + at);
@@ -198,7 +182,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("log");
         let mut memory = SharedMemory::create(&path, 8192).expect("made");
-        assert_eq!(memory.len(), 4096);
+        assert_eq!(memory.num_bytes(), 4096);
         memory.word(511).store(7, Ordering::Release);
         memory.bytes_mut(4093, 3).copy_from_slice(&[1, 2, 3]);
         assert!(SharedMemory::create(&path, 8192).is_err(), "it exists");
