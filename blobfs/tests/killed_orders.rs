@@ -100,6 +100,51 @@ fn bytes_are_kept_until_they_are_in_their_place() {
     std::mem::forget((killed, file));
 }
 
+/// Bytes that were placed and then cut off are not needed any more, nor their clusters.
+#[test]
+fn a_file_that_is_cut_after_it_was_placed_keeps_the_rest() {
+    for (cut, more) in [(5 << 20, 0), ((8 << 20) + 5, 100), (0, 7), (300, 70_000)] {
+        let (base, _device) = formatted();
+        let name = name("cut");
+        let killed = mount(Named::on(Arc::clone(&base), &name));
+        let file = killed.open("/file", OpenOptions::CREATE).unwrap();
+        // It is too long for the log, so it is placed.
+        file.append(&bytes(9 << 20, 1)).unwrap();
+        file.append(b"behind it").unwrap();
+        file.truncate(cut as u64).unwrap();
+        file.append(&bytes(more, 2)).unwrap();
+        std::mem::forget((killed, file));
+        let fs = mount(Named::on(base, &name));
+        let expected = [&bytes(9 << 20, 1)[..cut], &bytes(more, 2)].concat();
+        assert!(contents(&fs, "/file") == expected, "cut to {cut}");
+    }
+}
+
+/// What a cut has freed belongs to another file, so that there is no space to do again what came before the cut.
+#[test]
+fn a_full_device_has_room_for_what_was_not_synced() {
+    let (base, _device) = formatted();
+    let name = name("full");
+    let killed = mount(Named::on(Arc::clone(&base), &name));
+    let cut = killed.open("/cut", OpenOptions::CREATE).unwrap();
+    for n in 0..20 {
+        cut.append(&bytes(1 << 20, n)).unwrap();
+    }
+    cut.truncate(0).unwrap();
+    cut.append(b"short").unwrap();
+    let big = killed.open("/big", OpenOptions::CREATE).unwrap();
+    let len = usize::try_from(killed.free_bytes() / (1 << 20) - 2).unwrap();
+    assert!(len > 30);
+    for n in 0..len {
+        big.append(&bytes(1 << 20, n as u8)).unwrap();
+    }
+    std::mem::forget((killed, cut, big));
+    let fs = mount(Named::on(base, &name));
+    assert_eq!(contents(&fs, "/cut"), b"short");
+    let expected: Vec<u8> = (0..len).flat_map(|n| bytes(1 << 20, n as u8)).collect();
+    assert!(contents(&fs, "/big") == expected);
+}
+
 /// A kill leaves bytes in the device's cache. The mount that puts the log in place has a power cut, which loses the log too: a
 /// length covers only bytes that are there.
 #[test]

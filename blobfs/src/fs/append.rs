@@ -51,7 +51,7 @@ impl Appender {
     pub fn append(&self, ino: &Arc<Inode>, data: &[u8]) -> Result<()> {
         // In a forked child the buffer is the parent's memory.
         self.vol.check_fork()?;
-        let mut room = self.recorder.room(data.len());
+        let mut room = self.recorder.room_to_append(data.len());
         {
             let mut tail = ino.tail.lock();
             let len = ino.len();

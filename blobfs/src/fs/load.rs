@@ -22,7 +22,7 @@ use super::names::{Dir, Entry, Names, decode_names, encode_name, encode_names};
 use super::options::MountOptions;
 use super::path;
 use super::shm_log::ShmLog;
-use super::shm_replay;
+use super::shm_replay::{self, OnDevice};
 use super::volume::{Phase, Volume, store_error};
 use crate::blobstore::{
     Abilities, Blob, BlobId, Blobstore, BsType, Error as StoreError, LoadOptions, Persist, Spend,
@@ -64,6 +64,7 @@ struct Found {
     /// Whether names were changed in memory and have to be written.
     changed: bool,
     len: u64,
+    on_device: OnDevice,
     is_dir: bool,
     seq: u64,
     replaces: Option<u64>,
@@ -128,8 +129,8 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
     store.set_space_policy(super::space::POLICY);
     loader.read_blobs();
     let host_name = dev.host_name();
-    let lens = loader.found.iter().map(|f| (f.id.0, f.len)).collect();
-    let left = shm_replay::find(host_name.as_deref(), &store, &lens);
+    let files = loader.found.iter().map(|f| (f.id.0, f.on_device)).collect();
+    let left = shm_replay::find(host_name.as_deref(), &store, &files);
     loader.damage.extend(left.damage.iter().cloned());
     loader.problems.extend(left.damage.iter().cloned());
     if load.refuse_damage && !loader.damage.is_empty() {
@@ -173,7 +174,7 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
     if opts.read_only {
         core.hides_writes = left.show(&core);
     } else {
-        left.put_in_place(&core, host_name.as_deref())?;
+        left.put_in_place(&core)?;
         log.arm();
     }
     Ok(core)
@@ -325,6 +326,10 @@ impl Loader {
             names,
             changed: false,
             len: len.min(size),
+            on_device: OnDevice {
+                len: len.min(size),
+                allocated: size,
+            },
             is_dir,
             seq: blob
                 .xattr(xattr::SEQ)

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use super::error::FsError;
 use super::inode::Inode;
 use super::life::Lives;
 use super::names::Names;
@@ -27,14 +28,25 @@ pub(crate) struct Recorder {
 }
 
 impl Recorder {
-    /// Takes room for a write of `data` bytes, with no lock held. May write other files for it. Blocks.
-    #[inline]
+    /// Takes room for a write of `data` bytes at any place, or a truncation, with no lock held. May write other files for it.
+    /// Blocks.
     pub fn room(&self, data: usize) -> Room<'_> {
+        self.room_with(data, MARKS)
+    }
+
+    /// Takes room for an append of `data` bytes, as [`Recorder::room`] does.
+    #[inline]
+    pub fn room_to_append(&self, data: usize) -> Room<'_> {
+        self.room_with(data, 0)
+    }
+
+    #[inline]
+    fn room_with(&self, data: usize, marks: u64) -> Room<'_> {
         let log = &*self.log;
         if log.is_off() {
             return log.no_room();
         }
-        let bytes = room_for(data, MARKS);
+        let bytes = room_for(data, marks);
         if log.is_on()
             && bytes < LONG
             && log.used() < log.limit() / 4 * 3
@@ -68,25 +80,25 @@ impl Recorder {
             }
             // The turns come one after the other, and each frees something or ends the log.
             let _turn = self.turn.lock();
-            if log.used() + bytes > log.limit() {
-                self.record_oldest();
+            if log.used() + bytes > log.limit() && !self.record_oldest() {
+                return log.no_room();
             }
         }
     }
 
     /// Places the file with the oldest entry, or syncs it if nothing was written to it since it was placed. If that frees nothing,
-    /// there is no log from then on.
-    fn record_oldest(&self) {
+    /// there is no log from then on. Returns false if the mount is ending: it makes everything durable itself.
+    fn record_oldest(&self) -> bool {
         let log = &*self.log;
         let Some((at, ino)) = log.oldest() else {
             // Others have taken the room, and have not written yet.
             std::thread::sleep(Duration::from_millis(1));
-            return;
+            return true;
         };
         if !self.names.hold(&ino) {
             // It is being deleted, which needs no room here.
             std::thread::sleep(Duration::from_millis(1));
-            return;
+            return true;
         }
         let is_placed = ino.tail.lock().logged.is_placed;
         let done = if is_placed {
@@ -96,11 +108,13 @@ impl Recorder {
         };
         let stuck = log.oldest().is_some_and(|(first, _)| first == at);
         self.lives.close(&ino);
-        if let Err(error) = done {
-            log.give_up(&format!("{}: {error}", ino.path()));
-        } else if stuck {
-            log.give_up("nothing of it could be freed");
+        match done {
+            Err(FsError::Unmounted { .. }) => return false,
+            Err(error) => log.give_up(&format!("{}: {error}", ino.path())),
+            Ok(()) if stuck => log.give_up("nothing of it could be freed"),
+            Ok(()) => {}
         }
+        true
     }
 
     /// Places data that is too long for the log. The data is accepted in any case, so a failure is told by the next sync.

@@ -53,9 +53,9 @@ enum Presence {
     On,
 }
 
-/// Returns the name of the log of a device.
-pub(super) fn place_of(host_name: &str) -> PathBuf {
-    Path::new(DIRECTORY).join(format!("pumice-{host_name}"))
+/// Returns the name of the log of a device and a session.
+pub(super) fn place_of(host_name: &str, session: u64) -> PathBuf {
+    Path::new(DIRECTORY).join(format!("pumice-{host_name}-{session:016x}"))
 }
 
 #[derive(Default)]
@@ -69,7 +69,7 @@ struct LogState {
 pub(crate) struct ShmLog {
     vol: Arc<Volume>,
     presence: AtomicCell<Presence>,
-    place: Option<PathBuf>,
+    host_name: Option<String>,
     /// Bytes of the ring.
     bytes: usize,
     /// Bytes of entries that are there, or for which a writer has taken room.
@@ -112,7 +112,7 @@ impl ShmLog {
         ShmLog {
             vol: Arc::clone(vol),
             presence: AtomicCell::new(Presence::Off),
-            place: host_name.filter(|_| wanted).map(place_of),
+            host_name: host_name.filter(|_| wanted).map(str::to_owned),
             bytes: ring_bytes(super::memory::default_behind_bytes()),
             used: AtomicU64::new(0),
             state: Mutex::default(),
@@ -122,7 +122,7 @@ impl ShmLog {
 
     /// Lets the next write make the log.
     pub fn arm(&self) {
-        if self.place.is_some() {
+        if self.host_name.is_some() {
             self.presence.store(Presence::Unmade);
         }
     }
@@ -158,8 +158,11 @@ impl ShmLog {
         }
         let device = &self.vol.dev.info().name;
         let session = RandomState::new().hash_one(device.as_str()).max(1);
-        let Some(place) = &self.place else { return };
-        let made = ShmRing::create(place, session, self.bytes);
+        let Some(host_name) = &self.host_name else {
+            return;
+        };
+        let place = place_of(host_name, session);
+        let made = ShmRing::create(&place, session, self.bytes);
         let presence = match made.map(|ring| (ring, self.vol.store.set_session(session))) {
             Ok((ring, Ok(()))) => {
                 self.state.lock().ring = Some(ring);
@@ -190,7 +193,7 @@ impl ShmLog {
             tracing::warn!(
                 device,
                 why,
-                "what is not synced is lost from here on when the process is killed"
+                "what is not synced, of any file, is lost from here on when the process is killed"
             );
             ring.remove();
         }
@@ -344,9 +347,7 @@ impl ShmLog {
     /// Removes the log at the end of the mount, when everything is durable or given up. The device may keep the session if it
     /// fails: nothing is left that belongs to it.
     pub fn end(&self) {
-        if !self.is_on() {
-            return;
-        }
+        let _one = self.making.lock();
         self.presence.store(Presence::Off);
         let ring = {
             let mut state = self.state.lock();

@@ -6,117 +6,141 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
+use std::path::PathBuf;
 
 use super::core::Core;
 use super::error::Result;
 use super::inode::Inode;
 use super::shm_log::place_of;
 use super::shm_ring::{LogEntry, ShmRing, What};
-use super::shm_show::{lengthen, show};
+use super::shm_show::{Budget, lengthen, show};
 use super::volume::Phase;
 use crate::blobstore::Blobstore;
 
 /// A change at its position.
 type Placed = (u64, What<Vec<u8>>);
 
+/// A file as the device has it.
+#[derive(Clone, Copy)]
+pub(super) struct OnDevice {
+    pub len: u64,
+    /// Number of bytes that have clusters.
+    pub allocated: u64,
+}
+
 /// The log that a killed process has left.
 #[derive(Default)]
 pub(super) struct Left {
     ring: Option<ShmRing>,
+    /// Where the log of the device's session is, if it is there.
+    place: Option<PathBuf>,
     /// The changes of each blob, in their order.
     changes: BTreeMap<u64, Vec<What<Vec<u8>>>>,
     /// A line for each reason why the log cannot be used.
     pub damage: Vec<String>,
-    /// Whether there is a log that cannot be opened.
-    unreadable: bool,
 }
 
-/// Looks for the log of the store's session, and reads it. Changes nothing. `lens` has the lengths of the files, by their blobs.
-pub(super) fn find(host_name: Option<&str>, store: &Blobstore, lens: &HashMap<u64, u64>) -> Left {
+/// Looks for the log of the store's session, and reads it. Changes nothing. `files` has the files by their blobs.
+pub(super) fn find(
+    host_name: Option<&str>,
+    store: &Blobstore,
+    files: &HashMap<u64, OnDevice>,
+) -> Left {
     let super_block = store.super_block();
+    let session = super_block.session();
     let mut left = Left::default();
-    let Some(place) = host_name.map(place_of).filter(|_| !super_block.is_clean()) else {
+    let Some(place) = host_name
+        .filter(|_| session != 0)
+        .map(|name| place_of(name, session))
+    else {
         return left;
     };
-    match ShmRing::open(&place, super_block.session()) {
-        Ok(Some(ring)) => {
-            match ring.entries() {
-                Ok(entries) => left.order(entries, lens),
-                Err(why) => left.damage.push(format!(
-                    "the log in shared memory, {}, that a killed process has left: {why}",
-                    place.display()
-                )),
+    // After an orderly end, which another program may have made, the log says nothing of the store.
+    if !super_block.is_clean() {
+        let shown = place.display();
+        let found = ShmRing::open(&place, session).map_err(|error| error.to_string());
+        let found = found.and_then(|ring| match ring {
+            Some(ring) => ring.entries().map(|entries| Some((ring, entries))),
+            None => Ok(None),
+        });
+        match found {
+            Ok(None) => {}
+            Ok(Some((ring, entries))) => {
+                left.order(entries, files);
+                left.ring = Some(ring);
             }
-            left.ring = Some(ring);
-        }
-        Ok(None) => {}
-        Err(error) => {
-            let place = place.display();
-            tracing::warn!(%place, %error, "a log in shared memory cannot be read");
-            left.unreadable = true;
+            Err(why) => left.damage.push(format!(
+                "the log in shared memory, {shown}, that a killed process has left: {why}"
+            )),
         }
     }
+    left.place = Some(place);
     left
 }
 
 impl Left {
-    /// Sorts entries by blob, without those that the device has.
-    fn order(&mut self, entries: Vec<LogEntry>, lens: &HashMap<u64, u64>) {
+    /// Sorts entries by blob, without those that the device has or that later ones undo.
+    fn order(&mut self, entries: Vec<LogEntry>, files: &HashMap<u64, OnDevice>) {
         let mut changes: BTreeMap<u64, Vec<Placed>> = BTreeMap::new();
         let mut recorded: HashMap<u64, u64> = HashMap::new();
         for LogEntry { at, blob, what } in entries {
+            let all = changes.entry(blob).or_default();
             match what {
                 What::Gone => {
-                    changes.remove(&blob);
+                    all.clear();
                     recorded.remove(&blob);
                 }
                 What::Recorded { len, upto } => {
-                    changes
-                        .entry(blob)
-                        .or_default()
-                        .retain(|(at, _)| *at >= upto);
+                    all.retain(|(at, _)| *at >= upto);
                     recorded.insert(blob, len);
                 }
                 What::Placed { len, upto } => {
-                    let all = changes.entry(blob).or_default();
                     all.retain(|(at, _)| *at >= upto);
                     // It comes before what was written while it was made.
                     all.insert(0, (upto, What::Placed { len, upto }));
+                }
+                What::Cut { len } => {
+                    all.retain_mut(|(_, what)| clip(what, len));
+                    all.push((at, What::Cut { len }));
                 }
                 what => {
                     // The cut may have been made.
                     if matches!(what, What::Cutting { .. }) {
                         recorded.remove(&blob);
                     }
-                    changes.entry(blob).or_default().push((at, what));
+                    all.push((at, what));
                 }
             }
         }
-        for (blob, len) in lens {
-            let expected = recorded.get(blob).copied();
-            let begins = changes.get(blob).and_then(|all| needed(all, *len));
-            if let Some(expected) = expected.max(begins).filter(|expected| len < expected) {
+        for (blob, file) in files {
+            let Some(all) = changes.get_mut(blob) else {
+                continue;
+            };
+            let needs = fit(all, *file).max(recorded.get(blob).copied());
+            if let Some(needs) = needs.filter(|needs| file.len < *needs) {
                 self.damage.push(format!(
-                    "blob {blob:#x}: {len} bytes, where a killed process had synced {expected}: the device was set back, and \
-                     what its log in shared memory has does not belong to it"
+                    "blob {blob:#x}: {} bytes, where a killed process had {needs}: the device was set back, and what its log in \
+                     shared memory has does not belong to it",
+                    file.len
                 ));
             }
         }
-        let files = changes
+        let kept = changes
             .into_iter()
-            .filter(|(blob, all)| !all.is_empty() && lens.contains_key(blob));
-        self.changes = files
+            .filter(|(blob, all)| !all.is_empty() && files.contains_key(blob));
+        self.changes = kept
             .map(|(blob, all)| (blob, all.into_iter().map(|(_, what)| what).collect()))
             .collect();
     }
 
     /// Shows the changes in a mount that only reads. Returns whether some of them are not shown.
     pub fn show(&self, core: &Core) -> bool {
-        let mut hides = self.unreadable || !self.damage.is_empty();
+        let mut hides = !self.damage.is_empty();
+        let mut room = Budget::default();
         if self.damage.is_empty() {
             for ino in core.names.inodes() {
                 if let Some(changes) = self.changes.get(&ino.id.0)
-                    && let Err(error) = show(core, &ino, changes)
+                    && let Err(error) = show(core, &ino, changes, &mut room)
                 {
                     tracing::warn!(file = ino.path(), %error, "what a killed process had not synced is not shown");
                     hides = true;
@@ -131,13 +155,22 @@ impl Left {
     /// # Errors
     /// The mount has to end; the log is left for the next one. With `accept_damage` what cannot be put in place, or belongs to
     /// a damaged log, is lost.
-    pub fn put_in_place(self, core: &Core, host_name: Option<&str>) -> Result<()> {
+    pub fn put_in_place(self, core: &Core) -> Result<()> {
         let accept = core.vol.opts.accept_damage;
         if self.damage.is_empty() {
-            for ino in core.names.inodes() {
-                let Some(changes) = self.changes.get(&ino.id.0) else {
-                    continue;
-                };
+            let files: Vec<_> = core
+                .names
+                .inodes()
+                .into_iter()
+                .filter_map(|ino| Some((self.changes.get(&ino.id.0)?, ino)))
+                .collect();
+            // Bytes beyond a file's length are safe from other files only once it has its length.
+            for (changes, ino) in &files {
+                if let Some(What::Placed { len, .. }) = changes.first() {
+                    lengthen(ino, *len);
+                }
+            }
+            for (changes, ino) in files {
                 let done = changes
                     .iter()
                     .try_for_each(|what| redo(core, &ino, what))
@@ -168,22 +201,62 @@ impl Left {
                     .store_error("ending the session of a killed process", e)
             })?;
         }
-        self.remove(host_name);
+        self.remove();
         Ok(())
     }
 
-    /// Removes the log, or one that belongs to nothing.
-    fn remove(self, host_name: Option<&str>) {
+    /// Removes the log.
+    fn remove(self) {
         if let Some(ring) = self.ring {
             ring.remove();
-        } else if let Some(place) = host_name.map(place_of)
+        } else if let Some(place) = self.place
             && let Err(error) = std::fs::remove_file(&place)
             && error.kind() != io::ErrorKind::NotFound
         {
             let place = place.display();
-            tracing::warn!(%place, %error, "a log in shared memory that belongs to nothing cannot be removed");
+            tracing::warn!(%place, %error, "a log in shared memory that counts for nothing cannot be removed");
         }
     }
+}
+
+/// Takes from a change what a later cut to `len` has undone. Returns whether something is left of it.
+fn clip(what: &mut What<Vec<u8>>, len: u64) -> bool {
+    match what {
+        What::Bytes { off, data } => {
+            let left = usize::try_from(len.saturating_sub(*off)).unwrap_or(usize::MAX);
+            data.truncate(left);
+            !data.is_empty()
+        }
+        What::Zeroes { old_len, new_len } => {
+            *new_len = len.min(*new_len);
+            *old_len < *new_len
+        }
+        What::Placed { len: placed, .. } => {
+            *placed = len.min(*placed);
+            true
+        }
+        _ => true,
+    }
+}
+
+/// Makes a file's changes fit the clusters that it has, where a cut may have taken some, and returns the length that the file needs
+/// for them, if it has less and no cut or write that may be missing explains it.
+fn fit(changes: &mut [Placed], file: OnDevice) -> Option<u64> {
+    let cutting = changes.iter().find_map(|(_, what)| match what {
+        What::Cutting { len } => Some(*len),
+        _ => None,
+    });
+    if let Some((_, What::Placed { len, .. })) = changes.first_mut()
+        && *len > file.allocated
+    {
+        *len = cutting
+            .filter(|cut| *cut <= file.allocated)
+            .map_or(*len, |cut| cut.min(*len));
+        if *len > file.allocated {
+            return Some(*len);
+        }
+    }
+    needed(changes, file.len)
 }
 
 /// Returns the length that a file needs for its first change that begins past its end, if no later one explains that it has
@@ -221,9 +294,8 @@ fn redo(core: &Core, ino: &std::sync::Arc<Inode>, what: &What<Vec<u8>>) -> Resul
             core.truncater.truncate(ino, *new_len)
         }
         What::Cut { len: cut } if *cut < len => core.truncater.truncate(ino, *cut),
-        What::Placed { len: placed, .. } => {
-            lengthen(ino, *placed);
-            // The length must not be durable before the bytes that it covers.
+        What::Placed { .. } => {
+            // Its length is in memory already, and must not be durable before the bytes that it covers.
             let flushed = core.vol.store.flush();
             flushed.map_err(|e| core.vol.store_error(ino.path(), e))
         }

@@ -165,7 +165,10 @@ impl ShmRing {
         })
     }
 
-    /// Opens the ring that a killed process has left, if it belongs to `session`.
+    /// Opens the ring that a killed process has left, if there is one.
+    ///
+    /// # Errors
+    /// Fails if it cannot be opened, and with `InvalidData` if it does not belong to `session`.
     pub fn open(path: &Path, session: u64) -> io::Result<Option<ShmRing>> {
         let memory = match SharedMemory::open(path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -180,7 +183,7 @@ impl ShmRing {
             && tail.is_multiple_of(8)
             && bytes.is_power_of_two();
         if !its || !fits {
-            return Ok(None);
+            return Err(io::ErrorKind::InvalidData.into());
         }
         Ok(Some(ShmRing {
             memory,
@@ -400,7 +403,7 @@ mod tests {
             left.entries().unwrap()[0].what,
             What::Recorded { len: 7, upto: 40 }
         );
-        assert!(ShmRing::open(&dir.path().join("log"), 8).unwrap().is_none());
+        assert!(ShmRing::open(&dir.path().join("log"), 8).is_err());
         left.remove();
         assert!(ShmRing::open(&dir.path().join("log"), 9).unwrap().is_none());
     }

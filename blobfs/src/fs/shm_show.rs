@@ -14,8 +14,12 @@ use super::inode::Inode;
 use super::shm_ring::What;
 use super::tail::Tail;
 
-/// Most bytes of the regions of one file that are kept in memory for it.
-const MOST_BYTES: usize = 256 << 20;
+/// Most regions that a mount keeps in memory for it.
+const MOST_REGIONS: usize = (256 << 20) / REGION;
+
+/// The number of regions that are in memory for it, of all files.
+#[derive(Default)]
+pub(super) struct Budget(usize);
 
 /// A file as it will be, of which the changed regions are in memory.
 struct Shown<'a> {
@@ -25,19 +29,26 @@ struct Shown<'a> {
     /// The device's bytes count below this.
     valid: u64,
     regions: BTreeMap<usize, Vec<u8>>,
+    budget: &'a mut Budget,
 }
 
 /// Shows a file with these changes.
 ///
 /// # Errors
 /// A part is not shown then: there is no memory for it, or the device fails.
-pub(super) fn show(core: &Core, ino: &Arc<Inode>, changes: &[What<Vec<u8>>]) -> Result<()> {
+pub(super) fn show(
+    core: &Core,
+    ino: &Arc<Inode>,
+    changes: &[What<Vec<u8>>],
+    budget: &mut Budget,
+) -> Result<()> {
     let mut shown = Shown {
         core,
         ino,
         len: ino.len(),
         valid: ino.len(),
         regions: BTreeMap::new(),
+        budget,
     };
     for what in changes {
         match what {
@@ -57,7 +68,7 @@ pub(super) fn show(core: &Core, ino: &Arc<Inode>, changes: &[What<Vec<u8>>]) -> 
     shown.install()
 }
 
-/// Gives a file the length that its clusters have bytes for, if it has less. A cut that was made afterwards has taken clusters away.
+/// Gives a file the length that its clusters have bytes for, if it has less.
 pub(super) fn lengthen(ino: &Inode, len: u64) {
     let mut tail = ino.tail.lock();
     let old = ino.len();
@@ -73,8 +84,9 @@ impl Shown<'_> {
     /// Returns the bytes of a region.
     fn region(&mut self, region: usize) -> Result<&mut [u8]> {
         if !self.regions.contains_key(&region) {
-            if (self.regions.len() + 1) * REGION > MOST_BYTES {
-                let why = "too much of it is in shared memory to be shown";
+            self.budget.0 += 1;
+            if self.budget.0 > MOST_REGIONS {
+                let why = "there is more in shared memory than can be shown";
                 return Err(FsError::invalid(&self.ino.path(), why));
             }
             let base = region as u64 * REGION as u64;
