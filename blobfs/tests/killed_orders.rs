@@ -123,26 +123,39 @@ fn a_file_that_is_cut_after_it_was_placed_keeps_the_rest() {
 /// What a cut has freed belongs to another file, so that there is no space to do again what came before the cut.
 #[test]
 fn a_full_device_has_room_for_what_was_not_synced() {
-    let (base, _device) = formatted();
-    let name = name("full");
-    let killed = mount(Named::on(Arc::clone(&base), &name));
-    let cut = killed.open("/cut", OpenOptions::CREATE).unwrap();
-    for n in 0..20 {
-        cut.append(&bytes(1 << 20, n)).unwrap();
+    const MIB: usize = 1 << 20;
+    // The first is placed, as what comes after it does not fit into the log; the second is not.
+    for (first, left) in [(20, 0), (3, 4)] {
+        let (base, _device) = formatted();
+        let name = name("full");
+        let killed = mount(Named::on(Arc::clone(&base), &name));
+        let open = |path: &str| killed.open(path, OpenOptions::CREATE).unwrap();
+        if left > 0 {
+            let filler = open("/filler");
+            filler
+                .append(&bytes(
+                    usize::try_from(killed.free_bytes()).unwrap() - left * MIB,
+                    1,
+                ))
+                .unwrap();
+            filler.sync().unwrap();
+        }
+        let (cut, big) = (open("/cut"), open("/big"));
+        for n in 0..first {
+            cut.append(&bytes(MIB, n)).unwrap();
+        }
+        cut.truncate(0).unwrap();
+        cut.append(b"short").unwrap();
+        let len = usize::try_from(killed.free_bytes()).unwrap() / MIB - usize::from(left == 0);
+        let parts = || (0..=250).cycle().take(len).map(|n| bytes(MIB, n));
+        for part in parts() {
+            big.append(&part).unwrap();
+        }
+        std::mem::forget((killed, cut, big));
+        let fs = mount(Named::on(base, &name));
+        assert_eq!(contents(&fs, "/cut"), b"short");
+        assert!(contents(&fs, "/big") == parts().collect::<Vec<_>>().concat());
     }
-    cut.truncate(0).unwrap();
-    cut.append(b"short").unwrap();
-    let big = killed.open("/big", OpenOptions::CREATE).unwrap();
-    let len = usize::try_from(killed.free_bytes() / (1 << 20) - 2).unwrap();
-    assert!(len > 30);
-    for n in 0..len {
-        big.append(&bytes(1 << 20, n as u8)).unwrap();
-    }
-    std::mem::forget((killed, cut, big));
-    let fs = mount(Named::on(base, &name));
-    assert_eq!(contents(&fs, "/cut"), b"short");
-    let expected: Vec<u8> = (0..len).flat_map(|n| bytes(1 << 20, n as u8)).collect();
-    assert!(contents(&fs, "/big") == expected);
 }
 
 /// A kill leaves bytes in the device's cache. The mount that puts the log in place has a power cut, which loses the log too: a
