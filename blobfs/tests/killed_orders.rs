@@ -100,7 +100,7 @@ fn bytes_are_kept_until_they_are_in_their_place() {
     std::mem::forget((killed, file));
 }
 
-/// Bytes that were placed and then cut off are not needed any more, nor their clusters.
+/// Bytes that were placed and then cut off are no longer needed, nor are their clusters.
 #[test]
 fn a_file_that_is_cut_after_it_was_placed_keeps_the_rest() {
     for (cut, more) in [(5 << 20, 0), ((8 << 20) + 5, 100), (0, 7), (300, 70_000)] {
@@ -120,7 +120,7 @@ fn a_file_that_is_cut_after_it_was_placed_keeps_the_rest() {
     }
 }
 
-/// What a cut has freed belongs to another file, so that there is no space to do again what came before the cut.
+/// Space that a cut has freed belongs to another file by now, so that what came before the cut cannot be done again.
 #[test]
 fn a_full_device_has_room_for_what_was_not_synced() {
     const MIB: usize = 1 << 20;

@@ -18,11 +18,26 @@ use crate::{Db, DbOptions, Error};
 
 /// The checkpoint of an export. A process that was killed while exporting leaves it, and the next
 /// export removes it.
-pub(crate) const EXPORTED: &str = "/.pumice-export";
+const EXPORTED: &str = "/.pumice-export";
 
 /// The directory of a restore until it is complete. A process that was killed while restoring leaves it, and the next
 /// restore removes it.
-pub(crate) const RESTORED: &str = "/.pumice-restore";
+const RESTORED: &str = "/.pumice-restore";
+
+/// Refuses a path of the file system below which exports and restores work, and remove what is there: neither a database nor
+/// a copy of one can be there.
+///
+/// # Errors
+/// [`Error::Directory`]; [`Error::FileSystem`] if it is not a path.
+pub fn check_free(path: &str) -> Result<(), Error> {
+    let path = normal(path)?;
+    let within = |dir: &str| path == dir || path.starts_with(&format!("{dir}/"));
+    if within(EXPORTED) || within(RESTORED) {
+        let reason = "exports and restores work there; choose another directory".to_owned();
+        return Err(Error::Directory { path, reason });
+    }
+    Ok(())
+}
 
 /// Bytes that an export copies at a time.
 const PIECE: usize = 1 << 20;
@@ -35,6 +50,11 @@ impl Db {
     /// # Errors
     /// [`Error::Directory`] if there is something at `path`, [`Error::FileSystem`], [`Error::RocksDb`].
     pub fn checkpoint(&self, path: &str) -> Result<(), Error> {
+        check_free(path)?;
+        self.checkpoint_at(path)
+    }
+
+    fn checkpoint_at(&self, path: &str) -> Result<(), Error> {
         if self.fs.exists(&normal(path)?)? {
             let reason = "there is something; a checkpoint is made where nothing is".to_owned();
             let path = path.to_owned();
@@ -54,6 +74,7 @@ impl Db {
     /// # Errors
     /// [`Error::FileSystem`], [`Error::RocksDb`].
     pub fn backup(&self, path: &str) -> Result<(), Error> {
+        check_free(path)?;
         self.keep_recorded_options()?;
         let mut made = Made::parents_of(&self.fs, path)?;
         made.expect_backups(path)?;
@@ -115,7 +136,7 @@ impl Db {
         // What a killed process has left.
         drop(exported());
         let _removed_at_last = exported();
-        self.checkpoint(EXPORTED)?;
+        self.checkpoint_at(EXPORTED)?;
         let entries = self.fs.list(EXPORTED)?;
         for name in current_last(entries.into_iter().map(|entry| entry.name).collect()) {
             let path = format!("{EXPORTED}/{name}");
@@ -293,6 +314,7 @@ fn not_restorable(path: String, reason: &str) -> Error {
 /// Checks that the directory is missing or empty: its content could be a database.
 fn check_restorable(fs: &FileSystem, to: &str) -> Result<(), Error> {
     let path = normal(to)?;
+    check_free(&path)?;
     let refuse = |reason: &str| Err(not_restorable(path.clone(), reason));
     match fs.list(&path) {
         Ok(entries) if entries.is_empty() => Ok(()),
@@ -355,7 +377,12 @@ impl<'a> Made<'a> {
     fn dir(&mut self, path: &str) -> Result<(), Error> {
         match self.fs.mkdir(path) {
             Ok(()) => self.dirs.push(path.to_owned()),
-            Err(FsError::Exists { .. }) => {}
+            Err(FsError::Exists { .. }) if self.fs.stat(path)?.is_dir => {}
+            Err(FsError::Exists { .. }) => {
+                let reason = "is a file, and a directory is needed".to_owned();
+                let path = path.to_owned();
+                return Err(Error::Directory { path, reason });
+            }
             Err(e) => return Err(e.into()),
         }
         Ok(())

@@ -168,6 +168,16 @@ impl Db {
         Ok(())
     }
 
+    /// Creates a column family.
+    ///
+    /// # Errors
+    /// As [`rocksdb::DBWithThreadMode::create_cf`], and [`Error::FileSystem`] if the database was opened with
+    /// [`DbOptions::try_load_options`] and its recorded options could not be kept; the family exists then.
+    pub fn create_cf(&self, name: impl AsRef<str>, options: &Options) -> Result<(), Error> {
+        self.rocksdb().create_cf(name, options)?;
+        self.keep_recorded_options()
+    }
+
     /// Brings back what [`DbOptions::try_load_options`] promises to keep.
     pub(crate) fn keep_recorded_options(&self) -> Result<(), Error> {
         match &self.kept {

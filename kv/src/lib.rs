@@ -76,6 +76,7 @@ mod unlogged;
 mod uri;
 
 pub use {
+    copies::check_free,
     db::{Db, DbOptions, Rocks},
     env::{EnvOptions, env},
     error::{Error, ErrorKind},

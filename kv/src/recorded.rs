@@ -62,6 +62,13 @@ impl RecordedOptions {
         found.map(|section| section.lines.concat())
     }
 
+    /// Returns the directory of the database's log if it is not the database's own.
+    pub(crate) fn wal_dir(&self) -> Option<&str> {
+        let mut lines = self.text.lines().filter_map(|line| line.split_once('='));
+        let (_, dir) = lines.find(|(name, _)| name.trim() == "wal_dir")?;
+        Some(dir.trim()).filter(|dir| !dir.trim_matches('/').is_empty())
+    }
+
     /// Returns RocksDB's options that stand for the recorded ones, but with no automatic compaction.
     pub(crate) fn quiet(&self) -> Result<(Options, Vec<ColumnFamilyDescriptor>), Error> {
         let text: String = sections(&self.text)

@@ -32,7 +32,7 @@ pub(super) struct OnDevice {
 #[derive(Default)]
 pub(super) struct Left {
     ring: Option<ShmRing>,
-    /// Where the log of the device's session is, if it is there.
+    /// The place of the log of the device's session, if it is there.
     place: Option<PathBuf>,
     /// The changes of each blob, in their order.
     changes: BTreeMap<u64, Vec<What<Vec<u8>>>>,

@@ -12,6 +12,7 @@ mod unsynced;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -189,12 +190,18 @@ fn serve(
 ) -> Result<(), Failure> {
     let tree = Arc::new(Tree::new(fs.clone(), uid, gid));
     let report = move || drop(events.send(End::Unmounted));
+    // Once it is mounted, resolving its path asks this process.
+    let place = args.dir.canonicalize();
     let session = Kernel::new(Arc::clone(&tree), report)
         .and_then(|kernel| Session::new(kernel, &args.dir, &config(args)))
         .and_then(Session::spawn)
         .map_err(|e| not_mounted(&args.dir, &e))?;
-    let device = device_of(&args.dir);
-    let is_ours = || device.is_some() && device_of(&args.dir) == device;
+    let number = || {
+        let table = fs::read("/proc/self/mountinfo").ok()?;
+        device_in(&table, place.as_deref().ok()?)
+    };
+    let device = number();
+    let is_ours = || device.is_some() && number() == device;
     let dir = args.dir.display();
     say!(
         "{} is mounted in {dir}; `fusermount3 -u {dir}` or SIGINT unmounts it",
@@ -236,9 +243,24 @@ fn serve(
     Ok(())
 }
 
-/// Returns the number of the file system that a directory shows.
-fn device_of(dir: &Path) -> Option<u64> {
-    Some(fs::metadata(dir).ok()?.dev())
+/// Returns the number of the file system that was last mounted in a directory, as the table of mounts (proc(5), mountinfo) has
+/// it: asking the file system itself would wait for an answer of this process.
+fn device_in(table: &[u8], dir: &Path) -> Option<Vec<u8>> {
+    let mut escaped = Vec::new();
+    for byte in dir.as_os_str().as_bytes() {
+        match byte {
+            b' ' | b'\t' | b'\n' | b'\\' => escaped.extend(format!("\\{byte:03o}").bytes()),
+            byte => escaped.push(*byte),
+        }
+    }
+    let fields = |line: &[u8]| -> Option<(Vec<u8>, bool)> {
+        let mut fields = line.split(|byte| *byte == b' ');
+        let number = fields.nth(2)?.to_vec();
+        Some((number, fields.nth(1)? == escaped))
+    };
+    let lines = table.split(|byte| *byte == b'\n');
+    let mut here = lines.filter_map(fields).filter(|(_, is_here)| *is_here);
+    here.next_back().map(|(number, _)| number)
 }
 
 /// Waits until the last request is answered, but no longer than `patience`.

@@ -70,8 +70,12 @@ extern "C" void* pumice_env_wrap(void* env) {
 }
 
 extern "C" void pumice_register_uri() {
-  // RocksDB owns the registry and never destroys it before its users.
-  register_pumice(*rocksdb::ObjectLibrary::Default(), std::string());
+  try {
+    // RocksDB owns the registry and never destroys it before its users.
+    register_pumice(*rocksdb::ObjectLibrary::Default(), std::string());
+  } catch (...) {
+    // There is no memory for it: the scheme stays unknown, as the first use of a URI then says.
+  }
 }
 
 extern "C" void* pumice_env_from_uri(const char* uri, size_t len, char* error, size_t error_len) {

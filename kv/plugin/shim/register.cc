@@ -22,7 +22,7 @@ std::string Misfit() {
                           kAbilities,          sizeof(pumice_fault),
                           sizeof(pumice_read), sizeof(pumice_stat),
                           0};
-  char error[1024];
+  char error[1024] = "";
   if (pumice_abi_check(&needed, error, sizeof(error)) != 0) {
     return error;
   }

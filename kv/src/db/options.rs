@@ -159,6 +159,10 @@ impl DbOptions {
     /// automatic compaction, since a compaction filter or merge operator of the program may be missing, and the content of
     /// that file stays the newest. Without such a file the options that were set here are used.
     ///
+    /// Opening for writing is refused, and changes nothing, if the database's log has what RocksDB cannot read without its
+    /// program, such as a merge whose operator is missing: RocksDB would remove it with all that follows it.
+    /// [`DbOptions::wal_recovery_mode`] sets another mode for that.
+    ///
     /// ```
     /// # use pumice::{DbOptions, MountOptions, RecordedOptions};
     /// let fs = pumice::mount("malloc://256M", &MountOptions::new())?;
@@ -266,16 +270,32 @@ impl DbOptions {
 
     pub(crate) fn open_on(&self, fs: FileSystem, mounted: Option<Use>) -> Result<Db, Error> {
         let root = normal(&self.path)?;
-        if [copies::EXPORTED, copies::RESTORED].contains(&&root[..]) {
-            let reason = "exports and restores work there; choose another directory".to_owned();
-            return Err(Error::Directory { path: root, reason });
-        }
+        copies::check_free(&root)?;
         let (env, binding) = self.env.clone().root(&root).build_bound(&fs)?;
         let exists = self.as_recorded && fs.exists(&format!("{root}/CURRENT"))?;
         let recorded = if exists {
             RecordedOptions::of(&fs, &root)?
         } else {
             None
+        };
+        if let Some(logs) = recorded.as_ref().and_then(RecordedOptions::wal_dir) {
+            let path = normal(&format!("{root}/{logs}"))?;
+            if !fs.exists(&path)? {
+                let reason = "the log of the database is recorded to be there, and nothing is: the database's program names \
+                    it from another directory, or it is a copy, whose log is beside its tables; open it with its program; an \
+                    empty directory there stands for a log that has nothing"
+                    .to_owned();
+                return Err(Error::Directory { path, reason });
+            }
+        }
+        let wal_recovery = if exists && !self.read_only && self.wal_recovery.is_none() {
+            // What RocksDB cannot read of a log when it opens for writing, it removes. Reading changes nothing.
+            let strict = DBRecoveryMode::TolerateCorruptedTailRecords;
+            let reading = self.clone().read_only(true).wal_recovery_mode(strict);
+            drop(reading.open_on(fs.clone(), None)?);
+            Some(DBRecoveryMode::TolerateCorruptedTailRecords)
+        } else {
+            self.wal_recovery
         };
         let (mut options, families) = match &recorded {
             Some(recorded) => {
@@ -285,7 +305,7 @@ impl DbOptions {
             None => (self.options.clone(), None),
         };
         options.set_env(&env);
-        if let Some(mode) = self.wal_recovery {
+        if let Some(mode) = wal_recovery {
             options.set_wal_recovery_mode(mode);
         }
         if exists {

@@ -68,6 +68,7 @@ fn a_change_keeps_the_levels_and_options_of_the_database() {
     db.compact_range(None::<&[u8]>, None::<&[u8]>);
     fill("n");
     db.merge("list", "a").unwrap();
+    db.flush().unwrap();
     assert_eq!(levels(&db), BTreeSet::from([0, 3]));
     db.close().unwrap();
     let before = mounted(uri, |fs| newest_options(fs, "/db"));
@@ -85,6 +86,7 @@ fn a_change_keeps_the_levels_and_options_of_the_database() {
     }
     let db = open_four_levels(uri);
     assert!(levels(&db).is_superset(&BTreeSet::from([0, 3])));
+    assert_eq!(db.get("list").unwrap().as_deref(), Some(&b"a"[..]));
     assert_eq!(db.get("a1").unwrap(), None);
     assert_eq!(db.get("a2").unwrap().as_deref(), Some(&b"value"[..]));
     let more = db.cf_handle("more").unwrap();
@@ -211,10 +213,99 @@ fn a_change_with_something_else_wrong_changes_nothing() {
         (&["checkpoint", uri, "/backups"], b"", "/backups"),
         (&["checkpoint", uri, "/orders/CURRENT"], b"", "CURRENT"),
         (&["backup", uri, "/orders/CURRENT"], b"", "CURRENT"),
+        (&["checkpoint", uri, "/orders/CURRENT/to"], b"", "a file"),
+        (&["backup", uri, "/orders/CURRENT/a/b"], b"", "a file"),
+        (&["checkpoint", uri, "/.pumice-export"], b"", "exports"),
+        (&["checkpoint", uri, "/.pumice-restore"], b"", "exports"),
+        (&["backup", uri, "//.pumice-export/"], b"", "exports"),
+        (&["backup", uri, "/.pumice-restore/a"], b"", "exports"),
+        (&["export", uri, "/proc/1"], b"", "/proc"),
+        (&["export", uri, "/proc/new"], b"", "/proc"),
         (&["export", uri, full], b"", "not empty"),
         (&["restore", uri, "/backups"], b"", "it holds a database"),
     ];
     changes_nothing(uri, "/orders", commands);
+    for (to, said) in [
+        ("/orders/CURRENT", "a file"),
+        ("/orders/CURRENT/to", "a file"),
+        ("/.pumice-export", "exports"),
+        ("/.pumice-restore", "exports"),
+        ("/.pumice-restore/to", "exports"),
+    ] {
+        changes_nothing(uri, to, &[(&["restore", uri, "/backups"], b"", said)]);
+    }
+}
+
+/// RocksDB takes a merge without its operator for the end of the log, and removes what follows.
+#[test]
+fn a_log_that_needs_the_program_of_the_database_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = &format!("{}", dir.path().join("kv.img").display())[..];
+    let out = dir.path().join("out");
+    let db = open_four_levels(&format!("file://{uri}?size=256M&create=1"));
+    db.put("before", "there").unwrap();
+    db.merge("list", "a").unwrap();
+    db.merge("list", "b").unwrap();
+    db.put("after", "there").unwrap();
+    db.close().unwrap();
+    let needs = "nothing is changed";
+    let load = b"pumice-db-dump 1\nfamily default\na\tb\nend 1\n";
+    let commands: &[(&[&str], &[u8], &str)] = &[
+        (&["put", uri, "k", "v"], b"", needs),
+        (&["delete", uri, "before"], b"", needs),
+        (&["load", uri], load, needs),
+        (&["checkpoint", uri, "/copy"], b"", needs),
+        (&["backup", uri, "/backups"], b"", needs),
+        (&["export", uri, out.to_str().unwrap()], b"", needs),
+        (&["verify", uri], b"", "merge"),
+        (&["dump", uri], b"", "merge"),
+    ];
+    changes_nothing(uri, "/db", commands);
+    let shown = run(&["get", uri, "before", "--path", "/db"], b"");
+    assert_eq!(shown.stdout, b"there\n");
+    let said = String::from_utf8(shown.stderr).unwrap();
+    assert!(said.contains("can be read in part only"), "{said}");
+    let db = open_four_levels(uri);
+    assert_eq!(db.get("list").unwrap().as_deref(), Some(&b"ab"[..]));
+    assert_eq!(db.get("after").unwrap().as_deref(), Some(&b"there"[..]));
+    // From a table no command needs the operator, unless it reads the key.
+    db.flush().unwrap();
+    db.close().unwrap();
+    ok(&["put", uri, "k", "v", "--path", "/db"]);
+    let db = open_four_levels(uri);
+    assert_eq!(db.get("list").unwrap().as_deref(), Some(&b"ab"[..]));
+    db.close().unwrap();
+}
+
+/// A log in a directory of its own counts, and is not left out where it cannot be found.
+#[test]
+fn a_log_in_another_directory_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = &format!("{}", dir.path().join("kv.img").display())[..];
+    let apart = |path: &str| {
+        DbOptions::new()
+            .path(path)
+            .configure(|options| options.set_wal_dir("/logs"))
+    };
+    let db = apart("/db")
+        .open(&format!("file://{uri}?size=256M&create=1"))
+        .unwrap();
+    db.put("logged", "there").unwrap();
+    db.close().unwrap();
+    let at = ["--path", "/db"];
+    assert_eq!(ok(&["get", uri, "logged", at[0], at[1]]), "there\n");
+    ok(&["put", uri, "new", "too", at[0], at[1]]);
+    assert_eq!(ok(&["get", uri, "logged", at[0], at[1]]), "there\n");
+    mounted(uri, |fs| fs.rename("/db/logs", "/elsewhere").unwrap());
+    let commands: &[(&[&str], &[u8], &str)] = &[
+        (&["put", uri, "k", "v"], b"", "/db/logs"),
+        (&["backup", uri, "/backups"], b"", "/db/logs"),
+        (&["get", uri, "logged"], b"", "/db/logs"),
+        (&["dump", uri], b"", "/db/logs"),
+    ];
+    changes_nothing(uri, "/db", commands);
+    mounted(uri, |fs| fs.rename("/elsewhere", "/db/logs").unwrap());
+    assert_eq!(ok(&["get", uri, "new", at[0], at[1]]), "too\n");
 }
 
 #[test]

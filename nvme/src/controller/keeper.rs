@@ -29,27 +29,43 @@ pub(super) struct Requests {
     aborts: Aborts,
 }
 
-/// Commands to abort, as queue and command identifiers, in the order in which they were asked for.
+/// A request to abort a command. Identifiers are used again, so two requests may have the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Abort {
+    /// Number of the request.
+    number: u64,
+    sqid: u16,
+    cid: u16,
+}
+
+/// Commands to abort, in the order in which they were asked for.
 #[derive(Debug, Default)]
 struct Aborts {
-    waiting: VecDeque<(u16, u16)>,
+    waiting: VecDeque<Abort>,
+    /// Number of requests so far.
+    asked: u64,
 }
 
 impl Aborts {
     /// Adds one, unless too many wait.
     fn ask(&mut self, sqid: u16, cid: u16) {
         if self.waiting.len() < ABORTS_MAX {
-            self.waiting.push_back((sqid, cid));
+            self.waiting.push_back(Abort {
+                number: self.asked,
+                sqid,
+                cid,
+            });
+            self.asked += 1;
         }
     }
 
     /// Returns the next one. It stays until it was sent, so that it can be forgotten meanwhile.
-    fn next(&self) -> Option<(u16, u16)> {
+    fn next(&self) -> Option<Abort> {
         self.waiting.front().copied()
     }
 
     /// Removes the next one, which was sent, unless it was forgotten meanwhile.
-    fn sent(&mut self, abort: (u16, u16)) {
+    fn sent(&mut self, abort: Abort) {
         if self.next() == Some(abort) {
             self.waiting.pop_front();
         }
@@ -57,7 +73,7 @@ impl Aborts {
 
     /// Forgets those for a submission queue.
     fn forget(&mut self, qid: u16) {
-        self.waiting.retain(|(sqid, _)| *sqid != qid);
+        self.waiting.retain(|abort| abort.sqid != qid);
     }
 }
 
@@ -110,13 +126,13 @@ impl Core {
     /// Sends the aborts that were asked for, as many as the controller takes at a time.
     fn send_aborts(&self) {
         loop {
-            let Some((sqid, cid)) = self.requests.lock().aborts.next() else {
+            let Some(abort) = self.requests.lock().aborts.next() else {
                 return;
             };
-            if !self.send_abort(sqid, cid) {
+            if !self.send_abort(abort.sqid, abort.cid) {
                 return;
             }
-            self.requests.lock().aborts.sent((sqid, cid));
+            self.requests.lock().aborts.sent(abort);
         }
     }
 
@@ -127,7 +143,7 @@ impl Core {
 
     /// Forgets the aborts that were not sent: a reset has ended every command.
     pub(super) fn forget_aborts(&self) {
-        self.requests.lock().aborts = Aborts::default();
+        self.requests.lock().aborts.waiting.clear();
     }
 
     fn rest(&self) {
@@ -257,13 +273,22 @@ mod tests {
             aborts.ask(sqid, cid);
         }
         let in_hand = aborts.next().unwrap();
-        assert_eq!(in_hand, (1, 7));
+        assert_eq!((in_hand.sqid, in_hand.cid), (1, 7));
         aborts.forget(1);
         // Whether it was sent or not.
-        assert_eq!(aborts.next(), Some((2, 8)));
+        let second = aborts.next().unwrap();
+        assert_eq!((second.sqid, second.cid), (2, 8));
         aborts.sent(in_hand);
-        assert_eq!(aborts.next(), Some((2, 8)));
-        aborts.sent((2, 8));
+        assert_eq!(aborts.next(), Some(second));
+        aborts.sent(second);
         assert_eq!(aborts.next(), None);
+        // A command that got the same identifiers is another one.
+        aborts.ask(1, 7);
+        let first = aborts.next().unwrap();
+        aborts.waiting.clear();
+        aborts.ask(1, 7);
+        let second = aborts.next();
+        aborts.sent(first);
+        assert_eq!(aborts.next(), second);
     }
 }

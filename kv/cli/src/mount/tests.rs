@@ -9,11 +9,23 @@ use pumice_bdev::OpKind;
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions};
 
+use super::device_in;
 use super::table::ROOT;
 use super::tree::{Changes, Tree};
 
 /// Longest time of what does not have to wait.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+#[test]
+fn the_mount_of_a_directory_is_found_without_asking_it() {
+    let table = b"22 1 0:21 / /proc rw - proc proc rw\n30 1 0:40 / /mnt/a\\040b rw - fuse.pumice x rw\n\
+        31 30 0:41 / /mnt/a\\040b rw - tmpfs tmpfs rw\n32 1 8:1 /sub /mnt/a rw - ext4 /dev/sda1 rw\n";
+    let found = |dir: &str| device_in(table, dir.as_ref());
+    assert_eq!(found("/mnt/a b").as_deref(), Some(&b"0:41"[..]));
+    assert_eq!(found("/mnt/a").as_deref(), Some(&b"8:1"[..]));
+    assert_eq!(found("/mnt"), None);
+    assert_eq!(device_in(b"22 1\n\n", "/".as_ref()), None);
+}
 
 #[test]
 fn a_truncation_that_waits_for_a_sync_holds_up_nobody_else() {

@@ -87,6 +87,7 @@ pub(crate) unsafe extern "C" fn pumice_mount_uri(
 fn log_to_stderr() {
     let log = tracing_subscriber::fmt()
         .with_max_level(tracing::Level::WARN)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_writer(std::io::stderr);
     // Another one is there if this was done before.
     let _ = log.try_init();

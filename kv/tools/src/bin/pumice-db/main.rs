@@ -8,6 +8,7 @@ mod failure;
 mod place;
 mod text;
 
+use std::fs::OpenOptions;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 use std::process::ExitCode;
@@ -304,17 +305,35 @@ fn require_empty(dir: &Path) -> Outcome {
     let refuse = |why: String| Err(DbFailure::from(format!("{}: {why}", shown.escape_debug())));
     match dir.read_dir() {
         Ok(entries) => match entries.count() {
-            0 => Ok(()),
+            0 => require_writable(dir),
             _ => refuse("is not empty; give a missing or empty directory".to_owned()),
         },
         Err(e) if e.kind() == io::ErrorKind::NotFound => match dir.parent() {
             Some(above) if !above.as_os_str().is_empty() && !above.is_dir() => {
                 refuse("the directory above it does not exist".to_owned())
             }
-            _ => Ok(()),
+            Some(above) if !above.as_os_str().is_empty() => require_writable(above),
+            _ => require_writable(Path::new(".")),
         },
         Err(e) => refuse(e.to_string()),
     }
+}
+
+/// Refuses a directory in which no file can be made, which only trying tells.
+fn require_writable(dir: &Path) -> Outcome {
+    let probe = dir.join(format!(".pumice-export-{}", std::process::id()));
+    let made = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .open(&probe)
+        .and_then(|_| std::fs::remove_file(&probe));
+    made.map_err(|e| {
+        let shown = dir.display().to_string();
+        DbFailure::from(format!(
+            "{}: no file can be made there: {e}",
+            shown.escape_debug()
+        ))
+    })
 }
 
 #[cfg(test)]

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use pumice::rocksdb::{BoundColumnFamily, DBRecoveryMode, Options};
-use pumice::{Db, DbOptions, EnvOptions, FileSystem, MountOptions, Rocks};
+use pumice::rocksdb::{BoundColumnFamily, DBRecoveryMode, ErrorKind as RocksKind, Options};
+use pumice::{Db, DbOptions, EnvOptions, Error, FileSystem, MountOptions, Rocks};
 
 use crate::args::DbPlace;
 use crate::failure::{DbFailure, Outcome, complain};
@@ -45,22 +45,40 @@ impl Unopened<'_> {
 
     /// Refuses a path of the file system at which something is.
     pub fn require_nothing_at(&self, path: &str) -> Outcome {
+        pumice::check_free(path)?;
         if self.exists(path)? {
             let shown = path.escape_debug();
             return Err(DbFailure::from(format!(
                 "{shown}: there is something; give a path at which nothing is"
             )));
         }
-        Ok(())
+        self.require_no_file_above(path)
     }
 
     /// Refuses a path of the file system at which a file is.
     pub fn require_no_file_at(&self, path: &str) -> Outcome {
-        if self.exists(path)? && !self.fs.stat(path).map_err(pumice::Error::from)?.is_dir {
+        pumice::check_free(path)?;
+        if self.exists(path)? && !self.fs.stat(path).map_err(Error::from)?.is_dir {
             let shown = path.escape_debug();
             return Err(DbFailure::from(format!(
                 "{shown}: is a file; give a directory"
             )));
+        }
+        self.require_no_file_above(path)
+    }
+
+    fn require_no_file_above(&self, path: &str) -> Outcome {
+        let above = path
+            .match_indices('/')
+            .map(|(at, _)| &path[..at])
+            .filter(|above| !above.is_empty());
+        for above in above {
+            if self.exists(above)? && !self.fs.stat(above).map_err(Error::from)?.is_dir {
+                let shown = above.escape_debug();
+                return Err(DbFailure::from(format!(
+                    "{shown}: is a file, and cannot have other files below it; give another path"
+                )));
+            }
         }
         Ok(())
     }
@@ -70,38 +88,61 @@ impl Unopened<'_> {
     }
 }
 
-/// Opens the database for reading only, which several programs may do at a time, and calls `f`.
+/// Opens the database for reading only, which several programs may do at a time, and calls `f`. Says so if its log has what
+/// cannot be read, and then shows what comes before it.
 pub fn reading<R>(
     place: &DbPlace,
     f: impl FnOnce(&Db) -> Result<R, DbFailure>,
 ) -> Result<R, DbFailure> {
-    read_with(place, DbOptions::new(), f)
+    let db = match strict(place) {
+        Err(Error::RocksDb(e)) if is_of_its_log(&e) => {
+            complain(&format!(
+                "pumice db: the database's log can be read in part only, and what comes after that part is not shown: {e}"
+            ));
+            readable(place).open(&place.device)?
+        }
+        opened => opened?,
+    };
+    read(&db, f)
 }
 
-/// Opens the database as [`reading`] does, unless a record of its log is damaged. The last one may be incomplete.
+/// Opens the database as [`reading`] does, unless its log has what cannot be read. Its last record may be incomplete.
 pub fn reading_all<R>(
     place: &DbPlace,
     f: impl FnOnce(&Db) -> Result<R, DbFailure>,
 ) -> Result<R, DbFailure> {
-    let strict = DBRecoveryMode::TolerateCorruptedTailRecords;
-    read_with(place, DbOptions::new().wal_recovery_mode(strict), f)
+    read(&strict(place)?, f)
 }
 
-fn read_with<R>(
-    place: &DbPlace,
-    options: DbOptions,
-    f: impl FnOnce(&Db) -> Result<R, DbFailure>,
-) -> Result<R, DbFailure> {
-    let options = options.try_load_options().read_only(true);
-    let options = options.path(&place.path).mount(unformatted());
-    let db = options.open(&place.device)?;
+fn readable(place: &DbPlace) -> DbOptions {
+    let options = DbOptions::new().try_load_options().read_only(true);
+    options.path(&place.path).mount(unformatted())
+}
+
+fn strict(place: &DbPlace) -> Result<Db, Error> {
+    let strict = DBRecoveryMode::TolerateCorruptedTailRecords;
+    let options = readable(place).wal_recovery_mode(strict);
+    options.open(&place.device)
+}
+
+/// Whether the error of opening may be one that RocksDB's usual mode of recovery takes for the end of the log.
+fn is_of_its_log(e: &pumice::rocksdb::Error) -> bool {
+    let kinds = [
+        RocksKind::Corruption,
+        RocksKind::InvalidArgument,
+        RocksKind::NotSupported,
+    ];
+    kinds.contains(&e.kind())
+}
+
+fn read<R>(db: &Db, f: impl FnOnce(&Db) -> Result<R, DbFailure>) -> Result<R, DbFailure> {
     if db.file_system().hides_writes() {
         complain(
             "pumice db: what a killed process had not synced is in shared memory and cannot be shown; \
              the next mount for writing puts it in place, or says why not",
         );
     }
-    closed(&db, f)
+    closed(db, f)
 }
 
 /// Opens the database with its own options and calls `f`, if `check` finds nothing wrong before.
@@ -118,7 +159,19 @@ pub fn changing<R>(
             .path(&place.path)
             .configure(|options| options.create_if_missing(create))
             .try_load_options();
-        closed(&options.open_in(fs)?, f)
+        let db = options.open_in(fs).map_err(|e| {
+            let is_of_its_log = matches!(&e, Error::RocksDb(e) if is_of_its_log(e));
+            let failure = DbFailure::from(e);
+            if is_of_its_log {
+                failure.with(
+                    "nothing is changed; if only the database's program can read its log, let that program flush it to \
+                     tables first; `get` and `scan` show what can be read",
+                )
+            } else {
+                failure
+            }
+        })?;
+        closed(&db, f)
     })
 }
 
