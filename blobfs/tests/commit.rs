@@ -26,7 +26,7 @@ use pumice_blobfs::blobstore::check::{Severity, check};
 use pumice_blobfs::blobstore::{
     Blob, BlobId, Blobstore, ClearMethod, CreateOptions, Error, InitOptions, LoadOptions,
 };
-use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, OpenOptions};
+use pumice_blobfs::fs::{FileSystem, FormatOptions, Journal, MountOptions, OpenOptions};
 use rand::prelude::*;
 use task::{LIMIT, spawn, wait_for};
 
@@ -180,7 +180,9 @@ fn changes_of_different_blobs_are_in_flight_together() {
 #[test]
 fn syncs_of_different_files_are_in_flight_together() {
     let dev = Meeting::new(memory(64 << 20, 4096));
-    FileSystem::format(dev.clone(), &FormatOptions::default()).unwrap();
+    let mut format = FormatOptions::default();
+    format.journal = Journal::None;
+    FileSystem::format(dev.clone(), &format).unwrap();
     let fs = FileSystem::mount(dev.clone(), &MountOptions::default()).unwrap();
     let files: Vec<_> = (0..8)
         .map(|n| fs.open(&format!("/{n}"), OpenOptions::CREATE).unwrap())

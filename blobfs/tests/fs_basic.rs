@@ -9,13 +9,20 @@ use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{BlockDevice, OpKind};
 use pumice_blobfs::blobstore::{Blobstore, LoadOptions};
 use pumice_blobfs::fs::{
-    Access, File, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions, ReadRequest,
+    Access, File, FileSystem, FormatOptions, FsError, Journal, MountOptions, OpenOptions,
+    ReadRequest,
 };
 
-fn formatted(len: u64, block_size: u32) -> Arc<dyn BlockDevice> {
+fn formatted_with(len: u64, block_size: u32, journal: Journal) -> Arc<dyn BlockDevice> {
     let dev = memory(len, block_size);
-    FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
+    let mut format = FormatOptions::default();
+    format.journal = journal;
+    FileSystem::format(Arc::clone(&dev), &format).unwrap();
     dev
+}
+
+fn formatted(len: u64, block_size: u32) -> Arc<dyn BlockDevice> {
+    formatted_with(len, block_size, Journal::default())
 }
 
 fn mount(dev: &Arc<dyn BlockDevice>) -> FileSystem {
@@ -212,6 +219,7 @@ fn old_bytes_never_show_through() {
 fn names_directories_and_links() {
     let dev = formatted(64 << 20, 4096);
     let fs = mount(&dev);
+    let empty = fs.statfs();
     fs.mkdir("/db").unwrap();
     assert!(matches!(fs.mkdir("/db"), Err(FsError::Exists { .. })));
     assert!(matches!(
@@ -299,7 +307,9 @@ fn names_directories_and_links() {
     fs.rmdir("/empty").unwrap();
     let fs = remount(fs, &dev);
     assert_eq!(fs.list("/").unwrap(), []);
-    assert_eq!(fs.statfs().free, fs.statfs().total);
+    assert_eq!(fs.statfs().free, empty.free);
+    assert_eq!((empty.free, empty.used), (empty.total, 0));
+    assert_eq!(empty.journal, 1 << 20, "a 64th of the device");
     assert_eq!(fs.blobstore().blobs(), []);
 }
 
@@ -533,7 +543,7 @@ fn a_log_that_nobody_reads_takes_no_cache() {
 
 #[test]
 fn a_sync_writes_what_it_must_and_no_more() {
-    let dev = formatted(64 << 20, 4096);
+    let dev = formatted_with(64 << 20, 4096, Journal::None);
     let fs = mount(&dev);
     let f = fs.open("/wal", OpenOptions::CREATE).unwrap();
     f.allocate(0, 8 << 20).unwrap();
@@ -678,7 +688,7 @@ fn a_file_of_a_read_only_blob_is_given_no_space() {
 /// It does not even remove the mark of an orderly unload, to find out whether the store has stopped.
 #[test]
 fn a_name_operation_that_fails_writes_no_super_block() {
-    let dev = formatted(16 << 20, 4096);
+    let dev = formatted_with(16 << 20, 4096, Journal::None);
     let fs = mount(&dev);
     put(&fs, "/f", "text");
     fs.unmount().unwrap();

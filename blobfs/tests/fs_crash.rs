@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use pumice_bdev::BlockDevice;
 use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions};
-use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, OpenOptions};
+use pumice_blobfs::fs::{FileSystem, FormatOptions, Journal, MountOptions, OpenOptions};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -70,7 +70,11 @@ impl Work {
         let mut format = FormatOptions::default();
         format.cluster_size = 64 << 10;
         format.md_pages = Some(128);
-        format.journal = setting.journal.then_some(128 << 10);
+        format.journal = if setting.journal {
+            Journal::Bytes(128 << 10)
+        } else {
+            Journal::None
+        };
         FileSystem::format(Arc::new(dev.clone()), &format).unwrap();
         // Only later events count.
         let dev = CrashDevice::with_options(&options, dev.image());

@@ -14,15 +14,18 @@ use common::watchdog::watchdog;
 use pumice_bdev::OpKind;
 use pumice_bdev::error_inject::ErrorDevice;
 use pumice_bdev_testkit::crashsim::CrashDevice;
-use pumice_blobfs::fs::{Access, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions};
+use pumice_blobfs::fs::{
+    Access, FileSystem, FormatOptions, FsError, Journal, MountOptions, OpenOptions,
+};
 
 const MIB: usize = 1 << 20;
 
-/// Clusters of 1 MiB, so that the place of data is known.
+/// Clusters of 1 MiB and no journal among them, so that the place of data is known.
 fn format_1m() -> FormatOptions {
     let mut format = FormatOptions::default();
     format.cluster_size = 1 << 20;
     format.md_pages = Some(200);
+    format.journal = Journal::None;
     format
 }
 const FOREVER: u64 = u64::MAX;
@@ -49,6 +52,7 @@ fn setup_small(md_pages: u32) -> (Arc<ErrorDevice>, FileSystem) {
     let mut format = FormatOptions::default();
     format.cluster_size = 64 << 10;
     format.md_pages = Some(md_pages);
+    format.journal = Journal::None;
     setup_with(memory(32 << 20, 4096), &format, &MountOptions::default())
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use common::*;
 use pumice_blobfs::blobstore::{Blobstore, CreateOptions, LoadOptions};
-use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, OpenOptions};
+use pumice_blobfs::fs::{FileSystem, FormatOptions, Journal, MountOptions, OpenOptions};
 use sha2::{Digest, Sha256};
 
 fn sum(fs: &FileSystem, path: &str) -> String {
@@ -120,7 +120,9 @@ fn files_of_spdk_are_changed_and_remain_well_formed() {
 /// Mounts a BlobFS that has files with these xattrs.
 fn with_blobs(blobs: &[&[(&str, &[u8])]]) -> FileSystem {
     let dev = memory(32 << 20, 4096);
-    FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
+    let mut format = FormatOptions::default();
+    format.journal = Journal::None;
+    FileSystem::format(Arc::clone(&dev), &format).unwrap();
     let store = Blobstore::load(Arc::clone(&dev), &LoadOptions::default()).unwrap();
     for xattrs in blobs {
         let xattrs = xattrs

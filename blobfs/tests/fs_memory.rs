@@ -13,7 +13,7 @@ use common::memory;
 use common::random::{Faults, from_env, rounds};
 use common::watchdog::watchdog;
 use pumice_bdev::{DmaBuf, OpKind};
-use pumice_blobfs::fs::{FormatOptions, FsError, MountOptions, OpenOptions};
+use pumice_blobfs::fs::{FormatOptions, FsError, Journal, MountOptions, OpenOptions};
 use pumice_nvme::dma;
 
 const MIB: usize = 1 << 20;
@@ -132,7 +132,7 @@ fn a_batch_that_finds_no_memory_can_be_tried_again() {
     let _one = limited();
     let _limit = watchdog("a batch without memory", 120);
     let mut format = FormatOptions::default();
-    format.journal = Some(1 << 20);
+    format.journal = Journal::Bytes(1 << 20);
     let (dev, fs) = setup_with(memory(16 << 20, 4096), &format, &MountOptions::default());
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     f.append(&[1; 40]).unwrap();

@@ -16,7 +16,7 @@ use common::random::from_env;
 use common::watchdog::watchdog;
 use pumice_bdev::{BlockDevice, OpKind};
 use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions};
-use pumice_blobfs::fs::{File, FileSystem, FormatOptions, MountOptions, OpenOptions};
+use pumice_blobfs::fs::{File, FileSystem, FormatOptions, Journal, MountOptions, OpenOptions};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -36,7 +36,7 @@ type State = BTreeMap<String, Promise>;
 struct Kind {
     options: CrashOptions,
     without: Vec<OpKind>,
-    journal: Option<u64>,
+    journal: Journal,
 }
 
 impl Kind {
@@ -55,13 +55,13 @@ impl Kind {
         Kind {
             without: without.collect(),
             options,
-            journal: None,
+            journal: Journal::None,
         }
     }
 
     fn with_journal(mut self) -> Kind {
         self.options.tear_bytes = self.options.block_size;
-        self.journal = Some(128 << 10);
+        self.journal = Journal::Bytes(128 << 10);
         self
     }
 
@@ -389,8 +389,8 @@ fn end(kind: &Kind, fs: &FileSystem, states: [&State; 2], what: &str) {
     let (free, used) = (statfs.free, statfs.md_pages_used);
     // The journal is a blob too, with a root and a page of extents.
     let expected = match kind.journal {
-        None => (statfs.total, 0),
-        Some(len) => (statfs.total - len.next_multiple_of(statfs.cluster), 2),
+        Journal::None => (statfs.total, 0),
+        _ => (statfs.total, 2),
     };
     assert_eq!((free, used), expected, "{what}: space leaked");
     fs.unmount().unwrap();

@@ -13,7 +13,7 @@ use common::journal::{DEVICES, RING};
 use hostile::forge::{carry, forge};
 use pumice_bdev::BlockDevice;
 use pumice_bdev_testkit::crashsim::CrashImage;
-use pumice_blobfs::fs::{FileSystem, FormatOptions, FsError, MountOptions, OpenOptions};
+use pumice_blobfs::fs::{FileSystem, FormatOptions, FsError, Journal, MountOptions, OpenOptions};
 use rand::prelude::*;
 
 /// Runs `target` on random bytes, at least `least` inputs, for at most about a second more.
@@ -70,7 +70,7 @@ fn a_journal_of_single_bytes_takes_no_more_memory_than_its_ring() {
         let device = DEVICES[0];
         let dev = device.with(CrashImage::zeroed(32 << 20), 1);
         let mut format = FormatOptions::default();
-        format.journal = Some(RING);
+        format.journal = Journal::Bytes(RING);
         FileSystem::format(Arc::new(dev.clone()), &format).unwrap();
         let fs = FileSystem::mount(Arc::new(dev.clone()), &MountOptions::default()).unwrap();
         let f = fs.open("/f", OpenOptions::CREATE).unwrap();

@@ -19,7 +19,9 @@ use common::watchdog::watchdog;
 use flaky::{Flaky, Plan};
 use pumice_bdev::delay::{Delay, Latencies};
 use pumice_bdev::{BlockDevice, IoErrorKind, OpKind};
-use pumice_blobfs::fs::{File, FileSystem, FormatOptions, IoStats, MountOptions, OpenOptions};
+use pumice_blobfs::fs::{
+    File, FileSystem, FormatOptions, IoStats, Journal, MountOptions, OpenOptions,
+};
 use rand::prelude::*;
 use task::wait_for;
 
@@ -87,6 +89,7 @@ fn a_store_without_a_journal_writes_data_first() {
     let base = pumice_bdev::open("malloc://64M?block_size=4096").unwrap();
     let mut format = FormatOptions::default();
     format.cluster_size = 1 << 20;
+    format.journal = Journal::None;
     FileSystem::format(Arc::clone(&base), &format).unwrap();
     let fs = mount(base);
     let f = create(&fs, "/log");

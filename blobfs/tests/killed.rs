@@ -18,7 +18,7 @@ use changes::{
 use flaky::{Flaky, Plan};
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{BlockDevice, IoErrorKind, OpKind};
-use pumice_blobfs::fs::{FileSystem, FormatOptions, FsError, MountOptions, OpenOptions};
+use pumice_blobfs::fs::{FileSystem, FormatOptions, FsError, Journal, MountOptions, OpenOptions};
 use rand::prelude::*;
 
 const DIR: &str = "PUMICE_KILLED_DIR";
@@ -35,7 +35,7 @@ impl Image {
         let image = Image { dir };
         let dev = pumice_bdev::open(&format!("{}?size=96M&create=1", image.uri())).unwrap();
         let mut format = FormatOptions::default();
-        format.journal = journal;
+        format.journal = journal.map_or(Journal::None, Journal::Bytes);
         FileSystem::format(dev, &format).unwrap();
         image
     }

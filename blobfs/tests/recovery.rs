@@ -10,7 +10,7 @@ use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{BlockDevice, OpKind};
 use pumice_blobfs::blobstore::check::{Severity, apply, check, plan, repair};
 use pumice_blobfs::blobstore::{BlobId, Blobstore, CreateOptions, Error, InitOptions, LoadOptions};
-use pumice_blobfs::fs::{FileSystem, FormatOptions, FsError, MountOptions, OpenOptions};
+use pumice_blobfs::fs::{FileSystem, FormatOptions, FsError, Journal, MountOptions, OpenOptions};
 
 const CLUSTER: u64 = 8192;
 
@@ -235,7 +235,10 @@ fn a_repair_does_not_go_beyond_its_plan() {
 /// Makes a file system that was not unmounted, with a damaged root of `/log`.
 fn damaged_file_system(clean: bool) -> Vec<u8> {
     let dev = memory(32 << 20, 4096);
-    FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
+    // Without a journal: it would make the page whole.
+    let mut format = FormatOptions::default();
+    format.journal = Journal::None;
+    FileSystem::format(Arc::clone(&dev), &format).unwrap();
     let fs = FileSystem::mount(Arc::clone(&dev), &MountOptions::default()).unwrap();
     for name in ["/log", "/other"] {
         let file = fs.open(name, OpenOptions::CREATE).unwrap();

@@ -75,6 +75,7 @@ static FIGURES: &[Figure] = &[
     figure!(Gauge total_bytes "Bytes for files.", space.total),
     figure!(Gauge free_bytes "Bytes that can be written.", space.free),
     figure!(Gauge used_bytes "Bytes that files have.", space.used),
+    figure!(Gauge journal_bytes "Bytes of the journal.", space.journal),
     figure!(
         Gauge host_free_bytes
         "Bytes that the file system below a sparse image has room for.",

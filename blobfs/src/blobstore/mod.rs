@@ -65,6 +65,7 @@ pub(crate) use carry::Carrying;
 pub(crate) use change::Change;
 pub(crate) use commit::BeginCarry;
 pub(crate) use error::some as some_lines;
+pub(crate) use journal::recovery::LEAST_BYTES as LEAST_JOURNAL_BYTES;
 pub(crate) use mdio::{Abilities, Persist};
 pub(crate) use space::default_md_pages;
 

@@ -68,6 +68,15 @@ impl Blobstore {
         self.inner.state.lock().reserve_clusters().into()
     }
 
+    /// Returns the number of clusters of the journal.
+    #[must_use]
+    pub fn journal_clusters(&self) -> u64 {
+        let state = self.inner.state.lock();
+        let root = state.journal.and_then(|blob| blob.page());
+        let slot = root.and_then(|root| state.blobs.get(&root));
+        slot.map_or(0, |slot| slot.meta.map.num_clusters())
+    }
+
     /// Whether an ordinary change can take a metadata page, if necessary by growth of the region.
     #[must_use]
     pub fn can_take_md_page(&self) -> bool {

@@ -55,8 +55,8 @@ pub struct InitOptions {
     pub clear_method: ClearMethod,
     /// The function that opens external snapshots.
     pub open_external: Option<OpenExternal>,
-    /// Bytes of a journal, rounded up to clusters, 128 KiB to 256 MiB; none by default, since it is
-    /// new. With one, a change of metadata is one write to the journal, which changes of several
+    /// Bytes of a journal, rounded up to clusters, 128 KiB to 256 MiB; none by default, as in SPDK's
+    /// stores. With one, a change of metadata is one write to the journal, which changes of several
     /// threads share, and a page that a power cut tears is made whole again. The exception is a
     /// change of so many blobs that their roots take more than a quarter of the journal: it is
     /// written as without one. SPDK refuses such a store until it has been unloaded in order.

@@ -87,7 +87,7 @@ pub use load::{UNFINISHED, UNFINISHED_BEFORE};
 pub use memory::Memory;
 pub use metered::IoStats;
 pub use mount::{DirEntry, FileLock, FileSystem, StatFs, grow};
-pub use options::{Access, FormatOptions, MountOptions, OpenOptions};
+pub use options::{Access, FormatOptions, Journal, MountOptions, OpenOptions};
 pub use path::{NAME_MAX, normalise};
 pub use read::ReadRequest;
 pub use stat::Stat;

@@ -51,7 +51,7 @@ pub struct DirEntry {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StatFs {
-    /// Bytes for files, without the reserve.
+    /// Bytes for files, without the reserve and the journal.
     pub total: u64,
     /// Bytes that can be written: without the reserve for opening, and at most what the file system
     /// below a sparse image has room for. 0 if no file can be made for lack of metadata pages.
@@ -60,6 +60,8 @@ pub struct StatFs {
     pub used: u64,
     /// Bytes that belong to no file, including the reserve.
     pub unused: u64,
+    /// Bytes of the journal.
+    pub journal: u64,
     /// Bytes that the file system below a sparse image has room for.
     pub host_free: Option<u64>,
     /// Bytes of a cluster.
@@ -159,7 +161,7 @@ impl FileSystem {
                     .unwrap_or_else(|| default_md_pages(info.len_bytes(), opts.cluster_size)),
             ),
             bstype: BsType::BLOBFS,
-            journal: opts.journal,
+            journal: opts.journal.bytes(info.len_bytes(), opts.cluster_size),
             // It has been examined.
             force: true,
             ..InitOptions::default()
@@ -475,14 +477,15 @@ impl FileSystem {
         if core.vol.check_fork().is_err() {
             return StatFs::default();
         }
-        let pages = core.vol.store.md_pages();
+        let store = &core.vol.store;
+        let (pages, journal) = (store.md_pages(), store.journal_clusters());
         StatFs {
-            total: (core.vol.store.total_clusters() - core.vol.store.reserved_clusters())
+            total: (store.total_clusters() - journal - store.reserved_clusters())
                 * core.vol.cluster,
             free: core.space.free_bytes(),
-            used: (core.vol.store.total_clusters() - core.vol.store.free_clusters())
-                * core.vol.cluster,
-            unused: core.vol.store.free_clusters() * core.vol.cluster,
+            used: (store.total_clusters() - journal - store.free_clusters()) * core.vol.cluster,
+            unused: store.free_clusters() * core.vol.cluster,
+            journal: journal * core.vol.cluster,
             host_free: core.space.host_room(),
             cluster: core.vol.cluster,
             files: core.names.inodes().len() as u64,

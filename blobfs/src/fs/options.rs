@@ -1,5 +1,7 @@
 //! Options of formatting, mounting and opening.
 
+use crate::blobstore::LEAST_JOURNAL_BYTES as LEAST_BYTES;
+
 /// Options of a new file system.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -12,10 +14,8 @@ pub struct FormatOptions {
     /// needs one or more. The default is two per MiB, at most 16384. The region grows when three
     /// quarters are used.
     pub md_pages: Option<u32>,
-    /// Bytes of a journal for changes of metadata, rounded up to clusters, at least 128 KiB. There
-    /// is none by default, since it is new; see
-    /// [`InitOptions::journal`](crate::blobstore::InitOptions::journal).
-    pub journal: Option<u64>,
+    /// The journal for changes of metadata and for small syncs; `docs/journal.md` has its rules.
+    pub journal: Journal,
     /// Whether to overwrite any content of the device.
     pub force: bool,
 }
@@ -30,8 +30,37 @@ impl Default for FormatOptions {
         FormatOptions {
             cluster_size: 64 << 10,
             md_pages: None,
-            journal: None,
+            journal: Journal::Auto,
             force: false,
+        }
+    }
+}
+
+/// The journal of a new file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Journal {
+    /// A sixty-fourth of the device, at most 32 MiB, rounded up to clusters. There is none on a device of which that is less than
+    /// 128 KiB, or a cluster more than a thirty-second.
+    #[default]
+    Auto,
+    /// None: the metadata is changed in place, as SPDK does, and a power cut must not tear its pages of 4 KiB.
+    None,
+    /// This number of bytes, rounded up to clusters, 128 KiB to 256 MiB; see
+    /// [`InitOptions::journal`](crate::blobstore::InitOptions::journal).
+    Bytes(u64),
+}
+
+impl Journal {
+    /// Returns the number of bytes on a device of `device_bytes`, if there is one.
+    pub(super) fn bytes(self, device_bytes: u64, cluster_size: u32) -> Option<u64> {
+        match self {
+            Journal::Auto => {
+                let bytes = (device_bytes / 64).min(32 << 20);
+                let fits = u64::from(cluster_size) <= device_bytes / 32;
+                (fits && bytes >= LEAST_BYTES).then_some(bytes)
+            }
+            Journal::None => None,
+            Journal::Bytes(bytes) => Some(bytes),
         }
     }
 }

@@ -8,7 +8,7 @@ use pumice_bdev::delay::{Delay, Latencies};
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, OpKind};
 
-use super::{File, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions};
+use super::{File, FileSystem, FormatOptions, FsError, Journal, MountOptions, OpenOptions};
 use crate::blobstore::check::check;
 use crate::blobstore::{BlobId, Blobstore};
 
@@ -235,7 +235,7 @@ fn what_the_journal_owes_is_in_place_before_clusters_move() {
     for (what, change) in changes {
         let dev = pumice_bdev::open("malloc://64M?block_size=4096").unwrap();
         let format = FormatOptions {
-            journal: Some(4 * MIB),
+            journal: Journal::Bytes(4 * MIB),
             ..FormatOptions::default()
         };
         FileSystem::format(Arc::clone(&dev), &format).unwrap();

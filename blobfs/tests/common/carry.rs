@@ -7,7 +7,7 @@ use std::sync::Arc;
 use pumice_bdev::BlockDevice;
 use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage};
 use pumice_blobfs::blobstore::check::{Severity, check};
-use pumice_blobfs::fs::{File, FileSystem, FormatOptions, MountOptions, OpenOptions};
+use pumice_blobfs::fs::{File, FileSystem, FormatOptions, Journal, MountOptions, OpenOptions};
 use rand::prelude::*;
 
 use crate::common::faults::content_of;
@@ -22,7 +22,7 @@ pub fn options(journal: u64) -> FormatOptions {
     let mut format = FormatOptions::default();
     format.cluster_size = CLUSTER;
     format.md_pages = Some(100);
-    format.journal = Some(journal);
+    format.journal = Journal::Bytes(journal);
     format
 }
 

@@ -6,7 +6,9 @@ use std::sync::{Arc, Once};
 
 use pumice_bdev::error_inject::ErrorDevice;
 use pumice_bdev::{BlockDevice, OpKind};
-use pumice_blobfs::fs::{File, FileSystem, FormatOptions, MountOptions, OpenOptions, Result};
+use pumice_blobfs::fs::{
+    File, FileSystem, FormatOptions, Journal, MountOptions, OpenOptions, Result,
+};
 
 use crate::common::faults::{hang, setup_with};
 use crate::common::watchdog::watchdog;
@@ -24,7 +26,7 @@ pub fn with_journal(journal: u64, opts: &MountOptions) -> (Arc<ErrorDevice>, Fil
     limit();
     let base = pumice_bdev::open("malloc://128M?block_size=4096").unwrap();
     let mut format = FormatOptions::default();
-    format.journal = Some(journal);
+    format.journal = Journal::Bytes(journal);
     setup_with(base, &format, opts)
 }
 

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use pumice_bdev::error_inject::ErrorDevice;
 use pumice_bdev::{BlockDevice, DmaBuf, OpKind};
-use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions};
+use pumice_blobfs::fs::{FileSystem, FormatOptions, Journal, MountOptions};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -58,6 +58,11 @@ pub fn run(seed: u64, faults: Faults, threads: usize, steps: usize) {
     base = Less::with_cache(base, &without, cached);
     let mut format = FormatOptions::default();
     format.cluster_size = [4096, 16 << 10, 64 << 10, 1 << 20][rng.random_range(0..4)];
+    // A write of a journal that fails is one of metadata, and the journal's ring is among the data.
+    format.journal = [Journal::Auto, Journal::None][rng.random_range(0..2)];
+    if faults.io && !faults.metadata {
+        format.journal = Journal::None;
+    }
     // With few of them, the region moves, or there is no room for that and they run out.
     format.md_pages = Some([24, 100, 600][rng.random_range(0..3)]);
     FileSystem::format(Arc::clone(&base), &format).unwrap();

@@ -315,6 +315,7 @@ impl Source<'_> {
                     "total_bytes": s.total,
                     "free_bytes": s.free,
                     "used_bytes": s.used,
+                    "journal_bytes": s.journal,
                     "host_free_bytes": s.host_free,
                     "cluster_size": s.cluster,
                     "files": s.files,
@@ -602,6 +603,7 @@ pub fn df(args: &Df) -> ExitCode {
             used.saturating_mul(100) / total.max(1)
         );
         say!("free            {}", human(number(&s, "free_bytes")));
+        say!("journal         {}", human(number(&s, "journal_bytes")));
         if let Some(host) = s["host_free_bytes"].as_u64() {
             say!("room below      {}", human(host));
         }

@@ -7,7 +7,7 @@ use clap::Args;
 use pumice_bdev::{BlockDevice, file_uri, parse_size};
 use pumice_bdev_control::say;
 use pumice_bdev_control::terminal::print_json;
-use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, StatFs};
+use pumice_blobfs::fs::{FileSystem, FormatOptions, Journal, MountOptions, StatFs};
 use serde_json::json;
 
 use crate::files::{Failure, fail, human};
@@ -29,10 +29,10 @@ pub struct Mkfs {
     /// MiB, at most 16384. More are added when three quarters are used
     #[arg(long)]
     md_pages: Option<u32>,
-    /// Keep changes of metadata in a journal of this size, at least 128K, or `none`. It is new: not
-    /// the default until its power-cut tests have run at length. SPDK refuses such a file system
-    /// until it has been unmounted in order
-    #[arg(long, value_name = "SIZE|none", default_value = "none", value_parser = journal)]
+    /// Bytes of the journal for changes of metadata and small syncs, 128K to 256M; `auto` is a 64th
+    /// of the device, at most 32M. SPDK refuses a file system with a journal until it has been
+    /// unmounted in order. With `none` a power cut must not tear metadata pages of 4 KiB
+    #[arg(long, value_name = "SIZE|auto|none", default_value = "auto", value_parser = journal)]
     journal: Journal,
     /// Overwrite any content of the device; without it only zeroes are overwritten
     #[arg(long)]
@@ -46,14 +46,11 @@ fn size(text: &str) -> Result<u64, String> {
     parse_size(text)
 }
 
-/// The size of a journal, if there is one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Journal(Option<u64>);
-
 fn journal(text: &str) -> Result<Journal, String> {
     match text {
-        "none" => Ok(Journal(None)),
-        text => parse_size(text).map(|bytes| Journal(Some(bytes))),
+        "auto" => Ok(Journal::Auto),
+        "none" => Ok(Journal::None),
+        text => parse_size(text).map(Journal::Bytes),
     }
 }
 
@@ -67,12 +64,17 @@ pub fn run(args: &Mkfs) -> ExitCode {
                     "total_bytes": made.total,
                     "free_bytes": made.free,
                     "cluster_size": made.cluster,
+                    "journal_bytes": made.journal,
                     "md_pages": made.md_pages,
                 });
                 print_json(&made);
             } else {
+                let journal = match made.journal {
+                    0 => "no journal".to_owned(),
+                    bytes => format!("a journal of {}", human(bytes)),
+                };
                 say!(
-                    "{}: BlobFS of {}, clusters of {}, {} pages of metadata",
+                    "{}: BlobFS of {}, clusters of {}, {} pages of metadata, {journal}",
                     args.uri,
                     human(made.total),
                     human(made.cluster),
@@ -92,7 +94,7 @@ fn make(args: &Mkfs) -> Result<StatFs, Failure> {
     let mut format = FormatOptions::default();
     format.cluster_size = cluster_size;
     format.md_pages = args.md_pages;
-    format.journal = args.journal.0;
+    format.journal = args.journal;
     format.force = args.force;
     FileSystem::format(Arc::clone(&dev), &format)?;
     // The result is checked by mounting it.
@@ -136,8 +138,9 @@ mod tests {
 
     #[test]
     fn a_journal_has_a_size_or_is_none() {
-        assert_eq!(journal("none"), Ok(Journal(None)));
-        assert_eq!(journal("2M"), Ok(Journal(Some(2 << 20))));
+        assert_eq!(journal("auto"), Ok(Journal::Auto));
+        assert_eq!(journal("none"), Ok(Journal::None));
+        assert_eq!(journal("2M"), Ok(Journal::Bytes(2 << 20)));
         assert!(journal("some").is_err());
     }
 
