@@ -15,7 +15,7 @@ use std::sync::Arc;
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{BlockDevice, OpKind};
 use pumice_bdev_testkit::crashsim::CrashDevice;
-use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, OpenOptions};
+use pumice_blobfs::fs::{FileSystem, FormatOptions, Journal, MountOptions, OpenOptions};
 use rand::prelude::*;
 
 use changes::{bytes, contents};
@@ -31,9 +31,15 @@ fn mount(dev: Arc<dyn BlockDevice>) -> FileSystem {
     FileSystem::mount(dev, &MountOptions::default()).unwrap()
 }
 
+fn format(device: &Arc<dyn BlockDevice>, journal: Journal) {
+    let mut options = FormatOptions::default();
+    options.journal = journal;
+    FileSystem::format(Arc::clone(device), &options).unwrap();
+}
+
 fn formatted() -> (Arc<dyn BlockDevice>, Arc<ErrorDevice>) {
     let base: Arc<dyn BlockDevice> = Arc::new(CrashDevice::new(4096, 16384, true, 5));
-    FileSystem::format(Arc::clone(&base), &FormatOptions::default()).unwrap();
+    format(&base, Journal::default());
     let device = Arc::new(ErrorDevice::new(None, Arc::clone(&base)));
     (base, device)
 }
@@ -162,9 +168,16 @@ fn a_full_device_has_room_for_what_was_not_synced() {
 /// length covers only bytes that are there.
 #[test]
 fn a_power_cut_while_the_log_is_put_in_place_leaves_no_length_without_its_bytes() {
+    for journal in [Journal::None, Journal::Auto] {
+        power_cuts_while_the_log_is_put_in_place(journal);
+    }
+}
+
+fn power_cuts_while_the_log_is_put_in_place(journal: Journal) {
     let name = name("power");
     let device = Arc::new(CrashDevice::new(4096, 16384, true, 5));
-    FileSystem::format(device.clone(), &FormatOptions::default()).unwrap();
+    let dynamic: Arc<dyn BlockDevice> = device.clone();
+    format(&dynamic, journal);
     let mount =
         |dev: Arc<dyn BlockDevice>| FileSystem::mount(dev, &MountOptions::default()).unwrap();
     let killed = mount(Named::on(device.clone(), &name));

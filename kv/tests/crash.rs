@@ -6,15 +6,15 @@ mod common;
 use std::sync::Arc;
 
 use common::{key, value, watchdog};
+use pumice::fs::Journal;
 use pumice::rocksdb::{DBCompressionType, LogLevel, WriteOptions};
-use pumice::{DbOptions, MountOptions, mount_device};
+use pumice::{DbOptions, FormatOptions, MountOptions, mount_device};
 use pumice_bdev::BlockDevice;
 use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-const BLOCK: u32 = 4096;
-const BLOCKS: u64 = 12 << 10;
+const LEN_BYTES: u64 = 48 << 20;
 const PUTS: u64 = 60;
 
 /// Marks of the workload other than acknowledged keys. This one: keys up to here are in a table.
@@ -32,14 +32,33 @@ fn options() -> DbOptions {
     })
 }
 
-fn mount_options() -> MountOptions {
-    MountOptions::new().cache_bytes(16 << 20)
+/// A device and the file system on it.
+#[derive(Clone, Copy)]
+struct Kind {
+    block_size: u32,
+    write_cache: bool,
+    journal: Journal,
+}
+
+impl Kind {
+    /// A device whose blocks are torn one from another, which only a journal makes good if a page of metadata has several.
+    fn device(self, image: CrashImage, seed: u64) -> Arc<CrashDevice> {
+        let device = CrashDevice::from_image(self.block_size, image, self.write_cache, seed);
+        Arc::new(device)
+    }
+
+    fn mount_options(self) -> MountOptions {
+        let mut format = FormatOptions::default();
+        format.journal = self.journal;
+        let options = MountOptions::new().format_empty(Some(format));
+        options.cache_bytes(16 << 20)
+    }
 }
 
 /// Makes puts with or without sync, and writes tables in between.
-fn workload(device: &Arc<CrashDevice>, synced: bool) {
+fn workload(kind: Kind, device: &Arc<CrashDevice>, synced: bool) {
     let dynamic: Arc<dyn BlockDevice> = Arc::clone(device) as Arc<dyn BlockDevice>;
-    let fs = mount_device(&dynamic, &mount_options()).unwrap();
+    let fs = mount_device(&dynamic, &kind.mount_options()).unwrap();
     let db = options().open_in(&fs).unwrap();
     device.mark(0);
     let mut sync = WriteOptions::default();
@@ -58,11 +77,10 @@ fn workload(device: &Arc<CrashDevice>, synced: bool) {
 }
 
 /// Opens the database after a cut and looks for keys 1 to `acknowledged`.
-fn check(image: CrashImage, acknowledged: u64, write_cache: bool, what: &str) {
-    let device: Arc<dyn BlockDevice> =
-        Arc::new(CrashDevice::from_image(BLOCK, image, write_cache, 7));
-    let fs =
-        mount_device(&device, &mount_options()).unwrap_or_else(|e| panic!("{what}: mounting: {e}"));
+fn check(kind: Kind, image: CrashImage, acknowledged: u64, what: &str) {
+    let device: Arc<dyn BlockDevice> = kind.device(image, 7);
+    let fs = mount_device(&device, &kind.mount_options())
+        .unwrap_or_else(|e| panic!("{what}: mounting: {e}"));
     let db = options()
         .open_in(&fs)
         .unwrap_or_else(|e| panic!("{what}: opening: {e}"));
@@ -81,14 +99,14 @@ fn check(image: CrashImage, acknowledged: u64, write_cache: bool, what: &str) {
         .unwrap_or_else(|e| panic!("{what}: unmounting: {e}"));
 }
 
-fn every_cut(write_cache: bool, synced: bool) {
+fn every_cut(kind: Kind, synced: bool) {
     let seed: u64 = std::env::var("PUMICE_SEED")
         .ok()
         .and_then(|s| s.parse().ok())
         .unwrap_or(20_261_123);
     println!("PUMICE_SEED={seed}");
-    let device = Arc::new(CrashDevice::new(BLOCK, BLOCKS, write_cache, seed));
-    workload(&device, synced);
+    let device = kind.device(CrashImage::zeroed(LEN_BYTES), seed);
+    workload(kind, &device, synced);
     let mut rng = StdRng::seed_from_u64(seed);
     let mut points = device.crash_points();
     let (mut cuts, mut mounted) = (0, false);
@@ -115,28 +133,56 @@ fn every_cut(write_cache: bool, synced: bool) {
             points.position(),
             points.len_events()
         );
-        check(image, acknowledged, write_cache, &what);
+        check(kind, image, acknowledged, &what);
         cuts += 1;
     }
     assert!(cuts > 100, "only {cuts} cuts");
-    println!("{cuts} cuts, write cache {write_cache}");
+    println!("{cuts} cuts, write cache {}", kind.write_cache);
 }
+
+const TORN: Kind = Kind {
+    block_size: 512,
+    write_cache: true,
+    journal: Journal::Auto,
+};
+
+/// Metadata is changed in place, and its pages are written whole.
+const IN_PLACE: Kind = Kind {
+    block_size: 4096,
+    write_cache: true,
+    journal: Journal::None,
+};
 
 #[test]
 fn power_cut_with_a_volatile_write_cache() {
     let _limit = watchdog();
-    every_cut(true, true);
+    every_cut(TORN, true);
 }
 
 #[test]
 fn power_cut_without_a_write_cache() {
     let _limit = watchdog();
-    every_cut(false, true);
+    let kind = Kind {
+        write_cache: false,
+        ..TORN
+    };
+    every_cut(kind, true);
 }
 
 /// Puts without sync survive as far as a flush made tables of them, and completely after a close.
 #[test]
 fn power_cut_after_flushes_and_after_the_close() {
     let _limit = watchdog();
-    every_cut(true, false);
+    every_cut(TORN, false);
+}
+
+#[test]
+fn power_cut_without_a_journal() {
+    let _limit = watchdog();
+    every_cut(IN_PLACE, true);
+    let kind = Kind {
+        write_cache: false,
+        ..IN_PLACE
+    };
+    every_cut(kind, true);
 }

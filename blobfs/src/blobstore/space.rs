@@ -3,7 +3,7 @@
 
 use super::Blobstore;
 use super::error::Error;
-use super::format::PAGE_SIZE_U64;
+use super::format::{BlobId, PAGE_SIZE_U64};
 use super::geometry::Layout;
 use super::order::Scope;
 use super::state::State;
@@ -72,7 +72,7 @@ impl Blobstore {
     #[must_use]
     pub fn journal_clusters(&self) -> u64 {
         let state = self.inner.state.lock();
-        let root = state.journal.and_then(|blob| blob.page());
+        let root = state.journal.and_then(BlobId::page);
         let slot = root.and_then(|root| state.blobs.get(&root));
         slot.map_or(0, |slot| slot.meta.map.num_clusters())
     }

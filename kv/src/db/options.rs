@@ -278,22 +278,8 @@ impl DbOptions {
         } else {
             None
         };
-        if let Some(logs) = recorded.as_ref().and_then(RecordedOptions::wal_dir) {
-            let path = normal(&format!("{root}/{logs}"))?;
-            if !fs.exists(&path)? {
-                let reason = "the log of the database is recorded to be there, and nothing is: the database's program names \
-                    it from another directory, or it is a copy, whose log is beside its tables; open it with its program; an \
-                    empty directory there stands for a log that has nothing"
-                    .to_owned();
-                return Err(Error::Directory { path, reason });
-            }
-        }
-        let wal_recovery = if exists && !self.read_only && self.wal_recovery.is_none() {
-            // What RocksDB cannot read of a log when it opens for writing, it removes. Reading changes nothing.
-            let strict = DBRecoveryMode::TolerateCorruptedTailRecords;
-            let reading = self.clone().read_only(true).wal_recovery_mode(strict);
-            drop(reading.open_on(fs.clone(), None)?);
-            Some(DBRecoveryMode::TolerateCorruptedTailRecords)
+        let wal_recovery = if exists {
+            self.check_log(&fs, &root, recorded.as_ref())?
         } else {
             self.wal_recovery
         };
@@ -349,6 +335,33 @@ impl DbOptions {
             #[cfg(feature = "inspect")]
             inspection: Mutex::new(None),
         })
+    }
+
+    /// Checks that nothing of the log of an existing database would be left out, and returns the mode of recovery.
+    fn check_log(
+        &self,
+        fs: &FileSystem,
+        root: &str,
+        recorded: Option<&RecordedOptions>,
+    ) -> Result<Option<DBRecoveryMode>, Error> {
+        if let Some(logs) = recorded.and_then(RecordedOptions::wal_dir) {
+            let path = normal(&format!("{root}/{logs}"))?;
+            if !fs.exists(&path)? {
+                let reason = "the log of the database is recorded to be there, and nothing is: the database's program names \
+                    it from another directory, or it is a copy, whose log is beside its tables; open it with its program; an \
+                    empty directory there stands for a log that has nothing"
+                    .to_owned();
+                return Err(Error::Directory { path, reason });
+            }
+        }
+        if self.read_only || self.wal_recovery.is_some() {
+            return Ok(self.wal_recovery);
+        }
+        // What RocksDB cannot read of a log when it opens for writing, it removes. Reading changes nothing.
+        let strict = DBRecoveryMode::TolerateCorruptedTailRecords;
+        let reading = self.clone().read_only(true).wal_recovery_mode(strict);
+        drop(reading.open_on(fs.clone(), None)?);
+        Ok(Some(DBRecoveryMode::TolerateCorruptedTailRecords))
     }
 
     /// Opens with every column family that exists or was requested, the default one by its name, so
