@@ -10,6 +10,7 @@ mod named;
 #[path = "common/task.rs"]
 mod task;
 
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
@@ -44,7 +45,16 @@ fn formatted() -> (Arc<dyn BlockDevice>, Arc<ErrorDevice>) {
     (base, device)
 }
 
-fn hold_a_write(device: &ErrorDevice, range: Option<(u64, u64)>) {
+/// Lets what is held back go on, also if the test fails: the end of the process unmounts what is still mounted.
+struct Held(Arc<ErrorDevice>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.resume();
+    }
+}
+
+fn hold_a_write(device: &Arc<ErrorDevice>, range: Option<(u64, u64)>) -> Held {
     device.inject(Injection {
         op: Some(OpKind::Write),
         failure: Failure::Hang,
@@ -52,23 +62,23 @@ fn hold_a_write(device: &ErrorDevice, range: Option<(u64, u64)>) {
         range,
         queue_depth: 0,
     });
+    Held(Arc::clone(device))
 }
 
 #[test]
 fn what_is_appended_during_a_sync_is_kept() {
     let (base, device) = formatted();
     let name = name("sync");
-    let killed = mount(Named::on(device.clone(), &name));
-    let file = killed.open("/file", OpenOptions::CREATE).unwrap();
+    let killed = ManuallyDrop::new(mount(Named::on(device.clone(), &name)));
+    let file = ManuallyDrop::new(killed.open("/file", OpenOptions::CREATE).unwrap());
     file.append(&bytes(1000, 1)).unwrap();
-    hold_a_write(&device, None);
+    let held = hold_a_write(&device, None);
     let syncing = file.clone();
     let sync = spawn(move || syncing.sync());
     wait_for("a write is held back", || device.injections().is_empty());
     file.append(&bytes(500, 2)).unwrap();
-    device.resume();
+    drop(held);
     sync.join("the sync").unwrap();
-    std::mem::forget((killed, file));
     let found = contents(&mount(Named::on(base, &name)), "/file");
     assert!(found == [bytes(1000, 1), bytes(500, 2)].concat());
 }
@@ -78,8 +88,8 @@ fn what_is_appended_during_a_sync_is_kept() {
 fn bytes_are_kept_until_they_are_in_their_place() {
     let (base, device) = formatted();
     let name = name("place");
-    let killed = mount(Named::on(device.clone(), &name));
-    let file = killed.open("/file", OpenOptions::CREATE).unwrap();
+    let killed = ManuallyDrop::new(mount(Named::on(device.clone(), &name)));
+    let file = ManuallyDrop::new(killed.open("/file", OpenOptions::CREATE).unwrap());
     file.append(&bytes(1000, 1)).unwrap();
     let lba = killed
         .blobstore()
@@ -87,7 +97,7 @@ fn bytes_are_kept_until_they_are_in_their_place() {
         .unwrap()
         .lba(0)
         .unwrap();
-    hold_a_write(&device, Some((lba, 1)));
+    let held = hold_a_write(&device, Some((lba, 1)));
     let big = killed.open("/big", OpenOptions::CREATE).unwrap();
     let filling = spawn(move || {
         // The log has no room for all of it, so the file before it is written.
@@ -101,9 +111,8 @@ fn bytes_are_kept_until_they_are_in_their_place() {
     let next = mount(Named::on(base, &name));
     assert!(contents(&next, "/file") == bytes(1000, 1));
     next.unmount().unwrap();
-    device.resume();
+    drop(held);
     filling.join("the appends");
-    std::mem::forget((killed, file));
 }
 
 /// Bytes that were placed and then cut off are no longer needed, nor are their clusters.
@@ -112,14 +121,13 @@ fn a_file_that_is_cut_after_it_was_placed_keeps_the_rest() {
     for (cut, more) in [(5 << 20, 0), ((8 << 20) + 5, 100), (0, 7), (300, 70_000)] {
         let (base, _device) = formatted();
         let name = name("cut");
-        let killed = mount(Named::on(Arc::clone(&base), &name));
-        let file = killed.open("/file", OpenOptions::CREATE).unwrap();
+        let killed = ManuallyDrop::new(mount(Named::on(Arc::clone(&base), &name)));
+        let file = ManuallyDrop::new(killed.open("/file", OpenOptions::CREATE).unwrap());
         // It is too long for the log, so it is placed.
         file.append(&bytes(9 << 20, 1)).unwrap();
         file.append(b"behind it").unwrap();
         file.truncate(cut as u64).unwrap();
         file.append(&bytes(more, 2)).unwrap();
-        std::mem::forget((killed, file));
         let fs = mount(Named::on(base, &name));
         let expected = [&bytes(9 << 20, 1)[..cut], &bytes(more, 2)].concat();
         assert!(contents(&fs, "/file") == expected, "cut to {cut}");
@@ -134,7 +142,7 @@ fn a_full_device_has_room_for_what_was_not_synced() {
     for (first, left) in [(20, 0), (3, 4)] {
         let (base, _device) = formatted();
         let name = name("full");
-        let killed = mount(Named::on(Arc::clone(&base), &name));
+        let killed = ManuallyDrop::new(mount(Named::on(Arc::clone(&base), &name)));
         let open = |path: &str| killed.open(path, OpenOptions::CREATE).unwrap();
         if left > 0 {
             let filler = open("/filler");
@@ -180,15 +188,13 @@ fn power_cuts_while_the_log_is_put_in_place(journal: Journal) {
     format(&dynamic, journal);
     let mount =
         |dev: Arc<dyn BlockDevice>| FileSystem::mount(dev, &MountOptions::default()).unwrap();
-    let killed = mount(Named::on(device.clone(), &name));
+    let killed = ManuallyDrop::new(mount(Named::on(device.clone(), &name)));
     let open = |path: &str| killed.open(path, OpenOptions::CREATE).unwrap();
     // The first is too long for the log.
     let all = [("/long", 9 << 20), ("/short", 70_000)];
     for (path, len) in all {
         open(path).append(&bytes(len, 1)).unwrap();
     }
-    // It is neither unmounted nor dropped.
-    std::mem::forget(killed);
     let before = device.len_events();
     let fs = mount(Named::on(device.clone(), &name));
     for (path, len) in all {
