@@ -26,12 +26,15 @@ fn image(dir: &Path, name: &str) -> String {
     format!("file://{}/{name}.img?size=64M&create=1", dir.display())
 }
 
+/// Mounts without the log in shared memory, which would also keep what the end of a process does not write.
 fn mounted(uri: &str) -> FileSystem {
     let dev = pumice_bdev::open(uri).unwrap();
     if pumice_bdev::contents::recognise(&*dev).unwrap().is_none() {
         FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
     }
-    FileSystem::mount(dev, &MountOptions::default()).unwrap()
+    let mut opts = MountOptions::default();
+    opts.volatile = true;
+    FileSystem::mount(dev, &opts).unwrap()
 }
 
 /// Makes bytes whose order shows when a block is in the wrong place.

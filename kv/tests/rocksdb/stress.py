@@ -2,14 +2,21 @@
 """Runs db_stress for a while with a parameter set of RocksDB's db_crashtest.py, again and again on one database.
 
     stress.py TOOLS SET SECONDS PROGRAM URI [ARGUMENTS of db_stress]
+    stress.py TOOLS blackbox SECONDS PROGRAM URI [ARGUMENTS of db_stress]
 
-TOOLS is the folder of db_crashtest.py. Each run draws new parameters, ends by itself and checks the values
-that it expects. Unlike db_crashtest.py, this kills nothing. The exit code is 0 if every run was without a finding.
+TOOLS is the folder of db_crashtest.py. Each run of a set draws new parameters, ends by itself and checks the values
+that it expects; nothing is killed. "blackbox" is db_crashtest.py's own loop with its default parameters: each run is
+killed after some seconds, and the next one checks that nothing that had returned is lost.
+The exit code is 0 if there was no finding.
 """
 
+import signal
 import subprocess
 import sys
 import time
+
+# Seconds until a run of "blackbox" is killed.
+KILLED_AFTER = 10
 
 # The flag by which db_crashtest.py names each set. "blob" is a set that it only draws at random.
 FLAGS = {
@@ -23,8 +30,45 @@ FLAGS = {
 }
 
 
+def killing(tools, seconds, program, uri, more):
+    """Runs db_crashtest.py's blackbox test."""
+    # An error that db_stress did not inject itself is a finding.
+    limits = [f"--duration={seconds}", f"--interval={KILLED_AFTER}", "--tolerate_non_injected_io_errors_for_remote_dbs=0"]
+    sys.argv = ["db_crashtest.py", "blackbox", f"--stress_cmd={program}", f"--fs_uri={uri}", *limits, *more]
+    sys.path.insert(0, tools)
+    import db_crashtest
+
+    kills = 0
+
+    def killed(command, timeout=None, *_):
+        nonlocal kills
+        print(" ".join(command), flush=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, env=db_crashtest.stress_cmd_env(), **pipes) as process:
+            try:
+                out, err = process.communicate(timeout=timeout)
+                print(out, err, flush=True)
+                return False, process.returncode, out, err, process.pid
+            except subprocess.TimeoutExpired:
+                # Its own program asks with SIGTERM first, which db_stress answers by ending in order.
+                process.send_signal(signal.SIGKILL)
+                out, err = process.communicate()
+                kills += 1
+                print(out, err, flush=True)
+                return True, process.returncode, out, err, process.pid
+
+    db_crashtest.execute_cmd = killed
+    # What it would remove is on the image.
+    db_crashtest.cleanup_after_success = lambda *_: None
+    db_crashtest.main()
+    print(f"{kills} processes killed without a finding")
+
+
 def main():
     tools, name, seconds, program, uri = sys.argv[1:6]
+    if name == "blackbox":
+        killing(tools, seconds, program, uri, sys.argv[6:])
+        return
     # db_crashtest.py reads the command line when it is imported.
     sys.argv = ["db_crashtest.py", *FLAGS[name], "whitebox", f"--stress_cmd={program}", f"--fs_uri={uri}", *sys.argv[6:]]
     sys.path.insert(0, tools)
