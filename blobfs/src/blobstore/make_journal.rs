@@ -2,16 +2,42 @@
 
 use super::Blobstore;
 use super::error::Error;
+use super::format::BlobId;
+use super::geometry::Geometry;
 use super::journal::format::{RingPlace, Spot};
 use super::journal::heads::Heads;
 use super::journal::recovery::{LEAST_BYTES, MOST_BYTES, NAME, is_of};
+use super::meta::BlobMeta;
 use super::ops::{ClusterInit, CreateOptions};
 use super::order::Scope;
 
 impl Blobstore {
-    /// Makes a journal in a new store, whose changes are not written to it yet: after the next load
+    /// Adds a journal to a store that has none. It is used from the next load on. Durable on return. Blocks.
+    ///
+    /// A blob that is named `pumice.journal` and holds no journal is left of a call that a power cut has ended. It is removed.
+    ///
+    /// # Errors
+    /// Nothing has changed then, unless the device has failed.
+    pub fn add_journal(&self, bytes: u64) -> Result<(), Error> {
+        let (in_use, left) = {
+            let state = self.inner.state.lock();
+            let is_left = |meta: &BlobMeta| meta.xattr(b"name").is_some_and(|name| **name == *NAME);
+            let blobs = state.blobs.values().filter(|slot| is_left(&slot.meta));
+            let left: Vec<BlobId> = blobs.map(|slot| slot.meta.id).collect();
+            (RingPlace::read(&state.sb) != Ok(None), left)
+        };
+        if in_use {
+            return Err(Error::invalid("the store has a journal"));
+        }
+        for blob in left {
+            self.delete(blob)?;
+        }
+        self.make_journal(bytes)
+    }
+
+    /// Makes a journal in a store, whose changes are not written to it yet: after the next load
     /// they are.
-    pub(crate) fn make_journal(&self, bytes: u64) -> Result<(), Error> {
+    pub(super) fn make_journal(&self, bytes: u64) -> Result<(), Error> {
         let geo = self.inner.state.lock().geo.clone();
         if bytes < LEAST_BYTES {
             return Err(Error::invalid(format!(
@@ -30,6 +56,15 @@ impl Blobstore {
                 "a journal of {len} bytes takes more than half of the store; make it smaller, or leave it out"
             )));
         }
+        let available = self.available_clusters();
+        let run = self.inner.state.lock().clusters.longest_run().len() as u64;
+        if count > run.min(available) {
+            return Err(Error::invalid(format!(
+                "a journal of {len} bytes needs {count} free clusters that follow one another, and there are {}; make it \
+                 smaller, or delete files",
+                run.min(available)
+            )));
+        }
         let blob = self.create(&CreateOptions {
             num_clusters: count,
             init: ClusterInit::CallerWrites,
@@ -39,6 +74,21 @@ impl Blobstore {
             ],
             ..CreateOptions::default()
         })?;
+        let begun = self.begin_journal(&geo, blob, len, count);
+        if begun.is_err() {
+            // The first error counts. A blob that stays is removed by the next call.
+            let _ = self.delete(blob);
+        }
+        begun
+    }
+
+    fn begin_journal(
+        &self,
+        geo: &Geometry,
+        blob: BlobId,
+        len: u64,
+        count: u64,
+    ) -> Result<(), Error> {
         let place = {
             let state = self.inner.state.lock();
             let meta = state.meta(blob)?;
@@ -64,7 +114,7 @@ impl Blobstore {
                 .can()
                 .written_zeroes(geo.cluster_lba(place.cluster), blocks)?;
             io.run_durable(zeroes)?;
-            Heads::new(&geo, &place, None, false).begin(io, Spot::first(0))?;
+            Heads::new(geo, &place, None, false).begin(io, Spot::first(0))?;
         }
         let edit = self.edit(&Scope::All)?;
         edit.change(|state, change| {

@@ -537,32 +537,3 @@ impl FileSystem {
         Ok(gained * core.vol.cluster)
     }
 }
-
-/// Makes the file system on the device that `uri` names larger. With `size_bytes` the device is an
-/// image file, which is first made that long. Otherwise the file system uses the current size of
-/// the device. Returns the new sizes.
-///
-/// It may be repeated, also after a crash: completed steps are left as they are. Nothing is changed
-/// if there is no file system that can be mounted, or if it is in use. Durable on return. Blocks.
-///
-/// # Errors
-/// Fails when the device cannot be opened, is not an image file, or is longer than `size_bytes`;
-/// when there is no file system; and with device errors.
-pub fn grow(uri: &str, size_bytes: Option<u64>) -> Result<StatFs> {
-    // Look first: a device without a file system is not made longer.
-    let look = MountOptions {
-        read_only: true,
-        ..MountOptions::default()
-    };
-    let device = pumice_bdev::open_with(uri, pumice_bdev::OpenOptions::new().read_only(true))?;
-    FileSystem::mount(device, &look)?.unmount()?;
-    let device = match size_bytes {
-        Some(bytes) => pumice_bdev::open_with(uri, pumice_bdev::OpenOptions::new().grow_to(bytes))?,
-        None => pumice_bdev::open_with(uri, pumice_bdev::OpenOptions::new())?,
-    };
-    let fs = FileSystem::mount(device, &MountOptions::default())?;
-    fs.grow()?;
-    let space = fs.statfs();
-    fs.unmount()?;
-    Ok(space)
-}

@@ -15,6 +15,7 @@ mod files;
 mod fsck;
 mod grow;
 mod holder;
+mod journal;
 mod mkfs;
 mod mount;
 mod nvme;
@@ -47,6 +48,7 @@ enum Command {
     Rescue(rescue::Rescue),
     Mkfs(mkfs::Mkfs),
     Grow(grow::Grow),
+    Journal(journal::JournalArgs),
     Mount(mount::MountArgs),
     Ls(files::Ls),
     Cat(files::Cat),
@@ -107,6 +109,7 @@ fn run(command: Command) -> ExitCode {
         Command::Rescue(args) => rescue::run(&args),
         Command::Mkfs(args) => mkfs::run(&args),
         Command::Grow(args) => grow::run(&args),
+        Command::Journal(args) => journal::run(&args),
         Command::Mount(args) => mount::run(&args),
         Command::Ls(args) => files::ls(&args),
         Command::Cat(args) => files::cat(&args),

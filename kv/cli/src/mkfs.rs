@@ -46,7 +46,8 @@ fn size(text: &str) -> Result<u64, String> {
     parse_size(text)
 }
 
-fn journal(text: &str) -> Result<Journal, String> {
+/// Parses the size of a journal.
+pub fn journal(text: &str) -> Result<Journal, String> {
     match text {
         "auto" => Ok(Journal::Auto),
         "none" => Ok(Journal::None),

@@ -27,6 +27,22 @@ fn image(dir: &Path) -> String {
 }
 
 #[test]
+fn a_journal_is_added_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = dir.path().join("kv.img").to_str().unwrap().to_owned();
+    let made = ok(&["mkfs", "--size", "64M", "--journal", "none", &uri]);
+    assert!(made.contains("no journal"), "{made}");
+    assert!(fails(&["journal", &uri, "--size", "40M"]).contains("more than half"));
+    assert_eq!(json(&["df", &uri, "--json"])["journal_bytes"], 0);
+    let added = json(&["journal", &uri, "--json"]);
+    assert_eq!(added["journal_bytes"], 1 << 20);
+    assert_eq!(json(&["df", &uri, "--json"])["journal_bytes"], 1 << 20);
+    assert!(ok(&["df", &uri]).contains("journal         1 MiB"));
+    assert!(fails(&["journal", &uri]).contains("has a journal"));
+    assert!(ok(&["fsck", &uri]).contains("no errors"));
+}
+
+#[test]
 fn making_and_refusing_to() {
     let dir = tempfile::tempdir().unwrap();
     let uri = dir.path().join("disk.img").to_str().unwrap().to_owned();
