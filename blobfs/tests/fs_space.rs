@@ -471,6 +471,36 @@ fn a_file_system_grows_with_its_device() {
     fs.unmount().unwrap();
 }
 
+/// The journal promises nothing that the host of a sparse image may have no room for when it is put in place.
+#[test]
+fn on_a_full_host_a_sync_writes_its_bytes_first() {
+    let sparse = Arc::new(Sparse {
+        base: memory(64 << 20, 4096),
+        free: AtomicU64::new(1 << 40),
+    });
+    let dev: Arc<dyn BlockDevice> = Arc::clone(&sparse) as Arc<dyn BlockDevice>;
+    FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
+    let fs = mount(&dev);
+    let file = fs.open("/log", OpenOptions::CREATE).unwrap();
+    let writes = |syncs: u32| {
+        let before = fs.io_stats();
+        for _ in 0..syncs {
+            file.append(&[1; 100]).unwrap();
+            file.sync().unwrap();
+        }
+        fs.io_stats().since(&before).writes
+    };
+    writes(1);
+    assert!(writes(20) < 25);
+    sparse.free.store(10 << 20, Ordering::Relaxed);
+    // It is looked at now and then.
+    writes(40);
+    assert!(writes(20) >= 40);
+    sparse.free.store(1 << 40, Ordering::Relaxed);
+    writes(40);
+    assert!(writes(20) < 25);
+}
+
 /// G12: a large device gets 64 MiB of metadata pages and not a share of its size.
 #[test]
 fn the_metadata_of_a_large_device_is_bounded() {

@@ -207,7 +207,7 @@ impl Transaction {
         let (_frozen, edit) = self.store.edit_frozen(|state| Ok(self.plan(state)))?;
         let freeing = self.freeing(&edit.state());
         if !freeing.is_empty() {
-            self.store.inner.commit.put_owed(Some(&freeing))?;
+            self.put_owed(&freeing)?;
         }
         let mut created = Vec::with_capacity(self.created);
         if !self.steps.is_empty() {
@@ -248,6 +248,29 @@ impl Transaction {
             Step::Carry(carried) => state.carry(change, carried.clone())?,
         }
         Ok(())
+    }
+
+    /// Has what is owed to blobs that lose clusters put in place. A blob that is deleted does not need it, if a block of it
+    /// cannot be written.
+    fn put_owed(&self, freeing: &[BlobId]) -> Result<(), Error> {
+        let commit = &self.store.inner.commit;
+        let Err(error) = commit.put_owed(Some(freeing)) else {
+            return Ok(());
+        };
+        let deleted: Vec<BlobId> = self
+            .steps
+            .iter()
+            .filter_map(|step| match step {
+                Step::Delete(id) => Some(*id),
+                _ => None,
+            })
+            .collect();
+        if deleted.is_empty() || commit.is_halted() {
+            return Err(error);
+        }
+        tracing::warn!(%error, ?deleted, "bytes of blobs that are being deleted are given up");
+        // What a blob that stays is owed is not given up.
+        commit.give_up_owed(&deleted)
     }
 
     /// Returns the blobs that lose clusters.

@@ -1,7 +1,7 @@
 //! A mount: its parts, and how it ends.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
@@ -71,6 +71,8 @@ impl Core {
             vol: Arc::clone(&vol),
             writeback: Arc::clone(&writeback),
             names: Arc::clone(&names),
+            carried: AtomicU64::new(0),
+            may_carry: AtomicBool::new(true),
         });
         let buffers = Arc::new(Buffers {
             vol: Arc::clone(&vol),

@@ -6,7 +6,7 @@
 //! space is never an error.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::MutexGuard;
 
@@ -30,11 +30,20 @@ pub(crate) const POLICY: SpacePolicy = SpacePolicy {
     grow_metadata: true,
 };
 
+/// Number of syncs after which the room on the host is looked at again.
+const LOOK_AT_HOST: u64 = 32;
+/// Bytes of room on the host without which nothing is carried: much more than what that many syncs are.
+const CARRY_ROOM: u64 = 16 << 20;
+
 /// Allocates clusters for files and frees them.
 pub(crate) struct Space {
     pub vol: Arc<Volume>,
     pub writeback: Arc<Writeback>,
     pub names: Arc<Names>,
+    /// Number of syncs that asked whether they may be carried.
+    pub carried: AtomicU64,
+    /// The answer.
+    pub may_carry: AtomicBool,
 }
 
 impl Space {
@@ -45,6 +54,20 @@ impl Space {
         let unused = self.vol.store.free_clusters() * self.vol.cluster;
         let used = self.vol.dev.info().len_bytes().saturating_sub(unused);
         Some((host.free_bytes + host.allocated_bytes).saturating_sub(used))
+    }
+
+    /// Whether the file system below a sparse image is likely to have the blocks of what the journal carries when that is put
+    /// in place. Otherwise a sync writes its bytes there first, and fails before anything was promised.
+    pub fn host_has_room_to_carry(&self) -> bool {
+        if self
+            .carried
+            .fetch_add(1, Ordering::Relaxed)
+            .is_multiple_of(LOOK_AT_HOST)
+        {
+            let has_room = self.host_room().is_none_or(|bytes| bytes >= CARRY_ROOM);
+            self.may_carry.store(has_room, Ordering::Relaxed);
+        }
+        self.may_carry.load(Ordering::Relaxed)
     }
 
     /// Refuses to promise a file more than the file system below has room for.

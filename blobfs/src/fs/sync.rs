@@ -209,6 +209,9 @@ impl Syncer {
         let (Some(frame), base) = (tail.holding(from, target).cloned(), tail.base()) else {
             return Err(ino.lost(from, target));
         };
+        if !self.space.host_has_room_to_carry() {
+            return Ok(BeginCarry::Refused);
+        }
         let carrying = match ino.blob()?.begin_carry(len) {
             BeginCarry::Begun(carrying) => carrying,
             BeginCarry::NoRoom => return Ok(BeginCarry::NoRoom),

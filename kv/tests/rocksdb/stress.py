@@ -32,9 +32,10 @@ FLAGS = {
 
 def killing(tools, seconds, program, uri, more):
     """Runs db_crashtest.py's blackbox test."""
-    # An error that db_stress did not inject itself is a finding.
-    limits = [f"--duration={seconds}", f"--interval={KILLED_AFTER}", "--tolerate_non_injected_io_errors_for_remote_dbs=0"]
-    sys.argv = ["db_crashtest.py", "blackbox", f"--stress_cmd={program}", f"--fs_uri={uri}", *limits, *more]
+    # An error that db_stress did not inject itself is a finding. Pumice refuses memory-mapped reads.
+    own = ["--tolerate_non_injected_io_errors_for_remote_dbs=0", "--mmap_read=0"]
+    limits = [f"--duration={seconds}", f"--interval={KILLED_AFTER}"]
+    sys.argv = ["db_crashtest.py", "blackbox", f"--stress_cmd={program}", f"--fs_uri={uri}", *limits, *own, *more]
     sys.path.insert(0, tools)
     import db_crashtest
 
@@ -85,6 +86,8 @@ def main():
         params["ops_per_thread"] = 3000
         # An error that db_stress did not inject itself is a finding.
         params["tolerate_non_injected_io_errors_for_remote_dbs"] = 0
+        # Pumice refuses them.
+        params["mmap_read"] = 0
         end = time.time() + int(seconds)
         runs = 0
         while time.time() < end:

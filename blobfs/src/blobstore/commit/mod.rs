@@ -224,6 +224,15 @@ pub(crate) trait Commit: std::fmt::Debug + Send + Sync {
         Ok(())
     }
 
+    /// Puts in place what is owed to all but these blobs, which are going to be deleted, and whose bytes cannot be put in
+    /// place. They are given up. The caller has their turn in the order of changes, and no channel.
+    ///
+    /// # Errors
+    /// Fails with [`Error::Owed`] when the device fails.
+    fn give_up_owed(&self, _blobs: &[BlobId]) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Whether nothing can be appended or put in place before the next load, since a write that has
     /// timed out may still land.
     fn is_halted(&self) -> bool;

@@ -12,7 +12,7 @@ use super::super::error::Error;
 use super::super::format::{BlobId, PAGE_SIZE};
 use super::super::geometry::Geometry;
 use super::super::mdio::{MdIo, dma};
-use super::super::retry::repeat;
+use super::super::retry::{may_land, repeat};
 use super::format::{Header, RING_AT, RingPlace, SECOND_HEADER_AT, Spot};
 
 /// The headers. Whoever has them is the only one who writes them, or writes pages in place.
@@ -25,6 +25,8 @@ pub(crate) struct Heads {
     current: Header,
     /// The number of the current one.
     slot: usize,
+    /// The last turn that was given to a header, also to one that could not be written.
+    turn: u64,
     /// Whether the other one can be used too.
     both: bool,
 }
@@ -57,6 +59,7 @@ impl Heads {
         Heads {
             lba: geo.cluster_lba(place.cluster),
             block,
+            turn: current.turn,
             current,
             slot,
             both,
@@ -94,13 +97,30 @@ impl Heads {
         self.write(io, next)
     }
 
-    /// Writes a header in place of the one that does not count.
+    /// Writes a header in place of the one that does not count, or of the one that does if that cannot be written: it has one
+    /// sector, which is written as a whole, and what is before the new tail is in place.
     fn write(&mut self, io: &mut MdIo, mut next: Header) -> Result<(), Error> {
-        next.turn = self.current.turn + 1;
-        let slot = 1 - self.slot;
+        // A write that has failed may be on the device, so that no turn is given twice.
+        self.turn += 1;
+        next.turn = self.turn;
+        let other = 1 - self.slot;
+        let slot = match self.write_at(io, other, &next) {
+            Ok(()) => other,
+            Err(error) if may_land(&error) => return Err(error),
+            Err(error) => {
+                // The first error tells more.
+                self.write_at(io, self.slot, &next).map_err(|_| error)?;
+                self.slot
+            }
+        };
+        (self.current, self.slot) = (next, slot);
+        Ok(())
+    }
+
+    fn write_at(&self, io: &mut MdIo, slot: usize, header: &Header) -> Result<(), Error> {
         let at = [0, SECOND_HEADER_AT][slot];
         let mut page = [0; PAGE_SIZE];
-        let bytes = next.encode();
+        let bytes = header.encode();
         page[..bytes.len()].copy_from_slice(&bytes);
         let len = usize::try_from(self.block).expect("at most a page");
         let data = dma(&page[..len])?;
@@ -112,8 +132,6 @@ impl Heads {
                 data,
                 fua: false,
             }])
-        })?;
-        (self.current, self.slot) = (next, slot);
-        Ok(())
+        })
     }
 }

@@ -159,6 +159,11 @@ impl Commit for Journal {
         let io = &mut *self.ring.channels.get()?;
         self.ring.empty(io).map_err(Error::owed)
     }
+
+    fn give_up_owed(&self, blobs: &[BlobId]) -> Result<(), Error> {
+        let io = &mut *self.ring.channels.get()?;
+        self.ring.empty_without(io, blobs).map_err(Error::owed)
+    }
 }
 
 impl Drop for Journal {
@@ -235,10 +240,10 @@ impl Journal {
         let ring = Arc::clone(&self.ring);
         let checkpoint = move || {
             let done = ring.channels.get().and_then(|mut io| ring.empty(&mut io));
-            if let Err(error) = done {
+            if let Err(error) = &done {
                 tracing::warn!(%error, "the journal could not be emptied; it is tried again before it is full");
             }
-            ring.end_background();
+            ring.end_background(done.is_ok());
         };
         let name = "pumice-journal".to_owned();
         match std::thread::Builder::new().name(name).spawn(checkpoint) {
@@ -248,7 +253,7 @@ impl Journal {
             }
             Err(error) => {
                 tracing::warn!(%error, "no thread to empty the journal; a change does it when it is full");
-                self.ring.end_background();
+                self.ring.end_background(false);
             }
         }
     }

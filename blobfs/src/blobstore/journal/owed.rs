@@ -85,9 +85,11 @@ impl Owed {
         self.debts.retain(|_, debt| !debt.is_over());
     }
 
-    /// Returns everything, in the order of the batches.
-    pub fn all(&self) -> Vec<Patch> {
-        let debts = self.debts.values();
+    /// Returns everything but what these blobs are owed, in the order of the batches.
+    pub fn all_but(&self, given_up: &[BlobId]) -> Vec<Patch> {
+        let counts = |blob: &BlobId| !given_up.contains(blob);
+        let debts = self.debts.iter().filter(|(blob, _)| counts(blob));
+        let debts = debts.map(|(_, debt)| debt);
         let mut all: Vec<&(u64, Patch)> = debts.flat_map(|debt| &debt.patches).collect();
         all.sort_by_key(|(number, _)| *number);
         all.into_iter().map(|(_, patch)| patch.clone()).collect()

@@ -1,13 +1,17 @@
-//! Putting the bytes that batches carry into the clusters of their blobs.
+//! Putting pages in their places, and the bytes that batches carry into the clusters of their blobs.
 //!
 //! Rule 20: they are byte-exact. Of a block that they begin in the middle of, the bytes before them
 //! are read from the device. Zeroes follow the end of the content in its last block.
 
 use std::collections::BTreeMap;
 
+use pumice_bdev::{DmaSlice, Op};
+
 use super::super::carried::Patch;
 use super::super::error::Error;
-use super::super::mdio::MdIo;
+use super::super::format::Page;
+use super::super::geometry::Geometry;
+use super::super::mdio::{MdIo, dma};
 use super::super::retry::{may_land, repeat};
 
 /// Blocks of the device and their new contents.
@@ -93,4 +97,50 @@ pub(super) fn write_blocks(io: &mut MdIo, blocks: &Blocks) -> Result<(), Error> 
         result = result.and(written);
     }
     result
+}
+
+/// Writes pages in their places and makes them durable, each several times if necessary, together
+/// with what was written since `failed` was the number of flushes that had failed. Returns the pages
+/// that cannot be written.
+///
+/// # Errors
+/// Fails when a flush does, and when a write may still land.
+pub(super) fn put_pages<'a>(
+    io: &mut MdIo,
+    geo: &Geometry,
+    pages: impl IntoIterator<Item = (u32, &'a Page)>,
+    failed: u64,
+) -> Result<Vec<(u32, Error)>, Error> {
+    let mut again = Vec::new();
+    let write = |index: u32, data: DmaSlice| Op::Write {
+        lba: geo.md_lba(index),
+        data,
+        fua: false,
+    };
+    let pages: Vec<(u32, &Page)> = pages.into_iter().collect();
+    let ops = pages
+        .iter()
+        .map(|(index, page)| Ok(write(*index, dma(&page[..])?)));
+    io.stream(ops, |op, result| match result.map_err(Error::from) {
+        Err(error) if may_land(&error) => Err(error),
+        Err(_) => {
+            again.push(op.lba());
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    })?;
+    io.flush_since(failed)?;
+    let mut lost = Vec::new();
+    for (index, page) in pages {
+        if !again.contains(&geo.md_lba(index)) {
+            continue;
+        }
+        let data = dma(&page[..])?;
+        match repeat(|| io.run_durable(vec![write(index, data.clone())])) {
+            Err(error) if may_land(&error) => return Err(error),
+            Err(error) => lost.push((index, error)),
+            Ok(()) => {}
+        }
+    }
+    Ok(lost)
 }

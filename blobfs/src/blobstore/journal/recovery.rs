@@ -10,11 +10,14 @@
 //! - Rule 24: a load that may not write reads what is in the ring from memory.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use pumice_bdev::IoErrorKind;
 
 use super::super::alloc::Bitmap;
 use super::super::carried::{Carried, Patch};
 use super::super::error::Error;
-use super::super::format::{BlobId, PAGE_SIZE_U64, SuperBlock};
+use super::super::format::{BlobId, PAGE_SIZE_U64, Page, SuperBlock};
 use super::super::geometry::Geometry;
 use super::super::mdio::MdIo;
 use super::super::meta::BlobMeta;
@@ -22,8 +25,7 @@ use super::super::retry::may_land;
 use super::super::scan::{Roots, scan};
 use super::format::{RING_AT, RingPlace, Spot};
 use super::heads::Heads;
-use super::place::{Blocks, blocks_of, count_blocks, write_blocks};
-use super::ring::put_pages;
+use super::place::{Blocks, blocks_of, count_blocks, put_pages, write_blocks};
 use super::walk::{OnDevice, Walked, newer, read_headers, walk};
 
 /// The name of the journal's blob, which is not a path: no file can have it. SPDK's file system
@@ -184,47 +186,97 @@ fn recover(
     if let Some(reason) = &damage {
         accept(device, reason, treat)?;
     }
-    let mut heads = Heads::new(geo, &place, header, both);
-    let (mut blocks, mut unplaced) = blocks_of(io, &patches);
-    if treat != Treat::ReadOnly {
-        io.set_replayed(BTreeMap::new());
-        io.flush()?;
-        let failed = io.failed_flushes();
-        unplaced = write_blocks(io, &blocks).err().or(unplaced);
-        blocks.clear();
-        if let Some(error) = unplaced.take_if(|error| treat == Treat::Whole || may_land(error)) {
+    let heads = Heads::new(geo, &place, header, both);
+    let (blocks, unreadable) = blocks_of(io, &patches);
+    let mut found = FoundJournal {
+        place,
+        heads,
+        begun: true,
+    };
+    let unplaced = |error: Error| format!("bytes of a blob cannot be put in place: {error}");
+    if treat == Treat::ReadOnly {
+        return Ok(Search {
+            journal: Some(found),
+            damage: damage.or(unreadable.map(unplaced)),
+            blocks,
+        });
+    }
+    io.set_replayed(BTreeMap::new());
+    let placed = put_in_place(
+        io,
+        geo,
+        (&pages, &blocks, unreadable),
+        &mut found.heads,
+        treat,
+    )?;
+    let (batches, pages, carried) = (batches.len(), pages.len(), carried.len());
+    tracing::info!(
+        device,
+        batches,
+        pages,
+        carried,
+        "put in place what was in the journal"
+    );
+    let unplaced = placed.unplaced.map(unplaced);
+    Ok(Search {
+        journal: placed.has_headers.then_some(found),
+        damage: damage.or(placed.damage).or(unplaced),
+        blocks: Blocks::new(),
+    })
+}
+
+/// The outcome of putting in place what was in the ring.
+#[derive(Default)]
+struct Placed {
+    /// The reason why bytes of blobs are not in place.
+    unplaced: Option<Error>,
+    damage: Option<String>,
+    /// Whether the ring has a header of a new epoch. Otherwise the store goes on without the journal.
+    has_headers: bool,
+}
+
+/// Makes pages and blocks durable in their places, and begins an epoch behind them.
+///
+/// # Errors
+/// Fails with what may not be given up.
+fn put_in_place(
+    io: &mut MdIo,
+    geo: &Geometry,
+    (pages, blocks, unreadable): (&BTreeMap<u32, Arc<Page>>, &Blocks, Option<Error>),
+    heads: &mut Heads,
+    treat: Treat,
+) -> Result<Placed, Error> {
+    let mut placed = Placed::default();
+    let is_final = |error: &Error| treat == Treat::Whole || may_land(error) || is_full(error);
+    io.flush()?;
+    let failed = io.failed_flushes();
+    match write_blocks(io, blocks).err().or(unreadable) {
+        Some(error) if is_final(&error) => return Err(error),
+        unplaced => placed.unplaced = unplaced,
+    }
+    let images = pages.iter().map(|(index, page)| (*index, &**page));
+    let lost = put_pages(io, geo, images, failed)?;
+    if let Some((index, error)) = lost.into_iter().next() {
+        if is_final(&error) {
             return Err(error);
         }
-        let images = pages.iter().map(|(index, page)| (*index, &**page));
-        let lost = put_pages(io, geo, images, failed)?;
-        if let Some((index, error)) = lost.into_iter().next() {
-            if treat == Treat::Whole {
-                return Err(error);
-            }
-            damage.get_or_insert(format!("metadata page {index} cannot be written: {error}"));
+        let damage = format!("metadata page {index} cannot be written: {error}");
+        placed.damage = Some(damage);
+    }
+    match heads.begin(io, Spot::first(0)) {
+        Err(error) if is_final(&error) => return Err(error),
+        Err(error) => {
+            let damage = format!("its headers cannot be written: {error}");
+            placed.damage.get_or_insert(damage);
         }
-        heads.begin(io, Spot::first(0))?;
-        let (batches, pages, carried) = (batches.len(), pages.len(), carried.len());
-        tracing::info!(
-            device,
-            batches,
-            pages,
-            carried,
-            "put in place what was in the journal"
-        );
+        Ok(()) => placed.has_headers = true,
     }
-    if let Some(error) = unplaced {
-        damage.get_or_insert(format!("bytes of a blob cannot be put in place: {error}"));
-    }
-    Ok(Search {
-        journal: Some(FoundJournal {
-            place,
-            heads,
-            begun: true,
-        }),
-        damage,
-        blocks,
-    })
+    Ok(placed)
+}
+
+/// Whether the host of a sparse image has no space. Nothing is damaged then, and nothing given up.
+fn is_full(error: &Error) -> bool {
+    matches!(error, Error::Io(error) if error.kind == IoErrorKind::NoSpace)
 }
 
 /// Returns the places of bytes that batches carry, by the maps that their blobs have at the end, and

@@ -4,6 +4,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use pumice_bdev::{DmaSlice, Op};
@@ -22,8 +23,12 @@ use super::format::{
 };
 use super::heads::Heads;
 use super::owed::Owed;
-use super::place::{blocks_of, write_blocks};
+use super::place::{blocks_of, put_pages, write_blocks};
 
+/// Number of places of the ring at which a batch is tried.
+const BATCH_TRIES: u32 = 3;
+/// Time until a checkpoint in the background is tried again after one that failed.
+const CHECKPOINT_PAUSE: Duration = Duration::from_secs(1);
 /// Most bytes that are owed, which are in memory, before carried appends wait for a checkpoint.
 const OWED_BYTES: u64 = 4 << 20;
 
@@ -58,6 +63,8 @@ struct Log {
     writing: bool,
     /// Whether a checkpoint in the background has begun and not ended.
     checkpointing: bool,
+    /// No checkpoint in the background begins before this, since the last one failed.
+    paused_until: Option<Instant>,
     waiting: VecDeque<Waiting>,
     /// The results of those that have not fetched theirs.
     results: HashMap<u64, Result<(), Failure>>,
@@ -154,6 +161,7 @@ impl Ring {
                 broken: None,
                 writing: false,
                 checkpointing: false,
+                paused_until: None,
                 waiting: VecDeque::new(),
                 results: HashMap::new(),
                 next_ticket: 0,
@@ -181,7 +189,8 @@ impl Ring {
         let mut log = self.log.lock();
         let due = !log.checkpointing
             && log.broken.is_none()
-            && (log.used > self.units / 4 || log.owed.bytes() > OWED_BYTES / 2);
+            && (log.used > self.units / 4 || log.owed.bytes() > OWED_BYTES / 2)
+            && log.paused_until.is_none_or(|until| Instant::now() >= until);
         log.checkpointing |= due;
         due
     }
@@ -191,8 +200,10 @@ impl Ring {
         self.log.lock().broken == Some(Halt::ForGood)
     }
 
-    pub fn end_background(&self) {
-        self.log.lock().checkpointing = false;
+    pub fn end_background(&self, succeeded: bool) {
+        let mut log = self.log.lock();
+        log.checkpointing = false;
+        log.paused_until = (!succeeded).then(|| Instant::now() + CHECKPOINT_PAUSE);
     }
 
     /// Whether carried appends need not wait for a checkpoint.
@@ -302,8 +313,20 @@ impl Ring {
         }
     }
 
-    /// Writes the batch of these changes. The caller is the only one who does.
+    /// Writes the batch of these changes. The caller is the only one who does. Where a block of the ring cannot be written,
+    /// the batch goes behind it, once it is void there: none of its changes was made.
     fn write(&self, group: &[Waiting]) -> Result<(), BatchFault> {
+        let mut tries = BATCH_TRIES;
+        loop {
+            tries -= 1;
+            match self.write_once(group) {
+                Err(fault) if fault.void && !fault.open && tries > 0 => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn write_once(&self, group: &[Waiting]) -> Result<(), BatchFault> {
         let io = &mut *self.channels.get()?;
         let first = &group[0];
         let guard = group.iter().find_map(|waiting| waiting.guard.as_deref());
@@ -465,6 +488,11 @@ impl Ring {
     /// # Errors
     /// Fails when the device does. What was in the ring is still there.
     pub fn empty(&self, io: &mut MdIo) -> Result<(), Error> {
+        self.empty_without(io, &[])
+    }
+
+    /// Empties the ring as [`Ring::empty`] does, and gives up what it owes to these blobs.
+    pub fn empty_without(&self, io: &mut MdIo, given_up: &[BlobId]) -> Result<(), Error> {
         let mut heads = self.heads.lock();
         let (head, used, pages, owed, geo) = {
             let log = self.log.lock();
@@ -472,7 +500,7 @@ impl Ring {
             if log.used == 0 {
                 return Ok(());
             }
-            let (pages, owed) = (log.pages.clone(), log.owed.all());
+            let (pages, owed) = (log.pages.clone(), log.owed.all_but(given_up));
             (log.head, log.used, pages, owed, log.geo.clone())
         };
         self.put(io, &geo, &pages, &owed)?;
@@ -501,7 +529,7 @@ impl Ring {
                 None => return Ok(()),
                 Some(Halt::ForGood) => return log.check(),
                 Some(Halt::Batch(behind)) => {
-                    let (pages, owed) = (log.pages.clone(), log.owed.all());
+                    let (pages, owed) = (log.pages.clone(), log.owed.all_but(&[]));
                     (behind, pages, owed, log.geo.clone())
                 }
             }
@@ -538,50 +566,4 @@ impl Ring {
             .next()
             .map_or(Ok(()), |(_, error)| Err(error))
     }
-}
-
-/// Writes pages in their places and makes them durable, each several times if necessary, together
-/// with what was written since `failed` was the number of flushes that had failed. Returns the pages
-/// that cannot be written.
-///
-/// # Errors
-/// Fails when a flush does, and when a write may still land.
-pub(super) fn put_pages<'a>(
-    io: &mut MdIo,
-    geo: &Geometry,
-    pages: impl IntoIterator<Item = (u32, &'a Page)>,
-    failed: u64,
-) -> Result<Vec<(u32, Error)>, Error> {
-    let mut again = Vec::new();
-    let write = |index: u32, data: DmaSlice| Op::Write {
-        lba: geo.md_lba(index),
-        data,
-        fua: false,
-    };
-    let pages: Vec<(u32, &Page)> = pages.into_iter().collect();
-    let ops = pages
-        .iter()
-        .map(|(index, page)| Ok(write(*index, dma(&page[..])?)));
-    io.stream(ops, |op, result| match result.map_err(Error::from) {
-        Err(error) if may_land(&error) => Err(error),
-        Err(_) => {
-            again.push(op.lba());
-            Ok(())
-        }
-        Ok(()) => Ok(()),
-    })?;
-    io.flush_since(failed)?;
-    let mut lost = Vec::new();
-    for (index, page) in pages {
-        if !again.contains(&geo.md_lba(index)) {
-            continue;
-        }
-        let data = dma(&page[..])?;
-        match repeat(|| io.run_durable(vec![write(index, data.clone())])) {
-            Err(error) if may_land(&error) => return Err(error),
-            Err(error) => lost.push((index, error)),
-            Ok(()) => {}
-        }
-    }
-    Ok(lost)
 }

@@ -163,7 +163,9 @@ impl Ring<'_> {
     fn next(&mut self, spot: Spot, left: u64) -> Result<Option<Next>, String> {
         let skipped = self.header.units - spot.at;
         let places = [(spot.at, 0), (0, skipped)];
-        for (at, skipped) in places.into_iter().take(if spot.at == 0 { 1 } else { 2 }) {
+        // A batch that fits before the end is not at the beginning, so that nothing is read there.
+        let may_not_fit = spot.at > 0 && skipped < self.header.units / MOST_OF_RING;
+        for (at, skipped) in places.into_iter().take(if may_not_fit { 2 } else { 1 }) {
             if let Some(next) = self.batch(at, spot, left.saturating_sub(skipped))? {
                 return Ok(Some(Next {
                     taken: next.taken + skipped,

@@ -189,6 +189,14 @@ fn damage_and_the_end_are_told_apart() {
     let damage = whole(&mut memory).unwrap();
     assert!(damage.starts_with("batch 73 cannot be read"), "{damage}");
 
+    // A batch is at the beginning only if it does not fit before the end.
+    for (first, is_read) in [(20, false), (120, true)] {
+        let (mut memory, _) = MemoryRing::new(first, &batches);
+        memory.unreadable = RING_AT..RING_AT + 1;
+        assert_eq!(whole(&mut memory).is_some(), is_read, "{first}");
+        assert_eq!(memory.walk().batches.len(), 4);
+    }
+
     let (mut memory, _) = MemoryRing::new(180, &batches);
     memory.bytes[4096 + 20] ^= 1;
     let reason = "header 1 cannot be used: it is not a header of this journal";
