@@ -126,7 +126,7 @@ fn what_is_refused_changes_nothing() {
         (&empty, Journal::Bytes(1000), "too small"),
         (&empty, Journal::Bytes(1 << 40), "too large"),
         (&empty, Journal::Bytes(12 << 20), "more than half"),
-        (&empty, Journal::None, "--journal SIZE"),
+        (&empty, Journal::None, "no size was given"),
     ] {
         let uri = file_of(dir.path(), bytes);
         let error = add_journal(&uri, journal).unwrap_err().to_string();

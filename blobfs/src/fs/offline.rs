@@ -63,7 +63,7 @@ pub fn add_journal(uri: &str, journal: Journal) -> Result<StatFs> {
         return Err(FsError::invalid(name, "the file system has a journal"));
     }
     let Some(bytes) = bytes else {
-        let reason = "the file system is too small for a journal; `--journal SIZE` names a size";
+        let reason = "no size was given, and the file system is too small for one of its own; 128 KiB is the least";
         return Err(FsError::invalid(name, reason));
     };
     let device = pumice_bdev::open_with(uri, pumice_bdev::OpenOptions::new())?;

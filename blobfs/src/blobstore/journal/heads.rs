@@ -88,6 +88,16 @@ impl Heads {
         Ok(())
     }
 
+    /// Makes the current header durable in both places, since those that could not be written may be damaged.
+    pub fn confirm(&mut self, io: &mut MdIo) -> Result<(), Error> {
+        for _ in 0..2 {
+            let again = self.current.clone();
+            self.write(io, again)?;
+        }
+        self.both = true;
+        Ok(())
+    }
+
     /// Makes a new tail durable.
     pub fn move_tail(&mut self, io: &mut MdIo, tail: Spot) -> Result<(), Error> {
         let next = Header {

@@ -57,6 +57,8 @@ pub(super) struct Ring {
 struct Log {
     /// Whether this use of the ring has its epoch, and the super block its guard.
     begun: bool,
+    /// Whether a header could not be written, so that the one that counts may be damaged. It is written again before a batch.
+    unconfirmed: bool,
     /// The reason why nothing is appended.
     broken: Option<Halt>,
     /// Whether a batch is on its way.
@@ -158,6 +160,7 @@ impl Ring {
             units: (place.len - RING_AT) / geo.block_size,
             log: Mutex::new(Log {
                 begun,
+                unconfirmed: false,
                 broken: None,
                 writing: false,
                 checkpointing: false,
@@ -331,6 +334,7 @@ impl Ring {
         let first = &group[0];
         let guard = group.iter().find_map(|waiting| waiting.guard.as_deref());
         self.begin(io, guard, &first.geo)?;
+        self.confirm(io)?;
         let bytes = BATCH_LEN as u64 + group.iter().map(|waiting| waiting.bytes).sum::<u64>();
         let units = bytes.div_ceil(self.unit);
         let (at, taken, head, mark) = self.room(io, units)?;
@@ -399,6 +403,17 @@ impl Ring {
         log.reset(heads.mark(), first);
         log.geo = geo.clone();
         log.begun = true;
+        Ok(())
+    }
+
+    /// Makes sure that a load finds the header that counts, before anything relies on it.
+    fn confirm(&self, io: &mut MdIo) -> Result<(), Error> {
+        if !self.log.lock().unconfirmed {
+            return Ok(());
+        }
+        let mut heads = self.heads.lock();
+        heads.confirm(io).map_err(|error| self.noted(error))?;
+        self.log.lock().unconfirmed = false;
         Ok(())
     }
 
@@ -504,10 +519,12 @@ impl Ring {
             (log.head, log.used, pages, owed, log.geo.clone())
         };
         self.put(io, &geo, &pages, &owed)?;
-        heads
-            .move_tail(io, head)
-            .map_err(|error| self.noted(error))?;
+        if let Err(error) = heads.move_tail(io, head) {
+            self.log.lock().unconfirmed = true;
+            return Err(self.noted(error));
+        }
         let mut log = self.log.lock();
+        log.unconfirmed = false;
         log.used -= used;
         // What later batches have changed is in the ring still.
         log.pages.retain(|_, (number, _)| *number >= head.sequence);
