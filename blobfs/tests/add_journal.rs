@@ -2,10 +2,10 @@
 
 mod common;
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use common::faults::files_of;
 use common::*;
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{BlockDevice, OpKind};
@@ -21,25 +21,6 @@ fn file_of(dir: &Path, bytes: &[u8]) -> String {
     let path = dir.join("kv.img");
     std::fs::write(&path, bytes).unwrap();
     format!("file://{}?block_size=4096", path.display())
-}
-
-fn contents(fs: &FileSystem) -> BTreeMap<String, Vec<u8>> {
-    let mut found = BTreeMap::new();
-    let mut dirs = vec![String::new()];
-    while let Some(dir) = dirs.pop() {
-        for entry in fs.list(if dir.is_empty() { "/" } else { &dir }).unwrap() {
-            let path = format!("{dir}/{}", entry.name);
-            if entry.is_dir {
-                dirs.push(path);
-                continue;
-            }
-            let file = fs.open(&path, OpenOptions::READ).unwrap();
-            let mut bytes = vec![0; usize::try_from(file.len()).unwrap()];
-            assert_eq!(file.read_at(0, &mut bytes).unwrap(), bytes.len());
-            found.insert(path, bytes);
-        }
-    }
-    found
 }
 
 fn mount(dev: &Arc<dyn BlockDevice>) -> FileSystem {
@@ -73,7 +54,7 @@ fn an_image_of_spdk_and_one_of_an_earlier_version_gain_one() {
         let before = {
             let dev = pumice_bdev::open(&uri).unwrap();
             let fs = mount(&dev);
-            let before = contents(&fs);
+            let before = files_of(&fs);
             fs.unmount().unwrap();
             before
         };
@@ -81,7 +62,7 @@ fn an_image_of_spdk_and_one_of_an_earlier_version_gain_one() {
         assert!(space.journal >= 128 << 10, "{name}: {space:?}");
         let dev = pumice_bdev::open(&uri).unwrap();
         let fs = mount(&dev);
-        assert!(contents(&fs) == before, "{name}");
+        assert!(files_of(&fs) == before, "{name}");
         let file = fs.open("/new", OpenOptions::CREATE).unwrap();
         file.append(&[1; 100]).unwrap();
         file.sync().unwrap();
@@ -134,7 +115,7 @@ fn what_is_refused_changes_nothing() {
         let dev = memory_with(&std::fs::read(dir.path().join("kv.img")).unwrap(), 4096);
         let fs = mount(&dev);
         let before = mount(&memory_with(bytes, 4096));
-        assert!(contents(&fs) == contents(&before), "{journal:?}");
+        assert!(files_of(&fs) == files_of(&before), "{journal:?}");
         assert_eq!(fs.statfs(), before.statfs(), "{journal:?}");
     }
     let blank = dir.path().join("blank.img");
@@ -149,7 +130,7 @@ fn a_power_cut_anywhere_leaves_the_files() {
     let base = CrashDevice::new(4096, 16 << 8, true, 1);
     let dev: Arc<dyn BlockDevice> = Arc::new(base.clone());
     without(&dev);
-    let before = contents(&mount(&dev));
+    let before = files_of(&mount(&dev));
     let device = CrashDevice::from_image(4096, base.image(), true, 1);
     let add = |dev: Arc<dyn BlockDevice>| {
         let store = Blobstore::load(dev, &LoadOptions::default()).unwrap();
@@ -170,7 +151,7 @@ fn a_power_cut_anywhere_leaves_the_files() {
             let dev: Arc<dyn BlockDevice> = Arc::new(after);
             let what = format!("cut {cut} of {end}");
             let fs = mount(&dev);
-            let mut found = contents(&fs);
+            let mut found = files_of(&fs);
             found.remove("/pumice.journal");
             assert!(found == before, "{what}");
             let has = fs.statfs().journal > 0;
@@ -181,7 +162,7 @@ fn a_power_cut_anywhere_leaves_the_files() {
                 add(Arc::clone(&dev)).unwrap_or_else(|e| panic!("{what}: {e}"));
             }
             let fs = mount(&dev);
-            assert!(contents(&fs) == before, "{what}: added again");
+            assert!(files_of(&fs) == before, "{what}: added again");
             assert_eq!(fs.statfs().journal, 256 << 10, "{what}");
             fs.unmount().unwrap();
             drop(fs);
@@ -196,7 +177,7 @@ fn a_device_that_fails_anywhere_keeps_the_files() {
     for skipped in 0.. {
         let base = memory(16 << 20, 4096);
         without(&base);
-        let before = contents(&mount(&base));
+        let before = files_of(&mount(&base));
         let dev = Arc::new(ErrorDevice::new(None, Arc::clone(&base)));
         let store = Blobstore::load(dev.clone(), &LoadOptions::default()).unwrap();
         let nothing = Failure::Corrupt {
@@ -220,7 +201,7 @@ fn a_device_that_fails_anywhere_keeps_the_files() {
         drop((store, dev));
         let fs = mount(&base);
         let what = format!("after {skipped} writes: {added:?}, {unloaded:?}");
-        let mut found = contents(&fs);
+        let mut found = files_of(&fs);
         found.remove("/pumice.journal");
         assert!(found == before, "{what}");
         let has = fs.statfs().journal > 0;
@@ -238,7 +219,7 @@ fn a_device_that_fails_anywhere_keeps_the_files() {
             store.unload().unwrap();
         }
         let fs = mount(&base);
-        assert!(contents(&fs) == before, "{what}");
+        assert!(files_of(&fs) == before, "{what}");
         assert_eq!(fs.statfs().journal, 256 << 10, "{what}");
         fs.unmount().unwrap();
         drop(fs);

@@ -6,6 +6,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use common::faults::files_of;
 use common::*;
 use pumice_blobfs::fs::{FileSystem, MountOptions, OpenOptions};
 use sha2::{Digest, Sha256};
@@ -54,36 +55,22 @@ fn recorded() -> BTreeMap<String, Tree> {
     images
 }
 
-fn file(fs: &FileSystem, path: &str) -> Entry {
-    let f = fs.open(path, OpenOptions::READ).unwrap();
-    let mut bytes = vec![0; usize::try_from(f.len()).unwrap()];
-    assert_eq!(f.read_at(0, &mut bytes).unwrap(), bytes.len(), "{path}");
-    Entry::File {
-        len: f.len(),
-        links: fs.stat(path).unwrap().links,
-        sha256: Sha256::digest(&bytes)
-            .iter()
-            .map(|b| format!("{b:02x}"))
-            .collect(),
-    }
-}
-
 fn tree(fs: &FileSystem) -> Tree {
-    let mut tree = Tree::new();
-    let mut dirs = vec![String::new()];
-    while let Some(dir) = dirs.pop() {
-        for e in fs.list(if dir.is_empty() { "/" } else { &dir }).unwrap() {
-            let path = format!("{dir}/{}", e.name);
-            if e.is_dir {
-                dirs.push(path.clone());
-                tree.insert(path, Entry::Dir);
-            } else {
-                let entry = file(fs, &path);
-                tree.insert(path, entry);
-            }
-        }
-    }
-    tree
+    let entry = |(path, bytes): (String, Option<Vec<u8>>)| {
+        let Some(bytes) = bytes else {
+            return (path, Entry::Dir);
+        };
+        let file = Entry::File {
+            len: bytes.len() as u64,
+            links: fs.stat(&path).unwrap().links,
+            sha256: Sha256::digest(&bytes)
+                .iter()
+                .map(|b| format!("{b:02x}"))
+                .collect(),
+        };
+        (path, file)
+    };
+    files_of(fs).into_iter().map(entry).collect()
 }
 
 #[test]

@@ -479,11 +479,11 @@ impl FileSystem {
         }
         let store = &core.vol.store;
         let (pages, journal) = (store.md_pages(), store.journal_clusters());
+        let all = store.total_clusters().saturating_sub(journal);
         StatFs {
-            total: (store.total_clusters() - journal - store.reserved_clusters())
-                * core.vol.cluster,
+            total: all.saturating_sub(store.reserved_clusters()) * core.vol.cluster,
             free: core.space.free_bytes(),
-            used: (store.total_clusters() - journal - store.free_clusters()) * core.vol.cluster,
+            used: all.saturating_sub(store.free_clusters()) * core.vol.cluster,
             unused: store.free_clusters() * core.vol.cluster,
             journal: journal * core.vol.cluster,
             host_free: core.space.host_room(),

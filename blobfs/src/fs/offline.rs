@@ -69,8 +69,9 @@ pub fn add_journal(uri: &str, journal: Journal) -> Result<StatFs> {
     let device = pumice_bdev::open_with(uri, pumice_bdev::OpenOptions::new())?;
     let fs = FileSystem::mount(device, &MountOptions::default())?;
     let added = fs.core().vol.store.add_journal(bytes);
-    fs.unmount()?;
+    let unmounted = fs.unmount();
     added.map_err(|e| store_error(format!("{name}: adding a journal"), e, 0))?;
+    unmounted?;
     let fs = read()?;
     let space = fs.statfs();
     fs.unmount()?;

@@ -1,5 +1,6 @@
 //! Devices that fail on demand, and file systems on them.
 
+use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -68,6 +69,23 @@ pub fn all(f: &File) -> Vec<u8> {
 /// All bytes of the file at `path`.
 pub fn content_of(fs: &FileSystem, path: &str) -> Vec<u8> {
     all(&fs.open(path, OpenOptions::READ).unwrap())
+}
+
+/// All files of a file system by their paths, each with its bytes; a directory has none.
+pub fn files_of(fs: &FileSystem) -> BTreeMap<String, Option<Vec<u8>>> {
+    let mut found = BTreeMap::new();
+    let mut dirs = vec![String::new()];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs.list(if dir.is_empty() { "/" } else { &dir }).unwrap() {
+            let path = format!("{dir}/{}", entry.name);
+            let bytes = (!entry.is_dir).then(|| content_of(fs, &path));
+            if entry.is_dir {
+                dirs.push(path.clone());
+            }
+            found.insert(path, bytes);
+        }
+    }
+    found
 }
 
 /// A device that says it can do less than the one below.
