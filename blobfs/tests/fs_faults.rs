@@ -20,12 +20,15 @@ use pumice_blobfs::fs::{
 
 const MIB: usize = 1 << 20;
 
-/// Clusters of 1 MiB and no journal among them, so that the place of data is known.
-fn format_1m() -> FormatOptions {
+/// Every test runs on a store of each kind.
+const KINDS: [Journal; 2] = [Journal::None, Journal::Auto];
+
+/// Clusters of 1 MiB, so that the place of data is known.
+fn format_1m(journal: Journal) -> FormatOptions {
     let mut format = FormatOptions::default();
     format.cluster_size = 1 << 20;
     format.md_pages = Some(200);
-    format.journal = Journal::None;
+    format.journal = journal;
     format
 }
 const FOREVER: u64 = u64::MAX;
@@ -36,250 +39,269 @@ fn options(write_behind_bytes: usize) -> MountOptions {
     opts
 }
 
-fn setup(write_behind_bytes: usize) -> (Arc<ErrorDevice>, FileSystem) {
+fn setup(journal: Journal, write_behind_bytes: usize) -> (Arc<ErrorDevice>, FileSystem) {
     let base = memory(64 << 20, 4096);
-    setup_with(base, &format_1m(), &options(write_behind_bytes))
+    setup_with(base, &format_1m(journal), &options(write_behind_bytes))
 }
 
 /// Makes a mount on a device with a volatile write cache.
-fn setup_cached() -> (Arc<ErrorDevice>, FileSystem) {
+fn setup_cached(journal: Journal) -> (Arc<ErrorDevice>, FileSystem) {
     let base = Arc::new(CrashDevice::new(4096, 16 << 10, true, 5));
-    setup_with(base, &format_1m(), &MountOptions::default())
+    setup_with(base, &format_1m(journal), &MountOptions::default())
 }
 
 /// Makes a mount with small clusters and few metadata pages.
-fn setup_small(md_pages: u32) -> (Arc<ErrorDevice>, FileSystem) {
+fn setup_small(journal: Journal, md_pages: u32) -> (Arc<ErrorDevice>, FileSystem) {
     let mut format = FormatOptions::default();
     format.cluster_size = 64 << 10;
     format.md_pages = Some(md_pages);
-    format.journal = Journal::None;
+    format.journal = journal;
     setup_with(memory(32 << 20, 4096), &format, &MountOptions::default())
 }
 
-/// Returns the blocks that hold data of files with the clusters and metadata pages of `setup_small`.
-fn small_data_blocks() -> Option<(u64, u64)> {
-    Some((32, 1 << 20))
+/// Returns the blocks that hold data of files, not metadata. The journal is in front of them.
+fn data_blocks(journal: Journal) -> Option<(u64, u64)> {
+    let ring = if journal == Journal::None { 0 } else { 256 };
+    Some((256 + ring, 1 << 20))
 }
 
-/// Returns the blocks that hold data of files, not metadata.
-fn data_blocks() -> Option<(u64, u64)> {
-    Some((144, 1 << 20))
+/// As [`data_blocks`], with the clusters and metadata pages of `setup_small`.
+fn small_data_blocks(journal: Journal) -> Option<(u64, u64)> {
+    let ring = if journal == Journal::None { 0 } else { 128 };
+    Some((32 + ring, 1 << 20))
 }
 
 #[test]
 fn an_append_of_several_mib_that_fails_changes_nothing() {
     let _limit = watchdog("a long append that fails", 120);
-    // Writes are waited for, or so many are kept in memory that it takes long to fail.
-    for write_behind in [1, 4 * MIB] {
-        let (dev, fs) = setup(write_behind);
-        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-        f.allocate(0, 24 << 20).unwrap();
-        f.append(&[1; 10_000]).unwrap();
-        dev.inject(fail(OpKind::Write, FOREVER, None));
-        f.append(&vec![2; 12 * MIB]).unwrap_err();
-        assert_eq!(f.len(), 10_000);
-        assert!(all(&f) == [1; 10_000]);
-        dev.clear();
-        f.append(&vec![3; 200_000]).unwrap();
-        f.sync().unwrap();
-        drop(f);
-        let fs = again(&dev, fs);
-        let want = [vec![1; 10_000], vec![3; 200_000]].concat();
-        assert!(content_of(&fs, "/f") == want, "{write_behind}");
+    for journal in KINDS {
+        // Writes are waited for, or so many are kept in memory that it takes long to fail.
+        for write_behind in [1, 4 * MIB] {
+            let (dev, fs) = setup(journal, write_behind);
+            let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+            f.allocate(0, 24 << 20).unwrap();
+            f.append(&[1; 10_000]).unwrap();
+            dev.inject(fail(OpKind::Write, FOREVER, None));
+            f.append(&vec![2; 12 * MIB]).unwrap_err();
+            assert_eq!(f.len(), 10_000);
+            assert!(all(&f) == [1; 10_000]);
+            dev.clear();
+            f.append(&vec![3; 200_000]).unwrap();
+            f.sync().unwrap();
+            drop(f);
+            let fs = again(&dev, fs);
+            let want = [vec![1; 10_000], vec![3; 200_000]].concat();
+            assert!(content_of(&fs, "/f") == want, "{write_behind}");
+        }
     }
 }
 
 #[test]
 fn a_failed_append_leaves_nothing_behind_that_cannot_be_written() {
     let _limit = watchdog("a failed append, closed", 120);
-    let (dev, fs) = setup(1);
-    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-    f.append(&[1; 100]).unwrap();
-    f.sync().unwrap();
-    dev.inject(fail(OpKind::Write, 100, data_blocks()));
-    f.append(&vec![2; 8 * MIB]).unwrap_err();
-    drop(f);
-    dev.clear();
-    fs.sync().unwrap();
-    let fs = again(&dev, fs);
-    assert_eq!(content_of(&fs, "/f"), [1; 100]);
+    for journal in KINDS {
+        let (dev, fs) = setup(journal, 1);
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.append(&[1; 100]).unwrap();
+        f.sync().unwrap();
+        dev.inject(fail(OpKind::Write, 100, data_blocks(journal)));
+        f.append(&vec![2; 8 * MIB]).unwrap_err();
+        drop(f);
+        dev.clear();
+        fs.sync().unwrap();
+        let fs = again(&dev, fs);
+        assert_eq!(content_of(&fs, "/f"), [1; 100]);
+    }
 }
 
 #[test]
 fn a_gap_after_a_failed_append_is_zeroes() {
     let _limit = watchdog("a gap after a failed append", 120);
-    for gap in [100, 3 * MIB, 9 * MIB] {
-        let (dev, fs) = setup(1);
-        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-        f.append(&[1; 100]).unwrap();
-        f.sync().unwrap();
-        dev.inject(fail(OpKind::Write, FOREVER, data_blocks()));
-        f.append(&vec![2; 8 * MIB]).unwrap_err();
-        dev.clear();
-        f.write_at(100 + gap as u64, &[3; 10]).unwrap();
-        let want = [vec![1; 100], vec![0; gap], vec![3; 10]].concat();
-        assert!(all(&f) == want, "{gap}");
-        f.sync().unwrap();
-        f.invalidate(0, u64::MAX);
-        assert!(all(&f) == want, "{gap}");
-        drop(f);
-        let fs = again(&dev, fs);
-        assert!(content_of(&fs, "/f") == want, "{gap}");
+    for journal in KINDS {
+        for gap in [100, 3 * MIB, 9 * MIB] {
+            let (dev, fs) = setup(journal, 1);
+            let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+            f.append(&[1; 100]).unwrap();
+            f.sync().unwrap();
+            dev.inject(fail(OpKind::Write, FOREVER, data_blocks(journal)));
+            f.append(&vec![2; 8 * MIB]).unwrap_err();
+            dev.clear();
+            f.write_at(100 + gap as u64, &[3; 10]).unwrap();
+            let want = [vec![1; 100], vec![0; gap], vec![3; 10]].concat();
+            assert!(all(&f) == want, "{gap}");
+            f.sync().unwrap();
+            f.invalidate(0, u64::MAX);
+            assert!(all(&f) == want, "{gap}");
+            drop(f);
+            let fs = again(&dev, fs);
+            assert!(content_of(&fs, "/f") == want, "{gap}");
+        }
     }
 }
 
 #[test]
 fn a_failed_write_stays_in_memory_through_a_failed_append_and_a_close() {
     let _limit = watchdog("a failed write, a failed append, a close", 120);
-    // The second case is a write past the end, whose gap fails.
-    for past_the_end in [false, true] {
-        let mut opts = MountOptions::default();
-        opts.cache_bytes = 64 << 10;
-        let (dev, fs) = setup_with(memory(64 << 20, 4096), &format_1m(), &opts);
-        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-        f.allocate(0, 16 << 20).unwrap();
-        f.append(&[1; 76]).unwrap();
-        let g = fs.open("/g", OpenOptions::CREATE).unwrap();
-        g.append(&vec![9; 2 * MIB]).unwrap();
-        g.sync().unwrap();
-        dev.inject(fail(OpKind::Write, FOREVER, data_blocks()));
-        f.sync().unwrap_err();
-        let failed = if past_the_end {
-            f.write_at(2_000_000, &[2; 10])
-        } else {
-            f.append(&vec![2; 1_500_000])
-        };
-        failed.unwrap_err();
-        drop(f);
-        dev.clear();
-        // This passes through the cache.
-        assert!(all(&g) == vec![9; 2 * MIB]);
-        let f = fs.open("/f", OpenOptions::READ).unwrap();
-        assert_eq!(all(&f), [1; 76]);
-        f.append(&[3; 10]).unwrap();
-        f.sync().unwrap();
-        drop((f, g));
-        let fs = again(&dev, fs);
-        let want = [vec![1; 76], vec![3; 10]].concat();
-        assert_eq!(content_of(&fs, "/f"), want);
+    for journal in KINDS {
+        // The second case is a write past the end, whose gap fails.
+        for past_the_end in [false, true] {
+            let mut opts = MountOptions::default();
+            opts.cache_bytes = 64 << 10;
+            let (dev, fs) = setup_with(memory(64 << 20, 4096), &format_1m(journal), &opts);
+            let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+            f.allocate(0, 16 << 20).unwrap();
+            f.append(&[1; 76]).unwrap();
+            let g = fs.open("/g", OpenOptions::CREATE).unwrap();
+            g.append(&vec![9; 2 * MIB]).unwrap();
+            g.sync().unwrap();
+            dev.inject(fail(OpKind::Write, FOREVER, data_blocks(journal)));
+            f.sync().unwrap_err();
+            let failed = if past_the_end {
+                f.write_at(2_000_000, &[2; 10])
+            } else {
+                f.append(&vec![2; 1_500_000])
+            };
+            failed.unwrap_err();
+            drop(f);
+            dev.clear();
+            // This passes through the cache.
+            assert!(all(&g) == vec![9; 2 * MIB]);
+            let f = fs.open("/f", OpenOptions::READ).unwrap();
+            assert_eq!(all(&f), [1; 76]);
+            f.append(&[3; 10]).unwrap();
+            f.sync().unwrap();
+            drop((f, g));
+            let fs = again(&dev, fs);
+            let want = [vec![1; 76], vec![3; 10]].concat();
+            assert_eq!(content_of(&fs, "/f"), want);
+        }
     }
 }
 
 #[test]
 fn a_buffer_that_replaces_another_keeps_what_is_on_its_way_in_memory() {
     let _limit = watchdog("a replaced buffer with a write on its way", 120);
-    let mut opts = MountOptions::default();
-    opts.cache_bytes = 0;
-    let (dev, fs) = setup_with(memory(64 << 20, 4096), &format_1m(), &opts);
-    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-    // No more than the file needs: a close that frees clusters waits for its writes.
-    f.allocate(0, MIB as u64).unwrap();
-    f.append(&[1; 40_960]).unwrap();
-    dev.inject(hang(OpKind::Write, 1, data_blocks()));
-    f.range_sync(0, 40_960).unwrap();
-    // The small buffer becomes a large one.
-    f.append(&[2; 40_960]).unwrap();
-    drop(f);
-    let f = fs.open("/f", OpenOptions::READ).unwrap();
-    let want = [vec![1; 40_960], vec![2; 40_960]].concat();
-    assert!(all(&f) == want, "the first write has not arrived yet");
-    dev.resume();
-    f.sync().unwrap();
-    assert!(all(&f) == want);
+    for journal in KINDS {
+        let mut opts = MountOptions::default();
+        opts.cache_bytes = 0;
+        let (dev, fs) = setup_with(memory(64 << 20, 4096), &format_1m(journal), &opts);
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        // No more than the file needs: a close that frees clusters waits for its writes.
+        f.allocate(0, MIB as u64).unwrap();
+        f.append(&[1; 40_960]).unwrap();
+        dev.inject(hang(OpKind::Write, 1, data_blocks(journal)));
+        f.range_sync(0, 40_960).unwrap();
+        // The small buffer becomes a large one.
+        f.append(&[2; 40_960]).unwrap();
+        drop(f);
+        let f = fs.open("/f", OpenOptions::READ).unwrap();
+        let want = [vec![1; 40_960], vec![2; 40_960]].concat();
+        assert!(all(&f) == want, "the first write has not arrived yet");
+        dev.resume();
+        f.sync().unwrap();
+        assert!(all(&f) == want);
+    }
 }
 
 #[test]
 fn a_read_that_is_overtaken_by_a_truncation_ends() {
     let _limit = watchdog("a read and a truncation", 120);
-    let (dev, fs) = setup(1);
-    let len = MIB + 100_000;
-    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-    f.append(&vec![7; len]).unwrap();
-    f.sync().unwrap();
-    drop(f);
-    let fs = again(&dev, fs);
-    let f = fs.open("/f", OpenOptions::READ).unwrap();
-    dev.inject(hang(OpKind::Read, 1, None));
-    f.prefetch(0, 4096).unwrap();
-    let reader = {
-        let f = f.clone();
-        thread::spawn(move || f.read_at(0, &mut vec![0; len]).unwrap())
-    };
-    thread::sleep(Duration::from_millis(100));
-    // The truncation waits for the readahead, whose clusters it frees.
-    let cutter = {
-        let f = f.clone();
-        thread::spawn(move || f.truncate((MIB + 5050) as u64))
-    };
-    while f.len() == len as u64 {
-        thread::yield_now();
+    for journal in KINDS {
+        let (dev, fs) = setup(journal, 1);
+        let len = MIB + 100_000;
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.append(&vec![7; len]).unwrap();
+        f.sync().unwrap();
+        drop(f);
+        let fs = again(&dev, fs);
+        let f = fs.open("/f", OpenOptions::READ).unwrap();
+        dev.inject(hang(OpKind::Read, 1, None));
+        f.prefetch(0, 4096).unwrap();
+        let reader = {
+            let f = f.clone();
+            thread::spawn(move || f.read_at(0, &mut vec![0; len]).unwrap())
+        };
+        thread::sleep(Duration::from_millis(100));
+        // The truncation waits for the readahead, whose clusters it frees.
+        let cutter = {
+            let f = f.clone();
+            thread::spawn(move || f.truncate((MIB + 5050) as u64))
+        };
+        while f.len() == len as u64 {
+            thread::yield_now();
+        }
+        dev.resume();
+        cutter.join().unwrap().unwrap();
+        assert_eq!(reader.join().unwrap(), MIB + 5050);
     }
-    dev.resume();
-    cutter.join().unwrap().unwrap();
-    assert_eq!(reader.join().unwrap(), MIB + 5050);
 }
 
 #[test]
 fn a_page_that_was_cut_short_by_an_old_end_of_the_file_hangs_nobody() {
     let _limit = watchdog("a short page", 120);
-    let (dev, fs) = setup(1);
-    let len = 2 * MIB + 5000;
-    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-    f.append(&vec![1; len]).unwrap();
-    f.sync().unwrap();
-    drop(f);
-    let fs = again(&dev, fs);
-    let f = fs.open("/f", OpenOptions::READ).unwrap();
-    // A readahead and a read of the last page are in flight while the file grows. It has its
-    // clusters already: freeing some would wait for the reads.
-    f.allocate(0, 5 * MIB as u64).unwrap();
-    dev.inject(hang(OpKind::Read, 2, None));
-    f.prefetch(0, 4096).unwrap();
-    let last = f.read_async(2 << 20, 5000).unwrap();
-    let reader = {
-        let f = f.clone();
-        thread::spawn(move || f.read_at(0, &mut vec![0; len]).unwrap())
-    };
-    thread::sleep(Duration::from_millis(100));
-    f.append(&vec![2; 2 * MIB]).unwrap();
-    f.sync().unwrap();
-    f.invalidate(0, u64::MAX);
-    dev.resume();
-    assert_eq!(reader.join().unwrap(), len);
-    assert_eq!(last.read_into(&mut [0; 5000]).unwrap(), 5000);
-    let mut out = [0; 10];
-    assert_eq!(f.read_at(len as u64, &mut out).unwrap(), 10);
-    assert_eq!(out, [2; 10]);
+    for journal in KINDS {
+        let (dev, fs) = setup(journal, 1);
+        let len = 2 * MIB + 5000;
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.append(&vec![1; len]).unwrap();
+        f.sync().unwrap();
+        drop(f);
+        let fs = again(&dev, fs);
+        let f = fs.open("/f", OpenOptions::READ).unwrap();
+        // A readahead and a read of the last page are in flight while the file grows. It has its
+        // clusters already: freeing some would wait for the reads.
+        f.allocate(0, 5 * MIB as u64).unwrap();
+        dev.inject(hang(OpKind::Read, 2, None));
+        f.prefetch(0, 4096).unwrap();
+        let last = f.read_async(2 << 20, 5000).unwrap();
+        let reader = {
+            let f = f.clone();
+            thread::spawn(move || f.read_at(0, &mut vec![0; len]).unwrap())
+        };
+        thread::sleep(Duration::from_millis(100));
+        f.append(&vec![2; 2 * MIB]).unwrap();
+        f.sync().unwrap();
+        f.invalidate(0, u64::MAX);
+        dev.resume();
+        assert_eq!(reader.join().unwrap(), len);
+        assert_eq!(last.read_into(&mut [0; 5000]).unwrap(), 5000);
+        let mut out = [0; 10];
+        assert_eq!(f.read_at(len as u64, &mut out).unwrap(), 10);
+        assert_eq!(out, [2; 10]);
+    }
 }
 
 #[test]
 fn a_replacement_that_fails_throws_nothing_away() {
     let _limit = watchdog("a replacement that fails", 120);
-    for unlink in [false, true] {
-        let (dev, fs) = setup_small(24);
-        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-        f.append(&[1; 100]).unwrap();
-        f.sync().unwrap();
-        dev.inject(fail(OpKind::Write, FOREVER, small_data_blocks()));
-        f.append(&[2; 100]).unwrap();
-        f.sync().unwrap_err();
-        f.append(&[3; 100]).unwrap();
-        drop(f);
-        // Neither of them can be committed.
-        dev.inject(fail(OpKind::Write, FOREVER, None));
-        if unlink {
-            fs.unlink("/f").unwrap_err();
-        } else {
-            fs.open("/f", OpenOptions::FRESH).unwrap_err();
-        }
-        dev.clear();
-        let want = [[1; 100], [2; 100], [3; 100]].concat();
-        assert_eq!(content_of(&fs, "/f"), want);
-        let synced = fs.open("/f", OpenOptions::READ).unwrap().sync();
-        if synced.is_ok() && fs.unmount().is_ok() {
-            drop(fs);
-            let fs = mount_with(&dev, &MountOptions::default());
+    for journal in KINDS {
+        for unlink in [false, true] {
+            let (dev, fs) = setup_small(journal, 24);
+            let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+            f.append(&[1; 100]).unwrap();
+            f.sync().unwrap();
+            dev.inject(fail(OpKind::Write, FOREVER, small_data_blocks(journal)));
+            // Too much for the journal to carry.
+            f.append(&[2; 40_000]).unwrap();
+            f.sync().unwrap_err();
+            f.append(&[3; 100]).unwrap();
+            drop(f);
+            // Neither of them can be committed.
+            dev.inject(fail(OpKind::Write, FOREVER, None));
+            if unlink {
+                fs.unlink("/f").unwrap_err();
+            } else {
+                fs.open("/f", OpenOptions::FRESH).unwrap_err();
+            }
+            dev.clear();
+            let want = [&[1; 100][..], &[2; 40_000], &[3; 100]].concat();
             assert_eq!(content_of(&fs, "/f"), want);
+            let synced = fs.open("/f", OpenOptions::READ).unwrap().sync();
+            if synced.is_ok() && fs.unmount().is_ok() {
+                drop(fs);
+                let fs = mount_with(&dev, &MountOptions::default());
+                assert_eq!(content_of(&fs, "/f"), want);
+            }
         }
     }
 }
@@ -287,346 +309,372 @@ fn a_replacement_that_fails_throws_nothing_away() {
 #[test]
 fn a_replacement_that_is_refused_throws_nothing_away() {
     let _limit = watchdog("a replacement that is refused", 120);
-    let (dev, fs) = setup_small(24);
-    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-    f.append(&[1; 100]).unwrap();
-    let mut n = 0;
-    while fs.open(&format!("/{n}"), OpenOptions::CREATE).is_ok() {
-        n += 1;
-    }
-    dev.inject(fail(OpKind::Write, FOREVER, small_data_blocks()));
-    f.sync().unwrap_err();
-    f.append(&[2; 100]).unwrap();
-    drop(f);
-    let refused = fs.open("/f", OpenOptions::FRESH);
-    dev.clear();
-    if refused.is_err() {
-        fs.open("/f", OpenOptions::READ).unwrap().sync().unwrap();
-        fs.unlink("/0").unwrap();
-        let fs = again(&dev, fs);
-        assert_eq!(content_of(&fs, "/f"), [[1; 100], [2; 100]].concat());
+    for journal in KINDS {
+        let (dev, fs) = setup_small(journal, 24);
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.append(&[1; 100]).unwrap();
+        let mut n = 0;
+        while fs.open(&format!("/{n}"), OpenOptions::CREATE).is_ok() {
+            n += 1;
+        }
+        dev.inject(fail(OpKind::Write, FOREVER, small_data_blocks(journal)));
+        f.sync().unwrap_err();
+        f.append(&[2; 100]).unwrap();
+        drop(f);
+        let refused = fs.open("/f", OpenOptions::FRESH);
+        dev.clear();
+        if refused.is_err() {
+            fs.open("/f", OpenOptions::READ).unwrap().sync().unwrap();
+            fs.unlink("/0").unwrap();
+            let fs = again(&dev, fs);
+            assert_eq!(content_of(&fs, "/f"), [[1; 100], [2; 100]].concat());
+        }
     }
 }
 
 #[test]
 fn a_refused_rename_of_a_directory_is_not_done_by_the_next_mount() {
     let _limit = watchdog("a refused rename", 120);
-    let (dev, fs) = setup(1);
-    fs.mkdir("/d").unwrap();
-    drop(fs.open("/d/f", OpenOptions::CREATE).unwrap());
-    let mut n = 0;
-    while fs
-        .link("/d/f", &format!("/d/{}{n}", "y".repeat(90)))
-        .is_ok()
-    {
-        n += 1;
+    for journal in KINDS {
+        let (dev, fs) = setup(journal, 1);
+        fs.mkdir("/d").unwrap();
+        drop(fs.open("/d/f", OpenOptions::CREATE).unwrap());
+        let mut n = 0;
+        while fs
+            .link("/d/f", &format!("/d/{}{n}", "y".repeat(90)))
+            .is_ok()
+        {
+            n += 1;
+        }
+        let long = format!("/{}", "z".repeat(60));
+        fs.rename("/d", &long).unwrap_err();
+        let fs = again(&dev, fs);
+        assert!(fs.exists("/d/f").unwrap());
+        assert!(!fs.exists(&long).unwrap());
     }
-    let long = format!("/{}", "z".repeat(60));
-    fs.rename("/d", &long).unwrap_err();
-    let fs = again(&dev, fs);
-    assert!(fs.exists("/d/f").unwrap());
-    assert!(!fs.exists(&long).unwrap());
 }
 
 #[test]
 fn allocated_space_is_kept_for_its_file() {
-    let (_dev, fs) = setup(1);
-    let a = fs.open("/a", OpenOptions::CREATE).unwrap();
-    let b = fs.open("/b", OpenOptions::CREATE).unwrap();
-    a.allocate(0, 8 << 20).unwrap();
-    while b.append(&vec![2; MIB]).is_ok() {}
-    assert_eq!(a.allocated(), 8 << 20);
-    a.append(&vec![1; 8 * MIB]).unwrap();
-    // What is left when the file has been closed may belong to anybody.
-    let c = fs.open("/c", OpenOptions::CREATE).unwrap();
-    fs.unlink("/a").unwrap();
-    drop(a);
-    c.allocate(0, 7 << 20).unwrap();
-    drop(c);
-    b.append(&vec![2; 2 * MIB]).unwrap();
+    for journal in KINDS {
+        let (_dev, fs) = setup(journal, 1);
+        let a = fs.open("/a", OpenOptions::CREATE).unwrap();
+        let b = fs.open("/b", OpenOptions::CREATE).unwrap();
+        a.allocate(0, 8 << 20).unwrap();
+        while b.append(&vec![2; MIB]).is_ok() {}
+        assert_eq!(a.allocated(), 8 << 20);
+        a.append(&vec![1; 8 * MIB]).unwrap();
+        // What is left when the file has been closed may belong to anybody.
+        let c = fs.open("/c", OpenOptions::CREATE).unwrap();
+        fs.unlink("/a").unwrap();
+        drop(a);
+        c.allocate(0, 7 << 20).unwrap();
+        drop(c);
+        b.append(&vec![2; 2 * MIB]).unwrap();
+    }
 }
 
 #[test]
 fn what_is_written_once_more_is_out_of_doubt() {
     let _limit = watchdog("doubt", 120);
-    let (dev, fs) = setup_cached();
-    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-    f.allocate(0, 8 << 20).unwrap();
-    f.append(&vec![1; 3 * MIB]).unwrap();
-    f.range_sync(0, 3 << 20).unwrap();
-    dev.inject(fail(OpKind::Flush, 1, None));
-    assert!(f.sync().unwrap_err().is_data_loss());
-    for _ in 0..2 {
-        let lost = f.sync().unwrap_err();
-        assert!(
-            lost.is_data_loss() && lost.to_string().contains("/f"),
-            "{lost}"
-        );
-        assert!(fs.unmount().unwrap_err().is_data_loss());
+    for journal in KINDS {
+        let (dev, fs) = setup_cached(journal);
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.allocate(0, 8 << 20).unwrap();
+        f.append(&vec![1; 3 * MIB]).unwrap();
+        f.range_sync(0, 3 << 20).unwrap();
+        dev.inject(fail(OpKind::Flush, 1, None));
+        assert!(f.sync().unwrap_err().is_data_loss());
+        for _ in 0..2 {
+            let lost = f.sync().unwrap_err();
+            assert!(
+                lost.is_data_loss() && lost.to_string().contains("/f"),
+                "{lost}"
+            );
+            assert!(fs.unmount().unwrap_err().is_data_loss());
+        }
+        // Half of it is not enough.
+        f.write_at(0, &vec![4; MIB]).unwrap();
+        assert!(f.sync().unwrap_err().is_data_loss());
+        f.write_at(MIB as u64, &vec![5; 2 * MIB]).unwrap();
+        f.sync().unwrap();
+        // The same holds for what is cut off.
+        f.append(&vec![6; 3 * MIB]).unwrap();
+        f.range_sync(0, 6 << 20).unwrap();
+        dev.inject(fail(OpKind::Flush, 1, None));
+        assert!(f.sync().unwrap_err().is_data_loss());
+        f.truncate(3 << 20).unwrap();
+        f.sync().unwrap();
+        f.append(&vec![7; MIB]).unwrap();
+        f.sync().unwrap();
+        drop(f);
+        let fs = again(&dev, fs);
+        let want = [vec![4; MIB], vec![5; 2 * MIB], vec![7; MIB]].concat();
+        assert!(content_of(&fs, "/f") == want);
     }
-    // Half of it is not enough.
-    f.write_at(0, &vec![4; MIB]).unwrap();
-    assert!(f.sync().unwrap_err().is_data_loss());
-    f.write_at(MIB as u64, &vec![5; 2 * MIB]).unwrap();
-    f.sync().unwrap();
-    // The same holds for what is cut off.
-    f.append(&vec![6; 3 * MIB]).unwrap();
-    f.range_sync(0, 6 << 20).unwrap();
-    dev.inject(fail(OpKind::Flush, 1, None));
-    assert!(f.sync().unwrap_err().is_data_loss());
-    f.truncate(3 << 20).unwrap();
-    f.sync().unwrap();
-    f.append(&vec![7; MIB]).unwrap();
-    f.sync().unwrap();
-    drop(f);
-    let fs = again(&dev, fs);
-    let want = [vec![4; MIB], vec![5; 2 * MIB], vec![7; MIB]].concat();
-    assert!(content_of(&fs, "/f") == want);
 }
 
 #[test]
 fn bytes_that_were_read_back_after_a_failed_flush_stay_in_doubt() {
     let _limit = watchdog("doubt about bytes read back", 120);
-    let (dev, fs) = setup_cached();
-    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-    f.allocate(0, 8 << 20).unwrap();
-    f.append(&[1; 6000]).unwrap();
-    f.range_sync(0, 4096).unwrap();
-    dev.inject(fail(OpKind::Flush, 1, None));
-    assert!(f.sync().unwrap_err().is_data_loss());
-    // The buffer is dropped, and the next one begins with what the device returns.
-    drop(f);
-    let f = fs.open("/f", OpenOptions::READ).unwrap();
-    f.invalidate(0, u64::MAX);
-    f.append(&[2; 100]).unwrap();
-    assert!(f.sync().unwrap_err().is_data_loss());
-    f.write_at(50, &[3; 10]).unwrap();
-    assert!(f.sync().unwrap_err().is_data_loss());
-    // What cannot be made durable can be given up, and the error names it.
-    drop(f);
-    let lost = fs.unmount_anyway().unwrap();
-    assert_eq!(lost.len(), 1);
-    assert!(
-        lost[0].is_data_loss() && lost[0].to_string().contains("/f"),
-        "{}",
-        lost[0]
-    );
-    let fs = mount_with(&dev, &MountOptions::default());
-    assert_eq!(
-        content_of(&fs, "/f").len(),
-        0,
-        "only what is durable counts"
-    );
+    for journal in KINDS {
+        let (dev, fs) = setup_cached(journal);
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.allocate(0, 8 << 20).unwrap();
+        f.append(&[1; 6000]).unwrap();
+        f.range_sync(0, 4096).unwrap();
+        dev.inject(fail(OpKind::Flush, 1, None));
+        assert!(f.sync().unwrap_err().is_data_loss());
+        // The buffer is dropped, and the next one begins with what the device returns.
+        drop(f);
+        let f = fs.open("/f", OpenOptions::READ).unwrap();
+        f.invalidate(0, u64::MAX);
+        f.append(&[2; 100]).unwrap();
+        assert!(f.sync().unwrap_err().is_data_loss());
+        f.write_at(50, &[3; 10]).unwrap();
+        assert!(f.sync().unwrap_err().is_data_loss());
+        // What cannot be made durable can be given up, and the error names it.
+        drop(f);
+        let lost = fs.unmount_anyway().unwrap();
+        assert_eq!(lost.len(), 1);
+        assert!(
+            lost[0].is_data_loss() && lost[0].to_string().contains("/f"),
+            "{}",
+            lost[0]
+        );
+        let fs = mount_with(&dev, &MountOptions::default());
+        assert_eq!(
+            content_of(&fs, "/f").len(),
+            0,
+            "only what is durable counts"
+        );
+    }
 }
 
 #[test]
 fn a_failed_flush_of_metadata_puts_data_in_doubt() {
     let _limit = watchdog("doubt by a flush of metadata", 120);
-    let base = Arc::new(CrashDevice::new(4096, 16 << 10, true, 5));
-    let base = Less::over(base, &[OpKind::Fua]);
-    let (dev, fs) = setup_with(base, &format_1m(), &MountOptions::default());
-    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-    f.allocate(0, 8 << 20).unwrap();
-    f.append(&vec![1; 3 * MIB]).unwrap();
-    f.range_sync(0, 3 << 20).unwrap();
-    dev.inject(fail(OpKind::Flush, FOREVER, None));
-    let _ = fs.mkdir("/d");
-    dev.clear();
-    let lost = f.sync().unwrap_err();
-    assert!(lost.is_data_loss(), "{lost}");
+    for journal in KINDS {
+        let base = Arc::new(CrashDevice::new(4096, 16 << 10, true, 5));
+        let base = Less::over(base, &[OpKind::Fua]);
+        let (dev, fs) = setup_with(base, &format_1m(journal), &MountOptions::default());
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.allocate(0, 8 << 20).unwrap();
+        f.append(&vec![1; 3 * MIB]).unwrap();
+        f.range_sync(0, 3 << 20).unwrap();
+        dev.inject(fail(OpKind::Flush, FOREVER, None));
+        let _ = fs.mkdir("/d");
+        dev.clear();
+        let lost = f.sync().unwrap_err();
+        assert!(lost.is_data_loss(), "{lost}");
+    }
 }
 
 #[test]
 fn a_device_without_fua_gets_its_flush() {
-    let base = CrashDevice::new(4096, 16 << 10, true, 5);
-    let less = Less::over(Arc::new(base.clone()), &[OpKind::Fua, OpKind::WriteZeroes]);
-    FileSystem::format(Arc::clone(&less), &format_1m()).unwrap();
-    let fs = FileSystem::mount(less, &MountOptions::default()).unwrap();
-    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-    f.append(&[1; 5000]).unwrap();
-    f.sync().unwrap();
-    // The power is cut, and everything in the device's cache is lost.
-    let mut points = base.crash_points();
-    while points.advance().is_some() {}
-    let image = points.image(&mut |_| false);
-    let dev = Arc::new(CrashDevice::from_image(4096, image, true, 6));
-    let fs = FileSystem::mount(dev, &MountOptions::default()).unwrap();
-    assert_eq!(content_of(&fs, "/f"), [1; 5000]);
+    for journal in KINDS {
+        let base = CrashDevice::new(4096, 16 << 10, true, 5);
+        let less = Less::over(Arc::new(base.clone()), &[OpKind::Fua, OpKind::WriteZeroes]);
+        FileSystem::format(Arc::clone(&less), &format_1m(journal)).unwrap();
+        let fs = FileSystem::mount(less, &MountOptions::default()).unwrap();
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.append(&[1; 5000]).unwrap();
+        f.sync().unwrap();
+        // The power is cut, and everything in the device's cache is lost.
+        let mut points = base.crash_points();
+        while points.advance().is_some() {}
+        let image = points.image(&mut |_| false);
+        let dev = Arc::new(CrashDevice::from_image(4096, image, true, 6));
+        let fs = FileSystem::mount(dev, &MountOptions::default()).unwrap();
+        assert_eq!(content_of(&fs, "/f"), [1; 5000]);
+    }
 }
 
 #[test]
 fn an_extension_that_fails_leaves_the_length() {
     let _limit = watchdog("a failed extension", 120);
-    let (dev, fs) = setup(32 * MIB);
-    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-    f.append(&[1; 100]).unwrap();
-    f.allocate(0, 30 << 20).unwrap();
-    type Extend = fn(&pumice_blobfs::fs::File) -> Result<(), FsError>;
-    let ways: [Extend; 2] = [|f| f.truncate(20 << 20), |f| f.write_at(20 << 20, &[2])];
-    for extend in ways {
-        dev.inject(fail(OpKind::WriteZeroes, 1, None));
-        extend(&f).unwrap_err();
-        assert_eq!(f.len(), 100);
-        f.append(&[3; 10]).unwrap();
-        assert_eq!(all(&f), [vec![1; 100], vec![3; 10]].concat());
-        f.truncate(100).unwrap();
+    for journal in KINDS {
+        let (dev, fs) = setup(journal, 32 * MIB);
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.append(&[1; 100]).unwrap();
         f.allocate(0, 30 << 20).unwrap();
+        type Extend = fn(&pumice_blobfs::fs::File) -> Result<(), FsError>;
+        let ways: [Extend; 2] = [|f| f.truncate(20 << 20), |f| f.write_at(20 << 20, &[2])];
+        for extend in ways {
+            dev.inject(fail(OpKind::WriteZeroes, 1, None));
+            extend(&f).unwrap_err();
+            assert_eq!(f.len(), 100);
+            f.append(&[3; 10]).unwrap();
+            assert_eq!(all(&f), [vec![1; 100], vec![3; 10]].concat());
+            f.truncate(100).unwrap();
+            f.allocate(0, 30 << 20).unwrap();
+        }
+        f.truncate(20 << 20).unwrap();
+        f.sync().unwrap();
+        drop(f);
+        let fs = again(&dev, fs);
+        let want = [vec![1; 100], vec![0; (20 << 20) - 100]].concat();
+        assert!(content_of(&fs, "/f") == want);
     }
-    f.truncate(20 << 20).unwrap();
-    f.sync().unwrap();
-    drop(f);
-    let fs = again(&dev, fs);
-    let want = [vec![1; 100], vec![0; (20 << 20) - 100]].concat();
-    assert!(content_of(&fs, "/f") == want);
 }
 
 #[test]
 fn nobody_waits_for_a_writer_to_learn_of_a_file() {
     let _limit = watchdog("stat beside a slow writer", 120);
-    let (dev, fs) = setup(1);
-    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-    f.allocate(0, 16 << 20).unwrap();
-    dev.inject(hang(OpKind::Write, FOREVER, data_blocks()));
-    let writer = {
-        let f = f.clone();
-        thread::spawn(move || f.append(&vec![1; 4 * MIB]))
-    };
-    // This thread holds the append lock until the device continues, which it does only after all of
-    // this.
-    while f.allocated() == 0 || dev.injections()[0].count == FOREVER {
-        thread::yield_now();
+    for journal in KINDS {
+        let (dev, fs) = setup(journal, 1);
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.allocate(0, 16 << 20).unwrap();
+        dev.inject(hang(OpKind::Write, FOREVER, data_blocks(journal)));
+        let writer = {
+            let f = f.clone();
+            thread::spawn(move || f.append(&vec![1; 4 * MIB]))
+        };
+        // This thread holds the append lock until the device continues, which it does only after all of
+        // this.
+        while f.allocated() == 0 || dev.injections()[0].count == FOREVER {
+            thread::yield_now();
+        }
+        thread::sleep(Duration::from_millis(50));
+        assert!(fs.exists("/f").unwrap());
+        assert_eq!(fs.stat("/f").unwrap().allocated, 16 << 20);
+        f.set_direct(true);
+        f.advise(Access::NoReuse);
+        fs.statfs();
+        fs.rename("/f", "/g").unwrap();
+        fs.list("/").unwrap();
+        dev.clear();
+        while !writer.is_finished() {
+            dev.resume();
+            thread::yield_now();
+        }
+        writer.join().unwrap().unwrap();
     }
-    thread::sleep(Duration::from_millis(50));
-    assert!(fs.exists("/f").unwrap());
-    assert_eq!(fs.stat("/f").unwrap().allocated, 16 << 20);
-    f.set_direct(true);
-    f.advise(Access::NoReuse);
-    fs.statfs();
-    fs.rename("/f", "/g").unwrap();
-    fs.list("/").unwrap();
-    dev.clear();
-    while !writer.is_finished() {
-        dev.resume();
-        thread::yield_now();
-    }
-    writer.join().unwrap().unwrap();
 }
 
 #[test]
 fn a_block_that_cannot_be_written_stops_neither_truncation_nor_unmount() {
     let _limit = watchdog("a bad block", 120);
-    let (dev, fs) = setup(32 * MIB);
-    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-    f.append(&[1; 5000]).unwrap();
-    f.sync().unwrap();
-    dev.inject(fail(OpKind::Write, FOREVER, data_blocks()));
-    f.append(&vec![2; 2 * MIB]).unwrap();
-    f.sync().unwrap_err();
-    let error = fs.unmount().unwrap_err();
-    assert!(error.to_string().contains("/f"), "{error}");
-    // What cannot be written is dropped.
-    f.truncate(5000).unwrap();
-    assert_eq!(all(&f), [1; 5000]);
-    f.append(&vec![3; 2 * MIB]).unwrap();
-    f.sync().unwrap_err();
-    f.truncate(0).unwrap();
-    f.sync().unwrap();
-    drop(f);
-    // The same holds for what was not cut off when the mount must end.
-    let f = fs.open("/g", OpenOptions::CREATE).unwrap();
-    f.append(&[1; 5000]).unwrap();
-    fs.unmount().unwrap_err();
-    let lost = fs.unmount_anyway().unwrap();
-    assert_eq!(lost.len(), 1);
-    assert!(lost[0].to_string().contains("/g"), "{}", lost[0]);
-    drop((f, fs));
-    dev.clear();
-    let fs = mount_with(&dev, &MountOptions::default());
-    assert_eq!(fs.problems(), [] as [String; 0]);
-    assert_eq!(content_of(&fs, "/f").len(), 0);
-    assert_eq!(content_of(&fs, "/g").len(), 0);
+    for journal in KINDS {
+        let (dev, fs) = setup(journal, 32 * MIB);
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.append(&[1; 5000]).unwrap();
+        f.sync().unwrap();
+        dev.inject(fail(OpKind::Write, FOREVER, data_blocks(journal)));
+        f.append(&vec![2; 2 * MIB]).unwrap();
+        f.sync().unwrap_err();
+        let error = fs.unmount().unwrap_err();
+        assert!(error.to_string().contains("/f"), "{error}");
+        // What cannot be written is dropped.
+        f.truncate(5000).unwrap();
+        assert_eq!(all(&f), [1; 5000]);
+        f.append(&vec![3; 2 * MIB]).unwrap();
+        f.sync().unwrap_err();
+        f.truncate(0).unwrap();
+        f.sync().unwrap();
+        drop(f);
+        // The same holds for what was not cut off when the mount must end.
+        let f = fs.open("/g", OpenOptions::CREATE).unwrap();
+        f.append(&[1; 5000]).unwrap();
+        fs.unmount().unwrap_err();
+        let lost = fs.unmount_anyway().unwrap();
+        assert_eq!(lost.len(), 1);
+        assert!(lost[0].to_string().contains("/g"), "{}", lost[0]);
+        drop((f, fs));
+        dev.clear();
+        let fs = mount_with(&dev, &MountOptions::default());
+        assert_eq!(fs.problems(), [] as [String; 0]);
+        assert_eq!(content_of(&fs, "/f").len(), 0);
+        assert_eq!(content_of(&fs, "/g").len(), 0);
+    }
 }
 
 #[test]
 fn after_a_passing_fault_truncate_and_write_at_try_again() {
     let _limit = watchdog("a passing fault", 120);
-    let (dev, fs) = setup(32 * MIB);
-    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-    f.append(&vec![1; MIB + 100]).unwrap();
-    dev.inject(fail(OpKind::Write, 2, data_blocks()));
-    f.sync().unwrap_err();
-    dev.clear();
-    f.write_at(10, &[2; 10]).unwrap();
-    dev.inject(fail(OpKind::Write, 2, data_blocks()));
-    f.append(&[3; 10]).unwrap();
-    f.sync().unwrap_err();
-    dev.clear();
-    f.truncate((MIB + 50) as u64).unwrap();
-    f.sync().unwrap();
-    let want = [vec![1; 10], vec![2; 10], vec![1; MIB + 30]].concat();
-    assert!(all(&f) == want);
-    drop(f);
-    let fs = again(&dev, fs);
-    assert!(content_of(&fs, "/f") == want);
+    for journal in KINDS {
+        let (dev, fs) = setup(journal, 32 * MIB);
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.append(&vec![1; MIB + 100]).unwrap();
+        dev.inject(fail(OpKind::Write, 2, data_blocks(journal)));
+        f.sync().unwrap_err();
+        dev.clear();
+        f.write_at(10, &[2; 10]).unwrap();
+        dev.inject(fail(OpKind::Write, 2, data_blocks(journal)));
+        f.append(&[3; 10]).unwrap();
+        f.sync().unwrap_err();
+        dev.clear();
+        f.truncate((MIB + 50) as u64).unwrap();
+        f.sync().unwrap();
+        let want = [vec![1; 10], vec![2; 10], vec![1; MIB + 30]].concat();
+        assert!(all(&f) == want);
+        drop(f);
+        let fs = again(&dev, fs);
+        assert!(content_of(&fs, "/f") == want);
+    }
 }
 
 #[test]
 fn overwritten_pages_leave_the_cache() {
-    let mut opts = MountOptions::default();
-    opts.cache_bytes = 4 << 20;
-    let (dev, fs) = setup_with(memory(128 << 20, 4096), &format_1m(), &opts);
-    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-    for _ in 0..40 {
-        f.append(&vec![1; MIB]).unwrap();
-    }
-    f.sync().unwrap();
-    drop(f);
-    fs.unmount().unwrap();
-    drop(fs);
-    let fs = mount_with(&dev, &opts);
-    let f = fs.open("/f", OpenOptions::READ).unwrap();
-    f.advise(Access::Random);
-    for i in 0..8u64 {
-        f.write_at(i << 20, &vec![2; MIB]).unwrap();
-        f.read_at(i << 20, &mut [0; 10]).unwrap();
-    }
-    let before = fs.cache_stats().hits;
-    for place in 20..24u64 {
-        for _ in 0..10 {
-            f.read_at(place << 20, &mut [0; 10]).unwrap();
+    for journal in KINDS {
+        let mut opts = MountOptions::default();
+        opts.cache_bytes = 4 << 20;
+        let (dev, fs) = setup_with(memory(128 << 20, 4096), &format_1m(journal), &opts);
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        for _ in 0..40 {
+            f.append(&vec![1; MIB]).unwrap();
         }
+        f.sync().unwrap();
+        drop(f);
+        fs.unmount().unwrap();
+        drop(fs);
+        let fs = mount_with(&dev, &opts);
+        let f = fs.open("/f", OpenOptions::READ).unwrap();
+        f.advise(Access::Random);
+        for i in 0..8u64 {
+            f.write_at(i << 20, &vec![2; MIB]).unwrap();
+            f.read_at(i << 20, &mut [0; 10]).unwrap();
+        }
+        let before = fs.cache_stats().hits;
+        for place in 20..24u64 {
+            for _ in 0..10 {
+                f.read_at(place << 20, &mut [0; 10]).unwrap();
+            }
+        }
+        assert!(
+            fs.cache_stats().hits - before >= 36,
+            "{:?}",
+            fs.cache_stats()
+        );
     }
-    assert!(
-        fs.cache_stats().hits - before >= 36,
-        "{:?}",
-        fs.cache_stats()
-    );
 }
 
 #[test]
 fn a_full_host_is_told_to_the_next_append() {
     let _limit = watchdog("a full host", 120);
-    let full = Arc::new(AtomicBool::new(false));
-    let base = Less::with_host(memory(64 << 20, 4096), &full);
-    let (dev, fs) = setup_with(base, &format_1m(), &MountOptions::default());
-    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-    f.allocate(0, 16 << 20).unwrap();
-    f.append(&[1; 100]).unwrap();
-    full.store(true, Ordering::Release);
-    // A second buffer may be filled before it is known that there is no space for the first.
-    let taken = (0..8)
-        .take_while(|_| f.append(&vec![2; MIB]).is_ok())
-        .count();
-    assert!(taken <= 2, "{taken} MiB were taken");
-    let error = f.append(&vec![2; MIB]).unwrap_err();
-    assert_eq!(error.errno(), libc::ENOSPC, "{error}");
-    full.store(false, Ordering::Release);
-    f.append(&[3; 100]).unwrap();
-    f.sync().unwrap();
-    drop(f);
-    let fs = again(&dev, fs);
-    let want = [vec![1; 100], vec![2; taken * MIB], vec![3; 100]].concat();
-    assert!(content_of(&fs, "/f") == want);
+    for journal in KINDS {
+        let full = Arc::new(AtomicBool::new(false));
+        let base = Less::with_host(memory(64 << 20, 4096), &full);
+        let (dev, fs) = setup_with(base, &format_1m(journal), &MountOptions::default());
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.allocate(0, 16 << 20).unwrap();
+        f.append(&[1; 100]).unwrap();
+        full.store(true, Ordering::Release);
+        // A second buffer may be filled before it is known that there is no space for the first.
+        let taken = (0..8)
+            .take_while(|_| f.append(&vec![2; MIB]).is_ok())
+            .count();
+        assert!(taken <= 2, "{taken} MiB were taken");
+        let error = f.append(&vec![2; MIB]).unwrap_err();
+        assert_eq!(error.errno(), libc::ENOSPC, "{error}");
+        full.store(false, Ordering::Release);
+        f.append(&[3; 100]).unwrap();
+        f.sync().unwrap();
+        drop(f);
+        let fs = again(&dev, fs);
+        let want = [vec![1; 100], vec![2; taken * MIB], vec![3; 100]].concat();
+        assert!(content_of(&fs, "/f") == want);
+    }
 }
 
 /// Returns the block of the root page of a file or directory.
@@ -644,38 +692,40 @@ fn is_open(e: &FsError) -> bool {
 #[test]
 fn a_rename_that_failed_is_not_done_by_the_next_mount_unless_it_said_so() {
     let _limit = watchdog("a failed rename", 120);
-    for how in ["rename", "fresh", "directory"] {
-        let (dev, fs) = setup(1);
-        fs.mkdir("/d").unwrap();
-        for (path, text) in [("/a", "A"), ("/b", "B"), ("/d/f", "F")] {
-            let f = fs.open(path, OpenOptions::CREATE).unwrap();
-            f.append(text.as_bytes()).unwrap();
-            f.sync().unwrap();
-        }
-        let bad = if how == "directory" { "/d/f" } else { "/b" };
-        dev.inject(fail(OpKind::Write, 1, Some(root_block(&fs, bad))));
-        let error = match how {
-            "rename" => fs.rename("/a", "/b"),
-            "fresh" => fs.open("/b", OpenOptions::FRESH).map(drop),
-            _ => fs.rename("/d", "/e"),
-        };
-        dev.clear();
-        // Erasing what has lost its name may fail without harm.
-        let Err(error) = error else { continue };
-        let names = |fs: &FileSystem| -> Vec<String> {
-            let paths = ["/a", "/b", "/d/f", "/e/f"];
-            let there = paths.iter().filter(|p| fs.exists(p).unwrap());
-            there
-                .map(|p| format!("{p} {:?}", content_of(fs, p)))
-                .collect()
-        };
-        let before = ["/a [65]", "/b [66]", "/d/f [70]"];
-        assert_eq!(names(&fs), before, "{how}: {error}");
-        let _ = fs.unmount();
-        drop(fs);
-        let fs = mount_with(&dev, &MountOptions::default());
-        if !is_open(&error) {
+    for journal in KINDS {
+        for how in ["rename", "fresh", "directory"] {
+            let (dev, fs) = setup(journal, 1);
+            fs.mkdir("/d").unwrap();
+            for (path, text) in [("/a", "A"), ("/b", "B"), ("/d/f", "F")] {
+                let f = fs.open(path, OpenOptions::CREATE).unwrap();
+                f.append(text.as_bytes()).unwrap();
+                f.sync().unwrap();
+            }
+            let bad = if how == "directory" { "/d/f" } else { "/b" };
+            dev.inject(fail(OpKind::Write, 1, Some(root_block(&fs, bad))));
+            let error = match how {
+                "rename" => fs.rename("/a", "/b"),
+                "fresh" => fs.open("/b", OpenOptions::FRESH).map(drop),
+                _ => fs.rename("/d", "/e"),
+            };
+            dev.clear();
+            // Erasing what has lost its name may fail without harm.
+            let Err(error) = error else { continue };
+            let names = |fs: &FileSystem| -> Vec<String> {
+                let paths = ["/a", "/b", "/d/f", "/e/f"];
+                let there = paths.iter().filter(|p| fs.exists(p).unwrap());
+                there
+                    .map(|p| format!("{p} {:?}", content_of(fs, p)))
+                    .collect()
+            };
+            let before = ["/a [65]", "/b [66]", "/d/f [70]"];
             assert_eq!(names(&fs), before, "{how}: {error}");
+            let _ = fs.unmount();
+            drop(fs);
+            let fs = mount_with(&dev, &MountOptions::default());
+            if !is_open(&error) {
+                assert_eq!(names(&fs), before, "{how}: {error}");
+            }
         }
     }
 }

@@ -19,12 +19,14 @@ const ESSENTIAL: OpenOptions = OpenOptions {
     ..OpenOptions::FRESH
 };
 
-/// Makes a file system whose whole space is for files.
-fn format(dev: &Arc<dyn BlockDevice>, cluster_size: u32, md_pages: Option<u32>) {
+/// Tests whose figures do not depend on it run on a store of each kind.
+const KINDS: [Journal; 2] = [Journal::None, Journal::Auto];
+
+fn format(dev: &Arc<dyn BlockDevice>, journal: Journal, cluster_size: u32, md_pages: Option<u32>) {
     let mut options = FormatOptions::default();
     options.cluster_size = cluster_size;
     options.md_pages = md_pages;
-    options.journal = Journal::None;
+    options.journal = journal;
     FileSystem::format(Arc::clone(dev), &options).unwrap();
 }
 
@@ -76,63 +78,66 @@ fn fill(fs: &FileSystem) {
 /// F5: sync, truncate and unmount of a file with preallocated space, with no page left.
 #[test]
 fn a_store_without_pages_can_be_synced_truncated_and_unmounted() {
-    for table in [false, true] {
-        let dev = memory(32 << 20, 4096);
-        format(&dev, 65536, Some(24));
-        if table {
-            // A file as earlier versions made it, with an extent page.
-            let store = Blobstore::load(Arc::clone(&dev), &LoadOptions::default()).unwrap();
-            let xattrs = vec![
-                ("name".to_owned(), b"/a\0".to_vec()),
-                ("length".to_owned(), vec![0; 8]),
-            ];
-            let opts = CreateOptions {
-                xattrs,
-                ..CreateOptions::default()
-            };
-            store.create(&opts).unwrap();
-            store.unload().unwrap();
-        }
-        let fs = mount(&dev);
-        let a = fs.open("/a", OpenOptions::CREATE).unwrap();
-        for _ in 0..4 {
-            a.append(&[1; 70_000]).unwrap();
-        }
-        fill(&fs);
-        a.sync().unwrap();
-        a.truncate(100).unwrap();
-        a.append(b"more").unwrap();
-        a.sync().unwrap();
-        drop(a);
-        fs.unmount().unwrap();
-        drop(fs);
-        verify(&dev, "full");
+    for journal in KINDS {
+        for table in [false, true] {
+            let dev = memory(32 << 20, 4096);
+            format(&dev, journal, 65536, Some(24));
+            if table {
+                // A file as earlier versions made it, with an extent page.
+                let store = Blobstore::load(Arc::clone(&dev), &LoadOptions::default()).unwrap();
+                let xattrs = vec![
+                    ("name".to_owned(), b"/a\0".to_vec()),
+                    ("length".to_owned(), vec![0; 8]),
+                ];
+                let opts = CreateOptions {
+                    xattrs,
+                    ..CreateOptions::default()
+                };
+                store.create(&opts).unwrap();
+                store.unload().unwrap();
+            }
+            let fs = mount(&dev);
+            let empty = fs.statfs().md_pages_used - u64::from(table);
+            let a = fs.open("/a", OpenOptions::CREATE).unwrap();
+            for _ in 0..4 {
+                a.append(&[1; 70_000]).unwrap();
+            }
+            fill(&fs);
+            a.sync().unwrap();
+            a.truncate(100).unwrap();
+            a.append(b"more").unwrap();
+            a.sync().unwrap();
+            drop(a);
+            fs.unmount().unwrap();
+            drop(fs);
+            verify(&dev, "full");
 
-        // The full file system can be mounted, the files needed for opening a database can be
-        // created, and everything can be deleted.
-        let fs = mount(&dev);
-        let error = fs.open("/more", OpenOptions::CREATE).unwrap_err();
-        assert!(is_full(&error), "{error}");
-        assert_eq!(fs.free_bytes(), 0, "no file can be made");
-        for i in 0..5 {
-            write_file(&fs, &format!("/MANIFEST-{i}"), ESSENTIAL, 3000).unwrap();
+            // The full file system can be mounted, the files needed for opening a database can be
+            // created, and everything can be deleted.
+            let fs = mount(&dev);
+            let error = fs.open("/more", OpenOptions::CREATE).unwrap_err();
+            assert!(is_full(&error), "{error}");
+            assert_eq!(fs.free_bytes(), 0, "no file can be made");
+            for i in 0..5 {
+                write_file(&fs, &format!("/MANIFEST-{i}"), ESSENTIAL, 3000).unwrap();
+            }
+            fs.rename("/MANIFEST-0", "/CURRENT").unwrap();
+            assert!(is_full(
+                &write_file(&fs, "/more", OpenOptions::CREATE, 1).unwrap_err()
+            ));
+            fs.unmount().unwrap();
+            drop(fs);
+            let fs = mount(&dev);
+            for entry in fs.list("/").unwrap() {
+                fs.unlink(&format!("/{}", entry.name)).unwrap();
+            }
+            let space = fs.statfs();
+            assert_eq!((space.md_pages_used, space.files), (empty, 0));
+            assert_eq!(space.free, space.total);
+            write_file(&fs, "/again", OpenOptions::CREATE, 1 << 20).unwrap();
+            fs.unmount().unwrap();
+            verify(&dev, "emptied");
         }
-        fs.rename("/MANIFEST-0", "/CURRENT").unwrap();
-        assert!(is_full(
-            &write_file(&fs, "/more", OpenOptions::CREATE, 1).unwrap_err()
-        ));
-        fs.unmount().unwrap();
-        drop(fs);
-        let fs = mount(&dev);
-        for entry in fs.list("/").unwrap() {
-            fs.unlink(&format!("/{}", entry.name)).unwrap();
-        }
-        let space = fs.statfs();
-        assert_eq!((space.md_pages_used, space.files), (0, 0));
-        assert_eq!(space.free, space.total);
-        write_file(&fs, "/again", OpenOptions::CREATE, 1 << 20).unwrap();
-        fs.unmount().unwrap();
-        verify(&dev, "emptied");
     }
 }
 
@@ -140,7 +145,7 @@ fn a_store_without_pages_can_be_synced_truncated_and_unmounted() {
 #[test]
 fn an_old_store_with_not_a_page_left_is_emptied() {
     let dev = memory(8 << 20, 4096);
-    format(&dev, 65536, Some(20));
+    format(&dev, Journal::None, 65536, Some(20));
     let store = Blobstore::load(Arc::clone(&dev), &LoadOptions::default()).unwrap();
     let file = |i: usize, num_clusters: u64| CreateOptions {
         xattrs: vec![
@@ -196,36 +201,38 @@ fn an_old_store_with_not_a_page_left_is_emptied() {
 /// R4: files of up to a cluster fill the device, and not half of it.
 #[test]
 fn pages_grow_until_the_clusters_are_used_up() {
-    for (cluster_size, md_pages) in [(65536, None), (65536, Some(16)), (1 << 20, Some(16))] {
-        let dev = memory(64 << 20, 512);
-        format(&dev, cluster_size, md_pages);
-        let fs = mount(&dev);
-        let total = fs.statfs().total;
-        let mut files = 0u64;
-        loop {
-            match write_file(&fs, &format!("/f{files}"), OpenOptions::CREATE, 4096) {
-                Ok(()) => files += 1,
-                Err(e) => {
-                    assert!(is_full(&e), "{e}");
-                    break;
+    for journal in KINDS {
+        for (cluster_size, md_pages) in [(65536, None), (65536, Some(16)), (1 << 20, Some(16))] {
+            let dev = memory(64 << 20, 512);
+            format(&dev, journal, cluster_size, md_pages);
+            let fs = mount(&dev);
+            let total = fs.statfs().total;
+            let mut files = 0u64;
+            loop {
+                match write_file(&fs, &format!("/f{files}"), OpenOptions::CREATE, 4096) {
+                    Ok(()) => files += 1,
+                    Err(e) => {
+                        assert!(is_full(&e), "{e}");
+                        break;
+                    }
                 }
             }
+            let least = total / u64::from(cluster_size) * 9 / 10;
+            assert!(files >= least, "{files} files, at least {least} expected");
+            fs.unlink("/f0").unwrap();
+            fs.unmount().unwrap();
+            drop(fs);
+            verify(&dev, "full of small files");
+            let fs = mount(&dev);
+            assert_eq!(fs.problems(), [] as [String; 0]);
+            for i in 1..files {
+                let f = fs.open(&format!("/f{i}"), OpenOptions::READ).unwrap();
+                let mut byte = [0];
+                f.read_at(4095, &mut byte).unwrap();
+                assert_eq!(byte[0], 7);
+            }
+            fs.unmount().unwrap();
         }
-        let least = total / u64::from(cluster_size) * 9 / 10;
-        assert!(files >= least, "{files} files, at least {least} expected");
-        fs.unlink("/f0").unwrap();
-        fs.unmount().unwrap();
-        drop(fs);
-        verify(&dev, "full of small files");
-        let fs = mount(&dev);
-        assert_eq!(fs.problems(), [] as [String; 0]);
-        for i in 1..files {
-            let f = fs.open(&format!("/f{i}"), OpenOptions::READ).unwrap();
-            let mut byte = [0];
-            f.read_at(4095, &mut byte).unwrap();
-            assert_eq!(byte[0], 7);
-        }
-        fs.unmount().unwrap();
     }
 }
 
@@ -310,7 +317,12 @@ fn too_few_metadata_pages_are_refused() {
         );
     }
     assert!(content(&dev).iter().all(|byte| *byte == 0));
-    format(&dev, 65536, Some(FormatOptions::MIN_MD_PAGES));
+    format(
+        &dev,
+        Journal::None,
+        65536,
+        Some(FormatOptions::MIN_MD_PAGES),
+    );
     let fs = mount(&dev);
     write_file(&fs, "/x", OpenOptions::CREATE, 10).unwrap();
     fs.unmount().unwrap();
@@ -320,45 +332,48 @@ fn too_few_metadata_pages_are_refused() {
 /// root page.
 #[test]
 fn a_scattered_file_gets_a_table() {
-    let dev = memory(64 << 20, 4096);
-    format(&dev, 4096, None);
-    let fs = mount(&dev);
-    let (a, b) = (
-        fs.open("/a", OpenOptions::FRESH).unwrap(),
-        fs.open("/b", OpenOptions::FRESH).unwrap(),
-    );
-    for i in 0..1500u32 {
-        for f in [&a, &b] {
-            // The files take one cluster at a time, in turn.
-            f.allocate(0, u64::from(i + 1) * 4096).unwrap();
-            f.append(&[u8::try_from(i % 251).unwrap(); 4096]).unwrap();
+    for journal in KINDS {
+        let dev = memory(64 << 20, 4096);
+        format(&dev, journal, 4096, None);
+        let fs = mount(&dev);
+        let empty = fs.statfs().md_pages_used;
+        let (a, b) = (
+            fs.open("/a", OpenOptions::FRESH).unwrap(),
+            fs.open("/b", OpenOptions::FRESH).unwrap(),
+        );
+        for i in 0..1500u32 {
+            for f in [&a, &b] {
+                // The files take one cluster at a time, in turn.
+                f.allocate(0, u64::from(i + 1) * 4096).unwrap();
+                f.append(&[u8::try_from(i % 251).unwrap(); 4096]).unwrap();
+            }
         }
-    }
-    a.sync().unwrap();
-    b.sync().unwrap();
-    drop((a, b));
-    assert!(fs.statfs().md_pages_used > 4);
-    fs.unmount().unwrap();
-    drop(fs);
-    verify(&dev, "scattered");
-    let fs = mount(&dev);
-    for path in ["/a", "/b"] {
-        let f = fs.open(path, OpenOptions::READ).unwrap();
-        let mut bytes = vec![0; 1500 * 4096];
-        assert_eq!(f.read_at(0, &mut bytes).unwrap(), bytes.len());
-        for (i, page) in bytes.chunks(4096).enumerate() {
-            assert!(
-                page.iter().all(|byte| usize::from(*byte) == i % 251),
-                "{path} {i}"
-            );
+        a.sync().unwrap();
+        b.sync().unwrap();
+        drop((a, b));
+        assert!(fs.statfs().md_pages_used > 4);
+        fs.unmount().unwrap();
+        drop(fs);
+        verify(&dev, "scattered");
+        let fs = mount(&dev);
+        for path in ["/a", "/b"] {
+            let f = fs.open(path, OpenOptions::READ).unwrap();
+            let mut bytes = vec![0; 1500 * 4096];
+            assert_eq!(f.read_at(0, &mut bytes).unwrap(), bytes.len());
+            for (i, page) in bytes.chunks(4096).enumerate() {
+                assert!(
+                    page.iter().all(|byte| usize::from(*byte) == i % 251),
+                    "{path} {i}"
+                );
+            }
+            f.truncate(4096 * 3).unwrap();
         }
-        f.truncate(4096 * 3).unwrap();
+        fs.unlink("/a").unwrap();
+        fs.unlink("/b").unwrap();
+        let space = fs.statfs();
+        assert_eq!((space.md_pages_used, space.free), (empty, space.total));
+        fs.unmount().unwrap();
     }
-    fs.unlink("/a").unwrap();
-    fs.unlink("/b").unwrap();
-    let space = fs.statfs();
-    assert_eq!((space.md_pages_used, space.free), (0, space.total));
-    fs.unmount().unwrap();
 }
 
 /// A memory device on a host with limited space.
@@ -389,86 +404,90 @@ impl BlockDevice for Sparse {
 /// space, and the same call works when there is space again.
 #[test]
 fn a_full_host_is_told_and_passes() {
-    let sparse = Arc::new(Sparse {
-        base: memory(64 << 20, 512),
-        free: AtomicU64::new(1 << 40),
-    });
-    let dev: Arc<dyn BlockDevice> = Arc::clone(&sparse) as Arc<dyn BlockDevice>;
-    format(&dev, 65536, None);
-    let fs = mount(&dev);
-    assert_eq!(fs.statfs().free, fs.statfs().total);
-    assert_eq!(fs.statfs().used, 0);
-    sparse.free.store(8 << 20, Ordering::Relaxed);
-    let free = fs.free_bytes();
-    assert!(free <= 9 << 20 && free > 0, "{free}");
-    assert_eq!(fs.statfs().host_free, Some(free));
-    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-    let mut written = 0u64;
-    let error = loop {
-        match f.append(&[1; 100_000]) {
-            Ok(()) => written += 100_000,
-            Err(e) => break e,
-        }
-    };
-    assert!(
-        matches!(
-            error,
-            FsError::NoSpace {
-                kind: SpaceKind::Host,
-                ..
+    for journal in KINDS {
+        let sparse = Arc::new(Sparse {
+            base: memory(64 << 20, 512),
+            free: AtomicU64::new(1 << 40),
+        });
+        let dev: Arc<dyn BlockDevice> = Arc::clone(&sparse) as Arc<dyn BlockDevice>;
+        format(&dev, journal, 65536, None);
+        let fs = mount(&dev);
+        assert_eq!(fs.statfs().free, fs.statfs().total);
+        assert_eq!(fs.statfs().used, 0);
+        sparse.free.store(8 << 20, Ordering::Relaxed);
+        let free = fs.free_bytes();
+        assert!(free <= 9 << 20 && free > 0, "{free}");
+        assert_eq!(fs.statfs().host_free, Some(free));
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        let mut written = 0u64;
+        let error = loop {
+            match f.append(&[1; 100_000]) {
+                Ok(()) => written += 100_000,
+                Err(e) => break e,
             }
-        ),
-        "{error}"
-    );
-    assert!(error.is_retryable());
-    assert!(error.to_string().contains("holds the image"), "{error}");
-    assert!(
-        written <= free && written + (1 << 20) > free,
-        "{written} of {free}"
-    );
-    assert_eq!(f.len(), written);
-    f.sync().unwrap();
-    sparse.free.store(32 << 20, Ordering::Relaxed);
-    f.append(&[2; 100_000]).unwrap();
-    f.sync().unwrap();
-    drop(f);
-    fs.unmount().unwrap();
+        };
+        assert!(
+            matches!(
+                error,
+                FsError::NoSpace {
+                    kind: SpaceKind::Host,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+        assert!(error.is_retryable());
+        assert!(error.to_string().contains("holds the image"), "{error}");
+        assert!(
+            written <= free && written + (1 << 20) > free,
+            "{written} of {free}"
+        );
+        assert_eq!(f.len(), written);
+        f.sync().unwrap();
+        sparse.free.store(32 << 20, Ordering::Relaxed);
+        f.append(&[2; 100_000]).unwrap();
+        f.sync().unwrap();
+        drop(f);
+        fs.unmount().unwrap();
+    }
 }
 
 /// The file system grows with its device, repeatedly.
 #[test]
 fn a_file_system_grows_with_its_device() {
-    let small = memory(16 << 20, 4096);
-    format(&small, 4096, None);
-    let fs = mount(&small);
-    write_file(&fs, "/f", OpenOptions::CREATE, 9_000_000).unwrap();
-    assert_eq!(fs.grow().unwrap(), 0);
-    let before = fs.statfs();
-    fs.unmount().unwrap();
-    drop(fs);
-    let mut bytes = content(&small);
-    bytes.resize(300 << 20, 0);
-    // There are more clusters than the old mask has bits.
-    let dev = memory_with(&bytes, 4096);
-    let fs = mount(&dev);
-    let same = fs.statfs();
-    assert_eq!(same.total, before.total, "it grows when it is asked to");
-    assert_eq!(fs.grow().unwrap(), (300 - 16) << 20);
-    let after = fs.statfs();
-    assert!(
-        after.total > 280 << 20 && after.md_pages >= 600,
-        "{after:?}"
-    );
-    assert_eq!(fs.grow().unwrap(), 0);
-    assert_eq!(fs.statfs(), after);
-    write_file(&fs, "/g", OpenOptions::CREATE, 100 << 20).unwrap();
-    fs.unmount().unwrap();
-    drop(fs);
-    verify(&dev, "grown");
-    let fs = mount(&dev);
-    assert_eq!(fs.stat("/f").unwrap().len, 9_000_000);
-    assert_eq!(fs.stat("/g").unwrap().len, 100 << 20);
-    fs.unmount().unwrap();
+    for journal in KINDS {
+        let small = memory(16 << 20, 4096);
+        format(&small, journal, 4096, None);
+        let fs = mount(&small);
+        write_file(&fs, "/f", OpenOptions::CREATE, 9_000_000).unwrap();
+        assert_eq!(fs.grow().unwrap(), 0);
+        let before = fs.statfs();
+        fs.unmount().unwrap();
+        drop(fs);
+        let mut bytes = content(&small);
+        bytes.resize(300 << 20, 0);
+        // There are more clusters than the old mask has bits.
+        let dev = memory_with(&bytes, 4096);
+        let fs = mount(&dev);
+        let same = fs.statfs();
+        assert_eq!(same.total, before.total, "it grows when it is asked to");
+        assert_eq!(fs.grow().unwrap(), (300 - 16) << 20);
+        let after = fs.statfs();
+        assert!(
+            after.total > 280 << 20 && after.md_pages >= 600,
+            "{after:?}"
+        );
+        assert_eq!(fs.grow().unwrap(), 0);
+        assert_eq!(fs.statfs(), after);
+        write_file(&fs, "/g", OpenOptions::CREATE, 100 << 20).unwrap();
+        fs.unmount().unwrap();
+        drop(fs);
+        verify(&dev, "grown");
+        let fs = mount(&dev);
+        assert_eq!(fs.stat("/f").unwrap().len, 9_000_000);
+        assert_eq!(fs.stat("/g").unwrap().len, 100 << 20);
+        fs.unmount().unwrap();
+    }
 }
 
 /// The journal promises nothing that the host of a sparse image may have no room for when it is put in place.

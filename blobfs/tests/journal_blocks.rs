@@ -2,13 +2,16 @@
 //! names the rules of the protocol that it is about.
 
 mod common;
+#[path = "common/flaky.rs"]
+mod flaky;
 
 use std::sync::Arc;
 
 use common::faults::{content_of, fail};
 use common::*;
+use flaky::{Flaky, Plan};
 use pumice_bdev::error_inject::ErrorDevice;
-use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, OpKind};
+use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, IoErrorKind, OpKind};
 use pumice_blobfs::blobstore::check::check;
 use pumice_blobfs::fs::{File, FileSystem, FormatOptions, Journal, MountOptions, OpenOptions};
 
@@ -25,10 +28,14 @@ struct Store {
 
 impl Store {
     fn new() -> Store {
+        Store::with_ring(RING)
+    }
+
+    fn with_ring(bytes: u64) -> Store {
         let base = memory(8 << 20, 4096);
         let mut format = FormatOptions::default();
         format.cluster_size = CLUSTER;
-        format.journal = Journal::Bytes(RING);
+        format.journal = Journal::Bytes(bytes);
         FileSystem::format(Arc::clone(&base), &format).unwrap();
         // The place of the journal in the super block, docs/format.md.
         let super_block = content(&base)[..4096].to_vec();
@@ -76,6 +83,17 @@ fn many(file: &File, syncs: u32) -> Vec<u8> {
         all.extend(bytes);
     }
     all
+}
+
+/// Makes the first block of a file unwritable, then has the journal carry an append to each of these files.
+fn owe_what_cannot_be_written(store: &Store, fs: &FileSystem, files: &[&File]) {
+    let place = fs.blobstore().extents(files[0].blob_id()).unwrap();
+    let range = Some((place.lba(0).unwrap(), 1));
+    store.dev.inject(fail(OpKind::Write, FOREVER, range));
+    for file in files {
+        file.append(b"owed").unwrap();
+        file.sync().unwrap();
+    }
 }
 
 /// Several laps of the ring, each of which meets the block.
@@ -139,7 +157,8 @@ fn rules_7_and_13_a_header_that_cannot_be_written_stops_nothing() {
 /// Headers that could not be written may be damaged by the attempt. What is acknowledged next has a header again.
 #[test]
 fn rule_7_a_header_is_whole_before_a_batch_relies_on_it() {
-    let store = Store::new();
+    // So large that it is not emptied in the background.
+    let store = Store::with_ring(1 << 20);
     let fs = store.mount();
     let file = log(&fs, "/log");
     file.append(b"owed").unwrap();
@@ -195,14 +214,9 @@ fn rule_21_a_file_whose_bytes_cannot_be_put_in_place_is_deleted() {
     let fs = store.mount();
     let bad = log(&fs, "/bad");
     let good = log(&fs, "/good");
-    let place = fs.blobstore().extents(bad.blob_id()).unwrap();
-    let range = Some((place.lba(0).unwrap(), 1));
-    store.dev.inject(fail(OpKind::Write, FOREVER, range));
-    for file in [&bad, &good] {
-        file.append(b"owed").unwrap();
-        file.sync().unwrap();
-    }
-    let error = bad.truncate(2).unwrap_err().to_string();
+    owe_what_cannot_be_written(&store, &fs, &[&bad, &good]);
+    // It keeps a part of them.
+    let error = bad.truncate(7).unwrap_err().to_string();
     assert!(error.contains("what the journal has"), "{error}");
     drop((bad, good));
     fs.unlink("/bad").unwrap();
@@ -218,4 +232,163 @@ fn rule_21_a_file_whose_bytes_cannot_be_put_in_place_is_deleted() {
     store.dev.clear();
     assert_eq!(check(&store.base).unwrap().worst(), None);
     assert_eq!(content_of(&store.mount(), "/good"), b"firstowed");
+}
+
+/// A deletion or replacement that fails gives nothing up.
+#[test]
+fn rule_21_a_deletion_that_fails_leaves_what_the_journal_owes() {
+    for replaces in [false, true] {
+        let store = Store::new();
+        let fs = store.mount();
+        let bad = log(&fs, "/bad");
+        owe_what_cannot_be_written(&store, &fs, &[&bad]);
+        drop(bad);
+        let ring = Some((store.journal_lba + 2, RING / 4096 - 2));
+        store.dev.inject(fail(OpKind::Write, FOREVER, ring));
+        if replaces {
+            fs.open("/bad", OpenOptions::FRESH).unwrap_err();
+        } else {
+            fs.unlink("/bad").unwrap_err();
+        }
+        let killed = memory_with(&content(&store.base), 4096);
+        let next = FileSystem::mount(killed, &MountOptions::default()).unwrap();
+        assert_eq!(content_of(&next, "/bad"), b"firstowed");
+        next.unmount().unwrap();
+        store.dev.clear();
+        fs.unmount().unwrap();
+        drop(fs);
+        assert_eq!(content_of(&store.mount(), "/bad"), b"firstowed");
+    }
+}
+
+/// While the ring has bytes of a deleted file, nobody else gets its clusters.
+#[test]
+fn rules_21_and_22_a_deletion_before_the_ring_can_be_emptied() {
+    let store = Store::new();
+    let fs = store.mount();
+    let bad = log(&fs, "/bad");
+    owe_what_cannot_be_written(&store, &fs, &[&bad]);
+    let place = fs.blobstore().extents(bad.blob_id()).unwrap();
+    drop(bad);
+    // The tail of the ring cannot move.
+    let headers = Some((store.journal_lba, 2));
+    store.dev.inject(fail(OpKind::Write, FOREVER, headers));
+    fs.unlink("/bad").unwrap();
+    store.dev.clear();
+    let left = memory_with(&content(&store.base), 4096);
+    let next = FileSystem::mount(Arc::clone(&left), &MountOptions::default()).unwrap();
+    assert!(!next.exists("/bad").unwrap());
+    next.unmount().unwrap();
+    drop(next);
+    assert_eq!(check(&left).unwrap().worst(), None);
+    let new = fs.open("/new", OpenOptions::CREATE).unwrap();
+    while new.append(&vec![7; CLUSTER as usize]).is_ok() {}
+    new.sync().unwrap();
+    let taken = fs.blobstore().extents(new.blob_id()).unwrap();
+    let clusters = new.len() / u64::from(CLUSTER);
+    assert!((0..clusters).all(|n| taken.lba(n) != place.lba(0)));
+    drop(new);
+    fs.unmount().unwrap();
+    drop(fs);
+    assert_eq!(check(&store.base).unwrap().worst(), None);
+    let fs = store.mount();
+    assert!(content_of(&fs, "/new").iter().all(|byte| *byte == 7));
+    fs.unmount().unwrap();
+}
+
+/// The device has a batch that it reports as failed, and no epoch can be begun behind it. Until one is, the file is not
+/// cut short, since a load would find the longer one.
+#[test]
+fn rule_5_a_truncation_behind_a_batch_that_may_be_there() {
+    let store = Store::new();
+    let below: Arc<dyn BlockDevice> = store.dev.clone();
+    let flaky = Flaky::new(below);
+    let fs = FileSystem::mount(flaky.clone(), &MountOptions::default()).unwrap();
+    let file = log(&fs, "/log");
+    file.append(b"gone").unwrap();
+    let headers = Some((store.journal_lba, 2));
+    store.dev.inject(fail(OpKind::Write, FOREVER, headers));
+    flaky.arm(Some(Plan {
+        from: 0,
+        count: 3,
+        kind: IoErrorKind::Media,
+        done: true,
+    }));
+    file.sync().unwrap_err();
+    flaky.arm(None);
+    file.truncate(5).unwrap_err();
+    store.dev.clear();
+    file.truncate(5).unwrap();
+    let killed = memory_with(&content(&store.base), 4096);
+    let next = FileSystem::mount(killed, &MountOptions::default()).unwrap();
+    assert_eq!(content_of(&next, "/log"), b"first");
+    next.unmount().unwrap();
+    drop(file);
+    fs.unmount().unwrap();
+}
+
+/// Owed bytes that are cut off need no place, and are given up only when the shorter length is durable.
+#[test]
+fn rule_21_a_file_whose_bytes_cannot_be_put_in_place_is_cut_short() {
+    for (cut_to, fails) in [(5, false), (2, false), (0, false), (5, true), (0, true)] {
+        let store = Store::new();
+        let fs = store.mount();
+        let bad = log(&fs, "/bad");
+        let good = log(&fs, "/good");
+        owe_what_cannot_be_written(&store, &fs, &[&bad, &good]);
+        if fails {
+            // No change can be made: the ring cannot be written.
+            let ring = Some((store.journal_lba + 2, RING / 4096 - 2));
+            store.dev.inject(fail(OpKind::Write, FOREVER, ring));
+            bad.truncate(cut_to).unwrap_err();
+            let killed = memory_with(&content(&store.base), 4096);
+            let next = FileSystem::mount(killed, &MountOptions::default()).unwrap();
+            assert_eq!(content_of(&next, "/bad"), b"firstowed", "{cut_to}");
+            next.unmount().unwrap();
+            continue;
+        }
+        bad.truncate(cut_to).unwrap();
+        let want = &b"firstowed"[..usize::try_from(cut_to).unwrap()];
+        assert_eq!(content_of(&fs, "/bad"), want);
+        fs.mkdir("/new").unwrap();
+        let killed = memory_with(&content(&store.base), 4096);
+        let next = FileSystem::mount(killed, &MountOptions::default()).unwrap();
+        assert_eq!(content_of(&next, "/bad"), want);
+        assert_eq!(content_of(&next, "/good"), b"firstowed");
+        drop((bad, good));
+        fs.unmount().unwrap();
+        drop(fs);
+        store.dev.clear();
+        assert_eq!(check(&store.base).unwrap().worst(), None);
+        let fs = store.mount();
+        assert_eq!(content_of(&fs, "/bad"), want);
+        assert_eq!(content_of(&fs, "/good"), b"firstowed");
+    }
+}
+
+/// A mount that has to end leaves in the journal what cannot be put in place. It is there when the block works again.
+#[test]
+fn rules_14_and_21_an_unmount_that_has_to_end_leaves_the_journal_as_it_is() {
+    let store = Store::new();
+    let fs = store.mount();
+    let bad = log(&fs, "/bad");
+    owe_what_cannot_be_written(&store, &fs, &[&bad]);
+    drop(bad);
+    let error = fs.unmount().unwrap_err().to_string();
+    assert!(error.contains("what the journal has"), "{error}");
+    // Nobody else has the device until the mount has ended.
+    store.mount_with(&MountOptions::default()).unwrap_err();
+    let error = fs.unmount_anyway().unwrap_err().to_string();
+    assert!(error.contains("what the journal has"), "{error}");
+    let mut reading = MountOptions::default();
+    reading.read_only = true;
+    let next = store.mount_with(&reading).unwrap();
+    assert_eq!(content_of(&next, "/bad"), b"firstowed");
+    drop(next);
+    store.dev.clear();
+    let next = store.mount();
+    assert_eq!(content_of(&next, "/bad"), b"firstowed");
+    next.unmount().unwrap();
+    drop((next, fs));
+    assert_eq!(check(&store.base).unwrap().worst(), None);
 }

@@ -321,6 +321,7 @@ fn rule_22_a_file_gets_no_bytes_of_one_that_had_its_clusters() {
             // A ring that needs no checkpoint for want of room.
             let dev = device.with(formatted_with(device, 1 << 20), 3);
             let fs = mount(Arc::new(dev.clone()));
+            let other = create(&fs, "/other");
             let f = create(&fs, "/a");
             // The last cluster has carried bytes only.
             f.append(&bytes(1, CLUSTER as usize)).unwrap();
@@ -339,6 +340,9 @@ fn rule_22_a_file_gets_no_bytes_of_one_that_had_its_clusters() {
             }
             // They take what is free from the beginning, its metadata page too.
             let full = bytes(3, 2 * CLUSTER as usize);
+            other.append(&full).unwrap();
+            other.sync().unwrap();
+            drop(other);
             let mut written = Vec::new();
             for n in 0..6 {
                 let path = format!("/b{n}");
@@ -347,8 +351,15 @@ fn rule_22_a_file_gets_no_bytes_of_one_that_had_its_clusters() {
                 f.sync().unwrap();
                 written.push(path);
             }
+            written.push("/other".to_owned());
             for path in &written {
                 assert_survives(device, &dev, path, &full, &what);
+            }
+            fs.unmount().unwrap();
+            drop(fs);
+            let fs = mount(Arc::new(dev.clone()));
+            for path in &written {
+                assert!(content_of(&fs, path) == full, "{what}, {path}");
             }
             fs.unmount().unwrap();
         }

@@ -65,4 +65,9 @@ impl Blob {
     pub(crate) fn settle(&self) -> Result<(), Error> {
         self.store.inner.commit.settle_blob(self.id())
     }
+
+    /// Returns a byte behind which everything is that the journal owes the blob. `None` if it owes nothing.
+    pub(crate) fn owed_from(&self) -> Option<u64> {
+        self.store.inner.commit.owed_from(self.id())
+    }
 }

@@ -59,6 +59,8 @@ pub(crate) struct Change {
     pub super_block: Option<Box<(SuperBlock, Geometry)>>,
     /// Bytes of blobs that the batch carries, and their places.
     pub carried: Vec<(Carried, Vec<Patch>)>,
+    /// Blobs that are deleted and owed bytes that cannot be put in place.
+    pub given_up: Vec<BlobId>,
     /// The part of the reserve that the change may use.
     pub spend: Spend,
     taken_clusters: Vec<u32>,
@@ -198,6 +200,7 @@ impl State {
         result?;
         batch.prepare.append(&mut change.prepare);
         batch.carried.append(&mut change.carried);
+        batch.given_up.append(&mut change.given_up);
         let erase_root = |index: u32, old: Old| CommitPoint {
             index,
             page: Box::new([0; PAGE_SIZE]),

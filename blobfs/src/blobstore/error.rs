@@ -209,6 +209,16 @@ impl Error {
         }
     }
 
+    /// Whether the device has failed, and nothing else is wrong.
+    pub(crate) fn is_of_device(&self) -> bool {
+        match self {
+            Error::Io(_) | Error::Device(_) | Error::Owed(_) | Error::Lost(_) => true,
+            Error::Shared(error) => error.is_of_device(),
+            Error::Undecided(error) => error.is_of_device(),
+            _ => false,
+        }
+    }
+
     pub(crate) fn invalid(text: impl Into<String>) -> Error {
         Error::InvalidInput(text.into())
     }

@@ -537,6 +537,19 @@ impl Blobstore {
     /// order, since it is not known what the device holds of the change that failed. The next load
     /// finds out.
     pub fn unload(&self) -> Result<(), Error> {
+        self.end(false)
+    }
+
+    /// Unloads the store as [`Blobstore::unload`] does, and not in order if the device fails: what
+    /// is durable stays so, in the journal if it cannot be put in place. The next load recovers.
+    ///
+    /// # Errors
+    /// As [`Blobstore::unload`]. When the device has failed, the store is unloaded nevertheless.
+    pub fn unload_anyway(&self) -> Result<(), Error> {
+        self.end(true)
+    }
+
+    fn end(&self, anyway: bool) -> Result<(), Error> {
         let inner = &self.inner;
         {
             let mut state = inner.state.lock();
@@ -548,9 +561,11 @@ impl Blobstore {
         }
         let quiet = inner.channels.quiesce();
         // Nobody else changes anything until it is unloaded.
+        let mut failed = false;
         let (_edit, ended) = match self.edit_to_the_end() {
             Ok(edit) if quiet => {
                 let ended = edit.unload();
+                failed = ended.as_ref().is_err_and(Error::is_of_device);
                 (Some(edit), ended)
             }
             Ok(edit) => {
@@ -569,14 +584,15 @@ impl Blobstore {
         {
             state.stop(error, true);
         }
-        if let Err(error) = ended
+        if let Err(error) = &ended
             && !matches!(error, Error::Stopped(_))
+            && !(anyway && failed)
         {
             inner.channels.reopen();
-            return Err(error);
+            return ended;
         }
         state.unloaded = true;
-        let in_order = state.check_not_stopped();
+        let in_order = state.check_not_stopped().and(ended);
         drop(state);
         inner.channels.close();
         inner.commit.end();
@@ -956,7 +972,7 @@ impl Edit<'_> {
         if let Some(id) = held {
             // Masks would let others allocate what the damaged blob holds.
             tracing::warn!(blob = %id, "the store stays marked as not unloaded in order: a blob is damaged");
-            self.store.inner.commit.settle()?;
+            self.store.inner.commit.settle().map_err(Error::owed)?;
             return self.store.inner.md_channels.get()?.flush();
         }
         if dirty {
@@ -968,7 +984,7 @@ impl Edit<'_> {
     /// Writes the masks and marks the store clean.
     fn write_masks(&self) -> Result<(), Error> {
         let commit = &self.store.inner.commit;
-        commit.settle()?;
+        commit.settle().map_err(Error::owed)?;
         // Whatever fails from here on: the next change begins another use of the journal, and
         // removes the mark of an orderly unload.
         self.state().clean_in_doubt = true;

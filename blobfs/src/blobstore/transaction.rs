@@ -70,6 +70,7 @@ pub struct Transaction {
     created: usize,
     spend: Spend,
     number: u64,
+    given_up: Vec<BlobId>,
 }
 
 /// The result of a commit.
@@ -109,6 +110,7 @@ impl Transaction {
             created: 0,
             spend: Spend::Ordinary,
             number: NEXT.fetch_add(1, Ordering::Relaxed),
+            given_up: Vec::new(),
         }
     }
 
@@ -179,6 +181,11 @@ impl Transaction {
         }));
     }
 
+    /// Gives up what the journal owes the blob if it cannot be put in place.
+    pub(crate) fn give_up_owed(&mut self, blob: BlobId) {
+        self.given_up.push(blob);
+    }
+
     /// Makes all changes. They are durable on return. Blocks, and waits for I/O in flight on blobs
     /// that shrink.
     ///
@@ -206,13 +213,12 @@ impl Transaction {
         }
         let (_frozen, edit) = self.store.edit_frozen(|state| Ok(self.plan(state)))?;
         let freeing = self.freeing(&edit.state());
-        if !freeing.is_empty() {
-            self.put_owed(&freeing)?;
-        }
+        let given_up = self.put_owed(&freeing)?;
         let mut created = Vec::with_capacity(self.created);
         if !self.steps.is_empty() {
             edit.change(|state, change| {
                 change.spend = self.spend;
+                change.given_up = given_up;
                 for step in &self.steps {
                     self.stage(state, change, step, &mut created)?;
                 }
@@ -250,30 +256,41 @@ impl Transaction {
         Ok(())
     }
 
-    /// Has what is owed to blobs that lose clusters put in place. A blob that is deleted does not need it, if a block of it
-    /// cannot be written.
-    fn put_owed(&self, freeing: &[BlobId]) -> Result<(), Error> {
+    /// Has what is owed to blobs that lose clusters put in place. If a block cannot be written, what the blobs are owed that
+    /// do not need it is given up: now, as the caller says, or when they are deleted, which returns them.
+    fn put_owed(&self, freeing: &[BlobId]) -> Result<Vec<BlobId>, Error> {
         let commit = &self.store.inner.commit;
+        if freeing.is_empty() {
+            return Ok(Vec::new());
+        }
         let Err(error) = commit.put_owed(Some(freeing)) else {
-            return Ok(());
+            return Ok(Vec::new());
         };
-        let deleted: Vec<BlobId> = self
-            .steps
-            .iter()
-            .filter_map(|step| match step {
-                Step::Delete(id) => Some(*id),
-                _ => None,
-            })
-            .collect();
-        if deleted.is_empty() || commit.is_halted() {
+        if commit.is_halted() || !matches!(error, Error::Owed(_)) {
             return Err(error);
         }
-        tracing::warn!(%error, ?deleted, "bytes of blobs that are being deleted are given up");
-        // What a blob that stays is owed is not given up.
-        commit.give_up_owed(&deleted)
+        if !self.given_up.is_empty() {
+            tracing::warn!(%error, blobs = ?self.given_up, "bytes of blobs that are cut short are given up");
+            commit.give_up_owed(&self.given_up)?;
+        }
+        let deletes = |id: &BlobId| {
+            self.steps
+                .iter()
+                .any(|step| matches!(step, Step::Delete(d) if d == id))
+        };
+        let (deleted, others): (Vec<BlobId>, Vec<BlobId>) =
+            freeing.iter().partition(|id| deletes(id));
+        // What another blob is owed is not given up.
+        if commit.owes(&others) {
+            return Err(error);
+        }
+        if !deleted.is_empty() {
+            tracing::warn!(%error, blobs = ?deleted, "bytes of blobs that are being deleted are given up");
+        }
+        Ok(deleted)
     }
 
-    /// Returns the blobs that lose clusters.
+    /// Returns the blobs that lose clusters, or what they are owed.
     fn freeing(&self, state: &State) -> Vec<BlobId> {
         let shrinks = |id: BlobId, size: u64| {
             let meta = state.meta(id);
@@ -284,7 +301,7 @@ impl Transaction {
             Step::Resize(Target::Id(id), size, _) if shrinks(*id, *size) => Some(*id),
             _ => None,
         });
-        freeing.collect()
+        freeing.chain(self.given_up.iter().copied()).collect()
     }
 
     /// Returns the blob that a step applies to, if its metadata may be changed.
@@ -311,6 +328,7 @@ impl Transaction {
         // It is not known what a damaged blob shares with others.
         let mut all = false;
         let mut shrinking = Vec::new();
+        blobs.extend(&self.given_up);
         for step in &self.steps {
             match step {
                 Step::Create(_)

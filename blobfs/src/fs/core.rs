@@ -24,6 +24,7 @@ use super::sync::Syncer;
 use super::truncate::Truncater;
 use super::volume::{Phase, Volume};
 use super::writeback::Writeback;
+use crate::blobstore::Error as StoreError;
 
 /// A mounted file system. Each part owns its state, and the later ones use the earlier ones.
 pub(crate) struct Core {
@@ -162,7 +163,7 @@ impl Core {
         self.vol.check_fork()?;
         let _ops = self.names.ops.lock();
         if self.vol.phase.load() == Phase::Unloading {
-            return self.unload().map(|()| Vec::new());
+            return self.unload(give_up).map(|()| Vec::new());
         }
         self.vol
             .check_mounted(|| self.vol.dev.info().name.clone())?;
@@ -187,22 +188,28 @@ impl Core {
             }
         };
         self.vol.phase.store(Phase::Unloading);
-        self.unload()?;
+        self.unload(give_up)?;
         Ok(lost)
     }
 
     /// Does the last step of an unmount, which can be repeated: the device is released when it is
-    /// done.
-    fn unload(&self) -> Result<()> {
+    /// done, or `anyway` when the device has failed.
+    fn unload(&self, anyway: bool) -> Result<()> {
         self.log.end();
-        match self.vol.store.unload() {
-            Ok(()) | Err(crate::blobstore::Error::Unloaded) => {}
+        let store = &self.vol.store;
+        let unloaded = match anyway {
+            true => store.unload_anyway(),
+            false => store.unload(),
+        };
+        let result = match unloaded {
+            Ok(()) | Err(StoreError::Unloaded) => Ok(()),
+            Err(e) if anyway && e.is_of_device() => Err(self.vol.store_error("unmount", e)),
             Err(e) => return Err(self.vol.store_error("unmount", e)),
-        }
+        };
         self.vol.phase.store(Phase::Unmounted);
         self.vol.metered.release();
         self.ended.set();
-        Ok(())
+        result
     }
 
     /// Whether an unmount is incomplete.

@@ -203,7 +203,8 @@ impl FileSystem {
     /// keeps its durable length. Returns an error for each such file, and none if nothing was lost.
     ///
     /// # Errors
-    /// The metadata could not be written. The next mount recovers.
+    /// The metadata could not be written, or what the journal has could not be put in place. The mount has ended
+    /// all the same, and what is durable stays so: the next one recovers. Only while I/O does not end, it has not.
     pub fn unmount_anyway(&self) -> Result<Vec<FsError>> {
         self.core.unmount_anyway()
     }

@@ -56,7 +56,13 @@ impl Truncater {
         // The removed part may belong to another file at once, so no write to it may be in flight.
         self.writeback.wait_overlapping(tail, new_len, u64::MAX);
         tail.prune(ino);
-        ino.settle()?;
+        let cut_owed = match ino.settle() {
+            Ok(()) => false,
+            Err(error) => {
+                self.shorten_without_owed(ino, new_len, error)?;
+                true
+            }
+        };
         let len = ino.len();
         // The bytes that the tail's region keeps have to be available before anything is removed.
         let (region, kept) = split(new_len);
@@ -71,9 +77,17 @@ impl Truncater {
         // From here on no reader starts on the removed part, and one that has started reads again.
         ino.len.store(new_len, Ordering::Release);
         ino.epoch.fetch_add(1, Ordering::AcqRel);
-        if let Err(e) = self.commit_shorter(ino, tail, new_len) {
-            ino.len.store(len, Ordering::Release);
-            return Err(e);
+        match self.commit_shorter(ino, tail, new_len) {
+            Ok(()) => {}
+            // The length is durable. The clusters are freed later.
+            Err(error) if cut_owed => {
+                tracing::warn!(file = ino.path(), %error, "clusters behind the end were not freed");
+                tail.grown = true;
+            }
+            Err(error) => {
+                ino.len.store(len, Ordering::Release);
+                return Err(error);
+            }
         }
         let supplied_from = match tail.is_tail(region) {
             true => tail.supplied_from.min(new_len),
@@ -101,11 +115,38 @@ impl Truncater {
         Ok(())
     }
 
+    /// Makes a shorter length durable for a file whose bytes in the journal cannot be put in place, which is `error`, if all of
+    /// them are behind it, and only then gives them up.
+    fn shorten_without_owed(&self, ino: &Inode, new_len: u64, error: FsError) -> Result<()> {
+        let owed = ino.blob()?.owed_from();
+        if owed.is_none_or(|from| from < new_len) {
+            return Err(error);
+        }
+        let durable = ino.durable_len.load(Ordering::Acquire).min(new_len);
+        let mut tx = self.vol.store.transaction();
+        tx.spend(Spend::Releasing);
+        tx.set_xattr(ino.id, xattr::LENGTH, &durable.to_le_bytes());
+        tx.commit().map_err(|e| {
+            self.vol
+                .store_error(format!("{}: truncate to {new_len}", ino.path()), e)
+        })?;
+        ino.durable_len.store(durable, Ordering::Release);
+        let mut tx = self.vol.store.transaction();
+        tx.give_up_owed(ino.id);
+        if let Err(error) = tx.commit() {
+            tracing::warn!(file = ino.path(), %error, "bytes behind the end stay in the journal");
+        }
+        Ok(())
+    }
+
     /// Makes a shorter length durable and frees the clusters behind it. The length on the device
     /// does not grow: it covers only what was durable before.
     fn commit_shorter(&self, ino: &Arc<Inode>, tail: &mut Tail, new_len: u64) -> Result<()> {
         let old_durable = ino.durable_len.load(Ordering::Acquire);
-        if old_durable <= new_len && tail.allocated <= new_len.next_multiple_of(self.vol.cluster) {
+        // A commit whose outcome is open may have made another length durable.
+        let is_known = !self.vol.store.is_stopped();
+        let fits = tail.allocated <= new_len.next_multiple_of(self.vol.cluster);
+        if is_known && old_durable <= new_len && fits {
             return Ok(());
         }
         let durable = old_durable.min(new_len);

@@ -48,6 +48,7 @@ impl Commit for InPlace {
             points,
             erase,
             clear,
+            given_up: _,
         } = batch;
         if !carried.is_empty() {
             return Err(Error::invalid("only a journal carries bytes").into());

@@ -39,6 +39,8 @@ pub(crate) struct Batch {
     pub erase: Vec<u32>,
     /// Operations that clear clusters which nothing names any longer.
     pub clear: Vec<Op>,
+    /// Blobs that are deleted and owed bytes that cannot be put in place.
+    pub given_up: Vec<BlobId>,
 }
 
 impl Batch {
@@ -54,6 +56,7 @@ impl Batch {
             points: Vec::new(),
             erase: Vec::new(),
             clear: Vec::new(),
+            given_up: Vec::new(),
         }
     }
 }
@@ -102,7 +105,7 @@ impl Old {
 pub(crate) enum Cleared {
     /// Nothing reaches them any longer.
     Ended,
-    /// An operation that clears them has timed out and may still reach them.
+    /// An operation that clears them has timed out and may still reach them, or the next load may write there.
     MayLand,
 }
 
@@ -224,8 +227,18 @@ pub(crate) trait Commit: std::fmt::Debug + Send + Sync {
         Ok(())
     }
 
-    /// Puts in place what is owed to all but these blobs, which are going to be deleted, and whose bytes cannot be put in
-    /// place. They are given up. The caller has their turn in the order of changes, and no channel.
+    /// Returns a byte of the blob behind which everything is that it is owed.
+    fn owed_from(&self, _blob: BlobId) -> Option<u64> {
+        None
+    }
+
+    /// Whether one of these blobs is owed bytes.
+    fn owes(&self, _blobs: &[BlobId]) -> bool {
+        false
+    }
+
+    /// Puts in place what is owed to all but these blobs, which do not need theirs. It is given up.
+    /// The caller has their turn in the order of changes, and no channel.
     ///
     /// # Errors
     /// Fails with [`Error::Owed`] when the device fails.

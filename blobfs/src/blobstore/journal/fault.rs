@@ -26,6 +26,15 @@ impl From<Error> for BatchFault {
 }
 
 impl BatchFault {
+    /// The fault of a batch that nothing takes back before the next load.
+    pub fn lasting(error: Error) -> BatchFault {
+        BatchFault {
+            error: Arc::new(error),
+            open: true,
+            void: false,
+        }
+    }
+
     /// Returns the failure of one of the batch's changes.
     pub fn failure(&self) -> Failure {
         let error = match &*self.error {

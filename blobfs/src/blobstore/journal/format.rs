@@ -268,6 +268,8 @@ const _: () = assert!(size_of::<RawBatch>() == BATCH_LEN);
 /// The beginning of a batch. Nothing in it has been compared with a checksum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct BatchHead {
+    /// None is defined. A batch with one is of a newer version.
+    pub flags: u16,
     /// [`Header::mark`] of its epoch.
     pub mark: u64,
     pub sequence: u64,
@@ -285,7 +287,8 @@ impl BatchHead {
     /// Reads the beginning of a batch, if this is one.
     pub fn decode(bytes: &[u8; BATCH_LEN]) -> Option<BatchHead> {
         let raw = RawBatch::ref_from_bytes(bytes).expect("sizes are equal");
-        (raw.signature == BATCH_SIGNATURE && raw.flags.get() == 0).then(|| BatchHead {
+        (raw.signature == BATCH_SIGNATURE).then(|| BatchHead {
+            flags: raw.flags.get(),
             mark: raw.mark.get(),
             sequence: raw.sequence.get(),
             before: raw.before.get(),

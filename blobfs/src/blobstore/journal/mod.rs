@@ -28,6 +28,7 @@
 
 mod fault;
 pub(crate) mod format;
+mod group;
 pub(crate) mod heads;
 mod owed;
 pub(crate) mod place;
@@ -94,13 +95,19 @@ impl Commit for Journal {
         if !pages.is_empty() || batch.unmark.is_some() {
             self.ring.submit(pages, carried, batch.unmark, batch.geo)?;
         }
+        // From here on the change is made. Whether anything can be put in place or cleared does not matter to it.
+        let given_up = self.give_up_deleted(&batch.given_up);
         self.empty_in_background();
         if batch.clear.is_empty() {
-            return Ok(Cleared::Ended);
+            return Ok(given_up);
         }
-        // The change is made. Whether anything can be cleared does not matter to it.
         let io = self.ring.channels.get();
-        Ok(io.map_or(Cleared::Ended, |mut io| clear_all(&mut io, batch.clear)))
+        let cleared = io.map_or(Cleared::Ended, |mut io| clear_all(&mut io, batch.clear));
+        Ok(if given_up == Cleared::Ended {
+            cleared
+        } else {
+            given_up
+        })
     }
 
     fn restore(&self, geo: &Geometry, restore: &mut Restore) -> Result<(), Error> {
@@ -160,6 +167,14 @@ impl Commit for Journal {
         self.ring.empty(io).map_err(Error::owed)
     }
 
+    fn owed_from(&self, blob: BlobId) -> Option<u64> {
+        self.ring.owed_from(blob)
+    }
+
+    fn owes(&self, blobs: &[BlobId]) -> bool {
+        self.ring.owes(Some(blobs))
+    }
+
     fn give_up_owed(&self, blobs: &[BlobId]) -> Result<(), Error> {
         let io = &mut *self.ring.channels.get()?;
         self.ring.empty_without(io, blobs).map_err(Error::owed)
@@ -191,6 +206,22 @@ impl Journal {
         }
     }
 
+    /// Gives up what deleted blobs are owed. Until the ring is without it, a load may put it in their clusters, which nobody
+    /// else gets.
+    fn give_up_deleted(&self, blobs: &[BlobId]) -> Cleared {
+        if blobs.is_empty() {
+            return Cleared::Ended;
+        }
+        let io = self.ring.channels.get();
+        match io.and_then(|mut io| self.ring.empty_of_deleted(&mut io, blobs)) {
+            Ok(()) => Cleared::Ended,
+            Err(error) => {
+                tracing::warn!(%error, "the clusters of a deleted blob stay taken until the next load");
+                Cleared::MayLand
+            }
+        }
+    }
+
     /// Waits until no checkpoint runs in the background.
     fn join(&self) {
         let thread = self.background.lock().take();
@@ -212,6 +243,8 @@ impl Journal {
     /// the commit points are one batch. If they do not fit one either, each is written in place.
     fn append_large(&self, mut batch: Batch) -> Result<Cleared, Failure> {
         let guard = batch.unmark.take();
+        // Here it comes before the change, whose first part goes in place.
+        self.give_up_owed(&batch.given_up)?;
         self.ring.begin_and_empty(guard.as_deref(), &batch.geo)?;
         let points = batch.points.iter().map(|point| (point.index, &*point.page));
         let points: Vec<Image> = points.map(image).collect();

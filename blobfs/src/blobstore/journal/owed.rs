@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::super::carried::Patch;
+use super::super::carried::{Carried, Patch};
 use super::super::format::BlobId;
 
 /// See the module. It has the blobs that are owed bytes, or are going to be.
@@ -18,6 +18,8 @@ pub(super) struct Owed {
 struct Debt {
     /// The number of appends that are being carried.
     carrying: u32,
+    /// The byte of the blob behind which all of them are.
+    from: u64,
     /// Bytes in order, each with the number of its batch.
     patches: Vec<(u64, Patch)>,
 }
@@ -55,8 +57,12 @@ impl Owed {
     }
 
     /// Adds what a durable batch of this number has carried.
-    pub fn add(&mut self, blob: BlobId, number: u64, patches: &[Patch]) {
-        let debt = self.debts.entry(blob).or_default();
+    pub fn add(&mut self, carried: &Carried, number: u64, patches: &[Patch]) {
+        let debt = self.debts.entry(carried.blob).or_default();
+        debt.from = match debt.patches.is_empty() {
+            true => carried.offset,
+            false => debt.from.min(carried.offset),
+        };
         for patch in patches {
             self.bytes += patch.bytes().len() as u64;
             debt.patches.push((number, patch.clone()));
@@ -72,6 +78,21 @@ impl Owed {
     pub fn has(&self, blob: BlobId) -> bool {
         let debt = self.debts.get(&blob);
         debt.is_some_and(|debt| !debt.patches.is_empty())
+    }
+
+    /// Forgets what a blob is owed that is deleted.
+    pub fn forget_blob(&mut self, blob: BlobId) {
+        if let Some(debt) = self.debts.remove(&blob) {
+            let bytes = debt.patches.iter().map(|(_, patch)| patch.bytes().len());
+            self.bytes -= bytes.sum::<usize>() as u64;
+        }
+    }
+
+    /// Returns a byte of the blob behind which everything is that it is owed.
+    pub fn from(&self, blob: BlobId) -> Option<u64> {
+        let debt = self.debts.get(&blob);
+        debt.filter(|debt| !debt.patches.is_empty())
+            .map(|debt| debt.from)
     }
 
     /// Forgets what batches before this one owe. It is in place, or void.

@@ -172,7 +172,7 @@ fn recover(
     } = walked;
     // Its pages are read as they are going to be.
     io.set_replayed(pages.clone());
-    let (mut patches, missing) = places_of(io, geo, &carried)?;
+    let (mut patches, missing) = places_of(io, geo, &carried, &pages)?;
     damage = damage.or(missing);
     let blocks = count_blocks(&patches, geo.block_size);
     if blocks > BLOCKS_PER_RING * place.len / geo.block_size {
@@ -279,12 +279,13 @@ fn is_full(error: &Error) -> bool {
     matches!(error, Error::Io(error) if error.kind == IoErrorKind::NoSpace)
 }
 
-/// Returns the places of bytes that batches carry, by the maps that their blobs have at the end, and
-/// the reason if some have none, which no power cut causes.
+/// Returns the places of bytes that batches carry, by the maps that their blobs have at the end. A blob that a batch has
+/// deleted needs none. If others have none, which no power cut causes, returns the reason.
 fn places_of(
     io: &mut MdIo,
     geo: &Geometry,
     carried: &[Carried],
+    pages: &BTreeMap<u32, Arc<Page>>,
 ) -> Result<(Vec<Patch>, Option<String>), Error> {
     if carried.is_empty() {
         return Ok((Vec::new(), None));
@@ -297,7 +298,15 @@ fn places_of(
     let found = scan(io, geo, &Roots::Mask(roots.words()))?;
     let (mut patches, mut missing) = (Vec::new(), None);
     for carried in carried {
-        let meta = root(carried.blob).and_then(|root| found.blobs.get(&root));
+        let root = root(carried.blob);
+        let is_blank = |page: &&Arc<Page>| page.iter().all(|byte| *byte == 0);
+        if root
+            .and_then(|root| pages.get(&root))
+            .is_some_and(|page| is_blank(&page))
+        {
+            continue;
+        }
+        let meta = root.and_then(|root| found.blobs.get(&root));
         match meta.and_then(|meta| carried.patches(&meta.map, geo)) {
             Some(places) => patches.extend(places),
             None => {

@@ -21,6 +21,7 @@ use super::format::{
     BATCH_LEN, Image, MOST_OF_RING, RING_AT, RingPlace, Spot, carried_bytes, encode_batch,
     record_bytes,
 };
+use super::group::{Waiting, take_group};
 use super::heads::Heads;
 use super::owed::Owed;
 use super::place::{blocks_of, put_pages, write_blocks};
@@ -93,18 +94,6 @@ enum Halt {
     ForGood,
 }
 
-/// A change that waits for its batch.
-#[derive(Debug)]
-struct Waiting {
-    ticket: u64,
-    pages: Vec<Image>,
-    carried: Vec<(Carried, Vec<Patch>)>,
-    /// Bytes of its records.
-    bytes: u64,
-    guard: Option<Box<Page>>,
-    geo: Geometry,
-}
-
 impl Log {
     /// Begins an epoch.
     fn reset(&mut self, mark: u64, head: Spot) {
@@ -118,20 +107,6 @@ impl Log {
     /// Whether carried appends need not wait for a checkpoint of a ring of so many units.
     fn has_carry_room(&self, units: u64) -> bool {
         self.used <= units / 2 && self.owed.bytes() <= OWED_BYTES
-    }
-
-    /// Takes the changes of the next batch, in the order of their arrival.
-    fn next_group(&mut self, most: u64) -> Vec<Waiting> {
-        let mut bytes = BATCH_LEN as u64;
-        let mut group = Vec::new();
-        while let Some(next) = self.waiting.front() {
-            bytes += next.bytes;
-            if bytes > most && !group.is_empty() {
-                break;
-            }
-            group.extend(self.waiting.pop_front());
-        }
-        group
     }
 
     fn check(&self) -> Result<(), Error> {
@@ -261,6 +236,11 @@ impl Ring {
         }
     }
 
+    /// Returns a byte of the blob behind which everything is that it is owed.
+    pub fn owed_from(&self, blob: BlobId) -> Option<u64> {
+        self.log.lock().owed.from(blob)
+    }
+
     /// Ends this use of the ring, which is empty. The next change begins another.
     pub fn end(&self) {
         self.log.lock().begun = false;
@@ -305,7 +285,7 @@ impl Ring {
                 continue;
             }
             log.writing = true;
-            let group = log.next_group(self.most());
+            let group = take_group(&mut log.waiting, self.most());
             let written = MutexGuard::unlocked(&mut log, || self.write(&group));
             log.writing = false;
             for waiting in group {
@@ -368,7 +348,7 @@ impl Ring {
             .extend(pages().map(|(index, page)| (*index, (number, Arc::clone(page)))));
         log.geo = first.geo.clone();
         for (carried, patches) in carried() {
-            log.owed.add(carried.blob, number, patches);
+            log.owed.add(carried, number, patches);
         }
         self.owing.store(log.owed.len(), Ordering::Release);
         Ok(())
@@ -465,13 +445,15 @@ impl Ring {
     /// next one begins at `behind`.
     fn failed_batch(&self, io: &mut MdIo, error: Error, behind: u64) -> BatchFault {
         if may_land(&error) {
-            return BatchFault {
-                error: Arc::new(self.noted(error)),
-                open: true,
-                void: false,
-            };
+            return BatchFault::lasting(self.noted(error));
         }
-        self.log.lock().broken = Some(Halt::Batch(behind));
+        {
+            let mut log = self.log.lock();
+            if log.broken == Some(Halt::ForGood) {
+                return BatchFault::lasting(error);
+            }
+            log.broken = Some(Halt::Batch(behind));
+        }
         let open = match self.make_void(io) {
             Ok(()) => {
                 tracing::warn!(%error, "a write to the journal failed; its changes were taken back");
@@ -504,6 +486,15 @@ impl Ring {
     /// Fails when the device does. What was in the ring is still there.
     pub fn empty(&self, io: &mut MdIo) -> Result<(), Error> {
         self.empty_without(io, &[])
+    }
+
+    /// Forgets what is owed to blobs whose deletion is durable, and empties the ring, so that a load does not find it.
+    pub fn empty_of_deleted(&self, io: &mut MdIo, blobs: &[BlobId]) -> Result<(), Error> {
+        {
+            let mut log = self.log.lock();
+            blobs.iter().for_each(|blob| log.owed.forget_blob(*blob));
+        }
+        self.empty(io)
     }
 
     /// Empties the ring as [`Ring::empty`] does, and gives up what it owes to these blobs.

@@ -202,6 +202,12 @@ impl Ring<'_> {
         if batch_crc(&bytes) != head.crc {
             return Ok(None);
         }
+        if head.flags != 0 {
+            return Err(format!(
+                "batch {} has the flags {:#06x}, which this version does not know",
+                head.sequence, head.flags
+            ));
+        }
         let records = decode_records(&head, &bytes)?;
         Ok(Some(Next {
             batch: FoundBatch {

@@ -220,3 +220,17 @@ fn a_record_of_a_newer_version_is_damage() {
     let damage = memory.walk().damage.unwrap();
     assert!(damage.contains("type 77"), "{damage}");
 }
+
+#[test]
+fn a_batch_with_flags_of_a_newer_version_is_damage() {
+    let (mut memory, places) = MemoryRing::new(0, &[vec![1], vec![2]]);
+    let at = usize::try_from(RING_AT + places[1] * u64::from(UNIT)).unwrap();
+    memory.bytes[at + 4] = 4;
+    let used = BATCH_LEN + 16 + PAGE_SIZE + 40;
+    let crc = batch_crc(&memory.bytes[at..at + used]);
+    memory.bytes[at + 60..at + 64].copy_from_slice(&crc.to_le_bytes());
+    let walked = memory.walk();
+    let damage = walked.damage.unwrap();
+    assert!(damage.contains("the flags 0x0004"), "{damage}");
+    assert_eq!(walked.batches.len(), 1);
+}
