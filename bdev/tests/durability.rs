@@ -10,7 +10,7 @@ use pumice_bdev::raid0::Raid0;
 use pumice_bdev::registry::Registry;
 use pumice_bdev::split::Split;
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, DmaSlice, Op, OpKind};
-use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage};
+use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -183,6 +183,63 @@ fn flushes_and_fua_pass_through_every_device() {
                 assert!(after_a_cut(&disks, build, false) == durable, "{what}: lost");
                 assert!(after_a_cut(&disks, build, true) == latest, "{what}: kept");
             }
+        }
+    }
+}
+
+/// A stripe has a cache if one leg has one, whichever it is, and a flush or FUA makes what that leg
+/// holds durable.
+#[test]
+fn a_stripe_with_one_cache_is_flushed() {
+    let build: Build = |d| Arc::new(Raid0::new("R", d.to_vec(), 4, None).unwrap());
+    for cached in 0..2 {
+        let disks: Vec<Arc<CrashDevice>> = (0..2)
+            .map(|i| Arc::new(CrashDevice::new(512, DISK, i == cached, i)))
+            .collect();
+        let bases: Vec<Dev> = disks.iter().map(|d| d.clone() as Dev).collect();
+        let dev = build(&bases);
+        assert!(dev.info().write_cache, "leg {cached} has one");
+        let ch = AsyncChannel::new(dev.open_channel().unwrap());
+        ch.block_on(ch.write(0, blocks(32, 1), false)).unwrap();
+        ch.block_on(ch.flush()).unwrap();
+        ch.block_on(ch.write(32, blocks(32, 2), true)).unwrap();
+        let left = after_a_cut(&disks, build, false);
+        assert!(left[..32].iter().all(|b| *b == 1), "flushed, leg {cached}");
+        assert!(left[32..64].iter().all(|b| *b == 2), "FUA, leg {cached}");
+    }
+    let disk = |i| Arc::new(CrashDevice::new(512, DISK, false, i)) as Dev;
+    assert!(!build(&[disk(0), disk(1)]).info().write_cache);
+}
+
+/// A stripe promises only what each of its legs promises.
+#[test]
+fn a_stripe_promises_what_every_leg_does() {
+    let disk = |unmap_zeroes| {
+        let options = CrashOptions {
+            unmap_zeroes,
+            ..CrashOptions::default()
+        };
+        Arc::new(CrashDevice::with_options(
+            &options,
+            CrashImage::zeroed(DISK * 512),
+        )) as Dev
+    };
+    let opened = |uri: &str| pumice_bdev::open(uri).unwrap();
+    for (other, promises) in [
+        (disk(true), [true, true, true]),
+        (disk(false), [true, true, false]),
+        (opened("malloc://128K?block_size=512"), [true, false, true]),
+        (opened("null://128K?block_size=512"), [false, false, false]),
+    ] {
+        for legs in [[disk(true), other.clone()], [other.clone(), disk(true)]] {
+            let raid = Raid0::new("R", legs.to_vec(), 4, None).unwrap();
+            let info = raid.info();
+            assert_eq!(
+                [info.keeps_data, info.outlives_process, info.unmap_zeroes],
+                promises,
+                "with a leg of {}",
+                other.info().module
+            );
         }
     }
 }

@@ -77,11 +77,16 @@ pub(super) fn backing(file: &File, meta: &Metadata) -> io::Result<Backing> {
         is_block_device: true,
         len: sys::block_device_len(file)?,
         sector: sys::sector_size(file)?,
-        // Where sysfs does not say, a cache is assumed, so flushes are sent.
-        write_cache: text("write_cache").trim() != "write through",
+        write_cache: has_cache(&text("write_cache")),
         discard,
         product,
     })
+}
+
+/// Whether a disk has a volatile cache, by what sysfs says of it. A cache is assumed where it does
+/// not say, so that flushes are sent.
+fn has_cache(write_cache: &str) -> bool {
+    write_cache.trim() != "write through"
 }
 
 /// Returns the process that holds a `flock` lock on the inode, by /proc/locks. `Some(0)` is a
@@ -193,4 +198,17 @@ pub(super) fn loop_backing_owner(meta: &Metadata) -> Option<(PathBuf, u32)> {
     let path = backing_of_loop(Path::new(&format!("/sys/dev/block/{major}:{minor}")))?;
     let owner = lock_owner(&fs::metadata(&path).ok()?)?;
     Some((path, owner))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::has_cache;
+
+    #[test]
+    fn a_disk_has_a_cache_unless_sysfs_denies_it() {
+        for text in ["write back\n", "", "\n", "unknown\n"] {
+            assert!(has_cache(text), "{text:?}");
+        }
+        assert!(!has_cache("write through\n"));
+    }
 }
