@@ -4,6 +4,7 @@
 //! Each case runs in a process of its own, under a seccomp filter that gives one call an errno.
 #![allow(unsafe_code)]
 
+use std::os::fd::AsRawFd as _;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
@@ -158,6 +159,47 @@ fn child_confined_with_writes_in_flight() {
     }
 }
 
+/// A write with FUA that the kernel has not taken when io_uring stops working is synced by the
+/// threads that carry it out: it fails where `fdatasync` is refused. If it were not synced, it would
+/// succeed.
+#[test]
+fn writes_that_a_ring_hands_on_are_synced() {
+    in_child("child_whose_ring_breaks_before_its_writes", "");
+}
+
+#[test]
+fn child_whose_ring_breaks_before_its_writes() {
+    let Some((options, _)) = case() else {
+        return;
+    };
+    let dev = File::open(&options).unwrap();
+    if !dev.is_direct() {
+        return eprintln!("skipped: no direct I/O here, where a sync follows in any case");
+    }
+    let mut ch = dev.open_channel().unwrap();
+    // The ring gets them with the next poll, and has none of them before.
+    for tag in 0..20 {
+        let write = Op::Write {
+            lba: tag * 8,
+            data: DmaBuf::zeroed(4096).unwrap().freeze(),
+            fua: tag % 2 == 0,
+        };
+        ch.submit(tag, write).unwrap();
+    }
+    deny_from_now_on(&[libc::SYS_io_uring_enter], libc::EPERM);
+    deny_from_now_on(&[libc::SYS_fdatasync], libc::EIO);
+    let mut out = Vec::new();
+    while out.len() < 20 {
+        ch.wait(Duration::from_millis(10)).unwrap();
+        ch.poll(&mut out);
+    }
+    for ended in out {
+        let kind = ended.result.err().map(|e| e.kind);
+        let expected = ended.op.fua().then_some(IoErrorKind::Media);
+        assert_eq!(kind, expected, "{:?}", ended.op);
+    }
+}
+
 /// A flush and a write with FUA must fail where `fdatasync` is refused: if it were not called,
 /// they would succeed.
 #[test]
@@ -226,6 +268,35 @@ fn child_without_fsync() {
     assert!(!options.path.exists());
     let uri = format!("file://{}?size=8M&create=1", options.path.display());
     assert!(open(&uri).is_err());
+    assert!(!options.path.exists());
+}
+
+/// An image whose name cannot be made durable does not exist.
+#[test]
+fn a_new_image_has_a_durable_name() {
+    in_child("child_without_a_descriptor_for_the_directory", "");
+}
+
+#[test]
+fn child_without_a_descriptor_for_the_directory() {
+    let Some((options, _)) = case() else {
+        return;
+    };
+    // The image gets the lowest descriptor that is free, and there is none for its directory.
+    let next = std::fs::File::open("/dev/null").unwrap().as_raw_fd();
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `limit` is writable.
+    let read = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };
+    assert_eq!(read, 0);
+    limit.rlim_cur = libc::rlim_t::try_from(next).unwrap() + 1;
+    // SAFETY: `limit` is readable.
+    let set = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
+    assert_eq!(set, 0);
+    let e = File::open(&options).unwrap_err().to_string();
+    assert!(e.contains("sync the directory"), "{e}");
     assert!(!options.path.exists());
 }
 
