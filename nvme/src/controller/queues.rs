@@ -14,7 +14,7 @@ use crate::dma::DmaShared;
 use crate::error::NvmeError;
 use crate::queue::{
     Bank, Bell, CompletionRing, Lists, Parts, PointerStyle, QueueMem, QueueOptions, QueuePair,
-    QueueShared, Ringing, SubmissionRing,
+    QueueShared, Ringing, SubmissionRing, freeze,
 };
 use crate::spec::{AdminOpcode, Command, FeatureId, Status, doorbell_offset};
 
@@ -372,15 +372,12 @@ impl Core {
     /// Stops every owner from ringing doorbells, as a first step of a reset or shutdown. When this
     /// returns, the state word must differ from the one that the owners have seen.
     pub(super) fn freeze_queues(&self, word: u64) {
-        self.set_state(state::word(state::generation(word) + 1, Phase::Resetting));
-        barrier::heavy();
-        let queues: Vec<_> = {
+        let resetting = state::word(state::generation(word) + 1, Phase::Resetting);
+        let queues = || -> Vec<Arc<QueueShared>> {
             let registry = self.queues.lock();
             let all = registry.queues.values();
             all.map(|entry| Arc::clone(&entry.shared)).collect()
         };
-        for q in queues {
-            q.ringing.wait();
-        }
+        freeze(|| self.set_state(resetting), queues, |q| &q.ringing);
     }
 }

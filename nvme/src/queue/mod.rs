@@ -35,4 +35,4 @@ pub(crate) use data::{ListArea, PointerStyle, admin_prp};
 pub(crate) use lists::Lists;
 pub(crate) use parts::Parts;
 pub(crate) use ring::{Bell, CompletionRing, QueueMem, Shadow, SubmissionRing};
-pub(crate) use shared::{Bank, QueueShared, Ringing};
+pub(crate) use shared::{Bank, QueueShared, Ringing, freeze};

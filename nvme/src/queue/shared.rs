@@ -60,17 +60,33 @@ impl Ringing {
         self.0.store(false, Ordering::Release);
     }
 
-    /// Waits until the owner writes no doorbell. The caller has changed the state and called
-    /// [`barrier::heavy`].
-    pub fn wait(&self) {
+    /// Waits until the owner writes no doorbell.
+    fn wait(&self) {
         while self.0.load(Ordering::Acquire) {
             std::thread::yield_now();
         }
     }
 }
 
+/// Stops the owners of queue pairs from writing doorbells: changes the controller's state by
+/// `change`, then waits for those who looked at it before. A pair that `queues` does not have yet
+/// finds the new state.
+pub(crate) fn freeze<Q>(
+    change: impl FnOnce(),
+    queues: impl FnOnce() -> Vec<Q>,
+    ringing: impl Fn(&Q) -> &Ringing,
+) {
+    change();
+    barrier::heavy();
+    for q in queues() {
+        ringing(&q).wait();
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::controller::state::{Phase, word};
 
@@ -94,5 +110,35 @@ mod tests {
             ringing.wait();
         }
         assert_eq!(writes, 1);
+    }
+
+    /// A reset changes the state and waits then. An owner who is writing sees that it has begun, and one who comes after the
+    /// wait does not find the old state.
+    #[test]
+    fn a_reset_changes_the_state_before_it_waits_for_owners() {
+        let (ringing, seen) = (Ringing::default(), word(7, Phase::Live));
+        let (state, later) = (AtomicU64::new(seen), word(8, Phase::Resetting));
+        let has_begun = || state.load(Ordering::SeqCst) == later;
+        let reset = || {
+            let queues = || {
+                assert!(has_begun(), "the state is still the old one");
+                vec![&ringing]
+            };
+            freeze(|| state.store(later, Ordering::SeqCst), queues, |q| *q);
+        };
+        let (mut begun, mut waits) = (false, false);
+        std::thread::scope(|scope| {
+            ringing.while_in(&state, seen, || {
+                let thread = scope.spawn(reset);
+                while !has_begun() && !thread.is_finished() {
+                    std::thread::yield_now();
+                }
+                // It has time to end, if it does not wait.
+                std::thread::sleep(Duration::from_millis(20));
+                (begun, waits) = (has_begun(), !thread.is_finished());
+            });
+        });
+        assert!(begun && waits, "begun: {begun}, waits: {waits}");
+        ringing.while_in(&state, seen, || panic!("the reset has begun"));
     }
 }
