@@ -276,3 +276,20 @@ fn a_boundary_in_a_field_of_the_vendor_is_kept() {
         assert_eq!(boundary.map(std::num::NonZero::get), blocks);
     }
 }
+
+/// A controller that does not answer whether its cache is on counts as one whose cache is on, so
+/// that it is flushed.
+#[test]
+fn a_cache_of_which_nothing_is_said_is_on() {
+    let _watchdog = watchdog();
+    let mut config = SoftConfig::new(vec![disk()]);
+    config.write_cache = true;
+    let soft = SoftController::new(config).unwrap();
+    let refused = Fault::Status(Status::INVALID_FIELD.dnr());
+    soft.faults()
+        .add(FaultRule::admin(AdminOpcode::GET_FEATURES, refused));
+    let controller = Controller::new(soft.transport(), ControllerOptions::default()).unwrap();
+    assert!(soft.faults().struck() > 0, "it was not asked");
+    assert!(controller.write_cache());
+    assert!(controller.namespace(1).unwrap().write_cache());
+}
