@@ -247,6 +247,9 @@ impl Inside<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Context, Wake};
+
     use super::*;
 
     #[test]
@@ -282,6 +285,33 @@ mod tests {
         assert!(matches!(entry.as_mut().poll(&mut cx), Poll::Ready(None)));
         drop(closed);
         let mut entry = Box::pin(gate.enter(limit));
+        assert!(matches!(entry.as_mut().poll(&mut cx), Poll::Ready(Some(_))));
+    }
+
+    /// Counts how often it is woken.
+    #[derive(Default)]
+    struct Wakings(AtomicUsize);
+
+    impl Wake for Wakings {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn the_last_of_two_openings_wakes_whoever_waits() {
+        let gate = Gate::default();
+        gate.shut();
+        gate.shut();
+        let wakings = Arc::new(Wakings::default());
+        let waker = Waker::from(Arc::clone(&wakings));
+        let mut cx = Context::from_waker(&waker);
+        let mut entry = Box::pin(gate.enter(ENTRY_TIMEOUT));
+        assert!(entry.as_mut().poll(&mut cx).is_pending());
+        // An executor does not poll it again before it is woken.
+        gate.open();
+        gate.open();
+        assert_eq!(wakings.0.load(Ordering::SeqCst), 1);
         assert!(matches!(entry.as_mut().poll(&mut cx), Poll::Ready(Some(_))));
     }
 }

@@ -509,4 +509,34 @@ mod tests {
         assert!(dev.failed_flush().get().is_some());
         assert_eq!(dev.failed_flush().count(), 1);
     }
+
+    /// A read into several buffers finds the blocks of a journal in each of them.
+    #[test]
+    fn every_part_of_a_read_shows_the_blocks_of_the_journal() {
+        let dev = Steady::new(pumice_bdev::open("malloc://1M?block_size=4096").unwrap());
+        let block = |byte: u8| vec![byte; 4096].into_boxed_slice();
+        dev.set_replayed(Replayed::from([
+            (11, block(1)),
+            (12, block(2)),
+            (14, block(4)),
+            (17, block(7)),
+        ]));
+        let ch = AsyncChannel::new(dev.open_channel().unwrap());
+        // Blocks 10 and 11, block 12, blocks 13 to 15, block 16.
+        let bufs = [2, 1, 3, 1].map(|count| DmaBuf::zeroed(count * 4096).unwrap());
+        let read = Op::ReadV {
+            lba: 10,
+            bufs: bufs.into(),
+        };
+        let (read, result) = ch.block_on(ch.io(read));
+        result.unwrap();
+        let Op::ReadV { bufs, .. } = read else {
+            panic!("another operation");
+        };
+        let bytes: Vec<u8> = bufs.iter().flat_map(|buf| buf.iter().copied()).collect();
+        let found: Vec<u8> = bytes.chunks(4096).map(|block| block[0]).collect();
+        assert_eq!(found, [0, 1, 2, 0, 4, 0, 0]);
+        let whole = |block: &[u8]| block.iter().all(|byte| *byte == block[0]);
+        assert!(bytes.chunks(4096).all(whole));
+    }
 }

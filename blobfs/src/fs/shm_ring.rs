@@ -348,6 +348,11 @@ impl ShmRing {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::io::Write as _;
+    use std::os::unix::process::ExitStatusExt as _;
+    use std::process::{Command, Stdio};
+
     use super::*;
 
     const SEVENS: What<&[u8]> = What::Bytes {
@@ -432,5 +437,54 @@ mod tests {
             // Data is not covered.
             assert_eq!(read.is_ok(), at >= 40, "byte {at}: {read:?}");
         }
+    }
+
+    /// Bytes of a ring, and of its file when the memory behind them has been taken away.
+    const LONG: usize = 1 << 20;
+    const SHORT: usize = 256 << 10;
+
+    /// A process that dies while it copies the bytes of an entry leaves those before it, and nothing of this one.
+    #[test]
+    fn an_entry_is_there_after_its_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let status = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "fs::shm_ring::tests::child_that_dies_in_an_entry",
+            ])
+            .env("PUMICE_RING", &path)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .unwrap();
+        assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}");
+        // A ring is opened as a whole, so there is memory again, with other bytes.
+        let mut file = File::options().append(true).open(&path).unwrap();
+        file.write_all(&vec![9; WORDS_BYTES + LONG - SHORT])
+            .unwrap();
+        file.sync_all().unwrap();
+        let left = ShmRing::open(&path, 9).unwrap().unwrap();
+        let blobs: Vec<u64> = left.entries().unwrap().iter().map(|e| e.blob).collect();
+        assert_eq!(blobs, [1]);
+    }
+
+    /// Without the memory of its last bytes, the copy of an entry ends the process.
+    #[test]
+    fn child_that_dies_in_an_entry() {
+        let Some(path) = std::env::var_os("PUMICE_RING") else {
+            return;
+        };
+        let path = Path::new(&path);
+        let mut ring = ShmRing::create(path, 9, LONG).unwrap();
+        ring.push(1, &SEVENS).unwrap();
+        let file = File::options().write(true).open(path).unwrap();
+        file.set_len(SHORT as u64).unwrap();
+        let data = vec![8; LONG / 2];
+        let bytes = What::Bytes {
+            off: 100,
+            data: &data[..],
+        };
+        ring.push(2, &bytes);
     }
 }

@@ -33,3 +33,66 @@ pub(super) fn take_group(waiting: &mut VecDeque<Waiting>, most: u64) -> Vec<Wait
     }
     group
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A change with records of this many bytes.
+    fn change(ticket: u64, bytes: u64) -> Waiting {
+        Waiting {
+            ticket,
+            pages: Vec::new(),
+            carried: Vec::new(),
+            bytes,
+            guard: None,
+            geo: Geometry {
+                block_size: 4096,
+                cluster_size: 8192,
+                io_unit_size: 4096,
+                total_clusters: 512,
+                front_clusters: 1,
+                md_clusters: 1..100,
+                md_start: 4,
+                md_len: 160,
+            },
+        }
+    }
+
+    /// The changes of each batch in turn, by their tickets.
+    fn groups(sizes: &[u64], most: u64) -> Vec<Vec<u64>> {
+        let changes = sizes.iter().zip(0..);
+        let mut waiting: VecDeque<Waiting> = changes
+            .map(|(bytes, ticket)| change(ticket, *bytes))
+            .collect();
+        let mut groups = Vec::new();
+        while !waiting.is_empty() {
+            let group = take_group(&mut waiting, most);
+            groups.push(group.iter().map(|change| change.ticket).collect());
+        }
+        groups
+    }
+
+    /// A load takes a batch that is longer for the end of the ring.
+    #[test]
+    fn rule_6_a_batch_of_several_changes_is_not_one_byte_longer_than_it_may_be() {
+        const PAGE: u64 = 4112;
+        let most = 7 * 4096;
+        // What the head of the batch and three pages leave for the fourth change.
+        let left = most - BATCH_LEN as u64 - 3 * PAGE;
+        for len in (left - 80..=left + 80).step_by(8) {
+            // The last change never fits the first batch.
+            let sizes = [PAGE, PAGE, PAGE, len, 88];
+            let first = if len <= left { 4 } else { 3 };
+            let expected: [Vec<u64>; 2] = [(0..first).collect(), (first..5).collect()];
+            assert_eq!(groups(&sizes, most), expected, "{sizes:?}");
+        }
+    }
+
+    #[test]
+    fn rule_6_a_change_that_is_too_long_is_a_batch_by_itself() {
+        let most = 7 * 4096;
+        let expected = [vec![0], vec![1], vec![2], vec![3], vec![4, 5]];
+        assert_eq!(groups(&[most, 8, most, most, 8, 8], most), expected);
+    }
+}
