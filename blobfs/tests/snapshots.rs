@@ -6,8 +6,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::Duration;
 
+use common::faults::fail;
 use common::*;
-use pumice_bdev::{BdevError, BlockDevice};
+use pumice_bdev::error_inject::ErrorDevice;
+use pumice_bdev::{BdevError, BlockDevice, OpKind};
+use pumice_bdev_testkit::crashsim::CrashDevice;
 use pumice_blobfs::blobstore::check::check;
 use pumice_blobfs::blobstore::{
     Blob, BlobId, Blobstore, CreateOptions, Error, InitOptions, LoadOptions, OpenExternal, Parent,
@@ -506,6 +509,25 @@ fn shallow_copies() {
         store.shallow_copy(base, &*small, |_| ()),
         Err(Error::InvalidInput(_))
     ));
+}
+
+/// A copy on a device with a volatile cache is durable on return, and fails when it cannot be.
+#[test]
+fn a_shallow_copy_is_durable() {
+    let store = store(8 << 20);
+    let blob = create(&store, 4, true, true);
+    mark(&blob, 2, 2);
+    let snapshot = store.snapshot(blob.id(), &[]).unwrap();
+    let cached = || CrashDevice::new(512, 4 * CLUSTER / 512, true, 1);
+    let failing = ErrorDevice::new(None, Arc::new(cached()));
+    failing.inject(fail(OpKind::Flush, 1, None));
+    store.shallow_copy(snapshot, &failing, |_| ()).unwrap_err();
+    let out = cached();
+    store.shallow_copy(snapshot, &out, |_| ()).unwrap();
+    let mut bytes = [0; 4096];
+    out.image_after(out.len_events(), &mut |_| false)
+        .read(2 * CLUSTER, &mut bytes);
+    assert_eq!(bytes, [2; 4096]);
 }
 
 #[test]
