@@ -184,6 +184,42 @@ fn rules_7_and_20_a_checkpoint_keeps_what_came_after_it_had_begun() {
     }
 }
 
+/// A flush of somebody else that fails while a checkpoint writes may have lost what that has written. So the checkpoint fails
+/// too, although its own flush succeeds, and the ring keeps the bytes.
+#[test]
+fn rules_4_and_7_a_checkpoint_fails_if_any_flush_fails_meanwhile() {
+    for device in DEVICES.into_iter().filter(|device| device.write_cache) {
+        let what = format!("{device:?}");
+        let crash = device.with(formatted_with(device, 1 << 20), 3);
+        let dev = Arc::new(ErrorDevice::new(None, Arc::new(crash.clone())));
+        let fs = mount(as_device(&dev));
+        let (f, other) = (carried(&fs, "/a"), create(&fs, "/b"));
+        // Its sync needs a flush, also where the device has FUA.
+        other.append(&[4; 8192]).unwrap();
+        other.range_sync(0, u64::MAX).unwrap();
+        dev.inject(hang(OpKind::Write, 1, Some((block_of(&fs, &f, 0), 1))));
+        let g = f.clone();
+        // It keeps a part of what is owed to the file, so that this has to be in its place.
+        let truncation = spawn(move || g.truncate(120));
+        arrived(&dev, "the checkpoint");
+        dev.inject(fail(OpKind::Flush, 1, None));
+        let lost = other.sync().unwrap_err();
+        assert!(lost.is_data_loss(), "{what}: {lost}");
+        dev.resume();
+        let error = truncation.join("the truncation").unwrap_err().to_string();
+        assert!(error.contains("what the journal has"), "{what}: {error}");
+        let expected = [vec![1; 100], vec![2; 50]].concat();
+        assert!(all(&f) == expected, "{what}");
+        assert_survives(device, &crash, "/a", &expected, &what);
+        // The next one is complete.
+        f.truncate(120).unwrap();
+        assert_survives(device, &crash, "/a", &expected[..120], &what);
+        other.sync().unwrap();
+        drop((f, other));
+        fs.unmount().unwrap();
+    }
+}
+
 /// The batch of a carried sync times out, and has reached the device or not: it may still land. Nothing is
 /// acknowledged or written any longer, and the next mount has the old or the new bytes.
 #[test]

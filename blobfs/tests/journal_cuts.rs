@@ -6,12 +6,13 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use common::journal::*;
 use common::{listing, strict};
-use pumice_bdev::BlockDevice;
-use pumice_bdev_testkit::crashsim::{CrashImage, Unsettled};
+use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf};
+use pumice_bdev_testkit::crashsim::{Action, CrashDevice, CrashImage, Event, Unsettled};
 use pumice_blobfs::blobstore::check::{Severity, check};
 use pumice_blobfs::blobstore::{Blobstore, CreateOptions, LoadOptions};
 use rand::prelude::*;
@@ -266,5 +267,67 @@ fn rules_6_to_8_a_power_cut_anywhere_while_the_ring_goes_round() {
             });
         }
         cut_everywhere("round and round", device, &device.store(), &ops, 31);
+    }
+}
+
+/// Writes what a log says was written, and flushes nothing.
+fn write_again(events: &[Event], dev: &CrashDevice) {
+    let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    for event in events {
+        if let Event::Submitted(change) = event
+            && let Action::Write(bytes) = &change.action
+        {
+            let data = DmaBuf::copy_from(bytes).unwrap().freeze();
+            ch.block_on(ch.write(change.lba, data, false)).unwrap();
+        }
+    }
+}
+
+/// A process was killed between the write of a batch and its flush, so that a load finds the batch
+/// and only the device's cache has it. A power cut in that load leaves the whole change or nothing
+/// of it: no page is in place before the batch is durable.
+#[test]
+fn rule_12_a_batch_in_the_cache_is_durable_before_a_page_is_in_place() {
+    for device in DEVICES.into_iter().filter(|device| device.write_cache) {
+        let base = device.with(device.store(), 7);
+        let store = load(&base);
+        make(&store);
+        make(&store);
+        store.unload().unwrap();
+        let dev = device.with(base.image(), 8);
+        let store = load(&dev);
+        set(&store, 1).unwrap();
+        let old = describe(&store);
+        let acknowledged = dev.len_events();
+        let mut both = store.transaction();
+        for n in 0..2 {
+            both.set_xattr(nth(&store, n), "v", &[9; 100]);
+        }
+        both.commit().unwrap();
+        let new = describe(&store);
+        drop(store);
+
+        let durable = dev.image_after(acknowledged, &mut |_| false);
+        let killed = device.with(durable, 9);
+        write_again(&dev.log()[acknowledged..], &killed);
+        assert_eq!(describe(&load(&killed)), new, "{device:?}");
+        let mut points = killed.crash_points();
+        while points.advance().is_some() {
+            // Of what may be lost, one page is kept and nothing else, or lost and nothing else. The
+            // last number is of no page.
+            let page_of = |piece: &Unsettled| piece.lba * u64::from(device.block_size) / 4096;
+            let pages: BTreeSet<u64> = points.unsettled().iter().map(page_of).collect();
+            for page in pages.into_iter().chain([u64::MAX]) {
+                for kept in [false, true] {
+                    let image = points.image(&mut |piece| (page_of(piece) == page) == kept);
+                    let found = describe(&load(&device.with(image, 6)));
+                    let at = points.position();
+                    assert!(
+                        found == old || found == new,
+                        "{device:?}, event {at}, page {page} kept {kept}: {found:#?}"
+                    );
+                }
+            }
+        }
     }
 }

@@ -11,9 +11,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::faults::{again, content_of, fail, hang};
+use common::journal::{DEVICES, describe, make, set};
 use held::*;
 use pumice_bdev::OpKind;
 use pumice_bdev::error_inject::ErrorDevice;
+use pumice_blobfs::blobstore::{Blobstore, LoadOptions};
 use pumice_blobfs::fs::{File, FileSystem, FsError, MountOptions, OpenOptions, Result};
 use task::{Task, spawn, wait_for};
 
@@ -80,6 +82,38 @@ fn rule_23_carried_syncs_go_on_beside_a_checkpoint() {
     dev.resume();
     drop(files);
     fs.unmount().unwrap();
+}
+
+/// A store that is dropped waits for its checkpoint, and has the device until then: the checkpoint would write older pages over
+/// those of the next store.
+#[test]
+fn rule_23_a_store_that_is_dropped_waits_for_its_checkpoint() {
+    let device = DEVICES[0];
+    let crash = device.with(device.store(), 7);
+    let dev = Arc::new(ErrorDevice::new(None, Arc::new(crash)));
+    let load = || Blobstore::load(as_device(&dev), &LoadOptions::default());
+    let store = load().unwrap();
+    let sb = store.super_block();
+    let pages = (sb.md_start.get().into(), sb.md_len.get().into());
+    dev.inject(hang(OpKind::Write, 1, Some(pages)));
+    make(&store);
+    // Each takes two of thirty blocks, so a checkpoint begins with the last.
+    for byte in 0..3 {
+        set(&store, byte).unwrap();
+    }
+    arrived(&dev, "a checkpoint");
+    let state = describe(&store);
+    let dropped = spawn(move || drop(store));
+    let waits = dropped.still_waits();
+    let beside = load();
+    dev.resume();
+    dropped.join("the drop of the store");
+    assert!(waits, "it did not wait for its checkpoint");
+    let error = beside.unwrap_err().to_string();
+    assert!(error.contains("in use"), "{error}");
+    let store = load().unwrap();
+    assert_eq!(describe(&store), state);
+    store.unload().unwrap();
 }
 
 /// Another checkpoint begins when half of what may be owed is.
