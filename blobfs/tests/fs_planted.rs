@@ -371,3 +371,72 @@ fn a_sync_covers_no_byte_that_was_appended_meanwhile() {
     let fs = FileSystem::mount(dev, &MountOptions::default()).unwrap();
     assert_eq!(content_of(&fs, "/f"), [1; 5000]);
 }
+
+/// Like M18: the first sync of a file frees what was allocated ahead, but no cluster that the file
+/// has grown into meanwhile.
+#[test]
+fn a_first_sync_frees_no_cluster_that_the_file_has_grown_into() {
+    let _limit = watchdog("a first sync beside an append", 120);
+    let (dev, fs) = setup();
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    f.append(&[1; 8192]).unwrap();
+    dev.inject(hang(OpKind::Write, 1, data_blocks()));
+    let syncing = {
+        let f = f.clone();
+        thread::spawn(move || f.sync())
+    };
+    while !dev.injections().is_empty() {
+        thread::yield_now();
+    }
+    // It takes further clusters, and has no block in common with the write that the sync waits for.
+    f.append(&vec![2; 2 * MIB]).unwrap();
+    dev.resume();
+    syncing.join().unwrap().unwrap();
+    let (allocated, len) = (f.allocated(), f.len());
+    assert!(
+        allocated >= len,
+        "{allocated} bytes have clusters, of {len}"
+    );
+    // Whatever is free belongs to another file now.
+    let g = fs.open("/g", OpenOptions::CREATE).unwrap();
+    while g.append(&vec![9; MIB]).is_ok() {}
+    f.sync().unwrap();
+    f.invalidate(0, u64::MAX);
+    let want = [vec![1; 8192], vec![2; 2 * MIB]].concat();
+    assert!(all(&f) == want);
+    drop((f, g));
+    let fs = again(&dev, fs);
+    assert!(content_of(&fs, "/f") == want);
+}
+
+/// A truncation waits for a write that goes beyond the new end: if it came after a newer write of the
+/// last block, it would put old bytes over new ones.
+#[test]
+fn a_truncation_waits_for_a_write_on_its_way_beyond_the_new_end() {
+    let _limit = watchdog("a truncation beside a write", 120);
+    let (dev, fs) = setup();
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    f.append(&[1; 8192]).unwrap();
+    dev.inject(hang(OpKind::Write, 1, data_blocks()));
+    f.range_sync(0, 8192).unwrap();
+    assert_eq!(dev.injections(), [], "the write has not begun");
+    let writer = {
+        let f = f.clone();
+        thread::spawn(move || {
+            // The cluster stays, so that nobody waits for the write in order to free it.
+            f.truncate(5000)?;
+            f.append(&[2; 3192])?;
+            f.sync()
+        })
+    };
+    thread::sleep(Duration::from_millis(100));
+    let waits = !writer.is_finished();
+    dev.resume();
+    writer.join().unwrap().unwrap();
+    let want = [vec![1; 5000], vec![2; 3192]].concat();
+    assert!(all(&f) == want);
+    drop(f);
+    let fs = again(&dev, fs);
+    assert!(content_of(&fs, "/f") == want);
+    assert!(waits, "the file was cut with the write on its way");
+}

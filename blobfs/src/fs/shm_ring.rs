@@ -454,6 +454,8 @@ mod tests {
                 "fs::shm_ring::tests::child_that_dies_in_an_entry",
             ])
             .env("PUMICE_RING", &path)
+            // Where there would be a core file.
+            .current_dir(dir.path())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .status()
