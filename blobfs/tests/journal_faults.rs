@@ -107,7 +107,7 @@ fn rule_7_a_store_whose_checkpoint_may_still_land_is_not_unloaded_in_order() {
         kind: IoErrorKind::TimedOut,
         done: false,
     }));
-    assert!(matches!(store.unload(), Err(Error::Io(_))));
+    assert!(matches!(store.unload(), Err(Error::Owed(_))));
     flaky.arm(None);
     assert!(matches!(set(&store, 6), Err(Error::Stopped(_))));
     assert!(matches!(store.unload(), Err(Error::Stopped(_))));
