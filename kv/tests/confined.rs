@@ -202,3 +202,32 @@ fn child_has_no_place() {
         "{error}"
     );
 }
+
+/// An export whose files cannot be made durable fails, and leaves nothing.
+#[test]
+fn an_export_is_synced() {
+    let dir = tempfile::tempdir().unwrap();
+    let all = Confinement::new();
+    if let Some(output) = run(&all, dir.path(), "child_exports_without_fsync", "") {
+        succeeds("an export", &output);
+    }
+}
+
+#[test]
+fn child_exports_without_fsync() {
+    let Some((dir, _)) = case() else {
+        return;
+    };
+    let db = pumice::Db::open("malloc://256M").unwrap();
+    db.put(key(1), value(1)).unwrap();
+    pumice_confine::deny_from_now_on(&[libc::SYS_fsync], libc::EIO);
+    let to = dir.join("copy");
+    let error = db.export(&to).unwrap_err();
+    let pumice::Error::Outside { path, .. } = &error else {
+        panic!("{error}");
+    };
+    // A file comes before the names of all.
+    assert_eq!(Path::new(path).parent(), Some(&*to), "{error}");
+    assert!(!to.exists());
+    db.close().unwrap();
+}
