@@ -99,6 +99,21 @@ pub(crate) struct ChannelStats {
     histogram_kind: AtomicU8,
     /// The channel's number, unique for its device.
     pub(crate) id: u64,
+    /// The name of the thread that opened the channel.
+    opened_by: String,
+    in_flight: AtomicU64,
+}
+
+/// The queue of an open channel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Queue {
+    /// The channel's number, unique for its device.
+    pub id: u64,
+    /// The name of the thread that opened the channel; empty if it has none. Other threads may share the channel.
+    pub opened_by: String,
+    /// The number of operations in flight.
+    pub in_flight: u64,
 }
 
 const ALL_KINDS: u8 = u8::MAX;
@@ -119,6 +134,22 @@ impl ChannelStats {
             histogram_on: AtomicBool::new(false),
             histogram_kind: AtomicU8::new(ALL_KINDS),
             id,
+            opened_by: std::thread::current().name().unwrap_or_default().to_owned(),
+            in_flight: AtomicU64::new(0),
+        }
+    }
+
+    /// Notes the number of operations in flight. Only the channel's own thread may call it.
+    #[inline]
+    pub(crate) fn set_in_flight(&self, count: usize) {
+        self.in_flight.store(count as u64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn queue(&self) -> Queue {
+        Queue {
+            id: self.id,
+            opened_by: self.opened_by.clone(),
+            in_flight: self.in_flight.load(Ordering::Relaxed),
         }
     }
 

@@ -103,6 +103,38 @@ fn statistics_count() {
 }
 
 #[test]
+fn queues_say_what_is_in_flight_and_whose_they_are() {
+    let registry = Registry::new();
+    malloc(&registry, "M");
+    let bdev = registry.get("M").unwrap();
+    assert_eq!(bdev.queues(), []);
+    let opener = std::thread::Builder::new().name("opener".to_owned());
+    let mut ch = std::thread::scope(|scope| {
+        let opened = opener.spawn_scoped(scope, || bdev.open_channel().unwrap());
+        opened.unwrap().join().unwrap()
+    });
+    let in_flight = || {
+        let queues = bdev.queues();
+        assert_eq!((queues.len(), &queues[0].opened_by[..]), (1, "opener"));
+        queues[0].in_flight
+    };
+    assert_eq!(in_flight(), 0);
+    for tag in 0..3 {
+        let buf = DmaBuf::new(512).unwrap();
+        let op = pumice_bdev::Op::Read { lba: tag, buf };
+        ch.submit(tag, op).unwrap();
+        assert_eq!(in_flight(), tag + 1);
+    }
+    let mut ended = Vec::new();
+    while ended.len() < 3 {
+        ch.poll(&mut ended);
+        assert_eq!(in_flight(), 3 - ended.len() as u64);
+    }
+    drop(ch);
+    assert_eq!(bdev.queues(), []);
+}
+
+#[test]
 fn histograms_by_channel_and_by_kind() {
     let registry = Registry::new();
     malloc(&registry, "M");

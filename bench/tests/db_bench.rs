@@ -375,3 +375,59 @@ fn a_wrong_flag_names_the_nearest() {
         assert!(help.contains(flag), "{flag}");
     }
 }
+
+/// While it runs, others see its figures, and `pumice top` gets an answer. The sockets go with it.
+#[test]
+fn a_run_can_be_looked_at() {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixStream;
+
+    let dir = tempfile::tempdir().unwrap();
+    let (metrics, rpc) = (dir.path().join("metrics"), dir.path().join("rpc"));
+    let mut child = Command::new(env!("CARGO_BIN_EXE_db_bench"))
+        .args([
+            "--device=malloc://256M",
+            "--benchmarks=fillrandom,readrandom",
+            "--num=20000",
+            "--reads=1000000000",
+        ])
+        .arg(format!("--metrics={}", metrics.display()))
+        .arg(format!("--rpc_socket={}", rpc.display()))
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let connect = |path: &std::path::Path| {
+        let began = std::time::Instant::now();
+        loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => return stream,
+                Err(e) => assert!(began.elapsed().as_secs() < 60, "{}: {e}", path.display()),
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    };
+    let mut stream = connect(&metrics);
+    stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let mut stream = connect(&rpc);
+    let ask = br#"{"jsonrpc":"2.0","id":1,"method":"pumice_get_stats"}"#;
+    stream.write_all(ask).unwrap();
+    let mut answer = vec![0; 1 << 16];
+    let len = stream.read(&mut answer).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(text.contains("pumice_fs_dirty_bytes{device=\""), "{text}");
+    let answer = String::from_utf8_lossy(&answer[..len]);
+    assert!(answer.contains("\"dirty_bytes\":"), "{answer}");
+    let wrong = Command::new(env!("CARGO_BIN_EXE_db_bench"))
+        .args(["--env=mem", "--metrics=127.0.0.1:0", "--num=1"])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&wrong.stderr);
+    assert!(
+        !wrong.status.success() && said.contains("--env=pumice"),
+        "{said}"
+    );
+}

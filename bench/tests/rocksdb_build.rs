@@ -39,13 +39,8 @@ fn an_older_processor_gets_one_line() {
         ("bdevperf", env!("CARGO_BIN_EXE_bdevperf")),
         ("nvmeperf", env!("CARGO_BIN_EXE_nvmeperf")),
     ] {
-        let run = Command::new("qemu-x86_64")
-            .args(["-cpu", "qemu64", program, "--help"])
-            .output();
-        let Ok(run) = run else {
-            println!(
-                "skipped: an_older_processor_gets_one_line: no qemu-x86_64 (Debian's qemu-user)"
-            );
+        let test = "an_older_processor_gets_one_line";
+        let Some(run) = pumice_confine::on_older_processor(test, program) else {
             return;
         };
         let said = String::from_utf8_lossy(&run.stderr);

@@ -18,6 +18,7 @@ pub(crate) struct Snapshot {
     cache: CacheStats,
     io: IoStats,
     writeback_bytes: u64,
+    dirty_bytes: u64,
 }
 
 impl Snapshot {
@@ -27,6 +28,7 @@ impl Snapshot {
             cache: fs.cache_stats(),
             io: fs.io_stats(),
             writeback_bytes: fs.writeback_bytes(),
+            dirty_bytes: fs.dirty_bytes(),
         }
     }
 
@@ -89,6 +91,11 @@ static FIGURES: &[Figure] = &[
         Gauge writeback_bytes
         "Bytes that were appended and are on their way to the device.",
         writeback_bytes
+    ),
+    figure!(
+        Gauge dirty_bytes
+        "Bytes that were written and are not in their place on the device: in memory, on their way, or in the journal.",
+        dirty_bytes
     ),
     figure!(Gauge cache_used_bytes "Bytes of clean pages in the page cache.", cache.used_bytes),
     figure!(Gauge cache_capacity_bytes "The bound of the page cache.", cache.capacity_bytes),

@@ -118,7 +118,8 @@ impl std::fmt::Debug for Subject {
 }
 
 impl Inspection {
-    /// Makes an inspection of a file system. Nothing listens yet.
+    /// Makes an inspection of a file system. Nothing listens yet. The device's latencies and queues are counted only with
+    /// [`DbOptions`](crate::DbOptions), which open the device.
     #[must_use]
     pub fn new(fs: &FileSystem) -> Inspection {
         Inspection::with(fs, Weak::new(), Registry::new())
@@ -263,10 +264,13 @@ impl Subject {
     }
 
     /// Returns the device's latencies since it was opened: pairs of a latency in ns and the number
-    /// of operations that took at most that, and more than the pair before.
+    /// of operations that took at most that, and more than the pair before. Null if they are not counted.
     fn latency(&self) -> Value {
         let clock = Clock::get();
         let bdevs = self.app.upgrade().map(|app| app.registry.list());
+        if bdevs.as_ref().is_none_or(Vec::is_empty) {
+            return Value::Null;
+        }
         let histogram = bdevs.iter().flatten().find_map(Bdev::histogram);
         histogram
             .unwrap_or_default()
@@ -277,16 +281,25 @@ impl Subject {
             .collect()
     }
 
-    /// Returns the operations of each open channel: one for each thread that reads, and those that
+    /// Returns the queue and the operations of each open channel: one for each thread that reads, and those that
     /// threads share.
     fn channels(&self) -> Value {
         let bdevs = self.app.upgrade().map(|app| app.registry.list());
-        let channels = bdevs.iter().flatten().flat_map(Bdev::channel_stats);
+        let channels = bdevs.iter().flatten().flat_map(|bdev| {
+            let queues = bdev.queues();
+            let of = move |id: u64| queues.iter().find(|queue| queue.id == id).cloned();
+            let stats = bdev.channel_stats();
+            stats
+                .into_iter()
+                .map(move |(id, stats)| (id, of(id), stats))
+        });
         channels
-            .map(|(id, stats)| {
+            .map(|(id, queue, stats)| {
                 let (reads, writes) = (stats.of(OpKind::Read), stats.of(OpKind::Write));
                 json!({
                     "id": id,
+                    "opened_by": queue.as_ref().map(|queue| &queue.opened_by),
+                    "in_flight": queue.as_ref().map_or(0, |queue| queue.in_flight),
                     "reads": reads.ops,
                     "read_bytes": reads.bytes,
                     "writes": writes.ops,

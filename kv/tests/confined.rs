@@ -197,8 +197,11 @@ fn child_has_no_place() {
         return;
     };
     let error = pumice::chain(&pumice::Db::open(&uri(&dir)).unwrap_err());
+    let advice = format!("choose a directory other than {}", dir.display());
     assert!(
-        error.contains("Read-only file system") && error.contains("kv.img"),
+        error.contains("Read-only file system")
+            && error.contains("kv.img")
+            && error.contains(&advice),
         "{error}"
     );
 }

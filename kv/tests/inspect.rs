@@ -204,6 +204,62 @@ fn figures_for_prometheus() {
     assert!(text.contains("pumice_fs_total_bytes"), "{text}");
 }
 
+/// What was written and is not in its place counts as dirty, wherever it is: in memory, or in the journal.
+#[test]
+fn dirty_bytes_are_counted() {
+    let fs = pumice::mount("malloc://64M", &MountOptions::new()).unwrap();
+    let file = fs
+        .open("/file", pumice_blobfs::fs::OpenOptions::CREATE)
+        .unwrap();
+    assert_eq!(fs.dirty_bytes(), 0);
+    file.append(&[1; 1000]).unwrap();
+    assert_eq!(fs.dirty_bytes(), 1000);
+    file.sync().unwrap();
+    assert_eq!(fs.dirty_bytes(), 0);
+    file.append(&[2; 100]).unwrap();
+    file.sync().unwrap();
+    assert_eq!(fs.dirty_bytes(), 100, "the journal has them");
+    drop(file);
+    fs.unmount().unwrap();
+}
+
+/// The queues of a device that is counted are shown with their threads.
+#[test]
+fn queues_are_shown() {
+    let dir = tempfile::tempdir().unwrap();
+    let (metrics, socket) = (dir.path().join("metrics.sock"), dir.path().join("rpc.sock"));
+    let db = DbOptions::new()
+        .metrics(metrics.to_str().unwrap())
+        .rpc_socket(&socket)
+        .open("malloc://64M")
+        .unwrap();
+    db.put(b"key", b"value").unwrap();
+    db.flush().unwrap();
+    let mut client = client(&socket);
+    let stats = ask(&mut client, "pumice_get_stats", &Value::Null);
+    let channels = stats["channels"].as_array().unwrap();
+    assert!(!channels.is_empty(), "{stats}");
+    for channel in channels {
+        assert!(
+            channel["in_flight"].is_u64() && channel["opened_by"].is_string(),
+            "{channel}"
+        );
+    }
+    assert!(
+        stats["latency"]
+            .as_array()
+            .is_some_and(|all| !all.is_empty()),
+        "{stats}"
+    );
+    let mut stream = std::os::unix::net::UnixStream::connect(&metrics).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    assert!(text.contains("pumice_bdev_"), "{text}");
+    drop(client);
+    db.close().unwrap();
+}
+
 #[test]
 fn figures_are_properties() {
     let db = Db::open("malloc://64M").unwrap();

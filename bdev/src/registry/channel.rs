@@ -223,6 +223,7 @@ impl IoChannel for BdevChannel {
                     busy: true,
                     acted: 0,
                 };
+                self.stats.set_in_flight(self.in_flight());
                 Ok(())
             }
             Err(mut e) => {
@@ -287,6 +288,7 @@ impl IoChannel for BdevChannel {
                 self.failed(completion);
             }
         }
+        self.stats.set_in_flight(self.in_flight());
         n
     }
 

@@ -22,7 +22,7 @@ use crate::OpenOptions;
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
 use crate::read_only::ReadOnly;
-use crate::stats::{BUCKETS, ChannelStats, Stats};
+use crate::stats::{BUCKETS, ChannelStats, Queue, Stats};
 use channel::BdevChannel;
 pub use channel::TimeoutAction;
 pub use names::nearest;
@@ -440,6 +440,13 @@ impl Bdev {
         if !on || before.1 != only {
             self.entry.past.lock().1.clear();
         }
+    }
+
+    /// Returns the queue of each open channel.
+    #[must_use]
+    pub fn queues(&self) -> Vec<Queue> {
+        let channels = self.entry.channels.lock();
+        channels.iter().map(|channel| channel.queue()).collect()
     }
 
     /// Returns the latency histogram of each open channel by its number, in ticks, by

@@ -19,6 +19,12 @@ const INTRO: &str = "db_bench: RocksDB's own benchmark tool, on Pumice's file sy
 
 fn main() -> ExitCode {
     let known = db_bench::flags();
+    // Without the other programs it is built without clap.
+    #[cfg(feature = "compare")]
+    if let Some(code) = pumice_describe::asked(gflags::command::<Flags>("db_bench", INTRO, &known))
+    {
+        return code;
+    }
     let (own, given, ignored) = match flags::parse(std::env::args().skip(1), &known) {
         Ok(Parsed::Run {
             own,
@@ -87,6 +93,7 @@ fn run(own: &Flags, given: Vec<(String, String)>) -> Result<ExitCode, String> {
     pumice::register_uri();
     let workload = Workload::of_process();
     let target = Target::open(own, &workload)?;
+    let inspection = target.inspection(own)?;
     set("db", &target.db)?;
     let report_file = workload.report_file.filter(|_| target.ours.is_some());
     if report_file.is_some() {
@@ -126,6 +133,7 @@ fn run(own: &Flags, given: Vec<(String, String)>) -> Result<ExitCode, String> {
     if let (Some(path), Some(ours)) = (&report_file, &target.ours) {
         ours.copy_report(path)?;
     }
+    drop(inspection);
     target.close()?;
     let report = Report {
         info,

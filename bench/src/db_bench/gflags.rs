@@ -314,6 +314,34 @@ pub fn help<F: FlagSet>(intro: &str, others: &[Flag]) -> String {
     out
 }
 
+/// Returns the flags as a command, for the man page and the completions of shells. It is made once: its texts stay in memory.
+#[cfg(feature = "compare")]
+#[must_use]
+pub fn command<F: FlagSet>(
+    name: &'static str,
+    intro: &'static str,
+    others: &[Flag],
+) -> clap::Command {
+    let text = |text: &str| -> &'static str { Box::leak(text.to_owned().into_boxed_str()) };
+    let arg = |name: &str, help: String, kind: &str| {
+        let name = text(name);
+        clap::Arg::new(name)
+            .long(name)
+            .help(help)
+            .value_name(text(kind))
+            .require_equals(true)
+    };
+    let own = F::table().into_iter().map(|f| {
+        let help = format!("{} (default: {})", f.help, f.default);
+        arg(f.name, help, &f.kind.to_string())
+    });
+    let others = others.iter().map(|f| {
+        let help = format!("{} (default: {})", f.help, f.value);
+        arg(&f.name, help, f.kind.name())
+    });
+    clap::Command::new(name).about(intro).args(own).args(others)
+}
+
 /// Returns the name in `known` that is closest to `name`, if one is close enough.
 pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let limit = (name.len() / 3).max(1) + 1;

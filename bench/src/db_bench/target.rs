@@ -3,6 +3,7 @@
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use pumice::Inspection;
 use pumice_rocksdb_tools::Files;
 use serde::Serialize;
 
@@ -45,6 +46,30 @@ pub struct Target {
 }
 
 impl Target {
+    /// Lets others look at our file system, as the flags say, until this is dropped.
+    ///
+    /// # Errors
+    /// Returns a text for the user.
+    pub fn inspection(&self, f: &Flags) -> Result<Option<Inspection>, String> {
+        if f.metrics.is_empty() && f.rpc_socket.is_empty() {
+            return Ok(None);
+        }
+        let ours = self.ours.as_ref().ok_or_else(|| {
+            "--metrics and --rpc_socket show Pumice's file system; they need --env=pumice"
+                .to_owned()
+        })?;
+        let mut inspection = Inspection::new(ours.fs());
+        if !f.metrics.is_empty() {
+            let made = inspection.metrics(&f.metrics);
+            inspection = made.map_err(|e| format!("--metrics: {}", pumice::chain(&e)))?;
+        }
+        if !f.rpc_socket.is_empty() {
+            let made = inspection.rpc_socket(Path::new(&f.rpc_socket));
+            inspection = made.map_err(|e| format!("--rpc_socket: {}", pumice::chain(&e)))?;
+        }
+        Ok(Some(inspection))
+    }
+
     /// Opens the file system that the flags choose.
     ///
     /// # Errors

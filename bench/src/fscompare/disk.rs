@@ -6,7 +6,7 @@ use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pumice_bdev_control::complain;
 
@@ -210,7 +210,25 @@ impl Image {
 #[derive(Debug)]
 pub struct LoopDevice(PathBuf);
 
+/// Time in which a loop device that nobody needs any longer is detached.
+const DETACH_PATIENCE: Duration = Duration::from_secs(10);
+
 impl LoopDevice {
+    fn is_detached_within(&self, patience: Duration) -> bool {
+        let Some(name) = self.0.file_name() else {
+            return true;
+        };
+        let file = Path::new("/sys/block").join(name).join("loop/backing_file");
+        let begun = Instant::now();
+        while file.exists() {
+            if begun.elapsed() > patience {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        true
+    }
+
     fn on(path: &Path) -> Result<Self, String> {
         let path = path.display().to_string();
         let dev = system("losetup", &["--direct-io=on", "--find", "--show", &path])
@@ -224,6 +242,12 @@ impl Drop for LoopDevice {
         let dev = self.0.display().to_string();
         if let Err(e) = system("losetup", &["--detach", &dev]) {
             complain!("fscompare: {dev} is left: {e}");
+            return;
+        }
+        // The kernel detaches it when the last process has closed it. Until then ours does not open the file, and another side
+        // would find it in use.
+        if !self.is_detached_within(DETACH_PATIENCE) {
+            complain!("fscompare: {dev} is still attached: another process has it open");
         }
     }
 }

@@ -32,6 +32,11 @@ impl Blobstore {
         self.inner.commit.carries()
     }
 
+    /// Returns the number of bytes of blobs that the journal has and that are not in place.
+    pub(crate) fn owed_bytes(&self) -> u64 {
+        self.inner.commit.owed_bytes()
+    }
+
     /// Makes room in the journal if carried appends would stop.
     ///
     /// # Errors

@@ -13,6 +13,7 @@ use super::cache::CacheStats;
 use super::core::Core;
 use super::error::{FsError, Result};
 use super::file::File;
+use super::inode::Inode;
 use super::metered::IoStats;
 use super::names::Entry;
 use super::options::{FormatOptions, MountOptions, OpenOptions};
@@ -454,6 +455,21 @@ impl FileSystem {
     pub fn writeback_bytes(&self) -> u64 {
         let in_flight = &self.core.space.writeback.writes.in_flight;
         in_flight.load(Ordering::Relaxed) as u64
+    }
+
+    /// Bytes that were written by the program and are not in their place on the device: those in memory, on their way, or in the
+    /// journal. Linear in the number of files that are in memory. In a forked child nothing is there: 0.
+    #[must_use]
+    pub fn dirty_bytes(&self) -> u64 {
+        if self.is_inherited() {
+            return 0;
+        }
+        let unsent = |ino: &Arc<Inode>| {
+            let started = ino.started.load(Ordering::Relaxed);
+            ino.len().saturating_sub(started)
+        };
+        let unsent: u64 = self.core.names.inodes().iter().map(unsent).sum();
+        unsent + self.writeback_bytes() + self.core.vol.store.owed_bytes()
     }
 
     /// Counters of the page cache.

@@ -61,7 +61,7 @@ impl Default for DbOptions {
         // By default RocksDB keeps a thousand info logs, one of each opening, and a file takes a
         // cluster.
         options.set_keep_log_file_num(10);
-        if let Some(bytes) = memtable_bytes(fs::Memory::of_this_process()) {
+        if let Some(bytes) = memtable_bytes(fs::Memory::of_this_process().map(|m| m.limit_bytes)) {
             options.set_write_buffer_size(bytes);
         }
         DbOptions {
@@ -81,8 +81,8 @@ impl Default for DbOptions {
 
 /// The size of a memtable where RocksDB's default of 64 MiB, two of them, is too much for the memory that
 /// the process may use: a sixteenth of that, at least 4 MiB.
-fn memtable_bytes(memory: Option<fs::Memory>) -> Option<usize> {
-    let bytes = (memory?.limit_bytes / 16).max(4 << 20);
+fn memtable_bytes(limit_bytes: Option<u64>) -> Option<usize> {
+    let bytes = (limit_bytes? / 16).max(4 << 20);
     usize::try_from(bytes)
         .ok()
         .filter(|bytes| *bytes < 64 << 20)
@@ -412,5 +412,27 @@ impl DbOptions {
         let mut options = self.options.clone();
         options.set_env(&env);
         Ok(Rocks::destroy(&options, "/")?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memtables_follow_the_limit_of_memory() {
+        let mib = |n: u64| Some(n << 20);
+        let cases = [
+            (16, Some(4)),
+            (128, Some(8)),
+            (1000, Some(62)),
+            (1024, None),
+            (64 << 10, None),
+        ];
+        for (limit, want) in cases {
+            let bytes = memtable_bytes(mib(limit)).map(|bytes| bytes >> 20);
+            assert_eq!(bytes, want, "{limit} MiB");
+        }
+        assert_eq!(memtable_bytes(None), None);
     }
 }

@@ -16,8 +16,11 @@
 //! [`Terminal`] runs a program on a pseudo-terminal.
 #![allow(unsafe_code)]
 
+mod group;
+mod processor;
 mod terminal;
 
+pub use processor::on_older_processor;
 pub use terminal::Terminal;
 
 use std::ffi::CString;
@@ -27,11 +30,13 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
+
+use group::Group;
 
 /// The user `nobody`.
 const NOBODY: u32 = 65534;
@@ -222,9 +227,7 @@ impl Confinement {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        let child = command
-            .spawn()
-            .unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        let child = spawn(&mut command).unwrap_or_else(|e| panic!("{command:?}: {e}"));
         let pid = child.id().cast_signed();
         let (ended, end) = mpsc::channel();
         let waiter = thread::spawn(move || ended.send(child.wait_with_output()));
@@ -408,6 +411,10 @@ impl Steps {
                 // SAFETY: plain numbers. A number beyond the last capability is refused, which is as well.
                 unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
             }
+            // SAFETY: plain numbers.
+            if unsafe { libc::prctl(libc::PR_CAPBSET_READ, 0, 0, 0, 0) } != 0 {
+                return Err(io::Error::from_raw_os_error(libc::EPERM));
+            }
         }
         if self.other_user {
             // SAFETY: plain numbers and an empty list.
@@ -523,6 +530,21 @@ fn mount_points() -> Vec<PathBuf> {
     points
 }
 
+/// Starts a command. A program that was just copied cannot be run while a child that another thread has forked has not begun
+/// its own: until then it has the descriptor that the copy was written by.
+fn spawn(command: &mut Command) -> io::Result<Child> {
+    let mut tries = 500;
+    loop {
+        match command.spawn() {
+            Err(e) if e.kind() == io::ErrorKind::ExecutableFileBusy && tries > 0 => {
+                tries -= 1;
+                thread::sleep(Duration::from_millis(10));
+            }
+            result => return result,
+        }
+    }
+}
+
 /// Returns the same command with another program.
 fn copied(command: &Command, program: impl AsRef<std::ffi::OsStr>) -> Command {
     let mut new = Command::new(program);
@@ -568,47 +590,4 @@ fn fresh_path(dir: &Path) -> PathBuf {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let number = COUNT.fetch_add(1, Ordering::Relaxed);
     dir.join(format!("pumice-test-{}-{number}", std::process::id()))
-}
-
-/// A control group that is removed when no process is in it.
-struct Group {
-    dir: PathBuf,
-}
-
-impl Group {
-    fn new(memory_bytes: u64) -> Result<Group, String> {
-        let tops = ["/sys/fs/cgroup/memory", "/sys/fs/cgroup"];
-        let limits = ["memory.limit_in_bytes", "memory.max"];
-        let mut reasons = Vec::new();
-        for (top, limit) in tops.iter().zip(limits) {
-            let dir = fresh_path(Path::new(top));
-            let made = fs::create_dir(&dir)
-                .and_then(|()| fs::write(dir.join(limit), memory_bytes.to_string()));
-            match made {
-                Ok(()) => {
-                    // Without swap accounting there is nothing to forbid.
-                    let _ = fs::write(dir.join("memory.swap.max"), "0");
-                    let _ = fs::write(dir.join("memory.swappiness"), "0");
-                    return Ok(Group { dir });
-                }
-                Err(e) => {
-                    let _ = fs::remove_dir(&dir);
-                    reasons.push(format!("{top}: {e}"));
-                }
-            }
-        }
-        Err(format!("no control group ({})", reasons.join("; ")))
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        // The kernel needs a moment until the group is empty.
-        for _ in 0..100 {
-            if fs::remove_dir(&self.dir).is_ok() {
-                return;
-            }
-            thread::sleep(Duration::from_millis(10));
-        }
-    }
 }

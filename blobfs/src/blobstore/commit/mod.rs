@@ -227,6 +227,11 @@ pub(crate) trait Commit: std::fmt::Debug + Send + Sync {
         Ok(())
     }
 
+    /// Returns the number of bytes that are owed.
+    fn owed_bytes(&self) -> u64 {
+        0
+    }
+
     /// Returns a byte of the blob behind which everything is that it is owed.
     fn owed_from(&self, _blob: BlobId) -> Option<u64> {
         None

@@ -167,6 +167,10 @@ impl Commit for Journal {
         self.ring.empty(io).map_err(Error::owed)
     }
 
+    fn owed_bytes(&self) -> u64 {
+        self.ring.owed_bytes()
+    }
+
     fn owed_from(&self, blob: BlobId) -> Option<u64> {
         self.ring.owed_from(blob)
     }

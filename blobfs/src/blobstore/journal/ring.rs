@@ -236,6 +236,10 @@ impl Ring {
         }
     }
 
+    pub fn owed_bytes(&self) -> u64 {
+        self.log.lock().owed.bytes()
+    }
+
     /// Returns a byte of the blob behind which everything is that it is owed.
     pub fn owed_from(&self, blob: BlobId) -> Option<u64> {
         self.log.lock().owed.from(blob)

@@ -35,9 +35,11 @@ impl Sample {
     }
 }
 
-/// The operations of a channel in a second.
+/// The queue of a channel, and its operations in a second.
 pub struct Channel {
     pub id: u64,
+    pub opened_by: String,
+    pub in_flight: u64,
     pub reads: f64,
     pub writes: f64,
     pub bytes: f64,
@@ -56,7 +58,11 @@ pub struct Report {
     /// Latencies of the device in ns: 50, 99 and 99.9 % and the longest; `None` if there was no
     /// operation.
     pub latency_ns: Option<[u64; 4]>,
+    /// Whether the process counts latencies.
+    pub counts_latency: bool,
     pub writeback_bytes: u64,
+    /// Bytes that were written and are not in their place on the device.
+    pub dirty_bytes: u64,
     pub cache: (u64, u64),
     pub space: (u64, u64),
     pub channels: Vec<Channel>,
@@ -70,7 +76,7 @@ fn double(n: u64) -> f64 {
 }
 
 impl Report {
-    pub const HEADING: &str = "   reads/s  read MiB/s   writes/s write MiB/s  flushes/s  hit %   p50 us   p99 us  writeback MiB";
+    pub const HEADING: &str = "   reads/s  read MiB/s   writes/s write MiB/s  flushes/s  hit %   p50 us   p99 us      dirty MiB";
 
     /// Returns the averages since the process began to answer.
     pub fn since_the_start(sample: &Sample) -> Report {
@@ -99,7 +105,9 @@ impl Report {
             hit_rate: (hits > 0 || misses > 0)
                 .then(|| double(hits) / (double(hits) + double(misses))),
             latency_ns: percentiles(before, after),
+            counts_latency: after.stats["latency"].is_array(),
             writeback_bytes: level("writeback_bytes"),
+            dirty_bytes: level("dirty_bytes"),
             cache: (level("cache_used_bytes"), level("cache_capacity_bytes")),
             space: (level("used_bytes"), level("total_bytes")),
             channels: channels(before, after, seconds),
@@ -126,7 +134,7 @@ impl Report {
             self.hit_rate.map_or("-".to_owned(), hit),
             us(0),
             us(1),
-            mib(double(self.writeback_bytes)),
+            mib(double(self.dirty_bytes)),
         )
     }
 
@@ -145,6 +153,8 @@ impl Report {
             .map(|c| {
                 json!({
                     "id": c.id,
+                    "opened_by": c.opened_by,
+                    "in_flight": c.in_flight,
                     "reads_per_s": c.reads,
                     "writes_per_s": c.writes,
                     "bytes_per_s": c.bytes,
@@ -161,6 +171,7 @@ impl Report {
             "cache_hit_rate": self.hit_rate,
             "latency_ns": latency,
             "writeback_bytes": self.writeback_bytes,
+            "dirty_bytes": self.dirty_bytes,
             "cache_used_bytes": self.cache.0,
             "cache_capacity_bytes": self.cache.1,
             "used_bytes": self.space.0,
@@ -213,6 +224,8 @@ fn channels(before: &Sample, after: &Sample, seconds: f64) -> Vec<Channel> {
             };
             Some(Channel {
                 id,
+                opened_by: now["opened_by"].as_str().unwrap_or_default().to_owned(),
+                in_flight: now["in_flight"].as_u64().unwrap_or(0),
                 reads: rate("reads"),
                 writes: rate("writes"),
                 bytes: rate("read_bytes") + rate("written_bytes"),
@@ -230,9 +243,9 @@ mod tests {
     fn sample(ms: u64, reads: u64, hits: u64, latency: &Value) -> Sample {
         Sample::new(&json!({
             "uptime_ms": ms,
-            "fs": { "device_reads": reads, "cache_hits": hits, "cache_misses": reads, "writeback_bytes": 5 },
+            "fs": { "device_reads": reads, "cache_hits": hits, "cache_misses": reads, "writeback_bytes": 5, "dirty_bytes": 7 },
             "latency": latency,
-            "channels": [{ "id": 1, "reads": reads, "writes": 0, "read_bytes": 0, "written_bytes": 0 }],
+            "channels": [{ "id": 1, "opened_by": "main", "in_flight": 4, "reads": reads, "writes": 0, "read_bytes": 0, "written_bytes": 0 }],
             "rocksdb": { "num_snapshots": 3 },
         }))
     }
@@ -252,8 +265,14 @@ mod tests {
         // There are 198 operations at 2 us, one at 9, and one at 50.
         assert_eq!(report.latency_ns, Some([2000, 2000, 50_000, 50_000]));
         assert!((report.channels[0].reads - 100.0).abs() < 1e-9);
+        let channel = &report.json()["channels"][0];
+        assert_eq!(
+            (&channel["opened_by"], &channel["in_flight"]),
+            (&json!("main"), &json!(4))
+        );
         assert_eq!(report.rocksdb, [("num_snapshots".to_owned(), 3)]);
         assert_eq!(report.json()["writeback_bytes"], 5);
+        assert_eq!(report.json()["dirty_bytes"], 7);
         let width = |text: &str| text.chars().count();
         assert_eq!(width(&report.line()), width(Report::HEADING));
     }

@@ -67,7 +67,7 @@ impl Drop for Screen {
 fn draw(frame: &mut Frame<'_>, target: &str, report: &Report) {
     let heights = [
         Constraint::Length(1),
-        Constraint::Length(6),
+        Constraint::Length(7),
         Constraint::Length(3),
         Constraint::Min(0),
         Constraint::Length(1),
@@ -86,7 +86,8 @@ fn draw(frame: &mut Frame<'_>, target: &str, report: &Report) {
 
 fn draw_device(frame: &mut Frame<'_>, area: Rect, report: &Report) {
     let latency = match report.latency_ns {
-        None => "no operation".to_owned(),
+        None if report.counts_latency => "no operation".to_owned(),
+        None => "not counted by this process".to_owned(),
         Some(ns) => {
             let [p50, p99, p999, max] = ns.map(us);
             format!("p50 {p50}  p99 {p99}  p99.9 {p999}  longest {max}")
@@ -106,9 +107,13 @@ fn draw_device(frame: &mut Frame<'_>, area: Rect, report: &Report) {
         )),
         Line::raw(format!("latency    {latency}")),
         Line::raw(format!(
-            "space      {} of {} used   {} on the way to the device",
+            "space      {} of {} used",
             human(report.space.0),
             human(report.space.1),
+        )),
+        Line::raw(format!(
+            "dirty      {}, of which {} are on the way to the device",
+            human(report.dirty_bytes),
             human(report.writeback_bytes)
         )),
     ];
@@ -134,20 +139,31 @@ fn draw_channels(frame: &mut Frame<'_>, area: Rect, report: &Report) {
     let rows = report.channels.iter().map(|channel| {
         Row::new([
             channel.id.to_string(),
+            visible(&channel.opened_by),
+            channel.in_flight.to_string(),
             format!("{:.0}", channel.reads),
             format!("{:.0}", channel.writes),
             format!("{}/s", bytes(channel.bytes)),
         ])
     });
     let widths = [
+        Constraint::Length(5),
+        Constraint::Min(8),
+        Constraint::Length(6),
         Constraint::Length(8),
-        Constraint::Length(9),
-        Constraint::Length(9),
-        Constraint::Min(12),
+        Constraint::Length(8),
+        Constraint::Length(10),
     ];
     let table = Table::new(rows, widths)
-        .header(Row::new(["channel", "reads/s", "writes/s", "bytes"]))
-        .block(Block::bordered().title("channels, one for each thread"));
+        .header(Row::new([
+            "queue",
+            "opened by",
+            "flying",
+            "reads/s",
+            "writes/s",
+            "bytes",
+        ]))
+        .block(Block::bordered().title("queues: one for each thread that reads, and shared ones"));
     frame.render_widget(table, area);
 }
 
@@ -192,10 +208,11 @@ mod tests {
             "uptime_ms": 1000,
             "fs": {
                 "device_reads": 500, "cache_hits": 300, "cache_misses": 100,
+                "dirty_bytes": 3 << 20, "writeback_bytes": 2 << 20, "device_flushes": 40,
                 "cache_used_bytes": 1 << 20, "cache_capacity_bytes": 4 << 20, "total_bytes": 1 << 30,
             },
             "latency": [[12_300, 500]],
-            "channels": [{ "id": 9, "reads": 500 }],
+            "channels": [{ "id": 9, "opened_by": "reader-3", "in_flight": 17, "reads": 500, "read_bytes": 6 << 20 }],
             "rocksdb": { "estimate_num_keys": 77 },
         }));
         let report = Report::since_the_start(&sample);
@@ -212,6 +229,11 @@ mod tests {
         for part in [
             "kv.img",
             "500 /s",
+            "flushes 40 /s",
+            "dirty      3 MiB, of which 2 MiB",
+            "reader-3",
+            "17",
+            "6 MiB/s",
             "p50 12.3 us",
             "75.0 % of reads",
             "1 MiB of 4 MiB",
@@ -221,6 +243,18 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part}:\n{text}");
         }
+    }
+
+    #[test]
+    fn latencies_that_are_not_counted_are_not_zero() {
+        let sample = Sample::new(&json!({ "uptime_ms": 1000, "latency": null }));
+        let report = Report::since_the_start(&sample);
+        let mut terminal = Terminal::new(TestBackend::new(100, 30)).unwrap();
+        terminal
+            .draw(|frame| draw(frame, "kv.img", &report))
+            .unwrap();
+        let text = terminal.backend().to_string();
+        assert!(text.contains("not counted"), "{text}");
     }
 
     #[test]
