@@ -204,7 +204,7 @@ fn figures_for_prometheus() {
     assert!(text.contains("pumice_fs_total_bytes"), "{text}");
 }
 
-/// What was written and is not in its place counts as dirty, wherever it is: in memory, or in the journal.
+/// Bytes that were written and are not in their place count as dirty, in memory and in the journal.
 #[test]
 fn dirty_bytes_are_counted() {
     let fs = pumice::mount("malloc://64M", &MountOptions::new()).unwrap();

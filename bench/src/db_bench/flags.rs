@@ -19,7 +19,7 @@ crate::flags! {
         spdk_bdev: String = "", "name of the block device in the configuration of --spdk";
         spdk_cache_size: u64 = 0_u64, "page cache of --env=pumice in MiB, as SPDK's db_bench took it; 0: --fs_cache_size";
         json: String = "", "write results for machines to this file ('-': standard output; the text then goes to standard error, except the few lines that backup, restore and timing flags print themselves)";
-        metrics: String = "", "serve the figures of --env=pumice as text for Prometheus while it runs: the path of a Unix socket, or a loopback address (127.0.0.1:9100)";
+        metrics: String = "", "serve the figures of --env=pumice for Prometheus: path of a Unix socket, or 127.0.0.1:PORT";
         rpc_socket: String = "", "answer 'pumice top', 'df', 'ls' and 'stat' on this socket while --env=pumice runs";
         volatile: bool = false, "a kill of the process may lose unsynced writes of --env=pumice: no log in shared memory";
         verify: bool = false, "after the benchmarks read every key of the database back by a scan and by Get, and compare; on without --benchmarks";

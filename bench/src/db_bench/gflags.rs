@@ -333,7 +333,7 @@ pub fn command<F: FlagSet>(
     };
     let own = F::table().into_iter().map(|f| {
         let help = format!("{} (default: {})", f.help, f.default);
-        arg(f.name, help, &f.kind.to_string())
+        arg(f.name, help, f.kind)
     });
     let others = others.iter().map(|f| {
         let help = format!("{} (default: {})", f.help, f.value);

@@ -17,7 +17,7 @@ pub(super) const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Longest wait of I/O at a closed gate. The change behind it may wait for other I/O and for the
 /// device, and has limits of its own for both.
-pub(super) const ENTRY_TIMEOUT: Duration = Duration::from_secs(120);
+pub(super) const ENTRY_TIMEOUT: Duration = Duration::from_mins(2);
 
 /// The gate of a blob; see the module.
 #[derive(Debug, Default)]

@@ -8,12 +8,12 @@ use std::time::Duration;
 use super::fresh_path;
 
 /// A control group that is removed when no process is in it.
-pub(super) struct Group {
+pub(super) struct MemoryGroup {
     pub dir: PathBuf,
 }
 
-impl Group {
-    pub fn new(memory_bytes: u64) -> Result<Group, String> {
+impl MemoryGroup {
+    pub fn new(memory_bytes: u64) -> Result<MemoryGroup, String> {
         let tops = ["/sys/fs/cgroup/memory", "/sys/fs/cgroup"];
         let limits = ["memory.limit_in_bytes", "memory.max"];
         let mut reasons = Vec::new();
@@ -26,7 +26,7 @@ impl Group {
                     // Without swap accounting there is nothing to forbid.
                     let _ = fs::write(dir.join("memory.swap.max"), "0");
                     let _ = fs::write(dir.join("memory.swappiness"), "0");
-                    return Ok(Group { dir });
+                    return Ok(MemoryGroup { dir });
                 }
                 Err(e) => {
                     let _ = fs::remove_dir(&dir);
@@ -38,7 +38,7 @@ impl Group {
     }
 }
 
-impl Drop for Group {
+impl Drop for MemoryGroup {
     fn drop(&mut self) {
         // The kernel needs a moment until the group is empty.
         for _ in 0..100 {

@@ -36,7 +36,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use group::Group;
+use group::MemoryGroup;
 
 /// The user `nobody`.
 const NOBODY: u32 = 65534;
@@ -212,7 +212,7 @@ impl Confinement {
     /// # Panics
     /// Panics if the program cannot be started, or does not end in time.
     pub fn run(&self, command: &mut Command, patience: Duration) -> Result<Output, String> {
-        let group = self.memory_bytes.map(Group::new).transpose()?;
+        let group = self.memory_bytes.map(MemoryGroup::new).transpose()?;
         self.can_be_done()?;
         let copy = self.other_user.then(|| Copied::new(command));
         let mut command = match &copy {
@@ -260,7 +260,7 @@ impl Confinement {
         Ok(())
     }
 
-    fn prepare(&self, group: Option<&Group>) -> Steps {
+    fn prepare(&self, group: Option<&MemoryGroup>) -> Steps {
         let path =
             |path: &Path| CString::new(path.as_os_str().as_bytes()).expect("no NUL in a path");
         let mut mounts = Vec::new();

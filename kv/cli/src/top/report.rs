@@ -245,7 +245,10 @@ mod tests {
             "uptime_ms": ms,
             "fs": { "device_reads": reads, "cache_hits": hits, "cache_misses": reads, "writeback_bytes": 5, "dirty_bytes": 7 },
             "latency": latency,
-            "channels": [{ "id": 1, "opened_by": "main", "in_flight": 4, "reads": reads, "writes": 0, "read_bytes": 0, "written_bytes": 0 }],
+            "channels": [{
+                "id": 1, "opened_by": "main", "in_flight": 4,
+                "reads": reads, "writes": 0, "read_bytes": 0, "written_bytes": 0,
+            }],
             "rocksdb": { "num_snapshots": 3 },
         }))
     }
