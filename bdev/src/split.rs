@@ -64,10 +64,15 @@ impl Split {
             let what = format!("part {i} of {count} of {:?}", info.uuid);
             info.uuid = crate::uuid::derived(what.as_bytes());
             info.num_blocks = blocks;
+            let offset = i * blocks;
+            // Groups that the base writes whole are none of a part that begins inside of one.
+            if !offset.is_multiple_of(info.atomic_unit_blocks.into()) {
+                info.atomic_unit_blocks = 1;
+            }
             Split {
                 info: Arc::new(info),
                 base: Arc::clone(base),
-                offset: i * blocks,
+                offset,
             }
         };
         Ok((0..count).map(part).collect())

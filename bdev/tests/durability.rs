@@ -273,6 +273,22 @@ fn what_a_base_cannot_do_durably_is_not_promised_above() {
     }
 }
 
+/// A part that begins inside of a group of blocks that its base writes whole promises no such groups.
+#[test]
+fn a_part_promises_what_its_base_writes_whole() {
+    let options = CrashOptions {
+        tear_bytes: 4096,
+        ..CrashOptions::default()
+    };
+    for (blocks, groups) in [(85, [8, 1, 1]), (88, [8, 8, 8])] {
+        let image = CrashImage::zeroed(3 * blocks * BS as u64);
+        let disk: Dev = Arc::new(CrashDevice::with_options(&options, image));
+        let parts = Split::new(&disk, 3, None).unwrap();
+        let promised = parts.iter().map(|part| part.info().atomic_unit_blocks);
+        assert!(promised.eq(groups), "parts of {blocks} blocks: {parts:?}");
+    }
+}
+
 /// A device that reports no FUA and has none.
 #[derive(Debug)]
 struct NoFua {

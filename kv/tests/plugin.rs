@@ -18,6 +18,7 @@ use pumice::rocksdb::{
     WriteOptions,
 };
 use pumice::{EnvOptions, FileSystem, MountOptions, mount, mount_device};
+use pumice_blobfs::blobstore::{Blobstore, LoadOptions};
 
 fn options(env: &Env) -> Options {
     let mut options = Options::default();
@@ -377,4 +378,38 @@ fn many_databases_in_one_file_system() {
         assert_eq!(db.get("who").unwrap().as_deref(), Some(name.as_bytes()));
     }
     assert!(names(&fs, "/b/c").iter().any(|name| name == "CURRENT"));
+}
+
+/// A directory that only the names of its files make, as all do on SPDK's images, is not the root, although neither has
+/// a blob.
+#[test]
+fn a_log_directory_without_a_blob_goes_with_its_database() {
+    let _limit = watchdog();
+    let device = pumice::bdev::open("malloc://512M?block_size=4096").unwrap();
+    let fs = mount_device(&device, &MountOptions::new()).unwrap();
+    fs.mkdir("/wal").unwrap();
+    let seed = fs.open("/wal/seed", OpenOptions::CREATE).unwrap();
+    seed.sync().unwrap();
+    drop(seed);
+    let marker = fs.stat("/wal").unwrap().blob_id.unwrap();
+    fs.unmount().unwrap();
+    drop(fs);
+    let store = Blobstore::load(Arc::clone(&device), &LoadOptions::default()).unwrap();
+    store.delete(marker).unwrap();
+    store.unload().unwrap();
+    drop(store);
+    let fs = mount_device(&device, &MountOptions::new()).unwrap();
+    assert_eq!(fs.stat("/wal").unwrap().blob_id, None);
+    let mut opts = options(&pumice::env(&fs));
+    opts.set_wal_dir("/wal");
+    let db = DB::open(&opts, "/").unwrap();
+    fill(&db, 0..100);
+    drop(db);
+    let is_log = |name: &String| name.ends_with(".log");
+    assert!(names(&fs, "/wal").iter().any(is_log));
+    DB::destroy(&opts, "/").unwrap();
+    assert!(!names(&fs, "/wal").iter().any(is_log));
+    // What was destroyed is not there when a database is made again.
+    let db = DB::open(&opts, "/").unwrap();
+    assert_eq!(db.get(key(7)).unwrap(), None);
 }

@@ -1,7 +1,7 @@
 //! The disk of a comparison: an image file with a loop device, or a device. Everything created here
 //! is removed when its value is dropped.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -178,7 +178,16 @@ impl Image {
         let (mut file, made) = match made {
             Ok(file) => (file, true),
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && force => {
-                (options.truncate(true).open(path).map_err(fail)?, false)
+                let file = options.open(path).map_err(fail)?;
+                // An image that somebody has open has a lock.
+                file.try_lock().map_err(|e| match e {
+                    TryLockError::WouldBlock => {
+                        format!("--image={} is in use by another process", path.display())
+                    }
+                    TryLockError::Error(e) => fail(e),
+                })?;
+                file.set_len(0).map_err(fail)?;
+                (file, false)
             }
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
                 return Err(format!(
@@ -355,6 +364,20 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"mine");
         drop(Image::make(&path, 1 << 20, true, &Stop::default()).unwrap());
         assert_eq!(std::fs::metadata(&path).unwrap().len(), 1 << 20);
+    }
+
+    #[test]
+    fn an_image_in_use_is_not_overwritten() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("i.img");
+        std::fs::write(&path, vec![7; 1 << 20]).unwrap();
+        let user = pumice_bdev::open(path.to_str().unwrap()).unwrap();
+        let e = Image::make(&path, 2 << 20, true, &Stop::default()).unwrap_err();
+        assert!(e.contains("in use"), "{e}");
+        assert_eq!(std::fs::read(&path).unwrap(), vec![7; 1 << 20]);
+        drop(user);
+        drop(Image::make(&path, 2 << 20, true, &Stop::default()).unwrap());
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 2 << 20);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! `pumice cp`: copies between BlobFS and the kernel's file system, and within BlobFS.
 
-use std::fs::{self, File as KernelFile};
+use std::fs::{self, File as KernelFile, TryLockError};
 use std::io::{ErrorKind, IsTerminal, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -114,13 +114,27 @@ impl std::fmt::Display for Place {
 
 /// Creates or empties a file in the kernel's file system. Only its user can read a new one, since
 /// an image is private.
+///
+/// # Errors
+/// Returns the system's error, and refuses an image that somebody has open, which may be the one that is read: each has a lock.
 pub fn create_private(path: &Path) -> std::io::Result<KernelFile> {
-    KernelFile::options()
+    let file = KernelFile::options()
         .write(true)
         .create(true)
-        .truncate(true)
+        .truncate(false)
         .mode(0o600)
-        .open(path)
+        .open(path)?;
+    if file.metadata()?.is_file() {
+        file.try_lock().map_err(|error| match error {
+            TryLockError::WouldBlock => std::io::Error::new(
+                ErrorKind::ResourceBusy,
+                "it is in use, perhaps as the image that is read; choose another file",
+            ),
+            TryLockError::Error(error) => error,
+        })?;
+        file.set_len(0)?;
+    }
+    Ok(file)
 }
 
 fn kernel_error(path: &Path, e: &std::io::Error) -> Failure {
@@ -391,7 +405,12 @@ impl Input {
                     chunk.truncate(n);
                     chunk
                 });
-                let over = read.as_ref().map_or(true, Vec::is_empty);
+                let over = match &read {
+                    Ok(chunk) => chunk.is_empty(),
+                    // A signal does not end the input.
+                    Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+                    Err(_) => true,
+                };
                 if sender.send(read).is_err() || over {
                     return;
                 }

@@ -184,6 +184,28 @@ fn files_go_in_and_out() {
     assert_eq!(names.lines().count(), 3, "nothing half copied: {names}");
 }
 
+/// The image cannot be the target of a copy out of it, by any of its names.
+#[test]
+fn a_copy_does_not_overwrite_the_image_that_it_reads() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = image(dir.path());
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    std::fs::write(at("source"), b"text").unwrap();
+    ok(&["cp", &uri, &at("source"), ":/disk.img"]);
+    std::fs::hard_link(&uri, at("linked")).unwrap();
+    std::os::unix::fs::symlink(&uri, at("alias")).unwrap();
+    let before = std::fs::read(&uri).unwrap();
+    let here = dir.path().to_str().unwrap();
+    for to in [&uri, &at("linked"), &at("alias"), here] {
+        fails(&["cp", &uri, ":/disk.img", to]);
+        assert!(std::fs::read(&uri).unwrap() == before, "{to}");
+    }
+    fails(&["cp", &uri, "-r", ":/", here]);
+    assert!(std::fs::read(&uri).unwrap() == before);
+    ok(&["cp", &uri, ":/disk.img", &at("out")]);
+    assert_eq!(std::fs::read(at("out")).unwrap(), b"text");
+}
+
 #[test]
 fn what_is_copied_out_of_a_private_image_stays_private() {
     use std::os::unix::fs::PermissionsExt;

@@ -343,6 +343,10 @@ IOStatus BlobFileSystem::AreFilesSame(const std::string& first, const std::strin
   if (s.ok()) {
     s = Stat(second, "looking up", &b, dbg);
   }
+  if (s.ok() && a.file_id == 0 && b.file_id == 0) {
+    // Directories that have no blob have no number either. RocksDB compares the paths then.
+    return IOStatus::NotSupported("two directories without a number of their own");
+  }
   if (s.ok()) {
     *same = a.file_id == b.file_id;
   }
