@@ -191,6 +191,40 @@ fn deleting_the_damaged_blob_lets_allocation_go_on() {
     strict::parse_of(&bytes, "after the deletion");
 }
 
+/// The clusters that a damaged blob may have are not taken for more metadata pages either.
+#[test]
+fn the_metadata_does_not_grow_beside_a_damaged_blob() {
+    let (bytes, ids, md) = unclean();
+    // All pages of the long blob, so that nothing shows which clusters it has.
+    let start = usize::try_from(md).unwrap();
+    let id = ids[1].0.to_le_bytes();
+    let pages: Vec<usize> = (0..64)
+        .map(|page| start + page * 4096)
+        .filter(|at| bytes[*at..at + 8] == id)
+        .collect();
+    assert!(pages.len() > 1, "{pages:?}");
+    let toggle = |bytes: &mut [u8]| pages.iter().for_each(|at| bytes[at + 3000] ^= 1);
+    let mut changed = bytes;
+    toggle(&mut changed);
+    let dev = memory_with(&changed, 4096);
+    let store = load(&dev);
+    assert_held(&store, ids[1], "before");
+    let grown = store.grow_md_pages(200);
+    assert!(
+        matches!(grown, Err(Error::Held(id)) if id == ids[1]),
+        "{grown:?}"
+    );
+    drop(store);
+    // With the original bytes the blob is there completely.
+    let mut healed = content(&dev);
+    toggle(&mut healed);
+    let store = load(&memory_with(&healed, 4096));
+    assert_eq!(store.damaged(), []);
+    let blob = store.open(ids[1]).unwrap();
+    assert_eq!(blob.num_allocated(), 600);
+    assert_eq!(read(&blob, 0, 8192), [2; 8192]);
+}
+
 #[test]
 fn a_repair_says_first_what_it_gives_up() {
     let (bytes, ids, md) = unclean();
