@@ -238,3 +238,139 @@ pub(crate) unsafe extern "C" fn pumice_read_cancel(pending: *mut c_void) {
     let read = unsafe { Box::from_raw(pending.cast::<ReadHandle>()) };
     guard_value((), || drop(read));
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ptr;
+    use std::sync::Arc;
+
+    use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+    use pumice_bdev::{BlockDevice, OpKind};
+    use pumice_blobfs::fs::OpenOptions;
+
+    use super::*;
+    use crate::ffi::{pumice_fault_take, pumice_fs_release, pumice_open};
+
+    /// Length of the file, whose last page is not whole.
+    const LEN: u64 = 100 * 4096 + 100;
+
+    /// The bytes of the file: those of each page have a value of their own.
+    fn content() -> Vec<u8> {
+        let value = |n: u64| u8::try_from(n / 4096 + 1).unwrap();
+        (0..LEN).map(value).collect()
+    }
+
+    /// A file, none of which is in memory, on a device that fails on demand.
+    struct Uncached {
+        faulty: Arc<ErrorDevice>,
+        /// The first block of the file on the device.
+        block: u64,
+        fs: *const c_void,
+        file: *const c_void,
+    }
+
+    impl Uncached {
+        fn new() -> Uncached {
+            let base = pumice_bdev::open("malloc://64M?block_size=4096").unwrap();
+            let faulty = Arc::new(ErrorDevice::new(None, base));
+            let device: Arc<dyn BlockDevice> = Arc::clone(&faulty) as Arc<dyn BlockDevice>;
+            let options = crate::MountOptions::new();
+            let fs = crate::mount_device(&device, &options).unwrap();
+            let file = fs.open("/f", OpenOptions::CREATE).unwrap();
+            file.append(&content()).unwrap();
+            file.sync().unwrap();
+            drop(file);
+            fs.unmount().unwrap();
+            drop(fs);
+            // The cache of a new mount is empty.
+            let fs = crate::mount_device(&device, &options).unwrap();
+            let id = fs.stat("/f").unwrap().blob_id.unwrap();
+            let block = fs.blobstore().extents(id).unwrap().lba(0).unwrap();
+            let fs = crate::handle(fs, "/".to_owned(), Arc::default());
+            let mut file = ptr::null();
+            // SAFETY: the file system is live, and the path is readable.
+            let opened = unsafe { pumice_open(fs, c"/f".as_ptr(), 2, 0, &raw mut file) };
+            assert_eq!(opened, 0);
+            Uncached {
+                faulty,
+                block,
+                fs,
+                file,
+            }
+        }
+
+        /// Lets every read fail that touches the first page of the file.
+        fn fail_first_page(&self) {
+            self.faulty.inject(Injection {
+                op: Some(OpKind::Read),
+                failure: Failure::Fail,
+                count: u64::MAX,
+                range: Some((self.block, 1)),
+                queue_depth: 0,
+            });
+        }
+
+        /// Reads these ranges (offset, length) together, into memory of the file system. A read that
+        /// fails has no bytes.
+        fn read_many(&self, ranges: &[(u64, usize)]) -> Vec<Option<Vec<u8>>> {
+            let read = |(offset, len): &(u64, usize)| pumice_read {
+                offset: *offset,
+                len: *len,
+                buf: ptr::null_mut(),
+                data: ptr::null(),
+                got: 0,
+                pin: ptr::null_mut(),
+                fault: ptr::null_mut(),
+            };
+            let mut reads: Vec<_> = ranges.iter().map(read).collect();
+            // SAFETY: the file is live, and the array has this length.
+            let done = unsafe { pumice_read_many(self.file, reads.as_mut_ptr(), reads.len()) };
+            assert_eq!(done, 0);
+            let answer = |read: &pumice_read| {
+                let Ok(got) = usize::try_from(read.got) else {
+                    // SAFETY: a read that failed has a fault, which is taken once.
+                    unsafe { pumice_fault_take(read.fault) };
+                    return None;
+                };
+                // SAFETY: the memory is readable until the loan ends, which it does once.
+                unsafe {
+                    let bytes = slice::from_raw_parts(read.data, got).to_vec();
+                    pumice_pin_release(read.pin);
+                    Some(bytes)
+                }
+            };
+            reads.iter().map(answer).collect()
+        }
+    }
+
+    impl Drop for Uncached {
+        fn drop(&mut self) {
+            // SAFETY: each handle is released once, last.
+            unsafe {
+                pumice_file_release(self.file);
+                pumice_fs_release(self.fs);
+            }
+        }
+    }
+
+    /// Each read has memory of its own, also if one of them fails.
+    #[test]
+    fn a_read_that_fails_takes_nothing_from_the_others() {
+        let file = Uncached::new();
+        file.fail_first_page();
+        let got = file.read_many(&[(0, 4096), (40 * 4096, 3 * 4096), (80 * 4096, 4096)]);
+        let page = |n: u8| vec![n + 1; 4096];
+        let three = [page(40), page(41), page(42)].concat();
+        assert!(got == [None, Some(three), Some(page(80))]);
+    }
+
+    /// `RocksDB` takes a short read for the end of the file, and nothing else.
+    #[test]
+    fn a_read_across_the_end_is_short() {
+        let file = Uncached::new();
+        let got = file.read_many(&[(LEN - 4196, 8192), (LEN, 10), (LEN + 5, 10)]);
+        let rest = content().split_off(99 * 4096);
+        let empty = Some(Vec::new());
+        assert!(got == [Some(rest), empty.clone(), empty]);
+    }
+}

@@ -1,0 +1,60 @@
+//! What the methods that make and delete devices refuse, and what their parameters do.
+
+use std::path::Path;
+
+use pumice_bdev::{AsyncChannel, DmaBuf, OpKind};
+use pumice_bdev_control::config::App;
+use serde_json::json;
+
+/// A script that has the wrong name does not take away the device of somebody else.
+#[test]
+fn a_method_deletes_only_devices_of_its_module() {
+    let app = App::new();
+    for (method, name) in [("bdev_malloc_create", "M"), ("bdev_null_create", "N")] {
+        let params = json!({ "name": name, "num_blocks": 4096, "block_size": 512 });
+        app.call(method, &params).unwrap();
+    }
+    for (method, name) in [
+        ("bdev_malloc_delete", "N"),
+        ("bdev_null_delete", "M"),
+        ("bdev_aio_delete", "M"),
+        ("bdev_uring_delete", "N"),
+        ("bdev_passthru_delete", "M"),
+        ("bdev_delay_delete", "M"),
+        ("bdev_error_delete", "M"),
+        ("bdev_raid_delete", "M"),
+    ] {
+        let refused = app.call(method, &json!({ "name": name }));
+        assert!(refused.is_err(), "{method} {name}");
+    }
+    assert_eq!(app.registry.names(), ["M", "N"]);
+    app.call("bdev_malloc_delete", &json!({ "name": "M" }))
+        .unwrap();
+    assert_eq!(app.registry.names(), ["N"]);
+}
+
+/// A file that was opened for reading only is shared with other readers, and nobody writes to it.
+#[test]
+fn a_read_only_file_stays_as_it_is() {
+    let dir = tempfile::tempdir_in(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap();
+    let image = dir.path().join("image");
+    let bytes = vec![7; 1 << 20];
+    std::fs::write(&image, &bytes).unwrap();
+    let params = json!({
+        "name": "A", "filename": image, "block_size": 512, "readonly": true, "fallocate": false
+    });
+    let apps = [App::new(), App::new()];
+    for app in &apps {
+        app.call("bdev_aio_create", &params).unwrap();
+        let dev = app.registry.open("A").unwrap();
+        assert!(!dev.info().ops.has(OpKind::Write));
+        let ch = AsyncChannel::new(dev.open_channel().unwrap());
+        let data = DmaBuf::zeroed(512).unwrap().freeze();
+        ch.block_on(ch.write(0, data, false)).unwrap_err();
+        let read = ch.block_on(ch.read(0, DmaBuf::new(512).unwrap()));
+        assert_eq!(read.unwrap()[..], [7; 512]);
+        // A configuration that is saved now has it, too.
+        assert_eq!(app.bdev_config()[0]["params"]["readonly"], true);
+    }
+    assert!(std::fs::read(&image).unwrap() == bytes);
+}
