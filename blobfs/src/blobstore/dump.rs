@@ -1,6 +1,7 @@
 //! The content of a device, page by page, for people who inspect a store. It trusts nothing and
 //! writes nothing.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -32,6 +33,20 @@ pub struct Dump {
     problem: Option<String>,
     place: Option<RingPlace>,
     guarded: bool,
+    /// Pages that are read as the journal has them.
+    replayed: BTreeMap<u32, Arc<Page>>,
+}
+
+/// Bytes that the journal has for a blob, and that are not in the blob's own clusters.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct CarriedBytes {
+    /// The blob.
+    pub blob: BlobId,
+    /// The byte of the blob where they begin.
+    pub offset: u64,
+    /// The bytes.
+    pub bytes: Arc<[u8]>,
 }
 
 /// The journal as it is on disk.
@@ -117,6 +132,7 @@ impl Dump {
             place,
             geo,
             problem,
+            replayed: BTreeMap::new(),
         })
     }
 
@@ -149,6 +165,30 @@ impl Dump {
             batches: walked.batches,
             damage: walked.damage,
         })
+    }
+
+    /// Reads the journal of a store that was not unloaded in order. From then on [`Dump::pages`] shows the pages that it has in
+    /// place of those on the device, as a load would. Returns the bytes of blobs that it has, in their order, and the blob that
+    /// holds it. Damage ends it.
+    pub fn replay(&mut self) -> (Vec<CarriedBytes>, Option<BlobId>) {
+        let (Some(geo), Some(place)) = (self.geo.as_ref(), self.place.as_ref()) else {
+            return (Vec::new(), None);
+        };
+        if !fits(place, geo) {
+            return (Vec::new(), None);
+        }
+        if !self.guarded {
+            return (Vec::new(), Some(place.blob));
+        }
+        let mut file = OnDevice::new(&mut self.io, geo.cluster_lba(place.cluster), place.len);
+        let walked = walk(&mut file, place.blob, place.len);
+        self.replayed = walked.pages;
+        let carried = walked.carried.into_iter().map(|carried| CarriedBytes {
+            blob: carried.blob,
+            offset: carried.offset,
+            bytes: carried.bytes,
+        });
+        (carried.collect(), Some(place.blob))
     }
 
     /// Reads the masks; none if the super block does not have their positions.
@@ -229,6 +269,7 @@ impl Dump {
         while first < geo.md_len {
             let count = step.min(geo.md_len - first);
             let buf = DmaBuf::new(count as usize * PAGE_SIZE)?;
+            let replayed = &self.replayed;
             self.io.stream(
                 [Ok(Op::Read {
                     lba: geo.md_lba(first),
@@ -238,8 +279,10 @@ impl Dump {
                     result?;
                     if let Op::Read { buf, .. } = op {
                         for (bytes, index) in buf.chunks_exact(PAGE_SIZE).zip(first..) {
-                            if bytes.iter().any(|byte| *byte != 0) {
-                                page(index, bytes.try_into().expect("a page"));
+                            let raw = bytes.try_into().expect("a page");
+                            let shown: &Page = replayed.get(&index).map_or(raw, |page| page);
+                            if shown.iter().any(|byte| *byte != 0) {
+                                page(index, shown);
                             }
                         }
                     }

@@ -280,3 +280,37 @@ fn a_repair_says_first_what_it_gives_up() {
         "{names}"
     );
 }
+
+/// A process was killed, and then the super block was damaged, so that nothing can be mounted. What only the journal has is
+/// copied too: the newest file, and the end of another.
+#[test]
+fn what_the_journal_has_of_a_store_that_cannot_be_mounted_is_copied() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let uri = path("disk.img").to_str().unwrap().to_owned();
+    ok(&["mkfs", &uri, "--size", "64M"]);
+    let mut options = MountOptions::default();
+    options.volatile = true;
+    let filesystem = FileSystem::mount(pumice_bdev::open(&uri).unwrap(), &options).unwrap();
+    let log = filesystem.open("/log", OpenOptions::CREATE).unwrap();
+    for bytes in [b"first", b" last"] {
+        log.append(bytes).unwrap();
+        log.sync().unwrap();
+    }
+    drop(filesystem.open("/late", OpenOptions::CREATE).unwrap());
+    let late = filesystem.open("/late", OpenOptions::READ).unwrap();
+    late.append(&pattern(70_000, 3)).unwrap();
+    late.sync().unwrap();
+    let killed = path("killed.img");
+    fs::copy(&uri, &killed).unwrap();
+    drop((log, late));
+    filesystem.unmount().unwrap();
+    let image = fs::OpenOptions::new().write(true).open(&killed).unwrap();
+    image.write_all_at(&[1], 4000).unwrap();
+    let (uri, to) = (killed.to_str().unwrap(), path("saved"));
+    let run = pumice(&["rescue", uri, to.to_str().unwrap()]);
+    assert!(!run.status.success(), "the super block is whole");
+    same(&to.join("damaged/log"), b"first last");
+    same(&to.join("damaged/late"), &pattern(70_000, 3));
+    assert!(!to.join("damaged/pumice.journal").exists());
+}

@@ -2,11 +2,12 @@
 //! from the device.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf};
 use pumice_blobfs::blobstore::BlobId;
-use pumice_blobfs::blobstore::dump::Dump;
+use pumice_blobfs::blobstore::dump::{CarriedBytes, Dump};
 use pumice_blobfs::blobstore::format::{
     Descriptors, Page, PageHeader, TYPE_EXTENT_PAGE, TYPE_EXTENT_RLE, TYPE_EXTENT_TABLE,
     TYPE_XATTR, page_crc, stored_crc,
@@ -48,6 +49,10 @@ struct Store {
     total_clusters: u64,
     max_io_bytes: u64,
     block_size: u64,
+    /// What the journal has of blobs.
+    carried: Vec<CarriedBytes>,
+    /// The blob that holds the journal, which is no file.
+    journal: Option<BlobId>,
 }
 
 /// Whether the device has a file system's super block that leads to metadata pages.
@@ -85,6 +90,7 @@ pub fn blobs(
         || pages.keys().map(|(id, _)| *id).collect(),
         <[BlobId]>::to_vec,
     );
+    ids.retain(|id| Some(*id) != store.journal);
     ids.sort_unstable();
     ids.dedup();
     for id in ids {
@@ -96,6 +102,7 @@ type Pages = HashMap<(BlobId, u32), Said>;
 
 fn collect(dev: &Arc<dyn BlockDevice>, only: Option<&[BlobId]>) -> Result<(Store, Pages), String> {
     let mut dump = Dump::open(dev).map_err(|e| e.to_string())?;
+    let (carried, journal) = dump.replay();
     let sb = dump.super_block();
     let cluster_size = u64::from(sb.cluster_size.get());
     let info = dev.info();
@@ -106,6 +113,8 @@ fn collect(dev: &Arc<dyn BlockDevice>, only: Option<&[BlobId]>) -> Result<(Store
         total_clusters: size.checked_div(cluster_size).unwrap_or(0),
         max_io_bytes: info.transfer_blocks(1 << 20) * block_size,
         block_size,
+        carried,
+        journal,
     };
     let wanted: Option<HashSet<BlobId>> = only.map(|ids| ids.iter().copied().collect());
     let mut pages = Pages::new();
@@ -321,7 +330,7 @@ fn one(
             return;
         }
     };
-    match read_all(store, ch, &remains, &file) {
+    match read_all(store, ch, id, &remains, &file) {
         Ok(copied) => {
             outcome.files += 1;
             outcome.bytes += copied.bytes;
@@ -341,6 +350,7 @@ fn one(
 fn read_all(
     store: &Store,
     ch: &AsyncChannel,
+    id: BlobId,
     remains: &Remains,
     file: &std::fs::File,
 ) -> Result<Copied, String> {
@@ -372,6 +382,13 @@ fn read_all(
     }
     if next < len {
         copied.miss(next..len, "damaged metadata");
+    }
+    for carried in store.carried.iter().filter(|carried| carried.blob == id) {
+        let room = len.saturating_sub(carried.offset);
+        let room = usize::try_from(room).unwrap_or(usize::MAX);
+        let bytes = &carried.bytes[..carried.bytes.len().min(room)];
+        file.write_all_at(bytes, carried.offset)
+            .map_err(|e| format!("the copy: {e}"))?;
     }
     file.sync_all().map_err(|e| format!("the copy: {e}"))?;
     Ok(copied)
