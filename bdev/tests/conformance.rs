@@ -104,6 +104,32 @@ fn raid0_conforms() {
     }
 }
 
+/// A comparison over several strips compares each of them with its own blocks.
+#[test]
+fn a_raid0_compares_every_strip() {
+    for n in [1, 2, 3] {
+        let legs = (0..n).map(|_| malloc("4M")).collect();
+        let raid = Raid0::new("R", legs, 4, None).unwrap();
+        let ch = AsyncChannel::new(raid.open_channel().unwrap());
+        // Each block has bytes of its own.
+        let mut data = DmaBuf::new(64 << 10).unwrap();
+        for (block, byte) in data.chunks_mut(512).zip(1u8..) {
+            block.fill(byte);
+        }
+        let data = data.freeze();
+        ch.block_on(ch.write(3, data.clone(), false)).unwrap();
+        let compare = |data| ch.block_on(ch.io(Op::Compare { lba: 3, data })).1;
+        compare(data.clone()).unwrap();
+        for at in (0..data.len()).step_by(4096) {
+            let mut other = DmaBuf::copy_from(&data).unwrap();
+            other[at] ^= 0x80;
+            let e = compare(other.freeze()).unwrap_err();
+            let differs = matches!(e.kind, IoErrorKind::Miscompare { .. });
+            assert!(differs, "{n} legs, byte {at}: {e}");
+        }
+    }
+}
+
 struct Stack {
     dev: Arc<dyn BlockDevice>,
     legs: Vec<Arc<ErrorDevice>>,

@@ -11,6 +11,7 @@ use pumice_bdev::malloc::{Malloc, MallocOptions};
 use pumice_bdev::passthru::Passthru;
 use pumice_bdev::raid0::Raid0;
 use pumice_bdev::registry::{Event, Registry, TimeoutAction};
+use pumice_bdev::split::Split;
 use pumice_bdev::{
     AsyncChannel, BdevError, BlockDevice, DmaBuf, IoErrorKind, Op, OpKind, SubmitError,
 };
@@ -71,6 +72,29 @@ fn a_claim_excludes_and_ends() {
     );
     drop(claim);
     registry.open("M").unwrap();
+}
+
+/// A device that shows the blocks of another one is that device for those who have to know whether
+/// it is in use; a part of it is not.
+#[test]
+fn a_view_of_a_device_is_that_device() {
+    let base = pumice_bdev::open("malloc://9M").unwrap();
+    let views: [Arc<dyn BlockDevice>; 3] = [
+        Arc::new(Passthru::new("PT", Arc::clone(&base))),
+        Arc::new(Delay::new("D", Arc::clone(&base), Latencies::default())),
+        Arc::new(ErrorDevice::new(None, Arc::clone(&base))),
+    ];
+    for view in &views {
+        assert_eq!(view.identity(), base.identity(), "{}", view.info().name);
+        let upper = Passthru::new("upper", Arc::clone(view));
+        assert_eq!(upper.identity(), base.identity(), "{}", view.info().name);
+    }
+    let parts = Split::new(&base, 3, None).unwrap();
+    let mut seen = vec![base.identity()];
+    for part in &parts {
+        assert!(!seen.contains(&part.identity()), "{}", part.info().name);
+        seen.push(part.identity());
+    }
 }
 
 #[test]

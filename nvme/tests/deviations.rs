@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use pumice_nvme::controller::ControllerOptions;
 use pumice_nvme::dma::DmaBuf;
-use pumice_nvme::spec::{AdminOpcode, Cns, Command, FormatNvm, IoOpcode, Status};
+use pumice_nvme::spec::{
+    AdminOpcode, Cns, Command, FormatNvm, IdentifyController, IdentifyNamespace, IoOpcode, Status,
+};
 use pumice_nvme::{Controller, IoErrorKind, NvmeError};
 use pumice_nvme_soft::{Fault, FaultRule, SoftConfig, SoftController};
 
@@ -133,6 +135,31 @@ fn a_format_of_one_namespace_spares_the_others() {
     assert_eq!(first_byte(&rig), 0);
 }
 
+/// The controller says that an erase of one namespace erases all of them.
+#[test]
+fn an_erase_of_one_namespace_spares_the_others() {
+    let _watchdog = watchdog();
+    let rig = rig();
+    let mut identify = page(&rig.controller, Cns::CONTROLLER);
+    identify[std::mem::offset_of!(IdentifyController, fna)] |= 2;
+    let rule = FaultRule::admin(AdminOpcode::IDENTIFY, Fault::Data(identify));
+    rig.soft.faults().add(rule.namespace(0).times(1));
+    rig.controller.reset().unwrap();
+    for secure_erase in [1, 2] {
+        let format = FormatNvm {
+            secure_erase,
+            ..FormatNvm::default()
+        };
+        let refused = rig.controller.format(1, format).unwrap_err();
+        assert!(
+            matches!(refused, NvmeError::Unsupported { .. }),
+            "{secure_erase}: {refused}"
+        );
+    }
+    // A format without an erase is one of that namespace.
+    rig.controller.format(1, FormatNvm::default()).unwrap();
+}
+
 /// A controller that takes no format for all namespaces gets one for each, whatever it erases with.
 #[test]
 fn namespaces_are_formatted_one_by_one() {
@@ -199,6 +226,36 @@ fn a_format_has_time_while_it_makes_progress() {
         assert_eq!(formatted.is_ok(), progresses, "{formatted:?}");
         if !progresses {
             assert!(matches!(formatted, Err(NvmeError::Unfinished { .. })));
+        }
+    }
+}
+
+/// The driver has no memory for a block's metadata, and does not take them for data.
+#[test]
+fn a_format_with_metadata_is_not_used() {
+    let _watchdog = watchdog();
+    let (flbas, dps, lbaf) = (
+        std::mem::offset_of!(IdentifyNamespace, flbas),
+        std::mem::offset_of!(IdentifyNamespace, dps),
+        std::mem::offset_of!(IdentifyNamespace, lbaf),
+    );
+    for extended in [0, 1 << 4] {
+        for protection in [0, 1] {
+            let rig = rig();
+            let mut identify = page(&rig.controller, Cns::NAMESPACE);
+            let format = lbaf + 4 * usize::from(identify[flbas] & 15);
+            identify[format] = 8; // MS
+            identify[flbas] |= extended;
+            identify[dps] = protection;
+            answer(&rig, identify, 0);
+            rig.controller.rescan().unwrap();
+            let ns = rig.controller.namespace(1).unwrap();
+            let why = ns.unusable().unwrap_or_default();
+            assert!(why.contains("8 bytes of metadata"), "{why:?}");
+            let mut q = queue(&rig, |_| {});
+            assert!(q.submit(&ns, 1, write(0, 1)).is_err());
+            // What was opened with the earlier format does not write either.
+            assert!(q.submit(&rig.ns, 1, write(0, 1)).is_err());
         }
     }
 }

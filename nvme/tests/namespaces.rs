@@ -105,6 +105,40 @@ fn another_namespace_of_the_number_is_not_written_to() {
     }
 }
 
+/// The size of a namespace that has no name tells whether it is the earlier one.
+#[test]
+fn a_namespace_without_a_name_is_known_by_its_size() {
+    let _watchdog = watchdog();
+    let rig = rig();
+    let mut q = queue(&rig, |_| {});
+    // NGUID and EUI-64 are not set, and the only descriptor is that of the command set.
+    let mut page = identify_page(&rig, Cns::NAMESPACE);
+    page[104..128].fill(0);
+    let mut descriptors = vec![0; 4096];
+    descriptors[..2].copy_from_slice(&[4, 1]);
+    let rescan = |page: &[u8]| {
+        for answer in [page, &descriptors[..]] {
+            let fault = Fault::Data(answer.to_vec());
+            let rule = FaultRule::admin(AdminOpcode::IDENTIFY, fault);
+            rig.soft.faults().add(rule.namespace(1).times(1));
+        }
+        rig.controller.rescan().unwrap();
+    };
+    rescan(&page);
+    let ns = rig.controller.namespace(1).unwrap();
+    rescan(&page);
+    q.submit(&ns, 1, write(0, 1)).unwrap();
+    assert!(settle(&mut q)[0].result.is_ok());
+    // Another one of the same number has half the size.
+    let blocks = u64::from_le_bytes(page[..8].try_into().unwrap()) / 2;
+    page[..8].copy_from_slice(&blocks.to_le_bytes());
+    rescan(&page);
+    let e = q.submit(&ns, 1, write(0, 1)).unwrap_err();
+    assert!(is_stale(&e), "{e}");
+    let now = rig.controller.namespace(1).unwrap();
+    assert_eq!(now.num_blocks(), blocks);
+}
+
 /// A refused format has no effect.
 #[test]
 fn a_refused_format_disturbs_nobody() {

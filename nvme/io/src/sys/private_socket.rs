@@ -49,3 +49,23 @@ fn private_dir(parent: &Path) -> io::Result<PathBuf> {
     }
     Err(io::ErrorKind::AlreadyExists.into())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The socket has its permissions only after it was bound; until then its directory keeps others
+    /// out.
+    #[test]
+    fn nobody_else_enters_the_directory_of_a_new_socket() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = private_dir(parent.path()).unwrap();
+        let mode = std::fs::metadata(&dir).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700, "{mode:o}");
+        let path = parent.path().join("socket");
+        let listener = bind_private(&path).unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{mode:o}");
+        drop(listener);
+    }
+}
