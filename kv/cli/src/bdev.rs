@@ -382,6 +382,8 @@ fn verify(dev: &dyn BlockDevice, other: Option<&dyn BlockDevice>) -> Result<bool
 
 #[cfg(test)]
 mod tests {
+    use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+
     use super::*;
 
     fn bdev(action: Action) -> Result<bool, String> {
@@ -453,5 +455,23 @@ mod tests {
             e,
             "no bdev `Nvme0`: no bdevs configured: pass --json or a URI"
         );
+    }
+
+    /// A copy is complete only when it is durable.
+    #[test]
+    fn a_copy_whose_flush_fails_has_failed() {
+        let from = pumice_bdev::open("malloc://1M").unwrap();
+        let to = ErrorDevice::new(None, pumice_bdev::open("malloc://1M").unwrap());
+        to.inject(Injection {
+            op: Some(OpKind::Flush),
+            failure: Failure::Fail,
+            count: 1,
+            range: None,
+            queue_depth: 0,
+        });
+        let failed = copy(&*from, &to);
+        assert!(failed.is_err(), "{failed:?}");
+        assert_eq!(to.injections(), []);
+        assert_eq!(copy(&*from, &to), Ok(true));
     }
 }

@@ -79,3 +79,31 @@ fn a_truncation_that_waits_for_a_sync_holds_up_nobody_else() {
     drop(tree);
     fs.unmount().unwrap();
 }
+
+/// The loop that syncs a mount from time to time tries again after a failure, also if nothing else was changed.
+#[test]
+fn a_sync_that_failed_is_tried_again() {
+    let memory = pumice_bdev::open("malloc://64M").unwrap();
+    let dev = Arc::new(ErrorDevice::new(None, memory));
+    FileSystem::format(dev.clone(), &FormatOptions::default()).unwrap();
+    let fs = FileSystem::mount(dev.clone(), &MountOptions::default()).unwrap();
+    let tree = Tree::new(fs.clone(), 0, 0);
+    let (_, handle) = tree
+        .create(ROOT, OsStr::new("file"), 0o644, libc::O_RDWR)
+        .unwrap();
+    tree.write(handle, 0, &[1; 10_000]).unwrap();
+    dev.inject(Injection {
+        op: Some(OpKind::Write),
+        failure: Failure::Fail,
+        count: u64::MAX,
+        range: None,
+        queue_depth: 0,
+    });
+    for time in ["first", "second", "third"] {
+        assert!(tree.sync_changed().is_err(), "the {time} sync");
+    }
+    dev.clear();
+    tree.close(handle);
+    drop(tree);
+    let _ = fs.unmount_anyway();
+}
