@@ -49,9 +49,9 @@ struct Store {
     total_clusters: u64,
     max_io_bytes: u64,
     block_size: u64,
-    /// What the journal has of blobs.
+    /// Bytes of blobs that the journal has.
     carried: Vec<CarriedBytes>,
-    /// The blob that holds the journal, which is no file.
+    /// The blob that holds the journal. It is not a file.
     journal: Option<BlobId>,
 }
 
