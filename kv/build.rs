@@ -12,6 +12,17 @@ fn told(variable: &str) -> PathBuf {
     PathBuf::from(told.unwrap_or_else(|| panic!("no dependency has told {variable}")))
 }
 
+/// Returns the plugin's folder. In the workspace it is that of this clone: clones may share a target directory, and with it what
+/// the build script of a dependency has told in another one, which may be gone.
+fn plugin() -> PathBuf {
+    let here = Path::new("plugin");
+    if here.join("pumice.mk").is_file() {
+        here.to_owned()
+    } else {
+        told("DEP_PUMICE_FS_ROOT")
+    }
+}
+
 /// Returns the shim's sources: those of the plugin, and the one for programs in Rust.
 fn units(root: &Path) -> Vec<PathBuf> {
     let list = root.join("pumice.mk");
@@ -33,7 +44,7 @@ fn main() {
         return;
     }
     let out = told("OUT_DIR");
-    let root = told("DEP_PUMICE_FS_ROOT");
+    let root = plugin();
     let contract = told("DEP_PUMICE_FS_INCLUDE");
     for watched in [&root.join("shim"), &contract] {
         println!("cargo::rerun-if-changed={}", watched.display());
