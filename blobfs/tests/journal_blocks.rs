@@ -366,6 +366,39 @@ fn rule_21_a_file_whose_bytes_cannot_be_put_in_place_is_cut_short() {
     }
 }
 
+/// A truncation that cannot read what the file keeps has changed nothing, although it would give up owed bytes.
+#[test]
+fn rule_21_a_truncation_that_cannot_read_what_is_kept_changes_nothing() {
+    let store = Store::new();
+    let mut options = MountOptions::default();
+    options.cache_bytes = 0;
+    let fs = store.mount_with(&options).unwrap();
+    let file = fs.open("/long", OpenOptions::CREATE).unwrap();
+    let mut all = vec![3; (1 << 20) + 10_000];
+    file.append(&all).unwrap();
+    file.sync().unwrap();
+    let place = fs.blobstore().extents(file.blob_id()).unwrap();
+    let end = (1 << 20) / u64::from(CLUSTER);
+    let range = Some((place.lba(end).unwrap(), 4));
+    store.dev.inject(fail(OpKind::Write, FOREVER, range));
+    file.append(b"owed").unwrap();
+    file.sync().unwrap();
+    all.extend(b"owed");
+    let first = Some((place.lba(0).unwrap(), 1));
+    store.dev.inject(fail(OpKind::Read, FOREVER, first));
+    file.truncate(500).unwrap_err();
+    assert_eq!(file.len(), all.len() as u64);
+    let killed = memory_with(&content(&store.base), 4096);
+    let next = FileSystem::mount(killed, &MountOptions::default()).unwrap();
+    assert!(content_of(&next, "/long") == all);
+    next.unmount().unwrap();
+    store.dev.clear();
+    file.truncate(500).unwrap();
+    assert!(content_of(&fs, "/long") == all[..500]);
+    drop(file);
+    fs.unmount().unwrap();
+}
+
 /// A mount that has to end leaves in the journal what cannot be put in place. It is there when the block works again.
 #[test]
 fn rules_14_and_21_an_unmount_that_has_to_end_leaves_the_journal_as_it_is() {

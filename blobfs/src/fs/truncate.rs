@@ -56,12 +56,11 @@ impl Truncater {
         // The removed part may belong to another file at once, so no write to it may be in flight.
         self.writeback.wait_overlapping(tail, new_len, u64::MAX);
         tail.prune(ino);
-        let cut_owed = match ino.settle() {
+        let cuts_owed = match ino.settle() {
             Ok(()) => false,
-            Err(error) => {
-                self.shorten_without_owed(ino, new_len, error)?;
-                true
-            }
+            // Bytes that are cut off need no place.
+            Err(_) if ino.blob()?.owed_from().is_some_and(|from| from >= new_len) => true,
+            Err(error) => return Err(error),
         };
         let len = ino.len();
         // The bytes that the tail's region keeps have to be available before anything is removed.
@@ -74,13 +73,17 @@ impl Truncater {
         } else {
             None
         };
+        // Behind this nothing may fail: the shorter length is durable.
+        if cuts_owed {
+            self.shorten_without_owed(ino, new_len)?;
+        }
         // From here on no reader starts on the removed part, and one that has started reads again.
         ino.len.store(new_len, Ordering::Release);
         ino.epoch.fetch_add(1, Ordering::AcqRel);
         match self.commit_shorter(ino, tail, new_len) {
             Ok(()) => {}
             // The length is durable. The clusters are freed later.
-            Err(error) if cut_owed => {
+            Err(error) if cuts_owed => {
                 tracing::warn!(file = ino.path(), %error, "clusters behind the end were not freed");
                 tail.grown = true;
             }
@@ -115,13 +118,9 @@ impl Truncater {
         Ok(())
     }
 
-    /// Makes a shorter length durable for a file whose bytes in the journal cannot be put in place, which is `error`, if all of
-    /// them are behind it, and only then gives them up.
-    fn shorten_without_owed(&self, ino: &Inode, new_len: u64, error: FsError) -> Result<()> {
-        let owed = ino.blob()?.owed_from();
-        if owed.is_none_or(|from| from < new_len) {
-            return Err(error);
-        }
+    /// Makes a shorter length durable for a file whose bytes in the journal cannot be put in place, all of which are behind it,
+    /// and only then gives them up.
+    fn shorten_without_owed(&self, ino: &Inode, new_len: u64) -> Result<()> {
         let durable = ino.durable_len.load(Ordering::Acquire).min(new_len);
         let mut tx = self.vol.store.transaction();
         tx.spend(Spend::Releasing);
