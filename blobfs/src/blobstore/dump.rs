@@ -18,7 +18,7 @@ use super::geometry::Geometry;
 use super::journal::format::RingPlace;
 use super::journal::recovery::fits;
 pub use super::journal::walk::FoundBatch;
-use super::journal::walk::{OnDevice, walk};
+use super::journal::walk::{OnDevice, Walked, walk};
 use super::mdio::MdIo;
 
 /// Number of pages read at once.
@@ -151,15 +151,10 @@ impl Dump {
 
     /// Reads the journal; `None` if the super block does not have its place.
     pub fn journal(&mut self) -> Option<JournalDump> {
-        let (geo, place) = (self.geo.as_ref()?, self.place.as_ref()?);
-        if !fits(place, geo) {
-            return None;
-        }
-        let mut file = OnDevice::new(&mut self.io, geo.cluster_lba(place.cluster), place.len);
-        let walked = walk(&mut file, place.blob, place.len);
+        let (blob, len, walked) = self.walked()?;
         Some(JournalDump {
-            blob: place.blob,
-            len: place.len,
+            blob,
+            len,
             counts: self.guarded,
             epoch: walked.header.map(|(header, _)| header.epoch),
             batches: walked.batches,
@@ -171,24 +166,30 @@ impl Dump {
     /// place of those on the device, as a load would. Returns the bytes of blobs that it has, in their order, and the blob that
     /// holds it. Damage ends it.
     pub fn replay(&mut self) -> (Vec<CarriedBytes>, Option<BlobId>) {
-        let (Some(geo), Some(place)) = (self.geo.as_ref(), self.place.as_ref()) else {
+        let Some((blob, _, walked)) = self.walked() else {
             return (Vec::new(), None);
         };
-        if !fits(place, geo) {
-            return (Vec::new(), None);
-        }
         if !self.guarded {
-            return (Vec::new(), Some(place.blob));
+            return (Vec::new(), Some(blob));
         }
-        let mut file = OnDevice::new(&mut self.io, geo.cluster_lba(place.cluster), place.len);
-        let walked = walk(&mut file, place.blob, place.len);
         self.replayed = walked.pages;
         let carried = walked.carried.into_iter().map(|carried| CarriedBytes {
             blob: carried.blob,
             offset: carried.offset,
             bytes: carried.bytes,
         });
-        (carried.collect(), Some(place.blob))
+        (carried.collect(), Some(blob))
+    }
+
+    /// Reads the ring, if the super block has its place. Returns the blob that holds it too, and the bytes of its file.
+    fn walked(&mut self) -> Option<(BlobId, u64, Walked)> {
+        let (geo, place) = (self.geo.as_ref()?, self.place.as_ref()?);
+        if !fits(place, geo) {
+            return None;
+        }
+        let mut file = OnDevice::new(&mut self.io, geo.cluster_lba(place.cluster), place.len);
+        let walked = walk(&mut file, place.blob, place.len);
+        Some((place.blob, place.len, walked))
     }
 
     /// Reads the masks; none if the super block does not have their positions.

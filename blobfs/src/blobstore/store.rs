@@ -545,7 +545,7 @@ impl Blobstore {
     ///
     /// # Errors
     /// As [`Blobstore::unload`]. When the device has failed, the store is unloaded nevertheless.
-    pub fn unload_anyway(&self) -> Result<(), Error> {
+    pub(crate) fn unload_anyway(&self) -> Result<(), Error> {
         self.end(true)
     }
 
@@ -561,11 +561,9 @@ impl Blobstore {
         }
         let quiet = inner.channels.quiesce();
         // Nobody else changes anything until it is unloaded.
-        let mut failed = false;
         let (_edit, ended) = match self.edit_to_the_end() {
             Ok(edit) if quiet => {
                 let ended = edit.unload();
-                failed = ended.as_ref().is_err_and(Error::is_of_device);
                 (Some(edit), ended)
             }
             Ok(edit) => {
@@ -586,7 +584,7 @@ impl Blobstore {
         }
         if let Err(error) = &ended
             && !matches!(error, Error::Stopped(_))
-            && !(anyway && failed)
+            && !(anyway && quiet && error.is_of_device())
         {
             inner.channels.reopen();
             return ended;

@@ -247,8 +247,10 @@ impl Journal {
     /// the commit points are one batch. If they do not fit one either, each is written in place.
     fn append_large(&self, mut batch: Batch) -> Result<Cleared, Failure> {
         let guard = batch.unmark.take();
-        // Here it comes before the change, whose first part goes in place.
-        self.give_up_owed(&batch.given_up)?;
+        if !batch.given_up.is_empty() {
+            // Here it comes before the change, whose first part goes in place.
+            self.give_up_owed(&batch.given_up)?;
+        }
         self.ring.begin_and_empty(guard.as_deref(), &batch.geo)?;
         let points = batch.points.iter().map(|point| (point.index, &*point.page));
         let points: Vec<Image> = points.map(image).collect();
