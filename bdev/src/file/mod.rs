@@ -36,7 +36,7 @@ use crate::flush_fault::FlushFault;
 use probe::Discard;
 
 pub(crate) use open::MODULE;
-pub use open::{FileOptions, Prealloc, uuid_of};
+pub use open::{FileOptions, Prealloc, lock_unused, uuid_of};
 
 /// A block device on a file or on a block device of the kernel.
 #[derive(Debug, Clone)]

@@ -464,6 +464,22 @@ pub(super) fn lock(file: &File, shown: &str, exclusive: bool) -> Result<(), Bdev
     }
 }
 
+/// Takes the lock that an image in use has, so that a file can be overwritten: not while anybody has it open as a device, and
+/// nobody opens it meanwhile. The lock is held until `file` is closed. Where a file cannot be locked, none can be opened as a
+/// device, and there is no lock.
+///
+/// # Errors
+/// Fails with [`io::ErrorKind::ResourceBusy`] if the file is in use.
+pub fn lock_unused(file: &File) -> io::Result<()> {
+    match sys::try_flock(file, true) {
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            "it is in use as a device; choose another file, or end that first",
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// A loop device and its backing file are different inodes, so a lock on one does not exclude users
 /// of the other.
 fn refuse_shared(

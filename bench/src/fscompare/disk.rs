@@ -1,8 +1,9 @@
 //! The disk of a comparison: an image file with a loop device, or a device. Everything created here
 //! is removed when its value is dropped.
 
-use std::fs::{File, TryLockError};
+use std::fs::File;
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -56,7 +57,7 @@ impl InUse {
     pub fn path(&self) -> &Path {
         match self {
             Self::Given(p) => p,
-            Self::Loop(l) => &l.0,
+            Self::Loop(l) => &l.device,
         }
     }
 }
@@ -179,13 +180,7 @@ impl Image {
             Ok(file) => (file, true),
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && force => {
                 let file = options.open(path).map_err(fail)?;
-                // An image that somebody has open has a lock.
-                file.try_lock().map_err(|e| match e {
-                    TryLockError::WouldBlock => {
-                        format!("--image={} is in use by another process", path.display())
-                    }
-                    TryLockError::Error(e) => fail(e),
-                })?;
+                pumice_bdev::file::lock_unused(&file).map_err(fail)?;
                 file.set_len(0).map_err(fail)?;
                 (file, false)
             }
@@ -217,19 +212,25 @@ impl Image {
 
 /// A loop device on a file, with direct I/O so that nothing is cached twice.
 #[derive(Debug)]
-pub struct LoopDevice(PathBuf);
+pub struct LoopDevice {
+    device: PathBuf,
+    image: PathBuf,
+}
 
 /// Time in which a loop device that nobody needs any longer is detached.
 const DETACH_PATIENCE: Duration = Duration::from_secs(10);
 
 impl LoopDevice {
     fn is_detached_within(&self, patience: Duration) -> bool {
-        let Some(name) = self.0.file_name() else {
+        let Some(name) = self.device.file_name() else {
             return true;
         };
         let file = Path::new("/sys/block").join(name).join("loop/backing_file");
         let begun = Instant::now();
-        while file.exists() {
+        // Somebody else may have it by then, for another file.
+        while std::fs::read(&file)
+            .is_ok_and(|at| at.trim_ascii_end() == self.image.as_os_str().as_bytes())
+        {
             if begun.elapsed() > patience {
                 return false;
             }
@@ -239,16 +240,22 @@ impl LoopDevice {
     }
 
     fn on(path: &Path) -> Result<Self, String> {
+        let image = path
+            .canonicalize()
+            .map_err(|e| format!("{}: {e}", path.display()))?;
         let path = path.display().to_string();
         let dev = system("losetup", &["--direct-io=on", "--find", "--show", &path])
             .or_else(|_| system("losetup", &["--find", "--show", &path]))?;
-        Ok(Self(PathBuf::from(dev)))
+        Ok(Self {
+            device: PathBuf::from(dev),
+            image,
+        })
     }
 }
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        let dev = self.0.display().to_string();
+        let dev = self.device.display().to_string();
         if let Err(e) = system("losetup", &["--detach", &dev]) {
             complain!("fscompare: {dev} is left: {e}");
             return;

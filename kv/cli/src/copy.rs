@@ -1,6 +1,6 @@
 //! `pumice cp`: copies between BlobFS and the kernel's file system, and within BlobFS.
 
-use std::fs::{self, File as KernelFile, TryLockError};
+use std::fs::{self, File as KernelFile};
 use std::io::{ErrorKind, IsTerminal, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -116,7 +116,7 @@ impl std::fmt::Display for Place {
 /// an image is private.
 ///
 /// # Errors
-/// Returns the system's error, and refuses an image that somebody has open, which may be the one that is read: each has a lock.
+/// Returns the system's error, and refuses an image that somebody has open, which may be the one that is read.
 pub fn create_private(path: &Path) -> std::io::Result<KernelFile> {
     let file = KernelFile::options()
         .write(true)
@@ -125,13 +125,7 @@ pub fn create_private(path: &Path) -> std::io::Result<KernelFile> {
         .mode(0o600)
         .open(path)?;
     if file.metadata()?.is_file() {
-        file.try_lock().map_err(|error| match error {
-            TryLockError::WouldBlock => std::io::Error::new(
-                ErrorKind::ResourceBusy,
-                "it is in use, perhaps as the image that is read; choose another file",
-            ),
-            TryLockError::Error(error) => error,
-        })?;
+        pumice_bdev::file::lock_unused(&file)?;
         file.set_len(0)?;
     }
     Ok(file)
