@@ -21,7 +21,8 @@ fn main() -> ExitCode {
     let known = db_bench::flags();
     // Without the other programs it is built without clap.
     #[cfg(feature = "compare")]
-    if let Some(code) = pumice_describe::asked(gflags::command::<Flags>("db_bench", INTRO, &known))
+    if let Some(code) =
+        pumice_describe::asked(|| gflags::command::<Flags>("db_bench", INTRO, &known))
     {
         return code;
     }

@@ -6,7 +6,7 @@ use clap::{CommandFactory as _, Parser};
 use pumice_bench::fscompare::{self, Stop, args::Args, table::Comparison};
 
 fn main() -> ExitCode {
-    if let Some(code) = pumice_describe::asked(Args::command()) {
+    if let Some(code) = pumice_describe::asked(Args::command) {
         return code;
     }
     let args = Args::parse();

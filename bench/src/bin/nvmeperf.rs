@@ -70,7 +70,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    if let Some(code) = pumice_describe::asked(Args::command()) {
+    if let Some(code) = pumice_describe::asked(Args::command) {
         return code;
     }
     match run(&Args::parse()) {

@@ -314,7 +314,7 @@ pub fn help<F: FlagSet>(intro: &str, others: &[Flag]) -> String {
     out
 }
 
-/// Returns the flags as a command, for the man page and the completions of shells. It is made once: its texts stay in memory.
+/// Returns the flags as a command, for the man page and the completions of shells. Its texts stay in memory.
 #[cfg(feature = "compare")]
 #[must_use]
 pub fn command<F: FlagSet>(

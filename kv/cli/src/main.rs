@@ -71,7 +71,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    if let Some(code) = pumice_describe::asked(Cli::command()) {
+    if let Some(code) = pumice_describe::asked(Cli::command) {
         return code;
     }
     let cli = match Cli::try_parse() {

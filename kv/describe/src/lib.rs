@@ -24,12 +24,13 @@ const OPTION: &str = "--generate";
 /// Does what `--generate` asks for, if the program was called with it, and returns the exit code to
 /// end with.
 #[must_use]
-pub fn asked(command: Command) -> Option<ExitCode> {
+pub fn asked(command: impl FnOnce() -> Command) -> Option<ExitCode> {
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     let (option, rest) = arguments.split_first()?;
     if option != OPTION {
         return None;
     }
+    let command = command();
     let name = command.get_name().to_owned();
     Some(match generate(command, rest, &mut io::stdout().lock()) {
         Ok(()) => ExitCode::SUCCESS,

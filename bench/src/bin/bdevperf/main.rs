@@ -22,7 +22,7 @@ use args::Args;
 use job::{Job, Outcome};
 
 fn main() -> ExitCode {
-    if let Some(code) = pumice_describe::asked(Args::command()) {
+    if let Some(code) = pumice_describe::asked(Args::command) {
         return code;
     }
     let start = Instant::now();

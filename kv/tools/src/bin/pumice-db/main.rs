@@ -24,7 +24,7 @@ use place::{Missing, Unopened, changing, family, on_device, reading, reading_all
 use text::Form;
 
 fn main() -> ExitCode {
-    if let Some(code) = pumice_describe::asked(DbTool::command()) {
+    if let Some(code) = pumice_describe::asked(DbTool::command) {
         return code;
     }
     let command = DbTool::parse().command;
