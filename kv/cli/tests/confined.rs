@@ -121,15 +121,9 @@ fn an_image_of_another_user_can_be_read() {
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn an_older_processor_gets_one_line() {
-    let test = "an_older_processor_gets_one_line";
-    if !pumice_io::cpu::has_fast_crc32c() {
-        println!("skipped: {test}: built for any x86-64");
-        return;
-    }
-    let program = env!("CARGO_BIN_EXE_pumice");
-    if let Some(run) = pumice_confine::on_older_processor(test, program) {
-        let said = String::from_utf8_lossy(&run.stderr);
-        assert_eq!(run.status.code(), Some(2), "{said}");
-        assert!(said.contains("PUMICE_CPU=generic"), "{said}");
-    }
+    pumice_confine::assert_refused_by_older_processor(
+        "an_older_processor_gets_one_line",
+        pumice_io::cpu::has_fast_crc32c(),
+        &[env!("CARGO_BIN_EXE_pumice")],
+    );
 }

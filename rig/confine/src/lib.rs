@@ -20,7 +20,7 @@ mod group;
 mod processor;
 mod terminal;
 
-pub use processor::on_older_processor;
+pub use processor::assert_refused_by_older_processor;
 pub use terminal::Terminal;
 
 use std::ffi::CString;
