@@ -1,5 +1,5 @@
-//! Writes that are on their way to the device while a flush of somebody else fails. They may have been in the device's cache
-//! already, and have been lost with it, so that the next sync of the file has to fail.
+//! Data in doubt: a flush has failed that may have lost them, before they were flushed or while they were on their way to the
+//! device's cache. Syncs fail until they are written once more.
 
 mod common;
 #[path = "common/held.rs"]
@@ -10,31 +10,29 @@ mod task;
 
 use std::sync::Arc;
 
-use common::faults::{Less, fail, hang, setup_with};
+use common::faults::*;
 use common::watchdog::watchdog;
 use held::{arrived, first_cluster};
 use pumice_bdev::OpKind;
 use pumice_bdev::error_inject::{ErrorDevice, Injection};
 use pumice_bdev_testkit::crashsim::CrashDevice;
-use pumice_blobfs::fs::{
-    File, FileSystem, FormatOptions, Journal, MountOptions, OpenOptions, Result,
-};
+use pumice_blobfs::fs::{File, FileSystem, Journal, MountOptions, OpenOptions, Result};
 use task::spawn;
 
 const MIB: usize = 1 << 20;
-
-/// Every test runs on a store of each kind.
-const KINDS: [Journal; 2] = [Journal::None, Journal::Auto];
+const FOREVER: u64 = u64::MAX;
 
 /// A mount on a device with a volatile write cache and without FUA: each change of metadata needs a flush.
 fn setup(journal: Journal) -> (Arc<ErrorDevice>, FileSystem) {
     let base = Arc::new(CrashDevice::new(4096, 16 << 10, true, 5));
     let base = Less::over(base, &[OpKind::Fua]);
-    let mut format = FormatOptions::default();
-    format.cluster_size = 1 << 20;
-    format.md_pages = Some(200);
-    format.journal = journal;
-    setup_with(base, &format, &MountOptions::default())
+    setup_with(base, &format_1m(journal), &MountOptions::default())
+}
+
+/// Makes a mount on a device with a volatile write cache.
+fn setup_cached(journal: Journal) -> (Arc<ErrorDevice>, FileSystem) {
+    let base = Arc::new(CrashDevice::new(4096, 16 << 10, true, 5));
+    setup_with(base, &format_1m(journal), &MountOptions::default())
 }
 
 /// Makes a flush of metadata fail while the device holds back an operation of `write`, and then lets that succeed.
@@ -47,7 +45,7 @@ fn flush_fails_beside(
     dev.inject(held_back);
     let writing = spawn(write);
     arrived(dev, "the operation that is held back");
-    dev.inject(fail(OpKind::Flush, u64::MAX, None));
+    dev.inject(fail(OpKind::Flush, FOREVER, None));
     let _ = fs.mkdir("/d");
     let left = dev.injections()[0].count;
     dev.clear();
@@ -109,5 +107,121 @@ fn zeroes_on_their_way_are_in_doubt_after_a_failed_flush() {
         let g = f.clone();
         flush_fails_beside(&dev, &fs, held_back, move || g.truncate(8 << 20));
         assert_in_doubt(&f, journal);
+    }
+}
+
+#[test]
+fn what_is_written_once_more_is_out_of_doubt() {
+    let _limit = watchdog("doubt", 120);
+    for journal in KINDS {
+        let (dev, fs) = setup_cached(journal);
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.allocate(0, 8 << 20).unwrap();
+        f.append(&vec![1; 3 * MIB]).unwrap();
+        f.range_sync(0, 3 << 20).unwrap();
+        dev.inject(fail(OpKind::Flush, 1, None));
+        assert!(f.sync().unwrap_err().is_data_loss());
+        for _ in 0..2 {
+            let lost = f.sync().unwrap_err();
+            assert!(
+                lost.is_data_loss() && lost.to_string().contains("/f"),
+                "{lost}"
+            );
+            assert!(fs.unmount().unwrap_err().is_data_loss());
+        }
+        // Half of it is not enough.
+        f.write_at(0, &vec![4; MIB]).unwrap();
+        assert!(f.sync().unwrap_err().is_data_loss());
+        f.write_at(MIB as u64, &vec![5; 2 * MIB]).unwrap();
+        f.sync().unwrap();
+        // The same holds for what is cut off.
+        f.append(&vec![6; 3 * MIB]).unwrap();
+        f.range_sync(0, 6 << 20).unwrap();
+        dev.inject(fail(OpKind::Flush, 1, None));
+        assert!(f.sync().unwrap_err().is_data_loss());
+        f.truncate(3 << 20).unwrap();
+        f.sync().unwrap();
+        f.append(&vec![7; MIB]).unwrap();
+        f.sync().unwrap();
+        drop(f);
+        let fs = again(&dev, fs);
+        let want = [vec![4; MIB], vec![5; 2 * MIB], vec![7; MIB]].concat();
+        assert!(content_of(&fs, "/f") == want);
+    }
+}
+
+#[test]
+fn bytes_that_were_read_back_after_a_failed_flush_stay_in_doubt() {
+    let _limit = watchdog("doubt about bytes read back", 120);
+    for journal in KINDS {
+        let (dev, fs) = setup_cached(journal);
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.allocate(0, 8 << 20).unwrap();
+        f.append(&[1; 6000]).unwrap();
+        f.range_sync(0, 4096).unwrap();
+        dev.inject(fail(OpKind::Flush, 1, None));
+        assert!(f.sync().unwrap_err().is_data_loss());
+        // The buffer is dropped, and the next one begins with what the device returns.
+        drop(f);
+        let f = fs.open("/f", OpenOptions::READ).unwrap();
+        f.invalidate(0, u64::MAX);
+        f.append(&[2; 100]).unwrap();
+        assert!(f.sync().unwrap_err().is_data_loss());
+        f.write_at(50, &[3; 10]).unwrap();
+        assert!(f.sync().unwrap_err().is_data_loss());
+        // What cannot be made durable can be given up, and the error names it.
+        drop(f);
+        let lost = fs.unmount_anyway().unwrap();
+        assert_eq!(lost.len(), 1);
+        assert!(
+            lost[0].is_data_loss() && lost[0].to_string().contains("/f"),
+            "{}",
+            lost[0]
+        );
+        let fs = mount_with(&dev, &MountOptions::default());
+        assert_eq!(
+            content_of(&fs, "/f").len(),
+            0,
+            "only what is durable counts"
+        );
+    }
+}
+
+#[test]
+fn a_failed_flush_of_metadata_puts_data_in_doubt() {
+    let _limit = watchdog("doubt by a flush of metadata", 120);
+    for journal in KINDS {
+        let base = Arc::new(CrashDevice::new(4096, 16 << 10, true, 5));
+        let base = Less::over(base, &[OpKind::Fua]);
+        let (dev, fs) = setup_with(base, &format_1m(journal), &MountOptions::default());
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.allocate(0, 8 << 20).unwrap();
+        f.append(&vec![1; 3 * MIB]).unwrap();
+        f.range_sync(0, 3 << 20).unwrap();
+        dev.inject(fail(OpKind::Flush, FOREVER, None));
+        let _ = fs.mkdir("/d");
+        dev.clear();
+        let lost = f.sync().unwrap_err();
+        assert!(lost.is_data_loss(), "{lost}");
+    }
+}
+
+#[test]
+fn a_device_without_fua_gets_its_flush() {
+    for journal in KINDS {
+        let base = CrashDevice::new(4096, 16 << 10, true, 5);
+        let less = Less::over(Arc::new(base.clone()), &[OpKind::Fua, OpKind::WriteZeroes]);
+        FileSystem::format(Arc::clone(&less), &format_1m(journal)).unwrap();
+        let fs = FileSystem::mount(less, &MountOptions::default()).unwrap();
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.append(&[1; 5000]).unwrap();
+        f.sync().unwrap();
+        // The power is cut, and everything in the device's cache is lost.
+        let mut points = base.crash_points();
+        while points.advance().is_some() {}
+        let image = points.image(&mut |_| false);
+        let dev = Arc::new(CrashDevice::from_image(4096, image, true, 6));
+        let fs = FileSystem::mount(dev, &MountOptions::default()).unwrap();
+        assert_eq!(content_of(&fs, "/f"), [1; 5000]);
     }
 }

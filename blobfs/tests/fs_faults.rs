@@ -13,24 +13,12 @@ use common::memory;
 use common::watchdog::watchdog;
 use pumice_bdev::OpKind;
 use pumice_bdev::error_inject::ErrorDevice;
-use pumice_bdev_testkit::crashsim::CrashDevice;
 use pumice_blobfs::fs::{
     Access, FileSystem, FormatOptions, FsError, Journal, MountOptions, OpenOptions,
 };
 
 const MIB: usize = 1 << 20;
 
-/// Every test runs on a store of each kind.
-const KINDS: [Journal; 2] = [Journal::None, Journal::Auto];
-
-/// Clusters of 1 MiB, so that the place of data is known.
-fn format_1m(journal: Journal) -> FormatOptions {
-    let mut format = FormatOptions::default();
-    format.cluster_size = 1 << 20;
-    format.md_pages = Some(200);
-    format.journal = journal;
-    format
-}
 const FOREVER: u64 = u64::MAX;
 
 fn options(write_behind_bytes: usize) -> MountOptions {
@@ -44,12 +32,6 @@ fn setup(journal: Journal, write_behind_bytes: usize) -> (Arc<ErrorDevice>, File
     setup_with(base, &format_1m(journal), &options(write_behind_bytes))
 }
 
-/// Makes a mount on a device with a volatile write cache.
-fn setup_cached(journal: Journal) -> (Arc<ErrorDevice>, FileSystem) {
-    let base = Arc::new(CrashDevice::new(4096, 16 << 10, true, 5));
-    setup_with(base, &format_1m(journal), &MountOptions::default())
-}
-
 /// Makes a mount with small clusters and few metadata pages.
 fn setup_small(journal: Journal, md_pages: u32) -> (Arc<ErrorDevice>, FileSystem) {
     let mut format = FormatOptions::default();
@@ -59,13 +41,7 @@ fn setup_small(journal: Journal, md_pages: u32) -> (Arc<ErrorDevice>, FileSystem
     setup_with(memory(32 << 20, 4096), &format, &MountOptions::default())
 }
 
-/// Returns the blocks that hold data of files, not metadata. The journal is in front of them.
-fn data_blocks(journal: Journal) -> Option<(u64, u64)> {
-    let ring = if journal == Journal::None { 0 } else { 256 };
-    Some((256 + ring, 1 << 20))
-}
-
-/// As [`data_blocks`], with the clusters and metadata pages of `setup_small`.
+/// As `data_blocks`, with the clusters and metadata pages of `setup_small`.
 fn small_data_blocks(journal: Journal) -> Option<(u64, u64)> {
     let ring = if journal == Journal::None { 0 } else { 128 };
     Some((32 + ring, 1 << 20))
@@ -371,122 +347,6 @@ fn allocated_space_is_kept_for_its_file() {
         c.allocate(0, 7 << 20).unwrap();
         drop(c);
         b.append(&vec![2; 2 * MIB]).unwrap();
-    }
-}
-
-#[test]
-fn what_is_written_once_more_is_out_of_doubt() {
-    let _limit = watchdog("doubt", 120);
-    for journal in KINDS {
-        let (dev, fs) = setup_cached(journal);
-        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-        f.allocate(0, 8 << 20).unwrap();
-        f.append(&vec![1; 3 * MIB]).unwrap();
-        f.range_sync(0, 3 << 20).unwrap();
-        dev.inject(fail(OpKind::Flush, 1, None));
-        assert!(f.sync().unwrap_err().is_data_loss());
-        for _ in 0..2 {
-            let lost = f.sync().unwrap_err();
-            assert!(
-                lost.is_data_loss() && lost.to_string().contains("/f"),
-                "{lost}"
-            );
-            assert!(fs.unmount().unwrap_err().is_data_loss());
-        }
-        // Half of it is not enough.
-        f.write_at(0, &vec![4; MIB]).unwrap();
-        assert!(f.sync().unwrap_err().is_data_loss());
-        f.write_at(MIB as u64, &vec![5; 2 * MIB]).unwrap();
-        f.sync().unwrap();
-        // The same holds for what is cut off.
-        f.append(&vec![6; 3 * MIB]).unwrap();
-        f.range_sync(0, 6 << 20).unwrap();
-        dev.inject(fail(OpKind::Flush, 1, None));
-        assert!(f.sync().unwrap_err().is_data_loss());
-        f.truncate(3 << 20).unwrap();
-        f.sync().unwrap();
-        f.append(&vec![7; MIB]).unwrap();
-        f.sync().unwrap();
-        drop(f);
-        let fs = again(&dev, fs);
-        let want = [vec![4; MIB], vec![5; 2 * MIB], vec![7; MIB]].concat();
-        assert!(content_of(&fs, "/f") == want);
-    }
-}
-
-#[test]
-fn bytes_that_were_read_back_after_a_failed_flush_stay_in_doubt() {
-    let _limit = watchdog("doubt about bytes read back", 120);
-    for journal in KINDS {
-        let (dev, fs) = setup_cached(journal);
-        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-        f.allocate(0, 8 << 20).unwrap();
-        f.append(&[1; 6000]).unwrap();
-        f.range_sync(0, 4096).unwrap();
-        dev.inject(fail(OpKind::Flush, 1, None));
-        assert!(f.sync().unwrap_err().is_data_loss());
-        // The buffer is dropped, and the next one begins with what the device returns.
-        drop(f);
-        let f = fs.open("/f", OpenOptions::READ).unwrap();
-        f.invalidate(0, u64::MAX);
-        f.append(&[2; 100]).unwrap();
-        assert!(f.sync().unwrap_err().is_data_loss());
-        f.write_at(50, &[3; 10]).unwrap();
-        assert!(f.sync().unwrap_err().is_data_loss());
-        // What cannot be made durable can be given up, and the error names it.
-        drop(f);
-        let lost = fs.unmount_anyway().unwrap();
-        assert_eq!(lost.len(), 1);
-        assert!(
-            lost[0].is_data_loss() && lost[0].to_string().contains("/f"),
-            "{}",
-            lost[0]
-        );
-        let fs = mount_with(&dev, &MountOptions::default());
-        assert_eq!(
-            content_of(&fs, "/f").len(),
-            0,
-            "only what is durable counts"
-        );
-    }
-}
-
-#[test]
-fn a_failed_flush_of_metadata_puts_data_in_doubt() {
-    let _limit = watchdog("doubt by a flush of metadata", 120);
-    for journal in KINDS {
-        let base = Arc::new(CrashDevice::new(4096, 16 << 10, true, 5));
-        let base = Less::over(base, &[OpKind::Fua]);
-        let (dev, fs) = setup_with(base, &format_1m(journal), &MountOptions::default());
-        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-        f.allocate(0, 8 << 20).unwrap();
-        f.append(&vec![1; 3 * MIB]).unwrap();
-        f.range_sync(0, 3 << 20).unwrap();
-        dev.inject(fail(OpKind::Flush, FOREVER, None));
-        let _ = fs.mkdir("/d");
-        dev.clear();
-        let lost = f.sync().unwrap_err();
-        assert!(lost.is_data_loss(), "{lost}");
-    }
-}
-
-#[test]
-fn a_device_without_fua_gets_its_flush() {
-    for journal in KINDS {
-        let base = CrashDevice::new(4096, 16 << 10, true, 5);
-        let less = Less::over(Arc::new(base.clone()), &[OpKind::Fua, OpKind::WriteZeroes]);
-        FileSystem::format(Arc::clone(&less), &format_1m(journal)).unwrap();
-        let fs = FileSystem::mount(less, &MountOptions::default()).unwrap();
-        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-        f.append(&[1; 5000]).unwrap();
-        f.sync().unwrap();
-        // The power is cut, and everything in the device's cache is lost.
-        let mut points = base.crash_points();
-        while points.advance().is_some() {}
-        let image = points.image(&mut |_| false);
-        let dev = Arc::new(CrashDevice::from_image(4096, image, true, 6));
-        let fs = FileSystem::mount(dev, &MountOptions::default()).unwrap();
-        assert_eq!(content_of(&fs, "/f"), [1; 5000]);
     }
 }
 

@@ -14,29 +14,18 @@ use common::watchdog::watchdog;
 use pumice_bdev::error_inject::{ErrorDevice, Failure};
 use pumice_bdev::{BlockDevice, OpKind};
 use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions};
-use pumice_blobfs::fs::{FileSystem, FormatOptions, MountOptions, OpenOptions, ReadRequest};
+use pumice_blobfs::fs::{
+    File, FileSystem, Journal, MountOptions, OpenOptions, ReadRequest, Result,
+};
 
 const MIB: usize = 1 << 20;
 
-/// Clusters of 1 MiB, so that the place of data is known.
-fn format_1m() -> FormatOptions {
-    let mut format = FormatOptions::default();
-    format.cluster_size = 1 << 20;
-    format.md_pages = Some(200);
-    format
-}
-
 fn setup_on(base: Arc<dyn BlockDevice>) -> (Arc<ErrorDevice>, FileSystem) {
-    setup_with(base, &format_1m(), &MountOptions::default())
+    setup_with(base, &format_1m(Journal::Auto), &MountOptions::default())
 }
 
 fn setup() -> (Arc<ErrorDevice>, FileSystem) {
     setup_on(memory(64 << 20, 4096))
-}
-
-/// Returns the blocks that hold data of files, not metadata.
-fn data_blocks() -> Option<(u64, u64)> {
-    Some((144, 1 << 20))
 }
 
 /// Returns the content of a device after a power cut that takes everything that was not durable.
@@ -47,6 +36,19 @@ fn after_power_cut(dev: &CrashDevice) -> CrashImage {
 }
 
 /// M18: a flush covers what had completed before it was sent, not what completes meanwhile.
+/// Begins a sync of `f`, and waits until the device has its write of data, which hangs.
+fn begin_sync(dev: &ErrorDevice, f: &File) -> thread::JoinHandle<Result<()>> {
+    dev.inject(hang(OpKind::Write, 1, data_blocks(Journal::Auto)));
+    let syncing = {
+        let f = f.clone();
+        thread::spawn(move || f.sync())
+    };
+    while !dev.injections().is_empty() {
+        thread::yield_now();
+    }
+    syncing
+}
+
 #[test]
 fn a_flush_does_not_cover_what_completes_while_it_is_under_way() {
     let _limit = watchdog("M18", 120);
@@ -85,7 +87,7 @@ fn a_flush_does_not_cover_what_completes_while_it_is_under_way() {
 fn overwritten_bytes_are_durable_after_a_sync() {
     let _limit = watchdog("M20", 120);
     let dev = CrashDevice::new(4096, 16 << 10, true, 5);
-    FileSystem::format(Arc::new(dev.clone()), &format_1m()).unwrap();
+    FileSystem::format(Arc::new(dev.clone()), &format_1m(Journal::Auto)).unwrap();
     let fs = FileSystem::mount(Arc::new(dev.clone()), &MountOptions::default()).unwrap();
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     f.append(&vec![1; 2 * MIB + 100]).unwrap();
@@ -112,7 +114,7 @@ fn overwritten_bytes_are_durable_after_a_sync() {
 fn a_truncation_makes_no_length_durable_that_was_not_synced() {
     let _limit = watchdog("M23", 120);
     let dev = CrashDevice::new(4096, 16 << 10, true, 5);
-    FileSystem::format(Arc::new(dev.clone()), &format_1m()).unwrap();
+    FileSystem::format(Arc::new(dev.clone()), &format_1m(Journal::Auto)).unwrap();
     let fs = FileSystem::mount(Arc::new(dev.clone()), &MountOptions::default()).unwrap();
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     f.append(&[1; 5000]).unwrap();
@@ -134,7 +136,7 @@ fn a_truncation_makes_no_length_durable_that_was_not_synced() {
 fn a_read_only_mount_of_a_crashed_image_writes_nothing() {
     let _limit = watchdog("M32", 120);
     let dev = CrashDevice::new(4096, 16 << 10, true, 5);
-    FileSystem::format(Arc::new(dev.clone()), &format_1m()).unwrap();
+    FileSystem::format(Arc::new(dev.clone()), &format_1m(Journal::Auto)).unwrap();
     let fs = FileSystem::mount(Arc::new(dev.clone()), &MountOptions::default()).unwrap();
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     f.append(&[1; 5000]).unwrap();
@@ -164,7 +166,7 @@ fn a_reader_does_not_get_what_was_cut_off_meanwhile() {
     f.sync().unwrap();
     f.set_direct(true);
     f.invalidate(0, u64::MAX);
-    dev.inject(hang(OpKind::Read, 1, data_blocks()));
+    dev.inject(hang(OpKind::Read, 1, data_blocks(Journal::Auto)));
     let reader = {
         let f = f.clone();
         thread::spawn(move || {
@@ -226,7 +228,7 @@ fn invalidation_spares_what_is_on_its_way() {
     let (dev, fs) = setup();
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     f.allocate(0, 8 << 20).unwrap();
-    dev.inject(hang(OpKind::Write, u64::MAX, data_blocks()));
+    dev.inject(hang(OpKind::Write, u64::MAX, data_blocks(Journal::Auto)));
     let bytes: Vec<u8> = (0u8..251).cycle().take(3 * MIB).collect();
     f.append(&bytes).unwrap();
     f.invalidate(0, u64::MAX);
@@ -323,15 +325,21 @@ fn a_passing_error_is_nobodys_error() {
     let (dev, fs) = setup();
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     f.allocate(0, 8 << 20).unwrap();
+    // The bytes in their place, then in the journal.
     for n in 1..=2 {
         f.append(&[n; 5000]).unwrap();
-        dev.inject(fault(OpKind::Write, Failure::NoMemory, 2, data_blocks()));
+        dev.inject(fault(OpKind::Write, Failure::NoMemory, 2, None));
         f.sync().unwrap();
         assert_eq!(dev.injections(), [], "nothing was injected");
     }
     f.append(&vec![3; 2 * MIB]).unwrap();
     f.sync().unwrap();
-    dev.inject(fault(OpKind::Write, Failure::NoMemory, 2, data_blocks()));
+    dev.inject(fault(
+        OpKind::Write,
+        Failure::NoMemory,
+        2,
+        data_blocks(Journal::Auto),
+    ));
     f.write_at(10, &[4; 10]).unwrap();
     dev.clear();
 }
@@ -354,14 +362,7 @@ fn a_sync_covers_no_byte_that_was_appended_meanwhile() {
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     f.allocate(0, 4 << 20).unwrap();
     f.append(&[1; 5000]).unwrap();
-    dev.inject(hang(OpKind::Write, 1, data_blocks()));
-    let syncing = {
-        let f = f.clone();
-        thread::spawn(move || f.sync())
-    };
-    while !dev.injections().is_empty() {
-        thread::yield_now();
-    }
+    let syncing = begin_sync(&dev, &f);
     thread::sleep(Duration::from_millis(20));
     f.append(&[2; 5000]).unwrap();
     dev.resume();
@@ -380,14 +381,7 @@ fn a_first_sync_frees_no_cluster_that_the_file_has_grown_into() {
     let (dev, fs) = setup();
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     f.append(&[1; 8192]).unwrap();
-    dev.inject(hang(OpKind::Write, 1, data_blocks()));
-    let syncing = {
-        let f = f.clone();
-        thread::spawn(move || f.sync())
-    };
-    while !dev.injections().is_empty() {
-        thread::yield_now();
-    }
+    let syncing = begin_sync(&dev, &f);
     // It takes further clusters, and has no block in common with the write that the sync waits for.
     f.append(&vec![2; 2 * MIB]).unwrap();
     dev.resume();
@@ -417,7 +411,7 @@ fn a_truncation_waits_for_a_write_on_its_way_beyond_the_new_end() {
     let (dev, fs) = setup();
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     f.append(&[1; 8192]).unwrap();
-    dev.inject(hang(OpKind::Write, 1, data_blocks()));
+    dev.inject(hang(OpKind::Write, 1, data_blocks(Journal::Auto)));
     f.range_sync(0, 8192).unwrap();
     assert_eq!(dev.injections(), [], "the write has not begun");
     let writer = {

@@ -6,6 +6,7 @@ mod common;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use common::faults::KINDS;
 use common::*;
 use pumice_bdev::{BdevError, BlockDevice, DeviceInfo, HostSpace, IoChannel};
 use pumice_blobfs::blobstore::check::check;
@@ -18,9 +19,6 @@ const ESSENTIAL: OpenOptions = OpenOptions {
     essential: true,
     ..OpenOptions::FRESH
 };
-
-/// Tests whose figures do not depend on it run on a store of each kind.
-const KINDS: [Journal; 2] = [Journal::None, Journal::Auto];
 
 fn format(dev: &Arc<dyn BlockDevice>, journal: Journal, cluster_size: u32, md_pages: Option<u32>) {
     let mut options = FormatOptions::default();

@@ -10,7 +10,7 @@ use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{
     BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, IoErrorKind, Op, OpKind, SubmitError,
 };
-use pumice_blobfs::fs::{File, FileSystem, FormatOptions, MountOptions, OpenOptions};
+use pumice_blobfs::fs::{File, FileSystem, FormatOptions, Journal, MountOptions, OpenOptions};
 
 /// The next `count` operations of a kind fail in this way; with a range only those that touch it
 /// (first block, number of blocks).
@@ -32,6 +32,24 @@ pub fn fail(op: OpKind, count: u64, range: Option<(u64, u64)>) -> Injection {
 /// As [`fault`]: the operation does not end until the device is told to go on.
 pub fn hang(op: OpKind, count: u64, range: Option<(u64, u64)>) -> Injection {
     fault(op, Failure::Hang, count, range)
+}
+
+/// Stores without and with a journal.
+pub const KINDS: [Journal; 2] = [Journal::None, Journal::Auto];
+
+/// Clusters of 1 MiB, so that the place of data is known.
+pub fn format_1m(journal: Journal) -> FormatOptions {
+    let mut format = FormatOptions::default();
+    format.cluster_size = 1 << 20;
+    format.md_pages = Some(200);
+    format.journal = journal;
+    format
+}
+
+/// Returns the blocks of a store of [`format_1m`] that hold data of files, not metadata. The journal is before them.
+pub fn data_blocks(journal: Journal) -> Option<(u64, u64)> {
+    let ring = if journal == Journal::None { 0 } else { 256 };
+    Some((256 + ring, 1 << 20))
 }
 
 /// Formats `base` and mounts it with a device that fails on demand in between.
