@@ -297,7 +297,8 @@ pub trait IoChannel: Send {
 
     /// Passes submitted operations to the device and waits for a completion: spins for a bounded
     /// time, then sleeps. Returns when there may be a completion, when `timeout` is over, or at
-    /// once if nothing is in flight.
+    /// once if nothing is in flight. With a time-out of 10 ms or more it may instead block until an
+    /// operation has ended, as a system call that reads or writes does.
     ///
     /// # Errors
     /// Fails when sleeping itself fails. Completions can still be polled.

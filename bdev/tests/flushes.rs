@@ -82,6 +82,15 @@ fn flush_and_fua_reach_the_disk() {
             count(write(true), true);
             count(write(false), false);
             count(Op::Flush, true);
+            // One that a thread waits for alone takes another way than several together.
+            let before = disk.flushes();
+            for (_, result) in ch.block_on(ch.io_all(vec![write(true), write(true)])) {
+                result.unwrap();
+            }
+            assert!(
+                disk.flushes() > before,
+                "threads {no_io_uring}, buffered {buffered}"
+            );
         }
     }
 }

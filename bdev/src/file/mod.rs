@@ -9,6 +9,7 @@
 //! the last write of a killed process has ended. A block device is also opened with `O_EXCL`, so
 //! that nobody can mount it meanwhile.
 
+mod call;
 mod make;
 mod open;
 mod probe;

@@ -5,16 +5,15 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use pumice_io::sys::file as sys;
 use pumice_io::{Completion, Op, SubmitError};
 
-use super::slot::{Slot, Step};
-use super::{Shared, Zeroing};
+use super::Shared;
+use super::call::run;
+use super::slot::Slot;
 use crate::device::IoChannel;
 use crate::error::BdevError;
 use crate::queue::refuse;
@@ -71,70 +70,6 @@ impl Pool {
                     .unwrap_or_else(PoisonError::into_inner);
             }
         }
-    }
-}
-
-/// Carries out the whole operation. Blocks.
-fn run(shared: &Shared, mut slot: Slot) -> Completion {
-    loop {
-        let result = call(shared, &mut slot).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
-        let result = result.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
-        if let Some(result) = slot.advance(result, shared) {
-            return Completion {
-                tag: slot.tag,
-                op: slot.op,
-                result,
-            };
-        }
-    }
-}
-
-fn call(shared: &Shared, slot: &mut Slot) -> io::Result<usize> {
-    let file = &shared.file;
-    let (at, left) = (slot.offset + slot.done, slot.len - slot.done);
-    let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    let zero = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-    match slot.step {
-        Step::Sync => file.sync_data().map(|()| 0),
-        Step::Zero(Zeroing::ZeroRange) => sys::fallocate(file, zero, at, left).map(|()| 0),
-        Step::Punch => sys::fallocate(file, punch, at, left).map(|()| 0),
-        Step::Discard => sys::discard(file, at, left).map(|()| 0),
-        Step::Zero(Zeroing::Write) => {
-            let zeroes = shared.zeroes().map_err(io::Error::other)?;
-            let n = usize::try_from(left)
-                .unwrap_or(usize::MAX)
-                .min(zeroes.len());
-            file.write_at(&zeroes[..n], at)
-        }
-        Step::Transfer => transfer(file, slot, at),
-    }
-}
-
-fn transfer(file: &std::fs::File, slot: &mut Slot, at: u64) -> io::Result<usize> {
-    let mut skip = usize::try_from(slot.done).unwrap_or(usize::MAX);
-    match &mut slot.op {
-        Op::Read { buf, .. } => file.read_at(&mut buf[skip..], at),
-        Op::Write { data, .. } => file.write_at(&data[skip..], at),
-        // Each call transfers one part; the state machine asks for the next one.
-        Op::ReadV { bufs, .. } => {
-            let mut parts = bufs.iter_mut();
-            let part = parts.find(|b| {
-                let here = skip < b.len();
-                skip -= if here { 0 } else { b.len() };
-                here
-            });
-            part.map_or(Ok(0), |b| file.read_at(&mut b[skip..], at))
-        }
-        Op::WriteV { data, .. } => {
-            let mut parts = data.iter();
-            let part = parts.find(|d| {
-                let here = skip < d.len();
-                skip -= if here { 0 } else { d.len() };
-                here
-            });
-            part.map_or(Ok(0), |d| file.write_at(&d[skip..], at))
-        }
-        _ => Ok(0),
     }
 }
 

@@ -295,9 +295,9 @@ impl IoChannel for BdevChannel {
     fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
         let mut timeout = timeout;
         if self.entry.timeout_ticks.load(Ordering::Relaxed) > 0 {
-            // Late operations are looked for at least this often.
+            // Late operations are looked for at least this often, so the channel below must not block.
             self.look_around();
-            timeout = timeout.min(Duration::from_millis(10));
+            timeout = timeout.min(Duration::from_millis(5));
         }
         self.inner.wait(timeout)
     }

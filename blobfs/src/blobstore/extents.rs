@@ -1,5 +1,6 @@
 //! The map of a blob's clusters, [`ExtentMap`], which is read without a lock.
 
+use std::collections::BTreeMap;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -177,39 +178,64 @@ impl ExtentMap {
 
     /// Returns the clusters as runs, with `patches` (index, cluster) applied.
     pub(crate) fn runs(&self, patches: &[(u64, u32)]) -> Vec<Run> {
-        let mut entries: std::collections::BTreeMap<u64, u32> = std::collections::BTreeMap::new();
-        let mut runs: Vec<Run> = Vec::new();
-        let mut at = 0;
-        entries.extend(patches.iter().copied());
-        let mut patched: Vec<(u64, u32)> = self
-            .allocated()
-            .filter(|(index, _)| !entries.contains_key(index))
-            .collect();
-        patched.extend(entries.into_iter().filter(|(_, cluster)| *cluster != 0));
-        patched.sort_unstable();
-        let gap = |runs: &mut Vec<Run>, len: u64| {
-            if len != 0 {
-                runs.push(Run {
-                    cluster: 0,
-                    len: u32::try_from(len).expect("at most 2^32 clusters"),
-                });
-            }
-        };
-        for (index, cluster) in patched {
-            gap(&mut runs, index - at);
-            at = index + 1;
-            match runs.last_mut() {
-                Some(run)
-                    if run.cluster != 0
-                        && u64::from(run.cluster) + u64::from(run.len) == u64::from(cluster) =>
-                {
-                    run.len += 1;
-                }
-                _ => runs.push(Run { cluster, len: 1 }),
+        let mut runs = Runs::default();
+        if patches.is_empty() {
+            self.allocated()
+                .for_each(|(index, cluster)| runs.add(index, cluster));
+        } else {
+            let patches: BTreeMap<u64, u32> = patches.iter().copied().collect();
+            let mut patched: Vec<(u64, u32)> = self
+                .allocated()
+                .filter(|(index, _)| !patches.contains_key(index))
+                .collect();
+            patched.extend(patches.into_iter().filter(|(_, cluster)| *cluster != 0));
+            patched.sort_unstable();
+            for (index, cluster) in patched {
+                runs.add(index, cluster);
             }
         }
-        gap(&mut runs, self.num_clusters() - at);
-        runs
+        runs.end(self.num_clusters())
+    }
+}
+
+/// Clusters that become runs, in order.
+#[derive(Default)]
+struct Runs {
+    runs: Vec<Run>,
+    /// The cluster of the blob behind the last one.
+    at: u64,
+}
+
+impl Runs {
+    #[inline]
+    fn add(&mut self, index: u64, cluster: u32) {
+        self.gap(index);
+        self.at = index + 1;
+        match self.runs.last_mut() {
+            Some(run)
+                if run.cluster != 0
+                    && u64::from(run.cluster) + u64::from(run.len) == u64::from(cluster) =>
+            {
+                run.len += 1;
+            }
+            _ => self.runs.push(Run { cluster, len: 1 }),
+        }
+    }
+
+    /// Adds unallocated clusters up to this one.
+    #[inline]
+    fn gap(&mut self, to: u64) {
+        if to != self.at {
+            self.runs.push(Run {
+                cluster: 0,
+                len: u32::try_from(to - self.at).expect("at most 2^32 clusters"),
+            });
+        }
+    }
+
+    fn end(mut self, num_clusters: u64) -> Vec<Run> {
+        self.gap(num_clusters);
+        self.runs
     }
 }
 

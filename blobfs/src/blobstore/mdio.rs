@@ -245,16 +245,17 @@ impl MdIo {
                     failed = done(op, Err(error)).err();
                 }
             }
+            if self.engine.in_flight() > 0 {
+                // This passes them to the device, too.
+                self.engine.wait(Duration::from_millis(100));
+            }
             let ended = self.engine.reap(|_, (), op, result| {
                 let error = done(op, result).err();
                 failed = failed.take().or(error);
                 None
             });
-            if ended == 0 {
-                if self.engine.in_flight() == 0 {
-                    return failed.map_or(Ok(()), Err);
-                }
-                self.engine.wait(Duration::from_millis(100));
+            if ended == 0 && self.engine.in_flight() == 0 {
+                return failed.map_or(Ok(()), Err);
             }
         }
     }

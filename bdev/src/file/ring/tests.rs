@@ -214,3 +214,97 @@ fn calls_that_were_interrupted_are_made_again() {
     let ended = (0..1000).find_map(|_| slot.advance(Err(libc::EAGAIN), &shared));
     assert!(ended.unwrap().is_err());
 }
+
+/// Submits operations and waits once. Returns the number of those that the wait has ended itself,
+/// without the ring.
+fn called(channel: &mut RingChannel, ops: Vec<Op>, timeout: Duration) -> usize {
+    let n = ops.len();
+    for (tag, op) in (0..).zip(ops) {
+        channel.submit(tag, op).unwrap();
+    }
+    channel.wait(timeout).unwrap();
+    let called = channel.done.len();
+    let mut out = Vec::new();
+    let start = Instant::now();
+    while out.len() < n {
+        assert!(start.elapsed() < Duration::from_secs(20), "{out:?}");
+        channel.wait(Duration::from_millis(1)).unwrap();
+        channel.poll(&mut out);
+    }
+    assert!(out.iter().all(|done| done.result.is_ok()), "{out:?}");
+    assert_eq!(channel.in_flight(), 0);
+    called
+}
+
+#[test]
+fn who_waits_for_one_durable_write_makes_the_call() {
+    let (_dir, shared) = shared(false);
+    let mut channel = RingChannel::new(Arc::clone(&shared)).unwrap();
+    let long = Duration::from_secs(1);
+    for op in [|| write(true), || Op::Flush] {
+        assert_eq!(called(&mut channel, vec![op()], long), 1);
+        // Whoever waits for a shorter time must not be blocked.
+        assert_eq!(called(&mut channel, vec![op()], CALL_MIN / 2), 0);
+        assert_eq!(called(&mut channel, vec![op(), op()], long), 0);
+        assert_eq!(called(&mut channel, vec![write(false), op()], long), 0);
+        assert_eq!(called(&mut channel, vec![op(), write(false)], long), 0);
+    }
+    let read = Op::Read {
+        lba: 3,
+        buf: DmaBuf::new(4096).unwrap(),
+    };
+    assert_eq!(called(&mut channel, vec![read], long), 0);
+}
+
+#[test]
+fn what_was_left_for_a_call_is_polled_aborted_and_dropped_like_anything_else() {
+    let (_dir, shared) = shared(false);
+    let mut channel = RingChannel::new(Arc::clone(&shared)).unwrap();
+    let mut out = Vec::new();
+    channel.submit(1, write(true)).unwrap();
+    let start = Instant::now();
+    while channel.poll(&mut out) == 0 {
+        assert!(start.elapsed() < Duration::from_secs(20), "poll sends it");
+    }
+    channel.submit(2, write(true)).unwrap();
+    channel.submit(3, Op::Abort { tag: 2 }).unwrap();
+    while out.len() < 3 {
+        channel.wait(Duration::from_secs(1)).unwrap();
+        channel.poll(&mut out);
+    }
+    channel.submit(4, write(true)).unwrap();
+    channel.submit(5, Op::Reset).unwrap();
+    while out.len() < 5 {
+        channel.wait(Duration::from_secs(1)).unwrap();
+        channel.poll(&mut out);
+    }
+    let tags: Vec<u64> = out.iter().map(|done| done.tag).collect();
+    assert_eq!((tags[0], tags[3], tags[4]), (1, 4, 5), "a reset is last");
+    // The drop waits for it, and does not wait for ever.
+    channel.submit(6, write(true)).unwrap();
+    let start = Instant::now();
+    drop(channel);
+    assert!(start.elapsed() < Duration::from_secs(10));
+}
+
+/// The calls of the thread that waits, with system calls as in the ring and in a filter that does not know `pwritev2`.
+#[test]
+fn a_call_writes_what_it_is_given_and_makes_it_durable() {
+    let (dir, shared) = shared(false);
+    let mut data = DmaBuf::zeroed(4096).unwrap();
+    data.fill(7);
+    let op = Op::Write {
+        lba: 3,
+        data: data.freeze(),
+        fua: true,
+    };
+    let mut slot = Slot::new(0, op, &shared, true);
+    assert!(slot.is_dsync());
+    let done = run(&shared, slot.take());
+    done.result.unwrap();
+    let image = std::fs::read(dir.path().join("image")).unwrap();
+    assert_eq!(image[3 * 512..3 * 512 + 4096], [7; 4096]);
+    assert_eq!(image.iter().filter(|byte| **byte != 0).count(), 4096);
+    slot.sync_behind();
+    assert!(!slot.is_dsync(), "then a sync follows");
+}

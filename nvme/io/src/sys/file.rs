@@ -71,6 +71,28 @@ pub fn discard(file: &File, offset: u64, len: u64) -> io::Result<()> {
     check(unsafe { libc::ioctl(file.as_raw_fd(), BLKDISCARD, range.as_ptr()) })
 }
 
+/// Writes at an offset, and returns when what was written is durable (`RWF_DSYNC`). Returns the
+/// number of bytes. Blocks.
+pub fn write_durable_at(file: &File, data: &[u8], offset: u64) -> io::Result<usize> {
+    let offset = i64::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+    let part = libc::iovec {
+        iov_base: data.as_ptr().cast_mut().cast(),
+        iov_len: data.len(),
+    };
+    // SAFETY: the descriptor is open for the whole call, which only reads the one part, the memory
+    // of `data`.
+    let n = unsafe {
+        libc::pwritev2(
+            file.as_raw_fd(),
+            &raw const part,
+            1,
+            offset,
+            libc::RWF_DSYNC,
+        )
+    };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
 /// Calls `fallocate(2)`. May block.
 pub fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()> {
     let to = |n: u64| i64::try_from(n).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG));

@@ -1,0 +1,86 @@
+//! Operations as system calls that block.
+
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use pumice_io::sys::file as sys;
+use pumice_io::{Completion, Op};
+
+use super::slot::{Slot, Step};
+use super::{Shared, Zeroing};
+
+/// Carries out the whole operation. Blocks.
+pub(super) fn run(shared: &Shared, mut slot: Slot) -> Completion {
+    loop {
+        let result = call(shared, &mut slot).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
+        let result = result.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        if let Some(result) = slot.advance(result, shared) {
+            return Completion {
+                tag: slot.tag,
+                op: slot.op,
+                result,
+            };
+        }
+    }
+}
+
+fn call(shared: &Shared, slot: &mut Slot) -> io::Result<usize> {
+    let file = &shared.file;
+    let (at, left) = (slot.offset + slot.done, slot.len - slot.done);
+    let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    let zero = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+    match slot.step {
+        Step::Sync => file.sync_data().map(|()| 0),
+        Step::Zero(Zeroing::ZeroRange) => sys::fallocate(file, zero, at, left).map(|()| 0),
+        Step::Punch => sys::fallocate(file, punch, at, left).map(|()| 0),
+        Step::Discard => sys::discard(file, at, left).map(|()| 0),
+        Step::Zero(Zeroing::Write) => {
+            let zeroes = shared.zeroes().map_err(io::Error::other)?;
+            let n = usize::try_from(left)
+                .unwrap_or(usize::MAX)
+                .min(zeroes.len());
+            file.write_at(&zeroes[..n], at)
+        }
+        Step::Transfer => transfer(file, slot, at),
+    }
+}
+
+fn transfer(file: &std::fs::File, slot: &mut Slot, at: u64) -> io::Result<usize> {
+    let mut skip = usize::try_from(slot.done).unwrap_or(usize::MAX);
+    let is_dsync = slot.is_dsync();
+    match &mut slot.op {
+        Op::Read { buf, .. } => file.read_at(&mut buf[skip..], at),
+        Op::Write { data, .. } if is_dsync => {
+            match sys::write_durable_at(file, &data[skip..], at) {
+                // A filter of system calls that is older than this one.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => {
+                    let written = file.write_at(&data[skip..], at);
+                    slot.sync_behind();
+                    written
+                }
+                result => result,
+            }
+        }
+        Op::Write { data, .. } => file.write_at(&data[skip..], at),
+        // Each call transfers one part; the state machine asks for the next one.
+        Op::ReadV { bufs, .. } => {
+            let mut parts = bufs.iter_mut();
+            let part = parts.find(|b| {
+                let here = skip < b.len();
+                skip -= if here { 0 } else { b.len() };
+                here
+            });
+            part.map_or(Ok(0), |b| file.read_at(&mut b[skip..], at))
+        }
+        Op::WriteV { data, .. } => {
+            let mut parts = data.iter();
+            let part = parts.find(|d| {
+                let here = skip < d.len();
+                skip -= if here { 0 } else { d.len() };
+                here
+            });
+            part.map_or(Ok(0), |d| file.write_at(&d[skip..], at))
+        }
+        _ => Ok(0),
+    }
+}
