@@ -117,7 +117,7 @@ pub use error::BdevError;
 pub use executor::{AsyncChannel, Io, IoOutcome};
 pub use join::join_all;
 pub use module::{Call, OpenOptions};
-pub use pumice_io::dma::{DmaBuf, DmaError, DmaSlice};
+pub use pumice_io::dma::{self, DmaBuf, DmaError, DmaSlice};
 pub use pumice_io::process;
 pub use pumice_io::sys::SharedMemory;
 pub use pumice_io::uri::{file_uri, parse_size};

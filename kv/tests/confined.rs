@@ -234,3 +234,67 @@ fn child_exports_without_fsync() {
     assert!(!to.exists());
     db.close().unwrap();
 }
+
+/// The page cache takes the memory that nobody else needs, and gives it back.
+#[test]
+fn the_page_cache_follows_the_free_memory_of_its_group() {
+    let dir = tempfile::tempdir().unwrap();
+    let little = Confinement::new().memory(256 << 20);
+    if let Some(output) = run(&little, dir.path(), "child_needs_its_memory", "") {
+        succeeds("256 MiB of memory", &output);
+    }
+}
+
+#[test]
+fn child_needs_its_memory() {
+    const MIB: u64 = 1 << 20;
+    let Some((dir, _)) = case() else {
+        return;
+    };
+    let uri = format!("file://{}/files.img?size=512M&create=1", dir.display());
+    let fs = pumice::mount(&uri, &pumice::MountOptions::new()).unwrap();
+    let file = fs.open("/file", pumice::fs::OpenOptions::FRESH).unwrap();
+    let mib = vec![7_u8; 1 << 20];
+    for n in 0..240 {
+        file.write_at(n * MIB, &mib).unwrap();
+    }
+    file.sync().unwrap();
+    let bound = || fs.cache_stats().capacity_bytes;
+    let read = |n: u64| {
+        let mut page = vec![0; 64 << 10];
+        file.read_at(n * 64 * 1024 % (240 * MIB), &mut page)
+            .unwrap();
+        assert_eq!(page, mib[..64 << 10]);
+    };
+    // Reads until the bound is as it should be.
+    let reads_until = |what: &str, good: &dyn Fn(u64) -> bool| {
+        let start = std::time::Instant::now();
+        for n in 0.. {
+            if good(bound()) {
+                return;
+            }
+            assert!(
+                start.elapsed() < PATIENCE / 2,
+                "{what}: {} MiB",
+                bound() / MIB
+            );
+            read(n);
+        }
+    };
+    reads_until("it grows", &|bound| bound >= 100 * MIB);
+    // The program needs memory itself. There is no other in the group: beside the cache there is the
+    // log in shared memory, and 32 MiB stay free. Several looks at the memory happen meanwhile.
+    let mut mine = Vec::new();
+    for n in 1..=6 {
+        mine.push(vec![1_u8; 16 << 20]);
+        let most = (256 - 16 - 24 - n * 16) * MIB;
+        let start = std::time::Instant::now();
+        reads_until("it shrinks", &|bound| {
+            bound <= most && start.elapsed() > Duration::from_millis(600)
+        });
+    }
+    mine.clear();
+    reads_until("it grows again", &|bound| bound >= 100 * MIB);
+    drop(file);
+    fs.unmount().unwrap();
+}

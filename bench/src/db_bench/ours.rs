@@ -25,6 +25,7 @@ pub struct Ours {
     device: Arc<dyn BlockDevice>,
     name: String,
     cache_bytes: u64,
+    cache_most_bytes: Option<u64>,
     // The image file made for this run. It has no name, so that it is removed with the process,
     // however that ends.
     _image: Option<File>,
@@ -41,7 +42,11 @@ impl std::fmt::Display for Ours {
             info.block_size,
             (info.num_blocks * u64::from(info.block_size)) >> 20,
             self.cache_bytes >> 20
-        )
+        )?;
+        match self.cache_most_bytes {
+            Some(most) => write!(out, ", up to {} MiB of free memory", most >> 20),
+            None => Ok(()),
+        }
     }
 }
 
@@ -91,6 +96,7 @@ impl Ours {
         }
         let mut how = MountOptions::default();
         how.cache_bytes = f.page_cache_bytes();
+        how.cache_most_bytes = (f.fs_cache_most > 0).then_some(f.fs_cache_most);
         how.volatile = f.volatile;
         let fs = FileSystem::mount(Arc::clone(&device), &how).map_err(|e| fail(&e))?;
         Ok(Self {
@@ -98,6 +104,7 @@ impl Ours {
             device,
             name,
             cache_bytes: how.cache_bytes,
+            cache_most_bytes: how.cache_most_bytes,
             _image: image,
         })
     }

@@ -133,9 +133,11 @@ impl<'a> Runner<'a> {
             if n > 0 {
                 disk::drop_caches()?;
             }
+            let most = self.plan.memory.map_or(0, |m| m - m / 4);
             let flags = [
                 format!("--device={}", absolute.display()),
                 format!("--fs_cache_size={}", self.plan.fs_cache_size),
+                format!("--fs_cache_most={most}"),
                 if n > 0 {
                     "--use_existing_db".to_owned()
                 } else {

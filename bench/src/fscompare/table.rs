@@ -256,9 +256,10 @@ impl Comparison {
             Some(m) => {
                 let _ = writeln!(
                     out,
-                    "Memory: each run but mem in a control group of {} MiB, page cache included; ours uses {} MiB of it as its page cache.",
+                    "Memory: each run but mem in a control group of {} MiB, page cache included; ours has {} to {} MiB of it.",
                     m >> 20,
-                    self.fs_cache_size >> 20
+                    self.fs_cache_size >> 20,
+                    (m - m / 4) >> 20
                 );
             }
             None => {

@@ -1,4 +1,5 @@
-//! The policy for clean frames in memory: a clock with a bound in bytes.
+//! The policy for clean frames in memory: a clock with a bound in bytes, which may follow the memory
+//! that is free ([`elastic`]).
 //!
 //! The files' tables own the frames. The cache only has weak references to them, adds up their
 //! bytes and evicts those that nobody has used since the hand last passed. A hit does not come
@@ -13,6 +14,7 @@ use crossbeam::utils::CachePadded;
 use parking_lot::Mutex;
 use pumice_bdev::thread_number;
 
+use super::elastic::{self, Bound, Bounded};
 use super::frame::Frame;
 
 const SHARDS: usize = 16;
@@ -28,8 +30,10 @@ pub struct CacheStats {
     pub misses: u64,
     /// Current bytes of clean frames in memory.
     pub used_bytes: u64,
-    /// The bound in bytes.
+    /// The bound in bytes. It changes if the cache follows the memory that is free.
     pub capacity_bytes: u64,
+    /// The bound up to which it may grow.
+    pub most_bytes: u64,
     /// Number of evicted frames.
     pub evictions: u64,
 }
@@ -43,7 +47,7 @@ struct Shard {
 
 /// The clock; see the module.
 pub(crate) struct Cache {
-    capacity: u64,
+    bound: Bound,
     used: AtomicU64,
     evictions: AtomicU64,
     next: AtomicUsize,
@@ -54,9 +58,9 @@ pub(crate) struct Cache {
 }
 
 impl Cache {
-    pub fn new(capacity: u64) -> Arc<Cache> {
+    pub fn new(bound: Bound) -> Arc<Cache> {
         Arc::new(Cache {
-            capacity,
+            bound,
             used: AtomicU64::new(0),
             evictions: AtomicU64::new(0),
             next: AtomicUsize::new(0),
@@ -78,12 +82,7 @@ impl Cache {
 
     /// The bound in bytes.
     pub fn capacity(&self) -> u64 {
-        self.capacity
-    }
-
-    /// Bytes of clean frames.
-    pub fn used(&self) -> u64 {
-        self.used.load(Ordering::Relaxed)
+        self.bound.bytes()
     }
 
     pub fn uncharge(&self, bytes: usize) {
@@ -96,23 +95,31 @@ impl Cache {
             hits: sum(&self.hits),
             misses: sum(&self.misses),
             used_bytes: self.used(),
-            capacity_bytes: self.capacity,
+            capacity_bytes: self.bound.bytes(),
+            most_bytes: self.bound.most(),
             evictions: self.evictions.load(Ordering::Relaxed),
         }
     }
 
     /// Adds a clean frame that is in its file's table, and makes room if necessary. Takes no lock
     /// but one shard's and, for evicted frames, their files' table locks.
-    pub fn admit(&self, frame: &Arc<Frame>) {
+    pub fn admit(self: &Arc<Cache>, frame: &Arc<Frame>) {
         let bytes = frame.bytes.cap();
         let before = frame.set_charge(bytes);
+        self.bound.count(bytes);
         self.used.fetch_add(bytes as u64, Ordering::Relaxed);
         self.uncharge(before);
         self.push(
             self.next.fetch_add(1, Ordering::Relaxed),
             Arc::downgrade(frame),
         );
-        while self.used() > self.capacity && self.evict_one() {}
+        if self.used() > self.capacity() {
+            if self.bound.is_full() {
+                let me: Arc<dyn Bounded> = self.clone();
+                elastic::watch(Arc::downgrade(&me));
+            }
+            self.evict_beyond();
+        }
     }
 
     fn push(&self, n: usize, frame: Weak<Frame>) {
@@ -164,12 +171,30 @@ impl Cache {
     }
 }
 
+impl Bounded for Cache {
+    fn bound(&self) -> &Bound {
+        &self.bound
+    }
+
+    fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    fn evict_beyond(&self) {
+        while self.used() > self.capacity() && self.evict_one() {}
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::fill::FillBuf;
     use super::super::frame::{FileCache, PAGE, split};
     use super::*;
     use pumice_bdev::DmaBuf;
+
+    fn fixed(bytes: u64) -> Arc<Cache> {
+        Cache::new(Bound::new(bytes, bytes))
+    }
 
     fn put(fc: &Arc<FileCache>, page: u64) {
         let buf = DmaBuf::zeroed(PAGE).unwrap();
@@ -181,7 +206,7 @@ mod tests {
 
     #[test]
     fn it_is_bounded_and_spares_what_is_used() {
-        let cache = Cache::new(100 * PAGE as u64);
+        let cache = fixed(100 * PAGE as u64);
         let fc = FileCache::new(&cache);
         let mut b = [0u8; 1];
         for page in 0..1000 {
@@ -198,7 +223,7 @@ mod tests {
 
     #[test]
     fn dirty_frames_are_not_its_business() {
-        let cache = Cache::new(4 * PAGE as u64);
+        let cache = fixed(4 * PAGE as u64);
         let fc = FileCache::new(&cache);
         let fill = Arc::new(FillBuf::from_buf(DmaBuf::zeroed(PAGE).unwrap(), PAGE));
         let dirty = Frame::new(&fc, 0, 0, fill, true);
@@ -218,7 +243,7 @@ mod tests {
 
     #[test]
     fn dead_entries_do_not_pile_up() {
-        let cache = Cache::new(1 << 30);
+        let cache = fixed(1 << 30);
         for _ in 0..50 {
             let fc = FileCache::new(&cache);
             for page in 0..500 {

@@ -545,6 +545,7 @@ fn copy_from(frame: &Frame, at: usize, out: &mut [u8]) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use super::super::elastic::{Bound, Bounded as _};
     use super::*;
     use pumice_bdev::DmaBuf;
 
@@ -571,7 +572,7 @@ mod tests {
 
     #[test]
     fn pages_are_found_missed_and_replaced() {
-        let cache = Cache::new(64 << 20);
+        let cache = Cache::new(Bound::new(64 << 20, 0));
         let fc = FileCache::new(&cache);
         let off = 9 * REGION as u64 + 8192;
         assert_eq!(fc.first_missing(off + 5, off + 10), Some(off..off + 4096));
@@ -604,7 +605,7 @@ mod tests {
 
     #[test]
     fn a_page_that_was_cut_short_is_missing_once_the_file_has_grown_and_is_replaced() {
-        let fc = FileCache::new(&Cache::new(1 << 20));
+        let fc = FileCache::new(&Cache::new(Bound::new(1 << 20, 0)));
         let short = Arc::new(FillBuf::from_buf(DmaBuf::new(PAGE).unwrap(), 1000));
         assert!(fc.install(0, &Frame::new(&fc, 0, 0, short, false)));
         assert_eq!(fc.first_missing(0, 1000), None);
@@ -617,7 +618,7 @@ mod tests {
 
     #[test]
     fn a_miss_never_crosses_a_region() {
-        let fc = FileCache::new(&Cache::new(1 << 20));
+        let fc = FileCache::new(&Cache::new(Bound::new(1 << 20, 0)));
         let edge = REGION as u64;
         assert_eq!(
             fc.first_missing(edge - 1, edge + 1),
@@ -628,7 +629,7 @@ mod tests {
 
     #[test]
     fn the_clean_frame_of_a_short_last_region_is_dropped() {
-        let fc = FileCache::new(&Cache::new(64 << 20));
+        let fc = FileCache::new(&Cache::new(Bound::new(64 << 20, 0)));
         let buf = DmaBuf::new(REGION).unwrap();
         let short = Frame::new(&fc, 0, 0, Arc::new(FillBuf::from_buf(buf, 5000)), true);
         fc.install_whole(&short);
@@ -644,7 +645,7 @@ mod tests {
 
     #[test]
     fn a_whole_frame_hides_pages_and_thins_out() {
-        let cache = Cache::new(64 << 20);
+        let cache = Cache::new(Bound::new(64 << 20, 0));
         let fc = FileCache::new(&cache);
         assert!(fc.install(0, &page_frame(&fc, 0, 1, 1)));
         let whole = page_frame(&fc, 0, PAGES, 2);

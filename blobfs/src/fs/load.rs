@@ -15,6 +15,7 @@ use pumice_bdev::process::Birth;
 use super::cache::Cache;
 use super::core::Core;
 use super::durable::Durability;
+use super::elastic::Bound;
 use super::error::{FsError, Result};
 use super::inode::{Inode, decode_mode, xattr};
 use super::metered::Metered;
@@ -142,7 +143,8 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
     loader.remove_deleted();
     loader.finish_renames()?;
     loader.resolve_names()?;
-    let cache = Cache::new(opts.cache_bytes);
+    let most = opts.cache_most_bytes.unwrap_or(opts.cache_bytes);
+    let cache = Cache::new(Bound::new(opts.cache_bytes, most));
     let (map, seq) = loader.build(&cache, unclean);
     if loader.untold > 0 {
         let text = format!("{} more problems of the same kinds", loader.untold);

@@ -16,6 +16,11 @@ const BEHIND_LEAST: u64 = 4 << 20;
 const CACHE_PART: u64 = 8;
 /// The cache takes at most this part of what is free at the start.
 const CACHE_FREE_PART: u64 = 4;
+/// A cache that grows takes all but this part of the limit, and leaves this part of it free.
+const GROWTH_PART: u64 = 4;
+const RESERVE_PART: u64 = 8;
+/// The least that a cache that grows leaves free.
+const RESERVE_LEAST: u64 = 32 << 20;
 /// Data on its way to the device takes this part of the memory that the process may use.
 const BEHIND_PART: u64 = 16;
 
@@ -35,7 +40,12 @@ impl Memory {
     #[must_use]
     pub fn of_this_process() -> Option<Memory> {
         static MEMORY: OnceLock<Option<Memory>> = OnceLock::new();
-        *MEMORY.get_or_init(|| Memory::read(Path::new("/proc"), Path::new("/sys/fs/cgroup")))
+        *MEMORY.get_or_init(Memory::now)
+    }
+
+    /// The memory of this process as it is now.
+    pub(crate) fn now() -> Option<Memory> {
+        Memory::read(Path::new("/proc"), Path::new("/sys/fs/cgroup"))
     }
 
     /// The least of the machine's and of every control group's around this process.
@@ -50,6 +60,12 @@ impl Memory {
             limit_bytes: all.iter().map(|m| m.limit_bytes).min()?,
             free_bytes: all.iter().map(|m| m.free_bytes).min()?,
         })
+    }
+
+    /// Bytes that stay free for the program and for others: an eighth of the limit, and no less than
+    /// 32 MiB.
+    pub(crate) fn reserve_bytes(self) -> u64 {
+        (self.limit_bytes / RESERVE_PART).max(RESERVE_LEAST)
     }
 
     /// An eighth of the limit, at most a quarter of what is free, between 8 and 256 MiB.
@@ -68,6 +84,14 @@ impl Memory {
 /// The default bound of the page cache in bytes.
 pub(crate) fn default_cache_bytes() -> u64 {
     Memory::of_this_process().map_or(CACHE_MOST, Memory::cache_bytes)
+}
+
+/// The size in bytes up to which the page cache of a [`MountOptions`](super::MountOptions) that says
+/// so grows: three quarters of the memory that the process may use.
+#[must_use]
+pub fn cache_most_bytes() -> u64 {
+    let limit = Memory::of_this_process().map_or(0, |memory| memory.limit_bytes);
+    (limit - limit / GROWTH_PART).max(default_cache_bytes())
 }
 
 /// The default bound in bytes of data on its way to the device.

@@ -73,6 +73,12 @@ pub struct MountOptions {
     /// machine's memory, or of the control group's limit where that is lower, at most a quarter of
     /// what is free, between 8 and 256 MiB.
     pub cache_bytes: u64,
+    /// Size in bytes up to which the page cache grows beyond `cache_bytes` while memory is free: half of what is free
+    /// beyond an eighth of the memory that this process may use, ten times a second. It gives memory
+    /// back when less than that eighth is free. It does not grow while an NVMe device has the memory
+    /// mapped, since then none goes back to the system. `None`, the default: `cache_bytes` is the
+    /// bound. [`cache_most_bytes`](super::cache_most_bytes) is three quarters of the memory.
+    pub cache_most_bytes: Option<u64>,
     /// Whether nothing is ever written.
     pub read_only: bool,
     /// Whether to mount for writing although blobs are damaged, without their files, or the journal
@@ -101,6 +107,7 @@ impl Default for MountOptions {
     fn default() -> MountOptions {
         MountOptions {
             cache_bytes: super::memory::default_cache_bytes(),
+            cache_most_bytes: None,
             read_only: false,
             accept_damage: false,
             volatile: false,

@@ -15,10 +15,17 @@ pub struct MountOptions {
     format_empty: Option<FormatOptions>,
 }
 
+/// Options of a file system whose cache follows the memory that is free.
+fn default_fs() -> fs::MountOptions {
+    let mut options = fs::MountOptions::default();
+    options.cache_most_bytes = Some(fs::cache_most_bytes());
+    options
+}
+
 impl Default for MountOptions {
     fn default() -> Self {
         MountOptions {
-            fs: fs::MountOptions::default(),
+            fs: default_fs(),
             format_empty: Some(FormatOptions::default()),
         }
     }
@@ -31,12 +38,21 @@ impl MountOptions {
         MountOptions::default()
     }
 
-    /// Sets the bound of the page cache in bytes. The default is an eighth of the memory that this process may
+    /// Sets the size of the page cache in bytes. By default it begins with an eighth of the memory that this process may
     /// use (the machine's, or the limit of its control group), at most a quarter of what is free,
-    /// between 8 and 256 MiB.
+    /// between 8 and 256 MiB, and follows the memory that is free up to three quarters of it.
     #[must_use]
     pub fn cache_bytes(mut self, bytes: u64) -> MountOptions {
         self.fs.cache_bytes = bytes;
+        self.fs.cache_most_bytes = None;
+        self
+    }
+
+    /// Sets the size up to which the page cache grows while memory is free; see
+    /// [`fs::MountOptions::cache_most_bytes`]. Call it after [`MountOptions::cache_bytes`].
+    #[must_use]
+    pub fn cache_most_bytes(mut self, bytes: u64) -> MountOptions {
+        self.fs.cache_most_bytes = Some(bytes);
         self
     }
 

@@ -19,6 +19,7 @@ mod sync {
 #[allow(dead_code, reason = "the model needs a part of it")]
 mod buddy;
 #[path = "../src/dma/free.rs"]
+#[allow(dead_code, reason = "the model needs a part of it")]
 mod free;
 
 use std::sync::Arc;

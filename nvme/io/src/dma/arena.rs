@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
-use super::buddy::{CLASSES, MAX_SHIFT, Place, class_of};
+use super::buddy::{CLASSES, MAX_SHIFT, Place, class_len, class_of};
 use super::error::DmaError;
 use super::free::{self, FreeBlocks};
 use super::mapper::{AddressTable, DmaMapper, MAX_CHUNKS, MapperGuard};
@@ -31,6 +31,8 @@ const THREAD_BYTES: usize = 1 << 20;
 const THREAD_BLOCKS: usize = 64;
 /// Bounds of a new region, which is a quarter of the arena's size.
 const REGION_MAX: usize = 256 << 20;
+/// Most blocks that are given back to the system while nobody can make the arena grow.
+const RELEASE_BLOCKS: usize = 32;
 /// Most chunks of a domain: 16 GiB.
 const DOMAIN_CHUNKS: usize = 8192;
 /// Fewest bytes that a domain grows by: mapping them takes a message, to which the other side may
@@ -80,8 +82,20 @@ pub struct ArenaStats {
     pub total_bytes: usize,
     /// Bytes free in the shared lists. The blocks in the threads' caches count as used.
     pub free_bytes: usize,
+    /// Bytes that take memory: those that are in use, and those that were and have not gone back to the system
+    /// since ([`release_free`]).
+    pub present_bytes: usize,
     /// Number of regions.
     pub regions: usize,
+}
+
+impl ArenaStats {
+    /// Bytes that take memory and are free.
+    #[must_use]
+    pub fn slack_bytes(&self) -> usize {
+        let used = self.total_bytes - self.free_bytes.min(self.total_bytes);
+        self.present_bytes.saturating_sub(used)
+    }
 }
 
 /// A block outside the lists. Its owner owns its bytes.
@@ -430,6 +444,38 @@ impl Arena {
         }
     }
 
+    /// Gives free pages back to the system; see [`release_free`].
+    fn release_free(&self) -> usize {
+        self.free.collect();
+        let mut bytes = 0;
+        loop {
+            // A mapper that comes now waits.
+            let growth = self.growth.lock();
+            if !growth.mappers.is_empty() || growth.options.huge != HugePages::Never {
+                return bytes;
+            }
+            let taken = self.free.take_present(RELEASE_BLOCKS);
+            if taken.is_empty() {
+                return bytes;
+            }
+            let mut failed = None;
+            for (place, class) in taken {
+                let region = &growth.regions[place.slot as usize];
+                let len = class_len(class);
+                let released = region.release(place.offset as usize, len);
+                self.free.give_back((place, class), released.is_ok());
+                match released {
+                    Ok(()) => bytes += len,
+                    Err(error) => failed = Some(error),
+                }
+            }
+            if let Some(error) = failed {
+                tracing::debug!(%error, "free DMA memory stays");
+                return bytes;
+            }
+        }
+    }
+
     fn grow(&self, growth: &mut Growth, need: usize) -> Result<(), DmaError> {
         self.used.store(true, Ordering::Relaxed);
         let need = need.next_multiple_of(CHUNK_LEN);
@@ -515,6 +561,21 @@ pub fn register_mapper(mapper: Arc<dyn DmaMapper>) -> Result<MapperGuard, DmaErr
     Ok(MapperGuard::new(move || MAIN.get().unregister_mapper(id)))
 }
 
+/// Gives the free pages of the process's arena back to the system. Returns their number of bytes.
+///
+/// Gives back nothing while a device has the arena mapped, which keeps its pages in memory, and
+/// nothing of huge pages. What the threads keep for themselves stays. Blocks for some microseconds for
+/// each run of pages.
+pub fn release_free() -> usize {
+    MAIN.get().release_free()
+}
+
+/// Whether [`release_free`] can give anything back.
+pub fn can_release() -> bool {
+    let growth = MAIN.get().growth.lock();
+    growth.mappers.is_empty() && growth.options.huge == HugePages::Never
+}
+
 /// Returns the current sizes of the process's arena.
 pub fn stats() -> ArenaStats {
     let arena = MAIN.get();
@@ -525,6 +586,7 @@ pub fn stats() -> ArenaStats {
     ArenaStats {
         total_bytes,
         free_bytes: arena.free.free_bytes(),
+        present_bytes: arena.free.present_bytes(),
         regions,
     }
 }

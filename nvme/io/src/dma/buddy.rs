@@ -8,6 +8,8 @@ use std::collections::BTreeSet;
 pub(super) const MIN_SHIFT: u32 = 9;
 /// log2 of the largest block.
 pub(super) const MAX_SHIFT: u32 = 28;
+/// log2 of the size of a page.
+const PAGE_SHIFT: u32 = 12;
 /// Number of block sizes.
 pub(super) const CLASSES: usize = (MAX_SHIFT - MIN_SHIFT + 1) as usize;
 
@@ -34,6 +36,9 @@ pub(super) struct Place {
 pub(super) struct Buddy {
     free: [BTreeSet<Place>; CLASSES],
     region_lens: Vec<usize>,
+    /// For each region a bit for each page, set if the page may be present in memory.
+    present: Vec<Vec<u64>>,
+    present_pages: usize,
     free_bytes: usize,
 }
 
@@ -42,6 +47,7 @@ impl Buddy {
     pub fn add_region(&mut self, len: usize) {
         let slot = u32::try_from(self.region_lens.len()).expect("few regions");
         self.region_lens.push(len);
+        self.present.push(vec![0; (len >> PAGE_SHIFT) / 64 + 1]);
         let mut at = 0usize;
         // A region's length may not be a power of two: cut it into the largest aligned blocks.
         while at < len {
@@ -71,7 +77,56 @@ impl Buddy {
             });
         }
         self.free_bytes -= class_len(class);
+        let mut new = 0;
+        for (word, bit) in self.pages(place, class) {
+            new += (bit & !*word).count_ones() as usize;
+            *word |= bit;
+        }
+        self.present_pages += new;
         Some(place)
+    }
+
+    /// The words and bits of the pages of a block.
+    fn pages(&mut self, place: Place, class: usize) -> impl Iterator<Item = (&mut u64, u64)> {
+        let first = place.offset as usize >> PAGE_SHIFT;
+        let last = (place.offset as usize + class_len(class) - 1) >> PAGE_SHIFT;
+        let words = self.present[place.slot as usize][first / 64..=last / 64].iter_mut();
+        words.enumerate().map(move |(n, word)| {
+            let at = (first / 64 + n) * 64;
+            let (from, to) = (first.max(at) - at, last.min(at + 63) - at);
+            (word, (u64::MAX >> (63 - to)) & (u64::MAX << from))
+        })
+    }
+
+    /// Takes free blocks of whole pages that may be present, at most so many. They are given back by
+    /// [`Buddy::give_released`] or [`Buddy::give`].
+    pub fn take_present(&mut self, most: usize) -> Vec<(Place, usize)> {
+        let mut found = Vec::new();
+        for class in (class_of(1 << PAGE_SHIFT)..CLASSES).rev() {
+            let places: Vec<Place> = self.free[class].iter().copied().collect();
+            for place in places {
+                if found.len() == most {
+                    return found;
+                }
+                if self.pages(place, class).any(|(word, bit)| *word & bit != 0) {
+                    self.free[class].remove(&place);
+                    self.free_bytes -= class_len(class);
+                    found.push((place, class));
+                }
+            }
+        }
+        found
+    }
+
+    /// Frees a block whose pages are no longer present.
+    pub fn give_released(&mut self, place: Place, class: usize) {
+        let mut gone = 0;
+        for (word, bit) in self.pages(place, class) {
+            gone += (bit & *word).count_ones() as usize;
+            *word &= !bit;
+        }
+        self.present_pages -= gone;
+        self.give(place, class);
     }
 
     /// Frees a block and joins it with its free buddies.
@@ -99,6 +154,11 @@ impl Buddy {
             offset,
         });
         assert!(fresh, "a DMA block was given back twice");
+    }
+
+    /// Number of bytes of pages that may be present.
+    pub fn present_bytes(&self) -> usize {
+        self.present_pages << PAGE_SHIFT
     }
 
     /// Number of free bytes.
@@ -152,5 +212,40 @@ mod tests {
         assert!(buddy.take(class_of(2 << 20)).is_some());
         assert!(buddy.take(class_of(2 << 20)).is_some());
         assert!(buddy.take(0).is_none());
+    }
+
+    #[test]
+    fn blocks_that_were_used_are_released_once() {
+        let len =
+            |found: &[(Place, usize)]| found.iter().map(|(_, c)| class_len(*c)).sum::<usize>();
+        let mut buddy = Buddy::default();
+        buddy.add_region(2 << 20);
+        assert_eq!(buddy.take_present(9), [], "nothing was used");
+        // A block of one page, one of a part of a page, and one of many pages.
+        let taken = [12, 9, 19].map(|shift: u32| (shift - MIN_SHIFT) as usize);
+        let blocks = taken.map(|class| (buddy.take(class).unwrap(), class));
+        assert_eq!(buddy.take_present(9), [], "nothing is free that was used");
+        let (place, class) = blocks[2];
+        buddy.give(place, class);
+        assert_eq!(buddy.take_present(0), []);
+        assert_eq!(buddy.present_bytes(), 4096 + 4096 + (512 << 10));
+        let found = buddy.take_present(9);
+        assert_eq!(len(&found), 512 << 10);
+        assert_eq!(buddy.free_bytes(), (2 << 20) - (512 << 10) - 4096 - 512);
+        for (place, class) in found {
+            buddy.give_released(place, class);
+        }
+        assert_eq!(buddy.take_present(9), [], "released once");
+        assert_eq!(buddy.present_bytes(), 4096 + 4096);
+        for (place, class) in &blocks[..2] {
+            buddy.give(*place, *class);
+        }
+        // The free blocks have joined; what is beside the pages that were used goes with them.
+        let found = buddy.take_present(9);
+        assert_eq!((found.len(), len(&found)), (1, 2 << 20));
+        for (place, class) in found {
+            buddy.give(place, class);
+        }
+        assert_eq!(buddy.take_present(9).len(), 1, "it was not released");
     }
 }

@@ -92,6 +92,11 @@ impl<B: Block> FreeBlocks<B> {
         free
     }
 
+    /// Number of bytes of pages that may be present.
+    pub fn present_bytes(&self) -> usize {
+        self.buddy.lock().0.present_bytes()
+    }
+
     fn refill(&self, class: usize, want: usize, out: &mut Vec<B>) {
         let mut guard = self.buddy.lock();
         let (buddy, regions) = &mut *guard;
@@ -103,8 +108,23 @@ impl<B: Block> FreeBlocks<B> {
         }
     }
 
+    /// Takes free blocks whose pages may be present, at most so many, to give their memory back to
+    /// the system.
+    pub fn take_present(&self, most: usize) -> Vec<(Place, usize)> {
+        self.buddy.lock().0.take_present(most)
+    }
+
+    /// Frees a block of [`FreeBlocks::take_present`].
+    pub fn give_back(&self, (place, class): (Place, usize), released: bool) {
+        let buddy = &mut self.buddy.lock().0;
+        match released {
+            true => buddy.give_released(place, class),
+            false => buddy.give(place, class),
+        }
+    }
+
     /// Moves the blocks of the class lists back to the buddy lists, so that free neighbours join.
-    fn collect(&self) {
+    pub fn collect(&self) {
         let mut guard = self.buddy.lock();
         for (class, list) in self.lists.iter().enumerate() {
             for block in list.lock().drain(..) {

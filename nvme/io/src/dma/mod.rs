@@ -2,7 +2,8 @@
 //!
 //! One arena serves the whole process. It grows by *regions*: shared memory files (memfd) that are
 //! mapped once and never unmapped, so a buffer's address stays valid for as long as a device may
-//! use it. A forked child begins with an arena of its own. Its parent's arena is not mapped there,
+//! use it. [`release_free`] gives free pages back to the system while no device has them mapped. A
+//! forked child begins with an arena of its own. Its parent's arena is not mapped there,
 //! and dropping a buffer that was the parent's does nothing. Memory that another process can access
 //! (a vfio-user controller) is a [`DmaDomain`], never the arena. A buffer is taken from a size
 //! class (powers of two from 512 bytes) through a small cache of the calling thread, in tens of
@@ -40,7 +41,8 @@ mod sync {
 }
 
 pub use arena::{
-    ArenaOptions, ArenaStats, DmaDomain, HugePages, configure, register_mapper, stats,
+    ArenaOptions, ArenaStats, DmaDomain, HugePages, can_release, configure, register_mapper,
+    release_free, stats,
 };
 pub use buf::{DmaBuf, DmaSlice};
 pub use entries::Entries;

@@ -220,6 +220,13 @@ impl Region {
         }
     }
 
+    /// Gives the memory of a range of whole pages back to the system. They read as zeroes from then
+    /// on. Nobody uses the range, and no device has it mapped.
+    pub(super) fn release(&self, offset: usize, len: usize) -> std::io::Result<()> {
+        let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        crate::sys::file::fallocate(&self.fd, punch, offset as u64, len as u64)
+    }
+
     /// Address of byte `offset`.
     pub fn ptr(&self, offset: usize) -> NonNull<u8> {
         assert!(offset < self.len);

@@ -122,6 +122,15 @@ fn mappers_learn_of_old_and_new_regions() {
 }
 
 #[test]
+fn nothing_goes_back_to_the_system_while_a_device_has_it_mapped() {
+    let guard = register_mapper(Model::new(false)).unwrap();
+    drop(DmaBuf::zeroed(8 << 20).unwrap());
+    assert!(!super::can_release());
+    assert_eq!(super::release_free(), 0);
+    drop(guard);
+}
+
+#[test]
 fn a_mapper_that_refuses_is_not_registered() {
     let _buf = DmaBuf::new(4096).unwrap();
     let error = register_mapper(Model::new(true)).unwrap_err();

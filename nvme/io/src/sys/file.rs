@@ -94,7 +94,7 @@ pub fn write_durable_at(file: &File, data: &[u8], offset: u64) -> io::Result<usi
 }
 
 /// Calls `fallocate(2)`. May block.
-pub fn fallocate(file: &File, mode: i32, offset: u64, len: u64) -> io::Result<()> {
+pub fn fallocate(file: &impl AsRawFd, mode: i32, offset: u64, len: u64) -> io::Result<()> {
     let to = |n: u64| i64::try_from(n).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG));
     let (offset, len) = (to(offset)?, to(len)?);
     // SAFETY: the descriptor is open for the whole call.
