@@ -15,7 +15,7 @@ use common::faults::Less;
 use common::random::from_env;
 use common::watchdog::watchdog;
 use pumice_bdev::{BlockDevice, OpKind};
-use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions};
+use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions, checked};
 use pumice_blobfs::fs::{File, FileSystem, FormatOptions, Journal, MountOptions, OpenOptions};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -349,17 +349,21 @@ fn check(kind: &Kind, image: &CrashImage, states: [&State; 2], rng: &mut SmallRn
             points.advance();
         }
         let image = points.image(&mut |_| rng.random());
-        let (_dev, base) = kind.device(image);
+        let (_dev, base) = kind.device(image.clone());
         let what = format!(
             "{what}, second cut after {} of {recovery}",
             points.position()
         );
         match FileSystem::mount(base, &MountOptions::default()) {
-            Ok(fs) => end(kind, &fs, states, &what),
+            Ok(fs) => {
+                end(kind, &fs, states, &what);
+                checked("files-second-cut", &image);
+            }
             Err(e) => panic!("{what}: cannot be mounted: {e}"),
         }
     }
     end(kind, &fs, states, what);
+    checked("files", image);
 }
 
 fn is_one_of(fs: &FileSystem, [before, after]: [&State; 2], what: &str) {
@@ -441,7 +445,7 @@ fn run(seed: u64, journal: bool) {
 
 fn seeds() -> std::ops::Range<u64> {
     match from_env("PUMICE_SEED") {
-        Some(seed) => seed..seed + 1,
+        Some(seed) => seed..seed + from_env("PUMICE_ROUNDS").unwrap_or(1),
         None => 0..from_env("PUMICE_ROUNDS").unwrap_or(8),
     }
 }

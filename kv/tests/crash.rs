@@ -10,7 +10,7 @@ use pumice::fs::Journal;
 use pumice::rocksdb::{DBCompressionType, LogLevel, WriteOptions};
 use pumice::{DbOptions, FormatOptions, MountOptions, mount_device};
 use pumice_bdev::BlockDevice;
-use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage};
+use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, checked};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -77,8 +77,8 @@ fn workload(kind: Kind, device: &Arc<CrashDevice>, synced: bool) {
 }
 
 /// Opens the database after a cut and looks for keys 1 to `acknowledged`.
-fn check(kind: Kind, image: CrashImage, acknowledged: u64, what: &str) {
-    let device: Arc<dyn BlockDevice> = kind.device(image, 7);
+fn check(kind: Kind, image: &CrashImage, acknowledged: u64, what: &str) {
+    let device: Arc<dyn BlockDevice> = kind.device(image.clone(), 7);
     let fs = mount_device(&device, &kind.mount_options())
         .unwrap_or_else(|e| panic!("{what}: mounting: {e}"));
     let db = options()
@@ -97,6 +97,7 @@ fn check(kind: Kind, image: CrashImage, acknowledged: u64, what: &str) {
     drop(db);
     fs.unmount()
         .unwrap_or_else(|e| panic!("{what}: unmounting: {e}"));
+    checked("rocksdb", image);
 }
 
 fn every_cut(kind: Kind, synced: bool) {
@@ -133,7 +134,7 @@ fn every_cut(kind: Kind, synced: bool) {
             points.position(),
             points.len_events()
         );
-        check(kind, image, acknowledged, &what);
+        check(kind, &image, acknowledged, &what);
         cuts += 1;
     }
     assert!(cuts > 100, "only {cuts} cuts");

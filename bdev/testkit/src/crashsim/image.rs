@@ -50,6 +50,12 @@ impl CrashImage {
         Some(start.max(offset)..(start + CHUNK as u64).min(self.len))
     }
 
+    /// The chunks that were written, each with its number.
+    pub(super) fn written_chunks(&self) -> impl Iterator<Item = (usize, &[u8])> {
+        let chunks = self.chunks.iter().enumerate();
+        chunks.filter_map(|(at, chunk)| Some((at, &chunk.as_ref()?[..])))
+    }
+
     /// Reads into `out` from byte `offset`.
     ///
     /// # Panics

@@ -26,6 +26,7 @@
 
 mod image;
 mod log;
+mod states;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -38,6 +39,7 @@ use rand::{Rng, SeedableRng};
 
 pub use image::CrashImage;
 pub use log::{Action, Change, CrashPoints, Event, Unsettled};
+pub use states::checked;
 
 use pumice_bdev::{
     BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, IoErrorKind, Op, OpKind, OpSet,
