@@ -25,7 +25,7 @@ struct Append {
     bytes: Vec<u8>,
     /// [`Tail::lowered`] at its beginning.
     lowered: u64,
-    /// The attributes then, all of which were written before.
+    /// The attributes then.
     moment: Moment,
 }
 
@@ -164,7 +164,7 @@ impl Syncer {
         let mut tx = self.vol.store.transaction();
         tx.spend(Spend::Releasing);
         tx.set_xattr(ino.id, xattr::LENGTH, &target.to_le_bytes());
-        tx.set_xattr(ino.id, xattr::MTIME, &mtime.to_le_bytes());
+        stage_attributes(&mut tx, ino, mtime, append.moment);
         tx.carry(ino.id, append.from, &append.bytes);
         match tx.commit() {
             Ok(_) => {}
@@ -193,15 +193,11 @@ impl Syncer {
         tail.prune(ino);
         let (from, target) = (tail.submitted, ino.len());
         let len = target - from;
-        let (moment, is_unwritten) = {
-            let own = ino.own.lock();
-            (own.moment(target), own.is_unwritten())
-        };
+        let moment = ino.own.lock().moment(target);
         let is_append = tail.syncs > 0
             && from >= ino.durable_len.load(Ordering::Acquire)
             && tail.pending.is_empty()
             && tail.unflushed.is_empty()
-            && !is_unwritten
             && ino.life.load() == Life::Named;
         if !is_append || !(1..=CARRY_MAX).contains(&len) || ino.is_thin() || ino.is_frozen() {
             return Ok(BeginCarry::Refused);
