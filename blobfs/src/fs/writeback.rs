@@ -33,7 +33,7 @@ pub(crate) struct Pending {
     error: Mutex<Option<FsError>>,
     /// Whether it completed without error.
     written: AtomicBool,
-    /// How it has completed; without a sequence if it did with FUA.
+    /// The completion; a write with FUA has no sequence.
     landed: Mutex<Landed>,
     ticket: Mutex<Option<Ticket>>,
 }
