@@ -167,4 +167,22 @@ mod tests {
         assert!(d.doubt(&(three..=late)).is_some());
         assert_eq!(Durability::new(false).completed(sent_before).seq, 0);
     }
+
+    /// The oldest of many failed flushes is not forgotten: those that are no longer told apart stay in doubt together.
+    #[test]
+    fn many_failed_flushes_leave_each_write_in_doubt() {
+        let d = Durability::new(true);
+        let mut written = Vec::new();
+        for _ in 0..2 * DOUBTS_MAX {
+            // One between them is not in doubt, so that the doubts do not follow one another.
+            d.completed(d.begin());
+            covered(&d);
+            written.push(d.completed(d.begin()).seq);
+            failed(&d);
+            covered(&d);
+        }
+        for seq in written {
+            assert!(d.doubt(&(seq..=seq)).is_some(), "{seq}");
+        }
+    }
 }
