@@ -150,6 +150,30 @@ fn what_is_written_once_more_is_out_of_doubt() {
     }
 }
 
+/// Bytes that were written after the flush had failed are in no doubt, although they follow those that are.
+#[test]
+fn what_is_written_behind_bytes_in_doubt_is_not() {
+    let _limit = watchdog("what follows bytes in doubt", 120);
+    for journal in KINDS {
+        let (dev, fs) = setup_cached(journal);
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.allocate(0, 8 << 20).unwrap();
+        f.append(&vec![1; 2 * MIB]).unwrap();
+        f.range_sync(0, 2 << 20).unwrap();
+        dev.inject(fail(OpKind::Flush, 1, None));
+        assert!(f.sync().unwrap_err().is_data_loss());
+        f.append(&vec![2; 2 * MIB]).unwrap();
+        f.range_sync(0, 4 << 20).unwrap();
+        assert!(f.sync().unwrap_err().is_data_loss());
+        f.write_at(0, &vec![3; 2 * MIB]).unwrap();
+        f.sync().unwrap();
+        drop(f);
+        let fs = again(&dev, fs);
+        let want = [vec![3; 2 * MIB], vec![2; 2 * MIB]].concat();
+        assert!(content_of(&fs, "/f") == want);
+    }
+}
+
 #[test]
 fn bytes_that_were_read_back_after_a_failed_flush_stay_in_doubt() {
     let _limit = watchdog("doubt about bytes read back", 120);

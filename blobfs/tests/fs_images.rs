@@ -203,6 +203,36 @@ fn damage_is_reported_and_the_rest_mounts() {
     assert_eq!(fs.problems().len(), 11, "{:#?}", fs.problems());
 }
 
+/// The name under which a duplicate is shown may be that of a file, which must not disappear behind it.
+#[test]
+fn a_stand_in_for_a_name_hides_no_file() {
+    let dev = memory(32 << 20, 4096);
+    FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
+    let store = Blobstore::load(Arc::clone(&dev), &LoadOptions::default()).unwrap();
+    let file = |name: &str| {
+        let xattrs = vec![
+            ("name".to_owned(), format!("{name}\0").into_bytes()),
+            ("length".to_owned(), 0u64.to_le_bytes().to_vec()),
+        ];
+        let opts = CreateOptions {
+            xattrs,
+            ..CreateOptions::default()
+        };
+        store.create(&opts).unwrap()
+    };
+    let long = format!("/{}", "n".repeat(250));
+    for id in [file("/a"), file("/a"), file(&long), file(&long)] {
+        for name in ["/a~", "/.pumice-blob-"] {
+            file(&format!("{name}{id}"));
+        }
+    }
+    let blobs = store.blobs().len();
+    store.unload().unwrap();
+    let fs = FileSystem::mount(dev, &accepting()).unwrap();
+    let names = names(&fs);
+    assert_eq!(names.len(), 12, "of {blobs} blobs: {names:?}");
+}
+
 /// A mount finds what it can and never panics, whatever the xattrs contain, and a second mount
 /// finds the same.
 #[test]

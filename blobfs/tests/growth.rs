@@ -140,3 +140,29 @@ fn a_page_that_cannot_be_read_is_left_out_of_a_move_only_if_nothing_uses_it() {
         assert_eq!(blobs_of(&killed()), old, "{what}");
     }
 }
+
+/// The region is copied when it has what only the journal had, which goes to its place in the old one.
+#[test]
+fn a_region_that_moves_has_what_was_in_the_journal() {
+    let dev = device(CrashImage::zeroed(16 << 20), false);
+    let opts = InitOptions {
+        cluster_size: 8192,
+        md_pages: Some(80),
+        journal: Some(1 << 20),
+        ..InitOptions::default()
+    };
+    let store = Blobstore::init(Arc::new(dev.clone()), &opts).unwrap();
+    let opts = CreateOptions {
+        num_clusters: 2,
+        ..CreateOptions::default()
+    };
+    let id = store.create(&opts).unwrap();
+    let mut change = store.transaction();
+    change.set_xattr(id, "name", b"in the journal");
+    change.commit().unwrap();
+    let (start, blobs) = (md_start(&store), blobs_of(&store));
+    store.grow_md_pages(400).unwrap();
+    assert_ne!(md_start(&store), start, "it grew in place");
+    let again = load(Arc::new(device(dev.image(), false)));
+    assert_eq!(blobs_of(&again), blobs);
+}

@@ -379,6 +379,51 @@ fn what_a_late_clear_may_reach_is_given_to_nobody() {
     }
 }
 
+/// The same holds for the clusters that an inflation fills, and for those that the metadata is to grow into, where it is or
+/// at another place.
+#[test]
+fn what_a_late_copy_may_reach_is_given_to_nobody() {
+    let (base, ids) = setup();
+    let blank = device(CrashImage::zeroed(4 << 20), false, true);
+    let opts = InitOptions {
+        cluster_size: 8192,
+        md_pages: Some(80),
+        ..InitOptions::default()
+    };
+    let store = Blobstore::init(Arc::new(blank.clone()), &opts).unwrap();
+    store.unload().unwrap();
+    let inflate: Change = |store, ids| store.inflate(ids[1]);
+    let grow: Change = |store, _| store.grow_md_pages(200).map(drop);
+    let cases = [
+        ("inflation", base.clone(), inflate),
+        ("move", base, grow),
+        ("growth", blank.image(), grow),
+    ];
+    for (what, image, change) in cases {
+        let store = load(Arc::new(device(image.clone(), false, true)));
+        let free = store.free_clusters();
+        change(&store, &ids).unwrap();
+        let taken = free - store.free_clusters();
+        let dev = device(image, false, true);
+        let flaky = Flaky::new(Arc::new(dev.clone()));
+        let store = load(flaky.clone());
+        store.create(&CreateOptions::default()).unwrap();
+        flaky.arm(Some(Plan {
+            from: 0,
+            count: 1,
+            kind: IoErrorKind::TimedOut,
+            done: true,
+        }));
+        change(&store, &ids).unwrap_err();
+        flaky.arm(None);
+        assert!(taken > 2 && store.free_clusters() <= free - taken, "{what}");
+        change(&store, &ids).unwrap();
+        store.unload().unwrap();
+        let dev: Arc<dyn BlockDevice> = Arc::new(dev);
+        assert_eq!(check(&dev).unwrap().worst(), None, "{what}");
+    }
+}
+
 /// A flush that failed means that what was written before it may be lost. A later flush does not
 /// change that.
 #[test]

@@ -9,6 +9,7 @@ use common::*;
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{BlockDevice, OpKind};
 use pumice_blobfs::blobstore::check::{Severity, apply, check, plan, repair};
+use pumice_blobfs::blobstore::format::{decode_extent_page, encode_extent_page};
 use pumice_blobfs::blobstore::{BlobId, Blobstore, CreateOptions, Error, InitOptions, LoadOptions};
 use pumice_blobfs::fs::{FileSystem, FormatOptions, FsError, Journal, MountOptions, OpenOptions};
 
@@ -192,6 +193,41 @@ fn deleting_the_damaged_blob_lets_allocation_go_on() {
 }
 
 /// The clusters that a damaged blob may have are not taken for more metadata pages either.
+/// A shrink that was cut has left an extent page and clusters behind the end of a blob. They are still that blob's when the
+/// damaged one beside it is deleted.
+#[test]
+fn what_a_cut_shrink_has_left_is_not_freed_with_a_damaged_blob() {
+    let (mut bytes, ids, md) = unclean();
+    let start = usize::try_from(md).unwrap();
+    let mut shrunk = 0;
+    for page in bytes[start..].chunks_exact_mut(4096).take(64) {
+        let is_of_blob = page[..8] == ids[1].0.to_le_bytes();
+        let extents = decode_extent_page((&page[..]).try_into().unwrap());
+        if let (true, Ok(extents)) = (is_of_blob, extents)
+            && extents.start == 0
+        {
+            let short = encode_extent_page(ids[1], 0, &extents.clusters[..100]);
+            page.copy_from_slice(&short[..]);
+            shrunk += 1;
+        }
+    }
+    assert_eq!(shrunk, 1);
+    bytes[root_offset(md, ids[0]) + 3000] ^= 1;
+    let dev = memory_with(&bytes, 4096);
+    let store = load(&dev);
+    assert_held(&store, ids[0], "before");
+    store.delete(ids[0]).unwrap();
+    let all = CreateOptions {
+        num_clusters: store.free_clusters(),
+        ..CreateOptions::default()
+    };
+    store.create(&all).unwrap();
+    while store.create(&CreateOptions::default()).is_ok() {}
+    store.unload().unwrap();
+    let report = check(&dev).unwrap();
+    assert_eq!(report.worst(), None, "{:?}", report.findings);
+}
+
 #[test]
 fn the_metadata_does_not_grow_beside_a_damaged_blob() {
     let (bytes, ids, md) = unclean();

@@ -16,6 +16,7 @@ use super::format::{
 };
 use super::geometry::Geometry;
 use super::meta::{BlobMeta, ClearMethod, Parent, Trailing, patched_page};
+use super::retry::may_land;
 use super::space::Spend;
 use super::state::{Slot, State};
 
@@ -74,6 +75,14 @@ impl Change {
         Change {
             taken_clusters: clusters.into_iter().map(|(cluster, _)| cluster).collect(),
             taken_pages: std::mem::take(&mut self.freed_pages),
+            ..Change::default()
+        }
+    }
+
+    /// Makes a change that has taken these clusters.
+    pub fn with_taken(taken_clusters: Vec<u32>) -> Change {
+        Change {
+            taken_clusters,
             ..Change::default()
         }
     }
@@ -175,6 +184,16 @@ impl State {
     /// Gives back what a change has taken.
     pub fn rollback(&mut self, change: &Change) {
         change.give_back(&mut self.pages, &mut self.clusters);
+    }
+
+    /// Gives back what a change has taken when it has failed with `error`. What an operation that has timed out may still
+    /// reach stays taken until the next load.
+    pub fn rollback_after(&mut self, error: &Error, change: Change) {
+        if may_land(error) {
+            self.late.push(change);
+        } else {
+            self.rollback(&change);
+        }
     }
 
     /// Lays out the pages of all staged blobs and returns what has to be written. After this the

@@ -22,7 +22,6 @@ use super::format::BlobId;
 use super::gate::{DRAIN_TIMEOUT, Frozen};
 use super::geometry::Geometry;
 use super::order::{Scope, Turn};
-use super::retry::may_land;
 use super::state::{Doubt, State, Stop};
 
 /// The right to change what its scope names.
@@ -260,11 +259,7 @@ impl Edit<'_> {
                 if self.store.inner.commit.is_halted() {
                     state.stop(&error, true);
                 }
-                if may_land(&error) {
-                    state.late.push(change);
-                } else {
-                    state.rollback(&change);
-                }
+                state.rollback_after(&error, change);
                 Err(error)
             }
             Err(Failure::Open { error, restore }) => {

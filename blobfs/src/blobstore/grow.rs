@@ -10,12 +10,14 @@
 use pumice_bdev::DeviceInfo;
 
 use super::Blobstore;
+use super::change::Change;
 use super::edit::Edit;
 use super::error::Error;
 use super::format::{MASK_HEADER_LEN, PAGE_SIZE, PAGE_SIZE_U64, SuperBlock, mask_pages};
 use super::geometry::{Geometry, Layout};
 use super::mdio::MdIo;
 use super::order::Scope;
+use super::retry::may_land;
 use super::state::State;
 
 /// Divisor of the region: a move must gain at least this part of it.
@@ -221,8 +223,10 @@ impl Edit<'_> {
                 let mut io = self.store.inner.md_channels.get()?;
                 let first = geo.md_lba(geo.md_len);
                 let zeroes = io.can().zeroes(first, geo.md_lba(md_len) - first)?;
-                io.run_durable(zeroes)?;
+                let end = u64::from(geo.md_start) + u64::from(md_len);
+                let zeroed = io.run_durable(zeroes);
                 drop(io);
+                self.keep_if_late(zeroed, geo.md_clusters.end, end)?;
                 self.switch(sb)?;
             }
             Growth::Move { md_len, first } => {
@@ -292,11 +296,27 @@ impl Edit<'_> {
         let start = old.page_lba(at);
         let zeroes = io.can().zeroes(start, old.page_lba(layout.end) - start)?;
         let failed = io.failed_flushes();
-        io.run(zeroes)?;
-        self.copy_region(&mut io, &old, &new)?;
-        io.flush_since(failed)?;
+        let copied = io
+            .run(zeroes)
+            .and_then(|()| self.copy_region(&mut io, &old, &new))
+            .and_then(|()| io.flush_since(failed));
         drop(io);
+        self.keep_if_late(copied, first, layout.end)?;
         self.switch(sb)
+    }
+
+    /// After a write of new metadata that has timed out: what it may still reach, free clusters from `first` up to the page
+    /// `end`, is given to nobody before the next load.
+    fn keep_if_late(&self, written: Result<(), Error>, first: u32, end: u64) -> Result<(), Error> {
+        if written.as_ref().is_err_and(may_land) {
+            let mut state = self.state();
+            let end = end.div_ceil(state.geo.pages_per_cluster());
+            let end = u32::try_from(end).unwrap_or(u32::MAX);
+            let free = (first..end).filter(|cluster| state.clusters.set(*cluster));
+            let late = Change::with_taken(free.collect());
+            state.late.push(late);
+        }
+        written
     }
 
     /// Copies the pages of the region to their new positions, used or not, since it is not known
@@ -309,10 +329,15 @@ impl Edit<'_> {
         while at < old.md_len {
             let pages = per_read.min(old.md_len - at);
             if let Err(error) = copy_pages(io, old, new, at, pages) {
+                if may_land(&error) {
+                    return Err(error);
+                }
                 tracing::warn!(%error, "copying metadata failed; trying page by page");
                 for page in at..at + pages {
                     match copy_pages(io, old, new, page, 1) {
-                        Err(error) if self.state().pages.is_set(page) => return Err(error),
+                        Err(error) if may_land(&error) || self.state().pages.is_set(page) => {
+                            return Err(error);
+                        }
                         _ => {}
                     }
                 }

@@ -109,7 +109,8 @@ impl Blobstore {
         drop(edit);
         for batch in copies.list.chunks(BATCH) {
             if let Err(error) = self.copy_up(&copies.below, batch) {
-                self.inner.state.lock().rollback(&copies.change);
+                let mut state = self.inner.state.lock();
+                state.rollback_after(&error, copies.change);
                 return Err(error);
             }
         }
@@ -163,7 +164,7 @@ impl Blobstore {
         match staged {
             Ok(state) => edit.commit(state, change).map(|()| true),
             Err(error) => {
-                edit.state().rollback(&change);
+                edit.state().rollback_after(&error, change);
                 Err(error)
             }
         }

@@ -216,10 +216,10 @@ impl Appender {
         self.buffers.hand_over(ino, tail, growth.at)?;
         let upto = to / region * region;
         ino.frames.remove_from(split(growth.at).0);
-        let seq = self
+        let landed = self
             .writeback
             .zero_range(ino, growth.at, upto - growth.at)?;
-        tail.note_written(ino, growth.at..upto, growth.at..upto, seq);
+        tail.note_written(ino, growth.at..upto, growth.at..upto, landed);
         growth.at = upto;
         tail.submitted = upto;
         self.push_zeroes(ino, tail, growth, to - upto)

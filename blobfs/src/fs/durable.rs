@@ -30,6 +30,15 @@ struct Doubt {
 #[derive(Clone, Copy)]
 pub(crate) struct Begun(u64);
 
+/// A write that has completed.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Landed {
+    /// The sequence that a flush has to cover, or 0 if none has to.
+    pub seq: u64,
+    /// The last sequence that was in doubt then.
+    pub doubtful: u64,
+}
+
 /// The counters of completed writes; see the module. They are separate from the mount, so that
 /// completions do not keep it alive.
 pub(crate) struct Durability {
@@ -64,11 +73,10 @@ impl Durability {
         Begun(self.failures.load(Ordering::Acquire))
     }
 
-    /// Records that the write has completed. Returns the sequence that a flush has to cover, or 0
-    /// if none has to.
-    pub fn completed(&self, begun: Begun) -> u64 {
+    /// Records that the write has completed.
+    pub fn completed(&self, begun: Begun) -> Landed {
         if !self.volatile {
-            return 0;
+            return Landed::default();
         }
         let mut doubts = self.doubts.lock();
         let seq = self.flushes.completed();
@@ -79,7 +87,8 @@ impl Durability {
         {
             push(&mut doubts, seq - 1, seq, error);
         }
-        seq
+        let doubtful = doubts.last().map_or(0, |d| d.upto);
+        Landed { seq, doubtful }
     }
 
     /// Records that a flush has failed.
@@ -143,19 +152,37 @@ mod tests {
     #[test]
     fn a_failed_flush_is_not_made_good_by_a_later_one() {
         let d = Durability::new(true);
-        let one = d.completed(d.begin());
+        let one = d.completed(d.begin()).seq;
         covered(&d);
-        let two = d.completed(d.begin());
+        let two = d.completed(d.begin()).seq;
         let sent_before = d.begin();
         failed(&d);
-        let three = d.completed(d.begin());
+        let three = d.completed(d.begin()).seq;
         covered(&d);
         assert!(d.doubt(&(one..=one)).is_none());
         assert!(d.doubt(&(two..=two)).is_some_and(|e| e.is_data_loss()));
         assert!(d.doubt(&(three..=three)).is_none());
-        let late = d.completed(sent_before);
+        let late = d.completed(sent_before).seq;
         assert!(d.doubt(&(late..=late)).is_some(), "it was on its way");
         assert!(d.doubt(&(three..=late)).is_some());
-        assert_eq!(Durability::new(false).completed(sent_before), 0);
+        assert_eq!(Durability::new(false).completed(sent_before).seq, 0);
+    }
+
+    /// The oldest of many failed flushes is not forgotten: those that are no longer told apart stay in doubt together.
+    #[test]
+    fn many_failed_flushes_leave_each_write_in_doubt() {
+        let d = Durability::new(true);
+        let mut written = Vec::new();
+        for _ in 0..2 * DOUBTS_MAX {
+            // One between them is not in doubt, so that the doubts do not follow one another.
+            d.completed(d.begin());
+            covered(&d);
+            written.push(d.completed(d.begin()).seq);
+            failed(&d);
+            covered(&d);
+        }
+        for seq in written {
+            assert!(d.doubt(&(seq..=seq)).is_some(), "{seq}");
+        }
     }
 }

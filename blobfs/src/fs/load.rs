@@ -4,7 +4,7 @@
 //! Everything read here is untrusted. A blob that cannot be a file is reported ([`Core::problems`])
 //! and left alone. The others are mounted.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use crossbeam::atomic::AtomicCell;
@@ -212,6 +212,16 @@ fn refuse(dev: &Arc<dyn BlockDevice>, e: StoreError) -> FsError {
 
 fn u64_of(bytes: &[u8]) -> Option<u64> {
     Some(u64::from_le_bytes(bytes.try_into().ok()?))
+}
+
+/// Returns a name that no blob has, for one whose name belongs to another blob.
+fn stand_in(taken: &mut HashSet<String>, name: &str, id: BlobId) -> String {
+    let further = (2..).map(|n: u64| format!("/.pumice-blob-{id}-{n}"));
+    [format!("{name}~{id}"), format!("/.pumice-blob-{id}")]
+        .into_iter()
+        .chain(further)
+        .find(|shown| shown.len() <= path::NAME_MAX && taken.insert(shown.clone()))
+        .expect("there are fewer blobs than numbers")
 }
 
 /// Whether a path is normalised, and not the root.
@@ -504,6 +514,11 @@ impl Loader {
         let mut contested: Vec<(String, Vec<usize>)> =
             claims.into_iter().filter(|(_, c)| c.len() > 1).collect();
         contested.sort();
+        let all = self.found.iter().flat_map(|f| f.names.iter().cloned());
+        let mut taken: HashSet<String> = match contested.is_empty() {
+            true => HashSet::new(),
+            false => all.collect(),
+        };
         for (name, mut claimants) in contested {
             claimants.dedup();
             claimants.sort_by_key(|i| {
@@ -518,10 +533,7 @@ impl Loader {
                     self.found[loser].changed = true;
                     continue;
                 }
-                let mut shown = format!("{name}~{id}");
-                if shown.len() > path::NAME_MAX {
-                    shown = format!("/.pumice-blob-{id}");
-                }
+                let shown = stand_in(&mut taken, &name, id);
                 self.problem(
                     id,
                     format!(

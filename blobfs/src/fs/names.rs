@@ -46,6 +46,8 @@ pub(crate) enum Entry {
 pub(crate) struct Ops {
     /// The next value of the xattr `pumice.seq`.
     pub seq: u64,
+    /// Directories whose rename has failed and whose intent could not be removed.
+    pub intents: Vec<BlobId>,
 }
 
 /// The names of the file system; see the module.
@@ -65,7 +67,10 @@ impl Names {
         Names {
             map: RwLock::new(map),
             root: Arc::new(Dir::new(None, 0, None)),
-            ops: Mutex::new(Ops { seq }),
+            ops: Mutex::new(Ops {
+                seq,
+                intents: Vec::new(),
+            }),
             locked: Mutex::default(),
             orphans: Mutex::default(),
         }

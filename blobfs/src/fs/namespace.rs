@@ -6,6 +6,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use parking_lot::MutexGuard;
+
 use super::attributes::{Attributes, MODE_BITS};
 use super::cache::Cache;
 use super::error::{FsError, Result};
@@ -15,7 +17,7 @@ use super::names::{Dir, Entry, Names, Opened, Ops, encode_name, encode_names};
 use super::options::OpenOptions;
 use super::path;
 use super::volume::Volume;
-use crate::blobstore::{ClearMethod, CreateOptions, Spend};
+use crate::blobstore::{BlobId, ClearMethod, CreateOptions, Error as StoreError, Spend};
 
 /// Performs the operations on names.
 pub(crate) struct Namespace {
@@ -53,9 +55,34 @@ impl Namespace {
         }
     }
 
-    fn create(&self, path: &str, how: OpenOptions) -> Result<Arc<Inode>> {
+    /// Begins a change of names. The intent of a rename that has failed is removed first, since the next mount would carry
+    /// it out on what is done from now on.
+    ///
+    /// # Errors
+    /// Fails when there is such an intent and the device fails: then nothing may change.
+    fn begin(&self, path: &str) -> Result<MutexGuard<'_, Ops>> {
+        self.vol.check_fork()?;
         let mut ops = self.names.ops.lock();
         self.vol.check_writable(|| path.to_owned())?;
+        while let Some(marker) = ops.intents.last() {
+            self.remove_intent(*marker).map_err(|e| {
+                let what = format!("{path}: the intent of a rename that has failed");
+                self.vol.store_error(what, e)
+            })?;
+            ops.intents.pop();
+        }
+        Ok(ops)
+    }
+
+    /// Removes the intent of a rename from a directory, whose name stays.
+    fn remove_intent(&self, marker: BlobId) -> std::result::Result<(), StoreError> {
+        let mut tx = self.vol.releasing();
+        tx.remove_xattr(marker, xattr::RENAME);
+        tx.commit().map(drop)
+    }
+
+    fn create(&self, path: &str, how: OpenOptions) -> Result<Arc<Inode>> {
+        let mut ops = self.begin(path)?;
         self.names.check_dir(path::parent(path))?;
         let old = match self.names.get(path) {
             None => None,
@@ -138,9 +165,7 @@ impl Namespace {
 
     /// Removes a name of a file. The file is deleted with its last name and its last handle.
     pub fn unlink(&self, path: &str) -> Result<()> {
-        self.vol.check_fork()?;
-        let _ops = self.names.ops.lock();
-        self.vol.check_writable(|| path.to_owned())?;
+        let _ops = self.begin(path)?;
         let ino = self.file(path)?;
         let mut tx = self.vol.releasing();
         let loss = self.lives.lose_name(&mut tx, &ino, path)?;
@@ -175,9 +200,7 @@ impl Namespace {
 
     /// Renames a file or a directory. A file of the new name is replaced in one step.
     pub fn rename(&self, from: &str, to: &str) -> Result<()> {
-        self.vol.check_fork()?;
-        let mut ops = self.names.ops.lock();
-        self.vol.check_writable(|| from.to_owned())?;
+        let mut ops = self.begin(from)?;
         let source = match self.names.get(from) {
             Some(Entry::File(ino)) => ino,
             Some(Entry::Dir(dir)) => return self.rename_dir(&mut ops, &dir, from, to),
@@ -232,9 +255,7 @@ impl Namespace {
 
     /// Gives a file another name.
     pub fn link(&self, from: &str, to: &str) -> Result<()> {
-        self.vol.check_fork()?;
-        let _ops = self.names.ops.lock();
-        self.vol.check_writable(|| to.to_owned())?;
+        let _ops = self.begin(to)?;
         let ino = self.file(from)?;
         self.names.check_dir(path::parent(to))?;
         if to == "/" || self.names.get(to).is_some() {
@@ -259,9 +280,7 @@ impl Namespace {
 
     /// Creates a directory.
     pub fn mkdir(&self, path: &str) -> Result<()> {
-        self.vol.check_fork()?;
-        let _ops = self.names.ops.lock();
-        self.vol.check_writable(|| path.to_owned())?;
+        let _ops = self.begin(path)?;
         if path == "/" || self.names.get(path).is_some() {
             return Err(FsError::Exists {
                 path: path.to_owned(),
@@ -288,9 +307,7 @@ impl Namespace {
 
     /// Sets attributes of a directory. They are durable on return; the root's last until the unmount.
     pub fn set_dir_attributes(&self, path: &str, attributes: &Attributes) -> Result<()> {
-        self.vol.check_fork()?;
-        let _ops = self.names.ops.lock();
-        self.vol.check_writable(|| path.to_owned())?;
+        let _ops = self.begin(path)?;
         let dir = match self.names.get(path) {
             Some(Entry::Dir(dir)) => dir,
             Some(Entry::File(_)) => {
@@ -342,9 +359,7 @@ impl Namespace {
 
     /// Removes an empty directory.
     pub fn rmdir(&self, path: &str) -> Result<()> {
-        self.vol.check_fork()?;
-        let _ops = self.names.ops.lock();
-        self.vol.check_writable(|| path.to_owned())?;
+        let _ops = self.begin(path)?;
         let dir = match self.names.get(path) {
             Some(Entry::Dir(dir)) => dir,
             Some(Entry::File(_)) => {
@@ -480,10 +495,9 @@ impl Namespace {
         }
         if let Err(e) = tx.commit() {
             // Nothing was renamed, and the next mount must not rename it either.
-            let mut tx = self.vol.releasing();
-            tx.remove_xattr(marker, xattr::RENAME);
-            if let Err(error) = tx.commit() {
-                tracing::error!(from, to, %error, "the intent of a failed rename stays");
+            if let Err(error) = self.remove_intent(marker) {
+                tracing::error!(from, to, %error, "the intent of a failed rename stays until the next change of names");
+                ops.intents.push(marker);
                 return Err(FsError::Undecided {
                     what: format!("{from}: rename to {to}"),
                     source: Arc::new(fail(e)),

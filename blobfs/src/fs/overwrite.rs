@@ -136,8 +136,8 @@ impl Overwriter {
         let written = self.writeback.write_through(ino, from, &slice);
         // This holds also after an error, since a part may be in the device's cache.
         let supplied = if written.is_ok() { off..end } else { off..off };
-        let seq = self.writeback.writes.completed(begun);
-        tail.note_written(ino, from..upto, supplied, seq);
+        let landed = self.writeback.writes.completed(begun);
+        tail.note_written(ino, from..upto, supplied, landed);
         if written.is_err() || self.show(ino, tail, from, &slice[..have]).is_err() {
             // The cache no longer has what the device has, and nothing in it is unwritten.
             ino.frames.forget_region(split(base).0);

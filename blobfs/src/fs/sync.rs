@@ -239,7 +239,7 @@ impl Syncer {
                 tail.prune(ino);
                 return Err(failure(ino, failed));
             }
-            if pending.iter().all(|p| p.written_seq().is_some()) {
+            if pending.iter().all(|p| p.landed().is_some()) {
                 tail.prune(ino);
                 return Ok(());
             }

@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use super::durable::Landed;
 use super::fill::{FillBuf, FillWriter};
 use super::frame::{Frame, REGION};
 use super::inode::Inode;
@@ -173,26 +174,32 @@ impl Tail {
     /// Removes finished writes, and records which of their ranges a flush has to cover.
     pub fn prune(&mut self, ino: &Inode) {
         let mut written = Vec::new();
-        self.pending.retain(|p| match p.written_seq() {
-            Some(seq) => {
-                written.push((seq, Arc::clone(p)));
+        self.pending.retain(|p| match p.landed() {
+            Some(landed) => {
+                written.push((landed, Arc::clone(p)));
                 false
             }
             None => true,
         });
-        written.sort_unstable_by_key(|(seq, _)| *seq);
-        for (seq, p) in written {
-            self.note_written(ino, p.from..p.upto, p.supplied_from..p.upto, seq);
+        written.sort_unstable_by_key(|(landed, _)| landed.seq);
+        for (landed, p) in written {
+            self.note_written(ino, p.from..p.upto, p.supplied_from..p.upto, landed);
         }
     }
 
-    /// Records a completed write of `range`, of which the bytes `supplied` came from the writer. A
-    /// flush has to cover `seq`; 0 says that it is durable.
-    pub fn note_written(&mut self, ino: &Inode, range: Range<u64>, supplied: Range<u64>, seq: u64) {
+    /// Records a completed write of `range`, of which the bytes `supplied` came from the writer.
+    pub fn note_written(
+        &mut self,
+        ino: &Inode,
+        range: Range<u64>,
+        supplied: Range<u64>,
+        landed: Landed,
+    ) {
+        let Landed { seq, doubtful } = landed;
         if seq > 0 {
             ino.unflushed.fetch_max(seq, Ordering::AcqRel);
             self.unflushed.rewritten(range, seq);
-            self.unflushed.written(supplied, seq);
+            self.unflushed.written(supplied, seq, doubtful);
         } else {
             self.unflushed.cut(supplied);
         }

@@ -19,17 +19,20 @@ pub(crate) struct Unflushed {
 }
 
 impl Unflushed {
-    /// Records that the user supplied `range` and that it was written with the sequence `seq`.
-    pub fn written(&mut self, range: Range<u64>, seq: u64) {
+    /// Records that the user supplied `range` and that it was written with the sequence `seq`. The
+    /// sequences up to `doubtful` may be in doubt.
+    pub fn written(&mut self, range: Range<u64>, seq: u64, doubtful: u64) {
         if range.is_empty() {
             return;
         }
         self.cut(range.clone());
         let mut start = range.start;
         let mut seqs = seq..=seq;
-        // An appending writer extends one range.
+        // An appending writer extends one range, but not one that may be in doubt: the doubt is of
+        // those bytes only.
         if let Some((from, (end, before))) = self.ranges.range(..range.start).next_back()
             && *end == range.start
+            && *before.start() > doubtful
         {
             seqs = (*before.start()).min(seq)..=(*before.end()).max(seq);
             start = *from;
@@ -123,9 +126,9 @@ mod tests {
     #[test]
     fn appended_ranges_become_one() {
         let mut u = Unflushed::default();
-        u.written(0..100, 1);
-        u.written(100..300, 2);
-        u.written(300..300, 3);
+        u.written(0..100, 1, 0);
+        u.written(100..300, 2, 0);
+        u.written(300..300, 3, 0);
         assert_eq!(list(&u), [(0..300, 1..=2)]);
         u.flushed(1);
         assert_eq!(list(&u), [(0..300, 2..=2)]);
@@ -136,8 +139,8 @@ mod tests {
     #[test]
     fn what_is_written_once_more_takes_the_place_of_the_old() {
         let mut u = Unflushed::default();
-        u.written(0..1000, 1);
-        u.written(200..300, 5);
+        u.written(0..1000, 1, 0);
+        u.written(200..300, 5, 0);
         assert_eq!(
             list(&u),
             [(0..300, 1..=5), (300..1000, 1..=1)],
@@ -145,16 +148,25 @@ mod tests {
         );
         u.cut(250..u64::MAX);
         assert_eq!(list(&u), [(0..250, 1..=5)]);
-        u.written(0..250, 6);
+        u.written(0..250, 6, 0);
         assert_eq!(list(&u), [(0..250, 6..=6)]);
         u.cut(0..u64::MAX);
         assert_eq!(list(&u), []);
     }
 
     #[test]
+    fn what_follows_bytes_in_doubt_is_a_range_of_its_own() {
+        let mut u = Unflushed::default();
+        u.written(0..100, 1, 0);
+        u.written(100..200, 3, 2);
+        u.written(200..300, 4, 2);
+        assert_eq!(list(&u), [(0..100, 1..=1), (100..300, 3..=4)]);
+    }
+
+    #[test]
     fn bytes_that_were_read_back_stay_in_doubt() {
         let mut u = Unflushed::default();
-        u.written(10..20, 1);
+        u.written(10..20, 1, 0);
         u.rewritten(0..30, 4);
         assert_eq!(list(&u), [(0..10, 4..=4), (10..20, 1..=4), (20..30, 4..=4)]);
         u.rewritten(15..18, 5);

@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use pumice_bdev::{DmaSlice, IoError, Op, Ticket};
 
-use super::durable::{Begun, Durability, lost};
+use super::durable::{Begun, Durability, Landed, lost};
 use super::error::{FsError, Result};
 use super::frame::{Frame, REGION};
 use super::inode::Inode;
@@ -33,8 +33,8 @@ pub(crate) struct Pending {
     error: Mutex<Option<FsError>>,
     /// Whether it completed without error.
     written: AtomicBool,
-    /// Sequence that a flush has to cover; 0 with FUA.
-    seq: AtomicU64,
+    /// The completion; a write with FUA has no sequence.
+    landed: Mutex<Landed>,
     ticket: Mutex<Option<Ticket>>,
 }
 
@@ -58,7 +58,7 @@ impl Pending {
             data: Mutex::new(Some((frame, slices))),
             error: Mutex::new(None),
             written: AtomicBool::new(false),
-            seq: AtomicU64::new(0),
+            landed: Mutex::default(),
             ticket: Mutex::new(None),
         }
     }
@@ -67,11 +67,10 @@ impl Pending {
         self.ticket.lock().as_ref().is_none_or(Ticket::is_done)
     }
 
-    /// Returns the sequence that a flush has to cover (0 if none has to) once the write is on the
-    /// device.
-    pub fn written_seq(&self) -> Option<u64> {
+    /// Returns what a flush has to cover once the write is on the device.
+    pub fn landed(&self) -> Option<Landed> {
         let written = self.written.load(Ordering::Acquire) && self.is_over();
-        written.then(|| self.seq.load(Ordering::Relaxed))
+        written.then(|| *self.landed.lock())
     }
 
     /// Makes `frame`, if it is of the same region, the frame that stays dirty until the write has
@@ -253,8 +252,8 @@ impl Writeback {
     }
 
     /// Writes zeroes over `[off, off + len)` of a file (multiples of the block size) and waits.
-    /// They are not durable yet. Returns the sequence to flush up to.
-    pub fn zero_range(&self, ino: &Inode, off: u64, len: u64) -> Result<u64> {
+    /// They are not durable yet.
+    pub fn zero_range(&self, ino: &Inode, off: u64, len: u64) -> Result<Landed> {
         /// Number of bytes in flight together.
         const STEP: u64 = 64 << 20;
         let blob = ino.blob()?;
@@ -316,7 +315,7 @@ impl Pending {
         match result {
             Ok(()) => {
                 if !self.fua {
-                    self.seq.store(counters.completed(begun), Ordering::Release);
+                    *self.landed.lock() = counters.completed(begun);
                 }
                 let data = self.data.lock().take();
                 self.written.store(true, Ordering::Release);
