@@ -249,6 +249,10 @@ impl RaidChannel {
         let Some(parent) = self.parents.get_mut(child.parent) else {
             return;
         };
+        if let (Op::Flush, Err(e)) = (&op, &result) {
+            // The submitter gets the first leg's error, and another leg's may be the one that counts.
+            self.flush_fault.note(e);
+        }
         match child.whole {
             Some(shift) => {
                 let mut op = op;

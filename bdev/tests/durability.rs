@@ -98,6 +98,34 @@ fn a_stripe_remembers_the_failed_flush_of_one_leg() {
     }
 }
 
+/// The flush of one leg was not carried out, and that of another failed: what counts is the latter,
+/// whichever of them the submitter is told.
+#[test]
+fn a_stripe_remembers_a_failed_flush_beside_one_that_passes() {
+    for failures in [
+        [Failure::NoMemory, Failure::Fail],
+        [Failure::Fail, Failure::NoMemory],
+    ] {
+        let legs = failures.map(|failure| {
+            let leg = ErrorDevice::new(None, pumice_bdev::open("malloc://1M").unwrap());
+            leg.inject(Injection {
+                op: Some(OpKind::Flush),
+                failure,
+                count: 1,
+                range: None,
+                queue_depth: 0,
+            });
+            Arc::new(leg) as Dev
+        });
+        let raid = Raid0::new("R", legs.to_vec(), 4, None).unwrap();
+        let ch = AsyncChannel::new(raid.open_channel().unwrap());
+        ch.block_on(ch.flush()).unwrap_err();
+        ch.block_on(ch.flush())
+            .expect_err("one leg has lost something");
+        ch.block_on(ch.write(0, blocks(1, 1), true)).unwrap_err();
+    }
+}
+
 fn blocks(n: u64, byte: u8) -> DmaSlice {
     let mut buf = DmaBuf::new(usize::try_from(n).unwrap() * BS).unwrap();
     buf.fill(byte);
