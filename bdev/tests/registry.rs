@@ -58,6 +58,24 @@ fn names_aliases_uuids_uris() {
     assert_eq!(registry.names(), ["Malloc0", "Other"]);
 }
 
+/// A new image whose device finds its name taken is not left behind.
+#[test]
+fn a_name_that_is_taken_leaves_no_file() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let image = dir.path().join("image");
+    let uri = pumice_bdev::file_uri(&image);
+    let registry = Registry::new();
+    malloc(&registry, "M");
+    let taken = registry.open(&format!("{uri}?size=1M&create=1&name=M"));
+    assert!(matches!(taken, Err(BdevError::Exists { .. })), "{taken:?}");
+    drop(taken);
+    assert!(!image.exists());
+    // An image that was there stays.
+    std::fs::write(&image, [7; 4096]).unwrap();
+    assert!(registry.open(&format!("{uri}?name=M")).is_err());
+    assert_eq!(std::fs::read(&image).unwrap(), [7; 4096]);
+}
+
 #[test]
 fn a_claim_excludes_and_ends() {
     let registry = Registry::new();
