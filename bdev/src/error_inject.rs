@@ -1,6 +1,7 @@
 //! `error`: a device that injects faults by kind of operation, count and place: errors, corrupt
 //! data, or operations that hang until they are resumed.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -220,6 +221,15 @@ impl BlockDevice for ErrorDevice {
     fn driver_specific(&self) -> serde_json::Value {
         let base = &self.base.info().name;
         serde_json::json!({ "error_disk": { "base_bdev": base } })
+    }
+
+    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
+        if !self.info.keeps_data {
+            return self.base.next_data(lba);
+        }
+        // Everything is read, so that injected faults are met.
+        let end = self.info.num_blocks;
+        Ok((lba < end).then_some(lba..end))
     }
 
     fn keep_file(&self, keep: bool) {

@@ -5,6 +5,7 @@
 //! There is no redundancy: if a leg is lost, the device is lost.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -182,6 +183,13 @@ impl BlockDevice for Raid0 {
             "num_base_bdevs_operational": legs.len(),
             "base_bdevs_list": legs,
         } })
+    }
+
+    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
+        // One leg that keeps data is enough, although the whole then does not.
+        let end = self.info.num_blocks;
+        let keeps = self.legs.iter().any(|leg| leg.info().keeps_data);
+        Ok((lba < end && keeps).then_some(lba..end))
     }
 
     fn keep_file(&self, keep: bool) {

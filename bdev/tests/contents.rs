@@ -10,6 +10,7 @@ use pumice_bdev::contents::{
     Contents, Formatting, Ours, Overwrite, examine, examine_with, may_overwrite,
 };
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice_bdev::raid0::Raid0;
 use pumice_bdev::{
     AsyncChannel, BdevError, BlockDevice, DmaBuf, OpKind, OpenOptions, file_uri, open, open_with,
 };
@@ -452,4 +453,27 @@ fn a_reader_needs_no_right_to_write() {
     let memory = open_with("malloc://1M", reading).unwrap();
     assert!(!memory.info().ops.has(OpKind::Write));
     assert!(may_overwrite(&*memory, Overwrite::Anything).is_err());
+}
+
+/// A stripe with a leg that keeps nothing does not keep its data, and its other legs do.
+#[test]
+fn a_leg_that_keeps_nothing_makes_no_other_leg_blank() {
+    let null = || open("null://1M").unwrap();
+    let full = open("malloc://1M").unwrap();
+    write(&*full, 9, 1);
+    for legs in [[null(), Arc::clone(&full)], [full, null()]] {
+        let raid = Arc::new(Raid0::new("R", legs.to_vec(), 4, None).unwrap());
+        let error = ErrorDevice::new(None, Arc::clone(&raid) as Arc<dyn BlockDevice>);
+        for dev in [&*raid as &dyn BlockDevice, &error] {
+            let refused = may_overwrite(dev, Overwrite::Blank);
+            assert!(
+                matches!(refused, Err(BdevError::NotBlank { .. })),
+                "{refused:?}"
+            );
+            may_overwrite(dev, Overwrite::Anything).unwrap();
+        }
+    }
+    let nothing = Arc::new(Raid0::new("R", vec![null(), null()], 4, None).unwrap());
+    assert_eq!(examine(&*nothing), Contents::Blank);
+    assert_eq!(examine(&ErrorDevice::new(None, nothing)), Contents::Blank);
 }
