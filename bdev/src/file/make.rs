@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use pumice_io::sys::file as sys;
 
-use super::open::{FileOptions, Found, Prealloc, direct_io, lock};
+use super::lock::lock;
+use super::open::{FileOptions, Found, Prealloc, direct_io};
 use super::{Shared, probe};
 use crate::error::BdevError;
 use crate::malloc::check_geometry;
