@@ -97,12 +97,14 @@ impl ErrorDevice {
         self.faults.change(|list| list.push(injection));
     }
 
-    /// Replaces the faults of the same kind of operation and the same blocks. A count of 0 only
-    /// removes them. `None` as the kind replaces those of every kind.
+    /// Replaces the faults of the same kind of operation: those of the same blocks, or all of them
+    /// if it is for every block. A count of 0 only removes them. `None` as the kind replaces those
+    /// of every kind.
     pub fn replace(&self, injection: Injection) {
         self.faults.change(|list| {
             list.retain(|old| {
-                old.range != injection.range || (injection.op.is_some() && old.op != injection.op)
+                let of_blocks = injection.range.is_none() || old.range == injection.range;
+                !of_blocks || (injection.op.is_some() && old.op != injection.op)
             });
             list.push(injection);
         });

@@ -58,3 +58,45 @@ fn a_read_only_file_stays_as_it_is() {
     }
     assert!(std::fs::read(&image).unwrap() == bytes);
 }
+
+/// As in SPDK, each kind of `all` has a count of its own, and a later call for one kind takes the
+/// place of what `all` has said of it.
+#[test]
+fn faults_of_all_kinds_are_counted_by_kind() {
+    let app = App::new();
+    let call = |method: &str, params| app.call(method, &params).unwrap();
+    call(
+        "bdev_malloc_create",
+        json!({ "name": "M", "num_blocks": 4096, "block_size": 512 }),
+    );
+    call("bdev_error_create", json!({ "base_name": "M" }));
+    let inject = |rest: serde_json::Value| {
+        let mut params = json!({ "name": "EE_M", "error_type": "failure" });
+        let (Some(to), serde_json::Value::Object(from)) = (params.as_object_mut(), rest) else {
+            panic!("an object");
+        };
+        to.extend(from);
+        call("bdev_error_inject_error", params);
+    };
+    let ch = AsyncChannel::new(app.registry.open("EE_M").unwrap().open_channel().unwrap());
+    let read = |lba| {
+        let read = ch.block_on(ch.read(lba, DmaBuf::new(512).unwrap()));
+        read.is_ok()
+    };
+    let flush = || ch.block_on(ch.flush()).is_ok();
+    inject(json!({ "io_type": "all", "num": 1 }));
+    assert_eq!(
+        [read(0), read(0), flush(), flush()],
+        [false, true, false, true]
+    );
+    inject(json!({ "io_type": "all", "num": 9 }));
+    inject(json!({ "io_type": "read", "num": 0 }));
+    assert_eq!([read(0), flush()], [true, false]);
+    // A fault of some blocks goes with those of all blocks.
+    inject(json!({ "io_type": "read", "num": 9, "lba": 5 }));
+    inject(json!({ "io_type": "read", "num": 1 }));
+    inject(json!({ "io_type": "read", "num": 2, "lba": 7 }));
+    assert_eq!([read(5), read(5), read(7)], [false, true, false]);
+    inject(json!({ "io_type": "read", "num": 0 }));
+    assert!(read(7));
+}
