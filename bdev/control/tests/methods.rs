@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use pumice_bdev::{AsyncChannel, DmaBuf, OpKind};
-use pumice_bdev_control::config::App;
+use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, OpKind};
+use pumice_bdev_control::config::{self, App};
 use serde_json::json;
 
 /// A script that has the wrong name does not take away the device of somebody else.
@@ -99,4 +99,28 @@ fn faults_of_all_kinds_are_counted_by_kind() {
     assert_eq!([read(5), read(5), read(7)], [false, true, false]);
     inject(json!({ "io_type": "read", "num": 0 }));
     assert!(read(7));
+}
+
+/// A device that has gone and one that has its name now are one call in the saved configuration.
+#[test]
+fn a_name_that_is_used_again_is_saved_once() {
+    let app = App::new();
+    let create = |blocks: u64| {
+        let params = json!({ "name": "M", "num_blocks": blocks, "block_size": 512 });
+        app.call("bdev_malloc_create", &params).unwrap();
+    };
+    create(64);
+    // As when the device goes away by itself: no method has removed it.
+    app.registry.remove("M").unwrap();
+    create(128);
+    let saved = app.config().to_string();
+    assert_eq!(saved.matches("bdev_malloc_create").count(), 1, "{saved}");
+    app.registry.remove("M").unwrap();
+    app.open("null://1M?name=M").unwrap();
+    assert_eq!(app.bdev_config()[0]["method"], "bdev_null_create");
+    assert_eq!(app.bdev_config()[1]["method"], "bdev_wait_for_examine");
+    drop(app);
+    let again = App::new();
+    config::load(&again, "saved", &saved).unwrap();
+    assert_eq!(again.registry.get("M").unwrap().info().num_blocks, 128);
 }

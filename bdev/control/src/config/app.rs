@@ -179,11 +179,23 @@ impl App {
             }
         }
         let bdevs = bdevs.to_vec();
-        self.state.lock().created.push(Created {
+        self.record(Created {
             method,
             params,
             bdevs,
         });
+    }
+
+    /// Records a call. An earlier one that made a device of the same name is forgotten: that device
+    /// had gone, and its name would be made twice.
+    pub(super) fn record(&self, made: Created) {
+        let mut state = self.state.lock();
+        state.created.retain_mut(|earlier| {
+            let before = earlier.bdevs.len();
+            earlier.bdevs.retain(|name| !made.bdevs.contains(name));
+            earlier.bdevs.len() == before || !earlier.bdevs.is_empty()
+        });
+        state.created.push(made);
     }
 
     /// Keeps a device that methods change later.
