@@ -124,3 +124,20 @@ fn a_name_that_is_used_again_is_saved_once() {
     config::load(&again, "saved", &saved).unwrap();
     assert_eq!(again.registry.get("M").unwrap().info().num_blocks, 128);
 }
+
+/// A few words of a configuration do not make its check work for hours.
+#[test]
+fn a_check_counts_the_devices_of_a_configuration() {
+    let split = |i: u32| {
+        let params = json!({ "base_bdev": format!("B{i}"), "split_count": 4096 });
+        json!({ "method": "bdev_split_create", "params": params })
+    };
+    let check = |n| {
+        let calls: Vec<_> = (0..n).map(split).collect();
+        let text = json!({ "subsystem": "bdev", "config": calls }).to_string();
+        config::check_form("x", &text).unwrap_err().message
+    };
+    // So many can be checked, although none of them has a base.
+    assert!(check(16).contains("no bdev `B0`"), "{}", check(16));
+    assert!(check(17).contains("more than 65536"), "{}", check(17));
+}
