@@ -141,3 +141,23 @@ fn a_check_counts_the_devices_of_a_configuration() {
     assert!(check(16).contains("no bdev `B0`"), "{}", check(16));
     assert!(check(17).contains("more than 65536"), "{}", check(17));
 }
+
+/// SPDK's error codes: those of JSON-RPC for parameters, an errno for what a device is or has.
+#[test]
+fn errors_have_spdks_codes() {
+    let app = App::new();
+    let malloc = json!({ "name": "M", "num_blocks": 4096, "block_size": 512 });
+    app.call("bdev_malloc_create", &malloc).unwrap();
+    for (method, params, code) in [
+        ("framework_get_config", json!({ "name": "nvmf" }), -32602),
+        ("bdev_get_bdevs", json!({ "name": "N" }), -libc::ENODEV),
+        ("bdev_malloc_create", malloc, -libc::EEXIST),
+        ("bdev_malloc_create", json!({ "num_blocks": 8 }), -32602),
+        ("bdev_get_histogram", json!({ "name": "M" }), -libc::EFAULT),
+        ("bdev_error_delete", json!({ "name": "M" }), -libc::ENODEV),
+        ("bdev_nothing", json!({}), -32601),
+    ] {
+        let e = app.call(method, &params).unwrap_err();
+        assert_eq!(e.code, i64::from(code), "{method}: {e}");
+    }
+}
