@@ -161,3 +161,48 @@ fn errors_have_spdks_codes() {
         assert_eq!(e.code, i64::from(code), "{method}: {e}");
     }
 }
+
+/// A method that changes a device changes none that has gone, whether it was deleted or went by
+/// itself, and finds it by each of its names.
+#[test]
+fn a_device_that_has_gone_is_not_changed() {
+    for deleted in [true, false] {
+        changes_what_is_there(deleted);
+    }
+}
+
+fn changes_what_is_there(deleted: bool) {
+    let app = App::new();
+    let call = |method: &str, params| app.call(method, &params);
+    let malloc = |name: &str| json!({ "name": name, "num_blocks": 64, "block_size": 512 });
+    call("bdev_malloc_create", malloc("M")).unwrap();
+    let delay = json!({ "name": "D", "base_bdev_name": "M", "avg_read_latency": 1,
+                        "p99_read_latency": 1, "avg_write_latency": 1, "p99_write_latency": 1 });
+    call("bdev_delay_create", delay).unwrap();
+    call("bdev_error_create", json!({ "base_name": "D" })).unwrap();
+    let uuid = |name: &str| pumice_bdev::uuid::format(&app.registry.get(name).unwrap().info().uuid);
+    let update = |name: &str| {
+        let params =
+            json!({ "delay_bdev_name": name, "latency_type": "p99_read", "latency_us": 7 });
+        call("bdev_delay_update_latency", params)
+    };
+    let inject = |name: &str| {
+        let params = json!({ "name": name, "io_type": "read", "error_type": "failure" });
+        call("bdev_error_inject_error", params)
+    };
+    inject(&uuid("EE_D")).unwrap();
+    update(&uuid("D")).unwrap();
+    assert_eq!(app.bdev_config()[1]["params"]["p99_read_latency"], 7);
+    if deleted {
+        call("bdev_delay_delete", json!({ "name": "D" })).unwrap();
+    } else {
+        app.registry.remove("D").unwrap();
+    }
+    for name in ["D", "EE_D"] {
+        call("bdev_malloc_create", malloc(name)).unwrap();
+    }
+    for answer in [update("D"), inject("EE_D")] {
+        let e = answer.unwrap_err();
+        assert_eq!(e.code, -i64::from(libc::ENODEV), "{e}");
+    }
+}
