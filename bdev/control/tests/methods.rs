@@ -1,7 +1,9 @@
 //! What the methods that make and delete devices refuse, and what their parameters do.
 
 use std::path::Path;
+use std::time::Duration;
 
+use pumice_bdev::registry::TimeoutAction;
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, OpKind};
 use pumice_bdev_control::config::{self, App};
 use serde_json::json;
@@ -160,6 +162,115 @@ fn errors_have_spdks_codes() {
         let e = app.call(method, &params).unwrap_err();
         assert_eq!(e.code, i64::from(code), "{method}: {e}");
     }
+}
+
+/// An ability that is asked for and does not exist is an error, which names the parameter.
+#[test]
+fn what_does_not_exist_is_refused_by_name() {
+    let app = App::new();
+    let malloc = json!({ "name": "M", "num_blocks": 4096, "block_size": 512 });
+    app.call("bdev_malloc_create", &malloc).unwrap();
+    let raid = json!({ "name": "R", "raid_level": "raid0", "base_bdevs": ["M"] });
+    let nvme = json!({ "name": "N", "trtype": "SOFT", "traddr": "memory?size=4M" });
+    let null = json!({ "name": "O", "num_blocks": 8, "block_size": 512 });
+    let limit = json!({ "name": "M", "rw_ios_per_sec": 0 });
+    for (method, params, key, asked) in [
+        ("bdev_raid_create", &raid, "superblock", json!(true)),
+        (
+            "bdev_nvme_attach_controller",
+            &nvme,
+            "prchk_reftag",
+            json!(true),
+        ),
+        (
+            "bdev_nvme_attach_controller",
+            &nvme,
+            "prchk_guard",
+            json!(true),
+        ),
+        ("bdev_null_create", &null, "md_size", json!(8)),
+        ("bdev_null_create", &null, "dif_type", json!(1)),
+        ("bdev_set_qos_limit", &limit, "rw_ios_per_sec", json!(1000)),
+        ("bdev_set_qos_limit", &limit, "w_mbytes_per_sec", json!(10)),
+    ] {
+        let mut params = params.clone();
+        params[key] = asked;
+        let e = app.call(method, &params).unwrap_err();
+        assert_eq!(
+            (e.code, e.key.as_deref()),
+            (-32602, Some(key)),
+            "{method}: {e}"
+        );
+    }
+    assert_eq!(app.registry.names(), ["M"]);
+    assert!(app.registry.get("M").unwrap().claimed_by().is_none());
+    app.call("bdev_set_qos_limit", &limit).unwrap();
+}
+
+/// A device is divided completely or not at all, and put together again without others.
+#[test]
+fn a_split_is_made_and_deleted_as_a_whole() {
+    let app = App::new();
+    let call = |method: &str, params| app.call(method, &params);
+    for name in ["A", "B", "Ap1"] {
+        let params = json!({ "name": name, "num_blocks": 4096, "block_size": 512 });
+        call("bdev_malloc_create", params).unwrap();
+    }
+    let split = |base: &str| json!({ "base_bdev": base, "split_count": 3 });
+    call("bdev_split_create", split("A")).unwrap_err();
+    assert_eq!(app.registry.names(), ["A", "Ap1", "B"]);
+    call("bdev_malloc_delete", json!({ "name": "Ap1" })).unwrap();
+    for base in ["A", "B"] {
+        call("bdev_split_create", split(base)).unwrap();
+    }
+    call("bdev_split_delete", json!({ "base_bdev": "A" })).unwrap();
+    assert_eq!(app.registry.names(), ["A", "B", "Bp0", "Bp1", "Bp2"]);
+}
+
+/// An option that a call does not give keeps its value.
+#[test]
+fn options_that_are_not_given_stay() {
+    let app = App::new();
+    let set = |params| app.call("bdev_nvme_set_options", &params).unwrap();
+    let now = || app.registry.timeout();
+    let ms = Duration::from_millis;
+    set(json!({ "timeout_us": 5000, "action_on_timeout": "reset" }));
+    assert_eq!(now(), (ms(5), TimeoutAction::Reset));
+    set(json!({ "timeout_us": 7000 }));
+    assert_eq!(now(), (ms(7), TimeoutAction::Reset));
+    set(json!({ "action_on_timeout": "abort" }));
+    assert_eq!(now(), (ms(7), TimeoutAction::Abort));
+    set(json!({ "retry_count": 3 }));
+    assert_eq!(now(), (ms(7), TimeoutAction::Abort));
+}
+
+/// A process that only answers questions is changed by no method.
+#[test]
+fn a_process_that_only_answers_is_not_changed() {
+    let app = App::new();
+    let dev = app.open("malloc://1M?name=M").unwrap();
+    let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
+    app.answer_only(&["own_get_answer"], |_, _| Ok(json!(42)));
+    let call = |method: &str, params| app.call(method, &params);
+    assert_eq!(call("own_get_answer", json!({})).unwrap(), 42);
+    for (method, params) in [
+        ("bdev_malloc_delete", json!({ "name": "M" })),
+        (
+            "bdev_null_create",
+            json!({ "name": "N", "num_blocks": 8, "block_size": 512 }),
+        ),
+        ("bdev_reset_iostat", json!({})),
+        ("bdev_get_iostat", json!({ "reset_mode": "all" })),
+        ("bdev_get_iostat", json!({ "reset_mode": "maxmin" })),
+        ("spdk_kill_instance", json!({ "sig_name": "SIGKILL" })),
+    ] {
+        let e = call(method, params).unwrap_err();
+        assert_eq!(e.code, -i64::from(libc::EPERM), "{method}: {e}");
+    }
+    let stat = call("bdev_get_iostat", json!({ "reset_mode": "none" })).unwrap();
+    assert_eq!(stat["bdevs"][0]["num_read_ops"], 1);
+    assert_eq!(app.registry.names(), ["M"]);
 }
 
 /// A method that changes a device changes none that has gone, whether it was deleted or went by
