@@ -247,13 +247,14 @@ pub trait BlockDevice: Send + Sync + std::fmt::Debug {
     /// Returns the first range of blocks, at or behind `lba`, that may hold anything but zeroes.
     /// `None` says that everything from `lba` on reads as zeroes, as the device knows without
     /// reading. A range that begins at the device's end says that there is data which no block
-    /// shows (the end of a file that is not whole blocks). May block.
+    /// shows (the end of a file that is not whole blocks). A device that keeps no data has none,
+    /// unless a device below keeps some. May block.
     ///
     /// # Errors
     /// Fails when the device cannot determine it.
     fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
         let end = self.info().num_blocks;
-        Ok((lba < end).then_some(lba..end))
+        Ok((lba < end && self.info().keeps_data).then_some(lba..end))
     }
 
     /// Sets whether a file that opening this device has created stays when the device is closed. It

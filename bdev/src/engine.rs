@@ -223,19 +223,24 @@ impl IoChannel for Closed {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::*;
     use crate::DmaBuf;
 
     /// A channel with room for two operations, which records their order.
     #[derive(Default)]
     struct Narrow {
+        /// Room that it has got meanwhile, as when others have had it.
+        more: Arc<AtomicUsize>,
         taken: Vec<(u64, Op)>,
         order: Vec<u64>,
     }
 
     impl IoChannel for Narrow {
         fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
-            if self.taken.len() == 2 {
+            if self.taken.len() == 2 + self.more.load(Ordering::Relaxed) {
                 return Err(SubmitError::Busy(op));
             }
             self.order.push(op.lba());
@@ -291,6 +296,26 @@ mod tests {
         }
         assert_eq!(done, [0, 1, 2, 3, 4, 6, 7, 8]);
         assert_eq!(engine.owners().count(), 0);
+    }
+
+    #[test]
+    fn what_comes_when_there_is_room_again_waits_behind_the_others() {
+        let narrow = Narrow::default();
+        let more = Arc::clone(&narrow.more);
+        let mut engine = Engine::new(Box::new(narrow));
+        for lba in 0..4 {
+            engine.submit(lba, read(lba)).unwrap();
+        }
+        more.store(8, Ordering::Relaxed);
+        engine.submit(4, read(4)).unwrap();
+        let mut done = Vec::new();
+        while engine.in_flight() > 0 {
+            engine.reap(|_, owner, _, _| {
+                done.push(owner);
+                None
+            });
+        }
+        assert_eq!(done, [0, 1, 2, 3, 4]);
     }
 
     #[test]

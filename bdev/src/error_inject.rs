@@ -1,6 +1,7 @@
 //! `error`: a device that injects faults by kind of operation, count and place: errors, corrupt
 //! data, or operations that hang until they are resumed.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -96,12 +97,14 @@ impl ErrorDevice {
         self.faults.change(|list| list.push(injection));
     }
 
-    /// Replaces the faults of the same kind of operation and the same blocks. A count of 0 only
-    /// removes them. `None` as the kind replaces those of every kind.
+    /// Replaces the faults of the same kind of operation: those of the same blocks, or all of them
+    /// if it is for every block. A count of 0 only removes them. `None` as the kind replaces those
+    /// of every kind.
     pub fn replace(&self, injection: Injection) {
         self.faults.change(|list| {
             list.retain(|old| {
-                old.range != injection.range || (injection.op.is_some() && old.op != injection.op)
+                let of_blocks = injection.range.is_none() || old.range == injection.range;
+                !of_blocks || (injection.op.is_some() && old.op != injection.op)
             });
             list.push(injection);
         });
@@ -220,6 +223,15 @@ impl BlockDevice for ErrorDevice {
     fn driver_specific(&self) -> serde_json::Value {
         let base = &self.base.info().name;
         serde_json::json!({ "error_disk": { "base_bdev": base } })
+    }
+
+    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
+        if !self.info.keeps_data {
+            return self.base.next_data(lba);
+        }
+        // Everything is read, so that injected faults are met.
+        let end = self.info.num_blocks;
+        Ok((lba < end).then_some(lba..end))
     }
 
     fn keep_file(&self, keep: bool) {

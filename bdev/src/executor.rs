@@ -464,6 +464,18 @@ mod tests {
         assert_eq!(ch.inner.engine.borrow().owners().count(), 0);
     }
 
+    /// An operation that ends before its future is dropped leaves its place to others, too.
+    #[test]
+    fn a_future_that_is_dropped_with_its_result_frees_its_place() {
+        let ch = channel();
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut io = Box::pin(ch.io(Op::Flush));
+        assert!(io.as_mut().poll(&mut cx).is_pending());
+        assert_eq!(ch.pump(), 1);
+        drop(io);
+        assert_eq!(ch.inner.engine.borrow().owners().count(), 0);
+    }
+
     /// The slot of a dropped future is not used again before its operation has ended.
     #[test]
     fn a_dropped_future_gives_nobody_its_bytes() {

@@ -5,6 +5,7 @@
 //! There is no redundancy: if a leg is lost, the device is lost.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -184,6 +185,13 @@ impl BlockDevice for Raid0 {
         } })
     }
 
+    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
+        // One leg that keeps data is enough, although the whole then does not.
+        let end = self.info.num_blocks;
+        let keeps = self.legs.iter().any(|leg| leg.info().keeps_data);
+        Ok((lba < end && keeps).then_some(lba..end))
+    }
+
     fn keep_file(&self, keep: bool) {
         for leg in &self.legs {
             leg.keep_file(keep);
@@ -249,6 +257,10 @@ impl RaidChannel {
         let Some(parent) = self.parents.get_mut(child.parent) else {
             return;
         };
+        if let (Op::Flush, Err(e)) = (&op, &result) {
+            // The submitter gets the first leg's error, and another leg's may be the one that counts.
+            self.flush_fault.note(e);
+        }
         match child.whole {
             Some(shift) => {
                 let mut op = op;

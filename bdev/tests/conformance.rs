@@ -29,6 +29,45 @@ fn malloc_conforms() {
     conformance::run(&Malloc::new(&odd).unwrap());
 }
 
+/// Memory is allocated in stripes. What lies across the end of one is whole all the same.
+#[test]
+fn memory_has_no_seams() {
+    // More than the caches hold, so that long writes bypass them; and less.
+    for size in ["64M", "8M"] {
+        let dev = malloc(size);
+        let ch = AsyncChannel::new(dev.open_channel().unwrap());
+        let seam = (2 << 20) / 512;
+        let mut data = DmaBuf::new(8192).unwrap();
+        for (block, byte) in data.chunks_mut(512).zip(1u8..) {
+            block.fill(byte);
+        }
+        let mut data = data.freeze();
+        let at_seam = || {
+            ch.block_on(ch.read(seam - 8, DmaBuf::new(8192).unwrap()))
+                .unwrap()
+        };
+        ch.block_on(ch.write(seam - 8, data.clone(), false))
+            .unwrap();
+        assert!(at_seam()[..] == data[..], "{size}");
+        for at in [0, 4095, 4096, 8191] {
+            let mut other = DmaBuf::copy_from(&data).unwrap();
+            other[at] ^= 0x80;
+            let op = Op::Compare {
+                lba: seam - 8,
+                data: other.freeze(),
+            };
+            let e = ch.block_on(ch.io(op)).1.unwrap_err();
+            let offset_bytes = at as u64;
+            assert_eq!(e.kind, IoErrorKind::Miscompare { offset_bytes }, "{size}");
+        }
+        ch.block_on(ch.write_zeroes(seam, 2, false)).unwrap();
+        let mut zeroed = DmaBuf::copy_from(&data).unwrap();
+        zeroed[4096..5120].fill(0);
+        data = zeroed.freeze();
+        assert!(at_seam()[..] == data[..], "{size}: the rest stays");
+    }
+}
+
 #[test]
 fn null_conforms() {
     conformance::run(&*open("null://1T").unwrap());
@@ -124,8 +163,9 @@ fn a_raid0_compares_every_strip() {
             let mut other = DmaBuf::copy_from(&data).unwrap();
             other[at] ^= 0x80;
             let e = compare(other.freeze()).unwrap_err();
-            let differs = matches!(e.kind, IoErrorKind::Miscompare { .. });
-            assert!(differs, "{n} legs, byte {at}: {e}");
+            let offset_bytes = at as u64;
+            let differs = IoErrorKind::Miscompare { offset_bytes };
+            assert_eq!(e.kind, differs, "{n} legs, byte {at}: {e}");
         }
     }
 }
@@ -255,6 +295,23 @@ fn corrupt_data_both_ways() {
     dev.inject(corrupt(OpKind::Read));
     let back = ch.block_on(ch.read(0, DmaBuf::new(512).unwrap())).unwrap();
     assert_eq!(back[100], 0, "0xff with 0xff");
+    // The byte of a read in parts is counted through all of them.
+    let bufs = [0, 1].map(|_| DmaBuf::zeroed(512).unwrap()).into();
+    let far = Injection {
+        failure: Failure::Corrupt {
+            offset: 612,
+            value: 1,
+        },
+        ..corrupt(OpKind::Read)
+    };
+    dev.replace(far);
+    let (op, result) = ch.block_on(ch.io(Op::ReadV { lba: 8, bufs }));
+    result.unwrap();
+    let Op::ReadV { bufs, .. } = op else {
+        panic!("{op:?}")
+    };
+    assert!(bufs[0].iter().all(|b| *b == 0));
+    assert_eq!(bufs[1].iter().position(|b| *b != 0), Some(100));
     // A fault that corrupts data leaves operations without data alone, and stays in the list.
     dev.inject(Injection {
         op: None,

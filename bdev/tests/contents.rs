@@ -9,7 +9,12 @@ use std::sync::Arc;
 use pumice_bdev::contents::{
     Contents, Formatting, Ours, Overwrite, examine, examine_with, may_overwrite,
 };
+use pumice_bdev::delay::{Delay, Latencies};
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice_bdev::passthru::Passthru;
+use pumice_bdev::raid0::Raid0;
+use pumice_bdev::registry::Registry;
+use pumice_bdev::split::Split;
 use pumice_bdev::{
     AsyncChannel, BdevError, BlockDevice, DmaBuf, OpKind, OpenOptions, file_uri, open, open_with,
 };
@@ -452,4 +457,67 @@ fn a_reader_needs_no_right_to_write() {
     let memory = open_with("malloc://1M", reading).unwrap();
     assert!(!memory.info().ops.has(OpKind::Write));
     assert!(may_overwrite(&*memory, Overwrite::Anything).is_err());
+}
+
+/// A stripe with a leg that keeps nothing does not keep its data, and its other legs do.
+#[test]
+fn a_leg_that_keeps_nothing_makes_no_other_leg_blank() {
+    let null = || open("null://1M").unwrap();
+    let full = open("malloc://1M").unwrap();
+    write(&*full, 9, 1);
+    for legs in [[null(), Arc::clone(&full)], [full, null()]] {
+        let raid = Arc::new(Raid0::new("R", legs.to_vec(), 4, None).unwrap());
+        let error = ErrorDevice::new(None, Arc::clone(&raid) as Arc<dyn BlockDevice>);
+        for dev in [&*raid as &dyn BlockDevice, &error] {
+            let refused = may_overwrite(dev, Overwrite::Blank);
+            assert!(
+                matches!(refused, Err(BdevError::NotBlank { .. })),
+                "{refused:?}"
+            );
+            may_overwrite(dev, Overwrite::Anything).unwrap();
+        }
+    }
+    let nothing = Arc::new(Raid0::new("R", vec![null(), null()], 4, None).unwrap());
+    assert_eq!(examine(&*nothing), Contents::Blank);
+    assert_eq!(examine(&ErrorDevice::new(None, nothing)), Contents::Blank);
+}
+
+/// The file that was made for something that fails is removed, whatever stands on it.
+#[test]
+fn the_file_of_every_device_goes_again() {
+    type Dev = Arc<dyn BlockDevice>;
+    let registered = |dev: Dev| {
+        let registry = Registry::new();
+        let bdev = registry.register(dev, Vec::new()).unwrap();
+        (registry, bdev)
+    };
+    let builds: [(&str, &dyn Fn(Dev) -> Dev); 7] = [
+        ("passthru", &|dev| Arc::new(Passthru::new("P", dev))),
+        ("delay", &|dev| {
+            Arc::new(Delay::new("D", dev, Latencies::default()))
+        }),
+        ("error", &|dev| Arc::new(ErrorDevice::new(None, dev))),
+        ("split", &|dev| {
+            Arc::new(Split::new(&dev, 2, None).unwrap().remove(1))
+        }),
+        ("raid", &|dev| {
+            let legs = vec![open("malloc://1M").unwrap(), dev];
+            Arc::new(Raid0::new("R", legs, 4, None).unwrap())
+        }),
+        ("registered", &|dev| Arc::new(registered(dev).1)),
+        ("claimed", &|dev| {
+            let (registry, bdev) = registered(dev);
+            Arc::new(registry.claim(&bdev.info().name, "test").unwrap())
+        }),
+    ];
+    let dir = dir();
+    for (name, build) in builds {
+        let image = dir.path().join(name);
+        let uri = format!("{}?size=1M&create=1", file_uri(&image));
+        let dev = build(open(&uri).unwrap());
+        drop(Formatting::begin(&dev, Overwrite::Blank).unwrap());
+        assert!(image.exists(), "{name}: while it is open");
+        drop(dev);
+        assert!(!image.exists(), "{name}");
+    }
 }

@@ -9,7 +9,7 @@ use pumice_bdev::passthru::Passthru;
 use pumice_bdev::raid0::Raid0;
 use pumice_bdev::registry::Registry;
 use pumice_bdev::split::Split;
-use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, DmaSlice, Op, OpKind};
+use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, DmaSlice, Limits, Op, OpKind};
 use pumice_bdev_testkit::crashsim::{CrashDevice, CrashImage, CrashOptions};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -95,6 +95,34 @@ fn a_stripe_remembers_the_failed_flush_of_one_leg() {
         ch.block_on(ch.flush()).unwrap_err();
         ch.block_on(ch.write(0, blocks(1, 1), true)).unwrap_err();
         ch.block_on(ch.write(0, blocks(1, 1), false)).unwrap();
+    }
+}
+
+/// The flush of one leg was not carried out, and that of another failed: what counts is the latter,
+/// whichever of them the submitter is told.
+#[test]
+fn a_stripe_remembers_a_failed_flush_beside_one_that_passes() {
+    for failures in [
+        [Failure::NoMemory, Failure::Fail],
+        [Failure::Fail, Failure::NoMemory],
+    ] {
+        let legs = failures.map(|failure| {
+            let leg = ErrorDevice::new(None, pumice_bdev::open("malloc://1M").unwrap());
+            leg.inject(Injection {
+                op: Some(OpKind::Flush),
+                failure,
+                count: 1,
+                range: None,
+                queue_depth: 0,
+            });
+            Arc::new(leg) as Dev
+        });
+        let raid = Raid0::new("R", legs.to_vec(), 4, None).unwrap();
+        let ch = AsyncChannel::new(raid.open_channel().unwrap());
+        ch.block_on(ch.flush()).unwrap_err();
+        ch.block_on(ch.flush())
+            .expect_err("one leg has lost something");
+        ch.block_on(ch.write(0, blocks(1, 1), true)).unwrap_err();
     }
 }
 
@@ -253,7 +281,7 @@ fn what_a_base_cannot_do_durably_is_not_promised_above() {
     for (name, n_disks, build) in stacks() {
         let bases: Vec<Dev> = (0..n_disks)
             .map(|_| {
-                Arc::new(NoFua {
+                Arc::new(Described {
                     info: info.clone(),
                     base: disk(),
                 }) as Dev
@@ -289,32 +317,60 @@ fn a_part_promises_what_its_base_writes_whole() {
     }
 }
 
-/// A device that reports no FUA and has none.
+/// A stripe takes what each of its legs takes, and has room for what the shortest of them has.
+#[test]
+fn a_stripe_keeps_to_the_limits_of_every_leg() {
+    let leg = |blocks: u64, buf_align, max_blocks| {
+        let base = pumice_bdev::open(&format!("malloc://{}?block_size=512", blocks * 512)).unwrap();
+        let mut info = base.info().clone();
+        info.buf_align = buf_align;
+        info.limits = Limits::new(max_blocks, 0);
+        Arc::new(Described { info, base }) as Dev
+    };
+    let (long, short) = (leg(100, 1, 0), leg(85, 64, 12));
+    for legs in [[long.clone(), short.clone()], [short, long]] {
+        let raid: Dev = Arc::new(Raid0::new("R", legs.to_vec(), 4, None).unwrap());
+        let info = raid.info();
+        assert_eq!((info.num_blocks, info.buf_align), (160, 64));
+        assert_eq!(info.limits.at_most(1000), 12);
+        let ch = AsyncChannel::new(raid.open_channel().unwrap());
+        for lba in 0..info.num_blocks {
+            let byte = u8::try_from(lba).unwrap();
+            ch.block_on(ch.write(lba, blocks(1, byte), false)).unwrap();
+        }
+        for lba in 0..info.num_blocks {
+            let back = ch.block_on(ch.read(lba, DmaBuf::new(BS).unwrap())).unwrap();
+            assert_eq!(u64::from(back[0]), lba, "each block has a place of its own");
+        }
+    }
+}
+
+/// A device with another description than its base.
 #[derive(Debug)]
-struct NoFua {
+struct Described {
     info: pumice_bdev::DeviceInfo,
     base: Dev,
 }
 
-impl BlockDevice for NoFua {
+impl BlockDevice for Described {
     fn info(&self) -> &pumice_bdev::DeviceInfo {
         &self.info
     }
 
     fn open_channel(&self) -> Result<Box<dyn pumice_bdev::IoChannel>, pumice_bdev::BdevError> {
-        Ok(Box::new(NoFuaChannel {
+        Ok(Box::new(DescribedChannel {
             info: self.info.clone(),
             base: self.base.open_channel()?,
         }))
     }
 }
 
-struct NoFuaChannel {
+struct DescribedChannel {
     info: pumice_bdev::DeviceInfo,
     base: Box<dyn pumice_bdev::IoChannel>,
 }
 
-impl pumice_bdev::IoChannel for NoFuaChannel {
+impl pumice_bdev::IoChannel for DescribedChannel {
     fn submit(&mut self, tag: u64, op: Op) -> Result<(), pumice_bdev::SubmitError> {
         match self.info.check(&op) {
             Ok(()) => self.base.submit(tag, op),

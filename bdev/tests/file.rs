@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 
-use pumice_bdev::file::{File, FileOptions, Prealloc};
+use pumice_bdev::file::{File, FileOptions, Prealloc, lock_unused};
 use pumice_bdev::{
     AsyncChannel, BdevError, BlockDevice, DmaBuf, DmaSlice, IoErrorKind, Op, OpKind, open,
 };
@@ -445,4 +445,35 @@ fn threads_each_with_a_channel() {
             });
         }
     });
+}
+
+/// The process that makes an image removes it if that fails, while another one waits for its lock.
+#[test]
+fn an_image_that_goes_while_its_lock_is_awaited_is_not_used() {
+    let image = Image::new();
+    let holders = || {
+        let fds = fs::read_dir("/proc/self/fd").unwrap().flatten();
+        let links = fds.filter_map(|fd| fs::read_link(fd.path()).ok());
+        links.filter(|path| *path == image.path()).count()
+    };
+    loop {
+        fs::write(image.path(), vec![0; 1 << 20]).unwrap();
+        let holder = fs::File::open(image.path()).unwrap();
+        lock_unused(&holder).unwrap();
+        let opened = std::thread::scope(|scope| {
+            let opening = scope.spawn(|| open(&image.uri("")));
+            while holders() < 2 && !opening.is_finished() {
+                std::thread::yield_now();
+            }
+            fs::remove_file(image.path()).unwrap();
+            drop(holder);
+            opening.join().unwrap()
+        });
+        match opened {
+            // The thread had waited for as long as it does before the file was removed.
+            Err(BdevError::InUse { .. }) => {}
+            Err(BdevError::NoSuchFile { .. }) => return,
+            other => panic!("{other:?}"),
+        }
+    }
 }

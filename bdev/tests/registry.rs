@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use pumice_bdev::contents::{Overwrite, may_overwrite};
 use pumice_bdev::delay::{Delay, Latencies};
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::malloc::{Malloc, MallocOptions};
@@ -13,7 +14,8 @@ use pumice_bdev::raid0::Raid0;
 use pumice_bdev::registry::{Event, Registry, TimeoutAction};
 use pumice_bdev::split::Split;
 use pumice_bdev::{
-    AsyncChannel, BdevError, BlockDevice, DmaBuf, IoErrorKind, Op, OpKind, SubmitError,
+    AsyncChannel, BdevError, BlockDevice, DeviceInfo, DmaBuf, IoErrorKind, Op, OpKind, OpenOptions,
+    SubmitError,
 };
 
 fn malloc(registry: &Registry, name: &str) {
@@ -56,6 +58,112 @@ fn names_aliases_uuids_uris() {
         Err(BdevError::Exists { .. })
     ));
     assert_eq!(registry.names(), ["Malloc0", "Other"]);
+}
+
+/// A new image whose device finds its name taken is not left behind.
+#[test]
+fn a_name_that_is_taken_leaves_no_file() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let image = dir.path().join("image");
+    let uri = pumice_bdev::file_uri(&image);
+    let registry = Registry::new();
+    malloc(&registry, "M");
+    let taken = registry.open(&format!("{uri}?size=1M&create=1&name=M"));
+    assert!(matches!(taken, Err(BdevError::Exists { .. })), "{taken:?}");
+    drop(taken);
+    assert!(!image.exists());
+    // An image that was there stays.
+    std::fs::write(&image, [7; 4096]).unwrap();
+    assert!(registry.open(&format!("{uri}?name=M")).is_err());
+    assert_eq!(std::fs::read(&image).unwrap(), [7; 4096]);
+}
+
+/// A registered device that is opened for reading is written by nobody who has only that.
+#[test]
+fn a_view_for_reading_changes_nothing() {
+    let registry = Registry::new();
+    malloc(&registry, "M");
+    let all = AsyncChannel::new(registry.open("M").unwrap().open_channel().unwrap());
+    let data = |byte| DmaBuf::copy_from(&[byte; 512]).unwrap().freeze();
+    all.block_on(all.write(3, data(7), false)).unwrap();
+    let view = registry.open_with("M", OpenOptions::new().read_only(true));
+    let view = view.unwrap();
+    let refused = may_overwrite(&*view, Overwrite::Anything);
+    assert!(matches!(refused, Err(BdevError::Unsupported { .. })));
+    let ch = AsyncChannel::new(view.open_channel().unwrap());
+    let (lba, fua) = (3, false);
+    let (src_lba, dst_lba, len_blocks) = (0, 3, 1);
+    for op in [
+        Op::Write {
+            lba,
+            data: data(9),
+            fua,
+        },
+        Op::WriteV {
+            lba,
+            data: vec![data(9)],
+            fua,
+        },
+        Op::WriteZeroes {
+            lba,
+            len_blocks,
+            fua,
+        },
+        Op::Unmap { lba, len_blocks },
+        Op::Copy {
+            src_lba,
+            dst_lba,
+            len_blocks,
+        },
+    ] {
+        let (op, result) = ch.block_on(ch.io(op));
+        let e = result.unwrap_err();
+        assert_eq!(e.kind, IoErrorKind::Unsupported, "{op:?}");
+    }
+    let back = ch.block_on(ch.read(3, DmaBuf::new(512).unwrap())).unwrap();
+    assert_eq!(back[..], [7; 512]);
+}
+
+/// A device keeps its alias for itself, and none is built on one that has gone.
+#[test]
+fn what_cannot_be_registered_is_not() {
+    let registry = Registry::new();
+    malloc(&registry, "M");
+    let named = |name: &str, alias: Option<&str>| {
+        let base = pumice_bdev::open("malloc://1M").unwrap();
+        let mut info = DeviceInfo::new(name, "test", 512, base.info().num_blocks);
+        info.aliases.extend(alias.map(ToOwned::to_owned));
+        Arc::new(Named(info, base))
+    };
+    let exists = |dev, name: &str| {
+        let e = registry.register(dev, Vec::new()).unwrap_err();
+        assert!(
+            matches!(&e, BdevError::Exists { name: n } if n == name),
+            "{e}"
+        );
+    };
+    exists(named("A", Some("M")), "M");
+    registry.register(named("A", Some("a")), vec![]).unwrap();
+    exists(named("a", None), "a");
+    exists(named("B", Some("a")), "a");
+    registry.remove("M").unwrap();
+    let on_it = registry.register(named("B", None), vec!["M".to_owned()]);
+    assert!(matches!(on_it, Err(BdevError::Removed { name }) if name == "M"));
+    assert_eq!(registry.names(), ["A"]);
+}
+
+/// A device with a description of its own.
+#[derive(Debug)]
+struct Named(DeviceInfo, Arc<dyn BlockDevice>);
+
+impl BlockDevice for Named {
+    fn info(&self) -> &DeviceInfo {
+        &self.0
+    }
+
+    fn open_channel(&self) -> Result<Box<dyn pumice_bdev::IoChannel>, BdevError> {
+        self.1.open_channel()
+    }
 }
 
 #[test]

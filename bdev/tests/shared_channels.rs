@@ -1,10 +1,14 @@
 //! Tests of channels that threads share: what a thread that waits for a batch can rely on.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
 
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
-use pumice_bdev::{BlockDevice, Op, OpKind, SharedChannels, open};
+use pumice_bdev::{
+    BdevError, BlockDevice, Completion, DeviceInfo, DmaBuf, IoChannel, IoErrorKind, Op, OpKind,
+    SharedChannels, SubmitError, open,
+};
 
 /// A batch is done when its completion has returned, and not before: a thread that waits for the
 /// batch reads what the completion has noted, such as the error of a flush.
@@ -39,4 +43,106 @@ fn a_batch_is_done_when_its_completion_has_returned() {
     reaper.join().unwrap();
     assert!(!is_done, "the completion was still running");
     assert!(ticket.is_done() && ended.load(Ordering::Acquire));
+}
+
+/// The first operation that fails says why a batch has failed.
+#[test]
+fn a_batch_ends_with_its_first_error() {
+    let dev = open("malloc://1M?block_size=512").unwrap();
+    let shared = SharedChannels::new(&dev, 1).unwrap();
+    let read = |lba, len| Op::Read {
+        lba,
+        buf: DmaBuf::new(len).unwrap(),
+    };
+    let refused = [read(1 << 40, 512), read(0, 100)];
+    let kinds = [IoErrorKind::OutOfRange, IoErrorKind::Misaligned];
+    assert_eq!(shared.run(refused.into()).unwrap_err().kind, kinds[0]);
+    let refused = [read(0, 512), read(0, 100), read(1 << 40, 512)];
+    assert_eq!(shared.run(refused.into()).unwrap_err().kind, kinds[1]);
+}
+
+/// A completion that panics has returned: whoever waits for all of them does not wait for it.
+#[test]
+fn a_drain_ends_after_a_completion_that_panics() {
+    let dev = open("malloc://1M?block_size=512").unwrap();
+    let shared = Arc::new(SharedChannels::new(&dev, 1).unwrap());
+    let other = Arc::clone(&shared);
+    let panics = std::thread::spawn(move || {
+        other.submit(Vec::new(), |_| panic!("as the test wants"));
+    });
+    panics.join().unwrap_err();
+    let (drained, is_drained) = mpsc::channel();
+    std::thread::spawn(move || {
+        shared.drain();
+        let _ = drained.send(());
+    });
+    is_drained.recv_timeout(Duration::from_secs(60)).unwrap();
+}
+
+/// A device whose channels say that a thread sleeps on them, and sleep until the test wakes them.
+#[derive(Debug)]
+struct Sleepy(Arc<dyn BlockDevice>, Arc<Mutex<Bed>>);
+
+#[derive(Debug)]
+struct Bed {
+    asleep: mpsc::Sender<()>,
+    woken: mpsc::Receiver<()>,
+}
+
+struct SleepyChannel(Box<dyn IoChannel>, Arc<Mutex<Bed>>);
+
+impl BlockDevice for Sleepy {
+    fn info(&self) -> &DeviceInfo {
+        self.0.info()
+    }
+
+    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
+        let channel = SleepyChannel(self.0.open_channel()?, Arc::clone(&self.1));
+        Ok(Box::new(channel))
+    }
+}
+
+impl IoChannel for SleepyChannel {
+    fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
+        self.0.submit(tag, op)
+    }
+
+    fn poll(&mut self, _out: &mut Vec<Completion>) -> usize {
+        0
+    }
+
+    fn wait(&mut self, _timeout: Duration) -> Result<(), BdevError> {
+        let bed = self.1.lock().unwrap();
+        let _ = bed.asleep.send(());
+        let _ = bed.woken.recv();
+        Ok(())
+    }
+
+    fn in_flight(&self) -> usize {
+        self.0.in_flight()
+    }
+}
+
+/// A thread that polls is not kept by one that sleeps on a channel.
+#[test]
+fn a_poll_does_not_wait_for_a_thread_that_waits() {
+    let (asleep, is_asleep) = mpsc::channel();
+    let (wake, woken) = mpsc::channel();
+    let bed = Arc::new(Mutex::new(Bed { asleep, woken }));
+    let base = open("malloc://1M?block_size=512").unwrap();
+    let dev: Arc<dyn BlockDevice> = Arc::new(Sleepy(base, bed));
+    // What is in flight stays there, since its channel never says that it is done.
+    let shared: &SharedChannels = Box::leak(Box::new(SharedChannels::new(&dev, 1).unwrap()));
+    let ticket = shared.submit(vec![Op::Flush], |_| {});
+    let sleeper = std::thread::spawn(|| shared.wait_any());
+    is_asleep.recv().unwrap();
+    let (polled, is_polled) = mpsc::channel();
+    std::thread::spawn(move || {
+        let ended = shared.poll(&ticket) || shared.poll_all();
+        let _ = polled.send(ended);
+    });
+    let ended = is_polled.recv_timeout(Duration::from_secs(60));
+    wake.send(()).unwrap();
+    assert!(sleeper.join().unwrap());
+    assert_eq!(ended, Ok(false), "no poll waits");
 }

@@ -2,7 +2,7 @@
 //! unless a server is started.
 
 use std::fmt::Write as _;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Read as _};
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,11 @@ use std::time::{Duration, Instant};
 use pumice_bdev::registry::Registry;
 use pumice_bdev::{BdevError, BlockDevice, OpKind};
 use pumice_io::sys::Clock;
+
+use crate::send::send;
+
+/// Longest time for a request, and for the client to read the answer.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Returns the statistics of every device (Prometheus text format 0.0.4).
 pub fn render(registry: &Registry) -> String {
@@ -105,20 +110,19 @@ impl<T: io::Read + io::Write> Stream for T {}
 
 impl Listener {
     fn accept(&self) -> io::Result<Box<dyn Stream>> {
-        const PATIENCE: Option<Duration> = Some(Duration::from_secs(2));
         match self {
             Listener::Unix(l) => {
                 let (stream, _) = l.accept()?;
                 stream.set_nonblocking(false)?;
-                stream.set_read_timeout(PATIENCE)?;
-                stream.set_write_timeout(PATIENCE)?;
+                stream.set_read_timeout(Some(PATIENCE))?;
+                stream.set_write_timeout(Some(PATIENCE))?;
                 Ok(Box::new(stream))
             }
             Listener::Tcp(l) => {
                 let (stream, _) = l.accept()?;
                 stream.set_nonblocking(false)?;
-                stream.set_read_timeout(PATIENCE)?;
-                stream.set_write_timeout(PATIENCE)?;
+                stream.set_read_timeout(Some(PATIENCE))?;
+                stream.set_write_timeout(Some(PATIENCE))?;
                 Ok(Box::new(stream))
             }
         }
@@ -213,7 +217,7 @@ fn answer(render: &dyn Fn() -> String, mut stream: Box<dyn Stream>) -> io::Resul
     let mut piece = [0; 1024];
     while !request.windows(4).any(|w| w == b"\r\n\r\n") && !request.windows(2).any(|w| w == b"\n\n")
     {
-        if start.elapsed() > Duration::from_secs(2) {
+        if start.elapsed() > PATIENCE {
             break;
         }
         let n = match stream.read(&mut piece) {
@@ -232,11 +236,12 @@ fn answer(render: &dyn Fn() -> String, mut stream: Box<dyn Stream>) -> io::Resul
         ("404 Not Found", "only GET /metrics\n".to_owned())
     };
     let len = body.len();
-    write!(
-        stream,
+    let answer = format!(
         "HTTP/1.0 {status}\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {len}\r\n\
          Connection: close\r\n\r\n{body}"
-    )
+    );
+    // Others wait until this client has been served.
+    send(&mut stream, answer.as_bytes(), PATIENCE)
 }
 
 #[cfg(test)]
@@ -261,6 +266,35 @@ mod tests {
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
         }
+    }
+
+    /// A client that takes a little of the answer now and then.
+    struct Slow;
+
+    impl io::Read for Slow {
+        fn read(&mut self, piece: &mut [u8]) -> io::Result<usize> {
+            let request = b"GET /metrics HTTP/1.0\r\n\r\n";
+            piece[..request.len()].copy_from_slice(request);
+            Ok(request.len())
+        }
+    }
+
+    impl io::Write for Slow {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            thread::sleep(Duration::from_millis(10));
+            Ok(bytes.len().min(1000))
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_client_that_reads_slowly_does_not_keep_the_server() {
+        // At that pace the answer would take ten seconds.
+        let e = answer(&|| "x".repeat(1 << 20), Box::new(Slow)).unwrap_err();
+        assert_eq!(e.kind(), io::ErrorKind::TimedOut);
     }
 
     #[test]

@@ -850,7 +850,11 @@ fn methods_that_operators_use() {
     call("bdev_null_create", null).unwrap();
     call("bdev_null_resize", json!({ "name": "N", "new_size": 4 })).unwrap();
     assert_eq!(blocks("N"), 8192);
-    call("bdev_null_resize", json!({ "name": "N", "new_size": 0 })).unwrap_err();
+    // As in SPDK it only becomes longer.
+    let e = call("bdev_null_resize", json!({ "name": "N", "new_size": 3 })).unwrap_err();
+    assert_eq!(e.code, -i64::from(libc::EINVAL), "{e}");
+    let endless = json!({ "name": "N", "new_size": u64::MAX });
+    call("bdev_null_resize", endless).unwrap_err();
     assert_eq!(blocks("N"), 8192);
     assert!(app.config().to_string().contains("8192"));
 

@@ -91,7 +91,12 @@ pub fn examine(dev: &dyn BlockDevice) -> Contents {
 /// Examines as [`examine`] does, and reports its progress to a function every few MiB.
 pub fn examine_with(dev: &dyn BlockDevice, progress: &mut dyn FnMut(Progress)) -> Contents {
     if !dev.info().keeps_data {
-        return Contents::Blank;
+        // A stripe may have legs that keep data beside one that keeps nothing.
+        return match dev.next_data(0) {
+            Ok(None) => Contents::Blank,
+            Ok(Some(_)) => Contents::Unknown("only a part of it keeps data".to_owned()),
+            Err(e) => Contents::Unknown(e.to_string()),
+        };
     }
     let found = match recognise(dev) {
         Ok(Some(found)) => return found,

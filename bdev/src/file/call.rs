@@ -2,12 +2,16 @@
 
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use pumice_io::sys::file as sys;
 use pumice_io::{Completion, Op};
 
 use super::slot::{Slot, Step};
 use super::{Shared, Zeroing};
+
+/// Least time-out of a wait that may make the call itself, which has none.
+pub(super) const CALL_MIN: Duration = Duration::from_millis(10);
 
 /// Carries out the whole operation. Blocks.
 pub(super) fn run(shared: &Shared, mut slot: Slot) -> Completion {

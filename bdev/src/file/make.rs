@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use pumice_io::sys::file as sys;
 
-use super::open::{FileOptions, Found, Prealloc, direct_io, lock};
+use super::lock::lock;
+use super::open::{FileOptions, Found, Prealloc, direct_io};
 use super::{Shared, probe};
 use crate::error::BdevError;
 use crate::malloc::check_geometry;
@@ -26,7 +27,10 @@ pub(super) fn make(options: &FileOptions, size: u64) -> Result<Option<Shared>, B
         });
     }
     check_geometry(&shown, block_size, size / u64::from(block_size))?;
-    if path.symlink_metadata().is_ok() {
+    if let Ok(meta) = path.symlink_metadata() {
+        if !meta.is_symlink() {
+            return Ok(None);
+        }
         return Err(BdevError::Unsafe {
             device: shown,
             reason: "is a symbolic link to nothing; give the path of the file itself".to_owned(),
@@ -208,4 +212,26 @@ fn write_zeroes(file: &File, len: u64) -> io::Result<()> {
         at += n as u64;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The second of two processes that make one image opens what the first has made.
+    #[test]
+    fn a_file_that_has_come_meanwhile_is_no_link_to_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = FileOptions {
+            path: dir.path().join("image"),
+            ..FileOptions::default()
+        };
+        std::fs::write(&options.path, "another's").unwrap();
+        assert!(make(&options, 4096).unwrap().is_none());
+        assert_eq!(std::fs::read(&options.path).unwrap(), b"another's");
+        std::fs::remove_file(&options.path).unwrap();
+        std::os::unix::fs::symlink("nothing", &options.path).unwrap();
+        let refused = make(&options, 4096).map(|_| ()).unwrap_err();
+        assert!(refused.to_string().contains("symbolic link"), "{refused}");
+    }
 }

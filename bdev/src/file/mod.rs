@@ -10,6 +10,7 @@
 //! that nobody can mount it meanwhile.
 
 mod call;
+mod lock;
 mod make;
 mod open;
 mod probe;
@@ -36,8 +37,9 @@ use crate::error::BdevError;
 use crate::flush_fault::FlushFault;
 use probe::Discard;
 
+pub use lock::lock_unused;
 pub(crate) use open::MODULE;
-pub use open::{FileOptions, Prealloc, lock_unused, uuid_of};
+pub use open::{FileOptions, Prealloc, uuid_of};
 
 /// A block device on a file or on a block device of the kernel.
 #[derive(Debug, Clone)]

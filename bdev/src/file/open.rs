@@ -13,6 +13,7 @@ use pumice_io::uri::Uri;
 use pumice_io::{Limits, OpKind, OpSet};
 use serde_json::json;
 
+use super::lock::{self, BUSY_PATIENCE, GONE_PATIENCE};
 use super::probe::{self, Backing, Discard};
 use super::{Shared, make};
 use crate::contents::{self, Contents};
@@ -22,10 +23,6 @@ use crate::malloc::check_geometry;
 use crate::module::{Call, Module};
 use crate::uuid;
 
-/// Longest wait for a living owner's lock: udev holds a lock for a moment when a device changes.
-const BUSY_PATIENCE: Duration = Duration::from_millis(300);
-/// Longest wait for the writes of a killed process.
-const GONE_PATIENCE: Duration = Duration::from_secs(10);
 /// Longest read or write in bytes; Linux accepts a little less than 2 GiB.
 const MAX_IO: u32 = 1 << 30;
 
@@ -150,7 +147,11 @@ pub(super) fn open(options: &FileOptions) -> Result<Shared, BdevError> {
     // The answer changes if another process creates or removes the file at the same moment.
     for _ in 0..16 {
         match kind_of(&options.path)? {
-            Some(is_block_device) => return open_existing(options, is_block_device),
+            Some(is_block_device) => {
+                if let Some(found) = open_existing(options, is_block_device)? {
+                    return Ok(found);
+                }
+            }
             None => match options.size {
                 Some(size) if options.create && !options.read_only => {
                     if let Some(made) = make::make(options, size)? {
@@ -196,12 +197,16 @@ fn kind_of(path: &Path) -> Result<Option<bool>, BdevError> {
     }
 }
 
-fn open_existing(options: &FileOptions, is_block_device: bool) -> Result<Shared, BdevError> {
+/// Opens the file that is there. Returns `None` if it was removed meanwhile.
+fn open_existing(
+    options: &FileOptions,
+    is_block_device: bool,
+) -> Result<Option<Shared>, BdevError> {
     let path = &options.path;
     let shown = path.display().to_string();
     let os = |what: &str, e: io::Error| BdevError::os(&shown, what, e);
     let (file, direct) = open_file(options, is_block_device, &shown)?;
-    lock(&file, &shown, !options.read_only)?;
+    lock::lock(&file, &shown, !options.read_only)?;
     let meta = file.metadata().map_err(|e| os("stat", e))?;
     // Between the two calls the path may have become another inode.
     if probe::is_block_device(&meta) != is_block_device {
@@ -209,6 +214,9 @@ fn open_existing(options: &FileOptions, is_block_device: bool) -> Result<Shared,
             "open",
             io::Error::other("the path changed while it was opened"),
         ));
+    }
+    if !is_block_device && !lock::is_still(&meta, path) {
+        return Ok(None);
     }
     refuse_shared(&meta, &shown, is_block_device)?;
     if is_block_device && !options.read_only && sys::is_write_protected(&file).unwrap_or(false) {
@@ -238,7 +246,7 @@ fn open_existing(options: &FileOptions, is_block_device: bool) -> Result<Shared,
         mem_align,
         made: false,
     };
-    Ok(found.into_shared(options))
+    Ok(Some(found.into_shared(options)))
 }
 
 /// An open and locked file or block device that can be used as a device.
@@ -436,47 +444,6 @@ fn open_file(
             });
         }
         thread::sleep(Duration::from_millis(10));
-    }
-}
-
-/// Locks the open file that will do the I/O.
-pub(super) fn lock(file: &File, shown: &str, exclusive: bool) -> Result<(), BdevError> {
-    let start = Instant::now();
-    loop {
-        match sys::try_flock(file, exclusive) {
-            Ok(()) => return Ok(()),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
-            Err(e) => return Err(BdevError::os(shown, "flock", e)),
-        }
-        let meta = file
-            .metadata()
-            .map_err(|e| BdevError::os(shown, "stat", e))?;
-        let owner = probe::lock_owner(&meta);
-        let gone = owner.is_some_and(probe::is_gone);
-        if start.elapsed() > if gone { GONE_PATIENCE } else { BUSY_PATIENCE } {
-            let pid = owner.filter(|p| *p != 0);
-            return Err(BdevError::InUse {
-                device: shown.to_owned(),
-                pid,
-            });
-        }
-        thread::sleep(Duration::from_millis(if gone { 20 } else { 5 }));
-    }
-}
-
-/// Takes the lock that an image in use has, so that a file can be overwritten: not while anybody has it open as a device, and
-/// nobody opens it meanwhile. The lock is held until `file` is closed. Where a file cannot be locked, none can be opened as a
-/// device, and there is no lock.
-///
-/// # Errors
-/// Fails with [`io::ErrorKind::ResourceBusy`] if the file is in use.
-pub fn lock_unused(file: &File) -> io::Result<()> {
-    match sys::try_flock(file, true) {
-        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(io::Error::new(
-            io::ErrorKind::ResourceBusy,
-            "it is in use as a device; choose another file, or end that first",
-        )),
-        _ => Ok(()),
     }
 }
 

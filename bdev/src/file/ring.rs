@@ -22,7 +22,7 @@ use io_uring::{IoUring, types};
 use pumice_io::{Completion, IoErrorKind, Op, SubmitError};
 
 use super::Shared;
-use super::call::run;
+use super::call::{CALL_MIN, run};
 use super::slot::Slot;
 use super::threads::ThreadChannel;
 use crate::device::IoChannel;
@@ -37,8 +37,6 @@ use entry::{Discarding, InFlight};
 const DEPTH: u32 = 256;
 /// Longest time for which the kernel may ask to try again before threads take over.
 const STALL_MAX: Duration = Duration::from_secs(30);
-/// Least time-out of a wait that may make the call itself, which has none.
-const CALL_MIN: Duration = Duration::from_millis(10);
 /// Longest time that a dropped channel waits for operations whose end cannot be awaited.
 const CLOSE_MAX: Duration = Duration::from_secs(10);
 

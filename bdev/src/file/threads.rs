@@ -12,7 +12,7 @@ use std::time::Duration;
 use pumice_io::{Completion, Op, SubmitError};
 
 use super::Shared;
-use super::call::run;
+use super::call::{CALL_MIN, run};
 use super::slot::Slot;
 use crate::device::IoChannel;
 use crate::error::BdevError;
@@ -158,7 +158,8 @@ impl IoChannel for ThreadChannel {
 
     fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
         self.pool.shared.info.still_here()?;
-        if self.running == 0 && self.queued.len() == 1 {
+        // The call has no time-out, so a thread that may wait for a short time only leaves it.
+        if self.running == 0 && self.queued.len() == 1 && timeout >= CALL_MIN {
             let slot = self.queued.pop_front();
             if let Some(slot) = slot {
                 let completion = run(&self.pool.shared, slot);
@@ -203,5 +204,50 @@ impl Drop for ThreadChannel {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DmaBuf;
+    use crate::file::{File, FileOptions};
+
+    /// A channel whose threads have ended, so that only the thread that waits can make a call.
+    fn without_threads() -> (tempfile::TempDir, ThreadChannel) {
+        let dir = tempfile::tempdir().unwrap();
+        let file = File::open(&FileOptions {
+            path: dir.path().join("image"),
+            size: Some(1 << 20),
+            create: true,
+            ..FileOptions::default()
+        });
+        let mut channel = ThreadChannel::new(Arc::clone(&file.unwrap().shared)).unwrap();
+        channel.pool.lock().stop = true;
+        channel.pool.start.notify_all();
+        for thread in channel.threads.drain(..) {
+            thread.join().unwrap();
+        }
+        (dir, channel)
+    }
+
+    /// Shared channels are waited for in slices of a millisecond, under a lock that others need.
+    #[test]
+    fn who_waits_for_a_short_time_is_not_blocked_by_a_call() {
+        let (_dir, mut channel) = without_threads();
+        let read = Op::Read {
+            lba: 0,
+            buf: DmaBuf::new(512).unwrap(),
+        };
+        let mut out = Vec::new();
+        for (tag, op) in [(1, Op::Flush), (2, read)] {
+            channel.submit(tag, op).unwrap();
+            channel.wait(CALL_MIN).unwrap();
+            assert_eq!(channel.poll(&mut out), 1, "whoever may wait makes the call");
+        }
+        channel.submit(3, Op::Flush).unwrap();
+        channel.wait(CALL_MIN / 2).unwrap();
+        assert_eq!(channel.poll(&mut out), 0);
+        assert_eq!(channel.pool.lock().todo.len(), 1, "it is left to a thread");
     }
 }

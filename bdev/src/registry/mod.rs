@@ -249,7 +249,9 @@ impl Registry {
         }
         if is_uri(name) || is_path(name) {
             let dev = crate::open_with(name, options)?;
-            return Ok(Arc::new(self.register(dev, Vec::new())?));
+            let bdev = self.register(Arc::clone(&dev), Vec::new());
+            // A failed opening leaves no file behind, also if only the name was taken.
+            return Ok(Arc::new(bdev.inspect_err(|_| dev.keep_file(false))?));
         }
         Err(self.not_found(name))
     }

@@ -179,11 +179,23 @@ impl App {
             }
         }
         let bdevs = bdevs.to_vec();
-        self.state.lock().created.push(Created {
+        self.record(Created {
             method,
             params,
             bdevs,
         });
+    }
+
+    /// Records a call. An earlier one that made a device of the same name is forgotten: that device
+    /// had gone, and its name would be made twice.
+    pub(super) fn record(&self, made: Created) {
+        let mut state = self.state.lock();
+        state.created.retain_mut(|earlier| {
+            let before = earlier.bdevs.len();
+            earlier.bdevs.retain(|name| !made.bdevs.contains(name));
+            earlier.bdevs.len() == before || !earlier.bdevs.is_empty()
+        });
+        state.created.push(made);
     }
 
     /// Keeps a device that methods change later.
@@ -191,10 +203,13 @@ impl App {
         self.state.lock().kept.insert(name.to_owned(), device);
     }
 
-    /// Returns the device of this name that was kept, if it is a `T`.
+    /// Returns the device of this name, alias or UUID, if it was kept and is a `T`.
     pub(super) fn kept<T: Any + Send + Sync>(&self, name: &str) -> Option<Arc<T>> {
-        let found = self.state.lock().kept.get(name).cloned();
-        found.and_then(|device| device.downcast().ok())
+        let there = self.registry.get(name)?;
+        let found = self.state.lock().kept.get(&there.info().name).cloned()?;
+        // The one that was kept may have gone by itself, and another has its name.
+        let same = std::ptr::addr_eq(Arc::as_ptr(there.device()), Arc::as_ptr(&found));
+        found.downcast().ok().filter(|_| same)
     }
 
     /// Removes a device and those on top of it. The device must belong to `module`.

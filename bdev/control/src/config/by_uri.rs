@@ -31,7 +31,7 @@ impl App {
         let dev = self.registry.open_with(name, options)?;
         if is_new && let Some((method, params)) = call_for(name, dev.info()) {
             let bdevs = vec![dev.info().name.clone()];
-            self.state.lock().created.push(Created {
+            self.record(Created {
                 method,
                 params,
                 bdevs,

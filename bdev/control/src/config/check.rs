@@ -8,6 +8,9 @@ use super::json::{CHECKED, MethodError, Params};
 use super::methods::Given;
 use super::{App, Call, ConfigError, Text, blame, methods, parse};
 
+/// Most devices of a configuration that is checked: a split of a few words makes thousands.
+const NAMES_MAX: usize = 1 << 16;
+
 /// Checks a configuration without carrying it out: its form, that the methods exist, that their
 /// parameters are known and valid, and that each device's base is made by the configuration and
 /// used by no other. Returns the number of calls.
@@ -52,9 +55,9 @@ pub fn check_form(file: &str, text: &str) -> Result<usize, ConfigError> {
 /// The names that a configuration's calls give to devices, and the devices on top of others.
 #[derive(Default)]
 struct Names {
-    given: Vec<String>,
+    given: BTreeSet<String>,
     /// The NVMe controllers, whose namespaces only the devices know.
-    controllers: Vec<String>,
+    controllers: BTreeSet<String>,
     /// The words of the devices that are called a word and a number.
     numbered: BTreeSet<&'static str>,
     /// Base devices with the devices on top of them.
@@ -74,7 +77,7 @@ impl Names {
                 return Ok(());
             }
             Given::Namespaces(controller) => {
-                self.controllers.push(controller);
+                self.controllers.insert(controller);
                 return Ok(());
             }
         };
@@ -86,7 +89,11 @@ impl Names {
                 };
                 return Err(params.error(key, format!("there is a bdev `{name}` already")));
             }
-            self.given.push(name);
+            if self.given.len() == NAMES_MAX {
+                let key = makes.on.unwrap_or("name");
+                return Err(params.error(key, format!("more than {NAMES_MAX} bdevs in all")));
+            }
+            self.given.insert(name);
         }
         Ok(())
     }
@@ -115,18 +122,16 @@ impl Names {
         base: &str,
         by: &str,
     ) -> Result<(), MethodError> {
-        let of_controller = |c: &String| {
-            let nsid = base
-                .strip_prefix(c.as_str())
-                .and_then(|r| r.strip_prefix('n'));
-            nsid.is_some_and(|n| n.parse::<u32>().is_ok())
+        let of_controller = |(controller, nsid): (&str, &str)| {
+            self.controllers.contains(controller) && nsid.parse::<u32>().is_ok()
         };
-        let known = self.given.iter().any(|n| n == base)
+        let known = self.given.contains(base)
             || self.numbered.iter().any(|word| base.starts_with(word))
             || pumice_bdev::uuid::parse(base).is_some()
-            || self.controllers.iter().any(of_controller);
+            || base.rsplit_once('n').is_some_and(of_controller);
         if !known {
-            let hint = nearest(base, &self.given)
+            let given: Vec<String> = self.given.iter().cloned().collect();
+            let hint = nearest(base, &given)
                 .map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
             let reason = format!("no bdev `{base}` in this configuration{hint}");
             return Err(params.error(key, reason));

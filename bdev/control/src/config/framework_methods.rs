@@ -41,8 +41,7 @@ pub(super) fn get_config(app: &App, params: &mut Params<'_>) -> Answer {
     let name = params.string("name")?;
     params.finish()?;
     if name != "bdev" {
-        let message = format!("no subsystem `{name}`; there is `bdev`");
-        return Err(MethodError::new(-i64::from(libc::EINVAL), message));
+        return Err(params.error("name", format!("no subsystem `{name}`; there is `bdev`")));
     }
     Ok(app.bdev_config().into())
 }

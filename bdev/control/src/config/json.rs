@@ -24,6 +24,8 @@ pub(crate) const INVALID_PARAMS: i64 = -32602;
 pub(crate) const METHOD_NOT_FOUND: i64 = -32601;
 /// The text is not a request.
 pub(crate) const INVALID_REQUEST: i64 = -32600;
+/// Most parameters of a call. Each is compared with those before it, and no method has as many.
+const PARAMS_MAX: usize = 256;
 /// The text is not JSON.
 pub(crate) const PARSE_ERROR: i64 = -32700;
 /// Not an error: the parameters of a call that is only checked are valid. Clients never see it.
@@ -126,6 +128,10 @@ impl<'a> Params<'a> {
             let message = format!("params must be an object, not {}", kind(raw));
             return Err(MethodError::new(INVALID_PARAMS, message));
         };
+        if members.len() > PARAMS_MAX {
+            let message = format!("{} params; a call has at most {PARAMS_MAX}", members.len());
+            return Err(MethodError::new(INVALID_PARAMS, message));
+        }
         for (i, (key, _)) in members.iter().enumerate() {
             if members.iter().take(i).any(|(k, _)| k == key) {
                 return Err(MethodError::param(key, "given twice"));
@@ -418,6 +424,12 @@ mod tests {
         );
         assert!(params.finish().unwrap_err().message.contains("`odd`"));
         assert!(Params::new(Some(&serde_json::from_str::<Box<RawValue>>("3").unwrap())).is_err());
+        let many: serde_json::Map<String, serde_json::Value> = (0..=PARAMS_MAX)
+            .map(|i| (format!("p{i}"), i.into()))
+            .collect();
+        let many = serde_json::value::to_raw_value(&many).unwrap();
+        let e = Params::new(Some(&many)).err().unwrap();
+        assert!(e.message.contains("257 params"), "{e}");
         let twice: Box<RawValue> = serde_json::from_str(r#"{"a":1,"a":2}"#).unwrap();
         assert!(Params::new(Some(&twice)).is_err());
     }

@@ -33,3 +33,20 @@ impl Notifications {
         (self.first..).zip(&self.kept)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_kept_has_the_numbers_that_it_had() {
+        let mut notifications = Notifications::default();
+        for i in 0..KEPT + 6 {
+            notifications.note(&Event::Added(i.to_string()));
+        }
+        let numbers = notifications.numbered();
+        let kept: Vec<(u64, &str)> = numbers.map(|(n, (_, name))| (n, &name[..])).collect();
+        assert_eq!((kept.len(), kept[0]), (KEPT, (6, "6")));
+        assert_eq!(kept[KEPT - 1], (1029, "1029"));
+    }
+}

@@ -197,6 +197,22 @@ mod tests {
     }
 
     #[test]
+    fn the_answer_to_another_call_is_not_taken() {
+        let (stream, mut server) = UnixStream::pair().unwrap();
+        let timeout = Duration::from_secs(60);
+        let mut client = RpcClient {
+            stream,
+            timeout,
+            id: 6,
+        };
+        server
+            .write_all(br#"{"jsonrpc":"2.0","id":6,"result":"of the last call"}"#)
+            .unwrap();
+        let error = client.call("get", &Value::Null).unwrap_err();
+        assert!(matches!(error, RpcError::Answer(_)), "{error}");
+    }
+
+    #[test]
     fn the_hint_fits_the_error() {
         let text = |kind: io::ErrorKind| {
             let path = "/run/rpc".to_owned();

@@ -139,5 +139,11 @@ mod tests {
         );
         assert!(batch[0]["result"].as_array().unwrap().len() > 40);
         assert_eq!(batch[1]["error"]["code"], -32600);
+        let many = |n| {
+            let one = r#"{"jsonrpc":"2.0","method":"spdk_get_version","id":1}"#;
+            answer(&format!("[{}]", vec![one; n].join(",")))
+        };
+        assert_eq!(many(BATCH_MAX).as_array().unwrap().len(), BATCH_MAX);
+        assert_eq!(many(BATCH_MAX + 1)["error"]["code"], -32600);
     }
 }

@@ -17,6 +17,7 @@ use pumice_io::sys::socket::is_hung_up;
 use super::frame::{Frame, Scanner};
 use super::message;
 use crate::config::App;
+use crate::send::send;
 
 /// Longest wait for an existing socket to accept a connection.
 const STALE_PATIENCE: Duration = Duration::from_secs(1);
@@ -195,7 +196,7 @@ pub fn serve(
                 since = Instant::now();
                 if let Some(mut answer) = answer {
                     answer.push('\n');
-                    stream.write_all(answer.as_bytes())?;
+                    send(&mut stream, answer.as_bytes(), options.patience)?;
                 }
                 continue;
             }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use pumice_bdev::BlockDevice;
 use pumice_bdev::delay::{Delay, Latencies};
 use serde_json::{Value, json};
 
@@ -83,7 +84,7 @@ fn update_latency(app: &App, params: &mut Params<'_>) -> Answer {
     delay.set_latencies(latencies);
     // The saved call has the current latencies.
     let made = |c: &&mut super::super::app::Created| {
-        c.method == "bdev_delay_create" && c.bdevs.contains(&name)
+        c.method == "bdev_delay_create" && c.bdevs.contains(&delay.info().name)
     };
     if let Some(created) = state.created.iter_mut().find(made)
         && let Value::Object(map) = &mut created.params

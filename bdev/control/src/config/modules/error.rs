@@ -128,14 +128,23 @@ fn inject(app: &App, params: &mut Params<'_>) -> Answer {
     }
     let range = lba.map(|lba| (lba, len_blocks.unwrap_or(1)));
     let queue_depth = usize::try_from(queue_depth).unwrap_or(usize::MAX);
-    // As in SPDK, this replaces earlier faults of such operations; `num` 0 only removes them.
-    dev.replace(Injection {
-        op,
-        failure,
-        count,
-        range,
-        queue_depth,
-    });
+    // As in SPDK, this replaces earlier faults of such operations, `num` 0 only removes them, and
+    // each kind of `all` has a count of its own.
+    let each = |kind: &OpKind| {
+        op.map_or(
+            !matches!(kind, OpKind::Reset | OpKind::Abort | OpKind::Fua),
+            |op| op == *kind,
+        )
+    };
+    for kind in OpKind::ALL.into_iter().filter(each) {
+        dev.replace(Injection {
+            op: Some(kind),
+            failure,
+            count,
+            range,
+            queue_depth,
+        });
+    }
     Ok(json!(true))
 }
 

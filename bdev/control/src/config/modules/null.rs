@@ -7,7 +7,7 @@ use pumice_bdev::null::Null;
 use serde_json::json;
 
 use super::super::app::App;
-use super::super::json::Params;
+use super::super::json::{MethodError, Params};
 use super::super::methods::{Answer, Makes, Method};
 use super::devices::{add, delete, no_metadata};
 
@@ -53,7 +53,15 @@ fn resize(app: &App, params: &mut Params<'_>) -> Answer {
     let mib = params.u64("new_size")?;
     params.finish()?;
     let bdev = app.registry.get(&name);
-    let block_size = bdev.map_or(512, |b| u64::from(b.info().block_size));
+    let bdev = bdev.ok_or_else(|| app.registry.not_found(&name))?;
+    let block_size = u64::from(bdev.info().block_size);
+    let now = bdev.info().len_bytes() >> 20;
+    if mib < now {
+        // Also in SPDK it can only grow.
+        let message = format!("`{name}` has {now} MiB and does not become shorter");
+        return Err(MethodError::new(-i64::from(libc::EINVAL), message));
+    }
+    drop(bdev);
     app.remake(&name, &["bdev_null_create"], |params| {
         params["num_blocks"] = json!(mib.saturating_mul(1 << 20) / block_size);
     })

@@ -1,0 +1,353 @@
+//! Devices that stand on one that is busy, or that does not respond: nothing is lost, overtaken or
+//! left in flight.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Waker};
+use std::time::{Duration, Instant};
+
+use pumice_bdev::delay::{Delay, Latencies};
+use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice_bdev::passthru::Passthru;
+use pumice_bdev::raid0::Raid0;
+use pumice_bdev::registry::{Registry, TimeoutAction};
+use pumice_bdev::split::Split;
+use pumice_bdev::{
+    AsyncChannel, BdevError, BlockDevice, Completion, DeviceInfo, DmaBuf, IoChannel, IoErrorKind,
+    Op, OpKind, SubmitError,
+};
+
+type Dev = Arc<dyn BlockDevice>;
+
+/// A device in memory whose channels have room for a few operations.
+#[derive(Debug)]
+struct Busy {
+    base: Dev,
+    state: Arc<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// Number of operations for which a channel has room.
+    room: AtomicUsize,
+    /// Whether reads end by an abort or a reset only.
+    holds: AtomicBool,
+    /// Number of aborts that come too early and end nothing.
+    deaf: AtomicUsize,
+}
+
+struct BusyChannel {
+    base: Box<dyn IoChannel>,
+    info: DeviceInfo,
+    state: Arc<State>,
+    held: Vec<(u64, Op)>,
+    ended: Vec<Completion>,
+}
+
+fn busy(room: usize) -> (Arc<Busy>, Arc<State>) {
+    let state = Arc::new(State {
+        room: AtomicUsize::new(room),
+        holds: AtomicBool::new(false),
+        deaf: AtomicUsize::new(0),
+    });
+    let device = Busy {
+        base: pumice_bdev::open("malloc://4M").unwrap(),
+        state: Arc::clone(&state),
+    };
+    (Arc::new(device), state)
+}
+
+/// A device whose reads end by an abort or a reset only.
+fn holding() -> (Arc<Busy>, Arc<State>) {
+    let (device, state) = busy(64);
+    state.holds.store(true, Ordering::Relaxed);
+    (device, state)
+}
+
+impl BlockDevice for Busy {
+    fn info(&self) -> &DeviceInfo {
+        self.base.info()
+    }
+
+    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
+        Ok(Box::new(BusyChannel {
+            base: self.base.open_channel()?,
+            info: self.base.info().clone(),
+            state: Arc::clone(&self.state),
+            held: Vec::new(),
+            ended: Vec::new(),
+        }))
+    }
+}
+
+impl BusyChannel {
+    /// Ends the operations in hand of which `which` is true.
+    fn end(&mut self, which: impl Fn(u64) -> bool) {
+        for (tag, op) in self.held.extract_if(.., |(tag, _)| which(*tag)) {
+            let e = self.info.error(&op, IoErrorKind::Aborted, "");
+            let result = Err(e);
+            self.ended.push(Completion { tag, op, result });
+        }
+    }
+}
+
+impl IoChannel for BusyChannel {
+    fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
+        if self.in_flight() >= self.state.room.load(Ordering::Relaxed) {
+            return Err(SubmitError::Busy(op));
+        }
+        match op {
+            Op::Read { .. } | Op::ReadV { .. } if self.state.holds.load(Ordering::Relaxed) => {
+                self.held.push((tag, op));
+                return Ok(());
+            }
+            Op::Reset => self.end(|_| true),
+            Op::Abort { tag: target } => {
+                let deaf = &self.state.deaf;
+                let less = |n: usize| n.checked_sub(1);
+                if deaf
+                    .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less)
+                    .is_err()
+                {
+                    self.end(|tag| tag == target);
+                }
+            }
+            _ => return self.base.submit(tag, op),
+        }
+        let result = Ok(());
+        self.ended.push(Completion { tag, op, result });
+        Ok(())
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        let n = self.ended.len();
+        out.append(&mut self.ended);
+        n + self.base.poll(out)
+    }
+
+    fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
+        if self.ended.is_empty() && self.base.in_flight() == 0 {
+            std::thread::sleep(timeout.min(Duration::from_millis(1)));
+        }
+        Ok(())
+    }
+
+    fn in_flight(&self) -> usize {
+        self.held.len() + self.ended.len() + self.base.in_flight()
+    }
+}
+
+fn read(lba: u64) -> Op {
+    let buf = DmaBuf::zeroed(512).unwrap();
+    Op::Read { lba, buf }
+}
+
+fn write(lba: u64, byte: u8) -> Op {
+    let mut buf = DmaBuf::new(512).unwrap();
+    buf.fill(byte);
+    let data = buf.freeze();
+    Op::Write {
+        lba,
+        data,
+        fua: false,
+    }
+}
+
+/// Polls more often than anything here needs. Returns the tags that have ended, and whether well.
+fn ended(channel: &mut dyn IoChannel) -> Vec<(u64, bool)> {
+    let mut out = Vec::new();
+    for _ in 0..2000 {
+        channel.poll(&mut out);
+    }
+    out.iter().map(|c| (c.tag, c.result.is_ok())).collect()
+}
+
+#[test]
+fn what_a_part_does_not_take_comes_back_at_its_own_address() {
+    let (base, _) = busy(1);
+    let parts = Split::new(&(base as Dev), 2, None).unwrap();
+    let mut ch = parts[1].open_channel().unwrap();
+    ch.submit(1, read(3)).unwrap();
+    let Err(SubmitError::Busy(op)) = ch.submit(2, write(5, 9)) else {
+        panic!("there was room for one");
+    };
+    assert_eq!(op.lba(), 5);
+}
+
+/// An operation that finds a leg full waits for it, in order.
+#[test]
+fn a_stripe_of_busy_legs_loses_nothing() {
+    let (legs, states): (Vec<_>, Vec<_>) = (0..2).map(|_| busy(1)).unzip();
+    let legs = legs.into_iter().map(|leg| leg as Dev).collect();
+    let raid = Raid0::new("R", legs, 4, None).unwrap();
+    let mut ch = raid.open_channel().unwrap();
+    for lba in 0..32 {
+        let byte = u8::try_from(lba + 1).unwrap();
+        ch.submit(lba, write(lba, byte)).unwrap();
+    }
+    let done = ended(&mut *ch);
+    assert_eq!((done.len(), ch.in_flight()), (32, 0));
+    assert!(done.iter().all(|(_, ok)| *ok));
+    let all = AsyncChannel::new(ch);
+    let back = all.block_on(all.read(0, DmaBuf::new(32 * 512).unwrap()));
+    let back = back.unwrap();
+    assert!(back.chunks(512).map(|block| block[0]).eq(1..=32));
+
+    let mut ch = raid.open_channel().unwrap();
+    ch.submit(0, read(0)).unwrap();
+    ch.submit(1, read(1)).unwrap();
+    states[0].room.store(8, Ordering::Relaxed);
+    ch.submit(2, read(2)).unwrap();
+    let done = ended(&mut *ch);
+    assert_eq!(done, [(0, true), (1, true), (2, true)], "none is overtaken");
+}
+
+#[test]
+fn a_fault_is_not_spent_on_what_was_not_taken() {
+    let (base, state) = busy(1);
+    let dev = ErrorDevice::new(None, base);
+    let mut ch = dev.open_channel().unwrap();
+    ch.submit(1, read(0)).unwrap();
+    let corrupt = Injection {
+        op: Some(OpKind::Read),
+        failure: Failure::Corrupt {
+            offset: 1,
+            value: 1,
+        },
+        count: 1,
+        range: None,
+        queue_depth: 0,
+    };
+    dev.inject(corrupt.clone());
+    let refused = ch.submit(2, read(0));
+    assert!(matches!(refused, Err(SubmitError::Busy(_))));
+    assert_eq!(dev.injections(), [corrupt]);
+    state.room.store(2, Ordering::Relaxed);
+    ch.submit(2, read(0)).unwrap();
+    assert!(dev.injections().is_empty());
+}
+
+#[test]
+fn operations_that_are_resumed_together_all_end() {
+    let (base, _) = busy(1);
+    let dev = ErrorDevice::new(None, base);
+    dev.inject(Injection {
+        op: Some(OpKind::Read),
+        failure: Failure::Hang,
+        count: 4,
+        range: None,
+        queue_depth: 0,
+    });
+    let mut ch = dev.open_channel().unwrap();
+    for tag in 0..4 {
+        ch.submit(tag, read(tag)).unwrap();
+    }
+    assert!(ended(&mut *ch).is_empty());
+    dev.resume();
+    let mut done = ended(&mut *ch);
+    done.sort_unstable();
+    assert_eq!(done, [0, 1, 2, 3].map(|tag| (tag, true)));
+}
+
+/// A future that is dropped while its operation waits for room takes it back.
+#[test]
+fn a_write_that_was_dropped_before_it_had_room_is_not_made() {
+    let (base, _) = busy(1);
+    let ch = AsyncChannel::new(base.open_channel().unwrap());
+    let mut cx = Context::from_waker(Waker::noop());
+    let mut first = Box::pin(ch.io(read(0)));
+    let mut second = Box::pin(ch.io(write(7, 7)));
+    assert!(first.as_mut().poll(&mut cx).is_pending());
+    assert!(second.as_mut().poll(&mut cx).is_pending());
+    drop(second);
+    ch.block_on(first).1.unwrap();
+    ch.drain();
+    let back = ch.block_on(ch.read(7, DmaBuf::new(512).unwrap())).unwrap();
+    assert!(back.iter().all(|byte| *byte == 0));
+}
+
+/// Puts each kind of device on one that holds its reads.
+fn views() -> Vec<(&'static str, Dev)> {
+    let base = || holding().0 as Dev;
+    let registry = Registry::new();
+    let below = Arc::new(Passthru::new("below", base()));
+    let registered = registry.register(below, Vec::new()).unwrap();
+    let legs = vec![base(), base()];
+    vec![
+        ("passthru", Arc::new(Passthru::new("P", base()))),
+        (
+            "delay",
+            Arc::new(Delay::new("D", base(), Latencies::default())),
+        ),
+        ("error", Arc::new(ErrorDevice::new(None, base()))),
+        (
+            "split",
+            Arc::new(Split::new(&base(), 2, None).unwrap().remove(1)),
+        ),
+        ("raid", Arc::new(Raid0::new("R", legs, 4, None).unwrap())),
+        ("registry", Arc::new(registered)),
+    ]
+}
+
+/// An abort reaches the operation that it names, on every leg, and a reset reaches the others.
+#[test]
+fn aborts_and_resets_pass_through_every_device() {
+    for (name, dev) in views() {
+        let mut ch = dev.open_channel().unwrap();
+        // The longer ones lie on both legs of a stripe.
+        for tag in [1000, 1001, 1002] {
+            let buf = DmaBuf::zeroed(8192).unwrap();
+            ch.submit(tag, Op::Read { lba: 4, buf }).unwrap();
+        }
+        ch.submit(1003, read(0)).unwrap();
+        assert_eq!(ended(&mut *ch), [], "{name}");
+        ch.submit(2000, Op::Abort { tag: 1001 }).unwrap();
+        let mut done = ended(&mut *ch);
+        done.sort_unstable();
+        assert_eq!(done, [(1001, false), (2000, true)], "{name}");
+        ch.submit(2001, Op::Reset).unwrap();
+        let mut done = ended(&mut *ch);
+        assert_eq!(done.pop(), Some((2001, true)), "{name}: the reset is last");
+        done.sort_unstable();
+        assert_eq!(done, [1000, 1002, 1003].map(|tag| (tag, false)), "{name}");
+        assert_eq!(ch.in_flight(), 0, "{name}");
+    }
+}
+
+/// A device that is too busy for the reset that ends its operations is asked again.
+#[test]
+fn a_busy_device_that_was_removed_ends_what_it_holds() {
+    let registry = Registry::new();
+    let (base, state) = holding();
+    state.room.store(1, Ordering::Relaxed);
+    let name = base.info().name.clone();
+    let dev = registry.register(base, Vec::new()).unwrap();
+    let mut ch = dev.open_channel().unwrap();
+    ch.submit(1, read(0)).unwrap();
+    registry.remove(&name).unwrap();
+    assert_eq!(ended(&mut *ch), []);
+    state.room.store(2, Ordering::Relaxed);
+    assert_eq!(ended(&mut *ch), [(1, false)]);
+}
+
+/// A time limit holds on devices that come after it was set, and an abort that came too early for
+/// the device is not the last.
+#[test]
+fn a_late_operation_is_aborted_until_it_ends() {
+    let registry = Registry::new();
+    registry.set_timeout(Duration::from_millis(2), TimeoutAction::Abort);
+    let (base, state) = holding();
+    state.deaf.store(2, Ordering::Relaxed);
+    let dev = registry.register(base, Vec::new()).unwrap();
+    let mut ch = dev.open_channel().unwrap();
+    ch.submit(1, read(0)).unwrap();
+    let (mut out, start) = (Vec::new(), Instant::now());
+    while ch.poll(&mut out) == 0 {
+        assert!(start.elapsed() < Duration::from_secs(60), "it never ends");
+        ch.wait(Duration::from_millis(1)).unwrap();
+    }
+    assert_eq!(
+        out[0].result.as_ref().unwrap_err().kind,
+        IoErrorKind::Aborted
+    );
+}
