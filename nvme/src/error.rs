@@ -171,6 +171,8 @@ pub(crate) enum Cause {
     Removed,
     /// The controller failed and could not be reset.
     ControllerFailed,
+    /// The controller has granted fewer I/O queues since a reset, and the queue pair has none.
+    NoQueue,
     /// A buffer is not mapped for the device.
     NotMapped,
     /// The queue pair was made by the process that this one was forked from.
@@ -196,7 +198,9 @@ impl Cause {
             Cause::Timeout => IoErrorKind::TimedOut,
             Cause::Aborted => IoErrorKind::Aborted,
             Cause::NotMapped => IoErrorKind::NoMemory,
-            Cause::Removed | Cause::ControllerFailed | Cause::OtherProcess => IoErrorKind::Removed,
+            Cause::Removed | Cause::ControllerFailed | Cause::NoQueue | Cause::OtherProcess => {
+                IoErrorKind::Removed
+            }
         }
     }
 
@@ -222,6 +226,10 @@ impl std::fmt::Display for Cause {
             Cause::Aborted => f.write_str("aborted by a controller reset"),
             Cause::Removed => f.write_str("the controller was removed"),
             Cause::ControllerFailed => f.write_str("the controller failed"),
+            Cause::NoQueue => f.write_str(
+                "the controller has fewer I/O queues since a reset, and none for this queue pair; \
+                 make another one, or share one",
+            ),
             Cause::NotMapped => f.write_str("a buffer is not mapped for the device"),
             Cause::OtherProcess => f.write_str(
                 "the queue pair was made before the fork that made this process, so it is the \

@@ -520,13 +520,14 @@ impl Commands {
         let shared = Arc::clone(self.shared());
         let bank = shared.bank.lock();
         self.drain();
-        self.rings.restart(word, bank.current);
-        self.stats.resets += 1;
         if !bank.created {
+            // The rings stay invalid, so that nothing is written to queues that do not exist.
             drop(bank);
-            self.give_up(Cause::ControllerFailed);
+            self.give_up(Cause::NoQueue);
             return;
         }
+        self.rings.restart(word, bank.current);
+        self.stats.resets += 1;
         for slot in self.outgoing.slots.numbers() {
             let entry = &self.outgoing.slots[slot];
             let (state, retries) = (entry.state, entry.retries);
