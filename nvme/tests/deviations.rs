@@ -350,3 +350,22 @@ fn a_cache_of_which_nothing_is_said_is_on() {
     assert!(controller.write_cache());
     assert!(controller.namespace(1).unwrap().write_cache());
 }
+
+/// A cache that was switched on, and whose state could not be read then, counts as on.
+#[test]
+fn a_cache_that_may_have_been_switched_on_is_on() {
+    let _watchdog = watchdog();
+    let rig = rig_with(|config, _| config.write_cache = true);
+    rig.controller.set_write_cache(false).unwrap();
+    assert!(!rig.controller.write_cache());
+    let refused = Fault::Status(Status::INVALID_FIELD.dnr());
+    let faults = rig.soft.faults();
+    // A refused command has changed nothing.
+    faults.add(FaultRule::admin(AdminOpcode::SET_FEATURES, refused.clone()).times(1));
+    assert!(rig.controller.set_write_cache(true).is_err());
+    assert!(!rig.controller.write_cache());
+    faults.add(FaultRule::admin(AdminOpcode::GET_FEATURES, refused).times(1));
+    assert!(rig.controller.set_write_cache(true).is_err());
+    assert!(rig.controller.write_cache());
+    assert!(rig.controller.namespace(1).unwrap().write_cache());
+}
