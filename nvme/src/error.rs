@@ -167,6 +167,8 @@ pub(crate) enum Cause {
     /// The controller was reset during the command, and the retries are used up. Whether a write
     /// was carried out is unknown.
     Aborted,
+    /// The caller asked for the end of the operation before all of its commands were sent.
+    AskedFor,
     /// The controller was removed.
     Removed,
     /// The controller failed and could not be reset.
@@ -196,7 +198,7 @@ impl Cause {
                 },
             },
             Cause::Timeout => IoErrorKind::TimedOut,
-            Cause::Aborted => IoErrorKind::Aborted,
+            Cause::Aborted | Cause::AskedFor => IoErrorKind::Aborted,
             Cause::NotMapped => IoErrorKind::NoMemory,
             Cause::Removed | Cause::ControllerFailed | Cause::NoQueue | Cause::OtherProcess => {
                 IoErrorKind::Removed
@@ -224,6 +226,7 @@ impl std::fmt::Display for Cause {
             Cause::Status(status) => status.fmt(f),
             Cause::Timeout => f.write_str("no completion in time"),
             Cause::Aborted => f.write_str("aborted by a controller reset"),
+            Cause::AskedFor => f.write_str("aborted as was asked for"),
             Cause::Removed => f.write_str("the controller was removed"),
             Cause::ControllerFailed => f.write_str("the controller failed"),
             Cause::NoQueue => f.write_str(

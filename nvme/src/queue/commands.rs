@@ -431,14 +431,14 @@ impl Commands {
                 }
                 SlotState::Retrying => {
                     self.retries.forget(slot);
-                    self.finish_command(slot, Some(Cause::Aborted));
+                    self.finish_command(slot, Some(Cause::AskedFor));
                 }
             }
             found = true;
         }
         // The commands of a split I/O that were not sent yet are not sent.
         let device = self.rings.core.name();
-        found | self.splits.fail_tagged(device, tag, Cause::Aborted)
+        found | self.splits.fail_tagged(device, tag, Cause::AskedFor)
     }
 
     /// Whether `poll` has something to do.
