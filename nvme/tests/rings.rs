@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use pumice_nvme::controller::Phase;
 use pumice_nvme::dma::DmaBuf;
-use pumice_nvme::spec::{IoOpcode, Status};
+use pumice_nvme::spec::{AdminOpcode, IoOpcode, Status};
 use pumice_nvme::{Completion, IoErrorKind, Op, QueuePair};
 use pumice_nvme_soft::{Fault, FaultRule};
 
@@ -138,12 +138,11 @@ fn completed_and_dropped(rig: &Rig) -> QueuePair {
 }
 
 /// What the controller had completed before a reset is done, and not sent again.
-#[test]
-fn what_was_completed_before_a_reset_is_done() {
+fn is_done_after(resets: impl FnOnce(&Rig)) {
     let _watchdog = watchdog();
     let rig = rig();
     let mut q = completed_and_dropped(&rig);
-    rig.controller.reset().unwrap();
+    resets(&rig);
     for done in settle(&mut q) {
         match done.tag {
             8 => assert!(done.result.is_ok(), "{:?}", done.result),
@@ -151,6 +150,35 @@ fn what_was_completed_before_a_reset_is_done() {
         }
     }
     assert_eq!(q.stats().commands, 2);
+    read_all(&rig, &mut q, 40, 0);
+}
+
+#[test]
+fn what_was_completed_before_a_reset_is_done() {
+    is_done_after(|rig| rig.controller.reset().unwrap());
+}
+
+/// The owner of the queue pair does not look between them.
+#[test]
+fn what_was_completed_before_several_resets_is_done() {
+    for count in [2, 3] {
+        is_done_after(|rig| {
+            for _ in 0..count {
+                rig.controller.reset().unwrap();
+            }
+        });
+    }
+}
+
+/// The first attempt of the reset comes as far as the completion queue.
+#[test]
+fn what_was_completed_before_a_reset_in_two_attempts_is_done() {
+    is_done_after(|rig| {
+        let refused = Fault::Status(Status::INTERNAL.dnr());
+        let rule = FaultRule::admin(AdminOpcode::CREATE_CQ, refused);
+        rig.soft.faults().add(rule.times(1));
+        rig.controller.reset().unwrap();
+    });
 }
 
 /// The same before a removal.

@@ -518,7 +518,7 @@ impl Commands {
     /// and the device no longer accesses their buffers, so they are ours again.
     fn rejoin(&mut self, word: u64) {
         let shared = Arc::clone(self.shared());
-        let bank = shared.bank.lock();
+        let mut bank = shared.bank.lock();
         self.drain();
         if !bank.created {
             // The rings stay invalid, so that nothing is written to queues that do not exist.
@@ -527,6 +527,7 @@ impl Commands {
             return;
         }
         self.rings.restart(word, bank.current);
+        bank.joined = true;
         self.stats.resets += 1;
         for slot in self.outgoing.slots.numbers() {
             let entry = &self.outgoing.slots[slot];
