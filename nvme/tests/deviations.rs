@@ -422,3 +422,28 @@ fn limits_of_commands_without_data_are_kept() {
     rig.controller.reset().unwrap();
     assert_eq!(limits(&rig), (32, 16, (3, 100, 150)));
 }
+
+/// A namespace of a size that no device has is left out, so that the others can be used.
+#[test]
+fn a_size_that_no_device_has_is_not_used() {
+    let _watchdog = watchdog();
+    let rig = rig();
+    let mut identify = page(&rig.controller, Cns::NAMESPACE);
+    // In blocks of 512 bytes: 1 EiB, and one block more.
+    for (blocks, usable) in [
+        (1u64 << 51, true),
+        ((1 << 51) + 1, false),
+        (u64::MAX, false),
+    ] {
+        identify[..8].copy_from_slice(&blocks.to_le_bytes());
+        answer(&rig, identify.clone(), 0);
+        rig.controller.rescan().unwrap();
+        let ns = rig.controller.namespace(1).unwrap();
+        assert_eq!(
+            ns.unusable().is_none(),
+            usable,
+            "{blocks}: {:?}",
+            ns.unusable()
+        );
+    }
+}
