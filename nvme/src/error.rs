@@ -167,10 +167,14 @@ pub(crate) enum Cause {
     /// The controller was reset during the command, and the retries are used up. Whether a write
     /// was carried out is unknown.
     Aborted,
+    /// The caller asked for the end of the operation before all of its commands were sent.
+    AskedFor,
     /// The controller was removed.
     Removed,
     /// The controller failed and could not be reset.
     ControllerFailed,
+    /// The controller has granted fewer I/O queues since a reset, and the queue pair has none.
+    NoQueue,
     /// A buffer is not mapped for the device.
     NotMapped,
     /// The queue pair was made by the process that this one was forked from.
@@ -194,9 +198,11 @@ impl Cause {
                 },
             },
             Cause::Timeout => IoErrorKind::TimedOut,
-            Cause::Aborted => IoErrorKind::Aborted,
+            Cause::Aborted | Cause::AskedFor => IoErrorKind::Aborted,
             Cause::NotMapped => IoErrorKind::NoMemory,
-            Cause::Removed | Cause::ControllerFailed | Cause::OtherProcess => IoErrorKind::Removed,
+            Cause::Removed | Cause::ControllerFailed | Cause::NoQueue | Cause::OtherProcess => {
+                IoErrorKind::Removed
+            }
         }
     }
 
@@ -220,8 +226,13 @@ impl std::fmt::Display for Cause {
             Cause::Status(status) => status.fmt(f),
             Cause::Timeout => f.write_str("no completion in time"),
             Cause::Aborted => f.write_str("aborted by a controller reset"),
+            Cause::AskedFor => f.write_str("aborted as was asked for"),
             Cause::Removed => f.write_str("the controller was removed"),
             Cause::ControllerFailed => f.write_str("the controller failed"),
+            Cause::NoQueue => f.write_str(
+                "the controller has fewer I/O queues since a reset, and none for this queue pair; \
+                 make another one, or share one",
+            ),
             Cause::NotMapped => f.write_str("a buffer is not mapped for the device"),
             Cause::OtherProcess => f.write_str(
                 "the queue pair was made before the fork that made this process, so it is the \

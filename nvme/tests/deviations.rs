@@ -350,3 +350,100 @@ fn a_cache_of_which_nothing_is_said_is_on() {
     assert!(controller.write_cache());
     assert!(controller.namespace(1).unwrap().write_cache());
 }
+
+/// A cache that was switched on, and whose state could not be read then, counts as on.
+#[test]
+fn a_cache_that_may_have_been_switched_on_is_on() {
+    let _watchdog = watchdog();
+    let rig = rig_with(|config, _| config.write_cache = true);
+    rig.controller.set_write_cache(false).unwrap();
+    assert!(!rig.controller.write_cache());
+    let refused = Fault::Status(Status::INVALID_FIELD.dnr());
+    let faults = rig.soft.faults();
+    // A refused command has changed nothing.
+    faults.add(FaultRule::admin(AdminOpcode::SET_FEATURES, refused.clone()).times(1));
+    assert!(rig.controller.set_write_cache(true).is_err());
+    assert!(!rig.controller.write_cache());
+    faults.add(FaultRule::admin(AdminOpcode::GET_FEATURES, refused).times(1));
+    assert!(rig.controller.set_write_cache(true).is_err());
+    assert!(rig.controller.write_cache());
+    assert!(rig.controller.namespace(1).unwrap().write_cache());
+}
+
+/// Deallocated blocks read as zeroes only where the controller says just that.
+#[test]
+fn deallocated_blocks_are_not_taken_for_zeroes() {
+    let _watchdog = watchdog();
+    let rig = rig();
+    let mut identify = page(&rig.controller, Cns::NAMESPACE);
+    let dlfeat = std::mem::offset_of!(IdentifyNamespace, dlfeat);
+    // Bits 2:0 are 0 (nothing is said), 1 (zeroes) or 2 (ones). The others mean something else.
+    for (value, zeroes) in [
+        (0, false),
+        (1, true),
+        (2, false),
+        (8, false),
+        (9, true),
+        (10, false),
+    ] {
+        identify[dlfeat] = value;
+        answer(&rig, identify.clone(), 0);
+        rig.controller.rescan().unwrap();
+        let ns = rig.controller.namespace(1).unwrap();
+        assert_eq!(ns.deallocated_reads_zero(), zeroes, "{value}");
+        assert_eq!(ns.zeroes_may_deallocate(), value & 8 != 0, "{value}");
+    }
+}
+
+/// The limits of commands without data, each in its own field and unit: NVM figure 102.
+#[test]
+fn limits_of_commands_without_data_are_kept() {
+    let _watchdog = watchdog();
+    let rig = rig();
+    let limits = |rig: &Rig| {
+        let ns = rig.controller.namespace(1).unwrap();
+        let l = *ns.limits();
+        let discard = (
+            l.deallocate_ranges,
+            l.deallocate_blocks,
+            l.deallocate_total_blocks,
+        );
+        (l.verify_blocks, l.zeroes_blocks, discard)
+    };
+    assert_eq!(limits(&rig), (65_536, 65_536, (256, u32::MAX, u64::MAX)));
+    // VSL and WZSL are powers of two of the page, DMRL, DMRSL and DMSL counts.
+    let mut identify = vec![2, 1, 0, 3];
+    identify.extend(100u32.to_le_bytes());
+    identify.extend(150u64.to_le_bytes());
+    identify.resize(4096, 0);
+    // The first page of a reset is the controller's, the second this one.
+    let rule = FaultRule::admin(AdminOpcode::IDENTIFY, Fault::Data(identify));
+    rig.soft.faults().add(rule.namespace(0).after(1).times(1));
+    rig.controller.reset().unwrap();
+    assert_eq!(limits(&rig), (32, 16, (3, 100, 150)));
+}
+
+/// A namespace of a size that no device has is left out, so that the others can be used.
+#[test]
+fn a_size_that_no_device_has_is_not_used() {
+    let _watchdog = watchdog();
+    let rig = rig();
+    let mut identify = page(&rig.controller, Cns::NAMESPACE);
+    // In blocks of 512 bytes: 1 EiB, and one block more.
+    for (blocks, usable) in [
+        (1u64 << 51, true),
+        ((1 << 51) + 1, false),
+        (u64::MAX, false),
+    ] {
+        identify[..8].copy_from_slice(&blocks.to_le_bytes());
+        answer(&rig, identify.clone(), 0);
+        rig.controller.rescan().unwrap();
+        let ns = rig.controller.namespace(1).unwrap();
+        assert_eq!(
+            ns.unusable().is_none(),
+            usable,
+            "{blocks}: {:?}",
+            ns.unusable()
+        );
+    }
+}

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use pumice_nvme::dma::DmaBuf;
 use pumice_nvme::spec::{AdminOpcode, IoOpcode, Status};
-use pumice_nvme::{NvmeError, Op, QueueOptions, QueuePair};
+use pumice_nvme::{NvmeError, Op, QueueOptions, QueuePair, SubmitError};
 use pumice_nvme_soft::{Fault, FaultRule};
 
 use common::*;
@@ -157,4 +157,37 @@ fn buffers_of_queues_that_were_not_deleted_are_kept() {
     let watch = watch.try_into_buf().expect_err("the buffer is free");
     rig.controller.reset().unwrap();
     assert!(watch.try_into_buf().is_ok(), "the reset did not free it");
+}
+
+/// A controller may grant fewer queues after a reset. A pair that has none any longer says so and takes nothing more.
+#[test]
+fn a_pair_without_queues_after_a_reset_refuses() {
+    let _watchdog = watchdog();
+    let rig = rig_with(|config, _| config.queues = 2);
+    let mut pairs = [queue(&rig, |_| {}), queue(&rig, |_| {})];
+    let faults = rig.soft.faults();
+    faults.add(FaultRule::any_io(Fault::Drop).queue(2));
+    pairs[1].submit(&rig.ns, 7, read(0)).unwrap();
+    pairs[1].poll(&mut Vec::new());
+    until_struck(&rig, 1);
+    // The first feature that a reset sets is the number of queues, which is counted from 0.
+    faults.add(FaultRule::admin(AdminOpcode::SET_FEATURES, Fault::Result(0)).times(1));
+    rig.controller.reset().unwrap();
+    assert_eq!(rig.controller.queue_limit(), 1);
+    let [first, second] = &mut pairs;
+    assert!(one(&rig, first, read(0)).result.is_ok());
+    let done = settle(second);
+    assert!(done.len() == 1 && done[0].tag == 7, "{done:?}");
+    for _ in 0..2 {
+        let refused = second.submit(&rig.ns, 8, read(0)).unwrap_err();
+        assert!(matches!(refused, SubmitError::Refused(..)), "{refused:?}");
+        let text = refused.to_string();
+        assert!(text.contains("fewer I/O queues since a reset"), "{text}");
+        assert_eq!(second.poll(&mut Vec::new()), 0);
+    }
+    let error = second.wait(PATIENCE).unwrap_err();
+    assert!(
+        matches!(error, NvmeError::NoQueues { limit: 1, .. }),
+        "{error}"
+    );
 }

@@ -1,8 +1,11 @@
 //! Tests of the rings over many passes and resets, and of completions that name the wrong command.
 
+use std::time::{Duration, Instant};
+
+use pumice_nvme::controller::Phase;
 use pumice_nvme::dma::DmaBuf;
-use pumice_nvme::spec::{IoOpcode, Status};
-use pumice_nvme::{Completion, Op, QueuePair};
+use pumice_nvme::spec::{AdminOpcode, IoOpcode, Status};
+use pumice_nvme::{Completion, IoErrorKind, Op, QueuePair};
 use pumice_nvme_soft::{Fault, FaultRule};
 
 use common::*;
@@ -116,5 +119,100 @@ fn a_queue_head_behind_the_end_means_a_reset() {
         rig.soft.faults().add(rule.times(1));
         assert!(one(&rig, &mut q, read(3)).result.is_ok());
         assert_eq!(q.stats().resets, 1, "head {head}");
+    }
+}
+
+/// Submits a write that the controller completes, and one behind it that it drops, and waits until
+/// it has done so. The completion is not taken.
+fn completed_and_dropped(rig: &Rig) -> QueuePair {
+    let mut q = queue(rig, |options| options.max_retries = 0);
+    let dropped = FaultRule::io(IoOpcode::WRITE, Fault::Drop);
+    rig.soft.faults().add(dropped.blocks(9..10).times(1));
+    for lba in [8, 9] {
+        q.submit(&rig.ns, lba, write(lba, 1)).unwrap();
+    }
+    // This rings the doorbell and takes nothing.
+    q.wait(Duration::ZERO).unwrap();
+    until_struck(rig, 1);
+    q
+}
+
+/// What the controller had completed before a reset is done, and not sent again.
+fn is_done_after(resets: impl FnOnce(&Rig)) {
+    let _watchdog = watchdog();
+    let rig = rig();
+    let mut q = completed_and_dropped(&rig);
+    resets(&rig);
+    for done in settle(&mut q) {
+        match done.tag {
+            8 => assert!(done.result.is_ok(), "{:?}", done.result),
+            _ => assert_eq!(kind(&done), IoErrorKind::Aborted),
+        }
+    }
+    assert_eq!(q.stats().commands, 2);
+    read_all(&rig, &mut q, 40, 0);
+}
+
+#[test]
+fn what_was_completed_before_a_reset_is_done() {
+    is_done_after(|rig| rig.controller.reset().unwrap());
+}
+
+/// The owner of the queue pair does not look between them.
+#[test]
+fn what_was_completed_before_several_resets_is_done() {
+    for count in [2, 3] {
+        is_done_after(|rig| {
+            for _ in 0..count {
+                rig.controller.reset().unwrap();
+            }
+        });
+    }
+}
+
+/// The first attempt of the reset comes as far as the completion queue.
+#[test]
+fn what_was_completed_before_a_reset_in_two_attempts_is_done() {
+    is_done_after(|rig| {
+        let refused = Fault::Status(Status::INTERNAL.dnr());
+        let rule = FaultRule::admin(AdminOpcode::CREATE_CQ, refused);
+        rig.soft.faults().add(rule.times(1));
+        rig.controller.reset().unwrap();
+    });
+}
+
+/// The same before a removal.
+#[test]
+fn what_was_completed_before_a_removal_is_done() {
+    let _watchdog = watchdog();
+    let rig = rig();
+    let mut q = completed_and_dropped(&rig);
+    rig.soft.unplug();
+    let start = Instant::now();
+    while rig.controller.phase() != Phase::Removed {
+        assert!(start.elapsed() < PATIENCE, "the removal is not noticed");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    for done in settle(&mut q) {
+        match done.tag {
+            8 => assert!(done.result.is_ok(), "{:?}", done.result),
+            _ => assert_eq!(kind(&done), IoErrorKind::Removed),
+        }
+    }
+}
+
+/// A queue begins with its own commands, wherever the doorbells of an earlier one of its number were left.
+#[test]
+fn a_queue_does_not_begin_where_its_predecessor_ended() {
+    let _watchdog = watchdog();
+    for shadow in [true, false] {
+        let rig = rig_with(|config, _| config.shadow_doorbells = shadow);
+        for commands in [5, 3, 4] {
+            let mut q = queue(&rig, |options| options.max_retries = 0);
+            assert_eq!(q.qid(), 1);
+            read_all(&rig, &mut q, commands, 0);
+            assert_eq!(q.stats().commands, commands as u64);
+        }
+        assert_eq!(rig.controller.generation(), 1, "a reset");
     }
 }

@@ -27,6 +27,9 @@ pub enum Fault {
     UnknownStatus,
     /// The completion consists of these words (with the right phase tag).
     Raw([u64; 2]),
+    /// The command is carried out and its completion has this in dword 0, the result of a feature
+    /// for example.
+    Result(u32),
     /// The command's data is overwritten with repetitions of these bytes before it completes with
     /// success (Identify pages for example).
     Data(Vec<u8>),
@@ -183,6 +186,7 @@ pub(super) fn corrupt(fault: &Fault, c: &mut Completion) {
     match fault {
         Fault::WrongId => c.cid ^= 0x5a5a,
         Fault::UnknownStatus => c.status_phase = 0x3ff << 1,
+        Fault::Result(dw0) => c.dw0 = *dw0,
         Fault::Raw(words) => *c = Completion::from_words(*words),
         _ => {}
     }

@@ -102,50 +102,53 @@ impl SoftNamespace {
         let size = self.block_size();
         let blocks = (from.len() / size) as u64;
         if !cache {
-            self.forget(lba, blocks);
             self.backend.write(lba << self.block_shift, from)?;
+            // A write that fails leaves what the cache has.
+            self.forget(lba, blocks);
             return self.backend.flush();
         }
+        self.make_room(blocks)?;
         for n in 0..blocks {
             let mut bytes = vec![0; size].into_boxed_slice();
             from.get_at(usize::try_from(n).unwrap_or(0) * size, &mut bytes)?;
             self.dirty.insert(lba + n, bytes);
         }
-        self.bound()
+        Ok(())
     }
 
     pub(super) fn write_bytes(&mut self, lba: u64, from: &[u8], cache: bool) -> io::Result<()> {
         let size = self.block_size();
+        let blocks = (from.len() / size) as u64;
         if !cache {
-            self.forget(lba, (from.len() / size) as u64);
             self.backend.write_bytes(lba << self.block_shift, from)?;
+            self.forget(lba, blocks);
             return self.backend.flush();
         }
+        self.make_room(blocks)?;
         for (n, block) in from.chunks_exact(size).enumerate() {
             self.dirty.insert(lba + n as u64, block.into());
         }
-        self.bound()
+        Ok(())
     }
 
     pub(super) fn write_zeroes(&mut self, lba: u64, blocks: u64, cache: bool) -> io::Result<()> {
         // A large range bypasses the cache: it becomes durable early, which is allowed.
         if cache && blocks <= 64 {
+            self.make_room(blocks)?;
             let zero = vec![0u8; self.block_size()].into_boxed_slice();
             for n in 0..blocks {
                 self.dirty.insert(lba + n, zero.clone());
             }
-            return self.bound();
+            return Ok(());
         }
-        self.forget(lba, blocks);
         let (offset, len) = (self.byte(lba), self.byte(blocks));
         self.backend.write_zeroes(offset, len)?;
+        self.forget(lba, blocks);
         if cache { Ok(()) } else { self.backend.flush() }
     }
 
     pub(super) fn flush(&mut self) -> io::Result<()> {
-        while let Some((lba, bytes)) = self.dirty.pop_first() {
-            self.backend.write_bytes(lba << self.block_shift, &bytes)?;
-        }
+        while self.write_back()? {}
         self.backend.flush()
     }
 
@@ -183,14 +186,131 @@ impl SoftNamespace {
         }
     }
 
-    fn bound(&mut self) -> io::Result<()> {
-        let max = CACHE_MAX >> self.block_shift;
-        while self.dirty.len() > max {
-            let Some((lba, bytes)) = self.dirty.pop_first() else {
-                break;
-            };
-            self.backend.write_bytes(lba << self.block_shift, &bytes)?;
-        }
+    /// Writes back until so many more blocks fit the cache.
+    fn make_room(&mut self, blocks: u64) -> io::Result<()> {
+        let max = (CACHE_MAX >> self.block_shift) as u64;
+        while self.dirty.len() as u64 + blocks > max && self.write_back()? {}
         Ok(())
+    }
+
+    /// Writes the lowest cached block back, if there is one. The cache has it until the backend
+    /// does: the host believes that it was written.
+    fn write_back(&mut self) -> io::Result<bool> {
+        let Some(first) = self.dirty.first_entry() else {
+            return Ok(false);
+        };
+        let offset = first.key() << self.block_shift;
+        self.backend.write_bytes(offset, first.get())?;
+        first.remove();
+        Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::super::backend::MemoryBackend;
+    use super::*;
+
+    /// A disk that takes no writes while the flag is set, as an image on a full file system.
+    struct Full {
+        disk: MemoryBackend,
+        full: Arc<AtomicBool>,
+    }
+
+    impl Full {
+        fn check(&self) -> io::Result<()> {
+            match self.full.load(Ordering::Relaxed) {
+                true => Err(io::ErrorKind::StorageFull.into()),
+                false => Ok(()),
+            }
+        }
+    }
+
+    impl Backend for Full {
+        fn len_bytes(&self) -> u64 {
+            self.disk.len_bytes()
+        }
+        fn read(&mut self, offset: u64, to: &mut Transfer<'_>) -> io::Result<()> {
+            self.disk.read(offset, to)
+        }
+        fn write(&mut self, offset: u64, from: &mut Transfer<'_>) -> io::Result<()> {
+            self.check()?;
+            self.disk.write(offset, from)
+        }
+        fn read_bytes(&mut self, offset: u64, to: &mut [u8]) -> io::Result<()> {
+            self.disk.read_bytes(offset, to)
+        }
+        fn write_bytes(&mut self, offset: u64, from: &[u8]) -> io::Result<()> {
+            self.check()?;
+            self.disk.write_bytes(offset, from)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            self.disk.flush()
+        }
+        fn write_zeroes(&mut self, offset: u64, len: u64) -> io::Result<()> {
+            self.check()?;
+            self.disk.write_zeroes(offset, len)
+        }
+    }
+
+    const BLOCK: usize = 4096;
+
+    fn full() -> (SoftNamespace, Arc<AtomicBool>) {
+        let full = Arc::new(AtomicBool::new(false));
+        let disk = MemoryBackend::new(2 * CACHE_MAX as u64);
+        let backend = Full {
+            disk,
+            full: Arc::clone(&full),
+        };
+        (SoftNamespace::new(Box::new(backend), 4096), full)
+    }
+
+    fn byte(ns: &mut SoftNamespace, lba: u64) -> u8 {
+        let mut block = [0; BLOCK];
+        ns.read_bytes(lba, &mut block).unwrap();
+        block[0]
+    }
+
+    /// The cache is full, and what would make room cannot be written back: the write that needs the
+    /// room fails, as often as it is sent, and nothing that was written before it is lost.
+    #[test]
+    fn what_cannot_be_written_back_stays_in_the_cache() {
+        let (mut ns, full) = full();
+        let blocks = (CACHE_MAX / BLOCK) as u64;
+        for lba in 0..blocks {
+            ns.write_bytes(lba, &[1; BLOCK], true).unwrap();
+        }
+        full.store(true, Ordering::Relaxed);
+        for _ in 0..3 {
+            assert!(ns.write_bytes(blocks, &[2; BLOCK], true).is_err());
+            assert!(ns.write_zeroes(blocks, 1, true).is_err());
+            assert!(ns.flush().is_err());
+        }
+        assert_eq!((byte(&mut ns, 0), byte(&mut ns, blocks)), (1, 0));
+        full.store(false, Ordering::Relaxed);
+        ns.write_bytes(blocks, &[2; BLOCK], true).unwrap();
+        ns.flush().unwrap();
+        ns.lose(|_| false).unwrap();
+        assert!((0..blocks).all(|lba| byte(&mut ns, lba) == 1));
+        assert_eq!(byte(&mut ns, blocks), 2);
+    }
+
+    /// A block is in the cache, and a durable write of it fails: the block is what it was.
+    #[test]
+    fn a_durable_write_that_fails_leaves_what_the_cache_has() {
+        let (mut ns, full) = full();
+        ns.write_bytes(3, &[1; BLOCK], true).unwrap();
+        full.store(true, Ordering::Relaxed);
+        assert!(ns.write_bytes(3, &[2; BLOCK], false).is_err());
+        assert_eq!(byte(&mut ns, 3), 1);
+        assert!(ns.write_zeroes(3, 1, false).is_err());
+        assert_eq!(byte(&mut ns, 3), 1);
+        full.store(false, Ordering::Relaxed);
+        ns.write_bytes(3, &[2; BLOCK], false).unwrap();
+        ns.lose(|_| true).unwrap();
+        assert_eq!(byte(&mut ns, 3), 2);
     }
 }

@@ -13,7 +13,7 @@ use pumice_io::dma::{AddressTable, CHUNK_LEN, DmaError, DmaMapper, Region};
 use pumice_io::sys::{Absent, DeviceMapping};
 
 /// Device address of the arena's chunk 0. It is not 0, so that a null address is an error.
-const IOVA_BASE: u64 = 0x10_0000_0000;
+pub(super) const IOVA_BASE: u64 = 0x10_0000_0000;
 /// Number of chunks that the arena can have.
 const MAX_CHUNKS: usize = 65_536;
 

@@ -102,7 +102,10 @@ fn prp(
         return Ok(());
     }
     let mut list = c.prp2;
+    // Each list may begin at the end of its page and name nothing but the next one, in a circle.
+    let mut lists = 0;
     while left > 0 {
+        lists += 1;
         if list & 7 != 0 {
             return Err(Status::PRP_OFFSET.dnr());
         }
@@ -124,7 +127,7 @@ fn prp(
         if here < count {
             list = u64::from_le(words[here].load(Ordering::Relaxed));
         }
-        if out.len() > PIECES_MAX {
+        if out.len() > PIECES_MAX || lists > PIECES_MAX {
             return Err(Status::INVALID_FIELD.dnr());
         }
     }
@@ -192,4 +195,32 @@ fn sgl(
         }
     }
     Err(Status::of(0, 0x0d).dnr())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    use super::*;
+
+    /// A list that names itself as the next one has no end, and no entry for data.
+    #[test]
+    fn a_prp_list_that_goes_in_a_circle_ends() {
+        const BASE: u64 = 1 << 40;
+        let memory = DeviceMemory::new(2 * 4096);
+        memory.set_buffer_base(Some(BASE));
+        let last = BASE + 4096 - 8;
+        memory.words(last, 1).expect("mapped")[0].store(last.to_le(), Ordering::Relaxed);
+        let mut command = Command::new(0, 1);
+        (command.prp1, command.prp2) = (BASE, last);
+        let (sender, receiver) = channel();
+        std::thread::spawn(move || {
+            let mut pieces = Vec::new();
+            let found = data_pieces(&memory, &command, 3 * 4096, &mut pieces);
+            let _ = sender.send(found);
+        });
+        let found = receiver.recv_timeout(Duration::from_secs(120));
+        assert_eq!(found, Ok(Err(Status::INVALID_FIELD.dnr())));
+    }
 }

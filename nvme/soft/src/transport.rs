@@ -65,7 +65,7 @@ struct SoftTransport {
     media: Mutex<Option<Vec<SoftNamespace>>>,
     birth: Birth,
     /// Last, so that the engine has ended before the memory is unmapped.
-    _mapping: MapperGuard,
+    _mapping: Option<MapperGuard>,
 }
 
 impl fmt::Debug for SoftTransport {
@@ -129,7 +129,11 @@ impl SoftController {
             .map(|_| EventFd::new().map(Arc::new))
             .collect::<Result<Vec<_>, _>>()
             .map_err(io)?;
-        let mapping = register_mapper(memory.clone())?;
+        // Another process reaches the memory that it has given, and none of this one.
+        let mapping = match config.served {
+            true => None,
+            false => Some(register_mapper(memory.clone())?),
+        };
         let shared = Arc::new(Shared {
             registers,
             kick: Arc::new(Kick::default()),
@@ -508,5 +512,26 @@ impl SoftTransport {
 impl Drop for SoftTransport {
     fn drop(&mut self) {
         self.detach();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pumice_io::dma::{CHUNK_LEN, DmaBuf};
+
+    use super::super::memory::IOVA_BASE;
+    use super::*;
+
+    /// A controller that is served to another process does not reach the buffers of this one, whatever address that names.
+    #[test]
+    fn a_served_controller_reaches_no_buffer_of_its_process() {
+        let buf = DmaBuf::zeroed(4096).unwrap();
+        let at = buf.region().index() * CHUNK_LEN + buf.region_offset();
+        let config = || SoftConfig::new(Vec::new());
+        for (config, reaches) in [(config(), true), (config().served(), false)] {
+            let soft = SoftController::new(config).unwrap();
+            let word = soft.memory().words(IOVA_BASE + at as u64, 1);
+            assert_eq!(word.is_some(), reaches);
+        }
     }
 }

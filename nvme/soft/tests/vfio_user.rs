@@ -8,13 +8,16 @@ use std::time::{Duration, Instant};
 
 use pumice_nvme::dma::DmaBuf;
 use pumice_nvme::queue::QueueStats;
+use pumice_nvme::spec::IoOpcode;
 use pumice_nvme::transport::{NvmeUri, OpenTransport, TransportError, open_transport};
 use pumice_nvme::{
     Completion, Controller, ControllerEvent, ControllerOptions, Op, QueueOptions, QueuePair,
     open_with,
 };
 use pumice_nvme_soft::conformance::{self, Verdict};
-use pumice_nvme_soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace, SoftServer};
+use pumice_nvme_soft::{
+    Fault, FaultRule, MemoryBackend, SoftConfig, SoftController, SoftNamespace, SoftServer,
+};
 
 /// Longest wait for an event that must come, however slow the machine is.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -419,6 +422,39 @@ fn a_stopped_controller_changes_no_buffer_that_came_back() {
             .count();
         assert_eq!((bufs.len(), changed), (6, 0), "round {round}");
     }
+}
+
+/// The driver numbers the copies of the data that the other process gets. An abort names the caller's tag all the same,
+/// and is accepted when every slot is taken.
+#[test]
+fn an_abort_ends_the_operation_of_its_tag() {
+    let target = target();
+    let faults = target.soft.faults();
+    faults.add(FaultRule::io(IoOpcode::READ, Fault::Delay(PATIENCE * 5)));
+    let controller = target.connect();
+    let ns = controller.namespace(1).expect("a namespace");
+    let mut options = QueueOptions::depth(2);
+    options.timeout = PATIENCE * 5;
+    let mut queue = controller.queue_pair(&options).expect("a queue");
+    for tag in [1, 0] {
+        let buf = DmaBuf::zeroed(512).expect("memory");
+        let read = Op::Read { lba: tag, buf };
+        queue.submit(&ns, tag, read).expect("accepted");
+    }
+    let (mut done, start) = (Vec::new(), Instant::now());
+    while faults.struck() < 2 {
+        queue.poll(&mut done);
+        assert!(start.elapsed() < PATIENCE, "the reads are not fetched");
+    }
+    let abort = Op::Abort { tag: 1 };
+    queue.submit(&ns, 9, abort).expect("accepted");
+    while done.len() < 2 {
+        queue.poll(&mut done);
+        assert!(start.elapsed() < PATIENCE, "{done:?}");
+    }
+    let ended: Vec<_> = done.iter().map(|d| (d.tag, d.result.is_ok())).collect();
+    assert_eq!(ended, [(9, true), (1, false)]);
+    assert!(matches!(done[0].op, Op::Abort { tag: 1 }), "{done:?}");
 }
 
 /// Reads a message, whose length is in its header.

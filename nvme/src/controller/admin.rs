@@ -87,13 +87,13 @@ impl AdminQueue {
         self.rings = Some(rings);
     }
 
-    /// Ends everything outstanding and tells those who wait. The device is quiet.
+    /// Ends everything outstanding and tells those who wait. The device is quiet. What has
+    /// completed stays with its data, until the caller takes it.
     pub fn lose_all(&mut self) {
         for slot in &mut self.slots {
             slot.state = match slot.state {
-                SlotState::Pending => SlotState::Lost,
-                SlotState::Done(c) => SlotState::Done(c),
-                SlotState::Lost => SlotState::Lost,
+                SlotState::Done(_) => continue,
+                SlotState::Pending | SlotState::Lost => SlotState::Lost,
                 _ => SlotState::Free,
             };
             slot.data = None;
@@ -456,6 +456,26 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A reset that comes before the caller has looked leaves a completed command its data.
+    #[test]
+    fn a_completed_command_keeps_its_data_over_a_reset() {
+        let mut queue = AdminQueue::new(None, 12).expect("memory");
+        let data = || Some(DmaBuf::zeroed(512).expect("memory"));
+        queue.slots[0].state = SlotState::Done(Completion::default());
+        queue.slots[1].state = SlotState::Pending;
+        queue.slots[2].state = SlotState::Abandoned;
+        for slot in &mut queue.slots[..3] {
+            slot.data = data();
+        }
+        queue.lose_all();
+        let [done, pending, abandoned] = &queue.slots[..3] else {
+            panic!("three slots");
+        };
+        assert!(matches!(done.state, SlotState::Done(_)) && done.data.is_some());
+        assert!(matches!(pending.state, SlotState::Lost) && pending.data.is_none());
+        assert!(matches!(abandoned.state, SlotState::Free) && abandoned.data.is_none());
+    }
 
     /// ASQ and ACQ begin at the controller's pages (CC.MPS), which may be larger than 4096 bytes,
     /// and the queues are zeroed.

@@ -18,6 +18,9 @@ use crate::spec::{
 
 /// Most bytes of one command's data, whatever the controller allows. It bounds the PRP list.
 pub(super) const TRANSFER_MAX: usize = 1 << 20;
+/// Most bytes of a namespace: 1 EiB, the largest block device. A larger one would keep the others
+/// of its controller from being used.
+const SIZE_MAX: u64 = 1 << 60;
 /// Most namespaces to use. The log names the number of those that are ignored.
 const NAMESPACES_MAX: usize = 1024;
 
@@ -309,7 +312,7 @@ fn unusable(
             format.lbads
         ));
     }
-    if identify.nsze.get() > u64::MAX >> format.lbads {
+    if identify.nsze.get() > SIZE_MAX >> format.lbads {
         return Some(format!("its size, {} blocks, is absurd", identify.nsze));
     }
     None

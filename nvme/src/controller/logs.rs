@@ -163,12 +163,18 @@ impl Controller {
         }
         self.core.wait_live()?;
         let set = Command::set_feature(FeatureId::VOLATILE_WRITE_CACHE, 0, u32::from(on), false);
-        self.core.admin(set, None)?;
-        let now = self.feature(FeatureId::VOLATILE_WRITE_CACHE, 0)? & 1 != 0;
+        let now = match self.core.admin(set, None) {
+            Ok(_) => self.feature(FeatureId::VOLATILE_WRITE_CACHE, 0),
+            Err(refused @ NvmeError::Status { .. }) => return Err(refused),
+            Err(open) => Err(open),
+        };
         let mut info = (*info).clone();
-        info.write_cache = now;
+        // A cache of which nothing is known counts as on, so that it is flushed.
+        info.write_cache = now.as_ref().map_or(true, |value| value & 1 != 0);
         *self.core.info.write() = Some(std::sync::Arc::new(info));
-        self.rescan()
+        let listed = self.rescan();
+        now?;
+        listed
     }
 
     /// Formats a namespace: all its data is lost. Blocks for as long as the device takes, at most

@@ -227,6 +227,10 @@ impl Core {
             Cause::OtherProcess => NvmeError::OtherProcess {
                 device: self.name().to_owned(),
             },
+            Cause::NoQueue => NvmeError::NoQueues {
+                device: self.name().to_owned(),
+                limit: self.queues.lock().limit,
+            },
             _ => NvmeError::Failed {
                 device: self.name().to_owned(),
                 reason: self

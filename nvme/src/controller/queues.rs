@@ -287,6 +287,7 @@ impl Controller {
             bank: Mutex::new(Bank {
                 current: 0,
                 created: false,
+                joined: false,
             }),
         });
         let entry = Registered {
@@ -336,7 +337,11 @@ impl Controller {
     ) -> Result<QueuePair, NvmeError> {
         let core = &self.core;
         // If a reset has happened meanwhile, the state word shows it and the pair catches up.
-        let current = shared.bank.lock().current;
+        let current = {
+            let mut bank = shared.bank.lock();
+            bank.joined = true;
+            bank.current
+        };
         let depth = shared.sq_entries - 1;
         let lists = Lists::new(lists, &core.table, depth, list_len)
             .map_err(|_| core.protocol("list memory is not mapped for the device"))?;

@@ -65,9 +65,13 @@ impl Core {
                 bank.created = false;
                 continue;
             }
-            let next = 1 - bank.current;
+            // The owner has sent nothing on memory that it has not joined, so that it is free.
+            let next = match bank.joined {
+                true => 1 - bank.current,
+                false => bank.current,
+            };
             q.cq_mem[next].clear();
-            bank.current = next;
+            (bank.current, bank.joined) = (next, false);
             bank.created = q.qid <= registry.limit;
             if bank.created
                 && let Err(error) = self.create_queues(None, q, next)

@@ -174,7 +174,9 @@ impl Bounce {
                 dst_lba: *dst_lba,
                 len_blocks: *len_blocks,
             },
-            Op::Abort { tag } => Op::Abort { tag: *tag },
+            // The device knows the I/Os by their copies' numbers, and no copy has this one: whoever
+            // submits the abort has asked for those with the caller's tag.
+            Op::Abort { .. } => Op::Abort { tag: u64::MAX },
             // Refused when it is submitted.
             Op::CompareAndWrite(_) | Op::Reset | Op::Zone { .. } => Op::Reset,
         })

@@ -367,3 +367,110 @@ fn point(
         _ => Err(NotMapped),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU64;
+
+    use super::*;
+    use crate::namespace::Supports;
+
+    fn limits() -> CommandLimits {
+        CommandLimits {
+            nsid: 1,
+            block_shift: 9,
+            num_blocks: 1 << 30,
+            data: Limits::new(256, 0),
+            zeroes_blocks: 256,
+            verify_blocks: 256,
+            deallocate_blocks: 100,
+            deallocate_total_blocks: 250,
+            deallocate_ranges: 4,
+            copy_ranges: 4,
+            copy_range_blocks: 100,
+            copy_blocks: 250,
+            zeroes_may_deallocate: false,
+            supports: Supports::default(),
+            usable: true,
+        }
+    }
+
+    /// Returns the commands of `work`, each with the words of its list area.
+    fn commands(limits: &CommandLimits, mut work: Work) -> Vec<(Command, Vec<u64>)> {
+        let words: Vec<AtomicU64> = (0..64).map(|_| AtomicU64::new(0)).collect();
+        let area = ListArea {
+            words: &words,
+            address: 0xabc000,
+        };
+        let style = PointerStyle {
+            page_len: 4096,
+            sgl: false,
+        };
+        let table = AddressTable::new();
+        let mut all = Vec::new();
+        while !work.is_over() {
+            let made = work.next_command(limits, &Op::Flush, &table, style, &area);
+            let list = words
+                .iter()
+                .map(|word| u64::from_le(word.load(Ordering::Relaxed)));
+            all.push((made.expect("no data"), list.collect()));
+        }
+        all
+    }
+
+    /// Every block is discarded once, by commands that keep to all three limits.
+    #[test]
+    fn discards_keep_to_their_limits() {
+        for (ranges, sums) in [(4, vec![250, 250, 250, 250]), (2, vec![200; 5])] {
+            let mut limits = limits();
+            limits.deallocate_ranges = ranges;
+            let work = Work::Deallocate {
+                lba: 10,
+                left: 1000,
+            };
+            let (mut next, mut totals) = (10, Vec::new());
+            for (command, list) in commands(&limits, work) {
+                let count = (command.cdw10 & 0xff) as usize + 1;
+                assert!(count <= ranges as usize);
+                totals.push(0);
+                for range in list.chunks(2).take(count) {
+                    let len = range[0] >> 32;
+                    assert!(range[1] == next && len <= 100);
+                    next += len;
+                    *totals.last_mut().expect("one") += len;
+                }
+            }
+            assert_eq!((next, totals), (1010, sums));
+        }
+    }
+
+    /// The same for copies, each to its own place.
+    #[test]
+    fn copies_keep_to_their_limits() {
+        let mut limits = limits();
+        let copy = |left| Work::Copy {
+            from: 10,
+            to: 5000,
+            left,
+        };
+        let (mut from, mut to) = (10, 5000);
+        for (command, list) in commands(&limits, copy(1000)) {
+            assert_eq!(command.lba(), to);
+            let count = (command.cdw12 & 0xff) as usize + 1;
+            let mut total = 0;
+            for range in list.chunks(4).take(count) {
+                let len = range[2] + 1;
+                assert!(range[1] == from && len <= 100);
+                from += len;
+                total += len;
+            }
+            assert!(count <= 4 && total <= 250);
+            to += total;
+        }
+        assert_eq!((from, to), (1010, 6000));
+        // A range counts its blocks in 16 bits.
+        (limits.copy_range_blocks, limits.copy_blocks) = (u32::MAX, u32::MAX);
+        let (_, list) = commands(&limits, copy(70_000)).remove(0);
+        assert_eq!((list[2], list[6]), (65_535, 70_000 - 65_536 - 1));
+    }
+}

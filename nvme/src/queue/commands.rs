@@ -431,14 +431,14 @@ impl Commands {
                 }
                 SlotState::Retrying => {
                     self.retries.forget(slot);
-                    self.finish_command(slot, Some(Cause::Aborted));
+                    self.finish_command(slot, Some(Cause::AskedFor));
                 }
             }
             found = true;
         }
         // The commands of a split I/O that were not sent yet are not sent.
         let device = self.rings.core.name();
-        found | self.splits.fail_tagged(device, tag, Cause::Aborted)
+        found | self.splits.fail_tagged(device, tag, Cause::AskedFor)
     }
 
     /// Whether `poll` has something to do.
@@ -518,15 +518,17 @@ impl Commands {
     /// and the device no longer accesses their buffers, so they are ours again.
     fn rejoin(&mut self, word: u64) {
         let shared = Arc::clone(self.shared());
-        let bank = shared.bank.lock();
+        let mut bank = shared.bank.lock();
         self.drain();
-        self.rings.restart(word, bank.current);
-        self.stats.resets += 1;
         if !bank.created {
+            // The rings stay invalid, so that nothing is written to queues that do not exist.
             drop(bank);
-            self.give_up(Cause::ControllerFailed);
+            self.give_up(Cause::NoQueue);
             return;
         }
+        self.rings.restart(word, bank.current);
+        bank.joined = true;
+        self.stats.resets += 1;
         for slot in self.outgoing.slots.numbers() {
             let entry = &self.outgoing.slots[slot];
             let (state, retries) = (entry.state, entry.retries);

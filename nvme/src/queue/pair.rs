@@ -121,7 +121,11 @@ impl QueuePair {
         let (Some(bounce), Some(domain)) = (&mut self.bounce, core.transport.domain()) else {
             return commands.submit(ns, tag, io);
         };
-        if !commands.has_slot() {
+        if let Op::Abort { tag: target } = &io {
+            for number in bounce.numbers_of(*target) {
+                commands.abort(number);
+            }
+        } else if !commands.has_slot() {
             return Err(SubmitError::Busy(io));
         }
         // A copy would be valid. An error has to be about the caller's buffers.

@@ -327,6 +327,35 @@ mod tests {
         });
     }
 
+    /// After a reset the first doorbell reaches a controller that sleeps, wherever the last one was.
+    #[test]
+    fn the_first_doorbell_after_a_reset_is_rung() {
+        use std::sync::atomic::AtomicU64;
+        let page = || Arc::new(DmaShared::zeroed_in(None, 4096).expect("memory"));
+        let shadow = |index| Shadow {
+            values: page(),
+            events: page(),
+            index,
+        };
+        let map = MmioMap::from_words((0..4).map(|_| AtomicU64::new(0)).collect());
+        let bell =
+            |at, shadow| Bell::new(Doorbell::mapped(&map, at).expect("inside"), Some(shadow));
+        let memory = || Arc::new(DmaShared::zeroed_in(None, 4096).expect("memory"));
+        let mut sq = SubmissionRing::new(QueueMem::Host(memory()), 8, bell(0, shadow(0)));
+        let mut cq = CompletionRing::new(memory(), 8, 1, bell(4, shadow(1)));
+        for generation in 1..=3 {
+            sq.push([0; 8]);
+            sq.ring();
+            // The controller's memory says that an entry has arrived.
+            cq.entries.at(0)[1].store((1u64 << 48).to_le(), Ordering::Relaxed);
+            assert!(cq.pop().is_some());
+            cq.ack();
+            assert_eq!((sq.rings(), cq.rings()), (generation, generation));
+            sq.restart(Some(shadow(0)));
+            cq.restart(memory(), Some(shadow(1)));
+        }
+    }
+
     #[test]
     fn event_index() {
         assert!(needs_ring(0, 1, 0));

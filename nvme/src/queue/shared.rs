@@ -13,7 +13,8 @@ use crate::spec::QueuePriority;
 /// The part of a queue pair from which the controller creates its queues again.
 ///
 /// There is memory for two completion queues: a reset creates the queue on the other one, so that
-/// the owner can still read what was completed before the reset.
+/// the owner can still read what was completed before the reset. Further resets, before the owner
+/// has caught up, leave the one that it reads alone.
 #[derive(Debug)]
 pub(crate) struct QueueShared {
     pub qid: u16,
@@ -37,6 +38,8 @@ pub(crate) struct QueueShared {
 pub(crate) struct Bank {
     pub current: usize,
     pub created: bool,
+    /// Whether the owner's rings are on the current memory.
+    pub joined: bool,
 }
 
 /// Whether a queue pair's owner is writing doorbells.

@@ -352,6 +352,27 @@ mod tests {
         assert_eq!(ns_list(&[], 0), Some(vec![]));
     }
 
+    /// The upper bits of the index count only where there are more formats than the lower ones name.
+    #[test]
+    fn the_format_in_use_is_found() {
+        use zerocopy::FromZeros;
+        let mut ns = IdentifyNamespace::new_zeroed();
+        for (n, format) in (0..).zip(&mut ns.lbaf) {
+            format.lbads = n;
+        }
+        // Bit 4 says where metadata is.
+        for (flbas, most_z, index) in [
+            (0x03, 15, 3),
+            (0x73, 15, 3),
+            (0x33, 16, 19),
+            (0x53, 63, 35),
+            (0x6f, 63, 63),
+        ] {
+            (ns.flbas, ns.nlbaf_z) = (flbas, most_z);
+            assert_eq!(ns.format().lbads, index, "{flbas:#x} of {most_z}");
+        }
+    }
+
     #[test]
     fn descriptors_that_lie_are_cut() {
         let mut page = vec![3, 16, 0, 0];

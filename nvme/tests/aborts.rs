@@ -1,0 +1,53 @@
+//! Tests of aborts that the caller asks for.
+
+use std::time::Instant;
+
+use pumice_nvme::dma::DmaBuf;
+use pumice_nvme::spec::IoOpcode;
+use pumice_nvme::{IoErrorKind, Op};
+use pumice_nvme_soft::{Fault, FaultRule};
+
+use common::*;
+
+mod common;
+
+/// The controller ends the command as aborted, which is a status after which others are sent again.
+#[test]
+fn an_aborted_command_is_not_sent_again() {
+    let _watchdog = watchdog();
+    let rig = rig();
+    let mut q = queue(&rig, |_| {});
+    let faults = rig.soft.faults();
+    faults.add(FaultRule::io(IoOpcode::READ, Fault::Delay(NEVER)));
+    q.submit(&rig.ns, 5, read(0)).unwrap();
+    let (mut out, start) = (Vec::new(), Instant::now());
+    q.poll(&mut out);
+    until_struck(&rig, 1);
+    assert!(q.abort(5) && !q.abort(6));
+    while out.is_empty() {
+        q.poll(&mut out);
+        assert_eq!(faults.struck(), 1, "sent again");
+        assert!(start.elapsed() < PATIENCE, "not aborted");
+    }
+    assert_eq!((out[0].tag, kind(&out[0])), (5, IoErrorKind::Aborted));
+}
+
+/// Of an operation of eight commands two are sent, and the controller carries them out. The error names the abort, and not
+/// a reset that there was none of.
+#[test]
+fn what_is_aborted_before_all_of_it_is_sent_says_so() {
+    let _watchdog = watchdog();
+    let rig = rig();
+    let mut q = queue(&rig, |options| options.depth = 2);
+    let buf = DmaBuf::new(1 << 20).unwrap();
+    q.submit(&rig.ns, 5, Op::Read { lba: 0, buf }).unwrap();
+    assert!(q.abort(5));
+    let done = settle(&mut q).pop().unwrap();
+    assert_eq!(kind(&done), IoErrorKind::Aborted);
+    let text = done.result.unwrap_err().to_string();
+    assert!(
+        text.contains("as was asked for") && !text.contains("reset"),
+        "{text}"
+    );
+    assert_eq!(q.stats().commands, 2);
+}
