@@ -141,7 +141,8 @@ fn the_first_window_is_64_kib_and_windows_grow_to_what_the_options_say() {
     let (fs, file) = cold_file(8 * MIB, &MountOptions::default());
     assert_eq!(read_pages(&fs, &file, 1), 4096, "one read tells nothing");
     assert_eq!(read_pages(&fs, &file, 2), 4096 + (64 << 10));
-    assert!(read_pages(&fs, &file, 1024) >= 4 * MIB);
+    // What those reads have not brought in yet, at least.
+    assert!(read_pages(&fs, &file, 1024) >= 4 * MIB - (68 << 10));
     assert!(read_pages(&fs, &file, 1024) == 0, "all of it is in memory");
 
     let mut narrow = MountOptions::default();
