@@ -32,7 +32,7 @@ fn an_aborted_command_is_not_sent_again() {
     assert_eq!((out[0].tag, kind(&out[0])), (5, IoErrorKind::Aborted));
 }
 
-/// Of an operation of eight commands two are sent, and the controller carries them out. The error names the abort, and not
+/// Two of eight commands are sent, and the controller carries them out. The error names the abort, and not
 /// a reset that there was none of.
 #[test]
 fn what_is_aborted_before_all_of_it_is_sent_says_so() {
