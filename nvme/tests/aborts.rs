@@ -32,8 +32,8 @@ fn an_aborted_command_is_not_sent_again() {
     assert_eq!((out[0].tag, kind(&out[0])), (5, IoErrorKind::Aborted));
 }
 
-/// An operation of eight commands of which two are sent and carried out: its error names the abort, and no reset, since
-/// there was none.
+/// Two of eight commands are sent, and the controller carries them out. The error names the abort, and not
+/// a reset that there was none of.
 #[test]
 fn what_is_aborted_before_all_of_it_is_sent_says_so() {
     let _watchdog = watchdog();

@@ -137,7 +137,7 @@ fn completed_and_dropped(rig: &Rig) -> QueuePair {
     q
 }
 
-/// Checks that what the controller had completed before these resets is done, and not sent again.
+/// Checks that what the controller had completed before the resets is done, and not sent again.
 fn is_done_after(resets: impl FnOnce(&Rig)) {
     let _watchdog = watchdog();
     let rig = rig();
