@@ -3,14 +3,14 @@
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser};
-use pumice_bench::fscompare::{self, Stop, args::Args, table::Comparison};
+use pumice_bench::fscompare::{self, Interrupt, args::Args, table::Comparison};
 
 fn main() -> ExitCode {
     if let Some(code) = pumice_describe::asked(Args::command) {
         return code;
     }
     let args = Args::parse();
-    let done = Stop::on_signals()
+    let done = Interrupt::on_signals()
         .and_then(|stop| fscompare::run(&args, &stop))
         .and_then(|comparison| {
             show(&args, &comparison)?;

@@ -1,6 +1,6 @@
 //! The command line of `fscompare`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use pumice_bdev_control::complain;
@@ -121,42 +121,7 @@ impl Plan {
     /// # Errors
     /// Returns a message for the user.
     pub fn new(a: &Args) -> Result<Self, String> {
-        let root = is_root();
-        let mut sides = a.sides.clone();
-        if sides.is_empty() {
-            sides = Side::ALL
-                .into_iter()
-                .filter(|s| (root || !s.needs_root()) && s.fits(a.device.is_some()))
-                .filter(|s| a.device.is_none() || a.kernel_dir.is_some() || *s != Side::Host)
-                .filter(|s| {
-                    let missing = s.missing_program();
-                    if let Some(words) = &missing {
-                        complain!("fscompare: {s} is left out: {words}");
-                    }
-                    missing.is_none()
-                })
-                .collect();
-        }
-        let mut seen = Vec::new();
-        for s in &sides {
-            if seen.contains(s) {
-                return Err(format!("--sides: {s} is there twice"));
-            }
-            seen.push(*s);
-            if s.needs_root() && !root {
-                return Err(format!(
-                    "--sides: {s} needs root, to make and mount a file system; without it compare host, pumice and mem"
-                ));
-            }
-            if let Some(words) = s.missing_program() {
-                return Err(format!("--sides: {s} cannot run: {words}"));
-            }
-            if !s.fits(a.device.is_some()) {
-                return Err(format!(
-                    "--sides: {s} is for an image file; with --device use pumice-dev"
-                ));
-            }
-        }
+        let sides = chosen_sides(a)?;
         let find = |s: Side| sides.contains(&s).then_some(s);
         let baseline = a
             .baseline
@@ -180,17 +145,8 @@ impl Plan {
         let beside = image
             .as_deref()
             .and_then(|i| i.parent())
-            .map_or_else(std::env::temp_dir, std::path::Path::to_path_buf);
-        let fs_cache_size = match a.memory {
-            None => a.fs_cache_size,
-            Some(m) if m >= ROCKSDB_BYTES + (32 << 20) => m / 8,
-            Some(_) => {
-                let least = (ROCKSDB_BYTES >> 20) + 32;
-                return Err(format!(
-                    "--memory: RocksDB's memtables and block cache alone need more; give at least {least}M"
-                ));
-            }
-        };
+            .map_or_else(std::env::temp_dir, Path::to_path_buf);
+        let fs_cache_size = first_cache_size(a)?;
         Ok(Self {
             baseline,
             stages,
@@ -211,6 +167,60 @@ impl Plan {
             flags: a.flags.clone(),
             sides,
         })
+    }
+}
+
+/// Returns the sides of `--sides`, or without it all that can run here.
+fn chosen_sides(a: &Args) -> Result<Vec<Side>, String> {
+    let root = is_root();
+    if a.sides.is_empty() {
+        return Ok(Side::ALL
+            .into_iter()
+            .filter(|s| (root || !s.needs_root()) && s.fits(a.device.is_some()))
+            .filter(|s| a.device.is_none() || a.kernel_dir.is_some() || *s != Side::Host)
+            .filter(|s| {
+                let missing = s.missing_program();
+                if let Some(words) = &missing {
+                    complain!("fscompare: {s} is left out: {words}");
+                }
+                missing.is_none()
+            })
+            .collect());
+    }
+    let mut seen = Vec::new();
+    for s in &a.sides {
+        if seen.contains(s) {
+            return Err(format!("--sides: {s} is there twice"));
+        }
+        seen.push(*s);
+        if s.needs_root() && !root {
+            return Err(format!(
+                "--sides: {s} needs root, to make and mount a file system; without it compare host, pumice and mem"
+            ));
+        }
+        if let Some(words) = s.missing_program() {
+            return Err(format!("--sides: {s} cannot run: {words}"));
+        }
+        if !s.fits(a.device.is_some()) {
+            return Err(format!(
+                "--sides: {s} is for an image file; with --device use pumice-dev"
+            ));
+        }
+    }
+    Ok(seen)
+}
+
+/// Returns the size with which our page cache begins.
+fn first_cache_size(a: &Args) -> Result<u64, String> {
+    match a.memory {
+        None => Ok(a.fs_cache_size),
+        Some(m) if m >= ROCKSDB_BYTES + (32 << 20) => Ok(m / 8),
+        Some(_) => {
+            let least = (ROCKSDB_BYTES >> 20) + 32;
+            Err(format!(
+                "--memory: RocksDB's memtables and block cache alone need more; give at least {least}M"
+            ))
+        }
     }
 }
 

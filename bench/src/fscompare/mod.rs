@@ -2,58 +2,28 @@
 
 pub mod args;
 pub mod disk;
+pub mod interrupt;
 pub mod memory;
 pub mod round;
 pub mod side;
 pub mod table;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
 use self::args::{Args, Plan};
 use self::disk::Disk;
+pub use self::interrupt::Interrupt;
 use self::round::Runner;
 use self::table::Comparison;
-
-/// A request to stop, by Ctrl-C or SIGTERM.
-#[derive(Debug, Clone, Default)]
-pub struct Stop(Arc<AtomicBool>);
-
-impl Stop {
-    /// Makes one that SIGINT and SIGTERM set from now on.
-    ///
-    /// # Errors
-    /// Fails when the handlers cannot be installed.
-    pub fn on_signals() -> Result<Self, String> {
-        let stop = Self::default();
-        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-            signal_hook::flag::register(signal, Arc::clone(&stop.0))
-                .map_err(|e| format!("signal {signal}: {e}"))?;
-        }
-        Ok(stop)
-    }
-
-    /// Fails when a stop was requested.
-    ///
-    /// # Errors
-    /// Returns "interrupted".
-    pub fn check(&self) -> Result<(), String> {
-        if self.0.load(Ordering::Relaxed) {
-            return Err("interrupted; mounts, loop devices and files made here are removed".into());
-        }
-        Ok(())
-    }
-}
 
 /// Runs the whole comparison. Everything created for it is removed when this returns, also after an
 /// error.
 ///
 /// # Errors
 /// Returns a message for the user.
-pub fn run(args: &Args, stop: &Stop) -> Result<Comparison, String> {
+pub fn run(args: &Args, stop: &Interrupt) -> Result<Comparison, String> {
     let plan = Plan::new(args)?;
     let disk = Disk::prepare(&plan, stop)?;
     let runner = Runner::new(&plan, &disk, stop)?;

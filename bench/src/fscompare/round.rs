@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::Stop;
 use super::args::Plan;
 use super::disk::{self, Disk, Mounted};
+use super::interrupt::Interrupt;
 use super::memory::Bound;
 use super::side::Side;
 
@@ -18,7 +18,7 @@ use super::side::Side;
 pub struct Runner<'a> {
     plan: &'a Plan,
     disk: &'a Disk,
-    stop: &'a Stop,
+    stop: &'a Interrupt,
     bound: Option<Bound>,
     scratch: tempfile::TempDir,
 }
@@ -40,7 +40,7 @@ impl<'a> Runner<'a> {
     ///
     /// # Errors
     /// Fails when the memory cannot be bounded, or db_bench does not exist.
-    pub fn new(plan: &'a Plan, disk: &'a Disk, stop: &'a Stop) -> Result<Self, String> {
+    pub fn new(plan: &'a Plan, disk: &'a Disk, stop: &'a Interrupt) -> Result<Self, String> {
         if !plan.db_bench.is_file() {
             return Err(format!(
                 "{} is not there; build it, or name it by --db-bench",
