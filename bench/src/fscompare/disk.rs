@@ -275,11 +275,11 @@ pub struct Mounted {
 }
 
 impl Mounted {
-    /// Mounts the device.
+    /// Mounts the device with these options of mount(8), or with its defaults if there are none.
     ///
     /// # Errors
     /// Returns mount's error.
-    pub fn at(device: &Path) -> Result<Self, String> {
+    pub fn at(device: &Path, options: &str) -> Result<Self, String> {
         let dir = tempfile::Builder::new()
             .prefix("fscompare-")
             .tempdir()
@@ -288,8 +288,18 @@ impl Mounted {
             device.display().to_string(),
             dir.path().display().to_string(),
         );
-        system("mount", &[&dev, &at])?;
+        let with = ["-o", options];
+        let with = if options.is_empty() { &[] } else { &with[..] };
+        system("mount", &[with, &[&dev, &at]].concat())?;
         Ok(Self { dir })
+    }
+
+    /// Returns the options that are in effect, as the kernel lists them, the defaults that it shows
+    /// among them (proc(5), `/proc/self/mounts`).
+    #[must_use]
+    pub fn options(&self) -> Option<String> {
+        let table = std::fs::read_to_string("/proc/self/mounts").ok()?;
+        options_in(&table, self.dir.path())
     }
 
     /// Path of the mount point.
@@ -315,27 +325,15 @@ impl Drop for Mounted {
     }
 }
 
-/// Makes a file system. Nothing is discarded, because that would punch holes into an image file,
-/// which the next side would pay for.
-///
-/// # Errors
-/// Returns mkfs's error.
-pub fn mkfs(kind: &str, device: &Path) -> Result<(), String> {
-    let dev = device.display().to_string();
-    match kind {
-        "ext4" => system(
-            "mkfs.ext4",
-            &[
-                "-q",
-                "-F",
-                "-E",
-                "nodiscard,lazy_itable_init=0,lazy_journal_init=0",
-                &dev,
-            ],
-        ),
-        _ => system("mkfs.xfs", &["-q", "-f", "-K", &dev]),
-    }
-    .map(|_| ())
+/// Returns the options of the mount point in a table such as `/proc/self/mounts`.
+fn options_in(table: &str, point: &Path) -> Option<String> {
+    // A later mount hides an earlier one at the same place. The name of a temporary directory of
+    // ours has no character that the table escapes, but `TMPDIR` may have a space.
+    let escaped = point.display().to_string().replace(' ', "\\040");
+    table.lines().rev().find_map(|line| {
+        let fields: Vec<&str> = line.split(' ').collect();
+        (*fields.get(1)? == escaped).then(|| fields.get(3).map(|o| (*o).to_owned()))?
+    })
 }
 
 /// Writes everything back and drops the page cache, if this user may.
@@ -409,6 +407,16 @@ mod tests {
         assert_eq!((mode(&dir), mode(&image.path)), (0o700, 0o600));
         drop(image);
         assert!(!dir.exists());
+    }
+
+    #[test]
+    fn the_options_of_a_mount_are_the_kernels() {
+        let table = "/dev/loop1 /tmp/a\\040b ext4 rw,relatime 0 0\n\
+            /dev/loop0 /tmp/x ext4 rw 0 0\n/dev/loop0 /tmp/x xfs rw,noatime,lazytime 0 0\n";
+        let of = |point: &str| options_in(table, Path::new(point));
+        assert_eq!(of("/tmp/x").as_deref(), Some("rw,noatime,lazytime"));
+        assert_eq!(of("/tmp/a b").as_deref(), Some("rw,relatime"));
+        assert_eq!(of("/tmp"), None);
     }
 
     #[test]

@@ -3,10 +3,13 @@
 pub mod args;
 pub mod disk;
 pub mod interrupt;
+pub mod interval;
 pub mod memory;
+pub mod recipe;
 pub mod round;
 pub mod side;
 pub mod table;
+pub mod text;
 
 use std::time::Duration;
 
@@ -44,7 +47,7 @@ pub fn run(args: &Args, stop: &Interrupt) -> Result<Comparison, String> {
                 pumice_bdev_control::complain!("round {} of {}: {side}", round + 1, plan.rounds);
             }
             match stop.check().and_then(|()| runner.run(side)) {
-                Ok(reports) => comparison.add(side, reports),
+                Ok(ran) => comparison.add(side, ran),
                 // Results measured before the interruption are useful.
                 Err(e) if comparison.has_results() => {
                     comparison.cut_short = Some(e);
