@@ -22,7 +22,7 @@ fn can_mount() -> bool {
 #[test]
 fn host_and_memory_without_root() {
     let dir = tempfile::tempdir().unwrap();
-    let json = dir.path().join("r.json");
+    let (json, page) = (dir.path().join("r.json"), dir.path().join("r.html"));
     let out = fscompare(&[
         "--sides=host,mem",
         "--rounds=2",
@@ -32,6 +32,8 @@ fn host_and_memory_without_root() {
     .arg(dir.path())
     .arg("--json")
     .arg(&json)
+    .arg("--html")
+    .arg(&page)
     .args(["--", "--num=3000", "--seed=5"])
     .output()
     .unwrap();
@@ -70,10 +72,25 @@ fn host_and_memory_without_root() {
         assert_eq!(few, (l["side"] == "mem").then_some(2), "{l}");
     }
     assert!(table.contains("too few rounds"), "{table}");
+    assert!(
+        v["machine"]["cores"].as_u64().unwrap() > 0 && v["machine"]["kernel"].is_string(),
+        "{v:#}"
+    );
+    assert!(v["command"].as_str().unwrap().contains("--rounds=2"));
+    let page = std::fs::read_to_string(page).unwrap();
+    for word in [
+        "<dt>host</dt>",
+        "<dt>mem</dt>",
+        ">readrandom</h2>",
+        "</html>",
+    ] {
+        assert!(page.contains(word), "{word}");
+    }
+    assert!(!page.contains("http://") && !page.contains("https://"));
     // The second process found the first one's keys.
     assert!(table.contains("(3000 of 3000 found)"), "{table}");
     let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().flatten().collect();
-    assert_eq!(left.len(), 1, "only the report is left: {left:?}");
+    assert_eq!(left.len(), 2, "only the reports are left: {left:?}");
 }
 
 #[test]

@@ -82,6 +82,11 @@ pub struct Args {
     #[arg(long)]
     pub json: Option<String>,
 
+    /// Write the results as a page to this file: charts, the table, the command line, the machine
+    /// and how each side was made. It needs no other file and no network.
+    #[arg(long)]
+    pub html: Option<PathBuf>,
+
     /// Flags for db_bench on every side, after --.
     #[arg(last = true)]
     pub flags: Vec<String>,
@@ -128,6 +133,7 @@ impl Plan {
     /// Returns a message for the user.
     pub fn new(a: &Args) -> Result<Self, String> {
         let sides = chosen_sides(a)?;
+        check_html(a)?;
         let find = |s: Side| sides.contains(&s).then_some(s);
         let baseline = a
             .baseline
@@ -216,6 +222,22 @@ fn chosen_sides(a: &Args) -> Result<Vec<Side>, String> {
     Ok(seen)
 }
 
+/// Refuses a page in a directory that does not exist before hours of measuring, not after.
+fn check_html(a: &Args) -> Result<(), String> {
+    let Some(page) = &a.html else { return Ok(()) };
+    let dir = match page.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    };
+    if page.is_dir() || !dir.is_dir() {
+        return Err(format!(
+            "--html={}: a file in an existing directory is needed",
+            page.display()
+        ));
+    }
+    Ok(())
+}
+
 /// Returns the size with which our page cache begins.
 fn first_cache_size(a: &Args) -> Result<u64, String> {
     match a.memory {
@@ -294,6 +316,10 @@ mod tests {
             (&["--sides=mem", "--memory=100M"], "at least"),
             (&["--device=/dev/loop7"], "--force"),
             (&["--sides=floppy"], "possible values"),
+            (
+                &["--sides=mem", "--html=/nowhere/at/all/r.html"],
+                "existing directory",
+            ),
             (
                 &["--device=/dev/loop7", "--force", "--sides=pumice"],
                 "pumice-dev",

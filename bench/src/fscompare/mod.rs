@@ -1,9 +1,12 @@
 //! `fscompare`: RocksDB on several file systems of the same disk, which take turns.
 
 pub mod args;
+pub mod chart;
 pub mod disk;
+pub mod html;
 pub mod interrupt;
 pub mod interval;
+pub mod machine;
 pub mod memory;
 pub mod recipe;
 pub mod round;
@@ -18,6 +21,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use self::args::{Args, Plan};
 use self::disk::Disk;
 pub use self::interrupt::Interrupt;
+use self::machine::Conditions;
 use self::round::Runner;
 use self::table::Comparison;
 
@@ -30,7 +34,7 @@ pub fn run(args: &Args, stop: &Interrupt) -> Result<Comparison, String> {
     let plan = Plan::new(args)?;
     let disk = Disk::prepare(&plan, stop)?;
     let runner = Runner::new(&plan, &disk, stop)?;
-    let mut comparison = Comparison::new(&plan);
+    let mut comparison = Comparison::new(&plan, Conditions::of(&plan));
     let steps = plan.rounds * plan.sides.len() as u64;
     let bar = ProgressBar::new(steps);
     if let Ok(style) = ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg}") {

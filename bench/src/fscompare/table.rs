@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::args::Plan;
 use super::interval::Interval;
+use super::machine::Conditions;
 use super::recipe::Applied;
 use super::round::Ran;
 use super::side::Side;
@@ -54,6 +55,9 @@ pub struct IoPerOp {
 /// All results of a comparison.
 #[derive(Debug, Serialize)]
 pub struct Comparison {
+    /// The command line, the time and the machine.
+    #[serde(flatten)]
+    pub(super) conditions: Conditions,
     pub(super) sides: Vec<Side>,
     pub(super) baseline: Side,
     /// The description of each side, with the durability of its completed writes.
@@ -111,8 +115,9 @@ pub struct Line {
 impl Comparison {
     /// Makes an empty comparison.
     #[must_use]
-    pub fn new(plan: &Plan) -> Self {
+    pub fn new(plan: &Plan, conditions: Conditions) -> Self {
         Self {
+            conditions,
             sides: plan.sides.clone(),
             baseline: plan.baseline,
             about: BTreeMap::new(),
@@ -265,6 +270,7 @@ pub(super) mod tests {
     /// all sides are slower in it.
     pub(in super::super) fn of_rounds(rounds: &[f64]) -> Comparison {
         let mut c = Comparison {
+            conditions: Conditions::default(),
             sides: vec![Side::Ext4, Side::Pumice, Side::Mem],
             baseline: Side::Ext4,
             about: BTreeMap::new(),
