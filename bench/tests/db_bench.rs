@@ -291,6 +291,31 @@ fn the_other_file_systems_run_the_same_tool() {
 
 /// The tables and keys of every kind can be looked at.
 #[test]
+fn retired_logs_are_used_again_where_that_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, count) in [("with", 4), ("without", 0)] {
+        let db = dir.path().join(name);
+        run(&[
+            "--env=kernel",
+            &format!("--db={}", db.display()),
+            &format!("--recycle_log_file_num={count}"),
+            "--benchmarks=fillrandom",
+            "--verify",
+        ]);
+        let log = std::fs::read_to_string(db.join("LOG")).unwrap();
+        assert_eq!(log.contains("reusing log "), count > 0, "{name}: {log}");
+    }
+    // Ours keeps every key with it, too.
+    let report = run(&[
+        &image(dir.path()),
+        "--recycle_log_file_num=4",
+        "--benchmarks=fillrandom",
+        "--verify",
+    ]);
+    assert!(report["verified_keys"].as_u64().unwrap() > 0, "{report:#}");
+}
+
+#[test]
 fn every_key_is_looked_at_as_the_database_was_written() {
     for flags in [
         &["--user_timestamp_size=8"][..],

@@ -22,7 +22,7 @@ fn can_mount() -> bool {
 #[test]
 fn host_and_memory_without_root() {
     let dir = tempfile::tempdir().unwrap();
-    let json = dir.path().join("r.json");
+    let (json, page) = (dir.path().join("r.json"), dir.path().join("r.html"));
     let out = fscompare(&[
         "--sides=host,mem",
         "--rounds=2",
@@ -32,6 +32,8 @@ fn host_and_memory_without_root() {
     .arg(dir.path())
     .arg("--json")
     .arg(&json)
+    .arg("--html")
+    .arg(&page)
     .args(["--", "--num=3000", "--seed=5"])
     .output()
     .unwrap();
@@ -57,10 +59,38 @@ fn host_and_memory_without_root() {
             .filter(|l| l["benchmark"] != "compact")
             .all(|l| l["micros_per_op"].as_f64().unwrap() > 0.0)
     );
+    for l in lines {
+        for name in [
+            "cpu_us_per_op",
+            "system_us_per_op",
+            "voluntary_switches_per_op",
+        ] {
+            assert!(l[name].as_f64().unwrap() >= 0.0, "{name}: {l}");
+        }
+        // Two rounds are too few, and the baseline has no interval.
+        let few = l["rate_interval"]["too_few_rounds"].as_u64();
+        assert_eq!(few, (l["side"] == "mem").then_some(2), "{l}");
+    }
+    assert!(table.contains("too few rounds"), "{table}");
+    assert!(
+        v["machine"]["cores"].as_u64().unwrap() > 0 && v["machine"]["kernel"].is_string(),
+        "{v:#}"
+    );
+    assert!(v["command"].as_str().unwrap().contains("--rounds=2"));
+    let page = std::fs::read_to_string(page).unwrap();
+    for word in [
+        "<dt>host</dt>",
+        "<dt>mem</dt>",
+        ">readrandom</h2>",
+        "</html>",
+    ] {
+        assert!(page.contains(word), "{word}");
+    }
+    assert!(!page.contains("http://") && !page.contains("https://"));
     // The second process found the first one's keys.
     assert!(table.contains("(3000 of 3000 found)"), "{table}");
     let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().flatten().collect();
-    assert_eq!(left.len(), 1, "only the report is left: {left:?}");
+    assert_eq!(left.len(), 2, "only the reports are left: {left:?}");
 }
 
 #[test]
@@ -101,6 +131,48 @@ fn ext4_and_ours_on_the_same_image() {
             "{table}"
         );
     }
+    assert!(!image.exists());
+}
+
+#[test]
+fn tuned_ext4_beside_the_plain_one() {
+    if !can_mount() {
+        println!("skipped: tuned_ext4_beside_the_plain_one: needs root and loop devices");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk.img");
+    let out = fscompare(&[
+        "--sides=ext4-tuned,ext4",
+        "--rounds=1",
+        "--size=256M",
+        "--benchmarks=fillsync;readseq",
+        "--json=-",
+    ])
+    .arg("--image")
+    .arg(&image)
+    // Logs are retired after a hundred writes, so that some are used again.
+    .args(["--", "--writes=1000", "--write_buffer_size=65536"])
+    .output()
+    .unwrap();
+    let err = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{err}");
+    let v: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(v["baseline"], "ext4");
+    let settings = |side: &str| v["about"][side]["settings"].clone();
+    let tuned = settings("ext4-tuned");
+    let in_effect = tuned["mounted_with"].as_str().unwrap();
+    for option in ["noatime", "lazytime"] {
+        assert!(in_effect.contains(option), "{tuned}");
+    }
+    assert_eq!(tuned["db_bench_flags"][0], "--recycle_log_file_num=4");
+    let plain = settings("ext4")["mounted_with"].to_string();
+    assert!(!plain.contains("noatime"), "{plain}");
+    assert!(
+        err.contains("ext4-tuned: kernel's ext4 on /dev/loop"),
+        "{err}"
+    );
+    assert!(err.contains("mounted with -o noatime,lazytime"), "{err}");
     assert!(!image.exists());
 }
 

@@ -3,13 +3,15 @@
 
 use std::io::Write;
 
-use super::report::{BenchResult, IoCount, cpu_seconds};
+use pumice_io::process::{Rusage, rusage};
+
+use super::report::{BenchResult, IoCount};
 
 /// Counts at one moment.
 #[derive(Clone, Copy, Debug, Default)]
 struct Counts {
     io: Option<IoCount>,
-    cpu: Option<f64>,
+    process: Option<Rusage>,
 }
 
 /// Receives the tool's output in pieces.
@@ -45,7 +47,7 @@ impl<'a> Listener<'a> {
     fn counts(&self) -> Counts {
         Counts {
             io: (self.io)(),
-            cpu: cpu_seconds(),
+            process: rusage().ok(),
         }
     }
 
@@ -70,15 +72,28 @@ impl<'a> Listener<'a> {
             let now = self.counts();
             result.synced = self.sync || result.name == "fillsync";
             result.io = now.io.zip(self.began.io).map(|(now, then)| now.since(then));
-            result.cpu_us_per_op = now
-                .cpu
-                .zip(self.began.cpu)
-                .map(|(now, then)| (now - then) * 1e6 / result.operations.max(1) as f64);
+            if let (Some(now), Some(then)) = (now.process, self.began.process) {
+                spread_over_operations(&mut result, now, then);
+            }
             self.results.push(result);
             // A repeated benchmark (`name[X3]`) has its path printed once.
             self.began = now;
         }
     }
+}
+
+/// Notes what the process has used since `then` for each operation of the benchmark.
+fn spread_over_operations(result: &mut BenchResult, now: Rusage, then: Rusage) {
+    let operations = result.operations.max(1) as f64;
+    let per_op = |now: f64, then: f64| Some((now - then).max(0.0) / operations);
+    let micros = |t: std::time::Duration| t.as_secs_f64() * 1e6;
+    let all = |used: Rusage| micros(used.user + used.system);
+    result.cpu_us_per_op = per_op(all(now), all(then));
+    result.system_us_per_op = per_op(micros(now.system), micros(then.system));
+    result.voluntary_switches_per_op = per_op(
+        now.voluntary_switches as f64,
+        then.voluntary_switches as f64,
+    );
 }
 
 /// Parses a line as `Stats::Report` of RocksDB's tool prints it:
@@ -114,6 +129,8 @@ fn parse_result(line: &str) -> Option<BenchResult> {
         message: message.trim().to_owned(),
         synced: false,
         cpu_us_per_op: None,
+        system_us_per_op: None,
+        voluntary_switches_per_op: None,
         io: None,
     })
 }
@@ -143,6 +160,34 @@ mod tests {
             "readrandom [AVG 3 runs] : 300 (± 299) ops/sec;   47.2 MB/sec",
         ] {
             assert_eq!(parse_result(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn time_and_waits_are_spread_over_the_operations() {
+        use std::time::Duration;
+        let line = "fillsync : 1.0 micros/op 5 ops/sec 1.0 seconds 100 operations;";
+        let mut result = parse_result(line).unwrap();
+        let then = Rusage {
+            user: Duration::from_millis(5),
+            system: Duration::from_millis(10),
+            voluntary_switches: 50,
+            involuntary_switches: 1,
+        };
+        let now = Rusage {
+            user: Duration::from_millis(7),
+            system: Duration::from_millis(13),
+            voluntary_switches: 250,
+            involuntary_switches: 9,
+        };
+        spread_over_operations(&mut result, now, then);
+        let found = [
+            result.cpu_us_per_op,
+            result.system_us_per_op,
+            result.voluntary_switches_per_op,
+        ];
+        for (found, wanted) in found.into_iter().zip([50.0, 30.0, 2.0]) {
+            assert!((found.unwrap() - wanted).abs() < 1e-9, "{found:?}");
         }
     }
 

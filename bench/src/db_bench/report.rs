@@ -32,6 +32,12 @@ pub struct BenchResult {
     /// kernel on their behalf. They vary less than time on a busy machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_us_per_op: Option<f64>,
+    /// The part of that processor time that was spent in the kernel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub system_us_per_op: Option<f64>,
+    /// Voluntary context switches per operation: a thread of the process waited and gave up its processor.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub voluntary_switches_per_op: Option<f64>,
     /// The operations of the device during the benchmark, if they can be counted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub io: Option<IoCount>,
@@ -158,19 +164,6 @@ pub fn built_for() -> String {
     format!("{} ({crc32c})", pumice_io::cpu::built_for())
 }
 
-/// Returns the processor time of this process so far, in seconds (proc(5): utime and stime in
-/// `/proc/self/stat`, hundredths of a second on Linux).
-#[must_use]
-pub fn cpu_seconds() -> Option<f64> {
-    let text = std::fs::read_to_string("/proc/self/stat").ok()?;
-    // The name, in brackets, may contain spaces.
-    let (_, fields) = text.rsplit_once(')')?;
-    let mut fields = fields.split_whitespace().skip(11);
-    let user: f64 = fields.next()?.parse().ok()?;
-    let system: f64 = fields.next()?.parse().ok()?;
-    Some((user + system) / 100.0)
-}
-
 /// Returns the median, which is the mean of the two middle values if their number is even; 0 for no
 /// values.
 #[must_use]
@@ -231,6 +224,8 @@ mod tests {
             message: String::new(),
             synced: false,
             cpu_us_per_op: Some(1.5),
+            system_us_per_op: Some(0.5),
+            voluntary_switches_per_op: Some(2.0),
             io: Some(IoCount {
                 writes: 50,
                 whole_device: true,

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use pumice_bdev_control::complain;
 
-use super::Stop;
 use super::args::Plan;
+use super::interrupt::Interrupt;
 use super::side::{Side, search_path};
 
 /// Runs a system program. Its error output becomes the error.
@@ -67,7 +67,7 @@ impl Disk {
     ///
     /// # Errors
     /// Returns a message for the user.
-    pub fn prepare(plan: &Plan, stop: &Stop) -> Result<Self, String> {
+    pub fn prepare(plan: &Plan, stop: &Interrupt) -> Result<Self, String> {
         if let Some(device) = &plan.device {
             let kind = std::fs::metadata(device)
                 .map_err(|e| format!("--device={}: {e}", device.display()))?
@@ -154,7 +154,7 @@ impl Drop for Image {
 impl Image {
     /// Makes a file under a name that nobody else can take, in a directory that nobody else can
     /// enter.
-    fn temporary(size: u64, stop: &Stop) -> Result<Self, String> {
+    fn temporary(size: u64, stop: &Interrupt) -> Result<Self, String> {
         let dir = tempfile::Builder::new()
             .prefix("fscompare-")
             .permissions(std::fs::Permissions::from_mode(0o700))
@@ -168,7 +168,7 @@ impl Image {
     /// Makes a file of written zeroes, so that no side pays for the host's file system allocating
     /// blocks. It is created, or overwritten with `force`. A link is never followed, since another
     /// user may have made it.
-    fn make(path: &Path, size: u64, force: bool, stop: &Stop) -> Result<Self, String> {
+    fn make(path: &Path, size: u64, force: bool, stop: &Interrupt) -> Result<Self, String> {
         let fail = |e: std::io::Error| format!("--image={}: {e}", path.display());
         let mut options = File::options();
         options
@@ -275,11 +275,11 @@ pub struct Mounted {
 }
 
 impl Mounted {
-    /// Mounts the device.
+    /// Mounts the device with these options of mount(8), or with its defaults if there are none.
     ///
     /// # Errors
     /// Returns mount's error.
-    pub fn at(device: &Path) -> Result<Self, String> {
+    pub fn at(device: &Path, options: &str) -> Result<Self, String> {
         let dir = tempfile::Builder::new()
             .prefix("fscompare-")
             .tempdir()
@@ -288,8 +288,18 @@ impl Mounted {
             device.display().to_string(),
             dir.path().display().to_string(),
         );
-        system("mount", &[&dev, &at])?;
+        let with = ["-o", options];
+        let with = if options.is_empty() { &[] } else { &with[..] };
+        system("mount", &[with, &[&dev, &at]].concat())?;
         Ok(Self { dir })
+    }
+
+    /// Returns the options that are in effect, as the kernel lists them, the defaults that it shows
+    /// among them (proc(5), `/proc/self/mounts`).
+    #[must_use]
+    pub fn options(&self) -> Option<String> {
+        let table = std::fs::read_to_string("/proc/self/mounts").ok()?;
+        options_in(&table, self.dir.path())
     }
 
     /// Path of the mount point.
@@ -315,27 +325,15 @@ impl Drop for Mounted {
     }
 }
 
-/// Makes a file system. Nothing is discarded, because that would punch holes into an image file,
-/// which the next side would pay for.
-///
-/// # Errors
-/// Returns mkfs's error.
-pub fn mkfs(kind: &str, device: &Path) -> Result<(), String> {
-    let dev = device.display().to_string();
-    match kind {
-        "ext4" => system(
-            "mkfs.ext4",
-            &[
-                "-q",
-                "-F",
-                "-E",
-                "nodiscard,lazy_itable_init=0,lazy_journal_init=0",
-                &dev,
-            ],
-        ),
-        _ => system("mkfs.xfs", &["-q", "-f", "-K", &dev]),
-    }
-    .map(|_| ())
+/// Returns the options of the mount point in a table such as `/proc/self/mounts`.
+fn options_in(table: &str, point: &Path) -> Option<String> {
+    // A later mount hides an earlier one at the same place. The name of a temporary directory of
+    // ours has no character that the table escapes, but `TMPDIR` may have a space.
+    let escaped = point.display().to_string().replace(' ', "\\040");
+    table.lines().rev().find_map(|line| {
+        let fields: Vec<&str> = line.split(' ').collect();
+        (*fields.get(1)? == escaped).then(|| fields.get(3).map(|o| (*o).to_owned()))?
+    })
 }
 
 /// Writes everything back and drops the page cache, if this user may.
@@ -355,7 +353,7 @@ mod tests {
     fn an_image_is_zeros_and_goes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("i.img");
-        let image = Image::make(&path, 5 << 20, false, &Stop::default()).unwrap();
+        let image = Image::make(&path, 5 << 20, false, &Interrupt::default()).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().len(), 5 << 20);
         drop(image);
         assert!(!path.exists());
@@ -366,10 +364,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("i.img");
         std::fs::write(&path, "mine").unwrap();
-        let e = Image::make(&path, 1 << 20, false, &Stop::default()).unwrap_err();
+        let e = Image::make(&path, 1 << 20, false, &Interrupt::default()).unwrap_err();
         assert!(e.contains("--force"), "{e}");
         assert_eq!(std::fs::read(&path).unwrap(), b"mine");
-        drop(Image::make(&path, 1 << 20, true, &Stop::default()).unwrap());
+        drop(Image::make(&path, 1 << 20, true, &Interrupt::default()).unwrap());
         assert_eq!(std::fs::metadata(&path).unwrap().len(), 1 << 20);
     }
 
@@ -379,11 +377,11 @@ mod tests {
         let path = dir.path().join("i.img");
         std::fs::write(&path, vec![7; 1 << 20]).unwrap();
         let user = pumice_bdev::open(path.to_str().unwrap()).unwrap();
-        let e = Image::make(&path, 2 << 20, true, &Stop::default()).unwrap_err();
+        let e = Image::make(&path, 2 << 20, true, &Interrupt::default()).unwrap_err();
         assert!(e.contains("in use"), "{e}");
         assert_eq!(std::fs::read(&path).unwrap(), vec![7; 1 << 20]);
         drop(user);
-        drop(Image::make(&path, 2 << 20, true, &Stop::default()).unwrap());
+        drop(Image::make(&path, 2 << 20, true, &Interrupt::default()).unwrap());
         assert_eq!(std::fs::metadata(&path).unwrap().len(), 2 << 20);
     }
 
@@ -393,17 +391,17 @@ mod tests {
         let (link, target) = (dir.path().join("i.img"), dir.path().join("target"));
         std::os::unix::fs::symlink(&target, &link).unwrap();
         for force in [false, true] {
-            Image::make(&link, 1 << 20, force, &Stop::default()).unwrap_err();
+            Image::make(&link, 1 << 20, force, &Interrupt::default()).unwrap_err();
             assert!(!target.exists(), "made through the link");
         }
         std::fs::write(&target, "precious").unwrap();
-        Image::make(&link, 1 << 20, true, &Stop::default()).unwrap_err();
+        Image::make(&link, 1 << 20, true, &Interrupt::default()).unwrap_err();
         assert_eq!(std::fs::read(&target).unwrap(), b"precious");
     }
 
     #[test]
     fn the_default_image_is_private_and_goes_with_its_directory() {
-        let image = Image::temporary(1 << 20, &Stop::default()).unwrap();
+        let image = Image::temporary(1 << 20, &Interrupt::default()).unwrap();
         let dir = image.path.parent().unwrap().to_path_buf();
         let mode = |p: &Path| std::fs::metadata(p).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&dir), mode(&image.path)), (0o700, 0o600));
@@ -412,10 +410,20 @@ mod tests {
     }
 
     #[test]
+    fn the_options_of_a_mount_are_the_kernels() {
+        let table = "/dev/loop1 /tmp/a\\040b ext4 rw,relatime 0 0\n\
+            /dev/loop0 /tmp/x ext4 rw 0 0\n/dev/loop0 /tmp/x xfs rw,noatime,lazytime 0 0\n";
+        let of = |point: &str| options_in(table, Path::new(point));
+        assert_eq!(of("/tmp/x").as_deref(), Some("rw,noatime,lazytime"));
+        assert_eq!(of("/tmp/a b").as_deref(), Some("rw,relatime"));
+        assert_eq!(of("/tmp"), None);
+    }
+
+    #[test]
     fn an_interrupted_image_goes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("i.img");
-        let stop = Stop::default();
+        let stop = Interrupt::default();
         stop.0.store(true, std::sync::atomic::Ordering::Relaxed);
         assert!(Image::make(&path, 1 << 20, false, &stop).is_err());
         assert!(!path.exists());

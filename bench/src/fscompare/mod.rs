@@ -1,63 +1,40 @@
 //! `fscompare`: RocksDB on several file systems of the same disk, which take turns.
 
 pub mod args;
+pub mod chart;
 pub mod disk;
+pub mod html;
+pub mod interrupt;
+pub mod interval;
+pub mod machine;
 pub mod memory;
+pub mod recipe;
 pub mod round;
 pub mod side;
 pub mod table;
+pub mod text;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
 use self::args::{Args, Plan};
 use self::disk::Disk;
+pub use self::interrupt::Interrupt;
+use self::machine::Conditions;
 use self::round::Runner;
 use self::table::Comparison;
-
-/// A request to stop, by Ctrl-C or SIGTERM.
-#[derive(Debug, Clone, Default)]
-pub struct Stop(Arc<AtomicBool>);
-
-impl Stop {
-    /// Makes one that SIGINT and SIGTERM set from now on.
-    ///
-    /// # Errors
-    /// Fails when the handlers cannot be installed.
-    pub fn on_signals() -> Result<Self, String> {
-        let stop = Self::default();
-        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-            signal_hook::flag::register(signal, Arc::clone(&stop.0))
-                .map_err(|e| format!("signal {signal}: {e}"))?;
-        }
-        Ok(stop)
-    }
-
-    /// Fails when a stop was requested.
-    ///
-    /// # Errors
-    /// Returns "interrupted".
-    pub fn check(&self) -> Result<(), String> {
-        if self.0.load(Ordering::Relaxed) {
-            return Err("interrupted; mounts, loop devices and files made here are removed".into());
-        }
-        Ok(())
-    }
-}
 
 /// Runs the whole comparison. Everything created for it is removed when this returns, also after an
 /// error.
 ///
 /// # Errors
 /// Returns a message for the user.
-pub fn run(args: &Args, stop: &Stop) -> Result<Comparison, String> {
+pub fn run(args: &Args, stop: &Interrupt) -> Result<Comparison, String> {
     let plan = Plan::new(args)?;
     let disk = Disk::prepare(&plan, stop)?;
     let runner = Runner::new(&plan, &disk, stop)?;
-    let mut comparison = Comparison::new(&plan);
+    let mut comparison = Comparison::new(&plan, Conditions::of(&plan));
     let steps = plan.rounds * plan.sides.len() as u64;
     let bar = ProgressBar::new(steps);
     if let Ok(style) = ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg}") {
@@ -74,7 +51,7 @@ pub fn run(args: &Args, stop: &Stop) -> Result<Comparison, String> {
                 pumice_bdev_control::complain!("round {} of {}: {side}", round + 1, plan.rounds);
             }
             match stop.check().and_then(|()| runner.run(side)) {
-                Ok(reports) => comparison.add(side, reports),
+                Ok(ran) => comparison.add(side, ran),
                 // Results measured before the interruption are useful.
                 Err(e) if comparison.has_results() => {
                     comparison.cut_short = Some(e);

@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::Stop;
 use super::args::Plan;
 use super::disk::{self, Disk, Mounted};
+use super::interrupt::Interrupt;
 use super::memory::Bound;
+use super::recipe::{Applied, Recipe};
 use super::side::Side;
 
 /// Runs sides.
@@ -18,9 +19,27 @@ use super::side::Side;
 pub struct Runner<'a> {
     plan: &'a Plan,
     disk: &'a Disk,
-    stop: &'a Stop,
+    stop: &'a Interrupt,
     bound: Option<Bound>,
     scratch: tempfile::TempDir,
+}
+
+/// The results of one side in one round.
+#[derive(Debug, Default)]
+pub struct Ran {
+    /// db_bench's reports, one for each process.
+    pub reports: Vec<Value>,
+    /// The settings of a file system that was made for the comparison.
+    pub applied: Option<Applied>,
+}
+
+impl From<Vec<Value>> for Ran {
+    fn from(reports: Vec<Value>) -> Self {
+        Self {
+            reports,
+            applied: None,
+        }
+    }
 }
 
 /// A process that is killed when its value is dropped.
@@ -40,7 +59,7 @@ impl<'a> Runner<'a> {
     ///
     /// # Errors
     /// Fails when the memory cannot be bounded, or db_bench does not exist.
-    pub fn new(plan: &'a Plan, disk: &'a Disk, stop: &'a Stop) -> Result<Self, String> {
+    pub fn new(plan: &'a Plan, disk: &'a Disk, stop: &'a Interrupt) -> Result<Self, String> {
         if !plan.db_bench.is_file() {
             return Err(format!(
                 "{} is not there; build it, or name it by --db-bench",
@@ -56,25 +75,26 @@ impl<'a> Runner<'a> {
         })
     }
 
-    /// Runs one side through all stages. Returns db_bench's reports, one for each process.
+    /// Runs one side through all stages.
     ///
     /// # Errors
     /// Returns a message for the user.
-    pub fn run(&self, side: Side) -> Result<Vec<Value>, String> {
+    pub fn run(&self, side: Side) -> Result<Ran, String> {
         disk::drop_caches()?;
         let result = match side {
-            Side::Host => self.host(),
-            Side::Ext4 => self.made("ext4"),
-            Side::Xfs => self.made("xfs"),
-            Side::Pumice => self.ours(self.disk.image().ok_or("no image file")?),
+            Side::Host => self.host().map(Ran::from),
+            Side::Ext4 | Side::Ext4Tuned | Side::Xfs | Side::XfsTuned => self.made(side),
+            Side::Pumice => self
+                .ours(self.disk.image().ok_or("no image file")?)
+                .map(Ran::from),
             Side::PumiceDev => {
                 let device = self.disk.device()?;
-                self.ours(device.path())
+                self.ours(device.path()).map(Ran::from)
             }
             // Memory does not outlive a process, so all stages run in one.
             Side::Mem => self
                 .db_bench(side, &self.plan.stages.join(","), &["--env=mem".to_owned()])
-                .map(|r| vec![r]),
+                .map(|r| vec![r].into()),
         };
         result.map_err(|e| format!("{side}: {e}"))
     }
@@ -89,35 +109,42 @@ impl<'a> Runner<'a> {
             if n > 0 {
                 disk::drop_caches()?;
             }
-            reports.push(self.kernel(Side::Host, stage, dir.path(), n > 0)?);
+            reports.push(self.kernel(Side::Host, stage, dir.path(), &[], n > 0)?);
         }
         Ok(reports)
     }
 
-    fn made(&self, kind: &str) -> Result<Vec<Value>, String> {
+    fn made(&self, side: Side) -> Result<Ran, String> {
         let device = self.disk.device()?;
         let device = device.path();
-        disk::mkfs(kind, device)?;
-        let side = if kind == "ext4" {
-            Side::Ext4
-        } else {
-            Side::Xfs
-        };
-        let mut reports = Vec::new();
+        let recipe = Recipe::of(side, device)?;
+        recipe.make(device)?;
+        let mut ran = Ran::default();
         for (n, stage) in self.plan.stages.iter().enumerate() {
-            let mounted = Mounted::at(device)?;
-            reports.push(self.kernel(side, stage, mounted.path(), n > 0)?);
+            let mounted = Mounted::at(device, recipe.mount)?;
+            let applied = || recipe.applied(mounted.options());
+            ran.applied.get_or_insert_with(applied);
+            let report = self.kernel(side, stage, mounted.path(), recipe.db_bench, n > 0)?;
+            ran.reports.push(report);
             drop(mounted);
             disk::drop_caches()?;
         }
-        Ok(reports)
+        Ok(ran)
     }
 
-    fn kernel(&self, side: Side, stage: &str, dir: &Path, again: bool) -> Result<Value, String> {
+    fn kernel(
+        &self,
+        side: Side,
+        stage: &str,
+        dir: &Path,
+        of_side: &[&str],
+        again: bool,
+    ) -> Result<Value, String> {
         let mut flags = vec![
             "--env=kernel".to_owned(),
             format!("--db={}", dir.join("db").display()),
         ];
+        flags.extend(of_side.iter().map(|f| (*f).to_owned()));
         if again {
             flags.push("--use_existing_db".to_owned());
         }

@@ -11,10 +11,14 @@ use serde::Serialize;
 pub enum Side {
     /// The existing kernel file system, in a directory.
     Host,
-    /// ext4, made for the comparison.
+    /// ext4, made for the comparison with the defaults of mkfs and mount.
     Ext4,
-    /// XFS, made for the comparison.
+    /// ext4, made, mounted and used as its experts do for a write-ahead log.
+    Ext4Tuned,
+    /// XFS, made for the comparison with the defaults of mkfs and mount.
     Xfs,
+    /// XFS, made, mounted and used as its experts do for a write-ahead log.
+    XfsTuned,
     /// Ours on the image file.
     Pumice,
     /// Ours on the loop or block device.
@@ -25,10 +29,12 @@ pub enum Side {
 
 impl Side {
     /// All sides.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
         Self::Host,
         Self::Ext4,
+        Self::Ext4Tuned,
         Self::Xfs,
+        Self::XfsTuned,
         Self::Pumice,
         Self::PumiceDev,
         Self::Mem,
@@ -37,7 +43,10 @@ impl Side {
     /// Whether it needs root, to mount or to open a block device.
     #[must_use]
     pub fn needs_root(self) -> bool {
-        matches!(self, Self::Ext4 | Self::Xfs | Self::PumiceDev)
+        matches!(
+            self,
+            Self::Ext4 | Self::Ext4Tuned | Self::Xfs | Self::XfsTuned | Self::PumiceDev
+        )
     }
 
     /// Whether it can run when a device is given instead of an image file.
@@ -50,8 +59,8 @@ impl Side {
     #[must_use]
     pub fn missing_program(self) -> Option<String> {
         let (program, package) = match self {
-            Self::Ext4 => ("mkfs.ext4", "e2fsprogs"),
-            Self::Xfs => ("mkfs.xfs", "xfsprogs"),
+            Self::Ext4 | Self::Ext4Tuned => ("mkfs.ext4", "e2fsprogs"),
+            Self::Xfs | Self::XfsTuned => ("mkfs.xfs", "xfsprogs"),
             _ => return None,
         };
         missing(program, package, &search_path())
@@ -79,7 +88,9 @@ impl fmt::Display for Side {
         out.write_str(match self {
             Self::Host => "host",
             Self::Ext4 => "ext4",
+            Self::Ext4Tuned => "ext4-tuned",
             Self::Xfs => "xfs",
+            Self::XfsTuned => "xfs-tuned",
             Self::Pumice => "pumice",
             Self::PumiceDev => "pumice-dev",
             Self::Mem => "mem",
@@ -106,6 +117,7 @@ mod tests {
     fn names_on_the_command_line_are_those_printed() {
         for s in Side::ALL {
             assert_eq!(Side::from_str(&s.to_string(), false), Ok(s));
+            assert_eq!(serde_json::to_value(s).unwrap(), s.to_string());
         }
     }
 }

@@ -1,12 +1,15 @@
-//! The table of results.
+//! The results, and the numbers of the table.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 
 use serde::Serialize;
 use serde_json::Value;
 
 use super::args::Plan;
+use super::interval::Interval;
+use super::machine::Conditions;
+use super::recipe::Applied;
+use super::round::Ran;
 use super::side::Side;
 use crate::db_bench::report::median;
 
@@ -19,6 +22,10 @@ pub struct Runs {
     pub ops_per_sec: Vec<f64>,
     /// Processor time of the process per operation, one for each round.
     pub cpu_us_per_op: Vec<f64>,
+    /// The part of that time in the kernel, one for each round.
+    pub system_us_per_op: Vec<f64>,
+    /// Voluntary context switches of the process per operation, one for each round.
+    pub voluntary_switches_per_op: Vec<f64>,
     /// Whether every write was synced.
     pub synced: bool,
     /// Message of the last run, such as "(632 of 1000 found)".
@@ -48,15 +55,18 @@ pub struct IoPerOp {
 /// All results of a comparison.
 #[derive(Debug, Serialize)]
 pub struct Comparison {
-    sides: Vec<Side>,
-    baseline: Side,
+    /// The command line, the time and the machine.
+    #[serde(flatten)]
+    pub(super) conditions: Conditions,
+    pub(super) sides: Vec<Side>,
+    pub(super) baseline: Side,
     /// The description of each side, with the durability of its completed writes.
-    about: BTreeMap<Side, About>,
-    memory: Option<u64>,
-    fs_cache_size: u64,
+    pub(super) about: BTreeMap<Side, About>,
+    pub(super) memory: Option<u64>,
+    pub(super) fs_cache_size: u64,
     flags: Vec<String>,
     /// The benchmarks in the order of the run, each with its sides.
-    benchmarks: Vec<(String, BTreeMap<Side, Runs>)>,
+    pub(super) benchmarks: Vec<(String, BTreeMap<Side, Runs>)>,
     summary: Vec<Line>,
     /// The reason why not every round was run.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -65,9 +75,12 @@ pub struct Comparison {
 
 /// The description of a side.
 #[derive(Debug, Clone, Serialize)]
-struct About {
-    file_system: String,
-    durability: String,
+pub(super) struct About {
+    pub(super) file_system: String,
+    pub(super) durability: String,
+    /// The settings of a file system that was made for the comparison.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) settings: Option<Applied>,
 }
 
 /// A line of the table.
@@ -83,10 +96,16 @@ pub struct Line {
     pub spread: (f64, f64),
     /// Median of the process's processor time per operation.
     pub cpu_us_per_op: f64,
+    /// Median of the part of that time in the kernel.
+    pub system_us_per_op: f64,
+    /// Median of the process's voluntary context switches per operation.
+    pub voluntary_switches_per_op: f64,
     /// Median of operations per second.
     pub ops_per_sec: f64,
     /// Median over the rounds of this side's rate by the baseline's of the same round.
     pub rate_to_baseline: Option<f64>,
+    /// The confidence interval of that median. The baseline has none.
+    pub rate_interval: Option<Interval>,
     /// Median over the rounds of the time less the memory env's of the same round.
     pub own_cost_us: Option<f64>,
     /// Own cost in relation to the baseline's own cost.
@@ -96,8 +115,9 @@ pub struct Line {
 impl Comparison {
     /// Makes an empty comparison.
     #[must_use]
-    pub fn new(plan: &Plan) -> Self {
+    pub fn new(plan: &Plan, conditions: Conditions) -> Self {
         Self {
+            conditions,
             sides: plan.sides.clone(),
             baseline: plan.baseline,
             about: BTreeMap::new(),
@@ -117,13 +137,14 @@ impl Comparison {
     }
 
     /// Adds one round of one side, which is the reports of its processes.
-    pub fn add(&mut self, side: Side, reports: Vec<Value>) {
+    pub fn add(&mut self, side: Side, ran: Ran) {
         let mut names: Vec<String> = Vec::new();
-        for report in reports {
+        for report in ran.reports {
             let text = |v: &Value| v.as_str().unwrap_or_default().to_owned();
             self.about.entry(side).or_insert_with(|| About {
                 file_system: text(&report["file_system"]),
                 durability: text(&report["durability"]["words"]),
+                settings: ran.applied.clone(),
             });
             for r in report["results"].as_array().into_iter().flatten() {
                 let mut name = text(&r["name"]);
@@ -157,129 +178,42 @@ impl Comparison {
             let base_own = base.and_then(own);
             for side in &self.sides {
                 let Some(r) = runs.get(side) else { continue };
-                let t = &r.micros_per_op;
                 let own_cost_us = own(r).filter(|_| *side != Side::Mem);
                 out.push(Line {
-                    benchmark: benchmark.clone(),
-                    side: *side,
-                    micros_per_op: median(t),
-                    spread: (
-                        t.iter().copied().fold(f64::INFINITY, f64::min),
-                        t.iter().copied().fold(0.0, f64::max),
-                    ),
-                    cpu_us_per_op: median(&r.cpu_us_per_op),
-                    ops_per_sec: median(&r.ops_per_sec),
-                    rate_to_baseline: base
-                        .map(|b| median(&pairs(&r.ops_per_sec, &b.ops_per_sec, |a, b| a / b))),
                     own_cost_us,
                     own_cost_to_baseline: own_cost_us
                         .zip(base_own.filter(|b| *b > 0.0))
                         .map(|(a, b)| a / b),
+                    ..self.line(benchmark, *side, r, base)
                 });
             }
         }
         out
     }
 
-    /// Returns the table, with the description and the durability of each side.
-    #[must_use]
-    pub fn render(&self) -> String {
-        let mut out = String::new();
-        let lines = self.lines();
-        for (benchmark, runs) in &self.benchmarks {
-            let synced = runs.values().any(|r| r.synced);
-            let rounds = runs.values().map(|r| r.micros_per_op.len()).max();
-            let _ = writeln!(
-                out,
-                "{benchmark}  ({} rounds; {})",
-                rounds.unwrap_or(0),
-                if synced {
-                    "every write synced"
-                } else {
-                    "writes not synced"
-                }
-            );
-            let _ = writeln!(
-                out,
-                "  {:<11} {:>12} {:>19} {:>9} {:>11} {:>9} {:>10} {:>9}",
-                "side",
-                "median µs/op",
-                "least – most",
-                "CPU µs/op",
-                "ops/s",
-                format!("× {}", self.baseline),
-                "own cost",
-                format!("of {}'s", self.baseline)
-            );
-            for l in lines.iter().filter(|l| l.benchmark == *benchmark) {
-                let opt = |v: Option<f64>, unit: &str| {
-                    v.map_or("–".to_owned(), |v| format!("{v:.2}{unit}"))
-                };
-                let _ = writeln!(
-                    out,
-                    "  {:<11} {:>12.3} {:>19} {:>9.3} {:>11.0} {:>9} {:>10} {:>9}",
-                    l.side.to_string(),
-                    l.micros_per_op,
-                    format!("{:.3} – {:.3}", l.spread.0, l.spread.1),
-                    l.cpu_us_per_op,
-                    l.ops_per_sec,
-                    opt(l.rate_to_baseline, ""),
-                    opt(l.own_cost_us, " µs"),
-                    opt(l.own_cost_to_baseline, "")
-                );
-            }
-            for side in &self.sides {
-                let Some(r) = runs.get(side) else { continue };
-                if !r.message.is_empty() {
-                    let _ = writeln!(out, "  {side}: {}", r.message);
-                }
-                if let Some(io) = &r.io_per_op {
-                    let _ = writeln!(
-                        out,
-                        "  {side}: per operation {:.3} device writes ({:.0} bytes), {:.3} reads, {:.3} flushes{}",
-                        io.writes,
-                        io.write_bytes,
-                        io.reads,
-                        io.flushes,
-                        if io.whole_device {
-                            " (of the whole block device)"
-                        } else {
-                            ""
-                        }
-                    );
-                }
-            }
-            out.push('\n');
+    /// Returns the line of one side without its own cost.
+    fn line(&self, benchmark: &str, side: Side, r: &Runs, base: Option<&Runs>) -> Line {
+        let t = &r.micros_per_op;
+        let ratios = base.map(|b| pairs(&r.ops_per_sec, &b.ops_per_sec, |a, b| a / b));
+        Line {
+            benchmark: benchmark.to_owned(),
+            side,
+            micros_per_op: median(t),
+            spread: (
+                t.iter().copied().fold(f64::INFINITY, f64::min),
+                t.iter().copied().fold(0.0, f64::max),
+            ),
+            cpu_us_per_op: median(&r.cpu_us_per_op),
+            system_us_per_op: median(&r.system_us_per_op),
+            voluntary_switches_per_op: median(&r.voluntary_switches_per_op),
+            ops_per_sec: median(&r.ops_per_sec),
+            rate_to_baseline: ratios.as_deref().map(median),
+            rate_interval: ratios
+                .filter(|_| side != self.baseline)
+                .map(|ratios| Interval::of_median(&ratios)),
+            own_cost_us: None,
+            own_cost_to_baseline: None,
         }
-        out.push_str("Own cost: the time less the memory env's in the same round.\n");
-        match self.memory {
-            Some(m) => {
-                let _ = writeln!(
-                    out,
-                    "Memory: each run but mem in a control group of {} MiB, page cache included; ours has {} to {} MiB of it.",
-                    m >> 20,
-                    self.fs_cache_size >> 20,
-                    (m - m / 4) >> 20
-                );
-            }
-            None => {
-                let _ = writeln!(
-                    out,
-                    "Memory: the kernel's page cache is not bounded; ours is {} MiB.",
-                    self.fs_cache_size >> 20
-                );
-            }
-        }
-        for side in &self.sides {
-            if let Some(a) = self.about.get(side) {
-                let _ = writeln!(
-                    out,
-                    "{side}: {}. Durability: {}.",
-                    a.file_system, a.durability
-                );
-            }
-        }
-        out
     }
 }
 
@@ -289,6 +223,9 @@ impl Runs {
         self.micros_per_op.push(number(&r["micros_per_op"]));
         self.ops_per_sec.push(number(&r["ops_per_sec"]));
         self.cpu_us_per_op.push(number(&r["cpu_us_per_op"]));
+        self.system_us_per_op.push(number(&r["system_us_per_op"]));
+        let switches = number(&r["voluntary_switches_per_op"]);
+        self.voluntary_switches_per_op.push(switches);
         self.synced = r["synced"].as_bool().unwrap_or(false);
         let message = r["message"].as_str().unwrap_or_default();
         message.clone_into(&mut self.message);
@@ -315,12 +252,25 @@ fn pairs(a: &[f64], b: &[f64], f: impl Fn(f64, f64) -> f64) -> Vec<f64> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use serde_json::json;
 
-    fn comparison() -> Comparison {
+    fn applied() -> Applied {
+        Applied {
+            mkfs: "mkfs.ext4 -q".to_owned(),
+            mount: "noatime".to_owned(),
+            mounted_with: Some("rw,noatime".to_owned()),
+            db_bench_flags: vec!["--recycle_log_file_num=4".to_owned()],
+            left_out: Vec::new(),
+        }
+    }
+
+    /// Returns a comparison of three sides with one round for each number of microseconds, by which
+    /// all sides are slower in it.
+    pub(in super::super) fn of_rounds(rounds: &[f64]) -> Comparison {
         let mut c = Comparison {
+            conditions: Conditions::default(),
             sides: vec![Side::Ext4, Side::Pumice, Side::Mem],
             baseline: Side::Ext4,
             about: BTreeMap::new(),
@@ -331,19 +281,30 @@ mod tests {
             summary: Vec::new(),
             cut_short: None,
         };
-        for noise in [0.0, 0.5, 5.0] {
+        for noise in rounds {
             for (side, us) in [(Side::Ext4, 4.0), (Side::Pumice, 2.0), (Side::Mem, 1.0)] {
                 let us = us + noise;
+                let mut result = json!({"name": "fillseq", "micros_per_op": us, "ops_per_sec": 1e6 / us,
+                    "operations": 100, "synced": true,
+                    "io": {"reads": 0, "writes": 200, "write_bytes": 400, "flushes": 100}});
+                if side != Side::Mem {
+                    result["cpu_us_per_op"] = json!(3.0);
+                    result["system_us_per_op"] = json!(2.0);
+                    result["voluntary_switches_per_op"] = json!(0.5);
+                }
                 let report = json!({
-                    "file_system": "words", "durability": {"words": "w"},
-                    "results": [{"name": "fillseq", "micros_per_op": us, "ops_per_sec": 1e6 / us,
-                        "operations": 100, "synced": true,
-                        "io": {"reads": 0, "writes": 200, "write_bytes": 400, "flushes": 100}}],
+                    "file_system": "words", "durability": {"words": "w"}, "results": [result],
                 });
-                c.add(side, vec![report]);
+                let applied = (side == Side::Ext4).then(applied);
+                let reports = vec![report];
+                c.add(side, Ran { reports, applied });
             }
         }
         c
+    }
+
+    pub(in super::super) fn comparison() -> Comparison {
+        of_rounds(&[0.0, 0.5, 5.0])
     }
 
     #[test]
@@ -361,14 +322,23 @@ mod tests {
     }
 
     #[test]
-    fn the_table_says_what_is_synced_and_counted() {
-        let text = comparison().render();
-        assert!(text.contains("every write synced"), "{text}");
-        assert!(
-            text.contains("pumice: per operation 2.000 device writes (4 bytes)"),
-            "{text}"
-        );
-        assert!(text.contains("1.00 µs"), "{text}");
+    fn intervals_are_of_ratios_within_a_round() {
+        // All sides are slower in the last round, which changes the ratios less than the times.
+        let c = of_rounds(&[0.0, 0.5, 1.0, 5.0]);
+        let lines = c.lines();
+        let of = |side| lines.iter().find(|l| l.side == side).unwrap().rate_interval;
+        assert_eq!(of(Side::Ext4), None, "the baseline is by itself 1");
+        let Some(Interval::Bounds { low, high, .. }) = of(Side::Pumice) else {
+            panic!("four rounds are enough");
+        };
+        assert!((low - 9.0 / 7.0).abs() < 1e-9 && (high - 2.0).abs() < 1e-9);
+        let json = serde_json::to_value(&c).unwrap();
+        let ours = &json["summary"][1];
+        assert_eq!(ours["side"], "pumice");
+        assert_eq!(ours["rate_interval"]["confidence"], 0.875);
+        assert_eq!(ours["system_us_per_op"], 2.0);
+        assert_eq!(ours["voluntary_switches_per_op"], 0.5);
+        assert_eq!(json["about"]["ext4"]["settings"]["mount"], "noatime");
     }
 
     #[test]
@@ -378,7 +348,8 @@ mod tests {
         let result =
             |us: f64| json!({"name": "readrandom", "micros_per_op": us, "ops_per_sec": 1.0});
         let report = json!({"results": [result(1.0), result(2.0)]});
-        c.add(Side::Mem, vec![report, json!({"results": [result(3.0)]})]);
+        let reports = vec![report, json!({"results": [result(3.0)]})];
+        c.add(Side::Mem, reports.into());
         let names: Vec<_> = c.lines().into_iter().map(|l| l.benchmark).collect();
         assert_eq!(names, ["readrandom", "readrandom#2", "readrandom#3"]);
     }

@@ -12,6 +12,10 @@
 #include <cstring>
 #include <exception>
 
+DEFINE_uint64(recycle_log_file_num, rocksdb::Options().recycle_log_file_num,
+              "Number of retired write-ahead logs that are kept and overwritten by the next ones"
+              " (Options::recycle_log_file_num). Applies to databases opened for writing, and also with --options_file.");
+
 namespace {
 
 using rocksdb::ColumnFamilyDescriptor;
@@ -30,6 +34,51 @@ ssize_t Say(void* cookie, const char* text, size_t len) {
   listener->said(listener->arg, text, len);
   return static_cast<ssize_t>(len);
 }
+
+// Sets the options for which the tool has no flag, where a database is opened for writing.
+class Hooks final : public rocksdb::DefaultHooks {
+ public:
+  // The methods for other kinds of databases stay as they are.
+  using rocksdb::DefaultHooks::Open;
+
+  Status Open(const rocksdb::Options& options, const std::string& name, std::unique_ptr<DB>* db) override {
+    return DefaultHooks::Open(With(options), name, db);
+  }
+  Status Open(const rocksdb::DBOptions& options, const std::string& name,
+              const std::vector<ColumnFamilyDescriptor>& families, std::vector<ColumnFamilyHandle*>* handles,
+              std::unique_ptr<DB>* db) override {
+    return DefaultHooks::Open(With(options), name, families, handles, db);
+  }
+  Status OpenTransactionDB(const rocksdb::Options& options, const rocksdb::TransactionDBOptions& how,
+                           const std::string& name, rocksdb::TransactionDB** db) override {
+    return DefaultHooks::OpenTransactionDB(With(options), how, name, db);
+  }
+  Status OpenTransactionDB(const rocksdb::DBOptions& options, const rocksdb::TransactionDBOptions& how,
+                           const std::string& name, const std::vector<ColumnFamilyDescriptor>& families,
+                           std::vector<ColumnFamilyHandle*>* handles, rocksdb::TransactionDB** db) override {
+    return DefaultHooks::OpenTransactionDB(With(options), how, name, families, handles, db);
+  }
+  Status OpenOptimisticTransactionDB(const rocksdb::Options& options, const std::string& name,
+                                     rocksdb::OptimisticTransactionDB** db) override {
+    return DefaultHooks::OpenOptimisticTransactionDB(With(options), name, db);
+  }
+  Status OpenOptimisticTransactionDB(const rocksdb::DBOptions& options, const std::string& name,
+                                     const std::vector<ColumnFamilyDescriptor>& families,
+                                     std::vector<ColumnFamilyHandle*>* handles,
+                                     rocksdb::OptimisticTransactionDB** db) override {
+    return DefaultHooks::OpenOptimisticTransactionDB(With(options), name, families, handles, db);
+  }
+
+ private:
+  template <typename O>
+  static O With(O options) {
+    // An options file may have set it, so that only a given flag changes it.
+    if (FLAGS_recycle_log_file_num > 0) {
+      options.recycle_log_file_num = FLAGS_recycle_log_file_num;
+    }
+    return options;
+  }
+};
 
 // Reads every key of one database by a scan and by Get, and compares the two. Adds their number to `keys`.
 Status VerifyDatabase(const std::string& path, const std::string& wal_dir, uint64_t* keys) {
@@ -116,7 +165,7 @@ extern "C" int pumice_db_bench_run(void* env, pumice_said_fn said, void* arg) {
   char* argv[] = {name, nullptr};
   int code = 1;
   try {
-    static rocksdb::DefaultHooks hooks;
+    static Hooks hooks;
     code = rocksdb::db_bench_tool(1, argv, hooks);
   } catch (const std::exception& e) {
     std::fprintf(stderr, "db_bench: %s\n", e.what());

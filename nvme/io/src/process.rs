@@ -1,5 +1,6 @@
-//! Forked processes: a child cannot use what its parent opened.
+//! Forked processes, and what a process has used of the processor.
 //!
+//! A child cannot use what its parent opened.
 //! A child of `fork` has copies of its parent's handles and shares the objects behind them: memory
 //! that devices write, queues, sockets, file locks. It may use none of them. So every handle of
 //! such an object records the process that made it ([`Birth`]) and refuses to work in another one.
@@ -13,6 +14,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
+use std::time::Duration;
 
 static GENERATION: AtomicU32 = AtomicU32::new(1);
 static WATCHED: AtomicBool = AtomicBool::new(false);
@@ -126,10 +128,62 @@ impl<T> fmt::Debug for PerProcess<T> {
     }
 }
 
+/// Processor time and context switches of this process so far, with the threads that have ended.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rusage {
+    /// Processor time in the program and its libraries.
+    pub user: Duration,
+    /// Processor time in the kernel on behalf of the process.
+    pub system: Duration,
+    /// Number of times that a thread waited and gave up its processor.
+    pub voluntary_switches: u64,
+    /// Number of times that a thread lost its processor although it could go on.
+    pub involuntary_switches: u64,
+}
+
+/// Returns the resources that this process has used (getrusage(2)).
+///
+/// # Errors
+/// Returns the error of the system call.
+pub fn rusage() -> std::io::Result<Rusage> {
+    let mut raw = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the pointer is to writable memory for one `rusage`.
+    if unsafe { libc::getrusage(libc::RUSAGE_SELF, raw.as_mut_ptr()) } != 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: it was zeroed, which is a value of this type, and the call has filled it.
+    let raw = unsafe { raw.assume_init() };
+    let time = |t: libc::timeval| {
+        Duration::from_secs(u64::try_from(t.tv_sec).unwrap_or(0))
+            + Duration::from_micros(u64::try_from(t.tv_usec).unwrap_or(0))
+    };
+    let count = |n: libc::c_long| u64::try_from(n).unwrap_or(0);
+    Ok(Rusage {
+        user: time(raw.ru_utime),
+        system: time(raw.ru_stime),
+        voluntary_switches: count(raw.ru_nvcsw),
+        involuntary_switches: count(raw.ru_nivcsw),
+    })
+}
+
 #[cfg(all(test, not(miri)))]
 mod tests {
     use super::*;
     use parking_lot::Mutex;
+
+    #[test]
+    fn waits_of_a_thread_that_has_ended_are_counted() {
+        let before = rusage().unwrap();
+        let waits = || {
+            for _ in 0..20 {
+                std::thread::sleep(Duration::from_micros(100));
+            }
+        };
+        std::thread::spawn(waits).join().unwrap();
+        let after = rusage().unwrap();
+        assert!(after.voluntary_switches >= before.voluntary_switches + 20);
+        assert!(after.user + after.system >= before.user + before.system);
+    }
 
     #[test]
     fn two_threads_at_once_get_one_value() {
