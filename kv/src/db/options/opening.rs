@@ -33,7 +33,7 @@ enum DbPlace<'a> {
 
 impl DbOptions {
     /// Mounts the file system on the device that `uri` names and opens the database in it. A device
-    /// that holds nothing is formatted first, unless [`MountOptions::format_empty`] was cleared.
+    /// that holds nothing is formatted first, unless [`MountOptions::format_empty`](crate::MountOptions::format_empty) was cleared.
     ///
     /// A process may open several databases of one device this way, each at a
     /// [path](DbOptions::path) of its own. They share one file system, which is mounted with the
