@@ -308,9 +308,11 @@ fn dropped_while_in_flight() {
     drop(db);
     let db = Db::open(&uri).unwrap();
     common::check(&db, 0..50);
+    let fs = db.file_system().clone();
     assert!(poll_once(&mut db.close_async()).is_pending());
     drop(db);
-    // The device is free.
+    // The closing is over, and the device is free.
+    assert!(fs.exists("/").is_err(), "still mounted");
     mount(&uri, &MountOptions::new())
         .unwrap()
         .unmount()
