@@ -52,8 +52,7 @@ mod tests {
             mount_device(&device, &MountOptions::new())
         })
         .unwrap();
-        let fs = one.fs().clone();
-        let db = DbOptions::new().open_on(fs, Some(one)).unwrap();
+        let db = DbOptions::new().open_shared(one).unwrap();
         let mut unlogged = WriteOptions::default();
         unlogged.disable_wal(true);
         db.put_opt("a", "1", &unlogged).unwrap();

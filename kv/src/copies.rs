@@ -12,8 +12,8 @@ use pumice_io::process::PerProcess;
 use pumice_rocksdb_fs::{from_root, normal};
 use rocksdb::Env;
 use rocksdb::backup::{BackupEngine, BackupEngineInfo, BackupEngineOptions, RestoreOptions};
-use rocksdb::checkpoint::Checkpoint;
 
+use crate::handle::DbHandle;
 use crate::{Db, DbOptions, Error};
 
 /// The checkpoint of an export. A process that was killed while exporting leaves it, and the next
@@ -42,7 +42,7 @@ pub fn check_free(path: &str) -> Result<(), Error> {
 /// Bytes that an export copies at a time.
 const PIECE: usize = 1 << 20;
 
-impl Db {
+impl<D: DbHandle> Db<D> {
     /// Makes a copy of the database in its current state at `path` of the same file system, which
     /// can be opened on its own. Tables are linked and not copied, as long as a file can have
     /// another link. `path` must not exist.
@@ -55,15 +55,14 @@ impl Db {
     }
 
     fn checkpoint_at(&self, path: &str) -> Result<(), Error> {
-        if self.fs.exists(&normal(path)?)? {
+        if self.file_system().exists(&normal(path)?)? {
             let reason = "there is something; a checkpoint is made where nothing is".to_owned();
             let path = path.to_owned();
             return Err(Error::Directory { path, reason });
         }
-        self.keep_recorded_options()?;
-        let checkpoint = Checkpoint::new(self.rocksdb())?;
-        let made = Made::parents_of(&self.fs, path)?;
-        checkpoint.create_checkpoint(self.inside(path)?)?;
+        self.held.keep_recorded_options()?;
+        let made = Made::parents_of(self.file_system(), path)?;
+        self.rocksdb().checkpoint_to(&self.inside(path)?)?;
         made.keep();
         Ok(())
     }
@@ -72,14 +71,14 @@ impl Db {
     /// system. Files of an earlier backup there are not copied again.
     ///
     /// # Errors
-    /// [`Error::FileSystem`], [`Error::RocksDb`].
+    /// [`Error::FileSystem`], [`Error::RocksDb`], and [`Error::Unsupported`] for a [`TransactionDb`](crate::TransactionDb).
     pub fn backup(&self, path: &str) -> Result<(), Error> {
         check_free(path)?;
-        self.keep_recorded_options()?;
-        let mut made = Made::parents_of(&self.fs, path)?;
+        self.held.keep_recorded_options()?;
+        let mut made = Made::parents_of(self.file_system(), path)?;
         made.expect_backups(path)?;
         let mut engine = self.engine(path)?;
-        let backed_up = engine.create_new_backup_flush(self.rocksdb(), true);
+        let backed_up = self.rocksdb().back_up(&mut engine);
         // What is left of one that failed is removed after the engine has ended its work.
         drop(engine);
         backed_up?;
@@ -92,7 +91,7 @@ impl Db {
     /// # Errors
     /// [`Error::FileSystem`], [`Error::RocksDb`].
     pub fn backups(&self, path: &str) -> Result<Vec<BackupEngineInfo>, Error> {
-        if !holds_backups(&self.fs, path)? {
+        if !holds_backups(self.file_system(), path)? {
             return Ok(Vec::new());
         }
         Ok(self.engine(path)?.get_backup_info())
@@ -106,13 +105,20 @@ impl Db {
     /// [`Error::Directory`] if there is no backup at `path`, if the latest one is damaged, or if something is at `to`;
     /// [`Error::FileSystem`], [`Error::RocksDb`].
     pub fn restore_backup(&self, path: &str, to: &str) -> Result<(), Error> {
-        if normal(to)? == self.root {
+        if normal(to)? == self.directory() {
             return Err(not_restorable(
-                self.root.clone(),
+                self.directory().to_owned(),
                 "it is the directory of this database, which is open",
             ));
         }
-        restore(&self.fs, self.env(), &self.root, (path, to), None).map(drop)
+        restore(
+            self.file_system(),
+            self.env(),
+            self.directory(),
+            (path, to),
+            None,
+        )
+        .map(drop)
     }
 
     /// Copies the database in its current state, memtables included, to the directory `to` of the
@@ -129,7 +135,7 @@ impl Db {
         let _one = ONE.get().lock().unwrap_or_else(PoisonError::into_inner);
         let outside = Outside::new(to)?;
         let exported = || Made {
-            fs: &self.fs,
+            fs: self.file_system(),
             dirs: vec![EXPORTED.to_owned()],
             filled: Some(EXPORTED.to_owned()),
         };
@@ -137,10 +143,10 @@ impl Db {
         drop(exported());
         let _removed_at_last = exported();
         self.checkpoint_at(EXPORTED)?;
-        let entries = self.fs.list(EXPORTED)?;
+        let entries = self.file_system().list(EXPORTED)?;
         for name in current_last(entries.into_iter().map(|entry| entry.name).collect()) {
             let path = format!("{EXPORTED}/{name}");
-            let file = self.fs.open(&path, blob::OpenOptions::READ)?;
+            let file = self.file_system().open(&path, blob::OpenOptions::READ)?;
             outside.write(&name, &file)?;
         }
         outside.keep()
@@ -152,7 +158,7 @@ impl Db {
 
     /// Returns `path` of the file system as the database's environment names it.
     fn inside(&self, path: &str) -> Result<String, Error> {
-        Ok(from_root(&self.root, &normal(path)?))
+        Ok(from_root(self.directory(), &normal(path)?))
     }
 }
 

@@ -2,28 +2,22 @@
 
 use std::ffi::CStr;
 use std::ops::Deref;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use pumice_blobfs::fs::{FileSystem, FsError};
-use pumice_rocksdb_fs::{Binding, Use, chain};
-use rocksdb::{
-    CStrLike, DBWithThreadMode, DEFAULT_COLUMN_FAMILY_NAME, Env, FlushOptions, MultiThreaded,
-    Options,
-};
+use pumice_blobfs::fs::FileSystem;
+use rocksdb::{CStrLike, Env, MultiThreaded, OptimisticTransactionDB, Options, TransactionDB};
 
-use crate::closing::{Closing, buffers_its_log};
-#[cfg(feature = "inspect")]
-use crate::inspect::{Inspection, Look, Registry};
-use crate::recorded::Kept;
-use crate::unlogged::{self, Family, Refused};
+use crate::handle::{DbHandle, Rocks};
+use crate::pool::PoolPhase;
 use crate::{Error, figures};
 
+mod futures;
+mod held;
 mod options;
 
+pub use futures::DbFuture;
+pub(crate) use held::Held;
 pub use options::DbOptions;
-
-/// The database type of the `rocksdb` crate that [`Db`] wraps.
-pub type Rocks = DBWithThreadMode<MultiThreaded>;
 
 /// A RocksDB database inside a Pumice file system.
 ///
@@ -46,32 +40,68 @@ pub type Rocks = DBWithThreadMode<MultiThreaded>;
 /// db.close()?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-pub struct Db {
-    /// The database, which only the drop takes.
-    db: Option<Arc<Rocks>>,
-    /// The options of its opening, with its environment.
-    options: Options,
-    env: Env,
-    /// Ends the use of `env`.
-    binding: Arc<Binding>,
-    pub(crate) fs: FileSystem,
-    pub(crate) root: String,
-    read_only: bool,
-    /// The content of the newest `OPTIONS` file, if this opening must not change it.
-    kept: Option<Kept>,
-    /// The shared mount, if opening made it or found one of another database.
-    mounted: Option<Use>,
-    closing: Mutex<Closing>,
-    refused: Mutex<Refused>,
-    /// Gone when the database is closed.
-    #[cfg(feature = "inspect")]
-    inspection: Mutex<Option<Inspection>>,
+pub struct Db<D: DbHandle = Rocks> {
+    pub(crate) held: Arc<Held<D>>,
 }
 
-impl std::fmt::Debug for Db {
+/// A [`Db`] with pessimistic transactions, which lock the keys that they write and those that they get for update.
+///
+/// [`DbOptions::open_transactions`] opens it. It dereferences to [`rocksdb::TransactionDB`]: `transaction`, `transaction_opt`,
+/// `prepared_transactions`, and reading and writing outside of transactions, which take the same locks. Close it as a
+/// [`Db`] is closed. A transaction that was neither committed nor prepared then is lost, as it is when the process ends.
+///
+/// A lock that another transaction holds for too long, and a deadlock, are errors of the kind
+/// [`ErrorKind::Conflict`](crate::ErrorKind::Conflict).
+///
+/// ```
+/// use pumice::rocksdb::{TransactionDBOptions, TransactionOptions, WriteOptions};
+/// use pumice::{DbOptions, Error, ErrorKind};
+///
+/// let db = DbOptions::new().open_transactions("malloc://256M", &TransactionDBOptions::new())?;
+/// db.put(b"stock", b"2")?;
+/// let sale = db.transaction();
+/// assert_eq!(sale.get_for_update(b"stock", true)?.as_deref(), Some(&b"2"[..]));
+/// sale.put(b"stock", b"1")?;
+///
+/// let mut impatient = TransactionOptions::new();
+/// impatient.set_lock_timeout(1);
+/// let other = db.transaction_opt(&WriteOptions::default(), &impatient);
+/// let refused = Error::from(other.put(b"stock", b"0").unwrap_err());
+/// assert_eq!(refused.kind(), ErrorKind::Conflict);
+/// drop(other);
+///
+/// sale.commit()?;
+/// assert_eq!(db.get(b"stock")?.as_deref(), Some(&b"1"[..]));
+/// db.close()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub type TransactionDb = Db<TransactionDB<MultiThreaded>>;
+
+/// A [`Db`] with optimistic transactions, which lock nothing and find conflicts when they commit.
+///
+/// [`DbOptions::open_optimistic`] opens it. It dereferences to [`rocksdb::OptimisticTransactionDB`]: `transaction`,
+/// `transaction_opt`, and reading and writing outside of transactions. A commit that would overwrite what has changed since the
+/// transaction wrote it or got it for update fails with the kind [`ErrorKind::Conflict`](crate::ErrorKind::Conflict).
+///
+/// ```
+/// use pumice::{DbOptions, Error, ErrorKind};
+///
+/// let db = DbOptions::new().open_optimistic("malloc://256M")?;
+/// let transaction = db.transaction();
+/// transaction.put(b"fruit", b"apple")?;
+/// db.put(b"fruit", b"pear")?;
+/// let refused = Error::from(transaction.commit().unwrap_err());
+/// assert_eq!(refused.kind(), ErrorKind::Conflict);
+/// assert_eq!(db.get(b"fruit")?.as_deref(), Some(&b"pear"[..]));
+/// db.close()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub type OptimisticTransactionDb = Db<OptimisticTransactionDB<MultiThreaded>>;
+
+impl<D: DbHandle> std::fmt::Debug for Db<D> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Db")
-            .field("path", &self.root)
+            .field("path", &self.held.root)
             .finish_non_exhaustive()
     }
 }
@@ -85,29 +115,31 @@ impl Db {
     pub fn open(uri: &str) -> Result<Db, Error> {
         DbOptions::new().open(uri)
     }
+}
 
+impl<D: DbHandle> Db<D> {
     /// The database of the `rocksdb` crate.
     #[must_use]
-    pub fn rocksdb(&self) -> &Rocks {
-        self.db.as_ref().expect("only the drop takes it")
+    pub fn rocksdb(&self) -> &D {
+        self.held.handle()
     }
 
     /// The file system of the database.
     #[must_use]
     pub fn file_system(&self) -> &FileSystem {
-        &self.fs
+        &self.held.fs
     }
 
     /// The environment of the database, whose `/` is the database's directory.
     #[must_use]
     pub fn env(&self) -> &Env {
-        &self.env
+        &self.held.env
     }
 
     /// The database's directory in its file system.
     #[must_use]
     pub fn directory(&self) -> &str {
-        &self.root
+        &self.held.root
     }
 
     /// Makes everything written so far durable, closes the database and, if opening mounted the
@@ -129,43 +161,7 @@ impl Db {
     /// need a log. After one without a log, `close` returns [`Error::Unlogged`], and so it does after any put if there was
     /// one without a log before, since RocksDB does not tell which it was. Dropping gives up what could not be written.
     pub fn close(&self) -> Result<(), Error> {
-        let mut closing = self.closing();
-        if *closing == Closing::Closed {
-            return Ok(());
-        }
-        if self.read_only {
-            self.rocksdb().cancel_all_background_work(true);
-        } else {
-            if *closing == Closing::Open {
-                self.keep_recorded_options()?;
-                self.settle()?;
-                self.write_unlogged()?;
-                self.rocksdb().cancel_all_background_work(true);
-                *closing = Closing::Stopped;
-            }
-            if *closing != Closing::Unmounting {
-                // Puts that came meanwhile. RocksDB writes no table of those without a log any longer, so this fails.
-                self.settle()?;
-                self.write_unlogged()?;
-            }
-        }
-        // Whoever opens the device next finds it free: the inspection has it too. While the device
-        // cannot be released, there is something to be asked about.
-        let stop = || {
-            #[cfg(feature = "inspect")]
-            self.stop_inspection();
-        };
-        match &self.mounted {
-            Some(mounted) => mounted.end(stop).inspect_err(|_| {
-                if self.is_being_unmounted() {
-                    *closing = Closing::Unmounting;
-                }
-            })?,
-            None => stop(),
-        }
-        self.binding.close();
-        *closing = Closing::Closed;
-        Ok(())
+        self.held.close()
     }
 
     /// Creates a column family.
@@ -174,41 +170,8 @@ impl Db {
     /// As [`rocksdb::DBWithThreadMode::create_cf`], and [`Error::FileSystem`] if the database was opened with
     /// [`DbOptions::try_load_options`] and its recorded options could not be kept; the family exists then.
     pub fn create_cf(&self, name: impl AsRef<str>, options: &Options) -> Result<(), Error> {
-        self.rocksdb().create_cf(name, options)?;
-        self.keep_recorded_options()
-    }
-
-    /// Brings back what [`DbOptions::try_load_options`] promises to keep.
-    pub(crate) fn keep_recorded_options(&self) -> Result<(), Error> {
-        match &self.kept {
-            Some(kept) => kept.restore(&self.fs, &self.root),
-            None => Ok(()),
-        }
-    }
-
-    fn closing(&self) -> MutexGuard<'_, Closing> {
-        self.closing.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    #[cfg(feature = "inspect")]
-    fn inspect(&self, look: &Look, counted: Registry) -> Result<(), Error> {
-        let db = self.db.as_ref().map(Arc::downgrade).unwrap_or_default();
-        let inspection = look.start(&self.fs, db, counted)?;
-        *self
-            .inspection
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = inspection;
-        Ok(())
-    }
-
-    /// Nobody asks any longer, and the device's last user beside the file system is gone.
-    #[cfg(feature = "inspect")]
-    fn stop_inspection(&self) {
-        let mut inspection = self
-            .inspection
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        drop(inspection.take());
+        self.rocksdb().add_family(name.as_ref(), options)?;
+        self.held.keep_recorded_options()
     }
 
     /// A property of RocksDB's (`rocksdb.stats`, of the default column family), or a figure of the file system's:
@@ -217,11 +180,7 @@ impl Db {
     /// # Errors
     /// As [`rocksdb::DBWithThreadMode::property_value`].
     pub fn property_value(&self, name: impl CStrLike) -> Result<Option<String>, rocksdb::Error> {
-        self.property(
-            name,
-            |figure| figure.to_string(),
-            |db, name| db.property_value(name),
-        )
+        self.property(name, |figure| figure.to_string(), D::text)
     }
 
     /// A property of RocksDB's that is a number, or a figure of the file system's: `pumice.free-bytes`,
@@ -231,18 +190,14 @@ impl Db {
     /// # Errors
     /// As [`rocksdb::DBWithThreadMode::property_int_value`].
     pub fn property_int_value(&self, name: impl CStrLike) -> Result<Option<u64>, rocksdb::Error> {
-        self.property(
-            name,
-            |figure| figure,
-            |db, name| db.property_int_value(name),
-        )
+        self.property(name, |figure| figure, D::number)
     }
 
     fn property<T>(
         &self,
         name: impl CStrLike,
         from_figure: fn(u64) -> T,
-        from_rocksdb: fn(&Rocks, &CStr) -> Result<Option<T>, rocksdb::Error>,
+        from_rocksdb: fn(&D, &CStr) -> Result<Option<T>, rocksdb::Error>,
     ) -> Result<Option<T>, rocksdb::Error> {
         let Ok(name) = name.bake() else {
             // A name with a NUL in it is nobody's.
@@ -250,52 +205,10 @@ impl Db {
         };
         match name.to_str() {
             Ok(text) if text.starts_with("pumice.") => {
-                Ok(figures::property(&self.fs, text).map(from_figure))
+                Ok(figures::property(&self.held.fs, text).map(from_figure))
             }
             _ => from_rocksdb(self.rocksdb(), &name),
         }
-    }
-
-    /// Makes all puts durable. RocksDB stops using a log when a write or sync of it has failed. Its
-    /// puts are in the log's file nevertheless, so the file system can make them durable when the
-    /// fault has passed. If they are still in RocksDB's own buffer, tables with the same contents
-    /// are as good.
-    fn settle(&self) -> Result<(), Error> {
-        let db = self.rocksdb();
-        let Err(failed) = db.flush_wal(true) else {
-            return Ok(());
-        };
-        if !buffers_its_log(&self.fs, &self.root) && self.fs.sync().is_ok() {
-            return Ok(());
-        }
-        let families = self.families().map_err(|_| failed.clone())?;
-        let families: Vec<_> = families.iter().map(|(_, family)| family).collect();
-        db.flush_cfs_opt(&families, &FlushOptions::default())
-            .map_err(|_| failed.into())
-    }
-
-    /// Whether the file system has refused everything since an unmount began.
-    fn is_being_unmounted(&self) -> bool {
-        matches!(self.fs.sync_dir("/"), Err(FsError::Unmounted { .. }))
-    }
-
-    /// Writes what was put without a log.
-    fn write_unlogged(&self) -> Result<(), Error> {
-        // The default family answers for all of them if it has something in memory. The list of
-        // them is in the MANIFEST, which need not be readable.
-        let name = DEFAULT_COLUMN_FAMILY_NAME;
-        if let Some(default) = self.rocksdb().cf_handle(name)
-            && unlogged::all_logged(self.rocksdb(), name, &default)
-        {
-            return Ok(());
-        }
-        let families = self.families()?;
-        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        let written = unlogged::write(self.rocksdb(), &families, &mut refused);
-        written.map_err(|source| Error::Unlogged {
-            path: self.root.clone(),
-            source,
-        })
     }
 
     /// Returns the names of the column families that the database has.
@@ -312,51 +225,24 @@ impl Db {
     /// # Errors
     /// [`Error::RocksDb`] if the MANIFEST cannot be read.
     pub fn column_families(&self) -> Result<Vec<String>, Error> {
-        Ok(Rocks::list_cf(&self.options, "/")?)
-    }
-
-    /// Returns the column families that exist, with their names.
-    fn families(&self) -> Result<Vec<Family<'_>>, rocksdb::Error> {
-        let names = Rocks::list_cf(&self.options, "/")?;
-        let handles = names
-            .into_iter()
-            .filter_map(|name| Some((self.rocksdb().cf_handle(&name)?, name)));
-        Ok(handles.map(|(family, name)| (name, family)).collect())
+        Ok(Rocks::list_cf(&self.held.options, "/")?)
     }
 }
 
-impl Drop for Db {
+impl<D: DbHandle> Drop for Db<D> {
     fn drop(&mut self) {
-        let inherited = self.fs.is_inherited();
-        // There is no later time to wait for.
-        *self
-            .refused
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner) = None;
-        if !inherited
-            && !self.read_only
-            && *self.closing() == Closing::Open
-            && let Err(error) = self.write_unlogged()
-        {
-            tracing::error!(error = %chain(&error), "the database was dropped and may lose what was put without a log");
+        // In a forked child nobody does what futures have asked for, and nobody may wait for it.
+        if !self.held.fs.is_inherited() {
+            self.held.pool.drain(PoolPhase::Ended);
+            self.held.pool.wait_for_closers();
         }
-        let db = self.db.take();
-        if inherited {
-            // RocksDB would wait for threads that only the parent has.
-            std::mem::forget(db);
-            return;
-        }
-        #[cfg(feature = "inspect")]
-        self.stop_inspection();
-        drop(db);
-        self.binding.close();
     }
 }
 
-impl Deref for Db {
-    type Target = Rocks;
+impl<D: DbHandle> Deref for Db<D> {
+    type Target = D;
 
-    fn deref(&self) -> &Rocks {
+    fn deref(&self) -> &D {
         self.rocksdb()
     }
 }

@@ -78,6 +78,30 @@ pub enum Error {
         /// RocksDB's error.
         source: rocksdb::Error,
     },
+    /// RocksDB's options cannot be used as they were given.
+    #[error("the options cannot be used: {reason}")]
+    Options {
+        /// RocksDB's text, or the reason, with the name of the option.
+        reason: String,
+    },
+    /// RocksDB or the `rocksdb` crate does not offer it.
+    #[error("not supported: {what}")]
+    Unsupported {
+        /// The call that was refused, and what to do.
+        what: String,
+    },
+    /// The database is being closed, or is closed.
+    #[error("{path}: the database is closed, or is being closed")]
+    Closed {
+        /// Path of the database's directory.
+        path: String,
+    },
+    /// No thread could be started for operations of futures.
+    #[error("no thread could be started for operations of futures")]
+    Threads {
+        /// The system's error.
+        source: std::io::Error,
+    },
     /// Closing made everything durable that a log has, but RocksDB could not write puts with
     /// `disable_wal` to a table. The database is still open.
     #[error(
@@ -109,6 +133,7 @@ pub enum Error {
 /// | [`DeviceGone`](ErrorKind::DeviceGone) | everything on the device | attach it again, drop the database, and open it again |
 /// | [`Device`](ErrorKind::Device) | this call; a failed sync stays failed | the text names the device and the place; `close` may be called again when the fault has passed |
 /// | [`TryAgain`](ErrorKind::TryAgain) | this call | call again |
+/// | [`Conflict`](ErrorKind::Conflict) | this transaction | roll it back, or drop it, and begin it again |
 /// | [`OutOfMemory`](ErrorKind::OutOfMemory) | this call | free memory, or give the page cache less |
 /// | [`Unsupported`](ErrorKind::Unsupported) | this call | do without the option that the text names |
 /// | [`Closed`](ErrorKind::Closed) | every call with this handle | open the database or mount the file system again |
@@ -140,6 +165,8 @@ pub enum ErrorKind {
     Device,
     /// The call failed temporarily.
     TryAgain,
+    /// Another transaction has locked or changed a key of this one, or this one has expired.
+    Conflict,
     /// There is no memory for it.
     OutOfMemory,
     /// It is not supported.
@@ -174,6 +201,10 @@ impl Error {
             Error::Uri { .. } | Error::Directory { .. } => ErrorKind::InvalidInput,
             Error::Outside { source, .. } => of_errno(source.raw_os_error().unwrap_or(libc::EIO)),
             Error::Full { .. } => ErrorKind::NoSpace,
+            Error::Options { .. } => ErrorKind::InvalidInput,
+            Error::Unsupported { .. } => ErrorKind::Unsupported,
+            Error::Closed { .. } => ErrorKind::Closed,
+            Error::Threads { .. } => ErrorKind::TryAgain,
         }
     }
 }
@@ -225,7 +256,8 @@ fn of_rocksdb(e: &rocksdb::Error) -> ErrorKind {
         Rocks::IOError if e.as_ref().contains("locked by another user") => ErrorKind::InUse,
         Rocks::IOError => ErrorKind::Device,
         Rocks::ShutdownInProgress => ErrorKind::Closed,
-        Rocks::Busy | Rocks::TryAgain | Rocks::TimedOut | Rocks::Aborted => ErrorKind::TryAgain,
+        Rocks::Busy | Rocks::TimedOut | Rocks::Expired => ErrorKind::Conflict,
+        Rocks::TryAgain | Rocks::Aborted => ErrorKind::TryAgain,
         _ => ErrorKind::Other,
     }
 }

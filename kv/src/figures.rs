@@ -6,11 +6,12 @@
     allow(dead_code, reason = "without it there are only the properties")
 )]
 
+use std::ffi::CString;
 use std::fmt::Write as _;
 
 use pumice_blobfs::fs::{CacheStats, FileSystem, IoStats, StatFs};
 
-use crate::Rocks;
+use crate::handle::{Calls, DbHandle};
 
 /// The values that the figures of a file system are computed from.
 pub(crate) struct Snapshot {
@@ -145,10 +146,23 @@ static ROCKSDB: &[(&str, Kind)] = &[
     ("background-errors", Kind::Counter),
 ];
 
+/// A database that has integer properties.
+pub(crate) trait Numbers: Send + Sync {
+    /// Returns one of them.
+    fn number(&self, property: &str) -> Option<u64>;
+}
+
+impl<D: DbHandle> Numbers for D {
+    fn number(&self, property: &str) -> Option<u64> {
+        let property = CString::new(property).ok()?;
+        Calls::number(self, &property).ok()?
+    }
+}
+
 /// Returns RocksDB's figures of a database, by their names without `rocksdb.`.
-pub(crate) fn of_rocksdb(db: &Rocks) -> impl Iterator<Item = (&'static str, Kind, u64)> {
+pub(crate) fn of_rocksdb(db: &dyn Numbers) -> impl Iterator<Item = (&'static str, Kind, u64)> {
     ROCKSDB.iter().filter_map(|(name, kind)| {
-        let value = db.property_int_value(&format!("rocksdb.{name}")).ok()??;
+        let value = db.number(&format!("rocksdb.{name}"))?;
         Some((*name, *kind, value))
     })
 }
@@ -161,7 +175,7 @@ pub(crate) fn property(fs: &FileSystem, property: &str) -> Option<u64> {
 }
 
 /// Returns all figures in the text format of Prometheus (0.0.4), labelled with the device's name.
-pub(crate) fn prometheus(device: &str, fs: &FileSystem, db: Option<&Rocks>) -> String {
+pub(crate) fn prometheus(device: &str, fs: &FileSystem, db: Option<&dyn Numbers>) -> String {
     let device = device
         .replace('\\', "\\\\")
         .replace('"', "\\\"")

@@ -16,7 +16,9 @@ use pumice_blobfs::fs::{FileSystem, FsError, Stat};
 use pumice_io::sys::Clock;
 use serde_json::{Map, Value, json};
 
-use crate::{Error, Rocks, figures};
+use crate::figures::Numbers;
+use crate::handle::Rocks;
+use crate::{Error, figures};
 
 /// The methods that a process answers beside the reading methods of the block devices.
 const METHODS: &[&str] = &[
@@ -83,7 +85,7 @@ impl Look {
     pub(crate) fn start(
         &self,
         fs: &FileSystem,
-        db: Weak<Rocks>,
+        db: Weak<dyn Numbers>,
         counted: Registry,
     ) -> Result<Option<Inspection>, Error> {
         if self.rpc_socket.is_none() && self.metrics.is_none() {
@@ -105,7 +107,7 @@ impl Look {
 struct Subject {
     fs: FileSystem,
     /// Empty while the database is being closed.
-    db: Weak<Rocks>,
+    db: Weak<dyn Numbers>,
     /// The devices with their counters, if opening has put them into a registry.
     app: Weak<App>,
     start: Instant,
@@ -122,11 +124,11 @@ impl Inspection {
     /// [`DbOptions`](crate::DbOptions), which open the device.
     #[must_use]
     pub fn new(fs: &FileSystem) -> Inspection {
-        Inspection::with(fs, Weak::new(), Registry::new())
+        Inspection::with(fs, Weak::<Rocks>::new(), Registry::new())
     }
 
     /// Makes an inspection also of a database, and of the device in the registry.
-    pub(crate) fn with(fs: &FileSystem, db: Weak<Rocks>, counted: Registry) -> Inspection {
+    pub(crate) fn with(fs: &FileSystem, db: Weak<dyn Numbers>, counted: Registry) -> Inspection {
         let mut app = App::new();
         app.registry = counted;
         let app = Arc::new(app);
@@ -248,7 +250,7 @@ impl Subject {
     fn stats(&self) -> Value {
         let mut rocksdb = Map::new();
         if let Some(db) = self.db.upgrade() {
-            for (name, _, value) in figures::of_rocksdb(&db) {
+            for (name, _, value) in figures::of_rocksdb(&*db) {
                 rocksdb.insert(name.replace('-', "_"), json!(value));
             }
         }

@@ -67,19 +67,22 @@ mod db;
 mod env;
 mod error;
 mod figures;
+mod handle;
 #[cfg(feature = "inspect")]
 mod inspect;
 mod mount;
 mod plugin;
+mod pool;
 mod recorded;
 mod unlogged;
 mod uri;
 
 pub use {
     copies::check_free,
-    db::{Db, DbOptions, Rocks},
+    db::{Db, DbFuture, DbOptions, OptimisticTransactionDb, TransactionDb},
     env::{EnvOptions, env},
     error::{Error, ErrorKind},
+    handle::{DbHandle, Rocks},
     mount::{mount, mount_device},
     pumice_blobfs::fs::{self, FileSystem, FormatOptions, FsError, grow},
     pumice_rocksdb_fs::{MountOptions, chain},

@@ -14,7 +14,9 @@ use common::{key, value, watchdog};
 use pumice::bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice::bdev::{self, BlockDevice, OpKind};
 use pumice::fs::OpenOptions;
-use pumice::rocksdb::{DB, DBCompressionType, IteratorMode, Options, WriteOptions};
+use pumice::rocksdb::{
+    DB, DBCompressionType, IteratorMode, Options, TransactionDBOptions, WriteOptions,
+};
 use pumice::{
     Db, DbOptions, FileSystem, FormatOptions, FsError, MountOptions, mount, mount_device,
 };
@@ -92,6 +94,7 @@ fn child() {
             say("ready");
             std::thread::sleep(Duration::from_secs(3600));
         }
+        "killed after commits" => killed_after_commits(&uri),
         "fork" => a_fork_of_an_open_database(&uri),
         "workers" => two_forked_workers(&uri),
         "failed close" => a_failed_close(&uri),
@@ -99,6 +102,26 @@ fn child() {
         "failed exit" => an_end_that_cannot_keep(&uri),
         other => panic!("{MODE}={other}"),
     }
+}
+
+/// Commits transactions of two keys each, prepares one, and leaves one open.
+fn killed_after_commits(uri: &str) {
+    let db = options()
+        .open_transactions(uri, &TransactionDBOptions::new())
+        .unwrap();
+    for n in 0..PUTS / 10 {
+        let transaction = db.transaction();
+        transaction.put(key(n), value(n)).unwrap();
+        transaction.put(key(n + PUTS), value(n)).unwrap();
+        transaction.commit().unwrap();
+    }
+    let (prepared, open) = (db.transaction(), db.transaction());
+    prepared.set_name(b"prepared").unwrap();
+    prepared.put("prepared", "1").unwrap();
+    prepared.prepare().unwrap();
+    open.put("open", "1").unwrap();
+    say("ready");
+    std::thread::sleep(Duration::from_secs(3600));
 }
 
 fn say(what: &str) {
@@ -434,6 +457,30 @@ fn puts_survive_a_kill() {
         before.map(|entry| entry.len).min() > Some(1000),
         "an empty LOG"
     );
+}
+
+#[test]
+fn committed_and_prepared_transactions_survive_a_kill() {
+    let _limit = watchdog();
+    let dir = tempfile::tempdir().unwrap();
+    kill(dir.path(), "killed after commits");
+    let how = TransactionDBOptions::new();
+    let db = options().open_transactions(&uri(dir.path()), &how).unwrap();
+    for n in 0..PUTS / 10 {
+        for key in [key(n), key(n + PUTS)] {
+            assert_eq!(db.get(key).unwrap(), Some(value(n)), "transaction {n}");
+        }
+    }
+    let found = db.prepared_transactions();
+    assert_eq!(found.len(), 1);
+    assert_eq!(db.get("prepared").unwrap(), None);
+    for transaction in found {
+        assert_eq!(transaction.get_name().as_deref(), Some(&b"prepared"[..]));
+        transaction.commit().unwrap();
+    }
+    assert_eq!(db.get("prepared").unwrap().as_deref(), Some(&b"1"[..]));
+    assert_eq!(db.get("open").unwrap(), None);
+    db.close().unwrap();
 }
 
 /// Without the log in shared memory a kill may lose puts that were not synced, from the last one backwards, and never one in

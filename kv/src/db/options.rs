@@ -1,21 +1,17 @@
 //! How a database is opened.
 
-use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use pumice_blobfs::fs::{self, FileSystem};
-use pumice_rocksdb_fs::{Use, normal, open_device};
-use rocksdb::{ColumnFamilyDescriptor, DBRecoveryMode, Options};
+use pumice_blobfs::fs;
+use rocksdb::{ColumnFamilyTtl, DBRecoveryMode, Options};
 
-use super::{Db, Rocks};
-use crate::closing::Closing;
-use crate::copies;
-use crate::error::is_no_space;
 #[cfg(feature = "inspect")]
-use crate::inspect::{Look, Registry};
-use crate::recorded::{Kept, RecordedOptions};
-use crate::{EnvOptions, Error, MountOptions, mount_device};
+use crate::inspect::Look;
+use crate::{EnvOptions, Error, MountOptions};
 
-/// Options of opening a [`Db`].
+mod opening;
+
+/// Options of opening a [`Db`](crate::Db).
 ///
 /// ```
 /// # let dir = tempfile::tempdir()?;
@@ -42,7 +38,13 @@ use crate::{EnvOptions, Error, MountOptions, mount_device};
 pub struct DbOptions {
     pub(crate) path: String,
     options: Options,
+    /// Options from which others were derived by a text, and whose comparators and filters those use.
+    sources: Vec<Options>,
     column_families: Vec<(String, Options)>,
+    ttl: Option<Duration>,
+    column_family_ttls: Vec<(String, ColumnFamilyTtl)>,
+    async_threads: usize,
+    async_queue: usize,
     read_only: bool,
     /// Whether the options that the database has recorded take the place of these.
     as_recorded: bool,
@@ -67,7 +69,12 @@ impl Default for DbOptions {
         DbOptions {
             path: "/".to_owned(),
             options,
+            sources: Vec::new(),
             column_families: Vec::new(),
+            ttl: None,
+            column_family_ttls: Vec::new(),
+            async_threads: 4,
+            async_queue: 256,
             read_only: false,
             as_recorded: false,
             wal_recovery: None,
@@ -98,6 +105,7 @@ impl std::fmt::Debug for DbOptions {
         f.debug_struct("DbOptions")
             .field("path", &self.path)
             .field("column_families", &names)
+            .field("ttl", &self.ttl)
             .field("read_only", &self.read_only)
             .field("as_recorded", &self.as_recorded)
             .field("mount", &self.mount)
@@ -143,6 +151,87 @@ impl DbOptions {
     pub fn column_family(mut self, name: &str, options: Options) -> DbOptions {
         self.column_families.retain(|(known, _)| known != name);
         self.column_families.push((name.to_owned(), options));
+        self
+    }
+
+    /// Changes RocksDB's options by a text of RocksDB's form, such as
+    /// `max_open_files=100;compression=kNoCompression;block_based_table_factory={block_size=16384}`.
+    ///
+    /// ```
+    /// # use pumice::{DbOptions, ErrorKind};
+    /// let options = DbOptions::new().options_string("max_open_files=100;compression=kNoCompression")?;
+    /// options.open("malloc://256M")?.close()?;
+    ///
+    /// let error = DbOptions::new().options_string("max_open_flies=100").unwrap_err();
+    /// assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    /// assert!(error.to_string().contains("max_open_flies"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Options`], which names an option that does not exist or has a bad value. Of a group in braces RocksDB names the
+    /// group, and the text is there, too.
+    pub fn options_string(mut self, text: &str) -> Result<DbOptions, Error> {
+        let source = self.options;
+        self.options = derived(&source, text)?;
+        self.sources.push(source);
+        Ok(self)
+    }
+
+    /// Changes the options of one column family as [`DbOptions::options_string`] changes the database's. A family that has no
+    /// options of its own yet begins with the database's.
+    ///
+    /// # Errors
+    /// Fails as [`DbOptions::options_string`] does.
+    pub fn column_family_string(mut self, name: &str, text: &str) -> Result<DbOptions, Error> {
+        let own = self.column_families.iter().find(|(known, _)| known == name);
+        let source = own.map_or(&self.options, |(_, options)| options).clone();
+        let options = derived(&source, text)?;
+        self.sources.push(source);
+        Ok(self.column_family(name, options))
+    }
+
+    /// Lets entries expire: compactions remove them when they are older than this, which is between a second and 68 years.
+    /// Until then they can still be read. RocksDB writes the time behind each value, and a database that was made with a time
+    /// to live must always be opened with one: otherwise every value has four more bytes. Families that
+    /// [`Db::create_cf`](crate::Db::create_cf) makes do not expire until the database is opened again.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// let day = Duration::from_secs(24 * 60 * 60);
+    /// let db = pumice::DbOptions::new().ttl(day).open("malloc://256M")?;
+    /// db.put(b"session", b"open")?;
+    /// assert_eq!(db.get(b"session")?.as_deref(), Some(&b"open"[..]));
+    /// db.close()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn ttl(mut self, ttl: Duration) -> DbOptions {
+        self.ttl = Some(ttl);
+        self
+    }
+
+    /// Sets the time to live of one column family where it is not the one of [`DbOptions::ttl`], which must be set, too.
+    #[must_use]
+    pub fn column_family_ttl(mut self, name: &str, ttl: ColumnFamilyTtl) -> DbOptions {
+        self.column_family_ttls.retain(|(known, _)| known != name);
+        self.column_family_ttls.push((name.to_owned(), ttl));
+        self
+    }
+
+    /// Sets how many threads do the operations of futures ([`Db::run_async`](crate::Db::run_async)). They start when they are
+    /// first needed. The default is four, and the least is one.
+    #[must_use]
+    pub fn async_threads(mut self, threads: usize) -> DbOptions {
+        self.async_threads = threads.max(1);
+        self
+    }
+
+    /// Sets how many operations of futures may be in the queue, beside those that threads are doing. A future that finds it full
+    /// waits. The default is 256, and the least is one.
+    #[must_use]
+    pub fn async_queue(mut self, operations: usize) -> DbOptions {
+        self.async_queue = operations.max(1);
         self
     }
 
@@ -223,196 +312,16 @@ impl DbOptions {
         self.look.metrics = Some(address.to_owned());
         self
     }
+}
 
-    /// Mounts the file system on the device that `uri` names and opens the database in it. A device
-    /// that holds nothing is formatted first, unless [`MountOptions::format_empty`] was cleared.
-    ///
-    /// A process may open several databases of one device this way, each at a
-    /// [path](DbOptions::path) of its own. They share one file system, which is mounted with the
-    /// options of the first one, and the [`Db::close`] of the last one unmounts it. A file is one
-    /// device under all its names, and each namespace of an NVMe controller is a device of its own.
-    /// Devices in memory (`malloc://…`) are new each time.
-    ///
-    /// # Errors
-    /// [`Error::Device`], [`Error::FileSystem`], [`Error::RocksDb`], [`Error::Full`].
-    pub fn open(&self, uri: &str) -> Result<Db, Error> {
-        let mut how = self.mount.clone();
-        if self.read_only {
-            how = how.read_only(true);
-        }
-        let open = || Ok::<_, Error>(open_device(uri, &how)?);
-        let mounted = Use::of(uri, how.is_read_only(), open, |device, counted| {
-            #[cfg(feature = "inspect")]
-            let device = self.look.counted(device, counted)?;
-            #[cfg(not(feature = "inspect"))]
-            let _ = counted;
-            mount_device(&device, &how)
-        })?;
-        #[cfg(feature = "inspect")]
-        let counted = mounted.counted();
-        let fs = mounted.fs().clone();
-        let db = self.open_on(fs, Some(mounted))?;
-        #[cfg(feature = "inspect")]
-        db.inspect(&self.look, counted)?;
-        Ok(db)
-    }
-
-    /// Opens the database in a mounted file system, which stays mounted.
-    ///
-    /// # Errors
-    /// [`Error::FileSystem`], [`Error::RocksDb`], [`Error::Full`].
-    pub fn open_in(&self, fs: &FileSystem) -> Result<Db, Error> {
-        let db = self.open_on(fs.clone(), None)?;
-        #[cfg(feature = "inspect")]
-        db.inspect(&self.look, Registry::new())?;
-        Ok(db)
-    }
-
-    pub(crate) fn open_on(&self, fs: FileSystem, mounted: Option<Use>) -> Result<Db, Error> {
-        let root = normal(&self.path)?;
-        copies::check_free(&root)?;
-        let (env, binding) = self.env.clone().root(&root).build_bound(&fs)?;
-        let exists = self.as_recorded && fs.exists(&format!("{root}/CURRENT"))?;
-        let recorded = if exists {
-            RecordedOptions::of(&fs, &root)?
-        } else {
-            None
-        };
-        let wal_recovery = if exists {
-            self.check_log(&fs, &root, recorded.as_ref())?
-        } else {
-            self.wal_recovery
-        };
-        let (mut options, families) = match &recorded {
-            Some(recorded) => {
-                let (options, families) = recorded.quiet()?;
-                (options, Some(families))
-            }
-            None => (self.options.clone(), None),
-        };
-        options.set_env(&env);
-        if let Some(mode) = wal_recovery {
-            options.set_wal_recovery_mode(mode);
-        }
-        if exists {
-            options.create_if_missing(false);
-            options.create_missing_column_families(false);
-            options.set_error_if_exists(false);
-            options.set_disable_auto_compactions(true);
-        }
-        if self.read_only {
-            // Without this RocksDB makes a missing directory, even to read from it.
-            options.create_if_missing(false);
-            options.create_missing_column_families(false);
-        }
-        let opened = match families {
-            Some(families) => self.open_recorded(&options, families),
-            None => self.open_families(&options),
-        };
-        let db = opened.map_err(|error| {
-            if is_no_space(&error) {
-                Error::Full { source: error }
-            } else {
-                error.into()
-            }
-        })?;
-        let kept = (exists && !self.read_only).then(|| Kept::new(recorded));
-        if let Some(kept) = &kept {
-            kept.restore(&fs, &root)?;
-        }
-        Ok(Db {
-            db: Some(Arc::new(db)),
-            options,
-            env,
-            binding,
-            fs,
-            root,
-            read_only: self.read_only,
-            kept,
-            mounted,
-            closing: Mutex::new(Closing::Open),
-            refused: Mutex::default(),
-            #[cfg(feature = "inspect")]
-            inspection: Mutex::new(None),
+/// Returns options that a text has changed. RocksDB copies the pointers to comparators and filters, which `source` owns.
+fn derived(source: &Options, text: &str) -> Result<Options, Error> {
+    source
+        .clone()
+        .get_options_from_string(text)
+        .map_err(|error| Error::Options {
+            reason: format!("{error} (in {text:?})"),
         })
-    }
-
-    /// Checks that nothing of the log of an existing database would be left out, and returns the mode of recovery.
-    fn check_log(
-        &self,
-        fs: &FileSystem,
-        root: &str,
-        recorded: Option<&RecordedOptions>,
-    ) -> Result<Option<DBRecoveryMode>, Error> {
-        if let Some(logs) = recorded.and_then(RecordedOptions::wal_dir) {
-            let path = normal(&format!("{root}/{logs}"))?;
-            if !fs.exists(&path)? {
-                let reason = "the log of the database is recorded to be there, and nothing is: the database's program names \
-                    it from another directory, or it is a copy, whose log is beside its tables; open it with its program; an \
-                    empty directory there stands for a log that has nothing"
-                    .to_owned();
-                return Err(Error::Directory { path, reason });
-            }
-        }
-        if self.read_only || self.wal_recovery.is_some() {
-            return Ok(self.wal_recovery);
-        }
-        // What RocksDB cannot read of a log when it opens for writing, it removes. Reading changes nothing.
-        let strict = DBRecoveryMode::TolerateCorruptedTailRecords;
-        let reading = self.clone().read_only(true).wal_recovery_mode(strict);
-        drop(reading.open_on(fs.clone(), None)?);
-        Ok(Some(DBRecoveryMode::TolerateCorruptedTailRecords))
-    }
-
-    /// Opens with every column family that exists or was requested, the default one by its name, so
-    /// that the handles are the same the first time and later.
-    fn open_families(&self, options: &Options) -> Result<Rocks, rocksdb::Error> {
-        let mut families = self.column_families.clone();
-        // A database that does not exist has none. Opening reports other errors.
-        let found = Rocks::list_cf(options, "/").unwrap_or_default();
-        for name in found.into_iter().chain(["default".to_owned()]) {
-            if !families.iter().any(|(known, _)| *known == name) {
-                families.push((name, options.clone()));
-            }
-        }
-        if self.read_only {
-            Rocks::open_cf_with_opts_for_read_only(options, "/", families, false)
-        } else {
-            Rocks::open_cf_with_opts(options, "/", families)
-        }
-    }
-
-    /// Opens with the column families that exist, each with its recorded options if it has some.
-    fn open_recorded(
-        &self,
-        options: &Options,
-        mut families: Vec<ColumnFamilyDescriptor>,
-    ) -> Result<Rocks, rocksdb::Error> {
-        if let Ok(found) = Rocks::list_cf(options, "/") {
-            families.retain(|family| found.iter().any(|name| name == family.name()));
-            for name in found {
-                if !families.iter().any(|family| family.name() == name) {
-                    families.push(ColumnFamilyDescriptor::new(name, options.clone()));
-                }
-            }
-        }
-        if self.read_only {
-            Rocks::open_cf_descriptors_read_only(options, "/", families, false)
-        } else {
-            Rocks::open_cf_descriptors(options, "/", families)
-        }
-    }
-
-    /// Deletes the database's files.
-    ///
-    /// # Errors
-    /// [`Error::FileSystem`], [`Error::RocksDb`].
-    pub fn destroy_in(&self, fs: &FileSystem) -> Result<(), Error> {
-        let env = self.env.clone().root(&self.path).build(fs)?;
-        let mut options = self.options.clone();
-        options.set_env(&env);
-        Ok(Rocks::destroy(&options, "/")?)
-    }
 }
 
 #[cfg(test)]
