@@ -10,7 +10,7 @@ low=(
     -p pumice-bdev-testkit -p pumice-describe -p pumice-confine -p pumice-blobfs -p pumice-leveldb -p pumice-rig -p pumice-rocksdb-fs
 )
 # shellcheck disable=SC2034
-high=(--release -p pumice -p pumice-cli -p pumice-rocksdb-tools -p pumice-bench -p pumice-examples)
+high=(--release -p pumice -p pumice-cli -p pumice-rocksdb-tools -p pumice-bench -p pumice-examples -p pumice-cluster)
 
 # A target directory outside the clone is used if it exists, so that clones share what takes long to compile.
 shared_target="${XDG_CACHE_HOME:-$HOME/.cache}/pumice/target"
