@@ -4,6 +4,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
+use pumice_io::dma::{DmaBuf, DmaSlice};
 use pumice_io::sys::file as sys;
 use pumice_io::{Completion, Op};
 
@@ -68,11 +69,11 @@ fn transfer(file: &std::fs::File, slot: &mut Slot, at: u64) -> io::Result<usize>
         }
         Op::Write { data, .. } => file.write_at(&data[skip..], at),
         // Each call transfers one part; the state machine asks for the next one.
-        Op::ReadV { bufs, .. } => match place_of(bufs.iter().map(|b| b.len()), skip) {
+        Op::ReadV { bufs, .. } => match place_of(bufs.iter().map(DmaBuf::len), skip) {
             Some((part, skip)) => file.read_at(&mut bufs[part][skip..], at),
             None => Ok(0),
         },
-        Op::WriteV { data, .. } => match place_of(data.iter().map(|d| d.len()), skip) {
+        Op::WriteV { data, .. } => match place_of(data.iter().map(DmaSlice::len), skip) {
             Some((part, skip)) => file.write_at(&data[part][skip..], at),
             None => Ok(0),
         },
