@@ -72,7 +72,7 @@ impl Frame {
         })
     }
 
-    /// Marks the page at `off` (in the region) as used since the clock last passed. Writes the
+    /// Marks the page at `off` (in the region) as used since the cache last passed it. Writes the
     /// shared word only if the bit is not set yet.
     #[inline]
     fn touch(&self, off: usize) {
@@ -125,6 +125,11 @@ impl Frame {
 
     pub fn owner(&self) -> Option<Arc<FileCache>> {
         self.owner.upgrade()
+    }
+
+    /// Returns the address of the owner, which another one may get when it is gone.
+    pub fn owner_address(&self) -> usize {
+        self.owner.as_ptr().addr()
     }
 }
 
