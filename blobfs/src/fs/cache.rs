@@ -4,6 +4,8 @@
 //!
 //! A frame is young at first. The young have a tenth of the memory: what has been used again when it
 //! reaches the end of their queue becomes old, the rest goes, so that a long scan does not displace what is used.
+//! What came in bulk, written or read ahead, is read soon in any case, by a compaction or a scan: it is
+//! fresh for as long again before it is young, and that use does not count.
 //! What comes back soon after it went is old at once. The old are passed over as long as they are
 //! used. `benches/policies.rs` compares this with other policies on what RocksDB reads.
 //!
@@ -25,7 +27,7 @@ use super::frame::{Frame, PAGE};
 
 const SHARDS: usize = 16;
 const STRIPES: usize = 16;
-/// The part of the memory that the young frames have, as a divisor.
+/// The part of the memory that the fresh frames have, and the young ones, as a divisor.
 const YOUNG_SHARE: u64 = 10;
 
 /// Counters of the page cache since the mount.
@@ -49,6 +51,7 @@ pub struct CacheStats {
 /// The queue of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Age {
+    Fresh,
     Young,
     Old,
 }
@@ -104,6 +107,7 @@ impl Gone {
 
 #[derive(Default)]
 struct Shard {
+    fresh: FrameQueue,
     young: FrameQueue,
     old: FrameQueue,
     gone: Gone,
@@ -112,6 +116,7 @@ struct Shard {
 impl Shard {
     fn queue(&mut self, age: Age) -> &mut FrameQueue {
         match age {
+            Age::Fresh => &mut self.fresh,
             Age::Young => &mut self.young,
             Age::Old => &mut self.old,
         }
@@ -122,11 +127,14 @@ impl Shard {
 pub(crate) struct Cache {
     bound: Bound,
     used: AtomicU64,
-    /// Bytes of the entries of the young queues.
+    /// Bytes of the entries of the fresh and of the young queues.
+    fresh: AtomicU64,
     young: AtomicU64,
     evictions: AtomicU64,
-    next: AtomicUsize,
-    hand: AtomicUsize,
+    /// The shards of the next entry and of the next pop, for each age: so the entries of a queue in
+    /// sixteen parts are passed nearly in their order.
+    next: [AtomicUsize; 3],
+    hand: [AtomicUsize; 3],
     shards: Box<[CachePadded<Mutex<Shard>>]>,
     hits: Box<[CachePadded<AtomicU64>]>,
     misses: Box<[CachePadded<AtomicU64>]>,
@@ -137,10 +145,11 @@ impl Cache {
         Arc::new(Cache {
             bound,
             used: AtomicU64::new(0),
+            fresh: AtomicU64::new(0),
             young: AtomicU64::new(0),
             evictions: AtomicU64::new(0),
-            next: AtomicUsize::new(0),
-            hand: AtomicUsize::new(0),
+            next: Default::default(),
+            hand: Default::default(),
             shards: (0..SHARDS).map(|_| CachePadded::default()).collect(),
             hits: (0..STRIPES).map(|_| CachePadded::default()).collect(),
             misses: (0..STRIPES).map(|_| CachePadded::default()).collect(),
@@ -187,7 +196,11 @@ impl Cache {
         self.uncharge(before);
         let place = place_of(frame);
         let was_here = self.shard_of(place).lock().gone.take(place);
-        let age = if was_here { Age::Old } else { Age::Young };
+        let age = match was_here {
+            true => Age::Old,
+            false if frame.is_bulk() => Age::Fresh,
+            false => Age::Young,
+        };
         self.push(age, Arc::downgrade(frame), bytes);
         if self.used() > self.capacity() {
             if self.bound.is_full() {
@@ -199,23 +212,32 @@ impl Cache {
     }
 
     fn push(&self, age: Age, frame: Weak<Frame>, bytes: usize) {
-        let n = self.next.fetch_add(1, Ordering::Relaxed);
+        let n = self.next[age as usize].fetch_add(1, Ordering::Relaxed);
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
         let swept = self.shards[n % SHARDS].lock().queue(age).push(frame, bytes);
-        if age == Age::Young {
-            self.young.fetch_add(bytes.into(), Ordering::Relaxed);
-            self.young.fetch_sub(swept, Ordering::Relaxed);
+        if let Some(sum) = self.sum(age) {
+            sum.fetch_add(bytes.into(), Ordering::Relaxed);
+            sum.fetch_sub(swept, Ordering::Relaxed);
+        }
+    }
+
+    /// The bytes of a queue that has its own bound.
+    fn sum(&self, age: Age) -> Option<&AtomicU64> {
+        match age {
+            Age::Fresh => Some(&self.fresh),
+            Age::Young => Some(&self.young),
+            Age::Old => None,
         }
     }
 
     /// Takes the first entry of a queue that has one.
     fn pop(&self, age: Age) -> Option<Weak<Frame>> {
         for _ in 0..SHARDS {
-            let n = self.hand.fetch_add(1, Ordering::Relaxed);
+            let n = self.hand[age as usize].fetch_add(1, Ordering::Relaxed);
             let popped = self.shards[n % SHARDS].lock().queue(age).frames.pop_front();
             if let Some((frame, bytes)) = popped {
-                if age == Age::Young {
-                    self.young.fetch_sub(bytes.into(), Ordering::Relaxed);
+                if let Some(sum) = self.sum(age) {
+                    sum.fetch_sub(bytes.into(), Ordering::Relaxed);
                 }
                 return Some(frame);
             }
@@ -226,13 +248,15 @@ impl Cache {
     /// Takes frames from the queues until one was evicted. Returns false if there is nothing left to
     /// evict.
     fn evict_one(&self) -> bool {
-        // Every frame is passed at most three times: once in each queue to clear its marks, once to evict it.
+        // Every frame is passed at most four times: once in each queue to clear its marks, and once to evict it.
         for _ in 0..1 << 20 {
-            let young = self.young.load(Ordering::Relaxed);
-            let first = if young > self.capacity() / YOUNG_SHARE {
-                [Age::Young, Age::Old]
+            let most = self.capacity() / YOUNG_SHARE;
+            let first = if self.fresh.load(Ordering::Relaxed) > most {
+                [Age::Fresh, Age::Young, Age::Old]
+            } else if self.young.load(Ordering::Relaxed) > most {
+                [Age::Young, Age::Old, Age::Fresh]
             } else {
-                [Age::Old, Age::Young]
+                [Age::Old, Age::Young, Age::Fresh]
             };
             let entry = |age: Age| self.pop(age).map(|frame| (age, frame));
             let Some((age, weak)) = first.into_iter().find_map(entry) else {
@@ -242,6 +266,10 @@ impl Cache {
                 continue;
             };
             let hot = frame.take_hot();
+            if age == Age::Fresh {
+                self.push(Age::Young, weak, frame.bytes.cap());
+                continue;
+            }
             let hot_pages: u32 = hot.iter().map(|w| w.count_ones()).sum();
             let Some(owner) = frame.owner() else { continue };
             if hot_pages == 0 {
@@ -316,9 +344,13 @@ mod tests {
     }
 
     fn put(fc: &Arc<FileCache>, page: u64) {
-        let buf = DmaBuf::zeroed(PAGE).unwrap();
+        put_bulk(fc, page, 1);
+    }
+
+    fn put_bulk(fc: &Arc<FileCache>, page: u64, pages: usize) {
+        let buf = DmaBuf::zeroed(pages * PAGE).unwrap();
         let (region, start) = split(page * PAGE as u64);
-        let fill = Arc::new(FillBuf::from_buf(buf, PAGE));
+        let fill = Arc::new(FillBuf::from_buf(buf, pages * PAGE));
         let frame = Frame::new(fc, region, start, fill, false);
         assert!(fc.install(fc.generation(), &frame));
     }
@@ -401,20 +433,40 @@ mod tests {
         assert_eq!(present(&fc, 0..80), 80);
     }
 
+    /// A scan that reads ahead uses each of its pages soon, more than once where blocks are not whole
+    /// pages, and never again.
+    #[test]
+    fn a_scan_that_reads_ahead_does_not_either() {
+        let cache = fixed(1000 * PAGE as u64);
+        let fc = FileCache::new(&cache);
+        let mut b = [0u8; 1];
+        for page in 0..800 {
+            put(&fc, page);
+            assert_eq!(fc.copy(page * PAGE as u64, &mut b), 1);
+        }
+        for first in (1024..9024).step_by(16) {
+            put_bulk(&fc, first, 16);
+            for page in first..first + 16 {
+                assert_eq!(fc.copy(page * PAGE as u64, &mut b), 1);
+            }
+        }
+        assert_eq!(present(&fc, 0..800), 800);
+    }
+
     /// A frame that is read again soon after it went stays through a scan.
     #[test]
     fn what_comes_back_soon_is_old() {
-        let cache = fixed(100 * PAGE as u64);
+        let cache = fixed(1600 * PAGE as u64);
         let fc = FileCache::new(&cache);
-        for page in 0..150 {
+        for page in 0..2000 {
             put(&fc, page);
         }
-        assert_eq!(present(&fc, 0..20), 0, "they went while they were young");
-        for page in (0..20).chain(1000..2000) {
+        assert_eq!(present(&fc, 0..200), 0, "they went while they were young");
+        for page in (0..200).chain(10_000..20_000) {
             put(&fc, page);
         }
-        assert_eq!(present(&fc, 0..20), 20);
+        assert_eq!(present(&fc, 0..200), 200);
         let gone: usize = cache.shards.iter().map(|s| s.lock().gone.order.len()).sum();
-        assert!(gone <= 100, "{gone} places are remembered");
+        assert!(gone <= 1600, "{gone} places are remembered");
     }
 }

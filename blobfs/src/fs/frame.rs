@@ -21,6 +21,8 @@ pub(crate) const PAGE: usize = 4096;
 /// Bytes of a region, and of a full append buffer.
 pub(crate) const REGION: usize = 1 << 20;
 const PAGES: usize = REGION / PAGE;
+/// The longest frame that counts as one that was read for itself.
+const BULK: usize = 4 * PAGE;
 
 /// Returns `n / REGION` and the rest.
 #[inline]
@@ -87,6 +89,11 @@ impl Frame {
     /// Clears the marks and returns them.
     pub fn take_hot(&self) -> [u64; PAGES / 64] {
         std::array::from_fn(|i| self.hot[i].swap(0, Ordering::Relaxed))
+    }
+
+    /// Whether it came in bulk, with more than the few pages of one read.
+    pub fn is_bulk(&self) -> bool {
+        self.bytes.cap() > BULK
     }
 
     /// Returns the end of its bytes in the region.
