@@ -29,6 +29,8 @@ const SHARDS: usize = 16;
 const STRIPES: usize = 16;
 /// The part of the memory that the fresh frames have, and the young ones, as a divisor.
 const YOUNG_SHARE: u64 = 10;
+/// Two whole buffers, in bytes.
+const BUFFERS: u64 = 2 << 20;
 
 /// Counters of the page cache since the mount.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -250,7 +252,7 @@ impl Cache {
     fn evict_one(&self) -> bool {
         // Every frame is passed at most four times: once in each queue to clear its marks, and once to evict it.
         for _ in 0..1 << 20 {
-            let most = self.capacity() / YOUNG_SHARE;
+            let most = share_of_young(self.capacity());
             let first = if self.fresh.load(Ordering::Relaxed) > most {
                 [Age::Fresh, Age::Young, Age::Old]
             } else if self.young.load(Ordering::Relaxed) > most {
@@ -308,6 +310,13 @@ impl Cache {
             .gone
             .add(place, usize::try_from(most).unwrap_or(usize::MAX));
     }
+}
+
+/// Returns the bytes that the fresh frames may have, and the young ones. A cache that is worth it has room for two
+/// whole buffers.
+fn share_of_young(capacity: u64) -> u64 {
+    let least = if capacity >= 4 * BUFFERS { BUFFERS } else { 0 };
+    (capacity / YOUNG_SHARE).max(least)
 }
 
 /// Returns a hash of the place in its file where a frame begins.
@@ -451,6 +460,26 @@ mod tests {
             }
         }
         assert_eq!(present(&fc, 0..800), 800);
+    }
+
+    /// The smallest cache of a mount, too, has what was just written.
+    #[test]
+    fn a_small_cache_keeps_the_last_buffer() {
+        let cache = fixed(8 << 20);
+        let fc = FileCache::new(&cache);
+        let mut b = [0u8; 1];
+        for page in 0..1536 {
+            put(&fc, page);
+            assert_eq!(fc.copy(page * PAGE as u64, &mut b), 1);
+        }
+        for region in 8..40 {
+            let before = (region - 1) * 256;
+            put_bulk(&fc, region * 256, 256);
+            assert!(
+                region == 8 || present(&fc, before..before + 1) == 1,
+                "{region}"
+            );
+        }
     }
 
     /// A frame that is read again soon after it went stays through a scan.
