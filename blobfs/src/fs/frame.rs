@@ -21,6 +21,8 @@ pub(crate) const PAGE: usize = 4096;
 /// Bytes of a region, and of a full append buffer.
 pub(crate) const REGION: usize = 1 << 20;
 const PAGES: usize = REGION / PAGE;
+/// The longest frame that counts as one that was read for itself.
+const BULK: usize = 4 * PAGE;
 
 /// Returns `n / REGION` and the rest.
 #[inline]
@@ -72,7 +74,7 @@ impl Frame {
         })
     }
 
-    /// Marks the page at `off` (in the region) as used since the clock last passed. Writes the
+    /// Marks the page at `off` (in the region) as used since the cache last passed it. Writes the
     /// shared word only if the bit is not set yet.
     #[inline]
     fn touch(&self, off: usize) {
@@ -87,6 +89,11 @@ impl Frame {
     /// Clears the marks and returns them.
     pub fn take_hot(&self) -> [u64; PAGES / 64] {
         std::array::from_fn(|i| self.hot[i].swap(0, Ordering::Relaxed))
+    }
+
+    /// Whether it came in bulk, with more than the few pages of one read.
+    pub fn is_bulk(&self) -> bool {
+        self.bytes.cap() > BULK
     }
 
     /// Returns the end of its bytes in the region.
@@ -126,6 +133,11 @@ impl Frame {
     pub fn owner(&self) -> Option<Arc<FileCache>> {
         self.owner.upgrade()
     }
+
+    /// Returns the address of the owner, which another one may get when it is gone.
+    pub fn owner_address(&self) -> usize {
+        self.owner.as_ptr().addr()
+    }
 }
 
 impl Drop for Frame {
@@ -140,13 +152,16 @@ struct Region {
     pages: OnceLock<Box<[ArcSwapOption<Frame>]>>,
 }
 
+type Segment = OnceLock<Box<[Region]>>;
+
 const SEGMENTS: usize = 24;
 const SEGMENT0: usize = 8;
 
 /// The frames of one file.
 pub(crate) struct FileCache {
-    /// Segment k has `8 << k` regions. It is allocated when first needed and never moved.
-    segments: [OnceLock<Box<[Region]>>; SEGMENTS],
+    /// Segment k has `8 << k` regions. It is allocated when first needed and never moved. So is the
+    /// table, since most files of a large store are not read.
+    segments: OnceLock<Box<[Segment; SEGMENTS]>>,
     /// Held by a thread that changes the table.
     lock: Mutex<()>,
     /// Number of changes of existing bytes. A page that was read from the device is only installed
@@ -166,7 +181,7 @@ fn segment_of(region: usize) -> (usize, usize) {
 impl FileCache {
     pub fn new(cache: &Arc<Cache>) -> Arc<FileCache> {
         Arc::new(FileCache {
-            segments: Default::default(),
+            segments: OnceLock::new(),
             lock: Mutex::new(()),
             generation: AtomicU64::new(0),
             transient: AtomicBool::new(false),
@@ -182,12 +197,12 @@ impl FileCache {
     #[inline]
     fn region(&self, region: usize) -> Option<&Region> {
         let (k, i) = segment_of(region);
-        self.segments.get(k)?.get()?.get(i)
+        self.segments.get()?.get(k)?.get()?.get(i)
     }
 
     fn region_or_new(&self, region: usize) -> &Region {
         let (k, i) = segment_of(region);
-        let segment = self.segments[k]
+        let segment = self.segments.get_or_init(Box::default)[k]
             .get_or_init(|| (0..SEGMENT0 << k).map(|_| Region::default()).collect());
         &segment[i]
     }
@@ -374,7 +389,13 @@ impl FileCache {
     pub fn remove_from(&self, first: usize) {
         let _guard = self.lock.lock();
         self.generation.fetch_add(1, Ordering::Release);
-        for (k, segment) in self.segments.iter().enumerate() {
+        for (k, segment) in self
+            .segments
+            .get()
+            .into_iter()
+            .flat_map(|s| s.iter())
+            .enumerate()
+        {
             let Some(segment) = segment.get() else {
                 continue;
             };
