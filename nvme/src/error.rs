@@ -19,15 +19,17 @@ pub enum NvmeError {
     /// An error of DMA memory.
     #[error(transparent)]
     Dma(#[from] DmaError),
-    /// The controller did not reach a state within the time that it promises (CAP.TO).
-    #[error("{device}: {what} not within {timeout_ms} ms (CSTS {csts:#x})")]
+    /// The controller did not reach a state within the time that it promises (CAP.TO, CRTO.CRWMT).
+    #[error("{device}: {what} not within {timeout_ms} ms, {limit} (CSTS {csts:#x})")]
     NotReady {
         /// Name of the device.
         device: String,
         /// The awaited state.
         what: &'static str,
-        /// The promised time, in milliseconds.
+        /// The length of the wait, in milliseconds.
         timeout_ms: u64,
+        /// The origin of that length: the register that names it, or a limit of the driver.
+        limit: String,
         /// The status register (CSTS) at the end of that time.
         csts: u32,
     },
