@@ -177,6 +177,9 @@ pub(crate) enum Cause {
     ControllerFailed,
     /// The controller has granted fewer I/O queues since a reset, and the queue pair has none.
     NoQueue,
+    /// The namespace was replaced or formatted before the command was sent (again). Whether an
+    /// earlier attempt was carried out is unknown.
+    Replaced,
     /// A buffer is not mapped for the device.
     NotMapped,
     /// The queue pair was made by the process that this one was forked from.
@@ -202,9 +205,11 @@ impl Cause {
             Cause::Timeout => IoErrorKind::TimedOut,
             Cause::Aborted | Cause::AskedFor => IoErrorKind::Aborted,
             Cause::NotMapped => IoErrorKind::NoMemory,
-            Cause::Removed | Cause::ControllerFailed | Cause::NoQueue | Cause::OtherProcess => {
-                IoErrorKind::Removed
-            }
+            Cause::Removed
+            | Cause::ControllerFailed
+            | Cause::NoQueue
+            | Cause::Replaced
+            | Cause::OtherProcess => IoErrorKind::Removed,
         }
     }
 
@@ -234,6 +239,10 @@ impl std::fmt::Display for Cause {
             Cause::NoQueue => f.write_str(
                 "the controller has fewer I/O queues since a reset, and none for this queue pair; \
                  make another one, or share one",
+            ),
+            Cause::Replaced => f.write_str(
+                "the namespace was replaced or formatted meanwhile, so that nothing more is sent; \
+                 ask the controller for it again",
             ),
             Cause::NotMapped => f.write_str("a buffer is not mapped for the device"),
             Cause::OtherProcess => f.write_str(
