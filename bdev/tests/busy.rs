@@ -249,8 +249,8 @@ fn operations_that_are_resumed_together_all_end() {
     assert_eq!(done, [0, 1, 2, 3].map(|tag| (tag, true)));
 }
 
-/// What was resumed and had no room below is held back like what hangs: it ends before a reset, and
-/// by an abort that names it, and never reaches the device.
+/// An operation that was resumed and had no room below is held back like one that hangs: it ends
+/// before a reset, and by an abort that names it, and never reaches the device.
 #[test]
 fn what_was_resumed_and_had_no_room_ends_before_a_reset() {
     for by_abort in [false, true] {

@@ -19,19 +19,19 @@ type Listener = Arc<dyn Fn(&Event) + Send + Sync>;
 /// Events that were not told yet, and those who listen.
 #[derive(Default)]
 pub(super) struct Events {
-    queue: Mutex<Queue>,
+    queue: Mutex<Untold>,
     listeners: Mutex<Vec<Listener>>,
 }
 
 #[derive(Default)]
-struct Queue {
+struct Untold {
     waiting: VecDeque<Event>,
     /// Whether a thread is telling one.
     telling: bool,
 }
 
 /// Ends the telling of an event, also when a listener panics.
-struct Telling<'a>(&'a Mutex<Queue>);
+struct Telling<'a>(&'a Mutex<Untold>);
 
 impl Drop for Telling<'_> {
     fn drop(&mut self) {

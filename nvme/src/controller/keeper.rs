@@ -247,14 +247,14 @@ impl Core {
 }
 
 /// The keeper's thread, which waits for its controller.
-pub(super) struct Waiting {
+pub(super) struct KeeperThread {
     thread: JoinHandle<()>,
     controller: Sender<Arc<Core>>,
 }
 
 /// Makes the thread of the keeper of the controller of this name, before anything is done to the
 /// controller: without it no time-out is watched and no wait for a reset ends.
-pub(super) fn prepare(device: &str) -> Result<Waiting, NvmeError> {
+pub(super) fn prepare(device: &str) -> Result<KeeperThread, NvmeError> {
     let (controller, given) = channel::<Arc<Core>>();
     let keep = move || {
         // There is none if the controller could not be brought up.
@@ -264,7 +264,7 @@ pub(super) fn prepare(device: &str) -> Result<Waiting, NvmeError> {
     };
     let name = format!("nvme {device}").chars().take(15).collect();
     match std::thread::Builder::new().name(name).spawn(keep) {
-        Ok(thread) => Ok(Waiting { thread, controller }),
+        Ok(thread) => Ok(KeeperThread { thread, controller }),
         Err(source) => Err(NvmeError::Transport(TransportError::Io {
             device: device.to_owned(),
             what: "making the thread that watches the controller (raise the limit of threads: \
@@ -275,7 +275,7 @@ pub(super) fn prepare(device: &str) -> Result<Waiting, NvmeError> {
     }
 }
 
-impl Waiting {
+impl KeeperThread {
     /// Lets the keeper watch its controller.
     pub fn watch(self, core: &Arc<Core>) -> Keeper {
         // The thread is there to receive it.
@@ -361,7 +361,7 @@ mod tests {
         assert_eq!(aborts.next(), second);
     }
 
-    /// Its caches may not be on the medium, whoever asks.
+    /// The caches may not be on the medium, whoever asks.
     #[test]
     fn a_failed_shutdown_stays_failed() {
         let mut keeper = Keeper::Watching(std::thread::spawn(|| ()));

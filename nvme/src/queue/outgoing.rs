@@ -127,8 +127,8 @@ impl Outgoing {
             && let Some((slot, entry)) = self.slots.take()
         {
             entry.tag = split.tag;
-            entry.split = index;
             entry.namespace = split.namespace;
+            entry.split = index;
             entry.retries = 0;
             let area = self.lists.area(slot);
             let Split {

@@ -201,14 +201,16 @@ pub fn serve(
             }
             Frame::Garbage => {
                 // The start of the next message is unknown.
-                let message = "not a JSON-RPC message";
-                say(&mut stream, -32700, message)?;
-                return farewell(&mut stream, options.patience, stop);
+                return farewell(
+                    &mut stream,
+                    (-32700, "not a JSON-RPC message"),
+                    options,
+                    stop,
+                );
             }
             Frame::Partial if buf.len() > options.request_max => {
                 let message = format!("a request has at most {} bytes", options.request_max);
-                say(&mut stream, -32600, &message)?;
-                return farewell(&mut stream, options.patience, stop);
+                return farewell(&mut stream, (-32600, &message), options, stop);
             }
             Frame::Partial => {}
         }
@@ -260,13 +262,19 @@ fn turn_away(mut stream: UnixStream, clients_max: usize) {
     }
 }
 
-/// Reads what a client is still sending that was told why the connection ends, so that the client
-/// reads it.
-fn farewell(stream: &mut UnixStream, patience: Duration, stop: &AtomicBool) -> io::Result<()> {
+/// Tells the client why the connection ends, and reads what the client is still sending, so that
+/// the client reads the reason.
+fn farewell(
+    stream: &mut UnixStream,
+    (code, message): (i64, &str),
+    options: &ServerOptions,
+    stop: &AtomicBool,
+) -> io::Result<()> {
+    say(stream, code, message)?;
     stream.shutdown(std::net::Shutdown::Write)?;
     let start = Instant::now();
     let mut piece = [0; 64 << 10];
-    while start.elapsed() < patience && !stop.load(Ordering::Acquire) {
+    while start.elapsed() < options.patience && !stop.load(Ordering::Acquire) {
         match stream.read(&mut piece) {
             Ok(0) => break,
             Ok(_) => {}
