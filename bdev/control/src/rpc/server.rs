@@ -22,6 +22,9 @@ use crate::send::send;
 /// Longest wait for an existing socket to accept a connection.
 const STALE_PATIENCE: Duration = Duration::from_secs(1);
 
+/// The code and the text of the answer to bytes that are not JSON-RPC.
+const NOT_JSON: (i64, &str) = (-32700, "not a JSON-RPC message");
+
 /// Limits of a server.
 #[derive(Debug, Clone)]
 pub struct ServerOptions {
@@ -201,12 +204,7 @@ pub fn serve(
             }
             Frame::Garbage => {
                 // The start of the next message is unknown.
-                return farewell(
-                    &mut stream,
-                    (-32700, "not a JSON-RPC message"),
-                    options,
-                    stop,
-                );
+                return farewell(&mut stream, NOT_JSON, options, stop);
             }
             Frame::Partial if buf.len() > options.request_max => {
                 let message = format!("a request has at most {} bytes", options.request_max);
