@@ -1,64 +1,24 @@
 //! Tests of the orderly end of a controller.
 
-use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 use pumice_nvme::{Controller, ControllerOptions};
-use pumice_nvme_soft::{
-    Backend, MemoryBackend, SoftConfig, SoftController, SoftNamespace, Transfer,
-};
+use pumice_nvme_soft::{SoftConfig, SoftController, SoftNamespace};
 
+use common::watched::{DiskCall, WatchedDisk};
 use common::*;
 
 mod common;
 
-/// A disk that tells the name of the thread that flushes it, and then waits while there is another
-/// end of `goes_on`.
-struct Told {
-    disk: MemoryBackend,
-    flushes: Sender<String>,
-    goes_on: Option<Receiver<()>>,
-}
-
-impl Backend for Told {
-    fn len_bytes(&self) -> u64 {
-        self.disk.len_bytes()
-    }
-
-    fn read(&mut self, offset: u64, to: &mut Transfer<'_>) -> io::Result<()> {
-        self.disk.read(offset, to)
-    }
-
-    fn write(&mut self, offset: u64, from: &mut Transfer<'_>) -> io::Result<()> {
-        self.disk.write(offset, from)
-    }
-
-    fn read_bytes(&mut self, offset: u64, to: &mut [u8]) -> io::Result<()> {
-        self.disk.read_bytes(offset, to)
-    }
-
-    fn write_bytes(&mut self, offset: u64, from: &[u8]) -> io::Result<()> {
-        self.disk.write_bytes(offset, from)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        let name = std::thread::current().name().unwrap_or_default().to_owned();
-        // A test that has ended is not there to hear it.
-        let _ = self.flushes.send(name);
-        if let Some(goes_on) = &self.goes_on {
-            let _ = goes_on.recv();
+/// Makes a controller that calls `flushing` with the name of its thread before each flush.
+fn flushing(mut flushing: impl FnMut(String) + Send + 'static) -> Arc<Controller> {
+    let backend = WatchedDisk::new(4 << 20, move |call| {
+        if call == DiskCall::Flush {
+            flushing(std::thread::current().name().unwrap_or_default().to_owned());
         }
-        self.disk.flush()
-    }
-
-    fn write_zeroes(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        self.disk.write_zeroes(offset, len)
-    }
-}
-
-fn on_disk(backend: Told) -> Arc<Controller> {
+    });
     let mut config = SoftConfig::new(vec![SoftNamespace::new(Box::new(backend), 512)]);
     config.timeout_500ms = 240;
     let soft = SoftController::new(config).unwrap();
@@ -72,12 +32,10 @@ fn a_controller_is_told_of_its_shutdown() {
     let _watchdog = watchdog();
     for by_drop in [false, true] {
         let (flushes, flushed) = channel();
-        let backend = Told {
-            disk: MemoryBackend::new(4 << 20),
-            flushes,
-            goes_on: None,
-        };
-        let controller = on_disk(backend);
+        let controller = flushing(move |thread| {
+            // A test that has ended is not there to hear it.
+            let _ = flushes.send(thread);
+        });
         if !by_drop {
             controller.shutdown().unwrap();
         }
@@ -93,13 +51,12 @@ fn a_controller_is_told_of_its_shutdown() {
 fn two_shutdowns_end_together() {
     let _watchdog = watchdog();
     let (flushes, flushed) = channel();
-    let (go_on, goes_on) = channel();
-    let backend = Told {
-        disk: MemoryBackend::new(4 << 20),
-        flushes,
-        goes_on: Some(goes_on),
-    };
-    let controller = on_disk(backend);
+    let (go_on, goes_on) = channel::<()>();
+    let controller = flushing(move |_| {
+        let _ = flushes.send(());
+        // The other end is dropped when the controller may go on.
+        let _ = goes_on.recv();
+    });
     let (ends, ended) = channel();
     let shut_down = || {
         let (controller, ends) = (Arc::clone(&controller), ends.clone());
