@@ -23,7 +23,8 @@ pub enum Failure {
     /// The operation completes with [`IoErrorKind::NoMemory`], after which it may be tried again.
     NoMemory,
     /// The operation does not complete until [`ErrorDevice::resume`], a reset or the device's
-    /// removal.
+    /// removal. It has not reached the device below, and a reset or an abort keeps it from doing
+    /// so: also if it was resumed and the device below has been too busy since.
     Hang,
     /// A read or write is carried out with one byte of its data changed: the one at `offset`, by
     /// exclusive or with `value`. Other operations are not affected.
@@ -370,7 +371,9 @@ impl IoChannel for ErrorChannel {
         }
         match &op {
             Op::Reset => {
-                for (tag, op) in std::mem::take(&mut self.hung) {
+                let mut held = std::mem::take(&mut self.hung);
+                held.append(&mut self.waiting);
+                for (tag, op) in held {
                     self.end(
                         tag,
                         op,
@@ -388,8 +391,12 @@ impl IoChannel for ErrorChannel {
                 }
             }
             Op::Abort { tag: target } => {
-                if let Some(i) = self.hung.iter().position(|(t, _)| t == target) {
-                    let (hung_tag, hung) = self.hung.swap_remove(i);
+                let named = |(tag, _): &mut (u64, Op)| tag == target;
+                let mut held = self.hung.extract_if(.., named);
+                let found = held.next();
+                drop(held);
+                let found = found.or_else(|| self.waiting.extract_if(.., named).next());
+                if let Some((hung_tag, hung)) = found {
                     self.end(
                         hung_tag,
                         hung,

@@ -249,6 +249,49 @@ fn operations_that_are_resumed_together_all_end() {
     assert_eq!(done, [0, 1, 2, 3].map(|tag| (tag, true)));
 }
 
+/// An operation that was resumed and had no room below is held back like one that hangs: it ends
+/// before a reset, and by an abort that names it, and never reaches the device.
+#[test]
+fn what_was_resumed_and_had_no_room_ends_before_a_reset() {
+    for by_abort in [false, true] {
+        let (base, state) = holding();
+        state.room.store(1, Ordering::Relaxed);
+        let dev = ErrorDevice::new(None, Arc::clone(&base) as Dev);
+        let mut ch = dev.open_channel().unwrap();
+        ch.submit(0, read(0)).unwrap();
+        dev.inject(Injection {
+            op: Some(OpKind::Write),
+            failure: Failure::Hang,
+            count: 2,
+            range: None,
+            queue_depth: 0,
+        });
+        for tag in [1, 2] {
+            ch.submit(tag, write(tag, 9)).unwrap();
+        }
+        dev.resume();
+        assert_eq!(ended(&mut *ch), [], "the device below is full");
+        state.room.store(2, Ordering::Relaxed);
+        let mut expected = vec![];
+        if by_abort {
+            ch.submit(3, Op::Abort { tag: 2 }).unwrap();
+            expected.extend([(2, false), (3, true)]);
+        }
+        ch.submit(4, Op::Reset).unwrap();
+        let mut done = ended(&mut *ch);
+        assert_eq!(done.pop(), Some((4, true)), "the reset is last");
+        expected.extend([(0, false), (1, false), (2, false)]);
+        expected.sort_unstable();
+        expected.dedup();
+        done.sort_unstable();
+        assert_eq!(done, expected);
+        assert_eq!(ch.in_flight(), 0);
+        let ch = AsyncChannel::new(base.base.open_channel().unwrap());
+        let back = ch.block_on(ch.read(1, DmaBuf::new(1024).unwrap())).unwrap();
+        assert!(back.iter().all(|byte| *byte == 0), "a write came later");
+    }
+}
+
 /// A future that is dropped while its operation waits for room takes it back.
 #[test]
 fn a_write_that_was_dropped_before_it_had_room_is_not_made() {

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use pumice_bdev::file::{File, FileOptions};
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, IoErrorKind, Op, open};
 use pumice_confine::deny_from_now_on;
+use pumice_nvme::{Controller, ControllerOptions};
+use pumice_nvme_soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace};
 
 /// Runs `child`, a test of this file, in a process of its own, for at most a minute.
 fn in_child(child: &str, case: &str) {
@@ -451,4 +453,24 @@ fn child_that_forks() {
     let e = File::open(&options).unwrap_err();
     assert!(matches!(e, pumice_bdev::BdevError::InUse { .. }), "{e}");
     dev.keep_file(true);
+}
+
+/// Without the thread that watches the controller no time-out is noticed, so it is not opened.
+#[test]
+fn a_controller_is_not_opened_without_its_thread() {
+    in_child("child_without_threads", "");
+}
+
+#[test]
+fn child_without_threads() {
+    if case().is_none() {
+        return;
+    }
+    let disk = SoftNamespace::new(Box::new(MemoryBackend::new(4 << 20)), 512);
+    let soft = SoftController::new(SoftConfig::new(vec![disk])).unwrap();
+    deny_from_now_on(&[libc::SYS_clone, libc::SYS_clone3], libc::EAGAIN);
+    let opened = Controller::new(soft.transport(), ControllerOptions::default());
+    let error = opened.unwrap_err().to_string();
+    assert!(error.contains("the thread that watches"), "{error}");
+    assert_eq!(soft.stats().commands, 0, "the controller was changed");
 }

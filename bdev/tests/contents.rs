@@ -356,6 +356,26 @@ fn another_file_of_the_name_is_not_removed() {
     assert_eq!(fs::read_to_string(&path).unwrap(), "somebody else's");
 }
 
+/// An image of which all blocks are allocated stays one when it grows.
+#[test]
+fn what_a_preallocated_image_grows_by_is_allocated() {
+    let dir = dir();
+    let uri = file_uri(dir.path().join("image"));
+    for (prealloc, blocks) in [("off", 0), ("falloc", 8 * MIB), ("full", 8 * MIB)] {
+        let uri = format!("{uri}?size=4M&create=1&prealloc={prealloc}");
+        let dev = open_with(&uri, OpenOptions::new()).unwrap();
+        drop(dev);
+        let size = 8 * MIB;
+        let dev = open_with(&uri, OpenOptions::new().grow_to(size)).unwrap();
+        assert_eq!(dev.info().len_bytes(), size);
+        let meta = dir.path().join("image").metadata().unwrap();
+        assert_eq!(meta.len(), size);
+        assert!(meta.blocks() * 512 >= blocks, "{prealloc}");
+        drop(dev);
+        std::fs::remove_file(dir.path().join("image")).unwrap();
+    }
+}
+
 #[test]
 fn growing_takes_only_what_is_ours_and_can_be_done_again() {
     let dir = dir();

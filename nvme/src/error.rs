@@ -19,15 +19,17 @@ pub enum NvmeError {
     /// An error of DMA memory.
     #[error(transparent)]
     Dma(#[from] DmaError),
-    /// The controller did not reach a state within the time that it promises (CAP.TO).
-    #[error("{device}: {what} not within {timeout_ms} ms (CSTS {csts:#x})")]
+    /// The controller did not reach a state within the time that it promises (CAP.TO, CRTO.CRWMT).
+    #[error("{device}: {what} not within {timeout_ms} ms, {limit} (CSTS {csts:#x})")]
     NotReady {
         /// Name of the device.
         device: String,
         /// The awaited state.
         what: &'static str,
-        /// The promised time, in milliseconds.
+        /// The length of the wait, in milliseconds.
         timeout_ms: u64,
+        /// The origin of that length: the register that names it, or a limit of the driver.
+        limit: String,
         /// The status register (CSTS) at the end of that time.
         csts: u32,
     },
@@ -175,6 +177,9 @@ pub(crate) enum Cause {
     ControllerFailed,
     /// The controller has granted fewer I/O queues since a reset, and the queue pair has none.
     NoQueue,
+    /// The namespace was replaced or formatted before the command was sent (again). Whether an
+    /// earlier attempt was carried out is unknown.
+    Replaced,
     /// A buffer is not mapped for the device.
     NotMapped,
     /// The queue pair was made by the process that this one was forked from.
@@ -200,9 +205,11 @@ impl Cause {
             Cause::Timeout => IoErrorKind::TimedOut,
             Cause::Aborted | Cause::AskedFor => IoErrorKind::Aborted,
             Cause::NotMapped => IoErrorKind::NoMemory,
-            Cause::Removed | Cause::ControllerFailed | Cause::NoQueue | Cause::OtherProcess => {
-                IoErrorKind::Removed
-            }
+            Cause::Removed
+            | Cause::ControllerFailed
+            | Cause::NoQueue
+            | Cause::Replaced
+            | Cause::OtherProcess => IoErrorKind::Removed,
         }
     }
 
@@ -232,6 +239,10 @@ impl std::fmt::Display for Cause {
             Cause::NoQueue => f.write_str(
                 "the controller has fewer I/O queues since a reset, and none for this queue pair; \
                  make another one, or share one",
+            ),
+            Cause::Replaced => f.write_str(
+                "the namespace was replaced or formatted meanwhile, so that nothing more is sent; \
+                 ask the controller for it again",
             ),
             Cause::NotMapped => f.write_str("a buffer is not mapped for the device"),
             Cause::OtherProcess => f.write_str(

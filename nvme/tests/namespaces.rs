@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use pumice_nvme::controller::Phase;
 use pumice_nvme::dma::DmaBuf;
 use pumice_nvme::spec::{AdminOpcode, Cns, Command, FormatNvm, Status};
-use pumice_nvme::{NvmeError, Op, QueuePair, SubmitError};
+use pumice_nvme::{IoErrorKind, NvmeError, Op, QueuePair, SubmitError};
 use pumice_nvme_soft::{Fault, FaultRule};
 
 use common::*;
@@ -103,6 +103,56 @@ fn another_namespace_of_the_number_is_not_written_to() {
         rig.controller.rescan().unwrap();
         assert!(q.submit(&now, 1, read(0)).is_err());
     }
+}
+
+/// Makes the next look at namespace 1 find another namespace of that number.
+fn replace_namespace(rig: &Rig) {
+    let mut page = identify_page(rig, Cns::NAMESPACE);
+    page[104] ^= 0xff;
+    let another = FaultRule::admin(AdminOpcode::IDENTIFY, Fault::Data(page));
+    rig.soft.faults().add(another.namespace(1).times(1));
+}
+
+/// Another namespace takes the identifier while commands wait to be sent again after a reset: none
+/// of them reaches it.
+#[test]
+fn no_command_is_sent_again_to_another_namespace_of_the_number() {
+    let _watchdog = watchdog();
+    let rig = rig();
+    let mut q = queue(&rig, |options| options.max_retries = 8);
+    replace_namespace(&rig);
+    let dropped = FaultRule::any_io(Fault::Drop).times(3);
+    rig.soft.faults().add(dropped);
+    for (tag, op) in [(1, write(8, 7)), (2, Op::Flush), (3, read(8))] {
+        q.submit(&rig.ns, tag, op).unwrap();
+    }
+    q.poll(&mut Vec::new());
+    until_struck(&rig, 3);
+    rig.controller.reset().unwrap();
+    for done in settle(&mut q) {
+        assert_eq!(kind(&done), IoErrorKind::Removed, "{:?}", done.result);
+    }
+    assert_eq!(q.stats().commands, 3, "one was sent after the reset");
+}
+
+/// The same while parts of an I/O wait for room.
+#[test]
+fn no_part_is_sent_to_another_namespace_of_the_number() {
+    let _watchdog = watchdog();
+    let rig = rig();
+    let mut q = queue(&rig, |options| options.depth = 2);
+    replace_namespace(&rig);
+    let mut buf = DmaBuf::new(1 << 20).unwrap();
+    buf.fill(7);
+    let (lba, data, fua) = (8, buf.freeze(), false);
+    // Two parts have slots, and the others wait for them.
+    q.submit(&rig.ns, 1, Op::Write { lba, data, fua }).unwrap();
+    // This rings the doorbell and takes nothing.
+    q.wait(Duration::ZERO).unwrap();
+    rig.controller.rescan().unwrap();
+    let done = settle(&mut q).pop().unwrap();
+    assert_eq!(kind(&done), IoErrorKind::Removed, "{:?}", done.result);
+    assert_eq!(q.stats().commands, 2, "one was sent after the rescan");
 }
 
 /// The size of a namespace that has no name tells whether it is the earlier one.

@@ -317,3 +317,36 @@ fn changes_what_is_there(deleted: bool) {
         assert_eq!(e.code, -i64::from(libc::ENODEV), "{e}");
     }
 }
+
+/// Several clients that change devices at the same time do not get at each other's.
+#[test]
+fn clients_that_resize_at_the_same_time_keep_their_devices() {
+    let app = App::new();
+    let create = |name: &str| {
+        let params = json!({ "name": name, "num_blocks": 4096, "block_size": 512 });
+        app.call("bdev_null_create", &params)
+    };
+    std::thread::scope(|scope| {
+        for client in 0..3 {
+            let (app, create) = (&app, &create);
+            scope.spawn(move || {
+                let name = format!("N{client}");
+                for _ in 0..500 {
+                    create(&name).unwrap();
+                    for mib in 2..4 {
+                        let params = json!({ "name": name, "new_size": mib });
+                        app.call("bdev_null_resize", &params).unwrap();
+                    }
+                    let bdev = app.registry.get(&name).unwrap();
+                    assert_eq!(bdev.info().len_bytes(), 3 << 20);
+                    app.call("bdev_null_delete", &json!({ "name": name }))
+                        .unwrap();
+                }
+                create(&name).unwrap();
+            });
+        }
+    });
+    let saved = app.bdev_config();
+    let count = saved.iter().filter(|c| c["method"] == "bdev_null_create");
+    assert_eq!(count.count(), 3);
+}

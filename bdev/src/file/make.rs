@@ -50,13 +50,14 @@ pub(super) fn make(options: &FileOptions, size: u64) -> Result<Option<Shared>, B
     lock(file, &shown, true)?;
     file.set_len(size)
         .map_err(|e| os(format!("make it {size} bytes long"), e))?;
+    // Direct I/O here may need larger pieces than the last one, so that is settled first.
+    let (direct, mem_align) = direct_io(file, 512, direct, block_size, &shown)?;
     if options.prealloc != Prealloc::Off {
         sys::fallocate(file, 0, 0, size).map_err(|e| os(format!("reserve {size} bytes"), e))?;
     }
     if options.prealloc == Prealloc::Full {
         write_zeroes(file, size).map_err(|e| os(format!("write {size} bytes of zeroes"), e))?;
     }
-    let (direct, mem_align) = direct_io(file, 512, direct, block_size, &shown)?;
     sys::sync_all(file).map_err(|e| os("sync".to_owned(), e))?;
     let meta = file.metadata().map_err(|e| os("stat".to_owned(), e))?;
     let backing = probe::backing(file, &meta).map_err(|e| os("size".to_owned(), e))?;

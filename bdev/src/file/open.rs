@@ -136,7 +136,7 @@ fn open_uri(uri: &mut Uri, how: crate::OpenOptions) -> Result<Arc<dyn BlockDevic
             Err(uri.invalid(reason).into())
         }
         Ok(file) => Ok(match how.grow_bytes() {
-            Some(size) => Arc::new(grow(file, size)?),
+            Some(size) => Arc::new(grow(file, size, options.prealloc)?),
             None => Arc::new(file),
         }),
         Err(e) => Err(e),
@@ -282,8 +282,8 @@ impl Found {
 
 /// Makes an image file longer: the file, and nothing that is on it. Changes only a file that holds
 /// one of our blobstores, or nothing. A file that has the size already is left as it is, so that
-/// the step can be repeated after a crash.
-fn grow(mut file: super::File, size: u64) -> Result<super::File, BdevError> {
+/// the step can be repeated after a crash. With `prealloc` the new blocks are allocated first.
+fn grow(mut file: super::File, size: u64, prealloc: Prealloc) -> Result<super::File, BdevError> {
     let info = &file.shared.info;
     let (name, bs) = (info.name.clone(), u64::from(info.block_size));
     let invalid = |reason: String| {
@@ -317,6 +317,10 @@ fn grow(mut file: super::File, size: u64) -> Result<super::File, BdevError> {
         return invalid("the device is in use".to_owned());
     };
     check_geometry(&name, shared.info.block_size, size / bs)?;
+    if prealloc != Prealloc::Off {
+        sys::fallocate(&shared.file, libc::FALLOC_FL_KEEP_SIZE, old, size - old)
+            .map_err(|e| BdevError::os(&name, format!("prealloc: reserve {size} bytes"), e))?;
+    }
     shared
         .file
         .set_len(size)

@@ -5,7 +5,11 @@
 //! open, each operation ends once and new ones are refused.
 
 mod channel;
+mod claim;
+mod events;
 mod names;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -25,18 +29,10 @@ use crate::read_only::ReadOnly;
 use crate::stats::{BUCKETS, ChannelStats, Queue, Stats};
 use channel::BdevChannel;
 pub use channel::TimeoutAction;
+pub use claim::Claimed;
+pub use events::Event;
+use events::Events;
 pub use names::nearest;
-
-/// An addition or removal of a device.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
-    /// A device was added.
-    Added(String),
-    /// A device was removed.
-    Removed(String),
-}
-
-type Listener = Arc<dyn Fn(&Event) + Send + Sync>;
 
 /// Devices by name. All clones are the same registry.
 #[derive(Clone, Default)]
@@ -47,7 +43,7 @@ pub struct Registry {
 #[derive(Default)]
 struct Inner {
     entries: RwLock<BTreeMap<String, Arc<Entry>>>,
-    listeners: Mutex<Vec<Listener>>,
+    events: Events,
     timeout: Mutex<(Duration, TimeoutAction)>,
 }
 
@@ -63,12 +59,6 @@ impl std::fmt::Debug for Registry {
 #[derive(Debug, Clone)]
 pub struct Bdev {
     entry: Arc<Entry>,
-}
-
-/// A device that the holder uses exclusively. Dropping this releases the claim.
-#[derive(Debug)]
-pub struct Claimed {
-    bdev: Bdev,
 }
 
 struct Entry {
@@ -109,21 +99,23 @@ impl Entry {
     }
 
     /// Handles a removal that the device has reported.
-    fn surprise(&self) {
+    fn surprise(self: &Arc<Self>) {
         if self.is_removed() {
             return;
         }
         if let Some(inner) = self.registry.upgrade() {
-            let name = &self.dev.info().name;
-            tracing::warn!(bdev = %name, "the device is gone");
-            let registry = Registry { inner };
-            if registry
-                .get(name)
-                .is_some_and(|b| std::ptr::eq(&raw const *b.entry, self))
-            {
-                let _ = registry.remove(name);
-            }
+            tracing::warn!(bdev = %self.dev.info().name, "the device is gone");
+            Registry { inner }.remove_tree(self, &mut Vec::new());
         }
+    }
+
+    fn set_timeout(&self, timeout: Duration, action: TimeoutAction) {
+        let ticks = match timeout.is_zero() {
+            true => 0,
+            false => Clock::get().ticks(timeout).max(1),
+        };
+        *self.timeout_action.lock() = action;
+        self.timeout_ticks.store(ticks, Ordering::Relaxed);
     }
 
     fn channel_closed(&self, stats: &Arc<ChannelStats>) {
@@ -144,11 +136,12 @@ impl Registry {
         Registry::default()
     }
 
-    /// Adds a device, which is built on the devices named `below`.
+    /// Adds a device, which is built on the devices named `below` and has claimed them.
     ///
     /// # Errors
     /// [`BdevError::Exists`] when a device has its name or an alias of it already,
-    /// [`BdevError::InvalidOption`] when it has no name.
+    /// [`BdevError::InvalidOption`] when it has no name, [`BdevError::Removed`] when a device below
+    /// is no longer there or not claimed.
     pub fn register(
         &self,
         dev: Arc<dyn BlockDevice>,
@@ -162,8 +155,9 @@ impl Registry {
                 reason: "a device needs one".to_owned(),
             });
         }
-        let (timeout, action) = *self.inner.timeout.lock();
         let mut entries = self.inner.entries.write();
+        // A time limit that is set from here on finds the device.
+        let (timeout, action) = *self.inner.timeout.lock();
         for wanted in std::iter::once(&name).chain(&info.aliases) {
             if entries.values().any(|e| answers_to(e.dev.info(), wanted)) {
                 return Err(BdevError::Exists {
@@ -178,8 +172,12 @@ impl Registry {
                 name: crate::uuid::format(&uuid),
             });
         }
-        // A device below may have been removed since it was claimed.
-        if let Some(gone) = below.iter().find(|b| !entries.contains_key(*b)) {
+        // A device below may have been removed since it was claimed, and another have its name.
+        let is_claimed = |name: &String| {
+            let entry = entries.get(name);
+            entry.is_some_and(|e| e.claim.lock().is_some())
+        };
+        if let Some(gone) = below.iter().find(|name| !is_claimed(name)) {
             return Err(BdevError::Removed { name: gone.clone() });
         }
         let entry = Arc::new(Entry {
@@ -197,23 +195,19 @@ impl Registry {
             registry: Arc::downgrade(&self.inner),
             dev,
         });
-        entries.insert(name.clone(), Arc::clone(&entry));
-        drop(entries);
         let bdev = Bdev { entry };
         bdev.set_timeout(timeout, action);
+        entries.insert(name.clone(), Arc::clone(&bdev.entry));
         tracing::info!(bdev = %name, product = %bdev.info().product, "added");
-        self.tell(&Event::Added(name));
+        self.inner.events.note(Event::Added(name));
+        drop(entries);
+        self.inner.events.tell();
         Ok(bdev)
     }
 
     /// Returns the device of this name, alias or UUID.
     pub fn get(&self, name: &str) -> Option<Bdev> {
-        let entries = self.inner.entries.read();
-        let direct = entries.get(name);
-        let found = direct.or_else(|| entries.values().find(|e| answers_to(e.dev.info(), name)));
-        found.map(|entry| Bdev {
-            entry: Arc::clone(entry),
-        })
+        find(&self.inner.entries.read(), name)
     }
 
     /// Opens the device of this name, alias, UUID or URI for I/O. A URI makes the device and adds
@@ -270,17 +264,14 @@ impl Registry {
     /// # Errors
     /// [`BdevError::NotFound`], [`BdevError::Claimed`].
     pub fn claim(&self, name: &str, by: &str) -> Result<Claimed, BdevError> {
-        let bdev = self.get(name).ok_or_else(|| self.not_found(name))?;
-        let mut claim = bdev.entry.claim.lock();
-        if let Some(by) = &*claim {
-            return Err(BdevError::Claimed {
-                name: bdev.info().name.clone(),
-                by: by.clone(),
-            });
+        {
+            // The device is not removed meanwhile.
+            let entries = self.inner.entries.read();
+            if let Some(bdev) = find(&entries, name) {
+                return Claimed::new(bdev, by);
+            }
         }
-        *claim = Some(by.to_owned());
-        drop(claim);
-        Ok(Claimed { bdev })
+        Err(self.not_found(name))
     }
 
     /// Removes a device and, before it, all devices built on it. Returns their names in that order;
@@ -291,32 +282,37 @@ impl Registry {
     pub fn remove(&self, name: &str) -> Result<Vec<String>, BdevError> {
         let bdev = self.get(name).ok_or_else(|| self.not_found(name))?;
         let mut gone = Vec::new();
-        self.remove_tree(&bdev.info().name, &mut gone);
+        self.remove_tree(&bdev.entry, &mut gone);
         Ok(gone)
     }
 
-    fn remove_tree(&self, name: &str, gone: &mut Vec<String>) {
-        loop {
-            let above = {
-                let entries = self.inner.entries.read();
-                let on_it = |e: &&Arc<Entry>| e.below.iter().any(|b| b == name);
-                entries
-                    .values()
-                    .find(on_it)
-                    .map(|e| e.dev.info().name.clone())
-            };
-            match above {
-                Some(above) => self.remove_tree(&above, gone),
-                None => break,
+    /// Removes this device, and no other that has got its name, after those built on it.
+    fn remove_tree(&self, entry: &Arc<Entry>, gone: &mut Vec<String>) {
+        while let Some(step) = self.remove_next(entry) {
+            match step {
+                Removal::Above(above) => self.remove_tree(&above, gone),
+                Removal::Done => gone.push(entry.dev.info().name.clone()),
             }
         }
-        let entry = self.inner.entries.write().remove(name);
-        if let Some(entry) = entry {
-            entry.removed.store(true, Ordering::Release);
-            tracing::info!(bdev = name, "removed");
-            gone.push(name.to_owned());
-            self.tell(&Event::Removed(name.to_owned()));
+    }
+
+    /// Removes the device unless one is built on it, which is returned. Returns `None` when the
+    /// device is not there. No device is added between the look and the removal.
+    fn remove_next(&self, entry: &Arc<Entry>) -> Option<Removal> {
+        let name = &entry.dev.info().name;
+        let mut entries = self.inner.entries.write();
+        entries.get(name).filter(|e| Arc::ptr_eq(e, entry))?;
+        let above = entries.values().find(|e| e.below.contains(name));
+        if let Some(above) = above {
+            return Some(Removal::Above(Arc::clone(above)));
         }
+        entries.remove(name);
+        entry.removed.store(true, Ordering::Release);
+        tracing::info!(bdev = %name, "removed");
+        self.inner.events.note(Event::Removed(name.clone()));
+        drop(entries);
+        self.inner.events.tell();
+        Some(Removal::Done)
     }
 
     /// All devices, by name.
@@ -335,17 +331,20 @@ impl Registry {
         self.inner.entries.read().keys().cloned().collect()
     }
 
-    /// Calls `listener` for each device that is added or removed from now on, on the thread where
-    /// it happens. A removal may happen on a thread that does I/O. A listener may use the registry.
+    /// Calls `listener` for each device that is added or removed from now on, in that order, on a
+    /// thread that adds or removes one. A removal may happen on a thread that does I/O. A listener
+    /// may use the registry.
     pub fn listen(&self, listener: impl Fn(&Event) + Send + Sync + 'static) {
-        self.inner.listeners.lock().push(Arc::new(listener));
+        self.inner.events.listen(Arc::new(listener));
     }
 
     /// Sets the time limit of an operation on existing and future devices; zero: no limit.
     pub fn set_timeout(&self, timeout: Duration, action: TimeoutAction) {
+        // No device is being added meanwhile.
+        let entries = self.inner.entries.read();
         *self.inner.timeout.lock() = (timeout, action);
-        for bdev in self.list() {
-            bdev.set_timeout(timeout, action);
+        for entry in entries.values() {
+            entry.set_timeout(timeout, action);
         }
     }
 
@@ -353,14 +352,22 @@ impl Registry {
     pub fn timeout(&self) -> (Duration, TimeoutAction) {
         *self.inner.timeout.lock()
     }
+}
 
-    fn tell(&self, event: &Event) {
-        // The lock is not held, since a listener may add and remove devices itself.
-        let listeners = self.inner.listeners.lock().clone();
-        for listener in listeners {
-            listener(event);
-        }
-    }
+/// The next step of a removal.
+enum Removal {
+    /// This device has to be removed first.
+    Above(Arc<Entry>),
+    /// The device was removed.
+    Done,
+}
+
+fn find(entries: &BTreeMap<String, Arc<Entry>>, name: &str) -> Option<Bdev> {
+    let direct = entries.get(name);
+    let found = direct.or_else(|| entries.values().find(|e| answers_to(e.dev.info(), name)));
+    found.map(|entry| Bdev {
+        entry: Arc::clone(entry),
+    })
 }
 
 fn answers_to(info: &DeviceInfo, name: &str) -> bool {
@@ -370,6 +377,16 @@ fn answers_to(info: &DeviceInfo, name: &str) -> bool {
 }
 
 impl Bdev {
+    /// Removes this device as [`Registry::remove`] does, but no other one that has got its name.
+    /// Returns the names of the removed devices: none if it was removed before.
+    pub fn remove(&self) -> Vec<String> {
+        let mut gone = Vec::new();
+        if let Some(inner) = self.entry.registry.upgrade() {
+            Registry { inner }.remove_tree(&self.entry, &mut gone);
+        }
+        gone
+    }
+
     /// Returns the module that claims it.
     pub fn claimed_by(&self) -> Option<String> {
         self.entry.claim.lock().clone()
@@ -483,13 +500,7 @@ impl Bdev {
 
     /// Sets the time limit of an operation; zero: no limit.
     pub fn set_timeout(&self, timeout: Duration, action: TimeoutAction) {
-        let ticks = if timeout.is_zero() {
-            0
-        } else {
-            Clock::get().ticks(timeout).max(1)
-        };
-        *self.entry.timeout_action.lock() = action;
-        self.entry.timeout_ticks.store(ticks, Ordering::Relaxed);
+        self.entry.set_timeout(timeout, action);
     }
 }
 
@@ -545,49 +556,5 @@ impl BlockDevice for Bdev {
 
     fn keep_file(&self, keep: bool) {
         self.entry.dev.keep_file(keep);
-    }
-}
-
-impl Drop for Claimed {
-    fn drop(&mut self) {
-        *self.bdev.entry.claim.lock() = None;
-    }
-}
-
-impl BlockDevice for Claimed {
-    fn info(&self) -> &DeviceInfo {
-        self.bdev.info()
-    }
-
-    fn host_space(&self) -> Option<crate::HostSpace> {
-        self.bdev.host_space()
-    }
-
-    fn identity(&self) -> usize {
-        self.bdev.identity()
-    }
-
-    fn host_name(&self) -> Option<String> {
-        self.bdev.host_name()
-    }
-
-    fn own_channels(&self) -> Option<usize> {
-        self.bdev.own_channels()
-    }
-
-    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
-        self.bdev.open_channel()
-    }
-
-    fn driver_specific(&self) -> serde_json::Value {
-        self.bdev.driver_specific()
-    }
-
-    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
-        self.bdev.next_data(lba)
-    }
-
-    fn keep_file(&self, keep: bool) {
-        self.bdev.keep_file(keep);
     }
 }

@@ -12,6 +12,7 @@ use pumice_io::sys::EventFd;
 use super::admin::{ADMIN_ENTRIES, AdminQueue};
 use super::keeper::Requests;
 use super::quirks::Quirks;
+use super::ready::ReadyWait;
 use super::state::{self, Phase};
 use super::{ControllerOptions, Core, Registry};
 use crate::error::{NvmeError, millis};
@@ -148,23 +149,21 @@ impl Core {
         *self.shadow.write() = None;
     }
 
-    /// Returns CAP.TO, or CRTO where the controller has it (Base section 3.5.3).
-    fn ready_timeout(&self) -> Duration {
-        let mut units = u32::from(self.cap.to());
-        if self.cap.crwms()
-            && let Ok(crto) = self.transport.read32(Reg::CRTO)
-        {
-            units = units.max(u32::from(Crto::from(crto).crwmt()));
-        }
-        // One more unit, because the time is rounded to units and a device may use all of it.
-        Duration::from_millis((u64::from(units) + 1) * 500)
+    /// Returns how long to wait until the controller is ready or no longer is.
+    fn ready_wait(&self) -> ReadyWait {
+        let crwmt = match self.cap.crwms() {
+            true => self.transport.read32(Reg::CRTO).ok(),
+            false => None,
+        };
+        let crwmt = crwmt.map(|raw| Crto::from(raw).crwmt());
+        ReadyWait::new(self.cap.to(), crwmt, self.options.admin_timeout)
     }
 
     /// Reads CSTS until `done`, at most for `timeout`.
     fn wait_csts(
         &self,
         what: &'static str,
-        timeout: Duration,
+        wait: ReadyWait,
         fatal: bool,
         done: impl Fn(Csts) -> bool,
     ) -> Result<(), NvmeError> {
@@ -188,11 +187,12 @@ impl Core {
                     csts: raw,
                 });
             }
-            if start.elapsed() > timeout {
+            if start.elapsed() > wait.time {
                 return Err(NvmeError::NotReady {
                     device: self.name().to_owned(),
                     what,
-                    timeout_ms: millis(timeout),
+                    timeout_ms: millis(wait.time),
+                    limit: wait.limit.to_string(),
                     csts: raw,
                 });
             }
@@ -203,7 +203,7 @@ impl Core {
 
     /// Clears CC.EN and waits for CSTS.RDY = 0. Every queue is deleted afterwards.
     pub(super) fn disable(&self) -> Result<(), NvmeError> {
-        let timeout = self.ready_timeout();
+        let wait = self.ready_wait();
         let cc = Cc::from(self.transport.read32(Reg::CC)?);
         let raw = self.transport.read32(Reg::CSTS)?;
         if raw == u32::MAX {
@@ -215,7 +215,7 @@ impl Core {
         if cc.en() {
             // Base section 3.1.3.5, EN: must not be cleared before the controller is ready.
             if !csts.rdy() && !csts.cfs() && csts.shst() == 0 {
-                let ready = self.wait_csts("ready before disable", timeout, true, |c| c.rdy());
+                let ready = self.wait_csts("ready before disable", wait, true, |c| c.rdy());
                 if let Err(error @ NvmeError::Removed { .. }) = ready {
                     return Err(error);
                 }
@@ -224,7 +224,7 @@ impl Core {
                 .write32(Reg::CC, cc.with_en(false).with_shn(0).into())?;
             std::thread::sleep(self.quirks.quiet_after_disable());
         }
-        self.wait_csts("not ready after disable", timeout, false, |c| !c.rdy())
+        self.wait_csts("not ready after disable", wait, false, |c| !c.rdy())
     }
 
     fn enable(&self) -> Result<(), NvmeError> {
@@ -273,9 +273,7 @@ impl Core {
             .with_iosqes(6)
             .with_iocqes(4);
         self.transport.write32(Reg::CC, cc.into())?;
-        self.wait_csts("ready after enable", self.ready_timeout(), true, |c| {
-            c.rdy()
-        })
+        self.wait_csts("ready after enable", self.ready_wait(), true, |c| c.rdy())
     }
 
     /// Does a normal shutdown (Base section 3.6.1), disables the controller and releases it.
@@ -300,11 +298,8 @@ impl Core {
         self.transport.write32(Reg::CC, cc.with_shn(1).into())?;
         // RTD3E, where given, is the longest time that a shutdown takes (Base figure 275).
         let rtd3e = self.info().map_or(0, |i| u64::from(i.identify.rtd3e.get()));
-        let timeout = self
-            .ready_timeout()
-            .max(Duration::from_micros(rtd3e).min(Duration::from_secs(60)))
-            .max(Duration::from_secs(2));
-        self.wait_csts("shutdown complete", timeout, false, |c| c.shst() == 2)?;
+        let wait = self.ready_wait().or_for_shutdown(rtd3e);
+        self.wait_csts("shutdown complete", wait, false, |c| c.shst() == 2)?;
         self.disable()
     }
 }

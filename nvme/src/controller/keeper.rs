@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -12,8 +13,9 @@ use pumice_io::sys::wait_readable;
 
 use super::state::{self, Phase};
 use super::{ControllerEvent, Core};
+use crate::error::NvmeError;
 use crate::spec::{AsyncEvent, AsyncEventType, Csts, LogPage, Reg};
-use crate::transport::TransportEvent;
+use crate::transport::{TransportError, TransportEvent};
 
 /// Time between two looks at the status register.
 const TICK: Duration = Duration::from_secs(1);
@@ -244,19 +246,86 @@ impl Core {
     }
 }
 
-/// Starts the keeper. Returns `None` when the system has no thread for it. Then events and removal
-/// go unnoticed, which is logged.
-pub(super) fn start(core: Arc<Core>) -> Option<JoinHandle<()>> {
-    let name: String = format!("nvme {}", core.name()).chars().take(15).collect();
-    let device = core.name().to_owned();
-    match std::thread::Builder::new()
-        .name(name)
-        .spawn(move || core.keep())
-    {
-        Ok(handle) => Some(handle),
-        Err(error) => {
-            tracing::error!(device, %error, "no keeper thread: resets and removal will not be handled");
-            None
+/// The keeper's thread, which waits for its controller.
+pub(super) struct KeeperThread {
+    thread: JoinHandle<()>,
+    controller: Sender<Arc<Core>>,
+}
+
+/// Makes the thread of the keeper of the controller of this name, before anything is done to the
+/// controller: without it no time-out is watched and no wait for a reset ends.
+pub(super) fn prepare(device: &str) -> Result<KeeperThread, NvmeError> {
+    let (controller, given) = channel::<Arc<Core>>();
+    let keep = move || {
+        // There is none if the controller could not be brought up.
+        if let Ok(core) = given.recv() {
+            core.keep();
+        }
+    };
+    let name = format!("nvme {device}").chars().take(15).collect();
+    match std::thread::Builder::new().name(name).spawn(keep) {
+        Ok(thread) => Ok(KeeperThread { thread, controller }),
+        Err(source) => Err(NvmeError::Transport(TransportError::Io {
+            device: device.to_owned(),
+            what: "making the thread that watches the controller (raise the limit of threads: \
+                   ulimit -u, pids.max of the control group)"
+                .into(),
+            source,
+        })),
+    }
+}
+
+impl KeeperThread {
+    /// Lets the keeper watch its controller.
+    pub fn watch(self, core: &Arc<Core>) -> Keeper {
+        // The thread is there to receive it.
+        let _ = self.controller.send(Arc::clone(core));
+        Keeper::Watching(self.thread)
+    }
+}
+
+/// The keeper of a controller's handle.
+#[derive(Debug)]
+pub(super) enum Keeper {
+    Watching(JoinHandle<()>),
+    /// The controller was shut down, with this error if that failed.
+    Stopped(Option<String>),
+}
+
+impl Keeper {
+    /// Ends the keeper and shuts its controller down. Returns the first result if that was done
+    /// before.
+    pub fn stop(&mut self, core: &Core) -> Result<(), NvmeError> {
+        self.stop_by(core.name(), |thread| {
+            core.requests.lock().stop = true;
+            core.wake.signal();
+            if thread.join().is_err() {
+                tracing::error!(device = core.name(), "the keeper thread panicked");
+            }
+            core.shut_down()
+        })
+    }
+
+    fn stop_by(
+        &mut self,
+        device: &str,
+        stop: impl FnOnce(JoinHandle<()>) -> Result<(), NvmeError>,
+    ) -> Result<(), NvmeError> {
+        match std::mem::replace(self, Keeper::Stopped(None)) {
+            Keeper::Watching(thread) => {
+                let result = stop(thread);
+                *self = Keeper::Stopped(result.as_ref().err().map(ToString::to_string));
+                result
+            }
+            Keeper::Stopped(None) => Ok(()),
+            Keeper::Stopped(Some(error)) => {
+                let reason = format!("its shutdown failed: {error}");
+                *self = Keeper::Stopped(Some(error));
+                Err(NvmeError::Failed {
+                    device: device.to_owned(),
+                    reason,
+                })
+            }
         }
     }
 }
@@ -290,5 +359,24 @@ mod tests {
         let second = aborts.next();
         aborts.sent(first);
         assert_eq!(aborts.next(), second);
+    }
+
+    /// The caches may not be on the medium, whoever asks.
+    #[test]
+    fn a_failed_shutdown_stays_failed() {
+        let mut keeper = Keeper::Watching(std::thread::spawn(|| ()));
+        let removed = || NvmeError::Removed {
+            device: "d".to_owned(),
+        };
+        let first = keeper.stop_by("d", |thread| {
+            thread.join().unwrap();
+            Err(removed())
+        });
+        assert!(matches!(first, Err(NvmeError::Removed { .. })));
+        for _ in 0..2 {
+            let later = keeper.stop_by("d", |_| panic!("there is no thread to stop"));
+            let later = later.unwrap_err().to_string();
+            assert!(later.contains(&removed().to_string()), "{later}");
+        }
     }
 }

@@ -4,7 +4,6 @@ use std::any::Any;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, RwLock};
@@ -30,11 +29,12 @@ mod memory;
 mod passthrough;
 mod queues;
 mod quirks;
+mod ready;
 mod reset;
 pub(crate) mod state;
 
 use admin::AdminQueue;
-use keeper::Requests;
+use keeper::{Keeper, Requests};
 use memory::ControllerMemory;
 use passthrough::Prepared;
 use quirks::Quirks;
@@ -56,6 +56,10 @@ pub struct ControllerOptions {
     /// controller offers it.
     pub arbitration: Option<Weights>,
     /// Time after which an admin command without completion causes a reset.
+    ///
+    /// A controller names the time that it needs to become ready in CAP.TO, at most 128 s, and in
+    /// CRTO.CRWMT, which may say nine hours. The driver waits for as long as CRTO.CRWMT says, but
+    /// no longer than 128 s or this time, whichever is longer.
     pub admin_timeout: Duration,
     /// The same for Format NVM, which may erase the whole medium. It begins again whenever the
     /// namespace reports progress (FPI), of which its first report counts as some.
@@ -188,7 +192,8 @@ enum QueueUse {
 #[derive(Debug)]
 pub struct Controller {
     pub(crate) core: Arc<Core>,
-    keeper: Mutex<Option<JoinHandle<()>>>,
+    /// Held during the whole shutdown. Nothing else takes it.
+    keeper: Mutex<Keeper>,
 }
 
 /// Most events kept for `take_events`. Older ones are dropped.
@@ -300,17 +305,20 @@ impl Core {
 
 impl Controller {
     /// Takes a transport, resets and enables its controller and lists its namespaces. Blocks; every
-    /// wait is bounded by the time that the controller promises (CAP.TO).
+    /// wait is bounded by the time that the controller promises (CAP.TO, CRTO.CRWMT), see
+    /// [`ControllerOptions::admin_timeout`].
+    ///
+    /// # Errors
+    /// Fails when the system has no thread that watches the controller, which is then left as it
+    /// was; and when the controller does not come up or deviates from the specification.
     pub fn new(
         transport: OpenTransport,
         options: ControllerOptions,
     ) -> Result<Arc<Controller>, NvmeError> {
+        let keeper = keeper::prepare(transport.name())?;
         let core = Arc::new(Core::bring_up(transport.0, options)?);
-        let keeper = keeper::start(Arc::clone(&core));
-        Ok(Arc::new(Controller {
-            core,
-            keeper: Mutex::new(keeper),
-        }))
+        let keeper = Mutex::new(keeper.watch(&core));
+        Ok(Arc::new(Controller { core, keeper }))
     }
 
     /// The device's name for logs and errors.
@@ -428,6 +436,7 @@ impl Controller {
                     device: self.name().to_owned(),
                     what: "reset",
                     timeout_ms: 60_000,
+                    limit: "the longest wait for a reset".into(),
                     csts: 0,
                 });
             }
@@ -442,24 +451,17 @@ impl Controller {
 
     /// Shuts the controller down (CC.SHN), so that its caches are safe, and releases the device.
     /// Every queue pair's I/O ends. Blocks for a bounded time. Dropping the last handle does the
-    /// same without returning an error.
+    /// same without returning an error. Of several calls each returns when the controller is shut
+    /// down.
+    ///
+    /// # Errors
+    /// Fails when the controller does not report the end of its shutdown in time, so that its
+    /// caches may not be on the medium. Every later call then fails too.
     pub fn shutdown(&self) -> Result<(), NvmeError> {
         if !self.core.birth.is_here() {
             return Err(self.core.gone(Cause::OtherProcess));
         }
-        self.stop_keeper();
-        self.core.shut_down()
-    }
-
-    fn stop_keeper(&self) {
-        let handle = self.keeper.lock().take();
-        if let Some(handle) = handle {
-            self.core.requests.lock().stop = true;
-            self.core.wake.signal();
-            if handle.join().is_err() {
-                tracing::error!(device = self.name(), "the keeper thread panicked");
-            }
-        }
+        self.keeper.lock().stop(&self.core)
     }
 }
 
@@ -468,8 +470,7 @@ impl Drop for Controller {
         if !self.core.birth.is_here() {
             return;
         }
-        self.stop_keeper();
-        if let Err(error) = self.core.shut_down() {
+        if let Err(error) = self.keeper.get_mut().stop(&self.core) {
             tracing::warn!(device = self.name(), %error, "shutdown");
         }
     }

@@ -14,7 +14,7 @@ use crate::dma::DmaShared;
 use crate::error::NvmeError;
 use crate::queue::{
     Bank, Bell, CompletionRing, Lists, Parts, PointerStyle, QueueMem, QueueOptions, QueuePair,
-    QueueShared, Ringing, SubmissionRing, freeze,
+    QueueShared, Ringing, SubmissionRing, bank_in, freeze,
 };
 use crate::spec::{AdminOpcode, Command, FeatureId, Status, doorbell_offset};
 
@@ -219,8 +219,7 @@ impl Controller {
                 core.create_queues(Some(word), shared, bank.current)
             };
             // The lock is held, so that a reset that begins now decides after this.
-            let mut now = shared.bank.lock();
-            if core.state.load(Ordering::Acquire) == word {
+            if let Some(mut now) = bank_in(&shared.bank, &core.state, word) {
                 made?;
                 now.created = true;
                 return Ok((word, bells));

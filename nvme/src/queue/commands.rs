@@ -8,12 +8,13 @@ use pumice_io::{Completion as IoCompletion, Op, SubmitError};
 
 use super::build::{Work, plain, plan};
 use super::data::NotMapped;
+use super::handles::Handles;
 use super::observer::Observer;
 use super::outgoing::Outgoing;
 use super::parts::Parts;
 use super::retries::Retries;
 use super::rings::Rings;
-use super::shared::QueueShared;
+use super::shared::{QueueShared, bank_in};
 use super::slot::{NO_RETRY, SlotState, Slots, WHOLE};
 use super::split::{Split, Splits};
 use super::stats::QueueStats;
@@ -21,7 +22,7 @@ use super::watch::Watch;
 use crate::controller::Core;
 use crate::controller::state::{self, Phase};
 use crate::error::{Cause, InvalidIo, NvmeError};
-use crate::namespace::{CommandLimits, Namespace};
+use crate::namespace::Namespace;
 use crate::spec::{Completion, Status, decode};
 
 /// The rings of a queue pair and the commands in them.
@@ -54,6 +55,7 @@ impl Commands {
             outgoing: Outgoing {
                 table: Arc::clone(&core.table),
                 slots: Slots::new(shared.qid, shared.sq_entries - 1),
+                handles: Handles::default(),
                 lists: parts.lists,
                 style: parts.style,
                 observer,
@@ -106,16 +108,10 @@ impl Commands {
     }
 
     pub fn stats(&self) -> QueueStats {
-        let rings = self.rings.stats();
+        let commands = self.outgoing.sent;
         QueueStats {
-            commands: self.outgoing.sent,
-            completions: rings.completions,
-            sq_doorbells: rings.sq_doorbells,
-            cq_doorbells: rings.cq_doorbells,
-            sleeps: rings.sleeps,
-            interrupts: rings.interrupts,
-            interrupt_switches: rings.interrupt_switches,
-            ..self.stats
+            commands,
+            ..self.stats.with(&self.rings.stats())
         }
     }
 
@@ -134,7 +130,7 @@ impl Commands {
         match self.outgoing.point(segment) {
             Some(pointer) => self
                 .outgoing
-                .enter(&mut self.rings, tag, io, entry, pointer),
+                .enter(&mut self.rings, ns, tag, io, entry, pointer),
             None => self.submit_listed(ns, tag, io),
         }
     }
@@ -181,7 +177,7 @@ impl Commands {
         match self.outgoing.point_by_list(number, segment) {
             Ok(pointer) => self
                 .outgoing
-                .enter(&mut self.rings, tag, io, entry, pointer),
+                .enter(&mut self.rings, ns, tag, io, entry, pointer),
             Err(NotMapped) => self.submit_other(ns, tag, io),
         }
     }
@@ -198,11 +194,10 @@ impl Commands {
             });
             return Ok(());
         }
-        let limits = &ns.limits;
-        match plan(limits, &io) {
+        match plan(&ns.limits, &io) {
             Err(why) => Err(self.invalid(ns, io, why)),
-            Ok(None) => self.outgoing.flush(&mut self.rings, tag, io, limits.nsid),
-            Ok(Some(work)) => self.submit_split(limits, tag, io, work),
+            Ok(None) => self.outgoing.flush(&mut self.rings, ns, tag, io),
+            Ok(Some(work)) => self.submit_split(ns, tag, io, work),
         }
     }
 
@@ -210,7 +205,7 @@ impl Commands {
     /// send the others.
     fn submit_split(
         &mut self,
-        limits: &CommandLimits,
+        ns: &Namespace,
         tag: u64,
         io: Op,
         work: Work,
@@ -219,7 +214,8 @@ impl Commands {
         if self.splits.len() >= self.outgoing.slots.len() {
             return Err(SubmitError::Busy(io));
         }
-        let index = self.splits.add(Split::new(limits, tag, io, work));
+        let namespace = self.outgoing.handles.number(ns);
+        let index = (self.splits).add(Split::new(ns, namespace, tag, io, work));
         self.send_parts(index);
         Ok(())
     }
@@ -376,6 +372,10 @@ impl Commands {
         }
         let now = Instant::now();
         while let Some(slot) = self.retries.take_due(now) {
+            if !self.outgoing.may_repeat(&self.rings, slot) {
+                self.finish_command(slot, Some(Cause::Replaced));
+                continue;
+            }
             // The slot gets a new identifier, so that a late completion of the earlier attempt is
             // not taken for this one's.
             self.outgoing.slots.rename(slot);
@@ -504,27 +504,27 @@ impl Commands {
         let word = self.rings.state();
         match state::phase(word) {
             Phase::Resetting => {}
-            Phase::Live => {
-                self.rejoin(word);
-                return self.dead.is_none();
-            }
+            Phase::Live => return self.rejoin(word),
             Phase::Failed => self.give_up(Cause::ControllerFailed),
             Phase::Removed => self.give_up(Cause::Removed),
         }
         false
     }
 
-    /// Continues after a reset, which has created the queues again. The old queues no longer exist,
-    /// and the device no longer accesses their buffers, so they are ours again.
-    fn rejoin(&mut self, word: u64) {
-        let shared = Arc::clone(self.shared());
-        let mut bank = shared.bank.lock();
+    /// Continues after a reset, which has created the queues again: the device no longer accesses
+    /// the buffers of the old ones. Does nothing when the controller has left the state `word`,
+    /// because its next reset decides about the queues. Returns whether it can take commands.
+    fn rejoin(&mut self, word: u64) -> bool {
+        let (core, shared) = (Arc::clone(self.core()), Arc::clone(self.shared()));
+        let Some(mut bank) = bank_in(&shared.bank, &core.state, word) else {
+            return false;
+        };
         self.drain();
         if !bank.created {
             // The rings stay invalid, so that nothing is written to queues that do not exist.
             drop(bank);
             self.give_up(Cause::NoQueue);
-            return;
+            return false;
         }
         self.rings.restart(word, bank.current);
         bank.joined = true;
@@ -539,6 +539,7 @@ impl Commands {
                 SlotState::InFlight => self.finish_command(slot, Some(Cause::Aborted)),
             }
         }
+        true
     }
 
     /// Takes what the old completion queue still holds. The device no longer writes it.

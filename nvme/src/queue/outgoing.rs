@@ -5,6 +5,7 @@ use std::sync::Arc;
 use pumice_io::{Op, SubmitError};
 
 use super::data::{NotMapped, Pointer, PointerStyle, Segment, point_at, point_directly};
+use super::handles::Handles;
 use super::lists::Lists;
 use super::observer::Observer;
 use super::rings::Rings;
@@ -12,12 +13,14 @@ use super::slot::{SlotState, Slots};
 use super::split::Split;
 use crate::dma::AddressTable;
 use crate::error::Cause;
+use crate::namespace::Namespace;
 use crate::spec::{BlocksIo, Command};
 
 /// The slots, and what their commands are made with.
 #[derive(Debug)]
 pub(super) struct Outgoing {
     pub slots: Slots,
+    pub handles: Handles,
     pub lists: Lists,
     pub table: Arc<AddressTable>,
     pub style: PointerStyle,
@@ -49,6 +52,7 @@ impl Outgoing {
     pub fn enter(
         &mut self,
         rings: &mut Rings,
+        ns: &Namespace,
         tag: u64,
         io: Op,
         entry: BlocksIo,
@@ -58,7 +62,7 @@ impl Outgoing {
             return Err(SubmitError::Busy(io));
         };
         let words = entry.words(slot.cid(), pointer.words, pointer.flags);
-        slot.begin(words, tag, io);
+        slot.begin(words, self.handles.number(ns), tag, io);
         self.sent += 1;
         rings.push(words);
         if self.observer.wants_commands() {
@@ -78,17 +82,18 @@ impl Outgoing {
     pub fn flush(
         &mut self,
         rings: &mut Rings,
+        ns: &Namespace,
         tag: u64,
         io: Op,
-        nsid: u32,
     ) -> Result<(), SubmitError> {
         let Some((slot, entry)) = self.slots.take() else {
             return Err(SubmitError::Busy(io));
         };
+        entry.namespace = self.handles.number(ns);
         entry.tag = tag;
         entry.io = io;
         entry.retries = 0;
-        self.send(rings, slot, Command::flush(nsid));
+        self.send(rings, slot, Command::flush(ns.limits.nsid));
         Ok(())
     }
 
@@ -105,12 +110,24 @@ impl Outgoing {
         }
     }
 
-    /// Sends commands of a split I/O, whose number is `index`, while there are slots.
+    /// Whether the command of a slot may be sent again: its namespace is what it was.
+    pub fn may_repeat(&self, rings: &Rings, slot: u16) -> bool {
+        let namespace = self.slots[slot].namespace;
+        self.handles.are_current(namespace, rings.core.number)
+    }
+
+    /// Sends commands of a split I/O, whose number is `index`, while there are slots. The first
+    /// ones may have been sent long ago, when its namespace was another one or had another format.
     pub fn send_parts(&mut self, rings: &mut Rings, split: &mut Split, index: u32) {
+        let core = &rings.core;
+        if !self.handles.are_current(split.namespace, core.number) {
+            return split.fail(core.name(), Cause::Replaced, "");
+        }
         while split.has_more()
             && let Some((slot, entry)) = self.slots.take()
         {
             entry.tag = split.tag;
+            entry.namespace = split.namespace;
             entry.split = index;
             entry.retries = 0;
             let area = self.lists.area(slot);

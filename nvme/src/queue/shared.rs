@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use pumice_io::sys::{EventFd, barrier};
 
 use super::ring::QueueMem;
@@ -86,6 +86,22 @@ pub(crate) fn freeze<Q>(
     }
 }
 
+/// Locks the bank of a queue pair whose controller is in the state `word`. Returns `None` when it
+/// no longer is: then a further reset has begun, which decides about the queues under this lock.
+/// The state does not change the bank while the lock is held.
+pub(crate) fn bank_in<'a, B>(
+    bank: &'a Mutex<B>,
+    state: &AtomicU64,
+    word: u64,
+) -> Option<MutexGuard<'a, B>> {
+    bank_while(bank, || state.load(Ordering::Acquire) == word)
+}
+
+fn bank_while<B>(bank: &Mutex<B>, holds: impl FnOnce() -> bool) -> Option<MutexGuard<'_, B>> {
+    let guard = bank.lock();
+    holds().then_some(guard)
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -113,6 +129,28 @@ mod tests {
             ringing.wait();
         }
         assert_eq!(writes, 1);
+    }
+
+    /// The state is looked at when the lock is held: a reset that begins before that may have
+    /// found the bank as it is, or changed it.
+    #[test]
+    fn the_state_is_looked_at_under_the_banks_lock() {
+        let bank = Mutex::new(());
+        let mut looked = false;
+        let guard = bank_while(&bank, || {
+            looked = true;
+            assert!(bank.try_lock().is_none(), "the bank may change meanwhile");
+            true
+        });
+        assert!(looked && guard.is_some());
+        drop(guard);
+        let state = AtomicU64::new(word(7, Phase::Live));
+        assert!(bank_in(&bank, &state, word(7, Phase::Live)).is_some());
+        for later in [word(8, Phase::Resetting), word(8, Phase::Live)] {
+            state.store(later, Ordering::SeqCst);
+            assert!(bank_in(&bank, &state, word(7, Phase::Live)).is_none());
+        }
+        assert!(bank.try_lock().is_some(), "the bank stays locked");
     }
 
     /// A reset changes the state and waits then. An owner who is writing sees that it has begun, and one who comes after the

@@ -47,10 +47,15 @@ pub(crate) struct Slot {
     ticket: u32,
     /// The split I/O that this command is a part of.
     pub split: u32,
+    /// The number of the namespace that the command is for, see `handles`.
+    pub namespace: u32,
     next_free: u16,
     pub state: SlotState,
     pub retries: u8,
 }
+
+/// A slot has two cache lines.
+const _: () = assert!(size_of::<Slot>() <= 128);
 
 impl Slot {
     /// Command identifier.
@@ -72,8 +77,9 @@ impl Slot {
 
     /// Puts a command that is all of an I/O in flight. `words` contain the slot's identifier.
     #[inline]
-    pub fn begin(&mut self, words: [u64; 8], tag: u64, io: Op) {
+    pub fn begin(&mut self, words: [u64; 8], namespace: u32, tag: u64, io: Op) {
         self.kept = [words[0], words[3], words[4], words[5], words[6]];
+        self.namespace = namespace;
         self.tag = tag;
         // The replaced value holds nothing that must be dropped.
         std::mem::forget(std::mem::replace(&mut self.io, io));
@@ -147,6 +153,7 @@ impl Slots {
             started_ns: 0,
             ticket: ticket(qid, n),
             split: WHOLE,
+            namespace: 0,
             next_free: if n + 1 == depth { NONE } else { n + 1 },
             state: SlotState::Free,
             retries: 0,
@@ -291,7 +298,7 @@ mod tests {
     fn begin(slots: &mut Slots, tag: u64) -> (u16, u16) {
         let (number, slot) = slots.take().unwrap();
         let cid = slot.cid();
-        slot.begin([0; 8], tag, Op::Flush);
+        slot.begin([0; 8], 0, tag, Op::Flush);
         (number, cid)
     }
 

@@ -6,7 +6,7 @@ use pumice_io::{Completion as IoCompletion, IoError, Op};
 
 use super::build::Work;
 use crate::error::Cause;
-use crate::namespace::CommandLimits;
+use crate::namespace::{CommandLimits, Namespace};
 
 /// An I/O of which some parts are in flight and others have not been sent yet.
 #[derive(Debug)]
@@ -14,6 +14,8 @@ pub(super) struct Split {
     pub tag: u64,
     pub io: Op,
     pub limits: CommandLimits,
+    /// The number of its namespace, see `handles`.
+    pub namespace: u32,
     pub work: Work,
     /// Number of commands that have not ended.
     pub outstanding: usize,
@@ -24,11 +26,12 @@ pub(super) struct Split {
 }
 
 impl Split {
-    pub fn new(limits: &CommandLimits, tag: u64, io: Op, work: Work) -> Box<Split> {
+    pub fn new(ns: &Namespace, namespace: u32, tag: u64, io: Op, work: Work) -> Box<Split> {
         Box::new(Split {
             tag,
             io,
-            limits: *limits,
+            limits: ns.limits,
+            namespace,
             work,
             outstanding: 0,
             error: None,

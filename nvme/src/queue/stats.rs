@@ -1,5 +1,7 @@
 //! Counters of a queue pair.
 
+use super::rings::RingStats;
+
 /// Counters of a queue pair since it was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct QueueStats {
@@ -24,4 +26,19 @@ pub struct QueueStats {
     /// Number of times that the queue's interrupt vector was switched off for a polling thread, or
     /// on again.
     pub interrupt_switches: u64,
+}
+
+impl QueueStats {
+    /// Returns the counters with those of the rings.
+    pub(super) fn with(self, rings: &RingStats) -> QueueStats {
+        QueueStats {
+            completions: rings.completions,
+            sq_doorbells: rings.sq_doorbells,
+            cq_doorbells: rings.cq_doorbells,
+            sleeps: rings.sleeps,
+            interrupts: rings.interrupts,
+            interrupt_switches: rings.interrupt_switches,
+            ..self
+        }
+    }
 }

@@ -225,7 +225,7 @@ impl App {
             );
             return Err(MethodError::new(-i64::from(libc::ENODEV), message));
         }
-        self.registry.remove(&bdev.info().name)?;
+        bdev.remove();
         self.forget_removed();
         Ok(json!(true))
     }
@@ -257,16 +257,20 @@ impl App {
             )));
         }
         let made = |c: &Created| methods.contains(&c.method) && c.bdevs == [name.clone()];
-        let found = self.state.lock().created.iter().position(made);
-        let Some(at) = found else {
+        let taken = {
+            // Another client may change the list between two looks at it.
+            let mut state = self.state.lock();
+            let found = state.created.iter().position(made);
+            found.map(|at| state.created.remove(at))
+        };
+        let Some(before) = taken else {
             let message = format!("`{name}` was not made by {}", methods.join(" or "));
             return Err(MethodError::new(-i64::from(libc::ENODEV), message));
         };
-        let before = self.state.lock().created.remove(at);
         let mut params = before.params.clone();
         change(&mut params);
+        bdev.remove();
         drop(bdev);
-        self.registry.remove(&name)?;
         let result = self.call(before.method, &params);
         if let Err(e) = result {
             let again = self.call(before.method, &before.params);

@@ -21,8 +21,9 @@ use crate::send::send;
 
 /// Longest wait for an existing socket to accept a connection.
 const STALE_PATIENCE: Duration = Duration::from_secs(1);
-/// Time for which bytes of a client are discarded after an error that ends the connection.
-const FAREWELL: Duration = Duration::from_secs(1);
+
+/// The code and the text of the answer to bytes that are not JSON-RPC.
+const NOT_JSON: (i64, &str) = (-32700, "not a JSON-RPC message");
 
 /// Limits of a server.
 #[derive(Debug, Clone)]
@@ -31,7 +32,8 @@ pub struct ServerOptions {
     pub request_max: usize,
     /// Most clients at a time.
     pub clients_max: usize,
-    /// Longest time for the rest of a request, and for the client to read an answer.
+    /// Longest time for the rest of a request, for the client to read an answer, and for which bytes
+    /// of the client are discarded after an error that ends the connection.
     pub patience: Duration,
     /// Longest time between a client's requests. It is disconnected afterwards.
     pub idle_max: Duration,
@@ -202,11 +204,11 @@ pub fn serve(
             }
             Frame::Garbage => {
                 // The start of the next message is unknown.
-                return farewell(&mut stream, -32700, "not a JSON-RPC message");
+                return farewell(&mut stream, NOT_JSON, options, stop);
             }
             Frame::Partial if buf.len() > options.request_max => {
                 let message = format!("a request has at most {} bytes", options.request_max);
-                return farewell(&mut stream, -32600, &message);
+                return farewell(&mut stream, (-32600, &message), options, stop);
             }
             Frame::Partial => {}
         }
@@ -260,12 +262,17 @@ fn turn_away(mut stream: UnixStream, clients_max: usize) {
 
 /// Tells the client why the connection ends, and reads what the client is still sending, so that
 /// the client reads the reason.
-fn farewell(stream: &mut UnixStream, code: i64, message: &str) -> io::Result<()> {
+fn farewell(
+    stream: &mut UnixStream,
+    (code, message): (i64, &str),
+    options: &ServerOptions,
+    stop: &AtomicBool,
+) -> io::Result<()> {
     say(stream, code, message)?;
     stream.shutdown(std::net::Shutdown::Write)?;
     let start = Instant::now();
     let mut piece = [0; 64 << 10];
-    while start.elapsed() < FAREWELL {
+    while start.elapsed() < options.patience && !stop.load(Ordering::Acquire) {
         match stream.read(&mut piece) {
             Ok(0) => break,
             Ok(_) => {}

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use pumice_bdev::BlockDevice;
-use pumice_bdev::registry::{Registry, TimeoutAction};
+use pumice_bdev::registry::{Bdev, Registry, TimeoutAction};
 use pumice_io::uri::uri_of;
 use pumice_nvme::controller::Phase;
 use serde_json::{Value, json};
@@ -95,23 +95,22 @@ fn attach_controller(app: &App, params: &mut Params<'_>) -> Answer {
         return Err(pumice_bdev::BdevError::Exists { name }.into());
     }
     let (controller, devices) = pumice_bdev::nvme::attach(&name, &uri)?;
-    let mut names: Vec<String> = Vec::new();
+    let mut bdevs: Vec<Bdev> = Vec::new();
     for device in devices {
         match app.registry.register(device, Vec::new()) {
-            Ok(bdev) => names.push(bdev.info().name.clone()),
+            Ok(bdev) => bdevs.push(bdev),
             Err(e) => {
-                for name in names {
-                    let _ = app.registry.remove(&name);
+                for bdev in bdevs {
+                    bdev.remove();
                 }
                 return Err(e.into());
             }
         }
     }
-    watch(
-        app.registry.clone(),
-        Arc::downgrade(&controller),
-        names.clone(),
-    );
+    let of = |bdev: &Bdev| (bdev.info().name.clone(), bdev.identity());
+    let named = bdevs.iter().map(of).collect();
+    let names: Vec<String> = bdevs.iter().map(|b| b.info().name.clone()).collect();
+    watch(app.registry.clone(), Arc::downgrade(&controller), named);
     let attached = Attached {
         trtype,
         traddr,
@@ -123,23 +122,26 @@ fn attach_controller(app: &App, params: &mut Params<'_>) -> Answer {
     Ok(json!(names))
 }
 
-/// Watches a controller, and removes its devices when it goes away without I/O.
-fn watch(registry: Registry, controller: Weak<pumice_nvme::Controller>, bdevs: Vec<String>) {
+/// Watches a controller, and removes its devices when it goes away without I/O. `bdevs` are their
+/// names and identities: a device of another controller may have got a name.
+fn watch(
+    registry: Registry,
+    controller: Weak<pumice_nvme::Controller>,
+    bdevs: Vec<(String, usize)>,
+) {
     let watcher = move || {
+        // The identities are those of no other device as long as the controller is there.
         while let Some(controller) = controller.upgrade() {
-            let phase = controller.phase();
-            drop(controller);
-            if matches!(phase, Phase::Removed | Phase::Failed) {
-                for name in &bdevs {
-                    if registry
-                        .get(name)
-                        .is_some_and(|b| b.info().module == "nvme")
-                    {
-                        let _ = registry.remove(name);
+            if matches!(controller.phase(), Phase::Removed | Phase::Failed) {
+                for (name, identity) in &bdevs {
+                    let there = registry.get(name);
+                    if let Some(bdev) = there.filter(|b| b.identity() == *identity) {
+                        bdev.remove();
                     }
                 }
                 return;
             }
+            drop(controller);
             thread::sleep(WATCH_EVERY);
         }
     };
