@@ -1,4 +1,7 @@
 //! Compiles programs in C and C++ against this package's library, as `scripts/embed` installs it.
+#![allow(dead_code, reason = "each test uses a part of it")]
+
+pub mod redis;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
