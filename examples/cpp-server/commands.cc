@@ -277,7 +277,7 @@ void Info(Call& call) {
   text += std::to_string((NowMs() - context.started_ms) / 1000) + "\r\n";
   text += "# Clients\r\nconnected_clients:" + std::to_string(context.clients) + "\r\n";
   text += "# Persistence\r\nsync:" + std::string(context.options->sync ? "always" : "os") + "\r\n";
-  text += context.saver->Info();
+  text += "log_syncs:" + std::to_string(call.store().Syncs()) + "\r\n" + context.saver->Info();
   text += "# Stats\r\ntotal_commands_processed:" + std::to_string(context.commands) + "\r\n";
   text += "# Replication\r\n";
   text += context.follower != nullptr ? context.follower->Info() : "role:master\r\n";

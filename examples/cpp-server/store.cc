@@ -10,6 +10,7 @@
 #include "rocksdb/compaction_filter.h"
 #include "rocksdb/convenience.h"
 #include "rocksdb/rate_limiter.h"
+#include "rocksdb/statistics.h"
 #include "rocksdb/utilities/checkpoint.h"
 #include "rocksdb/version.h"
 
@@ -80,6 +81,8 @@ rocksdb::DBOptions DatabaseOptions(const Options& options, rocksdb::Env* env) {
   database.create_missing_column_families = true;
   database.max_background_jobs = 4;
   database.max_subcompactions = 2;
+  database.statistics = rocksdb::CreateDBStatistics();
+  database.statistics->set_stats_level(rocksdb::StatsLevel::kExceptHistogramOrTimers);
   if (options.rate > 0) {
     database.rate_limiter.reset(rocksdb::NewGenericRateLimiter(options.rate));
   }
@@ -394,6 +397,10 @@ Status Store::Checkpoint(const std::string& name) {
 std::string Store::Property(const std::string& name) const {
   std::string value;
   return db_->GetProperty(families_[1], name, &value) ? value : "0";
+}
+
+uint64_t Store::Syncs() const {
+  return db_->GetDBOptions().statistics->getTickerCount(rocksdb::WAL_FILE_SYNCED);
 }
 
 Status Store::Followed(Position* position) {

@@ -82,6 +82,8 @@ class Store {
   // The family with the keys and values.
   rocksdb::ColumnFamilyHandle* data() { return families_[1]; }
   uint64_t Sequence() const { return db_->GetLatestSequenceNumber(); }
+  // How often the log was made durable since the start.
+  uint64_t Syncs() const;
   std::string Property(const std::string& name) const;
 
   rocksdb::Status Followed(Position* position);

@@ -239,6 +239,38 @@ fn a_follower_that_was_away_too_long_copies_everything() {
     assert_eq!(f.call("GET old:1"), Value::Null);
 }
 
+/// Until everything is there, a copy has no position: a follower that is killed meanwhile begins again.
+#[test]
+fn a_copy_has_a_position_when_it_is_whole() {
+    let Some(pair) = Pair::new("a_copy_has_a_position_when_it_is_whole") else {
+        return;
+    };
+    let leader = pair.lead(&["--sync=os"]);
+    let mut c = leader.client();
+    for n in 0..100 {
+        c.call(&format!("SET {n} {}", "x".repeat(50_000)));
+    }
+    let (identity, sequence) = (c.info("master_replid"), c.info("sequence"));
+    assert_eq!(c.call("FOLLOW none 0"), Value::array(&["RESET"]));
+    for batches in 1.. {
+        let Value::Array(message) = c.receive().unwrap() else {
+            panic!("messages are arrays")
+        };
+        if message[0].text() == "AT" {
+            continue;
+        }
+        if message[1].text() == identity {
+            assert_eq!(message[2].text(), sequence);
+            assert!(batches > 4, "5 MB are more than {batches} batches");
+            break;
+        }
+        assert_eq!(
+            (message[1].text(), message[2].text()),
+            (String::new(), "0".to_owned())
+        );
+    }
+}
+
 /// The leader's side of the protocol, and a leader that talks nonsense.
 #[test]
 fn neither_side_trusts_the_other() {

@@ -50,6 +50,26 @@ fn strings_are_set_read_and_deleted() {
     assert_eq!(c.receive().unwrap(), Value::Bulk(value));
 }
 
+/// A power cut cannot be simulated here, but the log's syncs are counted.
+#[test]
+fn each_write_is_synced_if_that_was_asked_for() {
+    for (sync, want) in [("--sync=always", 20), ("--sync=os", 0)] {
+        let Some((_dir, server)) = started("each_write_is_synced", &[sync]) else {
+            return;
+        };
+        let mut c = server.client();
+        let syncs = |c: &mut Client| c.info("log_syncs").parse::<u64>().unwrap();
+        let before = syncs(&mut c);
+        for n in 0..5 {
+            c.call(&format!("SET a {n}"));
+            c.call(&format!("MSET a {n} b {n}"));
+            c.call("INCR a");
+            c.call("DEL a");
+        }
+        assert_eq!(syncs(&mut c) - before, want, "{sync}");
+    }
+}
+
 #[test]
 fn numbers_and_times_to_live() {
     let Some((_dir, server)) = started("numbers_and_times_to_live", &["--sync=os"]) else {
