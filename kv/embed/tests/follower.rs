@@ -16,7 +16,7 @@ struct Pair {
 }
 
 impl Pair {
-    /// `None` without a compiler.
+    /// Returns `None` without a compiler.
     fn new(test: &str) -> Option<Pair> {
         let program = program(test)?;
         let dir = tempfile::tempdir().unwrap();
@@ -189,8 +189,7 @@ fn a_follower_that_is_killed_while_it_applies_has_everything_once() {
     );
 }
 
-/// Where the logs do not have what is missing any longer, everything is copied, and what the
-/// leader does not have goes.
+/// A follower copies everything from a leader that it does not know, and loses what that does not have.
 #[test]
 fn a_follower_of_another_leader_becomes_its_copy() {
     let Some(pair) = Pair::new("a_follower_of_another_leader") else {
@@ -239,7 +238,7 @@ fn a_follower_that_was_away_too_long_copies_everything() {
     assert_eq!(f.call("GET old:1"), Value::Null);
 }
 
-/// Until everything is there, a copy has no position: a follower that is killed meanwhile begins again.
+/// A copy has no position until everything is there: a follower that is killed meanwhile begins again.
 #[test]
 fn a_copy_has_a_position_when_it_is_whole() {
     let Some(pair) = Pair::new("a_copy_has_a_position_when_it_is_whole") else {

@@ -110,23 +110,32 @@ fn numbers_and_times_to_live() {
         assert!(matches!(reply, Value::Error(_)), "{wrong}: {reply:?}");
     }
     assert_eq!(c.call("GET n"), Value::bulk("3"));
+    expires(&mut c);
+    adds_up(&server);
+}
+
+fn expires(c: &mut Client) {
     c.call("SET short 1 PX 30");
     wait_for("it expires", || c.call("GET short") == Value::Null);
     assert_eq!(c.call("EXISTS short"), Value::Integer(0));
     assert_eq!(c.call("DEL short"), Value::Integer(0));
     assert_eq!(c.call("SET short 2 NX"), Value::ok());
-    // Concurrent additions are all there.
+}
+
+/// Concurrent additions are all there. The requests of a client are sent together, so that the server is busy with them.
+fn adds_up(server: &Server) {
     std::thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
                 let mut c = server.client();
-                for _ in 0..200 {
-                    c.call("INCR sum");
+                c.send("INCR sum\r\n".repeat(5000).as_bytes()).unwrap();
+                for _ in 0..5000 {
+                    c.receive().unwrap();
                 }
             });
         }
     });
-    assert_eq!(c.call("GET sum"), Value::bulk("800"));
+    assert_eq!(server.client().call("GET sum"), Value::bulk("20000"));
 }
 
 #[test]
@@ -348,6 +357,14 @@ fn nonsense_ends_its_connection_and_nothing_else() {
         "{before} KiB, then {after} KiB"
     );
     drop(announced);
+    throw_pieces(&server);
+    wait_for("they are over", || c.info("connected_clients") == "1");
+    assert_eq!(c.call("PING"), Value::Simple("PONG".into()));
+    assert!(server.stop().success());
+}
+
+/// Sends pieces of requests in any order, on many connections.
+fn throw_pieces(server: &Server) {
     let mut random = Random(7);
     let pieces: [&[u8]; 12] = [
         b"*",
@@ -371,9 +388,6 @@ fn nonsense_ends_its_connection_and_nothing_else() {
         // The server may close before all is sent.
         let _ = c.send(&bytes);
     }
-    wait_for("they are over", || c.info("connected_clients") == "1");
-    assert_eq!(c.call("PING"), Value::Simple("PONG".into()));
-    assert!(server.stop().success());
 }
 
 #[test]

@@ -16,6 +16,9 @@
 extern "C" int32_t pumice_env_mount(const char* uri, const pumice_options* options, const void** fs,
                                     pumice_error* error);
 
+// Also where everything else is hidden.
+#define PUMICE_EXPORTED __attribute__((visibility("default")))
+
 namespace pumice {
 
 namespace {
@@ -45,8 +48,9 @@ rocksdb_env_t* Open(const char* uri, const pumice_options* options, pumice_error
 
 }  // namespace
 
-extern "C" rocksdb_env_t* pumice_env_open(const char* uri, const pumice_options* options,
-                                          pumice_error* error) {
+extern "C" PUMICE_EXPORTED rocksdb_env_t* pumice_env_open(const char* uri,
+                                                          const pumice_options* options,
+                                                          pumice_error* error) {
   try {
     return Open(uri, options, error);
   } catch (const std::exception& e) {
@@ -57,7 +61,7 @@ extern "C" rocksdb_env_t* pumice_env_open(const char* uri, const pumice_options*
   return nullptr;
 }
 
-extern "C" void pumice_env_close(rocksdb_env_t* env) {
+extern "C" PUMICE_EXPORTED void pumice_env_close(rocksdb_env_t* env) {
   if (env == nullptr) {
     return;
   }

@@ -80,6 +80,22 @@ mod tests {
 
     use super::*;
 
+    /// A program tells a missing image from one that another process has.
+    #[test]
+    fn errors_of_opening_keep_their_errno() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("kv.img");
+        let errno = |query: &str| {
+            let uri = format!("blobfs://{}{query}", image.display());
+            let options = crate::MountOptions::new();
+            Fault::from(crate::mount_uri_with(&uri, options).unwrap_err()).errno
+        };
+        assert_eq!(errno(""), libc::ENOENT);
+        assert_eq!(errno("?cache:lots"), libc::EINVAL);
+        std::fs::write(&image, vec![b'x'; 1 << 20]).unwrap();
+        assert_eq!(errno(""), libc::EINVAL);
+    }
+
     /// The errno and the retry bit, by which RocksDB decides, are kept.
     #[test]
     fn faults_keep_what_rocksdb_decides_by() {
