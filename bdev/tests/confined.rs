@@ -250,6 +250,41 @@ fn child_without_fdatasync() {
     }
 }
 
+/// A sync follows an ordinary write where a filter does not know the call that writes durably. A
+/// call that fails says that its flush may have failed.
+#[test]
+fn a_durable_write_of_who_waits_for_it_is_durable_or_fails() {
+    for errno in [libc::EPERM, libc::ENOSYS, libc::EIO] {
+        in_child("child_without_pwritev2", &errno.to_string());
+    }
+}
+
+#[test]
+fn child_without_pwritev2() {
+    let Some((options, case)) = case() else {
+        return;
+    };
+    let errno = case.parse().unwrap();
+    let dev = File::open(&options).unwrap();
+    if !dev.is_direct() {
+        return eprintln!("skipped: no direct I/O here, where a sync follows in any case");
+    }
+    let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    let write = |fua| ch.block_on(ch.write(0, DmaBuf::zeroed(4096).unwrap().freeze(), fua));
+    deny_from_now_on(&[libc::SYS_pwritev2], errno);
+    if errno != libc::EIO {
+        use_it(&ch, 1);
+        deny_from_now_on(&[libc::SYS_fdatasync], libc::EIO);
+    }
+    assert_eq!(write(true).unwrap_err().kind, IoErrorKind::Media);
+    let flushed = ch.block_on(ch.flush()).unwrap_err();
+    assert!(
+        flushed.to_string().contains("an earlier flush failed"),
+        "{flushed}"
+    );
+    write(false).unwrap();
+}
+
 /// A new image is durable together with its name, or it does not exist.
 #[test]
 fn a_new_image_is_synced() {

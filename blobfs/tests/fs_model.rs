@@ -376,6 +376,16 @@ impl World {
             .map(|(p, n)| (p.clone(), *n == Node::Dir))
             .collect();
         assert_eq!(found, expected);
+        let named = |n: &Node| {
+            if let Node::File(id) = n {
+                Some(*id)
+            } else {
+                None
+            }
+        };
+        let files: std::collections::BTreeSet<usize> =
+            self.names.values().filter_map(named).collect();
+        assert_eq!(self.fs().statfs().files, files.len() as u64);
     }
 
     fn check_all(&mut self) {

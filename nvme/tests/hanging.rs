@@ -1,59 +1,17 @@
 //! Tests of a controller that hangs in a command, and may go on with it at any time: what it may
 //! still write to belongs to nobody else before it is detached.
 
-use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use pumice_nvme::dma::DmaBuf;
 use pumice_nvme::{Controller, ControllerEvent, ControllerOptions, NvmeError};
-use pumice_nvme_soft::{
-    Backend, MemoryBackend, SoftConfig, SoftController, SoftNamespace, Transfer,
-};
+use pumice_nvme_soft::{SoftConfig, SoftController, SoftNamespace};
 
+use common::watched::{DiskCall, WatchedDisk};
 use common::*;
 
 mod common;
-
-/// A disk in whose reads the controller hangs until the other end of `goes_on` is dropped.
-struct Hanging {
-    disk: MemoryBackend,
-    begins: Sender<()>,
-    goes_on: Receiver<()>,
-}
-
-impl Backend for Hanging {
-    fn len_bytes(&self) -> u64 {
-        self.disk.len_bytes()
-    }
-
-    fn read(&mut self, offset: u64, to: &mut Transfer<'_>) -> io::Result<()> {
-        // A test that has ended is not there to hear it.
-        let _ = self.begins.send(());
-        let _ = self.goes_on.recv();
-        self.disk.read(offset, to)
-    }
-
-    fn write(&mut self, offset: u64, from: &mut Transfer<'_>) -> io::Result<()> {
-        self.disk.write(offset, from)
-    }
-
-    fn read_bytes(&mut self, offset: u64, to: &mut [u8]) -> io::Result<()> {
-        self.disk.read_bytes(offset, to)
-    }
-
-    fn write_bytes(&mut self, offset: u64, from: &[u8]) -> io::Result<()> {
-        self.disk.write_bytes(offset, from)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.disk.flush()
-    }
-
-    fn write_zeroes(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        self.disk.write_zeroes(offset, len)
-    }
-}
 
 /// Makes a controller that hangs in each read. Also returns the end that hears when a read begins,
 /// and the one to drop so that the controller goes on.
@@ -62,11 +20,13 @@ fn hanging() -> (Rig, Receiver<()>, Sender<()>) {
     loop {
         let (begins, begun) = channel();
         let (go_on, goes_on) = channel();
-        let backend = Hanging {
-            disk: MemoryBackend::new(4 << 20),
-            begins,
-            goes_on,
-        };
+        let backend = WatchedDisk::new(4 << 20, move |call| {
+            if call == DiskCall::Read {
+                // A test that has ended is not there to hear it.
+                let _ = begins.send(());
+                let _ = goes_on.recv();
+            }
+        });
         let mut config = SoftConfig::new(vec![SoftNamespace::new(Box::new(backend), 512)]);
         // Short, because the test waits until resets have failed.
         config.timeout_500ms = 1;

@@ -1,55 +1,14 @@
 //! Tests of the orderly end of a controller.
 
-use std::io;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::channel;
 
 use pumice_nvme::{Controller, ControllerOptions};
-use pumice_nvme_soft::{
-    Backend, MemoryBackend, SoftConfig, SoftController, SoftNamespace, Transfer,
-};
+use pumice_nvme_soft::{SoftConfig, SoftController, SoftNamespace};
 
+use common::watched::{DiskCall, WatchedDisk};
 use common::*;
 
 mod common;
-
-/// A disk that tells the name of the thread that flushes it.
-struct Told {
-    disk: MemoryBackend,
-    flushes: Sender<String>,
-}
-
-impl Backend for Told {
-    fn len_bytes(&self) -> u64 {
-        self.disk.len_bytes()
-    }
-
-    fn read(&mut self, offset: u64, to: &mut Transfer<'_>) -> io::Result<()> {
-        self.disk.read(offset, to)
-    }
-
-    fn write(&mut self, offset: u64, from: &mut Transfer<'_>) -> io::Result<()> {
-        self.disk.write(offset, from)
-    }
-
-    fn read_bytes(&mut self, offset: u64, to: &mut [u8]) -> io::Result<()> {
-        self.disk.read_bytes(offset, to)
-    }
-
-    fn write_bytes(&mut self, offset: u64, from: &[u8]) -> io::Result<()> {
-        self.disk.write_bytes(offset, from)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        let name = std::thread::current().name().unwrap_or_default().to_owned();
-        // A test that has ended is not there to hear it.
-        let _ = self.flushes.send(name);
-        self.disk.flush()
-    }
-
-    fn write_zeroes(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        self.disk.write_zeroes(offset, len)
-    }
-}
 
 /// The controller is told of its shutdown (CC.SHN), so that it puts its cache on the medium before it is taken away. The
 /// soft controller does so in its own thread, and once more when it is detached, in the caller's.
@@ -58,10 +17,13 @@ fn a_controller_is_told_of_its_shutdown() {
     let _watchdog = watchdog();
     for by_drop in [false, true] {
         let (flushes, flushed) = channel();
-        let backend = Told {
-            disk: MemoryBackend::new(4 << 20),
-            flushes,
-        };
+        let backend = WatchedDisk::new(4 << 20, move |call| {
+            let name = std::thread::current().name().unwrap_or_default().to_owned();
+            if call == DiskCall::Flush {
+                // A test that has ended is not there to hear it.
+                let _ = flushes.send(name);
+            }
+        });
         let mut config = SoftConfig::new(vec![SoftNamespace::new(Box::new(backend), 512)]);
         config.timeout_500ms = 240;
         let soft = SoftController::new(config).unwrap();

@@ -4,6 +4,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
+use pumice_io::dma::{DmaBuf, DmaSlice};
 use pumice_io::sys::file as sys;
 use pumice_io::{Completion, Op};
 
@@ -50,14 +51,15 @@ fn call(shared: &Shared, slot: &mut Slot) -> io::Result<usize> {
 }
 
 fn transfer(file: &std::fs::File, slot: &mut Slot, at: u64) -> io::Result<usize> {
-    let mut skip = usize::try_from(slot.done).unwrap_or(usize::MAX);
+    let skip = usize::try_from(slot.done).unwrap_or(usize::MAX);
     let is_dsync = slot.is_dsync();
     match &mut slot.op {
         Op::Read { buf, .. } => file.read_at(&mut buf[skip..], at),
         Op::Write { data, .. } if is_dsync => {
             match sys::write_durable_at(file, &data[skip..], at) {
-                // A filter of system calls that is older than this one.
-                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => {
+                // A filter of system calls that is older than this one, or a file system that does not know
+                // the flag. The C library makes the former's ENOSYS an EOPNOTSUPP.
+                Err(e) if is_unknown(&e) => {
                     let written = file.write_at(&data[skip..], at);
                     slot.sync_behind();
                     written
@@ -67,24 +69,31 @@ fn transfer(file: &std::fs::File, slot: &mut Slot, at: u64) -> io::Result<usize>
         }
         Op::Write { data, .. } => file.write_at(&data[skip..], at),
         // Each call transfers one part; the state machine asks for the next one.
-        Op::ReadV { bufs, .. } => {
-            let mut parts = bufs.iter_mut();
-            let part = parts.find(|b| {
-                let here = skip < b.len();
-                skip -= if here { 0 } else { b.len() };
-                here
-            });
-            part.map_or(Ok(0), |b| file.read_at(&mut b[skip..], at))
-        }
-        Op::WriteV { data, .. } => {
-            let mut parts = data.iter();
-            let part = parts.find(|d| {
-                let here = skip < d.len();
-                skip -= if here { 0 } else { d.len() };
-                here
-            });
-            part.map_or(Ok(0), |d| file.write_at(&d[skip..], at))
-        }
+        Op::ReadV { bufs, .. } => match place_of(bufs.iter().map(DmaBuf::len), skip) {
+            Some((part, skip)) => file.read_at(&mut bufs[part][skip..], at),
+            None => Ok(0),
+        },
+        Op::WriteV { data, .. } => match place_of(data.iter().map(DmaSlice::len), skip) {
+            Some((part, skip)) => file.write_at(&data[part][skip..], at),
+            None => Ok(0),
+        },
         _ => Ok(0),
     }
+}
+
+/// Whether a system call failed because it is not known here.
+fn is_unknown(error: &io::Error) -> bool {
+    let unknown = [libc::ENOSYS, libc::EPERM, libc::EOPNOTSUPP];
+    error.raw_os_error().is_some_and(|e| unknown.contains(&e))
+}
+
+/// Returns the number of the part that has byte `skip` of all parts, and the byte's place in it.
+fn place_of(lens: impl Iterator<Item = usize>, mut skip: usize) -> Option<(usize, usize)> {
+    for (part, len) in lens.enumerate() {
+        if skip < len {
+            return Some((part, skip));
+        }
+        skip -= len;
+    }
+    None
 }

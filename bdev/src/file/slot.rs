@@ -37,6 +37,9 @@ pub(super) struct Slot {
     pub(super) offset: u64,
     /// Whether a sync follows the other calls.
     sync_after: bool,
+    /// The error of a durable write of which it is not known whether the write has failed or the flush
+    /// behind it. The write is made once more, without a flush, to find out.
+    in_doubt: Option<i32>,
     tries: u32,
 }
 
@@ -60,6 +63,7 @@ impl Slot {
             len: op.len_bytes(bs),
             offset: op.lba() * u64::from(bs),
             sync_after: op.fua() && !(dsync && shared.direct && step == Step::Transfer),
+            in_doubt: None,
             tries: 0,
             op,
         }
@@ -67,7 +71,7 @@ impl Slot {
 
     /// Whether the write itself has to be durable, without a sync after it.
     pub(super) fn is_dsync(&self) -> bool {
-        self.op.fua() && !self.sync_after
+        self.op.fua() && !self.sync_after && self.in_doubt.is_none()
     }
 
     /// Prepares for a channel whose writes cannot be durable by themselves: a sync follows.
@@ -126,6 +130,12 @@ impl Slot {
             }
             Step::Zero(_) | Step::Punch | Step::Discard => self.done = self.len,
         }
+        if let Some(errno) = self.in_doubt {
+            // It was the flush, which was for other writes, too.
+            let error = self.error(errno, shared);
+            shared.flush_fault.note(&error);
+            return Some(Err(error));
+        }
         if self.sync_after {
             self.step = Step::Sync;
             return None;
@@ -140,16 +150,26 @@ impl Slot {
             self.step = Step::Zero(shared.zeroing_refused());
             return None;
         }
+        let error = self.error(errno, shared);
+        if self.step == Step::Sync {
+            shared.flush_fault.note(&error);
+        } else if self.is_dsync()
+            && self.step == Step::Transfer
+            && matches!(error.kind, IoErrorKind::Media | IoErrorKind::TimedOut)
+        {
+            self.in_doubt = Some(errno);
+            return None;
+        }
+        Some(Err(error))
+    }
+
+    fn error(&self, errno: i32, shared: &Shared) -> Box<IoError> {
         let mut detail = std::io::Error::from_raw_os_error(errno).to_string();
         if self.step == Step::Sync {
             detail = format!("fdatasync: {detail}");
         }
         let kind = IoErrorKind::from_errno(errno);
-        let error = shared.info.error(&self.op, kind, detail);
-        if self.step == Step::Sync {
-            shared.flush_fault.note(&error);
-        }
-        Some(Err(error))
+        shared.info.error(&self.op, kind, detail)
     }
 
     fn short(&self, shared: &Shared) -> Box<IoError> {

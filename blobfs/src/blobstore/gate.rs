@@ -1,7 +1,7 @@
 //! The gate of a blob. I/O passes it without touching a shared cache line. A metadata operation
 //! that moves clusters closes it and waits until nothing is inside.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,8 @@ pub(super) const ENTRY_TIMEOUT: Duration = Duration::from_mins(2);
 /// The gate of a blob; see the module.
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
-    lanes: Lanes,
+    /// Made when first needed: they take a kilobyte, and most blobs of a large store see no I/O.
+    lanes: OnceLock<Box<Lanes>>,
     waiting: Mutex<Vec<Waker>>,
 }
 
@@ -46,10 +47,13 @@ impl Gate {
     pub fn try_enter(&self) -> Option<Inside<'_>> {
         let lane = thread_number() % LANES;
         // This is made only after the entry, since dropping it leaves.
-        self.lanes.enter(lane).then(|| Inside {
-            lanes: &self.lanes,
-            lane,
-        })
+        let lanes = self.lanes();
+        lanes.enter(lane).then(|| Inside { lanes, lane })
+    }
+
+    #[inline]
+    fn lanes(&self) -> &Lanes {
+        self.lanes.get_or_init(Box::default)
     }
 
     /// Enters. Waits while the gate is closed. Returns `None` if that takes longer than `limit`, most
@@ -90,7 +94,7 @@ impl Gate {
     /// has I/O in flight that it does not drive.
     fn wait_empty(&self, start: Instant, drive: &dyn Fn()) -> bool {
         let mut rounds = 0u32;
-        while !self.lanes.is_empty() {
+        while !self.lanes().is_empty() {
             drive();
             if start.elapsed() > DRAIN_TIMEOUT {
                 return false;
@@ -112,7 +116,7 @@ impl Gate {
         self.shut();
         let closed = Closed { gate: self };
         let start = Instant::now();
-        while !self.lanes.is_empty() {
+        while !self.lanes().is_empty() {
             if start.elapsed() > DRAIN_TIMEOUT {
                 return None;
             }
@@ -124,12 +128,12 @@ impl Gate {
 
     /// Refuses entries from now on.
     fn shut(&self) {
-        self.lanes.shut();
+        self.lanes().shut();
     }
 
     /// Undoes one `shut`.
     fn open(&self) {
-        if !self.lanes.open() {
+        if !self.lanes().open() {
             return;
         }
         let waiting = std::mem::take(&mut *self.waiting.lock());
@@ -223,7 +227,7 @@ impl Drop for Owed {
     fn drop(&mut self) {
         // In this order, since a thread that finds the gate empty may delete the blob.
         self.blob = None;
-        self.gate.lanes.leave(self.lane);
+        self.gate.lanes().leave(self.lane);
     }
 }
 
@@ -232,7 +236,7 @@ impl Inside<'_> {
     /// gate.
     pub fn owe(self, blob: &Arc<Shared>) -> Owed {
         assert!(
-            std::ptr::eq(self.lanes, &raw const blob.gate.lanes),
+            std::ptr::eq(self.lanes, blob.gate.lanes()),
             "a place of this blob's gate"
         );
         let lane = self.lane;

@@ -140,13 +140,16 @@ struct Region {
     pages: OnceLock<Box<[ArcSwapOption<Frame>]>>,
 }
 
+type Segment = OnceLock<Box<[Region]>>;
+
 const SEGMENTS: usize = 24;
 const SEGMENT0: usize = 8;
 
 /// The frames of one file.
 pub(crate) struct FileCache {
-    /// Segment k has `8 << k` regions. It is allocated when first needed and never moved.
-    segments: [OnceLock<Box<[Region]>>; SEGMENTS],
+    /// Segment k has `8 << k` regions. It is allocated when first needed and never moved. So is the
+    /// table, since most files of a large store are not read.
+    segments: OnceLock<Box<[Segment; SEGMENTS]>>,
     /// Held by a thread that changes the table.
     lock: Mutex<()>,
     /// Number of changes of existing bytes. A page that was read from the device is only installed
@@ -166,7 +169,7 @@ fn segment_of(region: usize) -> (usize, usize) {
 impl FileCache {
     pub fn new(cache: &Arc<Cache>) -> Arc<FileCache> {
         Arc::new(FileCache {
-            segments: Default::default(),
+            segments: OnceLock::new(),
             lock: Mutex::new(()),
             generation: AtomicU64::new(0),
             transient: AtomicBool::new(false),
@@ -182,12 +185,12 @@ impl FileCache {
     #[inline]
     fn region(&self, region: usize) -> Option<&Region> {
         let (k, i) = segment_of(region);
-        self.segments.get(k)?.get()?.get(i)
+        self.segments.get()?.get(k)?.get()?.get(i)
     }
 
     fn region_or_new(&self, region: usize) -> &Region {
         let (k, i) = segment_of(region);
-        let segment = self.segments[k]
+        let segment = self.segments.get_or_init(Box::default)[k]
             .get_or_init(|| (0..SEGMENT0 << k).map(|_| Region::default()).collect());
         &segment[i]
     }
@@ -374,7 +377,13 @@ impl FileCache {
     pub fn remove_from(&self, first: usize) {
         let _guard = self.lock.lock();
         self.generation.fetch_add(1, Ordering::Release);
-        for (k, segment) in self.segments.iter().enumerate() {
+        for (k, segment) in self
+            .segments
+            .get()
+            .into_iter()
+            .flat_map(|s| s.iter())
+            .enumerate()
+        {
             let Some(segment) = segment.get() else {
                 continue;
             };

@@ -1,7 +1,7 @@
 //! A file in memory.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwapOption;
@@ -101,6 +101,8 @@ pub(crate) struct Inode {
     /// The paths, of which the first is in the xattr `name`. They are changed with the namespace's
     /// `ops` held.
     pub names: Mutex<Vec<String>>,
+    /// Number of entries of the map of names that are this file. It changes with the map.
+    pub entries: AtomicU32,
     pub mtime_ns: AtomicU64,
     /// The attributes that were set. A leaf among the locks.
     pub own: Mutex<Own>,
@@ -133,6 +135,7 @@ impl Inode {
             allocated: AtomicU64::new(allocated),
             essential: AtomicBool::new(false),
             names: Mutex::new(names),
+            entries: AtomicU32::new(0),
             mtime_ns: AtomicU64::new(mtime_ns),
             own: Mutex::new(Own::new(mode)),
             opens: AtomicUsize::new(0),

@@ -487,7 +487,7 @@ impl FileSystem {
         StoreView::new(&self.core)
     }
 
-    /// Space and counts. Linear in the number of files; [`FileSystem::free_bytes`] is not. In a forked child,
+    /// Space and counts, in a time that does not depend on the number of files. In a forked child,
     /// which has no mount, nothing is there: all are 0.
     pub fn statfs(&self) -> StatFs {
         let core = self.core();
@@ -505,7 +505,7 @@ impl FileSystem {
             journal: journal * core.vol.cluster,
             host_free: core.space.host_room(),
             cluster: core.vol.cluster,
-            files: core.names.inodes().len() as u64,
+            files: core.names.map.read().files(),
             md_pages: pages.total,
             md_pages_used: pages.used,
         }

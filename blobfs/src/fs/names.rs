@@ -50,9 +50,65 @@ pub(crate) struct Ops {
     pub intents: Vec<BlobId>,
 }
 
+/// The entries by path, and the number of files that they name.
+#[derive(Default)]
+pub(crate) struct NameMap {
+    entries: BTreeMap<String, Entry>,
+    files: u64,
+}
+
+impl NameMap {
+    pub fn new(entries: BTreeMap<String, Entry>) -> NameMap {
+        let mut map = NameMap { entries, files: 0 };
+        for entry in map.entries.values() {
+            map.files += u64::from(entry.gain_name());
+        }
+        map
+    }
+
+    /// Adds an entry. The one that the path had is no longer named by it.
+    pub fn insert(&mut self, path: String, entry: Entry) {
+        self.files += u64::from(entry.gain_name());
+        if let Some(old) = self.entries.insert(path, entry) {
+            self.files -= u64::from(old.lose_name());
+        }
+    }
+
+    pub fn remove(&mut self, path: &str) {
+        if let Some(old) = self.entries.remove(path) {
+            self.files -= u64::from(old.lose_name());
+        }
+    }
+
+    /// Number of files, each counted once however many names it has.
+    pub fn files(&self) -> u64 {
+        self.files
+    }
+}
+
+impl std::ops::Deref for NameMap {
+    type Target = BTreeMap<String, Entry>;
+
+    fn deref(&self) -> &BTreeMap<String, Entry> {
+        &self.entries
+    }
+}
+
+impl Entry {
+    /// Counts one more name. Returns whether it is a file's first one.
+    fn gain_name(&self) -> bool {
+        matches!(self, Entry::File(ino) if ino.entries.fetch_add(1, Ordering::Relaxed) == 0)
+    }
+
+    /// Counts one name less. Returns whether it was a file's last one.
+    fn lose_name(&self) -> bool {
+        matches!(self, Entry::File(ino) if ino.entries.fetch_sub(1, Ordering::Relaxed) == 1)
+    }
+}
+
 /// The names of the file system; see the module.
 pub(crate) struct Names {
-    pub map: RwLock<BTreeMap<String, Entry>>,
+    pub map: RwLock<NameMap>,
     /// The root, which has no entry in the map and no blob.
     pub root: Arc<Dir>,
     pub ops: Mutex<Ops>,
@@ -65,7 +121,7 @@ pub(crate) struct Names {
 impl Names {
     pub fn new(map: BTreeMap<String, Entry>, seq: u64) -> Names {
         Names {
-            map: RwLock::new(map),
+            map: RwLock::new(NameMap::new(map)),
             root: Arc::new(Dir::new(None, 0, None)),
             ops: Mutex::new(Ops {
                 seq,

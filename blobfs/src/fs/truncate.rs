@@ -185,6 +185,7 @@ impl Truncater {
     /// Allocates clusters for `[off, off + len)` and everything before, without changing the
     /// length.
     pub fn allocate(&self, ino: &Arc<Inode>, off: u64, len: u64) -> Result<()> {
+        let mut tail = ino.tail.lock();
         self.vol.check_writable(|| ino.path())?;
         if ino.is_frozen() {
             return Err(FsError::ReadOnly { path: ino.path() });
@@ -192,7 +193,6 @@ impl Truncater {
         let end = off
             .checked_add(len)
             .ok_or_else(|| FsError::invalid(&ino.path(), "a file longer than 2^64 bytes"))?;
-        let mut tail = ino.tail.lock();
         if ino.is_thin() {
             return Ok(());
         }

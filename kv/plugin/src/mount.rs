@@ -42,17 +42,16 @@ impl MountOptions {
     /// use (the machine's, or the limit of its control group), at most a quarter of what is free,
     /// between 8 and 256 MiB, and follows the memory that is free up to three quarters of it.
     #[must_use]
-    pub fn cache_bytes(mut self, bytes: u64) -> MountOptions {
-        self.fs.cache_bytes = bytes;
-        self.fs.cache_most_bytes = None;
-        self
+    pub fn cache_bytes(self, bytes: u64) -> MountOptions {
+        self.cache_between(bytes, bytes)
     }
 
-    /// Sets the size up to which the page cache grows while memory is free; see
-    /// [`fs::MountOptions::cache_most_bytes`]. Call it after [`MountOptions::cache_bytes`].
+    /// Sets the sizes in bytes between which the page cache follows the memory that is free; see
+    /// [`fs::MountOptions::cache_most_bytes`].
     #[must_use]
-    pub fn cache_most_bytes(mut self, bytes: u64) -> MountOptions {
-        self.fs.cache_most_bytes = Some(bytes);
+    pub fn cache_between(mut self, least: u64, most: u64) -> MountOptions {
+        self.fs.cache_bytes = least;
+        self.fs.cache_most_bytes = Some(most);
         self
     }
 

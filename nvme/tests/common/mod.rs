@@ -13,6 +13,8 @@ use pumice_nvme::{
 };
 use pumice_nvme_soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace};
 
+pub mod watched;
+
 /// Ends the process when the test that holds this takes too long, so that a hang is a failure.
 pub struct Watchdog(Sender<()>);
 

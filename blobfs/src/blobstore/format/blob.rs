@@ -1,5 +1,6 @@
 //! A blob's chain of metadata pages: flags, xattrs and the map of its clusters.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use super::page::{
@@ -330,8 +331,27 @@ fn read_xattr(offset: usize, body: &[u8]) -> Result<Xattr, PageProblem> {
         return Err(bad());
     }
     Ok(Xattr {
-        name: name.into(),
+        name: shared_name(name),
         value: value.into(),
+    })
+}
+
+/// Returns a name, as the same memory as before where this thread has met it: the blobs of a file system
+/// have the same few names.
+fn shared_name(name: &[u8]) -> Arc<[u8]> {
+    const MOST: usize = 16;
+    thread_local! {
+        static KNOWN: RefCell<Vec<Arc<[u8]>>> = const { RefCell::new(Vec::new()) };
+    }
+    KNOWN.with_borrow_mut(|known| {
+        if let Some(same) = known.iter().find(|k| ***k == *name) {
+            return Arc::clone(same);
+        }
+        let name: Arc<[u8]> = name.into();
+        if known.len() < MOST {
+            known.push(Arc::clone(&name));
+        }
+        name
     })
 }
 
