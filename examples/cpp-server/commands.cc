@@ -270,6 +270,21 @@ void ClearAll(Call& call) {
   }
 }
 
+// Returns the sections of a text of INFO that a request names, or all of them.
+std::string Sections(const std::string& text, const Arguments& request) {
+  std::string kept;
+  for (size_t from = 0; from < text.size();) {
+    const size_t to = std::min(text.find("# ", from + 2), text.size());
+    const std::string name = Upper(text.substr(from + 2, text.find('\r', from) - from - 2));
+    const auto asks = [&name](const std::string& word) { return Upper(word) == name; };
+    if (request.size() == 1 || std::any_of(request.begin() + 1, request.end(), asks)) {
+      kept += text.substr(from, to - from);
+    }
+    from = to;
+  }
+  return kept;
+}
+
 void Info(Call& call) {
   Context& context = *call.context;
   std::string text = "# Server\r\nserver:pumice-cpp-server\r\nredis_version:7.0.0\r\ntcp_port:";
@@ -288,7 +303,7 @@ void Info(Call& call) {
                            "num-running-compactions", "background-errors"}) {
     text += std::string(name) + ":" + call.store().Property(std::string("rocksdb.") + name) + "\r\n";
   }
-  call.reply.Bulk(text);
+  call.reply.Bulk(Sections(text, call.arguments));
 }
 
 void Config(Call& call) {

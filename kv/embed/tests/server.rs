@@ -210,6 +210,16 @@ fn the_server_tells_of_itself() {
     };
     let mut c = server.client();
     assert_eq!(c.info("role"), "master");
+    let two = c.call("INFO clients REPLICATION").text();
+    assert!(
+        two.starts_with("# Clients\r\n") && two.contains("# Replication\r\nrole:"),
+        "{two}"
+    );
+    assert!(
+        !two.contains("# Server") && !two.contains("# RocksDB"),
+        "{two}"
+    );
+    assert_eq!(c.call("INFO nothing"), Value::bulk(""));
     assert_eq!(c.info("tcp_port"), server.port.to_string());
     assert_eq!(
         c.call("CONFIG GET appendfsync"),
