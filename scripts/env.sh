@@ -8,9 +8,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 low=(
     -p pumice-tidy -p pumice-io -p pumice-nvme -p pumice-nvme-soft -p pumice-bdev -p pumice-bdev-control
     -p pumice-bdev-testkit -p pumice-describe -p pumice-confine -p pumice-blobfs -p pumice-leveldb -p pumice-rig -p pumice-rocksdb-fs
+    -p pumice-c
 )
 # shellcheck disable=SC2034
-high=(--release -p pumice -p pumice-cli -p pumice-rocksdb-tools -p pumice-bench -p pumice-examples -p pumice-cluster)
+high=(--release -p pumice -p pumice-cli -p pumice-rocksdb-tools -p pumice-bench -p pumice-examples -p pumice-cluster -p pumice-embed)
 
 # A target directory outside the clone is used if it exists, so that clones share what takes long to compile.
 shared_target="${XDG_CACHE_HOME:-$HOME/.cache}/pumice/target"

@@ -8,27 +8,15 @@
 #include <string>
 
 #include "blob_file_system.h"
+#include "c_env.h"
 #include "pumice_embed.h"
 #include "register.h"
 #include "rocksdb/convenience.h"
 #include "rocksdb/env.h"
 
-// The struct that the C API, and so the `rocksdb` crate, takes for an environment. No header has
-// it: this repeats the definition in db/c.cc of RocksDB 11.8. rocksdb_env_destroy deletes both.
-struct rocksdb_env_t {
-  ROCKSDB_NAMESPACE::Env* rep;
-  bool is_default;
-};
-
 namespace pumice {
 
 namespace {
-
-rocksdb_env_t* Wrap(std::unique_ptr<rocksdb::Env> env) {
-  auto* wrapped = new rocksdb_env_t{env.get(), false};
-  env.release();
-  return wrapped;
-}
 
 // Copies as much of `text` as there is room for, and a NUL.
 void Answer(const std::string& text, char* out, size_t room) {
@@ -63,7 +51,7 @@ extern "C" void* pumice_env_new(const void* fs, uint32_t offers) {
 
 extern "C" void* pumice_env_wrap(void* env) {
   try {
-    return Wrap(std::unique_ptr<rocksdb::Env>(static_cast<rocksdb::Env*>(env)));
+    return WrapEnv(std::unique_ptr<rocksdb::Env>(static_cast<rocksdb::Env*>(env)));
   } catch (...) {
     return nullptr;
   }
@@ -84,7 +72,7 @@ extern "C" void* pumice_env_from_uri(const char* uri, size_t len, char* error, s
     rocksdb::Status s = rocksdb::FileSystem::CreateFromString(rocksdb::ConfigOptions(),
                                                               std::string(uri, len), &fs);
     if (s.ok()) {
-      return Wrap(rocksdb::NewCompositeEnv(fs));
+      return WrapEnv(rocksdb::NewCompositeEnv(fs));
     }
     Answer(s.ToString(), error, error_len);
     return nullptr;

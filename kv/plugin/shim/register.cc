@@ -9,14 +9,6 @@
 
 namespace pumice {
 
-namespace {
-
-// What the shim needs of the library, and offers to RocksDB.
-constexpr uint32_t kAbilities =
-    PUMICE_CAN_ASYNC | PUMICE_CAN_PIN | PUMICE_CAN_PREFETCH | PUMICE_CAN_REREAD;
-
-}  // namespace
-
 std::string Misfit() {
   const pumice_abi needed{sizeof(pumice_abi),  PUMICE_ABI_VERSION,
                           kAbilities,          sizeof(pumice_fault),

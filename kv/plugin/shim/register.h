@@ -2,12 +2,18 @@
 
 #pragma once
 
+#include <cstdint>
 #include <string>
 
+#include "pumice_fs.h"
 #include "rocksdb/utilities/object_registry.h"
 #include "version.h"
 
 namespace pumice {
+
+// What the shim needs of the library, and offers to RocksDB.
+inline constexpr uint32_t kAbilities =
+    PUMICE_CAN_ASYNC | PUMICE_CAN_PIN | PUMICE_CAN_PREFETCH | PUMICE_CAN_REREAD;
 
 // Returns why the shim, the library below it and RocksDB do not belong together. The text is empty if
 // they do.

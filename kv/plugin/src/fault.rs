@@ -11,7 +11,7 @@ pub(crate) type Result<T> = std::result::Result<T, Fault>;
 
 /// A failure: an errno, the bits by which RocksDB decides what to do, and a text.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Fault {
+pub struct Fault {
     /// The positive errno, from which RocksDB's status follows (`shim/status.cc`).
     pub errno: i32,
     /// Whether the same call may succeed later, so that RocksDB resumes by itself.
@@ -24,6 +24,7 @@ pub(crate) struct Fault {
 
 impl Fault {
     /// Makes a failure that is final and loses nothing.
+    #[must_use]
     pub fn new(errno: i32, text: impl Into<String>) -> Fault {
         Fault {
             errno,
@@ -34,6 +35,7 @@ impl Fault {
     }
 
     /// Makes an error of a panic below the plugin, which would otherwise abort.
+    #[must_use]
     pub fn from_panic(payload: &(dyn Any + Send)) -> Fault {
         let text = payload
             .downcast_ref::<&str>()
@@ -51,7 +53,10 @@ impl From<MountError> for Fault {
     fn from(e: MountError) -> Fault {
         match e {
             MountError::FileSystem(e) => Fault::from(e),
-            e => Fault::new(libc::EIO, chain(&e)),
+            MountError::Device { ref source, .. } => Fault::new(source.errno(), chain(&e)),
+            MountError::NotEmpty { .. } | MountError::Uri { .. } => {
+                Fault::new(libc::EINVAL, chain(&e))
+            }
         }
     }
 }
@@ -74,6 +79,22 @@ mod tests {
     use pumice_bdev::{DmaBuf, IoError, IoErrorKind, Op};
 
     use super::*;
+
+    /// A program tells a missing image from one that another process has.
+    #[test]
+    fn errors_of_opening_keep_their_errno() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("kv.img");
+        let errno = |query: &str| {
+            let uri = format!("blobfs://{}{query}", image.display());
+            let options = crate::MountOptions::new();
+            Fault::from(crate::mount_uri_with(&uri, options).unwrap_err()).errno
+        };
+        assert_eq!(errno(""), libc::ENOENT);
+        assert_eq!(errno("?cache:lots"), libc::EINVAL);
+        std::fs::write(&image, vec![b'x'; 1 << 20]).unwrap();
+        assert_eq!(errno(""), libc::EINVAL);
+    }
 
     /// The errno and the retry bit, by which RocksDB decides, are kept.
     #[test]

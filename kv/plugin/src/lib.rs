@@ -22,11 +22,12 @@ mod uri;
 pub use {
     binding::Binding,
     error::{CLOSED, MountError, chain, text},
-    ffi::handle,
+    fault::Fault,
+    ffi::{handle, handle_of},
     mount::{MountOptions, mount, mount_device, open_device},
-    path::{from_root, normal},
+    path::{from_root, normal, resolve},
     shared::Use,
-    uri::mount_uri,
+    uri::{mount_uri, mount_uri_with},
 };
 
 /// The abilities that an environment may offer to RocksDB.

@@ -6,7 +6,8 @@ use pumice_blobfs::fs::{self, FsError};
 
 /// Returns `path` below `root`, for the file system, which normalises it. `..` goes up from its
 /// place, also out of `root`, and stays at `/`. A relative path starts at `root`.
-pub(crate) fn resolve<'a>(root: &str, path: &'a str) -> Cow<'a, str> {
+#[must_use]
+pub fn resolve<'a>(root: &str, path: &'a str) -> Cow<'a, str> {
     if !path.contains("..") {
         return match root {
             "/" => Cow::Borrowed(path),

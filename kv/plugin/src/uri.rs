@@ -58,17 +58,25 @@ fn parse(uri: &str) -> Result<Parsed, String> {
 /// # Errors
 /// [`MountError::Uri`] for a URI with an error, and as [`crate::mount`].
 pub fn mount_uri(uri: &str) -> Result<(Use, String), MountError> {
+    mount_uri_with(uri, MountOptions::new())
+}
+
+/// Mounts as [`mount_uri`] does, with options for the case that the device is not mounted yet. A size of the cache in the URI
+/// has precedence. For reading only, it shares what is mounted for reading only.
+///
+/// # Errors
+/// Fails as [`mount_uri`] does.
+pub fn mount_uri_with(uri: &str, mut options: MountOptions) -> Result<(Use, String), MountError> {
     let parsed = parse(uri).map_err(|reason| MountError::Uri {
         uri: uri.to_owned(),
         reason,
     })?;
-    let mut options = MountOptions::new();
     if let Some(bytes) = parsed.cache_bytes {
         options = options.cache_bytes(bytes);
     }
     let root = normal(&parsed.root)?;
     let open = || open_device(&parsed.device, &options);
-    let mounted = Use::of(&parsed.device, false, open, |device, _| {
+    let mounted = Use::of(&parsed.device, options.is_read_only(), open, |device, _| {
         mount_device(&device, &options)
     })?;
     Ok((mounted, root))

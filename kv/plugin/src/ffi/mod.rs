@@ -12,7 +12,7 @@ mod start;
 
 pub(crate) use files::*;
 pub(crate) use paths::*;
-pub use start::handle;
+pub use start::{handle, handle_of};
 pub(crate) use start::{pumice_abi_check, pumice_mount_uri};
 
 use std::cell::RefCell;

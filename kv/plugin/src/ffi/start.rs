@@ -7,6 +7,7 @@ use std::sync::Arc;
 use pumice_blobfs::fs::FileSystem;
 
 use super::{Mounted, guard, guard_value, text};
+use crate::Use;
 use crate::abi;
 use crate::binding::Binding;
 use crate::contract::pumice_abi;
@@ -55,6 +56,17 @@ pub fn handle(fs: FileSystem, root: String, binding: Arc<Binding>) -> *const c_v
     })
 }
 
+/// Returns the file system of a share as [`handle`] does. It holds the share.
+#[must_use]
+pub fn handle_of(share: Use, root: String) -> *const c_void {
+    give(Mounted {
+        fs: share.fs().clone(),
+        root,
+        binding: Arc::default(),
+        share: Some(Arc::new(share)),
+    })
+}
+
 fn give(mounted: Mounted) -> *const c_void {
     Box::into_raw(Box::new(mounted)).cast_const().cast()
 }
@@ -70,14 +82,8 @@ pub(crate) unsafe extern "C" fn pumice_mount_uri(
         log_to_stderr();
         // SAFETY: the shim passes readable text.
         let (share, root) = crate::mount_uri(unsafe { text(uri, len) }?)?;
-        let mounted = give(Mounted {
-            fs: share.fs().clone(),
-            root,
-            binding: Arc::default(),
-            share: Some(Arc::new(share)),
-        });
         // SAFETY: the shim passes a place for the handle, which is given away.
-        unsafe { out.write(mounted) };
+        unsafe { out.write(handle_of(share, root)) };
         Ok(0)
     })
 }
