@@ -12,10 +12,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use common::faults::fail;
 use common::journal::*;
 use flaky::{Flaky, Plan};
-use pumice_bdev::{BlockDevice, IoErrorKind};
-use pumice_blobfs::blobstore::{Blobstore, Error, LoadOptions};
+use pumice_bdev::error_inject::ErrorDevice;
+use pumice_bdev::{BlockDevice, IoErrorKind, OpKind};
+use pumice_blobfs::blobstore::{Blobstore, CreateOptions, Error, LoadOptions};
 
 /// The first change of a use of the ring fails. The change of the super block behind it must not
 /// take away the guard, without which the next change would be read by nobody.
@@ -222,4 +224,59 @@ fn rule_7_an_unload_waits_for_a_checkpoint_without_holding_the_only_channel() {
         }
     });
     unloads.join("the unload");
+}
+
+/// A page of a large change, which goes in place, is none that the ring has again: a recovery would put the older one there.
+#[test]
+fn rules_6_and_23_a_large_change_writes_over_nothing_that_is_carried_again() {
+    let device = DEVICES[0];
+    let crash = device.with(device.store(), 7);
+    let dev = Arc::new(ErrorDevice::new(None, Arc::new(crash.clone())));
+    let store = Blobstore::load(dev.clone(), &LoadOptions::default()).unwrap();
+    let with_xattrs = |count: u8| CreateOptions {
+        num_clusters: 1,
+        xattrs: (0..count)
+            .map(|n| (format!("x{n}"), vec![n; 3000]))
+            .collect(),
+        ..CreateOptions::default()
+    };
+    let gone = store.create(&with_xattrs(2)).unwrap();
+    store.delete(gone).unwrap();
+    // Its three pages, each once with the others and three times by itself, and again when no batch is on its way.
+    let sb = store.super_block();
+    let pages = (sb.md_start.get().into(), sb.md_len.get().into());
+    dev.inject(fail(OpKind::Write, 24, Some(pages)));
+    let error = store.create(&with_xattrs(12)).unwrap_err();
+    assert!(matches!(error, Error::Io(_)), "{error}");
+    assert_eq!(dev.injections().len(), 0);
+    let state = describe(&store);
+    let cut = crash.image_after(crash.len_events(), &mut |_| true);
+    assert_eq!(describe(&load(&device.with(cut, 1))), state);
+    store.create(&with_xattrs(12)).unwrap();
+    let state = describe(&store);
+    let cut = crash.image_after(crash.len_events(), &mut |_| true);
+    assert_eq!(describe(&load(&device.with(cut, 1))), state);
+    store.unload().unwrap();
+}
+
+/// A change of the super block may put the pages elsewhere, so it fails while the ring has some.
+#[test]
+fn rules_6_and_23_the_super_block_is_not_changed_while_the_ring_has_pages() {
+    let device = DEVICES[0];
+    let crash = device.with(device.store(), 7);
+    let dev = Arc::new(ErrorDevice::new(None, Arc::new(crash.clone())));
+    let store = Blobstore::load(dev.clone(), &LoadOptions::default()).unwrap();
+    let id = store.create(&CreateOptions::default()).unwrap();
+    let sb = store.super_block();
+    let pages = (sb.md_start.get().into(), sb.md_len.get().into());
+    dev.inject(fail(OpKind::Write, u64::MAX, Some(pages)));
+    let error = store.set_super_blob(Some(id)).unwrap_err();
+    assert!(matches!(error, Error::Io(_)), "{error}");
+    assert_eq!(store.super_blob(), None);
+    let state = describe(&store);
+    let cut = crash.image_after(crash.len_events(), &mut |_| true);
+    assert_eq!(describe(&load(&device.with(cut, 1))), state);
+    dev.clear();
+    store.set_super_blob(Some(id)).unwrap();
+    store.unload().unwrap();
 }

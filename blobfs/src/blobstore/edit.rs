@@ -49,6 +49,18 @@ impl Blobstore {
         }
     }
 
+    /// Begins an edit of everything that neither moves nor copies clusters of blobs. What they are owed may stay in the journal,
+    /// since a block that cannot be written must not keep the metadata from growing.
+    ///
+    /// # Errors
+    /// Fails as [`Blobstore::edit`] does.
+    pub(crate) fn edit_around_blobs(&self) -> Result<Edit<'_>, Error> {
+        let edit = self.edit_to_the_end()?;
+        edit.take_back_doubts();
+        edit.state().check_takes_changes()?;
+        Ok(edit)
+    }
+
     /// Waits until nobody changes anything, in order to unload the store.
     ///
     /// # Errors

@@ -16,7 +16,6 @@ use super::error::Error;
 use super::format::{MASK_HEADER_LEN, PAGE_SIZE, PAGE_SIZE_U64, SuperBlock, mask_pages};
 use super::geometry::{Geometry, Layout};
 use super::mdio::MdIo;
-use super::order::Scope;
 use super::retry::may_land;
 use super::state::State;
 
@@ -48,7 +47,7 @@ impl Blobstore {
     /// # Errors
     /// Fails for a store of an old version whose mask has no room, and when the device fails.
     pub fn grow(&self) -> Result<u64, Error> {
-        let edit = self.edit(&Scope::All)?;
+        let edit = self.edit_around_blobs()?;
         let info = self.inner.dev.info();
         let geo = edit.geometry();
         let old = geo.total_clusters;
@@ -83,7 +82,7 @@ impl Blobstore {
     /// Fails with [`Error::NoMdPages`] if there is no room for even one more, for a store of an old
     /// version, and when the device fails.
     pub fn grow_md_pages(&self, wanted: u32) -> Result<u32, Error> {
-        let edit = self.edit(&Scope::All)?;
+        let edit = self.edit_around_blobs()?;
         if wanted > edit.geometry().md_len {
             edit.grow_metadata(wanted, 0)?;
             edit.state().growth_blocked = None;
@@ -276,7 +275,7 @@ impl Edit<'_> {
     /// Copies the region to the clusters from `first` on, then switches over.
     fn move_to(&self, first: u32, md_len: u32, total: u32, size: u64) -> Result<(), Error> {
         // The region is copied from the device.
-        self.store.inner.commit.settle()?;
+        self.store.inner.commit.put_pages()?;
         let (old, mut sb) = {
             let state = self.state();
             (state.geo.clone(), state.sb.clone())

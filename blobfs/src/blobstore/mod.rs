@@ -41,6 +41,7 @@ mod ops;
 mod order;
 #[cfg(test)]
 mod order_tests;
+mod replayed;
 mod retry;
 mod scan;
 mod snapshot;

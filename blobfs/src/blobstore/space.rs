@@ -5,7 +5,6 @@ use super::Blobstore;
 use super::error::Error;
 use super::format::{BlobId, PAGE_SIZE_U64};
 use super::geometry::Layout;
-use super::order::Scope;
 use super::state::State;
 
 /// Bytes of a file system for each of its first metadata pages.
@@ -215,7 +214,7 @@ impl Blobstore {
         if self.inner.state.lock().wanted_growth(spend).is_none() {
             return;
         }
-        let Ok(edit) = self.edit(&Scope::All) else {
+        let Ok(edit) = self.edit_around_blobs() else {
             return;
         };
         let (wanted, keep) = {

@@ -9,7 +9,7 @@
 //!
 //! [`IoErrorKind::is_retryable`]: pumice_bdev::IoErrorKind::is_retryable
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, OnceLock};
@@ -20,6 +20,8 @@ use pumice_bdev::{
     BdevError, BlockDevice, Completion, DeviceInfo, HostSpace, IoChannel, IoError, Op, OpKind,
     SubmitError,
 };
+
+use super::replayed::{Replayed, show};
 
 /// Most times that an operation is sent again.
 const TRIES: u32 = 9;
@@ -33,12 +35,9 @@ const FULL: Duration = Duration::from_micros(20);
 pub(crate) struct Steady {
     inner: Arc<dyn BlockDevice>,
     lost: Arc<FailedFlush>,
-    /// Blocks that a journal has and the device does not, of a load that writes nothing.
-    replayed: Arc<OnceLock<Replayed>>,
+    /// Blocks that a journal has and that may not be in place.
+    replayed: Arc<OnceLock<Mutex<Replayed>>>,
 }
-
-/// Blocks with their contents.
-type Replayed = BTreeMap<u64, Box<[u8]>>;
 
 /// The failed flushes of all channels.
 #[derive(Debug, Default)]
@@ -75,7 +74,7 @@ impl Steady {
     /// Has reads find these blocks instead of what is in their places. It is called once.
     pub fn set_replayed(&self, blocks: Replayed) {
         if !blocks.is_empty() {
-            let _ = self.replayed.set(blocks);
+            let _ = self.replayed.set(Mutex::new(blocks));
         }
     }
 
@@ -132,7 +131,7 @@ struct Again {
 struct SteadyChannel {
     inner: Box<dyn IoChannel>,
     lost: Arc<FailedFlush>,
-    replayed: Arc<OnceLock<Replayed>>,
+    replayed: Arc<OnceLock<Mutex<Replayed>>>,
     again: Vec<Again>,
     /// Whether an operation that was due found no room.
     full: bool,
@@ -226,40 +225,6 @@ impl SteadyChannel {
     }
 }
 
-/// Puts these blocks into what was read of them.
-#[cold]
-fn show(replayed: &Replayed, read: &mut [Completion]) {
-    let put = |first: u64, buf: &mut [u8]| {
-        let mut rest = buf;
-        let mut lba = first;
-        while let Some((at, block)) = replayed.range(lba..).next() {
-            let Some(skip) = usize::try_from(at - lba)
-                .ok()
-                .and_then(|blocks| blocks.checked_mul(block.len()))
-                .filter(|skip| *skip < rest.len())
-            else {
-                return;
-            };
-            let (here, behind) = rest[skip..].split_at_mut(block.len());
-            here.copy_from_slice(block);
-            (rest, lba) = (behind, at + 1);
-        }
-    };
-    for completion in read.iter_mut().filter(|read| read.result.is_ok()) {
-        match &mut completion.op {
-            Op::Read { lba, buf } => put(*lba, buf),
-            Op::ReadV { lba, bufs } => {
-                let mut at = *lba;
-                for buf in bufs {
-                    put(at, buf);
-                    at += (buf.len() / replayed.values().next().map_or(1, |b| b.len())) as u64;
-                }
-            }
-            _ => {}
-        }
-    }
-}
-
 impl IoChannel for SteadyChannel {
     fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
         if self.full {
@@ -289,7 +254,7 @@ impl IoChannel for SteadyChannel {
         }
         out.append(&mut self.ended);
         if let Some(replayed) = self.replayed.get() {
-            show(replayed, &mut out[start..]);
+            show(&mut replayed.lock(), &mut out[start..]);
         }
         out.len() - start
     }

@@ -337,6 +337,10 @@ impl Blobstore {
             tracing::info!(device = info.name, "scanning all metadata");
         }
         let mut scan = scan(&mut io, &geo, &roots)?;
+        if !opts.read_only {
+            // From now on the journal knows what is not in place.
+            io.set_replayed(BTreeMap::new());
+        }
         let mut uncertain = false;
         match (&roots, &masks) {
             (Roots::Mask(_), Some(masks)) => scan.trust(masks),
@@ -491,14 +495,8 @@ impl Blobstore {
         let md_channels = Arc::new(MdChannels::new(Arc::clone(&dev), io));
         let commit: Box<dyn Commit> = match journal {
             Some(found) => {
-                let (channels, geo) = (Arc::clone(&md_channels), &state.geo);
-                Box::new(Journal::new(
-                    channels,
-                    geo,
-                    &found.place,
-                    found.heads,
-                    found.begun,
-                ))
+                let channels = Arc::clone(&md_channels);
+                Box::new(Journal::new(channels, &state.geo, found))
             }
             None => Box::new(InPlace::new(Arc::clone(&md_channels))),
         };

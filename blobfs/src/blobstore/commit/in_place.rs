@@ -107,6 +107,10 @@ impl Commit for InPlace {
         Ok(())
     }
 
+    fn put_pages(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
     fn end(&self) {}
 
     fn is_halted(&self) -> bool {

@@ -183,6 +183,12 @@ pub(crate) trait Commit: std::fmt::Debug + Send + Sync {
     /// Fails when the device does.
     fn settle(&self) -> Result<(), Error>;
 
+    /// Puts every page in place that was appended. No batch is appended meanwhile. Bytes of blobs may stay where they are.
+    ///
+    /// # Errors
+    /// Fails when the device does.
+    fn put_pages(&self) -> Result<(), Error>;
+
     /// Ends a use of the device, behind [`Commit::settle`], before it is marked clean. The next
     /// batch begins another. It may wait for a thread that needs a channel, so the caller has none.
     fn end(&self);

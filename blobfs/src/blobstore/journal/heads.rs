@@ -73,13 +73,22 @@ impl Heads {
 
     /// Makes an epoch with an empty ring durable, whose first batch is this one.
     pub fn begin(&mut self, io: &mut MdIo, tail: Spot) -> Result<(), Error> {
-        let next = Header {
+        let next = self.next();
+        self.begin_as(io, next, tail)
+    }
+
+    /// Returns the header of the next epoch, without its tail.
+    pub fn next(&self) -> Header {
+        Header {
             epoch: self.current.epoch.wrapping_add(1),
             salt: RandomState::new().hash_one(self.current.epoch),
-            tail,
             ..self.current.clone()
-        };
-        self.write(io, next)?;
+        }
+    }
+
+    /// Makes an epoch durable whose header is [`next`](Heads::next), and whose first batch is this one.
+    pub fn begin_as(&mut self, io: &mut MdIo, next: Header, tail: Spot) -> Result<(), Error> {
+        self.write(io, Header { tail, ..next })?;
         if !self.both {
             let again = self.current.clone();
             self.write(io, again)?;

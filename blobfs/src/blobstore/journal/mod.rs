@@ -23,13 +23,16 @@
 //! - Rules 20 to 22: bytes of a blob that a batch carries are owed until a checkpoint has put them in
 //!   the blob's own clusters; see [`carry`](super::carry). They count as one more reason to wait: a
 //!   carried append stops while half of the ring is in use.
+//! - Rule 23: what cannot be put in place is carried again, see [`again`], so that it keeps nothing else in the ring.
 //!
 //! [`heads`] keeps rule 13, [`walk`] rule 12, [`recovery`] rules 12 and 24.
 
+mod again;
 mod fault;
 pub(crate) mod format;
 mod group;
 pub(crate) mod heads;
+mod log;
 mod owed;
 pub(crate) mod place;
 pub(crate) mod recovery;
@@ -48,8 +51,9 @@ use super::error::Error;
 use super::format::{BlobId, PAGE_SIZE, Page};
 use super::geometry::Geometry;
 use super::mdio::MdChannels;
-use format::{Image, RingPlace, batch_bytes, carried_bytes};
-use heads::Heads;
+use again::Left;
+use format::{Image, batch_bytes, carried_bytes};
+use recovery::FoundJournal;
 use ring::Ring;
 
 /// See the module.
@@ -68,7 +72,8 @@ impl Commit for Journal {
         if batch.super_block.is_some() {
             // The guard is there before it, as before any change: the next one may be in the ring.
             let guard = batch.unmark.take();
-            self.ring.begin_and_empty(guard.as_deref(), &batch.geo)?;
+            let left = self.ring.begin_and_empty(guard.as_deref(), &batch.geo)?;
+            left.check_all_pages()?;
             return self.in_place.append(batch);
         }
         let carried = std::mem::take(&mut batch.carried);
@@ -118,7 +123,11 @@ impl Commit for Journal {
     }
 
     fn settle(&self) -> Result<(), Error> {
-        self.ring.empty(&mut *self.ring.channels.get()?)
+        self.ring.empty()?.check()
+    }
+
+    fn put_pages(&self) -> Result<(), Error> {
+        self.ring.empty()?.check_all_pages()
     }
 
     fn end(&self) {
@@ -138,7 +147,7 @@ impl Commit for Journal {
         if self.ring.has_carry_room() {
             return Ok(());
         }
-        self.ring.empty(&mut *self.ring.channels.get()?)
+        self.ring.empty().map(drop)
     }
 
     fn begin_carry(&self, blob: BlobId, len: u64) -> BeginCarry<()> {
@@ -151,9 +160,10 @@ impl Commit for Journal {
 
     fn settle_blob(&self, blob: BlobId) -> Result<(), Error> {
         while self.ring.waits_for(blob) {
-            let io = &mut *self.ring.channels.get()?;
             // After a batch that failed, the next change may not come before this.
-            let settled = self.ring.make_void(io).and_then(|()| self.ring.empty(io));
+            let voided = self.ring.make_void(&mut *self.ring.channels.get()?);
+            let left = voided.and_then(|()| self.ring.empty());
+            let settled = left.and_then(|left| left.check_blobs(Some(&[blob])));
             settled.map_err(Error::owed)?;
         }
         Ok(())
@@ -163,8 +173,9 @@ impl Commit for Journal {
         if !self.ring.owes(blobs) {
             return Ok(());
         }
-        let io = &mut *self.ring.channels.get()?;
-        self.ring.empty(io).map_err(Error::owed)
+        let left = self.ring.empty();
+        left.and_then(|left| left.check_blobs(blobs))
+            .map_err(Error::owed)
     }
 
     fn owed_bytes(&self) -> u64 {
@@ -180,8 +191,8 @@ impl Commit for Journal {
     }
 
     fn give_up_owed(&self, blobs: &[BlobId]) -> Result<(), Error> {
-        let io = &mut *self.ring.channels.get()?;
-        self.ring.empty_without(io, blobs).map_err(Error::owed)
+        let left = self.ring.empty_without(blobs);
+        left.map(drop).map_err(Error::owed)
     }
 }
 
@@ -193,17 +204,10 @@ impl Drop for Journal {
 }
 
 impl Journal {
-    /// The journal in this place. `begun` says whether the super block has the guard, and the ring
-    /// an epoch that is empty.
-    pub fn new(
-        channels: Arc<MdChannels>,
-        geo: &Geometry,
-        place: &RingPlace,
-        heads: Heads,
-        begun: bool,
-    ) -> Journal {
+    /// The journal that a load has found.
+    pub fn new(channels: Arc<MdChannels>, geo: &Geometry, found: FoundJournal) -> Journal {
         Journal {
-            ring: Arc::new(Ring::new(Arc::clone(&channels), geo, place, heads, begun)),
+            ring: Arc::new(Ring::new(Arc::clone(&channels), geo, found)),
             in_place: InPlace::new(channels),
             background: Mutex::new(None),
             born: Birth::now(),
@@ -216,9 +220,8 @@ impl Journal {
         if blobs.is_empty() {
             return Cleared::Ended;
         }
-        let io = self.ring.channels.get();
-        match io.and_then(|mut io| self.ring.empty_of_deleted(&mut io, blobs)) {
-            Ok(()) => Cleared::Ended,
+        match self.ring.empty_of_deleted(blobs) {
+            Ok(_) => Cleared::Ended,
             Err(error) => {
                 tracing::warn!(%error, "the clusters of a deleted blob stay taken until the next load");
                 Cleared::MayLand
@@ -251,10 +254,16 @@ impl Journal {
             // Here it comes before the change, whose first part goes in place.
             self.give_up_owed(&batch.given_up)?;
         }
-        self.ring.begin_and_empty(guard.as_deref(), &batch.geo)?;
+        let left = self.ring.begin_and_empty(guard.as_deref(), &batch.geo)?;
         let points = batch.points.iter().map(|point| (point.index, &*point.page));
         let points: Vec<Image> = points.map(image).collect();
-        if batch_bytes(&points) > self.ring.most() {
+        let fits = batch_bytes(&points) <= self.ring.most();
+        // A recovery would put in place again what the ring carries again.
+        let fresh = batch.fresh.iter().map(|(index, _)| *index);
+        let in_place = fresh.chain(batch.erase.iter().copied());
+        let in_place = in_place.chain(points.iter().map(|(index, _)| *index).filter(|_| !fits));
+        left.check_pages(in_place)?;
+        if !fits {
             return self.in_place.append(batch);
         }
         batch.points.clear();
@@ -278,7 +287,7 @@ impl Journal {
         }
         let ring = Arc::clone(&self.ring);
         let checkpoint = move || {
-            let done = ring.channels.get().and_then(|mut io| ring.empty(&mut io));
+            let done = ring.empty().and_then(Left::check);
             if let Err(error) = &done {
                 tracing::warn!(%error, "the journal could not be emptied; it is tried again before it is full");
             }

@@ -13,6 +13,7 @@ use super::super::format::Page;
 use super::super::geometry::Geometry;
 use super::super::mdio::{MdIo, dma};
 use super::super::retry::{may_land, repeat};
+use super::again::{Debts, Left, stays};
 
 /// Blocks of the device and their new contents.
 pub(crate) type Blocks = BTreeMap<u64, Box<[u8]>>;
@@ -143,4 +144,28 @@ pub(super) fn put_pages<'a>(
         }
     }
     Ok(lost)
+}
+
+/// Puts pages, and what blobs are owed, in their places, and makes them durable. Returns what cannot be.
+///
+/// # Errors
+/// Fails when a flush does, when a write may still land, and for other reasons than the device's.
+pub(super) fn put_all<'a>(
+    io: &mut MdIo,
+    geo: &Geometry,
+    pages: impl IntoIterator<Item = (u32, &'a Page)>,
+    debts: &Debts,
+) -> Result<Left, Error> {
+    let failed = io.failed_flushes();
+    let mut left = Left::default();
+    for (blob, debt) in debts {
+        let (blocks, unreadable) = blocks_of(io, debt.iter().flat_map(|(_, patches)| patches));
+        match write_blocks(io, &blocks).err().or(unreadable) {
+            None => {}
+            Some(error) if stays(&error) => left.blobs.push((*blob, error)),
+            Some(error) => return Err(error),
+        }
+    }
+    left.pages = put_pages(io, geo, pages, failed)?;
+    Ok(left)
 }

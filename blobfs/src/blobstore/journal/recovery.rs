@@ -23,9 +23,10 @@ use super::super::mdio::MdIo;
 use super::super::meta::BlobMeta;
 use super::super::retry::may_land;
 use super::super::scan::{Roots, scan};
-use super::format::{RING_AT, RingPlace, Spot};
+use super::again::{Debts, Kept, Left, Room, begin_with, full};
+use super::format::{Image, RING_AT, RingPlace, Spot};
 use super::heads::Heads;
-use super::place::{Blocks, blocks_of, count_blocks, put_pages, write_blocks};
+use super::place::{Blocks, blocks_of, count_blocks, put_all};
 use super::walk::{OnDevice, Walked, newer, read_headers, walk};
 
 /// The name of the journal's blob, which is not a path: no file can have it. SPDK's file system
@@ -45,8 +46,10 @@ const BLOCKS_PER_RING: u64 = 2;
 pub(crate) struct FoundJournal {
     pub place: RingPlace,
     pub heads: Heads,
-    /// Whether the super block has the guard, and the ring an epoch that is empty.
+    /// Whether the super block has the guard, and the ring an epoch of this load.
     pub begun: bool,
+    /// The content that could not be put in place, and is carried again in that epoch. Otherwise it is empty.
+    pub left: Option<Kept>,
 }
 
 /// The result of looking for a journal.
@@ -56,7 +59,7 @@ pub(crate) struct Search {
     pub journal: Option<FoundJournal>,
     /// The reason why changes may be missing.
     pub damage: Option<String>,
-    /// Blocks of blobs that are in the journal and not in place, of a load that writes nothing.
+    /// Blocks of blobs that are in the journal and not in place.
     pub blocks: Blocks,
 }
 
@@ -112,6 +115,7 @@ pub(crate) fn find(
             place,
             heads: Heads::new(geo, &place, newer(&headers), both),
             begun: false,
+            left: None,
         }),
         ..Search::default()
     })
@@ -166,35 +170,38 @@ fn recover(
         header,
         both,
         batches,
+        end,
+        used,
         pages,
         carried,
         mut damage,
     } = walked;
     // Its pages are read as they are going to be.
     io.set_replayed(pages.clone());
-    let (mut patches, missing) = places_of(io, geo, &carried, &pages)?;
+    let (mut debts, missing) = places_of(io, geo, &carried, &pages)?;
     damage = damage.or(missing);
-    let blocks = count_blocks(&patches, geo.block_size);
+    let blocks = count_blocks(&patches(&debts), geo.block_size);
     if blocks > BLOCKS_PER_RING * place.len / geo.block_size {
         let reason = format!(
             "it has bytes for {blocks} blocks of blobs, more than a ring of {} bytes can",
             place.len
         );
         damage.get_or_insert(reason);
-        patches.clear();
+        debts.clear();
     }
     if let Some(reason) = &damage {
         accept(device, reason, treat)?;
     }
     let heads = Heads::new(geo, &place, header, both);
-    let (blocks, unreadable) = blocks_of(io, &patches);
     let mut found = FoundJournal {
         place,
         heads,
         begun: true,
+        left: None,
     };
     let unplaced = |error: Error| format!("bytes of a blob cannot be put in place: {error}");
     if treat == Treat::ReadOnly {
+        let (blocks, unreadable) = blocks_of(io, &patches(&debts));
         return Ok(Search {
             journal: Some(found),
             damage: damage.or(unreadable.map(unplaced)),
@@ -202,13 +209,7 @@ fn recover(
         });
     }
     io.set_replayed(BTreeMap::new());
-    let placed = put_in_place(
-        io,
-        geo,
-        (&pages, &blocks, unreadable),
-        &mut found.heads,
-        treat,
-    )?;
+    let placed = put_in_place(io, geo, (&pages, &debts), (end, used), &mut found, treat)?;
     let (batches, pages, carried) = (batches.len(), pages.len(), carried.len());
     tracing::info!(
         device,
@@ -217,12 +218,24 @@ fn recover(
         carried,
         "put in place what was in the journal"
     );
+    let mut blocks = Blocks::new();
+    if let Some(kept) = &found.left {
+        // This load, and the readers of the files, find it where it is going to be.
+        io.set_replayed(kept.pages.iter().cloned().collect());
+        blocks = blocks_of(io, &patches(&kept.debts)).0;
+    }
     let unplaced = placed.unplaced.map(unplaced);
     Ok(Search {
         journal: placed.has_headers.then_some(found),
         damage: damage.or(placed.damage).or(unplaced),
-        blocks: Blocks::new(),
+        blocks,
     })
+}
+
+/// The places of everything that blobs are owed.
+fn patches(debts: &Debts) -> Vec<Patch> {
+    let all = debts.values().flatten();
+    all.flat_map(|(_, patches)| patches).cloned().collect()
 }
 
 /// The outcome of putting in place what was in the ring.
@@ -235,35 +248,51 @@ struct Placed {
     has_headers: bool,
 }
 
-/// Makes pages and blocks durable in their places, and begins an epoch behind them.
+/// Makes pages, and what blobs are owed, durable in their places, and begins an epoch behind them. What cannot be put in place
+/// is carried again in it, behind the batches of the ring, which end at unit `end` and take `used` units; if damage is accepted
+/// it is given up.
 ///
 /// # Errors
 /// Fails with what may not be given up.
 fn put_in_place(
     io: &mut MdIo,
     geo: &Geometry,
-    (pages, blocks, unreadable): (&BTreeMap<u32, Arc<Page>>, &Blocks, Option<Error>),
-    heads: &mut Heads,
+    (pages, debts): (&BTreeMap<u32, Arc<Page>>, &Debts),
+    (end, used): (u64, u64),
+    found: &mut FoundJournal,
     treat: Treat,
 ) -> Result<Placed, Error> {
     let mut placed = Placed::default();
     let is_final = |error: &Error| treat == Treat::Whole || may_land(error) || is_full(error);
     io.flush()?;
-    let failed = io.failed_flushes();
-    match write_blocks(io, blocks).err().or(unreadable) {
-        Some(error) if is_final(&error) => return Err(error),
-        unplaced => placed.unplaced = unplaced,
-    }
     let images = pages.iter().map(|(index, page)| (*index, &**page));
-    let lost = put_pages(io, geo, images, failed)?;
-    if let Some((index, error)) = lost.into_iter().next() {
+    let left = put_all(io, geo, images, debts)?;
+    if !left.is_none() && treat == Treat::Whole {
+        found.left = Some(carry_again(
+            io,
+            geo,
+            (pages, debts),
+            (end, used),
+            found,
+            left,
+        )?);
+        placed.has_headers = true;
+        return Ok(placed);
+    }
+    if let Some((_, error)) = left.blobs.into_iter().next() {
+        if is_final(&error) {
+            return Err(error);
+        }
+        placed.unplaced = Some(error);
+    }
+    if let Some((index, error)) = left.pages.into_iter().next() {
         if is_final(&error) {
             return Err(error);
         }
         let damage = format!("metadata page {index} cannot be written: {error}");
         placed.damage = Some(damage);
     }
-    match heads.begin(io, Spot::first(0)) {
+    match found.heads.begin(io, Spot::first(0)) {
         Err(error) if is_final(&error) => return Err(error),
         Err(error) => {
             let damage = format!("its headers cannot be written: {error}");
@@ -272,6 +301,50 @@ fn put_in_place(
         Ok(()) => placed.has_headers = true,
     }
     Ok(placed)
+}
+
+/// Begins an epoch with what a load cannot put in place. Until its header is durable the ring is as the load has found it.
+///
+/// # Errors
+/// Fails with the reason why something is not in place if there is no room for it.
+fn carry_again(
+    io: &mut MdIo,
+    geo: &Geometry,
+    (pages, debts): (&BTreeMap<u32, Arc<Page>>, &Debts),
+    (end, used): (u64, u64),
+    found: &mut FoundJournal,
+    left: Left,
+) -> Result<Kept, Error> {
+    let units = (found.place.len - RING_AT) / geo.block_size;
+    let room = Room {
+        lba: geo.cluster_lba(found.place.cluster) + RING_AT / geo.block_size,
+        unit: geo.block_size,
+        units,
+        from: end,
+        free: units - used.min(units),
+    };
+    let image = |index: &u32| Some((*index, Arc::clone(pages.get(index)?)));
+    let kept = left.pages.iter().filter_map(|(index, _)| image(index));
+    let pages: Vec<Image> = kept.collect();
+    let debt = |blob: &BlobId| Some((*blob, debts.get(blob)?.clone()));
+    let kept = left.blobs.iter().filter_map(|(blob, _)| debt(blob));
+    let debts: Debts = kept.collect();
+    match begin_with(io, &mut found.heads, room, &pages, &debts) {
+        Ok((begun, written)) => {
+            written?;
+            tracing::warn!(
+                pages = pages.len(),
+                blobs = debts.len(),
+                "the journal carries again what cannot be put in place"
+            );
+            Ok(Kept {
+                begun,
+                pages,
+                debts,
+            })
+        }
+        Err(error) => Err(full(left, error)),
+    }
 }
 
 /// Whether the host of a sparse image has no space. Nothing is damaged then, and nothing given up.
@@ -286,9 +359,9 @@ fn places_of(
     geo: &Geometry,
     carried: &[Carried],
     pages: &BTreeMap<u32, Arc<Page>>,
-) -> Result<(Vec<Patch>, Option<String>), Error> {
+) -> Result<(Debts, Option<String>), Error> {
     if carried.is_empty() {
-        return Ok((Vec::new(), None));
+        return Ok((Debts::new(), None));
     }
     let root = |blob: BlobId| blob.page().filter(|root| *root < geo.md_len);
     let mut roots = Bitmap::new(geo.md_len);
@@ -296,7 +369,7 @@ fn places_of(
         roots.set(root);
     }
     let found = scan(io, geo, &Roots::Mask(roots.words()))?;
-    let (mut patches, mut missing) = (Vec::new(), None);
+    let (mut debts, mut missing) = (Debts::new(), None);
     for carried in carried {
         let root = root(carried.blob);
         let is_blank = |page: &&Arc<Page>| page.iter().all(|byte| *byte == 0);
@@ -308,7 +381,10 @@ fn places_of(
         }
         let meta = root.and_then(|root| found.blobs.get(&root));
         match meta.and_then(|meta| carried.patches(&meta.map, geo)) {
-            Some(places) => patches.extend(places),
+            Some(places) => {
+                let debt = debts.entry(carried.blob).or_default();
+                debt.push((carried.clone(), places));
+            }
             None => {
                 let Carried { blob, offset, .. } = carried;
                 missing.get_or_insert(format!(
@@ -317,7 +393,7 @@ fn places_of(
             }
         }
     }
-    Ok((patches, missing))
+    Ok((debts, missing))
 }
 
 /// Whether the place is inside of the clusters that a blob may have.

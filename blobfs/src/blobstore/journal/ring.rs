@@ -16,22 +16,22 @@ use super::super::format::{BlobId, Page};
 use super::super::geometry::Geometry;
 use super::super::mdio::{MdChannels, MdIo, dma};
 use super::super::retry::{may_land, repeat};
+use super::again::{Left, Room, begin_with, full};
 use super::fault::BatchFault;
 use super::format::{
-    BATCH_LEN, Image, MOST_OF_RING, RING_AT, RingPlace, Spot, carried_bytes, encode_batch,
-    record_bytes,
+    BATCH_LEN, Image, MOST_OF_RING, RING_AT, Spot, carried_bytes, encode_batch, record_bytes,
 };
 use super::group::{Waiting, take_group};
 use super::heads::Heads;
+use super::log::{Durable, Halt, Log, OWED_BYTES};
 use super::owed::Owed;
-use super::place::{blocks_of, put_pages, write_blocks};
+use super::place::put_all;
+use super::recovery::FoundJournal;
 
 /// Number of places of the ring at which a batch is tried.
 const BATCH_TRIES: u32 = 3;
 /// Time until a checkpoint in the background is tried again after one that failed.
 const CHECKPOINT_PAUSE: Duration = Duration::from_secs(1);
-/// Most bytes that are owed, which are in memory, before carried appends wait for a checkpoint.
-const OWED_BYTES: u64 = 4 << 20;
 
 /// See the module.
 #[derive(Debug)]
@@ -53,82 +53,15 @@ pub(super) struct Ring {
     heads: Mutex<Heads>,
 }
 
-/// The state of the ring, and those who wait. It is locked only briefly.
-#[derive(Debug)]
-struct Log {
-    /// Whether this use of the ring has its epoch, and the super block its guard.
-    begun: bool,
-    /// Whether a header could not be written, so that the one that counts may be damaged. It is written again before a batch.
-    unconfirmed: bool,
-    /// The reason why nothing is appended.
-    broken: Option<Halt>,
-    /// Whether a batch is on its way.
-    writing: bool,
-    /// Whether a checkpoint in the background has begun and not ended.
-    checkpointing: bool,
-    /// No checkpoint in the background begins before this, since the last one failed.
-    paused_until: Option<Instant>,
-    waiting: VecDeque<Waiting>,
-    /// The results of those that have not fetched theirs.
-    results: HashMap<u64, Result<(), Failure>>,
-    next_ticket: u64,
-    /// The mark of the epoch's batches.
-    mark: u64,
-    /// The next batch.
-    head: Spot,
-    /// Units from the oldest batch that is not in place to the head.
-    used: u64,
-    /// Pages that are durable in the ring and not in place, each with the number of its batch.
-    pages: HashMap<u32, (u64, Arc<Page>)>,
-    /// The places of those pages.
-    geo: Geometry,
-    owed: Owed,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Halt {
-    /// A batch that failed may be on the device. An epoch that begins behind it, at this unit,
-    /// makes it void.
-    Batch(u64),
-    /// A write that has timed out may still land, so nothing is written before the next load.
-    ForGood,
-}
-
-impl Log {
-    /// Begins an epoch.
-    fn reset(&mut self, mark: u64, head: Spot) {
-        self.mark = mark;
-        self.head = head;
-        self.used = 0;
-        self.pages.clear();
-        self.owed.forget(u64::MAX);
-    }
-
-    /// Whether carried appends need not wait for a checkpoint of a ring of so many units.
-    fn has_carry_room(&self, units: u64) -> bool {
-        self.used <= units / 2 && self.owed.bytes() <= OWED_BYTES
-    }
-
-    fn check(&self) -> Result<(), Error> {
-        match self.broken {
-            None => Ok(()),
-            Some(_) => Err(Error::Stopped(
-                "a write to the journal has failed, and it is not known what is on the device"
-                    .to_owned(),
-            )),
-        }
-    }
-}
-
 impl Ring {
-    pub fn new(
-        channels: Arc<MdChannels>,
-        geo: &Geometry,
-        place: &RingPlace,
-        heads: Heads,
-        begun: bool,
-    ) -> Ring {
-        Ring {
+    pub fn new(channels: Arc<MdChannels>, geo: &Geometry, found: FoundJournal) -> Ring {
+        let FoundJournal {
+            place,
+            heads,
+            begun,
+            left,
+        } = found;
+        let ring = Ring {
             channels,
             lba: geo.cluster_lba(place.cluster) + RING_AT / geo.block_size,
             unit: geo.block_size,
@@ -153,7 +86,16 @@ impl Ring {
             owing: AtomicUsize::new(0),
             ended: Condvar::new(),
             heads: Mutex::new(heads),
+        };
+        if let Some(kept) = left {
+            let mark = ring.heads.lock().mark();
+            let mut log = ring.log.lock();
+            let debts = kept.debts.values().flatten();
+            debts.for_each(|(carried, patches)| log.owed.add(carried, 0, patches));
+            log.reset_with(mark, kept.begun, &kept.pages, &kept.debts);
+            ring.owing.store(log.owed.len(), Ordering::Release);
         }
+        ring
     }
 
     /// Returns the most bytes of a batch.
@@ -193,7 +135,9 @@ impl Ring {
     pub fn begin_carry(&self, blob: BlobId, len: u64) -> BeginCarry<()> {
         let mut log = self.log.lock();
         // The other half of a batch is for the blob's pages.
-        if log.broken.is_some() || len > self.most() / 2 {
+        let half = self.most() / 2;
+        let is_left = log.owed.is_left(blob, len, half.min(OWED_BYTES / 2));
+        if log.broken.is_some() || len > half || is_left {
             return BeginCarry::Refused;
         }
         if !log.has_carry_room(self.units) {
@@ -401,11 +345,10 @@ impl Ring {
         Ok(())
     }
 
-    /// Begins this use of the ring and empties it, before a change that goes in place.
-    pub fn begin_and_empty(&self, guard: Option<&Page>, geo: &Geometry) -> Result<(), Error> {
-        let io = &mut *self.channels.get()?;
-        self.begin(io, guard, geo)?;
-        self.empty(io)
+    /// Begins this use of the ring and empties it, before a change that goes in place. Returns what is not in place.
+    pub fn begin_and_empty(&self, guard: Option<&Page>, geo: &Geometry) -> Result<Left, Error> {
+        self.begin(&mut *self.channels.get()?, guard, geo)?;
+        self.empty()
     }
 
     /// Returns where a batch of so many units goes, how many it takes with those before the ring's
@@ -421,7 +364,7 @@ impl Ring {
                 } else {
                     (0, behind + units)
                 };
-                if log.used + taken <= self.units {
+                if log.has_room(taken, self.units) {
                     return Ok((at, taken, log.head, log.mark));
                 }
             }
@@ -429,7 +372,7 @@ impl Ring {
             if tries == 0 {
                 return Err(Error::invalid("a change does not fit the journal"));
             }
-            self.empty(io)?;
+            self.empty_as_writer(io, &[])?;
         }
     }
 
@@ -484,48 +427,126 @@ impl Ring {
         error
     }
 
-    /// Puts everything in place that was durable when this began, and frees its part of the ring.
+    /// Puts everything in place that was durable when this began, and frees its part of the ring. Returns what cannot be put in
+    /// place. It is carried again. The caller has no channel.
     ///
     /// # Errors
-    /// Fails when the device does. What was in the ring is still there.
-    pub fn empty(&self, io: &mut MdIo) -> Result<(), Error> {
-        self.empty_without(io, &[])
+    /// Fails when the device does, and if there is no room to carry again what is left. What was in the ring is still there.
+    pub fn empty(&self) -> Result<Left, Error> {
+        self.empty_without(&[])
     }
 
     /// Forgets what is owed to blobs whose deletion is durable, and empties the ring, so that a load does not find it.
-    pub fn empty_of_deleted(&self, io: &mut MdIo, blobs: &[BlobId]) -> Result<(), Error> {
+    pub fn empty_of_deleted(&self, blobs: &[BlobId]) -> Result<Left, Error> {
         {
             let mut log = self.log.lock();
             blobs.iter().for_each(|blob| log.owed.forget_blob(*blob));
         }
-        self.empty(io)
+        self.empty()
     }
 
     /// Empties the ring as [`Ring::empty`] does, and gives up what it owes to these blobs.
-    pub fn empty_without(&self, io: &mut MdIo, given_up: &[BlobId]) -> Result<(), Error> {
-        let mut heads = self.heads.lock();
-        let (head, used, pages, owed, geo) = {
-            let log = self.log.lock();
-            log.check()?;
-            if log.used == 0 {
-                return Ok(());
+    pub fn empty_without(&self, given_up: &[BlobId]) -> Result<Left, Error> {
+        {
+            let io = &mut *self.channels.get()?;
+            let mut heads = self.heads.lock();
+            let Some(durable) = self.durable(given_up)? else {
+                return Ok(Left::default());
+            };
+            let left = self.put(io, &durable)?;
+            if left.is_none() {
+                return self.move_tail(io, &mut heads, &durable).map(|()| left);
             }
-            let (pages, owed) = (log.pages.clone(), log.owed.all_but(given_up));
-            (log.head, log.used, pages, owed, log.geo.clone())
+        }
+        // The next epoch begins when no batch is on its way.
+        let mut log = self.log.lock();
+        while log.writing {
+            self.ended.wait(&mut log);
+        }
+        log.writing = true;
+        drop(log);
+        let io = self.channels.get();
+        let emptied = io.and_then(|mut io| self.empty_as_writer(&mut io, given_up));
+        self.log.lock().writing = false;
+        self.ended.notify_all();
+        emptied
+    }
+
+    /// Empties the ring as [`Ring::empty_without`] does. No batch is on its way until this returns.
+    fn empty_as_writer(&self, io: &mut MdIo, given_up: &[BlobId]) -> Result<Left, Error> {
+        let mut heads = self.heads.lock();
+        let Some(durable) = self.durable(given_up)? else {
+            return Ok(Left::default());
         };
-        self.put(io, &geo, &pages, &owed)?;
-        if let Err(error) = heads.move_tail(io, head) {
+        let left = self.put(io, &durable)?;
+        if left.is_none() {
+            return self.move_tail(io, &mut heads, &durable).map(|()| left);
+        }
+        self.carry_again(io, &mut heads, &durable, durable.head.at, left)
+    }
+
+    /// Returns what is durable in the ring, if there is anything.
+    fn durable(&self, given_up: &[BlobId]) -> Result<Option<Durable>, Error> {
+        let log = self.log.lock();
+        log.check()?;
+        Ok((log.used > 0).then(|| log.durable(given_up)))
+    }
+
+    /// Frees the part of the ring that has what is in place now.
+    fn move_tail(&self, io: &mut MdIo, heads: &mut Heads, durable: &Durable) -> Result<(), Error> {
+        if let Err(error) = heads.move_tail(io, durable.head) {
             self.log.lock().unconfirmed = true;
             return Err(self.noted(error));
         }
         let mut log = self.log.lock();
         log.unconfirmed = false;
-        log.used -= used;
+        log.used -= durable.used;
         // What later batches have changed is in the ring still.
-        log.pages.retain(|_, (number, _)| *number >= head.sequence);
-        log.owed.forget(head.sequence);
+        let number = durable.head.sequence;
+        log.pages.retain(|_, (batch, _)| *batch >= number);
+        log.owed.forget(number);
         self.owing.store(log.owed.len(), Ordering::Release);
         Ok(())
+    }
+
+    /// Begins an epoch with what could not be put in place, at this unit of the ring. Everything else is in place.
+    fn carry_again(
+        &self,
+        io: &mut MdIo,
+        heads: &mut Heads,
+        durable: &Durable,
+        from: u64,
+        left: Left,
+    ) -> Result<Left, Error> {
+        let tail = durable.head.at + self.units - durable.used % self.units;
+        let room = Room {
+            lba: self.lba,
+            unit: self.unit,
+            units: self.units,
+            from,
+            free: (tail + self.units - from) % self.units,
+        };
+        let (pages, debts) = durable.part(&left);
+        let (begun, written) = match begin_with(io, heads, room, &pages, &debts) {
+            Ok(begun) => begun,
+            Err(error) => return Err(self.noted(full(left, error))),
+        };
+        let mut log = self.log.lock();
+        log.unconfirmed = written.is_err();
+        // A header that was written once counts, also if the other place cannot be written.
+        if heads.mark() != log.mark {
+            log.reset_with(heads.mark(), begun, &pages, &debts);
+            log.broken = None;
+            self.owing.store(log.owed.len(), Ordering::Release);
+        }
+        drop(log);
+        written.map_err(|error| self.noted(error))?;
+        tracing::warn!(
+            pages = pages.len(),
+            blobs = debts.len(),
+            "the journal carries again what cannot be put in place"
+        );
+        Ok(left)
     }
 
     /// Begins an epoch without the batch that has failed, if there is one: what is durable goes in
@@ -535,18 +556,20 @@ impl Ring {
     /// Fails when the device does. Nothing is appended then.
     pub fn make_void(&self, io: &mut MdIo) -> Result<(), Error> {
         let mut heads = self.heads.lock();
-        let (behind, pages, owed, geo) = {
+        let (behind, durable) = {
             let log = self.log.lock();
             match log.broken {
                 None => return Ok(()),
                 Some(Halt::ForGood) => return log.check(),
-                Some(Halt::Batch(behind)) => {
-                    let (pages, owed) = (log.pages.clone(), log.owed.all_but(&[]));
-                    (behind, pages, owed, log.geo.clone())
-                }
+                Some(Halt::Batch(behind)) => (behind, log.durable(&[])),
             }
         };
-        self.put(io, &geo, &pages, &owed)?;
+        let left = self.put(io, &durable)?;
+        if !left.is_none() {
+            return self
+                .carry_again(io, &mut heads, &durable, behind, left)
+                .map(drop);
+        }
         let first = Spot::first(behind);
         heads.begin(io, first).map_err(|error| self.noted(error))?;
         let mut log = self.log.lock();
@@ -556,26 +579,12 @@ impl Ring {
         Ok(())
     }
 
-    /// Makes pages, and bytes of blobs, durable in their places.
-    fn put(
-        &self,
-        io: &mut MdIo,
-        geo: &Geometry,
-        pages: &HashMap<u32, (u64, Arc<Page>)>,
-        owed: &[Patch],
-    ) -> Result<(), Error> {
-        let failed = io.failed_flushes();
-        let (blocks, unreadable) = blocks_of(io, owed);
-        unreadable.map_or(Ok(()), Err)?;
-        write_blocks(io, &blocks).map_err(|error| self.noted(error))?;
-        let mut pages: Vec<(u32, &Page)> = pages
-            .iter()
-            .map(|(index, (_, page))| (*index, &**page))
-            .collect();
+    /// Makes pages, and bytes of blobs, durable in their places. Returns what cannot be.
+    fn put(&self, io: &mut MdIo, durable: &Durable) -> Result<Left, Error> {
+        let pages = durable.pages.iter();
+        let mut pages: Vec<(u32, &Page)> =
+            pages.map(|(index, (_, page))| (*index, &**page)).collect();
         pages.sort_unstable_by_key(|(index, _)| *index);
-        let lost = put_pages(io, geo, pages, failed).map_err(|error| self.noted(error))?;
-        lost.into_iter()
-            .next()
-            .map_or(Ok(()), |(_, error)| Err(error))
+        put_all(io, &durable.geo, pages, &durable.debts).map_err(|error| self.noted(error))
     }
 }

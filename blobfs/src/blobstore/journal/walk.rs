@@ -57,6 +57,10 @@ pub(crate) struct Walked {
     pub both: bool,
     /// The batches that count, in order.
     pub batches: Vec<FoundBatch>,
+    /// The unit behind them.
+    pub end: u64,
+    /// The units that they take.
+    pub used: u64,
     /// The new contents of the pages.
     pub pages: BTreeMap<u32, Arc<Page>>,
     /// The bytes of blobs, in order.
@@ -105,6 +109,7 @@ pub(crate) fn walk(file: &mut dyn RingFile, blob: BlobId, len: u64) -> Walked {
     let mut spot = ring.header.tail;
     let mut left = ring.header.units;
     loop {
+        (walked.end, walked.used) = (spot.at, ring.header.units - left);
         match ring.next(spot, left) {
             Ok(Some(found)) => {
                 left -= found.taken;

@@ -1,0 +1,207 @@
+//! The state of the ring in memory.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::super::commit::Failure;
+use super::super::error::Error;
+use super::super::format::{BlobId, Page};
+use super::super::geometry::Geometry;
+use super::again::{Begun, Debts, Left};
+use super::format::{Image, MOST_OF_RING, Spot};
+use super::group::Waiting;
+use super::owed::Owed;
+
+/// Most bytes that are owed, which are in memory, before carried appends wait for a checkpoint.
+pub(super) const OWED_BYTES: u64 = 4 << 20;
+
+/// The content of the ring that is durable, and goes in place.
+#[derive(Debug)]
+pub(super) struct Durable {
+    /// The next batch.
+    pub head: Spot,
+    /// Units in use.
+    pub used: u64,
+    pub pages: HashMap<u32, (u64, Arc<Page>)>,
+    pub debts: Debts,
+    pub geo: Geometry,
+}
+
+impl Durable {
+    /// Returns the part of it that could not be put in place.
+    pub fn part(&self, left: &Left) -> (Vec<Image>, Debts) {
+        let page = |index: &u32| Some((*index, Arc::clone(&self.pages.get(index)?.1)));
+        let pages = left.pages.iter().filter_map(|(index, _)| page(index));
+        let debt = |blob: &BlobId| Some((*blob, self.debts.get(blob)?.clone()));
+        let debts = left.blobs.iter().filter_map(|(blob, _)| debt(blob));
+        (pages.collect(), debts.collect())
+    }
+}
+
+/// The state of the ring, and those who wait. It is locked only briefly.
+#[derive(Debug)]
+pub(super) struct Log {
+    /// Whether this use of the ring has its epoch, and the super block its guard.
+    pub begun: bool,
+    /// Whether a header could not be written, so that the one that counts may be damaged. It is written again before a batch.
+    pub unconfirmed: bool,
+    /// The reason why nothing is appended.
+    pub broken: Option<Halt>,
+    /// Whether a batch is on its way.
+    pub writing: bool,
+    /// Whether a checkpoint in the background has begun and not ended.
+    pub checkpointing: bool,
+    /// No checkpoint in the background begins before this, since the last one failed.
+    pub paused_until: Option<Instant>,
+    pub waiting: VecDeque<Waiting>,
+    /// The results of those that have not fetched theirs.
+    pub results: HashMap<u64, Result<(), Failure>>,
+    pub next_ticket: u64,
+    /// The mark of the epoch's batches.
+    pub mark: u64,
+    /// The next batch.
+    pub head: Spot,
+    /// Units from the oldest batch that is not in place to the head.
+    pub used: u64,
+    /// Pages that are durable in the ring and not in place, each with the number of its batch.
+    pub pages: HashMap<u32, (u64, Arc<Page>)>,
+    /// The places of those pages.
+    pub geo: Geometry,
+    pub owed: Owed,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Halt {
+    /// A batch that failed may be on the device. An epoch that begins behind it, at this unit,
+    /// makes it void.
+    Batch(u64),
+    /// A write that has timed out may still land, so nothing is written before the next load.
+    ForGood,
+}
+
+impl Log {
+    /// Begins an epoch.
+    pub fn reset(&mut self, mark: u64, head: Spot) {
+        self.mark = mark;
+        self.head = head;
+        self.used = 0;
+        self.pages.clear();
+        self.owed.forget(u64::MAX);
+    }
+
+    /// Begins an epoch that has these pages, and what these blobs are owed, which could not be put in place.
+    pub fn reset_with(&mut self, mark: u64, begun: Begun, pages: &[Image], debts: &Debts) {
+        let number = begun.head.sequence - 1;
+        self.owed.keep(debts.keys().copied(), number);
+        (self.mark, self.head, self.used) = (mark, begun.head, begun.used);
+        let numbered = pages
+            .iter()
+            .map(|(index, page)| (*index, (number, Arc::clone(page))));
+        self.pages = numbered.collect();
+    }
+
+    /// Returns what is durable, without what these blobs are owed, and blobs that a batch has deleted: a recovery finds no
+    /// clusters of theirs.
+    pub fn durable(&self, given_up: &[BlobId]) -> Durable {
+        let mut debts = self.owed.all_but(given_up);
+        debts.retain(|blob, _| !self.is_deleted(*blob));
+        Durable {
+            head: self.head,
+            used: self.used,
+            pages: self.pages.clone(),
+            debts,
+            geo: self.geo.clone(),
+        }
+    }
+
+    fn is_deleted(&self, blob: BlobId) -> bool {
+        let root = blob.page().and_then(|root| self.pages.get(&root));
+        root.is_some_and(|(_, page)| page.iter().all(|byte| *byte == 0))
+    }
+
+    /// Whether a batch that takes so many units of a ring leaves enough of it to carry again what a checkpoint cannot put in
+    /// place.
+    pub fn has_room(&self, taken: u64, units: u64) -> bool {
+        self.used + taken + units / MOST_OF_RING <= units
+    }
+
+    /// Whether carried appends need not wait for a checkpoint of a ring of so many units.
+    pub fn has_carry_room(&self, units: u64) -> bool {
+        self.used <= units / 2 && self.owed.bytes() <= OWED_BYTES
+    }
+
+    pub fn check(&self) -> Result<(), Error> {
+        match self.broken {
+            None => Ok(()),
+            Some(_) => Err(Error::Stopped(
+                "a write to the journal has failed, and it is not known what is on the device"
+                    .to_owned(),
+            )),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::carried::Carried;
+    use super::*;
+
+    fn log() -> Log {
+        Log {
+            begun: true,
+            unconfirmed: false,
+            broken: None,
+            writing: false,
+            checkpointing: false,
+            paused_until: None,
+            waiting: VecDeque::new(),
+            results: HashMap::new(),
+            next_ticket: 0,
+            mark: 1,
+            head: Spot::first(0),
+            used: 3,
+            pages: HashMap::new(),
+            geo: Geometry {
+                block_size: 4096,
+                cluster_size: 8192,
+                io_unit_size: 4096,
+                total_clusters: 512,
+                front_clusters: 1,
+                md_clusters: 1..100,
+                md_start: 4,
+                md_len: 160,
+            },
+            owed: Owed::default(),
+        }
+    }
+
+    /// Between the batch of a deletion and the moment at which its bytes are forgotten, a checkpoint may carry again what is left.
+    #[test]
+    fn rules_22_and_23_a_blob_that_a_batch_has_deleted_is_owed_nothing() {
+        let mut log = log();
+        let blobs = [7, 8].map(BlobId::from_page);
+        for blob in blobs {
+            let bytes = Carried {
+                blob,
+                offset: 0,
+                bytes: vec![1; 10].into(),
+                ends: true,
+            };
+            log.owed.add(&bytes, 1, &[]);
+        }
+        log.pages.insert(7, (2, Arc::new([0; 4096])));
+        log.pages.insert(8, (2, Arc::new([1; 4096])));
+        let debts = log.durable(&[]).debts;
+        assert!(debts.keys().eq(&blobs[1..]), "{debts:?}");
+        // What is forgotten meanwhile does not come back.
+        let all = log.owed.all_but(&[]);
+        log.owed.forget_blob(blobs[1]);
+        let mut head = Spot::first(0);
+        head.sequence += 1;
+        let begun = Begun { head, used: 3 };
+        log.reset_with(2, begun, &[], &all);
+        assert!(!log.owed.has(blobs[1]));
+        assert_eq!(log.owed.bytes(), 10);
+    }
+}
