@@ -311,7 +311,9 @@ mod tests {
     fn rule_23_what_a_blob_is_owed_is_cut_at_its_pages_and_ends_once() {
         let debt = [
             carried(4000, 50, 1),
-            carried(4050, 5000, 2),
+            // It ends with a page, and others follow.
+            carried(4050, 4142, 2),
+            carried(8192, 858, 2),
             carried(9050, 10, 3),
         ];
         let pieces = pieces_of(&debt);
