@@ -18,6 +18,17 @@ use super::again::{Debts, Left, stays};
 /// Blocks of the device and their new contents.
 pub(crate) type Blocks = BTreeMap<u64, Box<[u8]>>;
 
+/// Blocks of the device of which a part has new content, and the rest cannot be read: each with its parts in order, by the byte
+/// of the block where they begin.
+pub(crate) type Parts = BTreeMap<u64, Vec<(usize, Box<[u8]>)>>;
+
+/// What keeps blocks from being put in place.
+#[derive(Debug)]
+pub(super) struct Unreadable {
+    pub error: Error,
+    pub parts: Parts,
+}
+
 /// Returns the number of blocks that these patches change.
 pub(super) fn count_blocks(patches: &[Patch], unit: u64) -> u64 {
     let range = |patch: &Patch| {
@@ -35,14 +46,14 @@ pub(super) fn count_blocks(patches: &[Patch], unit: u64) -> u64 {
 }
 
 /// Returns the blocks that these patches change, one after another. A block of which they change a
-/// part, and that cannot be read, is left out, and the first error is returned beside the others.
+/// part, and that cannot be read, is left out, and returned beside the others with the first error.
 pub(super) fn blocks_of<'a>(
     io: &mut MdIo,
     patches: impl IntoIterator<Item = &'a Patch>,
-) -> (Blocks, Option<Error>) {
+) -> (Blocks, Option<Unreadable>) {
     let unit = io.can().block_size();
     let size = usize::try_from(unit).expect("at most a page");
-    let (mut blocks, mut failed) = (Blocks::new(), None);
+    let (mut blocks, mut parts, mut failed) = (Blocks::new(), Parts::new(), None);
     for patch in patches {
         let mut rest = patch.bytes();
         let mut at = patch.at;
@@ -54,14 +65,21 @@ pub(super) fn blocks_of<'a>(
             at += now.len() as u64;
             rest = behind;
             let is_whole = skip == 0 && (end == size || zeroed);
-            if !is_whole && !blocks.contains_key(&lba) {
-                match io.read(lba, size) {
-                    Ok(there) => blocks.insert(lba, there[..].into()),
-                    Err(error) => {
-                        failed.get_or_insert(error);
-                        continue;
-                    }
+            if is_whole {
+                parts.remove(&lba);
+            } else if !blocks.contains_key(&lba) {
+                // A block that could not be read lacks earlier parts, also if it can be read now.
+                let there = match parts.contains_key(&lba) {
+                    true => None,
+                    false => io.read(lba, size).map_err(|e| failed.get_or_insert(e)).ok(),
                 };
+                let Some(there) = there else {
+                    let mut part = now.to_vec();
+                    part.resize(if zeroed { size - skip } else { now.len() }, 0);
+                    parts.entry(lba).or_default().push((skip, part.into()));
+                    continue;
+                };
+                blocks.insert(lba, there[..].into());
             }
             let block = blocks
                 .entry(lba)
@@ -72,7 +90,8 @@ pub(super) fn blocks_of<'a>(
             }
         }
     }
-    (blocks, failed)
+    let failed = failed.filter(|_| !parts.is_empty());
+    (blocks, failed.map(|error| Unreadable { error, parts }))
 }
 
 /// Writes blocks, each several times if necessary. A flush has to follow.
@@ -160,6 +179,7 @@ pub(super) fn put_all<'a>(
     let mut left = Left::default();
     for (blob, debt) in debts {
         let (blocks, unreadable) = blocks_of(io, debt.iter().flat_map(|(_, patches)| patches));
+        let unreadable = unreadable.map(|unreadable| unreadable.error);
         match write_blocks(io, &blocks).err().or(unreadable) {
             None => {}
             Some(error) if stays(&error) => left.blobs.push((*blob, error)),

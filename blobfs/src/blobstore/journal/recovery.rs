@@ -26,7 +26,7 @@ use super::super::scan::{Roots, scan};
 use super::again::{Debts, Kept, Left, Room, begin_with, full};
 use super::format::{Image, RING_AT, RingPlace, Spot};
 use super::heads::Heads;
-use super::place::{Blocks, blocks_of, count_blocks, put_all};
+use super::place::{Blocks, Parts, blocks_of, count_blocks, put_all};
 use super::walk::{OnDevice, Walked, newer, read_headers, walk};
 
 /// The name of the journal's blob, which is not a path: no file can have it. SPDK's file system
@@ -61,6 +61,8 @@ pub(crate) struct Search {
     pub damage: Option<String>,
     /// Blocks of blobs that are in the journal and not in place.
     pub blocks: Blocks,
+    /// Parts of further ones, of which the rest could not be read.
+    pub parts: Parts,
 }
 
 /// The treatment of a journal by a load.
@@ -202,10 +204,12 @@ fn recover(
     let unplaced = |error: Error| format!("bytes of a blob cannot be put in place: {error}");
     if treat == Treat::ReadOnly {
         let (blocks, unreadable) = blocks_of(io, &patches(&debts));
+        let (error, parts) = unreadable.map(|u| (u.error, u.parts)).unzip();
         return Ok(Search {
             journal: Some(found),
-            damage: damage.or(unreadable.map(unplaced)),
+            damage: damage.or(error.map(unplaced)),
             blocks,
+            parts: parts.unwrap_or_default(),
         });
     }
     io.set_replayed(BTreeMap::new());
@@ -218,17 +222,20 @@ fn recover(
         carried,
         "put in place what was in the journal"
     );
-    let mut blocks = Blocks::new();
+    let (mut blocks, mut parts) = (Blocks::new(), Parts::new());
     if let Some(kept) = &found.left {
         // This load, and the readers of the files, find it where it is going to be.
         io.set_replayed(kept.pages.iter().cloned().collect());
-        blocks = blocks_of(io, &patches(&kept.debts)).0;
+        let unreadable;
+        (blocks, unreadable) = blocks_of(io, &patches(&kept.debts));
+        parts = unreadable.map(|u| u.parts).unwrap_or_default();
     }
     let unplaced = placed.unplaced.map(unplaced);
     Ok(Search {
         journal: placed.has_headers.then_some(found),
         damage: damage.or(placed.damage).or(unplaced),
         blocks,
+        parts,
     })
 }
 
