@@ -1,8 +1,29 @@
 //! Blocks that a journal has and that may not be in place, as reads find them.
 
+use std::collections::BTreeMap;
+
 use pumice_bdev::{Completion, Op};
 
-use super::journal::place::{Blocks, Parts};
+/// Blocks of the device and their new contents.
+pub(crate) type Blocks = BTreeMap<u64, Box<[u8]>>;
+
+/// Blocks of which a part has new content: each with its parts in order, by the byte of the block where they begin.
+pub(crate) type Parts = BTreeMap<u64, Vec<(usize, Box<[u8]>)>>;
+
+/// Blocks that a journal has.
+#[derive(Debug, Default)]
+pub(crate) struct Unplaced {
+    pub blocks: Blocks,
+    /// Those of which the rest cannot be read.
+    pub parts: Parts,
+}
+
+impl Unplaced {
+    /// Number of blocks.
+    pub fn len(&self) -> usize {
+        self.blocks.len() + self.parts.len()
+    }
+}
 
 /// Blocks with their contents, and parts of others. A write of one of them that succeeds gives it the new content, so that a
 /// read that was sent before finds that, whichever of the two the device has done first.
@@ -15,7 +36,7 @@ pub(super) struct Replayed {
 }
 
 impl Replayed {
-    pub fn new(unit: usize, blocks: Blocks, parts: Parts) -> Replayed {
+    pub fn new(unit: usize, Unplaced { blocks, parts }: Unplaced) -> Replayed {
         Replayed {
             unit,
             blocks,
@@ -115,7 +136,7 @@ mod tests {
         let blocks = (10..16).map(|lba| (lba, block(1))).collect();
         // Of one block only a part is known.
         let parts = Parts::from([(16, vec![(1000, block(5)[..500].into())])]);
-        let mut replayed = Replayed::new(4096, blocks, parts);
+        let mut replayed = Replayed::new(4096, Unplaced { blocks, parts });
         let data = |byte: u8, blocks: usize| {
             let mut buf = DmaBuf::zeroed(blocks * 4096).unwrap();
             buf.fill(byte);

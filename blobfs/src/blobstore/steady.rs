@@ -21,8 +21,7 @@ use pumice_bdev::{
     SubmitError,
 };
 
-use super::journal::place::{Blocks, Parts};
-use super::replayed::{Replayed, show};
+use super::replayed::{Replayed, Unplaced, show};
 
 /// Most times that an operation is sent again.
 const TRIES: u32 = 9;
@@ -73,10 +72,10 @@ impl Steady {
     }
 
     /// Has reads find these blocks, and these parts of blocks, instead of what is in their places. It is called once.
-    pub fn set_replayed(&self, blocks: Blocks, parts: Parts) {
-        if !(blocks.is_empty() && parts.is_empty()) {
+    pub fn set_replayed(&self, blocks: Unplaced) {
+        if blocks.len() > 0 {
             let unit = self.inner.info().block_size as usize;
-            let replayed = Replayed::new(unit, blocks, parts);
+            let replayed = Replayed::new(unit, blocks);
             let _ = self.replayed.set(Mutex::new(replayed));
         }
     }
@@ -489,7 +488,10 @@ mod tests {
             (14, block(4)),
             (17, block(7)),
         ];
-        dev.set_replayed(blocks.into(), Parts::new());
+        dev.set_replayed(Unplaced {
+            blocks: blocks.into(),
+            ..Unplaced::default()
+        });
         let ch = AsyncChannel::new(dev.open_channel().unwrap());
         // Blocks 10 and 11, block 12, blocks 13 to 15, block 16.
         let bufs = [2, 1, 3, 1].map(|count| DmaBuf::zeroed(count * 4096).unwrap());

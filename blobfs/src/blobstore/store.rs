@@ -320,7 +320,7 @@ impl Blobstore {
             Treat::Whole
         };
         let search = recovery::find(&mut io, &geo, &sb, &info.name, treat)?;
-        steady.set_replayed(search.blocks, search.parts);
+        steady.set_replayed(search.blocks);
         // The masks of a store that was not unloaded in order are those of the last orderly unload.
         // They cannot be trusted, but they name the roots and clusters of that time.
         let (masks, past) = Masks::read(&mut io, &geo, &sb)?;

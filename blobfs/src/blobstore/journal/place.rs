@@ -3,8 +3,6 @@
 //! Rule 20: they are byte-exact. Of a block that they begin in the middle of, the bytes before them
 //! are read from the device. Zeroes follow the end of the content in its last block.
 
-use std::collections::BTreeMap;
-
 use pumice_bdev::{DmaSlice, Op};
 
 use super::super::carried::Patch;
@@ -12,22 +10,9 @@ use super::super::error::Error;
 use super::super::format::Page;
 use super::super::geometry::Geometry;
 use super::super::mdio::{MdIo, dma};
+use super::super::replayed::{Blocks, Unplaced};
 use super::super::retry::{may_land, repeat};
 use super::again::{Debts, Left, stays};
-
-/// Blocks of the device and their new contents.
-pub(crate) type Blocks = BTreeMap<u64, Box<[u8]>>;
-
-/// Blocks of the device of which a part has new content, and the rest cannot be read: each with its parts in order, by the byte
-/// of the block where they begin.
-pub(crate) type Parts = BTreeMap<u64, Vec<(usize, Box<[u8]>)>>;
-
-/// What keeps blocks from being put in place.
-#[derive(Debug)]
-pub(super) struct Unreadable {
-    pub error: Error,
-    pub parts: Parts,
-}
 
 /// Returns the number of blocks that these patches change.
 pub(super) fn count_blocks(patches: &[Patch], unit: u64) -> u64 {
@@ -50,10 +35,11 @@ pub(super) fn count_blocks(patches: &[Patch], unit: u64) -> u64 {
 pub(super) fn blocks_of<'a>(
     io: &mut MdIo,
     patches: impl IntoIterator<Item = &'a Patch>,
-) -> (Blocks, Option<Unreadable>) {
+) -> (Unplaced, Option<Error>) {
     let unit = io.can().block_size();
     let size = usize::try_from(unit).expect("at most a page");
-    let (mut blocks, mut parts, mut failed) = (Blocks::new(), Parts::new(), None);
+    let (mut found, mut failed) = (Unplaced::default(), None);
+    let Unplaced { blocks, parts } = &mut found;
     for patch in patches {
         let mut rest = patch.bytes();
         let mut at = patch.at;
@@ -91,7 +77,7 @@ pub(super) fn blocks_of<'a>(
         }
     }
     let failed = failed.filter(|_| !parts.is_empty());
-    (blocks, failed.map(|error| Unreadable { error, parts }))
+    (found, failed)
 }
 
 /// Writes blocks, each several times if necessary. A flush has to follow.
@@ -178,9 +164,8 @@ pub(super) fn put_all<'a>(
     let failed = io.failed_flushes();
     let mut left = Left::default();
     for (blob, debt) in debts {
-        let (blocks, unreadable) = blocks_of(io, debt.iter().flat_map(|(_, patches)| patches));
-        let unreadable = unreadable.map(|unreadable| unreadable.error);
-        match write_blocks(io, &blocks).err().or(unreadable) {
+        let (found, unreadable) = blocks_of(io, debt.iter().flat_map(|(_, patches)| patches));
+        match write_blocks(io, &found.blocks).err().or(unreadable) {
             None => {}
             Some(error) if stays(&error) => left.blobs.push((*blob, error)),
             Some(error) => return Err(error),

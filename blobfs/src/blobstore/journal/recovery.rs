@@ -21,12 +21,13 @@ use super::super::format::{BlobId, PAGE_SIZE_U64, Page, SuperBlock};
 use super::super::geometry::Geometry;
 use super::super::mdio::MdIo;
 use super::super::meta::BlobMeta;
+use super::super::replayed::Unplaced;
 use super::super::retry::may_land;
 use super::super::scan::{Roots, scan};
 use super::again::{Debts, Kept, Left, Room, begin_with, full};
 use super::format::{Image, RING_AT, RingPlace, Spot};
 use super::heads::Heads;
-use super::place::{Blocks, Parts, blocks_of, count_blocks, put_all};
+use super::place::{blocks_of, count_blocks, put_all};
 use super::walk::{OnDevice, Walked, newer, read_headers, walk};
 
 /// The name of the journal's blob, which is not a path: no file can have it. SPDK's file system
@@ -60,9 +61,7 @@ pub(crate) struct Search {
     /// The reason why changes may be missing.
     pub damage: Option<String>,
     /// Blocks of blobs that are in the journal and not in place.
-    pub blocks: Blocks,
-    /// Parts of further ones, of which the rest could not be read.
-    pub parts: Parts,
+    pub blocks: Unplaced,
 }
 
 /// The treatment of a journal by a load.
@@ -204,12 +203,10 @@ fn recover(
     let unplaced = |error: Error| format!("bytes of a blob cannot be put in place: {error}");
     if treat == Treat::ReadOnly {
         let (blocks, unreadable) = blocks_of(io, &patches(&debts));
-        let (error, parts) = unreadable.map(|u| (u.error, u.parts)).unzip();
         return Ok(Search {
             journal: Some(found),
-            damage: damage.or(error.map(unplaced)),
+            damage: damage.or(unreadable.map(unplaced)),
             blocks,
-            parts: parts.unwrap_or_default(),
         });
     }
     io.set_replayed(BTreeMap::new());
@@ -222,20 +219,17 @@ fn recover(
         carried,
         "put in place what was in the journal"
     );
-    let (mut blocks, mut parts) = (Blocks::new(), Parts::new());
+    let mut blocks = Unplaced::default();
     if let Some(kept) = &found.left {
         // This load, and the readers of the files, find it where it is going to be.
         io.set_replayed(kept.pages.iter().cloned().collect());
-        let unreadable;
-        (blocks, unreadable) = blocks_of(io, &patches(&kept.debts));
-        parts = unreadable.map(|u| u.parts).unwrap_or_default();
+        blocks = blocks_of(io, &patches(&kept.debts)).0;
     }
     let unplaced = placed.unplaced.map(unplaced);
     Ok(Search {
         journal: placed.has_headers.then_some(found),
         damage: damage.or(placed.damage).or(unplaced),
         blocks,
-        parts,
     })
 }
 
