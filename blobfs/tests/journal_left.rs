@@ -456,7 +456,7 @@ fn cut_beside(device: Device, breaks_page: bool) -> usize {
     while points.advance().is_some() {
         let at = points.position();
         // A device without FUA has twice as many.
-        if at < begun || (!device.fua && at % 2 == 0) {
+        if at < begun || (!device.fua && at.is_multiple_of(2)) {
             continue;
         }
         let done = history.iter().rposition(|(event, _)| *event <= at).unwrap();
@@ -465,7 +465,7 @@ fn cut_beside(device: Device, breaks_page: bool) -> usize {
             &history[(done + 1).min(history.len() - 1)].1,
         );
         // Every point once, and a few in every way.
-        for round in if at % 5 == 0 { 0..3 } else { 2..3 } {
+        for round in if at.is_multiple_of(5) { 0..3 } else { 2..3 } {
             let image = points.image(&mut |_| match round {
                 0 => false,
                 1 => true,
@@ -478,7 +478,7 @@ fn cut_beside(device: Device, breaks_page: bool) -> usize {
                 &bad,
                 [old, new],
                 &what,
-                at % 30 == 0 && round == 2,
+                at.is_multiple_of(30) && round == 2,
             );
             states += seen;
         }
@@ -572,7 +572,7 @@ fn rule_23_the_metadata_region_grows_beside_a_bad_block() {
             &history[done].1,
             &history[(done + 1).min(history.len() - 1)].1,
         );
-        let image = points.image(&mut |_| at % 2 == 0);
+        let image = points.image(&mut |_| at.is_multiple_of(2));
         let what = format!("growth, event {at}");
         states += cut_again(device, image, &bad, [old, new], &what, false);
     }

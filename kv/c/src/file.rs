@@ -7,7 +7,7 @@ use std::sync::Arc;
 use pumice_blobfs::fs::{File, OpenOptions};
 
 use crate::error::{Result, answer, buffer, data, done, invalid, live, pumice_error, put};
-use crate::store::{Kept, on_path, pumice_info, pumice_store};
+use crate::store::{SharedMount, on_path, pumice_info, pumice_store};
 
 /// Bit for `pumice_file_open`: create the file if it does not exist.
 pub const PUMICE_FILE_CREATE: u32 = 1;
@@ -25,7 +25,7 @@ const FILE_FLAGS: u32 =
 /// An open file. It keeps its store mounted, and its content if the last name is removed.
 pub struct pumice_file {
     file: File,
-    mounted: Arc<Kept>,
+    mounted: Arc<SharedMount>,
 }
 
 /// Opens a file for reading and writing; `flags` are PUMICE_FILE_* or 0. A file that was created has its
@@ -41,7 +41,7 @@ pub unsafe extern "C" fn pumice_file_open(
     error: *mut pumice_error,
 ) -> i32 {
     let has = |flag| flags & flag != 0;
-    let open = |mounted: &Arc<Kept>, path: &str| {
+    let open = |mounted: &Arc<SharedMount>, path: &str| {
         let unknown = flags & !FILE_FLAGS;
         if unknown != 0 {
             return Err(invalid(format!(
@@ -93,7 +93,7 @@ pub unsafe extern "C" fn pumice_file_close(
         // SAFETY: it is from Box::into_raw in `pumice_file_open`, and closed once.
         let pumice_file { file, mounted } = *unsafe { Box::from_raw(file) };
         drop(file);
-        Kept::release(mounted)
+        SharedMount::release(mounted)
     };
     // SAFETY: by the contract of the header.
     unsafe { done(error, close) }

@@ -13,23 +13,23 @@ use crate::options::{mount_options, pumice_options};
 
 /// An open store: a file system on a device, an image file or in memory.
 pub struct pumice_store {
-    pub(crate) mounted: Arc<Kept>,
+    pub(crate) mounted: Arc<SharedMount>,
 }
 
 /// A mounted store, which its files keep mounted.
-pub(crate) struct Kept {
+pub(crate) struct SharedMount {
     pub share: Use,
     /// The directory that the program calls `/`, normalised.
     pub root: String,
 }
 
-impl Kept {
+impl SharedMount {
     pub fn fs(&self) -> &FileSystem {
         self.share.fs()
     }
 
     /// Unmounts it if this is its last handle.
-    pub fn release(mounted: Arc<Kept>) -> Result<()> {
+    pub fn release(mounted: Arc<SharedMount>) -> Result<()> {
         match Arc::into_inner(mounted) {
             Some(last) => Ok(last.share.end(|| ())?),
             None => Ok(()),
@@ -124,7 +124,7 @@ pub unsafe extern "C" fn pumice_store_open(
             put("store", store, ptr::null_mut())?;
             let options = mount_options(options)?;
             let (share, root) = mount_uri_with(text("URI", uri)?, options)?;
-            let mounted = Arc::new(Kept { share, root });
+            let mounted = Arc::new(SharedMount { share, root });
             store.write(Box::into_raw(Box::new(pumice_store { mounted })));
         }
         Ok(())
@@ -147,7 +147,7 @@ pub unsafe extern "C" fn pumice_store_close(
         }
         // SAFETY: it is from Box::into_raw in `pumice_store_open`, and closed once.
         let store = unsafe { Box::from_raw(store) };
-        Kept::release(store.mounted)
+        SharedMount::release(store.mounted)
     };
     // SAFETY: by the contract of the header.
     unsafe { done(error, close) }
@@ -160,7 +160,7 @@ pub unsafe extern "C" fn pumice_store_close(
 pub(crate) unsafe fn on_path<T>(
     store: *const pumice_store,
     path: *const c_char,
-    call: impl FnOnce(&Arc<Kept>, &str) -> Result<T>,
+    call: impl FnOnce(&Arc<SharedMount>, &str) -> Result<T>,
 ) -> Result<T> {
     // SAFETY: by the contract of this function.
     let (store, path) = unsafe { (live("store", store)?, text("path", path)?) };
@@ -286,7 +286,7 @@ pub unsafe extern "C" fn pumice_store_mkdir(
     path: *const c_char,
     error: *mut pumice_error,
 ) -> i32 {
-    let make = |mounted: &Arc<Kept>, path: &str| {
+    let make = |mounted: &Arc<SharedMount>, path: &str| {
         let path = fs::normalise(path)?;
         Ok(mounted.fs().mkdir(&path)?)
     };
@@ -301,7 +301,7 @@ pub unsafe extern "C" fn pumice_store_rmdir(
     path: *const c_char,
     error: *mut pumice_error,
 ) -> i32 {
-    let remove = |mounted: &Arc<Kept>, path: &str| Ok(mounted.fs().rmdir(path)?);
+    let remove = |mounted: &Arc<SharedMount>, path: &str| Ok(mounted.fs().rmdir(path)?);
     // SAFETY: by the contract of the header.
     unsafe { done(error, || on_path(store, path, remove)) }
 }
@@ -313,7 +313,7 @@ pub unsafe extern "C" fn pumice_store_unlink(
     path: *const c_char,
     error: *mut pumice_error,
 ) -> i32 {
-    let remove = |mounted: &Arc<Kept>, path: &str| Ok(mounted.fs().unlink(path)?);
+    let remove = |mounted: &Arc<SharedMount>, path: &str| Ok(mounted.fs().unlink(path)?);
     // SAFETY: by the contract of the header.
     unsafe { done(error, || on_path(store, path, remove)) }
 }

@@ -33,7 +33,7 @@ FLAGS = {
 def killing(tools, seconds, program, uri, more):
     """Runs db_crashtest.py's blackbox test."""
     # An error that db_stress did not inject itself is a finding. Pumice refuses memory-mapped reads.
-    own = ["--tolerate_non_injected_io_errors_for_remote_dbs=0", "--mmap_read=0"]
+    own = ["--tolerate_non_injected_io_errors_for_remote_dbs=0", "--mmap_read=0", "--backup_one_in=0"]
     limits = [f"--duration={seconds}", f"--interval={KILLED_AFTER}"]
     sys.argv = ["db_crashtest.py", "blackbox", f"--stress_cmd={program}", f"--fs_uri={uri}", *limits, *own, *more]
     sys.path.insert(0, tools)
@@ -88,6 +88,9 @@ def main():
         params["tolerate_non_injected_io_errors_for_remote_dbs"] = 0
         # Pumice refuses them.
         params["mmap_read"] = 0
+        # db_stress opens what it has restored on the default file system, whatever --fs_uri says
+        # (PrepareOptionsForRestoredDB makes the options from text, which has no Env).
+        params["backup_one_in"] = 0
         end = time.time() + int(seconds)
         runs = 0
         while time.time() < end:

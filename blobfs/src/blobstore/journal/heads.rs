@@ -87,8 +87,9 @@ impl Heads {
     }
 
     /// Makes an epoch durable whose header is [`next`](Heads::next), and whose first batch is this one.
-    pub fn begin_as(&mut self, io: &mut MdIo, next: Header, tail: Spot) -> Result<(), Error> {
-        self.write(io, Header { tail, ..next })?;
+    pub fn begin_as(&mut self, io: &mut MdIo, mut next: Header, tail: Spot) -> Result<(), Error> {
+        next.tail = tail;
+        self.write(io, next)?;
         if !self.both {
             let again = self.current.clone();
             self.write(io, again)?;
