@@ -3,6 +3,8 @@
 //! Rule 20: they are byte-exact. Of a block that they begin in the middle of, the bytes before them
 //! are read from the device. Zeroes follow the end of the content in its last block.
 
+use std::collections::btree_map::Entry;
+
 use pumice_bdev::{DmaSlice, Op};
 
 use super::super::carried::Patch;
@@ -53,7 +55,7 @@ pub(super) fn blocks_of<'a>(
             let is_whole = skip == 0 && (end == size || zeroed);
             if is_whole {
                 parts.remove(&lba);
-            } else if !blocks.contains_key(&lba) {
+            } else if let Entry::Vacant(block) = blocks.entry(lba) {
                 // A block that could not be read lacks earlier parts, also if it can be read now.
                 let there = match parts.contains_key(&lba) {
                     true => None,
@@ -65,7 +67,7 @@ pub(super) fn blocks_of<'a>(
                     parts.entry(lba).or_default().push((skip, part.into()));
                     continue;
                 };
-                blocks.insert(lba, there[..].into());
+                block.insert(there[..].into());
             }
             let block = blocks
                 .entry(lba)
