@@ -373,7 +373,7 @@ fn halves_of_a_replacement_are_put_together() {
     assert_eq!(fs.blobstore().blobs().len(), 1);
 }
 
-/// Whether a replacement was finished may be open behind a device error. A mount does not go on as if it were.
+/// Behind a device error a replacement is not finished. A mount does not go on as if it were.
 #[test]
 fn an_error_of_the_device_in_finishing_a_replacement_fails_the_mount() {
     let id = |n: u64| ((1 << 32) | n).to_le_bytes();
