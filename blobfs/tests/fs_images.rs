@@ -5,6 +5,8 @@ mod common;
 use std::sync::Arc;
 
 use common::*;
+use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice_bdev::{BlockDevice, OpKind};
 use pumice_blobfs::blobstore::{Blobstore, CreateOptions, LoadOptions};
 use pumice_blobfs::fs::{FileSystem, FormatOptions, Journal, MountOptions, OpenOptions};
 use sha2::{Digest, Sha256};
@@ -119,6 +121,11 @@ fn files_of_spdk_are_changed_and_remain_well_formed() {
 
 /// Mounts a BlobFS that has files with these xattrs.
 fn with_blobs(blobs: &[&[(&str, &[u8])]]) -> FileSystem {
+    FileSystem::mount(image_of(blobs), &accepting()).unwrap()
+}
+
+/// Makes the image that [`with_blobs`] mounts.
+fn image_of(blobs: &[&[(&str, &[u8])]]) -> Arc<dyn BlockDevice> {
     let dev = memory(32 << 20, 4096);
     let mut format = FormatOptions::default();
     format.journal = Journal::None;
@@ -139,7 +146,7 @@ fn with_blobs(blobs: &[&[(&str, &[u8])]]) -> FileSystem {
     }
     store.unload().unwrap();
     drop(store);
-    FileSystem::mount(dev, &accepting()).unwrap()
+    dev
 }
 
 /// Returns options that accept damage.
@@ -364,4 +371,44 @@ fn halves_of_a_replacement_are_put_together() {
     assert_eq!(names(&fs), ["f"]);
     assert_eq!(fs.stat("/f").unwrap().len, 9);
     assert_eq!(fs.blobstore().blobs().len(), 1);
+}
+
+/// Behind a device error a replacement is not finished. A mount does not go on as if it were.
+#[test]
+fn an_error_of_the_device_in_finishing_a_replacement_fails_the_mount() {
+    let id = |n: u64| ((1 << 32) | n).to_le_bytes();
+    let file = |seq: &'static [u8; 8]| {
+        [
+            ("name", &b"/f\0"[..]),
+            ("length", &[0; 8]),
+            ("pumice.seq", seq),
+        ]
+    };
+    let (old, new) = (
+        file(&[3, 0, 0, 0, 0, 0, 0, 0]),
+        file(&[4, 0, 0, 0, 0, 0, 0, 0]),
+    );
+    let replaces = id(0);
+    let new = [&new[..], &[("pumice.replaces", &replaces[..])]].concat();
+    let base = image_of(&[&old, &new]);
+    let store = Blobstore::load(Arc::clone(&base), &LoadOptions::default()).unwrap();
+    let root = store.super_block().md_start.get().into();
+    store.unload().unwrap();
+    drop(store);
+    let dev = Arc::new(ErrorDevice::new(None, base));
+    dev.inject(Injection {
+        op: Some(OpKind::Write),
+        failure: Failure::Fail,
+        count: u64::MAX,
+        range: Some((root, 1)),
+        queue_depth: 0,
+    });
+    let mount = || FileSystem::mount(dev.clone(), &MountOptions::default());
+    let error = mount().unwrap_err().to_string();
+    assert!(error.contains("finishing a replacement"), "{error}");
+    dev.clear();
+    let fs = mount().unwrap();
+    assert_eq!(names(&fs), ["f"]);
+    assert_eq!(fs.blobstore().blobs().len(), 1);
+    fs.unmount().unwrap();
 }

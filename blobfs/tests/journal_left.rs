@@ -248,8 +248,8 @@ fn rules_21_and_23_the_file_with_the_bad_block_is_told() {
     let next = mount(&left).unwrap();
     store.holds(&next, "what was acknowledged");
     let bad = open(&next, "/bad");
-    bad.append(&[6; 100]).unwrap();
-    told(bad.sync(), "the first sync of the next mount");
+    bad.append(&[6; 40_000]).unwrap();
+    told(bad.sync(), "a sync of the next mount that is too long");
     drop(bad);
     next.unlink("/bad").unwrap();
     left.clear();

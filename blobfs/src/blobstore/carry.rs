@@ -37,12 +37,12 @@ impl Blobstore {
         self.inner.commit.owed_bytes()
     }
 
-    /// Makes room in the journal if carried appends would stop.
+    /// Makes room in the journal if it has none to carry an append of `len` bytes.
     ///
     /// # Errors
     /// Fails when the device does.
-    pub(crate) fn make_carry_room(&self) -> Result<(), Error> {
-        self.inner.commit.make_carry_room()
+    pub(crate) fn make_carry_room(&self, len: u64) -> Result<(), Error> {
+        self.inner.commit.make_carry_room(len)
     }
 }
 

@@ -58,6 +58,8 @@ pub(crate) struct Change {
     pub freed_pages: Vec<u32>,
     /// A new super block, and the geometry that it describes.
     pub super_block: Option<Box<(SuperBlock, Geometry)>>,
+    /// Whether nothing changes in it but the number of the log in shared memory.
+    pub names_log: bool,
     /// Bytes of blobs that the batch carries, and their places.
     pub carried: Vec<(Carried, Vec<Patch>)>,
     /// Blobs that are deleted and owed bytes that cannot be put in place.
@@ -208,6 +210,7 @@ impl State {
                     batch.unmark = self.unmark();
                 }
                 batch.super_block = Some(Box::new(new.0.clone()));
+                batch.names_log = change.names_log;
             }
             None => batch.unmark = self.unmark(),
         }

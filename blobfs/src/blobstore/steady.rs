@@ -21,7 +21,7 @@ use pumice_bdev::{
     SubmitError,
 };
 
-use super::replayed::{Replayed, show};
+use super::replayed::{Replayed, Unplaced, show};
 
 /// Most times that an operation is sent again.
 const TRIES: u32 = 9;
@@ -71,10 +71,12 @@ impl Steady {
         })
     }
 
-    /// Has reads find these blocks instead of what is in their places. It is called once.
-    pub fn set_replayed(&self, blocks: Replayed) {
-        if !blocks.is_empty() {
-            let _ = self.replayed.set(Mutex::new(blocks));
+    /// Has reads find these blocks, and these parts of blocks, instead of what is in their places. It is called once.
+    pub fn set_replayed(&self, blocks: Unplaced) {
+        if blocks.len() > 0 {
+            let unit = self.inner.info().block_size as usize;
+            let replayed = Replayed::new(unit, blocks);
+            let _ = self.replayed.set(Mutex::new(replayed));
         }
     }
 
@@ -480,12 +482,16 @@ mod tests {
     fn every_part_of_a_read_shows_the_blocks_of_the_journal() {
         let dev = Steady::new(pumice_bdev::open("malloc://1M?block_size=4096").unwrap());
         let block = |byte: u8| vec![byte; 4096].into_boxed_slice();
-        dev.set_replayed(Replayed::from([
+        let blocks = [
             (11, block(1)),
             (12, block(2)),
             (14, block(4)),
             (17, block(7)),
-        ]));
+        ];
+        dev.set_replayed(Unplaced {
+            blocks: blocks.into(),
+            ..Unplaced::default()
+        });
         let ch = AsyncChannel::new(dev.open_channel().unwrap());
         // Blocks 10 and 11, block 12, blocks 13 to 15, block 16.
         let bufs = [2, 1, 3, 1].map(|count| DmaBuf::zeroed(count * 4096).unwrap());

@@ -362,6 +362,10 @@ impl Blobstore {
         }
         let dirty = !sb.is_clean() || by_scan;
         let journal_damage = search.damage;
+        let has_left = search
+            .journal
+            .as_ref()
+            .is_some_and(|journal| journal.left.is_some());
         let journal = search.journal.filter(|journal| {
             let place = &journal.place;
             let meta = place.blob.page().and_then(|root| scan.blobs.get(&root));
@@ -374,6 +378,14 @@ impl Blobstore {
             }
             is_its
         });
+        if journal.is_none() && has_left {
+            // It is the only place of what could not be put in place.
+            return Err(Error::Journal {
+                device: name(),
+                reason: "its blob is damaged, or another program has changed it, and it has bytes that cannot be put in place"
+                    .to_owned(),
+            });
+        }
         if journal.is_none()
             && let Some(whole_bytes) = tears_pages(info)
         {
@@ -781,8 +793,10 @@ impl Blobstore {
 
     /// Names the log in shared memory that belongs to the store from now on; 0 for none. Durable on return. Blocks.
     pub(crate) fn set_session(&self, session: u64) -> Result<(), Error> {
-        let edit = self.edit(&Scope::All)?;
+        // Neither blobs nor metadata pages move, so that what cannot be put in place does not keep a store from being mounted.
+        let edit = self.edit_around_blobs()?;
         edit.change(|state, change| {
+            change.names_log = true;
             let mut sb = state.sb.clone();
             sb.set_session(session);
             change.super_block = Some(Box::new((sb, state.geo.clone())));

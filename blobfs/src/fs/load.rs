@@ -478,7 +478,9 @@ impl Loader {
         tx.spend(Spend::Releasing);
         match tx.commit() {
             Ok(_) => Ok(()),
-            Err(e @ (StoreError::Io(_) | StoreError::Stopped(_))) => Err(store_error(what, e, 0)),
+            Err(e) if e.is_of_device() || matches!(e, StoreError::Stopped(_)) => {
+                Err(store_error(what, e, 0))
+            }
             Err(e) => {
                 self.problem(id, format!("{what}: {e}"));
                 Ok(())

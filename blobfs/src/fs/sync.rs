@@ -150,7 +150,7 @@ impl Syncer {
         let mut begun = self.begin_append(ino)?;
         // Only a sync that has something to carry waits for a checkpoint, without the append lock.
         if matches!(begun, BeginCarry::NoRoom) {
-            if let Err(error) = self.vol.store.make_carry_room() {
+            if let Err(error) = self.vol.store.make_carry_room(CARRY_MAX) {
                 tracing::warn!(%error, "the journal could not be emptied");
                 return Ok(false);
             }
@@ -187,14 +187,14 @@ impl Syncer {
 
     /// Returns what was appended since the last sync, if it is short, and nothing else of the file
     /// has to become durable. Most files are synced once and closed, which would cost a checkpoint,
-    /// so the first sync is an ordinary one.
+    /// so the first sync is an ordinary one, unless the journal owes the file bytes: that waits for them.
     fn begin_append(&self, ino: &Arc<Inode>) -> Result<BeginCarry<Append>> {
         let mut tail = ino.tail.lock();
         tail.prune(ino);
         let (from, target) = (tail.submitted, ino.len());
         let len = target - from;
         let moment = ino.own.lock().moment(target);
-        let is_append = tail.syncs > 0
+        let is_append = (tail.syncs > 0 || ino.blob()?.owed_from().is_some())
             && from >= ino.durable_len.load(Ordering::Acquire)
             && tail.pending.is_empty()
             && tail.unflushed.is_empty()

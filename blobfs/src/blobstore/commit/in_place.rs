@@ -49,6 +49,7 @@ impl Commit for InPlace {
             erase,
             clear,
             given_up: _,
+            names_log: _,
         } = batch;
         if !carried.is_empty() {
             return Err(Error::invalid("only a journal carries bytes").into());

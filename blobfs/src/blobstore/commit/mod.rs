@@ -31,6 +31,8 @@ pub(crate) struct Batch {
     pub fresh: Vec<(u32, Box<Page>)>,
     /// A super block with other positions, sizes or names.
     pub super_block: Option<Box<SuperBlock>>,
+    /// Whether nothing changes in it but the number of the log in shared memory.
+    pub names_log: bool,
     /// Bytes of blobs that the batch carries, and their places.
     pub carried: Vec<(Carried, Vec<Patch>)>,
     /// The pages whose writes make the change, in this order.
@@ -52,6 +54,7 @@ impl Batch {
             prepare: Vec::new(),
             fresh: Vec::new(),
             super_block: None,
+            names_log: false,
             carried: Vec::new(),
             points: Vec::new(),
             erase: Vec::new(),
@@ -198,11 +201,11 @@ pub(crate) trait Commit: std::fmt::Debug + Send + Sync {
         false
     }
 
-    /// Makes room if no bytes could be carried for want of it. The caller has no channel.
+    /// Makes room if an append of `len` bytes could not be carried for want of it. The caller has no channel.
     ///
     /// # Errors
     /// Fails when the device does.
-    fn make_carry_room(&self) -> Result<(), Error> {
+    fn make_carry_room(&self, _len: u64) -> Result<(), Error> {
         Ok(())
     }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::super::commit::Failure;
 use super::super::error::Error;
-use super::super::format::{BlobId, Page};
+use super::super::format::{BlobId, PAGE_SIZE_U64, Page};
 use super::super::geometry::Geometry;
 use super::again::{Begun, Debts, Left};
 use super::format::{Image, MOST_OF_RING, Spot};
@@ -15,6 +15,12 @@ use super::owed::Owed;
 
 /// Most bytes that are owed, which are in memory, before carried appends wait for a checkpoint.
 pub(super) const OWED_BYTES: u64 = 4 << 20;
+
+/// Returns the most bytes that are owed, in a ring of which batches may have `most` bytes, so that all can be carried again. Each
+/// page of a blob has a record of its own then, and up to three pages are lost where batches end.
+pub(super) fn most_owed(most: u64) -> u64 {
+    (most - most / 32).saturating_sub(3 * PAGE_SIZE_U64)
+}
 
 /// The content of the ring that is durable, and goes in place.
 #[derive(Debug)]
@@ -126,9 +132,11 @@ impl Log {
         self.used + taken + units / MOST_OF_RING <= units
     }
 
-    /// Whether carried appends need not wait for a checkpoint of a ring of so many units.
-    pub fn has_carry_room(&self, units: u64) -> bool {
-        self.used <= units / 2 && self.owed.bytes() <= OWED_BYTES
+    /// Whether an append of `len` bytes need not wait for a checkpoint of a ring of so many units, of which `most` bytes can be
+    /// carried again.
+    pub fn has_carry_room(&self, units: u64, len: u64, most: u64) -> bool {
+        let owed = self.owed.bytes();
+        self.used <= units / 2 && owed <= OWED_BYTES && owed + len <= most
     }
 
     pub fn check(&self) -> Result<(), Error> {

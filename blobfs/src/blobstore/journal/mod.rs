@@ -73,7 +73,9 @@ impl Commit for Journal {
             // The guard is there before it, as before any change: the next one may be in the ring.
             let guard = batch.unmark.take();
             let left = self.ring.begin_and_empty(guard.as_deref(), &batch.geo)?;
-            left.check_all_pages()?;
+            if !batch.names_log {
+                left.check_all_pages()?;
+            }
             return self.in_place.append(batch);
         }
         let carried = std::mem::take(&mut batch.carried);
@@ -143,8 +145,8 @@ impl Commit for Journal {
         true
     }
 
-    fn make_carry_room(&self) -> Result<(), Error> {
-        if self.ring.has_carry_room() {
+    fn make_carry_room(&self, len: u64) -> Result<(), Error> {
+        if self.ring.has_carry_room(len) {
             return Ok(());
         }
         self.ring.empty().map(drop)

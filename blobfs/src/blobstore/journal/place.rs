@@ -3,7 +3,7 @@
 //! Rule 20: they are byte-exact. Of a block that they begin in the middle of, the bytes before them
 //! are read from the device. Zeroes follow the end of the content in its last block.
 
-use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use pumice_bdev::{DmaSlice, Op};
 
@@ -12,11 +12,9 @@ use super::super::error::Error;
 use super::super::format::Page;
 use super::super::geometry::Geometry;
 use super::super::mdio::{MdIo, dma};
+use super::super::replayed::{Blocks, Unplaced};
 use super::super::retry::{may_land, repeat};
 use super::again::{Debts, Left, stays};
-
-/// Blocks of the device and their new contents.
-pub(crate) type Blocks = BTreeMap<u64, Box<[u8]>>;
 
 /// Returns the number of blocks that these patches change.
 pub(super) fn count_blocks(patches: &[Patch], unit: u64) -> u64 {
@@ -35,14 +33,15 @@ pub(super) fn count_blocks(patches: &[Patch], unit: u64) -> u64 {
 }
 
 /// Returns the blocks that these patches change, one after another. A block of which they change a
-/// part, and that cannot be read, is left out, and the first error is returned beside the others.
+/// part, and that cannot be read, is left out, and returned beside the others with the first error.
 pub(super) fn blocks_of<'a>(
     io: &mut MdIo,
     patches: impl IntoIterator<Item = &'a Patch>,
-) -> (Blocks, Option<Error>) {
+) -> (Unplaced, Option<Error>) {
     let unit = io.can().block_size();
     let size = usize::try_from(unit).expect("at most a page");
-    let (mut blocks, mut failed) = (Blocks::new(), None);
+    let (mut found, mut failed) = (Unplaced::default(), None);
+    let Unplaced { blocks, parts } = &mut found;
     for patch in patches {
         let mut rest = patch.bytes();
         let mut at = patch.at;
@@ -54,14 +53,21 @@ pub(super) fn blocks_of<'a>(
             at += now.len() as u64;
             rest = behind;
             let is_whole = skip == 0 && (end == size || zeroed);
-            if !is_whole && !blocks.contains_key(&lba) {
-                match io.read(lba, size) {
-                    Ok(there) => blocks.insert(lba, there[..].into()),
-                    Err(error) => {
-                        failed.get_or_insert(error);
-                        continue;
-                    }
+            if is_whole {
+                parts.remove(&lba);
+            } else if let Entry::Vacant(block) = blocks.entry(lba) {
+                // A block that could not be read lacks earlier parts, also if it can be read now.
+                let there = match parts.contains_key(&lba) {
+                    true => None,
+                    false => io.read(lba, size).map_err(|e| failed.get_or_insert(e)).ok(),
                 };
+                let Some(there) = there else {
+                    let mut part = now.to_vec();
+                    part.resize(if zeroed { size - skip } else { now.len() }, 0);
+                    parts.entry(lba).or_default().push((skip, part.into()));
+                    continue;
+                };
+                block.insert(there[..].into());
             }
             let block = blocks
                 .entry(lba)
@@ -72,7 +78,8 @@ pub(super) fn blocks_of<'a>(
             }
         }
     }
-    (blocks, failed)
+    let failed = failed.filter(|_| !parts.is_empty());
+    (found, failed)
 }
 
 /// Writes blocks, each several times if necessary. A flush has to follow.
@@ -159,8 +166,8 @@ pub(super) fn put_all<'a>(
     let failed = io.failed_flushes();
     let mut left = Left::default();
     for (blob, debt) in debts {
-        let (blocks, unreadable) = blocks_of(io, debt.iter().flat_map(|(_, patches)| patches));
-        match write_blocks(io, &blocks).err().or(unreadable) {
+        let (found, unreadable) = blocks_of(io, debt.iter().flat_map(|(_, patches)| patches));
+        match write_blocks(io, &found.blocks).err().or(unreadable) {
             None => {}
             Some(error) if stays(&error) => left.blobs.push((*blob, error)),
             Some(error) => return Err(error),

@@ -21,12 +21,13 @@ use super::super::format::{BlobId, PAGE_SIZE_U64, Page, SuperBlock};
 use super::super::geometry::Geometry;
 use super::super::mdio::MdIo;
 use super::super::meta::BlobMeta;
+use super::super::replayed::Unplaced;
 use super::super::retry::may_land;
 use super::super::scan::{Roots, scan};
 use super::again::{Debts, Kept, Left, Room, begin_with, full};
 use super::format::{Image, RING_AT, RingPlace, Spot};
 use super::heads::Heads;
-use super::place::{Blocks, blocks_of, count_blocks, put_all};
+use super::place::{blocks_of, count_blocks, put_all};
 use super::walk::{OnDevice, Walked, newer, read_headers, walk};
 
 /// The name of the journal's blob, which is not a path: no file can have it. SPDK's file system
@@ -60,7 +61,7 @@ pub(crate) struct Search {
     /// The reason why changes may be missing.
     pub damage: Option<String>,
     /// Blocks of blobs that are in the journal and not in place.
-    pub blocks: Blocks,
+    pub blocks: Unplaced,
 }
 
 /// The treatment of a journal by a load.
@@ -218,7 +219,7 @@ fn recover(
         carried,
         "put in place what was in the journal"
     );
-    let mut blocks = Blocks::new();
+    let mut blocks = Unplaced::default();
     if let Some(kept) = &found.left {
         // This load, and the readers of the files, find it where it is going to be.
         io.set_replayed(kept.pages.iter().cloned().collect());

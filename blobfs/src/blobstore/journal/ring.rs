@@ -23,7 +23,7 @@ use super::format::{
 };
 use super::group::{Waiting, take_group};
 use super::heads::Heads;
-use super::log::{Durable, Halt, Log, OWED_BYTES};
+use super::log::{Durable, Halt, Log, OWED_BYTES, most_owed};
 use super::owed::Owed;
 use super::place::put_all;
 use super::recovery::FoundJournal;
@@ -107,9 +107,10 @@ impl Ring {
     /// carried appends wait at, so that they go on while it runs.
     pub fn begin_background(&self) -> bool {
         let mut log = self.log.lock();
+        let owed = OWED_BYTES.min(most_owed(self.most()));
         let due = !log.checkpointing
             && log.broken.is_none()
-            && (log.used > self.units / 4 || log.owed.bytes() > OWED_BYTES / 2)
+            && (log.used > self.units / 4 || log.owed.bytes() > owed / 2)
             && log.paused_until.is_none_or(|until| Instant::now() >= until);
         log.checkpointing |= due;
         due
@@ -126,9 +127,10 @@ impl Ring {
         log.paused_until = (!succeeded).then(|| Instant::now() + CHECKPOINT_PAUSE);
     }
 
-    /// Whether carried appends need not wait for a checkpoint.
-    pub fn has_carry_room(&self) -> bool {
-        self.log.lock().has_carry_room(self.units)
+    /// Whether an append of `len` bytes can be carried without a checkpoint before it.
+    pub fn has_carry_room(&self, len: u64) -> bool {
+        let most = most_owed(self.most());
+        self.log.lock().has_carry_room(self.units, len, most)
     }
 
     /// Records that a batch is going to carry `len` bytes of a blob, if it may.
@@ -140,7 +142,7 @@ impl Ring {
         if log.broken.is_some() || len > half || is_left {
             return BeginCarry::Refused;
         }
-        if !log.has_carry_room(self.units) {
+        if !log.has_carry_room(self.units, len, most_owed(self.most())) {
             return BeginCarry::NoRoom;
         }
         log.owed.begin(blob);
@@ -262,7 +264,9 @@ impl Ring {
         let first = &group[0];
         let guard = group.iter().find_map(|waiting| waiting.guard.as_deref());
         self.begin(io, guard, &first.geo)?;
-        self.confirm(io)?;
+        if self.log.lock().unconfirmed {
+            self.confirm(io, &mut self.heads.lock())?;
+        }
         let bytes = BATCH_LEN as u64 + group.iter().map(|waiting| waiting.bytes).sum::<u64>();
         let units = bytes.div_ceil(self.unit);
         let (at, taken, head, mark) = self.room(io, units)?;
@@ -335,13 +339,11 @@ impl Ring {
     }
 
     /// Makes sure that a load finds the header that counts, before anything relies on it.
-    fn confirm(&self, io: &mut MdIo) -> Result<(), Error> {
-        if !self.log.lock().unconfirmed {
-            return Ok(());
+    fn confirm(&self, io: &mut MdIo, heads: &mut Heads) -> Result<(), Error> {
+        if self.log.lock().unconfirmed {
+            heads.confirm(io).map_err(|error| self.noted(error))?;
+            self.log.lock().unconfirmed = false;
         }
-        let mut heads = self.heads.lock();
-        heads.confirm(io).map_err(|error| self.noted(error))?;
-        self.log.lock().unconfirmed = false;
         Ok(())
     }
 
@@ -527,6 +529,8 @@ impl Ring {
             free: (tail + self.units - from) % self.units,
         };
         let (pages, debts) = durable.part(&left);
+        // A header that could not be written may count. What is carried again behind it is not written over.
+        self.confirm(io, heads)?;
         let (begun, written) = match begin_with(io, heads, room, &pages, &debts) {
             Ok(begun) => begun,
             Err(error) => return Err(self.noted(full(left, error))),
@@ -571,8 +575,12 @@ impl Ring {
                 .map(drop);
         }
         let first = Spot::first(behind);
-        heads.begin(io, first).map_err(|error| self.noted(error))?;
+        if let Err(error) = heads.begin(io, first) {
+            self.log.lock().unconfirmed = true;
+            return Err(self.noted(error));
+        }
         let mut log = self.log.lock();
+        log.unconfirmed = false;
         log.reset(heads.mark(), first);
         log.broken = None;
         self.owing.store(log.owed.len(), Ordering::Release);
