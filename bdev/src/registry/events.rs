@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLockWriteGuard};
 
 /// An addition or removal of a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,9 +44,11 @@ impl Events {
         self.listeners.lock().push(listener);
     }
 
-    /// Notes an event. The lock under which it happens is held, so that the order is right.
-    pub fn note(&self, event: Event) {
+    /// Notes an event, and only then gives up the lock under which it has happened, so that events are
+    /// noted in their order.
+    pub fn note<T>(&self, held: RwLockWriteGuard<'_, T>, event: Event) {
         self.queue.lock().waiting.push_back(event);
+        drop(held);
     }
 
     /// Tells what was noted, one event after the other. If another thread does so, or a listener of
@@ -69,5 +71,33 @@ impl Events {
         let event = queue.waiting.pop_front()?;
         queue.telling = true;
         Some((event, Telling(&self.queue)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    use parking_lot::RwLock;
+
+    use super::*;
+
+    #[test]
+    fn the_lock_is_held_until_the_event_is_noted() {
+        let (lock, events) = (RwLock::new(()), Events::default());
+        let queue = events.queue.lock();
+        let (begun, begins) = channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let held = lock.write();
+                begun.send(()).unwrap();
+                events.note(held, Event::Added("A".to_owned()));
+            });
+            begins.recv().unwrap();
+            assert!(lock.try_write_for(Duration::from_millis(200)).is_none());
+            drop(queue);
+        });
+        assert_eq!(events.queue.lock().waiting.len(), 1);
     }
 }

@@ -199,8 +199,7 @@ impl Registry {
         bdev.set_timeout(timeout, action);
         entries.insert(name.clone(), Arc::clone(&bdev.entry));
         tracing::info!(bdev = %name, product = %bdev.info().product, "added");
-        self.inner.events.note(Event::Added(name));
-        drop(entries);
+        self.inner.events.note(entries, Event::Added(name));
         self.inner.events.tell();
         Ok(bdev)
     }
@@ -309,8 +308,8 @@ impl Registry {
         entries.remove(name);
         entry.removed.store(true, Ordering::Release);
         tracing::info!(bdev = %name, "removed");
-        self.inner.events.note(Event::Removed(name.clone()));
-        drop(entries);
+        let removed = Event::Removed(name.clone());
+        self.inner.events.note(entries, removed);
         self.inner.events.tell();
         Some(Removal::Done)
     }
