@@ -101,6 +101,17 @@ impl Store {
         Some((first + (self.bad.blob_id().0 & 0xffff_ffff), 1))
     }
 
+    /// Appends to a file of which a block, or the metadata page, cannot be written.
+    fn begin_with_a_bad_block(&mut self, breaks_page: bool) {
+        let block = if breaks_page {
+            self.root()
+        } else {
+            self.first_block()
+        };
+        self.break_blocks(OpKind::Write, block);
+        self.append_to_bad(20);
+    }
+
     fn append_to_bad(&mut self, len: usize) {
         let more = bytes(7, len);
         self.bad.append(&more).unwrap();
@@ -136,13 +147,7 @@ fn rule_23_a_bad_block_stops_nothing_else() {
     for breaks_page in [false, true] {
         let what = format!("the metadata page: {breaks_page}");
         let mut store = Store::new(RING);
-        let block = if breaks_page {
-            store.root()
-        } else {
-            store.first_block()
-        };
-        store.break_blocks(OpKind::Write, block);
-        store.append_to_bad(20);
+        store.begin_with_a_bad_block(breaks_page);
         let mut all = std::mem::take(&mut store.good_bytes);
         laps(&store.good, &mut all, 200);
         // What needs a checkpoint for this file, and what is long.
@@ -190,13 +195,7 @@ fn rule_23_a_bad_block_stops_nothing_else() {
 fn rule_23_what_was_carried_again_goes_in_place_when_the_block_works_again() {
     for breaks_page in [false, true] {
         let mut store = Store::new(RING);
-        let block = if breaks_page {
-            store.root()
-        } else {
-            store.first_block()
-        };
-        store.break_blocks(OpKind::Write, block);
-        store.append_to_bad(20);
+        store.begin_with_a_bad_block(breaks_page);
         let mut all = std::mem::take(&mut store.good_bytes);
         laps(&store.good, &mut all, 50);
         store.good_bytes = all;

@@ -51,7 +51,6 @@ pub(crate) struct Ops {
 }
 
 /// The entries by path, and the number of files that they name.
-#[derive(Default)]
 pub(crate) struct NameMap {
     entries: BTreeMap<String, Entry>,
     files: u64,

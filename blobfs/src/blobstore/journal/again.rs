@@ -7,12 +7,13 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use pumice_bdev::Op;
 
 use super::super::carried::{Carried, Patch};
 use super::super::error::Error;
-use super::super::format::{BlobId, PAGE_SIZE_U64};
+use super::super::format::{BlobId, PAGE_SIZE_U64, Page};
 use super::super::mdio::MdIo;
 use super::super::retry::{may_land, repeat};
 use super::format::{
@@ -37,6 +38,19 @@ impl Left {
     /// Whether everything is in place.
     pub fn is_none(&self) -> bool {
         self.blobs.is_empty() && self.pages.is_empty()
+    }
+
+    /// Returns the pages, which `page` finds by their indices, and the part of these debts.
+    pub fn part_of<'a>(
+        &self,
+        page: impl Fn(u32) -> Option<&'a Arc<Page>>,
+        debts: &Debts,
+    ) -> (Vec<Image>, Debts) {
+        let image = |index: u32| Some((index, Arc::clone(page(index)?)));
+        let pages = self.pages.iter().filter_map(|(index, _)| image(*index));
+        let debt = |blob: &BlobId| Some((*blob, debts.get(blob)?.clone()));
+        let debts = self.blobs.iter().filter_map(|(blob, _)| debt(blob));
+        (pages.collect(), debts.collect())
     }
 
     /// Fails if anything is not in place.

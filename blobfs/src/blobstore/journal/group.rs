@@ -35,8 +35,21 @@ pub(super) fn take_group(waiting: &mut VecDeque<Waiting>, most: u64) -> Vec<Wait
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    pub fn geometry() -> Geometry {
+        Geometry {
+            block_size: 4096,
+            cluster_size: 8192,
+            io_unit_size: 4096,
+            total_clusters: 512,
+            front_clusters: 1,
+            md_clusters: 1..100,
+            md_start: 4,
+            md_len: 160,
+        }
+    }
 
     /// A change with records of this many bytes.
     fn change(ticket: u64, bytes: u64) -> Waiting {
@@ -46,16 +59,7 @@ mod tests {
             carried: Vec::new(),
             bytes,
             guard: None,
-            geo: Geometry {
-                block_size: 4096,
-                cluster_size: 8192,
-                io_unit_size: 4096,
-                total_clusters: 512,
-                front_clusters: 1,
-                md_clusters: 1..100,
-                md_start: 4,
-                md_len: 160,
-            },
+            geo: geometry(),
         }
     }
 

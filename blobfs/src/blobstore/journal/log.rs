@@ -37,11 +37,7 @@ pub(super) struct Durable {
 impl Durable {
     /// Returns the part of it that could not be put in place.
     pub fn part(&self, left: &Left) -> (Vec<Image>, Debts) {
-        let page = |index: &u32| Some((*index, Arc::clone(&self.pages.get(index)?.1)));
-        let pages = left.pages.iter().filter_map(|(index, _)| page(index));
-        let debt = |blob: &BlobId| Some((*blob, self.debts.get(blob)?.clone()));
-        let debts = left.blobs.iter().filter_map(|(blob, _)| debt(blob));
-        (pages.collect(), debts.collect())
+        left.part_of(|index| Some(&self.pages.get(&index)?.1), &self.debts)
     }
 }
 
@@ -87,6 +83,27 @@ pub(super) enum Halt {
 }
 
 impl Log {
+    /// The state of an empty ring, whose next batch has this mark.
+    pub fn new(begun: bool, mark: u64, geo: Geometry) -> Log {
+        Log {
+            begun,
+            unconfirmed: false,
+            broken: None,
+            writing: false,
+            checkpointing: false,
+            paused_until: None,
+            waiting: VecDeque::new(),
+            results: HashMap::new(),
+            next_ticket: 0,
+            mark,
+            head: Spot::first(0),
+            used: 0,
+            pages: HashMap::new(),
+            geo,
+            owed: Owed::default(),
+        }
+    }
+
     /// Begins an epoch.
     pub fn reset(&mut self, mark: u64, head: Spot) {
         self.mark = mark;
@@ -153,41 +170,13 @@ impl Log {
 #[cfg(test)]
 mod tests {
     use super::super::super::carried::Carried;
+    use super::super::group::tests::geometry;
     use super::*;
-
-    fn log() -> Log {
-        Log {
-            begun: true,
-            unconfirmed: false,
-            broken: None,
-            writing: false,
-            checkpointing: false,
-            paused_until: None,
-            waiting: VecDeque::new(),
-            results: HashMap::new(),
-            next_ticket: 0,
-            mark: 1,
-            head: Spot::first(0),
-            used: 3,
-            pages: HashMap::new(),
-            geo: Geometry {
-                block_size: 4096,
-                cluster_size: 8192,
-                io_unit_size: 4096,
-                total_clusters: 512,
-                front_clusters: 1,
-                md_clusters: 1..100,
-                md_start: 4,
-                md_len: 160,
-            },
-            owed: Owed::default(),
-        }
-    }
 
     /// Between the batch of a deletion and the moment at which its bytes are forgotten, a checkpoint may carry again what is left.
     #[test]
     fn rules_22_and_23_a_blob_that_a_batch_has_deleted_is_owed_nothing() {
-        let mut log = log();
+        let mut log = Log::new(true, 1, geometry());
         let blobs = [7, 8].map(BlobId::from_page);
         for blob in blobs {
             let bytes = Carried {

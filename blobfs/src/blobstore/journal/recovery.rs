@@ -25,7 +25,7 @@ use super::super::replayed::Unplaced;
 use super::super::retry::may_land;
 use super::super::scan::{Roots, scan};
 use super::again::{Debts, Kept, Left, Room, begin_with, full};
-use super::format::{Image, RING_AT, RingPlace, Spot};
+use super::format::{RING_AT, RingPlace, Spot};
 use super::heads::Heads;
 use super::place::{blocks_of, count_blocks, put_all};
 use super::walk::{OnDevice, Walked, newer, read_headers, walk};
@@ -324,12 +324,7 @@ fn carry_again(
         from: end,
         free: units - used.min(units),
     };
-    let image = |index: &u32| Some((*index, Arc::clone(pages.get(index)?)));
-    let kept = left.pages.iter().filter_map(|(index, _)| image(index));
-    let pages: Vec<Image> = kept.collect();
-    let debt = |blob: &BlobId| Some((*blob, debts.get(blob)?.clone()));
-    let kept = left.blobs.iter().filter_map(|(blob, _)| debt(blob));
-    let debts: Debts = kept.collect();
+    let (pages, debts) = left.part_of(|index| pages.get(&index), debts);
     match begin_with(io, &mut found.heads, room, &pages, &debts) {
         Ok((begun, written)) => {
             written?;

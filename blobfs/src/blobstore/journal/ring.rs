@@ -1,7 +1,6 @@
 //! The ring in memory: who waits for a batch, what is in it, and its checkpoints. The rules that
 //! this keeps (2, 4 to 9 and 14) are at the [module](super) that it belongs to.
 
-use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -24,7 +23,6 @@ use super::format::{
 use super::group::{Waiting, take_group};
 use super::heads::Heads;
 use super::log::{Durable, Halt, Log, OWED_BYTES, most_owed};
-use super::owed::Owed;
 use super::place::put_all;
 use super::recovery::FoundJournal;
 
@@ -66,23 +64,7 @@ impl Ring {
             lba: geo.cluster_lba(place.cluster) + RING_AT / geo.block_size,
             unit: geo.block_size,
             units: (place.len - RING_AT) / geo.block_size,
-            log: Mutex::new(Log {
-                begun,
-                unconfirmed: false,
-                broken: None,
-                writing: false,
-                checkpointing: false,
-                paused_until: None,
-                waiting: VecDeque::new(),
-                results: HashMap::new(),
-                next_ticket: 0,
-                mark: heads.mark(),
-                head: Spot::first(0),
-                used: 0,
-                pages: HashMap::new(),
-                geo: geo.clone(),
-                owed: Owed::default(),
-            }),
+            log: Mutex::new(Log::new(begun, heads.mark(), geo.clone())),
             owing: AtomicUsize::new(0),
             ended: Condvar::new(),
             heads: Mutex::new(heads),
