@@ -13,7 +13,9 @@ use openraft::{
 use pumice::rocksdb::{Direction, IteratorMode, ReadOptions, WriteBatch, WriteOptions};
 use pumice::{Db, FileSystem};
 
-use super::{Installs, Opening, StoreError, StoreOptions, blocking, decode, encode};
+use super::{
+    Family, Installs, Opening, StoreError, StoreOptions, blocking, decode, encode, family, read,
+};
 use crate::{Entry, LogId, NodeId, TypeConfig};
 
 const PATH: &str = "/log";
@@ -35,19 +37,12 @@ struct Log {
 }
 
 impl Log {
-    fn family(
-        &self,
-        name: &str,
-    ) -> Result<Arc<pumice::rocksdb::BoundColumnFamily<'_>>, StoreError> {
-        let family = self.db.cf_handle(name);
-        family.ok_or_else(|| {
-            StoreError::inconsistent(PATH, format!("it has no column family {name}"))
-        })
+    fn family(&self, name: &str) -> Result<Family<'_>, StoreError> {
+        family(&self.db, PATH, name)
     }
 
     fn get<T: serde::de::DeserializeOwned>(&self, key: &str) -> Result<Option<T>, StoreError> {
-        let value = self.db.get_cf(&self.family(META)?, key)?;
-        value.map(|bytes| decode(key, &bytes)).transpose()
+        read(&self.db, &self.family(META)?, key)
     }
 
     /// Sets a key. It is durable on return, with all that was written before.

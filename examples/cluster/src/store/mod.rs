@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use openraft::{AnyError, ErrorSubject, ErrorVerb, StorageError, StorageIOError};
-use pumice::{DbOptions, FileSystem, FsError, rocksdb};
+use pumice::{Db, DbOptions, FileSystem, FsError, rocksdb};
 
 use crate::NodeId;
 
@@ -162,6 +162,25 @@ where
             Err(error) => Err(StoreError::inconsistent("the runtime", error.to_string())),
         },
     }
+}
+
+type Family<'a> = Arc<rocksdb::BoundColumnFamily<'a>>;
+
+/// Returns a column family of the database at this path.
+fn family<'a>(db: &'a Db, path: &str, name: &str) -> Result<Family<'a>, StoreError> {
+    let missing = || format!("it has no column family {name}");
+    db.cf_handle(name)
+        .ok_or_else(|| StoreError::inconsistent(path, missing()))
+}
+
+/// Reads the value of a key that [`encode`] has written.
+fn read<T: serde::de::DeserializeOwned>(
+    db: &Db,
+    family: &Family<'_>,
+    key: &str,
+) -> Result<Option<T>, StoreError> {
+    let value = db.get_cf(family, key)?;
+    value.map(|bytes| decode(key, &bytes)).transpose()
 }
 
 /// Reads what [`encode`] has written.

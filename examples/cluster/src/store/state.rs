@@ -14,7 +14,8 @@ use pumice::{Db, FileSystem};
 
 use super::directories::{Current, CurrentSnapshot, Directories, Directory};
 use super::{
-    Announced, Files, Installs, Opening, StoreError, StoreOptions, blocking, decode, encode,
+    Announced, Family, Files, Installs, Opening, StoreError, StoreOptions, blocking, encode,
+    family, read,
 };
 use crate::{Applied, Entry, KeyChange, LogId, Membership, NodeId, SnapshotMeta, TypeConfig};
 
@@ -46,18 +47,12 @@ impl StateDb {
         Ok(StateDb { db, directory })
     }
 
-    fn family(
-        &self,
-        name: &str,
-    ) -> Result<Arc<pumice::rocksdb::BoundColumnFamily<'_>>, StoreError> {
-        let family = self.db.cf_handle(name);
-        let missing = || format!("it has no column family {name}");
-        family.ok_or_else(|| StoreError::inconsistent(self.directory.path(), missing()))
+    fn family(&self, name: &str) -> Result<Family<'_>, StoreError> {
+        family(&self.db, self.directory.path(), name)
     }
 
     fn meta<T: serde::de::DeserializeOwned>(&self, key: &str) -> Result<Option<T>, StoreError> {
-        let value = self.db.get_cf(&self.family(META)?, key)?;
-        value.map(|bytes| decode(key, &bytes)).transpose()
+        read(&self.db, &self.family(META)?, key)
     }
 
     fn applied(&self) -> Result<(Option<LogId>, Membership), StoreError> {
