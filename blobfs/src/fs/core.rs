@@ -256,7 +256,7 @@ impl Core {
         self.vol.shared().drain();
         for ino in inodes.iter().chain(&orphans) {
             ino.tail.lock().drop_buffer();
-            ino.close_blob();
+            ino.blob.store(None);
             ino.frames.remove_from(0);
         }
         Ok(lost)

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwapOption;
 use crossbeam::atomic::AtomicCell;
@@ -17,6 +17,9 @@ use super::syncs::Syncs;
 use super::tail::Tail;
 use super::volume::store_error;
 use crate::blobstore::{Blob, BlobId};
+
+/// The time after which a deletion waits no longer for threads that look at the blob.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Names of the xattrs of a file. Those with the prefix `pumice.` are ours, and SPDK ignores them.
 pub(crate) mod xattr {
@@ -160,9 +163,25 @@ impl Inode {
         settled.map_err(|e| store_error(self.path(), e, 0))
     }
 
-    /// Closes the blob.
-    pub fn close_blob(&self) {
-        self.blob.store(None);
+    /// Closes the blob, which is about to be deleted: the store does not delete a blob that is open. Threads that look at it at this
+    /// moment without the append lock, as [`Inode::is_thin`] does, are waited for. Returns whether it was open.
+    pub fn close_blob(&self) -> bool {
+        let Some(mut blob) = self.blob.swap(None) else {
+            return false;
+        };
+        let start = Instant::now();
+        while let Err(looked_at) = Arc::try_unwrap(blob) {
+            if start.elapsed() > LOOK_TIMEOUT {
+                tracing::error!(
+                    file = self.path(),
+                    "the blob stays open: another thread uses it"
+                );
+                break;
+            }
+            blob = looked_at;
+            std::thread::yield_now();
+        }
+        true
     }
 
     /// Whether clusters may be unallocated. Such a file keeps its clusters. A snapshot of the blob

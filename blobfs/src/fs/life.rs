@@ -58,7 +58,7 @@ impl Lives {
         }
         self.quiesce(ino);
         self.forget_bytes(ino);
-        if ino.blob.swap(None).is_none() {
+        if !ino.close_blob() {
             return;
         }
         let id = ino.id;
@@ -121,7 +121,6 @@ impl Lives {
             return Ok(Loss::Orphan);
         }
         self.quiesce(ino);
-        // The store does not delete a blob that is open.
         ino.close_blob();
         tx.delete(ino.id);
         Ok(Loss::Gone)

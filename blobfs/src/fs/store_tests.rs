@@ -329,3 +329,41 @@ fn reads_ahead_do_not_keep_a_file() {
         assert_eq!(fs.free_bytes(), free + 2 * MIB);
     }
 }
+
+/// A thread that looks for clusters that files hold ahead looks at the blobs of all files, without their locks.
+#[test]
+fn a_file_is_deleted_while_another_thread_looks_at_it() {
+    let (fs, dev) = mount();
+    let free = fs.statfs().free;
+    let inode = |f: &File| {
+        let inodes = fs.core().names.inodes();
+        let ino = inodes.into_iter().find(|ino| ino.id == f.blob_id());
+        ino.unwrap()
+    };
+    let while_looked_at = |ino: &Arc<super::inode::Inode>, delete: &(dyn Fn() + Sync)| {
+        let look = ino.blob.load();
+        std::thread::scope(|scope| {
+            let deletes = scope.spawn(delete);
+            std::thread::sleep(Duration::from_millis(50));
+            drop(look);
+            deletes.join().unwrap();
+        });
+    };
+    let f = file(&fs, "/closed", 1, MIB);
+    let ino = inode(&f);
+    drop(f);
+    while_looked_at(&ino, &|| fs.unlink("/closed").unwrap());
+    let f = file(&fs, "/open", 1, MIB);
+    let ino = inode(&f);
+    fs.unlink("/open").unwrap();
+    let f = parking_lot::Mutex::new(Some(f));
+    while_looked_at(&ino, &|| drop(f.lock().take()));
+    let (old, new) = (file(&fs, "/old", 1, MIB), file(&fs, "/new", 2, MIB));
+    let ino = inode(&old);
+    drop((old, new));
+    while_looked_at(&ino, &|| fs.rename("/new", "/old").unwrap());
+    fs.unlink("/old").unwrap();
+    assert_eq!(fs.statfs().free, free);
+    drop(ino);
+    again(fs, &dev).unmount().unwrap();
+}
