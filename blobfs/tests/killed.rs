@@ -27,16 +27,22 @@ const SEED: &str = "PUMICE_KILLED_SEED";
 
 struct Image {
     dir: tempfile::TempDir,
+    /// Logs of an earlier image whose inode this one has.
+    others: Vec<PathBuf>,
 }
 
 impl Image {
     fn new(journal: Option<u64>) -> Image {
         let dir = tempfile::tempdir().unwrap();
-        let image = Image { dir };
+        let mut image = Image {
+            dir,
+            others: Vec::new(),
+        };
         let dev = pumice_bdev::open(&format!("{}?size=96M&create=1", image.uri())).unwrap();
         let mut format = FormatOptions::default();
         format.journal = journal.map_or(Journal::None, Journal::Bytes);
         FileSystem::format(dev, &format).unwrap();
+        image.others = image.logs();
         image
     }
 
@@ -50,16 +56,22 @@ impl Image {
 
     /// Returns the log, or a path where nothing is.
     fn log(&self) -> PathBuf {
+        let its = self.logs();
+        its.into_iter()
+            .find(|path| !self.others.contains(path))
+            .unwrap_or_else(|| self.dir.path().join("no log"))
+    }
+
+    fn logs(&self) -> Vec<PathBuf> {
         let meta = std::fs::metadata(self.path()).unwrap();
         let name = format!("pumice-file-{:x}-{:x}-", meta.dev(), meta.ino());
         let all = std::fs::read_dir("/dev/shm").unwrap();
-        let mut its = all
-            .filter_map(|entry| Some(entry.ok()?.path()))
+        all.filter_map(|entry| Some(entry.ok()?.path()))
             .filter(|path| {
                 let file = path.file_name().unwrap_or_default();
                 file.to_string_lossy().starts_with(&name)
-            });
-        its.next().unwrap_or_else(|| self.dir.path().join("no log"))
+            })
+            .collect()
     }
 
     fn device(&self) -> Arc<dyn BlockDevice> {
