@@ -1,7 +1,7 @@
 //! Errors of devices as a whole.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use pumice_io::IoError;
 use pumice_io::uri::UriError;
@@ -68,8 +68,8 @@ pub enum BdevError {
     /// A file's size differs from the requested one.
     #[error(
         "{}: the file has {found_bytes} bytes, size= says {wanted_bytes}; nothing was changed; leave \
-         size= out, or make the file and what is on it longer: pumice grow {} {wanted_bytes}",
-        .path.display(), .path.display()
+         size= out{}",
+        .path.display(), how_to_lengthen(.path, *.found_bytes, *.wanted_bytes)
     )]
     WrongSize {
         /// Path of the file.
@@ -151,6 +151,15 @@ impl From<UriError> for BdevError {
             reason: e.reason,
         }
     }
+}
+
+/// Returns the part of the message that is true where the requested size is larger than the file.
+fn how_to_lengthen(path: &Path, found_bytes: u64, wanted_bytes: u64) -> String {
+    if wanted_bytes < found_bytes {
+        return String::new();
+    }
+    let path = path.display();
+    format!(", or make the file and what is on it longer: pumice grow {path} {wanted_bytes}")
 }
 
 fn owner(pid: Option<u32>) -> String {

@@ -66,7 +66,9 @@ impl Uri {
             }
             if !is_path(text) {
                 let examples = examples.join(", ");
-                return Err(invalid(format!("not a device URI; one of {examples}")));
+                return Err(invalid(format!(
+                    "not a device URI (a file of this name is ./{text}); one of {examples}"
+                )));
             }
             return Ok(uri("file", text.as_bytes().to_vec()));
         };
@@ -357,7 +359,8 @@ mod tests {
             "file:rel.img?size=32M&create=1",
             "malloc:1.5",
         ] {
-            assert!(parse(name).is_err(), "{name}");
+            let error = parse(name).unwrap_err().to_string();
+            assert!(error.contains(&format!("./{name}")), "{error}");
         }
         assert!(parse("other:1.5").is_ok(), "a scheme of nobody's");
     }
