@@ -502,20 +502,16 @@ fn check_owners(report: &mut Report, found: &Scan) {
         let mut owners: Vec<(u32, Vec<BlobId>)> = owners.into_iter().collect();
         owners.sort_unstable();
         for (number, blobs) in owners {
-            let legal = matches!(blobs[..], [a, b] if pairs.contains(&(a, b)));
-            if !legal && blobs.len() > 1 {
-                let names: Vec<String> = blobs.iter().map(ToString::to_string).collect();
-                report.add(
-                    Severity::Error,
-                    format!("{what} {number} belongs to {}", names.join(" and ")),
-                );
-            } else if !legal {
-                let text = format!(
-                    "{what} {number} belongs to {} and to a damaged blob, or twice to it",
-                    blobs[0]
-                );
-                report.add(Severity::Error, text);
-            }
+            let text = match &blobs[..] {
+                [a, b] if pairs.contains(&(*a, *b)) => continue,
+                [a, b] if a == b => format!("{what} {number} belongs twice to {a}"),
+                [one] => format!("{what} {number} belongs to {one} and to a damaged blob"),
+                _ => {
+                    let names: Vec<String> = blobs.iter().map(ToString::to_string).collect();
+                    format!("{what} {number} belongs to {}", names.join(" and "))
+                }
+            };
+            report.add(Severity::Error, text);
         }
     }
 }
