@@ -251,6 +251,9 @@ fn child_needs_its_memory() {
     let Some((dir, _)) = case() else {
         return;
     };
+    // A cache of fixed size has an eighth of the group's memory.
+    let fixed = pumice::fs::MountOptions::default();
+    assert_eq!(fixed.cache_bytes, 32 << 20);
     let uri = format!("file://{}/files.img?size=512M&create=1", dir.display());
     let fs = pumice::mount(&uri, &pumice::MountOptions::new()).unwrap();
     let file = fs.open("/file", pumice::fs::OpenOptions::FRESH).unwrap();
