@@ -2,198 +2,21 @@
 //! A check writes nothing. A repair corrects what can be corrected without a loss.
 
 mod common;
+#[path = "fsck/image.rs"]
+mod image;
 
 use std::sync::Arc;
 
 use common::*;
-use pumice_bdev::BlockDevice;
-use pumice_blobfs::blobstore::check::{Report, Severity, check, plan, repair};
+use image::*;
+use pumice_blobfs::blobstore::check::{Severity, check, plan, repair};
 use pumice_blobfs::blobstore::format::{
-    BlobReader, BlobRecord, MapRecord, Page, SuperBlock, Xattr, decode_extent_page, encode_blob,
-    encode_extent_page, seal, seal_chain,
+    MapRecord, SuperBlock, decode_extent_page, encode_extent_page, seal,
 };
-use pumice_blobfs::blobstore::{BlobId, Blobstore, CreateOptions, InitOptions, LoadOptions};
+use pumice_blobfs::blobstore::{BlobId, Blobstore, CreateOptions, InitOptions};
+use pumice_blobfs::fs::{File, FileSystem, FormatOptions, Journal, MountOptions, OpenOptions};
 
 use Severity::{Error, Note, Repairable};
-
-const CLUSTER: u32 = 8192;
-const MD_PAGES: u32 = 64;
-
-/// The bytes of a store that was unloaded in order.
-#[derive(Clone)]
-struct Image {
-    bytes: Vec<u8>,
-    block_size: u32,
-}
-
-/// The blobs of the image, each of which is full of a byte of its own.
-struct Blobs {
-    /// Three clusters.
-    small: BlobId,
-    /// 600 clusters, so two extent pages.
-    large: BlobId,
-    /// A clone of `snapshot`, with three clusters.
-    clone: BlobId,
-    snapshot: BlobId,
-}
-
-fn image_of(block_size: u32) -> (Image, Blobs) {
-    let dev = memory(8 << 20, block_size);
-    let options = InitOptions {
-        cluster_size: CLUSTER,
-        md_pages: Some(MD_PAGES),
-        ..InitOptions::default()
-    };
-    let store = Blobstore::init(Arc::clone(&dev), &options).unwrap();
-    let [small, large, clone] = [(3, 1), (600, 2), (3, 3)].map(|(num_clusters, byte)| {
-        let options = CreateOptions {
-            num_clusters,
-            xattrs: vec![("name".to_owned(), format!("/{byte}\0").into_bytes())],
-            ..CreateOptions::default()
-        };
-        let id = store.create(&options).unwrap();
-        write(&store.open(id).unwrap(), 0, &[byte; CLUSTER as usize]);
-        id
-    });
-    let snapshot = store.snapshot(clone, &[]).unwrap();
-    store.unload().unwrap();
-    drop(store);
-    let image = Image {
-        bytes: content(&dev),
-        block_size,
-    };
-    let blobs = Blobs {
-        small,
-        large,
-        clone,
-        snapshot,
-    };
-    (image, blobs)
-}
-
-impl Image {
-    fn sb(&self) -> SuperBlock {
-        SuperBlock::decode(self.bytes[..4096].try_into().unwrap()).unwrap()
-    }
-
-    fn set_sb(&mut self, change: impl FnOnce(&mut SuperBlock)) {
-        let mut sb = self.sb();
-        change(&mut sb);
-        self.bytes[..4096].copy_from_slice(&sb.encode()[..]);
-    }
-
-    fn page(&mut self, index: u32) -> &mut Page {
-        let at = (self.sb().md_start.get() + index) as usize * 4096;
-        (&mut self.bytes[at..at + 4096]).try_into().unwrap()
-    }
-
-    /// Changes a blob whose chain is its root.
-    fn change(&mut self, id: BlobId, change: impl FnOnce(&mut BlobRecord)) {
-        let root = self.page(id.page().unwrap());
-        let mut reader = BlobReader::new(id);
-        assert_eq!(reader.page(root).unwrap(), None);
-        let mut record = reader.finish();
-        change(&mut record);
-        let mut pages = encode_blob(&record);
-        seal_chain(&mut pages, &[]);
-        root.copy_from_slice(&pages[0][..]);
-    }
-
-    /// The metadata pages with a blob's extents, in order.
-    fn extent_pages(&mut self, id: BlobId) -> Vec<u32> {
-        let mut pages = Vec::new();
-        self.change(id, |record| {
-            if let MapRecord::Table { entries, .. } = &record.map {
-                pages.extend(entries.iter().map(|entry| entry.page));
-            }
-        });
-        pages
-    }
-
-    fn clusters(&mut self, id: BlobId) -> Vec<u32> {
-        let pages = self.extent_pages(id);
-        let extents = pages.into_iter();
-        extents
-            .flat_map(|page| decode_extent_page(self.page(page)).unwrap().clusters)
-            .collect()
-    }
-
-    /// Gives a blob of one extent page these clusters.
-    fn set_clusters(&mut self, id: BlobId, clusters: &[u32]) {
-        let [page] = self.extent_pages(id)[..] else {
-            panic!("more than one extent page");
-        };
-        let page = self.page(page);
-        page.copy_from_slice(&encode_extent_page(id, 0, clusters)[..]);
-    }
-
-    fn set_mark(&mut self, id: BlobId, name: &str, named: BlobId) {
-        self.change(id, |record| {
-            record
-                .internal
-                .retain(|xattr| *xattr.name != *name.as_bytes());
-            record.internal.push(Xattr {
-                name: name.as_bytes().into(),
-                value: named.0.to_le_bytes().into(),
-            });
-            // It has internal xattrs. Only a thin blob has a snapshot below it.
-            record.flags.invalid |= 2 | u64::from(name == "SNAP");
-        });
-    }
-
-    fn device(&self) -> Arc<dyn BlockDevice> {
-        memory_with(&self.bytes, self.block_size)
-    }
-
-    /// Checks the image. That changes no byte.
-    fn report(&self) -> Report {
-        let dev = self.device();
-        let report = check(&dev).unwrap();
-        assert!(content(&dev) == self.bytes, "a check has written");
-        report
-    }
-
-    /// Asserts that a check finds these, in any order, and nothing else: each text is a part of the finding's.
-    fn finds(&self, expected: &[(Severity, &str)]) {
-        let mut left = self.report().findings;
-        for (severity, text) in expected {
-            let at = left
-                .iter()
-                .position(|f| f.severity == *severity && f.text.contains(text));
-            let at = at.unwrap_or_else(|| panic!("no {severity:?} \"{text}\" in {left:#?}"));
-            left.remove(at);
-        }
-        assert_eq!(left, []);
-    }
-
-    /// Repairs the image, after which nothing is wrong, and returns the lines that the repair has told.
-    fn repaired(&self) -> (Image, Vec<String>) {
-        let dev = self.device();
-        let lines = repair(&dev).unwrap();
-        let image = Image {
-            bytes: content(&dev),
-            block_size: self.block_size,
-        };
-        assert_eq!(image.report().worst(), None);
-        assert!(image.report().clean);
-        (image, lines)
-    }
-}
-
-/// Asserts that the blobs have what was written to them.
-fn assert_whole(image: &Image, blobs: &Blobs) {
-    let store = Blobstore::load(image.device(), &LoadOptions::default()).unwrap();
-    let all = [
-        (blobs.small, 1),
-        (blobs.large, 2),
-        (blobs.clone, 3),
-        (blobs.snapshot, 3),
-    ];
-    for (id, byte) in all {
-        let blob = store.open(id).unwrap();
-        assert_eq!(read(&blob, 0, 8192), [byte; 8192], "{id}");
-    }
-}
 
 #[test]
 fn nothing_is_wrong_with_a_store_that_was_unloaded() {
@@ -521,6 +344,87 @@ fn what_a_cut_shrink_has_left_is_a_note() {
     image.finds(&[(Repairable, leaked), (Note, &left)]);
     let (repaired, _) = image.repaired();
     assert_whole(&repaired, &blobs);
+}
+
+#[test]
+fn a_torn_super_block_is_a_note() {
+    let (image, blobs) = image_of(4096);
+    let mut torn = image.clone();
+    torn.set_sb(|sb| {
+        sb.clean = 0.into();
+        sb.super_blob = blobs.small.0.into();
+    });
+    // The copy is where the page mask begins, and the end of the page is the old one.
+    let mask = torn.sb().used_page_mask_start.get() as usize * 4096;
+    torn.bytes.copy_within(..4096, mask);
+    torn.bytes[512..4096].copy_from_slice(&image.bytes[512..4096]);
+    torn.finds(&[
+        (Note, "the super block was torn while it was changed; its copy is used, and the next load puts it back"),
+        (Note, "the store was not unloaded in order"),
+    ]);
+    let (repaired, _) = torn.repaired();
+    assert_eq!(repaired.sb().super_blob(), Some(blobs.small));
+    assert_whole(&repaired, &blobs);
+}
+
+#[test]
+fn what_the_journal_has_is_told() {
+    let dev = memory(32 << 20, 512);
+    let mut format = FormatOptions::default();
+    format.journal = Journal::Bytes(1 << 20);
+    FileSystem::format(Arc::clone(&dev), &format).unwrap();
+    let killed = |change: &dyn Fn(&FileSystem) -> Option<File>| {
+        let dev = memory_with(&content(&dev), 512);
+        let fs = FileSystem::mount(Arc::clone(&dev), &MountOptions::default()).unwrap();
+        let open = change(&fs);
+        let bytes = content(&dev);
+        drop(open);
+        fs.unmount().unwrap();
+        Image {
+            bytes,
+            block_size: 512,
+        }
+    };
+    let in_order = Image {
+        bytes: content(&dev),
+        block_size: 512,
+    };
+    // A journal makes torn pages whole, so there is nothing to say of them.
+    in_order.finds(&[]);
+    let unloaded = (Note, "the store was not unloaded in order");
+    let pages = "metadata pages are in the journal and not in place; the next load puts them there";
+    let changed = killed(&|fs| {
+        fs.mkdir("/d").unwrap();
+        None
+    });
+    changed.finds(&[unloaded, (Note, pages)]);
+    let carried = killed(&|fs| {
+        let file = fs.open("/f", OpenOptions::CREATE).unwrap();
+        for _ in 0..2 {
+            file.append(&[5; 100]).unwrap();
+            file.sync().unwrap();
+        }
+        Some(file)
+    });
+    let blocks =
+        "blocks of blobs are in the journal and not in place; the next load puts them there";
+    carried.finds(&[unloaded, (Note, pages), (Note, blocks)]);
+    let (repaired, _) = carried.repaired();
+    let fs = FileSystem::mount(repaired.device(), &MountOptions::default()).unwrap();
+    assert_eq!(fs.stat("/f").unwrap().len, 200);
+    fs.unmount().unwrap();
+    // Another program gave the journal's blob away.
+    let mut given = in_order.clone();
+    let start = given.sb().md_start.get();
+    let ring = u64::from_le_bytes(given.bytes[104..112].try_into().unwrap());
+    let root = BlobId(ring).page().expect("the id of the journal's blob");
+    given.bytes[(start + root) as usize * 4096..][..4096].fill(0);
+    let found = given.report().findings;
+    let text = "the journal's blob is not as the super block has it: the next load goes on without the journal";
+    assert!(
+        found.iter().any(|f| f.severity == Note && f.text == text),
+        "{found:#?}"
+    );
 }
 
 #[test]
