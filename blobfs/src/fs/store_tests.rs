@@ -8,6 +8,7 @@ use pumice_bdev::delay::{Delay, Latencies};
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, OpKind};
 
+use super::inode::Life;
 use super::{File, FileSystem, FormatOptions, FsError, Journal, MountOptions, OpenOptions};
 use crate::blobstore::check::check;
 use crate::blobstore::{BlobId, Blobstore};
@@ -365,5 +366,32 @@ fn a_file_is_deleted_while_another_thread_looks_at_it() {
     fs.unlink("/old").unwrap();
     assert_eq!(fs.statfs().free, free);
     drop(ino);
+    again(fs, &dev).unmount().unwrap();
+}
+
+/// A thread that makes room in the log in shared memory holds a file beside the loss of its last name.
+#[test]
+fn a_file_becomes_an_orphan_before_or_after_it_is_held() {
+    let (fs, dev) = mount();
+    let f = file(&fs, "/f", 1, MIB);
+    let ino = Arc::clone(f.ino());
+    let names = Arc::clone(&fs.core().names);
+    let orphans = names.orphans.lock();
+    std::thread::scope(|scope| {
+        let unlink = scope.spawn(|| fs.unlink("/f").unwrap());
+        while names.get("/f").is_some() {
+            std::thread::yield_now();
+        }
+        // As `Names::hold` does, which has found it with its name.
+        let map = names.map.read();
+        assert_eq!(ino.life.load(), Life::Named);
+        drop(orphans);
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(ino.life.load(), Life::Named, "it may be deleted at once");
+        drop(map);
+        unlink.join().unwrap();
+    });
+    assert!(!names.hold(&ino));
+    drop((f, ino, names));
     again(fs, &dev).unmount().unwrap();
 }
