@@ -11,7 +11,7 @@ use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, OpKind};
 use super::inode::Life;
 use super::{File, FileSystem, FormatOptions, FsError, Journal, MountOptions, OpenOptions};
 use crate::blobstore::check::check;
-use crate::blobstore::{BlobId, Blobstore};
+use crate::blobstore::{BlobId, Blobstore, CreateOptions};
 
 const MIB: u64 = 1 << 20;
 
@@ -393,5 +393,44 @@ fn a_file_becomes_an_orphan_before_or_after_it_is_held() {
     });
     assert!(!names.hold(&ino));
     drop((f, ino, names));
+    again(fs, &dev).unmount().unwrap();
+}
+
+/// The table of a file's frames has an end, and a thin file may be longer.
+#[test]
+fn a_file_that_is_longer_than_its_table_is_read_and_not_lengthened() {
+    const TIB: u64 = 1 << 40;
+    let (fs, dev) = mount();
+    let clusters = 200 * TIB / fs.core().vol.cluster;
+    let options = CreateOptions {
+        num_clusters: clusters,
+        thin: true,
+        extent_table: false,
+        xattrs: vec![
+            ("name".to_owned(), b"/thin\0".to_vec()),
+            ("length".to_owned(), (200 * TIB).to_le_bytes().to_vec()),
+        ],
+        ..CreateOptions::default()
+    };
+    store(&fs).create(&options).unwrap();
+    let fs = again(fs, &dev);
+    let f = fs.open("/thin", OpenOptions::CREATE).unwrap();
+    assert_eq!(f.len(), 200 * TIB);
+    let mut out = [1; 100];
+    assert_eq!(f.read_at(199 * TIB + 5, &mut out).unwrap(), 100);
+    assert_eq!(out, [0; 100]);
+    f.prefetch(199 * TIB, 100).unwrap();
+    f.write_at(199 * TIB + 5, &[2; 100]).unwrap();
+    assert_eq!(f.read_at(199 * TIB + 5, &mut out).unwrap(), 100);
+    assert_eq!(out, [2; 100]);
+    for refused in [f.append(b"x"), f.truncate(150 * TIB), f.truncate(u64::MAX)] {
+        assert!(
+            matches!(refused, Err(FsError::InvalidInput { .. })),
+            "{refused:?}"
+        );
+    }
+    f.sync().unwrap();
+    drop(f);
+    fs.unlink("/thin").unwrap();
     again(fs, &dev).unmount().unwrap();
 }
