@@ -4,7 +4,9 @@ mod common;
 
 use std::sync::Arc;
 
+use common::faults::{fail, setup_with};
 use common::memory;
+use pumice_bdev::OpKind;
 use pumice_bdev::delay::{Delay, Latencies};
 use pumice_blobfs::fs::{File, FileSystem, FormatOptions, MountOptions, OpenOptions, ReadRequest};
 
@@ -154,5 +156,55 @@ fn the_first_window_is_64_kib_and_windows_grow_to_what_the_options_say() {
         file.invalidate(0, u64::MAX);
         let asked = fs.io_stats().since(&before).read_bytes;
         assert!(asked <= pages * 4096 + (16 << 10), "{pages}: {asked}");
+    }
+}
+
+/// Memory for what is in flight is not the cache's, so it has a bound of its own.
+#[test]
+fn what_is_read_in_advance_is_bounded() {
+    let mut options = MountOptions::default();
+    options.cache_bytes = 4 << 20;
+    options.cache_most_bytes = None;
+    let (fs, file) = cold_file(32 * MIB, &options);
+    let before = fs.io_stats();
+    file.prefetch(0, u64::MAX).unwrap();
+    let io = fs.io_stats().since(&before);
+    assert_eq!(io.read_bytes, 2 * MIB, "{io:?}");
+    let mut out = vec![0; 3 << 20];
+    assert_eq!(file.read_at(7, &mut out).unwrap(), 3 << 20);
+    check(7, &out);
+}
+
+/// Bytes that a truncation has removed are not read, so the device's error does not count.
+#[test]
+fn an_error_of_what_was_cut_off_is_not_told() {
+    let (dev, fs) = setup_with(
+        memory(16 * MIB, 4096),
+        &FormatOptions::default(),
+        &MountOptions::default(),
+    );
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    f.append(&[7; 8192]).unwrap();
+    f.sync().unwrap();
+    drop(f);
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    f.invalidate(0, u64::MAX);
+    let mut out = [0; 100];
+    for cut in [false, true] {
+        dev.inject(fail(OpKind::Read, 1, None));
+        let read = f.read_async(4096, 100).unwrap();
+        read.wait();
+        if cut {
+            f.truncate(4100).unwrap();
+        }
+        let read = read.read_into(&mut out);
+        assert!(
+            if cut {
+                matches!(read, Ok(4))
+            } else {
+                read.is_err()
+            },
+            "{read:?}"
+        );
     }
 }

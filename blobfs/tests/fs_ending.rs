@@ -54,6 +54,36 @@ fn an_append_beside_an_unmount_is_refused_or_durable() {
     assert_eq!(content_of(&fs, "/b"), want);
 }
 
+/// A read keeps the blob of its file open until it has ended.
+#[test]
+fn an_unmount_waits_for_a_read_that_has_begun() {
+    let _limit = watchdog("an unmount beside a read", 120);
+    let base = memory(64 << 20, 4096);
+    let (dev, fs) = setup_with(base, &format_1m(Journal::None), &MountOptions::default());
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    f.append(&[7; 100]).unwrap();
+    f.sync().unwrap();
+    drop(f);
+    let f = fs.open("/f", OpenOptions::READ).unwrap();
+    f.invalidate(0, u64::MAX);
+    dev.inject(hang(OpKind::Read, 1, None));
+    let read = spawn(move || {
+        let mut out = [0; 100];
+        f.read_at(0, &mut out).map(|n| (n, out))
+    });
+    arrived(&dev, "the read");
+    let other = fs.clone();
+    let unmount = spawn(move || other.unmount());
+    assert!(unmount.still_waits(), "{:?}", unmount.join("the unmount"));
+    dev.resume();
+    assert_eq!(read.join("the read").unwrap(), (100, [7; 100]));
+    unmount.join("the unmount").unwrap();
+    assert_eq!(
+        content_of(&mount_with(&dev, &MountOptions::default()), "/f"),
+        [7; 100]
+    );
+}
+
 /// An unmount frees what was allocated ahead before the last crash.
 #[test]
 fn what_was_allocated_ahead_before_a_crash_is_freed() {

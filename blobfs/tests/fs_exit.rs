@@ -9,11 +9,12 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use common::faults::{hang, setup_with};
 use common::memory;
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{BlockDevice, OpKind};
 use pumice_blobfs::fs::{
-    Attributes, File, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions,
+    Attributes, File, FileSystem, FormatOptions, FsError, MountOptions, OpenOptions, ReadRequest,
 };
 
 const DIR: &str = "PUMICE_EXIT_DIR";
@@ -114,6 +115,17 @@ fn exit_among_writers(uri: &str) {
 /// goes on.
 fn forked_child_ends(uri: &str) {
     let (fs, file) = appended(uri);
+    let begun = file.read_async(0, 100).unwrap();
+    // A thread of the parent has the lock of a file, which nobody releases in the child.
+    let (dev, locked) = closed_file();
+    dev.inject(hang(OpKind::Write, 1, None));
+    let writer = {
+        let locked = locked.clone();
+        std::thread::spawn(move || locked.write_at(0, b"x").unwrap())
+    };
+    while !dev.injections().is_empty() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     let code = in_fork(|| {
         let forked = |e: FsError| matches!(e, FsError::Forked { .. });
         let mut buf = [0; 16];
@@ -121,6 +133,8 @@ fn forked_child_ends(uri: &str) {
             file.append(b"x").is_err_and(forked),
             file.read_at(0, &mut buf).is_err_and(forked),
             file.sync().is_err_and(forked),
+            begun.poll() && begun.read_into(&mut buf).is_err_and(forked),
+            reads_many(&file).is_err_and(forked),
             file.truncate(0).is_err_and(forked),
             fs.unlink("/kept").is_err_and(forked),
             fs.mkdir("/d").is_err_and(forked),
@@ -141,6 +155,7 @@ fn forked_child_ends(uri: &str) {
             file.stat().len == 3_000_001 && file.stat().links == 0,
             !file.path().contains("/kept"),
         ];
+        locked.finish_writing();
         drop(file.clone());
         drop(fs.clone());
         // A mount of its own works beside them.
@@ -151,9 +166,32 @@ fn forked_child_ends(uri: &str) {
         i32::from(!answers.iter().all(|ok| *ok))
     });
     assert_eq!(code, 0, "the child");
+    dev.resume();
+    writer.join().unwrap();
     file.sync().unwrap();
     drop(file);
     fs.unmount().unwrap();
+}
+
+fn reads_many(file: &File) -> pumice_blobfs::fs::Result<usize> {
+    let mut buf = [0; 16];
+    let mut requests = [ReadRequest::new(0, &mut buf)];
+    file.read_many(&mut requests);
+    let [request] = requests;
+    request.result
+}
+
+/// A file whose writes go through to the device.
+fn closed_file() -> (Arc<ErrorDevice>, File) {
+    let (dev, fs) = setup_with(
+        memory(16 << 20, 4096),
+        &FormatOptions::default(),
+        &MountOptions::default(),
+    );
+    let file = fs.open("/closed", OpenOptions::CREATE).unwrap();
+    file.append(b"bytes").unwrap();
+    drop(file);
+    (dev, fs.open("/closed", OpenOptions::CREATE).unwrap())
 }
 
 fn formatted() -> Arc<dyn BlockDevice> {

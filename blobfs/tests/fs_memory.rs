@@ -12,7 +12,7 @@ use common::memory;
 use common::random::{Faults, from_env, rounds};
 use common::watchdog::watchdog;
 use pumice_bdev::{DmaBuf, OpKind};
-use pumice_blobfs::fs::{FormatOptions, FsError, Journal, MountOptions, OpenOptions};
+use pumice_blobfs::fs::{FormatOptions, FsError, Journal, MountOptions, OpenOptions, ReadRequest};
 use pumice_nvme::dma;
 
 const MIB: usize = 1 << 20;
@@ -177,4 +177,34 @@ fn random_operations_without_memory() {
         };
         rounds("without memory, failing and slow", 4, faults, 3, 100);
     }
+}
+
+/// A read needs memory beside the caller's, of which a long one takes no more than a part of its length.
+#[test]
+fn a_long_read_does_with_less_memory_than_it_reads() {
+    let _one = limited();
+    let _limit = watchdog("a long read", 120);
+    let mut opts = MountOptions::default();
+    opts.cache_bytes = 1 << 20;
+    opts.write_behind_bytes = 4 << 20;
+    let (_dev, fs) = setup_with(memory(96 << 20, 4096), &FormatOptions::default(), &opts);
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    let bytes: Vec<u8> = (0..=250).cycle().take(40 * MIB + 77).collect();
+    for piece in bytes.chunks(MIB) {
+        f.append(piece).unwrap();
+    }
+    f.sync().unwrap();
+    drop(f);
+    let f = fs.open("/f", OpenOptions::READ).unwrap();
+    f.invalidate(0, u64::MAX);
+    let taken = take_all_but(24);
+    let mut out = vec![0; bytes.len()];
+    assert_eq!(f.read_at(3, &mut out).unwrap(), bytes.len() - 3);
+    assert!(out[..bytes.len() - 3] == bytes[3..]);
+    out.fill(0);
+    let mut requests = [ReadRequest::new(3, &mut out)];
+    f.read_many(&mut requests);
+    assert_eq!(requests[0].result.as_ref().unwrap(), &(bytes.len() - 3));
+    assert!(out[..bytes.len() - 3] == bytes[3..]);
+    drop(taken);
 }

@@ -18,6 +18,7 @@ use changes::{
 use flaky::{Flaky, Plan};
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{BlockDevice, IoErrorKind, OpKind};
+use pumice_bdev_testkit::images::ImageDir;
 use pumice_blobfs::fs::{FileSystem, FormatOptions, FsError, Journal, MountOptions, OpenOptions};
 use rand::prelude::*;
 
@@ -26,14 +27,14 @@ const HOW: &str = "PUMICE_KILLED_HOW";
 const SEED: &str = "PUMICE_KILLED_SEED";
 
 struct Image {
-    dir: tempfile::TempDir,
+    dir: ImageDir,
     /// Logs of an earlier image whose inode this one has.
     others: Vec<PathBuf>,
 }
 
 impl Image {
     fn new(journal: Option<u64>) -> Image {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = ImageDir::new().unwrap();
         let mut image = Image {
             dir,
             others: Vec::new(),
@@ -108,14 +109,6 @@ impl Image {
         let status = child.wait().unwrap();
         assert_eq!(status.code(), None, "{how}: it ended by itself: {said:?}");
         said
-    }
-}
-
-impl Drop for Image {
-    fn drop(&mut self) {
-        if self.path().exists() {
-            let _ = std::fs::remove_file(self.log());
-        }
     }
 }
 

@@ -20,6 +20,7 @@ use pumice::rocksdb::{
 use pumice::{
     Db, DbOptions, FileSystem, FormatOptions, FsError, MountOptions, mount, mount_device,
 };
+use pumice_bdev_testkit::images::ImageDir;
 
 const URI: &str = "PUMICE_TEST_URI";
 const MODE: &str = "PUMICE_TEST_MODE";
@@ -361,7 +362,7 @@ fn reopened(dir: &Path) -> Db {
 
 fn an_end_keeps_all(mode: &str, succeeds: bool) {
     let _limit = watchdog();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = ImageDir::new().unwrap();
     run(dir.path(), mode, succeeds);
     let db = reopened(dir.path());
     check(&db, 0..PUTS, mode);
@@ -372,7 +373,7 @@ fn an_end_keeps_all(mode: &str, succeeds: bool) {
 #[test]
 fn an_end_that_loses_something_says_so() {
     let _limit = watchdog();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = ImageDir::new().unwrap();
     let output = start(dir.path(), "failed exit").wait_with_output().unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(errors.contains("unmounting at exit failed"), "{errors}");
@@ -418,7 +419,7 @@ fn children_leave_the_parents_database_alone() {
 fn acknowledged_puts_survive_an_exit_among_writers() {
     let _limit = watchdog();
     for _ in 0..3 {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = ImageDir::new().unwrap();
         let said = run(dir.path(), "exit among writers", true);
         let db = reopened(dir.path());
         let acks = said.lines().filter_map(|line| line.strip_prefix("ack "));
@@ -443,7 +444,7 @@ fn acknowledged_puts_survive_an_exit_among_writers() {
 #[test]
 fn puts_survive_a_kill() {
     let _limit = watchdog();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = ImageDir::new().unwrap();
     kill(dir.path(), "killed after puts");
     let db = reopened(dir.path());
     check(&db, 0..PUTS, "after the kill");
@@ -462,7 +463,7 @@ fn puts_survive_a_kill() {
 #[test]
 fn committed_and_prepared_transactions_survive_a_kill() {
     let _limit = watchdog();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = ImageDir::new().unwrap();
     kill(dir.path(), "killed after commits");
     let how = TransactionDBOptions::new();
     let db = options().open_transactions(&uri(dir.path()), &how).unwrap();
@@ -488,7 +489,7 @@ fn committed_and_prepared_transactions_survive_a_kill() {
 #[test]
 fn a_kill_of_a_volatile_mount_leaves_a_prefix_of_the_puts() {
     let _limit = watchdog();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = ImageDir::new().unwrap();
     kill(dir.path(), "killed and volatile");
     let db = reopened(dir.path());
     let kept = db.iterator(IteratorMode::Start).count() as u64;
@@ -499,7 +500,7 @@ fn a_kill_of_a_volatile_mount_leaves_a_prefix_of_the_puts() {
 #[test]
 fn flushed_tables_survive_a_kill() {
     let _limit = watchdog();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = ImageDir::new().unwrap();
     kill(dir.path(), "killed after flush");
     check(&reopened(dir.path()), 0..PUTS, "flushed, then killed");
 }
@@ -507,7 +508,7 @@ fn flushed_tables_survive_a_kill() {
 #[test]
 fn two_forked_workers_have_a_database_each() {
     let _limit = watchdog();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = ImageDir::new().unwrap();
     run(dir.path(), "workers", true);
     for worker in 0..2_u64 {
         let uri = format!("file://{}/kv{worker}.img", dir.path().display());
@@ -521,7 +522,7 @@ fn two_forked_workers_have_a_database_each() {
 #[test]
 fn a_put_without_a_log_after_a_failed_close_is_not_lost_in_silence() {
     let _limit = watchdog();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = ImageDir::new().unwrap();
     run(dir.path(), "unlogged after a failed close", true);
 }
 
@@ -530,7 +531,7 @@ fn a_put_without_a_log_after_a_failed_close_is_not_lost_in_silence() {
 #[test]
 fn a_failed_close_is_repeated_and_loses_nothing() {
     let _limit = watchdog();
-    let dir = tempfile::tempdir().unwrap();
+    let dir = ImageDir::new().unwrap();
     run(dir.path(), "failed close", true);
 }
 

@@ -152,9 +152,14 @@ impl ReadHandle {
     /// Whether [`ReadHandle::read_into`] would return at once. Takes completions. Never blocks.
     pub fn poll(&self) -> bool {
         match &self.ticket {
-            Some(ticket) => self.open.core.vol.shared().poll(ticket),
-            None => true,
+            Some(ticket) if self.is_here() => self.open.core.vol.shared().poll(ticket),
+            _ => true,
         }
+    }
+
+    /// Whether it was not begun by the parent of this process, whose channels are not this one's.
+    fn is_here(&self) -> bool {
+        self.open.core.vol.check_fork().is_ok()
     }
 
     fn is_done(&self) -> bool {
@@ -163,7 +168,9 @@ impl ReadHandle {
 
     /// Waits until the data has arrived.
     pub fn wait(&self) {
-        if let Some(ticket) = &self.ticket {
+        if let Some(ticket) = &self.ticket
+            && self.is_here()
+        {
             self.open.core.vol.shared().wait(ticket);
         }
     }
@@ -174,18 +181,20 @@ impl ReadHandle {
     /// # Errors
     /// Returns the device's error.
     pub fn read_into(self, out: &mut [u8]) -> Result<usize> {
+        self.open.core.vol.check_fork()?;
         self.wait();
         let ino = &self.open.ino;
         let n = self.len.min(out.len());
         let out = &mut out[..n];
+        // Not even an error counts for a file that was truncated meanwhile.
+        if ino.epoch.load(Ordering::Acquire) != self.epoch {
+            return self.open.core.reader.read_at(ino, self.off, out, false);
+        }
         let chunks = match self.arrived.lock().take() {
             Some(Ok(chunks)) => chunks,
             Some(Err(e)) => return Err(FsError::io(format!("{}: read", ino.path()), e)),
             None => Vec::new(),
         };
-        if ino.epoch.load(Ordering::Acquire) != self.epoch {
-            return self.open.core.reader.read_at(ino, self.off, out, false);
-        }
         let len = ino.len();
         if self.off >= len {
             return Ok(0);

@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use super::buffers::Buffers;
 use super::error::{FsError, Result};
 use super::fill::{FillBuf, FillWriter};
-use super::frame::{Frame, REGION, split};
+use super::frame::{Frame, LONGEST, REGION, split};
 use super::inode::{Inode, now_ns};
 use super::recorder::Recorder;
 use super::space::Space;
@@ -21,6 +21,9 @@ use super::writeback::Writeback;
 
 /// Longest gap that goes through the tail buffer as zeroes. The device zeroes a longer one.
 const GAP_COPY_MAX: u64 = 4 << 20;
+
+/// The reason why a file longer than [`LONGEST`] is refused.
+pub(crate) const TOO_LONG: &str = "no file that is written to is longer than 128 TiB";
 
 /// A file that is being made longer; see the module.
 pub(crate) struct Growth {
@@ -117,6 +120,9 @@ impl Appender {
             .ok_or_else(|| FsError::invalid(&ino.path(), "a file longer than 2^64 bytes"))?;
         if end == ino.len() {
             return Ok(());
+        }
+        if end > LONGEST {
+            return Err(FsError::invalid(&ino.path(), TOO_LONG));
         }
         self.space.reserve(ino, tail, end, false)?;
         let mut growth = self.begin(ino, tail)?;

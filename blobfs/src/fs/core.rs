@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 
@@ -11,7 +12,7 @@ use super::cache::Cache;
 use super::durable::Durability;
 use super::error::{FsError, Result};
 use super::exit::Ended;
-use super::inode::Inode;
+use super::inode::{Inode, LOOK_TIMEOUT};
 use super::life::Lives;
 use super::names::Names;
 use super::namespace::Namespace;
@@ -254,11 +255,15 @@ impl Core {
             self.lives.reap(ino);
         }
         self.vol.shared().drain();
+        // Reads that have begun end. The next ones find no blob.
+        let deadline = Instant::now() + LOOK_TIMEOUT;
         for ino in inodes.iter().chain(&orphans) {
             ino.tail.lock().drop_buffer();
-            ino.blob.store(None);
+            ino.close_blob_by(deadline);
             ino.frames.remove_from(0);
         }
+        // Reads in advance that were started meanwhile keep a blob open until they are taken.
+        self.vol.shared().drain();
         Ok(lost)
     }
 

@@ -196,6 +196,12 @@ impl File {
 
     /// Carries out several reads. Those that are not in memory are in flight together.
     pub fn read_many(&self, requests: &mut [ReadRequest<'_>]) {
+        if let Err(error) = self.core().vol.check_fork() {
+            for request in requests {
+                request.result = Err(error.clone());
+            }
+            return;
+        }
         self.core()
             .reader
             .read_many(self.ino(), requests, !self.open.is_direct());
@@ -304,7 +310,8 @@ impl File {
             .start_write_behind(self.ino(), 1, off.saturating_add(len))
     }
 
-    /// Starts to read a range into the page cache, and returns without waiting for it.
+    /// Starts to read a range into the page cache, and returns without waiting for it. Of a file, no more is in flight than half
+    /// of what the cache may hold: what is beyond is left out.
     ///
     /// # Errors
     /// Fails when there is no memory for it.
@@ -359,6 +366,8 @@ impl File {
     /// [`File::allocate`], is freed at once. Appending stays possible. Blocks while the new size is
     /// made durable.
     pub fn finish_writing(&self) {
-        self.core().space.finish_writing(self.ino());
+        if self.core().vol.check_fork().is_ok() {
+            self.core().space.finish_writing(self.ino());
+        }
     }
 }

@@ -156,6 +156,10 @@ type Segment = OnceLock<Box<[Region]>>;
 
 const SEGMENTS: usize = 24;
 const SEGMENT0: usize = 8;
+/// Number of regions that a table has places for.
+const REGIONS: usize = SEGMENT0 * ((1 << SEGMENTS) - 1);
+/// The longest file that can be written to, in bytes: nearly 128 TiB.
+pub(crate) const LONGEST: u64 = REGIONS as u64 * REGION as u64;
 
 /// The frames of one file.
 pub(crate) struct FileCache {
@@ -198,6 +202,11 @@ impl FileCache {
     fn region(&self, region: usize) -> Option<&Region> {
         let (k, i) = segment_of(region);
         self.segments.get()?.get(k)?.get()?.get(i)
+    }
+
+    /// Whether frames of a region have a place. A thin file can be so long that they have none: it is read without the cache.
+    pub fn has_place(&self, region: usize) -> bool {
+        region < REGIONS
     }
 
     fn region_or_new(&self, region: usize) -> &Region {
@@ -325,7 +334,8 @@ impl FileCache {
     pub fn install(&self, generation: u64, frame: &Arc<Frame>) -> bool {
         {
             let _guard = self.lock.lock();
-            if self.generation.load(Ordering::Relaxed) != generation {
+            let is_current = self.generation.load(Ordering::Relaxed) == generation;
+            if !is_current || !self.has_place(frame.region) {
                 return false;
             }
             let region = self.region_or_new(frame.region);

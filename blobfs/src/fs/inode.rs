@@ -18,8 +18,8 @@ use super::tail::Tail;
 use super::volume::store_error;
 use crate::blobstore::{Blob, BlobId};
 
-/// The time after which a deletion waits no longer for threads that look at the blob.
-const LOOK_TIMEOUT: Duration = Duration::from_secs(10);
+/// The time after which a deletion or an unmount waits no longer for threads that use a blob.
+pub(crate) const LOOK_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Names of the xattrs of a file. Those with the prefix `pumice.` are ours, and SPDK ignores them.
 pub(crate) mod xattr {
@@ -163,15 +163,19 @@ impl Inode {
         settled.map_err(|e| store_error(self.path(), e, 0))
     }
 
-    /// Closes the blob, which is about to be deleted: the store does not delete a blob that is open. Threads that look at it at this
-    /// moment without the append lock, as [`Inode::is_thin`] does, are waited for. Returns whether it was open.
+    /// Closes the blob, since the store neither deletes a blob that is open nor is unloaded beside one. Threads that use it at this
+    /// moment without the append lock, as a read or [`Inode::is_thin`] does, are waited for. Returns whether it was open.
     pub fn close_blob(&self) -> bool {
+        self.close_blob_by(Instant::now() + LOOK_TIMEOUT)
+    }
+
+    /// Closes the blob as [`Inode::close_blob`] does, and waits until `deadline` at most.
+    pub fn close_blob_by(&self, deadline: Instant) -> bool {
         let Some(mut blob) = self.blob.swap(None) else {
             return false;
         };
-        let start = Instant::now();
         while let Err(looked_at) = Arc::try_unwrap(blob) {
-            if start.elapsed() > LOOK_TIMEOUT {
+            if Instant::now() > deadline {
                 tracing::error!(
                     file = self.path(),
                     "the blob stays open: another thread uses it"

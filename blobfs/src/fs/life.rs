@@ -153,7 +153,11 @@ impl Lives {
                     .orphans
                     .lock()
                     .insert(ino.id.0, Arc::downgrade(&ino));
-                ino.life.store(Life::Orphan);
+                {
+                    // A thread that holds a file holds the map: it is either counted below, or sees the orphan.
+                    let _map = self.names.map.write();
+                    ino.life.store(Life::Orphan);
+                }
                 self.log.gone(&ino);
                 if ino.opens.load(Ordering::SeqCst) == 0 {
                     self.reap(&ino);

@@ -152,6 +152,9 @@ impl Overwriter {
     /// Fails when there is no memory for it. The cache may then show a part.
     fn show(&self, ino: &Arc<Inode>, tail: &Tail, from: u64, bytes: &[u8]) -> Result<()> {
         let (region, start) = split(from);
+        if !ino.frames.has_place(region) {
+            return Ok(());
+        }
         if let Some(old) = ino.frames.whole(region) {
             let filled = old.bytes.filled();
             let mut copy = DmaBuf::new(old.bytes.cap())?;

@@ -17,6 +17,9 @@ use crate::blobstore::data::{Access, Piece};
 /// Longest frame that a read makes.
 pub(crate) const FRAME_MAX: usize = 64 << 10;
 
+/// Most bytes of one read that are in flight together, in memory besides the caller's.
+const ROUND: usize = 16 << 20;
+
 /// Bytes of a file that were read from the device.
 #[derive(Clone)]
 pub(crate) struct Chunk {
@@ -216,7 +219,8 @@ impl Reader {
             }
             let blob = ino.blob.load();
             let access = self.access(ino, &blob)?;
-            let Some((plan, ops)) = self.plan(&access, ino, at, out.len() - done, keep)? else {
+            let want = (out.len() - done).min(ROUND);
+            let Some((plan, ops)) = self.plan(&access, ino, at, want, keep)? else {
                 // It has come into memory since the lookup.
                 done += ino.frames.copy(at, &mut out[done..]);
                 continue;
@@ -344,15 +348,15 @@ impl Reader {
     pub fn read_many(&self, ino: &Inode, requests: &mut [ReadRequest<'_>], keep: bool) {
         let epoch = ino.epoch.load(Ordering::Acquire);
         let len = ino.len();
-        let (mut missed, mut under_way) = (Vec::new(), Vec::new());
+        let (mut missed, mut one_by_one) = (Vec::new(), Vec::new());
         for (i, r) in requests.iter_mut().enumerate() {
             let inside = len.saturating_sub(r.off);
             let n = usize::try_from(inside).map_or(r.buf.len(), |n| n.min(r.buf.len()));
             r.result = Ok(n);
             if ino.frames.copy(r.off, &mut r.buf[..n]) == n {
                 self.cache.count_hit();
-            } else if ino.ahead.covering(r.off).is_some() {
-                under_way.push(i);
+            } else if n > ROUND || ino.ahead.covering(r.off).is_some() {
+                one_by_one.push(i);
             } else {
                 self.cache.count_miss();
                 missed.push((i, r.off, n));
@@ -361,8 +365,8 @@ impl Reader {
         if !missed.is_empty() {
             self.read_missed(ino, requests, missed, epoch, keep);
         }
-        // What is in flight already is waited for rather than read once more.
-        for i in under_way {
+        // What is in flight already is waited for rather than read once more, and long reads bound their memory.
+        for i in one_by_one {
             let r = &mut requests[i];
             r.result = self.read_at(ino, r.off, r.buf, keep);
         }
@@ -441,7 +445,7 @@ impl Reader {
     }
 
     /// Starts reads of the parts of `[off, off + len)` that are neither in memory nor in flight,
-    /// and returns.
+    /// and returns. Leaves out what would be in flight beyond half of the cache.
     ///
     /// # Errors
     /// Fails when the file system was unmounted, and without memory.
@@ -452,7 +456,8 @@ impl Reader {
         // region, since no frame does.
         let page = PAGE as u64;
         let pages = off / page * page..end.next_multiple_of(page);
-        ino.ahead.fill(pages, REGION as u64, |part| {
+        let most = self.cache.capacity() / 2 / page * page;
+        ino.ahead.fill(pages, REGION as u64, most, |part| {
             let want = usize::try_from(part.end - part.start).unwrap_or(usize::MAX);
             self.start_read(ino, part.start, want, true, |_| {})
         })

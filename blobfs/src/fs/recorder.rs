@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::error::FsError;
 use super::inode::Inode;
 use super::life::Lives;
 use super::names::Names;
@@ -109,7 +108,7 @@ impl Recorder {
         let stuck = log.oldest().is_some_and(|(first, _)| first == at);
         self.lives.close(&ino);
         match done {
-            Err(FsError::Unmounted { .. }) => return false,
+            Err(_) if self.syncer.vol.check_mounted(String::new).is_err() => return false,
             Err(error) => log.give_up(&format!("{}: {error}", ino.path())),
             Ok(()) if stuck => log.give_up("nothing of it could be freed"),
             Ok(()) => {}

@@ -27,7 +27,7 @@ impl Ahead {
     }
 
     /// Calls `start` with each part of `range` that is not in flight, cut where `cut` says, and
-    /// keeps the tickets that it returns.
+    /// keeps the tickets that it returns. Ends when `most` bytes are in flight.
     ///
     /// # Errors
     /// Stops at the first error of `start`.
@@ -35,13 +35,16 @@ impl Ahead {
         &self,
         range: Range<u64>,
         cut: u64,
+        most: u64,
         mut start: impl FnMut(Range<u64>) -> Result<Option<Ticket>, E>,
     ) -> Result<(), E> {
         let mut runs = self.runs.lock();
         runs.retain(|(_, ticket)| !ticket.is_done());
+        let in_flight: u64 = runs.iter().map(|(run, _)| run.end - run.start).sum();
+        let mut room = most.saturating_sub(in_flight);
         let mut at = range.start;
         let mut result = Ok(());
-        while at < range.end {
+        while at < range.end && room > 0 {
             if let Some((run, _)) = runs.iter().find(|(run, _)| run.contains(&at)) {
                 at = run.end;
                 continue;
@@ -51,10 +54,14 @@ impl Ahead {
                 .min()
                 .unwrap_or(range.end)
                 .min(range.end)
-                .min((at / cut + 1) * cut);
+                .min((at / cut + 1) * cut)
+                .min(at.saturating_add(room));
             match start(at..end) {
                 Ok(None) => {}
-                Ok(Some(ticket)) => runs.push((at..end, ticket)),
+                Ok(Some(ticket)) => {
+                    runs.push((at..end, ticket));
+                    room -= end - at;
+                }
                 Err(e) => {
                     result = Err(e);
                     break;

@@ -8,9 +8,10 @@ use pumice_bdev::delay::{Delay, Latencies};
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, OpKind};
 
+use super::inode::Life;
 use super::{File, FileSystem, FormatOptions, FsError, Journal, MountOptions, OpenOptions};
 use crate::blobstore::check::check;
-use crate::blobstore::{BlobId, Blobstore};
+use crate::blobstore::{BlobId, Blobstore, CreateOptions};
 
 const MIB: u64 = 1 << 20;
 
@@ -365,5 +366,71 @@ fn a_file_is_deleted_while_another_thread_looks_at_it() {
     fs.unlink("/old").unwrap();
     assert_eq!(fs.statfs().free, free);
     drop(ino);
+    again(fs, &dev).unmount().unwrap();
+}
+
+/// A thread that makes room in the log in shared memory holds a file beside the loss of its last name.
+#[test]
+fn a_file_becomes_an_orphan_before_or_after_it_is_held() {
+    let (fs, dev) = mount();
+    let f = file(&fs, "/f", 1, MIB);
+    let ino = Arc::clone(f.ino());
+    let names = Arc::clone(&fs.core().names);
+    let orphans = names.orphans.lock();
+    std::thread::scope(|scope| {
+        let unlink = scope.spawn(|| fs.unlink("/f").unwrap());
+        while names.get("/f").is_some() {
+            std::thread::yield_now();
+        }
+        // As `Names::hold` does, which has found it with its name.
+        let map = names.map.read();
+        assert_eq!(ino.life.load(), Life::Named);
+        drop(orphans);
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(ino.life.load(), Life::Named, "it may be deleted at once");
+        drop(map);
+        unlink.join().unwrap();
+    });
+    assert!(!names.hold(&ino));
+    drop((f, ino, names));
+    again(fs, &dev).unmount().unwrap();
+}
+
+/// The table of a file's frames has an end, and a thin file may be longer.
+#[test]
+fn a_file_that_is_longer_than_its_table_is_read_and_not_lengthened() {
+    const TIB: u64 = 1 << 40;
+    let (fs, dev) = mount();
+    let clusters = 200 * TIB / fs.core().vol.cluster;
+    let options = CreateOptions {
+        num_clusters: clusters,
+        thin: true,
+        extent_table: false,
+        xattrs: vec![
+            ("name".to_owned(), b"/thin\0".to_vec()),
+            ("length".to_owned(), (200 * TIB).to_le_bytes().to_vec()),
+        ],
+        ..CreateOptions::default()
+    };
+    store(&fs).create(&options).unwrap();
+    let fs = again(fs, &dev);
+    let f = fs.open("/thin", OpenOptions::CREATE).unwrap();
+    assert_eq!(f.len(), 200 * TIB);
+    let mut out = [1; 100];
+    assert_eq!(f.read_at(199 * TIB + 5, &mut out).unwrap(), 100);
+    assert_eq!(out, [0; 100]);
+    f.prefetch(199 * TIB, 100).unwrap();
+    f.write_at(199 * TIB + 5, &[2; 100]).unwrap();
+    assert_eq!(f.read_at(199 * TIB + 5, &mut out).unwrap(), 100);
+    assert_eq!(out, [2; 100]);
+    for refused in [f.append(b"x"), f.truncate(150 * TIB), f.truncate(u64::MAX)] {
+        assert!(
+            matches!(refused, Err(FsError::InvalidInput { .. })),
+            "{refused:?}"
+        );
+    }
+    f.sync().unwrap();
+    drop(f);
+    fs.unlink("/thin").unwrap();
     again(fs, &dev).unmount().unwrap();
 }

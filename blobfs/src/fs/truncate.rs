@@ -5,10 +5,10 @@ use std::sync::atomic::Ordering;
 
 use pumice_bdev::DmaBuf;
 
-use super::append::Appender;
+use super::append::{Appender, TOO_LONG};
 use super::buffers::{Buffers, tail_buffer};
 use super::error::{FsError, Result};
-use super::frame::split;
+use super::frame::{LONGEST, split};
 use super::inode::{Inode, now_ns, xattr};
 use super::read::Reader;
 use super::space::Space;
@@ -43,6 +43,8 @@ impl Truncater {
             self.appender
                 .append_after_gap(ino, &mut tail, new_len, &[])?;
             room.note(ino, &mut tail, len, new_len, &[]);
+        } else if new_len > LONGEST {
+            return Err(FsError::invalid(&ino.path(), TOO_LONG));
         } else {
             room.note_cutting(ino, &mut tail, new_len);
             self.shorten(ino, &mut tail, new_len)?;

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::watchdog;
+use pumice_bdev_testkit::images::ImageDir;
 use pumice_cluster::wire::{self, Call, LENGTHS_BYTES, MAX_VALUE_BYTES, Read, Reply, Status};
 use pumice_cluster::{Client, ClientError};
 
@@ -43,9 +44,10 @@ impl Drop for Process {
 }
 
 struct Cluster {
-    dir: tempfile::TempDir,
     addresses: BTreeMap<u64, String>,
     processes: BTreeMap<u64, Process>,
+    /// Behind the processes, which are ended before it goes.
+    dir: ImageDir,
 }
 
 impl Cluster {
@@ -61,7 +63,7 @@ impl Cluster {
         let addresses = (1..=nodes).zip(addresses).collect();
         drop(listeners);
         let mut cluster = Cluster {
-            dir: tempfile::tempdir().unwrap(),
+            dir: ImageDir::new().unwrap(),
             addresses,
             processes: BTreeMap::new(),
         };

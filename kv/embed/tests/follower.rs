@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::redis::{Client, Server, Value, program, wait_for};
+use pumice_bdev_testkit::images::ImageDir;
 
 /// A leader and the place of its followers.
 struct Pair {
-    _dir: tempfile::TempDir,
+    _dir: ImageDir,
     program: &'static Path,
     leader_image: PathBuf,
     image: PathBuf,
@@ -19,7 +20,7 @@ impl Pair {
     /// Returns `None` without a compiler.
     fn new(test: &str) -> Option<Pair> {
         let program = program(test)?;
-        let dir = tempfile::tempdir().unwrap();
+        let dir = ImageDir::new().unwrap();
         Some(Pair {
             program,
             leader_image: dir.path().join("leader.img"),

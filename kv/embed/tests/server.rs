@@ -9,11 +9,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::redis::{Client, Server, Value, program, wait_for};
 use common::said;
+use pumice_bdev_testkit::images::ImageDir;
 
 /// Starts a server on a new image. `None` without a compiler.
-fn started(test: &str, more: &[&str]) -> Option<(tempfile::TempDir, Server)> {
+fn started(test: &str, more: &[&str]) -> Option<(ImageDir, Server)> {
     let program = program(test)?;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = ImageDir::new().unwrap();
     let server = Server::start(program, &dir.path().join("kv.img"), more);
     Some((dir, server))
 }
@@ -481,7 +482,7 @@ fn survives_kills(test: &str, sync: &str) {
     let Some(program) = program(test) else {
         return;
     };
-    let dir = tempfile::tempdir().unwrap();
+    let dir = ImageDir::new().unwrap();
     let image = dir.path().join("kv.img");
     let acknowledged: [AtomicU64; WRITERS] = [const { AtomicU64::new(0) }; WRITERS];
     let mut checked = [0; WRITERS];
