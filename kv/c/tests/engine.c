@@ -432,7 +432,8 @@ static void forked(void) {
   pid_t child = fork();
   if (child == 0) {
     alarm(300);
-    rocksdb_put(db, writing, "k", 1, "2", 1, &failure);
+    /* Not a put: RocksDB 7.8 of Debian has assertions, and one of them is against writing on after a failure. */
+    rocksdb_create_dir_if_missing(env, "/child", &failure);
     /* At exit, RocksDB would join threads that only the parent has. */
     _exit(failure == NULL);
   }
