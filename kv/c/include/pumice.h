@@ -8,6 +8,7 @@
  * - It may be called from any thread, and with one handle from several threads at once. Only a function that closes a
  *   handle must be the last one with it. Nothing is bound to the thread that opened it.
  * - It may wait for the device. It returns when the operation is over; there are no callbacks from other threads.
+ *   It must not be called from a signal handler.
  * - It returns 0 or a count when it has succeeded, and a negative errno of Linux (`-ENOENT`) when it has not. A text and
  *   what the code does not say are then in `*error`. `error` may be NULL; a success leaves it unchanged.
  * - Texts are in UTF-8 and end with a NUL byte. They are only read during the call. NULL where a text, a handle or a place
@@ -15,8 +16,8 @@
  * - Sizes, lengths and offsets are in bytes.
  * - A result that a function makes is freed by the function that its documentation names, and by nothing else.
  *   On a failure the place for a handle is set to NULL.
- * - A child process after fork must not use what its parent has opened: calls fail with `-EBADF` there.
- *   It can open stores of its own.
+ * - A child process after fork must not use what its parent has opened: calls fail with `-EBADF` there, and a function
+ *   that closes a handle only frees it. The child can open stores of its own.
  *
  * This file is made by cbindgen from kv/c/src. */
 
@@ -305,11 +306,13 @@ int32_t pumice_header_check(const struct pumice_header *header, struct pumice_er
 /**
  * Opens the store that a URI names: `blobfs:///var/lib/app/data.img`, `blobfs:///dev/nvme0n1`,
  * `blobfs://malloc://64M`. `?size:4G&create` makes a missing image file, `root:/dir` calls that
- * directory `/`, and `cache:64M` limits the page cache. `options` may be NULL.
+ * directory `/`, and `cache:64M` limits the page cache. `options` may be NULL. A path with `..` leads
+ * out of `root`: it is a name for a directory and no protection.
  *
  * A device that holds nothing but zeroes is formatted. A store that this process has open already is
- * shared, with the options of the first one. The time that it takes depends on the size of
- * the store if it was not closed in order.
+ * shared, with the options of the first one; `-EBUSY` if one is for reading only and the other is not,
+ * or if another process has it. A device in memory is new each time. The time that it takes depends on
+ * the size of the store if it was not closed in order.
  *
  * On success `*store` is the handle, which the caller closes with `pumice_store_close`.
  */
@@ -473,8 +476,12 @@ int32_t pumice_file_info(const struct pumice_file *file,
  * The libraries `pumice_rocksdb` and `pumice_db` have it, not `pumice_fs`. A program that opens
  * the URI of a store that it has open shares that store.
  *
- * The caller closes the environment with `pumice_env_close`, after every database, backup engine and
- * SST writer that was opened with it, and after the `rocksdb_options_t` that it was set in.
+ * The caller closes the environment with `pumice_env_close` or `rocksdb_env_destroy`, after every
+ * database, backup engine and SST writer that was opened with it, and after the `rocksdb_options_t`
+ * that it was set in.
+ *
+ * A forked child of a process with an open database ends by `_exit` or exec: RocksDB's handler for
+ * `exit` waits for threads that only the parent has, on any file system.
  */
 extern struct rocksdb_env_t *pumice_env_open(const char *uri,
                                              const struct pumice_options *options,

@@ -25,8 +25,12 @@ unsafe extern "C" {
     /// The libraries `pumice_rocksdb` and `pumice_db` have it, not `pumice_fs`. A program that opens
     /// the URI of a store that it has open shares that store.
     ///
-    /// The caller closes the environment with `pumice_env_close`, after every database, backup engine and
-    /// SST writer that was opened with it, and after the `rocksdb_options_t` that it was set in.
+    /// The caller closes the environment with `pumice_env_close` or `rocksdb_env_destroy`, after every
+    /// database, backup engine and SST writer that was opened with it, and after the `rocksdb_options_t`
+    /// that it was set in.
+    ///
+    /// A forked child of a process with an open database ends by `_exit` or exec: RocksDB's handler for
+    /// `exit` waits for threads that only the parent has, on any file system.
     pub fn pumice_env_open(
         uri: *const c_char,
         options: *const pumice_options,

@@ -196,9 +196,10 @@ pub unsafe extern "C" fn pumice_file_info(
 ) -> i32 {
     let ask = || {
         // SAFETY: by the contract of the header.
-        let stat = unsafe { open_file(file) }?.stat();
+        let open = unsafe { live("file", file) }?;
+        open.mounted.check()?;
         // SAFETY: by the contract of the header.
-        unsafe { put("properties", info, pumice_info::of(&stat)) }
+        unsafe { put("properties", info, pumice_info::of(&open.file.stat())) }
     };
     // SAFETY: by the contract of the header.
     unsafe { done(error, ask) }

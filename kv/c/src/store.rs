@@ -28,6 +28,12 @@ impl SharedMount {
         self.share.fs()
     }
 
+    /// Checks that it is mounted, which it is not in a forked child.
+    pub fn check(&self) -> Result<()> {
+        self.fs().exists("/")?;
+        Ok(())
+    }
+
     /// Unmounts it if this is its last handle.
     pub fn release(mounted: Arc<SharedMount>) -> Result<()> {
         match Arc::into_inner(mounted) {
@@ -104,11 +110,13 @@ pub type pumice_entry_fn =
 
 /// Opens the store that a URI names: `blobfs:///var/lib/app/data.img`, `blobfs:///dev/nvme0n1`,
 /// `blobfs://malloc://64M`. `?size:4G&create` makes a missing image file, `root:/dir` calls that
-/// directory `/`, and `cache:64M` limits the page cache. `options` may be NULL.
+/// directory `/`, and `cache:64M` limits the page cache. `options` may be NULL. A path with `..` leads
+/// out of `root`: it is a name for a directory and no protection.
 ///
 /// A device that holds nothing but zeroes is formatted. A store that this process has open already is
-/// shared, with the options of the first one. The time that it takes depends on the size of
-/// the store if it was not closed in order.
+/// shared, with the options of the first one; `-EBUSY` if one is for reading only and the other is not,
+/// or if another process has it. A device in memory is new each time. The time that it takes depends on
+/// the size of the store if it was not closed in order.
 ///
 /// On success `*store` is the handle, which the caller closes with `pumice_store_close`.
 #[unsafe(no_mangle)]
@@ -206,8 +214,7 @@ pub unsafe extern "C" fn pumice_store_space(
     let ask = || {
         // SAFETY: by the contract of the header.
         let mounted = &unsafe { live("store", store) }?.mounted;
-        // A forked child has no mount.
-        mounted.fs().exists("/")?;
+        mounted.check()?;
         let found = mounted.fs().statfs();
         let answer = pumice_space {
             total: found.total,

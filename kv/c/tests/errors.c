@@ -1,35 +1,11 @@
 /* Every function of pumice.h with what it must refuse, and the values that it must return. kv/embed/tests/c.rs compiles it as
  * C and as C++ and runs it, with the path of a directory of the kernel's. */
 
-#include <pumice.h>
-#include <errno.h>
-#include <stdio.h>
+#include "check.h"
 #include <stdlib.h>
-#include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-static int problems = 0;
-
-#define CHECK(condition)                                                          \
-  do {                                                                            \
-    if (!(condition)) {                                                           \
-      fprintf(stderr, "errors.c:%d: %s; last error: %d %s\n", __LINE__, #condition, error.code, \
-              error.text);                                                        \
-      problems++;                                                                 \
-    }                                                                             \
-  } while (0)
-
-/* The call fails with this errno, and says so with this word. */
-#define REFUSED(errno_, word, call)                                               \
-  do {                                                                            \
-    memset(&error, 0x55, sizeof error);                                           \
-    CHECK((call) == -(errno_));                                                   \
-    CHECK(error.code == (errno_) && memchr(error.text, 0, sizeof error.text) != NULL); \
-    CHECK(strstr(error.text, word) != NULL);                                      \
-  } while (0)
-
-static pumice_error error;
 static const char bad[] = "/\xff\xfe";
 
 static void headers(void) {

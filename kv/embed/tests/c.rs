@@ -1,4 +1,4 @@
-//! Programs in C: the examples of `examples/c`, and the refusals of `kv/c/tests/errors.c`.
+//! Programs in C: the examples of `examples/c`, and the tests of `kv/c/tests`.
 
 mod common;
 
@@ -19,7 +19,7 @@ fn made(test: &str, compiler: &Compiler, source: &str, program: &Path) -> bool {
 /// Runs a program, which must succeed, and returns what it has printed.
 fn says(program: &Path, args: &[&str]) -> String {
     let output = Command::new("timeout")
-        .arg("120")
+        .arg("600")
         .arg(program)
         .args(args)
         .output()
@@ -90,6 +90,29 @@ fn the_example_with_a_database_runs_in_memory_and_on_an_image() {
         assert_eq!(text, want);
     }
     refuses_what_is_not_there(&program);
+}
+
+/// Runs a program of `kv/c/tests` in an empty directory.
+fn holds(test: &str, name: &str, says_at_the_end: &str) {
+    let (dir, program, _) = in_dir();
+    if made(test, &C, &format!("kv/c/tests/{name}.c"), &program) {
+        let text = says(&program, &[dir.path().to_str().unwrap()]);
+        assert!(text.contains(says_at_the_end), "{text}");
+    }
+}
+
+#[test]
+fn what_the_header_says_holds() {
+    holds("what_the_header_says_holds", "hostile", "every claim holds");
+}
+
+#[test]
+fn the_c_api_of_rocksdb_works() {
+    holds(
+        "the_c_api_of_rocksdb_works",
+        "engine",
+        "RocksDB's C API works",
+    );
 }
 
 #[test]
