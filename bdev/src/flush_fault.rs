@@ -36,8 +36,8 @@ impl FlushFault {
         }
     }
 
-    /// Returns the result of a flush for the submitter. A flush that was not carried out (aborted,
-    /// no memory, busy) has lost nothing and is not recorded.
+    /// Returns the result of a flush for the submitter. A flush that may be sent again (aborted, no memory, busy, an NVMe status
+    /// without Do Not Retry) has lost nothing and is not recorded: the next one that succeeds makes everything durable.
     pub(crate) fn settle(
         &self,
         info: &DeviceInfo,
@@ -58,11 +58,7 @@ impl FlushFault {
 
     /// Records the failure of a flush, or of the flush that belongs to a write with FUA.
     pub(crate) fn note(&self, e: &IoError) {
-        let not_begun = matches!(
-            e.kind,
-            IoErrorKind::Aborted | IoErrorKind::NoMemory | IoErrorKind::Busy
-        );
-        if !not_begun && self.first.set(e.to_string()).is_ok() {
+        if !e.is_retryable() && self.first.set(e.to_string()).is_ok() {
             let device = &e.device;
             tracing::error!(device, error = %e, "a flush failed: the device must be opened again");
         }
@@ -78,10 +74,12 @@ mod tests {
         let info = DeviceInfo::new("d", "test", 512, 8);
         let fault = FlushFault::default();
         let failed = |kind| Err(info.error(&Op::Flush, kind, ""));
+        let status = |dnr| IoErrorKind::Nvme { sct: 0, sc: 6, dnr };
         for kind in [
             IoErrorKind::Aborted,
             IoErrorKind::NoMemory,
             IoErrorKind::Busy,
+            status(false),
         ] {
             assert!(fault.settle(&info, &Op::Flush, failed(kind)).is_err());
             fault.settle(&info, &Op::Flush, Ok(())).unwrap();
@@ -99,5 +97,12 @@ mod tests {
         };
         assert!(fault.check(&info, &zeroes(true)).is_err());
         fault.check(&info, &zeroes(false)).unwrap();
+        let other = FlushFault::default();
+        assert!(
+            other
+                .settle(&info, &Op::Flush, failed(status(true)))
+                .is_err()
+        );
+        assert!(other.settle(&info, &Op::Flush, Ok(())).is_err());
     }
 }

@@ -281,7 +281,15 @@ impl RaidChannel {
                     offset_bytes: offset_bytes + *at as u64,
                 };
             }
-            parent.error.get_or_insert(e);
+            // What may still change the medium must not pass for something that can be sent again, or that has ended.
+            let is_late = |e: &IoError| e.kind == IoErrorKind::TimedOut;
+            if parent
+                .error
+                .as_deref()
+                .is_none_or(|first| is_late(&e) && !is_late(first))
+            {
+                parent.error = Some(e);
+            }
         }
         parent.left -= 1;
         if parent.left == 0

@@ -4,6 +4,10 @@ use pumice_io::Op;
 
 use crate::{DmaBuf, DmaSlice};
 
+/// Most buffers of one operation of a leg: what a file takes. A write of many buffers has more on a leg, where strips divide
+/// them.
+pub(super) const BUFFERS_MAX: usize = 1024;
+
 /// The part of an operation that lies on one leg.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(super) struct Share {
@@ -55,6 +59,20 @@ pub(super) fn shares(lba: u64, len: u64, strip: u64, n: u64, with_parts: bool) -
 /// The parts of a child, and its operation.
 type PartsAndOp = (Vec<(usize, usize)>, Op);
 
+/// Makes writes of consecutive pieces, of whole blocks, none with more of them than a leg takes.
+fn divided(mut lba: u64, pieces: &[DmaSlice], fua: bool, bs: u64) -> Vec<PartsAndOp> {
+    let writes = pieces.chunks(BUFFERS_MAX).map(|pieces| {
+        let write = Op::WriteV {
+            lba,
+            data: pieces.to_vec(),
+            fua,
+        };
+        lba += pieces.iter().map(|piece| piece.len() as u64).sum::<u64>() / bs;
+        (Vec::new(), write)
+    });
+    writes.collect()
+}
+
 /// Makes the operations of one leg for its share of `op`.
 pub(super) fn child_ops(op: &Op, share: &Share, bs: u64) -> Result<Vec<PartsAndOp>, String> {
     let bytes = |(at, n): &(u64, u64)| {
@@ -92,18 +110,8 @@ pub(super) fn child_ops(op: &Op, share: &Share, bs: u64) -> Result<Vec<PartsAndO
             )
         }
         Op::WriteV { data, fua, .. } => {
-            let data = parts
-                .iter()
-                .flat_map(|(at, len)| pick(data, *at, *len))
-                .collect();
-            one(
-                parts,
-                Op::WriteV {
-                    lba,
-                    data,
-                    fua: *fua,
-                },
-            )
+            let pieces = parts.iter().flat_map(|(at, len)| pick(data, *at, *len));
+            Ok(divided(lba, &pieces.collect::<Vec<_>>(), *fua, bs))
         }
         Op::WriteZeroes { fua, .. } => one(
             parts,

@@ -185,7 +185,45 @@ impl State {
 
     /// Gives back what a change has taken.
     pub fn rollback(&mut self, change: &Change) {
-        change.give_back(&mut self.pages, &mut self.clusters);
+        let pages = change.taken_pages.iter().copied();
+        self.free(pages, change.taken_clusters.iter().copied());
+    }
+
+    /// Marks metadata pages and clusters as free that nothing names any longer. Those that a write may still reach which has
+    /// timed out stay taken until the next load.
+    pub fn free(
+        &mut self,
+        pages: impl IntoIterator<Item = u32>,
+        clusters: impl IntoIterator<Item = u32>,
+    ) {
+        let mut late = Change::default();
+        let per_page = self.geo.page_lba(1);
+        for page in pages {
+            let lba = self.geo.md_lba(page);
+            if self.late_writes.reach(&(lba..lba + per_page)) {
+                late.taken_pages.push(page);
+            } else {
+                self.pages.clear(page);
+            }
+        }
+        for cluster in clusters {
+            let lba = self.geo.cluster_lba(cluster);
+            let end = lba + self.geo.cluster_blocks();
+            if self.late_writes.reach(&(lba..end)) {
+                late.taken_clusters.push(cluster);
+            } else {
+                self.clusters.clear(cluster);
+            }
+        }
+        if late.taken_pages.is_empty() && late.taken_clusters.is_empty() {
+            return;
+        }
+        tracing::warn!(
+            pages = late.taken_pages.len(),
+            clusters = late.taken_clusters.len(),
+            "what a write that has timed out may still reach stays in use until the next load"
+        );
+        self.late.push(late);
     }
 
     /// Gives back what a change has taken when it has failed with `error`. What an operation that has timed out may still
@@ -500,12 +538,8 @@ impl State {
         for id in rebuild {
             self.rebuild_views(id);
         }
-        for page in change.freed_pages {
-            self.pages.clear(page);
-        }
-        for (cluster, _) in change.freed_clusters {
-            self.clusters.clear(cluster);
-        }
+        let clusters = change.freed_clusters.into_iter();
+        self.free(change.freed_pages, clusters.map(|(cluster, _)| cluster));
     }
 
     fn remove_child(&mut self, parent: BlobId, child: BlobId) {

@@ -190,11 +190,10 @@ impl State {
         for cluster in new.own_clusters() {
             self.clusters.set(cluster);
         }
-        for cluster in self.geo.own_clusters() {
-            if new.is_data_cluster(cluster.into()) {
-                self.clusters.clear(cluster);
-            }
-        }
+        let old = self.geo.own_clusters();
+        let left = old.filter(|cluster| new.is_data_cluster((*cluster).into()));
+        let left: Vec<u32> = left.collect();
+        self.free([], left);
         self.geo = new;
     }
 }

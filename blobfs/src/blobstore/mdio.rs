@@ -11,6 +11,7 @@ use pumice_bdev::{BlockDevice, DeviceInfo, DmaBuf, DmaSlice, Engine, IoError, Op
 
 use super::error::Error;
 use super::format::Page;
+use super::retry::first_or_late;
 use super::steady::FailedFlush;
 
 /// Number of operations that are kept in flight on a channel.
@@ -251,7 +252,7 @@ impl MdIo {
             }
             let ended = self.engine.reap(|_, (), op, result| {
                 let error = done(op, result).err();
-                failed = failed.take().or(error);
+                failed = first_or_late(failed.take(), error);
                 None
             });
             if ended == 0 && self.engine.in_flight() == 0 {
@@ -260,7 +261,7 @@ impl MdIo {
         }
     }
 
-    /// Performs all operations. Returns the first error when all have ended.
+    /// Performs all operations. Returns the first error when all have ended, or the first of a write that may still land.
     pub fn run(&mut self, ops: impl IntoIterator<Item = Op>) -> Result<(), Error> {
         self.stream(ops.into_iter().map(Ok), |_, result| Ok(result?))
     }

@@ -33,6 +33,7 @@ mod inflate;
 mod io;
 mod journal;
 mod lanes;
+mod late_writes;
 mod make_journal;
 mod mdio;
 mod mend;

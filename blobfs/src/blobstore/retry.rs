@@ -47,6 +47,14 @@ pub(crate) fn may_land(error: &Error) -> bool {
         if error.kind == IoErrorKind::TimedOut && error.op != OpKind::Read)
 }
 
+/// Returns the error of several operations: the first one, unless a later one may still change the medium.
+pub(crate) fn first_or_late(first: Option<Error>, later: Option<Error>) -> Option<Error> {
+    match (first, later) {
+        (Some(first), Some(later)) if !may_land(&first) && may_land(&later) => Some(later),
+        (first, later) => first.or(later),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use pumice_bdev::{DmaBuf, Op};
@@ -74,5 +82,23 @@ mod tests {
             assert_eq!(may_land(&error(IoErrorKind::TimedOut)), may, "{op:?}");
             assert!(!may_land(&error(IoErrorKind::Media)), "{op:?}");
         }
+    }
+
+    #[test]
+    fn what_may_land_is_told_of_before_what_has_failed() {
+        let dev = pumice_bdev::open("malloc://1M").unwrap();
+        let write = Op::Write {
+            lba: 0,
+            data: DmaBuf::zeroed(4096).unwrap().freeze(),
+            fua: false,
+        };
+        let error = |kind| Some(Error::Io(dev.info().error(&write, kind, "test")));
+        let kinds = [IoErrorKind::Media, IoErrorKind::TimedOut];
+        for (first, later, expected) in [(0, 1, 1), (1, 0, 1), (0, 0, 0)] {
+            let found = first_or_late(error(kinds[first]), error(kinds[later]));
+            assert!(matches!(found, Some(Error::Io(e)) if e.kind == kinds[expected]));
+        }
+        assert!(first_or_late(None, error(IoErrorKind::Media)).is_some());
+        assert!(first_or_late(None, None).is_none());
     }
 }

@@ -11,6 +11,7 @@ use super::error::Error;
 use super::external::{External, OpenExternal};
 use super::format::{BlobId, PageError, SuperBlock};
 use super::geometry::Geometry;
+use super::late_writes::LateWrites;
 use super::mdio::Abilities;
 use super::meta::{BlobMeta, Parent};
 use super::scan::Remains;
@@ -83,6 +84,8 @@ pub(crate) struct State {
     /// Changes of which a write or a clear has timed out. It may still land, so what they have taken
     /// or freed stays taken until the next load.
     pub late: Vec<Change>,
+    /// The blocks of all writes that have timed out.
+    pub late_writes: Arc<LateWrites>,
     /// A snapshot that must be undone before changes are accepted.
     pub half_snapshot: Option<HalfSnapshot>,
     pub pages: Bitmap,
@@ -151,12 +154,10 @@ impl State {
         let Some(unowned) = self.unowned.take() else {
             return;
         };
-        for page in iter_words(unowned.pages.words()) {
-            self.pages.clear(page);
-        }
-        for cluster in iter_words(unowned.clusters.words()) {
-            self.clusters.clear(cluster);
-        }
+        self.free(
+            iter_words(unowned.pages.words()),
+            iter_words(unowned.clusters.words()),
+        );
     }
 
     /// Whether the blob was left out at the load.

@@ -21,6 +21,7 @@ use pumice_bdev::{
     SubmitError,
 };
 
+use super::late_writes::LateWrites;
 use super::replayed::{Replayed, Unplaced, show};
 
 /// Most times that an operation is sent again.
@@ -35,6 +36,7 @@ const FULL: Duration = Duration::from_micros(20);
 pub(crate) struct Steady {
     inner: Arc<dyn BlockDevice>,
     lost: Arc<FailedFlush>,
+    late: Arc<LateWrites>,
     /// Blocks that a journal has and that may not be in place.
     replayed: Arc<OnceLock<Mutex<Replayed>>>,
 }
@@ -64,9 +66,11 @@ impl FailedFlush {
 
 impl Steady {
     pub fn new(inner: Arc<dyn BlockDevice>) -> Arc<Steady> {
+        let late = LateWrites::new(inner.info().block_size);
         Arc::new(Steady {
             inner,
             lost: Arc::default(),
+            late: Arc::new(late),
             replayed: Arc::default(),
         })
     }
@@ -84,6 +88,11 @@ impl Steady {
     pub fn failed_flush(&self) -> Arc<FailedFlush> {
         Arc::clone(&self.lost)
     }
+
+    /// The writes of all channels that have timed out.
+    pub fn late_writes(&self) -> Arc<LateWrites> {
+        Arc::clone(&self.late)
+    }
 }
 
 impl BlockDevice for Steady {
@@ -94,6 +103,7 @@ impl BlockDevice for Steady {
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         let inner = self.inner.open_channel()?;
         let mut channel = SteadyChannel::new(inner, Arc::clone(&self.lost));
+        channel.late = Arc::clone(&self.late);
         channel.replayed = Arc::clone(&self.replayed);
         Ok(Box::new(channel))
     }
@@ -133,6 +143,7 @@ struct Again {
 struct SteadyChannel {
     inner: Box<dyn IoChannel>,
     lost: Arc<FailedFlush>,
+    late: Arc<LateWrites>,
     replayed: Arc<OnceLock<Mutex<Replayed>>>,
     again: Vec<Again>,
     /// Whether an operation that was due found no room.
@@ -148,6 +159,7 @@ impl SteadyChannel {
         SteadyChannel {
             inner,
             lost,
+            late: Arc::default(),
             replayed: Arc::default(),
             again: Vec::new(),
             full: false,
@@ -164,6 +176,8 @@ impl SteadyChannel {
             if op.kind() == OpKind::Flush {
                 self.lost.add(&error);
             }
+            // Before anybody learns that it has ended, and frees its blocks.
+            self.late.note(&op, &error);
             return Some((op, error));
         }
         tracing::warn!(%error, "I/O failed, sent again");

@@ -189,10 +189,9 @@ impl Blobstore {
         let claim = Claim::new(&*dev, false)?;
         let formatting = Formatting::begin(&dev, Overwrite::forced(opts.force))?;
         let steady = Steady::new(Arc::clone(&dev));
-        let failed_flush = steady.failed_flush();
-        let steady: Arc<dyn BlockDevice> = steady;
+        let as_dyn: Arc<dyn BlockDevice> = Arc::clone(&steady) as Arc<dyn BlockDevice>;
         let info = steady.info();
-        let mut io = MdIo::new(&steady, Arc::clone(&failed_flush))?;
+        let mut io = MdIo::new(&as_dyn, steady.failed_flush())?;
         let sb = lay_out(info.len_bytes(), info.block_size, opts)?;
         let geo = Geometry::new(&sb, info)?;
         // The old store becomes invalid first, then its metadata is cleared, then the new store is
@@ -235,7 +234,7 @@ impl Blobstore {
             journal: None,
             journal_damage: None,
         };
-        let store = Blobstore::with_state(steady, failed_flush, claim, loaded);
+        let store = Blobstore::with_state(steady, claim, loaded);
         let Some(bytes) = opts.journal else {
             formatting.finish();
             return Ok(store);
@@ -285,7 +284,6 @@ impl Blobstore {
     ) -> Result<Blobstore, Error> {
         let claim = Claim::new(&*dev, opts.read_only)?;
         let steady = Steady::new(dev);
-        let failed_flush = steady.failed_flush();
         let dev: Arc<dyn BlockDevice> = Arc::clone(&steady) as Arc<dyn BlockDevice>;
         let info = dev.info();
         let name = || info.name.clone();
@@ -299,7 +297,7 @@ impl Blobstore {
                 reason,
             });
         }
-        let mut io = MdIo::new(&dev, Arc::clone(&failed_flush))?;
+        let mut io = MdIo::new(&dev, steady.failed_flush())?;
         let Found { sb, torn } = super_page::read(&mut io, info)?;
         if let Some(wanted) = opts.bstype
             && wanted != BsType::NONE
@@ -415,7 +413,7 @@ impl Blobstore {
             let removed = super_page::write(&mut loaded.io, &loaded.geo, &loaded.sb);
             removed.map_err(Failure::into_error)?;
         }
-        let store = Blobstore::with_state(dev, failed_flush, claim, loaded);
+        let store = Blobstore::with_state(steady, claim, loaded);
         let held = {
             let mut state = store.inner.state.lock();
             state.uncertain = uncertain;
@@ -438,12 +436,9 @@ impl Blobstore {
         Ok(store)
     }
 
-    fn with_state(
-        dev: Arc<dyn BlockDevice>,
-        failed_flush: Arc<FailedFlush>,
-        claim: Claim,
-        loaded: Loaded,
-    ) -> Blobstore {
+    fn with_state(steady: Arc<Steady>, claim: Claim, loaded: Loaded) -> Blobstore {
+        let (failed_flush, late_writes) = (steady.failed_flush(), steady.late_writes());
+        let dev: Arc<dyn BlockDevice> = steady;
         let Loaded {
             io,
             sb,
@@ -485,6 +480,7 @@ impl Blobstore {
             stopped: None,
             doubts: Vec::new(),
             late: Vec::new(),
+            late_writes,
             half_snapshot: None,
             pages: scan.pages,
             clusters: scan.clusters,

@@ -2,7 +2,8 @@
 //! what happens beside them.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
-use std::sync::{Arc, Once};
+use std::cell::RefCell;
+use std::sync::{Arc, Once, Weak};
 
 use pumice_bdev::error_inject::ErrorDevice;
 use pumice_bdev::{BlockDevice, OpKind};
@@ -14,20 +15,38 @@ use crate::common::faults::{hang, setup_with};
 use crate::common::watchdog::watchdog;
 use crate::task::{Task, spawn, wait_for};
 
-/// Limits the whole binary: what a failed test leaves behind on a device that hangs would keep the process from
-/// ending.
-fn limit() {
+thread_local! {
+    /// The devices of the test that runs on this thread.
+    static MINE: RefCell<Vec<Weak<ErrorDevice>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Has the device end what hangs when the test of this thread fails: the drop of its file system would wait for that. The
+/// whole binary is limited, too.
+fn limit(dev: &Arc<ErrorDevice>) {
     static ONE: Once = Once::new();
-    ONE.call_once(|| std::mem::forget(watchdog("tests on a device that hangs", 300)));
+    ONE.call_once(|| {
+        std::mem::forget(watchdog("tests on a device that hangs", 300));
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            before(panic);
+            let mine = MINE.try_with(RefCell::take).unwrap_or_default();
+            for dev in mine.iter().filter_map(Weak::upgrade) {
+                dev.clear();
+                dev.resume();
+            }
+        }));
+    });
+    MINE.with_borrow_mut(|mine| mine.push(Arc::downgrade(dev)));
 }
 
 /// A file system with a journal of this many bytes, in memory, on a device that fails on demand.
 pub fn with_journal(journal: u64, opts: &MountOptions) -> (Arc<ErrorDevice>, FileSystem) {
-    limit();
     let base = pumice_bdev::open("malloc://128M?block_size=4096").unwrap();
     let mut format = FormatOptions::default();
     format.journal = Journal::Bytes(journal);
-    setup_with(base, &format, opts)
+    let (dev, fs) = setup_with(base, &format, opts);
+    limit(&dev);
+    (dev, fs)
 }
 
 /// Waits until every operation has arrived that was to hang.
@@ -74,6 +93,6 @@ pub fn metadata(fs: &FileSystem) -> Option<(u64, u64)> {
 
 /// The device itself, for one that was made by another function.
 pub fn as_device(dev: &Arc<ErrorDevice>) -> Arc<dyn BlockDevice> {
-    limit();
+    limit(dev);
     Arc::clone(dev) as Arc<dyn BlockDevice>
 }
