@@ -13,7 +13,7 @@ use super::format::{BlobId, PageError, SuperBlock};
 use super::geometry::Geometry;
 use super::mdio::Abilities;
 use super::meta::{BlobMeta, Parent};
-use super::scan::Remains;
+use super::remains::Remains;
 use super::snapshot::HalfSnapshot;
 use super::space::SpacePolicy;
 use super::view::{Line, View};
