@@ -22,6 +22,7 @@ use super::transaction::Transaction;
 
 /// Counts of clusters or metadata pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Usage {
     /// The number of all.
     pub total: u64,
