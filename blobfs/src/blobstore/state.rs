@@ -57,8 +57,8 @@ pub(crate) struct Doubt {
     pub restore: Restore,
 }
 
-/// All metadata in memory. It is locked only briefly and does no I/O. Whoever changes what is on
-/// the device holds an [`Edit`](super::edit::Edit).
+/// All metadata in memory. It is locked only briefly and does no I/O. A thread that
+/// changes the metadata on the device holds an [`Edit`](super::edit::Edit).
 #[derive(Debug)]
 pub(crate) struct State {
     pub sb: SuperBlock,
