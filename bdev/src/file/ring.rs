@@ -58,8 +58,8 @@ pub(super) struct RingChannel {
     /// Number of operations that the ring has, or whose completions wait, without those of
     /// `broken`.
     in_flight: usize,
-    /// Slot of the only operation that there is, if it has no entry yet: whoever waits for it may
-    /// make its call.
+    /// Slot of the only operation that there is, if it has no entry yet. A thread that waits for it
+    /// may make its call.
     alone: Option<u32>,
     /// Slots whose entries the kernel has not accepted yet, in order.
     queued: VecDeque<u32>,

@@ -101,7 +101,8 @@ impl Drop for Share {
 }
 
 impl Queues {
-    /// Returns the queue pairs of this controller. There is one count, whoever opens it.
+    /// Returns the queue pairs of this controller. All devices of a controller share
+    /// one count.
     fn of(controller: &Arc<Controller>) -> Arc<Queues> {
         static ALL: PerProcess<Mutex<Vec<Weak<Queues>>>> = PerProcess::new(Mutex::default);
         let mut all = ALL.get().lock();

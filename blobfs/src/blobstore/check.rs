@@ -14,11 +14,11 @@ use super::format::{BlobId, PAGE_SIZE_U64, PageError, SuperBlock};
 use super::geometry::{Geometry, tears_pages};
 use super::journal::format::RingPlace;
 use super::journal::recovery::{self, Treat};
+use super::masks::Masks;
 use super::mdio::MdIo;
 use super::meta::{BlobMeta, Parent, SNAPRM, SNAPTMP, Trailing};
 use super::scan::{Roots, Scan, scan};
 use super::steady::Steady;
-use super::store::Masks;
 use super::super_page::{self, Found};
 use super::{Blobstore, LoadOptions};
 

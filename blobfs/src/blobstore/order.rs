@@ -236,7 +236,7 @@ impl Waiting<'_> {
     fn poll(&mut self, waker: &Waker) -> Poll<Option<u64>> {
         let waiter = self.waiter.as_ref().expect("polled after completion");
         waiter.waker.lock().clone_from(waker);
-        // This is read after the waker was stored: whoever grants the turn later wakes that one.
+        // This is read after the waker was stored: a thread that grants the turn later wakes that one.
         if waiter.granted.load(Ordering::Acquire) {
             self.waiter = None;
             Poll::Ready(Some(self.number))

@@ -3,33 +3,24 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
-
-use pumice_bdev::{DmaBuf, Op};
 
 use super::alloc::{Bitmap, iter_words};
 use super::error::Error;
 use super::extents::ExtentMap;
 use super::format::{
-    BlobId, BlobReader, BlobRecord, Descriptors, EXTENTS_PER_PAGE, ExtentPage, MapRecord,
-    PAGE_SIZE, Page, PageError, PageHeader, PageProblem, Run, TYPE_EXTENT_PAGE, TYPE_XATTR,
-    TableEntry, decode_extent_page, page_crc, stored_crc,
+    BlobId, BlobReader, BlobRecord, Descriptors, EXTENTS_PER_PAGE, ExtentPage, MapRecord, Page,
+    PageError, PageHeader, PageProblem, Run, TYPE_EXTENT_PAGE, TableEntry, decode_extent_page,
+    page_crc, stored_crc,
 };
 use super::geometry::Geometry;
 use super::mdio::MdIo;
 use super::meta::{BlobMeta, Trailing};
+use super::pages::{all_ranges, ranges, read_pages};
+use super::remains::Remains;
 
-/// Most pages of one read.
-const READ_PAGES: u32 = 256;
-/// Most unneeded pages that are read along instead of beginning another read.
-const GAP_PAGES: u32 = 16;
 /// Most claims of the store's clusters, per cluster. Two are legal for a moment (a snapshot being
 /// made or removed). A hostile image must not take unbounded memory.
 const CLAIMS_PER_CLUSTER: u64 = 4;
-
-/// Number of attempts to read a page, and the first pause between them.
-const READ_TRIES: u32 = 4;
-const READ_PAUSE: Duration = Duration::from_millis(1);
 
 /// The source of the roots.
 pub(crate) enum Roots<'a> {
@@ -86,13 +77,6 @@ pub(crate) struct Scan {
     others: Vec<(u32, u32)>,
 }
 
-/// The readable parts of a damaged blob.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Remains {
-    /// The xattr `name`, which is the path of a file.
-    pub name: Option<String>,
-}
-
 /// A blob whose chain is being read.
 struct Partial {
     root: u32,
@@ -144,8 +128,8 @@ impl Scan {
 
     /// Records damage behind an undamaged root.
     fn damage_partial(&mut self, partial: &Partial, page: u32, problem: PageProblem) {
-        let name = partial.reader.xattr(b"name").and_then(printable);
-        self.remains.insert(partial.root, Remains { name });
+        let remains = Remains::named(partial.reader.xattr(b"name"));
+        self.remains.insert(partial.root, remains);
         self.damage(partial.root, page, problem);
     }
 
@@ -157,10 +141,7 @@ impl Scan {
         roots: &Roots<'_>,
     ) -> Result<Vec<(BlobRecord, Vec<u32>)>, Error> {
         let mut found: Vec<(Partial, Option<u32>)> = Vec::new();
-        let step = READ_PAGES as usize;
-        let mut all = (0..geo.md_len)
-            .step_by(step)
-            .map(|start| start..geo.md_len.min(start.saturating_add(READ_PAGES)));
+        let mut all = all_ranges(geo);
         let mut some;
         let first: &mut dyn Iterator<Item = Range<u32>> = match roots {
             Roots::Scan { .. } => &mut all,
@@ -333,15 +314,9 @@ impl Scan {
 
     /// Records the name in a root, damaged or not, for messages.
     fn note_name(&mut self, index: u32, page: &Page) {
-        if stored_crc(page) == page_crc(page) {
-            return;
-        }
-        let name = Descriptors::new(page)
-            .map_while(Result::ok)
-            .filter(|descriptor| descriptor.kind == TYPE_XATTR)
-            .find_map(|descriptor| name_xattr(descriptor.body));
-        if name.is_some() {
-            self.remains.insert(index, Remains { name });
+        let remains = Remains::of_page(page);
+        if remains.name.is_some() {
+            self.remains.insert(index, remains);
         }
     }
 
@@ -432,8 +407,8 @@ impl Scan {
                 self.blobs.insert(root, meta);
             }
             Err((page, problem)) => {
-                let name = meta.xattr(b"name").and_then(|value| printable(value));
-                self.remains.insert(root, Remains { name });
+                let remains = Remains::named(meta.xattr(b"name").map(|name| &**name));
+                self.remains.insert(root, remains);
                 self.damage(root, page, problem);
             }
         }
@@ -597,123 +572,4 @@ enum Kind {
 /// Returns the type of a page's first descriptor.
 fn first_kind(page: &Page) -> Option<u8> {
     Some(Descriptors::new(page).next()?.ok()?.kind)
-}
-
-/// Returns the value of an xattr descriptor if the xattr is `name`.
-fn name_xattr(body: &[u8]) -> Option<String> {
-    let (lens, rest) = body.split_at_checked(4)?;
-    let name_len = usize::from(u16::from_le_bytes([lens[0], lens[1]]));
-    let (name, value) = rest.split_at_checked(name_len)?;
-    (name == b"name").then(|| printable(value)).flatten()
-}
-
-/// Converts arbitrary bytes to text for a message.
-fn printable(value: &[u8]) -> Option<String> {
-    let text = value.strip_suffix(&[0]).unwrap_or(value);
-    (!text.is_empty()).then(|| text.escape_ascii().to_string())
-}
-
-/// Groups sorted indices into reads.
-fn ranges(indices: impl Iterator<Item = u32>) -> impl Iterator<Item = Range<u32>> {
-    let mut indices = indices.peekable();
-    std::iter::from_fn(move || {
-        let start = indices.next()?;
-        let mut end = start + 1;
-        while let Some(next) =
-            indices.next_if(|next| next - end <= GAP_PAGES && next - start < READ_PAGES)
-        {
-            end = next + 1;
-        }
-        Some(start..end)
-    })
-}
-
-/// Reads ranges of metadata pages, many at a time, and passes on each page with its index. A page
-/// that cannot be read comes with the error's text.
-fn read_pages(
-    io: &mut MdIo,
-    geo: &Geometry,
-    ranges: &mut dyn Iterator<Item = Range<u32>>,
-    mut page: impl FnMut(u32, Result<&Page, String>),
-) -> Result<(), Error> {
-    let replayed = io.replayed();
-    read_in_place(io, geo, ranges, |index, read| match replayed.get(&index) {
-        Some(newer) => page(index, Ok(newer)),
-        None => page(index, read),
-    })
-}
-
-/// Reads pages as they are on the device.
-fn read_in_place(
-    io: &mut MdIo,
-    geo: &Geometry,
-    ranges: &mut dyn Iterator<Item = Range<u32>>,
-    mut page: impl FnMut(u32, Result<&Page, String>),
-) -> Result<(), Error> {
-    let read = |range: Range<u32>| {
-        let buf = DmaBuf::new(range.len() * PAGE_SIZE)?;
-        Ok(Op::Read {
-            lba: geo.md_lba(range.start),
-            buf,
-        })
-    };
-    let index_of = |lba: u64| {
-        let index = (lba - geo.md_lba(0)) / (geo.md_lba(1) - geo.md_lba(0));
-        u32::try_from(index).expect("an index that was given out as u32")
-    };
-    let mut singly: Vec<Range<u32>> = Vec::new();
-    let per_read = u32::try_from(io.can().max_io_blocks() * geo.block_size / PAGE_SIZE as u64)
-        .unwrap_or(u32::MAX)
-        .max(1);
-    let mut pieces = ranges.flat_map(|range| {
-        let end = range.end;
-        range
-            .step_by(per_read as usize)
-            .map(move |start| start..end.min(start.saturating_add(per_read)))
-    });
-    io.stream(pieces.by_ref().map(read), |op, result| {
-        let Op::Read { lba, buf } = op else {
-            unreachable!("only reads were submitted")
-        };
-        let first = index_of(lba);
-        match result {
-            Ok(()) => {
-                for (bytes, index) in buf.chunks_exact(PAGE_SIZE).zip(first..) {
-                    page(index, Ok(bytes.try_into().expect("a whole page")));
-                }
-            }
-            Err(error) => {
-                tracing::warn!(%error, "reading metadata failed; trying page by page");
-                let count = u32::try_from(buf.len() / PAGE_SIZE).expect("at most READ_PAGES");
-                singly.extend((first..first + count).map(|index| index..index + 1));
-            }
-        }
-        Ok(())
-    })?;
-    // A read error may be transient: nothing is decided from it before another attempt.
-    for attempt in 1..=READ_TRIES {
-        let mut failed = Vec::new();
-        let last = attempt == READ_TRIES;
-        io.stream(
-            std::mem::take(&mut singly).into_iter().map(read),
-            |op, result| {
-                let Op::Read { lba, buf } = op else {
-                    unreachable!("only reads were submitted")
-                };
-                let index = index_of(lba);
-                match result {
-                    Ok(()) => page(index, Ok(buf[..].try_into().expect("a whole page"))),
-                    Err(error) if last => page(index, Err(error.to_string())),
-                    Err(_) => failed.push(index..index + 1),
-                }
-                Ok(())
-            },
-        )?;
-        if failed.is_empty() {
-            break;
-        }
-        std::thread::sleep(READ_PAUSE * 4u32.pow(attempt - 1));
-        singly = failed;
-    }
-    Ok(())
 }

@@ -14,7 +14,7 @@ use super::geometry::Geometry;
 use super::late_writes::LateWrites;
 use super::mdio::Abilities;
 use super::meta::{BlobMeta, Parent};
-use super::scan::Remains;
+use super::remains::Remains;
 use super::snapshot::HalfSnapshot;
 use super::space::SpacePolicy;
 use super::view::{Line, View};
@@ -58,8 +58,8 @@ pub(crate) struct Doubt {
     pub restore: Restore,
 }
 
-/// All metadata in memory. It is locked only briefly and does no I/O. Whoever changes what is on
-/// the device holds an [`Edit`](super::edit::Edit).
+/// All metadata in memory. It is locked only briefly and does no I/O. A thread that
+/// changes the metadata on the device holds an [`Edit`](super::edit::Edit).
 #[derive(Debug)]
 pub(crate) struct State {
     pub sb: SuperBlock,

@@ -17,6 +17,7 @@ use super::core::Core;
 use super::durable::Durability;
 use super::elastic::Bound;
 use super::error::{FsError, Result};
+use super::implied::imply_dirs;
 use super::inode::{Inode, decode_mode, xattr};
 use super::metered::Metered;
 use super::names::{Dir, Entry, Names, decode_names, encode_name, encode_names};
@@ -51,13 +52,6 @@ const MAX_PROBLEMS: usize = 100;
 /// Most recorded renames of directories that a mount completes. Renames run one at a time, so there
 /// is more than one only after one has failed.
 const MAX_RENAMES: usize = 16;
-/// Most bytes of the paths of directories that are only implied by the names of files. An image
-/// must not take unbounded memory; a database has a few directories.
-const MAX_IMPLIED_BYTES: usize = 32 << 20;
-
-/// Cost of an implied directory besides its path.
-const IMPLIED_COST: usize = 128;
-
 /// A blob that is marked as a file or a directory.
 struct Found {
     id: BlobId,
@@ -595,47 +589,7 @@ impl Loader {
                 map.insert(name, Entry::File(Arc::clone(&ino)));
             }
         }
-        self.imply_dirs(&mut map);
+        imply_dirs(&mut map, |id, what| self.problem(id, what));
         (map, seq)
-    }
-
-    /// Adds the directories that names imply.
-    fn imply_dirs(&mut self, map: &mut BTreeMap<String, Entry>) {
-        let names: Vec<String> = map.keys().cloned().collect();
-        let mut implied_bytes = 0;
-        for name in names {
-            // A name in directories that are left out is left out itself, or a listing would not
-            // find it.
-            if implied_bytes > MAX_IMPLIED_BYTES {
-                let parent = path::parent(&name);
-                let missing = parent != "/" && !map.contains_key(parent);
-                if let (true, Some(Entry::File(ino))) = (missing, map.get(&name)) {
-                    let id = ino.id;
-                    self.problem(
-                        id,
-                        format!("{name}: more directories than a mount makes up; left out"),
-                    );
-                    map.remove(&name);
-                    continue;
-                }
-            }
-            let mut dir = path::parent(&name);
-            while dir != "/" {
-                match map.get(dir) {
-                    Some(Entry::Dir(_)) => break,
-                    Some(Entry::File(ino)) => {
-                        let id = ino.id;
-                        self.problem(id, format!("{dir} is a file, and yet there is {name}"));
-                        break;
-                    }
-                    None => {
-                        let implied = Dir::new(None, 0, None);
-                        implied_bytes += dir.len() + IMPLIED_COST;
-                        map.insert(dir.to_owned(), Entry::Dir(Arc::new(implied)));
-                    }
-                }
-                dir = path::parent(dir);
-            }
-        }
     }
 }

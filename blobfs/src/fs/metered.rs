@@ -36,18 +36,19 @@ pub struct IoStats {
 }
 
 impl IoStats {
-    /// Returns the difference to an earlier snapshot.
+    /// Returns the difference to an earlier snapshot. Where that one is not earlier, because the
+    /// counters began again with another mount, the difference is 0.
     #[must_use]
     pub fn since(&self, earlier: &IoStats) -> IoStats {
         IoStats {
-            reads: self.reads - earlier.reads,
-            read_bytes: self.read_bytes - earlier.read_bytes,
-            writes: self.writes - earlier.writes,
-            fua_writes: self.fua_writes - earlier.fua_writes,
-            written_bytes: self.written_bytes - earlier.written_bytes,
-            flushes: self.flushes - earlier.flushes,
-            write_zeroes: self.write_zeroes - earlier.write_zeroes,
-            unmaps: self.unmaps - earlier.unmaps,
+            reads: self.reads.saturating_sub(earlier.reads),
+            read_bytes: self.read_bytes.saturating_sub(earlier.read_bytes),
+            writes: self.writes.saturating_sub(earlier.writes),
+            fua_writes: self.fua_writes.saturating_sub(earlier.fua_writes),
+            written_bytes: self.written_bytes.saturating_sub(earlier.written_bytes),
+            flushes: self.flushes.saturating_sub(earlier.flushes),
+            write_zeroes: self.write_zeroes.saturating_sub(earlier.write_zeroes),
+            unmaps: self.unmaps.saturating_sub(earlier.unmaps),
         }
     }
 }
@@ -241,5 +242,26 @@ impl IoChannel for MeteredChannel {
 
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         self.inner.event_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_that_began_again_give_no_difference() {
+        let earlier = IoStats {
+            reads: 7,
+            writes: 1,
+            ..IoStats::default()
+        };
+        let now = IoStats {
+            reads: 2,
+            writes: 3,
+            ..IoStats::default()
+        };
+        let since = now.since(&earlier);
+        assert_eq!((since.reads, since.writes), (0, 2));
     }
 }

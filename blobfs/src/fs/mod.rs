@@ -40,6 +40,7 @@ mod file;
 mod fill;
 mod flushes;
 mod frame;
+mod implied;
 mod inode;
 mod life;
 mod load;

@@ -39,6 +39,7 @@ impl std::fmt::Debug for FileSystem {
 
 /// An entry of a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DirEntry {
     /// The last component of its path.
     pub name: String,

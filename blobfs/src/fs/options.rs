@@ -3,7 +3,7 @@
 use crate::blobstore::LEAST_JOURNAL_BYTES as LEAST_BYTES;
 
 /// Options of a new file system.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FormatOptions {
     /// Bytes of a cluster, the unit of allocation: a multiple of 4096. The default is 64 KiB.
@@ -66,7 +66,7 @@ impl Journal {
 }
 
 /// Options of a mount.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MountOptions {
     /// Bound of the page cache in bytes, without unwritten data. The default is an eighth of the

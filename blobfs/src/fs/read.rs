@@ -126,6 +126,7 @@ impl Plan {
 
 /// One of several reads that are done together.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct ReadRequest<'a> {
     /// Offset in the file.
     pub off: u64,

@@ -18,7 +18,7 @@ use pumice_blobfs::blobstore::{
 };
 use serde_json::{Value, json};
 
-use crate::files::open_to_read;
+use crate::access::open_to_read;
 use crate::signals;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;

@@ -15,7 +15,9 @@ use pumice_bdev_control::terminal::{print_json, visible};
 use pumice_blobfs::fs::{Access, File, FileSystem, FsError, OpenOptions, UNFINISHED};
 use serde_json::json;
 
-use crate::files::{CHUNK, Change, Failure, Mode, fail, human, join, mounted, walk};
+use crate::access::{Change, Mode, mounted};
+use crate::failure::{Failure, fail};
+use crate::files::{CHUNK, human, join, walk};
 use crate::signals;
 
 /// Copy files into, out of, and within the file system

@@ -3,16 +3,17 @@
 
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
-use pumice_bdev::{BdevError, BlockDevice};
+use pumice_bdev::BdevError;
 use pumice_bdev_control::terminal::{print, print_json, visible};
 use pumice_bdev_control::{complain, say};
 use pumice_blobfs::fs::{Access, FileSystem, FsError, MountOptions, OpenOptions, Stat};
 use serde_json::{Value, json};
 
+use crate::access::{Change, Mode, mounted, on_device};
+use crate::failure::{Failure, fail};
 use crate::holder::Holder;
 use crate::signals;
 
@@ -124,40 +125,6 @@ pub struct Rmdir {
     paths: Vec<String>,
 }
 
-/// The reason why a command failed, as a message.
-#[derive(Debug)]
-pub struct Failure(String);
-
-impl From<String> for Failure {
-    fn from(text: String) -> Failure {
-        Failure(text)
-    }
-}
-
-impl From<FsError> for Failure {
-    fn from(e: FsError) -> Failure {
-        Failure(e.to_string())
-    }
-}
-
-impl From<BdevError> for Failure {
-    fn from(e: BdevError) -> Failure {
-        Failure(e.to_string())
-    }
-}
-
-impl std::fmt::Display for Failure {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// Prints the reason and returns the exit code.
-pub fn fail(command: &str, e: &Failure) -> ExitCode {
-    complain!("pumice {command}: {e}");
-    ExitCode::FAILURE
-}
-
 type Outcome = Result<(), Failure>;
 
 fn ended(command: &str, result: Outcome) -> ExitCode {
@@ -165,107 +132,6 @@ fn ended(command: &str, result: Outcome) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => fail(command, &e),
     }
-}
-
-/// The way in which a command mounts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
-    /// For reading only: others may read at the same time, and the file need not be writable.
-    Read,
-    /// For changes; with `accept_damage` also when blobs are damaged.
-    Write { accept_damage: bool },
-}
-
-/// Options of commands that change a file system.
-#[derive(Args)]
-pub struct Change {
-    /// Continue although files are damaged: their content counts as lost
-    #[arg(long)]
-    accept_damage: bool,
-}
-
-impl Change {
-    /// Whether to continue although files are damaged.
-    pub fn accepts_damage(&self) -> bool {
-        self.accept_damage
-    }
-
-    /// Returns the way to mount for the change.
-    pub fn mode(&self) -> Mode {
-        Mode::Write {
-            accept_damage: self.accept_damage,
-        }
-    }
-}
-
-/// Opens a device for reading, which others may do at the same time.
-pub fn open_to_read(uri: &str) -> Result<Arc<dyn BlockDevice>, Failure> {
-    Ok(pumice_bdev::open_with(
-        uri,
-        pumice_bdev::OpenOptions::new().read_only(true),
-    )?)
-}
-
-/// Mounts, calls `f` and unmounts. Problems that the mount found go to standard error.
-pub fn mounted<R>(
-    uri: &str,
-    mode: Mode,
-    f: impl FnOnce(&FileSystem) -> Result<R, Failure>,
-) -> Result<R, Failure> {
-    let mut opts = MountOptions::default();
-    opts.cache_bytes = 64 << 20;
-    let dev = match mode {
-        Mode::Read => {
-            opts.read_only = true;
-            open_to_read(uri)?
-        }
-        Mode::Write { accept_damage } => {
-            opts.accept_damage = accept_damage;
-            // A command that is killed leaves nothing that has to be kept.
-            opts.volatile = true;
-            signals::catch()?;
-            pumice_bdev::open(uri)?
-        }
-    };
-    on_device(uri, dev, &opts, f)
-}
-
-/// Mounts. Problems that are found go to standard error.
-pub fn mount_device(
-    uri: &str,
-    dev: Arc<dyn BlockDevice>,
-    opts: &MountOptions,
-) -> Result<FileSystem, Failure> {
-    let fs = FileSystem::mount(dev, opts).map_err(|e| match e {
-        FsError::Damaged { .. } => Failure(format!(
-            "{e}; this command's option for that is --accept-damage, and `pumice rescue` copies what can be read"
-        )),
-        e => e.into(),
-    })?;
-    for problem in fs.problems() {
-        complain!("pumice: {uri}: {problem}");
-    }
-    if fs.hides_writes() {
-        complain!(
-            "pumice: {uri}: what a killed process had not synced is in shared memory and cannot be shown; \
-             the next mount for writing puts it in place, or says why not"
-        );
-    }
-    Ok(fs)
-}
-
-fn on_device<R>(
-    uri: &str,
-    dev: Arc<dyn BlockDevice>,
-    opts: &MountOptions,
-    f: impl FnOnce(&FileSystem) -> Result<R, Failure>,
-) -> Result<R, Failure> {
-    let fs = mount_device(uri, dev, opts)?;
-    let result = f(&fs);
-    let unmounted = fs.unmount();
-    let value = result?;
-    unmounted?;
-    Ok(value)
 }
 
 /// The source of the answers of commands that change nothing.
@@ -298,9 +164,7 @@ impl Source<'_> {
             Source::Process(holder) => {
                 match holder.ask("pumice_get_files", &json!({ "path": dir }))? {
                     Value::Array(files) => Ok(files),
-                    _ => Err(Failure(
-                        "the process answers with something else".to_owned(),
-                    )),
+                    _ => Err("the process answers with something else".to_owned().into()),
                 }
             }
         }
@@ -345,7 +209,7 @@ fn looked<R>(
                     device,
                     pid: Some(pid),
                 };
-                return Err(Failure(format!(
+                return Err(Failure::from(format!(
                     "{e}; a process that opens it with `DbOptions::rpc_socket` can be asked"
                 )));
             };
@@ -522,12 +386,12 @@ pub fn cat(args: &Cat) -> ExitCode {
                     Ok(()) => at += n as u64,
                     // The reader of the pipe has stopped reading.
                     Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
-                    Err(e) => return Err(Failure(format!("standard output: {e}"))),
+                    Err(e) => return Err(Failure::from(format!("standard output: {e}"))),
                 }
             }
         }
         out.flush()
-            .map_err(|e| Failure(format!("standard output: {e}")))
+            .map_err(|e| Failure::from(format!("standard output: {e}")))
     });
     ended("cat", result)
 }
@@ -542,7 +406,7 @@ pub fn rm(args: &Rm) -> ExitCode {
                 Err(e) => return Err(e.into()),
             };
             if stat.is_dir && !args.recursive {
-                return Err(Failure(format!(
+                return Err(Failure::from(format!(
                     "{path}: is a directory; remove it with -r"
                 )));
             }

@@ -8,7 +8,7 @@ use pumice_bdev_control::{complain, say};
 use pumice_blobfs::blobstore::check::{RepairPlan, Report, Severity, apply, check, plan};
 use serde_json::json;
 
-use crate::files::open_to_read;
+use crate::access::open_to_read;
 
 /// Exit code: errors were corrected.
 const CORRECTED: u8 = 1;

@@ -8,7 +8,8 @@ use pumice_bdev_control::say;
 use pumice_bdev_control::terminal::print_json;
 use serde_json::json;
 
-use crate::files::{Failure, fail, human};
+use crate::failure::{Failure, fail};
+use crate::files::human;
 
 /// Make a file system larger, and the image file below it longer
 #[derive(Args)]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use pumice_bdev_control::rpc::RpcClient;
 use serde_json::Value;
 
-use crate::files::Failure;
+use crate::failure::Failure;
 
 /// Time within which a process must answer.
 const TIMEOUT: Duration = Duration::from_secs(10);

@@ -8,7 +8,8 @@ use pumice_bdev_control::terminal::print_json;
 use pumice_blobfs::fs;
 use serde_json::json;
 
-use crate::files::{Failure, fail, human};
+use crate::failure::{Failure, fail};
+use crate::files::human;
 use crate::mkfs::journal;
 
 /// Add a journal to a file system that SPDK or an earlier version has made

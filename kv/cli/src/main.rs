@@ -4,11 +4,13 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
+mod access;
 mod bdev;
 mod blob;
 mod config;
 mod copy;
 mod doctor;
+mod failure;
 #[cfg(test)]
 mod fake_host;
 mod files;

@@ -10,7 +10,8 @@ use pumice_bdev_control::terminal::print_json;
 use pumice_blobfs::fs::{FileSystem, FormatOptions, Journal, MountOptions, StatFs};
 use serde_json::json;
 
-use crate::files::{Failure, fail, human};
+use crate::failure::{Failure, fail};
+use crate::files::human;
 
 /// Make an empty file system on a device or an image file
 #[derive(Args)]

@@ -28,7 +28,8 @@ use pumice_blobfs::fs::{FileSystem, FsError, MountOptions};
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
-use crate::files::{Change, Failure, fail, mount_device, open_to_read};
+use crate::access::{Change, mount_device, open_to_read};
+use crate::failure::{Failure, fail};
 use crate::signals::not_ignored;
 use kernel::Kernel;
 use tree::Tree;

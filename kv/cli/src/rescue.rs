@@ -17,7 +17,9 @@ use pumice_bdev_control::{complain, say};
 use pumice_blobfs::fs::{FileSystem, MountOptions};
 use serde_json::{Value, json};
 
-use crate::files::{Failure, human, open_to_read};
+use crate::access::open_to_read;
+use crate::failure::Failure;
+use crate::files::human;
 use target::Target;
 
 /// Copy every file that can still be read to a directory in the kernel's file system, and list the

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
-use crate::files::Failure;
+use crate::failure::Failure;
 
 /// Returns those of the signals that this process did not inherit as ignored, as it does behind `nohup`.
 pub fn not_ignored() -> Vec<i32> {

@@ -16,7 +16,7 @@ use pumice_bdev_control::say;
 use pumice_bdev_control::terminal::visible;
 use serde_json::Value;
 
-use crate::files::{Failure, fail};
+use crate::failure::{Failure, fail};
 use crate::holder::Holder;
 use crate::signals;
 use report::{Report, Sample};

@@ -9,7 +9,7 @@ use pumice_blobfs::fs::{self, FileSystem, FormatOptions, FsError};
 use crate::MountError;
 
 /// Options of [`mount`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MountOptions {
     fs: fs::MountOptions,
     format_empty: Option<FormatOptions>,

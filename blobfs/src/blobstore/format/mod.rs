@@ -5,14 +5,14 @@
 //! of SPDK's blobstore, versions 1 to 3; `docs/format.md` describes it.
 
 mod blob;
+mod chain;
 mod id;
 mod mask;
 mod page;
 mod super_block;
 
-pub use blob::{
-    BlobReader, BlobRecord, Flags, MapRecord, Run, TableEntry, Xattr, encode_blob, seal_chain,
-};
+pub use blob::{BlobReader, BlobRecord, Flags, MapRecord, Run, TableEntry, Xattr};
+pub use chain::{encode_blob, seal_chain};
 pub use id::{BlobId, ParseBlobIdError};
 pub use mask::{MASK_HEADER_LEN, MaskError, MaskKind, decode_mask, encode_mask, mask_pages};
 pub use page::{

@@ -15,7 +15,7 @@ use super::super::mdio::{MdIo, dma};
 use super::super::retry::{may_land, repeat};
 use super::format::{Header, RING_AT, RingPlace, SECOND_HEADER_AT, Spot};
 
-/// The headers. Whoever has them is the only one who writes them, or writes pages in place.
+/// The headers. Only the thread that has them locked writes them, or writes pages in place.
 #[derive(Debug)]
 pub(crate) struct Heads {
     /// First block of the ring's file.

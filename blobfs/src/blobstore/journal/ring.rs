@@ -46,7 +46,7 @@ pub(super) struct Ring {
     owing: AtomicUsize,
     /// A batch has ended, or an append that was to be carried.
     ended: Condvar,
-    /// Held by whoever writes headers, or pages in place. It is locked with a channel in hand, and
+    /// Held by the thread that writes headers, or pages in place. It is locked with a channel in hand, and
     /// before the log.
     heads: Mutex<Heads>,
 }

@@ -14,7 +14,7 @@ use pumice_blobfs::blobstore::format::{
 use serde_json::{Map, Value, json};
 
 use super::Result;
-use crate::files::open_to_read;
+use crate::access::open_to_read;
 
 /// Prints the store on the device `uri`, or the pages that belong to `id`.
 pub fn run(uri: &str, id: Option<BlobId>, as_json: bool) -> Result<()> {

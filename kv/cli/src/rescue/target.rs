@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use pumice_bdev_control::terminal::visible;
 
-use crate::files::Failure;
+use crate::failure::Failure;
 
 /// Longest name of the kernel's file systems in bytes.
 const NAME_MAX: usize = 255;

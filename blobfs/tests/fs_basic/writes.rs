@@ -1,0 +1,146 @@
+//! What is written to the device, and what is not.
+
+use super::*;
+
+#[test]
+fn a_sync_writes_what_it_must_and_no_more() {
+    let dev = formatted_with(64 << 20, 4096, Journal::None);
+    let fs = mount(&dev);
+    let f = fs.open("/wal", OpenOptions::CREATE).unwrap();
+    f.allocate(0, 8 << 20).unwrap();
+    f.append(&[1; 138]).unwrap();
+    f.sync().unwrap();
+    let before = fs.io_stats();
+    for _ in 0..100 {
+        f.append(&[1; 138]).unwrap();
+        f.sync().unwrap();
+    }
+    let io = fs.io_stats().since(&before);
+    // The writes are a data block (two where the record crosses one) and the root.
+    assert_eq!((io.writes, io.flushes), (200, 0), "{io:?}");
+    let before = fs.io_stats();
+    for _ in 0..10 {
+        f.sync().unwrap();
+    }
+    assert_eq!(fs.io_stats().since(&before).writes, 0);
+    let before = fs.io_stats();
+    f.append(&vec![3; 6 << 20]).unwrap();
+    f.sync().unwrap();
+    let io = fs.io_stats().since(&before);
+    assert!(io.writes <= 9, "{io:?}");
+}
+
+#[test]
+fn a_clean_mount_writes_nothing() {
+    let dev = formatted(16 << 20, 4096);
+    let fs = mount(&dev);
+    put(&fs, "/f", "f");
+    fs.unmount().unwrap();
+    drop(fs);
+    let before = content(&dev);
+    let fs = mount(&dev);
+    assert_eq!(text(&fs, "/f"), "f");
+    assert_eq!(fs.io_stats().writes, 0);
+    fs.unmount().unwrap();
+    assert!(content(&dev) == before);
+    let read_only = MountOptions::default();
+    let mut read_only = read_only;
+    read_only.read_only = true;
+    drop(fs);
+    let fs = FileSystem::mount(Arc::clone(&dev), &read_only).unwrap();
+    assert_eq!(text(&fs, "/f"), "f");
+    let f = fs.open("/f", OpenOptions::READ).unwrap();
+    assert!(matches!(f.append(b"x"), Err(FsError::ReadOnly { .. })));
+    assert!(matches!(fs.unlink("/f"), Err(FsError::ReadOnly { .. })));
+    assert!(matches!(
+        fs.open("/g", OpenOptions::CREATE),
+        Err(FsError::ReadOnly { .. })
+    ));
+    assert!(matches!(fs.mkdir("/d"), Err(FsError::ReadOnly { .. })));
+    drop(f);
+    fs.unmount().unwrap();
+    assert!(content(&dev) == before);
+}
+
+#[test]
+fn a_dropped_mount_is_unmounted() {
+    let dev = formatted(16 << 20, 4096);
+    let fs = mount(&dev);
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    f.append(b"not synced").unwrap();
+    drop(fs);
+    drop(f);
+    assert_eq!(text(&mount(&dev), "/f"), "not synced");
+}
+
+#[test]
+fn format_refuses_what_it_knows() {
+    let dev = formatted(16 << 20, 4096);
+    let error = FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap_err();
+    assert!(
+        matches!(&error, FsError::Foreign { found, .. } if found.contains("BlobFS")),
+        "{error}"
+    );
+    let mut force = FormatOptions::default();
+    force.force = true;
+    FileSystem::format(Arc::clone(&dev), &force).unwrap();
+    let empty = memory(16 << 20, 512);
+    let error = FileSystem::mount(empty, &MountOptions::default()).unwrap_err();
+    assert!(error.to_string().contains("mkfs"), "{error}");
+}
+
+#[test]
+fn a_file_of_a_read_only_blob_is_given_no_space() {
+    let dev = formatted(16 << 20, 4096);
+    let fs = mount(&dev);
+    put(&fs, "/f", "text");
+    fs.unmount().unwrap();
+    drop(fs);
+    let store = Blobstore::load(Arc::clone(&dev), &LoadOptions::default()).unwrap();
+    for id in store.blobs() {
+        store.set_read_only(id).unwrap();
+    }
+    store.unload().unwrap();
+    let fs = mount(&dev);
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    let before = f.allocated();
+    // The file has the first byte already.
+    for result in [
+        f.allocate(0, 1),
+        f.allocate(0, 4 << 20),
+        f.append(b"x"),
+        f.truncate(0),
+    ] {
+        assert!(
+            matches!(result, Err(FsError::ReadOnly { .. })),
+            "{result:?}"
+        );
+    }
+    assert_eq!(f.allocated(), before);
+    assert_eq!(text(&fs, "/f"), "text");
+}
+
+/// It does not even remove the mark of an orderly unload, to find out whether the store has stopped.
+#[test]
+fn a_name_operation_that_fails_writes_no_super_block() {
+    let dev = formatted_with(16 << 20, 4096, Journal::None);
+    let fs = mount(&dev);
+    put(&fs, "/f", "text");
+    fs.unmount().unwrap();
+    drop(fs);
+    let before = content(&dev);
+    let fails = Arc::new(ErrorDevice::new(None, Arc::clone(&dev)));
+    let fs = FileSystem::mount(fails.clone(), &MountOptions::default()).unwrap();
+    fails.inject(Injection {
+        op: Some(OpKind::Write),
+        failure: Failure::Fail,
+        count: 1,
+        range: Some((0, 1)),
+        queue_depth: 0,
+    });
+    fs.rename("/f", "/g").unwrap_err();
+    assert_eq!(fails.injections(), []);
+    assert!(content(&dev)[..4096] == before[..4096]);
+    fs.rename("/f", "/g").unwrap();
+    assert!(content(&dev)[..4096] != before[..4096]);
+}
