@@ -412,10 +412,27 @@ fn rounds<G: Ground>(work: &mut Work<G>) {
     work.fs.unmount().unwrap();
 }
 
+/// What the killed mounts of a run have left in shared memory. A run that was cut off by a loss of power has left it for good.
+struct Logs(String);
+
+impl Drop for Logs {
+    fn drop(&mut self) {
+        let prefix = format!("pumice-{}-", self.0);
+        let left = std::fs::read_dir("/dev/shm")
+            .into_iter()
+            .flatten()
+            .flatten();
+        for log in left.filter(|log| log.file_name().to_string_lossy().starts_with(&prefix)) {
+            let _ = std::fs::remove_file(log.path());
+        }
+    }
+}
+
 /// Does all of it on a formatted device, and drops nothing that the end of the process would not.
 pub fn run<G: Ground>(seed: u64, ground: G, journal: bool, rng: SmallRng, what: &str) {
     let _limit = watchdog(&format!("{what}, seed {seed}"), 300);
     let name = format!("plans-{seed}-{}", std::process::id());
+    let _logs = Logs(name.clone());
     let mut opts = MountOptions::default();
     opts.write_behind_bytes = 1;
     let fs = FileSystem::mount(Named::on(ground.top(), &name), &opts).unwrap();
