@@ -412,7 +412,7 @@ fn rounds<G: Ground>(work: &mut Work<G>) {
     work.fs.unmount().unwrap();
 }
 
-/// What the killed mounts of a run have left in shared memory. A run that was cut off by a loss of power has left it for good.
+/// The logs that the killed mounts of a run leave in shared memory, removed at its end. A run that "loses power" never mounts them again.
 struct Logs(String);
 
 impl Drop for Logs {
