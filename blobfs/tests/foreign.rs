@@ -444,30 +444,75 @@ fn clusters_with_two_owners_are_found_and_never_given_away() {
 #[test]
 fn super_blocks_that_contradict_the_device() {
     type Change = fn(&mut SuperBlock);
-    let changes: [(&str, Change); 9] = [
-        ("cluster size 0", |sb| sb.cluster_size = 0.into()),
-        ("cluster size 5000", |sb| sb.cluster_size = 5000.into()),
-        ("size of two devices", |sb| sb.size = (64u64 << 20).into()),
-        ("no metadata", |sb| sb.md_len = 0.into()),
-        ("metadata behind the end", |sb| {
+    let changes: [(&str, Change); 19] = [
+        ("clusters of 0 bytes", |sb| sb.cluster_size = 0.into()),
+        ("clusters of 5000 bytes", |sb| {
+            sb.cluster_size = 5000.into();
+        }),
+        // They have to be a multiple of its io units, too.
+        ("clusters of 16384 bytes", |sb| {
+            sb.io_unit_size = 32768.into();
+        }),
+        ("the store has 67108864 bytes, the device 33554432", |sb| {
+            sb.size = (64u64 << 20).into();
+        }),
+        ("the store has 33554433 bytes", |sb| {
+            sb.size = ((32u64 << 20) + 1).into();
+        }),
+        ("metadata region 4+0 pages", |sb| sb.md_len = 0.into()),
+        ("metadata up to byte 4096409600", |sb| {
             sb.md_start = 1_000_000.into();
         }),
-        ("more metadata than masks", |sb| {
+        // A mask behind the region, where its last cluster ends.
+        ("metadata up to byte 430080", |sb| {
+            sb.used_blobid_mask_start = 104.into();
+        }),
+        ("page mask of 1 pages for 40000000 bits", |sb| {
             sb.md_len = 40_000_000.into();
         }),
-        ("a mask over the metadata", |sb| {
+        ("page mask of 0 pages for 100 bits", |sb| {
+            sb.used_page_mask_len = 0.into();
+        }),
+        ("cluster mask of 0 pages for 2048 bits", |sb| {
+            sb.used_cluster_mask_len = 0.into();
+        }),
+        ("page mask of 1 pages for 32729 bits", |sb| {
+            sb.md_len = 32_729.into();
+        }),
+        ("page mask and metadata region overlap", |sb| {
             sb.used_page_mask_start = sb.md_start;
         }),
-        ("an odd io unit", |sb| sb.io_unit_size = 1000.into()),
-        ("another page size", |sb| sb.md_page_size = 8192.into()),
+        ("page mask and cluster mask overlap", |sb| {
+            sb.used_cluster_mask_start = sb.used_page_mask_start;
+        }),
+        ("metadata region and blobid mask overlap", |sb| {
+            sb.used_blobid_mask_start = (sb.md_start.get() + sb.md_len.get() - 1).into();
+        }),
+        ("io units of 1000 bytes", |sb| {
+            sb.io_unit_size = 1000.into();
+        }),
+        ("io units of 256 bytes", |sb| {
+            sb.io_unit_size = 256.into();
+        }),
+        (
+            "io units of 2048 bytes are smaller than the device's blocks of 4096",
+            |sb| {
+                sb.io_unit_size = 2048.into();
+            },
+        ),
+        ("metadata pages of 8192 bytes", |sb| {
+            sb.md_page_size = 8192.into();
+        }),
     ];
     for (what, change) in changes {
         let mut image = Image::new(|_| ());
         image.super_block(change);
-        assert!(
-            matches!(image.try_load(), Err(Error::Geometry { .. })),
-            "{what}"
-        );
+        match image.try_load() {
+            Err(Error::Geometry { reason, .. }) => {
+                assert!(reason.contains(what), "{reason}, and not {what}");
+            }
+            other => panic!("{what}: {:?}", other.map(|_| ())),
+        }
     }
     let mut image = Image::new(|_| ());
     let header = PageHeader {

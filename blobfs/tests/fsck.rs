@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use common::*;
 use image::*;
-use pumice_blobfs::blobstore::check::{Severity, check, plan, repair};
+use pumice_blobfs::blobstore::check::{Finding, Severity, check, plan, repair};
 use pumice_blobfs::blobstore::format::{
     MapRecord, SuperBlock, decode_extent_page, encode_extent_page, seal,
 };
@@ -202,6 +202,37 @@ fn an_extent_page_of_two_blobs_is_an_error() {
         found.iter().any(|f| f.severity == Error && f.text == text),
         "{found:#?}"
     );
+}
+
+#[test]
+fn a_cluster_that_is_not_for_data_damages_the_blob() {
+    let (image, blobs) = image_of(4096);
+    // The super block's and the metadata's, the first one behind the store, and none at all.
+    let md_end = (image.sb().md_start.get() + MD_PAGES).div_ceil(2);
+    for cluster in [1, md_end - 1, 1024, u32::MAX, 0] {
+        let mut damaged = image.clone();
+        let mut own = damaged.clusters(blobs.small);
+        own[2] = cluster;
+        damaged.set_clusters(blobs.small, &own);
+        let report = damaged.report();
+        let text = format!("blob {} (\"/1\"): ", blobs.small);
+        let is_it =
+            |finding: &&Finding| finding.severity == Error && finding.text.starts_with(&text);
+        assert!(
+            report.findings.iter().any(|f| is_it(&f)),
+            "{cluster}: {:#?}",
+            report.findings
+        );
+        assert_eq!(report.blobs, 3, "{cluster}");
+    }
+    // The first one and the last one for data are.
+    for cluster in [md_end, 1023] {
+        let mut moved = image.clone();
+        let mut own = moved.clusters(blobs.small);
+        own[2] = cluster;
+        moved.set_clusters(blobs.small, &own);
+        assert_eq!(moved.report().blobs, 4, "{cluster}");
+    }
 }
 
 #[test]
