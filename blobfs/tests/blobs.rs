@@ -7,7 +7,7 @@ use pumice_bdev::{AsyncChannel, DmaBuf};
 use pumice_blobfs::blobstore::check::check;
 use pumice_blobfs::blobstore::{
     BlobId, Blobstore, BsType, ClearMethod, ClusterInit, CreateOptions, Error, InitOptions,
-    LoadOptions,
+    LoadOptions, Transaction,
 };
 
 const CLUSTER: u64 = 16384;
@@ -310,6 +310,44 @@ fn transactions_are_all_or_nothing() {
     assert_eq!(store.blobs(), [new]);
     let store = reload(store);
     assert_eq!(store.open(new).unwrap().xattr("name").unwrap(), b"last");
+}
+
+#[test]
+fn a_transaction_deletes_a_blob_once_and_removes_what_is_there() {
+    let store = store(8 << 20);
+    let [a, b] = [2, 3].map(|clusters| store.create(&thick(clusters)).unwrap());
+    let before = (store.blobs(), store.free_clusters(), store.md_pages().used);
+    type Steps = fn(&mut Transaction, BlobId);
+    let wrong: [(&str, Steps); 3] = [
+        ("deleted twice", |t, a| {
+            t.delete(a);
+            t.delete(a);
+        }),
+        ("changed, then deleted", |t, a| {
+            t.set_xattr(a, "name", b"a");
+            t.delete(a);
+        }),
+        ("without that xattr", |t, a| t.remove_xattr(a, "name")),
+    ];
+    for (what, steps) in wrong {
+        let mut t = store.transaction();
+        t.set_xattr(b, "name", b"b");
+        steps(&mut t, a);
+        assert!(matches!(t.commit(), Err(Error::InvalidInput(_))), "{what}");
+        assert_eq!(
+            (store.blobs(), store.free_clusters(), store.md_pages().used),
+            before,
+            "{what}"
+        );
+        assert_eq!(store.open(b).unwrap().xattr("name"), None, "{what}");
+    }
+    let mut t = store.transaction();
+    t.set_xattr(b, "name", b"b");
+    t.commit().unwrap();
+    let mut t = store.transaction();
+    t.remove_xattr(b, "name");
+    t.commit().unwrap();
+    assert_eq!(store.open(b).unwrap().xattr("name"), None);
 }
 
 #[test]

@@ -442,6 +442,42 @@ fn clusters_with_two_owners_are_found_and_never_given_away() {
 }
 
 #[test]
+fn extent_pages_with_two_owners_are_never_given_away() {
+    let mut image = Image::new(|store| {
+        create(store, 2, false);
+        create(store, 2, false);
+    });
+    image.change(root(2), |record| {
+        if let MapRecord::Table { entries, .. } = &mut record.map {
+            entries[0].page = 1;
+        }
+    });
+    let store = image.load();
+    store.delete(root(0)).unwrap();
+    while store.create(&CreateOptions::default()).is_ok() {}
+    store.unload().unwrap();
+    let dev = std::sync::Arc::clone(store.device());
+    drop(store);
+    let store = Blobstore::load(dev, &LoadOptions::default()).unwrap();
+    assert_eq!(store.damaged(), []);
+    assert_eq!(store.open(root(2)).unwrap().num_clusters(), 2);
+}
+
+#[test]
+fn a_blob_goes_with_what_a_cut_shrink_has_left() {
+    let mut image = Image::new(|store| drop(create(store, 600, false)));
+    let first = decode_extent_page(&image.page(1)).unwrap();
+    assert_eq!(first.clusters.len(), 512);
+    image.put(1, *encode_extent_page(root(0), 0, &first.clusters[..100]));
+    let store = image.load();
+    let used = store.md_pages().used;
+    assert_eq!(store.total_clusters() - store.free_clusters(), 188);
+    store.delete(root(0)).unwrap();
+    assert_eq!(store.free_clusters(), store.total_clusters());
+    assert_eq!(used - store.md_pages().used, 3);
+}
+
+#[test]
 fn super_blocks_that_contradict_the_device() {
     type Change = fn(&mut SuperBlock);
     let changes: [(&str, Change); 19] = [
