@@ -477,70 +477,71 @@ fn a_blob_goes_with_what_a_cut_shrink_has_left() {
     assert_eq!(used - store.md_pages().used, 3);
 }
 
+/// Changes of a super block that contradict the device or each other, and the beginning of the reason.
+const CONTRADICTIONS: [(&str, fn(&mut SuperBlock)); 19] = [
+    ("clusters of 0 bytes", |sb| sb.cluster_size = 0.into()),
+    ("clusters of 5000 bytes", |sb| {
+        sb.cluster_size = 5000.into();
+    }),
+    // They have to be a multiple of its io units, too.
+    ("clusters of 16384 bytes", |sb| {
+        sb.io_unit_size = 32768.into();
+    }),
+    ("the store has 67108864 bytes, the device 33554432", |sb| {
+        sb.size = (64u64 << 20).into();
+    }),
+    ("the store has 33554433 bytes", |sb| {
+        sb.size = ((32u64 << 20) + 1).into();
+    }),
+    ("metadata region 4+0 pages", |sb| sb.md_len = 0.into()),
+    ("metadata up to byte 4096409600", |sb| {
+        sb.md_start = 1_000_000.into();
+    }),
+    // A mask behind the region, where its last cluster ends.
+    ("metadata up to byte 430080", |sb| {
+        sb.used_blobid_mask_start = 104.into();
+    }),
+    ("page mask of 1 pages for 40000000 bits", |sb| {
+        sb.md_len = 40_000_000.into();
+    }),
+    ("page mask of 0 pages for 100 bits", |sb| {
+        sb.used_page_mask_len = 0.into();
+    }),
+    ("cluster mask of 0 pages for 2048 bits", |sb| {
+        sb.used_cluster_mask_len = 0.into();
+    }),
+    ("page mask of 1 pages for 32729 bits", |sb| {
+        sb.md_len = 32_729.into();
+    }),
+    ("page mask and metadata region overlap", |sb| {
+        sb.used_page_mask_start = sb.md_start;
+    }),
+    ("page mask and cluster mask overlap", |sb| {
+        sb.used_cluster_mask_start = sb.used_page_mask_start;
+    }),
+    ("metadata region and blobid mask overlap", |sb| {
+        sb.used_blobid_mask_start = (sb.md_start.get() + sb.md_len.get() - 1).into();
+    }),
+    ("io units of 1000 bytes", |sb| {
+        sb.io_unit_size = 1000.into();
+    }),
+    ("io units of 256 bytes", |sb| {
+        sb.io_unit_size = 256.into();
+    }),
+    (
+        "io units of 2048 bytes are smaller than the device's blocks of 4096",
+        |sb| {
+            sb.io_unit_size = 2048.into();
+        },
+    ),
+    ("metadata pages of 8192 bytes", |sb| {
+        sb.md_page_size = 8192.into();
+    }),
+];
+
 #[test]
 fn super_blocks_that_contradict_the_device() {
-    type Change = fn(&mut SuperBlock);
-    let changes: [(&str, Change); 19] = [
-        ("clusters of 0 bytes", |sb| sb.cluster_size = 0.into()),
-        ("clusters of 5000 bytes", |sb| {
-            sb.cluster_size = 5000.into();
-        }),
-        // They have to be a multiple of its io units, too.
-        ("clusters of 16384 bytes", |sb| {
-            sb.io_unit_size = 32768.into();
-        }),
-        ("the store has 67108864 bytes, the device 33554432", |sb| {
-            sb.size = (64u64 << 20).into();
-        }),
-        ("the store has 33554433 bytes", |sb| {
-            sb.size = ((32u64 << 20) + 1).into();
-        }),
-        ("metadata region 4+0 pages", |sb| sb.md_len = 0.into()),
-        ("metadata up to byte 4096409600", |sb| {
-            sb.md_start = 1_000_000.into();
-        }),
-        // A mask behind the region, where its last cluster ends.
-        ("metadata up to byte 430080", |sb| {
-            sb.used_blobid_mask_start = 104.into();
-        }),
-        ("page mask of 1 pages for 40000000 bits", |sb| {
-            sb.md_len = 40_000_000.into();
-        }),
-        ("page mask of 0 pages for 100 bits", |sb| {
-            sb.used_page_mask_len = 0.into();
-        }),
-        ("cluster mask of 0 pages for 2048 bits", |sb| {
-            sb.used_cluster_mask_len = 0.into();
-        }),
-        ("page mask of 1 pages for 32729 bits", |sb| {
-            sb.md_len = 32_729.into();
-        }),
-        ("page mask and metadata region overlap", |sb| {
-            sb.used_page_mask_start = sb.md_start;
-        }),
-        ("page mask and cluster mask overlap", |sb| {
-            sb.used_cluster_mask_start = sb.used_page_mask_start;
-        }),
-        ("metadata region and blobid mask overlap", |sb| {
-            sb.used_blobid_mask_start = (sb.md_start.get() + sb.md_len.get() - 1).into();
-        }),
-        ("io units of 1000 bytes", |sb| {
-            sb.io_unit_size = 1000.into();
-        }),
-        ("io units of 256 bytes", |sb| {
-            sb.io_unit_size = 256.into();
-        }),
-        (
-            "io units of 2048 bytes are smaller than the device's blocks of 4096",
-            |sb| {
-                sb.io_unit_size = 2048.into();
-            },
-        ),
-        ("metadata pages of 8192 bytes", |sb| {
-            sb.md_page_size = 8192.into();
-        }),
-    ];
-    for (what, change) in changes {
+    for (what, change) in CONTRADICTIONS {
         let mut image = Image::new(|_| ());
         image.super_block(change);
         match image.try_load() {
