@@ -255,7 +255,13 @@ fn many_threads_write_and_read() {
 #[test]
 fn a_full_device_is_no_space_and_loses_nothing() {
     let _limit = watchdog();
-    let options = uncompressed().configure(|options| options.set_write_buffer_size(1 << 20));
+    let options = uncompressed().configure(|options| {
+        options.set_write_buffer_size(1 << 20);
+        // When a flush or a compaction finds no space first, RocksDB lets puts wait until there is some, unless there is always
+        // room for one more memtable and one more table.
+        options.set_max_write_buffer_number(1000);
+        options.set_disable_auto_compactions(true);
+    });
     let fs = mount("malloc://64M", &MountOptions::new()).unwrap();
     let db = options.open_in(&fs).unwrap();
     let mut written = 0;

@@ -346,9 +346,10 @@ fn a_full_file_system_is_no_space_and_loses_nothing() {
     let fs = mount("malloc://24M", &MountOptions::new()).unwrap();
     let mut opts = options(&pumice::env(&fs));
     opts.set_write_buffer_size(1 << 20);
-    // When a flush finds no space, RocksDB stops writes that its own recovery then waits for,
-    // unless there is always room for one more memtable.
+    // When a flush or a compaction finds no space first, RocksDB stops writes that its own recovery
+    // then waits for, unless there is always room for one more memtable and one more table.
     opts.set_max_write_buffer_number(1000);
+    opts.set_disable_auto_compactions(true);
     let db = DB::open(&opts, "/").unwrap();
     let mut written = 0;
     let error = loop {
