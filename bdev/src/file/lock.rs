@@ -14,6 +14,8 @@ use crate::error::BdevError;
 
 /// Longest wait for a living owner's lock: udev holds a lock for a moment when a device changes.
 pub(super) const BUSY_PATIENCE: Duration = Duration::from_millis(300);
+/// Longest wait for a lock that nobody is seen to have: it may have been freed since it was refused.
+const UNKNOWN_PATIENCE: Duration = Duration::from_secs(2);
 /// Longest wait for the writes of a killed process.
 pub(super) const GONE_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -31,7 +33,12 @@ pub(super) fn lock(file: &File, shown: &str, exclusive: bool) -> Result<(), Bdev
             .map_err(|e| BdevError::os(shown, "stat", e))?;
         let owner = probe::lock_owner(&meta);
         let gone = owner.is_some_and(probe::is_gone);
-        if start.elapsed() > if gone { GONE_PATIENCE } else { BUSY_PATIENCE } {
+        let patience = match owner {
+            Some(_) if gone => GONE_PATIENCE,
+            Some(_) => BUSY_PATIENCE,
+            None => UNKNOWN_PATIENCE,
+        };
+        if start.elapsed() > patience {
             let pid = owner.filter(|p| *p != 0);
             return Err(BdevError::InUse {
                 device: shown.to_owned(),
