@@ -477,8 +477,10 @@ fn a_blob_goes_with_what_a_cut_shrink_has_left() {
     assert_eq!(used - store.md_pages().used, 3);
 }
 
+type Change = fn(&mut SuperBlock);
+
 /// Changes of a super block that contradict the device or each other, and the beginning of the reason.
-const CONTRADICTIONS: [(&str, fn(&mut SuperBlock)); 19] = [
+const CONTRADICTIONS: [(&str, Change); 19] = [
     ("clusters of 0 bytes", |sb| sb.cluster_size = 0.into()),
     ("clusters of 5000 bytes", |sb| {
         sb.cluster_size = 5000.into();
