@@ -15,23 +15,17 @@ mod promises;
 mod stack;
 
 use pumice_bdev_testkit::crashsim::CrashImage;
-use pumice_blobfs::fs::{FileSystem, FormatOptions, Journal};
+use pumice_blobfs::fs::FileSystem;
 use rand::prelude::*;
 use stack::{Kind, Stack};
 
-use plans::{Ground as _, run, seeds};
+use plans::{Ground as _, format_options, run, seeds};
 
 /// Makes a file system on a new stack. The format may meet faults, and is repeated.
 fn formatted(kind: &Kind, rng: &mut SmallRng, seed: u64) -> Stack {
     let images = (0..kind.legs).map(|_| CrashImage::zeroed(kind.leg_bytes));
     let mut stack = kind.stack(images.collect(), seed);
-    let mut format = FormatOptions::default();
-    format.cluster_size = [4096, 16 << 10, 64 << 10][rng.random_range(0..3)];
-    format.md_pages = Some([60, 160][rng.random_range(0..2)]);
-    format.journal = match kind.journal {
-        true => Journal::Bytes(128 << 10),
-        false => Journal::None,
-    };
+    let mut format = format_options(kind.journal, rng);
     for attempt in 0..4 {
         stack.quiet();
         if attempt < 3 && rng.random_range(0..3) == 0 {

@@ -14,10 +14,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use plans::{Ground, run, seeds};
+use plans::{Ground, format_options, run, seeds};
 use pumice_bdev::BlockDevice;
 use pumice_bdev::registry::{Registry, TimeoutAction};
-use pumice_blobfs::fs::{FileSystem, FormatOptions, Journal};
+use pumice_blobfs::fs::FileSystem;
 use pumice_nvme::controller::Phase;
 use pumice_nvme::spec::{AdminOpcode, IoOpcode, Status};
 use pumice_nvme::{Controller, ControllerOptions};
@@ -168,13 +168,7 @@ impl Ground for Soft {
 fn formatted(kind: Kind, rng: &mut SmallRng) -> Soft {
     let backend = Box::new(MemoryBackend::new([24, 48][rng.random_range(0..2)] << 20));
     let soft = Soft::new(kind, vec![SoftNamespace::new(backend, kind.block_size)]);
-    let mut format = FormatOptions::default();
-    format.cluster_size = [4096, 16 << 10, 64 << 10][rng.random_range(0..3)];
-    format.md_pages = Some([60, 160][rng.random_range(0..2)]);
-    format.journal = match kind.journal {
-        true => Journal::Bytes(128 << 10),
-        false => Journal::None,
-    };
+    let format = format_options(kind.journal, rng);
     FileSystem::format(soft.top(), &format).unwrap();
     soft
 }

@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use parking_lot::Mutex;
-use pumice_bdev::{
-    BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, IoErrorKind, Op, OpKind, SubmitError,
-};
+use pumice_bdev::{BlockDevice, DeviceInfo, IoErrorKind, Op, OpKind};
+
+use crate::common::between::{Between, End, Rule};
 
 /// The operations that fail, counted among those that change the medium since the arming.
 #[derive(Debug, Clone, Copy)]
@@ -22,120 +21,47 @@ pub struct Plan {
     pub done: bool,
 }
 
-#[derive(Debug)]
-struct Faults {
+/// The plan, and what has been seen of it.
+#[derive(Debug, Default)]
+pub struct Planned {
     plan: Mutex<Option<Plan>>,
     seen: AtomicU64,
 }
 
-#[derive(Debug)]
-pub struct Flaky {
-    base: Arc<dyn BlockDevice>,
-    faults: Arc<Faults>,
-}
+pub type Flaky = Between<Planned>;
 
 impl Flaky {
     pub fn new(base: Arc<dyn BlockDevice>) -> Arc<Flaky> {
-        Arc::new(Flaky {
-            base,
-            faults: Arc::new(Faults {
-                plan: Mutex::new(None),
-                seen: AtomicU64::new(0),
-            }),
-        })
+        Flaky::with(base, Planned::default())
     }
 
     /// Sets the plan for operations from now on; with `None` none fails.
     pub fn arm(&self, plan: Option<Plan>) {
-        *self.faults.plan.lock() = plan;
-        self.faults.seen.store(0, Ordering::SeqCst);
+        *self.rule.plan.lock() = plan;
+        self.rule.seen.store(0, Ordering::SeqCst);
     }
 
     /// Number of operations that change the medium since the arming.
     #[allow(dead_code, reason = "each test binary uses a part of it")]
     pub fn seen(&self) -> u64 {
-        self.faults.seen.load(Ordering::SeqCst)
+        self.rule.seen.load(Ordering::SeqCst)
     }
 }
 
-impl BlockDevice for Flaky {
-    fn info(&self) -> &DeviceInfo {
-        self.base.info()
-    }
-
-    fn identity(&self) -> usize {
-        self.base.identity()
-    }
-
-    fn host_name(&self) -> Option<String> {
-        self.base.host_name()
-    }
-
-    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
-        Ok(Box::new(FlakyChannel {
-            info: self.base.info().clone(),
-            base: self.base.open_channel()?,
-            faults: Arc::clone(&self.faults),
-            failing: Vec::new(),
-            ended: Vec::new(),
-        }))
-    }
-}
-
-struct FlakyChannel {
-    info: DeviceInfo,
-    base: Box<dyn IoChannel>,
-    faults: Arc<Faults>,
-    /// Tags of operations that were carried out and are reported as failed.
-    failing: Vec<(u64, IoErrorKind)>,
-    ended: Vec<Completion>,
-}
-
-impl IoChannel for FlakyChannel {
-    fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
-        let counts = !matches!(op.kind(), OpKind::Read | OpKind::Unmap);
-        let plan = *self.faults.plan.lock();
-        if let (true, Some(plan)) = (counts, plan) {
-            let number = self.faults.seen.fetch_add(1, Ordering::SeqCst);
-            if number >= plan.from && number - plan.from < plan.count {
-                if !plan.done {
-                    let error = self.info.error(&op, plan.kind, "planned");
-                    let result = Err(error);
-                    self.ended.push(Completion { tag, op, result });
-                    return Ok(());
-                }
-                self.failing.push((tag, plan.kind));
-            }
+impl Rule for Planned {
+    fn end_of(&self, op: &Op, _: &DeviceInfo) -> End {
+        if matches!(op.kind(), OpKind::Read | OpKind::Unmap) {
+            return End::Below;
         }
-        self.base.submit(tag, op)
-    }
-
-    fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
-        let start = out.len();
-        self.base.poll(out);
-        for completion in &mut out[start..] {
-            let found = self
-                .failing
-                .iter()
-                .position(|(tag, _)| *tag == completion.tag);
-            if let Some(i) = found {
-                let (_, kind) = self.failing.swap_remove(i);
-                completion.result = Err(self.info.error(&completion.op, kind, "planned, but done"));
-            }
+        let Some(plan) = *self.plan.lock() else {
+            return End::Below;
+        };
+        let number = self.seen.fetch_add(1, Ordering::SeqCst);
+        let fails = number >= plan.from && number - plan.from < plan.count;
+        match plan.done {
+            _ if !fails => End::Below,
+            true => End::Done(plan.kind),
+            false => End::Undone(plan.kind),
         }
-        out.append(&mut self.ended);
-        out.len() - start
-    }
-
-    fn wait(&mut self, timeout: Duration) -> Result<(), BdevError> {
-        if self.ended.is_empty() {
-            self.base.wait(timeout)
-        } else {
-            Ok(())
-        }
-    }
-
-    fn in_flight(&self) -> usize {
-        self.base.in_flight() + self.ended.len()
     }
 }

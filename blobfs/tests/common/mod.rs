@@ -1,6 +1,7 @@
 //! Helpers of the integration tests.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub mod between;
 pub mod faults;
 pub mod journal;
 pub mod random;

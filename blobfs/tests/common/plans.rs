@@ -5,7 +5,9 @@ use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
 use pumice_bdev::BlockDevice;
-use pumice_blobfs::fs::{File, FileSystem, FsError, MountOptions, OpenOptions};
+use pumice_blobfs::fs::{
+    File, FileSystem, FormatOptions, FsError, Journal, MountOptions, OpenOptions,
+};
 use rand::prelude::*;
 
 use crate::common::random::from_env;
@@ -456,6 +458,18 @@ pub fn run<G: Ground>(seed: u64, ground: G, journal: bool, rng: SmallRng, what: 
         std::panic::resume_unwind(panic);
     }
     drop(ManuallyDrop::into_inner(work.fs));
+}
+
+/// Draws the shape of a file system.
+pub fn format_options(journal: bool, rng: &mut SmallRng) -> FormatOptions {
+    let mut format = FormatOptions::default();
+    format.cluster_size = [4096, 16 << 10, 64 << 10][rng.random_range(0..3)];
+    format.md_pages = Some([60, 160][rng.random_range(0..2)]);
+    format.journal = match journal {
+        true => Journal::Bytes(128 << 10),
+        false => Journal::None,
+    };
+    format
 }
 
 /// The seeds of a test that runs so many of them.
