@@ -20,6 +20,7 @@ use super::journal::recovery::fits;
 pub use super::journal::walk::FoundBatch;
 use super::journal::walk::{OnDevice, Walked, walk};
 use super::mdio::MdIo;
+use super::super_page;
 
 /// Number of pages read at once.
 const READ_PAGES: u32 = 256;
@@ -88,16 +89,7 @@ impl Dump {
     pub fn open(dev: &Arc<dyn BlockDevice>) -> Result<Dump, Error> {
         let info = dev.info();
         let mut io = MdIo::new(dev, Arc::default())?;
-        if info.len_bytes() < PAGE_SIZE_U64 {
-            let reason = format!(
-                "a device of {} bytes is too small for a blobstore",
-                info.len_bytes()
-            );
-            return Err(Error::Geometry {
-                device: info.name.clone(),
-                reason,
-            });
-        }
+        super_page::check_size(info)?;
         let buf = io.read(0, PAGE_SIZE.max(info.block_size as usize))?;
         let page: &Page = buf[..PAGE_SIZE].try_into().expect("a page");
         let raw = Box::new(RawSuperBlock::read_from_bytes(page).expect("sizes are equal"));

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use pumice_bdev::{IoError, IoErrorKind, Op, OpKind};
 
 /// The blocks of the writes of a store that have timed out, whatever they were a part of.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct LateWrites {
     block_size: u32,
     /// Whether there are some, so that a change looks without a lock.
@@ -19,7 +19,8 @@ impl LateWrites {
     pub fn new(block_size: u32) -> LateWrites {
         LateWrites {
             block_size,
-            ..LateWrites::default()
+            any: AtomicBool::new(false),
+            blocks: Mutex::default(),
         }
     }
 
@@ -34,7 +35,7 @@ impl LateWrites {
                 | OpKind::Reset
                 | OpKind::Abort
         );
-        if error.kind != IoErrorKind::TimedOut || !changes || self.block_size == 0 {
+        if error.kind != IoErrorKind::TimedOut || !changes {
             return;
         }
         let len = op.len_bytes(self.block_size) / u64::from(self.block_size);

@@ -251,7 +251,7 @@ impl Blobstore {
         let steady = Steady::new(dev);
         let dev: Arc<dyn BlockDevice> = Arc::clone(&steady) as Arc<dyn BlockDevice>;
         let info = dev.info();
-        check_size(info)?;
+        super_page::check_size(info)?;
         let mut io = MdIo::new(&dev, steady.failed_flush())?;
         let Found { sb, torn } = read_super_block(&mut io, info, opts)?;
         let geo = Geometry::new(&sb, info)?;
@@ -318,21 +318,6 @@ fn is_held(store: &Blobstore, uncertain: bool) -> bool {
         state.note_unowned();
     }
     held
-}
-
-/// Fails if the device is too small for a super block.
-fn check_size(info: &DeviceInfo) -> Result<(), Error> {
-    if info.len_bytes() < PAGE_SIZE_U64 {
-        let reason = format!(
-            "a device of {} bytes is too small for a blobstore",
-            info.len_bytes()
-        );
-        return Err(Error::Geometry {
-            device: info.name.clone(),
-            reason,
-        });
-    }
-    Ok(())
 }
 
 /// Reads the super block and checks the type of the store.

@@ -102,8 +102,8 @@ impl BlockDevice for Steady {
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         let inner = self.inner.open_channel()?;
-        let mut channel = SteadyChannel::new(inner, Arc::clone(&self.lost));
-        channel.late = Arc::clone(&self.late);
+        let (lost, late) = (Arc::clone(&self.lost), Arc::clone(&self.late));
+        let mut channel = SteadyChannel::new(inner, lost, late);
         channel.replayed = Arc::clone(&self.replayed);
         Ok(Box::new(channel))
     }
@@ -155,11 +155,15 @@ struct SteadyChannel {
 }
 
 impl SteadyChannel {
-    fn new(inner: Box<dyn IoChannel>, lost: Arc<FailedFlush>) -> SteadyChannel {
+    fn new(
+        inner: Box<dyn IoChannel>,
+        lost: Arc<FailedFlush>,
+        late: Arc<LateWrites>,
+    ) -> SteadyChannel {
         SteadyChannel {
             inner,
             lost,
-            late: Arc::default(),
+            late,
             replayed: Arc::default(),
             again: Vec::new(),
             full: false,
@@ -412,7 +416,11 @@ mod tests {
     fn narrow(failures: u32) -> (NarrowChannel, SteadyChannel) {
         let shared = NarrowChannel::default();
         shared.0.lock().failures = failures;
-        let channel = SteadyChannel::new(Box::new(shared.clone()), Arc::default());
+        let channel = SteadyChannel::new(
+            Box::new(shared.clone()),
+            Arc::default(),
+            Arc::new(LateWrites::new(512)),
+        );
         (shared, channel)
     }
 

@@ -31,6 +31,21 @@ pub(crate) struct Found {
     pub torn: bool,
 }
 
+/// Fails if the device is too small for a super block.
+pub(crate) fn check_size(info: &DeviceInfo) -> Result<(), Error> {
+    if info.len_bytes() < PAGE_SIZE_U64 {
+        let reason = format!(
+            "a device of {} bytes is too small for a blobstore",
+            info.len_bytes()
+        );
+        return Err(Error::Geometry {
+            device: info.name.clone(),
+            reason,
+        });
+    }
+    Ok(())
+}
+
 /// Reads the super block. Writes nothing.
 ///
 /// # Errors

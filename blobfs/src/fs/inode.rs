@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwapOption;
 use crossbeam::atomic::AtomicCell;
+use crossbeam::utils::Backoff;
 use parking_lot::Mutex;
 
 use super::attributes::{MODE_BITS, Own};
@@ -174,6 +175,7 @@ impl Inode {
         let Some(mut blob) = self.blob.swap(None) else {
             return false;
         };
+        let pause = Backoff::new();
         while let Err(looked_at) = Arc::try_unwrap(blob) {
             if Instant::now() > deadline {
                 tracing::error!(
@@ -183,7 +185,12 @@ impl Inode {
                 break;
             }
             blob = looked_at;
-            std::thread::yield_now();
+            // A look takes some instructions, a read as long as the device.
+            if pause.is_completed() {
+                std::thread::sleep(Duration::from_micros(50));
+            } else {
+                pause.snooze();
+            }
         }
         true
     }
