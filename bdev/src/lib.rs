@@ -96,6 +96,7 @@ mod flush_fault;
 mod join;
 pub mod malloc;
 mod module;
+mod named;
 pub mod null;
 #[cfg(feature = "nvme")]
 pub mod nvme;
@@ -117,6 +118,7 @@ pub use error::BdevError;
 pub use executor::{AsyncChannel, Io, IoOutcome};
 pub use join::join_all;
 pub use module::{Call, OpenOptions};
+pub use named::{Names, name_devices};
 pub use pumice_io::dma::{self, DmaBuf, DmaError, DmaSlice};
 pub use pumice_io::process;
 pub use pumice_io::sys::SharedMemory;

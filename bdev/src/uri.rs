@@ -31,6 +31,9 @@ static MODULES: &[&Module] = &[
 ///
 /// A plain path (`/dev/loop0`, `disk.img`: it contains a slash or a dot) is the file of that name.
 /// It has no options, and a `%` or a `?` in it has no special meaning.
+/// [`name_devices`] adds names (`Nvme0n1`).
+///
+/// [`name_devices`]: crate::name_devices
 ///
 /// # Errors
 /// Fails for a URI that names no device, and with the module's errors.
@@ -48,6 +51,9 @@ pub fn open_with(uri: &str, options: OpenOptions) -> Result<Arc<dyn BlockDevice>
             uri: uri.to_owned(),
             reason: "open for reading only, it cannot grow".to_owned(),
         });
+    }
+    if let Some(opened) = crate::named::open(uri, options) {
+        return opened;
     }
     let examples: Vec<&str> = MODULES.iter().flat_map(|m| m.examples).copied().collect();
     let mut parsed = Uri::parse(uri, &examples)?;

@@ -88,6 +88,14 @@ enum Action {
     },
 }
 
+impl Bdev {
+    /// Takes this configuration if none stands behind the command.
+    pub fn or_config(mut self, config: Option<PathBuf>) -> Bdev {
+        self.config = self.config.or(config);
+        self
+    }
+}
+
 /// Runs the command.
 pub fn run(args: &Bdev) -> ExitCode {
     match execute(args) {

@@ -370,10 +370,14 @@ fn replace(
     if fs.stat(to).is_ok_and(|s| s.is_dir) {
         return Err(FsError::IsDir { path: to.into() }.into());
     }
-    let target = fs.open(UNFINISHED, OpenOptions::FRESH)?;
+    let of_file = |e: Failure| Failure::from(format!("{to}: {e}"));
+    let opened = fs.open(UNFINISHED, OpenOptions::FRESH);
+    let target = opened.map_err(|e| of_file(e.into()))?;
     let filled = fill(&target).and_then(|()| Ok(target.sync()?));
     drop(target);
-    let done = filled.and_then(|()| Ok(fs.rename(UNFINISHED, to)?));
+    let done = filled
+        .and_then(|()| Ok(fs.rename(UNFINISHED, to)?))
+        .map_err(of_file);
     if done.is_err()
         && let Err(e) = fs.unlink(UNFINISHED)
     {

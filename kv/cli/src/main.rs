@@ -29,14 +29,19 @@ mod setup;
 mod signals;
 mod top;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
+use pumice_bdev_control::config::NamedDevices;
 
 /// Tools for Pumice's devices, blobstores and file systems.
 #[derive(Parser)]
 #[command(name = "pumice", version)]
 struct Cli {
+    /// Configuration file (SPDK's JSON): DEVICE may be the name of one of its devices, as `Nvme0n1`
+    #[arg(long = "json", value_name = "FILE")]
+    config: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
 }
@@ -87,7 +92,7 @@ fn main() -> ExitCode {
             };
         }
     };
-    let code = signals::exit_code(run(cli.command));
+    let code = signals::exit_code(run(cli.command, cli.config));
     match pumice_bdev_control::terminal::outcome() {
         Ok(()) => code,
         Err(e) => {
@@ -102,7 +107,12 @@ fn is_fsck() -> bool {
     std::env::args().nth(1).is_some_and(|arg| arg == "fsck")
 }
 
-fn run(command: Command) -> ExitCode {
+fn run(command: Command, config: Option<PathBuf>) -> ExitCode {
+    // `bdev` names its devices itself.
+    let names = config
+        .as_deref()
+        .filter(|_| !matches!(command, Command::Bdev(_)));
+    let _named = names.map(NamedDevices::new);
     match command {
         Command::Setup(args) => setup::run(&args),
         Command::Doctor(args) => doctor::run(&args),
@@ -123,12 +133,12 @@ fn run(command: Command) -> ExitCode {
         Command::Mkdir(args) => files::mkdir(&args),
         Command::Rmdir(args) => files::rmdir(&args),
         Command::Nvme(args) => nvme::run(&args),
-        Command::Bdev(args) => bdev::run(&args),
         Command::Config(args) => config::run(&args),
         Command::Rpc(args) => rpc::run(&args),
         Command::Top(args) => top::run(&args),
-        Command::Db(args) => rocksdb::db(&args),
-        Command::Ldb(args) => rocksdb::ldb(&args),
-        Command::SstDump(args) => rocksdb::sst_dump(&args),
+        Command::Bdev(args) => bdev::run(&args.or_config(config)),
+        Command::Db(args) => rocksdb::db(&args, config.as_deref()),
+        Command::Ldb(args) => rocksdb::ldb(&args, config.as_deref()),
+        Command::SstDump(args) => rocksdb::sst_dump(&args, config.as_deref()),
     }
 }

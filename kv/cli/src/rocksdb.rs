@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use clap::Args;
@@ -51,21 +51,21 @@ pub struct SstDump {
 }
 
 /// Becomes `pumice-db`.
-pub fn db(args: &DbTool) -> ExitCode {
-    become_program("db", &args.arguments)
+pub fn db(args: &DbTool, config: Option<&Path>) -> ExitCode {
+    become_program("db", config, &args.arguments)
 }
 
 /// Becomes `pumice-ldb`.
-pub fn ldb(args: &Ldb) -> ExitCode {
-    become_program("ldb", &args.arguments)
+pub fn ldb(args: &Ldb, config: Option<&Path>) -> ExitCode {
+    become_program("ldb", config, &args.arguments)
 }
 
 /// Becomes `pumice-sst_dump`.
-pub fn sst_dump(args: &SstDump) -> ExitCode {
-    become_program("sst_dump", &args.arguments)
+pub fn sst_dump(args: &SstDump, config: Option<&Path>) -> ExitCode {
+    become_program("sst_dump", config, &args.arguments)
 }
 
-fn become_program(tool: &str, arguments: &[OsString]) -> ExitCode {
+fn become_program(tool: &str, config: Option<&Path>, arguments: &[OsString]) -> ExitCode {
     let name = format!("pumice-{tool}");
     let beside = std::env::current_exe().map(|this| this.with_file_name(&name));
     let program = match beside {
@@ -73,7 +73,11 @@ fn become_program(tool: &str, arguments: &[OsString]) -> ExitCode {
         // Wherever the PATH has it.
         _ => PathBuf::from(&name),
     };
-    let error = Command::new(program).args(arguments).exec();
+    let mut command = Command::new(program);
+    if let Some(config) = config {
+        command.arg("--json").arg(config);
+    }
+    let error = command.args(arguments).exec();
     complain!(
         "pumice {tool}: the program {name} could not be run: {error}; \
          `cargo install --path kv/tools` installs it"

@@ -2,9 +2,11 @@
 //! own arguments.
 
 use std::ffi::OsString;
+use std::path::Path;
 use std::process::ExitCode;
 
 use pumice::{MountOptions, mount};
+use pumice_bdev_control::config::NamedDevices;
 
 use crate::Files;
 
@@ -23,15 +25,20 @@ pub fn run(
     access: fn(&[OsString]) -> Access,
     tool: fn(&Files, &[OsString]) -> Result<i32, pumice::Error>,
 ) -> ExitCode {
-    let mut args = std::env::args_os().skip(1);
+    let mut args = std::env::args_os().skip(1).peekable();
+    let config = match args.next_if(|first| first == "--json") {
+        Some(_) => args.next(),
+        None => None,
+    };
+    let _named = config.map(|file| NamedDevices::new(Path::new(&file)));
     let Some(device) = args
         .next()
         .filter(|first| !first.as_encoded_bytes().starts_with(b"-"))
     else {
         eprintln!(
-            "usage: pumice {name} DEVICE [ARGUMENTS of RocksDB's {name}]\n\
-             DEVICE is an image file, a block device or a device URI; paths in the arguments are paths of the file system\n\
-             on it. `pumice {name} DEVICE --help` prints RocksDB's own help."
+            "usage: pumice [--json FILE] {name} DEVICE [ARGUMENTS of RocksDB's {name}]\n\
+             DEVICE is an image file, a block device, a device URI or, with SPDK's configuration FILE, a name.\n\
+             Paths in the arguments are paths of the file system on it. `pumice {name} DEVICE --help` prints RocksDB's own help."
         );
         return ExitCode::from(2);
     };

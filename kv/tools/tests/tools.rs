@@ -133,3 +133,74 @@ fn the_device_comes_first() {
         assert!(text(&out).contains("no such file"), "{}", text(&out));
     }
 }
+
+#[test]
+fn names_of_a_configuration_are_devices_for_each_tool() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("kv.img");
+    let uri = format!(
+        "file://{}?size=128M&create=1&block_size=4096",
+        image.display()
+    );
+    let db = Db::open(&uri).unwrap();
+    db.put("fruit", "apple").unwrap();
+    db.flush().unwrap();
+    db.close().unwrap();
+    drop(db);
+    let file = |name: &str, faults: &str| {
+        let aio = format!(
+            r#"{{ "method": "bdev_aio_create", "params": {{ "name": "Aio0", "filename": "{}", "block_size": 4096 }} }}"#,
+            image.display()
+        );
+        let path = dir.path().join(name);
+        let text = format!(
+            r#"{{ "subsystems": [{{ "subsystem": "bdev", "config": [{aio}{faults}] }}] }}"#
+        );
+        std::fs::write(&path, text).unwrap();
+        path
+    };
+    let config = file("spdk.json", "");
+    let run = |program: &str, config: &Path, args: &[&str]| {
+        let mut command = Command::new(program);
+        command
+            .arg("--json")
+            .arg(config)
+            .args(args)
+            .output()
+            .unwrap()
+    };
+    let (db, ldb) = (
+        env!("CARGO_BIN_EXE_pumice-db"),
+        env!("CARGO_BIN_EXE_pumice-ldb"),
+    );
+    let got = run(db, &config, &["get", "Aio0", "fruit"]);
+    assert_eq!(text(&got).trim(), "apple");
+    let got = run(ldb, &config, &["Aio0", "--db=/", "get", "fruit"]);
+    assert_eq!(text(&got).trim(), "apple");
+    let dumped = run(
+        env!("CARGO_BIN_EXE_pumice-sst_dump"),
+        &config,
+        &["Aio0", "--file=/", "--command=check"],
+    );
+    assert!(text(&dumped).contains(".sst"), "{}", text(&dumped));
+    let wrong = run(db, &config, &["get", "Aio1", "fruit"]);
+    assert!(
+        text(&wrong).contains("did you mean `Aio0`?"),
+        "{}",
+        text(&wrong)
+    );
+
+    // A change whose close fails may have been made, and says so.
+    let faults = r#",
+        { "method": "bdev_error_create", "params": { "base_name": "Aio0" } },
+        { "method": "bdev_error_inject_error", "params":
+          { "name": "EE_Aio0", "io_type": "flush", "error_type": "failure", "num": 1000000 } }"#;
+    let faulty = file("faulty.json", faults);
+    let put = run(db, &faulty, &["put", "EE_Aio0", "fruit", "pear"]);
+    assert!(!put.status.success());
+    assert!(
+        text(&put).contains("may be there; look before you repeat it"),
+        "{}",
+        text(&put)
+    );
+}

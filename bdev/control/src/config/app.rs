@@ -21,6 +21,8 @@ pub struct App {
     pub(crate) notifications: Arc<Mutex<Notifications>>,
     /// The subject of a process that only answers questions. If it is set, nothing can be changed.
     subject: OnceLock<Subject>,
+    /// Whether files and block devices are opened for reading only.
+    pub(super) to_read: bool,
 }
 
 /// The subject of questions to a process, beside its block devices.
@@ -75,6 +77,7 @@ impl Default for App {
             state: Mutex::default(),
             notifications,
             subject: OnceLock::new(),
+            to_read: false,
         }
     }
 }
@@ -83,6 +86,15 @@ impl App {
     /// Makes an `App` with an empty registry.
     pub fn new() -> App {
         App::default()
+    }
+
+    /// Makes an `App` whose files and block devices are opened for reading only, which others may do at the same time, whatever
+    /// the calls that make them say.
+    pub fn to_read() -> App {
+        App {
+            to_read: true,
+            ..App::default()
+        }
     }
 
     /// From now on this answers questions only: `methods`, with what `answer` gives, and those of its own that change

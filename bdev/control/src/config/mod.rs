@@ -18,6 +18,7 @@ mod framework_methods;
 pub(crate) mod json;
 mod methods;
 mod modules;
+mod named;
 mod notifications;
 mod process_methods;
 mod query_methods;
@@ -29,6 +30,7 @@ pub use app::App;
 pub use check::check_form;
 pub use json::MethodError;
 use json::{Object, line_of, without_comments};
+pub use named::NamedDevices;
 use pumice_bdev::BdevError;
 use serde_json::value::RawValue;
 

@@ -57,7 +57,7 @@ fn create(app: &App, params: &mut Params<'_>, method: &'static str) -> Answer {
         path: PathBuf::from(filename),
         name: Some(name),
         block_size,
-        read_only,
+        read_only: read_only || app.to_read,
         buffered: !direct,
         no_io_uring: !io_uring,
         prealloc,

@@ -8,6 +8,9 @@ use clap::{Args, Parser, Subcommand};
 #[derive(Parser)]
 #[command(name = "pumice-db", bin_name = "pumice db", version)]
 pub struct DbTool {
+    /// Configuration file (SPDK's JSON): the device may be the name of one of its devices, as `Nvme0n1`
+    #[arg(long = "json", value_name = "FILE")]
+    pub config: Option<PathBuf>,
     #[command(subcommand)]
     pub command: DbCommand,
 }

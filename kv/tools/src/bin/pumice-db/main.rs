@@ -16,6 +16,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser as _};
 use pumice::rocksdb::{Direction, IteratorMode, ReadOptions};
 use pumice::{DbOptions, RecordedOptions};
+use pumice_bdev_control::config::NamedDevices;
 use serde_json::{Map, Value, json};
 
 use args::{DbCommand, DbTool, Delete, Dump, Export, Get, Load, Look, Put, Restore, Scan};
@@ -27,7 +28,8 @@ fn main() -> ExitCode {
     if let Some(code) = pumice_describe::asked(DbTool::command) {
         return code;
     }
-    let command = DbTool::parse().command;
+    let DbTool { config, command } = DbTool::parse();
+    let _named = config.as_deref().map(NamedDevices::new);
     // Whoever reads the first records of a scan has what he wants.
     let may_be_cut = matches!(command, DbCommand::Scan(_));
     let (name, result) = run(command);

@@ -8,6 +8,9 @@ use pumice::{Db, DbOptions, EnvOptions, Error, FileSystem, MountOptions, Rocks};
 use crate::args::DbPlace;
 use crate::failure::{DbFailure, Outcome, complain};
 
+/// The outcome of a change after which closing failed.
+const MAY_BE_KEPT: &str = "what the command has changed may be there; look before you repeat it";
+
 /// The choice that a command has where there is no database.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Missing {
@@ -142,7 +145,10 @@ fn read<R>(db: &Db, f: impl FnOnce(&Db) -> Result<R, DbFailure>) -> Result<R, Db
              the next mount for writing puts it in place, or says why not",
         );
     }
-    closed(db, f)
+    let (result, closed) = (f(db), db.close());
+    let value = result?;
+    closed?;
+    Ok(value)
 }
 
 /// Opens the database with its own options and calls `f`, if `check` finds nothing wrong before.
@@ -171,7 +177,10 @@ pub fn changing<R>(
                 failure
             }
         })?;
-        closed(&db, f)
+        let (result, closed) = (f(&db), db.close());
+        let value = result?;
+        closed.map_err(|e| DbFailure::from(e).with(MAY_BE_KEPT))?;
+        Ok(value)
     })
 }
 
@@ -182,9 +191,9 @@ pub fn on_device<R>(
 ) -> Result<R, DbFailure> {
     let fs = pumice::mount(device, &unformatted())?;
     let result = f(&fs);
-    let unmounted = fs.unmount();
+    let unmounted = fs.unmount().map_err(Error::from);
     let value = result?;
-    unmounted.map_err(pumice::Error::from)?;
+    unmounted.map_err(|e| DbFailure::from(e).with(MAY_BE_KEPT))?;
     Ok(value)
 }
 
@@ -208,14 +217,6 @@ fn found<'a>(
     }
     let families = vec!["default".to_owned()];
     Ok(Unopened { fs, path, families })
-}
-
-fn closed<R>(db: &Db, f: impl FnOnce(&Db) -> Result<R, DbFailure>) -> Result<R, DbFailure> {
-    let result = f(db);
-    let closed = db.close();
-    let value = result?;
-    closed?;
-    Ok(value)
 }
 
 /// The options of a command's mount. What a command writes is durable when it has ended, and one that is killed leaves
