@@ -315,3 +315,133 @@ pub trait IoChannel: Send {
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use pumice_io::CompareAndWrite;
+
+    use super::*;
+    use crate::{DmaBuf, DmaSlice};
+
+    /// A device of 100 blocks that does everything, at most 4 blocks at a time.
+    fn info() -> DeviceInfo {
+        let mut info = DeviceInfo::new("d", "test", 512, 100);
+        info.ops = OpKind::ALL.into_iter().fold(OpSet::NONE, OpSet::with);
+        info.limits = Limits::new(4, 0);
+        info.atomic_unit_blocks = 2;
+        info
+    }
+
+    fn data(len: usize) -> DmaSlice {
+        DmaBuf::new(4096).expect("memory").freeze().slice(0..len)
+    }
+
+    fn write(lba: u64, len: usize, fua: bool) -> Op {
+        let data = data(len);
+        Op::Write { lba, data, fua }
+    }
+
+    fn write_v(lba: u64, lens: &[usize]) -> Op {
+        let data = lens.iter().map(|len| data(*len)).collect();
+        Op::WriteV {
+            lba,
+            data,
+            fua: false,
+        }
+    }
+
+    fn swap(compare: usize, write: usize) -> Op {
+        let (compare, write) = (data(compare), data(write));
+        Op::CompareAndWrite(Box::new(CompareAndWrite {
+            lba: 0,
+            compare,
+            write,
+            fua: false,
+        }))
+    }
+
+    fn copy(src_lba: u64, dst_lba: u64, len_blocks: u64) -> Op {
+        Op::Copy {
+            src_lba,
+            dst_lba,
+            len_blocks,
+        }
+    }
+
+    fn zeroes(lba: u64, len_blocks: u64) -> Op {
+        let fua = false;
+        Op::WriteZeroes {
+            lba,
+            len_blocks,
+            fua,
+        }
+    }
+
+    #[test]
+    fn what_a_device_cannot_do_is_refused() {
+        let info = info();
+        let (odd, outside, long) = (
+            Some(IoErrorKind::Misaligned),
+            Some(IoErrorKind::OutOfRange),
+            Some(IoErrorKind::TooLong),
+        );
+        for (op, want) in [
+            (write(99, 512, false), None),
+            (write(99, 1024, false), outside),
+            (write(100, 512, false), outside),
+            (write(u64::MAX, 512, false), outside),
+            (write(0, 0, false), odd),
+            (write(0, 513, false), odd),
+            (write(0, 2048, true), None),
+            (write(0, 2560, false), long),
+            (write_v(0, &[1024, 1024]), None),
+            (write_v(0, &[2048, 512]), long),
+            (write_v(0, &[]), odd),
+            (write_v(0, &[512, 0]), odd),
+            (write_v(0, &[256, 256]), odd),
+            (write_v(99, &[512, 512]), outside),
+            (swap(1024, 1024), None),
+            (swap(1024, 512), odd),
+            (swap(512, 1024), odd),
+            (swap(1536, 1536), long),
+            (copy(0, 50, 50), None),
+            (copy(50, 0, 50), None),
+            (copy(0, 49, 50), outside),
+            (copy(49, 0, 50), outside),
+            (copy(0, 51, 50), outside),
+            (copy(51, 0, 50), outside),
+            (copy(0, 50, 0), odd),
+            (copy(0, u64::MAX, 1), outside),
+            (zeroes(0, 100), None),
+            (zeroes(1, 100), outside),
+            (zeroes(100, 1), outside),
+            (zeroes(0, 0), odd),
+        ] {
+            let refused = info.check(&op).err().map(|error| error.kind);
+            assert_eq!(refused, want, "{op:?}");
+        }
+    }
+
+    /// A write that has to be durable is refused where it cannot be.
+    #[test]
+    fn what_is_not_supported_is_refused() {
+        let mut info = info();
+        info.ops = OpSet::NONE.with(OpKind::Write);
+        let refused = |op| info.check(&op).err().map(|error| error.kind);
+        assert_eq!(refused(write(0, 512, false)), None);
+        let read = Op::Read {
+            lba: 0,
+            buf: DmaBuf::new(512).expect("memory"),
+        };
+        for op in [write(0, 512, true), read, Op::Flush, zeroes(0, 1)] {
+            assert_eq!(refused(op), Some(IoErrorKind::Unsupported));
+        }
+    }
+
+    #[test]
+    fn a_transfer_has_at_least_a_block() {
+        let info = info();
+        let blocks = [0, 511, 512, 1024, u64::MAX].map(|cap| info.transfer_blocks(cap));
+        assert_eq!(blocks, [1, 1, 1, 2, 4]);
+    }
+}

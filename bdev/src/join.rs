@@ -179,4 +179,41 @@ mod tests {
         let full_rounds = begun.elapsed().as_secs();
         assert!((3 * MANY..=(3 + full_rounds) * MANY).contains(&polls.get()));
     }
+
+    /// Nobody polls the whole before it is woken.
+    #[test]
+    fn a_wake_of_one_wakes_the_whole() {
+        use std::sync::atomic::AtomicUsize;
+
+        #[derive(Default)]
+        struct Count(AtomicUsize);
+
+        impl Wake for Count {
+            fn wake(self: Arc<Self>) {
+                self.0.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+
+        let wakers = Mutex::new(Vec::new());
+        let one = || {
+            std::future::poll_fn(|cx| {
+                wakers.lock().push(cx.waker().clone());
+                Poll::<()>::Pending
+            })
+        };
+        let mut both = Box::pin(join_all([one(), one()]));
+        // The second waker takes the place of the first.
+        for _ in 0..2 {
+            let count = Arc::new(Count::default());
+            let whole = Waker::from(Arc::clone(&count));
+            assert!(
+                both.as_mut()
+                    .poll(&mut Context::from_waker(&whole))
+                    .is_pending()
+            );
+            let second = wakers.lock().pop().expect("polled");
+            second.wake_by_ref();
+            assert_eq!(count.0.load(Ordering::Relaxed), 1);
+        }
+    }
 }

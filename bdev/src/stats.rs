@@ -300,4 +300,73 @@ mod tests {
             (80, 10, 30)
         );
     }
+
+    #[test]
+    fn what_was_before_is_not_counted_again() {
+        let a = ChannelStats::new(1);
+        a.record(OpKind::Write, 512, true, 10);
+        a.record(OpKind::Write, 512, false, 20);
+        let earlier = a.snapshot();
+        a.record(OpKind::Write, 1024, true, 5);
+        a.record(OpKind::Write, 512, false, 40);
+        let mut later = a.snapshot();
+        later.subtract(&earlier);
+        let w = *later.of(OpKind::Write);
+        assert_eq!(
+            (w.ops, w.bytes, w.errors, w.latency_ticks),
+            (2, 1024, 1, 45)
+        );
+        assert_eq!((w.min_latency_ticks, w.max_latency_ticks), (5, 40));
+        later.clear_extremes();
+        let w = *later.of(OpKind::Write);
+        assert_eq!((w.ops, w.min_latency_ticks, w.max_latency_ticks), (2, 0, 0));
+    }
+
+    #[test]
+    fn the_extremes_begin_anew() {
+        let a = ChannelStats::new(1);
+        let extremes = |a: &ChannelStats| {
+            let reads = *a.snapshot().of(OpKind::Read);
+            (reads.min_latency_ticks, reads.max_latency_ticks)
+        };
+        a.record(OpKind::Read, 512, true, 10);
+        a.record(OpKind::Read, 512, true, 30);
+        a.record(OpKind::Read, 512, true, 20);
+        assert_eq!(extremes(&a), (10, 30));
+        a.clear_extremes();
+        assert_eq!(extremes(&a), (0, 0));
+        // A latency of no tick is one, since 0 says that there was none.
+        a.record(OpKind::Read, 512, true, 0);
+        a.record(OpKind::Read, 512, true, 15);
+        assert_eq!(extremes(&a), (1, 15));
+        // A sum takes the least and the greatest of both, and nothing of a channel that did nothing.
+        let mut sum = ChannelStats::new(2).snapshot();
+        sum.add(&a.snapshot());
+        sum.add(&ChannelStats::new(3).snapshot());
+        let reads = sum.of(OpKind::Read);
+        assert_eq!((reads.min_latency_ticks, reads.max_latency_ticks), (1, 15));
+    }
+
+    #[test]
+    fn a_histogram_counts_its_kind_and_starts_empty() {
+        let a = ChannelStats::new(1);
+        let count = |a: &ChannelStats| {
+            let mut buckets = vec![0; BUCKETS];
+            a.add_histogram_to(&mut buckets);
+            buckets.iter().sum::<u64>()
+        };
+        a.set_histogram(true, Some(OpKind::Read));
+        a.record(OpKind::Write, 512, true, 10);
+        a.record(OpKind::Read, 512, true, 10);
+        assert_eq!(count(&a), 1);
+        // Switched on once more, it goes on.
+        a.set_histogram(true, None);
+        a.record(OpKind::Write, 512, true, 10);
+        assert_eq!(count(&a), 2);
+        a.set_histogram(false, None);
+        a.record(OpKind::Write, 512, true, 10);
+        assert_eq!(count(&a), 2);
+        a.set_histogram(true, None);
+        assert_eq!(count(&a), 0);
+    }
 }

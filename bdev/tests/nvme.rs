@@ -461,3 +461,60 @@ fn what_is_told_of_a_namespace_has_spdks_shape() {
     assert_eq!(list[0]["ctrlrs"][0]["trid"], trid);
     assert_eq!(list[0]["ctrlrs"][0]["cntlid"], data["cntlid"]);
 }
+
+/// Channels keep apart, with a queue pair of their own and with one for both: an abort is of its own channel's operation, and a reset
+/// comes back after everything else.
+#[test]
+fn channels_keep_apart() {
+    for queues in [1, 4] {
+        let backend = Box::new(MemoryBackend::new(4 << 20));
+        let mut config = SoftConfig::new(vec![SoftNamespace::new(backend, 512)]);
+        config.queues = queues;
+        let soft = SoftController::new(config).unwrap();
+        let controller = Controller::new(soft.transport(), ControllerOptions::default()).unwrap();
+        let all = controller.namespaces();
+        let dev = pumice_bdev::nvme::devices("N", &controller, all, "soft").unwrap();
+        let (mut first, mut second) = (
+            dev[0].open_channel().unwrap(),
+            dev[0].open_channel().unwrap(),
+        );
+        let late = Fault::Delay(Duration::from_secs(600));
+        soft.faults().add(FaultRule::io(IoOpcode::READ, late));
+        let read = || Op::Read {
+            lba: 0,
+            buf: DmaBuf::new(512).unwrap(),
+        };
+        first.submit(7, read()).unwrap();
+        second.submit(7, read()).unwrap();
+        let (mut of_first, mut of_second) = (Vec::new(), Vec::new());
+        while soft.faults().struck() < 2 {
+            first.poll(&mut of_first);
+            second.poll(&mut of_second);
+        }
+        second.submit(8, Op::Abort { tag: 7 }).unwrap();
+        while of_second.len() < 2 {
+            second.poll(&mut of_second);
+            first.poll(&mut of_first);
+            assert!(of_first.is_empty(), "{of_first:?}");
+        }
+        of_second.sort_by_key(|done| done.tag);
+        assert_eq!([of_second[0].tag, of_second[1].tag], [7, 8]);
+        let aborted = of_second[0].result.as_ref().unwrap_err();
+        assert_eq!(aborted.kind, IoErrorKind::Aborted);
+
+        soft.faults().clear();
+        first.submit(9, Op::Reset).unwrap();
+        assert_eq!(first.in_flight(), 2);
+        let busy = first.submit(10, read());
+        assert!(matches!(busy, Err(SubmitError::Busy(_))), "{busy:?}");
+        while first.in_flight() > 0 {
+            first.poll(&mut of_first);
+        }
+        let tags: Vec<u64> = of_first.iter().map(|done| done.tag).collect();
+        assert_eq!(tags, [7, 9]);
+        assert!(
+            of_first.iter().all(|done| done.result.is_ok()),
+            "{of_first:?}"
+        );
+    }
+}

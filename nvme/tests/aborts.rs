@@ -1,9 +1,9 @@
 //! Tests of aborts that the caller asks for.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pumice_nvme::dma::DmaBuf;
-use pumice_nvme::spec::IoOpcode;
+use pumice_nvme::spec::{IoOpcode, Status};
 use pumice_nvme::{IoErrorKind, Op};
 use pumice_nvme_soft::{Fault, FaultRule};
 
@@ -50,4 +50,31 @@ fn what_is_aborted_before_all_of_it_is_sent_says_so() {
         "{text}"
     );
     assert_eq!(q.stats().commands, 2);
+}
+
+/// The slot belongs to nobody, or to the next command, when the time of the second attempt has come.
+#[test]
+fn what_is_aborted_between_two_attempts_is_not_sent_again() {
+    let _watchdog = watchdog();
+    let rig = rig();
+    let mut q = queue(&rig, |_| {});
+    // The status names the first retry delay, a tenth of a second (Base section 3.3.3.2.1, CRD).
+    let later = Fault::Status(Status(Status::INTERNAL.0 | 1 << 11));
+    let rule = FaultRule::io(IoOpcode::READ, later);
+    rig.soft.faults().add(rule.times(1));
+    q.submit(&rig.ns, 5, read(0)).unwrap();
+    let mut out = Vec::new();
+    while q.stats().completions == 0 {
+        q.poll(&mut out);
+    }
+    let ended = Instant::now();
+    assert!(out.is_empty() && q.abort(5));
+    let done = settle(&mut q).pop().unwrap();
+    assert_eq!((done.tag, kind(&done)), (5, IoErrorKind::Aborted));
+    while ended.elapsed() < Duration::from_millis(300) {
+        q.poll(&mut out);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(q.stats().commands, 1, "sent again");
+    assert!(one(&rig, &mut q, read(0)).result.is_ok());
 }

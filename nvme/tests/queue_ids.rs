@@ -92,6 +92,9 @@ fn resets_beside_deletions() {
     let _watchdog = watchdog();
     let rig = rig_with(|config, _| config.queues = 2);
     let stop = std::sync::atomic::AtomicBool::new(false);
+    let mut options = QueueOptions::depth(8);
+    // On a busy machine one read may meet many resets.
+    (options.max_retries, options.timeout) = (u8::MAX - 1, NEVER);
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..2)
             .map(|_| {
@@ -99,7 +102,7 @@ fn resets_beside_deletions() {
                     for _ in 0..100 {
                         // A creation that a reset has interrupted is tried again.
                         let mut pair = loop {
-                            match rig.controller.queue_pair(&QueueOptions::depth(8)) {
+                            match rig.controller.queue_pair(&options) {
                                 Ok(pair) => break pair,
                                 Err(NvmeError::Unfinished { .. }) => {}
                                 Err(error) => panic!("{error}"),

@@ -211,3 +211,130 @@ impl Bounce {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use pumice_io::{IoError, IoErrorKind};
+
+    use super::*;
+
+    fn filled(len: usize, byte: u8) -> DmaBuf {
+        let mut buf = DmaBuf::new(len).expect("memory");
+        buf.fill(byte);
+        buf
+    }
+
+    /// A write that is durable for the caller is durable on the device.
+    #[test]
+    fn the_device_is_asked_for_the_same() {
+        let (mut bounce, domain) = (Bounce::default(), DmaDomain::new());
+        let data = || filled(1024, 7).freeze();
+        let (lba, len_blocks) = (9, 3);
+        for fua in [false, true] {
+            for op in [
+                Op::Write {
+                    lba,
+                    data: data(),
+                    fua,
+                },
+                Op::WriteV {
+                    lba,
+                    data: vec![data(), data()],
+                    fua,
+                },
+                Op::WriteZeroes {
+                    lba,
+                    len_blocks,
+                    fua,
+                },
+                Op::Compare { lba, data: data() },
+                Op::Unmap { lba, len_blocks },
+                Op::Verify { lba, len_blocks },
+                Op::Flush,
+            ] {
+                let asked = |op: &Op| (op.kind(), op.lba(), op.len_bytes(512), op.fua());
+                let want = asked(&op);
+                let (number, copy) = bounce.lend(&domain, 5, op).expect("memory");
+                assert_eq!(asked(&copy), want);
+                let (tag, op) = bounce.take_back(number, copy, false);
+                assert_eq!((tag, asked(&op)), (5, want));
+            }
+        }
+    }
+
+    /// The copy's buffer may hold what another I/O has read.
+    #[test]
+    fn a_read_that_failed_leaves_the_callers_buffers() {
+        let (mut bounce, domain) = (Bounce::default(), DmaDomain::new());
+        let first = |op: &Op| match op {
+            Op::Read { buf, .. } => buf[511],
+            Op::ReadV { bufs, .. } => bufs[1][511],
+            other => panic!("{other:?}"),
+        };
+        for (result, want) in [(Err(IoErrorKind::Media), 1), (Ok(()), 2)] {
+            let parts = vec![filled(512, 1), filled(512, 1)];
+            let read = Op::Read {
+                lba: 0,
+                buf: filled(512, 1),
+            };
+            for op in [
+                read,
+                Op::ReadV {
+                    lba: 0,
+                    bufs: parts,
+                },
+            ] {
+                let (tag, mut op) = bounce.lend(&domain, 5, op).expect("memory");
+                match &mut op {
+                    Op::Read { buf, .. } => buf.fill(2),
+                    Op::ReadV { bufs, .. } => bufs.iter_mut().for_each(|b| b.fill(2)),
+                    other => panic!("{other:?}"),
+                }
+                let result = result.map_err(|kind| IoError::new("d", 512, &op, kind, ""));
+                let mut done = IoCompletion { tag, op, result };
+                bounce.finish(&mut done);
+                assert_eq!((done.tag, first(&done.op)), (5, want));
+            }
+        }
+    }
+
+    /// Each part of the data counts.
+    #[test]
+    fn data_at_an_odd_address_is_seen() {
+        let good = filled(1024, 0).freeze();
+        let odd = good.slice(2..514);
+        let write = |data| Op::Write {
+            lba: 0,
+            data,
+            fua: false,
+        };
+        assert!(Bounce::is_aligned(&write(good.clone())));
+        assert!(!Bounce::is_aligned(&write(odd.clone())));
+        let parts = |data| Op::WriteV {
+            lba: 0,
+            data,
+            fua: false,
+        };
+        assert!(Bounce::is_aligned(&parts(vec![good.clone(), good.clone()])));
+        assert!(!Bounce::is_aligned(&parts(vec![good, odd])));
+    }
+
+    #[test]
+    fn a_bounded_number_of_buffers_is_kept() {
+        let (mut bounce, domain) = (Bounce::default(), DmaDomain::new());
+        for (len, count, most) in [(512, SPARE_BUFFERS + 3, SPARE_BUFFERS), (1 << 20, 6, 4)] {
+            let lent: Vec<(u64, Op)> = (0..count)
+                .map(|_| {
+                    let buf = DmaBuf::new(len).expect("memory");
+                    bounce
+                        .lend(&domain, 5, Op::Read { lba: 0, buf })
+                        .expect("memory")
+                })
+                .collect();
+            for (number, copy) in lent {
+                bounce.take_back(number, copy, false);
+            }
+            assert_eq!(bounce.spare[len.ilog2() as usize].len(), most);
+        }
+    }
+}

@@ -502,6 +502,52 @@ mod tests {
         assert_eq!(sampled(&list), want);
     }
 
+    /// A segment that ends where the data begins adds nothing to the list.
+    #[test]
+    fn what_is_skipped_as_a_whole_has_no_descriptor() {
+        let device = Arc::new(Scatter(AddressTable::new()));
+        let _guard = register_mapper(device.clone()).unwrap();
+        let bufs: Vec<DmaBuf> = (0..3).map(|_| DmaBuf::new(8192).unwrap()).collect();
+        let segments: Vec<Segment> = bufs
+            .iter()
+            .map(|b| Segment {
+                len: 4096,
+                ..Segment::from(b)
+            })
+            .collect();
+        let words: Vec<AtomicU64> = (0..64).map(|_| AtomicU64::new(0)).collect();
+        for (style, skip) in [(SGL, 4096), (SGL, 8192), (PRP, 4096), (PRP, 8192)] {
+            let mut c = Command::default();
+            let want = 3 * 4096 - skip;
+            let parts = segments.iter().copied();
+            let n = point_at_many(&mut c, &device.0, parts, skip, want, style, &area(&words));
+            assert_eq!(n, Ok(want));
+            let expected: Vec<(u64, usize)> = segments[skip / 4096..]
+                .iter()
+                .map(|s| (device.0.translate(s.region, s.offset).unwrap().0, 4096))
+                .collect();
+            assert_eq!(follow(&c, &words, want), expected);
+        }
+    }
+
+    /// The device would go on behind the end of the list.
+    #[test]
+    fn a_command_whose_list_is_too_short_is_not_sent() {
+        let device = Arc::new(Scatter(AddressTable::new()));
+        let _guard = register_mapper(device.clone()).unwrap();
+        let buf = DmaBuf::new(1 << 20).unwrap();
+        let words: Vec<AtomicU64> = (0..16).map(|_| AtomicU64::new(0)).collect();
+        for (pages, fits) in [(17, true), (18, false), (256, false)] {
+            let segment = Segment {
+                len: pages * 4096,
+                ..Segment::from(&buf)
+            };
+            let mut c = Command::default();
+            let pointed = point_at(&mut c, &device.0, segment, PRP, &area(&words));
+            assert_eq!(pointed.is_ok(), fits, "{pages} pages");
+        }
+    }
+
     #[test]
     fn a_full_list_area_covers_less() {
         let device = Arc::new(Scatter(AddressTable::new()));

@@ -172,3 +172,77 @@ impl Splits {
         ended
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use pumice_io::{IoErrorKind, Limits};
+
+    use super::*;
+    use crate::namespace::Supports;
+
+    fn unmap(tag: u64) -> Box<Split> {
+        let limits = CommandLimits {
+            nsid: 1,
+            block_shift: 9,
+            num_blocks: 1 << 30,
+            data: Limits::new(256, 0),
+            zeroes_blocks: 256,
+            verify_blocks: 256,
+            deallocate_blocks: 100,
+            deallocate_total_blocks: 250,
+            deallocate_ranges: 4,
+            copy_ranges: 4,
+            copy_range_blocks: 100,
+            copy_blocks: 250,
+            zeroes_may_deallocate: false,
+            supports: Supports::default(),
+            usable: true,
+        };
+        let (lba, len_blocks) = (0, 1000);
+        Box::new(Split {
+            tag,
+            io: Op::Unmap { lba, len_blocks },
+            limits,
+            namespace: 0,
+            work: Work::Deallocate {
+                lba,
+                left: len_blocks,
+            },
+            outstanding: 0,
+            error: None,
+            queued: false,
+        })
+    }
+
+    /// The next one of its number has one place in the line.
+    #[test]
+    fn one_that_has_ended_waits_for_no_slot() {
+        let mut splits = Splits::default();
+        let first = splits.add(unmap(7));
+        splits.let_wait(first);
+        splits.let_wait(first);
+        assert_eq!(splits.waiting(), 1);
+        assert!(splits.take_ended(first).is_none());
+        assert!(splits.fail_tagged("d", 7, Cause::AskedFor));
+        let done = splits.take_ended(first).expect("ended");
+        assert_eq!(done.result.unwrap_err().kind, IoErrorKind::Aborted);
+        assert!(!splits.any_waiting());
+        assert_eq!(splits.add(unmap(8)), first);
+        splits.let_wait(first);
+        assert_eq!(splits.waiting(), 1);
+    }
+
+    #[test]
+    fn a_failure_is_of_those_with_its_tag() {
+        let mut splits = Splits::default();
+        let all: Vec<u32> = [7, 8, 9]
+            .into_iter()
+            .map(|t| splits.add(unmap(t)))
+            .collect();
+        assert!(splits.fail_tagged("d", 8, Cause::AskedFor));
+        assert!(!splits.fail_tagged("d", 6, Cause::AskedFor));
+        let ended = all.iter().map(|n| splits.take_ended(*n).map(|d| d.tag));
+        assert_eq!(ended.collect::<Vec<_>>(), [None, Some(8), None]);
+        assert_eq!(splits.len(), 2);
+    }
+}

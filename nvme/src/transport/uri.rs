@@ -122,4 +122,19 @@ mod tests {
             assert!(NvmeUri::parse(bad).is_err(), "{bad}");
         }
     }
+
+    /// A socket may have a number for its name, as a directory may.
+    #[test]
+    fn a_path_that_is_there_is_all_of_the_address() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("7");
+        let uri = format!("vfio-user://{}", path.display());
+        assert_eq!(NvmeUri::parse(&uri).unwrap().nsid, Some(7));
+        std::fs::create_dir(&path).unwrap();
+        let there = NvmeUri::parse(&uri).unwrap();
+        assert_eq!(
+            (there.address, there.nsid),
+            (path.display().to_string(), None)
+        );
+    }
 }

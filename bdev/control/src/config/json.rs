@@ -433,4 +433,42 @@ mod tests {
         let twice: Box<RawValue> = serde_json::from_str(r#"{"a":1,"a":2}"#).unwrap();
         assert!(Params::new(Some(&twice)).is_err());
     }
+
+    /// SPDK's tools write `null` for what is not given, and an empty array for no parameters.
+    #[test]
+    fn what_is_null_is_not_given() {
+        let raw = |text: &str| serde_json::from_str::<Box<RawValue>>(text).unwrap();
+        let given = raw(r#"{"name":null,"n":null,"empty":""}"#);
+        let mut params = Params::new(Some(&given)).unwrap();
+        assert_eq!(params.opt_string("name").unwrap(), None);
+        assert_eq!(params.opt_u64("n").unwrap(), None);
+        assert!(
+            params
+                .string("name")
+                .unwrap_err()
+                .message
+                .contains("missing")
+        );
+        assert!(
+            params
+                .string("empty")
+                .unwrap_err()
+                .message
+                .contains("empty")
+        );
+        params.finish().unwrap();
+        for none in ["null", "[]", "{}"] {
+            Params::new(Some(&raw(none))).unwrap().finish().unwrap();
+        }
+    }
+
+    /// A call that is only checked ends before it does anything, also one that takes later versions' options.
+    #[test]
+    fn a_call_that_is_only_checked_ends_early() {
+        let raw: Box<RawValue> = serde_json::from_str(r#"{"name":"x"}"#).unwrap();
+        let mut params = Params::only_check(Some(&raw)).unwrap();
+        params.string("name").unwrap();
+        assert_eq!(params.finish().unwrap_err().code, CHECKED);
+        assert_eq!(params.finish_open().unwrap_err().code, CHECKED);
+    }
 }

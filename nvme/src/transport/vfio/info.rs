@@ -232,6 +232,8 @@ mod tests {
         let parsed = RegionInfo::parse(&info).expect("whole");
         assert_eq!(parsed.mappable, [(0x1000, 0x1000)]);
         assert!(parsed.can_map(0x1000, 0x1000) && !parsed.can_map(0, 0x1000));
+        // An access behind the end of a mapped part is a bus error.
+        assert!(parsed.can_map(0x1800, 0x800) && !parsed.can_map(0x1800, 0x801));
         assert!(!parsed.can_map(u64::MAX, 2));
         assert_eq!(
             RegionInfo::parse(&region(0x7)).expect("whole").mappable,

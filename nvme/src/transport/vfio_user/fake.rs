@@ -34,6 +34,16 @@ pub(super) enum Fault {
     ShortFile,
     /// It has no doorbell page.
     NoDoorbells,
+    /// It does not say that it is a PCI device.
+    NotPci,
+    /// It has no configuration space.
+    NoConfig,
+    /// BAR 0 ends in the middle of the first doorbells.
+    SmallBar,
+    /// The version of its protocol is 1.0.
+    NextVersion,
+    /// CSTS.RDY stays set for so many looks after CC.EN was cleared.
+    SlowOff(u32),
 }
 
 /// The requests that the client made.
@@ -45,6 +55,10 @@ pub(super) struct Seen {
     pub most_fds: usize,
     pub vectors: Vec<OwnedFd>,
     pub resets: usize,
+    /// Number of reads of CSTS until RDY is clear.
+    pub looks: u32,
+    /// Whether memory was taken back while CSTS.RDY was set.
+    pub taken_early: bool,
 }
 
 pub(super) struct Fake {
@@ -177,10 +191,30 @@ impl Server {
         match command {
             Command::Version => {
                 let json = r#"{"capabilities":{"max_msg_fds":3,"max_data_xfer_size":1048576}}"#;
-                (version(json), false)
+                let mut version = version(json);
+                if self.fault == Some(Fault::NextVersion) {
+                    version[..4].copy_from_slice(&[1, 0, 0, 0]);
+                }
+                (version, false)
             }
-            Command::GetInfo => (Body::default().u32(16).u32(3).u32(10).u32(5).done(), false),
-            Command::GetRegionInfo if field(8) == 0 && self.fault != Some(Fault::NoDoorbells) => {
+            Command::GetInfo => {
+                let flags = if self.fault == Some(Fault::NotPci) {
+                    1
+                } else {
+                    3
+                };
+                let regions = if self.fault == Some(Fault::NoConfig) {
+                    7
+                } else {
+                    10
+                };
+                let info = Body::default().u32(16).u32(flags).u32(regions).u32(5);
+                (info.done(), false)
+            }
+            Command::GetRegionInfo
+                if field(8) == 0
+                    && !matches!(self.fault, Some(Fault::NoDoorbells | Fault::SmallBar)) =>
+            {
                 let info = Body::default().u32(80).u32(0xf).u32(0).u32(32);
                 let info = info.u64(BAR_LEN).u64(0);
                 // An unknown capability comes before the sparse areas.
@@ -189,7 +223,11 @@ impl Server {
                 (info.u64(0x1000).u64(0x1000).done(), true)
             }
             Command::GetRegionInfo => {
-                let size = if field(8) == 0 { BAR_LEN } else { 256 };
+                let size = match (field(8), self.fault) {
+                    (0, Some(Fault::SmallBar)) => 0x1004,
+                    (0, _) => BAR_LEN,
+                    _ => 256,
+                };
                 let info = Body::default().u32(32).u32(3).u32(field(8)).u32(0);
                 (info.u64(size).u64(0).done(), false)
             }
@@ -224,6 +262,10 @@ impl Server {
                 let at = usize::try_from(offset).expect("small");
                 let end = at + usize::try_from(count).expect("small");
                 let mut reply = Body::default().u64(offset).u32(region).u32(count);
+                if command == Command::RegionRead && (region, at) == (0, 0x1c) && seen.looks > 0 {
+                    seen.looks -= 1;
+                    seen.registers[0x1c] = u8::from(seen.looks > 0);
+                }
                 let space = if region == 7 {
                     &mut seen.config
                 } else {
@@ -234,7 +276,12 @@ impl Server {
                 } else {
                     space[at..end].copy_from_slice(&body[REGION_ACCESS_LEN..]);
                     if region == 0 && at == 0x14 {
-                        space[0x1c] = space[0x14] & 1;
+                        match self.fault {
+                            Some(Fault::SlowOff(looks)) if space[0x14] & 1 < space[0x1c] => {
+                                seen.looks = looks;
+                            }
+                            _ => space[0x1c] = space[0x14] & 1,
+                        }
                     }
                 }
                 (reply.done(), false)
@@ -249,6 +296,7 @@ impl Server {
                 (Vec::new(), false)
             }
             Command::DmaUnmap => {
+                seen.taken_early |= seen.registers[0x1c] & 1 != 0;
                 seen.maps.retain(|(at, _, _)| *at != wide(8));
                 (body, false)
             }

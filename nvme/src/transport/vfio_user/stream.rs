@@ -138,6 +138,10 @@ mod tests {
         let error = receive(&b, soon()).expect_err("nothing was sent");
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
         let header = Header::request(3, Command::DmaMap, 5).expect("fits");
+        let (mut c, d) = UnixStream::pair().expect("a pair");
+        c.write_all(&header.encode()[..7]).expect("written");
+        let error = receive(&d, soon()).expect_err("half a header was sent");
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         a.write_all(&header.encode()).expect("written");
         let error = receive(&b, soon()).expect_err("half was sent");
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);

@@ -239,6 +239,59 @@ fn strays_between_request_and_answer() {
 }
 
 #[test]
+fn what_cannot_be_a_controller_is_refused() {
+    for (fault, why) in [
+        (Fault::NotPci, "not a PCI device"),
+        (Fault::NoConfig, "7 regions"),
+        (Fault::SmallBar, "too few for doorbells"),
+        (Fault::NextVersion, "speaks vfio-user 1.0"),
+    ] {
+        let fake = Fake::start(Some(fault));
+        let error = connect(&fake).expect_err("refused").to_string();
+        assert!(error.contains(why), "{error}");
+    }
+}
+
+/// A controller that is still on may still write to the memory that it was given (Base section 3.1.3.6, RDY).
+#[test]
+fn memory_is_taken_back_when_the_controller_is_off() {
+    let fake = Fake::start(Some(Fault::SlowOff(5)));
+    let device = connect(&fake).expect("connected");
+    let own = DmaBuf::new_in(device.domain(), 4096).expect("memory");
+    device.write32(0x14, 0x0046_0001).expect("CC");
+    device.reset().expect("it is off in time");
+    {
+        let seen = fake.seen.lock();
+        assert_eq!((seen.registers[0x1c], seen.looks, seen.resets), (0, 0, 1));
+    }
+    device.write32(0x14, 0x0046_0001).expect("CC");
+    let address = || {
+        let (region, offset) = (own.region(), own.region_offset());
+        device.addresses().translate(region, offset)
+    };
+    assert!(address().is_some());
+    device.detach();
+    assert!(address().is_none(), "it has no address any longer");
+    let seen = fake.seen.lock();
+    assert!(seen.maps.is_empty() && !seen.taken_early);
+}
+
+/// No part of a list may lie in two regions, which are two files for the controller's process.
+#[test]
+fn regions_do_not_touch_each_other() {
+    let fake = Fake::start(None);
+    let device = connect(&fake).expect("connected");
+    let mut bufs = Vec::new();
+    while fake.seen.lock().maps.len() < 3 {
+        bufs.push(DmaBuf::new_in(device.domain(), 1 << 20).expect("memory"));
+    }
+    let seen = fake.seen.lock();
+    for (start, len, _) in &seen.maps {
+        assert!(seen.maps.iter().all(|(other, ..)| *other != start + len));
+    }
+}
+
+#[test]
 fn a_doorbell_page_behind_the_end_of_its_file() {
     let fake = Fake::start(Some(Fault::ShortFile));
     let error = connect(&fake).expect_err("refused").to_string();
