@@ -157,6 +157,93 @@ fn changes_of_one_blob_come_one_after_the_other_and_others_do_not_wait() {
     );
 }
 
+/// Several changes of an xattr may wait for one sync: the last one counts. Those that come while the sync is on its way
+/// wait for the next one.
+#[test]
+fn the_last_of_several_changes_of_an_xattr_counts() {
+    let (dev, store) = held_store();
+    let id = store.create(&CreateOptions::default()).unwrap();
+    let blob = store.open(id).unwrap();
+    blob.set_xattr("a", b"1").unwrap();
+    blob.set_xattr("a", b"2").unwrap();
+    blob.set_xattr("b", b"1").unwrap();
+    blob.remove_xattr("b").unwrap();
+    assert!(blob.remove_xattr("b").is_err(), "there is none any longer");
+    let all = |blob: &Blob| {
+        let xattrs = blob.xattrs();
+        for (name, value) in &xattrs {
+            let name = String::from_utf8(name.clone()).unwrap();
+            assert_eq!(blob.xattr(&name).as_ref(), Some(value));
+        }
+        assert_eq!(blob.xattr("b"), None);
+        xattrs
+    };
+    let xattr = |name: &str, value: &[u8]| (name.as_bytes().to_vec(), value.to_vec());
+    assert_eq!(all(&blob), [xattr("a", b"2")]);
+    hang_root(&dev, &store, id);
+    let its_blob = blob.clone();
+    let sync = spawn(move || its_blob.sync_md());
+    wait_for("the root is held back", || dev.injections().is_empty());
+    blob.set_xattr("a", b"3").unwrap();
+    blob.set_xattr("c", b"1").unwrap();
+    dev.resume();
+    sync.join("the sync").unwrap();
+    let expected = [xattr("a", b"3"), xattr("c", b"1")];
+    assert_eq!(all(&blob), expected);
+    blob.sync_md().unwrap();
+    assert_eq!(all(&blob), expected);
+    drop(blob);
+    store.unload().unwrap();
+    drop(store);
+    let store = Blobstore::load(dev, &LoadOptions::default()).unwrap();
+    assert_eq!(all(&store.open(id).unwrap()), expected);
+}
+
+/// A sync that fails leaves the changes for the next one.
+#[test]
+fn changes_of_xattrs_wait_for_a_sync_that_succeeds() {
+    let (dev, store) = held_store();
+    let id = store.create(&CreateOptions::default()).unwrap();
+    let blob = store.open(id).unwrap();
+    blob.set_xattr("a", b"1").unwrap();
+    let root = u64::from(store.super_block().md_start.get()) + (id.0 & u64::from(u32::MAX));
+    dev.inject(Injection {
+        op: Some(OpKind::Write),
+        failure: Failure::Fail,
+        count: u64::MAX,
+        range: Some((root, 1)),
+        queue_depth: 0,
+    });
+    blob.sync_md().unwrap_err();
+    dev.clear();
+    assert_eq!(blob.xattr("a"), Some(b"1".to_vec()));
+    blob.sync_md().unwrap();
+    assert_eq!(blob.xattr("a"), Some(b"1".to_vec()));
+    drop(blob);
+    store.unload().unwrap();
+    drop(store);
+    let store = Blobstore::load(dev, &LoadOptions::default()).unwrap();
+    let blob = store.open(id).unwrap();
+    assert_eq!(blob.xattr("a"), Some(b"1".to_vec()));
+}
+
+/// An xattr whose removal waits for a sync may have been removed by a transaction.
+#[test]
+fn a_removal_that_waits_may_find_nothing_to_remove() {
+    let (_dev, store) = held_store();
+    let id = store.create(&CreateOptions::default()).unwrap();
+    let blob = store.open(id).unwrap();
+    blob.set_xattr("a", b"1").unwrap();
+    blob.sync_md().unwrap();
+    blob.remove_xattr("a").unwrap();
+    blob.set_xattr("b", b"2").unwrap();
+    let mut other = store.transaction();
+    other.remove_xattr(id, "a");
+    other.commit().unwrap();
+    blob.sync_md().unwrap();
+    assert_eq!(blob.xattr_names(), ["b"]);
+}
+
 /// While the deletion is not durable, its clusters and pages are not given to others, and nobody
 /// opens the blob.
 #[test]

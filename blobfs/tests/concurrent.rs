@@ -6,7 +6,7 @@ mod common;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 
 use common::*;
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
@@ -184,6 +184,33 @@ fn xattrs_synced_by_several_threads() {
         assert_eq!(blob.xattr(&format!("x{thread}")), Some(vec![99]));
         assert_eq!(blob.xattr(&format!("once{thread}")), None);
     }
+}
+
+/// A list of the xattrs that is made beside a sync has what was set before.
+#[test]
+fn xattrs_are_listed_beside_a_sync() {
+    let (_dev, store) = store(16 << 20);
+    let blob = thin(&store, 1);
+    blob.set_xattr("n", &[0; 4]).unwrap();
+    let (set, done) = (AtomicU32::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for n in 1..=2000u32 {
+                blob.set_xattr("n", &n.to_le_bytes()).unwrap();
+                set.store(n, Ordering::SeqCst);
+                blob.sync_md().unwrap();
+            }
+            done.store(true, Ordering::SeqCst);
+        });
+        while !done.load(Ordering::SeqCst) {
+            let least = set.load(Ordering::SeqCst);
+            let [(_, value)] = &blob.xattrs()[..] else {
+                panic!("one xattr")
+            };
+            let value = u32::from_le_bytes(value[..].try_into().unwrap());
+            assert!(value >= least, "{value} after {least}");
+        }
+    });
 }
 
 /// The last write of an unload fails although the device has carried it out, and the store is used

@@ -43,6 +43,12 @@ fn file(name: &str, links: &[String]) -> Vec<(&'static str, Vec<u8>)> {
     xattrs
 }
 
+fn dir(name: &str) -> Vec<(&'static str, Vec<u8>)> {
+    let mut xattrs = file(name, &[]);
+    xattrs.push(("pumice.dir", vec![1]));
+    xattrs
+}
+
 fn look_at(dev: &Arc<dyn BlockDevice>) -> FileSystem {
     let mut opts = MountOptions::default();
     opts.read_only = true;
@@ -64,7 +70,8 @@ fn deep_names_are_bounded() {
         let links: Vec<String> = (1..15).map(|k| deep(i, k)).collect();
         file(&deep(i, 0), &links)
     });
-    let dev = image(files.chain([file("/plain", &[])]));
+    let others = [file("/plain", &[]), dir("/z"), file("/z/in", &[])];
+    let dev = image(files.chain(others));
     let before = resident();
     let fs = look_at(&dev);
     let grown = resident().saturating_sub(before);
@@ -74,8 +81,33 @@ fn deep_names_are_bounded() {
         grown >> 20
     );
     assert!(fs.exists("/plain").unwrap());
+    assert!(fs.exists("/z/in").unwrap(), "its directory has a blob");
     assert!(fs.exists(&deep(0, 0)).unwrap());
     assert!(fs.problems().iter().any(|p| p.contains("left out")));
+    // Whatever has a name can be found from the root.
+    assert!(!fs.exists(&deep(199, 14)).unwrap());
+}
+
+/// Directories that have blobs imply others as well.
+#[test]
+fn deep_directories_are_bounded() {
+    let deep = |i: usize| format!("/{i:04}{}", "/d".repeat(110));
+    let fs = look_at(&image((0..1500).map(|i| dir(&deep(i)))));
+    assert!(fs.exists(&deep(0)).unwrap());
+    assert!(!fs.exists(&deep(1499)).unwrap() && !fs.exists("/1499").unwrap());
+    assert!(fs.problems().iter().any(|p| p.contains("left out")));
+}
+
+#[test]
+fn a_name_below_a_file_is_reported() {
+    let below = file("/plain/a/b", &[]);
+    let fs = look_at(&image([file("/plain", &[]), below].into_iter()));
+    assert!(!fs.stat("/plain").unwrap().is_dir);
+    let problems = fs.problems();
+    assert!(
+        problems.iter().any(|p| p.contains("/plain is a file")),
+        "{problems:?}"
+    );
 }
 
 #[test]

@@ -263,3 +263,24 @@ fn a_failed_commit_keeps_the_old_name() {
     fs.rename("/a", "/b").unwrap();
     assert_eq!(read("/b"), b'A');
 }
+
+/// A change that is perhaps on the device says so. The next one was not even tried, and once the device works again
+/// the first one is taken back.
+#[test]
+fn a_change_whose_outcome_is_open_says_so() {
+    let (dev, fs) = setup();
+    fs.mkdir("/before").unwrap();
+    for op in [OpKind::Write, OpKind::Read] {
+        dev.inject(injection(op, Failure::Fail, u64::MAX));
+    }
+    let error = fs.mkdir("/open").unwrap_err();
+    assert!(matches!(error, FsError::Undecided { .. }), "{error}");
+    assert!(error.to_string().contains("/open"), "{error}");
+    let error = fs.mkdir("/later").unwrap_err();
+    assert!(!matches!(error, FsError::Undecided { .. }), "{error}");
+    dev.clear();
+    fs.mkdir("/after").unwrap();
+    let names: Vec<_> = fs.list("/").unwrap().into_iter().map(|e| e.name).collect();
+    assert_eq!(names, ["after", "before"]);
+    fs.unmount().unwrap();
+}

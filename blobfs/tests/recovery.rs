@@ -357,6 +357,7 @@ fn a_damaged_file_system_is_mounted_for_reading_only() {
         opts.accept_damage = true;
         let fs = FileSystem::mount(Arc::clone(&dev), &opts).unwrap();
         assert!(!fs.exists("/log").unwrap());
+        assert_eq!(fs.blobstore().damaged().len(), 1);
         fs.unlink("/other").unwrap();
         let made = fs.open("/new", OpenOptions::CREATE);
         assert_eq!(

@@ -152,8 +152,10 @@ impl Blob {
     /// Returns its xattrs, with changes that are not durable yet.
     #[must_use]
     pub fn xattrs(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
+        // Whoever syncs publishes the changes first, and then removes them.
+        let pending = self.shared.pending.lock();
         let mut meta = (**self.shared.meta.load()).clone();
-        for (name, value) in self.shared.pending.lock().iter() {
+        for (name, value) in pending.iter() {
             match value {
                 Some(value) => super::meta::set(&mut meta.xattrs, name, value),
                 None => meta.xattrs.retain(|xattr| *xattr.name != **name),
@@ -215,7 +217,11 @@ impl Blob {
         for (name, value) in &changes {
             match value {
                 Some(value) => transaction.set_xattr_bytes(self, name, value),
-                None => transaction.remove_xattr_bytes(self, name),
+                None => {
+                    // A transaction may have removed it meanwhile, and to remove what is not there is an error.
+                    transaction.set_xattr_bytes(self, name, &[]);
+                    transaction.remove_xattr_bytes(self, name);
+                }
             }
         }
         transaction.commit()?;

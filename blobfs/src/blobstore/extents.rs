@@ -288,4 +288,22 @@ mod tests {
         assert_eq!(map.page(map.num_pages() - 1).last(), Some(&9));
         assert_eq!(map.runs(&[(5, 7), (6, 8)]).len(), 4);
     }
+
+    /// Clusters behind a hole follow nothing, also if their numbers continue its length.
+    #[test]
+    fn a_hole_stays_a_hole() {
+        let map = ExtentMap::new(9, 9, 8);
+        for (index, cluster) in [(2, 2), (3, 3), (7, 4)] {
+            map.set(index, cluster);
+        }
+        let run = |cluster, len| Run { cluster, len };
+        let holes = [run(0, 2), run(2, 2), run(0, 3), run(4, 1), run(0, 1)];
+        assert_eq!(map.runs(&[]), holes);
+        // Patches replace, add and free, in their places.
+        let patched = map.runs(&[(7, 9), (3, 0), (0, 6)]);
+        let runs = patched.iter().flat_map(|run| {
+            (0..run.len).map(|n| if run.cluster == 0 { 0 } else { run.cluster + n })
+        });
+        assert_eq!(runs.collect::<Vec<_>>(), [6, 0, 2, 0, 0, 0, 0, 9, 0]);
+    }
 }

@@ -229,3 +229,80 @@ pub(crate) fn patched_page(meta: &BlobMeta, number: u32, patches: &[(u64, u32)])
         &entries,
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn blob() -> BlobMeta {
+        BlobMeta {
+            id: BlobId::from_page(7),
+            flags: Flags::default(),
+            xattrs: Vec::new(),
+            internal: Vec::new(),
+            table: true,
+            chain: Vec::new(),
+            extent_pages: BTreeMap::new(),
+            map: Arc::new(ExtentMap::new(0, 0, 1)),
+            trailing: Trailing::default(),
+        }
+    }
+
+    #[test]
+    fn clear_methods_have_the_numbers_of_the_format() {
+        use ClearMethod::{Default, None, Unmap, WriteZeroes};
+        for (number, method) in (0..).zip([Default, None, Unmap, WriteZeroes]) {
+            assert_eq!(method.to_flags(), number);
+            assert_eq!(ClearMethod::from_flags(number), method);
+        }
+    }
+
+    /// Nothing of the parent from before is left, and the flags tell of what there is.
+    #[test]
+    fn a_parent_takes_the_place_of_another() {
+        let with_xattrs = Flags::INTERNAL_XATTRS;
+        let cases = [
+            (Parent::None, 0, None),
+            (
+                Parent::Snapshot(BlobId::from_page(3)),
+                with_xattrs,
+                Some(SNAP),
+            ),
+            (
+                Parent::External(b"base"[..].into()),
+                with_xattrs | Flags::EXTERNAL_CLONE,
+                Some(EXTSNAP),
+            ),
+        ];
+        for (before, ..) in &cases {
+            for (after, flags, name) in &cases {
+                let what = format!("{before:?}, then {after:?}");
+                let mut meta = blob();
+                meta.set_parent(before);
+                meta.set_parent(after);
+                assert_eq!(&meta.parent(), after, "{what}");
+                assert_eq!(meta.flags.invalid & !Flags::THIN, *flags, "{what}");
+                assert!(meta.flags.thin() || after == &Parent::None, "{what}");
+                let names = meta.internal.iter().map(|xattr| &*xattr.name);
+                assert!(names.eq(*name), "{what}: {:?}", meta.internal);
+                // Only thin blobs have a parent.
+                meta.flags.invalid &= !Flags::THIN;
+                assert_eq!(meta.parent(), Parent::None, "{what}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_flag_of_internal_xattrs_stays_with_the_last_one() {
+        let mut meta = blob();
+        meta.set_parent(&Parent::Snapshot(BlobId::from_page(3)));
+        meta.set_internal(SNAPRM, &[1; 8]);
+        meta.set_parent(&Parent::None);
+        assert_eq!(
+            meta.flags.invalid & Flags::INTERNAL_XATTRS,
+            Flags::INTERNAL_XATTRS
+        );
+        meta.remove_internal(SNAPRM);
+        assert_eq!(meta.flags.invalid & Flags::INTERNAL_XATTRS, 0);
+    }
+}

@@ -78,9 +78,9 @@ impl Own {
         self.changed != self.written
     }
 
-    /// Records that `moment` was written. Returns whether nothing has changed since.
+    /// Records that `moment` was written, the latest that was. Returns whether nothing has changed since.
     pub fn wrote(&mut self, moment: Moment) -> bool {
-        self.written = self.written.max(moment.changed);
+        self.written = moment.changed;
         moment.changed == self.changed
     }
 }
@@ -104,5 +104,15 @@ mod tests {
         assert!(own.wrote(moment) && !own.is_unwritten());
         own.untime();
         assert!(!own.moment(7).keeps_time);
+    }
+
+    #[test]
+    fn a_mode_that_is_set_keeps_the_time() {
+        let mut own = Own::new(None);
+        own.change(None, Some(7));
+        own.change(Some(0o600), None);
+        let moment = own.moment(7);
+        assert!(moment.keeps_time);
+        assert_eq!(moment.mode, Some(0o600));
     }
 }

@@ -28,8 +28,11 @@ pub(crate) fn imply_dirs(
         if implied_bytes > MAX_IMPLIED_BYTES {
             let parent = path::parent(&name);
             let missing = parent != "/" && !map.contains_key(parent);
-            if let (true, Some(Entry::File(ino))) = (missing, map.get(&name)) {
-                let id = ino.id;
+            let blob = map.get(&name).and_then(|entry| match entry {
+                Entry::File(ino) => Some(ino.id),
+                Entry::Dir(dir) => *dir.marker.lock(),
+            });
+            if missing && let Some(id) = blob {
                 problem(
                     id,
                     format!("{name}: more directories than a mount makes up; left out"),

@@ -305,4 +305,38 @@ mod tests {
         assert!(default_cache_bytes() <= 256 << 20);
         assert!(default_behind_bytes() <= 32 << 20);
     }
+
+    /// Files that contradict one another do not cause a panic.
+    #[test]
+    fn figures_that_cannot_be_are_borne() {
+        let free = |used: &str, stat: &str| {
+            let files = [
+                MACHINE,
+                ("proc/self/cgroup", "0::/app\n"),
+                ("cgroup/app/memory.max", "1000\n"),
+                ("cgroup/app/memory.current", used),
+                ("cgroup/app/memory.stat", stat),
+            ];
+            machine_with(&files).unwrap().free_bytes
+        };
+        assert_eq!(free("100\n", "inactive_file 200\n"), 1000);
+        assert_eq!(free("5000\n", ""), 0);
+        let most = format!("inactive_file {0}\nactive_file {0}\n", u64::MAX);
+        assert_eq!(free("100\n", &most), 1000);
+        let huge = format!("MemTotal: {} kB\n", u64::MAX);
+        assert_eq!(machine_with(&[("proc/meminfo", &huge)]), None);
+    }
+
+    #[test]
+    fn a_small_machine_leaves_32_mib_free() {
+        let reserve = |limit_bytes: u64| {
+            let free_bytes = limit_bytes;
+            let memory = Memory {
+                limit_bytes,
+                free_bytes,
+            };
+            memory.reserve_bytes() >> 20
+        };
+        assert_eq!((reserve(64 << 20), reserve(1 << 30)), (32, 128));
+    }
 }

@@ -149,3 +149,61 @@ pub(crate) fn store_error(context: impl Into<String>, e: StoreError, free_bytes:
         },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use pumice_bdev::{IoErrorKind, Op};
+
+    use super::*;
+    use crate::blobstore::BlobId;
+    use crate::blobstore::format::{PageError, PageProblem};
+
+    #[test]
+    fn an_error_of_the_store_keeps_its_kind() {
+        let dev = pumice_bdev::open("malloc://1M").unwrap();
+        let io = || dev.info().error(&Op::Flush, IoErrorKind::Media, "test");
+        let of = |e| store_error("/f: test", e, 5);
+        let (needed, free, total) = (3, 2, 9);
+        let clusters = StoreError::NoSpace {
+            needed,
+            free,
+            total,
+        };
+        let pages = StoreError::NoMdPages {
+            needed,
+            free,
+            total,
+        };
+        for (error, expected) in [
+            (clusters, SpaceKind::Clusters),
+            (pages, SpaceKind::MetadataPages),
+        ] {
+            let error = of(error);
+            assert!(
+                matches!(&error, FsError::NoSpace { kind, free_bytes: 5, .. } if *kind == expected),
+                "{error}"
+            );
+        }
+        for (error, data_loss) in [
+            (StoreError::Io(io()), false),
+            (StoreError::Owed(io()), false),
+            (StoreError::Lost(io()), true),
+        ] {
+            let error = of(error);
+            assert!(matches!(error, FsError::Io { .. }), "{error}");
+            assert_eq!(error.is_data_loss(), data_loss, "{error}");
+        }
+        let blob = BlobId::from_page(3);
+        let read_only = of(StoreError::ReadOnly(blob));
+        assert!(matches!(read_only, FsError::ReadOnly { .. }), "{read_only}");
+        let source = PageError {
+            page: 3,
+            problem: PageProblem::Loop,
+        };
+        let damaged = of(StoreError::Damaged { blob, source });
+        assert!(
+            matches!(damaged, FsError::Corrupt { blob: id, .. } if id == blob.0),
+            "{damaged}"
+        );
+    }
+}

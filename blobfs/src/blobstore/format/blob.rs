@@ -562,4 +562,35 @@ mod tests {
             })
         ));
     }
+
+    #[test]
+    fn the_borders_of_descriptors_are_kept() {
+        let read = |descriptors: &[(u8, &[u8])]| {
+            BlobReader::new(BlobId::from_page(7))
+                .page(&page_of(descriptors))
+                .unwrap_err()
+        };
+        let run: Vec<u8> = [1u32, 1].iter().flat_map(|w| w.to_le_bytes()).collect();
+        let table = |clusters: u64| clusters.to_le_bytes();
+        assert!(matches!(
+            read(&[(TYPE_EXTENT_TABLE, &table(600)), (TYPE_EXTENT_RLE, &run)]),
+            PageProblem::RleAndTable
+        ));
+        assert!(matches!(
+            read(&[(TYPE_EXTENT_TABLE, &table(1 << 32))]),
+            PageProblem::TooManyClusters
+        ));
+        assert!(matches!(
+            read(&[(TYPE_EXTENT_RLE, &[])]),
+            PageProblem::BodyLength { len: 0, .. }
+        ));
+        for kind in [TYPE_XATTR, TYPE_XATTR_INTERNAL] {
+            let longer = [1, 0, 1, 0, b'n', b'v', b'w'];
+            let nul = [2, 0, 1, 0, b'n', 0, b'v'];
+            for body in [longer, nul] {
+                let problem = read(&[(kind, &body)]);
+                assert!(matches!(problem, PageProblem::Xattr { .. }), "{body:?}");
+            }
+        }
+    }
 }

@@ -147,4 +147,12 @@ mod tests {
         let short = encode_mask(MaskKind::Pages, 191, &[0; 3]);
         assert!(decode_mask(&short[..10], MaskKind::Pages, 191).is_err());
     }
+
+    #[test]
+    fn bits_past_the_end_do_not_count() {
+        let mut bytes = encode_mask(MaskKind::Pages, 70, &[0, 0]);
+        bytes[MASK_HEADER_LEN..].fill(0xff);
+        let words = decode_mask(&bytes, MaskKind::Pages, 70).unwrap();
+        assert_eq!(words, [u64::MAX, 0x3f]);
+    }
 }

@@ -72,4 +72,24 @@ mod tests {
         seal(&mut page);
         assert_eq!(stored_crc(&page), page_crc(&page));
     }
+
+    #[test]
+    fn what_is_read_only_has_no_metadata_to_change() {
+        let flags = |data_ro, md_ro| Flags {
+            invalid: 0,
+            data_ro,
+            md_ro,
+        };
+        for (data_ro, md_ro, data, md) in [
+            (0, 0, false, false),
+            (0, Flags::CLEAR_METHOD, false, false),
+            (0, 4, false, true),
+            (Flags::READ_ONLY, 0, true, true),
+            (1 << 63, 0, true, true),
+        ] {
+            let flags = flags(data_ro, md_ro);
+            assert_eq!(flags.data_read_only(), data, "{flags:?}");
+            assert_eq!(flags.md_read_only(), md, "{flags:?}");
+        }
+    }
 }

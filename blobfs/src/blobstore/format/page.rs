@@ -356,4 +356,43 @@ mod tests {
             Err(PageProblem::Crc { .. })
         ));
     }
+
+    #[test]
+    fn an_extent_page_of_too_many_clusters_is_refused() {
+        let of = |clusters: u16| {
+            let mut page = *encode_extent_page(BlobId::from_page(5), 0, &[7]);
+            page[17..19].copy_from_slice(&(4 + 4 * clusters).to_le_bytes());
+            seal(&mut page);
+            decode_extent_page(&page)
+        };
+        assert_eq!(of(512).unwrap().clusters.len(), 512);
+        assert!(matches!(of(0), Err(PageProblem::BodyLength { len: 4, .. })));
+        assert!(matches!(of(513), Err(PageProblem::BodyLength { .. })));
+    }
+
+    #[test]
+    fn padding_is_passed_and_an_overrun_ends_the_page() {
+        let mut page: Page = [0; PAGE_SIZE];
+        // Three bytes of padding, then flags that say more bytes than there are.
+        page[DESCRIPTORS_AT + 1] = 3;
+        page[DESCRIPTORS_AT + 8] = TYPE_FLAGS;
+        page[DESCRIPTORS_AT + 11] = 0xff;
+        let found: Vec<_> = Descriptors::new(&page).take(3).collect();
+        assert!(
+            matches!(
+                found[..],
+                [
+                    Ok(Descriptor {
+                        kind: TYPE_PADDING,
+                        ..
+                    }),
+                    Err(PageProblem::Overrun {
+                        kind: TYPE_FLAGS,
+                        ..
+                    })
+                ]
+            ),
+            "{found:?}"
+        );
+    }
 }

@@ -372,4 +372,21 @@ mod tests {
             SuperBlockError::Length(512)
         );
     }
+
+    #[test]
+    fn a_torn_change_of_the_guard_is_guarded_and_not_clean() {
+        let mut before = SuperBlock::new();
+        before.reserved[..8].copy_from_slice(&JOURNAL_SIGNATURE);
+        before.clean = 1.into();
+        let mut after = before.clone();
+        after.set_guard(true);
+        after.clean = 0.into();
+        for (first, last) in [(&before, &after), (&after, &before)] {
+            let mut page = last.encode();
+            page[..512].copy_from_slice(&first.encode()[..512]);
+            let found = SuperBlock::decode(&page).unwrap();
+            assert!(found.is_guarded() && !found.is_clean());
+            assert_eq!(found.encode(), after.encode());
+        }
+    }
 }
