@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use super::{Core, Phase};
 use crate::dma::{DmaBuf, DmaDomain, DmaShared};
 use crate::error::{Cause, NvmeError, millis};
-use crate::queue::{CompletionRing, ListArea, SubmissionRing, admin_prp};
-use crate::spec::{AdminOpcode, AsyncEvent, Command, Completion, decode};
+use crate::queue::{Bell, CompletionRing, ListArea, QueueMem, SubmissionRing, admin_prp};
+use crate::spec::{AdminOpcode, AsyncEvent, Command, Completion, Reg, decode};
 
 /// Number of entries of both admin queues.
-pub(super) const ADMIN_ENTRIES: u16 = 32;
+const ADMIN_ENTRIES: u16 = 32;
 /// Number of asynchronous event requests to keep outstanding.
 const EVENTS: usize = 4;
 const LIST_LEN: usize = 4096;
@@ -48,8 +48,8 @@ struct Slot {
 #[derive(Debug)]
 pub(super) struct AdminQueue {
     rings: Option<(SubmissionRing, CompletionRing)>,
-    pub sq_mem: Arc<DmaShared>,
-    pub cq_mem: Arc<DmaShared>,
+    sq_mem: Arc<DmaShared>,
+    cq_mem: Arc<DmaShared>,
     lists: DmaShared,
     slots: Vec<Slot>,
     /// Received events, for the keeper.
@@ -82,11 +82,6 @@ impl AdminQueue {
         })
     }
 
-    /// Starts again with new rings. The controller is disabled.
-    pub fn restart(&mut self, rings: (SubmissionRing, CompletionRing)) {
-        self.rings = Some(rings);
-    }
-
     /// Ends everything outstanding and tells those who wait. The device is quiet. What has
     /// completed stays with its data, until the caller takes it.
     pub fn lose_all(&mut self) {
@@ -106,6 +101,30 @@ impl AdminQueue {
 const SLOT_BITS: u32 = 5;
 
 impl Core {
+    /// Tells the disabled controller where the admin queues are, and starts them again.
+    pub(super) fn start_admin(&self) -> Result<(), NvmeError> {
+        let mut admin = self.admin.lock();
+        admin.sq_mem.clear();
+        admin.cq_mem.clear();
+        let (asq, acq) = (
+            self.link.address_of(&admin.sq_mem)?,
+            self.link.address_of(&admin.cq_mem)?,
+        );
+        let entries_z = u32::from(ADMIN_ENTRIES) - 1;
+        let transport = &self.link.transport;
+        transport.write32(Reg::AQA, entries_z | entries_z << 16)?;
+        transport.write64(Reg::ASQ, asq)?;
+        transport.write64(Reg::ACQ, acq)?;
+        let bell = |completion| -> Result<Bell, NvmeError> {
+            Ok(Bell::new(self.link.doorbell(0, completion)?, None))
+        };
+        let sq_mem = QueueMem::Host(Arc::clone(&admin.sq_mem));
+        let sq = SubmissionRing::new(sq_mem, ADMIN_ENTRIES, bell(false)?);
+        let cq = CompletionRing::new(Arc::clone(&admin.cq_mem), ADMIN_ENTRIES, 1, bell(true)?);
+        admin.rings = Some((sq, cq));
+        Ok(())
+    }
+
     /// Sends an admin command and waits for its completion, at most for the admin time-out, after
     /// which the controller is reset. Any thread may call it.
     pub(super) fn admin(
@@ -134,7 +153,7 @@ impl Core {
             let (completion, back) = self.admin_attempt(word, command, data)?;
             let status = completion.status();
             let again = if status.says_not_ready() {
-                start.elapsed() < NOT_READY_PATIENCE.min(self.options.admin_timeout)
+                start.elapsed() < NOT_READY_PATIENCE.min(self.link.options.admin_timeout)
             } else {
                 retries < ADMIN_RETRIES
             };
@@ -142,7 +161,7 @@ impl Core {
                 return self.admin_outcome(&command, completion, back);
             }
             tracing::debug!(device = self.name(), %status, "admin command is sent again");
-            std::thread::sleep(self.retry_delay(status, retries));
+            std::thread::sleep(self.link.retry_delay(status, retries));
             retries = retries.saturating_add(1);
             data = back;
         }
@@ -183,15 +202,15 @@ impl Core {
         command: Command,
         data: Option<DmaBuf>,
     ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
-        if !self.birth.is_here() {
+        if !self.link.birth.is_here() {
             return Err(self.gone(Cause::OtherProcess));
         }
         let mut start = Instant::now();
         let formats = AdminOpcode(command.opcode) == AdminOpcode::FORMAT_NVM;
         let timeout = match formats {
             // The command may erase the whole medium before it completes.
-            true => self.options.format_timeout,
-            false => self.options.admin_timeout,
+            true => self.link.options.format_timeout,
+            false => self.link.options.admin_timeout,
         };
         let mut left_percent = u32::MAX;
         let text = |c: &Command| decode::admin_command(c).to_string();
@@ -250,7 +269,7 @@ impl Core {
                 _ => {}
             }
             let waited = start.elapsed();
-            let gone = self.transport.is_gone();
+            let gone = self.link.transport.is_gone();
             if waited > timeout && formats && !gone {
                 drop(guard);
                 let left = self.format_left(command.nsid);
@@ -316,7 +335,7 @@ impl Core {
         if let Some(buf) = data {
             let words = LIST_LEN / 8;
             let list_offset = queue.lists.region_offset() + slot * LIST_LEN;
-            let list_address = self.table.translate(queue.lists.region(), list_offset);
+            let list_address = self.link.table.translate(queue.lists.region(), list_offset);
             let area = ListArea {
                 words: &queue.lists.as_u64()[slot * words..(slot + 1) * words],
                 address: list_address.map_or(0, |(address, _)| address),
@@ -324,9 +343,9 @@ impl Core {
             let mapped = list_address.is_some()
                 && admin_prp(
                     &mut command,
-                    &self.table,
+                    &self.link.table,
                     (&*buf).into(),
-                    self.page_shift,
+                    self.link.page_shift,
                     &area,
                 )
                 .is_ok();
@@ -408,7 +427,7 @@ impl Core {
 
     /// Keeps asynchronous event requests outstanding (Base section 5.2).
     pub(super) fn arm_events(&self) {
-        let Ok(info) = self.info() else { return };
+        let Ok(info) = self.link.info() else { return };
         let want = EVENTS.min(usize::from(info.identify.aerl_z) + 1);
         let mut queue = self.admin.lock();
         let have = queue
@@ -429,7 +448,10 @@ impl Core {
     /// result. Returns false when the controller has as many as it takes (ACL), or the queue is
     /// full.
     pub(super) fn send_abort(&self, sqid: u16, cid: u16) -> bool {
-        let most = self.info().map_or(1, |i| usize::from(i.identify.acl_z) + 1);
+        let most = self
+            .link
+            .info()
+            .map_or(1, |i| usize::from(i.identify.acl_z) + 1);
         let mut queue = self.admin.lock();
         self.admin_reap(&mut queue);
         let is_abort = |s: &&Slot| matches!(s.state, SlotState::Abort);

@@ -7,7 +7,8 @@ use std::sync::atomic::Ordering;
 use pumice_io::Limits;
 use zerocopy::FromBytes;
 
-use super::{Controller, Core, Info};
+use super::info::Info;
+use super::{Controller, Core};
 use crate::dma::DmaBuf;
 use crate::error::NvmeError;
 use crate::namespace::{CommandLimits, FormatValidity, Namespace, Supports};
@@ -27,30 +28,16 @@ const NAMESPACES_MAX: usize = 1024;
 impl Core {
     /// Runs an Identify that returns one page.
     pub(super) fn identify_page(&self, cns: Cns, nsid: u32) -> Result<DmaBuf, NvmeError> {
-        let page = self.admin_buffer(4096)?;
+        let page = self.link.admin_buffer(4096)?;
         let (_, data) = self.admin(Command::identify(cns, nsid), Some(page))?;
-        data.ok_or_else(|| self.protocol("identify lost its buffer"))
-    }
-
-    /// Takes a zeroed buffer for an admin command's data.
-    pub(super) fn admin_buffer(&self, len: usize) -> Result<DmaBuf, NvmeError> {
-        let mut buf = DmaBuf::new_in(self.transport.domain(), len)?;
-        buf.fill(0);
-        Ok(buf)
-    }
-
-    pub(super) fn protocol(&self, detail: impl Into<String>) -> NvmeError {
-        NvmeError::Protocol {
-            device: self.name().to_owned(),
-            detail: detail.into(),
-        }
+        data.ok_or_else(|| self.link.protocol("identify lost its buffer"))
     }
 
     pub(super) fn identify_controller(&self) -> Result<(), NvmeError> {
         let page = self.identify_page(Cns::CONTROLLER, 0)?;
         let identify = IdentifyController::read_from_bytes(&page)
-            .map_err(|_| self.protocol("identify controller has a wrong length"))?;
-        let version = Vs::from(self.transport.read32(Reg::VS)?);
+            .map_err(|_| self.link.protocol("identify controller has a wrong length"))?;
+        let version = Vs::from(self.link.transport.read32(Reg::VS)?);
         // SQES and CQES: required entry sizes of 64 and 16 bytes (Base figure 275).
         let sizes = [
             (identify.sqes, 6, "submission"),
@@ -58,13 +45,13 @@ impl Core {
         ];
         for (field, want, what) in sizes {
             if field & 15 > want || (field >> 4 != 0 && field >> 4 < want) {
-                return Err(self.protocol(format!(
+                return Err(self.link.protocol(format!(
                     "{what} queue entries of 2^{want} bytes are not among what the controller \
                      takes ({field:#04x})"
                 )));
             }
         }
-        let page_bytes = 1usize << self.page_shift;
+        let page_bytes = 1usize << self.link.page_shift;
         let transfer_bytes = match identify.mdts {
             0 => TRANSFER_MAX,
             n => page_bytes
@@ -88,14 +75,14 @@ impl Core {
                 .is_none_or(|v| v & 1 != 0);
         let info = Info {
             // SGLS bits 1:0: 1 byte aligned, 2 dword aligned; buffers here are dword aligned.
-            sgl: self.options.sgl && matches!(identify.sgls.get() & 3, 1 | 2),
+            sgl: self.link.options.sgl && matches!(identify.sgls.get() & 3, 1 | 2),
             identify: Box::new(identify),
             nvm,
             version,
             transfer_bytes,
             write_cache,
         };
-        *self.info.write() = Some(Arc::new(info));
+        self.link.set_info(info);
         Ok(())
     }
 
@@ -108,7 +95,12 @@ impl Core {
     /// Sets up weighted round robin where it was asked for and is supported (Base section
     /// 5.27.1.1).
     pub(super) fn configure_arbitration(&self) {
-        let Some(weights) = self.options.arbitration.filter(|_| self.cap.ams_wrr()) else {
+        let Some(weights) = self
+            .link
+            .options
+            .arbitration
+            .filter(|_| self.link.cap.ams_wrr())
+        else {
             return;
         };
         let z = |w: u16| u32::from(w.clamp(1, 256) - 1);
@@ -123,7 +115,7 @@ impl Core {
     /// Asks for the events that the driver understands (Base section 5.27.1.9): health and, if
     /// the controller has it, namespace changes.
     pub(super) fn configure_events(&self) {
-        let Ok(info) = self.info() else { return };
+        let Ok(info) = self.link.info() else { return };
         let value = 0x1f | (info.identify.oaes.get() & 1 << 8);
         let command = Command::set_feature(FeatureId::ASYNC_EVENT_CONFIG, 0, value, false);
         if let Err(error) = self.admin(command, None) {
@@ -143,7 +135,7 @@ impl Core {
     /// identified now and may be later.
     fn list_once(&self) -> Result<bool, NvmeError> {
         let mut remembered = self.remembered.lock();
-        let info = self.info()?;
+        let info = self.link.info()?;
         let ids = self.namespace_ids(&info)?;
         let mut found = BTreeMap::new();
         let mut unknown = false;
@@ -169,7 +161,7 @@ impl Core {
                 && now.is_same(before)
             {
                 now.validity = before.validity.clone();
-                now.validity.restore(self.number);
+                now.validity.restore(self.link.number);
             }
             listed.insert(nsid, Arc::new(now));
         }
@@ -199,7 +191,8 @@ impl Core {
                     Err(error) => return Err(error),
                 };
                 let list = ns_list(&page, after).ok_or_else(|| {
-                    self.protocol("the active namespace list is not in ascending order")
+                    self.link
+                        .protocol("the active namespace list is not in ascending order")
                 })?;
                 let full = list.len() == 1024;
                 ids.extend(&list);
@@ -224,7 +217,7 @@ impl Core {
     fn identify_namespace(&self, info: &Info, nsid: u32) -> Result<Option<Namespace>, NvmeError> {
         let page = self.identify_page(Cns::NAMESPACE, nsid)?;
         let identify = IdentifyNamespace::read_from_bytes(&page)
-            .map_err(|_| self.protocol("identify namespace has a wrong length"))?;
+            .map_err(|_| self.link.protocol("identify namespace has a wrong length"))?;
         if identify.nsze.get() == 0 {
             return Ok(None);
         }
@@ -247,7 +240,7 @@ impl Core {
         let unusable = unusable(
             &identify,
             &descriptors,
-            self.page_shift,
+            self.link.page_shift,
             info.transfer_bytes,
         );
         if let Some(why) = &unusable {
@@ -265,11 +258,19 @@ impl Core {
             }
         };
         let power_blocks = atomic(identify.nawupf_z.get(), id.awupf_z.get());
-        let mut limits = limits(info, nsid, &identify, unusable.is_none(), self.page_shift);
-        self.quirks.adjust(&mut limits, id, self.page_shift);
+        let mut limits = limits(
+            info,
+            nsid,
+            &identify,
+            unusable.is_none(),
+            self.link.page_shift,
+        );
+        self.link
+            .quirks
+            .adjust(&mut limits, id, self.link.page_shift);
         Ok(Some(Namespace {
             limits,
-            validity: FormatValidity::of(self.number),
+            validity: FormatValidity::of(self.link.number),
             atomic_blocks: atomic(identify.nawun_z.get(), id.awun_z.get()),
             atomic_power_blocks: power_blocks,
             untorn_blocks: untorn_blocks(&limits, &identify, power_blocks),
@@ -406,7 +407,7 @@ fn limits(
 impl Controller {
     /// Reads the controller's identify structure.
     pub fn identify(&self) -> Result<IdentifyController, NvmeError> {
-        Ok((*self.core.info()?.identify).clone())
+        Ok((*self.core.link.info()?.identify).clone())
     }
 
     /// Returns the active namespaces in ascending order. They are listed at bring-up, after a

@@ -112,7 +112,7 @@ impl Core {
             if let Some((word, reason)) = reset {
                 self.reset(word, &reason);
             }
-            while let Some(event) = self.transport.take_event() {
+            while let Some(event) = self.link.transport.take_event() {
                 self.transport_event(event);
             }
             if self.phase() == Phase::Live {
@@ -154,7 +154,7 @@ impl Core {
         let live = self.phase() == Phase::Live;
         if live {
             fds.extend(admin_interrupt.as_ref().map(|i| i.as_fd()));
-            fds.extend(self.transport.events());
+            fds.extend(self.link.transport.events());
         }
         if let Err(error) = wait_readable(&fds, Some(TICK)) {
             tracing::warn!(device = self.name(), %error, "ppoll");
@@ -179,8 +179,8 @@ impl Core {
 
     fn look_at_status(&self) {
         let word = self.state.load(Ordering::Acquire);
-        match self.transport.read32(Reg::CSTS) {
-            _ if self.transport.is_gone() => self.removed(),
+        match self.link.transport.read32(Reg::CSTS) {
+            _ if self.link.transport.is_gone() => self.removed(),
             Ok(u32::MAX) => self.removed(),
             Ok(raw) if Csts::from(raw).cfs() => {
                 self.reset(word, &format!("fatal controller status (CSTS {raw:#x})"));
@@ -296,11 +296,11 @@ impl Keeper {
     /// Ends the keeper and shuts its controller down. Returns the first result if that was done
     /// before.
     pub fn stop(&mut self, core: &Core) -> Result<(), NvmeError> {
-        self.stop_by(core.name(), |thread| {
+        self.stop_by(core.link.name(), |thread| {
             core.requests.lock().stop = true;
             core.wake.signal();
             if thread.join().is_err() {
-                tracing::error!(device = core.name(), "the keeper thread panicked");
+                tracing::error!(device = core.link.name(), "the keeper thread panicked");
             }
             core.shut_down()
         })

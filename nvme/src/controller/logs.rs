@@ -30,8 +30,8 @@ impl Core {
     ) -> Result<DmaBuf, NvmeError> {
         let bytes = u32::try_from(len).unwrap_or(0);
         let command = Command::get_log(page, nsid, 0, bytes, retain);
-        let (_, data) = self.admin(command, Some(self.admin_buffer(len)?))?;
-        data.ok_or_else(|| self.protocol("a log page lost its buffer"))
+        let (_, data) = self.admin(command, Some(self.link.admin_buffer(len)?))?;
+        data.ok_or_else(|| self.link.protocol("a log page lost its buffer"))
     }
 
     /// Runs an operation that may change namespaces' block sizes. No command that was made for the
@@ -47,13 +47,10 @@ impl Core {
             let registry = self.queues.lock();
             let open = registry.queues.len();
             if open > 0 {
-                return Err(NvmeError::Unsupported {
-                    device: self.name().to_owned(),
-                    what: format!(
-                        "there are {open} I/O queue pairs, whose commands are made for the present \
+                return Err(self.link.unsupported(format!(
+                    "there are {open} I/O queue pairs, whose commands are made for the present \
                          format; drop them, then format"
-                    ),
-                });
+                )));
             }
             // This concerns all namespaces, since a controller may format all at once (FNA bit 0).
             for ns in self.namespaces.read().values() {
@@ -96,16 +93,16 @@ impl Controller {
     pub fn smart_log(&self) -> Result<SmartLog, NvmeError> {
         self.core.wait_live()?;
         let page = self.core.log_page(LogPage::SMART, ALL, 512, true)?;
-        SmartLog::read_from_bytes(&page).map_err(|_| self.core.protocol("SMART log length"))
+        SmartLog::read_from_bytes(&page).map_err(|_| self.core.link.protocol("SMART log length"))
     }
 
     /// Reads the newest entries of the error log, at most `max` and at most as many as the
     /// controller keeps. Leaves out unused entries.
     pub fn error_log(&self, max: usize) -> Result<Vec<ErrorLogEntry>, NvmeError> {
         self.core.wait_live()?;
-        let kept = usize::from(self.core.info()?.identify.elpe_z) + 1;
+        let kept = usize::from(self.core.link.info()?.identify.elpe_z) + 1;
         // At most as many as fit one command's data, whatever was asked for.
-        let most = self.core.info()?.transfer_bytes / size_of::<ErrorLogEntry>();
+        let most = self.core.link.info()?.transfer_bytes / size_of::<ErrorLogEntry>();
         let len = kept.min(max.max(1)).min(most) * size_of::<ErrorLogEntry>();
         let page = self.core.log_page(LogPage::ERROR, ALL, len, true)?;
         Ok(page
@@ -122,7 +119,7 @@ impl Controller {
             .core
             .log_page(LogPage::FIRMWARE_SLOTS, ALL, 512, true)?;
         FirmwareSlotLog::read_from_bytes(&page)
-            .map_err(|_| self.core.protocol("firmware log length"))
+            .map_err(|_| self.core.link.protocol("firmware log length"))
     }
 
     /// Reads a feature's current value (dword 0 of the completion).
@@ -147,19 +144,19 @@ impl Controller {
     /// Whether the controller has a volatile write cache that is switched on, as found at bring-up
     /// or set by the last [`set_write_cache`](Self::set_write_cache).
     pub fn write_cache(&self) -> bool {
-        self.core.info().is_ok_and(|i| i.write_cache)
+        self.core.link.info().is_ok_and(|i| i.write_cache)
     }
 
     /// Switches the volatile write cache and lists the namespaces again, whose
     /// [`write_cache`](crate::Namespace::write_cache) follows it. Whether the setting outlives a
     /// controller reset depends on the device; it is read again then.
     pub fn set_write_cache(&self, on: bool) -> Result<(), NvmeError> {
-        let info = self.core.info()?;
+        let info = self.core.link.info()?;
         if info.identify.vwc & 1 == 0 {
-            return Err(NvmeError::Unsupported {
-                device: self.name().to_owned(),
-                what: "the controller has no volatile write cache".into(),
-            });
+            return Err(self
+                .core
+                .link
+                .unsupported("the controller has no volatile write cache"));
         }
         self.core.wait_live()?;
         let set = Command::set_feature(FeatureId::VOLATILE_WRITE_CACHE, 0, u32::from(on), false);
@@ -171,7 +168,7 @@ impl Controller {
         let mut info = (*info).clone();
         // A cache of which nothing is known counts as on, so that it is flushed.
         info.write_cache = now.as_ref().map_or(true, |value| value & 1 != 0);
-        *self.core.info.write() = Some(std::sync::Arc::new(info));
+        self.core.link.set_info(info);
         let listed = self.rescan();
         now?;
         listed
@@ -190,13 +187,10 @@ impl Controller {
         self.can_format(nsid, format)?;
         let count = self.core.namespaces.read().len();
         if count > 1 && self.formats_all(format)? {
-            return Err(NvmeError::Unsupported {
-                device: self.name().to_owned(),
-                what: format!(
+            return Err(self.core.link.unsupported(format!(
                     "the controller cannot format namespace {nsid} alone: it formats all {count} \
                      at once (FNA); to lose them all, use Controller::format_all, or `pumice nvme format --all`"
-                ),
-            });
+                )));
         }
         self.admin_command(Command::format(nsid, format), None)?;
         Ok(())
@@ -212,7 +206,7 @@ impl Controller {
         for nsid in &ids {
             self.can_format(*nsid, format)?;
         }
-        let no_broadcast = self.core.info()?.identify.fna & FNA_NO_BROADCAST != 0;
+        let no_broadcast = self.core.link.info()?.identify.fna & FNA_NO_BROADCAST != 0;
         let targets = if no_broadcast { ids } else { vec![ALL] };
         for nsid in targets {
             self.admin_command(Command::format(nsid, format), None)?;
@@ -222,28 +216,25 @@ impl Controller {
 
     /// Whether a format of one namespace formats or erases others: Base figure 275, FNA.
     fn formats_all(&self, format: FormatNvm) -> Result<bool, NvmeError> {
-        let fna = self.core.info()?.identify.fna;
+        let fna = self.core.link.info()?.identify.fna;
         let erases = format.secure_erase != 0;
         Ok(fna & FNA_FORMATS_ALL != 0 || (erases && fna & FNA_ERASES_ALL != 0))
     }
 
     fn can_format(&self, nsid: u32, format: FormatNvm) -> Result<(), NvmeError> {
-        let info = self.core.info()?;
+        let info = self.core.link.info()?;
         if info.identify.oacs.get() & Oacs::FORMAT == 0 {
-            return Err(NvmeError::Unsupported {
-                device: self.name().to_owned(),
-                what: "the controller does not support Format NVM".into(),
-            });
+            return Err(self
+                .core
+                .link
+                .unsupported("the controller does not support Format NVM"));
         }
         let ns = self.namespace(nsid)?;
         if format.lbaf > ns.identify.nlbaf_z {
-            return Err(NvmeError::Unsupported {
-                device: self.name().to_owned(),
-                what: format!(
-                    "namespace {nsid} has LBA formats 0 to {}, not {}",
-                    ns.identify.nlbaf_z, format.lbaf
-                ),
-            });
+            return Err(self.core.link.unsupported(format!(
+                "namespace {nsid} has LBA formats 0 to {}, not {}",
+                ns.identify.nlbaf_z, format.lbaf
+            )));
         }
         Ok(())
     }

@@ -27,16 +27,17 @@ impl Core {
     /// Gives the controller a shadow doorbell buffer, if it accepts one (Base section 5.8).
     pub(super) fn configure_shadow(&self) -> Result<(), NvmeError> {
         *self.shadow.write() = None;
-        let info = self.info()?;
+        let info = self.link.info()?;
         let offered = info.identify.oacs.get() & Oacs::DOORBELL_BUFFER != 0;
-        if !offered || !self.options.shadow_doorbells {
+        if !offered || !self.link.options.shadow_doorbells {
             return Ok(());
         }
-        let page = 1usize << self.page_shift;
-        let values = Arc::new(self.queue_memory(page)?);
-        let events = Arc::new(self.queue_memory(page)?);
+        let page = 1usize << self.link.page_shift;
+        let values = Arc::new(self.link.queue_memory(page)?);
+        let events = Arc::new(self.link.queue_memory(page)?);
         let address = |m: &DmaShared| {
-            self.table
+            self.link
+                .table
                 .translate(m.region(), m.region_offset())
                 .map(|(address, _)| address)
         };
@@ -54,7 +55,7 @@ impl Core {
                 tracing::info!(device = self.name(), %status, "shadow doorbells refused");
             }
             Err(error) => {
-                self.keep_until_quiet(Box::new((values, events)));
+                self.link.keep_until_quiet(Box::new((values, events)));
                 return Err(error);
             }
         }
@@ -68,7 +69,7 @@ impl Core {
             return (None, None);
         };
         let word = |completion: usize| {
-            let index = (2 * usize::from(qid) + completion) << self.cap.dstrd().min(10);
+            let index = (2 * usize::from(qid) + completion) << self.link.cap.dstrd().min(10);
             (index < values.as_u32().len()).then(|| Shadow {
                 values: Arc::clone(values),
                 events: Arc::clone(events),
@@ -80,7 +81,7 @@ impl Core {
 
     /// Maps the controller memory buffer, if there is one (Base sections 3.1.3.11 to 3.1.3.16).
     pub(super) fn configure_memory(&self) {
-        if !self.cap.cmbs() {
+        if !self.link.cap.cmbs() {
             return;
         }
         if let Err(error) = self.map_controller_memory() {
@@ -90,10 +91,11 @@ impl Core {
 
     fn map_controller_memory(&self) -> Result<(), NvmeError> {
         // CRE makes the location and size readable.
-        self.transport
+        self.link
+            .transport
             .write64(Reg::CMBMSC, Cmbmsc::new().with_cre(true).into())?;
-        let size = Cmbsz::from(self.transport.read32(Reg::CMBSZ)?);
-        let place = Cmbloc::from(self.transport.read32(Reg::CMBLOC)?);
+        let size = Cmbsz::from(self.link.transport.read32(Reg::CMBSZ)?);
+        let place = Cmbloc::from(self.link.transport.read32(Reg::CMBLOC)?);
         if size.is_empty() {
             return Ok(());
         }
@@ -101,7 +103,7 @@ impl Core {
             .with_cre(true)
             .with_cmse(true)
             .with_cba(CMB_BASE >> 12);
-        self.transport.write64(Reg::CMBMSC, msc.into())?;
+        self.link.transport.write64(Reg::CMBMSC, msc.into())?;
         let mut guard = self.memory.lock();
         if guard.is_some() {
             // After a reset the mapping is as before, and the queue pairs keep their parts.
@@ -110,7 +112,7 @@ impl Core {
         let offset = u64::from(place.ofst()) * size.unit();
         // 64 MiB hold more queues than a controller can have.
         let len = usize::try_from(size.len().min(64 << 20)).unwrap_or(0);
-        let map = self.transport.map_memory(place.bir(), offset, len)?;
+        let map = self.link.transport.map_memory(place.bir(), offset, len)?;
         *guard = Some(ControllerMemory {
             map,
             used: 0,
@@ -125,7 +127,7 @@ impl Core {
     pub(super) fn take_controller_memory(&self, len: usize) -> Option<(MmioMap, usize, u64)> {
         let mut guard = self.memory.lock();
         let memory = guard.as_mut().filter(|m| m.submission_queues)?;
-        let len = len.next_multiple_of(1 << self.page_shift);
+        let len = len.next_multiple_of(1 << self.link.page_shift);
         let offset = match memory.free.iter().position(|(_, l)| *l == len) {
             Some(at) => memory.free.swap_remove(at).0,
             None => {
@@ -142,7 +144,7 @@ impl Core {
 
     pub(super) fn give_controller_memory(&self, offset: usize, len: usize) {
         if let Some(memory) = self.memory.lock().as_mut() {
-            let len = len.next_multiple_of(1 << self.page_shift);
+            let len = len.next_multiple_of(1 << self.link.page_shift);
             memory.free.push((offset, len));
         }
     }

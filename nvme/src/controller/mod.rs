@@ -1,31 +1,29 @@
 //! Controllers: bring-up, admin commands, namespaces, reset, removal.
 
-use std::any::Any;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, RwLock};
-use pumice_io::process::Birth;
 use pumice_io::sys::EventFd;
 
-use crate::dma::{AddressTable, DmaBuf, DmaShared};
+use crate::dma::{DmaBuf, DmaShared};
 use crate::error::{Cause, NvmeError};
 use crate::namespace::Namespace;
 use crate::queue::QueueShared;
-use crate::spec::{
-    AdminOpcode, AsyncEvent, Cap, Command, Completion, IdentifyController, IdentifyNvmController,
-    Status, Vs,
-};
-use crate::transport::{OpenTransport, Transport};
+use crate::spec::{AdminOpcode, AsyncEvent, Cap, Command, Completion, Vs};
+use crate::transport::OpenTransport;
 
 mod admin;
 mod bringup;
 mod identify;
+mod info;
 mod keeper;
+mod link;
 mod logs;
 mod memory;
+mod options;
 mod passthrough;
 mod queues;
 mod quirks;
@@ -35,61 +33,11 @@ pub(crate) mod state;
 
 use admin::AdminQueue;
 use keeper::{Keeper, Requests};
+pub(crate) use link::Link;
 use memory::ControllerMemory;
+pub use options::{ControllerOptions, Weights};
 use passthrough::Prepared;
-use quirks::Quirks;
 pub use state::Phase;
-
-/// Options of a controller's bring-up.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct ControllerOptions {
-    /// Number of I/O queue pairs to ask the controller for.
-    pub queues: u16,
-    /// Number of interrupt vectors to ask the transport for; 0 to poll only.
-    pub vectors: u16,
-    /// Whether to use shadow doorbells where the controller offers them.
-    pub shadow_doorbells: bool,
-    /// Whether to use SGLs where the controller offers them.
-    pub sgl: bool,
-    /// Weights of round robin arbitration between the queues' priority classes, where the
-    /// controller offers it.
-    pub arbitration: Option<Weights>,
-    /// Time after which an admin command without completion causes a reset.
-    ///
-    /// A controller names the time that it needs to become ready in CAP.TO, at most 128 s, and in
-    /// CRTO.CRWMT, which may say nine hours. The driver waits for as long as CRTO.CRWMT says, but
-    /// no longer than 128 s or this time, whichever is longer.
-    pub admin_timeout: Duration,
-    /// The same for Format NVM, which may erase the whole medium. It begins again whenever the
-    /// namespace reports progress (FPI), of which its first report counts as some.
-    pub format_timeout: Duration,
-}
-
-impl Default for ControllerOptions {
-    fn default() -> Self {
-        ControllerOptions {
-            queues: 64,
-            vectors: 65,
-            shadow_doorbells: true,
-            sgl: true,
-            arbitration: None,
-            admin_timeout: Duration::from_secs(20),
-            format_timeout: Duration::from_secs(600),
-        }
-    }
-}
-
-/// Weights of the arbitration's classes (Base section 5.27.1.1), in commands per round.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Weights {
-    /// Weight of the high class, 1 to 256.
-    pub high: u16,
-    /// Weight of the medium class, 1 to 256.
-    pub medium: u16,
-    /// Weight of the low class, 1 to 256.
-    pub low: u16,
-}
 
 /// An event of a controller; see [`Controller::take_events`].
 #[derive(Debug, Clone)]
@@ -109,36 +57,13 @@ pub enum ControllerEvent {
     Failed(String),
 }
 
-/// The controller's abilities, from its Identify data.
-#[derive(Debug, Clone)]
-pub(crate) struct Info {
-    pub identify: Box<IdentifyController>,
-    pub nvm: Option<Box<IdentifyNvmController>>,
-    pub version: Vs,
-    /// Most bytes of one command's data.
-    pub transfer_bytes: usize,
-    pub sgl: bool,
-    pub write_cache: bool,
-}
-
 /// The part of a controller that its queue pairs and its keeper thread share.
 #[derive(Debug)]
 pub(crate) struct Core {
-    /// Distinguishes the controllers of this process; never 0.
-    pub number: u64,
-    /// The process that owns the controller. A forked child does not.
-    pub birth: Birth,
-    pub transport: Arc<dyn Transport>,
-    pub table: Arc<AddressTable>,
+    pub link: Arc<Link>,
     pub state: AtomicU64,
-    options: ControllerOptions,
-    cap: Cap,
-    quirks: Quirks,
-    /// log2 of the page size in use.
-    pub page_shift: u32,
     admin: Mutex<AdminQueue>,
     admin_done: Condvar,
-    info: RwLock<Option<Arc<Info>>>,
     namespaces: RwLock<BTreeMap<u32, Arc<Namespace>>>,
     /// The last known state of every namespace, whether it is listed now or not. Handles of a
     /// namespace that comes back unchanged continue to work. Lock order: before `namespaces`.
@@ -156,8 +81,6 @@ pub(crate) struct Core {
     wake: EventFd,
     changed: Condvar,
     changed_lock: Mutex<()>,
-    /// Memory that the device may still access until it is disabled.
-    kept_until_quiet: Mutex<Vec<Box<dyn Any + Send>>>,
     events: Mutex<VecDeque<ControllerEvent>>,
     failure: Mutex<Option<String>>,
 }
@@ -201,18 +124,11 @@ const EVENTS_MAX: usize = 64;
 
 impl Core {
     pub fn name(&self) -> &str {
-        self.transport.name()
+        self.link.transport.name()
     }
 
     pub fn phase(&self) -> Phase {
         state::phase(self.state.load(Ordering::Acquire))
-    }
-
-    pub fn info(&self) -> Result<Arc<Info>, NvmeError> {
-        self.info.read().clone().ok_or_else(|| NvmeError::Protocol {
-            device: self.name().to_owned(),
-            detail: "the controller was not identified yet".into(),
-        })
     }
 
     fn event(&self, event: ControllerEvent) {
@@ -247,26 +163,10 @@ impl Core {
         }
     }
 
-    /// Returns how long to wait before a command is sent again: Base section 3.3.3.2.1 (CRD),
-    /// otherwise not at all at first and then longer each time.
-    pub fn retry_delay(&self, status: Status, retries: u8) -> Duration {
-        if let n @ 1..=3 = status.crd()
-            && let Ok(info) = self.info()
-        {
-            let delay = info.identify.crdt[usize::from(n) - 1].get();
-            // CRDT counts tenths of a second. The wait for a retry is at most ten seconds.
-            return Duration::from_millis(u64::from(delay).min(100) * 100);
-        }
-        match retries {
-            0 => Duration::ZERO,
-            n => Duration::from_millis(1 << n.min(7)),
-        }
-    }
-
     /// Blocks while the controller is being reset. Then returns the state word, or the reason why
     /// the controller is not available.
     fn wait_live(&self) -> Result<u64, NvmeError> {
-        if !self.birth.is_here() {
+        if !self.link.birth.is_here() {
             return Err(self.gone(Cause::OtherProcess));
         }
         loop {
@@ -323,18 +223,18 @@ impl Controller {
 
     /// The device's name for logs and errors.
     pub fn name(&self) -> &str {
-        self.core.name()
+        self.core.link.name()
     }
 
     /// The kind of transport: `vfio`, `uio`, `vfio-user` or `soft`.
     pub fn transport_kind(&self) -> &'static str {
-        self.core.transport.kind()
+        self.core.link.transport.kind()
     }
 
     /// Whether an interrupt is a message from a controller in another process. Such a controller
     /// sends one for each completion, so a polling thread is faster without.
     pub fn interrupts_are_messages(&self) -> bool {
-        self.core.transport.interrupts_are_messages()
+        self.core.link.transport.interrupts_are_messages()
     }
 
     /// The controller's phase at this moment.
@@ -349,17 +249,17 @@ impl Controller {
 
     /// The capabilities register.
     pub fn capabilities(&self) -> Cap {
-        self.core.cap
+        self.core.link.cap
     }
 
     /// The version register.
     pub fn version(&self) -> Result<Vs, NvmeError> {
-        Ok(self.core.info()?.version)
+        Ok(self.core.link.info()?.version)
     }
 
     /// Most bytes of a single command's data (MDTS, and this driver's bound of 1 MiB).
     pub fn transfer_bytes(&self) -> Result<usize, NvmeError> {
-        Ok(self.core.info()?.transfer_bytes)
+        Ok(self.core.link.info()?.transfer_bytes)
     }
 
     /// Whether shadow doorbells are in use.
@@ -369,7 +269,7 @@ impl Controller {
 
     /// Whether data pointers are SGLs where these are shorter.
     pub fn uses_sgl(&self) -> bool {
-        self.core.info().is_ok_and(|i| i.sgl)
+        self.core.link.info().is_ok_and(|i| i.sgl)
     }
 
     /// Most I/O queue pairs.
@@ -403,7 +303,7 @@ impl Controller {
         command: Command,
         data: Option<DmaBuf>,
     ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
-        let Prepared { command, sent, own } = self.core.prepare(command, data)?;
+        let Prepared { command, sent, own } = passthrough::prepare(&self.core.link, command, data)?;
         let send = || {
             let word = self.core.wait_live()?;
             self.core.admin_once(Some(word), command, sent)
@@ -458,7 +358,7 @@ impl Controller {
     /// Fails when the controller does not report the end of its shutdown in time, so that its
     /// caches may not be on the medium. Every later call then fails too.
     pub fn shutdown(&self) -> Result<(), NvmeError> {
-        if !self.core.birth.is_here() {
+        if !self.core.link.birth.is_here() {
             return Err(self.core.gone(Cause::OtherProcess));
         }
         self.keeper.lock().stop(&self.core)
@@ -467,7 +367,7 @@ impl Controller {
 
 impl Drop for Controller {
     fn drop(&mut self) {
-        if !self.core.birth.is_here() {
+        if !self.core.link.birth.is_here() {
             return;
         }
         if let Err(error) = self.keeper.get_mut().stop(&self.core) {

@@ -1,6 +1,5 @@
 //! Making and deleting I/O queue pairs.
 
-use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -16,13 +15,13 @@ use crate::queue::{
     Bank, Bell, CompletionRing, Lists, Parts, PointerStyle, QueueMem, QueueOptions, QueuePair,
     QueueShared, Ringing, SubmissionRing, bank_in, freeze,
 };
-use crate::spec::{AdminOpcode, Command, FeatureId, Status, doorbell_offset};
+use crate::spec::{AdminOpcode, Command, FeatureId, Status};
 
 impl Core {
     /// Asks for I/O queues with Set Features 07h: Base section 5.27.1.5. A controller may grant
     /// more or fewer than it was asked for.
     pub(super) fn negotiate_queues(&self) -> Result<(), NvmeError> {
-        let want = u32::from(self.options.queues.max(1)) - 1;
+        let want = u32::from(self.link.options.queues.max(1)) - 1;
         let command =
             Command::set_feature(FeatureId::NUMBER_OF_QUEUES, 0, want | want << 16, false);
         let (done, _) = self.admin(command, None)?;
@@ -132,24 +131,6 @@ impl Core {
             self.give_controller_memory(*offset, usize::from(q.sq_entries) * 64);
         }
     }
-
-    /// Keeps an object until the device is certainly done with it.
-    pub(crate) fn keep_until_quiet(&self, what: Box<dyn Any + Send>) {
-        self.kept_until_quiet.lock().push(what);
-    }
-
-    /// Takes zeroed memory that the controller can access and that begins at one of its pages.
-    pub(super) fn queue_memory(&self, len: usize) -> Result<DmaShared, NvmeError> {
-        let len = len.next_multiple_of(1 << self.page_shift);
-        Ok(DmaShared::zeroed_in(self.transport.domain(), len)?)
-    }
-
-    fn address_of(&self, m: &DmaShared) -> Result<u64, NvmeError> {
-        self.table
-            .translate(m.region(), m.region_offset())
-            .map(|(address, _)| address)
-            .ok_or_else(|| self.protocol("queue memory is not mapped for the device"))
-    }
 }
 
 impl Controller {
@@ -160,8 +141,8 @@ impl Controller {
     pub fn queue_pair(self: &Arc<Self>, options: &QueueOptions) -> Result<QueuePair, NvmeError> {
         barrier::init();
         let core = &self.core;
-        let info = core.info()?;
-        let max = u32::from(core.cap.mqes_z()) + 1;
+        let info = core.link.info()?;
+        let max = u32::from(core.link.cap.mqes_z()) + 1;
         let depth = u32::from(options.depth.clamp(1, 4095)).min(max - 1);
         let sq_entries = u16::try_from(depth + 1).unwrap_or(2).max(2);
         let cq_wish = (2 * u32::from(sq_entries))
@@ -170,12 +151,15 @@ impl Controller {
         let cq_entries = u16::try_from(cq_wish).unwrap_or(2).max(2);
         let depth = sq_entries - 1;
 
-        let list_len = list_len(info.transfer_bytes, core.page_shift);
-        let cq_mem = [(); 2].map(|()| core.queue_memory(usize::from(cq_entries) * 16));
+        let list_len = list_len(info.transfer_bytes, core.link.page_shift);
+        let cq_mem = [(); 2].map(|()| core.link.queue_memory(usize::from(cq_entries) * 16));
         let [a, b] = cq_mem;
         let cq_mem = [Arc::new(a?), Arc::new(b?)];
         let lists_len = usize::from(depth) * list_len;
-        let lists = Arc::new(DmaShared::zeroed_in(core.transport.domain(), lists_len)?);
+        let lists = Arc::new(DmaShared::zeroed_in(
+            core.link.transport.domain(),
+            lists_len,
+        )?);
 
         let shared = self.reserve(options, sq_entries, cq_entries, cq_mem)?;
         match self.bring_to_life(&shared) {
@@ -184,7 +168,7 @@ impl Controller {
                 // It is not certain whether the device has a queue there.
                 shared.bank.lock().created = true;
                 if !core.retire_queue(&shared) {
-                    core.keep_until_quiet(Box::new(shared));
+                    core.link.keep_until_quiet(Box::new(shared));
                 }
                 Err(error)
             }
@@ -195,11 +179,11 @@ impl Controller {
     /// Returns the state word for which its rings are valid at the beginning.
     fn bring_to_life(&self, shared: &Arc<QueueShared>) -> Result<(u64, (Bell, Bell)), NvmeError> {
         let core = &self.core;
-        let bell = |completion, shadow| {
-            let offset = doorbell_offset(shared.qid, completion, core.cap.dstrd());
-            core.transport
-                .doorbell(offset)
-                .map(|b| Bell::new(b, shadow))
+        let bell = |completion, shadow| -> Result<Bell, NvmeError> {
+            Ok(Bell::new(
+                core.link.doorbell(shared.qid, completion)?,
+                shadow,
+            ))
         };
         loop {
             let word = core.wait_live()?;
@@ -238,7 +222,10 @@ impl Controller {
         cq_mem: [Arc<DmaShared>; 2],
     ) -> Result<Arc<QueueShared>, NvmeError> {
         let core = &self.core;
-        let cq_address = [core.address_of(&cq_mem[0])?, core.address_of(&cq_mem[1])?];
+        let cq_address = [
+            core.link.address_of(&cq_mem[0])?,
+            core.link.address_of(&cq_mem[1])?,
+        ];
         let sq_len = usize::from(sq_entries) * 64;
         let in_controller = if options.controller_memory {
             core.take_controller_memory(sq_len)
@@ -248,8 +235,8 @@ impl Controller {
         let (sq_mem, sq_address) = match in_controller {
             Some((map, offset, address)) => (QueueMem::Controller(map, offset), address),
             None => {
-                let mem = Arc::new(core.queue_memory(sq_len)?);
-                let address = core.address_of(&mem)?;
+                let mem = Arc::new(core.link.queue_memory(sq_len)?);
+                let address = core.link.address_of(&mem)?;
                 (QueueMem::Host(mem), address)
             }
         };
@@ -302,7 +289,7 @@ impl Controller {
     /// last ones.
     fn free_identifier(&self) -> Result<(MutexGuard<'_, Registry>, u16), NvmeError> {
         let core = &self.core;
-        let deadline = Instant::now() + core.options.admin_timeout;
+        let deadline = Instant::now() + core.link.options.admin_timeout;
         let mut was_reset = false;
         let mut registry = core.queues.lock();
         loop {
@@ -342,8 +329,10 @@ impl Controller {
             bank.current
         };
         let depth = shared.sq_entries - 1;
-        let lists = Lists::new(lists, &core.table, depth, list_len)
-            .map_err(|_| core.protocol("list memory is not mapped for the device"))?;
+        let lists = Lists::new(lists, &core.link.table, depth, list_len).map_err(|_| {
+            core.link
+                .protocol("list memory is not mapped for the device")
+        })?;
         // Entries that are consumed but not acknowledged are room that the controller lacks. There
         // are never so many that it cannot post a completion for every command in flight.
         let spare = shared.cq_entries - 1 - depth.min(shared.cq_entries - 1);
@@ -356,8 +345,8 @@ impl Controller {
             word,
             lists,
             style: PointerStyle {
-                page_len: 1 << core.page_shift,
-                sgl: core.info()?.sgl,
+                page_len: 1 << core.link.page_shift,
+                sgl: core.link.info()?.sgl,
             },
         };
         Ok(QueuePair::new(self, options, parts))

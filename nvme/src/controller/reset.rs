@@ -22,10 +22,11 @@ impl Core {
         let mut result = self.start().and_then(|()| self.create_all());
         if let Err(error) = &result
             && !error.is_removed()
-            && !self.transport.is_gone()
+            && !self.link.transport.is_gone()
         {
             tracing::warn!(device = self.name(), %error, "controller reset failed; resetting the function");
             result = self
+                .link
                 .transport
                 .reset()
                 .map_err(NvmeError::from)
@@ -42,7 +43,7 @@ impl Core {
                 self.arm_events();
                 self.wake_sleepers();
             }
-            Err(error) if error.is_removed() || self.transport.is_gone() => self.removed(),
+            Err(error) if error.is_removed() || self.link.transport.is_gone() => self.removed(),
             Err(error) => self.fail(&format!("{reason}; then: {error}")),
         }
     }
@@ -106,7 +107,7 @@ impl Core {
         if state::phase(word) == Phase::Live {
             self.freeze_queues(word);
         }
-        self.transport.detach();
+        self.link.transport.detach();
         self.set_state(state::word(state::generation(word) + 2, phase));
         self.quiet();
         self.wake_sleepers();
@@ -117,7 +118,7 @@ impl Core {
         let word = self.state.load(Ordering::Acquire);
         if state::phase(word) == Phase::Live {
             self.freeze_queues(word);
-            if let Err(error) = self.disable() {
+            if let Err(error) = self.link.disable() {
                 tracing::debug!(device = self.name(), %error, "disable before removal");
             }
         }

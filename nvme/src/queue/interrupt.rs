@@ -61,14 +61,14 @@ impl Interrupt {
         let Some(vector) = self.vector else {
             return;
         };
-        match core.transport.switch_interrupt(vector, on) {
+        match core.link.transport.switch_interrupt(vector, on) {
             Ok(true) => {
                 self.off = !on;
                 self.switches += 1;
             }
             Ok(false) => {}
             Err(error) => {
-                tracing::debug!(device = core.name(), vector, on, %error, "interrupt not switched");
+                tracing::debug!(device = core.link.name(), vector, on, %error, "interrupt not switched");
             }
         }
     }

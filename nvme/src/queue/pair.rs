@@ -45,7 +45,7 @@ impl QueuePair {
         let core = Arc::clone(&controller.core);
         let observer = Observer::new(options.histogram);
         QueuePair {
-            bounce: core.transport.domain().map(|_| Box::default()),
+            bounce: core.link.transport.domain().map(|_| Box::default()),
             commands: Commands::new(core, parts, options.max_retries, options.timeout, observer),
             spin: Spin::new(),
             spin_max: options.spin_max,
@@ -93,7 +93,7 @@ impl QueuePair {
     }
 
     fn is_here(&self) -> bool {
-        self.commands.core().birth.is_here()
+        self.commands.core().link.birth.is_here()
     }
 
     /// Accepts an I/O, which [`poll`](Self::poll) hands back with its tag. Never blocks. Does not
@@ -118,7 +118,7 @@ impl QueuePair {
             return Err(commands.not_now(ns, io));
         }
         let core = Arc::clone(commands.core());
-        let (Some(bounce), Some(domain)) = (&mut self.bounce, core.transport.domain()) else {
+        let (Some(bounce), Some(domain)) = (&mut self.bounce, core.link.transport.domain()) else {
             return commands.submit(ns, tag, io);
         };
         if let Op::Abort { tag: target } = &io {

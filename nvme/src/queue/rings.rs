@@ -8,14 +8,15 @@ use std::time::{Duration, Instant};
 use super::interrupt::Interrupt;
 use super::ring::{CompletionRing, SubmissionRing};
 use super::shared::QueueShared;
-use crate::controller::Core;
 use crate::controller::state::{self, Phase};
+use crate::controller::{Core, Link};
 use crate::spec::Completion;
 
 /// The rings.
 #[derive(Debug)]
 pub(super) struct Rings {
     pub core: Arc<Core>,
+    pub link: Arc<Link>,
     pub shared: Arc<QueueShared>,
     /// The controller's state word for which they are valid.
     seen: u64,
@@ -46,6 +47,7 @@ impl Rings {
         cq: CompletionRing,
     ) -> Rings {
         Rings {
+            link: Arc::clone(&core.link),
             core,
             seen: word,
             sq,

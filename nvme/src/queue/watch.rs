@@ -63,7 +63,7 @@ impl Watch {
                 entry.deadline_ms = now + (timeout / 2).max(1);
                 stats.timeouts += 1;
                 tracing::warn!(
-                    device = core.name(),
+                    device = core.link.name(),
                     command = %text,
                     timeout_ms = timeout,
                     "no completion in time; aborting"
