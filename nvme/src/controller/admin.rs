@@ -1,7 +1,6 @@
 //! The admin queue: commands from any thread, asynchronous events, aborts.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::{Core, Phase};
@@ -203,7 +202,7 @@ impl Core {
         data: Option<DmaBuf>,
     ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
         if !self.link.birth.is_here() {
-            return Err(self.gone(Cause::OtherProcess));
+            return Err(self.life.gone(Cause::OtherProcess));
         }
         let mut start = Instant::now();
         let formats = AdminOpcode(command.opcode) == AdminOpcode::FORMAT_NVM;
@@ -222,7 +221,7 @@ impl Core {
         let mut data = data;
         let slot = loop {
             let mut guard = self.admin.lock();
-            if word.is_some_and(|w| w != self.state.load(Ordering::Acquire)) {
+            if word.is_some_and(|w| w != self.life.word()) {
                 return Err(unfinished("the controller was reset"));
             }
             match self.admin_send(&mut guard, command, &mut data, SlotState::Pending)? {
@@ -260,9 +259,9 @@ impl Core {
                 SlotState::Lost => {
                     entry.state = SlotState::Free;
                     drop(guard);
-                    return Err(match self.phase() {
-                        Phase::Removed => self.gone(Cause::Removed),
-                        Phase::Failed => self.gone(Cause::ControllerFailed),
+                    return Err(match self.life.phase() {
+                        Phase::Removed => self.life.gone(Cause::Removed),
+                        Phase::Failed => self.life.gone(Cause::ControllerFailed),
                         _ => unfinished("the controller was reset"),
                     });
                 }
@@ -288,10 +287,10 @@ impl Core {
                 guard.slots[slot].state = SlotState::Abandoned;
                 drop(guard);
                 if gone {
-                    return Err(self.gone(Cause::Removed));
+                    return Err(self.life.gone(Cause::Removed));
                 }
                 let what = format!("no completion within {} ms", millis(timeout));
-                self.request_reset(&format!("{}: {what}", text(&command)));
+                self.requests.reset(&format!("{}: {what}", text(&command)));
                 return Err(unfinished(&what));
             }
             if waited > Duration::from_micros(50) {
@@ -314,9 +313,9 @@ impl Core {
         state: SlotState,
     ) -> Result<Option<usize>, NvmeError> {
         if queue.rings.is_none() {
-            return Err(match self.phase() {
-                Phase::Removed => self.gone(Cause::Removed),
-                Phase::Failed => self.gone(Cause::ControllerFailed),
+            return Err(match self.life.phase() {
+                Phase::Removed => self.life.gone(Cause::Removed),
+                Phase::Failed => self.life.gone(Cause::ControllerFailed),
                 _ => NvmeError::Unfinished {
                     device: self.name().to_owned(),
                     command: decode::admin_command(&command).to_string(),
@@ -393,7 +392,7 @@ impl Core {
                     )
             });
             if !known || completion.sq_id != 0 {
-                self.request_reset(&format!(
+                self.requests.reset(&format!(
                     "impossible completion on the admin queue: {}",
                     decode::completion(&completion)
                 ));
@@ -405,13 +404,13 @@ impl Core {
                 SlotState::Abort => {
                     entry.state = SlotState::Free;
                     // The keeper may send the next one.
-                    self.wake.signal();
+                    self.requests.wake();
                 }
                 SlotState::Event => {
                     entry.state = SlotState::Free;
                     if completion.status().is_success() {
                         queue.events.push(AsyncEvent(completion.dw0));
-                        self.wake.signal();
+                        self.requests.wake();
                     }
                 }
                 _ => {

@@ -435,7 +435,7 @@ impl Controller {
 
     /// Lists the namespaces again. Blocks for a few admin commands per namespace.
     pub fn rescan(&self) -> Result<(), NvmeError> {
-        self.core.wait_live()?;
+        self.core.life.wait_live()?;
         self.core.list_namespaces()
     }
 }

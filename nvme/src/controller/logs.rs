@@ -91,7 +91,7 @@ impl Core {
 impl Controller {
     /// Reads the SMART / health log of the controller.
     pub fn smart_log(&self) -> Result<SmartLog, NvmeError> {
-        self.core.wait_live()?;
+        self.core.life.wait_live()?;
         let page = self.core.log_page(LogPage::SMART, ALL, 512, true)?;
         SmartLog::read_from_bytes(&page).map_err(|_| self.core.link.protocol("SMART log length"))
     }
@@ -99,7 +99,7 @@ impl Controller {
     /// Reads the newest entries of the error log, at most `max` and at most as many as the
     /// controller keeps. Leaves out unused entries.
     pub fn error_log(&self, max: usize) -> Result<Vec<ErrorLogEntry>, NvmeError> {
-        self.core.wait_live()?;
+        self.core.life.wait_live()?;
         let kept = usize::from(self.core.link.info()?.identify.elpe_z) + 1;
         // At most as many as fit one command's data, whatever was asked for.
         let most = self.core.link.info()?.transfer_bytes / size_of::<ErrorLogEntry>();
@@ -114,7 +114,7 @@ impl Controller {
 
     /// Reads the firmware slots.
     pub fn firmware_slots(&self) -> Result<FirmwareSlotLog, NvmeError> {
-        self.core.wait_live()?;
+        self.core.life.wait_live()?;
         let page = self
             .core
             .log_page(LogPage::FIRMWARE_SLOTS, ALL, 512, true)?;
@@ -158,7 +158,7 @@ impl Controller {
                 .link
                 .unsupported("the controller has no volatile write cache"));
         }
-        self.core.wait_live()?;
+        self.core.life.wait_live()?;
         let set = Command::set_feature(FeatureId::VOLATILE_WRITE_CACHE, 0, u32::from(on), false);
         let now = match self.core.admin(set, None) {
             Ok(_) => self.feature(FeatureId::VOLATILE_WRITE_CACHE, 0),

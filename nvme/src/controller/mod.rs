@@ -1,24 +1,24 @@
 //! Controllers: bring-up, admin commands, namespaces, reset, removal.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::AtomicBool;
 
 use parking_lot::{Condvar, Mutex, RwLock};
-use pumice_io::sys::EventFd;
 
 use crate::dma::{DmaBuf, DmaShared};
 use crate::error::{Cause, NvmeError};
 use crate::namespace::Namespace;
 use crate::queue::QueueShared;
-use crate::spec::{AdminOpcode, AsyncEvent, Cap, Command, Completion, Vs};
+use crate::spec::{AdminOpcode, Cap, Command, Completion, Vs};
 use crate::transport::OpenTransport;
 
 mod admin;
 mod bringup;
+mod events;
 mod identify;
 mod info;
+mod interrupts;
 mod keeper;
 mod link;
 mod logs;
@@ -28,40 +28,31 @@ mod passthrough;
 mod queues;
 mod quirks;
 mod ready;
+mod requests;
 mod reset;
 pub(crate) mod state;
 
 use admin::AdminQueue;
-use keeper::{Keeper, Requests};
+pub use events::ControllerEvent;
+use events::EventLog;
+use interrupts::Interrupts;
+use keeper::Keeper;
 pub(crate) use link::Link;
 use memory::ControllerMemory;
 pub use options::{ControllerOptions, Weights};
 use passthrough::Prepared;
+use requests::Requests;
+pub(crate) use state::Lifecycle;
 pub use state::Phase;
-
-/// An event of a controller; see [`Controller::take_events`].
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub enum ControllerEvent {
-    /// The controller completed an asynchronous event request.
-    Async(AsyncEvent),
-    /// The controller was reset, for this reason.
-    Reset(String),
-    /// The namespaces were listed again.
-    NamespacesChanged,
-    /// The bus or transport reported an error.
-    TransportError(String),
-    /// The controller was removed.
-    Removed,
-    /// The controller could not be reset and has failed, for this reason.
-    Failed(String),
-}
 
 /// The part of a controller that its queue pairs and its keeper thread share.
 #[derive(Debug)]
 pub(crate) struct Core {
     pub link: Arc<Link>,
-    pub state: AtomicU64,
+    pub life: Arc<Lifecycle>,
+    pub requests: Arc<Requests>,
+    interrupts: Interrupts,
+    events: EventLog,
     admin: Mutex<AdminQueue>,
     admin_done: Condvar,
     namespaces: RwLock<BTreeMap<u32, Arc<Namespace>>>,
@@ -71,18 +62,11 @@ pub(crate) struct Core {
     /// Whether a namespace could not be identified, or the list not be read, so that the keeper
     /// lists them again.
     list_again: AtomicBool,
-    interrupts: RwLock<Vec<Arc<EventFd>>>,
     queues: Mutex<Registry>,
     /// Signals that a queue identifier became free; used with `queues`.
     queue_freed: Condvar,
     shadow: RwLock<Option<[Arc<DmaShared>; 2]>>,
     memory: Mutex<Option<ControllerMemory>>,
-    requests: Mutex<Requests>,
-    wake: EventFd,
-    changed: Condvar,
-    changed_lock: Mutex<()>,
-    events: Mutex<VecDeque<ControllerEvent>>,
-    failure: Mutex<Option<String>>,
 }
 
 /// Queue identifiers that are not free, each with its queue pair.
@@ -119,87 +103,20 @@ pub struct Controller {
     keeper: Mutex<Keeper>,
 }
 
-/// Most events kept for `take_events`. Older ones are dropped.
-const EVENTS_MAX: usize = 64;
-
 impl Core {
     pub fn name(&self) -> &str {
         self.link.transport.name()
     }
 
-    pub fn phase(&self) -> Phase {
-        state::phase(self.state.load(Ordering::Acquire))
-    }
-
-    fn event(&self, event: ControllerEvent) {
-        let mut events = self.events.lock();
-        if events.len() >= EVENTS_MAX {
-            events.pop_front();
-        }
-        events.push_back(event);
-    }
-
-    /// Returns the error that says why the controller can do nothing.
-    pub fn gone(&self, kind: Cause) -> NvmeError {
-        match kind {
-            Cause::Removed => NvmeError::Removed {
-                device: self.name().to_owned(),
-            },
-            Cause::OtherProcess => NvmeError::OtherProcess {
-                device: self.name().to_owned(),
-            },
+    /// Returns the error that says why a queue pair can do nothing.
+    pub fn gone(&self, cause: Cause) -> NvmeError {
+        match cause {
             Cause::NoQueue => NvmeError::NoQueues {
-                device: self.name().to_owned(),
+                device: self.link.name().to_owned(),
                 limit: self.queues.lock().limit,
             },
-            _ => NvmeError::Failed {
-                device: self.name().to_owned(),
-                reason: self
-                    .failure
-                    .lock()
-                    .clone()
-                    .unwrap_or_else(|| "no reason noted".into()),
-            },
+            _ => self.life.gone(cause),
         }
-    }
-
-    /// Blocks while the controller is being reset. Then returns the state word, or the reason why
-    /// the controller is not available.
-    fn wait_live(&self) -> Result<u64, NvmeError> {
-        if !self.link.birth.is_here() {
-            return Err(self.gone(Cause::OtherProcess));
-        }
-        loop {
-            let word = self.state.load(Ordering::Acquire);
-            match state::phase(word) {
-                Phase::Live => return Ok(word),
-                Phase::Failed => return Err(self.gone(Cause::ControllerFailed)),
-                Phase::Removed => return Err(self.gone(Cause::Removed)),
-                Phase::Resetting => {
-                    let mut guard = self.changed_lock.lock();
-                    if self.state.load(Ordering::Acquire) == word {
-                        self.changed
-                            .wait_for(&mut guard, Duration::from_millis(100));
-                    }
-                }
-            }
-        }
-    }
-
-    /// Sleeps until the state word differs from `word`, or the time is over.
-    pub(crate) fn wait_changed(&self, word: u64, timeout: Duration) {
-        let mut guard = self.changed_lock.lock();
-        if self.state.load(Ordering::Acquire) == word {
-            self.changed.wait_for(&mut guard, timeout);
-        }
-    }
-
-    fn set_state(&self, word: u64) {
-        {
-            let _guard = self.changed_lock.lock();
-            self.state.store(word, Ordering::SeqCst);
-        }
-        self.changed.notify_all();
     }
 }
 
@@ -239,12 +156,12 @@ impl Controller {
 
     /// The controller's phase at this moment.
     pub fn phase(&self) -> Phase {
-        self.core.phase()
+        self.core.life.phase()
     }
 
     /// Number of resets.
     pub fn generation(&self) -> u64 {
-        state::generation(self.core.state.load(Ordering::Acquire))
+        state::generation(self.core.life.word())
     }
 
     /// The capabilities register.
@@ -279,12 +196,12 @@ impl Controller {
 
     /// Number of interrupt vectors in use, including the admin queue's.
     pub fn interrupt_count(&self) -> usize {
-        self.core.interrupts.read().len()
+        self.core.interrupts.count()
     }
 
     /// Returns the events since the last call, oldest first. At most 64 are kept.
     pub fn take_events(&self) -> Vec<ControllerEvent> {
-        self.core.events.lock().drain(..).collect()
+        self.core.events.take()
     }
 
     /// Runs an admin command of the caller, with data to or from the device. Blocks. This function
@@ -305,7 +222,7 @@ impl Controller {
     ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
         let Prepared { command, sent, own } = passthrough::prepare(&self.core.link, command, data)?;
         let send = || {
-            let word = self.core.wait_live()?;
+            let word = self.core.life.wait_live()?;
             self.core.admin_once(Some(word), command, sent)
         };
         let (completion, data) = match AdminOpcode(command.opcode) {
@@ -323,30 +240,7 @@ impl Controller {
     /// Resets the controller. I/O in flight ends once: with its own status, with that of another
     /// attempt, or as aborted when its retries are used up. Blocks until the reset has ended.
     pub fn reset(&self) -> Result<(), NvmeError> {
-        let before = self.core.wait_live()?;
-        self.core.request_reset("asked for");
-        let start = Instant::now();
-        loop {
-            let word = self.core.wait_live()?;
-            if word != before {
-                return Ok(());
-            }
-            if start.elapsed() > Duration::from_secs(60) {
-                return Err(NvmeError::NotReady {
-                    device: self.name().to_owned(),
-                    what: "reset",
-                    timeout_ms: 60_000,
-                    limit: "the longest wait for a reset".into(),
-                    csts: 0,
-                });
-            }
-            let mut guard = self.core.changed_lock.lock();
-            if self.core.state.load(Ordering::Acquire) == before {
-                self.core
-                    .changed
-                    .wait_for(&mut guard, Duration::from_millis(20));
-            }
-        }
+        self.core.requests.reset_and_wait()
     }
 
     /// Shuts the controller down (CC.SHN), so that its caches are safe, and releases the device.
@@ -359,7 +253,7 @@ impl Controller {
     /// caches may not be on the medium. Every later call then fails too.
     pub fn shutdown(&self) -> Result<(), NvmeError> {
         if !self.core.link.birth.is_here() {
-            return Err(self.core.gone(Cause::OtherProcess));
+            return Err(self.core.life.gone(Cause::OtherProcess));
         }
         self.keeper.lock().stop(&self.core)
     }

@@ -1,7 +1,6 @@
 //! Making and deleting I/O queue pairs.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use parking_lot::{Mutex, MutexGuard};
@@ -58,7 +57,7 @@ impl Core {
         let done = self.delete_queues(q);
         if done {
             // Another queue pair may get the identifier, and its commands the same numbers.
-            self.forget_aborts_of(q.qid);
+            self.requests.forget_aborts_of(q.qid);
             self.give_queue_memory(q);
             self.queues.lock().queues.remove(&q.qid);
         } else {
@@ -77,7 +76,7 @@ impl Core {
     /// Deletes the queues. Returns whether the device now has no queues of this number.
     fn delete_queues(&self, q: &QueueShared) -> bool {
         loop {
-            let Ok(word) = self.wait_live() else {
+            let Ok(word) = self.life.wait_live() else {
                 // After a failure or removal the controller is detached, so the device is quiet.
                 return true;
             };
@@ -100,8 +99,8 @@ impl Core {
             match deleted {
                 Ok(()) => return true,
                 // A reset in between has deleted all queues.
-                Err(_) if self.state.load(Ordering::Acquire) != word => {
-                    if self.wait_live().is_ok() {
+                Err(_) if self.life.word() != word => {
+                    if self.life.wait_live().is_ok() {
                         return true;
                     }
                 }
@@ -186,7 +185,7 @@ impl Controller {
             ))
         };
         loop {
-            let word = core.wait_live()?;
+            let word = core.life.wait_live()?;
             let bank = *shared.bank.lock();
             let (sq_shadow, cq_shadow) = core.shadows(shared.qid);
             if !bank.created {
@@ -203,7 +202,7 @@ impl Controller {
                 core.create_queues(Some(word), shared, bank.current)
             };
             // The lock is held, so that a reset that begins now decides after this.
-            if let Some(mut now) = bank_in(&shared.bank, &core.state, word) {
+            if let Some(mut now) = bank_in(&shared.bank, &core.life.state, word) {
                 made?;
                 now.created = true;
                 return Ok((word, bells));
@@ -249,12 +248,7 @@ impl Controller {
                 return Err(error);
             }
         };
-        let vectors = core.interrupts.read();
-        let interrupt = vectors
-            .get(usize::from(qid))
-            .filter(|_| options.interrupt)
-            .cloned();
-        drop(vectors);
+        let interrupt = core.interrupts.of(qid).filter(|_| options.interrupt);
         if let Some(interrupt) = &interrupt {
             interrupt.arm(false);
         }
@@ -371,6 +365,6 @@ impl Core {
             let all = registry.queues.values();
             all.map(|entry| Arc::clone(&entry.shared)).collect()
         };
-        freeze(|| self.set_state(resetting), queues, |q| &q.ringing);
+        freeze(|| self.life.set(resetting), queues, |q| &q.ringing);
     }
 }

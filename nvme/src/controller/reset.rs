@@ -1,7 +1,5 @@
 //! Reset with I/O in flight, failure and removal of a controller.
 
-use std::sync::atomic::Ordering;
-
 use super::state::{self, Phase};
 use super::{ControllerEvent, Core, QueueUse, Registered};
 use crate::error::NvmeError;
@@ -13,7 +11,7 @@ impl Core {
     /// enables it and creates its queues again, each on its second completion memory. Owners see
     /// the new state word and settle their commands, see `queue::commands`.
     pub(crate) fn reset(&self, word: u64, reason: &str) {
-        if !state::is_due(self.state.load(Ordering::Acquire), word) {
+        if !state::is_due(self.life.word(), word) {
             return;
         }
         tracing::warn!(device = self.name(), reason, "resetting the controller");
@@ -31,31 +29,21 @@ impl Core {
                 .reset()
                 .map_err(NvmeError::from)
                 .and_then(|()| {
-                    self.reenable_interrupts()?;
+                    self.interrupts.enable_again()?;
                     self.start()
                 })
                 .and_then(|()| self.create_all());
         }
         match result {
             Ok(()) => {
-                self.event(ControllerEvent::Reset(reason.to_owned()));
-                self.set_state(state::word(generation, Phase::Live));
+                self.events.push(ControllerEvent::Reset(reason.to_owned()));
+                self.life.set(state::word(generation, Phase::Live));
                 self.arm_events();
-                self.wake_sleepers();
+                self.interrupts.wake_sleepers();
             }
             Err(error) if error.is_removed() || self.link.transport.is_gone() => self.removed(),
             Err(error) => self.fail(&format!("{reason}; then: {error}")),
         }
-    }
-
-    fn reenable_interrupts(&self) -> Result<(), NvmeError> {
-        let want = self.interrupts.read().len();
-        if want > 0 {
-            let want = u16::try_from(want).unwrap_or(u16::MAX);
-            // A queue pair whose interrupt vector is missing now wakes from time to time and looks.
-            self.some_interrupts(want)?;
-        }
-        Ok(())
     }
 
     fn create_all(&self) -> Result<(), NvmeError> {
@@ -87,20 +75,20 @@ impl Core {
     /// Marks the controller as failed: DMA is off, then everybody is told.
     pub(super) fn fail(&self, reason: &str) {
         tracing::error!(device = self.name(), reason, "the controller failed");
-        *self.failure.lock() = Some(reason.to_owned());
-        self.event(ControllerEvent::Failed(reason.to_owned()));
+        self.life.set_failure(reason);
+        self.events.push(ControllerEvent::Failed(reason.to_owned()));
         self.end(Phase::Failed);
     }
 
     /// Marks the controller as removed.
     pub(super) fn removed(&self) {
         tracing::warn!(device = self.name(), "the controller was removed");
-        self.event(ControllerEvent::Removed);
+        self.events.push(ControllerEvent::Removed);
         self.end(Phase::Removed);
     }
 
     fn end(&self, phase: Phase) {
-        let word = self.state.load(Ordering::Acquire);
+        let word = self.life.word();
         if !matches!(state::phase(word), Phase::Live | Phase::Resetting) {
             return;
         }
@@ -108,14 +96,15 @@ impl Core {
             self.freeze_queues(word);
         }
         self.link.transport.detach();
-        self.set_state(state::word(state::generation(word) + 2, phase));
+        self.life
+            .set(state::word(state::generation(word) + 2, phase));
         self.quiet();
-        self.wake_sleepers();
+        self.interrupts.wake_sleepers();
     }
 
     /// Gives the device back on request: disables it if it still responds, then releases it.
     pub(super) fn release(&self) {
-        let word = self.state.load(Ordering::Acquire);
+        let word = self.life.word();
         if state::phase(word) == Phase::Live {
             self.freeze_queues(word);
             if let Err(error) = self.link.disable() {
@@ -123,12 +112,5 @@ impl Core {
             }
         }
         self.removed();
-    }
-
-    /// Wakes every queue pair that sleeps on an interrupt.
-    pub(super) fn wake_sleepers(&self) {
-        for interrupt in self.interrupts.read().iter() {
-            interrupt.signal();
-        }
     }
 }

@@ -328,7 +328,7 @@ impl Commands {
     /// anything in flight, so its queues are deleted by a reset.
     #[cold]
     fn impossible(&mut self, c: Completion) {
-        self.rings.core.request_reset(&format!(
+        self.rings.core.requests.reset(&format!(
             "impossible completion on queue {}: {}",
             self.rings.shared.qid,
             decode::completion(&c)
@@ -425,9 +425,8 @@ impl Commands {
                 SlotState::Free => continue,
                 SlotState::InFlight | SlotState::Overdue => {
                     entry.retries = NO_RETRY;
-                    self.rings
-                        .core
-                        .request_abort(self.rings.shared.qid, entry.cid());
+                    let Rings { core, shared, .. } = &self.rings;
+                    core.requests.abort(shared.qid, entry.cid());
                 }
                 SlotState::Retrying => {
                     self.retries.forget(slot);
@@ -457,7 +456,7 @@ impl Commands {
             && self.backlog.is_empty()
             && self.dead.is_none();
         if waits {
-            self.core().wait_changed(word, timeout);
+            self.core().life.wait_changed(word, timeout);
         }
         waits
     }
@@ -516,7 +515,7 @@ impl Commands {
     /// because its next reset decides about the queues. Returns whether it can take commands.
     fn rejoin(&mut self, word: u64) -> bool {
         let (core, shared) = (Arc::clone(self.core()), Arc::clone(self.shared()));
-        let Some(mut bank) = bank_in(&shared.bank, &core.state, word) else {
+        let Some(mut bank) = bank_in(&shared.bank, &core.life.state, word) else {
             return false;
         };
         self.drain();

@@ -187,7 +187,7 @@ impl QueuePair {
     /// Fails when the controller is gone and everything has been handed back.
     pub fn wait(&mut self, timeout: Duration) -> Result<(), NvmeError> {
         if !self.is_here() {
-            return Err(self.commands.core().gone(Cause::OtherProcess));
+            return Err(self.commands.core().life.gone(Cause::OtherProcess));
         }
         if self.commands.wait_for_reset(timeout.min(SLICE_MAX)) || self.commands.ready() {
             return Ok(());

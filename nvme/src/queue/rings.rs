@@ -2,14 +2,13 @@
 //! for which they are valid.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::interrupt::Interrupt;
 use super::ring::{CompletionRing, SubmissionRing};
 use super::shared::QueueShared;
 use crate::controller::state::{self, Phase};
-use crate::controller::{Core, Link};
+use crate::controller::{Core, Lifecycle, Link};
 use crate::spec::Completion;
 
 /// The rings.
@@ -17,6 +16,7 @@ use crate::spec::Completion;
 pub(super) struct Rings {
     pub core: Arc<Core>,
     pub link: Arc<Link>,
+    life: Arc<Lifecycle>,
     pub shared: Arc<QueueShared>,
     /// The controller's state word for which they are valid.
     seen: u64,
@@ -48,6 +48,7 @@ impl Rings {
     ) -> Rings {
         Rings {
             link: Arc::clone(&core.link),
+            life: Arc::clone(&core.life),
             core,
             seen: word,
             sq,
@@ -74,7 +75,7 @@ impl Rings {
     /// Returns the controller's state word.
     #[inline]
     pub fn state(&self) -> u64 {
-        self.core.state.load(Ordering::Acquire)
+        self.life.word()
     }
 
     /// Whether the rings are valid in the controller's state.
@@ -133,13 +134,13 @@ impl Rings {
     fn ring(&mut self) {
         let Self {
             shared,
-            core,
+            life,
             cq,
             sq,
             seen,
             ..
         } = self;
-        shared.ringing.while_in(&core.state, *seen, || {
+        shared.ringing.while_in(&life.state, *seen, || {
             // Make room for completions before there are more commands to complete.
             if cq.wants_ack() {
                 cq.ack();
@@ -156,13 +157,13 @@ impl Rings {
         }
         let Self {
             shared,
-            core,
+            life,
             cq,
             seen,
             ..
         } = self;
         if cq.has_unacked() {
-            shared.ringing.while_in(&core.state, *seen, || cq.ack());
+            shared.ringing.while_in(&life.state, *seen, || cq.ack());
         }
     }
 

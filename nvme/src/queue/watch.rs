@@ -68,10 +68,11 @@ impl Watch {
                     timeout_ms = timeout,
                     "no completion in time; aborting"
                 );
-                core.request_abort(queue.qid, entry.cid());
+                core.requests.abort(queue.qid, entry.cid());
             } else {
                 entry.deadline_ms = now + timeout;
-                core.request_reset(&format!("{text}: neither completed nor aborted in time"));
+                core.requests
+                    .reset(&format!("{text}: neither completed nor aborted in time"));
             }
         }
     }
