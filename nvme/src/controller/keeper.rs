@@ -3,139 +3,138 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use pumice_io::sys::wait_readable;
 
+use super::core::Core;
+use super::events::ControllerEvent;
+use super::namespaces::ALL;
 use super::state::Phase;
-use super::{ControllerEvent, Core};
 use crate::error::NvmeError;
 use crate::spec::{AsyncEvent, AsyncEventType, Csts, LogPage, Reg};
 use crate::transport::{TransportError, TransportEvent};
 
 /// Time between two looks at the status register.
 const TICK: Duration = Duration::from_secs(1);
-impl Core {
-    fn keep(&self) {
-        loop {
-            let (stop, reset) = self.requests.take();
-            if stop {
-                return;
-            }
-            if let Some((word, reason)) = reset {
-                self.reset(word, &reason);
-            }
-            while let Some(event) = self.link.transport.take_event() {
-                self.transport_event(event);
-            }
-            if self.life.phase() == Phase::Live {
-                self.requests
-                    .send_aborts(|sqid, cid| self.send_abort(sqid, cid));
-                self.async_events();
-                self.look_at_status();
-                self.list_what_was_missed();
-            }
-            self.rest();
-        }
-    }
 
-    fn rest(&self) {
-        let admin_interrupt = self.interrupts.of(0);
-        let mut fds: Vec<BorrowedFd<'_>> = vec![self.requests.wake_fd()];
-        let live = self.life.phase() == Phase::Live;
-        if live {
-            fds.extend(admin_interrupt.as_ref().map(|i| i.as_fd()));
-            fds.extend(self.link.transport.events());
-        }
-        if let Err(error) = wait_readable(&fds, Some(TICK)) {
-            tracing::warn!(device = self.name(), %error, "ppoll");
-            std::thread::sleep(TICK);
-        }
-        if let Some(interrupt) = &admin_interrupt {
-            interrupt.drain();
-        }
-    }
-
-    fn transport_event(&self, event: TransportEvent) {
-        match event {
-            TransportEvent::RemovalRequested => self.release(),
-            TransportEvent::Removed => self.removed(),
-            TransportEvent::Error(text) => {
-                tracing::warn!(device = self.name(), error = text, "transport error");
-                self.events
-                    .push(ControllerEvent::TransportError(text.clone()));
-                self.requests.reset(&format!("transport error: {text}"));
-            }
-        }
-    }
-
-    fn look_at_status(&self) {
-        let word = self.life.word();
-        match self.link.transport.read32(Reg::CSTS) {
-            _ if self.link.transport.is_gone() => self.removed(),
-            Ok(u32::MAX) => self.removed(),
-            Ok(raw) if Csts::from(raw).cfs() => {
-                self.reset(word, &format!("fatal controller status (CSTS {raw:#x})"));
-            }
-            Ok(_) => {}
-            Err(error) => {
-                tracing::warn!(device = self.name(), %error, "status register not readable");
-            }
-        }
-    }
-
-    /// Lists the namespaces again: one that could not be identified may be ready by now.
-    fn list_what_was_missed(&self) {
-        if !self.list_again.load(Ordering::Relaxed) || self.life.phase() != Phase::Live {
+/// Watches the controller until it is told to stop.
+fn keep(core: &Core) {
+    loop {
+        let (stop, reset) = core.requests.take();
+        if stop {
             return;
         }
-        match self.list_namespaces() {
-            Ok(()) => self.events.push(ControllerEvent::NamespacesChanged),
+        if let Some((word, reason)) = reset {
+            core.reset(word, &reason);
+        }
+        while let Some(event) = core.link.transport.take_event() {
+            transport_event(core, event);
+        }
+        if core.life.phase() == Phase::Live {
+            core.requests
+                .send_aborts(|sqid, cid| core.admin.abort(sqid, cid));
+            async_events(core);
+            look_at_status(core);
+            list_what_was_missed(core);
+        }
+        rest(core);
+    }
+}
+
+fn rest(core: &Core) {
+    let admin_interrupt = core.interrupts.of(0);
+    let mut fds: Vec<BorrowedFd<'_>> = vec![core.requests.wake_fd()];
+    let live = core.life.phase() == Phase::Live;
+    if live {
+        fds.extend(admin_interrupt.as_ref().map(|i| i.as_fd()));
+        fds.extend(core.link.transport.events());
+    }
+    if let Err(error) = wait_readable(&fds, Some(TICK)) {
+        tracing::warn!(device = core.link.name(), %error, "ppoll");
+        std::thread::sleep(TICK);
+    }
+    if let Some(interrupt) = &admin_interrupt {
+        interrupt.drain();
+    }
+}
+
+fn transport_event(core: &Core, event: TransportEvent) {
+    match event {
+        TransportEvent::RemovalRequested => core.release(),
+        TransportEvent::Removed => core.removed(),
+        TransportEvent::Error(text) => {
+            tracing::warn!(device = core.link.name(), error = text, "transport error");
+            core.events
+                .push(ControllerEvent::TransportError(text.clone()));
+            core.requests.reset(&format!("transport error: {text}"));
+        }
+    }
+}
+
+fn look_at_status(core: &Core) {
+    let word = core.life.word();
+    match core.link.transport.read32(Reg::CSTS) {
+        _ if core.link.transport.is_gone() => core.removed(),
+        Ok(u32::MAX) => core.removed(),
+        Ok(raw) if Csts::from(raw).cfs() => {
+            core.reset(word, &format!("fatal controller status (CSTS {raw:#x})"));
+        }
+        Ok(_) => {}
+        Err(error) => {
+            tracing::warn!(device = core.link.name(), %error, "status register not readable");
+        }
+    }
+}
+
+/// Lists the namespaces again: one that could not be identified may be ready by now.
+fn list_what_was_missed(core: &Core) {
+    if !core.namespaces.are_incomplete() || core.life.phase() != Phase::Live {
+        return;
+    }
+    match core.namespaces.list() {
+        Ok(()) => core.events.push(ControllerEvent::NamespacesChanged),
+        Err(error) => {
+            tracing::warn!(device = core.link.name(), %error, "namespaces not listed; trying again");
+        }
+    }
+}
+
+fn async_events(core: &Core) {
+    let events = core.admin.take_events();
+    if events.is_empty() {
+        return;
+    }
+    for event in events {
+        async_event(core, event);
+    }
+    core.admin.arm_events();
+}
+
+fn async_event(core: &Core, event: AsyncEvent) {
+    tracing::warn!(device = core.link.name(), %event, "asynchronous event");
+    core.events.push(ControllerEvent::Async(event));
+    // The controller reports the next event when the page that this one names has been read.
+    let len = match LogPage(event.log_page()) {
+        LogPage::ERROR => 64,
+        LogPage::SMART | LogPage::FIRMWARE_SLOTS => 512,
+        LogPage::CHANGED_NAMESPACES => 4096,
+        _ => 0,
+    };
+    if len > 0
+        && let Err(error) = core
+            .admin
+            .log_page(LogPage(event.log_page()), ALL, len, false)
+    {
+        tracing::warn!(device = core.link.name(), %error, "log page of the event not read");
+    }
+    if event.kind() == AsyncEventType::NOTICE && event.info() == 0 {
+        match core.namespaces.list() {
+            Ok(()) => core.events.push(ControllerEvent::NamespacesChanged),
             Err(error) => {
-                tracing::warn!(device = self.name(), %error, "namespaces not listed; trying again");
-            }
-        }
-    }
-
-    fn async_events(&self) {
-        let events = {
-            let mut queue = self.admin.lock();
-            self.admin_reap(&mut queue);
-            std::mem::take(&mut queue.events)
-        };
-        if events.is_empty() {
-            return;
-        }
-        for event in events {
-            self.async_event(event);
-        }
-        self.arm_events();
-    }
-
-    fn async_event(&self, event: AsyncEvent) {
-        tracing::warn!(device = self.name(), %event, "asynchronous event");
-        self.events.push(ControllerEvent::Async(event));
-        // The controller reports the next event when the page that this one names has been read.
-        let len = match LogPage(event.log_page()) {
-            LogPage::ERROR => 64,
-            LogPage::SMART | LogPage::FIRMWARE_SLOTS => 512,
-            LogPage::CHANGED_NAMESPACES => 4096,
-            _ => 0,
-        };
-        if len > 0
-            && let Err(error) = self.log_page(LogPage(event.log_page()), u32::MAX, len, false)
-        {
-            tracing::warn!(device = self.name(), %error, "log page of the event not read");
-        }
-        if event.kind() == AsyncEventType::NOTICE && event.info() == 0 {
-            match self.list_namespaces() {
-                Ok(()) => self.events.push(ControllerEvent::NamespacesChanged),
-                Err(error) => {
-                    tracing::warn!(device = self.name(), %error, "namespaces not listed");
-                }
+                tracing::warn!(device = core.link.name(), %error, "namespaces not listed");
             }
         }
     }
@@ -154,7 +153,7 @@ pub(super) fn prepare(device: &str) -> Result<KeeperThread, NvmeError> {
     let keep = move || {
         // There is none if the controller could not be brought up.
         if let Ok(core) = given.recv() {
-            core.keep();
+            keep(&core);
         }
     };
     let name = format!("nvme {device}").chars().take(15).collect();

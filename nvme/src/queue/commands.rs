@@ -588,7 +588,7 @@ impl Drop for Commands {
             return;
         }
         self.rings.interrupt_on();
-        if self.core().retire_queue(&shared) {
+        if self.core().queues.retire(&shared) {
             return;
         }
         let ios = std::mem::replace(&mut self.outgoing.slots, Slots::new(0, 0)).into_ios();

@@ -12,7 +12,6 @@ use super::bounce::Bounce;
 use super::commands::Commands;
 use super::observer::Observer;
 use super::options::QueueOptions;
-use super::parts::Parts;
 use super::ring::QueueMem;
 use super::spin::Spin;
 use super::stats::QueueStats;
@@ -36,24 +35,27 @@ pub struct QueuePair {
     not_sync: PhantomData<Cell<()>>,
 }
 
-impl QueuePair {
-    pub(crate) fn new(
-        controller: &Arc<Controller>,
-        options: &QueueOptions,
-        parts: Parts,
-    ) -> QueuePair {
-        let core = Arc::clone(&controller.core);
+impl Controller {
+    /// Makes an I/O queue pair. Blocks for the admin commands.
+    ///
+    /// # Errors
+    /// Fails with [`NvmeError::NoQueues`] when the controller has no more queues.
+    pub fn queue_pair(self: &Arc<Self>, options: &QueueOptions) -> Result<QueuePair, NvmeError> {
+        let core = Arc::clone(&self.core);
+        let parts = core.queues.pair(options)?;
         let observer = Observer::new(options.histogram);
-        QueuePair {
+        Ok(QueuePair {
             bounce: core.link.transport.domain().map(|_| Box::default()),
             commands: Commands::new(core, parts, options.max_retries, options.timeout, observer),
             spin: Spin::new(),
             spin_max: options.spin_max,
-            controller: Arc::clone(controller),
+            controller: Arc::clone(self),
             not_sync: PhantomData,
-        }
+        })
     }
+}
 
+impl QueuePair {
     /// Returns the queue identifier, from 1.
     pub fn qid(&self) -> u16 {
         self.commands.shared().qid

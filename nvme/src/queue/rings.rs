@@ -169,7 +169,7 @@ impl Rings {
 
     /// Starts again on the memory of this number, in the controller's state `word`.
     pub fn restart(&mut self, word: u64, memory: usize) {
-        let (sq_shadow, cq_shadow) = self.core.shadows(self.shared.qid);
+        let (sq_shadow, cq_shadow) = self.core.queues.shadow.of(self.shared.qid);
         self.sq.restart(sq_shadow);
         let memory = Arc::clone(&self.shared.cq_mem[memory]);
         self.cq.restart(memory, cq_shadow);
