@@ -179,13 +179,13 @@ impl Rings {
 
     /// Switches the interrupt on, for a sleep and for the vector's next user.
     pub fn interrupt_on(&mut self) {
-        self.interrupt.on(&self.core);
+        self.interrupt.on(&self.link);
     }
 
     /// Switches the interrupt off when the thread polls.
     pub fn interrupt_off_while_polling(&mut self) {
         self.interrupt
-            .off_while_polling(&self.core, self.completions);
+            .off_while_polling(&self.link, self.completions);
     }
 
     /// Sleeps for at most `slice`, until the queue's interrupt (or in short naps, where there is
