@@ -1,17 +1,20 @@
 //! The admin queue: commands from any thread, asynchronous events, aborts.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::{Core, Phase};
+use parking_lot::{Condvar, Mutex};
+
+use super::link::Link;
+use super::requests::Requests;
+use super::state::{Lifecycle, Phase};
 use crate::dma::{DmaBuf, DmaDomain, DmaShared};
 use crate::error::{Cause, NvmeError, millis};
-use crate::queue::{CompletionRing, ListArea, SubmissionRing, admin_prp};
-use crate::spec::{AdminOpcode, AsyncEvent, Command, Completion, decode};
+use crate::queue::{Bell, CompletionRing, ListArea, QueueMem, SubmissionRing, admin_prp};
+use crate::spec::{AdminOpcode, AsyncEvent, Cns, Command, Completion, LogPage, Reg, decode};
 
 /// Number of entries of both admin queues.
-pub(super) const ADMIN_ENTRIES: u16 = 32;
+const ADMIN_ENTRIES: u16 = 32;
 /// Number of asynchronous event requests to keep outstanding.
 const EVENTS: usize = 4;
 const LIST_LEN: usize = 4096;
@@ -44,20 +47,19 @@ struct Slot {
     data: Option<DmaBuf>,
 }
 
-/// The admin queue pair. The controller's lock protects it.
 #[derive(Debug)]
-pub(super) struct AdminQueue {
+struct AdminQueue {
     rings: Option<(SubmissionRing, CompletionRing)>,
-    pub sq_mem: Arc<DmaShared>,
-    pub cq_mem: Arc<DmaShared>,
+    sq_mem: Arc<DmaShared>,
+    cq_mem: Arc<DmaShared>,
     lists: DmaShared,
     slots: Vec<Slot>,
     /// Received events, for the keeper.
-    pub events: Vec<AsyncEvent>,
+    events: Vec<AsyncEvent>,
 }
 
 impl AdminQueue {
-    pub fn new(domain: Option<&DmaDomain>, page_shift: u32) -> Result<AdminQueue, NvmeError> {
+    fn new(domain: Option<&DmaDomain>, page_shift: u32) -> Result<AdminQueue, NvmeError> {
         let entries = usize::from(ADMIN_ENTRIES);
         let queue = |len: usize| {
             let pages = len.next_multiple_of(1 << page_shift);
@@ -82,14 +84,9 @@ impl AdminQueue {
         })
     }
 
-    /// Starts again with new rings. The controller is disabled.
-    pub fn restart(&mut self, rings: (SubmissionRing, CompletionRing)) {
-        self.rings = Some(rings);
-    }
-
     /// Ends everything outstanding and tells those who wait. The device is quiet. What has
     /// completed stays with its data, until the caller takes it.
-    pub fn lose_all(&mut self) {
+    fn lose_all(&mut self) {
         for slot in &mut self.slots {
             slot.state = match slot.state {
                 SlotState::Done(_) => continue,
@@ -105,24 +102,73 @@ impl AdminQueue {
 /// Number of identifier bits that hold the slot number. The others are a sequence number.
 const SLOT_BITS: u32 = 5;
 
-impl Core {
+/// The admin queues: commands from any thread, and those of the driver for which nobody waits.
+#[derive(Debug)]
+pub(crate) struct Admin {
+    pub link: Arc<Link>,
+    life: Arc<Lifecycle>,
+    requests: Arc<Requests>,
+    queue: Mutex<AdminQueue>,
+    /// Notified when a command has completed or a slot is free; used with `queue`.
+    done: Condvar,
+}
+
+impl Admin {
+    pub fn new(
+        link: &Arc<Link>,
+        life: &Arc<Lifecycle>,
+        requests: &Arc<Requests>,
+    ) -> Result<Admin, NvmeError> {
+        Ok(Admin {
+            queue: Mutex::new(AdminQueue::new(link.transport.domain(), link.page_shift)?),
+            done: Condvar::new(),
+            link: Arc::clone(link),
+            life: Arc::clone(life),
+            requests: Arc::clone(requests),
+        })
+    }
+
+    /// Tells the disabled controller where the admin queues are, and starts them again.
+    pub fn start(&self) -> Result<(), NvmeError> {
+        let mut admin = self.queue.lock();
+        admin.sq_mem.clear();
+        admin.cq_mem.clear();
+        let (asq, acq) = (
+            self.link.address_of(&admin.sq_mem)?,
+            self.link.address_of(&admin.cq_mem)?,
+        );
+        let entries_z = u32::from(ADMIN_ENTRIES) - 1;
+        let transport = &self.link.transport;
+        transport.write32(Reg::AQA, entries_z | entries_z << 16)?;
+        transport.write64(Reg::ASQ, asq)?;
+        transport.write64(Reg::ACQ, acq)?;
+        let bell = |completion| -> Result<Bell, NvmeError> {
+            Ok(Bell::new(self.link.doorbell(0, completion)?, None))
+        };
+        let sq_mem = QueueMem::Host(Arc::clone(&admin.sq_mem));
+        let sq = SubmissionRing::new(sq_mem, ADMIN_ENTRIES, bell(false)?);
+        let cq = CompletionRing::new(Arc::clone(&admin.cq_mem), ADMIN_ENTRIES, 1, bell(true)?);
+        admin.rings = Some((sq, cq));
+        Ok(())
+    }
+
     /// Sends an admin command and waits for its completion, at most for the admin time-out, after
     /// which the controller is reset. Any thread may call it.
-    pub(super) fn admin(
+    pub fn run(
         &self,
         command: Command,
         data: Option<DmaBuf>,
     ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
-        self.admin_at(None, command, data)
+        self.run_at(None, command, data)
     }
 
-    /// Sends a command as [`admin`](Self::admin) does, but only while the controller's state word
+    /// Sends a command as [`run`](Self::run) does, but only while the controller's state word
     /// is `word`: a command for the queues before a reset is not sent after it.
     ///
     /// Sends the command again after a status that may pass (no Do Not Retry): for as long as a
     /// device may need to become ready, or for a few attempts. Only for the driver's own commands,
     /// which can be sent twice.
-    pub(super) fn admin_at(
+    pub fn run_at(
         &self,
         word: Option<u64>,
         command: Command,
@@ -131,35 +177,37 @@ impl Core {
         let start = Instant::now();
         let mut retries = 0;
         loop {
-            let (completion, back) = self.admin_attempt(word, command, data)?;
+            let (completion, back) = self.attempt(word, command, data, &|| None)?;
             let status = completion.status();
             let again = if status.says_not_ready() {
-                start.elapsed() < NOT_READY_PATIENCE.min(self.options.admin_timeout)
+                start.elapsed() < NOT_READY_PATIENCE.min(self.link.options.admin_timeout)
             } else {
                 retries < ADMIN_RETRIES
             };
             if !status.may_pass() || !again {
-                return self.admin_outcome(&command, completion, back);
+                return self.outcome(&command, completion, back);
             }
-            tracing::debug!(device = self.name(), %status, "admin command is sent again");
-            std::thread::sleep(self.retry_delay(status, retries));
+            tracing::debug!(device = self.link.name(), %status, "admin command is sent again");
+            std::thread::sleep(self.link.retry_delay(status, retries));
             retries = retries.saturating_add(1);
             data = back;
         }
     }
 
-    /// Sends a command as [`admin_at`](Self::admin_at) does, but once, whatever its status.
-    pub(super) fn admin_once(
+    /// Sends a command as [`run_at`](Self::run_at) does, but once, whatever its status. A Format NVM
+    /// gets more time when `format_left`, the percentage that is left of it, becomes smaller.
+    pub fn run_once(
         &self,
         word: Option<u64>,
         command: Command,
         data: Option<DmaBuf>,
+        format_left: impl Fn() -> Option<u32>,
     ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
-        let (completion, data) = self.admin_attempt(word, command, data)?;
-        self.admin_outcome(&command, completion, data)
+        let (completion, data) = self.attempt(word, command, data, &format_left)?;
+        self.outcome(&command, completion, data)
     }
 
-    fn admin_outcome(
+    fn outcome(
         &self,
         command: &Command,
         completion: Completion,
@@ -170,48 +218,69 @@ impl Core {
             return Ok((completion, data));
         }
         Err(NvmeError::Status {
-            device: self.name().to_owned(),
+            device: self.link.name().to_owned(),
             command: decode::admin_command(command).to_string(),
             status,
         })
     }
 
+    /// Runs an Identify that returns one page.
+    pub fn identify_page(&self, cns: Cns, nsid: u32) -> Result<DmaBuf, NvmeError> {
+        let page = self.link.admin_buffer(4096)?;
+        let (_, data) = self.run(Command::identify(cns, nsid), Some(page))?;
+        data.ok_or_else(|| self.link.protocol("identify lost its buffer"))
+    }
+
+    /// Reads a log page.
+    pub fn log_page(
+        &self,
+        page: LogPage,
+        nsid: u32,
+        len: usize,
+        retain: bool,
+    ) -> Result<DmaBuf, NvmeError> {
+        let bytes = u32::try_from(len).unwrap_or(0);
+        let command = Command::get_log(page, nsid, 0, bytes, retain);
+        let (_, data) = self.run(command, Some(self.link.admin_buffer(len)?))?;
+        data.ok_or_else(|| self.link.protocol("a log page lost its buffer"))
+    }
+
     /// Sends the command once and returns its completion, whatever its status.
-    fn admin_attempt(
+    fn attempt(
         &self,
         word: Option<u64>,
         command: Command,
         data: Option<DmaBuf>,
+        format_left: &dyn Fn() -> Option<u32>,
     ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
-        if !self.birth.is_here() {
-            return Err(self.gone(Cause::OtherProcess));
+        if !self.link.birth.is_here() {
+            return Err(self.life.gone(Cause::OtherProcess));
         }
         let mut start = Instant::now();
         let formats = AdminOpcode(command.opcode) == AdminOpcode::FORMAT_NVM;
         let timeout = match formats {
             // The command may erase the whole medium before it completes.
-            true => self.options.format_timeout,
-            false => self.options.admin_timeout,
+            true => self.link.options.format_timeout,
+            false => self.link.options.admin_timeout,
         };
         let mut left_percent = u32::MAX;
         let text = |c: &Command| decode::admin_command(c).to_string();
         let unfinished = |what: &str| NvmeError::Unfinished {
-            device: self.name().to_owned(),
+            device: self.link.name().to_owned(),
             command: text(&command),
             what: what.to_owned(),
         };
         let mut data = data;
         let slot = loop {
-            let mut guard = self.admin.lock();
-            if word.is_some_and(|w| w != self.state.load(Ordering::Acquire)) {
+            let mut guard = self.queue.lock();
+            if word.is_some_and(|w| w != self.life.word()) {
                 return Err(unfinished("the controller was reset"));
             }
-            match self.admin_send(&mut guard, command, &mut data, SlotState::Pending)? {
+            match self.send(&mut guard, command, &mut data, SlotState::Pending)? {
                 Some(slot) => break slot,
                 None => {
-                    self.admin_reap(&mut guard);
-                    self.admin_done
-                        .wait_for(&mut guard, Duration::from_millis(1));
+                    self.reap(&mut guard);
+                    self.done.wait_for(&mut guard, Duration::from_millis(1));
                 }
             }
             if start.elapsed() > timeout {
@@ -220,8 +289,8 @@ impl Core {
         };
         let mut pause = Duration::from_micros(20);
         loop {
-            let mut guard = self.admin.lock();
-            self.admin_reap(&mut guard);
+            let mut guard = self.queue.lock();
+            self.reap(&mut guard);
             let entry = &mut guard.slots[slot];
             match entry.state {
                 SlotState::Done(completion) => {
@@ -229,9 +298,9 @@ impl Core {
                     let data = entry.data.take();
                     let command = entry.command;
                     drop(guard);
-                    self.admin_done.notify_all();
+                    self.done.notify_all();
                     tracing::trace!(
-                        device = self.name(),
+                        device = self.link.name(),
                         command = %text(&command),
                         completion = %decode::completion(&completion),
                         "admin"
@@ -241,26 +310,26 @@ impl Core {
                 SlotState::Lost => {
                     entry.state = SlotState::Free;
                     drop(guard);
-                    return Err(match self.phase() {
-                        Phase::Removed => self.gone(Cause::Removed),
-                        Phase::Failed => self.gone(Cause::ControllerFailed),
+                    return Err(match self.life.phase() {
+                        Phase::Removed => self.life.gone(Cause::Removed),
+                        Phase::Failed => self.life.gone(Cause::ControllerFailed),
                         _ => unfinished("the controller was reset"),
                     });
                 }
                 _ => {}
             }
             let waited = start.elapsed();
-            let gone = self.transport.is_gone();
+            let gone = self.link.transport.is_gone();
             if waited > timeout && formats && !gone {
                 drop(guard);
-                let left = self.format_left(command.nsid);
+                let left = format_left();
                 if left.is_some_and(|left| left < left_percent) {
                     left_percent = left.unwrap_or(0);
                     start = Instant::now();
                     continue;
                 }
-                guard = self.admin.lock();
-                self.admin_reap(&mut guard);
+                guard = self.queue.lock();
+                self.reap(&mut guard);
                 if !matches!(guard.slots[slot].state, SlotState::Pending) {
                     continue;
                 }
@@ -269,14 +338,14 @@ impl Core {
                 guard.slots[slot].state = SlotState::Abandoned;
                 drop(guard);
                 if gone {
-                    return Err(self.gone(Cause::Removed));
+                    return Err(self.life.gone(Cause::Removed));
                 }
                 let what = format!("no completion within {} ms", millis(timeout));
-                self.request_reset(&format!("{}: {what}", text(&command)));
+                self.requests.reset(&format!("{}: {what}", text(&command)));
                 return Err(unfinished(&what));
             }
             if waited > Duration::from_micros(50) {
-                self.admin_done.wait_for(&mut guard, pause);
+                self.done.wait_for(&mut guard, pause);
                 pause = (pause * 2).min(Duration::from_millis(1));
             } else {
                 drop(guard);
@@ -287,7 +356,7 @@ impl Core {
 
     /// Puts a command into the queue. Returns `Ok(None)` when the queue is full. The data moves out
     /// of `data` when the command was sent.
-    fn admin_send(
+    fn send(
         &self,
         queue: &mut AdminQueue,
         mut command: Command,
@@ -295,11 +364,11 @@ impl Core {
         state: SlotState,
     ) -> Result<Option<usize>, NvmeError> {
         if queue.rings.is_none() {
-            return Err(match self.phase() {
-                Phase::Removed => self.gone(Cause::Removed),
-                Phase::Failed => self.gone(Cause::ControllerFailed),
+            return Err(match self.life.phase() {
+                Phase::Removed => self.life.gone(Cause::Removed),
+                Phase::Failed => self.life.gone(Cause::ControllerFailed),
                 _ => NvmeError::Unfinished {
-                    device: self.name().to_owned(),
+                    device: self.link.name().to_owned(),
                     command: decode::admin_command(&command).to_string(),
                     what: "the controller is being reset".into(),
                 },
@@ -316,7 +385,7 @@ impl Core {
         if let Some(buf) = data {
             let words = LIST_LEN / 8;
             let list_offset = queue.lists.region_offset() + slot * LIST_LEN;
-            let list_address = self.table.translate(queue.lists.region(), list_offset);
+            let list_address = self.link.table.translate(queue.lists.region(), list_offset);
             let area = ListArea {
                 words: &queue.lists.as_u64()[slot * words..(slot + 1) * words],
                 address: list_address.map_or(0, |(address, _)| address),
@@ -324,15 +393,15 @@ impl Core {
             let mapped = list_address.is_some()
                 && admin_prp(
                     &mut command,
-                    &self.table,
+                    &self.link.table,
                     (&*buf).into(),
-                    self.page_shift,
+                    self.link.page_shift,
                     &area,
                 )
                 .is_ok();
             if !mapped {
                 return Err(NvmeError::Protocol {
-                    device: self.name().to_owned(),
+                    device: self.link.name().to_owned(),
                     detail: format!("{buf:?} is not mapped for the device or too long"),
                 });
             }
@@ -353,7 +422,7 @@ impl Core {
     }
 
     /// Takes the completions that have arrived.
-    pub(super) fn admin_reap(&self, queue: &mut AdminQueue) {
+    fn reap(&self, queue: &mut AdminQueue) {
         let mut reaped = false;
         for _ in 0..ADMIN_ENTRIES {
             let Some((_, cq)) = &mut queue.rings else {
@@ -374,7 +443,7 @@ impl Core {
                     )
             });
             if !known || completion.sq_id != 0 {
-                self.request_reset(&format!(
+                self.requests.reset(&format!(
                     "impossible completion on the admin queue: {}",
                     decode::completion(&completion)
                 ));
@@ -386,13 +455,13 @@ impl Core {
                 SlotState::Abort => {
                     entry.state = SlotState::Free;
                     // The keeper may send the next one.
-                    self.wake.signal();
+                    self.requests.wake();
                 }
                 SlotState::Event => {
                     entry.state = SlotState::Free;
                     if completion.status().is_success() {
                         queue.events.push(AsyncEvent(completion.dw0));
-                        self.wake.signal();
+                        self.requests.wake();
                     }
                 }
                 _ => {
@@ -402,15 +471,15 @@ impl Core {
             }
         }
         if reaped {
-            self.admin_done.notify_all();
+            self.done.notify_all();
         }
     }
 
     /// Keeps asynchronous event requests outstanding (Base section 5.2).
-    pub(super) fn arm_events(&self) {
-        let Ok(info) = self.info() else { return };
+    pub fn arm_events(&self) {
+        let Ok(info) = self.link.info() else { return };
         let want = EVENTS.min(usize::from(info.identify.aerl_z) + 1);
-        let mut queue = self.admin.lock();
+        let mut queue = self.queue.lock();
         let have = queue
             .slots
             .iter()
@@ -418,7 +487,7 @@ impl Core {
             .count();
         for _ in have..want {
             let command = Command::new(AdminOpcode::ASYNC_EVENT_REQUEST.0, 0);
-            let sent = self.admin_send(&mut queue, command, &mut None, SlotState::Event);
+            let sent = self.send(&mut queue, command, &mut None, SlotState::Event);
             if !matches!(sent, Ok(Some(_))) {
                 break;
             }
@@ -428,28 +497,38 @@ impl Core {
     /// Sends an Abort without waiting for it: the aborted command's own completion shows the
     /// result. Returns false when the controller has as many as it takes (ACL), or the queue is
     /// full.
-    pub(super) fn send_abort(&self, sqid: u16, cid: u16) -> bool {
-        let most = self.info().map_or(1, |i| usize::from(i.identify.acl_z) + 1);
-        let mut queue = self.admin.lock();
-        self.admin_reap(&mut queue);
+    pub fn abort(&self, sqid: u16, cid: u16) -> bool {
+        let most = self
+            .link
+            .info()
+            .map_or(1, |i| usize::from(i.identify.acl_z) + 1);
+        let mut queue = self.queue.lock();
+        self.reap(&mut queue);
         let is_abort = |s: &&Slot| matches!(s.state, SlotState::Abort);
         if queue.slots.iter().filter(is_abort).count() >= most {
             return false;
         }
         let command = Command::abort(sqid, cid);
-        match self.admin_send(&mut queue, command, &mut None, SlotState::Abort) {
+        match self.send(&mut queue, command, &mut None, SlotState::Abort) {
             Ok(sent) => sent.is_some(),
             Err(error) => {
-                tracing::debug!(device = self.name(), %error, "abort not sent");
+                tracing::debug!(device = self.link.name(), %error, "abort not sent");
                 true
             }
         }
     }
 
+    /// Takes the asynchronous events that have arrived.
+    pub fn take_events(&self) -> Vec<AsyncEvent> {
+        let mut queue = self.queue.lock();
+        self.reap(&mut queue);
+        std::mem::take(&mut queue.events)
+    }
+
     /// Ends everything outstanding on the admin queue. The device is quiet.
-    pub(super) fn admin_lose_all(&self) {
-        self.admin.lock().lose_all();
-        self.admin_done.notify_all();
+    pub fn lose_all(&self) {
+        self.queue.lock().lose_all();
+        self.done.notify_all();
     }
 }
 

@@ -1,191 +1,53 @@
 //! Controllers: bring-up, admin commands, namespaces, reset, removal.
 
-use std::any::Any;
-use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex, RwLock};
-use pumice_io::process::Birth;
-use pumice_io::sys::EventFd;
+use parking_lot::Mutex;
+use zerocopy::FromBytes;
 
-use crate::dma::{AddressTable, DmaBuf, DmaShared};
+use crate::dma::DmaBuf;
 use crate::error::{Cause, NvmeError};
 use crate::namespace::Namespace;
-use crate::queue::QueueShared;
 use crate::spec::{
-    AdminOpcode, AsyncEvent, Cap, Command, Completion, IdentifyController, IdentifyNvmController,
-    Status, Vs,
+    AdminOpcode, Cap, Command, Completion, ErrorLogEntry, FeatureId, FirmwareSlotLog, FormatNvm,
+    IdentifyController, LogPage, Oacs, SmartLog, Vs,
 };
-use crate::transport::{OpenTransport, Transport};
+use crate::transport::OpenTransport;
 
 mod admin;
-mod bringup;
+mod core;
+mod events;
 mod identify;
+mod info;
+mod interrupts;
 mod keeper;
-mod logs;
+mod link;
 mod memory;
+mod namespaces;
+mod options;
 mod passthrough;
 mod queues;
 mod quirks;
 mod ready;
-mod reset;
+mod requests;
+mod shadow;
 pub(crate) mod state;
 
-use admin::AdminQueue;
-use keeper::{Keeper, Requests};
-use memory::ControllerMemory;
+pub(crate) use self::core::Core;
+pub use events::ControllerEvent;
+use keeper::Keeper;
+pub(crate) use link::Link;
+use namespaces::ALL;
+pub use options::{ControllerOptions, Weights};
 use passthrough::Prepared;
-use quirks::Quirks;
+pub(crate) use state::Lifecycle;
 pub use state::Phase;
 
-/// Options of a controller's bring-up.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct ControllerOptions {
-    /// Number of I/O queue pairs to ask the controller for.
-    pub queues: u16,
-    /// Number of interrupt vectors to ask the transport for; 0 to poll only.
-    pub vectors: u16,
-    /// Whether to use shadow doorbells where the controller offers them.
-    pub shadow_doorbells: bool,
-    /// Whether to use SGLs where the controller offers them.
-    pub sgl: bool,
-    /// Weights of round robin arbitration between the queues' priority classes, where the
-    /// controller offers it.
-    pub arbitration: Option<Weights>,
-    /// Time after which an admin command without completion causes a reset.
-    ///
-    /// A controller names the time that it needs to become ready in CAP.TO, at most 128 s, and in
-    /// CRTO.CRWMT, which may say nine hours. The driver waits for as long as CRTO.CRWMT says, but
-    /// no longer than 128 s or this time, whichever is longer.
-    pub admin_timeout: Duration,
-    /// The same for Format NVM, which may erase the whole medium. It begins again whenever the
-    /// namespace reports progress (FPI), of which its first report counts as some.
-    pub format_timeout: Duration,
-}
-
-impl Default for ControllerOptions {
-    fn default() -> Self {
-        ControllerOptions {
-            queues: 64,
-            vectors: 65,
-            shadow_doorbells: true,
-            sgl: true,
-            arbitration: None,
-            admin_timeout: Duration::from_secs(20),
-            format_timeout: Duration::from_secs(600),
-        }
-    }
-}
-
-/// Weights of the arbitration's classes (Base section 5.27.1.1), in commands per round.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Weights {
-    /// Weight of the high class, 1 to 256.
-    pub high: u16,
-    /// Weight of the medium class, 1 to 256.
-    pub medium: u16,
-    /// Weight of the low class, 1 to 256.
-    pub low: u16,
-}
-
-/// An event of a controller; see [`Controller::take_events`].
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub enum ControllerEvent {
-    /// The controller completed an asynchronous event request.
-    Async(AsyncEvent),
-    /// The controller was reset, for this reason.
-    Reset(String),
-    /// The namespaces were listed again.
-    NamespacesChanged,
-    /// The bus or transport reported an error.
-    TransportError(String),
-    /// The controller was removed.
-    Removed,
-    /// The controller could not be reset and has failed, for this reason.
-    Failed(String),
-}
-
-/// The controller's abilities, from its Identify data.
-#[derive(Debug, Clone)]
-pub(crate) struct Info {
-    pub identify: Box<IdentifyController>,
-    pub nvm: Option<Box<IdentifyNvmController>>,
-    pub version: Vs,
-    /// Most bytes of one command's data.
-    pub transfer_bytes: usize,
-    pub sgl: bool,
-    pub write_cache: bool,
-}
-
-/// The part of a controller that its queue pairs and its keeper thread share.
-#[derive(Debug)]
-pub(crate) struct Core {
-    /// Distinguishes the controllers of this process; never 0.
-    pub number: u64,
-    /// The process that owns the controller. A forked child does not.
-    pub birth: Birth,
-    pub transport: Arc<dyn Transport>,
-    pub table: Arc<AddressTable>,
-    pub state: AtomicU64,
-    options: ControllerOptions,
-    cap: Cap,
-    quirks: Quirks,
-    /// log2 of the page size in use.
-    pub page_shift: u32,
-    admin: Mutex<AdminQueue>,
-    admin_done: Condvar,
-    info: RwLock<Option<Arc<Info>>>,
-    namespaces: RwLock<BTreeMap<u32, Arc<Namespace>>>,
-    /// The last known state of every namespace, whether it is listed now or not. Handles of a
-    /// namespace that comes back unchanged continue to work. Lock order: before `namespaces`.
-    remembered: Mutex<BTreeMap<u32, Arc<Namespace>>>,
-    /// Whether a namespace could not be identified, or the list not be read, so that the keeper
-    /// lists them again.
-    list_again: AtomicBool,
-    interrupts: RwLock<Vec<Arc<EventFd>>>,
-    queues: Mutex<Registry>,
-    /// Signals that a queue identifier became free; used with `queues`.
-    queue_freed: Condvar,
-    shadow: RwLock<Option<[Arc<DmaShared>; 2]>>,
-    memory: Mutex<Option<ControllerMemory>>,
-    requests: Mutex<Requests>,
-    wake: EventFd,
-    changed: Condvar,
-    changed_lock: Mutex<()>,
-    /// Memory that the device may still access until it is disabled.
-    kept_until_quiet: Mutex<Vec<Box<dyn Any + Send>>>,
-    events: Mutex<VecDeque<ControllerEvent>>,
-    failure: Mutex<Option<String>>,
-}
-
-/// Queue identifiers that are not free, each with its queue pair.
-#[derive(Debug, Default)]
-struct Registry {
-    queues: BTreeMap<u16, Registered>,
-    limit: u16,
-}
-
-/// A queue identifier that is not free. Another pair may have it only when the device has certainly
-/// no queue of that number.
-#[derive(Debug)]
-struct Registered {
-    shared: Arc<QueueShared>,
-    use_: QueueUse,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum QueueUse {
-    /// A queue pair has the identifier. A reset creates its queues again.
-    Owned,
-    /// The owner is deleting the queues.
-    Going,
-    /// The device refused to delete the queues. The next reset deletes them.
-    Stuck,
-}
+/// Bits of FNA (Base figure 275): a format formats all namespaces; a secure erase erases all; the
+/// command for all namespaces is not supported.
+const FNA_FORMATS_ALL: u8 = 1 << 0;
+const FNA_ERASES_ALL: u8 = 1 << 1;
+const FNA_NO_BROADCAST: u8 = 1 << 3;
 
 /// An enabled NVMe controller, shared by everything that uses it. When the last handle is dropped
 /// (queue pairs hold one), it is shut down and released.
@@ -194,113 +56,6 @@ pub struct Controller {
     pub(crate) core: Arc<Core>,
     /// Held during the whole shutdown. Nothing else takes it.
     keeper: Mutex<Keeper>,
-}
-
-/// Most events kept for `take_events`. Older ones are dropped.
-const EVENTS_MAX: usize = 64;
-
-impl Core {
-    pub fn name(&self) -> &str {
-        self.transport.name()
-    }
-
-    pub fn phase(&self) -> Phase {
-        state::phase(self.state.load(Ordering::Acquire))
-    }
-
-    pub fn info(&self) -> Result<Arc<Info>, NvmeError> {
-        self.info.read().clone().ok_or_else(|| NvmeError::Protocol {
-            device: self.name().to_owned(),
-            detail: "the controller was not identified yet".into(),
-        })
-    }
-
-    fn event(&self, event: ControllerEvent) {
-        let mut events = self.events.lock();
-        if events.len() >= EVENTS_MAX {
-            events.pop_front();
-        }
-        events.push_back(event);
-    }
-
-    /// Returns the error that says why the controller can do nothing.
-    pub fn gone(&self, kind: Cause) -> NvmeError {
-        match kind {
-            Cause::Removed => NvmeError::Removed {
-                device: self.name().to_owned(),
-            },
-            Cause::OtherProcess => NvmeError::OtherProcess {
-                device: self.name().to_owned(),
-            },
-            Cause::NoQueue => NvmeError::NoQueues {
-                device: self.name().to_owned(),
-                limit: self.queues.lock().limit,
-            },
-            _ => NvmeError::Failed {
-                device: self.name().to_owned(),
-                reason: self
-                    .failure
-                    .lock()
-                    .clone()
-                    .unwrap_or_else(|| "no reason noted".into()),
-            },
-        }
-    }
-
-    /// Returns how long to wait before a command is sent again: Base section 3.3.3.2.1 (CRD),
-    /// otherwise not at all at first and then longer each time.
-    pub fn retry_delay(&self, status: Status, retries: u8) -> Duration {
-        if let n @ 1..=3 = status.crd()
-            && let Ok(info) = self.info()
-        {
-            let delay = info.identify.crdt[usize::from(n) - 1].get();
-            // CRDT counts tenths of a second. The wait for a retry is at most ten seconds.
-            return Duration::from_millis(u64::from(delay).min(100) * 100);
-        }
-        match retries {
-            0 => Duration::ZERO,
-            n => Duration::from_millis(1 << n.min(7)),
-        }
-    }
-
-    /// Blocks while the controller is being reset. Then returns the state word, or the reason why
-    /// the controller is not available.
-    fn wait_live(&self) -> Result<u64, NvmeError> {
-        if !self.birth.is_here() {
-            return Err(self.gone(Cause::OtherProcess));
-        }
-        loop {
-            let word = self.state.load(Ordering::Acquire);
-            match state::phase(word) {
-                Phase::Live => return Ok(word),
-                Phase::Failed => return Err(self.gone(Cause::ControllerFailed)),
-                Phase::Removed => return Err(self.gone(Cause::Removed)),
-                Phase::Resetting => {
-                    let mut guard = self.changed_lock.lock();
-                    if self.state.load(Ordering::Acquire) == word {
-                        self.changed
-                            .wait_for(&mut guard, Duration::from_millis(100));
-                    }
-                }
-            }
-        }
-    }
-
-    /// Sleeps until the state word differs from `word`, or the time is over.
-    pub(crate) fn wait_changed(&self, word: u64, timeout: Duration) {
-        let mut guard = self.changed_lock.lock();
-        if self.state.load(Ordering::Acquire) == word {
-            self.changed.wait_for(&mut guard, timeout);
-        }
-    }
-
-    fn set_state(&self, word: u64) {
-        {
-            let _guard = self.changed_lock.lock();
-            self.state.store(word, Ordering::SeqCst);
-        }
-        self.changed.notify_all();
-    }
 }
 
 impl Controller {
@@ -323,68 +78,68 @@ impl Controller {
 
     /// The device's name for logs and errors.
     pub fn name(&self) -> &str {
-        self.core.name()
+        self.core.link.name()
     }
 
     /// The kind of transport: `vfio`, `uio`, `vfio-user` or `soft`.
     pub fn transport_kind(&self) -> &'static str {
-        self.core.transport.kind()
+        self.core.link.transport.kind()
     }
 
     /// Whether an interrupt is a message from a controller in another process. Such a controller
     /// sends one for each completion, so a polling thread is faster without.
     pub fn interrupts_are_messages(&self) -> bool {
-        self.core.transport.interrupts_are_messages()
+        self.core.link.transport.interrupts_are_messages()
     }
 
     /// The controller's phase at this moment.
     pub fn phase(&self) -> Phase {
-        self.core.phase()
+        self.core.life.phase()
     }
 
     /// Number of resets.
     pub fn generation(&self) -> u64 {
-        state::generation(self.core.state.load(Ordering::Acquire))
+        state::generation(self.core.life.word())
     }
 
     /// The capabilities register.
     pub fn capabilities(&self) -> Cap {
-        self.core.cap
+        self.core.link.cap
     }
 
     /// The version register.
     pub fn version(&self) -> Result<Vs, NvmeError> {
-        Ok(self.core.info()?.version)
+        Ok(self.core.link.info()?.version)
     }
 
     /// Most bytes of a single command's data (MDTS, and this driver's bound of 1 MiB).
     pub fn transfer_bytes(&self) -> Result<usize, NvmeError> {
-        Ok(self.core.info()?.transfer_bytes)
+        Ok(self.core.link.info()?.transfer_bytes)
     }
 
     /// Whether shadow doorbells are in use.
     pub fn shadow_doorbells(&self) -> bool {
-        self.core.shadow.read().is_some()
+        self.core.queues.shadow.are_in_use()
     }
 
     /// Whether data pointers are SGLs where these are shorter.
     pub fn uses_sgl(&self) -> bool {
-        self.core.info().is_ok_and(|i| i.sgl)
+        self.core.link.info().is_ok_and(|i| i.sgl)
     }
 
     /// Most I/O queue pairs.
     pub fn queue_limit(&self) -> u16 {
-        self.core.queues.lock().limit
+        self.core.queues.limit()
     }
 
     /// Number of interrupt vectors in use, including the admin queue's.
     pub fn interrupt_count(&self) -> usize {
-        self.core.interrupts.read().len()
+        self.core.interrupts.count()
     }
 
     /// Returns the events since the last call, oldest first. At most 64 are kept.
     pub fn take_events(&self) -> Vec<ControllerEvent> {
-        self.core.events.lock().drain(..).collect()
+        self.core.events.take()
     }
 
     /// Runs an admin command of the caller, with data to or from the device. Blocks. This function
@@ -403,16 +158,17 @@ impl Controller {
         command: Command,
         data: Option<DmaBuf>,
     ) -> Result<(Completion, Option<DmaBuf>), NvmeError> {
-        let Prepared { command, sent, own } = self.core.prepare(command, data)?;
+        let Prepared { command, sent, own } = passthrough::prepare(&self.core.link, command, data)?;
         let send = || {
-            let word = self.core.wait_live()?;
-            self.core.admin_once(Some(word), command, sent)
+            let word = self.core.life.wait_live()?;
+            let left = || self.core.namespaces.format_left(command.nsid);
+            self.core.admin.run_once(Some(word), command, sent, left)
         };
         let (completion, data) = match AdminOpcode(command.opcode) {
-            AdminOpcode::FORMAT_NVM => self.core.reformat(send)?,
+            AdminOpcode::FORMAT_NVM => self.reformat(send)?,
             AdminOpcode::NS_MANAGEMENT | AdminOpcode::NS_ATTACHMENT => {
                 let done = send()?;
-                self.core.list_namespaces()?;
+                self.core.namespaces.list()?;
                 done
             }
             _ => send()?,
@@ -420,33 +176,208 @@ impl Controller {
         Ok((completion, passthrough::finish(data, own)))
     }
 
+    /// Runs an operation that may change namespaces' block sizes. No command that was made for the
+    /// old sizes may reach the device afterwards, since it would transfer more than its buffer
+    /// holds.
+    fn reformat<T>(&self, run: impl FnOnce() -> Result<T, NvmeError>) -> Result<T, NvmeError> {
+        let Core {
+            queues,
+            namespaces,
+            link,
+            ..
+        } = &*self.core;
+        // This concerns all namespaces, since a controller may format all at once (FNA bit 0).
+        queues
+            .without_pairs(|| namespaces.withdraw())
+            .map_err(|open| {
+                link.unsupported(format!(
+                "there are {open} I/O queue pairs, whose commands are made for the present format; \
+                 drop them, then format"
+            ))
+            })?;
+        let result = run();
+        let listed = namespaces.list();
+        let done = result?;
+        listed.map(|()| done)
+    }
+
+    /// Reads the controller's identify structure.
+    pub fn identify(&self) -> Result<IdentifyController, NvmeError> {
+        Ok((*self.core.link.info()?.identify).clone())
+    }
+
+    /// Returns the active namespaces in ascending order. They are listed at bring-up, after a
+    /// reset, and when the controller reports that they changed.
+    pub fn namespaces(&self) -> Vec<Arc<Namespace>> {
+        self.core.namespaces.all()
+    }
+
+    /// Returns the active namespace with this identifier.
+    pub fn namespace(&self, nsid: u32) -> Result<Arc<Namespace>, NvmeError> {
+        self.core.namespaces.get(nsid)
+    }
+
+    /// Lists the namespaces again. Blocks for a few admin commands per namespace.
+    pub fn rescan(&self) -> Result<(), NvmeError> {
+        self.core.life.wait_live()?;
+        self.core.namespaces.list()
+    }
+
+    /// Reads the SMART / health log of the controller.
+    pub fn smart_log(&self) -> Result<SmartLog, NvmeError> {
+        self.core.life.wait_live()?;
+        let page = self.core.admin.log_page(LogPage::SMART, ALL, 512, true)?;
+        SmartLog::read_from_bytes(&page).map_err(|_| self.core.link.protocol("SMART log length"))
+    }
+
+    /// Reads the newest entries of the error log, at most `max` and at most as many as the
+    /// controller keeps. Leaves out unused entries.
+    pub fn error_log(&self, max: usize) -> Result<Vec<ErrorLogEntry>, NvmeError> {
+        self.core.life.wait_live()?;
+        let kept = usize::from(self.core.link.info()?.identify.elpe_z) + 1;
+        // At most as many as fit one command's data, whatever was asked for.
+        let most = self.core.link.info()?.transfer_bytes / size_of::<ErrorLogEntry>();
+        let len = kept.min(max.max(1)).min(most) * size_of::<ErrorLogEntry>();
+        let page = self.core.admin.log_page(LogPage::ERROR, ALL, len, true)?;
+        Ok(page
+            .chunks_exact(size_of::<ErrorLogEntry>())
+            .filter_map(|c| ErrorLogEntry::read_from_bytes(c).ok())
+            .filter(|e| e.error_count.get() != 0)
+            .collect())
+    }
+
+    /// Reads the firmware slots.
+    pub fn firmware_slots(&self) -> Result<FirmwareSlotLog, NvmeError> {
+        self.core.life.wait_live()?;
+        let page = self
+            .core
+            .admin
+            .log_page(LogPage::FIRMWARE_SLOTS, ALL, 512, true)?;
+        FirmwareSlotLog::read_from_bytes(&page)
+            .map_err(|_| self.core.link.protocol("firmware log length"))
+    }
+
+    /// Reads a feature's current value (dword 0 of the completion).
+    pub fn feature(&self, feature: FeatureId, nsid: u32) -> Result<u32, NvmeError> {
+        let (done, _) = self.admin_command(Command::get_feature(feature, nsid), None)?;
+        Ok(done.dw0)
+    }
+
+    /// Sets a feature. With `save` it is kept over power cycles.
+    pub fn set_feature(
+        &self,
+        feature: FeatureId,
+        nsid: u32,
+        value: u32,
+        save: bool,
+    ) -> Result<u32, NvmeError> {
+        let command = Command::set_feature(feature, nsid, value, save);
+        let (done, _) = self.admin_command(command, None)?;
+        Ok(done.dw0)
+    }
+
+    /// Whether the controller has a volatile write cache that is switched on, as found at bring-up
+    /// or set by the last [`set_write_cache`](Self::set_write_cache).
+    pub fn write_cache(&self) -> bool {
+        self.core.link.info().is_ok_and(|i| i.write_cache)
+    }
+
+    /// Switches the volatile write cache and lists the namespaces again, whose
+    /// [`write_cache`](crate::Namespace::write_cache) follows it. Whether the setting outlives a
+    /// controller reset depends on the device; it is read again then.
+    pub fn set_write_cache(&self, on: bool) -> Result<(), NvmeError> {
+        let info = self.core.link.info()?;
+        if info.identify.vwc & 1 == 0 {
+            return Err(self
+                .core
+                .link
+                .unsupported("the controller has no volatile write cache"));
+        }
+        self.core.life.wait_live()?;
+        let set = Command::set_feature(FeatureId::VOLATILE_WRITE_CACHE, 0, u32::from(on), false);
+        let now = match self.core.admin.run(set, None) {
+            Ok(_) => self.feature(FeatureId::VOLATILE_WRITE_CACHE, 0),
+            Err(refused @ NvmeError::Status { .. }) => return Err(refused),
+            Err(open) => Err(open),
+        };
+        let mut info = (*info).clone();
+        // A cache of which nothing is known counts as on, so that it is flushed.
+        info.write_cache = now.as_ref().map_or(true, |value| value & 1 != 0);
+        self.core.link.set_info(info);
+        let listed = self.rescan();
+        now?;
+        listed
+    }
+
+    /// Formats a namespace: all its data is lost. Blocks for as long as the device takes, at most
+    /// [`format_timeout`](ControllerOptions::format_timeout) without progress. Lists the
+    /// namespaces again. Handles that [`namespace`](Self::namespace) returned earlier are no longer
+    /// valid if the block size has changed.
+    ///
+    /// # Errors
+    /// Refuses while there are queue pairs, because their commands are made for the old block size;
+    /// and when the controller would format its other namespaces too, see
+    /// [`format_all`](Self::format_all).
+    pub fn format(&self, nsid: u32, format: FormatNvm) -> Result<(), NvmeError> {
+        self.can_format(nsid, format)?;
+        let count = self.core.namespaces.all().len();
+        if count > 1 && self.formats_all(format)? {
+            return Err(self.core.link.unsupported(format!(
+                    "the controller cannot format namespace {nsid} alone: it formats all {count} \
+                     at once (FNA); to lose them all, use Controller::format_all, or `pumice nvme format --all`"
+                )));
+        }
+        self.admin_command(Command::format(nsid, format), None)?;
+        Ok(())
+    }
+
+    /// Formats all namespaces, as [`format`](Self::format) does one.
+    ///
+    /// # Errors
+    /// Fails as `format` does. A controller that takes no command for all of them gets one for each,
+    /// so that some may be formatted then.
+    pub fn format_all(&self, format: FormatNvm) -> Result<(), NvmeError> {
+        let ids: Vec<u32> = self.namespaces().iter().map(|ns| ns.nsid()).collect();
+        for nsid in &ids {
+            self.can_format(*nsid, format)?;
+        }
+        let no_broadcast = self.core.link.info()?.identify.fna & FNA_NO_BROADCAST != 0;
+        let targets = if no_broadcast { ids } else { vec![ALL] };
+        for nsid in targets {
+            self.admin_command(Command::format(nsid, format), None)?;
+        }
+        Ok(())
+    }
+
+    /// Whether a format of one namespace formats or erases others: Base figure 275, FNA.
+    fn formats_all(&self, format: FormatNvm) -> Result<bool, NvmeError> {
+        let fna = self.core.link.info()?.identify.fna;
+        let erases = format.secure_erase != 0;
+        Ok(fna & FNA_FORMATS_ALL != 0 || (erases && fna & FNA_ERASES_ALL != 0))
+    }
+
+    fn can_format(&self, nsid: u32, format: FormatNvm) -> Result<(), NvmeError> {
+        let info = self.core.link.info()?;
+        if info.identify.oacs.get() & Oacs::FORMAT == 0 {
+            return Err(self
+                .core
+                .link
+                .unsupported("the controller does not support Format NVM"));
+        }
+        let ns = self.namespace(nsid)?;
+        if format.lbaf > ns.identify.nlbaf_z {
+            return Err(self.core.link.unsupported(format!(
+                "namespace {nsid} has LBA formats 0 to {}, not {}",
+                ns.identify.nlbaf_z, format.lbaf
+            )));
+        }
+        Ok(())
+    }
+
     /// Resets the controller. I/O in flight ends once: with its own status, with that of another
     /// attempt, or as aborted when its retries are used up. Blocks until the reset has ended.
     pub fn reset(&self) -> Result<(), NvmeError> {
-        let before = self.core.wait_live()?;
-        self.core.request_reset("asked for");
-        let start = Instant::now();
-        loop {
-            let word = self.core.wait_live()?;
-            if word != before {
-                return Ok(());
-            }
-            if start.elapsed() > Duration::from_secs(60) {
-                return Err(NvmeError::NotReady {
-                    device: self.name().to_owned(),
-                    what: "reset",
-                    timeout_ms: 60_000,
-                    limit: "the longest wait for a reset".into(),
-                    csts: 0,
-                });
-            }
-            let mut guard = self.core.changed_lock.lock();
-            if self.core.state.load(Ordering::Acquire) == before {
-                self.core
-                    .changed
-                    .wait_for(&mut guard, Duration::from_millis(20));
-            }
-        }
+        self.core.requests.reset_and_wait()
     }
 
     /// Shuts the controller down (CC.SHN), so that its caches are safe, and releases the device.
@@ -458,8 +389,8 @@ impl Controller {
     /// Fails when the controller does not report the end of its shutdown in time, so that its
     /// caches may not be on the medium. Every later call then fails too.
     pub fn shutdown(&self) -> Result<(), NvmeError> {
-        if !self.core.birth.is_here() {
-            return Err(self.core.gone(Cause::OtherProcess));
+        if !self.core.link.birth.is_here() {
+            return Err(self.core.life.gone(Cause::OtherProcess));
         }
         self.keeper.lock().stop(&self.core)
     }
@@ -467,7 +398,7 @@ impl Controller {
 
 impl Drop for Controller {
     fn drop(&mut self) {
-        if !self.core.birth.is_here() {
+        if !self.core.link.birth.is_here() {
             return;
         }
         if let Err(error) = self.keeper.get_mut().stop(&self.core) {

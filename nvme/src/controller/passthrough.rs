@@ -1,7 +1,7 @@
 //! Checks of a caller's own admin command, so that no safe call makes a device write where it must
 //! not, or changes state that the driver relies on.
 
-use super::Core;
+use super::link::Link;
 use crate::dma::DmaBuf;
 use crate::error::NvmeError;
 use crate::spec::{AdminOpcode, Command, FeatureId, decode};
@@ -124,38 +124,27 @@ fn check(mut command: Command, have: usize, largest: usize) -> Result<(Command, 
     Ok((command, len))
 }
 
-impl Core {
-    /// Checks a command, clears its pointers and takes a buffer as long as the device may need,
-    /// with the caller's data copied into it.
-    pub(super) fn prepare(
-        &self,
-        command: Command,
-        own: Option<DmaBuf>,
-    ) -> Result<Prepared, NvmeError> {
-        let have = own.as_ref().map_or(0, DmaBuf::len);
-        let (command, len) = check(command, have, self.info()?.transfer_bytes).map_err(|why| {
-            NvmeError::Unsupported {
-                device: self.name().to_owned(),
-                what: format!("{}: {why}", decode::admin_command(&command)),
+/// Checks a command, clears its pointers and takes a buffer as long as the device may need, with
+/// the caller's data copied into it.
+pub(super) fn prepare(
+    link: &Link,
+    command: Command,
+    own: Option<DmaBuf>,
+) -> Result<Prepared, NvmeError> {
+    let have = own.as_ref().map_or(0, DmaBuf::len);
+    let (command, len) = check(command, have, link.info()?.transfer_bytes)
+        .map_err(|why| link.unsupported(format!("{}: {why}", decode::admin_command(&command))))?;
+    let sent = match len {
+        0 => None,
+        len => {
+            let mut sent = link.admin_buffer(len)?;
+            if let Some(own) = &own {
+                sent[..own.len()].copy_from_slice(own);
             }
-        })?;
-        if len == 0 {
-            return Ok(Prepared {
-                command,
-                sent: None,
-                own,
-            });
+            Some(sent)
         }
-        let mut sent = self.admin_buffer(len)?;
-        if let Some(own) = &own {
-            sent[..own.len()].copy_from_slice(own);
-        }
-        Ok(Prepared {
-            command,
-            sent: Some(sent),
-            own,
-        })
-    }
+    };
+    Ok(Prepared { command, sent, own })
 }
 
 /// Returns the caller's own buffer, filled.

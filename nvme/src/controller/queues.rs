@@ -1,84 +1,159 @@
-//! Making and deleting I/O queue pairs.
+//! The I/O queues of a controller: their numbers, and how they are made, made again and deleted.
 
-use std::any::Any;
+use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use pumice_io::sys::barrier;
 
-use super::state::{self, Phase};
-use super::{Controller, Core, QueueUse, Registered, Registry};
+use super::admin::Admin;
+use super::interrupts::Interrupts;
+use super::link::Link;
+use super::memory::ControllerMemory;
+use super::requests::Requests;
+use super::shadow::ShadowDoorbells;
+use super::state::{self, Lifecycle, Phase};
 use crate::dma::DmaShared;
 use crate::error::NvmeError;
 use crate::queue::{
-    Bank, Bell, CompletionRing, Lists, Parts, PointerStyle, QueueMem, QueueOptions, QueuePair,
-    QueueShared, Ringing, SubmissionRing, bank_in, freeze,
+    Bank, Bell, CompletionRing, Lists, Parts, PointerStyle, QueueMem, QueueOptions, QueueShared,
+    Ringing, SubmissionRing, bank_in, freeze,
 };
-use crate::spec::{AdminOpcode, Command, FeatureId, Status, doorbell_offset};
+use crate::spec::{AdminOpcode, Command, FeatureId, Status};
 
-impl Core {
+/// Queue identifiers that are not free, each with its queue pair.
+#[derive(Debug, Default)]
+struct Registry {
+    queues: BTreeMap<u16, Registered>,
+    limit: u16,
+}
+
+/// A queue identifier that is not free. Another pair may have it only when the device has certainly
+/// no queue of that number.
+#[derive(Debug)]
+struct Registered {
+    shared: Arc<QueueShared>,
+    use_: QueueUse,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum QueueUse {
+    /// A queue pair has the identifier. A reset creates its queues again.
+    Owned,
+    /// The owner is deleting the queues.
+    Going,
+    /// The device refused to delete the queues. The next reset deletes them.
+    Stuck,
+}
+
+/// The I/O queues of a controller.
+#[derive(Debug)]
+pub(crate) struct IoQueues {
+    link: Arc<Link>,
+    life: Arc<Lifecycle>,
+    requests: Arc<Requests>,
+    admin: Arc<Admin>,
+    interrupts: Arc<Interrupts>,
+    pub shadow: ShadowDoorbells,
+    pub(super) memory: ControllerMemory,
+    /// Lock order: before the bank of a queue pair, the admin queue and the list of namespaces.
+    registry: Mutex<Registry>,
+    /// Notified when a queue identifier is free; used with `registry`.
+    freed: Condvar,
+}
+
+impl IoQueues {
+    pub fn new(
+        life: &Arc<Lifecycle>,
+        requests: &Arc<Requests>,
+        admin: &Arc<Admin>,
+        interrupts: &Arc<Interrupts>,
+    ) -> IoQueues {
+        let link = &admin.link;
+        IoQueues {
+            link: Arc::clone(link),
+            life: Arc::clone(life),
+            requests: Arc::clone(requests),
+            admin: Arc::clone(admin),
+            interrupts: Arc::clone(interrupts),
+            shadow: ShadowDoorbells::new(admin),
+            memory: ControllerMemory::new(link),
+            registry: Mutex::default(),
+            freed: Condvar::new(),
+        }
+    }
+
+    /// Returns the largest number of queue pairs.
+    pub fn limit(&self) -> u16 {
+        self.registry.lock().limit
+    }
+
+    /// Runs `change` while there is no queue pair and none can be made. Returns the number of pairs
+    /// if there are some.
+    pub fn without_pairs<T>(&self, change: impl FnOnce() -> T) -> Result<T, usize> {
+        let registry = self.registry.lock();
+        match registry.queues.len() {
+            0 => Ok(change()),
+            open => Err(open),
+        }
+    }
+
     /// Asks for I/O queues with Set Features 07h: Base section 5.27.1.5. A controller may grant
     /// more or fewer than it was asked for.
-    pub(super) fn negotiate_queues(&self) -> Result<(), NvmeError> {
-        let want = u32::from(self.options.queues.max(1)) - 1;
+    pub fn negotiate(&self) -> Result<(), NvmeError> {
+        let want = u32::from(self.link.options.queues.max(1)) - 1;
         let command =
             Command::set_feature(FeatureId::NUMBER_OF_QUEUES, 0, want | want << 16, false);
-        let (done, _) = self.admin(command, None)?;
+        let (done, _) = self.admin.run(command, None)?;
         let granted = (done.dw0 & 0xffff).min(done.dw0 >> 16) + 1;
         let limit = u16::try_from(granted.min(want + 1)).unwrap_or(1);
-        self.queues.lock().limit = limit;
+        self.registry.lock().limit = limit;
         Ok(())
     }
 
     /// Creates a queue pair's queues on the device, on the current completion memory. With a state
     /// word, creates them only while the controller is in that state. After an error the device may
     /// have one of them.
-    pub(super) fn create_queues(
-        &self,
-        word: Option<u64>,
-        q: &QueueShared,
-        bank: usize,
-    ) -> Result<(), NvmeError> {
+    fn create(&self, word: Option<u64>, q: &QueueShared, bank: usize) -> Result<(), NvmeError> {
         let create_cq = Command::create_cq(q.qid, q.cq_entries - 1, q.cq_address[bank], q.vector);
-        self.admin_at(word, create_cq, None)?;
+        self.admin.run_at(word, create_cq, None)?;
         let create_sq =
             Command::create_sq(q.qid, q.sq_entries - 1, q.sq_address, q.qid, q.priority);
-        self.admin_at(word, create_sq, None)?;
+        self.admin.run_at(word, create_sq, None)?;
         Ok(())
     }
 
     /// Deletes a queue pair's queues and frees its identifier. Returns true when the device no
     /// longer accesses their memory, nor that of their commands. Returns false when it refused; the
     /// identifier then stays taken until the next reset.
-    pub(crate) fn retire_queue(&self, q: &Arc<QueueShared>) -> bool {
+    pub fn retire(&self, q: &Arc<QueueShared>) -> bool {
         // From here on a reset does not create the queues again. The identifier stays taken: the
         // device has queues of that number until it has answered.
-        self.mark_queue(q.qid, QueueUse::Going);
-        let done = self.delete_queues(q);
+        self.mark(q.qid, QueueUse::Going);
+        let done = self.delete(q);
         if done {
             // Another queue pair may get the identifier, and its commands the same numbers.
-            self.forget_aborts_of(q.qid);
-            self.give_queue_memory(q);
-            self.queues.lock().queues.remove(&q.qid);
+            self.requests.forget_aborts_of(q.qid);
+            self.give_memory(q);
+            self.registry.lock().queues.remove(&q.qid);
         } else {
-            self.mark_queue(q.qid, QueueUse::Stuck);
+            self.mark(q.qid, QueueUse::Stuck);
         }
-        self.queue_freed.notify_all();
+        self.freed.notify_all();
         done
     }
 
-    fn mark_queue(&self, qid: u16, use_: QueueUse) {
-        if let Some(entry) = self.queues.lock().queues.get_mut(&qid) {
+    fn mark(&self, qid: u16, use_: QueueUse) {
+        if let Some(entry) = self.registry.lock().queues.get_mut(&qid) {
             entry.use_ = use_;
         }
     }
 
     /// Deletes the queues. Returns whether the device now has no queues of this number.
-    fn delete_queues(&self, q: &QueueShared) -> bool {
+    fn delete(&self, q: &QueueShared) -> bool {
         loop {
-            let Ok(word) = self.wait_live() else {
+            let Ok(word) = self.life.wait_live() else {
                 // After a failure or removal the controller is detached, so the device is quiet.
                 return true;
             };
@@ -86,7 +161,10 @@ impl Core {
                 return true;
             }
             let delete = |op| {
-                match self.admin_at(Some(word), Command::delete_queue(op, q.qid), None) {
+                match self
+                    .admin
+                    .run_at(Some(word), Command::delete_queue(op, q.qid), None)
+                {
                     // The device itself says that there is no such queue.
                     Err(NvmeError::Status { status, .. })
                         if status.code() == Status::QID_INVALID =>
@@ -101,13 +179,13 @@ impl Core {
             match deleted {
                 Ok(()) => return true,
                 // A reset in between has deleted all queues.
-                Err(_) if self.state.load(Ordering::Acquire) != word => {
-                    if self.wait_live().is_ok() {
+                Err(_) if self.life.word() != word => {
+                    if self.life.wait_live().is_ok() {
                         return true;
                     }
                 }
                 Err(error) => {
-                    tracing::warn!(device = self.name(), qid = q.qid, %error, "queues not deleted");
+                    tracing::warn!(device = self.link.name(), qid = q.qid, %error, "queues not deleted");
                     return false;
                 }
             }
@@ -116,52 +194,67 @@ impl Core {
 
     /// Frees the identifiers of queues that the device refused to delete: it was disabled, which
     /// ends them.
-    pub(super) fn free_stuck_queues(&self) {
-        let mut registry = self.queues.lock();
+    pub fn free_stuck(&self) {
+        let mut registry = self.registry.lock();
         let stuck = registry
             .queues
             .extract_if(.., |_, e| e.use_ == QueueUse::Stuck);
         for (_, entry) in stuck {
-            self.give_queue_memory(&entry.shared);
+            self.give_memory(&entry.shared);
         }
-        self.queue_freed.notify_all();
+        self.freed.notify_all();
     }
 
-    fn give_queue_memory(&self, q: &QueueShared) {
+    fn give_memory(&self, q: &QueueShared) {
         if let QueueMem::Controller(_, offset) = &q.sq_mem {
-            self.give_controller_memory(*offset, usize::from(q.sq_entries) * 64);
+            self.memory.give(*offset, usize::from(q.sq_entries) * 64);
         }
     }
 
-    /// Keeps an object until the device is certainly done with it.
-    pub(crate) fn keep_until_quiet(&self, what: Box<dyn Any + Send>) {
-        self.kept_until_quiet.lock().push(what);
+    /// Creates the queues of all pairs again, each on its second completion memory.
+    pub fn create_all(&self) -> Result<(), NvmeError> {
+        let registry = self.registry.lock();
+        for Registered { shared: q, use_ } in registry.queues.values() {
+            let mut bank = q.bank.lock();
+            if *use_ != QueueUse::Owned {
+                bank.created = false;
+                continue;
+            }
+            // The owner has sent nothing on memory that it has not joined, so that it is free.
+            let next = match bank.joined {
+                true => 1 - bank.current,
+                false => bank.current,
+            };
+            q.cq_mem[next].clear();
+            (bank.current, bank.joined) = (next, false);
+            bank.created = q.qid <= registry.limit;
+            if bank.created
+                && let Err(error) = self.create(None, q, next)
+            {
+                bank.created = false;
+                return Err(error);
+            }
+        }
+        Ok(())
     }
 
-    /// Takes zeroed memory that the controller can access and that begins at one of its pages.
-    pub(super) fn queue_memory(&self, len: usize) -> Result<DmaShared, NvmeError> {
-        let len = len.next_multiple_of(1 << self.page_shift);
-        Ok(DmaShared::zeroed_in(self.transport.domain(), len)?)
+    /// Stops every owner from ringing doorbells, as a first step of a reset or shutdown. When this
+    /// returns, the state word must differ from the one that the owners have seen.
+    pub fn freeze(&self, word: u64) {
+        let resetting = state::word(state::generation(word) + 1, Phase::Resetting);
+        let queues = || -> Vec<Arc<QueueShared>> {
+            let registry = self.registry.lock();
+            let all = registry.queues.values();
+            all.map(|entry| Arc::clone(&entry.shared)).collect()
+        };
+        freeze(|| self.life.set(resetting), queues, |q| &q.ringing);
     }
 
-    fn address_of(&self, m: &DmaShared) -> Result<u64, NvmeError> {
-        self.table
-            .translate(m.region(), m.region_offset())
-            .map(|(address, _)| address)
-            .ok_or_else(|| self.protocol("queue memory is not mapped for the device"))
-    }
-}
-
-impl Controller {
-    /// Makes an I/O queue pair. Blocks for the admin commands.
-    ///
-    /// # Errors
-    /// Fails with [`NvmeError::NoQueues`] when the controller has no more queues.
-    pub fn queue_pair(self: &Arc<Self>, options: &QueueOptions) -> Result<QueuePair, NvmeError> {
+    /// Makes the queues of a pair, on the device too, and what else it consists of. Blocks.
+    pub fn pair(&self, options: &QueueOptions) -> Result<Parts, NvmeError> {
         barrier::init();
-        let core = &self.core;
-        let info = core.info()?;
-        let max = u32::from(core.cap.mqes_z()) + 1;
+        let info = self.link.info()?;
+        let max = u32::from(self.link.cap.mqes_z()) + 1;
         let depth = u32::from(options.depth.clamp(1, 4095)).min(max - 1);
         let sq_entries = u16::try_from(depth + 1).unwrap_or(2).max(2);
         let cq_wish = (2 * u32::from(sq_entries))
@@ -170,21 +263,24 @@ impl Controller {
         let cq_entries = u16::try_from(cq_wish).unwrap_or(2).max(2);
         let depth = sq_entries - 1;
 
-        let list_len = list_len(info.transfer_bytes, core.page_shift);
-        let cq_mem = [(); 2].map(|()| core.queue_memory(usize::from(cq_entries) * 16));
+        let list_len = list_len(info.transfer_bytes, self.link.page_shift);
+        let cq_mem = [(); 2].map(|()| self.link.queue_memory(usize::from(cq_entries) * 16));
         let [a, b] = cq_mem;
         let cq_mem = [Arc::new(a?), Arc::new(b?)];
         let lists_len = usize::from(depth) * list_len;
-        let lists = Arc::new(DmaShared::zeroed_in(core.transport.domain(), lists_len)?);
+        let lists = Arc::new(DmaShared::zeroed_in(
+            self.link.transport.domain(),
+            lists_len,
+        )?);
 
         let shared = self.reserve(options, sq_entries, cq_entries, cq_mem)?;
         match self.bring_to_life(&shared) {
-            Ok((word, bells)) => self.assemble(options, shared, word, lists, list_len, bells),
+            Ok((word, bells)) => self.assemble(shared, word, lists, list_len, bells),
             Err(error) => {
                 // It is not certain whether the device has a queue there.
                 shared.bank.lock().created = true;
-                if !core.retire_queue(&shared) {
-                    core.keep_until_quiet(Box::new(shared));
+                if !self.retire(&shared) {
+                    self.link.keep_until_quiet(Box::new(shared));
                 }
                 Err(error)
             }
@@ -194,17 +290,16 @@ impl Controller {
     /// Creates the queues of a registered pair, or lets a reset that happens meanwhile do so.
     /// Returns the state word for which its rings are valid at the beginning.
     fn bring_to_life(&self, shared: &Arc<QueueShared>) -> Result<(u64, (Bell, Bell)), NvmeError> {
-        let core = &self.core;
-        let bell = |completion, shadow| {
-            let offset = doorbell_offset(shared.qid, completion, core.cap.dstrd());
-            core.transport
-                .doorbell(offset)
-                .map(|b| Bell::new(b, shadow))
+        let bell = |completion, shadow| -> Result<Bell, NvmeError> {
+            Ok(Bell::new(
+                self.link.doorbell(shared.qid, completion)?,
+                shadow,
+            ))
         };
         loop {
-            let word = core.wait_live()?;
+            let word = self.life.wait_live()?;
             let bank = *shared.bank.lock();
-            let (sq_shadow, cq_shadow) = core.shadows(shared.qid);
+            let (sq_shadow, cq_shadow) = self.shadow.of(shared.qid);
             if !bank.created {
                 // The queue starts at 0, whatever an earlier queue with its number left there.
                 for shadow in sq_shadow.iter().chain(&cq_shadow) {
@@ -216,10 +311,10 @@ impl Controller {
             let made = if bank.created {
                 Ok(())
             } else {
-                core.create_queues(Some(word), shared, bank.current)
+                self.create(Some(word), shared, bank.current)
             };
             // The lock is held, so that a reset that begins now decides after this.
-            if let Some(mut now) = bank_in(&shared.bank, &core.state, word) {
+            if let Some(mut now) = bank_in(&shared.bank, &self.life.state, word) {
                 made?;
                 now.created = true;
                 return Ok((word, bells));
@@ -237,19 +332,21 @@ impl Controller {
         cq_entries: u16,
         cq_mem: [Arc<DmaShared>; 2],
     ) -> Result<Arc<QueueShared>, NvmeError> {
-        let core = &self.core;
-        let cq_address = [core.address_of(&cq_mem[0])?, core.address_of(&cq_mem[1])?];
+        let cq_address = [
+            self.link.address_of(&cq_mem[0])?,
+            self.link.address_of(&cq_mem[1])?,
+        ];
         let sq_len = usize::from(sq_entries) * 64;
         let in_controller = if options.controller_memory {
-            core.take_controller_memory(sq_len)
+            self.memory.take(sq_len)
         } else {
             None
         };
         let (sq_mem, sq_address) = match in_controller {
             Some((map, offset, address)) => (QueueMem::Controller(map, offset), address),
             None => {
-                let mem = Arc::new(core.queue_memory(sq_len)?);
-                let address = core.address_of(&mem)?;
+                let mem = Arc::new(self.link.queue_memory(sq_len)?);
+                let address = self.link.address_of(&mem)?;
                 (QueueMem::Host(mem), address)
             }
         };
@@ -257,17 +354,12 @@ impl Controller {
             Ok(free) => free,
             Err(error) => {
                 if let QueueMem::Controller(_, offset) = sq_mem {
-                    core.give_controller_memory(offset, sq_len);
+                    self.memory.give(offset, sq_len);
                 }
                 return Err(error);
             }
         };
-        let vectors = core.interrupts.read();
-        let interrupt = vectors
-            .get(usize::from(qid))
-            .filter(|_| options.interrupt)
-            .cloned();
-        drop(vectors);
+        let interrupt = self.interrupts.of(qid).filter(|_| options.interrupt);
         if let Some(interrupt) = &interrupt {
             interrupt.arm(false);
         }
@@ -301,10 +393,9 @@ impl Controller {
     /// about to become free, and resets a controller that has refused to delete the queues of the
     /// last ones.
     fn free_identifier(&self) -> Result<(MutexGuard<'_, Registry>, u16), NvmeError> {
-        let core = &self.core;
-        let deadline = Instant::now() + core.options.admin_timeout;
+        let deadline = Instant::now() + self.link.options.admin_timeout;
         let mut was_reset = false;
-        let mut registry = core.queues.lock();
+        let mut registry = self.registry.lock();
         loop {
             let limit = registry.limit;
             if let Some(qid) = (1..=limit).find(|q| !registry.queues.contains_key(q)) {
@@ -312,13 +403,13 @@ impl Controller {
             }
             let any = |use_| registry.queues.values().any(|e| e.use_ == use_);
             if any(QueueUse::Going) && Instant::now() < deadline {
-                core.queue_freed.wait_until(&mut registry, deadline);
+                self.freed.wait_until(&mut registry, deadline);
             } else if any(QueueUse::Stuck) && !was_reset {
                 was_reset = true;
-                MutexGuard::unlocked(&mut registry, || self.reset())?;
+                MutexGuard::unlocked(&mut registry, || self.requests.reset_and_wait())?;
             } else {
                 return Err(NvmeError::NoQueues {
-                    device: self.name().to_owned(),
+                    device: self.link.name().to_owned(),
                     limit,
                 });
             }
@@ -326,15 +417,13 @@ impl Controller {
     }
 
     fn assemble(
-        self: &Arc<Self>,
-        options: &QueueOptions,
+        &self,
         shared: Arc<QueueShared>,
         word: u64,
         lists: Arc<DmaShared>,
         list_len: usize,
         (sq_bell, cq_bell): (Bell, Bell),
-    ) -> Result<QueuePair, NvmeError> {
-        let core = &self.core;
+    ) -> Result<Parts, NvmeError> {
         // If a reset has happened meanwhile, the state word shows it and the pair catches up.
         let current = {
             let mut bank = shared.bank.lock();
@@ -342,25 +431,26 @@ impl Controller {
             bank.current
         };
         let depth = shared.sq_entries - 1;
-        let lists = Lists::new(lists, &core.table, depth, list_len)
-            .map_err(|_| core.protocol("list memory is not mapped for the device"))?;
+        let lists = Lists::new(lists, &self.link.table, depth, list_len).map_err(|_| {
+            self.link
+                .protocol("list memory is not mapped for the device")
+        })?;
         // Entries that are consumed but not acknowledged are room that the controller lacks. There
         // are never so many that it cannot post a completion for every command in flight.
         let spare = shared.cq_entries - 1 - depth.min(shared.cq_entries - 1);
         let ack_at = spare.min(shared.cq_entries / 4).max(1);
         let memory = Arc::clone(&shared.cq_mem[current]);
-        let parts = Parts {
+        Ok(Parts {
             sq: SubmissionRing::new(shared.sq_mem.clone(), shared.sq_entries, sq_bell),
             cq: CompletionRing::new(memory, shared.cq_entries, ack_at, cq_bell),
             shared,
             word,
             lists,
             style: PointerStyle {
-                page_len: 1 << core.page_shift,
-                sgl: core.info()?.sgl,
+                page_len: 1 << self.link.page_shift,
+                sgl: self.link.info()?.sgl,
             },
-        };
-        Ok(QueuePair::new(self, options, parts))
+        })
     }
 }
 
@@ -370,18 +460,4 @@ impl Controller {
 fn list_len(transfer_bytes: usize, page_shift: u32) -> usize {
     let entries = (transfer_bytes >> page_shift) + 1;
     (entries * 8).next_power_of_two().clamp(512, 4096)
-}
-
-impl Core {
-    /// Stops every owner from ringing doorbells, as a first step of a reset or shutdown. When this
-    /// returns, the state word must differ from the one that the owners have seen.
-    pub(super) fn freeze_queues(&self, word: u64) {
-        let resetting = state::word(state::generation(word) + 1, Phase::Resetting);
-        let queues = || -> Vec<Arc<QueueShared>> {
-            let registry = self.queues.lock();
-            let all = registry.queues.values();
-            all.map(|entry| Arc::clone(&entry.shared)).collect()
-        };
-        freeze(|| self.set_state(resetting), queues, |q| &q.ringing);
-    }
 }

@@ -53,7 +53,7 @@ impl Commands {
         Commands {
             dead: None,
             outgoing: Outgoing {
-                table: Arc::clone(&core.table),
+                table: Arc::clone(&core.link.table),
                 slots: Slots::new(shared.qid, shared.sq_entries - 1),
                 handles: Handles::default(),
                 lists: parts.lists,
@@ -77,7 +77,7 @@ impl Commands {
     }
 
     fn device(&self) -> &str {
-        self.rings.core.name()
+        self.rings.link.name()
     }
 
     pub fn shared(&self) -> &Arc<QueueShared> {
@@ -121,7 +121,7 @@ impl Commands {
         if self.must_catch_up() && !self.catch_up() {
             return Err(self.not_now(ns, io));
         }
-        if !ns.validity.is_of(self.rings.core.number) {
+        if !ns.validity.is_of(self.rings.link.number) {
             return Err(self.invalid(ns, io, InvalidIo::Stale(ns.limits.nsid)));
         }
         let Some((entry, segment)) = plain(&ns.limits, &io) else {
@@ -139,7 +139,7 @@ impl Commands {
     /// pair.
     #[inline]
     pub fn must_catch_up(&self) -> bool {
-        !self.rings.are_valid() || !self.core().birth.is_here()
+        !self.rings.are_valid() || !self.rings.link.birth.is_here()
     }
 
     /// Returns an I/O that is not accepted in the controller's state.
@@ -315,7 +315,7 @@ impl Commands {
         self.rings.count();
         self.outgoing
             .observer
-            .completed(self.rings.core.name(), slot, &c);
+            .completed(self.rings.link.name(), slot, &c);
         if c.status().is_success() {
             self.finish_command(slot, None);
         } else {
@@ -328,7 +328,7 @@ impl Commands {
     /// anything in flight, so its queues are deleted by a reset.
     #[cold]
     fn impossible(&mut self, c: Completion) {
-        self.rings.core.request_reset(&format!(
+        self.rings.core.requests.reset(&format!(
             "impossible completion on queue {}: {}",
             self.rings.shared.qid,
             decode::completion(&c)
@@ -341,14 +341,14 @@ impl Commands {
         let entry = &self.outgoing.slots[slot];
         let (state, retries) = (entry.state, entry.retries);
         tracing::debug!(
-            device = self.rings.core.name(),
+            device = self.rings.link.name(),
             command = entry.in_words(self.rings.shared.qid),
             completion = %decode::completion(&c),
             "command failed"
         );
         let may_pass = !status.do_not_retry() && status.code() != Status::COMPARE_FAILURE;
         if may_pass && retries < self.max_retries {
-            self.retry(slot, self.rings.core.retry_delay(status, retries));
+            self.retry(slot, self.rings.link.retry_delay(status, retries));
             return;
         }
         let aborted = status.code() == Status::ABORTED_BY_REQUEST;
@@ -397,7 +397,7 @@ impl Commands {
         if failure.is_none() {
             self.outgoing.observer.succeeded(started_ns);
         }
-        let device = self.rings.core.name();
+        let device = self.rings.link.name();
         if split != WHOLE {
             self.splits.part_ended(device, split, failure);
             self.backlog.extend(self.splits.take_ended(split));
@@ -425,9 +425,8 @@ impl Commands {
                 SlotState::Free => continue,
                 SlotState::InFlight | SlotState::Overdue => {
                     entry.retries = NO_RETRY;
-                    self.rings
-                        .core
-                        .request_abort(self.rings.shared.qid, entry.cid());
+                    let Rings { core, shared, .. } = &self.rings;
+                    core.requests.abort(shared.qid, entry.cid());
                 }
                 SlotState::Retrying => {
                     self.retries.forget(slot);
@@ -437,7 +436,7 @@ impl Commands {
             found = true;
         }
         // The commands of a split I/O that were not sent yet are not sent.
-        let device = self.rings.core.name();
+        let device = self.rings.link.name();
         found | self.splits.fail_tagged(device, tag, Cause::AskedFor)
     }
 
@@ -457,7 +456,7 @@ impl Commands {
             && self.backlog.is_empty()
             && self.dead.is_none();
         if waits {
-            self.core().wait_changed(word, timeout);
+            self.core().life.wait_changed(word, timeout);
         }
         waits
     }
@@ -496,7 +495,7 @@ impl Commands {
         if self.dead.is_some() {
             return false;
         }
-        if !self.rings.core.birth.is_here() {
+        if !self.rings.link.birth.is_here() {
             // The I/Os in flight are the parent's, and their memory is not mapped here.
             self.dead = Some(Cause::OtherProcess);
             return false;
@@ -516,7 +515,7 @@ impl Commands {
     /// because its next reset decides about the queues. Returns whether it can take commands.
     fn rejoin(&mut self, word: u64) -> bool {
         let (core, shared) = (Arc::clone(self.core()), Arc::clone(self.shared()));
-        let Some(mut bank) = bank_in(&shared.bank, &core.state, word) else {
+        let Some(mut bank) = bank_in(&shared.bank, &core.life.state, word) else {
             return false;
         };
         self.drain();
@@ -574,7 +573,7 @@ impl Commands {
                 self.finish_command(slot, Some(cause));
             }
         }
-        let ended = self.splits.fail_all(self.rings.core.name(), cause);
+        let ended = self.splits.fail_all(self.rings.link.name(), cause);
         self.backlog.extend(ended);
         debug_assert!(self.outgoing.slots.in_use() == 0);
     }
@@ -584,17 +583,17 @@ impl Drop for Commands {
     /// Deletes the queues. Blocks for the admin commands. Buffers of commands in flight are kept
     /// until the device is certainly done with them.
     fn drop(&mut self) {
-        let (core, shared) = (Arc::clone(self.core()), Arc::clone(self.shared()));
-        if !core.birth.is_here() {
+        let (link, shared) = (Arc::clone(&self.rings.link), Arc::clone(self.shared()));
+        if !link.birth.is_here() {
             return;
         }
         self.rings.interrupt_on();
-        if core.retire_queue(&shared) {
+        if self.core().queues.retire(&shared) {
             return;
         }
-        let slots = std::mem::replace(&mut self.outgoing.slots, Slots::new(0, 0));
+        let ios = std::mem::replace(&mut self.outgoing.slots, Slots::new(0, 0)).into_ios();
         let splits = std::mem::take(&mut self.splits);
         let lists = self.outgoing.lists.memory();
-        core.keep_until_quiet(Box::new((slots.into_ios(), splits, lists, shared)));
+        link.keep_until_quiet(Box::new((ios, splits, lists, shared)));
     }
 }

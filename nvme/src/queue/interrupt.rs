@@ -1,6 +1,6 @@
 //! A queue pair's interrupt vector: on while the thread sleeps, off while it polls.
 
-use crate::controller::Core;
+use crate::controller::Link;
 
 /// Number of completions after the last sleep from which the thread counts as one that polls.
 const POLLING_COMPLETIONS: u64 = 1024;
@@ -42,33 +42,33 @@ impl Interrupt {
 
     /// Switches the interrupt off when the thread finds its completions by polling: each interrupt
     /// would cost the kernel about as much as the I/O itself.
-    pub fn off_while_polling(&mut self, core: &Core, completions: u64) {
+    pub fn off_while_polling(&mut self, link: &Link, completions: u64) {
         if !self.off && completions - self.since >= POLLING_COMPLETIONS {
             self.since = completions;
-            self.switch(core, false);
+            self.switch(link, false);
         }
     }
 
     /// Switches the interrupt on again, for a sleep, after a reset has set up the vector again, and
     /// for its next user.
-    pub fn on(&mut self, core: &Core) {
+    pub fn on(&mut self, link: &Link) {
         if self.off {
-            self.switch(core, true);
+            self.switch(link, true);
         }
     }
 
-    fn switch(&mut self, core: &Core, on: bool) {
+    fn switch(&mut self, link: &Link, on: bool) {
         let Some(vector) = self.vector else {
             return;
         };
-        match core.transport.switch_interrupt(vector, on) {
+        match link.transport.switch_interrupt(vector, on) {
             Ok(true) => {
                 self.off = !on;
                 self.switches += 1;
             }
             Ok(false) => {}
             Err(error) => {
-                tracing::debug!(device = core.name(), vector, on, %error, "interrupt not switched");
+                tracing::debug!(device = link.name(), vector, on, %error, "interrupt not switched");
             }
         }
     }

@@ -75,7 +75,7 @@ impl Outgoing {
     fn show(&mut self, rings: &Rings, number: u16) {
         let slot = &mut self.slots[number];
         self.observer
-            .sent(rings.core.name(), rings.shared.qid, number, slot);
+            .sent(rings.link.name(), rings.shared.qid, number, slot);
     }
 
     /// Sends a flush.
@@ -113,15 +113,14 @@ impl Outgoing {
     /// Whether the command of a slot may be sent again: its namespace is what it was.
     pub fn may_repeat(&self, rings: &Rings, slot: u16) -> bool {
         let namespace = self.slots[slot].namespace;
-        self.handles.are_current(namespace, rings.core.number)
+        self.handles.are_current(namespace, rings.link.number)
     }
 
     /// Sends commands of a split I/O, whose number is `index`, while there are slots. The first
     /// ones may have been sent long ago, when its namespace was another one or had another format.
     pub fn send_parts(&mut self, rings: &mut Rings, split: &mut Split, index: u32) {
-        let core = &rings.core;
-        if !self.handles.are_current(split.namespace, core.number) {
-            return split.fail(core.name(), Cause::Replaced, "");
+        if !self.handles.are_current(split.namespace, rings.link.number) {
+            return split.fail(rings.link.name(), Cause::Replaced, "");
         }
         while split.has_more()
             && let Some((slot, entry)) = self.slots.take()
@@ -140,7 +139,7 @@ impl Outgoing {
                     self.send(rings, slot, command);
                 }
                 Err(NotMapped) => {
-                    split.fail(rings.core.name(), Cause::NotMapped, "");
+                    split.fail(rings.link.name(), Cause::NotMapped, "");
                     self.slots.give(slot);
                 }
             }

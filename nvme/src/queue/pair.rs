@@ -12,7 +12,6 @@ use super::bounce::Bounce;
 use super::commands::Commands;
 use super::observer::Observer;
 use super::options::QueueOptions;
-use super::parts::Parts;
 use super::ring::QueueMem;
 use super::spin::Spin;
 use super::stats::QueueStats;
@@ -36,24 +35,27 @@ pub struct QueuePair {
     not_sync: PhantomData<Cell<()>>,
 }
 
-impl QueuePair {
-    pub(crate) fn new(
-        controller: &Arc<Controller>,
-        options: &QueueOptions,
-        parts: Parts,
-    ) -> QueuePair {
-        let core = Arc::clone(&controller.core);
+impl Controller {
+    /// Makes an I/O queue pair. Blocks for the admin commands.
+    ///
+    /// # Errors
+    /// Fails with [`NvmeError::NoQueues`] when the controller has no more queues.
+    pub fn queue_pair(self: &Arc<Self>, options: &QueueOptions) -> Result<QueuePair, NvmeError> {
+        let core = Arc::clone(&self.core);
+        let parts = core.queues.pair(options)?;
         let observer = Observer::new(options.histogram);
-        QueuePair {
-            bounce: core.transport.domain().map(|_| Box::default()),
+        Ok(QueuePair {
+            bounce: core.link.transport.domain().map(|_| Box::default()),
             commands: Commands::new(core, parts, options.max_retries, options.timeout, observer),
             spin: Spin::new(),
             spin_max: options.spin_max,
-            controller: Arc::clone(controller),
+            controller: Arc::clone(self),
             not_sync: PhantomData,
-        }
+        })
     }
+}
 
+impl QueuePair {
     /// Returns the queue identifier, from 1.
     pub fn qid(&self) -> u16 {
         self.commands.shared().qid
@@ -93,7 +95,7 @@ impl QueuePair {
     }
 
     fn is_here(&self) -> bool {
-        self.commands.core().birth.is_here()
+        self.commands.core().link.birth.is_here()
     }
 
     /// Accepts an I/O, which [`poll`](Self::poll) hands back with its tag. Never blocks. Does not
@@ -118,7 +120,7 @@ impl QueuePair {
             return Err(commands.not_now(ns, io));
         }
         let core = Arc::clone(commands.core());
-        let (Some(bounce), Some(domain)) = (&mut self.bounce, core.transport.domain()) else {
+        let (Some(bounce), Some(domain)) = (&mut self.bounce, core.link.transport.domain()) else {
             return commands.submit(ns, tag, io);
         };
         if let Op::Abort { tag: target } = &io {
@@ -187,7 +189,7 @@ impl QueuePair {
     /// Fails when the controller is gone and everything has been handed back.
     pub fn wait(&mut self, timeout: Duration) -> Result<(), NvmeError> {
         if !self.is_here() {
-            return Err(self.commands.core().gone(Cause::OtherProcess));
+            return Err(self.commands.core().life.gone(Cause::OtherProcess));
         }
         if self.commands.wait_for_reset(timeout.min(SLICE_MAX)) || self.commands.ready() {
             return Ok(());

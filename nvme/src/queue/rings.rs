@@ -2,20 +2,21 @@
 //! for which they are valid.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::interrupt::Interrupt;
 use super::ring::{CompletionRing, SubmissionRing};
 use super::shared::QueueShared;
-use crate::controller::Core;
 use crate::controller::state::{self, Phase};
+use crate::controller::{Core, Lifecycle, Link};
 use crate::spec::Completion;
 
 /// The rings.
 #[derive(Debug)]
 pub(super) struct Rings {
     pub core: Arc<Core>,
+    pub link: Arc<Link>,
+    life: Arc<Lifecycle>,
     pub shared: Arc<QueueShared>,
     /// The controller's state word for which they are valid.
     seen: u64,
@@ -46,6 +47,8 @@ impl Rings {
         cq: CompletionRing,
     ) -> Rings {
         Rings {
+            link: Arc::clone(&core.link),
+            life: Arc::clone(&core.life),
             core,
             seen: word,
             sq,
@@ -72,7 +75,7 @@ impl Rings {
     /// Returns the controller's state word.
     #[inline]
     pub fn state(&self) -> u64 {
-        self.core.state.load(Ordering::Acquire)
+        self.life.word()
     }
 
     /// Whether the rings are valid in the controller's state.
@@ -131,13 +134,13 @@ impl Rings {
     fn ring(&mut self) {
         let Self {
             shared,
-            core,
+            life,
             cq,
             sq,
             seen,
             ..
         } = self;
-        shared.ringing.while_in(&core.state, *seen, || {
+        shared.ringing.while_in(&life.state, *seen, || {
             // Make room for completions before there are more commands to complete.
             if cq.wants_ack() {
                 cq.ack();
@@ -154,19 +157,19 @@ impl Rings {
         }
         let Self {
             shared,
-            core,
+            life,
             cq,
             seen,
             ..
         } = self;
         if cq.has_unacked() {
-            shared.ringing.while_in(&core.state, *seen, || cq.ack());
+            shared.ringing.while_in(&life.state, *seen, || cq.ack());
         }
     }
 
     /// Starts again on the memory of this number, in the controller's state `word`.
     pub fn restart(&mut self, word: u64, memory: usize) {
-        let (sq_shadow, cq_shadow) = self.core.shadows(self.shared.qid);
+        let (sq_shadow, cq_shadow) = self.core.queues.shadow.of(self.shared.qid);
         self.sq.restart(sq_shadow);
         let memory = Arc::clone(&self.shared.cq_mem[memory]);
         self.cq.restart(memory, cq_shadow);
@@ -176,13 +179,13 @@ impl Rings {
 
     /// Switches the interrupt on, for a sleep and for the vector's next user.
     pub fn interrupt_on(&mut self) {
-        self.interrupt.on(&self.core);
+        self.interrupt.on(&self.link);
     }
 
     /// Switches the interrupt off when the thread polls.
     pub fn interrupt_off_while_polling(&mut self) {
         self.interrupt
-            .off_while_polling(&self.core, self.completions);
+            .off_while_polling(&self.link, self.completions);
     }
 
     /// Sleeps for at most `slice`, until the queue's interrupt (or in short naps, where there is
