@@ -92,6 +92,11 @@ void WhatIsNotThere() {
   FAILS(fs->RenameFile("/missing", "/other", kAny, nullptr));
   FAILS(fs->LinkFile("/missing", "/other", kAny, nullptr));
   FAILS(fs->DeleteDir("/missing", kAny, nullptr));
+  CHECK(fs->CreateDir("/two\nlines", kAny, nullptr).IsInvalidArgument());
+  std::shared_ptr<FileSystem> nowhere;
+  const rocksdb::Status opened =
+      FileSystem::CreateFromString(rocksdb::ConfigOptions(), "blobfs:///nowhere/at/all.img", &nowhere);
+  CHECK(!opened.ok() && opened.ToString().find("could not be opened") != std::string::npos && nowhere == nullptr);
   GOOD(fs->DeleteFile("/file", kAny, nullptr));
 }
 
@@ -160,6 +165,13 @@ void SpaceIsAllocatedAhead() {
   GOOD(file->Close(kAny, nullptr));
   file.reset();
   CHECK(before - Free() < kBlock);
+  // As many blocks as are needed, and no more.
+  file = Made("/ahead", "");
+  file->SetPreallocationBlockSize(4096);
+  size_t block = 0, blocks = 0;
+  file->PrepareWrite(0, 8192, kAny, nullptr);
+  file->GetPreallocationStatus(&block, &blocks);
+  CHECK(block == 4096 && blocks == 2);
   // RocksDB is told that there is no room, and may try again. A write for which nothing could be allocated does not fail for that.
   file = Made("/ahead", "");
   const IOStatus s = file->Allocate(0, uint64_t{1} << 40, kAny, nullptr);
@@ -334,6 +346,10 @@ void Directories() {
   CHECK(path == "/dir");
   GOOD(fs->GetAbsolutePath("/dir", kAny, &path, nullptr));
   CHECK(path == "/dir");
+  setenv("TEST_TMPDIR", "/chosen", 1);
+  GOOD(fs->GetTestDirectory(kAny, &path, nullptr));
+  CHECK(path == "/chosen");
+  GOOD(fs->FileExists("/chosen", kAny, nullptr));
 }
 
 void Locks() {
@@ -413,8 +429,17 @@ void EveryFailureArrives() {
     read.len = 8;
     read.scratch = scratch;
   }
-  const IOStatus together = reader->MultiRead(reads.data(), reads.size(), kAny, nullptr);
-  for (const auto& read : reads) CHECK(!together.ok() || (!read.status.ok() && read.result.empty()));
+  // Each read has its own failure, not the last one of the thread.
+  CHECK(fs->FileExists("/\xff", kAny, nullptr).ToString().find("UTF-8") != std::string::npos);
+  GOOD(reader->MultiRead(reads.data(), reads.size(), kAny, nullptr));
+  for (const auto& read : reads) {
+    CHECK(!read.status.ok() && read.result.empty());
+    CHECK(read.status.ToString().find("fork") != std::string::npos);
+  }
+  void* handle = nullptr;
+  rocksdb::IOHandleDeleter del;
+  FAILS(reader->ReadAsync(reads[0], kAny, [](FSReadRequest&, void*) {}, nullptr, &handle, &del, nullptr));
+  CHECK(handle == nullptr);
   FAILS(directory->Fsync(kAny, nullptr));
   FAILS(fs->SyncFile("/fails", FileOptions(), kAny, false, nullptr));
   FAILS(fs->Truncate("/fails", 0, kAny, nullptr));
