@@ -249,12 +249,14 @@ fn of_rocksdb(e: &rocksdb::Error) -> ErrorKind {
         Rocks::NotFound | Rocks::ColumnFamilyDropped => ErrorKind::NotFound,
         Rocks::Corruption => ErrorKind::Corrupt,
         Rocks::NotSupported => ErrorKind::Unsupported,
+        Rocks::InvalidArgument if e.as_ref().contains("(create_if_missing is false)") => {
+            ErrorKind::NotFound
+        }
+        Rocks::InvalidArgument if e.as_ref().contains("(error_if_exists is true)") => {
+            ErrorKind::AlreadyExists
+        }
         Rocks::InvalidArgument => ErrorKind::InvalidInput,
-        Rocks::IOError if is_no_space(e) => ErrorKind::NoSpace,
-        Rocks::IOError if e.as_ref().contains(CLOSED) => ErrorKind::Closed,
-        Rocks::IOError if e.as_ref().contains("device removed") => ErrorKind::DeviceGone,
-        Rocks::IOError if e.as_ref().contains("locked by another user") => ErrorKind::InUse,
-        Rocks::IOError => ErrorKind::Device,
+        Rocks::IOError => of_io_text(e.as_ref()),
         Rocks::ShutdownInProgress => ErrorKind::Closed,
         Rocks::Busy | Rocks::TimedOut | Rocks::Expired => ErrorKind::Conflict,
         Rocks::TryAgain | Rocks::Aborted => ErrorKind::TryAgain,
@@ -262,15 +264,46 @@ fn of_rocksdb(e: &rocksdb::Error) -> ErrorKind {
     }
 }
 
+/// Returns the kind of an I/O error of RocksDB by its text: the file system's, or the one that RocksDB has for a subcode.
+fn of_io_text(text: &str) -> ErrorKind {
+    let kinds = [
+        (NO_SPACE, ErrorKind::NoSpace),
+        (CLOSED, ErrorKind::Closed),
+        ("file system has been unmounted", ErrorKind::Closed),
+        ("mounted by the parent of this process", ErrorKind::Closed),
+        ("device removed", ErrorKind::DeviceGone),
+        ("locked by another user", ErrorKind::InUse),
+        ("mounted read-only", ErrorKind::ReadOnly),
+        ("device is read-only", ErrorKind::ReadOnly),
+        ("no buffer memory", ErrorKind::OutOfMemory),
+        ("Memory limit reached", ErrorKind::OutOfMemory),
+        ("No such file or directory", ErrorKind::NotFound),
+        ("exists already", ErrorKind::AlreadyExists),
+        ("not a directory", ErrorKind::InvalidInput),
+        ("is a directory", ErrorKind::InvalidInput),
+        ("directory not empty", ErrorKind::InvalidInput),
+        ("with its directories", ErrorKind::InvalidInput),
+    ];
+    let found = kinds.iter().find(|(part, _)| text.contains(part));
+    found.map_or(ErrorKind::Device, |(_, kind)| *kind)
+}
+
+/// RocksDB's text for the subcode of a full device.
+const NO_SPACE: &str = "No space left";
+
 /// Whether RocksDB ran out of space.
 pub(crate) fn is_no_space(e: &rocksdb::Error) -> bool {
-    e.kind() == rocksdb::ErrorKind::IOError && e.as_ref().contains("No space left")
+    e.kind() == rocksdb::ErrorKind::IOError && e.as_ref().contains(NO_SPACE)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use pumice_bdev::{DmaBuf, IoError, Op};
+
     use super::*;
-    use crate::{Db, DbOptions, MountOptions, mount};
+    use crate::{Db, DbOptions, MountOptions, mount, mount_device};
 
     #[test]
     fn every_kind_of_failure_is_told_apart() {
@@ -310,5 +343,76 @@ mod tests {
         assert_eq!(refused.kind(), ErrorKind::Unsupported, "{refused}");
         let refused = Error::from(db.file_system().mkdir("/x").unwrap_err());
         assert_eq!(refused.kind(), ErrorKind::ReadOnly);
+    }
+
+    /// A failure of the file system has the same kind when RocksDB has passed it on.
+    #[test]
+    fn what_rocksdb_passes_on_keeps_its_kind() {
+        let path = || "/f".to_owned();
+        let device = path;
+        let memory = DmaBuf::new(usize::MAX).unwrap_err();
+        for error in [
+            FsError::Exists { path: path() },
+            FsError::NotDir { path: path() },
+            FsError::IsDir { path: path() },
+            FsError::NotEmpty { path: path() },
+            FsError::NameTooLong {
+                path: path(),
+                len: 400,
+                max: 200,
+            },
+            FsError::Locked { path: path() },
+            FsError::ReadOnly { path: path() },
+            FsError::Forked { device: device() },
+            FsError::Unmounted { path: path() },
+            FsError::NoMemory(Arc::new(memory)),
+            failed_write(IoErrorKind::ReadOnly),
+            failed_write(IoErrorKind::Removed),
+            failed_write(IoErrorKind::Media),
+        ] {
+            let text = format!("IO error: doing something: {error}");
+            assert_eq!(of_io_text(&text), of_fs(&error), "{text}");
+        }
+    }
+
+    fn failed_write(kind: IoErrorKind) -> FsError {
+        let write = Op::Flush;
+        FsError::Io {
+            context: "/f".to_owned(),
+            source: Arc::from(IoError::new("disk", 4096, &write, kind, "")),
+            data_loss: false,
+        }
+    }
+
+    #[test]
+    fn a_database_that_is_missing_or_there_is_told_apart() {
+        let fs = mount("malloc://64M", &MountOptions::new()).unwrap();
+        let db = DbOptions::new().path("/db").open_in(&fs).unwrap();
+        let missing = Error::from(db.ingest_external_file(vec!["/none"]).unwrap_err());
+        assert_eq!(missing.kind(), ErrorKind::NotFound, "{missing}");
+        db.close().unwrap();
+        let kind = |options: DbOptions| options.open_in(&fs).err().unwrap().kind();
+        let none = DbOptions::new().path("/none");
+        assert_eq!(kind(none.clone().read_only(true)), ErrorKind::NotFound);
+        let not_made = none.configure(|options| options.create_if_missing(false));
+        assert_eq!(kind(not_made), ErrorKind::NotFound);
+        let new = DbOptions::new().configure(|options| options.set_error_if_exists(true));
+        assert_eq!(kind(new.path("/db")), ErrorKind::AlreadyExists);
+    }
+
+    #[test]
+    fn a_database_on_what_cannot_be_written_says_so() {
+        let device = pumice_bdev::open("malloc://64M").unwrap();
+        let fs = mount_device(&device, &MountOptions::new()).unwrap();
+        let db = DbOptions::new().path("/db").open_in(&fs).unwrap();
+        fs.unmount().unwrap();
+        let unmounted = Error::from(db.put("a", "b").unwrap_err());
+        assert_eq!(unmounted.kind(), ErrorKind::Closed, "{unmounted}");
+        drop((db, fs));
+        let fs = mount_device(&device, &MountOptions::new().read_only(true)).unwrap();
+        for path in ["/db", "/new"] {
+            let refused = DbOptions::new().path(path).open_in(&fs).err().unwrap();
+            assert_eq!(refused.kind(), ErrorKind::ReadOnly, "{refused}");
+        }
     }
 }

@@ -4,14 +4,14 @@ mod common;
 
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{check, key, value, watchdog};
 use pumice::bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice::bdev::{BlockDevice, OpKind, open};
 use pumice::fs::OpenOptions;
-use pumice::rocksdb::{DBCompressionType, IteratorMode, Options, WriteOptions};
+use pumice::rocksdb::{DBCompressionType, IteratorMode, MergeOperands, Options, WriteOptions};
 use pumice::{
     Db, DbOptions, Error, ErrorKind, FileSystem, FormatOptions, MountOptions, mount_device,
 };
@@ -203,7 +203,9 @@ fn a_close_writes_what_has_no_log() {
 /// Leaves no room.
 fn fill(fs: &FileSystem) {
     let ballast = fs.open("/ballast", OpenOptions::CREATE).unwrap();
-    while ballast.append(&vec![1; 1 << 20]).is_ok() {}
+    for piece in [1 << 20, 4 << 10] {
+        while ballast.append(&vec![1; piece]).is_ok() {}
+    }
 }
 
 /// There is room again between two closes.
@@ -326,6 +328,119 @@ fn a_drop_after_a_failed_close_tries_again() {
     let db = options.open_in(&fs).unwrap();
     check(&db, 0..50_000);
     assert_eq!(db.get("u").unwrap().as_deref(), Some(&b"1"[..]));
+}
+
+/// Waits until something holds.
+fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !holds() {
+        assert!(started.elapsed() < common::LIMIT / 3, "never: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A gate in a merge operator: a flush waits there until it is opened.
+#[derive(Clone, Default)]
+struct Gate(Arc<(Mutex<bool>, Condvar)>);
+
+impl Gate {
+    fn open(&self) {
+        *self.0.0.lock().unwrap() = true;
+        self.0.1.notify_all();
+    }
+
+    /// A flush calls the merge operator for a key that has a value and an operand.
+    fn install(&self, options: &mut Options) {
+        let gate = self.clone();
+        let newest = move |_: &[u8], _: Option<&[u8]>, operands: &MergeOperands| {
+            let mut open = gate.0.0.lock().unwrap();
+            while !*open {
+                open = gate.0.1.wait(open).unwrap();
+            }
+            operands.iter().last().map(<[u8]>::to_vec)
+        };
+        options.set_merge_operator_associative("gate", newest);
+    }
+}
+
+/// `kv/README.md`, "When the device is full".
+#[test]
+fn a_put_that_is_held_up_on_a_full_device_ends_with_the_close() {
+    let _limit = watchdog();
+    let (_, fs) = faulty();
+    let gate = Gate::default();
+    let options = options(256 << 10).configure(|options| {
+        options.set_max_write_buffer_number(2);
+        gate.install(options);
+    });
+    let db = Arc::new(options.open_in(&fs).unwrap());
+    db.put("gate", "closed").unwrap();
+    db.merge("gate", "open").unwrap();
+    let writer = Arc::clone(&db);
+    let putting = std::thread::spawn(move || {
+        let mut n = 0;
+        loop {
+            match writer.put(key(n), value(n)) {
+                Ok(()) => n += 1,
+                Err(error) => return (n, Error::from(error)),
+            }
+        }
+    });
+    let is = |name: &str, least| db.property_int_value(name).unwrap() >= Some(least);
+    wait_until("all memtables are full", || {
+        is("rocksdb.is-write-stopped", 1)
+    });
+    fill(&fs);
+    gate.open();
+    wait_until("the flush fails", || is("rocksdb.background-errors", 1));
+    let mut hurried = WriteOptions::default();
+    hurried.set_no_slowdown(true);
+    let error = db.put_opt("hurried", "1", &hurried).unwrap_err();
+    assert!(error.to_string().contains("stall"), "{error}");
+    assert_eq!(db.get("gate").unwrap().as_deref(), Some(&b"open"[..]));
+    fs.unlink("/ballast").unwrap();
+    // RocksDB looks for room every five seconds.
+    std::thread::sleep(Duration::from_secs(7));
+    assert!(!putting.is_finished());
+    db.close().unwrap();
+    wait_until("the put ends", || putting.is_finished());
+    let (written, error) = putting.join().unwrap();
+    assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");
+    drop(db);
+    check(&options.open_in(&fs).unwrap(), 0..written);
+}
+
+/// `kv/README.md`, "When the device is full".
+#[test]
+fn puts_fail_after_a_flush_without_room_until_a_memtable_has_room() {
+    let _limit = watchdog();
+    let (_, fs) = faulty();
+    let db = options(8 << 20).open_in(&fs).unwrap();
+    let small = fs.open("/small", OpenOptions::CREATE).unwrap();
+    small.append(&vec![1; 2 << 20]).unwrap();
+    for n in 0..1000 {
+        db.put(key(n), value(n)).unwrap();
+    }
+    fill(&fs);
+    let error = Error::from(db.flush().unwrap_err());
+    assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");
+    drop(small);
+    fs.unlink("/small").unwrap();
+    let free = fs.free_bytes();
+    assert!(0 < free && free < 8 << 20, "{free}");
+    let log = fs.open("/LOG", OpenOptions::READ).unwrap();
+    let waits_for_more = format!("free space [{free} bytes] is less than");
+    wait_until("RocksDB has seen that there is some room", || {
+        let mut text = vec![0; usize::try_from(log.len()).unwrap()];
+        log.read_at(0, &mut text).unwrap();
+        String::from_utf8_lossy(&text).contains(&waits_for_more)
+    });
+    let error = Error::from(db.put(key(1000), value(1000)).unwrap_err());
+    assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");
+    check(&db, 0..1000);
+    fs.unlink("/ballast").unwrap();
+    wait_until("puts go on", || db.put(key(1000), value(1000)).is_ok());
+    check(&db, 0..1001);
 }
 
 /// R5, U8: the file system of the kernel that holds the image is full.

@@ -223,6 +223,83 @@ fn dirty_bytes_are_counted() {
     fs.unmount().unwrap();
 }
 
+/// Each figure has the value that the file system has for it, and no two of these are the same by chance.
+#[test]
+fn figures_are_those_of_the_file_system() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("rpc.sock");
+    let fs = pumice::mount("malloc://64M", &MountOptions::new()).unwrap();
+    let file = fs
+        .open("/file", pumice_blobfs::fs::OpenOptions::CREATE)
+        .unwrap();
+    file.append(&[1; 300_000]).unwrap();
+    file.sync().unwrap();
+    file.append(&[2; 100]).unwrap();
+    file.sync().unwrap();
+    for _ in 0..7 {
+        file.read_at(0, &mut [0; 100]).unwrap();
+    }
+    let inspection = Inspection::new(&fs).rpc_socket(&socket).unwrap();
+    let mut client = client(&socket);
+    let stats = ask(&mut client, "pumice_get_stats", &Value::Null);
+    let (space, cache, io) = (fs.statfs(), fs.cache_stats(), fs.io_stats());
+    let figures = [
+        ("total_bytes", space.total),
+        ("free_bytes", space.free),
+        ("used_bytes", space.used),
+        ("journal_bytes", space.journal),
+        ("cluster_size", space.cluster),
+        ("files", space.files),
+        ("md_pages", space.md_pages),
+        ("md_pages_used", space.md_pages_used),
+        ("dirty_bytes", fs.dirty_bytes()),
+        ("writeback_bytes", fs.writeback_bytes()),
+        ("cache_used_bytes", cache.used_bytes),
+        ("cache_capacity_bytes", cache.capacity_bytes),
+        ("cache_hits", cache.hits),
+        ("cache_misses", cache.misses),
+        ("device_reads", io.reads),
+        ("device_read_bytes", io.read_bytes),
+        ("device_writes", io.writes),
+        ("device_written_bytes", io.written_bytes),
+        ("device_flushes", io.flushes),
+    ];
+    for (name, value) in figures {
+        assert_eq!(stats["fs"][name], value, "{name}");
+    }
+    assert!(cache.hits != cache.misses && io.writes != io.flushes);
+    assert!(space.journal != space.used && fs.dirty_bytes() != fs.writeback_bytes());
+    let stat = fs.stat("/file").unwrap();
+    let shown = ask(&mut client, "pumice_get_file", &json!({ "path": "/file" }));
+    assert_eq!(shown["length"], 300_100);
+    assert_eq!(shown["allocated"], stat.allocated);
+    assert!(stat.allocated > stat.len);
+    // Nothing has counted the operations of the device, which was mounted before.
+    assert!(stats["latency"].is_null(), "{stats}");
+    drop((client, inspection));
+}
+
+/// The device is counted for Prometheus alone, too, and its name may have any character.
+#[test]
+fn figures_of_a_device_with_a_quote_in_its_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, metrics) = (dir.path().join("k\"v.img"), dir.path().join("m.sock"));
+    let db = DbOptions::new()
+        .metrics(metrics.to_str().unwrap())
+        .open(&format!("file://{}?size=64M&create=1", image.display()))
+        .unwrap();
+    let mut stream = std::os::unix::net::UnixStream::connect(&metrics).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let quoted = "k\\\"v.img\"";
+    for start in ["pumice_fs_files{", "pumice_bdev_"] {
+        let row = |line: &str| line.starts_with(start) && line.contains(quoted);
+        assert!(text.lines().any(row), "{start}: {text}");
+    }
+    db.close().unwrap();
+}
+
 /// The queues of a device that is counted are shown with their threads.
 #[test]
 fn queues_are_shown() {
@@ -248,7 +325,7 @@ fn queues_are_shown() {
     assert!(
         stats["latency"]
             .as_array()
-            .is_some_and(|all| !all.is_empty()),
+            .is_some_and(|all| !all.is_empty() && all.iter().all(|pair| pair[1] != 0)),
         "{stats}"
     );
     let mut stream = std::os::unix::net::UnixStream::connect(&metrics).unwrap();

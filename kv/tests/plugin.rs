@@ -414,3 +414,34 @@ fn a_log_directory_without_a_blob_goes_with_its_database() {
     let db = DB::open(&opts, "/").unwrap();
     assert_eq!(db.get(key(7)).unwrap(), None);
 }
+
+/// RocksDB asks for a block with a wrong checksum once more, and means the device's bytes, not the cache's.
+#[test]
+fn a_block_that_was_read_wrongly_once_is_read_again() {
+    let _limit = watchdog();
+    let base = pumice::bdev::open("malloc://512M?block_size=4096").unwrap();
+    let faulty = Arc::new(ErrorDevice::new(None, base));
+    let device: Arc<dyn BlockDevice> = Arc::clone(&faulty) as Arc<dyn BlockDevice>;
+    let fs = mount_device(&device, &MountOptions::new()).unwrap();
+    let db = DB::open(&options(&pumice::env(&fs)), "/").unwrap();
+    fill(&db, 0..60_000);
+    db.flush().unwrap();
+    drop(db);
+    fs.unmount().unwrap();
+    // The page cache is empty.
+    let fs = mount_device(&device, &MountOptions::new()).unwrap();
+    let db = DB::open(&without_block_cache(&pumice::env(&fs)), "/").unwrap();
+    faulty.inject(Injection {
+        op: Some(OpKind::Read),
+        failure: Failure::Corrupt {
+            offset: 100,
+            value: 0xff,
+        },
+        count: 1,
+        range: None,
+        queue_depth: 0,
+    });
+    check(&db, 0..1);
+    assert_eq!(faulty.injections(), [], "the fault was met");
+    check(&db, 1..100);
+}

@@ -472,6 +472,15 @@ static void ends(const char *dir) {
   }
 }
 
+/* The last close of an environment has unmounted the store: a mount for writing would exclude one for reading only. */
+static void unmounted(const char *uri) {
+  pumice_store *store = NULL;
+  pumice_options reader = PUMICE_OPTIONS;
+  reader.flags = PUMICE_STORE_READ_ONLY;
+  CHECK(pumice_store_open(uri, &reader, &store, &error) == 0);
+  CHECK(pumice_store_close(store, &error) == 0);
+}
+
 int main(int argc, char **argv) {
   const char *dir = argc > 1 ? argv[1] : ".";
   char uri[4200];
@@ -489,6 +498,7 @@ int main(int argc, char **argv) {
   together(uri);
   forked();
   finish();
+  unmounted(uri);
   full();
   if (problems == 0) puts("RocksDB's C API works");
   return problems != 0;

@@ -101,6 +101,17 @@ fn holds(test: &str, name: &str, says_at_the_end: &str) {
     }
 }
 
+/// In C++: a database makes many of these calls only rarely.
+#[test]
+fn every_call_of_rocksdb_is_answered() {
+    let (_dir, program, _) = in_dir();
+    let source = "kv/plugin/tests/calls.cc";
+    if made("every_call_of_rocksdb_is_answered", &CPP, source, &program) {
+        let text = says(&program, &[]);
+        assert!(text.contains("as RocksDB expects"), "{text}");
+    }
+}
+
 #[test]
 fn what_the_header_says_holds() {
     holds("what_the_header_says_holds", "hostile", "every claim holds");
