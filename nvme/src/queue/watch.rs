@@ -83,32 +83,17 @@ impl Watch {
                 Late::Abort => {
                     stats.timeouts += 1;
                     tracing::warn!(
-                        device = core.name(),
+                        device = core.link.name(),
                         command = %text,
                         timeout_ms = timeout,
                         "no completion in time; aborting"
                     );
-                    core.request_abort(queue.qid, entry.cid());
+                    core.requests.abort(queue.qid, entry.cid());
                 }
                 Late::Reset => {
-                    core.request_reset(&format!("{text}: neither completed nor aborted in time"));
+                    core.requests
+                        .reset(&format!("{text}: neither completed nor aborted in time"));
                 }
-            if entry.state == SlotState::InFlight {
-                entry.state = SlotState::Overdue;
-                // The abort gets half of the time-out to take effect.
-                entry.deadline_ms = now + (timeout / 2).max(1);
-                stats.timeouts += 1;
-                tracing::warn!(
-                    device = core.link.name(),
-                    command = %text,
-                    timeout_ms = timeout,
-                    "no completion in time; aborting"
-                );
-                core.requests.abort(queue.qid, entry.cid());
-            } else {
-                entry.deadline_ms = now + timeout;
-                core.requests
-                    .reset(&format!("{text}: neither completed nor aborted in time"));
             }
         }
     }
