@@ -496,3 +496,31 @@ fn the_super_blob_is_kept() {
     store.set_super_blob(None).unwrap();
     assert_eq!(reload(store).super_blob(), None);
 }
+
+#[test]
+fn unmapping_spans_pages_of_the_map() {
+    for extent_table in [true, false] {
+        let store = store(8 << 20);
+        let opts = CreateOptions {
+            extent_table,
+            ..thin(2500)
+        };
+        let id = store.create(&opts).unwrap();
+        let blob = store.open(id).unwrap();
+        let written = [0, 900, 1019, 1020, 1500, 2039, 2040, 2499];
+        for cluster in written {
+            write(&blob, cluster * CLUSTER, &[5; 4096]);
+        }
+        assert_eq!(blob.num_allocated(), written.len() as u64);
+        blob.unmap_at(900 * CLUSTER, 1500 * CLUSTER).unwrap();
+        drop(blob);
+        let store = reload(store);
+        let blob = store.open(id).unwrap();
+        assert_eq!(blob.num_allocated(), 2);
+        for cluster in written {
+            let byte = if [0, 2499].contains(&cluster) { 5 } else { 0 };
+            let found = read(&blob, cluster * CLUSTER, 4096);
+            assert!(found == [byte; 4096], "{cluster}");
+        }
+    }
+}

@@ -47,7 +47,7 @@ const OPERATIONS: &[(&str, Operation)] = &[
         store.snapshot(blobs.origin, &[]).map(drop)
     }),
     ("snapshot of a thick blob", |store, blobs| {
-        let xattrs = [("big".to_owned(), vec![1; 3900])];
+        let xattrs = ["one", "two"].map(|name| (name.to_owned(), vec![1; 3900]));
         store.snapshot(blobs.thick, &xattrs).map(drop)
     }),
     ("clone", |store, blobs| {
@@ -100,7 +100,7 @@ fn made(extent_table: bool) -> (Blobstore, Blobs) {
     };
     let store = Blobstore::init(memory(4 << 20, 4096), &opts).unwrap();
     let origin = store.create(&thin(2000, extent_table)).unwrap();
-    for cluster in [0, 2, 900] {
+    for cluster in [0, 2, 900, 1000] {
         write_first(&store, origin, cluster).unwrap();
     }
     let large = store.snapshot(origin, &[]).unwrap();

@@ -395,6 +395,13 @@ fn a_clean_store_goes_on_beside_a_damaged_blob() {
     assert_eq!(read(&store.open(id).unwrap(), 0, 4096), [0; 4096]);
     store.unload().unwrap();
     drop(store);
+    let given_up = load(&memory_with(&content(&dev), 4096));
+    let used = given_up.md_pages().used;
+    given_up.delete_damaged(ids[0]).unwrap();
+    assert_eq!(
+        (given_up.md_pages().used, given_up.damaged()),
+        (used - 1, vec![])
+    );
     changed = content(&dev);
     changed[root_offset(md, ids[0]) + 3000] ^= 1;
     let store = load(&memory_with(&changed, 4096));
@@ -403,4 +410,57 @@ fn a_clean_store_goes_on_beside_a_damaged_blob() {
         [1; 2 * 4096]
     );
     assert_eq!(store.open(ids[0]).unwrap().len_bytes(), 3 * CLUSTER);
+}
+
+/// The place of the first block that is full of this byte.
+fn block_of(dev: &Arc<dyn BlockDevice>, byte: u8) -> Option<usize> {
+    let bytes = content(dev);
+    bytes
+        .chunks(4096)
+        .position(|block| block.iter().all(|b| *b == byte))
+}
+
+/// A damaged blob may hold clusters of another one, as a snapshot does while it is made or removed.
+#[test]
+fn what_is_freed_beside_a_damaged_blob_is_not_cleared() {
+    let (bytes, ids, md) = unclean();
+    for damaged in [false, true] {
+        let mut bytes = bytes.clone();
+        if damaged {
+            bytes[root_offset(md, ids[1]) + 40] ^= 0x41;
+        }
+        let dev = memory_with(&bytes, 4096);
+        let store = load(&dev);
+        assert!(block_of(&dev, 1).is_some());
+        store.delete(ids[0]).unwrap();
+        assert_eq!(block_of(&dev, 1).is_some(), damaged);
+    }
+}
+
+#[test]
+fn the_pages_of_a_deleted_blob_are_cleared() {
+    let (bytes, ids, md) = unclean();
+    let dev = memory_with(&bytes, 4096);
+    let store = load(&dev);
+    let len = usize::try_from(store.md_pages().total).unwrap() * 4096;
+    let start = usize::try_from(md).unwrap();
+    let used = |dev: &Arc<dyn BlockDevice>| {
+        let region = &content(dev)[start..start + len];
+        region
+            .chunks(4096)
+            .filter(|page| page.iter().any(|b| *b != 0))
+            .count()
+    };
+    assert_eq!(used(&dev) as u64, store.md_pages().used);
+    // Its map of 600 clusters has pages of its own, and so have its xattrs.
+    let blob = store.open(ids[1]).unwrap();
+    blob.set_xattr("long", &[7; 4000]).unwrap();
+    blob.sync_md().unwrap();
+    drop(blob);
+    assert_eq!(used(&dev) as u64, store.md_pages().used);
+    assert!(store.md_pages().used > 4);
+    for id in ids {
+        store.delete(id).unwrap();
+    }
+    assert_eq!(used(&dev), 0);
 }
