@@ -32,6 +32,7 @@ mod attributes;
 mod buffers;
 mod cache;
 mod core;
+mod cursor;
 mod durable;
 mod elastic;
 mod error;
@@ -84,6 +85,7 @@ mod primitives {
 pub use ahead::ReadHandle;
 pub use attributes::Attributes;
 pub use cache::CacheStats;
+pub use cursor::Cursor;
 pub use error::{FsError, Result, SpaceKind};
 pub use file::{File, Pinned};
 pub use load::{UNFINISHED, UNFINISHED_BEFORE};

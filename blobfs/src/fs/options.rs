@@ -2,6 +2,26 @@
 
 use crate::blobstore::LEAST_JOURNAL_BYTES as LEAST_BYTES;
 
+/// Makes a method of an option's name, which sets it and returns the options.
+macro_rules! setters {
+    ($options:ident: $($field:ident: $kind:ty),*) => {
+        impl $options {
+            $(
+                #[doc = concat!("Sets [`", stringify!($field), "`](#structfield.", stringify!($field), ").")]
+                #[must_use]
+                pub fn $field(mut self, $field: $kind) -> $options {
+                    self.$field = $field;
+                    self
+                }
+            )*
+        }
+    };
+}
+
+setters!(FormatOptions: cluster_size: u32, md_pages: Option<u32>, journal: Journal, force: bool);
+setters!(MountOptions: cache_bytes: u64, cache_most_bytes: Option<u64>, read_only: bool, accept_damage: bool, volatile: bool,
+    write_behind_bytes: usize, shared_channels: usize, read_ahead_bytes: usize, discard: bool);
+
 /// Options of a new file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -66,6 +86,13 @@ impl Journal {
 }
 
 /// Options of a mount.
+///
+/// ```
+/// use pumice_blobfs::fs::MountOptions;
+///
+/// let options = MountOptions::default().read_only(true).cache_bytes(64 << 20);
+/// assert!(options.read_only && options.cache_bytes == 64 << 20);
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MountOptions {

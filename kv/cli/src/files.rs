@@ -218,8 +218,7 @@ fn looked<R>(
         }
         Err(e) => return Err(e.into()),
     };
-    let mut opts = MountOptions::default();
-    opts.read_only = true;
+    let opts = MountOptions::default().read_only(true);
     on_device(uri, dev, &opts, |fs| f(&mut Source::Mounted(fs)))
 }
 

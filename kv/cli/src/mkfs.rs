@@ -93,16 +93,14 @@ fn make(args: &Mkfs) -> Result<StatFs, Failure> {
     let cluster_size = u32::try_from(args.cluster_size)
         .map_err(|_| Failure::from("--cluster-size: at most 4 GiB less one page".to_owned()))?;
     let dev: Arc<dyn BlockDevice> = pumice_bdev::open(&with_size(&args.uri, args.size)?)?;
-    let mut format = FormatOptions::default();
-    format.cluster_size = cluster_size;
-    format.md_pages = args.md_pages;
-    format.journal = args.journal;
-    format.force = args.force;
+    let format = FormatOptions::default()
+        .cluster_size(cluster_size)
+        .md_pages(args.md_pages)
+        .journal(args.journal)
+        .force(args.force);
     FileSystem::format(Arc::clone(&dev), &format)?;
     // The result is checked by mounting it.
-    let mut opts = MountOptions::default();
-    opts.read_only = true;
-    let fs = FileSystem::mount(dev, &opts)?;
+    let fs = FileSystem::mount(dev, &MountOptions::default().read_only(true))?;
     let made = fs.statfs();
     fs.unmount()?;
     Ok(made)

@@ -82,10 +82,10 @@ enum End {
 fn mount(args: &MountArgs) -> Result<(), Failure> {
     let owner = check_dir(&args.dir)?;
     check_fuse(owner.0).map_err(|e| not_mounted(&args.dir, &e))?;
-    let mut opts = MountOptions::default();
-    opts.cache_bytes = CACHE_BYTES;
-    opts.read_only = args.read_only;
-    opts.accept_damage = args.change.accepts_damage();
+    let opts = MountOptions::default()
+        .cache_bytes(CACHE_BYTES)
+        .read_only(args.read_only)
+        .accept_damage(args.change.accepts_damage());
     let (events, ends) = channel();
     catch(events.clone())?;
     let dev = if args.read_only {

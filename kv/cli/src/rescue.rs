@@ -109,9 +109,9 @@ pub fn run(args: &Rescue) -> ExitCode {
 
 fn rescue(args: &Rescue) -> Result<Outcome, Failure> {
     let dev = open_to_read(&args.uri)?;
-    let mut opts = MountOptions::default();
-    opts.read_only = true;
-    opts.cache_bytes = 64 << 20;
+    let opts = MountOptions::default()
+        .read_only(true)
+        .cache_bytes(64 << 20);
     let mut outcome = Outcome::default();
     match FileSystem::mount(Arc::clone(&dev), &opts) {
         Ok(fs) => {
