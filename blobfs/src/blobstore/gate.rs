@@ -318,4 +318,26 @@ mod tests {
         assert_eq!(wakings.0.load(Ordering::SeqCst), 1);
         assert!(matches!(entry.as_mut().poll(&mut cx), Poll::Ready(Some(_))));
     }
+    /// I/O of which no thread takes the completion leaves when whoever closes takes it, and a future that waits for that asks to
+    /// be polled again.
+    #[test]
+    fn whoever_closes_takes_the_completions_of_others() {
+        let gate = Gate::default();
+        let inside = std::cell::Cell::new(gate.try_enter());
+        gate.shut();
+        assert!(gate.wait_empty(Instant::now(), &|| drop(inside.take())));
+        gate.open();
+
+        let inside = std::cell::Cell::new(gate.try_enter());
+        let mut closing = Box::pin(gate.close_async(|| drop(inside.take())));
+        let wakings = Arc::new(Wakings::default());
+        let waker = Waker::from(Arc::clone(&wakings));
+        let mut cx = Context::from_waker(&waker);
+        assert!(closing.as_mut().poll(&mut cx).is_pending());
+        assert_eq!(wakings.0.load(Ordering::SeqCst), 1);
+        assert!(matches!(
+            closing.as_mut().poll(&mut cx),
+            Poll::Ready(Some(_))
+        ));
+    }
 }
