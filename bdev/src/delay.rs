@@ -113,15 +113,8 @@ impl BlockDevice for Delay {
     }
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
-        Ok(Box::new(DelayChannel {
-            base: self.base.open_channel()?,
-            latencies: Arc::clone(&self.latencies),
-            below: Slots::default(),
-            held: Vec::new(),
-            reaped: Vec::new(),
-            reads: 0,
-            writes: 0,
-        }))
+        let base = self.base.open_channel()?;
+        Ok(Box::new(DelayChannel::new(base, &self.latencies)))
     }
 
     fn identity(&self) -> usize {
@@ -179,6 +172,18 @@ struct Below {
 }
 
 impl DelayChannel {
+    fn new(base: Box<dyn IoChannel>, latencies: &Arc<Shared>) -> DelayChannel {
+        DelayChannel {
+            base,
+            latencies: Arc::clone(latencies),
+            below: Slots::default(),
+            held: Vec::new(),
+            reaped: Vec::new(),
+            reads: 0,
+            writes: 0,
+        }
+    }
+
     fn latency(&mut self, kind: OpKind) -> Duration {
         let l = &self.latencies;
         let (avg, p99, count) = match kind {
@@ -282,5 +287,34 @@ impl IoChannel for DelayChannel {
 
     fn in_flight(&self) -> usize {
         self.below.len() + self.held.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DmaBuf;
+    use crate::null::Null;
+
+    /// Otherwise a full device would have its submitters try again until none of them met the tail.
+    #[test]
+    fn what_found_no_room_does_not_count() {
+        let null = Null::new(None, 512, 8, None).unwrap();
+        let mut channel = DelayChannel::new(null.open_channel().unwrap(), &Arc::default());
+        let mut accepted = 0;
+        while channel.submit(accepted, Op::Flush).is_ok() {
+            accepted += 1;
+            assert!(accepted < 100_000);
+        }
+        let read = Op::Read {
+            lba: 0,
+            buf: DmaBuf::new(512).unwrap(),
+        };
+        assert!(matches!(
+            channel.submit(7, read),
+            Err(SubmitError::Busy(Op::Read { .. }))
+        ));
+        assert_eq!((channel.reads, channel.writes), (0, accepted));
+        assert_eq!(channel.below.len() as u64, accepted);
     }
 }

@@ -107,3 +107,26 @@ fn open_uri(uri: &mut Uri) -> Result<Arc<dyn BlockDevice>, BdevError> {
     uri.finish()?;
     Ok(Arc::new(Null::new(name, block_size, num_blocks, None)?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Nobody can submit without end to a channel that is never polled.
+    #[test]
+    fn a_channel_that_nobody_polls_becomes_busy() {
+        let dev = Null::new(None, 512, 8, None).unwrap();
+        let mut channel = dev.open_channel().unwrap();
+        let mut accepted = 0;
+        while channel.submit(accepted, Op::Flush).is_ok() {
+            accepted += 1;
+            assert!(accepted < 100_000);
+        }
+        let busy = channel.submit(7, Op::Flush);
+        assert!(matches!(busy, Err(SubmitError::Busy(Op::Flush))));
+        assert_eq!(channel.in_flight() as u64, accepted);
+        let mut out = Vec::new();
+        assert_eq!(channel.poll(&mut out) as u64, accepted);
+        channel.submit(7, Op::Flush).unwrap();
+    }
+}

@@ -104,6 +104,17 @@ mod tests {
     }
 
     #[test]
+    fn what_is_only_read_does_not_grow() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, vec![0; 4096]).unwrap();
+        let options = OpenOptions::new().read_only(true).grow_to(8192);
+        let e = open_with(path.to_str().unwrap(), options).unwrap_err();
+        assert!(e.to_string().contains("cannot grow"), "{e}");
+        assert_eq!(path.metadata().unwrap().len(), 4096);
+    }
+
+    #[test]
     #[cfg(feature = "nvme")]
     fn read_only_makes_no_file_of_the_soft_controller() {
         let dir = tempfile::tempdir().unwrap();

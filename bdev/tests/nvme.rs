@@ -160,12 +160,20 @@ fn what_was_durable_survives_a_power_cut() {
     }
 }
 
-/// After a failed flush the next one fails too, on any channel.
+/// After a failed flush the next one fails too, on any channel, whether the channels share their queue pair or not.
 #[test]
 fn after_a_failed_flush_no_flush_succeeds() {
+    for queues in [1, 4] {
+        a_failed_flush_stays(queues);
+    }
+}
+
+fn a_failed_flush_stays(queues: u16) {
     let status = Status(Status::INTERNAL.0 | Status::DNR);
     let backend = Box::new(MemoryBackend::new(1 << 20));
-    let (soft, dev) = on_soft(SoftNamespace::new(backend, 512), true);
+    let mut config = SoftConfig::new(vec![SoftNamespace::new(backend, 512)]);
+    (config.write_cache, config.queues) = (true, queues);
+    let (soft, dev) = on(config);
     soft.faults()
         .add(FaultRule::io(IoOpcode::FLUSH, Fault::Status(status)).times(1));
     let (a, b) = (
@@ -345,6 +353,10 @@ fn soft() -> (SoftController, Arc<dyn BlockDevice>) {
 fn on_soft(namespace: SoftNamespace, cache: bool) -> (SoftController, Arc<dyn BlockDevice>) {
     let mut config = SoftConfig::new(vec![namespace]);
     config.write_cache = cache;
+    on(config)
+}
+
+fn on(config: SoftConfig) -> (SoftController, Arc<dyn BlockDevice>) {
     let soft = SoftController::new(config).unwrap();
     let controller = Controller::new(soft.transport(), ControllerOptions::default()).unwrap();
     let namespaces = controller.namespaces();

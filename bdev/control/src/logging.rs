@@ -175,12 +175,18 @@ pub fn set_flag(flag: &str, on: bool) -> Result<(), String> {
     let mut state = state().lock();
     if on {
         insert_flag(&mut state, flag)?;
-    } else if flag == "all" {
+    } else {
+        remove_flag(&mut state, flag);
+    }
+    apply(&state)
+}
+
+fn remove_flag(state: &mut State, flag: &str) {
+    if flag == "all" {
         state.flags.clear();
     } else {
         state.flags.remove(flag);
     }
-    apply(&state)
 }
 
 /// Returns the components, and whether they log everything.
@@ -248,5 +254,20 @@ mod tests {
                 .unwrap_err()
                 .contains("DEBUG")
         );
+    }
+
+    #[test]
+    fn one_component_is_switched_off_or_all_of_them() {
+        let mut state = State {
+            level: "WARNING",
+            flags: BTreeMap::new(),
+            handle: None,
+        };
+        insert_flag(&mut state, "all").unwrap();
+        remove_flag(&mut state, "nvme");
+        assert_eq!(state.flags.len(), COMPONENTS.len() - 1);
+        assert!(!state.flags.contains_key("nvme"));
+        remove_flag(&mut state, "all");
+        assert!(state.flags.is_empty());
     }
 }

@@ -301,4 +301,10 @@ mod tests {
     fn signals_do_not_lengthen_a_request() {
         answer(&String::new, Box::new(Interrupted)).unwrap();
     }
+
+    /// The name of a device may have any characters (a path is one).
+    #[test]
+    fn a_label_is_escaped() {
+        assert_eq!(label("a\\b\"c\nd"), "a\\\\b\\\"c\\nd");
+    }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use pumice_bdev::registry::TimeoutAction;
-use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, OpKind};
+use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, Op, OpKind};
 use pumice_bdev_control::config::{self, App};
 use serde_json::json;
 
@@ -101,6 +101,42 @@ fn faults_of_all_kinds_are_counted_by_kind() {
     assert_eq!([read(5), read(5), read(7)], [false, true, false]);
     inject(json!({ "io_type": "read", "num": 0 }));
     assert!(read(7));
+    // A device can be reset whatever faults it has, if they do not name the reset.
+    inject(json!({ "io_type": "all", "num": 9 }));
+    let reset = || ch.block_on(ch.io(Op::Reset)).1.is_ok();
+    assert!(reset());
+    inject(json!({ "io_type": "reset", "num": 1 }));
+    assert_eq!([reset(), reset()], [false, true]);
+    let fua = json!({ "name": "EE_M", "error_type": "failure", "io_type": "fua" });
+    let e = app.call("bdev_error_inject_error", &fua).unwrap_err();
+    assert!(
+        e.message.contains("abort") && !e.message.contains(", fua"),
+        "{e:?}"
+    );
+}
+
+/// Only a device whose base comes later waits for it: everything else of a configuration is done in its order.
+#[test]
+fn what_names_a_device_of_further_down_is_refused() {
+    let app = App::new();
+    let call =
+        |method: &str, params: serde_json::Value| json!({ "method": method, "params": params });
+    let error = call("bdev_error_create", json!({ "base_name": "M" }));
+    let memory = json!({ "name": "M", "num_blocks": 4096, "block_size": 512 });
+    let memory = call("bdev_malloc_create", memory);
+    let params = json!({ "name": "EE_M", "error_type": "failure", "io_type": "all" });
+    let inject = call("bdev_error_inject_error", params);
+    let load = |calls: [&serde_json::Value; 3]| {
+        let text = json!({ "subsystems": [{ "subsystem": "bdev", "config": calls }] });
+        config::load(&app, "saved", &text.to_string())
+    };
+    let e = load([&inject, &error, &memory]).unwrap_err();
+    assert!(e.to_string().contains("EE_M"), "{e}");
+    assert!(app.registry.names().is_empty());
+    let text = json!({ "subsystems": [{ "subsystem": "bdev", "config": [error, memory] }] });
+    let app = App::new();
+    config::load(&app, "saved", &text.to_string()).unwrap();
+    assert_eq!(app.registry.names(), ["EE_M", "M"]);
 }
 
 /// A device that has gone and one that has its name now are one call in the saved configuration.

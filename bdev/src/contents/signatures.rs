@@ -199,3 +199,63 @@ fn in_tail(tail: &[u8], from: u64, size: u64, block: usize) -> Option<&'static s
     let last = tail.len().checked_sub(block)?;
     has(tail, last, b"EFI PART").then_some("GPT partition table (backup)")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put(bytes: &mut [u8], at: usize, what: &[u8]) {
+        bytes[at..at + what.len()].copy_from_slice(what);
+    }
+
+    /// Boot sectors of file systems and of boot loaders end with the same two bytes, and have code where the table would be.
+    #[test]
+    fn a_partition_table_has_an_entry_and_nothing_but_entries() {
+        let mut head = vec![0; 4096];
+        put(&mut head, 510, &[0x55, 0xaa]);
+        assert_eq!(mbr(&head), None, "there is no entry");
+        for entry in 0..4 {
+            let at = 446 + 16 * entry;
+            let mut one = head.clone();
+            one[at + 4] = 0x83;
+            put(&mut one, at + 8, &2048_u32.to_le_bytes());
+            assert_eq!(mbr(&one), None, "it has no length");
+            put(&mut one, at + 12, &100_u32.to_le_bytes());
+            assert_eq!(mbr(&one), Some("MBR partition table"));
+            one[at] = 0x80;
+            assert_eq!(mbr(&one), Some("MBR partition table"), "it boots");
+            one[446 + 16 * (3 - entry)] = 0x41;
+            assert_eq!(mbr(&one), None, "this is code");
+        }
+    }
+
+    #[test]
+    fn a_gpt_is_where_the_blocks_say() {
+        for (at, block) in [(512, 512), (512, 4096), (4096, 4096)] {
+            let mut head = vec![0; 8192];
+            put(&mut head, at, b"EFI PART");
+            assert_eq!(foreign(&head, block), Some("GPT partition table"));
+            // The backup stands in the last block.
+            let from = 1 << 20;
+            let mut tail = vec![0; 8192];
+            put(&mut tail, 8192 - block, b"EFI PART");
+            let found = in_tail(&tail, from, from + 8192, block);
+            assert_eq!(found, Some("GPT partition table (backup)"));
+        }
+    }
+
+    /// Neither place of the metadata at the end is at the end of a device whose size is odd.
+    #[test]
+    fn a_member_of_a_linux_raid_is_found_at_its_end() {
+        let size: u64 = 0x10_3200;
+        let from = size - TAIL;
+        // Metadata 0.90, and 1.0.
+        for at in [0xf_0000, 0x10_1000] {
+            let mut tail = vec![0; usize::try_from(TAIL).unwrap()];
+            assert_eq!(in_tail(&tail, from, size, 512), None);
+            let place = usize::try_from(at - from).unwrap();
+            put(&mut tail, place, b"\xfc\x4e\x2b\xa9");
+            assert_eq!(in_tail(&tail, from, size, 512), Some("Linux RAID member"));
+        }
+    }
+}

@@ -33,12 +33,7 @@ pub(super) fn lock(file: &File, shown: &str, exclusive: bool) -> Result<(), Bdev
             .map_err(|e| BdevError::os(shown, "stat", e))?;
         let owner = probe::lock_owner(&meta);
         let gone = owner.is_some_and(probe::is_gone);
-        let patience = match owner {
-            Some(_) if gone => GONE_PATIENCE,
-            Some(_) => BUSY_PATIENCE,
-            None => UNKNOWN_PATIENCE,
-        };
-        if start.elapsed() > patience {
+        if start.elapsed() > patience(owner, gone) {
             let pid = owner.filter(|p| *p != 0);
             return Err(BdevError::InUse {
                 device: shown.to_owned(),
@@ -46,6 +41,15 @@ pub(super) fn lock(file: &File, shown: &str, exclusive: bool) -> Result<(), Bdev
             });
         }
         thread::sleep(Duration::from_millis(if gone { 20 } else { 5 }));
+    }
+}
+
+/// Returns the longest wait for a lock that `owner` has, who may be gone.
+fn patience(owner: Option<u32>, gone: bool) -> Duration {
+    match owner {
+        Some(_) if gone => GONE_PATIENCE,
+        Some(_) => BUSY_PATIENCE,
+        None => UNKNOWN_PATIENCE,
     }
 }
 
@@ -70,4 +74,17 @@ pub fn lock_unused(file: &File) -> io::Result<()> {
 pub(super) fn is_still(meta: &Metadata, path: &Path) -> bool {
     let there = path.metadata();
     there.is_ok_and(|there| (there.dev(), there.ino()) == (meta.dev(), meta.ino()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_writes_of_a_killed_process_are_awaited() {
+        let me = std::process::id();
+        assert_eq!(patience(Some(me), probe::is_gone(me)), BUSY_PATIENCE);
+        assert_eq!(patience(Some(0), probe::is_gone(0)), GONE_PATIENCE);
+        assert_eq!(patience(None, false), UNKNOWN_PATIENCE);
+    }
 }

@@ -16,6 +16,8 @@ mod open;
 mod probe;
 mod ring;
 mod slot;
+#[cfg(test)]
+mod tests;
 mod threads;
 
 use std::fs::File as StdFile;

@@ -179,3 +179,49 @@ impl Slot {
         shared.info.error(&self.op, kind, shared.shrunk())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::file::{File, FileOptions};
+
+    fn shared() -> (tempfile::TempDir, Arc<Shared>) {
+        let dir = tempfile::tempdir().unwrap();
+        let file = File::open(&FileOptions {
+            path: dir.path().join("image"),
+            size: Some(1 << 20),
+            create: true,
+            ..FileOptions::default()
+        });
+        (dir, file.unwrap().shared)
+    }
+
+    #[test]
+    fn a_failed_flush_is_remembered() {
+        let (_dir, shared) = shared();
+        let mut flush = Slot::new(7, Op::Flush, &shared, false);
+        let e = flush.advance(Err(libc::EIO), &shared).unwrap().unwrap_err();
+        assert_eq!(e.kind, IoErrorKind::Media, "{e}");
+        assert!(e.to_string().contains("fdatasync"), "{e}");
+        // The next call succeeds, and what the first one lost is lost all the same.
+        let mut again = Slot::new(8, Op::Flush, &shared, false);
+        again.advance(Ok(0), &shared).unwrap().unwrap_err();
+        shared.check(&Op::Flush).unwrap_err();
+    }
+
+    #[test]
+    fn a_flush_of_a_file_that_was_cut_is_an_error() {
+        let (dir, shared) = shared();
+        let mut flush = Slot::new(7, Op::Flush, &shared, false);
+        flush.advance(Ok(0), &shared).unwrap().unwrap();
+        let image = std::fs::OpenOptions::new()
+            .write(true)
+            .open(dir.path().join("image"));
+        image.unwrap().set_len(4096).unwrap();
+        let e = flush.advance(Ok(0), &shared).unwrap().unwrap_err();
+        assert_eq!(e.kind, IoErrorKind::Media, "{e}");
+        assert!(e.to_string().contains("truncated"), "{e}");
+    }
+}

@@ -250,4 +250,40 @@ mod tests {
         assert_eq!(channel.poll(&mut out), 0);
         assert_eq!(channel.pool.lock().todo.len(), 1, "it is left to a thread");
     }
+
+    #[test]
+    fn nothing_is_accepted_beside_a_reset() {
+        let (_dir, mut channel) = without_threads();
+        channel.submit(1, Op::Flush).unwrap();
+        channel.submit(2, Op::Reset).unwrap();
+        let busy = channel.submit(3, Op::Flush);
+        assert!(matches!(busy, Err(SubmitError::Busy(Op::Flush))));
+        channel.wait(CALL_MIN).unwrap();
+        let mut out = Vec::new();
+        assert_eq!(channel.poll(&mut out), 2);
+        assert_eq!([out[0].tag, out[1].tag], [1, 2]);
+        channel.submit(3, Op::Flush).unwrap();
+    }
+
+    #[test]
+    fn what_was_accepted_is_done_though_the_channel_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        let file = File::open(&FileOptions {
+            path: path.clone(),
+            size: Some(1 << 20),
+            create: true,
+            ..FileOptions::default()
+        });
+        let mut channel = ThreadChannel::new(Arc::clone(&file.unwrap().shared)).unwrap();
+        let write = Op::Write {
+            lba: 1,
+            data: DmaBuf::copy_from(&[7; 512]).unwrap().freeze(),
+            fua: false,
+        };
+        channel.submit(1, write).unwrap();
+        drop(channel);
+        let image = std::fs::read(path).unwrap();
+        assert!(image[512..1024].iter().all(|b| *b == 7));
+    }
 }

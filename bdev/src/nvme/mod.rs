@@ -6,6 +6,8 @@
 
 mod channel;
 mod shared;
+#[cfg(test)]
+mod tests;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};

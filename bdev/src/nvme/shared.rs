@@ -200,3 +200,61 @@ impl Drop for SharedChannel {
         self.shared.inner.lock().for_others.remove(&self.id);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DmaBuf;
+    use crate::nvme::{Nvme, attach};
+
+    fn channel(device: &Nvme, shared: &Arc<SharedQueue>) -> SharedChannel {
+        let target = Target {
+            info: Arc::clone(&device.info),
+            ns: Arc::clone(&device.namespace),
+            flush_fault: Arc::clone(&device.flush_fault),
+        };
+        device.queues.state.lock().sharers += 1;
+        SharedChannel::new(
+            target,
+            Arc::clone(shared),
+            Share(Arc::clone(&device.queues)),
+        )
+    }
+
+    /// Neither an operation that found no room nor a channel that has gone leaves anything in the queue that others share.
+    #[test]
+    fn what_was_not_accepted_and_who_has_gone_leave_nothing() {
+        let (controller, devices) = attach("N", "soft://memory?size=1M&queues=1").unwrap();
+        let pair = controller.queue_pair(&super::super::queue_options(&controller));
+        let shared = Arc::new(SharedQueue::new(pair.unwrap()));
+        let mut stays = channel(&devices[0], &shared);
+        let mut goes = channel(&devices[0], &shared);
+        let read = || Op::Read {
+            lba: 0,
+            buf: DmaBuf::new(512).unwrap(),
+        };
+        let mut submitted = 0;
+        while let Ok(()) = goes.submit(7, read()) {
+            submitted += 1;
+            assert!(submitted < 5000, "nothing is taken back meanwhile");
+        }
+        assert_eq!(goes.in_flight(), submitted);
+        for _ in 0..2 {
+            assert!(matches!(
+                goes.submit(7, read()),
+                Err(SubmitError::Busy(Op::Read { .. }))
+            ));
+        }
+        assert_eq!(shared.inner.lock().owners.len(), submitted);
+
+        let id = goes.id;
+        drop(goes);
+        let mut out = Vec::new();
+        while shared.inner.lock().owners.len() > 0 {
+            stays.poll(&mut out);
+        }
+        assert!(out.is_empty(), "{out:?}");
+        assert!(!shared.inner.lock().for_others.contains_key(&id));
+        assert!(shared.inner.lock().for_others.contains_key(&stays.id));
+    }
+}

@@ -207,3 +207,42 @@ unsafe impl DmaMapper for DeviceMemory {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    const BASE: u64 = 1 << 40;
+
+    #[test]
+    fn words_lie_inside_what_is_mapped() {
+        let memory = DeviceMemory::new(4096);
+        memory.set_buffer_base(Some(BASE));
+        let words = |at, count| memory.words(BASE + at, count).map(<[_]>::len);
+        assert_eq!(words(0, 512), Some(512));
+        assert_eq!(words(4088, 1), Some(1));
+        for (at, count) in [(0, 513), (4088, 2), (4, 1), (4096, 1)] {
+            assert_eq!(words(at, count), None, "{count} words at {at}");
+        }
+        assert!(memory.words(BASE - 8, 1).is_none());
+    }
+
+    #[test]
+    fn memory_of_another_process_ends_where_it_ends() {
+        let memory = DeviceMemory::new(0);
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        memory.add_foreign(BASE, 8192, file.as_fd(), 0).unwrap();
+        let room = |at| memory.find(BASE + at).map(|(_, room)| room);
+        assert_eq!([0, 8191].map(room), [Some(8192), Some(1)]);
+        assert_eq!([8192, 8193, 1 << 20].map(room), [None; 3]);
+        assert!(memory.find(BASE - 1).is_none());
+        assert!(memory.write(BASE + 8190, &[1, 2]));
+        assert!(!memory.write(BASE + 8191, &[1, 2]));
+        let mut byte = [0; 2];
+        assert!(memory.read(BASE + 8190, &mut byte));
+        assert_eq!(byte, [1, 1], "what fitted was written");
+    }
+}

@@ -223,4 +223,25 @@ mod tests {
         let found = receiver.recv_timeout(Duration::from_secs(120));
         assert_eq!(found, Ok(Err(Status::INVALID_FIELD.dnr())));
     }
+
+    /// PRP1 may begin anywhere in its page, at a multiple of four; every other entry is a whole page.
+    #[test]
+    fn a_prp_entry_is_aligned() {
+        const BASE: u64 = 1 << 40;
+        let memory = DeviceMemory::new(2 * 4096);
+        memory.set_buffer_base(Some(BASE));
+        for (first, second, good) in [
+            (BASE + 4, BASE + 4096, true),
+            (BASE + 2, BASE + 4096, false),
+            (BASE + 4, BASE + 4100, false),
+        ] {
+            let mut command = Command::new(0, 1);
+            (command.prp1, command.prp2) = (first, second);
+            let mut pieces = Vec::new();
+            let found = data_pieces(&memory, &command, 4096, &mut pieces);
+            let refused = Err(Status::PRP_OFFSET.dnr());
+            assert_eq!(found, if good { Ok(()) } else { refused });
+            assert!(!good || pieces == [(first, 4092), (second, 4)]);
+        }
+    }
 }

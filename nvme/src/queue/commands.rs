@@ -214,7 +214,7 @@ impl Commands {
         if self.splits.len() >= self.outgoing.slots.len() {
             return Err(SubmitError::Busy(io));
         }
-        let namespace = self.outgoing.handles.number(ns);
+        let namespace = self.outgoing.handles.number(&ns.validity);
         let index = (self.splits).add(Split::new(ns, namespace, tag, io, work));
         self.send_parts(index);
         Ok(())

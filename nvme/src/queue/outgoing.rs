@@ -9,7 +9,7 @@ use super::handles::Handles;
 use super::lists::Lists;
 use super::observer::Observer;
 use super::rings::Rings;
-use super::slot::{SlotState, Slots};
+use super::slot::Slots;
 use super::split::Split;
 use crate::dma::AddressTable;
 use crate::error::Cause;
@@ -62,7 +62,7 @@ impl Outgoing {
             return Err(SubmitError::Busy(io));
         };
         let words = entry.words(slot.cid(), pointer.words, pointer.flags);
-        slot.begin(words, self.handles.number(ns), tag, io);
+        slot.begin(words, self.handles.number(&ns.validity), tag, io);
         self.sent += 1;
         rings.push(words);
         if self.observer.wants_commands() {
@@ -89,7 +89,7 @@ impl Outgoing {
         let Some((slot, entry)) = self.slots.take() else {
             return Err(SubmitError::Busy(io));
         };
-        entry.namespace = self.handles.number(ns);
+        entry.namespace = self.handles.number(&ns.validity);
         entry.tag = tag;
         entry.io = io;
         entry.retries = 0;
@@ -100,9 +100,7 @@ impl Outgoing {
     /// Writes a slot's command to the submission queue.
     pub fn send(&mut self, rings: &mut Rings, slot: u16, command: Command) {
         let entry = &mut self.slots[slot];
-        let command = entry.keep(command);
-        entry.state = SlotState::InFlight;
-        entry.deadline_ms = 0;
+        let command = entry.put_in_flight(command);
         self.sent += 1;
         rings.push(command.words());
         if self.observer.wants_commands() {

@@ -88,8 +88,8 @@ impl Slot {
         self.retries = 0;
     }
 
-    /// Records the command under the slot's identifier, and returns it with that identifier.
-    pub fn keep(&mut self, mut command: Command) -> Command {
+    /// Puts a command in flight under the slot's identifier, and returns it with that identifier.
+    pub fn put_in_flight(&mut self, mut command: Command) -> Command {
         command.cid = self.cid();
         let [head, reserved, metadata, prp1, prp2, lba, cdw12, cdw14] = command.words();
         assert!(
@@ -97,6 +97,8 @@ impl Slot {
             "an I/O command with words that are not kept"
         );
         self.kept = [head, prp1, prp2, lba, cdw12];
+        self.state = SlotState::InFlight;
+        self.deadline_ms = 0;
         command
     }
 
@@ -356,6 +358,8 @@ mod tests {
         ] {
             (slots[number].state, slots[number].split) = (state, split);
             assert!(!slots.finish_plain(&completion(cid), &mut done));
+            let is_sent = matches!(state, SlotState::InFlight | SlotState::Overdue);
+            assert_eq!(slots.named_by(&completion(cid)).is_some(), is_sent);
         }
         slots.rename(number);
         (slots[number].state, slots[number].split) = (SlotState::InFlight, WHOLE);
@@ -367,9 +371,12 @@ mod tests {
     fn a_command_is_kept_as_it_is() {
         let mut slots = Slots::new(3, 4);
         let (_, slot) = slots.take().unwrap();
+        // It is sent again, and has as much time as before.
+        (slot.state, slot.deadline_ms) = (SlotState::Retrying, 5);
         let mut command = Command::blocks_io(IoOpcode::WRITE, 9, 1 << 40, 8, IoFlags::fua(true));
         (command.prp1, command.prp2, command.cdw13) = (0x1000, 0x2000, 7);
-        let sent = slot.keep(command);
+        let sent = slot.put_in_flight(command);
+        assert_eq!((slot.state, slot.deadline_ms), (SlotState::InFlight, 0));
         assert_eq!(sent.cid, slot.cid());
         assert_eq!(slot.command().words(), sent.words());
     }

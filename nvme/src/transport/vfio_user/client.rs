@@ -408,3 +408,51 @@ fn connections(path: &Path) -> usize {
         })
         .count()
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A client without a handshake, and the other end of its connection.
+    pub(in super::super) fn pair(timeout: Duration) -> (Client, UnixStream) {
+        let (socket, server) = UnixStream::pair().expect("sockets");
+        socket
+            .set_write_timeout(Some(timeout))
+            .expect("SO_SNDTIMEO");
+        let client = Client {
+            device: "test".to_owned(),
+            socket,
+            next_id: Mutex::new(0),
+            timeout,
+            max_fds: 8,
+            broken: AtomicBool::new(false),
+        };
+        (client, server)
+    }
+
+    const SOON: Duration = Duration::from_millis(10);
+
+    /// The next request would be read as the rest of this one.
+    #[test]
+    fn a_request_that_was_sent_in_part_is_the_last() {
+        let (client, _server) = pair(SOON);
+        // More than a socket holds.
+        let error = client.write(0, 0, &vec![0; 1 << 20]).expect_err("no room");
+        assert!(matches!(error, TransportError::Timeout { .. }), "{error}");
+        assert!(client.is_broken());
+        let error = client.reset().expect_err("over");
+        assert!(matches!(error, TransportError::Removed { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_closed_connection_is_over_and_a_late_answer_is_not() {
+        let (client, server) = pair(SOON);
+        let error = client.reset().expect_err("no answer");
+        assert!(matches!(error, TransportError::Timeout { .. }), "{error}");
+        assert!(!client.is_broken());
+        server.shutdown(std::net::Shutdown::Write).expect("closed");
+        let error = client.reset().expect_err("over");
+        assert!(matches!(error, TransportError::Removed { .. }), "{error}");
+        assert!(client.is_broken());
+    }
+}

@@ -98,3 +98,33 @@ unsafe impl DmaMapper for SharedSpace {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::client::tests::pair;
+    use super::super::message::Command;
+    use super::super::stream;
+    use super::*;
+    use crate::dma::{DmaBuf, DmaDomain};
+    use crate::transport::vfio::info::u64_at;
+
+    /// The other side may still map what it was asked for, and would refuse another region there.
+    #[test]
+    fn an_address_whose_mapping_has_no_answer_is_not_given_away() {
+        let (client, server) = pair(Duration::from_millis(10));
+        let domain = DmaDomain::new();
+        let table = Arc::new(domain.address_table());
+        let space = SharedSpace::new(Arc::new(client), table);
+        let _mapper = domain.register_mapper(Arc::new(space)).expect("a mapper");
+        let mut addresses = Vec::new();
+        for _ in 0..2 {
+            DmaBuf::new_in(Some(&domain), 4096).expect_err("no answer");
+            let request = stream::receive(&server, None).expect("read").expect("open");
+            assert_eq!(request.header.command, Command::DmaMap as u16);
+            addresses.push(u64_at(&request.body, 16).expect("an address"));
+        }
+        assert_ne!(addresses[0], addresses[1]);
+    }
+}

@@ -87,10 +87,10 @@ fn inject(app: &App, params: &mut Params<'_>) -> Answer {
     let op = match io_type.as_str() {
         "all" | "clear" => None,
         other => {
-            let kind = OpKind::ALL
-                .into_iter()
-                .find(|k| k.name() == other && *k != OpKind::Fua);
-            let names: Vec<&str> = OpKind::ALL.iter().map(|k| k.name()).collect();
+            // FUA is a property of a write and no operation.
+            let mut kinds = OpKind::ALL.into_iter().filter(|k| *k != OpKind::Fua);
+            let names: Vec<&str> = kinds.clone().map(OpKind::name).collect();
+            let kind = kinds.find(|k| k.name() == other);
             let unknown = || {
                 let known = names.join(", ");
                 params.error(
