@@ -233,7 +233,7 @@ impl<D: DbHandle> Drop for Db<D> {
     fn drop(&mut self) {
         // In a forked child nobody does what futures have asked for, and nobody may wait for it.
         if !self.held.fs.is_inherited() {
-            self.held.pool.drain(PoolPhase::Ended);
+            self.held.drain(PoolPhase::Ended);
             self.held.pool.wait_for_closers();
         }
     }

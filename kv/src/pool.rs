@@ -117,6 +117,12 @@ impl AsyncPool {
         drop(task);
     }
 
+    /// Whether operations are waiting or being done.
+    pub(crate) fn is_busy(&self) -> bool {
+        let queue = self.0.lock();
+        queue.doing > 0 || !queue.tasks.is_empty()
+    }
+
     /// Goes to a phase. For one that takes no operations those that were accepted are done before this returns, also by this
     /// thread: the others may all be waiting for the caller. The rest is refused.
     pub(crate) fn drain(&self, phase: PoolPhase) {

@@ -8,6 +8,8 @@ use crate::{Error, MountOptions, env, mount};
 
 /// The option that a tool switches off, as the file names it.
 const DISABLED: &str = "disable_auto_compactions";
+/// The most bytes that an `OPTIONS` file has. RocksDB's have some KiB for each column family.
+const MOST_BYTES: u64 = 16 << 20;
 /// Bytes of the block cache of a database that is opened with recorded options.
 const CACHE_BYTES: usize = 32 << 20;
 
@@ -22,7 +24,7 @@ impl RecordedOptions {
     /// Returns those of the database in the directory `path`, or `None` if it has no such file.
     ///
     /// # Errors
-    /// [`Error::FileSystem`], and [`Error::Directory`] if the file is not text.
+    /// [`Error::FileSystem`], and [`Error::Directory`] if the file is not text or has more than 16 MiB.
     pub fn of(fs: &FileSystem, path: &str) -> Result<Option<RecordedOptions>, Error> {
         let dir = normal(path)?;
         let number = |name: &str| name.strip_prefix("OPTIONS-")?.parse::<u64>().ok();
@@ -38,13 +40,19 @@ impl RecordedOptions {
         };
         let path = format!("{}/{name}", dir.trim_end_matches('/'));
         let file = fs.open(&path, OpenOptions::READ)?;
-        let mut bytes = vec![0; usize::try_from(file.len()).unwrap_or(0)];
+        let damaged = |what: &str| Error::Directory {
+            path: path.clone(),
+            reason: format!("RocksDB's options are {what}: the file is damaged"),
+        };
+        // The length is what the image says, and a hole takes no room there.
+        let len = file.len();
+        if len > MOST_BYTES {
+            return Err(damaged(&format!("{len} bytes long")));
+        }
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
         let read = file.read_at(0, &mut bytes)?;
         bytes.truncate(read);
-        let text = String::from_utf8(bytes).map_err(|_| Error::Directory {
-            path: path.clone(),
-            reason: "RocksDB's options are not text: the file is damaged".to_owned(),
-        })?;
+        let text = String::from_utf8(bytes).map_err(|_| damaged("not text"))?;
         Ok(Some(RecordedOptions { path, text }))
     }
 
@@ -211,6 +219,21 @@ mod tests {
         disable_auto_compactions=false\n[TableOptions/BlockBasedTable \"default\"]\n  c=3\n[CFOptions \"old\"]\n  d=4\n";
     const NOW: &str = "[Version]\n  a=9\n[CFOptions \"default\"]\n  disable_auto_compactions=true\n\
         [CFOptions \"new \"]\n  disable_auto_compactions=true\n  e=5\n[TableOptions/BlockBasedTable \"new \"]\n  f=6\n";
+
+    /// No image makes a process take as much memory as a file of it is long.
+    #[test]
+    fn a_file_too_long_for_options_is_damaged() {
+        let fs = mount("malloc://64M", &MountOptions::new()).unwrap();
+        let file = fs.open("/OPTIONS-000007", OpenOptions::CREATE).unwrap();
+        file.append(OWN.as_bytes()).unwrap();
+        assert!(RecordedOptions::of(&fs, "/").unwrap().is_some());
+        file.truncate(MOST_BYTES + 1).unwrap();
+        let error = RecordedOptions::of(&fs, "/").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "/OPTIONS-000007: RocksDB's options are 16777217 bytes long: the file is damaged"
+        );
+    }
 
     #[test]
     fn options_are_kept_and_new_families_are_added() {

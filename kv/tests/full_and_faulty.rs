@@ -2,9 +2,13 @@
 
 mod common;
 
+use std::future::Future;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use common::{check, key, value, watchdog};
@@ -13,7 +17,8 @@ use pumice::bdev::{BlockDevice, OpKind, open};
 use pumice::fs::OpenOptions;
 use pumice::rocksdb::{DBCompressionType, IteratorMode, MergeOperands, Options, WriteOptions};
 use pumice::{
-    Db, DbOptions, Error, ErrorKind, FileSystem, FormatOptions, MountOptions, mount_device,
+    Db, DbFuture, DbOptions, Error, ErrorKind, FileSystem, FormatOptions, MountOptions,
+    mount_device,
 };
 use pumice_bdev_testkit::crashsim::CrashDevice;
 use tracing::field::Field;
@@ -408,6 +413,57 @@ fn a_put_that_is_held_up_on_a_full_device_ends_with_the_close() {
     assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");
     drop(db);
     check(&options.open_in(&fs).unwrap(), 0..written);
+}
+
+/// The same with puts whose tasks wait for futures: one in RocksDB, one behind it in the queue.
+#[test]
+fn a_held_up_future_ends_with_the_close_or_the_drop() {
+    let _limit = watchdog();
+    for drops in [false, true] {
+        let (_, fs) = faulty();
+        let gate = Gate::default();
+        let options = options(256 << 10).async_threads(1).configure(|options| {
+            options.set_max_write_buffer_number(2);
+            gate.install(options);
+        });
+        let db = options.open_in(&fs).unwrap();
+        db.put("gate", "closed").unwrap();
+        db.merge("gate", "open").unwrap();
+        let written = Arc::<AtomicU64>::default();
+        let counter = Arc::clone(&written);
+        let mut putting = db.run_async(move |db| {
+            loop {
+                let n = counter.load(Ordering::Relaxed);
+                db.put(key(n), value(n))?;
+                counter.store(n + 1, Ordering::Relaxed);
+            }
+        });
+        let mut queued = db.put_async("queued", "1");
+        let mut context = Context::from_waker(Waker::noop());
+        let mut poll = |future: &mut DbFuture<'_, ()>| Pin::new(future).poll(&mut context);
+        assert!(poll(&mut putting).is_pending() && poll(&mut queued).is_pending());
+        let is = |name: &str| db.property_int_value(name).unwrap() >= Some(1);
+        wait_until("all memtables are full", || is("rocksdb.is-write-stopped"));
+        fill(&fs);
+        gate.open();
+        wait_until("the flush fails", || is("rocksdb.background-errors"));
+        fs.unlink("/ballast").unwrap();
+        if drops {
+            drop((putting, queued));
+        } else {
+            db.close().unwrap();
+            for mut future in [putting, queued] {
+                let Poll::Ready(Err(error)) = poll(&mut future) else {
+                    panic!("a put was not answered, or done");
+                };
+                assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");
+            }
+        }
+        drop(db);
+        let db = options.open_in(&fs).unwrap();
+        check(&db, 0..written.load(Ordering::Relaxed));
+        assert_eq!(db.get("queued").unwrap(), None);
+    }
 }
 
 /// `kv/README.md`, "When the device is full".

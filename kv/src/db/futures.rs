@@ -247,8 +247,9 @@ impl<D: DbHandle> Db<D> {
     }
 
     /// Closes the database as [`Db::close`] does, on a thread of its own. Operations that are in the queue are done first, and
-    /// those that wait for room in it end with [`Error::Closed`]. Dropping the future does not stop the closing, and dropping
-    /// the database waits for it. It can be repeated as [`Db::close`] can.
+    /// those that wait for room in it end with [`Error::Closed`]. A put that RocksDB holds up on a full device fails after five
+    /// seconds with what follows it, except in a [`TransactionDb`](crate::TransactionDb). Dropping the future does not stop
+    /// the closing, and dropping the database waits for it. It can be repeated as [`Db::close`] can.
     pub fn close_async(&self) -> DbFuture<'_, ()> {
         self.future(AsyncTask::OfItsOwn, Held::close)
     }

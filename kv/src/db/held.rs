@@ -1,6 +1,9 @@
 //! What a [`Db`](super::Db) holds: the database with its file system, and how both end.
 
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use pumice_blobfs::fs::{FileSystem, FsError};
 use pumice_rocksdb_fs::{Binding, Use, chain};
@@ -14,6 +17,11 @@ use crate::inspect::{Inspection, Look, Registry};
 use crate::pool::{AsyncPool, PoolPhase};
 use crate::recorded::Kept;
 use crate::unlogged::{self, Family, Refused};
+
+/// The time after which writes that RocksDB holds up are held up for ever.
+const HELD_UP: Duration = Duration::from_secs(5);
+/// The time between two looks at them.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// The access that an opening has.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -58,7 +66,7 @@ impl<D: DbHandle> Held<D> {
 
     /// Closes the database: [`Db::close`](super::Db::close). Operations of futures that were accepted are done first.
     pub(crate) fn close(&self) -> Result<(), Error> {
-        self.pool.drain(PoolPhase::Paused);
+        self.drain(PoolPhase::Paused);
         let closed = self.close_quiet();
         self.pool.drain(if closed.is_ok() {
             PoolPhase::Ended
@@ -66,6 +74,43 @@ impl<D: DbHandle> Held<D> {
             PoolPhase::Open
         });
         closed
+    }
+
+    /// Has the pool do what it has accepted. RocksDB may hold up a put among it until the database is closed: its recovery
+    /// from a flush that found no room waits for the put, which waits for the flush. The close would wait for both, so
+    /// RocksDB is stopped first then, which ends the put, and what follows it, with an error.
+    pub(crate) fn drain(&self, phase: PoolPhase) {
+        if self.access == DbAccess::Read || !self.pool.is_busy() {
+            return self.pool.drain(phase);
+        }
+        let (done, drained) = mpsc::channel::<()>();
+        thread::scope(|scope| {
+            let watch = move || {
+                let mut since = None;
+                while drained.recv_timeout(LOOK) == Err(RecvTimeoutError::Timeout) {
+                    if !self.holds_writes_up() {
+                        since = None;
+                    } else if since.get_or_insert_with(Instant::now).elapsed() >= HELD_UP {
+                        return self.handle().stop();
+                    }
+                }
+            };
+            let name = "pumice-drain".to_owned();
+            if let Err(error) = thread::Builder::new().name(name).spawn_scoped(scope, watch) {
+                tracing::warn!(%error, "nobody looks whether RocksDB holds up what the close waits for");
+            }
+            self.pool.drain(phase);
+            drop(done);
+        });
+    }
+
+    /// Whether writes wait, and nothing runs that they could wait for, after a flush or a compaction has failed.
+    fn holds_writes_up(&self) -> bool {
+        let figure = |name| self.handle().number(name).ok().flatten();
+        figure(c"rocksdb.is-write-stopped") == Some(1)
+            && figure(c"rocksdb.background-errors") > Some(0)
+            && figure(c"rocksdb.num-running-flushes") == Some(0)
+            && figure(c"rocksdb.num-running-compactions") == Some(0)
     }
 
     fn close_quiet(&self) -> Result<(), Error> {
