@@ -147,7 +147,7 @@ fn forked_child_ends(uri: &str) {
             fs.stat("/kept").is_err_and(forked),
             fs.open("/new", OpenOptions::CREATE).is_err_and(forked),
             fs.unmount().is_err_and(forked),
-            fs.statfs().total == 0 && fs.free_bytes() == 0,
+            fs.statfs().total == 0 && fs.free_bytes() == 0 && fs.dirty_bytes() == 0,
             fs.is_inherited(),
             // What the process had is only looked at.
             file.allocated() > 0,

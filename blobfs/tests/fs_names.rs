@@ -18,7 +18,8 @@ use flaky::{Flaky, Plan};
 use held::arrived;
 use pumice_bdev::{BlockDevice, IoErrorKind, OpKind};
 use pumice_bdev_testkit::crashsim::CrashDevice;
-use pumice_blobfs::fs::{FileSystem, Journal, MountOptions, OpenOptions};
+use pumice_blobfs::blobstore::{Blobstore, CreateOptions, LoadOptions};
+use pumice_blobfs::fs::{FileSystem, FsError, Journal, MountOptions, OpenOptions};
 use task::spawn;
 
 const MIB: usize = 1 << 20;
@@ -111,4 +112,151 @@ fn a_replacement_is_younger_than_files_of_earlier_mounts() {
         assert_eq!(cut.problems(), [] as [String; 0]);
         assert_eq!(files_of(&cut).len(), 2);
     }
+}
+
+/// Makes files in directories that no blob stands for, as other programs do. One has three names.
+fn imply(dev: &Arc<dyn BlockDevice>) {
+    let store = Blobstore::load(Arc::clone(dev), &LoadOptions::default()).unwrap();
+    for (name, links) in [
+        ("/d/a\0", "/d/link\0/outside\0"),
+        ("/d/s/b\0", ""),
+        ("/d/c\0", ""),
+    ] {
+        let mut xattrs = vec![
+            ("name".to_owned(), name.as_bytes().to_vec()),
+            ("length".to_owned(), vec![0; 8]),
+        ];
+        if !links.is_empty() {
+            xattrs.push(("pumice.links".to_owned(), links.as_bytes().to_vec()));
+        }
+        let options = CreateOptions {
+            xattrs,
+            ..CreateOptions::default()
+        };
+        store.create(&options).unwrap();
+    }
+    store.unload().unwrap();
+}
+
+/// Returns the names that a mount shows, and the next one too.
+fn names_twice(dev: &Arc<dyn BlockDevice>) -> Vec<String> {
+    let names = || {
+        let fs = mount(Arc::clone(dev));
+        assert_eq!(fs.problems(), [] as [String; 0]);
+        let names: Vec<String> = files_of(&fs).into_keys().collect();
+        if names.iter().any(|name| name == "/d/a") {
+            assert!(fs.same_file("/d/a", "/outside").unwrap());
+        } else {
+            assert!(fs.same_file("/n/a", "/n/link").unwrap());
+        }
+        fs.unmount().unwrap();
+        names
+    };
+    let first = names();
+    assert_eq!(names(), first, "the next mount shows others");
+    first
+}
+
+const OLD: [&str; 7] = [
+    "/d", "/d/a", "/d/c", "/d/link", "/d/s", "/d/s/b", "/outside",
+];
+const NEW: [&str; 7] = [
+    "/n", "/n/a", "/n/c", "/n/link", "/n/s", "/n/s/b", "/outside",
+];
+
+/// No blob has the name of the directory, so that the rename makes one first, which has the intent.
+#[test]
+fn a_power_cut_in_renaming_an_implied_directory_leaves_old_names_or_new_ones() {
+    for journal in KINDS {
+        let first = Arc::new(CrashDevice::new(4096, 16 << 10, false, 5));
+        FileSystem::format(first.clone(), &format_1m(journal)).unwrap();
+        imply(&(first.clone() as Arc<dyn BlockDevice>));
+        let second = Arc::new(CrashDevice::from_image(4096, first.image(), false, 6));
+        let fs = mount(second.clone());
+        let begin = second.len_events();
+        fs.rename("/d", "/n").unwrap();
+        let end = second.len_events();
+        let (mut points, mut at) = (second.crash_points(), 0);
+        let mut found = Vec::new();
+        while at < end {
+            points.advance().unwrap();
+            at += 1;
+            if at < begin {
+                continue;
+            }
+            let image = points.image(&mut |_| true);
+            let cut: Arc<dyn BlockDevice> =
+                Arc::new(CrashDevice::from_image(4096, image, false, 7));
+            let names = names_twice(&cut);
+            assert!(names == OLD || names == NEW, "{journal:?}, {at}: {names:?}");
+            found.push(names == NEW);
+        }
+        assert_eq!(found.last(), Some(&true));
+        // Once there is an intent, each mount makes it so.
+        assert!(found.is_sorted(), "{journal:?}: {found:?}");
+    }
+}
+
+#[test]
+fn a_failed_rename_of_an_implied_directory_renames_nothing() {
+    let _limit = watchdog("a failed rename of an implied directory", 240);
+    for journal in KINDS {
+        let mut failed = 0;
+        // Some writes fail, more than are tried again, or all.
+        for (from, count) in (0..8).flat_map(|from| [(from, 8), (from, u64::MAX)]) {
+            let base = memory(64 << 20, 4096);
+            FileSystem::format(Arc::clone(&base), &format_1m(journal)).unwrap();
+            imply(&base);
+            let dev = Flaky::new(Arc::clone(&base));
+            let fs = mount(dev.clone());
+            dev.arm(Some(Plan {
+                from,
+                count,
+                kind: IoErrorKind::Media,
+                done: false,
+            }));
+            let renamed = fs.rename("/d", "/n");
+            dev.arm(None);
+            drop((fs.unmount_anyway(), fs));
+            let names = names_twice(&base);
+            match renamed {
+                Ok(()) => assert_eq!(names, NEW),
+                Err(FsError::Undecided { .. }) => assert!(names == OLD || names == NEW),
+                Err(_) => assert_eq!(names, OLD, "{journal:?}, {from}, {count}"),
+            }
+            failed += u32::from(renamed.is_err());
+        }
+        assert!(failed > 0);
+    }
+}
+
+/// The second of two that create a file finds that of the first, and has it open like any other.
+#[test]
+fn who_comes_second_to_create_a_file_keeps_it_open() {
+    let _limit = watchdog("two that create a file", 120);
+    let base = memory(64 << 20, 4096);
+    let (dev, fs) = setup_with(base, &format_1m(Journal::None), &MountOptions::default());
+    dev.inject(hang(OpKind::Write, 1, None));
+    let create = |how| {
+        let fs = fs.clone();
+        spawn(move || fs.open("/f", how))
+    };
+    let first = create(OpenOptions::CREATE);
+    arrived(&dev, "a write of the creation");
+    let second = create(OpenOptions::CREATE);
+    let exclusive = create(OpenOptions {
+        exclusive: true,
+        ..OpenOptions::CREATE
+    });
+    assert!(second.still_waits() && exclusive.still_waits());
+    dev.resume();
+    let first = first.join("the first").unwrap();
+    let second = second.join("the second").unwrap();
+    let refused = exclusive.join("who wants no other").unwrap_err();
+    assert!(matches!(refused, FsError::Exists { .. }), "{refused}");
+    second.append(b"bytes").unwrap();
+    fs.unlink("/f").unwrap();
+    drop(first);
+    second.append(b" and more").unwrap();
+    assert_eq!(all(&second), b"bytes and more");
 }

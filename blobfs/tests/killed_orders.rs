@@ -11,15 +11,17 @@ mod named;
 mod task;
 
 use std::mem::ManuallyDrop;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{BlockDevice, OpKind};
 use pumice_bdev_testkit::crashsim::CrashDevice;
-use pumice_blobfs::fs::{FileSystem, FormatOptions, Journal, MountOptions, OpenOptions};
+use pumice_blobfs::fs::{FileSystem, FormatOptions, FsError, Journal, MountOptions, OpenOptions};
 use rand::prelude::*;
 
-use changes::{bytes, contents};
+use changes::{bytes, check_every_kind, contents, every_kind};
 use named::Named;
 use task::{spawn, wait_for};
 
@@ -30,6 +32,38 @@ fn name(test: &str) -> String {
 
 fn mount(dev: Arc<dyn BlockDevice>) -> FileSystem {
     FileSystem::mount(dev, &MountOptions::default()).unwrap()
+}
+
+/// Mounts for reading only.
+fn look_at(dev: Arc<dyn BlockDevice>) -> FileSystem {
+    let mut options = MountOptions::default();
+    options.read_only = true;
+    FileSystem::mount(dev, &options).unwrap()
+}
+
+/// Returns the logs of a device.
+fn logs(name: &str) -> Vec<PathBuf> {
+    let all = std::fs::read_dir("/dev/shm").unwrap();
+    let paths = all.filter_map(|entry| Some(entry.ok()?.path()));
+    let begin = format!("pumice-{name}-");
+    paths
+        .filter(|path| {
+            path.file_name()
+                .unwrap()
+                .to_string_lossy()
+                .starts_with(&begin)
+        })
+        .collect()
+}
+
+/// Puts a log of an earlier moment in the place of one that a mount may still have in its memory.
+fn put_back(log: &[u8], place: &Path) {
+    use std::io::Write as _;
+    let beside = place.with_extension("earlier");
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create_new(true).mode(0o600);
+    options.open(&beside).unwrap().write_all(log).unwrap();
+    std::fs::rename(&beside, place).unwrap();
 }
 
 fn format(device: &Arc<dyn BlockDevice>, journal: Journal) {
@@ -128,10 +162,151 @@ fn a_file_that_is_cut_after_it_was_placed_keeps_the_rest() {
         file.append(b"behind it").unwrap();
         file.truncate(cut as u64).unwrap();
         file.append(&bytes(more, 2)).unwrap();
-        let fs = mount(Named::on(base, &name));
         let expected = [&bytes(9 << 20, 1)[..cut], &bytes(more, 2)].concat();
+        let shown = look_at(Named::on(Arc::clone(&base), &name));
+        assert!(!shown.hides_writes());
+        assert!(contents(&shown, "/file") == expected, "cut to {cut}");
+        shown.unmount().unwrap();
+        let fs = mount(Named::on(base, &name));
         assert!(contents(&fs, "/file") == expected, "cut to {cut}");
     }
+}
+
+/// The device has less than was placed, for a cut was made whose end the log does not have. Without its beginning in the log the
+/// device was set back.
+#[test]
+fn a_cut_in_the_middle_of_which_the_process_was_killed_is_made() {
+    const CUT: usize = (5 << 20) + 300;
+    for is_begun in [true, false] {
+        let (base, device) = formatted();
+        let name = name(if is_begun { "cutting" } else { "not-cutting" });
+        let killed = ManuallyDrop::new(mount(Named::on(device.clone(), &name)));
+        let file = ManuallyDrop::new(killed.open("/file", OpenOptions::CREATE).unwrap());
+        file.append(&bytes(9 << 20, 1)).unwrap();
+        let place = logs(&name).remove(0);
+        let before = std::fs::read(&place).unwrap();
+        let held = hold_a_write(&device, None);
+        let cutting = file.clone();
+        let cut = spawn(move || {
+            let result = cutting.truncate(CUT as u64);
+            std::mem::forget(cutting);
+            result
+        });
+        wait_for("a write is held back", || device.injections().is_empty());
+        let meanwhile = std::fs::read(&place).unwrap();
+        drop(held);
+        cut.join("the cut").unwrap();
+        put_back(if is_begun { &meanwhile } else { &before }, &place);
+        if !is_begun {
+            let refused = FileSystem::mount(Named::on(base, &name), &MountOptions::default());
+            let refused = refused.unwrap_err();
+            assert!(matches!(refused, FsError::Damaged { .. }), "{refused}");
+            continue;
+        }
+        let expected = &bytes(9 << 20, 1)[..CUT];
+        let shown = look_at(Named::on(Arc::clone(&base), &name));
+        assert!(contents(&shown, "/file") == expected);
+        shown.unmount().unwrap();
+        let fs = mount(Named::on(base, &name));
+        assert!(contents(&fs, "/file") == expected);
+        fs.unmount().unwrap();
+    }
+}
+
+/// The process is killed when the device has everything and the log does not say so: what it has is done again.
+#[test]
+fn a_sync_whose_end_was_not_logged_is_harmless() {
+    let (base, _device) = formatted();
+    let name = name("recorded");
+    let killed = ManuallyDrop::new(mount(Named::on(Arc::clone(&base), &name)));
+    every_kind(&killed);
+    let place = logs(&name).remove(0);
+    let log = std::fs::read(&place).unwrap();
+    killed.sync().unwrap();
+    put_back(&log, &place);
+    let shown = look_at(Named::on(Arc::clone(&base), &name));
+    assert!(!shown.hides_writes());
+    check_every_kind(&shown);
+    shown.unmount().unwrap();
+    let fs = mount(Named::on(base, &name));
+    check_every_kind(&fs);
+    fs.unmount().unwrap();
+}
+
+/// Data that is too long for the log is placed, also when it is not appended.
+#[test]
+fn long_data_that_is_written_at_an_offset_is_kept() {
+    // Inside, over the end, and behind a gap.
+    for (len, at) in [(10 << 20, 10), (100, 50), (100, 200_000)] {
+        let (base, _device) = formatted();
+        let name = name("long");
+        let killed = ManuallyDrop::new(mount(Named::on(Arc::clone(&base), &name)));
+        let file = ManuallyDrop::new(killed.open("/file", OpenOptions::CREATE).unwrap());
+        file.append(&bytes(len, 1)).unwrap();
+        file.sync().unwrap();
+        file.write_at(at as u64, &bytes(9 << 20, 2)).unwrap();
+        let mut expected = bytes(len, 1);
+        expected.resize(len.max(at + (9 << 20)), 0);
+        expected[at..at + (9 << 20)].copy_from_slice(&bytes(9 << 20, 2));
+        let shown = look_at(Named::on(Arc::clone(&base), &name));
+        assert!(contents(&shown, "/file") == expected, "shown, {len} {at}");
+        shown.unmount().unwrap();
+        let fs = mount(Named::on(base, &name));
+        assert!(contents(&fs, "/file") == expected, "{len} {at}");
+    }
+}
+
+/// A file of which the device cannot be read is not shown with what the log has, which the mount says.
+#[test]
+fn a_read_only_mount_that_cannot_read_a_file_says_that_it_hides_writes() {
+    let (base, device) = formatted();
+    let name = name("unreadable");
+    let killed = ManuallyDrop::new(mount(Named::on(Arc::clone(&base), &name)));
+    let file = ManuallyDrop::new(killed.open("/file", OpenOptions::CREATE).unwrap());
+    file.append(&bytes(1000, 1)).unwrap();
+    file.sync().unwrap();
+    // In memory, and in the log.
+    file.write_at(500, b"new").unwrap();
+    let extents = killed.blobstore().extents(file.blob_id()).unwrap();
+    device.inject(Injection {
+        op: Some(OpKind::Read),
+        failure: Failure::Fail,
+        count: u64::MAX,
+        range: Some((extents.lba(0).unwrap(), 8)),
+        queue_depth: 0,
+    });
+    let shown = look_at(Named::on(device.clone(), &name));
+    assert!(shown.hides_writes());
+    shown.unmount().unwrap();
+    drop(shown);
+    device.clear();
+    let shown = look_at(Named::on(device, &name));
+    assert!(!shown.hides_writes());
+    assert_eq!(contents(&shown, "/file")[500..503], *b"new");
+}
+
+/// A log that the device does not name counts for nothing, so it is not left behind.
+#[test]
+fn a_log_that_the_device_does_not_name_is_removed() {
+    let (_base, device) = formatted();
+    let name = name("unnamed");
+    let fs = mount(Named::on(device.clone(), &name));
+    let file = fs.open("/file", OpenOptions::CREATE).unwrap();
+    device.inject(Injection {
+        op: Some(OpKind::Write),
+        failure: Failure::Fail,
+        count: u64::MAX,
+        range: Some((0, 1)),
+        queue_depth: 0,
+    });
+    file.append(b"accepted").unwrap();
+    let left = logs(&name);
+    for log in &left {
+        std::fs::remove_file(log).unwrap();
+    }
+    device.clear();
+    assert_eq!(left, [] as [PathBuf; 0]);
+    assert_eq!(contents(&fs, "/file"), b"accepted");
 }
 
 /// Space that a cut has freed belongs to another file by now, so that what came before the cut cannot be done again.

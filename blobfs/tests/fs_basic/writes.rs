@@ -189,4 +189,54 @@ fn a_cursor_reads_writes_and_seeks() {
         path: String::new(),
     };
     assert_eq!(io::Error::from(missing).kind(), ErrorKind::NotFound);
+fn an_open_that_truncates_leaves_nothing() {
+    let dev = formatted(16 << 20, 4096);
+    let fs = mount(&dev);
+    put(&fs, "/f", "text");
+    let truncate = OpenOptions {
+        truncate: true,
+        ..OpenOptions::READ
+    };
+    assert_eq!(fs.open("/f", truncate).unwrap().len(), 0);
+    assert_eq!(text(&fs, "/f"), "");
+    assert_eq!(text(&remount(fs, &dev), "/f"), "");
+}
+
+/// Each kind of change sets the time. A sync makes it durable if it changes the length.
+#[test]
+fn every_change_of_bytes_sets_the_time() {
+    let dev = formatted(16 << 20, 4096);
+    let mut fs = mount(&dev);
+    put(&fs, "/f", "text");
+    let changes: [fn(&File); 5] = [
+        |f| f.append(b"more").unwrap(),
+        |f| f.append(&[1; 3 << 20]).unwrap(),
+        |f| f.write_at(0, b"T").unwrap(),
+        |f| f.write_at(f.len() + 10, b"end").unwrap(),
+        |f| f.truncate(f.len() - 5).unwrap(),
+    ];
+    for (change, n) in changes.iter().zip(1..) {
+        let f = fs.open("/f", OpenOptions::READ).unwrap();
+        let len = f.len();
+        let before = std::time::SystemTime::now();
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        change(&f);
+        assert!(f.stat().mtime > before, "change {n}");
+        f.sync().unwrap();
+        drop(f);
+        fs = remount(fs, &dev);
+        let stat = fs.stat("/f").unwrap();
+        assert!(stat.len == len || stat.mtime > before, "change {n}");
+    }
+}
+
+#[test]
+fn an_unmounted_directory_is_not_synced() {
+    let dev = formatted(16 << 20, 4096);
+    let fs = mount(&dev);
+    fs.mkdir("/d").unwrap();
+    fs.sync_dir("/d").unwrap();
+    fs.unmount().unwrap();
+    let refused = fs.sync_dir("/d").unwrap_err();
+    assert!(matches!(refused, FsError::Unmounted { .. }), "{refused}");
 }
