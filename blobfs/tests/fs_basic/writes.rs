@@ -146,49 +146,6 @@ fn a_name_operation_that_fails_writes_no_super_block() {
 }
 
 #[test]
-fn a_cursor_reads_writes_and_seeks() {
-    use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
-
-    let dev = formatted(16 << 20, 4096);
-    let fs = mount(&dev);
-    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-    let bytes = pattern(3, 300_000);
-    let mut to = f.cursor();
-    assert_eq!(io::copy(&mut &bytes[..], &mut to).unwrap(), 300_000);
-    to.flush().unwrap();
-    assert_eq!(all(&f), bytes);
-    // Another cursor has a place of its own.
-    let mut from = f.cursor();
-    let mut read = Vec::new();
-    from.read_to_end(&mut read).unwrap();
-    assert_eq!(read, bytes);
-    assert_eq!(from.seek(SeekFrom::End(-2)).unwrap(), 299_998);
-    from.write_all(b"abcd").unwrap();
-    assert_eq!(from.stream_position().unwrap(), 300_002);
-    from.seek(SeekFrom::Current(-3)).unwrap();
-    let mut three = [0; 3];
-    from.read_exact(&mut three).unwrap();
-    assert_eq!(&three, b"bcd");
-    assert_eq!(to.stream_position().unwrap(), 300_000);
-    // Beyond the end there is nothing to read, and a write leaves zeroes before it.
-    from.seek(SeekFrom::Start(400_000)).unwrap();
-    assert_eq!(from.read(&mut three).unwrap(), 0);
-    from.write_all(b"e").unwrap();
-    assert_eq!((f.len(), all(&f)[399_999]), (400_001, 0));
-    for wrong in [SeekFrom::End(-400_002), SeekFrom::Current(i64::MIN)] {
-        let error = from.seek(wrong).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::InvalidInput);
-    }
-    assert_eq!(from.stream_position().unwrap(), 400_001);
-    // Errors have their kind, and the file system's error inside.
-    fs.unmount().unwrap();
-    let error = from.write(b"f").unwrap_err();
-    let inner = error.get_ref().unwrap().downcast_ref::<FsError>();
-    assert!(matches!(inner, Some(FsError::Unmounted { .. })), "{error}");
-    let missing = FsError::NotFound {
-        path: String::new(),
-    };
-    assert_eq!(io::Error::from(missing).kind(), ErrorKind::NotFound);
 fn an_open_that_truncates_leaves_nothing() {
     let dev = formatted(16 << 20, 4096);
     let fs = mount(&dev);
@@ -239,4 +196,50 @@ fn an_unmounted_directory_is_not_synced() {
     fs.unmount().unwrap();
     let refused = fs.sync_dir("/d").unwrap_err();
     assert!(matches!(refused, FsError::Unmounted { .. }), "{refused}");
+}
+
+#[test]
+fn a_cursor_reads_writes_and_seeks() {
+    use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
+
+    let dev = formatted(16 << 20, 4096);
+    let fs = mount(&dev);
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    let bytes = pattern(3, 300_000);
+    let mut to = f.cursor();
+    assert_eq!(io::copy(&mut &bytes[..], &mut to).unwrap(), 300_000);
+    to.flush().unwrap();
+    assert_eq!(all(&f), bytes);
+    // Another cursor has a place of its own.
+    let mut from = f.cursor();
+    let mut read = Vec::new();
+    from.read_to_end(&mut read).unwrap();
+    assert_eq!(read, bytes);
+    assert_eq!(from.seek(SeekFrom::End(-2)).unwrap(), 299_998);
+    from.write_all(b"abcd").unwrap();
+    assert_eq!(from.stream_position().unwrap(), 300_002);
+    from.seek(SeekFrom::Current(-3)).unwrap();
+    let mut three = [0; 3];
+    from.read_exact(&mut three).unwrap();
+    assert_eq!(&three, b"bcd");
+    assert_eq!(to.stream_position().unwrap(), 300_000);
+    // Beyond the end there is nothing to read, and a write leaves zeroes before it.
+    from.seek(SeekFrom::Start(400_000)).unwrap();
+    assert_eq!(from.read(&mut three).unwrap(), 0);
+    from.write_all(b"e").unwrap();
+    assert_eq!((f.len(), all(&f)[399_999]), (400_001, 0));
+    for wrong in [SeekFrom::End(-400_002), SeekFrom::Current(i64::MIN)] {
+        let error = from.seek(wrong).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+    }
+    assert_eq!(from.stream_position().unwrap(), 400_001);
+    // Errors have their kind, and the file system's error inside.
+    fs.unmount().unwrap();
+    let error = from.write(b"f").unwrap_err();
+    let inner = error.get_ref().unwrap().downcast_ref::<FsError>();
+    assert!(matches!(inner, Some(FsError::Unmounted { .. })), "{error}");
+    let missing = FsError::NotFound {
+        path: String::new(),
+    };
+    assert_eq!(io::Error::from(missing).kind(), ErrorKind::NotFound);
 }
