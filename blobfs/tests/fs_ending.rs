@@ -124,3 +124,36 @@ fn a_file_that_cannot_be_synced_keeps_no_other_from_it() {
         dev.clear();
     }
 }
+
+/// The last sync of an unmount fails, after the first has succeeded: the mount goes on, and its next unmount loses nothing.
+#[test]
+fn a_mount_goes_on_after_the_last_sync_of_its_unmount_has_failed() {
+    let _limit = watchdog("an unmount that fails late", 120);
+    let base = memory(64 << 20, 4096);
+    let (dev, fs) = setup_with(base, &format_1m(Journal::None), &MountOptions::default());
+    let [a, b] = ["/a", "/b"].map(|path| fs.open(path, OpenOptions::CREATE).unwrap());
+    for f in [&a, &b] {
+        f.append(&[1; 100]).unwrap();
+        f.sync().unwrap();
+    }
+    let block_of_a = first_cluster(&fs, &a);
+    // The first sync of `/a` has nothing to do.
+    b.append(&[2; 100]).unwrap();
+    dev.inject(hang(OpKind::Write, 1, data_blocks(Journal::None)));
+    let other = fs.clone();
+    let unmount = spawn(move || other.unmount());
+    arrived(&dev, "the first sync");
+    a.append(&[3; 100]).unwrap();
+    dev.inject(fail(OpKind::Write, u64::MAX, block_of_a));
+    dev.resume();
+    unmount.join("the unmount").unwrap_err();
+    dev.clear();
+    a.append(&[4; 100]).unwrap();
+    b.append(&[4; 100]).unwrap();
+    fs.unmount().unwrap();
+    drop((a, b, fs));
+    let fs = mount_with(&dev, &MountOptions::default());
+    for (path, middle) in [("/a", [3; 100]), ("/b", [2; 100])] {
+        assert_eq!(content_of(&fs, path), [[1; 100], middle, [4; 100]].concat());
+    }
+}
