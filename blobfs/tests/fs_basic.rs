@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use common::*;
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
-use pumice_bdev::{BlockDevice, OpKind};
+use pumice_bdev::{BlockDevice, DmaBuf, OpKind};
 use pumice_blobfs::blobstore::{Blobstore, LoadOptions};
 use pumice_blobfs::fs::{
     Access, File, FileSystem, FormatOptions, FsError, Journal, MountOptions, OpenOptions,

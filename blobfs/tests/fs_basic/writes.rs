@@ -243,3 +243,28 @@ fn a_cursor_reads_writes_and_seeks() {
     };
     assert_eq!(io::Error::from(missing).kind(), ErrorKind::NotFound);
 }
+
+/// The rest of a file's last block is the program's memory otherwise, on a disk that others may read.
+#[test]
+fn nothing_but_the_file_reaches_its_last_block() {
+    let dev = formatted_with(16 << 20, 4096, Journal::None);
+    let fs = mount(&dev);
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    for round in 0..8 {
+        // Buffers of this process that are free again, and not empty.
+        let secret: Vec<DmaBuf> = (0..64)
+            .map(|_| {
+                let mut buf = DmaBuf::new(4096).unwrap();
+                buf.fill(0xee);
+                buf
+            })
+            .collect();
+        drop(secret);
+        f.append(&[1; 700]).unwrap();
+        f.sync().unwrap();
+        let raw = content(&dev);
+        let leaked = raw.windows(64).any(|bytes| bytes == [0xee; 64]);
+        assert!(!leaked, "round {round}");
+    }
+    assert_eq!(all(&f), [1; 5600]);
+}
