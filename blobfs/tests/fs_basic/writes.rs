@@ -244,27 +244,42 @@ fn a_cursor_reads_writes_and_seeks() {
     assert_eq!(io::Error::from(missing).kind(), ErrorKind::NotFound);
 }
 
-/// The rest of a file's last block is the program's memory otherwise, on a disk that others may read.
+/// The rest of a file's last block, and of what the journal has, is the program's memory otherwise, on a disk that others may read.
 #[test]
 fn nothing_but_the_file_reaches_its_last_block() {
-    let dev = formatted_with(16 << 20, 4096, Journal::None);
-    let fs = mount(&dev);
-    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-    for round in 0..8 {
-        // Buffers of this process that are free again, and not empty.
-        let secret: Vec<DmaBuf> = (0..64)
-            .map(|_| {
-                let mut buf = DmaBuf::new(4096).unwrap();
-                buf.fill(0xee);
-                buf
-            })
-            .collect();
-        drop(secret);
-        f.append(&[1; 700]).unwrap();
-        f.sync().unwrap();
-        let raw = content(&dev);
-        let leaked = raw.windows(64).any(|bytes| bytes == [0xee; 64]);
-        assert!(!leaked, "round {round}");
+    for journal in [Journal::None, Journal::Auto] {
+        let dev = formatted_with(16 << 20, 4096, journal);
+        let fs = mount(&dev);
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        for round in 0..8 {
+            let dirty = || {
+                // Buffers of this process that are free again, and not empty.
+                let buf = || {
+                    let mut buf = DmaBuf::new(4096).unwrap();
+                    buf.fill(0xee);
+                    buf
+                };
+                drop((0..64).map(|_| buf()).collect::<Vec<_>>());
+            };
+            dirty();
+            f.append(&[1; 700]).unwrap();
+            f.sync().unwrap();
+            dirty();
+            f.write_at(round * 700, &[2; 300]).unwrap();
+            f.sync().unwrap();
+            dirty();
+            f.truncate(f.len() - 10).unwrap();
+            f.append(&[1; 10]).unwrap();
+            f.sync().unwrap();
+            dirty();
+            fs.mkdir(&format!("/d{round}")).unwrap();
+            let leaked = content(&dev).windows(64).any(|bytes| bytes == [0xee; 64]);
+            assert!(!leaked, "{journal:?}, round {round}");
+        }
+        assert_eq!(
+            all(&f)[..1000],
+            [[2; 300].as_slice(), &[1; 400], &[2; 300]].concat()
+        );
+        assert_eq!(f.len(), 5600);
     }
-    assert_eq!(all(&f), [1; 5600]);
 }
