@@ -187,11 +187,7 @@ fn a_cut_in_the_middle_of_which_the_process_was_killed_is_made() {
         let before = std::fs::read(&place).unwrap();
         let held = hold_a_write(&device, None);
         let cutting = file.clone();
-        let cut = spawn(move || {
-            let result = cutting.truncate(CUT as u64);
-            std::mem::forget(cutting);
-            result
-        });
+        let cut = spawn(move || cutting.truncate(CUT as u64));
         wait_for("a write is held back", || device.injections().is_empty());
         let meanwhile = std::fs::read(&place).unwrap();
         drop(held);
