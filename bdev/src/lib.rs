@@ -118,7 +118,7 @@ pub use error::BdevError;
 pub use executor::{AsyncChannel, Io, IoOutcome};
 pub use join::join_all;
 pub use module::{Call, OpenOptions};
-pub use named::{Names, name_devices};
+pub use named::{Names, forget_names, name_devices};
 pub use pumice_io::dma::{self, DmaBuf, DmaError, DmaSlice};
 pub use pumice_io::process;
 pub use pumice_io::sys::SharedMemory;

@@ -28,12 +28,23 @@ pub trait Names: Send + Sync {
 static NAMES: RwLock<Option<Arc<dyn Names>>> = RwLock::new(None);
 
 /// From now on [`open`] and [`open_with`] find these devices by their names, in the whole process and in every layer above.
-/// A URI is never taken for a name. A path is one only if a device has it. `None` ends it.
+/// A URI is never taken for a name. A path is one only if a device has it. Names that were given before are forgotten.
 ///
 /// [`open`]: crate::open()
 /// [`open_with`]: crate::open_with
-pub fn name_devices(names: Option<Arc<dyn Names>>) {
-    *NAMES.write() = names;
+pub fn name_devices(names: Arc<dyn Names>) {
+    *NAMES.write() = Some(names);
+}
+
+/// Ends what [`name_devices`] has begun, unless others have been named since.
+pub fn forget_names(names: &Arc<dyn Names>) {
+    let mut current = NAMES.write();
+    if current
+        .as_ref()
+        .is_some_and(|current| Arc::ptr_eq(current, names))
+    {
+        *current = None;
+    }
 }
 
 /// Opens the device that has a name of its own. Returns `None` for what is a URI or a path.

@@ -4,43 +4,45 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use pumice_bdev::{BdevError, BlockDevice, Names, OpenOptions, name_devices};
+use pumice_bdev::{BdevError, BlockDevice, Names, OpenOptions, forget_names, name_devices};
 
 use super::{App, load_file};
 
 /// As long as this lives, the devices of a configuration file can be opened by their names (`Malloc0`, `Nvme0n1`) wherever the
 /// process takes a URI: [`pumice_bdev::open`], mounts, databases. See [`NamedDevices::new`].
-#[derive(Debug)]
 #[must_use = "the names go with this"]
-pub struct NamedDevices {
-    loaded: Arc<Loaded>,
+pub struct NamedDevices(Arc<dyn Names>);
+
+impl std::fmt::Debug for NamedDevices {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("NamedDevices")
+    }
 }
 
 impl NamedDevices {
     /// Names the devices of `file`. A second call replaces what the first one has named.
     ///
     /// The file is loaded when a device is first asked for. If that is for reading only, its files and block devices are opened for
-    /// reading only, so that others may read them too. They are opened again when one is to be written.
+    /// reading only, so that others may read them too. When one is to be written, the file is loaded again: a device that is still
+    /// open for reading is in use then, and one in memory is new and empty.
     /// The errors of the file are those of opening a device.
     pub fn new(file: &Path) -> NamedDevices {
-        let loaded = Arc::new(Loaded {
+        let names: Arc<dyn Names> = Arc::new(Loaded {
             file: file.to_owned(),
             app: Mutex::new(None),
         });
-        name_devices(Some(Arc::clone(&loaded) as Arc<dyn Names>));
-        NamedDevices { loaded }
+        name_devices(Arc::clone(&names));
+        NamedDevices(names)
     }
 }
 
 impl Drop for NamedDevices {
     /// The names go, and devices that nobody has opened are closed.
     fn drop(&mut self) {
-        name_devices(None);
-        self.loaded.app.lock().take();
+        forget_names(&self.0);
     }
 }
 
-#[derive(Debug)]
 struct Loaded {
     file: PathBuf,
     app: Mutex<Option<App>>,
@@ -153,7 +155,11 @@ mod tests {
         let e = open_with("Aio.1", OpenOptions::new().grow_to(2 << 20)).unwrap_err();
         assert!(e.to_string().contains("leave the size out"), "{e}");
 
+        // The end of the earlier names is not that of the later ones.
+        let later = NamedDevices::new(&config);
         drop(named);
+        assert_eq!(open("Above").unwrap().info().block_size, 4096);
+        drop(later);
         assert!(open("Above").is_err());
         drop(open(&beside).unwrap());
     }
