@@ -181,13 +181,13 @@ impl Slot {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::Arc;
 
     use super::*;
     use crate::file::{File, FileOptions};
 
-    fn shared() -> (tempfile::TempDir, Arc<Shared>) {
+    pub(in crate::file) fn shared() -> (tempfile::TempDir, Arc<Shared>) {
         let dir = tempfile::tempdir().unwrap();
         let file = File::open(&FileOptions {
             path: dir.path().join("image"),

@@ -211,18 +211,13 @@ impl Drop for ThreadChannel {
 mod tests {
     use super::*;
     use crate::DmaBuf;
+    use crate::file::slot::tests::shared;
     use crate::file::{File, FileOptions};
 
     /// A channel whose threads have ended, so that only the thread that waits can make a call.
     fn without_threads() -> (tempfile::TempDir, ThreadChannel) {
-        let dir = tempfile::tempdir().unwrap();
-        let file = File::open(&FileOptions {
-            path: dir.path().join("image"),
-            size: Some(1 << 20),
-            create: true,
-            ..FileOptions::default()
-        });
-        let mut channel = ThreadChannel::new(Arc::clone(&file.unwrap().shared)).unwrap();
+        let (dir, shared) = shared();
+        let mut channel = ThreadChannel::new(shared).unwrap();
         channel.pool.lock().stop = true;
         channel.pool.start.notify_all();
         for thread in channel.threads.drain(..) {

@@ -369,13 +369,13 @@ fn point(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::atomic::AtomicU64;
 
     use super::*;
     use crate::namespace::Supports;
 
-    fn limits() -> CommandLimits {
+    pub(in crate::queue) fn limits() -> CommandLimits {
         CommandLimits {
             nsid: 1,
             block_shift: 9,

@@ -175,29 +175,13 @@ impl Splits {
 
 #[cfg(test)]
 mod tests {
-    use pumice_io::{IoErrorKind, Limits};
+    use pumice_io::IoErrorKind;
 
+    use super::super::build::tests::limits;
     use super::*;
-    use crate::namespace::Supports;
 
     fn unmap(tag: u64) -> Box<Split> {
-        let limits = CommandLimits {
-            nsid: 1,
-            block_shift: 9,
-            num_blocks: 1 << 30,
-            data: Limits::new(256, 0),
-            zeroes_blocks: 256,
-            verify_blocks: 256,
-            deallocate_blocks: 100,
-            deallocate_total_blocks: 250,
-            deallocate_ranges: 4,
-            copy_ranges: 4,
-            copy_range_blocks: 100,
-            copy_blocks: 250,
-            zeroes_may_deallocate: false,
-            supports: Supports::default(),
-            usable: true,
-        };
+        let limits = limits();
         let (lba, len_blocks) = (0, 1000);
         Box::new(Split {
             tag,
