@@ -97,6 +97,7 @@ impl Ours {
         let mut how = MountOptions::default();
         how.cache_bytes = f.page_cache_bytes();
         how.cache_most_bytes = (f.fs_cache_most > 0).then_some(f.fs_cache_most);
+        how.huge_pages = f.fs_huge_pages;
         how.volatile = f.volatile;
         let fs = FileSystem::mount(Arc::clone(&device), &how).map_err(|e| fail(&e))?;
         Ok(Self {

@@ -24,6 +24,7 @@ use pumice_bdev::thread_number;
 
 use super::elastic::{self, Bound, Bounded};
 use super::frame::{Frame, PAGE};
+use super::huge::HugePages;
 
 const SHARDS: usize = 16;
 const STRIPES: usize = 16;
@@ -128,6 +129,7 @@ impl Shard {
 /// The cache; see the module.
 pub(crate) struct Cache {
     bound: Bound,
+    huge: HugePages,
     used: AtomicU64,
     /// Bytes of the entries of the fresh and of the young queues.
     fresh: AtomicU64,
@@ -143,9 +145,16 @@ pub(crate) struct Cache {
 }
 
 impl Cache {
+    /// A cache without huge pages.
+    #[cfg(test)]
     pub fn new(bound: Bound) -> Arc<Cache> {
+        Cache::with(bound, HugePages::of(false))
+    }
+
+    pub fn with(bound: Bound, huge: HugePages) -> Arc<Cache> {
         Arc::new(Cache {
             bound,
+            huge,
             used: AtomicU64::new(0),
             fresh: AtomicU64::new(0),
             young: AtomicU64::new(0),
@@ -194,6 +203,7 @@ impl Cache {
         let bytes = frame.bytes.cap();
         let before = frame.set_charge(bytes);
         self.bound.count(bytes);
+        self.huge.count(bytes);
         self.used.fetch_add(bytes as u64, Ordering::Relaxed);
         self.uncharge(before);
         let place = place_of(frame);

@@ -17,6 +17,7 @@ use super::core::Core;
 use super::durable::Durability;
 use super::elastic::Bound;
 use super::error::{FsError, Result};
+use super::huge::HugePages;
 use super::implied::imply_dirs;
 use super::inode::{Inode, decode_mode, xattr};
 use super::metered::Metered;
@@ -138,7 +139,10 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
     loader.finish_renames()?;
     loader.resolve_names()?;
     let most = opts.cache_most_bytes.unwrap_or(opts.cache_bytes);
-    let cache = Cache::new(Bound::new(opts.cache_bytes, most));
+    let cache = Cache::with(
+        Bound::new(opts.cache_bytes, most),
+        HugePages::of(opts.huge_pages),
+    );
     let (map, seq) = loader.build(&cache, unclean);
     if loader.untold > 0 {
         let text = format!("{} more problems of the same kinds", loader.untold);

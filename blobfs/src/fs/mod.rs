@@ -41,6 +41,7 @@ mod file;
 mod fill;
 mod flushes;
 mod frame;
+mod huge;
 mod implied;
 mod inode;
 mod life;

@@ -19,8 +19,8 @@ macro_rules! setters {
 }
 
 setters!(FormatOptions: cluster_size: u32, md_pages: Option<u32>, journal: Journal, force: bool);
-setters!(MountOptions: cache_bytes: u64, cache_most_bytes: Option<u64>, read_only: bool, accept_damage: bool, volatile: bool,
-    write_behind_bytes: usize, shared_channels: usize, read_ahead_bytes: usize, discard: bool);
+setters!(MountOptions: cache_bytes: u64, cache_most_bytes: Option<u64>, huge_pages: bool, read_only: bool, accept_damage: bool,
+    volatile: bool, write_behind_bytes: usize, shared_channels: usize, read_ahead_bytes: usize, discard: bool);
 
 /// Options of a new file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,6 +106,10 @@ pub struct MountOptions {
     /// mapped, since then none goes back to the system. `None`, the default: `cache_bytes` is the
     /// bound. [`cache_most_bytes`](super::cache_most_bytes) is three quarters of the memory.
     pub cache_most_bytes: Option<u64>,
+    /// Whether the page cache's memory becomes huge pages while it is in use, as far as memory is free and the kernel does so (Linux
+    /// 6.1 and later; not while an NVMe device has the memory mapped). A thread makes them, for about a
+    /// millisecond each. On by default.
+    pub huge_pages: bool,
     /// Whether nothing is ever written.
     pub read_only: bool,
     /// Whether to mount for writing although blobs are damaged, without their files, or the journal
@@ -135,6 +139,7 @@ impl Default for MountOptions {
         MountOptions {
             cache_bytes: super::memory::default_cache_bytes(),
             cache_most_bytes: None,
+            huge_pages: true,
             read_only: false,
             accept_damage: false,
             volatile: false,

@@ -55,6 +55,13 @@ impl MountOptions {
         self
     }
 
+    /// Whether the page cache's memory becomes huge pages while it is in use; see [`fs::MountOptions::huge_pages`].
+    #[must_use]
+    pub fn huge_pages(mut self, huge_pages: bool) -> MountOptions {
+        self.fs.huge_pages = huge_pages;
+        self
+    }
+
     /// Writes nothing to the device and creates nothing: [`mount`] opens the device for reading
     /// only, and several processes may read one image at a time.
     #[must_use]

@@ -13,7 +13,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use parking_lot::Mutex;
 
@@ -21,6 +21,7 @@ use super::buddy::{CLASSES, MAX_SHIFT, Place, class_len, class_of};
 use super::error::DmaError;
 use super::free::{self, FreeBlocks};
 use super::mapper::{AddressTable, DmaMapper, MAX_CHUNKS, MapperGuard};
+use super::options::{ArenaOptions, ArenaStats, CONFIGURED, HugePages};
 use super::region::{CHUNK_LEN, Region, RegionId};
 use crate::process::{self, PerProcess};
 
@@ -40,63 +41,6 @@ const DOMAIN_CHUNKS: usize = 8192;
 const DOMAIN_REGION: usize = 64 << 20;
 /// The lowest number of a domain, above every generation.
 const DOMAIN_IDS: u32 = 1 << 31;
-
-/// Whether the arena uses huge pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum HugePages {
-    /// Ordinary pages.
-    #[default]
-    Never,
-    /// Huge pages as long as the system has free ones, then ordinary pages.
-    Auto,
-    /// Huge pages only; an error when there are none left. Needed without an IOMMU.
-    Always,
-}
-
-/// Options of the arena; see [`configure`].
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct ArenaOptions {
-    /// Whether to use huge pages.
-    pub huge: HugePages,
-    /// Most bytes that the arena may take.
-    pub max_bytes: usize,
-    /// Fewest bytes to grow by, rounded up to a multiple of 2 MiB, at most 256 MiB.
-    pub region_min: usize,
-}
-
-impl Default for ArenaOptions {
-    fn default() -> Self {
-        ArenaOptions {
-            huge: HugePages::Never,
-            max_bytes: MAX_CHUNKS * CHUNK_LEN,
-            region_min: CHUNK_LEN,
-        }
-    }
-}
-
-/// The sizes of the arena.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ArenaStats {
-    /// Bytes taken from the system.
-    pub total_bytes: usize,
-    /// Bytes free in the shared lists. The blocks in the threads' caches count as used.
-    pub free_bytes: usize,
-    /// Bytes that take memory: those that are in use, and those that were and have not gone back to the system
-    /// since ([`release_free`]).
-    pub present_bytes: usize,
-    /// Number of regions.
-    pub regions: usize,
-}
-
-impl ArenaStats {
-    /// Bytes that take memory and are free.
-    #[must_use]
-    pub fn slack_bytes(&self) -> usize {
-        let used = self.total_bytes - self.free_bytes.min(self.total_bytes);
-        self.present_bytes.saturating_sub(used)
-    }
-}
 
 /// A block outside the lists. Its owner owns its bytes.
 #[derive(Debug, Clone, Copy)]
@@ -154,6 +98,8 @@ struct Arena {
     /// Locked before any list of the free blocks.
     growth: Mutex<Growth>,
     free: FreeBlocks<Block>,
+    /// Held while pages are released or joined, so that no huge page brings back what was released.
+    pages: Mutex<()>,
     used: AtomicBool,
     /// Whether a domain has no handle left, so that it is freed with its last block.
     closed: AtomicBool,
@@ -163,39 +109,6 @@ static MAIN: PerProcess<Arena> = PerProcess::new(|| {
     let options = CONFIGURED.options();
     Arena::new(process::generation(), 0, MAX_CHUNKS, options)
 });
-
-/// The options, apart from the arena, so that a forked child's arena has them as well.
-struct Configured {
-    huge: AtomicU8,
-    max_bytes: AtomicUsize,
-    region_min: AtomicUsize,
-}
-
-static CONFIGURED: Configured = Configured {
-    huge: AtomicU8::new(0),
-    max_bytes: AtomicUsize::new(MAX_CHUNKS * CHUNK_LEN),
-    region_min: AtomicUsize::new(CHUNK_LEN),
-};
-
-impl Configured {
-    fn options(&self) -> ArenaOptions {
-        ArenaOptions {
-            huge: match self.huge.load(Ordering::Relaxed) {
-                0 => HugePages::Never,
-                1 => HugePages::Auto,
-                _ => HugePages::Always,
-            },
-            max_bytes: self.max_bytes.load(Ordering::Relaxed),
-            region_min: self.region_min.load(Ordering::Relaxed),
-        }
-    }
-
-    fn set(&self, options: &ArenaOptions) {
-        self.huge.store(options.huge as u8, Ordering::Relaxed);
-        self.max_bytes.store(options.max_bytes, Ordering::Relaxed);
-        self.region_min.store(options.region_min, Ordering::Relaxed);
-    }
-}
 
 /// A thread's cached blocks of the process's arena.
 struct ThreadCache {
@@ -397,6 +310,7 @@ impl Arena {
                 total: 0,
             }),
             free: FreeBlocks::new(),
+            pages: Mutex::new(()),
             used: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         }
@@ -449,6 +363,7 @@ impl Arena {
         self.free.collect();
         let mut bytes = 0;
         loop {
+            let _pages = self.pages.lock();
             // A mapper that comes now waits.
             let growth = self.growth.lock();
             if !growth.mappers.is_empty() || growth.options.huge != HugePages::Never {
@@ -473,6 +388,33 @@ impl Arena {
                 tracing::debug!(%error, "free DMA memory stays");
                 return bytes;
             }
+        }
+    }
+
+    /// Makes huge pages; see [`join_pages`].
+    fn join_pages(&self, most: usize) -> std::io::Result<usize> {
+        let mut done = 0;
+        let mut failed = None;
+        for place in self.free.take_full(most) {
+            let _pages = self.pages.lock();
+            let region = {
+                let growth = self.growth.lock();
+                let movable = growth.mappers.is_empty() && growth.options.huge == HugePages::Never;
+                movable.then(|| Arc::clone(&growth.regions[place.slot as usize]))
+            };
+            match region.map(|region| region.join(place.offset as usize)) {
+                Some(Ok(())) => {
+                    done += 1;
+                    continue;
+                }
+                Some(Err(error)) => failed = Some(error),
+                None => {}
+            }
+            self.free.not_joined(place);
+        }
+        match failed {
+            Some(error) if done == 0 => Err(error),
+            _ => Ok(done),
         }
     }
 
@@ -568,6 +510,19 @@ pub fn register_mapper(mapper: Arc<dyn DmaMapper>) -> Result<MapperGuard, DmaErr
 /// each run of pages.
 pub fn release_free() -> usize {
     MAIN.get().release_free()
+}
+
+/// Makes huge pages of the arena's memory that is in use, at most `most` of 2 MiB, without changing it. Returns their number, 0 if
+/// nothing is left to do. Reads from a huge page need far fewer entries of the processor's address cache.
+///
+/// Makes none while a device has the arena mapped, and none if the arena has huge pages already ([`HugePages`]). Blocks for about a
+/// millisecond for each, in which a thread that accesses the page may wait too.
+///
+/// # Errors
+/// Fails if none could be made: with EINVAL where the kernel does not do so (before Linux 6.1, or where it was told not to),
+/// otherwise because memory is short or in use by I/O, and another call may succeed.
+pub fn join_pages(most: usize) -> std::io::Result<usize> {
+    MAIN.get().join_pages(most)
 }
 
 /// Whether [`release_free`] can give anything back.

@@ -10,6 +10,10 @@ pub(super) const MIN_SHIFT: u32 = 9;
 pub(super) const MAX_SHIFT: u32 = 28;
 /// log2 of the size of a page.
 const PAGE_SHIFT: u32 = 12;
+/// log2 of the size of a chunk, which is that of a huge page.
+const CHUNK_SHIFT: u32 = 21;
+/// Number of words with the bits of a chunk's pages.
+const CHUNK_WORDS: usize = 1 << (CHUNK_SHIFT - PAGE_SHIFT - 6);
 /// Number of block sizes.
 pub(super) const CLASSES: usize = (MAX_SHIFT - MIN_SHIFT + 1) as usize;
 
@@ -39,6 +43,8 @@ pub(super) struct Buddy {
     /// For each region a bit for each page, set if the page may be present in memory.
     present: Vec<Vec<u64>>,
     present_pages: usize,
+    /// For each region a bit for each chunk, set if it was handed out to be made a huge page of.
+    joined: Vec<Vec<bool>>,
     free_bytes: usize,
 }
 
@@ -48,6 +54,7 @@ impl Buddy {
         let slot = u32::try_from(self.region_lens.len()).expect("few regions");
         self.region_lens.push(len);
         self.present.push(vec![0; (len >> PAGE_SHIFT) / 64 + 1]);
+        self.joined.push(vec![false; len >> CHUNK_SHIFT]);
         let mut at = 0usize;
         // A region's length may not be a power of two: cut it into the largest aligned blocks.
         while at < len {
@@ -118,8 +125,39 @@ impl Buddy {
         found
     }
 
+    /// Returns the places of chunks of which every page may be present, at most so many, and each of them once until
+    /// a page of it is released ([`Buddy::give_released`]) or it is put back ([`Buddy::not_joined`]).
+    pub fn take_full(&mut self, most: usize) -> Vec<Place> {
+        let mut found = Vec::new();
+        for (slot, (joined, present)) in self.joined.iter_mut().zip(&self.present).enumerate() {
+            for (chunk, joined) in joined.iter_mut().enumerate() {
+                let words = &present[chunk * CHUNK_WORDS..][..CHUNK_WORDS];
+                if *joined || words.iter().any(|word| *word != u64::MAX) {
+                    continue;
+                }
+                if found.len() == most {
+                    return found;
+                }
+                *joined = true;
+                found.push(Place {
+                    slot: u32::try_from(slot).expect("few regions"),
+                    offset: u32::try_from(chunk << CHUNK_SHIFT).expect("regions are below 4 GiB"),
+                });
+            }
+        }
+        found
+    }
+
+    /// Puts a place of [`Buddy::take_full`] back.
+    pub fn not_joined(&mut self, place: Place) {
+        self.joined[place.slot as usize][place.offset as usize >> CHUNK_SHIFT] = false;
+    }
+
     /// Frees a block whose pages are no longer present.
     pub fn give_released(&mut self, place: Place, class: usize) {
+        let first = place.offset as usize >> CHUNK_SHIFT;
+        let last = (place.offset as usize + class_len(class) - 1) >> CHUNK_SHIFT;
+        self.joined[place.slot as usize][first..=last].fill(false);
         let mut gone = 0;
         for (word, bit) in self.pages(place, class) {
             gone += (bit & *word).count_ones() as usize;
@@ -212,6 +250,51 @@ mod tests {
         assert!(buddy.take(class_of(2 << 20)).is_some());
         assert!(buddy.take(class_of(2 << 20)).is_some());
         assert!(buddy.take(0).is_none());
+    }
+
+    #[test]
+    fn a_chunk_is_joined_once_until_a_page_of_it_is_released() {
+        let mut buddy = Buddy::default();
+        buddy.add_region(6 << 20);
+        buddy.add_region(2 << 20);
+        let take = |buddy: &mut Buddy, shift: u32| {
+            let class = (shift - MIN_SHIFT) as usize;
+            (buddy.take(class).expect("room"), class)
+        };
+        assert_eq!(buddy.take_full(9), [], "nothing was used");
+        // A chunk of another region, one of pages and one in one piece. The third of the first region is a page short.
+        let mut blocks = vec![take(&mut buddy, 21)];
+        blocks.extend((0..1023).map(|_| take(&mut buddy, 12)));
+        blocks.push(take(&mut buddy, 21));
+        let at = |slot, offset| Place { slot, offset };
+        let first = buddy.take_full(2);
+        assert_eq!(buddy.take_full(0), []);
+        let rest = buddy.take_full(9);
+        assert_eq!((first.len(), rest.len()), (2, 1));
+        let mut all = [first, rest].concat();
+        all.sort();
+        let missing = take(&mut buddy, 12);
+        let last = at(missing.0.slot, missing.0.offset & !((2 << 20) - 1));
+        assert!(!all.contains(&last));
+        assert_eq!(buddy.take_full(9), [last], "its last page was taken");
+        assert_eq!(buddy.take_full(9), [], "each of them once");
+        buddy.not_joined(last);
+        assert_eq!(buddy.take_full(9), [last]);
+        // A page that is free is present as before. One that is released is not.
+        let (place, class) = blocks
+            .iter()
+            .copied()
+            .find(|(_, class)| *class == 3)
+            .expect("a page");
+        buddy.give(place, class);
+        assert_eq!(buddy.take_full(9), []);
+        for (place, class) in buddy.take_present(9) {
+            buddy.give_released(place, class);
+        }
+        assert_eq!(buddy.take_full(9), [], "a page is missing");
+        assert_eq!(buddy.take(class), Some(place));
+        let chunk = at(place.slot, place.offset & !((2 << 20) - 1));
+        assert_eq!(buddy.take_full(9), [chunk]);
     }
 
     #[test]

@@ -123,6 +123,16 @@ impl<B: Block> FreeBlocks<B> {
         }
     }
 
+    /// Takes chunks of which every page may be present; see [`Buddy::take_full`].
+    pub fn take_full(&self, most: usize) -> Vec<Place> {
+        self.buddy.lock().0.take_full(most)
+    }
+
+    /// Puts a chunk of [`FreeBlocks::take_full`] back.
+    pub fn not_joined(&self, place: Place) {
+        self.buddy.lock().0.not_joined(place);
+    }
+
     /// Moves the blocks of the class lists back to the buddy lists, so that free neighbours join.
     pub fn collect(&self) {
         let mut guard = self.buddy.lock();

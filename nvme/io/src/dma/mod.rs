@@ -2,7 +2,8 @@
 //!
 //! One arena serves the whole process. It grows by *regions*: shared memory files (memfd) that are
 //! mapped once and never unmapped, so a buffer's address stays valid for as long as a device may
-//! use it. [`release_free`] gives free pages back to the system while no device has them mapped. A
+//! use it. [`release_free`] gives free pages back to the system while no device has them mapped, and
+//! [`join_pages`] makes huge pages of those that are in use. A
 //! forked child begins with an arena of its own. Its parent's arena is not mapped there,
 //! and dropping a buffer that was the parent's does nothing. Memory that another process can access
 //! (a vfio-user controller) is a [`DmaDomain`], never the arena. A buffer is taken from a size
@@ -30,6 +31,7 @@ mod error;
 mod free;
 mod limits;
 mod mapper;
+mod options;
 mod phys;
 mod region;
 mod shared;
@@ -41,14 +43,14 @@ mod sync {
 }
 
 pub use arena::{
-    ArenaOptions, ArenaStats, DmaDomain, HugePages, can_release, configure, register_mapper,
-    release_free, stats,
+    DmaDomain, can_release, configure, join_pages, register_mapper, release_free, stats,
 };
 pub use buf::{DmaBuf, DmaSlice};
 pub use entries::Entries;
 pub use error::DmaError;
 pub use limits::{Memlock, memlock};
 pub use mapper::{AddressTable, DmaMapper, MapperGuard};
+pub use options::{ArenaOptions, ArenaStats, HugePages};
 pub use phys::physical_chunks;
 pub use region::{CHUNK_LEN, Region, RegionId};
 pub use shared::DmaShared;

@@ -220,6 +220,23 @@ impl Region {
         }
     }
 
+    /// Makes a huge page of the pages of the chunk that begins at `offset`. Its bytes stay as they are and may be in use. Not
+    /// even a device that has them mapped sees a difference: the kernel leaves pages alone that are pinned. Blocks for
+    /// about a millisecond.
+    ///
+    /// # Errors
+    /// Fails with EINVAL where the kernel makes no huge page of such memory at all, and otherwise if it has no huge page or a
+    /// page is pinned now.
+    pub(super) fn join(&self, offset: usize) -> io::Result<()> {
+        assert!(offset.is_multiple_of(CHUNK_LEN));
+        let at = self.ptr(offset).as_ptr().cast();
+        // SAFETY: the chunk is a part of this region's mapping, and its bytes are not changed.
+        match unsafe { libc::madvise(at, CHUNK_LEN, libc::MADV_COLLAPSE) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// Gives the memory of a range of whole pages back to the system. They read as zeroes from then
     /// on. Nobody uses the range, and no device has it mapped.
     pub(super) fn release(&self, offset: usize, len: usize) -> std::io::Result<()> {

@@ -117,15 +117,8 @@ impl Zeroed {
     /// Prefetches the bytes of `[at, at + len)`, which will be needed soon.
     #[inline]
     pub fn prefetch(&self, at: usize, len: usize) {
-        #[cfg(all(target_arch = "x86_64", not(miri)))]
-        for line in self.iter().skip(at).take(len).step_by(64) {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            // SAFETY: a hint, which reads nothing that the program sees; the address is a byte's of
-            // this mapping. SSE is part of the architecture.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(line).cast()) };
-        }
-        #[cfg(not(all(target_arch = "x86_64", not(miri))))]
-        let _ = (at, len);
+        let end = self.len().min(at.saturating_add(len));
+        super::prefetch(&self[at.min(end)..end]);
     }
 }
 

@@ -1,0 +1,203 @@
+//! Huge pages for the page cache.
+//!
+//! The cache's memory comes to it in pages of 4 KiB. A read that hits copies from a place that the processor's
+//! address cache rarely has, and waits for the page table first. So whenever 16 MiB have come into the cache, a
+//! thread makes huge pages of what is in use ([`dma::join_pages`]), 8 at a time, and ends when there is nothing left to do.
+//! It leaves memory alone that is short, since a huge page needs 2 MiB before it frees the pages that it replaces.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use pumice_bdev::dma;
+
+use super::memory::Memory;
+
+/// Number of bytes that come into the cache before a look.
+const STEP: u64 = 16 << 20;
+/// Most huge pages that are made at a time.
+const BATCH: usize = 8;
+/// The time between two batches: it bounds the part of the processor that a cache takes while it fills.
+const PAUSE: Duration = Duration::from_millis(50);
+/// Number of batches without a huge page after which the thread ends. What was pinned by I/O may be free at the next.
+const PATIENCE: u32 = 4;
+
+/// A cache's wish for huge pages.
+#[derive(Debug, Default)]
+pub(crate) struct HugePages {
+    admitted: AtomicU64,
+    state: Arc<HugeThread>,
+}
+
+/// The thread that makes them.
+#[derive(Debug, Default)]
+struct HugeThread {
+    /// Whether the thread runs.
+    runs: AtomicBool,
+    /// Whether the kernel makes none.
+    never: AtomicBool,
+}
+
+impl HugePages {
+    /// Makes them for a cache that wants some, or none.
+    pub fn of(wanted: bool) -> HugePages {
+        let huge = HugePages::default();
+        huge.state.never.store(!wanted, Ordering::Relaxed);
+        huge
+    }
+
+    /// Counts bytes that come into the cache, and starts the thread when they are many.
+    #[inline]
+    pub fn count(&self, bytes: usize) {
+        let before = self.admitted.fetch_add(bytes as u64, Ordering::Relaxed);
+        if before / STEP != (before + bytes as u64) / STEP {
+            self.start();
+        }
+    }
+
+    #[cold]
+    fn start(&self) {
+        let state = &self.state;
+        if state.never.load(Ordering::Relaxed) || state.runs.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let weak = Arc::downgrade(state);
+        let thread = std::thread::Builder::new().name("pumice-huge".to_owned());
+        if let Err(error) = thread.spawn(move || run(&weak, dma::join_pages, PAUSE)) {
+            tracing::debug!(%error, "the page cache keeps its small pages");
+            state.runs.store(false, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Makes huge pages until there are none to make, or the cache is gone.
+fn run(
+    state: &Weak<HugeThread>,
+    mut join: impl FnMut(usize) -> io::Result<usize>,
+    pause: Duration,
+) {
+    let mut idle = 0;
+    while let Some(state) = state.upgrade() {
+        match join_some(&mut join, Memory::now()) {
+            Ok(made) if made > 0 => idle = 0,
+            Ok(_) => idle += 1,
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                tracing::debug!("the kernel makes no huge pages of the page cache's memory");
+                state.never.store(true, Ordering::Relaxed);
+                idle = PATIENCE;
+            }
+            Err(error) => {
+                tracing::trace!(%error, "no huge page for the page cache now");
+                idle += 1;
+            }
+        }
+        if idle >= PATIENCE {
+            state.runs.store(false, Ordering::SeqCst);
+            return;
+        }
+        drop(state);
+        std::thread::sleep(pause);
+    }
+}
+
+/// Makes some, unless memory is short.
+fn join_some(
+    join: &mut impl FnMut(usize) -> io::Result<usize>,
+    memory: Option<Memory>,
+) -> io::Result<usize> {
+    match memory {
+        Some(now) if now.free_bytes >= 2 * now.reserve_bytes() => join(BATCH),
+        _ => Ok(0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    fn memory(limit_mib: u64, free_mib: u64) -> Option<Memory> {
+        Some(Memory {
+            limit_bytes: limit_mib << 20,
+            free_bytes: free_mib << 20,
+        })
+    }
+
+    #[test]
+    fn short_memory_is_left_alone() {
+        let mut asked = 0;
+        let mut join = |most: usize| {
+            asked += 1;
+            Ok(most)
+        };
+        // A reserve is an eighth, 40 MiB.
+        assert_eq!(join_some(&mut join, memory(320, 79)).unwrap(), 0);
+        assert_eq!(join_some(&mut join, None).unwrap(), 0, "nobody knows");
+        assert_eq!(join_some(&mut join, memory(320, 80)).unwrap(), BATCH);
+        assert_eq!(asked, 1);
+    }
+
+    #[test]
+    fn it_ends_when_nothing_is_left_or_the_kernel_makes_none_or_the_cache_is_gone() {
+        let state = Arc::new(HugeThread::default());
+        let run_with = |results: &mut Vec<io::Result<usize>>| {
+            state.runs.store(true, Ordering::SeqCst);
+            let next = |_| results.pop().expect("it has ended");
+            run(&Arc::downgrade(&state), next, Duration::ZERO);
+            assert!(!state.runs.load(Ordering::SeqCst), "it can start again");
+            assert!(results.is_empty());
+        };
+        let busy = || Err(io::Error::from_raw_os_error(libc::EAGAIN));
+        // From the last to the first: pages that were pinned are tried again.
+        let mut results = vec![Ok(0), busy(), busy(), Ok(0), Ok(3), busy(), Ok(8)];
+        run_with(&mut results);
+        assert!(!state.never.load(Ordering::Relaxed));
+        run_with(&mut vec![Err(io::Error::from_raw_os_error(libc::EINVAL))]);
+        assert!(state.never.load(Ordering::Relaxed));
+        let gone = Arc::downgrade(&state);
+        drop(state);
+        run(&gone, |_| panic!("the cache is gone"), Duration::ZERO);
+    }
+
+    #[test]
+    fn sixteen_mebibytes_start_a_thread_that_makes_them_and_ends() {
+        let Some(now) = Memory::now().filter(|now| now.free_bytes >= 3 * now.reserve_bytes())
+        else {
+            println!("skipped: memory is short, or nobody knows");
+            return;
+        };
+        let mut buf = dma::DmaBuf::new(8 << 20).unwrap();
+        buf.fill(1);
+        let huge = HugePages::of(true);
+        huge.count(usize::try_from(STEP).unwrap() - 1);
+        assert!(
+            !huge.state.runs.load(Ordering::SeqCst),
+            "one byte is missing"
+        );
+        huge.count(1);
+        let started = Instant::now();
+        while huge.state.runs.load(Ordering::SeqCst) {
+            assert!(started.elapsed() < Duration::from_secs(60), "{now:?}");
+            std::thread::sleep(PAUSE);
+        }
+        let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap_or_default();
+        let made = rollup.lines().any(|line| {
+            let kb = line.strip_prefix("ShmemPmdMapped:");
+            kb.is_some_and(|kb| kb.trim() != "0 kB")
+        });
+        assert!(
+            made || dma::join_pages(1).is_err(),
+            "the thread made none, and could have"
+        );
+        assert!(buf.iter().all(|byte| *byte == 1));
+    }
+
+    #[test]
+    fn a_cache_that_wants_none_starts_no_thread() {
+        let huge = HugePages::of(false);
+        huge.count(usize::try_from(STEP).unwrap());
+        assert!(!huge.state.runs.load(Ordering::SeqCst));
+    }
+}
