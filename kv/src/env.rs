@@ -46,13 +46,13 @@ impl Default for EnvOptions {
     fn default() -> Self {
         EnvOptions {
             root: "/".to_owned(),
-            offers: offers::ASYNC_READS | offers::LENDING | offers::PREFETCH | offers::REREADING,
+            offers: offers::ASYNC_READS | offers::PREFETCH | offers::REREADING,
         }
     }
 }
 
 impl EnvOptions {
-    /// Offers the whole file system, with all of its abilities.
+    /// Offers the whole file system, with all of its abilities but [`EnvOptions::lend_cached`].
     #[must_use]
     pub fn new() -> EnvOptions {
         EnvOptions::default()
@@ -77,7 +77,8 @@ impl EnvOptions {
         self
     }
 
-    /// Sets whether cached blocks are lent to RocksDB without a copy. The default is yes.
+    /// Sets whether cached blocks are lent to RocksDB without a copy. The default is no: RocksDB copies a lent block into
+    /// its own cache unless it is compressed, and one copy straight to that place is faster.
     #[must_use]
     pub fn lend_cached(mut self, offered: bool) -> EnvOptions {
         self.offer(offers::LENDING, offered);

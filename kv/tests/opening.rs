@@ -282,3 +282,30 @@ fn several_databases_of_one_device_are_opened_by_its_uri() {
     b.close().unwrap();
     mount(&uri, &other).unwrap();
 }
+
+/// RocksDB reads these files whole into memory, and a file without blocks may be longer than any memory.
+#[test]
+fn a_current_that_is_no_line_is_not_read_into_memory() {
+    let _limit = watchdog();
+    let fs = mount("malloc://64M", &MountOptions::new()).unwrap();
+    DbOptions::new().open_in(&fs).unwrap().close().unwrap();
+    let set_len = |name, len| {
+        let file = fs.open(name, OpenOptions::READ).unwrap();
+        let before = file.len();
+        file.truncate(len).unwrap();
+        before
+    };
+    let len = set_len("/CURRENT", (1 << 20) + 1);
+    let error = DbOptions::new().open_in(&fs).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+    let text = pumice::chain(&error);
+    assert!(
+        text.contains("1048577 bytes in place of one line"),
+        "{text}"
+    );
+    set_len("/CURRENT", len);
+    let len = set_len("/IDENTITY", (1 << 20) + 1);
+    let _ = DbOptions::new().open_in(&fs);
+    set_len("/IDENTITY", len);
+    DbOptions::new().open_in(&fs).unwrap().close().unwrap();
+}

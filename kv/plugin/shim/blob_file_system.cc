@@ -31,6 +31,15 @@ struct Listing {
   std::vector<rocksdb::FileAttributes>* attributes;
 };
 
+// RocksDB reads CURRENT and IDENTITY whole into memory. Each has one line. If it is longer than this, the file system is
+// damaged, and a file without blocks may be longer than any memory.
+constexpr uint64_t kMostOfOneLine = 1 << 20;
+
+bool HasOneLine(const std::string& name) {
+  const std::string base = name.substr(name.find_last_of('/') + 1);
+  return base == "CURRENT" || base == "IDENTITY";
+}
+
 // Called from Rust: an allocation that fails here ends the process, since nothing may be thrown.
 void AddEntry(void* arg, const char* name, size_t len, uint64_t file_len,
               uint32_t is_dir) noexcept {
@@ -87,6 +96,18 @@ IOStatus BlobFileSystem::NewSequentialFile(const std::string& name, const FileOp
   result->reset();
   const bool direct = options.use_direct_reads;
   const void* file = nullptr;
+  if (HasOneLine(name)) {
+    pumice_stat stat{};
+    IOStatus looked = Stat(name, "opening", &stat, dbg);
+    if (!looked.ok()) {
+      return looked;
+    }
+    if (stat.len > kMostOfOneLine) {
+      return IOStatus::Corruption(
+          "opening " + name,
+          "it has " + std::to_string(stat.len) + " bytes in place of one line: the file system is damaged");
+    }
+  }
   IOStatus s = Open(name, direct ? PUMICE_OPEN_DIRECT : 0, "opening", dbg, &file);
   if (s.ok()) {
     pumice_advise(file, PUMICE_ACCESS_SEQUENTIAL);

@@ -43,7 +43,7 @@ rocksdb_env_t* Open(const char* uri, const pumice_options* options, pumice_error
   if (pumice_env_mount(uri, options, &fs, error) < 0) {
     return nullptr;
   }
-  return WrapEnv(rocksdb::NewCompositeEnv(std::make_shared<BlobFileSystem>(fs, kAbilities)));
+  return WrapEnv(rocksdb::NewCompositeEnv(std::make_shared<BlobFileSystem>(fs, kOffers)));
 }
 
 }  // namespace

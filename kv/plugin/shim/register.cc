@@ -46,7 +46,7 @@ rocksdb::FileSystem* Mount(const std::string& uri, std::unique_ptr<rocksdb::File
     error->assign(fault.text, fault.text_len);
     return nullptr;
   }
-  guard->reset(new BlobFileSystem(fs, kAbilities));
+  guard->reset(new BlobFileSystem(fs, kOffers));
   return guard->get();
 }
 
