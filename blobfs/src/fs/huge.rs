@@ -2,7 +2,8 @@
 //!
 //! The cache's memory comes to it in pages of 4 KiB. A read that hits copies from a place that the processor's
 //! address cache rarely has, and waits for the page table first. So whenever 16 MiB have come into the cache, a
-//! thread makes huge pages of what is in use ([`dma::join_pages`]), 8 at a time, and ends when there is nothing left to do.
+//! thread makes huge pages of what is in use ([`dma::join_pages`]), and ends when there is nothing left to do. That takes
+//! about a millisecond of a processor for each, so it makes one at a time while the cache fills, and eight otherwise.
 //! It leaves memory alone that is short, since a huge page needs 2 MiB before it frees the pages that it replaces.
 
 use std::io;
@@ -16,9 +17,12 @@ use super::memory::Memory;
 
 /// Number of bytes that come into the cache before a look.
 const STEP: u64 = 16 << 20;
-/// Most huge pages that are made at a time.
-const BATCH: usize = 8;
-/// The time between two batches: it bounds the part of the processor that a cache takes while it fills.
+/// Most huge pages that are made at a time, while the cache fills and otherwise.
+const FEW: usize = 1;
+const MANY: usize = 8;
+/// Number of bytes that come into a cache between two batches if it fills.
+const FILLS: u64 = 1 << 20;
+/// The time between two batches.
 const PAUSE: Duration = Duration::from_millis(50);
 /// Number of batches without a huge page after which the thread ends. What was pinned by I/O may be free at the next.
 const PATIENCE: u32 = 4;
@@ -26,7 +30,6 @@ const PATIENCE: u32 = 4;
 /// A cache's wish for huge pages.
 #[derive(Debug, Default)]
 pub(crate) struct HugePages {
-    admitted: AtomicU64,
     state: Arc<HugeThread>,
 }
 
@@ -37,6 +40,8 @@ struct HugeThread {
     runs: AtomicBool,
     /// Whether the kernel makes none.
     never: AtomicBool,
+    /// Number of bytes that have come into the cache.
+    admitted: AtomicU64,
 }
 
 impl HugePages {
@@ -50,7 +55,10 @@ impl HugePages {
     /// Counts bytes that come into the cache, and starts the thread when they are many.
     #[inline]
     pub fn count(&self, bytes: usize) {
-        let before = self.admitted.fetch_add(bytes as u64, Ordering::Relaxed);
+        let before = self
+            .state
+            .admitted
+            .fetch_add(bytes as u64, Ordering::Relaxed);
         if before / STEP != (before + bytes as u64) / STEP {
             self.start();
         }
@@ -78,8 +86,15 @@ fn run(
     pause: Duration,
 ) {
     let mut idle = 0;
+    let mut seen = 0;
     while let Some(state) = state.upgrade() {
-        match join_some(&mut join, Memory::now()) {
+        let admitted = state.admitted.load(Ordering::Relaxed);
+        let most = match admitted - seen > FILLS {
+            true => FEW,
+            false => MANY,
+        };
+        seen = admitted;
+        match join_some(&mut join, most, Memory::now()) {
             Ok(made) if made > 0 => idle = 0,
             Ok(_) => idle += 1,
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
@@ -101,13 +116,14 @@ fn run(
     }
 }
 
-/// Makes some, unless memory is short.
+/// Makes at most so many, unless memory is short.
 fn join_some(
     join: &mut impl FnMut(usize) -> io::Result<usize>,
+    most: usize,
     memory: Option<Memory>,
 ) -> io::Result<usize> {
     match memory {
-        Some(now) if now.free_bytes >= 2 * now.reserve_bytes() => join(BATCH),
+        Some(now) if now.free_bytes >= 2 * now.reserve_bytes() => join(most),
         _ => Ok(0),
     }
 }
@@ -133,9 +149,9 @@ mod tests {
             Ok(most)
         };
         // A reserve is an eighth, 40 MiB.
-        assert_eq!(join_some(&mut join, memory(320, 79)).unwrap(), 0);
-        assert_eq!(join_some(&mut join, None).unwrap(), 0, "nobody knows");
-        assert_eq!(join_some(&mut join, memory(320, 80)).unwrap(), BATCH);
+        assert_eq!(join_some(&mut join, 3, memory(320, 79)).unwrap(), 0);
+        assert_eq!(join_some(&mut join, 3, None).unwrap(), 0, "nobody knows");
+        assert_eq!(join_some(&mut join, 3, memory(320, 80)).unwrap(), 3);
         assert_eq!(asked, 1);
     }
 
@@ -192,6 +208,25 @@ mod tests {
             "the thread made none, and could have"
         );
         assert!(buf.iter().all(|byte| *byte == 1));
+    }
+
+    #[test]
+    fn one_at_a_time_while_the_cache_fills() {
+        let state = Arc::new(HugeThread::default());
+        let add = |bytes| state.admitted.fetch_add(bytes, Ordering::Relaxed);
+        let mut asked = Vec::new();
+        let join = |most: usize| {
+            asked.push(most);
+            match asked.len() {
+                1 => add(FILLS),
+                2 => add(FILLS + 1),
+                _ => 0,
+            };
+            Ok(usize::from(asked.len() < 4))
+        };
+        add(STEP);
+        run(&Arc::downgrade(&state), join, Duration::ZERO);
+        assert_eq!(asked[..5], [FEW, MANY, FEW, MANY, MANY]);
     }
 
     #[test]
