@@ -258,7 +258,7 @@ fn a_replacement_that_fails_throws_nothing_away() {
             f.sync().unwrap();
             dev.inject(fail(OpKind::Write, FOREVER, small_data_blocks(journal)));
             // Too much for the journal to carry.
-            f.append(&[2; 40_000]).unwrap();
+            f.append(&[2; 80_000]).unwrap();
             f.sync().unwrap_err();
             f.append(&[3; 100]).unwrap();
             drop(f);
@@ -270,7 +270,7 @@ fn a_replacement_that_fails_throws_nothing_away() {
                 fs.open("/f", OpenOptions::FRESH).unwrap_err();
             }
             dev.clear();
-            let want = [&[1; 100][..], &[2; 40_000], &[3; 100]].concat();
+            let want = [&[1; 100][..], &[2; 80_000], &[3; 100]].concat();
             assert_eq!(content_of(&fs, "/f"), want);
             let synced = fs.open("/f", OpenOptions::READ).unwrap().sync();
             if synced.is_ok() && fs.unmount().is_ok() {

@@ -278,12 +278,12 @@ fn rule_20_what_a_sync_has_to_fulfil_to_be_carried() {
     f.allocate(0, 1 << 20).unwrap();
     f.append(&[1; 100]).unwrap();
     assert_eq!(writes_of_sync(&fs, &f), 2, "the first sync since the mount");
-    for len in [0, 1, 100, 32 << 10] {
+    for len in [0, 1, 100, 64 << 10] {
         f.append(&vec![2; len]).unwrap();
         assert_eq!(writes_of_sync(&fs, &f), u64::from(len > 0), "{len} bytes");
     }
     // The owed bytes, the page, and a header go in place before the data.
-    f.append(&vec![2; (32 << 10) + 1]).unwrap();
+    f.append(&vec![2; (64 << 10) + 1]).unwrap();
     assert_eq!(writes_of_sync(&fs, &f), 5, "too long");
     f.append(&[3; 100]).unwrap();
     assert_eq!(writes_of_sync(&fs, &f), 1, "nothing is in the way");

@@ -237,7 +237,7 @@ fn rules_21_and_23_the_file_with_the_bad_block_is_told() {
     told(store.bad.truncate(165), "a truncation");
     store.append_to_bad(20);
     // The first block is bad, and nothing before it.
-    store.bad.append(&[6; 40_000]).unwrap();
+    store.bad.append(&[6; 80_000]).unwrap();
     told(store.bad.sync(), "a sync that is too long");
     store
         .bad
@@ -247,7 +247,7 @@ fn rules_21_and_23_the_file_with_the_bad_block_is_told() {
     let next = mount(&left).unwrap();
     store.holds(&next, "what was acknowledged");
     let bad = open(&next, "/bad");
-    bad.append(&[6; 40_000]).unwrap();
+    bad.append(&[6; 80_000]).unwrap();
     told(bad.sync(), "a sync of the next mount that is too long");
     drop(bad);
     next.unlink("/bad").unwrap();
@@ -255,7 +255,7 @@ fn rules_21_and_23_the_file_with_the_bad_block_is_told() {
     next.unmount().unwrap();
     store.dev.clear();
     store.bad.sync().unwrap();
-    store.bad_bytes.extend([6; 40_000]);
+    store.bad_bytes.extend([6; 80_000]);
     store.holds(&store.fs, "when the block works again");
     drop((store.bad, store.good));
     store.fs.unmount().unwrap();

@@ -269,7 +269,7 @@ fn rule_21_blocks_that_cannot_be_written_and_what_fails_for_them() {
     f.sync().unwrap();
     fs.mkdir("/d").unwrap();
     fs.rename("/d", "/e").unwrap();
-    other.append(&vec![2; 50_000]).unwrap();
+    other.append(&vec![2; 80_000]).unwrap();
     other.sync().unwrap();
     other.write_at(0, &[3; 10]).unwrap();
     other.sync().unwrap();
@@ -284,11 +284,11 @@ fn rule_21_blocks_that_cannot_be_written_and_what_fails_for_them() {
     fs.unlink("/g").unwrap();
     // These do not, since the files are owed bytes.
     told(f.truncate(120), "a truncation");
-    f.append(&vec![4; 40_000]).unwrap();
+    f.append(&vec![4; 80_000]).unwrap();
     told(f.sync(), "a sync of what is too long to be carried");
     f.write_at(0, &[5; 10]).unwrap();
     told(f.sync(), "a sync of an overwrite");
-    assert_eq!(f.len(), 40_250);
+    assert_eq!(f.len(), 80_250);
     dev.clear();
     f.sync().unwrap();
     drop((f, h));
