@@ -20,6 +20,7 @@ const SPIN_MAX: Duration = Duration::from_micros(60);
 
 /// Latencies of a device in microseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Latencies {
     /// Latency of most reads.
     pub avg_read_us: u64,
@@ -30,6 +31,8 @@ pub struct Latencies {
     /// Latency of one write in a hundred.
     pub p99_write_us: u64,
 }
+
+pumice_io::setters!(const Latencies: avg_read_us: u64, p99_read_us: u64, avg_write_us: u64, p99_write_us: u64);
 
 /// A device with configurable latencies, which can be changed while it is in use.
 #[derive(Debug)]

@@ -38,6 +38,7 @@ pub enum Failure {
 
 /// A fault, and the operations that it applies to.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Injection {
     /// The kind of operation; `None`: all but reset and abort.
     pub op: Option<OpKind>,
@@ -51,6 +52,8 @@ pub struct Injection {
     /// always.
     pub queue_depth: usize,
 }
+
+pumice_io::setters!(Injection: op: Option<OpKind>, count: u64, range: Option<(u64, u64)>, queue_depth: usize);
 
 /// A device that injects faults.
 #[derive(Debug)]
@@ -128,6 +131,17 @@ impl ErrorDevice {
 }
 
 impl Injection {
+    /// Makes a fault of the next operation, whatever its kind and its blocks.
+    pub fn new(failure: Failure) -> Injection {
+        Injection {
+            op: None,
+            failure,
+            count: 1,
+            range: None,
+            queue_depth: 0,
+        }
+    }
+
     fn is_for(&self, op: &Op, block_size: u32, in_flight: usize) -> bool {
         let kind = op.kind();
         let of_kind = match self.op {
@@ -170,10 +184,7 @@ impl Faults {
                 .find(|f| f.is_for(op, block_size, in_flight))
             {
                 f.count -= 1;
-                taken = Some(Injection {
-                    count: 1,
-                    ..f.clone()
-                });
+                taken = Some(f.clone().count(1));
             }
         });
         taken

@@ -37,6 +37,7 @@ const STREAM_MIN: usize = 1024;
 
 /// Options of a [`Malloc`] device.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct MallocOptions {
     /// Name; `None`: the next free `MallocN`.
     pub name: Option<String>,
@@ -49,6 +50,9 @@ pub struct MallocOptions {
     /// I/O that does not cross a multiple of this many blocks is faster; 0: no boundary.
     pub optimal_io_boundary_blocks: u32,
 }
+
+pumice_io::setters!(MallocOptions: name: Option<String>, block_size: u32, num_blocks: u64, uuid: Option<[u8; 16]>,
+    optimal_io_boundary_blocks: u32);
 
 impl Default for MallocOptions {
     fn default() -> Self {
@@ -514,12 +518,10 @@ pub(crate) static MODULE: Module = Module {
 
 fn open_uri(uri: &mut Uri) -> Result<Arc<dyn BlockDevice>, BdevError> {
     let block_size = uri.number("block_size", 0..=u64::MAX)?.unwrap_or(512);
-    let options = MallocOptions {
-        name: uri.option("name"),
-        block_size,
-        num_blocks: size_in_place(uri, block_size)?,
-        ..MallocOptions::default()
-    };
+    let options = MallocOptions::default()
+        .name(uri.option("name"))
+        .block_size(block_size)
+        .num_blocks(size_in_place(uri, block_size)?);
     uri.finish()?;
     Ok(Arc::new(Malloc::new(&options)?))
 }

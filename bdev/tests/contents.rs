@@ -121,13 +121,12 @@ fn what_cannot_be_read_counts_as_in_use() {
     for lba in [0, 3000, 4095] {
         let base = open("malloc://16M?block_size=4096").unwrap();
         let dev = ErrorDevice::new(None, base);
-        dev.inject(Injection {
-            op: Some(OpKind::Read),
-            failure: Failure::Fail,
-            count: u64::MAX,
-            range: Some((lba, 1)),
-            queue_depth: 0,
-        });
+        dev.inject(
+            Injection::new(Failure::Fail)
+                .op(Some(OpKind::Read))
+                .count(u64::MAX)
+                .range(Some((lba, 1))),
+        );
         assert!(
             matches!(examine(&dev), Contents::Unknown(_)),
             "block {lba}: {:?}",

@@ -30,12 +30,9 @@ impl Image {
     }
 
     fn options(&self) -> FileOptions {
-        FileOptions {
-            path: self.path(),
-            size: Some(8 << 20),
-            create: true,
-            ..FileOptions::default()
-        }
+        FileOptions::new(self.path())
+            .size(Some(8 << 20))
+            .create(true)
     }
 
     fn uri(&self, rest: &str) -> String {
@@ -60,20 +57,9 @@ fn variants(image: &Image) -> Vec<FileOptions> {
     let base = image.options();
     vec![
         base.clone(),
-        FileOptions {
-            buffered: true,
-            ..base.clone()
-        },
-        FileOptions {
-            no_io_uring: true,
-            ..base.clone()
-        },
-        FileOptions {
-            no_io_uring: true,
-            buffered: true,
-            block_size: Some(4096),
-            ..base
-        },
+        base.clone().buffered(true),
+        base.clone().no_io_uring(true),
+        base.no_io_uring(true).buffered(true).block_size(Some(4096)),
     ]
 }
 
@@ -237,12 +223,11 @@ fn a_new_image_has_the_size_and_the_blocks_that_were_asked_for() {
         (Prealloc::Full, 2 << 20),
     ] {
         let image = Image::new();
-        let options = FileOptions {
-            size: Some(2 << 20),
-            block_size: Some(4096),
-            prealloc,
-            ..image.options()
-        };
+        let options = image
+            .options()
+            .size(Some(2 << 20))
+            .block_size(Some(4096))
+            .prealloc(prealloc);
         let dev = File::open(&options).unwrap();
         assert_eq!(dev.info().num_blocks, 512);
         assert_eq!(dev.info().block_size, 4096);

@@ -19,11 +19,9 @@ use pumice_bdev::{
 };
 
 fn malloc(registry: &Registry, name: &str) {
-    let options = MallocOptions {
-        name: Some(name.to_owned()),
-        num_blocks: 8192,
-        ..MallocOptions::default()
-    };
+    let options = MallocOptions::default()
+        .name(Some(name.to_owned()))
+        .num_blocks(8192);
     registry
         .register(Arc::new(Malloc::new(&options).unwrap()), Vec::new())
         .unwrap();
@@ -337,13 +335,7 @@ fn late_operations_are_aborted_or_reset() {
             .register(Arc::clone(&error) as Arc<dyn BlockDevice>, vec!["M".into()])
             .unwrap();
         registry.set_timeout(Duration::from_millis(5), action);
-        error.inject(Injection {
-            op: None,
-            failure: Failure::Hang,
-            count: 1,
-            range: None,
-            queue_depth: 0,
-        });
+        error.inject(Injection::new(Failure::Hang));
         let ch = AsyncChannel::new(registry.open("EE_M").unwrap().open_channel().unwrap());
         let e = ch
             .block_on(ch.read(0, DmaBuf::new(512).unwrap()))
@@ -373,11 +365,7 @@ fn tower(registry: &Registry) -> Vec<Arc<ErrorDevice>> {
     registry
         .register(Arc::new(raid), vec!["E0".into(), "E1".into()])
         .unwrap();
-    let slow = Latencies {
-        avg_read_us: 50,
-        p99_read_us: 500,
-        ..Latencies::default()
-    };
+    let slow = Latencies::default().avg_read_us(50).p99_read_us(500);
     let delay = Delay::new("D", claim(registry, "R", "D"), slow);
     registry
         .register(Arc::new(delay), vec!["R".into()])
@@ -401,13 +389,12 @@ fn removal_under_load_at_every_layer() {
         registry.listen(move |e| heard.lock().unwrap().push(e.clone()));
         // Some operations hang below, and the removal must end them too.
         for error in &errors {
-            error.inject(Injection {
-                op: Some(OpKind::Read),
-                failure: Failure::Hang,
-                count: 3,
-                range: None,
-                queue_depth: 4,
-            });
+            error.inject(
+                Injection::new(Failure::Hang)
+                    .op(Some(OpKind::Read))
+                    .count(3)
+                    .queue_depth(4),
+            );
         }
         let dev = registry.open("D").unwrap();
         let (submitted, ended) = (AtomicU64::new(0), AtomicU64::new(0));
@@ -497,12 +484,10 @@ fn a_removed_device_refuses_politely() {
 fn two_devices_with_one_uuid() {
     let registry = Registry::new();
     let device = |name: &str| {
-        let options = MallocOptions {
-            name: Some(name.to_owned()),
-            num_blocks: 8,
-            uuid: Some([7; 16]),
-            ..MallocOptions::default()
-        };
+        let options = MallocOptions::default()
+            .name(Some(name.to_owned()))
+            .num_blocks(8)
+            .uuid(Some([7; 16]));
         Arc::new(Malloc::new(&options).unwrap())
     };
     registry.register(device("A"), Vec::new()).unwrap();

@@ -48,13 +48,11 @@ fn puts_go_on_after_a_passing_fault_of_metadata() {
         for n in 0..3000 {
             if n == at {
                 // The first MiB: metadata pages.
-                faulty.inject(Injection {
-                    op: Some(OpKind::Write),
-                    failure: Failure::Fail,
-                    count: 1,
-                    range: Some((0, 2048)),
-                    queue_depth: 0,
-                });
+                faulty.inject(
+                    Injection::new(Failure::Fail)
+                        .op(Some(OpKind::Write))
+                        .range(Some((0, 2048))),
+                );
             }
             let options = if n % 3 == 0 {
                 &sync
@@ -89,13 +87,11 @@ fn faulty() -> (Arc<ErrorDevice>, FileSystem) {
 
 /// Every write fails from now on.
 fn fail_writes(device: &ErrorDevice) {
-    device.inject(Injection {
-        op: Some(OpKind::Write),
-        failure: Failure::Fail,
-        count: u64::MAX,
-        range: None,
-        queue_depth: 0,
-    });
+    device.inject(
+        Injection::new(Failure::Fail)
+            .op(Some(OpKind::Write))
+            .count(u64::MAX),
+    );
 }
 
 fn unlogged() -> WriteOptions {

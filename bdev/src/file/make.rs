@@ -223,10 +223,7 @@ mod tests {
     #[test]
     fn a_file_that_has_come_meanwhile_is_no_link_to_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let options = FileOptions {
-            path: dir.path().join("image"),
-            ..FileOptions::default()
-        };
+        let options = FileOptions::new(dir.path().join("image"));
         std::fs::write(&options.path, "another's").unwrap();
         assert!(make(&options, 4096).unwrap().is_none());
         assert_eq!(std::fs::read(&options.path).unwrap(), b"another's");

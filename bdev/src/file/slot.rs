@@ -189,12 +189,11 @@ pub(super) mod tests {
 
     pub(in crate::file) fn shared() -> (tempfile::TempDir, Arc<Shared>) {
         let dir = tempfile::tempdir().unwrap();
-        let file = File::open(&FileOptions {
-            path: dir.path().join("image"),
-            size: Some(1 << 20),
-            create: true,
-            ..FileOptions::default()
-        });
+        let file = File::open(
+            &FileOptions::new(dir.path().join("image"))
+                .size(Some(1 << 20))
+                .create(true),
+        );
         (dir, file.unwrap().shared)
     }
 

@@ -264,12 +264,11 @@ mod tests {
     fn what_was_accepted_is_done_though_the_channel_goes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
-        let file = File::open(&FileOptions {
-            path: path.clone(),
-            size: Some(1 << 20),
-            create: true,
-            ..FileOptions::default()
-        });
+        let file = File::open(
+            &FileOptions::new(path.clone())
+                .size(Some(1 << 20))
+                .create(true),
+        );
         let mut channel = ThreadChannel::new(Arc::clone(&file.unwrap().shared)).unwrap();
         let write = Op::Write {
             lba: 1,

@@ -36,6 +36,7 @@ pub enum Severity {
 
 /// A finding of a check.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Finding {
     /// The severity.
     pub severity: Severity,
@@ -315,10 +316,7 @@ pub fn plan(dev: &Arc<dyn BlockDevice>) -> Result<RepairPlan, Error> {
 /// of the journal may be in place), and as [`Blobstore::load`] and [`Blobstore::unload`] do.
 pub fn apply(dev: &Arc<dyn BlockDevice>, plan: &RepairPlan) -> Result<Vec<String>, Error> {
     let before = check(dev)?;
-    let load = LoadOptions {
-        accept_journal_damage: plan.journal.is_some(),
-        ..LoadOptions::default()
-    };
+    let load = LoadOptions::default().accept_journal_damage(plan.journal.is_some());
     let store = Blobstore::load_by_scan(Arc::clone(dev), &load)?;
     let planned: HashSet<BlobId> = plan.removed.iter().map(|blob| blob.id).collect();
     let damaged = store.damaged();

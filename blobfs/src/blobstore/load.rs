@@ -34,6 +34,7 @@ use super::super_page::{self, Found};
 
 /// Options of a load.
 #[derive(Debug, Clone, Default)]
+#[non_exhaustive]
 pub struct LoadOptions {
     /// The type that the store must have; any if `None` or [`BsType::NONE`].
     pub bstype: Option<BsType>,
@@ -53,6 +54,9 @@ pub struct LoadOptions {
     /// ([`SuperBlock::session`]). Otherwise a load that writes gives it up, since what the log says may not hold any longer.
     pub keep_session: bool,
 }
+
+pumice_bdev::setters!(LoadOptions: bstype: Option<BsType>, open_external: Option<OpenExternal>, read_only: bool, refuse_damage: bool,
+    accept_journal_damage: bool, keep_session: bool);
 
 /// The longest single read or write of data, where the device takes as much.
 const MAX_IO_BYTES: u64 = 8 << 20;

@@ -320,13 +320,7 @@ mod tests {
     fn device(count: u64, op: OpKind, failure: Failure) -> Arc<Steady> {
         let base = pumice_bdev::open("malloc://1M?block_size=4096").unwrap();
         let dev = ErrorDevice::new(None, base);
-        dev.inject(Injection {
-            op: Some(op),
-            failure,
-            count,
-            range: None,
-            queue_depth: 0,
-        });
+        dev.inject(Injection::new(failure).op(Some(op)).count(count));
         Steady::new(Arc::new(dev))
     }
 

@@ -98,14 +98,12 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
     let writes = Arc::new(Durability::new(persist != Persist::Completion));
     let metered = Metered::new(Arc::clone(dev), Arc::clone(&writes));
     let counted: Arc<dyn BlockDevice> = Arc::clone(&metered) as Arc<dyn BlockDevice>;
-    let load = LoadOptions {
-        bstype: Some(BsType::BLOBFS),
-        read_only: opts.read_only,
-        refuse_damage: !opts.read_only && !opts.accept_damage,
-        accept_journal_damage: opts.accept_damage,
-        keep_session: true,
-        ..LoadOptions::default()
-    };
+    let load = LoadOptions::default()
+        .bstype(Some(BsType::BLOBFS))
+        .read_only(opts.read_only)
+        .refuse_damage(!opts.read_only && !opts.accept_damage)
+        .accept_journal_damage(opts.accept_damage)
+        .keep_session(true);
     let store = Blobstore::load(Arc::clone(&counted), &load).map_err(|e| refuse(dev, e))?;
     let unclean = !store.super_block().is_clean();
     let mut loader = Loader {

@@ -188,10 +188,7 @@ fn is_broken_pipe(error: &(dyn std::error::Error + 'static)) -> bool {
 }
 
 fn load_options(args: &BlobArgs, read_only: bool) -> LoadOptions {
-    let mut opts = LoadOptions {
-        read_only,
-        ..LoadOptions::default()
-    };
+    let mut opts = LoadOptions::default().read_only(read_only);
     if let Some(uri) = args.external.clone() {
         let read = pumice_bdev::OpenOptions::new().read_only(true);
         let open = move |_: BlobId, _: &[u8]| pumice_bdev::open_with(&uri, read);
@@ -258,12 +255,12 @@ fn act(args: &BlobArgs) -> Result<()> {
             }
             let id = with_store(args, uri, |store| {
                 let num_clusters = size.div_ceil(store.cluster_size());
-                Ok(store.create(&CreateOptions {
-                    num_clusters,
-                    thin: *thin,
-                    xattrs,
-                    ..CreateOptions::default()
-                })?)
+                Ok(store.create(
+                    &CreateOptions::default()
+                        .num_clusters(num_clusters)
+                        .thin(*thin)
+                        .xattrs(xattrs),
+                )?)
             })?;
             print_id(id);
         }

@@ -80,6 +80,7 @@ pub struct SoftController(Arc<SoftTransport>);
 
 /// Counters of a soft controller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SoftStats {
     /// Number of commands taken from its queues.
     pub commands: u64,

@@ -45,13 +45,12 @@ fn shared(buffered: bool) -> (tempfile::TempDir, Arc<Shared>) {
     // This is not in /tmp, which is memory without direct I/O on many machines.
     let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap());
     let dir = dir.unwrap();
-    let file = crate::file::File::open(&FileOptions {
-        path: dir.path().join("image"),
-        size: Some(1 << 20),
-        create: true,
-        buffered,
-        ..FileOptions::default()
-    });
+    let file = crate::file::File::open(
+        &FileOptions::new(dir.path().join("image"))
+            .size(Some(1 << 20))
+            .create(true)
+            .buffered(buffered),
+    );
     (dir, file.unwrap().shared)
 }
 

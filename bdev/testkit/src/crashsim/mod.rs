@@ -54,6 +54,7 @@ const DEPTH: usize = 1024;
 
 /// Behaviour of a [`CrashDevice`].
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct CrashOptions {
     /// Bytes per block.
     pub block_size: u32,
@@ -80,6 +81,9 @@ pub struct CrashOptions {
     /// order.
     pub reorder: bool,
 }
+
+pumice_bdev::setters!(CrashOptions: block_size: u32, write_cache: bool, seed: u64, tear_bytes: u32, unmap_zeroes: bool, fua: bool,
+    copy: bool, write_zeroes: bool, unmap: bool, reorder: bool);
 
 impl Default for CrashOptions {
     fn default() -> Self {
@@ -142,13 +146,11 @@ impl CrashDevice {
         seed: u64,
     ) -> CrashDevice {
         let tear_bytes = block_size;
-        let options = CrashOptions {
-            block_size,
-            write_cache,
-            seed,
-            tear_bytes,
-            ..CrashOptions::default()
-        };
+        let options = CrashOptions::default()
+            .block_size(block_size)
+            .write_cache(write_cache)
+            .seed(seed)
+            .tear_bytes(tear_bytes);
         CrashDevice::with_options(&options, image)
     }
 
