@@ -3,7 +3,6 @@
 //! One operation in a hundred takes the tail latency and the others the mean. Both include the time
 //! of the device below.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -111,25 +110,13 @@ impl BlockDevice for Delay {
         &self.info
     }
 
-    fn host_space(&self) -> Option<crate::HostSpace> {
-        self.base.host_space()
+    fn below(&self) -> Option<&dyn BlockDevice> {
+        Some(&*self.base)
     }
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         let base = self.base.open_channel()?;
         Ok(Box::new(DelayChannel::new(base, &self.latencies)))
-    }
-
-    fn identity(&self) -> usize {
-        self.base.identity()
-    }
-
-    fn host_name(&self) -> Option<String> {
-        self.base.host_name()
-    }
-
-    fn own_channels(&self) -> Option<usize> {
-        self.base.own_channels()
     }
 
     fn driver_specific(&self) -> serde_json::Value {
@@ -142,14 +129,6 @@ impl BlockDevice for Delay {
             "avg_write_latency": l.avg_write_us,
             "p99_write_latency": l.p99_write_us,
         } })
-    }
-
-    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
-        self.base.next_data(lba)
-    }
-
-    fn keep_file(&self, keep: bool) {
-        self.base.keep_file(keep);
     }
 }
 

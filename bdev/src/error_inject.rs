@@ -202,8 +202,8 @@ impl BlockDevice for ErrorDevice {
         &self.info
     }
 
-    fn host_space(&self) -> Option<crate::HostSpace> {
-        self.base.host_space()
+    fn below(&self) -> Option<&dyn BlockDevice> {
+        Some(&*self.base)
     }
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
@@ -220,18 +220,6 @@ impl BlockDevice for ErrorDevice {
         }))
     }
 
-    fn identity(&self) -> usize {
-        self.base.identity()
-    }
-
-    fn host_name(&self) -> Option<String> {
-        self.base.host_name()
-    }
-
-    fn own_channels(&self) -> Option<usize> {
-        self.base.own_channels()
-    }
-
     fn driver_specific(&self) -> serde_json::Value {
         let base = &self.base.info().name;
         serde_json::json!({ "error_disk": { "base_bdev": base } })
@@ -244,10 +232,6 @@ impl BlockDevice for ErrorDevice {
         // Everything is read, so that injected faults are met.
         let end = self.info.num_blocks;
         Ok((lba < end).then_some(lba..end))
-    }
-
-    fn keep_file(&self, keep: bool) {
-        self.base.keep_file(keep);
     }
 }
 
