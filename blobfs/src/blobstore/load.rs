@@ -27,7 +27,7 @@ use super::order::Order;
 use super::remains;
 use super::scan::{Roots, Scan, scan};
 use super::space::SpacePolicy;
-use super::state::{Slot, State};
+use super::state::{CleanMark, Slot, State, StorePhase};
 use super::steady::Steady;
 use super::store::{Blobstore, Inner};
 use super::super_page::{self, Found};
@@ -97,11 +97,12 @@ impl Metadata {
             sb: self.sb,
             geo: self.geo,
             can,
-            dirty: self.dirty,
-            clean_in_doubt: false,
+            clean_mark: match self.dirty {
+                true => CleanMark::Removed,
+                false => CleanMark::Set,
+            },
             journal,
-            unloaded: false,
-            unloading: false,
+            phase: StorePhase::Loaded,
             read_only: self.read_only,
             stopped: None,
             doubts: Vec::new(),

@@ -241,21 +241,7 @@ impl State {
                 "blob {id} is already part of this change"
             )));
         }
-        let method = meta.clear_method();
-        let clusters = meta
-            .map
-            .allocated()
-            .map(|(_, cluster)| cluster)
-            .chain(meta.trailing.clusters.iter().copied());
-        change
-            .freed_clusters
-            .extend(clusters.map(|cluster| (cluster, method)));
-        let extent_pages = meta.extent_pages.values().chain(&meta.trailing.pages);
-        change
-            .freed_pages
-            .extend(extent_pages.filter(|page| !self.shared_pages.contains(page)));
-        change.freed_pages.extend(&meta.chain);
-        change.deleted.push(meta);
+        change.delete(meta, &self.shared_pages, |_| true);
         Ok(())
     }
 

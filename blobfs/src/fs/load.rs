@@ -355,38 +355,26 @@ impl Loader {
     fn first_name(&mut self, id: BlobId, raw: &[u8]) -> String {
         let text = raw.strip_suffix(&[0]).unwrap_or(raw);
         let stand_in = format!("/.pumice-blob-{id}");
-        match std::str::from_utf8(text) {
-            Ok(name) if is_normal(name) => name.to_owned(),
-            Ok(name) => match path::normalise(name) {
-                Ok(normal) if normal != "/" && !name.is_empty() => {
-                    self.problem(
-                        id,
-                        format!("name \"{}\" used as {normal}", name.escape_debug()),
-                    );
-                    normal
-                }
-                _ => {
-                    self.problem(
-                        id,
-                        format!(
-                            "unusable name \"{}\"; shown as {stand_in}",
-                            text.escape_ascii()
-                        ),
-                    );
-                    stand_in
-                }
-            },
-            Err(_) => {
-                self.problem(
-                    id,
-                    format!(
-                        "unusable name \"{}\"; shown as {stand_in}",
-                        text.escape_ascii()
-                    ),
-                );
-                stand_in
-            }
+        let name = std::str::from_utf8(text)
+            .ok()
+            .filter(|name| !name.is_empty());
+        if let Some(name) = name.filter(|name| is_normal(name)) {
+            return name.to_owned();
         }
+        let normal = name.and_then(|name| Some((name, path::normalise(name).ok()?)));
+        let (shown, problem) = match normal.filter(|(_, normal)| normal != "/") {
+            Some((name, normal)) => {
+                let problem = format!("name \"{}\" used as {normal}", name.escape_debug());
+                (normal, problem)
+            }
+            None => {
+                let name = text.escape_ascii();
+                let problem = format!("unusable name \"{name}\"; shown as {stand_in}");
+                (stand_in, problem)
+            }
+        };
+        self.problem(id, problem);
+        shown
     }
 
     /// Completes recorded renames of directories.
