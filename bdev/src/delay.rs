@@ -38,11 +38,11 @@ pumice_io::setters!(const Latencies: avg_read_us: u64, p99_read_us: u64, avg_wri
 pub struct Delay {
     info: DeviceInfo,
     base: Arc<dyn BlockDevice>,
-    latencies: Arc<Shared>,
+    latencies: Arc<SharedLatencies>,
 }
 
 #[derive(Debug, Default)]
-struct Shared {
+struct SharedLatencies {
     avg_read_us: AtomicU64,
     p99_read_us: AtomicU64,
     avg_write_us: AtomicU64,
@@ -76,7 +76,7 @@ impl Delay {
 
     /// Changes the latencies of operations submitted from now on.
     pub fn set_latencies(&self, latencies: Latencies) {
-        let Shared {
+        let SharedLatencies {
             avg_read_us,
             p99_read_us,
             avg_write_us,
@@ -90,7 +90,7 @@ impl Delay {
 
     /// Returns the current latencies.
     pub fn latencies(&self) -> Latencies {
-        let Shared {
+        let SharedLatencies {
             avg_read_us,
             p99_read_us,
             avg_write_us,
@@ -134,7 +134,7 @@ impl BlockDevice for Delay {
 
 struct DelayChannel {
     base: Box<dyn IoChannel>,
-    latencies: Arc<Shared>,
+    latencies: Arc<SharedLatencies>,
     /// Operations that the device below has.
     below: Slots<Below>,
     /// Operations that have ended below and wait for their time.
@@ -154,7 +154,7 @@ struct Below {
 }
 
 impl DelayChannel {
-    fn new(base: Box<dyn IoChannel>, latencies: &Arc<Shared>) -> DelayChannel {
+    fn new(base: Box<dyn IoChannel>, latencies: &Arc<SharedLatencies>) -> DelayChannel {
         DelayChannel {
             base,
             latencies: Arc::clone(latencies),

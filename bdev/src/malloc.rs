@@ -69,11 +69,11 @@ impl Default for MallocOptions {
 /// A block device in memory.
 #[derive(Debug, Clone)]
 pub struct Malloc {
-    shared: Arc<Shared>,
+    shared: Arc<MallocDisk>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct MallocDisk {
     info: DeviceInfo,
     memory: Memory,
 }
@@ -123,7 +123,7 @@ impl Malloc {
             .with(OpKind::Abort);
         let memory = Memory::new(info.len_bytes());
         Ok(Malloc {
-            shared: Arc::new(Shared { info, memory }),
+            shared: Arc::new(MallocDisk { info, memory }),
         })
     }
 }
@@ -383,11 +383,11 @@ impl BlockDevice for Malloc {
 /// A channel that does operations when it is polled and not when they are submitted, so that the
 /// memory of the next one can be fetched while one is copied.
 struct MallocChannel {
-    shared: Arc<Shared>,
+    shared: Arc<MallocDisk>,
     queue: Completed,
 }
 
-impl Shared {
+impl MallocDisk {
     fn prefetch(&self, op: &Op) {
         let wanted = match op {
             Op::Read { .. } => true,
@@ -402,7 +402,7 @@ impl Shared {
     }
 
     fn execute(&self, op: &mut Op) -> Result<(), Box<IoError>> {
-        let Shared { info, memory } = self;
+        let MallocDisk { info, memory } = self;
         let bs = u64::from(info.block_size);
         let at = op.lba() * bs;
         let len = op.len_bytes(info.block_size);

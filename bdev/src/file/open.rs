@@ -15,7 +15,7 @@ use serde_json::json;
 
 use super::lock::{self, BUSY_PATIENCE, GONE_PATIENCE};
 use super::probe::{self, Backing, Discard};
-use super::{Shared, make};
+use super::{SharedFile, make};
 use crate::contents::{self, Contents};
 use crate::device::{BlockDevice, DeviceInfo};
 use crate::error::BdevError;
@@ -163,7 +163,7 @@ fn open_uri(uri: &mut Uri, how: crate::OpenOptions) -> Result<Arc<dyn BlockDevic
     }
 }
 
-pub(super) fn open(options: &FileOptions) -> Result<Shared, BdevError> {
+pub(super) fn open(options: &FileOptions) -> Result<SharedFile, BdevError> {
     // The answer changes if another process creates or removes the file at the same moment.
     for _ in 0..16 {
         match kind_of(&options.path)? {
@@ -221,7 +221,7 @@ fn kind_of(path: &Path) -> Result<Option<bool>, BdevError> {
 fn open_existing(
     options: &FileOptions,
     is_block_device: bool,
-) -> Result<Option<Shared>, BdevError> {
+) -> Result<Option<SharedFile>, BdevError> {
     let path = &options.path;
     let shown = path.display().to_string();
     let os = |what: &str, e: io::Error| BdevError::os(&shown, what, e);
@@ -283,7 +283,7 @@ pub(super) struct Found {
 }
 
 impl Found {
-    pub(super) fn into_shared(self, options: &FileOptions) -> Shared {
+    pub(super) fn into_shared(self, options: &FileOptions) -> SharedFile {
         let meta = &self.meta;
         let info = describe(
             options,
@@ -296,7 +296,7 @@ impl Found {
         let (device, path) = (&info.name, options.path.display());
         let (len, block_size, direct) = (self.len, self.block_size, self.direct);
         tracing::info!(device, %path, len, block_size, direct, "opened");
-        Shared::new(info, self, options)
+        SharedFile::new(info, self, options)
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use pumice_io::{Completion, Op, SubmitError};
 
-use super::Shared;
+use super::SharedFile;
 use super::call::{CALL_MIN, run};
 use super::slot::Slot;
 use crate::device::IoChannel;
@@ -34,7 +34,7 @@ pub(super) struct ThreadChannel {
 }
 
 struct Pool {
-    shared: Arc<Shared>,
+    shared: Arc<SharedFile>,
     work: Mutex<Work>,
     start: Condvar,
     finish: Condvar,
@@ -74,7 +74,7 @@ impl Pool {
 }
 
 impl ThreadChannel {
-    pub(super) fn new(shared: Arc<Shared>) -> io::Result<ThreadChannel> {
+    pub(super) fn new(shared: Arc<SharedFile>) -> io::Result<ThreadChannel> {
         let pool = Arc::new(Pool {
             shared,
             work: Mutex::default(),

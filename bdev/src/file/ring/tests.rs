@@ -41,7 +41,7 @@ fn fields(entry: &squeue::Entry) -> Fields {
     }
 }
 
-fn shared(buffered: bool) -> (tempfile::TempDir, Arc<Shared>) {
+fn shared(buffered: bool) -> (tempfile::TempDir, Arc<SharedFile>) {
     // This is not in /tmp, which is memory without direct I/O on many machines.
     let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap());
     let dir = dir.unwrap();
@@ -54,7 +54,7 @@ fn shared(buffered: bool) -> (tempfile::TempDir, Arc<Shared>) {
     (dir, file.unwrap().shared)
 }
 
-fn flight(op: Op, shared: &Shared) -> InFlight {
+fn flight(op: Op, shared: &SharedFile) -> InFlight {
     InFlight::new(Slot::new(7, op, shared, true))
 }
 
@@ -67,7 +67,7 @@ fn write(fua: bool) -> Op {
 }
 
 /// Whether the calls for `op` make its data durable when each of them succeeds.
-fn is_durable(op: Op, shared: &Arc<Shared>) -> bool {
+fn is_durable(op: Op, shared: &Arc<SharedFile>) -> bool {
     let mut flight = flight(op, shared);
     for _ in 0..8 {
         let entry = fields(&flight.entry(shared));

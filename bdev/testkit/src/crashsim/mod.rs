@@ -42,8 +42,8 @@ pub use log::{Action, Change, CrashPoints, Event, Unsettled};
 pub use states::checked;
 
 use pumice_bdev::{
-    BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, IoErrorKind, Op, OpKind, OpSet,
-    SubmitError,
+    BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, IoError, IoErrorKind, Op, OpKind,
+    OpSet, SubmitError,
 };
 
 /// The byte that unmapped blocks read as unless the options ask for zeroes: a pattern that is easy
@@ -105,19 +105,19 @@ impl Default for CrashOptions {
 /// A simulated device that records every operation, in order.
 #[derive(Debug, Clone)]
 pub struct CrashDevice {
-    shared: Arc<Shared>,
+    shared: Arc<CrashShared>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct CrashShared {
     info: DeviceInfo,
     options: CrashOptions,
-    state: Mutex<State>,
+    state: Mutex<CrashState>,
     channels: AtomicU64,
 }
 
 #[derive(Debug)]
-struct State {
+struct CrashState {
     base: CrashImage,
     live: CrashImage,
     log: Vec<Event>,
@@ -125,7 +125,7 @@ struct State {
     cut_at: usize,
 }
 
-impl State {
+impl CrashState {
     fn is_cut(&self) -> bool {
         self.log.len() >= self.cut_at
     }
@@ -176,7 +176,7 @@ impl CrashDevice {
         info.atomic_unit_blocks = (options.tear_bytes / options.block_size).max(1);
         info.unmap_zeroes = options.unmap_zeroes;
         info.ops = ops(options);
-        let state = State {
+        let state = CrashState {
             base: image.clone(),
             live: image,
             log: Vec::new(),
@@ -184,7 +184,7 @@ impl CrashDevice {
             cut_at: usize::MAX,
         };
         CrashDevice {
-            shared: Arc::new(Shared {
+            shared: Arc::new(CrashShared {
                 info,
                 options: options.clone(),
                 state: Mutex::new(state),
@@ -303,7 +303,7 @@ fn ops(options: &CrashOptions) -> OpSet {
 }
 
 struct CrashChannel {
-    shared: Arc<Shared>,
+    shared: Arc<CrashShared>,
     rng: SmallRng,
     queue: Vec<Queued>,
 }
@@ -355,6 +355,11 @@ impl CrashChannel {
         })
     }
 
+    fn cut_error(&self, op: &Op) -> Box<IoError> {
+        let info = &self.shared.info;
+        info.error(op, IoErrorKind::Removed, "power was cut")
+    }
+
     fn finish(&mut self, queued: Queued) -> Completion {
         let Queued {
             tag,
@@ -364,10 +369,7 @@ impl CrashChannel {
         let bs = self.shared.info.block_size;
         let mut state = self.shared.state.lock();
         if state.is_cut() {
-            let e = self
-                .shared
-                .info
-                .error(&op, IoErrorKind::Removed, "power was cut");
+            let e = self.cut_error(&op);
             return Completion {
                 tag,
                 op,
@@ -407,10 +409,7 @@ impl IoChannel for CrashChannel {
         }
         let mut state = self.shared.state.lock();
         if state.is_cut() {
-            let e = self
-                .shared
-                .info
-                .error(&op, IoErrorKind::Removed, "power was cut");
+            let e = self.cut_error(&op);
             return Err(SubmitError::Refused(op, e));
         }
         let change = self
