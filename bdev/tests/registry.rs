@@ -42,13 +42,16 @@ fn a_registered_device_conforms() {
 fn names_aliases_uuids_uris() {
     let registry = Registry::new();
     let e = registry.open("M").unwrap_err().to_string();
-    assert_eq!(e, "no bdev `M`: no bdevs configured: pass --json or a URI");
+    assert_eq!(
+        e,
+        "there is no bdev `M`: no bdevs configured: pass --json or a URI"
+    );
     malloc(&registry, "Malloc0");
     let dev = registry.open("Malloc0").unwrap();
     let uuid = pumice_bdev::uuid::format(&dev.info().uuid);
     assert_eq!(registry.open(&uuid).unwrap().info().name, "Malloc0");
     let e = registry.open("Malloc").unwrap_err().to_string();
-    assert_eq!(e, "no bdev `Malloc`; did you mean `Malloc0`?");
+    assert_eq!(e, "there is no bdev `Malloc`; did you mean `Malloc0`?");
     let other = registry.open("malloc://1M?name=Other").unwrap();
     assert_eq!(other.info().name, "Other");
     assert!(matches!(

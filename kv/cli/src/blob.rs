@@ -56,8 +56,8 @@ enum Action {
         /// Metadata pages [default: one per cluster]
         #[arg(long)]
         md_pages: Option<u32>,
-        /// Type, at most 16 bytes: BLOBFS, LVOLSTORE, … [default: none]
-        #[arg(long, default_value = "")]
+        /// Type of at most 16 bytes, such as BLOBFS or LVOLSTORE; none by default
+        #[arg(long, default_value = "", hide_default_value = true)]
         bstype: BsType,
         /// Overwrite any content of the device
         #[arg(long)]
@@ -342,13 +342,11 @@ fn init(
     let dev = pumice_bdev::open(uri)?;
     let cluster_size =
         u32::try_from(cluster_size).map_err(|_| "clusters of 4 GiB and more are too large")?;
-    let opts = InitOptions {
-        cluster_size,
-        md_pages,
-        bstype,
-        force,
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default()
+        .cluster_size(cluster_size)
+        .md_pages(md_pages)
+        .bstype(bstype)
+        .force(force);
     let store = Blobstore::init(dev, &opts)?;
     store.unload()?;
     writeln!(

@@ -242,7 +242,7 @@ fn who_waits_for_one_durable_write_makes_the_call() {
     let long = Duration::from_secs(1);
     for op in [|| write(true), || Op::Flush] {
         assert_eq!(called(&mut channel, vec![op()], long), 1);
-        // Whoever waits for a shorter time must not be blocked.
+        // A thread that waits for a shorter time must not be blocked.
         assert_eq!(called(&mut channel, vec![op()], CALL_MIN / 2), 0);
         assert_eq!(called(&mut channel, vec![op(), op()], long), 0);
         assert_eq!(called(&mut channel, vec![write(false), op()], long), 0);
