@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use super::content::{Content, XattrBody};
+use super::content::{Content, Words, XattrBody};
 use super::page::{
     TYPE_EXTENT_PAGE, TYPE_EXTENT_RLE, TYPE_EXTENT_TABLE, TYPE_FLAGS, TYPE_XATTR, check_crc,
 };
@@ -257,35 +257,38 @@ impl BlobReader {
             }
             Content::Table {
                 num_clusters,
-                entries: listed,
-            } => {
-                if !self.runs.is_empty() {
-                    return Err(PageProblem::RleAndTable);
-                }
-                if num_clusters > u64::from(u32::MAX) {
-                    return Err(PageProblem::TooManyClusters);
-                }
-                let (first, entries) = self.table.get_or_insert_with(|| (num_clusters, Vec::new()));
-                if *first != num_clusters {
-                    return Err(PageProblem::TableSizes {
-                        first: *first,
-                        second: num_clusters,
-                    });
-                }
-                for (page, count) in listed.pairs() {
-                    if page != 0 && count != 1 {
-                        return Err(PageProblem::TableCount { page, count });
-                    }
-                    entries.push(TableEntry { page, count });
-                    self.clusters += u64::from(count) * EXTENTS_PER_PAGE as u64;
-                    // The last page may be a short one.
-                    if self.clusters >= u64::from(u32::MAX) + EXTENTS_PER_PAGE as u64 {
-                        return Err(PageProblem::TooManyClusters);
-                    }
-                }
-            }
+                entries,
+            } => self.part_of_table(num_clusters, entries)?,
             // A feature that forbids opening the blob would have set a flag.
             Content::ExtentPage { .. } | Content::Padding | Content::Unknown => {}
+        }
+        Ok(())
+    }
+
+    fn part_of_table(&mut self, num_clusters: u64, listed: Words<'_>) -> Result<(), PageProblem> {
+        if !self.runs.is_empty() {
+            return Err(PageProblem::RleAndTable);
+        }
+        if num_clusters > u64::from(u32::MAX) {
+            return Err(PageProblem::TooManyClusters);
+        }
+        let (first, entries) = self.table.get_or_insert_with(|| (num_clusters, Vec::new()));
+        if *first != num_clusters {
+            return Err(PageProblem::TableSizes {
+                first: *first,
+                second: num_clusters,
+            });
+        }
+        for (page, count) in listed.pairs() {
+            if page != 0 && count != 1 {
+                return Err(PageProblem::TableCount { page, count });
+            }
+            entries.push(TableEntry { page, count });
+            self.clusters += u64::from(count) * EXTENTS_PER_PAGE as u64;
+            // The last page may be a short one.
+            if self.clusters >= u64::from(u32::MAX) + EXTENTS_PER_PAGE as u64 {
+                return Err(PageProblem::TooManyClusters);
+            }
         }
         Ok(())
     }
