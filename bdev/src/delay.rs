@@ -3,7 +3,6 @@
 //! One operation in a hundred takes the tail latency and the others the mean. Both include the time
 //! of the device below.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -20,6 +19,7 @@ const SPIN_MAX: Duration = Duration::from_micros(60);
 
 /// Latencies of a device in microseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Latencies {
     /// Latency of most reads.
     pub avg_read_us: u64,
@@ -31,16 +31,18 @@ pub struct Latencies {
     pub p99_write_us: u64,
 }
 
+pumice_io::setters!(const Latencies: avg_read_us: u64, p99_read_us: u64, avg_write_us: u64, p99_write_us: u64);
+
 /// A device with configurable latencies, which can be changed while it is in use.
 #[derive(Debug)]
 pub struct Delay {
     info: DeviceInfo,
     base: Arc<dyn BlockDevice>,
-    latencies: Arc<Shared>,
+    latencies: Arc<SharedLatencies>,
 }
 
 #[derive(Debug, Default)]
-struct Shared {
+struct SharedLatencies {
     avg_read_us: AtomicU64,
     p99_read_us: AtomicU64,
     avg_write_us: AtomicU64,
@@ -74,7 +76,7 @@ impl Delay {
 
     /// Changes the latencies of operations submitted from now on.
     pub fn set_latencies(&self, latencies: Latencies) {
-        let Shared {
+        let SharedLatencies {
             avg_read_us,
             p99_read_us,
             avg_write_us,
@@ -88,7 +90,7 @@ impl Delay {
 
     /// Returns the current latencies.
     pub fn latencies(&self) -> Latencies {
-        let Shared {
+        let SharedLatencies {
             avg_read_us,
             p99_read_us,
             avg_write_us,
@@ -108,25 +110,13 @@ impl BlockDevice for Delay {
         &self.info
     }
 
-    fn host_space(&self) -> Option<crate::HostSpace> {
-        self.base.host_space()
+    fn below(&self) -> Option<&dyn BlockDevice> {
+        Some(&*self.base)
     }
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         let base = self.base.open_channel()?;
         Ok(Box::new(DelayChannel::new(base, &self.latencies)))
-    }
-
-    fn identity(&self) -> usize {
-        self.base.identity()
-    }
-
-    fn host_name(&self) -> Option<String> {
-        self.base.host_name()
-    }
-
-    fn own_channels(&self) -> Option<usize> {
-        self.base.own_channels()
     }
 
     fn driver_specific(&self) -> serde_json::Value {
@@ -140,19 +130,11 @@ impl BlockDevice for Delay {
             "p99_write_latency": l.p99_write_us,
         } })
     }
-
-    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
-        self.base.next_data(lba)
-    }
-
-    fn keep_file(&self, keep: bool) {
-        self.base.keep_file(keep);
-    }
 }
 
 struct DelayChannel {
     base: Box<dyn IoChannel>,
-    latencies: Arc<Shared>,
+    latencies: Arc<SharedLatencies>,
     /// Operations that the device below has.
     below: Slots<Below>,
     /// Operations that have ended below and wait for their time.
@@ -172,7 +154,7 @@ struct Below {
 }
 
 impl DelayChannel {
-    fn new(base: Box<dyn IoChannel>, latencies: &Arc<Shared>) -> DelayChannel {
+    fn new(base: Box<dyn IoChannel>, latencies: &Arc<SharedLatencies>) -> DelayChannel {
         DelayChannel {
             base,
             latencies: Arc::clone(latencies),

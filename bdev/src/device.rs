@@ -218,30 +218,39 @@ pub trait BlockDevice: Send + Sync + std::fmt::Debug {
     /// Opens a channel for one thread. May block (NVMe creates a queue pair).
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError>;
 
-    /// The number of channels that have a queue of the hardware for themselves; further ones share
-    /// one. `None` says that there is no such limit. A wrapper returns what is below it; one over
-    /// several devices, the least.
-    fn own_channels(&self) -> Option<usize> {
+    /// The device below a wrapper over the whole of one device. What a wrapper does not answer itself,
+    /// by a method of its own, that device answers for it.
+    fn below(&self) -> Option<&dyn BlockDevice> {
         None
+    }
+
+    /// The number of channels that have a queue of the hardware for themselves; further ones share
+    /// one. `None` says that there is no such limit. A device on several others returns the least.
+    fn own_channels(&self) -> Option<usize> {
+        self.below()?.own_channels()
     }
 
     /// A number that identifies the device through every wrapper and clone. Users that must be a
-    /// device's only one compare it. A wrapper over the whole of one device returns that device's
-    /// number. It is valid as long as the device lives.
+    /// device's only one compare it. It is valid as long as the device lives.
     fn identity(&self) -> usize {
-        std::ptr::from_ref(self).cast::<()>().addr()
+        match self.below() {
+            Some(below) => below.identity(),
+            None => std::ptr::from_ref(self).cast::<()>().addr(),
+        }
     }
 
     /// A text that names the device to every process of this machine, for as long as it is there; it can be part of a file's
-    /// name. `None` if the device is gone when its process ends, or has no such name. A wrapper over the whole of one device
-    /// returns that device's name.
+    /// name. `None` if the device is gone when its process ends, or has no such name.
     fn host_name(&self) -> Option<String> {
-        None
+        self.below()?.host_name()
     }
 
     /// Properties that only the device's module knows, for `driver_specific` of `bdev_get_bdevs`.
     fn driver_specific(&self) -> serde_json::Value {
-        serde_json::Value::Object(serde_json::Map::new())
+        match self.below() {
+            Some(below) => below.driver_specific(),
+            None => serde_json::Value::Object(serde_json::Map::new()),
+        }
     }
 
     /// Returns the first range of blocks, at or behind `lba`, that may hold anything but zeroes.
@@ -253,6 +262,9 @@ pub trait BlockDevice: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// Fails when the device cannot determine it.
     fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
+        if let Some(below) = self.below() {
+            return below.next_data(lba);
+        }
         let end = self.info().num_blocks;
         Ok((lba < end && self.info().keeps_data).then_some(lba..end))
     }
@@ -261,14 +273,16 @@ pub trait BlockDevice: Send + Sync + std::fmt::Debug {
     /// stays unless this is called with `false`; the last call counts. A file that existed before
     /// always stays.
     fn keep_file(&self, keep: bool) {
-        let _ = keep;
+        if let Some(below) = self.below() {
+            below.keep_file(keep);
+        }
     }
 
     /// Returns the space that a device which allocates on writing (a sparse image) can still get
     /// from the file system below. `None` when all its blocks are allocated, or when it is not
     /// known. Asks the kernel; does not block on the device.
     fn host_space(&self) -> Option<HostSpace> {
-        None
+        self.below()?.host_space()
     }
 }
 

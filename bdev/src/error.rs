@@ -95,7 +95,7 @@ pub enum BdevError {
         source: pumice_nvme::NvmeError,
     },
     /// There is no device of that name.
-    #[error("no bdev `{name}`{hint}")]
+    #[error("there is no bdev `{name}`{hint}")]
     NotFound {
         /// The requested name.
         name: String,

@@ -38,6 +38,7 @@ pub enum Failure {
 
 /// A fault, and the operations that it applies to.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Injection {
     /// The kind of operation; `None`: all but reset and abort.
     pub op: Option<OpKind>,
@@ -51,6 +52,8 @@ pub struct Injection {
     /// always.
     pub queue_depth: usize,
 }
+
+pumice_io::setters!(Injection: op: Option<OpKind>, count: u64, range: Option<(u64, u64)>, queue_depth: usize);
 
 /// A device that injects faults.
 #[derive(Debug)]
@@ -128,6 +131,17 @@ impl ErrorDevice {
 }
 
 impl Injection {
+    /// Makes a fault of the next operation, whatever its kind and its blocks.
+    pub fn new(failure: Failure) -> Injection {
+        Injection {
+            op: None,
+            failure,
+            count: 1,
+            range: None,
+            queue_depth: 0,
+        }
+    }
+
     fn is_for(&self, op: &Op, block_size: u32, in_flight: usize) -> bool {
         let kind = op.kind();
         let of_kind = match self.op {
@@ -170,10 +184,7 @@ impl Faults {
                 .find(|f| f.is_for(op, block_size, in_flight))
             {
                 f.count -= 1;
-                taken = Some(Injection {
-                    count: 1,
-                    ..f.clone()
-                });
+                taken = Some(f.clone().count(1));
             }
         });
         taken
@@ -191,8 +202,8 @@ impl BlockDevice for ErrorDevice {
         &self.info
     }
 
-    fn host_space(&self) -> Option<crate::HostSpace> {
-        self.base.host_space()
+    fn below(&self) -> Option<&dyn BlockDevice> {
+        Some(&*self.base)
     }
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
@@ -209,18 +220,6 @@ impl BlockDevice for ErrorDevice {
         }))
     }
 
-    fn identity(&self) -> usize {
-        self.base.identity()
-    }
-
-    fn host_name(&self) -> Option<String> {
-        self.base.host_name()
-    }
-
-    fn own_channels(&self) -> Option<usize> {
-        self.base.own_channels()
-    }
-
     fn driver_specific(&self) -> serde_json::Value {
         let base = &self.base.info().name;
         serde_json::json!({ "error_disk": { "base_bdev": base } })
@@ -233,10 +232,6 @@ impl BlockDevice for ErrorDevice {
         // Everything is read, so that injected faults are met.
         let end = self.info.num_blocks;
         Ok((lba < end).then_some(lba..end))
-    }
-
-    fn keep_file(&self, keep: bool) {
-        self.base.keep_file(keep);
     }
 }
 

@@ -111,7 +111,7 @@ impl AsyncChannel {
     pub fn io(&self, op: Op) -> Io {
         Io {
             inner: Rc::clone(&self.inner),
-            state: State::New(op),
+            state: IoState::New(op),
         }
     }
 
@@ -329,10 +329,10 @@ impl Drop for Depth<'_> {
 #[must_use = "nothing is submitted until the future is polled"]
 pub struct Io {
     inner: Rc<Inner>,
-    state: State,
+    state: IoState,
 }
 
-enum State {
+enum IoState {
     New(Op),
     /// In flight, or waiting for room.
     Submitted(u64),
@@ -345,18 +345,18 @@ impl Future for Io {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<IoOutcome> {
         let this = &mut *self;
         let mut engine = this.inner.engine.borrow_mut();
-        match std::mem::replace(&mut this.state, State::Over) {
-            State::New(op) => match engine.submit(Owner::Waits(cx.waker().clone()), op) {
+        match std::mem::replace(&mut this.state, IoState::Over) {
+            IoState::New(op) => match engine.submit(Owner::Waits(cx.waker().clone()), op) {
                 Ok(tag) => {
-                    this.state = State::Submitted(tag);
+                    this.state = IoState::Submitted(tag);
                     Poll::Pending
                 }
                 Err((_, op, error)) => Poll::Ready((op, Err(error))),
             },
-            State::Submitted(tag) => {
+            IoState::Submitted(tag) => {
                 if let Some(Owner::Waits(waker)) = engine.owner(tag) {
                     waker.clone_from(cx.waker());
-                    this.state = State::Submitted(tag);
+                    this.state = IoState::Submitted(tag);
                     return Poll::Pending;
                 }
                 let Some(Owner::Done(op, result)) = engine.take(tag) else {
@@ -364,14 +364,14 @@ impl Future for Io {
                 };
                 Poll::Ready((op, result))
             }
-            State::Over => panic!("polled after completion"),
+            IoState::Over => panic!("polled after completion"),
         }
     }
 }
 
 impl Drop for Io {
     fn drop(&mut self) {
-        let State::Submitted(tag) = self.state else {
+        let IoState::Submitted(tag) = self.state else {
             return;
         };
         let mut engine = self.inner.engine.borrow_mut();

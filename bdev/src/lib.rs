@@ -125,7 +125,7 @@ pub use pumice_io::sys::SharedMemory;
 pub use pumice_io::uri::{file_uri, parse_size};
 pub use pumice_io::{
     CompareAndWrite, Completion, IoError, IoErrorKind, Limits, NvmeStatus, Op, OpKind, OpSet,
-    SubmitError, ZoneAction,
+    SubmitError, ZoneAction, setters,
 };
 pub use shared::{Outcome, SharedChannels, Ticket, thread_number};
 pub use uri::{call_for, open, open_with};

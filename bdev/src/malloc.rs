@@ -37,6 +37,7 @@ const STREAM_MIN: usize = 1024;
 
 /// Options of a [`Malloc`] device.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct MallocOptions {
     /// Name; `None`: the next free `MallocN`.
     pub name: Option<String>,
@@ -49,6 +50,9 @@ pub struct MallocOptions {
     /// I/O that does not cross a multiple of this many blocks is faster; 0: no boundary.
     pub optimal_io_boundary_blocks: u32,
 }
+
+pumice_io::setters!(MallocOptions: name: Option<String>, block_size: u32, num_blocks: u64, uuid: Option<[u8; 16]>,
+    optimal_io_boundary_blocks: u32);
 
 impl Default for MallocOptions {
     fn default() -> Self {
@@ -65,11 +69,11 @@ impl Default for MallocOptions {
 /// A block device in memory.
 #[derive(Debug, Clone)]
 pub struct Malloc {
-    shared: Arc<Shared>,
+    shared: Arc<MallocDisk>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct MallocDisk {
     info: DeviceInfo,
     memory: Memory,
 }
@@ -119,7 +123,7 @@ impl Malloc {
             .with(OpKind::Abort);
         let memory = Memory::new(info.len_bytes());
         Ok(Malloc {
-            shared: Arc::new(Shared { info, memory }),
+            shared: Arc::new(MallocDisk { info, memory }),
         })
     }
 }
@@ -379,11 +383,11 @@ impl BlockDevice for Malloc {
 /// A channel that does operations when it is polled and not when they are submitted, so that the
 /// memory of the next one can be fetched while one is copied.
 struct MallocChannel {
-    shared: Arc<Shared>,
+    shared: Arc<MallocDisk>,
     queue: Completed,
 }
 
-impl Shared {
+impl MallocDisk {
     fn prefetch(&self, op: &Op) {
         let wanted = match op {
             Op::Read { .. } => true,
@@ -398,7 +402,7 @@ impl Shared {
     }
 
     fn execute(&self, op: &mut Op) -> Result<(), Box<IoError>> {
-        let Shared { info, memory } = self;
+        let MallocDisk { info, memory } = self;
         let bs = u64::from(info.block_size);
         let at = op.lba() * bs;
         let len = op.len_bytes(info.block_size);
@@ -514,12 +518,10 @@ pub(crate) static MODULE: Module = Module {
 
 fn open_uri(uri: &mut Uri) -> Result<Arc<dyn BlockDevice>, BdevError> {
     let block_size = uri.number("block_size", 0..=u64::MAX)?.unwrap_or(512);
-    let options = MallocOptions {
-        name: uri.option("name"),
-        block_size,
-        num_blocks: size_in_place(uri, block_size)?,
-        ..MallocOptions::default()
-    };
+    let options = MallocOptions::default()
+        .name(uri.option("name"))
+        .block_size(block_size)
+        .num_blocks(size_in_place(uri, block_size)?);
     uri.finish()?;
     Ok(Arc::new(Malloc::new(&options)?))
 }

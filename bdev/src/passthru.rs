@@ -3,7 +3,6 @@
 //! It is a template for your own module: copy it and change the operations that pass. The example
 //! `custom_bdev` shows how.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,8 +43,8 @@ impl BlockDevice for Passthru {
         &self.info
     }
 
-    fn host_space(&self) -> Option<crate::HostSpace> {
-        self.base.host_space()
+    fn below(&self) -> Option<&dyn BlockDevice> {
+        Some(&*self.base)
     }
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
@@ -54,30 +53,10 @@ impl BlockDevice for Passthru {
         }))
     }
 
-    fn identity(&self) -> usize {
-        self.base.identity()
-    }
-
-    fn host_name(&self) -> Option<String> {
-        self.base.host_name()
-    }
-
-    fn own_channels(&self) -> Option<usize> {
-        self.base.own_channels()
-    }
-
     fn driver_specific(&self) -> serde_json::Value {
         serde_json::json!({
             "passthru": { "name": self.info.name, "base_bdev_name": self.base.info().name }
         })
-    }
-
-    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
-        self.base.next_data(lba)
-    }
-
-    fn keep_file(&self, keep: bool) {
-        self.base.keep_file(keep);
     }
 }
 

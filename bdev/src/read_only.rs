@@ -1,6 +1,5 @@
 //! `read_only`: a device that can only be read.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,16 +40,8 @@ impl BlockDevice for ReadOnly {
         &self.info
     }
 
-    fn identity(&self) -> usize {
-        self.base.identity()
-    }
-
-    fn host_name(&self) -> Option<String> {
-        self.base.host_name()
-    }
-
-    fn own_channels(&self) -> Option<usize> {
-        self.base.own_channels()
+    fn below(&self) -> Option<&dyn BlockDevice> {
+        Some(&*self.base)
     }
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
@@ -58,14 +49,6 @@ impl BlockDevice for ReadOnly {
             info: Arc::clone(&self.info),
             base: self.base.open_channel()?,
         }))
-    }
-
-    fn driver_specific(&self) -> serde_json::Value {
-        self.base.driver_specific()
-    }
-
-    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
-        self.base.next_data(lba)
     }
 }
 

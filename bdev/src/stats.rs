@@ -14,6 +14,7 @@ pub const BUCKETS: usize = RANGES << BUCKET_SHIFT;
 
 /// Counters of one kind of operation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct OpStats {
     /// Number of operations that ended.
     pub ops: u64,

@@ -208,16 +208,11 @@ fn a_fault_is_not_spent_on_what_was_not_taken() {
     let dev = ErrorDevice::new(None, base);
     let mut ch = dev.open_channel().unwrap();
     ch.submit(1, read(0)).unwrap();
-    let corrupt = Injection {
-        op: Some(OpKind::Read),
-        failure: Failure::Corrupt {
-            offset: 1,
-            value: 1,
-        },
-        count: 1,
-        range: None,
-        queue_depth: 0,
-    };
+    let corrupt = Injection::new(Failure::Corrupt {
+        offset: 1,
+        value: 1,
+    })
+    .op(Some(OpKind::Read));
     dev.inject(corrupt.clone());
     let refused = ch.submit(2, read(0));
     assert!(matches!(refused, Err(SubmitError::Busy(_))));
@@ -231,13 +226,11 @@ fn a_fault_is_not_spent_on_what_was_not_taken() {
 fn operations_that_are_resumed_together_all_end() {
     let (base, _) = busy(1);
     let dev = ErrorDevice::new(None, base);
-    dev.inject(Injection {
-        op: Some(OpKind::Read),
-        failure: Failure::Hang,
-        count: 4,
-        range: None,
-        queue_depth: 0,
-    });
+    dev.inject(
+        Injection::new(Failure::Hang)
+            .op(Some(OpKind::Read))
+            .count(4),
+    );
     let mut ch = dev.open_channel().unwrap();
     for tag in 0..4 {
         ch.submit(tag, read(tag)).unwrap();
@@ -259,13 +252,11 @@ fn what_was_resumed_and_had_no_room_ends_before_a_reset() {
         let dev = ErrorDevice::new(None, Arc::clone(&base) as Dev);
         let mut ch = dev.open_channel().unwrap();
         ch.submit(0, read(0)).unwrap();
-        dev.inject(Injection {
-            op: Some(OpKind::Write),
-            failure: Failure::Hang,
-            count: 2,
-            range: None,
-            queue_depth: 0,
-        });
+        dev.inject(
+            Injection::new(Failure::Hang)
+                .op(Some(OpKind::Write))
+                .count(2),
+        );
         for tag in [1, 2] {
             ch.submit(tag, write(tag, 9)).unwrap();
         }

@@ -43,12 +43,9 @@ fn in_child(child: &str, case: &str) {
 /// Returns the image and the case of a child, or `None` in the parent.
 fn case() -> Option<(FileOptions, String)> {
     let dir = PathBuf::from(std::env::var_os("PUMICE_CONFINED")?);
-    let options = FileOptions {
-        path: dir.join("image"),
-        size: Some(8 << 20),
-        create: true,
-        ..FileOptions::default()
-    };
+    let options = FileOptions::new(dir.join("image"))
+        .size(Some(8 << 20))
+        .create(true);
     Some((options, std::env::var("PUMICE_CASE").unwrap()))
 }
 
@@ -215,11 +212,7 @@ fn child_without_fdatasync() {
         return;
     };
     for buffered in [false, true] {
-        let options = FileOptions {
-            no_io_uring: true,
-            buffered,
-            ..options.clone()
-        };
+        let options = options.clone().no_io_uring(true).buffered(buffered);
         // The device is opened again each time, because it remembers a failed flush.
         let try_it = |op: Op| {
             let dev = File::open(&options).unwrap();
@@ -350,19 +343,12 @@ fn child_with_a_failed_sync() {
     let Some((options, case)) = case() else {
         return;
     };
-    let options = FileOptions {
-        buffered: true,
-        no_io_uring: case == "threads",
-        ..options
-    };
+    let options = options.buffered(true).no_io_uring(case == "threads");
     let Some(host) = FullHost::new(&options.path) else {
         return;
     };
-    let options = FileOptions {
-        path: host.dir.join("mount/image"),
-        size: Some(32 << 20),
-        ..options
-    };
+    let mut options = options.size(Some(32 << 20));
+    options.path = host.dir.join("mount/image");
     let dev = File::open(&options).unwrap();
     let ch = AsyncChannel::new(dev.open_channel().unwrap());
     let other = AsyncChannel::new(dev.open_channel().unwrap());

@@ -22,10 +22,7 @@ fn malloc(size: &str) -> Arc<dyn BlockDevice> {
 fn malloc_conforms() {
     conformance::run(&*malloc("8M"));
     conformance::run(&*malloc("8M?block_size=4096"));
-    let odd = MallocOptions {
-        num_blocks: 3001,
-        ..MallocOptions::default()
-    };
+    let odd = MallocOptions::default().num_blocks(3001);
     conformance::run(&Malloc::new(&odd).unwrap());
 }
 
@@ -77,14 +74,11 @@ fn null_conforms() {
 fn file_conforms() {
     let dir = tempfile::tempdir_in(Path::new(env!("CARGO_TARGET_TMPDIR"))).unwrap();
     for (no_io_uring, buffered) in [(false, false), (false, true), (true, false)] {
-        let options = FileOptions {
-            path: dir.path().join("image"),
-            size: Some(8 << 20),
-            create: true,
-            no_io_uring,
-            buffered,
-            ..FileOptions::default()
-        };
+        let options = FileOptions::new(dir.path().join("image"))
+            .size(Some(8 << 20))
+            .create(true)
+            .no_io_uring(no_io_uring)
+            .buffered(buffered);
         conformance::run(&File::open(&options).unwrap());
     }
 }
@@ -92,10 +86,7 @@ fn file_conforms() {
 #[test]
 fn crashsim_conforms() {
     conformance::run(&CrashDevice::new(512, 8192, true, 1));
-    let in_order = CrashOptions {
-        reorder: false,
-        ..CrashOptions::default()
-    };
+    let in_order = CrashOptions::default().reorder(false);
     conformance::run(&CrashDevice::with_options(
         &in_order,
         CrashImage::zeroed(4 << 20),
@@ -110,12 +101,11 @@ fn passthru_conforms() {
 #[test]
 fn delay_conforms() {
     conformance::run(&Delay::new("D", malloc("4M"), Latencies::default()));
-    let slow = Latencies {
-        avg_read_us: 20,
-        p99_read_us: 300,
-        avg_write_us: 10,
-        p99_write_us: 200,
-    };
+    let slow = Latencies::default()
+        .avg_read_us(20)
+        .p99_read_us(300)
+        .avg_write_us(10)
+        .p99_write_us(200);
     conformance::run(&Delay::new("D", malloc("4M"), slow));
 }
 
@@ -197,10 +187,7 @@ fn a_stack_conforms() {
 #[test]
 fn a_stack_against_the_model_with_faults() {
     for seed in 0..20 {
-        let latencies = Latencies {
-            avg_write_us: seed % 3 * 5,
-            ..Latencies::default()
-        };
+        let latencies = Latencies::default().avg_write_us(seed % 3 * 5);
         let Stack { dev, legs } = stack(latencies);
         let kinds = [
             None,
@@ -216,22 +203,15 @@ fn a_stack_against_the_model_with_faults() {
                     Failure::NoMemory
                 };
                 let range = Some((seed * 37 + j as u64 * 100, 60));
-                leg.inject(Injection {
-                    op,
-                    failure,
-                    count: 5,
-                    range,
-                    queue_depth: 0,
-                });
+                leg.inject(Injection::new(failure).op(op).count(5).range(range));
             }
         }
-        let options = ModelOptions {
-            seed,
-            count: 600,
-            span_blocks: 6000,
-            depth: 16,
-            tolerate_errors: true,
-        };
+        let options = ModelOptions::default()
+            .seed(seed)
+            .count(600)
+            .span_blocks(6000)
+            .depth(16)
+            .tolerate_errors(true);
         conformance::against_model(&*dev, &options);
     }
 }
@@ -240,13 +220,12 @@ fn a_stack_against_the_model_with_faults() {
 fn a_fault_hits_what_it_names_and_no_more() {
     let dev = ErrorDevice::new(Some("E"), malloc("4M"));
     let ch = AsyncChannel::new(dev.open_channel().unwrap());
-    dev.inject(Injection {
-        op: Some(OpKind::Read),
-        failure: Failure::Fail,
-        count: 2,
-        range: Some((10, 5)),
-        queue_depth: 0,
-    });
+    dev.inject(
+        Injection::new(Failure::Fail)
+            .op(Some(OpKind::Read))
+            .count(2)
+            .range(Some((10, 5))),
+    );
     let read = |lba| ch.block_on(ch.read(lba, DmaBuf::zeroed(1024).unwrap()));
     assert!(read(0).is_ok());
     assert!(read(15).is_ok());
@@ -265,15 +244,12 @@ fn a_fault_hits_what_it_names_and_no_more() {
 fn corrupt_data_both_ways() {
     let dev = ErrorDevice::new(None, malloc("4M"));
     let ch = AsyncChannel::new(dev.open_channel().unwrap());
-    let corrupt = |op| Injection {
-        op: Some(op),
-        failure: Failure::Corrupt {
+    let corrupt = |op| {
+        Injection::new(Failure::Corrupt {
             offset: 100,
             value: 0xff,
-        },
-        count: 1,
-        range: None,
-        queue_depth: 0,
+        })
+        .op(Some(op))
     };
     dev.inject(corrupt(OpKind::Write));
     let data = DmaBuf::zeroed(512).unwrap().freeze();
@@ -297,13 +273,11 @@ fn corrupt_data_both_ways() {
     assert_eq!(back[100], 0, "0xff with 0xff");
     // The byte of a read in parts is counted through all of them.
     let bufs = [0, 1].map(|_| DmaBuf::zeroed(512).unwrap()).into();
-    let far = Injection {
-        failure: Failure::Corrupt {
-            offset: 612,
-            value: 1,
-        },
-        ..corrupt(OpKind::Read)
-    };
+    let far = Injection::new(Failure::Corrupt {
+        offset: 612,
+        value: 1,
+    })
+    .op(Some(OpKind::Read));
     dev.replace(far);
     let (op, result) = ch.block_on(ch.io(Op::ReadV { lba: 8, bufs }));
     result.unwrap();
@@ -313,10 +287,7 @@ fn corrupt_data_both_ways() {
     assert!(bufs[0].iter().all(|b| *b == 0));
     assert_eq!(bufs[1].iter().position(|b| *b != 0), Some(100));
     // A fault that corrupts data leaves operations without data alone, and stays in the list.
-    dev.inject(Injection {
-        op: None,
-        ..corrupt(OpKind::Read)
-    });
+    dev.inject(corrupt(OpKind::Read).op(None));
     ch.block_on(ch.flush()).unwrap();
     assert_eq!(dev.injections().len(), 1);
 }
@@ -324,13 +295,7 @@ fn corrupt_data_both_ways() {
 #[test]
 fn a_fault_in_place_of_another() {
     let dev = ErrorDevice::new(None, malloc("4M"));
-    let of = |op, count| Injection {
-        op,
-        failure: Failure::Fail,
-        count,
-        range: None,
-        queue_depth: 0,
-    };
+    let of = |op, count| Injection::new(Failure::Fail).op(op).count(count);
     dev.replace(of(Some(OpKind::Read), 3));
     dev.replace(of(Some(OpKind::Write), 2));
     dev.replace(of(Some(OpKind::Read), 1));
@@ -367,13 +332,7 @@ fn a_device_larger_than_memory_fails_its_writes_and_lives_on() {
 #[test]
 fn hang_resume_reset_abort() {
     let dev = ErrorDevice::new(None, malloc("4M"));
-    let hang = Injection {
-        op: Some(OpKind::Read),
-        failure: Failure::Hang,
-        count: 1,
-        range: None,
-        queue_depth: 0,
-    };
+    let hang = Injection::new(Failure::Hang).op(Some(OpKind::Read));
     let mut ch = dev.open_channel().unwrap();
     let mut out = Vec::new();
     let read = || Op::Read {
@@ -413,11 +372,7 @@ fn hang_resume_reset_abort() {
 
 #[test]
 fn delays_are_kept() {
-    let slow = Latencies {
-        avg_read_us: 3000,
-        p99_read_us: 3000,
-        ..Latencies::default()
-    };
+    let slow = Latencies::default().avg_read_us(3000).p99_read_us(3000);
     let dev = Delay::new("D", malloc("4M"), slow);
     let ch = AsyncChannel::new(dev.open_channel().unwrap());
     let start = std::time::Instant::now();
@@ -430,11 +385,7 @@ fn delays_are_kept() {
 #[test]
 fn reads_and_writes_have_each_their_tail() {
     // The kinds alternate strictly, which must not give one of them all the tails.
-    let tails = Latencies {
-        p99_read_us: 2000,
-        p99_write_us: 3000,
-        ..Latencies::default()
-    };
+    let tails = Latencies::default().p99_read_us(2000).p99_write_us(3000);
     let dev = Delay::new("D", malloc("4M"), tails);
     let ch = AsyncChannel::new(dev.open_channel().unwrap());
     let (mut reads, mut writes) = (0, 0);

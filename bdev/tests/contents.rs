@@ -18,6 +18,7 @@ use pumice_bdev::split::Split;
 use pumice_bdev::{
     AsyncChannel, BdevError, BlockDevice, DmaBuf, OpKind, OpenOptions, file_uri, open, open_with,
 };
+use pumice_confine::{small_tmpfs, with_small_tmpfs};
 
 const MIB: u64 = 1 << 20;
 
@@ -121,13 +122,12 @@ fn what_cannot_be_read_counts_as_in_use() {
     for lba in [0, 3000, 4095] {
         let base = open("malloc://16M?block_size=4096").unwrap();
         let dev = ErrorDevice::new(None, base);
-        dev.inject(Injection {
-            op: Some(OpKind::Read),
-            failure: Failure::Fail,
-            count: u64::MAX,
-            range: Some((lba, 1)),
-            queue_depth: 0,
-        });
+        dev.inject(
+            Injection::new(Failure::Fail)
+                .op(Some(OpKind::Read))
+                .count(u64::MAX)
+                .range(Some((lba, 1))),
+        );
         assert!(
             matches!(examine(&dev), Contents::Unknown(_)),
             "block {lba}: {:?}",
@@ -404,29 +404,21 @@ fn growing_takes_only_what_is_ours_and_can_be_done_again() {
 
 #[test]
 fn a_failed_preallocation_leaves_nothing() {
-    // A small tmpfs in a mount namespace of the child is a full disk for every user.
     let dir = dir();
-    let script = "mount -t tmpfs -o size=8m none \"$PUMICE_SMALL\" || exit 77
-        exec \"$0\" --exact --nocapture preallocation_on_a_small_disk";
-    let status = Command::new("unshare")
-        .args(["-rm", "sh", "-c", script])
-        .arg(std::env::current_exe().unwrap())
-        .env("PUMICE_SMALL", dir.path())
-        .status();
-    match status {
-        Ok(status) if status.success() => {}
-        Ok(status) if status.code() == Some(77) => eprintln!("skipped: tmpfs cannot be mounted"),
-        Ok(status) => panic!("{status}"),
-        Err(e) => eprintln!("skipped: no unshare here ({e})"),
-    }
+    with_small_tmpfs(
+        "a_failed_preallocation_leaves_nothing",
+        "8m",
+        dir.path(),
+        "preallocation_on_a_small_disk",
+    );
 }
 
 #[test]
 fn preallocation_on_a_small_disk() {
-    let Some(dir) = std::env::var_os("PUMICE_SMALL") else {
+    let Some(dir) = small_tmpfs() else {
         return;
     };
-    let path = PathBuf::from(&dir).join("image");
+    let path = dir.join("image");
     for how in ["falloc", "full"] {
         let uri = format!("{}?size=64M&create=1&prealloc={how}", file_uri(&path));
         for _ in 0..2 {

@@ -28,11 +28,7 @@ fn stacks() -> Vec<(&'static str, usize, Build)> {
             Arc::new(Passthru::new("P", d[0].clone()))
         }),
         ("delay", 1, |d| {
-            let slow = Latencies {
-                avg_write_us: 3,
-                p99_write_us: 50,
-                ..Latencies::default()
-            };
+            let slow = Latencies::default().avg_write_us(3).p99_write_us(50);
             Arc::new(Delay::new("D", d[0].clone(), slow))
         }),
         ("error", 1, |d| {
@@ -77,13 +73,7 @@ fn a_stripe_remembers_the_failed_flush_of_one_leg() {
     let ch = AsyncChannel::new(raid.open_channel().unwrap());
     let other = AsyncChannel::new(raid.open_channel().unwrap());
     let inject = |failure| {
-        failing.inject(Injection {
-            op: Some(OpKind::Flush),
-            failure,
-            count: 1,
-            range: None,
-            queue_depth: 0,
-        });
+        failing.inject(Injection::new(failure).op(Some(OpKind::Flush)));
     };
     // A flush that was not carried out has lost nothing.
     inject(Failure::NoMemory);
@@ -108,13 +98,7 @@ fn a_stripe_remembers_a_failed_flush_beside_one_that_passes() {
     ] {
         let legs = failures.map(|failure| {
             let leg = ErrorDevice::new(None, pumice_bdev::open("malloc://1M").unwrap());
-            leg.inject(Injection {
-                op: Some(OpKind::Flush),
-                failure,
-                count: 1,
-                range: None,
-                queue_depth: 0,
-            });
+            leg.inject(Injection::new(failure).op(Some(OpKind::Flush)));
             Arc::new(leg) as Dev
         });
         let raid = Raid0::new("R", legs.to_vec(), 4, None).unwrap();
@@ -243,10 +227,7 @@ fn a_stripe_with_one_cache_is_flushed() {
 #[test]
 fn a_stripe_promises_what_every_leg_does() {
     let disk = |unmap_zeroes| {
-        let options = CrashOptions {
-            unmap_zeroes,
-            ..CrashOptions::default()
-        };
+        let options = CrashOptions::default().unmap_zeroes(unmap_zeroes);
         Arc::new(CrashDevice::with_options(
             &options,
             CrashImage::zeroed(DISK * 512),
@@ -304,10 +285,7 @@ fn what_a_base_cannot_do_durably_is_not_promised_above() {
 /// A part that begins inside of a group of blocks that its base writes whole promises no such groups.
 #[test]
 fn a_part_promises_what_its_base_writes_whole() {
-    let options = CrashOptions {
-        tear_bytes: 4096,
-        ..CrashOptions::default()
-    };
+    let options = CrashOptions::default().tear_bytes(4096);
     for (blocks, groups) in [(85, [8, 1, 1]), (88, [8, 8, 8])] {
         let image = CrashImage::zeroed(3 * blocks * BS as u64);
         let disk: Dev = Arc::new(CrashDevice::with_options(&options, image));

@@ -3,13 +3,13 @@
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
-use std::process::Command;
 use std::sync::Arc;
 
 use pumice_bdev::file::{File, FileOptions, Prealloc, lock_unused};
 use pumice_bdev::{
     AsyncChannel, BdevError, BlockDevice, DmaBuf, DmaSlice, IoErrorKind, Op, OpKind, open,
 };
+use pumice_confine::{small_tmpfs, with_small_tmpfs};
 
 struct Image {
     dir: tempfile::TempDir,
@@ -30,12 +30,9 @@ impl Image {
     }
 
     fn options(&self) -> FileOptions {
-        FileOptions {
-            path: self.path(),
-            size: Some(8 << 20),
-            create: true,
-            ..FileOptions::default()
-        }
+        FileOptions::new(self.path())
+            .size(Some(8 << 20))
+            .create(true)
     }
 
     fn uri(&self, rest: &str) -> String {
@@ -60,20 +57,9 @@ fn variants(image: &Image) -> Vec<FileOptions> {
     let base = image.options();
     vec![
         base.clone(),
-        FileOptions {
-            buffered: true,
-            ..base.clone()
-        },
-        FileOptions {
-            no_io_uring: true,
-            ..base.clone()
-        },
-        FileOptions {
-            no_io_uring: true,
-            buffered: true,
-            block_size: Some(4096),
-            ..base
-        },
+        base.clone().buffered(true),
+        base.clone().no_io_uring(true),
+        base.no_io_uring(true).buffered(true).block_size(Some(4096)),
     ]
 }
 
@@ -237,12 +223,11 @@ fn a_new_image_has_the_size_and_the_blocks_that_were_asked_for() {
         (Prealloc::Full, 2 << 20),
     ] {
         let image = Image::new();
-        let options = FileOptions {
-            size: Some(2 << 20),
-            block_size: Some(4096),
-            prealloc,
-            ..image.options()
-        };
+        let options = image
+            .options()
+            .size(Some(2 << 20))
+            .block_size(Some(4096))
+            .prealloc(prealloc);
         let dev = File::open(&options).unwrap();
         assert_eq!(dev.info().num_blocks, 512);
         assert_eq!(dev.info().block_size, 4096);
@@ -359,40 +344,31 @@ fn buffers_in_flight_at_drop_wait_for_the_kernel() {
 
 #[test]
 fn no_space_is_an_error_with_the_place() {
-    // A small tmpfs in a mount namespace of the child is a full disk for every user.
     let image = Image::new();
-    let script = "mount -t tmpfs -o size=1m none \"$PUMICE_FULL\" || exit 77
-        exec \"$0\" --exact --nocapture writer_on_a_full_disk";
-    let status = Command::new("unshare")
-        .args(["-rm", "sh", "-c", script])
-        .arg(std::env::current_exe().unwrap())
-        .env("PUMICE_FULL", image.dir.path())
-        .status();
-    match status {
-        Ok(status) if status.success() => {}
-        Ok(status) if status.code() == Some(77) => eprintln!("skipped: tmpfs cannot be mounted"),
-        Ok(status) => panic!("{status}"),
-        Err(e) => eprintln!("skipped: no unshare here ({e})"),
-    }
+    with_small_tmpfs(
+        "no_space_is_an_error_with_the_place",
+        "1m",
+        image.dir.path(),
+        "writer_on_a_full_disk",
+    );
 }
 
 #[test]
 fn writer_on_a_full_disk() {
-    let Some(dir) = std::env::var_os("PUMICE_FULL") else {
+    let Some(dir) = small_tmpfs() else {
         return;
     };
     for no_io_uring in [false, true] {
         // This file system cannot zero a range, so zeroes allocate their space now. A later write
         // must not find the disk full.
-        let path = PathBuf::from(&dir).join("zeroes");
-        let _ = fs::remove_file(PathBuf::from(&dir).join("image"));
-        let dev = File::open(&FileOptions {
-            path: path.clone(),
-            size: Some(512 << 10),
-            create: true,
-            no_io_uring,
-            ..FileOptions::default()
-        })
+        let path = dir.join("zeroes");
+        let _ = fs::remove_file(dir.join("image"));
+        let dev = File::open(
+            &FileOptions::new(path.clone())
+                .size(Some(512 << 10))
+                .create(true)
+                .no_io_uring(no_io_uring),
+        )
         .unwrap();
         let ch = channel(&dev);
         ch.block_on(ch.write_zeroes(0, 512, true)).unwrap();
@@ -400,13 +376,12 @@ fn writer_on_a_full_disk() {
         drop((ch, dev));
         fs::remove_file(path).unwrap();
 
-        let dev = File::open(&FileOptions {
-            path: PathBuf::from(&dir).join("image"),
-            size: Some(8 << 20),
-            create: true,
-            no_io_uring,
-            ..FileOptions::default()
-        })
+        let dev = File::open(
+            &FileOptions::new(dir.join("image"))
+                .size(Some(8 << 20))
+                .create(true)
+                .no_io_uring(no_io_uring),
+        )
         .unwrap();
         let ch = channel(&dev);
         let results = ch.block_on(async {

@@ -54,12 +54,11 @@ fn flush_and_fua_reach_the_disk() {
     };
     assert!(Path::new(&disk.device).exists());
     for (no_io_uring, buffered) in [(false, false), (false, true), (true, false), (true, true)] {
-        let dev = File::open(&FileOptions {
-            path: disk.device.clone().into(),
-            no_io_uring,
-            buffered,
-            ..FileOptions::default()
-        })
+        let dev = File::open(
+            &FileOptions::new(disk.device.clone())
+                .no_io_uring(no_io_uring)
+                .buffered(buffered),
+        )
         .unwrap();
         if !dev.info().write_cache {
             return eprintln!("skipped: the loop device has no cache to flush");

@@ -110,13 +110,7 @@ fn an_inherited_device_refuses_and_is_dropped_without_harm() {
 fn a_child_drops_shared_channels_with_a_batch_in_flight() {
     let base = open("malloc://4M").unwrap();
     let dev = Arc::new(ErrorDevice::new(None, base));
-    dev.inject(Injection {
-        op: Some(OpKind::Read),
-        failure: Failure::Hang,
-        count: 1,
-        range: None,
-        queue_depth: 0,
-    });
+    dev.inject(Injection::new(Failure::Hang).op(Some(OpKind::Read)));
     let shared = SharedChannels::new(&(Arc::clone(&dev) as Arc<dyn BlockDevice>), 2).unwrap();
     let buf = DmaBuf::new(4096).unwrap();
     let ticket = shared.submit(vec![Op::Read { lba: 0, buf }], |_| {});

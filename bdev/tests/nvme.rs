@@ -245,7 +245,7 @@ fn attach_names_every_namespace_and_detach_takes_them_away() {
     let names = app.call("bdev_nvme_attach_controller", &params).unwrap();
     assert_eq!(names, json!(["Nvme0n1", "Nvme0n2"]));
     let e = app.registry.open("Nvme0").unwrap_err().to_string();
-    assert_eq!(e, "no bdev `Nvme0`; did you mean `Nvme0n1`?");
+    assert_eq!(e, "there is no bdev `Nvme0`; did you mean `Nvme0n1`?");
     pumice_bdev_testkit::conformance::run(&*app.registry.open("Nvme0n2").unwrap());
     let list = app.call("bdev_nvme_get_controllers", &json!({})).unwrap();
     assert_eq!(list[0]["ctrlrs"][0]["state"], "enabled");

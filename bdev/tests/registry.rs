@@ -19,11 +19,9 @@ use pumice_bdev::{
 };
 
 fn malloc(registry: &Registry, name: &str) {
-    let options = MallocOptions {
-        name: Some(name.to_owned()),
-        num_blocks: 8192,
-        ..MallocOptions::default()
-    };
+    let options = MallocOptions::default()
+        .name(Some(name.to_owned()))
+        .num_blocks(8192);
     registry
         .register(Arc::new(Malloc::new(&options).unwrap()), Vec::new())
         .unwrap();
@@ -44,13 +42,16 @@ fn a_registered_device_conforms() {
 fn names_aliases_uuids_uris() {
     let registry = Registry::new();
     let e = registry.open("M").unwrap_err().to_string();
-    assert_eq!(e, "no bdev `M`: no bdevs configured: pass --json or a URI");
+    assert_eq!(
+        e,
+        "there is no bdev `M`: no bdevs configured: pass --json or a URI"
+    );
     malloc(&registry, "Malloc0");
     let dev = registry.open("Malloc0").unwrap();
     let uuid = pumice_bdev::uuid::format(&dev.info().uuid);
     assert_eq!(registry.open(&uuid).unwrap().info().name, "Malloc0");
     let e = registry.open("Malloc").unwrap_err().to_string();
-    assert_eq!(e, "no bdev `Malloc`; did you mean `Malloc0`?");
+    assert_eq!(e, "there is no bdev `Malloc`; did you mean `Malloc0`?");
     let other = registry.open("malloc://1M?name=Other").unwrap();
     assert_eq!(other.info().name, "Other");
     assert!(matches!(
@@ -337,13 +338,7 @@ fn late_operations_are_aborted_or_reset() {
             .register(Arc::clone(&error) as Arc<dyn BlockDevice>, vec!["M".into()])
             .unwrap();
         registry.set_timeout(Duration::from_millis(5), action);
-        error.inject(Injection {
-            op: None,
-            failure: Failure::Hang,
-            count: 1,
-            range: None,
-            queue_depth: 0,
-        });
+        error.inject(Injection::new(Failure::Hang));
         let ch = AsyncChannel::new(registry.open("EE_M").unwrap().open_channel().unwrap());
         let e = ch
             .block_on(ch.read(0, DmaBuf::new(512).unwrap()))
@@ -373,11 +368,7 @@ fn tower(registry: &Registry) -> Vec<Arc<ErrorDevice>> {
     registry
         .register(Arc::new(raid), vec!["E0".into(), "E1".into()])
         .unwrap();
-    let slow = Latencies {
-        avg_read_us: 50,
-        p99_read_us: 500,
-        ..Latencies::default()
-    };
+    let slow = Latencies::default().avg_read_us(50).p99_read_us(500);
     let delay = Delay::new("D", claim(registry, "R", "D"), slow);
     registry
         .register(Arc::new(delay), vec!["R".into()])
@@ -401,13 +392,12 @@ fn removal_under_load_at_every_layer() {
         registry.listen(move |e| heard.lock().unwrap().push(e.clone()));
         // Some operations hang below, and the removal must end them too.
         for error in &errors {
-            error.inject(Injection {
-                op: Some(OpKind::Read),
-                failure: Failure::Hang,
-                count: 3,
-                range: None,
-                queue_depth: 4,
-            });
+            error.inject(
+                Injection::new(Failure::Hang)
+                    .op(Some(OpKind::Read))
+                    .count(3)
+                    .queue_depth(4),
+            );
         }
         let dev = registry.open("D").unwrap();
         let (submitted, ended) = (AtomicU64::new(0), AtomicU64::new(0));
@@ -497,12 +487,10 @@ fn a_removed_device_refuses_politely() {
 fn two_devices_with_one_uuid() {
     let registry = Registry::new();
     let device = |name: &str| {
-        let options = MallocOptions {
-            name: Some(name.to_owned()),
-            num_blocks: 8,
-            uuid: Some([7; 16]),
-            ..MallocOptions::default()
-        };
+        let options = MallocOptions::default()
+            .name(Some(name.to_owned()))
+            .num_blocks(8)
+            .uuid(Some([7; 16]));
         Arc::new(Malloc::new(&options).unwrap())
     };
     registry.register(device("A"), Vec::new()).unwrap();

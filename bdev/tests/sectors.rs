@@ -57,14 +57,11 @@ fn a_full_image_may_end_within_a_sector() {
     ] {
         for prealloc in [Prealloc::Off, Prealloc::Falloc, Prealloc::Full] {
             let name = format!("{block_size}-{size}-{prealloc:?}");
-            let options = FileOptions {
-                path: disk.path(&name),
-                size: Some(size),
-                create: true,
-                block_size: Some(block_size),
-                prealloc,
-                ..FileOptions::default()
-            };
+            let options = FileOptions::new(disk.path(&name))
+                .size(Some(size))
+                .create(true)
+                .block_size(Some(block_size))
+                .prealloc(prealloc);
             let dev = File::open(&options).unwrap_or_else(|e| panic!("{name}: {e}"));
             assert_eq!(dev.info().len_bytes(), size, "{name}");
             assert_eq!(options.path.metadata().unwrap().len(), size, "{name}");

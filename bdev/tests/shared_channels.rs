@@ -15,13 +15,7 @@ use pumice_bdev::{
 #[test]
 fn a_batch_is_done_when_its_completion_has_returned() {
     let device = Arc::new(ErrorDevice::new(None, open("malloc://1M").unwrap()));
-    device.inject(Injection {
-        op: Some(OpKind::Flush),
-        failure: Failure::Hang,
-        count: 1,
-        range: None,
-        queue_depth: 0,
-    });
+    device.inject(Injection::new(Failure::Hang).op(Some(OpKind::Flush)));
     let dev = Arc::clone(&device) as Arc<dyn BlockDevice>;
     let shared = Arc::new(SharedChannels::new(&dev, 1).unwrap());
     let ended = Arc::new(AtomicBool::new(false));

@@ -130,10 +130,7 @@ fn null_like() -> (Blobstore, Arc<dyn BlockDevice>) {
 
 fn io() {
     let (store, _) = null_like();
-    let opts = CreateOptions {
-        num_clusters: 32,
-        ..CreateOptions::default()
-    };
+    let opts = CreateOptions::default().num_clusters(32);
     let blob = store
         .open(store.create(&opts).expect("creates"))
         .expect("opens");
@@ -213,11 +210,9 @@ fn create_and_delete() {
 
 fn load() {
     let dev = pumice_bdev::open("malloc://2G?block_size=4096").expect("opens");
-    let opts = InitOptions {
-        cluster_size: 8192,
-        md_pages: Some(210_000),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default()
+        .cluster_size(8192)
+        .md_pages(Some(210_000));
     let store = Blobstore::init(dev.clone(), &opts).expect("a store");
     let n = 100_000;
     let start = Instant::now();
@@ -228,11 +223,11 @@ fn load() {
         ];
         let num_clusters = u64::from(i % 2 == 0);
         store
-            .create(&CreateOptions {
-                num_clusters,
-                xattrs,
-                ..CreateOptions::default()
-            })
+            .create(
+                &CreateOptions::default()
+                    .num_clusters(num_clusters)
+                    .xattrs(xattrs),
+            )
             .expect("creates");
     }
     println!(
@@ -265,19 +260,14 @@ fn load() {
 
 fn snapshots() {
     let dev = pumice_bdev::open("malloc://4G?block_size=4096").expect("opens");
-    let opts = InitOptions {
-        cluster_size: 8192,
-        md_pages: Some(8000),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default()
+        .cluster_size(8192)
+        .md_pages(Some(8000));
     let store = Blobstore::init(dev, &opts).expect("a store");
     for clusters in [1u64, 100, 1000, 10_000, 100_000, 300_000] {
         let mut times = Vec::new();
         for _ in 0..5 {
-            let opts = CreateOptions {
-                num_clusters: clusters,
-                ..CreateOptions::default()
-            };
+            let opts = CreateOptions::default().num_clusters(clusters);
             let id = store.create(&opts).expect("creates");
             let start = Instant::now();
             let snapshot = store.snapshot(id, &[]).expect("snapshots");

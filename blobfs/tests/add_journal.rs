@@ -186,13 +186,7 @@ fn a_device_that_fails_anywhere_keeps_the_files() {
         };
         for (failure, count) in [(nothing, skipped), (Failure::Fail, u64::MAX)] {
             if count > 0 {
-                dev.inject(Injection {
-                    op: Some(OpKind::Write),
-                    failure,
-                    count,
-                    range: None,
-                    queue_depth: 0,
-                });
+                dev.inject(Injection::new(failure).op(Some(OpKind::Write)).count(count));
             }
         }
         let added = store.add_journal(256 << 10);

@@ -13,10 +13,7 @@ use pumice_blobfs::blobstore::{
 const CLUSTER: u64 = 16384;
 
 fn store(len: u64) -> Blobstore {
-    let opts = InitOptions {
-        cluster_size: 16384,
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default().cluster_size(16384);
     Blobstore::init(memory(len, 4096), &opts).unwrap()
 }
 
@@ -36,18 +33,13 @@ fn reload(store: Blobstore) -> Blobstore {
 }
 
 fn thick(num_clusters: u64) -> CreateOptions {
-    CreateOptions {
-        num_clusters,
-        ..CreateOptions::default()
-    }
+    CreateOptions::default().num_clusters(num_clusters)
 }
 
 fn thin(num_clusters: u64) -> CreateOptions {
-    CreateOptions {
-        num_clusters,
-        thin: true,
-        ..CreateOptions::default()
-    }
+    CreateOptions::default()
+        .num_clusters(num_clusters)
+        .thin(true)
 }
 
 #[test]
@@ -59,12 +51,10 @@ fn a_store_of_each_geometry_loads_again() {
         (12288, 4096, Some(40_000)),
     ] {
         let dev = memory(256 << 20, block_size);
-        let opts = InitOptions {
-            cluster_size,
-            md_pages,
-            bstype: BsType::LVOLSTORE,
-            ..InitOptions::default()
-        };
+        let opts = InitOptions::default()
+            .cluster_size(cluster_size)
+            .md_pages(md_pages)
+            .bstype(BsType::LVOLSTORE);
         let store = Blobstore::init(dev.clone(), &opts).unwrap();
         assert_eq!(store.cluster_size(), u64::from(cluster_size));
         assert_eq!(store.io_unit_size(), block_size);
@@ -88,25 +78,16 @@ fn a_store_of_each_geometry_loads_again() {
         Err(Error::InvalidInput(_) | Error::Geometry { .. })
     ));
     // By default clusters of one page have room beside the metadata pages.
-    let opts = InitOptions {
-        cluster_size: 4096,
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default().cluster_size(4096);
     let store = Blobstore::init(memory(1 << 24, 512), &opts).unwrap();
     assert_eq!(store.md_pages().total, 1024);
     assert!(store.free_clusters() > 3000);
-    let opts = InitOptions {
-        md_pages: Some(4096),
-        ..opts
-    };
+    let opts = opts.md_pages(Some(4096));
     let error = Blobstore::init(memory(1 << 24, 512), &opts)
         .unwrap_err()
         .to_string();
     assert!(error.contains("md_pages"), "{error}");
-    let opts = InitOptions {
-        cluster_size: 5000,
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default().cluster_size(5000);
     assert!(matches!(
         Blobstore::init(memory(1 << 24, 512), &opts),
         Err(Error::InvalidInput(_))
@@ -155,10 +136,7 @@ fn xattrs_large_small_and_many() {
 fn sizes_up_and_down() {
     for extent_table in [true, false] {
         let store = store(64 << 20);
-        let opts = CreateOptions {
-            extent_table,
-            ..thick(0)
-        };
+        let opts = thick(0).extent_table(extent_table);
         let id = store.create(&opts).unwrap();
         let blob = store.open(id).unwrap();
         let free = store.free_clusters();
@@ -196,10 +174,7 @@ fn new_clusters_never_show_old_bytes() {
         let store = store(8 << 20);
         let all = store.free_clusters();
         let old = store
-            .create(&CreateOptions {
-                clear_method,
-                ..thick(all)
-            })
+            .create(&thick(all).clear_method(clear_method))
             .unwrap();
         let blob = store.open(old).unwrap();
         for index in 0..all {
@@ -216,10 +191,7 @@ fn new_clusters_never_show_old_bytes() {
         assert_eq!(whole(&blob).iter().filter(|byte| **byte != 0).count(), 4096);
         assert!(whole(&blob).iter().all(|byte| *byte != 0xee));
         // A caller who writes everything can do without the clearing.
-        let opts = CreateOptions {
-            init: ClusterInit::CallerWrites,
-            ..thick(2)
-        };
+        let opts = thick(2).init(ClusterInit::CallerWrites);
         let blob = store.open(store.create(&opts).unwrap()).unwrap();
         assert_eq!(
             whole(&blob).contains(&0xee),
@@ -230,11 +202,9 @@ fn new_clusters_never_show_old_bytes() {
 
 #[test]
 fn exhaustion_leaves_everything_as_it_was() {
-    let opts = InitOptions {
-        cluster_size: 16384,
-        md_pages: Some(12),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default()
+        .cluster_size(16384)
+        .md_pages(Some(12));
     let store = Blobstore::init(memory(4 << 20, 4096), &opts).unwrap();
     let free = store.free_clusters();
     assert!(matches!(
@@ -501,10 +471,7 @@ fn the_super_blob_is_kept() {
 fn unmapping_spans_pages_of_the_map() {
     for extent_table in [true, false] {
         let store = store(8 << 20);
-        let opts = CreateOptions {
-            extent_table,
-            ..thin(2500)
-        };
+        let opts = thin(2500).extent_table(extent_table);
         let id = store.create(&opts).unwrap();
         let blob = store.open(id).unwrap();
         let written = [0, 900, 1019, 1020, 1500, 2039, 2040, 2499];

@@ -93,10 +93,7 @@ fn syncs_of_different_files_are_in_flight_together() {
 
 fn held_store() -> (Arc<ErrorDevice>, Blobstore) {
     let dev = Arc::new(ErrorDevice::new(None, memory(8 << 20, 4096)));
-    let opts = InitOptions {
-        cluster_size: 16384,
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default().cluster_size(16384);
     let store = Blobstore::init(dev.clone(), &opts).unwrap();
     // The mark of a store that is not clean is written with the first change.
     store.create(&CreateOptions::default()).unwrap();
@@ -106,13 +103,14 @@ fn held_store() -> (Arc<ErrorDevice>, Blobstore) {
 /// Makes the next write of a blob's root hang.
 fn hang_root(dev: &ErrorDevice, store: &Blobstore, id: BlobId) {
     let root = id.0 & u64::from(u32::MAX);
-    dev.inject(Injection {
-        op: Some(OpKind::Write),
-        failure: Failure::Hang,
-        count: 1,
-        range: Some((u64::from(store.super_block().md_start.get()) + root, 1)),
-        queue_depth: 0,
-    });
+    dev.inject(
+        Injection::new(Failure::Hang)
+            .op(Some(OpKind::Write))
+            .range(Some((
+                u64::from(store.super_block().md_start.get()) + root,
+                1,
+            ))),
+    );
 }
 
 fn set(store: &Blobstore, id: BlobId, value: &[u8]) -> Result<(), Error> {
@@ -207,13 +205,12 @@ fn changes_of_xattrs_wait_for_a_sync_that_succeeds() {
     let blob = store.open(id).unwrap();
     blob.set_xattr("a", b"1").unwrap();
     let root = u64::from(store.super_block().md_start.get()) + (id.0 & u64::from(u32::MAX));
-    dev.inject(Injection {
-        op: Some(OpKind::Write),
-        failure: Failure::Fail,
-        count: u64::MAX,
-        range: Some((root, 1)),
-        queue_depth: 0,
-    });
+    dev.inject(
+        Injection::new(Failure::Fail)
+            .op(Some(OpKind::Write))
+            .count(u64::MAX)
+            .range(Some((root, 1))),
+    );
     blob.sync_md().unwrap_err();
     dev.clear();
     assert_eq!(blob.xattr("a"), Some(b"1".to_vec()));
@@ -249,11 +246,9 @@ fn a_removal_that_waits_may_find_nothing_to_remove() {
 #[test]
 fn what_a_change_frees_is_nobodys_before_it_is_durable() {
     let (dev, store) = held_store();
-    let opts = CreateOptions {
-        num_clusters: 3,
-        clear_method: ClearMethod::None,
-        ..CreateOptions::default()
-    };
+    let opts = CreateOptions::default()
+        .num_clusters(3)
+        .clear_method(ClearMethod::None);
     let gone = store.create(&opts).unwrap();
     let clusters = |blob: &Blob| -> Vec<u64> {
         let map = blob.extents();
@@ -382,12 +377,14 @@ fn work(store: &Blobstore, dev: &CrashDevice, thread: u64, seed: u64, steps: usi
                     ("owner".to_owned(), vec![u8::try_from(thread).unwrap()]),
                     ("n".to_owned(), wanted.0.to_le_bytes().to_vec()),
                 ];
-                new = Some(change.create(CreateOptions {
-                    num_clusters: wanted.1,
-                    xattrs,
-                    clear_method: ClearMethod::None,
-                    ..CreateOptions::default()
-                }));
+                new = Some(
+                    change.create(
+                        CreateOptions::default()
+                            .num_clusters(wanted.1)
+                            .xattrs(xattrs)
+                            .clear_method(ClearMethod::None),
+                    ),
+                );
                 if let Some(old) = old {
                     change.delete(old);
                 }
@@ -443,11 +440,7 @@ fn allowed(steps: &[Step], acknowledged: usize) -> Vec<Option<Shape>> {
 /// Compares a device after a cut with what the threads know.
 fn hold_against(image: &CrashImage, histories: &[Vec<Step>], acknowledged: &[usize], what: &str) {
     strict::parse_of(&image.to_vec(), what);
-    let options = CrashOptions {
-        block_size: 4096,
-        tear_bytes: 4096,
-        ..CrashOptions::default()
-    };
+    let options = CrashOptions::default().block_size(4096).tear_bytes(4096);
     let dev: Arc<dyn BlockDevice> = Arc::new(CrashDevice::with_options(&options, image.clone()));
     let report = check(&dev).unwrap_or_else(|error| panic!("{what}: {error}"));
     let worse = |severity| severity != Severity::Note;
@@ -509,20 +502,16 @@ fn threads_faults_and_power_cuts() {
     let mut states = 0;
     for seed in seeds {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let options = CrashOptions {
-            block_size: 4096,
-            write_cache: seed % 3 != 0,
-            fua: seed % 3 == 1,
-            seed,
-            tear_bytes: 4096,
-            ..CrashOptions::default()
-        };
+        let options = CrashOptions::default()
+            .block_size(4096)
+            .write_cache(seed % 3 != 0)
+            .fua(seed % 3 == 1)
+            .seed(seed)
+            .tear_bytes(4096);
         let base = CrashDevice::with_options(&options, CrashImage::zeroed(2 << 20));
-        let opts = InitOptions {
-            cluster_size: 16384,
-            md_pages: Some(64),
-            ..InitOptions::default()
-        };
+        let opts = InitOptions::default()
+            .cluster_size(16384)
+            .md_pages(Some(64));
         Blobstore::init(Arc::new(base.clone()), &opts)
             .and_then(|store| store.unload())
             .unwrap();

@@ -23,19 +23,14 @@ fn store(len: u64) -> (Arc<dyn BlockDevice>, Blobstore) {
 }
 
 fn init(dev: &Arc<dyn BlockDevice>) -> Blobstore {
-    let opts = InitOptions {
-        cluster_size: 16384,
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default().cluster_size(16384);
     Blobstore::init(Arc::clone(dev), &opts).unwrap()
 }
 
 fn thin(store: &Blobstore, num_clusters: u64) -> Blob {
-    let opts = CreateOptions {
-        num_clusters,
-        thin: true,
-        ..CreateOptions::default()
-    };
+    let opts = CreateOptions::default()
+        .num_clusters(num_clusters)
+        .thin(true);
     store.open(store.create(&opts).unwrap()).unwrap()
 }
 
@@ -224,13 +219,11 @@ fn an_unload_that_fails_at_its_last_write() {
         let as_dyn: Arc<dyn BlockDevice> = dev.clone();
         let store = init(&as_dyn);
         drop(thin(&store, 3));
-        dev.inject(Injection {
-            op: Some(OpKind::Write),
-            failure: Failure::Fail,
-            count: 1,
-            range: Some((0, 1)),
-            queue_depth: 0,
-        });
+        dev.inject(
+            Injection::new(Failure::Fail)
+                .op(Some(OpKind::Write))
+                .range(Some((0, 1))),
+        );
         store.unload().unwrap_err();
         if at_device {
             // The device carried it out nevertheless.

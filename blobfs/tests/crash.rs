@@ -22,13 +22,11 @@ const CLUSTER: u64 = 8192;
 
 fn device(image: CrashImage, write_cache: bool, seed: u64) -> CrashDevice {
     // Metadata pages are written whole or not at all: this protocol does not cover torn ones.
-    let options = CrashOptions {
-        block_size: 4096,
-        write_cache,
-        seed,
-        tear_bytes: 4096,
-        ..CrashOptions::default()
-    };
+    let options = CrashOptions::default()
+        .block_size(4096)
+        .write_cache(write_cache)
+        .seed(seed)
+        .tear_bytes(4096);
     CrashDevice::with_options(&options, image)
 }
 
@@ -48,13 +46,11 @@ enum Ability {
 }
 
 fn able(image: CrashImage, write_cache: bool, seed: u64, ability: Ability) -> CrashDevice {
-    let mut options = CrashOptions {
-        block_size: 4096,
-        write_cache,
-        seed,
-        tear_bytes: 4096,
-        ..CrashOptions::default()
-    };
+    let mut options = CrashOptions::default()
+        .block_size(4096)
+        .write_cache(write_cache)
+        .seed(seed)
+        .tear_bytes(4096);
     match ability {
         Ability::Usual => {}
         Ability::NoFua => options.fua = false,
@@ -126,10 +122,7 @@ fn state_after_on(image: &CrashImage, allowed: &[&[String]], what: &str, ability
         cut_in_the_load(image, allowed, what, ability);
     }
     // It can be used.
-    let id = store.create(&CreateOptions {
-        num_clusters: 1,
-        ..CreateOptions::default()
-    });
+    let id = store.create(&CreateOptions::default().num_clusters(1));
     if let Ok(id) = id {
         let blob = store.open(id).unwrap();
         assert!(
@@ -178,11 +171,7 @@ fn setup(table: bool) -> (CrashImage, Vec<BlobId>) {
 }
 
 fn setup_on(dev: &CrashDevice, table: bool) -> (CrashImage, Vec<BlobId>) {
-    let opts = InitOptions {
-        cluster_size: 8192,
-        md_pages: Some(80),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default().cluster_size(8192).md_pages(Some(80));
     let store = Blobstore::init(Arc::new(dev.clone()), &opts).unwrap();
     let mut ids = Vec::new();
     for (num_clusters, thin) in [(3, false), (6, true), (530, true), (2, false)] {
@@ -190,13 +179,11 @@ fn setup_on(dev: &CrashDevice, table: bool) -> (CrashImage, Vec<BlobId>) {
             ("name".to_owned(), vec![b'x'; 40]),
             ("big".to_owned(), vec![7; 2500]),
         ];
-        let opts = CreateOptions {
-            num_clusters,
-            thin,
-            xattrs,
-            extent_table: table,
-            ..CreateOptions::default()
-        };
+        let opts = CreateOptions::default()
+            .num_clusters(num_clusters)
+            .thin(thin)
+            .xattrs(xattrs)
+            .extent_table(table);
         let id = store.create(&opts).unwrap();
         let blob = store.open(id).unwrap();
         write(&blob, 0, &[ids.len().to_le_bytes()[0] + 1; 4096]);
@@ -295,11 +282,7 @@ fn cut_everywhere(name: &str, op: impl Fn(&Blobstore, &[BlobId])) {
 fn create() {
     cut_everywhere("create", |store, _| {
         let xattrs = (0..4).map(|i| (format!("x{i}"), vec![i; 3000])).collect();
-        let opts = CreateOptions {
-            num_clusters: 5,
-            xattrs,
-            ..CreateOptions::default()
-        };
+        let opts = CreateOptions::default().num_clusters(5).xattrs(xattrs);
         store.create(&opts).unwrap();
     });
 }
@@ -506,12 +489,10 @@ fn init() {
             write_cache,
             7,
         );
-        let opts = InitOptions {
-            cluster_size: 16384,
-            md_pages: Some(16),
-            force: true,
-            ..InitOptions::default()
-        };
+        let opts = InitOptions::default()
+            .cluster_size(16384)
+            .md_pages(Some(16))
+            .force(true);
         let new = describe(&Blobstore::init(Arc::new(dev.clone()), &opts).unwrap());
         let (mut no_store, mut made) = (0, 0);
         let mut rng = SmallRng::seed_from_u64(3);

@@ -36,11 +36,9 @@ fn write_first(store: &Blobstore, id: BlobId, cluster: u64) -> Result<(), Error>
 
 const OPERATIONS: &[(&str, Operation)] = &[
     ("create", |store, _| {
-        let opts = CreateOptions {
-            num_clusters: 3,
-            xattrs: vec![("big".to_owned(), vec![1; 3900])],
-            ..CreateOptions::default()
-        };
+        let opts = CreateOptions::default()
+            .num_clusters(3)
+            .xattrs(vec![("big".to_owned(), vec![1; 3900])]);
         store.create(&opts).map(drop)
     }),
     ("snapshot", |store, blobs| {
@@ -84,20 +82,16 @@ const OPERATIONS: &[(&str, Operation)] = &[
 ];
 
 fn thin(num_clusters: u64, extent_table: bool) -> CreateOptions {
-    CreateOptions {
-        num_clusters,
-        thin: true,
-        extent_table,
-        ..CreateOptions::default()
-    }
+    CreateOptions::default()
+        .num_clusters(num_clusters)
+        .thin(true)
+        .extent_table(extent_table)
 }
 
 fn made(extent_table: bool) -> (Blobstore, Blobs) {
-    let opts = InitOptions {
-        cluster_size: 16384,
-        md_pages: Some(60),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default()
+        .cluster_size(16384)
+        .md_pages(Some(60));
     let store = Blobstore::init(memory(4 << 20, 4096), &opts).unwrap();
     let origin = store.create(&thin(2000, extent_table)).unwrap();
     for cluster in [0, 2, 900, 1000] {
@@ -112,11 +106,9 @@ fn made(extent_table: bool) -> (Blobstore, Blobs) {
     write_first(&store, little, 1).unwrap();
     store.snapshot(little, &[]).unwrap();
     write_first(&store, little, 3).unwrap();
-    let opts = CreateOptions {
-        num_clusters: 4,
-        extent_table,
-        ..CreateOptions::default()
-    };
+    let opts = CreateOptions::default()
+        .num_clusters(4)
+        .extent_table(extent_table);
     let thick = store.create(&opts).unwrap();
     let blobs = Blobs {
         origin,
@@ -131,10 +123,7 @@ fn made(extent_table: bool) -> (Blobstore, Blobs) {
 /// Leaves this many metadata pages and clusters, if there are more.
 fn leave(store: &Blobstore, pages: u64, clusters: u64) {
     let spare = store.free_clusters().saturating_sub(clusters);
-    let opts = CreateOptions {
-        num_clusters: spare,
-        ..CreateOptions::default()
-    };
+    let opts = CreateOptions::default().num_clusters(spare);
     store.create(&opts).unwrap();
     while store.md_pages().total - store.md_pages().used > pages {
         store.create(&CreateOptions::default()).unwrap();

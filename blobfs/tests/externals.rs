@@ -29,21 +29,17 @@ fn opens(base: &Arc<dyn BlockDevice>) -> Option<OpenExternal> {
 
 /// A store with clusters of this size, whose clones are of `base`.
 fn store(dev: Arc<dyn BlockDevice>, cluster_size: u32, base: &Arc<dyn BlockDevice>) -> Blobstore {
-    let opts = InitOptions {
-        cluster_size,
-        open_external: opens(base),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default()
+        .cluster_size(cluster_size)
+        .open_external(opens(base));
     Blobstore::init(dev, &opts).unwrap()
 }
 
 /// Makes a clone of the external snapshot.
 fn clone_of_base(store: &Blobstore, num_clusters: u64) -> Blob {
-    let opts = CreateOptions {
-        num_clusters,
-        external_snapshot: Some(b"base".to_vec()),
-        ..CreateOptions::default()
-    };
+    let opts = CreateOptions::default()
+        .num_clusters(num_clusters)
+        .external_snapshot(Some(b"base".to_vec()));
     store.open(store.create(&opts).unwrap()).unwrap()
 }
 
@@ -70,10 +66,7 @@ fn the_end_of_a_clone_stays_zeroes() {
     drop(blob);
     // It is so on the device, too.
     let dev = memory_with(&content(store.device()), 4096);
-    let opts = LoadOptions {
-        open_external: opens(&base),
-        ..LoadOptions::default()
-    };
+    let opts = LoadOptions::default().open_external(opens(&base));
     let again = Blobstore::load(Arc::clone(&dev), &opts).unwrap();
     let blob = again.open(id).unwrap();
     assert_eq!(marks(&blob), [7, 7, 0, 0, 0, 0, 0, 0]);
@@ -87,10 +80,7 @@ fn the_end_of_a_clone_stays_zeroes() {
 fn a_large_cluster_is_copied_in_order() {
     let dev = Less::over(memory(64 << 20, 4096), &[OpKind::Copy]);
     let store = store(dev, 4 << 20, &memory(4 << 20, 512));
-    let opts = CreateOptions {
-        num_clusters: 2,
-        ..CreateOptions::default()
-    };
+    let opts = CreateOptions::default().num_clusters(2);
     let blob = store.open(store.create(&opts).unwrap()).unwrap();
     let mut model = megabytes(8);
     for (bytes, at) in model.chunks(MIB).zip(0u64..) {

@@ -27,11 +27,9 @@ impl Image {
     /// Makes a new store with the content that `make` adds, not unloaded.
     fn new(make: impl FnOnce(&Blobstore)) -> Image {
         let dev = memory(32 << 20, 4096);
-        let opts = InitOptions {
-            cluster_size: 16384,
-            md_pages: Some(100),
-            ..InitOptions::default()
-        };
+        let opts = InitOptions::default()
+            .cluster_size(16384)
+            .md_pages(Some(100));
         let store = Blobstore::init(dev.clone(), &opts).unwrap();
         make(&store);
         drop(store);
@@ -99,11 +97,9 @@ impl Image {
 }
 
 fn create(store: &Blobstore, num_clusters: u64, thin: bool) -> Blob {
-    let opts = CreateOptions {
-        num_clusters,
-        thin,
-        ..CreateOptions::default()
-    };
+    let opts = CreateOptions::default()
+        .num_clusters(num_clusters)
+        .thin(thin);
     store.open(store.create(&opts).unwrap()).unwrap()
 }
 
@@ -357,10 +353,7 @@ fn damaged_blobs_are_set_aside_and_the_rest_loads() {
         assert_eq!(store.blobs(), [root(2)]);
         assert_eq!(marks(&store.open(root(2)).unwrap()), [0, 5, 0], "{what}");
         // Its pages are not given to others, and an unload keeps it.
-        let new = store.create(&CreateOptions {
-            num_clusters: 2,
-            ..CreateOptions::default()
-        });
+        let new = store.create(&CreateOptions::default().num_clusters(2));
         match new {
             Ok(id) => assert!(id != root(0) && id != root(2), "{what}"),
             Err(error) => assert!(matches!(error, Error::Held(_)), "{what}: {error}"),

@@ -26,13 +26,11 @@ fn the_parser_agrees_with_spdk() {
 }
 
 fn create(store: &Blobstore, num_clusters: u64, thin: bool, extent_table: bool) -> Blob {
-    let opts = CreateOptions {
-        num_clusters,
-        thin,
-        extent_table,
-        clear_method: ClearMethod::Unmap,
-        ..CreateOptions::default()
-    };
+    let opts = CreateOptions::default()
+        .num_clusters(num_clusters)
+        .thin(thin)
+        .extent_table(extent_table)
+        .clear_method(ClearMethod::Unmap);
     store.open(store.create(&opts).unwrap()).unwrap()
 }
 
@@ -116,12 +114,10 @@ fn every_state_is_as_the_format_says() {
         (4096, 36864, None, BsType::NONE),
     ] {
         let dev = memory(24 << 20, block_size);
-        let opts = InitOptions {
-            cluster_size,
-            md_pages,
-            bstype,
-            ..InitOptions::default()
-        };
+        let opts = InitOptions::default()
+            .cluster_size(cluster_size)
+            .md_pages(md_pages)
+            .bstype(bstype);
         let mut store = Blobstore::init(dev.clone(), &opts).unwrap();
         let bytes = content(&dev);
         assert!(!strict::parse(&bytes).clean);
@@ -152,10 +148,7 @@ fn every_state_is_as_the_format_says() {
 fn the_super_block_of_a_new_store() {
     let word = |bytes: &[u8], at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
     let dev = memory(192 << 20, 4096);
-    let opts = InitOptions {
-        bstype: BsType::NONE,
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default().bstype(BsType::NONE);
     Blobstore::init(dev.clone(), &opts)
         .unwrap()
         .unload()

@@ -24,11 +24,7 @@ fn cold_file(len: u64, options: &MountOptions) -> (FileSystem, File) {
     drop(file);
     fs.unmount().unwrap();
     drop(fs);
-    let slow = Latencies {
-        avg_read_us: 500,
-        p99_read_us: 500,
-        ..Latencies::default()
-    };
+    let slow = Latencies::default().avg_read_us(500).p99_read_us(500);
     let dev = Delay::new("slow", dev, slow);
     let fs = FileSystem::mount(Arc::new(dev), options).unwrap();
     let file = fs.open("/f", OpenOptions::READ).unwrap();

@@ -32,10 +32,9 @@ fn at(seconds: u64) -> SystemTime {
 }
 
 fn set(mode: u32, seconds: u64) -> Attributes {
-    Attributes {
-        mode: Some(mode),
-        modified: Some(at(seconds)),
-    }
+    Attributes::default()
+        .mode(Some(mode))
+        .modified(Some(at(seconds)))
 }
 
 fn has(stat: &Stat, mode: u32, seconds: u64) -> bool {
@@ -100,10 +99,7 @@ fn a_time_that_was_set_lasts_until_the_next_change() {
     assert!(f.stat().mtime > at(1000));
     assert_eq!(f.stat().mode, Some(0o600));
     // Earlier than 1970 is 1970.
-    let early = Attributes {
-        modified: Some(UNIX_EPOCH - Duration::from_secs(9)),
-        ..Attributes::default()
-    };
+    let early = Attributes::default().modified(Some(UNIX_EPOCH - Duration::from_secs(9)));
     f.set_attributes(&early).unwrap();
     assert_eq!(f.stat().mtime, UNIX_EPOCH);
     // Without a name there is nothing to write.

@@ -242,11 +242,7 @@ fn names_directories_and_links() {
     ));
     put(&fs, "/db/a", "A");
     put(&fs, "/db/b", "B");
-    let exclusive = OpenOptions {
-        create: true,
-        exclusive: true,
-        ..OpenOptions::READ
-    };
+    let exclusive = OpenOptions::READ.create(true).exclusive(true);
     assert!(matches!(
         fs.open("/db/a", exclusive),
         Err(FsError::Exists { .. })

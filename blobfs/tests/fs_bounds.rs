@@ -12,19 +12,14 @@ use pumice_blobfs::fs::{FileSystem, MountOptions};
 /// Makes a file system whose blobs have these xattrs.
 fn image(blobs: impl Iterator<Item = Vec<(&'static str, Vec<u8>)>>) -> Arc<dyn BlockDevice> {
     let dev = memory(64 << 20, 4096);
-    let opts = InitOptions {
-        cluster_size: 4096,
-        md_pages: Some(8000),
-        bstype: BsType::BLOBFS,
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default()
+        .cluster_size(4096)
+        .md_pages(Some(8000))
+        .bstype(BsType::BLOBFS);
     let store = Blobstore::init(Arc::clone(&dev), &opts).unwrap();
     for xattrs in blobs {
         let xattrs = xattrs.into_iter().map(|(k, v)| (k.to_owned(), v));
-        let opts = CreateOptions {
-            xattrs: xattrs.collect(),
-            ..CreateOptions::default()
-        };
+        let opts = CreateOptions::default().xattrs(xattrs.collect());
         store.create(&opts).unwrap();
     }
     store.unload().unwrap();

@@ -46,14 +46,12 @@ struct Setting {
 impl Setting {
     fn options(self, seed: u64) -> CrashOptions {
         let block_size = if self.journal { 512 } else { 4096 };
-        CrashOptions {
-            block_size,
-            write_cache: self.write_cache,
-            seed,
-            tear_bytes: block_size,
-            reorder: true,
-            ..CrashOptions::default()
-        }
+        CrashOptions::default()
+            .block_size(block_size)
+            .write_cache(self.write_cache)
+            .seed(seed)
+            .tear_bytes(block_size)
+            .reorder(true)
     }
 }
 

@@ -29,13 +29,7 @@ fn setup_on(base: Arc<dyn BlockDevice>) -> (Arc<ErrorDevice>, FileSystem) {
 }
 
 fn injection(op: OpKind, failure: Failure, count: u64) -> Injection {
-    Injection {
-        op: Some(op),
-        failure,
-        count,
-        range: None,
-        queue_depth: 0,
-    }
+    Injection::new(failure).op(Some(op)).count(count)
 }
 
 #[test]

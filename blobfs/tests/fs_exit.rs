@@ -368,13 +368,12 @@ fn a_failed_unmount_is_repeated() {
         file.append(&bytes(3_000_001)).unwrap();
         file.sync().unwrap();
         // The masks and the super block are in the first blocks.
-        dev.inject(Injection {
-            op: Some(OpKind::Write),
-            failure: Failure::Fail,
-            count: failures,
-            range: Some((0, 4)),
-            queue_depth: 0,
-        });
+        dev.inject(
+            Injection::new(Failure::Fail)
+                .op(Some(OpKind::Write))
+                .count(failures)
+                .range(Some((0, 4))),
+        );
         let mut failed = 0;
         while let Err(error) = fs.unmount() {
             failed += 1;

@@ -137,11 +137,7 @@ fn image_of(blobs: &[&[(&str, &[u8])]]) -> Arc<dyn BlockDevice> {
             .map(|(k, v)| ((*k).to_owned(), v.to_vec()))
             .collect();
         store
-            .create(&CreateOptions {
-                num_clusters: 1,
-                xattrs,
-                ..CreateOptions::default()
-            })
+            .create(&CreateOptions::default().num_clusters(1).xattrs(xattrs))
             .unwrap();
     }
     store.unload().unwrap();
@@ -221,10 +217,7 @@ fn a_stand_in_for_a_name_hides_no_file() {
             ("name".to_owned(), format!("{name}\0").into_bytes()),
             ("length".to_owned(), 0u64.to_le_bytes().to_vec()),
         ];
-        let opts = CreateOptions {
-            xattrs,
-            ..CreateOptions::default()
-        };
+        let opts = CreateOptions::default().xattrs(xattrs);
         store.create(&opts).unwrap()
     };
     let long = format!("/{}", "n".repeat(250));
@@ -309,11 +302,11 @@ fn nonsense_in_xattrs_is_no_panic() {
             maybe(0.2, "pumice.mtime", &[0xff; 8], &mut rng);
             let num_clusters = rng.random_range(0..3);
             store
-                .create(&CreateOptions {
-                    num_clusters,
-                    xattrs,
-                    ..CreateOptions::default()
-                })
+                .create(
+                    &CreateOptions::default()
+                        .num_clusters(num_clusters)
+                        .xattrs(xattrs),
+                )
                 .unwrap();
         }
         store.unload().unwrap();
@@ -396,13 +389,12 @@ fn an_error_of_the_device_in_finishing_a_replacement_fails_the_mount() {
     store.unload().unwrap();
     drop(store);
     let dev = Arc::new(ErrorDevice::new(None, base));
-    dev.inject(Injection {
-        op: Some(OpKind::Write),
-        failure: Failure::Fail,
-        count: u64::MAX,
-        range: Some((root, 1)),
-        queue_depth: 0,
-    });
+    dev.inject(
+        Injection::new(Failure::Fail)
+            .op(Some(OpKind::Write))
+            .count(u64::MAX)
+            .range(Some((root, 1))),
+    );
     let mount = || FileSystem::mount(dev.clone(), &MountOptions::default());
     let error = mount().unwrap_err().to_string();
     assert!(error.contains("finishing a replacement"), "{error}");

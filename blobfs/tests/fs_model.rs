@@ -45,13 +45,11 @@ impl World {
             memory(len, block_size)
         } else {
             // Completions are late and out of order.
-            let options = CrashOptions {
-                block_size,
-                write_cache: true,
-                seed,
-                reorder: true,
-                ..CrashOptions::default()
-            };
+            let options = CrashOptions::default()
+                .block_size(block_size)
+                .write_cache(true)
+                .seed(seed)
+                .reorder(true);
             Arc::new(CrashDevice::with_options(&options, CrashImage::zeroed(len)))
         };
         let mut format = FormatOptions::default();

@@ -129,10 +129,7 @@ fn imply(dev: &Arc<dyn BlockDevice>) {
         if !links.is_empty() {
             xattrs.push(("pumice.links".to_owned(), links.as_bytes().to_vec()));
         }
-        let options = CreateOptions {
-            xattrs,
-            ..CreateOptions::default()
-        };
+        let options = CreateOptions::default().xattrs(xattrs);
         store.create(&options).unwrap();
     }
     store.unload().unwrap();
@@ -244,10 +241,7 @@ fn who_comes_second_to_create_a_file_keeps_it_open() {
     let first = create(OpenOptions::CREATE);
     arrived(&dev, "a write of the creation");
     let second = create(OpenOptions::CREATE);
-    let exclusive = create(OpenOptions {
-        exclusive: true,
-        ..OpenOptions::CREATE
-    });
+    let exclusive = create(OpenOptions::CREATE.exclusive(true));
     assert!(second.still_waits() && exclusive.still_waits());
     dev.resume();
     let first = first.join("the first").unwrap();

@@ -350,12 +350,10 @@ fn a_passing_error_is_nobodys_error() {
 fn a_sync_covers_no_byte_that_was_appended_meanwhile() {
     let _limit = watchdog("a sync beside an append", 120);
     let base = CrashDevice::with_options(
-        &CrashOptions {
-            block_size: 4096,
-            write_cache: true,
-            tear_bytes: 4096,
-            ..CrashOptions::default()
-        },
+        &CrashOptions::default()
+            .block_size(4096)
+            .write_cache(true)
+            .tear_bytes(4096),
         CrashImage::zeroed(64 << 20),
     );
     let (dev, fs) = setup_on(Arc::new(base.clone()));

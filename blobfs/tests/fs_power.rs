@@ -41,15 +41,13 @@ struct Kind {
 
 impl Kind {
     fn random(rng: &mut SmallRng, seed: u64) -> Kind {
-        let options = CrashOptions {
-            block_size: [512, 4096][rng.random_range(0..2)],
-            write_cache: rng.random_range(0..3) > 0,
-            seed,
-            tear_bytes: 4096,
-            unmap_zeroes: rng.random(),
-            reorder: true,
-            ..CrashOptions::default()
-        };
+        let options = CrashOptions::default()
+            .block_size([512, 4096][rng.random_range(0..2)])
+            .write_cache(rng.random_range(0..3) > 0)
+            .seed(seed)
+            .tear_bytes(4096)
+            .unmap_zeroes(rng.random())
+            .reorder(true);
         let kinds = [OpKind::Fua, OpKind::WriteZeroes, OpKind::Unmap];
         let without = kinds.into_iter().filter(|_| rng.random_range(0..3) == 0);
         Kind {

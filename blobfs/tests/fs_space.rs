@@ -15,10 +15,7 @@ use pumice_blobfs::fs::{
     FileSystem, FormatOptions, FsError, Journal, MountOptions, OpenOptions, SpaceKind, grow,
 };
 
-const ESSENTIAL: OpenOptions = OpenOptions {
-    essential: true,
-    ..OpenOptions::FRESH
-};
+const ESSENTIAL: OpenOptions = OpenOptions::FRESH.essential(true);
 
 fn format(dev: &Arc<dyn BlockDevice>, journal: Journal, cluster_size: u32, md_pages: Option<u32>) {
     let mut options = FormatOptions::default();
@@ -87,10 +84,7 @@ fn a_store_without_pages_can_be_synced_truncated_and_unmounted() {
                     ("name".to_owned(), b"/a\0".to_vec()),
                     ("length".to_owned(), vec![0; 8]),
                 ];
-                let opts = CreateOptions {
-                    xattrs,
-                    ..CreateOptions::default()
-                };
+                let opts = CreateOptions::default().xattrs(xattrs);
                 store.create(&opts).unwrap();
                 store.unload().unwrap();
             }
@@ -145,16 +139,16 @@ fn an_old_store_with_not_a_page_left_is_emptied() {
     let dev = memory(8 << 20, 4096);
     format(&dev, Journal::None, 65536, Some(20));
     let store = Blobstore::load(Arc::clone(&dev), &LoadOptions::default()).unwrap();
-    let file = |i: usize, num_clusters: u64| CreateOptions {
-        xattrs: vec![
-            ("name".to_owned(), format!("/f{i}\0").into_bytes()),
-            (
-                "length".to_owned(),
-                (num_clusters * 65536).to_le_bytes().to_vec(),
-            ),
-        ],
-        num_clusters,
-        ..CreateOptions::default()
+    let file = |i: usize, num_clusters: u64| {
+        CreateOptions::default()
+            .xattrs(vec![
+                ("name".to_owned(), format!("/f{i}\0").into_bytes()),
+                (
+                    "length".to_owned(),
+                    (num_clusters * 65536).to_le_bytes().to_vec(),
+                ),
+            ])
+            .num_clusters(num_clusters)
     };
     // Two pages each. The last page is the root of an empty file.
     for i in 0..9 {

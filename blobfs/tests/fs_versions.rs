@@ -160,12 +160,11 @@ fn round(seed: u64) {
     let mut format = FormatOptions::default();
     format.cluster_size = [4096, 64 << 10][rng.random_range(0..2)];
     FileSystem::format(Arc::clone(&base), &format).unwrap();
-    let latencies = Latencies {
-        avg_read_us: 50,
-        p99_read_us: 2000,
-        avg_write_us: 50,
-        p99_write_us: 2000,
-    };
+    let latencies = Latencies::default()
+        .avg_read_us(50)
+        .p99_read_us(2000)
+        .avg_write_us(50)
+        .p99_write_us(2000);
     let mut opts = MountOptions::default();
     opts.cache_bytes = [0, 256 << 10, 2 << 20, 64 << 20][rng.random_range(0..4)];
     opts.cache_most_bytes = None;

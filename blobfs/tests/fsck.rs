@@ -488,17 +488,12 @@ fn a_damaged_blob_is_named_and_removed_by_a_repair_that_says_so() {
 #[test]
 fn more_findings_than_are_listed_are_counted() {
     let dev = memory(24 << 20, 4096);
-    let options = InitOptions {
-        cluster_size: CLUSTER,
-        md_pages: Some(MD_PAGES),
-        ..InitOptions::default()
-    };
+    let options = InitOptions::default()
+        .cluster_size(CLUSTER)
+        .md_pages(Some(MD_PAGES));
     let store = Blobstore::init(Arc::clone(&dev), &options).unwrap();
     let [first, second] = [0, 1].map(|_| {
-        let options = CreateOptions {
-            num_clusters: 1100,
-            ..CreateOptions::default()
-        };
+        let options = CreateOptions::default().num_clusters(1100);
         store.create(&options).unwrap()
     });
     store.unload().unwrap();

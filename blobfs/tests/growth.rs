@@ -18,24 +18,20 @@ const FOREVER: u64 = u64::MAX;
 const PAGE: u64 = 4096;
 
 fn device(image: CrashImage, write_cache: bool) -> CrashDevice {
-    let options = CrashOptions {
-        block_size: 4096,
-        write_cache,
-        seed: 7,
-        tear_bytes: 4096,
-        ..CrashOptions::default()
-    };
+    let options = CrashOptions::default()
+        .block_size(4096)
+        .write_cache(write_cache)
+        .seed(7)
+        .tear_bytes(4096);
     CrashDevice::with_options(&options, image)
 }
 
 /// Makes a store with a metadata region of so many pages.
 fn init(md_pages: u32) -> (CrashDevice, Blobstore) {
     let dev = device(CrashImage::zeroed(4 << 20), false);
-    let opts = InitOptions {
-        cluster_size: 8192,
-        md_pages: Some(md_pages),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default()
+        .cluster_size(8192)
+        .md_pages(Some(md_pages));
     let store = Blobstore::init(Arc::new(dev.clone()), &opts).unwrap();
     (dev, store)
 }
@@ -111,10 +107,7 @@ fn a_page_that_cannot_be_read_is_left_out_of_a_move_only_if_nothing_uses_it() {
         let what = format!("used: {used}, {failures} failures");
         let (base, store) = init(20);
         // This one takes the clusters behind the region.
-        let opts = CreateOptions {
-            num_clusters: 3,
-            ..CreateOptions::default()
-        };
+        let opts = CreateOptions::default().num_clusters(3);
         store.create(&opts).unwrap();
         let root = store.create(&CreateOptions::default()).unwrap();
         store.unload().unwrap();
@@ -145,17 +138,12 @@ fn a_page_that_cannot_be_read_is_left_out_of_a_move_only_if_nothing_uses_it() {
 #[test]
 fn a_region_that_moves_has_what_was_in_the_journal() {
     let dev = device(CrashImage::zeroed(16 << 20), false);
-    let opts = InitOptions {
-        cluster_size: 8192,
-        md_pages: Some(80),
-        journal: Some(1 << 20),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default()
+        .cluster_size(8192)
+        .md_pages(Some(80))
+        .journal(Some(1 << 20));
     let store = Blobstore::init(Arc::new(dev.clone()), &opts).unwrap();
-    let opts = CreateOptions {
-        num_clusters: 2,
-        ..CreateOptions::default()
-    };
+    let opts = CreateOptions::default().num_clusters(2);
     let id = store.create(&opts).unwrap();
     let mut change = store.transaction();
     change.set_xattr(id, "name", b"in the journal");

@@ -24,10 +24,7 @@ const CLUSTER: u64 = 16384;
 
 fn store_on(base: Arc<dyn BlockDevice>) -> (Arc<ErrorDevice>, Blobstore) {
     let dev = Arc::new(ErrorDevice::new(None, base));
-    let opts = InitOptions {
-        cluster_size: 16384,
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default().cluster_size(16384);
     let store = Blobstore::init(dev.clone(), &opts).unwrap();
     (dev, store)
 }
@@ -37,24 +34,20 @@ fn store() -> (Arc<ErrorDevice>, Blobstore) {
 }
 
 fn blob(store: &Blobstore, num_clusters: u64, thin: bool) -> Blob {
-    let opts = CreateOptions {
-        num_clusters,
-        thin,
-        ..CreateOptions::default()
-    };
+    let opts = CreateOptions::default()
+        .num_clusters(num_clusters)
+        .thin(thin);
     store.open(store.create(&opts).unwrap()).unwrap()
 }
 
 /// Makes the next operation of a kind hang; with `blob` only one that touches its first cluster.
 fn hang(dev: &ErrorDevice, op: OpKind, blob: Option<&Blob>) {
     let first = blob.map(|blob| blob.extents().lba(0).unwrap());
-    dev.inject(Injection {
-        op: Some(op),
-        failure: Failure::Hang,
-        count: 1,
-        range: first.map(|lba| (lba, CLUSTER / 4096)),
-        queue_depth: 0,
-    });
+    dev.inject(
+        Injection::new(Failure::Hang)
+            .op(Some(op))
+            .range(first.map(|lba| (lba, CLUSTER / 4096))),
+    );
 }
 
 /// Starts a write to the first cluster of the blob, which the device holds back.
@@ -158,12 +151,10 @@ fn a_shrink_beside_a_damaged_blob_waits() {
 fn fails_with_a_flush_beside_its_copies(
     op: impl FnOnce(&Blobstore, BlobId) -> Result<(), Error> + Send + 'static,
 ) {
-    let options = CrashOptions {
-        block_size: 4096,
-        write_cache: true,
-        fua: false,
-        ..CrashOptions::default()
-    };
+    let options = CrashOptions::default()
+        .block_size(4096)
+        .write_cache(true)
+        .fua(false);
     let base = CrashDevice::with_options(&options, CrashImage::zeroed(8 << 20));
     let (dev, store) = store_on(Arc::new(base));
     let blob = blob(&store, 4, false);
@@ -173,13 +164,7 @@ fn fails_with_a_flush_beside_its_copies(
     let (its_store, id) = (store.clone(), blob.id());
     let task = spawn(move || op(&its_store, id));
     wait_for("a copy is held back", || dev.injections().is_empty());
-    dev.inject(Injection {
-        op: Some(OpKind::Flush),
-        failure: Failure::Fail,
-        count: 1,
-        range: None,
-        queue_depth: 0,
-    });
+    dev.inject(Injection::new(Failure::Fail).op(Some(OpKind::Flush)));
     store.flush().unwrap_err();
     dev.resume();
     let result = task.join("the operation");
@@ -204,11 +189,7 @@ fn other_changes_of_what_lies_below_wait_for_writes_in_flight() {
     waits_for_a_write(false, |_, blob| blob.set_read_only());
     waits_for_a_write(true, |store, blob| store.inflate(blob.id()));
     waits_for_a_write(true, |store, blob| {
-        let opts = CreateOptions {
-            num_clusters: 4,
-            thin: true,
-            ..CreateOptions::default()
-        };
+        let opts = CreateOptions::default().num_clusters(4).thin(true);
         let parent = store.create(&opts)?;
         store.set_read_only(parent)?;
         store.set_parent(blob.id(), parent)
@@ -412,16 +393,10 @@ fn first_writes_have_their_turn() {
 #[test]
 fn a_device_is_loaded_once() {
     let dev = memory(8 << 20, 4096);
-    let opts = InitOptions {
-        cluster_size: 16384,
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default().cluster_size(16384);
     let a = Blobstore::init(Arc::clone(&dev), &opts).unwrap();
     let through: Arc<dyn BlockDevice> = Arc::new(ErrorDevice::new(None, Arc::clone(&dev)));
-    let read_only = LoadOptions {
-        read_only: true,
-        ..LoadOptions::default()
-    };
+    let read_only = LoadOptions::default().read_only(true);
     let busy = |result: Result<Blobstore, Error>| {
         let error = result.unwrap_err();
         let in_use = matches!(error, Error::Device(BdevError::InUse { .. }));
@@ -449,10 +424,7 @@ fn a_device_is_loaded_once() {
 #[test]
 fn a_read_only_store_takes_no_writes() {
     let dev = memory(8 << 20, 4096);
-    let opts = InitOptions {
-        cluster_size: 16384,
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default().cluster_size(16384);
     let store = Blobstore::init(Arc::clone(&dev), &opts).unwrap();
     let ids: Vec<BlobId> = [false, true]
         .into_iter()
@@ -465,10 +437,7 @@ fn a_read_only_store_takes_no_writes() {
     // The state is that after a crash: the store was not unloaded.
     let bytes = content(&dev);
     let copy = memory_with(&bytes, 4096);
-    let opts = LoadOptions {
-        read_only: true,
-        ..LoadOptions::default()
-    };
+    let opts = LoadOptions::default().read_only(true);
     let store = Blobstore::load(Arc::clone(&copy), &opts).unwrap();
     for id in &ids {
         let blob = store.open(*id).unwrap();

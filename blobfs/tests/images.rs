@@ -149,17 +149,11 @@ fn a_scan_of_a_clean_image_finds_what_its_masks_say() {
 fn a_change_marks_the_store_dirty_and_an_unload_clean() {
     let bytes = image("small-blobfs-4096.img");
     let dev = memory_with(&bytes, 4096);
-    let opts = LoadOptions {
-        bstype: Some(BsType::BLOBFS),
-        ..LoadOptions::default()
-    };
+    let opts = LoadOptions::default().bstype(Some(BsType::BLOBFS));
     let store = Blobstore::load(dev.clone(), &opts).unwrap();
     let before = store.blobs();
     let id = store
-        .create(&CreateOptions {
-            num_clusters: 3,
-            ..CreateOptions::default()
-        })
+        .create(&CreateOptions::default().num_clusters(3))
         .unwrap();
     assert_eq!(content(&dev)[16], 0);
     // Without an unload the scan finds the new blob.
@@ -180,10 +174,7 @@ fn a_change_marks_the_store_dirty_and_an_unload_clean() {
 fn refusals() {
     let bytes = image("small-blobfs-4096.img");
     let load = |bytes: &[u8], bstype| {
-        let opts = LoadOptions {
-            bstype,
-            ..LoadOptions::default()
-        };
+        let opts = LoadOptions::default().bstype(bstype);
         Blobstore::load(memory_with(bytes, 4096), &opts)
     };
     assert!(matches!(

@@ -201,11 +201,9 @@ fn the_blob_of_the_journal_is_nobody_elses() {
     refused(all.commit().map(drop));
     assert_eq!(dev.len_events(), 0);
     for (bytes, text) in [(4096, "too small"), (3 << 20, "more than half")] {
-        let opts = InitOptions {
-            cluster_size: u32::try_from(CLUSTER).unwrap(),
-            journal: Some(bytes),
-            ..InitOptions::default()
-        };
+        let opts = InitOptions::default()
+            .cluster_size(u32::try_from(CLUSTER).unwrap())
+            .journal(Some(bytes));
         let dev = DEVICES[0].with(CrashImage::zeroed(STORE), 0);
         let error = Blobstore::init(Arc::new(dev), &opts)
             .unwrap_err()
@@ -246,10 +244,7 @@ fn rules_12_and_24_a_damaged_ring_is_read_and_not_written() {
         assert!(error.to_string().contains(what), "{error}");
         let report = check(&as_dyn).unwrap();
         assert_eq!(report.worst(), Some(Severity::Error));
-        let read_only = LoadOptions {
-            read_only: true,
-            ..LoadOptions::default()
-        };
+        let read_only = LoadOptions::default().read_only(true);
         let store = Blobstore::load(Arc::clone(&as_dyn), &read_only).unwrap();
         assert!(store.journal_damage().unwrap().contains(what));
         let found: Vec<String> = listing(&store)
@@ -478,18 +473,12 @@ fn rule_13_a_guard_without_a_usable_place_goes_before_any_change() {
     let as_dyn: Arc<dyn BlockDevice> = Arc::new(dev.clone());
     let error = Blobstore::load(Arc::clone(&as_dyn), &LoadOptions::default()).unwrap_err();
     assert!(matches!(error, Error::Journal { .. }), "{error}");
-    let read_only = LoadOptions {
-        read_only: true,
-        ..LoadOptions::default()
-    };
+    let read_only = LoadOptions::default().read_only(true);
     let store = Blobstore::load(Arc::clone(&as_dyn), &read_only).unwrap();
     assert!(store.journal_damage().unwrap().contains("checksum"));
     drop(store);
     assert_eq!(dev.len_events(), 0, "something was written");
-    let accepting = LoadOptions {
-        accept_journal_damage: true,
-        ..LoadOptions::default()
-    };
+    let accepting = LoadOptions::default().accept_journal_damage(true);
     let store = Blobstore::load(Arc::clone(&as_dyn), &accepting).unwrap();
     assert_eq!(store.journal(), None);
     assert_eq!(version(&dev.image()), (3, 0));

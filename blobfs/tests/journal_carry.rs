@@ -28,11 +28,9 @@ use task::wait_for;
 /// A device in memory, whose writes take a while, with a file system and a journal of this many bytes.
 fn in_memory(journal: u64, write_cache: bool, write_us: u64) -> FileSystem {
     let base = pumice_bdev::open("malloc://128M?block_size=4096").unwrap();
-    let latencies = Latencies {
-        avg_write_us: write_us,
-        p99_write_us: write_us,
-        ..Latencies::default()
-    };
+    let latencies = Latencies::default()
+        .avg_write_us(write_us)
+        .p99_write_us(write_us);
     let base: Arc<dyn BlockDevice> = Arc::new(Delay::new("slow", base, latencies));
     let without: &[OpKind] = if write_cache { &[OpKind::Fua] } else { &[] };
     let dev = Less::with_cache(base, without, write_cache);

@@ -41,10 +41,7 @@ fn state_after(
         report.findings
     );
     // A load that may not write sees the same, and writes nothing.
-    let read_only = LoadOptions {
-        read_only: true,
-        ..LoadOptions::default()
-    };
+    let read_only = LoadOptions::default().read_only(true);
     let store = Blobstore::load(Arc::clone(&as_dyn), &read_only).unwrap();
     let seen = contents(&store);
     drop(store);
@@ -175,23 +172,19 @@ fn rules_2_9_and_12_a_power_cut_anywhere_leaves_what_was_acknowledged() {
                 store.create(&CreateOptions::default()).unwrap();
             }),
             op(|store| {
-                let opts = CreateOptions {
-                    num_clusters: 4,
-                    xattrs: (0..3).map(|i| (format!("x{i}"), vec![i; 3000])).collect(),
-                    ..CreateOptions::default()
-                };
+                let opts = CreateOptions::default()
+                    .num_clusters(4)
+                    .xattrs((0..3).map(|i| (format!("x{i}"), vec![i; 3000])).collect());
                 store.create(&opts).unwrap();
             }),
             op(|store| store.open(nth(store, 0)).unwrap().resize(9).unwrap()),
             op(|store| store.delete(nth(store, 1)).unwrap()),
             // Its pages and clusters are used again.
             op(|store| {
-                let opts = CreateOptions {
-                    num_clusters: 700,
-                    thin: true,
-                    xattrs: vec![("big".to_owned(), vec![9; 3500])],
-                    ..CreateOptions::default()
-                };
+                let opts = CreateOptions::default()
+                    .num_clusters(700)
+                    .thin(true)
+                    .xattrs(vec![("big".to_owned(), vec![9; 3500])]);
                 store.create(&opts).unwrap();
             }),
             op(|store| {

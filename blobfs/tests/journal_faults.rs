@@ -233,12 +233,12 @@ fn rules_6_and_23_a_large_change_writes_over_nothing_that_is_carried_again() {
     let crash = device.with(device.store(), 7);
     let dev = Arc::new(ErrorDevice::new(None, Arc::new(crash.clone())));
     let store = Blobstore::load(dev.clone(), &LoadOptions::default()).unwrap();
-    let with_xattrs = |count: u8| CreateOptions {
-        num_clusters: 1,
-        xattrs: (0..count)
-            .map(|n| (format!("x{n}"), vec![n; 3000]))
-            .collect(),
-        ..CreateOptions::default()
+    let with_xattrs = |count: u8| {
+        CreateOptions::default().num_clusters(1).xattrs(
+            (0..count)
+                .map(|n| (format!("x{n}"), vec![n; 3000]))
+                .collect(),
+        )
     };
     let gone = store.create(&with_xattrs(2)).unwrap();
     store.delete(gone).unwrap();

@@ -489,13 +489,12 @@ fn a_log_that_cannot_be_emptied_is_given_up() {
     small.append(b"pins the log").unwrap();
     let blobs = fs.blobstore();
     let lba = blobs.extents(small.blob_id()).unwrap().lba(0).unwrap();
-    dev.inject(Injection {
-        op: Some(OpKind::Write),
-        failure: Failure::Fail,
-        count: u64::MAX,
-        range: Some((lba, 8)),
-        queue_depth: 0,
-    });
+    dev.inject(
+        Injection::new(Failure::Fail)
+            .op(Some(OpKind::Write))
+            .count(u64::MAX)
+            .range(Some((lba, 8))),
+    );
     let big = fs.open("/big", OpenOptions::CREATE).unwrap();
     for n in 0..40 {
         big.append(&bytes(1 << 20, n)).unwrap();

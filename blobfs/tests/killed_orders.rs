@@ -89,13 +89,11 @@ impl Drop for Held {
 }
 
 fn hold_a_write(device: &Arc<ErrorDevice>, range: Option<(u64, u64)>) -> Held {
-    device.inject(Injection {
-        op: Some(OpKind::Write),
-        failure: Failure::Hang,
-        count: 1,
-        range,
-        queue_depth: 0,
-    });
+    device.inject(
+        Injection::new(Failure::Hang)
+            .op(Some(OpKind::Write))
+            .range(range),
+    );
     Held(Arc::clone(device))
 }
 
@@ -264,13 +262,12 @@ fn a_read_only_mount_that_cannot_read_a_file_says_that_it_hides_writes() {
     // In memory, and in the log.
     file.write_at(500, b"new").unwrap();
     let extents = killed.blobstore().extents(file.blob_id()).unwrap();
-    device.inject(Injection {
-        op: Some(OpKind::Read),
-        failure: Failure::Fail,
-        count: u64::MAX,
-        range: Some((extents.lba(0).unwrap(), 8)),
-        queue_depth: 0,
-    });
+    device.inject(
+        Injection::new(Failure::Fail)
+            .op(Some(OpKind::Read))
+            .count(u64::MAX)
+            .range(Some((extents.lba(0).unwrap(), 8))),
+    );
     let shown = look_at(Named::on(device.clone(), &name));
     assert!(shown.hides_writes());
     shown.unmount().unwrap();
@@ -288,13 +285,12 @@ fn a_log_that_the_device_does_not_name_is_removed() {
     let name = name("unnamed");
     let fs = mount(Named::on(device.clone(), &name));
     let file = fs.open("/file", OpenOptions::CREATE).unwrap();
-    device.inject(Injection {
-        op: Some(OpKind::Write),
-        failure: Failure::Fail,
-        count: u64::MAX,
-        range: Some((0, 1)),
-        queue_depth: 0,
-    });
+    device.inject(
+        Injection::new(Failure::Fail)
+            .op(Some(OpKind::Write))
+            .count(u64::MAX)
+            .range(Some((0, 1))),
+    );
     file.append(b"accepted").unwrap();
     let left = logs(&name);
     for log in &left {

@@ -18,10 +18,7 @@ fn long_xattrs() -> Vec<(String, Vec<u8>)> {
 fn a_snapshot_with_long_xattrs_gives_its_pages_back() {
     let dev = memory(16 << 20, 4096);
     let store = Blobstore::init(dev.clone(), &InitOptions::default()).unwrap();
-    let opts = CreateOptions {
-        num_clusters: 2,
-        ..CreateOptions::default()
-    };
+    let opts = CreateOptions::default().num_clusters(2);
     let blob = store.create(&opts).unwrap();
     let used = (store.md_pages(), store.free_clusters());
     let snapshot = store.snapshot(blob, &long_xattrs()).unwrap();

@@ -18,14 +18,12 @@ use pumice_blobfs::blobstore::{BlobId, Blobstore, CreateOptions, Error, InitOpti
 const CLUSTER: u64 = 8192;
 
 fn device(image: CrashImage, write_cache: bool, fua: bool) -> CrashDevice {
-    let options = CrashOptions {
-        block_size: 4096,
-        write_cache,
-        fua,
-        seed: 3,
-        tear_bytes: 4096,
-        ..CrashOptions::default()
-    };
+    let options = CrashOptions::default()
+        .block_size(4096)
+        .write_cache(write_cache)
+        .fua(fua)
+        .seed(3)
+        .tear_bytes(4096);
     CrashDevice::with_options(&options, image)
 }
 
@@ -55,22 +53,16 @@ fn describe(store: &Blobstore) -> Vec<String> {
 
 fn setup() -> (CrashImage, Vec<BlobId>) {
     let dev = device(CrashImage::zeroed(4 << 20), false, true);
-    let opts = InitOptions {
-        cluster_size: 8192,
-        md_pages: Some(80),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default().cluster_size(8192).md_pages(Some(80));
     let store = Blobstore::init(Arc::new(dev.clone()), &opts).unwrap();
     let ids: Vec<BlobId> = [(3, false), (6, true), (2, false), (4, false)]
         .into_iter()
         .map(|(num_clusters, thin)| {
             let xattrs = (0..3).map(|i| (format!("big{i}"), vec![7; 3000])).collect();
-            let opts = CreateOptions {
-                num_clusters,
-                thin,
-                xattrs,
-                ..CreateOptions::default()
-            };
+            let opts = CreateOptions::default()
+                .num_clusters(num_clusters)
+                .thin(thin)
+                .xattrs(xattrs);
             let id = store.create(&opts).unwrap();
             write(&store.open(id).unwrap(), 0, &[5; 4096]);
             id
@@ -86,14 +78,10 @@ type Change = fn(&Blobstore, &[BlobId]) -> Result<(), Error>;
 
 const CHANGES: [(&str, Change); 11] = [
     ("create", |store, _| {
-        let opts = CreateOptions {
-            num_clusters: 2,
-            xattrs: vec![
-                ("a".to_owned(), vec![1; 3000]),
-                ("b".to_owned(), vec![2; 3000]),
-            ],
-            ..CreateOptions::default()
-        };
+        let opts = CreateOptions::default().num_clusters(2).xattrs(vec![
+            ("a".to_owned(), vec![1; 3000]),
+            ("b".to_owned(), vec![2; 3000]),
+        ]);
         store.create(&opts).map(drop)
     }),
     ("resize", |store, ids| store.open(ids[0])?.resize(5)),
@@ -256,13 +244,7 @@ fn passing_faults_of_metadata_pass() {
                 OpKind::Flush,
                 OpKind::WriteZeroes,
             ] {
-                dev.inject(Injection {
-                    op: Some(op),
-                    failure: Failure::NoMemory,
-                    count,
-                    range: None,
-                    queue_depth: 0,
-                });
+                dev.inject(Injection::new(Failure::NoMemory).op(Some(op)).count(count));
             }
             change(&store, &ids).unwrap_or_else(|error| panic!("{name}, {count}: {error}"));
             dev.clear();
@@ -279,13 +261,7 @@ fn passing_faults_of_data_pass() {
     let store = load(dev.clone());
     let blob = store.open(ids[0]).unwrap();
     for op in [OpKind::Write, OpKind::Read, OpKind::Flush] {
-        dev.inject(Injection {
-            op: Some(op),
-            failure: Failure::NoMemory,
-            count: 5,
-            range: None,
-            queue_depth: 0,
-        });
+        dev.inject(Injection::new(Failure::NoMemory).op(Some(op)).count(5));
     }
     write(&blob, 0, &[9; 4096]);
     store.flush().unwrap();
@@ -385,11 +361,7 @@ fn what_a_late_clear_may_reach_is_given_to_nobody() {
 fn what_a_late_copy_may_reach_is_given_to_nobody() {
     let (base, ids) = setup();
     let blank = device(CrashImage::zeroed(4 << 20), false, true);
-    let opts = InitOptions {
-        cluster_size: 8192,
-        md_pages: Some(80),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default().cluster_size(8192).md_pages(Some(80));
     let store = Blobstore::init(Arc::new(blank.clone()), &opts).unwrap();
     store.unload().unwrap();
     let inflate: Change = |store, ids| store.inflate(ids[1]);
@@ -433,13 +405,7 @@ fn a_failed_flush_stays_failed() {
     let store = load(dev.clone());
     let blob = store.open(ids[0]).unwrap();
     write(&blob, 0, &[9; 4096]);
-    dev.inject(Injection {
-        op: Some(OpKind::Flush),
-        failure: Failure::Fail,
-        count: 1,
-        range: None,
-        queue_depth: 0,
-    });
+    dev.inject(Injection::new(Failure::Fail).op(Some(OpKind::Flush)));
     store.flush().unwrap_err();
     assert!(matches!(store.flush(), Err(Error::Lost(_))));
     assert!(matches!(store.snapshot(ids[0], &[]), Err(Error::Lost(_))));
@@ -463,13 +429,7 @@ fn a_failed_flush_of_metadata_is_remembered_for_data() {
     let dev = Arc::new(ErrorDevice::new(None, Arc::new(device(base, true, false))));
     let store = load(dev.clone());
     write(&store.open(ids[0]).unwrap(), 0, &[9; 4096]);
-    dev.inject(Injection {
-        op: Some(OpKind::Flush),
-        failure: Failure::Fail,
-        count: 1,
-        range: None,
-        queue_depth: 0,
-    });
+    dev.inject(Injection::new(Failure::Fail).op(Some(OpKind::Flush)));
     let _ = store.delete(ids[2]);
     assert!(matches!(store.flush(), Err(Error::Lost(_))));
 }
@@ -479,17 +439,12 @@ fn a_failed_flush_of_metadata_is_remembered_for_data() {
 #[test]
 fn the_metadata_region_has_its_place_from_the_start() {
     let dev = Arc::new(ErrorDevice::new(None, memory(8 << 20, 4096)));
-    dev.inject(Injection {
-        op: Some(OpKind::WriteZeroes),
-        failure: Failure::Fail,
-        count: u64::MAX,
-        range: None,
-        queue_depth: 0,
-    });
-    let opts = InitOptions {
-        cluster_size: 8192,
-        ..InitOptions::default()
-    };
+    dev.inject(
+        Injection::new(Failure::Fail)
+            .op(Some(OpKind::WriteZeroes))
+            .count(u64::MAX),
+    );
+    let opts = InitOptions::default().cluster_size(8192);
     let store = Blobstore::init(dev, &opts).unwrap();
     store.create(&CreateOptions::default()).unwrap();
 }

@@ -32,14 +32,12 @@ struct Model {
 type Blobs = BTreeMap<BlobId, Model>;
 
 fn device(image: CrashImage, write_cache: bool, seed: u64) -> CrashDevice {
-    let options = CrashOptions {
-        block_size: 4096,
-        write_cache,
-        seed,
-        tear_bytes: 4096,
-        unmap_zeroes: true,
-        ..CrashOptions::default()
-    };
+    let options = CrashOptions::default()
+        .block_size(4096)
+        .write_cache(write_cache)
+        .seed(seed)
+        .tear_bytes(4096)
+        .unmap_zeroes(true);
     CrashDevice::with_options(&options, image)
 }
 
@@ -119,13 +117,11 @@ fn step(store: &Blobstore, blobs: &mut Blobs, rng: &mut SmallRng) -> (String, bo
         .choose(rng)
         .unwrap();
         let extent_table = rng.random_bool(0.7);
-        let opts = CreateOptions {
-            num_clusters,
-            thin,
-            clear_method,
-            extent_table,
-            ..CreateOptions::default()
-        };
+        let opts = CreateOptions::default()
+            .num_clusters(num_clusters)
+            .thin(thin)
+            .clear_method(clear_method)
+            .extent_table(extent_table);
         match store.create(&opts) {
             Ok(id) => {
                 let pages = vec![0; usize::try_from(num_clusters).unwrap() * PAGES_PER_CLUSTER];
@@ -300,11 +296,7 @@ fn run(seed: u64, steps: u32) {
     let mut rng = SmallRng::seed_from_u64(seed);
     let write_cache = rng.random_bool(0.7);
     let mut dev = device(CrashImage::zeroed(2 << 20), write_cache, seed);
-    let opts = InitOptions {
-        cluster_size: 8192,
-        md_pages: Some(60),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default().cluster_size(8192).md_pages(Some(60));
     let mut store = Blobstore::init(Arc::new(dev.clone()), &opts).unwrap();
     let mut blobs = Blobs::new();
     let mut history: Vec<String> = Vec::new();

@@ -18,11 +18,7 @@ const CLUSTER: u64 = 8192;
 /// Makes a store of three blobs that was not unloaded. Returns its bytes and the blobs.
 fn unclean() -> (Vec<u8>, Vec<BlobId>, u64) {
     let dev = memory(8 << 20, 4096);
-    let opts = InitOptions {
-        cluster_size: 8192,
-        md_pages: Some(64),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default().cluster_size(8192).md_pages(Some(64));
     let store = Blobstore::init(Arc::clone(&dev), &opts).unwrap();
     store.unload().unwrap();
     drop(store);
@@ -30,11 +26,12 @@ fn unclean() -> (Vec<u8>, Vec<BlobId>, u64) {
     let md_start = store.super_block().md_start.get();
     let ids = (0..3u8)
         .map(|i| {
-            let opts = CreateOptions {
-                num_clusters: if i == 1 { 600 } else { 3 },
-                xattrs: vec![("name".to_owned(), format!("/file{i}\0").into_bytes())],
-                ..CreateOptions::default()
-            };
+            let opts = CreateOptions::default()
+                .num_clusters(if i == 1 { 600 } else { 3 })
+                .xattrs(vec![(
+                    "name".to_owned(),
+                    format!("/file{i}\0").into_bytes(),
+                )]);
             let id = store.create(&opts).unwrap();
             write(&store.open(id).unwrap(), 0, &[i + 1; 8192]);
             id
@@ -49,10 +46,7 @@ fn load(dev: &Arc<dyn BlockDevice>) -> Blobstore {
 }
 
 fn one_cluster() -> CreateOptions {
-    CreateOptions {
-        num_clusters: 1,
-        ..CreateOptions::default()
-    }
+    CreateOptions::default().num_clusters(1)
 }
 
 /// Asserts that the store has one damaged blob, `id`, and that nothing is allocated or given away.
@@ -124,13 +118,12 @@ fn a_page_that_cannot_be_read_is_tried_again_and_then_kept() {
         for count in [1, 3, 4, 1_000_000] {
             let base = memory_with(&bytes, 4096);
             let dev = Arc::new(ErrorDevice::new(None, Arc::clone(&base)));
-            dev.inject(Injection {
-                op: Some(OpKind::Read),
-                failure: Failure::Fail,
-                count,
-                range: Some((md / 4096 + page, 1)),
-                queue_depth: 0,
-            });
+            dev.inject(
+                Injection::new(Failure::Fail)
+                    .op(Some(OpKind::Read))
+                    .count(count)
+                    .range(Some((md / 4096 + page, 1))),
+            );
             let faulty: Arc<dyn BlockDevice> = Arc::clone(&dev) as Arc<dyn BlockDevice>;
             let store = load(&faulty);
             if count < 5 {
@@ -217,10 +210,7 @@ fn what_a_cut_shrink_has_left_is_not_freed_with_a_damaged_blob() {
     let store = load(&dev);
     assert_held(&store, ids[0], "before");
     store.delete(ids[0]).unwrap();
-    let all = CreateOptions {
-        num_clusters: store.free_clusters(),
-        ..CreateOptions::default()
-    };
+    let all = CreateOptions::default().num_clusters(store.free_clusters());
     store.create(&all).unwrap();
     while store.create(&CreateOptions::default()).is_ok() {}
     store.unload().unwrap();

@@ -19,20 +19,15 @@ use pumice_blobfs::blobstore::{
 const CLUSTER: u64 = 16384;
 
 fn store(len: u64) -> Blobstore {
-    let opts = InitOptions {
-        cluster_size: 16384,
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default().cluster_size(16384);
     Blobstore::init(memory(len, 4096), &opts).unwrap()
 }
 
 fn create(store: &Blobstore, num_clusters: u64, thin: bool, extent_table: bool) -> Blob {
-    let opts = CreateOptions {
-        num_clusters,
-        thin,
-        extent_table,
-        ..CreateOptions::default()
-    };
+    let opts = CreateOptions::default()
+        .num_clusters(num_clusters)
+        .thin(thin)
+        .extent_table(extent_table);
     store.open(store.create(&opts).unwrap()).unwrap()
 }
 
@@ -195,11 +190,9 @@ fn inflating_and_decoupling() {
 
 #[test]
 fn inflating_without_space_changes_nothing() {
-    let opts = InitOptions {
-        cluster_size: 16384,
-        md_pages: Some(64),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default()
+        .cluster_size(16384)
+        .md_pages(Some(64));
     let store = Blobstore::init(memory(4 << 20, 4096), &opts).unwrap();
     let blob = create(&store, store.total_clusters() * 2, true, true);
     mark(&blob, 3, 3);
@@ -298,17 +291,13 @@ fn external_snapshots() {
             assert_eq!(id, b"base-uuid");
             Ok(seen.clone())
         });
-        let opts = InitOptions {
-            cluster_size: 16384,
-            open_external: Some(open.clone()),
-            ..InitOptions::default()
-        };
+        let opts = InitOptions::default()
+            .cluster_size(16384)
+            .open_external(Some(open.clone()));
         let store = Blobstore::init(dev.clone(), &opts).unwrap();
-        let create = CreateOptions {
-            num_clusters: 6,
-            external_snapshot: Some(b"base-uuid".to_vec()),
-            ..CreateOptions::default()
-        };
+        let create = CreateOptions::default()
+            .num_clusters(6)
+            .external_snapshot(Some(b"base-uuid".to_vec()));
         let blob = store.open(store.create(&create).unwrap()).unwrap();
         let mut model = bytes.clone();
         model.resize(usize::try_from(6 * CLUSTER).unwrap(), 0);
@@ -336,10 +325,7 @@ fn external_snapshots() {
         assert!(matches!(store.open(id), Err(Error::CannotOpen { .. })));
         store.create(&CreateOptions::default()).unwrap();
         store.unload().unwrap();
-        let opts = LoadOptions {
-            open_external: Some(open),
-            ..LoadOptions::default()
-        };
+        let opts = LoadOptions::default().open_external(Some(open));
         let store = Blobstore::load(dev, &opts).unwrap();
         assert!(whole(&store.open(id).unwrap()) == model);
         store.delete(snapshot).unwrap();
@@ -399,18 +385,12 @@ fn an_external_snapshot_is_opened_without_a_lock() {
         created.expect("the store can be used").unwrap();
         Ok(base.clone())
     });
-    let opts = InitOptions {
-        cluster_size: 16384,
-        open_external: Some(open),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default()
+        .cluster_size(16384)
+        .open_external(Some(open));
     let store = Blobstore::init(memory(8 << 20, 4096), &opts).unwrap();
     known.set(store.clone()).unwrap();
-    let create = CreateOptions {
-        num_clusters: 4,
-        thin: true,
-        ..CreateOptions::default()
-    };
+    let create = CreateOptions::default().num_clusters(4).thin(true);
     let [first, second] = [(); 2].map(|()| store.create(&create).unwrap());
     let mut opened = 0;
     let mut opens = |step: &str| {
@@ -457,17 +437,11 @@ fn threads_open_an_external_snapshot_once() {
         }
         Ok(base.clone())
     });
-    let opts = InitOptions {
-        cluster_size: 16384,
-        open_external: Some(open),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default()
+        .cluster_size(16384)
+        .open_external(Some(open));
     let store = Blobstore::init(memory(8 << 20, 4096), &opts).unwrap();
-    let create = CreateOptions {
-        num_clusters: 4,
-        thin: true,
-        ..CreateOptions::default()
-    };
+    let create = CreateOptions::default().num_clusters(4).thin(true);
     let ids = [(); 2].map(|()| store.create(&create).unwrap());
     for id in ids {
         store.set_external_parent(id, b"base").unwrap();
@@ -560,21 +534,14 @@ fn growing_with_the_device() {
     assert_eq!(listing(&store), before.1);
     let all = store.free_clusters();
     store
-        .create(&CreateOptions {
-            num_clusters: all,
-            ..CreateOptions::default()
-        })
+        .create(&CreateOptions::default().num_clusters(all))
         .unwrap();
     verify(&store);
     drop(store);
     let store = Blobstore::load(dev, &LoadOptions::default()).unwrap();
     assert_eq!(store.free_clusters(), 0);
     // There are more clusters than the cluster mask has bits: it moves, with all the metadata.
-    let opts = InitOptions {
-        cluster_size: 4096,
-        md_pages: Some(8),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default().cluster_size(4096).md_pages(Some(8));
     let small = memory(32 << 20, 4096);
     Blobstore::init(small.clone(), &opts)
         .unwrap()

@@ -45,6 +45,11 @@ impl BlockDevice for Meter {
         &self.info
     }
 
+    // What this device does not answer itself, the one below answers.
+    fn below(&self) -> Option<&dyn BlockDevice> {
+        Some(&*self.base)
+    }
+
     // 2. A channel for each thread that asks for one, on top of a channel of the device below.
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         Ok(Box::new(MeterChannel {

@@ -34,7 +34,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     );
 
     // A queue pair belongs to this thread.
-    let mut queue = opened.controller.queue_pair(&QueueOptions::depth(8))?;
+    let mut queue = opened
+        .controller
+        .queue_pair(&QueueOptions::default().depth(8))?;
 
     // Buffers are ordinary memory that the device can access. They move into the I/O …
     let mut block = DmaBuf::zeroed(ns.block_size() as usize)?;

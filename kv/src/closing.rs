@@ -58,13 +58,12 @@ mod tests {
         db.put_opt("a", "1", &unlogged).unwrap();
         db.flush().unwrap();
         // The super block, which the unmount writes last.
-        faulty.inject(Injection {
-            op: Some(OpKind::Write),
-            failure: Failure::Fail,
-            count: u64::MAX,
-            range: Some((0, 1)),
-            queue_depth: 0,
-        });
+        faulty.inject(
+            Injection::new(Failure::Fail)
+                .op(Some(OpKind::Write))
+                .count(u64::MAX)
+                .range(Some((0, 1))),
+        );
         db.close().unwrap_err();
         faulty.clear();
         db.put("b", "2").unwrap_err();

@@ -119,10 +119,7 @@ impl Kept {
         // RocksDB removes a file of this name when it opens the database.
         let unfinished = format!("{}.dbtmp", now.path);
         let replace = || {
-            let how = OpenOptions {
-                essential: true,
-                ..OpenOptions::FRESH
-            };
+            let how = OpenOptions::FRESH.essential(true);
             let file = fs.open(&unfinished, how)?;
             file.append(text.as_bytes())?;
             file.sync()?;

@@ -3,9 +3,7 @@
 mod common;
 
 use std::future::Future;
-use std::path::PathBuf;
 use std::pin::Pin;
-use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::task::{Context, Poll, Waker};
@@ -21,6 +19,7 @@ use pumice::{
     mount_device,
 };
 use pumice_bdev_testkit::crashsim::CrashDevice;
+use pumice_confine::{small_tmpfs, with_small_tmpfs};
 use tracing::field::Field;
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
@@ -48,13 +47,11 @@ fn puts_go_on_after_a_passing_fault_of_metadata() {
         for n in 0..3000 {
             if n == at {
                 // The first MiB: metadata pages.
-                faulty.inject(Injection {
-                    op: Some(OpKind::Write),
-                    failure: Failure::Fail,
-                    count: 1,
-                    range: Some((0, 2048)),
-                    queue_depth: 0,
-                });
+                faulty.inject(
+                    Injection::new(Failure::Fail)
+                        .op(Some(OpKind::Write))
+                        .range(Some((0, 2048))),
+                );
             }
             let options = if n % 3 == 0 {
                 &sync
@@ -89,13 +86,11 @@ fn faulty() -> (Arc<ErrorDevice>, FileSystem) {
 
 /// Every write fails from now on.
 fn fail_writes(device: &ErrorDevice) {
-    device.inject(Injection {
-        op: Some(OpKind::Write),
-        failure: Failure::Fail,
-        count: u64::MAX,
-        range: None,
-        queue_depth: 0,
-    });
+    device.inject(
+        Injection::new(Failure::Fail)
+            .op(Some(OpKind::Write))
+            .count(u64::MAX),
+    );
 }
 
 fn unlogged() -> WriteOptions {
@@ -503,27 +498,18 @@ fn puts_fail_after_a_flush_without_room_until_a_memtable_has_room() {
 #[test]
 fn a_full_host_is_an_error_and_passes() {
     let dir = tempfile::tempdir().unwrap();
-    let script = "mount -t tmpfs -o size=96m none \"$PUMICE_FULL_HOST\" || exit 77
-        exec \"$0\" --exact --nocapture puts_on_a_full_host";
-    let status = Command::new("unshare")
-        .args(["-rm", "sh", "-c", script])
-        .arg(std::env::current_exe().unwrap())
-        .env("PUMICE_FULL_HOST", dir.path())
-        .status();
-    match status {
-        Ok(status) if status.success() => {}
-        Ok(status) if status.code() == Some(77) => {
-            println!("skipped: a_full_host_is_an_error_and_passes: tmpfs cannot be mounted");
-        }
-        Ok(status) => panic!("{status}"),
-        Err(e) => println!("skipped: a_full_host_is_an_error_and_passes: no unshare ({e})"),
-    }
+    with_small_tmpfs(
+        "a_full_host_is_an_error_and_passes",
+        "96m",
+        dir.path(),
+        "puts_on_a_full_host",
+    );
 }
 
 /// The child of the test above.
 #[test]
 fn puts_on_a_full_host() {
-    let Some(dir) = std::env::var_os("PUMICE_FULL_HOST").map(PathBuf::from) else {
+    let Some(dir) = small_tmpfs() else {
         return;
     };
     let _limit = watchdog();

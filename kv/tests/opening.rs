@@ -132,15 +132,14 @@ fn a_close_that_failed_is_called_again() {
     let fs = mount_device(&device, &MountOptions::new()).unwrap();
     let db = uncompressed().open_in(&fs).unwrap();
     fill(&db, 0..20_000);
-    faulty.inject(Injection {
-        op: Some(OpKind::Write),
-        failure: Failure::Fail,
-        count: u64::MAX,
-        // This is data: a metadata page that cannot be written stops the store, which is another
-        // case.
-        range: Some((1024, 60_000)),
-        queue_depth: 0,
-    });
+    // This is data: a metadata page that cannot be written stops the store, which is another case.
+    let data = Some((1024, 60_000));
+    faulty.inject(
+        Injection::new(Failure::Fail)
+            .op(Some(OpKind::Write))
+            .count(u64::MAX)
+            .range(data),
+    );
     db.close().expect_err("nothing could be written");
     check(&db, 0..20_000);
     db.close().expect_err("nothing can be written yet");

@@ -155,13 +155,11 @@ fn an_asynchronous_read_that_fails_is_an_error_of_the_iterator() {
     let mut opts = without_block_cache(&pumice::env(&fs));
     opts.set_use_direct_reads(true);
     let db = DB::open(&opts, "/").unwrap();
-    faulty.inject(Injection {
-        op: Some(OpKind::Read),
-        failure: Failure::Fail,
-        count: u64::MAX,
-        range: None,
-        queue_depth: 0,
-    });
+    faulty.inject(
+        Injection::new(Failure::Fail)
+            .op(Some(OpKind::Read))
+            .count(u64::MAX),
+    );
     let mut reads = ReadOptions::default();
     reads.set_async_io(true);
     reads.set_readahead_size(64 * 1024);
@@ -431,16 +429,13 @@ fn a_block_that_was_read_wrongly_once_is_read_again() {
     // The page cache is empty.
     let fs = mount_device(&device, &MountOptions::new()).unwrap();
     let db = DB::open(&without_block_cache(&pumice::env(&fs)), "/").unwrap();
-    faulty.inject(Injection {
-        op: Some(OpKind::Read),
-        failure: Failure::Corrupt {
+    faulty.inject(
+        Injection::new(Failure::Corrupt {
             offset: 100,
             value: 0xff,
-        },
-        count: 1,
-        range: None,
-        queue_depth: 0,
-    });
+        })
+        .op(Some(OpKind::Read)),
+    );
     check(&db, 0..1);
     assert_eq!(faulty.injections(), [], "the fault was met");
     check(&db, 1..100);

@@ -247,13 +247,11 @@ fn an_end_that_cannot_keep(uri: &str) {
     let fs = mount_device(&device, &MountOptions::new()).unwrap();
     let db = options().open_in(&fs).unwrap();
     fill(&db, 0..PUTS);
-    faulty.inject(Injection {
-        op: Some(OpKind::Write),
-        failure: Failure::Fail,
-        count: u64::MAX,
-        range: None,
-        queue_depth: 0,
-    });
+    faulty.inject(
+        Injection::new(Failure::Fail)
+            .op(Some(OpKind::Write))
+            .count(u64::MAX),
+    );
     std::process::exit(0);
 }
 

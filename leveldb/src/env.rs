@@ -134,10 +134,7 @@ impl Env for BlobFsEnv {
     }
 
     fn open_writable_file(&self, path: &Path) -> Result<Box<dyn Write>> {
-        let how = OpenOptions {
-            truncate: true,
-            ..OpenOptions::CREATE
-        };
+        let how = OpenOptions::CREATE.truncate(true);
         Ok(Box::new(self.handle(path, how)?))
     }
 

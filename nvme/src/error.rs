@@ -103,7 +103,7 @@ pub enum NvmeError {
         what: String,
     },
     /// The controller has no such namespace.
-    #[error("{device}: no namespace {nsid}; it has {known}")]
+    #[error("{device}: there is no namespace {nsid}; it has {known}")]
     NoNamespace {
         /// Name of the device.
         device: String,

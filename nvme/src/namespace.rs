@@ -9,6 +9,7 @@ use crate::spec::{IdentifyNamespace, NsDescriptor};
 
 /// The optional commands that a controller supports for a namespace, from ONCS and VWC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct Supports {
     /// Whether it supports Compare.
     pub compare: bool,
@@ -24,6 +25,7 @@ pub struct Supports {
 
 /// The limits of one command, in blocks. The driver splits requests that exceed them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct CommandLimits {
     /// Namespace identifier.
     pub nsid: u32,

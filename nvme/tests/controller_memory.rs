@@ -39,7 +39,7 @@ fn a_refused_pair_keeps_no_room() {
     let _watchdog = watchdog();
     let rig = small(|config| config.queues = 1);
     let holder = queue(&rig, |_| {});
-    let mut options = QueueOptions::depth(16);
+    let mut options = QueueOptions::default().depth(16);
     wish(&mut options);
     let refused = rig.controller.queue_pair(&options).unwrap_err();
     assert!(matches!(refused, NvmeError::NoQueues { .. }), "{refused}");

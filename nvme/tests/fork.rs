@@ -127,7 +127,7 @@ fn an_inherited_controller_refuses_and_can_be_dropped() {
         ));
         assert!(forked(
             rig.controller
-                .queue_pair(&QueueOptions::depth(8))
+                .queue_pair(&QueueOptions::default().depth(8))
                 .unwrap_err()
         ));
         assert!(forked(rig.controller.shutdown().unwrap_err()));

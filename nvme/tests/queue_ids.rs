@@ -20,7 +20,7 @@ fn come_and_go(queues: u16, threads: u32, rounds: u32) {
         for _ in 0..threads {
             scope.spawn(|| {
                 for _ in 0..rounds {
-                    match rig.controller.queue_pair(&QueueOptions::depth(8)) {
+                    match rig.controller.queue_pair(&QueueOptions::default().depth(8)) {
                         Ok(mut pair) => assert!(one(&rig, &mut pair, read(0)).result.is_ok()),
                         Err(error) => {
                             eprintln!("{error}");
@@ -50,7 +50,7 @@ fn a_refused_deletion_costs_one_identifier_and_only_until_a_reset() {
     let _watchdog = watchdog();
     for op in [AdminOpcode::DELETE_SQ, AdminOpcode::DELETE_CQ] {
         let rig = rig_with(|config, _| config.queues = 3);
-        let make = || rig.controller.queue_pair(&QueueOptions::depth(8));
+        let make = || rig.controller.queue_pair(&QueueOptions::default().depth(8));
         let refusal = Fault::Status(Status::INTERNAL.dnr());
         rig.soft.faults().add(FaultRule::admin(op, refusal));
         drop(make().unwrap());
@@ -78,7 +78,7 @@ fn a_pair_that_cannot_be_made_leaves_its_identifier() {
         rig.soft
             .faults()
             .add(FaultRule::admin(op, refusal).times(1));
-        let make = || rig.controller.queue_pair(&QueueOptions::depth(8));
+        let make = || rig.controller.queue_pair(&QueueOptions::default().depth(8));
         assert!(matches!(make(), Err(NvmeError::Status { .. })));
         assert!(one(&rig, &mut make().unwrap(), read(0)).result.is_ok());
         assert_eq!(rig.controller.generation(), 1, "no reset was needed");
@@ -92,7 +92,7 @@ fn resets_beside_deletions() {
     let _watchdog = watchdog();
     let rig = rig_with(|config, _| config.queues = 2);
     let stop = std::sync::atomic::AtomicBool::new(false);
-    let mut options = QueueOptions::depth(8);
+    let mut options = QueueOptions::default().depth(8);
     // On a busy machine one read may meet many resets.
     (options.max_retries, options.timeout) = (u8::MAX - 1, NEVER);
     std::thread::scope(|scope| {

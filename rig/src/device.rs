@@ -207,7 +207,7 @@ fn namespaces(uri: &str, expect: &str) -> Result<()> {
 
 fn verify(uri: &str, options: ControllerOptions, cmb: bool) -> Result<()> {
     let (sgl, shadow, vectors) = (options.sgl, options.shadow_doorbells, options.vectors);
-    let mut queue = QueueOptions::depth(16);
+    let mut queue = QueueOptions::default().depth(16);
     queue.controller_memory = cmb;
     queue.interrupt = vectors > 0;
     let mut d = device(uri, options, &queue)?;
@@ -367,7 +367,7 @@ fn cpu_time() -> Result<Duration> {
 }
 
 fn sleep(uri: &str) -> Result<()> {
-    let mut options = QueueOptions::depth(8);
+    let mut options = QueueOptions::default().depth(8);
     options.spin_max = Duration::ZERO;
     let mut d = device(uri, ControllerOptions::default(), &options)?;
     check(d.controller.interrupt_count() >= 2, || {
@@ -434,7 +434,11 @@ fn media_errors(uri: &str, read: u64, write: u64) -> Result<()> {
 }
 
 fn reset(uri: &str) -> Result<()> {
-    let mut d = device(uri, ControllerOptions::default(), &QueueOptions::depth(32))?;
+    let mut d = device(
+        uri,
+        ControllerOptions::default(),
+        &QueueOptions::default().depth(32),
+    )?;
     let mut endings = BTreeMap::<String, u32>::new();
     for round in 0..4u64 {
         let mut tags = BTreeSet::new();
@@ -482,7 +486,11 @@ fn reset(uri: &str) -> Result<()> {
 }
 
 fn removal(uri: &str, id: &str) -> Result<()> {
-    let mut d = device(uri, ControllerOptions::default(), &QueueOptions::depth(32))?;
+    let mut d = device(
+        uri,
+        ControllerOptions::default(),
+        &QueueOptions::default().depth(32),
+    )?;
     let mut waiting = 0usize;
     for tag in 0..16 {
         let io = Op::Read {

@@ -37,18 +37,18 @@ const LEVELS: &[(&str, LevelFilter)] = &[
     ("TRACE", LevelFilter::TRACE),
 ];
 
-struct State {
+struct LogState {
     level: &'static str,
     /// The components with a level of their own.
     flags: BTreeMap<&'static str, LevelFilter>,
     handle: Option<reload::Handle<Targets, Registry>>,
 }
 
-static STATE: OnceLock<Mutex<State>> = OnceLock::new();
+static STATE: OnceLock<Mutex<LogState>> = OnceLock::new();
 
-fn state() -> &'static Mutex<State> {
+fn state() -> &'static Mutex<LogState> {
     STATE.get_or_init(|| {
-        Mutex::new(State {
+        Mutex::new(LogState {
             level: "WARNING",
             flags: BTreeMap::new(),
             handle: None,
@@ -56,7 +56,7 @@ fn state() -> &'static Mutex<State> {
     })
 }
 
-fn targets(state: &State) -> Targets {
+fn targets(state: &LogState) -> Targets {
     let level = LEVELS
         .iter()
         .find(|(n, _)| *n == state.level)
@@ -75,7 +75,7 @@ fn targets(state: &State) -> Targets {
     targets
 }
 
-fn apply(state: &State) -> Result<(), String> {
+fn apply(state: &LogState) -> Result<(), String> {
     let Some(handle) = &state.handle else {
         return Err("this process has set up logging of its own".to_owned());
     };
@@ -129,7 +129,7 @@ fn filter_named(level: &str) -> Result<LevelFilter, String> {
     Ok(found.map_or(LevelFilter::WARN, |l| l.1))
 }
 
-fn insert_flag(state: &mut State, flag: &str) -> Result<(), String> {
+fn insert_flag(state: &mut LogState, flag: &str) -> Result<(), String> {
     let (flag, level) = match flag.split_once('=') {
         Some((flag, level)) => (flag, filter_named(level)?),
         None => (flag, LevelFilter::TRACE),
@@ -181,7 +181,7 @@ pub fn set_flag(flag: &str, on: bool) -> Result<(), String> {
     apply(&state)
 }
 
-fn remove_flag(state: &mut State, flag: &str) {
+fn remove_flag(state: &mut LogState, flag: &str) {
     if flag == "all" {
         state.flags.clear();
     } else {
@@ -204,7 +204,7 @@ mod tests {
     use tracing::Level;
 
     fn with(level: &'static str, flags: &[&str]) -> Targets {
-        let mut state = State {
+        let mut state = LogState {
             level,
             flags: BTreeMap::new(),
             handle: None,
@@ -239,7 +239,7 @@ mod tests {
 
     #[test]
     fn wrong_names_say_which_are_right() {
-        let mut state = State {
+        let mut state = LogState {
             level: "WARNING",
             flags: BTreeMap::new(),
             handle: None,
@@ -258,7 +258,7 @@ mod tests {
 
     #[test]
     fn one_component_is_switched_off_or_all_of_them() {
-        let mut state = State {
+        let mut state = LogState {
             level: "WARNING",
             flags: BTreeMap::new(),
             handle: None,

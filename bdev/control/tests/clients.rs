@@ -17,10 +17,7 @@ use serde_json::{Value, json};
 #[test]
 fn a_request_has_one_time_limit_however_it_comes() {
     let (ours, mut client) = UnixStream::pair().unwrap();
-    let options = ServerOptions {
-        patience: Duration::from_secs(2),
-        ..ServerOptions::default()
-    };
+    let options = ServerOptions::default().patience(Duration::from_secs(2));
     let server = std::thread::spawn(move || {
         let _ = serve(&App::new(), ours, &options, &AtomicBool::new(false));
     });
@@ -152,12 +149,10 @@ fn calls_over_the_socket() {
 
 #[test]
 fn bad_clients_hurt_nobody() {
-    let options = ServerOptions {
-        request_max: 4096,
-        clients_max: 8,
-        patience: Duration::from_millis(300),
-        ..ServerOptions::default()
-    };
+    let options = ServerOptions::default()
+        .request_max(4096)
+        .clients_max(8)
+        .patience(Duration::from_millis(300));
     let served = served(options);
     assert!(served.raw(b"GET / HTTP/1.0\r\n\r\n").contains("-32700"));
     assert!(served.raw(b"{]").contains("-32700"));
@@ -322,12 +317,12 @@ fn a_client_that_has_ended_its_requests_still_gets_its_answer() {
 #[test]
 fn who_is_turned_away_is_told_why() {
     let _watchdog = Watchdog::new(120);
-    let (_dir, path, _server) = serve_at(ServerOptions {
-        clients_max: 2,
-        // Longer than the test may take.
-        patience: Duration::from_secs(600),
-        ..ServerOptions::default()
-    });
+    let (_dir, path, _server) = serve_at(
+        // The patience is longer than the test may take.
+        ServerOptions::default()
+            .clients_max(2)
+            .patience(Duration::from_secs(600)),
+    );
     let request = |id: &str| {
         format!("{{\"jsonrpc\":\"2.0\",\"id\":\"{id}\",\"method\":\"spdk_get_version\"}}\n")
     };

@@ -27,6 +27,7 @@ const LOG_EVERY: Duration = Duration::from_secs(10);
 
 /// Progress of the examination of a whole device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Progress {
     /// Number of bytes examined.
     pub done_bytes: u64,

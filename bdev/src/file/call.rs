@@ -9,13 +9,13 @@ use pumice_io::sys::file as sys;
 use pumice_io::{Completion, Op};
 
 use super::slot::{Slot, Step};
-use super::{Shared, Zeroing};
+use super::{SharedFile, Zeroing};
 
 /// Least time-out of a wait that may make the call itself, which has none.
 pub(super) const CALL_MIN: Duration = Duration::from_millis(10);
 
 /// Carries out the whole operation. Blocks.
-pub(super) fn run(shared: &Shared, mut slot: Slot) -> Completion {
+pub(super) fn run(shared: &SharedFile, mut slot: Slot) -> Completion {
     loop {
         let result = call(shared, &mut slot).map_err(|e| e.raw_os_error().unwrap_or(libc::EIO));
         let result = result.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
@@ -29,7 +29,7 @@ pub(super) fn run(shared: &Shared, mut slot: Slot) -> Completion {
     }
 }
 
-fn call(shared: &Shared, slot: &mut Slot) -> io::Result<usize> {
+fn call(shared: &SharedFile, slot: &mut Slot) -> io::Result<usize> {
     let file = &shared.file;
     let (at, left) = (slot.offset + slot.done, slot.len - slot.done);
     let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;

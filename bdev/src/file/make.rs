@@ -9,14 +9,14 @@ use pumice_io::sys::file as sys;
 
 use super::lock::lock;
 use super::open::{FileOptions, Found, Prealloc, direct_io};
-use super::{Shared, probe};
+use super::{SharedFile, probe};
 use crate::error::BdevError;
 use crate::malloc::check_geometry;
 
 /// Creates the image file of `size` bytes that `options` describe. The file gets its name when it
 /// is complete and durable, so that neither an error nor the end of the process leaves a part of
 /// one. Returns `None` when another file has got the name meanwhile.
-pub(super) fn make(options: &FileOptions, size: u64) -> Result<Option<Shared>, BdevError> {
+pub(super) fn make(options: &FileOptions, size: u64) -> Result<Option<SharedFile>, BdevError> {
     let path = &options.path;
     let shown = path.display().to_string();
     let block_size = options.block_size.unwrap_or(512);
@@ -223,10 +223,7 @@ mod tests {
     #[test]
     fn a_file_that_has_come_meanwhile_is_no_link_to_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let options = FileOptions {
-            path: dir.path().join("image"),
-            ..FileOptions::default()
-        };
+        let options = FileOptions::new(dir.path().join("image"));
         std::fs::write(&options.path, "another's").unwrap();
         assert!(make(&options, 4096).unwrap().is_none());
         assert_eq!(std::fs::read(&options.path).unwrap(), b"another's");

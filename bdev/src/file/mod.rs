@@ -46,12 +46,12 @@ pub use open::{FileOptions, Prealloc, uuid_of};
 /// A block device on a file or on a block device of the kernel.
 #[derive(Debug, Clone)]
 pub struct File {
-    shared: Arc<Shared>,
+    shared: Arc<SharedFile>,
 }
 
 /// State that the channels of a device share.
 #[derive(Debug)]
-struct Shared {
+struct SharedFile {
     info: DeviceInfo,
     file: StdFile,
     path: PathBuf,
@@ -183,10 +183,10 @@ impl BlockDevice for File {
     }
 }
 
-impl Shared {
-    fn new(info: DeviceInfo, found: open::Found, options: &FileOptions) -> Shared {
+impl SharedFile {
+    fn new(info: DeviceInfo, found: open::Found, options: &FileOptions) -> SharedFile {
         let path = std::path::absolute(&options.path).unwrap_or_else(|_| options.path.clone());
-        Shared {
+        SharedFile {
             info,
             direct: found.direct,
             mem_align: usize::try_from(found.mem_align).unwrap_or(4096),
@@ -330,7 +330,7 @@ impl Shared {
     }
 }
 
-impl Drop for Shared {
+impl Drop for SharedFile {
     fn drop(&mut self) {
         // A forked child shares the open file: unlocking it would release the parent's lock.
         if !self.birth.is_here() {

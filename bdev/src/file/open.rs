@@ -15,7 +15,7 @@ use serde_json::json;
 
 use super::lock::{self, BUSY_PATIENCE, GONE_PATIENCE};
 use super::probe::{self, Backing, Discard};
-use super::{Shared, make};
+use super::{SharedFile, make};
 use crate::contents::{self, Contents};
 use crate::device::{BlockDevice, DeviceInfo};
 use crate::error::BdevError;
@@ -41,7 +41,8 @@ pub enum Prealloc {
 }
 
 /// The file to open, and options.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct FileOptions {
     /// Path of the image file or block device.
     pub path: PathBuf,
@@ -66,6 +67,28 @@ pub struct FileOptions {
     pub prealloc: Prealloc,
     /// UUID; `None`: derived from the device and inode numbers.
     pub uuid: Option<[u8; 16]>,
+}
+
+pumice_io::setters!(FileOptions: name: Option<String>, block_size: Option<u32>, size: Option<u64>, create: bool, read_only: bool,
+    buffered: bool, no_io_uring: bool, prealloc: Prealloc, uuid: Option<[u8; 16]>);
+
+impl FileOptions {
+    /// Returns the options for the file or block device `path`: it exists, and is read and written
+    /// without the page cache.
+    pub fn new(path: impl Into<PathBuf>) -> FileOptions {
+        FileOptions {
+            path: path.into(),
+            name: None,
+            block_size: None,
+            size: None,
+            create: false,
+            read_only: false,
+            buffered: false,
+            no_io_uring: false,
+            prealloc: Prealloc::Off,
+            uuid: None,
+        }
+    }
 }
 
 /// Opens devices by URI.
@@ -105,16 +128,15 @@ fn call(uri: &mut Uri, info: &DeviceInfo) -> Option<Call> {
 fn open_uri(uri: &mut Uri, how: crate::OpenOptions) -> Result<Arc<dyn BlockDevice>, BdevError> {
     let growing = how.grow_bytes().is_some();
     let size = uri.size("size")?.filter(|_| !growing);
-    let options = FileOptions {
-        path: uri.path(),
-        name: uri.option("name"),
-        block_size: uri.number("block_size", 0..=u64::MAX)?,
-        size,
-        create: uri.flag("create")? && !growing,
-        read_only: uri.flag("read_only")? || how.is_read_only(),
-        buffered: uri.flag("buffered")?,
-        no_io_uring: uri.flag("no_io_uring")?,
-        prealloc: match uri.option("prealloc").as_deref() {
+    let options = FileOptions::new(uri.path())
+        .name(uri.option("name"))
+        .block_size(uri.number("block_size", 0..=u64::MAX)?)
+        .size(size)
+        .create(uri.flag("create")? && !growing)
+        .read_only(uri.flag("read_only")? || how.is_read_only())
+        .buffered(uri.flag("buffered")?)
+        .no_io_uring(uri.flag("no_io_uring")?)
+        .prealloc(match uri.option("prealloc").as_deref() {
             None | Some("off") => Prealloc::Off,
             Some("falloc") => Prealloc::Falloc,
             Some("full") => Prealloc::Full,
@@ -122,9 +144,7 @@ fn open_uri(uri: &mut Uri, how: crate::OpenOptions) -> Result<Arc<dyn BlockDevic
                 let reason = format!("prealloc={other}: use off, falloc or full");
                 return Err(uri.invalid(reason).into());
             }
-        },
-        uuid: None,
-    };
+        });
     uri.finish()?;
     if options.path.as_os_str().is_empty() {
         return Err(uri.invalid("no path; write file:///path/to/image").into());
@@ -143,7 +163,7 @@ fn open_uri(uri: &mut Uri, how: crate::OpenOptions) -> Result<Arc<dyn BlockDevic
     }
 }
 
-pub(super) fn open(options: &FileOptions) -> Result<Shared, BdevError> {
+pub(super) fn open(options: &FileOptions) -> Result<SharedFile, BdevError> {
     // The answer changes if another process creates or removes the file at the same moment.
     for _ in 0..16 {
         match kind_of(&options.path)? {
@@ -201,7 +221,7 @@ fn kind_of(path: &Path) -> Result<Option<bool>, BdevError> {
 fn open_existing(
     options: &FileOptions,
     is_block_device: bool,
-) -> Result<Option<Shared>, BdevError> {
+) -> Result<Option<SharedFile>, BdevError> {
     let path = &options.path;
     let shown = path.display().to_string();
     let os = |what: &str, e: io::Error| BdevError::os(&shown, what, e);
@@ -263,7 +283,7 @@ pub(super) struct Found {
 }
 
 impl Found {
-    pub(super) fn into_shared(self, options: &FileOptions) -> Shared {
+    pub(super) fn into_shared(self, options: &FileOptions) -> SharedFile {
         let meta = &self.meta;
         let info = describe(
             options,
@@ -276,7 +296,7 @@ impl Found {
         let (device, path) = (&info.name, options.path.display());
         let (len, block_size, direct) = (self.len, self.block_size, self.direct);
         tracing::info!(device, %path, len, block_size, direct, "opened");
-        Shared::new(info, self, options)
+        SharedFile::new(info, self, options)
     }
 }
 

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use io_uring::{IoUring, types};
 use pumice_io::{Completion, IoErrorKind, Op, SubmitError};
 
-use super::Shared;
+use super::SharedFile;
 use super::call::{CALL_MIN, run};
 use super::slot::Slot;
 use super::threads::ThreadChannel;
@@ -43,7 +43,7 @@ const CLOSE_MAX: Duration = Duration::from_secs(10);
 pub(super) struct RingChannel {
     /// Not dropped in a forked child, where other memory may be at its address.
     ring: ManuallyDrop<IoUring>,
-    shared: Arc<Shared>,
+    shared: Arc<SharedFile>,
     slots: Vec<Option<Box<InFlight>>>,
     free: Vec<u32>,
     /// Boxes of ended operations, to be used again.
@@ -103,7 +103,7 @@ fn build() -> io::Result<IoUring> {
 }
 
 impl RingChannel {
-    pub(super) fn new(shared: Arc<Shared>) -> io::Result<RingChannel> {
+    pub(super) fn new(shared: Arc<SharedFile>) -> io::Result<RingChannel> {
         let ring = build()?;
         if !ring.params().is_feature_ext_arg() {
             return Err(io::Error::other("io_uring of a kernel before 5.11"));

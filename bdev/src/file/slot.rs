@@ -2,7 +2,7 @@
 
 use pumice_io::{IoError, IoErrorKind, Op};
 
-use super::{Shared, Zeroing};
+use super::{SharedFile, Zeroing};
 use crate::file::probe::Discard;
 
 /// Number of attempts after `EAGAIN` and `EINTR`.
@@ -47,7 +47,7 @@ impl Slot {
     /// Makes the slot of an operation. `dsync` says whether direct writes carry `RWF_DSYNC`, so
     /// that FUA needs no sync after them. A buffered write is followed by a sync, whose failure
     /// must be distinguished from the write's because it concerns earlier writes too.
-    pub(super) fn new(tag: u64, op: Op, shared: &Shared, dsync: bool) -> Slot {
+    pub(super) fn new(tag: u64, op: Op, shared: &SharedFile, dsync: bool) -> Slot {
         let bs = shared.info.block_size;
         let step = match &op {
             Op::WriteZeroes { .. } => Step::Zero(shared.zeroing()),
@@ -93,7 +93,7 @@ impl Slot {
     pub(super) fn advance(
         &mut self,
         result: Result<u32, i32>,
-        shared: &Shared,
+        shared: &SharedFile,
     ) -> Option<Result<(), Box<IoError>>> {
         let n = match result {
             Ok(n) => u64::from(n),
@@ -143,7 +143,7 @@ impl Slot {
         Some(Ok(()))
     }
 
-    fn failed(&mut self, errno: i32, shared: &Shared) -> Option<Result<(), Box<IoError>>> {
+    fn failed(&mut self, errno: i32, shared: &SharedFile) -> Option<Result<(), Box<IoError>>> {
         if self.step == Step::Zero(Zeroing::ZeroRange)
             && matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL)
         {
@@ -163,7 +163,7 @@ impl Slot {
         Some(Err(error))
     }
 
-    fn error(&self, errno: i32, shared: &Shared) -> Box<IoError> {
+    fn error(&self, errno: i32, shared: &SharedFile) -> Box<IoError> {
         let mut detail = std::io::Error::from_raw_os_error(errno).to_string();
         if self.step == Step::Sync {
             detail = format!("fdatasync: {detail}");
@@ -172,7 +172,7 @@ impl Slot {
         shared.info.error(&self.op, kind, detail)
     }
 
-    fn short(&self, shared: &Shared) -> Box<IoError> {
+    fn short(&self, shared: &SharedFile) -> Box<IoError> {
         let kind = IoErrorKind::Short {
             done_bytes: self.done,
         };
@@ -187,14 +187,13 @@ pub(super) mod tests {
     use super::*;
     use crate::file::{File, FileOptions};
 
-    pub(in crate::file) fn shared() -> (tempfile::TempDir, Arc<Shared>) {
+    pub(in crate::file) fn shared() -> (tempfile::TempDir, Arc<SharedFile>) {
         let dir = tempfile::tempdir().unwrap();
-        let file = File::open(&FileOptions {
-            path: dir.path().join("image"),
-            size: Some(1 << 20),
-            create: true,
-            ..FileOptions::default()
-        });
+        let file = File::open(
+            &FileOptions::new(dir.path().join("image"))
+                .size(Some(1 << 20))
+                .create(true),
+        );
         (dir, file.unwrap().shared)
     }
 

@@ -4,13 +4,10 @@ use super::*;
 use crate::DmaBuf;
 
 fn options(path: PathBuf, prealloc: Prealloc) -> FileOptions {
-    FileOptions {
-        path,
-        size: Some(1 << 20),
-        create: true,
-        prealloc,
-        ..FileOptions::default()
-    }
+    FileOptions::new(path)
+        .size(Some(1 << 20))
+        .create(true)
+        .prealloc(prealloc)
 }
 
 fn dir() -> tempfile::TempDir {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use pumice_io::{Completion, Op, SubmitError};
 
-use super::Shared;
+use super::SharedFile;
 use super::call::{CALL_MIN, run};
 use super::slot::Slot;
 use crate::device::IoChannel;
@@ -34,7 +34,7 @@ pub(super) struct ThreadChannel {
 }
 
 struct Pool {
-    shared: Arc<Shared>,
+    shared: Arc<SharedFile>,
     work: Mutex<Work>,
     start: Condvar,
     finish: Condvar,
@@ -74,7 +74,7 @@ impl Pool {
 }
 
 impl ThreadChannel {
-    pub(super) fn new(shared: Arc<Shared>) -> io::Result<ThreadChannel> {
+    pub(super) fn new(shared: Arc<SharedFile>) -> io::Result<ThreadChannel> {
         let pool = Arc::new(Pool {
             shared,
             work: Mutex::default(),
@@ -264,12 +264,11 @@ mod tests {
     fn what_was_accepted_is_done_though_the_channel_goes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
-        let file = File::open(&FileOptions {
-            path: path.clone(),
-            size: Some(1 << 20),
-            create: true,
-            ..FileOptions::default()
-        });
+        let file = File::open(
+            &FileOptions::new(path.clone())
+                .size(Some(1 << 20))
+                .create(true),
+        );
         let mut channel = ThreadChannel::new(Arc::clone(&file.unwrap().shared)).unwrap();
         let write = Op::Write {
             lba: 1,

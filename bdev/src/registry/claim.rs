@@ -1,7 +1,5 @@
 //! Claims: devices that one module uses exclusively.
 
-use std::ops::Range;
-
 use super::Bdev;
 use crate::device::{BlockDevice, DeviceInfo, IoChannel};
 use crate::error::BdevError;
@@ -39,35 +37,11 @@ impl BlockDevice for Claimed {
         self.bdev.info()
     }
 
-    fn host_space(&self) -> Option<crate::HostSpace> {
-        self.bdev.host_space()
-    }
-
-    fn identity(&self) -> usize {
-        self.bdev.identity()
-    }
-
-    fn host_name(&self) -> Option<String> {
-        self.bdev.host_name()
-    }
-
-    fn own_channels(&self) -> Option<usize> {
-        self.bdev.own_channels()
+    fn below(&self) -> Option<&dyn BlockDevice> {
+        Some(&self.bdev)
     }
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         self.bdev.open_channel()
-    }
-
-    fn driver_specific(&self) -> serde_json::Value {
-        self.bdev.driver_specific()
-    }
-
-    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
-        self.bdev.next_data(lba)
-    }
-
-    fn keep_file(&self, keep: bool) {
-        self.bdev.keep_file(keep);
     }
 }

@@ -12,7 +12,6 @@ mod names;
 mod tests;
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -508,20 +507,8 @@ impl BlockDevice for Bdev {
         self.entry.dev.info()
     }
 
-    fn host_space(&self) -> Option<crate::HostSpace> {
-        self.entry.dev.host_space()
-    }
-
-    fn identity(&self) -> usize {
-        self.entry.dev.identity()
-    }
-
-    fn host_name(&self) -> Option<String> {
-        self.entry.dev.host_name()
-    }
-
-    fn own_channels(&self) -> Option<usize> {
-        self.entry.dev.own_channels()
+    fn below(&self) -> Option<&dyn BlockDevice> {
+        Some(&*self.entry.dev)
     }
 
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
@@ -543,17 +530,5 @@ impl BlockDevice for Bdev {
             Arc::clone(&self.entry),
             stats,
         )))
-    }
-
-    fn driver_specific(&self) -> serde_json::Value {
-        self.entry.dev.driver_specific()
-    }
-
-    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
-        self.entry.dev.next_data(lba)
-    }
-
-    fn keep_file(&self, keep: bool) {
-        self.entry.dev.keep_file(keep);
     }
 }

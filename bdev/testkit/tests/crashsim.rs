@@ -51,10 +51,7 @@ fn without_a_cache_a_completion_settles() {
 
 #[test]
 fn a_flush_does_not_cover_what_was_in_flight() {
-    let options = CrashOptions {
-        reorder: false,
-        ..CrashOptions::default()
-    };
+    let options = CrashOptions::default().reorder(false);
     let dev = CrashDevice::with_options(&options, CrashImage::zeroed(64 * 512));
     let mut ch = dev.open_channel().unwrap();
     ch.submit(
@@ -90,10 +87,7 @@ fn an_older_cached_write_never_comes_back_over_a_settled_one() {
 
 #[test]
 fn pieces_are_torn_at_the_unit() {
-    let options = CrashOptions {
-        tear_bytes: 4096,
-        ..CrashOptions::default()
-    };
+    let options = CrashOptions::default().tear_bytes(4096);
     let dev = CrashDevice::with_options(&options, CrashImage::zeroed(64 * 512));
     let ch = AsyncChannel::new(dev.open_channel().unwrap());
     ch.block_on(ch.write(4, block(9, 16), false)).unwrap();

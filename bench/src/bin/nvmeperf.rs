@@ -13,7 +13,7 @@ use pumice_nvme::ControllerOptions;
 use pumice_nvme_soft::open_with;
 
 use pumice_bench::nvmeperf::report::Report;
-use pumice_bench::nvmeperf::worker::{self, Shared};
+use pumice_bench::nvmeperf::worker::{self, SharedRun};
 use pumice_bench::nvmeperf::{Kind, Workload};
 
 /// Measure the NVMe driver alone on a namespace: rates, latencies, doorbells, instructions
@@ -128,7 +128,7 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         seed: args.seed,
         count: args.count,
     };
-    let shared = Shared {
+    let shared = SharedRun {
         controller: opened.controller,
         ns,
         workload,
@@ -164,7 +164,7 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
 }
 
 /// Waits for the end, and shows the progress on a terminal.
-fn watch(shared: &Shared, time: Duration, done: &dyn Fn() -> bool) {
+fn watch(shared: &SharedRun, time: Duration, done: &dyn Fn() -> bool) {
     let start = Instant::now();
     let bar = if std::io::stderr().is_terminal() {
         ProgressBar::new(100)

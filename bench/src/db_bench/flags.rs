@@ -7,14 +7,14 @@ use super::gflags::{self, FlagError, Parsed};
 crate::flags! {
     /// Flags of a run beside RocksDB's own.
     Flags {
-        env: String = "pumice", "file system below RocksDB: pumice (ours, on --device), kernel (the directory --db of the kernel's file system), mem (RocksDB's own memory env); --fs_uri and --env_uri choose among RocksDB's";
+        env: String = "pumice", "file system below RocksDB: pumice (on --device), kernel (the directory --db of the kernel's file system), mem (RocksDB's own memory env); --fs_uri and --env_uri choose among RocksDB's";
         device: String = "", "block device for --env=pumice as a URI, for example file:///path/disk.img?size=8G or malloc://2G; empty: an image file, made, formatted and removed";
         image_dir: String = "", "directory for the image file made when --device is empty; empty: the system's temporary directory";
         image_size: u64 = 0_u64, "bytes of that image file; 0: what --num, --key_size and --value_size may need";
         fs_cache_size: u64 = 1_u64 << 30, "bytes of the page cache of --env=pumice (the kernel's own cache is not bounded by this)";
         fs_cache_most: u64 = 0_u64, "bytes up to which that page cache grows while memory is free; 0: it does not";
         fs_huge_pages: bool = true, "make huge pages of that page cache's memory while it is in use";
-        format: bool = true, "format the device of --env=pumice when it holds no file system of ours; a device that holds something else is refused";
+        format: bool = true, "format the device of --env=pumice if that is empty; a device that holds something else is refused";
         force_format: bool = false, "format the device of --env=pumice whatever it holds; everything on it is lost";
         cluster_size: u64 = 0_u64, "cluster size in bytes when formatting; 0: the file system's default";
         spdk: String = "", "SPDK JSON configuration file that defines the block device --spdk_bdev";

@@ -18,7 +18,7 @@ use super::workload::Workload;
 /// Path in our file system of the `--report_file`, which is copied to the kernel's at the end.
 const REPORT: &str = "/.db_bench-report.csv";
 
-/// A mounted file system of ours.
+/// A mounted file system of Pumice.
 #[derive(Debug)]
 pub struct Ours {
     fs: FileSystem,
@@ -76,7 +76,7 @@ impl Ours {
             if workload.use_existing_db && !is_ours {
                 let what = there.map_or("nothing known".to_owned(), |t| t.to_string());
                 return Err(format!(
-                    "{name} holds {what}: --use_existing_db needs a file system of ours there"
+                    "{name} holds {what}: --use_existing_db needs a file system of Pumice there"
                 ));
             }
             let mut how = FormatOptions::default();

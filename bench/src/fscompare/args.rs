@@ -41,8 +41,8 @@ pub struct Args {
     /// (root). ext4-tuned, xfs-tuned: the same as experts set them up, with noatime, lazytime, ext4's
     /// fast_commit or a larger log of XFS where the machine takes them, and with
     /// --recycle_log_file_num=4 and --use_direct_io_for_flush_and_compaction for db_bench, which win
-    /// over the flags after --; the notes tell what was set. pumice: ours on the image file.
-    /// pumice-dev: ours on the same loop device or --device (root). mem: RocksDB's memory env, the
+    /// over the flags after --; the notes tell what was set. pumice: Pumice on the image file.
+    /// pumice-dev: Pumice on the same loop device or --device (root). mem: RocksDB's memory env, the
     /// file system that costs nothing. Default: all that this user can run with the installed
     /// programs.
     #[arg(long, value_delimiter = ',')]
@@ -64,12 +64,12 @@ pub struct Args {
     pub rounds: u64,
 
     /// Bound the memory of each run, page cache included, by a control group of this size (root).
-    /// Our page cache follows what is free in it, up to three quarters. The memory env is not
+    /// Pumice's page cache follows what is free in it, up to three quarters. The memory env is not
     /// bounded, since its files are memory.
     #[arg(long, value_parser = bytes)]
     pub memory: Option<u64>,
 
-    /// Size of our page cache in bytes without --memory.
+    /// Size of Pumice's page cache in bytes without --memory.
     #[arg(long, default_value = "1G", value_parser = bytes)]
     pub fs_cache_size: u64,
 

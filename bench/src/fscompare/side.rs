@@ -19,9 +19,9 @@ pub enum Side {
     Xfs,
     /// XFS, made, mounted and used as its experts do for a write-ahead log.
     XfsTuned,
-    /// Ours on the image file.
+    /// Pumice on the image file.
     Pumice,
-    /// Ours on the loop or block device.
+    /// Pumice on the loop or block device.
     PumiceDev,
     /// RocksDB's memory env.
     Mem,

@@ -75,13 +75,13 @@ impl Comparison {
         out.extend(interval_note(lines));
         out.push(match self.memory {
             Some(m) => format!(
-                "Memory: each run but mem in a control group of {} MiB, page cache included; ours has {} to {} MiB of it.",
+                "Memory: each run but mem in a control group of {} MiB, page cache included; Pumice has {} to {} MiB of it.",
                 m >> 20,
                 self.fs_cache_size >> 20,
                 (m - m / 4) >> 20
             ),
             None => format!(
-                "Memory: the kernel's page cache is not bounded; ours is {} MiB.",
+                "Memory: the kernel's page cache is not bounded; Pumice's is {} MiB.",
                 self.fs_cache_size >> 20
             ),
         });

@@ -29,7 +29,7 @@ pub struct Result {
 
 /// State that all workers share.
 #[derive(Debug)]
-pub struct Shared {
+pub struct SharedRun {
     /// The controller.
     pub controller: Arc<Controller>,
     /// The namespace.
@@ -80,11 +80,11 @@ impl Blocks {
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
 /// Runs worker `index` until it is told to stop.
-pub fn run(shared: &Shared, index: u16) -> std::result::Result<Result, Error> {
+pub fn run(shared: &SharedRun, index: u16) -> std::result::Result<Result, Error> {
     let w = &shared.workload;
     let ns = &shared.ns;
     let options = {
-        let mut options = QueueOptions::depth(w.depth);
+        let mut options = QueueOptions::default().depth(w.depth);
         options.histogram = w.latency;
         options.interrupt = w.wait;
         options

@@ -22,7 +22,7 @@ enum Entry {
 }
 
 #[derive(Clone)]
-struct State {
+struct ProcessState {
     epoch: u32,
     device: Vec<u16>,
     epochs: Vec<u32>,
@@ -32,7 +32,7 @@ struct State {
 }
 
 /// The files that a mount finds.
-fn found(s: &State, r: &Rules) -> Vec<u16> {
+fn found(s: &ProcessState, r: &Rules) -> Vec<u16> {
     let mut bytes = s.device.clone();
     if r.epoch_checked && !s.epochs.contains(&s.epoch) {
         return bytes;
@@ -54,7 +54,7 @@ fn found(s: &State, r: &Rules) -> Vec<u16> {
 }
 
 /// The steps of an operation: the state after each, and whether the next mount may find the old content.
-fn steps(s: &State, op: usize, r: &Rules) -> Vec<State> {
+fn steps(s: &ProcessState, op: usize, r: &Rules) -> Vec<ProcessState> {
     let mut steps = vec![s.clone()];
     let mut t = s.clone();
     match op {
@@ -97,7 +97,7 @@ fn steps(s: &State, op: usize, r: &Rules) -> Vec<State> {
 
 /// Tries everything. Returns the number of states, and the first that breaks the promise.
 pub fn search(r: &Rules) -> (u64, Option<String>) {
-    fn go(s: &State, r: &Rules, path: &mut Vec<usize>, states: &mut u64) -> Option<String> {
+    fn go(s: &ProcessState, r: &Rules, path: &mut Vec<usize>, states: &mut u64) -> Option<String> {
         const NAMES: [&str; 6] = [
             "append",
             "sync",
@@ -150,7 +150,7 @@ pub fn search(r: &Rules) -> (u64, Option<String>) {
         }
         None
     }
-    let start = State {
+    let start = ProcessState {
         epoch: 1,
         device: Vec::new(),
         epochs: vec![1],

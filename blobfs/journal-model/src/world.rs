@@ -295,7 +295,7 @@ impl World {
 
     /// An orderly unload, a session of SPDK, and a mount.
     fn away(&mut self) -> Result<bool, String> {
-        if !self.dev.flying.is_empty() || self.writer.halted || !self.writer.idle(&self.rules) {
+        if !self.dev.flying.is_empty() || self.writer.halted() || !self.writer.idle(&self.rules) {
             return Ok(false);
         }
         let Verdict {
@@ -354,7 +354,7 @@ impl World {
         let r = &rules.clone();
         let id = rng.below(PAGES);
         let what = rng.below(100);
-        if w.halted && what < 60 {
+        if w.halted() && what < 60 {
             return Ok(false);
         }
         let (name, did) = match what {
@@ -567,7 +567,7 @@ pub fn coverage(walks: u64) {
             for _ in 0..360 {
                 world.step().expect("the whole protocol holds");
             }
-            laps += world.writer.laps;
+            laps += world.writer.laps();
             for what in &world.trace {
                 let words: Vec<&str> = what.split([' ', '(']).take(2).collect();
                 *counts.entry(words.join(" ")).or_default() += 1;

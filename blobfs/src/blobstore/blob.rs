@@ -152,7 +152,7 @@ impl Blob {
     /// Returns its xattrs, with changes that are not durable yet.
     #[must_use]
     pub fn xattrs(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
-        // Whoever syncs publishes the changes first, and then removes them.
+        // A thread that syncs publishes the changes first, and then removes them.
         let pending = self.shared.pending.lock();
         let mut meta = (**self.shared.meta.load()).clone();
         for (name, value) in pending.iter() {

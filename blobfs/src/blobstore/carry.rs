@@ -3,8 +3,8 @@
 //!
 //! While the journal owes a blob bytes, only a checkpoint writes into that blob's clusters, and
 //! they stay the blob's. So recovery never puts older bytes over newer ones (rule 21), and the
-//! clusters in the blob's last map are those that the bytes were meant for (rule 22). Whoever wants
-//! to write there, or to move or free clusters, has the bytes put in place first.
+//! clusters in the blob's last map are those that the bytes were meant for (rule 22). A change
+//! that writes there, or moves or frees clusters, has the bytes put in place first.
 
 use super::Blobstore;
 use super::blob::Blob;

@@ -1,6 +1,6 @@
 //! Changes of metadata: staged in memory, turned into a [`Batch`], then published.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use pumice_bdev::Op;
@@ -18,7 +18,7 @@ use super::geometry::Geometry;
 use super::meta::{BlobMeta, ClearMethod, Parent, Trailing, patched_page};
 use super::retry::may_land;
 use super::space::Spend;
-use super::state::{Slot, State};
+use super::state::{CleanMark, Slot, State};
 
 /// The effect of a staged change on the map of a blob.
 #[derive(Debug)]
@@ -87,6 +87,25 @@ impl Change {
             taken_clusters,
             ..Change::default()
         }
+    }
+
+    /// Deletes a blob, and frees its pages but for the shared ones, and the clusters for which `frees` says so.
+    /// The commit leaves out clusters that have a second owner.
+    pub fn delete(
+        &mut self,
+        meta: Arc<BlobMeta>,
+        shared_pages: &HashSet<u32>,
+        frees: impl Fn(u32) -> bool,
+    ) {
+        let method = meta.clear_method();
+        let clusters = meta.clusters().filter(|cluster| frees(*cluster));
+        self.freed_clusters
+            .extend(clusters.map(|cluster| (cluster, method)));
+        let pages = meta.pages_of_extents();
+        self.freed_pages
+            .extend(pages.filter(|page| !shared_pages.contains(page)));
+        self.freed_pages.extend(&meta.chain);
+        self.deleted.push(meta);
     }
 
     /// Marks as free what it has taken.
@@ -294,7 +313,7 @@ impl State {
     /// with a journal, unless the device has it so.
     fn unmark(&self) -> Option<Box<Page>> {
         let wants_guard = self.journal.is_some() && !self.sb.is_guarded();
-        if self.dirty && !self.clean_in_doubt && !wants_guard {
+        if self.clean_mark == CleanMark::Removed && !wants_guard {
             return None;
         }
         let mut sb = self.sb.clone();
@@ -460,16 +479,14 @@ impl State {
     /// Records that a change has failed. If it was the one that marks the store as not unloaded in
     /// order, the device may or may not have that mark.
     pub fn note_mark_in_doubt(&mut self) {
-        if !self.dirty {
-            self.dirty = true;
-            self.clean_in_doubt = true;
+        if self.clean_mark == CleanMark::Set {
+            self.clean_mark = CleanMark::InDoubt;
         }
     }
 
     /// Makes a durable change visible and frees what it no longer needs.
     pub(super) fn publish(&mut self, change: Change) {
-        self.dirty = true;
-        self.clean_in_doubt = false;
+        self.clean_mark = CleanMark::Removed;
         self.sb.clean = 0.into();
         if self.journal.is_some() {
             self.sb.set_guard(true);

@@ -36,6 +36,7 @@ pub enum Severity {
 
 /// A finding of a check.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Finding {
     /// The severity.
     pub severity: Severity,
@@ -315,10 +316,7 @@ pub fn plan(dev: &Arc<dyn BlockDevice>) -> Result<RepairPlan, Error> {
 /// of the journal may be in place), and as [`Blobstore::load`] and [`Blobstore::unload`] do.
 pub fn apply(dev: &Arc<dyn BlockDevice>, plan: &RepairPlan) -> Result<Vec<String>, Error> {
     let before = check(dev)?;
-    let load = LoadOptions {
-        accept_journal_damage: plan.journal.is_some(),
-        ..LoadOptions::default()
-    };
+    let load = LoadOptions::default().accept_journal_damage(plan.journal.is_some());
     let store = Blobstore::load_by_scan(Arc::clone(dev), &load)?;
     let planned: HashSet<BlobId> = plan.removed.iter().map(|blob| blob.id).collect();
     let damaged = store.damaged();
@@ -485,17 +483,13 @@ fn check_owners(report: &mut Report, found: &Scan) {
     let mut clusters: HashMap<u32, Vec<BlobId>> = HashMap::new();
     let mut pages: HashMap<u32, Vec<BlobId>> = HashMap::new();
     for meta in found.blobs.values() {
-        let own = meta
-            .map
-            .allocated()
-            .map(|(_, cluster)| cluster)
-            .chain(meta.trailing.clusters.iter().copied());
-        for cluster in own.filter(|cluster| found.shared_clusters.contains(cluster)) {
+        let shared = |cluster: &u32| found.shared_clusters.contains(cluster);
+        for cluster in meta.clusters().filter(shared) {
             clusters.entry(cluster).or_default().push(meta.id);
         }
-        let own = meta.extent_pages.values().chain(&meta.trailing.pages);
-        for page in own.filter(|page| found.shared_pages.contains(page)) {
-            pages.entry(*page).or_default().push(meta.id);
+        let shared = |page: &u32| found.shared_pages.contains(page);
+        for page in meta.pages_of_extents().filter(shared) {
+            pages.entry(page).or_default().push(meta.id);
         }
     }
     for (what, owners) in [("cluster", clusters), ("extent page", pages)] {

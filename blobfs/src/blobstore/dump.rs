@@ -70,6 +70,7 @@ pub struct JournalDump {
 
 /// A mask as it is on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct MaskDump {
     /// "metadata pages", "clusters" or "blob ids".
     pub name: &'static str,

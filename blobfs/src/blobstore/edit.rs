@@ -22,7 +22,7 @@ use super::format::BlobId;
 use super::gate::{DRAIN_TIMEOUT, Frozen};
 use super::geometry::Geometry;
 use super::order::{Scope, Turn};
-use super::state::{Doubt, State, Stop};
+use super::state::{Doubt, State, Stop, StorePhase};
 
 /// The right to change what its scope names.
 #[derive(Debug)]
@@ -180,7 +180,7 @@ impl State {
 
     /// Fails if the store accepts no changes.
     fn check_takes_changes(&self) -> Result<(), Error> {
-        if self.unloaded {
+        if self.phase == StorePhase::Unloaded {
             return Err(Error::Unloaded);
         }
         if self.read_only {

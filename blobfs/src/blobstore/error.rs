@@ -21,7 +21,7 @@ pub enum Error {
     Dma(Arc<DmaError>),
     /// The journal has bytes of a blob that cannot be put in place, which has to come before a write to
     /// the blob, its deletion, and a change that moves clusters. They are still in the journal.
-    #[error("putting in place what the journal has: {0}")]
+    #[error("what the journal has could not be put in place: {0}")]
     Owed(#[source] Box<IoError>),
     /// The error of a batch of the journal, which all changes in it share.
     #[error(transparent)]
@@ -44,7 +44,7 @@ pub enum Error {
         reason: String,
     },
     /// The store has another type.
-    #[error("{device}: blobstore of type \"{found}\", wanted \"{wanted}\"")]
+    #[error("{device}: the blobstore has the type \"{found}\", and \"{wanted}\" is needed")]
     WrongType {
         /// Name of the device.
         device: String,
@@ -54,7 +54,7 @@ pub enum Error {
         wanted: BsType,
     },
     /// There is no blob of this id.
-    #[error("no blob {0} in this store")]
+    #[error("there is no blob {0} in this store")]
     NoSuchBlob(BlobId),
     /// The blob was set aside at load because its metadata is damaged.
     #[error("blob {blob} is damaged: {source}; `pumice fsck` shows the whole store")]
@@ -106,7 +106,7 @@ pub enum Error {
     },
     /// There are too few free clusters.
     #[error(
-        "no space: {needed} clusters needed, {free} of {total} free; delete blobs or grow the store"
+        "no space left: {needed} clusters are needed, and {free} of {total} are free; delete blobs or grow the store"
     )]
     NoSpace {
         /// Number of clusters needed.
@@ -118,7 +118,7 @@ pub enum Error {
     },
     /// There are too few free metadata pages.
     #[error(
-        "no metadata pages left: {needed} needed, {free} of {total} free; delete blobs, or make a store with more (md_pages)"
+        "no metadata pages left: {needed} are needed, and {free} of {total} are free; delete blobs, or make a store with more (md_pages)"
     )]
     NoMdPages {
         /// Number of pages needed.
@@ -165,10 +165,10 @@ pub enum Error {
     Lost(#[source] Box<IoError>),
     /// A change failed, and so did the attempt to undo it. Whether it was made is unknown until the
     /// device works again. The next change first tries to undo it.
-    #[error("it is open whether this was done: {0}")]
+    #[error("it is open whether this was done: {0}; load the store again to see")]
     Undecided(#[source] Box<Error>),
     /// The store was loaded read-only.
-    #[error("the blobstore was loaded read-only")]
+    #[error("the blobstore was loaded read-only; load it for writing to change it")]
     ReadOnlyStore,
     /// The store was unloaded.
     #[error("the blobstore is unloaded")]

@@ -511,15 +511,9 @@ mod tests {
     /// Makes a blob of four clusters of ones, all of which are its snapshot's.
     fn clone_of_four_clusters() -> (Blobstore, Blob) {
         let dev = pumice_bdev::open("malloc://8M?block_size=4096").unwrap();
-        let opts = InitOptions {
-            cluster_size: 16384,
-            ..InitOptions::default()
-        };
+        let opts = InitOptions::default().cluster_size(16384);
         let store = Blobstore::init(dev, &opts).unwrap();
-        let opts = CreateOptions {
-            num_clusters: 4,
-            ..CreateOptions::default()
-        };
+        let opts = CreateOptions::default().num_clusters(4);
         let blob = store.open(store.create(&opts).unwrap()).unwrap();
         (0..4).for_each(|index| put(&blob, index, 1));
         store.snapshot(blob.id(), &[]).unwrap();

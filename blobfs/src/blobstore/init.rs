@@ -21,6 +21,7 @@ use super::steady::Steady;
 
 /// Options of a new store.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct InitOptions {
     /// Bytes of a cluster, a multiple of 4096.
     pub cluster_size: u32,
@@ -44,6 +45,9 @@ pub struct InitOptions {
     /// anything but zeroes is refused.
     pub force: bool,
 }
+
+pumice_bdev::setters!(InitOptions: cluster_size: u32, md_pages: Option<u32>, bstype: BsType, clear_method: ClearMethod,
+    open_external: Option<OpenExternal>, journal: Option<u64>, force: bool);
 
 impl Default for InitOptions {
     fn default() -> InitOptions {
@@ -108,10 +112,7 @@ impl Blobstore {
         store.unload()?;
         formatting.finish();
         drop(store);
-        let load = LoadOptions {
-            open_external: opts.open_external.clone(),
-            ..LoadOptions::default()
-        };
+        let load = LoadOptions::default().open_external(opts.open_external.clone());
         Blobstore::load(dev, &load)
     }
 }

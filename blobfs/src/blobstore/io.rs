@@ -168,9 +168,9 @@ impl Blob {
                 }
             };
             if let Some(lba) = place {
-                let landing = Landing::new(self, ch, inside);
+                let write = WriteInFlight::new(self, ch, inside);
                 let result = ch.write(lba, data, fua && self.needs_fua()).await;
-                landing.landed();
+                write.ended();
                 result?;
                 return self.flush_if(ch, fua).await;
             }
@@ -181,10 +181,10 @@ impl Blob {
                 self.allocate_missing(&parts, missing, offset, data).await?;
                 continue;
             }
-            let landing = Landing::new(self, ch, inside);
+            let write = WriteInFlight::new(self, ch, inside);
             let writes = write_ops(&parts, data, fua && self.needs_fua());
             let outcomes = ch.io_all(writes).await;
-            landing.landed();
+            write.ended();
             for (_, result) in outcomes {
                 result?;
             }
@@ -365,7 +365,7 @@ impl Blob {
                 }
                 continue;
             }
-            let landing = Landing::new(self, ch, inside);
+            let write = WriteInFlight::new(self, ch, inside);
             let mut ops = Vec::new();
             for part in &parts {
                 let Place::Device(lba) = part.at else {
@@ -382,7 +382,7 @@ impl Blob {
                 }
             }
             let outcomes = ch.io_all(ops).await;
-            landing.landed();
+            write.ended();
             for (_, result) in outcomes {
                 result?;
             }
@@ -505,27 +505,27 @@ async fn read_pieces(
 
 /// A write in flight. If its future is dropped before the write has ended, the write leaves the
 /// gate when the device has answered: until then the cluster must not be given to another blob.
-struct Landing<'a> {
+struct WriteInFlight<'a> {
     blob: &'a Blob,
     ch: &'a AsyncChannel,
     inside: Option<Inside<'a>>,
 }
 
-impl<'a> Landing<'a> {
-    fn new(blob: &'a Blob, ch: &'a AsyncChannel, inside: Inside<'a>) -> Landing<'a> {
-        Landing {
+impl<'a> WriteInFlight<'a> {
+    fn new(blob: &'a Blob, ch: &'a AsyncChannel, inside: Inside<'a>) -> WriteInFlight<'a> {
+        WriteInFlight {
             blob,
             ch,
             inside: Some(inside),
         }
     }
 
-    fn landed(mut self) {
+    fn ended(mut self) {
         self.inside = None;
     }
 }
 
-impl Drop for Landing<'_> {
+impl Drop for WriteInFlight<'_> {
     fn drop(&mut self) {
         if let Some(inside) = self.inside.take() {
             let owed = inside.owe(&self.blob.shared);

@@ -27,13 +27,14 @@ use super::order::Order;
 use super::remains;
 use super::scan::{Roots, Scan, scan};
 use super::space::SpacePolicy;
-use super::state::{Slot, State};
+use super::state::{CleanMark, Slot, State, StorePhase};
 use super::steady::Steady;
 use super::store::{Blobstore, Inner};
 use super::super_page::{self, Found};
 
 /// Options of a load.
 #[derive(Debug, Clone, Default)]
+#[non_exhaustive]
 pub struct LoadOptions {
     /// The type that the store must have; any if `None` or [`BsType::NONE`].
     pub bstype: Option<BsType>,
@@ -53,6 +54,9 @@ pub struct LoadOptions {
     /// ([`SuperBlock::session`]). Otherwise a load that writes gives it up, since what the log says may not hold any longer.
     pub keep_session: bool,
 }
+
+pumice_bdev::setters!(LoadOptions: bstype: Option<BsType>, open_external: Option<OpenExternal>, read_only: bool, refuse_damage: bool,
+    accept_journal_damage: bool, keep_session: bool);
 
 /// The longest single read or write of data, where the device takes as much.
 const MAX_IO_BYTES: u64 = 8 << 20;
@@ -93,11 +97,12 @@ impl Metadata {
             sb: self.sb,
             geo: self.geo,
             can,
-            dirty: self.dirty,
-            clean_in_doubt: false,
+            clean_mark: match self.dirty {
+                true => CleanMark::Removed,
+                false => CleanMark::Set,
+            },
             journal,
-            unloaded: false,
-            unloading: false,
+            phase: StorePhase::Loaded,
             read_only: self.read_only,
             stopped: None,
             doubts: Vec::new(),

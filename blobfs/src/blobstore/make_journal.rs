@@ -65,15 +65,15 @@ impl Blobstore {
                 run.min(available)
             )));
         }
-        let blob = self.create(&CreateOptions {
-            num_clusters: count,
-            init: ClusterInit::CallerWrites,
-            xattrs: vec![
-                ("name".to_owned(), NAME.to_vec()),
-                ("length".to_owned(), len.to_le_bytes().to_vec()),
-            ],
-            ..CreateOptions::default()
-        })?;
+        let blob = self.create(
+            &CreateOptions::default()
+                .num_clusters(count)
+                .init(ClusterInit::CallerWrites)
+                .xattrs(vec![
+                    ("name".to_owned(), NAME.to_vec()),
+                    ("length".to_owned(), len.to_le_bytes().to_vec()),
+                ]),
+        )?;
         let begun = self.begin_journal(&geo, blob, len, count);
         if begun.is_err() {
             // The first error counts. A blob that stays is removed by the next call.

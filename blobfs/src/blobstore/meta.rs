@@ -92,6 +92,18 @@ pub(crate) struct Trailing {
 }
 
 impl BlobMeta {
+    /// All clusters that it holds.
+    pub fn clusters(&self) -> impl Iterator<Item = u32> {
+        let allocated = self.map.allocated().map(|(_, cluster)| cluster);
+        allocated.chain(self.trailing.clusters.iter().copied())
+    }
+
+    /// All of its extent pages.
+    pub fn pages_of_extents(&self) -> impl Iterator<Item = u32> {
+        let pages = self.extent_pages.values().chain(&self.trailing.pages);
+        pages.copied()
+    }
+
     /// The root page.
     pub fn root(&self) -> u32 {
         self.id.page().expect("the id of a blob in the store")

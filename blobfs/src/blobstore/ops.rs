@@ -22,6 +22,7 @@ pub enum ClusterInit {
 
 /// Options of a new blob.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct CreateOptions {
     /// Size in clusters.
     pub num_clusters: u64,
@@ -38,6 +39,9 @@ pub struct CreateOptions {
     /// Makes a clone of an external snapshot, which the application finds by these bytes. The blob is thin.
     pub external_snapshot: Option<Vec<u8>>,
 }
+
+pumice_bdev::setters!(CreateOptions: num_clusters: u64, thin: bool, xattrs: Vec<(String, Vec<u8>)>, clear_method: ClearMethod,
+    init: ClusterInit, extent_table: bool, external_snapshot: Option<Vec<u8>>);
 
 impl Default for CreateOptions {
     fn default() -> CreateOptions {
@@ -237,21 +241,7 @@ impl State {
                 "blob {id} is already part of this change"
             )));
         }
-        let method = meta.clear_method();
-        let clusters = meta
-            .map
-            .allocated()
-            .map(|(_, cluster)| cluster)
-            .chain(meta.trailing.clusters.iter().copied());
-        change
-            .freed_clusters
-            .extend(clusters.map(|cluster| (cluster, method)));
-        let extent_pages = meta.extent_pages.values().chain(&meta.trailing.pages);
-        change
-            .freed_pages
-            .extend(extent_pages.filter(|page| !self.shared_pages.contains(page)));
-        change.freed_pages.extend(&meta.chain);
-        change.deleted.push(meta);
+        change.delete(meta, &self.shared_pages, |_| true);
         Ok(())
     }
 

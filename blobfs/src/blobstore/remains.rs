@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::format::{BlobId, Descriptors, Page, PageError, TYPE_XATTR, page_crc, stored_crc};
+use super::format::{
+    BlobId, Content, Descriptor, Descriptors, Page, PageError, TYPE_XATTR, page_crc, stored_crc,
+};
 
 /// The readable parts of a damaged blob.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -27,7 +29,7 @@ impl Remains {
         let name = Descriptors::new(page)
             .map_while(Result::ok)
             .filter(|descriptor| descriptor.kind == TYPE_XATTR)
-            .find_map(|descriptor| name_xattr(descriptor.body));
+            .find_map(|descriptor| name_xattr(&descriptor));
         Remains { name }
     }
 }
@@ -48,10 +50,11 @@ pub(crate) fn describe(
 }
 
 /// Returns the value of an xattr descriptor if the xattr is `name`.
-fn name_xattr(body: &[u8]) -> Option<String> {
-    let (lens, rest) = body.split_at_checked(4)?;
-    let name_len = usize::from(u16::from_le_bytes([lens[0], lens[1]]));
-    let (name, value) = rest.split_at_checked(name_len)?;
+fn name_xattr(descriptor: &Descriptor<'_>) -> Option<String> {
+    let Content::Xattr(xattr) = descriptor.content()? else {
+        return None;
+    };
+    let (name, value) = xattr.name_and_value()?;
     (name == b"name").then(|| printable(value)).flatten()
 }
 

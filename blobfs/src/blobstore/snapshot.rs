@@ -305,23 +305,9 @@ impl Edit<'_> {
             .flat_map(|staged| staged.meta.map.allocated())
             .map(|(_, cluster)| cluster)
             .collect();
-        let method = snapshot.clear_method();
-        let trailing = marked.trailing.clusters.iter().copied();
-        let unwanted = marked
-            .map
-            .allocated()
-            .map(|(_, cluster)| cluster)
-            .chain(trailing)
-            .filter(|cluster| !kept.contains(cluster));
-        change
-            .freed_clusters
-            .extend(unwanted.map(|cluster| (cluster, method)));
-        let extent_pages = marked.extent_pages.values().chain(&marked.trailing.pages);
-        change
-            .freed_pages
-            .extend(extent_pages.filter(|page| !state.shared_pages.contains(page)));
-        change.freed_pages.extend(&marked.chain);
-        change.deleted.push(marked);
+        change.delete(marked, &state.shared_pages, |cluster| {
+            !kept.contains(&cluster)
+        });
         if let Err(error) = self.commit(state, change) {
             // If the mark stays, the next load removes it.
             if let Err(error) = self.replace_mark(id) {

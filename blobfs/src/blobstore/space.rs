@@ -266,11 +266,9 @@ mod tests {
 
     fn store(size: &str, cluster_size: u32, md_pages: u32) -> Blobstore {
         let dev = pumice_bdev::open(&format!("malloc://{size}?block_size=4096")).unwrap();
-        let options = InitOptions {
-            cluster_size,
-            md_pages: Some(md_pages),
-            ..InitOptions::default()
-        };
+        let options = InitOptions::default()
+            .cluster_size(cluster_size)
+            .md_pages(Some(md_pages));
         let store = Blobstore::init(std::sync::Arc::clone(&dev), &options).unwrap();
         store.unload().unwrap();
         drop(store);
@@ -280,10 +278,7 @@ mod tests {
     fn create(store: &Blobstore, num_clusters: u64, spend: Spend) -> Result<BlobId, Error> {
         let mut tx = store.transaction();
         tx.spend(spend);
-        let blob = tx.create(CreateOptions {
-            num_clusters,
-            ..CreateOptions::default()
-        });
+        let blob = tx.create(CreateOptions::default().num_clusters(num_clusters));
         let committed = tx.commit()?;
         Ok(committed.id(blob))
     }

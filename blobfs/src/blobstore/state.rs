@@ -58,6 +58,26 @@ pub(crate) struct Doubt {
     pub restore: Restore,
 }
 
+/// The mark of an orderly unload (clean = 1) in the super block on the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CleanMark {
+    /// It is there.
+    Set,
+    /// A write that sets or removes it has not succeeded, so that it may be there.
+    InDoubt,
+    /// It is not there.
+    Removed,
+}
+
+/// The part of its life that the store is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum StorePhase {
+    Loaded,
+    /// No blob is opened.
+    Unloading,
+    Unloaded,
+}
+
 /// All metadata in memory. It is locked only briefly and does no I/O. A thread that
 /// changes the metadata on the device holds an [`Edit`](super::edit::Edit).
 #[derive(Debug)]
@@ -66,15 +86,10 @@ pub(crate) struct State {
     pub geo: Geometry,
     /// Abilities of the device.
     pub can: Abilities,
-    /// Whether the super block on disk says clean = 0.
-    pub dirty: bool,
-    /// Whether a write of clean = 1 failed, so that the device may hold it all the same.
-    pub clean_in_doubt: bool,
+    pub clean_mark: CleanMark,
     /// The blob that holds the journal. Applications do not see it.
     pub journal: Option<BlobId>,
-    pub unloaded: bool,
-    /// Whether the store is being unloaded, so that no blob is opened.
-    pub unloading: bool,
+    pub phase: StorePhase,
     /// Whether no change is accepted.
     pub read_only: bool,
     /// The reason why no more changes are accepted, if there is one.
@@ -120,6 +135,15 @@ pub(crate) struct State {
 type Below = (Option<Arc<Line>>, Option<Arc<[u8]>>);
 
 impl State {
+    /// Fails if the store is unloaded, or is about to be.
+    pub fn check_loaded(&self) -> Result<(), Error> {
+        match self.phase {
+            StorePhase::Loaded => Ok(()),
+            StorePhase::Unloading => Err(Error::Busy("the store is being unloaded".to_owned())),
+            StorePhase::Unloaded => Err(Error::Unloaded),
+        }
+    }
+
     /// Returns the blob because of which nothing is allocated.
     pub fn held(&self) -> Option<BlobId> {
         let (root, _) = self.damaged.first_key_value()?;
@@ -136,12 +160,10 @@ impl State {
         for slot in self.blobs.values() {
             let meta = &slot.meta;
             pages.clear(meta.root());
-            let own = meta.chain.iter().chain(meta.extent_pages.values());
-            for page in own.chain(&meta.trailing.pages) {
-                pages.clear(*page);
+            for page in meta.chain.iter().copied().chain(meta.pages_of_extents()) {
+                pages.clear(page);
             }
-            let own = meta.map.allocated().map(|(_, cluster)| cluster);
-            for cluster in own.chain(meta.trailing.clusters.iter().copied()) {
+            for cluster in meta.clusters() {
                 clusters.clear(cluster);
             }
         }

@@ -10,15 +10,13 @@
 //! [`IoErrorKind::is_retryable`]: pumice_bdev::IoErrorKind::is_retryable
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use pumice_bdev::{
-    BdevError, BlockDevice, Completion, DeviceInfo, HostSpace, IoChannel, IoError, Op, OpKind,
-    SubmitError,
+    BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, IoError, Op, OpKind, SubmitError,
 };
 
 use super::late_writes::LateWrites;
@@ -100,36 +98,16 @@ impl BlockDevice for Steady {
         self.inner.info()
     }
 
+    fn below(&self) -> Option<&dyn BlockDevice> {
+        Some(&*self.inner)
+    }
+
     fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
         let inner = self.inner.open_channel()?;
         let (lost, late) = (Arc::clone(&self.lost), Arc::clone(&self.late));
         let mut channel = SteadyChannel::new(inner, lost, late);
         channel.replayed = Arc::clone(&self.replayed);
         Ok(Box::new(channel))
-    }
-
-    fn identity(&self) -> usize {
-        self.inner.identity()
-    }
-
-    fn own_channels(&self) -> Option<usize> {
-        self.inner.own_channels()
-    }
-
-    fn next_data(&self, lba: u64) -> Result<Option<Range<u64>>, BdevError> {
-        self.inner.next_data(lba)
-    }
-
-    fn keep_file(&self, keep: bool) {
-        self.inner.keep_file(keep);
-    }
-
-    fn host_space(&self) -> Option<HostSpace> {
-        self.inner.host_space()
-    }
-
-    fn host_name(&self) -> Option<String> {
-        self.inner.host_name()
     }
 }
 
@@ -320,13 +298,7 @@ mod tests {
     fn device(count: u64, op: OpKind, failure: Failure) -> Arc<Steady> {
         let base = pumice_bdev::open("malloc://1M?block_size=4096").unwrap();
         let dev = ErrorDevice::new(None, base);
-        dev.inject(Injection {
-            op: Some(op),
-            failure,
-            count,
-            range: None,
-            queue_depth: 0,
-        });
+        dev.inject(Injection::new(failure).op(Some(op)).count(count));
         Steady::new(Arc::new(dev))
     }
 

@@ -366,12 +366,7 @@ impl State {
 
     /// Returns the blob, if it is open and can still be opened.
     fn opened(&self, id: BlobId) -> Result<Option<Arc<Shared>>, Error> {
-        if self.unloaded {
-            return Err(Error::Unloaded);
-        }
-        if self.unloading {
-            return Err(Error::Busy("the store is being unloaded".to_owned()));
-        }
+        self.check_loaded()?;
         Ok(self.shared(id))
     }
 }

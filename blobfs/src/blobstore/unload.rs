@@ -5,7 +5,7 @@ use super::edit::Edit;
 use super::error::Error;
 use super::masks;
 use super::retry::may_land;
-use super::state::State;
+use super::state::{CleanMark, State, StorePhase};
 
 impl Blobstore {
     /// Unloads the store in order: waits for I/O in flight on the channels of all threads, writes
@@ -35,7 +35,7 @@ impl Blobstore {
         {
             let mut state = inner.state.lock();
             check_unloadable(&state)?;
-            state.unloading = true;
+            state.phase = StorePhase::Unloading;
         }
         if let Some(shared) = inner.shared.get() {
             shared.drain();
@@ -57,7 +57,7 @@ impl Blobstore {
             Err(error) => (None, Err(error)),
         };
         let mut state = inner.state.lock();
-        state.unloading = false;
+        state.phase = StorePhase::Loaded;
         if let Err(error) = &ended
             && inner.commit.is_halted()
         {
@@ -70,7 +70,7 @@ impl Blobstore {
             inner.channels.reopen();
             return ended;
         }
-        state.unloaded = true;
+        state.phase = StorePhase::Unloaded;
         let in_order = state.check_not_stopped().and(ended);
         drop(state);
         inner.channels.close();
@@ -86,12 +86,7 @@ impl Blobstore {
 
 /// Fails if the store cannot be unloaded.
 fn check_unloadable(state: &State) -> Result<(), Error> {
-    if state.unloaded {
-        return Err(Error::Unloaded);
-    }
-    if state.unloading {
-        return Err(Error::Busy("the store is being unloaded".to_owned()));
-    }
+    state.check_loaded()?;
     check_none_open(state)
 }
 
@@ -120,10 +115,10 @@ fn unload_in_order(edit: &Edit<'_>) -> Result<(), Error> {
         }
     }
     edit.take_back_doubts();
-    let (held, dirty) = {
+    let (held, mark) = {
         let state = edit.state();
         state.check_not_stopped()?;
-        (state.held(), state.dirty)
+        (state.held(), state.clean_mark)
     };
     if let Some(id) = held {
         // Masks would let others allocate what the damaged blob holds.
@@ -131,7 +126,7 @@ fn unload_in_order(edit: &Edit<'_>) -> Result<(), Error> {
         edit.store.inner.commit.settle().map_err(Error::owed)?;
         return edit.store.inner.md_channels.get()?.flush();
     }
-    if dirty {
+    if mark != CleanMark::Set {
         write_masks(edit)?;
     }
     Ok(())
@@ -143,7 +138,7 @@ fn write_masks(edit: &Edit<'_>) -> Result<(), Error> {
     commit.settle().map_err(Error::owed)?;
     // Whatever fails from here on: the next change begins another use of the journal, and
     // removes the mark of an orderly unload.
-    edit.state().clean_in_doubt = true;
+    edit.state().clean_mark = CleanMark::InDoubt;
     // Before a channel is taken, since this may wait for a thread that needs one.
     commit.end();
     let mut io = edit.store.inner.md_channels.get()?;
@@ -172,8 +167,7 @@ fn write_masks(edit: &Edit<'_>) -> Result<(), Error> {
         }
         return Err(error);
     }
-    state.clean_in_doubt = false;
+    state.clean_mark = CleanMark::Set;
     state.sb = sb;
-    state.dirty = false;
     Ok(())
 }

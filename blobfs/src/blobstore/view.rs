@@ -114,10 +114,7 @@ mod tests {
     #[test]
     fn a_line_of_snapshots_is_kept_once() {
         let dev = pumice_bdev::open("malloc://16M?block_size=4096").unwrap();
-        let opts = InitOptions {
-            cluster_size: 8192,
-            ..InitOptions::default()
-        };
+        let opts = InitOptions::default().cluster_size(8192);
         let store = Blobstore::init(dev, &opts).unwrap();
         let id = store.create(&CreateOptions::default()).unwrap();
         let snapshots: Vec<_> = (0..30).map(|_| store.snapshot(id, &[]).unwrap()).collect();

@@ -7,12 +7,15 @@ use std::time::SystemTime;
 /// Properties to be set; `None` leaves one as it is. See
 /// [`File::set_attributes`](super::File::set_attributes).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Attributes {
     /// Permission bits, of which the lower twelve count. The file system keeps them and checks nothing.
     pub mode: Option<u32>,
     /// Time of the last change; the epoch stands for earlier ones.
     pub modified: Option<SystemTime>,
 }
+
+pumice_bdev::setters!(const Attributes: mode: Option<u32>, modified: Option<SystemTime>);
 
 /// The bits of a mode.
 pub(crate) const MODE_BITS: u32 = 0o7777;

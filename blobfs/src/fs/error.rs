@@ -16,7 +16,7 @@ pub enum FsError {
         path: String,
     },
     /// A file or directory has the name already.
-    #[error("{path}: exists already")]
+    #[error("{path}: it exists already")]
     Exists {
         /// The existing path.
         path: String,
@@ -51,7 +51,9 @@ pub enum FsError {
         free_bytes: u64,
     },
     /// The name is too long for the format.
-    #[error("{path}: name of {len} bytes; at most {max} with its directories")]
+    #[error(
+        "{path}: the name has {len} bytes with its directories, and may have {max}; use a shorter one"
+    )]
     NameTooLong {
         /// The path.
         path: String,
@@ -61,7 +63,7 @@ pub enum FsError {
         max: usize,
     },
     /// Another handle holds the lock of the file.
-    #[error("{path}: locked by another user in this process")]
+    #[error("{path} is locked by another database of this process: close that one first")]
     Locked {
         /// Path of the file.
         path: String,
@@ -159,10 +161,10 @@ pub enum FsError {
         path: String,
     },
     /// There is no memory for buffers.
-    #[error("no buffer memory: {0}")]
-    NoMemory(Arc<DmaError>),
+    #[error("there is no memory for buffers: {0}")]
+    NoMemory(#[source] Arc<DmaError>),
     /// The device as a whole failed.
-    #[error("{0}")]
+    #[error(transparent)]
     Device(Arc<BdevError>),
     /// An error of the blobstore.
     #[error("{context}: {source}")]

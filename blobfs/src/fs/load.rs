@@ -99,14 +99,12 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
     let writes = Arc::new(Durability::new(persist != Persist::Completion));
     let metered = Metered::new(Arc::clone(dev), Arc::clone(&writes));
     let counted: Arc<dyn BlockDevice> = Arc::clone(&metered) as Arc<dyn BlockDevice>;
-    let load = LoadOptions {
-        bstype: Some(BsType::BLOBFS),
-        read_only: opts.read_only,
-        refuse_damage: !opts.read_only && !opts.accept_damage,
-        accept_journal_damage: opts.accept_damage,
-        keep_session: true,
-        ..LoadOptions::default()
-    };
+    let load = LoadOptions::default()
+        .bstype(Some(BsType::BLOBFS))
+        .read_only(opts.read_only)
+        .refuse_damage(!opts.read_only && !opts.accept_damage)
+        .accept_journal_damage(opts.accept_damage)
+        .keep_session(true);
     let store = Blobstore::load(Arc::clone(&counted), &load).map_err(|e| refuse(dev, e))?;
     let unclean = !store.super_block().is_clean();
     let mut loader = Loader {
@@ -361,38 +359,26 @@ impl Loader {
     fn first_name(&mut self, id: BlobId, raw: &[u8]) -> String {
         let text = raw.strip_suffix(&[0]).unwrap_or(raw);
         let stand_in = format!("/.pumice-blob-{id}");
-        match std::str::from_utf8(text) {
-            Ok(name) if is_normal(name) => name.to_owned(),
-            Ok(name) => match path::normalise(name) {
-                Ok(normal) if normal != "/" && !name.is_empty() => {
-                    self.problem(
-                        id,
-                        format!("name \"{}\" used as {normal}", name.escape_debug()),
-                    );
-                    normal
-                }
-                _ => {
-                    self.problem(
-                        id,
-                        format!(
-                            "unusable name \"{}\"; shown as {stand_in}",
-                            text.escape_ascii()
-                        ),
-                    );
-                    stand_in
-                }
-            },
-            Err(_) => {
-                self.problem(
-                    id,
-                    format!(
-                        "unusable name \"{}\"; shown as {stand_in}",
-                        text.escape_ascii()
-                    ),
-                );
-                stand_in
-            }
+        let name = std::str::from_utf8(text)
+            .ok()
+            .filter(|name| !name.is_empty());
+        if let Some(name) = name.filter(|name| is_normal(name)) {
+            return name.to_owned();
         }
+        let normal = name.and_then(|name| Some((name, path::normalise(name).ok()?)));
+        let (shown, problem) = match normal.filter(|(_, normal)| normal != "/") {
+            Some((name, normal)) => {
+                let problem = format!("name \"{}\" used as {normal}", name.escape_debug());
+                (normal, problem)
+            }
+            None => {
+                let name = text.escape_ascii();
+                let problem = format!("unusable name \"{name}\"; shown as {stand_in}");
+                (stand_in, problem)
+            }
+        };
+        self.problem(id, problem);
+        shown
     }
 
     /// Completes recorded renames of directories.

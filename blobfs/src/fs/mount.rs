@@ -156,18 +156,16 @@ impl FileSystem {
             return Err(FsError::invalid(&info.name, reason));
         }
         let name = info.name.clone();
-        let init = InitOptions {
-            cluster_size: opts.cluster_size,
-            md_pages: Some(
-                opts.md_pages
-                    .unwrap_or_else(|| default_md_pages(info.len_bytes(), opts.cluster_size)),
-            ),
-            bstype: BsType::BLOBFS,
-            journal: opts.journal.bytes(info.len_bytes(), opts.cluster_size),
-            // It has been examined.
-            force: true,
-            ..InitOptions::default()
-        };
+        let md_pages = opts
+            .md_pages
+            .unwrap_or_else(|| default_md_pages(info.len_bytes(), opts.cluster_size));
+        // It has been examined, hence the force.
+        let init = InitOptions::default()
+            .cluster_size(opts.cluster_size)
+            .md_pages(Some(md_pages))
+            .bstype(BsType::BLOBFS)
+            .journal(opts.journal.bytes(info.len_bytes(), opts.cluster_size))
+            .force(true);
         let store = Blobstore::init(dev, &init)
             .map_err(|e| store_error(format!("{name}: format"), e, 0))?;
         store
@@ -421,10 +419,7 @@ impl FileSystem {
     /// # Errors
     /// [`FsError::Locked`] at once if it is locked; otherwise as [`FileSystem::open`].
     pub fn lock(&self, path: &str) -> Result<FileLock> {
-        let how = OpenOptions {
-            essential: true,
-            ..OpenOptions::CREATE
-        };
+        let how = OpenOptions::CREATE.essential(true);
         let file = self.open(path, how)?;
         let id = file.blob_id();
         if !self.core.names.locked.lock().insert(id.0) {

@@ -120,10 +120,7 @@ impl Namespace {
         if how.essential {
             tx.spend(Spend::Opening);
         }
-        let new = tx.create(CreateOptions {
-            xattrs,
-            ..self.create_options()
-        });
+        let new = tx.create(self.create_options().xattrs(xattrs));
         let loss = old
             .as_ref()
             .map(|old| self.lives.lose_name(&mut tx, old, path))
@@ -154,13 +151,11 @@ impl Namespace {
         } else {
             ClearMethod::None
         };
-        CreateOptions {
-            clear_method,
-            // So a small file takes one page, and a long one gets a table when its runs fill the
-            // page.
-            extent_table: false,
-            ..CreateOptions::default()
-        }
+        // Without a table a small file takes one page, and a long one gets a table when its runs fill
+        // the page.
+        CreateOptions::default()
+            .clear_method(clear_method)
+            .extent_table(false)
     }
 
     /// Removes a name of a file. The file is deleted with its last name and its last handle.
@@ -289,10 +284,7 @@ impl Namespace {
         self.names.check_dir(path::parent(path))?;
         let mtime = now_ns();
         let mut tx = self.vol.store.transaction();
-        let new = tx.create(CreateOptions {
-            xattrs: marker_xattrs(path, mtime),
-            ..self.create_options()
-        });
+        let new = tx.create(self.create_options().xattrs(marker_xattrs(path, mtime)));
         let committed = tx
             .commit()
             .map_err(|e| self.vol.commit_error(format!("{path}: mkdir"), e))?;
@@ -335,10 +327,7 @@ impl Namespace {
                     }
                     None
                 }
-                None => Some(tx.create(CreateOptions {
-                    xattrs,
-                    ..self.create_options()
-                })),
+                None => Some(tx.create(self.create_options().xattrs(xattrs))),
             };
             let committed = tx
                 .commit()
@@ -476,10 +465,7 @@ impl Namespace {
                 let mut xattrs = marker_xattrs(from, now_ns());
                 xattrs.push((xattr::RENAME.to_owned(), intent));
                 let mut tx = self.vol.releasing();
-                let new = tx.create(CreateOptions {
-                    xattrs,
-                    ..self.create_options()
-                });
+                let new = tx.create(self.create_options().xattrs(xattrs));
                 let id = tx.commit().map_err(fail)?.id(new);
                 *dir.marker.lock() = Some(id);
                 id

@@ -2,25 +2,10 @@
 
 use crate::blobstore::LEAST_JOURNAL_BYTES as LEAST_BYTES;
 
-/// Makes a method of an option's name, which sets it and returns the options.
-macro_rules! setters {
-    ($options:ident: $($field:ident: $kind:ty),*) => {
-        impl $options {
-            $(
-                #[doc = concat!("Sets [`", stringify!($field), "`](#structfield.", stringify!($field), ").")]
-                #[must_use]
-                pub fn $field(mut self, $field: $kind) -> $options {
-                    self.$field = $field;
-                    self
-                }
-            )*
-        }
-    };
-}
-
-setters!(FormatOptions: cluster_size: u32, md_pages: Option<u32>, journal: Journal, force: bool);
-setters!(MountOptions: cache_bytes: u64, cache_most_bytes: Option<u64>, huge_pages: bool, read_only: bool, accept_damage: bool,
-    volatile: bool, write_behind_bytes: usize, shared_channels: usize, read_ahead_bytes: usize, discard: bool);
+pumice_bdev::setters!(FormatOptions: cluster_size: u32, md_pages: Option<u32>, journal: Journal, force: bool);
+pumice_bdev::setters!(MountOptions: cache_bytes: u64, cache_most_bytes: Option<u64>, huge_pages: bool, read_only: bool,
+    accept_damage: bool, volatile: bool, write_behind_bytes: usize, shared_channels: usize, read_ahead_bytes: usize, discard: bool);
+pumice_bdev::setters!(const OpenOptions: create: bool, truncate: bool, exclusive: bool, fresh: bool, essential: bool);
 
 /// Options of a new file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -152,7 +137,15 @@ impl Default for MountOptions {
 }
 
 /// Options for opening a file.
+///
+/// ```
+/// use pumice_blobfs::fs::OpenOptions;
+///
+/// let options = OpenOptions::CREATE.exclusive(true);
+/// assert!(options.create && options.exclusive);
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct OpenOptions {
     /// Creates the file if it does not exist.
     pub create: bool,
@@ -178,16 +171,9 @@ impl OpenOptions {
         essential: false,
     };
     /// Opens an existing file, or creates it.
-    pub const CREATE: OpenOptions = OpenOptions {
-        create: true,
-        ..OpenOptions::READ
-    };
+    pub const CREATE: OpenOptions = OpenOptions::READ.create(true);
     /// Creates a new file in place of one that has the name.
-    pub const FRESH: OpenOptions = OpenOptions {
-        create: true,
-        fresh: true,
-        ..OpenOptions::READ
-    };
+    pub const FRESH: OpenOptions = OpenOptions::READ.create(true).fresh(true);
 }
 
 /// The expected use of a handle.

@@ -150,13 +150,11 @@ fn a_snapshot_waits_for_writes_in_flight() {
     let fs = mount_on(Arc::clone(&dev) as Arc<dyn BlockDevice>);
     let f = file(&fs, "/f", 1, 2 * MIB);
     let cluster = fs.blobstore().extents(f.blob_id()).unwrap().lba(0).unwrap();
-    dev.inject(Injection {
-        op: Some(OpKind::Write),
-        failure: Failure::Hang,
-        count: 1,
-        range: Some((cluster, 1)),
-        queue_depth: 0,
-    });
+    dev.inject(
+        Injection::new(Failure::Hang)
+            .op(Some(OpKind::Write))
+            .range(Some((cluster, 1))),
+    );
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| f.write_at(0, &[2; 4096]));
         while !dev.injections().is_empty() {
@@ -182,12 +180,10 @@ fn a_created_file_is_open_before_a_later_change_begins() {
     let dev = Arc::new(ErrorDevice::new(None, base));
     let fs = mount_on(Arc::clone(&dev) as Arc<dyn BlockDevice>);
     drop(file(&fs, "/f", 1, 5000));
-    let hang = |range| Injection {
-        op: Some(OpKind::Write),
-        failure: Failure::Hang,
-        count: 1,
-        range: Some(range),
-        queue_depth: 0,
+    let hang = |range| {
+        Injection::new(Failure::Hang)
+            .op(Some(OpKind::Write))
+            .range(Some(range))
     };
     dev.inject(hang((1, 1000)));
     std::thread::scope(|scope| {
@@ -264,11 +260,9 @@ fn what_the_journal_owes_is_in_place_before_clusters_move() {
 #[test]
 fn a_snapshot_drives_what_is_in_flight() {
     let base = pumice_bdev::open("malloc://64M?block_size=4096").unwrap();
-    let slow = Latencies {
-        avg_write_us: 20_000,
-        p99_write_us: 20_000,
-        ..Latencies::default()
-    };
+    let slow = Latencies::default()
+        .avg_write_us(20_000)
+        .p99_write_us(20_000);
     let fs = mount_on(Arc::new(Delay::new("slow", base, slow)));
     let f = fs.open("/f", OpenOptions::CREATE).unwrap();
     f.append(&vec![1; usize::try_from(3 * MIB).unwrap()])
@@ -309,11 +303,7 @@ fn a_file_that_was_made_read_only_is_not_written() {
 #[test]
 fn reads_ahead_do_not_keep_a_file() {
     let base = pumice_bdev::open("malloc://64M?block_size=4096").unwrap();
-    let slow = Latencies {
-        avg_read_us: 20_000,
-        p99_read_us: 20_000,
-        ..Latencies::default()
-    };
+    let slow = Latencies::default().avg_read_us(20_000).p99_read_us(20_000);
     let fs = mount_on(Arc::new(Delay::new("slow", base, slow)));
     for unlinked_first in [false, true] {
         let f = file(&fs, "/f", 1, 2 * MIB);
@@ -402,16 +392,14 @@ fn a_file_that_is_longer_than_its_table_is_read_and_not_lengthened() {
     const TIB: u64 = 1 << 40;
     let (fs, dev) = mount();
     let clusters = 200 * TIB / fs.core().vol.cluster;
-    let options = CreateOptions {
-        num_clusters: clusters,
-        thin: true,
-        extent_table: false,
-        xattrs: vec![
+    let options = CreateOptions::default()
+        .num_clusters(clusters)
+        .thin(true)
+        .extent_table(false)
+        .xattrs(vec![
             ("name".to_owned(), b"/thin\0".to_vec()),
             ("length".to_owned(), (200 * TIB).to_le_bytes().to_vec()),
-        ],
-        ..CreateOptions::default()
-    };
+        ]);
     store(&fs).create(&options).unwrap();
     let fs = again(fs, &dev);
     let f = fs.open("/thin", OpenOptions::CREATE).unwrap();

@@ -173,7 +173,7 @@ impl Syncer {
             Err(StoreError::InvalidInput(_)) => return Ok(false),
             Err(e) => return Err(self.vol.store_error(format!("{}: sync", ino.path()), e)),
         }
-        // Whoever has the append lock may wait for this.
+        // The thread that has the append lock may wait for this.
         drop(append.carrying);
         let mut tail = ino.tail.lock();
         // What has become unsubmitted meanwhile stays so: the next sync writes it.
@@ -361,7 +361,7 @@ fn time_to_write(ino: &Inode, moment: Moment) -> u64 {
 }
 
 /// Records that `moment` was written with the time `mtime`, and shows that time unless another was
-/// set meanwhile. Whoever sets a time holds the same lock.
+/// set meanwhile. A thread that sets a time holds the same lock.
 fn show_time(ino: &Inode, moment: Moment, mtime: u64) {
     let mut own = ino.own.lock();
     if own.wrote(moment) {

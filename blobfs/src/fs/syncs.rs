@@ -11,7 +11,7 @@ use super::error::Result;
 pub(crate) struct Syncs {
     /// Number of syncs that have begun.
     begun: AtomicU64,
-    /// Number of the last sync that succeeded. Whoever holds the lock syncs, or truncates.
+    /// Number of the last sync that succeeded. The thread that holds the lock syncs, or truncates.
     good: Mutex<u64>,
 }
 

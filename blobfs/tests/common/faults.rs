@@ -15,13 +15,10 @@ use pumice_blobfs::fs::{File, FileSystem, FormatOptions, Journal, MountOptions, 
 /// The next `count` operations of a kind fail in this way; with a range only those that touch it
 /// (first block, number of blocks).
 pub fn fault(op: OpKind, failure: Failure, count: u64, range: Option<(u64, u64)>) -> Injection {
-    Injection {
-        op: Some(op),
-        failure,
-        count,
-        range,
-        queue_depth: 0,
-    }
+    Injection::new(failure)
+        .op(Some(op))
+        .count(count)
+        .range(range)
 }
 
 /// As [`fault`], with an error of the medium.

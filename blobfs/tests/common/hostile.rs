@@ -29,11 +29,9 @@ fn put(dev: &Arc<dyn BlockDevice>, page: u64, bytes: &[u8]) {
 /// Makes an empty, unloaded store. Returns it with its super block.
 fn empty() -> (Arc<dyn BlockDevice>, SuperBlock) {
     let dev = pumice_bdev::open(&format!("malloc://{DEVICE}?block_size=4096")).unwrap();
-    let opts = InitOptions {
-        cluster_size: CLUSTER,
-        md_pages: Some(MD_PAGES),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default()
+        .cluster_size(CLUSTER)
+        .md_pages(Some(MD_PAGES));
     let store = Blobstore::init(dev.clone(), &opts).unwrap();
     store.unload().unwrap();
     let sb = store.super_block();
@@ -94,10 +92,7 @@ fn use_it(dev: &Arc<dyn BlockDevice>) {
         fine(store.inflate(id));
         fine(store.open(id).and_then(|blob| blob.resize(size / 2)));
     }
-    fine(store.create(&CreateOptions {
-        num_clusters: 2,
-        ..CreateOptions::default()
-    }));
+    fine(store.create(&CreateOptions::default().num_clusters(2)));
     for id in store.blobs().into_iter().step_by(2) {
         fine(store.delete(id));
     }
@@ -132,10 +127,7 @@ pub fn masks(data: &[u8]) {
     let store = Blobstore::load(dev.clone(), &LoadOptions::default()).unwrap();
     for num_clusters in [1, 3] {
         store
-            .create(&CreateOptions {
-                num_clusters,
-                ..CreateOptions::default()
-            })
+            .create(&CreateOptions::default().num_clusters(num_clusters))
             .unwrap();
     }
     store.unload().unwrap();
@@ -337,17 +329,12 @@ fn root(input: &mut Bytes<'_>, id: BlobId) -> Page {
 /// Makes a store with a journal that was not unloaded, and returns it with the id of a blob.
 fn with_journal() -> (Arc<dyn BlockDevice>, BlobId) {
     let dev = pumice_bdev::open(&format!("malloc://{DEVICE}?block_size=4096")).unwrap();
-    let opts = InitOptions {
-        cluster_size: CLUSTER,
-        md_pages: Some(MD_PAGES),
-        journal: Some(128 << 10),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default()
+        .cluster_size(CLUSTER)
+        .md_pages(Some(MD_PAGES))
+        .journal(Some(128 << 10));
     let store = Blobstore::init(dev.clone(), &opts).unwrap();
-    let create = CreateOptions {
-        num_clusters: 3,
-        ..CreateOptions::default()
-    };
+    let create = CreateOptions::default().num_clusters(3);
     let id = store.create(&create).unwrap();
     store.unload().unwrap();
     drop(store);

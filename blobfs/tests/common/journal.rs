@@ -48,26 +48,22 @@ pub const DEVICES: [Device; 4] = [
 
 impl Device {
     pub fn with(self, image: CrashImage, seed: u64) -> CrashDevice {
-        let options = CrashOptions {
-            block_size: self.block_size,
-            write_cache: self.write_cache,
-            fua: self.fua,
-            seed,
-            tear_bytes: self.block_size,
-            ..CrashOptions::default()
-        };
+        let options = CrashOptions::default()
+            .block_size(self.block_size)
+            .write_cache(self.write_cache)
+            .fua(self.fua)
+            .seed(seed)
+            .tear_bytes(self.block_size);
         CrashDevice::with_options(&options, image)
     }
 
     /// Makes an empty store with a journal.
     pub fn store(self) -> CrashImage {
         let dev = self.with(CrashImage::zeroed(STORE), 0);
-        let opts = InitOptions {
-            cluster_size: u32::try_from(CLUSTER).unwrap(),
-            md_pages: Some(160),
-            journal: Some(RING),
-            ..InitOptions::default()
-        };
+        let opts = InitOptions::default()
+            .cluster_size(u32::try_from(CLUSTER).unwrap())
+            .md_pages(Some(160))
+            .journal(Some(RING));
         let store = Blobstore::init(Arc::new(dev.clone()), &opts).unwrap();
         assert!(store.journal().is_some());
         store.unload().unwrap();
@@ -109,11 +105,9 @@ pub fn describe(store: &Blobstore) -> Vec<String> {
 
 /// Makes a blob of three clusters.
 pub fn make(store: &Blobstore) {
-    let opts = CreateOptions {
-        num_clusters: 3,
-        xattrs: vec![("name".to_owned(), vec![1; 40])],
-        ..CreateOptions::default()
-    };
+    let opts = CreateOptions::default()
+        .num_clusters(3)
+        .xattrs(vec![("name".to_owned(), vec![1; 40])]);
     store.create(&opts).unwrap();
 }
 

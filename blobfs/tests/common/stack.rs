@@ -40,19 +40,17 @@ impl Kind {
         let legs = rng.random_range(1..4);
         let journal = rng.random();
         let block_size = [512, 4096][rng.random_range(0..2)];
-        let options = CrashOptions {
-            block_size,
-            write_cache: rng.random_range(0..3) > 0,
-            seed,
-            // Without a journal nothing makes a torn page whole.
-            tear_bytes: if journal { block_size } else { 4096 },
-            unmap_zeroes: rng.random(),
-            fua: rng.random_range(0..3) > 0,
-            write_zeroes: rng.random(),
-            unmap: rng.random(),
-            reorder: true,
-            ..CrashOptions::default()
-        };
+        // Without a journal nothing makes a torn page whole.
+        let tear_bytes = if journal { block_size } else { 4096 };
+        let options = CrashOptions::default()
+            .block_size(block_size)
+            .write_cache(rng.random_range(0..3) > 0)
+            .seed(seed)
+            .tear_bytes(tear_bytes)
+            .unmap_zeroes(rng.random())
+            .fua(rng.random_range(0..3) > 0)
+            .write_zeroes(rng.random())
+            .unmap(rng.random());
         Kind {
             legs,
             options,
@@ -68,19 +66,12 @@ impl Kind {
     pub fn stack(&self, images: Vec<CrashImage>, seed: u64) -> Stack {
         let (mut disks, mut chaos, mut legs) = (Vec::new(), Vec::new(), Vec::<Dev>::new());
         for (n, image) in (0u64..).zip(images) {
-            let options = CrashOptions {
-                seed: self.options.seed ^ n << 40,
-                ..self.options.clone()
-            };
+            let options = self.options.clone().seed(self.options.seed ^ n << 40);
             let disk = CrashDevice::with_options(&options, image);
             disks.push(disk.clone());
             let faults = Chaos::new(Arc::new(disk), seed.wrapping_mul(31) ^ n << 32);
             chaos.push(Arc::clone(&faults));
-            let latencies = Latencies {
-                avg_write_us: 1,
-                p99_write_us: 80,
-                ..Latencies::default()
-            };
+            let latencies = Latencies::default().avg_write_us(1).p99_write_us(80);
             legs.push(match self.wrapped {
                 0 => faults,
                 1 => Arc::new(Delay::new(&format!("D{n}"), faults, latencies)),

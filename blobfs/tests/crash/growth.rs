@@ -36,13 +36,11 @@ fn cut_growth(name: &str, base: &CrashImage, op: impl Fn(&Blobstore), moves: boo
     for (block_size, tear_bytes, write_cache) in
         [(4096, 4096, false), (4096, 4096, true), (512, 512, true)]
     {
-        let options = CrashOptions {
-            block_size,
-            write_cache,
-            seed: 7,
-            tear_bytes,
-            ..CrashOptions::default()
-        };
+        let options = CrashOptions::default()
+            .block_size(block_size)
+            .write_cache(write_cache)
+            .seed(7)
+            .tear_bytes(tear_bytes);
         let on = |image: CrashImage| CrashDevice::with_options(&options, image);
         let dev = on(base.clone());
         let store = load(&dev);
@@ -103,11 +101,9 @@ fn state_of(image: &CrashImage, old: &[String], tear_bytes: u32, what: &str) {
     let store = load(&dev);
     // All free clusters and pages can be allocated, and none of them belongs to anybody.
     let clusters = store.free_clusters();
-    let more = CreateOptions {
-        num_clusters: clusters,
-        extent_table: false,
-        ..CreateOptions::default()
-    };
+    let more = CreateOptions::default()
+        .num_clusters(clusters)
+        .extent_table(false);
     let id = store.create(&more).unwrap();
     assert!(
         whole(&store.open(id).unwrap())
@@ -160,13 +156,12 @@ fn a_growth_of_the_metadata_that_fails_changes_nothing() {
         let store = Blobstore::load(as_dyn, &LoadOptions::default()).unwrap();
         let old = blobs_of(&store);
         let pages = store.md_pages();
-        dev.inject(Injection {
-            op: Some(OpKind::Write),
-            failure: Failure::Fail,
-            count: 1000,
-            range: Some((lba, 4)),
-            queue_depth: 0,
-        });
+        dev.inject(
+            Injection::new(Failure::Fail)
+                .op(Some(OpKind::Write))
+                .count(1000)
+                .range(Some((lba, 4))),
+        );
         let grown = store.grow_md_pages(200);
         dev.clear();
         if grown.is_err() {
@@ -188,11 +183,7 @@ fn a_growth_of_the_metadata_that_fails_changes_nothing() {
 fn grow_of_the_metadata_in_place() {
     // Free clusters follow an empty store's region.
     let dev = device(CrashImage::zeroed(4 << 20), false, 0);
-    let opts = InitOptions {
-        cluster_size: 8192,
-        md_pages: Some(20),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default().cluster_size(8192).md_pages(Some(20));
     let store = Blobstore::init(Arc::new(dev.clone()), &opts).unwrap();
     store.create(&CreateOptions::default()).unwrap();
     store.unload().unwrap();
@@ -211,17 +202,10 @@ fn grow_of_the_metadata_in_place() {
 #[test]
 fn grow_that_moves_the_masks() {
     let dev = device(CrashImage::zeroed(4 << 20), false, 0);
-    let opts = InitOptions {
-        cluster_size: 4096,
-        md_pages: Some(80),
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default().cluster_size(4096).md_pages(Some(80));
     let store = Blobstore::init(Arc::new(dev.clone()), &opts).unwrap();
     let id = store
-        .create(&CreateOptions {
-            num_clusters: 700,
-            ..CreateOptions::default()
-        })
+        .create(&CreateOptions::default().num_clusters(700))
         .unwrap();
     write(&store.open(id).unwrap(), 4096 * 600, &[3; 4096]);
     store.unload().unwrap();

@@ -4,13 +4,11 @@ use super::*;
 
 /// Makes a device that tears at 512 bytes.
 fn torn_device(image: CrashImage, write_cache: bool, seed: u64) -> CrashDevice {
-    let options = CrashOptions {
-        block_size: 512,
-        write_cache,
-        seed,
-        tear_bytes: 512,
-        ..CrashOptions::default()
-    };
+    let options = CrashOptions::default()
+        .block_size(512)
+        .write_cache(write_cache)
+        .seed(seed)
+        .tear_bytes(512);
     CrashDevice::with_options(&options, image)
 }
 

@@ -131,13 +131,11 @@ fn a_name_operation_that_fails_writes_no_super_block() {
     let before = content(&dev);
     let fails = Arc::new(ErrorDevice::new(None, Arc::clone(&dev)));
     let fs = FileSystem::mount(fails.clone(), &MountOptions::default()).unwrap();
-    fails.inject(Injection {
-        op: Some(OpKind::Write),
-        failure: Failure::Fail,
-        count: 1,
-        range: Some((0, 1)),
-        queue_depth: 0,
-    });
+    fails.inject(
+        Injection::new(Failure::Fail)
+            .op(Some(OpKind::Write))
+            .range(Some((0, 1))),
+    );
     fs.rename("/f", "/g").unwrap_err();
     assert_eq!(fails.injections(), []);
     assert!(content(&dev)[..4096] == before[..4096]);
@@ -150,10 +148,7 @@ fn an_open_that_truncates_leaves_nothing() {
     let dev = formatted(16 << 20, 4096);
     let fs = mount(&dev);
     put(&fs, "/f", "text");
-    let truncate = OpenOptions {
-        truncate: true,
-        ..OpenOptions::READ
-    };
+    let truncate = OpenOptions::READ.truncate(true);
     assert_eq!(fs.open("/f", truncate).unwrap().len(), 0);
     assert_eq!(text(&fs, "/f"), "");
     assert_eq!(text(&remount(fs, &dev), "/f"), "");

@@ -35,18 +35,14 @@ pub struct Blobs {
 
 pub fn image_of(block_size: u32) -> (Image, Blobs) {
     let dev = memory(8 << 20, block_size);
-    let options = InitOptions {
-        cluster_size: CLUSTER,
-        md_pages: Some(MD_PAGES),
-        ..InitOptions::default()
-    };
+    let options = InitOptions::default()
+        .cluster_size(CLUSTER)
+        .md_pages(Some(MD_PAGES));
     let store = Blobstore::init(Arc::clone(&dev), &options).unwrap();
     let [small, large, clone] = [(3, 1), (600, 2), (3, 3)].map(|(num_clusters, byte)| {
-        let options = CreateOptions {
-            num_clusters,
-            xattrs: vec![("name".to_owned(), format!("/{byte}\0").into_bytes())],
-            ..CreateOptions::default()
-        };
+        let options = CreateOptions::default()
+            .num_clusters(num_clusters)
+            .xattrs(vec![("name".to_owned(), format!("/{byte}\0").into_bytes())]);
         let id = store.create(&options).unwrap();
         write(&store.open(id).unwrap(), 0, &[byte; CLUSTER as usize]);
         id

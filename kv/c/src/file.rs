@@ -53,12 +53,10 @@ pub unsafe extern "C" fn pumice_file_open(
                 "{path}: PUMICE_FILE_EXCLUSIVE only goes with PUMICE_FILE_CREATE: add that"
             )));
         }
-        let how = OpenOptions {
-            create: has(PUMICE_FILE_CREATE),
-            exclusive: has(PUMICE_FILE_EXCLUSIVE),
-            truncate: has(PUMICE_FILE_TRUNCATE),
-            ..OpenOptions::READ
-        };
+        let how = OpenOptions::READ
+            .create(has(PUMICE_FILE_CREATE))
+            .exclusive(has(PUMICE_FILE_EXCLUSIVE))
+            .truncate(has(PUMICE_FILE_TRUNCATE));
         let file = mounted.fs().open(path, how)?;
         file.set_direct(has(PUMICE_FILE_DIRECT));
         Ok(pumice_file {

@@ -470,13 +470,7 @@ mod tests {
     fn a_copy_whose_flush_fails_has_failed() {
         let from = pumice_bdev::open("malloc://1M").unwrap();
         let to = ErrorDevice::new(None, pumice_bdev::open("malloc://1M").unwrap());
-        to.inject(Injection {
-            op: Some(OpKind::Flush),
-            failure: Failure::Fail,
-            count: 1,
-            range: None,
-            queue_depth: 0,
-        });
+        to.inject(Injection::new(Failure::Fail).op(Some(OpKind::Flush)));
         let failed = copy(&*from, &to);
         assert!(failed.is_err(), "{failed:?}");
         assert_eq!(to.injections(), []);

@@ -56,8 +56,8 @@ enum Action {
         /// Metadata pages [default: one per cluster]
         #[arg(long)]
         md_pages: Option<u32>,
-        /// Type, at most 16 bytes: BLOBFS, LVOLSTORE, … [default: none]
-        #[arg(long, default_value = "")]
+        /// Type of at most 16 bytes, such as BLOBFS or LVOLSTORE; none by default
+        #[arg(long, default_value = "", hide_default_value = true)]
         bstype: BsType,
         /// Overwrite any content of the device
         #[arg(long)]
@@ -188,10 +188,7 @@ fn is_broken_pipe(error: &(dyn std::error::Error + 'static)) -> bool {
 }
 
 fn load_options(args: &BlobArgs, read_only: bool) -> LoadOptions {
-    let mut opts = LoadOptions {
-        read_only,
-        ..LoadOptions::default()
-    };
+    let mut opts = LoadOptions::default().read_only(read_only);
     if let Some(uri) = args.external.clone() {
         let read = pumice_bdev::OpenOptions::new().read_only(true);
         let open = move |_: BlobId, _: &[u8]| pumice_bdev::open_with(&uri, read);
@@ -258,12 +255,12 @@ fn act(args: &BlobArgs) -> Result<()> {
             }
             let id = with_store(args, uri, |store| {
                 let num_clusters = size.div_ceil(store.cluster_size());
-                Ok(store.create(&CreateOptions {
-                    num_clusters,
-                    thin: *thin,
-                    xattrs,
-                    ..CreateOptions::default()
-                })?)
+                Ok(store.create(
+                    &CreateOptions::default()
+                        .num_clusters(num_clusters)
+                        .thin(*thin)
+                        .xattrs(xattrs),
+                )?)
             })?;
             print_id(id);
         }
@@ -345,13 +342,11 @@ fn init(
     let dev = pumice_bdev::open(uri)?;
     let cluster_size =
         u32::try_from(cluster_size).map_err(|_| "clusters of 4 GiB and more are too large")?;
-    let opts = InitOptions {
-        cluster_size,
-        md_pages,
-        bstype,
-        force,
-        ..InitOptions::default()
-    };
+    let opts = InitOptions::default()
+        .cluster_size(cluster_size)
+        .md_pages(md_pages)
+        .bstype(bstype)
+        .force(force);
     let store = Blobstore::init(dev, &opts)?;
     store.unload()?;
     writeln!(

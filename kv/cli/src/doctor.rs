@@ -27,7 +27,7 @@ pub struct Doctor {
 
 /// The result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+enum CheckState {
     /// Everything is in order.
     Good,
     /// It works, with a restriction.
@@ -36,12 +36,12 @@ enum State {
     Missing,
 }
 
-impl State {
+impl CheckState {
     fn word(self) -> &'static str {
         match self {
-            State::Good => "ok",
-            State::Note => "note",
-            State::Missing => "missing",
+            CheckState::Good => "ok",
+            CheckState::Note => "note",
+            CheckState::Missing => "missing",
         }
     }
 }
@@ -49,12 +49,12 @@ impl State {
 #[derive(Debug)]
 struct Check {
     name: String,
-    state: State,
+    state: CheckState,
     detail: String,
     fix: Option<String>,
 }
 
-fn check(name: impl Into<String>, state: State, detail: impl Into<String>) -> Check {
+fn check(name: impl Into<String>, state: CheckState, detail: impl Into<String>) -> Check {
     Check {
         name: name.into(),
         state,
@@ -86,7 +86,7 @@ pub fn run(args: &Doctor) -> ExitCode {
         unlimited: has_ipc_lock(status.as_deref().unwrap_or("")),
     };
     let checks = examine(&host, args.address, &process);
-    let sick = checks.iter().any(|c| c.state == State::Missing);
+    let sick = checks.iter().any(|c| c.state == CheckState::Missing);
     if args.json {
         print_json(&as_json(&checks));
     } else {
@@ -100,7 +100,7 @@ fn as_json(checks: &[Check]) -> Value {
         .iter()
         .map(|c| json!({"name": c.name, "state": c.state.word(), "detail": c.detail, "fix": c.fix}))
         .collect();
-    let ready = checks.iter().all(|c| c.state != State::Missing);
+    let ready = checks.iter().all(|c| c.state != CheckState::Missing);
     json!({ "ready": ready, "checks": list })
 }
 
@@ -112,7 +112,10 @@ fn as_text(checks: &[Check]) -> String {
             out.push_str(&format!("         -> {fix}\n"));
         }
     }
-    let missing = checks.iter().filter(|c| c.state == State::Missing).count();
+    let missing = checks
+        .iter()
+        .filter(|c| c.state == CheckState::Missing)
+        .count();
     out.push_str(&match missing {
         0 => "nothing is missing\n".to_owned(),
         n => format!("{n} missing\n"),
@@ -143,11 +146,11 @@ fn examine(host: &Host, only: Option<PciAddress>, process: &Process) -> Vec<Chec
     limits(process, translated, &mut checks);
     huge_pages(host, uio || !translated, &mut checks);
     io_uring(host, &mut checks);
-    if functions.is_empty() && only.is_none() && checks[0].state == State::Note {
+    if functions.is_empty() && only.is_none() && checks[0].state == CheckState::Note {
         // There is no device to drive, so nothing that it would need is missing.
         for check in &mut checks {
-            if check.state == State::Missing {
-                check.state = State::Note;
+            if check.state == CheckState::Missing {
+                check.state = CheckState::Note;
             }
         }
     }
@@ -163,18 +166,18 @@ fn controllers(host: &Host, only: Option<PciAddress>, checks: &mut Vec<Check>) -
         Ok(list) if list.is_empty() => {
             checks.push(check(
                 "controllers",
-                State::Note,
+                CheckState::Note,
                 "no NVMe controller on the PCI bus; image files and memory devices need none",
             ));
             list
         }
         Ok(list) => {
             let names: Vec<String> = list.iter().map(|f| f.address.to_string()).collect();
-            checks.push(check("controllers", State::Good, names.join(" ")));
+            checks.push(check("controllers", CheckState::Good, names.join(" ")));
             list
         }
         Err(e) => {
-            checks.push(check("controllers", State::Missing, e.to_string()));
+            checks.push(check("controllers", CheckState::Missing, e.to_string()));
             Vec::new()
         }
     }
@@ -184,7 +187,11 @@ fn controllers(host: &Host, only: Option<PciAddress>, checks: &mut Vec<Check>) -
 fn iommu(host: &Host, checks: &mut Vec<Check>) -> bool {
     let groups = host.names("/sys/kernel/iommu_groups").len();
     if groups > 0 && !host.names("/sys/class/iommu").is_empty() {
-        checks.push(check("IOMMU", State::Good, format!("on, {groups} groups")));
+        checks.push(check(
+            "IOMMU",
+            CheckState::Good,
+            format!("on, {groups} groups"),
+        ));
         return true;
     }
     let text = |path: &str| host.read(path).ok().flatten().unwrap_or_default();
@@ -200,7 +207,7 @@ fn iommu(host: &Host, checks: &mut Vec<Check>) -> bool {
     } else {
         "off: without it a device reaches all memory, and VFIO refuses it"
     };
-    checks.push(check("IOMMU", State::Missing, detail).fix(format!(
+    checks.push(check("IOMMU", CheckState::Missing, detail).fix(format!(
         "turn {what} on in the firmware set-up; then in /etc/default/grub add {word}=on to GRUB_CMDLINE_LINUX, run update-grub and reboot"
     )));
     false
@@ -222,9 +229,9 @@ fn modules(host: &Host, uio: bool, checks: &mut Vec<Check>) {
             || host.path(&format!("/sys/bus/pci/drivers/{name}")).exists();
         let what = format!("kernel module {name}");
         checks.push(if there {
-            check(what, State::Good, "loaded")
+            check(what, CheckState::Good, "loaded")
         } else {
-            check(what, State::Missing, "not loaded").fix(format!(
+            check(what, CheckState::Missing, "not loaded").fix(format!(
                 "modprobe {name}; for every boot: echo {name} > /etc/modules-load.d/{name}.conf"
             ))
         });
@@ -236,14 +243,14 @@ fn modules(host: &Host, uio: bool, checks: &mut Vec<Check>) {
     if parameter("vfio/parameters/enable_unsafe_noiommu_mode") {
         checks.push(check(
             "no-IOMMU mode",
-            State::Note,
+            CheckState::Note,
             "VFIO takes devices without an IOMMU: a wrong address of a device overwrites any memory",
         ));
     }
     if parameter("vfio_iommu_type1/parameters/allow_unsafe_interrupts") {
         checks.push(check(
             "interrupt isolation",
-            State::Note,
+            CheckState::Note,
             "allow_unsafe_interrupts is set: a device can forge interrupts",
         ));
     }
@@ -254,10 +261,10 @@ fn modules(host: &Host, uio: bool, checks: &mut Vec<Check>) {
         .and_then(|t| t.parse::<u64>().ok());
     if let Some(entries) = entries {
         let (state, detail) = if entries >= 1024 {
-            (State::Good, format!("{entries} for each process"))
+            (CheckState::Good, format!("{entries} for each process"))
         } else {
             (
-                State::Note,
+                CheckState::Note,
                 format!("only {entries} for each process; caches take one for each 32 MiB"),
             )
         };
@@ -276,8 +283,8 @@ fn controller(host: &Host, function: &Function, asked_for: bool, checks: &mut Ve
                 .write(true)
                 .open(host.path(&format!("/sys/bus/pci/devices/{address}/resource0")));
             checks.push(match root {
-                Ok(_) => check(name, State::Good, "bound to uio_pci_generic"),
-                Err(e) => check(name, State::Missing, format!("resource0: {e}"))
+                Ok(_) => check(name, CheckState::Good, "bound to uio_pci_generic"),
+                Err(e) => check(name, CheckState::Missing, format!("resource0: {e}"))
                     .fix("run as root: uio needs physical addresses"),
             });
             return;
@@ -290,9 +297,9 @@ fn controller(host: &Host, function: &Function, asked_for: bool, checks: &mut Ve
                 .map(ToString::to_string)
                 .collect();
             let state = if asked_for {
-                State::Missing
+                CheckState::Missing
             } else {
-                State::Note
+                CheckState::Note
             };
             checks.push(if uses.is_empty() {
                 check(name, state, format!("bound to {driver}, not in use"))
@@ -311,7 +318,7 @@ fn controller(host: &Host, function: &Function, asked_for: bool, checks: &mut Ve
         checks.push(
             check(
                 name,
-                State::Missing,
+                CheckState::Missing,
                 "bound to vfio-pci, but has no IOMMU group",
             )
             .fix("turn the IOMMU on, see above"),
@@ -332,7 +339,7 @@ fn controller(host: &Host, function: &Function, asked_for: bool, checks: &mut Ve
     checks.push(match opened {
         Ok(_) => check(
             name,
-            State::Good,
+            CheckState::Good,
             format!("bound to vfio-pci, {node} may be opened"),
         ),
         Err(e) if e.kind() == ErrorKind::ResourceBusy => {
@@ -340,13 +347,19 @@ fn controller(host: &Host, function: &Function, asked_for: bool, checks: &mut Ve
             let who = users.first().map_or_else(String::new, |(pid, name)| {
                 format!(" by process {pid} ({name})")
             });
-            check(name, State::Note, format!("bound to vfio-pci, in use{who}"))
+            check(
+                name,
+                CheckState::Note,
+                format!("bound to vfio-pci, in use{who}"),
+            )
         }
-        Err(e) if e.kind() == ErrorKind::PermissionDenied => {
-            check(name, State::Missing, format!("no permission for {node}"))
-                .fix(format!("sudo pumice setup bind {address} --user $USER"))
-        }
-        Err(e) => check(name, State::Missing, format!("{node}: {e}"))
+        Err(e) if e.kind() == ErrorKind::PermissionDenied => check(
+            name,
+            CheckState::Missing,
+            format!("no permission for {node}"),
+        )
+        .fix(format!("sudo pumice setup bind {address} --user $USER")),
+        Err(e) => check(name, CheckState::Missing, format!("{node}: {e}"))
             .fix("modprobe vfio-pci; then pumice setup status"),
     });
 }
@@ -358,7 +371,7 @@ fn neighbour(host: &Host, name: &str, group: u32, rival: PciAddress, driver: &st
     let shared = |what: String| {
         check(
             format!("{name}: group {group}"),
-            State::Missing,
+            CheckState::Missing,
             format!("shared with {rival} ({driver}), {what}"),
         )
     };
@@ -388,26 +401,26 @@ const ENOUGH_BYTES: u64 = 1 << 30;
 fn limits(process: &Process, translated: bool, checks: &mut Vec<Check>) {
     let (state, detail) = match process.memlock {
         _ if process.unlimited => (
-            State::Good,
+            CheckState::Good,
             "this process may lock any amount (CAP_IPC_LOCK)".to_owned(),
         ),
-        Memlock::Unlimited => (State::Good, "unlimited".to_owned()),
-        Memlock::Bytes(b) if b >= ENOUGH_BYTES => (State::Good, format!("{} MiB", b >> 20)),
+        Memlock::Unlimited => (CheckState::Good, "unlimited".to_owned()),
+        Memlock::Bytes(b) if b >= ENOUGH_BYTES => (CheckState::Good, format!("{} MiB", b >> 20)),
         Memlock::Bytes(b) => (
             if translated {
-                State::Missing
+                CheckState::Missing
             } else {
-                State::Note
+                CheckState::Note
             },
             format!(
                 "{} MiB; all memory that a device may reach is locked, caches included",
                 b >> 20
             ),
         ),
-        Memlock::Unknown => (State::Note, "could not be read".to_owned()),
+        Memlock::Unknown => (CheckState::Note, "could not be read".to_owned()),
     };
     let found = check("memlock limit", state, detail);
-    checks.push(if state == State::Good {
+    checks.push(if state == CheckState::Good {
         found
     } else {
         found.fix(
@@ -431,15 +444,15 @@ fn huge_pages(host: &Host, needed: bool, checks: &mut Vec<Check>) {
     checks.push(if !needed {
         check(
             "huge pages",
-            State::Good,
+            CheckState::Good,
             format!("{counts}; not needed behind an IOMMU"),
         )
     } else if free.unwrap_or(0) >= 32 {
-        check("huge pages", State::Good, counts)
+        check("huge pages", CheckState::Good, counts)
     } else {
         check(
             "huge pages",
-            State::Missing,
+            CheckState::Missing,
             format!("{counts}; without an IOMMU all DMA memory is of huge pages"),
         )
         .fix("pumice setup huge-pages 64")
@@ -455,7 +468,7 @@ fn io_uring(host: &Host, checks: &mut Vec<Check>) {
         checks.push(
             check(
                 "io_uring",
-                State::Note,
+                CheckState::Note,
                 "disabled for users; image files are slower without it",
             )
             .fix("sysctl kernel.io_uring_disabled=0"),

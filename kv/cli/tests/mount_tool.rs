@@ -108,13 +108,12 @@ fn what_cannot_be_mounted_is_refused_with_what_to_do() {
 
 #[test]
 fn files_directories_and_links_survive_a_remount() {
-    if !can_mount("files_directories_and_links_survive_a_remount") {
+    let Some((_dir, uri, m)) =
+        Mounted::on_new_image("files_directories_and_links_survive_a_remount", "256M")
+    else {
         return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let uri = image(dir.path(), "256M");
-    let at = dir.path().join("mnt");
-    let m = Mounted::new(&uri, &at, &[]);
+    };
+    let at = m.at.clone();
     fs::create_dir_all(m.at.join("a/b/c")).unwrap();
     let long = pattern(5_000_000, 3);
     fs::write(m.at.join("a/long"), &long).unwrap();
@@ -177,13 +176,12 @@ fn files_directories_and_links_survive_a_remount() {
 
 #[test]
 fn a_file_without_a_name_lives_until_it_is_closed() {
-    if !can_mount("a_file_without_a_name_lives_until_it_is_closed") {
+    let Some((_dir, uri, m)) =
+        Mounted::on_new_image("a_file_without_a_name_lives_until_it_is_closed", "64M")
+    else {
         return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let uri = image(dir.path(), "64M");
-    let at = dir.path().join("mnt");
-    let m = Mounted::new(&uri, &at, &[]);
+    };
+    let at = m.at.clone();
     let used = || {
         let space = statvfs(&at).unwrap();
         space.blocks() - space.blocks_free()
@@ -236,13 +234,12 @@ fn a_file_without_a_name_lives_until_it_is_closed() {
 
 #[test]
 fn errors_have_the_numbers_of_a_kernel_file_system() {
-    if !can_mount("errors_have_the_numbers_of_a_kernel_file_system") {
+    let Some((_dir, uri, m)) =
+        Mounted::on_new_image("errors_have_the_numbers_of_a_kernel_file_system", "64M")
+    else {
         return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let uri = image(dir.path(), "64M");
-    let at = dir.path().join("mnt");
-    let m = Mounted::new(&uri, &at, &[]);
+    };
+    let at = m.at.clone();
     fs::create_dir(m.at.join("d")).unwrap();
     fs::write(m.at.join("d/f"), "").unwrap();
     let is = |expected: i32, found: Option<i32>| assert_eq!(found, Some(expected));
@@ -299,12 +296,12 @@ fn errors_have_the_numbers_of_a_kernel_file_system() {
 
 #[test]
 fn what_is_not_supported_has_the_number_of_the_documents_table() {
-    if !can_mount("what_is_not_supported_has_the_number_of_the_documents_table") {
+    let Some((_dir, uri, m)) = Mounted::on_new_image(
+        "what_is_not_supported_has_the_number_of_the_documents_table",
+        "64M",
+    ) else {
         return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let uri = image(dir.path(), "64M");
-    let m = Mounted::new(&uri, &dir.path().join("mnt"), &[]);
+    };
     fs::create_dir(m.at.join("d")).unwrap();
     fs::write(m.at.join("d/f"), "").unwrap();
     fs::write(m.at.join("d/g"), "").unwrap();
@@ -355,12 +352,12 @@ fn what_is_not_supported_has_the_number_of_the_documents_table() {
 
 #[test]
 fn a_full_device_and_allocation_have_the_numbers_of_a_kernel_file_system() {
-    if !can_mount("a_full_device_and_allocation_have_the_numbers_of_a_kernel_file_system") {
+    let Some((_dir, uri, m)) = Mounted::on_new_image(
+        "a_full_device_and_allocation_have_the_numbers_of_a_kernel_file_system",
+        "64M",
+    ) else {
         return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let uri = image(dir.path(), "64M");
-    let m = Mounted::new(&uri, &dir.path().join("mnt"), &[]);
+    };
     let is = |expected: i32, found: Option<i32>| assert_eq!(found, Some(expected));
     let file = File::create(m.at.join("big")).unwrap();
     is(libc::ENOSPC, errno(file.set_len(1 << 40)));
@@ -392,13 +389,12 @@ fn a_full_device_and_allocation_have_the_numbers_of_a_kernel_file_system() {
 
 #[test]
 fn a_synced_file_survives_the_death_of_the_process() {
-    if !can_mount("a_synced_file_survives_the_death_of_the_process") {
+    let Some((_dir, uri, mut m)) =
+        Mounted::on_new_image("a_synced_file_survives_the_death_of_the_process", "64M")
+    else {
         return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let uri = image(dir.path(), "64M");
-    let at = dir.path().join("mnt");
-    let mut m = Mounted::new(&uri, &at, &[]);
+    };
+    let at = m.at.clone();
     let bytes = pattern(3_333_333, 5);
     let mut file = File::create(m.at.join("all")).unwrap();
     file.write_all(&bytes).unwrap();
@@ -424,13 +420,12 @@ fn a_synced_file_survives_the_death_of_the_process() {
 
 #[test]
 fn a_change_that_nobody_syncs_is_durable_after_some_seconds() {
-    if !can_mount("a_change_that_nobody_syncs_is_durable_after_some_seconds") {
+    let Some((_dir, uri, mut m)) = Mounted::on_new_image(
+        "a_change_that_nobody_syncs_is_durable_after_some_seconds",
+        "64M",
+    ) else {
         return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let uri = image(dir.path(), "64M");
-    let at = dir.path().join("mnt");
-    let mut m = Mounted::new(&uri, &at, &[]);
+    };
     fs::write(m.at.join("file"), "text").unwrap();
     std::thread::sleep(Duration::from_secs(11));
     m.signal("-KILL");
@@ -441,13 +436,11 @@ fn a_change_that_nobody_syncs_is_durable_after_some_seconds() {
 
 #[test]
 fn a_signal_ends_a_mount_that_is_in_use() {
-    if !can_mount("a_signal_ends_a_mount_that_is_in_use") {
+    let Some((_dir, uri, m)) = Mounted::on_new_image("a_signal_ends_a_mount_that_is_in_use", "64M")
+    else {
         return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let uri = image(dir.path(), "64M");
-    let at = dir.path().join("mnt");
-    let m = Mounted::new(&uri, &at, &[]);
+    };
+    let at = m.at.clone();
     let mut file = File::create(m.at.join("file")).unwrap();
     file.write_all(b"text").unwrap();
     m.end("-TERM", &uri);
@@ -458,13 +451,11 @@ fn a_signal_ends_a_mount_that_is_in_use() {
 
 #[test]
 fn a_large_directory_can_be_read_while_it_is_emptied() {
-    if !can_mount("a_large_directory_can_be_read_while_it_is_emptied") {
+    let Some((_dir, uri, m)) =
+        Mounted::on_new_image("a_large_directory_can_be_read_while_it_is_emptied", "64M")
+    else {
         return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let uri = image(dir.path(), "64M");
-    let at = dir.path().join("mnt");
-    let m = Mounted::new(&uri, &at, &[]);
+    };
     fs::create_dir(m.at.join("d")).unwrap();
     for i in 0..700 {
         fs::write(m.at.join(format!("d/a-name-that-is-not-short-{i:05}")), "x").unwrap();

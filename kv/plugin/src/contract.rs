@@ -2,9 +2,9 @@
 // `pumice_fs.h` and `pumice_embed.h` from this list. `lib.rs` makes the Rust declarations from it and
 // checks the types of the functions that Rust implements.
 //
-// The functions of `pumice_fs.h` are the C ABI of the library `libpumice_fs`. Whoever changes one of
-// them, or a constant or a struct, raises PUMICE_ABI_VERSION; a test reminds of it. Who adds a
-// function without changing another gives it a bit of PUMICE_CAN_* instead, which the shim demands
+// The functions of `pumice_fs.h` are the C ABI of the library `libpumice_fs`. A change of one of
+// them, or of a constant or a struct, raises PUMICE_ABI_VERSION; a test reminds of it. A function
+// that is added without a change of another gets a bit of PUMICE_CAN_* instead, which the shim demands
 // from then on.
 //
 // A function that can fail returns a count or zero when it succeeded, and a negative errno when it

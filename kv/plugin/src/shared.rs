@@ -270,13 +270,12 @@ mod tests {
     }
 
     fn fail_writes(device: &ErrorDevice, range: Option<(u64, u64)>) {
-        device.inject(Injection {
-            op: Some(OpKind::Write),
-            failure: Failure::Fail,
-            count: u64::MAX,
-            range,
-            queue_depth: 0,
-        });
+        device.inject(
+            Injection::new(Failure::Fail)
+                .op(Some(OpKind::Write))
+                .count(u64::MAX)
+                .range(range),
+        );
     }
 
     /// Nothing is released before the unmount, and nobody else can mount before it is.

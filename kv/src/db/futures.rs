@@ -85,7 +85,7 @@ where
             answer,
         } = *self;
         let outcome = catch_unwind(AssertUnwindSafe(|| operation(&held)));
-        // Whoever gets the answer may drop the database, which then is the last to have it.
+        // The thread that gets the answer may drop the database, and is then the last to have it.
         drop(held);
         answer.fill(outcome)
     }

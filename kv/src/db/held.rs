@@ -134,7 +134,7 @@ impl<D: DbHandle> Held<D> {
                 self.write_unlogged()?;
             }
         }
-        // Whoever opens the device next finds it free: the inspection has it too. While the device
+        // The next user that opens the device finds it free: the inspection has it too. While the device
         // cannot be released, there is something to be asked about.
         let stop = || {
             #[cfg(feature = "inspect")]

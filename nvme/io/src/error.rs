@@ -121,6 +121,7 @@ pub struct NvmeStatus(pub u16);
 
 /// A failed I/O operation: its device, operation, place and reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct IoError {
     /// Name of the device on which the error arose.
     pub device: String,

@@ -6,6 +6,7 @@ pub mod dma;
 mod error;
 mod limits;
 mod op;
+mod options;
 pub mod process;
 pub mod sys;
 pub mod uri;

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 /// An error in a URI.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{uri}`: {reason}")]
+#[non_exhaustive]
 pub struct UriError {
     /// The URI as it was given.
     pub uri: String,

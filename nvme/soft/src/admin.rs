@@ -217,12 +217,7 @@ impl Engine {
         if let Err(status) = data_pieces(&self.shared.memory, c, len, &mut self.pieces) {
             return Outcome::Done(status, 0);
         }
-        let mut transfer = Transfer {
-            memory: &self.shared.memory,
-            pieces: &self.pieces,
-            start: 0,
-            len,
-        };
+        let mut transfer = Transfer::new(&self.shared.memory, &self.pieces, len);
         let n = bytes.len().min(len);
         let sent = transfer
             .put_at(0, &bytes[..n])

@@ -17,7 +17,17 @@ pub struct Transfer<'a> {
     pub(super) len: usize,
 }
 
-impl Transfer<'_> {
+impl<'a> Transfer<'a> {
+    /// The data of a command of `len` bytes.
+    pub(super) fn new(memory: &'a DeviceMemory, pieces: &'a [(u64, usize)], len: usize) -> Self {
+        Transfer {
+            memory,
+            pieces,
+            start: 0,
+            len,
+        }
+    }
+
     /// Number of bytes of the transfer.
     pub fn len(&self) -> usize {
         self.len
@@ -146,6 +156,11 @@ impl MemoryBackend {
         })
     }
 
+    fn chunk(&self, n: usize) -> &[u8] {
+        let chunk = self.chunks.get(n).and_then(Option::as_deref);
+        chunk.unwrap_or(&ZEROES)
+    }
+
     fn chunk_mut(&mut self, n: usize) -> io::Result<&mut [u8]> {
         let slot = self.chunks.get_mut(n).ok_or(io::ErrorKind::UnexpectedEof)?;
         Ok(slot.get_or_insert_with(|| vec![0; CHUNK].into_boxed_slice()))
@@ -161,12 +176,7 @@ impl Backend for MemoryBackend {
 
     fn read(&mut self, offset: u64, to: &mut Transfer<'_>) -> io::Result<()> {
         for (chunk, range, at) in Self::pieces(offset, to.len()) {
-            let bytes = self
-                .chunks
-                .get(chunk)
-                .and_then(Option::as_deref)
-                .unwrap_or(&ZEROES);
-            to.put_at(at, &bytes[range])?;
+            to.put_at(at, &self.chunk(chunk)[range])?;
         }
         Ok(())
     }
@@ -180,12 +190,7 @@ impl Backend for MemoryBackend {
 
     fn read_bytes(&mut self, offset: u64, to: &mut [u8]) -> io::Result<()> {
         for (chunk, range, at) in Self::pieces(offset, to.len()) {
-            let bytes = self
-                .chunks
-                .get(chunk)
-                .and_then(Option::as_deref)
-                .unwrap_or(&ZEROES);
-            to[at..at + range.len()].copy_from_slice(&bytes[range]);
+            to[at..at + range.len()].copy_from_slice(&self.chunk(chunk)[range]);
         }
         Ok(())
     }

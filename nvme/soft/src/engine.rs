@@ -14,7 +14,7 @@ use super::admin::{AdminState, Shadow};
 use super::fault::Fault;
 use super::media::SoftNamespace;
 use super::queues::{Cq, Sq};
-use super::transport::{Shared, get32, get64, set32};
+use super::transport::{SoftShared, get32, get64, set32};
 use super::{SoftConfig, fault};
 
 /// A request of the driver's side to the thread.
@@ -44,7 +44,7 @@ pub(super) struct Late {
 const BURST: u16 = 32;
 
 pub(super) struct Engine {
-    pub shared: Arc<Shared>,
+    pub shared: Arc<SoftShared>,
     pub config: SoftConfig,
     pub media: Vec<SoftNamespace>,
     pub admin: AdminState,
@@ -62,7 +62,7 @@ pub(super) struct Engine {
 }
 
 impl Engine {
-    pub fn new(shared: Arc<Shared>, mut config: SoftConfig) -> Engine {
+    pub fn new(shared: Arc<SoftShared>, mut config: SoftConfig) -> Engine {
         let media = std::mem::take(&mut config.namespaces);
         Engine {
             admin: AdminState::new(&config),

@@ -1,6 +1,7 @@
 //! The soft controller's I/O commands: NVM section 3.2.
 
-use pumice_nvme::spec::{Command, IoOpcode, Status};
+use pumice_nvme::spec::{Command, DsmRange, IoOpcode, SourceRange, Status};
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::backend::Transfer;
 use super::engine::{Engine, Outcome};
@@ -78,12 +79,7 @@ impl Engine {
 
     fn read(&mut self, c: &Command) -> Result<(), Status> {
         let (n, len) = self.data(c)?;
-        let mut transfer = Transfer {
-            memory: &self.shared.memory,
-            pieces: &self.pieces,
-            start: 0,
-            len,
-        };
+        let mut transfer = Transfer::new(&self.shared.memory, &self.pieces, len);
         self.admin.count_read(len);
         self.media[n]
             .read(c.lba(), &mut transfer)
@@ -93,12 +89,7 @@ impl Engine {
     fn write(&mut self, c: &Command) -> Result<(), Status> {
         let cache = self.cached(c);
         let (n, len) = self.data(c)?;
-        let mut transfer = Transfer {
-            memory: &self.shared.memory,
-            pieces: &self.pieces,
-            start: 0,
-            len,
-        };
+        let mut transfer = Transfer::new(&self.shared.memory, &self.pieces, len);
         self.admin.count_write(len);
         self.media[n]
             .write(c.lba(), &mut transfer, cache)
@@ -107,12 +98,7 @@ impl Engine {
 
     fn compare(&mut self, c: &Command) -> Result<(), Status> {
         let (n, len) = self.data(c)?;
-        let mut transfer = Transfer {
-            memory: &self.shared.memory,
-            pieces: &self.pieces,
-            start: 0,
-            len,
-        };
+        let mut transfer = Transfer::new(&self.shared.memory, &self.pieces, len);
         let ns = &mut self.media[n];
         let mut theirs = vec![0; STEP.min(len)];
         let mut ours = theirs.clone();
@@ -160,47 +146,35 @@ impl Engine {
         Ok(())
     }
 
-    /// Reads a command's short list of descriptors.
-    fn list(&mut self, c: &Command, len: usize) -> Result<Vec<u8>, Status> {
+    /// Reads a command's short list of `count` descriptors.
+    fn list<T>(&mut self, c: &Command, count: usize) -> Result<Vec<T>, Status>
+    where
+        T: FromBytes + IntoBytes + Clone,
+    {
+        let len = count * size_of::<T>();
         data_pieces(&self.shared.memory, c, len, &mut self.pieces)?;
-        let mut bytes = vec![0; len];
-        let mut transfer = Transfer {
-            memory: &self.shared.memory,
-            pieces: &self.pieces,
-            start: 0,
-            len,
-        };
+        let mut list = vec![T::new_zeroed(); count];
+        let mut transfer = Transfer::new(&self.shared.memory, &self.pieces, len);
         transfer
-            .get_at(0, &mut bytes)
+            .get_at(0, list.as_mut_slice().as_mut_bytes())
             .map_err(|_| Status::DATA_TRANSFER)?;
-        Ok(bytes)
+        Ok(list)
     }
 
     fn dataset_management(&mut self, c: &Command) -> Result<(), Status> {
         let n = self.index(c.nsid)?;
         let ranges = (c.cdw10 as usize & 0xff) + 1;
-        let list = self.list(c, ranges * 16)?;
-        let ranges: Vec<(u64, u64)> = list
-            .chunks_exact(16)
-            .map(|r| {
-                let len = u32::from_le_bytes([r[4], r[5], r[6], r[7]]);
-                let lba = r[8..16]
-                    .iter()
-                    .rev()
-                    .fold(0u64, |a, b| a << 8 | u64::from(*b));
-                (lba, u64::from(len))
-            })
-            .collect();
-        for (lba, blocks) in &ranges {
-            self.range(n, *lba, *blocks)?;
+        let ranges: Vec<DsmRange> = self.list(c, ranges)?;
+        for range in &ranges {
+            self.range(n, range.lba, range.len_blocks.into())?;
         }
         if c.cdw11 & 4 == 0 {
             return Ok(());
         }
         let cache = self.admin.write_cache;
-        for (lba, blocks) in ranges {
+        for range in ranges {
             self.media[n]
-                .write_zeroes(lba, blocks, cache)
+                .write_zeroes(range.lba, range.len_blocks.into(), cache)
                 .map_err(|_| Status::WRITE_FAULT)?;
         }
         Ok(())
@@ -215,21 +189,12 @@ impl Engine {
         if count > 128 {
             return Err(Status::SIZE_LIMIT.dnr());
         }
-        let list = self.list(c, count * 32)?;
-        let ranges: Vec<(u64, u64)> = list
-            .chunks_exact(32)
-            .map(|r| {
-                let lba = r[8..16]
-                    .iter()
-                    .rev()
-                    .fold(0u64, |a, b| a << 8 | u64::from(*b));
-                (lba, u64::from(u16::from_le_bytes([r[16], r[17]])) + 1)
-            })
-            .collect();
+        let ranges: Vec<SourceRange> = self.list(c, count)?;
         let mut total = 0;
-        for (lba, blocks) in &ranges {
-            self.range(n, *lba, *blocks)?;
-            if *blocks > 1024 {
+        for range in &ranges {
+            let blocks = range.blocks();
+            self.range(n, range.lba, blocks)?;
+            if blocks > 1024 {
                 return Err(Status::SIZE_LIMIT.dnr());
             }
             total += blocks;
@@ -241,10 +206,11 @@ impl Engine {
         let cache = self.cached(c);
         let ns = &mut self.media[n];
         let mut to = c.lba();
-        for (lba, blocks) in ranges {
+        for range in ranges {
+            let blocks = range.blocks();
             let len = usize::try_from(blocks).unwrap_or(0) << ns.block_shift;
             self.scratch.resize(len, 0);
-            ns.read_bytes(lba, &mut self.scratch)
+            ns.read_bytes(range.lba, &mut self.scratch)
                 .map_err(|_| Status::UNRECOVERED_READ)?;
             ns.write_bytes(to, &self.scratch, cache)
                 .map_err(|_| Status::WRITE_FAULT)?;
@@ -261,12 +227,7 @@ impl Engine {
         let page: Vec<u8> = bytes.iter().copied().cycle().take(4096).collect();
         let len = 4096;
         if data_pieces(&self.shared.memory, c, len, &mut self.pieces).is_ok() {
-            let mut transfer = Transfer {
-                memory: &self.shared.memory,
-                pieces: &self.pieces,
-                start: 0,
-                len,
-            };
+            let mut transfer = Transfer::new(&self.shared.memory, &self.pieces, len);
             if transfer.put_at(0, &page).is_err() {
                 tracing::debug!("nothing to overwrite");
             }

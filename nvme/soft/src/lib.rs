@@ -98,6 +98,10 @@ pub struct SoftConfig {
     pub(crate) served: bool,
 }
 
+pumice_io::setters!(SoftConfig: mdts: u8, queues: u16, entries: u16, shadow_doorbells: bool, sgl: bool, write_cache: bool, cmb_len: usize,
+    weighted: bool, vectors: u16, ready_delay: Duration, timeout_500ms: u8, formats_all: bool, formats_one_by_one: bool,
+    pci_id: Option<(u16, u16)>, spin: Duration);
+
 impl SoftConfig {
     /// Returns the default options with these namespaces.
     pub fn new(namespaces: Vec<SoftNamespace>) -> SoftConfig {

@@ -25,7 +25,7 @@ use super::{SoftConfig, identify};
 pub(super) const CMB_BAR: u8 = 2;
 
 /// State that both sides share.
-pub(super) struct Shared {
+pub(super) struct SoftShared {
     pub name: String,
     pub registers: MmioMap,
     pub kick: Arc<Kick>,
@@ -40,7 +40,7 @@ pub(super) struct Shared {
     pub commands: AtomicU64,
 }
 
-impl Shared {
+impl SoftShared {
     /// Removes the device: register reads give all ones and sleepers wake.
     pub fn vanish(&self, event: Option<TransportEvent>) {
         self.gone.store(true, Ordering::SeqCst);
@@ -56,7 +56,7 @@ impl Shared {
 
 /// The driver's transport to a soft controller.
 struct SoftTransport {
-    shared: Arc<Shared>,
+    shared: Arc<SoftShared>,
     pci_id: Option<(u16, u16)>,
     bar_len: usize,
     /// The file of the registers, when they are shared with another process.
@@ -80,6 +80,7 @@ pub struct SoftController(Arc<SoftTransport>);
 
 /// Counters of a soft controller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SoftStats {
     /// Number of commands taken from its queues.
     pub commands: u64,
@@ -134,7 +135,7 @@ impl SoftController {
             true => None,
             false => Some(register_mapper(memory.clone())?),
         };
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(SoftShared {
             registers,
             kick: Arc::new(Kick::default()),
             memory,
@@ -274,7 +275,7 @@ impl SoftController {
 }
 
 /// Sets the registers to their values at power-on.
-fn power_on(shared: &Shared, config: &SoftConfig) {
+fn power_on(shared: &SoftShared, config: &SoftConfig) {
     let cap = Cap::new()
         .with_mqes_z(config.entries.max(2) - 1)
         .with_cqr(true)

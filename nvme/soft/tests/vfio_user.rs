@@ -137,7 +137,7 @@ fn one_client_after_another() {
 fn sleeping_on_interrupts() {
     let target = target();
     let controller = target.connect();
-    let mut options = QueueOptions::depth(8);
+    let mut options = QueueOptions::default().depth(8);
     options.spin_max = Duration::ZERO;
     // On a busy machine an I/O may end before its owner sleeps.
     let woken = (0..200u8).any(|n| write_and_read(&controller, &options, n).interrupts > 0);
@@ -375,7 +375,7 @@ fn a_stopped_controller_changes_no_buffer_that_came_back() {
         let uri = format!("vfio-user://{}?timeout_ms=200", target.dir.path().display());
         let opened = pumice_nvme::open(&uri).expect("opened");
         let ns = opened.namespace().expect("one");
-        let mut options = QueueOptions::depth(64);
+        let mut options = QueueOptions::default().depth(64);
         options.timeout = Duration::from_millis(100);
         options.max_retries = 0;
         let mut queue = opened.controller.queue_pair(&options).expect("a queue");
@@ -433,7 +433,7 @@ fn an_abort_ends_the_operation_of_its_tag() {
     faults.add(FaultRule::io(IoOpcode::READ, Fault::Delay(PATIENCE * 5)));
     let controller = target.connect();
     let ns = controller.namespace(1).expect("a namespace");
-    let mut options = QueueOptions::depth(2);
+    let mut options = QueueOptions::default().depth(2);
     options.timeout = PATIENCE * 5;
     let mut queue = controller.queue_pair(&options).expect("a queue");
     for tag in [1, 0] {

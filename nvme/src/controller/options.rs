@@ -28,6 +28,9 @@ pub struct ControllerOptions {
     pub format_timeout: Duration,
 }
 
+pumice_io::setters!(ControllerOptions: queues: u16, vectors: u16, shadow_doorbells: bool, sgl: bool, arbitration: Option<Weights>,
+    admin_timeout: Duration, format_timeout: Duration);
+
 impl Default for ControllerOptions {
     fn default() -> Self {
         ControllerOptions {

@@ -110,6 +110,7 @@ pub trait ConfigSpace {
 
 /// An entry of the capability list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Capability {
     /// Capability identifier.
     pub id: u8,
@@ -119,6 +120,7 @@ pub struct Capability {
 
 /// The parts of the MSI-X capability that a driver needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct MsixCapability {
     /// Offset of the message control word.
     pub control_offset: u16,

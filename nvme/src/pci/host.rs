@@ -59,6 +59,7 @@ impl Default for Host {
 
 /// A PCI function.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Function {
     /// Address of the function.
     pub address: PciAddress,
@@ -82,6 +83,7 @@ pub struct Function {
 
 /// The IOMMU group of a function: the smallest set of functions that can be given to a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Group {
     /// Number of the group. The device node is `/dev/vfio/<id>`, or `/dev/vfio/noiommu-<id>` in a
     /// no-IOMMU group.

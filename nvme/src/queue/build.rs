@@ -1,14 +1,13 @@
 //! Validation of an I/O, and its division into commands.
 
-use std::sync::atomic::Ordering;
-
 use pumice_io::{Limits, Op};
+use zerocopy::transmute;
 
 use super::data::{ListArea, NotMapped, PointerStyle, Segment, point_at_many};
 use crate::dma::AddressTable;
 use crate::error::InvalidIo;
 use crate::namespace::CommandLimits;
-use crate::spec::{BlocksIo, Command, IoFlags, IoOpcode};
+use crate::spec::{BlocksIo, Command, DsmRange, IoFlags, IoOpcode, SourceRange};
 
 /// The rest of an I/O that takes more than one plain command.
 #[derive(Debug)]
@@ -292,10 +291,12 @@ impl Work {
                     if n == 0 {
                         break;
                     }
-                    let at = count as usize * 2;
-                    // NVM figure 40: attributes, length, first block.
-                    area.words[at].store((n << 32).to_le(), Ordering::Relaxed);
-                    area.words[at + 1].store(lba.to_le(), Ordering::Relaxed);
+                    let range = DsmRange {
+                        attributes: 0,
+                        len_blocks: u32::try_from(n).map_err(|_| NotMapped)?,
+                        lba: *lba,
+                    };
+                    area.put_descriptor::<2>(count as usize, transmute!(range));
                     count += 1;
                     total += n;
                     *lba += n;
@@ -320,11 +321,12 @@ impl Work {
                     if n == 0 {
                         break;
                     }
-                    let at = count as usize * 4;
-                    // NVM figure 31: reserved, first block, 0's based length, tags.
-                    for (i, word) in [0, *from, n - 1, 0].into_iter().enumerate() {
-                        area.words[at + i].store(word.to_le(), Ordering::Relaxed);
-                    }
+                    let range = SourceRange {
+                        lba: *from,
+                        blocks_z: u16::try_from(n - 1).map_err(|_| NotMapped)?,
+                        ..SourceRange::default()
+                    };
+                    area.put_descriptor::<4>(count as usize, transmute!(range));
                     count += 1;
                     total += n;
                     *from += n;
@@ -370,7 +372,7 @@ fn point(
 
 #[cfg(test)]
 pub(super) mod tests {
-    use std::sync::atomic::AtomicU64;
+    use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::*;
     use crate::namespace::Supports;

@@ -56,6 +56,14 @@ impl ListArea<'_> {
             None => false,
         }
     }
+
+    /// Stores the words of the list's `n`th descriptor of this size.
+    #[inline]
+    pub fn put_descriptor<const WORDS: usize>(&self, n: usize, words: [u64; WORDS]) {
+        for (place, word) in self.words[n * WORDS..].iter().zip(words) {
+            place.store(word.to_le(), Ordering::Relaxed);
+        }
+    }
 }
 
 /// The form of a controller's data pointers.

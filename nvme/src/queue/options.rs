@@ -30,6 +30,9 @@ pub struct QueueOptions {
     pub spin_max: Duration,
 }
 
+pumice_io::setters!(QueueOptions: depth: u16, priority: QueuePriority, interrupt: bool, controller_memory: bool, histogram: bool,
+    timeout: Duration, max_retries: u8, spin_max: Duration);
+
 impl Default for QueueOptions {
     fn default() -> Self {
         QueueOptions {
@@ -41,16 +44,6 @@ impl Default for QueueOptions {
             timeout: Duration::from_secs(30),
             max_retries: 3,
             spin_max: Duration::from_micros(50),
-        }
-    }
-}
-
-impl QueueOptions {
-    /// Returns the default options with another depth.
-    pub fn depth(depth: u16) -> QueueOptions {
-        QueueOptions {
-            depth,
-            ..QueueOptions::default()
         }
     }
 }

@@ -4,6 +4,7 @@ use super::rings::RingStats;
 
 /// Counters of a queue pair since it was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct QueueStats {
     /// Commands written to the submission queue, retries included.
     pub commands: u64,

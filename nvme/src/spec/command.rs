@@ -437,6 +437,13 @@ pub struct SourceRange {
 
 const _: () = assert!(size_of::<SourceRange>() == 32);
 
+impl SourceRange {
+    /// Number of blocks.
+    pub fn blocks(self) -> u64 {
+        u64::from(self.blocks_z) + 1
+    }
+}
+
 /// The fields of a read or write of consecutive blocks, without its identifier and data pointer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct BlocksIo {

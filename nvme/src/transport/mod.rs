@@ -123,7 +123,7 @@ pub enum TransportError {
     #[error(transparent)]
     Dma(#[from] DmaError),
     /// The URI does not name a device.
-    #[error("'{uri}': {detail}")]
+    #[error("`{uri}`: {detail}")]
     Uri {
         /// The URI as it was given.
         uri: String,

@@ -73,7 +73,7 @@ pub const SOON: Duration = Duration::from_millis(100);
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
 pub fn queue(rig: &Rig, change: impl FnOnce(&mut QueueOptions)) -> QueuePair {
-    let mut options = QueueOptions::depth(16);
+    let mut options = QueueOptions::default().depth(16);
     options.timeout = NEVER;
     change(&mut options);
     rig.controller.queue_pair(&options).unwrap()

@@ -19,9 +19,11 @@
 mod group;
 mod processor;
 mod terminal;
+mod tmpfs;
 
 pub use processor::assert_refused_by_older_processor;
 pub use terminal::Terminal;
+pub use tmpfs::{small_tmpfs, with_small_tmpfs};
 
 use std::ffi::CString;
 use std::fs;

@@ -48,11 +48,7 @@ fuzz_target!(|data: &[u8]| {
     // A fuzzer must not touch this machine's files.
     bytes.retain(|b| *b != b'/');
     let (server, mut client) = UnixStream::pair().expect("a pair of sockets");
-    let options = ServerOptions {
-        request_max: 2048,
-        patience: Duration::from_secs(20),
-        ..ServerOptions::default()
-    };
+    let options = ServerOptions::default().request_max(2048).patience(Duration::from_secs(20));
     let app = Arc::new(App::new());
     let serving = std::thread::spawn(move || serve(&app, server, &options, &AtomicBool::new(false)));
     let mut reader = client.try_clone().expect("a clone of the client");

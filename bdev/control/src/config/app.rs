@@ -17,7 +17,7 @@ use super::notifications::Notifications;
 pub struct App {
     /// The registry of the devices.
     pub registry: Registry,
-    pub(crate) state: Mutex<State>,
+    pub(crate) state: Mutex<AppState>,
     pub(crate) notifications: Arc<Mutex<Notifications>>,
     /// The subject of a process that only answers questions. If it is set, nothing can be changed.
     subject: OnceLock<Subject>,
@@ -40,7 +40,7 @@ impl std::fmt::Debug for Subject {
 }
 
 #[derive(Debug, Default)]
-pub(crate) struct State {
+pub(crate) struct AppState {
     /// The calls that made devices, in order.
     pub(crate) created: Vec<Created>,
     /// The calls that set options, by method. A later call replaces an earlier one.

@@ -133,7 +133,7 @@ impl Names {
             let given: Vec<String> = self.given.iter().cloned().collect();
             let hint = nearest(base, &given)
                 .map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
-            let reason = format!("no bdev `{base}` in this configuration{hint}");
+            let reason = format!("there is no bdev `{base}` in this configuration{hint}");
             return Err(params.error(key, reason));
         }
         match self.taken.insert(base.to_owned(), by.to_owned()) {

@@ -60,6 +60,7 @@ const OTHER_SUBSYSTEMS: &[&str] = &[
 /// An error in a configuration, with its place.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{file}:{line}: {message}")]
+#[non_exhaustive]
 pub struct ConfigError {
     /// Name of the file.
     pub file: String,

@@ -27,6 +27,7 @@ const NOT_JSON: (i64, &str) = (-32700, "not a JSON-RPC message");
 
 /// Limits of a server.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct ServerOptions {
     /// Longest request, in bytes.
     pub request_max: usize,
@@ -38,6 +39,8 @@ pub struct ServerOptions {
     /// Longest time between a client's requests. It is disconnected afterwards.
     pub idle_max: Duration,
 }
+
+pumice_io::setters!(ServerOptions: request_max: usize, clients_max: usize, patience: Duration, idle_max: Duration);
 
 impl Default for ServerOptions {
     fn default() -> Self {

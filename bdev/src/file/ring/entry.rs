@@ -12,7 +12,7 @@ use pumice_io::Op;
 use pumice_io::sys::file as sys;
 
 use super::super::slot::{Slot, Step};
-use super::super::{Shared, Zeroing};
+use super::super::{SharedFile, Zeroing};
 
 /// The registered file.
 const FILE: types::Fixed = types::Fixed(0);
@@ -42,7 +42,7 @@ impl InFlight {
     }
 
     /// Makes the submission entry of the slot's next call.
-    pub fn entry(&mut self, shared: &Arc<Shared>) -> squeue::Entry {
+    pub fn entry(&mut self, shared: &Arc<SharedFile>) -> squeue::Entry {
         let Slot {
             offset,
             done,
@@ -123,7 +123,7 @@ impl InFlight {
         clippy::cast_possible_truncation,
         reason = "at most the zeroes' length"
     )]
-    fn zero_by_writing(&mut self, shared: &Shared, at: u64, left: u64) -> squeue::Entry {
+    fn zero_by_writing(&mut self, shared: &SharedFile, at: u64, left: u64) -> squeue::Entry {
         match shared.zeroes() {
             // The zeroes live as long as `shared`, to which the channel has a reference.
             Ok(zeroes) => {
@@ -140,7 +140,12 @@ impl InFlight {
     }
 
     /// Waits for the thread that discards, and starts it first if it is not there yet.
-    fn discard(&mut self, shared: &Arc<Shared>, at: u64, len: u64) -> io::Result<squeue::Entry> {
+    fn discard(
+        &mut self,
+        shared: &Arc<SharedFile>,
+        at: u64,
+        len: u64,
+    ) -> io::Result<squeue::Entry> {
         let discard = match &mut self.discard {
             Some(discard) => discard,
             none => none.insert(Discarding::start(shared, at, len)?),
@@ -151,7 +156,7 @@ impl InFlight {
 }
 
 impl Discarding {
-    fn start(shared: &Arc<Shared>, at: u64, len: u64) -> io::Result<Discarding> {
+    fn start(shared: &Arc<SharedFile>, at: u64, len: u64) -> io::Result<Discarding> {
         let event = sys::eventfd()?;
         let mut signal = event.try_clone()?;
         let errno = Arc::new(AtomicI32::new(0));

@@ -41,21 +41,20 @@ fn fields(entry: &squeue::Entry) -> Fields {
     }
 }
 
-fn shared(buffered: bool) -> (tempfile::TempDir, Arc<Shared>) {
+fn shared(buffered: bool) -> (tempfile::TempDir, Arc<SharedFile>) {
     // This is not in /tmp, which is memory without direct I/O on many machines.
     let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap());
     let dir = dir.unwrap();
-    let file = crate::file::File::open(&FileOptions {
-        path: dir.path().join("image"),
-        size: Some(1 << 20),
-        create: true,
-        buffered,
-        ..FileOptions::default()
-    });
+    let file = crate::file::File::open(
+        &FileOptions::new(dir.path().join("image"))
+            .size(Some(1 << 20))
+            .create(true)
+            .buffered(buffered),
+    );
     (dir, file.unwrap().shared)
 }
 
-fn flight(op: Op, shared: &Shared) -> InFlight {
+fn flight(op: Op, shared: &SharedFile) -> InFlight {
     InFlight::new(Slot::new(7, op, shared, true))
 }
 
@@ -68,7 +67,7 @@ fn write(fua: bool) -> Op {
 }
 
 /// Whether the calls for `op` make its data durable when each of them succeeds.
-fn is_durable(op: Op, shared: &Arc<Shared>) -> bool {
+fn is_durable(op: Op, shared: &Arc<SharedFile>) -> bool {
     let mut flight = flight(op, shared);
     for _ in 0..8 {
         let entry = fields(&flight.entry(shared));
@@ -243,7 +242,7 @@ fn who_waits_for_one_durable_write_makes_the_call() {
     let long = Duration::from_secs(1);
     for op in [|| write(true), || Op::Flush] {
         assert_eq!(called(&mut channel, vec![op()], long), 1);
-        // Whoever waits for a shorter time must not be blocked.
+        // A thread that waits for a shorter time must not be blocked.
         assert_eq!(called(&mut channel, vec![op()], CALL_MIN / 2), 0);
         assert_eq!(called(&mut channel, vec![op(), op()], long), 0);
         assert_eq!(called(&mut channel, vec![write(false), op()], long), 0);

@@ -10,6 +10,7 @@ use super::driver::{Driver, pattern};
 
 /// Options of a random run.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct ModelOptions {
     /// Seed of all random choices. It is printed when the run fails.
     pub seed: u64,
@@ -23,6 +24,8 @@ pub struct ModelOptions {
     /// written again.
     pub tolerate_errors: bool,
 }
+
+pumice_bdev::setters!(ModelOptions: seed: u64, count: u64, span_blocks: u64, depth: usize, tolerate_errors: bool);
 
 impl Default for ModelOptions {
     fn default() -> Self {

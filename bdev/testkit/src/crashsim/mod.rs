@@ -42,8 +42,8 @@ pub use log::{Action, Change, CrashPoints, Event, Unsettled};
 pub use states::checked;
 
 use pumice_bdev::{
-    BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, IoErrorKind, Op, OpKind, OpSet,
-    SubmitError,
+    BdevError, BlockDevice, Completion, DeviceInfo, IoChannel, IoError, IoErrorKind, Op, OpKind,
+    OpSet, SubmitError,
 };
 
 /// The byte that unmapped blocks read as unless the options ask for zeroes: a pattern that is easy
@@ -54,6 +54,7 @@ const DEPTH: usize = 1024;
 
 /// Behaviour of a [`CrashDevice`].
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct CrashOptions {
     /// Bytes per block.
     pub block_size: u32,
@@ -81,6 +82,9 @@ pub struct CrashOptions {
     pub reorder: bool,
 }
 
+pumice_bdev::setters!(CrashOptions: block_size: u32, write_cache: bool, seed: u64, tear_bytes: u32, unmap_zeroes: bool, fua: bool,
+    copy: bool, write_zeroes: bool, unmap: bool, reorder: bool);
+
 impl Default for CrashOptions {
     fn default() -> Self {
         CrashOptions {
@@ -101,19 +105,19 @@ impl Default for CrashOptions {
 /// A simulated device that records every operation, in order.
 #[derive(Debug, Clone)]
 pub struct CrashDevice {
-    shared: Arc<Shared>,
+    shared: Arc<CrashShared>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct CrashShared {
     info: DeviceInfo,
     options: CrashOptions,
-    state: Mutex<State>,
+    state: Mutex<CrashState>,
     channels: AtomicU64,
 }
 
 #[derive(Debug)]
-struct State {
+struct CrashState {
     base: CrashImage,
     live: CrashImage,
     log: Vec<Event>,
@@ -121,7 +125,7 @@ struct State {
     cut_at: usize,
 }
 
-impl State {
+impl CrashState {
     fn is_cut(&self) -> bool {
         self.log.len() >= self.cut_at
     }
@@ -142,13 +146,11 @@ impl CrashDevice {
         seed: u64,
     ) -> CrashDevice {
         let tear_bytes = block_size;
-        let options = CrashOptions {
-            block_size,
-            write_cache,
-            seed,
-            tear_bytes,
-            ..CrashOptions::default()
-        };
+        let options = CrashOptions::default()
+            .block_size(block_size)
+            .write_cache(write_cache)
+            .seed(seed)
+            .tear_bytes(tear_bytes);
         CrashDevice::with_options(&options, image)
     }
 
@@ -174,7 +176,7 @@ impl CrashDevice {
         info.atomic_unit_blocks = (options.tear_bytes / options.block_size).max(1);
         info.unmap_zeroes = options.unmap_zeroes;
         info.ops = ops(options);
-        let state = State {
+        let state = CrashState {
             base: image.clone(),
             live: image,
             log: Vec::new(),
@@ -182,7 +184,7 @@ impl CrashDevice {
             cut_at: usize::MAX,
         };
         CrashDevice {
-            shared: Arc::new(Shared {
+            shared: Arc::new(CrashShared {
                 info,
                 options: options.clone(),
                 state: Mutex::new(state),
@@ -301,7 +303,7 @@ fn ops(options: &CrashOptions) -> OpSet {
 }
 
 struct CrashChannel {
-    shared: Arc<Shared>,
+    shared: Arc<CrashShared>,
     rng: SmallRng,
     queue: Vec<Queued>,
 }
@@ -353,6 +355,11 @@ impl CrashChannel {
         })
     }
 
+    fn cut_error(&self, op: &Op) -> Box<IoError> {
+        let info = &self.shared.info;
+        info.error(op, IoErrorKind::Removed, "power was cut")
+    }
+
     fn finish(&mut self, queued: Queued) -> Completion {
         let Queued {
             tag,
@@ -362,10 +369,7 @@ impl CrashChannel {
         let bs = self.shared.info.block_size;
         let mut state = self.shared.state.lock();
         if state.is_cut() {
-            let e = self
-                .shared
-                .info
-                .error(&op, IoErrorKind::Removed, "power was cut");
+            let e = self.cut_error(&op);
             return Completion {
                 tag,
                 op,
@@ -405,10 +409,7 @@ impl IoChannel for CrashChannel {
         }
         let mut state = self.shared.state.lock();
         if state.is_cut() {
-            let e = self
-                .shared
-                .info
-                .error(&op, IoErrorKind::Removed, "power was cut");
+            let e = self.cut_error(&op);
             return Err(SubmitError::Refused(op, e));
         }
         let change = self

@@ -13,7 +13,7 @@ pub struct Args {
     #[arg(short = 'q', value_name = "DEPTH")]
     pub depth: usize,
 
-    /// Bytes per operation (K and M are understood)
+    /// Bytes per operation, such as 4096 or 128K
     #[arg(short = 'o', value_name = "BYTES")]
     pub io_size: String,
 

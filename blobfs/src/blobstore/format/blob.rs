@@ -3,9 +3,9 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
+use super::content::{Content, Words, XattrBody};
 use super::page::{
-    TYPE_EXTENT_PAGE, TYPE_EXTENT_RLE, TYPE_EXTENT_TABLE, TYPE_FLAGS, TYPE_XATTR,
-    TYPE_XATTR_INTERNAL, check_crc, words,
+    TYPE_EXTENT_PAGE, TYPE_EXTENT_RLE, TYPE_EXTENT_TABLE, TYPE_FLAGS, TYPE_XATTR, check_crc,
 };
 use super::{
     BlobId, Descriptor, Descriptors, EXTENTS_PER_PAGE, INVALID_PAGE, Page, PageHeader, PageProblem,
@@ -215,71 +215,80 @@ impl BlobReader {
             kind,
             len: body.len(),
         };
-        match kind {
-            TYPE_FLAGS => {
-                let mut fields = body
-                    .chunks_exact(8)
-                    .map(|b| u64::from_le_bytes(b.try_into().expect("eight bytes")));
-                let (3, 0) = (fields.len(), body.len() % 8) else {
-                    return Err(bad_length());
-                };
-                let mut field = || fields.next().expect("three fields");
+        if kind == TYPE_EXTENT_PAGE {
+            return Err(PageProblem::UnexpectedExtentPage);
+        }
+        let whole = match kind {
+            TYPE_FLAGS => body.len() == 24,
+            TYPE_EXTENT_RLE => !body.is_empty() && body.len().is_multiple_of(8),
+            TYPE_EXTENT_TABLE => body.len().is_multiple_of(8),
+            _ => true,
+        };
+        let content = descriptor.content().filter(|_| whole);
+        match content.ok_or_else(bad_length)? {
+            Content::Flags {
+                invalid,
+                data_ro,
+                md_ro,
+            } => {
                 self.flags = Flags {
-                    invalid: field(),
-                    data_ro: field(),
-                    md_ro: field(),
+                    invalid,
+                    data_ro,
+                    md_ro,
                 };
             }
-            TYPE_XATTR => self.xattrs.push(read_xattr(offset, body)?),
-            TYPE_XATTR_INTERNAL => self.internal.push(read_xattr(offset, body)?),
-            TYPE_EXTENT_RLE => {
+            Content::Xattr(xattr) => {
+                let xattr = read_xattr(&descriptor, xattr)?;
+                match kind {
+                    TYPE_XATTR => self.xattrs.push(xattr),
+                    _ => self.internal.push(xattr),
+                }
+            }
+            Content::Runs(runs) => {
                 if self.table.is_some() {
                     return Err(PageProblem::RleAndTable);
                 }
-                if body.is_empty() || body.len() % 8 != 0 {
-                    return Err(bad_length());
-                }
-                for (cluster, len) in pairs(body) {
+                for (cluster, len) in runs.pairs() {
                     self.count(len)?;
                     if len != 0 {
                         self.runs.push(Run { cluster, len });
                     }
                 }
             }
-            TYPE_EXTENT_TABLE => {
-                if !self.runs.is_empty() {
-                    return Err(PageProblem::RleAndTable);
-                }
-                let (head, rest) = body.split_at_checked(8).ok_or_else(bad_length)?;
-                if rest.len() % 8 != 0 {
-                    return Err(bad_length());
-                }
-                let num_clusters = u64::from_le_bytes(head.try_into().expect("eight bytes"));
-                if num_clusters > u64::from(u32::MAX) {
-                    return Err(PageProblem::TooManyClusters);
-                }
-                let (first, entries) = self.table.get_or_insert_with(|| (num_clusters, Vec::new()));
-                if *first != num_clusters {
-                    return Err(PageProblem::TableSizes {
-                        first: *first,
-                        second: num_clusters,
-                    });
-                }
-                for (page, count) in pairs(rest) {
-                    if page != 0 && count != 1 {
-                        return Err(PageProblem::TableCount { page, count });
-                    }
-                    entries.push(TableEntry { page, count });
-                    self.clusters += u64::from(count) * EXTENTS_PER_PAGE as u64;
-                    // The last page may be a short one.
-                    if self.clusters >= u64::from(u32::MAX) + EXTENTS_PER_PAGE as u64 {
-                        return Err(PageProblem::TooManyClusters);
-                    }
-                }
-            }
-            TYPE_EXTENT_PAGE => return Err(PageProblem::UnexpectedExtentPage),
+            Content::Table {
+                num_clusters,
+                entries,
+            } => self.part_of_table(num_clusters, entries)?,
             // A feature that forbids opening the blob would have set a flag.
-            _ => {}
+            Content::ExtentPage { .. } | Content::Padding | Content::Unknown => {}
+        }
+        Ok(())
+    }
+
+    fn part_of_table(&mut self, num_clusters: u64, listed: Words<'_>) -> Result<(), PageProblem> {
+        if !self.runs.is_empty() {
+            return Err(PageProblem::RleAndTable);
+        }
+        if num_clusters > u64::from(u32::MAX) {
+            return Err(PageProblem::TooManyClusters);
+        }
+        let (first, entries) = self.table.get_or_insert_with(|| (num_clusters, Vec::new()));
+        if *first != num_clusters {
+            return Err(PageProblem::TableSizes {
+                first: *first,
+                second: num_clusters,
+            });
+        }
+        for (page, count) in listed.pairs() {
+            if page != 0 && count != 1 {
+                return Err(PageProblem::TableCount { page, count });
+            }
+            entries.push(TableEntry { page, count });
+            self.clusters += u64::from(count) * EXTENTS_PER_PAGE as u64;
+            // The last page may be a short one.
+            if self.clusters >= u64::from(u32::MAX) + EXTENTS_PER_PAGE as u64 {
+                return Err(PageProblem::TooManyClusters);
+            }
         }
         Ok(())
     }
@@ -294,39 +303,15 @@ impl BlobReader {
     }
 }
 
-fn pairs(body: &[u8]) -> impl Iterator<Item = (u32, u32)> + '_ {
-    body.chunks_exact(8).map(|pair| {
-        let mut fields = words(pair);
-        (
-            fields.next().expect("two words"),
-            fields.next().expect("two words"),
-        )
-    })
-}
-
-fn read_xattr(offset: usize, body: &[u8]) -> Result<Xattr, PageProblem> {
-    let parse = || {
-        let (head, rest) = body.split_at_checked(4)?;
-        let name_len = u16::from_le_bytes([head[0], head[1]]);
-        let value_len = u16::from_le_bytes([head[2], head[3]]);
-        Some((name_len, value_len, rest))
-    };
-    let kind = TYPE_XATTR;
-    let (name_len, value_len, rest) = parse().ok_or(PageProblem::BodyLength {
-        offset,
-        kind,
-        len: body.len(),
-    })?;
+fn read_xattr(descriptor: &Descriptor<'_>, xattr: XattrBody<'_>) -> Result<Xattr, PageProblem> {
     let bad = || PageProblem::Xattr {
-        offset,
-        name_len,
-        value_len,
-        len: body.len(),
+        offset: descriptor.offset,
+        name_len: xattr.name_len,
+        value_len: xattr.value_len,
+        len: descriptor.body.len(),
     };
-    let (name, value) = rest
-        .split_at_checked(usize::from(name_len))
-        .ok_or_else(bad)?;
-    if name.contains(&0) || value.len() != usize::from(value_len) {
+    let (name, value) = xattr.name_and_value().ok_or_else(bad)?;
+    if name.contains(&0) || value.len() != usize::from(xattr.value_len) {
         return Err(bad());
     }
     Ok(Xattr {
@@ -357,6 +342,7 @@ fn shared_name(name: &[u8]) -> Arc<[u8]> {
 #[cfg(test)]
 mod tests {
     use super::super::MAX_XATTR_LEN;
+    use super::super::TYPE_XATTR_INTERNAL;
     use super::super::chain::{ChainWriter, encode_blob, seal_chain};
     use super::*;
 

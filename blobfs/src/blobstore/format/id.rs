@@ -14,8 +14,6 @@ pub struct BlobId(pub u64);
 impl BlobId {
     /// The value on disk for "no blob".
     pub const INVALID: BlobId = BlobId(u64::MAX);
-    /// The parent on disk of a clone of an external snapshot.
-    pub const EXTERNAL_SNAPSHOT: BlobId = BlobId(u64::MAX - 1);
 
     /// Returns the id of the blob whose root is metadata page `page`.
     #[must_use]

@@ -21,7 +21,7 @@ pub enum MaskKind {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MaskError {
     /// The first byte is wrong.
-    #[error("mask of type {found}, must be {:?}", expected)]
+    #[error("the mask has type {found}, and must have {:?}", expected)]
     Kind {
         /// The expected kind.
         expected: MaskKind,
@@ -29,7 +29,7 @@ pub enum MaskError {
         found: u8,
     },
     /// The number of bits is wrong.
-    #[error("mask of {found} bits, must have {expected}")]
+    #[error("the mask has {found} bits, and must have {expected}")]
     Length {
         /// The number that the super block gives.
         expected: u32,
@@ -37,7 +37,7 @@ pub enum MaskError {
         found: u32,
     },
     /// There are fewer bytes than the bits need.
-    #[error("mask of {bits} bits in {bytes} bytes")]
+    #[error("the mask has {bits} bits, but only {bytes} bytes for them")]
     Short {
         /// Number of bits.
         bits: u32,

@@ -6,6 +6,7 @@
 
 mod blob;
 mod chain;
+mod content;
 mod id;
 mod mask;
 mod page;
@@ -13,6 +14,7 @@ mod super_block;
 
 pub use blob::{BlobReader, BlobRecord, Flags, MapRecord, Run, TableEntry, Xattr};
 pub use chain::{encode_blob, seal_chain};
+pub use content::{Content, Words, XattrBody};
 pub use id::{BlobId, ParseBlobIdError};
 pub use mask::{MASK_HEADER_LEN, MaskError, MaskKind, decode_mask, encode_mask, mask_pages};
 pub use page::{

@@ -83,18 +83,22 @@ impl PageHeader {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[expect(missing_docs, reason = "the texts say it")]
 pub enum PageProblem {
-    #[error("crc {stored:#010x} is stored, {computed:#010x} computed")]
+    #[error("its checksum is {stored:#010x}, but its bytes have {computed:#010x}")]
     Crc { stored: u32, computed: u32 },
-    #[error("belongs to blob {found}, expected {expected}")]
+    #[error("it belongs to blob {found}, not to blob {expected}")]
     Id { expected: BlobId, found: BlobId },
-    #[error("has sequence number {found}, expected {expected}")]
+    #[error("its sequence number is {found}, not {expected}")]
     Sequence { expected: u32, found: u32 },
-    #[error("descriptor at byte {offset} (type {kind}, {len} bytes) runs past the end of the page")]
+    #[error(
+        "the descriptor at byte {offset} (type {kind}, {len} bytes) runs past the end of the page"
+    )]
     Overrun { offset: usize, kind: u8, len: u32 },
-    #[error("descriptor at byte {offset} (type {kind}) has an impossible length of {len} bytes")]
+    #[error(
+        "the descriptor at byte {offset} (type {kind}) has an impossible length of {len} bytes"
+    )]
     BodyLength { offset: usize, kind: u8, len: usize },
     #[error(
-        "the xattr at byte {offset} says {name_len} bytes of name and {value_len} of value in {len} bytes"
+        "the xattr at byte {offset} has {len} bytes, but names {name_len} bytes of name and {value_len} of value"
     )]
     Xattr {
         offset: usize,
@@ -102,35 +106,35 @@ pub enum PageProblem {
         value_len: u16,
         len: usize,
     },
-    #[error("has both an extent table and run-length extents")]
+    #[error("it has both an extent table and run-length extents")]
     RleAndTable,
     #[error("the extent tables disagree on the number of clusters: {first} and {second}")]
     TableSizes { first: u64, second: u64 },
-    #[error("the extent table's entry for page {page} has count {count}, must be 1")]
+    #[error("the extent table's entry for page {page} has the count {count}, and must have 1")]
     TableCount { page: u32, count: u32 },
-    #[error("describes more than {} clusters", u32::MAX)]
+    #[error("it describes more than {} clusters", u32::MAX)]
     TooManyClusters,
-    #[error("an extent page where a page of a chain should be")]
+    #[error("it is an extent page, where a page of a chain should be")]
     UnexpectedExtentPage,
-    #[error("is not an extent page (first descriptor has type {0})")]
+    #[error("it is not an extent page: its first descriptor has type {0}")]
     NotExtentPage(u8),
-    #[error("extent page with a next page {0}")]
+    #[error("it is an extent page, but names the next page {0}")]
     ExtentPageNext(u32),
-    #[error("extent page starts at cluster {found}, expected {expected}")]
+    #[error("its extents start at cluster {found}, not at cluster {expected}")]
     ExtentPageStart { expected: u64, found: u32 },
-    #[error("extent page of {found} clusters where {expected} are needed")]
+    #[error("it describes {found} clusters, and {expected} are needed")]
     ExtentPageLength { expected: usize, found: usize },
     #[error("page index {index} is outside the metadata region of {md_len} pages")]
     PageIndex { index: u32, md_len: u32 },
-    #[error("is reached twice")]
+    #[error("it is reached twice")]
     Loop,
-    #[error("names cluster {cluster}, but data clusters are {first}..{end}")]
+    #[error("it names cluster {cluster}, but data clusters are {first}..{end}")]
     Cluster { cluster: u64, first: u32, end: u32 },
     #[error("cluster {0} is claimed by too many blobs")]
     Claimed(u32),
-    #[error("leaves clusters unallocated, but the blob is not thin-provisioned")]
+    #[error("it leaves clusters unallocated, but the blob is not thin-provisioned")]
     HoleInThick,
-    #[error("cannot be read: {0}")]
+    #[error("it cannot be read: {0}")]
     Unreadable(String),
 }
 

@@ -106,13 +106,13 @@ impl FromStr for BsType {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SuperBlockError {
     /// The signature is missing: most likely there is no blobstore.
-    #[error("no blobstore signature at byte 0 (found \"{}\")", .0.escape_ascii())]
+    #[error("there is no blobstore signature at byte 0, but \"{}\"", .0.escape_ascii())]
     Signature([u8; 8]),
     /// The version is outside of 1 to 3.
-    #[error("blobstore version {0:#x}; versions 1 to 3 can be loaded")]
+    #[error("the blobstore has version {0:#x}, and versions 1 to 3 can be loaded")]
     Version(u32),
     /// The checksum does not match the bytes.
-    #[error("super block: crc {stored:#010x} is stored, {computed:#010x} computed")]
+    #[error("the super block's checksum is {stored:#010x}, but its bytes have {computed:#010x}")]
     Crc {
         /// The checksum in the last four bytes.
         stored: u32,
@@ -120,7 +120,7 @@ pub enum SuperBlockError {
         computed: u32,
     },
     /// The length field is wrong.
-    #[error("super block: length {0}, must be 4096")]
+    #[error("the super block says that it has {0} bytes, and must say 4096")]
     Length(u32),
 }
 

@@ -14,12 +14,10 @@ struct Devices {
 }
 
 fn channels<const N: usize>() -> (Devices, [MdIo; N]) {
-    let options = CrashOptions {
-        block_size: 4096,
-        write_cache: true,
-        fua: false,
-        ..CrashOptions::default()
-    };
+    let options = CrashOptions::default()
+        .block_size(4096)
+        .write_cache(true)
+        .fua(false);
     let base = CrashDevice::with_options(&options, CrashImage::zeroed(1 << 20));
     let fails = Arc::new(ErrorDevice::new(None, Arc::new(base.clone())));
     let holds = Arc::new(ErrorDevice::new(None, fails.clone()));
@@ -39,13 +37,7 @@ fn channels<const N: usize>() -> (Devices, [MdIo; N]) {
 }
 
 fn inject(dev: &ErrorDevice, failure: Failure) {
-    dev.inject(Injection {
-        op: Some(OpKind::Flush),
-        failure,
-        count: 1,
-        range: None,
-        queue_depth: 0,
-    });
+    dev.inject(Injection::new(failure).op(Some(OpKind::Flush)));
 }
 
 fn write(lba: u64) -> Vec<Op> {

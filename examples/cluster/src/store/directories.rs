@@ -175,10 +175,7 @@ impl Directories {
     /// Makes other directories count, in one step. It is durable on return. After an error either may count.
     pub fn switch(&self, current: &Current) -> Result<(), StoreError> {
         let bytes = encode(CURRENT, current)?;
-        let how = OpenOptions {
-            essential: true,
-            ..OpenOptions::FRESH
-        };
+        let how = OpenOptions::FRESH.essential(true);
         let file = self.fs.open(CURRENT_NEW, how)?;
         file.append(&bytes)?;
         file.sync()?;

@@ -7,9 +7,8 @@ use pumice_bdev_control::terminal::{Lines, print_json};
 use pumice_blobfs::blobstore::BlobId;
 use pumice_blobfs::blobstore::dump::{Dump, FoundBatch, JournalDump, MaskDump};
 use pumice_blobfs::blobstore::format::{
-    Descriptor, Descriptors, INVALID_PAGE, Page, PageHeader, RawSuperBlock, TYPE_EXTENT_PAGE,
-    TYPE_EXTENT_RLE, TYPE_EXTENT_TABLE, TYPE_FLAGS, TYPE_PADDING, TYPE_XATTR, TYPE_XATTR_INTERNAL,
-    page_crc, stored_crc,
+    Content, Descriptor, Descriptors, INVALID_PAGE, Page, PageHeader, RawSuperBlock, TYPE_XATTR,
+    Words, page_crc, stored_crc,
 };
 use serde_json::{Map, Value, json};
 
@@ -259,61 +258,55 @@ fn decode(index: u32, page: &Page) -> Value {
     })
 }
 
-fn words(body: &[u8]) -> impl Iterator<Item = u32> + '_ {
-    body.chunks_exact(4)
-        .map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
-}
-
-fn pairs(body: &[u8]) -> Vec<Value> {
-    words(body)
-        .zip(words(body).skip(1))
-        .step_by(2)
-        .map(|(a, b)| json!([a, b]))
-        .collect()
-}
-
-fn long(body: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(body.get(at..at + 8)?.try_into().ok()?))
+fn pairs(words: Words<'_>) -> Vec<Value> {
+    words.pairs().map(|(a, b)| json!([a, b])).collect()
 }
 
 fn descriptor_value(descriptor: &Descriptor<'_>) -> Value {
-    let body = descriptor.body;
-    let decoded = || -> Option<Value> {
-        Some(match descriptor.kind {
-            TYPE_FLAGS => json!({
-                "type": "flags",
-                "invalid_flags": format!("{:#x}", long(body, 0)?),
-                "data_ro_flags": format!("{:#x}", long(body, 8)?),
-                "md_ro_flags": format!("{:#x}", long(body, 16)?),
-            }),
-            TYPE_XATTR | TYPE_XATTR_INTERNAL => {
-                let name_len = usize::from(u16::from_le_bytes(body.get(..2)?.try_into().ok()?));
-                let value = body.get(4 + name_len..)?;
-                json!({
-                    "type": if descriptor.kind == TYPE_XATTR { "xattr" } else { "internal xattr" },
-                    "name": body.get(4..4 + name_len)?.escape_ascii().to_string(),
-                    "len": value.len(),
-                    "value": value.escape_ascii().to_string(),
-                })
-            }
-            TYPE_EXTENT_RLE => json!({ "type": "run-length extents", "runs": pairs(body) }),
-            TYPE_EXTENT_TABLE => json!({
-                "type": "extent table",
-                "num_clusters": long(body, 0)?,
-                "extent_pages": pairs(body.get(8..)?),
-            }),
-            TYPE_EXTENT_PAGE => json!({
-                "type": "extent page",
-                "start_cluster": words(body).next()?,
-                "clusters": words(body.get(4..)?).collect::<Vec<_>>(),
-            }),
-            TYPE_PADDING => json!({ "type": "padding", "len": body.len() }),
-            kind => json!({ "type": kind, "len": body.len() }),
-        })
+    let len = descriptor.body.len();
+    let too_short = || json!({ "type": descriptor.kind, "len": len, "problem": "too short" });
+    let Some(content) = descriptor.content() else {
+        return too_short();
     };
-    decoded().unwrap_or_else(
-        || json!({ "type": descriptor.kind, "len": body.len(), "problem": "too short" }),
-    )
+    match content {
+        Content::Flags {
+            invalid,
+            data_ro,
+            md_ro,
+        } => json!({
+            "type": "flags",
+            "invalid_flags": format!("{invalid:#x}"),
+            "data_ro_flags": format!("{data_ro:#x}"),
+            "md_ro_flags": format!("{md_ro:#x}"),
+        }),
+        Content::Xattr(xattr) => {
+            let Some((name, value)) = xattr.name_and_value() else {
+                return too_short();
+            };
+            json!({
+                "type": if descriptor.kind == TYPE_XATTR { "xattr" } else { "internal xattr" },
+                "name": name.escape_ascii().to_string(),
+                "len": value.len(),
+                "value": value.escape_ascii().to_string(),
+            })
+        }
+        Content::Runs(runs) => json!({ "type": "run-length extents", "runs": pairs(runs) }),
+        Content::Table {
+            num_clusters,
+            entries,
+        } => json!({
+            "type": "extent table",
+            "num_clusters": num_clusters,
+            "extent_pages": pairs(entries),
+        }),
+        Content::ExtentPage { start, clusters } => json!({
+            "type": "extent page",
+            "start_cluster": start,
+            "clusters": clusters.iter().collect::<Vec<_>>(),
+        }),
+        Content::Padding => json!({ "type": "padding", "len": len }),
+        _ => json!({ "type": descriptor.kind, "len": len }),
+    }
 }
 
 fn plain(value: &Value) -> String {

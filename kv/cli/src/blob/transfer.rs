@@ -29,10 +29,7 @@ pub fn import(
     let id = with_store(args, uri, |store| {
         let id = match existing {
             Some(id) => id,
-            None => store.create(&CreateOptions {
-                thin,
-                ..CreateOptions::default()
-            })?,
+            None => store.create(&CreateOptions::default().thin(thin))?,
         };
         let result = fill(store, id, &mut *input, existing.is_none());
         if result.is_err() && existing.is_none() {

@@ -33,7 +33,10 @@ fn find<'a>(checks: &'a [Check], name: &str) -> &'a Check {
 #[test]
 fn a_machine_that_is_ready() {
     let checks = examine(&ready().host(), None, &rich());
-    assert!(checks.iter().all(|c| c.state == State::Good), "{checks:#?}");
+    assert!(
+        checks.iter().all(|c| c.state == CheckState::Good),
+        "{checks:#?}"
+    );
     assert_eq!(as_json(&checks)["ready"], true);
     assert!(as_text(&checks).ends_with("nothing is missing\n"));
 }
@@ -49,7 +52,7 @@ fn a_bare_machine() {
     };
     let checks = examine(&fake.host(), None, &poor);
     let iommu = find(&checks, "IOMMU");
-    assert_eq!(iommu.state, State::Missing);
+    assert_eq!(iommu.state, CheckState::Missing);
     assert!(
         iommu
             .fix
@@ -58,11 +61,11 @@ fn a_bare_machine() {
     );
     assert_eq!(
         find(&checks, "kernel module vfio-pci").state,
-        State::Missing
+        CheckState::Missing
     );
-    assert_eq!(find(&checks, "huge pages").state, State::Missing);
+    assert_eq!(find(&checks, "huge pages").state, CheckState::Missing);
     let controller = find(&checks, "controller 0000");
-    assert_eq!(controller.state, State::Note);
+    assert_eq!(controller.state, CheckState::Note);
     assert!(
         controller
             .fix
@@ -72,7 +75,7 @@ fn a_bare_machine() {
     let json = as_json(&checks);
     assert_eq!(json["ready"], false);
     let asked = examine(&fake.host(), Some(NVME.parse().expect("an address")), &poor);
-    assert_eq!(find(&asked, "controller 0000").state, State::Missing);
+    assert_eq!(find(&asked, "controller 0000").state, CheckState::Missing);
 }
 
 #[test]
@@ -82,10 +85,10 @@ fn memlock_only_binds_without_the_capability() {
         unlimited: false,
     };
     let checks = examine(&ready().host(), None, &process);
-    assert_eq!(find(&checks, "memlock").state, State::Missing);
+    assert_eq!(find(&checks, "memlock").state, CheckState::Missing);
     process.unlimited = true;
     let checks = examine(&ready().host(), None, &process);
-    assert_eq!(find(&checks, "memlock").state, State::Good);
+    assert_eq!(find(&checks, "memlock").state, CheckState::Good);
     assert!(has_ipc_lock("Name: x\nCapEff:\t000001ffffffffff\n"));
     assert!(!has_ipc_lock("CapEff:\t0000000000000000\n"));
     assert!(!has_ipc_lock(""));
@@ -101,15 +104,15 @@ fn switched_off_and_unsafe_modes() {
     );
     let checks = examine(&fake.host(), None, &rich());
     assert!(find(&checks, "IOMMU").detail.contains("switched off"));
-    assert_eq!(find(&checks, "no-IOMMU").state, State::Note);
-    assert_eq!(find(&checks, "controllers").state, State::Note);
+    assert_eq!(find(&checks, "no-IOMMU").state, CheckState::Note);
+    assert_eq!(find(&checks, "controllers").state, CheckState::Note);
 }
 
 fn advice(fake: &FakeHost) -> String {
     let only = Some(NVME.parse().expect("an address"));
     let checks = examine(&fake.host(), only, &rich());
     let group = find(&checks, "controller 0000:01:00.0: group 7");
-    assert_eq!(group.state, State::Missing);
+    assert_eq!(group.state, CheckState::Missing);
     format!("{} -> {}", group.detail, group.fix.as_deref().unwrap_or(""))
 }
 
@@ -162,7 +165,7 @@ fn a_machine_without_controllers_lacks_nothing() {
         unlimited: false,
     };
     let checks = examine(&fake.host(), None, &poor);
-    assert_eq!(find(&checks, "controllers").state, State::Note);
+    assert_eq!(find(&checks, "controllers").state, CheckState::Note);
     assert_eq!(as_json(&checks)["ready"], true, "{checks:#?}");
     // A controller that was named and does not exist is missing.
     let asked = examine(&fake.host(), Some(NVME.parse().expect("an address")), &poor);
@@ -174,5 +177,5 @@ fn a_node_that_is_not_there() {
     let fake = FakeHost::new();
     fake.nvme(NVME, "vfio-pci", Some(9));
     let checks = examine(&fake.host(), None, &rich());
-    assert_eq!(find(&checks, "controller 0000").state, State::Missing);
+    assert_eq!(find(&checks, "controller 0000").state, CheckState::Missing);
 }

@@ -38,13 +38,7 @@ fn a_truncation_that_waits_for_a_sync_holds_up_nobody_else() {
         .create(ROOT, OsStr::new("file"), 0o644, libc::O_RDWR)
         .unwrap();
     tree.write(handle, 0, &[1; 10_000]).unwrap();
-    dev.inject(Injection {
-        op: Some(OpKind::Write),
-        failure: Failure::Hang,
-        count: 1,
-        range: None,
-        queue_depth: 0,
-    });
+    dev.inject(Injection::new(Failure::Hang).op(Some(OpKind::Write)));
     let of = Arc::clone(&tree);
     let sync = std::thread::spawn(move || of.sync_file(handle, false));
     let started = Instant::now();
@@ -92,13 +86,11 @@ fn a_sync_that_failed_is_tried_again() {
         .create(ROOT, OsStr::new("file"), 0o644, libc::O_RDWR)
         .unwrap();
     tree.write(handle, 0, &[1; 10_000]).unwrap();
-    dev.inject(Injection {
-        op: Some(OpKind::Write),
-        failure: Failure::Fail,
-        count: u64::MAX,
-        range: None,
-        queue_depth: 0,
-    });
+    dev.inject(
+        Injection::new(Failure::Fail)
+            .op(Some(OpKind::Write))
+            .count(u64::MAX),
+    );
     for time in ["first", "second", "third"] {
         assert!(tree.sync_changed().is_err(), "the {time} sync");
     }

@@ -1,7 +1,7 @@
 //! What the kernel asks of a mounted tree, as operations of BlobFS.
 //!
-//! BlobFS knows files by their paths and the kernel by numbers. Whoever turns one into the other holds `order`, and whoever
-//! changes names holds it alone, while the change is made durable. Reading, writing and syncing an open file does not need it.
+//! BlobFS knows files by their paths and the kernel by numbers. A thread that turns one into the other holds `order`, and a
+//! thread that changes names holds it alone, while the change is made durable. Reading, writing and syncing an open file does not need it.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -196,10 +196,9 @@ impl Tree {
         if other(change.uid, self.owner.uid) || other(change.gid, self.owner.gid) {
             return Err(Errno::EPERM);
         }
-        let mut attributes = Attributes {
-            mode: change.mode,
-            modified: change.modified,
-        };
+        let mut attributes = Attributes::default()
+            .mode(change.mode)
+            .modified(change.modified);
         let file = {
             let _order = self.order.read();
             let found = self.table().find(number).ok_or(Errno::ESTALE)?;
@@ -233,10 +232,7 @@ impl Tree {
     pub fn make_file(&self, parent: u64, name: &OsStr, mode: u32) -> Result<FileAttr> {
         let _order = self.order.write();
         let path = self.new_child(parent, name)?;
-        let how = OpenOptions {
-            exclusive: true,
-            ..OpenOptions::CREATE
-        };
+        let how = OpenOptions::CREATE.exclusive(true);
         let file = self.fs.open(&path, how).or_errno()?;
         self.set_first_mode(&file, mode)?;
         Ok(self.enter(&path, &file.stat()))
@@ -253,11 +249,9 @@ impl Tree {
         let _order = self.order.write();
         let path = self.new_child(parent, name)?;
         let existed = self.fs.exists(&path).or_errno()?;
-        let how = OpenOptions {
-            exclusive: flags & libc::O_EXCL != 0,
-            truncate: flags & libc::O_TRUNC != 0,
-            ..OpenOptions::CREATE
-        };
+        let how = OpenOptions::CREATE
+            .exclusive(flags & libc::O_EXCL != 0)
+            .truncate(flags & libc::O_TRUNC != 0);
         let file = self.fs.open(&path, how).or_errno()?;
         if !existed {
             self.set_first_mode(&file, mode)?;
@@ -271,10 +265,9 @@ impl Tree {
         if mode == FILE_MODE {
             return Ok(());
         }
-        let attributes = Attributes {
-            mode: Some(mode),
-            modified: Some(SystemTime::now()),
-        };
+        let attributes = Attributes::default()
+            .mode(Some(mode))
+            .modified(Some(SystemTime::now()));
         self.unsynced
             .after(|| file.set_attributes(&attributes).or_errno())
     }
@@ -373,10 +366,7 @@ impl Tree {
         self.fs.mkdir(&path).or_errno()?;
         let mode = mode & 0o7777;
         if mode != DIR_MODE {
-            let attributes = Attributes {
-                mode: Some(mode),
-                modified: None,
-            };
+            let attributes = Attributes::default().mode(Some(mode)).modified(None);
             if let Err(e) = self.fs.set_attributes(&path, &attributes) {
                 self.fs.rmdir(&path).or_errno()?;
                 return Err(failed(&e));
@@ -571,9 +561,8 @@ impl Tree {
 }
 
 fn modified_now(file: &File) -> Result<()> {
-    let attributes = Attributes {
-        mode: None,
-        modified: Some(SystemTime::now()),
-    };
+    let attributes = Attributes::default()
+        .mode(None)
+        .modified(Some(SystemTime::now()));
     file.set_attributes(&attributes).or_errno()
 }

@@ -9,8 +9,7 @@ use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf};
 use pumice_blobfs::blobstore::BlobId;
 use pumice_blobfs::blobstore::dump::{CarriedBytes, Dump};
 use pumice_blobfs::blobstore::format::{
-    Descriptors, Page, PageHeader, TYPE_EXTENT_PAGE, TYPE_EXTENT_RLE, TYPE_EXTENT_TABLE,
-    TYPE_XATTR, page_crc, stored_crc,
+    Content, Descriptors, Page, PageHeader, TYPE_XATTR, page_crc, stored_crc,
 };
 
 use super::copy::{Copied, into_range};
@@ -129,12 +128,6 @@ fn collect(dev: &Arc<dyn BlockDevice>, only: Option<&[BlobId]>) -> Result<(Store
     Ok((store, pages))
 }
 
-fn words(bytes: &[u8]) -> impl Iterator<Item = u32> + '_ {
-    bytes
-        .chunks_exact(4)
-        .map(|w| u32::from_le_bytes([w[0], w[1], w[2], w[3]]))
-}
-
 fn read_page(page: &Page) -> Said {
     let header = PageHeader::read(page);
     let mut said = Said {
@@ -144,39 +137,24 @@ fn read_page(page: &Page) -> Said {
     };
     for descriptor in Descriptors::new(page) {
         let Ok(descriptor) = descriptor else { break };
-        let body = descriptor.body;
-        match descriptor.kind {
-            TYPE_XATTR => {
-                let name_len = body
-                    .get(..2)
-                    .map_or(0, |b| usize::from(u16::from_le_bytes([b[0], b[1]])));
-                if let (Some(name), Some(value)) =
-                    (body.get(4..4 + name_len), body.get(4 + name_len..))
-                {
+        match descriptor.content() {
+            Some(Content::Xattr(xattr)) if descriptor.kind == TYPE_XATTR => {
+                if let Some((name, value)) = xattr.name_and_value() {
                     said.xattrs.push((name.to_vec(), value.to_vec()));
                 }
             }
-            TYPE_EXTENT_RLE => {
-                let all: Vec<u32> = words(body).collect();
-                said.runs
-                    .extend(all.chunks_exact(2).map(|run| (run[0], run[1])));
-            }
-            TYPE_EXTENT_TABLE if body.len() >= 8 => {
-                let clusters = body[..8]
-                    .iter()
-                    .rev()
-                    .fold(0, |n, b| n << 8 | u64::from(*b));
-                let all: Vec<u32> = words(&body[8..]).collect();
-                let listed = all.chunks_exact(2).map(|entry| entry[0]);
-                let table = said.table.get_or_insert((clusters, Vec::new()));
-                table.0 = clusters;
+            Some(Content::Runs(runs)) => said.runs.extend(runs.pairs()),
+            Some(Content::Table {
+                num_clusters,
+                entries,
+            }) => {
+                let listed = entries.pairs().map(|(page, _)| page);
+                let table = said.table.get_or_insert((num_clusters, Vec::new()));
+                table.0 = num_clusters;
                 table.1.extend(listed.filter(|page| *page != 0));
             }
-            TYPE_EXTENT_PAGE => {
-                let mut all = words(body);
-                if let Some(first) = all.next() {
-                    said.extents = Some((first, all.collect()));
-                }
+            Some(Content::ExtentPage { start, clusters }) => {
+                said.extents = Some((start, clusters.iter().collect()));
             }
             _ => {}
         }

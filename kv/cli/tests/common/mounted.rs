@@ -8,6 +8,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
+use tempfile::TempDir;
+
 use super::tool::{ok, pumice};
 
 /// Longest time of a mount in a test. Then its process is killed, and what waits for it fails.
@@ -43,6 +45,18 @@ pub struct Mounted {
 }
 
 impl Mounted {
+    /// Mounts a new image of this size in a directory of its own, which is returned with the image's URI.
+    /// Returns `None` and says so where file systems cannot be mounted.
+    pub fn on_new_image(test: &str, size: &str) -> Option<(TempDir, String, Mounted)> {
+        if !can_mount(test) {
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let uri = image(dir.path(), size);
+        let mounted = Mounted::new(&uri, &dir.path().join("mnt"), &[]);
+        Some((dir, uri, mounted))
+    }
+
     pub fn new(uri: &str, at: &Path, options: &[&str]) -> Mounted {
         std::fs::create_dir_all(at).unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_pumice"))

@@ -314,13 +314,12 @@ mod tests {
 
         /// Lets every read fail that touches the first page of the file.
         fn fail_first_page(&self) {
-            self.faulty.inject(Injection {
-                op: Some(OpKind::Read),
-                failure: Failure::Fail,
-                count: u64::MAX,
-                range: Some((self.block, 1)),
-                queue_depth: 0,
-            });
+            self.faulty.inject(
+                Injection::new(Failure::Fail)
+                    .op(Some(OpKind::Read))
+                    .count(u64::MAX)
+                    .range(Some((self.block, 1))),
+            );
         }
 
         /// Reads these ranges (offset, length) together, into memory of the file system. A read that

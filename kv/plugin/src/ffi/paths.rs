@@ -135,12 +135,10 @@ pub(crate) unsafe extern "C" fn pumice_open(
 ) -> i64 {
     let fresh = how & PUMICE_OPEN_FRESH != 0;
     let open = |mounted: &Mounted, path: &str| {
-        let options = OpenOptions {
-            create: how & PUMICE_OPEN_CREATE != 0,
-            fresh,
-            essential: is_essential(path),
-            ..OpenOptions::READ
-        };
+        let options = OpenOptions::READ
+            .create(how & PUMICE_OPEN_CREATE != 0)
+            .fresh(fresh)
+            .essential(is_essential(path));
         let file = mounted.fs.open(path, options)?;
         if how & PUMICE_OPEN_DIRECT != 0 {
             file.set_direct(true);

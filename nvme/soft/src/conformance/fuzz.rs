@@ -56,7 +56,7 @@ fn quick(soft: &SoftController) -> Option<Arc<Controller>> {
 }
 
 fn queue(controller: &Arc<Controller>, depth: u16, retries: u8) -> Option<QueuePair> {
-    let mut options = QueueOptions::depth(depth);
+    let mut options = QueueOptions::default().depth(depth);
     options.timeout = Duration::from_millis(10);
     options.max_retries = retries;
     controller.queue_pair(&options).ok()

@@ -69,6 +69,7 @@ pub struct Bench {
 
 /// Counts of a run's results.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Summary {
     /// Number of tests that passed.
     pub passed: usize,
@@ -201,7 +202,9 @@ impl Bench {
 
     /// Makes a queue pair.
     pub(crate) fn queue(&self, depth: u16) -> Result<QueuePair, Stop> {
-        Ok(self.controller.queue_pair(&QueueOptions::depth(depth))?)
+        Ok(self
+            .controller
+            .queue_pair(&QueueOptions::default().depth(depth))?)
     }
 }
 

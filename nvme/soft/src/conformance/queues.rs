@@ -127,7 +127,7 @@ fn all(b: &Bench) -> Outcome {
     let mut queues = Vec::new();
     let limit = b.controller.queue_limit();
     loop {
-        match b.controller.queue_pair(&QueueOptions::depth(4)) {
+        match b.controller.queue_pair(&QueueOptions::default().depth(4)) {
             Ok(q) => queues.push(q),
             Err(NvmeError::NoQueues { .. }) => break,
             Err(other) => return Err(other.into()),
@@ -186,7 +186,7 @@ fn dropped(b: &Bench) -> Outcome {
 
 fn sleeping(b: &Bench) -> Outcome {
     let ns = Arc::clone(&b.namespaces()?[0]);
-    let mut options = QueueOptions::depth(4);
+    let mut options = QueueOptions::default().depth(4);
     // The queue never spins: every wait is a sleep.
     options.spin_max = Duration::ZERO;
     let mut q = b.controller.queue_pair(&options)?;
@@ -242,7 +242,7 @@ fn reads_polled(q: &mut QueuePair, ns: &Namespace, is_on: bool) -> Outcome {
 
 fn interrupt_off_while_polling(b: &Bench) -> Outcome {
     let ns = Arc::clone(&b.namespaces()?[0]);
-    let mut options = QueueOptions::depth(4);
+    let mut options = QueueOptions::default().depth(4);
     options.spin_max = Duration::ZERO;
     let mut q = b.controller.queue_pair(&options)?;
     reads_polled(&mut q, &ns, true)?;
@@ -264,7 +264,7 @@ fn controller_memory(b: &Bench) -> Outcome {
         return skip("no controller memory buffer");
     }
     let ns = Arc::clone(&b.namespaces()?[0]);
-    let mut options = QueueOptions::depth(15);
+    let mut options = QueueOptions::default().depth(15);
     options.controller_memory = true;
     let mut q = b.controller.queue_pair(&options)?;
     if !q.in_controller_memory() {
@@ -292,7 +292,7 @@ fn priorities(b: &Bench) -> Outcome {
         QueuePriority::MEDIUM,
         QueuePriority::LOW,
     ] {
-        let mut options = QueueOptions::depth(16);
+        let mut options = QueueOptions::default().depth(16);
         options.priority = priority;
         queues.push(b.controller.queue_pair(&options)?);
     }
@@ -310,7 +310,7 @@ fn priorities(b: &Bench) -> Outcome {
 
 fn histogram(b: &Bench) -> Outcome {
     let ns = Arc::clone(&b.namespaces()?[0]);
-    let mut options = QueueOptions::depth(4);
+    let mut options = QueueOptions::default().depth(4);
     options.histogram = true;
     let mut q = b.controller.queue_pair(&options)?;
     for n in 0..20 {

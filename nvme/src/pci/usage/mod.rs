@@ -70,6 +70,7 @@ pub enum Use {
 
 /// A source that could not be asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Unchecked {
     /// The device or the source.
     pub what: String,

@@ -28,12 +28,11 @@ pub(super) static METHODS: &[Method] = &[
 fn create(app: &App, params: &mut Params<'_>) -> Answer {
     let base = params.string("base_bdev_name")?;
     let name = params.string("name")?;
-    let latencies = Latencies {
-        avg_read_us: params.u64("avg_read_latency")?,
-        p99_read_us: params.u64("p99_read_latency")?,
-        avg_write_us: params.u64("avg_write_latency")?,
-        p99_write_us: params.u64("p99_write_latency")?,
-    };
+    let latencies = Latencies::default()
+        .avg_read_us(params.u64("avg_read_latency")?)
+        .p99_read_us(params.u64("p99_read_latency")?)
+        .avg_write_us(params.u64("avg_write_latency")?)
+        .p99_write_us(params.u64("p99_write_latency")?);
     let uuid = params.opt_uuid("uuid")?;
     params.finish()?;
     let mut made = None;

@@ -137,13 +137,13 @@ fn inject(app: &App, params: &mut Params<'_>) -> Answer {
         )
     };
     for kind in OpKind::ALL.into_iter().filter(each) {
-        dev.replace(Injection {
-            op: Some(kind),
-            failure,
-            count,
-            range,
-            queue_depth,
-        });
+        dev.replace(
+            Injection::new(failure)
+                .op(Some(kind))
+                .count(count)
+                .range(range)
+                .queue_depth(queue_depth),
+        );
     }
     Ok(json!(true))
 }

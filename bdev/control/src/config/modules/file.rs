@@ -1,6 +1,5 @@
 //! `file`: image files and block devices, as SPDK's aio and uring devices.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use pumice_bdev::file::{File, FileOptions, Prealloc};
@@ -53,17 +52,14 @@ fn create(app: &App, params: &mut Params<'_>, method: &'static str) -> Answer {
         }
     };
     params.finish()?;
-    let options = FileOptions {
-        path: PathBuf::from(filename),
-        name: Some(name),
-        block_size,
-        read_only: read_only || app.to_read,
-        buffered: !direct,
-        no_io_uring: !io_uring,
-        prealloc,
-        uuid,
-        ..FileOptions::default()
-    };
+    let options = FileOptions::new(filename)
+        .name(Some(name))
+        .block_size(block_size)
+        .read_only(read_only || app.to_read)
+        .buffered(!direct)
+        .no_io_uring(!io_uring)
+        .prealloc(prealloc)
+        .uuid(uuid);
     let name = add(app, Arc::new(File::open(&options)?))?;
     app.note(method, params, std::slice::from_ref(&name));
     Ok(json!(name))

@@ -37,13 +37,12 @@ fn create(app: &App, params: &mut Params<'_>) -> Answer {
     if name.as_deref() == Some("") {
         return Err(params.error("name", "empty"));
     }
-    let options = MallocOptions {
-        name: name.or_else(|| free_name(app, "Malloc")),
-        num_blocks: params.u64("num_blocks")?,
-        block_size: params.u32("block_size")?,
-        uuid: params.opt_uuid("uuid")?,
-        optimal_io_boundary_blocks: params.opt_u32("optimal_io_boundary")?.unwrap_or(0),
-    };
+    let options = MallocOptions::default()
+        .name(name.or_else(|| free_name(app, "Malloc")))
+        .num_blocks(params.u64("num_blocks")?)
+        .block_size(params.u32("block_size")?)
+        .uuid(params.opt_uuid("uuid")?)
+        .optimal_io_boundary_blocks(params.opt_u32("optimal_io_boundary")?.unwrap_or(0));
     params.ignore(&["physical_block_size"]);
     no_metadata(params)?;
     params.finish()?;

@@ -30,7 +30,7 @@ fn main() -> ExitCode {
     }
     let DbTool { config, command } = DbTool::parse();
     let _named = config.as_deref().map(NamedDevices::new);
-    // Whoever reads the first records of a scan has what he wants.
+    // A reader of the first records of a scan, such as `head`, may close the pipe.
     let may_be_cut = matches!(command, DbCommand::Scan(_));
     let (name, result) = run(command);
     match result {

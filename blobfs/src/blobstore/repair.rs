@@ -99,33 +99,15 @@ impl Edit<'_> {
     /// Removes a snapshot, and those of its clusters and extent pages that nothing else uses.
     fn remove_half(&self, snapshot: BlobId) -> Result<(), Error> {
         let meta = Arc::clone(self.state().meta(snapshot)?);
-        let method = meta.clear_method();
-        let clusters: Vec<u32> = meta.map.allocated().map(|(_, cluster)| cluster).collect();
-        let pages: Vec<u32> = meta
-            .extent_pages
-            .values()
-            .chain(&meta.trailing.pages)
-            .copied()
-            .collect();
         self.change(|state, change| {
-            // The commit leaves out clusters that have a second owner.
-            change
-                .freed_clusters
-                .extend(clusters.iter().map(|cluster| (*cluster, method)));
-            change.freed_pages.extend(
-                pages
-                    .iter()
-                    .filter(|page| !state.shared_pages.contains(page)),
-            );
-            change.freed_pages.extend(&meta.chain);
-            change.deleted.push(meta);
+            change.delete(Arc::clone(&meta), &state.shared_pages, |_| true);
             Ok(())
         })?;
         let mut state = self.state();
-        for cluster in clusters {
+        for cluster in meta.clusters() {
             state.shared_clusters.remove(&cluster);
         }
-        for page in pages {
+        for page in meta.pages_of_extents() {
             state.shared_pages.remove(&page);
         }
         Ok(())
