@@ -17,7 +17,7 @@ pub enum HugePages {
     Always,
 }
 
-/// Options of the arena; see [`configure`].
+/// Options of the arena; see [`configure`](super::configure).
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct ArenaOptions {
@@ -47,7 +47,7 @@ pub struct ArenaStats {
     /// Bytes free in the shared lists. The blocks in the threads' caches count as used.
     pub free_bytes: usize,
     /// Bytes that take memory: those that are in use, and those that were and have not gone back to the system
-    /// since ([`release_free`]).
+    /// since ([`release_free`](super::release_free)).
     pub present_bytes: usize,
     /// Number of regions.
     pub regions: usize,
