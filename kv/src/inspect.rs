@@ -321,6 +321,7 @@ fn file(path: &str, stat: &Stat) -> Value {
         "length": stat.len,
         "allocated": stat.allocated,
         "links": stat.links,
+        "mode": stat.mode.map(|mode| format!("{mode:04o}")),
         "modified_ns": u64::try_from(modified.as_nanos()).unwrap_or(u64::MAX),
         "blob": stat.blob_id.map(|id| id.to_string()),
     })

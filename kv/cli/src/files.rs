@@ -272,6 +272,7 @@ fn as_json(path: &str, s: &Stat) -> Value {
         "length": s.len,
         "allocated": s.allocated,
         "links": s.links,
+        "mode": s.mode.map(|mode| format!("{mode:04o}")),
         "modified_ns": s.mtime.duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)),
         "blob": s.blob_id.map(|id| id.to_string()),
     })
@@ -495,6 +496,7 @@ pub fn stat(args: &StatArgs) -> ExitCode {
             say!("length     {} bytes", number(&file, "length"));
             say!("allocated  {}", human(number(&file, "allocated")));
             say!("links      {}", number(&file, "links"));
+            say!("mode       {}", file["mode"].as_str().unwrap_or("not set"));
             say!("modified   {}", modified(&file));
             say!(
                 "blob       {}",

@@ -1,4 +1,4 @@
-//! The `pumice` command: one subcommand per module.
+//! The `pumice` command: each module has a subcommand, or several that are alike.
 
 // `pumice_bdev_control::say!` and `complain!` print: see `pumice_bdev_control::terminal`.
 #![forbid(unsafe_code)]

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
+use pumice_blobfs::fs::{Attributes, FileSystem, MountOptions, OpenOptions};
 use serde_json::Value;
 
 #[path = "common/tool.rs"]
@@ -204,6 +205,26 @@ fn a_copy_does_not_overwrite_the_image_that_it_reads() {
     assert!(std::fs::read(&uri).unwrap() == before);
     ok(&["cp", &uri, ":/disk.img", &at("out")]);
     assert_eq!(std::fs::read(at("out")).unwrap(), b"text");
+}
+
+#[test]
+fn stat_shows_permission_bits_that_were_set() {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = image(dir.path());
+    {
+        let device = pumice_bdev::open(&uri).unwrap();
+        let fs = FileSystem::mount(device, &MountOptions::default()).unwrap();
+        for name in ["/set", "/not"] {
+            drop(fs.open(name, OpenOptions::CREATE).unwrap());
+        }
+        let mode = Attributes::default().mode(Some(0o640));
+        fs.set_attributes("/set", mode).unwrap();
+        fs.unmount().unwrap();
+    }
+    let mode = |name| json(&["stat", &uri, name, "--json"])[0]["mode"].clone();
+    assert_eq!(mode("/set"), "0640");
+    assert_eq!(mode("/not"), Value::Null);
+    assert!(ok(&["stat", &uri, "/set"]).contains("mode       0640"));
 }
 
 #[test]

@@ -124,7 +124,9 @@ mod tests {
         assert_eq!(
             now,
             (1, 0x65d3_e6fa_1c22_4660),
-            "the C ABI is another one: raise PUMICE_ABI_VERSION in src/contract.rs, and write both numbers here"
+            "the C ABI is another one. If functions were added and nothing else, give them an ability (FEATURES here, kAbilities in \
+             shim/register.h), leave the version, and write the word here. Otherwise raise PUMICE_ABI_VERSION in src/contract.rs, \
+             and write both numbers"
         );
     }
 }

@@ -33,7 +33,7 @@ use super::walk::{OnDevice, Walked, newer, read_headers, walk};
 /// The name of the journal's blob, which is not a path: no file can have it. SPDK's file system
 /// needs a name and a length of every blob.
 pub(crate) const NAME: &[u8] = b"pumice.journal";
-/// Least bytes of a journal.
+/// Least bytes of a journal, of one that is made and of one that is loaded: what a store has stays loadable.
 pub(crate) const LEAST_BYTES: u64 = 128 << 10;
 /// Most bytes of a journal. A load has its pages in memory.
 pub(crate) const MOST_BYTES: u64 = 256 << 20;
