@@ -218,7 +218,7 @@ fn stat_shows_permission_bits_that_were_set() {
             drop(fs.open(name, OpenOptions::CREATE).unwrap());
         }
         let mode = Attributes::default().mode(Some(0o640));
-        fs.set_attributes("/set", mode).unwrap();
+        fs.set_attributes("/set", &mode).unwrap();
         fs.unmount().unwrap();
     }
     let mode = |name| json(&["stat", &uri, name, "--json"])[0]["mode"].clone();
