@@ -318,6 +318,62 @@ mod tests {
         assert_eq!(done, [0, 1, 2, 3, 4]);
     }
 
+    /// A channel that has no room, until it refuses everything.
+    #[derive(Default)]
+    struct Turning {
+        refuses: Arc<AtomicUsize>,
+        polls: usize,
+    }
+
+    impl IoChannel for Turning {
+        fn submit(&mut self, _tag: u64, op: Op) -> Result<(), SubmitError> {
+            if self.refuses.load(Ordering::Relaxed) == 0 {
+                return Err(SubmitError::Busy(op));
+            }
+            let info = DeviceInfo::new("d", "test", 512, 8);
+            let error = info.error(&op, IoErrorKind::Removed, "");
+            Err(SubmitError::Refused(op, error))
+        }
+
+        fn poll(&mut self, _out: &mut Vec<Completion>) -> usize {
+            self.polls += 1;
+            assert!(self.polls < 100, "whoever only asks is kept here");
+            0
+        }
+
+        fn wait(&mut self, _timeout: Duration) -> Result<(), BdevError> {
+            Ok(())
+        }
+
+        fn in_flight(&self) -> usize {
+            0
+        }
+    }
+
+    #[test]
+    fn what_waits_and_is_refused_ends_with_the_error() {
+        let channel = Turning::default();
+        let refuses = Arc::clone(&channel.refuses);
+        let mut engine = Engine::new(Box::new(channel));
+        let tags: Vec<u64> = (0..3)
+            .map(|lba| engine.submit(lba, read(lba)).unwrap())
+            .collect();
+        let none = engine.reap(|_, _, _, _| panic!("nothing has ended"));
+        assert_eq!((none, engine.in_flight()), (0, 3));
+        refuses.store(1, Ordering::Relaxed);
+        let mut ended = Vec::new();
+        let count = engine.reap(|tag, owner, op, result| {
+            let kind = result.unwrap_err().kind;
+            ended.push((tag, owner, op.lba(), kind));
+            None
+        });
+        let expected = (0..3).zip(tags);
+        let expected = expected.map(|(lba, tag)| (tag, lba, lba, IoErrorKind::Removed));
+        assert_eq!(ended, expected.collect::<Vec<_>>());
+        assert_eq!((count, engine.in_flight()), (3, 0));
+        assert_eq!(engine.owners().count(), 0);
+    }
+
     #[test]
     fn an_owner_that_stays_keeps_its_tag() {
         let mut engine = Engine::new(Box::new(Narrow::default()));

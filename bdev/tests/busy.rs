@@ -34,6 +34,8 @@ struct State {
     holds: AtomicBool,
     /// Number of aborts that come too early and end nothing.
     deaf: AtomicUsize,
+    /// Whether the device was removed, and refuses everything.
+    gone: AtomicBool,
 }
 
 struct BusyChannel {
@@ -49,6 +51,7 @@ fn busy(room: usize) -> (Arc<Busy>, Arc<State>) {
         room: AtomicUsize::new(room),
         holds: AtomicBool::new(false),
         deaf: AtomicUsize::new(0),
+        gone: AtomicBool::new(false),
     });
     let device = Busy {
         base: pumice_bdev::open("malloc://4M").unwrap(),
@@ -93,6 +96,10 @@ impl BusyChannel {
 
 impl IoChannel for BusyChannel {
     fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
+        if self.state.gone.load(Ordering::Relaxed) {
+            let e = self.info.error(&op, IoErrorKind::Removed, "");
+            return Err(SubmitError::Refused(op, e));
+        }
         if self.in_flight() >= self.state.room.load(Ordering::Relaxed) {
             return Err(SubmitError::Busy(op));
         }
@@ -164,12 +171,17 @@ fn ended(channel: &mut dyn IoChannel) -> Vec<(u64, bool)> {
 
 #[test]
 fn what_a_part_does_not_take_comes_back_at_its_own_address() {
-    let (base, _) = busy(1);
+    let (base, state) = busy(1);
     let parts = Split::new(&(base as Dev), 2, None).unwrap();
     let mut ch = parts[1].open_channel().unwrap();
     ch.submit(1, read(3)).unwrap();
     let Err(SubmitError::Busy(op)) = ch.submit(2, write(5, 9)) else {
         panic!("there was room for one");
+    };
+    assert_eq!(op.lba(), 5);
+    state.gone.store(true, Ordering::Relaxed);
+    let Err(SubmitError::Refused(op, _)) = ch.submit(2, op) else {
+        panic!("the device was removed");
     };
     assert_eq!(op.lba(), 5);
 }
@@ -202,6 +214,22 @@ fn a_stripe_of_busy_legs_loses_nothing() {
     assert_eq!(done, [(0, true), (1, true), (2, true)], "none is overtaken");
 }
 
+/// An operation that waited for room at a leg ends with the error that the leg has for it then.
+#[test]
+fn a_stripe_ends_what_a_leg_refuses_later() {
+    let (legs, states): (Vec<_>, Vec<_>) = (0..2).map(|_| busy(1)).unzip();
+    let legs = legs.into_iter().map(|leg| leg as Dev).collect();
+    let raid = Raid0::new("R", legs, 4, None).unwrap();
+    let mut ch = raid.open_channel().unwrap();
+    for tag in 0..3 {
+        ch.submit(tag, write(tag, 1)).unwrap();
+    }
+    states[0].gone.store(true, Ordering::Relaxed);
+    let done = ended(&mut *ch);
+    assert_eq!(done, [(0, true), (1, false), (2, false)]);
+    assert_eq!(ch.in_flight(), 0);
+}
+
 #[test]
 fn a_fault_is_not_spent_on_what_was_not_taken() {
     let (base, state) = busy(1);
@@ -220,6 +248,57 @@ fn a_fault_is_not_spent_on_what_was_not_taken() {
     state.room.store(2, Ordering::Relaxed);
     ch.submit(2, read(0)).unwrap();
     assert!(dev.injections().is_empty());
+}
+
+/// The submitter gets its own bytes back, also when it has to come again, and the device gets them with one byte changed.
+#[test]
+fn a_write_is_corrupted_on_its_way_down_and_comes_back_as_it_was() {
+    let (base, state) = busy(1);
+    let dev = ErrorDevice::new(None, Arc::clone(&base) as Dev);
+    let mut ch = dev.open_channel().unwrap();
+    ch.submit(1, read(0)).unwrap();
+    dev.inject(Injection {
+        op: Some(OpKind::Write),
+        failure: Failure::Corrupt {
+            offset: 700,
+            value: 0x10,
+        },
+        count: 1,
+        range: None,
+        queue_depth: 0,
+    });
+    let sent: Vec<u8> = (0..1536)
+        .map(|at| u8::try_from(at % 251).unwrap())
+        .collect();
+    let parts = [&sent[..512], &sent[512..]];
+    let data = parts.map(|part| DmaBuf::copy_from(part).unwrap().into());
+    let write = Op::WriteV {
+        lba: 3,
+        data: data.to_vec(),
+        fua: false,
+    };
+    let is_own = |op: &Op| match op {
+        Op::WriteV { lba: 3, data, .. } => data.iter().flat_map(|d| d.iter()).eq(&sent),
+        _ => false,
+    };
+    let Err(SubmitError::Busy(write)) = ch.submit(2, write) else {
+        panic!("there was room for one");
+    };
+    assert!(is_own(&write), "{write:?}");
+    state.room.store(2, Ordering::Relaxed);
+    ch.submit(2, write).unwrap();
+    let mut out = Vec::new();
+    while ch.in_flight() > 0 {
+        ch.poll(&mut out);
+    }
+    let written = out.iter().find(|done| done.tag == 2).unwrap();
+    written.result.as_ref().unwrap();
+    assert!(is_own(&written.op), "{:?}", written.op);
+    let below = AsyncChannel::new(base.base.open_channel().unwrap());
+    let back = below.block_on(below.read(3, DmaBuf::new(1536).unwrap()));
+    let mut expected = sent.clone();
+    expected[700] ^= 0x10;
+    assert!(back.unwrap()[..] == expected[..]);
 }
 
 #[test]
@@ -336,9 +415,16 @@ fn aborts_and_resets_pass_through_every_device() {
         ch.submit(1003, read(0)).unwrap();
         assert_eq!(ended(&mut *ch), [], "{name}");
         ch.submit(2000, Op::Abort { tag: 1001 }).unwrap();
-        let mut done = ended(&mut *ch);
-        done.sort_unstable();
+        let mut out = Vec::new();
+        while out.len() < 2 {
+            ch.poll(&mut out);
+        }
+        out.sort_unstable_by_key(|done| done.tag);
+        let done: Vec<_> = out.iter().map(|c| (c.tag, c.result.is_ok())).collect();
         assert_eq!(done, [(1001, false), (2000, true)], "{name}");
+        // The submitter gets back what it has submitted.
+        let own = matches!(out[1].op, Op::Abort { tag: 1001 });
+        assert!(own, "{name}: {:?}", out[1].op);
         ch.submit(2001, Op::Reset).unwrap();
         let mut done = ended(&mut *ch);
         assert_eq!(done.pop(), Some((2001, true)), "{name}: the reset is last");
@@ -384,4 +470,59 @@ fn a_late_operation_is_aborted_until_it_ends() {
         out[0].result.as_ref().unwrap_err().kind,
         IoErrorKind::Aborted
     );
+}
+
+/// A device that had no room for the abort or the reset of a late operation is asked again.
+#[test]
+fn a_late_operation_of_a_busy_device_ends_when_there_is_room() {
+    for action in [TimeoutAction::Abort, TimeoutAction::Reset] {
+        let registry = Registry::new();
+        registry.set_timeout(Duration::from_millis(2), action);
+        let (base, state) = holding();
+        state.room.store(1, Ordering::Relaxed);
+        let dev = registry.register(base, Vec::new()).unwrap();
+        let mut ch = dev.open_channel().unwrap();
+        ch.submit(1, read(0)).unwrap();
+        let (mut out, start) = (Vec::new(), Instant::now());
+        while start.elapsed() < Duration::from_millis(20) {
+            assert_eq!(ch.poll(&mut out), 0);
+        }
+        state.room.store(2, Ordering::Relaxed);
+        while ch.poll(&mut out) == 0 {
+            assert!(start.elapsed() < Duration::from_secs(20), "{action:?}");
+            ch.wait(Duration::from_millis(1)).unwrap();
+        }
+    }
+}
+
+/// A tag that was used before names the operation that has it now.
+#[test]
+fn an_abort_names_what_has_the_tag_now() {
+    let (base, _) = holding();
+    let dev = Registry::new().register(base, Vec::new()).unwrap();
+    let mut ch = dev.open_channel().unwrap();
+    for tag in [1, 9] {
+        ch.submit(tag, write(tag, 1)).unwrap();
+    }
+    assert_eq!(ended(&mut *ch).len(), 2);
+    for tag in [1, 2] {
+        ch.submit(tag, read(tag)).unwrap();
+        ch.submit(100 + tag, Op::Abort { tag }).unwrap();
+        let mut done = ended(&mut *ch);
+        done.sort_unstable();
+        assert_eq!(done, [(tag, false), (100 + tag, true)]);
+    }
+}
+
+/// A device that says of an operation that it was removed has no name any longer.
+#[test]
+fn a_device_that_refuses_as_removed_is_removed() {
+    let registry = Registry::new();
+    let (base, state) = busy(8);
+    let dev = registry.register(base, Vec::new()).unwrap();
+    let mut ch = dev.open_channel().unwrap();
+    state.gone.store(true, Ordering::Relaxed);
+    let refused = ch.submit(1, read(0));
+    assert!(matches!(refused, Err(SubmitError::Refused(..))));
+    assert!(registry.names().is_empty());
 }

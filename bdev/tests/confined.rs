@@ -11,7 +11,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use pumice_bdev::file::{File, FileOptions};
-use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, IoErrorKind, Op, open};
+use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, DmaSlice, IoErrorKind, Op, open};
 use pumice_confine::deny_from_now_on;
 use pumice_nvme::{Controller, ControllerOptions};
 use pumice_nvme_soft::{MemoryBackend, SoftConfig, SoftController, SoftNamespace};
@@ -305,12 +305,21 @@ fn child_without_fsync() {
 #[test]
 fn a_new_image_has_a_durable_name() {
     in_child("child_without_a_descriptor_for_the_directory", "");
+    in_child("child_without_a_descriptor_for_the_directory", "no name");
 }
 
 #[test]
 fn child_without_a_descriptor_for_the_directory() {
-    let Some((options, _)) = case() else {
+    let Some((options, case)) = case() else {
         return;
+    };
+    // What comes first is told: the name, then the sync that makes it durable.
+    let first = match case.as_str() {
+        "no name" => {
+            deny_from_now_on(&[libc::SYS_linkat], libc::EIO);
+            "name the new file"
+        }
+        _ => "sync the directory",
     };
     // The image gets the lowest descriptor that is free, and there is none for its directory.
     let next = std::fs::File::open("/dev/null").unwrap().as_raw_fd();
@@ -326,8 +335,64 @@ fn child_without_a_descriptor_for_the_directory() {
     let set = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
     assert_eq!(set, 0);
     let e = File::open(&options).unwrap_err().to_string();
-    assert!(e.contains("sync the directory"), "{e}");
+    assert!(e.contains(first), "{e}");
     assert!(!options.path.exists());
+}
+
+/// A device in memory does not report bytes as written for which there was no memory.
+#[test]
+fn what_finds_no_memory_is_not_written() {
+    in_child("child_without_memory", "");
+}
+
+#[test]
+fn child_without_memory() {
+    if case().is_none() {
+        return;
+    }
+    let dev = open("malloc://1G?block_size=4096").unwrap();
+    let ch = AsyncChannel::new(dev.open_channel().unwrap());
+    let mut buf = DmaBuf::new(1 << 20).unwrap();
+    buf.fill(7);
+    let data = buf.freeze();
+    ch.block_on(ch.write(0, data.clone(), false)).unwrap();
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: u64 = statm.split(' ').next().unwrap().parse().unwrap();
+    let most = pages * 4096 + (32 << 20);
+    let limit = libc::rlimit {
+        rlim_cur: most,
+        rlim_max: most,
+    };
+    // SAFETY: `limit` is readable.
+    let set = unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const limit) };
+    assert_eq!(set, 0);
+    let ops: [fn(u64, DmaSlice) -> Op; 3] = [
+        |lba, data| Op::Write {
+            lba,
+            data,
+            fua: false,
+        },
+        |lba, data| Op::WriteV {
+            lba,
+            data: vec![data],
+            fua: false,
+        },
+        |dst_lba, _| Op::Copy {
+            src_lba: 0,
+            dst_lba,
+            len_blocks: 256,
+        },
+    ];
+    for (n, op) in (0..).zip(ops) {
+        let kinds = (1..80).map(|mib| {
+            let op = op((n * 80 + mib) * 256, data.clone());
+            ch.block_on(ch.io(op)).1.err().map(|e| e.kind)
+        });
+        let kinds: Vec<_> = kinds.collect();
+        assert!(kinds.contains(&Some(IoErrorKind::NoSpace)), "{kinds:?}");
+    }
+    let back = ch.block_on(ch.read(0, DmaBuf::new(4096).unwrap())).unwrap();
+    assert!(back.iter().all(|byte| *byte == 7));
 }
 
 /// The kernel reports a failed writeback once. Afterwards no flush may claim that those bytes are

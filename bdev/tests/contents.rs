@@ -344,6 +344,32 @@ fn a_file_made_for_what_failed_goes_again() {
     assert!(path.exists());
 }
 
+/// A device that holds data is not begun. An image that was made for it and cannot be examined goes again.
+#[test]
+fn a_refused_beginning_is_none() {
+    let dir = dir();
+    let path = file(dir.path(), MIB, 77, b"x");
+    let dev = open(path.to_str().unwrap()).unwrap();
+    let e = Formatting::begin(&dev, Overwrite::Blank).err().unwrap();
+    assert!(matches!(e, BdevError::NotBlank { .. }), "{e}");
+    drop(dev);
+    assert!(path.exists());
+    let path = dir.path().join("new");
+    let base = open(&format!("{}?size=1M&create=1", file_uri(&path))).unwrap();
+    let failing = ErrorDevice::new(None, base);
+    failing.inject(Injection {
+        op: Some(OpKind::Read),
+        failure: Failure::Fail,
+        count: 1,
+        range: None,
+        queue_depth: 0,
+    });
+    let dev: Arc<dyn BlockDevice> = Arc::new(failing);
+    Formatting::begin(&dev, Overwrite::Blank).err().unwrap();
+    drop(dev);
+    assert!(!path.exists(), "nothing was made there");
+}
+
 #[test]
 fn another_file_of_the_name_is_not_removed() {
     let dir = dir();

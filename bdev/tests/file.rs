@@ -234,6 +234,10 @@ fn a_new_image_has_the_size_and_the_blocks_that_were_asked_for() {
         let meta = fs::metadata(image.path()).unwrap();
         assert_eq!(meta.len(), 2 << 20);
         assert!(meta.blocks() * 512 >= blocks, "{prealloc:?}");
+        if prealloc == Prealloc::Full {
+            // Its blocks were written, to the last one.
+            assert_eq!(dev.next_data(0).unwrap(), Some(0..512));
+        }
     }
 }
 

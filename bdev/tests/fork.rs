@@ -1,6 +1,7 @@
 //! Tests of a forked child: its parent's devices are refused and dropped without harm, and its own
 //! work.
 
+use std::io::{Read as _, Write as _};
 use std::sync::Arc;
 
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
@@ -91,6 +92,11 @@ fn an_inherited_device_refuses_and_is_dropped_without_harm() {
             assert!(ch.block_on(ch.write(0, block(9).freeze(), false)).is_err());
             ch.drain();
             assert_eq!((busy.poll(&mut Vec::new()), busy.in_flight()), (0, 0));
+            // A controller gives the child no queue, and other devices give it a channel that refuses.
+            match dev.open_channel() {
+                Ok(_) => assert!(!uri.starts_with("soft"), "{uri}"),
+                Err(e) => assert!(e.to_string().contains("fork"), "{e}"),
+            }
             drop((busy, ch, dev));
             // A device that the child opens itself works.
             let dev = open(&format!("file://{own}?size=4M&create=1")).unwrap();
@@ -103,6 +109,24 @@ fn an_inherited_device_refuses_and_is_dropped_without_harm() {
         write(&dev, 4, 8);
         assert!(reads_back(&dev, 4, 8), "{uri}");
     }
+}
+
+/// A child has the open file of its parent's image too, and does not keep the lock when the parent closes the image.
+#[test]
+fn a_child_does_not_keep_the_lock_of_its_parents_image() {
+    let dir = tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap();
+    let uri = format!("file://{}/image?size=4M&create=1", dir.path().display());
+    let dev = open(&uri).unwrap();
+    let (stays, mut ends) = std::io::pipe().unwrap();
+    let mut stays = Some(stays);
+    let child = spawn(&mut || {
+        let mut end = [0];
+        stays.take().unwrap().read_exact(&mut end).is_ok()
+    });
+    drop(dev);
+    open(&uri).expect("the child has the lock");
+    ends.write_all(&[1]).unwrap();
+    assert_eq!(join(child), 0);
 }
 
 /// A batch that the parent has in flight never ends in the child, which does not wait for it.

@@ -11,7 +11,7 @@ use pumice_bdev::{
 };
 use pumice_bdev_control::config::App;
 use pumice_nvme::controller::Phase;
-use pumice_nvme::spec::{IoOpcode, Status};
+use pumice_nvme::spec::{AdminOpcode, Cns, Command, IdentifyNamespace, IoOpcode, Status};
 use pumice_nvme::{Controller, ControllerOptions};
 use pumice_nvme_soft::{
     Fault, FaultRule, MemoryBackend, SoftConfig, SoftController, SoftNamespace,
@@ -362,6 +362,52 @@ fn on(config: SoftConfig) -> (SoftController, Arc<dyn BlockDevice>) {
     let namespaces = controller.namespaces();
     let mut devices = pumice_bdev::nvme::devices("N", &controller, namespaces, "soft").unwrap();
     (soft, devices.remove(0))
+}
+
+/// An error of the controller names the device, and the controller behind it.
+#[test]
+fn an_error_names_the_device_and_its_controller() {
+    for queues in [1, 4] {
+        let backend = Box::new(MemoryBackend::new(1 << 20));
+        let mut config = SoftConfig::new(vec![SoftNamespace::new(backend, 512)]);
+        config.queues = queues;
+        let (soft, dev) = on(config);
+        let status = Status(Status::INTERNAL.0 | Status::DNR);
+        soft.faults()
+            .add(FaultRule::io(IoOpcode::READ, Fault::Status(status)).times(1));
+        let ch = AsyncChannel::new(dev.open_channel().unwrap());
+        let e = ch.block_on(ch.read(0, DmaBuf::new(512).unwrap()));
+        let e = e.unwrap_err();
+        assert_eq!(e.device, dev.info().name);
+        assert!(e.detail.starts_with("soft"), "{e:?}");
+    }
+}
+
+#[test]
+fn a_namespace_that_cannot_be_used_is_no_device() {
+    let disk = || SoftNamespace::new(Box::new(MemoryBackend::new(1 << 20)), 512);
+    let soft = SoftController::new(SoftConfig::new(vec![disk(), disk()])).unwrap();
+    let controller = Controller::new(soft.transport(), ControllerOptions::default()).unwrap();
+    let identify = Command::identify(Cns::NAMESPACE, 1);
+    let page = Some(DmaBuf::zeroed(4096).unwrap());
+    let (_, page) = controller.admin_command(identify, page).unwrap();
+    let mut page = page.unwrap().to_vec();
+    let format = usize::from(page[std::mem::offset_of!(IdentifyNamespace, flbas)] & 15);
+    page[std::mem::offset_of!(IdentifyNamespace, lbaf) + 4 * format] = 8; // MS
+    let rule = FaultRule::admin(AdminOpcode::IDENTIFY, Fault::Data(page));
+    soft.faults().add(rule.namespace(1).times(1));
+    controller.rescan().unwrap();
+    let [bad, good] = [1, 2].map(|nsid| controller.namespace(nsid).unwrap());
+    let all = vec![Arc::clone(&bad), good];
+    let devices = pumice_bdev::nvme::devices("N", &controller, all, "soft").unwrap();
+    let names: Vec<_> = devices.iter().map(|d| d.info().name.clone()).collect();
+    assert_eq!(names, ["Nn2"]);
+    let none = pumice_bdev::nvme::devices("N", &controller, vec![bad], "soft");
+    let e = none.unwrap_err().to_string();
+    assert!(e.contains("namespace 1: ") && e.contains("metadata"), "{e}");
+    let none = pumice_bdev::nvme::devices("N", &controller, Vec::new(), "soft");
+    let e = none.unwrap_err().to_string();
+    assert!(e.contains("no active namespace"), "{e}");
 }
 
 #[test]

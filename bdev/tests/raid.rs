@@ -1,7 +1,8 @@
 //! `raid0` beside what its legs refuse and what they report.
 
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pumice_bdev::raid0::Raid0;
 use pumice_bdev::{
@@ -139,4 +140,86 @@ fn a_leg_that_times_out_is_told_of_before_one_that_fails() {
             );
         }
     }
+}
+
+/// An abort that finds nothing in flight has nothing to pass on, and ends.
+#[test]
+fn an_abort_of_nothing_ends() {
+    let leg = || pumice_bdev::open("malloc://1M?block_size=512").unwrap();
+    let raid = Raid0::new("R", vec![leg(), leg()], 4, None).unwrap();
+    let mut ch = raid.open_channel().unwrap();
+    ch.submit(1, Op::Abort { tag: 7 }).unwrap();
+    let mut out = Vec::new();
+    ch.poll(&mut out);
+    assert!(matches!(&out[..], [done] if done.tag == 1 && done.result.is_ok()));
+    assert_eq!(ch.in_flight(), 0);
+}
+
+/// A leg that has a descriptor, which never tells anything, and ends what it has at a poll.
+#[derive(Debug)]
+struct Polled(DeviceInfo);
+
+struct PolledChannel {
+    held: Vec<(u64, Op)>,
+    ends: (std::io::PipeReader, std::io::PipeWriter),
+}
+
+impl BlockDevice for Polled {
+    fn info(&self) -> &DeviceInfo {
+        &self.0
+    }
+
+    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
+        Ok(Box::new(PolledChannel {
+            held: Vec::new(),
+            ends: std::io::pipe().unwrap(),
+        }))
+    }
+}
+
+impl IoChannel for PolledChannel {
+    fn submit(&mut self, tag: u64, op: Op) -> Result<(), SubmitError> {
+        self.held.push((tag, op));
+        Ok(())
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) -> usize {
+        let n = self.held.len();
+        let held = self.held.drain(..);
+        out.extend(held.map(|(tag, op)| Completion {
+            tag,
+            op,
+            result: Ok(()),
+        }));
+        n
+    }
+
+    fn wait(&mut self, _timeout: Duration) -> Result<(), BdevError> {
+        Ok(())
+    }
+
+    fn in_flight(&self) -> usize {
+        self.held.len()
+    }
+
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.ends.0.as_fd())
+    }
+}
+
+/// A wait passes what was submitted to every leg, and does not sleep over what it finds there.
+#[test]
+fn a_wait_for_several_legs_finds_what_has_ended() {
+    let leg = |n: u32| -> Arc<dyn BlockDevice> {
+        Arc::new(Polled(DeviceInfo::new(&format!("leg{n}"), "test", 512, 64)))
+    };
+    let raid = Raid0::new("R", vec![leg(0), leg(1)], 4, None).unwrap();
+    let mut ch = raid.open_channel().unwrap();
+    ch.submit(1, Op::Flush).unwrap();
+    let start = Instant::now();
+    ch.wait(Duration::from_secs(60)).unwrap();
+    assert!(start.elapsed() < Duration::from_secs(30));
+    let mut out = Vec::new();
+    ch.poll(&mut out);
+    assert!(matches!(&out[..], [done] if done.tag == 1 && done.result.is_ok()));
 }

@@ -55,6 +55,70 @@ fn a_batch_ends_with_its_first_error() {
     assert_eq!(shared.run(refused.into()).unwrap_err().kind, kinds[1]);
 }
 
+/// A batch is run to its end, however often its channel has to be asked.
+#[test]
+fn what_is_run_or_polled_for_has_ended() {
+    let device = Arc::new(ErrorDevice::new(None, open("malloc://1M").unwrap()));
+    let hang = |count| {
+        device.inject(Injection {
+            op: Some(OpKind::Flush),
+            failure: Failure::Hang,
+            count,
+            range: None,
+            queue_depth: 0,
+        });
+    };
+    let dev = Arc::clone(&device) as Arc<dyn BlockDevice>;
+    let shared = SharedChannels::new(&dev, 1).unwrap();
+    hang(2);
+    let ticket = shared.submit(vec![Op::Flush], |_| {});
+    assert!(!shared.poll(&ticket));
+    std::thread::scope(|scope| {
+        let run = scope.spawn(|| {
+            // It ends when the device goes on, with an error that only its end can tell.
+            let read = Op::Read {
+                lba: 1 << 40,
+                buf: DmaBuf::new(512).unwrap(),
+            };
+            let result = shared.run(vec![Op::Flush, read]);
+            (result.unwrap_err().kind, device.injections().len())
+        });
+        while !device.injections().is_empty() {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(Duration::from_millis(5));
+        assert!(!run.is_finished(), "the flush hangs");
+        device.resume();
+        assert_eq!(run.join().unwrap(), (IoErrorKind::OutOfRange, 0));
+    });
+    while !shared.poll(&ticket) {
+        std::thread::yield_now();
+    }
+    hang(1);
+    let ticket = shared.submit(vec![Op::Flush], |_| {});
+    device.resume();
+    // Nobody but this thread takes its completion.
+    let polls = (0..1000).position(|_| shared.poll(&ticket));
+    assert!(polls.is_some());
+}
+
+/// A completion runs when the channel is free again: others use it meanwhile.
+#[test]
+fn a_completion_holds_no_channel() {
+    let dev = open("malloc://1M?block_size=512").unwrap();
+    let shared = Arc::new(SharedChannels::new(&dev, 1).unwrap());
+    let other = Arc::clone(&shared);
+    let (tell, told) = mpsc::channel();
+    let ticket = shared.submit(vec![Op::Flush], move |_| {
+        let (ran, has_run) = mpsc::channel();
+        std::thread::spawn(move || ran.send(other.run(vec![Op::Flush]).is_ok()));
+        tell.send(has_run.recv_timeout(Duration::from_secs(20)))
+            .unwrap();
+    });
+    shared.wait(&ticket);
+    assert_eq!(told.recv().unwrap(), Ok(true));
+}
+
 /// A completion that panics has returned: whoever waits for all of them does not wait for it.
 #[test]
 fn a_drain_ends_after_a_completion_that_panics() {

@@ -7,14 +7,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use pumice_bdev::delay::{Delay, Latencies};
-use pumice_bdev::error_inject::ErrorDevice;
+use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
+use pumice_bdev::malloc::{Malloc, MallocOptions};
 use pumice_bdev::passthru::Passthru;
 use pumice_bdev::read_only::ReadOnly;
 use pumice_bdev::registry::Registry;
 use pumice_bdev::split::Split;
 use pumice_bdev::{
-    BdevError, BlockDevice, Completion, DeviceInfo, DmaBuf, HostSpace, IoChannel, Limits, Op,
-    OpKind, SubmitError,
+    BdevError, BlockDevice, Completion, DeviceInfo, DmaBuf, HostSpace, IoChannel, IoErrorKind,
+    Limits, Op, OpKind, SubmitError,
 };
 
 const SPACE: HostSpace = HostSpace {
@@ -181,7 +182,9 @@ fn a_part_counts_its_own_blocks() {
 #[test]
 fn an_abort_that_finds_no_room_keeps_its_target() {
     let base = || Base::new() as Arc<dyn BlockDevice>;
-    let uppers: [Box<dyn BlockDevice>; 4] = [
+    let registered = Registry::new().register(base(), Vec::new());
+    let uppers: [Box<dyn BlockDevice>; 5] = [
+        Box::new(registered.expect("a free name")),
         Box::new(Passthru::new("upper", base())),
         Box::new(Delay::new("upper", base(), Latencies::default())),
         Box::new(ErrorDevice::new(Some("upper"), base())),
@@ -196,6 +199,94 @@ fn an_abort_that_finds_no_room_keeps_its_target() {
     }
 }
 
+/// A channel of a device that was removed. It is told of neither aborts nor resets, which its device does not have.
+struct Gone(DeviceInfo);
+
+impl IoChannel for Gone {
+    fn submit(&mut self, _tag: u64, op: Op) -> Result<(), SubmitError> {
+        assert!(matches!(op, Op::Read { .. }), "{op:?}");
+        let error = self.0.error(&op, IoErrorKind::Removed, "");
+        Err(SubmitError::Refused(op, error))
+    }
+
+    fn poll(&mut self, _out: &mut Vec<Completion>) -> usize {
+        0
+    }
+
+    fn wait(&mut self, _timeout: Duration) -> Result<(), BdevError> {
+        Ok(())
+    }
+
+    fn in_flight(&self) -> usize {
+        0
+    }
+}
+
+#[derive(Debug)]
+struct Removed(DeviceInfo);
+
+impl BlockDevice for Removed {
+    fn info(&self) -> &DeviceInfo {
+        &self.0
+    }
+
+    fn open_channel(&self) -> Result<Box<dyn IoChannel>, BdevError> {
+        Ok(Box::new(Gone(self.0.clone())))
+    }
+}
+
+/// An operation that hangs above such a device ends by an abort, by a reset, or with the error that the device has for it when it goes on.
+#[test]
+fn what_hangs_ends_where_the_device_below_takes_nothing() {
+    let mut info = DeviceInfo::new("Gone0", "test", 512, 100);
+    info.ops = info.ops.without(OpKind::Reset).without(OpKind::Abort);
+    let dev = ErrorDevice::new(None, Arc::new(Removed(info)));
+    dev.inject(Injection {
+        op: Some(OpKind::Read),
+        failure: Failure::Hang,
+        count: 3,
+        range: None,
+        queue_depth: 0,
+    });
+    let mut channel = dev.open_channel().expect("a channel");
+    for tag in [1, 2, 3] {
+        let buf = DmaBuf::new(512).expect("memory");
+        channel
+            .submit(tag, Op::Read { lba: tag, buf })
+            .expect("it hangs");
+        if tag == 1 {
+            dev.resume();
+        }
+        let end = match tag {
+            1 => None,
+            2 => Some((4, Op::Abort { tag: 2 })),
+            _ => Some((5, Op::Reset)),
+        };
+        if let Some((tag, op)) = end {
+            channel.submit(tag, op).expect("it has an end");
+        }
+        let mut out = Vec::new();
+        channel.poll(&mut out);
+        let kinds = out
+            .iter()
+            .map(|done| (done.tag, done.result.as_ref().err().map(|e| e.kind)));
+        let expected = match tag {
+            1 => vec![(1, Some(IoErrorKind::Removed))],
+            2 => vec![(2, Some(IoErrorKind::Aborted)), (4, None)],
+            _ => vec![(3, Some(IoErrorKind::Aborted)), (5, None)],
+        };
+        assert_eq!(kinds.collect::<Vec<_>>(), expected);
+        assert_eq!(channel.in_flight(), 0);
+    }
+    // An abort that finds nothing has succeeded, too.
+    channel
+        .submit(6, Op::Abort { tag: 9 })
+        .expect("it ends here");
+    let mut out = Vec::new();
+    channel.poll(&mut out);
+    assert!(matches!(&out[..], [done] if done.tag == 6 && done.result.is_ok()));
+}
+
 /// No operation on a part crosses a boundary of the base that it would not cross on the base.
 #[test]
 fn parts_begin_at_boundaries() {
@@ -208,4 +299,25 @@ fn parts_begin_at_boundaries() {
         [blocks(1), blocks(3), blocks(12), blocks(13)],
         [96, 32, 8, 7]
     );
+}
+
+/// No device has such blocks, or so many of them, whoever makes it.
+#[test]
+fn a_geometry_that_no_device_has_is_refused() {
+    for (block_size, num_blocks) in [
+        (0, 8),
+        (256, 8),
+        (1000, 8),
+        (1 << 17, 8),
+        (512, 0),
+        (512, u64::MAX),
+    ] {
+        let made = Malloc::new(&MallocOptions {
+            block_size,
+            num_blocks,
+            ..MallocOptions::default()
+        });
+        let e = made.expect_err("it was made");
+        assert!(matches!(e, BdevError::InvalidOption { .. }), "{e}");
+    }
 }

@@ -78,3 +78,27 @@ fn what_is_aborted_between_two_attempts_is_not_sent_again() {
     assert_eq!(q.stats().commands, 1, "sent again");
     assert!(one(&rig, &mut q, read(0)).result.is_ok());
 }
+
+/// The controller takes four aborts at a time. One that has ended makes room for another.
+#[test]
+fn aborts_that_have_ended_make_room_for_others() {
+    let _watchdog = watchdog();
+    let rig = rig();
+    let mut q = queue(&rig, |_| {});
+    let rule = FaultRule::io(IoOpcode::READ, Fault::Delay(NEVER));
+    rig.soft.faults().add(rule);
+    for n in 1..=12 {
+        q.submit(&rig.ns, n, read(0)).unwrap();
+        let (mut out, start) = (Vec::new(), Instant::now());
+        q.poll(&mut out);
+        until_struck(&rig, n);
+        assert!(q.abort(n));
+        while q.poll(&mut out) == 0 {
+            let limit = Duration::from_secs(20);
+            assert!(start.elapsed() < limit, "abort {n} was not sent");
+            std::thread::yield_now();
+        }
+        assert_eq!(kind(&out[0]), IoErrorKind::Aborted);
+    }
+    assert_eq!(q.stats().resets, 0);
+}

@@ -1,11 +1,13 @@
 //! Tests of the orderly end of a controller.
 
-use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use pumice_nvme::{Controller, ControllerOptions};
-use pumice_nvme_soft::{SoftConfig, SoftController, SoftNamespace};
+use pumice_nvme::dma::DmaBuf;
+use pumice_nvme::spec::AdminOpcode;
+use pumice_nvme::{Controller, ControllerOptions, IoErrorKind, QueueOptions, SubmitError};
+use pumice_nvme_soft::{Fault, FaultRule, SoftConfig, SoftController, SoftNamespace};
 
 use common::watched::{DiskCall, WatchedDisk};
 use common::*;
@@ -78,4 +80,89 @@ fn two_shutdowns_end_together() {
     first.join().unwrap();
     second.join().unwrap();
     assert!(controller.shutdown().is_ok());
+}
+
+/// Nothing is given to a controller that is shutting down, and afterwards the reason is told.
+#[test]
+fn nothing_is_sent_once_a_shutdown_has_begun() {
+    let _watchdog = watchdog();
+    let (flushes, flushed) = channel();
+    let (go_on, goes_on) = channel::<()>();
+    let controller = flushing(move |_| {
+        let _ = flushes.send(());
+        // The other end is dropped when the controller may go on.
+        let _ = goes_on.recv();
+    });
+    let ns = controller.namespace(1).unwrap();
+    let mut q = controller.queue_pair(&QueueOptions::depth(4)).unwrap();
+    let shuts_down = {
+        let controller = Arc::clone(&controller);
+        std::thread::spawn(move || controller.shutdown())
+    };
+    flushed.recv_timeout(PATIENCE).unwrap();
+    let meanwhile = q.submit(&ns, 1, read(0));
+    drop(go_on);
+    shuts_down.join().unwrap().unwrap();
+    assert!(
+        matches!(meanwhile, Err(SubmitError::Busy(_))),
+        "{meanwhile:?}"
+    );
+    let afterwards = q.submit(&ns, 1, read(0));
+    let Err(SubmitError::Refused(_, error)) = afterwards else {
+        panic!("{afterwards:?}");
+    };
+    assert_eq!(error.kind, IoErrorKind::Removed, "{error}");
+    let error = controller.queue_pair(&QueueOptions::depth(4)).unwrap_err();
+    assert!(error.to_string().contains("shut down"), "{error}");
+}
+
+/// Returns the place of a buffer.
+fn place(buf: &DmaBuf) -> String {
+    format!("{:?} {}", buf.region(), buf.region_offset())
+}
+
+/// Whether a new buffer of that size is at this place.
+fn is_free(its: &str) -> bool {
+    let bufs: Vec<_> = (0..200).map(|_| DmaBuf::new(512).unwrap()).collect();
+    bufs.iter().any(|buf| place(buf) == its)
+}
+
+/// The buffer of an admin command that the controller has comes back when the controller is detached, and not before.
+#[test]
+fn the_buffer_of_a_command_in_flight_comes_back_behind_the_detach() {
+    let _watchdog = watchdog();
+    let its = Arc::new(Mutex::new(String::new()));
+    let (looks, looked) = channel();
+    let its_place = Arc::clone(&its);
+    let backend = WatchedDisk::new(4 << 20, move |call| {
+        let thread = std::thread::current();
+        let is_detach = !thread.name().unwrap_or_default().starts_with("soft-");
+        if call == DiskCall::Flush && is_detach {
+            let _ = looks.send(is_free(&its_place.lock().unwrap()));
+        }
+    });
+    let mut config = SoftConfig::new(vec![SoftNamespace::new(Box::new(backend), 512)]);
+    config.timeout_500ms = 240;
+    let soft = SoftController::new(config).unwrap();
+    let mut options = ControllerOptions::default();
+    options.admin_timeout = NEVER;
+    let controller = Controller::new(soft.transport(), options).unwrap();
+    let late = FaultRule::admin(AdminOpcode::GET_LOG_PAGE, Fault::Delay(NEVER));
+    soft.faults().add(late);
+    let reader = {
+        let (controller, its) = (Arc::clone(&controller), Arc::clone(&its));
+        std::thread::spawn(move || {
+            // A thread gets the buffer again that it has freed last, so the command has this one.
+            *its.lock().unwrap() = place(&DmaBuf::new(512).unwrap());
+            controller.smart_log()
+        })
+    };
+    while soft.faults().struck() == 0 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    controller.shutdown().unwrap();
+    reader.join().unwrap().unwrap_err();
+    let early: Vec<bool> = looked.try_iter().collect();
+    assert_eq!(early, [false], "whether it was free before the detach");
+    assert!(is_free(&its.lock().unwrap()), "it never comes back");
 }
