@@ -312,3 +312,38 @@ fn a_directory_whose_removal_fails_stays() {
         assert!(fs.exists("/d/f").unwrap(), "{journal:?}");
     }
 }
+
+/// A file that was opened when it was there counts as open like one that was made: without a name it keeps its bytes.
+#[test]
+fn who_opens_what_is_there_keeps_it_open() {
+    let base = memory(64 << 20, 4096);
+    let (_, fs) = setup_with(base, &format_1m(Journal::Auto), &MountOptions::default());
+    let made = fs.open("/f", OpenOptions::CREATE).unwrap();
+    made.append(b"bytes").unwrap();
+    drop(made);
+    for how in [OpenOptions::READ, OpenOptions::CREATE] {
+        fs.link("/f", "/g").unwrap();
+        let opened = fs.open("/g", how).unwrap();
+        fs.unlink("/f").unwrap();
+        fs.unlink("/g").unwrap();
+        assert_eq!(all(&opened), b"bytes");
+        let made = fs.open("/f", OpenOptions::CREATE).unwrap();
+        made.append(b"bytes").unwrap();
+    }
+}
+
+/// A file that nobody has open loses one of its names, and is found under the other.
+#[test]
+fn a_closed_file_that_keeps_a_name_can_be_opened() {
+    let base = memory(64 << 20, 4096);
+    let (_, fs) = setup_with(base, &format_1m(Journal::Auto), &MountOptions::default());
+    let made = fs.open("/f", OpenOptions::CREATE).unwrap();
+    made.append(b"bytes").unwrap();
+    drop(made);
+    fs.link("/f", "/g").unwrap();
+    fs.unlink("/f").unwrap();
+    let other = fs.clone();
+    let opened = spawn(move || other.open("/g", OpenOptions::READ));
+    let opened = opened.join("the open").unwrap();
+    assert_eq!(all(&opened), b"bytes");
+}
