@@ -77,6 +77,28 @@ fn an_append_on_its_way_is_in_doubt_after_a_failed_flush() {
     }
 }
 
+/// A sync that fails for bytes in doubt has made no length durable that covers them.
+#[test]
+fn a_length_covers_no_bytes_in_doubt() {
+    let _limit = watchdog("a length and bytes in doubt", 120);
+    for journal in KINDS {
+        let (dev, fs) = setup(journal);
+        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+        f.allocate(0, 2 << 20).unwrap();
+        let held_back = hang(OpKind::Write, 1, first_cluster(&fs, &f));
+        let g = f.clone();
+        flush_fails_beside(&dev, &fs, held_back, move || g.append(&vec![1; MIB + 100]));
+        assert_in_doubt(&f, journal);
+        drop(f);
+        let lost = fs.unmount_anyway().unwrap();
+        assert_eq!(lost.len(), 1, "{journal:?}: {lost:?}");
+        drop(fs);
+        let fs = mount_with(&dev, &MountOptions::default());
+        let f = fs.open("/f", OpenOptions::READ).unwrap();
+        assert_eq!(f.len(), 0, "{journal:?}");
+    }
+}
+
 #[test]
 fn an_overwrite_on_its_way_is_in_doubt_after_a_failed_flush() {
     let _limit = watchdog("doubt about an overwrite on its way", 120);

@@ -254,3 +254,90 @@ fn who_comes_second_to_create_a_file_keeps_it_open() {
     second.append(b" and more").unwrap();
     assert_eq!(all(&second), b"bytes and more");
 }
+
+/// Whoever waits for the removal of a directory finds that it is gone, and makes nothing in it.
+#[test]
+fn nothing_is_made_in_a_directory_that_is_being_removed() {
+    type Make = fn(&FileSystem) -> pumice_blobfs::fs::Result<()>;
+    let _limit = watchdog("a removal and what is made beside it", 120);
+    let makes: [(&str, Make); 4] = [
+        ("a file", |fs| {
+            fs.open("/d/new", OpenOptions::CREATE).map(drop)
+        }),
+        ("a directory", |fs| fs.mkdir("/d/new")),
+        ("a name", |fs| fs.link("/f", "/d/new")),
+        ("another name", |fs| fs.rename("/f", "/d/new")),
+    ];
+    for (what, make) in makes {
+        let base = memory(64 << 20, 4096);
+        let (dev, fs) = setup_with(base, &format_1m(Journal::None), &MountOptions::default());
+        drop(fs.open("/f", OpenOptions::CREATE).unwrap());
+        fs.mkdir("/d").unwrap();
+        dev.inject(hang(OpKind::Write, 1, None));
+        let other = fs.clone();
+        let removal = spawn(move || other.rmdir("/d"));
+        arrived(&dev, "a write of the removal");
+        let other = fs.clone();
+        let making = spawn(move || make(&other));
+        assert!(making.still_waits(), "{what}");
+        dev.resume();
+        removal.join("the removal").unwrap();
+        let error = making.join(what).unwrap_err();
+        assert!(matches!(error, FsError::NotFound { .. }), "{what}: {error}");
+        let fs = again(&dev, fs);
+        assert!(!fs.exists("/d").unwrap(), "{what}");
+        assert!(fs.exists("/f").unwrap(), "{what}");
+    }
+}
+
+/// A directory whose removal could not be written is still there.
+#[test]
+fn a_directory_whose_removal_fails_stays() {
+    for journal in KINDS {
+        let base = memory(64 << 20, 4096);
+        let (dev, fs) = setup_with(base, &format_1m(journal), &MountOptions::default());
+        fs.mkdir("/d").unwrap();
+        dev.inject(fail(OpKind::Write, u64::MAX, None));
+        fs.rmdir("/d").unwrap_err();
+        assert!(fs.exists("/d").unwrap(), "{journal:?}");
+        dev.clear();
+        drop(fs.open("/d/f", OpenOptions::CREATE).unwrap());
+        let fs = again(&dev, fs);
+        assert!(fs.exists("/d/f").unwrap(), "{journal:?}");
+    }
+}
+
+/// A file that was opened when it was there counts as open like one that was made: without a name it keeps its bytes.
+#[test]
+fn who_opens_what_is_there_keeps_it_open() {
+    let base = memory(64 << 20, 4096);
+    let (_, fs) = setup_with(base, &format_1m(Journal::Auto), &MountOptions::default());
+    let made = fs.open("/f", OpenOptions::CREATE).unwrap();
+    made.append(b"bytes").unwrap();
+    drop(made);
+    for how in [OpenOptions::READ, OpenOptions::CREATE] {
+        fs.link("/f", "/g").unwrap();
+        let opened = fs.open("/g", how).unwrap();
+        fs.unlink("/f").unwrap();
+        fs.unlink("/g").unwrap();
+        assert_eq!(all(&opened), b"bytes");
+        let made = fs.open("/f", OpenOptions::CREATE).unwrap();
+        made.append(b"bytes").unwrap();
+    }
+}
+
+/// A file that nobody has open loses one of its names, and is found under the other.
+#[test]
+fn a_closed_file_that_keeps_a_name_can_be_opened() {
+    let base = memory(64 << 20, 4096);
+    let (_, fs) = setup_with(base, &format_1m(Journal::Auto), &MountOptions::default());
+    let made = fs.open("/f", OpenOptions::CREATE).unwrap();
+    made.append(b"bytes").unwrap();
+    drop(made);
+    fs.link("/f", "/g").unwrap();
+    fs.unlink("/f").unwrap();
+    let other = fs.clone();
+    let opened = spawn(move || other.open("/g", OpenOptions::READ));
+    let opened = opened.join("the open").unwrap();
+    assert_eq!(all(&opened), b"bytes");
+}

@@ -432,3 +432,41 @@ fn a_truncation_waits_for_a_write_on_its_way_beyond_the_new_end() {
     assert!(content_of(&fs, "/f") == want);
     assert!(waits, "the file was cut with the write on its way");
 }
+
+/// A write that has failed is sent again before its bytes are written over, and has ended by then: of two writes of a block
+/// that are on their way together, either may come last.
+#[test]
+fn an_overwrite_waits_for_a_failed_write_that_is_sent_again() {
+    let _limit = watchdog("an overwrite behind a failed write", 120);
+    let (dev, fs) = setup();
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    f.allocate(0, 4 << 20).unwrap();
+    let first = fs.blobstore().extents(f.blob_id()).unwrap().lba(0).unwrap();
+    dev.inject(fail(OpKind::Write, u64::MAX, Some((first, 256))));
+    f.append(&vec![1; 2 * MIB]).unwrap();
+    f.sync().unwrap_err();
+    dev.clear();
+    dev.inject(hang(OpKind::Write, 1, Some((first, 256))));
+    let writer = {
+        let f = f.clone();
+        thread::spawn(move || f.write_at(100, &[2; 100]))
+    };
+    while !dev.injections().is_empty() {
+        thread::yield_now();
+    }
+    thread::sleep(Duration::from_millis(100));
+    let waits = !writer.is_finished();
+    dev.resume();
+    writer.join().unwrap().unwrap();
+    let mut want = vec![1; 2 * MIB];
+    want[100..200].fill(2);
+    f.sync().unwrap();
+    assert!(all(&f) == want);
+    drop(f);
+    let fs = again(&dev, fs);
+    assert!(content_of(&fs, "/f") == want);
+    assert!(
+        waits,
+        "a byte was written over with an older write of it on its way"
+    );
+}

@@ -1,6 +1,8 @@
 //! Tests in which the device holds one operation back: what has to wait for it waits, and nothing
 //! else does.
 
+#[path = "held/cached.rs"]
+mod cached;
 mod common;
 #[path = "common/task.rs"]
 mod task;

@@ -85,6 +85,14 @@ fn rule_21_bytes_replaced_during_a_carried_sync_are_written() {
     }
 }
 
+/// Makes a file that is owed nothing, whose next sync is carried.
+fn synced(fs: &FileSystem, path: &str) -> File {
+    let f = create(fs, path);
+    f.append(&[1; 100]).unwrap();
+    f.sync().unwrap();
+    f
+}
+
 /// The thread that has the append lock may wait for a carried sync, which takes that lock at its end.
 #[test]
 fn rule_21_writeback_waits_for_a_carried_sync_without_a_deadlock() {
@@ -100,9 +108,17 @@ fn rule_21_writeback_waits_for_a_carried_sync_without_a_deadlock() {
             f.range_sync(0, u64::MAX).unwrap();
         }),
     ];
-    for (what, write) in writes {
+    // The ring owes bytes already, or nothing yet.
+    for (owed, (what, write)) in [true, false]
+        .into_iter()
+        .flat_map(|owed| writes.map(|write| (owed, write)))
+    {
+        let what = &format!("{what}, owed before: {owed}");
         let (dev, fs) = with_journal(4 << 20, &MountOptions::default());
-        let f = carried(&fs, "/a");
+        let f = match owed {
+            true => carried(&fs, "/a"),
+            false => synced(&fs, "/a"),
+        };
         f.append(&vec![3; 4096]).unwrap();
         let sync = begin_sync(&dev, &f);
         let g = f.clone();

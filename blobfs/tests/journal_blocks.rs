@@ -96,6 +96,36 @@ fn owe_what_cannot_be_written(store: &Store, fs: &FileSystem, files: &[&File]) {
     }
 }
 
+/// What is owed is in the append buffer only. When that is full, and its end cannot be put in place, it is kept.
+#[test]
+fn rule_20_a_full_buffer_whose_bytes_cannot_be_put_in_place_is_kept() {
+    const MIB: usize = 1 << 20;
+    let store = Store::with_ring(MIB as u64);
+    let fs = store.mount();
+    let file = log(&fs, "/log");
+    file.append(&vec![7; MIB - 9]).unwrap();
+    file.sync().unwrap();
+    let place = fs.blobstore().extents(file.blob_id()).unwrap();
+    let last = place.lba(63).unwrap() + 3;
+    let broken = fail(OpKind::Write, FOREVER, Some((last, 1)));
+    store.dev.inject(broken);
+    // Carried, so that nothing is left to be written behind.
+    file.append(b"owed").unwrap();
+    file.sync().unwrap();
+    file.append(b"more").unwrap_err();
+    file.invalidate(0, u64::MAX);
+    let mut found = [0; 4];
+    file.read_at(MIB as u64 - 4, &mut found).unwrap();
+    assert_eq!(found, *b"owed");
+    store.dev.clear();
+    file.append(b"more").unwrap();
+    file.sync().unwrap();
+    drop(file);
+    fs.unmount().unwrap();
+    drop(fs);
+    assert_eq!(content_of(&store.mount(), "/log")[MIB - 4..], *b"owedmore");
+}
+
 /// Several laps of the ring, each of which meets the block.
 #[test]
 fn rule_5_a_block_of_the_ring_that_cannot_be_written_fails_no_sync() {
@@ -154,32 +184,38 @@ fn rules_7_and_13_a_header_that_cannot_be_written_stops_nothing() {
     }
 }
 
-/// Headers that could not be written may be damaged by the attempt. What is acknowledged next has a header again.
+/// Headers that could not be written may be damaged by the attempt. What is acknowledged next has a header again, also when
+/// that could not be written at the first attempt either.
 #[test]
 fn rule_7_a_header_is_whole_before_a_batch_relies_on_it() {
-    // So large that it is not emptied in the background.
-    let store = Store::with_ring(1 << 20);
-    let fs = store.mount();
-    let file = log(&fs, "/log");
-    file.append(b"owed").unwrap();
-    file.sync().unwrap();
-    let headers = Some((store.journal_lba, 2));
-    store.dev.inject(fail(OpKind::Write, FOREVER, headers));
-    file.truncate(7).unwrap_err();
-    let ch = AsyncChannel::new(store.base.open_channel().unwrap());
-    let mut garbage = DmaBuf::new(8192).unwrap();
-    garbage.fill(0xa5);
-    let damage = ch.write(store.journal_lba, garbage.freeze(), false);
-    ch.block_on(damage).unwrap();
-    store.dev.clear();
-    file.append(b"more").unwrap();
-    file.sync().unwrap();
-    let left = memory_with(&content(&store.base), 4096);
-    let next = FileSystem::mount(left, &MountOptions::default()).unwrap();
-    assert_eq!(content_of(&next, "/log"), b"firstowedmore");
-    next.unmount().unwrap();
-    drop(file);
-    fs.unmount().unwrap();
+    for fails_again in [false, true] {
+        // So large that it is not emptied in the background.
+        let store = Store::with_ring(1 << 20);
+        let fs = store.mount();
+        let file = log(&fs, "/log");
+        file.append(b"owed").unwrap();
+        file.sync().unwrap();
+        let headers = Some((store.journal_lba, 2));
+        store.dev.inject(fail(OpKind::Write, FOREVER, headers));
+        file.truncate(7).unwrap_err();
+        file.append(b"more").unwrap();
+        if fails_again {
+            file.sync().unwrap_err();
+        }
+        let ch = AsyncChannel::new(store.base.open_channel().unwrap());
+        let mut garbage = DmaBuf::new(8192).unwrap();
+        garbage.fill(0xa5);
+        let damage = ch.write(store.journal_lba, garbage.freeze(), false);
+        ch.block_on(damage).unwrap();
+        store.dev.clear();
+        file.sync().unwrap();
+        let left = memory_with(&content(&store.base), 4096);
+        let next = FileSystem::mount(left, &MountOptions::default()).unwrap();
+        assert_eq!(content_of(&next, "/log"), b"firstowedmore");
+        next.unmount().unwrap();
+        drop(file);
+        fs.unmount().unwrap();
+    }
 }
 
 /// Without a header that can be written a store goes on without the journal, if that is accepted; nothing is lost.

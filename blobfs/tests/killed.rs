@@ -454,6 +454,23 @@ fn a_damaged_log_is_told() {
     image.mount();
 }
 
+/// A file that was deleted while it was open is still there after a mount that was refused for the log.
+#[test]
+fn a_mount_that_is_refused_for_the_log_deletes_nothing() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let image = Image::new(None);
+    image.killed("kinds", 0);
+    let open_to_all = std::fs::Permissions::from_mode(0o644);
+    std::fs::set_permissions(image.log(), open_to_all).unwrap();
+    let before = std::fs::read(image.path()).unwrap();
+    let refused = FileSystem::mount(image.device(), &MountOptions::default()).unwrap_err();
+    assert!(matches!(refused, FsError::Damaged { .. }), "{refused}");
+    assert!(std::fs::read(image.path()).unwrap() == before);
+    let private = std::fs::Permissions::from_mode(0o600);
+    std::fs::set_permissions(image.log(), private).unwrap();
+    check_every_kind(&image.mount());
+}
+
 /// The device has less than the killed process had synced.
 #[test]
 fn a_device_that_was_set_back_is_told() {

@@ -201,4 +201,25 @@ mod tests {
         assert!(!log.owed.has(blobs[1]));
         assert_eq!(log.owed.bytes(), 10);
     }
+
+    /// What an earlier epoch had is in place: a checkpoint of this one would put older pages over newer ones.
+    #[test]
+    fn rules_7_and_20_an_epoch_has_nothing_of_the_one_before() {
+        let mut log = Log::new(true, 1, geometry());
+        let bytes = Carried {
+            blob: BlobId::from_page(7),
+            offset: 0,
+            bytes: vec![1; 10].into(),
+            ends: true,
+        };
+        log.owed.add(&bytes, 1, &[]);
+        log.owed.keep([bytes.blob], 1);
+        log.pages.insert(7, (1, Arc::new([1; 4096])));
+        log.used = 5;
+        log.reset(2, Spot::first(5));
+        assert_eq!((log.used, log.pages.len()), (0, 0));
+        assert_eq!((log.owed.len(), log.owed.bytes()), (0, 0));
+        log.owed.add(&bytes, 1, &[]);
+        assert!(!log.owed.is_left(bytes.blob, 1, 0));
+    }
 }
