@@ -257,16 +257,13 @@ fn a_write_is_corrupted_on_its_way_down_and_comes_back_as_it_was() {
     let dev = ErrorDevice::new(None, Arc::clone(&base) as Dev);
     let mut ch = dev.open_channel().unwrap();
     ch.submit(1, read(0)).unwrap();
-    dev.inject(Injection {
-        op: Some(OpKind::Write),
-        failure: Failure::Corrupt {
+    dev.inject(
+        Injection::new(Failure::Corrupt {
             offset: 700,
             value: 0x10,
-        },
-        count: 1,
-        range: None,
-        queue_depth: 0,
-    });
+        })
+        .op(Some(OpKind::Write)),
+    );
     let sent: Vec<u8> = (0..1536)
         .map(|at| u8::try_from(at % 251).unwrap())
         .collect();

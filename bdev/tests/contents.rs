@@ -357,13 +357,7 @@ fn a_refused_beginning_is_none() {
     let path = dir.path().join("new");
     let base = open(&format!("{}?size=1M&create=1", file_uri(&path))).unwrap();
     let failing = ErrorDevice::new(None, base);
-    failing.inject(Injection {
-        op: Some(OpKind::Read),
-        failure: Failure::Fail,
-        count: 1,
-        range: None,
-        queue_depth: 0,
-    });
+    failing.inject(Injection::new(Failure::Fail).op(Some(OpKind::Read)));
     let dev: Arc<dyn BlockDevice> = Arc::new(failing);
     Formatting::begin(&dev, Overwrite::Blank).err().unwrap();
     drop(dev);

@@ -60,13 +60,11 @@ fn a_batch_ends_with_its_first_error() {
 fn what_is_run_or_polled_for_has_ended() {
     let device = Arc::new(ErrorDevice::new(None, open("malloc://1M").unwrap()));
     let hang = |count| {
-        device.inject(Injection {
-            op: Some(OpKind::Flush),
-            failure: Failure::Hang,
-            count,
-            range: None,
-            queue_depth: 0,
-        });
+        device.inject(
+            Injection::new(Failure::Hang)
+                .op(Some(OpKind::Flush))
+                .count(count),
+        );
     };
     let dev = Arc::clone(&device) as Arc<dyn BlockDevice>;
     let shared = SharedChannels::new(&dev, 1).unwrap();

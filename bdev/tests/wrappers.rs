@@ -241,13 +241,11 @@ fn what_hangs_ends_where_the_device_below_takes_nothing() {
     let mut info = DeviceInfo::new("Gone0", "test", 512, 100);
     info.ops = info.ops.without(OpKind::Reset).without(OpKind::Abort);
     let dev = ErrorDevice::new(None, Arc::new(Removed(info)));
-    dev.inject(Injection {
-        op: Some(OpKind::Read),
-        failure: Failure::Hang,
-        count: 3,
-        range: None,
-        queue_depth: 0,
-    });
+    dev.inject(
+        Injection::new(Failure::Hang)
+            .op(Some(OpKind::Read))
+            .count(3),
+    );
     let mut channel = dev.open_channel().expect("a channel");
     for tag in [1, 2, 3] {
         let buf = DmaBuf::new(512).expect("memory");
@@ -312,11 +310,11 @@ fn a_geometry_that_no_device_has_is_refused() {
         (512, 0),
         (512, u64::MAX),
     ] {
-        let made = Malloc::new(&MallocOptions {
-            block_size,
-            num_blocks,
-            ..MallocOptions::default()
-        });
+        let made = Malloc::new(
+            &MallocOptions::default()
+                .block_size(block_size)
+                .num_blocks(num_blocks),
+        );
         let e = made.expect_err("it was made");
         assert!(matches!(e, BdevError::InvalidOption { .. }), "{e}");
     }

@@ -255,7 +255,7 @@ fn who_comes_second_to_create_a_file_keeps_it_open() {
     assert_eq!(all(&second), b"bytes and more");
 }
 
-/// Whoever waits for the removal of a directory finds that it is gone, and makes nothing in it.
+/// A thread that waits for the removal of a directory finds that it is gone, and makes nothing in it.
 #[test]
 fn nothing_is_made_in_a_directory_that_is_being_removed() {
     type Make = fn(&FileSystem) -> pumice_blobfs::fs::Result<()>;

@@ -96,7 +96,7 @@ fn owe_what_cannot_be_written(store: &Store, fs: &FileSystem, files: &[&File]) {
     }
 }
 
-/// What is owed is in the append buffer only. When that is full, and its end cannot be put in place, it is kept.
+/// The owed bytes are in the append buffer only. When that is full, and its end cannot be put in place, it is kept.
 #[test]
 fn rule_20_a_full_buffer_whose_bytes_cannot_be_put_in_place_is_kept() {
     const MIB: usize = 1 << 20;

@@ -94,7 +94,9 @@ fn nothing_is_sent_once_a_shutdown_has_begun() {
         let _ = goes_on.recv();
     });
     let ns = controller.namespace(1).unwrap();
-    let mut q = controller.queue_pair(&QueueOptions::depth(4)).unwrap();
+    let mut q = controller
+        .queue_pair(&QueueOptions::default().depth(4))
+        .unwrap();
     let shuts_down = {
         let controller = Arc::clone(&controller);
         std::thread::spawn(move || controller.shutdown())
@@ -112,7 +114,9 @@ fn nothing_is_sent_once_a_shutdown_has_begun() {
         panic!("{afterwards:?}");
     };
     assert_eq!(error.kind, IoErrorKind::Removed, "{error}");
-    let error = controller.queue_pair(&QueueOptions::depth(4)).unwrap_err();
+    let error = controller
+        .queue_pair(&QueueOptions::default().depth(4))
+        .unwrap_err();
     assert!(error.to_string().contains("shut down"), "{error}");
 }
 

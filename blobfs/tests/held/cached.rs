@@ -34,12 +34,10 @@ fn a_snapshot_makes_durable_what_it_has_waited_for() {
 /// A flush that fails while a page is on its way may have lost it, so that the page is written once more.
 #[test]
 fn a_page_is_written_again_behind_a_flush_that_has_failed_beside_it() {
-    let options = CrashOptions {
-        block_size: 4096,
-        write_cache: true,
-        fua: false,
-        ..CrashOptions::default()
-    };
+    let options = CrashOptions::default()
+        .block_size(4096)
+        .write_cache(true)
+        .fua(false);
     let base = CrashDevice::with_options(&options, CrashImage::zeroed(8 << 20));
     let (dev, store) = store_on(Arc::new(base.clone()));
     let id = blob(&store, 1, false).id();
@@ -59,13 +57,7 @@ fn a_page_is_written_again_behind_a_flush_that_has_failed_beside_it() {
         change.commit().map(drop)
     });
     wait_for("the page is held back", || dev.injections().is_empty());
-    dev.inject(Injection {
-        op: Some(OpKind::Flush),
-        failure: Failure::Fail,
-        count: 1,
-        range: None,
-        queue_depth: 0,
-    });
+    dev.inject(Injection::new(Failure::Fail).op(Some(OpKind::Flush)));
     store.flush().unwrap_err();
     dev.resume();
     change.join("the change").unwrap();

@@ -202,7 +202,7 @@ mod tests {
         assert_eq!(log.owed.bytes(), 10);
     }
 
-    /// What an earlier epoch had is in place: a checkpoint of this one would put older pages over newer ones.
+    /// The bytes of an earlier epoch are in place: a checkpoint of this one would put older pages over newer ones.
     #[test]
     fn rules_7_and_20_an_epoch_has_nothing_of_the_one_before() {
         let mut log = Log::new(true, 1, geometry());
