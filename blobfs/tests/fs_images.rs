@@ -8,7 +8,7 @@ use common::*;
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
 use pumice_bdev::{BlockDevice, OpKind};
 use pumice_blobfs::blobstore::{Blobstore, CreateOptions, LoadOptions};
-use pumice_blobfs::fs::{FileSystem, FormatOptions, Journal, MountOptions, OpenOptions};
+use pumice_blobfs::fs::{FileSystem, FormatOptions, FsError, Journal, MountOptions, OpenOptions};
 use sha2::{Digest, Sha256};
 
 fn sum(fs: &FileSystem, path: &str) -> String {
@@ -204,6 +204,52 @@ fn damage_is_reported_and_the_rest_mounts() {
     assert_eq!(fs.stat("/too-long").unwrap().len, 64 << 10);
     assert!(fs.exists("/good/under-a-file").unwrap());
     assert_eq!(fs.problems().len(), 11, "{:#?}", fs.problems());
+}
+
+/// The next mount finds no damage in a file of which a part was given up.
+#[test]
+fn a_cut_length_and_lost_links_are_given_up_for_good() {
+    let huge: &[u8] = &u64::MAX.to_le_bytes();
+    let len: &[u8] = &7u64.to_le_bytes();
+    let dev = memory(32 << 20, 4096);
+    FileSystem::format(Arc::clone(&dev), &FormatOptions::default()).unwrap();
+    let store = Blobstore::load(Arc::clone(&dev), &LoadOptions::default()).unwrap();
+    let file = |xattrs: &[(&str, &[u8])]| {
+        let owned = xattrs
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), value.to_vec()));
+        let options = CreateOptions::default()
+            .num_clusters(1)
+            .xattrs(owned.collect());
+        store.create(&options).unwrap();
+    };
+    file(&[("name", b"/too-long\0"), ("length", huge)]);
+    file(&[
+        ("name", b"/links\0"),
+        ("length", len),
+        ("pumice.links", b"/x"),
+    ]);
+    store.unload().unwrap();
+    let options = MountOptions::default();
+    let refused = |dev: &Arc<dyn BlockDevice>| {
+        let error = FileSystem::mount(Arc::clone(dev), &options).unwrap_err();
+        assert!(
+            matches!(&error, FsError::Damaged { damage, .. } if damage.len() == 2),
+            "{error}"
+        );
+    };
+    refused(&dev);
+    let seen = FileSystem::mount(Arc::clone(&dev), &options.clone().read_only(true)).unwrap();
+    assert_eq!(seen.problems().len(), 2);
+    drop(seen);
+    refused(&dev);
+    let told = FileSystem::mount(Arc::clone(&dev), &options.clone().accept_damage(true)).unwrap();
+    assert_eq!(told.problems().len(), 2);
+    told.unmount().unwrap();
+    let fs = FileSystem::mount(Arc::clone(&dev), &options).unwrap();
+    assert_eq!(fs.problems(), [""; 0]);
+    assert_eq!(fs.stat("/too-long").unwrap().len, 64 << 10);
+    assert_eq!(fs.stat("/links").unwrap().links, 1);
 }
 
 /// The name under which a duplicate is shown may be that of a file, which must not disappear behind it.

@@ -383,6 +383,10 @@ impl pumice_bdev::IoChannel for GatheringChannel {
             while (1..self.wanted).contains(&self.here.load(Ordering::SeqCst)) {
                 std::thread::sleep(Duration::from_millis(1));
             }
+            // The last one has come, but may not have its place among the changes yet.
+            if self.here.load(Ordering::SeqCst) == self.wanted {
+                std::thread::sleep(Duration::from_millis(200));
+            }
         }
         self.base.submit(tag, op)
     }

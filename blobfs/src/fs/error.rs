@@ -112,7 +112,7 @@ pub enum FsError {
     /// The file system is damaged, and was to be mounted for writing. Nothing was written.
     #[error(
         "{device}: the file system is damaged: {}; mount it read-only to copy what can be read; \
-         `pumice fsck --repair` gives up what is damaged, and the mount option accept_damage goes on without it",
+         `pumice fsck --repair` gives up damaged blobs, and the mount option accept_damage goes on without what is damaged",
         crate::blobstore::some_lines(.damage)
     )]
     Damaged {

@@ -20,6 +20,7 @@ use super::error::{FsError, Result};
 use super::huge::HugePages;
 use super::implied::imply_dirs;
 use super::inode::{Inode, decode_mode, xattr};
+use super::lost::Lost;
 use super::metered::Metered;
 use super::names::{Dir, Entry, Names, decode_names, encode_name, encode_names};
 use super::options::MountOptions;
@@ -81,6 +82,7 @@ struct Loader {
     found: Vec<Found>,
     /// Blobs that were deleted while they were open.
     deleted: Vec<BlobId>,
+    lost: Vec<(BlobId, Lost)>,
 }
 
 /// Opens the store and builds the file system on it.
@@ -115,6 +117,7 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
         damage: Vec::new(),
         found: Vec::new(),
         deleted: Vec::new(),
+        lost: Vec::new(),
     };
     if let Some(damage) = store.journal_damage() {
         let text = format!("the journal is damaged, and changes may be missing: {damage}");
@@ -133,7 +136,7 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
             damage: loader.damage,
         });
     }
-    loader.remove_deleted();
+    loader.remove_lost();
     loader.finish_renames()?;
     loader.resolve_names()?;
     let most = opts.cache_most_bytes.unwrap_or(opts.cache_bytes);
@@ -260,7 +263,14 @@ impl Loader {
         }
     }
 
-    fn remove_deleted(&mut self) {
+    fn remove_lost(&mut self) {
+        if !self.read_only {
+            for (id, lost) in std::mem::take(&mut self.lost) {
+                if let Err(error) = lost.give_up(&self.store, id) {
+                    self.problem(id, format!("its damage stays: {error}"));
+                }
+            }
+        }
         for id in std::mem::take(&mut self.deleted) {
             self.delete(id);
         }
@@ -298,10 +308,11 @@ impl Loader {
         if let Some(raw) = blob.xattr(xattr::LINKS) {
             match decode_names(&raw) {
                 Some(links) if links.iter().all(|l| is_normal(l)) => names.extend(links),
-                _ => self.damage(
-                    id,
-                    "damaged list of hard links; only its first name is used",
-                ),
+                _ => {
+                    let what = "damaged list of hard links; only its first name is used";
+                    self.damage(id, what);
+                    self.lost.push((id, Lost::Links));
+                }
             }
         }
         let is_dir = blob.xattr(xattr::DIR).is_some();
@@ -309,13 +320,9 @@ impl Loader {
             .num_clusters()
             .saturating_mul(self.store.cluster_size());
         if len > size {
-            self.damage(
-                id,
-                format!(
-                    "{}: length {len}, but only {size} bytes allocated: cut to that",
-                    names[0]
-                ),
-            );
+            let but = format!("length {len}, but only {size} bytes allocated: cut to that");
+            self.damage(id, format!("{}: {but}", names[0]));
+            self.lost.push((id, Lost::Beyond(size)));
         }
         let rename = blob.xattr(xattr::RENAME).and_then(|raw| {
             let parsed = decode_names(&raw).and_then(|n| <[String; 2]>::try_from(n).ok());

@@ -46,6 +46,7 @@ mod implied;
 mod inode;
 mod life;
 mod load;
+mod lost;
 mod memory;
 mod metered;
 mod mount;
