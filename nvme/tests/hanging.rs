@@ -4,6 +4,7 @@
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
+use pumice_nvme::controller::Phase;
 use pumice_nvme::dma::DmaBuf;
 use pumice_nvme::{Controller, ControllerEvent, ControllerOptions, NvmeError};
 use pumice_nvme_soft::{SoftConfig, SoftController, SoftNamespace};
@@ -105,4 +106,51 @@ fn the_buffer_of_an_admin_command_that_timed_out_is_kept() {
     drop(go_on);
     assert_eq!(settle(&mut q).len(), 1);
     assert!(!used_again, "the controller may write to another's buffer");
+}
+
+/// Makes a controller that hangs in each read, and has all the time that it takes. Also returns the end that hears when a read
+/// begins, and the one to drop so that the controller goes on.
+fn slow() -> (Rig, Receiver<()>, Sender<()>) {
+    let (begins, begun) = channel();
+    let (go_on, goes_on) = channel();
+    let backend = WatchedDisk::new(4 << 20, move |call| {
+        if call == DiskCall::Read {
+            let _ = begins.send(());
+            let _ = goes_on.recv();
+        }
+    });
+    let rig = rig_with(|config, _| {
+        config.namespaces = vec![SoftNamespace::new(Box::new(backend), 512)];
+    });
+    (rig, begun, go_on)
+}
+
+/// A reset ends what the controller has when it is disabled, and not before: until then it may still write to it.
+#[test]
+fn a_reset_disables_the_controller_before_commands_end() {
+    let _watchdog = watchdog();
+    let (rig, begun, go_on) = slow();
+    let mut q = queue(&rig, |_| {});
+    q.submit(&rig.ns, 0, read(0)).unwrap();
+    q.poll(&mut Vec::new());
+    begun.recv_timeout(PATIENCE).unwrap();
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| rig.controller.smart_log());
+        // It has time to be sent. On a busy machine it may be sent after the reset, and succeed.
+        std::thread::sleep(Duration::from_millis(50));
+        let reset = scope.spawn(|| rig.controller.reset());
+        while rig.controller.phase() == Phase::Live {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // The command has time to end, if it does not wait for the controller.
+        std::thread::sleep(Duration::from_millis(200));
+        let early = reader.is_finished();
+        drop(go_on);
+        reset.join().unwrap().unwrap();
+        if let Err(error) = reader.join().unwrap() {
+            assert!(error.to_string().contains("reset"), "{error}");
+        }
+        assert!(!early, "the controller still had its buffer");
+    });
+    assert_eq!(settle(&mut q).len(), 1);
 }
