@@ -32,7 +32,8 @@
 //! waits for the device, or keeps the buffers until the device no longer uses them.
 //!
 //! **Operations.** [`DeviceInfo::ops`] lists the supported ones. Others are refused as
-//! [`IoErrorKind::Unsupported`]. Zone commands are declared, and every module refuses them.
+//! [`IoErrorKind::Unsupported`]. Verify and
+//! zone commands are declared, and every module refuses them.
 //!
 //! | operation | meaning |
 //! | --- | --- |

@@ -1,7 +1,7 @@
 //! `file`: an image file, a block device or a loop device.
 //!
 //! I/O uses io_uring with `O_DIRECT`. Where the kernel or the file system refuses either, the
-//! module uses buffered I/O, or threads that call `pread` and `pwrite`, and logs the reason. A
+//! module uses buffered I/O, or threads that call `pread` and `pwrite`. A
 //! write with FUA is a write with `RWF_DSYNC`. A flush is `fdatasync`, which on a block device
 //! sends the device its own flush command. Both hold whatever caches lie between.
 //!
