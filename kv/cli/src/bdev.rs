@@ -461,7 +461,7 @@ mod tests {
         .unwrap_err();
         assert_eq!(
             e,
-            "no bdev `Nvme0`: no bdevs configured: pass --json or a URI"
+            "there is no bdev `Nvme0`: no bdevs configured: pass --json or a URI"
         );
     }
 

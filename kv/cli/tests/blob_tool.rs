@@ -302,12 +302,12 @@ fn dump_of_a_store_with_a_damaged_super_block() {
         args.extend(as_json.then_some("--json"));
         let output = pumice(&args);
         assert_eq!(output.status.code(), Some(1));
-        assert!(String::from_utf8_lossy(&output.stderr).contains("crc"));
+        assert!(String::from_utf8_lossy(&output.stderr).contains("checksum"));
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(text.contains(&id) && text.contains("seek"), "{text}");
         if as_json {
             let value: Value = serde_json::from_str(&text).unwrap();
-            assert!(value["problem"].as_str().unwrap().contains("crc"));
+            assert!(value["problem"].as_str().unwrap().contains("checksum"));
         }
     }
     // The positions in the super block lead nowhere.
