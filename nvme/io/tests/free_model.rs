@@ -145,6 +145,44 @@ fn two_that_find_none_grow_it_once() {
     arena.give(1, whole);
 }
 
+/// A chunk becomes a huge page with all of its pages.
+fn a_huge_page_has_no_page_that_was_released() {
+    const CHUNK: usize = 2 << 20;
+    let free = Arc::new(FreeBlocks::<Piece>::new());
+    let growth = Arc::new(Mutex::new(()));
+    let present = Arc::new(AtomicUsize::new(CHUNK));
+    free.add((), CHUNK);
+    let class = buddy::class_of(CHUNK);
+    let grow = |_: &mut (), _| Err::<(), _>("there is room");
+    let used = free.take(class, 1, &growth, grow).unwrap();
+    free.give(class, used);
+    free.collect();
+    let joins = {
+        let (free, present) = (Arc::clone(&free), Arc::clone(&present));
+        shuttle::thread::spawn(move || {
+            free.join(1, |(), _| {
+                shuttle::thread::yield_now();
+                present.store(CHUNK, Ordering::SeqCst);
+                Ok::<(), ()>(())
+            })
+        })
+    };
+    let release = |(): &(), _, len| {
+        assert_eq!(present.fetch_sub(len, Ordering::SeqCst), CHUNK);
+        Ok::<(), ()>(())
+    };
+    let (released, _) = free.release(9, &growth, |()| true, release);
+    assert_eq!(released, CHUNK);
+    joins.join().unwrap();
+    assert_eq!(present.load(Ordering::SeqCst), free.present_bytes());
+}
+
+#[test]
+fn no_huge_page_brings_released_memory_back() {
+    shuttle::check_random(a_huge_page_has_no_page_that_was_released, ORDERS);
+    shuttle::check_pct(a_huge_page_has_no_page_that_was_released, ORDERS, 3);
+}
+
 #[test]
 fn a_block_has_one_owner_and_none_is_lost() {
     shuttle::check_random(blocks_have_one_owner, ORDERS);

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use parking_lot::Mutex;
 
-use super::buddy::{CLASSES, MAX_SHIFT, Place, class_len, class_of};
+use super::buddy::{CLASSES, MAX_SHIFT, Place, class_of};
 use super::error::DmaError;
 use super::free::{self, FreeBlocks};
 use super::mapper::{AddressTable, DmaMapper, MAX_CHUNKS, MapperGuard};
@@ -90,6 +90,13 @@ struct Growth {
     total: usize,
 }
 
+impl Growth {
+    /// Whether pages may be released and replaced: no device has them mapped, and they are not huge already.
+    fn may_move(&self) -> bool {
+        self.mappers.is_empty() && self.options.huge == HugePages::Never
+    }
+}
+
 struct Arena {
     id: u32,
     /// The number of its first chunk. Chunks are numbered through all arenas.
@@ -98,8 +105,6 @@ struct Arena {
     /// Locked before any list of the free blocks.
     growth: Mutex<Growth>,
     free: FreeBlocks<Block>,
-    /// Held while pages are released or joined, so that no huge page brings back what was released.
-    pages: Mutex<()>,
     used: AtomicBool,
     /// Whether a domain has no handle left, so that it is freed with its last block.
     closed: AtomicBool,
@@ -310,7 +315,6 @@ impl Arena {
                 total: 0,
             }),
             free: FreeBlocks::new(),
-            pages: Mutex::new(()),
             used: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         }
@@ -363,29 +367,18 @@ impl Arena {
         self.free.collect();
         let mut bytes = 0;
         loop {
-            let _pages = self.pages.lock();
-            // A mapper that comes now waits.
-            let growth = self.growth.lock();
-            if !growth.mappers.is_empty() || growth.options.huge != HugePages::Never {
-                return bytes;
-            }
-            let taken = self.free.take_present(RELEASE_BLOCKS);
-            if taken.is_empty() {
-                return bytes;
-            }
-            let mut failed = None;
-            for (place, class) in taken {
-                let region = &growth.regions[place.slot as usize];
-                let len = class_len(class);
-                let released = region.release(place.offset as usize, len);
-                self.free.give_back((place, class), released.is_ok());
-                match released {
-                    Ok(()) => bytes += len,
-                    Err(error) => failed = Some(error),
-                }
-            }
-            if let Some(error) = failed {
+            // A mapper that comes meanwhile waits.
+            let (released, failed) = self.free.release(
+                RELEASE_BLOCKS,
+                &self.growth,
+                Growth::may_move,
+                |(_, region), place, len| region.release(place.offset as usize, len),
+            );
+            bytes += released;
+            if let Some(error) = &failed {
                 tracing::debug!(%error, "free DMA memory stays");
+            }
+            if released == 0 || failed.is_some() {
                 return bytes;
             }
         }
@@ -393,28 +386,15 @@ impl Arena {
 
     /// Makes huge pages; see [`join_pages`].
     fn join_pages(&self, most: usize) -> std::io::Result<usize> {
-        let mut done = 0;
-        let mut failed = None;
-        for place in self.free.take_full(most) {
-            let _pages = self.pages.lock();
-            let region = {
-                let growth = self.growth.lock();
-                let movable = growth.mappers.is_empty() && growth.options.huge == HugePages::Never;
-                movable.then(|| Arc::clone(&growth.regions[place.slot as usize]))
-            };
-            match region.map(|region| region.join(place.offset as usize)) {
-                Some(Ok(())) => {
-                    done += 1;
-                    continue;
-                }
-                Some(Err(error)) => failed = Some(error),
-                None => {}
-            }
-            self.free.not_joined(place);
+        if !self.growth.lock().may_move() {
+            return Ok(0);
         }
-        match failed {
-            Some(error) if done == 0 => Err(error),
-            _ => Ok(done),
+        let joined = self.free.join(most, |(_, region), place| {
+            region.join(place.offset as usize)
+        });
+        match joined {
+            (0, Some(error)) => Err(error),
+            (done, _) => Ok(done),
         }
     }
 
@@ -527,8 +507,7 @@ pub fn join_pages(most: usize) -> std::io::Result<usize> {
 
 /// Whether [`release_free`] can give anything back.
 pub fn can_release() -> bool {
-    let growth = MAIN.get().growth.lock();
-    growth.mappers.is_empty() && growth.options.huge == HugePages::Never
+    MAIN.get().growth.lock().may_move()
 }
 
 /// Returns the current sizes of the process's arena.

@@ -43,7 +43,7 @@ pub(super) struct Buddy {
     /// For each region a bit for each page, set if the page may be present in memory.
     present: Vec<Vec<u64>>,
     present_pages: usize,
-    /// For each region a bit for each chunk, set if it was handed out to be made a huge page of.
+    /// For each region, whether each chunk was handed out to be made a huge page of.
     joined: Vec<Vec<bool>>,
     free_bytes: usize,
 }
@@ -125,27 +125,23 @@ impl Buddy {
         found
     }
 
-    /// Returns the places of chunks of which every page may be present, at most so many, and each of them once until
-    /// a page of it is released ([`Buddy::give_released`]) or it is put back ([`Buddy::not_joined`]).
-    pub fn take_full(&mut self, most: usize) -> Vec<Place> {
-        let mut found = Vec::new();
+    /// Returns the place of a chunk of which every page may be present. Each is returned once, until a page of it is released
+    /// ([`Buddy::give_released`]) or it is put back ([`Buddy::not_joined`]).
+    pub fn take_full(&mut self) -> Option<Place> {
         for (slot, (joined, present)) in self.joined.iter_mut().zip(&self.present).enumerate() {
-            for (chunk, joined) in joined.iter_mut().enumerate() {
-                let words = &present[chunk * CHUNK_WORDS..][..CHUNK_WORDS];
-                if *joined || words.iter().any(|word| *word != u64::MAX) {
-                    continue;
-                }
-                if found.len() == most {
-                    return found;
-                }
+            let chunks = joined.iter_mut().zip(present.chunks_exact(CHUNK_WORDS));
+            let mut full = chunks.enumerate().filter(|(_, (joined, words))| {
+                !**joined && words.iter().all(|word| *word == u64::MAX)
+            });
+            if let Some((chunk, (joined, _))) = full.next() {
                 *joined = true;
-                found.push(Place {
+                return Some(Place {
                     slot: u32::try_from(slot).expect("few regions"),
                     offset: u32::try_from(chunk << CHUNK_SHIFT).expect("regions are below 4 GiB"),
                 });
             }
         }
-        found
+        None
     }
 
     /// Puts a place of [`Buddy::take_full`] back.
@@ -261,25 +257,26 @@ mod tests {
             let class = (shift - MIN_SHIFT) as usize;
             (buddy.take(class).expect("room"), class)
         };
-        assert_eq!(buddy.take_full(9), [], "nothing was used");
+        let full = |buddy: &mut Buddy| -> Vec<Place> {
+            let mut all: Vec<Place> = std::iter::from_fn(|| buddy.take_full()).collect();
+            all.sort();
+            all
+        };
+        assert_eq!(full(&mut buddy), [], "nothing was used");
         // A chunk of another region, one of pages and one in one piece. The third of the first region is a page short.
         let mut blocks = vec![take(&mut buddy, 21)];
         blocks.extend((0..1023).map(|_| take(&mut buddy, 12)));
         blocks.push(take(&mut buddy, 21));
         let at = |slot, offset| Place { slot, offset };
-        let first = buddy.take_full(2);
-        assert_eq!(buddy.take_full(0), []);
-        let rest = buddy.take_full(9);
-        assert_eq!((first.len(), rest.len()), (2, 1));
-        let mut all = [first, rest].concat();
-        all.sort();
+        let all = full(&mut buddy);
+        assert_eq!(all.len(), 3, "{all:?}");
         let missing = take(&mut buddy, 12);
         let last = at(missing.0.slot, missing.0.offset & !((2 << 20) - 1));
         assert!(!all.contains(&last));
-        assert_eq!(buddy.take_full(9), [last], "its last page was taken");
-        assert_eq!(buddy.take_full(9), [], "each of them once");
+        assert_eq!(full(&mut buddy), [last], "its last page was taken");
+        assert_eq!(full(&mut buddy), [], "each of them once");
         buddy.not_joined(last);
-        assert_eq!(buddy.take_full(9), [last]);
+        assert_eq!(full(&mut buddy), [last]);
         // A page that is free is present as before. One that is released is not.
         let (place, class) = blocks
             .iter()
@@ -287,14 +284,14 @@ mod tests {
             .find(|(_, class)| *class == 3)
             .expect("a page");
         buddy.give(place, class);
-        assert_eq!(buddy.take_full(9), []);
+        assert_eq!(full(&mut buddy), []);
         for (place, class) in buddy.take_present(9) {
             buddy.give_released(place, class);
         }
-        assert_eq!(buddy.take_full(9), [], "a page is missing");
+        assert_eq!(full(&mut buddy), [], "a page is missing");
         assert_eq!(buddy.take(class), Some(place));
         let chunk = at(place.slot, place.offset & !((2 << 20) - 1));
-        assert_eq!(buddy.take_full(9), [chunk]);
+        assert_eq!(full(&mut buddy), [chunk]);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The free blocks of an arena: a list for each size class above the buddy lists.
 //! `tests/free_model.rs` compiles this file again and tries orders in which threads take its steps.
 //!
-//! Locks: the lock of growth, then the buddy lists, then one of the class lists.
+//! Locks: that of the pages, the lock of growth, the buddy lists, one of the class lists, in this order.
 
 use super::buddy::{Buddy, CLASSES, Place, class_len};
 use super::sync::Mutex;
@@ -22,6 +22,9 @@ pub(super) trait Block: Sized {
 pub(super) struct FreeBlocks<B: Block> {
     buddy: Mutex<(Buddy, Vec<B::Region>)>,
     lists: [Mutex<Vec<B>>; CLASSES],
+    /// Held while a chunk is chosen and joined, and while pages are chosen and released: a chunk that is joined has all of
+    /// its pages, those too that were released since it was chosen.
+    pages: Mutex<()>,
 }
 
 impl<B: Block> FreeBlocks<B> {
@@ -29,6 +32,7 @@ impl<B: Block> FreeBlocks<B> {
         FreeBlocks {
             buddy: Mutex::new((Buddy::default(), Vec::new())),
             lists: std::array::from_fn(|_| Mutex::new(Vec::new())),
+            pages: Mutex::new(()),
         }
     }
 
@@ -108,29 +112,78 @@ impl<B: Block> FreeBlocks<B> {
         }
     }
 
-    /// Takes free blocks whose pages may be present, at most so many, to give their memory back to
-    /// the system.
-    pub fn take_present(&self, most: usize) -> Vec<(Place, usize)> {
-        self.buddy.lock().0.take_present(most)
-    }
-
-    /// Frees a block of [`FreeBlocks::take_present`].
-    pub fn give_back(&self, (place, class): (Place, usize), released: bool) {
-        let buddy = &mut self.buddy.lock().0;
-        match released {
-            true => buddy.give_released(place, class),
-            false => buddy.give(place, class),
+    /// Has `release` give the memory of free blocks whose pages may be present back to the system, at most of so many, if
+    /// `may` agrees. `growth` is locked meanwhile. Returns the number of bytes, and an error of `release`.
+    pub fn release<G, E>(
+        &self,
+        most: usize,
+        growth: &Mutex<G>,
+        may: impl FnOnce(&G) -> bool,
+        mut release: impl FnMut(&B::Region, Place, usize) -> Result<(), E>,
+    ) -> (usize, Option<E>)
+    where
+        B::Region: Clone,
+    {
+        let _pages = self.pages.lock();
+        let growth = growth.lock();
+        if !may(&growth) {
+            return (0, None);
         }
+        let taken: Vec<_> = {
+            let (buddy, regions) = &mut *self.buddy.lock();
+            let taken = buddy.take_present(most).into_iter();
+            taken
+                .map(|(place, class)| (place, class, regions[place.slot as usize].clone()))
+                .collect()
+        };
+        let (mut bytes, mut failed) = (0, None);
+        for (place, class, region) in taken {
+            let released = release(&region, place, class_len(class));
+            let buddy = &mut self.buddy.lock().0;
+            match released {
+                Ok(()) => {
+                    buddy.give_released(place, class);
+                    bytes += class_len(class);
+                }
+                Err(error) => {
+                    buddy.give(place, class);
+                    failed = Some(error);
+                }
+            }
+        }
+        (bytes, failed)
     }
 
-    /// Takes chunks of which every page may be present; see [`Buddy::take_full`].
-    pub fn take_full(&self, most: usize) -> Vec<Place> {
-        self.buddy.lock().0.take_full(most)
-    }
-
-    /// Puts a chunk of [`FreeBlocks::take_full`] back.
-    pub fn not_joined(&self, place: Place) {
-        self.buddy.lock().0.not_joined(place);
+    /// Has `join` make huge pages of chunks of which every page may be present, of at most so many, and of each once until a
+    /// page of it is released. Returns their number, and an error of `join`, whose chunk is tried again by another call.
+    pub fn join<E>(
+        &self,
+        most: usize,
+        mut join: impl FnMut(&B::Region, Place) -> Result<(), E>,
+    ) -> (usize, Option<E>)
+    where
+        B::Region: Clone,
+    {
+        let (mut done, mut failed) = (0, Vec::new());
+        for _ in 0..most {
+            let _pages = self.pages.lock();
+            let full = {
+                let (buddy, regions) = &mut *self.buddy.lock();
+                let place = buddy.take_full();
+                place.map(|place| (place, regions[place.slot as usize].clone()))
+            };
+            let Some((place, region)) = full else {
+                break;
+            };
+            match join(&region, place) {
+                Ok(()) => done += 1,
+                Err(error) => failed.push((place, error)),
+            }
+        }
+        for (place, _) in &failed {
+            self.buddy.lock().0.not_joined(*place);
+        }
+        (done, failed.pop().map(|(_, error)| error))
     }
 
     /// Moves the blocks of the class lists back to the buddy lists, so that free neighbours join.

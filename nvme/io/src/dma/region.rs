@@ -230,7 +230,8 @@ impl Region {
     pub(super) fn join(&self, offset: usize) -> io::Result<()> {
         assert!(offset.is_multiple_of(CHUNK_LEN));
         let at = self.ptr(offset).as_ptr().cast();
-        // SAFETY: the chunk is a part of this region's mapping, and its bytes are not changed.
+        // SAFETY: the chunk is a part of this region's mapping, which stays at its address. The kernel copies the bytes to the
+        // huge page while nobody can access them, so that no reference to them sees a change.
         match unsafe { libc::madvise(at, CHUNK_LEN, libc::MADV_COLLAPSE) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
