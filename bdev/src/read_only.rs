@@ -50,6 +50,9 @@ impl BlockDevice for ReadOnly {
             base: self.base.open_channel()?,
         }))
     }
+
+    /// Does nothing: who only reads does not decide that a file goes.
+    fn keep_file(&self, _keep: bool) {}
 }
 
 struct ReadOnlyChannel {
