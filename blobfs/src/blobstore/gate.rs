@@ -318,6 +318,7 @@ mod tests {
         assert_eq!(wakings.0.load(Ordering::SeqCst), 1);
         assert!(matches!(entry.as_mut().poll(&mut cx), Poll::Ready(Some(_))));
     }
+
     /// I/O of which no thread takes the completion leaves when whoever closes takes it, and a future that waits for that asks to
     /// be polled again.
     #[test]

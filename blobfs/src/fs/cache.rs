@@ -202,8 +202,10 @@ impl Cache {
     pub fn admit(self: &Arc<Cache>, frame: &Arc<Frame>) {
         let bytes = frame.bytes.cap();
         let before = frame.set_charge(bytes);
-        self.bound.count(bytes);
-        self.huge.count(bytes);
+        if self.huge.count(bytes) {
+            self.bound.look_soon();
+            self.huge.start();
+        }
         self.used.fetch_add(bytes as u64, Ordering::Relaxed);
         self.uncharge(before);
         let place = place_of(frame);

@@ -23,8 +23,6 @@ use super::memory::Memory;
 
 /// The longest time between two looks at the memory.
 const TICK: Duration = Duration::from_millis(100);
-/// Number of bytes that come into the cache between two looks at most.
-const TICK_BYTES: u64 = 16 << 20;
 /// Number of bytes that the arena has beside what is in use.
 const SLACK_BYTES: usize = 8 << 20;
 /// Number of looks at a cache that is not full after which the thread ends.
@@ -40,8 +38,6 @@ pub(crate) struct Bound {
     was_full: AtomicBool,
     /// Whether the thread runs.
     watched: AtomicBool,
-    /// Number of bytes that have come into the cache.
-    admitted: AtomicU64,
     due: Mutex<bool>,
     /// A look is due before its time.
     is_due: Condvar,
@@ -67,21 +63,14 @@ impl Bound {
             most: most.max(least),
             was_full: AtomicBool::new(false),
             watched: AtomicBool::new(false),
-            admitted: AtomicU64::new(0),
             due: Mutex::new(false),
             is_due: Condvar::new(),
         }
     }
 
-    /// Counts bytes that come into the cache, and wakes the thread when they are many.
-    #[inline]
-    pub fn count(&self, bytes: usize) {
-        if self.least == self.most {
-            return;
-        }
-        let before = self.admitted.fetch_add(bytes as u64, Ordering::Relaxed);
-        let times = |bytes: u64| bytes / TICK_BYTES;
-        if times(before) != times(before + bytes as u64) && self.watched.load(Ordering::Relaxed) {
+    /// Has the thread look at the memory before its time, if it runs.
+    pub fn look_soon(&self) {
+        if self.watched.load(Ordering::Relaxed) {
             *self.due.lock() = true;
             self.is_due.notify_one();
         }

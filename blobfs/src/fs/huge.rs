@@ -6,16 +6,18 @@
 //! about a millisecond of a processor for each, so it makes one at a time while the cache fills, and eight otherwise.
 //! It leaves memory alone that is short, since a huge page needs 2 MiB before it frees the pages that it replaces.
 
-use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
+use std::{fs, io};
 
 use pumice_bdev::dma;
 
 use super::memory::Memory;
 
-/// Number of bytes that come into the cache before a look.
+/// The administrator's setting of transparent huge pages.
+const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
+/// Number of bytes that come into the cache between two looks, at its memory and at its bound.
 const STEP: u64 = 16 << 20;
 /// Most huge pages that are made at a time, while the cache fills and otherwise.
 const FEW: usize = 1;
@@ -38,7 +40,7 @@ pub(crate) struct HugePages {
 struct HugeThread {
     /// Whether the thread runs.
     runs: AtomicBool,
-    /// Whether the kernel makes none.
+    /// Whether the kernel makes none, or none are wanted.
     never: AtomicBool,
     /// Number of bytes that have come into the cache.
     admitted: AtomicU64,
@@ -52,31 +54,36 @@ impl HugePages {
         huge
     }
 
-    /// Counts bytes that come into the cache, and starts the thread when they are many.
+    /// Counts bytes that come into the cache. Returns whether they have been many since the last time that it did.
     #[inline]
-    pub fn count(&self, bytes: usize) {
-        let before = self
-            .state
-            .admitted
-            .fetch_add(bytes as u64, Ordering::Relaxed);
-        if before / STEP != (before + bytes as u64) / STEP {
-            self.start();
-        }
+    pub fn count(&self, bytes: usize) -> bool {
+        let bytes = bytes as u64;
+        let before = self.state.admitted.fetch_add(bytes, Ordering::Relaxed);
+        before / STEP != (before + bytes) / STEP
     }
 
-    #[cold]
-    fn start(&self) {
+    /// Starts the thread, unless it runs or the cache has only small pages.
+    pub fn start(&self) {
         let state = &self.state;
         if state.never.load(Ordering::Relaxed) || state.runs.swap(true, Ordering::SeqCst) {
             return;
         }
         let weak = Arc::downgrade(state);
         let thread = std::thread::Builder::new().name("pumice-huge".to_owned());
-        if let Err(error) = thread.spawn(move || run(&weak, dma::join_pages, PAUSE)) {
+        let join = |most| match is_forbidden(&fs::read_to_string(SETTING).unwrap_or_default()) {
+            true => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+            false => dma::join_pages(most),
+        };
+        if let Err(error) = thread.spawn(move || run(&weak, join, PAUSE)) {
             tracing::debug!(%error, "the page cache keeps its small pages");
             state.runs.store(false, Ordering::SeqCst);
         }
     }
+}
+
+/// Whether the administrator wants no huge pages. The kernel makes them all the same for a program that asks as this one does.
+fn is_forbidden(setting: &str) -> bool {
+    setting.contains("[never]")
 }
 
 /// Makes huge pages until there are none to make, or the cache is gone.
@@ -98,7 +105,7 @@ fn run(
             Ok(made) if made > 0 => idle = 0,
             Ok(_) => idle += 1,
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                tracing::debug!("the kernel makes no huge pages of the page cache's memory");
+                tracing::debug!("the page cache's memory becomes no huge pages on this system");
                 state.never.store(true, Ordering::Relaxed);
                 idle = PATIENCE;
             }
@@ -187,16 +194,17 @@ mod tests {
         let mut buf = dma::DmaBuf::new(8 << 20).unwrap();
         buf.fill(1);
         let huge = HugePages::of(true);
-        huge.count(usize::try_from(STEP).unwrap() - 1);
-        assert!(
-            !huge.state.runs.load(Ordering::SeqCst),
-            "one byte is missing"
-        );
-        huge.count(1);
+        assert!(!huge.count(usize::try_from(STEP).unwrap() - 1));
+        assert!(huge.count(1), "the last byte was missing");
+        huge.start();
         let started = Instant::now();
         while huge.state.runs.load(Ordering::SeqCst) {
             assert!(started.elapsed() < Duration::from_secs(60), "{now:?}");
             std::thread::sleep(PAUSE);
+        }
+        if huge.state.never.load(Ordering::Relaxed) {
+            println!("skipped: this system makes no huge pages of such memory");
+            return;
         }
         let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap_or_default();
         let made = rollup.lines().any(|line| {
@@ -230,9 +238,17 @@ mod tests {
     }
 
     #[test]
+    fn the_administrator_may_forbid_them() {
+        assert!(is_forbidden("always madvise [never]\n"));
+        for allowed in ["always [madvise] never\n", "[always] madvise never\n", ""] {
+            assert!(!is_forbidden(allowed), "{allowed}");
+        }
+    }
+
+    #[test]
     fn a_cache_that_wants_none_starts_no_thread() {
         let huge = HugePages::of(false);
-        huge.count(usize::try_from(STEP).unwrap());
+        huge.start();
         assert!(!huge.state.runs.load(Ordering::SeqCst));
     }
 }

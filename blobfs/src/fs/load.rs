@@ -82,6 +82,7 @@ struct Loader {
     found: Vec<Found>,
     /// Blobs that were deleted while they were open.
     deleted: Vec<BlobId>,
+    /// Parts of files that are damaged.
     lost: Vec<(BlobId, Lost)>,
 }
 
@@ -136,7 +137,8 @@ pub(crate) fn mount(dev: &Arc<dyn BlockDevice>, opts: &MountOptions) -> Result<C
             damage: loader.damage,
         });
     }
-    loader.remove_lost();
+    loader.give_up_lost();
+    loader.remove_deleted();
     loader.finish_renames()?;
     loader.resolve_names()?;
     let most = opts.cache_most_bytes.unwrap_or(opts.cache_bytes);
@@ -263,14 +265,18 @@ impl Loader {
         }
     }
 
-    fn remove_lost(&mut self) {
-        if !self.read_only {
-            for (id, lost) in std::mem::take(&mut self.lost) {
-                if let Err(error) = lost.give_up(&self.store, id) {
-                    self.problem(id, format!("its damage stays: {error}"));
-                }
+    fn give_up_lost(&mut self) {
+        if self.read_only {
+            return;
+        }
+        for (id, lost) in std::mem::take(&mut self.lost) {
+            if let Err(error) = lost.give_up(&self.store, id) {
+                self.problem(id, format!("its damage stays: {error}"));
             }
         }
+    }
+
+    fn remove_deleted(&mut self) {
         for id in std::mem::take(&mut self.deleted) {
             self.delete(id);
         }

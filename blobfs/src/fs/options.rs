@@ -92,8 +92,8 @@ pub struct MountOptions {
     /// bound. [`cache_most_bytes`](super::cache_most_bytes) is three quarters of the memory.
     pub cache_most_bytes: Option<u64>,
     /// Whether the page cache's memory becomes huge pages while it is in use, as far as memory is free and the kernel does so (Linux
-    /// 6.1 and later; not while an NVMe device has the memory mapped). A thread makes them, for about a
-    /// millisecond each. On by default.
+    /// 6.1 and later; not while an NVMe device has the memory mapped, and not where transparent huge pages are set to
+    /// `never`). A thread makes them, for about a millisecond each. On by default.
     pub huge_pages: bool,
     /// Whether nothing is ever written.
     pub read_only: bool,

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <utility>
 
 #include "async.h"
 #include "status.h"
@@ -96,23 +97,17 @@ IOStatus BlobFileSystem::NewSequentialFile(const std::string& name, const FileOp
   result->reset();
   const bool direct = options.use_direct_reads;
   const void* file = nullptr;
-  if (HasOneLine(name)) {
-    pumice_stat stat{};
-    IOStatus looked = Stat(name, "opening", &stat, dbg);
-    if (!looked.ok()) {
-      return looked;
-    }
-    if (stat.len > kMostOfOneLine) {
-      return IOStatus::Corruption(
-          "opening " + name,
-          "it has " + std::to_string(stat.len) + " bytes in place of one line: the file system is damaged");
-    }
-  }
   IOStatus s = Open(name, direct ? PUMICE_OPEN_DIRECT : 0, "opening", dbg, &file);
-  if (s.ok()) {
-    pumice_advise(file, PUMICE_ACCESS_SEQUENTIAL);
-    result->reset(new SequentialFile(Wrap(file, name, direct)));
+  if (!s.ok()) {
+    return s;
   }
+  Opened opened = Wrap(file, name, direct);
+  if (const uint64_t len = pumice_file_len(file); HasOneLine(name) && len > kMostOfOneLine) {
+    return IOStatus::Corruption(
+        "opening " + name, "it has " + std::to_string(len) + " bytes in place of one line: the file system is damaged");
+  }
+  pumice_advise(file, PUMICE_ACCESS_SEQUENTIAL);
+  result->reset(new SequentialFile(std::move(opened)));
   return s;
 }
 
