@@ -62,18 +62,24 @@ fn assert_in_doubt(f: &File, journal: Journal) {
     }
 }
 
+/// Returns a file of which an append was on its way when a flush failed.
+fn append_in_doubt(journal: Journal) -> (Arc<ErrorDevice>, FileSystem, File) {
+    let (dev, fs) = setup(journal);
+    let f = fs.open("/f", OpenOptions::CREATE).unwrap();
+    f.allocate(0, 2 << 20).unwrap();
+    let held_back = hang(OpKind::Write, 1, first_cluster(&fs, &f));
+    let g = f.clone();
+    // One write, of the first MiB, begins at once. What is behind it waits for the sync.
+    flush_fails_beside(&dev, &fs, held_back, move || g.append(&vec![1; MIB + 100]));
+    assert_in_doubt(&f, journal);
+    (dev, fs, f)
+}
+
 #[test]
 fn an_append_on_its_way_is_in_doubt_after_a_failed_flush() {
     let _limit = watchdog("doubt about an append on its way", 120);
     for journal in KINDS {
-        let (dev, fs) = setup(journal);
-        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-        f.allocate(0, 2 << 20).unwrap();
-        let held_back = hang(OpKind::Write, 1, first_cluster(&fs, &f));
-        let g = f.clone();
-        // One write, of the first MiB, begins at once. What is behind it waits for the sync.
-        flush_fails_beside(&dev, &fs, held_back, move || g.append(&vec![1; MIB + 100]));
-        assert_in_doubt(&f, journal);
+        append_in_doubt(journal);
     }
 }
 
@@ -82,13 +88,7 @@ fn an_append_on_its_way_is_in_doubt_after_a_failed_flush() {
 fn a_length_covers_no_bytes_in_doubt() {
     let _limit = watchdog("a length and bytes in doubt", 120);
     for journal in KINDS {
-        let (dev, fs) = setup(journal);
-        let f = fs.open("/f", OpenOptions::CREATE).unwrap();
-        f.allocate(0, 2 << 20).unwrap();
-        let held_back = hang(OpKind::Write, 1, first_cluster(&fs, &f));
-        let g = f.clone();
-        flush_fails_beside(&dev, &fs, held_back, move || g.append(&vec![1; MIB + 100]));
-        assert_in_doubt(&f, journal);
+        let (dev, fs, f) = append_in_doubt(journal);
         drop(f);
         let lost = fs.unmount_anyway().unwrap();
         assert_eq!(lost.len(), 1, "{journal:?}: {lost:?}");

@@ -14,30 +14,44 @@ use common::memory;
 use common::watchdog::watchdog;
 use held::{arrived, first_cluster};
 use pumice_bdev::OpKind;
+use pumice_bdev::error_inject::ErrorDevice;
 use pumice_bdev_testkit::crashsim::CrashDevice;
-use pumice_blobfs::fs::{FileSystem, Journal, MountOptions, OpenOptions};
-use task::spawn;
+use pumice_blobfs::fs::{File, FileSystem, Journal, MountOptions, OpenOptions, Result};
+use task::{Task, spawn};
 
 const MIB: usize = 1 << 20;
+
+/// Returns a mount with two files of a hundred durable bytes each.
+fn two_files() -> (Arc<ErrorDevice>, FileSystem, [File; 2]) {
+    let base = memory(64 << 20, 4096);
+    let (dev, fs) = setup_with(base, &format_1m(Journal::None), &MountOptions::default());
+    let files = ["/a", "/b"].map(|path| fs.open(path, OpenOptions::CREATE).unwrap());
+    for f in &files {
+        f.append(&[1; 100]).unwrap();
+        f.sync().unwrap();
+    }
+    (dev, fs, files)
+}
+
+/// Begins an unmount, and returns when it waits for the sync of another hundred bytes of `b`. The first sync of `/a` before it had
+/// nothing to do.
+fn unmounting(dev: &ErrorDevice, fs: &FileSystem, b: &File) -> Task<Result<()>> {
+    b.append(&[2; 100]).unwrap();
+    dev.inject(hang(OpKind::Write, 1, data_blocks(Journal::None)));
+    let fs = fs.clone();
+    let unmount = spawn(move || fs.unmount());
+    arrived(dev, "the first sync");
+    unmount
+}
 
 /// An unmount syncs each file a last time, and takes no bytes of it from then on: those would be lost.
 #[test]
 fn an_append_beside_an_unmount_is_refused_or_durable() {
     let _limit = watchdog("an append beside an unmount", 120);
-    let base = memory(64 << 20, 4096);
-    let (dev, fs) = setup_with(base, &format_1m(Journal::None), &MountOptions::default());
-    let [a, b] = ["/a", "/b"].map(|path| fs.open(path, OpenOptions::CREATE).unwrap());
-    for f in [&a, &b] {
-        f.append(&[1; 100]).unwrap();
-        f.sync().unwrap();
-    }
+    let (dev, fs, [a, b]) = two_files();
     // Each file is synced twice. The second sync of `/b` comes when `/a` has had its last one.
     let data = data_blocks(Journal::None);
-    b.append(&[2; 100]).unwrap();
-    dev.inject(hang(OpKind::Write, 1, data));
-    let other = fs.clone();
-    let unmount = spawn(move || other.unmount());
-    arrived(&dev, "the first sync");
+    let unmount = unmounting(&dev, &fs, &b);
     b.append(&[3; 100]).unwrap();
     dev.inject(hang(OpKind::Write, 1, data));
     dev.resume();
@@ -129,20 +143,9 @@ fn a_file_that_cannot_be_synced_keeps_no_other_from_it() {
 #[test]
 fn a_mount_goes_on_after_the_last_sync_of_its_unmount_has_failed() {
     let _limit = watchdog("an unmount that fails late", 120);
-    let base = memory(64 << 20, 4096);
-    let (dev, fs) = setup_with(base, &format_1m(Journal::None), &MountOptions::default());
-    let [a, b] = ["/a", "/b"].map(|path| fs.open(path, OpenOptions::CREATE).unwrap());
-    for f in [&a, &b] {
-        f.append(&[1; 100]).unwrap();
-        f.sync().unwrap();
-    }
+    let (dev, fs, [a, b]) = two_files();
     let block_of_a = first_cluster(&fs, &a);
-    // The first sync of `/a` has nothing to do.
-    b.append(&[2; 100]).unwrap();
-    dev.inject(hang(OpKind::Write, 1, data_blocks(Journal::None)));
-    let other = fs.clone();
-    let unmount = spawn(move || other.unmount());
-    arrived(&dev, "the first sync");
+    let unmount = unmounting(&dev, &fs, &b);
     a.append(&[3; 100]).unwrap();
     dev.inject(fail(OpKind::Write, u64::MAX, block_of_a));
     dev.resume();

@@ -307,14 +307,18 @@ fn a_directory_whose_removal_fails_stays() {
     }
 }
 
-/// A file that was opened when it was there counts as open like one that was made: without a name it keeps its bytes.
-#[test]
-fn who_opens_what_is_there_keeps_it_open() {
+fn with_a_closed_file() -> FileSystem {
     let base = memory(64 << 20, 4096);
     let (_, fs) = setup_with(base, &format_1m(Journal::Auto), &MountOptions::default());
     let made = fs.open("/f", OpenOptions::CREATE).unwrap();
     made.append(b"bytes").unwrap();
-    drop(made);
+    fs
+}
+
+/// A file that was opened when it was there counts as open like one that was made: without a name it keeps its bytes.
+#[test]
+fn who_opens_what_is_there_keeps_it_open() {
+    let fs = with_a_closed_file();
     for how in [OpenOptions::READ, OpenOptions::CREATE] {
         fs.link("/f", "/g").unwrap();
         let opened = fs.open("/g", how).unwrap();
@@ -329,11 +333,7 @@ fn who_opens_what_is_there_keeps_it_open() {
 /// A file that nobody has open loses one of its names, and is found under the other.
 #[test]
 fn a_closed_file_that_keeps_a_name_can_be_opened() {
-    let base = memory(64 << 20, 4096);
-    let (_, fs) = setup_with(base, &format_1m(Journal::Auto), &MountOptions::default());
-    let made = fs.open("/f", OpenOptions::CREATE).unwrap();
-    made.append(b"bytes").unwrap();
-    drop(made);
+    let fs = with_a_closed_file();
     fs.link("/f", "/g").unwrap();
     fs.unlink("/f").unwrap();
     let other = fs.clone();

@@ -134,3 +134,24 @@ impl EnvOptions {
         made.map_err(|e| Error::Environment(e.0))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn everything_is_offered_but_loans_and_each_ability_is_an_option() {
+        let all = offers::ASYNC_READS | offers::LENDING | offers::PREFETCH | offers::REREADING;
+        let default = EnvOptions::new();
+        assert_eq!(default.offers, all & !offers::LENDING);
+        let lending = default.clone().lend_cached(true);
+        assert_eq!(lending.offers, all);
+        assert_eq!(lending.lend_cached(false).offers, default.offers);
+        let less = default.async_reads(false).prefetch(false);
+        assert_eq!(less.offers, offers::REREADING);
+        assert_eq!(
+            less.async_reads(true).offers,
+            offers::REREADING | offers::ASYNC_READS
+        );
+    }
+}

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use pumice_nvme::controller::Phase;
 use pumice_nvme::dma::DmaBuf;
-use pumice_nvme::{Controller, ControllerEvent, ControllerOptions, NvmeError};
+use pumice_nvme::{Controller, ControllerEvent, ControllerOptions, NvmeError, QueuePair};
 use pumice_nvme_soft::{SoftConfig, SoftController, SoftNamespace};
 
 use common::watched::{DiskCall, WatchedDisk};
@@ -14,21 +14,37 @@ use common::*;
 
 mod common;
 
+/// Makes a disk that hangs in each read. Also returns the end that hears when a read begins, and the one to drop so that it goes
+/// on.
+fn disk() -> (SoftNamespace, Receiver<()>, Sender<()>) {
+    let (begins, begun) = channel();
+    let (go_on, goes_on) = channel();
+    let backend = WatchedDisk::new(4 << 20, move |call| {
+        if call == DiskCall::Read {
+            // A test that has ended is not there to hear it.
+            let _ = begins.send(());
+            let _ = goes_on.recv();
+        }
+    });
+    (SoftNamespace::new(Box::new(backend), 512), begun, go_on)
+}
+
+/// Submits a read of the controller's, and returns when it hangs.
+fn hang_in_a_read(rig: &Rig, begun: &Receiver<()>) -> QueuePair {
+    let mut q = queue(rig, |_| {});
+    q.submit(&rig.ns, 0, read(0)).unwrap();
+    q.poll(&mut Vec::new());
+    begun.recv_timeout(PATIENCE).unwrap();
+    q
+}
+
 /// Makes a controller that hangs in each read. Also returns the end that hears when a read begins,
 /// and the one to drop so that the controller goes on.
 fn hanging() -> (Rig, Receiver<()>, Sender<()>) {
     let start = Instant::now();
     loop {
-        let (begins, begun) = channel();
-        let (go_on, goes_on) = channel();
-        let backend = WatchedDisk::new(4 << 20, move |call| {
-            if call == DiskCall::Read {
-                // A test that has ended is not there to hear it.
-                let _ = begins.send(());
-                let _ = goes_on.recv();
-            }
-        });
-        let mut config = SoftConfig::new(vec![SoftNamespace::new(Box::new(backend), 512)]);
+        let (disk, begun, go_on) = disk();
+        let mut config = SoftConfig::new(vec![disk]);
         // Short, because the test waits until resets have failed.
         config.timeout_500ms = 1;
         let mut options = ControllerOptions::default();
@@ -92,10 +108,7 @@ fn a_failed_controller_is_detached_before_buffers_come_back() {
 fn the_buffer_of_an_admin_command_that_timed_out_is_kept() {
     let _watchdog = watchdog();
     let (rig, begun, go_on) = hanging();
-    let mut q = queue(&rig, |_| {});
-    q.submit(&rig.ns, 0, read(0)).unwrap();
-    q.poll(&mut Vec::new());
-    begun.recv_timeout(PATIENCE).unwrap();
+    let mut q = hang_in_a_read(&rig, &begun);
     // A thread gets the buffer again that it has freed last, so the command has this one.
     let place = |buf: &DmaBuf| (buf.region(), buf.region_offset());
     let its = place(&DmaBuf::new(512).unwrap());
@@ -108,32 +121,14 @@ fn the_buffer_of_an_admin_command_that_timed_out_is_kept() {
     assert!(!used_again, "the controller may write to another's buffer");
 }
 
-/// Makes a controller that hangs in each read, and has all the time that it takes. Also returns the end that hears when a read
-/// begins, and the one to drop so that the controller goes on.
-fn slow() -> (Rig, Receiver<()>, Sender<()>) {
-    let (begins, begun) = channel();
-    let (go_on, goes_on) = channel();
-    let backend = WatchedDisk::new(4 << 20, move |call| {
-        if call == DiskCall::Read {
-            let _ = begins.send(());
-            let _ = goes_on.recv();
-        }
-    });
-    let rig = rig_with(|config, _| {
-        config.namespaces = vec![SoftNamespace::new(Box::new(backend), 512)];
-    });
-    (rig, begun, go_on)
-}
-
 /// A reset ends what the controller has when it is disabled, and not before: until then it may still write to it.
 #[test]
 fn a_reset_disables_the_controller_before_commands_end() {
     let _watchdog = watchdog();
-    let (rig, begun, go_on) = slow();
-    let mut q = queue(&rig, |_| {});
-    q.submit(&rig.ns, 0, read(0)).unwrap();
-    q.poll(&mut Vec::new());
-    begun.recv_timeout(PATIENCE).unwrap();
+    let (disk, begun, go_on) = disk();
+    // It has all the time that it takes.
+    let rig = rig_with(|config, _| config.namespaces = vec![disk]);
+    let mut q = hang_in_a_read(&rig, &begun);
     std::thread::scope(|scope| {
         let reader = scope.spawn(|| rig.controller.smart_log());
         // It has time to be sent. On a busy machine it may be sent after the reset, and succeed.

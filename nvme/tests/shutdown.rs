@@ -1,6 +1,6 @@
 //! Tests of the orderly end of a controller.
 
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -48,17 +48,23 @@ fn a_controller_is_told_of_its_shutdown() {
     }
 }
 
-/// A second shutdown waits for the first one and does not take the controller away meanwhile.
-#[test]
-fn two_shutdowns_end_together() {
-    let _watchdog = watchdog();
+/// Makes a controller that takes its time to flush. Also returns the end that hears when it begins, and the one to drop so that
+/// it goes on.
+fn held() -> (Arc<Controller>, Receiver<()>, Sender<()>) {
     let (flushes, flushed) = channel();
     let (go_on, goes_on) = channel::<()>();
     let controller = flushing(move |_| {
         let _ = flushes.send(());
-        // The other end is dropped when the controller may go on.
         let _ = goes_on.recv();
     });
+    (controller, flushed, go_on)
+}
+
+/// A second shutdown waits for the first one and does not take the controller away meanwhile.
+#[test]
+fn two_shutdowns_end_together() {
+    let _watchdog = watchdog();
+    let (controller, flushed, go_on) = held();
     let (ends, ended) = channel();
     let shut_down = || {
         let (controller, ends) = (Arc::clone(&controller), ends.clone());
@@ -86,13 +92,7 @@ fn two_shutdowns_end_together() {
 #[test]
 fn nothing_is_sent_once_a_shutdown_has_begun() {
     let _watchdog = watchdog();
-    let (flushes, flushed) = channel();
-    let (go_on, goes_on) = channel::<()>();
-    let controller = flushing(move |_| {
-        let _ = flushes.send(());
-        // The other end is dropped when the controller may go on.
-        let _ = goes_on.recv();
-    });
+    let (controller, flushed, go_on) = held();
     let ns = controller.namespace(1).unwrap();
     let mut q = controller
         .queue_pair(&QueueOptions::default().depth(4))
