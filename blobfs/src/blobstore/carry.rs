@@ -26,26 +26,6 @@ impl Drop for Carrying {
     }
 }
 
-impl Blobstore {
-    /// Whether appends can be carried: whether there is a journal.
-    pub(crate) fn carries(&self) -> bool {
-        self.inner.commit.carries()
-    }
-
-    /// Returns the number of bytes of blobs that the journal has and that are not in place.
-    pub(crate) fn owed_bytes(&self) -> u64 {
-        self.inner.commit.owed_bytes()
-    }
-
-    /// Makes room in the journal if it has none to carry an append of `len` bytes.
-    ///
-    /// # Errors
-    /// Fails when the device does.
-    pub(crate) fn make_carry_room(&self, len: u64) -> Result<(), Error> {
-        self.inner.commit.make_carry_room(len)
-    }
-}
-
 impl Blob {
     /// Announces an append of `len` bytes that a [`Transaction`](super::Transaction) carries. No
     /// write of the blob is in flight, and the caller lets nobody else begin one meanwhile.

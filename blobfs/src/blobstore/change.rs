@@ -5,20 +5,16 @@ use std::sync::Arc;
 
 use pumice_bdev::Op;
 
-use super::alloc::Bitmap;
+use super::blobs::Blobs;
 use super::carried::{Carried, Patch};
-use super::commit::{Batch, CommitPoint, Old};
 use super::error::Error;
 use super::extents::ExtentMap;
-use super::format::{
-    BlobId, BlobRecord, EXTENTS_PER_PAGE, PAGE_SIZE, Page, SuperBlock, encode_blob,
-    encode_extent_page, seal_chain,
-};
+use super::format::{BlobId, Flags, SuperBlock, Xattr, encode_blob};
 use super::geometry::Geometry;
-use super::meta::{BlobMeta, ClearMethod, Parent, Trailing, patched_page};
-use super::retry::may_land;
-use super::space::Spend;
-use super::state::{CleanMark, Slot, State};
+use super::meta::{self, BlobMeta, ClearMethod, Parent, Trailing};
+use super::ops::{ClusterInit, CreateOptions, check_xattr};
+use super::space::{Allocator, Spend, Taken};
+use super::view::{Source, View};
 
 /// The effect of a staged change on the map of a blob.
 #[derive(Debug)]
@@ -66,32 +62,313 @@ pub(crate) struct Change {
     pub given_up: Vec<BlobId>,
     /// The part of the reserve that the change may use.
     pub spend: Spend,
-    taken_clusters: Vec<u32>,
-    taken_pages: Vec<u32>,
+    /// Pages and clusters that it has taken.
+    pub taken: Taken,
+}
+
+impl Staged {
+    /// A new blob.
+    pub fn new(meta: BlobMeta) -> Staged {
+        Staged {
+            meta,
+            map: MapChange::None,
+            other: true,
+            old: None,
+        }
+    }
 }
 
 impl Change {
-    /// Moves what it frees to a change that has taken it.
-    pub fn keep_freed(&mut self) -> Change {
+    /// Returns what it frees, as something that is taken.
+    pub fn keep_freed(&mut self) -> Taken {
         let clusters = std::mem::take(&mut self.freed_clusters);
-        Change {
-            taken_clusters: clusters.into_iter().map(|(cluster, _)| cluster).collect(),
-            taken_pages: std::mem::take(&mut self.freed_pages),
-            ..Change::default()
+        Taken {
+            pages: std::mem::take(&mut self.freed_pages),
+            clusters: clusters.into_iter().map(|(cluster, _)| cluster).collect(),
         }
     }
 
-    /// Makes a change that has taken these clusters.
-    pub fn with_taken(taken_clusters: Vec<u32>) -> Change {
-        Change {
-            taken_clusters,
-            ..Change::default()
-        }
+    /// Returns the staged version of a blob, which starts as a copy of the current one.
+    pub fn stage(&mut self, blobs: &Blobs, id: BlobId) -> Result<&mut Staged, Error> {
+        let found = self.staged.iter().position(|staged| staged.meta.id == id);
+        let index = match found {
+            Some(index) => index,
+            None => {
+                let old = Arc::clone(blobs.meta(id)?);
+                if self.deleted.iter().any(|deleted| deleted.id == id) {
+                    return Err(Error::invalid(format!(
+                        "blob {id} is deleted by the same change"
+                    )));
+                }
+                let staged = Staged {
+                    meta: (*old).clone(),
+                    map: MapChange::None,
+                    other: false,
+                    old: Some(old),
+                };
+                self.staged.push(staged);
+                self.staged.len() - 1
+            }
+        };
+        Ok(&mut self.staged[index])
     }
 
-    /// Deletes a blob, and frees its pages but for the shared ones, and the clusters for which `frees` says so.
+    /// Takes a free cluster.
+    pub fn take_cluster(&mut self, space: &mut Allocator) -> Result<u32, Error> {
+        Ok(self.take_clusters(space, 1, None)?[0])
+    }
+
+    /// Takes clusters as [`Allocator::take_clusters`] does.
+    pub fn take_clusters(
+        &mut self,
+        space: &mut Allocator,
+        count: u64,
+        last: Option<u32>,
+    ) -> Result<Vec<u32>, Error> {
+        let taken = space.take_clusters(count, last, self.spend)?;
+        self.taken.clusters.extend(&taken);
+        Ok(taken)
+    }
+
+    /// Takes a metadata page as [`Allocator::take_page`] does.
+    pub fn take_page(&mut self, space: &mut Allocator, root: bool) -> Result<u32, Error> {
+        let page = space.take_page(root, self.spend)?;
+        self.taken.pages.push(page);
+        Ok(page)
+    }
+
+    /// Stages a new blob.
+    pub fn create(
+        &mut self,
+        blobs: &Blobs,
+        space: &mut Allocator,
+        opts: &CreateOptions,
+    ) -> Result<BlobId, Error> {
+        let mut xattrs: Vec<Xattr> = Vec::with_capacity(opts.xattrs.len());
+        for (name, value) in &opts.xattrs {
+            check_xattr(name.as_bytes(), value)?;
+            meta::set(&mut xattrs, name.as_bytes(), value);
+        }
+        let id = BlobId::from_page(self.take_page(space, true)?);
+        let mut flags = Flags {
+            invalid: 0,
+            data_ro: 0,
+            md_ro: opts.clear_method.to_flags(),
+        };
+        if opts.thin {
+            flags.invalid |= Flags::THIN;
+        }
+        if opts.extent_table {
+            flags.invalid |= Flags::EXTENT_TABLE;
+        }
+        let mut meta = BlobMeta {
+            id,
+            flags,
+            xattrs,
+            internal: Vec::new(),
+            table: opts.extent_table,
+            chain: Vec::new(),
+            extent_pages: BTreeMap::new(),
+            map: Arc::new(empty_map(&space.geo, 0, 0)),
+            trailing: Trailing::default(),
+        };
+        if let Some(ext_id) = &opts.external_snapshot {
+            check_xattr(meta::EXTSNAP, ext_id)?;
+            meta.set_parent(&Parent::External(ext_id[..].into()));
+        }
+        self.staged.push(Staged::new(meta));
+        self.resize(blobs, space, id, opts.num_clusters, opts.init)?;
+        Ok(id)
+    }
+
+    /// Stages a new size.
+    pub fn resize(
+        &mut self,
+        blobs: &Blobs,
+        space: &mut Allocator,
+        id: BlobId,
+        size: u64,
+        init: ClusterInit,
+    ) -> Result<(), Error> {
+        if size > u64::from(u32::MAX) {
+            return Err(Error::invalid(format!(
+                "a blob of {size} clusters; at most 2^32 - 1"
+            )));
+        }
+        let staged = self.stage(blobs, id)?;
+        let (meta, thin) = (&staged.meta, staged.meta.flags.thin());
+        let (old_size, method) = (meta.map.num_clusters(), meta.clear_method());
+        if size == old_size {
+            return Ok(());
+        }
+        let old_map = Arc::clone(&meta.map);
+        let new = if thin {
+            0
+        } else {
+            size.saturating_sub(old_size)
+        };
+        let last = old_size
+            .checked_sub(1)
+            .and_then(|last| old_map.cluster(last));
+        let taken = self.take_clusters(space, new, last)?;
+        let map = old_map.resized(size, old_map.num_allocated() + new);
+        for (index, cluster) in (old_size..).zip(&taken) {
+            map.set(index, *cluster);
+        }
+        if init == ClusterInit::Zeroes {
+            for run in taken.chunk_by(|a, b| a + 1 == *b) {
+                self.prepare.extend(space.zeroes(run[0], run.len())?);
+            }
+        }
+        let cut = old_map.allocated().filter(|(index, _)| *index >= size);
+        self.freed_clusters
+            .extend(cut.map(|(_, cluster)| (cluster, method)));
+        let staged = self.stage(blobs, id)?;
+        staged.meta.map = Arc::new(map);
+        staged.map = MapChange::Replaced;
+        staged.other = true;
+        if size > old_size && !thin {
+            prefer_table(&mut staged.meta);
+        }
+        Ok(())
+    }
+
+    /// Stages an xattr. `None` removes it.
+    pub fn set_xattr(
+        &mut self,
+        blobs: &Blobs,
+        id: BlobId,
+        name: &[u8],
+        value: Option<&[u8]>,
+    ) -> Result<(), Error> {
+        let staged = self.stage(blobs, id)?;
+        match value {
+            Some(value) => {
+                check_xattr(name, value)?;
+                meta::set(&mut staged.meta.xattrs, name, value);
+            }
+            None => {
+                let before = staged.meta.xattrs.len();
+                staged.meta.xattrs.retain(|xattr| *xattr.name != *name);
+                if staged.meta.xattrs.len() == before {
+                    return Err(Error::invalid(format!(
+                        "blob {id} has no xattr `{}`",
+                        name.escape_ascii()
+                    )));
+                }
+            }
+        }
+        staged.other = true;
+        Ok(())
+    }
+
+    /// Stages bytes that the batch carries. The blob has all of their clusters itself, and they stay
+    /// in their places while the bytes are owed.
+    pub fn carry(&mut self, blobs: &Blobs, geo: &Geometry, carried: Carried) -> Result<(), Error> {
+        let id = carried.blob;
+        let staged = self.stage(blobs, id)?;
+        let meta = &staged.meta;
+        let fixed = !meta.flags.thin() && !meta.flags.data_read_only();
+        let patches = carried.patches(&meta.map, geo).filter(|_| fixed);
+        let patches = patches
+            .ok_or_else(|| Error::invalid(format!("blob {id}: these bytes cannot be carried")))?;
+        staged.other = true;
+        self.carried.push((carried, patches));
+        Ok(())
+    }
+
+    /// Stages the deletion of a blob that nobody has open and that is not a parent.
+    pub fn delete(&mut self, blobs: &Blobs, space: &Allocator, id: BlobId) -> Result<(), Error> {
+        blobs.check_no_children(id)?;
+        if let Some(root) = id.page().filter(|root| blobs.damaged.contains_key(root)) {
+            if !self.discarded.contains(&root) {
+                self.discarded.push(root);
+            }
+            return Ok(());
+        }
+        let meta = Arc::clone(blobs.meta(id)?);
+        if blobs.shared(id).is_some() {
+            return Err(Error::Busy(format!(
+                "blob {id} is open; close it before deleting it"
+            )));
+        }
+        if self.deleted.iter().any(|deleted| deleted.id == id)
+            || self.staged.iter().any(|s| s.meta.id == id)
+        {
+            return Err(Error::invalid(format!(
+                "blob {id} is already part of this change"
+            )));
+        }
+        self.remove(meta, &space.shared_pages, |_| true);
+        Ok(())
+    }
+
+    /// Stages the clone with the clusters that it read from the snapshot.
+    pub fn merge(
+        &mut self,
+        blobs: &mut Blobs,
+        space: &mut Allocator,
+        snapshot: &BlobMeta,
+        clone: BlobId,
+    ) -> Result<(), Error> {
+        let below = blobs.view(snapshot.id)?;
+        let old = Arc::clone(blobs.meta(clone)?);
+        let size = old.map.num_clusters();
+        let map = old
+            .map
+            .resized(size, old.map.num_allocated() + snapshot.map.num_allocated());
+        for (index, cluster) in snapshot
+            .map
+            .allocated()
+            .take_while(|(index, _)| *index < size)
+        {
+            if map.cluster(index).is_none() {
+                map.set(index, cluster);
+            }
+        }
+        self.cover_tail(space, &below, snapshot.map.num_clusters(), &map)?;
+        let staged = self.stage(blobs, clone)?;
+        staged.meta.map = Arc::new(map);
+        staged.meta.set_parent(&snapshot.parent());
+        staged.map = MapChange::Replaced;
+        staged.other = true;
+        Ok(())
+    }
+
+    /// Gives a clone zeroes of its own past the end of its parent, where it reads zeroes. When the
+    /// parent is deleted and the parent's parent is larger, that one's bytes would show instead.
+    pub fn cover_tail(
+        &mut self,
+        space: &mut Allocator,
+        below: &View,
+        parent_size: u64,
+        map: &ExtentMap,
+    ) -> Result<(), Error> {
+        let external = below
+            .external
+            .as_ref()
+            .map_or(0, |ext| ext.len_bytes().div_ceil(space.geo.cluster_size));
+        let sizes = below.ancestors().map(|map| map.num_clusters());
+        let end = sizes
+            .chain([external])
+            .max()
+            .unwrap_or(0)
+            .min(map.num_clusters());
+        for index in parent_size..end {
+            let shows =
+                map.cluster(index).is_none() && below.parent_source(index) != Source::Zeroes;
+            if shows {
+                let cluster = self.take_cluster(space)?;
+                self.prepare.extend(space.zeroes(cluster, 1)?);
+                map.set(index, cluster);
+            }
+        }
+        Ok(())
+    }
+
+    /// Stages the end of a blob, and frees its pages but for the shared ones, and the clusters for which `frees` says so.
     /// The commit leaves out clusters that have a second owner.
-    pub fn delete(
+    pub fn remove(
         &mut self,
         meta: Arc<BlobMeta>,
         shared_pages: &HashSet<u32>,
@@ -107,469 +384,18 @@ impl Change {
         self.freed_pages.extend(&meta.chain);
         self.deleted.push(meta);
     }
-
-    /// Marks as free what it has taken.
-    pub fn give_back(&self, pages: &mut Bitmap, clusters: &mut Bitmap) {
-        for cluster in &self.taken_clusters {
-            clusters.clear(*cluster);
-        }
-        for page in &self.taken_pages {
-            pages.clear(*page);
-        }
-    }
-}
-
-impl State {
-    /// Returns the staged version of a blob, which starts as a copy of the current one.
-    pub fn stage<'c>(&self, change: &'c mut Change, id: BlobId) -> Result<&'c mut Staged, Error> {
-        let found = change.staged.iter().position(|staged| staged.meta.id == id);
-        let index = match found {
-            Some(index) => index,
-            None => {
-                let old = Arc::clone(self.meta(id)?);
-                if change.deleted.iter().any(|deleted| deleted.id == id) {
-                    return Err(Error::invalid(format!(
-                        "blob {id} is deleted by the same change"
-                    )));
-                }
-                let staged = Staged {
-                    meta: (*old).clone(),
-                    map: MapChange::None,
-                    other: false,
-                    old: Some(old),
-                };
-                change.staged.push(staged);
-                change.staged.len() - 1
-            }
-        };
-        Ok(&mut change.staged[index])
-    }
-
-    /// Takes a free cluster.
-    pub fn take_cluster(&mut self, change: &mut Change) -> Result<u32, Error> {
-        Ok(self.take_clusters(change, 1, None)?[0])
-    }
-
-    /// Takes `count` clusters: the ones behind `last` if they are free, else others in one run,
-    /// else any free ones, lowest first.
-    pub fn take_clusters(
-        &mut self,
-        change: &mut Change,
-        count: u64,
-        last: Option<u32>,
-    ) -> Result<Vec<u32>, Error> {
-        if count > 0 {
-            self.check_not_held()?;
-        }
-        self.check_free_clusters(count, change.spend)?;
-        let count = u32::try_from(count).expect("not more than are free");
-        let first = last
-            .map(|last| last + 1)
-            .filter(|next| self.clusters.is_free_run(*next, count))
-            .or_else(|| self.clusters.find_run(count));
-        let mut taken = Vec::with_capacity(count as usize);
-        for offset in 0..count {
-            let cluster = match first {
-                Some(first) => Some(first + offset).filter(|at| self.clusters.set(*at)),
-                None => self.clusters.take(0),
-            };
-            let cluster = cluster.expect("it was counted as free");
-            change.taken_clusters.push(cluster);
-            taken.push(cluster);
-        }
-        Ok(taken)
-    }
-
-    /// Fails while it is not known which clusters a damaged blob holds, since nothing may be
-    /// allocated then.
-    pub fn check_not_held(&self) -> Result<(), Error> {
-        match self.held() {
-            Some(id) => Err(Error::Held(id)),
-            None => Ok(()),
-        }
-    }
-
-    /// Takes a metadata page. Page 0 is only taken for a root, because an extent page would not be
-    /// recognised there.
-    pub fn take_page(&mut self, change: &mut Change, root: bool) -> Result<u32, Error> {
-        self.check_not_held()?;
-        self.check_free_pages(1, change.spend)?;
-        let page = self
-            .pages
-            .take(u32::from(!root))
-            .ok_or_else(|| self.no_pages(1, change.spend))?;
-        change.taken_pages.push(page);
-        Ok(page)
-    }
-
-    /// Gives back what a change has taken.
-    pub fn rollback(&mut self, change: &Change) {
-        let pages = change.taken_pages.iter().copied();
-        self.free(pages, change.taken_clusters.iter().copied());
-    }
-
-    /// Marks metadata pages and clusters as free that nothing names any longer. Those that a write may still reach which has
-    /// timed out stay taken until the next load.
-    pub fn free(
-        &mut self,
-        pages: impl IntoIterator<Item = u32>,
-        clusters: impl IntoIterator<Item = u32>,
-    ) {
-        let mut late = Change::default();
-        let per_page = self.geo.page_lba(1);
-        for page in pages {
-            let lba = self.geo.md_lba(page);
-            if self.late_writes.reach(&(lba..lba + per_page)) {
-                late.taken_pages.push(page);
-            } else {
-                self.pages.clear(page);
-            }
-        }
-        for cluster in clusters {
-            let lba = self.geo.cluster_lba(cluster);
-            let end = lba + self.geo.cluster_blocks();
-            if self.late_writes.reach(&(lba..end)) {
-                late.taken_clusters.push(cluster);
-            } else {
-                self.clusters.clear(cluster);
-            }
-        }
-        if late.taken_pages.is_empty() && late.taken_clusters.is_empty() {
-            return;
-        }
-        tracing::warn!(
-            pages = late.taken_pages.len(),
-            clusters = late.taken_clusters.len(),
-            "what a write that has timed out may still reach stays in use until the next load"
-        );
-        self.late.push(late);
-    }
-
-    /// Gives back what a change has taken when it has failed with `error`. What an operation that has timed out may still
-    /// reach stays taken until the next load.
-    pub fn rollback_after(&mut self, error: &Error, change: Change) {
-        if may_land(error) {
-            self.late.push(change);
-        } else {
-            self.rollback(&change);
-        }
-    }
-
-    /// Lays out the pages of all staged blobs and returns what has to be written. After this the
-    /// change names everything that it takes.
-    pub fn batch(&mut self, change: &mut Change) -> Result<Batch, Error> {
-        let mut batch = Batch::new(self.geo.clone());
-        match &mut change.super_block {
-            Some(new) => {
-                if self.journal.is_some() {
-                    // It must not take away the guard of a ring that has begun.
-                    new.0.set_guard(true);
-                    batch.unmark = self.unmark();
-                }
-                batch.super_block = Some(Box::new(new.0.clone()));
-                batch.names_log = change.names_log;
-            }
-            None => batch.unmark = self.unmark(),
-        }
-        let mut staged = std::mem::take(&mut change.staged);
-        let result = staged
-            .iter_mut()
-            .try_for_each(|staged| self.lay_out(change, staged, &mut batch));
-        change.staged = staged;
-        result?;
-        batch.prepare.append(&mut change.prepare);
-        batch.carried.append(&mut change.carried);
-        batch.given_up.append(&mut change.given_up);
-        let erase_root = |index: u32, old: Old| CommitPoint {
-            index,
-            page: Box::new([0; PAGE_SIZE]),
-            old,
-        };
-        for meta in &change.deleted {
-            let old = Old::Root(Arc::clone(meta));
-            batch.points.push(erase_root(meta.root(), old));
-        }
-        for index in &change.discarded {
-            batch.points.push(erase_root(*index, Old::Blank));
-        }
-        batch.erase.extend(&change.freed_pages);
-        for meta in &change.deleted {
-            change.freed_pages.push(meta.root());
-        }
-        change
-            .freed_clusters
-            .retain(|(cluster, _)| !self.shared_clusters.contains(cluster));
-        change
-            .freed_clusters
-            .sort_unstable_by_key(|(cluster, _)| *cluster);
-        // A damaged blob may hold some of them too, as a snapshot does while it is made or removed.
-        if self.held().is_none() {
-            self.clear_clusters(&change.freed_clusters, &mut batch)?;
-        }
-        Ok(batch)
-    }
-
-    /// Returns the super block without the mark of an orderly unload, and with the guard of a store
-    /// with a journal, unless the device has it so.
-    fn unmark(&self) -> Option<Box<Page>> {
-        let wants_guard = self.journal.is_some() && !self.sb.is_guarded();
-        if self.clean_mark == CleanMark::Removed && !wants_guard {
-            return None;
-        }
-        let mut sb = self.sb.clone();
-        sb.clean = 0.into();
-        if self.journal.is_some() {
-            sb.set_guard(true);
-        }
-        Some(Box::new(sb.encode()))
-    }
-
-    fn clear_clusters(&self, freed: &[(u32, ClearMethod)], batch: &mut Batch) -> Result<(), Error> {
-        for run in freed.chunk_by(|a, b| a.0 + 1 == b.0 && a.1 == b.1) {
-            let (first, method) = run[0];
-            let lba = self.geo.cluster_lba(first);
-            let blocks = run.len() as u64 * self.geo.cluster_blocks();
-            let ops = match method {
-                ClearMethod::None => continue,
-                ClearMethod::Default | ClearMethod::Unmap => self.can.unmaps(lba, blocks),
-                ClearMethod::WriteZeroes => self.can.zeroes(lba, blocks)?,
-            };
-            batch.clear.extend(ops);
-        }
-        Ok(())
-    }
-
-    fn lay_out(
-        &mut self,
-        change: &mut Change,
-        staged: &mut Staged,
-        batch: &mut Batch,
-    ) -> Result<(), Error> {
-        if let MapChange::Patch(patches) = &staged.map
-            && let Some(point) = self.in_place(staged, patches)
-        {
-            batch.points.push(point);
-            return Ok(());
-        }
-        if staged.meta.table {
-            self.lay_out_extent_pages(change, staged, batch)?;
-        }
-        let trailing = std::mem::take(&mut staged.meta.trailing);
-        let Trailing { pages, clusters } = trailing;
-        change.freed_pages.extend(
-            pages
-                .into_iter()
-                .filter(|page| !self.shared_pages.contains(page)),
-        );
-        let method = staged.meta.clear_method();
-        change
-            .freed_clusters
-            .extend(clusters.into_iter().map(|cluster| (cluster, method)));
-
-        let patches = match &staged.map {
-            MapChange::Patch(patches) => &patches[..],
-            _ => &[],
-        };
-        let record: BlobRecord = staged.meta.record(patches);
-        let mut pages = encode_blob(&record);
-        let old_chain = std::mem::take(&mut staged.meta.chain);
-        for _ in 1..pages.len() {
-            staged.meta.chain.push(self.take_page(change, false)?);
-        }
-        change.freed_pages.extend(old_chain);
-        seal_chain(&mut pages, &staged.meta.chain);
-        let mut pages = pages.into_iter();
-        let root = pages.next().expect("a blob has a root");
-        let chain = staged.meta.chain.iter().copied();
-        batch.fresh.extend(chain.zip(pages));
-        batch.points.push(CommitPoint {
-            index: staged.meta.root(),
-            page: root,
-            old: staged.old.clone().map_or(Old::Blank, Old::Root),
-        });
-        Ok(())
-    }
-
-    /// Returns the commit point of a change that touches entries of one extent page and nothing
-    /// else: that page, rewritten in place.
-    fn in_place(&self, staged: &Staged, patches: &[(u64, u32)]) -> Option<CommitPoint> {
-        let per_page = EXTENTS_PER_PAGE as u64;
-        let number = u32::try_from(patches.first()?.0 / per_page).ok()?;
-        let one = patches
-            .iter()
-            .all(|(index, _)| index / per_page == u64::from(number));
-        let old = staged.old.as_ref()?;
-        if staged.other || !one || staged.meta.trailing != Trailing::default() {
-            return None;
-        }
-        let index = *staged
-            .meta
-            .extent_pages
-            .get(&number)
-            .filter(|page| !self.shared_pages.contains(page))?;
-        Some(CommitPoint {
-            index,
-            page: patched_page(&staged.meta, number, patches),
-            old: Old::ExtentPage(Arc::clone(old), number),
-        })
-    }
-
-    /// Writes the extent pages that have changed to free metadata pages.
-    fn lay_out_extent_pages(
-        &mut self,
-        change: &mut Change,
-        staged: &mut Staged,
-        batch: &mut Batch,
-    ) -> Result<(), Error> {
-        let per_page = EXTENTS_PER_PAGE as u64;
-        let number_of =
-            |index: u64| u32::try_from(index / per_page).expect("at most 2^32 clusters");
-        let mut fresh: BTreeMap<u32, Box<Page>> = BTreeMap::new();
-        let mut dropped = Vec::new();
-        match &staged.map {
-            MapChange::None => return Ok(()),
-            MapChange::Patch(patches) => {
-                for group in patches.chunk_by(|a, b| number_of(a.0) == number_of(b.0)) {
-                    let number = number_of(group[0].0);
-                    fresh.insert(number, patched_page(&staged.meta, number, group));
-                }
-            }
-            MapChange::Replaced => {
-                let map = &staged.meta.map;
-                let mut numbers: Vec<u32> =
-                    map.allocated().map(|(index, _)| number_of(index)).collect();
-                numbers.dedup();
-                let old_map = staged.old.as_ref().map(|old| Arc::clone(&old.map));
-                for number in &numbers {
-                    let entries = map.page(*number);
-                    let unchanged = staged.meta.extent_pages.contains_key(number)
-                        && old_map
-                            .as_ref()
-                            .is_some_and(|old| old.page(*number) == entries);
-                    if !unchanged {
-                        let start = *number * u32::try_from(EXTENTS_PER_PAGE).expect("512");
-                        fresh.insert(*number, encode_extent_page(staged.meta.id, start, &entries));
-                    }
-                }
-                let gone = staged
-                    .meta
-                    .extent_pages
-                    .keys()
-                    .filter(|number| numbers.binary_search(number).is_err());
-                dropped = gone.copied().collect();
-            }
-        }
-        for number in dropped {
-            let page = staged.meta.extent_pages.remove(&number);
-            change
-                .freed_pages
-                .extend(page.filter(|page| !self.shared_pages.contains(page)));
-        }
-        for (number, page) in fresh {
-            let index = self.take_page(change, false)?;
-            let old = staged.meta.extent_pages.insert(number, index);
-            change
-                .freed_pages
-                .extend(old.filter(|page| !self.shared_pages.contains(page)));
-            batch.fresh.push((index, page));
-        }
-        Ok(())
-    }
-
-    /// Records that a change has failed. If it was the one that marks the store as not unloaded in
-    /// order, the device may or may not have that mark.
-    pub fn note_mark_in_doubt(&mut self) {
-        if self.clean_mark == CleanMark::Set {
-            self.clean_mark = CleanMark::InDoubt;
-        }
-    }
-
-    /// Makes a durable change visible and frees what it no longer needs.
-    pub(super) fn publish(&mut self, change: Change) {
-        self.clean_mark = CleanMark::Removed;
-        self.sb.clean = 0.into();
-        if self.journal.is_some() {
-            self.sb.set_guard(true);
-        }
-        if let Some(new) = change.super_block {
-            let (sb, geo) = *new;
-            self.sb = sb;
-            self.sb.clean = 0.into();
-            self.relocate(geo);
-        }
-        let mut rebuild = Vec::new();
-        for staged in change.staged {
-            let Staged {
-                meta,
-                map,
-                other: _,
-                old,
-            } = staged;
-            if let MapChange::Patch(patches) = &map {
-                for (index, cluster) in patches {
-                    meta.map.set(*index, *cluster);
-                }
-            }
-            let (id, root, parent) = (meta.id, meta.root(), meta.parent());
-            let old_parent = old.as_ref().map_or(Parent::None, |old| old.parent());
-            let same_view = old.as_ref().is_some_and(|old| {
-                Arc::ptr_eq(&old.map, &meta.map) && old_parent == parent && old.flags == meta.flags
-            });
-            if parent != old_parent {
-                if let Parent::Snapshot(old_parent) = old_parent {
-                    self.remove_child(old_parent, id);
-                }
-                if let Parent::Snapshot(parent) = parent {
-                    self.children.entry(parent).or_default().insert(id);
-                }
-            }
-            if !same_view {
-                rebuild.push(id);
-            }
-            let meta = Arc::new(meta);
-            let slot = self
-                .blobs
-                .entry(root)
-                .or_insert_with(|| Slot::new(Arc::clone(&meta)));
-            slot.meta = Arc::clone(&meta);
-            if let Some(shared) = slot.handle.upgrade() {
-                shared.meta.store(meta);
-            }
-        }
-        for meta in change.deleted {
-            self.blobs.remove(&meta.root());
-            self.lines.remove(&meta.id);
-            if let Parent::Snapshot(parent) = meta.parent() {
-                self.remove_child(parent, meta.id);
-            }
-        }
-        for root in change.discarded {
-            self.damaged.remove(&root);
-            self.remains.remove(&root);
-            if !self.uncertain {
-                self.pages.clear(root);
-            } else if self.damaged.is_empty() {
-                self.release_unowned();
-            }
-        }
-        for id in rebuild {
-            self.rebuild_views(id);
-        }
-        let clusters = change.freed_clusters.into_iter();
-        self.free(change.freed_pages, clusters.map(|(cluster, _)| cluster));
-    }
-
-    fn remove_child(&mut self, parent: BlobId, child: BlobId) {
-        if let Some(children) = self.children.get_mut(&parent) {
-            children.remove(&child);
-            if children.is_empty() {
-                self.children.remove(&parent);
-            }
-        }
-    }
 }
 
 /// Returns an empty map for a blob of this store.
-pub(crate) fn empty_map(state: &State, num_clusters: u64, expected: u64) -> ExtentMap {
-    ExtentMap::new(num_clusters, expected, state.geo.cluster_blocks())
+pub(crate) fn empty_map(geo: &Geometry, num_clusters: u64, expected: u64) -> ExtentMap {
+    ExtentMap::new(num_clusters, expected, geo.cluster_blocks())
+}
+
+/// Changes run-length extents that no longer fit the root to an extent table, since each change of
+/// a long chain would write all of it.
+fn prefer_table(meta: &mut BlobMeta) {
+    if !meta.table && encode_blob(&meta.record(&[])).len() > 1 {
+        meta.table = true;
+        meta.flags.invalid |= Flags::EXTENT_TABLE;
+    }
 }

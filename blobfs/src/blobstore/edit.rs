@@ -21,8 +21,11 @@ use super::error::Error;
 use super::format::BlobId;
 use super::gate::{DRAIN_TIMEOUT, Frozen};
 use super::geometry::Geometry;
+use super::lay_out;
+use super::lifecycle::{Doubt, Stop};
 use super::order::{Scope, Turn};
-use super::state::{Doubt, State, Stop, StorePhase};
+use super::snapshot::undo_half_snapshot;
+use super::state::State;
 
 /// The right to change what its scope names.
 #[derive(Debug)]
@@ -57,7 +60,7 @@ impl Blobstore {
     pub(crate) fn edit_around_blobs(&self) -> Result<Edit<'_>, Error> {
         let edit = self.edit_to_the_end()?;
         edit.take_back_doubts();
-        edit.state().check_takes_changes()?;
+        edit.state().lifecycle.check_takes_changes()?;
         Ok(edit)
     }
 
@@ -75,11 +78,11 @@ impl Blobstore {
     /// Whether it is not known what the device holds of an earlier change. Tries to take that one
     /// back, and writes nothing else.
     pub(crate) fn is_stopped(&self) -> bool {
-        if self.inner.state.lock().wants_all() {
+        if self.inner.state.lock().lifecycle.wants_all() {
             // The edit ends at once. What it finds is in the state.
             let _ = self.edit(&Scope::All);
         }
-        self.inner.state.lock().wants_all()
+        self.inner.state.lock().lifecycle.wants_all()
     }
 
     /// Waits for a turn in the order of changes.
@@ -133,7 +136,7 @@ impl Blobstore {
 
     /// Returns the scope of a change, which is everything if something has to be taken back first.
     fn widened(&self, scope: &Scope) -> Scope {
-        if self.inner.state.lock().wants_all() {
+        if self.inner.state.lock().lifecycle.wants_all() {
             Scope::All
         } else {
             scope.clone()
@@ -145,10 +148,10 @@ impl Blobstore {
         let edit = Edit { store: self, turn };
         if edit.turn.scope() == &Scope::All {
             edit.take_back_doubts();
-        } else if edit.state().wants_all() {
+        } else if edit.state().lifecycle.wants_all() {
             return Ok(None);
         }
-        edit.state().check_takes_changes()?;
+        edit.state().lifecycle.check_takes_changes()?;
         if edit.turn.scope() == &Scope::All {
             // It may move clusters, or copy them.
             self.inner.commit.put_owed(None)?;
@@ -172,41 +175,6 @@ pub(crate) fn never_ends(id: BlobId) -> Error {
     ))
 }
 
-impl State {
-    /// Whether the next change must be the only one, since it has something to take back first.
-    fn wants_all(&self) -> bool {
-        self.stopped.is_some()
-    }
-
-    /// Fails if the store accepts no changes.
-    fn check_takes_changes(&self) -> Result<(), Error> {
-        if self.phase == StorePhase::Unloaded {
-            return Err(Error::Unloaded);
-        }
-        if self.read_only {
-            return Err(Error::ReadOnlyStore);
-        }
-        self.check_not_stopped()
-    }
-
-    /// Fails if it is not known what the device holds.
-    pub fn check_not_stopped(&self) -> Result<(), Error> {
-        match &self.stopped {
-            Some(stop) => Err(Error::Stopped(stop.reason.clone())),
-            None => Ok(()),
-        }
-    }
-
-    /// Stops changes from now on.
-    pub fn stop(&mut self, error: &Error, for_good: bool) {
-        let stop = self.stopped.get_or_insert_with(|| Stop {
-            reason: error.to_string(),
-            for_good: false,
-        });
-        stop.for_good |= for_good;
-    }
-}
-
 impl Edit<'_> {
     /// Locks the state, which must be held only briefly.
     pub fn state(&self) -> MutexGuard<'_, State> {
@@ -215,7 +183,7 @@ impl Edit<'_> {
 
     /// Returns the geometry. It does not change while this edit covers everything.
     pub fn geometry(&self) -> Geometry {
-        self.state().geo.clone()
+        self.state().space.geo.clone()
     }
 
     /// Stages a change and commits it. If an operation of several commits has failed at one of them
@@ -224,17 +192,17 @@ impl Edit<'_> {
         &self,
         stage: impl FnOnce(&mut State, &mut Change) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let stopped = self.state().stopped.is_some();
+        let stopped = self.state().lifecycle.stopped.is_some();
         if stopped && self.turn.scope() == &Scope::All {
             self.take_back_doubts();
         }
         let mut state = self.state();
-        state.check_not_stopped()?;
+        state.lifecycle.check_not_stopped()?;
         let mut change = Change::default();
         match stage(&mut state, &mut change) {
             Ok(()) => self.commit(state, change),
             Err(error) => {
-                state.rollback(&change);
+                state.space.give_back(&change.taken);
                 Err(error)
             }
         }
@@ -247,10 +215,10 @@ impl Edit<'_> {
         mut state: MutexGuard<'_, State>,
         mut change: Change,
     ) -> Result<(), Error> {
-        let batch = match state.batch(&mut change) {
+        let batch = match lay_out::batch(&mut state, &mut change) {
             Ok(batch) => batch,
             Err(error) => {
-                state.rollback(&change);
+                state.space.give_back(&change.taken);
                 return Err(error);
             }
         };
@@ -261,26 +229,28 @@ impl Edit<'_> {
             Ok(cleared) => {
                 if cleared == Cleared::MayLand {
                     let late = change.keep_freed();
-                    state.late.push(late);
+                    state.space.late.push(late);
                 }
                 state.publish(change);
                 Ok(())
             }
             Err(Failure::TakenBack(error)) => {
-                state.note_mark_in_doubt();
+                state.lifecycle.note_mark_in_doubt();
                 if self.store.inner.commit.is_halted() {
-                    state.stop(&error, true);
+                    state.lifecycle.stop(&error, true);
                 }
-                state.rollback_after(&error, change);
+                state.space.give_back_after(&error, change.taken);
                 Err(error)
             }
             Err(Failure::Open { error, restore }) => {
                 tracing::error!(%error, "a metadata write failed, and what the device holds is not known; the store takes no changes");
-                state.note_mark_in_doubt();
-                state.stop(&error, restore.is_none());
+                state.lifecycle.note_mark_in_doubt();
+                state.lifecycle.stop(&error, restore.is_none());
+                let taken = change.taken;
                 state
+                    .lifecycle
                     .doubts
-                    .extend(restore.map(|restore| Doubt { change, restore }));
+                    .extend(restore.map(|restore| Doubt { taken, restore }));
                 Err(Error::Undecided(Box::new(error)))
             }
         }
@@ -289,7 +259,7 @@ impl Edit<'_> {
     /// Tries to take back what was left open. The edit covers everything. On success the store
     /// accepts changes again.
     pub fn take_back_doubts(&self) {
-        let doubts = std::mem::take(&mut self.state().doubts);
+        let doubts = std::mem::take(&mut self.state().lifecycle.doubts);
         for mut doubt in doubts {
             let geo = self.geometry();
             let restored = self.store.inner.commit.restore(&geo, &mut doubt.restore);
@@ -297,27 +267,27 @@ impl Edit<'_> {
             match restored {
                 Ok(()) => {
                     tracing::warn!("a change whose outcome was open was taken back");
-                    state.rollback(&doubt.change);
+                    state.space.give_back(&doubt.taken);
                 }
-                Err(_) => state.doubts.push(doubt),
+                Err(_) => state.lifecycle.doubts.push(doubt),
             }
         }
         let (half, stop) = {
-            let mut state = self.state();
+            let lifecycle = &mut self.state().lifecycle;
             let stays = |stop: &Stop| stop.for_good;
-            if !state.doubts.is_empty() || state.stopped.as_ref().is_some_and(stays) {
+            if !lifecycle.doubts.is_empty() || lifecycle.stopped.as_ref().is_some_and(stays) {
                 return;
             }
-            (state.half_snapshot.take(), state.stopped.take())
+            (lifecycle.half_snapshot.take(), lifecycle.stopped.take())
         };
         let Some(half) = half else { return };
-        match self.undo_half_snapshot(half) {
+        match undo_half_snapshot(self, half) {
             Ok(()) => tracing::warn!("a snapshot that was half made was taken back"),
             Err(half) => {
-                let mut state = self.state();
-                state.half_snapshot = Some(half);
-                if state.stopped.is_none() {
-                    state.stopped = stop;
+                let lifecycle = &mut self.state().lifecycle;
+                lifecycle.half_snapshot = Some(half);
+                if lifecycle.stopped.is_none() {
+                    lifecycle.stopped = stop;
                 }
             }
         }

@@ -1,6 +1,7 @@
 //! External snapshots: devices outside of the store, below thin blobs.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Weak};
 
 use pumice_bdev::{BdevError, BlockDevice, DmaBuf};
 
@@ -35,6 +36,51 @@ where
 impl std::fmt::Debug for dyn ExternalOpener {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("ExternalOpener")
+    }
+}
+
+/// The external snapshots that are open, and the way to open others.
+#[derive(Debug, Default)]
+pub(crate) struct Externals {
+    pub opener: Option<OpenExternal>,
+    open: HashMap<Arc<[u8]>, Weak<External>>,
+}
+
+impl Externals {
+    pub fn new(opener: Option<OpenExternal>) -> Externals {
+        Externals {
+            opener,
+            open: HashMap::new(),
+        }
+    }
+
+    /// Returns an external snapshot, if it is open.
+    pub fn get(&self, external_id: &Arc<[u8]>) -> Option<Arc<External>> {
+        self.open.get(external_id)?.upgrade()
+    }
+
+    /// Whether `external` is the open one of this name.
+    pub fn is_open(&self, external_id: &Arc<[u8]>, external: Option<&Arc<External>>) -> bool {
+        let open = self.get(external_id);
+        open.zip(external)
+            .is_some_and(|(open, external)| Arc::ptr_eq(&open, external))
+    }
+
+    pub fn add(&mut self, external_id: &Arc<[u8]>, external: &Arc<External>) {
+        self.open.retain(|_, external| external.strong_count() > 0);
+        self.open
+            .insert(Arc::clone(external_id), Arc::downgrade(external));
+    }
+
+    /// Returns the external snapshot below `blob`, which must be open.
+    pub fn opened(&self, blob: BlobId, external_id: &Arc<[u8]>) -> Result<Arc<External>, Error> {
+        self.get(external_id).ok_or_else(|| Error::CannotOpen {
+            blob,
+            reason: format!(
+                "its external snapshot \"{}\" is not open",
+                external_id.escape_ascii()
+            ),
+        })
     }
 }
 

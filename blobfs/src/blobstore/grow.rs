@@ -10,14 +10,13 @@
 use pumice_bdev::DeviceInfo;
 
 use super::Blobstore;
-use super::change::Change;
 use super::edit::Edit;
 use super::error::Error;
 use super::format::{MASK_HEADER_LEN, PAGE_SIZE, PAGE_SIZE_U64, SuperBlock, mask_pages};
 use super::geometry::{Geometry, Layout};
 use super::mdio::MdIo;
 use super::retry::may_land;
-use super::state::State;
+use super::space::{Allocator, Spend, Taken};
 
 /// Divisor of the region: a move must gain at least this part of it.
 const LEAST_GAIN: u32 = 8;
@@ -62,15 +61,15 @@ impl Blobstore {
         } else {
             info.len_bytes().min(u64::from(wanted) * geo.cluster_size)
         };
-        if wanted <= edit.state().cluster_mask_room() {
+        if wanted <= cluster_mask_room(&edit.state().sb) {
             let mut sb = edit.state().sb.clone();
             sb.size = size.into();
             sb.used_cluster_mask_len = u32::try_from(mask_pages(wanted.into()))
                 .expect("at most 2^17 pages")
                 .into();
-            edit.switch(sb)?;
+            switch(&edit, sb)?;
         } else {
-            edit.move_metadata(geo.md_len, wanted, size)?;
+            move_metadata(&edit, geo.md_len, wanted, size)?;
         }
         Ok(u64::from(wanted - old))
     }
@@ -84,275 +83,311 @@ impl Blobstore {
     pub fn grow_md_pages(&self, wanted: u32) -> Result<u32, Error> {
         let edit = self.edit_around_blobs()?;
         if wanted > edit.geometry().md_len {
-            edit.grow_metadata(wanted, 0)?;
-            edit.state().growth_blocked = None;
+            grow_metadata(&edit, wanted, 0)?;
+            edit.state().space.note_growth();
         }
         Ok(edit.geometry().md_len)
     }
-}
 
-impl State {
-    /// Returns the number of bits that the cluster mask has room for.
-    fn cluster_mask_room(&self) -> u32 {
-        let sb = &self.sb;
-        let start = sb.used_cluster_mask_start.get();
-        let others = [
-            sb.used_page_mask_start.get(),
-            sb.used_blobid_mask_start.get(),
-            sb.md_start.get(),
-        ];
-        let next = others
-            .into_iter()
-            .filter(|other| *other > start)
-            .min()
-            .unwrap_or(start);
-        mask_bits(next - start)
-    }
-
-    /// Whether the store is of a version whose metadata cannot grow.
-    fn is_old_version(&self) -> bool {
-        self.sb.version.get() < 3 || self.sb.used_blobid_mask_len.get() == 0
-    }
-
-    /// Returns the way to `wanted` pages, or to as many as there is room for while `keep` clusters
-    /// stay free.
-    fn best_growth(&self, wanted: u32, keep: u32) -> Result<Growth, Error> {
-        let none = Error::NoMdPages {
-            needed: u64::from(wanted - self.geo.md_len),
-            free: self.pages.free().into(),
-            total: self.geo.md_len.into(),
-        };
-        if self.is_old_version() {
-            return Err(none);
+    /// Lets the region grow if metadata pages are scarce, before a change that may take some. If it
+    /// cannot grow, the change still has what is left, so this is not an error of the change.
+    pub(crate) fn grow_metadata_if_scarce(&self, spend: Spend) {
+        if self.inner.state.lock().space.wanted_growth(spend).is_none() {
+            return;
         }
-        let in_place = self.growth_in_place(wanted, keep);
-        let moved = match in_place {
-            Some(growth) if growth.md_len() >= wanted => None,
-            _ => self.growth_by_move(wanted, keep),
+        let Ok(edit) = self.edit_around_blobs() else {
+            return;
         };
-        let ways = in_place.into_iter().chain(moved);
-        ways.max_by_key(|growth| growth.md_len()).ok_or(none)
-    }
-
-    /// Returns how far the region can grow where it is.
-    fn growth_in_place(&self, wanted: u32, keep: u32) -> Option<Growth> {
-        let geo = &self.geo;
-        let ends = geo.md_clusters.end;
-        let free_behind = self.clusters.free_runs().find(|run| run.start == ends);
-        let spare = self.clusters.free().saturating_sub(keep);
-        let more = free_behind.map_or(0, |run| run.end - run.start).min(spare);
-        let limit = u64::from(ends + more) * geo.pages_per_cluster() - u64::from(geo.md_start);
-        let masks = self
-            .sb
-            .used_page_mask_len
-            .get()
-            .min(self.sb.used_blobid_mask_len.get());
-        let md_len = u32::try_from(limit)
-            .unwrap_or(u32::MAX - geo.md_start)
-            .min(mask_bits(masks));
-        // This is the end of the cluster that the last wanted page is in.
-        let full = (u64::from(geo.md_start) + u64::from(wanted))
-            .next_multiple_of(geo.pages_per_cluster())
-            - u64::from(geo.md_start);
-        let md_len = md_len.min(u32::try_from(full).unwrap_or(wanted));
-        (md_len > geo.md_len).then_some(Growth::InPlace { md_len })
-    }
-
-    /// Returns where the region can move to and how long it is there.
-    fn growth_by_move(&self, wanted: u32, keep: u32) -> Option<Growth> {
-        let (geo, total) = (&self.geo, self.geo.total_clusters);
-        let old_clusters = geo.md_clusters.end - geo.md_clusters.start;
-        // The clusters of the old copy become free.
-        let most = self
-            .clusters
-            .free()
-            .min((self.clusters.free() + old_clusters).saturating_sub(keep));
-        let needed = clusters_for(geo, wanted, total);
-        let first = (needed <= most)
-            .then(|| self.clusters.find_run(needed))
-            .flatten();
-        let (first, clusters) = match first {
-            Some(first) => (first, needed),
-            None => {
-                let run = self.clusters.longest_run();
-                (run.start, (run.end - run.start).min(most))
+        let (wanted, keep) = {
+            let space = &mut edit.state().space;
+            // Another thread may have done it.
+            let Some(wanted) = space.wanted_growth(spend) else {
+                return;
+            };
+            let keep = match spend {
+                Spend::Ordinary => space.reserve_clusters(),
+                Spend::Opening | Spend::Releasing => 0,
+            };
+            (wanted, keep)
+        };
+        let grown = grow_metadata(&edit, wanted, keep);
+        let space = &mut edit.state().space;
+        match grown {
+            Ok(()) => space.note_growth(),
+            Err(error) => {
+                let device = &self.inner.dev.info().name;
+                tracing::warn!(device, %error, "the metadata region could not grow");
+                space.note_no_growth();
             }
-        };
-        let md_len = pages_in(geo, clusters, wanted, total)?;
-        let gain = geo.md_len / LEAST_GAIN;
-        (md_len > geo.md_len + gain).then_some(Growth::Move { md_len, first })
-    }
-
-    /// Updates the state in memory to a super block with other positions or sizes.
-    pub fn relocate(&mut self, new: Geometry) {
-        self.clusters.grow(new.total_clusters);
-        self.pages.grow(new.md_len);
-        for cluster in new.own_clusters() {
-            self.clusters.set(cluster);
         }
-        let old = self.geo.own_clusters();
-        let left = old.filter(|cluster| new.is_data_cluster((*cluster).into()));
-        let left: Vec<u32> = left.collect();
-        self.free([], left);
-        self.geo = new;
     }
 }
 
-impl Edit<'_> {
-    fn info(&self) -> &DeviceInfo {
-        self.store.inner.dev.info()
-    }
+/// Returns the number of bits that the cluster mask has room for.
+fn cluster_mask_room(sb: &SuperBlock) -> u32 {
+    let start = sb.used_cluster_mask_start.get();
+    let others = [
+        sb.used_page_mask_start.get(),
+        sb.used_blobid_mask_start.get(),
+        sb.md_start.get(),
+    ];
+    let next = others
+        .into_iter()
+        .filter(|other| *other > start)
+        .min()
+        .unwrap_or(start);
+    mask_bits(next - start)
+}
 
-    /// Enlarges the region to `wanted` pages, or to as many as there is room for while `keep`
-    /// clusters stay free.
-    pub fn grow_metadata(&self, wanted: u32, keep: u32) -> Result<(), Error> {
-        let (geo, best, mut sb) = {
-            let state = self.state();
-            state.check_not_held()?;
-            (
-                state.geo.clone(),
-                state.best_growth(wanted, keep)?,
-                state.sb.clone(),
-            )
-        };
-        match best {
-            Growth::InPlace { md_len } => {
-                sb.md_len = md_len.into();
-                let mut io = self.store.inner.md_channels.get()?;
-                let first = geo.md_lba(geo.md_len);
-                let zeroes = io.can().zeroes(first, geo.md_lba(md_len) - first)?;
-                let end = u64::from(geo.md_start) + u64::from(md_len);
-                let zeroed = io.run_durable(zeroes);
-                drop(io);
-                self.keep_if_late(zeroed, geo.md_clusters.end, end)?;
-                self.switch(sb)?;
-            }
-            Growth::Move { md_len, first } => {
-                self.move_to(first, md_len, geo.total_clusters, sb.size.get())?;
-            }
+/// Whether the store is of a version whose metadata cannot grow.
+fn is_old_version(sb: &SuperBlock) -> bool {
+    sb.version.get() < 3 || sb.used_blobid_mask_len.get() == 0
+}
+
+/// Returns the way to `wanted` pages, or to as many as there is room for while `keep` clusters
+/// stay free.
+fn best_growth(
+    sb: &SuperBlock,
+    space: &Allocator,
+    wanted: u32,
+    keep: u32,
+) -> Result<Growth, Error> {
+    let none = Error::NoMdPages {
+        needed: u64::from(wanted - space.geo.md_len),
+        free: space.pages.free().into(),
+        total: space.geo.md_len.into(),
+    };
+    if is_old_version(sb) {
+        return Err(none);
+    }
+    let in_place = growth_in_place(sb, space, wanted, keep);
+    let moved = match in_place {
+        Some(growth) if growth.md_len() >= wanted => None,
+        _ => growth_by_move(space, wanted, keep),
+    };
+    let ways = in_place.into_iter().chain(moved);
+    ways.max_by_key(|growth| growth.md_len()).ok_or(none)
+}
+
+/// Returns how far the region can grow where it is.
+fn growth_in_place(sb: &SuperBlock, space: &Allocator, wanted: u32, keep: u32) -> Option<Growth> {
+    let geo = &space.geo;
+    let ends = geo.md_clusters.end;
+    let free_behind = space.clusters.free_runs().find(|run| run.start == ends);
+    let spare = space.clusters.free().saturating_sub(keep);
+    let more = free_behind.map_or(0, |run| run.end - run.start).min(spare);
+    let limit = u64::from(ends + more) * geo.pages_per_cluster() - u64::from(geo.md_start);
+    let masks = sb
+        .used_page_mask_len
+        .get()
+        .min(sb.used_blobid_mask_len.get());
+    let md_len = u32::try_from(limit)
+        .unwrap_or(u32::MAX - geo.md_start)
+        .min(mask_bits(masks));
+    // This is the end of the cluster that the last wanted page is in.
+    let full = (u64::from(geo.md_start) + u64::from(wanted))
+        .next_multiple_of(geo.pages_per_cluster())
+        - u64::from(geo.md_start);
+    let md_len = md_len.min(u32::try_from(full).unwrap_or(wanted));
+    (md_len > geo.md_len).then_some(Growth::InPlace { md_len })
+}
+
+/// Returns where the region can move to and how long it is there.
+fn growth_by_move(space: &Allocator, wanted: u32, keep: u32) -> Option<Growth> {
+    let (geo, total) = (&space.geo, space.geo.total_clusters);
+    let old_clusters = geo.md_clusters.end - geo.md_clusters.start;
+    // The clusters of the old copy become free.
+    let most = space
+        .clusters
+        .free()
+        .min((space.clusters.free() + old_clusters).saturating_sub(keep));
+    let needed = clusters_for(geo, wanted, total);
+    let first = (needed <= most)
+        .then(|| space.clusters.find_run(needed))
+        .flatten();
+    let (first, clusters) = match first {
+        Some(first) => (first, needed),
+        None => {
+            let run = space.clusters.longest_run();
+            (run.start, (run.end - run.start).min(most))
         }
-        let (pages, was) = (self.geometry().md_len, geo.md_len);
-        tracing::info!(
-            device = self.info().name,
-            pages,
-            was,
-            ?best,
-            "more metadata pages"
+    };
+    let md_len = pages_in(geo, clusters, wanted, total)?;
+    let gain = geo.md_len / LEAST_GAIN;
+    (md_len > geo.md_len + gain).then_some(Growth::Move { md_len, first })
+}
+
+fn info<'a>(edit: &Edit<'a>) -> &'a DeviceInfo {
+    edit.store.inner.dev.info()
+}
+
+/// Enlarges the region to `wanted` pages, or to as many as there is room for while `keep`
+/// clusters stay free.
+fn grow_metadata(edit: &Edit<'_>, wanted: u32, keep: u32) -> Result<(), Error> {
+    let (geo, best, mut sb) = {
+        let state = edit.state();
+        state.space.check_not_held()?;
+        (
+            state.space.geo.clone(),
+            best_growth(&state.sb, &state.space, wanted, keep)?,
+            state.sb.clone(),
+        )
+    };
+    match best {
+        Growth::InPlace { md_len } => {
+            sb.md_len = md_len.into();
+            let mut io = edit.store.inner.md_channels.get()?;
+            let first = geo.md_lba(geo.md_len);
+            let zeroes = io.can().zeroes(first, geo.md_lba(md_len) - first)?;
+            let end = u64::from(geo.md_start) + u64::from(md_len);
+            let zeroed = io.run_durable(zeroes);
+            drop(io);
+            keep_if_late(edit, zeroed, geo.md_clusters.end, end)?;
+            switch(edit, sb)?;
+        }
+        Growth::Move { md_len, first } => {
+            move_to(edit, first, md_len, geo.total_clusters, sb.size.get())?;
+        }
+    }
+    let (pages, was) = (edit.geometry().md_len, geo.md_len);
+    tracing::info!(
+        device = info(edit).name,
+        pages,
+        was,
+        ?best,
+        "more metadata pages"
+    );
+    Ok(())
+}
+
+/// Moves masks and region to where there is room for the bits of `total` clusters.
+fn move_metadata(edit: &Edit<'_>, md_len: u32, total: u32, size: u64) -> Result<(), Error> {
+    let (geo, needed, first, old_version) = {
+        let state = edit.state();
+        state.space.check_not_held()?;
+        let mut clusters = state.space.clusters.clone();
+        clusters.grow(total);
+        let needed = clusters_for(&state.space.geo, md_len, total);
+        let first = clusters.find_run(needed);
+        (
+            state.space.geo.clone(),
+            needed,
+            first,
+            is_old_version(&state.sb),
+        )
+    };
+    let Some(first) = first.filter(|_| !old_version) else {
+        let reason = format!(
+            "the cluster mask has no room for {total} clusters, and {} ",
+            if old_version {
+                "a store of an old version cannot move its metadata".to_owned()
+            } else {
+                format!("no {needed} free clusters follow one another; delete blobs")
+            }
         );
-        Ok(())
-    }
+        return Err(Error::Geometry {
+            device: info(edit).name.clone(),
+            reason,
+        });
+    };
+    let md_len = pages_in(&geo, needed, md_len, total).unwrap_or(md_len);
+    move_to(edit, first, md_len, total, size)
+}
 
-    /// Moves masks and region to where there is room for the bits of `total` clusters.
-    fn move_metadata(&self, md_len: u32, total: u32, size: u64) -> Result<(), Error> {
-        let (geo, needed, first, old_version) = {
-            let state = self.state();
-            state.check_not_held()?;
-            let mut clusters = state.clusters.clone();
-            clusters.grow(total);
-            let needed = clusters_for(&state.geo, md_len, total);
-            let first = clusters.find_run(needed);
-            (state.geo.clone(), needed, first, state.is_old_version())
-        };
-        let Some(first) = first.filter(|_| !old_version) else {
-            let reason = format!(
-                "the cluster mask has no room for {total} clusters, and {} ",
-                if old_version {
-                    "a store of an old version cannot move its metadata".to_owned()
-                } else {
-                    format!("no {needed} free clusters follow one another; delete blobs")
-                }
-            );
-            return Err(Error::Geometry {
-                device: self.info().name.clone(),
-                reason,
-            });
-        };
-        let md_len = pages_in(&geo, needed, md_len, total).unwrap_or(md_len);
-        self.move_to(first, md_len, total, size)
-    }
+/// Copies the region to the clusters from `first` on, then switches over.
+fn move_to(edit: &Edit<'_>, first: u32, md_len: u32, total: u32, size: u64) -> Result<(), Error> {
+    // The region is copied from the device.
+    edit.store.inner.commit.put_pages()?;
+    let (old, mut sb) = {
+        let state = edit.state();
+        (state.space.geo.clone(), state.sb.clone())
+    };
+    let at = u64::from(first) * old.pages_per_cluster();
+    let Some(layout) = Layout::at(at, md_len, total) else {
+        return Err(Error::Geometry {
+            device: info(edit).name.clone(),
+            reason: "the metadata would lie behind page 2^32".to_owned(),
+        });
+    };
+    layout.set(&mut sb);
+    sb.size = size.into();
+    let new = Geometry::new(&sb, info(edit))?;
+    let mut io = edit.store.inner.md_channels.get()?;
+    // The old bytes of a file must not look like a blob's root, or like a mask.
+    let start = old.page_lba(at);
+    let zeroes = io.can().zeroes(start, old.page_lba(layout.end) - start)?;
+    let failed = io.failed_flushes();
+    let copied = io
+        .run(zeroes)
+        .and_then(|()| copy_region(edit, &mut io, &old, &new))
+        .and_then(|()| io.flush_since(failed));
+    drop(io);
+    keep_if_late(edit, copied, first, layout.end)?;
+    switch(edit, sb)
+}
 
-    /// Copies the region to the clusters from `first` on, then switches over.
-    fn move_to(&self, first: u32, md_len: u32, total: u32, size: u64) -> Result<(), Error> {
-        // The region is copied from the device.
-        self.store.inner.commit.put_pages()?;
-        let (old, mut sb) = {
-            let state = self.state();
-            (state.geo.clone(), state.sb.clone())
+/// After a write of new metadata that has timed out: what it may still reach, free clusters from `first` up to the page
+/// `end`, is given to nobody before the next load.
+fn keep_if_late(
+    edit: &Edit<'_>,
+    written: Result<(), Error>,
+    first: u32,
+    end: u64,
+) -> Result<(), Error> {
+    if written.as_ref().is_err_and(may_land) {
+        let space = &mut edit.state().space;
+        let end = end.div_ceil(space.geo.pages_per_cluster());
+        let end = u32::try_from(end).unwrap_or(u32::MAX);
+        let free = (first..end).filter(|cluster| space.clusters.set(*cluster));
+        let late = Taken {
+            pages: Vec::new(),
+            clusters: free.collect(),
         };
-        let at = u64::from(first) * old.pages_per_cluster();
-        let Some(layout) = Layout::at(at, md_len, total) else {
-            return Err(Error::Geometry {
-                device: self.info().name.clone(),
-                reason: "the metadata would lie behind page 2^32".to_owned(),
-            });
-        };
-        layout.set(&mut sb);
-        sb.size = size.into();
-        let new = Geometry::new(&sb, self.info())?;
-        let mut io = self.store.inner.md_channels.get()?;
-        // The old bytes of a file must not look like a blob's root, or like a mask.
-        let start = old.page_lba(at);
-        let zeroes = io.can().zeroes(start, old.page_lba(layout.end) - start)?;
-        let failed = io.failed_flushes();
-        let copied = io
-            .run(zeroes)
-            .and_then(|()| self.copy_region(&mut io, &old, &new))
-            .and_then(|()| io.flush_since(failed));
-        drop(io);
-        self.keep_if_late(copied, first, layout.end)?;
-        self.switch(sb)
+        space.late.push(late);
     }
+    written
+}
 
-    /// After a write of new metadata that has timed out: what it may still reach, free clusters from `first` up to the page
-    /// `end`, is given to nobody before the next load.
-    fn keep_if_late(&self, written: Result<(), Error>, first: u32, end: u64) -> Result<(), Error> {
-        if written.as_ref().is_err_and(may_land) {
-            let mut state = self.state();
-            let end = end.div_ceil(state.geo.pages_per_cluster());
-            let end = u32::try_from(end).unwrap_or(u32::MAX);
-            let free = (first..end).filter(|cluster| state.clusters.set(*cluster));
-            let late = Change::with_taken(free.collect());
-            state.late.push(late);
-        }
-        written
-    }
-
-    /// Copies the pages of the region to their new positions, used or not, since it is not known
-    /// which pages a damaged blob owns. A page that cannot be read and that nothing uses stays
-    /// empty.
-    fn copy_region(&self, io: &mut MdIo, old: &Geometry, new: &Geometry) -> Result<(), Error> {
-        let per_read = io.can().max_io_blocks() * old.block_size / PAGE_SIZE_U64;
-        let per_read = u32::try_from(per_read).unwrap_or(u32::MAX).max(1);
-        let mut at = 0;
-        while at < old.md_len {
-            let pages = per_read.min(old.md_len - at);
-            if let Err(error) = copy_pages(io, old, new, at, pages) {
-                if may_land(&error) {
-                    return Err(error);
-                }
-                tracing::warn!(%error, "copying metadata failed; trying page by page");
-                for page in at..at + pages {
-                    match copy_pages(io, old, new, page, 1) {
-                        Err(error) if may_land(&error) || self.state().pages.is_set(page) => {
-                            return Err(error);
-                        }
-                        _ => {}
+/// Copies the pages of the region to their new positions, used or not, since it is not known
+/// which pages a damaged blob owns. A page that cannot be read and that nothing uses stays
+/// empty.
+fn copy_region(
+    edit: &Edit<'_>,
+    io: &mut MdIo,
+    old: &Geometry,
+    new: &Geometry,
+) -> Result<(), Error> {
+    let per_read = io.can().max_io_blocks() * old.block_size / PAGE_SIZE_U64;
+    let per_read = u32::try_from(per_read).unwrap_or(u32::MAX).max(1);
+    let mut at = 0;
+    while at < old.md_len {
+        let pages = per_read.min(old.md_len - at);
+        if let Err(error) = copy_pages(io, old, new, at, pages) {
+            if may_land(&error) {
+                return Err(error);
+            }
+            tracing::warn!(%error, "copying metadata failed; trying page by page");
+            for page in at..at + pages {
+                match copy_pages(io, old, new, page, 1) {
+                    Err(error) if may_land(&error) || edit.state().space.pages.is_set(page) => {
+                        return Err(error);
                     }
+                    _ => {}
                 }
             }
-            at += pages;
         }
-        Ok(())
+        at += pages;
     }
+    Ok(())
+}
 
-    /// Makes `sb` the super block. This is the commit point of every growth.
-    fn switch(&self, sb: SuperBlock) -> Result<(), Error> {
-        let geo = Geometry::new(&sb, self.info())?;
-        self.change(|_, change| {
-            change.super_block = Some(Box::new((sb, geo)));
-            Ok(())
-        })
-    }
+/// Makes `sb` the super block. This is the commit point of every growth.
+fn switch(edit: &Edit<'_>, sb: SuperBlock) -> Result<(), Error> {
+    let geo = Geometry::new(&sb, info(edit))?;
+    edit.change(|_, change| {
+        change.super_block = Some(Box::new((sb, geo)));
+        Ok(())
+    })
 }
 
 fn copy_pages(

@@ -6,6 +6,7 @@ use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf};
 
 use super::Blobstore;
 use super::blob::Blob;
+use super::blobs::Blobs;
 use super::change::{Change, MapChange};
 use super::edit::Edit;
 use super::error::Error;
@@ -15,7 +16,7 @@ use super::mdio::{Abilities, Persist};
 use super::meta::{ClearMethod, Parent};
 use super::ops::check_xattr;
 use super::order::Scope;
-use super::space::Spend;
+use super::space::{Allocator, Spend};
 use super::state::State;
 use super::thin::copy_of;
 use super::view::View;
@@ -50,7 +51,7 @@ impl Blobstore {
     /// Fails if there are too few free clusters, if a newer version forbids changes of the blob's
     /// metadata, and when the device fails. The blob is then as it was.
     pub fn inflate(&self, id: BlobId) -> Result<(), Error> {
-        self.detach(id, Which::All)
+        detach(self, id, Which::All)
     }
 
     /// Gives a clone the clusters of its parent. Its parent is then its parent's parent. It stays
@@ -59,115 +60,7 @@ impl Blobstore {
     /// # Errors
     /// Fails if the blob has no parent, and as [`Blobstore::inflate`] does.
     pub fn decouple(&self, id: BlobId) -> Result<(), Error> {
-        self.detach(id, Which::Parents)
-    }
-
-    /// Takes the clusters, fills them in batches, then changes the blob in one commit. Starts again
-    /// if the blob's parents have changed meanwhile.
-    fn detach(&self, id: BlobId, which: Which) -> Result<(), Error> {
-        let blob = self.open(id)?;
-        while let Some(copies) = self.begin_detach(&blob, which)? {
-            if self.end_detach(&blob, which, copies)? {
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes the clusters that the blob lacks and fills them. Returns `None` if there are none.
-    fn begin_detach(&self, blob: &Blob, which: Which) -> Result<Option<Copies>, Error> {
-        let id = blob.id();
-        let edit = self.edit(&Scope::Blobs(vec![id]))?;
-        let mut state = edit.state();
-        state.check_copyable(id)?;
-        let meta = Arc::clone(state.meta(id)?);
-        if which == Which::Parents && meta.parent() == Parent::None {
-            return Err(Error::invalid(format!(
-                "blob {id} has no parent to be decoupled from"
-            )));
-        }
-        if !meta.flags.thin() {
-            return Ok(None);
-        }
-        // A huge thin blob is refused without looking at every cluster.
-        let at_least = match which {
-            Which::All => meta.map.num_clusters() - meta.map.num_allocated(),
-            Which::Parents => 0,
-        };
-        state.check_free_clusters(at_least, Spend::Ordinary)?;
-        let indices = missing(blob, which, u64::from(state.clusters.free()));
-        let mut copies = Copies {
-            change: Change::default(),
-            list: Vec::with_capacity(indices.len()),
-            below: blob.shared.view.load_full(),
-        };
-        let taken = state.take_clusters(&mut copies.change, indices.len() as u64, None)?;
-        copies.list.extend(indices.into_iter().zip(taken));
-        // Others may change the blob and its parents while it is copied. The end checks whether
-        // they have.
-        drop(state);
-        drop(edit);
-        for batch in copies.list.chunks(BATCH) {
-            if let Err(error) = self.copy_up(&copies.below, batch) {
-                let mut state = self.inner.state.lock();
-                state.rollback_after(&error, copies.change);
-                return Err(error);
-            }
-        }
-        Ok(Some(copies))
-    }
-
-    /// Fills clusters with what a blob reads there from its parents.
-    fn copy_up(&self, below: &View, copies: &[(u64, u32)]) -> Result<(), Error> {
-        let io = &mut *self.inner.md_channels.get()?;
-        let geo = self.inner.state.lock().geo.clone();
-        let failed = io.failed_flushes();
-        for (index, cluster) in copies {
-            let ops = copy_of(io, &geo, below, *index, geo.cluster_lba(*cluster))?;
-            io.run(ops)?;
-        }
-        // The copies are durable before the map that names them.
-        io.flush_since(failed)
-    }
-
-    /// Changes the blob. Returns `false` and changes nothing if the blob's parents are no longer
-    /// those that were copied.
-    fn end_detach(&self, blob: &Blob, which: Which, copies: Copies) -> Result<bool, Error> {
-        let Copies {
-            mut change,
-            mut list,
-            below,
-        } = copies;
-        let frozen = self.edit_frozen(|state| Ok((Scope::All, state.open_family(blob.id()))));
-        let (_frozen, edit) = match frozen {
-            Ok(frozen) => frozen,
-            Err(error) => {
-                self.inner.state.lock().rollback(&change);
-                return Err(error);
-            }
-        };
-        if !same_below(&below, &blob.shared.view.load()) {
-            edit.state().rollback(&change);
-            return Ok(false);
-        }
-        let grown = edit.state().take_grown(&mut change, blob, which, &list);
-        let staged = grown
-            .and_then(|grown| {
-                self.copy_up(&blob.shared.view.load(), &grown)?;
-                list.extend(grown);
-                Ok(edit.state())
-            })
-            .and_then(|mut state| {
-                state.stage_detached(&mut change, blob, which, &list)?;
-                Ok(state)
-            });
-        match staged {
-            Ok(state) => edit.commit(state, change).map(|()| true),
-            Err(error) => {
-                edit.state().rollback_after(&error, change);
-                Err(error)
-            }
-        }
+        detach(self, id, Which::Parents)
     }
 
     /// Makes `parent`, a read-only blob of the same size, the parent of a blob, which becomes thin.
@@ -180,10 +73,10 @@ impl Blobstore {
     pub fn set_parent(&self, id: BlobId, parent: BlobId) -> Result<(), Error> {
         // While it is open, so is an external snapshot below it, which the blob's handles need.
         let _parent = self.open(parent)?;
-        let plan = |state: &State| Ok((Scope::All, state.open_family(id)));
+        let plan = |state: &State| Ok((Scope::All, state.blobs.open_family(id)));
         let (_frozen, edit) = self.edit_frozen(plan)?;
         let state = edit.state();
-        let (line, _) = state.ancestry(parent)?;
+        let (line, _) = state.blobs.ancestry(parent)?;
         if line.iter().any(|meta| meta.id == id) {
             return Err(Error::invalid(format!(
                 "blob {parent} descends from {id} and cannot be its parent"
@@ -195,7 +88,7 @@ impl Blobstore {
             )));
         }
         let (size, parent_size) = (
-            state.meta(id)?.map.num_clusters(),
+            state.blobs.meta(id)?.map.num_clusters(),
             line[0].map.num_clusters(),
         );
         if size != parent_size {
@@ -204,7 +97,7 @@ impl Blobstore {
             )));
         }
         drop(state);
-        edit.relink(id, &Parent::Snapshot(parent))
+        relink(&edit, id, &Parent::Snapshot(parent))
     }
 
     /// Makes an external snapshot the parent of a blob, which becomes thin. Where the blob has no
@@ -216,7 +109,7 @@ impl Blobstore {
     /// number of clusters, and when the device fails.
     pub fn set_external_parent(&self, id: BlobId, external_id: &[u8]) -> Result<(), Error> {
         check_xattr(super::meta::EXTSNAP, external_id)?;
-        self.inner.state.lock().meta(id)?;
+        self.inner.state.lock().blobs.meta(id)?;
         // It stays open until the blob's handles have it.
         let external = self.open_external(id, &external_id.into())?;
         if !external.len_bytes().is_multiple_of(self.cluster_size()) {
@@ -226,9 +119,9 @@ impl Blobstore {
                 self.cluster_size()
             )));
         }
-        let plan = |state: &State| Ok((Scope::All, state.open_family(id)));
+        let plan = |state: &State| Ok((Scope::All, state.blobs.open_family(id)));
         let (_frozen, edit) = self.edit_frozen(plan)?;
-        edit.relink(id, &Parent::External(external_id.into()))
+        relink(&edit, id, &Parent::External(external_id.into()))
     }
 
     /// Copies the clusters that a read-only blob has itself, and no others, to the same offsets of
@@ -293,11 +186,123 @@ impl Blobstore {
     }
 }
 
+/// Takes the clusters, fills them in batches, then changes the blob in one commit. Starts again
+/// if the blob's parents have changed meanwhile.
+fn detach(store: &Blobstore, id: BlobId, which: Which) -> Result<(), Error> {
+    let blob = store.open(id)?;
+    while let Some(copies) = begin_detach(store, &blob, which)? {
+        if end_detach(store, &blob, which, copies)? {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Takes the clusters that the blob lacks and fills them. Returns `None` if there are none.
+fn begin_detach(store: &Blobstore, blob: &Blob, which: Which) -> Result<Option<Copies>, Error> {
+    let id = blob.id();
+    let edit = store.edit(&Scope::Blobs(vec![id]))?;
+    let mut state = edit.state();
+    check_copyable(&state.blobs, id)?;
+    let meta = Arc::clone(state.blobs.meta(id)?);
+    if which == Which::Parents && meta.parent() == Parent::None {
+        return Err(Error::invalid(format!(
+            "blob {id} has no parent to be decoupled from"
+        )));
+    }
+    if !meta.flags.thin() {
+        return Ok(None);
+    }
+    // A huge thin blob is refused without looking at every cluster.
+    let at_least = match which {
+        Which::All => meta.map.num_clusters() - meta.map.num_allocated(),
+        Which::Parents => 0,
+    };
+    state.space.check_free_clusters(at_least, Spend::Ordinary)?;
+    let indices = missing(blob, which, u64::from(state.space.clusters.free()));
+    let mut copies = Copies {
+        change: Change::default(),
+        list: Vec::with_capacity(indices.len()),
+        below: blob.shared.view.load_full(),
+    };
+    let taken = copies
+        .change
+        .take_clusters(&mut state.space, indices.len() as u64, None)?;
+    copies.list.extend(indices.into_iter().zip(taken));
+    // Others may change the blob and its parents while it is copied. The end checks whether
+    // they have.
+    drop(state);
+    drop(edit);
+    for batch in copies.list.chunks(BATCH) {
+        if let Err(error) = copy_up(store, &copies.below, batch) {
+            let mut state = store.inner.state.lock();
+            state.space.give_back_after(&error, copies.change.taken);
+            return Err(error);
+        }
+    }
+    Ok(Some(copies))
+}
+
+/// Fills clusters with what a blob reads there from its parents.
+fn copy_up(store: &Blobstore, below: &View, copies: &[(u64, u32)]) -> Result<(), Error> {
+    let io = &mut *store.inner.md_channels.get()?;
+    let geo = store.inner.state.lock().space.geo.clone();
+    let failed = io.failed_flushes();
+    for (index, cluster) in copies {
+        let ops = copy_of(io, &geo, below, *index, geo.cluster_lba(*cluster))?;
+        io.run(ops)?;
+    }
+    // The copies are durable before the map that names them.
+    io.flush_since(failed)
+}
+
+/// Changes the blob. Returns `false` and changes nothing if the blob's parents are no longer
+/// those that were copied.
+fn end_detach(store: &Blobstore, blob: &Blob, which: Which, copies: Copies) -> Result<bool, Error> {
+    let Copies {
+        mut change,
+        mut list,
+        below,
+    } = copies;
+    let frozen = store.edit_frozen(|state| Ok((Scope::All, state.blobs.open_family(blob.id()))));
+    let (_frozen, edit) = match frozen {
+        Ok(frozen) => frozen,
+        Err(error) => {
+            store.inner.state.lock().space.give_back(&change.taken);
+            return Err(error);
+        }
+    };
+    if !same_below(&below, &blob.shared.view.load()) {
+        edit.state().space.give_back(&change.taken);
+        return Ok(false);
+    }
+    let grown = take_grown(&mut edit.state().space, &mut change, blob, which, &list);
+    let staged = grown
+        .and_then(|grown| {
+            copy_up(store, &blob.shared.view.load(), &grown)?;
+            list.extend(grown);
+            Ok(edit.state())
+        })
+        .and_then(|mut state| {
+            let rooms = &mut *state;
+            let rooms = (&mut rooms.blobs, &mut rooms.space);
+            stage_detached(rooms, &mut change, blob, which, &list)?;
+            Ok(state)
+        });
+    match staged {
+        Ok(state) => edit.commit(state, change).map(|()| true),
+        Err(error) => {
+            edit.state().space.give_back_after(&error, change.taken);
+            Err(error)
+        }
+    }
+}
+
 impl Blobstore {
     /// Returns the external snapshot below a blob, if there is one. The application opens it if it
     /// is not open yet. It stays open while the result exists. No lock may be held.
     pub(crate) fn open_external_of(&self, id: BlobId) -> Result<Option<Arc<External>>, Error> {
-        let external_id = self.inner.state.lock().external_id(id)?;
+        let external_id = self.inner.state.lock().blobs.external_id(id)?;
         external_id
             .map(|external_id| self.open_external(id, &external_id))
             .transpose()
@@ -310,17 +315,17 @@ impl Blobstore {
         blob: BlobId,
         external_id: &Arc<[u8]>,
     ) -> Result<Arc<External>, Error> {
-        if let Some(external) = self.inner.state.lock().external(external_id) {
+        if let Some(external) = self.inner.state.lock().blobs.externals.get(external_id) {
             return Ok(external);
         }
         // Many devices can be opened once only: another thread that opens it is waited for.
         let _opening = self.inner.opening.lock();
         let open = {
-            let state = self.inner.state.lock();
-            if let Some(external) = state.external(external_id) {
+            let externals = &self.inner.state.lock().blobs.externals;
+            if let Some(external) = externals.get(external_id) {
                 return Ok(external);
             }
-            state.open_external.clone()
+            externals.opener.clone()
         };
         let open = open.ok_or_else(|| Error::CannotOpen {
             blob,
@@ -338,10 +343,10 @@ impl Blobstore {
                 ),
             })?;
         let opened = Arc::new(External::new(dev));
-        let mut state = self.inner.state.lock();
+        let externals = &mut self.inner.state.lock().blobs.externals;
         // The application may have opened it by opening another blob.
-        Ok(state.external(external_id).unwrap_or_else(|| {
-            state.add_external(external_id, &opened);
+        Ok(externals.get(external_id).unwrap_or_else(|| {
+            externals.add(external_id, &opened);
             opened
         }))
     }
@@ -399,95 +404,91 @@ fn missing(blob: &Blob, which: Which, limit: u64) -> Vec<u64> {
     }
 }
 
-impl State {
-    /// Checks whether a blob may get clusters of its own. A snapshot may: that a blob is read-only
-    /// is said of its content.
-    fn check_copyable(&self, id: BlobId) -> Result<(), Error> {
-        let flags = self.meta(id)?.flags;
-        self.ancestry(id)?;
-        let content = Flags {
-            data_ro: flags.data_ro & !Flags::READ_ONLY,
-            ..flags
-        };
-        if content.md_read_only() {
-            return Err(Error::ReadOnly(id));
-        }
-        Ok(())
+/// Checks whether a blob may get clusters of its own. A snapshot may: that a blob is read-only
+/// is said of its content.
+fn check_copyable(blobs: &Blobs, id: BlobId) -> Result<(), Error> {
+    let flags = blobs.meta(id)?.flags;
+    blobs.ancestry(id)?;
+    let content = Flags {
+        data_ro: flags.data_ro & !Flags::READ_ONLY,
+        ..flags
+    };
+    if content.md_read_only() {
+        return Err(Error::ReadOnly(id));
     }
-
-    /// Takes clusters for what the blob has grown by since the list was made.
-    fn take_grown(
-        &mut self,
-        change: &mut Change,
-        blob: &Blob,
-        which: Which,
-        copies: &[(u64, u32)],
-    ) -> Result<Vec<(u64, u32)>, Error> {
-        let limit = u64::from(self.clusters.free()) + copies.len() as u64;
-        let mut grown = Vec::new();
-        for index in missing(blob, which, limit) {
-            if copies
-                .binary_search_by_key(&index, |(index, _)| *index)
-                .is_err()
-            {
-                grown.push((index, self.take_cluster(change)?));
-            }
-        }
-        Ok(grown)
-    }
-
-    /// Stages a blob with its copies and without its parent. Meanwhile it may have been written,
-    /// and then has clusters of its own there, and it may have been resized.
-    fn stage_detached(
-        &mut self,
-        change: &mut Change,
-        blob: &Blob,
-        which: Which,
-        copies: &[(u64, u32)],
-    ) -> Result<(), Error> {
-        let id = blob.id();
-        let old = Arc::clone(self.meta(id)?);
-        let size = old.map.num_clusters();
-        let map = old
-            .map
-            .resized(size, old.map.num_allocated() + copies.len() as u64);
-        for (index, cluster) in copies {
-            if *index < size && map.cluster(*index).is_none() {
-                map.set(*index, *cluster);
-            } else {
-                change.freed_clusters.push((*cluster, ClearMethod::None));
-            }
-        }
-        let mut next = Parent::None;
-        if let (Parent::Snapshot(parent), Which::Parents) = (old.parent(), which) {
-            next = self.meta(parent)?.parent();
-            let below = self.view(parent)?;
-            let parent_size = self.meta(parent)?.map.num_clusters();
-            self.cover_tail(change, &below, parent_size, &map)?;
-        }
-        let staged = self.stage(change, id)?;
-        staged.meta.map = Arc::new(map);
-        staged.map = MapChange::Replaced;
-        staged.other = true;
-        staged.meta.set_parent(&next);
-        if which == Which::All {
-            staged.meta.flags.invalid &= !Flags::THIN;
-        }
-        Ok(())
-    }
+    Ok(())
 }
 
-impl Edit<'_> {
-    /// Changes a blob's parent. No I/O through the blob is in flight.
-    fn relink(&self, id: BlobId, parent: &Parent) -> Result<(), Error> {
-        self.change(|state, change| {
-            state.check_writable(id)?;
-            let staged = state.stage(change, id)?;
-            staged.meta.set_parent(parent);
-            staged.other = true;
-            Ok(())
-        })
+/// Takes clusters for what the blob has grown by since the list was made.
+fn take_grown(
+    space: &mut Allocator,
+    change: &mut Change,
+    blob: &Blob,
+    which: Which,
+    copies: &[(u64, u32)],
+) -> Result<Vec<(u64, u32)>, Error> {
+    let limit = u64::from(space.clusters.free()) + copies.len() as u64;
+    let mut grown = Vec::new();
+    for index in missing(blob, which, limit) {
+        if copies
+            .binary_search_by_key(&index, |(index, _)| *index)
+            .is_err()
+        {
+            grown.push((index, change.take_cluster(space)?));
+        }
     }
+    Ok(grown)
+}
+
+/// Stages a blob with its copies and without its parent. Meanwhile it may have been written,
+/// and then has clusters of its own there, and it may have been resized.
+fn stage_detached(
+    (blobs, space): (&mut Blobs, &mut Allocator),
+    change: &mut Change,
+    blob: &Blob,
+    which: Which,
+    copies: &[(u64, u32)],
+) -> Result<(), Error> {
+    let id = blob.id();
+    let old = Arc::clone(blobs.meta(id)?);
+    let size = old.map.num_clusters();
+    let map = old
+        .map
+        .resized(size, old.map.num_allocated() + copies.len() as u64);
+    for (index, cluster) in copies {
+        if *index < size && map.cluster(*index).is_none() {
+            map.set(*index, *cluster);
+        } else {
+            change.freed_clusters.push((*cluster, ClearMethod::None));
+        }
+    }
+    let mut next = Parent::None;
+    if let (Parent::Snapshot(parent), Which::Parents) = (old.parent(), which) {
+        next = blobs.meta(parent)?.parent();
+        let below = blobs.view(parent)?;
+        let parent_size = blobs.meta(parent)?.map.num_clusters();
+        change.cover_tail(space, &below, parent_size, &map)?;
+    }
+    let staged = change.stage(blobs, id)?;
+    staged.meta.map = Arc::new(map);
+    staged.map = MapChange::Replaced;
+    staged.other = true;
+    staged.meta.set_parent(&next);
+    if which == Which::All {
+        staged.meta.flags.invalid &= !Flags::THIN;
+    }
+    Ok(())
+}
+
+/// Changes a blob's parent. No I/O through the blob is in flight.
+fn relink(edit: &Edit<'_>, id: BlobId, parent: &Parent) -> Result<(), Error> {
+    edit.change(|state, change| {
+        state.blobs.check_writable(id)?;
+        let staged = change.stage(&state.blobs, id)?;
+        staged.meta.set_parent(parent);
+        staged.other = true;
+        Ok(())
+    })
 }
 
 #[cfg(test)]
@@ -527,17 +528,17 @@ mod tests {
         for which in [Which::All, Which::Parents] {
             let (store, blob) = clone_of_four_clusters();
             let free = store.free_clusters();
-            let copies = store.begin_detach(&blob, which).unwrap().unwrap();
+            let copies = begin_detach(&store, &blob, which).unwrap().unwrap();
             put(&blob, 2, 2);
             let second = store.snapshot(blob.id(), &[]).unwrap();
-            assert!(!store.end_detach(&blob, which, copies).unwrap());
+            assert!(!end_detach(&store, &blob, which, copies).unwrap());
             assert_eq!(store.free_clusters(), free - 1);
             assert_eq!(
                 (0..4).map(|i| get(&blob, i)).collect::<Vec<_>>(),
                 [1, 1, 2, 1]
             );
             assert_eq!(blob.parent(), Parent::Snapshot(second));
-            store.detach(blob.id(), which).unwrap();
+            detach(&store, blob.id(), which).unwrap();
             assert_eq!(
                 (0..4).map(|i| get(&blob, i)).collect::<Vec<_>>(),
                 [1, 1, 2, 1]
@@ -549,10 +550,10 @@ mod tests {
     #[test]
     fn writes_in_the_middle_of_an_inflation() {
         let (store, blob) = clone_of_four_clusters();
-        let copies = store.begin_detach(&blob, Which::All).unwrap().unwrap();
+        let copies = begin_detach(&store, &blob, Which::All).unwrap().unwrap();
         put(&blob, 2, 2);
         blob.resize(5).unwrap();
-        assert!(store.end_detach(&blob, Which::All, copies).unwrap());
+        assert!(end_detach(&store, &blob, Which::All, copies).unwrap());
         assert_eq!(
             (0..5).map(|i| get(&blob, i)).collect::<Vec<_>>(),
             [1, 1, 2, 1, 0]

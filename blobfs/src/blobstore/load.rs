@@ -1,6 +1,6 @@
 //! Loading a store: the super block, the journal, then the masks or a scan.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Mutex, ReentrantMutex};
@@ -8,26 +8,28 @@ use parking_lot::{Mutex, ReentrantMutex};
 use pumice_bdev::BdevError;
 use pumice_bdev::{BlockDevice, DeviceInfo};
 
+use super::blobs::{Blobs, Slot};
 use super::channels::Channels;
 use super::claims::Claim;
 use super::commit::in_place::InPlace;
 use super::commit::{Commit, Failure};
 use super::data::Cut;
 use super::error::Error;
-use super::external::OpenExternal;
+use super::external::{Externals, OpenExternal};
 use super::format::{BlobId, BsType, PAGE_SIZE_U64, SuperBlock};
 use super::geometry::{Geometry, tears_pages};
 use super::journal::Journal;
 use super::journal::format::RingPlace;
 use super::journal::recovery::{self, FoundJournal, Treat};
 use super::late_writes::LateWrites;
+use super::lifecycle::{CleanMark, Lifecycle};
 use super::masks::Masks;
 use super::mdio::{Abilities, MdChannels, MdIo, dma};
 use super::order::Order;
 use super::remains;
 use super::scan::{Roots, Scan, scan};
-use super::space::SpacePolicy;
-use super::state::{CleanMark, Slot, State, StorePhase};
+use super::space::Allocator;
+use super::state::State;
 use super::steady::Steady;
 use super::store::{Blobstore, Inner};
 use super::super_page::{self, Found};
@@ -90,43 +92,27 @@ impl Metadata {
             shared_pages,
             ..
         } = self.scan;
-        let blobs = blobs
-            .into_iter()
-            .map(|(root, meta)| (root, Slot::new(Arc::new(meta))));
-        let mut state = State {
-            sb: self.sb,
-            geo: self.geo,
-            can,
-            clean_mark: match self.dirty {
-                true => CleanMark::Removed,
-                false => CleanMark::Set,
-            },
-            journal,
-            phase: StorePhase::Loaded,
-            read_only: self.read_only,
-            stopped: None,
-            doubts: Vec::new(),
-            late: Vec::new(),
-            late_writes,
-            half_snapshot: None,
-            pages,
-            clusters,
-            policy: SpacePolicy::default(),
-            growth_blocked: None,
-            blobs: blobs.collect(),
-            damaged,
-            remains,
-            uncertain: false,
-            unowned: None,
-            lines: HashMap::new(),
-            children: HashMap::new(),
-            shared_clusters,
-            shared_pages,
-            open_external: self.open_external,
-            externals: HashMap::new(),
+        let roots = blobs.into_iter().map(|(root, meta)| {
+            let slot = Slot::new(Arc::new(meta));
+            (root, slot)
+        });
+        let clean_mark = match self.dirty {
+            true => CleanMark::Removed,
+            false => CleanMark::Set,
         };
-        state.index_children();
-        state
+        let mut space = Allocator::new(self.geo, (pages, clusters), late_writes, can);
+        space.shared_clusters = shared_clusters;
+        space.shared_pages = shared_pages;
+        let externals = Externals::new(self.open_external);
+        let mut blobs = Blobs::new(roots.collect(), journal, externals);
+        blobs.damaged = damaged;
+        blobs.remains = remains;
+        State {
+            sb: self.sb,
+            lifecycle: Lifecycle::new(clean_mark, self.read_only),
+            space,
+            blobs,
+        }
     }
 }
 
@@ -158,7 +144,7 @@ impl Loaded {
         let can = io.can();
         let place = journal.as_ref().map(|journal| journal.place.blob);
         let state = metadata.into_state(can, place, late_writes);
-        let geo = &state.geo;
+        let geo = &state.space.geo;
         let channels = Channels::new(Arc::clone(&dev));
         let md_channels = Arc::new(MdChannels::new(Arc::clone(&dev), io));
         let commit: Box<dyn Commit> = match journal {
@@ -316,13 +302,15 @@ impl Blobstore {
 
 /// Whether nothing may be allocated, since it is not known what damaged blobs hold.
 fn is_held(store: &Blobstore, uncertain: bool) -> bool {
-    let mut state = store.inner.state.lock();
-    state.uncertain = uncertain;
-    let held = state.held().is_some();
-    if held {
-        state.note_unowned();
+    let state = &mut *store.inner.state.lock();
+    match state.blobs.first_damaged() {
+        Some(damaged) if uncertain => {
+            let metas = state.blobs.by_root.values().map(|slot| &*slot.meta);
+            state.space.hold(damaged, metas);
+            true
+        }
+        _ => false,
     }
-    held
 }
 
 /// Reads the super block and checks the type of the store.

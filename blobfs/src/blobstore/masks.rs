@@ -80,14 +80,19 @@ impl Masks {
 
 /// Returns the masks of a store, each with the page where it begins.
 pub(crate) fn of(state: &State) -> Vec<(u32, Vec<u8>)> {
-    let mut blobids = Bitmap::new(state.geo.md_len);
-    for root in state.blobs.keys().chain(state.damaged.keys()) {
+    let mut blobids = Bitmap::new(state.space.geo.md_len);
+    for root in state.blobs.by_root.keys().chain(state.blobs.damaged.keys()) {
         blobids.set(*root);
     }
     // No blob names what late writes may still reach: it is free from the next load on.
-    let (mut pages, mut clusters) = (state.pages.clone(), state.clusters.clone());
-    for change in &state.late {
-        change.give_back(&mut pages, &mut clusters);
+    let (mut pages, mut clusters) = (state.space.pages.clone(), state.space.clusters.clone());
+    for taken in &state.space.late {
+        for page in &taken.pages {
+            pages.clear(*page);
+        }
+        for cluster in &taken.clusters {
+            clusters.clear(*cluster);
+        }
     }
     let sb = &state.sb;
     let mask = |start: U32, kind, bits: &Bitmap| {

@@ -12,6 +12,7 @@
 
 mod alloc;
 mod blob;
+mod blobs;
 mod carried;
 mod carry;
 mod change;
@@ -35,6 +36,8 @@ mod io;
 mod journal;
 mod lanes;
 mod late_writes;
+mod lay_out;
+mod lifecycle;
 mod load;
 mod make_journal;
 mod masks;

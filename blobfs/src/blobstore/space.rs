@@ -1,11 +1,19 @@
 //! What changes may take: a reserve of clusters and metadata pages that only opening and freeing
 //! may use, and a metadata region that grows before it is full.
 
-use super::Blobstore;
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use pumice_bdev::Op;
+
+use super::alloc::{Bitmap, iter_words};
 use super::error::Error;
 use super::format::{BlobId, PAGE_SIZE_U64};
-use super::geometry::Layout;
-use super::state::State;
+use super::geometry::{Geometry, Layout};
+use super::late_writes::LateWrites;
+use super::mdio::Abilities;
+use super::meta::{BlobMeta, ClearMethod};
+use super::retry::may_land;
 
 /// Bytes of a file system for each of its first metadata pages.
 const BYTES_PER_MD_PAGE: u64 = 512 << 10;
@@ -46,63 +54,97 @@ pub struct SpacePolicy {
     pub grow_metadata: bool,
 }
 
-impl Blobstore {
+/// Metadata pages and clusters that a change has taken.
+#[derive(Debug, Default)]
+pub(crate) struct Taken {
+    pub pages: Vec<u32>,
+    pub clusters: Vec<u32>,
+}
+
+/// A damaged blob because of which nothing is allocated, and what may be its.
+#[derive(Debug)]
+pub(crate) struct Unowned {
+    by: BlobId,
+    /// Pages that are marked as used and belong to no whole blob.
+    pages: Bitmap,
+    /// Clusters of this kind.
+    clusters: Bitmap,
+}
+
+/// The allocator of metadata pages and clusters: it knows which are taken, free, and held back.
+#[derive(Debug)]
+pub(crate) struct Allocator {
+    pub geo: Geometry,
+    pub pages: Bitmap,
+    pub clusters: Bitmap,
+    policy: SpacePolicy,
+    /// Free clusters at the last growth of the metadata that found no room.
+    growth_blocked: Option<u32>,
+    held: Option<Unowned>,
+    /// Clusters that more than one blob claims. They are never released.
+    pub shared_clusters: HashSet<u32>,
+    /// Extent pages that more than one blob claims. They are never released.
+    pub shared_pages: HashSet<u32>,
+    /// Pages and clusters that changes have taken or freed of which a write or a clear has timed out. It may still land, so all
+    /// of them stay taken until the next load.
+    pub late: Vec<Taken>,
+    /// The blocks of all writes that have timed out.
+    late_writes: Arc<LateWrites>,
+    /// Abilities of the device.
+    can: Abilities,
+}
+
+impl Allocator {
+    /// Makes the space of a store from its bitmaps. Nothing is reserved.
+    pub fn new(
+        geo: Geometry,
+        (pages, clusters): (Bitmap, Bitmap),
+        late_writes: Arc<LateWrites>,
+        can: Abilities,
+    ) -> Allocator {
+        Allocator {
+            geo,
+            pages,
+            clusters,
+            policy: SpacePolicy::default(),
+            growth_blocked: None,
+            held: None,
+            shared_clusters: HashSet::new(),
+            shared_pages: HashSet::new(),
+            late: Vec::new(),
+            late_writes,
+            can,
+        }
+    }
+
     /// Sets what is reserved, from the next change on.
-    pub fn set_space_policy(&self, policy: SpacePolicy) {
-        let mut state = self.inner.state.lock();
-        state.policy = policy;
-        state.growth_blocked = None;
+    pub fn set_policy(&mut self, policy: SpacePolicy) {
+        self.policy = policy;
+        self.growth_blocked = None;
     }
 
-    /// Returns the number of clusters that an ordinary change can take.
-    #[must_use]
-    pub fn available_clusters(&self) -> u64 {
-        let state = self.inner.state.lock();
-        state.clusters_for(Spend::Ordinary)
+    /// Records that the metadata region has grown.
+    pub fn note_growth(&mut self) {
+        self.growth_blocked = None;
     }
 
-    /// Returns the number of clusters that are reserved from ordinary changes.
-    #[must_use]
-    pub fn reserved_clusters(&self) -> u64 {
-        self.inner.state.lock().reserve_clusters().into()
-    }
-
-    /// Returns the number of clusters of the journal.
-    #[must_use]
-    pub fn journal_clusters(&self) -> u64 {
-        let state = self.inner.state.lock();
-        let root = state.journal.and_then(BlobId::page);
-        let slot = root.and_then(|root| state.blobs.get(&root));
-        slot.map_or(0, |slot| slot.meta.map.num_clusters())
+    /// Records that the metadata region has found no room to grow.
+    pub fn note_no_growth(&mut self) {
+        self.growth_blocked = Some(self.clusters.free());
     }
 
     /// Whether an ordinary change can take a metadata page, if necessary by growth of the region.
-    #[must_use]
-    pub fn can_take_md_page(&self) -> bool {
-        let state = self.inner.state.lock();
-        let grows = state.policy.grow_metadata && state.growth_blocked.is_none();
-        grows || state.pages_for(Spend::Ordinary) > 0
+    pub fn can_take_page(&self) -> bool {
+        let grows = self.policy.grow_metadata && self.growth_blocked.is_none();
+        grows || self.pages_for(Spend::Ordinary) > 0
     }
 
     /// Returns the number of metadata pages that a new store of this size would have.
-    #[must_use]
-    pub fn fitting_md_pages(&self) -> u64 {
-        let state = self.inner.state.lock();
-        let geo = &state.geo;
-        let size = u64::from(geo.total_clusters) * geo.cluster_size;
+    pub fn fitting_pages(&self) -> u64 {
+        let size = u64::from(self.geo.total_clusters) * self.geo.cluster_size;
         (size / BYTES_PER_MD_PAGE).clamp(1, MD_PAGES_MAX)
     }
 
-    /// Returns the number of metadata pages that an ordinary change can take before the region has
-    /// to grow.
-    #[must_use]
-    pub fn available_md_pages(&self) -> u64 {
-        let state = self.inner.state.lock();
-        state.pages_for(Spend::Ordinary)
-    }
-}
-
-impl State {
     /// Returns the number of metadata pages that ordinary changes leave.
     fn reserve_pages(&self) -> u32 {
         let pages = self.pages.len();
@@ -114,7 +156,7 @@ impl State {
     }
 
     /// Returns the number of clusters that ordinary changes leave.
-    fn reserve_clusters(&self) -> u32 {
+    pub fn reserve_clusters(&self) -> u32 {
         if !self.policy.reserve {
             return 0;
         }
@@ -178,10 +220,189 @@ impl State {
         }
     }
 
+    /// Returns the blob because of which nothing is allocated.
+    pub fn held(&self) -> Option<BlobId> {
+        self.held.as_ref().map(|held| held.by)
+    }
+
+    /// Lets nothing be allocated, since it is not known what the damaged blob `by` holds. Everything that is marked as used
+    /// and that these blobs do not have may be its.
+    pub fn hold<'a>(&mut self, by: BlobId, blobs: impl Iterator<Item = &'a BlobMeta>) {
+        let mut pages = self.pages.clone();
+        let mut clusters = self.clusters.clone();
+        for cluster in self.geo.own_clusters() {
+            clusters.clear(cluster);
+        }
+        for meta in blobs {
+            pages.clear(meta.root());
+            for page in meta.chain.iter().copied().chain(meta.pages_of_extents()) {
+                pages.clear(page);
+            }
+            for cluster in meta.clusters() {
+                clusters.clear(cluster);
+            }
+        }
+        self.held = Some(Unowned {
+            by,
+            pages,
+            clusters,
+        });
+    }
+
+    /// Frees the root of a damaged blob that is durably deleted. `next` is the first of those that are left. After the last one,
+    /// what only a damaged blob can have held is free.
+    pub fn discard(&mut self, root: u32, next: Option<BlobId>) {
+        let Some(held) = &mut self.held else {
+            self.pages.clear(root);
+            return;
+        };
+        if let Some(next) = next {
+            held.by = next;
+        } else if let Some(unowned) = self.held.take() {
+            self.free(
+                iter_words(unowned.pages.words()),
+                iter_words(unowned.clusters.words()),
+            );
+        }
+    }
+
+    /// Takes `count` clusters: the ones behind `last` if they are free, else others in one run,
+    /// else any free ones, lowest first.
+    pub fn take_clusters(
+        &mut self,
+        count: u64,
+        last: Option<u32>,
+        spend: Spend,
+    ) -> Result<Vec<u32>, Error> {
+        if count > 0 {
+            self.check_not_held()?;
+        }
+        self.check_free_clusters(count, spend)?;
+        let count = u32::try_from(count).expect("not more than are free");
+        let first = last
+            .map(|last| last + 1)
+            .filter(|next| self.clusters.is_free_run(*next, count))
+            .or_else(|| self.clusters.find_run(count));
+        let mut taken = Vec::with_capacity(count as usize);
+        for offset in 0..count {
+            let cluster = match first {
+                Some(first) => Some(first + offset).filter(|at| self.clusters.set(*at)),
+                None => self.clusters.take(0),
+            };
+            let cluster = cluster.expect("it was counted as free");
+            taken.push(cluster);
+        }
+        Ok(taken)
+    }
+
+    /// Fails while it is not known which clusters a damaged blob holds, since nothing may be
+    /// allocated then.
+    pub fn check_not_held(&self) -> Result<(), Error> {
+        match self.held() {
+            Some(id) => Err(Error::Held(id)),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes a metadata page. Page 0 is only taken for a root, because an extent page would not be
+    /// recognised there.
+    pub fn take_page(&mut self, root: bool, spend: Spend) -> Result<u32, Error> {
+        self.check_not_held()?;
+        self.check_free_pages(1, spend)?;
+        self.pages
+            .take(u32::from(!root))
+            .ok_or_else(|| self.no_pages(1, spend))
+    }
+
+    /// Gives back what a change has taken.
+    pub fn give_back(&mut self, taken: &Taken) {
+        let pages = taken.pages.iter().copied();
+        self.free(pages, taken.clusters.iter().copied());
+    }
+
+    /// Marks metadata pages and clusters as free that nothing names any longer. Those that a write may still reach which has
+    /// timed out stay taken until the next load.
+    pub fn free(
+        &mut self,
+        pages: impl IntoIterator<Item = u32>,
+        clusters: impl IntoIterator<Item = u32>,
+    ) {
+        let mut late = Taken::default();
+        let per_page = self.geo.page_lba(1);
+        for page in pages {
+            let lba = self.geo.md_lba(page);
+            if self.late_writes.reach(&(lba..lba + per_page)) {
+                late.pages.push(page);
+            } else {
+                self.pages.clear(page);
+            }
+        }
+        for cluster in clusters {
+            let lba = self.geo.cluster_lba(cluster);
+            let end = lba + self.geo.cluster_blocks();
+            if self.late_writes.reach(&(lba..end)) {
+                late.clusters.push(cluster);
+            } else {
+                self.clusters.clear(cluster);
+            }
+        }
+        if late.pages.is_empty() && late.clusters.is_empty() {
+            return;
+        }
+        tracing::warn!(
+            pages = late.pages.len(),
+            clusters = late.clusters.len(),
+            "what a write that has timed out may still reach stays in use until the next load"
+        );
+        self.late.push(late);
+    }
+
+    /// Gives back what a change has taken when it has failed with `error`. What an operation that has timed out may still
+    /// reach stays taken until the next load.
+    pub fn give_back_after(&mut self, error: &Error, taken: Taken) {
+        if may_land(error) {
+            self.late.push(taken);
+        } else {
+            self.give_back(&taken);
+        }
+    }
+
+    /// Changes the bitmaps to those of a super block with other positions or sizes.
+    pub fn relocate(&mut self, new: Geometry) {
+        self.clusters.grow(new.total_clusters);
+        self.pages.grow(new.md_len);
+        for cluster in new.own_clusters() {
+            self.clusters.set(cluster);
+        }
+        let old = self.geo.own_clusters();
+        let left = old.filter(|cluster| new.is_data_cluster((*cluster).into()));
+        let left: Vec<u32> = left.collect();
+        self.free([], left);
+        self.geo = new;
+    }
+
+    /// Returns operations that write zeroes to `count` clusters from `first` on.
+    pub fn zeroes(&self, first: u32, count: usize) -> Result<Vec<Op>, Error> {
+        let blocks = count as u64 * self.geo.cluster_blocks();
+        self.can.zeroes(self.geo.cluster_lba(first), blocks)
+    }
+
+    /// Returns operations that clear `count` clusters from `first` on by a blob's method.
+    pub fn clears(&self, first: u32, count: usize, method: ClearMethod) -> Result<Vec<Op>, Error> {
+        let blocks = count as u64 * self.geo.cluster_blocks();
+        match method {
+            ClearMethod::None => Ok(Vec::new()),
+            ClearMethod::Default | ClearMethod::Unmap => {
+                Ok(self.can.unmaps(self.geo.cluster_lba(first), blocks))
+            }
+            ClearMethod::WriteZeroes => self.zeroes(first, count),
+        }
+    }
+
     /// Returns the number of metadata pages that the region should grow to before a change that may
     /// take some. This is when three quarters are used, unless an attempt found no room and there
     /// is no more of it since.
-    fn wanted_growth(&mut self, spend: Spend) -> Option<u32> {
+    pub fn wanted_growth(&mut self, spend: Spend) -> Option<u32> {
         let (used, len) = (u64::from(self.pages.used()), u64::from(self.pages.len()));
         // A change takes few pages. One that may not use the reserve runs out before the store
         // does.
@@ -207,41 +428,6 @@ impl State {
     }
 }
 
-impl Blobstore {
-    /// Lets the region grow if metadata pages are scarce, before a change that may take some. If it
-    /// cannot grow, the change still has what is left, so this is not an error of the change.
-    pub(crate) fn grow_metadata_if_scarce(&self, spend: Spend) {
-        if self.inner.state.lock().wanted_growth(spend).is_none() {
-            return;
-        }
-        let Ok(edit) = self.edit_around_blobs() else {
-            return;
-        };
-        let (wanted, keep) = {
-            let mut state = edit.state();
-            // Another thread may have done it.
-            let Some(wanted) = state.wanted_growth(spend) else {
-                return;
-            };
-            let keep = match spend {
-                Spend::Ordinary => state.reserve_clusters(),
-                Spend::Opening | Spend::Releasing => 0,
-            };
-            (wanted, keep)
-        };
-        let grown = edit.grow_metadata(wanted, keep);
-        let mut state = edit.state();
-        match grown {
-            Ok(()) => state.growth_blocked = None,
-            Err(error) => {
-                let device = &self.inner.dev.info().name;
-                tracing::warn!(device, %error, "the metadata region could not grow");
-                state.growth_blocked = Some(state.clusters.free());
-            }
-        }
-    }
-}
-
 /// Returns the default number of metadata pages of a file system of `size` bytes: two for each MiB,
 /// at most 16384, and what fills the last cluster.
 pub(crate) fn default_md_pages(size: u64, cluster_size: u32) -> u32 {
@@ -255,193 +441,4 @@ pub(crate) fn default_md_pages(size: u64, cluster_size: u32) -> u32 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::blobstore::{CreateOptions, InitOptions, LoadOptions};
-
-    const POLICY: SpacePolicy = SpacePolicy {
-        reserve: true,
-        grow_metadata: true,
-    };
-
-    fn store(size: &str, cluster_size: u32, md_pages: u32) -> Blobstore {
-        let dev = pumice_bdev::open(&format!("malloc://{size}?block_size=4096")).unwrap();
-        let options = InitOptions::default()
-            .cluster_size(cluster_size)
-            .md_pages(Some(md_pages));
-        let store = Blobstore::init(std::sync::Arc::clone(&dev), &options).unwrap();
-        store.unload().unwrap();
-        drop(store);
-        Blobstore::load(dev, &LoadOptions::default()).unwrap()
-    }
-
-    fn create(store: &Blobstore, num_clusters: u64, spend: Spend) -> Result<BlobId, Error> {
-        let mut tx = store.transaction();
-        tx.spend(spend);
-        let blob = tx.create(CreateOptions::default().num_clusters(num_clusters));
-        let committed = tx.commit()?;
-        Ok(committed.id(blob))
-    }
-
-    /// Creates blobs without clusters until that fails for want of metadata pages.
-    fn fill_pages(store: &Blobstore, spend: Spend) {
-        let failed = (0..10_000).find_map(|_| create(store, 0, spend).err());
-        assert!(
-            matches!(failed, Some(Error::NoMdPages { .. })),
-            "{failed:?}"
-        );
-    }
-
-    fn free_pages(store: &Blobstore) -> u64 {
-        let pages = store.md_pages();
-        pages.total - pages.used
-    }
-
-    fn wanted(store: &Blobstore, spend: Spend) -> Option<u32> {
-        store.inner.state.lock().wanted_growth(spend)
-    }
-
-    #[test]
-    fn a_part_of_the_clusters_is_reserved() {
-        // One in 32, at least 8, at most 16 MiB, and never more than a quarter.
-        for (size, cluster_size, reserved) in [
-            ("1G", 1 << 20, 16),
-            ("400M", 1 << 20, 12),
-            ("100M", 1 << 20, 8),
-            ("16M", 1 << 20, 3),
-            ("64M", 64 << 10, 31),
-            ("2G", 64 << 10, 256),
-        ] {
-            let store = store(size, cluster_size, 200);
-            assert_eq!(
-                (store.reserved_clusters(), store.available_clusters()),
-                (0, store.free_clusters())
-            );
-            store.set_space_policy(POLICY);
-            assert_eq!(store.reserved_clusters(), reserved, "{size}");
-            assert_eq!(store.available_clusters(), store.free_clusters() - reserved);
-            let most = store.available_clusters();
-            assert!(matches!(
-                create(&store, most + 1, Spend::Ordinary),
-                Err(Error::NoSpace { needed, free, .. }) if (needed, free) == (most + 1, most)
-            ));
-            create(&store, most, Spend::Ordinary).unwrap();
-            create(&store, reserved - 1, Spend::Opening).unwrap();
-            create(&store, 1, Spend::Releasing).unwrap();
-            assert_eq!(store.free_clusters(), 0);
-        }
-    }
-
-    #[test]
-    fn a_part_of_the_pages_is_reserved() {
-        for (pages, reserved) in [(10, 5), (40, 8), (160, 20), (1000, 64)] {
-            let store = store("64M", 64 << 10, pages);
-            let policy = SpacePolicy {
-                grow_metadata: false,
-                ..POLICY
-            };
-            store.set_space_policy(policy);
-            assert_eq!(store.available_md_pages(), u64::from(pages - reserved));
-            for (spend, left) in [
-                (Spend::Ordinary, reserved),
-                (Spend::Opening, 4),
-                (Spend::Releasing, 0),
-            ] {
-                assert!(
-                    store.can_take_md_page()
-                        == (left == reserved && free_pages(&store) > u64::from(left))
-                );
-                fill_pages(&store, spend);
-                assert_eq!(free_pages(&store), u64::from(left), "{spend:?} of {pages}");
-            }
-        }
-    }
-
-    #[test]
-    fn metadata_pages_are_wanted_when_they_are_scarce() {
-        let store = store("64M", 64 << 10, 172);
-        store.set_space_policy(SpacePolicy {
-            reserve: true,
-            grow_metadata: false,
-        });
-        while store.md_pages().used < 128 {
-            create(&store, 0, Spend::Ordinary).unwrap();
-        }
-        let is_wanted = |store: &Blobstore| {
-            let mut state = store.inner.state.lock();
-            state.policy.grow_metadata = true;
-            let all = [Spend::Ordinary, Spend::Opening, Spend::Releasing];
-            let wanted = all.map(|spend| state.wanted_growth(spend).is_some());
-            state.policy.grow_metadata = false;
-            wanted
-        };
-        assert_eq!(is_wanted(&store), [false; 3]);
-        // At three quarters.
-        create(&store, 0, Spend::Ordinary).unwrap();
-        assert_eq!(is_wanted(&store), [true, true, false]);
-        while store.md_pages().used < 171 {
-            create(&store, 0, Spend::Releasing).unwrap();
-        }
-        assert_eq!(is_wanted(&store), [true, true, false]);
-        create(&store, 0, Spend::Releasing).unwrap();
-        assert_eq!(is_wanted(&store), [true; 3]);
-    }
-
-    #[test]
-    fn a_growth_without_room_waits_for_more() {
-        let store = store("64M", 64 << 10, 172);
-        store.set_space_policy(POLICY);
-        let filler = create(&store, store.available_clusters(), Spend::Ordinary).unwrap();
-        let clusters = store.free_clusters();
-        // The reserve of clusters is not for ordinary changes, so the region stays as it is.
-        fill_pages(&store, Spend::Ordinary);
-        assert_eq!(
-            (store.md_pages().total, store.free_clusters()),
-            (172, clusters)
-        );
-        assert!(!store.can_take_md_page());
-        let blocked = || store.inner.state.lock().growth_blocked;
-        assert_eq!(blocked(), Some(u32::try_from(clusters).unwrap()));
-        assert_eq!(wanted(&store, Spend::Ordinary), None);
-        // A new policy tries it at once.
-        store.set_space_policy(POLICY);
-        assert_eq!(
-            (blocked(), wanted(&store, Spend::Ordinary)),
-            (None, Some(344))
-        );
-        fill_pages(&store, Spend::Ordinary);
-        assert_eq!(blocked(), Some(u32::try_from(clusters).unwrap()));
-        store.delete(filler).unwrap();
-        assert_eq!(wanted(&store, Spend::Ordinary), Some(344));
-        create(&store, 0, Spend::Ordinary).unwrap();
-        // What is left of the last cluster is pages, too.
-        assert_eq!((store.md_pages().total, blocked()), (348, None));
-    }
-
-    #[test]
-    fn a_change_that_frees_may_take_the_reserve_for_more_pages() {
-        let store = store("64M", 64 << 10, 172);
-        store.set_space_policy(POLICY);
-        create(&store, store.available_clusters(), Spend::Ordinary).unwrap();
-        fill_pages(&store, Spend::Ordinary);
-        let clusters = store.free_clusters();
-        store.set_space_policy(POLICY);
-        while store.md_pages().total == 172 {
-            create(&store, 0, Spend::Releasing).unwrap();
-        }
-        assert!(store.free_clusters() < clusters);
-    }
-
-    #[test]
-    fn the_region_grows_to_an_eighth_of_the_store_at_most() {
-        let store = store("8M", 4096, 16);
-        store.set_space_policy(POLICY);
-        let failed = (0..10_000).find_map(|_| create(&store, 0, Spend::Ordinary).err());
-        assert!(
-            matches!(failed, Some(Error::NoMdPages { .. })),
-            "{failed:?}"
-        );
-        assert_eq!(store.md_pages().total, 256);
-        assert_eq!(store.inner.state.lock().growth_blocked, Some(u32::MAX));
-    }
-}
+mod tests;

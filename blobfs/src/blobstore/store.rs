@@ -16,6 +16,8 @@ use super::mdio::{Abilities, MdChannels};
 use super::ops::CreateOptions;
 use super::order::{Order, Scope};
 use super::remains;
+use super::repair;
+use super::space::{SpacePolicy, Spend};
 use super::state::State;
 use super::steady::FailedFlush;
 use super::transaction::Transaction;
@@ -92,7 +94,7 @@ impl Blobstore {
     /// Fails if there is no such blob, if its metadata is damaged, if its parent is missing, and if
     /// a change of it does not come to an end ([`Error::Busy`]).
     pub fn open(&self, id: BlobId) -> Result<Blob, Error> {
-        if let Some(shared) = self.inner.state.lock().opened(id)? {
+        if let Some(shared) = opened(&self.inner.state.lock(), id)? {
             return Ok(self.handle(shared));
         }
         // A change in progress may delete it or take clusters from it, so nobody looks at it
@@ -101,12 +103,15 @@ impl Blobstore {
             let external = self.open_external_of(id)?;
             let _turn = self.turn(Scope::Blobs(vec![id]))?;
             let mut state = self.inner.state.lock();
-            if let Some(shared) = state.opened(id)? {
+            if let Some(shared) = opened(&state, id)? {
                 return Ok(self.handle(shared));
             }
-            let named = state.external_id(id)?;
-            if named.is_none_or(|named| state.is_external(&named, external.as_ref())) {
-                return Ok(self.handle(state.make_handle(id)?));
+            let named = state.blobs.external_id(id)?;
+            if named.is_none_or(|named| {
+                let externals = &state.blobs.externals;
+                externals.is_open(&named, external.as_ref())
+            }) {
+                return Ok(self.handle(state.blobs.make_handle(id)?));
             }
         }
     }
@@ -115,9 +120,9 @@ impl Blobstore {
     /// waited for. The blob has no parent.
     pub(crate) fn open_created(&self, id: BlobId) -> Result<Blob, Error> {
         let mut state = self.inner.state.lock();
-        let shared = match state.shared(id) {
+        let shared = match state.blobs.shared(id) {
             Some(shared) => shared,
-            None => state.make_handle(id)?,
+            None => state.blobs.make_handle(id)?,
         };
         drop(state);
         Ok(self.handle(shared))
@@ -135,15 +140,15 @@ impl Blobstore {
     #[must_use]
     pub fn blobs(&self) -> Vec<BlobId> {
         let state = self.inner.state.lock();
-        let ids = state.blobs.values().map(|slot| slot.meta.id);
-        ids.filter(|id| state.journal != Some(*id)).collect()
+        let ids = state.blobs.by_root.values().map(|slot| slot.meta.id);
+        ids.filter(|id| state.blobs.journal != Some(*id)).collect()
     }
 
     /// Returns the blob that holds the journal, if the store has one ([`InitOptions::journal`](super::InitOptions::journal)). It
     /// cannot be opened or changed.
     #[must_use]
     pub fn journal(&self) -> Option<BlobId> {
-        self.inner.state.lock().journal
+        self.inner.state.lock().blobs.journal
     }
 
     /// Returns the reason why changes may be missing, if the journal was damaged when the store was
@@ -158,7 +163,7 @@ impl Blobstore {
     #[must_use]
     pub fn clones(&self, id: BlobId) -> Vec<BlobId> {
         let state = self.inner.state.lock();
-        let children = state.children.get(&id).into_iter().flatten();
+        let children = state.blobs.children.get(&id).into_iter().flatten();
         children.copied().collect()
     }
 
@@ -167,6 +172,7 @@ impl Blobstore {
     pub fn damaged(&self) -> Vec<(BlobId, PageError)> {
         let state = self.inner.state.lock();
         state
+            .blobs
             .damaged
             .iter()
             .map(|(root, error)| (BlobId::from_page(*root), error.clone()))
@@ -178,7 +184,7 @@ impl Blobstore {
     #[must_use]
     pub fn damage(&self) -> Vec<String> {
         let state = self.inner.state.lock();
-        remains::describe(&state.damaged, &state.remains)
+        remains::describe(&state.blobs.damaged, &state.blobs.remains)
     }
 
     /// Returns the number of bytes of a cluster.
@@ -204,7 +210,7 @@ impl Blobstore {
     #[must_use]
     pub fn total_clusters(&self) -> u64 {
         let state = self.inner.state.lock();
-        u64::from(state.geo.data_clusters())
+        u64::from(state.space.geo.data_clusters())
     }
 
     /// Returns the number of clusters that can be allocated: those that no blob has, or none while
@@ -212,9 +218,9 @@ impl Blobstore {
     #[must_use]
     pub fn free_clusters(&self) -> u64 {
         let state = self.inner.state.lock();
-        match state.held() {
+        match state.space.held() {
             Some(_) => 0,
-            None => u64::from(state.clusters.free()),
+            None => u64::from(state.space.clusters.free()),
         }
     }
 
@@ -223,9 +229,56 @@ impl Blobstore {
     pub fn md_pages(&self) -> Usage {
         let state = self.inner.state.lock();
         Usage {
-            total: state.pages.len().into(),
-            used: state.pages.used().into(),
+            total: state.space.pages.len().into(),
+            used: state.space.pages.used().into(),
         }
+    }
+
+    /// Sets what is reserved, from the next change on.
+    pub fn set_space_policy(&self, policy: SpacePolicy) {
+        self.inner.state.lock().space.set_policy(policy);
+    }
+
+    /// Returns the number of clusters that an ordinary change can take.
+    #[must_use]
+    pub fn available_clusters(&self) -> u64 {
+        let state = self.inner.state.lock();
+        state.space.clusters_for(Spend::Ordinary)
+    }
+
+    /// Returns the number of clusters that are reserved from ordinary changes.
+    #[must_use]
+    pub fn reserved_clusters(&self) -> u64 {
+        self.inner.state.lock().space.reserve_clusters().into()
+    }
+
+    /// Returns the number of clusters of the journal.
+    #[must_use]
+    pub fn journal_clusters(&self) -> u64 {
+        let state = self.inner.state.lock();
+        let root = state.blobs.journal.and_then(BlobId::page);
+        let slot = root.and_then(|root| state.blobs.by_root.get(&root));
+        slot.map_or(0, |slot| slot.meta.map.num_clusters())
+    }
+
+    /// Whether an ordinary change can take a metadata page, if necessary by growth of the region.
+    #[must_use]
+    pub fn can_take_md_page(&self) -> bool {
+        self.inner.state.lock().space.can_take_page()
+    }
+
+    /// Returns the number of metadata pages that a new store of this size would have.
+    #[must_use]
+    pub fn fitting_md_pages(&self) -> u64 {
+        self.inner.state.lock().space.fitting_pages()
+    }
+
+    /// Returns the number of metadata pages that an ordinary change can take before the region has
+    /// to grow.
+    #[must_use]
+    pub fn available_md_pages(&self) -> u64 {
+        let state = self.inner.state.lock();
+        state.space.pages_for(Spend::Ordinary)
     }
 
     /// Returns the super block in memory.
@@ -249,7 +302,7 @@ impl Blobstore {
         edit.change(|state, change| {
             let mut sb = state.sb.clone();
             sb.super_blob = id.unwrap_or(BlobId::INVALID).0.into();
-            change.super_block = Some(Box::new((sb, state.geo.clone())));
+            change.super_block = Some(Box::new((sb, state.space.geo.clone())));
             Ok(())
         })
     }
@@ -262,7 +315,7 @@ impl Blobstore {
             change.names_log = true;
             let mut sb = state.sb.clone();
             sb.set_session(session);
-            change.super_block = Some(Box::new((sb, state.geo.clone())));
+            change.super_block = Some(Box::new((sb, state.space.geo.clone())));
             Ok(())
         })
     }
@@ -276,8 +329,8 @@ impl Blobstore {
     pub fn delete_damaged(&self, id: BlobId) -> Result<(), Error> {
         let edit = self.edit(&Scope::All)?;
         edit.change(|state, change| {
-            if !state.is_damaged(id) {
-                state.meta(id)?;
+            if !state.blobs.is_damaged(id) {
+                state.blobs.meta(id)?;
                 return Err(Error::invalid(format!("blob {id} is not damaged")));
             }
             change.discarded.extend(id.page());
@@ -287,10 +340,28 @@ impl Blobstore {
 
     /// Completes or undoes half-made and half-removed snapshots, if there are any.
     pub(crate) fn end_half_done(&self) -> Result<(), Error> {
-        if self.inner.state.lock().half_done().is_empty() {
+        if self.inner.state.lock().blobs.half_done().is_empty() {
             return Ok(());
         }
-        self.edit(&Scope::All)?.end_half_done()
+        repair::end_half_done(&self.edit(&Scope::All)?)
+    }
+
+    /// Whether appends can be carried: whether there is a journal.
+    pub(crate) fn carries(&self) -> bool {
+        self.inner.commit.carries()
+    }
+
+    /// Returns the number of bytes of blobs that the journal has and that are not in place.
+    pub(crate) fn owed_bytes(&self) -> u64 {
+        self.inner.commit.owed_bytes()
+    }
+
+    /// Makes room in the journal if it has none to carry an append of `len` bytes.
+    ///
+    /// # Errors
+    /// Fails when the device does.
+    pub(crate) fn make_carry_room(&self, len: u64) -> Result<(), Error> {
+        self.inner.commit.make_carry_room(len)
     }
 
     /// Begins a list of changes for one commit.
@@ -352,21 +423,8 @@ impl Blobstore {
     }
 }
 
-impl State {
-    /// Makes the part that the handles of a blob share. The blob is not open.
-    fn make_handle(&mut self, id: BlobId) -> Result<Arc<Shared>, Error> {
-        let view = self.view(id)?;
-        let meta = Arc::clone(self.meta(id)?);
-        let shared = Arc::new(Shared::new(meta, view));
-        let root = id.page().expect("it has metadata");
-        let slot = self.blobs.get_mut(&root).expect("it has metadata");
-        slot.handle = Arc::downgrade(&shared);
-        Ok(shared)
-    }
-
-    /// Returns the blob, if it is open and can still be opened.
-    fn opened(&self, id: BlobId) -> Result<Option<Arc<Shared>>, Error> {
-        self.check_loaded()?;
-        Ok(self.shared(id))
-    }
+/// Returns the blob, if it is open and can still be opened.
+fn opened(state: &State, id: BlobId) -> Result<Option<Arc<Shared>>, Error> {
+    state.lifecycle.check_loaded()?;
+    Ok(state.blobs.shared(id))
 }

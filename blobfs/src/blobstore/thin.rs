@@ -30,8 +30,8 @@ pub(crate) enum Fill {
 impl Blobstore {
     /// Fails if fewer clusters are free.
     pub(crate) fn check_room(&self, needed: u64) -> Result<(), Error> {
-        let state = self.inner.state.lock();
-        state.check_free_clusters(needed, Spend::Ordinary)
+        let space = &self.inner.state.lock().space;
+        space.check_free_clusters(needed, Spend::Ordinary)
     }
 
     /// Gives a thin blob a cluster of its own at `index`, unless it has one. Durable on return. It
@@ -55,19 +55,19 @@ impl Blobstore {
             return Ok(());
         }
         let mut change = Change::default();
-        let cluster = edit.state().take_cluster(&mut change)?;
-        match self.content(fill, &view, index, cluster) {
+        let cluster = change.take_cluster(&mut edit.state().space)?;
+        match content(self, fill, &view, index, cluster) {
             Ok(ops) => change.prepare = ops,
             Err(error) => {
-                edit.state().rollback(&change);
+                edit.state().space.give_back(&change.taken);
                 return Err(error);
             }
         }
         let mut state = edit.state();
-        match state.stage(&mut change, id) {
+        match change.stage(&state.blobs, id) {
             Ok(staged) => staged.map = MapChange::Patch(vec![(index, cluster)]),
             Err(error) => {
-                state.rollback(&change);
+                state.space.give_back(&change.taken);
                 return Err(error);
             }
         }
@@ -101,10 +101,10 @@ impl Blobstore {
         if view.read_only {
             return Err(Error::ReadOnly(id));
         }
-        if view.has_backing() || state.children.contains_key(&id) {
+        if view.has_backing() || state.blobs.children.contains_key(&id) {
             return Ok(());
         }
-        let meta = std::sync::Arc::clone(state.meta(id)?);
+        let meta = std::sync::Arc::clone(state.blobs.meta(id)?);
         let own = held(&meta.map);
         if own.is_empty() {
             return Ok(());
@@ -114,21 +114,9 @@ impl Blobstore {
         change
             .freed_clusters
             .extend(own.iter().map(|(_, cluster)| (*cluster, method)));
-        let staged = state.stage(&mut change, id)?;
+        let staged = change.stage(&state.blobs, id)?;
         staged.map = MapChange::Patch(own.iter().map(|(index, _)| (*index, 0)).collect());
         edit.commit(state, change)
-    }
-
-    /// Returns operations that write the blob's content to a new cluster.
-    fn content(&self, fill: Fill, view: &View, index: u64, cluster: u32) -> Result<Vec<Op>, Error> {
-        let io = &mut *self.inner.md_channels.get()?;
-        let geo = self.inner.state.lock().geo.clone();
-        let lba = geo.cluster_lba(cluster);
-        match fill {
-            Fill::Zeroes => io.can().zeroes(lba, geo.cluster_blocks()),
-            Fill::Data(data) => Ok(write_slices(io.can(), geo.block_size, lba, &data)),
-            Fill::Backing => copy_of(io, &geo, view, index, lba),
-        }
     }
 
     /// Makes everything durable that was written and has completed, on all threads. Blocks.
@@ -153,6 +141,24 @@ impl Blobstore {
             Some(error) => Err(Error::Lost(error)),
             None => Ok(()),
         }
+    }
+}
+
+/// Returns operations that write the blob's content to a new cluster.
+fn content(
+    store: &Blobstore,
+    fill: Fill,
+    view: &View,
+    index: u64,
+    cluster: u32,
+) -> Result<Vec<Op>, Error> {
+    let io = &mut *store.inner.md_channels.get()?;
+    let geo = store.inner.state.lock().space.geo.clone();
+    let lba = geo.cluster_lba(cluster);
+    match fill {
+        Fill::Zeroes => io.can().zeroes(lba, geo.cluster_blocks()),
+        Fill::Data(data) => Ok(write_slices(io.can(), geo.block_size, lba, &data)),
+        Fill::Backing => copy_of(io, &geo, view, index, lba),
     }
 }
 

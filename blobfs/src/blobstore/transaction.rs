@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::blob::Blob;
+use super::blobs::Blobs;
 use super::carried::Carried;
 use super::edit::Plan;
 use super::error::Error;
@@ -240,18 +241,19 @@ impl Transaction {
         step: &Step,
         created: &mut Vec<BlobId>,
     ) -> Result<(), Error> {
+        let State { blobs, space, .. } = state;
         match step {
-            Step::Create(opts) => created.push(state.create(change, opts)?),
+            Step::Create(opts) => created.push(change.create(blobs, space, opts)?),
             Step::Xattr(target, name, value) => {
-                let id = self.writable(state, target, created)?;
-                state.set_xattr(change, id, name, value.as_deref())?;
+                let id = self.writable(blobs, target, created)?;
+                change.set_xattr(blobs, id, name, value.as_deref())?;
             }
             Step::Resize(target, size, init) => {
-                let id = self.writable(state, target, created)?;
-                state.resize(change, id, *size, *init)?;
+                let id = self.writable(blobs, target, created)?;
+                change.resize(blobs, space, id, *size, *init)?;
             }
-            Step::Delete(id) => state.delete(change, *id)?,
-            Step::Carry(carried) => state.carry(change, carried.clone())?,
+            Step::Delete(id) => change.delete(blobs, space, *id)?,
+            Step::Carry(carried) => change.carry(blobs, &space.geo, carried.clone())?,
         }
         Ok(())
     }
@@ -293,7 +295,7 @@ impl Transaction {
     /// Returns the blobs that lose clusters, or what they are owed.
     fn freeing(&self, state: &State) -> Vec<BlobId> {
         let shrinks = |id: BlobId, size: u64| {
-            let meta = state.meta(id);
+            let meta = state.blobs.meta(id);
             meta.is_ok_and(|meta| size < meta.map.num_clusters())
         };
         let freeing = self.steps.iter().filter_map(|step| match step {
@@ -307,12 +309,12 @@ impl Transaction {
     /// Returns the blob that a step applies to, if its metadata may be changed.
     fn writable(
         &self,
-        state: &State,
+        blobs: &Blobs,
         target: &Target,
         created: &[BlobId],
     ) -> Result<BlobId, Error> {
         match target {
-            Target::Id(id) => state.check_writable(*id).map(|()| *id),
+            Target::Id(id) => blobs.check_writable(*id).map(|()| *id),
             Target::New(blob) => created
                 .get(blob.number)
                 .filter(|_| blob.transaction == self.number)
@@ -337,17 +339,18 @@ impl Transaction {
                 Step::Xattr(Target::Id(id), ..) | Step::Carry(Carried { blob: id, .. }) => {
                     blobs.push(*id);
                 }
-                Step::Delete(id) if state.is_damaged(*id) => all = true,
+                Step::Delete(id) if state.blobs.is_damaged(*id) => all = true,
                 Step::Delete(id) => blobs.push(*id),
                 Step::Resize(Target::Id(id), size, _) => {
                     blobs.push(*id);
                     let shrinks = state
+                        .blobs
                         .meta(*id)
                         .is_ok_and(|meta| *size < meta.map.num_clusters());
                     if shrinks {
                         // Nobody can open a blob meanwhile that would read what is freed.
-                        blobs.extend(state.family(*id));
-                        shrinking.extend(state.open_family(*id));
+                        blobs.extend(state.blobs.family(*id));
+                        shrinking.extend(state.blobs.open_family(*id));
                     }
                 }
             }

@@ -3,9 +3,10 @@
 use super::Blobstore;
 use super::edit::Edit;
 use super::error::Error;
+use super::lifecycle::{CleanMark, StorePhase};
 use super::masks;
 use super::retry::may_land;
-use super::state::{CleanMark, State, StorePhase};
+use super::state::State;
 
 impl Blobstore {
     /// Unloads the store in order: waits for I/O in flight on the channels of all threads, writes
@@ -18,7 +19,7 @@ impl Blobstore {
     /// order, since it is not known what the device holds of the change that failed. The next load
     /// finds out.
     pub fn unload(&self) -> Result<(), Error> {
-        self.end(false)
+        end(self, false)
     }
 
     /// Unloads the store as [`Blobstore::unload`] does, and not in order if the device fails: what
@@ -27,66 +28,66 @@ impl Blobstore {
     /// # Errors
     /// As [`Blobstore::unload`]. When the device has failed, the store is unloaded nevertheless.
     pub(crate) fn unload_anyway(&self) -> Result<(), Error> {
-        self.end(true)
+        end(self, true)
     }
+}
 
-    fn end(&self, anyway: bool) -> Result<(), Error> {
-        let inner = &self.inner;
-        {
-            let mut state = inner.state.lock();
-            check_unloadable(&state)?;
-            state.phase = StorePhase::Unloading;
-        }
-        if let Some(shared) = inner.shared.get() {
-            shared.drain();
-        }
-        let quiet = inner.channels.quiesce();
-        // Nobody else changes anything until it is unloaded.
-        let (_edit, ended) = match self.edit_to_the_end() {
-            Ok(edit) if quiet => {
-                let ended = unload_in_order(&edit);
-                (Some(edit), ended)
-            }
-            Ok(edit) => {
-                let error = Error::Busy(
-                    "I/O on a channel of the store does not come to an end; drive or await it before unloading"
-                        .to_owned(),
-                );
-                (Some(edit), Err(error))
-            }
-            Err(error) => (None, Err(error)),
-        };
+fn end(store: &Blobstore, anyway: bool) -> Result<(), Error> {
+    let inner = &store.inner;
+    {
         let mut state = inner.state.lock();
-        state.phase = StorePhase::Loaded;
-        if let Err(error) = &ended
-            && inner.commit.is_halted()
-        {
-            state.stop(error, true);
-        }
-        if let Err(error) = &ended
-            && !matches!(error, Error::Stopped(_))
-            && !(anyway && quiet && error.is_of_device())
-        {
-            inner.channels.reopen();
-            return ended;
-        }
-        state.phase = StorePhase::Unloaded;
-        let in_order = state.check_not_stopped().and(ended);
-        drop(state);
-        inner.channels.close();
-        inner.commit.end();
-        inner.md_channels.close();
-        if let Some(shared) = inner.shared.get() {
-            shared.close(inner.dev.info());
-        }
-        *inner.claim.lock() = None;
-        in_order
+        check_unloadable(&state)?;
+        state.lifecycle.phase = StorePhase::Unloading;
     }
+    if let Some(shared) = inner.shared.get() {
+        shared.drain();
+    }
+    let quiet = inner.channels.quiesce();
+    // Nobody else changes anything until it is unloaded.
+    let (_edit, ended) = match store.edit_to_the_end() {
+        Ok(edit) if quiet => {
+            let ended = unload_in_order(&edit);
+            (Some(edit), ended)
+        }
+        Ok(edit) => {
+            let error = Error::Busy(
+                "I/O on a channel of the store does not come to an end; drive or await it before unloading"
+                    .to_owned(),
+            );
+            (Some(edit), Err(error))
+        }
+        Err(error) => (None, Err(error)),
+    };
+    let mut state = inner.state.lock();
+    state.lifecycle.phase = StorePhase::Loaded;
+    if let Err(error) = &ended
+        && inner.commit.is_halted()
+    {
+        state.lifecycle.stop(error, true);
+    }
+    if let Err(error) = &ended
+        && !matches!(error, Error::Stopped(_))
+        && !(anyway && quiet && error.is_of_device())
+    {
+        inner.channels.reopen();
+        return ended;
+    }
+    state.lifecycle.phase = StorePhase::Unloaded;
+    let in_order = state.lifecycle.check_not_stopped().and(ended);
+    drop(state);
+    inner.channels.close();
+    inner.commit.end();
+    inner.md_channels.close();
+    if let Some(shared) = inner.shared.get() {
+        shared.close(inner.dev.info());
+    }
+    *inner.claim.lock() = None;
+    in_order
 }
 
 /// Fails if the store cannot be unloaded.
 fn check_unloadable(state: &State) -> Result<(), Error> {
-    state.check_loaded()?;
+    state.lifecycle.check_loaded()?;
     check_none_open(state)
 }
 
@@ -94,6 +95,7 @@ fn check_unloadable(state: &State) -> Result<(), Error> {
 fn check_none_open(state: &State) -> Result<(), Error> {
     let open = state
         .blobs
+        .by_root
         .values()
         .find(|slot| slot.handle.strong_count() > 0);
     match open {
@@ -110,15 +112,15 @@ fn unload_in_order(edit: &Edit<'_>) -> Result<(), Error> {
     {
         let state = edit.state();
         check_none_open(&state)?;
-        if state.read_only {
+        if state.lifecycle.read_only {
             return Ok(());
         }
     }
     edit.take_back_doubts();
     let (held, mark) = {
         let state = edit.state();
-        state.check_not_stopped()?;
-        (state.held(), state.clean_mark)
+        state.lifecycle.check_not_stopped()?;
+        (state.space.held(), state.lifecycle.clean_mark)
     };
     if let Some(id) = held {
         // Masks would let others allocate what the damaged blob holds.
@@ -138,7 +140,7 @@ fn write_masks(edit: &Edit<'_>) -> Result<(), Error> {
     commit.settle().map_err(Error::owed)?;
     // Whatever fails from here on: the next change begins another use of the journal, and
     // removes the mark of an orderly unload.
-    edit.state().clean_mark = CleanMark::InDoubt;
+    edit.state().lifecycle.clean_mark = CleanMark::InDoubt;
     // Before a channel is taken, since this may wait for a thread that needs one.
     commit.end();
     let mut io = edit.store.inner.md_channels.get()?;
@@ -146,7 +148,7 @@ fn write_masks(edit: &Edit<'_>) -> Result<(), Error> {
     io.flush()?;
     let (masks, geo, mut sb) = {
         let state = edit.state();
-        (masks::of(&state), state.geo.clone(), state.sb.clone())
+        (masks::of(&state), state.space.geo.clone(), state.sb.clone())
     };
     let mut ops = Vec::new();
     for (start, mask) in masks {
@@ -163,11 +165,11 @@ fn write_masks(edit: &Edit<'_>) -> Result<(), Error> {
     if let Err(error) = marked {
         if may_land(&error) {
             // It could land behind the change that removes it.
-            state.stop(&error, true);
+            state.lifecycle.stop(&error, true);
         }
         return Err(error);
     }
-    state.clean_mark = CleanMark::Set;
+    state.lifecycle.clean_mark = CleanMark::Set;
     state.sb = sb;
     Ok(())
 }

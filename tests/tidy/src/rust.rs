@@ -25,6 +25,7 @@ pub fn find(sources: &[Source]) -> Vec<(&'static str, &'static str, Findings)> {
     let mut files = Findings::new();
     let mut openings = Findings::new();
     let mut unsafes = Findings::new();
+    let mut methods = Findings::new();
     let mut types: BTreeMap<String, Vec<(String, usize)>> = BTreeMap::new();
     for source in sources.iter().filter(|s| s.path.ends_with(".rs")) {
         let lines = source.text.lines().count();
@@ -40,6 +41,12 @@ pub fn find(sources: &[Source]) -> Vec<(&'static str, &'static str, Findings)> {
         };
         let mut reader = Reader::default();
         reader.visit_file(&file);
+        let strangers = reader.methods.iter().filter(|(of, _)| {
+            let here = reader.types.iter().any(|(name, _)| name == of);
+            !here && !source.path.contains("/tests/")
+        });
+        let strangers = strangers.map(|(of, line)| format!("line {line}: {of}"));
+        let strangers: Vec<String> = strangers.collect();
         for (name, types_at) in reader.types {
             if !source.path.contains("/tests/") && !source.path.contains("/examples/") {
                 types
@@ -56,6 +63,7 @@ pub fn find(sources: &[Source]) -> Vec<(&'static str, &'static str, Findings)> {
         put(&mut functions, reader.functions);
         put(&mut openings, reader.openings);
         put(&mut unsafes, reader.unsafes);
+        put(&mut methods, strangers);
     }
     let mut names = Findings::new();
     for (name, places) in types
@@ -79,6 +87,11 @@ pub fn find(sources: &[Source]) -> Vec<(&'static str, &'static str, Findings)> {
             openings,
         ),
         ("unsafe", "allows unsafe code", unsafes),
+        (
+            "methods",
+            "has methods of types that other files define",
+            methods,
+        ),
         ("names", "defines types of a name that several have", names),
     ]
 }
@@ -89,6 +102,8 @@ struct Reader {
     openings: Vec<String>,
     unsafes: Vec<String>,
     types: Vec<(String, usize)>,
+    /// The types of which methods are defined, by blocks.
+    methods: Vec<(String, usize)>,
     /// The last line of the doc comment that was seen last.
     doc_line: usize,
 }
@@ -151,6 +166,17 @@ impl<'ast> Visit<'ast> for Reader {
         visit::visit_impl_item_fn(self, item);
     }
 
+    fn visit_item_impl(&mut self, item: &'ast syn::ItemImpl) {
+        if item.trait_.is_none()
+            && let syn::Type::Path(path) = &*item.self_ty
+            && let Some(last) = path.path.segments.last()
+        {
+            let line = item.span().start().line;
+            self.methods.push((last.ident.to_string(), line));
+        }
+        visit::visit_item_impl(self, item);
+    }
+
     fn visit_item_struct(&mut self, item: &'ast syn::ItemStruct) {
         self.named(&item.ident);
         visit::visit_item_struct(self, item);
@@ -159,5 +185,36 @@ impl<'ast> Visit<'ast> for Reader {
     fn visit_item_enum(&mut self, item: &'ast syn::ItemEnum) {
         self.named(&item.ident);
         visit::visit_item_enum(self, item);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn methods_of_a_type_from_another_file_are_found() {
+        let source = |path: &str, text: &str| Source {
+            path: path.to_owned(),
+            text: text.to_owned(),
+        };
+        let sources = [
+            source(
+                "x/src/a.rs",
+                "struct A; impl A { fn f() {} } impl Drop for A {}",
+            ),
+            source(
+                "x/src/b.rs",
+                "impl super::A { fn g() {} } impl Drop for super::A {}",
+            ),
+            source("x/tests/c.rs", "impl A { fn h() {} }"),
+        ];
+        let all = find(&sources);
+        let methods = all.into_iter().find(|(rule, ..)| *rule == "methods");
+        let found: Vec<_> = methods.unwrap().2.into_iter().collect();
+        assert_eq!(
+            found,
+            [("x/src/b.rs".to_owned(), vec!["line 1: A".to_owned()])]
+        );
     }
 }
