@@ -1,50 +1,15 @@
 //! Handles of open blobs.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use arc_swap::ArcSwap;
-use parking_lot::Mutex;
+use std::sync::atomic::Ordering;
 
 use super::Blobstore;
 use super::error::Error;
 use super::extents::ExtentMap;
 use super::format::BlobId;
-use super::gate::Gate;
-use super::meta::{BlobMeta, ClearMethod, Parent};
+use super::meta::{ClearMethod, Parent};
 use super::ops::ClusterInit;
-use super::view::View;
-
-/// Name and new value of an xattr; `None` stands for removed.
-type PendingXattr = (Box<[u8]>, Option<Arc<[u8]>>);
-
-/// The part of an open blob that all its handles share.
-#[derive(Debug)]
-pub(crate) struct Shared {
-    pub id: BlobId,
-    pub gate: Arc<Gate>,
-    pub view: ArcSwap<View>,
-    pub meta: ArcSwap<BlobMeta>,
-    /// Changes of xattrs that wait for [`Blob::sync_md`].
-    pending: Mutex<Vec<PendingXattr>>,
-    /// Held while pending changes are written, since two writers would each write the same changes.
-    syncing: Mutex<()>,
-    has_pending: AtomicBool,
-}
-
-impl Shared {
-    pub fn new(meta: Arc<BlobMeta>, view: View) -> Shared {
-        Shared {
-            id: meta.id,
-            gate: Arc::default(),
-            view: ArcSwap::from_pointee(view),
-            meta: ArcSwap::new(meta),
-            pending: Mutex::default(),
-            syncing: Mutex::default(),
-            has_pending: AtomicBool::new(false),
-        }
-    }
-}
+use super::shared::{PendingXattr, Shared};
 
 /// An open blob. Clones are handles of the same blob, which is closed when the last handle is
 /// dropped. Any thread may use it.

@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Weak};
 
-use super::blob::Shared;
 use super::error::Error;
 use super::external::Externals;
 use super::format::{BlobId, PageError};
 use super::meta::{BlobMeta, Parent, SNAPRM, SNAPTMP};
 use super::remains::Remains;
+use super::shared::Shared;
 use super::view::{Line, View};
 
 /// A blob of the store.

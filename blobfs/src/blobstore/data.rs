@@ -6,7 +6,8 @@ use pumice_bdev::{DmaBuf, DmaSlice, Op};
 
 use super::blob::Blob;
 use super::error::Error;
-use super::gate::{Inside, Owed};
+use super::gate::Inside;
+use super::shared::Owed;
 use super::view::{Source, View};
 
 /// The place of a part of a range.
@@ -258,7 +259,7 @@ impl Access<'_> {
     /// Keeps the right for as long as the result lives, for I/O that outlives the call that starts
     /// it.
     pub fn hold(self) -> Owed {
-        self.inside.owe(&self.blob.shared)
+        self.blob.shared.owe(self.inside)
     }
 }
 

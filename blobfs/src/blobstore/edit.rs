@@ -14,16 +14,16 @@ use std::sync::Arc;
 use parking_lot::MutexGuard;
 
 use super::Blobstore;
-use super::blob::Shared;
 use super::change::Change;
 use super::commit::{Cleared, Failure};
 use super::error::Error;
 use super::format::BlobId;
-use super::gate::{DRAIN_TIMEOUT, Frozen};
+use super::gate::DRAIN_TIMEOUT;
 use super::geometry::Geometry;
 use super::lay_out;
 use super::lifecycle::{Doubt, Stop};
 use super::order::{Scope, Turn};
+use super::shared::{Frozen, Shared};
 use super::snapshot::undo_half_snapshot;
 use super::state::State;
 

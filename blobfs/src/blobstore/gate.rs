@@ -1,15 +1,13 @@
 //! The gate of a blob. I/O passes it without touching a shared cache line. A metadata operation
 //! that moves clusters closes it and waits until nothing is inside.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use pumice_bdev::thread_number;
 
-use super::blob::Shared;
-use super::format::BlobId;
 use super::lanes::{LANES, Lanes};
 
 /// Longest wait of a closing for I/O to leave, and of a thread for its turn in the order of changes.
@@ -49,6 +47,11 @@ impl Gate {
         // This is made only after the entry, since dropping it leaves.
         let lanes = self.lanes();
         lanes.enter(lane).then(|| Inside { lanes, lane })
+    }
+
+    /// Leaves a place that [`Inside::pass`] has given.
+    pub fn leave(&self, lane: usize) {
+        self.lanes().leave(lane);
     }
 
     #[inline]
@@ -92,7 +95,7 @@ impl Gate {
     /// Waits until nobody is inside. `drive` takes completions of I/O that no particular thread
     /// waits for. Returns false if that takes too long, most likely because the caller's own thread
     /// has I/O in flight that it does not drive.
-    fn wait_empty(&self, start: Instant, drive: &dyn Fn()) -> bool {
+    pub fn wait_empty(&self, start: Instant, drive: &dyn Fn()) -> bool {
         let mut rounds = 0u32;
         while !self.lanes().is_empty() {
             drive();
@@ -127,12 +130,12 @@ impl Gate {
     }
 
     /// Refuses entries from now on.
-    fn shut(&self) {
+    pub fn shut(&self) {
         self.lanes().shut();
     }
 
     /// Undoes one `shut`.
-    fn open(&self) {
+    pub fn open(&self) {
         if !self.lanes().open() {
             return;
         }
@@ -169,88 +172,23 @@ impl Drop for Closed<'_> {
     }
 }
 
-/// Blobs whose gates are closed. They open when this is dropped.
-#[derive(Debug, Default)]
-pub(crate) struct Frozen(Vec<Arc<Shared>>);
-
-impl Frozen {
-    /// Whether the gates of all these blobs are closed.
-    pub fn covers(&self, blobs: &[Arc<Shared>]) -> bool {
-        blobs.iter().all(|blob| self.has(blob))
-    }
-
-    fn has(&self, blob: &Arc<Shared>) -> bool {
-        self.0.iter().any(|closed| Arc::ptr_eq(closed, blob))
-    }
-
-    /// Closes those gates that are open, and waits until no I/O is in flight behind them. Meanwhile
-    /// `drive` takes completions of I/O that no particular thread waits for. Must not be called
-    /// with the metadata locked, which others need meanwhile.
-    ///
-    /// # Errors
-    /// Returns the blob whose I/O does not end.
-    pub fn close(&mut self, blobs: Vec<Arc<Shared>>, drive: &dyn Fn()) -> Result<(), BlobId> {
-        let first = self.0.len();
-        for blob in blobs {
-            if !self.has(&blob) {
-                blob.gate.shut();
-                self.0.push(blob);
-            }
-        }
-        let start = Instant::now();
-        let stuck = self.0[first..]
-            .iter()
-            .find(|blob| !blob.gate.wait_empty(start, drive));
-        stuck.map_or(Ok(()), |blob| Err(blob.id))
-    }
-}
-
-impl Drop for Frozen {
-    fn drop(&mut self) {
-        for blob in &self.0 {
-            blob.gate.open();
-        }
-    }
-}
-
-/// The entry of I/O that outlives the call that began it. It leaves when this is dropped, which is
-/// when the device has answered.
-#[derive(Debug)]
-pub(crate) struct Owed {
-    /// The blob, which counts as open.
-    blob: Option<Arc<Shared>>,
-    gate: Arc<Gate>,
-    lane: usize,
-}
-
-impl Drop for Owed {
-    fn drop(&mut self) {
-        // In this order, since a thread that finds the gate empty may delete the blob.
-        self.blob = None;
-        self.gate.lanes().leave(self.lane);
-    }
-}
-
 impl Inside<'_> {
-    /// Passes the entry to an object that lives as long as necessary. `blob` is the blob of the
-    /// gate.
-    pub fn owe(self, blob: &Arc<Shared>) -> Owed {
+    /// Passes the entry to an object that lives as long as necessary, and that [leaves](Gate::leave) in place of this one.
+    /// Returns the place in the gate.
+    pub fn pass(self, gate: &Gate) -> usize {
         assert!(
-            std::ptr::eq(self.lanes, blob.gate.lanes()),
+            std::ptr::eq(self.lanes, gate.lanes()),
             "a place of this blob's gate"
         );
         let lane = self.lane;
         std::mem::forget(self);
-        Owed {
-            blob: Some(Arc::clone(blob)),
-            gate: Arc::clone(&blob.gate),
-            lane,
-        }
+        lane
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::task::{Context, Wake};
 

@@ -9,8 +9,9 @@ use super::blob::Blob;
 use super::data::{Access, Cut, Part, Piece, Place, slice_of, write_ops};
 use super::edit::never_ends;
 use super::error::Error;
-use super::gate::{ENTRY_TIMEOUT, Frozen, Inside};
+use super::gate::{ENTRY_TIMEOUT, Inside};
 use super::mdio::Persist;
+use super::shared::Frozen;
 use super::thin::Fill;
 use super::view::View;
 
@@ -528,7 +529,7 @@ impl<'a> WriteInFlight<'a> {
 impl Drop for WriteInFlight<'_> {
     fn drop(&mut self) {
         if let Some(inside) = self.inside.take() {
-            let owed = inside.owe(&self.blob.shared);
+            let owed = self.blob.shared.owe(inside);
             self.ch.keep_for_orphans(Box::new(owed));
         }
     }

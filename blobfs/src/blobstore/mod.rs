@@ -53,6 +53,7 @@ mod repair;
 mod replayed;
 mod retry;
 mod scan;
+mod shared;
 mod snapshot;
 mod space;
 mod state;

@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::{Mutex, ReentrantMutex};
 use pumice_bdev::{AsyncChannel, BlockDevice, SharedChannels};
 
-use super::blob::{Blob, Shared};
+use super::blob::Blob;
 use super::channels::Channels;
 use super::claims::Claim;
 use super::commit::Commit;
@@ -17,6 +17,7 @@ use super::ops::CreateOptions;
 use super::order::{Order, Scope};
 use super::remains;
 use super::repair;
+use super::shared::Shared;
 use super::space::{SpacePolicy, Spend};
 use super::state::State;
 use super::steady::FailedFlush;
