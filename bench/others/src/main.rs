@@ -33,7 +33,7 @@ struct Arguments {
     #[arg(long, default_value_t = 100)]
     value_len: usize,
     /// Durable puts. There are a tenth as many durable batches.
-    #[arg(long, default_value_t = 2000)]
+    #[arg(long, default_value_t = 10_000)]
     durable: u64,
     /// Reads of one key. There are a tenth as many scans and cold reads.
     #[arg(long, default_value_t = 300_000)]
