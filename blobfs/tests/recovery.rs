@@ -58,6 +58,12 @@ fn assert_held(store: &Blobstore, id: BlobId, what: &str) {
         matches!(store.create(&one_cluster()), Err(Error::Held(held)) if held == id),
         "{what}"
     );
+    // This one would take a page and no cluster.
+    let empty = store.create(&CreateOptions::default());
+    assert!(
+        matches!(empty, Err(Error::Held(held)) if held == id),
+        "{what}"
+    );
     assert_eq!(store.free_clusters(), 0, "{what}");
     assert!(
         matches!(store.open(id), Err(Error::Damaged { .. })),
@@ -174,7 +180,7 @@ fn held_with_a_journal() -> (CrashDevice, Vec<BlobId>, usize) {
         .journal(Some(128 << 10));
     let store = Blobstore::init(Arc::new(dev.clone()), &opts).unwrap();
     let ids: Vec<BlobId> = (0..3)
-        .map(|_| store.create(&one_cluster()).unwrap())
+        .map(|_| store.create(&one_cluster().extent_table(false)).unwrap())
         .collect();
     store.unload().unwrap();
     drop(store);
@@ -207,6 +213,9 @@ fn an_unload_beside_a_damaged_blob_leaves_nothing_behind() {
     let as_device: Arc<dyn BlockDevice> = dev.clone();
     let store = load(&as_device);
     assert_held(&store, ids[1], "before");
+    // This one would take a cluster and no page.
+    let grown = store.open(ids[0]).unwrap().resize(2);
+    assert!(matches!(grown, Err(Error::Held(held)) if held == ids[1]));
     set(&store, ids[0], 7);
     let page = Some((root as u64 / 4096, 1));
     let bad = Injection::new(Failure::Fail).op(Some(OpKind::Write));
