@@ -171,6 +171,44 @@ fn a_power_cut_anywhere_leaves_the_files() {
     }
 }
 
+/// The host gives a sparse image its blocks when they are written. All of the ring is, before a change relies on it.
+#[test]
+fn all_of_the_ring_is_written_before_it_is_used() {
+    const RING: u64 = 256 << 10;
+    // A block that cannot be written, and what the call has said then. Returns the first block of the ring's file.
+    let add_with = |bad: Option<u64>| {
+        let base = memory(16 << 20, 4096);
+        without(&base);
+        let before = files_of(&mount(&base));
+        let dev = Arc::new(ErrorDevice::new(None, Arc::clone(&base)));
+        let store = Blobstore::load(dev.clone(), &LoadOptions::default()).unwrap();
+        let cluster_blocks = store.cluster_size() / 4096;
+        if let Some(block) = bad {
+            let full = Injection::new(Failure::Fail).op(Some(OpKind::Write));
+            dev.inject(full.count(u64::MAX).range(Some((block, 1))));
+        }
+        let added = store.add_journal(RING);
+        dev.clear();
+        store.unload().unwrap();
+        drop((store, dev));
+        let fs = mount(&base);
+        assert!(files_of(&fs) == before, "{bad:?}");
+        let has = fs.statfs().journal > 0;
+        assert_eq!(
+            (added.is_ok(), has),
+            (bad.is_none(), bad.is_none()),
+            "{bad:?}: {added:?}"
+        );
+        // Its place in the super block, docs/format.md.
+        let cluster = u32::from_le_bytes(content(&base)[128..132].try_into().unwrap());
+        u64::from(cluster) * cluster_blocks
+    };
+    let first = add_with(None);
+    for block in [2, 30, RING / 4096 - 1] {
+        add_with(Some(first + block));
+    }
+}
+
 /// On a device that fails in the middle all files stay, and another call adds the journal.
 #[test]
 fn a_device_that_fails_anywhere_keeps_the_files() {

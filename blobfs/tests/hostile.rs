@@ -9,10 +9,12 @@ mod common;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::journal::{DEVICES, RING};
-use hostile::forge::{carry, forge};
+use common::content;
+use common::journal::{DEVICES, RING, load as load_store, make, set};
+use hostile::forge::{carry, erase, forge, page};
 use pumice_bdev::BlockDevice;
 use pumice_bdev_testkit::crashsim::CrashImage;
+use pumice_blobfs::blobstore::{Blobstore, Error, LoadOptions};
 use pumice_blobfs::fs::{FileSystem, FormatOptions, FsError, Journal, MountOptions, OpenOptions};
 use rand::prelude::*;
 
@@ -104,5 +106,41 @@ fn a_journal_of_single_bytes_takes_no_more_memory_than_its_ring() {
         assert!(fs.problems()[0].contains("blocks"), "{:?}", fs.problems());
         let reads = fs.io_stats().reads;
         assert!(reads < 100, "{reads} reads");
+    }
+}
+
+/// A page behind the metadata region would go over a file.
+#[test]
+fn a_journal_with_a_page_that_the_store_does_not_have_writes_it_nowhere() {
+    let device = DEVICES[0];
+    for (index, is_erased) in [(160, false), (200, true), (u32::MAX, false)] {
+        let dev = device.with(device.store(), 1);
+        let store = load_store(&dev);
+        make(&store);
+        assert!(store.super_block().md_len.get() <= 160);
+        set(&store, 1).unwrap();
+        drop(store);
+        let dev: Arc<dyn BlockDevice> = Arc::new(device.with(dev.image(), 1));
+        let record = match is_erased {
+            true => erase(index),
+            false => page(index, &[0xa5; 4096]),
+        };
+        forge(&dev, &[record]);
+        let before = content(&dev);
+        let load = |opts: &LoadOptions| Blobstore::load(Arc::clone(&dev), opts);
+        let error = load(&LoadOptions::default()).unwrap_err();
+        assert!(matches!(error, Error::Journal { .. }), "{error}");
+        assert!(content(&dev) == before, "page {index}");
+        let store = load(&LoadOptions::default().accept_journal_damage(true)).unwrap();
+        assert!(store.journal_damage().is_some());
+        let data = store.super_block();
+        let data = (data.md_start.get() + data.md_len.get()).next_multiple_of(2) as usize * 4096;
+        drop(store);
+        let cluster = u32::from_le_bytes(before[128..132].try_into().unwrap());
+        let ring = cluster as usize * 8192;
+        let after = content(&dev);
+        let behind = ring + usize::try_from(RING).unwrap();
+        assert!(after[data..ring] == before[data..ring], "page {index}");
+        assert!(after[behind..] == before[behind..], "page {index}");
     }
 }

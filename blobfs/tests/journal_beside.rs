@@ -388,6 +388,41 @@ fn rule_17_a_batch_that_fails_does_not_hide_a_write_that_may_land() {
     assert!(error.contains("takes no changes"), "{error}");
 }
 
+/// A write of a checkpoint times out, and may still land. No close, deletion or unmount has the ring put in place, or frees
+/// a part of it.
+#[test]
+fn rule_17_behind_a_checkpoint_that_may_land_nothing_is_written() {
+    let base = memory(64 << 20, 4096);
+    FileSystem::format(Arc::clone(&base), &FormatOptions::default()).unwrap();
+    let flaky = Flaky::new(Arc::clone(&base));
+    let fs = FileSystem::mount(flaky.clone(), &MountOptions::default()).unwrap();
+    let files = ["/a", "/b"].map(|path| carried(&fs, path));
+    let plan = |count| Plan {
+        from: 0,
+        count,
+        kind: IoErrorKind::TimedOut,
+        done: false,
+    };
+    flaky.arm(Some(plan(1)));
+    files[0].truncate(120).unwrap_err();
+    flaky.arm(Some(plan(0)));
+    let [a, b] = files;
+    drop(a);
+    fs.unlink("/a").unwrap_err();
+    fs.mkdir("/d").unwrap_err();
+    b.truncate(120).unwrap_err();
+    drop(b);
+    fs.unmount_anyway().unwrap_err();
+    assert_eq!(flaky.seen(), 0, "writes and flushes behind the time-out");
+    drop(fs);
+    let fs = FileSystem::mount(base, &MountOptions::default()).unwrap();
+    let expected = [vec![1; 100], vec![2; 50]].concat();
+    for path in ["/a", "/b"] {
+        assert!(content_of(&fs, path) == expected, "{path}");
+    }
+    fs.unmount().unwrap();
+}
+
 /// A batch takes a quarter of the ring, and half of it is for pages.
 #[test]
 fn rule_6_a_sync_of_more_than_half_a_batch_is_not_carried() {

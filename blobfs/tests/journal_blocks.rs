@@ -233,6 +233,8 @@ fn rule_12_a_journal_without_headers_is_given_up_when_damage_is_accepted() {
     let mut opts = MountOptions::default();
     opts.accept_damage = true;
     let fs = FileSystem::mount(dev.clone(), &opts).unwrap();
+    let problems = fs.problems().join("; ");
+    assert!(problems.contains("headers cannot be written"), "{problems}");
     assert!(content_of(&fs, "/log") == all);
     fs.unlink("/log").unwrap();
     fs.mkdir("/new").unwrap();

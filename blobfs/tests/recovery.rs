@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use common::*;
 use pumice_bdev::error_inject::{ErrorDevice, Failure, Injection};
-use pumice_bdev::{BlockDevice, OpKind};
+use pumice_bdev::{AsyncChannel, BlockDevice, DmaBuf, OpKind};
+use pumice_bdev_testkit::crashsim::CrashDevice;
 use pumice_blobfs::blobstore::check::{Severity, apply, check, plan, repair};
 use pumice_blobfs::blobstore::format::{decode_extent_page, encode_extent_page};
 use pumice_blobfs::blobstore::{BlobId, Blobstore, CreateOptions, Error, InitOptions, LoadOptions};
@@ -55,6 +56,12 @@ fn assert_held(store: &Blobstore, id: BlobId, what: &str) {
     assert_eq!(damaged, [id], "{what}");
     assert!(
         matches!(store.create(&one_cluster()), Err(Error::Held(held)) if held == id),
+        "{what}"
+    );
+    // This one would take a page and no cluster.
+    let empty = store.create(&CreateOptions::default());
+    assert!(
+        matches!(empty, Err(Error::Held(held)) if held == id),
         "{what}"
     );
     assert_eq!(store.free_clusters(), 0, "{what}");
@@ -161,6 +168,75 @@ fn a_root_whose_beginning_is_gone_is_known_by_the_old_masks() {
         ids[1],
         "first sector gone",
     );
+}
+
+/// Makes a store with a journal on a device with a volatile cache. One of its three blobs has been damaged since the last orderly
+/// unload. Returns also the place of the first blob's root on the device.
+fn held_with_a_journal() -> (CrashDevice, Vec<BlobId>, usize) {
+    let dev = CrashDevice::new(4096, (8 << 20) / 4096, true, 1);
+    let opts = InitOptions::default()
+        .cluster_size(8192)
+        .md_pages(Some(64))
+        .journal(Some(128 << 10));
+    let store = Blobstore::init(Arc::new(dev.clone()), &opts).unwrap();
+    let ids: Vec<BlobId> = (0..3)
+        .map(|_| store.create(&one_cluster().extent_table(false)).unwrap())
+        .collect();
+    store.unload().unwrap();
+    drop(store);
+    let as_device: Arc<dyn BlockDevice> = Arc::new(dev.clone());
+    let store = load(&as_device);
+    let md = u64::from(store.super_block().md_start.get()) * 4096;
+    set(&store, ids[0], 1);
+    drop(store);
+    let root = root_offset(md, ids[1]) as u64 / 4096;
+    let ch = AsyncChannel::new(as_device.open_channel().unwrap());
+    let mut page = DmaBuf::zeroed(4096).unwrap();
+    page[..8].copy_from_slice(&ids[1].0.to_le_bytes());
+    ch.block_on(ch.write(root, page.freeze(), true)).unwrap();
+    (dev, ids.clone(), root_offset(md, ids[0]))
+}
+
+fn set(store: &Blobstore, id: BlobId, byte: u8) {
+    let blob = store.open(id).unwrap();
+    let mut all = store.transaction();
+    all.set_xattr(&blob, "v", &[byte; 100]);
+    all.commit().unwrap();
+}
+
+/// An unload beside a damaged blob leaves the store marked as not unloaded in order. It puts everything in place nevertheless, and
+/// makes it durable.
+#[test]
+fn an_unload_beside_a_damaged_blob_leaves_nothing_behind() {
+    let (crash, ids, root) = held_with_a_journal();
+    let dev = Arc::new(ErrorDevice::new(None, Arc::new(crash.clone())));
+    let as_device: Arc<dyn BlockDevice> = dev.clone();
+    let store = load(&as_device);
+    assert_held(&store, ids[1], "before");
+    // This one would take a cluster and no page.
+    let grown = store.open(ids[0]).unwrap().resize(2);
+    assert!(matches!(grown, Err(Error::Held(held)) if held == ids[1]));
+    set(&store, ids[0], 7);
+    let page = Some((root as u64 / 4096, 1));
+    let bad = Injection::new(Failure::Fail).op(Some(OpKind::Write));
+    dev.inject(bad.count(u64::MAX).range(page));
+    assert!(matches!(store.unload(), Err(Error::Owed(_))));
+    dev.clear();
+    store.unload().unwrap();
+    drop(store);
+    let bytes = content(&as_device);
+    assert!(bytes[root..][..4096].windows(100).any(|w| w == [7; 100]));
+    // The journal has nothing that would be flushed for its own sake.
+    let store = load(&as_device);
+    write(&store.open(ids[2]).unwrap(), 0, &[9; 4096]);
+    store.unload().unwrap();
+    drop(store);
+    // The power is cut, and nothing is left in the cache.
+    let cut = crash.image_after(crash.len_events(), &mut |_| false);
+    let cut: Arc<dyn BlockDevice> = Arc::new(CrashDevice::from_image(4096, cut, true, 1));
+    let store = load(&cut);
+    assert_held(&store, ids[1], "after");
+    assert_eq!(read(&store.open(ids[2]).unwrap(), 0, 4096), [9; 4096]);
 }
 
 #[test]

@@ -89,13 +89,6 @@ impl Owed {
         debt.is_some_and(|debt| !debt.carried.is_empty())
     }
 
-    /// Forgets what a blob is owed that is deleted.
-    pub fn forget_blob(&mut self, blob: BlobId) {
-        if let Some(debt) = self.debts.remove(&blob) {
-            self.bytes -= debt.bytes();
-        }
-    }
-
     /// Returns a byte of the blob behind which everything is that it is owed.
     pub fn from(&self, blob: BlobId) -> Option<u64> {
         let debt = self.debts.get(&blob);
@@ -113,11 +106,9 @@ impl Owed {
         self.left.clear();
     }
 
-    /// Records that a batch of this number has again what these blobs are owed, and that nothing else is owed. What was
-    /// forgotten meanwhile stays so.
+    /// Records that a batch of this number has again what these blobs are owed, and that nothing else is owed.
     pub fn keep(&mut self, blobs: impl IntoIterator<Item = BlobId>, number: u64) {
         self.left = blobs.into_iter().collect();
-        self.left.retain(|blob| self.debts.contains_key(blob));
         for (blob, debt) in &mut self.debts {
             match self.left.contains(blob) {
                 true => debt

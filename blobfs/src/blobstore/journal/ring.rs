@@ -420,15 +420,6 @@ impl Ring {
         self.empty_without(&[])
     }
 
-    /// Forgets what is owed to blobs whose deletion is durable, and empties the ring, so that a load does not find it.
-    pub fn empty_of_deleted(&self, blobs: &[BlobId]) -> Result<Left, Error> {
-        {
-            let mut log = self.log.lock();
-            blobs.iter().for_each(|blob| log.owed.forget_blob(*blob));
-        }
-        self.empty()
-    }
-
     /// Empties the ring as [`Ring::empty`] does, and gives up what it owes to these blobs.
     pub fn empty_without(&self, given_up: &[BlobId]) -> Result<Left, Error> {
         {
