@@ -20,6 +20,8 @@ mod channels;
 pub mod check;
 mod claims;
 mod commit;
+#[cfg(test)]
+mod cut_tests;
 pub(crate) mod data;
 pub mod dump;
 mod edit;
