@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use rand::rngs::SmallRng;
+use rand::seq::SliceRandom;
 use rand::{Rng, RngCore, SeedableRng};
 
 use crate::kind::StoreKind;
@@ -91,9 +92,11 @@ pub fn run(
     };
     let mut rng = SmallRng::seed_from_u64(7);
 
+    let mut numbers: Vec<u64> = (0..amount.entries).collect();
+    numbers.shuffle(&mut rng);
     let store = kind.open(dir, sizes)?;
     watch.time(ComparedPhase::Fill, amount.entries, || {
-        fill(&*store, amount, &mut rng)
+        fill(&*store, amount, &numbers, &mut rng)
     })?;
     for (phase, times, len) in [
         (ComparedPhase::DurablePut, amount.durable, 1),
@@ -168,18 +171,12 @@ impl<N: FnMut(ComparedPhase)> Stopwatch<N> {
     }
 }
 
-/// Writes every entry once, in random order, and makes them durable.
-fn fill(store: &dyn Store, amount: Amount, rng: &mut SmallRng) -> Outcome<()> {
-    let mut order = Shuffled::new(amount.entries);
-    loop {
-        let numbers: Vec<u64> = std::iter::from_fn(|| order.next())
-            .take(FILL_BATCH)
-            .collect();
-        if numbers.is_empty() {
-            return store.sync();
-        }
-        put(store, amount, &numbers, SyncMode::Later, rng)?;
+/// Writes entries of these numbers, and makes them durable.
+fn fill(store: &dyn Store, amount: Amount, numbers: &[u64], rng: &mut SmallRng) -> Outcome<()> {
+    for batch in numbers.chunks(FILL_BATCH) {
+        put(store, amount, batch, SyncMode::Later, rng)?;
     }
+    store.sync()
 }
 
 /// Writes entries of these numbers, with new values, in one batch.
@@ -221,40 +218,6 @@ fn key(number: u64) -> [u8; KEY_LEN] {
     key
 }
 
-/// The numbers below a bound, each once, in an order that looks random.
-struct Shuffled {
-    bound: u64,
-    step: u64,
-    at: u64,
-    left: u64,
-}
-
-impl Shuffled {
-    fn new(bound: u64) -> Shuffled {
-        // A step that has no divisor in common with the bound reaches every number.
-        let gcd = |mut a: u64, mut b: u64| {
-            while b != 0 {
-                (a, b) = (b, a % b);
-            }
-            a
-        };
-        let first = (bound / 3 * 2) | 1;
-        let step = (first..).find(|step| gcd(*step, bound) == 1).unwrap_or(1);
-        Shuffled {
-            bound,
-            step: step % bound.max(1),
-            at: 0,
-            left: bound,
-        }
-    }
-
-    fn next(&mut self) -> Option<u64> {
-        self.left = self.left.checked_sub(1)?;
-        self.at = (self.at + self.step) % self.bound;
-        Some(self.at)
-    }
-}
-
 /// Empties the kernel's page cache. Returns whether this process may.
 fn empty_page_cache() -> bool {
     std::fs::write("/proc/sys/vm/drop_caches", "3").is_ok()
@@ -278,16 +241,6 @@ fn allocated(dir: &Path) -> std::io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_number_comes_once() {
-        for bound in [1, 2, 10, 97, 1000, 4096] {
-            let mut order = Shuffled::new(bound);
-            let mut numbers: Vec<u64> = std::iter::from_fn(|| order.next()).collect();
-            numbers.sort_unstable();
-            assert!(numbers.into_iter().eq(0..bound), "{bound}");
-        }
-    }
 
     #[test]
     fn keys_differ_and_are_not_in_the_order_of_their_numbers() {

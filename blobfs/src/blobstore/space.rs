@@ -203,7 +203,7 @@ impl Allocator {
     }
 
     /// Returns the error of a store that is full.
-    pub fn no_space(&self, needed: u64, spend: Spend) -> Error {
+    fn no_space(&self, needed: u64, spend: Spend) -> Error {
         Error::NoSpace {
             needed,
             free: self.clusters_for(spend),
@@ -212,7 +212,7 @@ impl Allocator {
     }
 
     /// Returns the error of a store whose metadata pages are used up.
-    pub fn no_pages(&self, needed: u64, spend: Spend) -> Error {
+    fn no_pages(&self, needed: u64, spend: Spend) -> Error {
         Error::NoMdPages {
             needed,
             free: self.pages_for(spend),
